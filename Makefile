@@ -1,0 +1,47 @@
+# Every target does its own set-up; python3 (3.11 or newer) and make are all a machine needs.
+PYTHON  ?= python3
+WORKDIR ?= runs/quickstart
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.PHONY: help quickstart test test-long lint
+
+help:
+	@echo "make quickstart   distil the tiny teacher into the tiny student (WORKDIR=$(WORKDIR))"
+	@echo "make test         lint, types and tests"
+	@echo "make test-long    the tests that take minutes"
+	@echo "make lint         lint and types alone"
+	@echo "PYTHON=python3.12 chooses the interpreter that makes $(VENV)"
+
+quickstart: $(VENV)/.run
+	$(BIN)/python -m distill.quickstart --workdir=$(WORKDIR)
+
+test: lint
+	$(BIN)/python -m pytest -q tests
+
+test-long: $(VENV)/.dev
+	$(BIN)/python -m pytest -q tests/long
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# The stamps: a virtual environment is made once, and installs run again when their list changed.
+$(VENV)/.made:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null || { \
+	  echo "error: '$(PYTHON)' is not Python 3.11 or newer: make PYTHON=/path/to/python3.12" >&2; \
+	  exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.run: requirements.txt $(VENV)/.made
+	$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.run
+	$(PIP) -r requirements-dev.txt
+	@touch $@

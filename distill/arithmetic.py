@@ -1,0 +1,132 @@
+"""A generated task: word problems that keep one running integer between 1 and 99.
+
+Ann has 67 coins, loses 3, keeps one of 4 equal piles, gets 5 times as many. How many coins?
+
+<think>          The answer follows the working. A problem is a pure function of
+67-3=64          (seed, index, split), so a resumed run sees what it would have seen,
+64/4=16          and nothing needs to be stored.
+16*5=80
+</think>
+
+80
+"""
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from models.errors import UserError
+
+Skeleton = tuple[int, tuple[tuple[str, int], ...]]
+
+SPLITS = ("train", "test")
+NAMES = ("Ann", "Ben", "Eva", "Ida", "Leo", "Max", "Tom", "Zoe")
+OBJECTS = ("coins", "books", "cards", "pens", "eggs", "nuts")
+# Short phrases: a prompt's length is the rollout's cost.
+PHRASES = {
+    "+": ("finds {} more", "buys {}"),
+    "-": ("loses {}", "gives away {}"),
+    "*": ("gets {} times as many", "multiplies them by {}"),
+    "/": ("keeps one of {} equal piles", "divides them by {}"),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem: `skeleton` is its arithmetic alone, without names, objects and wording."""
+
+    question: str
+    solution: str
+    answer: str
+    operations: int
+    skeleton: Skeleton
+
+
+def problem(seed: int, index: int, split: str, operations: tuple[int, int]) -> Problem:
+    """The problem number `index` of a split: the same arguments always give the same problem.
+
+    The number of operations is uniform in the inclusive range `operations`. Raises UserError for
+    a split other than "train" or "test", a range that is not 1 <= low <= high, or a negative seed.
+    """
+    if split not in SPLITS:
+        raise UserError(f"split: {split!r} is neither of {', '.join(SPLITS)}")
+    low, high = operations
+    if not 1 <= low <= high:
+        raise UserError(f"operations: ({low}, {high}) is not a range 1 <= low <= high")
+    if seed < 0 or index < 0:
+        raise UserError(f"seed: seed {seed} and index {index} must not be negative")
+    rng = np.random.default_rng((seed, index, SPLITS.index(split)))
+    count = int(rng.integers(low, high + 1))
+    skeleton = _skeleton(rng, count)
+    while split_of(skeleton) != split:
+        skeleton = _skeleton(rng, count)
+
+    value, steps = skeleton
+    name, things = _pick(rng, NAMES), _pick(rng, OBJECTS)
+    clauses, lines = [f"{name} has {value} {things}"], []
+    for operator, operand in steps:
+        clauses.append(_pick(rng, PHRASES[operator]).format(operand))
+        result = _apply(value, operator, operand)
+        lines.append(f"{value}{operator}{operand}={result}")
+        value = result
+    question = f"{', '.join(clauses)}. How many {things}?"
+    return Problem(question, "\n".join(lines), str(value), count, skeleton)
+
+
+def split_of(skeleton: Skeleton) -> str:
+    """The split a skeleton belongs to, whatever the seed: one in ten is "test"."""
+    start, steps = skeleton
+    text = " ".join([str(start), *(f"{operator}{operand}" for operator, operand in steps)])
+    return "test" if zlib.crc32(text.encode()) % 10 == 0 else "train"
+
+
+def messages(problem: Problem) -> list[dict[str, str]]:
+    """The conversation that poses the problem: one user turn."""
+    return [{"role": "user", "content": problem.question}]
+
+
+def response(problem: Problem) -> str:
+    """The assistant's reference turn: the working in a think block, then the answer."""
+    return f"<think>\n{problem.solution}\n</think>\n\n{problem.answer}"
+
+
+def _skeleton(rng: np.random.Generator, count: int) -> Skeleton:
+    """A start in 2..99 and `count` operations: the kind is drawn first, then its operand."""
+    start = value = int(rng.integers(2, 100))
+    steps = []
+    for _ in range(count):
+        operands = _valid_operands(value)
+        operator = _pick(rng, tuple(operands))
+        operand = operands[operator][int(rng.integers(len(operands[operator])))]
+        steps.append((operator, operand))
+        value = _apply(value, operator, operand)
+    return start, tuple(steps)
+
+
+def _valid_operands(value: int) -> dict[str, list[int]]:
+    """For each operator that keeps the value in 1..99, the operands that do so."""
+    operands = {
+        "+": list(range(2, min(20, 99 - value) + 1)),
+        "-": list(range(2, min(20, value - 1) + 1)),
+        "*": list(range(2, min(9, 99 // value) + 1)),
+        "/": [k for k in range(2, 10) if value % k == 0 and value // k >= 2],
+    }
+    return {operator: valid for operator, valid in operands.items() if valid}
+
+
+def _apply(value: int, operator: str, operand: int) -> int:
+    match operator:
+        case "+":
+            return value + operand
+        case "-":
+            return value - operand
+        case "*":
+            return value * operand
+        case "/":
+            return value // operand
+    raise ValueError(operator)
+
+
+def _pick(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
+    return choices[int(rng.integers(len(choices)))]

@@ -1,0 +1,29 @@
+"""The one noun. A Batch travels from data to loss; a stage returns a new one with more fields.
+
+Letters in names, here and everywhere: B sequences, T tokens, S cache slots, N query heads, K kv
+heads, Q = N/K, H head dim, D model, F feed-forward, V vocabulary, L layers, P prompts, G samples
+per prompt (P·G = B).
+"""
+
+import dataclasses
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Sequences with what is known about each token. All arrays are [B, T] unless named otherwise.
+
+    positions count real tokens from 0; segments are 0 on padding and number the sequences packed
+    in a row from 1; mask is true where a token is trained: response tokens and the stop token that
+    ends them, never the prompt, nothing after the stop.
+    """
+
+    tokens_BT: jax.Array  # int32
+    positions_BT: jax.Array  # int32
+    segments_BT: jax.Array  # int32
+    mask_BT: jax.Array  # bool
+    sampler_logp_BT: jax.Array | None = None  # float32, of the distribution drawn from
+    finished_B: jax.Array | None = None  # bool: ended by a stop token, not by the length limit
+    teacher_hidden_BTD: jax.Array | None = None  # the teacher's final hidden states

@@ -1,0 +1,210 @@
+"""Text to token ids and back to turns: the tokenizer of a model directory and its chat template.
+
+A prompt is what the chat template renders, the think switch included; a response is what the
+model itself would sample after it: its text and one stop token. So a trace that is trained on and
+a rollout that is scored have the same form, and the mask is 1 exactly on what the model writes.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from models.errors import UserError
+
+ROLES = ("system", "user", "assistant", "tool")
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a local directory (without the network) or of a hub id.
+
+    None where a local directory has no tokenizer. Raises UserError where it cannot be read.
+    """
+    local = Path(model_dir).is_dir()
+    files = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
+    if local and not any((Path(model_dir) / name).exists() for name in files):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(str(model_dir), local_files_only=local)
+    except Exception as error:  # the tokenizers library raises bare Exceptions for broken files
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{model_dir}: the tokenizer cannot be loaded: {reason}") from error
+
+
+def parse_messages(row: dict, where: str = "row", *, prompt: bool = True) -> list[dict]:
+    """The conversation in `row["messages"]`, checked; other keys of a message are kept.
+
+    A prompt's last turn is not the assistant's; a conversation to train on (prompt=False) ends
+    with it. Raises UserError that begins with `where` (file:line) and names the message at fault.
+    """
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{where}: messages is not a list of at least one message")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise UserError(f"{where}: messages[{i}] is not an object with role and content")
+        role = message.get("role")
+        if role not in ROLES:
+            raise UserError(f"{where}: messages[{i}].role {role!r} is none of {', '.join(ROLES)}")
+        calls = role == "assistant" and message.get("tool_calls")
+        if not isinstance(message.get("content"), str) and not calls:
+            raise UserError(f"{where}: messages[{i}].content is not a text")
+    if prompt == (messages[-1]["role"] == "assistant"):
+        must = "must not" if prompt else "must"
+        raise UserError(f"{where}: messages: the last role {must} be assistant")
+    return messages
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict],
+    *,
+    thinking: bool | None = None,
+    add_generation_prompt: bool = True,
+    tools: list[dict] | None = None,
+) -> list[int]:
+    """The token ids of a conversation through the chat template.
+
+    thinking=False ends the generation prompt with an empty think block; None leaves the switch
+    to the template. Raises UserError where the tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no chat template")
+    switch: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
+    ids = tokenizer.apply_chat_template(
+        messages,
+        tools=tools,  # pyright: ignore[reportArgumentType]  (plain JSON schemas are accepted)
+        add_generation_prompt=add_generation_prompt,
+        tokenize=True,
+        return_dict=False,  # transformers 5 would give a dict of lists
+        **switch,
+    )
+    return cast(list[int], ids)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a text, with nothing added; special tokens written in it become their ids."""
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def trace(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict],
+    response: str,
+    *,
+    thinking: bool | None,
+) -> tuple[list[int], list[int]]:
+    """(ids, mask) of a prompt and one response to it, ended by the tokenizer's stop token.
+
+    The mask is 1 on the response and its stop token, and 0 on the prompt, so on the empty think
+    block of thinking=False too. With thinking on, the response brings its own think block.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no eos_token to end a turn")
+    prompt = render(tokenizer, messages, thinking=thinking)
+    written = [*encode(tokenizer, response), tokenizer.eos_token_id]
+    return prompt + written, [0] * len(prompt) + [1] * len(written)
+
+
+def conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: list[dict] | None = None
+) -> tuple[list[int], list[int]]:
+    """(ids, mask) of a whole conversation, the mask 1 on every assistant turn.
+
+    A turn reaches from behind its header to its end-of-turn token, that included; the newline
+    after it and the empty think block that the template inserts are not the model's words. Raises
+    UserError where a message spells out an assistant turn's header, which would be trained on.
+    """
+    ids = render(tokenizer, messages, add_generation_prompt=False, tools=tools)
+    header = render(tokenizer, messages, tools=tools)[len(ids) :]
+    empty = encode(tokenizer, "<think>\n\n</think>\n\n")
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    mask, turns = [0] * len(ids), 0
+    for i in range(len(header), len(ids)):
+        if ids[i - len(header) : i] != header:
+            continue
+        turns += 1
+        start = i + len(empty) if ids[i : i + len(empty)] == empty else i
+        end = next((j for j in range(start, len(ids)) if ids[j] in special), len(ids) - 1)
+        mask[start : end + 1] = [1] * (end + 1 - start)
+    if turns != sum(message["role"] == "assistant" for message in messages):
+        raise UserError("messages: a content spells out the header of an assistant turn")
+    return ids, mask
+
+
+def stop_ids(
+    model_dir: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[int, ...]:
+    """All ids that end a response, sorted: those that any of the model's files or tokenizer names.
+
+    None at all for a bare model, whose responses then end by their length. Raises UserError where
+    a file's eos_token_id is not an id or ids.
+    """
+    stops: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        path = Path(model_dir) / name
+        if not path.exists():
+            continue
+        try:
+            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{path}: not a JSON object: {error}") from error
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(i) is int and i >= 0 for i in values):
+            raise UserError(f"{path}: eos_token_id {value!r} is not a token id or a list of them")
+        stops.update(values)
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        stops.add(cast(int, tokenizer.eos_token_id))
+    return tuple(sorted(stops))
+
+
+def copy(source: Path, directory: Path) -> None:
+    """Puts the tokenizer of the model directory `source` into `directory`, and all its stop ids.
+
+    The files are copied as they are: written anew by transformers 5, they would name classes that
+    other readers do not know. generation_config.json keeps its other fields.
+    """
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+    path = source / "generation_config.json"
+    fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    fields["eos_token_id"] = list(stop_ids(source, load_tokenizer(source))) or None
+    (directory / path.name).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def require_same_tokenizer(
+    a: PreTrainedTokenizerBase | None,
+    b: PreTrainedTokenizerBase | None,
+    names: tuple[str, str],
+) -> None:
+    """Raises UserError with the first difference between two models' tokens; None matches all."""
+    if a is None or b is None:
+        return
+    who = f"the tokenizers of {names[0]} and {names[1]} differ"
+    vocab_a, vocab_b = a.get_vocab(), b.get_vocab()
+    for token in sorted(vocab_a.keys() & vocab_b.keys(), key=vocab_a.__getitem__):
+        if vocab_a[token] != vocab_b[token]:
+            raise UserError(f"{who}: {token!r} is {vocab_a[token]} and {vocab_b[token]}")
+    only = vocab_a.keys() ^ vocab_b.keys()
+    if only:
+        token = min(only)
+        owner = names[0] if token in vocab_a else names[1]
+        sizes = f"{len(vocab_a)} and {len(vocab_b)} tokens"
+        raise UserError(f"{who}: {sizes}; only {owner} has {token!r}")
+    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(a, field) != getattr(b, field):
+            raise UserError(f"{who}: {field} is {getattr(a, field)} and {getattr(b, field)}")

@@ -1,0 +1,233 @@
+"""Checkpoints: Orbax, with what it leaves to its user.
+
+Orbax names the newest step even if its files are cut short, and reads flipped bits without a word.
+So each checkpoint carries a checksum of every leaf, and `restore` walks down from the newest step
+to the newest whole one, telling what it passes over. Nothing is removed for being damaged until
+a later save takes its place.
+
+A step's directory holds one Orbax item for each top-level entry of the state, so that a reader may
+ask for some of them only (the parameters, say, and not the optimiser), and the item `about`: JSON
+of the caller's `meta` and of each leaf's shape, dtype and checksum.
+"""
+
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from distill import metrics
+from models.errors import UserError
+
+Meta = dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints under `directory`. Use as a context: leaving it waits for the last save.
+
+    With `every` it may be written: `save` keeps each step that `every` divides, the newest `keep`
+    of them, and what an earlier process left half-written is cleared on opening. Without, it is
+    only read, which is safe beside a running writer. All processes must make the same calls.
+    """
+
+    def __init__(
+        self, directory: epath.PathLike, every: int | None = None, keep: int | None = None
+    ) -> None:
+        self._directory = epath.Path(directory)
+        self._every = every
+        self._damaged: set[int] = set()
+        self._manager: ocp.CheckpointManager | None = None
+        if every is not None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        if self._directory.is_dir():
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep, cleanup_tmp_directories=every is not None, create=False
+            )
+            self._manager = ocp.CheckpointManager(self._directory.absolute(), options=options)
+
+    def save(self, step: int, state: Any, meta: Meta, force: bool = False) -> bool:
+        """Starts saving, if `every` divides `step` or `force`; returns whether it did.
+
+        `state` (a pytree of arrays) has been copied when this returns, so it may be donated; the
+        writing goes on behind. A step that is already saved is left as it is. Raises ValueError
+        if a newer whole checkpoint exists, and whatever went wrong in the previous save.
+        """
+        assert self._manager is not None and self._every is not None
+        if step % self._every and not force:
+            return False
+        for newer in [s for s in self._steps() if s >= step]:
+            if newer not in self._damaged:
+                if newer == step:
+                    return False
+                raise ValueError(f"step {step}: {self._directory} already holds step {newer}")
+            metrics.say(f"{self._directory / str(newer)}: damaged, replaced from step {step} on")
+            self._manager.delete(newer)
+            self._damaged.discard(newer)
+        leaves = _flat(state)
+        checks = jax.device_get({path: _checksum(x) for path, x in leaves.items()})
+        about = {
+            "meta": meta,
+            "leaves": {
+                path: [list(x.shape), x.dtype.name, int(checks[path])] for path, x in leaves.items()
+            },
+        }
+        items = {name: ocp.args.StandardSave(item) for name, item in _items(leaves).items()}
+        items["about"] = ocp.args.JsonSave({**about, "crc32": _crc32(about)})
+        # The manager's own rules of when to save are not in use: it would refuse in silence.
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        return True
+
+    def latest(self) -> tuple[int, Meta] | None:
+        """The newest step whose `about` is whole, and its meta; reads no array."""
+        for step in self._steps():
+            try:
+                return step, self._about(step)["meta"]
+            except Exception as error:
+                self._pass_over(step, error)
+        return None
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, Meta] | None:
+        """The newest whole checkpoint (or `step`) as (state, meta); None if there is none at all.
+
+        `abstract_state` is a pytree of ShapeDtypeStructs with shardings: the whole state, or a
+        dict of some of its top-level entries. The arrays that come back may be donated.
+        Raises UserError if there are checkpoints but none can be read, if `step` is not there,
+        or if the state is of another shape or dtype than what was saved.
+        """
+        steps = self._steps()
+        if step is not None and step not in steps:
+            raise UserError(f"{self._directory}: no checkpoint of step {step}, only of {steps}")
+        first_error: str | None = None
+        for candidate in steps if step is None else [step]:
+            state, meta, error = None, None, None
+            try:
+                about = self._about(candidate)
+                _require_same(about["leaves"], _flat(abstract_state), self._directory, candidate)
+                state, meta = self._read(candidate, abstract_state, about), about["meta"]
+            except UserError:
+                raise
+            except Exception as problem:  # Orbax, tensorstore and json raise many kinds
+                error = problem
+            if _everywhere(error is None):
+                assert meta is not None
+                return state, meta
+            reason = self._pass_over(candidate, error)
+            first_error = first_error or reason
+        if first_error:
+            raise UserError(f"no checkpoint could be read: {first_error}")
+        return None
+
+    def _steps(self) -> list[int]:
+        """Newest first."""
+        return sorted(self._manager.all_steps(), reverse=True) if self._manager else []
+
+    def _pass_over(self, step: int, error: Exception | None) -> str:
+        self._damaged.add(step)
+        lines = str(error or "another process could not read it").splitlines()
+        kind = f"{type(error).__name__}: " if error else ""
+        reason = f"{self._directory / str(step)}: damaged ({kind}{lines[0] if lines else ''})"
+        metrics.say(f"warning: {reason}")
+        return reason
+
+    def _about(self, step: int) -> dict[str, Any]:
+        assert self._manager is not None
+        args = ocp.args.Composite(about=ocp.args.JsonRestore())
+        about = self._manager.restore(step, args=args)["about"]
+        if about.pop("crc32") != _crc32(about):
+            raise ValueError("the checksum of its JSON does not match")
+        return about
+
+    def _read(self, step: int, abstract_state: Any, about: dict[str, Any]) -> Any:
+        assert self._manager is not None
+        abstract = _flat(abstract_state)
+        args = {name: ocp.args.StandardRestore(item) for name, item in _items(abstract).items()}
+        found = self._manager.restore(step, args=ocp.args.Composite(**args))
+        leaves, checks = {}, {}
+        for path in abstract:
+            name, _, rest = path.partition("/")
+            x = found[name].pop(rest or name)  # so that only one leaf is there twice
+            # A copy: restored arrays may stand on host memory of the reader's, which cannot be
+            # donated, and the first step after would need room for a second state.
+            copy = jax.jit(_copied, out_shardings=(x.sharding, None))
+            leaves[path], checks[path] = copy(x)
+            del x
+        for path, check in jax.device_get(checks).items():
+            if int(check) != about["leaves"][path][2]:
+                raise ValueError(f"the checksum of {path} does not match")
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves.values())
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # A failed last save is raised here, and only here.
+        if self._manager is not None:
+            self._manager.close()
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    """Leaves by path, such as params/layers/q/kernel, in the order of the tree."""
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in paths}
+
+
+def _items(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """`_flat` leaves by the first part of their path, then by the rest of it."""
+    items: dict[str, dict[str, Any]] = {}
+    for path, x in leaves.items():
+        name, _, rest = path.partition("/")
+        items.setdefault(name, {})[rest or name] = x
+    return items
+
+
+def _require_same(
+    saved: Mapping[str, Any], asked: Mapping[str, Any], directory: epath.Path, step: int
+) -> None:
+    """Orbax would cast another dtype without a word, and its message for a shape names no leaf."""
+    entries = _items(asked)
+    wanted = {path: [list(x.shape), x.dtype.name] for path, x in asked.items()}
+    held = {path: x[:2] for path, x in saved.items() if path.partition("/")[0] in entries}
+    for path in sorted(wanted.keys() | held.keys()):
+        if held.get(path) != wanted.get(path):
+            raise UserError(
+                f"{directory / str(step)}: {path} is {_words(held.get(path))} there, "
+                f"but {_words(wanted.get(path))} in this run's config"
+            )
+
+
+def _words(leaf: list[Any] | None) -> str:
+    return f"{leaf[1]}{leaf[0]}" if leaf else "absent"
+
+
+def _crc32(about: Meta) -> int:
+    return zlib.crc32(json.dumps(about, sort_keys=True).encode())
+
+
+def _everywhere(ok: bool) -> bool:
+    """Whether `ok` in all processes: each reads only its own shards."""
+    if jax.process_count() == 1:
+        return ok
+    return bool(multihost_utils.process_allgather(np.asarray(ok)).all())
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    """uint32: Σ bits(x_i) · (2i + 1) mod 2³², the same however x is sharded.
+
+    The weights are odd, so any change of one element shows; they differ, so most swaps do too.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    index = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        index = index * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(bits.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
+
+
+def _copied(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.copy(x), _checksum(x)

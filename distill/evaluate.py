@@ -1,0 +1,389 @@
+"""python -m distill.evaluate --model=DIR --benchmark=NAME --out=DIR: accuracy, with its interval.
+
+OUT gets examples.jsonl, one row a response, written as they come: the same command goes on where
+it was stopped. When all are there, summary.json says what they amount to. With --responses the
+responses are read from a file and no model is needed.
+"""
+
+import contextlib
+import json
+import math
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from distill import arithmetic, cli, data, losses, metrics, policy, rewards, rollout
+from distill import mesh as mesh_lib
+from distill.policy import Policy
+from models.errors import UserError
+from models.qwen3 import model
+
+PROBLEM_SEED = 20_000  # of the generated test problems: the same ones in every evaluation
+ARITHMETIC_PROBLEMS = 1000
+
+Row = dict[str, object]
+
+
+def problems(benchmark: str, path: str, limit: int) -> list[tuple[str, Row]]:
+    """(name, row) of each problem; a row has id, question (or messages) and answer.
+
+    Raises:
+      UserError: for an unknown benchmark, no data where it needs some, or a row without an answer.
+    """
+    if benchmark not in rewards.GRADERS:
+        raise UserError(f"--benchmark={benchmark}: known are {', '.join(rewards.GRADERS)}")
+    if benchmark == "arithmetic" and not path:
+        return [_generated(i) for i in range(limit or ARITHMETIC_PROBLEMS)]
+    if not path:
+        raise UserError(f"--data: {benchmark} needs a jsonl file of question and answer")
+    rows = data.read_jsonl(path)
+    for number, (where, row) in enumerate(rows):
+        if not isinstance(row.get("answer"), str | int | float):
+            raise UserError(f"{where}: no answer among its fields {sorted(row)}")
+        row["answer"] = str(row["answer"])
+        row.setdefault("id", f"{benchmark}-{number}")
+    return rows[: limit or None]
+
+
+def _generated(index: int) -> tuple[str, Row]:
+    p = arithmetic.problem(PROBLEM_SEED, index, "test", (3, 5))
+    name = f"arithmetic-test-{index}"
+    return name, {"id": name, "question": p.question, "answer": p.answer, "level": p.operations}
+
+
+def _repeats(text: str) -> bool:
+    """Whether a text loops: most of its runs of eight words have been said before."""
+    words = text.split()
+    runs = [tuple(words[i : i + 8]) for i in range(len(words) - 7)]
+    return len(runs) >= 8 and len(set(runs)) < len(runs) / 2
+
+
+def graded(grader: rewards.Grader, benchmark: str, rows: list[Row]) -> list[Row]:
+    """Rows with `response` and `answer`, plus outcome, correct, formatted and repeats."""
+    texts = [str(row["response"]) for row in rows]
+    outcomes = grader.grade(benchmark, texts, [str(row["answer"]) for row in rows])
+    return [
+        {
+            **row,
+            "correct": outcome == "correct",
+            "outcome": outcome,
+            "formatted": rewards.final_text(text) is not None and outcome != "no_answer",
+            "repeats": _repeats(text),
+        }
+        for row, text, outcome in zip(rows, texts, outcomes, strict=True)
+    ]
+
+
+def respond(
+    subject: Policy,
+    rows: list[tuple[str, Row]],
+    *,
+    first: int,
+    samples: int,
+    thinking: bool | None,
+    max_new_tokens: int,
+    sampling: rollout.Sampling,
+    seed: int,
+    batch_size: int,
+) -> Iterator[list[Row]]:
+    """The sampled responses of each problem from number `first` on, `samples` rows a problem."""
+    prompts = [data.prompt_tokens(row, where, subject.tokenizer, thinking) for where, row in rows]
+    limit = subject.config.max_position_embeddings - max_new_tokens
+    for (where, _), prompt in zip(rows, prompts, strict=True):
+        if len(prompt) > limit:
+            raise UserError(
+                f"{where}: prompt of {len(prompt)} tokens, and {max_new_tokens} new ones exceed "
+                f"the model's {subject.config.max_position_embeddings} positions"
+            )
+    if subject.tokenizer is None:
+        raise UserError(f"{subject.path}: no tokenizer, so responses cannot be read")
+    done = rollout.complete(
+        subject,
+        prompts[first:],
+        samples=samples,
+        key=jax.random.key(seed),
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        batch_size=batch_size,
+        first=first,
+    )
+    for (_, row), prompt, completions in zip(rows[first:], prompts[first:], done, strict=True):
+        yield [
+            {
+                "id": row["id"],
+                "sample": number,
+                "answer": row["answer"],
+                "response": subject.tokenizer.decode(c.tokens, skip_special_tokens=True),
+                "length": len(c.tokens),
+                "finish_reason": "stop" if c.finished else "length",
+                "prompt_tokens": prompt,
+                "tokens": c.tokens,
+            }
+            for number, c in enumerate(completions)
+        ]
+
+
+def reverse_kl(subject: Policy, teacher: Policy, rows: Iterable[Row], batch_size: int) -> float:
+    """Mean exact KL(subject‖teacher) in nats a token, over the tokens that `rows` hold.
+
+    On the subject's own samples at temperature 1 this is what on-policy distillation lowers.
+    """
+    examples = [data.Example(r["prompt_tokens"], r["tokens"], "", str(r["id"])) for r in rows]  # type: ignore[arg-type]
+    width = rollout.bucket(max(len(e.prompt) + len(e.response) for e in examples))
+    mesh = jax.tree.leaves(subject.params)[0].sharding.mesh
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+
+    @jax.jit
+    def measure(params, teacher_params, batch):
+        stats = losses.token_stats(
+            policy.hidden(subject.model, params, batch),
+            model.head(params),
+            losses.shift(batch.tokens_BT),
+            policy.hidden(teacher.model, teacher_params, batch),
+            model.head(teacher_params),
+            logits_mib=128.0 * mesh.size,
+            split=mesh_lib.split_vocabulary,
+        )
+        mask_BT = losses.shift(batch.mask_BT).astype(jnp.float32)
+        return jnp.sum(stats["reverse_kl"] * mask_BT), jnp.sum(mask_BT)
+
+    total = count = 0.0
+    for start in range(0, len(examples), batch_size):
+        chunk = examples[start : start + batch_size]
+        blank = data.Example([], [], "", "padding")
+        batch = data.trace_batch(chunk + [blank] * (batch_size - len(chunk)), 0, width)
+        batch = jax.device_put(batch, mesh_lib.rows(mesh))
+        kl, tokens = measure(subject.params, teacher.params, batch)
+        total, count = total + float(kl), count + float(tokens)
+    return total / count
+
+
+def pass_at_k(correct: int, samples: int, k: int) -> float:
+    """The unbiased estimate 1 - C(n-c, k) / C(n, k) of arXiv 2107.03374, eq. 1."""
+    return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def accuracy(hits: list[list[bool]]) -> tuple[float, tuple[float, float]]:
+    """Mean over problems of the share of correct samples, and its 95% interval.
+
+    Wilson's interval for one sample a problem; for more, the normal one clustered by problem,
+    since samples of one problem are no independent witnesses.
+    """
+    shares = np.array([np.mean(h) for h in hits])
+    if all(len(h) == 1 for h in hits):
+        return float(shares.mean()), metrics.wilson(int(shares.sum()), len(shares))
+    half = 1.959964 * shares.std(ddof=1) / math.sqrt(len(shares)) if len(shares) > 1 else 1.0
+    mean = float(shares.mean())
+    return mean, (max(0.0, mean - float(half)), min(1.0, mean + float(half)))
+
+
+def summarise(rows: list[Row], ks: list[int]) -> dict[str, object]:
+    """What graded rows amount to: accuracy, pass@k, rates and lengths."""
+    groups: dict[object, list[bool]] = {}
+    for row in rows:
+        groups.setdefault(row["id"], []).append(bool(row["correct"]))
+    mean, interval = accuracy(list(groups.values()))
+
+    def rate(name: str) -> float:
+        return float(np.mean([bool(row[name]) for row in rows]))
+
+    summary = {
+        "problems": len(groups),
+        "responses": len(rows),
+        "accuracy": mean,
+        "interval": interval,
+        "outcomes": dict(Counter(str(row["outcome"]) for row in rows)),
+        "format_rate": rate("formatted"),
+        "repetition_rate": rate("repeats"),
+    }
+    for k in ks:
+        if all(len(hits) >= k for hits in groups.values()):
+            estimates = [pass_at_k(sum(hits), len(hits), k) for hits in groups.values()]
+            summary[f"pass@{k}"] = float(np.mean(estimates))
+    if all("length" in row for row in rows):
+        summary["mean_length"] = float(np.mean([row["length"] for row in rows]))  # type: ignore[misc]
+        summary["truncation_rate"] = float(np.mean([r["finish_reason"] == "length" for r in rows]))
+    return summary
+
+
+def stored(path: str, rows: list[tuple[str, Row]]) -> list[Row]:
+    """Responses from a file, each with its answer: its own, or that of the problem it names."""
+    answers = {
+        str(row.get(field)): row["answer"] for _, row in rows for field in ("id", "question")
+    }
+    found = []
+    for number, (where, row) in enumerate(data.read_jsonl(path)):
+        if not isinstance(row.get("response"), str):
+            raise UserError(f"{where}: no response among its fields {sorted(row)}")
+        name = next((str(row[f]) for f in ("id", "question") if row.get(f) is not None), None)
+        answer = row.get("answer", answers.get(name) if name else None)
+        if answer is None:
+            raise UserError(f"{where}: no answer, and no problem of --data matches it")
+        found.append(
+            {"id": name or f"row-{number}", "answer": str(answer), "response": row["response"]}
+        )
+    return found
+
+
+def memory() -> dict[str, float]:
+    """Peak memory in GiB: of this process, and of the first device where that is known."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    peak = {"host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30}
+    stats = jax.devices()[0].memory_stats()
+    if stats:
+        peak["device_gib"] = stats["peak_bytes_in_use"] / 2**30
+    return peak
+
+
+def _resume(out: Path, protocol: Row, samples: int) -> list[Row]:
+    """Rows of complete problems in OUT/examples.jsonl, which keeps just these."""
+    path, said = out / "examples.jsonl", out / "protocol.json"
+    if said.is_file() and (before := json.loads(said.read_text())) != protocol:
+        changed = next(k for k in protocol if before.get(k) != protocol[k])
+        raise UserError(
+            f"{out} holds another evaluation: {changed} was {before.get(changed)!r}, "
+            f"now {protocol[changed]!r}"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    metrics.write_json(said, protocol)
+    rows = []
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # a killed run may leave half a last line
+                rows.append(json.loads(line))
+    rows = rows[: len(rows) // samples * samples]
+    metrics.write_jsonl(path, rows)
+    return rows
+
+
+def evaluate(
+    subject: Policy,
+    benchmark: str,
+    rows: list[tuple[str, Row]],
+    out: Path,
+    *,
+    samples: int,
+    ks: list[int],
+    thinking: bool | None,
+    max_new_tokens: int,
+    sampling: rollout.Sampling,
+    seed: int,
+    batch_size: int,
+    teacher: Policy | None = None,
+) -> dict[str, object]:
+    """Samples, grades and sums up; writes examples.jsonl and summary.json, returns the summary."""
+    protocol: Row = {
+        "model": subject.path,
+        "benchmark": benchmark,
+        "problems": [row["id"] for _, row in rows],
+        "samples": samples,
+        "thinking": thinking,
+        "max_new_tokens": max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "seed": seed,
+        "dtype": jnp.dtype(subject.model.dtype).name,
+    }
+    kept = _resume(out, protocol, samples)
+    start, tokens = time.perf_counter(), 0
+    left = len(rows) - len(kept) // samples
+    with (
+        rewards.Grader() as grader,
+        (out / "examples.jsonl").open("a") as file,
+        metrics.Progress(len(rows), len(rows) - left, benchmark) as bar,
+    ):
+        responses = respond(
+            subject,
+            rows,
+            first=len(rows) - left,
+            samples=samples,
+            thinking=thinking,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        for number, group in enumerate(responses if left else (), start=len(rows) - left + 1):
+            done = graded(grader, benchmark, group)
+            file.writelines(metrics.dumps(row) + "\n" for row in done)
+            file.flush()
+            kept += done
+            tokens += sum(int(row["length"]) for row in group)  # type: ignore[call-overload]
+            bar.update(number)
+    seconds = time.perf_counter() - start
+    summary = summarise(kept, ks)
+    summary |= {"seconds": seconds, "tokens_per_second": tokens / seconds, "memory": memory()}
+    if teacher:
+        summary["reverse_kl"] = reverse_kl(subject, teacher, kept, batch_size)
+    summary["protocol"] = protocol | {"problems": len(rows)}
+    metrics.write_json(out / "summary.json", summary)
+    return summary
+
+
+MODEL = flags.DEFINE_string("model", "", "Model directory, hub id or run directory.")
+BENCHMARK = flags.DEFINE_string("benchmark", None, "gsm8k or arithmetic.", required=True)
+DATA = flags.DEFINE_string("data", "", "jsonl of question and answer (arithmetic: generated).")
+OUT = flags.DEFINE_string("out", None, "Directory for examples.jsonl, summary.json.", required=True)
+SAMPLES = flags.DEFINE_integer("samples", 1, "Responses to each problem.", lower_bound=1)
+KS = flags.DEFINE_list("k", ["1"], "pass@k for each of these, at most --samples.")
+LIMIT = flags.DEFINE_integer("limit", 0, "Only the first problems; 0: all.", lower_bound=0)
+THINKING = flags.DEFINE_enum("thinking", "on", ["on", "off"], "The chat template's switch.")
+RESPONSES = flags.DEFINE_string("responses", "", "jsonl of stored responses to grade instead.")
+TEACHER = flags.DEFINE_string("teacher", "", "Also measure reverse KL to this model.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 1024, "Length limit.", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0: greedy.", lower_bound=0.0)
+TOP_K = flags.DEFINE_integer("top_k", 0, "0: off.", lower_bound=0)
+TOP_P = flags.DEFINE_float("top_p", 1.0, "1: off.", lower_bound=1e-6, upper_bound=1.0)
+SEED = flags.DEFINE_integer("seed", 0, "Of sampling.", lower_bound=0)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Responses sampled together.", lower_bound=1)
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
+
+
+def main() -> None:
+    ks = [int(k) for k in KS.value if k.isdigit() and int(k) > 0]
+    if len(ks) < len(KS.value) or (not RESPONSES.value and max(ks) > SAMPLES.value):
+        raise UserError(f"--k={','.join(KS.value)}: each must be 1 to --samples={SAMPLES.value}")
+    out = Path(OUT.value)
+    if RESPONSES.value:
+        known = problems(BENCHMARK.value, DATA.value, 0) if DATA.value else []
+        rows = stored(RESPONSES.value, known)[: LIMIT.value or None]
+        with rewards.Grader() as grader:
+            rows = graded(grader, BENCHMARK.value, rows)
+        metrics.write_jsonl(out / "examples.jsonl", rows)
+        metrics.write_json(out / "summary.json", summarise(rows, ks))
+        return
+    rows = problems(BENCHMARK.value, DATA.value, LIMIT.value)
+    if not MODEL.value:
+        raise UserError("--model: name a model directory, or give --responses")
+    mesh = mesh_lib.make(1, -1, 1)
+    with mesh_lib.use(mesh):
+        paths = [path for path in (MODEL.value, TEACHER.value) if path]
+        described = [policy.describe(path, DTYPE.value, False, mesh) for path in paths]
+        subject, *teachers = [policy.load(p, DTYPE.value) for p in described]
+        evaluate(
+            subject,
+            BENCHMARK.value,
+            rows,
+            out,
+            samples=SAMPLES.value,
+            ks=ks,
+            thinking=THINKING.value == "on",
+            max_new_tokens=MAX_NEW_TOKENS.value,
+            sampling=rollout.Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value),
+            seed=SEED.value,
+            batch_size=BATCH_SIZE.value,
+            teacher=teachers[0] if teachers else None,
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)

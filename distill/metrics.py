@@ -1,0 +1,260 @@
+"""Numbers of a run: summed on the device, written to files, shown while they come.
+
+A measurement travels as (sum, count) and is divided once, at the end; so micro-batches, shards and
+processes of unequal size weigh what they should. Only process 0 writes or speaks. Paths go through
+etils.epath: a run directory may be local or, where gcsfs is installed, gs://…
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+Sums = dict[str, tuple[jax.Array, jax.Array]]
+"""Flat metric name → (sum, count), float32 scalars."""
+
+_PLAIN_SECONDS = 10.0
+_PACKAGES = (
+    *("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "flax", "optax", "orbax-checkpoint", "numpy"),
+    *("transformers", "tokenizers", "safetensors", "datasets", "tensorflow-datasets"),
+    *("ml-collections", "math-verify"),
+)
+
+
+def add(a: Sums, b: Sums) -> Sums:
+    """The sums of two micro-batches as one; both have the same names. Usable under jit."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def finalize(sums: Sums) -> dict[str, jax.Array]:
+    """Means. A count of 0 gives nan, which files show as null: not measured is not zero."""
+    return {
+        name: jnp.where(count == 0, jnp.nan, total / jnp.where(count == 0, 1, count))
+        for name, (total, count) in sums.items()
+    }
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """The 95% interval (Wilson's score) of a rate of `successes` in `n`; (0, 1) for n = 0."""
+    if n == 0:
+        return 0.0, 1.0
+    z = 1.959964
+    rate = successes / n
+    middle = rate + z * z / (2 * n)
+    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def is_primary() -> bool:
+    """Whether this is process 0. Starts no backend in a run of one process."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def say(message: str) -> None:
+    """One line on stderr from process 0, above a progress bar if there is one."""
+    if is_primary():
+        tqdm.write(message, file=sys.stderr)
+
+
+def _finite(x: Any) -> Any:
+    """`x` as JSON can hold it: arrays as lists, numbers finite or None."""
+    if isinstance(x, jax.Array | np.ndarray | np.generic):
+        x = np.asarray(x).tolist()
+    if isinstance(x, float):
+        return x if math.isfinite(x) else None
+    if isinstance(x, Mapping):
+        return {key: _finite(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_finite(value) for value in x]
+    return x
+
+
+def dumps(row: Any, indent: int | None = None) -> str:
+    """`row` as JSON; numbers that are not finite become null, arrays become lists."""
+    return json.dumps(_finite(row), allow_nan=False, indent=indent)
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+    """Writes `path` whole or not at all: a reader never meets half a file. Makes its folder."""
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def write_json(path: epath.PathLike, obj: Any) -> None:
+    """Writes `obj` as indented JSON, atomically; numbers finite or null."""
+    write_text(path, dumps(obj, indent=2) + "\n")
+
+
+def write_jsonl(path: epath.PathLike, rows: Iterable[Any]) -> None:
+    """Writes one JSON object a line, as `rows` yields them, atomically; numbers finite or null."""
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("w") as file:
+            for row in rows:
+                file.write(dumps(row) + "\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Writer:
+    """The files of a run: metrics.jsonl, rollouts/, tensorboard/. All methods are for any process.
+
+    `resume_step` is the first step this process will write. What an earlier process wrote from
+    there on belongs to a future that did not happen: those rows, a half-written last line and
+    those rollouts go away. Steps count through all stages of a run.
+    """
+
+    def __init__(self, workdir: epath.PathLike, resume_step: int) -> None:
+        self._workdir = epath.Path(workdir)
+        self._metrics = self._workdir / "metrics.jsonl"
+        self._board: SummaryWriter | None = None
+        if not is_primary():
+            return
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        if self._metrics.exists():
+            rows = self._metrics.read_text().split("\n")
+            write_text(self._metrics, "".join(r + "\n" for r in rows if _before(r, resume_step)))
+        for old in (self._workdir / "rollouts").glob("*.jsonl"):
+            if old.stem.isdigit() and int(old.stem) >= resume_step:
+                old.unlink()
+        if "://" not in str(workdir):  # tensorboardX wants Google's own client for buckets
+            folder = self._workdir / "tensorboard"
+            self._board = SummaryWriter(str(folder), purge_step=resume_step, flush_secs=10)
+
+    def write(self, step: int, stage: str, numbers: Mapping[str, Any]) -> None:
+        """Appends one row; `numbers` are flat names → scalars (host or device) or None."""
+        if not is_primary():
+            return
+        values = _finite(jax.device_get(dict(numbers)))
+        # Opened anew for each row: that is a flush, and the only way to append on a bucket.
+        with self._metrics.open("a") as file:
+            file.write(dumps({"step": step, "stage": stage, **values}) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                if value is not None:
+                    self._board.add_scalar(name, value, step)
+
+    def write_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Writes rollouts/{step}.jsonl, one transcript a row."""
+        if is_primary():
+            write_jsonl(self._workdir / "rollouts" / f"{step:06d}.jsonl", rows)
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _before(row: str, step: int) -> bool:
+    """Whether `row` is a whole row of metrics.jsonl of a step before `step`."""
+    try:
+        return json.loads(row)["step"] < step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+@dataclasses.dataclass
+class Progress:
+    """What `progress` yields. `bar` is None off a terminal."""
+
+    total: int
+    initial: int
+    label: str
+    bar: tqdm | None
+    started: float
+    printed: float = -math.inf
+
+    def update(self, done: int, numbers: Mapping[str, Any]) -> None:
+        """Says that `done` of `total` are done, with a few numbers to show beside it."""
+        shown = " ".join(f"{name} {float(value):.4g}" for name, value in numbers.items())
+        if self.bar is not None:
+            self.bar.set_postfix_str(shown, refresh=False)
+            self.bar.update(done - self.bar.n)
+            return
+        now = time.monotonic()
+        if is_primary() and (done >= self.total or now - self.printed >= _PLAIN_SECONDS):
+            self.printed = now
+            pace = (now - self.started) / max(1, done - self.initial)
+            rest = f"{pace:.3g} s each, {(self.total - done) * pace:.0f} s left"
+            line = f"{self.label} {done}/{self.total} ({rest}) {shown}"
+            print(line.strip(), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def progress(total: int, initial: int, label: str) -> Iterator[Progress]:
+    """Makes long work visible: a bar on a terminal, elsewhere a line every 10 s, first and last."""
+    bar = None
+    if is_primary() and sys.stderr.isatty():
+        bar = tqdm(total=total, initial=initial, desc=label, dynamic_ncols=True)
+    try:
+        yield Progress(total, initial, label, bar, time.monotonic())
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def environment() -> dict[str, Any]:
+    """What a run ran on, for environment.json: versions, devices, git revision, command, time.
+
+    `git` is null outside a git checkout, or where there is no git.
+    """
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    devices = jax.devices()
+    return {
+        "command": shlex.join(sys.orig_argv),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "devices": {
+            "backend": jax.default_backend(),
+            "kind": devices[0].device_kind,
+            "count": len(devices),
+            "processes": jax.process_count(),
+        },
+        "git": _git(),
+    }
+
+
+def _git() -> dict[str, Any] | None:
+    def ask(*arguments: str) -> str:
+        root = Path(__file__).parent.parent
+        call = ("git", "-C", str(root), *arguments)
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"revision": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,155 @@
+"""One step of the optimiser: accumulate sums over micro-batches, divide once, update, donate."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from distill import losses, metrics, policy
+from distill import mesh as mesh_lib
+from distill.batch import Batch
+from models.qwen3 import model
+from models.qwen3.model import Params, Qwen3
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a checkpoint holds of a run; the teacher is no part of it."""
+
+    params: Params
+    opt_state: optax.OptState
+    step: jax.Array  # int32 scalar: steps done, over all stages
+
+
+Sums = dict[str, tuple[jax.Array, jax.Array]]
+Step = Callable[
+    [TrainState, Batch, jax.Array | None], tuple[TrainState, dict[str, jax.Array], losses.Stats]
+]
+
+
+def init(optimizer: optax.GradientTransformation, params: Params, step: int) -> TrainState:
+    """A fresh optimiser around `params`; its moments are sharded as the parameters are."""
+    opt_state = jax.jit(optimizer.init, out_shardings=_like(optimizer, params))(params)
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    count = jax.device_put(jnp.asarray(step, jnp.int32), mesh_lib.replicated(mesh))
+    return TrainState(params, opt_state, count)
+
+
+def _like(optimizer: optax.GradientTransformation, params: Params):
+    """Shardings of the optimiser's state: a moment lies as its parameter does, scalars anywhere."""
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    replicated = mesh_lib.replicated(mesh)
+    return optax.tree_map_params(
+        optimizer,
+        lambda _, p: p.sharding,
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=lambda _: replicated,
+    )
+
+
+def abstract(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
+    """Shapes, dtypes and shardings of a TrainState, for restoring one."""
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    opt_state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.eval_shape(optimizer.init, params),
+        _like(optimizer, params),
+    )
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.replicated(mesh))
+    return TrainState(params, opt_state, step)  # pyright: ignore[reportArgumentType]
+
+
+def _micro_batches(batch: Batch, count: int) -> Batch:
+    """[B, ...] -> [count, B / count, ...]; rows interleave so that each one spans all devices."""
+
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, batch)
+
+
+def _merge(stats: losses.Stats) -> losses.Stats:
+    return {k: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]) for k, x in stats.items()}
+
+
+def loss_sums(
+    qwen3: Qwen3,
+    objective: str,
+    logits_mib: float,
+    params: Params,
+    batch: Batch,
+    teacher_head_VE: jax.Array | None,
+) -> tuple[jax.Array, tuple[Sums, losses.Stats]]:
+    """The summed loss over trained tokens, and (sum, count) pairs and [B, T] stats beside it."""
+    stats = losses.token_stats(
+        policy.hidden(qwen3, params, batch),
+        model.head(params),
+        losses.shift(batch.tokens_BT),
+        batch.teacher_hidden_BTD,
+        teacher_head_VE,
+        logits_mib=logits_mib,
+        split=mesh_lib.split_vocabulary,
+    )
+    mask_BT = losses.shift(batch.mask_BT).astype(jnp.float32)
+    count = jnp.sum(mask_BT)
+    loss = jnp.sum(losses.TABLE[objective](stats) * mask_BT)
+    sums = {name: (jnp.sum(x * mask_BT), count) for name, x in stats.items()}
+    sums["loss"] = (loss, count)
+    if batch.sampler_logp_BT is not None:
+        delta_BT = jnp.abs(stats["logp"] - losses.shift(batch.sampler_logp_BT))
+        sums["sampler_delta"] = (jnp.sum(delta_BT * mask_BT), count)
+    return loss, (sums, {k: losses.unshift(x * mask_BT) for k, x in stats.items()})
+
+
+def make(
+    qwen3: Qwen3,
+    optimizer: optax.GradientTransformation,
+    objective: str,
+    accumulate: int,
+    logits_mib: float,
+    state: TrainState,
+) -> Step:
+    """The jitted step (state, batch, teacher's head) -> (state, metrics, per-token stats).
+
+    `state` gives shardings, which the new state keeps. The state is donated. The gradient is that
+    of Σ loss / Σ tokens over the whole batch, however many micro-batches and devices share it:
+    sums are accumulated in float32 and divided once.
+    """
+    grad = jax.value_and_grad(
+        functools.partial(loss_sums, qwen3, objective, logits_mib), has_aux=True
+    )
+
+    def step(state: TrainState, batch: Batch, teacher_head_VE: jax.Array | None):
+        if accumulate == 1:
+            (_, (sums, stats)), grads = grad(state.params, batch, teacher_head_VE)
+        else:
+
+            def body(carry, micro):
+                (_, (sums, stats)), grads = grad(state.params, micro, teacher_head_VE)
+                return jax.tree.map(jnp.add, carry, (sums, grads)), stats
+
+            micros = _micro_batches(batch, accumulate)
+            shapes = jax.eval_shape(
+                lambda b: grad(state.params, b, teacher_head_VE),
+                jax.tree.map(lambda x: x[0], micros),
+            )
+            (_, (sums_like, _)), grads_like = shapes
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (sums_like, grads_like))
+            (sums, grads), stats = jax.lax.scan(body, zeros, micros)
+            stats = _merge(stats)
+        count = jnp.maximum(sums["loss"][1], 1)
+        grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        measured = metrics.finalize(sums)
+        measured["grad_norm"] = optax.global_norm(grads)
+        measured["trained_tokens"] = sums["loss"][1]
+        return TrainState(params, opt_state, state.step + 1), measured, stats
+
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None, None))

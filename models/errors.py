@@ -1,0 +1,5 @@
+"""The one exception for what a user can mend; every verb turns it into one line and exit code 2."""
+
+
+class UserError(Exception):
+    """A user's mistake; the message is one line naming the file, row, flag or field at fault."""

@@ -1,0 +1,132 @@
+"""What a Qwen3 is: the fields of config.json that change the mathematics, and the released sizes.
+
+Field names are those of Hugging Face's config.json, so that a reader of either knows both. The
+letters that stand for them in array names: V vocab_size, D hidden_size, F intermediate_size,
+L num_hidden_layers, N num_attention_heads, K num_key_value_heads, H head_dim.
+"""
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+
+from models.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Architecture of a dense Qwen3 (arXiv 2505.09388, table 1)."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+
+    @classmethod
+    def from_hf(cls, fields: dict, source: str = "config.json") -> "Config":
+        """Reads config.json's fields, in transformers 4 and 5 spellings of the rotary embedding.
+
+        Raises:
+          UserError: for another architecture, a missing field, or a variant that this model
+            does not compute (biases, sliding windows, scaled rotary embeddings).
+        """
+        architectures = fields.get("architectures") or [fields.get("model_type", "unknown")]
+        if architectures[0] not in ("Qwen3ForCausalLM", "qwen3"):
+            raise UserError(f"{source}: architecture {architectures[0]!r} is not Qwen3ForCausalLM")
+        rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise UserError(f"{source}: rope type {kind!r} is not supported, only 'default'")
+        for name, plain in (("attention_bias", False), ("use_sliding_window", False)):
+            if fields.get(name, plain) != plain:
+                raise UserError(f"{source}: {name}={fields[name]!r} is not supported")
+        if fields.get("hidden_act", "silu") != "silu":
+            raise UserError(f"{source}: hidden_act={fields['hidden_act']!r} is not supported")
+        values = {**fields, "rope_theta": rope.get("rope_theta", fields.get("rope_theta"))}
+        missing = [f.name for f in dataclasses.fields(cls) if values.get(f.name) is None]
+        if missing:
+            raise UserError(f"{source}: field {missing[0]!r} is missing")
+        kinds = typing.get_type_hints(cls)
+        config = cls(**{name: kind(values[name]) for name, kind in kinds.items()})
+        if config.num_attention_heads % config.num_key_value_heads:
+            raise UserError(
+                f"{source}: num_attention_heads={config.num_attention_heads} is no multiple of "
+                f"num_key_value_heads={config.num_key_value_heads}"
+            )
+        if config.head_dim % 2:
+            raise UserError(f"{source}: head_dim={config.head_dim} is odd; rotary needs pairs")
+        return config
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> "Config":
+        """Reads DIRECTORY/config.json; raises UserError when it is missing or malformed."""
+        path = Path(directory) / "config.json"
+        if not path.is_file():
+            raise UserError(f"{directory}: no model directory (it has no config.json)")
+        try:
+            fields = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path}: not JSON ({error})") from None
+        return cls.from_hf(fields, str(path))
+
+    def to_hf(self) -> dict:
+        """The config.json fields that transformers 4 and 5 and vLLM read this architecture from."""
+        return {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            **dataclasses.asdict(self),
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "hidden_act": "silu",
+            "initializer_range": 0.02,
+            "sliding_window": None,
+            "use_sliding_window": False,
+            "max_window_layers": self.num_hidden_layers,
+            "use_cache": True,
+        }
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the model; a tied head counts once."""
+        d, f = self.hidden_size, self.intermediate_size
+        heads, kv = self.num_attention_heads, self.num_key_value_heads
+        attention = d * self.head_dim * (2 * heads + 2 * kv) + 2 * self.head_dim
+        layer = attention + 3 * d * f + 2 * d
+        embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
+        return self.num_hidden_layers * layer + embeddings + d
+
+
+def _dense(d: int, f: int, layers: int, heads: int, tied: bool) -> Config:
+    return Config(
+        vocab_size=151_936,
+        hidden_size=d,
+        intermediate_size=f,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        rope_theta=1e6,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=tied,
+        max_position_embeddings=40_960,
+    )
+
+
+# The dense models of the Qwen3 report. Base models allow 32,768 positions and the 2507 releases
+# have another rope_theta: a model directory's own config.json is what a run reads.
+SIZES = {
+    "0.6b": _dense(1024, 3072, 28, 16, tied=True),
+    "1.7b": _dense(2048, 6144, 28, 16, tied=True),
+    "4b": _dense(2560, 9728, 36, 32, tied=True),
+    "8b": _dense(4096, 12288, 36, 32, tied=False),
+    "14b": _dense(5120, 17408, 40, 40, tied=False),
+    "32b": _dense(5120, 25600, 64, 64, tied=False),
+}

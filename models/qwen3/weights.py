@@ -1,0 +1,186 @@
+"""How a Qwen3 is stored: one table of Hugging Face names drives both load and save.
+
+Loading reads, for every parameter, just the bytes that each local device holds (a slice of each
+layer's tensor), casts them and puts them there: host memory is one device's share of one stacked
+parameter, and there is never a second copy of the model.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from models.errors import UserError
+from models.qwen3.config import Config
+
+# path in the parameters -> (name in the checkpoint, stored transposed: torch keeps [out, in])
+TABLE: dict[tuple[str, ...], tuple[str, bool]] = {
+    ("embed",): ("model.embed_tokens.weight", False),
+    ("head",): ("lm_head.weight", False),
+    ("final_norm", "scale"): ("model.norm.weight", False),
+    ("layers", "attention_norm", "scale"): ("model.layers.{}.input_layernorm.weight", False),
+    ("layers", "attention", "q", "kernel"): ("model.layers.{}.self_attn.q_proj.weight", True),
+    ("layers", "attention", "k", "kernel"): ("model.layers.{}.self_attn.k_proj.weight", True),
+    ("layers", "attention", "v", "kernel"): ("model.layers.{}.self_attn.v_proj.weight", True),
+    ("layers", "attention", "o", "kernel"): ("model.layers.{}.self_attn.o_proj.weight", True),
+    ("layers", "attention", "q_norm", "scale"): ("model.layers.{}.self_attn.q_norm.weight", False),
+    ("layers", "attention", "k_norm", "scale"): ("model.layers.{}.self_attn.k_norm.weight", False),
+    ("layers", "mlp_norm", "scale"): ("model.layers.{}.post_attention_layernorm.weight", False),
+    ("layers", "mlp", "gate", "kernel"): ("model.layers.{}.mlp.gate_proj.weight", True),
+    ("layers", "mlp", "up", "kernel"): ("model.layers.{}.mlp.up_proj.weight", True),
+    ("layers", "mlp", "down", "kernel"): ("model.layers.{}.mlp.down_proj.weight", True),
+}
+
+SHARD_BYTES = 5 * 10**9  # Hugging Face's customary size of one file
+
+
+def _files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{index}: not an index of safetensors files ({error})") from None
+        files = [directory / name for name in names]
+    else:
+        files = [directory / "model.safetensors"]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: no such file")
+    return files
+
+
+@contextlib.contextmanager
+def _open(directory: Path) -> Iterator[dict[str, Any]]:
+    """Tensor name -> handle with .get_shape() and slicing, over all files of a directory."""
+    with contextlib.ExitStack() as stack:
+        slices = {}
+        for file in _files(directory):
+            try:
+                handle = stack.enter_context(safe_open(file, framework="numpy"))
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file}: not a readable safetensors file ({error})") from None
+            slices |= {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+        yield slices
+
+
+def _check(directory: Path, slices: dict[str, Any], config: Config, shapes: Any) -> None:
+    """Refuses missing, extra and misshapen tensors by name, before any is read."""
+    expected = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        name, transposed = TABLE[_names(path)]
+        stacked = "{}" in name
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        for layer in range(config.num_hidden_layers if stacked else 1):
+            expected[name.format(layer)] = list(shape[::-1] if transposed else shape)
+    if config.tie_word_embeddings:  # some tied checkpoints store the head all the same
+        slices.pop("lm_head.weight", None)
+    for name, shape in expected.items():
+        if name not in slices:
+            raise UserError(f"{directory}: tensor {name} is missing")
+        found = list(slices[name].get_shape())
+        if found != shape:
+            raise UserError(f"{directory}: {name} has shape {found}, config.json says {shape}")
+    extra = sorted(set(slices) - set(expected))
+    if extra:
+        raise UserError(f"{directory}: tensor {extra[0]} is no part of this Qwen3")
+
+
+def _names(path: tuple) -> tuple[str, ...]:
+    return tuple(key.key for key in path)
+
+
+def load(
+    directory: str | Path, config: Config, shapes: Any, shardings: Any, dtype: jnp.dtype
+) -> Any:
+    """Reads the parameters of DIRECTORY straight into `shardings`, cast to `dtype`.
+
+    Args:
+      shapes: tree of ShapeDtypeStructs (model.abstract, unboxed).
+      shardings: tree of jax shardings of the same structure.
+
+    Raises:
+      UserError: naming the file or tensor that is missing, extra, misshapen or unreadable.
+    """
+    directory = Path(directory)
+    with _open(directory) as slices:
+        _check(directory, slices, config, shapes)
+
+        def one(path: tuple, leaf: Any, sharding: Any) -> jax.Array:
+            name, transposed = TABLE[_names(path)]
+
+            def share(index: Any) -> np.ndarray:
+                rest = index[1:] if "{}" in name else index
+                rest = rest[::-1] if transposed else rest
+
+                def tensor(layer: int) -> np.ndarray:
+                    read = slices[name.format(layer)][rest]
+                    return (read.T if transposed else read).astype(dtype)
+
+                if "{}" not in name:
+                    return tensor(0)
+                layers = range(*index[0].indices(leaf.shape[0]))
+                first = tensor(layers[0])
+                out = np.empty((len(layers), *first.shape), dtype)
+                out[0] = first
+                for i, layer in enumerate(layers[1:], start=1):
+                    out[i] = tensor(layer)
+                return out
+
+            try:
+                return jax.make_array_from_callback(leaf.shape, sharding, share)
+            except SafetensorError as error:
+                raise UserError(f"{directory}: {name} cannot be read ({error})") from None
+
+        return jax.tree_util.tree_map_with_path(one, shapes, shardings)
+
+
+def _tensors(params: Any, config: Config, dtype: jnp.dtype) -> Iterator[tuple[str, np.ndarray]]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name, transposed = TABLE[_names(path)]
+        stacked = "{}" in name
+        for layer in range(config.num_hidden_layers if stacked else 1):
+            tensor = np.asarray(leaf[layer] if stacked else leaf).astype(dtype)
+            yield name.format(layer), np.ascontiguousarray(tensor.T if transposed else tensor)
+
+
+def save(params: Any, config: Config, directory: Path, dtype: jnp.dtype) -> None:
+    """Writes config.json and (sharded) safetensors of `params` cast to `dtype` into DIRECTORY.
+
+    transformers and vLLM load the result once a tokenizer lies beside it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    fields = config.to_hf() | {"dtype": jnp.dtype(dtype).name, "torch_dtype": jnp.dtype(dtype).name}
+    (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    shards: list[list[str]] = []
+    batch: dict[str, np.ndarray] = {}
+    total = 0
+
+    def flush() -> None:
+        shards.append(list(batch))
+        save_file(batch, directory / f"shard-{len(shards)}.tmp", metadata={"format": "pt"})
+        batch.clear()
+
+    for name, tensor in _tensors(params, config, dtype):
+        if batch and sum(t.nbytes for t in batch.values()) + tensor.nbytes > SHARD_BYTES:
+            flush()
+        batch[name] = tensor
+        total += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (directory / "shard-1.tmp").rename(directory / "model.safetensors")
+        return
+    weight_map = {}
+    for i, names in enumerate(shards, start=1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        (directory / f"shard-{i}.tmp").rename(directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,140 @@
+"""Sums, files and lines of a run."""
+
+import fcntl
+import json
+import math
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from distill import metrics
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_unequal_micro_batches_weigh_by_count():
+    a = {"loss": (jnp.float32(6), jnp.float32(2))}
+    b = {"loss": (jnp.float32(1), jnp.float32(8))}
+    mean = metrics.finalize(jax.jit(metrics.add)(a, b))
+    assert float(mean["loss"]) == pytest.approx(0.7)
+
+
+def test_count_zero_is_nan_and_null():
+    mean = metrics.finalize({"x": (jnp.float32(0), jnp.int32(0))})
+    assert math.isnan(mean["x"])
+    assert metrics.dumps(mean) == '{"x": null}'
+
+
+def test_dumps_is_finite():
+    row = {"a": np.float32(np.inf), "b": [float("nan"), 1], "c": jnp.bfloat16(1.5), "d": (1, None)}
+    assert json.loads(metrics.dumps(row)) == {"a": None, "b": [None, 1], "c": 1.5, "d": [1, None]}
+
+
+def test_wilson():
+    assert metrics.wilson(0, 0) == (0.0, 1.0)
+    # R: prop.test(8, 10, correct=FALSE)
+    np.testing.assert_allclose(metrics.wilson(8, 10), (0.4901625, 0.9433178), atol=1e-6)
+    low, high = metrics.wilson(0, 10)
+    assert low == 0.0 and high == pytest.approx(0.2775328)
+    low, high = metrics.wilson(10, 10)
+    assert low == pytest.approx(0.7224672) and high == pytest.approx(1.0)
+
+
+def test_writer(tmp_path):
+    with metrics.Writer(tmp_path / "run", 0) as writer:
+        writer.write(0, "sft", {"train/loss": jnp.float32(1.5), "train/kl": float("nan")})
+        # Flushed: a reader sees the row while the run goes on.
+        assert rows(tmp_path / "run" / "metrics.jsonl") == [
+            {"step": 0, "stage": "sft", "train/loss": 1.5, "train/kl": None}
+        ]
+        writer.write_rollouts(0, [{"text": "a\u2028b", "logp": np.float32([0.5, -np.inf])}])
+    assert rows(tmp_path / "run" / "rollouts" / "000000.jsonl") == [
+        {"text": "a\u2028b", "logp": [0.5, None]}
+    ]
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+
+
+def test_resume_drops_the_future(tmp_path):
+    with metrics.Writer(tmp_path, 0) as writer:
+        for step in range(5):
+            writer.write(step, "opd", {"x": step})
+            writer.write_rollouts(step, [{"step": step}])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "sta')  # killed while writing
+    with metrics.Writer(tmp_path, 3) as writer:
+        writer.write(3, "opd", {"x": 30})
+    assert [(r["step"], r["x"]) for r in rows(tmp_path / "metrics.jsonl")] == [
+        *((0, 0), (1, 1), (2, 2), (3, 30))
+    ]
+    assert len(list((tmp_path / "rollouts").iterdir())) == 3
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_write_json_is_whole_or_absent(tmp_path):
+    path = tmp_path / "new" / "summary.json"
+    metrics.write_json(path, {"a": 1.0})
+    with pytest.raises(TypeError):
+        metrics.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1.0}
+
+
+def test_plain_progress(capsys, monkeypatch):
+    monkeypatch.setattr(metrics, "_PLAIN_SECONDS", 3600.0)
+    with metrics.progress(10, 2, "sft") as bar:
+        for done in range(3, 11):
+            bar.update(done, {"loss": 1 / done})
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("sft 3/10 (") and lines[0].endswith("loss 0.3333")
+    assert lines[1].startswith("sft 10/10 (")
+
+
+def test_progress_bar_on_a_terminal():
+    code = (
+        "from distill import metrics\n"
+        "with metrics.progress(4, 1, 'sft') as bar:\n"
+        "    bar.update(3, {'loss': 0.25})\n"
+        "    metrics.say('hello')\n"
+        "    bar.update(4, {'loss': 0.125})\n"
+    )
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    chunks: list[bytes] = []
+
+    def read() -> None:
+        while True:
+            try:
+                chunk = os.read(master, 1024)
+            except OSError:  # the other end is closed
+                return
+            if not chunk:
+                return
+            chunks.append(chunk)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    subprocess.run([sys.executable, "-c", code], stderr=slave, check=True)
+    os.close(slave)
+    reader.join(10)
+    os.close(master)
+    shown = b"".join(chunks).decode()
+    assert "4/4" in shown and "loss 0.125" in shown and "hello" in shown
+
+
+def test_environment():
+    e = json.loads(metrics.dumps(metrics.environment()))
+    assert e["packages"]["jax"] == jax.__version__
+    assert e["devices"] == {"backend": "cpu", "kind": "cpu", "count": 8, "processes": 1}
+    assert e["git"] is None or len(e["git"]["revision"]) == 40
+    assert "pytest" in e["command"]

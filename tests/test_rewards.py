@@ -1,0 +1,144 @@
+"""The graders: agreement with published labels, and answers written to bring them down."""
+
+import json
+import operator
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from distill import rewards
+from distill.rewards import Grader, final_text, grade_arithmetic, grade_math
+from models.errors import UserError
+
+LABELLED = (
+    Path(__file__).parents[1].parent / "shared" / "data" / "gsm8k" / "graded_completions.jsonl"
+)
+
+
+@pytest.fixture(scope="module")
+def grader() -> Iterator[Grader]:
+    with Grader(timeout=2.0, workers=2) as grader:
+        yield grader
+
+
+@pytest.mark.parametrize(
+    ("response", "final"),
+    [
+        ("<think>\n1+1=2\n</think>\n\n2", "2"),
+        ("<think>\n</think> 1 <think> 2 </think> 3", "3"),
+        ("no thinking: 4\n", "no thinking: 4"),
+        ("1+1=2\n</think>\n\n2", "2"),  # the prompt had opened the block
+        ("</think></think>", ""),
+        ("<think>\n1+1=2\n", None),
+        ("<think>a</think> 5 <think> again", None),
+        ("", ""),
+    ],
+)
+def test_final_text_is_behind_the_thinking(response: str, final: str | None) -> None:
+    assert final_text(response) == final
+
+
+@pytest.mark.parametrize(
+    ("response", "outcome"),
+    [
+        ("<think>\n9-2=7\n</think>\n\n7", "correct"),
+        ("7", "correct"),
+        ("<think>\n9-2=7\n</think>\n\n8", "wrong"),
+        ("<think>\n9-2=7\n</think>\n\n-7", "wrong"),
+        ("<think>\n9-2=7\n</think>\n\n7 7", "no_answer"),
+        ("<think>\n9-2=7\n</think>\n\n7.0", "no_answer"),
+        ("<think>\n9-2=7\n</think>\n\n", "no_answer"),
+        ("<think>\n9-2=7", "no_answer"),
+        ("٧", "no_answer"),
+        ("7" * 100_000, "no_answer"),
+    ],
+)
+def test_arithmetic_is_an_exact_integer(response: str, outcome: str) -> None:
+    assert grade_arithmetic(response, "7") == outcome
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "outcome"),
+    [
+        (r"<think>\boxed{1}</think>so \boxed{42}.", "42", "correct"),
+        (r"\boxed{1}, no: \boxed{42}", "42", "correct"),
+        (r"\boxed{\frac{1}{2}}", "0.5", "correct"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{2}{4}", "correct"),
+        (r"\boxed{41} but also 42", "42", "wrong"),
+        (r"it is 42, \boxed{42", "42", "no_answer"),
+        ("<think> A: 42", "42", "no_answer"),
+        ("2 and 3\nA: 1,042", "1042", "correct"),
+        ("#### $42 for 7 days", "42", "correct"),
+        ("The answer is 42. I checked 3 times.", "42", "correct"),
+        ("The final answer is: -$4.50", "-4.5", "correct"),
+        ("6 * 7 = 42", "42", "correct"),
+        ("#### 43", "42", "wrong"),
+        ("I do not know", "42", "no_answer"),
+        (r"\boxed{" + "4" * 2000 + "}", "42", "wrong"),
+    ],
+)
+def test_math_finds_the_answer(response: str, answer: str, outcome: str) -> None:
+    assert grade_math(response, answer) == outcome
+
+
+@pytest.mark.skipif(not LABELLED.exists(), reason="no labelled completions beside the project")
+def test_agrees_with_published_labels(grader: Grader) -> None:
+    with LABELLED.open() as lines:
+        rows = [json.loads(line) for line in lines][::4]
+    outcomes = grader.grade(
+        "gsm8k", [row["completion"] for row in rows], [row["answer"] for row in rows]
+    )
+    agree = [(o == "correct") == row["is_correct"] for o, row in zip(outcomes, rows, strict=True)]
+    assert len(rows) >= 600 and sum(agree) >= 0.995 * len(rows)
+
+
+HOSTILE = {
+    "100 kB of LaTeX": r"\boxed{" + r"\frac{1}{2}+" * 9000 + "1}",
+    "100 kB without a box": r"$\frac{1}{2}+$" * 8000,
+    "newlines": "\n" * 100_000,
+    "nested braces": r"\boxed{" + "{" * 480 + "1" + "}" * 480 + "}",
+    "nested fractions": r"\boxed{" + r"\frac{1}{" * 80 + "2" + "}" * 80 + "}",
+    "power": "9**9**9",
+    "LaTeX power": r"\boxed{9^{9^{9}}}",
+    "factorial": r"\boxed{((9!)!)!}",
+    "never closed": r"\boxed{42",
+    "unicode": "\\boxed{４２} 🦙 \ud800 \x00",
+    "code": "\\boxed{__import__('os')._exit(0)}",
+    "empty": "",
+    "empty box": r"\boxed{}",
+}
+
+
+def test_hostile_answers_come_back_in_time_and_the_pool_lives_on(grader: Grader) -> None:
+    started = time.monotonic()
+    outcomes = grader.grade("gsm8k", list(HOSTILE.values()), ["42"] * len(HOSTILE))
+    assert time.monotonic() - started < 2.0 * len(HOSTILE) + 10
+    assert "correct" not in outcomes and set(outcomes) <= set(rewards.OUTCOMES)
+    assert "timeout" in outcomes
+    twenty_boxes = r"\boxed{1} " * 19 + r"\boxed{42}"
+    assert grader.grade("gsm8k", [twenty_boxes, "#### 41"], ["42", "42"]) == ["correct", "wrong"]
+
+
+def test_a_hanging_or_dying_worker_is_replaced(
+    grader: Grader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(rewards.GRADERS, "call", operator.call)  # "grades" f, x as f(x)
+    calls, arguments = [time.sleep, os._exit, operator.neg, str], [60, 1, "x", "correct"]
+    outcomes = grader.grade("call", calls, arguments)  # pyright: ignore[reportArgumentType]
+    assert outcomes == ["timeout", "error", "error", "correct"]
+    assert grader.grade("gsm8k", ["#### 42"], ["42"]) == ["correct"]
+
+
+def test_arithmetic_starts_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Grader() as grader:
+        monkeypatch.setattr(grader, "_pool", None)
+        assert grader.grade("arithmetic", ["7", "8"], ["7", "7"]) == ["correct", "wrong"]
+        monkeypatch.undo()
+
+
+def test_an_unknown_benchmark_is_the_users_mistake() -> None:
+    with Grader() as grader, pytest.raises(UserError, match="'gsm9k' is none of arithmetic, gsm8k"):
+        grader.grade("gsm9k", ["7"], ["7"])
