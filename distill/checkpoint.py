@@ -10,7 +10,9 @@ ask for some of them only (the parameters, say, and not the optimiser), and the 
 of the caller's `meta` and of each leaf's shape, dtype and checksum.
 """
 
+import gc
 import json
+import sys
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -28,6 +30,10 @@ from models.errors import UserError
 Meta = dict[str, Any]
 
 
+class _Damaged(Exception):
+    """A checkpoint that cannot be read, or not as it was written; one line says why."""
+
+
 class Checkpoints:
     """The checkpoints under `directory`. Use as a context: leaving it waits for the last save.
 
@@ -39,17 +45,16 @@ class Checkpoints:
     def __init__(
         self, directory: epath.PathLike, every: int | None = None, keep: int | None = None
     ) -> None:
-        self._directory = epath.Path(directory)
+        self._directory = epath.Path(directory).absolute()
         self._every = every
         self._damaged: set[int] = set()
         self._manager: ocp.CheckpointManager | None = None
         if every is not None:
             self._directory.mkdir(parents=True, exist_ok=True)
-        if self._directory.is_dir():
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep, cleanup_tmp_directories=every is not None, create=False
+                max_to_keep=keep, cleanup_tmp_directories=True, create=False
             )
-            self._manager = ocp.CheckpointManager(self._directory.absolute(), options=options)
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(self, step: int, state: Any, meta: Meta, force: bool = False) -> bool:
         """Starts saving, if `every` divides `step` or `force`; returns whether it did.
@@ -58,17 +63,19 @@ class Checkpoints:
         writing goes on behind. A step that is already saved is left as it is. Raises ValueError
         if a newer whole checkpoint exists, and whatever went wrong in the previous save.
         """
-        assert self._manager is not None and self._every is not None
+        assert self._manager is not None and self._every is not None, "opened to be read"
         if step % self._every and not force:
             return False
-        for newer in [s for s in self._steps() if s >= step]:
-            if newer not in self._damaged:
-                if newer == step:
-                    return False
-                raise ValueError(f"step {step}: {self._directory} already holds step {newer}")
-            metrics.say(f"{self._directory / str(newer)}: damaged, replaced from step {step} on")
-            self._manager.delete(newer)
-            self._damaged.discard(newer)
+        ahead = {s for s in self._manager.all_steps() if s >= step}
+        whole = ahead - self._damaged
+        if whole - {step}:
+            raise ValueError(f"step {step}: {self._directory} already holds {max(whole)}")
+        if whole:
+            return False
+        for damaged in sorted(ahead):
+            metrics.say(f"{self._directory / str(damaged)}: damaged, so step {step} replaces it")
+            self._manager.delete(damaged)
+            self._damaged.discard(damaged)
         leaves = _flat(state)
         checks = jax.device_get({path: _checksum(x) for path, x in leaves.items()})
         about = {
@@ -88,7 +95,7 @@ class Checkpoints:
         for step in self._steps():
             try:
                 return step, self._about(step)["meta"]
-            except Exception as error:
+            except _Damaged as error:
                 self._pass_over(step, error)
         return None
 
@@ -103,51 +110,45 @@ class Checkpoints:
         steps = self._steps()
         if step is not None and step not in steps:
             raise UserError(f"{self._directory}: no checkpoint of step {step}, only of {steps}")
-        first_error: str | None = None
+        reasons = []
         for candidate in steps if step is None else [step]:
-            state, meta, error = None, None, None
             try:
-                about = self._about(candidate)
-                _require_same(about["leaves"], _flat(abstract_state), self._directory, candidate)
-                state, meta = self._read(candidate, abstract_state, about), about["meta"]
-            except UserError:
-                raise
-            except Exception as problem:  # Orbax, tensorstore and json raise many kinds
-                error = problem
-            if _everywhere(error is None):
-                assert meta is not None
-                return state, meta
-            reason = self._pass_over(candidate, error)
-            first_error = first_error or reason
-        if first_error:
-            raise UserError(f"no checkpoint could be read: {first_error}")
+                return self._load(candidate, abstract_state)
+            except _Damaged as error:
+                reasons.append(self._pass_over(candidate, error))
+        if reasons:
+            raise UserError(f"no checkpoint could be read: {reasons[0]}")
         return None
 
     def _steps(self) -> list[int]:
-        """Newest first."""
-        return sorted(self._manager.all_steps(), reverse=True) if self._manager else []
+        """Steps on disk, newest first."""
+        return sorted(ocp.utils.checkpoint_steps(self._directory), reverse=True)
 
-    def _pass_over(self, step: int, error: Exception | None) -> str:
+    def _pass_over(self, step: int, error: _Damaged) -> str:
         self._damaged.add(step)
-        lines = str(error or "another process could not read it").splitlines()
-        kind = f"{type(error).__name__}: " if error else ""
-        reason = f"{self._directory / str(step)}: damaged ({kind}{lines[0] if lines else ''})"
+        reason = f"{self._directory / str(step)}: damaged ({error})"
         metrics.say(f"warning: {reason}")
         return reason
 
     def _about(self, step: int) -> dict[str, Any]:
-        assert self._manager is not None
-        args = ocp.args.Composite(about=ocp.args.JsonRestore())
-        about = self._manager.restore(step, args=args)["about"]
+        about = _read(self._directory / str(step) / "about", ocp.args.JsonRestore())
         if about.pop("crc32") != _crc32(about):
-            raise ValueError("the checksum of its JSON does not match")
+            raise _Damaged("the checksum of about does not match")
         return about
 
-    def _read(self, step: int, abstract_state: Any, about: dict[str, Any]) -> Any:
-        assert self._manager is not None
+    def _load(self, step: int, abstract_state: Any) -> tuple[Any, Meta]:
         abstract = _flat(abstract_state)
-        args = {name: ocp.args.StandardRestore(item) for name, item in _items(abstract).items()}
-        found = self._manager.restore(step, args=ocp.args.Composite(**args))
+        about, found, error = {}, {}, None
+        try:
+            about = self._about(step)
+            _require_same(about["leaves"], abstract, self._directory / str(step))
+            for name, item in _items(abstract).items():
+                where = self._directory / str(step) / name
+                found[name] = _read(where, ocp.args.StandardRestore(item))
+        except _Damaged as problem:
+            error = problem
+        if not _everywhere(error is None):  # before the checksums, which all compute together
+            raise error or _Damaged("another process could not read its part")
         leaves, checks = {}, {}
         for path in abstract:
             name, _, rest = path.partition("/")
@@ -159,8 +160,9 @@ class Checkpoints:
             del x
         for path, check in jax.device_get(checks).items():
             if int(check) != about["leaves"][path][2]:
-                raise ValueError(f"the checksum of {path} does not match")
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves.values())
+                raise _Damaged(f"the checksum of {path} does not match")
+        state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves.values())
+        return state, about["meta"]
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -169,6 +171,29 @@ class Checkpoints:
         # A failed last save is raised here, and only here.
         if self._manager is not None:
             self._manager.close()
+
+
+def _read(item: epath.Path, args: ocp.args.CheckpointArgs) -> Any:
+    """Reads one item without Orbax's barriers between processes: one whose part is damaged fails
+    alone, and `_everywhere` tells the others; within a barrier they would hang, or crash.
+    Raises _Damaged."""
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+    handler = (
+        ocp.JsonCheckpointHandler(multiprocessing_options=alone)
+        if isinstance(args, ocp.args.JsonRestore)
+        else ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+    )
+    try:
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+            return reader.restore(item, args=args)
+    except Exception as error:  # Orbax, tensorstore and json raise many kinds, some over pages
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+    # The failed read left its siblings hanging, and each would complain at length when collected.
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    gc.collect()
+    sys.unraisablehook = hook
+    raise _Damaged(f"{item.name}: {reason}")
 
 
 def _flat(tree: Any) -> dict[str, Any]:
@@ -186,9 +211,7 @@ def _items(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return items
 
 
-def _require_same(
-    saved: Mapping[str, Any], asked: Mapping[str, Any], directory: epath.Path, step: int
-) -> None:
+def _require_same(saved: Mapping[str, Any], asked: Mapping[str, Any], where: epath.Path) -> None:
     """Orbax would cast another dtype without a word, and its message for a shape names no leaf."""
     entries = _items(asked)
     wanted = {path: [list(x.shape), x.dtype.name] for path, x in asked.items()}
@@ -196,7 +219,7 @@ def _require_same(
     for path in sorted(wanted.keys() | held.keys()):
         if held.get(path) != wanted.get(path):
             raise UserError(
-                f"{directory / str(step)}: {path} is {_words(held.get(path))} there, "
+                f"{where}: {path} is {_words(held.get(path))} there, "
                 f"but {_words(wanted.get(path))} in this run's config"
             )
 

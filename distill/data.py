@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -229,4 +230,5 @@ def trace_batch(examples: list[Example], max_prompt: int, max_response: int) -> 
         segments[row, : start + len(response)] = 1
         mask[row, start : start + len(response)] = True
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), tokens.shape)
-    return Batch(tokens, positions, segments, mask)  # pyright: ignore[reportArgumentType]
+    arrays: Any = (tokens, positions, segments, mask)  # host arrays, until they are put on a mesh
+    return Batch(*arrays)

@@ -138,7 +138,7 @@ def reverse_kl(subject: Policy, teacher: Policy, rows: Iterable[Row], batch_size
     """
     examples = [data.Example(r["prompt_tokens"], r["tokens"], "", str(r["id"])) for r in rows]  # type: ignore[arg-type]
     width = rollout.bucket(max(len(e.prompt) + len(e.response) for e in examples))
-    mesh = jax.tree.leaves(subject.params)[0].sharding.mesh
+    mesh = policy.mesh_of(subject)
     batch_size = -(-batch_size // mesh.size) * mesh.size
 
     @jax.jit
@@ -299,7 +299,7 @@ def evaluate(
     with (
         rewards.Grader() as grader,
         (out / "examples.jsonl").open("a") as file,
-        metrics.Progress(len(rows), len(rows) - left, benchmark) as bar,
+        metrics.progress(len(rows), len(rows) - left, benchmark) as bar,
     ):
         responses = respond(
             subject,
@@ -318,7 +318,7 @@ def evaluate(
             file.flush()
             kept += done
             tokens += sum(int(row["length"]) for row in group)  # type: ignore[call-overload]
-            bar.update(number)
+            bar.update(number, {})
     seconds = time.perf_counter() - start
     summary = summarise(kept, ks)
     summary |= {"seconds": seconds, "tokens_per_second": tokens / seconds, "memory": memory()}
@@ -329,23 +329,52 @@ def evaluate(
     return summary
 
 
-MODEL = flags.DEFINE_string("model", "", "Model directory, hub id or run directory.")
-BENCHMARK = flags.DEFINE_string("benchmark", None, "gsm8k or arithmetic.", required=True)
-DATA = flags.DEFINE_string("data", "", "jsonl of question and answer (arithmetic: generated).")
-OUT = flags.DEFINE_string("out", None, "Directory for examples.jsonl, summary.json.", required=True)
-SAMPLES = flags.DEFINE_integer("samples", 1, "Responses to each problem.", lower_bound=1)
-KS = flags.DEFINE_list("k", ["1"], "pass@k for each of these, at most --samples.")
-LIMIT = flags.DEFINE_integer("limit", 0, "Only the first problems; 0: all.", lower_bound=0)
-THINKING = flags.DEFINE_enum("thinking", "on", ["on", "off"], "The chat template's switch.")
-RESPONSES = flags.DEFINE_string("responses", "", "jsonl of stored responses to grade instead.")
-TEACHER = flags.DEFINE_string("teacher", "", "Also measure reverse KL to this model.")
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 1024, "Length limit.", lower_bound=1)
-TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0: greedy.", lower_bound=0.0)
-TOP_K = flags.DEFINE_integer("top_k", 0, "0: off.", lower_bound=0)
-TOP_P = flags.DEFINE_float("top_p", 1.0, "1: off.", lower_bound=1e-6, upper_bound=1.0)
-SEED = flags.DEFINE_integer("seed", 0, "Of sampling.", lower_bound=0)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Responses sampled together.", lower_bound=1)
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
+OPTIONS = flags.FlagValues()
+MODEL = flags.DEFINE_string(
+    "model", "", "Model directory, hub id or run directory.", flag_values=OPTIONS
+)
+BENCHMARK = flags.DEFINE_string(
+    "benchmark", None, "gsm8k or arithmetic.", required=True, flag_values=OPTIONS
+)
+DATA = flags.DEFINE_string(
+    "data", "", "jsonl of question and answer; arithmetic makes its own.", flag_values=OPTIONS
+)
+OUT = flags.DEFINE_string(
+    "out", None, "Directory of examples.jsonl, summary.json.", required=True, flag_values=OPTIONS
+)
+SAMPLES = flags.DEFINE_integer(
+    "samples", 1, "Responses to each problem.", lower_bound=1, flag_values=OPTIONS
+)
+KS = flags.DEFINE_list("k", ["1"], "pass@k for these, at most --samples.", flag_values=OPTIONS)
+LIMIT = flags.DEFINE_integer(
+    "limit", 0, "Only the first problems; 0: all.", lower_bound=0, flag_values=OPTIONS
+)
+THINKING = flags.DEFINE_enum(
+    "thinking", "on", ["on", "off"], "The chat template's switch.", flag_values=OPTIONS
+)
+RESPONSES = flags.DEFINE_string(
+    "responses", "", "jsonl of stored responses to grade, without a model.", flag_values=OPTIONS
+)
+TEACHER = flags.DEFINE_string(
+    "teacher", "", "Measure the reverse KL to this model too.", flag_values=OPTIONS
+)
+MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", 1024, "Longest response, in tokens.", lower_bound=1, flag_values=OPTIONS
+)
+TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.0, "0: greedy.", lower_bound=0.0, flag_values=OPTIONS
+)
+TOP_K = flags.DEFINE_integer("top_k", 0, "0: off.", lower_bound=0, flag_values=OPTIONS)
+TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "1: off.", lower_bound=1e-6, upper_bound=1.0, flag_values=OPTIONS
+)
+SEED = flags.DEFINE_integer("seed", 0, "Of sampling.", lower_bound=0, flag_values=OPTIONS)
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 64, "Responses sampled together.", lower_bound=1, flag_values=OPTIONS
+)
+DTYPE = flags.DEFINE_enum(
+    "dtype", "", ["", "float32", "bfloat16"], "Of the computation.", flag_values=OPTIONS
+)
 
 
 def main() -> None:
@@ -364,11 +393,9 @@ def main() -> None:
     rows = problems(BENCHMARK.value, DATA.value, LIMIT.value)
     if not MODEL.value:
         raise UserError("--model: name a model directory, or give --responses")
-    mesh = mesh_lib.make(1, -1, 1)
-    with mesh_lib.use(mesh):
-        paths = [path for path in (MODEL.value, TEACHER.value) if path]
-        described = [policy.describe(path, DTYPE.value, False, mesh) for path in paths]
-        subject, *teachers = [policy.load(p, DTYPE.value) for p in described]
+    described = [policy.reader(p, DTYPE.value) for p in (MODEL.value, TEACHER.value) if p]
+    with policy.use(described[0]):
+        subject, *teachers = [policy.load(p, p.model.dtype.name) for p in described]
         evaluate(
             subject,
             BENCHMARK.value,
@@ -386,4 +413,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, OPTIONS)

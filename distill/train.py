@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import json
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,8 +27,11 @@ from distill.policy import Policy
 from models.errors import UserError
 from models.qwen3 import model
 
-CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; resumes if it holds one.")
+OPTIONS = flags.FlagValues()
+CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=OPTIONS)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of the run; resumes if it holds one.", OPTIONS, required=True
+)
 
 RUN_LOCAL = ("checkpoint", "log")  # may change on resume: they do not touch the trajectory
 
@@ -215,7 +217,7 @@ def claim(workdir: Path, c: ConfigDict) -> None:
         raise UserError(f"{workdir} holds checkpoints but no config.json: not a run to resume")
     workdir.mkdir(parents=True, exist_ok=True)
     metrics.write_json(path, now)
-    metrics.write_json(workdir / "environment.json", metrics.environment(sys.argv))
+    metrics.write_json(workdir / "environment.json", metrics.environment())
 
 
 def _differences(before: object, now: object, at: str) -> Iterator[str]:
@@ -312,7 +314,7 @@ def run_stage(
     teacher_head = model.head(plan.teacher.params) if plan.teacher else None
     schedule = optim.schedule(s.optim, s.steps)
     shown = ("train/loss", "train/grad_norm", "rollout/mean_length", "time/step")
-    with metrics.Progress(s.steps, int(state.step) - stage.first, stage.name) as bar:
+    with metrics.progress(s.steps, int(state.step) - stage.first, stage.name) as bar:
         for step in range(int(state.step), stage.end):
             start = time.perf_counter()
             batch, measured = collect(state.params, step, jax.random.fold_in(root, step))
@@ -332,10 +334,8 @@ def run_stage(
 
 
 def main() -> None:
-    if not WORKDIR.value:
-        raise UserError("--workdir: name a directory for the run")
     run(CONFIG.value, Path(WORKDIR.value))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, OPTIONS)

@@ -147,7 +147,7 @@ def make(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         measured = metrics.finalize(sums)
-        measured["grad_norm"] = optax.global_norm(grads)
+        measured["grad_norm"] = optax.tree.norm(grads)
         measured["trained_tokens"] = sums["loss"][1]
         return TrainState(params, opt_state, state.step + 1), measured, stats
 

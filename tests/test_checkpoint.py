@@ -112,7 +112,7 @@ def test_every_keep_and_force(tmp_path):
         done = [step for step in range(1, 8) if saved.save(step, state(step), {}, force=step == 7)]
         assert done == [2, 4, 6, 7]
         assert not saved.save(7, state(7), {}, force=True)
-        with pytest.raises(ValueError, match="already holds step 7"):
+        with pytest.raises(ValueError, match="already holds 7"):
             saved.save(6, state(6), {})
     assert {p.name for p in tmp_path.iterdir() if p.name.isdigit()} == {"6", "7"}
 

@@ -1,5 +1,7 @@
 """The streamed head against the naive one: values, gradients, memory."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -143,8 +145,9 @@ def test_memory_of_the_streamed_loss():
         return naive(*args)["reverse_kl"].sum()
 
     def peak(f):
-        analysis = jax.jit(jax.value_and_grad(f, (0, 1))).lower(*shapes).compile()
-        return analysis.memory_analysis().temp_size_in_bytes
+        compiled = jax.jit(jax.value_and_grad(f, (0, 1))).lower(*shapes).compile()
+        analysis: Any = compiled.memory_analysis()
+        return analysis.temp_size_in_bytes
 
     ours, reference = peak(streamed), peak(plain)
     print(f"streamed {ours / 2**30:.2f} GiB, naive {reference / 2**30:.2f} GiB")

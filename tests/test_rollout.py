@@ -1,6 +1,7 @@
 """The sampler: it draws from what it says, and a row's tokens are its own."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -151,9 +152,10 @@ def test_truncation_matches_transformers():
 
     logits = np.random.default_rng(0).normal(size=(16, 200)).astype(np.float32) * 3
     for k, p in ((20, 1.0), (0, 0.8), (20, 0.95), (5, 0.5)):
-        reference = torch.tensor(logits) / 0.6
-        reference = TopKLogitsWarper(k)(None, reference) if k else reference
-        reference = TopPLogitsWarper(p)(None, reference) if p < 1 else reference
+        reference: Any = torch.tensor(logits) / 0.6
+        no_ids: Any = None
+        reference = TopKLogitsWarper(k)(no_ids, reference) if k else reference
+        reference = TopPLogitsWarper(p)(no_ids, reference) if p < 1 else reference
         ours = rollout.truncate(jnp.asarray(logits), Sampling(0.6, k, p))
         np.testing.assert_allclose(ours, reference.numpy(), rtol=1e-6)
 

@@ -1,0 +1,40 @@
+"""On-policy distillation of the embedded student from the embedded teacher, on a laptop.
+
+    make quickstart
+    python -m distill.train --config=configs/quickstart.py --workdir=runs/x
+
+A student of under half the teacher's size samples solutions of word problems; the teacher's
+distribution at every token of them is what it learns. The argument `tiny` makes a run of a few
+small steps.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """What differs from base: the models under assets/, float32, sizes for two CPU cores."""
+    if arg not in ("", "tiny"):
+        raise ValueError(f"configs/quickstart.py takes the argument 'tiny' or none, got {arg!r}")
+    c = base.get_config()
+    c.student.path = "assets/student"
+    c.student.dtype = "float32"
+    c.student.remat = False
+    c.teacher.path = "assets/teacher"
+    c.teacher.param_dtype = c.teacher.dtype = "float32"
+    c.checkpoint.every = 200
+    c.log.transcripts_every = 100
+
+    c.opd.steps = 900
+    c.opd.batch_size = 32
+    c.opd.max_prompt_tokens = 60
+    c.opd.max_response_tokens = 52
+    c.opd.optim.learning_rate = 1e-3
+    c.opd.optim.final_fraction = 0.02
+    if arg == "tiny":
+        c.opd.steps = 3
+        c.opd.batch_size = 8
+        c.checkpoint.every = 2
+        c.log.transcripts_every = 2
+    return c

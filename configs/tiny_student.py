@@ -1,0 +1,23 @@
+"""How assets/student was made: its own random weights, annealed SFT on a small fixed set of traces.
+
+    python -m distill.train --config=configs/tiny_student.py --workdir=runs/tiny_student
+    python -m distill.export --run=runs/tiny_student --out=assets/student
+
+LOG.md has the time and the accuracy.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import tiny_teacher
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """What differs from the teacher: the size, another seed, few traces in many epochs."""
+    c = tiny_teacher.get_config(arg)
+    c.seed = 11
+    c.student.path = "assets/student"
+    c.sft.batch_size = min(32, c.sft.batch_size)
+    c.sft.data.size = 3000
+    if arg != "tiny":
+        c.sft.steps = 1000
+    return c

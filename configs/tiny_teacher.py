@@ -1,0 +1,34 @@
+"""How assets/teacher was made: SFT from random weights on fresh problems, never seen twice.
+
+    python -m distill.train --config=configs/tiny_teacher.py --workdir=runs/tiny_teacher
+    python -m distill.export --run=runs/tiny_teacher --out=assets/teacher
+
+LOG.md has the time and the accuracy.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """What differs from base: one sft stage on the generated task, random initial weights."""
+    if arg not in ("", "tiny"):
+        raise ValueError(f"configs/tiny_teacher.py takes the argument 'tiny' or none, got {arg!r}")
+    c = base.get_config()
+    c.stages = ("sft",)
+    c.student.path = "assets/teacher"  # its config.json and tokenizer
+    c.student.random_init = True
+    c.student.dtype = "float32"
+    c.student.remat = False
+    c.sft.steps = 1600
+    c.sft.batch_size = 64
+    c.sft.max_prompt_tokens = 60
+    c.sft.max_response_tokens = 52
+    c.sft.optim.learning_rate = 3e-3
+    c.sft.optim.warmup_steps = 50
+    c.sft.optim.final_fraction = 0.02
+    if arg == "tiny":
+        c.sft.steps = 2
+        c.sft.batch_size = 8
+    return c

@@ -1,0 +1,127 @@
+"""python -m distill.quickstart [--workdir=runs/quickstart]: the whole of it, in minutes on a CPU.
+
+The embedded student before, on-policy distillation, the student after; exported to a Hugging Face
+directory, with one table at the end. Everything happens through the same functions as in the
+other verbs; stopped and started again, it goes on where it was.
+"""
+
+import time
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from distill import cli, evaluate, export, metrics, policy, rollout, train
+from distill import mesh as mesh_lib
+from distill.policy import Policy
+from models.errors import UserError
+
+OPTIONS = flags.FlagValues()
+CONFIG = config_flags.DEFINE_config_file(
+    "config", "configs/quickstart.py", lock_config=True, flag_values=OPTIONS
+)
+WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Directory of the run.", OPTIONS)
+PROBLEMS = flags.DEFINE_integer(
+    "problems", 1000, "Held-out problems to judge by.", lower_bound=1, flag_values=OPTIONS
+)
+
+Entry = dict[str, object]
+
+
+def judge(name: str, subject: Policy, teacher: Policy, out: Path, response_tokens: int) -> Entry:
+    """Greedy and sampled (temperature 1) accuracy on held-out problems, reverse KL, length."""
+    rows = evaluate.problems("arithmetic", "", PROBLEMS.value)
+    summaries = {}
+    for manner, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        metrics.say(f"{name}: {len(rows)} held-out problems, {manner}")
+        summaries[manner] = evaluate.evaluate(
+            subject,
+            "arithmetic",
+            rows,
+            out / "eval" / name / manner,
+            samples=1,
+            ks=[1],
+            thinking=True,
+            max_new_tokens=response_tokens,
+            sampling=rollout.Sampling(temperature),
+            seed=0,
+            batch_size=min(250, len(rows)),
+            teacher=teacher if temperature else None,
+        )
+    greedy, sampled = summaries["greedy"], summaries["sampled"]
+    return {
+        "accuracy": greedy["accuracy"],
+        "interval": greedy["interval"],
+        "accuracy_sampled": sampled["accuracy"],
+        "interval_sampled": sampled["interval"],
+        "reverse_kl": sampled["reverse_kl"],
+        "mean_length": greedy["mean_length"],
+        "seconds": greedy["seconds"] + sampled["seconds"],  # type: ignore[operator]
+        "model": subject.path,
+        "parameters": subject.config.num_parameters,
+    }
+
+
+def table(summary: dict[str, Entry]) -> str:
+    """The three judged models as lines of text."""
+    lines = [
+        f"{'':15} {'parameters':>10}  {'greedy accuracy':>22}  {'sampled, T = 1':>22}  "
+        f"{'reverse KL':>10}  {'length':>6}  {'seconds':>7}",
+        f"{'':15} {'':>10}  {'% [95% interval]':>22}  {'% [95% interval]':>22}  "
+        f"{'nats/token':>10}  {'tokens':>6}  {'to judge':>7}",
+    ]
+    for name in ("student_before", "student_after", "teacher"):
+        row = summary[name]
+
+        def share(kind: str, row: Entry = row) -> str:
+            low, high = row["interval" + kind]  # type: ignore[misc]
+            return f"{100 * row['accuracy' + kind]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"  # type: ignore[operator]
+
+        lines.append(
+            f"{name:15} {row['parameters']:>10,}  {share(''):>22}  {share('_sampled'):>22}  "
+            f"{row['reverse_kl']:>10.4f}  {row['mean_length']:>6.1f}  {row['seconds']:>7.1f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    c, out, start = CONFIG.value, Path(WORKDIR.value), time.perf_counter()
+    if c.stages[-1] != "opd":
+        raise UserError(f"config.stages: the quick start ends in opd, not in {c.stages[-1]!r}")
+    mesh = mesh_lib.make(**c.mesh)
+    limit = c.opd.max_response_tokens
+    with mesh_lib.use(mesh):
+        train.prepare(c, mesh)
+        train.claim(out, c)
+
+        def load(path: str) -> Policy:
+            return policy.load(policy.describe(path, "float32", False, mesh), "float32")
+
+        teacher = load(c.teacher.path)
+        summary: dict = {"teacher": judge("teacher", teacher, teacher, out, limit)}
+        summary["student_before"] = judge(
+            "student_before", load(c.student.path), teacher, out, limit
+        )
+        began = time.perf_counter()
+        train.run(c, out)
+        summary["distillation_seconds"] = time.perf_counter() - began
+        export.export(out, out / "student", None, "float32")
+        summary["student_after"] = judge(
+            "student_after", load(str(out / "student")), teacher, out, limit
+        )
+    summary["seconds"] = time.perf_counter() - start
+    summary["export"] = str(out / "student")
+    metrics.write_json(out / "summary.json", summary)
+    before, after, best = (summary[k] for k in ("student_before", "student_after", "teacher"))
+    print(f"\n{table(summary)}\n")
+    for kind, words in (("", "greedy"), ("_sampled", "sampled")):
+        gap = best["accuracy" + kind] - before["accuracy" + kind]
+        closed = (after["accuracy" + kind] - before["accuracy" + kind]) / gap if gap else 1.0
+        print(f"{100 * closed:.0f}% of the {words} gap to the teacher closed")
+    print(f"{summary['distillation_seconds']:.0f} s to distil, {summary['seconds']:.0f} s in all")
+    print(f"model     {summary['export']}  (a Hugging Face directory)")
+    print(f"run       {out}: summary.json, metrics.jsonl, rollouts/, eval/, tensorboard/")
+
+
+if __name__ == "__main__":
+    cli.run(main, OPTIONS)

@@ -1,0 +1,244 @@
+"""One step of the optimiser: equivalence classes, shardings, donation, teacher = student."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from distill import mesh as mesh_lib
+from distill import policy, update
+from distill.batch import Batch
+from models.errors import UserError
+from models.qwen3 import model
+from models.qwen3.config import Config
+
+B, T = 8, 24
+CONFIG = Config(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=16,
+    rope_theta=1e4,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=True,
+    max_position_embeddings=64,
+)
+TEACHER = dataclasses.replace(CONFIG, hidden_size=64, tie_word_embeddings=False)
+
+
+def optimizer():
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, b2=0.95))
+
+
+@functools.cache
+def initial(config, seed):
+    init = jax.jit(model.init, static_argnums=0)
+    return jax.tree.map(np.asarray, init(config, jax.random.key(seed)))
+
+
+def placed(config, seed, mesh):
+    shardings = jax.tree.map(lambda p: p.sharding, mesh_lib.parameters(config, mesh))
+    return jax.device_put(initial(config, seed), shardings)
+
+
+def batch(seed=0):
+    """Rows of very unequal numbers of trained tokens."""
+    rng = np.random.default_rng(seed)
+    lengths = np.array([24, 3, 9, 24, 5, 14, 2, 20])
+    segments = (np.arange(T)[None] < lengths[:, None]).astype(np.int32)
+    mask = (segments > 0) & (np.arange(T)[None] >= 1)
+    tokens = rng.integers(0, 96, (B, T)).astype(np.int32)
+    positions = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+    arrays: Any = (tokens, positions, segments, mask)
+    return Batch(*arrays)
+
+
+def curve(objective="opd", sizes=(1, 1, 1), accumulate=1, remat=False, scan=True, steps=3):
+    """Losses and gradient norms of a few steps, the final state, and the step's compilation."""
+    mesh = mesh_lib.make(*sizes)
+    with mesh_lib.use(mesh):
+        student = placed(CONFIG, 0, mesh)
+        teacher = placed(TEACHER, 1, mesh)
+        state = update.init(optimizer(), student, 0)
+        qwen3 = model.Qwen3(CONFIG, remat=remat, scan=scan)
+        step = update.make(qwen3, optimizer(), objective, accumulate, 4e-3 * mesh.size, state)
+        head, lowered, numbers = None, None, []
+        for i in range(steps):
+            data = jax.device_put(batch(i), mesh_lib.rows(mesh))
+            if objective == "opd":
+                hidden = policy.hidden(model.Qwen3(TEACHER), teacher, data)
+                data = dataclasses.replace(data, teacher_hidden_BTD=hidden)
+                head = model.head(teacher)
+            if i == 0:
+                lowered = step.lower(state, data, head)
+            state, measured, stats = step(state, data, head)
+            numbers.append([float(measured["loss"]), float(measured["grad_norm"])])
+    return np.array(numbers), state, lowered, stats
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return curve()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"accumulate": 8},
+        {"accumulate": 2},
+        {"remat": True},
+        {"sizes": (1, 8, 1)},
+        {"sizes": (8, 1, 1)},
+        {"sizes": (1, 2, 4)},
+        {"sizes": (2, 2, 2), "accumulate": 2, "remat": True},
+    ],
+    ids=str,
+)
+def test_equivalent_runs(golden, change):
+    numbers, state, _, stats = curve(**change)
+    np.testing.assert_allclose(numbers, golden[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(numbers[0], golden[0][0], rtol=1e-5, atol=1e-6)
+    for name, x in golden[3].items():
+        np.testing.assert_allclose(stats[name], x, rtol=2e-3, atol=2e-3)
+    assert int(state.step) == 3
+
+
+def test_the_divisor_is_the_global_count(golden):
+    """The loss is Σ over tokens / all tokens, not a mean of means over rows."""
+    numbers, _, _, _ = curve("sft", steps=1)
+    data = batch(0)
+    params = placed(CONFIG, 0, mesh_lib.make(1, 1, 1))
+    logits = policy.hidden(model.Qwen3(CONFIG), params, data) @ params["embed"].T
+    logp = np.asarray(jax.nn.log_softmax(logits))[:, :-1]
+    rows, columns = np.nonzero(data.mask_BT[:, 1:])
+    targets = data.tokens_BT[:, 1:][rows, columns]
+    np.testing.assert_allclose(numbers[0, 0], -logp[rows, columns, targets].mean(), rtol=1e-5)
+
+
+def test_teacher_is_student():
+    """Distilling a model from itself: no loss, no gradient, no change of direction to learn."""
+    mesh = mesh_lib.make(1, 1, 1)
+    with mesh_lib.use(mesh):
+        params = placed(CONFIG, 0, mesh)
+        data = batch()
+        hidden = policy.hidden(model.Qwen3(CONFIG), params, data)
+        data = dataclasses.replace(data, teacher_hidden_BTD=hidden)
+        state = update.init(optimizer(), params, 0)
+        step = update.make(model.Qwen3(CONFIG), optimizer(), "opd", 1, 4e-3, state)
+        _, measured, _ = step(state, data, jnp.array(model.head(params)))
+    assert abs(float(measured["loss"])) < 1e-6
+    assert float(measured["grad_norm"]) < 1e-5
+
+
+def test_a_padded_batch_has_the_loss_of_the_real_rows():
+    mesh = mesh_lib.make(1, 1, 1)
+    params = placed(CONFIG, 0, mesh)
+
+    def loss(data):
+        total, (sums, _) = update.loss_sums(model.Qwen3(CONFIG), "sft", 1.0, params, data, None)
+        return float(total), float(sums["loss"][1])
+
+    whole = batch()
+    blank = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x)]), whole)
+    np.testing.assert_allclose(loss(blank), loss(whole), rtol=1e-6)
+
+
+EXPECTED = {
+    "embed": (("fsdp", "tensor"), None),
+    "final_norm.scale": (None,),
+    "layers.attention.q.kernel": (None, "fsdp", "tensor"),
+    "layers.attention.k.kernel": (None, "fsdp", "tensor"),
+    "layers.attention.v.kernel": (None, "fsdp", "tensor"),
+    "layers.attention.o.kernel": (None, "tensor", "fsdp"),
+    "layers.attention.q_norm.scale": (None, None),
+    "layers.attention.k_norm.scale": (None, None),
+    "layers.attention_norm.scale": (None, None),
+    "layers.mlp_norm.scale": (None, None),
+    "layers.mlp.gate.kernel": (None, "fsdp", "tensor"),
+    "layers.mlp.up.kernel": (None, "fsdp", "tensor"),
+    "layers.mlp.down.kernel": (None, "tensor", "fsdp"),
+}
+
+
+def specs(tree):
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.sharding.spec)
+        for path, leaf in paths
+    }
+
+
+@pytest.fixture(scope="module")
+def sharded():
+    return curve(sizes=(1, 2, 4), steps=1)
+
+
+def padded(spec, rank):
+    return spec + (None,) * (rank - len(spec))
+
+
+def test_shardings_of_parameters_and_moments(sharded):
+    """After a step, each parameter and both its moments lie as the table says."""
+    state = sharded[1]
+    ranks = {k: len(v) for k, v in EXPECTED.items()}
+    found = specs(state.params)
+    assert {k: padded(v, ranks[k]) for k, v in found.items()} == EXPECTED
+    adam = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=_is_adam) if _is_adam(s))
+    for moment in (adam.mu, adam.nu):
+        assert {k: padded(v, ranks[k]) for k, v in specs(moment).items()} == EXPECTED
+
+
+def _is_adam(x):
+    return isinstance(x, optax.ScaleByAdamState)
+
+
+def test_shardings_of_activations():
+    """On 2 x 4: hidden states by rows over fsdp, heads over tensor, logits over the vocabulary."""
+    mesh = mesh_lib.make(1, 2, 4)
+    with mesh_lib.use(mesh):
+        params = placed(CONFIG, 0, mesh)
+        data = jax.device_put(batch(), mesh_lib.rows(mesh))
+        hidden = jax.jit(functools.partial(policy.hidden, model.Qwen3(CONFIG)))(params, data)
+        assert padded(tuple(hidden.sharding.spec), 3) in (
+            (("data", "fsdp"), None, None),
+            ("fsdp", None, None),
+        )
+        logits = jax.jit(lambda h, w: mesh_lib.split_vocabulary(jnp.einsum("BTD,VD->BTV", h, w)))(
+            hidden, model.head(params)
+        )
+        assert tuple(logits.sharding.spec)[2] == ("fsdp", "tensor")
+        cache = jax.jit(lambda: model.init_cache(CONFIG, B, 16, jnp.float32, stacked=True))()
+        assert tuple(cache.keys.sharding.spec)[2:4] in (
+            (("data", "fsdp"), "tensor"),
+            ("fsdp", "tensor"),
+        )
+        text = (
+            jax.jit(functools.partial(policy.hidden, model.Qwen3(CONFIG)))
+            .lower(params, data)
+            .compile()
+            .as_text()
+        )
+    assert text is not None
+    # one device's queries and MLP activations: B/2 rows, N/4 heads, F/4
+    assert f"f32[{B // 2},{T},{48 // 4}]" in text
+    assert f"f32[{B // 2},{T},{4 * 16 // 4}]" in text
+
+
+def test_the_state_is_donated(golden):
+    """Every array of the new state takes the place of an old one."""
+    state, lowered = golden[1], golden[2]
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+    assert lowered.compile().memory_analysis().alias_size_in_bytes >= size
+
+
+def test_indivisible_heads_are_refused():
+    with pytest.raises(UserError, match="num_attention_heads=4 does not divide by mesh axis tens"):
+        mesh_lib.check(CONFIG, mesh_lib.make(1, 1, 8), "config.json")
