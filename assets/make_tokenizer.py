@@ -46,7 +46,7 @@ SIZES = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 24,
-        "intermediate_size": 184,
+        "intermediate_size": 144,
     },
 }
 # Qwen2's pattern: digits stand alone, a word takes the one space before it.

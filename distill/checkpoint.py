@@ -77,11 +77,13 @@ class Checkpoints:
             self._manager.delete(damaged)
             self._damaged.discard(damaged)
         leaves = _flat(state)
-        checks = jax.device_get({path: _checksum(x) for path, x in leaves.items()})
+        # One after another: XLA on several CPU devices deadlocks, and then aborts, where programs
+        # with collectives queue up behind each other on few cores.
+        checks = {path: int(jax.device_get(_checksum(x))) for path, x in leaves.items()}
         about = {
             "meta": meta,
             "leaves": {
-                path: [list(x.shape), x.dtype.name, int(checks[path])] for path, x in leaves.items()
+                path: [list(x.shape), x.dtype.name, checks[path]] for path, x in leaves.items()
             },
         }
         items = {name: ocp.args.StandardSave(item) for name, item in _items(leaves).items()}
@@ -149,17 +151,16 @@ class Checkpoints:
             error = problem
         if not _everywhere(error is None):  # before the checksums, which all compute together
             raise error or _Damaged("another process could not read its part")
-        leaves, checks = {}, {}
+        leaves = {}
         for path in abstract:
             name, _, rest = path.partition("/")
             x = found[name].pop(rest or name)  # so that only one leaf is there twice
             # A copy: restored arrays may stand on host memory of the reader's, which cannot be
             # donated, and the first step after would need room for a second state.
             copy = jax.jit(_copied, out_shardings=(x.sharding, None))
-            leaves[path], checks[path] = copy(x)
+            leaves[path], check = copy(x)
             del x
-        for path, check in jax.device_get(checks).items():
-            if int(check) != about["leaves"][path][2]:
+            if int(jax.device_get(check)) != about["leaves"][path][2]:  # waits, as in `save`
                 raise _Damaged(f"the checksum of {path} does not match")
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves.values())
         return state, about["meta"]

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -254,3 +255,55 @@ with Checkpoints({str(tmp_path)!r}, every=1, keep=5) as saved:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and "saved returned" in done.stdout, done.stderr
     assert "File too large" in done.stderr or "EFBIG" in done.stderr, done.stderr[-2000:]
+
+
+TWO = """
+import glob, os, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+jax.distributed.initialize(f"localhost:{port}", 2, {process}, initialization_timeout=60)
+sys.path.insert(0, {tests!r})
+import numpy as np
+from jax.experimental import multihost_utils
+from test_checkpoint import Checkpoints, NamedSharding, P, abstract, mesh
+
+def state(n):
+    full = np.random.default_rng(n).normal(size=(64, 96)).astype(np.float32)
+    where = NamedSharding(mesh(4, 2), P("a", "b"))
+    return {{"params": jax.make_array_from_callback(full.shape, where, lambda at: full[at])}}
+
+with Checkpoints({directory!r}, every=1, keep=5) as saved:
+    for n in (1, 2):
+        saved.save(n, state(n), {{"n": n}})
+if {process} == 1:  # cut what only the other process will read
+    files = glob.glob({directory!r} + "/2/params/ocdbt.process_0/d/*")
+    os.truncate(max(files, key=os.path.getsize), 5000)
+multihost_utils.sync_global_devices("cut")
+with Checkpoints({directory!r}, every=1, keep=5) as saved:
+    found, meta = saved.restore(abstract(state(0), spec=("a", "b")))
+    assert meta == {{"n": 1}}, meta
+    want = state(1)["params"].addressable_shards
+    for a, b in zip(found["params"].addressable_shards, want, strict=True):
+        np.testing.assert_array_equal(a.data, b.data)
+    assert saved.save(2, state(7), {{"n": 7}})
+"""
+
+
+def test_two_processes_agree_on_what_is_damaged(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    codes = [
+        TWO.format(port=port, process=i, tests=os.path.dirname(__file__), directory=str(tmp_path))
+        for i in range(2)
+    ]
+    pipe = subprocess.PIPE
+    both = [subprocess.Popen([sys.executable, "-c", c], stderr=pipe, text=True) for c in codes]
+    try:
+        said = [process.communicate(timeout=120)[1] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], "\n".join(said)
+    assert "/2: damaged (params: " in said[0]
+    assert "damaged" not in said[1]  # process 0 speaks

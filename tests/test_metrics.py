@@ -58,7 +58,7 @@ def test_writer(tmp_path):
         assert rows(tmp_path / "run" / "metrics.jsonl") == [
             {"step": 0, "stage": "sft", "train/loss": 1.5, "train/kl": None}
         ]
-        writer.write_rollouts(0, [{"text": "a\u2028b", "logp": np.float32([0.5, -np.inf])}])
+        writer.write_rollouts(0, [{"text": "a\u2028b", "logp": np.array([0.5, -np.inf])}])
     assert rows(tmp_path / "run" / "rollouts" / "000000.jsonl") == [
         {"text": "a\u2028b", "logp": [0.5, None]}
     ]

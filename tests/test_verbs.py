@@ -59,7 +59,7 @@ def greedy(network: Qwen3ForCausalLM, prompt: list[int], count: int) -> list[int
     """What transformers writes after `prompt`."""
     ids = torch.tensor([prompt])
     # Without a mask it takes every 0 in a prompt for padding.
-    out = network.generate(
+    out = network.generate(  # pyright: ignore[reportAttributeAccessIssue]
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=count,

@@ -1,0 +1,190 @@
+"""The structure, read from the source: floors, circles, sizes, and that what is named exists."""
+
+import ast
+import functools
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import base
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("models", "distill", "configs", "assets", "tests")
+
+# distill/, from top to bottom: a file imports from its own floor (without circles) and below.
+FLOORS = {
+    "entry points": "train evaluate generate score serve plan export report quickstart",
+    "stages": "rollout teacher update",
+    "parts": "policy data losses",
+    "ground": "batch mesh chat rewards optim metrics checkpoint arithmetic cli",
+}
+FLOOR = {file: i for i, files in enumerate(FLOORS.values()) for file in files.split()}
+
+
+@functools.cache
+def sources() -> dict[str, ast.Module]:
+    """Module name → its syntax tree, of every Python file of the project."""
+    files = [f for package in PACKAGES for f in sorted((ROOT / package).rglob("*.py"))]
+    return {
+        ".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): ast.parse(
+            f.read_text(), str(f)
+        )
+        for f in files
+    }
+
+
+def file_of(module: str) -> Path:
+    path = ROOT / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+@functools.cache
+def imports(module: str) -> frozenset[str]:
+    """Dotted names that `module` imports, anywhere in it: modules, as deep as they exist here."""
+    found = set()
+    for node in ast.walk(sources()[module]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{module}:{node.lineno}: relative import"
+            for alias in node.names:
+                deeper = f"{node.module}.{alias.name}"
+                found.add(deeper if deeper in sources() else str(node.module))
+    return frozenset(found)
+
+
+def reached(module: str) -> set[str]:
+    """Everything that importing `module` imports, through the project's own modules."""
+    seen: set[str] = set()
+    stack = [module]
+    while stack:
+        for name in imports(stack.pop()) - seen:
+            seen.add(name)
+            if name in sources():
+                stack.append(name)
+    return seen
+
+
+def under(module: str, *packages: str) -> bool:
+    return any(module == p or module.startswith(p + ".") for p in packages)
+
+
+def of(package: str) -> list[str]:
+    return [m for m in sources() if under(m, package) and m != package]
+
+
+def test_every_file_has_a_floor():
+    assert {m.removeprefix("distill.") for m in of("distill")} <= FLOOR.keys()
+
+
+def test_imports_point_down():
+    for module in of("distill"):
+        for name in imports(module):
+            assert not under(name, "tests", "assets", "configs"), f"{module} imports {name}"
+            if under(name, "distill") and name != "distill":
+                floors = [FLOOR[m.removeprefix("distill.")] for m in (module, name)]
+                assert floors[0] <= floors[1], f"{module} imports {name} from a floor above"
+    for module in of("models"):
+        for name in imports(module):
+            assert not under(name, "distill", "configs", "tests", "assets"), (module, name)
+    for module in of("configs"):
+        for name in imports(module):
+            assert not under(name, "distill", "models", "tests", "assets"), (module, name)
+
+
+def test_no_circles():
+    for module in sources():
+        assert module not in reached(module), f"{module} imports itself, by way of others"
+
+
+def test_losses_know_arrays_only():
+    plain = {"jax", "numpy", *sys.stdlib_module_names}
+    for name in imports("distill.losses"):
+        assert name.partition(".")[0] in plain, name
+
+
+@pytest.mark.skipif("distill.report" not in sources(), reason="no report yet")
+def test_report_reads_files_only():
+    assert not [name for name in reached("distill.report") if under(name, "jax", "flax", "optax")]
+
+
+def test_flax_in_two_places_only():
+    for module in sources():
+        if any(under(name, "flax") for name in imports(module)):
+            assert under(module, "models.qwen3", "distill.mesh", "tests"), module
+
+
+def test_sizes():
+    for module, tree in sources().items():
+        lines = len(file_of(module).read_text().splitlines())
+        assert lines <= (700 if under(module, "tests") else 400), f"{module}: {lines} lines"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                length = node.end_lineno - node.lineno + 1
+                assert length <= 80, f"{module}.{node.name}: {length} lines"
+
+
+def keys(c: ConfigDict) -> set[str]:
+    """The names of all leaves."""
+    found: set[str] = set()
+    for name in c:
+        found |= keys(c[name]) if isinstance(c[name], ConfigDict) else {name}
+    return found
+
+
+def test_every_config_key_is_read():
+    """As an attribute, somewhere in distill/; or a group as a whole, by ** (its names are then
+    keyword arguments, and Python itself refuses an unread one)."""
+    attributes: set[str] = set()
+    spread: set[str] = set()
+    for module in of("distill"):
+        for node in ast.walk(sources()[module]):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                attributes.add(node.attr)
+            if isinstance(node, ast.keyword) and node.arg is None:
+                spread |= {n.attr for n in ast.walk(node.value) if isinstance(n, ast.Attribute)}
+    c = base.get_config()
+    for group in [g for g in spread if isinstance(c.get(g), ConfigDict)]:
+        attributes |= keys(c[group])
+    unread = keys(c) - attributes
+    assert not unread, f"keys that nothing reads: {unread}"
+
+
+def test_no_default_in_two_places():
+    """A config is read as c.x: its defaults stand in configs/base.py."""
+    for module in of("distill") + of("configs"):
+        for node in ast.walk(sources()[module]):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            root = node.func.value
+            while isinstance(root, ast.Attribute | ast.Subscript):
+                root = root.value
+            is_config = isinstance(root, ast.Name) and root.id in ("c", "s", "config")
+            assert not (is_config and node.func.attr == "get" and len(node.args) > 1), (
+                f"{module}:{node.lineno}: a default beside configs/base.py"
+            )
+
+
+def commands() -> list[str]:
+    """Lines of README's fenced bash blocks, continuations joined."""
+    readme = ROOT / "README.md"
+    text = readme.read_text() if readme.exists() else ""
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+
+
+def test_readme_commands_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
+    for line in commands():
+        for target in re.findall(r"(?:^|&& )make ([\w-]+)", line):
+            assert target in targets, line
+        for module in re.findall(r"python3? -m (distill\.\w+)", line):
+            assert module in sources(), line
+        for path in re.findall(r"(?:--config=|\bpython3? )((?:configs|assets)/\w+\.py)", line):
+            assert (ROOT / path).is_file(), line

@@ -1,0 +1,288 @@
+"""The loop, whole: stages, resume, what a run leaves behind, and what it refuses."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import base, quickstart
+from distill import mesh as mesh_lib
+from distill import metrics, policy, train
+from models.errors import UserError
+
+ASSETS = Path(__file__).parents[1] / "assets"
+
+
+def tiny_model(directory, seed, **fields):
+    """A random model of the embedded task: two layers of what `assets` describes."""
+    shutil.copytree(ASSETS / "student", directory, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, **fields}
+    (directory / "config.json").write_text(json.dumps(config))
+    described = policy.describe(str(directory), "float32", False, mesh_lib.make(1, 1, 1))
+    policy.save(policy.randomise(described, jax.random.key(seed)), directory, "float32")
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return tiny_model(root / "student", 0), tiny_model(root / "teacher", 1, hidden_size=48)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """Each run builds its own functions; the cache on disk spares compiling them again."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+def config(models) -> ConfigDict:
+    """Two stages, 2 + 3 steps; two responses to each prompt in the second."""
+    c = base.get_config()
+    c.stages = ("sft", "opd")
+    c.student.path, c.teacher.path = models
+    c.student.dtype = c.teacher.dtype = c.teacher.param_dtype = "float32"
+    c.student.remat = False
+    c.mesh.fsdp = 1
+    c.checkpoint.every = 2
+    c.log.transcripts_every = 2
+    c.log.transcripts = 3
+    for stage, steps in ((c.sft, 2), (c.opd, 3)):
+        stage.steps = steps
+        stage.batch_size = 4
+        stage.max_prompt_tokens, stage.max_response_tokens = 60, 16
+        stage.optim.learning_rate = 1e-3
+    c.opd.samples = 2
+    return c
+
+
+def final(workdir, models):
+    """The trained parameters, by restoring the run."""
+    described = policy.describe(str(workdir), "float32", False, mesh_lib.make(1, 1, 1))
+    return jax.tree.map(np.asarray, policy.load(described, "float32").params)
+
+
+def numbers(workdir):
+    """Rows of metrics.jsonl without what the clock says."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    timed = ("time/", "rollout/tokens_per_second")
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
+
+
+def transcripts(workdir):
+    return {p.name: p.read_text() for p in sorted((workdir / "rollouts").glob("*"))}
+
+
+@pytest.fixture(scope="module")
+def whole(models, tmp_path_factory):
+    """A run that nobody stopped."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    train.run(config(models), workdir)
+    return workdir
+
+
+def stop_after(monkeypatch, step):
+    """Sends this process SIGTERM while it is busy with `step`."""
+    write = metrics.Writer.write
+
+    def interrupted(self, at, stage, row):
+        write(self, at, stage, row)
+        if at == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(metrics.Writer, "write", interrupted)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3, 4])
+def test_stopped_and_resumed_is_bitwise_the_same(whole, models, tmp_path, monkeypatch, step):
+    with monkeypatch.context() as patch:
+        stop_after(patch, step)
+        with pytest.raises(SystemExit) as stopped:
+            train.run(config(models), tmp_path)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert len(numbers(tmp_path)) == step + 1
+    train.run(config(models), tmp_path)
+    assert numbers(tmp_path) == numbers(whole)
+    assert transcripts(tmp_path) == transcripts(whole)
+    same = jax.tree.map(np.array_equal, final(tmp_path, models), final(whole, models))
+    assert all(jax.tree.leaves(same))
+
+
+def test_killed_without_a_word(whole, models, tmp_path, monkeypatch):
+    """Without a last checkpoint the run goes on from an earlier one and ends the same."""
+
+    class Killed(BaseException):
+        pass
+
+    write = metrics.Writer.write
+
+    def killed(self, at, stage, row):
+        write(self, at, stage, row)
+        if at == 3:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.Writer, "write", killed)
+        with pytest.raises(Killed):
+            train.run(config(models), tmp_path)
+    train.run(config(models), tmp_path)
+    assert numbers(tmp_path) == numbers(whole)
+    same = jax.tree.map(np.array_equal, final(tmp_path, models), final(whole, models))
+    assert all(jax.tree.leaves(same))
+
+
+def test_a_finished_run_has_nothing_to_do(whole, models):
+    before = numbers(whole)
+    train.run(config(models), whole)
+    assert numbers(whole) == before
+
+
+def test_what_a_run_holds(whole):
+    """The contract of a run directory."""
+    assert json.loads((whole / "config.json").read_text())["opd"]["steps"] == 3
+    environment = json.loads((whole / "environment.json").read_text())
+    assert {"packages", "devices", "git", "command"} <= environment.keys()
+    rows = numbers(whole)
+    assert [row["step"] for row in rows] == list(range(5))
+    assert [row["stage"] for row in rows] == ["sft"] * 2 + ["opd"] * 3
+    common = {"train/loss", "train/logp", "train/entropy", "train/grad_norm"}
+    assert all(common | {"train/learning_rate"} <= row.keys() for row in rows)
+    own = {"train/reverse_kl", "train/teacher_logp", "train/sampler_delta", "rollout/mean_length"}
+    assert all(own <= row.keys() for row in rows[2:])
+    assert list((whole / "tensorboard").glob("events*"))
+    assert any((whole / "checkpoints").iterdir())
+
+
+def test_sampler_and_trainer_agree(whole):
+    assert all(row["train/sampler_delta"] < 1e-5 for row in numbers(whole)[2:])
+
+
+def test_the_loss_of_a_rollout_is_its_reverse_kl(whole):
+    for row in numbers(whole)[2:]:
+        assert row["train/loss"] == row["train/reverse_kl"] > 0
+
+
+def test_transcripts(whole):
+    """Per-token numbers belong to the response's tokens, one each."""
+    rows = [json.loads(x) for x in (whole / "rollouts" / "000002.jsonl").read_text().splitlines()]
+    assert len(rows) == 3
+    for row in rows:
+        assert row["prompt"].startswith("<|im_start|>user\n")
+        assert row["finish_reason"] in ("stop", "length")
+        for name in ("logp", "teacher_logp", "reverse_kl", "entropy"):
+            assert len(row[name]) == len(row["tokens"])
+        assert all(kl >= 0 for kl in row["reverse_kl"])
+
+
+def change(path, value):
+    def apply(c):
+        *parents, key = path.split(".")
+        node = c
+        for name in parents:
+            node = node[name]
+        node[key] = value
+
+    return apply
+
+
+BAD = {
+    "missing student": (change("student.path", "no/such/dir"), "no/such/dir"),
+    "no student": (change("student.path", ""), "config.student.path"),
+    "no teacher": (change("teacher.path", ""), "config.teacher.path"),
+    "unknown stage": (change("stages", ("nap",)), "config.stages: 'nap'"),
+    "unknown objective": (change("opd.objective", "guess"), "config.opd.objective"),
+    "missing data": (change("sft.data.source", "none.jsonl"), "none.jsonl: no such file"),
+    "prompt too long": (change("opd.max_prompt_tokens", 20), "config.opd.max_prompt_tokens"),
+    "beyond positions": (change("opd.max_response_tokens", 5000), "exceeds the model's 512"),
+    "batch and accumulation": (change("sft.accumulate", 3), "config.sft.batch_size=4"),
+    "too many devices": (change("mesh.tensor", 16), "config.mesh"),
+    "heads": (change("mesh.tensor", 8), "num_attention_heads=4 does not divide"),
+    "split": (change("sft.data.split", "dev"), "dev"),
+    "schedule": (change("opd.optim.schedule", "cosin"), "cosin"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_config(models, tmp_path, name):
+    """One line that names the fault, and no directory made."""
+    c = config(models)
+    apply, words = BAD[name]
+    apply(c)
+    workdir = tmp_path / "run"
+    with pytest.raises(UserError) as error:
+        train.run(c, workdir)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "rows.jsonl: no rows"),
+        ('{"question": "1+1?"}\n{"question": ', "rows.jsonl:2: not JSON"),
+        ('{"question": "1+1?"}\n[1]\n', "rows.jsonl:2: not a JSON object"),
+        ('{"problem": "1+1?"}\n', "rows.jsonl:1: none of tokens, prompt, messages, question"),
+        ('{"question": 3}\n', "rows.jsonl:1: question is not a text"),
+        ('{"question": "1+1?"}\n{"question": "' + "7" * 80 + '"}\n', "rows.jsonl:2: prompt of"),
+    ],
+)
+def test_bad_rows(models, tmp_path, text, words):
+    c = config(models)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    c.opd.data.source = str(path)
+    with pytest.raises(UserError) as error:
+        train.run(c, tmp_path / "run")
+    assert words in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_tokenizer(models, tmp_path):
+    """A teacher with other token ids is refused, by name."""
+    other = tmp_path / "other"
+    shutil.copytree(models[1], other)
+    path = other / "tokenizer.json"
+    path.write_text(path.read_text().replace('"<think>"', '"<thunk>"'))
+    config_path = other / "tokenizer_config.json"
+    config_path.write_text(config_path.read_text().replace('"<think>"', '"<thunk>"'))
+    c = config(models)
+    c.teacher.path = str(other)
+    with pytest.raises(UserError) as error:
+        train.run(c, tmp_path / "run")
+    assert str(other) in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_changed_config_on_resume(whole, models):
+    """A run goes on only as what it was; files of the run stay as they were."""
+    c = config(models)
+    c.opd.optim.learning_rate = 2e-3
+    before = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match=r"config\.opd\.optim\.learning_rate was 0.001, now 0.002"):
+        train.run(c, whole)
+    assert {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()} == before
+
+
+def test_what_may_change_on_resume(whole, models):
+    c = config(models)
+    c.checkpoint.every, c.log.transcripts = 1, 0
+    train.run(c, whole)
+
+
+@pytest.mark.parametrize("get_config", [quickstart.get_config])
+def test_tiny_variants_are_tiny(get_config):
+    c = get_config("tiny")
+    assert sum(c[name].steps for name in c.stages) <= 4
+    with pytest.raises(ValueError, match="argument"):
+        get_config("small")
