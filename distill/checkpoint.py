@@ -134,7 +134,7 @@ class Checkpoints:
 
     def _about(self, step: int) -> dict[str, Any]:
         about = _read(self._directory / str(step) / "about", ocp.args.JsonRestore())
-        if about.pop("crc32") != _crc32(about):
+        if about.pop("crc32", None) != _crc32(about):
             raise _Damaged("the checksum of about does not match")
         return about
 

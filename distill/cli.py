@@ -51,9 +51,9 @@ def output(path: str) -> Path:
 
     Raises UserError if it cannot be written, so that this is known before the work and not after.
     """
-    file = Path(path)
-    if file.exists() and not file.is_file():  # a device would be replaced by a file
+    if Path(path).exists() and not Path(path).is_file():
         raise UserError(f"--out={path}: is there and not a regular file")
+    file = Path(path).resolve()  # what is renamed to this must not replace a link, /dev/stdout say
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

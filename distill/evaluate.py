@@ -20,43 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from distill import arithmetic, cli, data, losses, metrics, policy, rewards, rollout
+from distill import benchmarks, cli, data, losses, metrics, policy, rewards, rollout
 from distill import mesh as mesh_lib
 from distill.policy import Policy
 from models.errors import UserError
 from models.qwen3 import model
 
-PROBLEM_SEED = 20_000  # of the generated test problems: the same ones in every evaluation
-ARITHMETIC_PROBLEMS = 1000
-
-Row = dict[str, object]
-
-
-def problems(benchmark: str, path: str, limit: int) -> list[tuple[str, Row]]:
-    """(name, row) of each problem; a row has id, question (or messages) and answer.
-
-    Raises:
-      UserError: for an unknown benchmark, no data where it needs some, or a row without an answer.
-    """
-    if benchmark not in rewards.GRADERS:
-        raise UserError(f"--benchmark={benchmark}: known are {', '.join(rewards.GRADERS)}")
-    if benchmark == "arithmetic" and not path:
-        return [_generated(i) for i in range(limit or ARITHMETIC_PROBLEMS)]
-    if not path:
-        raise UserError(f"--data: {benchmark} needs a jsonl file of question and answer")
-    rows = data.read_jsonl(path)
-    for number, (where, row) in enumerate(rows):
-        if not isinstance(row.get("answer"), str | int | float):
-            raise UserError(f"{where}: no answer among its fields {sorted(row)}")
-        row["answer"] = str(row["answer"])
-        row.setdefault("id", f"{benchmark}-{number}")
-    return rows[: limit or None]
-
-
-def _generated(index: int) -> tuple[str, Row]:
-    p = arithmetic.problem(PROBLEM_SEED, index, "test", (3, 5))
-    name = f"arithmetic-test-{index}"
-    return name, {"id": name, "question": p.question, "answer": p.answer, "level": p.operations}
+Row = benchmarks.Row
 
 
 def _repeats(text: str) -> bool:
@@ -214,25 +184,6 @@ def summarise(rows: list[Row], ks: list[int]) -> dict[str, object]:
     return summary
 
 
-def stored(path: str, rows: list[tuple[str, Row]]) -> list[Row]:
-    """Responses from a file, each with its answer: its own, or that of the problem it names."""
-    answers = {
-        str(row.get(field)): row["answer"] for _, row in rows for field in ("id", "question")
-    }
-    found = []
-    for number, (where, row) in enumerate(data.read_jsonl(path)):
-        if not isinstance(row.get("response"), str):
-            raise UserError(f"{where}: no response among its fields {sorted(row)}")
-        name = next((str(row[f]) for f in ("id", "question") if row.get(f) is not None), None)
-        answer = row.get("answer", answers.get(name) if name else None)
-        if answer is None:
-            raise UserError(f"{where}: no answer, and no problem of --data matches it")
-        found.append(
-            {"id": name or f"row-{number}", "answer": str(answer), "response": row["response"]}
-        )
-    return found
-
-
 def memory() -> dict[str, float]:
     """Peak memory in GiB: of this process, and of the first device where that is known."""
     scale = 1 if sys.platform == "darwin" else 1024
@@ -383,14 +334,14 @@ def main() -> None:
         raise UserError(f"--k={','.join(KS.value)}: each must be 1 to --samples={SAMPLES.value}")
     out = Path(OUT.value)
     if RESPONSES.value:
-        known = problems(BENCHMARK.value, DATA.value, 0) if DATA.value else []
-        rows = stored(RESPONSES.value, known)[: LIMIT.value or None]
+        known = benchmarks.problems(BENCHMARK.value, DATA.value, 0) if DATA.value else []
+        rows = benchmarks.stored(RESPONSES.value, known)[: LIMIT.value or None]
         with rewards.Grader() as grader:
             rows = graded(grader, BENCHMARK.value, rows)
         metrics.write_jsonl(out / "examples.jsonl", rows)
         metrics.write_json(out / "summary.json", summarise(rows, ks))
         return
-    rows = problems(BENCHMARK.value, DATA.value, LIMIT.value)
+    rows = benchmarks.problems(BENCHMARK.value, DATA.value, LIMIT.value)
     if not MODEL.value:
         raise UserError("--model: name a model directory, or give --responses")
     described = [policy.reader(p, DTYPE.value) for p in (MODEL.value, TEACHER.value) if p]

@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from distill import cli, evaluate, export, metrics, policy, rollout, train
+from distill import benchmarks, cli, evaluate, export, metrics, policy, rollout, train
 from distill import mesh as mesh_lib
 from distill.policy import Policy
 from models.errors import UserError
@@ -30,7 +30,7 @@ Entry = dict[str, object]
 
 def judge(name: str, subject: Policy, teacher: Policy, out: Path, response_tokens: int) -> Entry:
     """Greedy and sampled (temperature 1) accuracy on held-out problems, reverse KL, length."""
-    rows = evaluate.problems("arithmetic", "", PROBLEMS.value)
+    rows = benchmarks.problems("arithmetic", "", PROBLEMS.value)
     summaries = {}
     for manner, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         metrics.say(f"{name}: {len(rows)} held-out problems, {manner}")

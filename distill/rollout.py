@@ -160,14 +160,16 @@ def sample(
     )
     _, _, _, done_B, out_BR, logp_BR, live_BR = jax.lax.while_loop(running, step, start)
     nothing_BP = jnp.zeros((B, P), bool)
+
+    def joined(prompt_BP, response_BR):
+        return jnp.concatenate([prompt_BP, response_BR], axis=1)
+
     return Batch(
-        tokens_BT=jnp.concatenate([tokens_BP, out_BR], axis=1),
-        positions_BT=jnp.concatenate(
-            [positions_BP, lengths_B[:, None] + jnp.arange(R)[None]], axis=1
-        ),
-        segments_BT=jnp.concatenate([segments_BP, live_BR.astype(jnp.int32)], axis=1),
-        mask_BT=jnp.concatenate([nothing_BP, live_BR], axis=1),
-        sampler_logp_BT=jnp.concatenate([nothing_BP.astype(jnp.float32), logp_BR], axis=1),
+        tokens_BT=joined(tokens_BP, out_BR),
+        positions_BT=joined(positions_BP, lengths_B[:, None] + jnp.arange(R)[None]),
+        segments_BT=joined(segments_BP, live_BR.astype(jnp.int32)),
+        mask_BT=joined(nothing_BP, live_BR),
+        sampler_logp_BT=joined(nothing_BP.astype(jnp.float32), logp_BR),
         finished_B=done_B,
     )
 

@@ -29,6 +29,7 @@ from models.qwen3 import model
 
 OPTIONS = flags.FlagValues()
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=OPTIONS)
+flags.mark_flag_as_required("config", OPTIONS)
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of the run; resumes if it holds one.", OPTIONS, required=True
 )

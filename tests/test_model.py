@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +145,7 @@ def test_attention_mlp_and_block(pair):
     layer, theirs = first_layer(params), network.model.layers[0]
     rope = model.rotary(jnp.asarray(positions), config.head_dim, config.rope_theta)
     attention, mlp, block = model.Attention(config), model.MLP(config), model.Block(config)
-    ours = (
+    ours: Any = (
         attention.apply({"params": layer["attention"]}, x, rope, segments, None, 0)[0],
         mlp.apply({"params": layer["mlp"]}, x),
         block.apply({"params": layer}, (x, None), 0, rope, segments)[0][0],
@@ -192,9 +193,7 @@ def test_cache_equals_forward(small, stacked):
     segments = (np.arange(12)[None] >= pad[:, None]).astype(np.int32)
     positions = np.maximum(np.arange(12)[None] - pad[:, None], 0)
     qwen3 = model.Qwen3(config, scan=stacked)
-    variables = {
-        "params": params if stacked else model.unstack(params, config.num_hidden_layers)
-    }
+    variables = {"params": params if stacked else model.unstack(params, config.num_hidden_layers)}
     whole, _ = qwen3.apply(variables, tokens, positions, segments)
     cache = model.init_cache(config, 2, 16, jnp.dtype("float32"), stacked)
     step = jax.jit(qwen3.apply)

@@ -349,6 +349,15 @@ def test_bad_output_is_known_before_the_work(
         assert line.startswith(f"error: --out={out}: ")
 
 
+def test_output_goes_where_a_link_points(bare, tmp_path: Path) -> None:
+    rows = write(tmp_path / "in.jsonl", [{"tokens": [1]}])
+    link, out = tmp_path / "link.jsonl", tmp_path / "there" / "out.jsonl"
+    out.parent.mkdir()
+    link.symlink_to(out)
+    assert call(score, f"--model={bare[0]}", f"--tokens={rows}", f"--out={link}") == 0
+    assert link.is_symlink() and read(out) == [{"tokens": [1], "logprobs": [None]}]
+
+
 def test_damaged_weights_are_named(bare, tmp_path: Path, capsys) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(bare[0], broken)
