@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.checkpoint.every = 200
     c.log.transcripts_every = 100
 
-    c.opd.steps = 900
+    c.opd.steps = 1000
     c.opd.batch_size = 32
     c.opd.max_prompt_tokens = 60
     c.opd.max_response_tokens = 52

@@ -19,5 +19,5 @@ def get_config(arg: str = "") -> ConfigDict:
     c.sft.batch_size = min(32, c.sft.batch_size)
     c.sft.data.size = 3000
     if arg != "tiny":
-        c.sft.steps = 1000
+        c.sft.steps = 680
     return c

@@ -14,6 +14,7 @@ from configs import base, quickstart
 from distill import mesh as mesh_lib
 from distill import metrics, policy, train
 from models.errors import UserError
+from models.qwen3 import weights
 
 ASSETS = Path(__file__).parents[1] / "assets"
 
@@ -25,7 +26,8 @@ def tiny_model(directory, seed, **fields):
     config |= {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, **fields}
     (directory / "config.json").write_text(json.dumps(config))
     described = policy.describe(str(directory), "float32", False, mesh_lib.make(1, 1, 1))
-    policy.save(policy.randomise(described, jax.random.key(seed)), directory, "float32")
+    random = policy.randomise(described, jax.random.key(seed))
+    weights.save(random.params, random.config, directory, np.dtype("float32"))
     return str(directory)
 
 
