@@ -1,7 +1,8 @@
 """How assets/student was made: its own random weights, annealed SFT on a small fixed set of traces.
 
     python -m distill.train --config=configs/tiny_student.py --workdir=runs/tiny_student
-    python -m distill.export --run=runs/tiny_student --out=assets/student
+    python -m distill.export --run=runs/tiny_student --out=runs/tiny_student/model
+    cp runs/tiny_student/model/model.safetensors assets/student/
 
 LOG.md has the time and the accuracy.
 """

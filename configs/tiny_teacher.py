@@ -1,7 +1,8 @@
 """How assets/teacher was made: SFT from random weights on fresh problems, never seen twice.
 
     python -m distill.train --config=configs/tiny_teacher.py --workdir=runs/tiny_teacher
-    python -m distill.export --run=runs/tiny_teacher --out=assets/teacher
+    python -m distill.export --run=runs/tiny_teacher --out=runs/tiny_teacher/model
+    cp runs/tiny_teacher/model/model.safetensors assets/teacher/
 
 LOG.md has the time and the accuracy.
 """

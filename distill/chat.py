@@ -112,11 +112,16 @@ def trace(
     The mask is 1 on the response and its stop token, and 0 on the prompt, so on the empty think
     block of thinking=False too. With thinking on, the response brings its own think block.
     """
+    prompt = render(tokenizer, messages, thinking=thinking)
+    response_ids = written(tokenizer, response)
+    return prompt + response_ids, [0] * len(prompt) + [1] * len(response_ids)
+
+
+def written(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
+    """The ids of a response as a model writes it: its text and the tokenizer's stop token."""
     if tokenizer.eos_token_id is None:
         raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no eos_token to end a turn")
-    prompt = render(tokenizer, messages, thinking=thinking)
-    written = [*encode(tokenizer, response), tokenizer.eos_token_id]
-    return prompt + written, [0] * len(prompt) + [1] * len(written)
+    return [*encode(tokenizer, response), cast(int, tokenizer.eos_token_id)]
 
 
 def conversation(

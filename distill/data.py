@@ -47,11 +47,11 @@ def read_jsonl(path: str | Path) -> list[tuple[str, dict]]:
         where = f"{path}:{number}"
         try:
             text = line.decode()
-            row = json.loads(text) if text.strip() else None
-        except ValueError as error:
+            if not text.strip():
+                continue
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not JSON ({error})") from None
-        if row is None:
-            continue
         if not isinstance(row, dict):
             raise UserError(f"{where}: not a JSON object")
         rows.append((where, row))
@@ -70,10 +70,7 @@ def prompt_tokens(
       UserError: naming the row, if it has none of these or they cannot be used.
     """
     if "tokens" in row:
-        tokens = row["tokens"]
-        if not isinstance(tokens, list) or not all(type(t) is int and t >= 0 for t in tokens):
-            raise UserError(f"{where}: tokens is not a list of token ids")
-        ids = tokens
+        ids = _ids(row, "tokens", where)
     elif tokenizer is None:
         raise UserError(f"{where}: the model has no tokenizer, so the row needs tokens")
     elif "prompt" in row:
@@ -95,6 +92,13 @@ def _messages(row: dict, where: str) -> list[dict]:
     )
 
 
+def _ids(row: dict, field: str, where: str) -> list[int]:
+    ids = row[field]
+    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+        raise UserError(f"{where}: {field} is not a list of token ids")
+    return ids
+
+
 def _text(row: dict, field: str, where: str) -> str:
     if not isinstance(row[field], str):
         raise UserError(f"{where}: {field} is not a text")
@@ -104,27 +108,30 @@ def _text(row: dict, field: str, where: str) -> str:
 def _trace(
     row: dict, where: str, tokenizer: PreTrainedTokenizerBase | None, thinking: bool
 ) -> Example:
-    """A row with what is to be learned: `response` or `solution`, or the last assistant message."""
+    """A row with what is to be learned: `response_tokens` after `tokens`, or a text: `response`,
+    `solution`, or the last message of an assistant."""
     if "tokens" in row and "response_tokens" in row:
-        prompt = prompt_tokens(row, where, tokenizer, thinking)
-        response = prompt_tokens({"tokens": row["response_tokens"]}, where, None, None)
-        return Example(prompt, response, str(row.get("answer", "")), where)
-    if tokenizer is None:
+        prompt, response = _ids(row, "tokens", where), _ids(row, "response_tokens", where)
+    elif tokenizer is None:
         raise UserError(f"{where}: the model has no tokenizer: needs tokens, response_tokens")
-    if "messages" in row and "response" not in row:
-        turns = chat.parse_messages(row, where, prompt=False)
-        messages, response = turns[:-1], turns[-1]["content"]
     else:
-        messages = _messages(row, where)
-        field = "response" if "response" in row else "solution"
-        if field not in row:
-            raise UserError(f"{where}: neither response nor solution among {sorted(row)}")
-        response = _text(row, field, where)
+        if "messages" in row and "response" not in row:
+            *turns, last = chat.parse_messages(row, where, prompt=False)
+            if not turns:
+                raise UserError(f"{where}: messages: nothing before the assistant's turn")
+            prompt, text = chat.render(tokenizer, turns, thinking=thinking), last.get("content")
+        else:
+            prompt = prompt_tokens(row, where, tokenizer, thinking)
+            field = "response" if "response" in row else "solution"
+            if field not in row:
+                raise UserError(f"{where}: neither response nor solution among {sorted(row)}")
+            text = _text(row, field, where)
+        response = chat.written(tokenizer, text) if text else []
+    if not prompt:
+        raise UserError(f"{where}: the prompt is empty")
     if not response:
         raise UserError(f"{where}: the response is empty")
-    ids, mask = chat.trace(tokenizer, messages, response, thinking=thinking)
-    start = len(mask) - sum(mask)
-    return Example(ids[:start], ids[start:], str(row.get("answer", "")), where)
+    return Example(prompt, response, str(row.get("answer", "")), where)
 
 
 def load(
@@ -134,6 +141,8 @@ def load(
 
     Every row of a file is read and tokenised here, so that a bad one is met before training.
     """
+    if c.size < 0:
+        raise UserError(f"config.data.size={c.size}: not a number of rows")
     if c.source == "arithmetic":
         if tokenizer is None:
             raise UserError("config.data.source: arithmetic needs a model with a tokenizer")
@@ -170,11 +179,14 @@ def load(
     return Source(len(examples), examples.__getitem__)
 
 
-def check_lengths(source: Source, limit: int, field: str, sample: int = 1000) -> None:
-    """Raises UserError naming the first prompt longer than `limit` tokens (all rows of a file,
-    the first `sample` of a source without end)."""
+def check(source: Source, limit: int, field: str, vocab_size: int, sample: int = 1000) -> None:
+    """Raises UserError naming the first example whose prompt is longer than `limit` tokens or
+    that has ids outside the vocabulary (all rows of a file, the first `sample` of an endless one).
+    """
     for index in range(source.size or sample):
-        require_fit(source.example(index), limit, field)
+        example = source.example(index)
+        require_fit(example, limit, field)
+        require_ids(example.prompt + example.response, vocab_size, example.where)
 
 
 def require_fit(example: Example, limit: int, field: str) -> None:

@@ -25,6 +25,7 @@ from distill import mesh as mesh_lib
 from distill.policy import Policy
 from models.errors import UserError
 from models.qwen3 import model
+from models.qwen3.config import Config
 
 Row = benchmarks.Row
 
@@ -344,7 +345,10 @@ def main() -> None:
     rows = benchmarks.problems(BENCHMARK.value, DATA.value, LIMIT.value)
     if not MODEL.value:
         raise UserError("--model: name a model directory, or give --responses")
-    described = [policy.reader(p, DTYPE.value) for p in (MODEL.value, TEACHER.value) if p]
+    paths = [path for path in (MODEL.value, TEACHER.value) if path]
+    mesh = mesh_lib.spread(*(Config.from_directory(policy.resolve(path)) for path in paths))
+    dtype = DTYPE.value or policy.default_dtype()
+    described = [policy.describe(path, dtype, False, mesh) for path in paths]
     with policy.use(described[0]):
         subject, *teachers = [policy.load(p, p.model.dtype.name) for p in described]
         evaluate(

@@ -114,6 +114,8 @@ def sample(
     B, P = tokens_BP.shape
     R = max_new_tokens
     qwen3 = qwen3.clone(scan=stacked, remat=False)
+    # Cast once: every step reads all weights, and would otherwise read them in float32.
+    params = jax.tree.map(lambda p: p.astype(qwen3.dtype), params)
     if not stacked:
         params = model.unstack(params, qwen3.config.num_hidden_layers)
     cache = model.init_cache(qwen3.config, B, P + R, qwen3.dtype, stacked)

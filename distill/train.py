@@ -93,7 +93,8 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
         s = c[name]
         _check_stage(name, s, student, mesh)
         source = data.load(s.data, student.tokenizer, c.seed, traces=s.objective == "sft")
-        data.check_lengths(source, s.max_prompt_tokens, f"config.{name}.max_prompt_tokens")
+        field, vocabulary = f"config.{name}.max_prompt_tokens", student.config.vocab_size
+        data.check(source, s.max_prompt_tokens, field, vocabulary)
         stages.append(Stage(name, s, first, source, optim.make(s.optim, s.steps)))
         first += s.steps
     return Plan(student, taught, tuple(stages))
@@ -216,9 +217,12 @@ def claim(workdir: Path, c: ConfigDict) -> None:
             raise UserError(f"{workdir} holds a run of another config: {changed[0]}")
     elif (workdir / "checkpoints").exists():
         raise UserError(f"{workdir} holds checkpoints but no config.json: not a run to resume")
-    workdir.mkdir(parents=True, exist_ok=True)
-    metrics.write_json(path, now)
-    metrics.write_json(workdir / "environment.json", metrics.environment())
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        metrics.write_json(path, now)
+        metrics.write_json(workdir / "environment.json", metrics.environment())
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: {error}") from error
 
 
 def _differences(before: object, now: object, at: str) -> Iterator[str]:

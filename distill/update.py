@@ -40,16 +40,17 @@ def init(optimizer: optax.GradientTransformation, params: Params, step: int) -> 
 
 
 def _like(optimizer: optax.GradientTransformation, params: Params):
-    """Shardings of the optimiser's state: a moment lies as its parameter does, scalars anywhere."""
-    mesh = jax.tree.leaves(params)[0].sharding.mesh
-    replicated = mesh_lib.replicated(mesh)
-    return optax.tree_map_params(
-        optimizer,
-        lambda _, p: p.sharding,
-        jax.eval_shape(optimizer.init, params),
-        params,
-        transform_non_params=lambda _: replicated,
-    )
+    """Shardings of the optimiser's state: what mirrors a parameter (its path ends in the
+    parameter's, and the shape is the same) lies as that does, the rest on every device."""
+    owners = dict(jax.tree_util.tree_leaves_with_path(params))
+    replicated = mesh_lib.replicated(jax.tree.leaves(params)[0].sharding.mesh)
+
+    def place(path: tuple, x: jax.ShapeDtypeStruct):
+        tails = (owners.get(path[i:]) for i in range(len(path)))
+        owner = next((p for p in tails if p is not None and p.shape == x.shape), None)
+        return replicated if owner is None else owner.sharding
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
 
 
 def abstract(optimizer: optax.GradientTransformation, params: Params) -> TrainState:

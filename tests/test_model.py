@@ -117,7 +117,7 @@ def test_norm(pair):
     network, config, params = pair
     x, _, _ = layer_inputs(config)
     norm = model.RMSNorm(config.rms_norm_eps)
-    ours = norm.apply({"params": first_layer(params)["attention_norm"]}, x)
+    ours: Any = norm.apply({"params": first_layer(params)["attention_norm"]}, x)
     with torch.no_grad():
         expected = network.model.layers[0].input_layernorm(torch.tensor(x)).numpy()
     np.testing.assert_allclose(ours, expected, atol=1e-5)
@@ -128,7 +128,7 @@ def test_rotary(pair):
     x, positions, _ = layer_inputs(config)
     H = config.head_dim
     q = np.random.default_rng(2).normal(size=(2, T, 3, H)).astype(np.float32)
-    ours = model.rotate(q, model.rotary(jnp.asarray(positions), H, config.rope_theta))
+    ours = model.rotate(jnp.asarray(q), model.rotary(jnp.asarray(positions), H, config.rope_theta))
     cos, sin = network.model.rotary_emb(torch.tensor(x), torch.tensor(positions))
     q_torch = torch.tensor(q).transpose(1, 2)
     expected, _ = reference.apply_rotary_pos_emb(q_torch, q_torch, cos, sin)

@@ -294,8 +294,7 @@ def abstract(config: Config) -> tuple[Params, Params]:
 
     Shapes are ShapeDtypeStructs; axes are PartitionSpecs of logical axis names.
     """
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    boxed = jax.eval_shape(Qwen3(config).init, jax.random.key(0), tokens, tokens, tokens)["params"]
+    boxed = jax.eval_shape(lambda: _init(config, jax.random.key(0)))
     is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
     shapes = jax.tree.map(lambda box: box.value, boxed, is_leaf=is_box)
     return shapes, nn.get_partition_spec(boxed)
@@ -303,5 +302,9 @@ def abstract(config: Config) -> tuple[Params, Params]:
 
 def init(config: Config, key: jax.Array) -> Params:
     """Random float32 parameters: kernels N(0, 1/fan_in), embeddings N(0, 1/D), norms one."""
+    return nn.unbox(_init(config, key))
+
+
+def _init(config: Config, key: jax.Array) -> Params:
     tokens = jnp.zeros((1, 1), jnp.int32)
-    return nn.unbox(Qwen3(config).init(key, tokens, tokens, tokens)["params"])
+    return Qwen3(config).init(key, tokens, tokens, tokens)["params"]
