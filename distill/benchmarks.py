@@ -21,12 +21,15 @@ def problems(benchmark: str, path: str, limit: int) -> list[tuple[str, Row]]:
         return [_generated(i) for i in range(limit or ARITHMETIC_PROBLEMS)]
     if not path:
         raise UserError(f"--data: {benchmark} needs a jsonl file of question and answer")
-    rows = data.read_jsonl(path)
+    rows, names = data.read_jsonl(path), set()
     for number, (where, row) in enumerate(rows):
         if not isinstance(row.get("answer"), str | int | float):
             raise UserError(f"{where}: no answer among its fields {sorted(row)}")
         row["answer"] = str(row["answer"])
-        row.setdefault("id", f"{benchmark}-{number}")
+        name = str(row.setdefault("id", f"{benchmark}-{number}"))
+        if name in names:
+            raise UserError(f"{where}: id {name!r} is that of an earlier row")
+        names.add(name)
     return rows[: limit or None]
 
 

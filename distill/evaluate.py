@@ -6,6 +6,7 @@ responses are read from a file and no model is needed.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import resource
@@ -69,6 +70,7 @@ def respond(
     prompts = [data.prompt_tokens(row, where, subject.tokenizer, thinking) for where, row in rows]
     limit = subject.config.max_position_embeddings - max_new_tokens
     for (where, _), prompt in zip(rows, prompts, strict=True):
+        data.require_ids(prompt, subject.config.vocab_size, where)
         if len(prompt) > limit:
             raise UserError(
                 f"{where}: prompt of {len(prompt)} tokens, and {max_new_tokens} new ones exceed "
@@ -158,9 +160,9 @@ def accuracy(hits: list[list[bool]]) -> tuple[float, tuple[float, float]]:
 
 def summarise(rows: list[Row], ks: list[int]) -> dict[str, object]:
     """What graded rows amount to: accuracy, pass@k, rates and lengths."""
-    groups: dict[object, list[bool]] = {}
+    groups: dict[str, list[bool]] = {}
     for row in rows:
-        groups.setdefault(row["id"], []).append(bool(row["correct"]))
+        groups.setdefault(str(row["id"]), []).append(bool(row["correct"]))
     mean, interval = accuracy(list(groups.values()))
 
     def rate(name: str) -> float:
@@ -199,11 +201,13 @@ def _resume(out: Path, protocol: Row, samples: int) -> list[Row]:
     """Rows of complete problems in OUT/examples.jsonl, which keeps just these."""
     path, said = out / "examples.jsonl", out / "protocol.json"
     if said.is_file() and (before := json.loads(said.read_text())) != protocol:
-        changed = next(k for k in protocol if before.get(k) != protocol[k])
+        changed = next(k for k in protocol | before if before.get(k) != protocol.get(k))
         raise UserError(
             f"{out} holds another evaluation: {changed} was {before.get(changed)!r}, "
-            f"now {protocol[changed]!r}"
+            f"now {protocol.get(changed)!r}"
         )
+    if path.is_file() and not said.is_file():
+        raise UserError(f"{out} holds stored responses that were graded, not this evaluation")
     out.mkdir(parents=True, exist_ok=True)
     metrics.write_json(said, protocol)
     rows = []
@@ -234,8 +238,10 @@ def evaluate(
     """Samples, grades and sums up; writes examples.jsonl and summary.json, returns the summary."""
     protocol: Row = {
         "model": subject.path,
+        "step": policy.newest_step(subject.path),
         "benchmark": benchmark,
-        "problems": [row["id"] for _, row in rows],
+        "problems": len(rows),
+        "problems_sha256": hashlib.sha256(metrics.dumps([r for _, r in rows]).encode()).hexdigest(),
         "samples": samples,
         "thinking": thinking,
         "max_new_tokens": max_new_tokens,
@@ -273,10 +279,11 @@ def evaluate(
             bar.update(number, {})
     seconds = time.perf_counter() - start
     summary = summarise(kept, ks)
-    summary |= {"seconds": seconds, "tokens_per_second": tokens / seconds, "memory": memory()}
+    pace = tokens / seconds if tokens else None  # nothing was left to sample: not measured
+    summary |= {"seconds": seconds, "tokens_per_second": pace, "memory": memory()}
     if teacher:
         summary["reverse_kl"] = reverse_kl(subject, teacher, kept, batch_size)
-    summary["protocol"] = protocol | {"problems": len(rows)}
+    summary["protocol"] = protocol
     metrics.write_json(out / "summary.json", summary)
     return summary
 
@@ -330,13 +337,18 @@ DTYPE = flags.DEFINE_enum(
 
 
 def main() -> None:
-    ks = [int(k) for k in KS.value if k.isdigit() and int(k) > 0]
-    if len(ks) < len(KS.value) or (not RESPONSES.value and max(ks) > SAMPLES.value):
+    ks = [int(k) for k in KS.value if k.isdecimal() and int(k) > 0]
+    if len(ks) < len(KS.value) or (not RESPONSES.value and max(ks, default=0) > SAMPLES.value):
         raise UserError(f"--k={','.join(KS.value)}: each must be 1 to --samples={SAMPLES.value}")
+    if not TEMPERATURE.value < float("inf") or not TOP_P.value > 0:  # nan passes a flag's bounds
+        raise UserError("--temperature, --top_p: not finite numbers")
     out = Path(OUT.value)
     if RESPONSES.value:
         known = benchmarks.problems(BENCHMARK.value, DATA.value, 0) if DATA.value else []
         rows = benchmarks.stored(RESPONSES.value, known)[: LIMIT.value or None]
+        cli.output(f"{OUT.value}/summary.json")
+        if (out / "protocol.json").exists():
+            raise UserError(f"--out={out}: holds the evaluation of a model")
         with rewards.Grader() as grader:
             rows = graded(grader, BENCHMARK.value, rows)
         metrics.write_jsonl(out / "examples.jsonl", rows)
@@ -349,6 +361,8 @@ def main() -> None:
     mesh = mesh_lib.spread(*(Config.from_directory(policy.resolve(path)) for path in paths))
     dtype = DTYPE.value or policy.default_dtype()
     described = [policy.describe(path, dtype, False, mesh) for path in paths]
+    policy.require_same_vocabulary(described[0], described[-1])
+    cli.output(f"{OUT.value}/summary.json")
     with policy.use(described[0]):
         subject, *teachers = [policy.load(p, p.model.dtype.name) for p in described]
         evaluate(

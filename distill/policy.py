@@ -165,6 +165,26 @@ def restore(policy: Policy, step: int | None) -> tuple[Policy, int]:
     return dataclasses.replace(policy, params=found[0]["params"]), int(found[0]["step"])
 
 
+def newest_step(path: str | Path) -> int | None:
+    """The step that the run directory `path` now stands for; None of a model directory."""
+    if not is_run(path):
+        return None
+    with Checkpoints(Path(path) / "checkpoints") as saved:
+        found = saved.latest()
+    return found[0] if found else None
+
+
+def require_same_vocabulary(student: Policy, teacher: Policy) -> None:
+    """Raises UserError if a token id of one is not that token of the other."""
+    names = (student.path, teacher.path)
+    chat.require_same_tokenizer(student.tokenizer, teacher.tokenizer, names)
+    if student.config.vocab_size != teacher.config.vocab_size:
+        raise UserError(
+            f"{teacher.path}: vocab_size={teacher.config.vocab_size}, "
+            f"but {student.path} has {student.config.vocab_size}"
+        )
+
+
 def randomise(policy: Policy, key: jax.Array) -> Policy:
     """A described policy with random float32 parameters, drawn where they will live."""
     shardings = jax.tree.map(lambda p: p.sharding, policy.params)

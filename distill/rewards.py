@@ -23,6 +23,7 @@ OUTCOMES = ("correct", "wrong", "no_answer", "timeout", "error")
 
 # An answer is short; a longer one is not worth the algebra.
 MAX_ANSWER_CHARACTERS = 1000
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
 _BOXED = re.compile(r"\\boxed\s*\{")
 _MARKED = re.compile(
     r"(?:^[ \t]*A:|####|\b[Tt]he (?:final )?answer is:?)[ \t]*(\S.*)$", re.MULTILINE
@@ -42,10 +43,15 @@ def final_text(response: str) -> str | None:
 
 
 def grade_arithmetic(response: str, answer: str) -> str:
-    """The final text must be one integer and nothing else, equal to the answer."""
+    """The final text must be one integer and nothing else, equal to the answer.
+
+    "error" where `answer` is no integer.
+    """
     final = final_text(response)
-    if final is None or not re.fullmatch(r"-?[0-9]{1,18}", final):
+    if final is None or not _INTEGER.fullmatch(final):
         return "no_answer"
+    if not _INTEGER.fullmatch(answer):
+        return "error"
     return "correct" if int(final) == int(answer) else "wrong"
 
 

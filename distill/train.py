@@ -19,7 +19,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from distill import chat, cli, data, losses, metrics, optim, policy, rollout, teacher, update
+from distill import cli, data, losses, metrics, optim, policy, rollout, teacher, update
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.checkpoint import Checkpoints
@@ -80,14 +80,7 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
     taught = None
     if any(c[name].objective == "opd" for name in c.stages):
         taught = policy.describe(c.teacher.path, c.teacher.dtype, False, mesh)
-        chat.require_same_tokenizer(
-            student.tokenizer, taught.tokenizer, (student.path, taught.path)
-        )
-        if student.config.vocab_size != taught.config.vocab_size:
-            raise UserError(
-                f"{taught.path}: vocab_size={taught.config.vocab_size}, "
-                f"but {student.path} has {student.config.vocab_size}"
-            )
+        policy.require_same_vocabulary(student, taught)
     stages, first = [], 0
     for name in c.stages:
         s = c[name]

@@ -165,7 +165,9 @@ def save(params: Any, config: Config, directory: Path, dtype: jnp.dtype) -> None
 
     def flush() -> None:
         shards.append(list(batch))
-        save_file(batch, directory / f"shard-{len(shards)}.tmp", metadata={"format": "pt"})
+        file = directory / f"shard-{len(shards)}.tmp"
+        save_file(batch, file, metadata={"format": "pt"})
+        file.chmod(0o644)  # safetensors leaves it to its owner alone
         batch.clear()
 
     for name, tensor in _tensors(params, config, dtype):
