@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from distill import benchmarks, cli, data, losses, metrics, policy, rewards, rollout
+from distill import benchmarks, cli, data, generate, losses, metrics, policy, rewards, rollout
 from distill import mesh as mesh_lib
 from distill.policy import Policy
 from models.errors import UserError
@@ -57,27 +57,17 @@ def graded(grader: rewards.Grader, benchmark: str, rows: list[Row]) -> list[Row]
 def respond(
     subject: Policy,
     rows: list[tuple[str, Row]],
+    prompts: list[list[int]],
     *,
     first: int,
     samples: int,
-    thinking: bool | None,
     max_new_tokens: int,
     sampling: rollout.Sampling,
     seed: int,
     batch_size: int,
 ) -> Iterator[list[Row]]:
     """The sampled responses of each problem from number `first` on, `samples` rows a problem."""
-    prompts = [data.prompt_tokens(row, where, subject.tokenizer, thinking) for where, row in rows]
-    limit = subject.config.max_position_embeddings - max_new_tokens
-    for (where, _), prompt in zip(rows, prompts, strict=True):
-        data.require_ids(prompt, subject.config.vocab_size, where)
-        if len(prompt) > limit:
-            raise UserError(
-                f"{where}: prompt of {len(prompt)} tokens, and {max_new_tokens} new ones exceed "
-                f"the model's {subject.config.max_position_embeddings} positions"
-            )
-    if subject.tokenizer is None:
-        raise UserError(f"{subject.path}: no tokenizer, so responses cannot be read")
+    assert subject.tokenizer is not None
     done = rollout.complete(
         subject,
         prompts[first:],
@@ -228,7 +218,7 @@ def evaluate(
     *,
     samples: int,
     ks: list[int],
-    thinking: bool | None,
+    thinking: bool,
     max_new_tokens: int,
     sampling: rollout.Sampling,
     seed: int,
@@ -236,6 +226,9 @@ def evaluate(
     teacher: Policy | None = None,
 ) -> dict[str, object]:
     """Samples, grades and sums up; writes examples.jsonl and summary.json, returns the summary."""
+    if subject.tokenizer is None:
+        raise UserError(f"{subject.path}: no tokenizer, so responses cannot be read")
+    prompts = generate.prompts(subject, rows, thinking, max_new_tokens)
     protocol: Row = {
         "model": subject.path,
         "step": policy.newest_step(subject.path),
@@ -262,9 +255,9 @@ def evaluate(
         responses = respond(
             subject,
             rows,
+            prompts,
             first=len(rows) - left,
             samples=samples,
-            thinking=thinking,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             seed=seed,

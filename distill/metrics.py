@@ -57,10 +57,11 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
         return 0.0, 1.0
     z = 1.959964
     rate = successes / n
-    middle = rate + z * z / (2 * n)
-    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+    middle = (rate + z * z / (2 * n)) / scale
+    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / scale
+    # The rate lies between them, which rounding may deny at 0 and at 1.
+    return max(0.0, min(rate, middle - half)), min(1.0, max(rate, middle + half))
 
 
 def is_primary() -> bool:

@@ -154,6 +154,14 @@ def load(policy: Policy, param_dtype: str) -> Policy:
     return dataclasses.replace(policy, params=params)
 
 
+def check(policy: Policy) -> None:
+    """Raises UserError if `load` would find files missing or wrong, without reading a weight."""
+    if not is_run(policy.path):
+        weights.check(resolve(policy.path), policy.config, policy.params)
+    elif newest_step(policy.path) is None:
+        raise UserError(f"{policy.path}: a run without a checkpoint yet")
+
+
 def restore(policy: Policy, step: int | None) -> tuple[Policy, int]:
     """The float32 parameters of a described run after `step` (None: the newest whole checkpoint),
     and that step. Raises UserError if there is no such checkpoint, saying which there are."""

@@ -5,11 +5,12 @@ directory, with one table at the end. Everything happens through the same functi
 other verbs; stopped and started again, it goes on where it was.
 """
 
+import json
 import time
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from distill import benchmarks, cli, evaluate, export, metrics, policy, rollout, train
 from distill import mesh as mesh_lib
@@ -84,34 +85,47 @@ def table(summary: dict[str, Entry]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    c, out, start = CONFIG.value, Path(WORKDIR.value), time.perf_counter()
-    if c.stages[-1] != "opd":
-        raise UserError(f"config.stages: the quick start ends in opd, not in {c.stages[-1]!r}")
+def distil(c: ConfigDict, out: Path) -> dict:
+    """Judges, distils, exports and judges again; writes summary.json and returns it."""
+    start, limit = time.perf_counter(), c.opd.max_response_tokens
     mesh = mesh_lib.make(**c.mesh)
-    limit = c.opd.max_response_tokens
+
+    def load(path: str) -> Policy:
+        return policy.load(policy.describe(path, "float32", False, mesh), "float32")
+
     with mesh_lib.use(mesh):
-        train.prepare(c, mesh)
-        train.claim(out, c)
-
-        def load(path: str) -> Policy:
-            return policy.load(policy.describe(path, "float32", False, mesh), "float32")
-
         teacher = load(c.teacher.path)
-        summary: dict = {"teacher": judge("teacher", teacher, teacher, out, limit)}
-        summary["student_before"] = judge(
-            "student_before", load(c.student.path), teacher, out, limit
-        )
-        began = time.perf_counter()
-        train.run(c, out)
-        summary["distillation_seconds"] = time.perf_counter() - began
-        export.export(out, out / "student", None, "float32")
-        summary["student_after"] = judge(
-            "student_after", load(str(out / "student")), teacher, out, limit
-        )
+        summary: dict = {
+            "teacher": judge("teacher", teacher, teacher, out, limit),
+            "student_before": judge("student_before", load(c.student.path), teacher, out, limit),
+        }
+    began = time.perf_counter()
+    train.run(c, out)
+    summary["distillation_seconds"] = time.perf_counter() - began
+    export.export(out, out / "student", None, "float32")  # on a mesh of its own
+    with mesh_lib.use(mesh):
+        after = load(str(out / "student"))
+        summary["student_after"] = judge("student_after", after, teacher, out, limit)
+    summary["problems"] = PROBLEMS.value
     summary["seconds"] = time.perf_counter() - start
     summary["export"] = str(out / "student")
     metrics.write_json(out / "summary.json", summary)
+    return summary
+
+
+def main() -> None:
+    c, out = CONFIG.value, Path(WORKDIR.value)
+    if c.stages[-1] != "opd":
+        raise UserError(f"config.stages: the quick start ends in opd, not in {c.stages[-1]!r}")
+    mesh = mesh_lib.make(**c.mesh)
+    with mesh_lib.use(mesh):
+        train.prepare(c, mesh)
+    train.claim(out, c)
+    summary: dict = {}
+    if (out / "summary.json").is_file() and (out / "student").is_dir():
+        summary = json.loads((out / "summary.json").read_text())
+    if summary.get("problems") != PROBLEMS.value:  # else it is all done, and timed
+        summary = distil(c, out)
     before, after, best = (summary[k] for k in ("student_before", "student_after", "teacher"))
     print(f"\n{table(summary)}\n")
     for kind, words in (("", "greedy"), ("_sampled", "sampled")):

@@ -17,6 +17,7 @@ from distill import data
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.policy import Policy
+from models.errors import UserError
 from models.qwen3 import model
 from models.qwen3.model import Params, Qwen3
 
@@ -31,6 +32,14 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature={self.temperature}: must be 0 (greedy) or more")
+        if self.top_k < 0:
+            raise UserError(f"top_k={self.top_k}: must be 0 (off) or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p}: must be above 0 and at most 1 (off)")
 
 
 def prefers_stacked() -> bool:

@@ -77,10 +77,13 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
         if needed and not c[field].path:
             raise UserError(f"config.{field}.path: name a model directory")
     student = policy.describe(c.student.path, c.student.dtype, c.student.remat, mesh)
+    if not c.student.random_init:
+        policy.check(student)
     taught = None
     if any(c[name].objective == "opd" for name in c.stages):
         taught = policy.describe(c.teacher.path, c.teacher.dtype, False, mesh)
         policy.require_same_vocabulary(student, taught)
+        policy.check(taught)
     stages, first = [], 0
     for name in c.stages:
         s = c[name]
@@ -94,6 +97,11 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
 
 
 def _check_stage(name: str, s: ConfigDict, student: Policy, mesh: Mesh) -> None:
+    counts = ("steps", "batch_size", "samples", "accumulate")
+    for field in (*counts, "max_prompt_tokens", "max_response_tokens"):
+        if s[field] < 1:
+            raise UserError(f"config.{name}.{field}={s[field]}: must be at least 1")
+    _sampling(s)  # refuses what is no distribution
     total = s.max_prompt_tokens + s.max_response_tokens
     limit = student.config.max_position_embeddings
     if total > limit:
@@ -107,6 +115,10 @@ def _check_stage(name: str, s: ConfigDict, student: Policy, mesh: Mesh) -> None:
             raise UserError(
                 f"config.{name}.batch_size={s.batch_size} does not divide by {field} ({parts})"
             )
+
+
+def _sampling(s: ConfigDict) -> rollout.Sampling:
+    return rollout.Sampling(s.sampling.temperature, s.sampling.top_k, s.sampling.top_p)
 
 
 # collect: (parameters, step, key of the step) -> (batch, what it measured)
@@ -132,7 +144,7 @@ def collect_rollouts(plan: Plan, stage: Stage, seed: int, mesh: Mesh) -> Collect
     count = s.batch_size // s.samples
     rows = mesh_lib.rows(mesh)
     prompt_B, sample_B = np.divmod(np.arange(s.batch_size, dtype=np.int32), s.samples)
-    sampling = rollout.Sampling(s.sampling.temperature, s.sampling.top_k, s.sampling.top_p)
+    sampling = _sampling(s)
 
     def collect(params: model.Params, step: int, key: jax.Array):
         examples = data.at(stage.source, step - stage.first, count, seed)
@@ -248,13 +260,10 @@ def begin(c: ConfigDict, plan: Plan, checkpoints: Checkpoints) -> tuple[update.T
     """The state to go on from and the number of its stage: the newest checkpoint, or the start."""
     found = checkpoints.latest()
     if found:
-        names = [stage.name for stage in plan.stages]
-        index = names.index(found[1]["stage"])
-        restored = checkpoints.restore(
-            update.abstract(plan.stages[index].optimizer, plan.student.params)
-        )
+        optimizer = plan.stages[found[1]["index"]].optimizer
+        restored = checkpoints.restore(update.abstract(optimizer, plan.student.params))
         if restored:
-            return restored[0], names.index(restored[1]["stage"])
+            return restored[0], restored[1]["index"]
     if c.student.random_init:
         student = policy.randomise(plan.student, jax.random.key(c.seed))
     else:
@@ -265,9 +274,9 @@ def begin(c: ConfigDict, plan: Plan, checkpoints: Checkpoints) -> tuple[update.T
 def run(c: ConfigDict, workdir: Path) -> None:
     """Runs the stages of a config, from the newest checkpoint in `workdir` on if there is one."""
     mesh = mesh_lib.make(**c.mesh)
-    with mesh_lib.use(mesh):
-        plan = prepare(c, mesh)
-        claim(workdir, c)
+    plan = prepare(c, mesh)
+    claim(workdir, c)
+    with policy.use(plan.student):
         if plan.teacher:
             plan = dataclasses.replace(
                 plan, teacher=policy.load(plan.teacher, c.teacher.param_dtype)
@@ -281,7 +290,7 @@ def run(c: ConfigDict, workdir: Path) -> None:
                 for index, stage in enumerate(plan.stages[at:], start=at):
                     if index > at:
                         state = update.init(stage.optimizer, state.params, int(state.step))
-                    state = run_stage(c, plan, stage, state, mesh, saved, writer, stopped)
+                    state = run_stage(c, plan, index, state, mesh, saved, writer, stopped)
                     if stopped():
                         break
         if stopped():
@@ -294,7 +303,7 @@ def run(c: ConfigDict, workdir: Path) -> None:
 def run_stage(
     c: ConfigDict,
     plan: Plan,
-    stage: Stage,
+    index: int,
     state: update.TrainState,
     mesh: Mesh,
     saved: Checkpoints,
@@ -303,7 +312,8 @@ def run_stage(
 ) -> update.TrainState:
     """The loop. Its order is fixed: draw, update, log, save. A checkpoint after step i holds all
     that came of steps 0 to i, and the rows of metrics.jsonl for them are already written."""
-    s, student = stage.c, plan.student
+    stage, student = plan.stages[index], plan.student
+    s = stage.c
     root = jax.random.key(c.seed)
     collect = COLLECT[s.objective](plan, stage, c.seed, mesh)
     take_step = update.make(
@@ -324,9 +334,10 @@ def run_stage(
             if c.log.transcripts and step % c.log.transcripts_every == 0:
                 writer.write_rollouts(step, transcripts(batch, stats, student, c.log.transcripts))
             bar.update(step + 1 - stage.first, {k: measured[k] for k in shown if k in measured})
-            last = step + 1 == stage.end or bool(stopped())
-            saved.save(step + 1, state, {"stage": stage.name}, force=last)
-            if stopped():
+            stopping = bool(stopped())  # once: a signal may come while the state is being saved
+            last = stopping or step + 1 == stage.end
+            saved.save(step + 1, state, {"stage": stage.name, "index": index}, force=last)
+            if stopping:
                 break
     return state
 

@@ -210,6 +210,8 @@ BAD = {
     "too many devices": (change("mesh.tensor", 16), "config.mesh"),
     "heads": (change("mesh.tensor", 8), "num_attention_heads=4 does not divide"),
     "split": (change("sft.data.split", "dev"), "dev"),
+    "no samples": (change("opd.samples", 0), "config.opd.samples=0: must be at least 1"),
+    "temperature": (change("opd.sampling.temperature", -1.0), "temperature=-1.0: must be"),
     "schedule": (change("opd.optim.schedule", "cosin"), "cosin"),
 }
 
@@ -288,3 +290,36 @@ def test_tiny_variants_are_tiny(get_config):
     assert sum(c[name].steps for name in c.stages) <= 4
     with pytest.raises(ValueError, match="argument"):
         get_config("small")
+
+
+@pytest.fixture(scope="module")
+def divisible(tmp_path_factory):
+    """Models whose every head count four devices divide."""
+    root = tmp_path_factory.mktemp("divisible")
+    heads = {"num_key_value_heads": 4}
+    return tiny_model(root / "student", 0, **heads), tiny_model(root / "teacher", 1, **heads)
+
+
+@pytest.fixture(scope="module")
+def one_device(divisible, tmp_path_factory):
+    return curve(divisible, tmp_path_factory.mktemp("one") / "run", 1, 1)
+
+
+def curve(models, workdir, fsdp, tensor):
+    c = config(models)
+    c.mesh.fsdp, c.mesh.tensor = fsdp, tensor
+    c.sft.batch_size = c.opd.batch_size = 8
+    train.run(c, workdir)
+    return numbers(workdir)
+
+
+@pytest.mark.parametrize(("fsdp", "tensor"), [(8, 1), (2, 4)])
+def test_meshes_give_the_same_run(divisible, one_device, tmp_path, fsdp, tensor):
+    """Sampling, scoring and updating on eight devices: the loss curve of one, to 1e-4."""
+    rows = curve(divisible, tmp_path, fsdp, tensor)
+    assert len(rows) == len(one_device) == 5
+    for row, expected in zip(rows, one_device, strict=True):
+        for name in ("train/loss", "train/grad_norm", "train/entropy"):
+            assert row[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-4)
+        assert row["train/trained_tokens"] == expected["train/trained_tokens"]
+        assert row.get("train/sampler_delta", 0) < 1e-4

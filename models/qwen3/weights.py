@@ -93,6 +93,12 @@ def _check(directory: Path, slices: dict[str, Any], config: Config, shapes: Any)
         raise UserError(f"{directory}: tensor {extra[0]} is no part of this Qwen3")
 
 
+def check(directory: str | Path, config: Config, shapes: Any) -> None:
+    """Raises UserError as `load` would, from the files' headers alone; reads no tensor."""
+    with _open(Path(directory)) as slices:
+        _check(Path(directory), slices, config, shapes)
+
+
 def _names(path: tuple) -> tuple[str, ...]:
     return tuple(key.key for key in path)
 

@@ -1,0 +1,552 @@
+"""Accuracy and its interval, stored responses, interrupted evaluations, reverse KL, the verb."""
+
+import itertools
+import json
+import math
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+from helpers import TOKENIZER, tiny_qwen3
+from jax.experimental.compilation_cache import compilation_cache
+from test_verbs import call, read, write
+from transformers import Qwen3ForCausalLM
+
+from configs import base
+from distill import (
+    benchmarks,
+    chat,
+    evaluate,
+    generate,
+    metrics,
+    optim,
+    policy,
+    rewards,
+    rollout,
+    update,
+)
+from distill.checkpoint import Checkpoints
+from distill.policy import Policy
+from models.errors import UserError
+
+Z = 1.959964
+STOPS = [384, *range(0, 380, 19)]  # so many that some responses end before their limit
+ROWS = benchmarks.problems("arithmetic", "", 5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory: pytest.TempPathFactory):
+    """What is compiled anew for each evaluation comes from a cache on disk after the first."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()  # or what the first compilation of the process met would stay
+    yield
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Qwen3ForCausalLM]:
+    """Directory → network of a student and of a wider teacher, whose rows eight devices share."""
+    root = tmp_path_factory.mktemp("models")
+    shapes = {"student": {"hidden_size": 33}, "teacher": {"hidden_size": 45, "seed": 1}}
+    return {
+        str(root / name): tiny_qwen3(
+            root / name, tokenizer=TOKENIZER, vocab_size=512, eos_token_id=STOPS, **fields
+        )
+        for name, fields in shapes.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def paths(models) -> tuple[str, str]:
+    return tuple(models)  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module")
+def loaded(paths) -> tuple[Policy, Policy]:
+    student, teacher = (policy.load(policy.reader(path, "float32"), "float32") for path in paths)
+    return student, teacher
+
+
+def run(subject: Policy, out: Path, **changes: Any) -> dict[str, Any]:
+    """An evaluation of five generated problems, two samples each."""
+    options = {
+        "samples": 2,
+        "ks": [1, 2],
+        "thinking": True,
+        "max_new_tokens": 12,
+        "sampling": rollout.Sampling(1.0),
+        "seed": 3,
+        "batch_size": 4,
+    }
+    rows = changes.pop("rows", ROWS)
+    with policy.use(subject):
+        return evaluate.evaluate(subject, "arithmetic", rows, out, **options | changes)
+
+
+@pytest.fixture(scope="module")
+def whole(loaded, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An evaluation that nobody interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    run(loaded[0], out, teacher=loaded[1])
+    return out
+
+
+def summary_of(out: Path) -> dict[str, Any]:
+    def refuse(constant: str):
+        raise AssertionError(constant)
+
+    return json.loads((out / "summary.json").read_text(), parse_constant=refuse)
+
+
+def untimed(summary: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in summary.items() if k not in ("seconds", "tokens_per_second", "memory")}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# Figures
+
+
+def test_pass_at_k_counts_subsets() -> None:
+    """The share of all subsets of k samples that hold a correct one."""
+    for n in range(1, 7):
+        for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+            subsets = list(itertools.combinations([i < c for i in range(n)], k))
+            share = sum(map(any, subsets)) / len(subsets)
+            assert evaluate.pass_at_k(c, n, k) == pytest.approx(share, abs=1e-12), (n, c, k)
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 10), (3, 10), (10, 10), (1, 1), (611, 1000)])
+def test_one_sample_a_problem_has_wilsons_interval(right: int, n: int) -> None:
+    """Its ends are the rates p at which right/n is z standard deviations of p away."""
+    rate, (low, high) = evaluate.accuracy([[i < right] for i in range(n)])
+    assert rate == right / n
+    assert 0 <= low <= rate <= high <= 1
+    for p in (low, high):
+        if p not in (0.0, 1.0):
+            assert abs(rate - p) == pytest.approx(Z * math.sqrt(p * (1 - p) / n), abs=1e-9)
+    assert (low, high) == pytest.approx(metrics.wilson(right, n))
+
+
+def test_more_samples_are_clustered_by_problem() -> None:
+    hits = [[True, True], [True, False], [False, False], [True, False], [True, True]]
+    shares = [1, 0.5, 0, 0.5, 1]
+    half = Z * statistics.stdev(shares) / math.sqrt(5)
+    rate, interval = evaluate.accuracy(hits)
+    assert rate == pytest.approx(0.6)
+    assert interval == pytest.approx((0.6 - half, min(1, 0.6 + half)))
+    # The same samples again say nothing new: the interval stays.
+    assert evaluate.accuracy([4 * h for h in hits])[1] == pytest.approx(interval)
+    assert evaluate.accuracy([[True, False]]) == (0.5, (0.0, 1.0))
+
+
+def graded_row(name: str, outcome: str, **fields: Any) -> evaluate.Row:
+    row = {"id": name, "correct": outcome == "correct", "outcome": outcome}
+    return {**row, "formatted": outcome != "no_answer", "repeats": False, **fields}
+
+
+def test_summarise() -> None:
+    rows = [
+        graded_row("a", "correct", length=3, finish_reason="stop"),
+        graded_row("a", "wrong", length=5, finish_reason="stop"),
+        graded_row("b", "correct", length=4, finish_reason="stop"),
+        graded_row("b", "correct", length=4, finish_reason="stop"),
+        graded_row("c", "wrong", length=8, finish_reason="stop"),
+        graded_row("c", "no_answer", length=9, finish_reason="length", repeats=True),
+    ]
+    found = evaluate.summarise(rows, [1, 2, 3])
+    assert found == {
+        "problems": 3,
+        "responses": 6,
+        "accuracy": pytest.approx(0.5),
+        "interval": pytest.approx(evaluate.accuracy([[True, False], [True] * 2, [False] * 2])[1]),
+        "outcomes": {"correct": 3, "wrong": 2, "no_answer": 1},
+        "format_rate": pytest.approx(5 / 6),
+        "repetition_rate": pytest.approx(1 / 6),
+        "pass@1": pytest.approx(0.5),
+        "pass@2": pytest.approx(2 / 3),  # and none of 3, of which there are too few samples
+        "mean_length": 5.5,
+        "truncation_rate": pytest.approx(1 / 6),
+    }
+    stored = [{k: v for k, v in row.items() if k != "length"} for row in rows]
+    assert not {"mean_length", "truncation_rate"} & evaluate.summarise(stored, [1]).keys()
+
+
+@pytest.mark.parametrize(
+    ("response", "formatted", "repeats"),
+    [
+        ("<think>\n3*4=12\n</think>\n\n12", True, False),
+        ("<think>\n3*4=12", False, False),
+        ("twelve", False, False),
+        ("so it is 12 and then some " * 12 + "12", False, True),
+        (" ".join(map(str, range(200))), False, False),
+        ("again " * 9, False, False),  # too short to call it a loop
+        ("again " * 90, False, True),
+    ],
+)
+def test_form_and_loops(response: str, formatted: bool, repeats: bool) -> None:
+    with rewards.Grader() as grader:
+        row: evaluate.Row = {"response": response, "answer": "12", "id": "a"}
+        (found,) = evaluate.graded(grader, "arithmetic", [row])
+    assert (found["formatted"], found["repeats"]) == (formatted, repeats)
+    assert found["correct"] == (found["outcome"] == "correct") == formatted
+    assert found.items() >= row.items()
+
+
+# Stored responses
+
+
+def test_published_labels(shared_data: Path, tmp_path: Path) -> None:
+    """OpenAI's labels of GSM8K completions; half of the rows find their answer in --data."""
+    labelled = read(shared_data / "gsm8k" / "graded_completions.jsonl")[::37]
+    rows = [{"question": r["question"], "response": r["completion"]} for r in labelled]
+    rows[::2] = [
+        row | {"answer": r["answer"]} for row, r in zip(rows[::2], labelled[::2], strict=True)
+    ]
+    stored = write(tmp_path / "stored.jsonl", rows)
+    test = shared_data / "gsm8k" / "test.jsonl"
+    flags = ("--benchmark=gsm8k", f"--responses={stored}", f"--data={test}")
+    assert call(evaluate, *flags, f"--out={tmp_path / 'out'}", "--k=1,2") == 0
+    found, labels = read(tmp_path / "out" / "examples.jsonl"), [r["is_correct"] for r in labelled]
+    assert [row["correct"] for row in found] == labels and 0 < sum(labels) < len(labels)
+    summary = summary_of(tmp_path / "out")
+    assert summary["responses"] == len(labels) == sum(summary["outcomes"].values())
+    problems = {r["question"] for r in labelled}
+    assert summary["problems"] == len(problems)
+
+
+def test_stored_responses(tmp_path: Path) -> None:
+    stored = write(
+        tmp_path / "stored.jsonl",
+        [
+            {"id": 7, "answer": "12", "response": "<think>\n</think>\n\n12", "note": "left out"},
+            {"id": 7, "answer": 12, "response": "12"},
+            {"question": "1 + 1?", "answer": 2, "response": "3"},
+            {"question": "1 + 1?", "response": "2"},
+            {"answer": "5", "response": "<think>"},
+        ],
+    )
+    known = write(tmp_path / "known.jsonl", [{"question": "1 + 1?", "answer": 2}])
+    out = tmp_path / "new" / "out"
+    flags = ("--benchmark=arithmetic", f"--responses={stored}", f"--out={out}")
+    assert call(evaluate, *flags, f"--data={known}", "--k=1,2") == 0
+    rows = read(out / "examples.jsonl")
+    assert [(r["id"], r["correct"], r["outcome"]) for r in rows] == [
+        ("7", True, "correct"),
+        ("7", True, "correct"),
+        ("1 + 1?", False, "wrong"),
+        ("1 + 1?", True, "correct"),
+        ("row-4", False, "no_answer"),
+    ]
+    summary = summary_of(out)
+    assert summary["accuracy"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert (summary["problems"], summary["responses"]) == (3, 5)
+    assert "pass@1" in summary and "pass@2" not in summary  # one problem has one response
+    # The same file is graded again; --limit takes its first rows.
+    assert call(evaluate, *flags, f"--data={known}", "--k=1,2", "--limit=4") == 0
+    assert summary_of(out)["pass@2"] == 1.0
+
+
+# Interruptions
+
+
+@pytest.mark.parametrize(
+    ("keep", "first"),
+    [
+        (lambda text: text[: text.index("\n") // 2], 0),  # in the first line
+        (lambda text: "".join(text.splitlines(True)[:3]), 1),  # half of a problem's samples
+        (lambda text: "".join(text.splitlines(True)[:8]) + text.splitlines()[8][:-5], 4),
+        (lambda text: text.rstrip("\n"), 5),  # all but the last line's end
+    ],
+)
+def test_an_interrupted_evaluation_goes_on(
+    whole: Path, loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep, first: int
+) -> None:
+    """It samples what is missing, and leaves what an unbroken one leaves."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "summary.json").unlink()
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text(keep(examples.read_text()))
+    begun = []
+
+    def complete(*args: Any, **options: Any):
+        begun.append(options["first"])
+        return sample(*args, **options)
+
+    sample = rollout.complete
+    monkeypatch.setattr(rollout, "complete", complete)
+    run(loaded[0], tmp_path, teacher=loaded[1])
+    assert begun == ([first] if first < len(ROWS) else [])
+    assert examples.read_bytes() == (whole / "examples.jsonl").read_bytes()
+    found, expected = (untimed(summary_of(out)) for out in (tmp_path, whole))
+    assert found.pop("reverse_kl") == pytest.approx(expected.pop("reverse_kl"), rel=1e-5)
+    assert found == expected
+    assert (summary_of(tmp_path)["tokens_per_second"] is None) == (first == len(ROWS))
+
+
+CHANGES = {
+    "model": lambda teacher: {},
+    "samples": lambda _: {"samples": 1, "ks": [1]},
+    "thinking": lambda _: {"thinking": False},
+    "max_new_tokens": lambda _: {"max_new_tokens": 11},
+    "temperature": lambda _: {"sampling": rollout.Sampling(0.5)},
+    "top_k": lambda _: {"sampling": rollout.Sampling(1.0, top_k=3)},
+    "top_p": lambda _: {"sampling": rollout.Sampling(1.0, top_p=0.9)},
+    "seed": lambda _: {"seed": 4},
+    "problems": lambda _: {"rows": ROWS[:4]},
+    "problems_sha256": lambda _: {"rows": [(w, r | {"answer": "0"}) for w, r in ROWS]},
+}
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_another_protocol_is_refused(whole: Path, loaded, field: str) -> None:
+    before = contents(whole)
+    subject = loaded[1] if field == "model" else loaded[0]
+    with pytest.raises(UserError) as error:
+        run(subject, whole, **CHANGES[field](loaded[1]))
+    assert f"{whole} holds another evaluation: {field} was " in str(error.value)
+    assert len(str(error.value)) < 500
+    assert contents(whole) == before
+
+
+def test_what_does_not_touch_the_responses_may_change(whole: Path, loaded, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    summary = run(loaded[0], tmp_path, ks=[2], batch_size=64)
+    assert "pass@1" not in summary and "reverse_kl" not in summary
+    assert (tmp_path / "examples.jsonl").read_bytes() == (whole / "examples.jsonl").read_bytes()
+
+
+def test_stored_and_sampled_responses_do_not_mix(
+    whole: Path, loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = write(tmp_path / "stored.jsonl", [{"id": "a", "answer": "1", "response": "1"}])
+    flags = ("--benchmark=arithmetic", f"--responses={stored}")
+    before = contents(whole)
+    assert call(evaluate, *flags, f"--out={whole}") == 2
+    assert "holds the evaluation of a model" in capsys.readouterr().err
+    assert contents(whole) == before
+    out = tmp_path / "out"
+    assert call(evaluate, *flags, f"--out={out}") == 0
+    before = contents(out)
+    with pytest.raises(UserError, match="holds stored responses"):
+        run(loaded[0], out)
+    assert contents(out) == before
+
+
+def test_a_run_that_went_on_is_another_model(paths, tmp_path: Path) -> None:
+    """The samples of two checkpoints do not mix in one evaluation."""
+    workdir, out = tmp_path / "run", tmp_path / "out"
+    c = base.get_config()
+    c.student.path = paths[0]
+    metrics.write_text(workdir / "config.json", c.to_json_best_effort())
+    described = policy.reader(str(workdir), "float32")
+
+    def train(step: int) -> Policy:
+        random = policy.randomise(described, jax.random.key(step))
+        with Checkpoints(workdir / "checkpoints", every=1, keep=None) as saved:
+            state = update.init(optim.make(c.opd.optim, 10), random.params, step)
+            saved.save(step, state, {"stage": "opd"})
+        return random
+
+    assert run(train(3), out)["protocol"]["step"] == 3  # type: ignore[index]
+    before = contents(out)
+    later = train(7)
+    with pytest.raises(UserError, match="holds another evaluation: step was 3, now 7"):
+        run(later, out)
+    assert contents(out) == before
+
+
+# Reverse KL
+
+
+def dense_kl(student: Qwen3ForCausalLM, teacher: Qwen3ForCausalLM, rows: list[dict]) -> float:
+    """By transformers, in float64 over the whole vocabulary, each row alone."""
+    total, count = 0.0, 0
+    for row in rows:
+        ids = torch.tensor([row["prompt_tokens"] + row["tokens"]])
+        with torch.no_grad():
+            logp, logq = (m(ids).logits[0].double().log_softmax(-1) for m in (student, teacher))
+        kl = (logp.exp() * (logp - logq)).sum(-1)[len(row["prompt_tokens"]) - 1 : -1]
+        assert len(kl) == len(row["tokens"])
+        total, count = total + float(kl.sum()), count + len(kl)
+    return total / count
+
+
+def test_reverse_kl(whole: Path, loaded, models) -> None:
+    """Over response tokens only, whatever the batch size and its padding."""
+    rows, (student, teacher) = read(whole / "examples.jsonl"), loaded
+    assert len({row["length"] for row in rows}) > 1
+    expected = dense_kl(models[student.path], models[teacher.path], rows)
+    assert expected > 0.1
+    with policy.use(student):
+        for batch_size in (3, 64):
+            found = evaluate.reverse_kl(student, teacher, rows, batch_size)
+            assert found == pytest.approx(expected, rel=1e-4)
+        assert abs(evaluate.reverse_kl(student, student, rows, 64)) < 1e-6
+        assert evaluate.reverse_kl(teacher, student, rows, 64) != pytest.approx(expected, rel=0.01)
+    assert summary_of(whole)["reverse_kl"] == pytest.approx(expected, rel=1e-4)
+
+
+# The verb
+
+QUESTIONS = ["What is 3 * 4?", "Ann has 5 eggs, buys 2.", "1 + 1?", "How many are 6 / 2?"]
+
+
+def test_gsm8k_of_a_model(paths, loaded, tmp_path: Path) -> None:
+    """Each response is graded against its own answer: most answers here are what the model will
+    say, the others are not."""
+    options = {"max_new_tokens": 24, "sampling": rollout.Sampling(1.0), "seed": 5, "batch_size": 8}
+    rows = [{"question": q, "answer": "1", "level": i} for i, q in enumerate(QUESTIONS)]
+    asked = benchmarks.problems("gsm8k", str(write(tmp_path / "asked.jsonl", rows)), 0)
+    with policy.use(loaded[0]):
+        prompts = generate.prompts(loaded[0], asked, False, 24)
+        replies = evaluate.respond(loaded[0], asked, prompts, first=0, samples=2, **options)
+        said = [[str(row["response"]) for row in group] for group in replies]
+    numbers = [rewards._find_answer(second) for _, second in said]
+    expected = [0 if n is None else int(abs(float(n))) for n in numbers]
+    for row, number in zip(rows, expected, strict=True):
+        row["answer"] = number
+    known = write(tmp_path / "known.jsonl", [*rows, {"question": "never asked", "answer": 1}])
+    flags = (f"--model={paths[0]}", "--benchmark=gsm8k", f"--data={known}", "--limit=4")
+    sampling = ("--samples=2", "--k=1,2", "--temperature=1", "--seed=5", "--thinking=off")
+    out = tmp_path / "out"
+    limits = ("--max_new_tokens=24", "--batch_size=8")
+    assert call(evaluate, *flags, *sampling, *limits, f"--out={out}") == 0
+    found = read(out / "examples.jsonl")
+    assert [[r["response"] for r in found[i : i + 2]] for i in range(0, 8, 2)] == said
+    check_summary(out, found, samples=2)
+    tokenizer = chat.load_tokenizer(paths[0])
+    assert tokenizer is not None
+    for i, row in enumerate(found):
+        assert (row["id"], row["sample"]) == (f"gsm8k-{i // 2}", i % 2)
+        assert row["answer"] == str(expected[i // 2])
+        assert row["correct"] == (rewards.grade_math(row["response"], row["answer"]) == "correct")
+        asked_text = str(tokenizer.decode(row["prompt_tokens"]))
+        assert asked_text.endswith("</think>\n\n") and QUESTIONS[i // 2] in asked_text
+        assert row["finish_reason"] == ("stop" if row["tokens"][-1] in STOPS else "length")
+        assert not set(row["tokens"][:-1]) & set(STOPS)
+    assert 0 < summary_of(out)["accuracy"] < 1
+
+
+def check_summary(out: Path, rows: list[dict], samples: int) -> None:
+    """The contract: what is in summary.json, and that it is what examples.jsonl says."""
+    summary = summary_of(out)
+    assert summary["responses"] == len(rows) == samples * summary["problems"]
+    assert summary["accuracy"] == pytest.approx(np.mean([row["correct"] for row in rows]))
+    low, high = summary["interval"]
+    assert 0 <= low <= summary["accuracy"] <= high <= 1
+    assert summary["pass@1"] == pytest.approx(summary["accuracy"])
+    best = [any(r["correct"] for r in rows[i : i + samples]) for i in range(0, len(rows), samples)]
+    assert summary[f"pass@{samples}"] == pytest.approx(np.mean(best))
+    for rate, hits in (
+        ("format_rate", [row["formatted"] for row in rows]),
+        ("repetition_rate", [row["repeats"] for row in rows]),
+        ("truncation_rate", [row["finish_reason"] == "length" for row in rows]),
+    ):
+        assert summary[rate] == pytest.approx(np.mean(hits)), rate
+    assert summary["mean_length"] == pytest.approx(np.mean([len(row["tokens"]) for row in rows]))
+    written = sum(row["length"] for row in rows)
+    assert summary["tokens_per_second"] * summary["seconds"] == pytest.approx(written)
+    assert 0.01 < summary["memory"]["host_gib"] < 1000
+
+
+def test_arithmetic_of_a_model(paths, models, tmp_path: Path) -> None:
+    """Greedy, against the generated problems, with the divergence from a teacher."""
+    out = tmp_path / "out"
+    flags = (f"--model={paths[0]}", f"--teacher={paths[1]}", "--benchmark=arithmetic")
+    assert call(evaluate, *flags, f"--out={out}", "--limit=3", "--max_new_tokens=12") == 0
+    rows = read(out / "examples.jsonl")
+    check_summary(out, rows, samples=1)
+    assert [row["id"] for row in rows] == [f"arithmetic-test-{i}" for i in range(3)]
+    assert [row["answer"] for row in rows] == [row["answer"] for _, row in ROWS[:3]]
+    summary = summary_of(out)
+    expected = dense_kl(models[paths[0]], models[paths[1]], rows)
+    assert summary["reverse_kl"] == pytest.approx(expected, rel=1e-4)
+    protocol = summary["protocol"]
+    assert protocol["model"] == paths[0] and protocol["temperature"] == 0 and protocol["thinking"]
+    with torch.no_grad():
+        for row in rows:
+            ids = torch.tensor([row["prompt_tokens"] + row["tokens"]])
+            best = models[paths[0]](ids).logits[0].argmax(-1).tolist()
+            assert best[len(row["prompt_tokens"]) - 1 : -1] == row["tokens"]
+
+
+BAD = [
+    (("--benchmark=trivia",), "--benchmark=trivia: known are arithmetic, gsm8k"),
+    (("--benchmark=gsm8k",), "--data: gsm8k needs a jsonl file"),
+    (("--benchmark=gsm8k", "--data=none.jsonl"), "none.jsonl: no such file"),
+    (("--benchmark=gsm8k", "--data=unanswered.jsonl"), "unanswered.jsonl:2: no answer among"),
+    (("--benchmark=gsm8k", "--data=twice.jsonl"), "twice.jsonl:2: id 'a' is that of an earlier"),
+    (("--benchmark=gsm8k", "--data=ids.jsonl"), "ids.jsonl:1: token id 600 is outside"),
+    (("--benchmark=gsm8k", "--data=unasked.jsonl"), "unasked.jsonl:1: none of tokens, prompt"),
+    (
+        ("--benchmark=arithmetic", "--k=1,4", "--samples=2"),
+        "--k=1,4: each must be 1 to",
+    ),
+    (("--benchmark=arithmetic", "--k=0"), "--k=0: each must be"),
+    (("--benchmark=arithmetic", "--k=one"), "--k=one: each must be"),
+    (("--benchmark=arithmetic", "--model="), "--model: name a model directory"),
+    (("--benchmark=arithmetic", "--model=no/such/place"), "no/such/place: no model directory"),
+    (("--benchmark=arithmetic", "--model=other"), "other: no tokenizer, so responses cannot be"),
+    (("--benchmark=arithmetic", "--max_new_tokens=100"), "tokens and --max_new_tokens=100 exceed"),
+    (("--benchmark=arithmetic", "--temperature=nan"), "--temperature"),
+    (("--benchmark=arithmetic", "--top_p=nan"), "--top_p"),
+    (("--benchmark=arithmetic", "--limit=-1"), "limit"),
+    (("--benchmark=arithmetic", "--teacher=other"), "other: vocab_size=131"),
+    (("--benchmark=arithmetic", "--out=unasked.jsonl"), "--out=unasked.jsonl"),
+    (("--benchmark=arithmetic", "--responses=unasked.jsonl"), "unasked.jsonl:1: no response among"),
+    (("--benchmark=arithmetic", "--responses=said.jsonl"), "said.jsonl:1: no answer, and no"),
+    ((), "--benchmark is required"),
+]
+
+
+@pytest.fixture(scope="module")
+def bad_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    good = {"question": "q", "answer": "1", "id": "a"}
+    write(folder / "unanswered.jsonl", [good, {"question": "q", "answer": None}])
+    write(folder / "twice.jsonl", [good, good])
+    write(folder / "ids.jsonl", [{"tokens": [5, 600], "answer": "1"}])
+    write(folder / "unasked.jsonl", [{"answer": "1"}])
+    write(folder / "said.jsonl", [{"response": "1", "id": "x"}])
+    tiny_qwen3(folder / "other")
+    return folder
+
+
+@pytest.mark.parametrize(("flags", "words"), BAD)
+def test_a_users_mistake_is_one_line(
+    bad_inputs: Path,
+    paths,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: tuple[str, ...],
+    words: str,
+) -> None:
+    monkeypatch.chdir(bad_inputs)
+    before = contents(bad_inputs)
+    assert call(evaluate, f"--model={paths[0]}", f"--out={tmp_path / 'out'}", *flags) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ") and words in line, line
+    assert captured.out == "" and contents(tmp_path) == {} and contents(bad_inputs) == before
+
+
+def test_an_answer_that_is_no_integer_is_an_error_of_the_data(tmp_path: Path) -> None:
+    row = {"id": "a", "answer": "twelve", "response": "12"}
+    stored = write(tmp_path / "stored.jsonl", [row])
+    flags = ("--benchmark=arithmetic", f"--responses={stored}", f"--out={tmp_path / 'out'}")
+    assert call(evaluate, *flags, "--k=") == 0
+    assert [row["outcome"] for row in read(tmp_path / "out" / "examples.jsonl")] == ["error"]
+    assert not [name for name in summary_of(tmp_path / "out") if name.startswith("pass@")]
