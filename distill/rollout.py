@@ -94,6 +94,14 @@ def draw(
     return tokens_B.astype(jnp.int32), jnp.take_along_axis(logp_BV, tokens_B[:, None], axis=1)[:, 0]
 
 
+def _for_decoding(qwen3: Qwen3, params: Params, stacked: bool) -> tuple[Qwen3, Params]:
+    # Cast once: every step reads all weights, and would otherwise read them in float32.
+    params = jax.tree.map(lambda p: p.astype(qwen3.dtype), params)
+    if not stacked:
+        params = model.unstack(params, qwen3.config.num_hidden_layers)
+    return qwen3.clone(scan=stacked, remat=False), params
+
+
 @functools.partial(
     jax.jit, static_argnames=("qwen3", "max_new_tokens", "sampling", "stop_ids", "stacked")
 )
@@ -122,11 +130,8 @@ def sample(
     """
     B, P = tokens_BP.shape
     R = max_new_tokens
-    qwen3 = qwen3.clone(scan=stacked, remat=False)
-    # Cast once: every step reads all weights, and would otherwise read them in float32.
-    params = jax.tree.map(lambda p: p.astype(qwen3.dtype), params)
-    if not stacked:
-        params = model.unstack(params, qwen3.config.num_hidden_layers)
+    qwen3, params = _for_decoding(qwen3, params, stacked)
+    head_VD = model.head(params)
     cache = model.init_cache(qwen3.config, B, P + R, qwen3.dtype, stacked)
     positions_BP = jnp.maximum(jnp.cumsum(segments_BP, axis=1) - 1, 0)
     lengths_B = jnp.sum(segments_BP, axis=1)
@@ -142,12 +147,7 @@ def sample(
 
     def step(carry):
         i, hidden_BD, cache, done_B, out_BR, logp_BR, live_BR = carry
-        logits_BV = jnp.einsum(
-            "BD,VD->BV",
-            hidden_BD,
-            model.head(params).astype(hidden_BD.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        logits_BV = jnp.einsum("BD,VD->BV", hidden_BD, head_VD, preferred_element_type=jnp.float32)
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, i)
         tokens_B, logp_B = draw(logits_BV, keys, sampling)
         tokens_B = jnp.where(done_B, 0, tokens_B)

@@ -37,6 +37,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 def start(models: tuple[str, str], workdir: Path, *flags: str) -> int:
     """The exit code of the tiny quick start on these models."""
+    for name in [name for name in quickstart.OPTIONS if name.startswith("config.")]:
+        delattr(quickstart.OPTIONS, name)  # overrides of an earlier call
     return call(
         quickstart,
         f"--config={ROOT}/configs/quickstart.py:tiny",
