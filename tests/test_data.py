@@ -208,15 +208,21 @@ def test_only_the_last_answer_of_a_conversation_is_learned(
 def test_the_empty_think_block_is_prompt_and_not_trained(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    row = {"question": QUESTION[0]["content"], "response": "12"}
-    path = write(tmp_path / "rows.jsonl", row, {**row, "response": "<think>\n3*4\n</think>\n\n12"})
+    thought = "<think>\n3*4\n</think>\n\n12"
+    rows = [
+        {"question": QUESTION[0]["content"], "response": "12"},
+        {"messages": QUESTION, "response": thought},
+        {"messages": [*QUESTION, {"role": "assistant", "content": "12"}]},
+    ]
+    path = write(tmp_path / "rows.jsonl", *rows)
     for thinking in (True, False):
         source = data.load(config(path, thinking=thinking), tokenizer, 0, traces=True)
-        examples = [source.example(0), source.example(1)]
-        assert source.example(0).prompt == source.example(1).prompt
-        assert str(tokenizer.decode(examples[0].prompt)).endswith(EMPTY_THINK) != thinking
+        examples = [source.example(i) for i in range(3)]
+        for example in examples:
+            assert example.prompt == examples[0].prompt
+            assert str(tokenizer.decode(example.prompt)).endswith(EMPTY_THINK) != thinking
         batch = data.trace_batch(examples, 64, 64)
-        for i, response in enumerate(("12", "<think>\n3*4\n</think>\n\n12")):
+        for i, response in enumerate(("12", thought, "12")):
             trained = np.asarray(batch.tokens_BT)[i][np.asarray(batch.mask_BT)[i]]
             assert tokenizer.decode(trained) == response + "<|im_end|>"
 
