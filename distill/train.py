@@ -67,6 +67,10 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
     Raises:
       UserError: naming the flag, file or row at fault.
     """
+    if c.seed < 0:
+        raise UserError(f"config.seed={c.seed}: must be 0 or more")
+    if not c.stages:
+        raise UserError("config.stages: names no stage")
     for name in c.stages:
         if name not in c or not isinstance(c[name], ConfigDict) or "objective" not in c[name]:
             raise UserError(f"config.stages: {name!r} is no stage of this config")

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import TOKENIZER, tiny_qwen3
-from jax.experimental.compilation_cache import compilation_cache
 from test_verbs import call, read, write
 from transformers import Qwen3ForCausalLM
 
@@ -37,19 +36,6 @@ from models.errors import UserError
 Z = 1.959964
 STOPS = [384, *range(0, 380, 19)]  # so many that some responses end before their limit
 ROWS = benchmarks.problems("arithmetic", "", 5)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory: pytest.TempPathFactory):
-    """What is compiled anew for each evaluation comes from a cache on disk after the first."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
-    jax.config.update("jax_enable_compilation_cache", True)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()  # or what the first compilation of the process met would stay
-    yield
-    jax.config.update("jax_enable_compilation_cache", False)
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

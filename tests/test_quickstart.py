@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT
-from test_evaluate import compile_once  # noqa: F401  (a fixture of this module too)
 from test_train import tiny_model
 from test_verbs import call, read
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from distill import mesh as mesh_lib
-from distill import policy, train
-
-with warnings.catch_warnings():  # ml_collections loads config files in a way that is to go
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from distill import quickstart
-
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+from distill import policy, quickstart, train
 
 JUDGED = ("student_before", "student_after", "teacher")
 IDS = [382, 17, 3, 250, 384, 511, 0, 42, 99, 5, 5, 301]

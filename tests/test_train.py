@@ -37,17 +37,6 @@ def models(tmp_path_factory):
     return tiny_model(root / "student", 0), tiny_model(root / "teacher", 1, hidden_size=48)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Each run builds its own functions; the cache on disk spares compiling them again."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
-    jax.config.update("jax_enable_compilation_cache", True)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield
-    jax.config.update("jax_enable_compilation_cache", False)
-    jax.config.update("jax_compilation_cache_dir", None)
-
-
 def config(models) -> ConfigDict:
     """Two stages, 2 + 3 steps; two responses to each prompt in the second."""
     c = base.get_config()
