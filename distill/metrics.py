@@ -38,11 +38,6 @@ _PACKAGES = (
 )
 
 
-def add(a: Sums, b: Sums) -> Sums:
-    """The sums of two micro-batches as one; both have the same names. Usable under jit."""
-    return jax.tree.map(jnp.add, a, b)
-
-
 def finalize(sums: Sums) -> dict[str, jax.Array]:
     """Means. A count of 0 gives nan, which files show as null: not measured is not zero."""
     return {

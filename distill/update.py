@@ -25,7 +25,6 @@ class TrainState:
     step: jax.Array  # int32 scalar: steps done, over all stages
 
 
-Sums = dict[str, tuple[jax.Array, jax.Array]]
 Step = Callable[
     [TrainState, Batch, jax.Array | None], tuple[TrainState, dict[str, jax.Array], losses.Stats]
 ]
@@ -85,7 +84,7 @@ def loss_sums(
     params: Params,
     batch: Batch,
     teacher_head_VE: jax.Array | None,
-) -> tuple[jax.Array, tuple[Sums, losses.Stats]]:
+) -> tuple[jax.Array, tuple[metrics.Sums, losses.Stats]]:
     """The summed loss over trained tokens, and (sum, count) pairs and [B, T] stats beside it."""
     stats = losses.token_stats(
         policy.hidden(qwen3, params, batch),
