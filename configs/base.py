@@ -42,7 +42,7 @@ def stage(objective: str) -> ConfigDict:
     c.optim.b1 = 0.9
     c.optim.b2 = 0.95
     c.optim.eps = 1e-8
-    c.optim.weight_decay = 0.01  # not on norms
+    c.optim.weight_decay = 0.0  # not on norms
     c.optim.clip_norm = 1.0  # of the whole gradient; 0: off
     return c
 

@@ -27,6 +27,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.sft.max_prompt_tokens = 60
     c.sft.max_response_tokens = 52
     c.sft.optim.learning_rate = 3e-3
+    c.sft.optim.weight_decay = 0.01
     c.sft.optim.warmup_steps = 50
     c.sft.optim.final_fraction = 0.02
     if arg == "tiny":

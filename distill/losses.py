@@ -61,7 +61,7 @@ def token_stats(
       top_k: also find this many of the most likely tokens.
 
     Returns:
-      Float32 [B, T] arrays, all differentiable in the student: "logp" log p(target), "entropy"
+      Float32 [B, T] arrays, differentiable (once) in the student: "logp" log p(target), "entropy"
       of p in nats; with a teacher q also "teacher_logp" log q(target) and "reverse_kl", the exact
       KL(p‖q) = Σ_v p(v) (log p(v) - log q(v)) over the whole vocabulary (arXiv 2306.13649, eq. 2,
       with the arguments in the order that on-policy distillation uses). With top_k also
@@ -100,7 +100,10 @@ def token_stats(
             assert teacher_head_VE is not None
             logq_BCV = log_probs(x["teacher"], teacher_head_VE)
             stats["teacher_logp"] = pick(logq_BCV, x["targets"])
-            stats["reverse_kl"] = jnp.sum(p_BCV * (logp_BCV - logq_BCV), axis=-1)
+            # The gradient is Σ ∇p (log p - log q) alone: the other term, Σ p ∇log p, is zero, but
+            # computed it leaves rounding noise, which Adam blows up where p is nearly q.
+            ratio_BCV = jax.lax.stop_gradient(logp_BCV - logq_BCV)
+            stats["reverse_kl"] = jnp.sum(p_BCV * ratio_BCV, axis=-1)
         if top_k:
             stats["top_logp"], stats["top_ids"] = jax.lax.top_k(logp_BCV, top_k)
         return None, stats
