@@ -71,6 +71,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.mesh.data = 1
     c.mesh.fsdp = -1
     c.mesh.tensor = 1
+    c.mesh.expert = 1  # divides the number of experts; for all other weights it is like data
 
     c.logits_mib = 128.0  # MiB of float32 logits that one chunk of the loss holds on a device
 

@@ -13,30 +13,34 @@ from models.errors import UserError
 from models.qwen3 import model
 from models.qwen3.config import Config
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "expert", "tensor")
+ROWS = ("data", "fsdp", "expert")  # what the batch is split by
+VOCABULARY = ("fsdp", "expert", "tensor")
 
 # Logical axis -> mesh axes. Weights are split twice, by fsdp along the model dimension and by
-# tensor along heads or feed-forward; the embedding and the head along the vocabulary by both, so
-# that the streamed loss holds 1/(fsdp·tensor) of each chunk's logits on a device.
+# tensor along heads or feed-forward; experts by expert, too, an axis which for all other weights is
+# like data; the embedding and the head along the vocabulary by all but data, so that the streamed
+# loss holds 1/(fsdp·expert·tensor) of each chunk's logits on a device.
 RULES = (
-    ("batch", ("data", "fsdp")),
+    ("batch", ROWS),
     ("embed", "fsdp"),
     ("heads", "tensor"),
     ("mlp", "tensor"),
-    ("vocab", ("fsdp", "tensor")),
+    ("expert", "expert"),
+    ("vocab", VOCABULARY),
     ("act_heads", "tensor"),
     ("act_mlp", "tensor"),
     ("layers", None),
 )
 
 
-def make(data: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh of the first data·fsdp·tensor devices; one size may be -1 for all that are left.
+def make(data: int, fsdp: int, tensor: int, expert: int = 1) -> Mesh:
+    """A mesh of the first devices, as many as the product; one size may be -1: all that are left.
 
     Raises:
       UserError: if there are too few devices, or they cannot be divided so.
     """
-    sizes = [data, fsdp, tensor]
+    sizes = [data, fsdp, expert, tensor]
     known = int(np.prod([s for s in sizes if s != -1]))
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
         raise UserError(f"config.mesh: sizes {dict(zip(AXES, sizes, strict=True))} are no mesh")
@@ -54,23 +58,31 @@ def make(data: int, fsdp: int, tensor: int) -> Mesh:
 def spread(*configs: Config) -> Mesh:
     """All devices, for verbs that only read these models: whatever their shapes, it divides them.
 
-    Tensor first, which moves activations and not weights at each decoding step; then fsdp, which
-    at least holds every weight once; what divides neither shares out the rows.
+    Tensor first and then expert, which move activations and not weights at each decoding step;
+    then fsdp, which at least holds every weight once; what divides none shares out the rows.
     """
-    data, tensor, fsdp = jax.device_count(), 0, 0
-    for c in configs:
-        tensor = math.gcd(
-            tensor,
-            c.num_attention_heads,
-            c.num_key_value_heads,
-            c.intermediate_size,
-            c.vocab_size,
-        )
-    tensor = math.gcd(tensor, data)
-    for c in configs:
-        fsdp = math.gcd(fsdp, c.hidden_size, c.vocab_size // tensor)
-    fsdp = math.gcd(fsdp, data // tensor)
-    return make(data // (tensor * fsdp), fsdp, tensor)
+    left = jax.device_count()
+    vocabulary = math.gcd(*(c.vocab_size for c in configs))
+    tensor = math.gcd(left, vocabulary, *(n for c in configs for n in _split_by_tensor(c).values()))
+    left, vocabulary = left // tensor, vocabulary // tensor
+    experts = [c.num_experts for c in configs if any(c.sparse_layers)]
+    expert = math.gcd(left, vocabulary, *experts) if experts else 1
+    left, vocabulary = left // expert, vocabulary // expert
+    fsdp = math.gcd(left, vocabulary, *(c.hidden_size for c in configs))
+    return make(left // fsdp, fsdp, tensor, expert)
+
+
+def _split_by_tensor(c: Config) -> dict[str, int]:
+    """Fields of the config, and their values, that the mesh axis tensor splits."""
+    sizes = {
+        "num_attention_heads": c.num_attention_heads,
+        "num_key_value_heads": c.num_key_value_heads,
+    }
+    if not all(c.sparse_layers):
+        sizes["intermediate_size"] = c.intermediate_size
+    if any(c.sparse_layers):
+        sizes["moe_intermediate_size"] = c.moe_intermediate_size
+    return sizes
 
 
 @contextlib.contextmanager
@@ -82,14 +94,13 @@ def use(mesh: Mesh) -> Iterator[None]:
 
 def check(config: Config, mesh: Mesh, source: str) -> None:
     """Raises UserError if the mesh does not divide a dimension of the model that it splits."""
-    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-    splits = (
-        ("num_attention_heads", config.num_attention_heads, "tensor", tensor),
-        ("num_key_value_heads", config.num_key_value_heads, "tensor", tensor),
-        ("intermediate_size", config.intermediate_size, "tensor", tensor),
+    fsdp, expert, tensor = (mesh.shape[axis] for axis in ("fsdp", "expert", "tensor"))
+    splits = [(name, size, "tensor", tensor) for name, size in _split_by_tensor(config).items()]
+    splits += [
         ("hidden_size", config.hidden_size, "fsdp", fsdp),
-        ("vocab_size", config.vocab_size, "fsdp*tensor", fsdp * tensor),
-    )
+        ("num_experts", config.num_experts if any(config.sparse_layers) else 0, "expert", expert),
+        ("vocab_size", config.vocab_size, "fsdp*expert*tensor", fsdp * expert * tensor),
+    ]
     for name, size, axis, parts in splits:
         if size % parts:
             raise UserError(f"{source}: {name}={size} does not divide by mesh axis {axis}={parts}")
@@ -107,7 +118,12 @@ def parameters(config: Config, mesh: Mesh) -> model.Params:
 
 def rows(mesh: Mesh) -> NamedSharding:
     """The sharding of arrays whose first axis is the batch."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(ROWS))
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Into how many parts the batch is split."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -120,6 +136,4 @@ def split_vocabulary(logits_BCV: jax.Array) -> jax.Array:
     axes = jax.sharding.get_abstract_mesh().axis_names
     if not axes:
         return logits_BCV
-    return jax.lax.with_sharding_constraint(
-        logits_BCV, PartitionSpec("data", None, ("fsdp", "tensor"))
-    )
+    return jax.lax.with_sharding_constraint(logits_BCV, PartitionSpec("data", None, VOCABULARY))

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import jax
@@ -24,7 +25,7 @@ from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.checkpoint import Checkpoints
 from models.errors import UserError
-from models.qwen3 import model, weights
+from models.qwen3 import model, moe, weights
 from models.qwen3.config import Config
 from models.qwen3.model import Params, Qwen3
 
@@ -212,3 +213,18 @@ def hidden(qwen3: Qwen3, params: Params, batch: Batch) -> jax.Array:
         {"params": params}, batch.tokens_BT, batch.positions_BT, batch.segments_BT
     )
     return out_BTD
+
+
+def routed(
+    qwen3: Qwen3, params: Params, batch: Batch
+) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
+    """`hidden`, and (sum, count) pairs of what the routers did (models.qwen3.moe.sums)."""
+    applied: Any = qwen3.apply(
+        {"params": params},
+        batch.tokens_BT,
+        batch.positions_BT,
+        batch.segments_BT,
+        mutable=[moe.ROUTER],
+    )
+    (out_BTD, _), noted = applied
+    return out_BTD, moe.sums(noted.get(moe.ROUTER, {}))

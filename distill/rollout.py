@@ -211,7 +211,7 @@ def complete(
     that one would have drawn. All batches have one shape, so the sampler is compiled once.
     """
     mesh = jax.tree.leaves(policy.params)[0].sharding.mesh
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = mesh_lib.row_shards(mesh)
     rows = [(p, s) for p in range(len(prompts)) for s in range(samples)]
     size = -(-min(batch_size, len(rows)) // shards) * shards
     width = bucket(max(map(len, prompts)))

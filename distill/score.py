@@ -89,7 +89,7 @@ def score(
     A batch is as wide as the bucket of its longest row: one compilation for each width met.
     """
     mesh = policy.mesh_of(subject)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = mesh_lib.row_shards(mesh)
     size = -(-min(batch_size, len(sequences)) // shards) * shards
     for start in range(0, len(sequences), size):
         chunk = sequences[start : start + size]

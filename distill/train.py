@@ -113,7 +113,7 @@ def _check_stage(name: str, s: ConfigDict, student: Policy, mesh: Mesh) -> None:
             f"config.{name}: max_prompt_tokens + max_response_tokens = {total} exceeds the "
             f"model's {limit} positions"
         )
-    rows = s.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = s.accumulate * mesh_lib.row_shards(mesh)
     for field, parts in (("accumulate times the devices", rows), ("samples", s.samples)):
         if s.batch_size % parts:
             raise UserError(

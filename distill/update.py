@@ -11,7 +11,7 @@ import optax
 from distill import losses, metrics, policy
 from distill import mesh as mesh_lib
 from distill.batch import Batch
-from models.qwen3 import model
+from models.qwen3 import model, moe
 from models.qwen3.model import Params, Qwen3
 
 
@@ -86,8 +86,9 @@ def loss_sums(
     teacher_head_VE: jax.Array | None,
 ) -> tuple[jax.Array, tuple[metrics.Sums, losses.Stats]]:
     """The summed loss over trained tokens, and (sum, count) pairs and [B, T] stats beside it."""
+    hidden_BTD, routing = policy.routed(qwen3, params, batch)
     stats = losses.token_stats(
-        policy.hidden(qwen3, params, batch),
+        hidden_BTD,
         model.head(params),
         losses.shift(batch.tokens_BT),
         batch.teacher_hidden_BTD,
@@ -99,7 +100,7 @@ def loss_sums(
     count = jnp.sum(mask_BT)
     loss = jnp.sum(losses.TABLE[objective](stats) * mask_BT)
     sums = {name: (jnp.sum(x * mask_BT), count) for name, x in stats.items()}
-    sums["loss"] = (loss, count)
+    sums |= {"loss": (loss, count), **routing}
     if batch.sampler_logp_BT is not None:
         delta_BT = jnp.abs(stats["logp"] - losses.shift(batch.sampler_logp_BT))
         sums["sampler_delta"] = (jnp.sum(delta_BT * mask_BT), count)
@@ -147,6 +148,8 @@ def make(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         measured = metrics.finalize(sums)
+        if "load_LE" in measured:  # summed over all micro-batches: figures of the whole batch
+            measured |= moe.summary(measured.pop("load_LE"), measured.pop("p_LE"))
         measured["grad_norm"] = optax.tree.norm(grads)
         measured["trained_tokens"] = sums["loss"][1]
         return TrainState(params, opt_state, state.step + 1), measured, stats

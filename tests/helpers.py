@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = ROOT / "assets" / "teacher"  # its vocabulary has 512 ids
@@ -13,11 +13,12 @@ TOKENIZER = ROOT / "assets" / "teacher"  # its vocabulary has 512 ids
 
 def tiny_qwen3(
     directory: Path, *, tokenizer: Path | None = None, seed: int = 0, **fields: Any
-) -> Qwen3ForCausalLM:
+) -> Any:
     """Writes a random Qwen3 of odd shape into `directory`, and returns it.
 
-    `fields` are those of config.json. The weights are larger than an initialisation's, so that
-    distributions are far from uniform and a mistake shows; the norms' scales are not all one.
+    `fields` are those of config.json; with num_experts it is a mixture of experts. The
+    weights are larger than an initialisation's, so that distributions are far from uniform and a
+    mistake shows; the norms' scales are not all one.
     """
     shape = {
         "vocab_size": 131,
@@ -33,7 +34,10 @@ def tiny_qwen3(
         "initializer_range": 0.2,
     }
     torch.manual_seed(seed)
-    network = Qwen3ForCausalLM(Qwen3Config(**shape | fields)).float().eval()
+    if "num_experts" in fields:
+        network = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape | fields)).float().eval()
+    else:
+        network = Qwen3ForCausalLM(Qwen3Config(**shape | fields)).float().eval()
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if "norm" in name:

@@ -245,13 +245,11 @@ ALIVE = {
 }
 
 
-@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Config)])
+@pytest.mark.parametrize("field", ALIVE)
 def test_every_field_is_alive(small, field):
-    """Another value gives other shapes, or other logits; the context length bounds what is asked
-    of the model, which the verbs' tests show."""
+    """Another value gives other shapes, or other logits, of a dense model; of all fields see
+    test_moe.py."""
     config, params = small
-    if field == "max_position_embeddings":
-        return
     other = dataclasses.replace(config, **{field: ALIVE[field]})
     shapes = [jax.tree.map(lambda x: x.shape, model.abstract(c)[0]) for c in (config, other)]
     if shapes[0] == shapes[1]:
@@ -262,16 +260,26 @@ def test_every_field_is_alive(small, field):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_released_sizes(shared_data, name):
-    """Shapes, counts and divisibility of every dense size, from the config alone."""
     entry = json.loads((shared_data / "qwen3_configs.json").read_text())["models"]
-    entry = entry[f"Qwen/Qwen3-{name.upper()}"]
-    config = SIZES[name]
-    assert Config.from_hf(entry["config"]) == config
-    shapes, _ = model.abstract(config)
-    count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(shapes))
-    assert count == config.num_parameters == entry["derived"]["parameters"]
-    for sizes in ((1, 8, 1), (1, 2, 4), (1, 1, 8)):
-        mesh_lib.parameters(config, mesh_lib.make(*sizes))
+    assert Config.from_hf(entry[f"Qwen/Qwen3-{name.upper()}"]["config"]) == SIZES[name]
+
+
+def test_all_published_models(shared_data):
+    """Shapes, counts and shardings of every entry, from its config alone; nothing is allocated."""
+    entries = json.loads((shared_data / "qwen3_configs.json").read_text())["models"]
+    assert len(entries) > 15 and any("235B" in name for name in entries)
+    for name, entry in entries.items():
+        config = Config.from_hf(entry["config"])
+        count = sum(x.size for x in jax.tree.leaves(model.abstract(config)[0]))
+        assert count == config.num_parameters == entry["derived"]["parameters"], name
+        for sizes in ((1, 8, 1, 1), (1, 2, 4, 1), (1, 1, 2, 4), (2, 1, 1, 4), (1, 1, 1, 8)):
+            mesh = mesh_lib.make(*sizes)
+            mesh_lib.check(config, mesh, name)
+            for x in jax.tree.leaves(mesh_lib.parameters(config, mesh)):
+                assert all(x.sharding.shard_shape(x.shape))  # raises if it does not divide
+        mesh, kv = mesh_lib.make(1, 2, 4), config.num_key_value_heads + 1
+        with pytest.raises(UserError, match=f"{name}: num_key_value_heads={kv} does not divide by"):
+            mesh_lib.check(dataclasses.replace(config, num_key_value_heads=kv), mesh, name)
 
 
 def test_names_of_the_4b(shared_data):

@@ -152,7 +152,7 @@ def test_a_padded_batch_has_the_loss_of_the_real_rows():
 
 
 EXPECTED = {
-    "embed": (("fsdp", "tensor"), None),
+    "embed": (("fsdp", "expert", "tensor"), None),
     "final_norm.scale": (None,),
     "layers.attention.q.kernel": (None, "fsdp", "tensor"),
     "layers.attention.k.kernel": (None, "fsdp", "tensor"),
@@ -208,16 +208,16 @@ def test_shardings_of_activations():
         data = jax.device_put(batch(), mesh_lib.rows(mesh))
         hidden = jax.jit(functools.partial(policy.hidden, model.Qwen3(CONFIG)))(params, data)
         assert padded(tuple(hidden.sharding.spec), 3) in (
-            (("data", "fsdp"), None, None),
+            (("data", "fsdp", "expert"), None, None),
             ("fsdp", None, None),
         )
         logits = jax.jit(lambda h, w: mesh_lib.split_vocabulary(jnp.einsum("BTD,VD->BTV", h, w)))(
             hidden, model.head(params)
         )
-        assert tuple(logits.sharding.spec)[2] == ("fsdp", "tensor")
+        assert tuple(logits.sharding.spec)[2] == ("fsdp", "tensor")  # expert is 1
         cache = jax.jit(lambda: model.init_cache(CONFIG, B, 16, jnp.float32, stacked=True))()
         assert tuple(cache.keys.sharding.spec)[2:4] in (
-            (("data", "fsdp"), "tensor"),
+            (("data", "fsdp", "expert"), "tensor"),
             ("fsdp", "tensor"),
         )
         text = (

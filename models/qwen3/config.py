@@ -2,7 +2,8 @@
 
 Field names are those of Hugging Face's config.json, so that a reader of either knows both. The
 letters that stand for them in array names: V vocab_size, D hidden_size, F intermediate_size,
-L num_hidden_layers, N num_attention_heads, K num_key_value_heads, H head_dim.
+L num_hidden_layers, N num_attention_heads, K num_key_value_heads, H head_dim, E num_experts,
+A num_experts_per_tok; F is moe_intermediate_size in an expert.
 """
 
 import dataclasses
@@ -12,10 +13,21 @@ from pathlib import Path
 
 from models.errors import UserError
 
+_DENSE = ("Qwen3ForCausalLM", "qwen3")
+_SPARSE = ("Qwen3MoeForCausalLM", "qwen3_moe")
+_EXPERTS = (  # the fields that a dense model's config.json lacks
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Architecture of a dense Qwen3 (arXiv 2505.09388, table 1)."""
+    """Architecture of a Qwen3, dense or a mixture of experts (arXiv 2505.09388, tables 1 and 2)."""
 
     vocab_size: int
     hidden_size: int
@@ -28,6 +40,12 @@ class Config:
     rms_norm_eps: float
     tie_word_embeddings: bool
     max_position_embeddings: int
+    num_experts: int = 0  # 0: a dense model, to which the fields below mean nothing
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False  # an expert's weight is relative to the others chosen
+    decoder_sparse_step: int = 1  # every so many layers one has experts, the first ones do not
+    mlp_only_layers: tuple[int, ...] = ()  # indices of further layers without
 
     @classmethod
     def from_hf(cls, fields: dict, source: str = "config.json") -> "Config":
@@ -38,8 +56,11 @@ class Config:
             does not compute (biases, sliding windows, scaled rotary embeddings).
         """
         architectures = fields.get("architectures") or [fields.get("model_type", "unknown")]
-        if architectures[0] not in ("Qwen3ForCausalLM", "qwen3"):
-            raise UserError(f"{source}: architecture {architectures[0]!r} is not Qwen3ForCausalLM")
+        if architectures[0] not in _DENSE + _SPARSE:
+            raise UserError(
+                f"{source}: architecture {architectures[0]!r} is neither {_DENSE[0]} "
+                f"nor {_SPARSE[0]}"
+            )
         rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
@@ -50,10 +71,15 @@ class Config:
         if fields.get("hidden_act", "silu") != "silu":
             raise UserError(f"{source}: hidden_act={fields['hidden_act']!r} is not supported")
         values = {**fields, "rope_theta": rope.get("rope_theta", fields.get("rope_theta"))}
-        missing = [f.name for f in dataclasses.fields(cls) if values.get(f.name) is None]
+        kinds = typing.get_type_hints(cls)
+        if architectures[0] in _DENSE:
+            kinds = {name: kind for name, kind in kinds.items() if name not in _EXPERTS}
+        else:  # transformers 5 has another name for the first, and null for an empty list
+            values.setdefault("num_experts", fields.get("num_local_experts"))
+            values["mlp_only_layers"] = fields.get("mlp_only_layers") or ()
+        missing = [name for name in kinds if values.get(name) is None]
         if missing:
             raise UserError(f"{source}: field {missing[0]!r} is missing")
-        kinds = typing.get_type_hints(cls)
         config = cls(**{name: kind(values[name]) for name, kind in kinds.items()})
         if config.num_attention_heads % config.num_key_value_heads:
             raise UserError(
@@ -62,6 +88,15 @@ class Config:
             )
         if config.head_dim % 2:
             raise UserError(f"{source}: head_dim={config.head_dim} is odd; rotary needs pairs")
+        if config.decoder_sparse_step < 1:
+            raise UserError(
+                f"{source}: decoder_sparse_step={config.decoder_sparse_step} is below 1"
+            )
+        if config.num_experts and not 1 <= config.num_experts_per_tok <= config.num_experts:
+            raise UserError(
+                f"{source}: num_experts_per_tok={config.num_experts_per_tok} is not between 1 "
+                f"and num_experts={config.num_experts}"
+            )
         return config
 
     @classmethod
@@ -78,10 +113,12 @@ class Config:
 
     def to_hf(self) -> dict:
         """The config.json fields that transformers 4 and 5 and vLLM read this architecture from."""
+        names = _SPARSE if self.num_experts else _DENSE
+        fields = dataclasses.asdict(self)
         return {
-            "architectures": ["Qwen3ForCausalLM"],
-            "model_type": "qwen3",
-            **dataclasses.asdict(self),
+            "architectures": [names[0]],
+            "model_type": names[1],
+            **{k: v for k, v in fields.items() if self.num_experts or k not in _EXPERTS},
             "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
             "attention_bias": False,
             "attention_dropout": 0.0,
@@ -94,14 +131,26 @@ class Config:
         }
 
     @property
+    def sparse_layers(self) -> tuple[bool, ...]:
+        """Of each layer, whether its feed-forward is a mixture of experts."""
+        return tuple(
+            self.num_experts > 0
+            and layer not in self.mlp_only_layers
+            and (layer + 1) % self.decoder_sparse_step == 0
+            for layer in range(self.num_hidden_layers)
+        )
+
+    @property
     def num_parameters(self) -> int:
         """Parameters of the model; a tied head counts once."""
-        d, f = self.hidden_size, self.intermediate_size
+        d, experts = self.hidden_size, self.num_experts
         heads, kv = self.num_attention_heads, self.num_key_value_heads
         attention = d * self.head_dim * (2 * heads + 2 * kv) + 2 * self.head_dim
-        layer = attention + 3 * d * f + 2 * d
+        dense = 3 * d * self.intermediate_size
+        sparse = experts * 3 * d * self.moe_intermediate_size + d * experts
+        layers = sum(attention + 2 * d + (sparse if s else dense) for s in self.sparse_layers)
         embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
-        return self.num_hidden_layers * layer + embeddings + d
+        return layers + embeddings + d
 
 
 def _dense(d: int, f: int, layers: int, heads: int, tied: bool) -> Config:
@@ -120,7 +169,18 @@ def _dense(d: int, f: int, layers: int, heads: int, tied: bool) -> Config:
     )
 
 
-# The dense models of the Qwen3 report. Base models allow 32,768 positions and the 2507 releases
+def _sparse(d: int, f: int, layers: int, heads: int, expert_f: int) -> Config:
+    return dataclasses.replace(
+        _dense(d, f, layers, heads, tied=False),
+        num_key_value_heads=4,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=expert_f,
+        norm_topk_prob=True,
+    )
+
+
+# The models of the Qwen3 report. Base models allow 32,768 positions and the 2507 releases
 # have another rope_theta: a model directory's own config.json is what a run reads.
 SIZES = {
     "0.6b": _dense(1024, 3072, 28, 16, tied=True),
@@ -129,4 +189,6 @@ SIZES = {
     "8b": _dense(4096, 12288, 36, 32, tied=False),
     "14b": _dense(5120, 17408, 40, 40, tied=False),
     "32b": _dense(5120, 25600, 64, 64, tied=False),
+    "30b-a3b": _sparse(2048, 6144, 48, 32, 768),
+    "235b-a22b": _sparse(4096, 12288, 94, 64, 1536),
 }

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from models.qwen3.config import Config
+from models.qwen3.moe import ROUTER, MoE
 
 Params = Any  # nested dict of arrays, one entry per module below
 
@@ -195,9 +196,13 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each added to the residual stream."""
+    """Pre-norm attention and feed-forward, each added to the residual stream.
+
+    sparse: the feed-forward is a mixture of experts.
+    """
 
     config: Config
+    sparse: bool = False
 
     @nn.compact
     def __call__(
@@ -210,7 +215,10 @@ class Block(nn.Module):
         )
         x_BTD = x_BTD + mixed
         normed = RMSNorm(self.config.rms_norm_eps, name="mlp_norm")(x_BTD)
-        x_BTD = x_BTD + MLP(self.config, name="mlp")(normed)
+        if self.sparse:
+            x_BTD = x_BTD + MoE(self.config, name="moe")(normed, segments_BT)
+        else:
+            x_BTD = x_BTD + MLP(self.config, name="mlp")(normed)
         return (nn.with_logical_constraint(x_BTD, ("batch", None, None)), cache), None
 
 
@@ -219,7 +227,8 @@ class Qwen3(nn.Module):
 
     scan: parameters of all layers stacked [L, ...] under "layers" and run by one scan (compact
       programs; what is trained, stored and sharded); otherwise one subtree per layer, "layers_0"
-      on, as `unstack` makes it (what the CPU sampler reads).
+      on, as `unstack` makes it (what the CPU sampler reads). A model in which some layers are
+      sparse and some dense (no released one is) always has this form.
     remat: recompute each block in the backward pass instead of storing its activations.
     """
 
@@ -254,21 +263,24 @@ class Qwen3(nn.Module):
             valid = jax.lax.dynamic_update_slice_in_dim(cache.valid_BS, filled, cache.slot, axis=1)
             cache = dataclasses.replace(cache, valid_BS=valid)
 
-        block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
+        scan = self.scan and len(set(c.sparse_layers)) == 1
+        block = nn.remat(Block, prevent_cse=not scan) if self.remat else Block
         carry = (x_BTD, cache)
-        if self.scan:
+        if scan:
             layers = nn.scan(
                 block,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, ROUTER: 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=L,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            carry, _ = layers(c, name="layers")(carry, jnp.arange(L), rope, segments_BT)
+            stack = layers(c, c.sparse_layers[0], name="layers")
+            carry, _ = stack(carry, jnp.arange(L), rope, segments_BT)
         else:
-            for layer in range(L):
-                carry, _ = block(c, name=f"layers_{layer}")(carry, layer, rope, segments_BT)
+            for layer, sparse in enumerate(c.sparse_layers):
+                one = block(c, sparse, name=f"layers_{layer}")
+                carry, _ = one(carry, layer, rope, segments_BT)
         x_BTD, cache = carry
         if cache is not None:
             cache = dataclasses.replace(cache, slot=cache.slot + tokens_BT.shape[1])
@@ -281,7 +293,9 @@ def head(params: Params) -> jax.Array:
 
 
 def unstack(params: Params, num_layers: int) -> Params:
-    """Stacked parameters as one subtree per layer, the form that Qwen3(scan=False) reads."""
+    """Parameters as one subtree per layer, the form that Qwen3(scan=False) reads."""
+    if "layers" not in params:
+        return params
     layers = {
         f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], params["layers"])
         for i in range(num_layers)

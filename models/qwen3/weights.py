@@ -6,7 +6,9 @@ parameter, and there is never a second copy of the model.
 """
 
 import contextlib
+import itertools
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from safetensors.numpy import save_file
 from models.errors import UserError
 from models.qwen3.config import Config
 
-# path in the parameters -> (name in the checkpoint, stored transposed: torch keeps [out, in])
+# path in the parameters -> (name in the checkpoint, stored transposed: torch keeps [out, in]).
+# Each {} of a name is a leading axis of the stacked parameter: the layer, then the expert.
 TABLE: dict[tuple[str, ...], tuple[str, bool]] = {
     ("embed",): ("model.embed_tokens.weight", False),
     ("head",): ("lm_head.weight", False),
@@ -36,6 +39,10 @@ TABLE: dict[tuple[str, ...], tuple[str, bool]] = {
     ("layers", "mlp", "gate", "kernel"): ("model.layers.{}.mlp.gate_proj.weight", True),
     ("layers", "mlp", "up", "kernel"): ("model.layers.{}.mlp.up_proj.weight", True),
     ("layers", "mlp", "down", "kernel"): ("model.layers.{}.mlp.down_proj.weight", True),
+    ("layers", "moe", "router"): ("model.layers.{}.mlp.gate.weight", True),
+    ("layers", "moe", "gate"): ("model.layers.{}.mlp.experts.{}.gate_proj.weight", True),
+    ("layers", "moe", "up"): ("model.layers.{}.mlp.experts.{}.up_proj.weight", True),
+    ("layers", "moe", "down"): ("model.layers.{}.mlp.experts.{}.down_proj.weight", True),
 }
 
 SHARD_BYTES = 5 * 10**9  # Hugging Face's customary size of one file
@@ -75,11 +82,11 @@ def _check(directory: Path, slices: dict[str, Any], config: Config, shapes: Any)
     """Refuses missing, extra and misshapen tensors by name, before any is read."""
     expected = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-        name, transposed = TABLE[_names(path)]
-        stacked = "{}" in name
-        shape = leaf.shape[1:] if stacked else leaf.shape
-        for layer in range(config.num_hidden_layers if stacked else 1):
-            expected[name.format(layer)] = list(shape[::-1] if transposed else shape)
+        name, transposed = entry(path)
+        stacked = name.count("{}")
+        shape = leaf.shape[stacked:]
+        for place in np.ndindex(leaf.shape[:stacked]):
+            expected[name.format(*place)] = list(shape[::-1] if transposed else shape)
     if config.tie_word_embeddings:  # some tied checkpoints store the head all the same
         slices.pop("lm_head.weight", None)
     for name, shape in expected.items():
@@ -99,8 +106,16 @@ def check(directory: str | Path, config: Config, shapes: Any) -> None:
         _check(Path(directory), slices, config, shapes)
 
 
-def _names(path: tuple) -> tuple[str, ...]:
-    return tuple(key.key for key in path)
+def entry(path: tuple) -> tuple[str, bool]:
+    """The row of TABLE for a path in the parameters, as jax.tree_util gives it.
+
+    In a subtree of one layer, "layers_3", the layer's number stands in the name already.
+    """
+    first, *rest = (key.key for key in path)
+    if not first.startswith("layers_"):
+        return TABLE[first, *rest]
+    name, transposed = TABLE["layers", *rest]
+    return name.replace("{}", first.removeprefix("layers_"), 1), transposed
 
 
 def load(
@@ -120,25 +135,28 @@ def load(
         _check(directory, slices, config, shapes)
 
         def one(path: tuple, leaf: Any, sharding: Any) -> jax.Array:
-            name, transposed = TABLE[_names(path)]
+            name, transposed = entry(path)
+            stacked = name.count("{}")
 
             def share(index: Any) -> np.ndarray:
-                rest = index[1:] if "{}" in name else index
-                rest = rest[::-1] if transposed else rest
+                rest = index[stacked:][::-1] if transposed else index[stacked:]
 
-                def tensor(layer: int) -> np.ndarray:
-                    read = slices[name.format(layer)][rest]
+                def tensor(place: tuple[int, ...]) -> np.ndarray:
+                    read = slices[name.format(*place)][rest]
                     return (read.T if transposed else read).astype(dtype)
 
-                if "{}" not in name:
-                    return tensor(0)
-                layers = range(*index[0].indices(leaf.shape[0]))
-                first = tensor(layers[0])
-                out = np.empty((len(layers), *first.shape), dtype)
-                out[0] = first
-                for i, layer in enumerate(layers[1:], start=1):
-                    out[i] = tensor(layer)
-                return out
+                if not stacked:
+                    return tensor(())
+                sizes = zip(index, leaf.shape[:stacked], strict=False)
+                ranges = [range(*part.indices(size)) for part, size in sizes]
+                out = None
+                for i, place in enumerate(itertools.product(*ranges)):
+                    read = tensor(place)
+                    if out is None:
+                        out = np.empty((math.prod(map(len, ranges)), *read.shape), dtype)
+                    out[i] = read
+                assert out is not None
+                return out.reshape(*map(len, ranges), *out.shape[1:])
 
             try:
                 return jax.make_array_from_callback(leaf.shape, sharding, share)
@@ -148,13 +166,15 @@ def load(
         return jax.tree_util.tree_map_with_path(one, shapes, shardings)
 
 
-def _tensors(params: Any, config: Config, dtype: jnp.dtype) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(params: Any, dtype: jnp.dtype) -> Iterator[tuple[str, np.ndarray]]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name, transposed = TABLE[_names(path)]
-        stacked = "{}" in name
-        for layer in range(config.num_hidden_layers if stacked else 1):
-            tensor = np.asarray(leaf[layer] if stacked else leaf).astype(dtype)
-            yield name.format(layer), np.ascontiguousarray(tensor.T if transposed else tensor)
+        name, transposed = entry(path)
+        stacked = name.count("{}")
+        for first in np.ndindex(leaf.shape[: min(stacked, 1)]):  # one layer at a time on the host
+            host = np.asarray(leaf[first]).astype(dtype)
+            for second in np.ndindex(host.shape[: stacked - len(first)]):
+                tensor = host[second].T if transposed else host[second]
+                yield name.format(*first, *second), np.ascontiguousarray(tensor)
 
 
 def save(params: Any, config: Config, directory: Path, dtype: jnp.dtype) -> None:
@@ -176,7 +196,7 @@ def save(params: Any, config: Config, directory: Path, dtype: jnp.dtype) -> None
         file.chmod(0o644)  # safetensors leaves it to its owner alone
         batch.clear()
 
-    for name, tensor in _tensors(params, config, dtype):
+    for name, tensor in _tensors(params, dtype):
         if batch and sum(t.nbytes for t in batch.values()) + tensor.nbytes > SHARD_BYTES:
             flush()
         batch[name] = tensor

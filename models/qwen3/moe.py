@@ -1,0 +1,207 @@
+"""The sparse feed-forward of Qwen3-MoE: a router and its experts (arXiv 2505.09388, section 2).
+
+Dropless: the tokens are sorted by expert and multiplied in groups as large as they come
+(jax.lax.ragged_dot), so there is no capacity that a load could exceed.
+
+Letters beside those of model.py: M tokens of all rows (B·T), E experts, A experts of each token.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from models.qwen3.config import Config
+
+Kernels = tuple[jax.Array, jax.Array, jax.Array]  # gate and up [E, D, F], down [E, F, D]
+ROUTER = "router"  # the Linen collection of what the routers did
+
+_GATE_UP, _DOWN = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
+
+
+def route(
+    logits_ME: jax.Array, experts_per_token: int, renormalise: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Softmax in float32 over all experts, then the most likely ones of each token.
+
+    Returns:
+      p_ME, and weights_MA and chosen_MA (int32): what each token's experts count for, and which
+      they are. With `renormalise` a token's weights sum to one.
+    """
+    p_ME = jax.nn.softmax(logits_ME.astype(jnp.float32), axis=-1)
+    weights_MA, chosen_MA = jax.lax.top_k(p_ME, experts_per_token)
+    if renormalise:
+        weights_MA = weights_MA / jnp.sum(weights_MA, axis=-1, keepdims=True)
+    return p_ME, weights_MA, chosen_MA
+
+
+def compute(
+    x_MD: jax.Array,
+    weights_MA: jax.Array,
+    chosen_MA: jax.Array,
+    kernels: Kernels,
+    first: jax.typing.ArrayLike = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """Σ of weight · down(silu(gate(x)) · up(x)) over those of a token's experts that are here.
+
+    `kernels` are those of the experts from `first` on. Returns [M, D], and the number of tokens
+    that each of these experts computed [E].
+    """
+    gate_EDF, up_EDF, down_EFD = kernels
+    (M, D), A, E = x_MD.shape, chosen_MA.shape[1], gate_EDF.shape[0]
+    local = chosen_MA.reshape(-1) - first
+    local = jnp.where((local >= 0) & (local < E), local, E)  # others sort behind all groups
+    order = jnp.argsort(local)
+    sizes_E = jnp.bincount(local, length=E)
+    # Rows behind the last group are computed by no expert and may hold anything: they are masked
+    # on the way in too, for their gradient's sake.
+    here = (local < E)[order][:, None]
+    sorted_x = jnp.where(here, x_MD[order // A], 0)
+    sorted_h = nn.silu(jax.lax.ragged_dot(sorted_x, gate_EDF, sizes_E))
+    sorted_h = sorted_h * jax.lax.ragged_dot(sorted_x, up_EDF, sizes_E)
+    sorted_y = jnp.where(here, jax.lax.ragged_dot(sorted_h, down_EFD, sizes_E), 0)
+    y_MAD = sorted_y[jnp.argsort(order)].reshape(M, A, D)
+    return jnp.einsum("MAD,MA->MD", y_MAD, weights_MA.astype(x_MD.dtype)), sizes_E
+
+
+def experts(
+    x_MD: jax.Array, weights_MA: jax.Array, chosen_MA: jax.Array, kernels: Kernels
+) -> tuple[jax.Array, jax.Array]:
+    """`compute` on the mesh of the context: each device its own experts, on its neighbours' tokens.
+
+    The exchange is explicit. Kernels are gathered along the model dimension, tokens along the axis
+    of the experts; a device computes what its experts (and its slice of their F) add to each of
+    these tokens, and the sums are scattered back to where the tokens came from.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    (rows,), gate_up, down = _spec("batch"), _spec(*_GATE_UP), _spec(*_DOWN)
+    if mesh.empty or rows is None:  # no mesh, or no rules that give its axes a meaning
+        return compute(x_MD, weights_MA, chosen_MA, kernels)
+    expert, embed, mlp = gate_up
+
+    def local(x_MD, weights_MA, chosen_MA, gate_EDF, up_EDF, down_EFD):
+        whole = functools.partial(jax.lax.all_gather, axis_name=embed, tiled=True)
+        kernels = whole(gate_EDF, axis=1), whole(up_EDF, axis=1), whole(down_EFD, axis=2)
+        everyones = functools.partial(jax.lax.all_gather, axis_name=expert, tiled=True)
+        first = jax.lax.axis_index(expert) * gate_EDF.shape[0]
+        y_MD, sizes_E = compute(
+            everyones(x_MD), everyones(weights_MA), everyones(chosen_MA), kernels, first
+        )
+        y_MD = jax.lax.psum_scatter(y_MD, expert, scatter_dimension=0, tiled=True)
+        return jax.lax.psum(y_MD, mlp), jax.lax.psum(sizes_E, [a for a in rows if a != expert])
+
+    tokens = jax.sharding.PartitionSpec(rows, None)
+    M = x_MD.shape[0]
+    parts = math.prod(mesh.shape[axis] for axis in rows)
+    # What does not divide by the devices is filled up with tokens of an expert that is nowhere.
+    pad = functools.partial(jnp.pad, pad_width=((0, -M % parts), (0, 0)))
+    E = kernels[0].shape[0]
+    padded = pad(x_MD), pad(weights_MA), pad(chosen_MA, constant_values=E)
+    y_MD, sizes_E = jax.shard_map(
+        local,
+        in_specs=(tokens, tokens, tokens, gate_up, gate_up, down),
+        out_specs=(tokens, jax.sharding.PartitionSpec(expert)),
+    )(*padded, *kernels)
+    return y_MD[:M], sizes_E
+
+
+def _spec(*names: str) -> jax.sharding.PartitionSpec:
+    spec = nn.logical_to_mesh_axes(names)
+    assert spec is not None
+    return spec
+
+
+class MoE(nn.Module):
+    """The experts that the router picks for each token, weighted by its probabilities.
+
+    Where the collection ROUTER is mutable, the module leaves in it, over the tokens of a segment,
+    what `sums` reads.
+    """
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        c = self.config
+        D, F, E = c.hidden_size, c.moe_intermediate_size, c.num_experts
+        fan_in = nn.initializers.variance_scaling(
+            1.0, "fan_in", "normal", in_axis=-2, out_axis=-1, batch_axis=(0,)
+        )
+
+        def kernel(name: str, axes: tuple[str, str, str], shape: tuple[int, int, int]) -> Any:
+            init = nn.with_logical_partitioning(fan_in, axes)
+            return self.param(name, init, shape, jnp.float32).astype(x_BTD.dtype)  # pyright: ignore
+
+        init = nn.with_logical_partitioning(nn.initializers.normal(D**-0.5), ("embed", None))
+        router_DE: Any = self.param("router", init, (D, E), jnp.float32)
+        kernels = (
+            kernel("gate", _GATE_UP, (E, D, F)),
+            kernel("up", _GATE_UP, (E, D, F)),
+            kernel("down", _DOWN, (E, F, D)),
+        )
+        x_MD = x_BTD.reshape(-1, D)
+        logits_ME = jnp.einsum(
+            "MD,DE->ME", x_MD, router_DE.astype(x_MD.dtype), preferred_element_type=jnp.float32
+        )
+        p_ME, weights_MA, chosen_MA = route(logits_ME, c.num_experts_per_tok, c.norm_topk_prob)
+        y_MD, sizes_E = experts(x_MD, weights_MA, chosen_MA, kernels)
+        if self.is_mutable_collection(ROUTER):
+            real_M1 = (segments_BT.reshape(-1, 1) > 0).astype(jnp.float32)
+            chosen_ME = jax.nn.one_hot(chosen_MA, E).sum(axis=1)
+            noted = {
+                "tokens": jnp.sum(real_M1),
+                "load_E": jnp.sum(chosen_ME * real_M1, axis=0),
+                "p_E": jnp.sum(p_ME * real_M1, axis=0),
+                "entropy": jnp.sum(jax.scipy.special.entr(p_ME) * real_M1),
+                "sent": jnp.float32(chosen_MA.size),
+                "computed": jnp.sum(sizes_E).astype(jnp.float32),
+            }
+            for name, value in noted.items():
+                self.sow(ROUTER, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+        return y_MD.reshape(x_BTD.shape)
+
+
+def sums(noted: Mapping[str, Any]) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """(sum, count) pairs from the collection ROUTER of one forward pass; none of a dense model.
+
+    Sums over parts of a batch add up. Divided, they are: "router_entropy" of all experts'
+    probabilities (nats; the mean over layers and tokens); "expert_dropped", the share of (token,
+    expert) pairs that no expert computed, 0 by construction; and for `summary` "load_LE", the share
+    of tokens that an expert got, and "p_LE", its mean probability.
+    """
+    layers = [dict(block["moe"]) for block in noted.values()]
+    if not layers:
+        return {}
+
+    def joined(name: str) -> jax.Array:
+        parts = [layer[name] for layer in layers]
+        width = parts[0].shape[-1:] if name.endswith("_E") else ()
+        return jnp.concatenate([part.reshape(-1, *width) for part in parts])
+
+    tokens_L, sent_L = joined("tokens"), joined("sent")
+    return {
+        "router_entropy": (jnp.sum(joined("entropy")), jnp.sum(tokens_L)),
+        "expert_dropped": (jnp.sum(sent_L - joined("computed")), jnp.sum(sent_L)),
+        "load_LE": (joined("load_E"), tokens_L[0]),
+        "p_LE": (joined("p_E"), tokens_L[0]),
+    }
+
+
+def summary(load_LE: jax.Array, p_LE: jax.Array) -> dict[str, jax.Array]:
+    """How even the load is over a whole batch.
+
+    "expert_load_max" and "expert_load_min" are the loads of the busiest and the idlest expert of
+    any layer, in units of an even load; "load_balancing_loss" is E Σ_e load(e) p(e) over all
+    layers' tokens (arXiv 2101.03961, eq. 4; transformers' load_balancing_loss_func): A when even.
+    """
+    E = load_LE.shape[-1]
+    even = jnp.sum(load_LE, axis=-1, keepdims=True) / E
+    return {
+        "expert_load_max": jnp.max(load_LE / even),
+        "expert_load_min": jnp.min(load_LE / even),
+        "load_balancing_loss": E * jnp.sum(load_LE.mean(axis=0) * p_LE.mean(axis=0)),
+    }
