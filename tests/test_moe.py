@@ -408,6 +408,19 @@ def test_nothing_is_dropped_when_all_tokens_want_the_same_experts(even, sizes):
     )
 
 
+def test_what_fills_up_the_devices_is_not_counted(even):
+    """57 tokens on eight devices: the routers' figures of one device."""
+    config, params = load(even)
+    batch = batch_of(config, 3)
+    expected = metrics.finalize(policy.routed(model.Qwen3(config), params, batch)[1])
+    _, sharded = load(even, (1, 1, 1, 8))
+    with mesh_lib.use(mesh_lib.make(1, 1, 1, 8)):
+        routed = jax.jit(functools.partial(policy.routed, model.Qwen3(config)))
+        means = metrics.finalize(routed(sharded, batch)[1])
+    assert float(means["expert_dropped"]) == float(expected["expert_dropped"]) == 0
+    np.testing.assert_allclose(means["load_LE"], expected["load_LE"], atol=1e-6)
+
+
 def test_dropped_tokens_would_be_counted(even):
     """The figure is measured, not assumed: an expert that is nowhere computes nothing."""
     _, params = load(even)

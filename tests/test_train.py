@@ -294,9 +294,10 @@ def one_device(divisible, tmp_path_factory):
     return curve(divisible, tmp_path_factory.mktemp("one") / "run", 1, 1)
 
 
-def curve(models, workdir, fsdp, tensor):
+def curve(models, workdir, fsdp, tensor, expert=1, stages=("sft", "opd")):
     c = config(models)
-    c.mesh.fsdp, c.mesh.tensor = fsdp, tensor
+    c.stages = stages
+    c.mesh.fsdp, c.mesh.tensor, c.mesh.expert = fsdp, tensor, expert
     c.sft.batch_size = c.opd.batch_size = 8
     train.run(c, workdir)
     return numbers(workdir)
@@ -311,4 +312,30 @@ def test_meshes_give_the_same_run(divisible, one_device, tmp_path, fsdp, tensor)
         for name in ("train/loss", "train/grad_norm", "train/entropy"):
             assert row[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-4)
         assert row["train/trained_tokens"] == expected["train/trained_tokens"]
+        assert row.get("train/sampler_delta", 0) < 1e-4
+
+
+def test_experts_through_the_loop(tmp_path):
+    """A sparse student of a sparse teacher, on a mesh that splits the experts: the run of one
+    device, and what the routers did in the log."""
+    experts = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+    }
+    models = tuple(tiny_model(tmp_path / name, i, **experts) for i, name in enumerate("st"))
+    one, eight = (
+        curve(models, tmp_path / f"run{sizes[-1]}", *sizes, stages=("opd",))
+        for sizes in ((1, 1, 1), (2, 1, 4))
+    )
+    assert len(one) == len(eight) == 3
+    figures = ("loss", "grad_norm", "router_entropy", "load_balancing_loss", "expert_load_max")
+    for row, expected in zip(eight, one, strict=True):
+        for name in (f"train/{figure}" for figure in figures):
+            assert row[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-4)
+        assert row["train/expert_dropped"] == 0
+        assert row["train/expert_load_min"] <= 1 <= row["train/expert_load_max"] <= 4
         assert row.get("train/sampler_delta", 0) < 1e-4
