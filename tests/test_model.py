@@ -350,6 +350,7 @@ def test_wrong_tensors(tmp_path, change, words):
         ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e6}, "yarn"),
         ("head_dim", None, "head_dim"),
         ("head_dim", 7, "head_dim=7 is odd"),
+        ("hidden_size", "wide", "a field of the wrong type"),
         ("num_key_value_heads", 4, "num_attention_heads=6 is no multiple"),
     ],
 )

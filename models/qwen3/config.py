@@ -80,7 +80,10 @@ class Config:
         missing = [name for name in kinds if values.get(name) is None]
         if missing:
             raise UserError(f"{source}: field {missing[0]!r} is missing")
-        config = cls(**{name: kind(values[name]) for name, kind in kinds.items()})
+        try:
+            config = cls(**{name: kind(values[name]) for name, kind in kinds.items()})
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{source}: a field of the wrong type ({error})") from None
         if config.num_attention_heads % config.num_key_value_heads:
             raise UserError(
                 f"{source}: num_attention_heads={config.num_attention_heads} is no multiple of "
