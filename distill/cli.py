@@ -21,9 +21,6 @@ from ml_collections.config_flags import config_flags
 
 from models.errors import UserError
 
-# transformers otherwise announces at import that torch is absent, which is the normal case here.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-
 _HELP = ("-h", "-help", "--h", "--help")
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 # Before jax or a Hugging Face library is imported; child processes inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# What is compiled again (each run builds its own functions) comes from a cache of this session
-# alone: results must not depend on earlier sessions.
+# What is compiled again (each run builds its own functions) comes from a cache made anew for every
+# invocation of pytest: results must not depend on earlier ones.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
