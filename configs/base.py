@@ -33,15 +33,17 @@ def stage(objective: str) -> ConfigDict:
     c.sampling.top_k = 0  # 0: off
     c.sampling.top_p = 1.0  # 1: off
 
-    # AdamW.
+    # The optimiser.
     c.optim = ConfigDict()
+    c.optim.name = "adamw"  # or muon, adafactor, sgd (distill/optim.py)
     c.optim.learning_rate = 1e-5
     c.optim.schedule = "cosine"  # constant, linear or cosine, after the warm-up
     c.optim.warmup_steps = 10
     c.optim.final_fraction = 0.1  # of the learning rate, at the last step
-    c.optim.b1 = 0.9
+    c.optim.b1 = 0.9  # of the first moment, or the momentum
     c.optim.b2 = 0.95
     c.optim.eps = 1e-8
+    c.optim.momentum_dtype = "float32"  # bfloat16: half of the first moment's memory
     c.optim.weight_decay = 0.0  # not on norms
     c.optim.clip_norm = 1.0  # of the whole gradient; 0: off
     return c

@@ -1,7 +1,8 @@
-"""The optimiser: a schedule, a clip, AdamW."""
+"""The optimiser: a schedule, a clip, and one of optax's."""
 
 import jax
 import optax
+import optax.contrib
 from ml_collections import ConfigDict
 
 from models.errors import UserError
@@ -32,18 +33,87 @@ def schedule(c: ConfigDict, steps: int) -> optax.Schedule:
 
 
 def make(c: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """Clip by the global norm `clip_norm` (0: never), then AdamW (`b1 b2 eps weight_decay`).
+    """Clip by the global norm `clip_norm` (0: never), then the optimiser `name`.
 
-    The clip sees the raw gradient, so a spike cannot enter the moments. Raises as `schedule` does.
+    The clip sees the raw gradient, so a spike cannot enter the moments.
+      adamw: `b1 b2 eps weight_decay`; the first moment is kept in `momentum_dtype`.
+      muon: orthogonalised momentum `b1` for the matrices of the layers (arXiv 2502.16982: updates
+        have the size of AdamW's, root mean square 0.2, so that learning rates carry over); for
+        embeddings, head, norms and routers Nesterov's AdamW, without decay.
+      adafactor: second moments as rows and columns (arXiv 1804.04235), no first moment, the
+        learning rate absolute.
+      sgd: momentum `b1`, which 0 leaves out.
+
+    Raises:
+      UserError: for an unknown name, schedule or dtype.
     """
-    adamw = optax.adamw(
-        schedule(c, steps), b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=c.weight_decay, mask=_decayed
+    if c.momentum_dtype not in ("float32", "bfloat16"):
+        raise UserError(f"momentum_dtype={c.momentum_dtype!r}: known are float32 and bfloat16")
+    if c.name not in TABLE:
+        raise UserError(f"name={c.name!r}: known are {', '.join(TABLE)}")
+    optimizer = TABLE[c.name](c, schedule(c, steps))
+    return (
+        optax.chain(optax.clip_by_global_norm(c.clip_norm), optimizer) if c.clip_norm else optimizer
     )
-    return optax.chain(optax.clip_by_global_norm(c.clip_norm), adamw) if c.clip_norm else adamw
+
+
+def _adamw(c: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(
+        rate,
+        b1=c.b1,
+        b2=c.b2,
+        eps=c.eps,
+        mu_dtype=c.momentum_dtype,
+        weight_decay=c.weight_decay,
+        mask=_decayed,
+    )
+
+
+def _muon(c: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.contrib.muon(
+        rate,
+        beta=c.b1,
+        weight_decay=c.weight_decay,
+        mu_dtype=c.momentum_dtype,
+        adam_b1=c.b1,
+        adam_b2=c.b2,
+        muon_weight_dimension_numbers=_matrices,
+        consistent_rms=0.2,
+    )
+
+
+def _adafactor(c: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adafactor(
+        rate,
+        multiply_by_parameter_scale=False,
+        weight_decay_rate=c.weight_decay or None,
+        weight_decay_mask=_decayed,
+    )
+
+
+def _sgd(c: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
+    decay = optax.add_decayed_weights(c.weight_decay, _decayed)
+    return optax.chain(
+        decay, optax.sgd(rate, momentum=c.b1 or None, accumulator_dtype=c.momentum_dtype)
+    )
+
+
+TABLE = {"adamw": _adamw, "muon": _muon, "adafactor": _adafactor, "sgd": _sgd}
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path[-1:], simple=True)
 
 
 def _decayed(params: optax.Params) -> optax.Params:
     """Which leaves decay: all but the norms' scales, by name: stacked, they have two axes."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) != "scale", params)
+
+
+def _matrices(params: optax.Params) -> optax.Params:
+    """Which leaves are matrices to Muon, [..., in, out]; None of the others."""
+    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    others = ("embed", "head", "scale", "router")
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) != "scale", params
+        lambda path, _: None if _name(path) in others else matrix, params
     )

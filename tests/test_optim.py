@@ -7,13 +7,15 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from distill import optim
+from distill import optim, update
 from models.errors import UserError
 
 
 def config(**changes) -> ConfigDict:
     c = ConfigDict(
         {
+            "name": "adamw",
+            "momentum_dtype": "float32",
             "learning_rate": 0.1,
             "schedule": "cosine",
             "warmup_steps": 4,
@@ -61,9 +63,13 @@ def test_warmup_longer_than_the_run():
     np.testing.assert_allclose(rate(4), 0.05, rtol=1e-6)
 
 
-def test_unknown_schedule():
+def test_unknown_names():
     with pytest.raises(UserError, match="cosine, linear and constant"):
         optim.make(config(schedule="step"), 10)
+    with pytest.raises(UserError, match="'lion': known are adamw, muon, adafactor, sgd"):
+        optim.make(config(name="lion"), 10)
+    with pytest.raises(UserError, match="momentum_dtype='int4'"):
+        optim.make(config(momentum_dtype="int4"), 10)
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.0])
@@ -107,3 +113,61 @@ def test_without_gradient_only_weights_shrink():
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, p), tx.init(p), p)
     assert not np.any(updates["layers"]["norm"]["scale"])
     np.testing.assert_allclose(updates["head"], -0.1 * 0.01 * p["head"], rtol=1e-6)
+
+
+def test_muon_orthogonalises_each_matrix_of_a_stack():
+    """All singular values of an update are nearly one size, and that size gives the RMS of AdamW;
+    a stack of layers is what its layers are alone."""
+    c = config(name="muon", schedule="constant", warmup_steps=0, clip_norm=0.0, weight_decay=0.0)
+    tx = optim.make(c, 10)
+    grad_LDF = jax.random.normal(jax.random.key(1), (3, 16, 24))
+
+    def update(grad):
+        tree = {"layers": {"q": {"kernel": grad}, "norm": {"scale": jnp.ones(4)}}}
+        return tx.update(tree, tx.init(tree), tree)[0]["layers"]
+
+    together = update(grad_LDF)
+    alone = jnp.stack([update(g)["q"]["kernel"] for g in grad_LDF])
+    np.testing.assert_allclose(together["q"]["kernel"], alone, rtol=1e-4, atol=1e-6)
+    size = 0.1 * 0.2 * 24**0.5  # rate, RMS, and the norm of an orthogonal row of 24
+    singular = jnp.linalg.svd(together["q"]["kernel"], compute_uv=False) / size
+    assert float(singular.min()) > 0.65 and float(singular.max()) < 1.35
+    nesterov = 1 + 0.9 * 0.1 / (1 - 0.9**2)  # of AdamW's first step, whose size is the rate
+    np.testing.assert_allclose(together["norm"]["scale"], -0.1 * nesterov, rtol=1e-4)
+
+
+def test_sgd_by_hand():
+    c = config(name="sgd", schedule="constant", warmup_steps=0, clip_norm=0.0)
+    p, tx = params(), optim.make(c, 10)
+    state = tx.init(p)
+    grads = jax.tree.map(jnp.sin, p)
+    first, state = tx.update(grads, state, p)
+    second, _ = tx.update(grads, state, p)
+    decayed = grads["head"] + 0.01 * p["head"]
+    np.testing.assert_allclose(first["head"], -0.1 * decayed, rtol=1e-6)
+    np.testing.assert_allclose(second["head"], -0.1 * 1.9 * decayed, rtol=1e-5)
+    scale = grads["layers"]["norm"]["scale"]
+    np.testing.assert_allclose(first["layers"]["norm"]["scale"], -0.1 * scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", optim.TABLE)
+def test_memory_and_shardings_of_every_optimiser(name):
+    """Moments of a parameter's shape lie as it does; bfloat16 halves the first one, and Adafactor
+    holds rows and columns only."""
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
+    kernel = jax.device_put(jnp.ones((2, 128, 256)), split)
+    p = {"layers": {"q": {"kernel": kernel}}}
+
+    def moments(dtype: str) -> list[jax.Array]:
+        tx = optim.make(config(name=name, momentum_dtype=dtype), 10)
+        state = update.init(tx, p, 0).opt_state
+        return [x for x in jax.tree.leaves(state) if x.ndim]
+
+    wide, narrow = moments("float32"), moments("bfloat16")
+    for x in wide:
+        assert x.shape != kernel.shape or x.sharding.is_equivalent_to(split, 3)
+    held = sum(x.nbytes for x in wide) / kernel.nbytes
+    saved = held - sum(x.nbytes for x in narrow) / kernel.nbytes
+    want = {"adamw": (2, 0.5), "muon": (1, 0.5), "adafactor": (0, 0), "sgd": (1, 0.5)}[name]
+    np.testing.assert_allclose((held, saved), want, atol=0.02)
