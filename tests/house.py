@@ -18,7 +18,7 @@ FLOORS = {
     "entry points": "train evaluate generate score serve plan export report quickstart",
     "stages": "rollout teacher update",
     "parts": "policy data losses benchmarks",
-    "ground": "batch mesh chat rewards optim metrics checkpoint arithmetic cli",
+    "ground": "batch mesh chat rewards terms optim metrics checkpoint arithmetic cli",
 }
 FLOOR = {file: i for i, files in enumerate(FLOORS.values()) for file in files.split()}
 
@@ -106,7 +106,14 @@ def test_losses_know_arrays_only():
 
 
 # What runs in the graders' processes, or only reads files, starts without jax.
-LIGHT = ("distill.rewards", "distill.arithmetic", "distill.chat", "distill.cli", "distill.report")
+LIGHT = (
+    "distill.rewards",
+    "distill.terms",
+    "distill.arithmetic",
+    "distill.chat",
+    "distill.cli",
+    "distill.report",
+)
 
 
 def test_light_modules_do_without_jax():

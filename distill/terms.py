@@ -1,0 +1,90 @@
+"""Terms of a verifiable reward: each one named function of a response, combined by weights.
+
+    reward = Σ weight · term
+
+A term lies in [0, 1], or in [-1, 0] where it is a penalty. Like the graders, this file does without
+jax.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from models.errors import UserError
+
+_RUN = 8  # tokens: shorter runs repeat in honest text too
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+    """What a reward can depend on.
+
+    `text` is what the model wrote, without special tokens; `tokens` its ids, stop token included;
+    `outcome` the grader's word (distill.rewards.OUTCOMES); `thinking` the mode that was asked for;
+    `limit` the most tokens that it could have had and `margin` how many of these are too many.
+    """
+
+    text: str
+    tokens: Sequence[int]
+    finished: bool
+    outcome: str
+    thinking: bool
+    limit: int
+    margin: int
+
+
+def correct(r: Response) -> float:
+    """1 for a right answer; a response that met the length limit has none, whatever it holds."""
+    return float(r.finished and r.outcome == "correct")
+
+
+def format(r: Response) -> float:
+    """1 for one closed think block (in thinking mode; none in the other), then an answer."""
+    thought, closed, answer = r.text.partition("</think>")
+    if not closed:
+        thought, answer = "", r.text
+    blocks = (r.text.count("<think>"), r.text.count("</think>"))
+    # The template of some models writes the opening tag, so that the response holds none.
+    well_formed = blocks in ((1, 1), (0, 1)) if r.thinking else blocks == (0, 0)
+    opened_first = not blocks[0] or thought.lstrip().startswith("<think>")
+    answered = bool(answer.strip()) and r.outcome != "no_answer"
+    return float(r.finished and well_formed and opened_first and answered)
+
+
+def length(r: Response) -> float:
+    """0 up to limit - margin tokens, falling to -1 at the limit; -1 for a response cut there.
+
+    DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), counted in tokens.
+    """
+    if not r.finished:
+        return -1.0
+    excess = len(r.tokens) - (r.limit - r.margin)
+    return -min(1.0, max(0.0, excess / r.margin)) if r.margin else 0.0
+
+
+def repetition(r: Response) -> float:
+    """Minus the share of the response's runs of 8 tokens that it has held before."""
+    runs = [tuple(r.tokens[i : i + _RUN]) for i in range(len(r.tokens) - _RUN + 1)]
+    return -(1 - len(set(runs)) / len(runs)) if runs else 0.0
+
+
+TABLE = {"correct": correct, "format": format, "length": length, "repetition": repetition}
+
+
+def rewards(
+    responses: Sequence[Response], weights: Mapping[str, float]
+) -> tuple[list[float], dict[str, list[float]]]:
+    """The reward of each response, and of each term with a weight its values.
+
+    Raises UserError for a weight of a term that is not there.
+    """
+    for name in weights:
+        if name not in TABLE:
+            raise UserError(f"reward: {name!r} is none of {', '.join(TABLE)}")
+    values = {
+        name: [TABLE[name](r) for r in responses] for name, weight in weights.items() if weight
+    }
+    totals = [
+        sum(weights[name] * column[i] for name, column in values.items())
+        for i in range(len(responses))
+    ]
+    return totals, values

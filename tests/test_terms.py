@@ -1,0 +1,84 @@
+"""Reward terms, one by one, and that what is not right earns nothing."""
+
+import dataclasses
+
+import pytest
+
+from distill import terms
+from models.errors import UserError
+
+GOOD = terms.Response(
+    text="<think>\n1 + 1 is 2\n</think>\n\n2",
+    tokens=list(range(20)),
+    finished=True,
+    outcome="correct",
+    thinking=True,
+    limit=100,
+    margin=20,
+)
+
+
+def changed(**fields) -> terms.Response:
+    return dataclasses.replace(GOOD, **fields)
+
+
+def test_a_truncated_response_is_never_rewarded_as_finished():
+    cut = changed(finished=False)
+    assert terms.correct(GOOD) == terms.format(GOOD) == 1
+    assert terms.correct(cut) == terms.format(cut) == 0
+    assert terms.length(cut) == -1
+
+
+@pytest.mark.parametrize("outcome", ["wrong", "no_answer", "timeout", "error"])
+def test_only_a_right_answer_is_correct(outcome):
+    assert terms.correct(changed(outcome=outcome)) == 0
+
+
+@pytest.mark.parametrize(
+    ("thinking", "text", "value"),
+    [
+        (True, "<think>a</think>b", 1),
+        (True, "a</think>b", 1),  # the template had opened it
+        (True, "<think>a</think>", 0),
+        (True, "<think>a</think> \n", 0),
+        (True, "<think>a b", 0),
+        (True, "b", 0),
+        (True, "<think>a</think><think>c</think>b", 0),
+        (True, "<think>a</think>b</think>", 0),
+        (True, "b<think>a</think>b", 0),
+        (False, "b", 1),
+        (False, "", 0),
+        (False, "<think>a</think>b", 0),
+    ],
+)
+def test_format(thinking, text, value):
+    assert terms.format(changed(thinking=thinking, text=text)) == value
+
+
+@pytest.mark.parametrize(
+    ("count", "value"), [(1, 0), (80, 0), (85, -0.25), (90, -0.5), (100, -1), (200, -1)]
+)
+def test_length_counts_tokens_not_characters(count, value):
+    """Pitfall 32: the penalty of DAPO is about tokens."""
+    assert terms.length(changed(tokens=[7] * count, text="x" * 10_000)) == value
+
+
+def test_length_without_a_margin_is_no_penalty():
+    assert terms.length(changed(tokens=[1] * 100, margin=0)) == 0
+
+
+def test_repetition():
+    assert terms.repetition(changed(tokens=list(range(500)))) == 0
+    assert terms.repetition(changed(tokens=[1, 2, 3])) == 0
+    looped = terms.repetition(changed(tokens=[1, 2, 3, 4] * 50))
+    assert looped == pytest.approx(-(1 - 4 / 193))
+
+
+def test_rewards_are_a_weighted_sum():
+    total, values = terms.rewards(
+        [GOOD, changed(outcome="wrong")], {"correct": 1.0, "format": 0.25, "length": 0.0}
+    )
+    assert total == [1.25, 0.25]
+    assert values == {"correct": [1, 0], "format": [1, 1]}
+    with pytest.raises(UserError, match="'beauty' is none of correct, format"):
+        terms.rewards([GOOD], {"beauty": 1.0})
