@@ -1,0 +1,139 @@
+"""Causal grouped-query attention within segments: one meaning, an implementation for each platform.
+
+A token attends to itself and to the earlier tokens of its own segment; the softmax is taken in
+float32. Every implementation is tested equal to `plain`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
+
+# (q [B, T, N, H], k and v [B, T, K, H], segments [B, T]) -> [B, T, N, H]
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+_CHUNK = 1024  # queries whose scores over all keys `plain` holds at a time
+_LANES = 128  # the tile of a TPU's vector unit: splash attention wants T and H in multiples
+_BLOCKS = (512, 384, 256, 128)
+
+
+def softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """Over the last axis, where the mask is true; uniform where it nowhere is."""
+    return jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(scores.dtype).min), axis=-1)
+
+
+def plain(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array
+) -> jax.Array:
+    """What XLA makes of the formula, in chunks of queries: scores of [chunk, T], not [T, T]."""
+    T = q_BTNH.shape[1]
+    some = functools.partial(_some, k_BTKH, v_BTKH, segments_BT)
+    if T <= _CHUNK:
+        return some(q_BTNH, 0)
+    chunks = -(-T // _CHUNK)
+    q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, chunks * _CHUNK - T), (0, 0), (0, 0)))
+    B, _, N, H = q_BTNH.shape
+    q_ABCNH = q_BTNH.reshape(B, chunks, _CHUNK, N, H).swapaxes(0, 1)
+    # Recomputed in the backward pass, or the scores of all chunks would be kept for it.
+    some = jax.checkpoint(some, prevent_cse=False)
+    out_ABCNH = jax.lax.map(lambda x: some(*x), (q_ABCNH, _CHUNK * jnp.arange(chunks)))
+    return out_ABCNH.swapaxes(0, 1).reshape(B, -1, N, H)[:, :T]
+
+
+def _some(
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array,
+    q_BCNH: jax.Array,
+    first: jax.typing.ArrayLike,
+) -> jax.Array:
+    """Attention of C queries, those from position `first` on; some may lie behind the last key."""
+    (B, C, N, H), (T, K) = q_BCNH.shape, k_BTKH.shape[1:3]
+    q_BKMH = q_BCNH.reshape(B, C, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
+    k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("BKMH,BKTH->BKMT", q_BKMH, k_BKTH, preferred_element_type=jnp.float32)
+    scores = scores.reshape(B, K, N // K, C, T) * H**-0.5
+    at_C = first + jnp.arange(C)
+    mine_BC = segments_BT[:, jnp.minimum(at_C, T - 1)]
+    mask_BCT = (mine_BC[:, :, None] == segments_BT[:, None, :]) & (
+        at_C[:, None] >= jnp.arange(T)[None, :]
+    )[None]
+    weights = softmax(scores, mask_BCT[:, None, None]).astype(q_BCNH.dtype)
+    out_BKMH = jnp.einsum("BKMT,BKTH->BKMH", weights.reshape(B, K, -1, T), v_BKTH)
+    return out_BKMH.reshape(B, K, N // K, C, H).transpose(0, 3, 1, 2, 4).reshape(B, C, N, H)
+
+
+def splash(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array,
+    interpret: bool = False,
+) -> jax.Array:
+    """JAX's Pallas kernel for TPU, forward and backward, on each device's own rows and heads.
+
+    H must be a multiple of 128, as in every released Qwen3. `interpret` runs the kernel anywhere,
+    slowly.
+    """
+    T, H = q_BTNH.shape[1], q_BTNH.shape[3]
+    pad = -T % _LANES
+    block = next(size for size in _BLOCKS if (T + pad) % size == 0)
+    sizes = splash_lib.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+
+    def local(q_BTNH, k_BTKH, v_BTKH, segments_BT):
+        causal = splash_lib.CausalMask((T + pad, T + pad))
+        kernel = splash_lib.make_splash_mha_single_device(
+            mask=splash_lib.MultiHeadMask([causal] * q_BTNH.shape[2]),
+            block_sizes=sizes,
+            interpret=interpret,
+        )
+        segments_BT = jnp.pad(segments_BT, ((0, 0), (0, pad)))
+        heads_first = (
+            jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2)
+            for x in (q_BTNH * H**-0.5, k_BTKH, v_BTKH)
+        )
+        out_BNTH = jax.vmap(kernel)(*heads_first, splash_lib.SegmentIds(segments_BT, segments_BT))
+        return out_BNTH.swapaxes(1, 2)[:, :T]
+
+    # A kernel is opaque to the partitioner, so each device is told what is its own.
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = nn.logical_to_mesh_axes(("batch", None, "act_heads", None))
+    if mesh.empty or spec is None or spec[0] is None:  # no mesh, or no rules that give it a meaning
+        return local(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    rows = jax.sharding.PartitionSpec(spec[0], None)
+    return jax.shard_map(local, in_specs=(spec, spec, spec, rows), out_specs=spec, check_vma=False)(
+        q_BTNH, k_BTKH, v_BTKH, segments_BT
+    )
+
+
+def cudnn(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array
+) -> jax.Array:
+    """cuDNN's fused attention for NVIDIA GPUs, in bfloat16 or float16 only.
+
+    No scores are kept, but the mask is: [B, T, T] numbers of q's dtype, shared by the heads.
+    """
+    return _fused(q_BTNH, k_BTKH, v_BTKH, segments_BT, "cudnn")
+
+
+def _fused(
+    q_BTNH, k_BTKH, v_BTKH, segments_BT, implementation: Literal["xla", "cudnn"]
+) -> jax.Array:
+    same_B1TT = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BTKH, v_BTKH, mask=same_B1TT, is_causal=True, implementation=implementation
+    )
+
+
+TABLE: dict[str, Attend] = {"xla": plain, "splash": splash, "cudnn": cudnn}
