@@ -6,7 +6,7 @@ float32. Every implementation is tested equal to `plain`.
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -93,7 +93,7 @@ def splash(
 
     def local(q_BTNH, k_BTKH, v_BTKH, segments_BT):
         causal = splash_lib.CausalMask((T + pad, T + pad))
-        kernel = splash_lib.make_splash_mha_single_device(
+        kernel: Any = splash_lib.make_splash_mha_single_device(
             mask=splash_lib.MultiHeadMask([causal] * q_BTNH.shape[2]),
             block_sizes=sizes,
             interpret=interpret,
@@ -103,7 +103,9 @@ def splash(
             jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2)
             for x in (q_BTNH * H**-0.5, k_BTKH, v_BTKH)
         )
-        out_BNTH = jax.vmap(kernel)(*heads_first, splash_lib.SegmentIds(segments_BT, segments_BT))
+        out_BNTH: Any = jax.vmap(kernel)(
+            *heads_first, splash_lib.SegmentIds(segments_BT, segments_BT)
+        )
         return out_BNTH.swapaxes(1, 2)[:, :T]
 
     # A kernel is opaque to the partitioner, so each device is told what is its own.

@@ -20,6 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from models.qwen3 import attention
 from models.qwen3.config import Config
 from models.qwen3.moe import ROUTER, MoE
 
@@ -68,7 +69,9 @@ class Cache:
             v_BKSH = self.values[layer].transpose(1, 2, 0, 3)
         q_BKQH = q_BNH.reshape(B, k_BKHS.shape[1], -1, H)
         scores = jnp.einsum("BKQH,BKHS->BKQS", q_BKQH, k_BKHS, preferred_element_type=jnp.float32)
-        weights = _softmax(scores * H**-0.5, self.valid_BS[:, None, None, :]).astype(q_BNH.dtype)
+        weights = attention.softmax(scores * H**-0.5, self.valid_BS[:, None, None, :]).astype(
+            q_BNH.dtype
+        )
         return jnp.einsum("BKQS,BKSH->BKQH", weights, v_BKSH).reshape(B, N, H)
 
 
@@ -85,27 +88,6 @@ def init_cache(config: Config, rows: int, slots: int, dtype: jnp.dtype, stacked:
         keys = tuple(constrain(jnp.zeros((rows, K, H, slots), dtype), names) for _ in range(L))
         values = tuple(constrain(jnp.zeros((rows, K, slots, H), dtype), names) for _ in range(L))
     return Cache(keys, values, jnp.zeros((rows, slots), bool), jnp.zeros((), jnp.int32))
-
-
-def _softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
-    return jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(scores.dtype).min), axis=-1)
-
-
-def attention(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array
-) -> jax.Array:
-    """Causal grouped-query attention within segments, softmax in float32: [B, T, N, H]."""
-    B, T, N, H = q_BTNH.shape
-    K = k_BTKH.shape[2]
-    q_BKMH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-    k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
-    scores = jnp.einsum("BKMH,BKSH->BKMS", q_BKMH, k_BKTH, preferred_element_type=jnp.float32)
-    scores = scores.reshape(B, K, N // K, T, T) * H**-0.5
-    same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
-    mask_BTS = same_BTS & jnp.tril(jnp.ones((T, T), bool))[None]
-    weights = _softmax(scores, mask_BTS[:, None, None]).astype(q_BTNH.dtype)
-    out_BKMH = jnp.einsum("BKMS,BKSH->BKMH", weights.reshape(B, K, -1, T), v_BKTH)
-    return out_BKMH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def rotary(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -155,6 +137,7 @@ class Attention(nn.Module):
     """Grouped-query attention with RMS-normalised queries and keys, no biases."""
 
     config: Config
+    kernel: str
 
     @nn.compact
     def __call__(
@@ -176,7 +159,7 @@ class Attention(nn.Module):
         if cache is not None and T == 1:
             out_BTNH = cache.attend(layer, q_BTNH[:, 0])[:, None]
         else:  # training, scoring, or the prefill of an empty cache: all keys are at hand
-            out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+            out_BTNH = attention.TABLE[self.kernel](q_BTNH, k_BTKH, v_BTKH, segments_BT)
         out = Linear(D, ("heads", "embed"), name="o")(out_BTNH.reshape(B, T, N * H))
         return out, cache
 
@@ -199,10 +182,12 @@ class Block(nn.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream.
 
     sparse: the feed-forward is a mixture of experts.
+    kernel: the row of models.qwen3.attention.TABLE that computes attention.
     """
 
     config: Config
     sparse: bool = False
+    kernel: str = "xla"
 
     @nn.compact
     def __call__(
@@ -210,7 +195,7 @@ class Block(nn.Module):
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
         x_BTD, cache = carry
         normed = RMSNorm(self.config.rms_norm_eps, name="attention_norm")(x_BTD)
-        mixed, cache = Attention(self.config, name="attention")(
+        mixed, cache = Attention(self.config, self.kernel, name="attention")(
             normed, rope, segments_BT, cache, layer
         )
         x_BTD = x_BTD + mixed
@@ -230,12 +215,14 @@ class Qwen3(nn.Module):
       on, as `unstack` makes it (what the CPU sampler reads). A model in which some layers are
       sparse and some dense (no released one is) always has this form.
     remat: recompute each block in the backward pass instead of storing its activations.
+    kernel: how attention over many queries is computed, a row of models.qwen3.attention.TABLE.
     """
 
     config: Config
     dtype: jnp.dtype = jnp.float32
     scan: bool = True
     remat: bool = False
+    kernel: str = "xla"
 
     @nn.compact
     def __call__(
@@ -275,11 +262,11 @@ class Qwen3(nn.Module):
                 length=L,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            stack = layers(c, c.sparse_layers[0], name="layers")
+            stack = layers(c, c.sparse_layers[0], self.kernel, name="layers")
             carry, _ = stack(carry, jnp.arange(L), rope, segments_BT)
         else:
             for layer, sparse in enumerate(c.sparse_layers):
-                one = block(c, sparse, name=f"layers_{layer}")
+                one = block(c, sparse, self.kernel, name=f"layers_{layer}")
                 carry, _ = one(carry, layer, rope, segments_BT)
         x_BTD, cache = carry
         if cache is not None:
