@@ -1,0 +1,145 @@
+# ruff: noqa: E501
+"""What a program costs, read from compiled text, against arithmetic by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from distill import aot
+from models.errors import UserError
+
+L, B, D = 12, 64, 256
+
+
+@functools.cache
+def layers() -> aot.Program:
+    """A gradient through L layers whose weights lie split over eight devices."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def loss(w_LDD, x_BD):
+        y_BD, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x_BD, w_LDD)
+        return jnp.sum(y_BD**2)
+
+    def split(shape, *axes):
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+    w, x = split((L, D, D), None, "x"), split((B, D), "x")
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.grad(loss), out_shardings=w.sharding)
+        return aot.compile("layers", lambda: step.lower(w, x), hbm_gib=16)
+
+
+def test_matrix_products_in_loops_count_as_often_as_they_run():
+    assert layers().flops == 3 * L * 2 * (B // 8) * D * D  # forward, and two backward
+    assert layers().open_loops == 0
+
+
+def test_collectives():
+    found = layers().collectives
+    assert found is not None
+    count, size = found["all-gather"]
+    assert (count, size) == (2 * L, 2 * L * D * D * 4 * 7 // 8)  # each weight, in both directions
+    received = sum(size for kind, (_, size) in found.items() if kind != "all-gather")
+    # The gradients: at least what a reduction to shards must receive, at most an all-reduce.
+    assert L * D * D * 4 * 7 // 8 <= received <= 2 * L * D * D * 4 * 7 // 8 + 1000
+
+
+def test_memory():
+    program = layers()
+    assert program.arguments == (L * D * D + B * D) * 4 / 8
+    assert program.outputs == L * D * D * 4 / 8
+    assert program.peak >= program.arguments
+
+
+TPU = """\
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %z = f32[] add(%x, %y)
+}
+
+%product (a: bf16[32,512], b: bf16[4,512,64]) -> bf16[32,64,1] {
+  ROOT %conv = bf16[32,64,1]{1,0,2:T(8,128)} convolution(bf16[32,4,512]{2,0,1} %a, bf16[4,512,64]{2,1,0} %b), window={size=4}, dim_labels=b0f_0io->bf0
+}
+
+%body (p: (u32[], bf16[8,4])) -> (u32[], bf16[8,4]) {
+  %p = (u32[], bf16[8,4], /*index=5*/u32[]) parameter(0)
+  %i = u32[] get-tuple-element(%p), index=0
+  %two = u32[]{:T(128)} constant(2)
+  %next = u32[] add(%i, %two)
+  %w = bf16[8,4] get-tuple-element(%p), index=1
+  %f = bf16[32,64,1] fusion(%w, %w), kind=kOutput, calls=%product
+  %ag-start = (bf16[1,4], bf16[8,4]) all-gather-start(%w), channel_id=3, replica_groups=[2,8]<=[16], dimensions={0}
+  %ag-done = bf16[8,4] all-gather-done(%ag-start), channel_id=3
+  %rs = bf16[1,4] reduce-scatter(%w), channel_id=4, replica_groups={{0,1,2,3,4,5,6,7},{8,9,10,11,12,13,14,15}}, to_apply=%add
+  %cp = bf16[8,4] collective-permute(%w), channel_id=5, source_target_pairs={{0,1},{1,0}}
+  ROOT %r = (u32[], bf16[8,4]) tuple(%next, %ag-done)
+}
+
+%condition (q: (u32[], bf16[8,4])) -> pred[] {
+  %q = (u32[], /*index=5*/bf16[8,4]) parameter(0)
+  %limit = u32[]{:T(128)} constant(10)
+  %j = u32[] get-tuple-element(%q), index=0
+  ROOT %lt = pred[] compare(%j, %limit), direction=LT
+}
+
+%sampler_condition (q: (u32[], pred[])) -> pred[] {
+  %q = (u32[], pred[]) parameter(0)
+  %limit = u32[] constant(10)
+  ROOT %go = pred[] and(%q, %q)
+}
+
+ENTRY %main (x: bf16[8,4]) -> bf16[8,4] {
+  %x = bf16[8,4] parameter(0)
+  %loop = (u32[], bf16[8,4]) while(%t), condition=%condition, body=%body
+  %open = (u32[], bf16[8,4]) while(%t), condition=%sampler_condition, body=%add
+  %ar = f32[100] all-reduce(%y), channel_id=9, replica_groups=mesh['a'=8,'b'=2] {'b'}, to_apply=%add
+  ROOT %out = bf16[8,4] get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_the_spelling_of_tpu_programs():
+    """Strides of unrolled loops, windows for matrices, starts and dones, three spellings of
+    groups, loops that may end early."""
+    costs = aot.read(TPU)
+    assert costs.flops == 5 * 2 * 32 * 64 * (4 * 512)
+    assert costs.open_loops == 1
+    assert costs.collectives == {
+        "all-gather": (5, 5 * 64 * 7 // 8),
+        "reduce-scatter": (5, 5 * 8 * 7),
+        "collective-permute": (5, 5 * 64),
+        "all-reduce": (1, 400),
+    }
+
+
+@pytest.mark.parametrize(
+    ("window", "taps"),
+    [
+        ((1, 32, 32, "size=32 pad=31_31"), 1),  # 63 results, but each meets one element
+        ((16, 16, 16, "size=16 stride=15 pad=0_0 lhs_dilate=16"), 1),  # a batch
+        ((2, 2, 1, "size=2"), 2),  # a sum over two blocks
+    ],
+)
+def test_windows(window, taps):
+    image, kernel, out, text = window
+    out = image + 62 - kernel + 1 if "pad=31" in text else out
+    got = aot._taps(f"convolution(), window={{{text}}}, x", 0, image, kernel, out)
+    np.testing.assert_allclose(got, taps)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("v7x:2x2", "TPU7x is not served"),
+        ("v9:2x2", "name one of v4, v5e"),
+        ("v5e", "its shape"),
+        ("v5e:2*4", "its shape"),
+    ],
+)
+def test_slices_that_do_not_exist(name, words):
+    with pytest.raises(UserError, match=words):
+        aot.chip(name)
