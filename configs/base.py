@@ -62,7 +62,16 @@ def get_config(arg: str = "") -> ConfigDict:
     c.student.path = ""
     c.student.random_init = False  # take config and tokenizer from path, weights at random
     c.student.dtype = "bfloat16"  # of activations; trained parameters are always float32
+    c.student.param_dtype = "bfloat16"  # of a base that LoRA leaves frozen
     c.student.remat = True  # recompute each layer in the backward pass: less memory, 4/3 the time
+    c.student.lora = ConfigDict()  # or path names a PEFT adapter of these: it is trained on
+    c.student.lora.rank = 0  # 0: all parameters are trained; else a low-rank term beside the base
+    c.student.lora.alpha = 32.0  # the term counts alpha / rank
+    c.student.lora.rslora = False  # it counts alpha / sqrt(rank)
+    c.student.lora.targets = (  # projections; the last three mean those of experts too
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    )
     c.teacher = ConfigDict()
     c.teacher.path = ""  # needed where a stage is opd
     c.teacher.param_dtype = "bfloat16"

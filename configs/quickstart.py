@@ -19,7 +19,7 @@ def get_config(arg: str = "") -> ConfigDict:
         raise ValueError(f"configs/quickstart.py takes the argument 'tiny' or none, got {arg!r}")
     c = base.get_config()
     c.student.path = "assets/student"
-    c.student.dtype = "float32"
+    c.student.param_dtype = c.student.dtype = "float32"
     c.student.remat = False
     c.teacher.path = "assets/teacher"
     c.teacher.param_dtype = c.teacher.dtype = "float32"

@@ -3,6 +3,11 @@
 DIR gets config.json, safetensors, the tokenizer and generation_config.json of the student, which
 transformers and vLLM load, and export.json, which says what it was made from. It is there whole or
 not at all; an earlier export in its place is replaced, anything else is not touched.
+
+Of a run that trained a LoRA, DIR is a PEFT adapter directory (adapter_config.json,
+adapter_model.safetensors and the tokenizer), which names the base it belongs to. With --merge_lora
+DIR is the whole model as above, the LoRA merged in float32 and then cast, and the adapter
+directory is DIR/adapter.
 """
 
 import os
@@ -30,7 +35,8 @@ DTYPE = flags.DEFINE_enum(
 MERGE_LORA = flags.DEFINE_bool(
     "merge_lora",
     False,
-    "Fold a trained LoRA into the weights; a run that trained all of them has none.",
+    "Of a run that trained a LoRA: the whole model with it merged, and the adapter in OUT/adapter; "
+    "without, the adapter alone.",
     flag_values=OPTIONS,
 )
 
@@ -38,9 +44,15 @@ MARK = "export.json"  # what an export can be known by, and replaced
 
 
 def export(
-    run: str | Path, out: str | Path, step: int | None = None, dtype: str = "float32"
+    run: str | Path,
+    out: str | Path,
+    step: int | None = None,
+    dtype: str = "float32",
+    merge_lora: bool = False,
 ) -> None:
     """Writes the parameters after `step` (None: of the newest whole checkpoint) to directory `out`.
+
+    Of a LoRA run, `merge_lora` chooses between the merged model and the adapter alone.
 
     Raises:
       UserError: if `run` is no run or has no such checkpoint, or `out` holds something else.
@@ -52,12 +64,17 @@ def export(
         raise UserError(f"--out={out}: is there and not a directory")
     if target.exists() and any(target.iterdir()) and not (target / MARK).is_file():
         raise UserError(f"--out={out}: holds files that are no earlier export")
-    model, step = policy.restore(policy.reader(str(run), "float32"), step)
+    model, adapted = policy.reader(str(run), "float32"), policy.lora_of(run) is not None
+    trained, step = policy.restore_trained(model, step)
+    whole = None if adapted and not merge_lora else policy.restore(model, step, "float32")[0]
     fresh, old = (target.with_name(f".{target.name}.{end}") for end in ("new", "old"))
     for path in (fresh, old):  # left by an export that was killed
         shutil.rmtree(path, ignore_errors=True)
     try:
-        policy.save(model, fresh, dtype)
+        if adapted:
+            policy.save_adapter(model, trained, fresh / "adapter" if whole else fresh, dtype)
+        if whole:
+            policy.save(whole, fresh, dtype)
         metrics.write_json(fresh / MARK, {"run": os.fspath(run), "step": step, "dtype": dtype})
         if target.exists():
             target.rename(old)
@@ -70,9 +87,9 @@ def export(
 
 
 def main() -> None:
-    if MERGE_LORA.value:
-        metrics.say("--merge_lora: all parameters were trained, so there is no LoRA to merge")
-    export(RUN.value, OUT.value, STEP.value, DTYPE.value)
+    export(RUN.value, OUT.value, STEP.value, DTYPE.value, MERGE_LORA.value)
+    if MERGE_LORA.value and policy.lora_of(RUN.value) is None:
+        metrics.say("--merge_lora: all parameters were trained, so there was no LoRA to merge")
 
 
 if __name__ == "__main__":

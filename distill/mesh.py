@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from models.errors import UserError
 from models.qwen3 import model
 from models.qwen3.config import Config
+from models.qwen3.lora import LoRA
 
 AXES = ("data", "fsdp", "expert", "tensor")
 ROWS = ("data", "fsdp", "expert")  # what the batch is split by
@@ -106,9 +107,10 @@ def check(config: Config, mesh: Mesh, source: str) -> None:
             raise UserError(f"{source}: {name}={size} does not divide by mesh axis {axis}={parts}")
 
 
-def parameters(config: Config, mesh: Mesh) -> model.Params:
-    """The parameters of a model as ShapeDtypeStructs (float32) with their shardings on `mesh`."""
-    shapes, axes = model.abstract(config)
+def parameters(config: Config, mesh: Mesh, lora: LoRA | None = None) -> model.Params:
+    """The parameters of a model, or what `lora` adds to them, as ShapeDtypeStructs (float32) with
+    their shardings on `mesh`."""
+    shapes, axes = model.abstract(config, lora)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,

@@ -1,20 +1,18 @@
 """A policy is parameters on a mesh and the pure function that reads them.
 
 Student and teacher (and, where a loss wants one, a reference) are values of this one class. It is
-named by a directory in Hugging Face format, by a hub id, or by a run directory, which stands for
-the parameters of its newest checkpoint in the architecture of its student.
+named by a directory in Hugging Face format, by a hub id, by a run directory, which stands for the
+parameters of its newest checkpoint in the architecture of its student, or by the directory of a
+PEFT adapter. An adapter, be it a directory's or a LoRA run's, stands for its base with it merged.
 """
 
 import contextlib
 import dataclasses
 import functools
-import json
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -24,15 +22,20 @@ from distill import chat
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.checkpoint import Checkpoints
+from distill.locate import is_run, local, lora_of, origin, resolve
 from models.errors import UserError
-from models.qwen3 import model, moe, weights
+from models.qwen3 import adapter, lora, model, moe, weights
 from models.qwen3.config import Config
+from models.qwen3.lora import LORA, LoRA
 from models.qwen3.model import Params, Qwen3
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A loaded model. `params` is the nested dict that models.qwen3.model describes."""
+    """A loaded model. `params` is the nested dict that models.qwen3.model describes.
+
+    Where `model.lora` is set, they are the frozen base of what is trained beside them.
+    """
 
     path: str
     config: Config
@@ -42,59 +45,11 @@ class Policy:
     stop_ids: tuple[int, ...]
 
 
-def is_run(path: str | Path) -> bool:
-    """Whether `path` is the directory of a training run."""
-    return _student(path) is not None
-
-
-def _student(path: str | Path) -> str | None:
-    """The student that the run directory `path` began with; None if it is no run directory."""
-    try:
-        fields = json.loads((Path(path) / "config.json").read_text())
-        return fields["student"]["path"] if "stages" in fields else None
-    except (OSError, ValueError, LookupError, TypeError):
-        return None  # whoever reads it as a model directory says what is wrong with it
-
-
-def resolve(path: str | Path) -> Path:
-    """The local directory in Hugging Face format behind a name; a hub id is fetched.
-
-    Of a run it is its student's: architecture and tokenizer, but not the trained parameters.
-
-    Raises:
-      UserError: if there is nothing of this name, here or on the hub.
-    """
-    student = _student(path)
-    if student is not None:
-        try:
-            return resolve(student)
-        except UserError as error:
-            raise UserError(f"{path}/config.json: student.path: {error}") from None
-    # What lies in a folder that is there is meant as a path, though it may look like a hub id.
-    if Path(path).exists() or Path(path).parent.is_dir():
-        if not Path(path).is_dir():
-            raise UserError(f"{path}: no model directory")
-        return Path(path)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        raise UserError(f"{path}: no model directory")
-    return _fetch(str(path))
-
-
-@functools.cache
-def _fetch(repository: str) -> Path:
-    # Weights in safetensors only: a pickle would be code.
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
-    try:
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
-    except Exception as error:  # the hub's client and those under it raise many kinds
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{repository}: no model directory, and the hub does not give it: {reason}"
-        ) from error
-
-
-def describe(path: str, dtype: str, remat: bool, mesh: Mesh) -> Policy:
+def describe(path: str, dtype: str, remat: bool, mesh: Mesh, trained: LoRA | None = None) -> Policy:
     """Everything about the model but its parameters, which are shapes with shardings.
+
+    With `trained` it is the frozen base of a LoRA to train, which goes on from the adapter that
+    `path` may name.
 
     Raises:
       UserError: if the directory is no Qwen3, or the mesh does not divide it.
@@ -104,7 +59,7 @@ def describe(path: str, dtype: str, remat: bool, mesh: Mesh) -> Policy:
     mesh_lib.check(config, mesh, f"{path}/config.json")
     tokenizer = chat.load_tokenizer(directory)
     abstract = mesh_lib.parameters(config, mesh)
-    qwen3 = Qwen3(config, dtype=jnp.dtype(dtype), remat=remat)
+    qwen3 = Qwen3(config, dtype=jnp.dtype(dtype), remat=remat, lora=trained)
     return Policy(path, config, qwen3, abstract, tokenizer, chat.stop_ids(directory, tokenizer))
 
 
@@ -141,37 +96,121 @@ def use(policy: Policy) -> Iterator[None]:
 def load(policy: Policy, param_dtype: str) -> Policy:
     """Reads the parameters of a described policy, cast to `param_dtype`.
 
+    They are what its path stands for; of a policy that trains a LoRA, the frozen base.
+
     Raises:
       UserError: naming the file or tensor that is missing or wrong; for a run without checkpoint.
     """
     if is_run(policy.path):
-        restored, _ = restore(policy, None)
-        params = jax.tree.map(lambda x: x.astype(param_dtype), restored.params)
-        return dataclasses.replace(policy, params=params)
-    shardings = jax.tree.map(lambda p: p.sharding, policy.params)
-    params = weights.load(
-        resolve(policy.path), policy.config, policy.params, shardings, jnp.dtype(param_dtype)
+        return restore(policy, None, param_dtype)[0]
+    kind = _adapted(policy)
+    if kind is None or policy.model.lora is not None:
+        return dataclasses.replace(policy, params=_base(policy, param_dtype))
+    return _merged(policy, _stored(policy, kind), kind, param_dtype)
+
+
+def _base(policy: Policy, param_dtype: str) -> Params:
+    """The parameters of the model directory that a described policy comes from."""
+    return weights.load(
+        resolve(policy.path),
+        policy.config,
+        policy.params,
+        _shardings(policy.params),
+        jnp.dtype(param_dtype),
     )
-    return dataclasses.replace(policy, params=params)
+
+
+def _merged(policy: Policy, trained: Params, kind: LoRA, param_dtype: str) -> Policy:
+    merge = _merger(policy, kind, jnp.dtype(param_dtype))
+    return dataclasses.replace(policy, params=merge(_base(policy, "float32"), trained))
+
+
+def _merger(policy: Policy, kind: LoRA, dtype: jnp.dtype) -> Callable[[Params, Params], Params]:
+    """(base, LoRA) -> the parameters of the plain model, which lie as the base's."""
+    merge = functools.partial(lora.merge, lora=kind, dtype=dtype)
+    return jax.jit(merge, out_shardings=_shardings(policy.params))
+
+
+def sampled(policy: Policy) -> Callable[[Params], Params]:
+    """The function from what is trained to what a sampler reads, which knows nothing of LoRA.
+
+    `policy` is loaded where it trains a LoRA: its frozen parameters are merged with it in float32,
+    and then cast to the dtype that the model computes in.
+    """
+    if policy.model.lora is None:
+        return lambda trained: trained
+    return functools.partial(_merger(policy, policy.model.lora, policy.model.dtype), policy.params)
+
+
+def _shardings(params: Params) -> Any:
+    return jax.tree.map(lambda p: p.sharding, params)
+
+
+def _adapted(policy: Policy) -> LoRA | None:
+    """The LoRA of the adapter directory that the policy's path names; None of another path."""
+    directory = local(policy.path)
+    return adapter.describe(directory, policy.config) if adapter.is_adapter(directory) else None
+
+
+def _stored(policy: Policy, kind: LoRA) -> Params:
+    """The LoRA of an adapter directory, float32."""
+    shapes = mesh_lib.parameters(policy.config, mesh_of(policy), kind)
+    return adapter.load(local(policy.path), policy.config, shapes, _shardings(shapes))
 
 
 def check(policy: Policy) -> None:
-    """Raises UserError if `load` would find files missing or wrong, without reading a weight."""
-    if not is_run(policy.path):
-        weights.check(resolve(policy.path), policy.config, policy.params)
-    elif newest_step(policy.path) is None:
-        raise UserError(f"{policy.path}: a run without a checkpoint yet")
+    """Raises UserError if `load` would find files missing or wrong, without reading a weight; for
+    a policy that trains a LoRA also if its path cannot be the base, or holds another LoRA."""
+    path, wanted = policy.path, policy.model.lora
+    if is_run(path):
+        if wanted is not None:
+            raise UserError(f"{path}: a run, whose parameters may change; export it for a base")
+        if newest_step(path) is None:
+            raise UserError(f"{path}: a run without a checkpoint yet")
+    if not is_run(path) or lora_of(path):
+        weights.check(resolve(path), policy.config, policy.params)
+    kind = None if is_run(path) else _adapted(policy)
+    if kind is not None:
+        shapes = mesh_lib.parameters(policy.config, mesh_of(policy), kind)
+        adapter.check(local(path), policy.config, shapes)
+        if wanted is not None:
+            _require_same(path, kind, wanted)
 
 
-def restore(policy: Policy, step: int | None) -> tuple[Policy, int]:
-    """The float32 parameters of a described run after `step` (None: the newest whole checkpoint),
+def _require_same(path: str, found: LoRA, wanted: LoRA) -> None:
+    for name, theirs, ours in (
+        ("rank", found.rank, wanted.rank),
+        ("scale", f"{found.scale:g}", f"{wanted.scale:g}"),
+        ("targets", sorted(found.targets), sorted(set(wanted.targets))),
+    ):
+        if theirs != ours:
+            raise UserError(
+                f"{path}: an adapter of {name} {theirs}, config.student.lora's is {ours}"
+            )
+
+
+def restore(policy: Policy, step: int | None, param_dtype: str) -> tuple[Policy, int]:
+    """The parameters of a described run after `step` (None: the newest whole checkpoint), cast to
+    `param_dtype`, and that step; a LoRA is merged. Raises UserError as `restore_trained` does."""
+    trained, step = restore_trained(policy, step)
+    kind = lora_of(policy.path)
+    if kind is not None:
+        return _merged(policy, trained, kind, param_dtype), step
+    params = jax.tree.map(lambda x: x.astype(param_dtype), trained)
+    return dataclasses.replace(policy, params=params), step
+
+
+def restore_trained(policy: Policy, step: int | None) -> tuple[Params, int]:
+    """What a described run has trained after `step` (None: the newest whole checkpoint), float32,
     and that step. Raises UserError if there is no such checkpoint, saying which there are."""
-    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.replicated(mesh_of(policy)))
+    mesh = mesh_of(policy)
+    shapes = mesh_lib.parameters(policy.config, mesh, lora_of(policy.path))
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.replicated(mesh))
     with Checkpoints(Path(policy.path) / "checkpoints") as saved:
-        found = saved.restore({"params": policy.params, "step": count}, step)
+        found = saved.restore({"params": shapes, "step": count}, step)
     if found is None:
         raise UserError(f"{policy.path}: a run without a checkpoint yet")
-    return dataclasses.replace(policy, params=found[0]["params"]), int(found[0]["step"])
+    return found[0]["params"], int(found[0]["step"])
 
 
 def newest_step(path: str | Path) -> int | None:
@@ -196,15 +235,37 @@ def require_same_vocabulary(student: Policy, teacher: Policy) -> None:
 
 def randomise(policy: Policy, key: jax.Array) -> Policy:
     """A described policy with random float32 parameters, drawn where they will live."""
-    shardings = jax.tree.map(lambda p: p.sharding, policy.params)
-    init = jax.jit(functools.partial(model.init, policy.config), out_shardings=shardings)
-    return dataclasses.replace(policy, params=init(key))
+    return dataclasses.replace(policy, params=_drawn(policy, key, None))
+
+
+def first(policy: Policy, key: jax.Array) -> Params:
+    """The LoRA that a policy which trains one begins with: its adapter's, or a new one."""
+    kind = policy.model.lora
+    assert kind is not None
+    if adapter.is_adapter(local(policy.path)):
+        return _stored(policy, kind)
+    return _drawn(policy, key, kind)
+
+
+def _drawn(policy: Policy, key: jax.Array, kind: LoRA | None) -> Params:
+    shapes = mesh_lib.parameters(policy.config, mesh_of(policy), kind)
+    init = functools.partial(model.init, policy.config, lora=kind)
+    return jax.jit(init, out_shardings=_shardings(shapes))(key)
 
 
 def save(policy: Policy, directory: Path, dtype: str) -> None:
     """Writes a Hugging Face directory: weights in `dtype`, config, stop ids, tokenizer."""
     weights.save(policy.params, policy.config, directory, jnp.dtype(dtype))
     chat.copy(resolve(policy.path), directory)
+
+
+def save_adapter(run: Policy, trained: Params, directory: Path, dtype: str) -> None:
+    """Writes what a LoRA run has trained as a PEFT adapter to the run's base, and its tokenizer."""
+    kind, base = lora_of(run.path), origin(run.path)
+    assert kind is not None
+    name = str(Path(base).resolve()) if Path(base).is_dir() else base  # else a hub id
+    adapter.save(trained, kind, run.config, name, directory, jnp.dtype(dtype))
+    chat.copy(resolve(run.path), directory)
 
 
 def hidden(qwen3: Qwen3, params: Params, batch: Batch) -> jax.Array:
@@ -216,11 +277,14 @@ def hidden(qwen3: Qwen3, params: Params, batch: Batch) -> jax.Array:
 
 
 def routed(
-    qwen3: Qwen3, params: Params, batch: Batch
+    qwen3: Qwen3, params: Params, batch: Batch, trained: Params | None = None
 ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
-    """`hidden`, and (sum, count) pairs of what the routers did (models.qwen3.moe.sums)."""
+    """`hidden`, and (sum, count) pairs of what the routers did (models.qwen3.moe.sums).
+
+    With `trained`, a LoRA, beside the parameters.
+    """
     applied: Any = qwen3.apply(
-        {"params": params},
+        {"params": params} if trained is None else {"params": params, LORA: trained},
         batch.tokens_BT,
         batch.positions_BT,
         batch.segments_BT,

@@ -102,7 +102,7 @@ def distil(c: ConfigDict, out: Path) -> dict:
     began = time.perf_counter()
     train.run(c, out)
     summary["distillation_seconds"] = time.perf_counter() - began
-    export.export(out, out / "student", None, "float32")  # on a mesh of its own
+    export.export(out, out / "student", None, "float32", merge_lora=True)  # on a mesh of its own
     with mesh_lib.use(mesh):
         after = load(str(out / "student"))
         summary["student_after"] = judge("student_after", after, teacher, out, limit)

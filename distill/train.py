@@ -26,6 +26,7 @@ from distill.checkpoint import Checkpoints
 from distill.policy import Policy
 from models.errors import UserError
 from models.qwen3 import model
+from models.qwen3.lora import LoRA
 
 OPTIONS = flags.FlagValues()
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=OPTIONS)
@@ -54,7 +55,10 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A checked run: models described but not loaded, stages in order."""
+    """A checked run: models described but not loaded, stages in order.
+
+    `run` loads the teacher, and the student where it is the frozen base of a LoRA.
+    """
 
     student: Policy
     teacher: Policy | None
@@ -80,7 +84,9 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
         needed = field == "student" or any(c[name].objective == "opd" for name in c.stages)
         if needed and not c[field].path:
             raise UserError(f"config.{field}.path: name a model directory")
-    student = policy.describe(c.student.path, c.student.dtype, c.student.remat, mesh)
+    student = policy.describe(
+        c.student.path, c.student.dtype, c.student.remat, mesh, _lora(c.student)
+    )
     if not c.student.random_init:
         policy.check(student)
     taught = None
@@ -98,6 +104,17 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
         stages.append(Stage(name, s, first, source, optim.make(s.optim, s.steps)))
         first += s.steps
     return Plan(student, taught, tuple(stages))
+
+
+def _lora(s: ConfigDict) -> LoRA | None:
+    if not s.lora.rank:
+        return None
+    if s.random_init:
+        raise UserError("config.student.lora.rank: nothing keeps a random base; train all of it")
+    try:
+        return LoRA(s.lora.rank, s.lora.alpha, s.lora.rslora, tuple(s.lora.targets))
+    except UserError as error:
+        raise UserError(f"config.student.{error}") from None
 
 
 def _check_stage(name: str, s: ConfigDict, student: Policy, mesh: Mesh) -> None:
@@ -125,7 +142,7 @@ def _sampling(s: ConfigDict) -> rollout.Sampling:
     return rollout.Sampling(s.sampling.temperature, s.sampling.top_k, s.sampling.top_p)
 
 
-# collect: (parameters, step, key of the step) -> (batch, what it measured)
+# collect: (what is trained, step, key of the step) -> (batch, what it measured)
 Collect = Callable[[model.Params, int, jax.Array], tuple[Batch, dict[str, float]]]
 
 
@@ -148,7 +165,7 @@ def collect_rollouts(plan: Plan, stage: Stage, seed: int, mesh: Mesh) -> Collect
     count = s.batch_size // s.samples
     rows = mesh_lib.rows(mesh)
     prompt_B, sample_B = np.divmod(np.arange(s.batch_size, dtype=np.int32), s.samples)
-    sampling = _sampling(s)
+    sampling, sampled = _sampling(s), policy.sampled(student)
 
     def collect(params: model.Params, step: int, key: jax.Array):
         examples = data.at(stage.source, step - stage.first, count, seed)
@@ -159,7 +176,7 @@ def collect_rollouts(plan: Plan, stage: Stage, seed: int, mesh: Mesh) -> Collect
         begin = time.perf_counter()
         batch = rollout.sample(
             student.model,
-            params,
+            sampled(params),
             jax.device_put(tokens, rows),
             jax.device_put(segments, rows),
             jax.device_put(rollout.row_keys(key, prompt_B, sample_B), rows),
@@ -264,15 +281,19 @@ def begin(c: ConfigDict, plan: Plan, checkpoints: Checkpoints) -> tuple[update.T
     """The state to go on from and the number of its stage: the newest checkpoint, or the start."""
     found = checkpoints.latest()
     if found:
-        optimizer = plan.stages[found[1]["index"]].optimizer
-        restored = checkpoints.restore(update.abstract(optimizer, plan.student.params))
+        optimizer, student = plan.stages[found[1]["index"]].optimizer, plan.student
+        trained = mesh_lib.parameters(student.config, policy.mesh_of(student), student.model.lora)
+        restored = checkpoints.restore(update.abstract(optimizer, trained))
         if restored:
             return restored[0], restored[1]["index"]
-    if c.student.random_init:
-        student = policy.randomise(plan.student, jax.random.key(c.seed))
+    key = jax.random.key(c.seed)
+    if plan.student.model.lora:
+        params = policy.first(plan.student, key)
+    elif c.student.random_init:
+        params = policy.randomise(plan.student, key).params
     else:
-        student = policy.load(plan.student, "float32")
-    return update.init(plan.stages[0].optimizer, student.params, 0), 0
+        params = policy.load(plan.student, "float32").params
+    return update.init(plan.stages[0].optimizer, params, 0), 0
 
 
 def run(c: ConfigDict, workdir: Path) -> None:
@@ -284,6 +305,10 @@ def run(c: ConfigDict, workdir: Path) -> None:
         if plan.teacher:
             plan = dataclasses.replace(
                 plan, teacher=policy.load(plan.teacher, c.teacher.param_dtype)
+            )
+        if plan.student.model.lora:
+            plan = dataclasses.replace(
+                plan, student=policy.load(plan.student, c.student.param_dtype)
             )
         with (
             Checkpoints(workdir / "checkpoints", c.checkpoint.every, c.checkpoint.keep) as saved,
@@ -324,13 +349,14 @@ def run_stage(
         student.model, stage.optimizer, s.objective, s.accumulate, c.logits_mib * mesh.size, state
     )
     teacher_head = model.head(plan.teacher.params) if plan.teacher else None
+    frozen = student.params if student.model.lora else None
     schedule = optim.schedule(s.optim, s.steps)
     shown = ("train/loss", "train/grad_norm", "rollout/mean_length", "time/step")
     with metrics.progress(s.steps, int(state.step) - stage.first, stage.name) as bar:
         for step in range(int(state.step), stage.end):
             start = time.perf_counter()
             batch, measured = collect(state.params, step, jax.random.fold_in(root, step))
-            state, trained, stats = take_step(state, batch, teacher_head)
+            state, trained, stats = take_step(state, batch, teacher_head, frozen)
             measured |= {f"train/{name}": float(x) for name, x in trained.items()}
             measured["train/learning_rate"] = float(schedule(step - stage.first))
             measured["time/step"] = time.perf_counter() - start

@@ -18,16 +18,15 @@ from models.qwen3.model import Params, Qwen3
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a checkpoint holds of a run; the teacher is no part of it."""
+    """What a checkpoint holds of a run; the teacher is no part of it, nor is a frozen base."""
 
-    params: Params
+    params: Params  # what is trained: all parameters, or the collection LORA alone
     opt_state: optax.OptState
     step: jax.Array  # int32 scalar: steps done, over all stages
 
 
-Step = Callable[
-    [TrainState, Batch, jax.Array | None], tuple[TrainState, dict[str, jax.Array], losses.Stats]
-]
+# (state, batch, teacher's head or None[, frozen parameters]) -> (state, metrics, per-token stats)
+Step = Callable[..., tuple[TrainState, dict[str, jax.Array], losses.Stats]]
 
 
 def init(optimizer: optax.GradientTransformation, params: Params, step: int) -> TrainState:
@@ -84,9 +83,14 @@ def loss_sums(
     params: Params,
     batch: Batch,
     teacher_head_VE: jax.Array | None,
+    frozen: Params | None = None,
 ) -> tuple[jax.Array, tuple[metrics.Sums, losses.Stats]]:
-    """The summed loss over trained tokens, and (sum, count) pairs and [B, T] stats beside it."""
-    hidden_BTD, routing = policy.routed(qwen3, params, batch)
+    """The summed loss over trained tokens, and (sum, count) pairs and [B, T] stats beside it.
+
+    `params` is what is trained: with `frozen` parameters, the LoRA beside them.
+    """
+    params, lora = (params, None) if frozen is None else (frozen, params)
+    hidden_BTD, routing = policy.routed(qwen3, params, batch, lora)
     stats = losses.token_stats(
         hidden_BTD,
         model.head(params),
@@ -115,17 +119,23 @@ def make(
     logits_mib: float,
     state: TrainState,
 ) -> Step:
-    """The jitted step (state, batch, teacher's head) -> (state, metrics, per-token stats).
+    """The jitted step: see Step.
 
-    `state` gives shardings, which the new state keeps. The state is donated. The gradient is that
-    of Σ loss / Σ tokens over the whole batch, however many micro-batches and devices share it:
-    sums are accumulated in float32 and divided once.
+    `state` gives shardings, which the new state keeps. The state is donated, and nothing else. The
+    gradient is that of Σ loss / Σ tokens over the whole batch, however many micro-batches and
+    devices share it: sums are accumulated in float32 and divided once.
     """
-    grad = jax.value_and_grad(
+    graded = jax.value_and_grad(
         functools.partial(loss_sums, qwen3, objective, logits_mib), has_aux=True
     )
 
-    def step(state: TrainState, batch: Batch, teacher_head_VE: jax.Array | None):
+    def step(
+        state: TrainState,
+        batch: Batch,
+        teacher_head_VE: jax.Array | None,
+        frozen: Params | None = None,
+    ):
+        grad = functools.partial(graded, frozen=frozen)
         if accumulate == 1:
             (_, (sums, stats)), grads = grad(state.params, batch, teacher_head_VE)
         else:

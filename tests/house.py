@@ -18,7 +18,7 @@ FLOORS = {
     "entry points": "train evaluate generate score serve plan export report quickstart",
     "stages": "rollout teacher update",
     "parts": "policy data losses benchmarks",
-    "ground": "batch mesh aot chat rewards terms optim metrics checkpoint arithmetic cli",
+    "ground": "batch mesh aot chat locate rewards terms optim metrics checkpoint arithmetic cli",
 }
 FLOOR = {file: i for i, files in enumerate(FLOORS.values()) for file in files.split()}
 

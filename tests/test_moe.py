@@ -118,7 +118,7 @@ def test_gradients(pair):
         return -jnp.mean(jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1))
 
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
-    ours = dict(weights._tensors(grads, jnp.dtype("float32")))
+    ours = dict(weights.tensors(grads, jnp.dtype("float32")))
     network.zero_grad()
     theirs = network(torch.tensor(tokens), labels=torch.tensor(tokens)).loss
     theirs.backward()

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from models.qwen3 import attention
 from models.qwen3.config import Config
+from models.qwen3.lora import LORA, LoRA, factors
 from models.qwen3.moe import ROUTER, MoE
 
 Params = Any  # nested dict of arrays, one entry per module below
@@ -124,13 +125,17 @@ class Linear(nn.Module):
 
     features: int
     axes: tuple[str | None, str | None]
+    lora: LoRA | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
         init = nn.with_logical_partitioning(fan_in, self.axes)
-        kernel: Any = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
-        return x @ kernel.astype(x.dtype)
+        shape = (x.shape[-1], self.features)
+        kernel: Any = self.param("kernel", init, shape, jnp.float32)
+        y = x @ kernel.astype(x.dtype)
+        low = factors(self, self.lora, f"{self.name}_proj", "kernel", shape, self.axes, x.dtype)
+        return y if low is None else y + (x @ low[0]) @ low[1]
 
 
 class Attention(nn.Module):
@@ -138,6 +143,7 @@ class Attention(nn.Module):
 
     config: Config
     kernel: str
+    lora: LoRA | None = None
 
     @nn.compact
     def __call__(
@@ -148,7 +154,8 @@ class Attention(nn.Module):
         N, K, H = c.num_attention_heads, c.num_key_value_heads, c.head_dim
 
         def heads(name: str, count: int) -> jax.Array:
-            y = Linear(count * H, ("embed", "heads"), name=name)(x_BTD).reshape(B, T, count, H)
+            linear = Linear(count * H, ("embed", "heads"), self.lora, name=name)
+            y = linear(x_BTD).reshape(B, T, count, H)
             return nn.with_logical_constraint(y, ("batch", None, "act_heads", None))
 
         q_BTNH = rotate(RMSNorm(c.rms_norm_eps, name="q_norm")(heads("q", N)), rope)
@@ -160,7 +167,7 @@ class Attention(nn.Module):
             out_BTNH = cache.attend(layer, q_BTNH[:, 0])[:, None]
         else:  # training, scoring, or the prefill of an empty cache: all keys are at hand
             out_BTNH = attention.TABLE[self.kernel](q_BTNH, k_BTKH, v_BTKH, segments_BT)
-        out = Linear(D, ("heads", "embed"), name="o")(out_BTNH.reshape(B, T, N * H))
+        out = Linear(D, ("heads", "embed"), self.lora, name="o")(out_BTNH.reshape(B, T, N * H))
         return out, cache
 
 
@@ -168,14 +175,15 @@ class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
     config: Config
+    lora: LoRA | None = None
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         F = self.config.intermediate_size
-        gate_BTF = Linear(F, ("embed", "mlp"), name="gate")(x_BTD)
-        up_BTF = Linear(F, ("embed", "mlp"), name="up")(x_BTD)
+        gate_BTF = Linear(F, ("embed", "mlp"), self.lora, name="gate")(x_BTD)
+        up_BTF = Linear(F, ("embed", "mlp"), self.lora, name="up")(x_BTD)
         h_BTF = nn.with_logical_constraint(nn.silu(gate_BTF) * up_BTF, ("batch", None, "act_mlp"))
-        return Linear(x_BTD.shape[-1], ("mlp", "embed"), name="down")(h_BTF)
+        return Linear(x_BTD.shape[-1], ("mlp", "embed"), self.lora, name="down")(h_BTF)
 
 
 class Block(nn.Module):
@@ -188,6 +196,7 @@ class Block(nn.Module):
     config: Config
     sparse: bool = False
     kernel: str = "xla"
+    lora: LoRA | None = None
 
     @nn.compact
     def __call__(
@@ -195,15 +204,15 @@ class Block(nn.Module):
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
         x_BTD, cache = carry
         normed = RMSNorm(self.config.rms_norm_eps, name="attention_norm")(x_BTD)
-        mixed, cache = Attention(self.config, self.kernel, name="attention")(
+        mixed, cache = Attention(self.config, self.kernel, self.lora, name="attention")(
             normed, rope, segments_BT, cache, layer
         )
         x_BTD = x_BTD + mixed
         normed = RMSNorm(self.config.rms_norm_eps, name="mlp_norm")(x_BTD)
         if self.sparse:
-            x_BTD = x_BTD + MoE(self.config, name="moe")(normed, segments_BT)
+            x_BTD = x_BTD + MoE(self.config, self.lora, name="moe")(normed, segments_BT)
         else:
-            x_BTD = x_BTD + MLP(self.config, name="mlp")(normed)
+            x_BTD = x_BTD + MLP(self.config, self.lora, name="mlp")(normed)
         return (nn.with_logical_constraint(x_BTD, ("batch", None, None)), cache), None
 
 
@@ -216,6 +225,7 @@ class Qwen3(nn.Module):
       sparse and some dense (no released one is) always has this form.
     remat: recompute each block in the backward pass instead of storing its activations.
     kernel: how attention over many queries is computed, a row of models.qwen3.attention.TABLE.
+    lora: what the collection LORA means, where it is given; without it the model is its base.
     """
 
     config: Config
@@ -223,6 +233,7 @@ class Qwen3(nn.Module):
     scan: bool = True
     remat: bool = False
     kernel: str = "xla"
+    lora: LoRA | None = None
 
     @nn.compact
     def __call__(
@@ -250,23 +261,24 @@ class Qwen3(nn.Module):
             valid = jax.lax.dynamic_update_slice_in_dim(cache.valid_BS, filled, cache.slot, axis=1)
             cache = dataclasses.replace(cache, valid_BS=valid)
 
+        lora = self.lora if self.is_initializing() or LORA in self.variables else None
         scan = self.scan and len(set(c.sparse_layers)) == 1
         block = nn.remat(Block, prevent_cse=not scan) if self.remat else Block
         carry = (x_BTD, cache)
         if scan:
             layers = nn.scan(
                 block,
-                variable_axes={"params": 0, ROUTER: 0},
+                variable_axes={"params": 0, LORA: 0, ROUTER: 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=L,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            stack = layers(c, c.sparse_layers[0], self.kernel, name="layers")
+            stack = layers(c, c.sparse_layers[0], self.kernel, lora, name="layers")
             carry, _ = stack(carry, jnp.arange(L), rope, segments_BT)
         else:
             for layer, sparse in enumerate(c.sparse_layers):
-                one = block(c, sparse, self.kernel, name=f"layers_{layer}")
+                one = block(c, sparse, self.kernel, lora, name=f"layers_{layer}")
                 carry, _ = one(carry, layer, rope, segments_BT)
         x_BTD, cache = carry
         if cache is not None:
@@ -290,22 +302,26 @@ def unstack(params: Params, num_layers: int) -> Params:
     return {**{k: v for k, v in params.items() if k != "layers"}, **layers}
 
 
-def abstract(config: Config) -> tuple[Params, Params]:
-    """(shapes, axes) of all parameters; allocates nothing.
+def abstract(config: Config, lora: LoRA | None = None) -> tuple[Params, Params]:
+    """(shapes, axes) of all parameters, or of what `lora` adds to them; allocates nothing.
 
     Shapes are ShapeDtypeStructs; axes are PartitionSpecs of logical axis names.
     """
-    boxed = jax.eval_shape(lambda: _init(config, jax.random.key(0)))
+    boxed = jax.eval_shape(lambda: _init(config, lora, jax.random.key(0)))
     is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
     shapes = jax.tree.map(lambda box: box.value, boxed, is_leaf=is_box)
     return shapes, nn.get_partition_spec(boxed)
 
 
-def init(config: Config, key: jax.Array) -> Params:
-    """Random float32 parameters: kernels N(0, 1/fan_in), embeddings N(0, 1/D), norms one."""
-    return nn.unbox(_init(config, key))
+def init(config: Config, key: jax.Array, lora: LoRA | None = None) -> Params:
+    """Random float32 parameters: kernels N(0, 1/fan_in), embeddings N(0, 1/D), norms one.
+
+    With `lora` only what it adds to them (models.qwen3.lora.factors).
+    """
+    return nn.unbox(_init(config, lora, key))
 
 
-def _init(config: Config, key: jax.Array) -> Params:
+def _init(config: Config, lora: LoRA | None, key: jax.Array) -> Params:
     tokens = jnp.zeros((1, 1), jnp.int32)
-    return Qwen3(config).init(key, tokens, tokens, tokens)["params"]
+    variables = Qwen3(config, lora=lora).init(key, tokens, tokens, tokens)
+    return variables["params" if lora is None else LORA]

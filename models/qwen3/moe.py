@@ -16,11 +16,14 @@ import jax
 import jax.numpy as jnp
 
 from models.qwen3.config import Config
+from models.qwen3.lora import Factors, LoRA, factors
 
 Kernels = tuple[jax.Array, jax.Array, jax.Array]  # gate and up [E, D, F], down [E, F, D]
+Low = tuple[Factors | None, Factors | None, Factors | None]  # LoRA's a and b of each of these
 ROUTER = "router"  # the Linen collection of what the routers did
 
 _GATE_UP, _DOWN = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
+_NO_LOW: Low = (None, None, None)
 
 
 def route(
@@ -45,14 +48,14 @@ def compute(
     chosen_MA: jax.Array,
     kernels: Kernels,
     first: jax.typing.ArrayLike = 0,
+    low: Low = _NO_LOW,
 ) -> tuple[jax.Array, jax.Array]:
     """Σ of weight · down(silu(gate(x)) · up(x)) over those of a token's experts that are here.
 
-    `kernels` are those of the experts from `first` on. Returns [M, D], and the number of tokens
-    that each of these experts computed [E].
+    `kernels` and `low` are those of the experts from `first` on. Returns [M, D], and the number of
+    tokens that each of these experts computed [E].
     """
-    gate_EDF, up_EDF, down_EFD = kernels
-    (M, D), A, E = x_MD.shape, chosen_MA.shape[1], gate_EDF.shape[0]
+    (M, D), A, E = x_MD.shape, chosen_MA.shape[1], kernels[0].shape[0]
     local = chosen_MA.reshape(-1) - first
     local = jnp.where((local >= 0) & (local < E), local, E)  # others sort behind all groups
     order = jnp.argsort(local)
@@ -61,15 +64,30 @@ def compute(
     # on the way in too, for their gradient's sake.
     here = (local < E)[order][:, None]
     sorted_x = jnp.where(here, x_MD[order // A], 0)
-    sorted_h = nn.silu(jax.lax.ragged_dot(sorted_x, gate_EDF, sizes_E))
-    sorted_h = sorted_h * jax.lax.ragged_dot(sorted_x, up_EDF, sizes_E)
-    sorted_y = jnp.where(here, jax.lax.ragged_dot(sorted_h, down_EFD, sizes_E), 0)
+    gate, up, down = (
+        functools.partial(_grouped, sizes_E=sizes_E, kernel=kernel, low=pair)
+        for kernel, pair in zip(kernels, low, strict=True)
+    )
+    sorted_y = jnp.where(here, down(nn.silu(gate(sorted_x)) * up(sorted_x)), 0)
     y_MAD = sorted_y[jnp.argsort(order)].reshape(M, A, D)
     return jnp.einsum("MAD,MA->MD", y_MAD, weights_MA.astype(x_MD.dtype)), sizes_E
 
 
+def _grouped(x: jax.Array, sizes_E: jax.Array, kernel: jax.Array, low: Factors | None) -> jax.Array:
+    """Rows of x, grouped by expert, times their expert's kernel and its low-rank term."""
+    y = jax.lax.ragged_dot(x, kernel, sizes_E)
+    if low is None:
+        return y
+    a, b = low
+    return y + jax.lax.ragged_dot(jax.lax.ragged_dot(x, a, sizes_E), b, sizes_E)
+
+
 def experts(
-    x_MD: jax.Array, weights_MA: jax.Array, chosen_MA: jax.Array, kernels: Kernels
+    x_MD: jax.Array,
+    weights_MA: jax.Array,
+    chosen_MA: jax.Array,
+    kernels: Kernels,
+    low: Low = _NO_LOW,
 ) -> tuple[jax.Array, jax.Array]:
     """`compute` on the mesh of the context: each device its own experts, on its neighbours' tokens.
 
@@ -78,18 +96,31 @@ def experts(
     these tokens, and the sums are scattered back to where the tokens came from.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    (rows,), gate_up, down = _spec("batch"), _spec(*_GATE_UP), _spec(*_DOWN)
+    (rows,), (expert, embed, mlp) = _spec("batch"), _spec(*_GATE_UP)
     if mesh.empty or rows is None:  # no mesh, or no rules that give its axes a meaning
-        return compute(x_MD, weights_MA, chosen_MA, kernels)
-    expert, embed, mlp = gate_up
+        return compute(x_MD, weights_MA, chosen_MA, kernels, low=low)
+    # The logical axes of each array, in the structure of (kernels, low).
+    axes = (_GATE_UP, _GATE_UP, _DOWN)
+    names = (
+        axes,
+        tuple(
+            None if pair is None else ((lead, row, None), (lead, None, column))
+            for pair, (lead, row, column) in zip(low, axes, strict=True)
+        ),
+    )
+    is_names = lambda x: isinstance(x, tuple) and "expert" in x  # noqa: E731
 
-    def local(x_MD, weights_MA, chosen_MA, gate_EDF, up_EDF, down_EFD):
-        whole = functools.partial(jax.lax.all_gather, axis_name=embed, tiled=True)
-        kernels = whole(gate_EDF, axis=1), whole(up_EDF, axis=1), whole(down_EFD, axis=2)
+    def whole(names: tuple[str | None, ...], x: jax.Array) -> jax.Array:
+        if "embed" not in names:
+            return x
+        return jax.lax.all_gather(x, embed, axis=names.index("embed"), tiled=True)
+
+    def local(x_MD, weights_MA, chosen_MA, held):
+        kernels, low = jax.tree.map(whole, names, held, is_leaf=is_names)
         everyones = functools.partial(jax.lax.all_gather, axis_name=expert, tiled=True)
-        first = jax.lax.axis_index(expert) * gate_EDF.shape[0]
+        first = jax.lax.axis_index(expert) * kernels[0].shape[0]
         y_MD, sizes_E = compute(
-            everyones(x_MD), everyones(weights_MA), everyones(chosen_MA), kernels, first
+            everyones(x_MD), everyones(weights_MA), everyones(chosen_MA), kernels, first, low
         )
         y_MD = jax.lax.psum_scatter(y_MD, expert, scatter_dimension=0, tiled=True)
         return jax.lax.psum(y_MD, mlp), jax.lax.psum(sizes_E, [a for a in rows if a != expert])
@@ -103,13 +134,13 @@ def experts(
     padded = pad(x_MD), pad(weights_MA), pad(chosen_MA, constant_values=E)
     y_MD, sizes_E = jax.shard_map(
         local,
-        in_specs=(tokens, tokens, tokens, gate_up, gate_up, down),
+        in_specs=(tokens,) * 3 + (jax.tree.map(lambda x: _spec(*x), names, is_leaf=is_names),),
         out_specs=(tokens, jax.sharding.PartitionSpec(expert)),
-    )(*padded, *kernels)
+    )(*padded, (kernels, low))
     return y_MD[:M], sizes_E
 
 
-def _spec(*names: str) -> jax.sharding.PartitionSpec:
+def _spec(*names: str | None) -> jax.sharding.PartitionSpec:
     spec = nn.logical_to_mesh_axes(names)
     assert spec is not None
     return spec
@@ -123,6 +154,7 @@ class MoE(nn.Module):
     """
 
     config: Config
+    lora: LoRA | None = None
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
@@ -132,23 +164,26 @@ class MoE(nn.Module):
             1.0, "fan_in", "normal", in_axis=-2, out_axis=-1, batch_axis=(0,)
         )
 
-        def kernel(name: str, axes: tuple[str, str, str], shape: tuple[int, int, int]) -> Any:
-            init = nn.with_logical_partitioning(fan_in, axes)
-            return self.param(name, init, shape, jnp.float32).astype(x_BTD.dtype)  # pyright: ignore
-
         init = nn.with_logical_partitioning(nn.initializers.normal(D**-0.5), ("embed", None))
         router_DE: Any = self.param("router", init, (D, E), jnp.float32)
-        kernels = (
-            kernel("gate", _GATE_UP, (E, D, F)),
-            kernel("up", _GATE_UP, (E, D, F)),
-            kernel("down", _DOWN, (E, F, D)),
-        )
+
+        def kernel(name: str, axes: Any, *shape: int) -> tuple[jax.Array, Factors | None]:
+            init = nn.with_logical_partitioning(fan_in, axes)
+            held: Any = self.param(name, init, shape, jnp.float32)
+            low = factors(self, self.lora, f"{name}_proj", name, shape, axes, x_BTD.dtype)
+            return held.astype(x_BTD.dtype), low
+
+        gate, gate_low = kernel("gate", _GATE_UP, E, D, F)
+        up, up_low = kernel("up", _GATE_UP, E, D, F)
+        down, down_low = kernel("down", _DOWN, E, F, D)
         x_MD = x_BTD.reshape(-1, D)
         logits_ME = jnp.einsum(
             "MD,DE->ME", x_MD, router_DE.astype(x_MD.dtype), preferred_element_type=jnp.float32
         )
         p_ME, weights_MA, chosen_MA = route(logits_ME, c.num_experts_per_tok, c.norm_topk_prob)
-        y_MD, sizes_E = experts(x_MD, weights_MA, chosen_MA, kernels)
+        y_MD, sizes_E = experts(
+            x_MD, weights_MA, chosen_MA, (gate, up, down), (gate_low, up_low, down_low)
+        )
         if self.is_mutable_collection(ROUTER):
             real_M1 = (segments_BT.reshape(-1, 1) > 0).astype(jnp.float32)
             chosen_ME = jax.nn.one_hot(chosen_MA, E).sum(axis=1)

@@ -45,6 +45,8 @@ TABLE: dict[tuple[str, ...], tuple[str, bool]] = {
     ("layers", "moe", "down"): ("model.layers.{}.mlp.experts.{}.down_proj.weight", True),
 }
 
+FACTORS = {"a": "lora_A.weight", "b": "lora_B.weight"}
+
 SHARD_BYTES = 5 * 10**9  # Hugging Face's customary size of one file
 
 
@@ -58,18 +60,17 @@ def _files(directory: Path) -> list[Path]:
         files = [directory / name for name in names]
     else:
         files = [directory / "model.safetensors"]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file}: no such file")
     return files
 
 
 @contextlib.contextmanager
-def _open(directory: Path) -> Iterator[dict[str, Any]]:
-    """Tensor name -> handle with .get_shape() and slicing, over all files of a directory."""
+def opened(files: list[Path]) -> Iterator[dict[str, Any]]:
+    """Tensor name -> handle with .get_shape() and slicing, over all of `files`."""
     with contextlib.ExitStack() as stack:
         slices = {}
-        for file in _files(directory):
+        for file in files:
+            if not file.is_file():
+                raise UserError(f"{file}: no such file")
             try:
                 handle = stack.enter_context(safe_open(file, framework="numpy"))
             except (SafetensorError, OSError) as error:
@@ -78,7 +79,7 @@ def _open(directory: Path) -> Iterator[dict[str, Any]]:
         yield slices
 
 
-def _check(directory: Path, slices: dict[str, Any], config: Config, shapes: Any) -> None:
+def require(directory: Path, slices: dict[str, Any], config: Config, shapes: Any) -> None:
     """Refuses missing, extra and misshapen tensors by name, before any is read."""
     expected = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
@@ -102,16 +103,20 @@ def _check(directory: Path, slices: dict[str, Any], config: Config, shapes: Any)
 
 def check(directory: str | Path, config: Config, shapes: Any) -> None:
     """Raises UserError as `load` would, from the files' headers alone; reads no tensor."""
-    with _open(Path(directory)) as slices:
-        _check(Path(directory), slices, config, shapes)
+    with opened(_files(Path(directory))) as slices:
+        require(Path(directory), slices, config, shapes)
 
 
 def entry(path: tuple) -> tuple[str, bool]:
     """The row of TABLE for a path in the parameters, as jax.tree_util gives it.
 
-    In a subtree of one layer, "layers_3", the layer's number stands in the name already.
+    In a subtree of one layer, "layers_3", the layer's number stands in the name already. LoRA's
+    factors a and b of a kernel have PEFT's names, and are stored transposed.
     """
     first, *rest = (key.key for key in path)
+    if rest and rest[-1] in FACTORS:
+        stem = entry(path[:-1])[0].removesuffix("weight")
+        return f"base_model.model.{stem}{FACTORS[rest[-1]]}", True
     if not first.startswith("layers_"):
         return TABLE[first, *rest]
     name, transposed = TABLE["layers", *rest]
@@ -119,20 +124,26 @@ def entry(path: tuple) -> tuple[str, bool]:
 
 
 def load(
-    directory: str | Path, config: Config, shapes: Any, shardings: Any, dtype: jnp.dtype
+    directory: str | Path,
+    config: Config,
+    shapes: Any,
+    shardings: Any,
+    dtype: jnp.dtype,
+    source: contextlib.AbstractContextManager[dict[str, Any]] | None = None,
 ) -> Any:
     """Reads the parameters of DIRECTORY straight into `shardings`, cast to `dtype`.
 
     Args:
       shapes: tree of ShapeDtypeStructs (model.abstract, unboxed).
       shardings: tree of jax shardings of the same structure.
+      source: what `opened` gives, where it is not that of the model in DIRECTORY.
 
     Raises:
       UserError: naming the file or tensor that is missing, extra, misshapen or unreadable.
     """
     directory = Path(directory)
-    with _open(directory) as slices:
-        _check(directory, slices, config, shapes)
+    with source or opened(_files(directory)) as slices:
+        require(directory, slices, config, shapes)
 
         def one(path: tuple, leaf: Any, sharding: Any) -> jax.Array:
             name, transposed = entry(path)
@@ -166,7 +177,8 @@ def load(
         return jax.tree_util.tree_map_with_path(one, shapes, shardings)
 
 
-def _tensors(params: Any, dtype: jnp.dtype) -> Iterator[tuple[str, np.ndarray]]:
+def tensors(params: Any, dtype: jnp.dtype) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, tensor) of all that is stored of `params`, on the host, layer by layer."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name, transposed = entry(path)
         stacked = name.count("{}")
@@ -196,7 +208,7 @@ def save(params: Any, config: Config, directory: Path, dtype: jnp.dtype) -> None
         file.chmod(0o644)  # safetensors leaves it to its owner alone
         batch.clear()
 
-    for name, tensor in _tensors(params, dtype):
+    for name, tensor in tensors(params, dtype):
         if batch and sum(t.nbytes for t in batch.values()) + tensor.nbytes > SHARD_BYTES:
             flush()
         batch[name] = tensor

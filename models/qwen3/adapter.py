@@ -1,0 +1,227 @@
+"""A LoRA as PEFT stores it: a directory of adapter_config.json and adapter_model.safetensors.
+
+What is written here has tensors of its own for every projection, an expert's too, by the names of
+transformers 4; peft converts them as it loads them into transformers 5. What is read are these,
+and all experts of a layer in one tensor, as peft itself saves them from transformers 5.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from models.errors import UserError
+from models.qwen3 import model, weights
+from models.qwen3.config import Config
+from models.qwen3.lora import TARGETS, LoRA
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+# Fields of PEFT's LoraConfig that do not change what a trained adapter computes, or are read here.
+_HARMLESS = (
+    *("auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules"),
+    *("inference_mode", "layers_pattern", "lora_alpha", "lora_dropout", "megatron_core"),
+    *("peft_version", "qalora_group_size", "r", "runtime_config", "target_modules"),
+    *("target_parameters", "task_type", "use_rslora"),
+)
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # others change the base too
+_FUSED = ("gate_up_proj", "down_proj")  # all experts' projections as transformers 5 names them
+
+
+def is_adapter(directory: str | Path) -> bool:
+    """Whether DIRECTORY is an adapter's."""
+    return (Path(directory) / CONFIG).is_file()
+
+
+def _fields(directory: str | Path) -> dict[str, Any]:
+    path = Path(directory) / CONFIG
+    try:
+        fields = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return fields
+
+
+def base(directory: str | Path) -> str:
+    """The name of the model that the adapter in DIRECTORY was made for, as its config has it."""
+    name = _fields(directory).get("base_model_name_or_path")
+    if not name or not isinstance(name, str):
+        raise UserError(f"{Path(directory) / CONFIG}: base_model_name_or_path names no model")
+    return name
+
+
+def describe(directory: str | Path, config: Config) -> LoRA:
+    """Which LoRA the adapter in DIRECTORY is, to a base of `config`; reads no tensor.
+
+    Raises:
+      UserError: naming the field or tensor that contradicts another, or that is not supported.
+    """
+    path, fields = Path(directory) / CONFIG, _fields(directory)
+    plain = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": _PLAIN_STARTS}
+    for name, value in ({"peft_type": None} | fields).items():
+        known = value in plain[name] if name in plain else not value or name in _HARMLESS
+        if not known:
+            raise UserError(f"{path}: {name}={value!r} is not supported")
+    rank, alpha = fields.get("r"), fields.get("lora_alpha")
+    if type(rank) is not int or not isinstance(alpha, int | float):
+        raise UserError(f"{path}: r={rank!r}, lora_alpha={alpha!r}: not an integer and a number")
+    with opened(Path(directory), config) as slices:
+        shapes = {name: list(part.get_shape()) for name, part in slices.items()}
+    for name, shape in shapes.items():
+        found = shape[:1] if ".lora_A." in name else shape[1:]
+        if found != [rank]:
+            raise UserError(f"{directory}: {name} has shape {shape}, {CONFIG} says r={rank}")
+    # The tensors say what is adapted: the config may do so by a pattern.
+    held = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in shapes}
+    listed = fields.get("target_modules") or []
+    named = set() if isinstance(listed, str) else {name.rpartition(".")[2] for name in listed}
+    experts = {name.rpartition(".")[2] for name in fields.get("target_parameters") or []}
+    for name in sorted((held | named) - {*TARGETS} | experts - {*_FUSED}):
+        raise UserError(f"{path}: target {name!r} is not supported, only {', '.join(TARGETS)}")
+    for name in sorted(named - held):
+        raise UserError(f"{path}: target_modules has {name!r}, but {TENSORS} no tensor of it")
+    try:
+        return LoRA(
+            rank,
+            float(alpha),
+            bool(fields.get("use_rslora")),
+            tuple(t for t in TARGETS if t in held),
+        )
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+@contextlib.contextmanager
+def opened(directory: Path, config: Config) -> Iterator[dict[str, Any]]:
+    """Tensor name -> handle with .get_shape() and slicing, every projection by itself."""
+    with weights.opened([directory / TENSORS]) as slices:
+        whole = functools.lru_cache(maxsize=2)(lambda name: slices[name][:])
+        found: dict[str, Any] = {}
+        for name in slices:
+            layer, _, end = name.partition(".mlp.experts.")
+            if end.removeprefix("base_layer.").startswith("lora_"):
+                stem, factor, _ = name.rsplit(".", 2)
+                pair = [f"{stem}.{f}.weight" for f in ("lora_A", "lora_B")]
+                for missing in (n for n in pair if n not in slices):
+                    raise UserError(f"{directory}: tensor {missing} is missing")
+                shapes = [tuple(slices[n].get_shape()) for n in pair]
+                read = functools.partial(whole, name)
+                try:
+                    found |= _experts(f"{layer}.mlp.experts", factor, shapes, read, config)
+                except KeyError:
+                    raise UserError(
+                        f"{directory}: {stem} has factors of shapes {shapes}, which fit no "
+                        f"projection of {config.num_experts} experts"
+                    ) from None
+            else:
+                found[name] = slices[name]
+        yield found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Some rows and columns of a stored matrix, in the form of safetensors' handles."""
+
+    shape: list[int]
+    rows: slice
+    columns: slice
+    read: Callable[[], np.ndarray]
+
+    def get_shape(self) -> list[int]:
+        return self.shape
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self.read()[self.rows, self.columns][index]
+
+
+def _experts(
+    stem: str,
+    factor: str,
+    shapes: list[tuple[int, ...]],
+    read: Callable[[], np.ndarray],
+    config: Config,
+) -> dict[str, _Part]:
+    """What a factor of all experts holds of each.
+
+    peft has lora_A as [E·R, in], the expert slowest, and lora_B as [out, R·E], the expert fastest.
+    Of gate and up, which it adapts as one, each has all of a and its own half of b's rows. Raises
+    KeyError for shapes that are neither theirs nor those of the down projection.
+    """
+    (stacked, fan_in), (fan_out, _) = shapes
+    D, F, E = config.hidden_size, config.moe_intermediate_size, config.num_experts
+    names = {(D, 2 * F): ("gate_proj", "up_proj"), (F, D): ("down_proj",)}[fan_in, fan_out]
+    if not E or shapes[1][1] != stacked or stacked % E:
+        raise KeyError(stem)
+    R, out = stacked // E, fan_out // len(names)
+    found = {}
+    for e in range(E):
+        for i, name in enumerate(names):
+            if factor == "lora_A":
+                part = _Part([R, fan_in], slice(e * R, (e + 1) * R), slice(None), read)
+            else:
+                part = _Part([out, R], slice(i * out, (i + 1) * out), slice(e, None, E), read)
+            found[f"{stem}.{e}.{name}.{factor}.weight"] = part
+    return found
+
+
+def check(directory: str | Path, config: Config, shapes: Any) -> None:
+    """Raises UserError as `load` would, from the files' headers alone; reads no tensor."""
+    with opened(Path(directory), config) as slices:
+        weights.require(Path(directory), slices, config, shapes)
+
+
+def load(directory: str | Path, config: Config, shapes: Any, shardings: Any) -> Any:
+    """Reads the adapter in DIRECTORY, float32, straight into `shardings`; as weights.load does."""
+    source = opened(Path(directory), config)
+    return weights.load(directory, config, shapes, shardings, jnp.dtype("float32"), source)
+
+
+def save(
+    adapter: Any, lora: LoRA, config: Config, base: str, directory: Path, dtype: jnp.dtype
+) -> None:
+    """Writes `adapter`, cast to `dtype`, as PEFT's adapter to the model that `base` names.
+
+    peft and vLLM take the experts' gate and up projections for one of twice the rank and alpha,
+    whose scale rsLoRA would get wrong: with experts the config has the same scale without it. And
+    as peft adapts all projections of the experts or none, missing ones are there with zeros.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    mlp = TARGETS[4:]
+    experts = any(config.sparse_layers) and not set(mlp).isdisjoint(lora.targets)
+    if experts:
+        plain = lora.scale * lora.rank
+        named = tuple(t for t in TARGETS if t in lora.targets + mlp)
+        lora = LoRA(lora.rank, plain, rslora=False, targets=named)
+        shapes, _ = model.abstract(config, lora)
+        given = dict(jax.tree_util.tree_leaves_with_path(adapter))
+        adapter = jax.tree_util.tree_map_with_path(
+            lambda path, x: given.get(path, np.zeros(x.shape, x.dtype)), shapes
+        )
+    save_file(dict(weights.tensors(adapter, dtype)), directory / TENSORS, {"format": "pt"})
+    (directory / TENSORS).chmod(0o644)  # safetensors leaves it to its owner alone
+    fields = {
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": lora.rank,
+        "target_modules": list(lora.targets),
+        "task_type": "CAUSAL_LM",
+        "use_rslora": lora.rslora,
+    }
+    (directory / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
