@@ -91,7 +91,7 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
     stages, first = [], 0
     for name in c.stages:
         s = c[name]
-        _check_stage(name, s, student, mesh)
+        _check_stage(name, s, student, taught, mesh)
         source = data.load(s.data, student.tokenizer, c.seed, traces=s.objective == "sft")
         field, vocabulary = f"config.{name}.max_prompt_tokens", student.config.vocab_size
         data.check(source, s.max_prompt_tokens, field, vocabulary)
@@ -100,19 +100,22 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
     return Plan(student, taught, tuple(stages))
 
 
-def _check_stage(name: str, s: ConfigDict, student: Policy, mesh: Mesh) -> None:
+def _check_stage(
+    name: str, s: ConfigDict, student: Policy, taught: Policy | None, mesh: Mesh
+) -> None:
     counts = ("steps", "batch_size", "samples", "accumulate")
     for field in (*counts, "max_prompt_tokens", "max_response_tokens"):
         if s[field] < 1:
             raise UserError(f"config.{name}.{field}={s[field]}: must be at least 1")
     _sampling(s)  # refuses what is no distribution
     total = s.max_prompt_tokens + s.max_response_tokens
-    limit = student.config.max_position_embeddings
-    if total > limit:
-        raise UserError(
-            f"config.{name}: max_prompt_tokens + max_response_tokens = {total} exceeds the "
-            f"model's {limit} positions"
-        )
+    for reader in (student, taught) if taught and s.objective == "opd" else (student,):
+        limit = reader.config.context_length
+        if total > limit:
+            raise UserError(
+                f"config.{name}: max_prompt_tokens + max_response_tokens = {total} exceeds the "
+                f"model's {limit} positions ({reader.path})"
+            )
     rows = s.accumulate * mesh_lib.row_shards(mesh)
     for field, parts in (("accumulate times the devices", rows), ("samples", s.samples)):
         if s.batch_size % parts:

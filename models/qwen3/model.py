@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from models.qwen3.config import Config
 from models.qwen3.moe import ROUTER, MoE
+from models.qwen3.rope import rotary, rotate
 
 Params = Any  # nested dict of arrays, one entry per module below
 
@@ -106,20 +107,6 @@ def attention(
     weights = _softmax(scores, mask_BTS[:, None, None]).astype(q_BTNH.dtype)
     out_BKMH = jnp.einsum("BKMS,BKSH->BKMH", weights.reshape(B, K, -1, T), v_BKTH)
     return out_BKMH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
-
-
-def rotary(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [B, T, 1, H/2] in float32 (RoPE, arXiv 2104.09864)."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies[None, None, None]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates pairs (i, i + H/2), Hugging Face's order of the head's dimensions."""
-    cos, sin = (r.astype(x_BTNH.dtype) for r in rope)
-    low, high = jnp.split(x_BTNH, 2, axis=-1)
-    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
 
 
 class RMSNorm(nn.Module):
@@ -257,7 +244,7 @@ class Qwen3(nn.Module):
             self.param("head", table, (c.vocab_size, D), jnp.float32)
         x_BTD = embed_VD[tokens_BT].astype(self.dtype)
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", None, None))
-        rope = rotary(positions_BT, c.head_dim, c.rope_theta)
+        rope = rotary(positions_BT, c)
         if cache is not None:
             filled = (segments_BT > 0).astype(bool)
             valid = jax.lax.dynamic_update_slice_in_dim(cache.valid_BS, filled, cache.slot, axis=1)
