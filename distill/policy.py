@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from distill import chat
+from distill import chat, metrics
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.checkpoint import Checkpoints
@@ -149,9 +149,15 @@ def load(policy: Policy, param_dtype: str) -> Policy:
         params = jax.tree.map(lambda x: x.astype(param_dtype), restored.params)
         return dataclasses.replace(policy, params=params)
     shardings = jax.tree.map(lambda p: p.sharding, policy.params)
-    params = weights.load(
-        resolve(policy.path), policy.config, policy.params, shardings, jnp.dtype(param_dtype)
-    )
+    with metrics.progress(weights.reads(policy.params, shardings), 0, f"load {policy.path}") as bar:
+        params = weights.load(
+            resolve(policy.path),
+            policy.config,
+            policy.params,
+            shardings,
+            jnp.dtype(param_dtype),
+            lambda done: bar.update(done, {}),
+        )
     return dataclasses.replace(policy, params=params)
 
 
