@@ -84,6 +84,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.mesh.tensor = 1
     c.mesh.expert = 1  # divides the number of experts; for all other weights it is like data
 
+    c.attention = "auto"  # splash on TPU, cudnn on GPU, else xla; all compute the same
     c.logits_mib = 128.0  # MiB of float32 logits that one chunk of the loss holds on a device
 
     # Files of the run.

@@ -59,7 +59,7 @@ def prompts(subject: Policy, rows: Rows, thinking: bool, max_new_tokens: int) ->
     Raises:
       UserError: naming the first row that has none, or one that the model cannot go on from.
     """
-    limit = subject.config.max_position_embeddings
+    limit = subject.config.context_length
     found = []
     for where, row in rows:
         ids = data.prompt_tokens(row, where, subject.tokenizer, thinking)

@@ -18,13 +18,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from distill import chat
+from distill import chat, metrics
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.checkpoint import Checkpoints
 from distill.locate import is_run, local, lora_of, origin, resolve
 from models.errors import UserError
-from models.qwen3 import adapter, lora, model, moe, weights
+from models.qwen3 import adapter, attention, lora, model, moe, weights
 from models.qwen3.config import Config
 from models.qwen3.lora import LORA, LoRA
 from models.qwen3.model import Params, Qwen3
@@ -45,11 +45,18 @@ class Policy:
     stop_ids: tuple[int, ...]
 
 
-def describe(path: str, dtype: str, remat: bool, mesh: Mesh, trained: LoRA | None = None) -> Policy:
+def describe(
+    path: str,
+    dtype: str,
+    remat: bool,
+    mesh: Mesh,
+    trained: LoRA | None = None,
+    kernel: str = "auto",
+) -> Policy:
     """Everything about the model but its parameters, which are shapes with shardings.
 
     With `trained` it is the frozen base of a LoRA to train, which goes on from the adapter that
-    `path` may name.
+    `path` may name. `kernel` is what models.qwen3.attention.choose takes.
 
     Raises:
       UserError: if the directory is no Qwen3, or the mesh does not divide it.
@@ -59,7 +66,9 @@ def describe(path: str, dtype: str, remat: bool, mesh: Mesh, trained: LoRA | Non
     mesh_lib.check(config, mesh, f"{path}/config.json")
     tokenizer = chat.load_tokenizer(directory)
     abstract = mesh_lib.parameters(config, mesh)
-    qwen3 = Qwen3(config, dtype=jnp.dtype(dtype), remat=remat, lora=trained)
+    platform = mesh.devices.flat[0].platform
+    kernel = attention.choose(kernel, platform, config.head_dim, jnp.dtype(dtype))
+    qwen3 = Qwen3(config, dtype=jnp.dtype(dtype), remat=remat, kernel=kernel, lora=trained)
     return Policy(path, config, qwen3, abstract, tokenizer, chat.stop_ids(directory, tokenizer))
 
 
@@ -111,13 +120,16 @@ def load(policy: Policy, param_dtype: str) -> Policy:
 
 def _base(policy: Policy, param_dtype: str) -> Params:
     """The parameters of the model directory that a described policy comes from."""
-    return weights.load(
-        resolve(policy.path),
-        policy.config,
-        policy.params,
-        _shardings(policy.params),
-        jnp.dtype(param_dtype),
-    )
+    shardings = _shardings(policy.params)
+    with metrics.progress(weights.reads(policy.params, shardings), 0, f"load {policy.path}") as bar:
+        return weights.load(
+            resolve(policy.path),
+            policy.config,
+            policy.params,
+            shardings,
+            jnp.dtype(param_dtype),
+            lambda done: bar.update(done, {}),
+        )
 
 
 def _merged(policy: Policy, trained: Params, kind: LoRA, param_dtype: str) -> Policy:

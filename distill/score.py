@@ -67,7 +67,7 @@ def tokens(subject: Policy, rows: list[tuple[str, dict]]) -> list[list[int]]:
     Raises:
       UserError: naming the first row without tokens that the model can read.
     """
-    limit = subject.config.max_position_embeddings
+    limit = subject.config.context_length
     found = []
     for where, row in rows:
         if "tokens" not in row:

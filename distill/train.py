@@ -85,19 +85,19 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
         if needed and not c[field].path:
             raise UserError(f"config.{field}.path: name a model directory")
     student = policy.describe(
-        c.student.path, c.student.dtype, c.student.remat, mesh, _lora(c.student)
+        c.student.path, c.student.dtype, c.student.remat, mesh, _lora(c.student), c.attention
     )
     if not c.student.random_init:
         policy.check(student)
     taught = None
     if any(c[name].objective == "opd" for name in c.stages):
-        taught = policy.describe(c.teacher.path, c.teacher.dtype, False, mesh)
+        taught = policy.describe(c.teacher.path, c.teacher.dtype, False, mesh, kernel=c.attention)
         policy.require_same_vocabulary(student, taught)
         policy.check(taught)
     stages, first = [], 0
     for name in c.stages:
         s = c[name]
-        _check_stage(name, s, student, mesh)
+        _check_stage(name, s, student, taught, mesh)
         source = data.load(s.data, student.tokenizer, c.seed, traces=s.objective == "sft")
         field, vocabulary = f"config.{name}.max_prompt_tokens", student.config.vocab_size
         data.check(source, s.max_prompt_tokens, field, vocabulary)
@@ -117,19 +117,22 @@ def _lora(s: ConfigDict) -> LoRA | None:
         raise UserError(f"config.student.{error}") from None
 
 
-def _check_stage(name: str, s: ConfigDict, student: Policy, mesh: Mesh) -> None:
+def _check_stage(
+    name: str, s: ConfigDict, student: Policy, taught: Policy | None, mesh: Mesh
+) -> None:
     counts = ("steps", "batch_size", "samples", "accumulate")
     for field in (*counts, "max_prompt_tokens", "max_response_tokens"):
         if s[field] < 1:
             raise UserError(f"config.{name}.{field}={s[field]}: must be at least 1")
     _sampling(s)  # refuses what is no distribution
     total = s.max_prompt_tokens + s.max_response_tokens
-    limit = student.config.max_position_embeddings
-    if total > limit:
-        raise UserError(
-            f"config.{name}: max_prompt_tokens + max_response_tokens = {total} exceeds the "
-            f"model's {limit} positions"
-        )
+    for reader in (student, taught) if taught and s.objective == "opd" else (student,):
+        limit = reader.config.context_length
+        if total > limit:
+            raise UserError(
+                f"config.{name}: max_prompt_tokens + max_response_tokens = {total} exceeds the "
+                f"model's {limit} positions ({reader.path})"
+            )
     rows = s.accumulate * mesh_lib.row_shards(mesh)
     for field, parts in (("accumulate times the devices", rows), ("samples", s.samples)):
         if s.batch_size % parts:
@@ -301,6 +304,7 @@ def run(c: ConfigDict, workdir: Path) -> None:
     mesh = mesh_lib.make(**c.mesh)
     plan = prepare(c, mesh)
     claim(workdir, c)
+    metrics.say(f"attention: {plan.student.model.kernel}")
     with policy.use(plan.student):
         if plan.teacher:
             plan = dataclasses.replace(

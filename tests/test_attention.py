@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from distill import mesh as mesh_lib
+from models.errors import UserError
 from models.qwen3 import attention
 
 
@@ -97,6 +98,37 @@ def test_memory_follows_the_chunk():
         x = jax.ShapeDtypeStruct((1, T, 2, 16), jnp.float32)
         s = jax.ShapeDtypeStruct((1, T), jnp.int32)
         grad = jax.grad(lambda q, k, v, s: attention.plain(q, k, v, s).sum(), argnums=(0, 1, 2))
-        return jax.jit(grad).lower(x, x, x, s).compile().memory_analysis().temp_size_in_bytes
+        memory = jax.jit(grad).lower(x, x, x, s).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
     assert temporaries(8192) < 2.5 * temporaries(4096)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "platform", "H", "dtype", "kind"),
+    [
+        ("auto", "cpu", 128, "bfloat16", "xla"),
+        ("auto", "tpu", 128, "bfloat16", "splash"),
+        ("auto", "tpu", 64, "float32", "xla"),
+        ("auto", "gpu", 128, "bfloat16", "cudnn"),
+        ("auto", "gpu", 128, "float32", "xla"),
+        ("xla", "tpu", 128, "bfloat16", "xla"),
+    ],
+)
+def test_choice(wanted, platform, H, dtype, kind):
+    assert attention.choose(wanted, platform, H, jnp.dtype(dtype)) == kind
+
+
+@pytest.mark.parametrize(
+    ("wanted", "platform", "H", "words"),
+    [
+        ("splash", "cpu", 128, "needs a TPU"),
+        ("splash", "tpu", 64, "head_dim=64"),
+        ("cudnn", "tpu", 128, "needs a GPU"),
+        ("flash", "gpu", 128, "none of auto, xla, splash, cudnn"),
+    ],
+)
+def test_a_choice_that_cannot_run(wanted, platform, H, words):
+    with pytest.raises(UserError, match=words):
+        attention.choose(wanted, platform, H, jnp.dtype("bfloat16"))

@@ -17,7 +17,7 @@ from transformers.models.qwen3 import modeling_qwen3 as reference
 
 from distill import mesh as mesh_lib
 from models.errors import UserError
-from models.qwen3 import model, weights
+from models.qwen3 import model, rope, weights
 from models.qwen3.config import SIZES, Config
 from tests.helpers import tiny_qwen3
 
@@ -27,6 +27,18 @@ SHAPES = {
     "untied, H != D/N": {"head_dim": 14},
     "N = K": {"num_key_value_heads": 6, "rope_theta": 5e6},
     "one kv head, long rope": {"num_key_value_heads": 1, "rope_theta": 1e4, "head_dim": 16},
+    "yarn": {
+        "head_dim": 16,
+        "rope_theta": 100.0,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "beta_fast": 2.0,
+            "beta_slow": 0.1,
+        },
+    },
     "one layer": {"num_hidden_layers": 1, "tie_word_embeddings": True, "rms_norm_eps": 1e-3},
 }
 
@@ -72,8 +84,10 @@ def test_rope_theta_reaches_the_reference(pair):
     """The fixture means what it says: transformers too computes with the theta of the shape."""
     network, config, _ = pair
     inverse = network.model.rotary_emb.inv_freq.numpy()
-    expected = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
-    np.testing.assert_allclose(inverse, expected, rtol=1e-5)
+    np.testing.assert_allclose(inverse, rope.frequencies(config)[0], rtol=1e-5)
+    if config.rope_scaling is None:
+        expected = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+        np.testing.assert_allclose(inverse, expected, rtol=1e-5)
 
 
 def test_exported_directory_loads_in_transformers(pair, tmp_path):
@@ -128,7 +142,7 @@ def test_rotary(pair):
     x, positions, _ = layer_inputs(config)
     H = config.head_dim
     q = np.random.default_rng(2).normal(size=(2, T, 3, H)).astype(np.float32)
-    ours = model.rotate(jnp.asarray(q), model.rotary(jnp.asarray(positions), H, config.rope_theta))
+    ours = rope.rotate(jnp.asarray(q), rope.rotary(jnp.asarray(positions), config))
     cos, sin = network.model.rotary_emb(torch.tensor(x), torch.tensor(positions))
     q_torch = torch.tensor(q).transpose(1, 2)
     expected, _ = reference.apply_rotary_pos_emb(q_torch, q_torch, cos, sin)
@@ -143,12 +157,12 @@ def test_attention_mlp_and_block(pair):
     network, config, params = pair
     x, positions, segments = layer_inputs(config)
     layer, theirs = first_layer(params), network.model.layers[0]
-    rope = model.rotary(jnp.asarray(positions), config.head_dim, config.rope_theta)
+    turns = rope.rotary(jnp.asarray(positions), config)
     attention, mlp, block = model.Attention(config), model.MLP(config), model.Block(config)
     ours: Any = (
-        attention.apply({"params": layer["attention"]}, x, rope, segments, None, 0)[0],
+        attention.apply({"params": layer["attention"]}, x, turns, segments, None, 0)[0],
         mlp.apply({"params": layer["mlp"]}, x),
-        block.apply({"params": layer}, (x, None), 0, rope, segments)[0][0],
+        block.apply({"params": layer}, (x, None), 0, turns, segments)[0][0],
     )
     torch_rope = network.model.rotary_emb(torch.tensor(x), torch.tensor(positions))
     with torch.no_grad():
@@ -347,7 +361,13 @@ def test_wrong_tensors(tmp_path, change, words):
         ("architectures", ["LlamaForCausalLM"], "LlamaForCausalLM"),
         ("attention_bias", True, "attention_bias"),
         ("use_sliding_window", True, "use_sliding_window"),
-        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e6}, "yarn"),
+        ("quantization_config", {"quant_method": "fp8"}, "quantization_config={"),
+        ("rope_scaling", {"type": "longrope"}, "rope_scaling: type 'longrope' is none of"),
+        ("rope_scaling", {"type": "yarn", "factor": 0.5}, "rope_scaling: factor=0.5 is below 1"),
+        ("rope_scaling", {"type": "yarn", "factor": "4"}, "rope_scaling: factor='4' is of the wr"),
+        ("rope_scaling", {"type": "yarn", "factor": 4, "beta_slow": 64}, "beta_slow=64 is not"),
+        ("rope_scaling", "yarn", "rope_scaling is no object"),
+        ("num_key_value_heads", 0, "num_key_value_heads=0 is below 1"),
         ("head_dim", None, "head_dim"),
         ("head_dim", 7, "head_dim=7 is odd"),
         ("hidden_size", "wide", "a field of the wrong type"),

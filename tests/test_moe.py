@@ -20,7 +20,7 @@ from distill import mesh as mesh_lib
 from distill.batch import Batch
 from models.errors import UserError
 from models.qwen3 import model, moe, weights
-from models.qwen3.config import Config
+from models.qwen3.config import Config, Scaling
 from tests.helpers import tiny_qwen3
 
 T = 19
@@ -480,6 +480,7 @@ ALIVE = {
     "norm_topk_prob": False,
     "decoder_sparse_step": 1,
     "mlp_only_layers": (3,),
+    "rope_scaling": Scaling("yarn", 4.0, 16),
 }
 
 
@@ -492,7 +493,7 @@ def mixed(tmp_path_factory):
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Config)])
 def test_every_field_is_alive(mixed, field):
-    """Another value gives other shapes, or other logits (of the context length see the verbs)."""
+    """Another value gives other shapes, or other logits (of the limit see test_rope.py)."""
     config, params = mixed
     if field == "max_position_embeddings":
         return

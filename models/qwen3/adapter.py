@@ -104,7 +104,7 @@ def describe(directory: str | Path, config: Config) -> LoRA:
 @contextlib.contextmanager
 def opened(directory: Path, config: Config) -> Iterator[dict[str, Any]]:
     """Tensor name -> handle with .get_shape() and slicing, every projection by itself."""
-    with weights.opened([directory / TENSORS]) as slices:
+    with weights.opened({directory / TENSORS: []}) as slices:
         whole = functools.lru_cache(maxsize=2)(lambda name: slices[name][:])
         found: dict[str, Any] = {}
         for name in slices:
@@ -183,7 +183,7 @@ def check(directory: str | Path, config: Config, shapes: Any) -> None:
 def load(directory: str | Path, config: Config, shapes: Any, shardings: Any) -> Any:
     """Reads the adapter in DIRECTORY, float32, straight into `shardings`; as weights.load does."""
     source = opened(Path(directory), config)
-    return weights.load(directory, config, shapes, shardings, jnp.dtype("float32"), source)
+    return weights.load(directory, config, shapes, shardings, jnp.dtype("float32"), source=source)
 
 
 def save(

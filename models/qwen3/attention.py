@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
 
+from models.errors import UserError
+
 # (q [B, T, N, H], k and v [B, T, K, H], segments [B, T]) -> [B, T, N, H]
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -139,3 +141,31 @@ def _fused(
 
 
 TABLE: dict[str, Attend] = {"xla": plain, "splash": splash, "cudnn": cudnn}
+
+
+def choose(wanted: str, platform: str, head_dim: int, dtype: jnp.dtype) -> str:
+    """The row of TABLE for `wanted`, which may be "auto": the fastest that this platform has.
+
+    Raises:
+      UserError: if what is wanted cannot run there.
+    """
+    cannot = {
+        "xla": "",
+        "splash": "needs a TPU"
+        if platform != "tpu"
+        else f"head_dim={head_dim} is no multiple of {_LANES}"
+        if head_dim % _LANES
+        else "",
+        "cudnn": "needs a GPU"
+        if platform not in ("gpu", "cuda")
+        else f"needs bfloat16, not {dtype.name}"
+        if dtype.itemsize > 2
+        else "",
+    }
+    if wanted == "auto":
+        return next(kind for kind in ("splash", "cudnn", "xla") if not cannot[kind])
+    if wanted not in TABLE:
+        raise UserError(f"attention={wanted!r} is none of auto, {', '.join(TABLE)}")
+    if cannot[wanted]:
+        raise UserError(f"attention={wanted!r}: {cannot[wanted]}")
+    return wanted

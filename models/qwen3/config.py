@@ -15,6 +15,16 @@ from models.errors import UserError
 
 _DENSE = ("Qwen3ForCausalLM", "qwen3")
 _SPARSE = ("Qwen3MoeForCausalLM", "qwen3_moe")
+_ONLY = {  # fields for which no more than one value is computed
+    "attention_bias": False,
+    "use_sliding_window": False,
+    "hidden_act": "silu",
+    "quantization_config": None,
+}
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "decoder_sparse_step"),
+)
 _EXPERTS = (  # the fields that a dense model's config.json lacks
     "num_experts",
     "num_experts_per_tok",
@@ -23,6 +33,24 @@ _EXPERTS = (  # the fields that a dense model's config.json lacks
     "decoder_sparse_step",
     "mlp_only_layers",
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """How rotary embeddings reach beyond the positions of pretraining (models.qwen3.rope).
+
+    All but the first two fields are YaRN's; None means that it follows from `factor`.
+    """
+
+    rope_type: str  # "yarn" or "linear"
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True  # the ramp begins and ends at whole dimensions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +74,7 @@ class Config:
     norm_topk_prob: bool = False  # an expert's weight is relative to the others chosen
     decoder_sparse_step: int = 1  # every so many layers one has experts, the first ones do not
     mlp_only_layers: tuple[int, ...] = ()  # indices of further layers without
+    rope_scaling: Scaling | None = None
 
     @classmethod
     def from_hf(cls, fields: dict, source: str = "config.json") -> "Config":
@@ -53,7 +82,7 @@ class Config:
 
         Raises:
           UserError: for another architecture, a missing field, or a variant that this model
-            does not compute (biases, sliding windows, scaled rotary embeddings).
+            does not compute (biases, sliding windows, other rotary embeddings).
         """
         architectures = fields.get("architectures") or [fields.get("model_type", "unknown")]
         if architectures[0] not in _DENSE + _SPARSE:
@@ -61,17 +90,18 @@ class Config:
                 f"{source}: architecture {architectures[0]!r} is neither {_DENSE[0]} "
                 f"nor {_SPARSE[0]}"
             )
-        rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise UserError(f"{source}: rope type {kind!r} is not supported, only 'default'")
-        for name, plain in (("attention_bias", False), ("use_sliding_window", False)):
-            if fields.get(name, plain) != plain:
+        # Where both are there, transformers reads the second, which was its only name until 5.
+        rope_field = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+        rope = fields.get(rope_field) or {}
+        if not isinstance(rope, dict):
+            raise UserError(f"{source}: {rope_field} is no object")
+        for name, only in _ONLY.items():
+            if (fields.get(name) or only) != only:
                 raise UserError(f"{source}: {name}={fields[name]!r} is not supported")
-        if fields.get("hidden_act", "silu") != "silu":
-            raise UserError(f"{source}: hidden_act={fields['hidden_act']!r} is not supported")
-        values = {**fields, "rope_theta": rope.get("rope_theta", fields.get("rope_theta"))}
+        known = (fields.get("rope_parameters") or {}).get("rope_theta", fields.get("rope_theta"))
+        values = {**fields, "rope_theta": rope.get("rope_theta", known)}
         kinds = typing.get_type_hints(cls)
+        kinds.pop("rope_scaling")
         if architectures[0] in _DENSE:
             kinds = {name: kind for name, kind in kinds.items() if name not in _EXPERTS}
         else:  # transformers 5 has another name for the first, and null for an empty list
@@ -82,24 +112,11 @@ class Config:
             raise UserError(f"{source}: field {missing[0]!r} is missing")
         try:
             config = cls(**{name: kind(values[name]) for name, kind in kinds.items()})
+            scaling = _scaling(rope, f"{source}: {rope_field}", config.max_position_embeddings)
         except (TypeError, ValueError) as error:
             raise UserError(f"{source}: a field of the wrong type ({error})") from None
-        if config.num_attention_heads % config.num_key_value_heads:
-            raise UserError(
-                f"{source}: num_attention_heads={config.num_attention_heads} is no multiple of "
-                f"num_key_value_heads={config.num_key_value_heads}"
-            )
-        if config.head_dim % 2:
-            raise UserError(f"{source}: head_dim={config.head_dim} is odd; rotary needs pairs")
-        if config.decoder_sparse_step < 1:
-            raise UserError(
-                f"{source}: decoder_sparse_step={config.decoder_sparse_step} is below 1"
-            )
-        if config.num_experts and not 1 <= config.num_experts_per_tok <= config.num_experts:
-            raise UserError(
-                f"{source}: num_experts_per_tok={config.num_experts_per_tok} is not between 1 "
-                f"and num_experts={config.num_experts}"
-            )
+        config = dataclasses.replace(config, rope_scaling=scaling)
+        _check(config, source)
         return config
 
     @classmethod
@@ -112,17 +129,21 @@ class Config:
             fields = json.loads(path.read_text())
         except ValueError as error:
             raise UserError(f"{path}: not JSON ({error})") from None
+        if not isinstance(fields, dict):
+            raise UserError(f"{path}: not a JSON object")
         return cls.from_hf(fields, str(path))
 
     def to_hf(self) -> dict:
         """The config.json fields that transformers 4 and 5 and vLLM read this architecture from."""
         names = _SPARSE if self.num_experts else _DENSE
         fields = dataclasses.asdict(self)
+        scaling = {k: v for k, v in (fields["rope_scaling"] or {}).items() if v is not None}
         return {
             "architectures": [names[0]],
             "model_type": names[1],
             **{k: v for k, v in fields.items() if self.num_experts or k not in _EXPERTS},
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta, **scaling},
+            "rope_scaling": scaling or None,
             "attention_bias": False,
             "attention_dropout": 0.0,
             "hidden_act": "silu",
@@ -132,6 +153,13 @@ class Config:
             "max_window_layers": self.num_hidden_layers,
             "use_cache": True,
         }
+
+    @property
+    def context_length(self) -> int:
+        """Positions that the model is for."""
+        s = self.rope_scaling
+        reach = int(s.factor * s.original_max_position_embeddings) if s else 0
+        return max(self.max_position_embeddings, reach)
 
     @property
     def sparse_layers(self) -> tuple[bool, ...]:
@@ -154,6 +182,55 @@ class Config:
         layers = sum(attention + 2 * d + (sparse if s else dense) for s in self.sparse_layers)
         embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
         return layers + embeddings + d
+
+
+def _scaling(rope: dict, field: str, positions: int) -> Scaling | None:
+    """Of config.json's object `rope` and max_position_embeddings; `field` names it in messages."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in ("yarn", "linear"):
+        raise UserError(f"{field}: type {kind!r} is none of 'default', 'linear', 'yarn'")
+    original = rope.get("original_max_position_embeddings") or positions
+    values = {
+        "factor": rope.get("factor") or positions / original,
+        "original_max_position_embeddings": original,
+    }
+    if kind == "yarn":
+        optional = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+        values |= {name: rope[name] for name in optional if rope.get(name)}
+        values["truncate"] = rope.get("truncate", True)
+    for name, value in values.items():
+        if isinstance(value, bool) != (name == "truncate") or not isinstance(value, int | float):
+            raise UserError(f"{field}: {name}={value!r} is of the wrong type")
+        if value < 1 and name in ("factor", "original_max_position_embeddings"):
+            raise UserError(f"{field}: {name}={value} is below 1")
+    scaling = Scaling(kind, **values)
+    if not 0 < scaling.beta_slow < scaling.beta_fast:
+        raise UserError(
+            f"{field}: beta_slow={scaling.beta_slow} is not between 0 and "
+            f"beta_fast={scaling.beta_fast}"
+        )
+    return scaling
+
+
+def _check(config: Config, source: str) -> None:
+    """Raises UserError for numbers that are no model."""
+    for name in _SIZES:
+        if getattr(config, name) < 1:
+            raise UserError(f"{source}: {name}={getattr(config, name)} is below 1")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise UserError(
+            f"{source}: num_attention_heads={config.num_attention_heads} is no multiple of "
+            f"num_key_value_heads={config.num_key_value_heads}"
+        )
+    if config.head_dim % 2:
+        raise UserError(f"{source}: head_dim={config.head_dim} is odd; rotary needs pairs")
+    if config.num_experts and not 1 <= config.num_experts_per_tok <= config.num_experts:
+        raise UserError(
+            f"{source}: num_experts_per_tok={config.num_experts_per_tok} is not between 1 "
+            f"and num_experts={config.num_experts}"
+        )
 
 
 def _dense(d: int, f: int, layers: int, heads: int, tied: bool) -> Config:

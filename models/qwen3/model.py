@@ -24,6 +24,7 @@ from models.qwen3 import attention
 from models.qwen3.config import Config
 from models.qwen3.lora import LORA, LoRA, factors
 from models.qwen3.moe import ROUTER, MoE
+from models.qwen3.rope import rotary, rotate
 
 Params = Any  # nested dict of arrays, one entry per module below
 
@@ -91,20 +92,6 @@ def init_cache(config: Config, rows: int, slots: int, dtype: jnp.dtype, stacked:
     return Cache(keys, values, jnp.zeros((rows, slots), bool), jnp.zeros((), jnp.int32))
 
 
-def rotary(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [B, T, 1, H/2] in float32 (RoPE, arXiv 2104.09864)."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies[None, None, None]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates pairs (i, i + H/2), Hugging Face's order of the head's dimensions."""
-    cos, sin = (r.astype(x_BTNH.dtype) for r in rope)
-    low, high = jnp.split(x_BTNH, 2, axis=-1)
-    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) * scale over the last axis; the mean square is taken in float32."""
 
@@ -142,7 +129,7 @@ class Attention(nn.Module):
     """Grouped-query attention with RMS-normalised queries and keys, no biases."""
 
     config: Config
-    kernel: str
+    kernel: str = "xla"
     lora: LoRA | None = None
 
     @nn.compact
@@ -255,7 +242,7 @@ class Qwen3(nn.Module):
             self.param("head", table, (c.vocab_size, D), jnp.float32)
         x_BTD = embed_VD[tokens_BT].astype(self.dtype)
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", None, None))
-        rope = rotary(positions_BT, c.head_dim, c.rope_theta)
+        rope = rotary(positions_BT, c)
         if cache is not None:
             filled = (segments_BT > 0).astype(bool)
             valid = jax.lax.dynamic_update_slice_in_dim(cache.valid_BS, filled, cache.slot, axis=1)

@@ -1,15 +1,14 @@
 """How a Qwen3 is stored: one table of Hugging Face names drives both load and save.
 
 Loading reads, for every parameter, just the bytes that each local device holds (a slice of each
-layer's tensor), casts them and puts them there: host memory is one device's share of one stacked
-parameter, and there is never a second copy of the model.
+layer's tensor), casts them and puts them there; what several devices hold is read once. Host memory
+is one device's share of one stacked parameter, and there is never a second copy of the model.
 """
 
 import contextlib
 import itertools
 import json
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,35 +46,45 @@ TABLE: dict[tuple[str, ...], tuple[str, bool]] = {
 
 FACTORS = {"a": "lora_A.weight", "b": "lora_B.weight"}
 
+Index = tuple[slice, ...]
+
 SHARD_BYTES = 5 * 10**9  # Hugging Face's customary size of one file
 
 
-def _files(directory: Path) -> list[Path]:
+def _files(directory: Path) -> dict[Path, list[str]]:
+    """The files of a model, and the tensors that an index, if there is one, places in each."""
     index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{index}: not an index of safetensors files ({error})") from None
-        files = [directory / name for name in names]
-    else:
-        files = [directory / "model.safetensors"]
+    if not index.is_file():
+        return {directory / "model.safetensors": []}
+    files: dict[Path, list[str]] = {}
+    try:
+        for name, file in sorted(json.loads(index.read_text())["weight_map"].items()):
+            files.setdefault(directory / file, []).append(name)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index}: not an index of safetensors files ({error!r})") from None
     return files
 
 
 @contextlib.contextmanager
-def opened(files: list[Path]) -> Iterator[dict[str, Any]]:
-    """Tensor name -> handle with .get_shape() and slicing, over all of `files`."""
+def opened(files: dict[Path, list[str]]) -> Iterator[dict[str, Any]]:
+    """Tensor name -> handle with .get_shape() and slicing, over all of `files`; what each must
+    hold stands beside it."""
     with contextlib.ExitStack() as stack:
         slices = {}
-        for file in files:
+        for file, placed in files.items():
             if not file.is_file():
                 raise UserError(f"{file}: no such file")
             try:
                 handle = stack.enter_context(safe_open(file, framework="numpy"))
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: not a readable safetensors file ({error})") from None
-            slices |= {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            held = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            absent = [name for name in placed if name not in held]
+            if absent:
+                raise UserError(
+                    f"{file}: tensor {absent[0]} is missing, which the index says it has"
+                )
+            slices |= held
         yield slices
 
 
@@ -123,12 +132,40 @@ def entry(path: tuple) -> tuple[str, bool]:
     return name.replace("{}", first.removeprefix("layers_"), 1), transposed
 
 
+def _parts(sharding: Any, shape: tuple[int, ...]) -> list[tuple[Index, list[Any]]]:
+    """What this process's devices hold of an array: each part once, with all that hold it."""
+    parts: dict[tuple, tuple[Index, list[Any]]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        key = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
+        parts.setdefault(key, (index, []))[1].append(device)
+    return list(parts.values())
+
+
+def _places(index: Index, shape: tuple[int, ...], stacked: int) -> list[tuple[int, ...]]:
+    """Of the leading axes of a stacked parameter: which tensors a part is made of."""
+    sizes = zip(index[:stacked], shape[:stacked], strict=True)
+    return list(itertools.product(*(range(*part.indices(size)) for part, size in sizes)))
+
+
+def reads(shapes: Any, shardings: Any) -> int:
+    """How many slices of tensors `load` reads in this process."""
+    count = 0
+    for (path, leaf), sharding in zip(
+        jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True
+    ):
+        stacked = entry(path)[0].count("{}")
+        for index, _ in _parts(sharding, leaf.shape):
+            count += len(_places(index, leaf.shape, stacked))
+    return count
+
+
 def load(
     directory: str | Path,
     config: Config,
     shapes: Any,
     shardings: Any,
     dtype: jnp.dtype,
+    note: Callable[[int], None] = lambda done: None,
     source: contextlib.AbstractContextManager[dict[str, Any]] | None = None,
 ) -> Any:
     """Reads the parameters of DIRECTORY straight into `shardings`, cast to `dtype`.
@@ -136,43 +173,44 @@ def load(
     Args:
       shapes: tree of ShapeDtypeStructs (model.abstract, unboxed).
       shardings: tree of jax shardings of the same structure.
+      note: called after each read with how many of `reads` are done.
       source: what `opened` gives, where it is not that of the model in DIRECTORY.
 
     Raises:
       UserError: naming the file or tensor that is missing, extra, misshapen or unreadable.
     """
     directory = Path(directory)
+    done = itertools.count(1)
     with source or opened(_files(directory)) as slices:
         require(directory, slices, config, shapes)
 
-        def one(path: tuple, leaf: Any, sharding: Any) -> jax.Array:
+        def part(path: tuple, shape: tuple[int, ...], index: Index) -> np.ndarray:
             name, transposed = entry(path)
             stacked = name.count("{}")
+            rest = index[stacked:][::-1] if transposed else index[stacked:]
+            places = _places(index, shape, stacked)
+            out = None
+            for i, place in enumerate(places):
+                read = slices[name.format(*place)][rest]
+                read = read.T if transposed else read
+                if out is None:
+                    out = np.empty((len(places), *read.shape), dtype)
+                out[i] = read
+                note(next(done))
+            assert out is not None
+            sizes = [len(range(*p.indices(n))) for p, n in zip(index, shape, strict=True)]
+            return out.reshape(sizes)
 
-            def share(index: Any) -> np.ndarray:
-                rest = index[stacked:][::-1] if transposed else index[stacked:]
-
-                def tensor(place: tuple[int, ...]) -> np.ndarray:
-                    read = slices[name.format(*place)][rest]
-                    return (read.T if transposed else read).astype(dtype)
-
-                if not stacked:
-                    return tensor(())
-                sizes = zip(index, leaf.shape[:stacked], strict=False)
-                ranges = [range(*part.indices(size)) for part, size in sizes]
-                out = None
-                for i, place in enumerate(itertools.product(*ranges)):
-                    read = tensor(place)
-                    if out is None:
-                        out = np.empty((math.prod(map(len, ranges)), *read.shape), dtype)
-                    out[i] = read
-                assert out is not None
-                return out.reshape(*map(len, ranges), *out.shape[1:])
-
+        def one(path: tuple, leaf: Any, sharding: Any) -> jax.Array:
+            arrays = []
             try:
-                return jax.make_array_from_callback(leaf.shape, sharding, share)
+                for index, devices in _parts(sharding, leaf.shape):
+                    held = part(path, leaf.shape, index)
+                    # Waited for: no more than one part lies on the host at a time.
+                    arrays += jax.block_until_ready([jax.device_put(held, d) for d in devices])
             except SafetensorError as error:
-                raise UserError(f"{directory}: {name} cannot be read ({error})") from None
+                raise UserError(f"{directory}: {entry(path)[0]} cannot be read ({error})") from None
+            return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
         return jax.tree_util.tree_map_with_path(one, shapes, shardings)
 

@@ -1,0 +1,68 @@
+"""Rotary position embeddings (RoPE, arXiv 2104.09864), and how they reach beyond pretraining."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.qwen3.config import Config, Scaling
+
+
+def frequencies(c: Config) -> tuple[np.ndarray, float]:
+    """Radians a position of each pair of dimensions, float64 [H/2], and the factor on cos and sin.
+
+    Linear scaling divides every frequency by the factor (arXiv 2306.15595). YaRN (arXiv 2309.00071,
+    sections 3.2 to 3.4) keeps those that turn more than beta_fast times within the positions of
+    pretraining, divides those that turn less than beta_slow times, and ramps between; queries and
+    keys each grow by the attention factor, 0.1 ln(factor) + 1.
+    """
+    pairs = c.head_dim // 2
+    plain = c.rope_theta ** (-np.arange(pairs) / pairs)
+    s = c.rope_scaling
+    if s is None:
+        return plain, 1.0
+    if s.rope_type == "linear":
+        return plain / s.factor, 1.0
+
+    def pair_that_turns(times: float) -> float:
+        wavelength = s.original_max_position_embeddings / times
+        return pairs * math.log(wavelength / (2 * math.pi)) / math.log(c.rope_theta)
+
+    low, high = pair_that_turns(s.beta_fast), pair_that_turns(s.beta_slow)
+    if s.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, c.head_dim - 1)
+    high += 0.001 if low == high else 0
+    divided = np.clip((np.arange(pairs) - low) / (high - low), 0, 1)
+    return plain * (1 - divided) + plain / s.factor * divided, _attention_factor(s)
+
+
+def _attention_factor(s: Scaling) -> float:
+    def growth(mscale: float) -> float:
+        return 0.1 * mscale * math.log(s.factor) + 1
+
+    if s.attention_factor is not None:
+        return s.attention_factor
+    if s.mscale and s.mscale_all_dim:
+        return growth(s.mscale) / growth(s.mscale_all_dim)
+    return growth(1)
+
+
+def rotary(positions_BT: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [B, T, 1, H/2] in float32.
+
+    Angles are products in float32, as everywhere that these models were trained: at position p
+    they are right to p · 2⁻²³ radians, 0.016 at 131,072.
+    """
+    exact, factor = frequencies(config)
+    turns_H = jnp.asarray(exact, jnp.float32)[None, None, None]
+    angles = positions_BT[..., None, None].astype(jnp.float32) * turns_H
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates pairs (i, i + H/2), Hugging Face's order of the head's dimensions."""
+    cos, sin = (r.astype(x_BTNH.dtype) for r in rope)
+    low, high = jnp.split(x_BTNH, 2, axis=-1)
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)

@@ -1,0 +1,50 @@
+"""Loading for tests, and for processes that tests start: without torch, which takes seconds."""
+
+import jax
+import jax.numpy as jnp
+
+from distill import mesh as mesh_lib
+from models.qwen3 import weights
+from models.qwen3.config import Config
+
+
+def counted(read: list[int]):
+    """weights.safe_open, noting the bytes of each slice that is read."""
+    original = weights.safe_open
+
+    class Slice:
+        def __init__(self, handle):
+            self.get_shape, self.handle = handle.get_shape, handle
+
+        def __getitem__(self, index):
+            out = self.handle[index]
+            read.append(out.nbytes)
+            return out
+
+    class File:
+        def __init__(self, *arguments, **named):
+            self.opened = original(*arguments, **named)
+
+        def __enter__(self):
+            self.file = self.opened.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.opened.__exit__(*error)
+
+        def keys(self):
+            return self.file.keys()
+
+        def get_slice(self, name):
+            return Slice(self.file.get_slice(name))
+
+    return File
+
+
+def load(directory, sizes, **options):
+    config = Config.from_directory(directory)
+    abstract = mesh_lib.parameters(config, mesh_lib.make(*sizes))
+    shardings = jax.tree.map(lambda p: p.sharding, abstract)
+    dtype = jnp.dtype("float32")
+    loaded = weights.load(directory, config, abstract, shardings, dtype, **options)
+    return loaded, weights.reads(abstract, shardings)
