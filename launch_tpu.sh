@@ -459,7 +459,7 @@ worker_run() { # starts worker_job in a session of its own, which outlives the c
   local line
   line=$(quote "$@")
   exec 9>"$POD/lock"
-  if ! flock -w 2 9; then
+  if ! flock -w 1 9; then
     [[ $(<"$POD/command") == "$line" ]] || mistake "another run is going on here: stop it first"
     echo "worker $HOSTNAME: is running already" && return
   fi
