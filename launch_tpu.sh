@@ -167,7 +167,7 @@ trouble() { # tells gcloud's stderr in one line; returns 2 where the user can me
     *SERVICE_DISABLED* | *"has not been used in project"*)
       say "error: the API is off: gcloud services enable tpu.googleapis.com" && return 2 ;;
   esac
-  say "error: $(grep -m 1 ERROR "$ERR" || tail -n 1 "$ERR")"
+  say "error: $( (grep -m 1 ERROR "$ERR" || tail -n 1 "$ERR") | sed 's/^ERROR: ([^)]*) //')"
   ! grep -qE 'PERMISSION_DENIED|INVALID_ARGUMENT|required property' "$ERR" || return 2
   return 1
 }
@@ -286,9 +286,10 @@ variables() { # what the workers are told
 
 # shellcheck disable=SC2016 # $v is the worker's
 send() { # what was packed, and the variables, to every worker
-  local name line='set -e; umask 077; chmod 600 pod.env; v=code-$(sha256sum <pod.tar.gz | cut -c 1-12)'
+  local name line
   # A folder for each version, and a link that moves: a run keeps the code that it began with.
-  line+='; mkdir -p pod/$v; tar -xzf pod.tar.gz -C pod/$v; ln -sfn $v pod/new; mv -T pod/new pod/code'
+  line='set -e; umask 077; chmod 600 pod.env; v=code-$(sha256sum <pod.tar.gz | cut -c 1-12); '
+  line+='mkdir -p pod/$v; tar -xzf pod.tar.gz -C pod/$v; ln -sfn $v pod/new; mv -T pod/new pod/code'
   if ((DRY)); then
     for name in $FORWARD; do [[ -z ${!name:-} ]] || note "in $CACHE/pod.env: $name=***"; done
   else
