@@ -381,6 +381,7 @@ def test_secrets_are_not_shown(pod):
     log = (worker / "pod" / "train.log").read_text()
     for text in (done.stdout, done.stderr, json.dumps(pod.calls()), log):
         assert "0dd" not in text
+    assert ["pod.env", 0o600] in pod.rows("modes.jsonl")
     assert not list(pod.home.rglob("pod.env")), "left behind on the user's machine"
 
 
