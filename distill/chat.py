@@ -45,7 +45,8 @@ def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase | None:
 
 
 def parse_messages(row: dict, where: str = "row", *, prompt: bool = True) -> list[dict]:
-    """The conversation in `row["messages"]`, checked; other keys of a message are kept.
+    """The conversation in `row["messages"]`, checked; other keys of a message are kept, and a
+    content in parts becomes one text.
 
     A prompt's last turn is not the assistant's; a conversation to train on (prompt=False) ends
     with it. Raises UserError that begins with `where` (file:line) and names the message at fault.
@@ -60,12 +61,33 @@ def parse_messages(row: dict, where: str = "row", *, prompt: bool = True) -> lis
         if role not in ROLES:
             raise UserError(f"{where}: messages[{i}].role {role!r} is none of {', '.join(ROLES)}")
         calls = role == "assistant" and message.get("tool_calls")
+        if isinstance(message.get("content"), list):
+            message = {**message, "content": _joined(message["content"], f"{where}: messages[{i}]")}
+            messages = [*messages[:i], message, *messages[i + 1 :]]
         if not isinstance(message.get("content"), str) and not calls:
             raise UserError(f"{where}: messages[{i}].content is not a text")
     if prompt == (messages[-1]["role"] == "assistant"):
         must = "must not" if prompt else "must"
         raise UserError(f"{where}: messages: the last role {must} be assistant")
     return messages
+
+
+def _joined(parts: list, where: str) -> str:
+    """The text of a content that is a list of parts. Raises UserError where one is no text."""
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise UserError(f"{where}.content has a part of type {kind!r}; only text is read")
+    return "".join(part["text"] for part in parts)
+
+
+def spoken(message: dict) -> str:
+    """An assistant's turn as the model writes it: the reasoning, where the message keeps it in a
+    field of its own, as a think block before the content."""
+    content, reasoning = message.get("content") or "", message.get("reasoning_content")
+    if not reasoning:
+        return content
+    return f"<think>\n{reasoning.strip()}\n</think>\n\n{content.lstrip()}"
 
 
 def render(
