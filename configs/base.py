@@ -70,6 +70,9 @@ def get_config(arg: str = "") -> ConfigDict:
     # Models: directories in Hugging Face format.
     c.student = ConfigDict()
     c.student.path = ""
+    # "": its own tokenizer; or a model whose tokenizer and template it takes, which have its own
+    # tokens under the same ids. A Base student of a post-trained teacher: the teacher.
+    c.student.tokenizer = ""
     c.student.random_init = False  # take config and tokenizer from path, weights at random
     c.student.dtype = "bfloat16"  # of activations; trained parameters are always float32
     c.student.remat = True  # recompute each layer in the backward pass: less memory, 4/3 the time

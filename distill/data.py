@@ -183,14 +183,12 @@ def _skipping(
 def mix(parts: list[Source], weights: list[float], seed: int) -> Source:
     """One source without end, in which sources have their shares, each in its own shuffled order.
 
-    Every MIXTURE_BLOCK examples hold a share of each source in proportion to its weight (rounded,
-    at least one), in an order drawn for that block.
+    Every MIXTURE_BLOCK examples hold a share of each source in proportion to its weight (rounded
+    down, at least one; the rest is of the largest), in an order drawn for that block.
     """
-    wanted = np.array(weights) / sum(weights) * MIXTURE_BLOCK
-    counts = np.maximum(1, np.floor(wanted).astype(int))
-    while counts.sum() != MIXTURE_BLOCK:  # to the one that is furthest from what it should have
-        by = 1 if counts.sum() < MIXTURE_BLOCK else -1
-        counts[np.argmax(by * (wanted - counts))] += by
+    shares = np.array(weights) / sum(weights) * MIXTURE_BLOCK
+    counts = np.maximum(1, shares.astype(int))
+    counts[np.argmax(counts)] += MIXTURE_BLOCK - counts.sum()
     kinds = np.repeat(np.arange(len(parts)), counts)
 
     def example(index: int) -> Example:

@@ -90,6 +90,7 @@ class Packer:
             example = data.one(self._source, ordinal, self._seed)
             examples[ordinal] = example
             lengths[ordinal] = len(example.prompt) + min(len(example.response), self._max_response)
+            assert lengths[ordinal] <= self._tokens, example.where  # it would wait for ever
             room -= lengths[ordinal]
 
         for ordinal in left:

@@ -40,6 +40,7 @@ class Policy:
     params: Params
     tokenizer: PreTrainedTokenizerBase | None
     stop_ids: tuple[int, ...]
+    tokenizer_dir: Path = Path()  # where `tokenizer` was read
 
 
 def is_run(path: str | Path) -> bool:
@@ -47,11 +48,12 @@ def is_run(path: str | Path) -> bool:
     return _student(path) is not None
 
 
-def _student(path: str | Path) -> str | None:
-    """The student that the run directory `path` began with; None if it is no run directory."""
+def _student(path: str | Path, field: str = "path") -> str | None:
+    """The student that the run directory `path` began with, or another `field` of its config;
+    None if it is no run directory."""
     try:
         fields = json.loads((Path(path) / "config.json").read_text())
-        return fields["student"]["path"] if "stages" in fields else None
+        return fields["student"][field] if "stages" in fields else None
     except (OSError, ValueError, LookupError, TypeError):
         return None  # whoever reads it as a model directory says what is wrong with it
 
@@ -93,19 +95,34 @@ def _fetch(repository: str) -> Path:
         ) from error
 
 
-def describe(path: str, dtype: str, remat: bool, mesh: Mesh) -> Policy:
+def _tokenizer_dir(path: str) -> Path:
+    """Where the tokenizer of a model, or of a run's student, is."""
+    taken = _student(path, "tokenizer")
+    return _tokenizer_dir(taken) if taken else resolve(path)
+
+
+def describe(path: str, dtype: str, remat: bool, mesh: Mesh, tokenizer_of: str = "") -> Policy:
     """Everything about the model but its parameters, which are shapes with shardings.
 
+    `tokenizer_of` names the model whose tokenizer and chat template it takes in place of its own:
+    a Base student those of its teacher, which have `<think>` and end turns by another token. The
+    model then stops at the stop ids of both.
+
     Raises:
-      UserError: if the directory is no Qwen3, or the mesh does not divide it.
+      UserError: if the directory is no Qwen3, the mesh does not divide it, or the tokenizer has
+        other ids for the tokens of the model's own.
     """
-    directory = resolve(path)
+    directory, tokenizer_dir = resolve(path), _tokenizer_dir(tokenizer_of or path)
     config = Config.from_directory(directory)
     mesh_lib.check(config, mesh, f"{path}/config.json")
-    tokenizer = chat.load_tokenizer(directory)
+    tokenizer = chat.load_tokenizer(tokenizer_dir)
+    stops = set(chat.stop_ids(directory, tokenizer))
+    if tokenizer_dir != directory:
+        chat.require_extended(chat.load_tokenizer(directory), tokenizer, (path, str(tokenizer_dir)))
+        stops |= {i for i in chat.stop_ids(tokenizer_dir) if i < config.vocab_size}
     abstract = mesh_lib.parameters(config, mesh)
     qwen3 = Qwen3(config, dtype=jnp.dtype(dtype), remat=remat)
-    return Policy(path, config, qwen3, abstract, tokenizer, chat.stop_ids(directory, tokenizer))
+    return Policy(path, config, qwen3, abstract, tokenizer, tuple(sorted(stops)), tokenizer_dir)
 
 
 def reader(path: str, dtype: str) -> Policy:
@@ -186,7 +203,15 @@ def newest_step(path: str | Path) -> int | None:
 def require_same_vocabulary(student: Policy, teacher: Policy) -> None:
     """Raises UserError if a token id of one is not that token of the other."""
     names = (student.path, teacher.path)
-    chat.require_same_tokenizer(student.tokenizer, teacher.tokenizer, names)
+    try:
+        chat.require_same_tokenizer(student.tokenizer, teacher.tokenizer, names)
+    except UserError as error:
+        with contextlib.suppress(UserError):
+            chat.require_extended(student.tokenizer, teacher.tokenizer, names)
+            raise UserError(
+                f"{error}; --config.student.tokenizer={teacher.path} gives it the teacher's"
+            ) from None
+        raise
     if student.config.vocab_size != teacher.config.vocab_size:
         raise UserError(
             f"{teacher.path}: vocab_size={teacher.config.vocab_size}, "
@@ -204,7 +229,7 @@ def randomise(policy: Policy, key: jax.Array) -> Policy:
 def save(policy: Policy, directory: Path, dtype: str) -> None:
     """Writes a Hugging Face directory: weights in `dtype`, config, stop ids, tokenizer."""
     weights.save(policy.params, policy.config, directory, jnp.dtype(dtype))
-    chat.copy(resolve(policy.path), directory)
+    chat.copy(resolve(policy.path), policy.tokenizer_dir, policy.stop_ids, directory)
 
 
 def hidden(qwen3: Qwen3, params: Params, batch: Batch) -> jax.Array:

@@ -82,7 +82,8 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
         needed = field == "student" or any(c[name].objective == "opd" for name in c.stages)
         if needed and not c[field].path:
             raise UserError(f"config.{field}.path: name a model directory")
-    student = policy.describe(c.student.path, c.student.dtype, c.student.remat, mesh)
+    m = c.student
+    student = policy.describe(m.path, m.dtype, m.remat, mesh, m.tokenizer)
     if not c.student.random_init:
         policy.check(student)
     taught = None
