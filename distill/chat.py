@@ -44,12 +44,13 @@ def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase | None:
         raise UserError(f"{model_dir}: the tokenizer cannot be loaded: {reason}") from error
 
 
-def parse_messages(row: dict, where: str = "row", *, prompt: bool = True) -> list[dict]:
+def parse_messages(row: dict, where: str = "row", *, prompt: bool | None = True) -> list[dict]:
     """The conversation in `row["messages"]`, checked; other keys of a message are kept, and a
     content in parts becomes one text.
 
     A prompt's last turn is not the assistant's; a conversation to train on (prompt=False) ends
-    with it. Raises UserError that begins with `where` (file:line) and names the message at fault.
+    with it; None takes either. Raises UserError that begins with `where` (file:line) and names the
+    message at fault.
     """
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
@@ -66,7 +67,7 @@ def parse_messages(row: dict, where: str = "row", *, prompt: bool = True) -> lis
             messages = [*messages[:i], message, *messages[i + 1 :]]
         if not isinstance(message.get("content"), str) and not calls:
             raise UserError(f"{where}: messages[{i}].content is not a text")
-    if prompt == (messages[-1]["role"] == "assistant"):
+    if prompt is not None and prompt == (messages[-1]["role"] == "assistant"):
         must = "must not" if prompt else "must"
         raise UserError(f"{where}: messages: the last role {must} be assistant")
     return messages
