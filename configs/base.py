@@ -19,10 +19,22 @@ def stage(objective: str) -> ConfigDict:
     c.max_prompt_tokens = 512  # a longer prompt is refused
     c.max_response_tokens = 1024  # sft: traces are cut here; opd: sampling stops here
 
-    # Data: a file of rows (jsonl), or the generated task.
+    c.pack_tokens = 0  # sft: rows of so many tokens, as many examples in each as fit; 0: one each
+
+    # Data: rows of a file or a set, or the generated task.
     c.data = ConfigDict()
-    c.data.source = "arithmetic"  # or PATH.jsonl with prompt, messages, question or tokens
+    # PATH.jsonl, .json or .parquet; hf:NAME[:CONFIG][:SPLIT]; tfds:NAME[:CONFIG][:SPLIT]; or
+    # arithmetic. Rows have prompt, messages, question or tokens, or the columns of a known set.
+    c.data.source = "arithmetic"
+    c.data.mixture = ()  # in its place, pairs of a source and a weight: (("a.jsonl", 3.0), ...)
+    c.data.columns = ""  # "": by those found; or a name in distill/columns.py; or ours=theirs,...
     c.data.size = 0  # first rows (problems) used, in a new order each epoch; 0: all there are
+    c.data.check = 10_000  # rows of each source read before step 0; later ones as they are needed
+    c.data.on_bad_row = "fail"  # or skip: leave it out, say so, count it (metric data/skipped)
+    c.data.streaming = False  # hf: fetch while training, instead of to disk before
+    c.data.window = 4096  # rows of a stream shuffled among themselves; they are held in memory
+    c.data.turns = "last"  # sft on chats: the last answer; all: each, earlier reasoning dropped
+    c.data.keep = "finished"  # of generated samples: finished by a stop token, correct, or all
     c.data.thinking = True  # the chat template's switch
     c.data.operations = (3, 5)  # arithmetic: fewest and most operations of a problem
     c.data.split = "train"  # arithmetic: train or test; they share no problem
@@ -60,6 +72,9 @@ def get_config(arg: str = "") -> ConfigDict:
     # Models: directories in Hugging Face format.
     c.student = ConfigDict()
     c.student.path = ""
+    # "": its own tokenizer; or a model whose tokenizer and template it takes, which have its own
+    # tokens under the same ids. A Base student of a post-trained teacher: the teacher.
+    c.student.tokenizer = ""
     c.student.random_init = False  # take config and tokenizer from path, weights at random
     c.student.dtype = "bfloat16"  # of activations; trained parameters are always float32
     c.student.param_dtype = "bfloat16"  # of a base that LoRA leaves frozen

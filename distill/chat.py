@@ -44,11 +44,13 @@ def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase | None:
         raise UserError(f"{model_dir}: the tokenizer cannot be loaded: {reason}") from error
 
 
-def parse_messages(row: dict, where: str = "row", *, prompt: bool = True) -> list[dict]:
-    """The conversation in `row["messages"]`, checked; other keys of a message are kept.
+def parse_messages(row: dict, where: str = "row", *, prompt: bool | None = True) -> list[dict]:
+    """The conversation in `row["messages"]`, checked; other keys of a message are kept, and a
+    content in parts becomes one text.
 
     A prompt's last turn is not the assistant's; a conversation to train on (prompt=False) ends
-    with it. Raises UserError that begins with `where` (file:line) and names the message at fault.
+    with it; None takes either. Raises UserError that begins with `where` (file:line) and names the
+    message at fault.
     """
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
@@ -60,12 +62,33 @@ def parse_messages(row: dict, where: str = "row", *, prompt: bool = True) -> lis
         if role not in ROLES:
             raise UserError(f"{where}: messages[{i}].role {role!r} is none of {', '.join(ROLES)}")
         calls = role == "assistant" and message.get("tool_calls")
+        if isinstance(message.get("content"), list):
+            message = {**message, "content": _joined(message["content"], f"{where}: messages[{i}]")}
+            messages = [*messages[:i], message, *messages[i + 1 :]]
         if not isinstance(message.get("content"), str) and not calls:
             raise UserError(f"{where}: messages[{i}].content is not a text")
-    if prompt == (messages[-1]["role"] == "assistant"):
+    if prompt is not None and prompt == (messages[-1]["role"] == "assistant"):
         must = "must not" if prompt else "must"
         raise UserError(f"{where}: messages: the last role {must} be assistant")
     return messages
+
+
+def _joined(parts: list, where: str) -> str:
+    """The text of a content that is a list of parts. Raises UserError where one is no text."""
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise UserError(f"{where}.content has a part of type {kind!r}; only text is read")
+    return "".join(part["text"] for part in parts)
+
+
+def spoken(message: dict) -> str:
+    """An assistant's turn as the model writes it: the reasoning, where the message keeps it in a
+    field of its own, as a think block before the content."""
+    content, reasoning = message.get("content") or "", message.get("reasoning_content")
+    if not reasoning:
+        return content
+    return f"<think>\n{reasoning.strip()}\n</think>\n\n{content.lstrip()}"
 
 
 def render(
@@ -176,18 +199,18 @@ def stop_ids(
     return tuple(sorted(stops))
 
 
-def copy(source: Path, directory: Path) -> None:
-    """Puts the tokenizer of the model directory `source` into `directory`, and all its stop ids.
+def copy(model_dir: Path, tokenizer_dir: Path, stops: tuple[int, ...], directory: Path) -> None:
+    """Puts the tokenizer of `tokenizer_dir` into `directory`, and all the model's stop ids.
 
     The files are copied as they are: written anew by transformers 5, they would name classes that
     other readers do not know. generation_config.json keeps its other fields.
     """
     for name in _TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
-    path = source / "generation_config.json"
+        if (tokenizer_dir / name).is_file():
+            shutil.copyfile(tokenizer_dir / name, directory / name)
+    path = model_dir / "generation_config.json"
     fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    fields["eos_token_id"] = list(stop_ids(source, load_tokenizer(source))) or None
+    fields["eos_token_id"] = list(stops) or None
     (directory / path.name).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
@@ -199,11 +222,9 @@ def require_same_tokenizer(
     """Raises UserError with the first difference between two models' tokens; None matches all."""
     if a is None or b is None:
         return
+    _require_same_ids(a, b, names)
     who = f"the tokenizers of {names[0]} and {names[1]} differ"
     vocab_a, vocab_b = a.get_vocab(), b.get_vocab()
-    for token in sorted(vocab_a.keys() & vocab_b.keys(), key=vocab_a.__getitem__):
-        if vocab_a[token] != vocab_b[token]:
-            raise UserError(f"{who}: {token!r} is {vocab_a[token]} and {vocab_b[token]}")
     only = vocab_a.keys() ^ vocab_b.keys()
     if only:
         token = min(only)
@@ -213,3 +234,30 @@ def require_same_tokenizer(
     for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(a, field) != getattr(b, field):
             raise UserError(f"{who}: {field} is {getattr(a, field)} and {getattr(b, field)}")
+
+
+def require_extended(
+    own: PreTrainedTokenizerBase | None,
+    taken: PreTrainedTokenizerBase | None,
+    names: tuple[str, str],
+) -> None:
+    """Raises UserError unless each token of `own` is in `taken`, with the same id."""
+    if taken is None:
+        raise UserError(f"{names[1]}: no tokenizer for {names[0]} to take")
+    if own is None:
+        return
+    _require_same_ids(own, taken, names)
+    lost = own.get_vocab().keys() - taken.get_vocab().keys()
+    if lost:
+        raise UserError(f"the tokenizer of {names[1]} lacks {min(lost)!r} of {names[0]}")
+
+
+def _require_same_ids(
+    a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase, names: tuple[str, str]
+) -> None:
+    """Raises UserError with the first token that both have, under two ids."""
+    who = f"the tokenizers of {names[0]} and {names[1]} differ"
+    vocab_a, vocab_b = a.get_vocab(), b.get_vocab()
+    for token in sorted(vocab_a.keys() & vocab_b.keys(), key=vocab_a.__getitem__):
+        if vocab_a[token] != vocab_b[token]:
+            raise UserError(f"{who}: {token!r} is {vocab_a[token]} and {vocab_b[token]}")

@@ -1,36 +1,37 @@
-"""Where prompts and traces come from. What a step reads is a function of the step alone."""
+"""Which examples a step reads, and how they lie in a batch: a function of the step alone."""
 
+import concurrent.futures
 import dataclasses
-import json
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from distill import arithmetic, chat
+from distill import columns, metrics, sources
 from distill.batch import Batch
+from distill.examples import Example, prompt_tokens, trace
 from models.errors import UserError
 
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """One row as token ids: a prompt, perhaps a response (with its stop token) and an answer."""
-
-    prompt: list[int]
-    response: list[int]
-    answer: str
-    where: str  # names the row in an error
+ENDLESS_SAMPLE = 1000  # problems of a source without end that are looked at before step 0
+MIXTURE_BLOCK = 1000  # in so many rows of a mixture each source has its share exactly
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Examples by number; `size` of them, or without end where size is 0."""
+    """Examples by number; `size` of them, or without end where size is 0.
+
+    `window` > 0: an epoch's order goes from window to window of so many rows, shuffled within each,
+    as a stream needs it. `skipped` holds why a bad row was left out, by the row's name.
+    """
 
     size: int
     example: Callable[[int], Example]
+    window: int = 0
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def read_jsonl(path: str | Path) -> list[tuple[str, dict]]:
@@ -44,157 +45,170 @@ def read_jsonl(path: str | Path) -> list[tuple[str, dict]]:
         raise UserError(f"{path}: no such file")
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        where = f"{path}:{number}"
-        try:
-            text = line.decode()
-            if not text.strip():
-                continue
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: not a JSON object")
-        rows.append((where, row))
+        if line.strip():
+            rows.append((f"{path}:{number}", sources.parse_line(line, f"{path}:{number}")))
     if not rows:
         raise UserError(f"{path}: no rows")
     return rows
 
 
-def prompt_tokens(
-    row: dict, where: str, tokenizer: PreTrainedTokenizerBase | None, thinking: bool | None
-) -> list[int]:
-    """Prompt ids of a row: `tokens` as they are, `prompt` as plain text, `messages` or `question`
-    through the chat template.
-
-    Raises:
-      UserError: naming the row, if it has none of these or they cannot be used.
-    """
-    if "tokens" in row:
-        ids = _ids(row, "tokens", where)
-    elif tokenizer is None:
-        raise UserError(f"{where}: the model has no tokenizer, so the row needs tokens")
-    elif "prompt" in row:
-        ids = chat.encode(tokenizer, _text(row, "prompt", where))
-    else:
-        ids = chat.render(tokenizer, _messages(row, where), thinking=thinking)
-    if not ids:
-        raise UserError(f"{where}: the prompt is empty")
-    return ids
+def read(source: str, size: int = 0, *, traces: bool = False) -> list[tuple[str, dict]]:
+    """The first `size` rows (0: all) of anything that `sources` reads, with our columns, each with
+    its name."""
+    rows = sources.open_rows(source, size=size)
+    return [
+        (rows.where(i), columns.canonical(rows.row(i), "", rows.where(i), traces))
+        for i in range(rows.size)
+    ]
 
 
-def _messages(row: dict, where: str) -> list[dict]:
-    if "messages" in row:
-        return chat.parse_messages(row, where)
-    if "question" in row:
-        return [{"role": "user", "content": _text(row, "question", where)}]
-    raise UserError(
-        f"{where}: none of tokens, prompt, messages, question among its fields {sorted(row)}"
-    )
-
-
-def _ids(row: dict, field: str, where: str) -> list[int]:
-    ids = row[field]
-    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
-        raise UserError(f"{where}: {field} is not a list of token ids")
-    return ids
-
-
-def _text(row: dict, field: str, where: str) -> str:
-    if not isinstance(row[field], str):
-        raise UserError(f"{where}: {field} is not a text")
-    return row[field]
-
-
-def _trace(
-    row: dict, where: str, tokenizer: PreTrainedTokenizerBase | None, thinking: bool
-) -> Example:
-    """A row with what is to be learned: `response_tokens` after `tokens`, or a text: `response`,
-    `solution`, or the last message of an assistant."""
-    if "tokens" in row and "response_tokens" in row:
-        prompt, response = _ids(row, "tokens", where), _ids(row, "response_tokens", where)
-    elif tokenizer is None:
-        raise UserError(f"{where}: the model has no tokenizer: needs tokens, response_tokens")
-    else:
-        if "messages" in row and "response" not in row:
-            *turns, last = chat.parse_messages(row, where, prompt=False)
-            if not turns:
-                raise UserError(f"{where}: messages: nothing before the assistant's turn")
-            prompt, text = chat.render(tokenizer, turns, thinking=thinking), last.get("content")
-        else:
-            prompt = prompt_tokens(row, where, tokenizer, thinking)
-            field = "response" if "response" in row else "solution"
-            if field not in row:
-                raise UserError(f"{where}: neither response nor solution among {sorted(row)}")
-            text = _text(row, field, where)
-        response = chat.written(tokenizer, text) if text else []
-    if not prompt:
-        raise UserError(f"{where}: the prompt is empty")
-    if not response:
-        raise UserError(f"{where}: the response is empty")
-    return Example(prompt, response, str(row.get("answer", "")), where)
+Require = Callable[[Example], None]  # raises UserError naming an example that cannot be used
 
 
 def load(
-    c: ConfigDict, tokenizer: PreTrainedTokenizerBase | None, seed: int, traces: bool
+    c: ConfigDict,
+    tokenizer: PreTrainedTokenizerBase | None,
+    seed: int,
+    traces: bool,
+    require: Require = lambda example: None,
 ) -> Source:
-    """The source that a stage's `data` names; with `traces`, examples carry responses.
+    """The source, or the mixture of sources, that a stage's `data` names; with `traces`, examples
+    carry responses.
 
-    Every row of a file is read and tokenised here, so that a bad one is met before training.
+    The first `data.check` rows of each are read and tokenised here, so that a bad one among them is
+    met before training; those of a larger set are met when they are read. What `data.on_bad_row`
+    says holds for both: "fail" ends the run with the row's name, "skip" leaves it out, counted.
+
+    Raises:
+      UserError: naming the key, file or row at fault.
     """
-    if c.size < 0:
-        raise UserError(f"config.data.size={c.size}: not a number of rows")
-    if c.source == "arithmetic":
+    for field in ("size", "check", "window"):
+        if c[field] < 0:
+            raise UserError(f"config.data.{field}={c[field]}: not a number of rows")
+    if c.streaming and not c.window:
+        raise UserError("config.data.window=0: a stream is shuffled in windows of rows")
+    for field, known in CHOICES.items():
+        if c[field] not in known:
+            raise UserError(f"config.data.{field}={c[field]!r}: is none of {', '.join(known)}")
+    skipped: dict[str, str] = {}
+    if not c.mixture:
+        return _one(c, c.source, tokenizer, seed, traces, require, skipped)
+    for part in c.mixture:
+        if not (len(part) == 2 and isinstance(part[0], str) and part[1] > 0):
+            raise UserError(f"config.data.mixture: {part!r} is no pair of a source and a weight")
+    parts = [_one(c, name, tokenizer, seed, traces, require, skipped) for name, _ in c.mixture]
+    return mix(parts, [float(weight) for _, weight in c.mixture], seed)
+
+
+CHOICES = {
+    "on_bad_row": ("fail", "skip"),
+    "turns": ("last", "all"),
+    "keep": ("all", "finished", "correct"),
+}
+
+
+def _one(
+    c: ConfigDict,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    seed: int,
+    traces: bool,
+    require: Require,
+    skipped: dict[str, str],
+) -> Source:
+    if name == "arithmetic":
         if tokenizer is None:
             raise UserError("config.data.source: arithmetic needs a model with a tokenizer")
-
-        def generate(index: int) -> Example:
-            problem = arithmetic.problem(seed, index, c.split, tuple(c.operations))
-            ids, mask = chat.trace(
-                tokenizer,
-                arithmetic.messages(problem),
-                arithmetic.response(problem),
-                thinking=c.thinking,
-            )
-            start = len(mask) - sum(mask)
-            where = f"arithmetic problem {index}"
-            return Example(ids[:start], ids[start:], problem.answer, where)
-
-        generate(0)  # a bad split or range is an error now
-        return Source(c.size, generate)
-    rows = read_jsonl(c.source)
-    if c.size:
-        rows = rows[: c.size]
-    if traces:
-        examples = [_trace(row, where, tokenizer, c.thinking) for where, row in rows]
+        rows = sources.problems(c, seed)
     else:
-        examples = [
-            Example(
-                prompt_tokens(row, where, tokenizer, c.thinking),
-                [],
-                str(row.get("answer", "")),
-                where,
-            )
-            for where, row in rows
-        ]
-    return Source(len(examples), examples.__getitem__)
+        window = c.window if c.streaming else 0
+        rows = sources.open_rows(name, size=c.size, window=window)
+        if traces and not window and "samples" in rows.row(0):
+            rows = sources.samples(rows, c.keep)
+
+    def example(index: int) -> Example:
+        where = rows.where(index)
+        row = columns.canonical(rows.row(index), c.columns, where, traces)
+        if traces:
+            made = trace(row, where, tokenizer, c.thinking, c.turns)
+        else:
+            ids = prompt_tokens(row, where, tokenizer, c.thinking)
+            made = Example(ids, [], str(row.get("answer", "")), where)
+        require(made)
+        return made
+
+    if c.on_bad_row == "fail":
+        for index in range(min(c.check, rows.size) if rows.size else ENDLESS_SAMPLE):
+            example(index)
+        return Source(rows.size, example, rows.window, skipped)
+    return _skipping(rows, example, c.check, skipped)
 
 
-def check(source: Source, limit: int, field: str, vocab_size: int, sample: int = 1000) -> None:
-    """Raises UserError naming the first example whose prompt is longer than `limit` tokens or
-    that has ids outside the vocabulary (all rows of a file, the first `sample` of an endless one).
+def _skipping(
+    rows: sources.Rows, example: Callable[[int], Example], check: int, skipped: dict[str, str]
+) -> Source:
+    """A source that leaves bad rows out. Those found before training are no part of it; the place
+    of one that is met later is taken by the next good row."""
+
+    def attempt(index: int) -> Example | None:
+        where = rows.where(index)
+        if where in skipped:
+            return None
+        try:
+            return example(index)
+        except UserError as error:
+            skipped[where] = str(error)
+            metrics.say(f"skipped: {error}")
+            return None
+
+    count = min(check, rows.size) if rows.size else ENDLESS_SAMPLE
+    good = [index for index in range(count) if attempt(index) is not None]
+    if count - len(good):
+        metrics.say(f"{rows.name}: {count - len(good)} of the first {count} rows are skipped")
+    if not good and count:
+        raise UserError(f"{rows.name}: no good row; {next(iter(skipped.values()))}")
+
+    def substituted(index: int) -> Example:
+        for other in range(index, index + rows.size):
+            found = attempt(other % rows.size)
+            if found is not None:
+                return found
+        raise UserError(f"{rows.name}: no good row; {next(iter(skipped.values()))}")
+
+    if rows.size and count == rows.size:
+        return Source(len(good), lambda index: example(good[index]), rows.window, skipped)
+    return Source(rows.size, substituted if rows.size else example, rows.window, skipped)
+
+
+def mix(parts: list[Source], weights: list[float], seed: int) -> Source:
+    """One source without end, in which sources have their shares, each in its own shuffled order.
+
+    Every MIXTURE_BLOCK examples hold a share of each source in proportion to its weight (rounded
+    down, at least one; the rest is of the largest), in an order drawn for that block.
     """
-    for index in range(source.size or sample):
-        example = source.example(index)
-        require_fit(example, limit, field)
-        require_ids(example.prompt + example.response, vocab_size, example.where)
+    shares = np.array(weights) / sum(weights) * MIXTURE_BLOCK
+    counts = np.maximum(1, shares.astype(int))
+    counts[np.argmax(counts)] += MIXTURE_BLOCK - counts.sum()
+    kinds = np.repeat(np.arange(len(parts)), counts)
+
+    def example(index: int) -> Example:
+        block, place = divmod(index, MIXTURE_BLOCK)
+        order = kinds[_permutation(MIXTURE_BLOCK, (seed, block))]
+        kind = order[place]
+        ordinal = block * counts[kind] + np.count_nonzero(order[:place] == kind)
+        return one(parts[kind], int(ordinal), seed)
+
+    return Source(0, example, 0, parts[0].skipped)
 
 
-def require_fit(example: Example, limit: int, field: str) -> None:
-    """Raises UserError if a prompt is longer than `limit` tokens; `field` says what sets it."""
+def require(example: Example, limit: int, field: str, vocab_size: int) -> None:
+    """Raises UserError if a prompt is longer than `limit` tokens (`field` says what sets it), or
+    the example has ids outside a vocabulary of `vocab_size`."""
     if len(example.prompt) > limit:
         raise UserError(
             f"{example.where}: prompt of {len(example.prompt)} tokens, {field} allows {limit}"
         )
+    require_ids(example.prompt + example.response, vocab_size, example.where)
 
 
 def require_ids(ids: list[int], vocab_size: int, where: str) -> None:
@@ -205,17 +219,54 @@ def require_ids(ids: list[int], vocab_size: int, where: str) -> None:
         raise UserError(f"{where}: token id {unknown} is outside the vocabulary of {vocab_size}")
 
 
-def at(source: Source, step: int, count: int, seed: int) -> list[Example]:
-    """The `count` examples of a step: consecutive ones of a source without end; of a finite one,
-    an order drawn anew for each epoch, so that each example comes once an epoch."""
-    ordinals = range(step * count, (step + 1) * count)
+@functools.lru_cache(maxsize=16)
+def _permutation(size: int, seeds: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(seeds).permutation(size)
+
+
+def one(source: Source, ordinal: int, seed: int) -> Example:
+    """The example that comes as number `ordinal` of all that are read: that very one of a source
+    without end; of a finite one, by an order drawn anew for each epoch, so that each example comes
+    once an epoch."""
     if not source.size:
-        return [source.example(i) for i in ordinals]
-    orders = {
-        epoch: np.random.default_rng((seed, epoch)).permutation(source.size)
-        for epoch in {i // source.size for i in ordinals}
-    }
-    return [source.example(int(orders[i // source.size][i % source.size])) for i in ordinals]
+        return source.example(ordinal)
+    epoch, place = divmod(ordinal, source.size)
+    if not source.window:
+        return source.example(int(_permutation(source.size, (seed, epoch))[place]))
+    window, place = divmod(place, source.window)
+    begin = window * source.window
+    size = min(source.window, source.size - begin)
+    return source.example(begin + int(_permutation(size, (seed, epoch, window))[place]))
+
+
+def at(
+    source: Source, step: int, count: int, seed: int, share: Sequence[int] | None = None
+) -> list[Example]:
+    """The `count` examples of a step, or those of its places that `share` lists: what a process
+    reads that feeds these rows of the batch. The order does not depend on who reads it."""
+    places = range(count) if share is None else share
+    return [one(source, step * count + place, seed) for place in places]
+
+
+T = TypeVar("T")
+
+
+def ahead(make: Callable[[int], T], end: int) -> Callable[[int], T]:
+    """`make`, with the next number's result (below `end`) begun in a thread while this one's is
+    used. For functions of their argument alone: what they give does not change, only when."""
+    pool = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+    begun: dict[int, concurrent.futures.Future[T]] = {}
+
+    def get(number: int) -> T:
+        future = begun.pop(number, None)
+        if future is None:  # the first, or a jump; after what the thread is still at
+            future = pool.submit(make, number)
+        made = future.result()
+        if number + 1 < end:
+            begun[number + 1] = pool.submit(make, number + 1)
+        return made
+
+    return get
 
 
 def left_pad(prompts: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -233,14 +284,42 @@ def trace_batch(examples: list[Example], max_prompt: int, max_response: int) -> 
 
     A response longer than max_response is cut, and then has no stop token to learn.
     """
-    T = max_prompt + max_response
-    tokens = np.zeros((len(examples), T), np.int32)
+    return layout([[example] for example in examples], max_prompt + max_response, max_response)
+
+
+def layout(rows: Sequence[Iterable[Example]], T: int, max_response: int) -> Batch:
+    """Rows of T tokens, each with its examples one behind the other as segments 1, 2, ...
+
+    Positions begin at 0 in each segment, and attention does not leave one (models.qwen3.model), so
+    examples are trained as if each had a row of its own. Responses are cut at max_response.
+    """
+    tokens = np.zeros((len(rows), T), np.int32)
     segments, mask = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
-    for row, example in enumerate(examples):
-        start, response = len(example.prompt), example.response[:max_response]
-        tokens[row, : start + len(response)] = example.prompt + response
-        segments[row, : start + len(response)] = 1
-        mask[row, start : start + len(response)] = True
-    positions = np.broadcast_to(np.arange(T, dtype=np.int32), tokens.shape)
+    begins = np.zeros_like(tokens)  # of each token's segment; padding goes on with the last one's
+    for row, examples in enumerate(rows):
+        at = 0
+        for number, example in enumerate(examples, start=1):
+            response = example.response[:max_response]
+            start = at + len(example.prompt)
+            end = start + len(response)
+            tokens[row, at:end] = example.prompt + response
+            segments[row, at:end] = number
+            mask[row, start:end] = (example.trained or [True] * len(response))[: len(response)]
+            begins[row, at:] = at
+            at = end
+    positions = np.arange(T, dtype=np.int32)[None] - begins
     arrays: Any = (tokens, positions, segments, mask)  # host arrays, until they are put on a mesh
     return Batch(*arrays)
+
+
+def measure(
+    batch: Batch, rows: Sequence[Sequence[Example]], max_response: int, source: Source
+) -> dict[str, float]:
+    """Metrics of what was read: the share of the batch that tokens fill, the share of responses
+    that were cut, and how many bad rows have been left out so far."""
+    lengths = [len(example.response) for row in rows for example in row]
+    return {
+        "data/efficiency": float((np.asarray(batch.segments_BT) > 0).mean()),
+        "data/truncated": sum(n > max_response for n in lengths) / max(1, len(lengths)),
+        "data/skipped": len(source.skipped),
+    }

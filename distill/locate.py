@@ -71,6 +71,12 @@ def origin(path: str | Path) -> str:
     return str(base)
 
 
+def tokenizer_directory(path: str | Path) -> Path:
+    """Where the tokenizer of a model, or of a run's student, is."""
+    taken = (_student(path) or {}).get("tokenizer")
+    return tokenizer_directory(taken) if taken else resolve(path)
+
+
 def local(path: str | Path) -> Path:
     """The directory of this name, or that of a hub id, which is fetched."""
     # What lies in a folder that is there is meant as a path, though it may look like a hub id.

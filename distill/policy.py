@@ -22,7 +22,7 @@ from distill import chat, metrics
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.checkpoint import Checkpoints
-from distill.locate import is_run, local, lora_of, origin, resolve
+from distill.locate import is_run, local, lora_of, origin, resolve, tokenizer_directory
 from models.errors import UserError
 from models.qwen3 import adapter, attention, lora, model, moe, weights
 from models.qwen3.config import Config
@@ -43,6 +43,7 @@ class Policy:
     params: Params
     tokenizer: PreTrainedTokenizerBase | None
     stop_ids: tuple[int, ...]
+    tokenizer_dir: Path = Path()  # where `tokenizer` was read
 
 
 def describe(
@@ -50,26 +51,37 @@ def describe(
     dtype: str,
     remat: bool,
     mesh: Mesh,
+    *,
     trained: LoRA | None = None,
     kernel: str = "auto",
+    tokenizer_of: str = "",
 ) -> Policy:
     """Everything about the model but its parameters, which are shapes with shardings.
 
     With `trained` it is the frozen base of a LoRA to train, which goes on from the adapter that
     `path` may name. `kernel` is what models.qwen3.attention.choose takes.
 
+    `tokenizer_of` names the model whose tokenizer and chat template it takes in place of its own:
+    a Base student those of its teacher, which have `<think>` and end turns by another token. The
+    model then stops at the stop ids of both.
+
     Raises:
-      UserError: if the directory is no Qwen3, or the mesh does not divide it.
+      UserError: if the directory is no Qwen3, the mesh does not divide it, or the tokenizer has
+        other ids for the tokens of the model's own.
     """
-    directory = resolve(path)
+    directory, tokenizer_dir = resolve(path), tokenizer_directory(tokenizer_of or path)
     config = Config.from_directory(directory)
     mesh_lib.check(config, mesh, f"{path}/config.json")
-    tokenizer = chat.load_tokenizer(directory)
+    tokenizer = chat.load_tokenizer(tokenizer_dir)
+    stops = set(chat.stop_ids(directory, tokenizer))
+    if tokenizer_dir != directory:
+        chat.require_extended(chat.load_tokenizer(directory), tokenizer, (path, str(tokenizer_dir)))
+        stops |= {i for i in chat.stop_ids(tokenizer_dir) if i < config.vocab_size}
     abstract = mesh_lib.parameters(config, mesh)
     platform = mesh.devices.flat[0].platform
     kernel = attention.choose(kernel, platform, config.head_dim, jnp.dtype(dtype))
     qwen3 = Qwen3(config, dtype=jnp.dtype(dtype), remat=remat, kernel=kernel, lora=trained)
-    return Policy(path, config, qwen3, abstract, tokenizer, chat.stop_ids(directory, tokenizer))
+    return Policy(path, config, qwen3, abstract, tokenizer, tuple(sorted(stops)), tokenizer_dir)
 
 
 def reader(path: str, dtype: str) -> Policy:
@@ -237,7 +249,15 @@ def newest_step(path: str | Path) -> int | None:
 def require_same_vocabulary(student: Policy, teacher: Policy) -> None:
     """Raises UserError if a token id of one is not that token of the other."""
     names = (student.path, teacher.path)
-    chat.require_same_tokenizer(student.tokenizer, teacher.tokenizer, names)
+    try:
+        chat.require_same_tokenizer(student.tokenizer, teacher.tokenizer, names)
+    except UserError as error:
+        with contextlib.suppress(UserError):
+            chat.require_extended(student.tokenizer, teacher.tokenizer, names)
+            raise UserError(
+                f"{error}; --config.student.tokenizer={teacher.path} gives it the teacher's"
+            ) from None
+        raise
     if student.config.vocab_size != teacher.config.vocab_size:
         raise UserError(
             f"{teacher.path}: vocab_size={teacher.config.vocab_size}, "
@@ -268,7 +288,7 @@ def _drawn(policy: Policy, key: jax.Array, kind: LoRA | None) -> Params:
 def save(policy: Policy, directory: Path, dtype: str) -> None:
     """Writes a Hugging Face directory: weights in `dtype`, config, stop ids, tokenizer."""
     weights.save(policy.params, policy.config, directory, jnp.dtype(dtype))
-    chat.copy(resolve(policy.path), directory)
+    chat.copy(resolve(policy.path), policy.tokenizer_dir, policy.stop_ids, directory)
 
 
 def save_adapter(run: Policy, trained: Params, directory: Path, dtype: str) -> None:
@@ -277,7 +297,7 @@ def save_adapter(run: Policy, trained: Params, directory: Path, dtype: str) -> N
     assert kind is not None
     name = str(Path(base).resolve()) if Path(base).is_dir() else base  # else a hub id
     adapter.save(trained, kind, run.config, name, directory, jnp.dtype(dtype))
-    chat.copy(resolve(run.path), directory)
+    chat.copy(resolve(run.path), run.tokenizer_dir, run.stop_ids, directory)
 
 
 def hidden(qwen3: Qwen3, params: Params, batch: Batch) -> jax.Array:

@@ -136,14 +136,19 @@ def _warm_up() -> None:
 
 def _find_answer(text: str) -> str | None:
     """The last box; else the number that follows the last marker; else the last number."""
-    boxes = list(_BOXED.finditer(text))
-    if boxes:
-        return _until_closed(text[boxes[-1].end() :])
+    if _BOXED.search(text):
+        return boxed(text)
     marked = _MARKED.findall(text)
     numbers = _NUMBER.findall(marked[-1] if marked else text)
     if not numbers:
         return None
     return (numbers[0] if marked else numbers[-1]).replace(",", "").replace("$", "")
+
+
+def boxed(text: str) -> str | None:
+    """What the last \\boxed{...} of a text holds; None without one, or where it is not closed."""
+    boxes = list(_BOXED.finditer(text))
+    return _until_closed(text[boxes[-1].end() :]) if boxes else None
 
 
 def _until_closed(text: str) -> str | None:

@@ -6,6 +6,7 @@ and draws is a function of (seed, step), so a run that was stopped goes on as if
 
 import contextlib
 import dataclasses
+import functools
 import json
 import signal
 import time
@@ -19,7 +20,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from distill import cli, data, losses, metrics, optim, policy, rollout, teacher, update
+from distill import cli, data, losses, metrics, optim, packing, policy, rollout, teacher, update
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.checkpoint import Checkpoints
@@ -47,6 +48,7 @@ class Stage:
     first: int
     source: data.Source
     optimizer: optax.GradientTransformation
+    packer: packing.Packer | None = None  # where rows hold several examples
 
     @property
     def end(self) -> int:
@@ -84,8 +86,15 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
         needed = field == "student" or any(c[name].objective == "opd" for name in c.stages)
         if needed and not c[field].path:
             raise UserError(f"config.{field}.path: name a model directory")
+    m = c.student
     student = policy.describe(
-        c.student.path, c.student.dtype, c.student.remat, mesh, _lora(c.student), c.attention
+        m.path,
+        m.dtype,
+        m.remat,
+        mesh,
+        trained=_lora(m),
+        kernel=c.attention,
+        tokenizer_of=m.tokenizer,
     )
     if not c.student.random_init:
         policy.check(student)
@@ -98,10 +107,20 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
     for name in c.stages:
         s = c[name]
         _check_stage(name, s, student, taught, mesh)
-        source = data.load(s.data, student.tokenizer, c.seed, traces=s.objective == "sft")
-        field, vocabulary = f"config.{name}.max_prompt_tokens", student.config.vocab_size
-        data.check(source, s.max_prompt_tokens, field, vocabulary)
-        stages.append(Stage(name, s, first, source, optim.make(s.optim, s.steps)))
+        require = functools.partial(
+            data.require,
+            limit=s.max_prompt_tokens,
+            field=f"config.{name}.max_prompt_tokens",
+            vocab_size=student.config.vocab_size,
+        )
+        traces = COLLECT[s.objective] is collect_traces
+        source = data.load(s.data, student.tokenizer, c.seed, traces, require)
+        packer = None
+        if s.pack_tokens:
+            packer = packing.Packer(
+                source, c.seed, s.batch_size, s.pack_tokens, s.max_response_tokens
+            )
+        stages.append(Stage(name, s, first, source, optim.make(s.optim, s.steps), packer))
         first += s.steps
     return Plan(student, taught, tuple(stages))
 
@@ -133,6 +152,13 @@ def _check_stage(
                 f"config.{name}: max_prompt_tokens + max_response_tokens = {total} exceeds the "
                 f"model's {limit} positions ({reader.path})"
             )
+    if s.pack_tokens and COLLECT[s.objective] is not collect_traces:
+        raise UserError(f"config.{name}.pack_tokens: {s.objective} samples, and packs nothing")
+    if s.pack_tokens < 0 or 0 < s.pack_tokens < total:
+        raise UserError(
+            f"config.{name}.pack_tokens={s.pack_tokens}: a row must hold max_prompt_tokens + "
+            f"max_response_tokens = {total}"
+        )
     rows = s.accumulate * mesh_lib.row_shards(mesh)
     for field, parts in (("accumulate times the devices", rows), ("samples", s.samples)):
         if s.batch_size % parts:
@@ -153,10 +179,21 @@ def collect_traces(plan: Plan, stage: Stage, seed: int, mesh: Mesh) -> Collect:
     """Off-policy: written responses from the stage's data."""
     s = stage.c
 
+    def make(step: int) -> tuple[Batch, dict[str, float]]:
+        if stage.packer:
+            rows, T = stage.packer.rows(step - stage.first), s.pack_tokens
+        else:
+            examples = data.at(stage.source, step - stage.first, s.batch_size, seed)
+            rows = [[example] for example in examples]
+            T = s.max_prompt_tokens + s.max_response_tokens
+        batch = data.layout(rows, T, s.max_response_tokens)
+        return batch, data.measure(batch, rows, s.max_response_tokens, stage.source)
+
+    made = data.ahead(make, stage.end)
+
     def collect(params: model.Params, step: int, key: jax.Array):
-        examples = data.at(stage.source, step - stage.first, s.batch_size, seed)
-        batch = data.trace_batch(examples, s.max_prompt_tokens, s.max_response_tokens)
-        return jax.device_put(batch, mesh_lib.rows(mesh)), {}
+        batch, measured = made(step)
+        return jax.device_put(batch, mesh_lib.rows(mesh)), measured
 
     return collect
 
@@ -172,8 +209,6 @@ def collect_rollouts(plan: Plan, stage: Stage, seed: int, mesh: Mesh) -> Collect
 
     def collect(params: model.Params, step: int, key: jax.Array):
         examples = data.at(stage.source, step - stage.first, count, seed)
-        for example in examples:
-            data.require_fit(example, s.max_prompt_tokens, f"{stage.name}.max_prompt_tokens")
         prompts = [example.prompt for example in examples for _ in range(s.samples)]
         tokens, segments = data.left_pad(prompts, s.max_prompt_tokens)
         begin = time.perf_counter()
@@ -196,6 +231,7 @@ def collect_rollouts(plan: Plan, stage: Stage, seed: int, mesh: Mesh) -> Collect
             "rollout/mean_length": written / s.batch_size,
             "rollout/truncated": 1 - float(batch.finished_B.mean()),
             "time/rollout": took,
+            "data/skipped": len(stage.source.skipped),
         }
         return teacher.score(taught, batch), measured
 
@@ -216,14 +252,15 @@ def transcripts(
     figures = {name: np.asarray(x[:count]) for name, x in stats.items()}
     decode = student.tokenizer.decode if student.tokenizer else lambda ids: None
     for i in range(len(tokens)):
-        prompt = tokens[i][(segments[i] > 0) & ~mask[i]].tolist()
-        response = tokens[i][mask[i]].tolist()
+        first = segments[i] == 1  # of a packed row its first example
+        prompt = tokens[i][first & ~mask[i]].tolist()
+        response = tokens[i][first & mask[i]].tolist()
         row = {
             "prompt": decode(prompt),
             "response": decode(response),
             "prompt_tokens": prompt,
             "tokens": response,
-            **{name: x[i][mask[i]].tolist() for name, x in figures.items()},
+            **{name: x[i][first & mask[i]].tolist() for name, x in figures.items()},
         }
         if batch.finished_B is not None:
             row["finish_reason"] = "stop" if bool(batch.finished_B[i]) else "length"
@@ -288,6 +325,9 @@ def begin(c: ConfigDict, plan: Plan, checkpoints: Checkpoints) -> tuple[update.T
         trained = mesh_lib.parameters(student.config, policy.mesh_of(student), student.model.lora)
         restored = checkpoints.restore(update.abstract(optimizer, trained))
         if restored:
+            packer = plan.stages[restored[1]["index"]].packer
+            if packer:
+                packer.resume(restored[1]["packing"])
             return restored[0], restored[1]["index"]
     key = jax.random.key(c.seed)
     if plan.student.model.lora:
@@ -370,7 +410,10 @@ def run_stage(
             bar.update(step + 1 - stage.first, {k: measured[k] for k in shown if k in measured})
             stopping = bool(stopped())  # once: a signal may come while the state is being saved
             last = stopping or step + 1 == stage.end
-            saved.save(step + 1, state, {"stage": stage.name, "index": index}, force=last)
+            about = {"stage": stage.name, "index": index}
+            if stage.packer:
+                about["packing"] = stage.packer.position(step + 1 - stage.first)
+            saved.save(step + 1, state, about, force=last)
             if stopping:
                 break
     return state

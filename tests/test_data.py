@@ -1,5 +1,6 @@
 """What a step reads, how rows become tokens, and which rows are refused."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -356,9 +357,16 @@ def test_bad_settings(tiny: PreTrainedTokenizerBase, fields: dict, words: str) -
 
 def test_a_prompt_must_fit_and_ids_must_exist(tmp_path: Path) -> None:
     rows = [{"tokens": [1] * 4, "response_tokens": [2]}, {"tokens": [3], "response_tokens": [4, 7]}]
-    source = data.load(config(write(tmp_path / "rows.jsonl", *rows)), None, 0, traces=True)
-    data.check(source, 4, "config.sft.max_prompt_tokens", 8)
+    c = config(write(tmp_path / "rows.jsonl", *rows))
+
+    def check(limit: int, vocab_size: int) -> Source:
+        require = functools.partial(
+            data.require, limit=limit, field="config.sft.max_prompt_tokens", vocab_size=vocab_size
+        )
+        return data.load(c, None, 0, True, require)
+
+    assert check(4, 8).size == 2
     with pytest.raises(UserError, match=r"rows\.jsonl:1: prompt of 4 tokens, config\.sft\.max_pro"):
-        data.check(source, 3, "config.sft.max_prompt_tokens", 8)
+        check(3, 8)
     with pytest.raises(UserError, match=r"rows\.jsonl:2: token id 7 is outside the vocab"):
-        data.check(source, 4, "config.sft.max_prompt_tokens", 7)
+        check(4, 7)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from configs import base, quickstart
 from distill import mesh as mesh_lib
-from distill import metrics, policy, train
+from distill import metrics, packing, policy, train
 from models.errors import UserError
 from models.qwen3 import weights
 
@@ -31,6 +31,13 @@ def tiny_model(directory, seed, **fields):
     return str(directory)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def windows_of_one_step():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "WINDOW_ROWS", 4)
+        yield
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
@@ -38,7 +45,8 @@ def models(tmp_path_factory):
 
 
 def config(models) -> ConfigDict:
-    """Two stages, 2 + 3 steps; two responses to each prompt in the second."""
+    """Two stages, 2 + 3 steps; packed rows in the first, two responses to each prompt in the
+    second."""
     c = base.get_config()
     c.stages = ("sft", "opd")
     c.student.path, c.teacher.path = models
@@ -53,6 +61,7 @@ def config(models) -> ConfigDict:
         stage.batch_size = 4
         stage.max_prompt_tokens, stage.max_response_tokens = 60, 16
         stage.optim.learning_rate = 1e-3
+    c.sft.pack_tokens = 100
     c.opd.samples = 2
     return c
 
@@ -201,6 +210,8 @@ BAD = {
     "split": (change("sft.data.split", "dev"), "dev"),
     "no samples": (change("opd.samples", 0), "config.opd.samples=0: must be at least 1"),
     "temperature": (change("opd.sampling.temperature", -1.0), "temperature=-1.0: must be"),
+    "packed samples": (change("opd.pack_tokens", 100), "config.opd.pack_tokens: opd samples"),
+    "short rows": (change("sft.pack_tokens", 75), "a row must hold max_prompt_tokens + max_resp"),
     "schedule": (change("opd.optim.schedule", "cosin"), "cosin"),
 }
 
@@ -225,7 +236,7 @@ def test_bad_config(models, tmp_path, name):
         ("", "rows.jsonl: no rows"),
         ('{"question": "1+1?"}\n{"question": ', "rows.jsonl:2: not JSON"),
         ('{"question": "1+1?"}\n[1]\n', "rows.jsonl:2: not a JSON object"),
-        ('{"problem": "1+1?"}\n', "rows.jsonl:1: none of tokens, prompt, messages, question"),
+        ('{"query": "1+1?"}\n', "rows.jsonl:1: none of tokens, prompt, messages, question"),
         ('{"question": 3}\n', "rows.jsonl:1: question is not a text"),
         ('{"question": "1+1?"}\n{"question": "' + "7" * 80 + '"}\n', "rows.jsonl:2: prompt of"),
     ],
