@@ -45,6 +45,15 @@ def stage(objective: str) -> ConfigDict:
     c.sampling.top_k = 0  # 0: off
     c.sampling.top_p = 1.0  # 1: off
 
+    # How the device samples; what is sampled does not depend on it.
+    c.rollout = ConfigDict()
+    c.rollout.slots = 0  # rows that decode at once; below batch_size, ended ones make room; 0: all
+    c.rollout.segment = 64  # tokens a row between two looks of the host at which rows have ended
+    c.rollout.chunk = 2048  # tokens of prompts read in one call; bounds its memory
+    c.rollout.cache_tokens = 0  # most slots x tokens of the cache; 0: slots x longest row
+    c.rollout.cache_dtype = ""  # bfloat16 or int8: less memory, less exact; "": student.dtype
+    c.rollout.gathered = True  # each row shard holds all weights; False: fetches them each token
+
     # The optimiser.
     c.optim = ConfigDict()
     c.optim.name = "adamw"  # or muon, adafactor, sgd (distill/optim.py)

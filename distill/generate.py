@@ -103,7 +103,7 @@ def generate(
                     if subject.tokenizer
                     else None,
                     "logprobs": c.logprobs,
-                    "finish_reason": "stop" if c.finished else "length",
+                    "finish_reason": c.reason,
                 }
                 for c in group
             ]

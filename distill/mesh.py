@@ -34,6 +34,11 @@ RULES = (
     ("layers", None),
 )
 
+_FETCHED = ("embed", "vocab")
+# The same for weights that every row shard holds whole, but for experts: for decoding, which reads
+# all of them for each token and would have to fetch them each time.
+GATHERED = (("embed", None), ("vocab", "tensor"), *(r for r in RULES if r[0] not in _FETCHED))
+
 
 def make(data: int, fsdp: int, tensor: int, expert: int = 1) -> Mesh:
     """A mesh of the first devices, as many as the product; one size may be -1: all that are left.
@@ -107,14 +112,16 @@ def check(config: Config, mesh: Mesh, source: str) -> None:
             raise UserError(f"{source}: {name}={size} does not divide by mesh axis {axis}={parts}")
 
 
-def parameters(config: Config, mesh: Mesh, lora: LoRA | None = None) -> model.Params:
+def parameters(
+    config: Config, mesh: Mesh, lora: LoRA | None = None, rules: tuple = RULES
+) -> model.Params:
     """The parameters of a model, or what `lora` adds to them, as ShapeDtypeStructs (float32) with
     their shardings on `mesh`."""
     shapes, axes = model.abstract(config, lora)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
-        nn.logical_to_mesh_sharding(axes, mesh, RULES),
+        nn.logical_to_mesh_sharding(axes, mesh, rules),
     )
 
 
@@ -133,9 +140,22 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def split_rows(x: jax.Array) -> jax.Array:
+    """Within `use`: an array whose first axis is the batch, split as the batch is."""
+    return _constrained(x, PartitionSpec(ROWS))
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """Within `use`: an array that every device holds whole, so that every process can read it."""
+    return _constrained(x, PartitionSpec())
+
+
 def split_vocabulary(logits_BCV: jax.Array) -> jax.Array:
     """Within `use`: logits split over the vocabulary, as the head is; rows only over data."""
-    axes = jax.sharding.get_abstract_mesh().axis_names
-    if not axes:
-        return logits_BCV
-    return jax.lax.with_sharding_constraint(logits_BCV, PartitionSpec("data", None, VOCABULARY))
+    return _constrained(logits_BCV, PartitionSpec("data", None, VOCABULARY))
+
+
+def _constrained(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    if not jax.sharding.get_abstract_mesh().axis_names:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec)

@@ -10,6 +10,7 @@ import functools
 import json
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -171,6 +172,13 @@ def _sampling(s: ConfigDict) -> rollout.Sampling:
     return rollout.Sampling(s.sampling.temperature, s.sampling.top_k, s.sampling.top_p)
 
 
+def _options(s: ConfigDict) -> rollout.Options:
+    longest = s.max_prompt_tokens + s.max_response_tokens
+    return rollout.Options(
+        **{**s.rollout, "slots": s.rollout.slots or s.batch_size}, longest=longest
+    )
+
+
 # collect: (what is trained, step, key of the step) -> (batch, what it measured)
 Collect = Callable[[model.Params, int, jax.Array], tuple[Batch, dict[str, float]]]
 
@@ -203,37 +211,36 @@ def collect_rollouts(plan: Plan, stage: Stage, seed: int, mesh: Mesh) -> Collect
     s, student, taught = stage.c, plan.student, plan.teacher
     assert taught is not None
     count = s.batch_size // s.samples
-    rows = mesh_lib.rows(mesh)
-    prompt_B, sample_B = np.divmod(np.arange(s.batch_size, dtype=np.int32), s.samples)
-    sampling, sampled = _sampling(s), policy.sampled(student)
+    prompt_B, sample_B = np.divmod(np.arange(s.batch_size), s.samples)
+    sampling, options, sampled = _sampling(s), _options(s), policy.sampled(student)
 
     def collect(params: model.Params, step: int, key: jax.Array):
         examples = data.at(stage.source, step - stage.first, count, seed)
-        prompts = [example.prompt for example in examples for _ in range(s.samples)]
-        tokens, segments = data.left_pad(prompts, s.max_prompt_tokens)
+        counts: Counter[str] = Counter()
         begin = time.perf_counter()
         batch = rollout.sample(
             student.model,
             sampled(params),
-            jax.device_put(tokens, rows),
-            jax.device_put(segments, rows),
-            jax.device_put(rollout.row_keys(key, prompt_B, sample_B), rows),
+            [example.prompt for example in examples for _ in range(s.samples)],
+            rollout.row_keys(key, prompt_B, sample_B),
+            max_prompt_tokens=s.max_prompt_tokens,
             max_new_tokens=s.max_response_tokens,
             sampling=sampling,
             stop_ids=student.stop_ids,
-            stacked=rollout.prefers_stacked(),
+            options=options,
+            counts=counts,
         )
-        written = int(batch.mask_BT.sum())  # waits for the rollout
-        took = time.perf_counter() - begin
+        took, written = time.perf_counter() - begin, counts["tokens"]
         assert batch.finished_B is not None
         measured = {
             "rollout/tokens_per_second": written / took,
             "rollout/mean_length": written / s.batch_size,
             "rollout/truncated": 1 - float(batch.finished_B.mean()),
+            "rollout/utilisation": written / counts["slot_steps"],
             "time/rollout": took,
             "data/skipped": len(stage.source.skipped),
         }
-        return teacher.score(taught, batch), measured
+        return teacher.score(taught, jax.device_put(batch, mesh_lib.rows(mesh))), measured
 
     return collect
 

@@ -16,9 +16,10 @@ PACKAGES = ("models", "distill", "configs", "assets", "tests")
 # distill/, from top to bottom: a file imports from its own floor (without circles) and below.
 FLOORS = {
     "entry points": "train evaluate generate score serve plan export report quickstart clean",
-    "stages": "rollout teacher update",
+    "stages": "rollout slots engine teacher update",
     "parts": "policy data packing examples columns sources hygiene losses benchmarks",
-    "ground": "batch mesh aot chat locate rewards terms optim metrics checkpoint arithmetic cli",
+    "ground": "batch mesh aot sampling chat locate rewards terms optim metrics checkpoint "
+    "arithmetic cli",
 }
 FLOOR = {file: i for i, files in enumerate(FLOORS.values()) for file in files.split()}
 

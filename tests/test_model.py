@@ -18,6 +18,7 @@ from transformers.models.qwen3 import modeling_qwen3 as reference
 from distill import mesh as mesh_lib
 from models.errors import UserError
 from models.qwen3 import model, rope, weights
+from models.qwen3.cache import init_cache
 from models.qwen3.config import SIZES, Config
 from tests.helpers import tiny_qwen3
 
@@ -209,7 +210,7 @@ def test_cache_equals_forward(small, stacked):
     qwen3 = model.Qwen3(config, scan=stacked)
     variables = {"params": params if stacked else model.unstack(params, config.num_hidden_layers)}
     whole, _ = qwen3.apply(variables, tokens, positions, segments)
-    cache = model.init_cache(config, 2, 16, jnp.dtype("float32"), stacked)
+    cache = init_cache(config, 2, 16, jnp.dtype("float32"), stacked)
     step = jax.jit(qwen3.apply)
     parts = []
     for a, b in [(0, 8), *((i, i + 1) for i in range(8, 12))]:

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from distill import data, losses, metrics, policy, rollout, update
+from distill import losses, metrics, policy, rollout, update
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from models.errors import UserError
@@ -135,18 +135,20 @@ def test_greedy(pair, stacked):
     """Both layouts of the cache continue as transformers does, and record the forward's log-p."""
     network, config, params = pair
     prompts = [tokens_of(config, rows=1, length=n, seed=n)[0].tolist() for n in (5, 9)]
-    tokens, segments = data.left_pad(prompts, 9)
-    sampled = rollout.sample(
-        model.Qwen3(config),
-        params,
-        tokens,
-        segments,
-        rollout.row_keys(jax.random.key(0), np.arange(2), np.zeros(2, int)),
-        max_new_tokens=8,
-        sampling=rollout.Sampling(temperature=0),
-        stop_ids=(-1,),
-        stacked=stacked,
-    )
+    mesh = mesh_lib.make(1, 1, 1)
+    shardings = jax.tree.map(lambda p: p.sharding, mesh_lib.parameters(config, mesh))
+    with mesh_lib.use(mesh):
+        sampled = rollout.sample(
+            model.Qwen3(config),
+            jax.device_put(params, shardings),
+            prompts,
+            rollout.row_keys(jax.random.key(0), [0, 1], [0, 0]),
+            max_prompt_tokens=9,
+            max_new_tokens=8,
+            sampling=rollout.Sampling(temperature=0),
+            stop_ids=(-1,),
+            options=rollout.Options(slots=2, stacked=stacked),
+        )
     for row, prompt in enumerate(prompts):
         out = list(prompt)
         for _ in range(8):
@@ -160,7 +162,8 @@ def test_greedy(pair, stacked):
         logits_mib=1,
     )
     scored = losses.unshift(stats["logp"])[:, 9:]
-    np.testing.assert_allclose(sampled.sampler_logp_BT[:, 9:], scored, atol=1e-4)
+    recorded = np.asarray(sampled.sampler_logp_BT)[:, 9:]
+    np.testing.assert_allclose(recorded, scored, atol=1e-4)
 
 
 def test_exported_directory_loads_in_transformers(pair, tmp_path):

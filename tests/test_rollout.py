@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill import data, losses, policy, rollout
+from distill import losses, policy, rollout, sampling
 from distill import mesh as mesh_lib
-from distill.rollout import Sampling
+from distill.rollout import Options
+from distill.sampling import Sampling
 from models.qwen3 import model
 from models.qwen3.config import Config
 
@@ -33,8 +34,21 @@ P, R = 12, 24
 
 
 @pytest.fixture(scope="module")
-def params():
+def loose():
     return jax.jit(lambda key: model.init(CONFIG, key))(jax.random.key(0))
+
+
+def placed(params, mesh):
+    shardings = jax.tree.map(lambda p: p.sharding, mesh_lib.parameters(CONFIG, mesh))
+    return jax.device_put(params, shardings)
+
+
+@pytest.fixture(scope="module")
+def params(loose):
+    """On one device, which all of a module's tests then compute on."""
+    mesh = mesh_lib.make(1, 1, 1)
+    with mesh_lib.use(mesh):
+        yield placed(loose, mesh)
 
 
 def prompts(count, seed=0):
@@ -42,13 +56,19 @@ def prompts(count, seed=0):
     return [rng.integers(14, 96, rng.integers(1, P + 1)).tolist() for _ in range(count)]
 
 
-def sample(params, rows, numbers, samples=None, **kwargs):
-    tokens, segments = data.left_pad(rows, P)
-    keys = rollout.row_keys(
-        jax.random.key(3), np.array(numbers), np.array(samples or [0] * len(rows))
+def sample(params, rows, numbers, samples=None, sampling=None, **options):
+    keys = rollout.row_keys(jax.random.key(3), list(numbers), samples or [0] * len(rows))
+    return rollout.sample(
+        QWEN3,
+        params,
+        rows,
+        keys,
+        max_prompt_tokens=P,
+        max_new_tokens=R,
+        sampling=sampling or Sampling(),
+        stop_ids=STOPS,
+        options=Options(**{"slots": 8, **options}),
     )
-    kwargs = {"sampling": Sampling(), "stacked": False, "max_new_tokens": R, **kwargs}
-    return rollout.sample(QWEN3, params, tokens, segments, keys, stop_ids=STOPS, **kwargs)
 
 
 def responses(batch):
@@ -122,21 +142,21 @@ def test_positions_count_real_tokens(eight):
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-def test_meshes_draw_the_same_tokens(params, eight, stacked):
+def test_meshes_draw_the_same_tokens(loose, eight, stacked):
     mesh = mesh_lib.make(1, 2, 4)
     with mesh_lib.use(mesh):
-        shardings = jax.tree.map(lambda p: p.sharding, mesh_lib.parameters(CONFIG, mesh))
-        batch = sample(jax.device_put(params, shardings), prompts(8), range(8), stacked=stacked)
+        batch = sample(placed(loose, mesh), prompts(8), range(8), stacked=stacked)
     assert responses(batch) == responses(eight)
-    np.testing.assert_allclose(batch.sampler_logp_BT, eight.sampler_logp_BT, atol=1e-4)
+    want, got = (np.asarray(b.sampler_logp_BT) for b in (eight, batch))
+    np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 def test_draws_follow_the_distribution():
     """Frequencies of 20,000 draws against the probabilities, and the recorded log-probs."""
     logits = jnp.array([[1.0, 0.0, 2.0, -1.0, 0.5]])
-    sampling = Sampling(temperature=0.7, top_k=4, top_p=0.9)
+    how = Sampling(temperature=0.7, top_k=4, top_p=0.9)
     keys = jax.random.split(jax.random.key(0), 20_000)
-    tokens, logp = rollout.draw(jnp.repeat(logits, 20_000, 0), keys, sampling)
+    tokens, logp = sampling.draw(jnp.repeat(logits, 20_000, 0), keys, how)
     # by hand: tempered, token 3 out by top_k; then by mass .705, .169, .083, .040: the first
     # three reach .9, so token 1 goes too
     kept = np.exp(np.array([1.0, 2.0, 0.5]) / 0.7)
@@ -156,7 +176,7 @@ def test_truncation_matches_transformers():
         no_ids: Any = None
         reference = TopKLogitsWarper(k)(no_ids, reference) if k else reference
         reference = TopPLogitsWarper(p)(no_ids, reference) if p < 1 else reference
-        ours = rollout.truncate(jnp.asarray(logits), Sampling(0.6, k, p))
+        ours = sampling.truncate(jnp.asarray(logits), Sampling(0.6, k, p))
         np.testing.assert_allclose(ours, reference.numpy(), rtol=1e-6)
 
 
@@ -169,33 +189,28 @@ def test_greedy_records_the_models_own_probability(params):
 
 
 def test_complete_is_independent_of_batches_and_of_where_it_starts(params):
-    mesh = mesh_lib.make(1, 1, 1)
-    with mesh_lib.use(mesh):
-        shardings = jax.tree.map(lambda p: p.sharding, mesh_lib.parameters(CONFIG, mesh))
-        subject = policy.Policy(
-            "tiny", CONFIG, QWEN3, jax.device_put(params, shardings), None, STOPS
-        )
-        rows = prompts(7)
+    subject = policy.Policy("tiny", CONFIG, QWEN3, params, None, STOPS)
+    rows = prompts(7)
 
-        def complete(prompts, batch_size, first=0):
-            return list(
-                rollout.complete(
-                    subject,
-                    prompts,
-                    samples=3,
-                    key=jax.random.key(1),
-                    max_new_tokens=8,
-                    sampling=Sampling(),
-                    batch_size=batch_size,
-                    first=first,
-                )
+    def complete(prompts, batch_size, first=0):
+        return list(
+            rollout.complete(
+                subject,
+                prompts,
+                samples=3,
+                key=jax.random.key(1),
+                max_new_tokens=8,
+                sampling=Sampling(),
+                batch_size=batch_size,
+                first=first,
             )
+        )
 
-        whole = complete(rows, 64)
-        tokens = [[c.tokens for c in group] for group in whole]
-        assert [len(group) for group in whole] == [3] * 7
-        assert [[c.tokens for c in g] for g in complete(rows, 4)] == tokens
-        assert [[c.tokens for c in g] for g in complete(rows[4:], 4, first=4)] == tokens[4:]
+    whole = complete(rows, 64)
+    tokens = [[c.tokens for c in group] for group in whole]
+    assert [len(group) for group in whole] == [3] * 7
+    assert [[c.tokens for c in g] for g in complete(rows, 4)] == tokens
+    assert [[c.tokens for c in g] for g in complete(rows[4:], 4, first=4)] == tokens[4:]
 
 
 def test_buckets_are_few_and_near():

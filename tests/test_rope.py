@@ -12,8 +12,8 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from distill import data, policy, rollout, score
 from distill import mesh as mesh_lib
+from distill import policy, rollout, score
 from models.errors import UserError
 from models.qwen3 import model, rope, weights
 from models.qwen3.config import SIZES, Config, Scaling
@@ -130,7 +130,8 @@ def test_logits_and_greedy_beyond_the_original_positions(stretched):
     """64 tokens in one pass, then 40 written after 24, by cache."""
     directory, network = stretched
     config = Config.from_directory(directory)
-    abstract = mesh_lib.parameters(config, mesh_lib.make(1, 1, 1))
+    mesh = mesh_lib.make(1, 1, 1)
+    abstract = mesh_lib.parameters(config, mesh)
     shardings = jax.tree.map(lambda p: p.sharding, abstract)
     params = weights.load(directory, config, abstract, shardings, jnp.dtype("float32"))
     tokens = np.random.default_rng(0).integers(0, 128, (2, 64)).astype(np.int32)
@@ -148,17 +149,18 @@ def test_logits_and_greedy_beyond_the_original_positions(stretched):
     assert np.abs(plain - expected).max() > 1
 
     prompts = tokens[:, :24]
-    keys = rollout.row_keys(jax.random.key(0), np.arange(2), np.zeros(2, int))
-    written = rollout.sample(
-        model.Qwen3(config),
-        params,
-        *data.left_pad(prompts.tolist(), 24),
-        keys,
-        max_new_tokens=40,
-        sampling=rollout.Sampling(temperature=0),
-        stop_ids=(-1,),
-        stacked=False,
-    )
+    with mesh_lib.use(mesh):
+        written = rollout.sample(
+            model.Qwen3(config),
+            params,
+            prompts.tolist(),
+            rollout.row_keys(jax.random.key(0), np.arange(2), np.zeros(2, int)),
+            max_prompt_tokens=24,
+            max_new_tokens=40,
+            sampling=rollout.Sampling(temperature=0),
+            stop_ids=(-1,),
+            options=rollout.Options(slots=2),
+        )
     out = torch.tensor(prompts).long()
     for _ in range(40):
         with torch.no_grad():

@@ -15,6 +15,7 @@ from distill import policy, update
 from distill.batch import Batch
 from models.errors import UserError
 from models.qwen3 import model
+from models.qwen3.cache import init_cache
 from models.qwen3.config import Config
 
 B, T = 8, 24
@@ -215,7 +216,7 @@ def test_shardings_of_activations():
             hidden, model.head(params)
         )
         assert tuple(logits.sharding.spec)[2] == ("fsdp", "tensor")  # expert is 1
-        cache = jax.jit(lambda: model.init_cache(CONFIG, B, 16, jnp.float32, stacked=True))()
+        cache = jax.jit(lambda: init_cache(CONFIG, B, 16, jnp.float32, stacked=True))()
         assert tuple(cache.keys.sharding.spec)[2:4] in (
             (("data", "fsdp", "expert"), "tensor"),
             ("fsdp", "tensor"),

@@ -13,7 +13,6 @@ Segments: tokens attend to earlier tokens of their own segment. Segment 0 is pad
 computes is never read.
 """
 
-import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -21,75 +20,13 @@ import jax
 import jax.numpy as jnp
 
 from models.qwen3 import attention
+from models.qwen3.cache import Cache
 from models.qwen3.config import Config
 from models.qwen3.lora import LORA, LoRA, factors
 from models.qwen3.moe import ROUTER, MoE
 from models.qwen3.rope import rotary, rotate
 
 Params = Any  # nested dict of arrays, one entry per module below
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Keys and values of the slots written so far, in one of two layouts.
-
-    Stacked: arrays [L, S, B, K, H], what TPU compilers update in place inside a scan over layers
-    (other axis orders cost a copy of the cache). Per layer: tuples of L arrays, keys [B, K, H, S]
-    and values [B, K, S, H], 1.5 to 3 times faster on CPU. Only this file knows which.
-    """
-
-    keys: Any
-    values: Any
-    valid_BS: jax.Array  # bool: the slot holds a real token
-    slot: jax.Array  # int32 scalar: where the next token goes, the same for every row
-
-    def write(self, layer: Any, k_BTKH: jax.Array, v_BTKH: jax.Array) -> "Cache":
-        """Stores T new tokens of one layer from `slot` on (the slot itself does not move)."""
-        if isinstance(self.keys, tuple):
-            k_BKHT, v_BKTH = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)
-            keys, values = list(self.keys), list(self.values)
-            update = jax.lax.dynamic_update_slice_in_dim
-            keys[layer] = update(keys[layer], k_BKHT, self.slot, axis=3)
-            values[layer] = update(values[layer], v_BKTH, self.slot, axis=2)
-            return dataclasses.replace(self, keys=tuple(keys), values=tuple(values))
-        at = (layer, self.slot, 0, 0, 0)
-        k_1TBKH, v_1TBKH = k_BTKH.swapaxes(0, 1)[None], v_BTKH.swapaxes(0, 1)[None]
-        return dataclasses.replace(
-            self,
-            keys=jax.lax.dynamic_update_slice(self.keys, k_1TBKH, at),
-            values=jax.lax.dynamic_update_slice(self.values, v_1TBKH, at),
-        )
-
-    def attend(self, layer: Any, q_BNH: jax.Array) -> jax.Array:
-        """One query a row over all valid slots of one layer: [B, N, H]."""
-        B, N, H = q_BNH.shape
-        if isinstance(self.keys, tuple):
-            k_BKHS, v_BKSH = self.keys[layer], self.values[layer]
-        else:
-            k_BKHS = self.keys[layer].transpose(1, 2, 3, 0)
-            v_BKSH = self.values[layer].transpose(1, 2, 0, 3)
-        q_BKQH = q_BNH.reshape(B, k_BKHS.shape[1], -1, H)
-        scores = jnp.einsum("BKQH,BKHS->BKQS", q_BKQH, k_BKHS, preferred_element_type=jnp.float32)
-        weights = attention.softmax(scores * H**-0.5, self.valid_BS[:, None, None, :]).astype(
-            q_BNH.dtype
-        )
-        return jnp.einsum("BKQS,BKSH->BKQH", weights, v_BKSH).reshape(B, N, H)
-
-
-def init_cache(config: Config, rows: int, slots: int, dtype: jnp.dtype, stacked: bool) -> Cache:
-    """An empty cache for `rows` sequences of at most `slots` tokens, in the layout asked for."""
-    L, K, H = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-    if stacked:
-        names = (None, None, "batch", "act_heads", None)
-        keys = nn.with_logical_constraint(jnp.zeros((L, slots, rows, K, H), dtype), names)
-        values = keys
-    else:
-        names = ("batch", "act_heads", None, None)
-        constrain = nn.with_logical_constraint
-        keys = tuple(constrain(jnp.zeros((rows, K, H, slots), dtype), names) for _ in range(L))
-        values = tuple(constrain(jnp.zeros((rows, K, slots, H), dtype), names) for _ in range(L))
-    return Cache(keys, values, jnp.zeros((rows, slots), bool), jnp.zeros((), jnp.int32))
 
 
 class RMSNorm(nn.Module):
@@ -150,9 +87,9 @@ class Attention(nn.Module):
         v_BTKH = heads("v", K)
         if cache is not None:
             cache = cache.write(layer, k_BTKH, v_BTKH)
-        if cache is not None and T == 1:
-            out_BTNH = cache.attend(layer, q_BTNH[:, 0])[:, None]
-        else:  # training, scoring, or the prefill of an empty cache: all keys are at hand
+        if cache is not None and cache.slots > T:
+            out_BTNH = cache.attend(layer, q_BTNH)
+        else:  # training, scoring, or what fills a cache at once: all keys are at hand
             out_BTNH = attention.TABLE[self.kernel](q_BTNH, k_BTKH, v_BTKH, segments_BT)
         out = Linear(D, ("heads", "embed"), self.lora, name="o")(out_BTNH.reshape(B, T, N * H))
         return out, cache
@@ -232,7 +169,8 @@ class Qwen3(nn.Module):
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states [B, T, D] in `dtype`, and the cache with these tokens written.
 
-        With a cache, T > 1 means the prefill of an empty one, T == 1 one decoding step.
+        With a cache, the tokens go to its next T slots, and attend to what it holds already; as
+        many tokens as it has slots must come to an empty one. A decoding step is T == 1.
         """
         c = self.config
         D, L = c.hidden_size, c.num_hidden_layers
@@ -244,9 +182,7 @@ class Qwen3(nn.Module):
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", None, None))
         rope = rotary(positions_BT, c)
         if cache is not None:
-            filled = (segments_BT > 0).astype(bool)
-            valid = jax.lax.dynamic_update_slice_in_dim(cache.valid_BS, filled, cache.slot, axis=1)
-            cache = dataclasses.replace(cache, valid_BS=valid)
+            cache = cache.fill(segments_BT > 0)
 
         lora = self.lora if self.is_initializing() or LORA in self.variables else None
         scan = self.scan and len(set(c.sparse_layers)) == 1
@@ -269,7 +205,7 @@ class Qwen3(nn.Module):
                 carry, _ = one(carry, layer, rope, segments_BT)
         x_BTD, cache = carry
         if cache is not None:
-            cache = dataclasses.replace(cache, slot=cache.slot + tokens_BT.shape[1])
+            cache = cache.move(tokens_BT.shape[1])
         return RMSNorm(c.rms_norm_eps, name="final_norm")(x_BTD), cache
 
 

@@ -1,0 +1,228 @@
+"""The programs that sampling runs on the device: read prompts, admit rows, decode, change shape.
+
+A fixed number of rows decodes together. What a row is and when it comes is the host's affair
+(distill/rollout.py); here it has keys and values in the cache, the hidden state that its next token
+is drawn from, and a few numbers. The token at response position i of a row is drawn with
+fold_in(row key, i), so that a row's draws depend on nothing beside it.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from distill import mesh as mesh_lib
+from distill.sampling import Sampling, draw
+from models.qwen3 import model
+from models.qwen3.cache import Cache, init_cache, take_rows
+from models.qwen3.model import Params, Qwen3
+
+GOING, STOP, LENGTH, BAD = range(4)  # why a row ended: a stop token, its limit, logits of NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """What the programs are compiled for."""
+
+    qwen3: Qwen3  # as `weights` returns it
+    sampling: Sampling
+    stop_ids: tuple[int, ...]
+    cache_dtype: str
+    segment: int  # decoding steps at most in one call of `decode`
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """The rows that decode together."""
+
+    cache: Cache
+    hidden_BD: jax.Array  # of the newest token: what the next one is drawn from
+    length_B: jax.Array  # int32: tokens in the cache, the position of the next one
+    drawn_B: jax.Array  # int32: response tokens so far
+    limit_B: jax.Array  # int32: response tokens at most
+    key_B2: jax.Array  # uint32: the data of each row's key
+    done_B: jax.Array  # bool: ended, or never begun
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What a call of `decode` drew: row b's tokens are tokens_WB[:count_B[b], b]."""
+
+    tokens_WB: jax.Array  # int32
+    logp_WB: jax.Array  # float32, of the distribution drawn from
+    count_reason_2B: jax.Array  # int32: how many tokens, and GOING, STOP, LENGTH or BAD
+
+
+def prefers_stacked() -> bool:
+    """Whether this platform decodes faster from a stacked cache (models.qwen3.cache.Cache)."""
+    return jax.default_backend() != "cpu"
+
+
+def weights(
+    qwen3: Qwen3, params: Params, mesh: Mesh, *, stacked: bool, gathered: bool
+) -> tuple[Qwen3, Params]:
+    """The model as it decodes: parameters in its dtype, in the layout that goes with the cache's.
+
+    gathered: no longer split over the mesh axes that also split the rows (experts still are), so
+    that no step has to fetch them; this takes the memory of all weights / tensor on each device.
+    """
+    rules = mesh_lib.GATHERED if gathered else mesh_lib.RULES
+    return qwen3.clone(scan=stacked, remat=False), _for_decoding(
+        qwen3, params, mesh=mesh, rules=rules, stacked=stacked
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("qwen3", "mesh", "rules", "stacked"))
+def _for_decoding(qwen3: Qwen3, params: Params, mesh: Mesh, rules: tuple, stacked: bool) -> Params:
+    # Cast once: every step reads all weights, and would otherwise read them in float32.
+    params = jax.tree.map(
+        lambda p, like: jax.lax.with_sharding_constraint(p.astype(qwen3.dtype), like.sharding),
+        params,
+        mesh_lib.parameters(qwen3.config, mesh, rules=rules),
+    )
+    return params if stacked else model.unstack(params, qwen3.config.num_hidden_layers)
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "rows", "slots", "first"))
+def empty_cache(decoder: Decoder, rows: int, slots: int, first: int = 0) -> Cache:
+    """What `read` begins with; it will fill the slots from `first` on."""
+    qwen3, dtype = decoder.qwen3, jnp.dtype(decoder.cache_dtype)
+    return init_cache(qwen3.config, rows, slots, dtype, qwen3.scan).move(first)
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "rows", "slots"))
+def empty(decoder: Decoder, rows: int, slots: int) -> State:
+    """No row yet."""
+    cache = empty_cache(decoder, rows, slots)
+    hidden_BD = jnp.zeros((rows, decoder.qwen3.config.hidden_size), decoder.qwen3.dtype)
+    zeros_B, keys_B2 = jnp.zeros(rows, jnp.int32), jnp.zeros((rows, 2), jnp.uint32)
+    done_B = jnp.ones(rows, bool)
+    return _split(State(cache, hidden_BD, zeros_B, zeros_B, zeros_B, keys_B2, done_B))
+
+
+def _split(state: State) -> State:
+    rest = dataclasses.replace(state, cache=None)  # pyright: ignore[reportArgumentType]
+    rest = jax.tree.map(mesh_lib.split_rows, rest)
+    return dataclasses.replace(rest, cache=state.cache.constrained())
+
+
+@functools.partial(jax.jit, static_argnames="decoder", donate_argnames="cache")
+def read(
+    decoder: Decoder, params: Params, cache: Cache, tokens_positions_2BT: jax.Array
+) -> tuple[Cache, jax.Array]:
+    """Reads T tokens a row into the cache; position -1 is padding. With the last hidden [B, D]."""
+    tokens_BT, positions_BT = tokens_positions_2BT
+    segments_BT = (positions_BT >= 0).astype(jnp.int32)
+    positions_BT = jnp.maximum(positions_BT, 0)
+    applied: Any = decoder.qwen3.apply(
+        {"params": params}, tokens_BT, positions_BT, segments_BT, cache
+    )
+    hidden_BTD, cache = applied
+    return cache.constrained(), hidden_BTD[:, -1]
+
+
+ADMITTED = ("source", "row", "length", "drawn", "limit", "key0", "key1")
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def admit(state: State, cache: Cache, hidden_BD: jax.Array, about_7B: jax.Array) -> State:
+    """Lets rows begin, or go on, from prompts that `read` has read.
+
+    about_7B: int32, a column for each that comes (see ADMITTED); row -1 is none, and only at the
+    end. `source` is its prompt's row in `cache` and `hidden_BD`.
+    """
+    source_B, row_B, length_B, drawn_B, limit_B = about_7B[:5]
+    key_B2 = jax.lax.bitcast_convert_type(about_7B[5:].T, jnp.uint32)
+    into_B = jnp.where(row_B < 0, len(row_B), row_B)  # past the end: dropped
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[into_B].set(new, mode="drop")
+
+    count = jnp.sum(row_B >= 0)
+    return _split(
+        State(
+            state.cache.insert(cache, source_B, row_B, count),
+            put(state.hidden_BD, mesh_lib.whole(hidden_BD)[source_B]),
+            put(state.length_B, length_B),
+            put(state.drawn_B, drawn_B),
+            put(state.limit_B, limit_B),
+            put(state.key_B2, key_B2),
+            put(state.done_B, jnp.zeros(len(row_B), bool)),
+        )
+    )
+
+
+@functools.partial(jax.jit, static_argnames="slots")
+def refit(state: State, rows_XB: jax.Array, slots: int) -> State:
+    """The rows rows_XB of each of X parts (-1: none) in a cache of `slots` slots."""
+    kept_XB = rows_XB >= 0
+    rows_XB = jnp.maximum(rows_XB, 0)
+    cache = state.cache.refit(rows_XB, kept_XB, slots)
+    rest = dataclasses.replace(state, cache=None)  # pyright: ignore[reportArgumentType]
+    rest = jax.tree.map(lambda x: take_rows(x, rows_XB), rest)
+    done_B = rest.done_B | ~kept_XB.reshape(-1)
+    return _split(dataclasses.replace(rest, cache=cache, done_B=done_B))
+
+
+@functools.partial(jax.jit, static_argnames="decoder", donate_argnames="state")
+def decode(
+    decoder: Decoder, params: Params, state: State, bounds_2: jax.Array
+) -> tuple[State, Drawn]:
+    """Draws bounds_2[0] tokens for each row, or fewer: until it ends, or bounds_2[1] rows have."""
+    qwen3, (W, B) = decoder.qwen3, (decoder.segment, state.done_B.shape[0])
+    head_VD = model.head(params)
+    stops = jnp.array(decoder.stop_ids, jnp.int32)
+
+    def running(carry: Any) -> jax.Array:
+        step, state, _ = carry
+        return (step < bounds_2[0]) & (jnp.sum(state.done_B) < bounds_2[1])
+
+    def body(carry: Any) -> Any:
+        step, state, drawn = carry
+        logits_BV = jnp.einsum(
+            "BD,VD->BV", state.hidden_BD, head_VD, preferred_element_type=jnp.float32
+        )
+        keys_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(state.key_B2), state.drawn_B)
+        tokens_B, logp_B = draw(logits_BV, keys_B, decoder.sampling)
+        bad_B = ~state.done_B & ~jnp.isfinite(logp_B)
+        live_B = ~state.done_B & ~bad_B
+        tokens_B = jnp.where(live_B, tokens_B, 0)
+        drawn_B = state.drawn_B + live_B
+        stop_B = live_B & jnp.any(tokens_B[:, None] == stops[None], axis=1)
+        limit_B = live_B & (drawn_B >= state.limit_B)
+        reason_B = jnp.select(
+            [bad_B, stop_B, limit_B], [BAD, STOP, LENGTH], drawn.count_reason_2B[1]
+        )
+        done_B = state.done_B | (reason_B != GOING)
+        drawn = Drawn(
+            drawn.tokens_WB.at[step].set(tokens_B),
+            drawn.logp_WB.at[step].set(jnp.where(live_B, logp_B, 0.0)),
+            jnp.stack([drawn.count_reason_2B[0] + live_B, reason_B]),
+        )
+        hidden_B1D, cache = qwen3.apply(
+            {"params": params},
+            tokens_B[:, None],
+            state.length_B[:, None],
+            (~done_B)[:, None].astype(jnp.int32),
+            state.cache,
+        )
+        state = dataclasses.replace(
+            state,
+            cache=cache,
+            hidden_BD=hidden_B1D[:, 0],
+            length_B=state.length_B + ~done_B,
+            drawn_B=drawn_B,
+            done_B=done_B,
+        )
+        return step + 1, state, drawn
+
+    nothing = Drawn(
+        jnp.zeros((W, B), jnp.int32), jnp.zeros((W, B), jnp.float32), jnp.zeros((2, B), jnp.int32)
+    )
+    _, state, drawn = jax.lax.while_loop(running, body, (jnp.int32(0), state, nothing))
+    return _split(state), jax.tree.map(mesh_lib.whole, drawn)

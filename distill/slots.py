@@ -1,0 +1,325 @@
+"""Who sits where: a queue of rows, and a fixed number of slots that decode together.
+
+A slot whose row has ended takes the next row of the queue, a prompt is read once for all its
+samples, and the cache has the shape that its rows need. The programs are those of
+distill/engine.py. How many there are is bounded: slots, widths and prompts come in few sizes.
+"""
+
+import dataclasses
+import itertools
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from distill import engine
+from distill import mesh as mesh_lib
+from models.qwen3.cache import Cache
+from models.qwen3.model import Params
+
+NARROWEST = 64  # slots of a cache that is not worth making smaller
+SHRINK = 4  # once none are waiting: fewer slots decode on when this part of them has rows
+REFILL = 16  # part of the slots that must be free before a segment ends for the rows waiting
+
+REASONS = {engine.GOING: "", engine.STOP: "stop", engine.LENGTH: "length", engine.BAD: "error"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How rows are decoded; nothing here changes what is drawn."""
+
+    slots: int  # rows that decode together, rounded up to what the mesh divides
+    longest: int = 0  # tokens of prompt and response that a row may have; 0: as at hand
+    segment: int = 64  # steps at most between two looks of the host
+    chunk: int = 2048  # tokens of prompts read in one call; a longer prompt takes several
+    cache_tokens: int = 0  # slots x width of the cache never exceed it; 0: no limit
+    cache_dtype: str = ""  # float32, bfloat16 or int8; "": that of the model
+    gathered: bool = True  # see engine.weights
+    stacked: bool | None = None  # the layout (models.qwen3.cache); None: what the platform prefers
+    static: bool = False  # batch after batch at full width: what the rest is measured against
+
+
+@dataclasses.dataclass
+class Row:
+    """One response: what is asked for and, as far as it has come, what was drawn."""
+
+    prompt: list[int]
+    key: tuple[int, int]  # the data of its key
+    limit: int  # tokens at most
+    where: str = ""  # for messages
+    tokens: list[int] = dataclasses.field(default_factory=list)  # the stop token included
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    versions: list[int] = dataclasses.field(default_factory=list)  # of the weights, each token's
+    reason: str = ""  # stop, length or error (logits of NaN); "": not ended, can go on
+
+    @property
+    def context(self) -> tuple[int, ...]:
+        return (*self.prompt, *self.tokens)
+
+    @property
+    def longest(self) -> int:
+        return len(self.prompt) + self.limit
+
+
+class Slots:
+    """`at[i]` is the row of slot i, or None; `length[i]` its tokens, as far as the host knows."""
+
+    def __init__(
+        self,
+        decoder: engine.Decoder,
+        params: Params,
+        mesh: Mesh,
+        rows: Sequence[Row],
+        options: Options,
+        version: int,
+        counts: Counter[str],
+    ) -> None:
+        self.decoder, self.params, self.mesh, self.options = decoder, params, mesh, options
+        self.version, self.counts = version, counts
+        self.queue = deque(row for row in rows if not row.reason)
+        self.shards = mesh_lib.row_shards(mesh)
+        self.sizes = sizes(min(options.slots, len(self.queue)), self.shards)
+        self.last_sizes = sizes(self.sizes[0], self.shards, SHRINK)
+        longest = options.longest or max((row.longest for row in rows), default=1)
+        room = options.cache_tokens // self.shards or longest
+        self.widths = sorted({min(width, room) for width in widths(longest)})
+        self.at: list[Row | None] = []
+        self.length: list[int] = []
+        self.width = 0
+        self.state: engine.State | None = None
+        self.read: dict[tuple[int, ...], tuple[Cache, jax.Array, int]] = {}
+        self.drawn: tuple[engine.Drawn, list[Row | None], np.ndarray] | None = None
+
+    def advance(self, budget: int | None) -> bool:
+        """Fills free slots and starts a segment; files what the last one drew, while this one
+        runs; then waits to hear which rows it ended. False when there is nothing left to do."""
+        drawn = None
+        if (self.queue or self.live()) and (budget is None or budget > 0):
+            self.admit(self.make_room())
+            drawn = self.decode(budget)
+        self.file()
+        if drawn is None:
+            return False
+        # Of all that is read from the device, only this is waited for before it works again.
+        count_reason = np.asarray(jax.device_get(drawn.count_reason_2B))
+        self.drawn = (drawn, list(self.at), count_reason)
+        count, reason = count_reason
+        done = Counter(steps=int(count.max()), tokens=int(count.sum()))
+        done["slot_steps"] = done["steps"] * len(self.at)
+        if self.queue:
+            done["queued_tokens"], done["queued_slot_steps"] = done["tokens"], done["slot_steps"]
+        self.counts.update(done, segments=1)
+        for slot in self.live():
+            self.length[slot] += int(count[slot])
+            if reason[slot] != engine.GOING:
+                self.at[slot] = None
+        return True
+
+    def live(self) -> list[int]:
+        return [slot for slot, row in enumerate(self.at) if row]
+
+    def row(self, slot: int) -> Row:
+        row = self.at[slot]
+        assert row is not None
+        return row
+
+    def by_shard(self, slots: Iterable[int]) -> list[list[int]]:
+        """Slots by the part of the rows that they belong to."""
+        part, found = len(self.at) // self.shards, [[] for _ in range(self.shards)]
+        for slot in slots:
+            found[slot // part].append(slot)
+        return found
+
+    def put(self, x: Any) -> jax.Array:
+        return jax.device_put(np.asarray(x, np.int32), mesh_lib.replicated(self.mesh))
+
+    def decode(self, budget: int | None) -> engine.Drawn:
+        """Starts a segment; it ends early when there is something that the host could do."""
+        assert self.state is not None
+        size, live = len(self.at), len(self.live())
+        free, bound = size - live, size
+        if self.queue and not self.options.static:
+            bound = free + max(1, size // REFILL)
+        elif not self.options.static and size > self.sizes[-1]:
+            bound = max(size - size // SHRINK, free + 1)
+        steps = self.options.segment
+        if budget is not None:
+            steps = min(steps, -(-budget // live))
+        bounds = self.put([steps, min(bound, size)])
+        self.state, drawn = engine.decode(self.decoder, self.params, self.state, bounds)
+        return drawn
+
+    def file(self) -> None:
+        """Gives the tokens of the last segment to their rows."""
+        if self.drawn is None:
+            return
+        drawn, at, (count, reason) = self.drawn
+        tokens_WB, logp_WB = jax.device_get((drawn.tokens_WB, drawn.logp_WB))
+        for slot, row in enumerate(at):
+            if row:
+                n = int(count[slot])
+                row.tokens += tokens_WB[:n, slot].tolist()
+                row.logprobs += logp_WB[:n, slot].tolist()
+                row.versions += [self.version] * n
+                row.reason = REASONS[int(reason[slot])]
+        self.drawn = None
+
+    def reach(self, row: Row, length: int) -> int:
+        """The tokens that a row may have at the end of the next segment."""
+        return min(length + self.options.segment, row.longest)
+
+    def fit(self, tokens: int) -> tuple[int, int]:
+        """The width that a row of so many tokens needs, and the most slots allowed at it."""
+        width, room = next(w for w in self.widths if w >= tokens), self.options.cache_tokens
+        return width, next(n for n in self.sizes if not room or n * width <= room)
+
+    def make_room(self) -> int:
+        """Gives the cache the shape that the coming segment needs, and parks rows if it must.
+
+        Returns how many rows of the queue there is room for.
+        """
+        if self.options.static:
+            if not self.at:
+                self.resize(self.sizes[0], self.widths[-1])
+            return 0 if self.live() else min(len(self.at), len(self.queue))
+        live = self.live()
+        reach, coming = [self.reach(self.row(slot), self.length[slot]) for slot in live], 0
+        for row in itertools.islice(self.queue, self.sizes[0] - len(live)):
+            more = [*reach, self.reach(row, len(row.context))]
+            if len(more) > self.fit(max(more))[1]:
+                break
+            reach, coming = more, coming + 1
+        width, most = self.fit(max(reach))
+        crowd = max(map(len, self.by_shard(live))) * self.shards  # no row can leave its shard
+        if crowd > most:
+            self.park(most // self.shards)
+            return self.make_room()
+        size, needed = len(self.at), max(len(reach), crowd)
+        if coming == len(self.queue):  # the last ones: few shapes, for each is compiled
+            smallest = min(n for n in self.last_sizes if n >= needed)
+            size = smallest if size < needed or smallest <= size // SHRINK else size
+        if not needed <= size <= most:
+            size = min(n for n in self.sizes if n >= needed)
+        if (size, width) != (len(self.at), self.width):
+            self.resize(size, width)
+        return coming
+
+    def park(self, most: int) -> None:
+        """Sends the shortest rows back to the head of the queue: `most` stay in each shard.
+
+        The longest one, for whose sake it is done, is never among them.
+        """
+        self.file()  # they go on from all their tokens
+        parked = []
+        for slots in self.by_shard(self.live()):
+            parked += sorted(slots, key=lambda slot: self.length[slot])[:-most]
+        for slot in parked:
+            self.queue.appendleft(self.row(slot))
+            self.at[slot] = None
+        self.counts["parked"] += len(parked)
+        self.width = 0  # of no use: on the device these rows still go on
+
+    def resize(self, size: int, width: int) -> None:
+        """Moves what there is into a cache of another shape."""
+        part, slots = size // self.shards, []
+        for live in self.by_shard(self.live()):
+            slots += [*live, *[-1] * (part - len(live))]
+        if self.state is None:
+            self.state = engine.empty(self.decoder, size, width)
+        else:
+            old = len(self.at) // self.shards  # a row's number counts within its part
+            rows = [slot % old if slot >= 0 else -1 for slot in slots]
+            rows_XB = self.put(np.reshape(rows, (self.shards, part)))
+            self.state = engine.refit(self.state, rows_XB, width)
+            self.counts["refits"] += 1
+        self.at = [self.at[slot] if slot >= 0 else None for slot in slots]
+        self.length = [self.length[slot] if slot >= 0 else 0 for slot in slots]
+        self.width = width
+
+    def admit(self, coming: int) -> None:
+        """Seats the next rows of the queue, in the emptiest shards first."""
+        rows = [self.queue.popleft() for _ in range(coming)]
+        self.read_prompts({row.context for row in rows} - self.read.keys())
+        free = self.by_shard(slot for slot, row in enumerate(self.at) if not row)
+        ranked = [(-left, slot) for shard in free for left, slot in enumerate(reversed(shard))]
+        columns: dict[int, list[list[int]]] = {}  # by the cache that they come from
+        for row, (_, slot) in zip(rows, sorted(ranked), strict=False):
+            cache, _, source = self.read[row.context]
+            length, (a, b) = len(row.context), row.key
+            about = [source, slot, length, len(row.tokens), row.limit, a, b]
+            columns.setdefault(id(cache), []).append(about)
+            self.at[slot], self.length[slot] = row, length
+        for cache, hidden, _ in list(self.read.values()):
+            assert self.state is not None
+            if about := columns.pop(id(cache), None):
+                about += [[0, -1, 0, 0, 0, 0, 0]] * (len(self.at) - len(about))
+                about_7B = np.array(about, np.int64).T.astype(np.uint32).view(np.int32)
+                self.state = engine.admit(self.state, cache, hidden, self.put(about_7B))
+        ahead = {row.context for row in itertools.islice(self.queue, len(self.at))}
+        self.read = {context: x for context, x in self.read.items() if context in ahead}
+
+    def read_prompts(self, contexts: set[tuple[int, ...]]) -> None:
+        """Fills self.read: (cache, last hidden state, row in them) of each of these prompts."""
+        by_width: dict[int, list[tuple[int, ...]]] = {}
+        for context in sorted(contexts, key=len):
+            by_width.setdefault(prompt_width(len(context), self.options.chunk), []).append(context)
+        for width, group in by_width.items():
+            together = max(1, self.options.chunk // width // self.shards) * self.shards
+            counts = sizes(min(together, self.sizes[0]), self.shards, SHRINK)
+            while group:
+                count = next((n for n in counts if n <= len(group)), counts[-1])
+                above = min((n for n in counts if n >= len(group)), default=count)
+                count = above if above <= 2 * len(group) else count
+                self.read_together(group[:count], count, width)
+                group = group[count:]
+
+    def read_together(self, contexts: list[tuple[int, ...]], rows: int, width: int) -> None:
+        tokens_positions = np.zeros((2, rows, width), np.int32)
+        tokens_positions[1] = -1  # padding, on the left
+        for i, context in enumerate(contexts):
+            start = width - len(context)
+            tokens_positions[0, i, start:] = context
+            tokens_positions[1, i, start:] = np.arange(len(context))
+        chunk = min(width, self.options.chunk)
+        first = (width - max(map(len, contexts))) // chunk * chunk  # before it is only padding
+        cache = engine.empty_cache(self.decoder, rows, width, first)
+        hidden = None
+        for start in range(first, width, chunk):
+            piece = self.put(tokens_positions[:, :, start : start + chunk])
+            cache, hidden = engine.read(self.decoder, self.params, cache, piece)
+        assert hidden is not None
+        if self.mesh.size > 1 and jax.default_backend() == "cpu":
+            # XLA deadlocks on several CPU devices where programs with collectives that do not
+            # depend on each other queue up on few cores.
+            jax.block_until_ready(hidden)
+        for i, context in enumerate(contexts):
+            self.read[context] = (cache, hidden, i)
+        self.counts["prompt_tokens"] += sum(map(len, contexts))
+        self.counts["read_tokens"] += rows * (width - first)
+
+
+def sizes(most: int, least: int, factor: int = 2) -> list[int]:
+    """Numbers of rows, falling by `factor` from `most` to `least`, of which all are multiples."""
+    found = {-(-most // least) * least}
+    while min(found) > least:
+        found.add(-(-(min(found) // factor) // least) * least or least)
+    return sorted(found, reverse=True)
+
+
+def widths(longest: int) -> list[int]:
+    """Widths of the cache for rows of at most `longest` tokens: whole, half, quarter, eighth."""
+    found = [longest]
+    while found[-1] > NARROWEST and len(found) < 4:
+        found.append(-(-found[-1] // 2))
+    return found[::-1]
+
+
+def prompt_width(length: int, chunk: int) -> int:
+    """The padded length of a prompt: 2ⁿ or 3·2ⁿ tokens; of a long one, 2ⁿ whole chunks."""
+    if length > chunk:
+        return chunk * 2 ** (-(-length // chunk) - 1).bit_length()
+    power = max(16, 2 ** (length - 1).bit_length())
+    return min(power * 3 // 4 if power > 16 and length <= power * 3 // 4 else power, chunk)

@@ -1,0 +1,358 @@
+"""Slots: rows come and go, are parked and go on, and every one is drawn as if it were alone."""
+
+import copy
+import functools
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src import monitoring
+
+from distill import engine, losses, policy, rollout, slots
+from distill import mesh as mesh_lib
+from distill.sampling import Sampling
+from distill.slots import Options, Row
+from models.errors import UserError
+from models.qwen3 import model
+from models.qwen3.config import Config
+
+CONFIG = Config(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=8,
+    rope_theta=1e4,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=True,
+    max_position_embeddings=2048,
+)
+QWEN3 = model.Qwen3(CONFIG)
+STOPS = (3, 7)
+P, R = 24, 40
+SMALL = Options(slots=8, longest=P + R, segment=8, chunk=32)
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch):
+    """So that short rows, too, go through several widths of the cache."""
+    monkeypatch.setattr(slots, "NARROWEST", 16)
+
+
+@functools.cache
+def weights(seed: int, shape: tuple[int, int, int]):
+    mesh = mesh_lib.make(*shape)
+    shardings = jax.tree.map(lambda p: p.sharding, mesh_lib.parameters(CONFIG, mesh))
+    return mesh, jax.device_put(model.init(CONFIG, jax.random.key(seed)), shardings)
+
+
+def ask(prompts: int, samples: int = 1, seed: int = 0, longest: int = R, first: int = 0):
+    """Rows of random prompts and limits; those of row i are always the same."""
+    found = []
+    for p in range(first, first + prompts):
+        rng = np.random.default_rng((seed, p))
+        prompt = rng.integers(8, 64, rng.integers(1, P + 1)).tolist()
+        keys = rollout.row_keys(jax.random.key(5), [p] * samples, range(samples))
+        found += [Row(prompt, key, int(rng.integers(1, longest + 1))) for key in keys]
+    return found
+
+
+def run(rows: list[Row], options: Options = SMALL, shape=(1, 1, 1), seed=0, **kwargs: Any):
+    mesh, params = weights(seed, shape)
+    with mesh_lib.use(mesh):
+        return list(
+            rollout.run(
+                QWEN3,
+                params,
+                rows,
+                sampling=Sampling(),
+                stop_ids=STOPS,
+                options=options,
+                **kwargs,
+            )
+        )
+
+
+def drawn(rows: list[Row]):
+    return [(row.tokens, row.reason) for row in rows]
+
+
+@jax.jit
+def _scores(params: model.Params, batch: Any):
+    stats = losses.token_stats(
+        policy.hidden(QWEN3, params, batch),
+        model.head(params),
+        losses.shift(batch.tokens_BT),
+        logits_mib=1,
+    )
+    return losses.unshift(stats["logp"])
+
+
+def scored(rows: list[Row], seed: int = 0) -> list[list[float]]:
+    """Log-probabilities of all tokens of each row by one plain forward on one device."""
+    mesh, params = weights(seed, (1, 1, 1))
+    with mesh_lib.use(mesh):
+        batch = rollout.to_batch(rows, P, R)
+        logp = np.asarray(_scores(params, batch))
+    return [x[m].tolist() for x, m in zip(logp, np.asarray(batch.mask_BT), strict=True)]
+
+
+def close(found: list[list[float]], expected: list[list[float]], tolerance: float = 1e-4) -> None:
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def plain() -> list[Row]:
+    """What 32 rows of 8 prompts draw as one static batch."""
+    return run(ask(8, 4), Options(slots=32, static=True))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 4)])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_sampler_equals_scorer(plain, shape, stacked) -> None:
+    """Under refills, shared prompts, a prompt in pieces, rows parked for want of room, and rows
+    that a budget stopped and that went on."""
+    options = Options(8, P + R, 8, chunk=16, cache_tokens=256, stacked=stacked)
+    counts: Counter[str] = Counter()
+    rows = run(ask(8, 4), options, shape, budget=200, counts=counts)
+    unfinished = [row for row in rows if not row.reason]
+    assert any(row.tokens for row in unfinished) and any(row.reason for row in rows)
+    rows = run(rows, options, shape, counts=counts)
+    assert counts["parked"] and counts["refits"] > 2
+    assert all(row.reason for row in rows)
+    assert drawn(rows) == drawn(plain)
+    assert counts["tokens"] == sum(len(row.tokens) for row in rows)
+    close([row.logprobs for row in rows], scored(rows))
+
+
+COMPANIES = {
+    "alone": Options(slots=1, segment=16),
+    "one batch": Options(slots=400, static=True),
+    "few slots, short segments": Options(slots=3, segment=5, chunk=16),
+    "a tight cache": Options(slots=8, longest=P + R, segment=8, cache_tokens=200),
+    "stacked": Options(slots=16, stacked=True),
+}
+
+
+def test_ten_thousand_tokens_do_not_depend_on_company() -> None:
+    """Alone, in any batch and order, parked and not: no row differs, not by a near tie either."""
+    expected = run(ask(1000), Options(slots=64))
+    assert sum(len(row.tokens) for row in expected) > 10_000
+    for name, options in COMPANIES.items():
+        few = ask(1000)[: 60 if options.slots == 1 else 1000]
+        order = np.random.default_rng(0).permutation(len(few))
+        found = run([few[i] for i in order], options)
+        differing = sum(
+            (found[at].tokens, found[at].reason) != (expected[i].tokens, expected[i].reason)
+            for at, i in enumerate(order)
+        )
+        assert differing == 0, name
+
+
+def test_every_row_comes_once_and_in_order() -> None:
+    rows = ask(1000)
+    counts: Counter[str] = Counter()
+    found = run(rows, Options(slots=64), counts=counts)
+    assert [id(row) for row in found] == [id(row) for row in rows]
+    for row in found:
+        assert row.reason == ("stop" if row.tokens[-1] in STOPS else "length")
+        assert not set(row.tokens[:-1]) & set(STOPS)
+        assert len(row.tokens) <= row.limit
+        assert row.reason == "stop" or len(row.tokens) == row.limit
+        assert len(row.tokens) == len(row.logprobs) == len(row.versions)
+    assert counts["tokens"] == sum(len(row.tokens) for row in found)
+    assert counts["queued_tokens"] >= 0.9 * counts["queued_slot_steps"]
+
+
+def test_rows_come_as_soon_as_they_and_those_before_have_ended() -> None:
+    mesh, params = weights(0, (1, 1, 1))
+    rows = ask(24)
+    with mesh_lib.use(mesh):
+        coming = rollout.run(
+            QWEN3, params, rows, sampling=Sampling(), stop_ids=STOPS, options=Options(slots=4)
+        )
+        assert next(coming) is rows[0]
+        assert not rows[-1].tokens
+        assert [id(row) for row in coming] == [id(row) for row in rows[1:]]
+
+
+def test_a_budget_parks_rows_that_go_on_under_newer_weights() -> None:
+    """Nothing is lost or drawn twice; each token keeps its log-probability and its version."""
+    rows, before = ask(6, 4), 0
+    for version in range(20):
+        kept = [copy.deepcopy(row) for row in rows]
+        rows = run(rows, seed=version % 2, version=version, budget=60)
+        for old, new in zip(kept, rows, strict=True):
+            n = len(old.tokens)
+            assert new.tokens[:n] == old.tokens and new.logprobs[:n] == old.logprobs
+            assert new.versions == old.versions + [version] * (len(new.tokens) - n)
+        total = sum(len(row.tokens) for row in rows)
+        ended = all(row.reason for row in rows)
+        assert 60 <= total - before < 60 + SMALL.slots or ended
+        before = total
+        if ended:
+            break
+    assert all(row.reason for row in rows) and version > 2
+    under = [scored(rows, seed) for seed in (0, 1)]
+    for i, row in enumerate(rows):
+        expected = [under[v % 2][i][at] for at, v in enumerate(row.versions)]
+        np.testing.assert_allclose(row.logprobs, expected, atol=1e-4)
+    again = [copy.deepcopy(row) for row in rows]
+    assert run(again) == rows  # ended rows are returned as they are
+
+
+def test_the_cache_keeps_to_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = set()
+    decode = engine.decode
+
+    def watched(decoder, params, state, bounds):
+        shapes.add((state.cache.rows, state.cache.slots))
+        return decode(decoder, params, state, bounds)
+
+    monkeypatch.setattr(engine, "decode", watched)
+    options = Options(slots=8, longest=P + R, segment=8, cache_tokens=160)
+    rows = run(ask(30), options)
+    assert all(row.reason for row in rows)
+    assert max(size * width for size, width in shapes) <= 160
+    assert {size for size, _ in shapes} >= {2, 4, 8}  # a long row alone, or many short ones
+
+
+def test_nothing_is_compiled_once_all_sizes_were_met() -> None:
+    """Twenty steps of varied prompts after the first ten."""
+    compiled: list[str] = []
+
+    def note(event: str, duration_secs: float, **_: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    def steps(first: int, count: int) -> None:
+        for step in range(first, first + count):
+            run(ask(12, 2, seed=7, first=100 * step), Options(slots=8, longest=P + R))
+
+    monitoring.register_event_duration_secs_listener(note)
+    try:
+        steps(0, 10)
+        assert compiled
+        compiled.clear()
+        steps(10, 20)
+    finally:
+        monitoring.unregister_event_duration_listener(note)
+    assert not compiled
+
+
+def test_a_segment_moves_nothing_between_host_and_device() -> None:
+    """Nor does anything else, but where the host says so: its tokens and its decisions."""
+    rows = ask(12, 2)
+    with jax.transfer_guard("disallow"):
+        with pytest.raises(Exception, match=r"[Dd]isallowed"):
+            jax.jit(lambda x: x + 1)(np.ones(3))  # the guard guards
+        run(rows)
+    assert all(row.reason for row in rows)
+
+
+def test_a_group_reads_its_prompt_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted FLOPs of reading 8 prompts of 512 tokens for 8 samples each, and 64 prompts."""
+    read, flops = engine.read, [0.0]
+
+    @functools.cache
+    def cost(decoder, rows, width):
+        mesh, params = weights(0, (1, 1, 1))
+        _, params = engine.weights(QWEN3, params, mesh, stacked=False, gathered=True)
+        cache = engine.empty_cache(decoder, rows, width)
+        tokens = jnp.zeros((2, rows, width), jnp.int32)
+        analysis: Any = read.lower(decoder, params, cache, tokens).compile().cost_analysis()
+        return analysis["flops"]
+
+    def counted(decoder, params, cache, tokens):
+        flops[0] += cost(decoder, *tokens.shape[1:])
+        return read(decoder, params, cache, tokens)
+
+    monkeypatch.setattr(engine, "read", counted)
+    rng = np.random.default_rng(0)
+    different = [Row(rng.integers(8, 64, 512).tolist(), (0, i), 2) for i in range(64)]
+    shared = [Row(different[i // 8].prompt, (0, i), 2) for i in range(64)]
+    run(different, Options(slots=16))
+    whole, flops[0] = flops[0], 0.0
+    run(shared, Options(slots=16))
+    assert whole >= 7 * flops[0] > 0
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_the_state_is_updated_in_place(stacked) -> None:
+    mesh, params = weights(0, (1, 2, 4))
+    with mesh_lib.use(mesh):
+        qwen3, params = engine.weights(QWEN3, params, mesh, stacked=stacked, gathered=True)
+        decoder = engine.Decoder(qwen3, Sampling(), STOPS, "float32", 8)
+        state = engine.empty(decoder, 8, 64)
+        compiled = engine.decode.lower(decoder, params, state, jnp.zeros(2, jnp.int32)).compile()
+        per_device = 2 * 2 * 8 * 64 * 4 * 8 * 4 // 8  # keys and values, L, B, S, K, H, bytes
+        analysis: Any = compiled.memory_analysis()
+        assert per_device < analysis.alias_size_in_bytes
+        spec = jax.tree.leaves(state.cache.keys)[0].sharding.spec
+        assert {"fsdp", "tensor"} <= {
+            axis for part in spec if part for axis in ([part] if isinstance(part, str) else part)
+        }
+        for leaf in jax.tree.leaves(params):
+            assert "fsdp" not in str(leaf.sharding.spec)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.02), ("int8", 0.05)])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_smaller_cache_moves_log_probabilities_a_little(dtype, tolerance, stacked) -> None:
+    options = Options(8, segment=8, cache_dtype=dtype, stacked=stacked, chunk=16)
+    rows = run(ask(16, 2), options)
+    error = np.abs(np.concatenate([row.logprobs for row in rows]) - np.concatenate(scored(rows)))
+    assert 0 < error.mean() < tolerance / 4 and error.max() < tolerance
+
+
+def test_a_row_of_nan_ends_alone() -> None:
+    mesh, params = weights(0, (1, 1, 1))
+    poisoned = {**params, "embed": params["embed"].at[9].set(jnp.nan)}
+    # The head is tied, so that token 9 would poison every row: here it is a matrix of its own.
+    poisoned["head"] = params["embed"]
+    good, bad = Row([10, 11], (0, 1), 6), Row([10, 9, 11], (0, 2), 6)
+    with mesh_lib.use(mesh):
+        rows = list(
+            rollout.run(
+                model.Qwen3(CONFIG.__class__(**{**CONFIG.__dict__, "tie_word_embeddings": False})),
+                poisoned,
+                [good, bad],
+                sampling=Sampling(),
+                stop_ids=(),
+                options=Options(slots=2),
+            )
+        )
+    assert rows[1].reason == "error" and not rows[1].tokens
+    assert rows[0].reason == "length" and np.isfinite(rows[0].logprobs).all()
+
+
+def test_what_cannot_be_sampled_is_named_before_anything_runs() -> None:
+    key, ok = (0, 0), Row([9], (0, 0), 4)
+    with pytest.raises(UserError, match=r"^in.jsonl:3: the prompt is empty$"):
+        run([ok, Row([], key, 4, where="in.jsonl:3")])
+    with pytest.raises(UserError, match=r"^row 1: a prompt of 60 tokens and 5 new ones exceed"):
+        run([ok, Row([9] * 60, key, 5)], Options(slots=8, longest=64))
+    with pytest.raises(UserError, match=r"^row 0: .* exceed the 8 tokens"):
+        run([Row([9] * 60, key, 5)], Options(slots=8, cache_tokens=16), (1, 2, 4))
+    assert not ok.tokens
+
+
+def test_sizes_are_few() -> None:
+    assert slots.sizes(64, 1) == [64, 32, 16, 8, 4, 2, 1]
+    assert slots.sizes(64, 8, 4) == [64, 16, 8]
+    assert slots.sizes(20, 8) == [24, 16, 8]
+    assert slots.widths(1000) == [125, 250, 500, 1000]
+    assert slots.widths(40) == [20, 40]
+    for chunk in (16, 100, 2048):
+        found = {slots.prompt_width(n, chunk) for n in range(1, 20_000)}
+        assert len(found) < 32
+        for n in range(1, 5000):
+            width = slots.prompt_width(n, chunk)
+            assert n <= width < max(2 * n, 17)
+            assert width <= chunk or width % chunk == 0
