@@ -60,7 +60,7 @@ def _some(
     scores = jnp.einsum("BKMH,BKTH->BKMT", q_BKMH, k_BKTH, preferred_element_type=jnp.float32)
     scores = scores.reshape(B, K, N // K, C, T) * H**-0.5
     at_C = first + jnp.arange(C)
-    mine_BC = segments_BT[:, jnp.minimum(at_C, T - 1)]
+    mine_BC = jnp.take(segments_BT, jnp.minimum(at_C, T - 1), axis=1)
     mask_BCT = (mine_BC[:, :, None] == segments_BT[:, None, :]) & (
         at_C[:, None] >= jnp.arange(T)[None, :]
     )[None]
