@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill import data, losses, policy, rollout
+from distill import data, head, losses, policy, rollout
 from distill import mesh as mesh_lib
 from distill.rollout import Sampling
 from models.qwen3 import model
@@ -66,7 +66,7 @@ def test_sampler_equals_scorer(params, stacked):
     """Recorded log-probs are those of one plain forward, under random prompt lengths."""
     batch = sample(params, prompts(8), range(8), stacked=stacked)
     stats = jax.jit(
-        lambda b: losses.token_stats(
+        lambda b: head.token_stats(
             policy.hidden(QWEN3, params, b),
             model.head(params),
             losses.shift(b.tokens_BT),
