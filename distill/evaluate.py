@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from distill import benchmarks, cli, data, generate, losses, metrics, policy, rewards, rollout
+from distill import benchmarks, cli, data, generate, head, losses, metrics, policy, rewards, rollout
 from distill import mesh as mesh_lib
 from distill.policy import Policy
 from models.errors import UserError
@@ -106,7 +106,7 @@ def reverse_kl(subject: Policy, teacher: Policy, rows: Iterable[Row], batch_size
 
     @jax.jit
     def measure(params, teacher_params, batch):
-        stats = losses.token_stats(
+        stats = head.token_stats(
             policy.hidden(subject.model, params, batch),
             model.head(params),
             losses.shift(batch.tokens_BT),

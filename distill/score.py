@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from distill import cli, data, losses, metrics, policy, rollout
+from distill import cli, data, head, losses, metrics, policy, rollout
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.policy import Policy
@@ -51,7 +51,7 @@ Top = list[list[list[float]] | None]  # [id, logprob] pairs of each token
 def _stats(
     qwen3: Qwen3, params: Params, batch: Batch, top_k: int, logits_mib: float
 ) -> losses.Stats:
-    return losses.token_stats(
+    return head.token_stats(
         policy.hidden(qwen3, params, batch),
         model.head(params),
         losses.shift(batch.tokens_BT),

@@ -397,7 +397,13 @@ def run_stage(
     root = jax.random.key(c.seed)
     collect = COLLECT[s.objective](plan, stage, c.seed, mesh)
     take_step = update.make(
-        student.model, stage.optimizer, s.objective, s.accumulate, c.logits_mib * mesh.size, state
+        student.model,
+        stage.optimizer,
+        losses.TABLE[s.objective],
+        s.max_response_tokens,
+        s.accumulate,
+        c.logits_mib * mesh.size,
+        state,
     )
     teacher_head = model.head(plan.teacher.params) if plan.teacher else None
     frozen = student.params if student.model.lora else None

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from distill import losses, metrics, policy
+from distill import head, losses, metrics, policy
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from models.qwen3 import model, moe
@@ -78,20 +78,21 @@ def _merge(stats: losses.Stats) -> losses.Stats:
 
 def loss_sums(
     qwen3: Qwen3,
-    objective: str,
+    loss: losses.Loss,
+    limit: int,
     logits_mib: float,
     params: Params,
     batch: Batch,
     teacher_head_VE: jax.Array | None,
     frozen: Params | None = None,
 ) -> tuple[jax.Array, tuple[metrics.Sums, losses.Stats]]:
-    """The summed loss over trained tokens, and (sum, count) pairs and [B, T] stats beside it.
+    """The weighted sum of the loss, and (sum, count) pairs and [B, T] stats beside it.
 
     `params` is what is trained: with `frozen` parameters, the LoRA beside them.
     """
     params, lora = (params, None) if frozen is None else (frozen, params)
     hidden_BTD, routing = policy.routed(qwen3, params, batch, lora)
-    stats = losses.token_stats(
+    stats = head.token_stats(
         hidden_BTD,
         model.head(params),
         losses.shift(batch.tokens_BT),
@@ -99,22 +100,29 @@ def loss_sums(
         teacher_head_VE,
         logits_mib=logits_mib,
         split=mesh_lib.split_vocabulary,
+        divergence=loss.compared,
+        baseline=loss.baseline,
     )
-    mask_BT = losses.shift(batch.mask_BT).astype(jnp.float32)
-    count = jnp.sum(mask_BT)
-    loss = jnp.sum(losses.TABLE[objective](stats) * mask_BT)
-    sums = {name: (jnp.sum(x * mask_BT), count) for name, x in stats.items()}
-    sums |= {"loss": (loss, count), **routing}
+    mask_BT, segments_BT = losses.shift(batch.mask_BT), losses.shift(batch.segments_BT)
+    known = {"sampler_logp_BT": batch.sampler_logp_BT}
+    known = {name: losses.shift(x) for name, x in known.items() if x is not None}
+    stats |= losses.token_losses(loss, stats, mask_BT, segments_BT, **known)
+    weight_BT, count = losses.weights(loss, mask_BT, segments_BT, limit)
+    total = jnp.sum(stats["loss"] * weight_BT)
+    mask_BT = mask_BT.astype(jnp.float32)
+    tokens = jnp.sum(mask_BT)
     if batch.sampler_logp_BT is not None:
-        delta_BT = jnp.abs(stats["logp"] - losses.shift(batch.sampler_logp_BT))
-        sums["sampler_delta"] = (jnp.sum(delta_BT * mask_BT), count)
-    return loss, (sums, {k: losses.unshift(x * mask_BT) for k, x in stats.items()})
+        stats["sampler_delta"] = jnp.abs(stats["logp"] - known["sampler_logp_BT"])
+    sums = {name: (jnp.sum(x * mask_BT), tokens) for name, x in stats.items()}
+    sums |= {"loss": (total, count), **routing}
+    return total, (sums, {k: losses.unshift(x * mask_BT) for k, x in stats.items()})
 
 
 def make(
     qwen3: Qwen3,
     optimizer: optax.GradientTransformation,
-    objective: str,
+    loss: losses.Loss,
+    limit: int,
     accumulate: int,
     logits_mib: float,
     state: TrainState,
@@ -122,11 +130,12 @@ def make(
     """The jitted step: see Step.
 
     `state` gives shardings, which the new state keeps. The state is donated, and nothing else. The
-    gradient is that of Σ loss / Σ tokens over the whole batch, however many micro-batches and
-    devices share it: sums are accumulated in float32 and divided once.
+    gradient is that of Σ weight·loss / Σ count over the whole batch (losses.weights, of which
+    `limit` is one), in however many micro-batches and devices: sums are accumulated in float32 and
+    divided once.
     """
     graded = jax.value_and_grad(
-        functools.partial(loss_sums, qwen3, objective, logits_mib), has_aux=True
+        functools.partial(loss_sums, qwen3, loss, limit, logits_mib), has_aux=True
     )
 
     def step(
@@ -161,7 +170,9 @@ def make(
         if "load_LE" in measured:  # summed over all micro-batches: figures of the whole batch
             measured |= moe.summary(measured.pop("load_LE"), measured.pop("p_LE"))
         measured["grad_norm"] = optax.tree.norm(grads)
-        measured["trained_tokens"] = sums["loss"][1]
+        measured["trained_tokens"] = sums["logp"][1]
+        if "ratio" in stats:
+            measured["ratio_max"] = jnp.max(stats["ratio"])
         return TrainState(params, opt_state, state.step + 1), measured, stats
 
     shardings = jax.tree.map(lambda x: x.sharding, state)

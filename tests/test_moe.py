@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from distill import losses, metrics, policy, rollout, update
+from distill import head, losses, metrics, policy, rollout, update
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from models.errors import UserError
@@ -155,7 +155,7 @@ def test_greedy(pair, stacked):
             with torch.no_grad():
                 out.append(int(network(torch.tensor([out])).logits[0, -1].argmax()))
         assert sampled.tokens_BT[row, 9:].tolist() == out[len(prompt) :]
-    stats = losses.token_stats(
+    stats = head.token_stats(
         policy.hidden(model.Qwen3(config), params, sampled),
         model.head(params),
         losses.shift(sampled.tokens_BT),
@@ -291,7 +291,13 @@ def one_step(directory, sizes, accumulate=1, remat=False):
         optimizer = optax.adam(1e-3, b1=0.0)
         state = update.init(optimizer, params, 0)
         step = update.make(
-            model.Qwen3(config, remat=remat), optimizer, "sft", accumulate, 1.0, state
+            model.Qwen3(config, remat=remat),
+            optimizer,
+            losses.TABLE["sft"],
+            1,
+            accumulate,
+            1.0,
+            state,
         )
         batch = jax.device_put(batch_of(config), mesh_lib.rows(mesh))
         state, measured, _ = step(state, batch, None)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from distill import chat, data, packing, update
+from distill import chat, data, losses, packing, update
 from distill.examples import Example
 from models.qwen3 import model
 from models.qwen3.config import Config
@@ -131,7 +131,7 @@ def test_nothing_waits_longer_than_a_window() -> None:
 @functools.partial(jax.jit, static_argnums=0)
 def naive(qwen3: Qwen3, params: Any, batch: Any) -> tuple[Any, Any]:
     def loss(params: Any) -> Any:
-        return update.loss_sums(qwen3, "sft", 1.0, params, batch, None)[0]
+        return update.loss_sums(qwen3, losses.TABLE["sft"], 1, 1.0, params, batch, None)[0]
 
     return jax.value_and_grad(loss)(params)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill import losses, policy, rollout, sampling
+from distill import head, losses, policy, rollout, sampling
 from distill import mesh as mesh_lib
 from distill.rollout import Options
 from distill.sampling import Sampling
@@ -86,7 +86,7 @@ def test_sampler_equals_scorer(params, stacked):
     """Recorded log-probs are those of one plain forward, under random prompt lengths."""
     batch = sample(params, prompts(8), range(8), stacked=stacked)
     stats = jax.jit(
-        lambda b: losses.token_stats(
+        lambda b: head.token_stats(
             policy.hidden(QWEN3, params, b),
             model.head(params),
             losses.shift(b.tokens_BT),

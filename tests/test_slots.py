@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax._src import monitoring
 
-from distill import engine, losses, policy, rollout, slots
+from distill import engine, head, losses, policy, rollout, slots
 from distill import mesh as mesh_lib
 from distill.sampling import Sampling
 from distill.slots import Options, Row
@@ -84,7 +84,7 @@ def drawn(rows: list[Row]):
 
 @jax.jit
 def _scores(params: model.Params, batch: Any):
-    stats = losses.token_stats(
+    stats = head.token_stats(
         policy.hidden(QWEN3, params, batch),
         model.head(params),
         losses.shift(batch.tokens_BT),

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 
+from distill import losses, policy, update
 from distill import mesh as mesh_lib
-from distill import policy, update
 from distill.batch import Batch
 from models.errors import UserError
 from models.qwen3 import model
@@ -70,7 +70,8 @@ def curve(objective="opd", sizes=(1, 1, 1), accumulate=1, remat=False, scan=True
         teacher = placed(TEACHER, 1, mesh)
         state = update.init(optimizer(), student, 0)
         qwen3 = model.Qwen3(CONFIG, remat=remat, scan=scan)
-        step = update.make(qwen3, optimizer(), objective, accumulate, 4e-3 * mesh.size, state)
+        loss, mib = losses.TABLE[objective], 4e-3 * mesh.size
+        step = update.make(qwen3, optimizer(), loss, T, accumulate, mib, state)
         head, lowered, numbers = None, None, []
         for i in range(steps):
             data = jax.device_put(batch(i), mesh_lib.rows(mesh))
@@ -133,7 +134,7 @@ def test_teacher_is_student():
         hidden = policy.hidden(model.Qwen3(CONFIG), params, data)
         data = dataclasses.replace(data, teacher_hidden_BTD=hidden)
         state = update.init(optimizer(), params, 0)
-        step = update.make(model.Qwen3(CONFIG), optimizer(), "opd", 1, 4e-3, state)
+        step = update.make(model.Qwen3(CONFIG), optimizer(), losses.TABLE["opd"], T, 1, 4e-3, state)
         _, measured, _ = step(state, data, jnp.array(model.head(params)))
     assert abs(float(measured["loss"])) < 1e-6
     assert float(measured["grad_norm"]) < 1e-5
@@ -144,7 +145,9 @@ def test_a_padded_batch_has_the_loss_of_the_real_rows():
     params = placed(CONFIG, 0, mesh)
 
     def loss(data):
-        total, (sums, _) = update.loss_sums(model.Qwen3(CONFIG), "sft", 1.0, params, data, None)
+        total, (sums, _) = update.loss_sums(
+            model.Qwen3(CONFIG), losses.TABLE["sft"], T, 1.0, params, data, None
+        )
         return float(total), float(sums["loss"][1])
 
     whole = batch()

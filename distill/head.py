@@ -1,0 +1,318 @@
+"""The streamed head: the only place that ever sees logits.
+
+The logits of B·T tokens over a vocabulary of 151,936 do not fit in memory, so nothing here ever
+holds more than one chunk of them: hidden states go through both heads chunk by chunk, inside a
+scan whose body is recomputed in the backward pass. What comes out is a few numbers a token.
+
+Letters of this file: p is the student's distribution of the next token, q the teacher's.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+Stats = dict[str, jax.Array]  # name -> [B, T] float32
+
+_TINY = 1e-30  # stands for the logarithm's zero: mass of an empty tail
+_RESOLUTION = 1e-7  # float32 near 1: less than this is not left of 1 - Σ of stored probabilities
+
+
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """How far p is from q, at one token. Hashable, so static under jit; fields are checked by
+    distill.losses.Loss.
+
+    kind: "reverse" KL(p‖q); "forward" KL(q‖p); "jsd" β KL(q‖m) + (1-β) KL(p‖m) with
+      m = βq + (1-β)p (arXiv 2306.13649, eq. 1). At β = 0 and 1 the jsd itself is zero everywhere;
+      there it stands for what jsd/β and jsd/(1-β) tend to, forward and reverse KL, as in TRL. So
+      the scale of the gradient jumps at both ends.
+    skew: α of DistiLLM (arXiv 2402.03898, section 3.1): forward is KL(q‖αq + (1-α)p), reverse is
+      KL(p‖αp + (1-α)q). 0 is none.
+    temperature: τ. Both distributions are softmax(logits / τ), and the value is multiplied by τ²,
+      which keeps the size of the gradient about the same (arXiv 1503.02531, section 2).
+    k: 0 compares the whole vocabulary. Else the k likeliest tokens by `k_of` (teacher, student, or
+      the union of both), each on its own, and all others as one more outcome, the tail. That is
+      a divergence of coarser distributions: never negative, never above the exact one, and mass
+      that leaves the k is seen.
+    """
+
+    kind: str = "reverse"
+    beta: float = 0.5
+    skew: float = 0.0
+    temperature: float = 1.0
+    k: int = 0
+    k_of: str = "teacher"
+
+
+def _logits(hidden_BCD: jax.Array, head_VD: jax.Array) -> jax.Array:
+    # Multiplied in the model's dtype, summed and kept in float32 (or float64, if that is it).
+    # Casting the head here, inside the chunk, lets its gradient be summed over chunks in the
+    # head's own dtype, float32.
+    return jnp.einsum(
+        "BCD,VD->BCV",
+        hidden_BCD,
+        head_VD.astype(hidden_BCD.dtype),
+        preferred_element_type=jnp.promote_types(hidden_BCD.dtype, jnp.float32),
+    )
+
+
+def _mixture(logp: jax.Array, logq: jax.Array, share: float) -> tuple[jax.Array, jax.Array]:
+    """log(m/p) and log(m/q) of m = share·q + (1-share)·p: no overflow, exactly 0 where p = q."""
+    gap = logq - logp
+    below = jnp.log1p(share * jnp.expm1(jnp.minimum(gap, 0)))  # log(m/p) where q <= p
+    above = jnp.log1p((1 - share) * jnp.expm1(-jnp.maximum(gap, 0)))  # log(m/q) where q > p
+    return jnp.where(gap > 0, above + gap, below), jnp.where(gap > 0, above, below - gap)
+
+
+def _terms(logp: jax.Array, logq: jax.Array, d: Divergence) -> tuple[jax.Array, jax.Array]:
+    """Of each outcome: f, which sums to the divergence, and p ∂f/∂p.
+
+    The second leaves out a multiple of p, whose gradient the softmax cancels; computed, it would
+    leave rounding noise, which Adam blows up where p is nearly q. Both are exactly 0 where p = q.
+    """
+    p, q = jnp.exp(logp), jnp.exp(logq)
+    ends = {0.0: "forward", 1.0: "reverse"} if d.kind == "jsd" else {}
+    kind = ends.get(d.beta, d.kind)
+    if kind == "jsd":
+        to_p, to_q = _mixture(logp, logq, d.beta)
+        by_p = (d.beta - 1) * p * to_p
+        return by_p - d.beta * q * to_q, by_p
+    if kind == "reverse":
+        if not d.skew:
+            f = p * (logp - logq)
+            return f, f
+        to_p, _ = _mixture(logp, logq, 1 - d.skew)
+        return -p * to_p, -p * (to_p + d.skew * jnp.expm1(-to_p))
+    if not d.skew:
+        return q * (logq - logp), p - q
+    to_p, to_q = _mixture(logp, logq, d.skew)
+    return -q * to_q, (1 - d.skew) ** 2 * (p - q) * jnp.exp(-to_p)
+
+
+def _among(ids_BCK: jax.Array, logp_BCV: jax.Array) -> jax.Array:
+    """[B, C, V] bool: whether a token is among the ids."""
+    none = jnp.zeros(logp_BCV.shape, bool)
+    return jnp.put_along_axis(none, ids_BCK, True, axis=-1, inplace=False)
+
+
+def _divergence(
+    logp_BCV: jax.Array,
+    logq_BCV: jax.Array,
+    d: Divergence,
+    inside_BCV: jax.Array | None = None,
+    tail_q_BC: jax.Array | None = None,
+) -> jax.Array:
+    """The divergence [B, C] with the gradient of its formula, written by hand (see _terms).
+
+    Where `inside` is given, outcomes are its tokens and the tail; tail_q is q's mass of the tail,
+    where that is not q's mass outside.
+    """
+    detached_BCV = jax.lax.stop_gradient(logp_BCV)
+    f_BCV, by_p_BCV = _terms(detached_BCV, logq_BCV, d)
+    if inside_BCV is None:
+        value_BC = jnp.sum(f_BCV, axis=-1)
+    else:
+        p_BCV = jnp.where(inside_BCV, 0, jnp.exp(detached_BCV))
+        tail_p_BC = jnp.maximum(jnp.sum(p_BCV, axis=-1), _TINY)
+        if tail_q_BC is None:
+            tail_q_BC = jnp.sum(jnp.where(inside_BCV, 0, jnp.exp(logq_BCV)), axis=-1)
+        tail_q_BC = jnp.maximum(tail_q_BC, _TINY)
+        f_BC, by_p_BC = _terms(jnp.log(tail_p_BC), jnp.log(tail_q_BC), d)
+        value_BC = jnp.sum(jnp.where(inside_BCV, f_BCV, 0), axis=-1) + f_BC
+        # The tail's pull is shared by its tokens as they share its mass.
+        tail_BCV = p_BCV * (by_p_BC / tail_p_BC)[..., None]
+        by_p_BCV = jnp.where(inside_BCV, by_p_BCV, tail_BCV)
+    pull_BC = jnp.sum(by_p_BCV * logp_BCV, axis=-1)
+    value_BC = value_BC + (pull_BC - jax.lax.stop_gradient(pull_BC))
+    return d.temperature**2 * value_BC
+
+
+def _compare(
+    logits_BCV: jax.Array, teacher_BCV: jax.Array, d: Divergence, exact: bool
+) -> dict[str, jax.Array]:
+    """ "divergence" of two chunks of logits; with `exact` also that of the whole vocabulary."""
+    logp_BCV = jax.nn.log_softmax(logits_BCV / d.temperature, axis=-1)
+    logq_BCV = jax.nn.log_softmax(teacher_BCV / d.temperature, axis=-1)
+    found = {}
+    if exact:
+        detached_BCV = jax.lax.stop_gradient(logp_BCV)
+        whole = dataclasses.replace(d, k=0)
+        found["exact_divergence"] = _divergence(detached_BCV, logq_BCV, whole)
+    if not d.k:
+        return {"divergence": _divergence(logp_BCV, logq_BCV, d), **found}
+    sides = {"teacher": [logq_BCV], "student": [logp_BCV], "union": [logq_BCV, logp_BCV]}
+    ids = [jax.lax.top_k(jax.lax.stop_gradient(x), d.k)[1] for x in sides[d.k_of]]
+    inside_BCV = _among(jnp.concatenate(ids, axis=-1), logp_BCV)
+    return {"divergence": _divergence(logp_BCV, logq_BCV, d, inside_BCV), **found}
+
+
+def _compare_stored(
+    logp_BCV: jax.Array, ids_BCK: jax.Array, logq_BCK: jax.Array, d: Divergence
+) -> jax.Array:
+    """The divergence from a teacher of whom only the top of the distribution is known."""
+    ids_BCK, logq_BCK = ids_BCK[..., : d.k], logq_BCK[..., : d.k]
+    # What is not stored is set equal to the student's, so that it adds nothing but its tail.
+    detached_BCV = jax.lax.stop_gradient(logp_BCV)
+    logq_BCV = jnp.put_along_axis(
+        detached_BCV, ids_BCK, logq_BCK.astype(logp_BCV.dtype), axis=-1, inplace=False
+    )
+    if d.k == logp_BCV.shape[-1]:
+        return _divergence(logp_BCV, logq_BCV, d)
+    rest_BC = 1 - jnp.sum(jnp.exp(logq_BCK.astype(logp_BCV.dtype)), axis=-1)
+    rest_BC = jnp.maximum(rest_BC, _RESOLUTION)
+    return _divergence(logp_BCV, logq_BCV, d, _among(ids_BCK, logp_BCV), rest_BC)
+
+
+def _overlap(logp_BCV: jax.Array, teacher_ids_BCK: jax.Array) -> dict[str, jax.Array]:
+    """Do student and teacher think alike? Detached."""
+    logp_BCV = jax.lax.stop_gradient(logp_BCV)
+    ours_BCV = _among(jax.lax.top_k(logp_BCV, teacher_ids_BCK.shape[-1])[1], logp_BCV)
+    theirs_BCV = _among(teacher_ids_BCK, logp_BCV)
+    return {
+        "top_overlap": jnp.mean(
+            jnp.take_along_axis(ours_BCV, teacher_ids_BCK, axis=-1), axis=-1, dtype=logp_BCV.dtype
+        ),
+        "outside_top": jnp.sum(jnp.where(theirs_BCV, 0, jnp.exp(logp_BCV)), axis=-1),
+    }
+
+
+def _baseline(logp_BCV: jax.Array, logq_BCV: jax.Array) -> jax.Array:
+    """The baseline of log p - log q of a drawn token that leaves its policy gradient, with respect
+    to the logits, the least variance: its mean, each token weighed by ‖∇ log p‖² (arXiv 1301.2315,
+    the optimal constant baseline, here of one state). The plain mean, the KL, may add variance.
+    """
+    logp_BCV = jax.lax.stop_gradient(logp_BCV)
+    p_BCV = jnp.exp(logp_BCV)
+    square_BC = jnp.sum(p_BCV**2, axis=-1, keepdims=True)
+    # A weight of rounding noise must not be negative: then the mean stays between its numbers.
+    weight_BCV = p_BCV * jnp.maximum((1 - p_BCV) ** 2 + square_BC - p_BCV**2, 0)
+    total_BC = jnp.maximum(jnp.sum(weight_BCV, axis=-1), _TINY)
+    return jnp.sum(weight_BCV * (logp_BCV - logq_BCV), axis=-1) / total_BC
+
+
+def _teacher_stats(
+    logp_BCV: jax.Array, teacher_BCV: jax.Array, targets_BC: jax.Array, overlap: int, baseline: bool
+) -> Stats:
+    """What is worth knowing of any teacher; see token_stats. Detached."""
+    logp_BCV = jax.lax.stop_gradient(logp_BCV)
+    logq_BCV = jax.nn.log_softmax(teacher_BCV, axis=-1)
+    stats = {
+        "teacher_logp": _pick(logq_BCV, targets_BC),
+        "teacher_entropy": _entropy(logq_BCV),
+        "reverse_kl": jnp.sum(_terms(logp_BCV, logq_BCV, Divergence())[0], axis=-1),
+    }
+    if baseline:
+        stats["baseline"] = _baseline(logp_BCV, logq_BCV)
+    if overlap:
+        stats |= _overlap(logp_BCV, jax.lax.top_k(logq_BCV, overlap)[1])
+    return stats
+
+
+def _stream(body: Callable[[Stats], Stats], xs: Stats, size: int) -> Stats:
+    """`body` over chunks of at most `size` tokens of arrays [B, T, ...], each recomputed in the
+    backward pass; what it gives, joined to [B, T, ...] again."""
+    B, T = xs["targets"].shape
+    chunks = -(-T // max(1, min(T, size)))
+    if chunks == 1:
+        return body(xs)
+    chunk = -(-T // chunks)  # equal chunks pad least
+
+    def cut(x_BT: jax.Array) -> jax.Array:
+        padding = [(0, 0), (0, chunks * chunk - T)] + [(0, 0)] * (x_BT.ndim - 2)
+        padded = jnp.pad(x_BT, padding)
+        return padded.reshape(B, chunks, chunk, *x_BT.shape[2:]).swapaxes(0, 1)
+
+    step = jax.checkpoint(lambda _, x: (None, body(x)), prevent_cse=False)
+    _, stats = jax.lax.scan(step, None, {name: cut(x) for name, x in xs.items()})
+    return {
+        name: x.swapaxes(0, 1).reshape(B, chunks * chunk, *x.shape[3:])[:, :T]
+        for name, x in stats.items()
+    }
+
+
+def token_stats(
+    hidden_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    teacher_hidden_BTE: jax.Array | None = None,
+    teacher_head_VE: jax.Array | None = None,
+    *,
+    logits_mib: float,
+    split: Callable[[jax.Array], jax.Array] = lambda logits_BCV: logits_BCV,
+    top_k: int = 0,
+    divergence: Divergence | None = None,
+    teacher_top_BTK: tuple[jax.Array, jax.Array] | None = None,
+    exact: bool = False,
+    overlap: int = 0,
+    baseline: bool = False,
+) -> Stats:
+    """Per-token figures of the distributions that predict `targets_BT`, vocabulary streamed.
+
+    Args:
+      hidden_BTD: final hidden states that predict the targets.
+      head_VD: output head; gradients flow into it and into hidden_BTD.
+      targets_BT: int32, the token that each position predicts.
+      teacher_hidden_BTE, teacher_head_VE: the same of the teacher, whose width may differ; never
+        differentiated.
+      logits_mib: how many MiB one chunk of float32 logits of one model may take.
+      split: puts a sharding on a chunk's logits [B, C, V].
+      top_k: also find this many of the student's most likely tokens.
+      divergence: also compare with the teacher in this form.
+      teacher_top_BTK: int32 ids and log-probabilities of the teacher's most likely tokens, the
+        most likely first, where its hidden states are not at hand. Finite on padding too, and
+        ids of one trained token distinct. For a Divergence of 0 < k <= K, k_of "teacher" and
+        temperature 1: no other is known.
+      exact: beside the divergence also its value over the whole vocabulary.
+      overlap: compare this many of the most likely tokens (of stored ones, at most K).
+      baseline: also find the baseline of a policy gradient with log p - log q of a drawn token.
+
+    Returns:
+      Float32 [B, T] arrays. Differentiable (once) in the student: "logp" log p(target), "entropy"
+      of p in nats, and "divergence". Detached: with a teacher "teacher_logp" log q(target),
+      "teacher_entropy", and "reverse_kl", the exact KL(p‖q) = Σ_v p(v) (log p(v) - log q(v)) over
+      the whole vocabulary (stored tops give none of the three); "exact_divergence"; "baseline";
+      with overlap "top_overlap", the share of the teacher's top that is in the student's, and
+      "outside_top", the student's mass outside it. With top_k also "top_logp" and int32 "top_ids",
+      [B, T, K], the most likely first.
+
+      Where teacher and student are equal, divergence and gradient are exactly 0 in every form;
+      from stored tops up to the rounding of the tail's mass, about 1e-7.
+    """
+    xs = {"hidden": hidden_BTD, "targets": targets_BT}
+    if teacher_hidden_BTE is not None:
+        xs["teacher"] = jax.lax.stop_gradient(teacher_hidden_BTE)
+    if teacher_top_BTK is not None:
+        xs["ids"], xs["logq"] = jax.lax.stop_gradient(teacher_top_BTK)
+
+    def body(x: Stats) -> Stats:
+        logits_BCV = split(_logits(x["hidden"], head_VD))
+        logp_BCV = jax.nn.log_softmax(logits_BCV, axis=-1)
+        stats = {"logp": _pick(logp_BCV, x["targets"]), "entropy": _entropy(logp_BCV)}
+        if "teacher" in x:
+            assert teacher_head_VE is not None
+            head_VE = jax.lax.stop_gradient(teacher_head_VE)
+            teacher_BCV = split(_logits(x["teacher"], head_VE))
+            stats |= _teacher_stats(logp_BCV, teacher_BCV, x["targets"], overlap, baseline)
+            if divergence is not None:
+                stats |= _compare(logits_BCV, teacher_BCV, divergence, exact)
+        elif "ids" in x:
+            if divergence is not None:
+                stats["divergence"] = _compare_stored(logp_BCV, x["ids"], x["logq"], divergence)
+            if overlap:
+                stats |= _overlap(logp_BCV, x["ids"][..., :overlap])
+        if top_k:
+            stats["top_logp"], stats["top_ids"] = jax.lax.top_k(logp_BCV, top_k)
+        return stats
+
+    B, V = targets_BT.shape[0], head_VD.shape[0]
+    return _stream(body, xs, int(logits_mib * 2**20 / (4 * B * V)))
+
+
+def _pick(logp_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logp_BCV, targets_BC[..., None], axis=-1)[..., 0]
+
+
+def _entropy(logp_BCV: jax.Array) -> jax.Array:
+    return -jnp.sum(jnp.exp(logp_BCV) * logp_BCV, axis=-1)

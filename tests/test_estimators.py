@@ -1,0 +1,397 @@
+"""What the sampled estimators estimate, by enumeration of every response.
+
+A student over 4 tokens, of which token 0 ends a response, writes up to 3 tokens: 40 responses over
+13 states. Its parameters are a table of hidden states and a head, so that no two states have the
+same distribution. The expectation of a gradient is then a sum of 40 terms, in float64, and is held
+against the derivative of the divergence that the docstring of losses.Loss claims.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from distill import losses
+from distill.head import token_stats
+from distill.losses import Loss
+
+V, LENGTH, D = 4, 3, 5
+
+
+@functools.cache
+def responses():
+    """tokens [40, 3], the state that each is drawn at, and mask: up to and with the token 0."""
+    states = {(): 0}
+    rows = []
+
+    def grow(prefix):
+        if prefix and (prefix[-1] == 0 or len(prefix) == LENGTH):
+            rows.append(prefix)
+            return
+        states.setdefault(prefix, len(states))
+        for token in range(V):
+            grow((*prefix, token))
+
+    grow(())
+    tokens, places, mask = (np.zeros((len(rows), LENGTH), np.int32) for _ in range(3))
+    for i, row in enumerate(rows):
+        for t, token in enumerate(row):
+            tokens[i, t], places[i, t], mask[i, t] = token, states[row[:t]], 1
+    return tokens, places, mask.astype(bool), len(states)
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def draw(seed):
+    """A student: a hidden state for each prefix, and a head."""
+    rng = np.random.default_rng(seed)
+    return {
+        "hidden": jnp.asarray(rng.normal(size=(responses()[3], D))),
+        "head": jnp.asarray(rng.normal(size=(V, D))),
+    }
+
+
+def table(model):
+    """log p [state, token]."""
+    return jax.nn.log_softmax(model["hidden"] @ model["head"].T)
+
+
+def token_logp(model):
+    """log p of the tokens of every response [40, 3], 0 after its end."""
+    tokens, places, mask, _ = responses()
+    return jnp.where(mask, table(model)[places, tokens], 0)
+
+
+def probability(model):
+    """Of every response [40]: they sum to 1."""
+    return jnp.exp(token_logp(model).sum(1))
+
+
+STUDENT, TEACHER, STALE = 0, 1, 2  # seeds: three unlike distributions
+
+
+def row_losses(loss, student, sampler=None, teacher=TEACHER, **known):
+    """The loss of every response [40], Σ over its tokens, through the real head and losses."""
+    tokens, places, mask, _ = responses()
+    teacher = draw(teacher)
+    stats = token_stats(
+        *(student["hidden"][places], student["head"], jnp.asarray(tokens)),
+        *(teacher["hidden"][places], teacher["head"]),
+        logits_mib=1,
+        divergence=loss.compared,
+        baseline=loss.baseline,
+    )
+    if sampler is not None:
+        known["sampler_logp_BT"] = jax.lax.stop_gradient(token_logp(sampler))
+    segments = jnp.asarray(mask, jnp.int32)
+    per_token = losses.token_losses(loss, stats, jnp.asarray(mask), segments, **known)
+    return per_token["loss"].sum(1)
+
+
+def expected(loss, sampler=None, **known):
+    """Σ over responses of μ(response) ∇loss(response). sampler None: the student itself."""
+    student = draw(STUDENT)
+    drawn_from = jax.lax.stop_gradient(probability(student if sampler is None else sampler))
+    return jax.grad(lambda s: (drawn_from * row_losses(loss, s, sampler, **known)).sum())(student)
+
+
+def visits(sampler):
+    """How often the sampler comes to each state [state], detached."""
+    _, places, mask, count = responses()
+    weight = jax.lax.stop_gradient(probability(sampler))[:, None] * mask
+    return jnp.zeros(count).at[places].add(weight)
+
+
+def exact(kind, sampler=None):
+    """The derivative of Σ over states of visits · KL, written out."""
+    student = draw(STUDENT)
+    at = visits(student if sampler is None else sampler)
+    logq = table(draw(TEACHER))
+
+    def objective(student):
+        logp = table(student)
+        kl = {"reverse": jnp.exp(logp) * (logp - logq), "forward": jnp.exp(logq) * (logq - logp)}
+        return (at * kl[kind].sum(1)).sum()
+
+    return jax.grad(objective)(student)
+
+
+def same(a, b, atol=1e-12):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, atol=atol)
+
+
+def far(a, b, least=0.01):
+    return all(
+        np.abs(np.asarray(x - y)).max() > least
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+def test_enumeration_is_whole():
+    for seed in (STUDENT, TEACHER, STALE):
+        np.testing.assert_allclose(probability(draw(seed)).sum(), 1, atol=1e-12)
+    assert len(responses()[0]) == 40 and responses()[3] == 13
+    assert far(exact("reverse"), exact("forward"))  # the claims below differ
+
+
+CLAIMS = {
+    "exact": (Loss(teacher=1), "reverse"),
+    "exact forward": (Loss(teacher=1, divergence="forward"), "forward"),
+    "topk of all": (Loss(teacher=1, estimator="topk", k=V), "reverse"),
+    "sampled": (Loss(teacher=1, estimator="sampled"), "reverse"),
+    "sampled, baseline": (Loss(teacher=1, estimator="sampled", baseline=True), "reverse"),
+    "sampled, cispo unbound": (
+        Loss(teacher=1, estimator="sampled", clip="cispo", clip_low=1, clip_high=1e9),
+        "reverse",
+    ),
+    "sampled, ppo unbound": (
+        Loss(teacher=1, estimator="sampled", clip="ppo", clip_low=1, clip_high=1e9),
+        "reverse",
+    ),
+    "k2": (Loss(teacher=1, estimator="k2"), "reverse"),
+    "k3": (Loss(teacher=1, estimator="k3", divergence="forward"), "forward"),
+}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_expected_gradient_is_the_one_claimed(name):
+    loss, kind = CLAIMS[name]
+    same(expected(loss), exact(kind))
+    same(expected(loss, sampler=draw(STUDENT)), exact(kind))
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_expected_gradient_under_stale_samples(name):
+    """peers.md 3: drawn from another distribution, the ratio makes it right again: the gradient of
+    the divergence at the states that were visited."""
+    loss, kind = CLAIMS[name]
+    stale = draw(STALE)
+    same(expected(loss, stale), exact(kind, stale))
+    if loss.estimator not in ("exact", "topk"):  # and without the ratio it is not
+        if loss.estimator == "sampled":
+            loss = dataclasses.replace(loss, ratio="none", clip="none")
+        else:
+            loss = dataclasses.replace(loss, ratio="none")
+        assert far(expected(loss, stale), exact(kind, stale))
+
+
+def test_k1_of_the_sampler_lags_behind():
+    """The usual recipe: right on fresh samples, and off on stale ones."""
+    loss = Loss(teacher=1, estimator="sampled", k1_of="sampler")
+    same(expected(loss, draw(STUDENT)), exact("reverse"))
+    assert far(expected(loss, draw(STALE)), exact("reverse", draw(STALE)))
+
+
+def test_clipping_is_a_bias():
+    """No claim is made of clipped ratios: what they cost is the other side of their stability."""
+    loss = Loss(teacher=1, estimator="sampled", clip="ppo")
+    assert far(expected(loss, draw(STALE)), exact("reverse", draw(STALE)))
+    same(expected(loss), exact("reverse"))  # fresh ratios are 1
+
+
+def k1_in_the_loss(student):
+    """The known-bad form: log p - log q of the drawn token, differentiated."""
+    return (token_logp(student) - token_logp(draw(TEACHER))).sum(1)
+
+
+def test_k1_in_the_loss_learns_nothing():
+    """peers.md 1: its expected gradient is 0, whatever the teacher says, though its value is the
+    KL; descent on it changes nothing but by noise. What stands in Loss is not that."""
+    student = draw(STUDENT)
+    weight = probability(student)
+    value, gradient = jax.value_and_grad(lambda s: (weight * k1_in_the_loss(s)).sum())(student)
+    same(gradient, jax.tree.map(jnp.zeros_like, gradient))
+    reverse = (visits(student) * kl_by_state(student)).sum()
+    np.testing.assert_allclose(value, reverse, atol=1e-12)
+    assert far(expected(Loss(teacher=1, estimator="sampled")), gradient)
+
+
+def kl_by_state(student):
+    logp, logq = table(student), table(draw(TEACHER))
+    return (jnp.exp(logp) * (logp - logq)).sum(1)
+
+
+def test_k3_in_the_loss_is_forward_kl():
+    """peers.md 2: its value is that of the reverse KL, its gradient is not."""
+    student = draw(STUDENT)
+    loss = Loss(teacher=1, estimator="k3", divergence="forward")
+    value = (probability(student) * row_losses(loss, student)).sum()
+    np.testing.assert_allclose(value, (visits(student) * kl_by_state(student)).sum(), atol=1e-12)
+    assert far(expected(loss), exact("reverse"))
+
+
+def test_clamping_an_estimate_at_zero_is_no_estimate():
+    """peers.md 6: half of the signal is gone. Losses here clamp nothing: k1 takes both signs."""
+    student, weight = draw(STUDENT), probability(draw(STUDENT))
+    k1 = token_logp(student) - token_logp(draw(TEACHER))
+    assert (k1 < -0.1).any() and (k1 > 0.1).any()
+
+    def clamped(student):  # the policy gradient with k1 clamped
+        return (weight * (jnp.maximum(k1, 0) * token_logp(student)).sum(1)).sum()
+
+    assert far(jax.grad(clamped)(student), exact("reverse"))
+
+
+@pytest.mark.parametrize("sampler", [None, STALE])
+def test_reference_is_unbiased_in_value_and_gradient(sampler):
+    """peers.md 1 to 3, for the KL from a reference: (p/μ)·k3, with the ratio differentiated."""
+    loss, student = Loss(reference=1), draw(STUDENT)
+    stale = None if sampler is None else draw(sampler)
+    reference = token_logp(draw(TEACHER))
+    same(expected(loss, stale, reference_logp_BT=reference), exact("reverse", stale))
+    drawn_from = probability(stale or student)
+    rows = row_losses(loss, student, stale, reference_logp_BT=reference)
+    at = visits(stale or student)
+    np.testing.assert_allclose(
+        (drawn_from * rows).sum(), (at * kl_by_state(student)).sum(), atol=1e-12
+    )
+
+
+# Credit for what follows
+
+
+def discounted(kind, discount):
+    """Σ over responses of p · Σ_t (∇ own divergence_t + ∇log p_t Σ_{i>t} discount^(i-t) later_i),
+    with the later terms exact: the definition, token by token."""
+    _, places, mask, _ = responses()
+    student, logq = draw(STUDENT), table(draw(TEACHER))
+    weight = probability(student)
+
+    def objective(s):
+        logp = table(s)
+        kl = {"reverse": jnp.exp(logp) * (logp - logq), "forward": jnp.exp(logq) * (logq - logp)}
+        own = jnp.where(mask, kl[kind].sum(1)[places], 0)
+        later = jax.lax.stop_gradient(own)
+        total = own.sum(1)
+        for t in range(LENGTH):
+            for i in range(t + 1, LENGTH):
+                total += discount ** (i - t) * token_logp(s)[:, t] * later[:, i]
+        return (weight * total).sum()
+
+    return jax.grad(objective)(student)
+
+
+DISCOUNTED = {
+    "sampled": Loss(teacher=1, estimator="sampled"),
+    "baseline": Loss(teacher=1, estimator="sampled", baseline=True),
+    "exact": Loss(teacher=1),
+    "exact forward": Loss(teacher=1, divergence="forward"),
+}
+
+
+@pytest.mark.parametrize("name", DISCOUNTED)
+def test_discount_credits_what_follows(name):
+    """peers.md 4: of the divergence that the term is of; and γ = 0 drops it."""
+    loss = DISCOUNTED[name]
+    kind = loss.divergence
+    for discount in (0.5, 1.0):
+        credited = dataclasses.replace(loss, discount=discount)
+        same(expected(credited), discounted(kind, discount))
+        assert far(expected(credited), exact(kind))
+
+
+@pytest.mark.parametrize("name", ["sampled", "baseline", "exact"])
+def test_discount_of_one_is_the_divergence_of_sequences(name):
+    """∇ KL of the distributions of whole responses, differentiated through everything."""
+    teacher = token_logp(draw(TEACHER)).sum(1)
+
+    def objective(student):
+        logp = token_logp(student).sum(1)
+        return (jnp.exp(logp) * (logp - teacher)).sum()
+
+    whole = jax.grad(objective)(draw(STUDENT))
+    same(expected(dataclasses.replace(DISCOUNTED[name], discount=1.0)), whole)
+
+
+def test_reward_is_the_policy_gradient():
+    """∇ of the expected reward, fresh and (for one token) stale; and a hybrid is the sum."""
+    rewards = jnp.asarray(np.random.default_rng(5).normal(size=len(responses()[0])))
+    advantage = jnp.broadcast_to(rewards[:, None], responses()[0].shape)
+    wanted = jax.grad(lambda s: -(probability(s) * rewards).sum())(draw(STUDENT))
+    loss = Loss(reward=1)
+    same(expected(loss, advantages_BT=advantage), wanted)
+    for teacher in (Loss(teacher=0.3), Loss(teacher=0.3, estimator="sampled")):
+        hybrid = dataclasses.replace(teacher, reward=2.0)
+        both = jax.tree.map(lambda a, b: 2 * a + 0.3 * b, wanted, exact("reverse"))
+        same(expected(hybrid, advantages_BT=advantage), both)
+
+
+# Variance
+
+
+def spread(rows, drawn_from):
+    """Σ μ ‖gradient - its mean‖²: the variance of the estimate from one response."""
+    flat = jnp.concatenate([x.reshape(len(drawn_from), -1) for x in jax.tree.leaves(rows)], axis=1)
+    mean = (drawn_from[:, None] * flat).sum(0, keepdims=True)
+    return float((drawn_from * ((flat - mean) ** 2).sum(1)).sum())
+
+
+def plain_mean(student, teacher):
+    """The policy gradient with the KL of each state as its baseline."""
+    tokens, places, mask, _ = responses()
+    gap = table(student) - table(teacher)
+    advantage = gap[places, tokens] - (jnp.exp(table(student)) * gap).sum(1)[places]
+    return lambda s: (jnp.where(mask, advantage, 0) * token_logp(s)).sum(1)
+
+
+@pytest.mark.parametrize("discount", [0.0, 1.0])
+def test_baseline_lowers_the_variance(discount):
+    """peers.md 30: on six pairs. The exact form is lower still: only the noise of the states. The
+    plain mean as a baseline, the KL, is unbiased too, but no remedy at discount 0."""
+    plain = Loss(teacher=1, estimator="sampled", discount=discount)
+    forms = plain, dataclasses.replace(plain, baseline=True), Loss(teacher=1, discount=discount)
+    found, worse = [], 0
+    for seed in range(0, 12, 2):
+        student, drawn_from = draw(seed), probability(draw(seed))
+        rows: Any = [
+            jax.jacrev(lambda s, x=x, t=seed + 1: row_losses(x, s, teacher=t))(student)
+            for x in forms
+        ]
+        found.append([spread(x, drawn_from) for x in rows])
+        mean = jax.jacrev(plain_mean(student, draw(seed + 1)))(student)
+        worse += spread(mean, drawn_from) > found[-1][0]
+    print(np.round(found, 2), "the plain mean is worse than none in", worse)
+    assert discount or worse > 0
+    ours = np.array(found)
+    assert (ours[:, 1] < ours[:, 0]).all() and (ours[:, 2] <= 1.01 * ours[:, 1]).all()
+
+
+def test_baseline_is_the_best_at_every_state():
+    """With respect to the logits no other constant does better: its neighbours do worse."""
+    tokens, places, _, _ = responses()
+    student, teacher = draw(STUDENT), draw(TEACHER)
+    stats = token_stats(
+        *(student["hidden"][places], student["head"], jnp.asarray(tokens)),
+        *(teacher["hidden"][places], teacher["head"]),
+        **{"logits_mib": 1, "baseline": True},
+    )
+    p, gap = jnp.exp(table(student)), table(student) - table(teacher)
+    gradients = jnp.eye(V)[None] - p[:, None]  # ∇ log p of each token, at each state
+
+    def variance(baseline):
+        rows = (gap - baseline[:, None])[..., None] * gradients
+        mean = (p[..., None] * rows).sum(1, keepdims=True)
+        return (p * ((rows - mean) ** 2).sum(-1)).sum(1)
+
+    best = jnp.zeros(responses()[3]).at[places].set(stats["baseline"])
+    for other in (best + 0.01, best - 0.01, (p * gap).sum(1), jnp.zeros_like(best)):
+        assert (variance(best) < variance(other)).all()
+
+
+def test_k2_is_the_sampled_form_sample_by_sample():
+    """Not only in expectation: with the ratio detached, the same gradient of every response."""
+    student, stale = draw(STUDENT), draw(STALE)
+    rows = [
+        jax.jacrev(lambda s, x=x: row_losses(Loss(teacher=1, estimator=x), s, stale))(student)
+        for x in ("sampled", "k2")
+    ]
+    same(*rows)

@@ -1,0 +1,423 @@
+"""The streamed head against the naive one: values, gradients, memory; and every divergence."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.scipy.special import xlogy
+
+from distill.head import Divergence, token_stats
+
+B, T, D, E, V = 3, 10, 16, 24, 57
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    keys = jax.random.split(jax.random.key(0), 6)
+    return {
+        "hidden": jax.random.normal(keys[0], (B, T, D)),
+        "head": jax.random.normal(keys[1], (V, D)),
+        "targets": jax.random.randint(keys[2], (B, T), 0, V),
+        "teacher_hidden": jax.random.normal(keys[3], (B, T, E)),
+        "teacher_head": jax.random.normal(keys[4], (V, E)) * 0.5,
+        "weights": jax.random.uniform(keys[5], (5, B, T)),
+    }
+
+
+def naive(hidden, head, targets, teacher_hidden, teacher_head):
+    """The definitions, with all logits at once."""
+    logp = jax.nn.log_softmax(hidden @ head.T)
+    logq = jax.nn.log_softmax(teacher_hidden @ teacher_head.T)
+    p = jnp.exp(logp)
+    at = targets[..., None]
+    return {
+        "logp": jnp.take_along_axis(logp, at, -1)[..., 0],
+        "entropy": -(p * logp).sum(-1),
+        "divergence": (p * (logp - logq)).sum(-1),
+        "teacher_logp": jax.lax.stop_gradient(jnp.take_along_axis(logq, at, -1)[..., 0]),
+        "teacher_entropy": jax.lax.stop_gradient(-(jnp.exp(logq) * logq).sum(-1)),
+    }
+
+
+# MiB of logits that make chunks of 10 (all), 4 (with padding: 3 chunks), and 1 token a row
+@pytest.mark.parametrize("chunk", [10, 4, 1])
+def test_streamed_equals_naive(arrays, chunk):
+    a = arrays
+    mib = chunk * 4 * B * V / 2**20
+    names = ("logp", "entropy", "divergence", "teacher_logp", "teacher_entropy")
+
+    def total(f, hidden, head):
+        stats = f(hidden, head)
+        kept = {n: stats[n] for n in names}
+        return sum((stats[n] * w).sum() for n, w in zip(names, a["weights"], strict=True)), kept
+
+    def streamed(hidden, head):
+        teacher = a["teacher_hidden"], a["teacher_head"]
+        return token_stats(
+            hidden, head, a["targets"], *teacher, logits_mib=mib, divergence=Divergence()
+        )
+
+    def plain(hidden, head):
+        return naive(hidden, head, a["targets"], a["teacher_hidden"], a["teacher_head"])
+
+    results = [
+        jax.jit(jax.value_and_grad(lambda h, w, f=f: total(f, h, w), (0, 1), has_aux=True))(
+            a["hidden"], a["head"]
+        )
+        for f in (streamed, plain)
+    ]
+    for ours, reference in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(ours, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_without_teacher(arrays):
+    a = arrays
+    stats = token_stats(a["hidden"], a["head"], a["targets"], logits_mib=1)
+    assert set(stats) == {"logp", "entropy"}
+
+
+FORMS = {
+    "reverse": Divergence("reverse"),
+    "forward": Divergence("forward"),
+    **{f"jsd {beta}": Divergence("jsd", beta=beta) for beta in (0.0, 0.1, 0.5, 0.9, 1.0)},
+    "skewed reverse": Divergence("reverse", skew=0.1),
+    "skewed forward": Divergence("forward", skew=0.3),
+}
+TAU = [dataclasses.replace(d, temperature=t) for d in FORMS.values() for t in (0.5, 1.0, 2.0)]
+
+
+def formula(logits, teacher_logits, d):
+    """Each divergence as its paper writes it, summed without any care."""
+    p = jax.nn.softmax(logits / d.temperature)
+    q = jax.nn.softmax(teacher_logits / d.temperature)
+
+    def kl(a, b):
+        return (xlogy(a, a) - xlogy(a, b)).sum(-1)
+
+    def value():
+        if d.kind == "jsd" and 0 < d.beta < 1:
+            m = d.beta * q + (1 - d.beta) * p
+            return d.beta * kl(q, m) + (1 - d.beta) * kl(p, m)
+        if d.kind == "forward" or (d.kind, d.beta) == ("jsd", 0):
+            return kl(q, d.skew * q + (1 - d.skew) * p)
+        return kl(p, d.skew * p + (1 - d.skew) * q)
+
+    return d.temperature**2 * value()
+
+
+def compare(d, logits, teacher_logits, **options):
+    """token_stats of logits themselves: the heads are identities."""
+    eye = jnp.eye(logits.shape[-1], dtype=logits.dtype)
+    targets = jnp.zeros(logits.shape[:2], jnp.int32)
+    student, teacher = (logits, eye, targets), (teacher_logits, eye)
+    return token_stats(*student, *teacher, logits_mib=1, divergence=d, **options)
+
+
+@functools.cache
+def pair(size=8, scale=2.0):
+    rng = np.random.default_rng(3)
+    return tuple(scale * rng.normal(size=(2, 5, size)) for _ in range(2))
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize("d", TAU, ids=str)
+def test_exact_equals_autodiff_of_the_formula(d, x64):
+    logits, teacher_logits = map(jnp.asarray, pair())
+
+    def ours(x):
+        return compare(d, x, teacher_logits)["divergence"]
+
+    def theirs(x):
+        return formula(x, teacher_logits, d)
+
+    np.testing.assert_allclose(ours(logits), theirs(logits), atol=1e-12)
+    grads = [jax.grad(lambda x, f=f: f(x).sum())(logits) for f in (ours, theirs)]
+    np.testing.assert_allclose(*grads, atol=1e-12)
+
+
+@pytest.mark.parametrize("d", FORMS.values(), ids=str)
+def test_exact_in_float32(d):
+    """1e-6 without float64 as well, and where the distributions hardly overlap still finite."""
+    logits, teacher_logits = (jnp.asarray(x, jnp.float32) for x in pair())
+    ours = compare(d, logits, teacher_logits)["divergence"]
+    np.testing.assert_allclose(ours, formula(logits, teacher_logits, d), atol=2e-6)
+    far = jnp.asarray(pair()[0] * 200, jnp.float32)
+    for x, y in ((far, teacher_logits), (teacher_logits, far), (far, -far)):
+        value, grad = jax.value_and_grad(lambda x, y=y: compare(d, x, y)["divergence"].sum())(x)
+        assert jnp.isfinite(value) and value > 0
+        assert jnp.isfinite(grad).all() and grad.any()
+
+
+def test_jsd_beta_convention_is_trls(x64):
+    """peers.md 7: at β=0 exactly KL(T‖S), at β=1 exactly KL(S‖T); some have the ends swapped."""
+    logits, teacher_logits = map(jnp.asarray, pair())
+
+    def value(d):
+        return np.asarray(compare(d, logits, teacher_logits)["divergence"])
+
+    np.testing.assert_array_equal(value(Divergence("jsd", 0.0)), value(Divergence("forward")))
+    np.testing.assert_array_equal(value(Divergence("jsd", 1.0)), value(Divergence("reverse")))
+    assert (np.abs(value(Divergence("forward")) - value(Divergence("reverse"))) > 0.01).any()
+    near = value(Divergence("jsd", 1e-7)) / 1e-7
+    np.testing.assert_allclose(near, value(Divergence("forward")), rtol=1e-3)
+
+
+def test_temperature_keeps_the_size_of_the_gradient(x64):
+    """peers.md 8: with the factor τ², the gradient of a high temperature tends to a limit, that of
+    half the squared distance of the centred logits over V, and not to zero."""
+    logits, teacher_logits = map(jnp.asarray, pair())
+
+    def grad(t):
+        d = Divergence("reverse", temperature=t)
+        return jax.grad(lambda x: compare(d, x, teacher_logits)["divergence"].sum())(logits)
+
+    gap = logits - teacher_logits
+    limit = (gap - gap.mean(-1, keepdims=True)) / gap.shape[-1]
+    np.testing.assert_allclose(grad(1e6), limit, atol=1e-5)
+
+
+TOPS = [
+    dataclasses.replace(d, k=3, k_of=of)
+    for d in (*FORMS.values(), Divergence("forward", temperature=2.0))
+    for of in ("teacher", "student", "union")
+]
+
+
+def coarse(d, logits, teacher_logits):
+    """The formula on the k tokens and the tail, one position at a time; summed."""
+    at = {"teacher": [teacher_logits], "student": [logits], "union": [teacher_logits, logits]}
+    tops = [np.argsort(-np.asarray(x))[..., : d.k] for x in at[d.k_of]]
+
+    def value(x):
+        p, q = (jax.nn.softmax(y / d.temperature) for y in (x, teacher_logits))
+        total = jnp.zeros(())
+        for place in np.ndindex(*x.shape[:2]):
+            kept = np.unique(np.concatenate([ids[place] for ids in tops]))
+            ends = [jnp.append(y[place][kept], 1 - y[place][kept].sum()) for y in (p, q)]
+            plain = dataclasses.replace(d, temperature=1.0)
+            total += formula(jnp.log(ends[0]), jnp.log(ends[1]), plain)
+        return d.temperature**2 * total
+
+    return jax.value_and_grad(value)(logits)
+
+
+@pytest.mark.parametrize("d", TOPS, ids=str)
+def test_topk_equals_autodiff_of_the_coarse_formula(d, x64):
+    logits, teacher_logits = (jnp.asarray(x[:1, :2]) for x in pair())
+    ours = jax.value_and_grad(lambda x: compare(d, x, teacher_logits)["divergence"].sum())(logits)
+    for a, b in zip(ours, coarse(d, logits, teacher_logits), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["reverse", "forward", "jsd"])
+@pytest.mark.parametrize("of", ["teacher", "student", "union"])
+def test_topk_with_tail_is_never_negative_and_tends_to_exact(kind, of):
+    """peers.md 5: and grows with k, as a finer division of outcomes must; k = V is exact."""
+    logits, teacher_logits = (jnp.asarray(x, jnp.float32) for x in pair())
+    d = Divergence(kind)
+    forms = [dataclasses.replace(d, k=k, k_of=of) for k in (1, 2, 5, 8)] + [d]
+    values = np.stack([compare(x, logits, teacher_logits)["divergence"] for x in forms])
+    assert (values >= 0).all()
+    assert (values[-1] - values[:-1] >= -1e-6).all()
+    if of != "union":  # the set of k + 1 holds that of k
+        assert (np.diff(values, axis=0) >= -1e-6).all()
+    np.testing.assert_allclose(values[-2], values[-1], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["reverse", "forward", "jsd"])
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_stored_top_is_the_teachers_top(kind, k):
+    """Without the teacher at hand: the same value and gradient, whatever else was stored."""
+    logits, teacher_logits = (jnp.asarray(x, jnp.float32) for x in pair())
+    logq, ids = jax.lax.top_k(jax.nn.log_softmax(teacher_logits), 8)
+    d, eye = Divergence(kind, k=k), jnp.eye(8)
+
+    def stored(x, keep):
+        targets = jnp.zeros(x.shape[:2], jnp.int32)
+        top = ids[..., :keep], logq[..., :keep]
+        options: Any = {"divergence": d, "teacher_top_BTK": top, "overlap": keep}
+        return token_stats(x, eye, targets, logits_mib=1, **options)
+
+    results = [
+        jax.value_and_grad(lambda x, f=f: f(x)["divergence"].sum())(logits)
+        for f in (
+            lambda x: compare(d, x, teacher_logits),
+            lambda x: stored(x, k),
+            lambda x: stored(x, 8),
+        )
+    ]
+    for ours in results[1:]:
+        for a, b in zip(ours, results[0], strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-6)
+    assert set(stored(logits, k)) == {"logp", "entropy", "divergence", "top_overlap", "outside_top"}
+
+
+def without_tail(d, logits, teacher_logits):
+    """The known-bad form: Σ over the teacher's k alone, of probabilities that do not sum to 1."""
+    logp, logq = jax.nn.log_softmax(logits), jax.nn.log_softmax(teacher_logits)
+    ids = jax.lax.top_k(logq, d.k)[1]
+    logp, logq = (jnp.take_along_axis(x, ids, -1) for x in (logp, logq))
+    return (jnp.exp(logp) * (logp - logq)).sum(-1)
+
+
+def test_topk_without_tail_leaks_mass():
+    """peers.md 5: it is no divergence. It is negative where the student's mass has left the k, so
+    descent on it drives the mass out; with the tail the same descent ends at the teacher."""
+    d = Divergence("reverse", k=2)
+    teacher_logits = jnp.asarray([[[3.0, 2.0, 0.0, 0.0, 0.0]]])
+    start = jnp.zeros((1, 1, 5))
+
+    def descend(loss):
+        x = start
+        step = jax.jit(jax.grad(lambda x: loss(x).sum()))
+        for _ in range(500):
+            x = x - 0.5 * step(x)
+        return x, float(loss(x)[0, 0]), float(jax.nn.softmax(x)[..., :2].sum())
+
+    _, bad, kept = descend(lambda x: without_tail(d, x, teacher_logits))
+    x, good, ours = descend(lambda x: compare(d, x, teacher_logits)["divergence"])
+    at_teacher = float(jax.nn.softmax(teacher_logits)[..., :2].sum())
+    assert bad < -0.2 and kept < 0.5 < at_teacher  # its minimum has lost half of the mass
+    assert -1e-6 < good < 1e-4 and abs(ours - at_teacher) < 0.01
+    two = jax.nn.softmax(x)[0, 0, :2] / ours
+    np.testing.assert_allclose(two, jax.nn.softmax(teacher_logits[0, 0, :2]), atol=0.01)
+
+
+@pytest.mark.parametrize("d", [*FORMS.values(), *TOPS], ids=str)
+def test_teacher_is_student(arrays, d):
+    """peers.md 38: no loss and no gradient, not even rounding noise, which Adam would scale up."""
+    a = arrays
+
+    def loss(hidden, head):
+        student = jax.lax.stop_gradient((hidden, head))
+        stats = token_stats(hidden, head, a["targets"], *student, logits_mib=1, divergence=d)
+        return stats["divergence"].sum()
+
+    value, grads = jax.value_and_grad(loss, (0, 1))(a["hidden"], a["head"])
+    assert value == 0
+    assert all(not g.any() for g in grads)
+
+
+@pytest.mark.parametrize("kind", ["reverse", "forward", "jsd"])
+def test_teacher_is_student_stored(arrays, kind):
+    """The mass of a stored tail is 1 - Σ, so the zero is one of rounding."""
+    a = arrays
+    logits = a["hidden"] @ a["head"].T
+    logq, ids = jax.lax.top_k(jax.nn.log_softmax(logits), 5)
+
+    def loss(x):
+        options: Any = {"divergence": Divergence(kind, k=5), "teacher_top_BTK": (ids, logq)}
+        return token_stats(x, jnp.eye(V), a["targets"], logits_mib=1, **options)["divergence"].sum()
+
+    value, grad = jax.value_and_grad(loss)(logits)
+    assert abs(value) < 1e-6 * B * T
+    assert jnp.abs(grad).max() < 1e-6
+
+
+def test_teacher_gets_no_gradient(arrays):
+    """peers.md 9."""
+    a = arrays
+
+    def loss(teacher_hidden, teacher_head, logq):
+        total = 0.0
+        for d in (Divergence(), Divergence("jsd", k=4, k_of="union")):
+            options: Any = {"logits_mib": 1, "divergence": d, "overlap": 3, "exact": True}
+            head = a["hidden"], a["head"], a["targets"]
+            stats = token_stats(*head, teacher_hidden, teacher_head, **options)
+            total += sum(x.sum() for x in stats.values())
+        ids = jnp.broadcast_to(jnp.arange(4), logq.shape)
+        options = {"divergence": Divergence(k=4), "teacher_top_BTK": (ids, logq)}
+        stats = token_stats(*head, logits_mib=1, **options)
+        return total + stats["divergence"].sum()
+
+    logq = jnp.full((B, T, 4), -2.0)
+    grads = jax.grad(loss, (0, 1, 2))(a["teacher_hidden"], a["teacher_head"], logq)
+    assert all(not g.any() for g in grads)
+
+
+def test_diagnostics(arrays):
+    """Overlap and mass outside, from the definitions; the exact value beside a form of k tokens."""
+    a = arrays
+    k = 7
+    student = a["hidden"], a["head"], a["targets"]
+    teacher = a["teacher_hidden"], a["teacher_head"]
+    d = Divergence("forward", k=k)
+    options: Any = {"divergence": d, "exact": True, "overlap": k, "top_k": k}
+    stats = token_stats(*student, *teacher, logits_mib=1e-3, **options)
+    p, q = (np.asarray(jax.nn.softmax(x @ w.T)) for x, w in (student[:2], teacher))
+    ours, theirs = (np.argsort(-x, -1)[..., :k] for x in (p, q))
+    np.testing.assert_array_equal(stats["top_ids"], ours)
+    for place in np.ndindex(B, T):
+        shared = set(ours[place]) & set(theirs[place])
+        np.testing.assert_allclose(stats["top_overlap"][place], len(shared) / k, rtol=1e-6)
+        outside = 1 - p[place][theirs[place]].sum()
+        np.testing.assert_allclose(stats["outside_top"][place], outside, atol=1e-6)
+    exact = (q * np.log(q / p)).sum(-1)
+    np.testing.assert_allclose(stats["exact_divergence"], exact, rtol=1e-4)
+    np.testing.assert_allclose(stats["reverse_kl"], (p * np.log(p / q)).sum(-1), rtol=1e-4)
+    assert (stats["divergence"] < stats["exact_divergence"]).all()
+
+    def diagnostics(hidden):
+        stats = token_stats(hidden, *student[1:], *teacher, logits_mib=1e-3, **options)
+        return sum(stats[n].sum() for n in stats.keys() - {"logp", "entropy", "divergence"} - TOP)
+
+    assert not jax.grad(diagnostics)(a["hidden"]).any()
+
+
+TOP = {"top_ids", "top_logp"}
+
+
+def test_bfloat16_is_summed_in_float32(arrays):
+    """peers.md 26: hidden states in bfloat16 give float32 stats, and a float32 gradient of a
+    float32 head."""
+    a = arrays
+    hidden, teacher = (a[name].astype(jnp.bfloat16) for name in ("hidden", "teacher_hidden"))
+
+    def loss(head):
+        options: Any = {"divergence": Divergence("jsd", k=3), "overlap": 3, "exact": True}
+        student = hidden, head, a["targets"]
+        stats = token_stats(*student, teacher, a["teacher_head"], logits_mib=1, **options)
+        assert all(x.dtype == jnp.float32 for x in stats.values())
+        return stats["logp"].sum() + stats["divergence"].sum()
+
+    assert jax.grad(loss)(a["head"]).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    "d", [Divergence(), Divergence("jsd", temperature=2.0, k=16, k_of="union")], ids=str
+)
+def test_memory_of_the_streamed_loss(d):
+    """8,192 tokens and the real vocabulary: under a tenth of what the naive loss needs."""
+    tokens, vocabulary, width, teacher_width = 8192, 151_936, 256, 320
+    f32 = jnp.float32
+    shapes = (
+        jax.ShapeDtypeStruct((1, tokens, width), f32),
+        jax.ShapeDtypeStruct((vocabulary, width), f32),
+        jax.ShapeDtypeStruct((1, tokens), jnp.int32),
+        jax.ShapeDtypeStruct((1, tokens, teacher_width), f32),
+        jax.ShapeDtypeStruct((vocabulary, teacher_width), f32),
+    )
+
+    def streamed(*args):
+        return token_stats(*args, logits_mib=128, divergence=d)["divergence"].sum()
+
+    def plain(*args):
+        return naive(*args)["divergence"].sum()
+
+    def peak(f):
+        compiled = jax.jit(jax.value_and_grad(f, (0, 1))).lower(*shapes).compile()
+        analysis: Any = compiled.memory_analysis()
+        return analysis.temp_size_in_bytes
+
+    ours, reference = peak(streamed), peak(plain)
+    print(f"streamed {ours / 2**30:.2f} GiB, naive {reference / 2**30:.2f} GiB")
+    assert ours < reference / 10
