@@ -15,10 +15,10 @@ PACKAGES = ("models", "distill", "configs", "assets", "tests")
 
 # distill/, from top to bottom: a file imports from its own floor (without circles) and below.
 FLOORS = {
-    "entry points": "train evaluate generate score serve plan export report quickstart",
-    "stages": "rollout teacher update",
-    "parts": "policy data losses benchmarks",
-    "ground": "batch mesh chat rewards optim metrics checkpoint arithmetic cli",
+    "entry points": "train evaluate compare generate score serve plan export report quickstart",
+    "stages": "rollout teacher divergence update",
+    "parts": "policy data losses benchmarks results",
+    "ground": "batch mesh chat rewards ifeval figures optim metrics checkpoint arithmetic cli",
 }
 FLOOR = {file: i for i, files in enumerate(FLOORS.values()) for file in files.split()}
 

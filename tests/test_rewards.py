@@ -77,7 +77,12 @@ def test_arithmetic_is_an_exact_integer(response: str, outcome: str) -> None:
         ("6 * 7 = 42", "42", "correct"),
         ("#### 43", "42", "wrong"),
         ("I do not know", "42", "no_answer"),
-        (r"\boxed{" + "4" * 2000 + "}", "42", "wrong"),
+        (r"\boxed{" + "4" * 2000 + "}", "42", "unparsed"),
+        (r"\boxed{\frac{4}{}", "42", "no_answer"),
+        (r"\boxed{((}", "42", "unparsed"),
+        (r"\boxed{\text{forty-two}}", "42", "wrong"),
+        (r"\boxed{\text{east}}", r"\text{east}", "correct"),
+        (r"\boxed{}", "42", "no_answer"),
     ],
 )
 def test_math_finds_the_answer(response: str, answer: str, outcome: str) -> None:
