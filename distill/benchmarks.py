@@ -21,22 +21,22 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
     "gsm8k": {
         "prompt": _BOXED,
         "hf": "hf:openai/gsm8k:main:test",
-        "tfds": "tfds:gsm8k:test",  # question and answer, as on the hub
+        "tfds": "tfds:gsm8k::test",  # question and answer, as on the hub
     },
-    "math500": {"prompt": _BOXED, "hf": "hf:HuggingFaceH4/MATH-500:default:test"},
+    "math500": {"prompt": _BOXED, "hf": "hf:HuggingFaceH4/MATH-500::test"},
     "aime24": {
         "prompt": _BOXED,
-        "hf": "hf:HuggingFaceH4/aime_2024:default:train",
+        "hf": "hf:HuggingFaceH4/aime_2024",
         "qwen3": {"samples": 64, "max_new_tokens": 38_912},
     },
     "aime25": {
         "prompt": _BOXED,
-        "hf": "hf:math-ai/aime25:default:test",
+        "hf": "hf:math-ai/aime25::test",
         "qwen3": {"samples": 64, "max_new_tokens": 38_912},
     },
-    "amc": {"prompt": _BOXED, "hf": "hf:math-ai/amc23:default:test"},
+    "amc": {"prompt": _BOXED, "hf": "hf:math-ai/amc23::test"},
     "math": {"prompt": _BOXED},  # any rows of question and answer
-    "ifeval": {"prompt": "{question}", "hf": "hf:google/IFEval:default:train"},
+    "ifeval": {"prompt": "{question}", "hf": "hf:google/IFEval"},
 }
 
 # The Qwen3 report (arXiv 2505.09388), section 4.6. Greedy is not of it: for quick looks.
@@ -98,8 +98,8 @@ def settings(protocol: str, benchmark: str, changes: dict[str, Any]) -> dict[str
 def problems(benchmark: str, path: str, limit: int) -> list[tuple[str, Row]]:
     """(name, row) of each problem; a row has id, question (or messages) and answer.
 
-    `path` is a jsonl file, hf:NAME:CONFIG:SPLIT or tfds:NAME:SPLIT; hf: and tfds: alone are the
-    benchmark's own set.
+    `path` is a jsonl file, hf:NAME[:CONFIG][:SPLIT] or tfds:NAME[:CONFIG][:SPLIT] (CONFIG may be
+    empty, SPLIT is train where it is not given); hf: and tfds: alone are the benchmark's own set.
 
     Raises:
       UserError: for an unknown benchmark, no data where it needs some, or a row without an answer.
@@ -115,7 +115,7 @@ def problems(benchmark: str, path: str, limit: int) -> list[tuple[str, Row]]:
     if path in ("hf:", "tfds:"):
         own = BENCHMARKS[benchmark].get(path[:-1])
         if own is None:
-            raise UserError(f"--data={path}: no set is named for {benchmark}: {path}NAME:SPLIT")
+            raise UserError(f"--data={path}: no set is named for {benchmark}: {path}NAME::SPLIT")
         path = own
     rows, names = [], set()
     for number, (where, row) in enumerate(_read(path)):
@@ -155,28 +155,26 @@ def _read(path: str) -> Iterable[tuple[str, dict]]:
     kind, _, name = path.partition(":")
     if kind not in ("hf", "tfds"):
         return data.read_jsonl(path)
+    name, config, split = (*name.split(":", 2), "", "")[:3]
     try:
-        rows = _hub_rows(*name.split(":")) if kind == "hf" else _tfds_rows(*name.split(":"))
+        rows = (_hub if kind == "hf" else _tfds)(name, config, split or "train")
     except Exception as error:  # both libraries, and the network under them, raise many kinds
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--data={path}: {reason}") from error
-    return [(f"{path}:{number}", row) for number, row in enumerate(rows)]
+    return [(f"{path} row {number}", row) for number, row in enumerate(rows)]
 
 
-def _hub_rows(name: str, config: str = "default", split: str = "test") -> list[dict]:
-    import datasets
+def _hub(name: str, config: str, split: str) -> list[dict]:
+    import datasets  # seconds to import, and only here needed
 
-    chosen = None if config == "default" else config
-    return [dict(row) for row in datasets.load_dataset(name, chosen, split=split)]  # type: ignore[arg-type]
+    return [dict(row) for row in datasets.load_dataset(name, config or None, split=split)]  # type: ignore[arg-type]
 
 
-def _tfds_rows(name: str, split: str = "test") -> list[dict]:
+def _tfds(name: str, config: str, split: str) -> list[dict]:
     import tensorflow_datasets as tfds
 
-    return [
-        {k: v.decode() if isinstance(v, bytes) else v for k, v in row.items()}
-        for row in tfds.data_source(name, split=split)  # type: ignore[union-attr]
-    ]
+    rows: Any = tfds.data_source(f"{name}/{config}" if config else name, split=split)
+    return [{k: v.decode() if isinstance(v, bytes) else v for k, v in r.items()} for r in rows]
 
 
 def check(benchmark: str, rows: list[tuple[str, Row]]) -> None:
@@ -190,8 +188,10 @@ def check(benchmark: str, rows: list[tuple[str, Row]]) -> None:
             )
 
 
-def asked(row: Row, template: str) -> Row:
-    """The row with its question as the model is asked it; messages, prompts, ids stay as given."""
+def put(benchmark: str, row: Row, template: str = "") -> Row:
+    """The row with its question as the model is asked it: by `template`, or the benchmark's own;
+    messages, prompts and ids stay as given."""
+    template = template or BENCHMARKS[benchmark]["prompt"]
     if "question" not in row:
         return row
     return {**row, "question": template.replace("{question}", str(row["question"]))}

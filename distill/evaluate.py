@@ -160,7 +160,7 @@ def evaluate(
     if subject.tokenizer is None:
         raise UserError(f"{subject.path}: no tokenizer, so responses cannot be read")
     template = template or benchmarks.BENCHMARKS[benchmark]["prompt"]
-    asked = [(where, benchmarks.asked(row, template)) for where, row in rows]
+    asked = [(where, benchmarks.put(benchmark, row, template)) for where, row in rows]
     prompts = generate.prompts(subject, asked, thinking, max_new_tokens)
     protocol: Row = {
         "model": subject.path,
@@ -241,8 +241,8 @@ BENCHMARK = flags.DEFINE_string(
 DATA = flags.DEFINE_string(
     "data",
     "",
-    "jsonl of question and answer, hf:NAME:CONFIG:SPLIT or tfds:NAME:SPLIT; hf: alone is the "
-    "benchmark's own set; arithmetic makes its own.",
+    "jsonl of question and answer, hf:NAME[:CONFIG][:SPLIT] or tfds:NAME[:CONFIG][:SPLIT]; hf: "
+    "alone is the benchmark's own set; arithmetic makes its own.",
     flag_values=OPTIONS,
 )
 OUT = flags.DEFINE_string(

@@ -15,7 +15,8 @@ PACKAGES = ("models", "distill", "configs", "assets", "tests")
 
 # distill/, from top to bottom: a file imports from its own floor (without circles) and below.
 FLOORS = {
-    "entry points": "train evaluate compare generate score serve plan export report quickstart",
+    "entry points": "train evaluate validate compare generate score serve plan export report "
+    "quickstart harness lm",
     "stages": "rollout teacher divergence update",
     "parts": "policy data losses benchmarks results",
     "ground": "batch mesh chat rewards ifeval figures optim metrics checkpoint arithmetic cli",
