@@ -1,7 +1,12 @@
 """Accuracy and its interval, stored responses, interrupted evaluations, reverse KL, the verb."""
 
 import json
+import random
 import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from helpers import TOKENIZER, tiny_qwen3
+from helpers import ROOT, TOKENIZER, tiny_qwen3
 from test_verbs import call, read, write
 from transformers import Qwen3ForCausalLM
 
@@ -218,6 +223,97 @@ def test_an_interrupted_evaluation_goes_on(
     assert found.pop("reverse_kl") == pytest.approx(expected.pop("reverse_kl"), rel=1e-5)
     assert found == expected
     assert (summary_of(tmp_path)["tokens_per_second"] is None) == (first == len(ROWS))
+
+
+def killed(model: str, folder: Path, kills: int, problems: int, seed: int) -> None:
+    """The verb, killed without a word at random rows, again and again, ends with the file of one
+    that nobody killed. On arithmetic problems graded as mathematics, so with graders at work."""
+    rows = benchmarks.problems("arithmetic", "", problems)
+    asked = write(folder / "asked.jsonl", [row for _, row in rows])
+    flags = ("--benchmark=math", f"--data={asked}", "--samples=2", "--temperature=1", "--k=1,2")
+    limits = ("--max_new_tokens=12", "--batch_size=4", "--template={question}", f"--model={model}")
+
+    def start(out: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "distill.evaluate", *flags, *limits]
+        return subprocess.Popen(
+            [*command, f"--out={folder / out}"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+
+    def finish(out: str) -> str:
+        _, errors = (process := start(out)).communicate(timeout=300)
+        assert process.returncode == 0, errors
+        return errors
+
+    finish("whole")
+    draw, examples, died, at = random.Random(seed), folder / "broken" / "examples.jsonl", 0, 0
+    for left in range(kills, 0, -1):
+        at += draw.randint(0, max(0, (2 * problems - at) // (left + 1)))
+        process = start("broken")
+        while process.poll() is None:
+            there = examples.read_bytes().count(b"\n") if examples.exists() else -1
+            if there >= at:
+                time.sleep(draw.random() * 0.05)
+                process.kill()
+                break
+            time.sleep(0.002)
+        process.communicate()
+        died += process.returncode == -9
+        at = max(at, examples.read_bytes().count(b"\n"))
+    assert died >= min(kills, 2)
+    finish("broken")
+    assert examples.read_bytes() == (folder / "whole" / "examples.jsonl").read_bytes()
+    found, expected = (untimed(summary_of(folder / name)) for name in ("broken", "whole"))
+    assert found == expected
+
+
+def test_killed_twice(paths, tmp_path: Path) -> None:
+    killed(paths[0], tmp_path, kills=2, problems=12, seed=0)
+
+
+def test_more_problems_may_follow(loaded, tmp_path: Path) -> None:
+    """A quick look at the first problems is the beginning of the whole."""
+    run(loaded[0], tmp_path / "out", rows=ROWS[:2])
+    run(loaded[0], tmp_path / "out")
+    run(loaded[0], tmp_path / "whole")
+    found, expected = (contents(tmp_path / name) for name in ("out", "whole"))
+    assert found["examples.jsonl"] == expected["examples.jsonl"]
+    assert found["protocol.json"] == expected["protocol.json"]
+
+
+def test_a_row_of_another_problem_is_refused(whole: Path, loaded, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    examples = tmp_path / "examples.jsonl"
+    lines = examples.read_text().splitlines(True)
+    examples.write_text("".join([*lines[:2], *lines[4:6], *lines[2:4], *lines[6:]]))
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"examples.jsonl:3: not a row of this evaluation"):
+        run(loaded[0], tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_graders_never_stall_sampling() -> None:
+    """All is sampled while no answer is graded yet; what is written keeps the order."""
+
+    class Slow(rewards.Grader):
+        def submit(self, benchmark: str, response: str, answer: str) -> Future:
+            futures.append(Future())
+            return futures[-1]
+
+    futures: list[Future] = []
+
+    def sampled():
+        for i in range(5):
+            yield [{"id": i, "sample": s, "response": "1", "answer": "1"} for s in range(2)]
+        assert len(futures) == 10 and not any(f.done() for f in futures)
+        for number in (9, 0, 4, 1, 8, 2, 3, 7, 5, 6):
+            futures[number].set_result("correct")
+
+    rows = [("", {"id": i, "question": "1?"}) for i in range(5)]
+    keys = [["a", "b"]] * 5
+    found = list(evaluate._collect(sampled(), Slow(), "math", rows, keys, False))
+    assert [[(r["id"], r["sample"]) for r in group] for group in found] == [
+        [(i, 0), (i, 1)] for i in range(5)
+    ]
 
 
 CHANGES = {
