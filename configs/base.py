@@ -119,6 +119,18 @@ def get_config(arg: str = "") -> ConfigDict:
     c.log.transcripts_every = 50  # steps between files of sampled transcripts
     c.log.transcripts = 8  # rows in each
 
+    # Evaluation while it trains: every so many steps and after each stage.
+    c.eval = ConfigDict()
+    c.eval.every = 0  # steps; 0: never
+    c.eval.benchmark = "arithmetic"
+    c.eval.data = ""  # PATH.jsonl or hf:NAME:CONFIG:SPLIT; arithmetic makes its own
+    c.eval.limit = 200  # first problems; 0: all
+    c.eval.protocol = "greedy"  # how to sample, of distill/benchmarks.py
+    c.eval.samples = 0  # responses to each problem; 0: the protocol's
+    c.eval.max_new_tokens = 0  # longest response; 0: the protocol's
+    c.eval.batch_size = 64  # responses sampled together
+    c.eval.best = "accuracy"  # figure whose best checkpoint is kept; "-NAME": least; "": none
+
     c.sft = stage("sft")
     c.opd = stage("opd")
     return c

@@ -1,6 +1,9 @@
-"""The problems that a model is judged by, and responses to them that somebody stored."""
+"""The problems that a model is judged by, the protocols by which, and responses somebody stored."""
 
-from distill import arithmetic, data, rewards
+from collections.abc import Iterable
+from typing import Any
+
+from distill import arithmetic, data, ifeval, rewards
 from models.errors import UserError
 
 PROBLEM_SEED = 20_000  # of the generated test problems: the same ones in every evaluation
@@ -8,29 +11,190 @@ ARITHMETIC_PROBLEMS = 1000
 
 Row = dict[str, object]
 
+# What Qwen3's model card asks users to append to a mathematical problem.
+_BOXED = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+# `prompt`: how the question is put; `hf`, `tfds`: what --data=hf: and --data=tfds: stand for;
+# `qwen3`: what Qwen3's protocols do otherwise there. The grader is the row of rewards.GRADERS.
+BENCHMARKS: dict[str, dict[str, Any]] = {
+    "arithmetic": {"prompt": "{question}"},
+    "gsm8k": {
+        "prompt": _BOXED,
+        "hf": "hf:openai/gsm8k:main:test",
+        "tfds": "tfds:gsm8k::test",  # question and answer, as on the hub
+    },
+    "math500": {"prompt": _BOXED, "hf": "hf:HuggingFaceH4/MATH-500::test"},
+    "aime24": {
+        "prompt": _BOXED,
+        "hf": "hf:HuggingFaceH4/aime_2024",
+        "qwen3": {"samples": 64, "max_new_tokens": 38_912},
+    },
+    "aime25": {
+        "prompt": _BOXED,
+        "hf": "hf:math-ai/aime25::test",
+        "qwen3": {"samples": 64, "max_new_tokens": 38_912},
+    },
+    "amc": {"prompt": _BOXED, "hf": "hf:math-ai/amc23::test"},
+    "math": {"prompt": _BOXED},  # any rows of question and answer
+    "ifeval": {"prompt": "{question}", "hf": "hf:google/IFEval"},
+}
+
+# The Qwen3 report (arXiv 2505.09388), section 4.6. Greedy is not of it: for quick looks.
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "greedy": {
+        "thinking": True,
+        "temperature": 0.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "presence_penalty": 0.0,
+        "max_new_tokens": 1024,
+        "samples": 1,
+    },
+    "qwen3-thinking": {
+        "thinking": True,
+        "temperature": 0.6,
+        "top_k": 20,
+        "top_p": 0.95,
+        "presence_penalty": 0.0,
+        "max_new_tokens": 32_768,
+        "samples": 1,
+    },
+    "qwen3-nonthinking": {
+        "thinking": False,
+        "temperature": 0.7,
+        "top_k": 20,
+        "top_p": 0.8,
+        "presence_penalty": 1.5,
+        "max_new_tokens": 32_768,
+        "samples": 1,
+    },
+}
+
+_NAMES = ("id", "unique_id", "key")
+_QUESTIONS = ("question", "problem")
+
+
+def require(benchmark: str) -> None:
+    """Raises UserError for an unknown benchmark, or one whose grader is not installed."""
+    if benchmark not in BENCHMARKS:
+        raise UserError(f"--benchmark={benchmark}: known are {', '.join(BENCHMARKS)}")
+    if rewards.GRADERS[benchmark] is ifeval.grade:
+        ifeval.require()
+
+
+def settings(protocol: str, benchmark: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a protocol on a benchmark, with those of `changes` that are not None.
+
+    Raises UserError for an unknown protocol.
+    """
+    if protocol not in PROTOCOLS:
+        raise UserError(f"--protocol={protocol}: known are {', '.join(PROTOCOLS)}")
+    found = dict(PROTOCOLS[protocol])
+    if protocol.startswith("qwen3"):
+        found |= BENCHMARKS[benchmark].get("qwen3", {})
+    return found | {name: value for name, value in changes.items() if value is not None}
+
 
 def problems(benchmark: str, path: str, limit: int) -> list[tuple[str, Row]]:
     """(name, row) of each problem; a row has id, question (or messages) and answer.
 
+    `path` is a jsonl file, hf:NAME[:CONFIG][:SPLIT] or tfds:NAME[:CONFIG][:SPLIT] (CONFIG may be
+    empty, SPLIT is train where it is not given); hf: and tfds: alone are the benchmark's own set.
+
     Raises:
       UserError: for an unknown benchmark, no data where it needs some, or a row without an answer.
     """
-    if benchmark not in rewards.GRADERS:
-        raise UserError(f"--benchmark={benchmark}: known are {', '.join(rewards.GRADERS)}")
+    require(benchmark)
     if benchmark == "arithmetic" and not path:
         return [_generated(i) for i in range(limit or ARITHMETIC_PROBLEMS)]
     if not path:
-        raise UserError(f"--data: {benchmark} needs a jsonl file of question and answer")
-    rows, names = data.read_jsonl(path), set()
-    for number, (where, row) in enumerate(rows):
-        if not isinstance(row.get("answer"), str | int | float):
-            raise UserError(f"{where}: no answer among its fields {sorted(row)}")
-        row["answer"] = str(row["answer"])
+        raise UserError(
+            f"--data: {benchmark} needs a jsonl file of question and answer, "
+            "or hf:NAME:CONFIG:SPLIT"
+        )
+    if path in ("hf:", "tfds:"):
+        own = BENCHMARKS[benchmark].get(path[:-1])
+        if own is None:
+            raise UserError(f"--data={path}: no set is named for {benchmark}: {path}NAME::SPLIT")
+        path = own
+    rows, names = [], set()
+    for number, (where, row) in enumerate(_read(path)):
+        row = _adapted(benchmark, row, where)
         name = str(row.setdefault("id", f"{benchmark}-{number}"))
         if name in names:
             raise UserError(f"{where}: id {name!r} is that of an earlier row")
         names.add(name)
+        rows.append((where, row))
     return rows[: limit or None]
+
+
+def _adapted(benchmark: str, row: dict, where: str) -> Row:
+    """A row of any of the published forms as id (where it has one), question and answer."""
+    name = next((row[n] for n in _NAMES if row.get(n) is not None), None)
+    named = {} if name is None else {"id": name}
+    if rewards.GRADERS[benchmark] is ifeval.grade:
+        return {**named, "question": row.get("prompt"), "answer": ifeval.answer(row, where)}
+    answer = row.get("answer")
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        raise UserError(f"{where}: no answer among its fields {sorted(row)}")
+    question = next((row[q] for q in _QUESTIONS if q in row), None)
+    asked = {} if question is None else {"question": question}
+    return {**row, **named, **asked, "answer": _final(answer)}
+
+
+def _final(answer: str | int | float) -> str:
+    """GSM8K is published with the solution before its answer, AMC with answers such as 27.0."""
+    if isinstance(answer, float) and answer.is_integer():
+        return str(int(answer))
+    _, marked, tail = str(answer).rpartition("####")
+    return tail.strip().replace(",", "") if marked else str(answer)
+
+
+def _read(path: str) -> Iterable[tuple[str, dict]]:
+    """Rows with their names. Raises UserError where there is no such file or set."""
+    kind, _, name = path.partition(":")
+    if kind not in ("hf", "tfds"):
+        return data.read_jsonl(path)
+    name, config, split = (*name.split(":", 2), "", "")[:3]
+    try:
+        rows = (_hub if kind == "hf" else _tfds)(name, config, split or "train")
+    except Exception as error:  # both libraries, and the network under them, raise many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--data={path}: {reason}") from error
+    return [(f"{path} row {number}", row) for number, row in enumerate(rows)]
+
+
+def _hub(name: str, config: str, split: str) -> list[dict]:
+    import datasets  # seconds to import, and only here needed
+
+    return [dict(row) for row in datasets.load_dataset(name, config or None, split=split)]  # type: ignore[arg-type]
+
+
+def _tfds(name: str, config: str, split: str) -> list[dict]:
+    import tensorflow_datasets as tfds
+
+    rows: Any = tfds.data_source(f"{name}/{config}" if config else name, split=split)
+    return [{k: v.decode() if isinstance(v, bytes) else v for k, v in r.items()} for r in rows]
+
+
+def check(benchmark: str, rows: list[tuple[str, Row]]) -> None:
+    """Raises UserError if responses to some of these problems could not be graded here."""
+    if rewards.GRADERS[benchmark] is ifeval.grade:
+        count = ifeval.unchecked([str(row["answer"]) for _, row in rows])
+        if count:
+            raise UserError(
+                f"--benchmark={benchmark}: {count} of the problems are checked with nltk's data, "
+                f"which is not here: {ifeval.PUNKT}"
+            )
+
+
+def put(benchmark: str, row: Row, template: str = "") -> Row:
+    """The row with its question as the model is asked it: by `template`, or the benchmark's own;
+    messages, prompts and ids stay as given."""
+    template = template or BENCHMARKS[benchmark]["prompt"]
+    if "question" not in row:
+        return row
+    return {**row, "question": template.replace("{question}", str(row["question"]))}
 
 
 def _generated(index: int) -> tuple[str, Row]:
@@ -39,8 +203,12 @@ def _generated(index: int) -> tuple[str, Row]:
     return name, {"id": name, "question": p.question, "answer": p.answer, "level": p.operations}
 
 
-def stored(path: str, rows: list[tuple[str, Row]]) -> list[Row]:
-    """Responses from a file, each with its answer: its own, or that of the problem it names."""
+def stored(benchmark: str, path: str, rows: list[tuple[str, Row]]) -> list[Row]:
+    """Responses from a file, each with its answer: its own, or that of the problem it names.
+
+    Raises UserError for an unknown benchmark, or a row without response or answer.
+    """
+    require(benchmark)
     answers = {
         str(row.get(field)): row["answer"] for _, row in rows for field in ("id", "question")
     }
@@ -48,11 +216,13 @@ def stored(path: str, rows: list[tuple[str, Row]]) -> list[Row]:
     for number, (where, row) in enumerate(data.read_jsonl(path)):
         if not isinstance(row.get("response"), str):
             raise UserError(f"{where}: no response among its fields {sorted(row)}")
-        name = next((str(row[f]) for f in ("id", "question") if row.get(f) is not None), None)
-        answer = row.get("answer", answers.get(name) if name else None)
+        fields = (*_NAMES, *_QUESTIONS, "prompt")
+        names = [str(row[f]) for f in fields if isinstance(row.get(f), str | int)]
+        answer = next((answers[name] for name in names if name in answers), None)
+        if row.get("answer") is not None or "instruction_id_list" in row:
+            answer = _adapted(benchmark, row, where)["answer"]
         if answer is None:
             raise UserError(f"{where}: no answer, and no problem of --data matches it")
-        found.append(
-            {"id": name or f"row-{number}", "answer": str(answer), "response": row["response"]}
-        )
+        name = names[0] if names else f"row-{number}"
+        found.append({"id": name, "answer": str(answer), "response": row["response"]})
     return found

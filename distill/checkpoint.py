@@ -79,7 +79,7 @@ class Checkpoints:
         leaves = _flat(state)
         # One after another: XLA on several CPU devices deadlocks, and then aborts, where programs
         # with collectives queue up behind each other on few cores.
-        checks = {path: int(jax.device_get(_checksum(x))) for path, x in leaves.items()}
+        checks = {path: int(jax.device_get(checksum(x))) for path, x in leaves.items()}
         about = {
             "meta": meta,
             "leaves": {
@@ -241,7 +241,7 @@ def _everywhere(ok: bool) -> bool:
 
 
 @jax.jit
-def _checksum(x: jax.Array) -> jax.Array:
+def checksum(x: jax.Array) -> jax.Array:
     """uint32: Σ bits(x_i) · (2i + 1) mod 2³², the same however x is sharded.
 
     The weights are odd, so any change of one element shows; they differ, so most swaps do too.
@@ -254,4 +254,4 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 
 def _copied(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jnp.copy(x), _checksum(x)
+    return jnp.copy(x), checksum(x)

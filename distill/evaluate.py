@@ -5,53 +5,61 @@ it was stopped. When all are there, summary.json says what they amount to. With 
 responses are read from a file and no model is needed.
 """
 
-import contextlib
-import hashlib
-import json
+import dataclasses
 import math
-import resource
-import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
-from distill import benchmarks, cli, data, generate, head, losses, metrics, policy, rewards, rollout
+from distill import (
+    benchmarks,
+    cli,
+    divergence,
+    figures,
+    generate,
+    ifeval,
+    metrics,
+    policy,
+    results,
+    rewards,
+    rollout,
+)
 from distill import mesh as mesh_lib
 from distill.policy import Policy
 from models.errors import UserError
-from models.qwen3 import model
 from models.qwen3.config import Config
 
-Row = benchmarks.Row
+Row = dict[str, Any]
+
+_LONGEST = rewards.MAX_ANSWER_CHARACTERS
 
 
-def _repeats(text: str) -> bool:
-    """Whether a text loops: most of its runs of eight words have been said before."""
-    words = text.split()
-    runs = [tuple(words[i : i + 8]) for i in range(len(words) - 7)]
-    return len(runs) >= 8 and len(set(runs)) < len(runs) / 2
+def judged(row: Row, grade: rewards.Grade) -> Row:
+    """The row with what a grader said of its `response`, and what the text alone shows."""
+    text, outcome = str(row["response"]), grade["outcome"]
+    found = None if outcome == "no_answer" else rewards.find_answer(text)
+    return {
+        **row,
+        "correct": outcome == "correct",
+        # Of instructions there is no one answer to vote for.
+        **({} if "strict" in grade else {"found": found and found[:_LONGEST]}),
+        **grade,
+        "formatted": rewards.final_text(text) is not None and outcome != "no_answer",
+        "repeats": figures.repeats(text),
+    }
 
 
 def graded(grader: rewards.Grader, benchmark: str, rows: list[Row]) -> list[Row]:
-    """Rows with `response` and `answer`, plus outcome, correct, formatted and repeats."""
-    texts = [str(row["response"]) for row in rows]
-    outcomes = grader.grade(benchmark, texts, [str(row["answer"]) for row in rows])
-    return [
-        {
-            **row,
-            "correct": outcome == "correct",
-            "outcome": outcome,
-            "formatted": rewards.final_text(text) is not None and outcome != "no_answer",
-            "repeats": _repeats(text),
-        }
-        for row, text, outcome in zip(rows, texts, outcomes, strict=True)
-    ]
+    """Rows with `response` and `answer`, plus outcome, correct, formatted, repeats and found."""
+    futures = [grader.submit(benchmark, str(r["response"]), str(r["answer"])) for r in rows]
+    return [judged(row, rewards.outcome(f)) for row, f in zip(rows, futures, strict=True)]
 
 
 def respond(
@@ -94,120 +102,36 @@ def respond(
         ]
 
 
-def reverse_kl(subject: Policy, teacher: Policy, rows: Iterable[Row], batch_size: int) -> float:
-    """Mean exact KL(subject‖teacher) in nats a token, over the tokens that `rows` hold.
+def _collect(
+    groups: Iterator[list[Row]],
+    grader: rewards.Grader,
+    benchmark: str,
+    rows: list[tuple[str, Row]],
+    keys: list[list[str]],
+    thinking: bool,
+) -> Iterator[list[Row]]:
+    """Groups of sampled responses, graded, in order. The next are sampled while graders work, and
+    nothing waits for a slow one but what comes after it in the file."""
+    waiting: deque[tuple[list[Row], list[Future]]] = deque()
 
-    On the subject's own samples at temperature 1 this is what on-policy distillation lowers.
-    """
-    examples = [data.Example(r["prompt_tokens"], r["tokens"], "", str(r["id"])) for r in rows]  # type: ignore[arg-type]
-    width = rollout.bucket(max(len(e.prompt) + len(e.response) for e in examples))
-    mesh = policy.mesh_of(subject)
-    batch_size = -(-batch_size // mesh.size) * mesh.size
+    def finished(wait: bool) -> Iterator[list[Row]]:
+        while waiting and (wait or all(f.done() for f in waiting[0][1])):
+            group, futures = waiting.popleft()
+            yield [judged(r, rewards.outcome(f)) for r, f in zip(group, futures, strict=True)]
 
-    @jax.jit
-    def measure(params, teacher_params, batch):
-        stats = head.token_stats(
-            policy.hidden(subject.model, params, batch),
-            model.head(params),
-            losses.shift(batch.tokens_BT),
-            policy.hidden(teacher.model, teacher_params, batch),
-            model.head(teacher_params),
-            logits_mib=128.0 * mesh.size,
-            split=mesh_lib.split_vocabulary,
-        )
-        mask_BT = losses.shift(batch.mask_BT).astype(jnp.float32)
-        return jnp.sum(stats["reverse_kl"] * mask_BT), jnp.sum(mask_BT)
-
-    total = count = 0.0
-    for start in range(0, len(examples), batch_size):
-        chunk = examples[start : start + batch_size]
-        blank = data.Example([], [], "", "padding")
-        batch = data.trace_batch(chunk + [blank] * (batch_size - len(chunk)), 0, width)
-        batch = jax.device_put(batch, mesh_lib.rows(mesh))
-        kl, tokens = measure(subject.params, teacher.params, batch)
-        total, count = total + float(kl), count + float(tokens)
-    return total / count
-
-
-def pass_at_k(correct: int, samples: int, k: int) -> float:
-    """The unbiased estimate 1 - C(n-c, k) / C(n, k) of arXiv 2107.03374, eq. 1."""
-    return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
-
-
-def accuracy(hits: list[list[bool]]) -> tuple[float, tuple[float, float]]:
-    """Mean over problems of the share of correct samples, and its 95% interval.
-
-    Wilson's interval for one sample a problem; for more, the normal one clustered by problem,
-    since samples of one problem are no independent witnesses.
-    """
-    shares = np.array([np.mean(h) for h in hits])
-    if all(len(h) == 1 for h in hits):
-        return float(shares.mean()), metrics.wilson(int(shares.sum()), len(shares))
-    half = 1.959964 * shares.std(ddof=1) / math.sqrt(len(shares)) if len(shares) > 1 else 1.0
-    mean = float(shares.mean())
-    return mean, (max(0.0, mean - float(half)), min(1.0, mean + float(half)))
-
-
-def summarise(rows: list[Row], ks: list[int]) -> dict[str, object]:
-    """What graded rows amount to: accuracy, pass@k, rates and lengths."""
-    groups: dict[str, list[bool]] = {}
-    for row in rows:
-        groups.setdefault(str(row["id"]), []).append(bool(row["correct"]))
-    mean, interval = accuracy(list(groups.values()))
-
-    def rate(name: str) -> float:
-        return float(np.mean([bool(row[name]) for row in rows]))
-
-    summary = {
-        "problems": len(groups),
-        "responses": len(rows),
-        "accuracy": mean,
-        "interval": interval,
-        "outcomes": dict(Counter(str(row["outcome"]) for row in rows)),
-        "format_rate": rate("formatted"),
-        "repetition_rate": rate("repeats"),
-    }
-    for k in ks:
-        if all(len(hits) >= k for hits in groups.values()):
-            estimates = [pass_at_k(sum(hits), len(hits), k) for hits in groups.values()]
-            summary[f"pass@{k}"] = float(np.mean(estimates))
-    if all("length" in row for row in rows):
-        summary["mean_length"] = float(np.mean([row["length"] for row in rows]))  # type: ignore[misc]
-        summary["truncation_rate"] = float(np.mean([r["finish_reason"] == "length" for r in rows]))
-    return summary
-
-
-def memory() -> dict[str, float]:
-    """Peak memory in GiB: of this process, and of the first device where that is known."""
-    scale = 1 if sys.platform == "darwin" else 1024
-    peak = {"host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30}
-    stats = jax.devices()[0].memory_stats()
-    if stats:
-        peak["device_gib"] = stats["peak_bytes_in_use"] / 2**30
-    return peak
-
-
-def _resume(out: Path, protocol: Row, samples: int) -> list[Row]:
-    """Rows of complete problems in OUT/examples.jsonl, which keeps just these."""
-    path, said = out / "examples.jsonl", out / "protocol.json"
-    if said.is_file() and (before := json.loads(said.read_text())) != protocol:
-        changed = next(k for k in protocol | before if before.get(k) != protocol.get(k))
-        raise UserError(
-            f"{out} holds another evaluation: {changed} was {before.get(changed)!r}, "
-            f"now {protocol.get(changed)!r}"
-        )
-    if path.is_file() and not said.is_file():
-        raise UserError(f"{out} holds stored responses that were graded, not this evaluation")
-    out.mkdir(parents=True, exist_ok=True)
-    metrics.write_json(said, protocol)
-    rows = []
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # a killed run may leave half a last line
-                rows.append(json.loads(line))
-    rows = rows[: len(rows) // samples * samples]
-    metrics.write_jsonl(path, rows)
-    return rows
+    for group, (_, problem), names in zip(groups, rows, keys, strict=True):
+        asked = metrics.dumps([problem.get("question"), problem.get("messages")])
+        for row, name in zip(group, names, strict=True):
+            text = str(row["response"])
+            row |= {
+                "well_formed": figures.well_formed(text, thinking),
+                "mixed": figures.mixes_languages(text, asked),
+                "key": name,
+            }
+        answers = [(str(row["response"]), str(row["answer"])) for row in group]
+        waiting.append((group, [grader.submit(benchmark, *pair) for pair in answers]))
+        yield from finished(wait=False)
+    yield from finished(wait=True)
 
 
 def evaluate(
@@ -223,62 +147,84 @@ def evaluate(
     sampling: rollout.Sampling,
     seed: int,
     batch_size: int,
+    name: str = "",
+    template: str = "",
+    step: int | None = None,
     teacher: Policy | None = None,
-) -> dict[str, object]:
-    """Samples, grades and sums up; writes examples.jsonl and summary.json, returns the summary."""
+) -> Row:
+    """Samples, grades and sums up; writes examples.jsonl and summary.json, returns the summary.
+
+    `name` is that of the protocol, for the record; `template` how a question is put ("": the
+    benchmark's own way); `step` that of the parameters where `subject` is no directory.
+    """
     if subject.tokenizer is None:
         raise UserError(f"{subject.path}: no tokenizer, so responses cannot be read")
-    prompts = generate.prompts(subject, rows, thinking, max_new_tokens)
+    template = template or benchmarks.BENCHMARKS[benchmark]["prompt"]
+    asked = [(where, benchmarks.put(benchmark, row, template)) for where, row in rows]
+    prompts = generate.prompts(subject, asked, thinking, max_new_tokens)
     protocol: Row = {
         "model": subject.path,
-        "step": policy.newest_step(subject.path),
+        "step": policy.newest_step(subject.path) if step is None else step,
+        "weights": results.fingerprint(subject.params),
         "benchmark": benchmark,
         "problems": len(rows),
-        "problems_sha256": hashlib.sha256(metrics.dumps([r for _, r in rows]).encode()).hexdigest(),
+        "problems_sha256": results.digest([row for _, row in rows]),
+        "protocol": name,
+        "template": template,
         "samples": samples,
         "thinking": thinking,
         "max_new_tokens": max_new_tokens,
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k,
-        "top_p": sampling.top_p,
+        **dataclasses.asdict(sampling),
         "seed": seed,
         "dtype": jnp.dtype(subject.model.dtype).name,
     }
-    kept = _resume(out, protocol, samples)
-    start, tokens = time.perf_counter(), 0
-    left = len(rows) - len(kept) // samples
+    keys = results.row_keys(protocol, rows, samples)
+    kept = results.resume(out, protocol, rows, [key for group in keys for key in group])
+    first, tokens, start = len(kept) // samples, 0, time.perf_counter()
     with (
         rewards.Grader() as grader,
         (out / "examples.jsonl").open("a") as file,
-        metrics.progress(len(rows), len(rows) - left, benchmark) as bar,
+        metrics.progress(len(rows), first, benchmark) as bar,
     ):
         responses = respond(
             subject,
             rows,
             prompts,
-            first=len(rows) - left,
+            first=first,
             samples=samples,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             seed=seed,
             batch_size=batch_size,
         )
-        for number, group in enumerate(responses if left else (), start=len(rows) - left + 1):
-            done = graded(grader, benchmark, group)
-            file.writelines(metrics.dumps(row) + "\n" for row in done)
+        left = (responses if first < len(rows) else iter(()), rows[first:], keys[first:])
+        done = _collect(left[0], grader, benchmark, *left[1:], thinking)
+        for number, group in enumerate(done, start=first + 1):
+            file.writelines(metrics.dumps(row) + "\n" for row in group)
             file.flush()
-            kept += done
+            kept += group
             tokens += sum(int(row["length"]) for row in group)  # type: ignore[call-overload]
             bar.update(number, {})
-    seconds = time.perf_counter() - start
-    summary = summarise(kept, ks)
-    pace = tokens / seconds if tokens else None  # nothing was left to sample: not measured
-    summary |= {"seconds": seconds, "tokens_per_second": pace, "memory": memory()}
+    summary = figures.summarise(kept, ks)
+    summary |= _cost(subject, time.perf_counter() - start, len(rows) - first, tokens)
     if teacher:
-        summary["reverse_kl"] = reverse_kl(subject, teacher, kept, batch_size)
-    summary["protocol"] = protocol
+        summary["reverse_kl"] = divergence.reverse_kl(subject, teacher, kept, batch_size)
+    summary |= {"protocol": protocol, "versions": metrics.environment()["packages"]}
     metrics.write_json(out / "summary.json", summary)
     return summary
+
+
+def _cost(subject: Policy, seconds: float, problems: int, tokens: int) -> Row:
+    """What it takes to run the model: the pace of what this process did (null where nothing was
+    left to do), memory, and the size of the parameters as they were held."""
+    return {
+        "seconds": seconds,
+        "seconds_per_problem": seconds / problems if problems else None,
+        "tokens_per_second": tokens / seconds if tokens else None,
+        "memory": metrics.memory(),
+        "parameters": subject.config.num_parameters,
+        "parameter_bytes": sum(x.nbytes for x in jax.tree.leaves(subject.params)),
+    }
 
 
 OPTIONS = flags.FlagValues()
@@ -286,23 +232,46 @@ MODEL = flags.DEFINE_string(
     "model", "", "Model directory, hub id or run directory.", flag_values=OPTIONS
 )
 BENCHMARK = flags.DEFINE_string(
-    "benchmark", None, "gsm8k or arithmetic.", required=True, flag_values=OPTIONS
+    "benchmark",
+    None,
+    f"One of {', '.join(benchmarks.BENCHMARKS)}.",
+    required=True,
+    flag_values=OPTIONS,
 )
 DATA = flags.DEFINE_string(
-    "data", "", "jsonl of question and answer; arithmetic makes its own.", flag_values=OPTIONS
+    "data",
+    "",
+    "jsonl of question and answer, hf:NAME[:CONFIG][:SPLIT] or tfds:NAME[:CONFIG][:SPLIT]; hf: "
+    "alone is the benchmark's own set; arithmetic makes its own.",
+    flag_values=OPTIONS,
 )
 OUT = flags.DEFINE_string(
     "out", None, "Directory of examples.jsonl, summary.json.", required=True, flag_values=OPTIONS
 )
-SAMPLES = flags.DEFINE_integer(
-    "samples", 1, "Responses to each problem.", lower_bound=1, flag_values=OPTIONS
+PROTOCOL = flags.DEFINE_string(
+    "protocol",
+    "greedy",
+    f"How to sample: {', '.join(benchmarks.PROTOCOLS)}. Each flag below changes its own part.",
+    flag_values=OPTIONS,
 )
-KS = flags.DEFINE_list("k", ["1"], "pass@k for these, at most --samples.", flag_values=OPTIONS)
+SAMPLES = flags.DEFINE_integer(
+    "samples", None, "Responses to each problem.", lower_bound=1, flag_values=OPTIONS
+)
+KS = flags.DEFINE_list(
+    "k", ["1"], "pass@k and maj@k for these, at most --samples.", flag_values=OPTIONS
+)
 LIMIT = flags.DEFINE_integer(
-    "limit", 0, "Only the first problems; 0: all.", lower_bound=0, flag_values=OPTIONS
+    "limit",
+    0,
+    "Only the first problems, with transcripts printed; 0: all.",
+    lower_bound=0,
+    flag_values=OPTIONS,
 )
 THINKING = flags.DEFINE_enum(
-    "thinking", "on", ["on", "off"], "The chat template's switch.", flag_values=OPTIONS
+    "thinking", None, ["on", "off"], "The chat template's switch.", flag_values=OPTIONS
+)
+TEMPLATE = flags.DEFINE_string(
+    "template", "", "How a question is put, with {question}; else as usual.", flag_values=OPTIONS
 )
 RESPONSES = flags.DEFINE_string(
     "responses", "", "jsonl of stored responses to grade, without a model.", flag_values=OPTIONS
@@ -311,14 +280,17 @@ TEACHER = flags.DEFINE_string(
     "teacher", "", "Measure the reverse KL to this model too.", flag_values=OPTIONS
 )
 MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", 1024, "Longest response, in tokens.", lower_bound=1, flag_values=OPTIONS
+    "max_new_tokens", None, "Longest response, in tokens.", lower_bound=1, flag_values=OPTIONS
 )
 TEMPERATURE = flags.DEFINE_float(
-    "temperature", 0.0, "0: greedy.", lower_bound=0.0, flag_values=OPTIONS
+    "temperature", None, "0: greedy.", lower_bound=0.0, flag_values=OPTIONS
 )
-TOP_K = flags.DEFINE_integer("top_k", 0, "0: off.", lower_bound=0, flag_values=OPTIONS)
+TOP_K = flags.DEFINE_integer("top_k", None, "0: off.", lower_bound=0, flag_values=OPTIONS)
 TOP_P = flags.DEFINE_float(
-    "top_p", 1.0, "1: off.", lower_bound=1e-6, upper_bound=1.0, flag_values=OPTIONS
+    "top_p", None, "1: off.", lower_bound=1e-6, upper_bound=1.0, flag_values=OPTIONS
+)
+PRESENCE_PENALTY = flags.DEFINE_float(
+    "presence_penalty", None, "Taken from the logits of what was said; 0: off.", flag_values=OPTIONS
 )
 SEED = flags.DEFINE_integer("seed", 0, "Of sampling.", lower_bound=0, flag_values=OPTIONS)
 BATCH_SIZE = flags.DEFINE_integer(
@@ -329,25 +301,66 @@ DTYPE = flags.DEFINE_enum(
 )
 
 
+def sampling_of(settings: Row) -> rollout.Sampling:
+    """The distribution of a protocol's settings. Raises UserError for one that cannot be had."""
+    fields = {field.name for field in dataclasses.fields(rollout.Sampling)}
+    if settings["presence_penalty"] and "presence_penalty" not in fields:
+        raise UserError("presence_penalty: the sampler has none; --presence_penalty=0 goes without")
+    known = {name: value for name, value in settings.items() if name in fields}
+    return rollout.Sampling(**known)  # type: ignore[arg-type]
+
+
+def _settings(ks: list[int]) -> Row:
+    """The protocol's settings, with the flags that change them; checked."""
+    benchmarks.require(BENCHMARK.value)
+    changes = {
+        "samples": SAMPLES.value,
+        "thinking": None if THINKING.value is None else THINKING.value == "on",
+        "max_new_tokens": MAX_NEW_TOKENS.value,
+        "temperature": TEMPERATURE.value,
+        "top_k": TOP_K.value,
+        "top_p": TOP_P.value,
+        "presence_penalty": PRESENCE_PENALTY.value,
+    }
+    for name in ("temperature", "top_p", "presence_penalty"):  # nan passes a flag's bounds
+        if changes[name] is not None and not math.isfinite(changes[name]):
+            raise UserError(f"--{name}={changes[name]}: not a finite number")
+    settings = benchmarks.settings(PROTOCOL.value, BENCHMARK.value, changes)
+    if max(ks, default=0) > settings["samples"]:
+        raise UserError(f"--k={','.join(KS.value)}: each must be 1 to --samples={SAMPLES.value}")
+    if TEMPLATE.value and "{question}" not in TEMPLATE.value:
+        raise UserError("--template: no {question} in it")
+    return settings
+
+
+def _grade_stored(out: Path, ks: list[int]) -> None:
+    """--responses: grades them and sums up."""
+    benchmark = BENCHMARK.value
+    known = benchmarks.problems(benchmark, DATA.value, 0) if DATA.value else []
+    rows = benchmarks.stored(benchmark, RESPONSES.value, known)[: LIMIT.value or None]
+    cli.output(f"{OUT.value}/summary.json")
+    if (out / "protocol.json").exists():
+        raise UserError(f"--out={out}: holds the evaluation of a model")
+    with rewards.Grader() as grader:
+        rows = graded(grader, benchmark, rows)
+    metrics.write_jsonl(out / "examples.jsonl", rows)
+    summary = figures.summarise(rows, ks)
+    metrics.write_json(out / "summary.json", summary)
+    if unchecked := summary.get("ifeval", {}).get("unchecked"):  # type: ignore[attr-defined]
+        metrics.say(f"warning: {unchecked} instructions not checked: {ifeval.PUNKT}")
+
+
 def main() -> None:
     ks = [int(k) for k in KS.value if k.isdecimal() and int(k) > 0]
-    if len(ks) < len(KS.value) or (not RESPONSES.value and max(ks, default=0) > SAMPLES.value):
-        raise UserError(f"--k={','.join(KS.value)}: each must be 1 to --samples={SAMPLES.value}")
-    if not TEMPERATURE.value < float("inf") or not TOP_P.value > 0:  # nan passes a flag's bounds
-        raise UserError("--temperature, --top_p: not finite numbers")
+    if len(ks) < len(KS.value):
+        raise UserError(f"--k={','.join(KS.value)}: each must be 1 or more")
     out = Path(OUT.value)
     if RESPONSES.value:
-        known = benchmarks.problems(BENCHMARK.value, DATA.value, 0) if DATA.value else []
-        rows = benchmarks.stored(RESPONSES.value, known)[: LIMIT.value or None]
-        cli.output(f"{OUT.value}/summary.json")
-        if (out / "protocol.json").exists():
-            raise UserError(f"--out={out}: holds the evaluation of a model")
-        with rewards.Grader() as grader:
-            rows = graded(grader, BENCHMARK.value, rows)
-        metrics.write_jsonl(out / "examples.jsonl", rows)
-        metrics.write_json(out / "summary.json", summarise(rows, ks))
-        return
+        return _grade_stored(out, ks)
+    settings = _settings(ks)
+    sampling = sampling_of(settings)
     rows = benchmarks.problems(BENCHMARK.value, DATA.value, LIMIT.value)
+    benchmarks.check(BENCHMARK.value, rows)
     if not MODEL.value:
         raise UserError("--model: name a model directory, or give --responses")
     paths = [path for path in (MODEL.value, TEACHER.value) if path]
@@ -363,15 +376,19 @@ def main() -> None:
             BENCHMARK.value,
             rows,
             out,
-            samples=SAMPLES.value,
+            samples=settings["samples"],
             ks=ks,
-            thinking=THINKING.value == "on",
-            max_new_tokens=MAX_NEW_TOKENS.value,
-            sampling=rollout.Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value),
+            thinking=settings["thinking"],
+            max_new_tokens=settings["max_new_tokens"],
+            sampling=sampling,
             seed=SEED.value,
             batch_size=BATCH_SIZE.value,
+            name=PROTOCOL.value,
+            template=TEMPLATE.value,
             teacher=teachers[0] if teachers else None,
         )
+    if LIMIT.value:
+        print(results.transcripts(rows, out / "examples.jsonl"))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import platform
+import resource
 import shlex
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def finalize(sums: Sums) -> dict[str, jax.Array]:
     }
 
 
-def wilson(successes: int, n: int) -> tuple[float, float]:
+def wilson(successes: float, n: float) -> tuple[float, float]:
     """The 95% interval (Wilson's score) of a rate of `successes` in `n`; (0, 1) for n = 0."""
     if n == 0:
         return 0.0, 1.0
@@ -216,6 +217,16 @@ def progress(total: int, initial: int, label: str) -> Iterator[Progress]:
     finally:
         if bar is not None:
             bar.close()
+
+
+def memory() -> dict[str, float]:
+    """Peak memory in GiB: of this process, and of the first device where that is known."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    peak = {"host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30}
+    stats = jax.devices()[0].memory_stats()
+    if stats:
+        peak["device_gib"] = stats["peak_bytes_in_use"] / 2**30
+    return peak
 
 
 def environment() -> dict[str, Any]:

@@ -1,25 +1,36 @@
 """Graders: is a response's final answer right? One outcome, in a word, for each response.
 
 "correct" and "wrong" judge an answer; "no_answer" is a response without one (cut short, or in the
-wrong form); "timeout" and "error" are the grader giving up on it. Only "correct" earns a reward.
+wrong form) and "unparsed" one whose answer cannot be read as mathematics; "timeout" and "error"
+are the grader giving up on it. Only "correct" earns a reward.
 
 What a model writes is hostile input to a computer algebra system (9**9**9 is four tokens), so
-free-form answers are graded in processes that are killed when their time is over. Those processes
-import this module: it must stay free of jax.
+free-form answers are graded in processes that are killed when their time is over, and that end
+themselves if nobody is left to do so. Those processes import this module: it must stay free of jax.
 """
 
+import contextlib
 import logging
 import multiprocessing
 import re
+import resource
+import signal
 from collections.abc import Callable
-from concurrent.futures import TimeoutError
+from concurrent.futures import Future, TimeoutError
 from typing import Self
 
 from pebble import ProcessPool
 
+from distill import ifeval
 from models.errors import UserError
 
-OUTCOMES = ("correct", "wrong", "no_answer", "timeout", "error")
+OUTCOMES = ("correct", "wrong", "no_answer", "unparsed", "timeout", "error")
+
+Grade = dict[str, object]
+"""`outcome`, one of OUTCOMES, and whatever else a grader found."""
+
+_GRACE = 2.0  # seconds that the pool is given to end a worker whose time is over
+_MEMORY = 8 * 2**30  # bytes of address space of a worker; importing all that it needs takes 2
 
 # An answer is short; a longer one is not worth the algebra.
 MAX_ANSWER_CHARACTERS = 1000
@@ -58,33 +69,44 @@ def grade_arithmetic(response: str, answer: str) -> str:
 def grade_math(response: str, answer: str) -> str:
     """The final text's answer must be mathematically equal to `answer`, as math-verify decides.
 
-    Unbounded in time and memory: call it through a Grader. "error" where `answer` does not parse.
+    "unparsed" where math-verify makes no expression of it and the texts differ, and where it is too
+    long to try. Unbounded in time and memory: call it through a Grader. "error" where `answer` does
+    not parse.
     """
     from math_verify import parse, verify  # slow to import, and only here needed
 
     # It warns that its own timeouts are off; the pool's is the one that counts.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    final = final_text(response)
-    found = None if final is None else _find_answer(final)
-    if found is None:
+    found = find_answer(response)
+    if not found:
         return "no_answer"
     if len(found) > MAX_ANSWER_CHARACTERS:
-        return "wrong"
+        return "unparsed"
     gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=0)
     if not gold:
         return "error"
     prediction = parse(f"\\boxed{{{found}}}", parsing_timeout=0)
-    return "correct" if verify(gold, prediction, timeout_seconds=0) else "wrong"
+    if verify(gold, prediction, timeout_seconds=0):
+        return "correct"
+    # What it cannot read comes back as a text alone.
+    return "unparsed" if all(isinstance(p, str) for p in prediction) else "wrong"
 
 
-GRADERS: dict[str, Callable[[str, str], str]] = {
+# The grader of each benchmark: (response, answer) to an outcome, or to a Grade that says more.
+GRADERS: dict[str, Callable[[str, str], str | Grade]] = {
     "arithmetic": grade_arithmetic,
     "gsm8k": grade_math,
+    "math500": grade_math,
+    "aime24": grade_math,
+    "aime25": grade_math,
+    "amc": grade_math,
+    "math": grade_math,
+    "ifeval": ifeval.grade,
 }
 
 
 class Grader:
-    """Grades lists of responses; a context manager, because it owns worker processes.
+    """Grades responses; a context manager, because it owns worker processes.
 
     An answer that takes longer than `timeout` seconds is a "timeout", one that brings its worker
     down is an "error"; the worker is replaced and the others' answers are graded all the same.
@@ -93,49 +115,89 @@ class Grader:
 
     def __init__(self, timeout: float = 10.0, workers: int = 2) -> None:
         self._timeout = timeout
-        self._pool = ProcessPool(
-            max_workers=workers,
-            context=multiprocessing.get_context("spawn"),  # a fork of a process using jax hangs
-            initializer=_warm_up,
-        )
+        self._workers = workers
+        self._pool: ProcessPool | None = None
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._pool.stop()
-        self._pool.join()
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._pool is not None:
+            # Stopped while it replaces a worker, that one would complain at length.
+            self._pool.close() if kind is None else self._pool.stop()
+            self._pool.join()
 
-    def grade(self, benchmark: str, responses: list[str], answers: list[str]) -> list[str]:
-        """One of OUTCOMES for each response, in order.
+    def submit(self, benchmark: str, response: str, answer: str) -> "Future[str | Grade]":
+        """Starts grading and returns at once; `outcome` waits for what it comes to.
 
         Raises UserError for a benchmark that has no grader.
         """
         if benchmark not in GRADERS:
             raise UserError(f"benchmark: {benchmark!r} is none of {', '.join(GRADERS)}")
-        grade, pairs = GRADERS[benchmark], list(zip(responses, answers, strict=True))
+        grade = GRADERS[benchmark]
         if grade is grade_arithmetic:  # a comparison of two integers needs no protection
-            return [grade(*pair) for pair in pairs]
-        futures = [self._pool.schedule(grade, pair, timeout=self._timeout) for pair in pairs]
-        return [_outcome(future) for future in futures]
+            done: Future[str | Grade] = Future()
+            done.set_result(grade(response, answer))
+            return done
+        if self._pool is None:
+            self._pool = ProcessPool(
+                max_workers=self._workers,
+                context=multiprocessing.get_context("spawn"),  # a fork of a process with jax hangs
+                initializer=_prepare,
+                initargs=(grade,),
+            )
+        arguments = (grade, response, answer, self._timeout + _GRACE)
+        return self._pool.schedule(_bounded, arguments, timeout=self._timeout)
+
+    def grade(self, benchmark: str, responses: list[str], answers: list[str]) -> list[str]:
+        """One of OUTCOMES for each response, in order. Raises as `submit` does."""
+        pairs = list(zip(responses, answers, strict=True))
+        futures = [self.submit(benchmark, *pair) for pair in pairs]
+        return [str(outcome(future)["outcome"]) for future in futures]
 
 
-def _outcome(future) -> str:
+def outcome(future: "Future[str | Grade]") -> Grade:
+    """Waits for a `Grader.submit`. Raises nothing: what goes wrong is an outcome too."""
     try:
-        return future.result()
+        found = future.result()
     except TimeoutError:
-        return "timeout"
+        found = "timeout"
     except Exception:  # whatever the algebra raised, or how its process ended
-        return "error"
+        found = "error"
+    return {"outcome": found} if isinstance(found, str) else found
 
 
-def _warm_up() -> None:
-    """Imports and compiles in a new worker what would else count as its first answer's time."""
-    grade_math("1", "1")
+def _prepare(grade: Callable[[str, str], str | Grade]) -> None:
+    """In a new worker: limits what it can take, and imports and compiles what would else count
+    as its first answer's time."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(ValueError, OSError):  # not every system has this limit
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    with contextlib.suppress(Exception):  # "1" may be no answer in this benchmark's form
+        grade("1", "1")
 
 
-def _find_answer(text: str) -> str | None:
-    """The last box; else the number that follows the last marker; else the last number."""
+def _bounded(
+    grade: Callable[[str, str], str | Grade], response: str, answer: str, seconds: float
+) -> str | Grade:
+    """In a worker: grades, and is ended by the kernel after `seconds`. The pool comes first, unless
+    its process was killed: nobody else would then end an algebra that does not come back."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        return grade(response, answer)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def find_answer(response: str) -> str | None:
+    """The final text's answer: its last box; else the number that follows the last marker; else its
+    last number. None where there is none, or where the box or the thinking never ends."""
+    final = final_text(response)
+    return None if final is None else _answer_in(final)
+
+
+def _answer_in(text: str) -> str | None:
     if _BOXED.search(text):
         return boxed(text)
     marked = _MARKED.findall(text)

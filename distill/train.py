@@ -21,7 +21,19 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from distill import cli, data, losses, metrics, optim, packing, policy, rollout, teacher, update
+from distill import (
+    cli,
+    data,
+    losses,
+    metrics,
+    optim,
+    packing,
+    policy,
+    rollout,
+    teacher,
+    update,
+    validate,
+)
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.checkpoint import Checkpoints
@@ -37,7 +49,7 @@ WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of the run; resumes if it holds one.", OPTIONS, required=True
 )
 
-RUN_LOCAL = ("checkpoint", "log")  # may change on resume: they do not touch the trajectory
+RUN_LOCAL = ("checkpoint", "log", "eval")  # may change on resume: they do not touch the trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +78,7 @@ class Plan:
     student: Policy
     teacher: Policy | None
     stages: tuple[Stage, ...]
+    validation: validate.Validation | None = None
 
 
 def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
@@ -123,7 +136,7 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
             )
         stages.append(Stage(name, s, first, source, optim.make(s.optim, s.steps), packer))
         first += s.steps
-    return Plan(student, taught, tuple(stages))
+    return Plan(student, taught, tuple(stages), validate.prepare(c.eval, student))
 
 
 def _lora(s: ConfigDict) -> LoRA | None:
@@ -363,6 +376,7 @@ def run(c: ConfigDict, workdir: Path) -> None:
             )
         with (
             Checkpoints(workdir / "checkpoints", c.checkpoint.every, c.checkpoint.keep) as saved,
+            validate.judging(plan.validation, plan.student, workdir, c.seed) as judge,
             stop_signals() as stopped,
         ):
             state, at = begin(c, plan, saved)
@@ -370,7 +384,7 @@ def run(c: ConfigDict, workdir: Path) -> None:
                 for index, stage in enumerate(plan.stages[at:], start=at):
                     if index > at:
                         state = update.init(stage.optimizer, state.params, int(state.step))
-                    state = run_stage(c, plan, index, state, mesh, saved, writer, stopped)
+                    state = run_stage(c, plan, index, state, mesh, saved, writer, judge, stopped)
                     if stopped():
                         break
         if stopped():
@@ -388,10 +402,11 @@ def run_stage(
     mesh: Mesh,
     saved: Checkpoints,
     writer: metrics.Writer,
+    judge: validate.Judge,
     stopped: Callable[[], int],
 ) -> update.TrainState:
-    """The loop. Its order is fixed: draw, update, log, save. A checkpoint after step i holds all
-    that came of steps 0 to i, and the rows of metrics.jsonl for them are already written."""
+    """The loop. Its order is fixed: draw, update, evaluate, log, save. A checkpoint after step i
+    holds all that came of steps 0 to i, and the rows of metrics.jsonl for them are written."""
     stage, student = plan.stages[index], plan.student
     s = stage.c
     root = jax.random.key(c.seed)
@@ -417,16 +432,17 @@ def run_stage(
             measured |= {f"train/{name}": float(x) for name, x in trained.items()}
             measured["train/learning_rate"] = float(schedule(step - stage.first))
             measured["time/step"] = time.perf_counter() - start
+            meta = {"stage": stage.name, "index": index}
+            if stage.packer:
+                meta["packing"] = stage.packer.position(step + 1 - stage.first)
+            measured |= judge(state, meta, step + 1, step + 1 == stage.end)
             writer.write(step, stage.name, measured)
             if c.log.transcripts and step % c.log.transcripts_every == 0:
                 writer.write_rollouts(step, transcripts(batch, stats, student, c.log.transcripts))
             bar.update(step + 1 - stage.first, {k: measured[k] for k in shown if k in measured})
             stopping = bool(stopped())  # once: a signal may come while the state is being saved
             last = stopping or step + 1 == stage.end
-            about = {"stage": stage.name, "index": index}
-            if stage.packer:
-                about["packing"] = stage.packer.position(step + 1 - stage.first)
-            saved.save(step + 1, state, about, force=last)
+            saved.save(step + 1, state, meta, force=last)
             if stopping:
                 break
     return state

@@ -15,12 +15,13 @@ PACKAGES = ("models", "distill", "configs", "assets", "tests")
 
 # distill/, from top to bottom: a file imports from its own floor (without circles) and below.
 FLOORS = {
-    "entry points": "train evaluate generate score serve plan export report quickstart clean",
-    "stages": "rollout slots engine teacher update",
+    "entry points": "train evaluate validate compare generate score serve plan export report "
+    "quickstart clean harness lm",
+    "stages": "rollout slots engine teacher divergence update",
     "parts": "policy data packing examples columns sources hygiene head losses advantages "
-    "benchmarks",
-    "ground": "batch mesh aot sampling chat locate rewards terms optim metrics checkpoint "
-    "arithmetic cli",
+    "benchmarks results",
+    "ground": "batch mesh aot sampling chat locate rewards terms ifeval figures optim metrics "
+    "checkpoint arithmetic cli",
 }
 FLOOR = {file: i for i, files in enumerate(FLOORS.values()) for file in files.split()}
 

@@ -3,11 +3,14 @@
 import json
 import operator
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from distill import rewards
 from distill.rewards import Grader, final_text, grade_arithmetic, grade_math
@@ -77,7 +80,12 @@ def test_arithmetic_is_an_exact_integer(response: str, outcome: str) -> None:
         ("6 * 7 = 42", "42", "correct"),
         ("#### 43", "42", "wrong"),
         ("I do not know", "42", "no_answer"),
-        (r"\boxed{" + "4" * 2000 + "}", "42", "wrong"),
+        (r"\boxed{" + "4" * 2000 + "}", "42", "unparsed"),
+        (r"\boxed{\frac{4}{}", "42", "no_answer"),
+        (r"\boxed{((}", "42", "unparsed"),
+        (r"\boxed{\text{forty-two}}", "42", "wrong"),
+        (r"\boxed{\text{east}}", r"\text{east}", "correct"),
+        (r"\boxed{}", "42", "no_answer"),
     ],
 )
 def test_math_finds_the_answer(response: str, answer: str, outcome: str) -> None:
@@ -95,6 +103,27 @@ def test_agrees_with_published_labels(grader: Grader) -> None:
     assert len(rows) >= 600 and sum(agree) >= 0.995 * len(rows)
 
 
+# Qwen's evaluator compared "10000" with the reference 10{,}000 as texts.
+MISLABELLED = ["math-cot100-72"]
+
+
+def test_agrees_with_labels_of_math_completions(grader: Grader, shared_data: Path) -> None:
+    """All 400, but for one whose label is wrong."""
+    lines = (shared_data / "math500" / "graded_completions.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    pairs = [(text, row["answer"]) for row in rows for text in row["completions"]]
+    names = [(row["id"], i) for row in rows for i in range(len(row["completions"]))]
+    labels = [label for row in rows for label in row["is_correct"]]
+    outcomes = grader.grade("math500", *map(list, zip(*pairs, strict=True)))
+    differ = [
+        name
+        for name, outcome, label in zip(names, outcomes, labels, strict=True)
+        if (outcome == "correct") != label
+    ]
+    assert len(names) == 400 and [name for name, _ in differ] == MISLABELLED
+    assert "error" not in outcomes and "timeout" not in outcomes
+
+
 HOSTILE = {
     "100 kB of LaTeX": r"\boxed{" + r"\frac{1}{2}+" * 9000 + "1}",
     "100 kB without a box": r"$\frac{1}{2}+$" * 8000,
@@ -109,17 +138,99 @@ HOSTILE = {
     "code": "\\boxed{__import__('os')._exit(0)}",
     "empty": "",
     "empty box": r"\boxed{}",
+    "deep parentheses": r"\boxed{" + "(" * 400 + "1" + ")" * 400 + "}",
+    "huge exponent": r"\boxed{10^{10^{10}}+1}",
+}
+# Each takes all the time it is given; tests/long has that.
+MORE_HOSTILE = {
+    "deep roots": r"\boxed{" + r"\sqrt{" * 100 + "2" + "}" * 100 + "}",
+    "tower": r"\boxed{2^{3^{4^{5^{6}}}}}",
+    "digits": r"\boxed{" + "7" * 900 + "^{" + "7" * 90 + "}}",
+    "sum": r"\boxed{\sum_{n=1}^{10^{12}} \frac{1}{n^7}}",
+    "equation": r"\boxed{x^{97}+x^{89}+x+1=0}",
 }
 
 
-def test_hostile_answers_come_back_in_time_and_the_pool_lives_on(grader: Grader) -> None:
+def withstand(grader: Grader, hostile: dict[str, str], timeout: float) -> None:
+    """Every answer comes back in time, none is right, and the graders grade on."""
     started = time.monotonic()
-    outcomes = grader.grade("gsm8k", list(HOSTILE.values()), ["42"] * len(HOSTILE))
-    assert time.monotonic() - started < 2.0 * len(HOSTILE) + 10
+    outcomes = grader.grade("gsm8k", list(hostile.values()), ["42"] * len(hostile))
+    assert time.monotonic() - started < timeout * len(hostile) + 10
     assert "correct" not in outcomes and set(outcomes) <= set(rewards.OUTCOMES)
     assert "timeout" in outcomes
     twenty_boxes = r"\boxed{1} " * 19 + r"\boxed{42}"
     assert grader.grade("gsm8k", [twenty_boxes, "#### 41"], ["42", "42"]) == ["correct", "wrong"]
+
+
+def test_hostile_answers_come_back_in_time_and_the_pool_lives_on(grader: Grader) -> None:
+    withstand(grader, HOSTILE, 2.0)
+
+
+def test_nothing_is_executed(grader: Grader, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    code = f"__import__('os').system('touch {marker}')"
+    forms = [code, rf"\boxed{{{code}}}", rf"\boxed{{\text{{{code}}}}}", f"A: {code}", f"$${code}$$"]
+    forms += [
+        rf"\boxed{{eval({code!r})}}",
+        rf"\boxed{{x if {code} else 1}}",
+        f"<think>{code}</think>",
+    ]
+    outcomes = grader.grade("math", forms, ["42"] * len(forms))
+    outcomes += grader.grade("math", ["42"] * len(forms), forms)  # nor of a data file
+    assert "correct" not in outcomes and not marker.exists()
+
+
+def test_parse_failure_wrong_answer_and_timeout_are_three_things(grader: Grader) -> None:
+    said = [r"\boxed{((}", r"\boxed{41}", r"\boxed{9^{9^{9^{9}}}}", "I do not know"]
+    assert grader.grade("math", said, ["42"] * 4) == ["unparsed", "wrong", "timeout", "no_answer"]
+
+
+def test_memory_is_bounded(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rewards.GRADERS, "mul", operator.mul)
+    bomb: list = [20 << 30]
+    assert grader.grade("mul", ["x"], bomb) == ["error"]
+    assert grader.grade("math", ["42"], ["42"]) == ["correct"]
+
+
+ORPHAN = """
+import operator, os, signal, sys, time
+from distill import rewards
+if __name__ == "__main__":
+    rewards.GRADERS["power"] = operator.pow
+    with rewards.Grader(timeout=1.0, workers=1) as grader:
+        grader.grade("math", ["1"], ["1"])
+        future = grader.submit("power", 7, 10**9)  # minutes within one bytecode
+        while not future.running():
+            time.sleep(0.01)
+        print(*[w.pid for w in grader._pool._pool_manager.worker_manager.workers.values()])
+        sys.stdout.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has waited for yet does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_a_hanging_worker_does_not_outlive_its_killed_parent(tmp_path: Path) -> None:
+    script = tmp_path / "orphan.py"
+    script.write_text(ORPHAN)
+    said = tmp_path / "said"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with said.open("w") as file:
+        code = subprocess.call([sys.executable, str(script)], stdout=file, env=environment)
+    (pid,) = map(int, said.read_text().split())
+    assert code == -9 and alive(pid)
+    deadline = time.monotonic() + 1.0 + rewards._GRACE + 10  # the last on a busy machine
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(pid)
 
 
 def test_a_hanging_or_dying_worker_is_replaced(

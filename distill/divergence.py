@@ -1,0 +1,48 @@
+"""How far a student is from its teacher, on responses that were written before."""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+
+from distill import data, head, losses, policy, rollout
+from distill import mesh as mesh_lib
+from distill.policy import Policy
+from models.qwen3 import model
+
+Row = dict[str, object]
+
+
+def reverse_kl(subject: Policy, teacher: Policy, rows: Iterable[Row], batch_size: int) -> float:
+    """Mean exact KL(subject‖teacher) in nats a token, over the tokens that `rows` hold.
+
+    On the subject's own samples at temperature 1 this is what on-policy distillation lowers.
+    """
+    examples = [data.Example(r["prompt_tokens"], r["tokens"], "", str(r["id"])) for r in rows]  # type: ignore[arg-type]
+    width = rollout.bucket(max(len(e.prompt) + len(e.response) for e in examples))
+    mesh = policy.mesh_of(subject)
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+
+    @jax.jit
+    def measure(params, teacher_params, batch):
+        stats = head.token_stats(
+            policy.hidden(subject.model, params, batch),
+            model.head(params),
+            losses.shift(batch.tokens_BT),
+            policy.hidden(teacher.model, teacher_params, batch),
+            model.head(teacher_params),
+            logits_mib=128.0 * mesh.size,
+            split=mesh_lib.split_vocabulary,
+        )
+        mask_BT = losses.shift(batch.mask_BT).astype(jnp.float32)
+        return jnp.sum(stats["reverse_kl"] * mask_BT), jnp.sum(mask_BT)
+
+    total = count = 0.0
+    for start in range(0, len(examples), batch_size):
+        chunk = examples[start : start + batch_size]
+        blank = data.Example([], [], "", "padding")
+        batch = data.trace_batch(chunk + [blank] * (batch_size - len(chunk)), 0, width)
+        batch = jax.device_put(batch, mesh_lib.rows(mesh))
+        kl, tokens = measure(subject.params, teacher.params, batch)
+        total, count = total + float(kl), count + float(tokens)
+    return total / count

@@ -1,0 +1,105 @@
+"""python -m distill.harness --model=DIR --tasks=NAME,NAME --out=FILE.json: lm-eval's own tasks.
+
+The model answers in this process, no server between. An optional extra:
+`pip install -r requirements-eval.txt`.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from absl import flags
+
+from distill import cli, metrics, policy
+from distill.policy import Policy
+from models.errors import UserError
+
+OPTIONS = flags.FlagValues()
+MODEL = flags.DEFINE_string(
+    "model", None, "Model directory, hub id or run directory.", OPTIONS, required=True
+)
+TASKS = flags.DEFINE_list("tasks", None, "Names of lm-eval's tasks.", OPTIONS, required=True)
+OUT = flags.DEFINE_string("out", None, "JSON to write.", OPTIONS, required=True)
+INCLUDE = flags.DEFINE_string("include", "", "Folder of more tasks (yaml).", OPTIONS)
+SHOTS = flags.DEFINE_integer(
+    "num_fewshot", None, "Solved examples in the prompt; else the task's.", flag_values=OPTIONS
+)
+LIMIT = flags.DEFINE_integer(
+    "limit", 0, "Only the first rows of each task; 0: all.", lower_bound=0, flag_values=OPTIONS
+)
+CHAT = flags.DEFINE_enum(
+    "chat", "off", ["off", "thinking", "nonthinking"], "Use the chat template.", flag_values=OPTIONS
+)
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 8, "Rows computed together.", lower_bound=1, flag_values=OPTIONS
+)
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "Of parameters and computation.", flag_values=OPTIONS
+)
+
+
+def evaluate(
+    subject: Policy,
+    names: list[str],
+    *,
+    batch_size: int,
+    chat_mode: str = "off",
+    include: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """lm-eval's results of these tasks, with the samples they come from.
+
+    Raises UserError for a task that lm-eval does not know.
+    """
+    import lm_eval  # pyright: ignore[reportMissingImports]
+    from lm_eval import tasks  # pyright: ignore[reportMissingImports]
+
+    from distill import lm  # which cannot be imported without lm_eval
+
+    manager = tasks.TaskManager(include_path=include)
+    unknown = sorted(set(names) - set(manager.all_tasks))
+    if unknown:
+        raise UserError(f"--tasks: lm-eval knows no {unknown[0]!r}")
+    with policy.use(subject):
+        found = lm_eval.simple_evaluate(
+            model=lm.Model(subject, batch_size, chat_mode == "thinking"),
+            tasks=names,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            apply_chat_template=chat_mode != "off",
+            task_manager=manager,
+        )
+    assert found is not None
+    return dict(found)
+
+
+def main() -> None:
+    if not importlib.util.find_spec("lm_eval"):
+        raise UserError("lm-eval is not installed: pip install -r requirements-eval.txt")
+    out = cli.output(OUT.value)
+    subject = policy.reader(MODEL.value, DTYPE.value or "")
+    if INCLUDE.value and not Path(INCLUDE.value).is_dir():
+        raise UserError(f"--include={INCLUDE.value}: no folder")
+    with policy.use(subject):
+        subject = policy.load(subject, jnp.dtype(subject.model.dtype).name)
+    found = evaluate(
+        subject,
+        TASKS.value,
+        batch_size=BATCH_SIZE.value,
+        chat_mode=CHAT.value,
+        include=INCLUDE.value or None,
+        num_fewshot=SHOTS.value,
+        limit=LIMIT.value or None,
+    )
+    kept = ("results", "groups", "configs", "versions", "n-shot", "n-samples", "higher_is_better")
+    metrics.write_json(out, {name: found[name] for name in kept if name in found})
+    for task, figures in found["results"].items():
+        for name, value in figures.items():
+            if isinstance(value, float):
+                print(f"{task:24} {name:32} {value:.4f}")
+
+
+if __name__ == "__main__":
+    cli.run(main, OPTIONS)

@@ -1,0 +1,151 @@
+"""Evaluations while a run trains, on its own mesh, and the best checkpoint by what they found.
+
+WORKDIR/eval/STEP is what `evaluate` writes; WORKDIR/best is a run directory with one checkpoint, so
+that every verb takes it as a model. Neither touches what is trained.
+"""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from distill import benchmarks, evaluate, generate, metrics, policy, rollout
+from distill.checkpoint import Checkpoints
+from distill.policy import Policy
+from models.errors import UserError
+
+# Figures of a summary that become metrics, and by which the best may be chosen.
+FIGURES = (
+    *("accuracy", "format_rate", "repetition_rate", "think_rate", "language_mixing_rate"),
+    *("mean_length", "mean_length_finished", "truncation_rate"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """What is evaluated, and how; checked."""
+
+    c: ConfigDict
+    rows: list[tuple[str, benchmarks.Row]]
+    settings: dict[str, Any]
+    sampling: rollout.Sampling
+
+
+# (train state, its meta, steps done, whether it is the last) -> metrics
+Judge = Callable[[Any, dict[str, Any], int, bool], dict[str, Any]]
+
+
+def prepare(c: ConfigDict, student: Policy) -> Validation | None:
+    """Checks a config's `eval` before anything is trained; None where there is none.
+
+    Raises UserError naming the field at fault.
+    """
+    if c.every < 0:
+        raise UserError(f"config.eval.every={c.every}: not a number of steps")
+    if c.every == 0:
+        return None
+    if c.best.removeprefix("-") not in ("", *FIGURES):
+        raise UserError(f"config.eval.best={c.best!r}: none of {', '.join(FIGURES)}")
+    if min(c.limit, c.samples, c.max_new_tokens) < 0 or c.batch_size < 1:
+        raise UserError(
+            "config.eval: limit, samples, max_new_tokens, batch_size: a negative number"
+        )
+    if student.tokenizer is None:
+        raise UserError(f"config.eval: {student.path}: no tokenizer, so responses cannot be read")
+    try:
+        changes = {"samples": c.samples or None, "max_new_tokens": c.max_new_tokens or None}
+        benchmarks.require(c.benchmark)
+        settings = benchmarks.settings(c.protocol, c.benchmark, changes)
+        rows = benchmarks.problems(c.benchmark, c.data, c.limit)
+        benchmarks.check(c.benchmark, rows)
+        put = [(where, benchmarks.put(c.benchmark, row)) for where, row in rows]
+        generate.prompts(student, put, settings["thinking"], settings["max_new_tokens"])
+        return Validation(c, rows, settings, evaluate.sampling_of(settings))
+    except UserError as error:
+        raise UserError(f"config.eval: {error}") from None
+
+
+@contextlib.contextmanager
+def judging(
+    validation: Validation | None, student: Policy, workdir: Path, seed: int
+) -> Iterator[Judge]:
+    """Within it, the yielded function evaluates where the config says so, and keeps the best."""
+    if validation is None:
+        yield lambda *_: {}
+        return
+    v, best = validation, workdir / "best"
+    told = {**v.settings, **json.loads(v.c.to_json_best_effort())}
+    with contextlib.ExitStack() as stack:
+        saved, record = stack.enter_context(_best(best, told)) if v.c.best else (None, None)
+
+        sampled = policy.sampled(student)
+
+        def judge(state: Any, meta: dict[str, Any], step: int, last: bool) -> dict[str, Any]:
+            nonlocal record
+            if step % v.c.every and not last:
+                return {}
+            begin = time.perf_counter()
+            params = sampled(state.params)
+            subject = dataclasses.replace(student, path=str(workdir), params=params)
+            summary: Any = _evaluate(v, subject, workdir / "eval" / f"{step:06d}", step, seed)
+            value = summary.get(v.c.best.removeprefix("-"))
+            if saved and value is not None:
+                value = -value if v.c.best.startswith("-") else value
+                if record is None or value > record:
+                    saved.save(step, state, {**meta, "eval": told, "value": value})
+                    record = value
+            found = {f"eval/{name}": summary.get(name) for name in FIGURES}
+            return found | {"time/eval": time.perf_counter() - begin}
+
+        yield judge
+
+
+def _evaluate(v: Validation, subject: Policy, out: Path, step: int, seed: int) -> benchmarks.Row:
+    """One evaluation. A folder of this step is gone on in if it is of the same parameters, as those
+    of a resumed run are; one of an earlier config is replaced."""
+
+    def run() -> benchmarks.Row:
+        return evaluate.evaluate(
+            subject,
+            v.c.benchmark,
+            v.rows,
+            out,
+            samples=v.settings["samples"],
+            ks=[1],
+            thinking=v.settings["thinking"],
+            max_new_tokens=v.settings["max_new_tokens"],
+            sampling=v.sampling,
+            seed=seed,
+            batch_size=v.c.batch_size,
+            name=v.c.protocol,
+            step=step,
+        )
+
+    try:
+        return run()
+    except UserError as error:
+        metrics.say(f"{out} is written anew: {error}")
+        shutil.rmtree(out)
+        return run()
+
+
+@contextlib.contextmanager
+def _best(folder: Path, told: dict[str, Any]) -> Iterator[tuple[Checkpoints, float | None]]:
+    """The checkpoints of `folder`, which is a run directory like the one it lies in, and how good
+    the one is that it holds; emptied if that was the best by another measure."""
+    config = (folder.parent / "config.json").read_text()
+    with Checkpoints(folder / "checkpoints") as before:
+        found = before.latest()
+    if found and found[1].get("eval") != told:
+        metrics.say(f"{folder} was the best of another config.eval: it begins anew")
+        shutil.rmtree(folder)
+        found = None
+    metrics.write_text(folder / "config.json", config)
+    with Checkpoints(folder / "checkpoints", every=1, keep=1) as saved:
+        yield saved, found[1]["value"] if found else None

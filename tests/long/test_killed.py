@@ -1,0 +1,40 @@
+"""An evaluation that is killed ten times; the pace and the patience of the graders."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from helpers import TOKENIZER, tiny_qwen3
+from test_evaluate import STOPS, killed
+from test_rewards import HOSTILE, MORE_HOSTILE, withstand
+
+from distill import rewards
+
+
+def test_killed_ten_times(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    fields = {"vocab_size": 512, "hidden_size": 33, "eos_token_id": STOPS}
+    tiny_qwen3(model, tokenizer=TOKENIZER, **fields)
+    killed(str(model), tmp_path, kills=10, problems=60, seed=1)
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "math500"])
+def test_graders_keep_up(shared_data: Path, name: str) -> None:
+    """200 answers a second from two workers, whatever else the machine does."""
+    lines = (shared_data / name / "graded_completions.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    texts = [(r["completion"], r["answer"]) for r in rows if "completion" in r]
+    texts += [(text, r["answer"]) for r in rows for text in r.get("completions", ())]
+    with rewards.Grader(workers=2) as grader:
+        grader.grade(name, ["1", "1"], ["1", "1"])
+        start = time.monotonic()
+        grader.grade(name, *map(list, zip(*texts, strict=True)))
+        pace = len(texts) / (time.monotonic() - start)
+    print(f"{name}: {pace:.0f} answers a second")
+    assert pace >= 200
+
+
+def test_all_that_is_hostile() -> None:
+    with rewards.Grader(timeout=2.0) as grader:
+        withstand(grader, HOSTILE | MORE_HOSTILE, 2.0)

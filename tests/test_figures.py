@@ -1,0 +1,243 @@
+"""Rates against enumeration, intervals against simulation, and what the text alone shows."""
+
+import itertools
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distill import figures, metrics
+
+Z = 1.959964
+
+
+def test_pass_at_k_counts_subsets() -> None:
+    """The share of all subsets of k samples that hold a correct one."""
+    for n in range(1, 7):
+        for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+            subsets = list(itertools.combinations([i < c for i in range(n)], k))
+            share = sum(map(any, subsets)) / len(subsets)
+            assert figures.pass_at_k(c, n, k) == pytest.approx(share, abs=1e-12), (n, c, k)
+            closed = 1 - math.prod((n - c - i) / (n - i) for i in range(k))
+            assert figures.pass_at_k(c, n, k) == pytest.approx(closed, abs=1e-12), (n, c, k)
+
+
+def vote_of(answers: tuple[int | None, ...]) -> float:
+    """The chance that 0 wins this vote, ties by lot."""
+    votes = Counter(a for a in answers if a is not None)
+    most = [a for a, n in votes.items() if n == max(votes.values())]
+    return (0 in most) / len(most) if most else 0.0
+
+
+@pytest.mark.parametrize(
+    ("counts", "none"),
+    [
+        ([3, 2, 1], 1),
+        ([0, 4], 1),
+        ([2, 2, 2], 0),
+        ([1, 1, 1, 1], 2),
+        ([5], 2),
+        ([0], 3),
+        ([4, 3], 0),
+    ],
+)
+def test_majority_at_k_counts_subsets(counts: list[int], none: int) -> None:
+    """The mean vote of all subsets of k samples."""
+    samples = [a for a, count in enumerate(counts) for _ in range(count)] + [None] * none
+    for k in range(1, len(samples) + 1):
+        expected = np.mean([vote_of(s) for s in itertools.combinations(samples, k)])
+        assert figures.majority_at_k(counts, none, k) == pytest.approx(expected, abs=1e-12), k
+
+
+def test_majority_of_many_is_quick_and_exact() -> None:
+    assert figures.majority_at_k([1] * 64, 0, 64) == pytest.approx(1 / 64)
+    assert figures.majority_at_k([33, 31], 0, 64) == 1
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 10), (3, 10), (10, 10), (1, 1), (611, 1000)])
+def test_one_sample_a_problem_has_wilsons_interval(right: int, n: int) -> None:
+    """Its ends are the rates p at which right/n is z standard deviations of p away."""
+    rate, (low, high) = figures.accuracy([[i < right] for i in range(n)])
+    assert rate == right / n
+    assert 0 <= low <= rate <= high <= 1
+    for p in (low, high):
+        if p not in (0.0, 1.0):
+            assert abs(rate - p) == pytest.approx(Z * math.sqrt(p * (1 - p) / n), abs=1e-9)
+    assert (low, high) == pytest.approx(metrics.wilson(right, n))
+
+
+def test_samples_that_agree_are_one_witness() -> None:
+    """However many samples say so, 30 problems are 30 problems; and none is no proof of never."""
+    for share in (0, 1):
+        one = figures.accuracy([[share == 1]] * 30)[1]
+        many = figures.accuracy([[share == 1] * 64] * 30)[1]
+        # The quantile is Student's, of 29 degrees of freedom, so a little wider.
+        assert many[1] - many[0] == pytest.approx(one[1] - one[0], rel=0.1)
+        assert many[0] <= one[0] and many[1] >= one[1] and share in many
+    same = [[i % 3 == 0] for i in range(90)]
+    (low, high), (wide_low, wide_high) = (
+        figures.accuracy(hits)[1] for hits in (same, [hit * 16 for hit in same])
+    )
+    assert wide_high - wide_low == pytest.approx(high - low, rel=0.03)
+    assert figures.accuracy([[True, False]]) == (0.5, (0.0, 1.0))
+
+
+def test_more_samples_tell_more_where_problems_are_alike() -> None:
+    widths = []
+    for n in (2, 8, 64):
+        low, high = figures.accuracy([[i % 2 == 0 for i in range(n)]] * 100)[1]
+        assert low < 0.5 < high
+        widths.append(high - low)
+    assert widths[0] > widths[1] > widths[2] > 0.02
+
+
+def hits_of(rates: np.ndarray, samples: int, draw: np.random.Generator) -> list[list[bool]]:
+    counts = draw.binomial(samples, rates)
+    return [[i < c for i in range(samples)] for c in counts]
+
+
+@pytest.mark.parametrize("samples", [1, 4, 16])
+@pytest.mark.parametrize(
+    ("a", "b", "problems"), [(0.5, 0.5, 30), (1, 1, 100), (0.3, 0.1, 60), (0.2, 0.8, 100)]
+)
+def test_the_interval_covers_as_it_says(a: float, b: float, problems: int, samples: int) -> None:
+    """Problems drawn from a population of difficulties Beta(a, b): the mean of the population is
+    in 93 to 97% of the intervals. 1,500 draws; their own error is 0.6 points."""
+    draw = np.random.default_rng([problems, samples])
+    covered = 0
+    for _ in range(1500):
+        rates = draw.beta(a, b, problems)
+        low, high = figures.accuracy(hits_of(rates, samples, draw))[1]
+        covered += low <= a / (a + b) <= high
+    assert 0.93 <= covered / 1500 <= 0.97
+
+
+@pytest.mark.parametrize(("samples", "gain"), [(1, 0.0), (1, 0.1), (4, 0.05)])
+def test_the_paired_interval_covers_as_it_says(samples: int, gain: float) -> None:
+    draw = np.random.default_rng([samples, 7])
+    covered = 0
+    for _ in range(1500):
+        rates = draw.beta(0.6, 0.6, 80) * (1 - gain)
+        ours, theirs = (draw.binomial(samples, r) / samples for r in (rates, rates + gain))
+        low, high = figures.difference(ours.tolist(), theirs.tolist())[1]
+        covered += low <= gain <= high
+    assert 0.93 <= covered / 1500 <= 0.97
+
+
+def test_mcnemar_throws_a_coin_for_each_problem_that_one_alone_solved() -> None:
+    a = [1] * 40 + [0] * 9 + [1] * 2 + [0] * 49
+    b = [1] * 40 + [1] * 9 + [0] * 2 + [0] * 49
+    mean, (low, high) = figures.difference(a, b)
+    assert mean == pytest.approx(0.07) and low < 0.07 < high
+    coins = list(itertools.product((0, 1), repeat=11))
+    extreme = np.mean([sum(c) >= 9 or sum(c) <= 2 for c in coins])
+    assert figures.chance(a, b) == figures.chance(b, a) == pytest.approx(extreme)
+    assert figures.difference(b, a)[1] == pytest.approx((-high, -low))
+    mean, (low, high) = figures.difference(a, a)
+    assert mean == 0 and low < 0 < high and figures.chance(a, a) == 1
+
+
+def test_sign_flips_of_shares() -> None:
+    """With several samples a problem: against all 2^8 flips."""
+    a = np.array([0.25, 0.5, 0.5, 0.75, 0.25, 1.0, 0.5, 0.0])
+    d = np.array([0.25, 0.25, 0.5, 0.0, 0.5, -0.25, 0.25, 0.25])
+    flips = np.array(list(itertools.product((-1, 1), repeat=8)))
+    exact = np.mean(np.abs(flips @ d) >= abs(d.sum()))
+    assert figures.chance(a.tolist(), (a + d).tolist()) == pytest.approx(exact, abs=0.015)
+
+
+def graded_row(name: str, outcome: str, **fields: Any) -> figures.Row:
+    row = {"id": name, "correct": outcome == "correct", "outcome": outcome}
+    return {**row, "formatted": outcome != "no_answer", "repeats": False, **fields}
+
+
+def test_summarise() -> None:
+    rows = [
+        graded_row("a", "correct", found="1", length=3, finish_reason="stop"),
+        graded_row("a", "wrong", found="2", length=5, finish_reason="stop"),
+        graded_row("b", "correct", found="1", length=4, finish_reason="stop"),
+        graded_row("b", "correct", found="1.0", length=4, finish_reason="stop"),
+        graded_row("c", "wrong", found="7", length=8, finish_reason="stop"),
+        graded_row("c", "no_answer", found=None, length=9, finish_reason="length", repeats=True),
+    ]
+    found = figures.summarise(rows, [1, 2, 3])
+    assert found == {
+        "problems": 3,
+        "responses": 6,
+        "accuracy": pytest.approx(0.5),
+        "avg@2": pytest.approx(0.5),
+        "interval": pytest.approx(figures.accuracy([[True, False], [True] * 2, [False] * 2])[1]),
+        "outcomes": {"correct": 3, "wrong": 2, "no_answer": 1},
+        "format_rate": pytest.approx(5 / 6),
+        "repetition_rate": pytest.approx(1 / 6),
+        "pass@1": pytest.approx(0.5),
+        "pass@2": pytest.approx(2 / 3),  # and none of 3, of which there are too few samples
+        "maj@2": pytest.approx((0.5 + 1 + 0) / 3),
+        "mean_length": 5.5,
+        "mean_length_finished": 4.8,
+        "truncation_rate": pytest.approx(1 / 6),
+    }
+    stored = [{k: v for k, v in row.items() if k not in ("length", "found")} for row in rows]
+    fewer = figures.summarise(stored, [1, 2]).keys()
+    assert not {"mean_length", "mean_length_finished", "truncation_rate", "maj@2"} & fewer
+
+
+def test_instructions_have_four_accuracies() -> None:
+    rows = [
+        graded_row("a", "correct", strict=[True, True], loose=[True, True]),
+        graded_row("b", "wrong", strict=[True, False], loose=[True, True]),
+        graded_row("c", "error", strict=[True, None], loose=[True, None]),
+    ]
+    assert figures.summarise(rows, [])["ifeval"] == {
+        "prompt_strict": 0.5,
+        "instruction_strict": pytest.approx(4 / 5),
+        "prompt_loose": 1.0,
+        "instruction_loose": 1.0,
+        "unchecked": 1,
+    }
+
+
+def test_votes_are_for_answers_and_not_for_spellings() -> None:
+    same = [r"\dfrac{1}{2}", r"\frac{1}{2}", r"\tfrac{1}{2}.", r" \left \frac{1}{2}\right "]
+    assert len({figures.vote(text) for text in same}) == 1
+    assert figures.vote("1,000") == figures.vote(r"1{,}000".replace("{,}", ",")) == "1000"
+    assert figures.vote(r"\text{ east }") == "east"
+    assert figures.vote("(1,2)") != figures.vote("(12)")
+    assert figures.vote(None) is figures.vote(" ") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "thinking", "expected"),
+    [
+        ("<think>\n1\n</think>\n\n2", True, True),
+        ("1\n</think>\n\n2", True, True),  # the template had opened the block
+        ("  <think></think>2", True, True),
+        ("<think>1", True, False),
+        ("2", True, False),
+        ("so <think>1</think> 2", True, False),
+        ("<think>1</think> <think>2</think> 3", True, False),
+        ("</think> 2 <think>", True, False),
+        ("2", False, True),
+        ("<think></think> 2", False, False),
+    ],
+)
+def test_well_formed(text: str, thinking: bool, expected: bool) -> None:
+    assert figures.well_formed(text, thinking) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt", "expected"),
+    [
+        ("The area is πr², so α = 3.", "How large?", False),
+        ("所以答案是 5", "How many?", True),
+        ("So 答案 is 5", "How many?", False),  # two letters may be a name
+        ("所以答案是 5", "多少？", False),
+        ("Значит, 5", "How many?", True),
+        ("ответ 5, 答案是五", "Сколько?", True),
+        ("La réponse est 5", "How many?", False),
+    ],
+)
+def test_mixes_languages(text: str, prompt: str, expected: bool) -> None:
+    assert figures.mixes_languages(text, prompt) == expected
