@@ -196,4 +196,4 @@ def test_none_is_the_default(student, models) -> None:  # noqa: F811
     c = config(models)
     assert validate.prepare(c.eval, student) is None
     with validate.judging(None, student, Path("nowhere"), 0) as judge:
-        assert judge({}, None, {}, 1, True) == {}
+        assert judge(None, {}, 1, True) == {}
