@@ -78,6 +78,8 @@ def describe(directory: str | Path, config: Config) -> LoRA:
     with opened(Path(directory), config) as slices:
         shapes = {name: list(part.get_shape()) for name, part in slices.items()}
     for name, shape in shapes.items():
+        if not name.endswith((".lora_A.weight", ".lora_B.weight")):
+            raise UserError(f"{directory}: tensor {name} is no factor of a LoRA")
         found = shape[:1] if ".lora_A." in name else shape[1:]
         if found != [rank]:
             raise UserError(f"{directory}: {name} has shape {shape}, {CONFIG} says r={rank}")
