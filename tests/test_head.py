@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.scipy.special import xlogy
 
+from distill import mesh as mesh_lib
 from distill.head import Divergence, token_stats
 
 B, T, D, E, V = 3, 10, 16, 24, 57
@@ -374,6 +375,37 @@ def test_diagnostics(arrays):
 
 
 TOP = {"top_ids", "top_logp"}
+
+
+@pytest.mark.parametrize(
+    "d", [Divergence("jsd"), Divergence("reverse", temperature=2.0, k=5, k_of="union")], ids=str
+)
+def test_vocabulary_split_over_devices(d):
+    """The same with logits split over eight devices, top-k, its mask and stored tops included."""
+    rng = np.random.default_rng(7)
+    shapes = ((2, 6, D), (64, D), (2, 6, E), (64, E))
+    hidden, head, *teacher = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
+    targets = jnp.asarray(rng.integers(0, 64, (2, 6)))
+    logq, ids = jax.lax.top_k(jax.nn.log_softmax(teacher[0] @ teacher[1].T), 6)
+    stored = dataclasses.replace(d, k=5, k_of="teacher", temperature=1.0)
+
+    def loss(hidden, head, split):
+        options: Any = {"logits_mib": 2 * 3 * 64 * 4 / 2**20, "split": split, "overlap": 4}
+        exact: Any = {"divergence": d, "exact": True, "baseline": True}
+        stats = token_stats(hidden, head, targets, *teacher, **options, **exact)
+        known: Any = {"divergence": stored, "teacher_top_BTK": (ids, logq)}
+        top = token_stats(hidden, head, targets, **options, **known)
+        return stats["divergence"].sum() + top["divergence"].sum(), (stats, top)
+
+    def run(split):
+        graded = jax.value_and_grad(lambda h, w: loss(h, w, split), (0, 1), has_aux=True)
+        return jax.jit(graded)(hidden, head)
+
+    plain = run(lambda logits: logits)
+    with mesh_lib.use(mesh_lib.make(1, 4, 2)):
+        spread = run(mesh_lib.split_vocabulary)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(spread), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
 
 
 def test_bfloat16_is_summed_in_float32(arrays):

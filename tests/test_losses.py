@@ -1,0 +1,426 @@
+"""Losses over arrays: what is trained, how it adds up, and what is refused."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from distill import advantages, losses
+from distill.head import Divergence, token_stats
+from distill.losses import TABLE, Loss
+from models.errors import UserError
+
+V, D, E, LIMIT = 9, 6, 5, 12
+EOS = 0  # and it pads, as Qwen3's own does
+PROMPTS = (3, 1, 4, 2, 2)  # lengths of five sequences: prompt, and response with its EOS
+RESPONSES = (5, 7, 1, 2, 4)
+N, LONGEST = len(PROMPTS), 8
+
+# Every objective of the table, and every estimator and aggregation beside it.
+FORMS = {
+    **TABLE,
+    "topk": Loss(teacher=1, divergence="jsd", estimator="topk", k=3, k_of="union"),
+    "stored": Loss(
+        **{"teacher": 1, "divergence": "forward", "estimator": "topk", "k": 3},
+        **{"served": "top", "served_k": 4},
+    ),
+    "k2": Loss(teacher=1, estimator="k2", aggregation="sequence"),
+    "k3": Loss(teacher=1, estimator="k3", divergence="forward"),
+    "discount": Loss(teacher=1, discount=0.9, aggregation="constant"),
+    "sampled, all": Loss(
+        **{"teacher": 0.7, "reward": 0.5, "estimator": "sampled", "baseline": True},
+        **{"discount": 0.5, "clip": "ppo", "ratio": "sequence", "truncate": 1.2},
+    ),
+    "all terms": Loss(sft=0.1, teacher=0.2, reward=0.3, reference=0.4, clip="cispo"),
+}
+
+
+@functools.cache
+def sequences():
+    """What is known of five sequences, [N, LONGEST, ...], and the parameters: their hidden states
+    and a head. EOS ends each response and stands nowhere else."""
+    rng = np.random.default_rng(0)
+    f32 = np.float32
+    tokens = rng.integers(1, V, (N, LONGEST)).astype(np.int32)
+    for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        tokens[i, prompt + response - 1] = EOS
+    parameters = {
+        "hidden": rng.normal(size=(N, LONGEST, D)).astype(f32),
+        "head": rng.normal(size=(V, D)).astype(f32),
+    }
+    teacher = rng.normal(size=(N, LONGEST, E)).astype(f32), rng.normal(size=(V, E)).astype(f32)
+    hidden, head = map(jnp.asarray, parameters.values())
+    stats = token_stats(hidden, head, losses.shift(jnp.asarray(tokens)), logits_mib=1)
+    fresh = np.array(losses.unshift(stats["logp"]))
+    return parameters, {
+        "tokens": tokens,
+        "teacher": teacher[0],
+        "teacher_head": teacher[1],
+        "fresh": fresh,
+        "old": fresh + 0.05 * rng.normal(size=fresh.shape).astype(f32),
+        "sampler": fresh + 0.3 * rng.normal(size=fresh.shape).astype(f32),
+        "reference": fresh + 0.3 * rng.normal(size=fresh.shape).astype(f32),
+        "advantage": np.array([1.0, -0.7, 0.4, -1.2, 0.6], f32),
+    }
+
+
+# A layout: for every row, [(sequence, first column)]. All have one shape, to compile once; rows
+# without a sequence are those that fill up the devices.
+Layout = list[list[tuple[int, int]]]
+WIDTH, WIDEST = 14, max(PROMPTS)
+LAYOUTS: dict[str, Layout] = {
+    "right padded": [[(i, 0)] for i in range(N)],
+    "left padded": [[(i, WIDEST - PROMPTS[i])] for i in range(N)],  # as prompts to be sampled from
+    "packed": [[(0, 0), (2, 8)], [], [(3, 0), (1, 4)], [(4, 2)], []],
+}
+
+
+def sums(loss, parameters, layout, fresh=False):
+    """(Σ weight·loss, count) of sequences laid out in rows; what lies on padding is garbage."""
+    rows, width = layout, WIDTH
+    _, known = sequences()
+    rng = np.random.default_rng(1)
+    at = np.zeros((2, len(rows), width), np.int32)  # sequence and position of each place
+    segments = np.zeros((len(rows), width), np.int32)
+    mask = np.zeros((len(rows), width), bool)
+    for r, row in enumerate(rows):
+        for number, (i, first) in enumerate(row):
+            length = PROMPTS[i] + RESPONSES[i]
+            columns = slice(first, first + length)
+            at[0, r, columns], at[1, r, columns] = i, np.arange(length)
+            segments[r, columns] = number + 1
+            mask[r, first + PROMPTS[i] : first + length] = True
+    real = jnp.asarray(segments > 0)
+
+    def place(x, garbage):
+        shape = (*real.shape, *x.shape[2:])
+        there = real.reshape(*real.shape, *[1] * (x.ndim - 2))
+        return jnp.where(there, x[at[0], at[1]], jnp.broadcast_to(garbage, shape).astype(x.dtype))
+
+    noise = 3 * rng.normal(size=(*real.shape, D))
+    hidden = place(parameters["hidden"], noise)
+    teacher = place(jnp.asarray(known["teacher"]), noise[..., :E])
+    tokens = place(jnp.asarray(known["tokens"]), EOS)
+    options: Any = {"logits_mib": 1, "divergence": loss.compared, "baseline": loss.baseline}
+    if loss.served == "top":
+        logq, ids = jax.lax.top_k(jax.nn.log_softmax(teacher @ known["teacher_head"].T), 4)
+        options["teacher_top_BTK"] = ids, logq
+    else:
+        options |= {"teacher_hidden_BTE": teacher, "teacher_head_VE": known["teacher_head"]}
+    stats = token_stats(hidden, parameters["head"], losses.shift(tokens), **options)
+
+    def of_tokens(name):
+        known_as = "fresh" if fresh and name != "reference" else name
+        return losses.shift(place(jnp.asarray(known[known_as]), 40.0))
+
+    mask, segments = losses.shift(jnp.asarray(mask)), losses.shift(jnp.asarray(segments))
+    reward = np.broadcast_to(known["advantage"][:, None], (N, LONGEST))
+    per_token = losses.token_losses(
+        *(loss, stats, mask, segments),
+        sampler_logp_BT=of_tokens("sampler"),
+        old_logp_BT=of_tokens("old"),
+        reference_logp_BT=of_tokens("reference"),
+        advantages_BT=losses.shift(place(jnp.asarray(reward), np.nan)),
+    )
+    weight, count = losses.weights(loss, mask, segments, LIMIT)
+    return (weight * per_token["loss"]).sum(), count
+
+
+def run(loss, layout, fresh=False):
+    """Loss and gradient, the sum divided once."""
+    parameters = jax.tree.map(jnp.asarray, sequences()[0])
+    (total, count), grads = jax.value_and_grad(
+        lambda p: sums(loss, p, layout, fresh), has_aux=True
+    )(parameters)
+    return total / count, jax.tree.map(lambda g: g / count, grads), total, count
+
+
+@functools.cache
+def reference_run(name):
+    return run(FORMS[name], LAYOUTS["right padded"])
+
+
+def same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["left padded", "packed"])
+@pytest.mark.parametrize("name", FORMS)
+def test_layout_changes_nothing(name, layout):
+    """peers.md 16 and 28: packed = padded, on whichever side, whatever lies on the padding; rows
+    that fill up the devices do not count. And nothing but the response is trained in any."""
+    found = run(FORMS[name], LAYOUTS[layout])
+    same(found[:2], reference_run(name)[:2])
+    assert not np.asarray(found[1]["hidden"])[~predicts()].any()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_micro_batches_of_uneven_counts_add_up(name):
+    """peers.md 28: 17 trained tokens in parts of 13 and 6: sums travel and are divided once. The
+    mean of means is another number."""
+    rows = LAYOUTS["right padded"]
+    parts = [run(FORMS[name], part) for part in ([*rows[:3], [], []], [[], [], [], *rows[3:]])]
+    count = sum(p[3] for p in parts)
+    total = sum(p[2] for p in parts) / count
+    sums = [jax.tree.map(lambda g, n=n: g * n, grads) for _, grads, _, n in parts]
+    grads = jax.tree.map(lambda a, b: (a + b) / count, *sums)
+    same((total, grads), reference_run(name)[:2])
+    assert abs(sum(float(p[0]) for p in parts) / 2 - float(total)) > 1e-4
+
+
+@functools.cache
+def predicts():
+    """bool [N, LONGEST]: the positions whose next token is of the response, EOS included."""
+    at, prompts = np.arange(LONGEST)[None], np.array(PROMPTS)[:, None]
+    return (at >= prompts - 1) & (at < prompts - 1 + np.array(RESPONSES)[:, None])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_first_response_token_and_eos_are_trained_and_nothing_else(name):
+    """peers.md 13, 14 and 16: shift by one; pad = eos; no prompt token, nothing after EOS. A
+    hidden state has a gradient just where it predicts a token of the response. (Of a fresh sample,
+    or a clip might hold some back.)"""
+    gradient = run(FORMS[name], LAYOUTS["right padded"], fresh=True)[1]["hidden"]
+    size = np.abs(np.asarray(gradient)).max(-1)
+    assert (size[predicts()] > 1e-6).all()
+    assert not size[~predicts()].any()
+
+
+def test_a_truncated_response_has_no_eos_to_train():
+    """peers.md 15: the mask is of lengths, so a response that was cut trains what was written, its
+    last token like any other, and no EOS that nobody wrote."""
+    tokens = jnp.asarray([[5, 6, 7, 8, EOS, EOS]])
+    mask = jnp.asarray([[False, False, True, True, False, False]])  # cut after 8; padded with EOS
+    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(1, 6, D)), jnp.float32)
+    head = jnp.asarray(sequences()[0]["head"])
+
+    def total(hidden):
+        stats = token_stats(hidden, head, losses.shift(tokens), logits_mib=1)
+        shifted = losses.shift(mask)
+        per_token = losses.token_losses(TABLE["sft"], stats, shifted, shifted.astype(jnp.int32))
+        return per_token["loss"].sum()
+
+    trained = np.abs(np.asarray(jax.grad(total)(hidden))).max(-1)[0] > 0
+    np.testing.assert_array_equal(trained, [False, True, True, False, False, False])
+
+
+def test_shift_aligns_prediction_with_target():
+    """peers.md 13."""
+    x = jnp.array([[5, 6, 7]])
+    np.testing.assert_array_equal(losses.shift(x), [[6, 7, 0]])
+    np.testing.assert_array_equal(losses.unshift(losses.shift(x)), [[0, 6, 7]])
+
+
+def simple(loss, logp, **known):
+    """Σ of the loss over [1, T] tokens of one sequence, and the gradient in log p."""
+    stats = {k: jnp.asarray([v]) for k, v in known.pop("stats", {}).items()}
+    known = {k: jnp.asarray([v]) for k, v in known.items()}
+    mask = jnp.ones((1, len(logp)), jnp.int32)
+
+    def total(x):
+        return losses.token_losses(loss, {"logp": x, **stats}, mask, mask, **known)["loss"].sum()
+
+    value, grad = jax.value_and_grad(total)(jnp.asarray([logp]))
+    return float(value), np.asarray(grad)[0]
+
+
+@pytest.mark.parametrize("discount", [0.0, 0.9])
+def test_the_cookbooks_formula(discount):
+    """tinker-cookbook, peers.md 2.1: advantage -c (log p_sampler - log q), detached, its discounted
+    future sum if there is a discount; loss -Σ exp(log p - log p_sampler)·advantage."""
+    rng = np.random.default_rng(2)
+    logp, sampler, teacher = (-rng.uniform(0.1, 3, 7).astype(np.float32) for _ in range(3))
+    advantage = -0.7 * (sampler - teacher).astype(np.float64)
+    for t in reversed(range(6)):
+        advantage[t] += discount * advantage[t + 1]
+    ratio = np.exp(logp - sampler)
+    loss = Loss(teacher=0.7, estimator="sampled", k1_of="sampler", discount=discount)
+    value, grad = simple(loss, logp, stats={"teacher_logp": teacher}, sampler_logp_BT=sampler)
+    np.testing.assert_allclose(value, -(ratio * advantage).sum(), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(grad, -ratio * advantage, rtol=1e-6, atol=1e-6)
+
+
+def test_teacher_and_advantage_are_detached():
+    """peers.md 9: the gradient in q, μ, the reference and the advantages is zero."""
+    rng = np.random.default_rng(3)
+    mask = jnp.ones((2, 4), jnp.int32)
+    names = ("teacher_logp", "baseline", "reverse_kl", "sampler", "old", "reference", "advantages")
+    inputs = {n: jnp.asarray(-rng.uniform(0.1, 2, (2, 4))) for n in names}
+    logp = jnp.asarray(-rng.uniform(0.1, 2, (2, 4)))
+    loss = dataclasses.replace(FORMS["sampled, all"], reference=0.5)
+
+    def total(x):
+        stats = {"logp": logp, **{n: x[n] for n in ("teacher_logp", "baseline", "reverse_kl")}}
+        given: Any = {f"{n}_logp_BT": x[n] for n in ("sampler", "old", "reference")}
+        given["advantages_BT"] = x["advantages"]
+        return losses.token_losses(loss, stats, mask, mask, **given)["loss"].sum()
+
+    assert all(not g.any() for g in jax.grad(total)(inputs).values())
+
+
+def test_length_bias_of_the_aggregations():
+    """peers.md 29 and 31: by token a response weighs as long as it is; by sequence each weighs 1,
+    so a token of a long one weighs less; by the constant, a token weighs the same everywhere and
+    the divisor is no function of lengths."""
+    mask = jnp.asarray([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]])
+    found = {
+        a: losses.weights(Loss(sft=1, aggregation=a), mask, mask, 8)
+        for a in ("token", "sequence", "constant")
+    }
+    rows = {a: (np.asarray(w).sum(1) / float(n)).tolist() for a, (w, n) in found.items()}
+    assert rows["token"] == pytest.approx([0.8, 0.2, 0])
+    assert rows["sequence"] == pytest.approx([0.5, 0.5, 0])
+    assert rows["constant"] == pytest.approx([0.25, 0.0625, 0])
+    assert [float(n) for _, n in found.values()] == [5, 2, 2]
+
+
+def test_figures_that_foresee_collapse():
+    """Ratios and the share of them that the clip holds."""
+    logp = np.log([0.5, 0.5, 0.5, 0.5]).astype(np.float32)
+    before = np.log([0.25, 0.9, 0.5, 0.1]).astype(np.float32)
+    mask = jnp.ones((1, 4), jnp.int32)
+
+    def figures(loss, advantage):
+        given: Any = {
+            "sampler_logp_BT": jnp.asarray([before]),
+            "advantages_BT": jnp.full((1, 4), advantage),
+        }
+        return losses.token_losses(loss, {"logp": jnp.asarray([logp])}, mask, mask, **given)
+
+    up = figures(TABLE["grpo"], 1.0)
+    np.testing.assert_allclose(up["ratio"][0], [2, 0.5 / 0.9, 1, 5], rtol=1e-6)
+    np.testing.assert_array_equal(up["clipped"][0], [1, 0, 0, 1])
+    np.testing.assert_array_equal(figures(TABLE["grpo"], -1.0)["clipped"][0], [0, 1, 0, 0])
+    tight = dataclasses.replace(TABLE["cispo"], clip_low=0.2, clip_high=0.2)
+    np.testing.assert_array_equal(figures(tight, 1.0)["clipped"][0], [1, 1, 0, 1])
+    assert set(up) == {"loss", "advantage", "ratio", "clipped"}
+
+
+def test_sampler_mismatch_is_truncated():
+    """peers.md 11: p_old/p_sampler, capped, detached, weighs the policy gradient alone."""
+    old, sampler = np.log([[0.5, 0.5], [0.1, 0.4]]).astype(np.float32)
+    known = {"old_logp_BT": old, "sampler_logp_BT": sampler}
+    advantage = np.ones(2, np.float32)
+    loss = Loss(reward=1, truncate=2.0)
+    value, grad = simple(loss, old, advantages_BT=advantage, **known)
+    np.testing.assert_allclose(grad, [-2, -1.25], rtol=1e-6)  # 5 is cut to 2; 1.25 stays
+    np.testing.assert_allclose(value, -3.25, rtol=1e-6)
+    both = simple(dataclasses.replace(loss, sft=1.0), old, advantages_BT=advantage, **known)
+    np.testing.assert_allclose(both[1] - grad, [-1, -1], rtol=1e-6)
+
+
+def test_opd_is_the_reverse_kl_of_each_token():
+    """The table's first rows are what they were: -log p, and the head's reverse KL."""
+    assert TABLE["sft"].compared is None and not TABLE["sft"].on_policy
+    assert TABLE["opd"].compared == Divergence("reverse")
+    assert not TABLE["opd"].policy_gradient
+    for loss in TABLE.values():
+        assert hash(loss) == hash(dataclasses.replace(loss))  # static under jit
+        assert loss.on_policy or not loss.policy_gradient
+
+
+TOP = {"teacher": 1, "estimator": "topk", "k": 4, "served": "top", "served_k": 8}
+REFUSED = {
+    "nothing is learned": {},
+    "one of": {"teacher": 1, "divergence": "kl"},
+    "finite, 0 or more": {"sft": -1},
+    "beta=1.5": {"teacher": 1, "beta": 1.5},
+    "below 1": {"teacher": 1, "skew": 1.0},
+    "has no skew": {"teacher": 1, "skew": 0.1, "divergence": "jsd"},
+    "temperature=0.0": {"teacher": 1, "temperature": 0.0},
+    "at least 1": {"teacher": 1, "estimator": "topk"},
+    "read by estimator=topk only": {"teacher": 1, "k": 5},
+    "gradient of the plain reverse KL": {"teacher": 1, "estimator": "k2", "divergence": "jsd"},
+    "gradient of the plain forward KL": {"teacher": 1, "estimator": "k3"},
+    "at temperature 1": {"teacher": 1, "estimator": "sampled", "temperature": 2.0},
+    "use topk": {"teacher": 1, "served": "top", "served_k": 8},
+    "more than the 8 tokens": {**TOP, "k": 9},
+    "probability is not known": {**TOP, "k_of": "union"},
+    "needs the whole distribution": {**TOP, "temperature": 2.0},
+    "one number a token": {"teacher": 1, "served": "token"},
+    "baseline: read by": {"teacher": 1, "baseline": True},
+    "needs a teacher's hidden states": {
+        **{"teacher": 1, "estimator": "sampled", "baseline": True, "served": "token"}
+    },
+    "baseline: is a mean": {"reward": 1, "estimator": "sampled", "baseline": True},
+    "from 0 to 1": {"teacher": 1, "discount": 1.5},
+    "but teacher=0": {"reward": 1, "discount": 0.5},
+    "it has no advantage; use sampled": {"teacher": 1, "estimator": "k2", "discount": 0.5},
+    "0 <= clip_low <= 1": {"reward": 1, "clip": "ppo", "clip_low": 1.5},
+    "it is always 1": {"reward": 1, "clip": "ppo", "ratio": "none"},
+    "use sampled, or cispo": {"teacher": 1, "estimator": "k2", "clip": "ppo"},
+    "must be 0 (off) or more": {"reward": 1, "truncate": -1.0},
+    "and there is none": {"teacher": 1, "truncate": 2.0},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_cannot_mean_anything_is_refused(reason):
+    """With the reason, before any weight is loaded."""
+    with pytest.raises(UserError) as error:
+        Loss(**{"teacher": 0, **REFUSED[reason]})
+    assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+# distill/advantages.py
+
+
+@pytest.mark.parametrize("discount", [0.0, 0.5, 1.0])
+def test_later_sum(discount):
+    """By hand, with two sequences in a row, and padding."""
+    rng = np.random.default_rng(4)
+    segments = np.array([[0, 1, 1, 1, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
+    x = rng.normal(size=segments.shape).astype(np.float32) * (segments > 0)
+    wanted = np.zeros_like(x)
+    for b, t in np.ndindex(*x.shape):
+        for i in range(t + 1, x.shape[1]):
+            wanted[b, t] += discount ** (i - t) * x[b, i] * (segments[b, i] == segments[b, t])
+    wanted *= segments > 0
+    mine = advantages.later_sum(jnp.asarray(x), jnp.asarray(segments), discount)
+    np.testing.assert_allclose(mine * (segments > 0), wanted, atol=1e-6)
+
+
+def test_group_advantages():
+    """peers.md 29: by each paper's formula; a constant group is marked and exactly 0."""
+    rng = np.random.default_rng(5)
+    rewards = rng.normal(size=(4, 5)).astype(np.float32)
+    rewards[1], rewards[2] = 0.1, [1, 0, 0, 0, 0]
+    for group in advantages.GROUPS:
+        found, constant = advantages.group_advantages(jnp.asarray(rewards), group)
+        np.testing.assert_array_equal(constant, [False, True, False, False])
+        assert not found[1].any()
+        for p, g in np.ndindex(*rewards.shape):
+            r, others = rewards[p], np.delete(rewards[p], g)
+            wanted = {
+                "std": (r[g] - r.mean()) / (r.std(ddof=1) + 1e-4),
+                "mean": r[g] - r.mean(),
+                "leave_one_out": r[g] - others.mean(),
+            }
+            np.testing.assert_allclose(found[p, g], wanted[group], atol=1e-5)
+
+
+def test_figures_by_position():
+    """Offsets count trained tokens of the sequence, whatever stands before them in the row."""
+    segments = jnp.asarray([[1, 1, 1, 2, 2, 2, 0], [0, 1, 1, 1, 1, 1, 1]])
+    mask = jnp.asarray([[0, 1, 1, 0, 1, 1, 0], [0, 0, 1, 1, 0, 1, 1]], bool)
+    at = np.asarray(advantages.offsets(mask, segments))
+    assert at[0][np.asarray(mask[0])].tolist() == [0, 1, 0, 1]
+    assert at[1][np.asarray(mask[1])].tolist() == [0, 1, 2, 3]
+    x = jnp.asarray([[9, 1, 2, 9, 3, 4, 9], [9, 9, 5, 6, 9, 7, 8]], jnp.float32)
+    found = advantages.by_offset(x, mask, segments, (0, 1, 3))
+    assert {k: (float(a), float(n)) for k, (a, n) in found.items()} == {
+        **{"0": (1 + 3 + 5, 3), "1": (2 + 4 + 6 + 7, 4), "3": (8, 1)}
+    }
+
+
+def test_the_teacher_as_a_judge():
+    """The mean log-likelihood of a response, at each of its tokens."""
+    logq = jnp.asarray([[-9.0, -1, -3, -2, -4]])
+    mask, segments = jnp.asarray([[0, 1, 1, 0, 1]]), jnp.asarray([[1, 1, 1, 2, 2]])
+    mean = advantages.sequence_mean(logq, mask, segments)
+    np.testing.assert_allclose(mean, [[-2, -2, -2, -4, -4]])
