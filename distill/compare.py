@@ -88,18 +88,18 @@ _COLUMNS = (
 
 def table(names: list[str], summaries: list[Row]) -> str:
     """A row a folder: accuracy with its interval, n, pass@k, maj@k, and what the model costs."""
-    votes = [k for s in summaries for k in s if k.startswith(("pass@", "maj@"))]
+    votes = [k for summary in summaries for k in summary if k.startswith(("pass@", "maj@"))]
     votes = [v for v in dict.fromkeys(votes) if v != "pass@1"]
     head = ["", "benchmark", "protocol", "n", "accuracy % [95%]", *votes]
     rows = [head + [title for title, _, _ in _COLUMNS]]
-    for name, s in zip(names, summaries, strict=True):
-        protocol = s.get("protocol", {})
-        low, high = s["interval"]
+    for name, found in zip(names, summaries, strict=True):
+        protocol = found.get("protocol", {})
+        low, high = found["interval"]
         row = [name, protocol.get("benchmark", ""), protocol.get("protocol", "")]
-        row += [str(round(s["responses"] / s["problems"]))]
-        row += [f"{100 * s['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"]
-        row += [f"{100 * s[v]:.1f}" if v in s else "" for v in votes]
-        rows.append(row + [_cell(s, field, form) for _, field, form in _COLUMNS])
+        row += [str(round(found["responses"] / found["problems"]))]
+        row += [f"{100 * found['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"]
+        row += [f"{100 * found[v]:.1f}" if v in found else "" for v in votes]
+        rows.append(row + [_cell(found, field, form) for _, field, form in _COLUMNS])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows
@@ -123,7 +123,7 @@ def compare(runs: list[str]) -> Row:
     found: Row = {"runs": dict(zip(runs, [s for s, _ in read_all], strict=True)), "paired": []}
     first, rows = read_all[0]
     for name, (summary, others) in list(zip(runs, read_all, strict=True))[1:]:
-        benchmarks = [s.get("protocol", {}).get("benchmark") for s in (first, summary)]
+        benchmarks = [one.get("protocol", {}).get("benchmark") for one in (first, summary)]
         if benchmarks[0] == benchmarks[1]:
             found["paired"].append(paired((runs[0], name), rows, others))
     return found
