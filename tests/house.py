@@ -15,7 +15,8 @@ PACKAGES = ("models", "distill", "configs", "assets", "tests")
 
 # distill/, from top to bottom: a file imports from its own floor (without circles) and below.
 FLOORS = {
-    "entry points": "train evaluate generate score serve plan export report quickstart clean",
+    "entry points": "train evaluate generate verify clean score serve plan export report "
+    "quickstart",
     "stages": "rollout teacher update",
     "parts": "policy data packing examples columns sources hygiene losses benchmarks",
     "ground": "batch mesh chat rewards optim metrics checkpoint arithmetic cli",
