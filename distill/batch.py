@@ -27,3 +27,6 @@ class Batch:
     sampler_logp_BT: jax.Array | None = None  # float32, of the distribution drawn from
     finished_B: jax.Array | None = None  # bool: ended by a stop token, not by the length limit
     teacher_hidden_BTD: jax.Array | None = None  # the teacher's final hidden states
+    # of the teacher's likeliest tokens in the place of each token: ids, int32, and float32
+    # log-probabilities
+    teacher_top_BTK: tuple[jax.Array, jax.Array] | None = None

@@ -3,7 +3,7 @@
 import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -287,11 +287,12 @@ def trace_batch(examples: list[Example], max_prompt: int, max_response: int) -> 
     return layout([[example] for example in examples], max_prompt + max_response, max_response)
 
 
-def layout(rows: Sequence[Iterable[Example]], T: int, max_response: int) -> Batch:
+def layout(rows: Sequence[Sequence[Example]], T: int, max_response: int, top_k: int = 0) -> Batch:
     """Rows of T tokens, each with its examples one behind the other as segments 1, 2, ...
 
     Positions begin at 0 in each segment, and attention does not leave one (models.qwen3.model), so
-    examples are trained as if each had a row of its own. Responses are cut at max_response.
+    examples are trained as if each had a row of its own. Responses are cut at max_response. With
+    top_k the batch has the teacher's stored top; UserError names an example that lacks it.
     """
     tokens = np.zeros((len(rows), T), np.int32)
     segments, mask = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
@@ -309,7 +310,29 @@ def layout(rows: Sequence[Iterable[Example]], T: int, max_response: int) -> Batc
             at = end
     positions = np.arange(T, dtype=np.int32)[None] - begins
     arrays: Any = (tokens, positions, segments, mask)  # host arrays, until they are put on a mesh
-    return Batch(*arrays)
+    top: Any = _top(rows, T, max_response, top_k) if top_k else None
+    return Batch(*arrays, teacher_top_BTK=top)
+
+
+def _top(
+    rows: Sequence[Sequence[Example]], T: int, max_response: int, K: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and log-probabilities [B, T, K] of the likeliest in the place of each response token."""
+    ids = np.zeros((len(rows), T, K), np.int32)
+    logp = np.zeros(ids.shape, np.float32)
+    for row, examples in enumerate(rows):
+        at = 0
+        for example in examples:
+            at += len(example.prompt)
+            for place in example.top or ():
+                if len(place) < K:
+                    raise UserError(f"{example.where}: top_logprobs has {len(place)}, not {K}")
+            if example.top is None:
+                raise UserError(f"{example.where}: no top_logprobs beside its tokens")
+            top = np.array([place[:K] for place in example.top[:max_response]])
+            ids[row, at : at + len(top)], logp[row, at : at + len(top)] = top[..., 0], top[..., 1]
+            at += len(top)
+    return ids, logp
 
 
 def measure(

@@ -1,13 +1,16 @@
-"""python -m distill.generate --model=DIR --prompts=FILE.jsonl --out=FILE.jsonl: sampled responses.
+"""python -m distill.generate --model=DIR --prompts=FILE --out=FILE.jsonl: sampled responses.
 
-Each row of FILE has `prompt` (plain text), `messages` (a chat), `question` (a chat of one turn) or
-`tokens` (ids). OUT has the same rows in the same order, with two more fields: `prompt_tokens`, and
-`samples`, a list of {tokens, text, logprobs, finish_reason: "stop" | "length"}. The tokens of a
-sample end in its stop token, if it came; the text leaves special tokens out and is null for a
-model without a tokenizer. A log-probability is that of the distribution the token was drawn from;
-of a greedy one (temperature 0), the model's own.
+FILE is jsonl, or anything that a config's data.source may be; a row has `prompt` (plain text),
+`messages` (a chat), `question` (a chat of one turn) or `tokens` (ids). OUT has the same rows in the
+same order, with two more fields: `prompt_tokens`, and `samples`, a list of {tokens, text, logprobs,
+finish_reason: "stop" | "length"}. The tokens of a sample end in its stop token, if it came; the
+text leaves special tokens out and is null for a model without a tokenizer. A log-probability is
+that of the distribution the token was drawn from; of a greedy one (temperature 0), the model's own.
+
+Rows are written to OUT.partial as they come; stopped, the same command goes on with the next one.
 """
 
+import hashlib
 from collections.abc import Iterator
 
 import jax
@@ -22,7 +25,9 @@ OPTIONS = flags.FlagValues()
 MODEL = flags.DEFINE_string(
     "model", None, "Model directory, hub id or run directory.", OPTIONS, required=True
 )
-PROMPTS = flags.DEFINE_string("prompts", None, "jsonl of prompts.", OPTIONS, required=True)
+PROMPTS = flags.DEFINE_string(
+    "prompts", None, "jsonl of prompts, or hf:..., tfds:...", OPTIONS, required=True
+)
 OUT = flags.DEFINE_string("out", None, "jsonl to write.", OPTIONS, required=True)
 MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", 1024, "Tokens at most in a response.", lower_bound=1, flag_values=OPTIONS
@@ -83,19 +88,24 @@ def generate(
     max_new_tokens: int,
     sampling: rollout.Sampling,
     batch_size: int,
+    first: int = 0,
 ) -> Iterator[dict]:
-    """Yields each row with its `prompt_tokens` and `samples`; within `policy.use(subject)`."""
+    """Yields each row from number `first` on with its `prompt_tokens` and `samples`; within
+    `policy.use(subject)`. What a row draws does not depend on where one begins."""
+    if first == len(rows):
+        return
     completions = rollout.complete(
         subject,
-        prompts,
+        prompts[first:],
         samples=samples,
         key=jax.random.key(seed),
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         batch_size=batch_size,
+        first=first,
     )
-    with metrics.progress(len(rows), 0, "generate") as bar:
-        for number, group in enumerate(completions):
+    with metrics.progress(len(rows), first, "generate") as bar:
+        for number, group in enumerate(completions, start=first):
             written = [
                 {
                     "tokens": c.tokens,
@@ -116,10 +126,19 @@ def main() -> None:
         raise UserError(f"--top_p={TOP_P.value}: not in (0, 1]")
     if not TEMPERATURE.value < float("inf"):  # nor nan, which passes a flag's bounds
         raise UserError(f"--temperature={TEMPERATURE.value}: not a finite number")
-    rows = data.read_jsonl(PROMPTS.value)
+    rows = data.read(PROMPTS.value)
     out = cli.output(OUT.value)
     subject = policy.reader(MODEL.value, DTYPE.value or "")
     ids = prompts(subject, rows, THINKING.value == "on", MAX_NEW_TOKENS.value)
+    options = (MAX_NEW_TOKENS, TEMPERATURE, TOP_P, TOP_K, SAMPLES, SEED, THINKING)
+    about = {
+        "model": subject.path,
+        "step": policy.newest_step(subject.path),
+        "prompts_sha256": hashlib.sha256(metrics.dumps([r for _, r in rows]).encode()).hexdigest(),
+        "dtype": jnp.dtype(subject.model.dtype).name,
+        **{option.name: option.value for option in options},
+    }
+    first = metrics.begun_jsonl(out, about)
     with policy.use(subject):
         subject = policy.load(subject, jnp.dtype(subject.model.dtype).name)
         done = generate(
@@ -131,8 +150,9 @@ def main() -> None:
             max_new_tokens=MAX_NEW_TOKENS.value,
             sampling=rollout.Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value),
             batch_size=BATCH_SIZE.value,
+            first=first,
         )
-        metrics.write_jsonl(out, done)
+        metrics.extend_jsonl(out, done)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from models.errors import UserError
+
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 """Flat metric name → (sum, count), float32 scalars."""
 
@@ -115,6 +117,49 @@ def write_jsonl(path: epath.PathLike, rows: Iterable[Any]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def begun_jsonl(path: epath.PathLike, about: Mapping[str, Any]) -> int:
+    """How many rows an earlier call of `extend_jsonl` for `path` wrote before it was stopped: the
+    work that `about` describes goes on from there. A half-written last row is cut off.
+
+    Raises:
+      UserError: if what was begun is another work, naming what differs.
+    """
+    partial, said = _begun(path)
+    now = json.loads(dumps(about))
+    if partial.exists() and said.exists():
+        before = json.loads(said.read_text())
+        if before != now:
+            changed = next(k for k in now | before if before.get(k) != now.get(k))
+            raise UserError(
+                f"{partial} is of another work: {changed} was {before.get(changed)!r}, now "
+                f"{now.get(changed)!r}; delete it to begin anew"
+            )
+        rows, newline, half = partial.read_bytes().rpartition(b"\n")
+        if half:
+            partial.write_bytes(rows + newline)
+        return (rows + newline).count(b"\n")
+    write_json(said, now)
+    partial.write_text("")
+    return 0
+
+
+def extend_jsonl(path: epath.PathLike, rows: Iterable[Any]) -> None:
+    """Writes `rows` behind those that `begun_jsonl` counted, one by one as they come; when all are
+    there `path` is, and not before."""
+    partial, said = _begun(path)
+    with partial.open("a") as file:
+        for row in rows:
+            file.write(dumps(row) + "\n")
+            file.flush()
+    partial.replace(epath.Path(path))
+    said.unlink()
+
+
+def _begun(path: epath.PathLike) -> tuple[epath.Path, epath.Path]:
+    path = epath.Path(path)
+    return path.with_name(path.name + ".partial"), path.with_name(path.name + ".partial.about")
 
 
 class Writer:

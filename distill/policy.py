@@ -252,12 +252,12 @@ def require_same_vocabulary(student: Policy, teacher: Policy) -> None:
     try:
         chat.require_same_tokenizer(student.tokenizer, teacher.tokenizer, names)
     except UserError as error:
-        with contextlib.suppress(UserError):
+        try:
             chat.require_extended(student.tokenizer, teacher.tokenizer, names)
-            raise UserError(
-                f"{error}; --config.student.tokenizer={teacher.path} gives it the teacher's"
-            ) from None
-        raise
+        except UserError:
+            raise error from None
+        remedy = f"--config.student.tokenizer={teacher.path} gives it the teacher's"
+        raise UserError(f"{error}; {remedy}") from None
     if student.config.vocab_size != teacher.config.vocab_size:
         raise UserError(
             f"{teacher.path}: vocab_size={teacher.config.vocab_size}, "

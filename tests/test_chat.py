@@ -243,3 +243,39 @@ def test_a_token_with_another_id_is_named(tiny: PreTrainedTokenizerBase, tmp_pat
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=f"'a' is {vocab['b']} and {vocab['a']}"):
         chat.require_same_tokenizer(tiny, load(tmp_path / "model"), ("one", "two"))
+
+
+def without(directory: Path, tokens: tuple[str, ...], target: Path) -> Path:
+    """A copy of a tokenizer that lacks some of its added tokens, as those of Base models do."""
+    target.mkdir()
+    content = json.loads((directory / "tokenizer.json").read_text())
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] not in tokens]
+    for token in tokens:
+        content["model"]["vocab"].pop(token, None)
+    (target / "tokenizer.json").write_text(json.dumps(content))
+    fields = json.loads((directory / "tokenizer_config.json").read_text())
+    if named := fields.get("added_tokens_decoder"):
+        kept = {i: t for i, t in named.items() if t["content"] not in tokens}
+        fields["added_tokens_decoder"] = kept
+    fields["eos_token"] = "<|endoftext|>"
+    (target / "tokenizer_config.json").write_text(json.dumps(fields))
+    return target
+
+
+@needs_qwen3
+def test_a_base_tokenizer_is_extended_by_that_of_its_post_trained_model(
+    qwen3: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    added = ("<tool_response>", "</tool_response>", "<think>", "</think>")
+    base = load(without(DATA / "qwen3_tokenizer", added, tmp_path / "base"))
+    assert chat.encode(base, "<think>") == [13708, 766, 29]  # as published of the Base models
+    assert base.eos_token_id == 151643
+    names = ("base", "teacher")
+    chat.require_extended(base, qwen3, names)
+    chat.require_extended(None, qwen3, names)
+    with pytest.raises(UserError, match="only teacher has '</think>'"):
+        chat.require_same_tokenizer(base, qwen3, names)
+    with pytest.raises(UserError, match=r"the tokenizer of base lacks '</think>' of teacher"):
+        chat.require_extended(qwen3, base, ("teacher", "base"))
+    with pytest.raises(UserError, match="teacher: no tokenizer for base to take"):
+        chat.require_extended(base, None, names)

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from test_chat import without
 
 from configs import base, quickstart
+from distill import export, metrics, packing, policy, train
 from distill import mesh as mesh_lib
-from distill import metrics, packing, policy, train
 from models.errors import UserError
 from models.qwen3 import weights
 
@@ -266,6 +267,31 @@ def test_other_tokenizer(models, tmp_path):
         train.run(c, tmp_path / "run")
     assert str(other) in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_base_student_takes_the_tokenizer_of_its_teacher(models, tmp_path):
+    """Its own lacks the think tokens. What is trained, sampled and exported then has them."""
+    student = without(Path(models[0]), ("<think>", "</think>"), tmp_path / "base")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(Path(models[0]) / name, student)
+    (student / "generation_config.json").write_text('{"eos_token_id": 0, "top_k": 20}')
+    c = config(models)
+    c.student.path = str(student)
+    with pytest.raises(UserError, match=r"only .*; --config\.student\.tokenizer=\S+ gives"):
+        train.run(c, tmp_path / "run")
+    c.student.tokenizer = c.teacher.get_ref("path")  # as a recipe would
+    c.stages = ("sft",)
+    train.run(c, tmp_path / "run")
+    (first, *_) = transcripts(tmp_path / "run").values()
+    rows = [json.loads(line) for line in first.splitlines()]
+    assert len(rows) == 3 and all("<think>\n" in row["response"] for row in rows)
+    export.export(tmp_path / "run", tmp_path / "out")
+    teacher = policy.describe(models[1], "float32", False, mesh_lib.make(1, 1, 1))
+    for path in (tmp_path / "run", tmp_path / "out"):
+        found = policy.describe(str(path), "float32", False, mesh_lib.make(1, 1, 1))
+        policy.require_same_vocabulary(found, teacher)
+        assert found.stop_ids == tuple(sorted({0, *teacher.stop_ids}))
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["top_k"] == 20
 
 
 def test_changed_config_on_resume(whole, models):

@@ -1,0 +1,56 @@
+"""How fast rows become packed batches, against what a tiny model's training step takes in."""
+
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base, tiny_teacher
+from distill import chat, data, mesh, optim, packing, policy, update
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_input_is_twenty_times_as_fast_as_a_tiny_step(shared_data: Path) -> None:
+    """In one thread, from the text of GSM8K and of DeepSeek-R1's traces, with the real tokenizer,
+    to packed rows of 4,096; the step is that of configs/tiny_teacher.py on one device."""
+    tokenizer = chat.load_tokenizer(shared_data / "qwen3_tokenizer")
+    gsm8k, traces = shared_data / "gsm8k/train.jsonl", shared_data / "traces/deepseek_r1_math.jsonl"
+    figures = {}
+    for name, mixture in {
+        "gsm8k": ((str(gsm8k), 1.0),),
+        "gsm8k and traces": ((str(gsm8k), 0.9), (str(traces), 0.1)),
+    }.items():
+        c = base.stage("sft").data
+        c.mixture, c.check = mixture, 100
+        source = data.load(c, tokenizer, 0, True)
+        packer = packing.Packer(source, 0, 8, 4096, 3584)
+        begin, tokens = time.perf_counter(), 0
+        for step in range(32):
+            batch = data.layout(packer.rows(step), 4096, 3584)
+            tokens += int((np.asarray(batch.segments_BT) > 0).sum())
+        figures[name] = tokens / (time.perf_counter() - begin)
+
+    s = tiny_teacher.get_config().sft
+    one = mesh.make(1, 1, 1)
+    model = policy.describe(str(ROOT / "assets/teacher"), "float32", False, one)
+    with policy.use(model):
+        model = policy.randomise(model, jax.random.key(0))
+        state = update.init(optim.make(s.optim, s.steps), model.params, 0)
+        source = data.load(s.data, model.tokenizer, 0, True)
+        step = update.make(model.model, optim.make(s.optim, s.steps), "sft", 1, 128.0, state)
+        batch = data.trace_batch(data.at(source, 0, s.batch_size, 0), 60, 52)
+        tokens = int((np.asarray(batch.segments_BT) > 0).sum())
+        for repeat in range(12):
+            if repeat == 2:  # compiled, and warm
+                jax.block_until_ready(state)
+                begin = time.perf_counter()
+            state, _, _ = step(state, batch, None)
+        jax.block_until_ready(state)
+        figures["training step"] = 10 * tokens / (time.perf_counter() - begin)
+    print({name: f"{figure:,.0f} tokens/s" for name, figure in figures.items()})
+    slowest = min(figures["gsm8k"], figures["gsm8k and traces"])
+    if slowest < 20 * figures["training step"]:
+        pytest.fail(f"only {slowest / figures['training step']:.1f} times the step's tokens")
