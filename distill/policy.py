@@ -25,9 +25,12 @@ from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.checkpoint import Checkpoints
 from models.errors import UserError
-from models.qwen3 import model, moe, weights
+from models.qwen3 import model, moe, quantised, weights
 from models.qwen3.config import Config
 from models.qwen3.model import Params, Qwen3
+
+DTYPES = ("float32", "bfloat16")  # of activations, and of parameters
+PARAM_DTYPES = (*DTYPES, *quantised.LARGEST)  # of the parameters of a model that is only read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,23 +144,23 @@ def use(policy: Policy) -> Iterator[None]:
 def load(policy: Policy, param_dtype: str) -> Policy:
     """Reads the parameters of a described policy, cast to `param_dtype`.
 
+    Where that is a type of 8 bits (models.qwen3.quantised), the layers' kernels are quantised,
+    and the other parameters have the dtype that the model computes in.
+
     Raises:
       UserError: naming the file or tensor that is missing or wrong; for a run without checkpoint.
     """
+    kind = param_dtype if param_dtype in quantised.LARGEST else None
+    dtype = jnp.dtype(policy.model.dtype if kind else param_dtype)
+    shapes = quantised.abstract(policy.params, kind) if kind else policy.params
+    shardings = jax.tree.map(lambda p: p.sharding, shapes)
     if is_run(policy.path):
-        restored, _ = restore(policy, None)
-        params = jax.tree.map(lambda x: x.astype(param_dtype), restored.params)
+        convert = functools.partial(quantised.tree, kind=kind, dtype=dtype)
+        params = jax.jit(convert, out_shardings=shardings)(restore(policy, None)[0].params)
         return dataclasses.replace(policy, params=params)
-    shardings = jax.tree.map(lambda p: p.sharding, policy.params)
-    with metrics.progress(weights.reads(policy.params, shardings), 0, f"load {policy.path}") as bar:
-        params = weights.load(
-            resolve(policy.path),
-            policy.config,
-            policy.params,
-            shardings,
-            jnp.dtype(param_dtype),
-            lambda done: bar.update(done, {}),
-        )
+    with metrics.progress(weights.reads(shapes, shardings), 0, f"load {policy.path}") as bar:
+        note = lambda done: bar.update(done, {})  # noqa: E731
+        params = weights.load(resolve(policy.path), policy.config, shapes, shardings, dtype, note)
     return dataclasses.replace(policy, params=params)
 
 

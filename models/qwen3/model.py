@@ -20,6 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from models.qwen3 import quantised
 from models.qwen3.config import Config
 from models.qwen3.moe import ROUTER, MoE
 from models.qwen3.rope import rotary, rotate
@@ -125,7 +126,10 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """x @ kernel without bias; `axes` are the logical names of the kernel's two dimensions."""
+    """x @ kernel without bias; `axes` are the logical names of the kernel's two dimensions.
+
+    The kernel of a frozen model may be Quantised (models.qwen3.quantised).
+    """
 
     features: int
     axes: tuple[str | None, str | None]
@@ -135,7 +139,7 @@ class Linear(nn.Module):
         fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
         init = nn.with_logical_partitioning(fan_in, self.axes)
         kernel: Any = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
-        return x @ kernel.astype(x.dtype)
+        return quantised.dot(x, kernel)
 
 
 class Attention(nn.Module):

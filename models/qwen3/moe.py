@@ -15,9 +15,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from models.qwen3 import quantised
 from models.qwen3.config import Config
+from models.qwen3.quantised import Kernel, ragged_dot
 
-Kernels = tuple[jax.Array, jax.Array, jax.Array]  # gate and up [E, D, F], down [E, F, D]
+Kernels = tuple[Kernel, Kernel, Kernel]  # gate and up [E, D, F], down [E, F, D]
 ROUTER = "router"  # the Linen collection of what the routers did
 
 _GATE_UP, _DOWN = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
@@ -61,9 +63,9 @@ def compute(
     # on the way in too, for their gradient's sake.
     here = (local < E)[order][:, None]
     sorted_x = jnp.where(here, x_MD[order // A], 0)
-    sorted_h = nn.silu(jax.lax.ragged_dot(sorted_x, gate_EDF, sizes_E))
-    sorted_h = sorted_h * jax.lax.ragged_dot(sorted_x, up_EDF, sizes_E)
-    sorted_y = jnp.where(here, jax.lax.ragged_dot(sorted_h, down_EFD, sizes_E), 0)
+    sorted_h = nn.silu(ragged_dot(sorted_x, gate_EDF, sizes_E))
+    sorted_h = sorted_h * ragged_dot(sorted_x, up_EDF, sizes_E)
+    sorted_y = jnp.where(here, ragged_dot(sorted_h, down_EFD, sizes_E), 0)
     y_MAD = sorted_y[jnp.argsort(order)].reshape(M, A, D)
     return jnp.einsum("MAD,MA->MD", y_MAD, weights_MA.astype(x_MD.dtype)), sizes_E
 
@@ -78,16 +80,23 @@ def experts(
     these tokens, and the sums are scattered back to where the tokens came from.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    (rows,), gate_up, down = _spec("batch"), _spec(*_GATE_UP), _spec(*_DOWN)
+    (rows,), (expert, embed, mlp) = _spec("batch"), _spec(*_GATE_UP)
     if mesh.empty or rows is None:  # no mesh, or no rules that give its axes a meaning
         return compute(x_MD, weights_MA, chosen_MA, kernels)
-    expert, embed, mlp = gate_up
+    # The logical axes of each array, in the structure of the kernels.
+    pairs = zip(kernels, (_GATE_UP, _GATE_UP, _DOWN), strict=True)
+    names = tuple(quantised.axes(kernel, of_kernel) for kernel, of_kernel in pairs)
+    is_names = lambda x: isinstance(x, tuple) and "expert" in x  # noqa: E731
 
-    def local(x_MD, weights_MA, chosen_MA, gate_EDF, up_EDF, down_EFD):
-        whole = functools.partial(jax.lax.all_gather, axis_name=embed, tiled=True)
-        kernels = whole(gate_EDF, axis=1), whole(up_EDF, axis=1), whole(down_EFD, axis=2)
+    def whole(names: tuple[str | None, ...], x: jax.Array) -> jax.Array:
+        if "embed" not in names:
+            return x
+        return jax.lax.all_gather(x, embed, axis=names.index("embed"), tiled=True)
+
+    def local(x_MD, weights_MA, chosen_MA, held):
+        kernels = jax.tree.map(whole, names, held, is_leaf=is_names)
         everyones = functools.partial(jax.lax.all_gather, axis_name=expert, tiled=True)
-        first = jax.lax.axis_index(expert) * gate_EDF.shape[0]
+        first = jax.lax.axis_index(expert) * kernels[0].shape[0]
         y_MD, sizes_E = compute(
             everyones(x_MD), everyones(weights_MA), everyones(chosen_MA), kernels, first
         )
@@ -103,13 +112,13 @@ def experts(
     padded = pad(x_MD), pad(weights_MA), pad(chosen_MA, constant_values=E)
     y_MD, sizes_E = jax.shard_map(
         local,
-        in_specs=(tokens, tokens, tokens, gate_up, gate_up, down),
+        in_specs=(tokens,) * 3 + (jax.tree.map(lambda x: _spec(*x), names, is_leaf=is_names),),
         out_specs=(tokens, jax.sharding.PartitionSpec(expert)),
-    )(*padded, *kernels)
+    )(*padded, kernels)
     return y_MD[:M], sizes_E
 
 
-def _spec(*names: str) -> jax.sharding.PartitionSpec:
+def _spec(*names: str | None) -> jax.sharding.PartitionSpec:
     spec = nn.logical_to_mesh_axes(names)
     assert spec is not None
     return spec
@@ -134,7 +143,8 @@ class MoE(nn.Module):
 
         def kernel(name: str, axes: tuple[str, str, str], shape: tuple[int, int, int]) -> Any:
             init = nn.with_logical_partitioning(fan_in, axes)
-            return self.param(name, init, shape, jnp.float32).astype(x_BTD.dtype)  # pyright: ignore
+            held: Any = self.param(name, init, shape, jnp.float32)
+            return quantised.cast(held, x_BTD.dtype)
 
         init = nn.with_logical_partitioning(nn.initializers.normal(D**-0.5), ("embed", None))
         router_DE: Any = self.param("router", init, (D, E), jnp.float32)
