@@ -63,7 +63,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.student.remat = True  # recompute each layer in the backward pass: less memory, 4/3 the time
     c.teacher = ConfigDict()
     c.teacher.path = ""  # needed where a stage is opd
-    # int8 or float8_e4m3fn: the layers' kernels in 8 bits, a scale for each output channel, which is
+    # int8 or float8_e4m3fn: the layers' kernels in 8 bits, a scale for each output channel;
     # half the memory of bfloat16. LOG.md has what it costs in KL.
     c.teacher.param_dtype = "bfloat16"
     c.teacher.dtype = "bfloat16"
