@@ -98,6 +98,8 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     c.teacher = ConfigDict()
     c.teacher.path = ""  # needed where a stage is opd
+    # int8 or float8_e4m3fn: the layers' kernels in 8 bits, a scale for each output channel;
+    # half the memory of bfloat16. LOG.md has what it costs in KL.
     c.teacher.param_dtype = "bfloat16"
     c.teacher.dtype = "bfloat16"
 

@@ -24,10 +24,13 @@ from distill.batch import Batch
 from distill.checkpoint import Checkpoints
 from distill.locate import is_run, local, lora_of, origin, resolve, tokenizer_directory
 from models.errors import UserError
-from models.qwen3 import adapter, attention, lora, model, moe, weights
+from models.qwen3 import adapter, attention, lora, model, moe, quantised, weights
 from models.qwen3.config import Config
 from models.qwen3.lora import LORA, LoRA
 from models.qwen3.model import Params, Qwen3
+
+DTYPES = ("float32", "bfloat16")  # of activations, and of parameters
+PARAM_DTYPES = (*DTYPES, *quantised.LARGEST)  # of the parameters of a model that is only read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +120,9 @@ def use(policy: Policy) -> Iterator[None]:
 def load(policy: Policy, param_dtype: str) -> Policy:
     """Reads the parameters of a described policy, cast to `param_dtype`.
 
-    They are what its path stands for; of a policy that trains a LoRA, the frozen base.
+    They are what its path stands for; of a policy that trains a LoRA, the frozen base. Where
+    `param_dtype` is a type of 8 bits (models.qwen3.quantised), the layers' kernels are quantised,
+    and the other parameters have the dtype that the model computes in.
 
     Raises:
       UserError: naming the file or tensor that is missing or wrong; for a run without checkpoint.
@@ -132,21 +137,31 @@ def load(policy: Policy, param_dtype: str) -> Policy:
 
 def _base(policy: Policy, param_dtype: str) -> Params:
     """The parameters of the model directory that a described policy comes from."""
-    shardings = _shardings(policy.params)
-    with metrics.progress(weights.reads(policy.params, shardings), 0, f"load {policy.path}") as bar:
-        return weights.load(
-            resolve(policy.path),
-            policy.config,
-            policy.params,
-            shardings,
-            jnp.dtype(param_dtype),
-            lambda done: bar.update(done, {}),
-        )
+    kind, dtype = _split(policy, param_dtype)
+    shapes = quantised.abstract(policy.params, kind) if kind else policy.params
+    shardings = _shardings(shapes)
+    with metrics.progress(weights.reads(shapes, shardings), 0, f"load {policy.path}") as bar:
+        note = lambda done: bar.update(done, {})  # noqa: E731
+        return weights.load(resolve(policy.path), policy.config, shapes, shardings, dtype, note)
+
+
+def _split(policy: Policy, param_dtype: str) -> tuple[str | None, jnp.dtype]:
+    """(8-bit type of the kernels, if it is one; dtype of the other parameters)."""
+    kind = param_dtype if param_dtype in quantised.LARGEST else None
+    return kind, jnp.dtype(policy.model.dtype if kind else param_dtype)
+
+
+def _cast(policy: Policy, params: Params, param_dtype: str) -> Params:
+    kind, dtype = _split(policy, param_dtype)
+    shapes = quantised.abstract(policy.params, kind) if kind else policy.params
+    convert = functools.partial(quantised.tree, kind=kind, dtype=dtype)
+    return jax.jit(convert, out_shardings=_shardings(shapes))(params)
 
 
 def _merged(policy: Policy, trained: Params, kind: LoRA, param_dtype: str) -> Policy:
-    merge = _merger(policy, kind, jnp.dtype(param_dtype))
-    return dataclasses.replace(policy, params=merge(_base(policy, "float32"), trained))
+    merge = _merger(policy, kind, jnp.dtype("float32"))
+    merged = merge(_base(policy, "float32"), trained)
+    return dataclasses.replace(policy, params=_cast(policy, merged, param_dtype))
 
 
 def _merger(policy: Policy, kind: LoRA, dtype: jnp.dtype) -> Callable[[Params, Params], Params]:
@@ -220,8 +235,7 @@ def restore(policy: Policy, step: int | None, param_dtype: str) -> tuple[Policy,
     kind = lora_of(policy.path)
     if kind is not None:
         return _merged(policy, trained, kind, param_dtype), step
-    params = jax.tree.map(lambda x: x.astype(param_dtype), trained)
-    return dataclasses.replace(policy, params=params), step
+    return dataclasses.replace(policy, params=_cast(policy, trained, param_dtype)), step
 
 
 def restore_trained(policy: Policy, step: int | None) -> tuple[Params, int]:

@@ -36,8 +36,9 @@ BATCH_SIZE = flags.DEFINE_integer(
 DTYPE = flags.DEFINE_enum(
     "dtype",
     None,
-    ["float32", "bfloat16"],
-    "Of parameters and computation. Default: bfloat16, but float32 on CPU, where it is faster.",
+    policy.PARAM_DTYPES,
+    "Of parameters and computation; 8 bits are those of the layers' kernels alone. "
+    "Default: bfloat16, but float32 on CPU, where it is faster.",
     flag_values=OPTIONS,
 )
 
@@ -112,7 +113,7 @@ def score(
 def main() -> None:
     rows = data.read_jsonl(TOKENS.value)
     out = cli.output(OUT.value)
-    subject = policy.reader(MODEL.value, DTYPE.value or "")
+    subject = policy.reader(MODEL.value, DTYPE.value if DTYPE.value in policy.DTYPES else "")
     if TOP_K.value > subject.config.vocab_size:
         raise UserError(
             f"--top_k={TOP_K.value}: the model's vocabulary has {subject.config.vocab_size} tokens"
@@ -127,7 +128,7 @@ def main() -> None:
                 bar.update(number + 1, {})
 
     with policy.use(subject):
-        subject = policy.load(subject, jnp.dtype(subject.model.dtype).name)
+        subject = policy.load(subject, DTYPE.value or jnp.dtype(subject.model.dtype).name)
         metrics.write_jsonl(out, scored())
 
 

@@ -100,6 +100,14 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
         needed = field == "student" or any(c[name].objective == "opd" for name in c.stages)
         if needed and not c[field].path:
             raise UserError(f"config.{field}.path: name a model directory")
+    for field, dtype, allowed in (
+        ("student.dtype", c.student.dtype, policy.DTYPES),
+        ("student.param_dtype", c.student.param_dtype, policy.DTYPES),
+        ("teacher.dtype", c.teacher.dtype, policy.DTYPES),
+        ("teacher.param_dtype", c.teacher.param_dtype, policy.PARAM_DTYPES),
+    ):
+        if dtype not in allowed:
+            raise UserError(f"config.{field}: {dtype!r} is none of {', '.join(allowed)}")
     m = c.student
     student = policy.describe(
         m.path,

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
 from configs import base
-from distill import evaluate, export, generate, optim, policy, score, train, update
+from distill import evaluate, export, generate, losses, optim, policy, score, train, update
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from models.errors import UserError
@@ -70,7 +70,7 @@ def bases(tmp_path_factory):
 
 
 def described(path, kind=None, sizes=(1, 1, 1)) -> policy.Policy:
-    return policy.describe(str(path), "float32", False, mesh_lib.make(*sizes), kind)
+    return policy.describe(str(path), "float32", False, mesh_lib.make(*sizes), trained=kind)
 
 
 def tokens_of(config, rows=4, seed=0):
@@ -138,7 +138,7 @@ def test_training_is_that_of_peft(bases, kind, name, tmp_path):
     their_optimizer = torch.optim.AdamW(learned, **decay)
     with policy.use(student):
         state = update.init(optimizer, trained, 0)
-        step = update.make(student.model, optimizer, "sft", 2, 1.0, state)
+        step = update.make(student.model, optimizer, losses.TABLE["sft"], 1, 2, 1.0, state)
         for i in range(3):
             batch = batch_of(student.config, i)
             state, measured, _ = step(state, batch, None, student.params)
@@ -286,7 +286,8 @@ def test_meshes(fields, tmp_path):
         with policy.use(student):
             state = update.init(optimizer, trained, 0)
             mesh = policy.mesh_of(student)
-            step = update.make(student.model, optimizer, "sft", 1, 1.0 * mesh.size, state)
+            loss = losses.TABLE["sft"]
+            step = update.make(student.model, optimizer, loss, 1, 1, 1.0 * mesh.size, state)
             for i in range(2):
                 batch = jax.device_put(batch_of(student.config, i, 8), mesh_lib.rows(mesh))
                 state, measured, _ = step(state, batch, None, student.params)

@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models.qwen3 import attention
+from models.qwen3 import attention, quantised
 from models.qwen3.cache import Cache
 from models.qwen3.config import Config
 from models.qwen3.lora import LORA, LoRA, factors
@@ -45,7 +45,10 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """x @ kernel without bias; `axes` are the logical names of the kernel's two dimensions."""
+    """x @ kernel without bias; `axes` are the logical names of the kernel's two dimensions.
+
+    The kernel of a frozen model may be Quantised (models.qwen3.quantised).
+    """
 
     features: int
     axes: tuple[str | None, str | None]
@@ -57,7 +60,7 @@ class Linear(nn.Module):
         init = nn.with_logical_partitioning(fan_in, self.axes)
         shape = (x.shape[-1], self.features)
         kernel: Any = self.param("kernel", init, shape, jnp.float32)
-        y = x @ kernel.astype(x.dtype)
+        y = quantised.dot(x, kernel)
         low = factors(self, self.lora, f"{self.name}_proj", "kernel", shape, self.axes, x.dtype)
         return y if low is None else y + (x @ low[0]) @ low[1]
 

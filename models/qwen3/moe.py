@@ -15,10 +15,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from models.qwen3 import quantised
 from models.qwen3.config import Config
 from models.qwen3.lora import Factors, LoRA, factors
+from models.qwen3.quantised import Kernel, ragged_dot
 
-Kernels = tuple[jax.Array, jax.Array, jax.Array]  # gate and up [E, D, F], down [E, F, D]
+Kernels = tuple[Kernel, Kernel, Kernel]  # gate and up [E, D, F], down [E, F, D]
 Low = tuple[Factors | None, Factors | None, Factors | None]  # LoRA's a and b of each of these
 ROUTER = "router"  # the Linen collection of what the routers did
 
@@ -73,9 +75,9 @@ def compute(
     return jnp.einsum("MAD,MA->MD", y_MAD, weights_MA.astype(x_MD.dtype)), sizes_E
 
 
-def _grouped(x: jax.Array, sizes_E: jax.Array, kernel: jax.Array, low: Factors | None) -> jax.Array:
+def _grouped(x: jax.Array, sizes_E: jax.Array, kernel: Kernel, low: Factors | None) -> jax.Array:
     """Rows of x, grouped by expert, times their expert's kernel and its low-rank term."""
-    y = jax.lax.ragged_dot(x, kernel, sizes_E)
+    y = ragged_dot(x, kernel, sizes_E)
     if low is None:
         return y
     a, b = low
@@ -101,8 +103,9 @@ def experts(
         return compute(x_MD, weights_MA, chosen_MA, kernels, low=low)
     # The logical axes of each array, in the structure of (kernels, low).
     axes = (_GATE_UP, _GATE_UP, _DOWN)
+    pairs = zip(kernels, axes, strict=True)
     names = (
-        axes,
+        tuple(quantised.axes(kernel, of_kernel) for kernel, of_kernel in pairs),
         tuple(
             None if pair is None else ((lead, row, None), (lead, None, column))
             for pair, (lead, row, column) in zip(low, axes, strict=True)
@@ -167,11 +170,11 @@ class MoE(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(D**-0.5), ("embed", None))
         router_DE: Any = self.param("router", init, (D, E), jnp.float32)
 
-        def kernel(name: str, axes: Any, *shape: int) -> tuple[jax.Array, Factors | None]:
+        def kernel(name: str, axes: Any, *shape: int) -> tuple[Kernel, Factors | None]:
             init = nn.with_logical_partitioning(fan_in, axes)
             held: Any = self.param(name, init, shape, jnp.float32)
             low = factors(self, self.lora, f"{name}_proj", name, shape, axes, x_BTD.dtype)
-            return held.astype(x_BTD.dtype), low
+            return quantised.cast(held, x_BTD.dtype), low
 
         gate, gate_low = kernel("gate", _GATE_UP, E, D, F)
         up, up_low = kernel("up", _GATE_UP, E, D, F)

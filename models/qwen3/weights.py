@@ -15,11 +15,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.tree_util import DictKey
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from models.errors import UserError
+from models.qwen3 import quantised
 from models.qwen3.config import Config
+from models.qwen3.quantised import is_quantised
 
 # path in the parameters -> (name in the checkpoint, stored transposed: torch keeps [out, in]).
 # Each {} of a name is a leading axis of the stacked parameter: the layer, then the expert.
@@ -91,7 +96,7 @@ def opened(files: dict[Path, list[str]]) -> Iterator[dict[str, Any]]:
 def require(directory: Path, slices: dict[str, Any], config: Config, shapes: Any) -> None:
     """Refuses missing, extra and misshapen tensors by name, before any is read."""
     expected = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+    for path, leaf in _leaves(shapes):
         name, transposed = entry(path)
         stacked = name.count("{}")
         shape = leaf.shape[stacked:]
@@ -150,13 +155,17 @@ def _places(index: Index, shape: tuple[int, ...], stacked: int) -> list[tuple[in
 def reads(shapes: Any, shardings: Any) -> int:
     """How many slices of tensors `load` reads in this process."""
     count = 0
-    for (path, leaf), sharding in zip(
-        jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True
-    ):
+    for (path, leaf), sharding in zip(_leaves(shapes), _leaves(shardings), strict=True):
         stacked = entry(path)[0].count("{}")
+        sharding = sharding[1].values if is_quantised(leaf) else sharding[1]
         for index, _ in _parts(sharding, leaf.shape):
             count += len(_places(index, leaf.shape, stacked))
     return count
+
+
+def _leaves(tree: Any) -> list[tuple[tuple, Any]]:
+    """(path, leaf) pairs; a quantised kernel is one leaf."""
+    return jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantised)
 
 
 def load(
@@ -171,7 +180,9 @@ def load(
     """Reads the parameters of DIRECTORY straight into `shardings`, cast to `dtype`.
 
     Args:
-      shapes: tree of ShapeDtypeStructs (model.abstract, unboxed).
+      shapes: tree of ShapeDtypeStructs (model.abstract, unboxed). Where it has a Quantised
+        (quantised.abstract), the kernel is quantised on the devices, layer by layer, while it
+        comes: no more of it than one layer is ever there in `dtype`.
       shardings: tree of jax shardings of the same structure.
       note: called after each read with how many of `reads` are done.
       source: what `opened` gives, where it is not that of the model in DIRECTORY.
@@ -201,18 +212,27 @@ def load(
             sizes = [len(range(*p.indices(n))) for p, n in zip(index, shape, strict=True)]
             return out.reshape(sizes)
 
-        def one(path: tuple, leaf: Any, sharding: Any) -> jax.Array:
+        def array(path: tuple, shape: tuple[int, ...], sharding: Any) -> jax.Array:
             arrays = []
             try:
-                for index, devices in _parts(sharding, leaf.shape):
-                    held = part(path, leaf.shape, index)
+                for index, devices in _parts(sharding, shape):
+                    held = part(path, shape, index)
                     # Waited for: no more than one part lies on the host at a time.
                     arrays += jax.block_until_ready([jax.device_put(held, d) for d in devices])
             except SafetensorError as error:
                 raise UserError(f"{directory}: {entry(path)[0]} cannot be read ({error})") from None
-            return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
+            return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
-        return jax.tree_util.tree_map_with_path(one, shapes, shardings)
+        def one(path: tuple, leaf: Any, sharding: Any) -> Any:
+            if not is_quantised(leaf):
+                return array(path, leaf.shape, sharding)
+            if path[0].key != "layers":
+                return quantised.put(array(path, leaf.shape, sharding.values), leaf)
+            of_layer = NamedSharding(sharding.values.mesh, P(*sharding.values.spec[1:]))
+            layers = ((DictKey(f"layers_{i}"), *path[1:]) for i in range(leaf.shape[0]))
+            return quantised.stack((array(at, leaf.shape[1:], of_layer) for at in layers), leaf)
+
+        return jax.tree_util.tree_map_with_path(one, shapes, shardings, is_leaf=is_quantised)
 
 
 def tensors(params: Any, dtype: jnp.dtype) -> Iterator[tuple[str, np.ndarray]]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import base, tiny_teacher
-from distill import chat, data, mesh, optim, packing, policy, update
+from distill import chat, data, losses, mesh, optim, packing, policy, update
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,7 +40,9 @@ def test_input_is_twenty_times_as_fast_as_a_tiny_step(shared_data: Path) -> None
         model = policy.randomise(model, jax.random.key(0))
         state = update.init(optim.make(s.optim, s.steps), model.params, 0)
         source = data.load(s.data, model.tokenizer, 0, True)
-        step = update.make(model.model, optim.make(s.optim, s.steps), "sft", 1, 128.0, state)
+        step = update.make(
+            model.model, optim.make(s.optim, s.steps), losses.TABLE["sft"], 1, 1, 128.0, state
+        )
         batch = data.trace_batch(data.at(source, 0, s.batch_size, 0), 60, 52)
         tokens = int((np.asarray(batch.segments_BT) > 0).sum())
         for repeat in range(12):
