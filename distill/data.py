@@ -15,6 +15,10 @@ from distill.batch import Batch
 from models.errors import UserError
 
 
+class UnfitPrompt(UserError):
+    """A row is as it should be, but nothing can be sampled from its prompt."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Example:
     """One row as token ids: a prompt, perhaps a response (with its stop token) and an answer."""
@@ -67,7 +71,8 @@ def prompt_tokens(
     through the chat template.
 
     Raises:
-      UserError: naming the row, if it has none of these or they cannot be used.
+      UserError: naming the row, if it has none of these or they cannot be used; UnfitPrompt if it
+        is empty.
     """
     if "tokens" in row:
         ids = _ids(row, "tokens", where)
@@ -78,7 +83,7 @@ def prompt_tokens(
     else:
         ids = chat.render(tokenizer, _messages(row, where), thinking=thinking)
     if not ids:
-        raise UserError(f"{where}: the prompt is empty")
+        raise UnfitPrompt(f"{where}: the prompt is empty")
     return ids
 
 

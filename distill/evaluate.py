@@ -78,7 +78,9 @@ def respond(
         batch_size=batch_size,
         first=first,
     )
-    for (_, row), prompt, completions in zip(rows[first:], prompts[first:], done, strict=True):
+    for (where, row), prompt, completions in zip(rows[first:], prompts[first:], done, strict=True):
+        if any(c.reason == "error" for c in completions):
+            raise UserError(f"{where}: the model's logits are NaN")
         yield [
             {
                 "id": row["id"],
@@ -228,7 +230,7 @@ def evaluate(
     """Samples, grades and sums up; writes examples.jsonl and summary.json, returns the summary."""
     if subject.tokenizer is None:
         raise UserError(f"{subject.path}: no tokenizer, so responses cannot be read")
-    prompts = generate.prompts(subject, rows, thinking, max_new_tokens)
+    prompts = generate.fit(generate.prompts(subject, rows, thinking, max_new_tokens))
     protocol: Row = {
         "model": subject.path,
         "step": policy.newest_step(subject.path),

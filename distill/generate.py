@@ -6,6 +6,10 @@ Each row of FILE has `prompt` (plain text), `messages` (a chat), `question` (a c
 sample end in its stop token, if it came; the text leaves special tokens out and is null for a
 model without a tokenizer. A log-probability is that of the distribution the token was drawn from;
 of a greedy one (temperature 0), the model's own.
+
+A row that cannot be continued (an empty prompt, or one too long for the model) has no samples but
+a field `error`; where the model gives NaN, the sample ends there with finish_reason "error". The
+other rows are written all the same, and the exit code is 2.
 """
 
 from collections.abc import Iterator
@@ -53,41 +57,58 @@ DTYPE = flags.DEFINE_enum(
 Rows = list[tuple[str, dict]]  # (where the row stands, its fields), as data.read_jsonl gives them
 
 
-def prompts(subject: Policy, rows: Rows, thinking: bool, max_new_tokens: int) -> list[list[int]]:
-    """The prompt of each row as token ids. Reads no parameters of `subject`.
+def prompts(
+    subject: Policy, rows: Rows, thinking: bool, max_new_tokens: int
+) -> list[list[int] | data.UnfitPrompt]:
+    """The prompt of each row as token ids, or why it cannot be used. Reads no parameters.
 
     Raises:
-      UserError: naming the first row that has none, or one that the model cannot go on from.
+      UserError: naming the first row that has none, or one of unknown tokens.
     """
     limit = subject.config.max_position_embeddings
-    found = []
+    found: list[list[int] | data.UnfitPrompt] = []
     for where, row in rows:
-        ids = data.prompt_tokens(row, where, subject.tokenizer, thinking)
-        data.require_ids(ids, subject.config.vocab_size, where)
-        if len(ids) + max_new_tokens > limit:
-            raise UserError(
-                f"{where}: prompt of {len(ids)} tokens and --max_new_tokens={max_new_tokens} "
-                f"exceed the model's {limit} positions"
-            )
-        found.append(ids)
+        try:
+            ids = data.prompt_tokens(row, where, subject.tokenizer, thinking)
+            data.require_ids(ids, subject.config.vocab_size, where)
+            if len(ids) + max_new_tokens > limit:
+                raise data.UnfitPrompt(
+                    f"{where}: prompt of {len(ids)} tokens and --max_new_tokens={max_new_tokens} "
+                    f"exceed the model's {limit} positions"
+                )
+            found.append(ids)
+        except data.UnfitPrompt as error:
+            found.append(error)
     return found
+
+
+def fit(found: list[list[int] | data.UnfitPrompt]) -> list[list[int]]:
+    """What `prompts` found; raises the first that is not fit."""
+    for prompt in found:
+        if isinstance(prompt, data.UnfitPrompt):
+            raise prompt
+    return found  # pyright: ignore[reportReturnType]
 
 
 def generate(
     subject: Policy,
     rows: Rows,
-    prompts: list[list[int]],
+    prompts: list[list[int] | data.UnfitPrompt],
     *,
     samples: int,
     seed: int,
     max_new_tokens: int,
     sampling: rollout.Sampling,
     batch_size: int,
+    errors: list[str],
 ) -> Iterator[dict]:
-    """Yields each row with its `prompt_tokens` and `samples`; within `policy.use(subject)`."""
+    """Yields each row with its `prompt_tokens` and `samples`; within `policy.use(subject)`.
+
+    What is wrong with a row stands in its `error`, and is appended to `errors`.
+    """
     completions = rollout.complete(
         subject,
-        prompts,
+        [[] if isinstance(prompt, data.UnfitPrompt) else prompt for prompt in prompts],
         samples=samples,
         key=jax.random.key(seed),
         max_new_tokens=max_new_tokens,
@@ -95,7 +116,8 @@ def generate(
         batch_size=batch_size,
     )
     with metrics.progress(len(rows), 0, "generate") as bar:
-        for number, group in enumerate(completions):
+        for number, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
+            where, row = rows[number]
             written = [
                 {
                     "tokens": c.tokens,
@@ -107,7 +129,18 @@ def generate(
                 }
                 for c in group
             ]
-            yield {**rows[number][1], "prompt_tokens": prompts[number], "samples": written}
+            done = {**row, "prompt_tokens": [], "samples": written}
+            done.pop("error", None)  # of an earlier run whose output this is
+            if isinstance(prompt, data.UnfitPrompt):
+                done["error"] = str(prompt)
+            else:
+                done["prompt_tokens"] = prompt
+            for c in group:
+                if c.reason == "error":
+                    done["error"] = f"{where}: NaN logits after {len(c.tokens)} sampled tokens"
+            if "error" in done:
+                errors.append(done["error"])
+            yield done
             bar.update(number + 1, {})
 
 
@@ -119,20 +152,27 @@ def main() -> None:
     rows = data.read_jsonl(PROMPTS.value)
     out = cli.output(OUT.value)
     subject = policy.reader(MODEL.value, DTYPE.value or "")
-    ids = prompts(subject, rows, THINKING.value == "on", MAX_NEW_TOKENS.value)
+    found = prompts(subject, rows, THINKING.value == "on", MAX_NEW_TOKENS.value)
+    if all(isinstance(prompt, data.UnfitPrompt) for prompt in found):
+        fit(found)
+    errors: list[str] = []
     with policy.use(subject):
         subject = policy.load(subject, jnp.dtype(subject.model.dtype).name)
         done = generate(
             subject,
             rows,
-            ids,
+            found,
             samples=SAMPLES.value,
             seed=SEED.value,
             max_new_tokens=MAX_NEW_TOKENS.value,
             sampling=rollout.Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value),
             batch_size=BATCH_SIZE.value,
+            errors=errors,
         )
         metrics.write_jsonl(out, done)
+    if errors:
+        others = len(rows) - len(errors)
+        raise UserError(f"{errors[0]} (such rows: {len(errors)}; without an error: {others})")
 
 
 if __name__ == "__main__":

@@ -95,47 +95,19 @@ def _check(row: Row, where: str, options: Options, mesh: Mesh) -> None:
         )
 
 
-def sample(
-    qwen3: Qwen3,
-    params: Params,
-    prompts: Sequence[list[int]],
-    keys: Sequence[tuple[int, int]],
-    *,
-    max_prompt_tokens: int,
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop_ids: tuple[int, ...],
-    options: Options,
-    counts: Counter[str] | None = None,
-) -> Batch:
-    """One response to each prompt, as a Batch of T = max_prompt_tokens + max_new_tokens on host.
-
-    Raises UserError as `run` does, and if a row's logits are NaN: not to be trained on.
-    """
-    rows = [Row(list(p), key, max_new_tokens) for p, key in zip(prompts, keys, strict=True)]
-    done = list(
-        run(
-            qwen3,
-            params,
-            rows,
-            sampling=sampling,
-            stop_ids=stop_ids,
-            options=options,
-            counts=counts,
-        )
-    )
-    for number, row in enumerate(done):
-        if row.reason == "error":
-            raise UserError(f"row {number}: NaN logits after {len(row.tokens)} sampled tokens")
-    return to_batch(done, max_prompt_tokens, max_new_tokens)
-
-
 def to_batch(rows: Sequence[Row], max_prompt_tokens: int, max_new_tokens: int) -> Batch:
     """Rows as host arrays: prompts padded on the left, responses on the right.
 
     mask_BT marks the sampled tokens up to and including the stop token; a row that met the limit
     is not `finished` and has no stop token.
+
+    Raises:
+      UserError: naming a row that ended in NaN.
     """
+    for number, row in enumerate(rows):
+        if row.reason == "error":
+            at = f"after {len(row.tokens)} sampled tokens"
+            raise UserError(f"{row.where or f'row {number}'}: NaN logits {at}")
     P, R = max_prompt_tokens, max_new_tokens
     tokens, segments = data.left_pad([row.prompt for row in rows], P)
     tokens, segments = (np.pad(x, ((0, 0), (0, R))) for x in (tokens, segments))
@@ -172,11 +144,12 @@ def complete(
     """Yields the `samples` completions of each prompt, in order; `batch_size` rows decode at once.
 
     `first` is the number of the first prompt: a call that goes on where another stopped draws what
-    that one would have drawn.
+    that one would have drawn. An empty prompt has no completions.
     """
     numbers_B, samples_B = np.divmod(np.arange(len(prompts) * samples), samples)
     keys = row_keys(key, numbers_B + first, samples_B)
-    rows = [Row(prompts[p], k, max_new_tokens) for p, k in zip(numbers_B, keys, strict=True)]
+    all_rows = [Row(prompts[p], k, max_new_tokens) for p, k in zip(numbers_B, keys, strict=True)]
+    rows = [row for row in all_rows if row.prompt]
     longest = bucket(max(row.longest for row in rows))
     done = run(
         policy.model,
@@ -186,12 +159,8 @@ def complete(
         stop_ids=policy.stop_ids,
         options=Options(batch_size, longest=longest),
     )
-    group: list[Row] = []
-    for row in done:
-        group.append(row)
-        if len(group) == samples:
-            yield group
-            group = []
+    for prompt in prompts:
+        yield [next(done) for _ in range(samples if prompt else 0)]
 
 
 def bucket(length: int) -> int:

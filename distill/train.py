@@ -163,18 +163,23 @@ def collect_rollouts(plan: Plan, stage: Stage, seed: int, mesh: Mesh) -> Collect
             data.require_fit(example, s.max_prompt_tokens, f"{stage.name}.max_prompt_tokens")
         counts: Counter[str] = Counter()
         begin = time.perf_counter()
-        batch = rollout.sample(
-            student.model,
-            params,
-            [example.prompt for example in examples for _ in range(s.samples)],
-            rollout.row_keys(key, prompt_B, sample_B),
-            max_prompt_tokens=s.max_prompt_tokens,
-            max_new_tokens=s.max_response_tokens,
-            sampling=sampling,
-            stop_ids=student.stop_ids,
-            options=options,
-            counts=counts,
+        keys = rollout.row_keys(key, prompt_B, sample_B)
+        rows = [
+            rollout.Row(examples[p].prompt, k, s.max_response_tokens, examples[p].where)
+            for p, k in zip(prompt_B, keys, strict=True)
+        ]
+        rows = list(
+            rollout.run(
+                student.model,
+                params,
+                rows,
+                sampling=sampling,
+                stop_ids=student.stop_ids,
+                options=options,
+                counts=counts,
+            )
         )
+        batch = rollout.to_batch(rows, s.max_prompt_tokens, s.max_response_tokens)
         took, written = time.perf_counter() - begin, counts["tokens"]
         assert batch.finished_B is not None
         measured = {

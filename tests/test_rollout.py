@@ -10,7 +10,7 @@ import pytest
 
 from distill import losses, policy, rollout, sampling
 from distill import mesh as mesh_lib
-from distill.rollout import Options
+from distill.rollout import Options, Row
 from distill.sampling import Sampling
 from models.qwen3 import model
 from models.qwen3.config import Config
@@ -58,17 +58,15 @@ def prompts(count, seed=0):
 
 def sample(params, rows, numbers, samples=None, sampling=None, **options):
     keys = rollout.row_keys(jax.random.key(3), list(numbers), samples or [0] * len(rows))
-    return rollout.sample(
+    done = rollout.run(
         QWEN3,
         params,
-        rows,
-        keys,
-        max_prompt_tokens=P,
-        max_new_tokens=R,
+        [Row(prompt, key, R) for prompt, key in zip(rows, keys, strict=True)],
         sampling=sampling or Sampling(),
         stop_ids=STOPS,
         options=Options(**{"slots": 8, **options}),
     )
+    return rollout.to_batch(list(done), P, R)
 
 
 def responses(batch):
@@ -147,7 +145,9 @@ def test_meshes_draw_the_same_tokens(loose, eight, stacked):
     with mesh_lib.use(mesh):
         batch = sample(placed(loose, mesh), prompts(8), range(8), stacked=stacked)
     assert responses(batch) == responses(eight)
-    np.testing.assert_allclose(batch.sampler_logp_BT, eight.sampler_logp_BT, atol=1e-4)
+    np.testing.assert_allclose(
+        np.asarray(batch.sampler_logp_BT), np.asarray(eight.sampler_logp_BT), atol=1e-4
+    )
 
 
 def test_draws_follow_the_distribution():

@@ -44,11 +44,16 @@ def narrow(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(slots, "NARROWEST", 16)
 
 
+@jax.jit
+def _weights(key: jax.Array) -> model.Params:
+    return model.init(CONFIG, key)
+
+
 @functools.cache
 def weights(seed: int, shape: tuple[int, int, int]):
     mesh = mesh_lib.make(*shape)
     shardings = jax.tree.map(lambda p: p.sharding, mesh_lib.parameters(CONFIG, mesh))
-    return mesh, jax.device_put(model.init(CONFIG, jax.random.key(seed)), shardings)
+    return mesh, jax.device_put(_weights(jax.random.key(seed)), shardings)
 
 
 def ask(prompts: int, samples: int = 1, seed: int = 0, longest: int = R, first: int = 0):
@@ -113,8 +118,7 @@ def plain() -> list[Row]:
     return run(ask(8, 4), Options(slots=32, static=True))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 4)])
-@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize(("shape", "stacked"), [((1, 1, 1), False), ((1, 2, 4), True)])
 def test_sampler_equals_scorer(plain, shape, stacked) -> None:
     """Under refills, shared prompts, a prompt in pieces, rows parked for want of room, and rows
     that a budget stopped and that went on."""
