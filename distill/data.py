@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distill import arithmetic, chat
 from distill.batch import Batch
-from models.errors import UserError
+from models.errors import RowError, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,7 @@ def prompt_tokens(
     through the chat template.
 
     Raises:
+      RowError: naming the row, if the prompt is empty.
       UserError: naming the row, if it has none of these or they cannot be used.
     """
     if "tokens" in row:
@@ -78,7 +79,7 @@ def prompt_tokens(
     else:
         ids = chat.render(tokenizer, _messages(row, where), thinking=thinking)
     if not ids:
-        raise UserError(f"{where}: the prompt is empty")
+        raise RowError(f"{where}: the prompt is empty")
     return ids
 
 

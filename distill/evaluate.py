@@ -86,7 +86,7 @@ def respond(
                 "answer": row["answer"],
                 "response": subject.tokenizer.decode(c.tokens, skip_special_tokens=True),
                 "length": len(c.tokens),
-                "finish_reason": "stop" if c.finished else "length",
+                "finish_reason": c.reason,
                 "prompt_tokens": prompt,
                 "tokens": c.tokens,
             }

@@ -8,6 +8,7 @@ draws are the same alone, in any batch, in any order and on any mesh.
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,29 +18,9 @@ from distill import data
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.policy import Policy
-from models.errors import UserError
+from distill.sampling import Sampling, draw, model_logp, model_top
 from models.qwen3 import model
 from models.qwen3.model import Params, Qwen3
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """The distribution that tokens are drawn from: softmax(logits / temperature), truncated.
-
-    temperature 0 is greedy; top_k 0 and top_p 1 truncate nothing (what training uses).
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature={self.temperature}: must be 0 (greedy) or more")
-        if self.top_k < 0:
-            raise UserError(f"top_k={self.top_k}: must be 0 (off) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p}: must be above 0 and at most 1 (off)")
 
 
 def prefers_stacked() -> bool:
@@ -56,44 +37,6 @@ def row_keys(
     )
 
 
-def truncate(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
-    """Tempered logits with -inf outside the top_k most likely and outside the nucleus top_p.
-
-    The nucleus (arXiv 1904.09751) is the smallest set of most likely tokens whose probability,
-    taken after top_k as Hugging Face does, reaches top_p.
-    """
-    logits_BV = logits_BV / sampling.temperature
-    if 0 < sampling.top_k < logits_BV.shape[-1]:
-        least_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-    if sampling.top_p < 1:
-        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-        p_BV = jax.nn.softmax(sorted_BV, axis=-1)
-        before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV  # mass of the tokens ahead of this one
-        kept_BV = jnp.where(before_BV < sampling.top_p, sorted_BV, jnp.inf)
-        logits_BV = jnp.where(
-            logits_BV < jnp.min(kept_BV, axis=-1, keepdims=True), -jnp.inf, logits_BV
-        )
-    return logits_BV
-
-
-def draw(
-    logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling
-) -> tuple[jax.Array, jax.Array]:
-    """One token a row, and its log-probability under the distribution it was drawn from, [B].
-
-    Greedy is a point mass, whose log-probability would always be 0; there the model's own
-    log-probability (temperature 1) is recorded instead.
-    """
-    if sampling.temperature == 0:
-        tokens_B = jnp.argmax(logits_BV, axis=-1)
-    else:
-        logits_BV = truncate(logits_BV, sampling)
-        tokens_B = jax.vmap(jax.random.categorical)(keys_B, logits_BV)
-    logp_BV = jax.nn.log_softmax(logits_BV, axis=-1)
-    return tokens_B.astype(jnp.int32), jnp.take_along_axis(logp_BV, tokens_B[:, None], axis=1)[:, 0]
-
-
 def _for_decoding(qwen3: Qwen3, params: Params, stacked: bool) -> tuple[Qwen3, Params]:
     # Cast once: every step reads all weights, and would otherwise read them in float32.
     params = jax.tree.map(lambda p: p.astype(qwen3.dtype), params)
@@ -103,7 +46,8 @@ def _for_decoding(qwen3: Qwen3, params: Params, stacked: bool) -> tuple[Qwen3, P
 
 
 @functools.partial(
-    jax.jit, static_argnames=("qwen3", "max_new_tokens", "sampling", "stop_ids", "stacked")
+    jax.jit,
+    static_argnames=("qwen3", "max_new_tokens", "sampling", "stop_ids", "stacked", "top_logprobs"),
 )
 def sample(
     qwen3: Qwen3,
@@ -116,6 +60,7 @@ def sample(
     sampling: Sampling,
     stop_ids: tuple[int, ...],
     stacked: bool,
+    top_logprobs: int = 0,
 ) -> Batch:
     """Continues left-padded prompts until a stop token or `max_new_tokens`.
 
@@ -123,11 +68,14 @@ def sample(
       tokens_BP, segments_BP: prompts, padded on the left with segment 0.
       keys_B: one key a row, from `row_keys`.
       stacked: the cache's layout; true on TPU and GPU (see models.qwen3.model.Cache).
+      top_logprobs: fill the batch's model_logp_BT, and top_*_BTk with so many tokens.
 
     Returns:
       A Batch of T = P + max_new_tokens. mask_BT marks the sampled tokens up to and including the
-      stop token; a row that met the limit is not `finished` and has no stop token.
+      stop token; a row that met the limit is not `finished` and has no stop token. A row whose
+      logits came out as nan ends there, unfinished, with a token -1 outside the mask.
     """
+    sampling.require(qwen3.config.vocab_size)
     B, P = tokens_BP.shape
     R = max_new_tokens
     qwen3, params = _for_decoding(qwen3, params, stacked)
@@ -142,46 +90,61 @@ def sample(
         return hidden[:, -1], cache
 
     def running(carry):
-        i, _, _, done_B, _, _, _ = carry
+        i, _, _, done_B, _, _ = carry
         return (i < R) & ~jnp.all(done_B)
 
     def step(carry):
-        i, hidden_BD, cache, done_B, out_BR, logp_BR, live_BR = carry
+        i, hidden_BD, cache, done_B, seen_BV, out = carry
         logits_BV = jnp.einsum("BD,VD->BV", hidden_BD, head_VD, preferred_element_type=jnp.float32)
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, i)
-        tokens_B, logp_B = draw(logits_BV, keys, sampling)
-        tokens_B = jnp.where(done_B, 0, tokens_B)
-        out_BR = out_BR.at[:, i].set(tokens_B)
-        logp_BR = logp_BR.at[:, i].set(jnp.where(done_B, 0.0, logp_B))
-        live_BR = live_BR.at[:, i].set(~done_B)
-        live_B1 = (~done_B)[:, None].astype(jnp.int32)
-        done_B = done_B | jnp.any(tokens_B[:, None] == stops[None], axis=1)
-        hidden_BD, cache = forward(tokens_B[:, None], (lengths_B + i)[:, None], live_B1, cache)
-        return i + 1, hidden_BD, cache, done_B, out_BR, logp_BR, live_BR
+        tokens_B, logp_B = draw(logits_BV, keys, sampling, seen_BV)
+        live_B, fed_B = ~done_B & (tokens_B >= 0), jnp.maximum(tokens_B, 0)
+        new = {
+            "tokens": jnp.where(done_B, 0, tokens_B),
+            "logp": jnp.where(live_B, logp_B, 0.0),
+            "live": live_B,
+        }
+        if top_logprobs:
+            new["model_logp"] = jnp.where(live_B, model_logp(logits_BV, fed_B), 0.0)
+            new["top_ids"], new["top_logp"] = model_top(logits_BV, top_logprobs)
+        out = jax.tree.map(lambda written, now: written.at[:, i].set(now), out, new)
+        if seen_BV is not None:
+            seen_BV = seen_BV.at[jnp.arange(B), fed_B].set(True)
+        done_B = ~live_B | jnp.any(tokens_B[:, None] == stops[None], axis=1)
+        live_B1 = live_B[:, None].astype(jnp.int32)
+        hidden_BD, cache = forward(fed_B[:, None], (lengths_B + i)[:, None], live_B1, cache)
+        return i + 1, hidden_BD, cache, done_B, seen_BV, out
 
     hidden_BD, cache = forward(tokens_BP, positions_BP, segments_BP, cache)
-    start = (
-        jnp.zeros((), jnp.int32),
-        hidden_BD,
-        cache,
-        jnp.zeros((B,), bool),
-        jnp.zeros((B, R), jnp.int32),
-        jnp.zeros((B, R), jnp.float32),
-        jnp.zeros((B, R), bool),
-    )
-    _, _, _, done_B, out_BR, logp_BR, live_BR = jax.lax.while_loop(running, step, start)
-    nothing_BP = jnp.zeros((B, P), bool)
+    zeros_BR = jnp.zeros((B, R), jnp.float32)
+    out = {"tokens": zeros_BR.astype(jnp.int32), "logp": zeros_BR, "live": zeros_BR.astype(bool)}
+    if top_logprobs:
+        zeros_BRk = jnp.zeros((B, R, top_logprobs), jnp.float32)
+        out |= {"model_logp": zeros_BR}
+        out |= {"top_ids": zeros_BRk.astype(jnp.int32), "top_logp": zeros_BRk}
+    seen_BV = None
+    if sampling.presence_penalty:
+        seen_BV = jnp.zeros((B, qwen3.config.vocab_size), bool)
+    start = (jnp.zeros((), jnp.int32), hidden_BD, cache, jnp.zeros((B,), bool), seen_BV, out)
+    _, _, _, done_B, _, out = jax.lax.while_loop(running, step, start)
+    live_BR = out["live"]
 
     def joined(prompt_BP, response_BR):
         return jnp.concatenate([prompt_BP, response_BR], axis=1)
 
+    def after_prompt(response):
+        return jnp.pad(response, [(0, 0), (P, 0)] + [(0, 0)] * (response.ndim - 2))
+
     return Batch(
-        tokens_BT=joined(tokens_BP, out_BR),
+        tokens_BT=joined(tokens_BP, out["tokens"]),
         positions_BT=joined(positions_BP, lengths_B[:, None] + jnp.arange(R)[None]),
         segments_BT=joined(segments_BP, live_BR.astype(jnp.int32)),
-        mask_BT=joined(nothing_BP, live_BR),
-        sampler_logp_BT=joined(nothing_BP.astype(jnp.float32), logp_BR),
-        finished_B=done_B,
+        mask_BT=after_prompt(live_BR),
+        sampler_logp_BT=after_prompt(out["logp"]),
+        finished_B=done_B & jnp.all(out["tokens"] >= 0, axis=1),
+        model_logp_BT=after_prompt(out["model_logp"]) if top_logprobs else None,
+        top_ids_BTk=after_prompt(out["top_ids"]) if top_logprobs else None,
+        top_logp_BTk=after_prompt(out["top_logp"]) if top_logprobs else None,
     )
 
 
@@ -191,7 +154,10 @@ class Completion:
 
     tokens: list[int]
     logprobs: list[float]
-    finished: bool  # by a stop token; otherwise the length limit came first
+    reason: str  # it ended: stop (a stop token), length (the limit), error (the logits were nan)
+    # Where asked for, of the model's own distribution: of each token, and the likeliest (id, logp).
+    model_logprobs: list[float] | None = None
+    top_logprobs: list[list[tuple[int, float]]] | None = None
 
 
 def complete(
@@ -204,6 +170,7 @@ def complete(
     sampling: Sampling,
     batch_size: int,
     first: int = 0,
+    top_logprobs: int = 0,
 ) -> Iterator[list[Completion]]:
     """Yields the `samples` completions of each prompt, in order, `batch_size` rows at a time.
 
@@ -232,18 +199,35 @@ def complete(
             sampling=sampling,
             stop_ids=policy.stop_ids,
             stacked=prefers_stacked(),
+            top_logprobs=top_logprobs,
         )
-        tokens, logp, mask, done = jax.device_get(
-            (batch.tokens_BT, batch.sampler_logp_BT, batch.mask_BT, batch.finished_B)
-        )
+        batch = jax.device_get(batch)
         for i in range(len(chunk)):
-            live = mask[i]
-            finished.append(
-                Completion(tokens[i][live].tolist(), logp[i][live].tolist(), bool(done[i]))
-            )
+            finished.append(_completion(batch, i))
             if len(finished) == samples:
                 yield finished
                 finished = []
+
+
+def _completion(batch: Batch, row: int) -> Completion:
+    """The response in one row of a batch that lies on the host."""
+
+    def live(x: Any) -> list:
+        return x[row][batch.mask_BT[row]].tolist()
+
+    top = None
+    if batch.top_ids_BTk is not None:
+        pairs = zip(live(batch.top_ids_BTk), live(batch.top_logp_BTk), strict=True)
+        top = [list(zip(ids, logp, strict=True)) for ids, logp in pairs]
+    assert batch.finished_B is not None
+    broken = (batch.tokens_BT[row] < 0).any()
+    return Completion(
+        tokens=live(batch.tokens_BT),
+        logprobs=live(batch.sampler_logp_BT),
+        reason="stop" if batch.finished_B[row] else "error" if broken else "length",
+        model_logprobs=None if top is None else live(batch.model_logp_BT),
+        top_logprobs=top,
+    )
 
 
 def bucket(length: int) -> int:

@@ -17,7 +17,7 @@ PACKAGES = ("models", "distill", "configs", "assets", "tests")
 FLOORS = {
     "entry points": "train evaluate generate score serve plan export report quickstart",
     "stages": "rollout teacher update",
-    "parts": "policy data losses benchmarks",
+    "parts": "policy data losses benchmarks sampling",
     "ground": "batch mesh chat rewards optim metrics checkpoint arithmetic cli",
 }
 FLOOR = {file: i for i, files in enumerate(FLOORS.values()) for file in files.split()}
