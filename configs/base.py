@@ -32,6 +32,8 @@ def stage(objective: str) -> ConfigDict:
     c.sampling.temperature = 1.0
     c.sampling.top_k = 0  # 0: off
     c.sampling.top_p = 1.0  # 1: off
+    c.sampling.min_p = 0.0  # 0: off
+    c.sampling.presence_penalty = 0.0  # off a logit once its token is in the response; 0: off
 
     # How the device samples; what is sampled does not depend on it.
     c.rollout = ConfigDict()

@@ -27,3 +27,7 @@ class Batch:
     sampler_logp_BT: jax.Array | None = None  # float32, of the distribution drawn from
     finished_B: jax.Array | None = None  # bool: ended by a stop token, not by the length limit
     teacher_hidden_BTD: jax.Array | None = None  # the teacher's final hidden states
+    # On demand, of the sampler's untempered, untruncated distribution:
+    model_logp_BT: jax.Array | None = None  # float32, of the tokens
+    top_ids_BTk: jax.Array | None = None  # int32, the k likeliest tokens at each place
+    top_logp_BTk: jax.Array | None = None  # float32

@@ -12,11 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distill import arithmetic, chat
 from distill.batch import Batch
-from models.errors import UserError
-
-
-class UnfitPrompt(UserError):
-    """A row is as it should be, but nothing can be sampled from its prompt."""
+from models.errors import RowError, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +67,8 @@ def prompt_tokens(
     through the chat template.
 
     Raises:
-      UserError: naming the row, if it has none of these or they cannot be used; UnfitPrompt if it
-        is empty.
+      RowError: naming the row, if the prompt is empty.
+      UserError: naming the row, if it has none of these or they cannot be used.
     """
     if "tokens" in row:
         ids = _ids(row, "tokens", where)
@@ -83,7 +79,7 @@ def prompt_tokens(
     else:
         ids = chat.render(tokenizer, _messages(row, where), thinking=thinking)
     if not ids:
-        raise UnfitPrompt(f"{where}: the prompt is empty")
+        raise RowError(f"{where}: the prompt is empty")
     return ids
 
 

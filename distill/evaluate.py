@@ -73,7 +73,7 @@ def respond(
         prompts[first:],
         samples=samples,
         key=jax.random.key(seed),
-        max_new_tokens=max_new_tokens,
+        limits=[max_new_tokens] * (len(prompts) - first),
         sampling=sampling,
         batch_size=batch_size,
         first=first,
@@ -230,7 +230,7 @@ def evaluate(
     """Samples, grades and sums up; writes examples.jsonl and summary.json, returns the summary."""
     if subject.tokenizer is None:
         raise UserError(f"{subject.path}: no tokenizer, so responses cannot be read")
-    prompts = generate.fit(generate.prompts(subject, rows, thinking, max_new_tokens))
+    prompts = generate.prompts(subject, rows, thinking, max_new_tokens)
     protocol: Row = {
         "model": subject.path,
         "step": policy.newest_step(subject.path),

@@ -6,7 +6,7 @@ mesh, and where it was parked and went on later.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -49,12 +49,16 @@ def run(
     version: int = 0,
     budget: int | None = None,
     counts: Counter[str] | None = None,
+    top_logprobs: int = 0,
+    ended: Callable[[Row], bool] | None = None,
 ) -> Iterator[Row]:
     """Continues `rows`, and yields each of them once, in order, as soon as it and those before end.
 
     A row that has tokens already goes on from them. With a `budget`, sampling stops when so many
     tokens were drawn in all (or up to one a slot more), and rows that have not ended come without
-    a reason: parked, to go on later. `version` is noted with each token. What was done is added to
+    a reason: parked, to go on later. `version` is noted with each token. With `top_logprobs`, rows
+    have the model's own log-probabilities too, and those of so many tokens. `ended` is asked of
+    rows that go on, now and then, and may end them: stop strings. What was done is added to
     `counts`: `tokens` drawn, `steps` and `slot_steps` (steps x slots) of decoding, of these
     `queued_tokens` and `queued_slot_steps` while rows were waiting, `prompt_tokens` read and
     `read_tokens` with padding, `segments`, `refits` of the cache, rows `parked` to make room.
@@ -63,16 +67,17 @@ def run(
       UserError: naming the first row whose prompt is empty, or which does not fit the cache,
         before anything runs.
     """
+    sampling.require(qwen3.config.vocab_size)
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     for number, row in enumerate(rows):
         _check(row, row.where or f"row {number}", options, mesh)
     stacked = engine.prefers_stacked() if options.stacked is None else options.stacked
     qwen3, params = engine.weights(qwen3, params, mesh, stacked=stacked, gathered=options.gathered)
     dtype = options.cache_dtype or jnp.dtype(qwen3.dtype).name
-    decoder = engine.Decoder(qwen3, sampling, stop_ids, dtype, options.segment)
+    decoder = engine.Decoder(qwen3, sampling, stop_ids, dtype, options.segment, top_logprobs)
     counts = Counter() if counts is None else counts
     before = counts["tokens"]
-    slots = Slots(decoder, params, mesh, rows, options, version, counts)
+    slots = Slots(decoder, params, mesh, rows, options, version, counts, ended)
     returned = 0
     while slots.advance(None if budget is None else budget + before - counts["tokens"]):
         while returned < len(rows) and rows[returned].reason:
@@ -136,19 +141,23 @@ def complete(
     *,
     samples: int,
     key: jax.Array,
-    max_new_tokens: int,
+    limits: Sequence[int],
     sampling: Sampling,
     batch_size: int,
     first: int = 0,
+    top_logprobs: int = 0,
+    ended: Callable[[Row], bool] | None = None,
 ) -> Iterator[list[Row]]:
     """Yields the `samples` completions of each prompt, in order; `batch_size` rows decode at once.
+
+    Those of prompt i have at most limits[i] new tokens. For the rest see `run`.
 
     `first` is the number of the first prompt: a call that goes on where another stopped draws what
     that one would have drawn. An empty prompt has no completions.
     """
     numbers_B, samples_B = np.divmod(np.arange(len(prompts) * samples), samples)
     keys = row_keys(key, numbers_B + first, samples_B)
-    all_rows = [Row(prompts[p], k, max_new_tokens) for p, k in zip(numbers_B, keys, strict=True)]
+    all_rows = [Row(prompts[p], k, limits[p]) for p, k in zip(numbers_B, keys, strict=True)]
     rows = [row for row in all_rows if row.prompt]
     longest = bucket(max(row.longest for row in rows))
     done = run(
@@ -158,6 +167,8 @@ def complete(
         sampling=sampling,
         stop_ids=policy.stop_ids,
         options=Options(batch_size, longest=longest),
+        top_logprobs=top_logprobs,
+        ended=ended,
     )
     for prompt in prompts:
         yield [next(done) for _ in range(samples if prompt else 0)]

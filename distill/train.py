@@ -106,7 +106,7 @@ def _check_stage(name: str, s: ConfigDict, student: Policy, mesh: Mesh) -> None:
     for field in (*counts, "max_prompt_tokens", "max_response_tokens"):
         if s[field] < 1:
             raise UserError(f"config.{name}.{field}={s[field]}: must be at least 1")
-    _sampling(s)  # refuses what is no distribution
+    _sampling(s).require(student.config.vocab_size)  # the former refuses what is no distribution
     total = s.max_prompt_tokens + s.max_response_tokens
     limit = student.config.max_position_embeddings
     if total > limit:
@@ -123,7 +123,7 @@ def _check_stage(name: str, s: ConfigDict, student: Policy, mesh: Mesh) -> None:
 
 
 def _sampling(s: ConfigDict) -> rollout.Sampling:
-    return rollout.Sampling(s.sampling.temperature, s.sampling.top_k, s.sampling.top_p)
+    return rollout.Sampling(**s.sampling)
 
 
 def _options(s: ConfigDict) -> rollout.Options:

@@ -17,8 +17,8 @@ PACKAGES = ("models", "distill", "configs", "assets", "tests")
 FLOORS = {
     "entry points": "train evaluate generate score serve plan export report quickstart",
     "stages": "rollout slots engine teacher update",
-    "parts": "policy data losses benchmarks",
-    "ground": "batch mesh sampling chat rewards optim metrics checkpoint arithmetic cli",
+    "parts": "policy data losses benchmarks sampling",
+    "ground": "batch mesh chat rewards optim metrics checkpoint arithmetic cli",
 }
 FLOOR = {file: i for i, files in enumerate(FLOORS.values()) for file in files.split()}
 

@@ -402,7 +402,7 @@ def test_gsm8k_of_a_model(paths, loaded, tmp_path: Path) -> None:
     rows = [{"question": q, "answer": "1", "level": i} for i, q in enumerate(QUESTIONS)]
     asked = benchmarks.problems("gsm8k", str(write(tmp_path / "asked.jsonl", rows)), 0)
     with policy.use(loaded[0]):
-        prompts = generate.fit(generate.prompts(loaded[0], asked, False, 24))
+        prompts = generate.prompts(loaded[0], asked, False, 24)
         replies = evaluate.respond(loaded[0], asked, prompts, first=0, samples=2, **options)
         said = [[str(row["response"]) for row in group] for group in replies]
     numbers = [rewards._find_answer(second) for _, second in said]
