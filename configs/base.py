@@ -42,6 +42,9 @@ def stage(objective: str) -> ConfigDict:
     c.rollout.chunk = 2048  # tokens of prompts read in one call; bounds its memory
     c.rollout.cache_tokens = 0  # most slots x tokens of the cache; 0: slots x longest row
     c.rollout.cache_dtype = ""  # bfloat16 or int8: less memory, less exact; "": student.dtype
+    c.rollout.budget = (
+        0  # tokens sampled a step; rows that have not ended go on in the next; 0: off
+    )
     c.rollout.gathered = True  # each row shard holds all weights; False: fetches them each token
 
     # AdamW.

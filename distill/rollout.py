@@ -5,8 +5,10 @@ token's position into that. So a row's draws are the same alone, in any batch, i
 mesh, and where it was parked and went on later.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +38,16 @@ def _row_keys(key: jax.Array, prompts_B: jax.Array, samples_B: jax.Array) -> jax
     fold = jax.random.fold_in
     keys_B = jax.vmap(lambda p, s: fold(fold(key, p), s))(prompts_B, samples_B)
     return jax.random.key_data(keys_B)
+
+
+def ask(examples: Sequence[data.Example], samples: int, key: jax.Array, limit: int) -> list[Row]:
+    """`samples` rows for each example, of at most `limit` tokens, under the key of a step."""
+    numbers_B, samples_B = np.divmod(np.arange(len(examples) * samples), samples)
+    keys = row_keys(key, numbers_B, samples_B)
+    return [
+        Row(examples[i].prompt, k, limit, examples[i].where)
+        for i, k in zip(numbers_B, keys, strict=True)
+    ]
 
 
 def run(
@@ -89,19 +101,18 @@ def run(
 def _check(row: Row, where: str, options: Options, mesh: Mesh) -> None:
     if not row.prompt:
         raise UserError(f"{where}: the prompt is empty")
-    room = options.longest
-    if options.cache_tokens:
-        share = options.cache_tokens // mesh_lib.row_shards(mesh)
-        room = min(room or share, share)
-    if room and row.longest > room:
+    room = min(options.longest or row.longest, options.room(mesh_lib.row_shards(mesh)))
+    if row.longest > room:
         raise UserError(
             f"{where}: a prompt of {len(row.prompt)} tokens and {row.limit} new ones exceed "
             f"the {room} tokens that the cache has for a row"
         )
 
 
-def to_batch(rows: Sequence[Row], max_prompt_tokens: int, max_new_tokens: int) -> Batch:
-    """Rows as host arrays: prompts padded on the left, responses on the right.
+def to_batch(
+    rows: Sequence[Row], batch_size: int, max_prompt_tokens: int, max_new_tokens: int
+) -> Batch:
+    """Rows as host arrays: prompts padded on the left, responses on the right, empty rows last.
 
     mask_BT marks the sampled tokens up to and including the stop token; a row that met the limit
     is not `finished` and has no stop token.
@@ -114,6 +125,7 @@ def to_batch(rows: Sequence[Row], max_prompt_tokens: int, max_new_tokens: int) -
             at = f"after {len(row.tokens)} sampled tokens"
             raise UserError(f"{row.where or f'row {number}'}: NaN logits {at}")
     P, R = max_prompt_tokens, max_new_tokens
+    rows = [*rows, *[Row([], (0, 0), 0)] * (batch_size - len(rows))]
     tokens, segments = data.left_pad([row.prompt for row in rows], P)
     tokens, segments = (np.pad(x, ((0, 0), (0, R))) for x in (tokens, segments))
     mask = np.zeros(tokens.shape, bool)
@@ -133,6 +145,22 @@ def to_batch(rows: Sequence[Row], max_prompt_tokens: int, max_new_tokens: int) -
         sampler_logp_BT=logp,  # pyright: ignore[reportArgumentType]
         finished_B=finished,  # pyright: ignore[reportArgumentType]
     )
+
+
+@dataclasses.dataclass
+class Parked:
+    """Rows that a step's budget of tokens left unfinished: they go on in the next step."""
+
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    begun: int = 0  # rows that were begun, over all steps
+
+    def position(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it: JSON."""
+        return dataclasses.asdict(self)
+
+    def resume(self, position: dict[str, Any]) -> None:
+        self.begun = position["begun"]
+        self.rows = [Row(**{**row, "key": tuple(row["key"])}) for row in position["rows"]]
 
 
 def complete(

@@ -7,6 +7,7 @@ distill/engine.py. How many there are is bounded: slots, widths and prompts come
 
 import dataclasses
 import itertools
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 
 from distill import engine
 from distill import mesh as mesh_lib
+from models.errors import UserError
 from models.qwen3.cache import Cache
 from models.qwen3.model import Params
 
@@ -42,6 +44,18 @@ class Options:
     gathered: bool = True  # see engine.weights
     stacked: bool | None = None  # the layout (models.qwen3.cache); None: what the platform prefers
     static: bool = False  # batch after batch at full width: what the rest is measured against
+
+    def __post_init__(self) -> None:
+        for name, least in (("slots", 1), ("segment", 1), ("chunk", 1), ("cache_tokens", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)}: must be {least} or more")
+        if self.cache_dtype not in ("", "float32", "bfloat16", "int8"):
+            dtypes = "float32, bfloat16, int8 or empty"
+            raise UserError(f"cache_dtype={self.cache_dtype!r}: must be {dtypes}")
+
+    def room(self, shards: int) -> int:
+        """The tokens that a row may have, on a mesh that splits the rows in so many parts."""
+        return self.cache_tokens // shards if self.cache_tokens else sys.maxsize
 
 
 @dataclasses.dataclass
@@ -90,7 +104,7 @@ class Slots:
         self.sizes = sizes(min(options.slots, len(self.queue)), self.shards)
         self.last_sizes = sizes(self.sizes[0], self.shards, SHRINK)
         longest = options.longest or max((row.longest for row in rows), default=1)
-        room = options.cache_tokens // self.shards or longest
+        room = options.room(self.shards)
         self.widths = sorted({min(width, room) for width in widths(longest)})
         self.at: list[Row | None] = []
         self.length: list[int] = []

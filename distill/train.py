@@ -4,10 +4,8 @@ Every objective is a `collect`, which makes a Batch, and a row of losses.TABLE. 
 and draws is a function of (seed, step), so a run that was stopped goes on as if it had not been.
 """
 
-import contextlib
 import dataclasses
 import json
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -47,6 +45,7 @@ class Stage:
     first: int
     source: data.Source
     optimizer: optax.GradientTransformation
+    parked: rollout.Parked | None  # where a budget of tokens ends its steps
 
     @property
     def end(self) -> int:
@@ -96,7 +95,8 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
         source = data.load(s.data, student.tokenizer, c.seed, traces=s.objective == "sft")
         field, vocabulary = f"config.{name}.max_prompt_tokens", student.config.vocab_size
         data.check(source, s.max_prompt_tokens, field, vocabulary)
-        stages.append(Stage(name, s, first, source, optim.make(s.optim, s.steps)))
+        parked = rollout.Parked() if s.rollout.budget else None
+        stages.append(Stage(name, s, first, source, optim.make(s.optim, s.steps), parked))
         first += s.steps
     return Plan(student, taught, tuple(stages))
 
@@ -106,8 +106,20 @@ def _check_stage(name: str, s: ConfigDict, student: Policy, mesh: Mesh) -> None:
     for field in (*counts, "max_prompt_tokens", "max_response_tokens"):
         if s[field] < 1:
             raise UserError(f"config.{name}.{field}={s[field]}: must be at least 1")
+    if s.rollout.budget < 0:
+        raise UserError(f"config.{name}.rollout.budget={s.rollout.budget}: must be 0 (off) or more")
+    try:
+        options = _options(s)
+    except UserError as error:
+        raise UserError(f"config.{name}.rollout.{error}") from None
     _sampling(s).require(student.config.vocab_size)  # the former refuses what is no distribution
     total = s.max_prompt_tokens + s.max_response_tokens
+    room = options.room(mesh_lib.row_shards(mesh))
+    if room < total:
+        raise UserError(
+            f"config.{name}.rollout.cache_tokens={options.cache_tokens}: leaves {room} tokens for "
+            f"a row, which may have max_prompt_tokens + max_response_tokens = {total}"
+        )
     limit = student.config.max_position_embeddings
     if total > limit:
         raise UserError(
@@ -127,9 +139,15 @@ def _sampling(s: ConfigDict) -> rollout.Sampling:
 
 
 def _options(s: ConfigDict) -> rollout.Options:
-    longest = s.max_prompt_tokens + s.max_response_tokens
+    r = s.rollout
     return rollout.Options(
-        **{**s.rollout, "slots": s.rollout.slots or s.batch_size}, longest=longest
+        slots=r.slots or s.batch_size,
+        longest=s.max_prompt_tokens + s.max_response_tokens,
+        segment=r.segment,
+        chunk=r.chunk,
+        cache_tokens=r.cache_tokens,
+        cache_dtype=r.cache_dtype,
+        gathered=r.gathered,
     )
 
 
@@ -153,22 +171,15 @@ def collect_rollouts(plan: Plan, stage: Stage, seed: int, mesh: Mesh) -> Collect
     """On-policy: the student writes, the teacher reads what it wrote."""
     s, student, taught = stage.c, plan.student, plan.teacher
     assert taught is not None
-    count = s.batch_size // s.samples
-    prompt_B, sample_B = np.divmod(np.arange(s.batch_size), s.samples)
-    sampling, options = _sampling(s), _options(s)
+    sampling, options, parked = _sampling(s), _options(s), stage.parked
 
     def collect(params: model.Params, step: int, key: jax.Array):
-        examples = data.at(stage.source, step - stage.first, count, seed)
-        for example in examples:
-            data.require_fit(example, s.max_prompt_tokens, f"{stage.name}.max_prompt_tokens")
+        rows = parked.rows if parked else []
+        begun = parked.begun if parked else (step - stage.first) * s.batch_size
+        rows = rows + _asked(stage, seed, begun, s.batch_size - len(rows))
         counts: Counter[str] = Counter()
         begin = time.perf_counter()
-        keys = rollout.row_keys(key, prompt_B, sample_B)
-        rows = [
-            rollout.Row(examples[p].prompt, k, s.max_response_tokens, examples[p].where)
-            for p, k in zip(prompt_B, keys, strict=True)
-        ]
-        rows = list(
+        done = list(
             rollout.run(
                 student.model,
                 params,
@@ -176,22 +187,43 @@ def collect_rollouts(plan: Plan, stage: Stage, seed: int, mesh: Mesh) -> Collect
                 sampling=sampling,
                 stop_ids=student.stop_ids,
                 options=options,
+                version=step,
+                # The last step ends all rows.
+                budget=s.rollout.budget if parked and step + 1 < stage.end else None,
                 counts=counts,
             )
         )
-        batch = rollout.to_batch(rows, s.max_prompt_tokens, s.max_response_tokens)
-        took, written = time.perf_counter() - begin, counts["tokens"]
-        assert batch.finished_B is not None
+        took = time.perf_counter() - begin
+        ended = [row for row in done if row.reason]
+        written = sum(len(row.tokens) for row in ended)
         measured = {
-            "rollout/tokens_per_second": written / took,
-            "rollout/mean_length": written / s.batch_size,
-            "rollout/truncated": 1 - float(batch.finished_B.mean()),
-            "rollout/utilisation": written / counts["slot_steps"],
+            "rollout/tokens_per_second": counts["tokens"] / took,
+            "rollout/mean_length": written / max(1, len(ended)),
+            "rollout/truncated": sum(r.reason == "length" for r in ended) / max(1, len(ended)),
+            "rollout/utilisation": counts["tokens"] / counts["slot_steps"],
             "time/rollout": took,
         }
+        if parked:
+            parked.begun += len(rows) - len(parked.rows)
+            parked.rows = [row for row in done if not row.reason]
+            stale = sum(version < step for row in ended for version in row.versions)
+            measured |= {"rollout/ended": len(ended), "rollout/stale": stale / max(1, written)}
+        batch = rollout.to_batch(ended, s.batch_size, s.max_prompt_tokens, s.max_response_tokens)
         return teacher.score(taught, jax.device_put(batch, mesh_lib.rows(mesh))), measured
 
     return collect
+
+
+def _asked(stage: Stage, seed: int, begun: int, count: int) -> list[rollout.Row]:
+    """Rows `begun` and after of all that a stage samples, batch_size of them for each step."""
+    s, rows = stage.c, []
+    for step in range(begun // s.batch_size, -(-(begun + count) // s.batch_size)):
+        examples = data.at(stage.source, step, s.batch_size // s.samples, seed)
+        for example in examples:
+            data.require_fit(example, s.max_prompt_tokens, f"{stage.name}.max_prompt_tokens")
+        key = jax.random.fold_in(jax.random.key(seed), stage.first + step)
+        rows += rollout.ask(examples, s.samples, key, s.max_response_tokens)
+    return rows[begun % s.batch_size :][:count]
 
 
 COLLECT = {"sft": collect_traces, "opd": collect_rollouts}
@@ -255,23 +287,6 @@ def _differences(before: object, now: object, at: str) -> Iterator[str]:
         yield f"config{at} was {before!r}, now {now!r}"
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], int]]:
-    """Within it, SIGTERM and SIGINT only set what the yielded function returns (0: none came)."""
-    received = 0
-
-    def note(number: int, _: object) -> None:
-        nonlocal received
-        received = number
-
-    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def begin(c: ConfigDict, plan: Plan, checkpoints: Checkpoints) -> tuple[update.TrainState, int]:
     """The state to go on from and the number of its stage: the newest checkpoint, or the start."""
     found = checkpoints.latest()
@@ -279,6 +294,9 @@ def begin(c: ConfigDict, plan: Plan, checkpoints: Checkpoints) -> tuple[update.T
         optimizer = plan.stages[found[1]["index"]].optimizer
         restored = checkpoints.restore(update.abstract(optimizer, plan.student.params))
         if restored:
+            parked = plan.stages[restored[1]["index"]].parked
+            if parked:
+                parked.resume(restored[1]["parked"])
             return restored[0], restored[1]["index"]
     if c.student.random_init:
         student = policy.randomise(plan.student, jax.random.key(c.seed))
@@ -299,7 +317,7 @@ def run(c: ConfigDict, workdir: Path) -> None:
             )
         with (
             Checkpoints(workdir / "checkpoints", c.checkpoint.every, c.checkpoint.keep) as saved,
-            stop_signals() as stopped,
+            cli.stop_signals() as stopped,
         ):
             state, at = begin(c, plan, saved)
             with metrics.Writer(workdir, int(state.step)) as writer:
@@ -352,7 +370,10 @@ def run_stage(
             bar.update(step + 1 - stage.first, {k: measured[k] for k in shown if k in measured})
             stopping = bool(stopped())  # once: a signal may come while the state is being saved
             last = stopping or step + 1 == stage.end
-            saved.save(step + 1, state, {"stage": stage.name, "index": index}, force=last)
+            about = {"stage": stage.name, "index": index}
+            if stage.parked:
+                about["parked"] = stage.parked.position()
+            saved.save(step + 1, state, about, force=last)
             if stopping:
                 break
     return state

@@ -153,7 +153,7 @@ def test_greedy(pair, stacked):
             with torch.no_grad():
                 out.append(int(network(torch.tensor([out])).logits[0, -1].argmax()))
         assert rows[row].tokens == out[len(prompt) :]
-    sampled = rollout.to_batch(rows, 9, 8)
+    sampled = rollout.to_batch(rows, 2, 9, 8)
     stats = losses.token_stats(
         policy.hidden(model.Qwen3(config), params, sampled),
         model.head(params),

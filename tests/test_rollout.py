@@ -64,7 +64,7 @@ def sample(params, rows, numbers, samples=None, sampling=None, **options):
         stop_ids=STOPS,
         options=Options(**{"slots": 8, **options}),
     )
-    return rollout.to_batch(list(done), P, R)
+    return rollout.to_batch(list(done), len(rows), P, R)
 
 
 def responses(batch):

@@ -105,7 +105,7 @@ def scored(rows: list[Row], seed: int = 0) -> list[list[float]]:
     """Log-probabilities of all tokens of each row by one plain forward on one device."""
     mesh, params = weights(seed, (1, 1, 1))
     with mesh_lib.use(mesh):
-        batch = rollout.to_batch(rows, P, R)
+        batch = rollout.to_batch(rows, len(rows), P, R)
         logp = np.asarray(_scores(params, batch))
     return [x[m].tolist() for x, m in zip(logp, np.asarray(batch.mask_BT), strict=True)]
 
