@@ -44,6 +44,8 @@ def stage(objective: str) -> ConfigDict:
     c.sampling.temperature = 1.0
     c.sampling.top_k = 0  # 0: off
     c.sampling.top_p = 1.0  # 1: off
+    c.sampling.min_p = 0.0  # 0: off
+    c.sampling.presence_penalty = 0.0  # off a logit once its token is in the response; 0: off
 
     # How the device samples; what is sampled does not depend on it.
     c.rollout = ConfigDict()
@@ -52,6 +54,9 @@ def stage(objective: str) -> ConfigDict:
     c.rollout.chunk = 2048  # tokens of prompts read in one call; bounds its memory
     c.rollout.cache_tokens = 0  # most slots x tokens of the cache; 0: slots x longest row
     c.rollout.cache_dtype = ""  # bfloat16 or int8: less memory, less exact; "": student.dtype
+    c.rollout.budget = (
+        0  # tokens sampled a step; rows that have not ended go on in the next; 0: off
+    )
     c.rollout.gathered = True  # each row shard holds all weights; False: fetches them each token
 
     # The optimiser.

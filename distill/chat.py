@@ -7,6 +7,7 @@ a rollout that is scored have the same form, and the mask is 1 exactly on what t
 
 import json
 import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -197,6 +198,42 @@ def stop_ids(
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         stops.add(cast(int, tokenizer.eos_token_id))
     return tuple(sorted(stops))
+
+
+class StopStrings:
+    """Looks for stop strings in a response while it is being written.
+
+    The text that counts is what `decode` shows: without special tokens; a character whose bytes
+    are spread over tokens is there with the last of them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> None:
+        self._tokenizer, self._stops = tokenizer, tuple(stops)
+        self._count = 0  # tokens read
+        self._tail = ""  # the end of their text, in which a stop string may have begun
+        self._pending: list[int] = []  # tokens after it, which end within a character
+
+    def feed(self, ids: Iterable[int]) -> int | None:
+        """Reads on; the number of tokens up to and with the first that completes a stop string."""
+        for token in ids:
+            self._count += 1
+            self._pending.append(token)
+            text = self._tail + decode(self._tokenizer, self._pending)
+            if any(stop in text for stop in self._stops):
+                return self._count
+            if not text.endswith("\ufffd"):
+                self._tail = text[-max(map(len, self._stops)) :]
+                self._pending = []
+        return None
+
+    def cut(self, text: str) -> str:
+        """What of a text stands before the first stop string in it (OpenAI's rule)."""
+        return text[: min((at for s in self._stops if (at := text.find(s)) >= 0), default=None)]
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of a response, without its special tokens."""
+    return cast(str, tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def copy(model_dir: Path, tokenizer_dir: Path, stops: tuple[int, ...], directory: Path) -> None:

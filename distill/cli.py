@@ -8,11 +8,13 @@ says by `sys.exit`; 2 a user's mistake, told in one line on stderr; 130 interrup
 No jax here, so that a verb which only reads files stays light.
 """
 
+import contextlib
 import os
 import re
+import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,6 +60,23 @@ def output(path: str) -> Path:
     if not os.access(file.parent, os.W_OK):
         raise UserError(f"--out={path}: {file.parent} cannot be written to")
     return file
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], int]]:
+    """Within it, SIGTERM and SIGINT only set what the yielded function returns (0: none came)."""
+    received = 0
+
+    def note(number: int, _: object) -> None:
+        nonlocal received
+        received = number
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _help(options: flags.FlagValues) -> NoReturn:

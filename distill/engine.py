@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from distill import mesh as mesh_lib
-from distill.sampling import Sampling, draw
+from distill.sampling import Sampling, draw, model_logp, model_top
 from models.qwen3 import model
 from models.qwen3.cache import Cache, init_cache, take_rows
 from models.qwen3.model import Params, Qwen3
@@ -32,6 +32,7 @@ class Decoder:
     stop_ids: tuple[int, ...]
     cache_dtype: str
     segment: int  # decoding steps at most in one call of `decode`
+    top_logprobs: int = 0  # report so many of the likeliest tokens at each step
 
 
 @jax.tree_util.register_dataclass
@@ -46,6 +47,7 @@ class State:
     limit_B: jax.Array  # int32: response tokens at most
     key_B2: jax.Array  # uint32: the data of each row's key
     done_B: jax.Array  # bool: ended, or never begun
+    seen_BV: jax.Array | None  # bool: tokens of the response so far, for a presence penalty
 
 
 @jax.tree_util.register_dataclass
@@ -56,6 +58,10 @@ class Drawn:
     tokens_WB: jax.Array  # int32
     logp_WB: jax.Array  # float32, of the distribution drawn from
     count_reason_2B: jax.Array  # int32: how many tokens, and GOING, STOP, LENGTH or BAD
+    # On demand, of the model's own distribution:
+    model_logp_WB: jax.Array | None  # float32, of the tokens
+    top_ids_WBk: jax.Array | None  # int32, the likeliest tokens
+    top_logp_WBk: jax.Array | None  # float32
 
 
 def prefers_stacked() -> bool:
@@ -101,8 +107,10 @@ def empty(decoder: Decoder, rows: int, slots: int) -> State:
     cache = empty_cache(decoder, rows, slots)
     hidden_BD = jnp.zeros((rows, decoder.qwen3.config.hidden_size), decoder.qwen3.dtype)
     zeros_B, keys_B2 = jnp.zeros(rows, jnp.int32), jnp.zeros((rows, 2), jnp.uint32)
-    done_B = jnp.ones(rows, bool)
-    return _split(State(cache, hidden_BD, zeros_B, zeros_B, zeros_B, keys_B2, done_B))
+    done_B, seen_BV = jnp.ones(rows, bool), None
+    if decoder.sampling.presence_penalty:
+        seen_BV = jnp.zeros((rows, decoder.qwen3.config.vocab_size), bool)
+    return _split(State(cache, hidden_BD, zeros_B, zeros_B, zeros_B, keys_B2, done_B, seen_BV))
 
 
 def _split(state: State) -> State:
@@ -143,7 +151,9 @@ def admit(state: State, cache: Cache, hidden_BD: jax.Array, about_7B: jax.Array)
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
         return old.at[into_B].set(new, mode="drop")
 
-    count = jnp.sum(row_B >= 0)
+    count, seen_BV = jnp.sum(row_B >= 0), state.seen_BV
+    if seen_BV is not None:
+        seen_BV = put(seen_BV, jnp.zeros_like(seen_BV))
     return _split(
         State(
             state.cache.insert(cache, source_B, row_B, count),
@@ -153,8 +163,19 @@ def admit(state: State, cache: Cache, hidden_BD: jax.Array, about_7B: jax.Array)
             put(state.limit_B, limit_B),
             put(state.key_B2, key_B2),
             put(state.done_B, jnp.zeros(len(row_B), bool)),
+            seen_BV,
         )
     )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def remember(state: State, row_token_2T: jax.Array) -> State:
+    """Notes tokens that rows had before they were admitted; row -1 is none."""
+    assert state.seen_BV is not None
+    row_T, token_T = row_token_2T
+    into_T = jnp.where(row_T < 0, state.seen_BV.shape[0], row_T)
+    seen_BV = state.seen_BV.at[into_T, token_T].set(True, mode="drop")
+    return _split(dataclasses.replace(state, seen_BV=seen_BV))
 
 
 @functools.partial(jax.jit, static_argnames="slots")
@@ -171,58 +192,80 @@ def refit(state: State, rows_XB: jax.Array, slots: int) -> State:
 
 @functools.partial(jax.jit, static_argnames="decoder", donate_argnames="state")
 def decode(
-    decoder: Decoder, params: Params, state: State, bounds_2: jax.Array
+    decoder: Decoder, params: Params, state: State, steps_bound_2: jax.Array, live_B: jax.Array
 ) -> tuple[State, Drawn]:
-    """Draws bounds_2[0] tokens for each row, or fewer: until it ends, or bounds_2[1] rows have."""
-    qwen3, (W, B) = decoder.qwen3, (decoder.segment, state.done_B.shape[0])
+    """Draws `steps` tokens for each live row, or fewer: until it ends, or `bound` rows have."""
     head_VD = model.head(params)
-    stops = jnp.array(decoder.stop_ids, jnp.int32)
+    steps, bound = steps_bound_2
 
     def running(carry: Any) -> jax.Array:
         step, state, _ = carry
-        return (step < bounds_2[0]) & (jnp.sum(state.done_B) < bounds_2[1])
+        return (step < steps) & (jnp.sum(state.done_B) < bound)
 
     def body(carry: Any) -> Any:
         step, state, drawn = carry
-        logits_BV = jnp.einsum(
-            "BD,VD->BV", state.hidden_BD, head_VD, preferred_element_type=jnp.float32
-        )
-        keys_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(state.key_B2), state.drawn_B)
-        tokens_B, logp_B = draw(logits_BV, keys_B, decoder.sampling)
-        bad_B = ~state.done_B & ~jnp.isfinite(logp_B)
-        live_B = ~state.done_B & ~bad_B
-        tokens_B = jnp.where(live_B, tokens_B, 0)
-        drawn_B = state.drawn_B + live_B
-        stop_B = live_B & jnp.any(tokens_B[:, None] == stops[None], axis=1)
-        limit_B = live_B & (drawn_B >= state.limit_B)
-        reason_B = jnp.select(
-            [bad_B, stop_B, limit_B], [BAD, STOP, LENGTH], drawn.count_reason_2B[1]
-        )
-        done_B = state.done_B | (reason_B != GOING)
-        drawn = Drawn(
-            drawn.tokens_WB.at[step].set(tokens_B),
-            drawn.logp_WB.at[step].set(jnp.where(live_B, logp_B, 0.0)),
-            jnp.stack([drawn.count_reason_2B[0] + live_B, reason_B]),
-        )
-        hidden_B1D, cache = qwen3.apply(
+        state, fed_B, drawn = _draw(decoder, head_VD, step, state, drawn)
+        hidden_B1D, cache = decoder.qwen3.apply(
             {"params": params},
-            tokens_B[:, None],
+            fed_B[:, None],
             state.length_B[:, None],
-            (~done_B)[:, None].astype(jnp.int32),
+            (~state.done_B)[:, None].astype(jnp.int32),
             state.cache,
         )
+        length_B = state.length_B + ~state.done_B
         state = dataclasses.replace(
-            state,
-            cache=cache,
-            hidden_BD=hidden_B1D[:, 0],
-            length_B=state.length_B + ~done_B,
-            drawn_B=drawn_B,
-            done_B=done_B,
+            state, cache=cache, hidden_BD=hidden_B1D[:, 0], length_B=length_B
         )
         return step + 1, state, drawn
 
-    nothing = Drawn(
-        jnp.zeros((W, B), jnp.int32), jnp.zeros((W, B), jnp.float32), jnp.zeros((2, B), jnp.int32)
-    )
-    _, state, drawn = jax.lax.while_loop(running, body, (jnp.int32(0), state, nothing))
+    state = dataclasses.replace(state, done_B=state.done_B | (live_B == 0))
+    start = (jnp.int32(0), state, _nothing(decoder, state.done_B.shape[0]))
+    _, state, drawn = jax.lax.while_loop(running, body, start)
     return _split(state), jax.tree.map(mesh_lib.whole, drawn)
+
+
+def _nothing(decoder: Decoder, B: int) -> Drawn:
+    W, k = decoder.segment, decoder.top_logprobs
+    tokens_WB, logp_WB = jnp.zeros((W, B), jnp.int32), jnp.zeros((W, B), jnp.float32)
+    count_reason_2B = jnp.zeros((2, B), jnp.int32)
+    if not k:
+        return Drawn(tokens_WB, logp_WB, count_reason_2B, None, None, None)
+    top_ids_WBk, top_logp_WBk = jnp.zeros((W, B, k), jnp.int32), jnp.zeros((W, B, k), jnp.float32)
+    return Drawn(tokens_WB, logp_WB, count_reason_2B, logp_WB, top_ids_WBk, top_logp_WBk)
+
+
+def _draw(
+    decoder: Decoder, head_VD: jax.Array, step: jax.Array, state: State, drawn: Drawn
+) -> tuple[State, jax.Array, Drawn]:
+    """One token a live row: the state with who has ended, the tokens [B] to read, all drawn."""
+    logits_BV = jnp.einsum(
+        "BD,VD->BV", state.hidden_BD, head_VD, preferred_element_type=jnp.float32
+    )
+    keys_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(state.key_B2), state.drawn_B)
+    tokens_B, logp_B = draw(logits_BV, keys_B, decoder.sampling, state.seen_BV)
+    bad_B = ~state.done_B & ~jnp.isfinite(logp_B)
+    live_B = ~state.done_B & ~bad_B
+    tokens_B = jnp.where(live_B, tokens_B, 0)
+    drawn_B = state.drawn_B + live_B
+    stops = jnp.array(decoder.stop_ids, jnp.int32)
+    stop_B = live_B & jnp.any(tokens_B[:, None] == stops[None], axis=1)
+    limit_B = live_B & (drawn_B >= state.limit_B)
+    count_B, reason_B = drawn.count_reason_2B
+    reason_B = jnp.select([bad_B, stop_B, limit_B], [BAD, STOP, LENGTH], reason_B)
+    new: dict[str, jax.Array] = {"tokens_WB": tokens_B, "logp_WB": jnp.where(live_B, logp_B, 0.0)}
+    if decoder.top_logprobs:
+        new["model_logp_WB"] = model_logp(logits_BV, tokens_B)
+        new["top_ids_WBk"], new["top_logp_WBk"] = model_top(logits_BV, decoder.top_logprobs)
+    written = {name: getattr(drawn, name).at[step].set(x) for name, x in new.items()}
+    drawn = dataclasses.replace(
+        drawn, count_reason_2B=jnp.stack([count_B + live_B, reason_B]), **written
+    )
+    seen_BV = state.seen_BV
+    if seen_BV is not None:
+        seen_BV = seen_BV.at[jnp.arange(len(tokens_B)), tokens_B].max(live_B)
+    done_B = state.done_B | bad_B | stop_B | limit_B
+    return (
+        dataclasses.replace(state, drawn_B=drawn_B, done_B=done_B, seen_BV=seen_BV),
+        tokens_B,
+        drawn,
+    )

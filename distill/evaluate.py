@@ -81,12 +81,14 @@ def respond(
         prompts[first:],
         samples=samples,
         key=jax.random.key(seed),
-        max_new_tokens=max_new_tokens,
+        limits=[max_new_tokens] * (len(prompts) - first),
         sampling=sampling,
         batch_size=batch_size,
         first=first,
     )
-    for (_, row), prompt, completions in zip(rows[first:], prompts[first:], done, strict=True):
+    for (where, row), prompt, completions in zip(rows[first:], prompts[first:], done, strict=True):
+        if any(c.reason == "error" for c in completions):
+            raise UserError(f"{where}: the model's logits are NaN")
         yield [
             {
                 "id": row["id"],
@@ -302,10 +304,8 @@ DTYPE = flags.DEFINE_enum(
 
 
 def sampling_of(settings: Row) -> rollout.Sampling:
-    """The distribution of a protocol's settings. Raises UserError for one that cannot be had."""
+    """The distribution of a protocol's settings. Raises UserError for one that cannot be."""
     fields = {field.name for field in dataclasses.fields(rollout.Sampling)}
-    if settings["presence_penalty"] and "presence_penalty" not in fields:
-        raise UserError("presence_penalty: the sampler has none; --presence_penalty=0 goes without")
     known = {name: value for name, value in settings.items() if name in fields}
     return rollout.Sampling(**known)  # type: ignore[arg-type]
 

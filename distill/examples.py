@@ -5,7 +5,7 @@ import dataclasses
 from transformers import PreTrainedTokenizerBase
 
 from distill import chat
-from models.errors import UserError
+from models.errors import RowError, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,7 @@ def prompt_tokens(
     through the chat template.
 
     Raises:
+      RowError: naming the row, if the prompt is empty.
       UserError: naming the row, if it has none of these or they cannot be used.
     """
     if "tokens" in row:
@@ -38,7 +39,7 @@ def prompt_tokens(
     else:
         ids = chat.render(tokenizer, _messages(row, where), thinking=thinking)
     if not ids:
-        raise UserError(f"{where}: the prompt is empty")
+        raise RowError(f"{where}: the prompt is empty")
     return ids
 
 

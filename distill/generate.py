@@ -1,25 +1,33 @@
 """python -m distill.generate --model=DIR --prompts=FILE --out=FILE.jsonl: sampled responses.
 
 FILE is jsonl, or anything that a config's data.source may be; a row has `prompt` (plain text),
-`messages` (a chat), `question` (a chat of one turn) or `tokens` (ids). OUT has the same rows in the
-same order, with two more fields: `prompt_tokens`, and `samples`, a list of {tokens, text, logprobs,
-finish_reason: "stop" | "length"}. The tokens of a sample end in its stop token, if it came; the
-text leaves special tokens out and is null for a model without a tokenizer. A log-probability is
-that of the distribution the token was drawn from; of a greedy one (temperature 0), the model's own.
+`messages` (a chat), `question` (a chat of one turn) or `tokens` (ids), and may have a
+`max_new_tokens` of its own. OUT has the same rows in the same order, with two more fields:
+`prompt_tokens`, and `samples`, a list of {tokens, text, logprobs, finish_reason: "stop" |
+"length"}. The tokens of a sample end in its stop token, if it came, or with the token that
+completed a stop string; the text leaves special tokens out, is cut before the stop string, and is
+null for a model without a tokenizer. A log-probability is that of the distribution the token was
+drawn from; of a greedy one (temperature 0), the model's own. With --top_logprobs=K a sample also
+has the model's own (temperature 1, nothing cut or penalised): `model_logprobs` of its tokens, and
+`top_logprobs`, at each place the K likeliest as [id, log-probability].
 
-Rows are written to OUT.partial as they come; stopped, the same command goes on with the next one.
+A row that the model cannot go on from (an empty prompt, one too long, logits that are nan) has no
+samples but an `error`; the others are written, and the exit code is 2. Rows are written to
+OUT.partial as they come; stopped, the same command goes on with the next one.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 from absl import flags
+from transformers import PreTrainedTokenizerBase
 
-from distill import cli, data, metrics, policy, rollout
+from distill import chat, cli, data, metrics, policy, rollout
 from distill.policy import Policy
-from models.errors import UserError
+from distill.sampling import Sampling
+from models.errors import RowError, UserError
 
 OPTIONS = flags.FlagValues()
 MODEL = flags.DEFINE_string(
@@ -37,6 +45,23 @@ TEMPERATURE = flags.DEFINE_float(
 )
 TOP_P = flags.DEFINE_float("top_p", 1.0, "In (0, 1]; 1: off.", flag_values=OPTIONS)
 TOP_K = flags.DEFINE_integer("top_k", 0, "0: off.", lower_bound=0, flag_values=OPTIONS)
+MIN_P = flags.DEFINE_float("min_p", 0.0, "Of the likeliest token's; 0: off.", flag_values=OPTIONS)
+PRESENCE_PENALTY = flags.DEFINE_float(
+    "presence_penalty",
+    0.0,
+    "Off the logits of tokens already in the response.",
+    flag_values=OPTIONS,
+)
+STOP = flags.DEFINE_multi_string(
+    "stop", [], "Text that ends a response; may be given again.", flag_values=OPTIONS
+)
+TOP_LOGPROBS = flags.DEFINE_integer(
+    "top_logprobs",
+    0,
+    "Likeliest tokens to report at each place.",
+    lower_bound=0,
+    flag_values=OPTIONS,
+)
 SAMPLES = flags.DEFINE_integer(
     "samples", 1, "Responses to each prompt.", lower_bound=1, flag_values=OPTIONS
 )
@@ -58,24 +83,58 @@ DTYPE = flags.DEFINE_enum(
 Rows = list[tuple[str, dict]]  # (where the row stands, its fields), as data.read_jsonl gives them
 
 
-def prompts(subject: Policy, rows: Rows, thinking: bool, max_new_tokens: int) -> list[list[int]]:
-    """The prompt of each row as token ids. Reads no parameters of `subject`.
+def limits(rows: Rows, default: int) -> list[int]:
+    """How many new tokens each row may have: its own `max_new_tokens`, or the default.
 
     Raises:
-      UserError: naming the first row that has none, or one that the model cannot go on from.
+      UserError: naming the first row whose own is none.
     """
-    limit = subject.config.context_length
-    found = []
-    for where, row in rows:
-        ids = data.prompt_tokens(row, where, subject.tokenizer, thinking)
-        data.require_ids(ids, subject.config.vocab_size, where)
-        if len(ids) + max_new_tokens > limit:
-            raise UserError(
-                f"{where}: prompt of {len(ids)} tokens and --max_new_tokens={max_new_tokens} "
-                f"exceed the model's {limit} positions"
-            )
-        found.append(ids)
+    found = [row.get("max_new_tokens", default) for _, row in rows]
+    for (where, _), limit in zip(rows, found, strict=True):
+        if type(limit) is not int or limit < 1:
+            raise UserError(f"{where}: max_new_tokens={limit!r}: must be a whole number from 1")
     return found
+
+
+def prompt(subject: Policy, row: dict, where: str, thinking: bool, limit: int) -> list[int]:
+    """The prompt of a row as token ids. Reads no parameters of `subject`.
+
+    Raises:
+      RowError: if it is empty, or with `limit` new tokens exceeds the model's positions.
+      UserError: if the row has none that can be read. Both begin with `where`.
+    """
+    ids = data.prompt_tokens(row, where, subject.tokenizer, thinking)
+    data.require_ids(ids, subject.config.vocab_size, where)
+    positions = subject.config.context_length
+    if len(ids) + limit > positions:
+        raise RowError(
+            f"{where}: prompt of {len(ids)} tokens and {limit} new ones (max_new_tokens) exceed "
+            f"the model's {positions} positions"
+        )
+    return ids
+
+
+def prompts(subject: Policy, rows: Rows, thinking: bool, max_new_tokens: int) -> list[list[int]]:
+    """The prompt of each row; raises UserError naming the first that cannot be gone on from."""
+    return [prompt(subject, row, where, thinking, max_new_tokens) for where, row in rows]
+
+
+def sample(
+    tokenizer: PreTrainedTokenizerBase | None, done: rollout.Row, stops: Sequence[str]
+) -> dict:
+    """A completion as it is written: cut after the first stop string."""
+    count, reason, text = len(done.tokens), done.reason, None
+    if tokenizer is not None:
+        finder = chat.StopStrings(tokenizer, stops)
+        found = finder.feed(done.tokens[:count]) if stops else None
+        if found is not None:
+            count, reason = found, "stop"
+        text = finder.cut(chat.decode(tokenizer, done.tokens[:count]))
+    row = {"tokens": done.tokens[:count], "text": text, "logprobs": done.logprobs[:count]}
+    if done.model_logprobs is not None and done.top_logprobs is not None:
+        row["model_logprobs"] = done.model_logprobs[:count]
+        row["top_logprobs"] = done.top_logprobs[:count]
+    return {**row, "finish_reason": reason}
 
 
 def generate(
@@ -85,13 +144,20 @@ def generate(
     *,
     samples: int,
     seed: int,
-    max_new_tokens: int,
-    sampling: rollout.Sampling,
+    limits: list[int],
+    sampling: Sampling,
     batch_size: int,
+    stops: Sequence[str],
+    top_logprobs: int,
+    errors: dict[int, str],
     first: int = 0,
 ) -> Iterator[dict]:
     """Yields each row from number `first` on with its `prompt_tokens` and `samples`; within
-    `policy.use(subject)`. What a row draws does not depend on where one begins."""
+    `policy.use(subject)`. What a row draws does not depend on where one begins.
+
+    `errors` are those of rows, by number, and come to hold those that are found here: such a row
+    has an `error` and no samples.
+    """
     if first == len(rows):
         return
     completions = rollout.complete(
@@ -99,38 +165,79 @@ def generate(
         prompts[first:],
         samples=samples,
         key=jax.random.key(seed),
-        max_new_tokens=max_new_tokens,
+        limits=limits[first:],
         sampling=sampling,
         batch_size=batch_size,
+        top_logprobs=top_logprobs,
+        ended=_finder(subject.tokenizer, stops),
         first=first,
     )
     with metrics.progress(len(rows), first, "generate") as bar:
         for number, group in enumerate(completions, start=first):
-            written = [
-                {
-                    "tokens": c.tokens,
-                    "text": subject.tokenizer.decode(c.tokens, skip_special_tokens=True)
-                    if subject.tokenizer
-                    else None,
-                    "logprobs": c.logprobs,
-                    "finish_reason": c.reason,
-                }
-                for c in group
-            ]
-            yield {**rows[number][1], "prompt_tokens": prompts[number], "samples": written}
+            where, row = rows[number]
+            written = [sample(subject.tokenizer, c, stops) for c in group]
+            bad = [len(s["tokens"]) for s in written if s["finish_reason"] == "error"]
+            if bad and number not in errors:
+                errors[number] = f"{where}: the logits are nan after {bad[0]} sampled tokens"
+            result = {"samples": written}
+            if number in errors:
+                result = {"samples": [], "error": errors[number]}
+            yield {**row, "prompt_tokens": prompts[number], **result}
             bar.update(number + 1, {})
 
 
+def _finder(
+    tokenizer: PreTrainedTokenizerBase | None, stops: Sequence[str]
+) -> Callable[[rollout.Row], bool] | None:
+    """Whether a response that goes on has a stop string by now."""
+    if tokenizer is None or not stops:
+        return None
+    finders: dict[int, tuple[chat.StopStrings, int]] = {}
+
+    def ended(row: rollout.Row) -> bool:
+        finder, read = finders.get(id(row), (chat.StopStrings(tokenizer, stops), 0))
+        finders[id(row)] = finder, len(row.tokens)
+        return finder.feed(row.tokens[read:]) is not None
+
+    return ended
+
+
+def _checked_sampling(subject: Policy) -> Sampling:
+    """What the flags say of sampling; raises UserError naming the flag that cannot be."""
+    try:
+        sampling = Sampling(
+            TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value, PRESENCE_PENALTY.value
+        )
+        sampling.require(subject.config.vocab_size)
+    except UserError as error:
+        raise UserError(f"--{error}") from None
+    if TOP_LOGPROBS.value > subject.config.vocab_size:
+        size = subject.config.vocab_size
+        raise UserError(f"--top_logprobs={TOP_LOGPROBS.value}: the vocabulary has {size} tokens")
+    if "" in STOP.value:
+        raise UserError("--stop=: an empty text is in every response")
+    if STOP.value and subject.tokenizer is None:
+        raise UserError(f"--stop={STOP.value[0]}: {subject.path} has no tokenizer to find it with")
+    return sampling
+
+
 def main() -> None:
-    if not 0 < TOP_P.value <= 1:
-        raise UserError(f"--top_p={TOP_P.value}: not in (0, 1]")
-    if not TEMPERATURE.value < float("inf"):  # nor nan, which passes a flag's bounds
-        raise UserError(f"--temperature={TEMPERATURE.value}: not a finite number")
     rows = data.read(PROMPTS.value)
     out = cli.output(OUT.value)
     subject = policy.reader(MODEL.value, DTYPE.value or "")
-    ids = prompts(subject, rows, THINKING.value == "on", MAX_NEW_TOKENS.value)
-    options = (MAX_NEW_TOKENS, TEMPERATURE, TOP_P, TOP_K, SAMPLES, SEED, THINKING)
+    sampling, allowed = _checked_sampling(subject), limits(rows, MAX_NEW_TOKENS.value)
+    ids: list[list[int]] = []
+    errors: dict[int, str] = {}
+    for number, (where, row) in enumerate(rows):
+        try:
+            ids.append(prompt(subject, row, where, THINKING.value == "on", allowed[number]))
+        except RowError as error:
+            errors[number] = str(error)
+            ids.append([])
+    if len(errors) == len(rows):
+        raise UserError(errors[0])
+    options = (MAX_NEW_TOKENS, TEMPERATURE, TOP_P, TOP_K, MIN_P, PRESENCE_PENALTY, STOP)
+    options += (TOP_LOGPROBS, SAMPLES, SEED, THINKING)
     about = {
         "model": subject.path,
         "step": policy.newest_step(subject.path),
@@ -147,12 +254,18 @@ def main() -> None:
             ids,
             samples=SAMPLES.value,
             seed=SEED.value,
-            max_new_tokens=MAX_NEW_TOKENS.value,
-            sampling=rollout.Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value),
+            limits=allowed,
+            sampling=sampling,
             batch_size=BATCH_SIZE.value,
+            stops=STOP.value,
+            top_logprobs=TOP_LOGPROBS.value,
+            errors=errors,
             first=first,
         )
         metrics.extend_jsonl(out, done)
+    if errors:
+        more = f" (and {len(errors) - 1} more rows)" if len(errors) > 1 else ""
+        raise UserError(f"{errors[min(errors)]}{more}; the other rows are in {OUT.value}")
 
 
 if __name__ == "__main__":

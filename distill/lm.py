@@ -31,7 +31,7 @@ class Model(TemplateLM):
         self._thinking = thinking
         self._key = jax.random.key(seed)
         self.tokenizer: Any = subject.tokenizer
-        self.max_length = subject.config.max_position_embeddings
+        self.max_length = subject.config.context_length
 
     @property
     def eot_token_id(self) -> int:
@@ -135,7 +135,7 @@ class Model(TemplateLM):
                 [ids or [self.prefix_token_id] for ids in contexts],
                 samples=1,
                 key=self._key,
-                max_new_tokens=limit,
+                limits=[limit] * len(members),
                 sampling=sampling,
                 batch_size=self._batch_size,
             )

@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from distill import benchmarks, cli, evaluate, export, metrics, policy, rollout, train
+from distill import benchmarks, cli, evaluate, export, metrics, policy, prepare, rollout, train
 from distill import mesh as mesh_lib
 from distill.policy import Policy
 from models.errors import UserError
@@ -119,7 +119,7 @@ def main() -> None:
         raise UserError(f"config.stages: the quick start ends in opd, not in {c.stages[-1]!r}")
     mesh = mesh_lib.make(**c.mesh)
     with mesh_lib.use(mesh):
-        train.prepare(c, mesh)
+        prepare.prepare(c, mesh)
     train.claim(out, c)
     summary: dict = {}
     if (out / "summary.json").is_file() and (out / "student").is_dir():

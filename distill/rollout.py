@@ -5,8 +5,10 @@ token's position into that. So a row's draws are the same alone, in any batch, i
 mesh, and where it was parked and went on later.
 """
 
+import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,16 @@ def _row_keys(key: jax.Array, prompts_B: jax.Array, samples_B: jax.Array) -> jax
     return jax.random.key_data(keys_B)
 
 
+def ask(examples: Sequence[data.Example], samples: int, key: jax.Array, limit: int) -> list[Row]:
+    """`samples` rows for each example, of at most `limit` tokens, under the key of a step."""
+    numbers_B, samples_B = np.divmod(np.arange(len(examples) * samples), samples)
+    keys = row_keys(key, numbers_B, samples_B)
+    return [
+        Row(examples[i].prompt, k, limit, examples[i].where)
+        for i, k in zip(numbers_B, keys, strict=True)
+    ]
+
+
 def run(
     qwen3: Qwen3,
     params: Params,
@@ -49,12 +61,16 @@ def run(
     version: int = 0,
     budget: int | None = None,
     counts: Counter[str] | None = None,
+    top_logprobs: int = 0,
+    ended: Callable[[Row], bool] | None = None,
 ) -> Iterator[Row]:
     """Continues `rows`, and yields each of them once, in order, as soon as it and those before end.
 
     A row that has tokens already goes on from them. With a `budget`, sampling stops when so many
     tokens were drawn in all (or up to one a slot more), and rows that have not ended come without
-    a reason: parked, to go on later. `version` is noted with each token. What was done is added to
+    a reason: parked, to go on later. `version` is noted with each token. With `top_logprobs`, rows
+    have the model's own log-probabilities too, and those of so many tokens. `ended` is asked of
+    rows that go on, now and then, and may end them: stop strings. What was done is added to
     `counts`: `tokens` drawn, `steps` and `slot_steps` (steps x slots) of decoding, of these
     `queued_tokens` and `queued_slot_steps` while rows were waiting, `prompt_tokens` read and
     `read_tokens` with padding, `segments`, `refits` of the cache, rows `parked` to make room.
@@ -63,16 +79,17 @@ def run(
       UserError: naming the first row whose prompt is empty, or which does not fit the cache,
         before anything runs.
     """
+    sampling.require(qwen3.config.vocab_size)
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     for number, row in enumerate(rows):
         _check(row, row.where or f"row {number}", options, mesh)
     stacked = engine.prefers_stacked() if options.stacked is None else options.stacked
     qwen3, params = engine.weights(qwen3, params, mesh, stacked=stacked, gathered=options.gathered)
     dtype = options.cache_dtype or jnp.dtype(qwen3.dtype).name
-    decoder = engine.Decoder(qwen3, sampling, stop_ids, dtype, options.segment)
+    decoder = engine.Decoder(qwen3, sampling, stop_ids, dtype, options.segment, top_logprobs)
     counts = Counter() if counts is None else counts
     before = counts["tokens"]
-    slots = Slots(decoder, params, mesh, rows, options, version, counts)
+    slots = Slots(decoder, params, mesh, rows, options, version, counts, ended)
     returned = 0
     while slots.advance(None if budget is None else budget + before - counts["tokens"]):
         while returned < len(rows) and rows[returned].reason:
@@ -84,59 +101,31 @@ def run(
 def _check(row: Row, where: str, options: Options, mesh: Mesh) -> None:
     if not row.prompt:
         raise UserError(f"{where}: the prompt is empty")
-    room = options.longest
-    if options.cache_tokens:
-        share = options.cache_tokens // mesh_lib.row_shards(mesh)
-        room = min(room or share, share)
-    if room and row.longest > room:
+    room = min(options.longest or row.longest, options.room(mesh_lib.row_shards(mesh)))
+    if row.longest > room:
         raise UserError(
             f"{where}: a prompt of {len(row.prompt)} tokens and {row.limit} new ones exceed "
             f"the {room} tokens that the cache has for a row"
         )
 
 
-def sample(
-    qwen3: Qwen3,
-    params: Params,
-    prompts: Sequence[list[int]],
-    keys: Sequence[tuple[int, int]],
-    *,
-    max_prompt_tokens: int,
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop_ids: tuple[int, ...],
-    options: Options,
-    counts: Counter[str] | None = None,
+def to_batch(
+    rows: Sequence[Row], batch_size: int, max_prompt_tokens: int, max_new_tokens: int
 ) -> Batch:
-    """One response to each prompt, as a Batch of T = max_prompt_tokens + max_new_tokens on host.
-
-    Raises UserError as `run` does, and if a row's logits are NaN: not to be trained on.
-    """
-    rows = [Row(list(p), key, max_new_tokens) for p, key in zip(prompts, keys, strict=True)]
-    done = list(
-        run(
-            qwen3,
-            params,
-            rows,
-            sampling=sampling,
-            stop_ids=stop_ids,
-            options=options,
-            counts=counts,
-        )
-    )
-    for number, row in enumerate(done):
-        if row.reason == "error":
-            raise UserError(f"row {number}: NaN logits after {len(row.tokens)} sampled tokens")
-    return to_batch(done, max_prompt_tokens, max_new_tokens)
-
-
-def to_batch(rows: Sequence[Row], max_prompt_tokens: int, max_new_tokens: int) -> Batch:
-    """Rows as host arrays: prompts padded on the left, responses on the right.
+    """Rows as host arrays: prompts padded on the left, responses on the right, empty rows last.
 
     mask_BT marks the sampled tokens up to and including the stop token; a row that met the limit
     is not `finished` and has no stop token.
+
+    Raises:
+      UserError: naming a row that ended in NaN.
     """
+    for number, row in enumerate(rows):
+        if row.reason == "error":
+            at = f"after {len(row.tokens)} sampled tokens"
+            raise UserError(f"{row.where or f'row {number}'}: NaN logits {at}")
     P, R = max_prompt_tokens, max_new_tokens
+    rows = [*rows, *[Row([], (0, 0), 0)] * (batch_size - len(rows))]
     tokens, segments = data.left_pad([row.prompt for row in rows], P)
     tokens, segments = (np.pad(x, ((0, 0), (0, R))) for x in (tokens, segments))
     mask = np.zeros(tokens.shape, bool)
@@ -158,26 +147,47 @@ def to_batch(rows: Sequence[Row], max_prompt_tokens: int, max_new_tokens: int) -
     )
 
 
+@dataclasses.dataclass
+class Parked:
+    """Rows that a step's budget of tokens left unfinished: they go on in the next step."""
+
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    begun: int = 0  # rows that were begun, over all steps
+
+    def position(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it: JSON."""
+        return dataclasses.asdict(self)
+
+    def resume(self, position: dict[str, Any]) -> None:
+        self.begun = position["begun"]
+        self.rows = [Row(**{**row, "key": tuple(row["key"])}) for row in position["rows"]]
+
+
 def complete(
     policy: Policy,
     prompts: list[list[int]],
     *,
     samples: int,
     key: jax.Array,
-    max_new_tokens: int,
+    limits: Sequence[int],
     sampling: Sampling,
     batch_size: int,
     first: int = 0,
+    top_logprobs: int = 0,
+    ended: Callable[[Row], bool] | None = None,
 ) -> Iterator[list[Row]]:
     """Yields the `samples` completions of each prompt, in order; `batch_size` rows decode at once.
 
+    Those of prompt i have at most limits[i] new tokens. For the rest see `run`.
+
     `first` is the number of the first prompt: a call that goes on where another stopped draws what
-    that one would have drawn.
+    that one would have drawn. An empty prompt has no completions.
     """
     numbers_B, samples_B = np.divmod(np.arange(len(prompts) * samples), samples)
     keys = row_keys(key, numbers_B + first, samples_B)
-    rows = [Row(prompts[p], k, max_new_tokens) for p, k in zip(numbers_B, keys, strict=True)]
-    longest = bucket(max(row.longest for row in rows))
+    all_rows = [Row(prompts[p], k, limits[p]) for p, k in zip(numbers_B, keys, strict=True)]
+    rows = [row for row in all_rows if row.prompt]
+    longest = bucket(max((row.longest for row in rows), default=1))
     done = run(
         policy.model,
         policy.params,
@@ -185,13 +195,11 @@ def complete(
         sampling=sampling,
         stop_ids=policy.stop_ids,
         options=Options(batch_size, longest=longest),
+        top_logprobs=top_logprobs,
+        ended=ended,
     )
-    group: list[Row] = []
-    for row in done:
-        group.append(row)
-        if len(group) == samples:
-            yield group
-            group = []
+    for prompt in prompts:
+        yield [next(done) for _ in range(samples if prompt else 0)]
 
 
 def bucket(length: int) -> int:

@@ -7,8 +7,9 @@ distill/engine.py. How many there are is bounded: slots, widths and prompts come
 
 import dataclasses
 import itertools
+import sys
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -17,12 +18,15 @@ from jax.sharding import Mesh
 
 from distill import engine
 from distill import mesh as mesh_lib
+from models.errors import UserError
 from models.qwen3.cache import Cache
 from models.qwen3.model import Params
 
 NARROWEST = 64  # slots of a cache that is not worth making smaller
 SHRINK = 4  # once none are waiting: fewer slots decode on when this part of them has rows
 REFILL = 16  # part of the slots that must be free before a segment ends for the rows waiting
+
+REMEMBER = 1024  # tokens told at once of rows that go on under a presence penalty
 
 REASONS = {engine.GOING: "", engine.STOP: "stop", engine.LENGTH: "length", engine.BAD: "error"}
 
@@ -41,6 +45,18 @@ class Options:
     stacked: bool | None = None  # the layout (models.qwen3.cache); None: what the platform prefers
     static: bool = False  # batch after batch at full width: what the rest is measured against
 
+    def __post_init__(self) -> None:
+        for name, least in (("slots", 1), ("segment", 1), ("chunk", 1), ("cache_tokens", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)}: must be {least} or more")
+        if self.cache_dtype not in ("", "float32", "bfloat16", "int8"):
+            dtypes = "float32, bfloat16, int8 or empty"
+            raise UserError(f"cache_dtype={self.cache_dtype!r}: must be {dtypes}")
+
+    def room(self, shards: int) -> int:
+        """The tokens that a row may have, on a mesh that splits the rows in so many parts."""
+        return self.cache_tokens // shards if self.cache_tokens else sys.maxsize
+
 
 @dataclasses.dataclass
 class Row:
@@ -54,6 +70,9 @@ class Row:
     logprobs: list[float] = dataclasses.field(default_factory=list)
     versions: list[int] = dataclasses.field(default_factory=list)  # of the weights, each token's
     reason: str = ""  # stop, length or error (logits of NaN); "": not ended, can go on
+    # Where asked for, of the model's own distribution: of each token, and the likeliest (id, logp).
+    model_logprobs: list[float] | None = None
+    top_logprobs: list[list[tuple[int, float]]] | None = None
 
     @property
     def context(self) -> tuple[int, ...]:
@@ -76,15 +95,16 @@ class Slots:
         options: Options,
         version: int,
         counts: Counter[str],
+        ended: Callable[[Row], bool] | None,
     ) -> None:
         self.decoder, self.params, self.mesh, self.options = decoder, params, mesh, options
-        self.version, self.counts = version, counts
+        self.version, self.counts, self.ended = version, counts, ended
         self.queue = deque(row for row in rows if not row.reason)
         self.shards = mesh_lib.row_shards(mesh)
         self.sizes = sizes(min(options.slots, len(self.queue)), self.shards)
         self.last_sizes = sizes(self.sizes[0], self.shards, SHRINK)
         longest = options.longest or max((row.longest for row in rows), default=1)
-        room = options.cache_tokens // self.shards or longest
+        room = options.room(self.shards)
         self.widths = sorted({min(width, room) for width in widths(longest)})
         self.at: list[Row | None] = []
         self.length: list[int] = []
@@ -99,7 +119,7 @@ class Slots:
         drawn = None
         if (self.queue or self.live()) and (budget is None or budget > 0):
             self.admit(self.make_room())
-            drawn = self.decode(budget)
+            drawn = self.decode(budget) if self.live() else None
         self.file()
         if drawn is None:
             return False
@@ -148,8 +168,13 @@ class Slots:
         steps = self.options.segment
         if budget is not None:
             steps = min(steps, -(-budget // live))
-        bounds = self.put([steps, min(bound, size)])
-        self.state, drawn = engine.decode(self.decoder, self.params, self.state, bounds)
+        self.state, drawn = engine.decode(
+            self.decoder,
+            self.params,
+            self.state,
+            self.put([steps, min(bound, size)]),
+            self.put([row is not None for row in self.at]),
+        )
         return drawn
 
     def file(self) -> None:
@@ -157,15 +182,24 @@ class Slots:
         if self.drawn is None:
             return
         drawn, at, (count, reason) = self.drawn
-        tokens_WB, logp_WB = jax.device_get((drawn.tokens_WB, drawn.logp_WB))
+        self.drawn, drawn = None, jax.device_get(drawn)
         for slot, row in enumerate(at):
             if row:
                 n = int(count[slot])
-                row.tokens += tokens_WB[:n, slot].tolist()
-                row.logprobs += logp_WB[:n, slot].tolist()
+                row.tokens += drawn.tokens_WB[:n, slot].tolist()
+                row.logprobs += drawn.logp_WB[:n, slot].tolist()
                 row.versions += [self.version] * n
                 row.reason = REASONS[int(reason[slot])]
-        self.drawn = None
+                if self.decoder.top_logprobs:
+                    ids, logp = drawn.top_ids_WBk[:n, slot], drawn.top_logp_WBk[:n, slot]
+                    pairs = zip(ids.tolist(), logp.tolist(), strict=True)
+                    tops = [list(zip(*pair, strict=True)) for pair in pairs]
+                    row.top_logprobs = (row.top_logprobs or []) + tops
+                    own = drawn.model_logp_WB[:n, slot].tolist()
+                    row.model_logprobs = (row.model_logprobs or []) + own
+                if not row.reason and self.ended and self.ended(row):
+                    row.reason = "stop"
+                    self.at = [None if other is row else other for other in self.at]
 
     def reach(self, row: Row, length: int) -> int:
         """The tokens that a row may have at the end of the next segment."""
@@ -192,6 +226,8 @@ class Slots:
             if len(more) > self.fit(max(more))[1]:
                 break
             reach, coming = more, coming + 1
+        if not reach:
+            return 0
         width, most = self.fit(max(reach))
         crowd = max(map(len, self.by_shard(live))) * self.shards  # no row can leave its shard
         if crowd > most:
@@ -220,7 +256,6 @@ class Slots:
             self.queue.appendleft(self.row(slot))
             self.at[slot] = None
         self.counts["parked"] += len(parked)
-        self.width = 0  # of no use: on the device these rows still go on
 
     def resize(self, size: int, width: int) -> None:
         """Moves what there is into a cache of another shape."""
@@ -258,8 +293,21 @@ class Slots:
                 about += [[0, -1, 0, 0, 0, 0, 0]] * (len(self.at) - len(about))
                 about_7B = np.array(about, np.int64).T.astype(np.uint32).view(np.int32)
                 self.state = engine.admit(self.state, cache, hidden, self.put(about_7B))
+        if self.decoder.sampling.presence_penalty:
+            self.remember(rows)
         ahead = {row.context for row in itertools.islice(self.queue, len(self.at))}
         self.read = {context: x for context, x in self.read.items() if context in ahead}
+
+    def remember(self, rows: list[Row]) -> None:
+        """Tells the device which tokens rows that go on have drawn already."""
+        assert self.state is not None
+        new = {id(row) for row in rows}
+        slots = [slot for slot, row in enumerate(self.at) if id(row) in new]
+        pairs = [(slot, token) for slot in slots for token in {*self.row(slot).tokens}]
+        for start in range(0, len(pairs), REMEMBER):
+            piece = pairs[start : start + REMEMBER]
+            piece += [(-1, 0)] * (REMEMBER - len(piece))
+            self.state = engine.remember(self.state, self.put(np.array(piece).T))
 
     def read_prompts(self, contexts: set[tuple[int, ...]]) -> None:
         """Fills self.read: (cache, last hidden state, row in them) of each of these prompts."""

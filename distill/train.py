@@ -4,33 +4,26 @@ Every objective is a `collect`, which makes a Batch, and a row of losses.TABLE. 
 and draws is a function of (seed, step), so a run that was stopped goes on as if it had not been.
 """
 
-import contextlib
 import dataclasses
-import functools
 import json
-import signal
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
-import optax
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from distill import (
     cli,
-    data,
+    collect,
     losses,
     metrics,
     optim,
-    packing,
     policy,
-    rollout,
-    teacher,
+    prepare,
     update,
     validate,
 )
@@ -38,9 +31,9 @@ from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.checkpoint import Checkpoints
 from distill.policy import Policy
+from distill.prepare import Plan
 from models.errors import UserError
 from models.qwen3 import model
-from models.qwen3.lora import LoRA
 
 OPTIONS = flags.FlagValues()
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=OPTIONS)
@@ -50,223 +43,6 @@ WORKDIR = flags.DEFINE_string(
 )
 
 RUN_LOCAL = ("checkpoint", "log", "eval")  # may change on resume: they do not touch the trajectory
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One stage with all that it needs checked and at hand; `first` is its first global step."""
-
-    name: str
-    c: ConfigDict
-    first: int
-    source: data.Source
-    optimizer: optax.GradientTransformation
-    packer: packing.Packer | None = None  # where rows hold several examples
-
-    @property
-    def end(self) -> int:
-        return self.first + self.c.steps
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """A checked run: models described but not loaded, stages in order.
-
-    `run` loads the teacher, and the student where it is the frozen base of a LoRA.
-    """
-
-    student: Policy
-    teacher: Policy | None
-    stages: tuple[Stage, ...]
-    validation: validate.Validation | None = None
-
-
-def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
-    """Checks everything a user can get wrong, before any weight is read or file written.
-
-    Raises:
-      UserError: naming the flag, file or row at fault.
-    """
-    if c.seed < 0:
-        raise UserError(f"config.seed={c.seed}: must be 0 or more")
-    if not c.stages:
-        raise UserError("config.stages: names no stage")
-    for name in c.stages:
-        if name not in c or not isinstance(c[name], ConfigDict) or "objective" not in c[name]:
-            raise UserError(f"config.stages: {name!r} is no stage of this config")
-        if c[name].objective not in COLLECT:
-            raise UserError(f"config.{name}.objective: {c[name].objective!r} not in {set(COLLECT)}")
-    for field in ("student", "teacher"):
-        needed = field == "student" or any(c[name].objective == "opd" for name in c.stages)
-        if needed and not c[field].path:
-            raise UserError(f"config.{field}.path: name a model directory")
-    for field, dtype, allowed in (
-        ("student.dtype", c.student.dtype, policy.DTYPES),
-        ("student.param_dtype", c.student.param_dtype, policy.DTYPES),
-        ("teacher.dtype", c.teacher.dtype, policy.DTYPES),
-        ("teacher.param_dtype", c.teacher.param_dtype, policy.PARAM_DTYPES),
-    ):
-        if dtype not in allowed:
-            raise UserError(f"config.{field}: {dtype!r} is none of {', '.join(allowed)}")
-    m = c.student
-    student = policy.describe(
-        m.path,
-        m.dtype,
-        m.remat,
-        mesh,
-        trained=_lora(m),
-        kernel=c.attention,
-        tokenizer_of=m.tokenizer,
-    )
-    if not c.student.random_init:
-        policy.check(student)
-    taught = None
-    if any(c[name].objective == "opd" for name in c.stages):
-        taught = policy.describe(c.teacher.path, c.teacher.dtype, False, mesh, kernel=c.attention)
-        policy.require_same_vocabulary(student, taught)
-        policy.check(taught)
-    stages, first = [], 0
-    for name in c.stages:
-        s = c[name]
-        _check_stage(name, s, student, taught, mesh)
-        require = functools.partial(
-            data.require,
-            limit=s.max_prompt_tokens,
-            field=f"config.{name}.max_prompt_tokens",
-            vocab_size=student.config.vocab_size,
-        )
-        traces = COLLECT[s.objective] is collect_traces
-        source = data.load(s.data, student.tokenizer, c.seed, traces, require)
-        packer = None
-        if s.pack_tokens:
-            packer = packing.Packer(
-                source, c.seed, s.batch_size, s.pack_tokens, s.max_response_tokens
-            )
-        stages.append(Stage(name, s, first, source, optim.make(s.optim, s.steps), packer))
-        first += s.steps
-    return Plan(student, taught, tuple(stages), validate.prepare(c.eval, student))
-
-
-def _lora(s: ConfigDict) -> LoRA | None:
-    if not s.lora.rank:
-        return None
-    if s.random_init:
-        raise UserError("config.student.lora.rank: nothing keeps a random base; train all of it")
-    try:
-        return LoRA(s.lora.rank, s.lora.alpha, s.lora.rslora, tuple(s.lora.targets))
-    except UserError as error:
-        raise UserError(f"config.student.{error}") from None
-
-
-def _check_stage(
-    name: str, s: ConfigDict, student: Policy, taught: Policy | None, mesh: Mesh
-) -> None:
-    counts = ("steps", "batch_size", "samples", "accumulate")
-    for field in (*counts, "max_prompt_tokens", "max_response_tokens"):
-        if s[field] < 1:
-            raise UserError(f"config.{name}.{field}={s[field]}: must be at least 1")
-    _sampling(s)  # refuses what is no distribution
-    total = s.max_prompt_tokens + s.max_response_tokens
-    for reader in (student, taught) if taught and s.objective == "opd" else (student,):
-        limit = reader.config.context_length
-        if total > limit:
-            raise UserError(
-                f"config.{name}: max_prompt_tokens + max_response_tokens = {total} exceeds the "
-                f"model's {limit} positions ({reader.path})"
-            )
-    if s.pack_tokens and COLLECT[s.objective] is not collect_traces:
-        raise UserError(f"config.{name}.pack_tokens: {s.objective} samples, and packs nothing")
-    if s.pack_tokens < 0 or 0 < s.pack_tokens < total:
-        raise UserError(
-            f"config.{name}.pack_tokens={s.pack_tokens}: a row must hold max_prompt_tokens + "
-            f"max_response_tokens = {total}"
-        )
-    rows = s.accumulate * mesh_lib.row_shards(mesh)
-    for field, parts in (("accumulate times the devices", rows), ("samples", s.samples)):
-        if s.batch_size % parts:
-            raise UserError(
-                f"config.{name}.batch_size={s.batch_size} does not divide by {field} ({parts})"
-            )
-
-
-def _sampling(s: ConfigDict) -> rollout.Sampling:
-    return rollout.Sampling(s.sampling.temperature, s.sampling.top_k, s.sampling.top_p)
-
-
-def _options(s: ConfigDict) -> rollout.Options:
-    longest = s.max_prompt_tokens + s.max_response_tokens
-    return rollout.Options(
-        **{**s.rollout, "slots": s.rollout.slots or s.batch_size}, longest=longest
-    )
-
-
-# collect: (what is trained, step, key of the step) -> (batch, what it measured)
-Collect = Callable[[model.Params, int, jax.Array], tuple[Batch, dict[str, float]]]
-
-
-def collect_traces(plan: Plan, stage: Stage, seed: int, mesh: Mesh) -> Collect:
-    """Off-policy: written responses from the stage's data."""
-    s = stage.c
-
-    def make(step: int) -> tuple[Batch, dict[str, float]]:
-        if stage.packer:
-            rows, T = stage.packer.rows(step - stage.first), s.pack_tokens
-        else:
-            examples = data.at(stage.source, step - stage.first, s.batch_size, seed)
-            rows = [[example] for example in examples]
-            T = s.max_prompt_tokens + s.max_response_tokens
-        batch = data.layout(rows, T, s.max_response_tokens)
-        return batch, data.measure(batch, rows, s.max_response_tokens, stage.source)
-
-    made = data.ahead(make, stage.end)
-
-    def collect(params: model.Params, step: int, key: jax.Array):
-        batch, measured = made(step)
-        return jax.device_put(batch, mesh_lib.rows(mesh)), measured
-
-    return collect
-
-
-def collect_rollouts(plan: Plan, stage: Stage, seed: int, mesh: Mesh) -> Collect:
-    """On-policy: the student writes, the teacher reads what it wrote."""
-    s, student, taught = stage.c, plan.student, plan.teacher
-    assert taught is not None
-    count = s.batch_size // s.samples
-    prompt_B, sample_B = np.divmod(np.arange(s.batch_size), s.samples)
-    sampling, options, sampled = _sampling(s), _options(s), policy.sampled(student)
-
-    def collect(params: model.Params, step: int, key: jax.Array):
-        examples = data.at(stage.source, step - stage.first, count, seed)
-        counts: Counter[str] = Counter()
-        begin = time.perf_counter()
-        batch = rollout.sample(
-            student.model,
-            sampled(params),
-            [example.prompt for example in examples for _ in range(s.samples)],
-            rollout.row_keys(key, prompt_B, sample_B),
-            max_prompt_tokens=s.max_prompt_tokens,
-            max_new_tokens=s.max_response_tokens,
-            sampling=sampling,
-            stop_ids=student.stop_ids,
-            options=options,
-            counts=counts,
-        )
-        took, written = time.perf_counter() - begin, counts["tokens"]
-        assert batch.finished_B is not None
-        measured = {
-            "rollout/tokens_per_second": written / took,
-            "rollout/mean_length": written / s.batch_size,
-            "rollout/truncated": 1 - float(batch.finished_B.mean()),
-            "rollout/utilisation": written / counts["slot_steps"],
-            "time/rollout": took,
-            "data/skipped": len(stage.source.skipped),
-        }
-        return teacher.score(taught, jax.device_put(batch, mesh_lib.rows(mesh))), measured
-
-    return collect
-
-
-COLLECT = {"sft": collect_traces, "opd": collect_rollouts}
 
 
 def transcripts(
@@ -328,23 +104,6 @@ def _differences(before: object, now: object, at: str) -> Iterator[str]:
         yield f"config{at} was {before!r}, now {now!r}"
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], int]]:
-    """Within it, SIGTERM and SIGINT only set what the yielded function returns (0: none came)."""
-    received = 0
-
-    def note(number: int, _: object) -> None:
-        nonlocal received
-        received = number
-
-    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def begin(c: ConfigDict, plan: Plan, checkpoints: Checkpoints) -> tuple[update.TrainState, int]:
     """The state to go on from and the number of its stage: the newest checkpoint, or the start."""
     found = checkpoints.latest()
@@ -353,9 +112,11 @@ def begin(c: ConfigDict, plan: Plan, checkpoints: Checkpoints) -> tuple[update.T
         trained = mesh_lib.parameters(student.config, policy.mesh_of(student), student.model.lora)
         restored = checkpoints.restore(update.abstract(optimizer, trained))
         if restored:
-            packer = plan.stages[restored[1]["index"]].packer
-            if packer:
-                packer.resume(restored[1]["packing"])
+            stage = plan.stages[restored[1]["index"]]
+            if stage.packer:
+                stage.packer.resume(restored[1]["packing"])
+            if stage.parked:
+                stage.parked.resume(restored[1]["parked"])
             return restored[0], restored[1]["index"]
     key = jax.random.key(c.seed)
     if plan.student.model.lora:
@@ -370,7 +131,8 @@ def begin(c: ConfigDict, plan: Plan, checkpoints: Checkpoints) -> tuple[update.T
 def run(c: ConfigDict, workdir: Path) -> None:
     """Runs the stages of a config, from the newest checkpoint in `workdir` on if there is one."""
     mesh = mesh_lib.make(**c.mesh)
-    plan = prepare(c, mesh)
+    plan = prepare.prepare(c, mesh)
+    validation = validate.prepare(c.eval, plan.student)
     claim(workdir, c)
     metrics.say(f"attention: {plan.student.model.kernel}")
     with policy.use(plan.student):
@@ -384,8 +146,8 @@ def run(c: ConfigDict, workdir: Path) -> None:
             )
         with (
             Checkpoints(workdir / "checkpoints", c.checkpoint.every, c.checkpoint.keep) as saved,
-            validate.judging(plan.validation, plan.student, workdir, c.seed) as judge,
-            stop_signals() as stopped,
+            validate.judging(validation, plan.student, workdir, c.seed) as judge,
+            cli.stop_signals() as stopped,
         ):
             state, at = begin(c, plan, saved)
             with metrics.Writer(workdir, int(state.step)) as writer:
@@ -418,7 +180,7 @@ def run_stage(
     stage, student = plan.stages[index], plan.student
     s = stage.c
     root = jax.random.key(c.seed)
-    collect = COLLECT[s.objective](plan, stage, c.seed, mesh)
+    draw = collect.TABLE[s.objective](plan, stage, c.seed, mesh)
     take_step = update.make(
         student.model,
         stage.optimizer,
@@ -435,7 +197,7 @@ def run_stage(
     with metrics.progress(s.steps, int(state.step) - stage.first, stage.name) as bar:
         for step in range(int(state.step), stage.end):
             start = time.perf_counter()
-            batch, measured = collect(state.params, step, jax.random.fold_in(root, step))
+            batch, measured = draw(state.params, step, jax.random.fold_in(root, step))
             state, trained, stats = take_step(state, batch, teacher_head, frozen)
             measured |= {f"train/{name}": float(x) for name, x in trained.items()}
             measured["train/learning_rate"] = float(schedule(step - stage.first))
@@ -443,6 +205,8 @@ def run_stage(
             meta = {"stage": stage.name, "index": index}
             if stage.packer:
                 meta["packing"] = stage.packer.position(step + 1 - stage.first)
+            if stage.parked:
+                meta["parked"] = stage.parked.position()
             measured |= judge(state, meta, step + 1, step + 1 == stage.end)
             writer.write(step, stage.name, measured)
             if c.log.transcripts and step % c.log.transcripts_every == 0:

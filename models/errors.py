@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """A user's mistake; the message is one line naming the file, row, flag or field at fault."""
+
+
+class RowError(UserError):
+    """One row among others that cannot be worked on; the others can."""

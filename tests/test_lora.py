@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
 from configs import base
-from distill import evaluate, export, generate, losses, optim, policy, score, train, update
+from distill import evaluate, export, generate, losses, optim, policy, prepare, score, train, update
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from models.errors import UserError
@@ -449,7 +449,7 @@ def test_an_adapter_is_trained_on(run, exported, models, tmp_path):
     (moved / "adapter_config.json").write_text(json.dumps(fields))
     c = with_lora(models)
     c.student.path = str(moved)
-    student = train.prepare(c, mesh_lib.make(1, 1, 1)).student
+    student = prepare.prepare(c, mesh_lib.make(1, 1, 1)).student
     first = policy.first(student, jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, first, final(run))
     start = policy.load(described(models[0]), "float32").params

@@ -138,23 +138,22 @@ def test_greedy(pair, stacked):
     mesh = mesh_lib.make(1, 1, 1)
     shardings = jax.tree.map(lambda p: p.sharding, mesh_lib.parameters(config, mesh))
     with mesh_lib.use(mesh):
-        sampled = rollout.sample(
+        done = rollout.run(
             model.Qwen3(config),
             jax.device_put(params, shardings),
-            prompts,
-            rollout.row_keys(jax.random.key(0), [0, 1], [0, 0]),
-            max_prompt_tokens=9,
-            max_new_tokens=8,
+            [rollout.Row(prompt, (0, 0), 8) for prompt in prompts],
             sampling=rollout.Sampling(temperature=0),
             stop_ids=(-1,),
             options=rollout.Options(slots=2, stacked=stacked),
         )
+        rows = list(done)
     for row, prompt in enumerate(prompts):
         out = list(prompt)
         for _ in range(8):
             with torch.no_grad():
                 out.append(int(network(torch.tensor([out])).logits[0, -1].argmax()))
-        assert sampled.tokens_BT[row, 9:].tolist() == out[len(prompt) :]
+        assert rows[row].tokens == out[len(prompt) :]
+    sampled = rollout.to_batch(rows, 2, 9, 8)
     stats = head.token_stats(
         policy.hidden(model.Qwen3(config), params, sampled),
         model.head(params),
@@ -162,8 +161,7 @@ def test_greedy(pair, stacked):
         logits_mib=1,
     )
     scored = losses.unshift(stats["logp"])[:, 9:]
-    recorded = np.asarray(sampled.sampler_logp_BT)[:, 9:]
-    np.testing.assert_allclose(recorded, scored, atol=1e-4)
+    np.testing.assert_allclose([row.logprobs for row in rows], scored, atol=1e-4)
 
 
 def test_exported_directory_loads_in_transformers(pair, tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from distill import data, policy, score, train
+from distill import data, policy, prepare, score, train
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from models.errors import UserError
@@ -287,13 +287,13 @@ def test_an_unknown_dtype_is_refused():
     with pytest.raises(
         UserError, match=r"config.teacher.param_dtype: 'int4' is none of float32, bf"
     ):
-        train.prepare(tiny_run("int4"), mesh_lib.make(1, 1, 1))
+        prepare.prepare(tiny_run("int4"), mesh_lib.make(1, 1, 1))
     c = tiny_run("int8")
     c.teacher.dtype = "int8"
     with pytest.raises(
         UserError, match=r"config.teacher.dtype: 'int8' is none of float32, bfloat16"
     ):
-        train.prepare(c, mesh_lib.make(1, 1, 1))
+        prepare.prepare(c, mesh_lib.make(1, 1, 1))
 
 
 def test_score_in_8_bits(taught, tmp_path):

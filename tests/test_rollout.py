@@ -1,16 +1,14 @@
 """The sampler: it draws from what it says, and a row's tokens are its own."""
 
 import dataclasses
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill import head, losses, policy, rollout, sampling
+from distill import head, losses, policy, rollout
 from distill import mesh as mesh_lib
-from distill.rollout import Options
+from distill.rollout import Options, Row
 from distill.sampling import Sampling
 from models.qwen3 import model
 from models.qwen3.config import Config
@@ -58,17 +56,15 @@ def prompts(count, seed=0):
 
 def sample(params, rows, numbers, samples=None, sampling=None, **options):
     keys = rollout.row_keys(jax.random.key(3), list(numbers), samples or [0] * len(rows))
-    return rollout.sample(
+    done = rollout.run(
         QWEN3,
         params,
-        rows,
-        keys,
-        max_prompt_tokens=P,
-        max_new_tokens=R,
+        [Row(prompt, key, R) for prompt, key in zip(rows, keys, strict=True)],
         sampling=sampling or Sampling(),
         stop_ids=STOPS,
         options=Options(**{"slots": 8, **options}),
     )
+    return rollout.to_batch(list(done), len(rows), P, R)
 
 
 def responses(batch):
@@ -147,37 +143,9 @@ def test_meshes_draw_the_same_tokens(loose, eight, stacked):
     with mesh_lib.use(mesh):
         batch = sample(placed(loose, mesh), prompts(8), range(8), stacked=stacked)
     assert responses(batch) == responses(eight)
-    want, got = (np.asarray(b.sampler_logp_BT) for b in (eight, batch))
-    np.testing.assert_allclose(got, want, atol=1e-4)
-
-
-def test_draws_follow_the_distribution():
-    """Frequencies of 20,000 draws against the probabilities, and the recorded log-probs."""
-    logits = jnp.array([[1.0, 0.0, 2.0, -1.0, 0.5]])
-    how = Sampling(temperature=0.7, top_k=4, top_p=0.9)
-    keys = jax.random.split(jax.random.key(0), 20_000)
-    tokens, logp = sampling.draw(jnp.repeat(logits, 20_000, 0), keys, how)
-    # by hand: tempered, token 3 out by top_k; then by mass .705, .169, .083, .040: the first
-    # three reach .9, so token 1 goes too
-    kept = np.exp(np.array([1.0, 2.0, 0.5]) / 0.7)
-    expected = np.zeros(5)
-    expected[[0, 2, 4]] = kept / kept.sum()
-    np.testing.assert_allclose(np.bincount(tokens, minlength=5) / 20_000, expected, atol=0.01)
-    np.testing.assert_allclose(np.exp(logp), expected[tokens], rtol=1e-5)
-
-
-def test_truncation_matches_transformers():
-    torch = pytest.importorskip("torch")
-    from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
-
-    logits = np.random.default_rng(0).normal(size=(16, 200)).astype(np.float32) * 3
-    for k, p in ((20, 1.0), (0, 0.8), (20, 0.95), (5, 0.5)):
-        reference: Any = torch.tensor(logits) / 0.6
-        no_ids: Any = None
-        reference = TopKLogitsWarper(k)(no_ids, reference) if k else reference
-        reference = TopPLogitsWarper(p)(no_ids, reference) if p < 1 else reference
-        ours = sampling.truncate(jnp.asarray(logits), Sampling(0.6, k, p))
-        np.testing.assert_allclose(ours, reference.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(
+        np.asarray(batch.sampler_logp_BT), np.asarray(eight.sampler_logp_BT), atol=1e-4
+    )
 
 
 def test_greedy_records_the_models_own_probability(params):
@@ -199,7 +167,7 @@ def test_complete_is_independent_of_batches_and_of_where_it_starts(params):
                 prompts,
                 samples=3,
                 key=jax.random.key(1),
-                max_new_tokens=8,
+                limits=[8] * len(prompts),
                 sampling=Sampling(),
                 batch_size=batch_size,
                 first=first,

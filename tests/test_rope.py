@@ -150,23 +150,21 @@ def test_logits_and_greedy_beyond_the_original_positions(stretched):
 
     prompts = tokens[:, :24]
     with mesh_lib.use(mesh):
-        written = rollout.sample(
+        rows = rollout.run(
             model.Qwen3(config),
             params,
-            prompts.tolist(),
-            rollout.row_keys(jax.random.key(0), np.arange(2), np.zeros(2, int)),
-            max_prompt_tokens=24,
-            max_new_tokens=40,
+            [rollout.Row(prompt, (0, 0), 40) for prompt in prompts.tolist()],
             sampling=rollout.Sampling(temperature=0),
             stop_ids=(-1,),
             options=rollout.Options(slots=2),
         )
+        written = np.array([row.prompt + row.tokens for row in rows])
     out = torch.tensor(prompts).long()
     for _ in range(40):
         with torch.no_grad():
             best = network(out).logits[:, -1].argmax(-1, keepdim=True)
         out = torch.cat([out, best], dim=1)
-    np.testing.assert_array_equal(written.tokens_BT, out.numpy())
+    np.testing.assert_array_equal(written, out.numpy())
 
 
 def test_an_export_keeps_the_scaling(stretched, tmp_path):

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from test_chat import without
 
 from configs import base, quickstart
-from distill import export, metrics, packing, policy, train
+from distill import data, export, metrics, packing, policy, prepare, rollout, train
 from distill import mesh as mesh_lib
 from models.errors import UserError
 from models.qwen3 import weights
@@ -119,6 +119,41 @@ def test_stopped_and_resumed_is_bitwise_the_same(whole, models, tmp_path, monkey
     assert all(jax.tree.leaves(same))
 
 
+def test_a_budget_parks_rows_and_loses_none(models, tmp_path, monkeypatch):
+    """Each row that was begun is trained once, under the numbers that it would have had; a run
+    stopped while rows are parked goes on with them as if it had not been."""
+    c = config(models)
+    c.stages, c.opd.steps, c.opd.rollout.budget = ("opd",), 5, 30
+    trained = []
+    to_batch = rollout.to_batch
+
+    def noted(rows, *sizes):
+        trained.append([(row.prompt, row.key, row.tokens, row.versions) for row in rows])
+        return to_batch(rows, *sizes)
+
+    monkeypatch.setattr(rollout, "to_batch", noted)
+    train.run(c, tmp_path / "whole")
+    rows, trained[:] = [row for step in trained for row in step], []
+    source, asked = prepare.prepare(c, mesh_lib.make(1, 1, 1)).stages[0].source, []
+    for step in range(5):
+        examples = data.at(source, step, 2, c.seed)
+        key = jax.random.fold_in(jax.random.key(c.seed), step)
+        asked += [(row.prompt, row.key) for row in rollout.ask(examples, 2, key, 16)]
+    assert sorted(row[:2] for row in rows) == sorted(asked[: len(rows)])
+    assert any(len({*versions}) > 1 for *_, versions in rows)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        with pytest.raises(SystemExit):
+            train.run(c, tmp_path / "stopped")
+    train.run(c, tmp_path / "stopped")
+    assert [row for step in trained for row in step] == rows
+    assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")
+    same = jax.tree.map(
+        np.array_equal, final(tmp_path / "stopped", models), final(tmp_path / "whole", models)
+    )
+    assert all(jax.tree.leaves(same))
+
+
 def test_killed_without_a_word(whole, models, tmp_path, monkeypatch):
     """Without a last checkpoint the run goes on from an earlier one and ends the same."""
 
@@ -213,6 +248,10 @@ BAD = {
     "temperature": (change("opd.sampling.temperature", -1.0), "temperature=-1.0: must be"),
     "packed samples": (change("opd.pack_tokens", 100), "config.opd.pack_tokens: opd samples"),
     "short rows": (change("sft.pack_tokens", 75), "a row must hold max_prompt_tokens + max_resp"),
+    "cache": (change("opd.rollout.cache_tokens", 50), "config.opd.rollout.cache_tokens=50: leaves"),
+    "segment": (change("opd.rollout.segment", 0), "config.opd.rollout.segment=0: must be 1"),
+    "cache dtype": (change("opd.rollout.cache_dtype", "int4"), "config.opd.rollout.cache_dtype"),
+    "budget": (change("opd.rollout.budget", -1), "config.opd.rollout.budget=-1"),
     "schedule": (change("opd.optim.schedule", "cosin"), "cosin"),
 }
 
