@@ -26,7 +26,7 @@ from distill.locate import is_run, local, lora_of, origin, resolve, tokenizer_di
 from models.errors import UserError
 from models.qwen3 import adapter, attention, lora, model, moe, quantised, weights
 from models.qwen3.config import Config
-from models.qwen3.lora import LORA, LoRA
+from models.qwen3.lora import LORA, MLP, LoRA
 from models.qwen3.model import Params, Qwen3
 
 DTYPES = ("float32", "bfloat16")  # of activations, and of parameters
@@ -309,6 +309,8 @@ def save_adapter(run: Policy, trained: Params, directory: Path, dtype: str) -> N
     """Writes what a LoRA run has trained as a PEFT adapter to the run's base, and its tokenizer."""
     kind, base = lora_of(run.path), origin(run.path)
     assert kind is not None
+    if len(set(run.config.sparse_layers)) == 2 and not set(MLP).isdisjoint(kind.targets):
+        metrics.say("warning: of layers with and without experts peft 0.21 loads only the former's")
     name = str(Path(base).resolve()) if Path(base).is_dir() else base  # else a hub id
     adapter.save(trained, kind, run.config, name, directory, jnp.dtype(dtype))
     chat.copy(resolve(run.path), run.tokenizer_dir, run.stop_ids, directory)

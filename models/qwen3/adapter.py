@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from models.errors import UserError
 from models.qwen3 import model, weights
 from models.qwen3.config import Config
-from models.qwen3.lora import TARGETS, LoRA
+from models.qwen3.lora import MLP, TARGETS, LoRA
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -198,11 +198,9 @@ def save(
     as peft adapts all projections of the experts or none, missing ones are there with zeros.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    mlp = TARGETS[4:]
-    experts = any(config.sparse_layers) and not set(mlp).isdisjoint(lora.targets)
-    if experts:
+    if any(config.sparse_layers) and not set(MLP).isdisjoint(lora.targets):
         plain = lora.scale * lora.rank
-        named = tuple(t for t in TARGETS if t in lora.targets + mlp)
+        named = tuple(t for t in TARGETS if t in lora.targets + MLP)
         lora = LoRA(lora.rank, plain, rslora=False, targets=named)
         shapes, _ = model.abstract(config, lora)
         given = dict(jax.tree_util.tree_leaves_with_path(adapter))

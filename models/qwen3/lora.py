@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from models.errors import UserError
 
 LORA = "lora"  # the Linen collection
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", *MLP)
 
 Factors = tuple[jax.Array, jax.Array]  # a [..., in, R] and scale · b [..., R, out]
 
@@ -27,8 +28,8 @@ Factors = tuple[jax.Array, jax.Array]  # a [..., in, R] and scale · b [..., R, 
 class LoRA:
     """Which kernels have a low-rank term, and how it counts.
 
-    targets: Hugging Face's names of projections, of all layers; the last three of TARGETS mean
-      those of the experts too, where a layer has experts.
+    targets: Hugging Face's names of projections, of all layers; those of MLP are the experts',
+      where a layer has experts.
     rslora: the term counts alpha / √rank, so that its size does not fall with the rank; otherwise
       alpha / rank.
     """
