@@ -1,8 +1,9 @@
 """python -m distill.evaluate --model=DIR --benchmark=NAME --out=DIR: accuracy, with its interval.
 
 OUT gets examples.jsonl, one row a response, written as they come: the same command goes on where
-it was stopped. When all are there, summary.json says what they amount to. With --responses the
-responses are read from a file and no model is needed.
+it was stopped. When all are there, summary.json says what they amount to, and how they came about:
+--protocol names a way to sample, and any flag changes its part of it. With --responses the
+responses are read from a file and no model is needed. `compare` puts several OUTs side by side.
 """
 
 import dataclasses
@@ -327,7 +328,9 @@ def _settings(ks: list[int]) -> Row:
             raise UserError(f"--{name}={changes[name]}: not a finite number")
     settings = benchmarks.settings(PROTOCOL.value, BENCHMARK.value, changes)
     if max(ks, default=0) > settings["samples"]:
-        raise UserError(f"--k={','.join(KS.value)}: each must be 1 to --samples={SAMPLES.value}")
+        raise UserError(
+            f"--k={','.join(KS.value)}: each must be 1 to --samples={settings['samples']}"
+        )
     if TEMPLATE.value and "{question}" not in TEMPLATE.value:
         raise UserError("--template: no {question} in it")
     return settings

@@ -492,7 +492,7 @@ def check_summary(out: Path, rows: list[dict], samples: int) -> None:
     assert 0.01 < summary["memory"]["host_gib"] < 1000
 
 
-def test_arithmetic_of_a_model(paths, models, tmp_path: Path) -> None:
+def test_arithmetic_of_a_model(paths, models, tmp_path: Path, capsys) -> None:
     """Greedy, against the generated problems, with the divergence from a teacher."""
     out = tmp_path / "out"
     flags = (f"--model={paths[0]}", f"--teacher={paths[1]}", "--benchmark=arithmetic")
@@ -506,6 +506,16 @@ def test_arithmetic_of_a_model(paths, models, tmp_path: Path) -> None:
     assert summary["reverse_kl"] == pytest.approx(expected, rel=1e-4)
     protocol = summary["protocol"]
     assert protocol["model"] == paths[0] and protocol["temperature"] == 0 and protocol["thinking"]
+    assert protocol["protocol"] == "greedy" and protocol["template"] == "{question}"
+    assert (protocol["samples"], protocol["max_new_tokens"], protocol["seed"]) == (1, 12, 0)
+    assert {"jax", "math-verify"} <= summary["versions"].keys()
+    network = models[paths[0]]
+    assert summary["parameters"] == sum(p.numel() for p in network.parameters())
+    assert summary["parameter_bytes"] == 4 * summary["parameters"]
+    shown = capsys.readouterr().out  # --limit is for a quick look
+    for (_, problem), row in zip(ROWS, rows, strict=False):
+        assert f"--- {row['id']}, sample 0: {row['outcome']} (wanted {row['answer']}" in shown
+        assert str(problem["question"]) in shown and row["response"] in shown
     with torch.no_grad():
         for row in rows:
             ids = torch.tensor([row["prompt_tokens"] + row["tokens"]])
@@ -540,6 +550,10 @@ BAD = [
     (("--benchmark=arithmetic", "--responses=unasked.jsonl"), "unasked.jsonl:1: no response among"),
     (("--benchmark=arithmetic", "--responses=said.jsonl"), "said.jsonl:1: no answer, and no"),
     ((), "--benchmark is required"),
+    (("--benchmark=arithmetic", "--protocol=guess"), "--protocol=guess: known are greedy"),
+    (("--benchmark=arithmetic", "--template=hello"), "--template: no {question} in it"),
+    (("--benchmark=arithmetic", "--k=2"), "--k=2: each must be 1 to --samples=1"),
+    (("--benchmark=aime24", "--data=hf:"), "--data=hf:HuggingFaceH4/aime_2024: "),
 ]
 
 

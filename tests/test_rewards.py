@@ -155,7 +155,8 @@ def withstand(grader: Grader, hostile: dict[str, str], timeout: float) -> None:
     """Every answer comes back in time, none is right, and the graders grade on."""
     started = time.monotonic()
     outcomes = grader.grade("gsm8k", list(hostile.values()), ["42"] * len(hostile))
-    assert time.monotonic() - started < timeout * len(hostile) + 10
+    # Each that is stopped costs its time and the start of a new worker.
+    assert time.monotonic() - started < (timeout + 2) * len(hostile) + 10
     assert "correct" not in outcomes and set(outcomes) <= set(rewards.OUTCOMES)
     assert "timeout" in outcomes
     twenty_boxes = r"\boxed{1} " * 19 + r"\boxed{42}"
