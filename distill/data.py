@@ -94,10 +94,15 @@ def load(
     if not c.mixture:
         return _one(c, c.source, tokenizer, seed, traces, require, skipped)
     for part in c.mixture:
-        if not (len(part) == 2 and isinstance(part[0], str) and part[1] > 0):
+        pair = isinstance(part, tuple | list) and len(part) == 2
+        if not (pair and isinstance(part[0], str) and _positive(part[1])):
             raise UserError(f"config.data.mixture: {part!r} is no pair of a source and a weight")
     parts = [_one(c, name, tokenizer, seed, traces, require, skipped) for name, _ in c.mixture]
     return mix(parts, [float(weight) for _, weight in c.mixture], seed)
+
+
+def _positive(weight: object) -> bool:
+    return isinstance(weight, int | float) and 0 < weight < float("inf")
 
 
 CHOICES = {
@@ -123,8 +128,8 @@ def _one(
     else:
         window = c.window if c.streaming else 0
         rows = sources.open_rows(name, size=c.size, window=window)
-        if traces and not window and "samples" in rows.row(0):
-            rows = sources.samples(rows, c.keep)
+        if traces and not window and sources.are_samples(rows):
+            rows = sources.samples(rows, c.keep, skipped if c.on_bad_row == "skip" else None)
 
     def example(index: int) -> Example:
         where = rows.where(index)
@@ -339,7 +344,7 @@ def measure(
     batch: Batch, rows: Sequence[Sequence[Example]], max_response: int, source: Source
 ) -> dict[str, float]:
     """Metrics of what was read: the share of the batch that tokens fill, the share of responses
-    that were cut, and how many bad rows have been left out so far."""
+    that were cut, and how many bad rows this process has left out so far."""
     lengths = [len(example.response) for row in rows for example in row]
     return {
         "data/efficiency": float((np.asarray(batch.segments_BT) > 0).mean()),

@@ -10,16 +10,17 @@ held in memory but the place of each row: rows are read when they are asked for.
 columns mean is for `columns` to say.
 """
 
+import contextlib
 import dataclasses
 import json
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distill import arithmetic
+from distill import arithmetic, metrics
 from models.errors import UserError
 
 
@@ -255,31 +256,50 @@ def _plain(value: Any, what: str) -> Any:
     return [_plain(inner, what) for inner in value] if isinstance(value, list) else value
 
 
-def samples(rows: Rows, keep: str) -> Rows:
+def are_samples(rows: Rows) -> bool:
+    """Whether the first row that can be read is one that `generate` wrote."""
+    for index in range(min(10, rows.size)):
+        with contextlib.suppress(UserError):
+            return "samples" in rows.row(index)
+    return False
+
+
+def samples(rows: Rows, keep: str, skipped: dict[str, str] | None) -> Rows:
     """The samples that `generate` wrote beside each prompt, as rows of their own, by their tokens.
 
     keep: all, finished (ended by a stop token), or correct (finished, and graded correct). The file
-    is read once, to find them.
+    is read once, to find them; `skipped` takes the bad rows and why, None makes them errors.
 
     Raises:
       UserError: if a row has no samples, a sample lacks what `keep` asks for, or none is left.
     """
 
-    def of(index: int) -> Iterator[int]:
+    def of(index: int) -> list[int]:
         row = rows.row(index)
         if not isinstance(row.get("samples"), list) or "prompt_tokens" not in row:
             raise UserError(f"{rows.where(index)}: no prompt_tokens and samples: {sorted(row)}")
-        for number, sample in enumerate(row["samples"]):
-            if keep == "correct" and "correct" not in sample:
-                raise UserError(
-                    f"{rows.where(index)}: config.data.keep=correct, but its samples were not "
-                    "graded (generate --grade=...)"
-                )
-            finished = sample.get("finish_reason") == "stop"
-            if keep == "all" or (finished and (keep == "finished" or sample["correct"])):
-                yield number
+        if keep == "correct" and any("correct" not in sample for sample in row["samples"]):
+            raise UserError(
+                f"{rows.where(index)}: config.data.keep=correct, but its samples were not graded "
+                "(python -m distill.verify)"
+            )
+        finished = [sample.get("finish_reason") == "stop" for sample in row["samples"]]
+        right = [keep != "correct" or sample["correct"] for sample in row["samples"]]
+        return [
+            number
+            for number in range(len(finished))
+            if keep == "all" or (finished[number] and right[number])
+        ]
 
-    kept = [(index, number) for index in range(rows.size) for number in of(index)]
+    kept: list[tuple[int, int]] = []
+    for index in range(rows.size):
+        try:
+            kept += [(index, number) for number in of(index)]
+        except UserError as error:
+            if skipped is None:
+                raise
+            skipped[rows.where(index)] = str(error)
+            metrics.say(f"skipped: {error}")
     if not kept:
         raise UserError(f"{rows.name}: config.data.keep={keep} leaves none of its samples")
 

@@ -448,10 +448,10 @@ def test_a_mixture_of_the_config(tiny: PreTrainedTokenizerBase, tmp_path: Path) 
     source = data.load(c, tiny, 0, True)
     names = [e.where for step in range(10) for e in data.at(source, step, 100, 0)]
     assert sum(".jsonl:" in name for name in names) == 250
-    with pytest.raises(
-        UserError, match=r"config\.data\.mixture: \('arithmetic', 0\.0\) is no pair"
-    ):
-        data.load(config("", mixture=(("arithmetic", 0.0),)), tiny, 0, True)
+    for bad in (("arithmetic", 0.0), ("arithmetic", "1"), "arithmetic", 3.0):
+        with pytest.raises(UserError) as error:
+            data.load(config("", mixture=(bad,)), tiny, 0, True)
+        assert str(error.value).startswith(f"config.data.mixture: {bad!r} is no pair")
 
 
 def test_ahead_changes_nothing_but_when() -> None:

@@ -201,6 +201,11 @@ def test_what_was_not_graded_is_not_kept_as_correct(tmp_path: Path) -> None:
     c.source, c.keep = str(path), "correct"
     with pytest.raises(UserError, match=r"t\.jsonl:1: config\.data\.keep=correct, but its samples"):
         data.load(c, None, 0, True)
+    c.on_bad_row = "skip"
+    right = {"prompt_tokens": [1], "samples": [{**SAMPLE, "correct": True}]}
+    path.write_text("{\n" + path.read_text() + json.dumps(right) + "\n")
+    source = data.load(c, None, 0, True)
+    assert source.size == 1 and list(source.skipped) == [f"{path}:1", f"{path}:2"]
     write(path, [{"prompt_tokens": [1], "samples": [{**SAMPLE, "correct": False}]}])
     with pytest.raises(UserError, match=r"keep=correct leaves none of its samples"):
         data.load(c, None, 0, True)
