@@ -8,7 +8,7 @@ draws are the same alone, in any batch, in any order and on any mesh.
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,26 @@ def _for_decoding(qwen3: Qwen3, params: Params, stacked: bool) -> tuple[Qwen3, P
     if not stacked:
         params = model.unstack(params, qwen3.config.num_hidden_layers)
     return qwen3.clone(scan=stacked, remat=False), params
+
+
+class Drawn(NamedTuple):
+    """What is known of the tokens of a response: of one step [B], or of all [B, R]."""
+
+    tokens: jax.Array
+    logp: jax.Array
+    live: jax.Array
+    model_logp: jax.Array | None = None
+    top_ids: jax.Array | None = None  # these two with one axis more
+    top_logp: jax.Array | None = None
+
+
+def _nothing_drawn(B: int, R: int, top_logprobs: int) -> Drawn:
+    nothing_BR = jnp.zeros((B, R), jnp.float32)
+    drawn = Drawn(nothing_BR.astype(jnp.int32), nothing_BR, nothing_BR.astype(bool))
+    if not top_logprobs:
+        return drawn
+    nothing_BRk = jnp.zeros((B, R, top_logprobs), jnp.float32)
+    return Drawn(*drawn[:3], nothing_BR, nothing_BRk.astype(jnp.int32), nothing_BRk)
 
 
 @functools.partial(
@@ -99,14 +119,11 @@ def sample(
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, i)
         tokens_B, logp_B = draw(logits_BV, keys, sampling, seen_BV)
         live_B, fed_B = ~done_B & (tokens_B >= 0), jnp.maximum(tokens_B, 0)
-        new = {
-            "tokens": jnp.where(done_B, 0, tokens_B),
-            "logp": jnp.where(live_B, logp_B, 0.0),
-            "live": live_B,
-        }
+        logp_B = jnp.where(live_B, logp_B, 0.0)
+        new = Drawn(jnp.where(done_B, 0, tokens_B), logp_B, live_B)
         if top_logprobs:
-            new["model_logp"] = jnp.where(live_B, model_logp(logits_BV, fed_B), 0.0)
-            new["top_ids"], new["top_logp"] = model_top(logits_BV, top_logprobs)
+            model_logp_B = jnp.where(live_B, model_logp(logits_BV, fed_B), 0.0)
+            new = Drawn(*new[:3], model_logp_B, *model_top(logits_BV, top_logprobs))
         out = jax.tree.map(lambda written, now: written.at[:, i].set(now), out, new)
         if seen_BV is not None:
             seen_BV = seen_BV.at[jnp.arange(B), fed_B].set(True)
@@ -116,35 +133,40 @@ def sample(
         return i + 1, hidden_BD, cache, done_B, seen_BV, out
 
     hidden_BD, cache = forward(tokens_BP, positions_BP, segments_BP, cache)
-    zeros_BR = jnp.zeros((B, R), jnp.float32)
-    out = {"tokens": zeros_BR.astype(jnp.int32), "logp": zeros_BR, "live": zeros_BR.astype(bool)}
-    if top_logprobs:
-        zeros_BRk = jnp.zeros((B, R, top_logprobs), jnp.float32)
-        out |= {"model_logp": zeros_BR}
-        out |= {"top_ids": zeros_BRk.astype(jnp.int32), "top_logp": zeros_BRk}
+    out = _nothing_drawn(B, R, top_logprobs)
     seen_BV = None
     if sampling.presence_penalty:
         seen_BV = jnp.zeros((B, qwen3.config.vocab_size), bool)
     start = (jnp.zeros((), jnp.int32), hidden_BD, cache, jnp.zeros((B,), bool), seen_BV, out)
     _, _, _, done_B, _, out = jax.lax.while_loop(running, step, start)
-    live_BR = out["live"]
+    positions_BT = jnp.concatenate([positions_BP, lengths_B[:, None] + jnp.arange(R)[None]], axis=1)
+    return _batch(tokens_BP, segments_BP, positions_BT, out, done_B)
 
-    def joined(prompt_BP, response_BR):
-        return jnp.concatenate([prompt_BP, response_BR], axis=1)
 
-    def after_prompt(response):
-        return jnp.pad(response, [(0, 0), (P, 0)] + [(0, 0)] * (response.ndim - 2))
+def _batch(
+    tokens_BP: jax.Array,
+    segments_BP: jax.Array,
+    positions_BT: jax.Array,
+    out: Drawn,
+    done_B: jax.Array,
+) -> Batch:
+    """Prompts and what was drawn after them."""
+    P = tokens_BP.shape[1]
 
+    def after_prompt(x):
+        return jnp.pad(x, [(0, 0), (P, 0)] + [(0, 0)] * (x.ndim - 2))
+
+    after = jax.tree.map(after_prompt, out)
     return Batch(
-        tokens_BT=joined(tokens_BP, out["tokens"]),
-        positions_BT=joined(positions_BP, lengths_B[:, None] + jnp.arange(R)[None]),
-        segments_BT=joined(segments_BP, live_BR.astype(jnp.int32)),
-        mask_BT=after_prompt(live_BR),
-        sampler_logp_BT=after_prompt(out["logp"]),
-        finished_B=done_B & jnp.all(out["tokens"] >= 0, axis=1),
-        model_logp_BT=after_prompt(out["model_logp"]) if top_logprobs else None,
-        top_ids_BTk=after_prompt(out["top_ids"]) if top_logprobs else None,
-        top_logp_BTk=after_prompt(out["top_logp"]) if top_logprobs else None,
+        tokens_BT=after.tokens.at[:, :P].set(tokens_BP),
+        positions_BT=positions_BT,
+        segments_BT=after.live.astype(jnp.int32).at[:, :P].set(segments_BP),
+        mask_BT=after.live,
+        sampler_logp_BT=after.logp,
+        finished_B=done_B & jnp.all(out.tokens >= 0, axis=1),
+        model_logp_BT=after.model_logp,
+        top_ids_BTk=after.top_ids,
+        top_logp_BTk=after.top_logp,
     )
 
 

@@ -40,13 +40,13 @@ def prompts(count, seed=0):
     return [rng.integers(14, 96, rng.integers(1, P + 1)).tolist() for _ in range(count)]
 
 
-def sample(params, rows, numbers, samples=None, **kwargs):
+def sample(params, rows, numbers, samples=None, qwen3=QWEN3, **kwargs):
     tokens, segments = data.left_pad(rows, P)
     keys = rollout.row_keys(
         jax.random.key(3), np.array(numbers), np.array(samples or [0] * len(rows))
     )
     kwargs = {"sampling": Sampling(), "stacked": False, "max_new_tokens": R, **kwargs}
-    return rollout.sample(QWEN3, params, tokens, segments, keys, stop_ids=STOPS, **kwargs)
+    return rollout.sample(qwen3, params, tokens, segments, keys, stop_ids=STOPS, **kwargs)
 
 
 def responses(batch):
@@ -135,6 +135,43 @@ def test_greedy_records_the_models_own_probability(params):
     assert responses(batch) == responses(again)
     mask = np.asarray(batch.mask_BT)
     assert (np.asarray(batch.sampler_logp_BT)[mask] < 0).all()
+
+
+def test_presence_penalty_reaches_every_token_written(params):
+    """So large a one, and no token comes twice in a response; prompts do not count."""
+    batch = sample(params, prompts(8), range(8), sampling=Sampling(presence_penalty=1e6))
+    assert all(len(set(row)) == len(row) for row in responses(batch))
+    assert any(
+        set(row) & set(prompt) for row, prompt in zip(responses(batch), prompts(8), strict=True)
+    )
+
+
+def test_the_models_own_log_probabilities_on_demand(params, eight):
+    batch = sample(params, prompts(8), range(8), top_logprobs=96)
+    mask, tokens = np.asarray(batch.mask_BT), np.asarray(batch.tokens_BT)
+    assert responses(batch) == responses(eight)
+    own = np.asarray(batch.model_logp_BT)
+    np.testing.assert_allclose(own, eight.sampler_logp_BT, atol=1e-5)
+    ids, logp = np.asarray(batch.top_ids_BTk)[mask], np.asarray(batch.top_logp_BTk)[mask]
+    np.testing.assert_allclose(np.exp(logp).sum(-1), 1, atol=1e-4)
+    assert (np.diff(logp) <= 0).all()
+    np.testing.assert_allclose(logp[ids == tokens[mask][:, None]], own[mask], atol=1e-5)
+
+
+def test_a_row_of_nan_ends_and_the_others_go_on(params, eight):
+    """One token, which only the third prompt has, has an embedding of nan."""
+    rows = prompts(8)
+    token = next(t for t in rows[2] if not any(t in row for i, row in enumerate(rows) if i != 2))
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=False)
+    poisoned = {**params, "embed": params["embed"].at[token].set(np.nan), "head": params["embed"]}
+    batch = sample(poisoned, rows, range(8), qwen3=model.Qwen3(config))
+    found = responses(batch)
+    assert found[2] == [] and not batch.finished_B[2]
+    assert batch.tokens_BT[2, P] == -1
+    same = [i for i in range(8) if i != 2 and token not in responses(eight)[i]]
+    assert len(same) >= 4
+    assert [found[i] for i in same] == [responses(eight)[i] for i in same]
+    assert np.isfinite(np.asarray(batch.sampler_logp_BT)).all()
 
 
 def test_complete_is_independent_of_batches_and_of_where_it_starts(params):
