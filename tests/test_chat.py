@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
@@ -279,3 +280,47 @@ def test_a_base_tokenizer_is_extended_by_that_of_its_post_trained_model(
         chat.require_extended(qwen3, base, ("teacher", "base"))
     with pytest.raises(UserError, match="teacher: no tokenizer for base to take"):
         chat.require_extended(base, None, names)
+
+
+def first_with(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[str]) -> int | None:
+    """By definition: the least number of tokens whose text has a stop string in it."""
+    texts = [chat.decode(tokenizer, ids[: n + 1]) for n in range(len(ids))]
+    return next((n + 1 for n, text in enumerate(texts) if any(s in text for s in stops)), None)
+
+
+def fed(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[str], size: int):
+    finder = chat.StopStrings(tokenizer, stops)
+    pieces = (ids[at : at + size] for at in range(0, len(ids), size))
+    return next((n for piece in pieces if (n := finder.feed(piece)) is not None), None)
+
+
+@pytest.mark.parametrize("name", ["tiny", pytest.param("qwen3", marks=needs_qwen3)])
+def test_stop_strings_are_found_with_the_token_that_completes_them(name: str, request) -> None:
+    """Across tokens, within them, within characters, among special tokens and broken bytes."""
+    tokenizer = request.getfixturevalue(name)
+    text = "Straße 中文字 🙂🙃 x\n\nObservation: 中文 done</think> end"
+    special = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    plain = chat.encode(tokenizer, text)
+    garbage = np.random.default_rng(0).integers(0, 256, 150).tolist()  # mostly single bytes
+    marked = [i for token in plain for i in (token, special)]
+    found = 0
+    for ids in (plain, marked, garbage, garbage + plain):
+        for stops in (
+            ["文"],
+            ["🙃"],
+            ["ße 中"],
+            ["x\n\nObs"],
+            ["</think>", " done"],
+            ["none"],
+            ["en"],
+        ):
+            expected = first_with(tokenizer, ids, stops)
+            assert [fed(tokenizer, ids, stops, size) for size in (1, 3, 1000)] == [expected] * 3
+            found += expected is not None
+    assert found >= 15
+
+
+def test_text_is_cut_before_the_first_stop_string(tiny: PreTrainedTokenizerBase) -> None:
+    assert chat.StopStrings(tiny, ["b", "aX"]).cut("aaXb") == "a"
+    assert chat.StopStrings(tiny, ["c"]).cut("aaXb") == "aaXb"
+    assert chat.StopStrings(tiny, []).cut("aaXb") == "aaXb"

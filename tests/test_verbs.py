@@ -181,6 +181,98 @@ def test_truncated_sampling_stays_in_the_top(bare, tmp_path: Path) -> None:
         assert max(map(abs, sample["logprobs"])) == 0  # the only choice there was
 
 
+def test_top_logprobs_are_those_of_score(bare, tmp_path: Path) -> None:
+    """At any temperature and truncation they are the model's own."""
+    rows = write(tmp_path / "in.jsonl", [{"tokens": p} for p in PROMPTS])
+    out, scores = tmp_path / "out.jsonl", tmp_path / "scores.jsonl"
+    flags = ("--max_new_tokens=8", "--temperature=0.7", "--min_p=0.05", "--presence_penalty=1.5")
+    shared = (f"--model={bare[0]}", f"--prompts={rows}", f"--out={out}", *flags)
+    assert call(generate, *shared, "--top_logprobs=4") == 0
+    found = [(row["prompt_tokens"], row["samples"][0]) for row in read(out)]
+    whole = write(tmp_path / "whole.jsonl", [{"tokens": p + s["tokens"]} for p, s in found])
+    shared = (f"--model={bare[0]}", f"--tokens={whole}", f"--out={scores}", "--top_k=4")
+    assert call(score, *shared) == 0
+    for (prompt, sample), scored in zip(found, read(scores), strict=True):
+        own, top = scored["logprobs"][len(prompt) :], scored["top"][len(prompt) :]
+        np.testing.assert_allclose(sample["model_logprobs"], own, atol=1e-4)
+        np.testing.assert_allclose(sample["top_logprobs"], top, atol=1e-4)
+        assert not np.allclose(sample["logprobs"], own, atol=1e-2)
+
+
+def test_rows_with_limits_of_their_own(bare, tmp_path: Path) -> None:
+    path, network = bare
+    own = [{"tokens": p, "max_new_tokens": n} for p, n in zip(PROMPTS, (3, 9, 1), strict=False)]
+    rows = write(tmp_path / "in.jsonl", [*own, {"tokens": PROMPTS[3]}])
+    out = tmp_path / "out.jsonl"
+    shared = (f"--model={path}", f"--prompts={rows}", f"--out={out}", "--temperature=0")
+    assert call(generate, *shared, "--max_new_tokens=5") == 0
+    for row, prompt, limit in zip(read(out), PROMPTS, (3, 9, 1, 5), strict=True):
+        (sample,) = row["samples"]
+        assert sample["tokens"] == greedy(network, prompt, limit)
+        assert (len(sample["logprobs"]), sample["finish_reason"]) == (limit, "length")
+
+
+def test_stop_strings_end_a_response(chatty: Path, tmp_path: Path) -> None:
+    rows = write(tmp_path / "in.jsonl", [{"prompt": t} for t in ("2 + 3 =", "So", "x")])
+    out = tmp_path / "out.jsonl"
+    shared = (f"--model={chatty}", f"--prompts={rows}", f"--out={out}", "--temperature=0")
+    assert call(generate, *shared, "--max_new_tokens=32") == 0
+    whole = [row["samples"][0] for row in read(out)]
+    stop = whole[0]["text"].strip("\ufffd")[5:8]
+    assert call(generate, *shared, "--max_new_tokens=32", "--stop=@@@@", f"--stop={stop}") == 0
+    tokenizer = AutoTokenizer.from_pretrained(chatty)
+    for row, before in zip(read(out), whole, strict=True):
+        (sample,), text = row["samples"], before["text"]
+        count = len(sample["tokens"])
+        assert sample["tokens"] == before["tokens"][:count]
+        assert len(sample["logprobs"]) == count
+        assert sample["text"] == text.split(stop)[0]
+        assert (sample["finish_reason"] == "stop") == (
+            stop in text or before["finish_reason"] == "stop"
+        )
+        if stop in text:
+            decode = [
+                tokenizer.decode(before["tokens"][:n], skip_special_tokens=True)
+                for n in (count - 1, count)
+            ]
+            assert [stop in t for t in decode] == [False, True]
+    assert read(out)[0]["samples"][0]["text"] != whole[0]["text"]
+
+
+def test_rows_that_cannot_be_continued_leave_the_others(
+    bare, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Empty, too long, or with a token whose embedding is nan: named, and the exit code is 2."""
+    network = Qwen3ForCausalLM.from_pretrained(bare[0])
+    with torch.no_grad():
+        network.model.embed_tokens.weight[90] = torch.nan
+    path = tmp_path / "poisoned"
+    network.save_pretrained(path)
+    good = [{"tokens": PROMPTS[i]} for i in (0, 2, 3)]
+    bad = [{"tokens": PROMPTS[1]}, {"tokens": []}, {"tokens": [1] * 128}]
+    rows = [good[0], bad[0], bad[1], good[1], bad[2], good[2]]
+    out = tmp_path / "out.jsonl"
+
+    def found(rows: list, code: int) -> list[dict]:
+        file = write(tmp_path / "in.jsonl", rows)
+        flags = ("--max_new_tokens=6", "--top_k=2", "--seed=3")
+        assert (
+            call(generate, f"--model={path}", f"--prompts={file}", f"--out={out}", *flags) == code
+        )
+        return read(out)
+
+    written = found(rows, 2)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ") and "in.jsonl:2: the logits are nan after 0 sampled" in said
+    assert "(and 2 more rows); the other rows are in" in said
+    errors = [row.get("error", "").partition("jsonl:")[2] for row in written]
+    assert [e.partition(" ")[0] for e in errors] == ["", "2:", "3:", "", "5:", ""]
+    assert [row["samples"] == [] for row in written] == [bool(e) for e in errors]
+    usable = [row if row in good else good[0] for row in rows]
+    for row, alone in zip(written, found(usable, 0), strict=True):
+        assert row["samples"] == alone["samples"] or row.get("error")
+
+
 def test_rows_of_text(chatty: Path, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "What is 2 + 3?"}]
     rows = write(
@@ -295,6 +387,14 @@ BAD_PROMPTS = [
     ([{"tokens": [1]}], ("--top_p=0",), "--top_p=0"),
     ([{"tokens": [1]}], ("--top_p=1.5",), "--top_p=1.5"),
     ([{"tokens": [1]}], ("--top_k=-1",), "top_k"),
+    ([{"tokens": [1]}], ("--top_k=132",), "--top_k=132: the vocabulary has 131 tokens"),
+    ([{"tokens": [1]}], ("--min_p=1.5",), "--min_p=1.5"),
+    ([{"tokens": [1]}], ("--presence_penalty=nan",), "--presence_penalty=nan"),
+    ([{"tokens": [1]}], ("--top_logprobs=132",), "--top_logprobs=132"),
+    ([{"tokens": [1]}], ("--stop=x", "--stop="), "--stop=: an empty text"),
+    ([{"tokens": [1]}], ("--stop=x",), "no tokenizer to find it with"),
+    ([{"tokens": [1]}, {"tokens": [1], "max_new_tokens": 0}], (), "in.jsonl:2: max_new_tokens=0"),
+    ([{"tokens": [1], "max_new_tokens": 2.5}], (), "in.jsonl:1: max_new_tokens=2.5"),
     ([{"tokens": [1]}], ("--samples=0",), "samples"),
     ([{"tokens": [1]}], ("--thinking=maybe",), "thinking"),
     ([{"tokens": [1]}], ("--model=no/such/place",), "no/such/place: no model directory"),

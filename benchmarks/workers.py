@@ -1,0 +1,216 @@
+"""The samplers that benchmarks/rollout.py compares, each in a process, perhaps a venv, of its own.
+
+    python -m benchmarks.workers NAME MODEL DTYPE CACHE
+
+loads a model and then answers jobs, one JSON object a line: {"prompts", "new", "mode"?, ...} gives
+{"seconds", "tokens"}, the tokens of every response. All jobs are greedy and none stops early, so
+that every sampler does the same work. Imports nothing of the project at the top: another venv runs
+this file too. What a library prints goes to stderr.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Job = dict[str, Any]
+Answer = dict[str, Any]
+
+
+def ours(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
+    """distill.rollout, and what else is asked of this project itself."""
+    import jax
+
+    from distill import policy, rollout
+    from distill.sampling import Sampling
+
+    subject = policy.reader(model, dtype)
+    with policy.use(subject):
+        subject = policy.load(subject, dtype)
+
+    def respond(prompts: list[list[int]], new: int, samples: int, rows: int) -> list[list[int]]:
+        with policy.use(subject):
+            groups = rollout.complete(
+                subject,
+                prompts,
+                samples=samples,
+                key=jax.random.key(0),
+                max_new_tokens=new,
+                sampling=Sampling(0),
+                batch_size=rows,
+            )
+            return [c.tokens for group in groups for c in group]
+
+    def static(job: Job) -> list[list[int]]:
+        """Rows with lengths of their own in batches, each of which lasts as long as its longest."""
+        done, rows = [], job["rows"]
+        for at in range(0, len(job["prompts"]), rows):
+            lengths = job["lengths"][at : at + rows]
+            # Few lengths, of which each is compiled.
+            found = respond(
+                job["prompts"][at : at + rows], rollout.bucket(max(lengths)), 1, len(lengths)
+            )
+            done += [tokens[:n] for tokens, n in zip(found, lengths, strict=True)]
+        return done
+
+    def answer(job: Job) -> Answer:
+        mode = job.get("mode")
+        if mode == "bandwidth":
+            return _bandwidth()
+        start = time.perf_counter()
+        if mode == "static":
+            tokens = static(job)
+        else:
+            samples = job.get("samples", 1)
+            tokens = respond(job["prompts"], job["new"], samples, len(job["prompts"]) * samples)
+        return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+    return answer
+
+
+def _bandwidth() -> Answer:
+    """Bytes a second that all devices' memory gives to a read, and to a copy in place (r + w)."""
+    import jax
+    import jax.numpy as jnp
+
+    GIB = 2**30
+    x, v = jnp.ones((4096, GIB // 4 // 4096)), jnp.ones(GIB // 4 // 4096)
+    read = jax.jit(lambda x, v: x @ v)
+    copy = jax.jit(lambda x: x + 1, donate_argnums=0)
+    times: dict[str, list[float]] = {"read": [], "copy": []}
+    for _ in range(6):
+        start = time.perf_counter()
+        jax.block_until_ready(read(x, v))
+        middle = time.perf_counter()
+        x = jax.block_until_ready(copy(x))
+        times["read"].append(middle - start)
+        times["copy"].append(time.perf_counter() - middle)
+    # The best of them is what the machine can do; the first of each was compiled.
+    return {"read": GIB / min(times["read"][1:]), "copy": 2 * GIB / min(times["copy"][1:])}
+
+
+def transformers(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
+    """Hugging Face generate; mode "static" has a cache of fixed size, else it grows."""
+    import torch
+    from transformers import AutoModelForCausalLM, StaticCache
+
+    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    network = network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    def answer(job: Job) -> Answer:
+        ids = torch.tensor(job["prompts"], device=network.device)
+        options: dict[str, Any] = {}
+        start = time.perf_counter()
+        if job["mode"] == "static":
+            options["past_key_values"] = StaticCache(config=network.config, max_cache_len=cache)
+            options["disable_compile"] = network.device.type == "cpu"  # there it is slower
+        with torch.inference_mode():
+            out = network.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=job["new"],
+                min_new_tokens=job["new"],
+                do_sample=False,
+                pad_token_id=0,
+                **options,
+            )
+        tokens = out[:, ids.shape[1] :].tolist()  # waits for the device
+        return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+    return answer
+
+
+class _Ids:
+    """The tokenizer that tunix asks for: texts are ids already; padding and end are never met."""
+
+    def __init__(self, last: int) -> None:
+        self._last = last
+
+    def encode(self, text: str, **_: Any) -> list[int]:
+        return [int(i) for i in text.split()]
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return ""
+
+    def bos_id(self) -> int:
+        return -1
+
+    def eos_id(self) -> int:
+        return self._last
+
+    def pad_id(self) -> int:
+        return self._last
+
+
+def tunix(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
+    """google-tunix's own sampler: one jitted loop over a cache of fixed size."""
+    import jax
+    import jax.numpy as jnp
+    from tunix.generate import sampler as sampler_lib  # pyright: ignore[reportMissingImports]
+    from tunix.models.qwen3 import model as model_lib  # pyright: ignore[reportMissingImports]
+    from tunix.models.qwen3 import params  # pyright: ignore[reportMissingImports]
+
+    fields = json.loads((Path(model) / "config.json").read_text())
+    rope = fields.get("rope_parameters") or fields  # transformers 5 and 4
+    config = model_lib.ModelConfig(
+        num_layers=fields["num_hidden_layers"],
+        vocab_size=fields["vocab_size"],
+        embed_dim=fields["hidden_size"],
+        hidden_dim=fields["intermediate_size"],
+        num_heads=fields["num_attention_heads"],
+        head_dim=fields["head_dim"],
+        num_kv_heads=fields["num_key_value_heads"],
+        rope_theta=rope["rope_theta"],
+        norm_eps=fields["rms_norm_eps"],
+        use_tied_embedding=fields["tie_word_embeddings"],
+        dtype=jnp.dtype(dtype),
+        param_dtype=jnp.dtype(dtype),
+    )
+    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with mesh:
+        network = params.create_model_from_safe_tensors(model, config, mesh, jnp.dtype(dtype))
+    shape = sampler_lib.CacheConfig(cache, config.num_layers, config.num_kv_heads, config.head_dim)
+    sampler = sampler_lib.Sampler(network, _Ids(fields["vocab_size"] - 1), shape)
+
+    def answer(job: Job) -> Answer:
+        texts = [" ".join(map(str, prompt)) for prompt in job["prompts"]]
+        start = time.perf_counter()
+        with mesh:
+            out = sampler(
+                texts,
+                max_generation_steps=job["new"],
+                max_prompt_length=len(job["prompts"][0]),
+                temperature=0.0,
+            )
+        tokens = [row.tolist() for row in out.tokens]
+        return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+    return answer
+
+
+WORKERS = {"ours": ours, "transformers": transformers, "tunix": tunix}
+
+
+def main() -> None:
+    name, model, dtype, cache = sys.argv[1:]
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    try:
+        work = WORKERS[name](model, dtype, int(cache))
+    except ImportError as error:
+        print(json.dumps({"absent": f"not installed ({error})"}), file=answers, flush=True)
+        return
+    versions = {}
+    for package in ("jax", "torch", "transformers", "tunix"):
+        if package in sys.modules:
+            versions[package] = getattr(sys.modules[package], "__version__", "")
+    print(json.dumps({"versions": versions}), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(work(json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
