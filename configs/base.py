@@ -61,6 +61,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.student.random_init = False  # take config and tokenizer from path, weights at random
     c.student.dtype = "bfloat16"  # of activations; trained parameters are always float32
     c.student.remat = True  # recompute each layer in the backward pass: less memory, 4/3 the time
+    c.student.balance_loss = 0.0  # weight of the load-balancing loss of experts; 0.001 is usual
     c.teacher = ConfigDict()
     c.teacher.path = ""  # needed where a stage is opd
     # int8 or float8_e4m3fn: the layers' kernels in 8 bits, a scale for each output channel;

@@ -27,3 +27,4 @@ class Batch:
     sampler_logp_BT: jax.Array | None = None  # float32, of the distribution drawn from
     finished_B: jax.Array | None = None  # bool: ended by a stop token, not by the length limit
     teacher_hidden_BTD: jax.Array | None = None  # the teacher's final hidden states
+    experts_BTLA: jax.Array | None = None  # int16: the sampler's, which the update then replays

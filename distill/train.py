@@ -88,6 +88,8 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
         if dtype not in allowed:
             raise UserError(f"config.{field}: {dtype!r} is none of {', '.join(allowed)}")
     student = policy.describe(c.student.path, c.student.dtype, c.student.remat, mesh)
+    if c.student.balance_loss and not any(student.config.sparse_layers):
+        raise UserError(f"config.student.balance_loss: {c.student.path} has no experts to balance")
     if not c.student.random_init:
         policy.check(student)
     taught = None
@@ -331,7 +333,13 @@ def run_stage(
     root = jax.random.key(c.seed)
     collect = COLLECT[s.objective](plan, stage, c.seed, mesh)
     take_step = update.make(
-        student.model, stage.optimizer, s.objective, s.accumulate, c.logits_mib * mesh.size, state
+        student.model,
+        stage.optimizer,
+        s.objective,
+        s.accumulate,
+        c.logits_mib * mesh.size,
+        state,
+        c.student.balance_loss,
     )
     teacher_head = model.head(plan.teacher.params) if plan.teacher else None
     schedule = optim.schedule(s.optim, s.steps)

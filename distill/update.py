@@ -84,8 +84,15 @@ def loss_sums(
     params: Params,
     batch: Batch,
     teacher_head_VE: jax.Array | None,
+    balance: float = 0.0,
 ) -> tuple[jax.Array, tuple[metrics.Sums, losses.Stats]]:
-    """The summed loss over trained tokens, and (sum, count) pairs and [B, T] stats beside it."""
+    """The summed loss over trained tokens, and (sum, count) pairs and [B, T] stats beside it.
+
+    balance: weight of the routers' load-balancing loss (models.qwen3.moe.summary), which counts as
+      often as there are trained tokens. It is a product of two means, not a sum over tokens: with
+      accumulation it is that of each micro-batch, over all devices, and not of the whole batch,
+      whose loads are known only when the last one is through (arXiv 2501.11873 on the difference).
+    """
     hidden_BTD, routing = policy.routed(qwen3, params, batch)
     stats = losses.token_stats(
         hidden_BTD,
@@ -104,6 +111,9 @@ def loss_sums(
     if batch.sampler_logp_BT is not None:
         delta_BT = jnp.abs(stats["logp"] - losses.shift(batch.sampler_logp_BT))
         sums["sampler_delta"] = (jnp.sum(delta_BT * mask_BT), count)
+    if balance:
+        load_LE, p_LE = (total / tokens for total, tokens in (sums["load_LE"], sums["p_LE"]))
+        loss += balance * count * moe.summary(load_LE, p_LE)["load_balancing_loss"]
     return loss, (sums, {k: losses.unshift(x * mask_BT) for k, x in stats.items()})
 
 
@@ -114,15 +124,16 @@ def make(
     accumulate: int,
     logits_mib: float,
     state: TrainState,
+    balance: float = 0.0,
 ) -> Step:
     """The jitted step (state, batch, teacher's head) -> (state, metrics, per-token stats).
 
     `state` gives shardings, which the new state keeps. The state is donated. The gradient is that
     of Σ loss / Σ tokens over the whole batch, however many micro-batches and devices share it:
-    sums are accumulated in float32 and divided once.
+    sums are accumulated in float32 and divided once. Of `balance` see `loss_sums`.
     """
     grad = jax.value_and_grad(
-        functools.partial(loss_sums, qwen3, objective, logits_mib), has_aux=True
+        functools.partial(loss_sums, qwen3, objective, logits_mib, balance=balance), has_aux=True
     )
 
     def step(state: TrainState, batch: Batch, teacher_head_VE: jax.Array | None):
