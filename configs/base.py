@@ -93,6 +93,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.student.dtype = "bfloat16"  # of activations; trained parameters are always float32
     c.student.param_dtype = "bfloat16"  # of a base that LoRA leaves frozen
     c.student.remat = True  # recompute each layer in the backward pass: less memory, 4/3 the time
+    c.student.balance_loss = 0.0  # weight of the load-balancing loss of experts; 0.001 is usual
     c.student.lora = ConfigDict()  # or path names a PEFT adapter of these: it is trained on
     c.student.lora.rank = 0  # 0: all parameters are trained; else a low-rank term beside the base
     c.student.lora.alpha = 32.0  # the term counts alpha / rank

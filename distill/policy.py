@@ -329,14 +329,28 @@ def routed(
 ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
     """`hidden`, and (sum, count) pairs of what the routers did (models.qwen3.moe.sums).
 
-    With `trained`, a LoRA, beside the parameters.
+    With `trained`, a LoRA, beside the parameters. Where the batch says which experts its sampler
+    chose, they are chosen again.
     """
     applied: Any = qwen3.apply(
         {"params": params} if trained is None else {"params": params, LORA: trained},
         batch.tokens_BT,
         batch.positions_BT,
         batch.segments_BT,
+        replay_BTLA=batch.experts_BTLA,
         mutable=[moe.ROUTER],
     )
     (out_BTD, _), noted = applied
     return out_BTD, moe.sums(noted.get(moe.ROUTER, {}))
+
+
+def chosen(qwen3: Qwen3, params: Params, batch: Batch) -> jax.Array:
+    """Which experts a forward pass chooses, [B, T, L, A] int16: what Batch.experts_BTLA holds."""
+    applied: Any = qwen3.apply(
+        {"params": params},
+        batch.tokens_BT,
+        batch.positions_BT,
+        batch.segments_BT,
+        mutable=[moe.CHOSEN],
+    )
+    return moe.chosen(applied[1][moe.CHOSEN])

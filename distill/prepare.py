@@ -86,6 +86,8 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
         kernel=c.attention,
         tokenizer_of=m.tokenizer,
     )
+    if c.student.balance_loss and not any(student.config.sparse_layers):
+        raise UserError(f"config.student.balance_loss: {c.student.path} has no experts to balance")
     if not c.student.random_init:
         policy.check(student)
     taught = None

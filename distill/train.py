@@ -189,6 +189,7 @@ def run_stage(
         s.accumulate,
         c.logits_mib * mesh.size,
         state,
+        c.student.balance_loss,
     )
     teacher_head = model.head(plan.teacher.params) if plan.teacher else None
     frozen = student.params if student.model.lora else None

@@ -85,10 +85,15 @@ def loss_sums(
     batch: Batch,
     teacher_head_VE: jax.Array | None,
     frozen: Params | None = None,
+    balance: float = 0.0,
 ) -> tuple[jax.Array, tuple[metrics.Sums, losses.Stats]]:
     """The weighted sum of the loss, and (sum, count) pairs and [B, T] stats beside it.
 
-    `params` is what is trained: with `frozen` parameters, the LoRA beside them.
+    params: what is trained: with `frozen` parameters, the LoRA beside them.
+    balance: weight of the routers' load-balancing loss (models.qwen3.moe.summary), which counts as
+      often as `count` of the loss. It is a product of two means, not a sum over tokens: with
+      accumulation it is that of each micro-batch, over all devices, and not of the whole batch,
+      whose loads are known only when the last one is through (arXiv 2501.11873 on the difference).
     """
     params, lora = (params, None) if frozen is None else (frozen, params)
     hidden_BTD, routing = policy.routed(qwen3, params, batch, lora)
@@ -115,6 +120,9 @@ def loss_sums(
         stats["sampler_delta"] = jnp.abs(stats["logp"] - known["sampler_logp_BT"])
     sums = {name: (jnp.sum(x * mask_BT), tokens) for name, x in stats.items()}
     sums |= {"loss": (total, count), **routing}
+    if balance:
+        load_LE, p_LE = (of / seen for of, seen in (sums["load_LE"], sums["p_LE"]))
+        total += balance * count * moe.summary(load_LE, p_LE)["load_balancing_loss"]
     return total, (sums, {k: losses.unshift(x * mask_BT) for k, x in stats.items()})
 
 
@@ -126,16 +134,17 @@ def make(
     accumulate: int,
     logits_mib: float,
     state: TrainState,
+    balance: float = 0.0,
 ) -> Step:
     """The jitted step: see Step.
 
     `state` gives shardings, which the new state keeps. The state is donated, and nothing else. The
     gradient is that of Σ weight·loss / Σ count over the whole batch (losses.weights, of which
     `limit` is one), in however many micro-batches and devices: sums are accumulated in float32 and
-    divided once.
+    divided once. Of `balance` see `loss_sums`.
     """
     graded = jax.value_and_grad(
-        functools.partial(loss_sums, qwen3, loss, limit, logits_mib), has_aux=True
+        functools.partial(loss_sums, qwen3, loss, limit, logits_mib, balance=balance), has_aux=True
     )
 
     def step(

@@ -23,7 +23,7 @@ from models.qwen3 import attention, quantised
 from models.qwen3.cache import Cache
 from models.qwen3.config import Config
 from models.qwen3.lora import LORA, LoRA, factors
-from models.qwen3.moe import ROUTER, MoE
+from models.qwen3.moe import CHOSEN, ROUTER, MoE
 from models.qwen3.rope import rotary, rotate
 
 Params = Any  # nested dict of arrays, one entry per module below
@@ -127,7 +127,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[jax.Array, Cache | None], layer: Any, rope: Any, segments_BT: jax.Array
+        self,
+        carry: tuple[jax.Array, Cache | None],
+        layer: Any,
+        rope: Any,
+        segments_BT: jax.Array,
+        replay_BTA: jax.Array | None = None,
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
         x_BTD, cache = carry
         normed = RMSNorm(self.config.rms_norm_eps, name="attention_norm")(x_BTD)
@@ -137,7 +142,7 @@ class Block(nn.Module):
         x_BTD = x_BTD + mixed
         normed = RMSNorm(self.config.rms_norm_eps, name="mlp_norm")(x_BTD)
         if self.sparse:
-            x_BTD = x_BTD + MoE(self.config, self.lora, name="moe")(normed, segments_BT)
+            x_BTD = x_BTD + MoE(self.config, self.lora, name="moe")(normed, segments_BT, replay_BTA)
         else:
             x_BTD = x_BTD + MLP(self.config, self.lora, name="mlp")(normed)
         return (nn.with_logical_constraint(x_BTD, ("batch", None, None)), cache), None
@@ -169,11 +174,13 @@ class Qwen3(nn.Module):
         positions_BT: jax.Array,
         segments_BT: jax.Array,
         cache: Cache | None = None,
+        replay_BTLA: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states [B, T, D] in `dtype`, and the cache with these tokens written.
 
         With a cache, the tokens go to its next T slots, and attend to what it holds already; as
-        many tokens as it has slots must come to an empty one. A decoding step is T == 1.
+        many tokens as it has slots must come to an empty one. A decoding step is T == 1. With
+        replay_BTLA (moe.chosen) the sparse layers compute with those experts.
         """
         c = self.config
         D, L = c.hidden_size, c.num_hidden_layers
@@ -191,21 +198,25 @@ class Qwen3(nn.Module):
         scan = self.scan and len(set(c.sparse_layers)) == 1
         block = nn.remat(Block, prevent_cse=not scan) if self.remat else Block
         carry = (x_BTD, cache)
+        replay = None if replay_BTLA is None else replay_BTLA.transpose(2, 0, 1, 3)
         if scan:
             layers = nn.scan(
                 block,
-                variable_axes={"params": 0, LORA: 0, ROUTER: 0},
+                variable_axes={"params": 0, LORA: 0, ROUTER: 0, CHOSEN: 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
+                in_axes=(0, nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
                 length=L,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             stack = layers(c, c.sparse_layers[0], self.kernel, lora, name="layers")
-            carry, _ = stack(carry, jnp.arange(L), rope, segments_BT)
+            carry, _ = stack(carry, jnp.arange(L), rope, segments_BT, replay)
         else:
             for layer, sparse in enumerate(c.sparse_layers):
                 one = block(c, sparse, self.kernel, lora, name=f"layers_{layer}")
-                carry, _ = one(carry, layer, rope, segments_BT)
+                chosen = (
+                    replay[sum(c.sparse_layers[:layer])] if sparse and replay is not None else None
+                )
+                carry, _ = one(carry, layer, rope, segments_BT, chosen)
         x_BTD, cache = carry
         if cache is not None:
             cache = cache.move(tokens_BT.shape[1])

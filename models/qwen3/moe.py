@@ -22,23 +22,34 @@ from models.qwen3.quantised import Kernel, ragged_dot
 
 Kernels = tuple[Kernel, Kernel, Kernel]  # gate and up [E, D, F], down [E, F, D]
 Low = tuple[Factors | None, Factors | None, Factors | None]  # LoRA's a and b of each of these
-ROUTER = "router"  # the Linen collection of what the routers did
+ROUTER = "router"  # the Linen collection of what the routers did, in sums
+CHOSEN = "chosen"  # that of which experts they chose
 
 _GATE_UP, _DOWN = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
 _NO_LOW: Low = (None, None, None)
 
 
 def route(
-    logits_ME: jax.Array, experts_per_token: int, renormalise: bool
+    logits_ME: jax.Array,
+    experts_per_token: int,
+    renormalise: bool,
+    replay_MA: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Softmax in float32 over all experts, then the most likely ones of each token.
+
+    With `replay_MA` those instead, at this router's probabilities, into which gradients flow: the
+    experts that another forward pass chose (routing replay, arXiv 2510.11370).
 
     Returns:
       p_ME, and weights_MA and chosen_MA (int32): what each token's experts count for, and which
       they are. With `renormalise` a token's weights sum to one.
     """
     p_ME = jax.nn.softmax(logits_ME.astype(jnp.float32), axis=-1)
-    weights_MA, chosen_MA = jax.lax.top_k(p_ME, experts_per_token)
+    if replay_MA is None:
+        weights_MA, chosen_MA = jax.lax.top_k(p_ME, experts_per_token)
+    else:
+        chosen_MA = replay_MA.astype(jnp.int32)
+        weights_MA = jnp.take_along_axis(p_ME, chosen_MA, axis=-1)
     if renormalise:
         weights_MA = weights_MA / jnp.sum(weights_MA, axis=-1, keepdims=True)
     return p_ME, weights_MA, chosen_MA
@@ -153,14 +164,16 @@ class MoE(nn.Module):
     """The experts that the router picks for each token, weighted by its probabilities.
 
     Where the collection ROUTER is mutable, the module leaves in it, over the tokens of a segment,
-    what `sums` reads.
+    what `sums` reads; in CHOSEN the experts of each token [B, T, A].
     """
 
     config: Config
     lora: LoRA | None = None
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    def __call__(
+        self, x_BTD: jax.Array, segments_BT: jax.Array, replay_BTA: jax.Array | None = None
+    ) -> jax.Array:
         c = self.config
         D, F, E = c.hidden_size, c.moe_intermediate_size, c.num_experts
         fan_in = nn.initializers.variance_scaling(
@@ -183,10 +196,14 @@ class MoE(nn.Module):
         logits_ME = jnp.einsum(
             "MD,DE->ME", x_MD, router_DE.astype(x_MD.dtype), preferred_element_type=jnp.float32
         )
-        p_ME, weights_MA, chosen_MA = route(logits_ME, c.num_experts_per_tok, c.norm_topk_prob)
+        A = c.num_experts_per_tok
+        replay_MA = None if replay_BTA is None else replay_BTA.reshape(-1, A)
+        p_ME, weights_MA, chosen_MA = route(logits_ME, A, c.norm_topk_prob, replay_MA)
         y_MD, sizes_E = experts(
             x_MD, weights_MA, chosen_MA, (gate, up, down), (gate_low, up_low, down_low)
         )
+        last = {"init_fn": lambda: None, "reduce_fn": lambda _, new: new}
+        self.sow(CHOSEN, "experts", chosen_MA.reshape(*x_BTD.shape[:2], A), **last)
         if self.is_mutable_collection(ROUTER):
             real_M1 = (segments_BT.reshape(-1, 1) > 0).astype(jnp.float32)
             chosen_ME = jax.nn.one_hot(chosen_MA, E).sum(axis=1)
@@ -199,7 +216,7 @@ class MoE(nn.Module):
                 "computed": jnp.sum(sizes_E).astype(jnp.float32),
             }
             for name, value in noted.items():
-                self.sow(ROUTER, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+                self.sow(ROUTER, name, value, **last)
         return y_MD.reshape(x_BTD.shape)
 
 
@@ -227,6 +244,14 @@ def sums(noted: Mapping[str, Any]) -> dict[str, tuple[jax.Array, jax.Array]]:
         "load_LE": (joined("load_E"), tokens_L[0]),
         "p_LE": (joined("p_E"), tokens_L[0]),
     }
+
+
+def chosen(noted: Mapping[str, Any]) -> jax.Array:
+    """The experts of each token and sparse layer [B, T, L, A], int16, from the collection CHOSEN of
+    one forward pass: what Qwen3 replays."""
+    layers = [block["moe"]["experts"] for block in noted.values()]
+    parts = [x if x.ndim == 4 else x[None] for x in layers]
+    return jnp.concatenate(parts).transpose(1, 2, 0, 3).astype(jnp.int16)
 
 
 def summary(load_LE: jax.Array, p_LE: jax.Array) -> dict[str, jax.Array]:
