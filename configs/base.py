@@ -5,17 +5,36 @@
         --config.opd.data.source=gsm8k.jsonl
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
+
+# Fields of losses.Loss and their types.
+LOSS = {
+    **dict.fromkeys(("sft", "teacher", "reward", "reference", "beta", "skew"), float),
+    **dict.fromkeys(("temperature", "discount", "clip_low", "clip_high", "truncate"), float),
+    **dict.fromkeys(("divergence", "estimator", "k_of", "served", "k1_of"), str),
+    **dict.fromkeys(("group", "ratio", "clip", "aggregation"), str),
+    **dict.fromkeys(("k", "served_k"), int),
+    "baseline": bool,
+}
 
 
 def stage(objective: str) -> ConfigDict:
     """One stage of training: an objective, what it reads, and its own optimiser."""
     c = ConfigDict()
-    c.objective = objective  # sft: cross-entropy on traces; opd: reverse KL on own samples
+    # What is minimised, a row of losses.TABLE. On traces: sft (cross-entropy), distill (forward KL
+    # from the teacher); half and half: gkd; on own samples: opd (reverse KL), opd_sampled, grpo,
+    # dr_grpo, dapo, gspo, cispo, rloo, hybrid (reward and teacher at once).
+    c.objective = objective
+    c.on_policy = config_dict.placeholder(float)  # share of rows that the student writes itself
+    c.loss = ConfigDict()  # any field of losses.Loss, in place of the objective's own
+    for field, kind in LOSS.items():
+        c.loss[field] = config_dict.placeholder(kind)
     c.steps = 100
     c.batch_size = 64  # sequences a step; for opd prompts x samples
     c.samples = 1  # opd: responses to each prompt
     c.accumulate = 1  # micro-batches a step; memory falls with it, the gradient stays the same
+    c.minibatches = 1  # updates that share a step's rows; schedules count updates
+    c.epochs = 1  # how often a step's rows are trained on; above 1 the ratio corrects for it
     c.max_prompt_tokens = 512  # a longer prompt is refused
     c.max_response_tokens = 1024  # sft: traces are cut here; opd: sampling stops here
 
@@ -38,6 +57,20 @@ def stage(objective: str) -> ConfigDict:
     c.data.thinking = True  # the chat template's switch
     c.data.operations = (3, 5)  # arithmetic: fewest and most operations of a problem
     c.data.split = "train"  # arithmetic: train or test; they share no problem
+
+    # Rewards, for objectives that have one: a weighted sum of terms in [0, 1] or [-1, 0].
+    c.reward = ConfigDict()
+    c.reward.grader = "arithmetic"  # a benchmark's, which compares with the rows' answers
+    c.reward.correct = 1.0
+    c.reward.format = 0.0  # one closed think block, then an answer
+    c.reward.length = 0.0  # a penalty on the last `margin` tokens before max_response_tokens
+    c.reward.margin = 0
+    c.reward.repetition = 0.0  # a penalty on runs of 8 tokens said before
+    c.reward.judge = 0.0  # mean log-probability that the teacher gives the response
+    # Groups whose rewards are all equal teach nothing. keep: they count as zero; drop: they do not
+    # count; replace: other prompts are asked, up to `rounds` times, and what is left is dropped.
+    c.reward.constant_groups = "keep"
+    c.reward.rounds = 3
 
     # Sampling, for opd. Anything but the plain distribution changes what is being learned.
     c.sampling = ConfigDict()
@@ -126,6 +159,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.log = ConfigDict()
     c.log.transcripts_every = 50  # steps between files of sampled transcripts
     c.log.transcripts = 8  # rows in each
+    c.log.overlap = 0  # tokens of the teacher's top that the student's is compared with; slow
 
     # Evaluation while it trains: every so many steps and after each stage.
     c.eval = ConfigDict()

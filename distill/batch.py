@@ -26,6 +26,9 @@ class Batch:
     mask_BT: jax.Array  # bool
     sampler_logp_BT: jax.Array | None = None  # float32, of the distribution drawn from
     finished_B: jax.Array | None = None  # bool: ended by a stop token, not by the length limit
+    advantages_B: jax.Array | None = None  # float32, of each response's reward
+    old_logp_BT: jax.Array | None = None  # float32: the trainer's own, before the step's updates
+    reference_logp_BT: jax.Array | None = None  # float32
     teacher_hidden_BTD: jax.Array | None = None  # the teacher's final hidden states
     # of the teacher's likeliest tokens in the place of each token: ids, int32, and float32
     # log-probabilities

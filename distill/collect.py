@@ -1,57 +1,207 @@
-"""Where a step's batch comes from: written responses, or the student's own with what the teacher
-makes of them."""
+"""Where a step's batch comes from: written responses, or the student's own with what teacher,
+grader and reference make of them."""
 
+import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
-from distill import data, policy, rollout, teacher
+from distill import advantages, data, policy, rewards, rollout, teacher, terms
 from distill import mesh as mesh_lib
 from distill.batch import Batch
-from distill.prepare import Plan, Stage, rollout_options, sampling
+from distill.prepare import Plan, Stage, rollout_options, sampling, terms_of
 from models.qwen3.model import Params
 
-# collect: (what is trained, step, key of the step) -> (batch, what it measured)
-Collect = Callable[[Params, int, jax.Array], tuple[Batch, dict[str, float]]]
+Measured = dict[str, float]
+# (what is trained, step, key of the step) -> (batch, what it measured)
+Collect = Callable[[Params, int, jax.Array], tuple[Batch, Measured]]
+# (what is trained, step) -> (batch on the host, what it measured)
+Part = Callable[[Params, int], tuple[Batch, Measured]]
 
 
-def traces(plan: Plan, stage: Stage, seed: int, mesh: Mesh) -> Collect:
-    """Off-policy: written responses from the stage's data."""
-    s = stage.c
-
-    def make(step: int) -> tuple[Batch, dict[str, float]]:
-        if stage.packer:
-            rows, T = stage.packer.rows(step - stage.first), s.pack_tokens
-        else:
-            examples = data.at(stage.source, step - stage.first, s.batch_size, seed)
-            rows = [[example] for example in examples]
-            T = s.max_prompt_tokens + s.max_response_tokens
-        batch = data.layout(rows, T, s.max_response_tokens)
-        return batch, data.measure(batch, rows, s.max_response_tokens, stage.source)
-
-    made = data.ahead(make, stage.end)
+def batches(
+    plan: Plan, stage: Stage, seed: int, mesh: Mesh, logits_mib: float, grader: rewards.Grader
+) -> Collect:
+    """The batch of each step of a stage, on the mesh, with all that its loss reads."""
+    s, parts = stage.c, []
+    if stage.sampled:
+        parts.append(_sampled(plan, stage, seed, grader))
+    if stage.sampled < s.batch_size:
+        parts.append(_read(stage, seed))
 
     def collect(params: Params, step: int, key: jax.Array):
-        batch, measured = made(step)
-        return jax.device_put(batch, mesh_lib.rows(mesh)), measured
+        found = [part(params, step) for part in parts]
+        measured = {name: x for _, part in found for name, x in part.items()}
+        batch = jax.device_put(_joined([batch for batch, _ in found]), mesh_lib.rows(mesh))
+        begin = time.perf_counter()
+        if stage.loss.reward and s.reward.judge:
+            batch, judged = _judged(plan, stage, batch, logits_mib)
+            measured |= judged
+        if stage.taught and stage.loss.teacher:
+            assert plan.teacher is not None
+            batch = teacher.score(plan.teacher, batch)
+        if stage.loss.reference:
+            assert plan.reference is not None
+            told = teacher.logp(plan.reference, batch, logits_mib)
+            batch = dataclasses.replace(batch, reference_logp_BT=told)
+        measured["time/score"] = time.perf_counter() - begin
+        return batch, measured
 
     return collect
 
 
-def rollouts(plan: Plan, stage: Stage, seed: int, mesh: Mesh) -> Collect:
-    """On-policy: the student writes, the teacher reads what it wrote."""
-    s, student, taught = stage.c, plan.student, plan.teacher
-    assert taught is not None
-    drawn_from, options, parked = sampling(s), rollout_options(s), stage.parked
-    sampled = policy.sampled(student)
+def _joined(parts: list[Batch]) -> Batch:
+    """Rows of host batches one below the other; what not all of them know is left out."""
+    if len(parts) == 1:
+        return parts[0]
+    fields = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(Batch)}
+    known = {name: xs for name, xs in fields.items() if all(x is not None for x in xs)}
+    return Batch(**{name: np.concatenate(xs) for name, xs in known.items()})
 
-    def collect(params: Params, step: int, key: jax.Array):
-        rows = parked.rows if parked else []
-        begun = parked.begun if parked else (step - stage.first) * s.batch_size
-        rows = rows + _asked(stage, seed, begun, s.batch_size - len(rows))
+
+def _read(stage: Stage, seed: int) -> Part:
+    """Written responses from the stage's data."""
+    s = stage.c
+    top_k = stage.loss.served_k if stage.loss.served == "top" else 0
+
+    def make(step: int) -> tuple[Batch, Measured]:
+        if stage.packer:
+            rows, T = stage.packer.rows(step - stage.first), s.pack_tokens
+        else:
+            examples = data.at(stage.source, step - stage.first, s.batch_size, seed)
+            rows = [[example] for example in examples[stage.sampled :]]
+            T = s.max_prompt_tokens + s.max_response_tokens
+        batch = data.layout(rows, T, s.max_response_tokens, top_k)
+        return batch, data.measure(batch, rows, s.max_response_tokens, stage.source)
+
+    made = data.ahead(make, stage.end)
+    return lambda _, step: made(step)
+
+
+def _sampled(plan: Plan, stage: Stage, seed: int, grader: rewards.Grader) -> Part:
+    """The student's own responses, with their advantages where they are rewarded."""
+    s, write = stage.c, _writer(plan, stage)
+
+    def on_policy(params: Params, step: int) -> tuple[Batch, Measured]:
+        if not stage.loss.reward:
+            ended, measured = write(params, step, _asked(stage, seed, step))
+            return _host_batch(stage, ended), measured
+        begun = time.perf_counter()
+        kept: list[rollout.Row] = []
+        values: list[float] = []
+        left: tuple[list[rollout.Row], list[float]] = ([], [])
+        seen: Counter[str] = Counter()
+        told: dict[str, list[float]] = {}
+        measured: Measured = {}
+        rounds = s.reward.rounds if s.reward.constant_groups == "replace" else 1
+        for turn in range(rounds):
+            # Further rounds ask prompts that no step of the stage does.
+            index = step if turn == 0 else stage.end + step * rounds + turn
+            examples = _examples(stage, seed, index)
+            rows, measured = write(params, step, _rows(stage, seed, index, examples))
+            totals, terms_told = _graded(plan, stage, grader, rows, examples)
+            for name, column in terms_told.items():
+                told.setdefault(name, []).extend(column)
+            for at in range(0, len(rows), s.samples):
+                group, of = rows[at : at + s.samples], totals[at : at + s.samples]
+                flat = len(set(of)) == 1 and not s.reward.judge
+                seen["groups"] += 1
+                seen["constant"] += flat
+                into = left if flat and s.reward.constant_groups != "keep" else (kept, values)
+                into[0].extend(group)
+                into[1].extend(of)
+            if len(kept) >= stage.sampled:
+                break
+        wanted = len(kept[: stage.sampled])
+        rows = (kept + left[0])[: stage.sampled]  # what is dropped keeps the shape, untrained
+        totals = (values + left[1])[: stage.sampled]
+        batch = _host_batch(stage, rows)
+        batch.mask_BT[wanted:] = False  # pyright: ignore[reportIndexIssue]
+        measured |= {
+            "reward/mean": float(np.mean(totals)),
+            "reward/constant_groups": seen["constant"] / seen["groups"],
+            "reward/dropped_rows": stage.sampled - wanted,
+            "time/rollout_and_grading": time.perf_counter() - begun,
+        }
+        for name, column in told.items():
+            measured |= {f"reward/{name}": float(np.mean(column))}
+            measured |= {f"reward/{name}_std": float(np.std(column))}
+        totals = np.array(totals, np.float32)
+        found = dataclasses.replace(batch, advantages_B=_advantages(stage, totals))
+        return found, measured
+
+    return on_policy
+
+
+def _advantages(stage: Stage, totals_B: Any) -> Any:
+    """[B] from rewards in groups; rewards themselves where a judge's part is still to come."""
+    if stage.c.reward.judge:
+        return totals_B
+    found_PG, _ = advantages.group_advantages(
+        jnp.asarray(totals_B).reshape(-1, stage.c.samples), stage.loss.group
+    )
+    return np.asarray(found_PG).reshape(-1)
+
+
+def _judged(plan: Plan, stage: Stage, batch: Batch, logits_mib: float) -> tuple[Batch, Measured]:
+    """The teacher's mean log-probability of each response joins its reward."""
+    assert plan.teacher is not None and batch.advantages_B is not None
+    judged_B = teacher.judge(plan.teacher, batch, logits_mib)
+    totals_PG = (batch.advantages_B + stage.c.reward.judge * judged_B).reshape(-1, stage.c.samples)
+    found_PG, constant_P = advantages.group_advantages(totals_PG, stage.loss.group)
+    measured = {
+        "reward/judge": float(jnp.mean(judged_B)),
+        "reward/judge_std": float(jnp.std(judged_B)),
+        "reward/constant_groups": float(jnp.mean(constant_P)),
+        "reward/mean": float(jnp.mean(totals_PG)),
+    }
+    return dataclasses.replace(batch, advantages_B=found_PG.reshape(-1)), measured
+
+
+def _graded(
+    plan: Plan,
+    stage: Stage,
+    grader: rewards.Grader,
+    rows: Sequence[rollout.Row],
+    examples: Sequence[data.Example],
+) -> tuple[list[float], dict[str, list[float]]]:
+    """The reward of each row without a judge's part, and of each term its values."""
+    s, tokenizer = stage.c, plan.student.tokenizer
+    assert tokenizer is not None
+    texts = [str(tokenizer.decode(row.tokens, skip_special_tokens=True)) for row in rows]
+    asked = [examples[number // s.samples] for number in range(len(rows))]
+    outcomes = ["no_answer"] * len(rows)
+    if s.reward.correct or s.reward.format:
+        outcomes = grader.grade(s.reward.grader, texts, [example.answer for example in asked])
+    responses = [
+        terms.Response(
+            text=text,
+            tokens=row.tokens,
+            finished=row.reason == "stop",
+            outcome=outcome,
+            thinking=bool(s.data.thinking),
+            limit=s.max_response_tokens,
+            margin=s.reward.margin,
+        )
+        for text, row, outcome in zip(texts, rows, outcomes, strict=True)
+    ]
+    return terms.rewards(responses, terms_of(s))
+
+
+def _writer(
+    plan: Plan, stage: Stage
+) -> Callable[[Params, int, list[rollout.Row]], tuple[list[rollout.Row], Measured]]:
+    """The function that samples rows and returns those that ended."""
+    s, student, parked = stage.c, plan.student, stage.parked
+    drawn_from, options, sampled = sampling(s), rollout_options(s), policy.sampled(student)
+
+    def write(params: Params, step: int, rows: list[rollout.Row]):
         counts: Counter[str] = Counter()
         begin = time.perf_counter()
         done = list(
@@ -75,6 +225,7 @@ def rollouts(plan: Plan, stage: Stage, seed: int, mesh: Mesh) -> Collect:
             "rollout/tokens_per_second": counts["tokens"] / took,
             "rollout/mean_length": written / max(1, len(ended)),
             "rollout/truncated": sum(r.reason == "length" for r in ended) / max(1, len(ended)),
+            "rollout/repetition": -float(np.mean([terms.repeated(r.tokens) for r in ended] or [0])),
             "rollout/utilisation": counts["tokens"] / counts["slot_steps"],
             "time/rollout": took,
             "data/skipped": len(stage.source.skipped),
@@ -84,20 +235,39 @@ def rollouts(plan: Plan, stage: Stage, seed: int, mesh: Mesh) -> Collect:
             parked.rows = [row for row in done if not row.reason]
             stale = sum(version < step for row in ended for version in row.versions)
             measured |= {"rollout/ended": len(ended), "rollout/stale": stale / max(1, written)}
-        batch = rollout.to_batch(ended, s.batch_size, s.max_prompt_tokens, s.max_response_tokens)
-        return teacher.score(taught, jax.device_put(batch, mesh_lib.rows(mesh))), measured
+        return ended, measured
 
-    return collect
-
-
-def _asked(stage: Stage, seed: int, begun: int, count: int) -> list[rollout.Row]:
-    """Rows `begun` and after of all that a stage samples, batch_size of them for each step."""
-    s, rows = stage.c, []
-    for step in range(begun // s.batch_size, -(-(begun + count) // s.batch_size)):
-        examples = data.at(stage.source, step, s.batch_size // s.samples, seed)
-        key = jax.random.fold_in(jax.random.key(seed), stage.first + step)
-        rows += rollout.ask(examples, s.samples, key, s.max_response_tokens)
-    return rows[begun % s.batch_size :][:count]
+    return write
 
 
-TABLE = {"sft": traces, "opd": rollouts}
+def _host_batch(stage: Stage, rows: Sequence[rollout.Row]) -> Batch:
+    s = stage.c
+    return rollout.to_batch(rows, stage.sampled, s.max_prompt_tokens, s.max_response_tokens)
+
+
+def _examples(stage: Stage, seed: int, step: int) -> list[data.Example]:
+    """The prompts of a step: the first of what the step reads."""
+    s = stage.c
+    count = stage.sampled // s.samples
+    whole = s.batch_size if stage.sampled < s.batch_size else count
+    return data.at(stage.source, step - stage.first, whole, seed)[:count]
+
+
+def _rows(
+    stage: Stage, seed: int, step: int, examples: Sequence[data.Example]
+) -> list[rollout.Row]:
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return rollout.ask(examples, stage.c.samples, key, stage.c.max_response_tokens)
+
+
+def _asked(stage: Stage, seed: int, step: int) -> list[rollout.Row]:
+    """The rows of a step: those that were parked, and then as many new ones as there is room."""
+    size, parked = stage.sampled, stage.parked
+    if not parked:
+        return _rows(stage, seed, step, _examples(stage, seed, step))
+    begun, count = parked.begun, size - len(parked.rows)
+    rows: list[rollout.Row] = []
+    for index in range(begun // size, -(-(begun + count) // size)):
+        at = stage.first + index
+        rows += _rows(stage, seed, at, _examples(stage, seed, at))
+    return parked.rows + rows[begun % size :][:count]

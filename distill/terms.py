@@ -63,7 +63,12 @@ def length(r: Response) -> float:
 
 def repetition(r: Response) -> float:
     """Minus the share of the response's runs of 8 tokens that it has held before."""
-    runs = [tuple(r.tokens[i : i + _RUN]) for i in range(len(r.tokens) - _RUN + 1)]
+    return repeated(r.tokens)
+
+
+def repeated(tokens: Sequence[int]) -> float:
+    """`repetition` of bare tokens."""
+    runs = [tuple(tokens[i : i + _RUN]) for i in range(len(tokens) - _RUN + 1)]
     return -(1 - len(set(runs)) / len(runs)) if runs else 0.0
 
 

@@ -24,6 +24,7 @@ from distill import (
     optim,
     policy,
     prepare,
+    rewards,
     update,
     validate,
 )
@@ -144,9 +145,16 @@ def run(c: ConfigDict, workdir: Path) -> None:
             plan = dataclasses.replace(
                 plan, student=policy.load(plan.student, c.student.param_dtype)
             )
+        if plan.reference:
+            # Without its LoRA a student is the policy that it began as, at no further memory.
+            begun = plan.student if plan.student.model.lora else plan.reference
+            if begun is plan.reference:
+                begun = policy.load(plan.reference, c.student.param_dtype)
+            plan = dataclasses.replace(plan, reference=begun)
         with (
             Checkpoints(workdir / "checkpoints", c.checkpoint.every, c.checkpoint.keep) as saved,
             validate.judging(validation, plan.student, workdir, c.seed) as judge,
+            rewards.Grader() as grader,
             cli.stop_signals() as stopped,
         ):
             state, at = begin(c, plan, saved)
@@ -154,7 +162,9 @@ def run(c: ConfigDict, workdir: Path) -> None:
                 for index, stage in enumerate(plan.stages[at:], start=at):
                     if index > at:
                         state = update.init(stage.optimizer, state.params, int(state.step))
-                    state = run_stage(c, plan, index, state, mesh, saved, writer, judge, stopped)
+                    state = run_stage(
+                        c, plan, index, state, mesh, saved, writer, judge, grader, stopped
+                    )
                     if stopped():
                         break
         if stopped():
@@ -173,6 +183,7 @@ def run_stage(
     saved: Checkpoints,
     writer: metrics.Writer,
     judge: validate.Judge,
+    grader: rewards.Grader,
     stopped: Callable[[], int],
 ) -> update.TrainState:
     """The loop. Its order is fixed: draw, update, evaluate, log, save. A checkpoint after step i
@@ -180,20 +191,25 @@ def run_stage(
     stage, student = plan.stages[index], plan.student
     s = stage.c
     root = jax.random.key(c.seed)
-    draw = collect.TABLE[s.objective](plan, stage, c.seed, mesh)
+    logits_mib = c.logits_mib * mesh.size
+    draw = collect.batches(plan, stage, c.seed, mesh, logits_mib, grader)
     take_step = update.make(
         student.model,
         stage.optimizer,
-        losses.TABLE[s.objective],
+        stage.loss,
         s.max_response_tokens,
         s.accumulate,
-        c.logits_mib * mesh.size,
+        logits_mib,
         state,
-        c.student.balance_loss,
+        balance=c.student.balance_loss,
+        overlap=c.log.overlap if stage.loss.teacher else 0,
+        minibatches=s.minibatches,
+        epochs=s.epochs,
     )
-    teacher_head = model.head(plan.teacher.params) if plan.teacher else None
+    needed = plan.teacher and stage.loss.teacher and stage.taught
+    teacher_head = model.head(plan.teacher.params) if needed else None
     frozen = student.params if student.model.lora else None
-    schedule = optim.schedule(s.optim, s.steps)
+    schedule = optim.schedule(s.optim, s.steps * stage.updates)
     shown = ("train/loss", "train/grad_norm", "rollout/mean_length", "time/step")
     with metrics.progress(s.steps, int(state.step) - stage.first, stage.name) as bar:
         for step in range(int(state.step), stage.end):
@@ -201,7 +217,7 @@ def run_stage(
             batch, measured = draw(state.params, step, jax.random.fold_in(root, step))
             state, trained, stats = take_step(state, batch, teacher_head, frozen)
             measured |= {f"train/{name}": float(x) for name, x in trained.items()}
-            measured["train/learning_rate"] = float(schedule(step - stage.first))
+            measured["train/learning_rate"] = float(schedule((step - stage.first) * stage.updates))
             measured["time/step"] = time.perf_counter() - start
             meta = {"stage": stage.name, "index": index}
             if stage.packer:

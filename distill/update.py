@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from distill import head, losses, metrics, policy
+from distill import advantages, head, losses, metrics, policy
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from models.qwen3 import model, moe
 from models.qwen3.model import Params, Qwen3
+
+PLACES = (0, 16, 64, 256, 1024, 4096, 16384)  # in a response, between which the KL is reported
 
 
 @jax.tree_util.register_dataclass
@@ -72,6 +74,10 @@ def _micro_batches(batch: Batch, count: int) -> Batch:
     return jax.tree.map(split, batch)
 
 
+def _shifted(top_BTK: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, jax.Array] | None:
+    return None if top_BTK is None else (losses.shift(top_BTK[0]), losses.shift(top_BTK[1]))
+
+
 def _merge(stats: losses.Stats) -> losses.Stats:
     return {k: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]) for k, x in stats.items()}
 
@@ -86,6 +92,7 @@ def loss_sums(
     teacher_head_VE: jax.Array | None,
     frozen: Params | None = None,
     balance: float = 0.0,
+    overlap: int = 0,
 ) -> tuple[jax.Array, tuple[metrics.Sums, losses.Stats]]:
     """The weighted sum of the loss, and (sum, count) pairs and [B, T] stats beside it.
 
@@ -94,6 +101,7 @@ def loss_sums(
       often as `count` of the loss. It is a product of two means, not a sum over tokens: with
       accumulation it is that of each micro-batch, over all devices, and not of the whole batch,
       whose loads are known only when the last one is through (arXiv 2501.11873 on the difference).
+    overlap: compare so many of the teacher's likeliest tokens with the student's.
     """
     params, lora = (params, None) if frozen is None else (frozen, params)
     hidden_BTD, routing = policy.routed(qwen3, params, batch, lora)
@@ -106,11 +114,21 @@ def loss_sums(
         logits_mib=logits_mib,
         split=mesh_lib.split_vocabulary,
         divergence=loss.compared,
+        teacher_top_BTK=_shifted(batch.teacher_top_BTK),
+        overlap=overlap,
         baseline=loss.baseline,
     )
     mask_BT, segments_BT = losses.shift(batch.mask_BT), losses.shift(batch.segments_BT)
-    known = {"sampler_logp_BT": batch.sampler_logp_BT}
+    known = {
+        "sampler_logp_BT": batch.sampler_logp_BT,
+        "old_logp_BT": batch.old_logp_BT,
+        "reference_logp_BT": batch.reference_logp_BT,
+    }
     known = {name: losses.shift(x) for name, x in known.items() if x is not None}
+    if loss.truncate and batch.old_logp_BT is None:  # the first update of a step: none since
+        known["old_logp_BT"] = jax.lax.stop_gradient(stats["logp"])
+    if batch.advantages_B is not None:
+        known["advantages_BT"] = jnp.broadcast_to(batch.advantages_B[:, None], mask_BT.shape)
     stats |= losses.token_losses(loss, stats, mask_BT, segments_BT, **known)
     weight_BT, count = losses.weights(loss, mask_BT, segments_BT, limit)
     total = jnp.sum(stats["loss"] * weight_BT)
@@ -120,6 +138,9 @@ def loss_sums(
         stats["sampler_delta"] = jnp.abs(stats["logp"] - known["sampler_logp_BT"])
     sums = {name: (jnp.sum(x * mask_BT), tokens) for name, x in stats.items()}
     sums |= {"loss": (total, count), **routing}
+    if "reverse_kl" in stats:
+        by_place = advantages.by_offset(stats["reverse_kl"], mask_BT, segments_BT, PLACES)
+        sums |= {f"reverse_kl_from_{place}": x for place, x in by_place.items()}
     if balance:
         load_LE, p_LE = (of / seen for of, seen in (sums["load_LE"], sums["p_LE"]))
         total += balance * count * moe.summary(load_LE, p_LE)["load_balancing_loss"]
@@ -135,23 +156,31 @@ def make(
     logits_mib: float,
     state: TrainState,
     balance: float = 0.0,
+    overlap: int = 0,
+    minibatches: int = 1,
+    epochs: int = 1,
 ) -> Step:
     """The jitted step: see Step.
 
     `state` gives shardings, which the new state keeps. The state is donated, and nothing else. The
     gradient is that of Σ weight·loss / Σ count over the whole batch (losses.weights, of which
     `limit` is one), in however many micro-batches and devices: sums are accumulated in float32 and
-    divided once. Of `balance` see `loss_sums`.
-    """
-    graded = jax.value_and_grad(
-        functools.partial(loss_sums, qwen3, loss, limit, logits_mib, balance=balance), has_aux=True
-    )
+    divided once. Of `balance` and `overlap` see `loss_sums`.
 
-    def step(
+    A step's rows may give several updates: `minibatches` of them, `epochs` times over. The student's
+    own log-probabilities from before the first then stand in the batch as `old_logp_BT`, and the
+    metrics are means over updates.
+    """
+    sums_of = functools.partial(
+        loss_sums, qwen3, loss, limit, logits_mib, balance=balance, overlap=overlap
+    )
+    graded = jax.value_and_grad(sums_of, has_aux=True)
+
+    def once(
         state: TrainState,
         batch: Batch,
         teacher_head_VE: jax.Array | None,
-        frozen: Params | None = None,
+        frozen: Params | None,
     ):
         grad = functools.partial(graded, frozen=frozen)
         if accumulate == 1:
@@ -183,6 +212,30 @@ def make(
         if "ratio" in stats:
             measured["ratio_max"] = jnp.max(stats["ratio"])
         return TrainState(params, opt_state, state.step + 1), measured, stats
+
+    def step(
+        state: TrainState,
+        batch: Batch,
+        teacher_head_VE: jax.Array | None,
+        frozen: Params | None = None,
+    ):
+        if minibatches * epochs == 1:
+            return once(state, batch, teacher_head_VE, frozen)
+        _, (_, before) = sums_of(state.params, batch, teacher_head_VE, frozen)
+        batch = dataclasses.replace(batch, old_logp_BT=jax.lax.stop_gradient(before["logp"]))
+        parts = _micro_batches(batch, minibatches)
+
+        def one(state: TrainState, part: Batch):
+            state, measured, stats = once(state, part, teacher_head_VE, frozen)
+            return state, (measured, stats)
+
+        def epoch(state: TrainState, _: None):
+            return jax.lax.scan(one, state, parts)
+
+        after, (measured, stats) = jax.lax.scan(epoch, state, None, length=epochs)
+        measured = jax.tree.map(jnp.mean, measured)
+        stats = _merge(jax.tree.map(lambda x: x[-1], stats))
+        return dataclasses.replace(after, step=state.step + 1), measured, stats
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None, None))
