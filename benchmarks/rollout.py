@@ -221,7 +221,7 @@ def tail(worker: Worker, fields: Row) -> Row:
         "mean_length": statistics.mean(lengths),
         "static_utilisation": sum(lengths) / (slots * sum(longest)),
     }
-    for mode in ("static",):
+    for mode in ("static", "continuous"):
         job = {"prompts": asked, "lengths": lengths, "rows": slots, "mode": mode}
         worker.ask(**job)  # to compile
         answer = worker.ask(**job)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from distill import losses, metrics, policy, update
 from distill import mesh as mesh_lib
-from distill import metrics, policy, update
 from models.qwen3 import model, moe, weights
 from tests.helpers import tiny_qwen3
 from tests.test_moe import EVEN, SHAPES, T, batch_of, load, tokens_of, torch_gradients
@@ -47,7 +47,9 @@ def test_the_gradient_of_the_balance_is_that_of_transformers(pair):
     batch = dataclasses.replace(
         batch, tokens_BT=jnp.asarray(tokens, jnp.int32), segments_BT=ones, mask_BT=ones > 0
     )
-    sums = functools.partial(update.loss_sums, model.Qwen3(config), "sft", 1.0, balance=0.5)
+    sums = functools.partial(
+        update.loss_sums, model.Qwen3(config), losses.TABLE["sft"], 1, 1.0, balance=0.5
+    )
     (total, (measured, _)), grads = jax.jit(jax.value_and_grad(sums, has_aux=True))(
         params, batch, None
     )
@@ -61,7 +63,7 @@ def test_the_gradient_of_the_balance_is_that_of_transformers(pair):
     loss = measured["loss"][0] / count
     assert float(total / count - loss) == pytest.approx(0.5 * theirs.aux_loss.item(), rel=1e-4)
     expected = torch_gradients(network)
-    ours = dict(weights._tensors(grads, jnp.dtype("float32")))
+    ours = dict(weights.tensors(grads, jnp.dtype("float32")))
     for name, grad in expected.items():
         scale = np.abs(grad).max()
         found = ours[name] / np.asarray(count)
