@@ -163,6 +163,11 @@ def decode(workers: dict[str, Worker], fields: Row, bandwidth: Row) -> list[Row]
             assert all(len(tokens) == NEW.value for tokens in written[name]), name
             prefill = statistics.median(seconds[name, 1][1:])
             whole = statistics.median(times[1:])
+            if whole <= prefill:
+                rows.append(
+                    {**row, "absent": "not measured: too few new tokens, or others at work"}
+                )
+                continue
             steps = NEW.value - 1
             rate = steps / (whole - prefill)
             read = rate * step_bytes(fields, batch, PROMPT.value + steps / 2)
@@ -216,7 +221,7 @@ def tail(worker: Worker, fields: Row) -> Row:
         "mean_length": statistics.mean(lengths),
         "static_utilisation": sum(lengths) / (slots * sum(longest)),
     }
-    for mode in ("static",):
+    for mode in ("static", "continuous"):
         job = {"prompts": asked, "lengths": lengths, "rows": slots, "mode": mode}
         worker.ask(**job)  # to compile
         answer = worker.ask(**job)
@@ -233,7 +238,7 @@ def group(worker: Worker, fields: Row) -> Row:
     for samples in (1, 8):
         answers = [worker.ask(prompts=asked, new=1, samples=samples) for _ in range(3)]
         times = [answer["seconds"] for answer in answers[1:] if answer is not None]
-        found[f"seconds_{samples}"] = min(times, default=math.nan)
+        found |= {f"seconds_{samples}": min(times)} if times else {}
     return found
 
 

@@ -31,14 +31,16 @@ def ours(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
     with policy.use(subject):
         subject = policy.load(subject, dtype)
 
-    def respond(prompts: list[list[int]], new: int, samples: int, rows: int) -> list[list[int]]:
+    def respond(
+        prompts: list[list[int]], limits: list[int], samples: int, rows: int
+    ) -> list[list[int]]:
         with policy.use(subject):
             groups = rollout.complete(
                 subject,
                 prompts,
                 samples=samples,
                 key=jax.random.key(0),
-                max_new_tokens=new,
+                limits=limits,
                 sampling=Sampling(0),
                 batch_size=rows,
             )
@@ -50,9 +52,9 @@ def ours(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
         for at in range(0, len(job["prompts"]), rows):
             lengths = job["lengths"][at : at + rows]
             # Few lengths, of which each is compiled.
-            found = respond(
-                job["prompts"][at : at + rows], rollout.bucket(max(lengths)), 1, len(lengths)
-            )
+            longest = rollout.bucket(max(lengths))
+            prompts = job["prompts"][at : at + rows]
+            found = respond(prompts, [longest] * len(lengths), 1, len(lengths))
             done += [tokens[:n] for tokens, n in zip(found, lengths, strict=True)]
         return done
 
@@ -63,9 +65,11 @@ def ours(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
         start = time.perf_counter()
         if mode == "static":
             tokens = static(job)
+        elif mode == "continuous":
+            tokens = respond(job["prompts"], job["lengths"], 1, job["rows"])
         else:
-            samples = job.get("samples", 1)
-            tokens = respond(job["prompts"], job["new"], samples, len(job["prompts"]) * samples)
+            samples, count = job.get("samples", 1), len(job["prompts"])
+            tokens = respond(job["prompts"], [job["new"]] * count, samples, count * samples)
         return {"seconds": time.perf_counter() - start, "tokens": tokens}
 
     return answer

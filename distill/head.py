@@ -8,6 +8,7 @@ Letters of this file: p is the student's distribution of the next token, q the t
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -66,29 +67,31 @@ def _mixture(logp: jax.Array, logq: jax.Array, share: float) -> tuple[jax.Array,
     return jnp.where(gap > 0, above + gap, below), jnp.where(gap > 0, above, below - gap)
 
 
-def _terms(logp: jax.Array, logq: jax.Array, d: Divergence) -> tuple[jax.Array, jax.Array]:
-    """Of each outcome: f, which sums to the divergence, and p ∂f/∂p.
+def _terms(
+    logp: jax.Array, logq: jax.Array, d: Divergence
+) -> tuple[jax.Array, jax.Array | float, jax.Array]:
+    """Of each outcome: f, which sums to the divergence, and two factors of p ∂f/∂p.
 
-    The second leaves out a multiple of p, whose gradient the softmax cancels; computed, it would
-    leave rounding noise, which Adam blows up where p is nearly q. Both are exactly 0 where p = q.
+    The product leaves out a multiple of p, whose gradient the softmax cancels; computed, it would
+    leave rounding noise, which Adam blows up where p is nearly q. It is exactly 0 where p = q, and
+    so is f. (Apart, the factors let XLA do with two chunks of logits less.)
     """
     p, q = jnp.exp(logp), jnp.exp(logq)
     ends = {0.0: "forward", 1.0: "reverse"} if d.kind == "jsd" else {}
     kind = ends.get(d.beta, d.kind)
     if kind == "jsd":
         to_p, to_q = _mixture(logp, logq, d.beta)
-        by_p = (d.beta - 1) * p * to_p
-        return by_p - d.beta * q * to_q, by_p
+        slope = (d.beta - 1) * to_p
+        return p * slope - d.beta * q * to_q, slope, p
     if kind == "reverse":
         if not d.skew:
-            f = p * (logp - logq)
-            return f, f
+            return p * (logp - logq), logp - logq, p
         to_p, _ = _mixture(logp, logq, 1 - d.skew)
-        return -p * to_p, -p * (to_p + d.skew * jnp.expm1(-to_p))
+        return -p * to_p, -(to_p + d.skew * jnp.expm1(-to_p)), p
     if not d.skew:
-        return q * (logq - logp), p - q
+        return q * (logq - logp), 1.0, p - q
     to_p, to_q = _mixture(logp, logq, d.skew)
-    return -q * to_q, (1 - d.skew) ** 2 * (p - q) * jnp.exp(-to_p)
+    return -q * to_q, (1 - d.skew) ** 2 * jnp.exp(-to_p), p - q
 
 
 def _among(ids_BCK: jax.Array, logp_BCV: jax.Array) -> jax.Array:
@@ -97,6 +100,34 @@ def _among(ids_BCK: jax.Array, logp_BCV: jax.Array) -> jax.Array:
     return jnp.put_along_axis(none, ids_BCK, True, axis=-1, inplace=False)
 
 
+def _with_factors(
+    logp_BCV: jax.Array,
+    logq_BCV: jax.Array,
+    d: Divergence,
+    inside_BCV: jax.Array | None,
+    tail_q_BC: jax.Array | None,
+) -> tuple[jax.Array, jax.Array | float, jax.Array]:
+    """The divergence [B, C] before τ², and two factors of its derivative in log p (see _terms)."""
+    f_BCV, slope_BCV, mass_BCV = _terms(logp_BCV, logq_BCV, d)
+    if inside_BCV is None:
+        return jnp.sum(f_BCV, axis=-1), slope_BCV, mass_BCV
+    p_BCV = jnp.where(inside_BCV, 0, jnp.exp(logp_BCV))
+    tail_p_BC = jnp.maximum(jnp.sum(p_BCV, axis=-1), _TINY)
+    if tail_q_BC is None:
+        tail_q_BC = jnp.sum(jnp.where(inside_BCV, 0, jnp.exp(logq_BCV)), axis=-1)
+    tail_q_BC = jnp.maximum(tail_q_BC, _TINY)
+    f_BC, slope_BC, mass_BC = _terms(jnp.log(tail_p_BC), jnp.log(tail_q_BC), d)
+    value_BC = jnp.sum(jnp.where(inside_BCV, f_BCV, 0), axis=-1) + f_BC
+    # The tail's derivative is shared by its tokens as they share its mass.
+    shared_BC1 = (slope_BC * mass_BC / tail_p_BC)[..., None]
+    return (
+        value_BC,
+        jnp.where(inside_BCV, slope_BCV, shared_BC1),
+        jnp.where(inside_BCV, mass_BCV, p_BCV),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _divergence(
     logp_BCV: jax.Array,
     logq_BCV: jax.Array,
@@ -104,37 +135,37 @@ def _divergence(
     inside_BCV: jax.Array | None = None,
     tail_q_BC: jax.Array | None = None,
 ) -> jax.Array:
-    """The divergence [B, C] with the gradient of its formula, written by hand (see _terms).
+    """The divergence [B, C], differentiable in log p by the formula written by hand.
 
     Where `inside` is given, outcomes are its tokens and the tail; tail_q is q's mass of the tail,
     where that is not q's mass outside.
     """
-    detached_BCV = jax.lax.stop_gradient(logp_BCV)
-    f_BCV, by_p_BCV = _terms(detached_BCV, logq_BCV, d)
-    if inside_BCV is None:
-        value_BC = jnp.sum(f_BCV, axis=-1)
-    else:
-        p_BCV = jnp.where(inside_BCV, 0, jnp.exp(detached_BCV))
-        tail_p_BC = jnp.maximum(jnp.sum(p_BCV, axis=-1), _TINY)
-        if tail_q_BC is None:
-            tail_q_BC = jnp.sum(jnp.where(inside_BCV, 0, jnp.exp(logq_BCV)), axis=-1)
-        tail_q_BC = jnp.maximum(tail_q_BC, _TINY)
-        f_BC, by_p_BC = _terms(jnp.log(tail_p_BC), jnp.log(tail_q_BC), d)
-        value_BC = jnp.sum(jnp.where(inside_BCV, f_BCV, 0), axis=-1) + f_BC
-        # The tail's pull is shared by its tokens as they share its mass.
-        tail_BCV = p_BCV * (by_p_BC / tail_p_BC)[..., None]
-        by_p_BCV = jnp.where(inside_BCV, by_p_BCV, tail_BCV)
-    pull_BC = jnp.sum(by_p_BCV * logp_BCV, axis=-1)
-    value_BC = value_BC + (pull_BC - jax.lax.stop_gradient(pull_BC))
+    value_BC, _, _ = _with_factors(logp_BCV, logq_BCV, d, inside_BCV, tail_q_BC)
     return d.temperature**2 * value_BC
 
 
+def _forward(logp_BCV, logq_BCV, d, inside_BCV, tail_q_BC):
+    inputs = logp_BCV, logq_BCV, inside_BCV, tail_q_BC
+    return d.temperature**2 * _with_factors(logp_BCV, logq_BCV, d, inside_BCV, tail_q_BC)[0], inputs
+
+
+def _backward(d, inputs, by_value_BC):
+    logp_BCV, logq_BCV, inside_BCV, tail_q_BC = inputs
+    _, slope_BCV, mass_BCV = _with_factors(logp_BCV, logq_BCV, d, inside_BCV, tail_q_BC)
+    by_value_BC1 = (d.temperature**2 * by_value_BC)[..., None]
+    return by_value_BC1 * slope_BCV * mass_BCV, None, None, None
+
+
+_divergence.defvjp(_forward, _backward)
+
+
 def _compare(
-    logits_BCV: jax.Array, teacher_BCV: jax.Array, d: Divergence, exact: bool
+    logp_BCV: jax.Array, logq_BCV: jax.Array, d: Divergence, exact: bool
 ) -> dict[str, jax.Array]:
-    """ "divergence" of two chunks of logits; with `exact` also that of the whole vocabulary."""
-    logp_BCV = jax.nn.log_softmax(logits_BCV / d.temperature, axis=-1)
-    logq_BCV = jax.nn.log_softmax(teacher_BCV / d.temperature, axis=-1)
+    """ "divergence" of two chunks; with `exact` also that of the whole vocabulary."""
+    if d.temperature != 1:
+        logp_BCV = jax.nn.log_softmax(logp_BCV / d.temperature, axis=-1)
+        logq_BCV = jax.nn.log_softmax(logq_BCV / d.temperature, axis=-1)
     found = {}
     if exact:
         detached_BCV = jax.lax.stop_gradient(logp_BCV)
@@ -193,11 +224,10 @@ def _baseline(logp_BCV: jax.Array, logq_BCV: jax.Array) -> jax.Array:
 
 
 def _teacher_stats(
-    logp_BCV: jax.Array, teacher_BCV: jax.Array, targets_BC: jax.Array, overlap: int, baseline: bool
+    logp_BCV: jax.Array, logq_BCV: jax.Array, targets_BC: jax.Array, overlap: int, baseline: bool
 ) -> Stats:
     """What is worth knowing of any teacher; see token_stats. Detached."""
     logp_BCV = jax.lax.stop_gradient(logp_BCV)
-    logq_BCV = jax.nn.log_softmax(teacher_BCV, axis=-1)
     stats = {
         "teacher_logp": _pick(logq_BCV, targets_BC),
         "teacher_entropy": _entropy(logq_BCV),
@@ -287,16 +317,15 @@ def token_stats(
         xs["ids"], xs["logq"] = jax.lax.stop_gradient(teacher_top_BTK)
 
     def body(x: Stats) -> Stats:
-        logits_BCV = split(_logits(x["hidden"], head_VD))
-        logp_BCV = jax.nn.log_softmax(logits_BCV, axis=-1)
+        logp_BCV = jax.nn.log_softmax(split(_logits(x["hidden"], head_VD)), axis=-1)
         stats = {"logp": _pick(logp_BCV, x["targets"]), "entropy": _entropy(logp_BCV)}
         if "teacher" in x:
             assert teacher_head_VE is not None
             head_VE = jax.lax.stop_gradient(teacher_head_VE)
-            teacher_BCV = split(_logits(x["teacher"], head_VE))
-            stats |= _teacher_stats(logp_BCV, teacher_BCV, x["targets"], overlap, baseline)
+            logq_BCV = jax.nn.log_softmax(split(_logits(x["teacher"], head_VE)), axis=-1)
+            stats |= _teacher_stats(logp_BCV, logq_BCV, x["targets"], overlap, baseline)
             if divergence is not None:
-                stats |= _compare(logits_BCV, teacher_BCV, divergence, exact)
+                stats |= _compare(logp_BCV, logq_BCV, divergence, exact)
         elif "ids" in x:
             if divergence is not None:
                 stats["divergence"] = _compare_stored(logp_BCV, x["ids"], x["logq"], divergence)

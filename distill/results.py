@@ -31,9 +31,14 @@ def digest(*content: object) -> str:
     return hashlib.sha256(metrics.dumps(content).encode()).hexdigest()
 
 
+# What does not change a response: where the parameters lie, and how many other problems there are.
+_OUTWARD = ("model", "step", "problems", "problems_sha256")
+
+
 def row_keys(protocol: Row, rows: list[tuple[str, Row]], samples: int) -> list[list[str]]:
-    """What names each sample of each problem: a hash of the problem, the protocol, the number."""
-    manner = {k: v for k, v in protocol.items() if k not in ("problems", "problems_sha256")}
+    """What names each sample of each problem: a hash of the problem, the protocol with the weights,
+    and the number."""
+    manner = {k: v for k, v in protocol.items() if k not in _OUTWARD}
     return [[digest(manner, row, number)[:16] for number in range(samples)] for _, row in rows]
 
 

@@ -26,6 +26,7 @@ NARROWEST = 64  # slots of a cache that is not worth making smaller
 SHRINK = 4  # once none are waiting: fewer slots decode on when this part of them has rows
 REFILL = 16  # part of the slots that must be free before a segment ends for the rows waiting
 
+PADDING = 256  # tokens of padding that cost less than one more call to read prompts
 REMEMBER = 1024  # tokens told at once of rows that go on under a presence penalty
 
 REASONS = {engine.GOING: "", engine.STOP: "stop", engine.LENGTH: "length", engine.BAD: "error"}
@@ -320,7 +321,8 @@ class Slots:
             while group:
                 count = next((n for n in counts if n <= len(group)), counts[-1])
                 above = min((n for n in counts if n >= len(group)), default=count)
-                count = above if above <= 2 * len(group) else count
+                if (above - len(group)) * width <= PADDING:
+                    count = above
                 self.read_together(group[:count], count, width)
                 group = group[count:]
 

@@ -86,8 +86,8 @@ def describe(directory: str | Path, config: Config) -> LoRA:
     # The tensors say what is adapted: the config may do so by a pattern.
     held = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in shapes}
     listed = fields.get("target_modules") or []
-    named = set() if isinstance(listed, str) else {name.rpartition(".")[2] for name in listed}
-    experts = {name.rpartition(".")[2] for name in fields.get("target_parameters") or []}
+    named = set() if isinstance(listed, str) else {str(name).rpartition(".")[2] for name in listed}
+    experts = {str(name).rpartition(".")[2] for name in fields.get("target_parameters") or []}
     for name in sorted((held | named) - {*TARGETS} | experts - {*_FUSED}):
         raise UserError(f"{path}: target {name!r} is not supported, only {', '.join(TARGETS)}")
     for name in sorted(named - held):
@@ -120,7 +120,7 @@ def opened(directory: Path, config: Config) -> Iterator[dict[str, Any]]:
                 read = functools.partial(whole, name)
                 try:
                     found |= _experts(f"{layer}.mlp.experts", factor, shapes, read, config)
-                except KeyError:
+                except ValueError:
                     raise UserError(
                         f"{directory}: {stem} has factors of shapes {shapes}, which fit no "
                         f"projection of {config.num_experts} experts"
@@ -157,13 +157,14 @@ def _experts(
 
     peft has lora_A as [E·R, in], the expert slowest, and lora_B as [out, R·E], the expert fastest.
     Of gate and up, which it adapts as one, each has all of a and its own half of b's rows. Raises
-    KeyError for shapes that are neither theirs nor those of the down projection.
+    ValueError for shapes that are neither theirs nor those of the down projection.
     """
-    (stacked, fan_in), (fan_out, _) = shapes
+    (stacked, fan_in), (fan_out, columns) = shapes
     D, F, E = config.hidden_size, config.moe_intermediate_size, config.num_experts
-    names = {(D, 2 * F): ("gate_proj", "up_proj"), (F, D): ("down_proj",)}[fan_in, fan_out]
-    if not E or shapes[1][1] != stacked or stacked % E:
-        raise KeyError(stem)
+    kinds = {(D, 2 * F): ("gate_proj", "up_proj"), (F, D): ("down_proj",)}
+    names = kinds.get((fan_in, fan_out), ())
+    if not names or not E or columns != stacked or stacked % E:
+        raise ValueError(shapes)
     R, out = stacked // E, fan_out // len(names)
     found = {}
     for e in range(E):

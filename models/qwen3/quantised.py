@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from models.qwen3 import grouped
+
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}  # of the types that there are
 
 
@@ -71,7 +73,7 @@ def dot(x: jax.Array, kernel: Kernel) -> jax.Array:
 def ragged_dot(x: jax.Array, kernel: Kernel, sizes_E: jax.Array) -> jax.Array:
     """Rows [M, in], grouped by expert, times their expert's kernel [in, out], in x's dtype."""
     if not isinstance(kernel, Quantised):
-        return jax.lax.ragged_dot(x, kernel.astype(x.dtype), sizes_E)
+        return grouped.dot(x, kernel.astype(x.dtype), sizes_E)
     y = jax.lax.ragged_dot(
         x, kernel.values.astype(x.dtype), sizes_E, preferred_element_type=jnp.float32
     )

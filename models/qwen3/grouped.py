@@ -1,0 +1,57 @@
+"""Rows grouped by expert, each group times its own matrix, and the gradient of that.
+
+jax.lax.ragged_dot is a grouped kernel on TPU, as fast as the numbers of its operations and bytes
+allow, and so is its gradient by the rows. The gradient by the matrices is compiled densely there,
+every expert over the rows of all: E times the work. A Pallas kernel takes its place.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+# One step of the kernel holds so many rows, in and bytes of out, and the float32 sums of these, in
+# 16 MiB of VMEM. Fewer rows waste less where groups end within a tile.
+_ROWS, _IN, _OUT_BYTES = 256, 1024, 2048
+
+
+@jax.custom_vjp
+def dot(x: jax.Array, kernel: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """Rows [M, in] times [E, in, out]: the first sizes_E[0] rows times kernel[0], and so on.
+
+    Rows behind the last group may come out as anything.
+    """
+    return jax.lax.ragged_dot(x, kernel, sizes_E)
+
+
+def _forward(x: jax.Array, kernel: jax.Array, sizes_E: jax.Array):
+    return dot(x, kernel, sizes_E), (x, kernel, sizes_E)
+
+
+def _backward(kept: tuple[jax.Array, jax.Array, jax.Array], dy: jax.Array):
+    x, kernel, sizes_E = kept
+    dx = jax.lax.ragged_dot(dy, kernel.swapaxes(1, 2), sizes_E)
+    dkernel = jax.lax.platform_dependent(x, dy, sizes_E, tpu=by_kernel, default=_plain)
+    return dx, dkernel, None
+
+
+dot.defvjp(_forward, _backward)
+
+
+def _plain(x: jax.Array, dy: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    like = jax.ShapeDtypeStruct((len(sizes_E), x.shape[1], dy.shape[1]), x.dtype)
+    transpose = jax.linear_transpose(lambda kernel: jax.lax.ragged_dot(x, kernel, sizes_E), like)
+    return transpose(dy)[0]
+
+
+def by_kernel(
+    x: jax.Array, dy: jax.Array, sizes_E: jax.Array, interpret: bool = False
+) -> jax.Array:
+    """xᵀ dy of each group [E, in, out], in x's dtype, by the kernel for TPU.
+
+    `interpret` runs it anywhere, slowly.
+    """
+    (M, D), F = x.shape, dy.shape[1]
+    rows = min(_ROWS, -(-M // 8) * 8)
+    x, dy = (jnp.pad(a, ((0, -M % rows), (0, 0))) for a in (x, dy))
+    tiles = (rows, min(_IN, D), min(_OUT_BYTES // x.dtype.itemsize, F))
+    return tgmm(x.swapaxes(0, 1), dy, sizes_E, x.dtype, tiles, interpret=interpret)

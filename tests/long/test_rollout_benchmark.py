@@ -1,0 +1,31 @@
+"""The benchmark of samplers, whole, on a tiny model: what it writes, and that samplers agree."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from helpers import ROOT, tiny_qwen3
+
+
+def test_samplers_side_by_side(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    tiny_qwen3(tmp_path / "model", max_position_embeddings=1024)
+    command = [sys.executable, "-m", "benchmarks.rollout", f"--model={tmp_path / 'model'}"]
+    flags = ["--batches=2", "--new_tokens=24", "--rounds=1", "--cap=32", "--slots=2"]
+    flags += ["--tunix_python=/no/such/python", f"--out={tmp_path / 'results'}"]
+    done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results" / "rollout-float32.json").read_text())
+    rows = {row["sampler"]: row for row in results["decode"]}
+    assert "not installed" in rows["tunix"]["absent"]
+    for name in ("ours", "transformers", "transformers, static cache"):
+        assert rows[name].get("agrees_with_ours", 1.0) == 1.0, rows[name]
+    assert results["bandwidth"]["read"] > 1e8 and results["tail"]["static_tokens_per_second"] > 0
+    table = (tmp_path / "results" / "rollout-float32.md").read_text()
+    assert table in done.stdout and "not installed" in table
+    assert (tmp_path / "results" / "rollout-float32.svg").stat().st_size > 1000

@@ -1,0 +1,58 @@
+"""Products of grouped rows against a loop over the groups, and their gradients by both ways."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.qwen3 import grouped
+
+# rows, in, out, sizes: groups may be empty, end within a tile of rows, and leave rows over.
+CASES = {
+    "even": (24, 16, 8, (8, 8, 8)),
+    "uneven, rows left over": (37, 12, 20, (5, 0, 17, 1, 3)),
+    "all in one": (300, 8, 8, (0, 300, 0)),
+    "several tiles": (530, 24, 40, (200, 0, 129, 201)),
+    "none": (16, 8, 8, (0, 0)),
+}
+
+
+@pytest.fixture(params=CASES, ids=lambda name: name.replace(" ", "_"))
+def case(request):
+    M, D, F, sizes = CASES[request.param]
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(size=(M, D)), rng.normal(size=(M, F))
+    kernel = rng.normal(size=(len(sizes), D, F))
+    return *(a.astype(np.float32) for a in (x, dy, kernel)), np.array(sizes, np.int32)
+
+
+def groups(sizes):
+    ends = np.cumsum(sizes)
+    return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
+def test_product_and_gradients(case):
+    """What lies behind the groups has no gradient, where it is masked as the experts mask it."""
+    x, dy, kernel, sizes = case
+    here = (np.arange(len(x)) < sizes.sum())[:, None]
+
+    def product(x, kernel):
+        return jnp.where(here, grouped.dot(jnp.where(here, x, 0), kernel, sizes), 0)
+
+    y, transpose = jax.vjp(product, x, kernel)
+    dx, dkernel = transpose(dy)
+    expected = [np.zeros_like(dy), np.zeros_like(x), np.zeros_like(kernel)]
+    for e, of_group in enumerate(groups(sizes)):
+        expected[0][of_group] = x[of_group] @ kernel[e]
+        expected[1][of_group] = dy[of_group] @ kernel[e].T
+        expected[2][e] = x[of_group].T @ dy[of_group]
+    for ours, theirs in zip((y, dx, dkernel), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_the_kernel_for_tpu(case):
+    x, dy, kernel, sizes = case
+    found = grouped.by_kernel(jnp.asarray(x), jnp.asarray(dy), jnp.asarray(sizes), interpret=True)
+    assert found.shape == kernel.shape
+    for e, of_group in enumerate(groups(sizes)):
+        np.testing.assert_allclose(found[e], x[of_group].T @ dy[of_group], atol=1e-4)
