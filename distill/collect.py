@@ -62,7 +62,8 @@ def _joined(parts: list[Batch]) -> Batch:
         return parts[0]
     fields = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(Batch)}
     known = {name: xs for name, xs in fields.items() if all(x is not None for x in xs)}
-    return Batch(**{name: np.concatenate(xs) for name, xs in known.items()})
+    joined: dict[str, Any] = {name: np.concatenate(xs) for name, xs in known.items()}
+    return Batch(**joined)
 
 
 def _read(stage: Stage, seed: int) -> Part:

@@ -206,8 +206,9 @@ def run_stage(
         minibatches=s.minibatches,
         epochs=s.epochs,
     )
-    needed = plan.teacher and stage.loss.teacher and stage.taught
-    teacher_head = model.head(plan.teacher.params) if needed else None
+    teacher_head = None
+    if plan.teacher and stage.loss.teacher and stage.taught:
+        teacher_head = model.head(plan.teacher.params)
     frozen = student.params if student.model.lora else None
     schedule = optim.schedule(s.optim, s.steps * stage.updates)
     shown = ("train/loss", "train/grad_norm", "rollout/mean_length", "time/step")

@@ -139,7 +139,8 @@ def loss_sums(
     sums = {name: (jnp.sum(x * mask_BT), tokens) for name, x in stats.items()}
     sums |= {"loss": (total, count), **routing}
     if "reverse_kl" in stats:
-        by_place = advantages.by_offset(stats["reverse_kl"], mask_BT, segments_BT, PLACES)
+        places = tuple(place for place in PLACES if place < limit)
+        by_place = advantages.by_offset(stats["reverse_kl"], mask_BT, segments_BT, places)
         sums |= {f"reverse_kl_from_{place}": x for place, x in by_place.items()}
     if balance:
         load_LE, p_LE = (of / seen for of, seen in (sums["load_LE"], sums["p_LE"]))
@@ -167,9 +168,9 @@ def make(
     `limit` is one), in however many micro-batches and devices: sums are accumulated in float32 and
     divided once. Of `balance` and `overlap` see `loss_sums`.
 
-    A step's rows may give several updates: `minibatches` of them, `epochs` times over. The student's
-    own log-probabilities from before the first then stand in the batch as `old_logp_BT`, and the
-    metrics are means over updates.
+    A step's rows may give several updates: `minibatches` of them, `epochs` times over. The
+    student's own log-probabilities from before the first then stand in the batch as `old_logp_BT`,
+    and the metrics are means over updates.
     """
     sums_of = functools.partial(
         loss_sums, qwen3, loss, limit, logits_mib, balance=balance, overlap=overlap

@@ -1,0 +1,200 @@
+"""Objectives through the whole loop: what a flag changes, and what it may not."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import quickstart
+from distill import collect, losses, policy, prepare, rewards, train, update
+from distill import mesh as mesh_lib
+from models.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def config(objective: str, **changes) -> ConfigDict:
+    c = quickstart.get_config("tiny")
+    c.student.path, c.teacher.path = str(ROOT / "assets/student"), str(ROOT / "assets/teacher")
+    c.mesh.fsdp = 1
+    c.log.transcripts = 0
+    s = c.opd
+    s.objective, s.steps, s.batch_size, s.samples = objective, 2, 8, 4
+    for name, value in changes.items():
+        *groups, field = name.split("__")
+        at = s
+        for group in groups:
+            at = at[group]
+        at[field] = value
+    return c
+
+
+def rows_of(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+RUNS = {
+    "grpo": {"reward__format": 0.5, "reward__constant_groups": "replace"},
+    "hybrid": {"loss__reference": 0.1, "reward__judge": 0.1, "loss__aggregation": "constant"},
+    "gkd": {"loss__beta": 0.3, "samples": 2},
+    "distill": {"loss__estimator": "topk", "loss__k": 8},
+    "opd_sampled": {"loss__baseline": True, "loss__clip": "ppo", "epochs": 2, "minibatches": 2},
+}
+
+
+@pytest.mark.parametrize("objective", RUNS)
+def test_an_objective_is_a_flag(objective, tmp_path):
+    c = config(objective, **RUNS[objective])
+    train.run(c, tmp_path / "run")
+    rows = rows_of(tmp_path / "run")
+    assert len(rows) == 2
+    for row in rows:
+        assert np.isfinite(row["train/loss"]) and row["train/grad_norm"] > 0
+    first = rows[0]
+    if losses.TABLE[objective].reward:
+        assert 0 <= first["reward/correct"] <= 1
+        assert first["reward/correct_std"] >= 0
+        assert "train/advantage" in first and "train/ratio" in first
+        assert first["train/ratio"] == pytest.approx(1, abs=1e-4)  # one update: fresh samples
+    if objective == "grpo":
+        # The weighted sum of what its terms were; replaced groups are in the terms' means too.
+        assert 0 <= first["reward/mean"] <= 1.5
+        assert first["reward/dropped_rows"] % 4 == 0
+    if objective == "hybrid":
+        assert first["train/reference_kl"] == pytest.approx(0, abs=1e-5)  # it begins as its own
+        assert first["reward/judge"] < 0
+        assert first["train/reverse_kl"] > 0
+    if objective == "gkd":
+        assert "rollout/mean_length" in first and "data/truncated" in first
+    if objective == "opd_sampled":
+        assert first["train/ratio"] != 1  # later updates are on older samples
+
+
+def test_every_row_of_the_table_can_be_prepared():
+    for objective in losses.TABLE:
+        plan = prepare.prepare(config(objective), mesh_lib.make(1, 1, 1))
+        (stage,) = plan.stages
+        assert stage.loss == losses.TABLE[objective]
+        assert stage.sampled == {"sft": 0, "distill": 0, "gkd": 4}.get(objective, 8)
+        assert (plan.teacher is None) == (not stage.loss.teacher)
+
+
+def collected(c: ConfigDict, step: int = 0):
+    """The batch that a stage's step trains on, the stage, and what was measured."""
+    mesh = mesh_lib.make(1, 1, 1)
+    plan = prepare.prepare(c, mesh)
+    with policy.use(plan.student), rewards.Grader() as grader:
+        params = policy.load(plan.student, "float32").params
+        draw = collect.batches(plan, plan.stages[0], c.seed, mesh, 8.0, grader)
+        batch, measured = draw(params, step, jax.random.key(0))
+    return batch, plan.stages[0], measured
+
+
+def test_advantages_are_those_of_the_groups_rewards():
+    batch, stage, measured = collected(config("grpo", batch_size=16))
+    advantages_PG = np.asarray(batch.advantages_B).reshape(4, 4)
+    np.testing.assert_allclose(advantages_PG.sum(axis=1), 0, atol=1e-5)
+    mixed = np.abs(advantages_PG).max(axis=1) > 0
+    assert mixed.sum() > 0  # the embedded student solves about a third of its problems
+    assert measured["reward/constant_groups"] == pytest.approx(1 - mixed.mean())
+    # Rewards are 0 or 1, so the better of a group have one advantage, and the worse another.
+    for group in advantages_PG[mixed]:
+        assert len(np.unique(group.round(4))) == 2
+        share = (group > 0).mean()
+        assert 0 < share < 1
+
+
+def test_dropped_groups_are_not_trained():
+    kept, _, _ = collected(config("grpo", batch_size=16))
+    batch, _, measured = collected(config("grpo", batch_size=16, reward__constant_groups="drop"))
+    mask = np.asarray(batch.mask_BT).any(axis=1).reshape(4, 4)
+    nothing = np.asarray(batch.advantages_B).reshape(4, 4) == 0
+    assert (mask.all(axis=1) == ~nothing.all(axis=1)).all()
+    assert measured["reward/dropped_rows"] == 16 - mask.sum()
+    assert np.asarray(kept.mask_BT).any(axis=1).all()
+
+
+def test_updates_are_counted_apart_from_steps():
+    c = config("opd", epochs=3, minibatches=2, optim__learning_rate=0.0)
+    c.opd.optim.warmup_steps = 0
+    batch, stage, _ = collected(c)
+    plan = prepare.prepare(c, mesh_lib.make(1, 1, 1))
+    with policy.use(plan.student):
+        assert plan.teacher
+        params = policy.load(plan.student, "float32").params
+        teacher = policy.load(plan.teacher, "float32")
+        state = update.init(stage.optimizer, params, 5)
+        make = lambda **updates: update.make(  # noqa: E731
+            plan.student.model, stage.optimizer, stage.loss, 52, 1, 8.0, state, **updates
+        )
+        head = policy.model.head(teacher.params)
+        copy = jax.tree.map(lambda x: x.copy(), state)
+        _, one, stats = make()(copy, batch, head)
+        state, several, merged = make(minibatches=2, epochs=3)(state, batch, head)
+    assert int(state.step) == 6
+    counts = {int(x) for x in jax.tree.leaves(state.opt_state) if x.dtype == np.int32}
+    assert counts == {6}
+    # At a rate of 0 nothing moves: all six are the one update, on halves of its rows.
+    np.testing.assert_allclose(several["ratio"] if "ratio" in several else 1, 1, atol=1e-6)
+    np.testing.assert_allclose(merged["logp"], stats["logp"], atol=1e-5)
+    assert several["loss"] == pytest.approx(float(one["loss"]), rel=0.2)
+
+
+def test_stored_tops_need_no_teacher(tmp_path):
+    """Rows as generate --top_logprobs writes them; no teacher is named."""
+    rng, rows = np.random.default_rng(0), []
+    for _ in range(8):
+        top = [
+            [[int(i), float(lp)] for i, lp in zip(rng.choice(500, 4, False), -np.arange(1, 5))]
+            for _ in range(5)
+        ]
+        tokens = [place[0][0] for place in top]
+        sample = {"tokens": tokens, "top_logprobs": top, "finish_reason": "stop"}
+        rows.append({"prompt_tokens": [5, 6, 7], "tokens": [5, 6, 7], "samples": [sample]})
+    file = tmp_path / "traces.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    c = config(
+        "distill",
+        loss__served="top",
+        loss__served_k=4,
+        loss__estimator="topk",
+        loss__k=4,
+        data__source=str(file),
+    )
+    c.teacher.path = ""
+    train.run(c, tmp_path / "run")
+    assert rows_of(tmp_path / "run")[-1]["train/divergence"] > 0
+
+
+@pytest.mark.parametrize(
+    ("objective", "changes", "words"),
+    [
+        ("grpo", {"samples": 1}, "config.opd.samples=1: an advantage compares"),
+        ("grpo", {"reward__grader": "chess"}, "config.opd.reward.grader: 'chess' is none of"),
+        ("grpo", {"reward__correct": 0.0}, "config.opd.reward: all weights are 0"),
+        ("grpo", {"reward__length": 1.0}, "config.opd.reward.margin=0"),
+        ("grpo", {"rollout__budget": 100}, "must end together"),
+        ("grpo", {"on_policy": 0.5}, "config.opd.on_policy=0.5: this loss needs the sampler's"),
+        ("opd", {"on_policy": 1.5}, "config.opd.on_policy=1.5: must be from 0 to 1"),
+        ("opd", {"loss__served": "top", "loss__served_k": 4}, "estimator=exact with served=top"),
+        ("distill", {"loss__estimator": "topk"}, "config.opd.loss.estimator=topk: k says how many"),
+        ("wish", {}, "config.opd.objective: 'wish' is none of sft, distill"),
+        ("opd", {"epochs": 0}, "config.opd.epochs=0"),
+        ("opd", {"minibatches": 3}, "does not divide by accumulate times minibatches"),
+        ("hybrid", {"loss__clip": "ppo", "loss__ratio": "none"}, "config.opd.loss.clip=ppo"),
+    ],
+)
+def test_what_cannot_mean_anything_is_refused(objective, changes, words, monkeypatch):
+    monkeypatch.setattr(policy, "load", None)  # before any weight is read
+    with pytest.raises(UserError, match=words):
+        prepare.prepare(config(objective, **changes), mesh_lib.make(1, 1, 1))
+
+
+def test_a_judge_needs_a_teacher():
+    c = config("grpo", reward__judge=1.0)
+    c.teacher.path = ""
+    with pytest.raises(UserError, match=r"config\.teacher\.path: name a model directory"):
+        prepare.prepare(c, mesh_lib.make(1, 1, 1))
