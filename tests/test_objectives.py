@@ -1,5 +1,6 @@
 """Objectives through the whole loop: what a flag changes, and what it may not."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -88,13 +89,15 @@ def collected(c: ConfigDict, step: int = 0):
     plan = prepare.prepare(c, mesh)
     with policy.use(plan.student), rewards.Grader() as grader:
         params = policy.load(plan.student, "float32").params
+        if plan.teacher:
+            plan = dataclasses.replace(plan, teacher=policy.load(plan.teacher, "float32"))
         draw = collect.batches(plan, plan.stages[0], c.seed, mesh, 8.0, grader)
         batch, measured = draw(params, step, jax.random.key(0))
     return batch, plan.stages[0], measured
 
 
 def test_advantages_are_those_of_the_groups_rewards():
-    batch, stage, measured = collected(config("grpo", batch_size=16))
+    batch, _, measured = collected(config("grpo", batch_size=16))
     advantages_PG = np.asarray(batch.advantages_B).reshape(4, 4)
     np.testing.assert_allclose(advantages_PG.sum(axis=1), 0, atol=1e-5)
     mixed = np.abs(advantages_PG).max(axis=1) > 0
@@ -138,7 +141,7 @@ def test_updates_are_counted_apart_from_steps():
     counts = {int(x) for x in jax.tree.leaves(state.opt_state) if x.dtype == np.int32}
     assert counts == {6}
     # At a rate of 0 nothing moves: all six are the one update, on halves of its rows.
-    np.testing.assert_allclose(several["ratio"] if "ratio" in several else 1, 1, atol=1e-6)
+    np.testing.assert_allclose(several.get("ratio", 1), 1, atol=1e-6)
     np.testing.assert_allclose(merged["logp"], stats["logp"], atol=1e-5)
     assert several["loss"] == pytest.approx(float(one["loss"]), rel=0.2)
 
@@ -147,10 +150,8 @@ def test_stored_tops_need_no_teacher(tmp_path):
     """Rows as generate --top_logprobs writes them; no teacher is named."""
     rng, rows = np.random.default_rng(0), []
     for _ in range(8):
-        top = [
-            [[int(i), float(lp)] for i, lp in zip(rng.choice(500, 4, False), -np.arange(1, 5))]
-            for _ in range(5)
-        ]
+        places = [rng.choice(500, 4, False) for _ in range(5)]
+        top = [[[int(v), -1.0 - k] for k, v in enumerate(place)] for place in places]
         tokens = [place[0][0] for place in top]
         sample = {"tokens": tokens, "top_logprobs": top, "finish_reason": "stop"}
         rows.append({"prompt_tokens": [5, 6, 7], "tokens": [5, 6, 7], "samples": [sample]})
