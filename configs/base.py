@@ -18,6 +18,61 @@ LOSS = {
 }
 
 
+def data() -> ConfigDict:
+    """Rows of a file or a set, or the generated task."""
+    c = ConfigDict()
+    # PATH.jsonl, .json or .parquet; hf:NAME[:CONFIG][:SPLIT]; tfds:NAME[:CONFIG][:SPLIT]; or
+    # arithmetic. Rows have prompt, messages, question or tokens, or the columns of a known set.
+    c.source = "arithmetic"
+    c.mixture = ()  # in its place, pairs of a source and a weight: (("a.jsonl", 3.0), ...)
+    c.columns = ""  # "": by those found; or a name in distill/columns.py; or ours=theirs,...
+    c.size = 0  # first rows (problems) used, in a new order each epoch; 0: all there are
+    c.check = 10_000  # rows of each source read before step 0; later ones as they are needed
+    c.on_bad_row = "fail"  # or skip: leave it out, say so, count it (metric data/skipped)
+    c.streaming = False  # hf: fetch while training, instead of to disk before
+    c.window = 4096  # rows of a stream shuffled among themselves; they are held in memory
+    c.turns = "last"  # sft on chats: the last answer; all: each, earlier reasoning dropped
+    c.keep = "finished"  # of generated samples: finished by a stop token, correct, or all
+    c.thinking = True  # the chat template's switch
+    c.operations = (3, 5)  # arithmetic: fewest and most operations of a problem
+    c.split = "train"  # arithmetic: train or test; they share no problem
+    return c
+
+
+def reward() -> ConfigDict:
+    """For objectives that have one: a weighted sum of terms in [0, 1] or [-1, 0]."""
+    c = ConfigDict()
+    c.grader = "arithmetic"  # a benchmark's, which compares with the rows' answers
+    c.correct = 1.0
+    c.format = 0.0  # one closed think block, then an answer
+    c.length = 0.0  # a penalty on the last `margin` tokens before max_response_tokens
+    c.margin = 0
+    c.repetition = 0.0  # a penalty on runs of 8 tokens said before
+    c.judge = 0.0  # mean log-probability that the teacher gives the response
+    # Groups whose rewards are all equal teach nothing. keep: they count as zero; drop: they do not
+    # count; replace: other prompts are asked, up to `rounds` times, and what is left is dropped.
+    c.constant_groups = "keep"
+    c.rounds = 3
+    return c
+
+
+def optim() -> ConfigDict:
+    """The optimiser of a stage."""
+    c = ConfigDict()
+    c.name = "adamw"  # or muon, adafactor, sgd (distill/optim.py)
+    c.learning_rate = 1e-5
+    c.schedule = "cosine"  # constant, linear or cosine, after the warm-up
+    c.warmup_steps = 10
+    c.final_fraction = 0.1  # of the learning rate, at the last step
+    c.b1 = 0.9  # of the first moment, or the momentum
+    c.b2 = 0.95
+    c.eps = 1e-8
+    c.momentum_dtype = "float32"  # bfloat16: half of the first moment's memory
+    c.weight_decay = 0.0  # not on norms
+    c.clip_norm = 1.0  # of the whole gradient; 0: off
+    return c
+
+
 def stage(objective: str) -> ConfigDict:
     """One stage of training: an objective, what it reads, and its own optimiser."""
     c = ConfigDict()
@@ -40,38 +95,8 @@ def stage(objective: str) -> ConfigDict:
 
     c.pack_tokens = 0  # sft: rows of so many tokens, as many examples in each as fit; 0: one each
 
-    # Data: rows of a file or a set, or the generated task.
-    c.data = ConfigDict()
-    # PATH.jsonl, .json or .parquet; hf:NAME[:CONFIG][:SPLIT]; tfds:NAME[:CONFIG][:SPLIT]; or
-    # arithmetic. Rows have prompt, messages, question or tokens, or the columns of a known set.
-    c.data.source = "arithmetic"
-    c.data.mixture = ()  # in its place, pairs of a source and a weight: (("a.jsonl", 3.0), ...)
-    c.data.columns = ""  # "": by those found; or a name in distill/columns.py; or ours=theirs,...
-    c.data.size = 0  # first rows (problems) used, in a new order each epoch; 0: all there are
-    c.data.check = 10_000  # rows of each source read before step 0; later ones as they are needed
-    c.data.on_bad_row = "fail"  # or skip: leave it out, say so, count it (metric data/skipped)
-    c.data.streaming = False  # hf: fetch while training, instead of to disk before
-    c.data.window = 4096  # rows of a stream shuffled among themselves; they are held in memory
-    c.data.turns = "last"  # sft on chats: the last answer; all: each, earlier reasoning dropped
-    c.data.keep = "finished"  # of generated samples: finished by a stop token, correct, or all
-    c.data.thinking = True  # the chat template's switch
-    c.data.operations = (3, 5)  # arithmetic: fewest and most operations of a problem
-    c.data.split = "train"  # arithmetic: train or test; they share no problem
-
-    # Rewards, for objectives that have one: a weighted sum of terms in [0, 1] or [-1, 0].
-    c.reward = ConfigDict()
-    c.reward.grader = "arithmetic"  # a benchmark's, which compares with the rows' answers
-    c.reward.correct = 1.0
-    c.reward.format = 0.0  # one closed think block, then an answer
-    c.reward.length = 0.0  # a penalty on the last `margin` tokens before max_response_tokens
-    c.reward.margin = 0
-    c.reward.repetition = 0.0  # a penalty on runs of 8 tokens said before
-    c.reward.judge = 0.0  # mean log-probability that the teacher gives the response
-    # Groups whose rewards are all equal teach nothing. keep: they count as zero; drop: they do not
-    # count; replace: other prompts are asked, up to `rounds` times, and what is left is dropped.
-    c.reward.constant_groups = "keep"
-    c.reward.rounds = 3
-
+    c.data = data()
+    c.reward = reward()
     # Sampling, for opd. Anything but the plain distribution changes what is being learned.
     c.sampling = ConfigDict()
     c.sampling.temperature = 1.0
@@ -92,19 +117,7 @@ def stage(objective: str) -> ConfigDict:
     )
     c.rollout.gathered = True  # each row shard holds all weights; False: fetches them each token
 
-    # The optimiser.
-    c.optim = ConfigDict()
-    c.optim.name = "adamw"  # or muon, adafactor, sgd (distill/optim.py)
-    c.optim.learning_rate = 1e-5
-    c.optim.schedule = "cosine"  # constant, linear or cosine, after the warm-up
-    c.optim.warmup_steps = 10
-    c.optim.final_fraction = 0.1  # of the learning rate, at the last step
-    c.optim.b1 = 0.9  # of the first moment, or the momentum
-    c.optim.b2 = 0.95
-    c.optim.eps = 1e-8
-    c.optim.momentum_dtype = "float32"  # bfloat16: half of the first moment's memory
-    c.optim.weight_decay = 0.0  # not on norms
-    c.optim.clip_norm = 1.0  # of the whole gradient; 0: off
+    c.optim = optim()
     return c
 
 

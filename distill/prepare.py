@@ -8,7 +8,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from distill import data, losses, optim, packing, policy, rewards, rollout, terms
+from distill import data, losses, optim, packing, policy, rewards, rollout
 from distill import mesh as mesh_lib
 from distill.policy import Policy
 from models.errors import UserError
@@ -181,7 +181,13 @@ def _check_reward(name: str, s: ConfigDict, loss: losses.Loss) -> None:
 
 def terms_of(s: ConfigDict) -> dict[str, float]:
     """The weights of the reward's terms."""
-    return {term: s.reward[term] for term in terms.TABLE}
+    r = s.reward
+    return {
+        "correct": r.correct,
+        "format": r.format,
+        "length": r.length,
+        "repetition": r.repetition,
+    }
 
 
 def _taught(s: ConfigDict, loss: losses.Loss) -> bool:

@@ -181,7 +181,7 @@ def make(
         state: TrainState,
         batch: Batch,
         teacher_head_VE: jax.Array | None,
-        frozen: Params | None,
+        frozen: Params | None = None,
     ):
         grad = functools.partial(graded, frozen=frozen)
         if accumulate == 1:
@@ -214,29 +214,36 @@ def make(
             measured["ratio_max"] = jnp.max(stats["ratio"])
         return TrainState(params, opt_state, state.step + 1), measured, stats
 
-    def step(
-        state: TrainState,
-        batch: Batch,
-        teacher_head_VE: jax.Array | None,
-        frozen: Params | None = None,
-    ):
-        if minibatches * epochs == 1:
-            return once(state, batch, teacher_head_VE, frozen)
-        _, (_, before) = sums_of(state.params, batch, teacher_head_VE, frozen)
-        batch = dataclasses.replace(batch, old_logp_BT=jax.lax.stop_gradient(before["logp"]))
-        parts = _micro_batches(batch, minibatches)
-
-        def one(state: TrainState, part: Batch):
-            state, measured, stats = once(state, part, teacher_head_VE, frozen)
-            return state, (measured, stats)
-
-        def epoch(state: TrainState, _: None):
-            return jax.lax.scan(one, state, parts)
-
-        after, (measured, stats) = jax.lax.scan(epoch, state, None, length=epochs)
-        measured = jax.tree.map(jnp.mean, measured)
-        stats = _merge(jax.tree.map(lambda x: x[-1], stats))
-        return dataclasses.replace(after, step=state.step + 1), measured, stats
-
+    step = once
+    if minibatches * epochs > 1:
+        step = functools.partial(_several, once, sums_of, minibatches, epochs)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None, None))
+
+
+def _several(
+    once: Step,
+    sums_of: Callable,
+    minibatches: int,
+    epochs: int,
+    state: TrainState,
+    batch: Batch,
+    teacher_head_VE: jax.Array | None,
+    frozen: Params | None = None,
+) -> tuple[TrainState, dict[str, jax.Array], losses.Stats]:
+    """A step of several updates by `once`; the stats are those of the last epoch."""
+    _, (_, before) = sums_of(state.params, batch, teacher_head_VE, frozen)
+    batch = dataclasses.replace(batch, old_logp_BT=jax.lax.stop_gradient(before["logp"]))
+    parts = _micro_batches(batch, minibatches)
+
+    def one(state: TrainState, part: Batch):
+        state, measured, stats = once(state, part, teacher_head_VE, frozen)
+        return state, (measured, stats)
+
+    def epoch(state: TrainState, _: None):
+        return jax.lax.scan(one, state, parts)
+
+    after, (measured, stats) = jax.lax.scan(epoch, state, None, length=epochs)
+    measured = jax.tree.map(jnp.mean, measured)
+    stats = _merge(jax.tree.map(lambda x: x[-1], stats))
+    return dataclasses.replace(after, step=state.step + 1), measured, stats

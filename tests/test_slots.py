@@ -182,21 +182,6 @@ def test_ten_thousand_tokens_do_not_depend_on_company(thousand) -> None:
         assert differing == 0, name
 
 
-def test_long_tails_leave_few_slots_idle() -> None:
-    """Log-normal lengths with a mean of an eighth of the longest: the steps of all slots, against
-    those of the same sampler batch after batch."""
-    lengths = np.random.default_rng(0).lognormal(np.log(R / 8) - 0.5, 1.0, 120)
-    rows = ask(120)
-    for row, length in zip(rows, lengths, strict=True):
-        row.limit = int(np.clip(length, 1, R))
-    again, static, ours = copy.deepcopy(rows), Counter[str](), Counter[str]()
-    run(again, dataclasses.replace(SMALL, static=True), counts=static)
-    run(rows, counts=ours)
-    assert drawn(rows) == drawn(again)
-    assert static["slot_steps"] >= 2.5 * ours["slot_steps"]
-    assert ours["queued_tokens"] >= 0.9 * ours["queued_slot_steps"]
-
-
 def test_rows_come_as_soon_as_they_and_those_before_have_ended() -> None:
     mesh, params = weights(0, (1, 1, 1))
     rows = ask(24)
