@@ -137,6 +137,21 @@ def _collect(
     yield from finished(wait=True)
 
 
+def _prompts(
+    subject: Policy,
+    benchmark: str,
+    rows: list[tuple[str, Row]],
+    template: str,
+    thinking: bool,
+    limit: int,
+) -> list[list[int]]:
+    """What the model is asked; reads no parameters. Raises UserError for what it cannot be."""
+    if subject.tokenizer is None:
+        raise UserError(f"{subject.path}: no tokenizer, so responses cannot be read")
+    asked = [(where, benchmarks.put(benchmark, row, template)) for where, row in rows]
+    return generate.prompts(subject, asked, thinking, limit)
+
+
 def evaluate(
     subject: Policy,
     benchmark: str,
@@ -160,11 +175,8 @@ def evaluate(
     `name` is that of the protocol, for the record; `template` how a question is put ("": the
     benchmark's own way); `step` that of the parameters where `subject` is no directory.
     """
-    if subject.tokenizer is None:
-        raise UserError(f"{subject.path}: no tokenizer, so responses cannot be read")
     template = template or benchmarks.BENCHMARKS[benchmark]["prompt"]
-    asked = [(where, benchmarks.put(benchmark, row, template)) for where, row in rows]
-    prompts = generate.prompts(subject, asked, thinking, max_new_tokens)
+    prompts = _prompts(subject, benchmark, rows, template, thinking, max_new_tokens)
     protocol: Row = {
         "model": subject.path,
         "step": policy.newest_step(subject.path) if step is None else step,
@@ -209,25 +221,12 @@ def evaluate(
             tokens += sum(int(row["length"]) for row in group)  # type: ignore[call-overload]
             bar.update(number, {})
     summary = figures.summarise(kept, ks)
-    summary |= _cost(subject, time.perf_counter() - start, len(rows) - first, tokens)
+    summary |= results.cost(subject, time.perf_counter() - start, len(rows) - first, tokens)
     if teacher:
         summary["reverse_kl"] = divergence.reverse_kl(subject, teacher, kept, batch_size)
     summary |= {"protocol": protocol, "versions": metrics.environment()["packages"]}
     metrics.write_json(out / "summary.json", summary)
     return summary
-
-
-def _cost(subject: Policy, seconds: float, problems: int, tokens: int) -> Row:
-    """What it takes to run the model: the pace of what this process did (null where nothing was
-    left to do), memory, and the size of the parameters as they were held."""
-    return {
-        "seconds": seconds,
-        "seconds_per_problem": seconds / problems if problems else None,
-        "tokens_per_second": tokens / seconds if tokens else None,
-        "memory": metrics.memory(),
-        "parameters": subject.config.num_parameters,
-        "parameter_bytes": sum(x.nbytes for x in jax.tree.leaves(subject.params)),
-    }
 
 
 OPTIONS = flags.FlagValues()
@@ -372,6 +371,9 @@ def main() -> None:
     described = [policy.describe(path, dtype, False, mesh) for path in paths]
     policy.require_same_vocabulary(described[0], described[-1])
     cli.output(f"{OUT.value}/summary.json")
+    template = TEMPLATE.value or benchmarks.BENCHMARKS[BENCHMARK.value]["prompt"]
+    thinking, limit = settings["thinking"], settings["max_new_tokens"]
+    _prompts(described[0], BENCHMARK.value, rows, template, thinking, limit)
     with policy.use(described[0]):
         subject, *teachers = [policy.load(p, p.model.dtype.name) for p in described]
         evaluate(
@@ -381,13 +383,13 @@ def main() -> None:
             out,
             samples=settings["samples"],
             ks=ks,
-            thinking=settings["thinking"],
-            max_new_tokens=settings["max_new_tokens"],
+            thinking=thinking,
+            max_new_tokens=limit,
             sampling=sampling,
             seed=SEED.value,
             batch_size=BATCH_SIZE.value,
             name=PROTOCOL.value,
-            template=TEMPLATE.value,
+            template=template,
             teacher=teachers[0] if teachers else None,
         )
     if LIMIT.value:

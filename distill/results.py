@@ -14,6 +14,7 @@ import jax
 
 from distill import metrics
 from distill.checkpoint import checksum
+from distill.policy import Policy
 from models.errors import UserError
 
 Row = dict[str, Any]
@@ -89,3 +90,16 @@ def transcripts(rows: list[tuple[str, Row]], examples: Path) -> str:
         wanted = f"(wanted {row['answer']}; {row['length']} tokens, {row['finish_reason']})"
         said.append(f"{head} {wanted}\n{questions[row['id']]}\n>>>\n{row['response']}\n")
     return "\n".join(said)
+
+
+def cost(subject: Policy, seconds: float, problems: int, tokens: int) -> Row:
+    """What it takes to run the model: the pace of what this process did (null where nothing was
+    left to do), memory, and the size of the parameters as they were held."""
+    return {
+        "seconds": seconds,
+        "seconds_per_problem": seconds / problems if problems else None,
+        "tokens_per_second": tokens / seconds if tokens else None,
+        "memory": metrics.memory(),
+        "parameters": subject.config.num_parameters,
+        "parameter_bytes": sum(x.nbytes for x in jax.tree.leaves(subject.params)),
+    }
