@@ -20,7 +20,7 @@ quickstart: $(VENV)/.run
 	$(BIN)/python -m distill.quickstart --workdir=$(WORKDIR)
 
 test: lint
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 test-long: $(VENV)/.dev
 	$(BIN)/python -m pytest -q tests/long
