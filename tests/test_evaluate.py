@@ -540,7 +540,10 @@ BAD = [
     (("--benchmark=arithmetic", "--model="), "--model: name a model directory"),
     (("--benchmark=arithmetic", "--model=no/such/place"), "no/such/place: no model directory"),
     (("--benchmark=arithmetic", "--model=other"), "other: no tokenizer, so responses cannot be"),
-    (("--benchmark=arithmetic", "--max_new_tokens=100"), "tokens and 100 new ones (max_new_tokens) exceed"),
+    (
+        ("--benchmark=arithmetic", "--max_new_tokens=100"),
+        "tokens and 100 new ones (max_new_tokens) exceed",
+    ),
     (("--benchmark=arithmetic", "--temperature=nan"), "--temperature"),
     (("--benchmark=arithmetic", "--top_p=nan"), "--top_p"),
     (("--benchmark=arithmetic", "--limit=-1"), "limit"),
