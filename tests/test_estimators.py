@@ -171,7 +171,7 @@ def test_expected_gradient_is_the_one_claimed(name):
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_expected_gradient_under_stale_samples(name):
-    """peers.md 3: drawn from another distribution, the ratio makes it right again: the gradient of
+    """Drawn from another distribution, the ratio makes it right again: the gradient of
     the divergence at the states that were visited."""
     loss, kind = CLAIMS[name]
     stale = draw(STALE)
@@ -204,7 +204,7 @@ def k1_in_the_loss(student):
 
 
 def test_k1_in_the_loss_learns_nothing():
-    """peers.md 1: its expected gradient is 0, whatever the teacher says, though its value is the
+    """Its expected gradient is 0, whatever the teacher says, though its value is the
     KL; descent on it changes nothing but by noise. What stands in Loss is not that."""
     student = draw(STUDENT)
     weight = probability(student)
@@ -221,7 +221,7 @@ def kl_by_state(student):
 
 
 def test_k3_in_the_loss_is_forward_kl():
-    """peers.md 2: its value is that of the reverse KL, its gradient is not."""
+    """Its value is that of the reverse KL, its gradient is not."""
     student = draw(STUDENT)
     loss = Loss(teacher=1, estimator="k3", divergence="forward")
     value = (probability(student) * row_losses(loss, student)).sum()
@@ -230,7 +230,7 @@ def test_k3_in_the_loss_is_forward_kl():
 
 
 def test_clamping_an_estimate_at_zero_is_no_estimate():
-    """peers.md 6: half of the signal is gone. Losses here clamp nothing: k1 takes both signs."""
+    """Half of the signal is gone. Losses here clamp nothing: k1 takes both signs."""
     student, weight = draw(STUDENT), probability(draw(STUDENT))
     k1 = token_logp(student) - token_logp(draw(TEACHER))
     assert (k1 < -0.1).any() and (k1 > 0.1).any()
@@ -243,7 +243,7 @@ def test_clamping_an_estimate_at_zero_is_no_estimate():
 
 @pytest.mark.parametrize("sampler", [None, STALE])
 def test_reference_is_unbiased_in_value_and_gradient(sampler):
-    """peers.md 1 to 3, for the KL from a reference: (p/μ)·k3, with the ratio differentiated."""
+    """For the KL from a reference: (p/μ)·k3, with the ratio differentiated."""
     loss, student = Loss(reference=1), draw(STUDENT)
     stale = None if sampler is None else draw(sampler)
     reference = token_logp(draw(TEACHER))
@@ -290,7 +290,7 @@ DISCOUNTED = {
 
 @pytest.mark.parametrize("name", DISCOUNTED)
 def test_discount_credits_what_follows(name):
-    """peers.md 4: of the divergence that the term is of; and γ = 0 drops it."""
+    """Of the divergence that the term is of; and γ = 0 drops it."""
     loss = DISCOUNTED[name]
     kind = loss.divergence
     for discount in (0.5, 1.0):
@@ -345,7 +345,7 @@ def plain_mean(student, teacher):
 
 @pytest.mark.parametrize("discount", [0.0, 1.0])
 def test_baseline_lowers_the_variance(discount):
-    """peers.md 30: on six pairs. The exact form is lower still: only the noise of the states. The
+    """On six pairs. The exact form is lower still: only the noise of the states. The
     plain mean as a baseline, the KL, is unbiased too, but no remedy at discount 0."""
     plain = Loss(teacher=1, estimator="sampled", discount=discount)
     forms = plain, dataclasses.replace(plain, baseline=True), Loss(teacher=1, discount=discount)

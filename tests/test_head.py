@@ -159,7 +159,7 @@ def test_exact_in_float32(d):
 
 
 def test_jsd_beta_convention_is_trls(x64):
-    """peers.md 7: at β=0 exactly KL(T‖S), at β=1 exactly KL(S‖T); some have the ends swapped."""
+    """At β=0 exactly KL(T‖S), at β=1 exactly KL(S‖T); some have the ends swapped."""
     logits, teacher_logits = map(jnp.asarray, pair())
 
     def value(d):
@@ -173,7 +173,7 @@ def test_jsd_beta_convention_is_trls(x64):
 
 
 def test_temperature_keeps_the_size_of_the_gradient(x64):
-    """peers.md 8: with the factor τ², the gradient of a high temperature tends to a limit, that of
+    """With the factor τ², the gradient of a high temperature tends to a limit, that of
     half the squared distance of the centred logits over V, and not to zero."""
     logits, teacher_logits = map(jnp.asarray, pair())
 
@@ -222,7 +222,7 @@ def test_topk_equals_autodiff_of_the_coarse_formula(d, x64):
 @pytest.mark.parametrize("kind", ["reverse", "forward", "jsd"])
 @pytest.mark.parametrize("of", ["teacher", "student", "union"])
 def test_topk_with_tail_is_never_negative_and_tends_to_exact(kind, of):
-    """peers.md 5: and grows with k, as a finer division of outcomes must; k = V is exact."""
+    """And grows with k, as a finer division of outcomes must; k = V is exact."""
     logits, teacher_logits = (jnp.asarray(x, jnp.float32) for x in pair())
     d = Divergence(kind)
     forms = [dataclasses.replace(d, k=k, k_of=of) for k in (1, 2, 5, 8)] + [d]
@@ -271,7 +271,7 @@ def without_tail(d, logits, teacher_logits):
 
 
 def test_topk_without_tail_leaks_mass():
-    """peers.md 5: it is no divergence. It is negative where the student's mass has left the k, so
+    """It is no divergence. It is negative where the student's mass has left the k, so
     descent on it drives the mass out; with the tail the same descent ends at the teacher."""
     d = Divergence("reverse", k=2)
     teacher_logits = jnp.asarray([[[3.0, 2.0, 0.0, 0.0, 0.0]]])
@@ -295,7 +295,7 @@ def test_topk_without_tail_leaks_mass():
 
 @pytest.mark.parametrize("d", [*FORMS.values(), *TOPS], ids=str)
 def test_teacher_is_student(arrays, d):
-    """peers.md 38: no loss and no gradient, not even rounding noise, which Adam would scale up."""
+    """No loss and no gradient, not even rounding noise, which Adam would scale up."""
     a = arrays
 
     def loss(hidden, head):
@@ -325,7 +325,6 @@ def test_teacher_is_student_stored(arrays, kind):
 
 
 def test_teacher_gets_no_gradient(arrays):
-    """peers.md 9."""
     a = arrays
 
     def loss(teacher_hidden, teacher_head, logq):
@@ -409,7 +408,7 @@ def test_vocabulary_split_over_devices(d):
 
 
 def test_bfloat16_is_summed_in_float32(arrays):
-    """peers.md 26: hidden states in bfloat16 give float32 stats, and a float32 gradient of a
+    """Hidden states in bfloat16 give float32 stats, and a float32 gradient of a
     float32 head."""
     a = arrays
     hidden, teacher = (a[name].astype(jnp.bfloat16) for name in ("hidden", "teacher_hidden"))

@@ -152,7 +152,7 @@ def same(a, b):
 @pytest.mark.parametrize("layout", ["left padded", "packed"])
 @pytest.mark.parametrize("name", FORMS)
 def test_layout_changes_nothing(name, layout):
-    """peers.md 16 and 28: packed = padded, on whichever side, whatever lies on the padding; rows
+    """Packed = padded, on whichever side, whatever lies on the padding; rows
     that fill up the devices do not count. And nothing but the response is trained in any."""
     found = run(FORMS[name], LAYOUTS[layout])
     same(found[:2], reference_run(name)[:2])
@@ -161,7 +161,7 @@ def test_layout_changes_nothing(name, layout):
 
 @pytest.mark.parametrize("name", FORMS)
 def test_micro_batches_of_uneven_counts_add_up(name):
-    """peers.md 28: 17 trained tokens in parts of 13 and 6: sums travel and are divided once. The
+    """17 trained tokens in parts of 13 and 6: sums travel and are divided once. The
     mean of means is another number."""
     rows = LAYOUTS["right padded"]
     parts = [run(FORMS[name], part) for part in ([*rows[:3], [], []], [[], [], [], *rows[3:]])]
@@ -182,7 +182,7 @@ def predicts():
 
 @pytest.mark.parametrize("name", FORMS)
 def test_first_response_token_and_eos_are_trained_and_nothing_else(name):
-    """peers.md 13, 14 and 16: shift by one; pad = eos; no prompt token, nothing after EOS. A
+    """Shift by one; pad = eos; no prompt token, nothing after EOS. A
     hidden state has a gradient just where it predicts a token of the response. (Of a fresh sample,
     or a clip might hold some back.)"""
     gradient = run(FORMS[name], LAYOUTS["right padded"], fresh=True)[1]["hidden"]
@@ -192,7 +192,7 @@ def test_first_response_token_and_eos_are_trained_and_nothing_else(name):
 
 
 def test_a_truncated_response_has_no_eos_to_train():
-    """peers.md 15: the mask is of lengths, so a response that was cut trains what was written, its
+    """The mask is of lengths, so a response that was cut trains what was written, its
     last token like any other, and no EOS that nobody wrote."""
     tokens = jnp.asarray([[5, 6, 7, 8, EOS, EOS]])
     mask = jnp.asarray([[False, False, True, True, False, False]])  # cut after 8; padded with EOS
@@ -210,7 +210,6 @@ def test_a_truncated_response_has_no_eos_to_train():
 
 
 def test_shift_aligns_prediction_with_target():
-    """peers.md 13."""
     x = jnp.array([[5, 6, 7]])
     np.testing.assert_array_equal(losses.shift(x), [[6, 7, 0]])
     np.testing.assert_array_equal(losses.unshift(losses.shift(x)), [[0, 6, 7]])
@@ -231,7 +230,7 @@ def simple(loss, logp, **known):
 
 @pytest.mark.parametrize("discount", [0.0, 0.9])
 def test_the_cookbooks_formula(discount):
-    """tinker-cookbook, peers.md 2.1: advantage -c (log p_sampler - log q), detached, its discounted
+    """tinker-cookbook: advantage -c (log p_sampler - log q), detached, its discounted
     future sum if there is a discount; loss -Σ exp(log p - log p_sampler)·advantage."""
     rng = np.random.default_rng(2)
     logp, sampler, teacher = (-rng.uniform(0.1, 3, 7).astype(np.float32) for _ in range(3))
@@ -246,7 +245,7 @@ def test_the_cookbooks_formula(discount):
 
 
 def test_teacher_and_advantage_are_detached():
-    """peers.md 9: the gradient in q, μ, the reference and the advantages is zero."""
+    """The gradient in q, μ, the reference and the advantages is zero."""
     rng = np.random.default_rng(3)
     mask = jnp.ones((2, 4), jnp.int32)
     names = ("teacher_logp", "baseline", "reverse_kl", "sampler", "old", "reference", "advantages")
@@ -264,7 +263,7 @@ def test_teacher_and_advantage_are_detached():
 
 
 def test_length_bias_of_the_aggregations():
-    """peers.md 29 and 31: by token a response weighs as long as it is; by sequence each weighs 1,
+    """By token a response weighs as long as it is; by sequence each weighs 1,
     so a token of a long one weighs less; by the constant, a token weighs the same everywhere and
     the divisor is no function of lengths."""
     mask = jnp.asarray([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]])
@@ -302,7 +301,7 @@ def test_figures_that_foresee_collapse():
 
 
 def test_sampler_mismatch_is_truncated():
-    """peers.md 11: p_old/p_sampler, capped, detached, weighs the policy gradient alone."""
+    """The weight p_old/p_sampler, capped, detached, weighs the policy gradient alone."""
     old, sampler = np.log([[0.5, 0.5], [0.1, 0.4]]).astype(np.float32)
     known = {"old_logp_BT": old, "sampler_logp_BT": sampler}
     advantage = np.ones(2, np.float32)
@@ -386,7 +385,7 @@ def test_later_sum(discount):
 
 
 def test_group_advantages():
-    """peers.md 29: by each paper's formula; a constant group is marked and exactly 0."""
+    """By each paper's formula; a constant group is marked and exactly 0."""
     rng = np.random.default_rng(5)
     rewards = rng.normal(size=(4, 5)).astype(np.float32)
     rewards[1], rewards[2] = 0.1, [1, 0, 0, 0, 0]

@@ -249,7 +249,7 @@ def test_topk_with_tail_is_trls(iw_opd, beta, of):
 
 
 def test_overlong_penalty_is_trls():
-    """peers.md 32: by the number of tokens, not of characters."""
+    """By the number of tokens, not of characters."""
     from trl.rewards import get_soft_overlong_punishment
 
     lengths = [1, 79, 80, 81, 90, 99, 100, 101, 500]
