@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,13 +12,14 @@ import numpy as np
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from distill import columns, metrics, sources
+from distill import chat, columns, metrics, sources
 from distill.batch import Batch
-from distill.examples import Example, prompt_tokens, trace
+from distill.examples import Example, asked, prompt_tokens, trace  # noqa: F401
 from models.errors import UserError
 
 ENDLESS_SAMPLE = 1000  # problems of a source without end that are looked at before step 0
 MIXTURE_BLOCK = 1000  # in so many rows of a mixture each source has its share exactly
+MODE_BLOCK = 32  # in so many rows that are read the modes have their shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +27,15 @@ class Source:
     """Examples by number; `size` of them, or without end where size is 0.
 
     `window` > 0: an epoch's order goes from window to window of so many rows, shuffled within each,
-    as a stream needs it. `skipped` holds why a bad row was left out, by the row's name.
+    as a stream needs it. `skipped` holds why a bad row was left out, by the row's name. `thinking`
+    is the share of examples that are read in thinking mode, of those that come in both.
     """
 
     size: int
     example: Callable[[int], Example]
     window: int = 0
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    thinking: float = 1.0
 
 
 def read_jsonl(path: str | Path) -> list[tuple[str, dict]]:
@@ -90,6 +94,14 @@ def load(
     for field, known in CHOICES.items():
         if c[field] not in known:
             raise UserError(f"config.data.{field}={c[field]!r}: is none of {', '.join(known)}")
+    if not 0 <= c.thinking <= 1:
+        raise UserError(f"config.data.thinking={c.thinking}: is a share, from 0 to 1")
+    templated = tokenizer is not None and tokenizer.chat_template is not None
+    if templated and 0 < c.thinking < 1 and not chat.has_switch(tokenizer):
+        raise UserError(
+            f"config.data.thinking={c.thinking}: the chat template of {tokenizer.name_or_path} has "
+            "no switch between modes; 1 or 0 leave it as it is"
+        )
     skipped: dict[str, str] = {}
     if not c.mixture:
         return _one(c, c.source, tokenizer, seed, traces, require, skipped)
@@ -137,16 +149,19 @@ def _one(
         if traces:
             made = trace(row, where, tokenizer, c.thinking, c.turns)
         else:
-            ids = prompt_tokens(row, where, tokenizer, c.thinking)
-            made = Example(ids, [], str(row.get("answer", "")), where)
-        require(made)
+            made = asked(row, where, tokenizer, c.thinking)
+        for each in (made, made.other):
+            if each:
+                require(each)
         return made
 
     if c.on_bad_row == "fail":
         for index in range(min(c.check, rows.size) if rows.size else ENDLESS_SAMPLE):
             example(index)
-        return Source(rows.size, example, rows.window, skipped)
-    return _skipping(rows, example, c.check, skipped)
+        source = Source(rows.size, example, rows.window, skipped)
+    else:
+        source = _skipping(rows, example, c.check, skipped)
+    return dataclasses.replace(source, thinking=c.thinking)
 
 
 def _skipping(
@@ -232,16 +247,29 @@ def _permutation(size: int, seeds: tuple[int, ...]) -> np.ndarray:
 def one(source: Source, ordinal: int, seed: int) -> Example:
     """The example that comes as number `ordinal` of all that are read: that very one of a source
     without end; of a finite one, by an order drawn anew for each epoch, so that each example comes
-    once an epoch."""
+    once an epoch. One that comes in both modes is in the mode of that number."""
+    example = source.example(_index(source, ordinal, seed))
+    return example if thinks(source.thinking, ordinal, seed) else example.other or example
+
+
+def thinks(share: float, ordinal: int, seed: int) -> bool:
+    """Whether what is read as number `ordinal` is in thinking mode: in every MODE_BLOCK of them as
+    many as `share` says, in an order drawn for that block."""
+    block, place = divmod(ordinal, MODE_BLOCK)
+    due = [math.floor(share * MODE_BLOCK * edge + 1e-6) for edge in (block, block + 1)]
+    return bool(_permutation(MODE_BLOCK, (seed, block, 1))[place] < due[1] - due[0])
+
+
+def _index(source: Source, ordinal: int, seed: int) -> int:
     if not source.size:
-        return source.example(ordinal)
+        return ordinal
     epoch, place = divmod(ordinal, source.size)
     if not source.window:
-        return source.example(int(_permutation(source.size, (seed, epoch))[place]))
+        return int(_permutation(source.size, (seed, epoch))[place])
     window, place = divmod(place, source.window)
     begin = window * source.window
     size = min(source.window, source.size - begin)
-    return source.example(begin + int(_permutation(size, (seed, epoch, window))[place]))
+    return begin + int(_permutation(size, (seed, epoch, window))[place])
 
 
 def at(
