@@ -60,44 +60,44 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("traces", {"objective": "sft"}),
     "distill": ("traces", {"objective": "distill"}),
     "distill + sft": ("traces", {"objective": "distill", "loss.sft": 0.5}),
-    "gkd, beta 0.5": ("distribution", {"objective": "gkd"}),
+    "gkd: beta 0.5": ("distribution", {"objective": "gkd"}),
     "opd": ("distribution", {}),
-    "opd, forward": ("distribution", {"loss.divergence": "forward"}),
-    "opd, jsd 0.5": ("distribution", {"loss.divergence": "jsd"}),
-    "opd, skewed 0.1": ("distribution", {"loss.skew": 0.1}),
-    "opd, temperature 2": ("distribution", {"loss.temperature": 2.0}),
-    "opd, discount 0.9": ("sampled", {"loss.discount": 0.9}),
-    f"opd, teacher's top {K}": ("distribution", {"loss.estimator": "topk", "loss.k": K}),
-    f"opd, student's top {K}": (
+    "opd: forward": ("distribution", {"loss.divergence": "forward"}),
+    "opd: jsd 0.5": ("distribution", {"loss.divergence": "jsd"}),
+    "opd: skewed 0.1": ("distribution", {"loss.skew": 0.1}),
+    "opd: temperature 2": ("distribution", {"loss.temperature": 2.0}),
+    "opd: discount 0.9": ("sampled", {"loss.discount": 0.9}),
+    f"opd: teacher's top {K}": ("distribution", {"loss.estimator": "topk", "loss.k": K}),
+    f"opd: student's top {K}": (
         "distribution",
         {"loss.estimator": "topk", "loss.k": K, "loss.k_of": "student"},
     ),
-    f"opd, union of top {K}": (
+    f"opd: union of top {K}": (
         "distribution",
         {"loss.estimator": "topk", "loss.k": K, "loss.k_of": "union"},
     ),
     "opd_sampled": ("sampled", {"objective": "opd_sampled"}),
-    "opd_sampled, baseline": ("sampled", {"objective": "opd_sampled", "loss.baseline": True}),
-    "opd, k2": ("sampled", {"loss.estimator": "k2"}),
-    "opd, k3 (forward)": ("sampled", {"loss.estimator": "k3", "loss.divergence": "forward"}),
+    "opd_sampled: baseline": ("sampled", {"objective": "opd_sampled", "loss.baseline": True}),
+    "opd: k2": ("sampled", {"loss.estimator": "k2"}),
+    "opd: k3 (forward)": ("sampled", {"loss.estimator": "k3", "loss.divergence": "forward"}),
     **{
         name: ("reward", {"objective": name, "samples": SAMPLES})
         for name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo")
     },
-    "grpo, 2 x 2 updates": (
+    "grpo: 2 x 2 updates": (
         "reward",
         {"objective": "grpo", "samples": SAMPLES, "epochs": 2, "minibatches": 2},
     ),
-    "grpo, judge alone": (
+    "grpo: judge alone": (
         "reward",
         {"objective": "grpo", "samples": SAMPLES, "reward.correct": 0.0, "reward.judge": 1.0},
     ),
     "hybrid": ("distribution", {"objective": "hybrid", "samples": SAMPLES}),
-    "hybrid, sampled": (
+    "hybrid: sampled": (
         "sampled",
         {"objective": "hybrid", "samples": SAMPLES, "loss.estimator": "sampled"},
     ),
-    "hybrid, reference 0.1": (
+    "hybrid: reference 0.1": (
         "distribution",
         {"objective": "hybrid", "samples": SAMPLES, "loss.reference": 0.1},
     ),
