@@ -93,7 +93,9 @@ def closed(tokenizer: PreTrainedTokenizerBase | None, prompt: list[int]) -> bool
 
 
 def has_switch(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template renders the two modes apart."""
+    """Whether the chat template renders the two modes apart; true where there is none to say."""
+    if tokenizer.chat_template is None:
+        return True
     turn = [{"role": "user", "content": "Hello"}]
     on, off = (render(tokenizer, turn, thinking=thinking) for thinking in (True, False))
     return on != off

@@ -3,7 +3,6 @@
 import concurrent.futures
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,14 +11,13 @@ import numpy as np
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from distill import chat, columns, metrics, sources
+from distill import chat, columns, curriculum, metrics, sources
 from distill.batch import Batch
 from distill.examples import Example, asked, prompt_tokens, trace  # noqa: F401
 from models.errors import UserError
 
 ENDLESS_SAMPLE = 1000  # problems of a source without end that are looked at before step 0
 MIXTURE_BLOCK = 1000  # in so many rows of a mixture each source has its share exactly
-MODE_BLOCK = 32  # in so many rows that are read the modes have their shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +34,7 @@ class Source:
     window: int = 0
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
     thinking: float = 1.0
+    order: curriculum.Order | None = None  # in place of a new order each epoch
 
 
 def read_jsonl(path: str | Path) -> list[tuple[str, dict]]:
@@ -96,8 +95,7 @@ def load(
             raise UserError(f"config.data.{field}={c[field]!r}: is none of {', '.join(known)}")
     if not 0 <= c.thinking <= 1:
         raise UserError(f"config.data.thinking={c.thinking}: is a share, from 0 to 1")
-    templated = tokenizer is not None and tokenizer.chat_template is not None
-    if templated and 0 < c.thinking < 1 and not chat.has_switch(tokenizer):
+    if 0 < c.thinking < 1 and tokenizer and not chat.has_switch(tokenizer):
         raise UserError(
             f"config.data.thinking={c.thinking}: the chat template of {tokenizer.name_or_path} has "
             "no switch between modes; 1 or 0 leave it as it is"
@@ -121,6 +119,7 @@ CHOICES = {
     "on_bad_row": ("fail", "skip"),
     "turns": ("last", "all"),
     "keep": ("all", "finished", "correct"),
+    "curriculum": curriculum.CURRICULA,
 }
 
 
@@ -143,6 +142,8 @@ def _one(
         if traces and not window and sources.are_samples(rows):
             rows = sources.samples(rows, c.keep, skipped if c.on_bad_row == "skip" else None)
 
+    difficulty_of = curriculum.grade(c.difficulty)
+
     def example(index: int) -> Example:
         where = rows.where(index)
         row = columns.canonical(rows.row(index), c.columns, where, traces)
@@ -150,6 +151,7 @@ def _one(
             made = trace(row, where, tokenizer, c.thinking, c.turns)
         else:
             made = asked(row, where, tokenizer, c.thinking)
+        made = made.graded(difficulty_of(row, made))
         for each in (made, made.other):
             if each:
                 require(each)
@@ -248,16 +250,14 @@ def one(source: Source, ordinal: int, seed: int) -> Example:
     """The example that comes as number `ordinal` of all that are read: that very one of a source
     without end; of a finite one, by an order drawn anew for each epoch, so that each example comes
     once an epoch. One that comes in both modes is in the mode of that number."""
-    example = source.example(_index(source, ordinal, seed))
-    return example if thinks(source.thinking, ordinal, seed) else example.other or example
+    return _moded(source, _index(source, ordinal, seed), ordinal, seed)
 
 
-def thinks(share: float, ordinal: int, seed: int) -> bool:
-    """Whether what is read as number `ordinal` is in thinking mode: in every MODE_BLOCK of them as
-    many as `share` says, in an order drawn for that block."""
-    block, place = divmod(ordinal, MODE_BLOCK)
-    due = [math.floor(share * MODE_BLOCK * edge + 1e-6) for edge in (block, block + 1)]
-    return bool(_permutation(MODE_BLOCK, (seed, block, 1))[place] < due[1] - due[0])
+def _moded(source: Source, index: int, ordinal: int, seed: int) -> Example:
+    example = source.example(index)
+    return (
+        example if curriculum.thinks(source.thinking, ordinal, seed) else example.other or example
+    )
 
 
 def _index(source: Source, ordinal: int, seed: int) -> int:
@@ -273,12 +273,21 @@ def _index(source: Source, ordinal: int, seed: int) -> int:
 
 
 def at(
-    source: Source, step: int, count: int, seed: int, share: Sequence[int] | None = None
+    source: Source,
+    step: int,
+    count: int,
+    seed: int,
+    share: Sequence[int] | None = None,
+    now: int | None = None,
 ) -> list[Example]:
     """The `count` examples of a step, or those of its places that `share` lists: what a process
-    reads that feeds these rows of the batch. The order does not depend on who reads it."""
+    reads that feeds these rows of the batch. The order does not depend on who reads it. By a
+    curriculum they are of the difficulty of the step `now`, where that is another."""
     places = range(count) if share is None else share
-    return [one(source, step * count + place, seed) for place in places]
+    if not source.order:
+        return [one(source, step * count + place, seed) for place in places]
+    drawn = source.order(step, step if now is None else now, count)
+    return [_moded(source, drawn[place], step * count + place, seed) for place in places]
 
 
 T = TypeVar("T")
@@ -329,6 +338,7 @@ def layout(rows: Sequence[Sequence[Example]], T: int, max_response: int, top_k: 
     """
     tokens = np.zeros((len(rows), T), np.int32)
     segments, mask = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
+    thinking = np.zeros(tokens.shape, bool)
     begins = np.zeros_like(tokens)  # of each token's segment; padding goes on with the last one's
     for row, examples in enumerate(rows):
         at = 0
@@ -339,12 +349,13 @@ def layout(rows: Sequence[Sequence[Example]], T: int, max_response: int, top_k: 
             tokens[row, at:end] = example.prompt + response
             segments[row, at:end] = number
             mask[row, start:end] = (example.trained or [True] * len(response))[: len(response)]
-            begins[row, at:] = at
+            begins[row, at:], thinking[row, at:] = at, example.thinking
             at = end
     positions = np.arange(T, dtype=np.int32)[None] - begins
     arrays: Any = (tokens, positions, segments, mask)  # host arrays, until they are put on a mesh
     top: Any = _top(rows, T, max_response, top_k) if top_k else None
-    return Batch(*arrays, teacher_top_BTK=top)
+    modes: Any = thinking
+    return Batch(*arrays, thinking_BT=modes, teacher_top_BTK=top)
 
 
 def _top(
@@ -378,4 +389,5 @@ def measure(
         "data/efficiency": float((np.asarray(batch.segments_BT) > 0).mean()),
         "data/truncated": sum(n > max_response for n in lengths) / max(1, len(lengths)),
         "data/skipped": len(source.skipped),
+        **curriculum.mean([example.difficulty for row in rows for example in row]),
     }

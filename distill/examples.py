@@ -21,6 +21,12 @@ class Example:
     top: list | None = None  # for each response token the teacher's likeliest, [[id, logprob], ...]
     thinking: bool = True  # the mode that it is asked in
     other: "Example | None" = None  # the same without thinking, where either mode will do
+    difficulty: float | None = None  # more is harder
+
+    def graded(self, difficulty: float | None) -> "Example":
+        """The same with its difficulty."""
+        other = self.other and self.other.graded(difficulty)
+        return dataclasses.replace(self, other=other, difficulty=difficulty)
 
 
 # What a response shows of its mode: no think block, an empty one, or one with something in it.

@@ -8,7 +8,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from distill import data, losses, optim, packing, policy, rewards, rollout
+from distill import curriculum, data, losses, optim, packing, policy, rewards, rollout
 from distill import mesh as mesh_lib
 from distill.policy import Policy
 from models.errors import UserError
@@ -223,6 +223,8 @@ def _stage(
     if loss.reward and student.tokenizer is None:
         raise UserError(f"{student.path}: no tokenizer, so responses cannot be graded")
     source = data.load(s.data, student.tokenizer, c.seed, sampled < s.batch_size, require)
+    order = curriculum.over(s.data, source.size, source.example, s.steps, c.seed)
+    source = dataclasses.replace(source, order=order)
     packer = None
     if s.pack_tokens:
         packer = packing.Packer(source, c.seed, s.batch_size, s.pack_tokens, s.max_response_tokens)
@@ -272,6 +274,8 @@ def _check_stage(
             )
     if s.pack_tokens and sampled:
         raise UserError(f"config.{name}.pack_tokens: {s.objective} samples, and packs nothing")
+    if s.pack_tokens and s.data.curriculum:
+        raise UserError(f"config.{name}.data.curriculum: packed rows are of no one step")
     if s.pack_tokens < 0 or 0 < s.pack_tokens < total:
         raise UserError(
             f"config.{name}.pack_tokens={s.pack_tokens}: a row must hold max_prompt_tokens + "

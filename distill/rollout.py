@@ -45,8 +45,8 @@ def ask(examples: Sequence[data.Example], samples: int, key: jax.Array, limit: i
     numbers_B, samples_B = np.divmod(np.arange(len(examples) * samples), samples)
     keys = row_keys(key, numbers_B, samples_B)
     return [
-        Row(examples[i].prompt, k, limit, examples[i].where)
-        for i, k in zip(numbers_B, keys, strict=True)
+        Row(e.prompt, k, limit, e.where, thinking=e.thinking, difficulty=e.difficulty)
+        for e, k in zip([examples[i] for i in numbers_B], keys, strict=True)
     ]
 
 
@@ -137,6 +137,7 @@ def to_batch(
     starts = np.array([[P - len(row.prompt)] for row in rows], np.int32)
     positions = np.maximum(np.arange(P + R, dtype=np.int32)[None] - starts, 0)
     finished = np.array([row.reason == "stop" for row in rows])
+    thinking = np.repeat([[row.thinking] for row in rows], P + R, axis=1)
     return Batch(  # host arrays, until they are put on a mesh
         tokens_BT=tokens,  # pyright: ignore[reportArgumentType]
         positions_BT=positions,  # pyright: ignore[reportArgumentType]
@@ -144,6 +145,7 @@ def to_batch(
         mask_BT=mask,  # pyright: ignore[reportArgumentType]
         sampler_logp_BT=logp,  # pyright: ignore[reportArgumentType]
         finished_B=finished,  # pyright: ignore[reportArgumentType]
+        thinking_BT=thinking,  # pyright: ignore[reportArgumentType]
     )
 
 

@@ -142,10 +142,23 @@ def loss_sums(
         places = tuple(place for place in PLACES if place < limit)
         by_place = advantages.by_offset(stats["reverse_kl"], mask_BT, segments_BT, places)
         sums |= {f"reverse_kl_from_{place}": x for place, x in by_place.items()}
+    if batch.thinking_BT is not None:
+        sums |= _by_mode(stats, mask_BT, losses.shift(batch.thinking_BT))
     if balance:
         load_LE, p_LE = (of / seen for of, seen in (sums["load_LE"], sums["p_LE"]))
         total += balance * count * moe.summary(load_LE, p_LE)["load_balancing_loss"]
     return total, (sums, {k: losses.unshift(x * mask_BT) for k, x in stats.items()})
+
+
+def _by_mode(stats: losses.Stats, mask_BT: jax.Array, thinking_BT: jax.Array) -> metrics.Sums:
+    """What foresees collapse, of the tokens of each mode apart."""
+    modes = {"think": mask_BT * thinking_BT, "no_think": mask_BT * ~thinking_BT}
+    return {
+        f"{name}/{mode}": (jnp.sum(stats[name] * of_BT), jnp.sum(of_BT))
+        for name in ("reverse_kl", "entropy", "logp")
+        if name in stats
+        for mode, of_BT in modes.items()
+    }
 
 
 def make(
@@ -244,6 +257,10 @@ def _several(
         return jax.lax.scan(one, state, parts)
 
     after, (measured, stats) = jax.lax.scan(epoch, state, None, length=epochs)
-    measured = jax.tree.map(jnp.mean, measured)
+    # What has no tokens in some of the updates is measured by the others.
+    measured = {
+        name: (jnp.nanmean if "/" in name or "_from_" in name else jnp.mean)(x)
+        for name, x in measured.items()
+    }
     stats = _merge(jax.tree.map(lambda x: x[-1], stats))
     return dataclasses.replace(after, step=state.step + 1), measured, stats
