@@ -281,11 +281,10 @@ def main() -> None:
     with mesh_lib.use(mesh):
         path = config("sampled", {}).teacher.path
         teacher = policy.load(policy.describe(path, "float32", False, mesh), "float32")
-        for name in names:
+        for name in ONLY.value or names:
             folder = out / "".join(x if x.isalnum() else "_" for x in name)
-            if name in ONLY.value or not ONLY.value:
-                results[name] = run(name, folder, mesh, teacher)
-                metrics.write_text(out / "table.md", table(results) + "\n")
+            results[name] = run(name, folder, mesh, teacher)
+            metrics.write_text(out / "table.md", table(results) + "\n")
     print(table(results))
 
 

@@ -217,6 +217,7 @@ def test_figures_of_the_modes_apart(objective, tmp_path):
             known = [x for x in both if x is not None]
             assert min(known) - 1e-5 <= row[f"train/{name}"] <= max(known) + 1e-5
         if objective == "hybrid":
+            assert row["train/stop_logp"] <= 0 and row["train/teacher_stop_logp"] <= 0
             sizes = {m: row.get(f"rollout/rows/{m}", 0) for m in ("think", "no_think")}
             assert sum(sizes.values()) == 8
             for name in ("rollout/mean_length", "rollout/truncated", "reward/correct"):
