@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import objectives
 from distill import losses
 from distill.head import token_stats
 from distill.losses import Loss
@@ -395,3 +396,43 @@ def test_k2_is_the_sampled_form_sample_by_sample():
         for x in ("sampled", "k2")
     ]
     same(*rows)
+
+
+# Forms that are known not to work; they are no option, and stand in benchmarks/objectives.py.
+
+
+def test_k1_in_the_loss_teaches_nothing():
+    p, q = (jax.random.normal(jax.random.key(i), (1, 1, 8)) * 2 for i in (0, 1))
+    logq = jax.nn.log_softmax(q)
+
+    def expected(p):
+        weights = jax.lax.stop_gradient(jax.nn.softmax(p))
+        each = [
+            objectives.k1_in_the_loss(jax.nn.log_softmax(p), logq, jnp.full((1, 1), v))
+            for v in range(8)
+        ]
+        return jnp.sum(weights[0, 0] * jnp.stack(each)[:, 0, 0])
+
+    value, gradient = jax.value_and_grad(expected)(p)
+    exact = jax.grad(lambda p: jnp.sum(jax.nn.softmax(p) * (jax.nn.log_softmax(p) - logq)))(p)
+    assert value > 0.1 and jnp.abs(exact).max() > 0.1
+    np.testing.assert_allclose(gradient, 0, atol=1e-6)
+
+
+def test_a_top_without_its_tail_lets_mass_leak():
+    """Even a student that is its teacher moves, until p = q / e within the top."""
+    logq = jax.nn.log_softmax(jax.random.normal(jax.random.key(2), (1, 1, 8)) * 2)
+    inside = jnp.sum(jax.lax.top_k(jnp.exp(logq), objectives.K)[0])
+    ids = jax.lax.top_k(logq, objectives.K)[1][0, 0]
+
+    def loss(p):
+        none = jnp.zeros((1, 1), jnp.int32)
+        return objectives.top_without_tail(jax.nn.log_softmax(p), logq, none)[0, 0]
+
+    step = jax.jit(lambda p: p - jax.grad(loss)(p))
+    p = logq
+    assert jnp.abs(jax.grad(loss)(p)).max() > 0.01
+    for _ in range(3000):
+        p = step(p)
+    np.testing.assert_allclose(jax.nn.softmax(p)[0, 0][ids].sum(), inside / np.e, atol=1e-3)
+    np.testing.assert_allclose(loss(p), -inside / np.e, atol=1e-3)
