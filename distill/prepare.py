@@ -60,6 +60,7 @@ class Plan:
     teacher: Policy | None
     reference: Policy | None
     stages: tuple[Stage, ...]
+    replays: bool = False  # the update sends each token to the experts that the sampler did
 
 
 def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
@@ -82,7 +83,7 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
         raise UserError("config.teacher.path: name a model directory")
     for field, dtype, allowed in (
         ("student.dtype", c.student.dtype, policy.DTYPES),
-        ("student.param_dtype", c.student.param_dtype, policy.DTYPES),
+        ("student.param_dtype", c.student.param_dtype, policy.PARAM_DTYPES),
         ("teacher.dtype", c.teacher.dtype, policy.DTYPES),
         ("teacher.param_dtype", c.teacher.param_dtype, policy.PARAM_DTYPES),
     ):
@@ -98,8 +99,9 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
         kernel=c.attention,
         tokenizer_of=m.tokenizer,
     )
-    if c.student.balance_loss and not any(student.config.sparse_layers):
-        raise UserError(f"config.student.balance_loss: {c.student.path} has no experts to balance")
+    for field, to in (("balance_loss", "balance"), ("replay_routing", "replay")):
+        if m[field] and not any(student.config.sparse_layers):
+            raise UserError(f"config.student.{field}: {m.path} has no experts to {to}")
     if not c.student.random_init:
         policy.check(student)
     taught = reference = None
@@ -115,7 +117,7 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
     for name, (s, loss, sampled) in chosen.items():
         stages.append(_stage(c, name, first, loss, sampled, student, taught, mesh))
         first += s.steps
-    return Plan(student, taught, reference, tuple(stages))
+    return Plan(student, taught, reference, tuple(stages), m.replay_routing)
 
 
 def _objective(name: str, s: ConfigDict) -> tuple[losses.Loss, int]:
@@ -305,5 +307,6 @@ def rollout_options(s: ConfigDict) -> rollout.Options:
         chunk=r.chunk,
         cache_tokens=r.cache_tokens,
         cache_dtype=r.cache_dtype,
+        param_dtype=r.param_dtype,
         gathered=r.gathered,
     )

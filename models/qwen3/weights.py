@@ -176,6 +176,7 @@ def load(
     dtype: jnp.dtype,
     note: Callable[[int], None] = lambda done: None,
     source: contextlib.AbstractContextManager[dict[str, Any]] | None = None,
+    convert: Callable[[tuple, jax.Array], Any] | None = None,
 ) -> Any:
     """Reads the parameters of DIRECTORY straight into `shardings`, cast to `dtype`.
 
@@ -186,6 +187,7 @@ def load(
       shardings: tree of jax shardings of the same structure.
       note: called after each read with how many of `reads` are done.
       source: what `opened` gives, where it is not that of the model in DIRECTORY.
+      convert: (path, parameter) -> what stands in its place, made before the next one is read.
 
     Raises:
       UserError: naming the file or tensor that is missing, extra, misshapen or unreadable.
@@ -225,7 +227,8 @@ def load(
 
         def one(path: tuple, leaf: Any, sharding: Any) -> Any:
             if not is_quantised(leaf):
-                return array(path, leaf.shape, sharding)
+                held = array(path, leaf.shape, sharding)
+                return convert(path, held) if convert else held
             if path[0].key != "layers":
                 return quantised.put(array(path, leaf.shape, sharding.values), leaf)
             of_layer = NamedSharding(sharding.values.mesh, P(*sharding.values.spec[1:]))
