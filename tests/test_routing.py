@@ -315,7 +315,8 @@ def test_parked_experts_come_back_from_a_checkpoint():
 
 def test_read_rows_route_themselves():
     """Where half of a batch is the student's own, the other half has no experts recorded."""
-    rows = [rollout.Row([1, 2], (0, 0), 3, tokens=[5], experts=[np.ones((3, 2, 4), np.int16)])]
+    one = np.ones((3, 2, 4), np.int16)
+    rows = [rollout.Row([1, 2], (0, 0), 3, tokens=[5], logprobs=[-1.0], experts=[one])]
     own = rollout.to_batch(rows, 1, 4, 3, (2, 4))
     read = dataclasses.replace(own, experts_BTLA=None)
     experts = np.asarray(collect._joined([own, read]).experts_BTLA)

@@ -508,8 +508,7 @@ def test_bad_models_are_refused_by_every_verb(name, chatty, run, tmp_path, capsy
     (begun / "config.json").write_text(json.dumps(c))
     asked = write(tmp_path / "asked.jsonl", [{"question": "1 + 1?", "answer": "2"}])
     rows = write(tmp_path / "rows.jsonl", [{"tokens": [1]}])
-    config = f"--config={ROOT / 'configs' / 'base.py'}"
-    roles, limit = {"student": chatty, "teacher": chatty}, "--max_new_tokens=4"
+    limit = "--max_new_tokens=4"
     calls: list[tuple[ModuleType, tuple[str, ...]]] = [
         (generate, (f"--model={model}", f"--prompts={rows}", f"--out={out}", limit)),
         (score, (f"--model={model}", f"--tokens={rows}", f"--out={out}")),
@@ -518,10 +517,6 @@ def test_bad_models_are_refused_by_every_verb(name, chatty, run, tmp_path, capsy
             (f"--model={model}", "--benchmark=gsm8k", f"--data={asked}", f"--out={out}", limit),
         ),
     ]
-    for role in roles:
-        paths = (f"--config.{r}.path={model if r == role else p}" for r, p in roles.items())
-        small = ("--config.opd.max_prompt_tokens=64", "--config.opd.max_response_tokens=8")
-        calls.append((train, (config, f"--workdir={out}", *paths, *small)))
     if name == "architecture":  # an export reads no weights of the student's
         calls.append((export, (f"--run={begun}", f"--out={out}")))
     before = sorted(p.name for p in tmp_path.rglob("*"))
@@ -532,6 +527,15 @@ def test_bad_models_are_refused_by_every_verb(name, chatty, run, tmp_path, capsy
         assert line.startswith("error: ") and said in line and str(model) in line, (verb, line)
         assert captured.out == ""
         assert sorted(p.name for p in tmp_path.rglob("*")) == before, verb
+    for role in ("student", "teacher"):
+        run_config = base.get_config()
+        run_config.student.path = run_config.teacher.path = str(chatty)
+        run_config[role].path = str(model)
+        run_config.opd.max_prompt_tokens, run_config.opd.max_response_tokens = 64, 8
+        with pytest.raises(UserError) as error:
+            train.run(run_config, out)
+        assert said in str(error.value) and str(model) in str(error.value)
+        assert sorted(p.name for p in tmp_path.rglob("*")) == before, role
 
 
 def test_damaged_weights_are_named(bare, tmp_path: Path, capsys) -> None:
