@@ -39,6 +39,22 @@ def data() -> ConfigDict:
     return c
 
 
+def teacher() -> ConfigDict:
+    """A model that says how likely it finds what was written. A recipe may add some under names of
+    its own, `c.original = base.teacher()`, for its stages to name in `teachers`."""
+    c = ConfigDict()
+    # A model directory, a hub id, an adapter or a run; or of the student's own past: initial, its
+    # weights before step 0 (with LoRA the frozen base, at no further memory and in its dtypes), or
+    # ema, the moving average of its weights (student.ema).
+    c.path = ""
+    c.step = 0  # of a run: the checkpoint after so many steps; 0: the newest
+    # int8 or float8_e4m3fn: the layers' kernels in 8 bits, a scale for each output channel;
+    # half the memory of bfloat16. LOG.md has what it costs in KL.
+    c.param_dtype = "bfloat16"
+    c.dtype = "bfloat16"  # of activations
+    return c
+
+
 def reward() -> ConfigDict:
     """For objectives that have one: a weighted sum of terms in [0, 1] or [-1, 0]."""
     c = ConfigDict()
@@ -96,6 +112,18 @@ def stage(objective: str) -> ConfigDict:
     c.pack_tokens = 0  # sft: rows of so many tokens, as many examples in each as fit; 0: one each
 
     c.data = data()
+    # Who teaches, by the names of their sub-configs. Of several without weights, the i-th teaches
+    # the rows of the i-th source of data.mixture; with weights, each token's teacher is the mixture
+    # of their distributions by these shares. A judge is theirs in the same way.
+    c.teachers = ("teacher",)
+    c.teacher_weights = ()
+    # What the teachers read and the student does not: a manual, a solution, a better instruction.
+    # The chat template renders it into their prompt alone; where both are given, text comes first.
+    c.context = ConfigDict()
+    c.context.text = ""  # PATH of a text file, the same for every row
+    c.context.column = ""  # of the rows: a text; beside a prompt of tokens, ids
+    c.context.place = "system"  # in the system turn; or question: before the last user's words
+    c.context.max_tokens = 1024  # it may add to a prompt; a longer one is refused
     c.reward = reward()
     # Sampling, for opd. Anything but the plain distribution changes what is being learned.
     c.sampling = ConfigDict()
@@ -139,6 +167,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.student.dtype = "bfloat16"  # of activations; trained parameters are always float32
     c.student.param_dtype = "bfloat16"  # of a base that LoRA leaves frozen
     c.student.remat = True  # recompute each layer in the backward pass: less memory, 4/3 the time
+    # Decay of a moving average of the trained parameters (LoRA: of its factors) after each update,
+    # which all stages share: a teacher's path, and `export --average`. 0: none is kept.
+    c.student.ema = 0.0
     c.student.balance_loss = 0.0  # weight of the load-balancing loss of experts; 0.001 is usual
     c.student.lora = ConfigDict()  # or path names a PEFT adapter of these: it is trained on
     c.student.lora.rank = 0  # 0: all parameters are trained; else a low-rank term beside the base
@@ -148,12 +179,7 @@ def get_config(arg: str = "") -> ConfigDict:
         *("q_proj", "k_proj", "v_proj", "o_proj"),
         *("gate_proj", "up_proj", "down_proj"),
     )
-    c.teacher = ConfigDict()
-    c.teacher.path = ""  # needed where a stage is opd
-    # int8 or float8_e4m3fn: the layers' kernels in 8 bits, a scale for each output channel;
-    # half the memory of bfloat16. LOG.md has what it costs in KL.
-    c.teacher.param_dtype = "bfloat16"
-    c.teacher.dtype = "bfloat16"
+    c.teacher = teacher()  # needed where a stage has one
 
     # Devices along each axis of the mesh; -1: all that are left.
     c.mesh = ConfigDict()

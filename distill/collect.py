@@ -19,8 +19,8 @@ from distill.prepare import Plan, Stage, rollout_options, sampling, terms_of
 from models.qwen3.model import Params
 
 Measured = dict[str, float]
-# (what is trained, step, key of the step) -> (batch, what it measured)
-Collect = Callable[[Params, int, jax.Array], tuple[Batch, Measured]]
+# (what is trained, step, key of the step, its moving average) -> (batch, what it measured)
+Collect = Callable[..., tuple[Batch, Measured]]
 # (what is trained, step) -> (batch on the host, what it measured)
 Part = Callable[[Params, int], tuple[Batch, Measured]]
 
@@ -30,26 +30,28 @@ def batches(
 ) -> Collect:
     """The batch of each step of a stage, on the mesh, with all that its loss reads."""
     s, parts = stage.c, []
+    teachers = [plan.teachers[name] for name in s.teachers] if stage.taught else []
     if stage.sampled:
         parts.append(_sampled(plan, stage, seed, grader))
     if stage.sampled < s.batch_size:
         parts.append(_read(stage, seed))
 
-    def collect(params: Params, step: int, key: jax.Array):
+    def collect(params: Params, step: int, key: jax.Array, average: Params | None = None):
         found = [part(params, step) for part in parts]
         measured = {name: x for _, part in found for name, x in part.items()}
-        batch = jax.device_put(_joined([batch for batch, _ in found]), mesh_lib.rows(mesh))
+        batch = _shared(stage, _joined([batch for batch, _ in found]))
+        batch = jax.device_put(batch, mesh_lib.rows(mesh))
         begin = time.perf_counter()
         if stage.loss.reward and s.reward.judge:
-            batch, judged = _judged(plan, stage, batch, logits_mib)
+            batch, judged = _judged(teachers, stage, batch, logits_mib, average)
             measured |= judged
-        if stage.taught and stage.loss.teacher:
-            assert plan.teacher is not None
-            batch = teacher.score(plan.teacher, batch)
+        if teachers and stage.loss.teacher:
+            batch = teacher.score(teachers, batch, average)
         if stage.loss.reference:
             assert plan.reference is not None
             told = teacher.logp(plan.reference, batch, logits_mib)
             batch = dataclasses.replace(batch, reference_logp_BT=told)
+        batch = dataclasses.replace(batch, told=None, told_at_BT=None)
         measured["time/score"] = time.perf_counter() - begin
         return batch, measured
 
@@ -58,12 +60,22 @@ def batches(
 
 def _joined(parts: list[Batch]) -> Batch:
     """Rows of host batches one below the other; what not all of them know is left out."""
-    if len(parts) == 1:
-        return parts[0]
     fields = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(Batch)}
     known = {name: xs for name, xs in fields.items() if all(x is not None for x in xs)}
-    joined: dict[str, Any] = {name: np.concatenate(xs) for name, xs in known.items()}
+    joined: dict[str, Any] = {
+        name: jax.tree.map(lambda *x: np.concatenate(x), *xs) for name, xs in known.items()
+    }
     return Batch(**joined)
+
+
+def _shared(stage: Stage, batch: Batch) -> Batch:
+    """A host batch with what each of several teachers counts in its rows."""
+    kind_B, N = np.asarray(batch.kind_B), len(stage.c.teachers)
+    if not stage.taught or N == 1:
+        return dataclasses.replace(batch, kind_B=None)
+    share_NN = np.tile(stage.shares, (N, 1)) if stage.shares else np.eye(N)
+    share_BN: Any = (share_NN[np.zeros_like(kind_B) if stage.shares else kind_B]).astype(np.float32)
+    return dataclasses.replace(batch, teacher_share_BN=share_BN, kind_B=None)
 
 
 def _read(stage: Stage, seed: int) -> Part:
@@ -78,7 +90,7 @@ def _read(stage: Stage, seed: int) -> Part:
             examples = data.at(stage.source, step - stage.first, s.batch_size, seed)
             rows = [[example] for example in examples[stage.sampled :]]
             T = s.max_prompt_tokens + s.max_response_tokens
-        batch = data.layout(rows, T, s.max_response_tokens, top_k)
+        batch = data.layout(rows, T, s.max_response_tokens, top_k, stage.room)
         return batch, data.measure(batch, rows, s.max_response_tokens, stage.source)
 
     made = data.ahead(make, stage.end)
@@ -150,10 +162,16 @@ def _advantages(stage: Stage, totals_B: Any) -> Any:
     return np.asarray(found_PG).reshape(-1)
 
 
-def _judged(plan: Plan, stage: Stage, batch: Batch, logits_mib: float) -> tuple[Batch, Measured]:
-    """The teacher's mean log-probability of each response joins its reward."""
-    assert plan.teacher is not None and batch.advantages_B is not None
-    judged_B = teacher.judge(plan.teacher, batch, logits_mib)
+def _judged(
+    teachers: Sequence[teacher.Teacher],
+    stage: Stage,
+    batch: Batch,
+    logits_mib: float,
+    average: Params | None,
+) -> tuple[Batch, Measured]:
+    """The teachers' mean log-probability of each response joins its reward."""
+    assert teachers and batch.advantages_B is not None
+    judged_B = teacher.judge(teachers, batch, logits_mib, average)
     totals_PG = (batch.advantages_B + stage.c.reward.judge * judged_B).reshape(-1, stage.c.samples)
     found_PG, constant_P = advantages.group_advantages(totals_PG, stage.loss.group)
     measured = {
@@ -243,7 +261,9 @@ def _writer(
 
 def _host_batch(stage: Stage, rows: Sequence[rollout.Row]) -> Batch:
     s = stage.c
-    return rollout.to_batch(rows, stage.sampled, s.max_prompt_tokens, s.max_response_tokens)
+    return rollout.to_batch(
+        rows, stage.sampled, s.max_prompt_tokens, s.max_response_tokens, stage.room
+    )
 
 
 def _examples(stage: Stage, seed: int, step: int) -> list[data.Example]:

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from distill import columns, metrics, sources
+from distill import columns, context, metrics, sources
 from distill.batch import Batch
 from distill.examples import Example, prompt_tokens, trace
 from models.errors import UserError
@@ -71,9 +71,10 @@ def load(
     seed: int,
     traces: bool,
     require: Require = lambda example: None,
+    told: context.Context | None = None,
 ) -> Source:
     """The source, or the mixture of sources, that a stage's `data` names; with `traces`, examples
-    carry responses.
+    carry responses; with a context, the prompt that a teacher reads.
 
     The first `data.check` rows of each are read and tokenised here, so that a bad one among them is
     met before training; those of a larger set are met when they are read. What `data.on_bad_row`
@@ -92,12 +93,14 @@ def load(
             raise UserError(f"config.data.{field}={c[field]!r}: is none of {', '.join(known)}")
     skipped: dict[str, str] = {}
     if not c.mixture:
-        return _one(c, c.source, tokenizer, seed, traces, require, skipped)
+        return _one(c, c.source, tokenizer, seed, traces, require, told, skipped)
     for part in c.mixture:
         pair = isinstance(part, tuple | list) and len(part) == 2
         if not (pair and isinstance(part[0], str) and _positive(part[1])):
             raise UserError(f"config.data.mixture: {part!r} is no pair of a source and a weight")
-    parts = [_one(c, name, tokenizer, seed, traces, require, skipped) for name, _ in c.mixture]
+    parts = [
+        _one(c, name, tokenizer, seed, traces, require, told, skipped) for name, _ in c.mixture
+    ]
     return mix(parts, [float(weight) for _, weight in c.mixture], seed)
 
 
@@ -119,6 +122,7 @@ def _one(
     seed: int,
     traces: bool,
     require: Require,
+    told: context.Context | None,
     skipped: dict[str, str],
 ) -> Source:
     if name == "arithmetic":
@@ -131,14 +135,19 @@ def _one(
         if traces and not window and sources.are_samples(rows):
             rows = sources.samples(rows, c.keep, skipped if c.on_bad_row == "skip" else None)
 
+    def make(row: dict, where: str) -> Example:
+        if traces:
+            return trace(row, where, tokenizer, c.thinking, c.turns)
+        ids = prompt_tokens(row, where, tokenizer, c.thinking)
+        return Example(ids, [], str(row.get("answer", "")), where)
+
     def example(index: int) -> Example:
         where = rows.where(index)
         row = columns.canonical(rows.row(index), c.columns, where, traces)
-        if traces:
-            made = trace(row, where, tokenizer, c.thinking, c.turns)
-        else:
-            ids = prompt_tokens(row, where, tokenizer, c.thinking)
-            made = Example(ids, [], str(row.get("answer", "")), where)
+        made = make(row, where)
+        if told is not None:
+            again = functools.partial(make, where=where)
+            made = context.add(told, row, made, again, tokenizer)
         require(made)
         return made
 
@@ -201,7 +210,8 @@ def mix(parts: list[Source], weights: list[float], seed: int) -> Source:
         order = kinds[_permutation(MIXTURE_BLOCK, (seed, block))]
         kind = order[place]
         ordinal = block * counts[kind] + np.count_nonzero(order[:place] == kind)
-        return one(parts[kind], int(ordinal), seed)
+        found = one(parts[kind], int(ordinal), seed)
+        return dataclasses.replace(found, kind=int(kind))
 
     return Source(0, example, 0, parts[0].skipped)
 
@@ -214,6 +224,15 @@ def require(example: Example, limit: int, field: str, vocab_size: int) -> None:
             f"{example.where}: prompt of {len(example.prompt)} tokens, {field} allows {limit}"
         )
     require_ids(example.prompt + example.response, vocab_size, example.where)
+
+
+def require_top(example: Example, K: int) -> None:
+    """Raises UserError if the teacher's K likeliest are not stored for each response token."""
+    if example.top is None:
+        raise UserError(f"{example.where}: no top_logprobs beside its tokens")
+    for place in example.top:
+        if len(place) < K:
+            raise UserError(f"{example.where}: top_logprobs has {len(place)}, not {K}")
 
 
 def require_ids(ids: list[int], vocab_size: int, where: str) -> None:
@@ -292,12 +311,15 @@ def trace_batch(examples: list[Example], max_prompt: int, max_response: int) -> 
     return layout([[example] for example in examples], max_prompt + max_response, max_response)
 
 
-def layout(rows: Sequence[Sequence[Example]], T: int, max_response: int, top_k: int = 0) -> Batch:
+def layout(
+    rows: Sequence[Sequence[Example]], T: int, max_response: int, top_k: int = 0, room: int = 0
+) -> Batch:
     """Rows of T tokens, each with its examples one behind the other as segments 1, 2, ...
 
     Positions begin at 0 in each segment, and attention does not leave one (models.qwen3.model), so
     examples are trained as if each had a row of its own. Responses are cut at max_response. With
-    top_k the batch has the teacher's stored top; UserError names an example that lacks it.
+    top_k the batch has the teacher's stored top; UserError names an example that lacks it. With
+    `room`, the most tokens of a context, it has what the teachers read; of rows of one example.
     """
     tokens = np.zeros((len(rows), T), np.int32)
     segments, mask = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
@@ -316,7 +338,27 @@ def layout(rows: Sequence[Sequence[Example]], T: int, max_response: int, top_k: 
     positions = np.arange(T, dtype=np.int32)[None] - begins
     arrays: Any = (tokens, positions, segments, mask)  # host arrays, until they are put on a mesh
     top: Any = _top(rows, T, max_response, top_k) if top_k else None
-    return Batch(*arrays, teacher_top_BTK=top)
+    kinds: Any = np.array([row[0].kind if row else 0 for row in rows], np.int32)
+    batch = Batch(*arrays, teacher_top_BTK=top, kind_B=kinds)
+    if not room:
+        return batch
+    alone = [row[0] for row in rows]
+    behind = [dataclasses.replace(e, prompt=e.told or e.prompt, told=None) for e in alone]
+    told = layout([[e] for e in behind], T + room, max_response)
+    further = np.array(
+        [[len(b.prompt) - len(e.prompt)] for e, b in zip(alone, behind, strict=True)]
+    )
+    return with_told(batch, told, further)
+
+
+def with_told(batch: Batch, told: Batch, further: np.ndarray) -> Batch:
+    """A host batch with the rows `told` that teachers read, in which each response lies `further`
+    [B or 1, 1] tokens to the right."""
+    T, wide = (x.tokens_BT.shape[1] for x in (batch, told))
+    at: Any = np.clip(np.arange(T, dtype=np.int32) + further, 0, wide - 1).astype(np.int32)
+    at = np.broadcast_to(at, batch.tokens_BT.shape)
+    read = Batch(told.tokens_BT, told.positions_BT, told.segments_BT, told.mask_BT)
+    return dataclasses.replace(batch, told=read, told_at_BT=at)
 
 
 def _top(
@@ -329,12 +371,8 @@ def _top(
         at = 0
         for example in examples:
             at += len(example.prompt)
-            for place in example.top or ():
-                if len(place) < K:
-                    raise UserError(f"{example.where}: top_logprobs has {len(place)}, not {K}")
-            if example.top is None:
-                raise UserError(f"{example.where}: no top_logprobs beside its tokens")
-            top = np.array([place[:K] for place in example.top[:max_response]])
+            require_top(example, K)
+            top = np.array([place[:K] for place in (example.top or [])[:max_response]])
             ids[row, at : at + len(top)], logp[row, at : at + len(top)] = top[..., 0], top[..., 1]
             at += len(top)
     return ids, logp

@@ -18,6 +18,8 @@ class Example:
     where: str  # names the row in an error
     trained: list[bool] | None = None  # of the response; None: all of it
     top: list | None = None  # for each response token the teacher's likeliest, [[id, logprob], ...]
+    told: list[int] | None = None  # the prompt that a teacher reads; None: the same
+    kind: int = 0  # which source of a mixture it is from
 
 
 def prompt_tokens(

@@ -39,6 +39,12 @@ MERGE_LORA = flags.DEFINE_bool(
     "without, the adapter alone.",
     flag_values=OPTIONS,
 )
+AVERAGE = flags.DEFINE_bool(
+    "average",
+    False,
+    "The moving average of what was trained, of a run that keeps one (config.student.ema).",
+    flag_values=OPTIONS,
+)
 
 MARK = "export.json"  # what an export can be known by, and replaced
 
@@ -49,8 +55,10 @@ def export(
     step: int | None = None,
     dtype: str = "float32",
     merge_lora: bool = False,
+    average: bool = False,
 ) -> None:
-    """Writes the parameters after `step` (None: of the newest whole checkpoint) to directory `out`.
+    """Writes the parameters after `step` (None: of the newest whole checkpoint), or their moving
+    `average`, to directory `out`.
 
     Of a LoRA run, `merge_lora` chooses between the merged model and the adapter alone.
 
@@ -65,8 +73,10 @@ def export(
     if target.exists() and any(target.iterdir()) and not (target / MARK).is_file():
         raise UserError(f"--out={out}: holds files that are no earlier export")
     model, adapted = policy.reader(str(run), "float32"), policy.lora_of(run) is not None
-    trained, step = policy.restore_trained(model, step)
-    whole = None if adapted and not merge_lora else policy.restore(model, step, "float32")[0]
+    trained, step = policy.restore_trained(model, step, average)
+    whole = None
+    if merge_lora or not adapted:
+        whole = policy.restore(model, step, "float32", average)[0]
     fresh, old = (target.with_name(f".{target.name}.{end}") for end in ("new", "old"))
     for path in (fresh, old):  # left by an export that was killed
         shutil.rmtree(path, ignore_errors=True)
@@ -75,7 +85,8 @@ def export(
             policy.save_adapter(model, trained, fresh / "adapter" if whole else fresh, dtype)
         if whole:
             policy.save(whole, fresh, dtype)
-        metrics.write_json(fresh / MARK, {"run": os.fspath(run), "step": step, "dtype": dtype})
+        made_of = {"run": os.fspath(run), "step": step, "dtype": dtype, "average": average}
+        metrics.write_json(fresh / MARK, made_of)
         if target.exists():
             target.rename(old)
         fresh.rename(target)
@@ -87,7 +98,7 @@ def export(
 
 
 def main() -> None:
-    export(RUN.value, OUT.value, STEP.value, DTYPE.value, MERGE_LORA.value)
+    export(RUN.value, OUT.value, STEP.value, DTYPE.value, MERGE_LORA.value, AVERAGE.value)
     if MERGE_LORA.value and policy.lora_of(RUN.value) is None:
         metrics.say("--merge_lora: all parameters were trained, so there was no LoRA to merge")
 

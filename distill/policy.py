@@ -22,7 +22,15 @@ from distill import chat, metrics
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.checkpoint import Checkpoints
-from distill.locate import is_run, local, lora_of, origin, resolve, tokenizer_directory
+from distill.locate import (
+    is_run,
+    keeps_average,
+    local,
+    lora_of,
+    origin,
+    resolve,
+    tokenizer_directory,
+)
 from models.errors import UserError
 from models.qwen3 import adapter, attention, lora, model, moe, quantised, weights
 from models.qwen3.config import Config
@@ -185,6 +193,11 @@ def _shardings(params: Params) -> Any:
     return jax.tree.map(lambda p: p.sharding, params)
 
 
+def is_adapter(path: str) -> bool:
+    """Whether `path` names a PEFT adapter."""
+    return not is_run(path) and adapter.is_adapter(local(path))
+
+
 def _adapted(policy: Policy) -> LoRA | None:
     """The LoRA of the adapter directory that the policy's path names; None of another path."""
     directory = local(policy.path)
@@ -197,15 +210,18 @@ def _stored(policy: Policy, kind: LoRA) -> Params:
     return adapter.load(local(policy.path), policy.config, shapes, _shardings(shapes))
 
 
-def check(policy: Policy) -> None:
-    """Raises UserError if `load` would find files missing or wrong, without reading a weight; for
-    a policy that trains a LoRA also if its path cannot be the base, or holds another LoRA."""
+def check(policy: Policy, step: int | None = None) -> None:
+    """Raises UserError if `load` (or `restore` of a step) would find files missing or wrong,
+    without reading a weight; for a policy that trains a LoRA also if its path cannot be the base,
+    or holds another LoRA."""
     path, wanted = policy.path, policy.model.lora
     if is_run(path):
         if wanted is not None:
             raise UserError(f"{path}: a run, whose parameters may change; export it for a base")
         if newest_step(path) is None:
             raise UserError(f"{path}: a run without a checkpoint yet")
+        with Checkpoints(Path(path) / "checkpoints") as saved:
+            saved.require(step)
     if not is_run(path) or lora_of(path):
         weights.check(resolve(path), policy.config, policy.params)
     kind = None if is_run(path) else _adapted(policy)
@@ -228,27 +244,34 @@ def _require_same(path: str, found: LoRA, wanted: LoRA) -> None:
             )
 
 
-def restore(policy: Policy, step: int | None, param_dtype: str) -> tuple[Policy, int]:
-    """The parameters of a described run after `step` (None: the newest whole checkpoint), cast to
-    `param_dtype`, and that step; a LoRA is merged. Raises UserError as `restore_trained` does."""
-    trained, step = restore_trained(policy, step)
+def restore(
+    policy: Policy, step: int | None, param_dtype: str, average: bool = False
+) -> tuple[Policy, int]:
+    """The parameters of a described run after `step` (None: the newest whole checkpoint), or their
+    moving average, cast to `param_dtype`, and that step; a LoRA is merged. Raises UserError as
+    `restore_trained` does."""
+    trained, step = restore_trained(policy, step, average)
     kind = lora_of(policy.path)
     if kind is not None:
         return _merged(policy, trained, kind, param_dtype), step
     return dataclasses.replace(policy, params=_cast(policy, trained, param_dtype)), step
 
 
-def restore_trained(policy: Policy, step: int | None) -> tuple[Params, int]:
+def restore_trained(policy: Policy, step: int | None, average: bool = False) -> tuple[Params, int]:
     """What a described run has trained after `step` (None: the newest whole checkpoint), float32,
-    and that step. Raises UserError if there is no such checkpoint, saying which there are."""
+    and that step; or its moving average. Raises UserError if there is no such checkpoint, saying
+    which there are, or if the run kept no average."""
+    part = "average" if average else "params"
+    if average and not keeps_average(policy.path):
+        raise UserError(f"{policy.path}: a run that kept no moving average (config.student.ema)")
     mesh = mesh_of(policy)
     shapes = mesh_lib.parameters(policy.config, mesh, lora_of(policy.path))
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.replicated(mesh))
     with Checkpoints(Path(policy.path) / "checkpoints") as saved:
-        found = saved.restore({"params": shapes, "step": count}, step)
+        found = saved.restore({part: shapes, "step": count}, step)
     if found is None:
         raise UserError(f"{policy.path}: a run without a checkpoint yet")
-    return found[0]["params"], int(found[0]["step"])
+    return found[0][part], int(found[0]["step"])
 
 
 def newest_step(path: str | Path) -> int | None:
@@ -316,10 +339,13 @@ def save_adapter(run: Policy, trained: Params, directory: Path, dtype: str) -> N
     chat.copy(resolve(run.path), run.tokenizer_dir, run.stop_ids, directory)
 
 
-def hidden(qwen3: Qwen3, params: Params, batch: Batch) -> jax.Array:
-    """Final hidden states [B, T, D] of a batch, in the model's dtype."""
+def hidden(qwen3: Qwen3, params: Params, batch: Batch, trained: Params | None = None) -> jax.Array:
+    """Final hidden states [B, T, D] of a batch, in the model's dtype; `trained` as in `routed`."""
     out_BTD, _ = qwen3.apply(
-        {"params": params}, batch.tokens_BT, batch.positions_BT, batch.segments_BT
+        {"params": params} if trained is None else {"params": params, LORA: trained},
+        batch.tokens_BT,
+        batch.positions_BT,
+        batch.segments_BT,
     )
     return out_BTD
 

@@ -3,14 +3,16 @@ read or file written."""
 
 import dataclasses
 import functools
+import math
 
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from distill import data, losses, optim, packing, policy, rewards, rollout
+from distill import context, data, losses, optim, packing, policy, rewards, rollout, teacher
 from distill import mesh as mesh_lib
 from distill.policy import Policy
+from distill.teacher import Teacher
 from models.errors import UserError
 from models.qwen3.lora import LoRA
 
@@ -32,6 +34,7 @@ class Stage:
     sampled: int  # rows of a batch that the student writes; the others are read
     packer: packing.Packer | None = None  # where rows hold several examples
     parked: rollout.Parked | None = None  # where a budget of tokens ends its steps
+    room: int = 0  # tokens that a context may add to what teachers read; 0: they read the same
 
     @property
     def end(self) -> int:
@@ -44,20 +47,26 @@ class Stage:
 
     @property
     def taught(self) -> bool:
-        """Whether the teacher's model is needed."""
+        """Whether a teacher's model is needed."""
         return _taught(self.c, self.loss)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of several teachers what each says counts; () where rows are theirs by source."""
+        weights = [float(weight) for weight in self.c.teacher_weights]
+        return tuple(weight / sum(weights) for weight in weights)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """A checked run: models described but not loaded, stages in order.
 
-    `run` loads the teacher, the reference, and the student where it is the frozen base of a LoRA
-    (and then the reference).
+    `load` reads the teachers, the reference, and the student where it is the frozen base of a LoRA
+    (and then what is that base too).
     """
 
     student: Policy
-    teacher: Policy | None
+    teachers: dict[str, Teacher]  # by the names of their sub-configs
     reference: Policy | None
     stages: tuple[Stage, ...]
 
@@ -78,17 +87,15 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
     chosen = {name: (c[name], *_objective(name, c[name])) for name in c.stages}
     if not c.student.path:
         raise UserError("config.student.path: name a model directory")
-    if any(_taught(s, loss) for s, loss, _ in chosen.values()) and not c.teacher.path:
-        raise UserError("config.teacher.path: name a model directory")
-    for field, dtype, allowed in (
-        ("student.dtype", c.student.dtype, policy.DTYPES),
-        ("student.param_dtype", c.student.param_dtype, policy.DTYPES),
-        ("teacher.dtype", c.teacher.dtype, policy.DTYPES),
-        ("teacher.param_dtype", c.teacher.param_dtype, policy.PARAM_DTYPES),
-    ):
-        if dtype not in allowed:
-            raise UserError(f"config.{field}: {dtype!r} is none of {', '.join(allowed)}")
     m = c.student
+    for field in ("dtype", "param_dtype"):
+        if m[field] not in policy.DTYPES:
+            known = ", ".join(policy.DTYPES)
+            raise UserError(f"config.student.{field}: {m[field]!r} is none of {known}")
+    if not 0 <= m.ema < 1:
+        raise UserError(f"config.student.ema={m.ema}: must be at least 0 (off) and below 1")
+    for name, (s, loss, _) in chosen.items():
+        _check_teachers(c, name, s, _taught(s, loss))
     student = policy.describe(
         m.path,
         m.dtype,
@@ -102,20 +109,64 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
         raise UserError(f"config.student.balance_loss: {c.student.path} has no experts to balance")
     if not c.student.random_init:
         policy.check(student)
-    taught = reference = None
-    if any(_taught(s, loss) for s, loss, _ in chosen.values()):
-        taught = policy.describe(c.teacher.path, c.teacher.dtype, False, mesh, kernel=c.attention)
-        policy.require_same_vocabulary(student, taught)
-        policy.check(taught)
+    reference, teachers = None, {}
+    for s, loss, _ in chosen.values():
+        for name in s.teachers if _taught(s, loss) else ():
+            teachers[name] = teachers.get(name) or teacher.describe(c, name, student, mesh)
     if any(loss.reference for _, loss, _ in chosen.values()):
         if m.random_init:
             raise UserError("config.student.random_init: nothing keeps a random reference")
         reference = policy.describe(m.path, m.dtype, False, mesh, kernel=c.attention)
     stages, first = [], 0
     for name, (s, loss, sampled) in chosen.items():
-        stages.append(_stage(c, name, first, loss, sampled, student, taught, mesh))
+        read = [teachers[of].policy for of in s.teachers] if _taught(s, loss) else []
+        stages.append(_stage(c, name, first, loss, sampled, student, read, mesh))
         first += s.steps
-    return Plan(student, taught, reference, tuple(stages))
+    return Plan(student, teachers, reference, tuple(stages))
+
+
+def load(c: ConfigDict, plan: Plan) -> Plan:
+    """Reads all that the run only reads: teachers, reference, and the base of a LoRA."""
+    student, reference = plan.student, plan.reference
+    if student.model.lora:
+        student = policy.load(student, c.student.param_dtype)
+    loaded = {name: teacher.load(t, student) for name, t in plan.teachers.items()}
+    if reference:
+        reference = teacher.begun(reference, student, c.student.param_dtype)
+    return dataclasses.replace(plan, student=student, teachers=loaded, reference=reference)
+
+
+def _check_teachers(c: ConfigDict, name: str, s: ConfigDict, taught: bool) -> None:
+    at, weights = f"config.{name}.teachers", tuple(s.teacher_weights)
+    if not taught:
+        if weights:
+            raise UserError(f"config.{name}.teacher_weights: {s.objective} asks no teacher")
+        if s.context.text or s.context.column:
+            raise UserError(f"config.{name}.context: {s.objective} asks no teacher to read it")
+        return
+    if not s.teachers:
+        raise UserError(f"{at}: {s.objective} needs a teacher")
+    for of in s.teachers:
+        group = c[of] if isinstance(of, str) and of in c else None
+        if not isinstance(group, ConfigDict) or not {"path", "step"} <= set(group):
+            raise UserError(f"{at}: {of!r} is no teacher of this config")
+        if tuple(s.teachers).count(of) > 1:
+            raise UserError(f"{at}: {of!r} is named twice")
+    if not s.teachers[1:] and not weights:
+        return
+    if weights:
+        if len(weights) != len(s.teachers):
+            raise UserError(
+                f"config.{name}.teacher_weights={weights}: {len(weights)} for the "
+                f"{len(s.teachers)} of teachers={tuple(s.teachers)}"
+            )
+        if not all(type(w) in (int, float) and 0 < w < math.inf for w in weights):
+            raise UserError(f"config.{name}.teacher_weights={weights}: must be above 0 and finite")
+    elif len(s.data.mixture) != len(s.teachers):
+        raise UserError(
+            f"{at}={tuple(s.teachers)}: without teacher_weights each teaches the rows of one source"
+            f" of config.{name}.data.mixture, which names {len(s.data.mixture)}"
+        )
 
 
 def _objective(name: str, s: ConfigDict) -> tuple[losses.Loss, int]:
@@ -203,11 +254,13 @@ def _stage(
     loss: losses.Loss,
     sampled: int,
     student: Policy,
-    taught: Policy | None,
+    teachers: list[Policy],
     mesh: Mesh,
 ) -> Stage:
     s = c[name]
-    _check_stage(name, s, sampled, student, taught if _taught(s, loss) else None, mesh)
+    told = context.describe(s.context, f"config.{name}.context")
+    room = s.context.max_tokens if told else 0
+    _check_stage(name, s, sampled, student, teachers, room, mesh)
     fits = functools.partial(
         data.require,
         limit=s.max_prompt_tokens,
@@ -217,18 +270,27 @@ def _stage(
 
     def require(example: data.Example) -> None:
         fits(example)
+        allowed = s.max_prompt_tokens + room
+        if len(example.told or ()) > allowed:
+            raise UserError(
+                f"{example.where}: prompt and context of {len(example.told or ())} tokens, config."
+                f"{name}.max_prompt_tokens and context.max_tokens allow {allowed} together"
+            )
+        data.require_ids(example.told or [], student.config.vocab_size, example.where)
+        if loss.served == "top":
+            data.require_top(example, loss.served_k)
         if loss.reward and s.reward.correct and not example.answer:
             raise UserError(f"{example.where}: no answer to compare a response with")
 
     if loss.reward and student.tokenizer is None:
         raise UserError(f"{student.path}: no tokenizer, so responses cannot be graded")
-    source = data.load(s.data, student.tokenizer, c.seed, sampled < s.batch_size, require)
+    source = data.load(s.data, student.tokenizer, c.seed, sampled < s.batch_size, require, told)
     packer = None
     if s.pack_tokens:
         packer = packing.Packer(source, c.seed, s.batch_size, s.pack_tokens, s.max_response_tokens)
     parked = rollout.Parked() if s.rollout.budget else None
     optimizer = optim.make(s.optim, s.steps * s.epochs * s.minibatches)
-    return Stage(name, s, first, source, optimizer, loss, sampled, packer, parked)
+    return Stage(name, s, first, source, optimizer, loss, sampled, packer, parked, room)
 
 
 def _lora(s: ConfigDict) -> LoRA | None:
@@ -243,7 +305,13 @@ def _lora(s: ConfigDict) -> LoRA | None:
 
 
 def _check_stage(
-    name: str, s: ConfigDict, sampled: int, student: Policy, taught: Policy | None, mesh: Mesh
+    name: str,
+    s: ConfigDict,
+    sampled: int,
+    student: Policy,
+    teachers: list[Policy],
+    context_room: int,
+    mesh: Mesh,
 ) -> None:
     counts = ("steps", "batch_size", "samples", "accumulate", "minibatches", "epochs")
     for field in (*counts, "max_prompt_tokens", "max_response_tokens"):
@@ -263,13 +331,18 @@ def _check_stage(
             f"config.{name}.rollout.cache_tokens={options.cache_tokens}: leaves {room} tokens for "
             f"a row, which may have max_prompt_tokens + max_response_tokens = {total}"
         )
-    for reader in (student, taught) if taught else (student,):
-        limit = reader.config.context_length
-        if total > limit:
+    for reader, more in [(student, 0), *((reader, context_room) for reader in teachers)]:
+        limit, what = reader.config.context_length, " + context.max_tokens" if more else ""
+        if total + more > limit:
             raise UserError(
-                f"config.{name}: max_prompt_tokens + max_response_tokens = {total} exceeds the "
-                f"model's {limit} positions ({reader.path})"
+                f"config.{name}: max_prompt_tokens + max_response_tokens{what} = {total + more} "
+                f"exceeds the model's {limit} positions ({reader.path})"
             )
+    if s.pack_tokens and context_room:
+        raise UserError(
+            f"config.{name}.pack_tokens: a context makes the teachers' rows longer, so they are "
+            "not packed; set 0"
+        )
     if s.pack_tokens and sampled:
         raise UserError(f"config.{name}.pack_tokens: {s.objective} samples, and packs nothing")
     if s.pack_tokens < 0 or 0 < s.pack_tokens < total:

@@ -45,8 +45,8 @@ def ask(examples: Sequence[data.Example], samples: int, key: jax.Array, limit: i
     numbers_B, samples_B = np.divmod(np.arange(len(examples) * samples), samples)
     keys = row_keys(key, numbers_B, samples_B)
     return [
-        Row(examples[i].prompt, k, limit, examples[i].where)
-        for i, k in zip(numbers_B, keys, strict=True)
+        Row(e.prompt, k, limit, e.where, told=e.told, kind=e.kind)
+        for e, k in zip([examples[i] for i in numbers_B], keys, strict=True)
     ]
 
 
@@ -110,9 +110,14 @@ def _check(row: Row, where: str, options: Options, mesh: Mesh) -> None:
 
 
 def to_batch(
-    rows: Sequence[Row], batch_size: int, max_prompt_tokens: int, max_new_tokens: int
+    rows: Sequence[Row],
+    batch_size: int,
+    max_prompt_tokens: int,
+    max_new_tokens: int,
+    room: int = 0,
 ) -> Batch:
     """Rows as host arrays: prompts padded on the left, responses on the right, empty rows last.
+    With `room`, the most tokens of a context, the batch has what the teachers read.
 
     mask_BT marks the sampled tokens up to and including the stop token; a row that met the limit
     is not `finished` and has no stop token.
@@ -137,14 +142,20 @@ def to_batch(
     starts = np.array([[P - len(row.prompt)] for row in rows], np.int32)
     positions = np.maximum(np.arange(P + R, dtype=np.int32)[None] - starts, 0)
     finished = np.array([row.reason == "stop" for row in rows])
-    return Batch(  # host arrays, until they are put on a mesh
+    batch = Batch(  # host arrays, until they are put on a mesh
         tokens_BT=tokens,  # pyright: ignore[reportArgumentType]
         positions_BT=positions,  # pyright: ignore[reportArgumentType]
         segments_BT=segments,  # pyright: ignore[reportArgumentType]
         mask_BT=mask,  # pyright: ignore[reportArgumentType]
         sampler_logp_BT=logp,  # pyright: ignore[reportArgumentType]
         finished_B=finished,  # pyright: ignore[reportArgumentType]
+        kind_B=np.array([row.kind for row in rows], np.int32),  # pyright: ignore[reportArgumentType]
     )
+    if not room:
+        return batch
+    behind = [dataclasses.replace(row, prompt=row.told or row.prompt) for row in rows]
+    told = to_batch(behind, batch_size, P + room, R)
+    return data.with_told(batch, told, np.array([[room]]))
 
 
 @dataclasses.dataclass

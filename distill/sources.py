@@ -310,6 +310,7 @@ def samples(rows: Rows, keep: str, skipped: dict[str, str] | None) -> Rows:
         return {
             "tokens": whole["prompt_tokens"],
             "response_tokens": sample["tokens"],
+            "asked": whole,
             **{name: whole[name] for name in ("answer",) if name in whole},
             **{name: sample[name] for name in ("top_logprobs",) if name in sample},
         }

@@ -18,7 +18,7 @@ FLOORS = {
     "entry points": "train evaluate validate compare generate score serve plan export report "
     "quickstart clean verify harness lm",
     "stages": "prepare collect rollout slots engine teacher divergence update",
-    "parts": "policy data packing examples columns sources hygiene head losses advantages "
+    "parts": "policy data packing examples context columns sources hygiene head losses advantages "
     "sampling benchmarks results",
     "ground": "batch mesh aot chat locate rewards terms ifeval figures optim metrics "
     "checkpoint arithmetic cli",
