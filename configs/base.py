@@ -114,7 +114,8 @@ def stage(objective: str) -> ConfigDict:
     c.data = data()
     # Who teaches, by the names of their sub-configs. Of several without weights, the i-th teaches
     # the rows of the i-th source of data.mixture; with weights, each token's teacher is the mixture
-    # of their distributions by these shares. A judge is theirs in the same way.
+    # of their distributions by these shares. A judge is theirs in the same way. Each reads the
+    # whole batch, so scoring costs their sum.
     c.teachers = ("teacher",)
     c.teacher_weights = ()
     # What the teachers read and the student does not: a manual, a solution, a better instruction.

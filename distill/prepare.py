@@ -345,6 +345,11 @@ def _check_stage(
         )
     if s.pack_tokens and sampled:
         raise UserError(f"config.{name}.pack_tokens: {s.objective} samples, and packs nothing")
+    if s.pack_tokens and len(teachers) > 1 and not s.teacher_weights:
+        raise UserError(
+            f"config.{name}.pack_tokens: a row would hold examples of several teachers; set 0, or "
+            "teacher_weights"
+        )
     if s.pack_tokens < 0 or 0 < s.pack_tokens < total:
         raise UserError(
             f"config.{name}.pack_tokens={s.pack_tokens}: a row must hold max_prompt_tokens + "
