@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distill import columns, context, metrics, sources
 from distill.batch import Batch
-from distill.examples import Example, prompt_tokens, trace
+from distill.examples import Example, prompt_tokens, require_top, trace
 from models.errors import UserError
 
 ENDLESS_SAMPLE = 1000  # problems of a source without end that are looked at before step 0
@@ -226,15 +226,6 @@ def require(example: Example, limit: int, field: str, vocab_size: int) -> None:
     require_ids(example.prompt + example.response, vocab_size, example.where)
 
 
-def require_top(example: Example, K: int) -> None:
-    """Raises UserError if the teacher's K likeliest are not stored for each response token."""
-    if example.top is None:
-        raise UserError(f"{example.where}: no top_logprobs beside its tokens")
-    for place in example.top:
-        if len(place) < K:
-            raise UserError(f"{example.where}: top_logprobs has {len(place)}, not {K}")
-
-
 def require_ids(ids: list[int], vocab_size: int, where: str) -> None:
     """Raises UserError naming the first token id that a vocabulary of `vocab_size` lacks: an
     embedding would be looked up for it all the same."""
@@ -348,17 +339,7 @@ def layout(
     further = np.array(
         [[len(b.prompt) - len(e.prompt)] for e, b in zip(alone, behind, strict=True)]
     )
-    return with_told(batch, told, further)
-
-
-def with_told(batch: Batch, told: Batch, further: np.ndarray) -> Batch:
-    """A host batch with the rows `told` that teachers read, in which each response lies `further`
-    [B or 1, 1] tokens to the right."""
-    T, wide = (x.tokens_BT.shape[1] for x in (batch, told))
-    at: Any = np.clip(np.arange(T, dtype=np.int32) + further, 0, wide - 1).astype(np.int32)
-    at = np.broadcast_to(at, batch.tokens_BT.shape)
-    read = Batch(told.tokens_BT, told.positions_BT, told.segments_BT, told.mask_BT)
-    return dataclasses.replace(batch, told=read, told_at_BT=at)
+    return context.lay(batch, told, further)
 
 
 def _top(

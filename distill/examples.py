@@ -22,6 +22,15 @@ class Example:
     kind: int = 0  # which source of a mixture it is from
 
 
+def require_top(example: Example, K: int) -> None:
+    """Raises UserError if the teacher's K likeliest are not stored for each response token."""
+    if example.top is None:
+        raise UserError(f"{example.where}: no top_logprobs beside its tokens")
+    for place in example.top:
+        if len(place) < K:
+            raise UserError(f"{example.where}: top_logprobs has {len(place)}, not {K}")
+
+
 def prompt_tokens(
     row: dict, where: str, tokenizer: PreTrainedTokenizerBase | None, thinking: bool | None
 ) -> list[int]:

@@ -3,13 +3,23 @@ read or file written."""
 
 import dataclasses
 import functools
-import math
 
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from distill import context, data, losses, optim, packing, policy, rewards, rollout, teacher
+from distill import (
+    context,
+    data,
+    examples,
+    losses,
+    optim,
+    packing,
+    policy,
+    rewards,
+    rollout,
+    teacher,
+)
 from distill import mesh as mesh_lib
 from distill.policy import Policy
 from distill.teacher import Teacher
@@ -95,7 +105,7 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
     if not 0 <= m.ema < 1:
         raise UserError(f"config.student.ema={m.ema}: must be at least 0 (off) and below 1")
     for name, (s, loss, _) in chosen.items():
-        _check_teachers(c, name, s, _taught(s, loss))
+        teacher.check(c, name, s, _taught(s, loss))
     student = policy.describe(
         m.path,
         m.dtype,
@@ -134,39 +144,6 @@ def load(c: ConfigDict, plan: Plan) -> Plan:
     if reference:
         reference = teacher.begun(reference, student, c.student.param_dtype)
     return dataclasses.replace(plan, student=student, teachers=loaded, reference=reference)
-
-
-def _check_teachers(c: ConfigDict, name: str, s: ConfigDict, taught: bool) -> None:
-    at, weights = f"config.{name}.teachers", tuple(s.teacher_weights)
-    if not taught:
-        if weights:
-            raise UserError(f"config.{name}.teacher_weights: {s.objective} asks no teacher")
-        if s.context.text or s.context.column:
-            raise UserError(f"config.{name}.context: {s.objective} asks no teacher to read it")
-        return
-    if not s.teachers:
-        raise UserError(f"{at}: {s.objective} needs a teacher")
-    for of in s.teachers:
-        group = c[of] if isinstance(of, str) and of in c else None
-        if not isinstance(group, ConfigDict) or not {"path", "step"} <= set(group):
-            raise UserError(f"{at}: {of!r} is no teacher of this config")
-        if tuple(s.teachers).count(of) > 1:
-            raise UserError(f"{at}: {of!r} is named twice")
-    if not s.teachers[1:] and not weights:
-        return
-    if weights:
-        if len(weights) != len(s.teachers):
-            raise UserError(
-                f"config.{name}.teacher_weights={weights}: {len(weights)} for the "
-                f"{len(s.teachers)} of teachers={tuple(s.teachers)}"
-            )
-        if not all(type(w) in (int, float) and 0 < w < math.inf for w in weights):
-            raise UserError(f"config.{name}.teacher_weights={weights}: must be above 0 and finite")
-    elif len(s.data.mixture) != len(s.teachers):
-        raise UserError(
-            f"{at}={tuple(s.teachers)}: without teacher_weights each teaches the rows of one source"
-            f" of config.{name}.data.mixture, which names {len(s.data.mixture)}"
-        )
 
 
 def _objective(name: str, s: ConfigDict) -> tuple[losses.Loss, int]:
@@ -278,7 +255,7 @@ def _stage(
             )
         data.require_ids(example.told or [], student.config.vocab_size, example.where)
         if loss.served == "top":
-            data.require_top(example, loss.served_k)
+            examples.require_top(example, loss.served_k)
         if loss.reward and s.reward.correct and not example.answer:
             raise UserError(f"{example.where}: no answer to compare a response with")
 

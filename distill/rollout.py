@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from distill import data, engine
+from distill import context, data, engine
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.policy import Policy
@@ -155,7 +155,7 @@ def to_batch(
         return batch
     behind = [dataclasses.replace(row, prompt=row.told or row.prompt) for row in rows]
     told = to_batch(behind, batch_size, P + room, R)
-    return data.with_told(batch, told, np.array([[room]]))
+    return context.lay(batch, told, np.array([[room]]))
 
 
 @dataclasses.dataclass

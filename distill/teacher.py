@@ -6,6 +6,7 @@ A teacher may read more than the student does: the same response behind another 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -35,6 +36,41 @@ class Teacher:
     @property
     def average(self) -> bool:
         return self.c.path == EMA
+
+
+def check(c: ConfigDict, name: str, s: ConfigDict, taught: bool) -> None:
+    """Raises UserError if stage `name`, which asks a teacher or does not, names those that it
+    cannot have."""
+    at, weights = f"config.{name}.teachers", tuple(s.teacher_weights)
+    if not taught:
+        if weights:
+            raise UserError(f"config.{name}.teacher_weights: {s.objective} asks no teacher")
+        if s.context.text or s.context.column:
+            raise UserError(f"config.{name}.context: {s.objective} asks no teacher to read it")
+        return
+    if not s.teachers:
+        raise UserError(f"{at}: {s.objective} needs a teacher")
+    for of in s.teachers:
+        group = c[of] if isinstance(of, str) and of in c else None
+        if not isinstance(group, ConfigDict) or not {"path", "step"} <= set(group):
+            raise UserError(f"{at}: {of!r} is no teacher of this config")
+        if tuple(s.teachers).count(of) > 1:
+            raise UserError(f"{at}: {of!r} is named twice")
+    if not s.teachers[1:] and not weights:
+        return
+    if weights:
+        if len(weights) != len(s.teachers):
+            raise UserError(
+                f"config.{name}.teacher_weights={weights}: {len(weights)} for the "
+                f"{len(s.teachers)} of teachers={tuple(s.teachers)}"
+            )
+        if not all(type(w) in (int, float) and 0 < w < math.inf for w in weights):
+            raise UserError(f"config.{name}.teacher_weights={weights}: must be above 0 and finite")
+    elif len(s.data.mixture) != len(s.teachers):
+        raise UserError(
+            f"{at}={tuple(s.teachers)}: without teacher_weights each teaches the rows of one source"
+            f" of config.{name}.data.mixture, which names {len(s.data.mixture)}"
+        )
 
 
 def describe(c: ConfigDict, name: str, student: Policy, mesh: Mesh) -> Teacher:
