@@ -219,6 +219,12 @@ def _stage(
         fits(example)
         if loss.reward and s.reward.correct and not example.answer:
             raise UserError(f"{example.where}: no answer to compare a response with")
+        compared = loss.reward and s.reward.correct
+        if compared and not rewards.gradable(s.reward.grader, example.answer):
+            raise UserError(
+                f"{example.where}: answer {example.answer[:60]!r} is none that the grader "
+                f"{s.reward.grader} can compare with"
+            )
 
     if loss.reward and student.tokenizer is None:
         raise UserError(f"{student.path}: no tokenizer, so responses cannot be graded")
