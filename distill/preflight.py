@@ -175,7 +175,9 @@ def _asked(stage: Stage, seed: int, validation: Validation, student: Policy) -> 
     if not question or not rows:
         return
     texts = [str(student.tokenizer.decode(example.prompt)) for example in rows]
-    if any(text.startswith(before) and text.endswith(after) for text in texts):
+    lead, _, tail = stage.c.data.template.partition("{question}")
+    framed = before.endswith(lead) and after.startswith(tail)
+    if framed and any(text.startswith(before) and text.endswith(after) for text in texts):
         yield f"evaluation asks as {stage.name} trains"
         return
     at = 0 if not texts[0].startswith(before) else -len(after) - 20
