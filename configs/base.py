@@ -7,6 +7,9 @@
 
 from ml_collections import ConfigDict, config_dict
 
+# How the mathematical benchmarks put a question (Qwen3's model card); for data.template.
+BOXED = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+
 # Fields of losses.Loss and their types.
 LOSS = {
     **dict.fromkeys(("sft", "teacher", "reward", "reference", "beta", "skew"), float),
@@ -25,6 +28,7 @@ def data() -> ConfigDict:
     # arithmetic. Rows have prompt, messages, question or tokens, or the columns of a known set.
     c.source = "arithmetic"
     c.mixture = ()  # in its place, pairs of a source and a weight: (("a.jsonl", 3.0), ...)
+    c.template = "{question}"  # how a row's question is put; BOXED as the benchmarks do
     c.columns = ""  # "": by those found; or a name in distill/columns.py; or ours=theirs,...
     c.size = 0  # first rows (problems) used, in a new order each epoch; 0: all there are
     c.check = 10_000  # rows of each source read before step 0; later ones as they are needed

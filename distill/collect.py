@@ -31,16 +31,19 @@ def batches(
     """The batch of each step of a stage, on the mesh, with all that its loss reads."""
     s, parts = stage.c, []
     teachers = [plan.teachers[name] for name in s.teachers] if stage.taught else []
+    mine = mesh_lib.own_rows(mesh, s.batch_size)  # of the batch, this process's
     if stage.sampled:
-        parts.append(_sampled(plan, stage, seed, grader))
+        own = [row for row in mine if row < stage.sampled]
+        parts.append(_held(_sampled(plan, stage, seed, grader), own))
     if stage.sampled < s.batch_size:
-        parts.append(_read(stage, seed))
+        own = [row for row in mine if row >= stage.sampled]
+        parts.append(_read(stage, seed, own))
 
     def collect(params: Params, step: int, key: jax.Array, average: Params | None = None):
         found = [part(params, step) for part in parts]
         measured = {name: x for _, part in found for name, x in part.items()}
         batch = _shared(stage, _joined([batch for batch, _ in found]))
-        batch = jax.device_put(batch, mesh_lib.rows(mesh))
+        batch = mesh_lib.from_own_rows(batch, mesh, s.batch_size)
         begin = time.perf_counter()
         if stage.loss.reward and s.reward.judge:
             batch, judged = _judged(teachers, stage, batch, logits_mib, average)
@@ -78,17 +81,31 @@ def _shared(stage: Stage, batch: Batch) -> Batch:
     return dataclasses.replace(batch, teacher_share_BN=share_BN, kind_B=None)
 
 
-def _read(stage: Stage, seed: int) -> Part:
-    """Written responses from the stage's data."""
+def _held(part: Part, own: list[int]) -> Part:
+    """Of the rows that every process samples, those that lie on its own devices."""
+
+    def make(params: Params, step: int) -> tuple[Batch, Measured]:
+        batch, measured = part(params, step)
+        if len(own) < batch.tokens_BT.shape[0]:
+            batch = jax.tree.map(lambda x: np.asarray(x)[own], batch)
+        return batch, measured
+
+    return make
+
+
+def _read(stage: Stage, seed: int, own: list[int]) -> Part:
+    """Written responses from the stage's data, in the rows `own` of the batch. Only these are read;
+    where rows are packed all are, since what is in one follows from the lengths of the others."""
     s = stage.c
     top_k = stage.loss.served_k if stage.loss.served == "top" else 0
 
     def make(step: int) -> tuple[Batch, Measured]:
         if stage.packer:
-            rows, T = stage.packer.rows(step - stage.first), s.pack_tokens
+            packed, T = stage.packer.rows(step - stage.first), s.pack_tokens
+            rows = [packed[row] for row in own]
         else:
-            examples = data.at(stage.source, step - stage.first, s.batch_size, seed)
-            rows = [[example] for example in examples[stage.sampled :]]
+            examples = data.at(stage.source, step - stage.first, s.batch_size, seed, own)
+            rows = [[example] for example in examples]
             T = s.max_prompt_tokens + s.max_response_tokens
         batch = data.layout(rows, T, s.max_response_tokens, top_k, stage.room)
         return batch, data.measure(batch, rows, s.max_response_tokens, stage.source)

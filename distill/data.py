@@ -86,6 +86,8 @@ def load(
     for field in ("size", "check", "window"):
         if c[field] < 0:
             raise UserError(f"config.data.{field}={c[field]}: not a number of rows")
+    if "{question}" not in c.template:
+        raise UserError(f"config.data.template={c.template!r}: has no {{question}}")
     if c.streaming and not c.window:
         raise UserError("config.data.window=0: a stream is shuffled in windows of rows")
     for field, known in CHOICES.items():
@@ -143,7 +145,7 @@ def _one(
 
     def example(index: int) -> Example:
         where = rows.where(index)
-        row = columns.canonical(rows.row(index), c.columns, where, traces)
+        row = columns.put(columns.canonical(rows.row(index), c.columns, where, traces), c.template)
         made = make(row, where)
         if told is not None:
             again = functools.partial(make, where=where)

@@ -258,6 +258,12 @@ def _stage(
             examples.require_top(example, loss.served_k)
         if loss.reward and s.reward.correct and not example.answer:
             raise UserError(f"{example.where}: no answer to compare a response with")
+        compared = loss.reward and s.reward.correct
+        if compared and not rewards.gradable(s.reward.grader, example.answer):
+            raise UserError(
+                f"{example.where}: answer {example.answer[:60]!r} is none that the grader "
+                f"{s.reward.grader} can compare with"
+            )
 
     if loss.reward and student.tokenizer is None:
         raise UserError(f"{student.path}: no tokenizer, so responses cannot be graded")

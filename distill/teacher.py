@@ -52,7 +52,7 @@ def check(c: ConfigDict, name: str, s: ConfigDict, taught: bool) -> None:
         raise UserError(f"{at}: {s.objective} needs a teacher")
     for of in s.teachers:
         group = c[of] if isinstance(of, str) and of in c else None
-        if not isinstance(group, ConfigDict) or not {"path", "step"} <= set(group):
+        if not isinstance(group, ConfigDict) or "path" not in group or "step" not in group:
             raise UserError(f"{at}: {of!r} is no teacher of this config")
         if tuple(s.teachers).count(of) > 1:
             raise UserError(f"{at}: {of!r} is named twice")

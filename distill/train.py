@@ -23,6 +23,7 @@ from distill import (
     metrics,
     optim,
     policy,
+    preflight,
     prepare,
     rewards,
     teacher,
@@ -147,6 +148,8 @@ def run(c: ConfigDict, workdir: Path) -> None:
             cli.stop_signals() as stopped,
         ):
             state, at = begin(c, plan, saved)
+            if int(state.step) == 0:
+                preflight.show(c, plan, validation, state.params)
             with metrics.Writer(workdir, int(state.step)) as writer:
                 for index, stage in enumerate(plan.stages[at:], start=at):
                     if index > at:

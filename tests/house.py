@@ -16,7 +16,7 @@ PACKAGES = ("models", "distill", "configs", "assets", "benchmarks", "tests")
 # distill/, from top to bottom: a file imports from its own floor (without circles) and below.
 FLOORS = {
     "entry points": "train evaluate validate compare generate score serve plan export report "
-    "quickstart clean verify harness lm",
+    "quickstart clean verify harness lm preflight",
     "stages": "prepare collect rollout slots engine teacher divergence update",
     "parts": "policy data packing examples context columns sources hygiene head losses advantages "
     "sampling benchmarks results",

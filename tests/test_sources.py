@@ -306,7 +306,34 @@ KNOWN = [
     ({"prompt": "2+2=", "completion": "4"}, {"response": "4"}),
     ({"question": "2+2?", "solution": "4", "answer": "4"}, {}),
     ({"question": "2+2?", "answer": "4"}, {}),
+    ({"question": "2+2?", "answer": "2+2=<<2+2=4>>4\nFour."}, {"answer": ""}),
+    (
+        {"id": "x", "source": "s", "messages": [{"role": "user", "content": "2+2?"}]},
+        {},
+    ),
 ]
+
+
+def test_a_chat_of_tulu_is_asked_without_its_answer() -> None:
+    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    row = {"id": "x", "source": "s", "messages": messages}
+    assert columns.canonical(row, "", "row", True) == row
+    assert columns.canonical(row, "", "row", False)["messages"] == messages[:1]
+    bad = {**row, "messages": "2+2?"}
+    assert columns.canonical(bad, "", "row", False) == bad  # and is refused where it is rendered
+    for empty in ([], None):
+        with pytest.raises(UserError, match="row: id, messages, source are not as in the sets"):
+            columns.canonical({**row, "messages": empty}, "", "row", False)
+
+
+def test_a_question_is_put(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    path = lines(tmp_path / "rows.jsonl", [*ROWS, {"prompt": "p", "answer": None}])
+    source = data.load(config(path, template="Q {question} {x}"), tiny, 0, False)
+    texts = [str(tiny.decode(source.example(i).prompt)) for i in range(source.size)]
+    assert texts[3] == "<|im_start|>user\nQ 3 + 1? {x}<|im_end|>\n<|im_start|>assistant\n"
+    assert texts[9] == "p" and source.example(9).answer == ""
+    with pytest.raises(UserError, match=r"config\.data\.template='Q': has no \{question\}"):
+        data.load(config(path, template="Q"), tiny, 0, False)
 
 
 @pytest.mark.parametrize(("row", "added"), KNOWN)
