@@ -145,6 +145,10 @@ def stage(objective: str) -> ConfigDict:
     c.rollout.chunk = 2048  # tokens of prompts read in one call; bounds its memory
     c.rollout.cache_tokens = 0  # most slots x tokens of the cache; 0: slots x longest row
     c.rollout.cache_dtype = ""  # bfloat16 or int8: less memory, less exact; "": student.dtype
+    # Of the copy of the weights that decodes; "": student.dtype. bfloat16, or in 8 bits int8 or
+    # float8_e4m3fn, made on the device each step: faster, but the sampler is then another policy
+    # than the trainer (metric train/sampler_delta), which importance ratios correct for.
+    c.rollout.param_dtype = ""
     c.rollout.budget = (
         0  # tokens sampled a step; rows that have not ended go on in the next; 0: off
     )
@@ -170,12 +174,17 @@ def get_config(arg: str = "") -> ConfigDict:
     c.student.tokenizer = ""
     c.student.random_init = False  # take config and tokenizer from path, weights at random
     c.student.dtype = "bfloat16"  # of activations; trained parameters are always float32
-    c.student.param_dtype = "bfloat16"  # of a base that LoRA leaves frozen
+    # Of what is frozen of it: LoRA's base, or the copy that a loss with a reference compares with.
+    # bfloat16, float32, or 8 bits as for the teacher.
+    c.student.param_dtype = "bfloat16"
     c.student.remat = True  # recompute each layer in the backward pass: less memory, 4/3 the time
     # Decay of a moving average of the trained parameters (LoRA: of its factors) after each update,
     # which all stages share: a teacher's path, and `export --average`. 0: none is kept.
     c.student.ema = 0.0
     c.student.balance_loss = 0.0  # weight of the load-balancing loss of experts; 0.001 is usual
+    # The update sends each token to the experts that the sampler sent it to (R3, arXiv 2510.11370):
+    # rounding then flips no choice between the two. 2·A bytes a token and layer on the host.
+    c.student.replay_routing = False
     c.student.lora = ConfigDict()  # or path names a PEFT adapter of these: it is trained on
     c.student.lora.rank = 0  # 0: all parameters are trained; else a low-rank term beside the base
     c.student.lora.alpha = 32.0  # the term counts alpha / rank

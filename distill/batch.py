@@ -40,4 +40,5 @@ class Batch:
     # of the teacher's likeliest tokens in the place of each token: ids, int32, and float32
     # log-probabilities
     teacher_top_BTK: tuple[jax.Array, jax.Array] | None = None
-    experts_BTLA: jax.Array | None = None  # int16: the sampler's, which the update then replays
+    # int16: the sampler's, which the update then replays; -1 where they are not known
+    experts_BTLA: jax.Array | None = None

@@ -62,7 +62,14 @@ def batches(
 
 
 def _joined(parts: list[Batch]) -> Batch:
-    """Rows of host batches one below the other; what not all of them know is left out."""
+    """Rows of host batches one below the other; what not all of them know is left out, but for
+    experts, which for the others are -1."""
+    routed = next((part.experts_BTLA for part in parts if part.experts_BTLA is not None), None)
+    if routed is not None:
+        for i, part in enumerate(parts):
+            if part.experts_BTLA is None:
+                free: Any = np.full((*part.tokens_BT.shape, *routed.shape[2:]), -1, np.int16)
+                parts[i] = dataclasses.replace(part, experts_BTLA=free)
     fields = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(Batch)}
     known = {name: xs for name, xs in fields.items() if all(x is not None for x in xs)}
     joined: dict[str, Any] = {
@@ -121,7 +128,7 @@ def _sampled(plan: Plan, stage: Stage, seed: int, grader: rewards.Grader) -> Par
     def on_policy(params: Params, step: int) -> tuple[Batch, Measured]:
         if not stage.loss.reward:
             ended, measured = write(params, step, _asked(stage, seed, step))
-            return _host_batch(stage, ended), measured
+            return _host_batch(plan, stage, ended), measured
         begun = time.perf_counter()
         kept: list[rollout.Row] = []
         values: list[float] = []
@@ -151,7 +158,7 @@ def _sampled(plan: Plan, stage: Stage, seed: int, grader: rewards.Grader) -> Par
         wanted = len(kept[: stage.sampled])
         rows = (kept + left[0])[: stage.sampled]  # what is dropped keeps the shape, untrained
         totals = (values + left[1])[: stage.sampled]
-        batch = _host_batch(stage, rows)
+        batch = _host_batch(plan, stage, rows)
         batch.mask_BT[wanted:] = False  # pyright: ignore[reportIndexIssue]
         measured |= {
             "reward/mean": float(np.mean(totals)),
@@ -252,6 +259,7 @@ def _writer(
                 # The last step ends all rows.
                 budget=s.rollout.budget if parked and step + 1 < stage.end else None,
                 counts=counts,
+                routing=plan.replays,
             )
         )
         took = time.perf_counter() - begin
@@ -276,11 +284,10 @@ def _writer(
     return write
 
 
-def _host_batch(stage: Stage, rows: Sequence[rollout.Row]) -> Batch:
-    s = stage.c
-    return rollout.to_batch(
-        rows, stage.sampled, s.max_prompt_tokens, s.max_response_tokens, stage.room
-    )
+def _host_batch(plan: Plan, stage: Stage, rows: Sequence[rollout.Row]) -> Batch:
+    s, routing = stage.c, plan.student.config.routing if plan.replays else None
+    limits = s.max_prompt_tokens, s.max_response_tokens
+    return rollout.to_batch(rows, stage.sampled, *limits, stage.room, routing)
 
 
 def _examples(stage: Stage, seed: int, step: int) -> list[data.Example]:

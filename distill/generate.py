@@ -226,8 +226,8 @@ def _checked_sampling(subject: Policy) -> Sampling:
 
 def main() -> None:
     rows = [(where, columns.put(row, TEMPLATE.value)) for where, row in data.read(PROMPTS.value)]
-    out = cli.output(OUT.value)
     subject = policy.reader(MODEL.value, DTYPE.value or "")
+    out = cli.output(OUT.value)
     sampling, allowed = _checked_sampling(subject), limits(rows, MAX_NEW_TOKENS.value)
     ids: list[list[int]] = []
     errors: dict[int, str] = {}

@@ -79,6 +79,7 @@ class Plan:
     teachers: dict[str, Teacher]  # by the names of their sub-configs
     reference: Policy | None
     stages: tuple[Stage, ...]
+    replays: bool = False  # the update sends each token to the experts that the sampler did
 
 
 def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
@@ -98,9 +99,9 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
     if not c.student.path:
         raise UserError("config.student.path: name a model directory")
     m = c.student
-    for field in ("dtype", "param_dtype"):
-        if m[field] not in policy.DTYPES:
-            known = ", ".join(policy.DTYPES)
+    for field, allowed in (("dtype", policy.DTYPES), ("param_dtype", policy.PARAM_DTYPES)):
+        if m[field] not in allowed:
+            known = ", ".join(allowed)
             raise UserError(f"config.student.{field}: {m[field]!r} is none of {known}")
     if not 0 <= m.ema < 1:
         raise UserError(f"config.student.ema={m.ema}: must be at least 0 (off) and below 1")
@@ -115,8 +116,9 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
         kernel=c.attention,
         tokenizer_of=m.tokenizer,
     )
-    if c.student.balance_loss and not any(student.config.sparse_layers):
-        raise UserError(f"config.student.balance_loss: {c.student.path} has no experts to balance")
+    for field, to in (("balance_loss", "balance"), ("replay_routing", "replay")):
+        if m[field] and not any(student.config.sparse_layers):
+            raise UserError(f"config.student.{field}: {m.path} has no experts to {to}")
     if not c.student.random_init:
         policy.check(student)
     reference, teachers = None, {}
@@ -132,7 +134,7 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
         read = [teachers[of].policy for of in s.teachers] if _taught(s, loss) else []
         stages.append(_stage(c, name, first, loss, sampled, student, read, mesh))
         first += s.steps
-    return Plan(student, teachers, reference, tuple(stages))
+    return Plan(student, teachers, reference, tuple(stages), m.replay_routing)
 
 
 def load(c: ConfigDict, plan: Plan) -> Plan:
@@ -366,5 +368,6 @@ def rollout_options(s: ConfigDict) -> rollout.Options:
         chunk=r.chunk,
         cache_tokens=r.cache_tokens,
         cache_dtype=r.cache_dtype,
+        param_dtype=r.param_dtype,
         gathered=r.gathered,
     )

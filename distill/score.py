@@ -112,8 +112,8 @@ def score(
 
 def main() -> None:
     rows = data.read_jsonl(TOKENS.value)
-    out = cli.output(OUT.value)
     subject = policy.reader(MODEL.value, DTYPE.value if DTYPE.value in policy.DTYPES else "")
+    out = cli.output(OUT.value)
     if TOP_K.value > subject.config.vocab_size:
         raise UserError(
             f"--top_k={TOP_K.value}: the model's vocabulary has {subject.config.vocab_size} tokens"

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +52,8 @@ def check(c: ConfigDict, name: str, s: ConfigDict, taught: bool) -> None:
     if not s.teachers:
         raise UserError(f"{at}: {s.objective} needs a teacher")
     for of in s.teachers:
-        group = c[of] if isinstance(of, str) and of in c else None
-        if not isinstance(group, ConfigDict) or "path" not in group or "step" not in group:
+        group: Any = c[of] if isinstance(of, str) and of in c else None
+        if not isinstance(group, ConfigDict) or not {"path", "step"} <= set(group):
             raise UserError(f"{at}: {of!r} is no teacher of this config")
         if tuple(s.teachers).count(of) > 1:
             raise UserError(f"{at}: {of!r} is named twice")
