@@ -37,7 +37,16 @@ def data() -> ConfigDict:
     c.window = 4096  # rows of a stream shuffled among themselves; they are held in memory
     c.turns = "last"  # sft on chats: the last answer; all: each, earlier reasoning dropped
     c.keep = "finished"  # of generated samples: finished by a stop token, correct, or all
-    c.thinking = True  # the chat template's switch
+    # The chat template's switch: the share of prompts in thinking mode. 1: all; 0: none, their
+    # prompts end with an empty think block, which is not trained. Between, traces keep the mode
+    # that they show; and always a row that says its own (thinking: false, or /no_think) keeps it.
+    c.thinking = 1.0
+    c.difficulty = ""  # a column, harder is more; or a file of verify --keep=all or evaluate: 1 -
+    # the share of a prompt's samples that were correct. Metric data/difficulty
+    # By difficulty, in place of a new order each epoch: ordered (from the easiest to the hardest
+    # over the stage), widening (of the easiest share, which grows to all), weighted (each prompt
+    # as often as p(1 - p) says, of a difficulty in [0, 1]).
+    c.curriculum = ""
     c.operations = (3, 5)  # arithmetic: fewest and most operations of a problem
     c.split = "train"  # arithmetic: train or test; they share no problem
     return c

@@ -24,6 +24,7 @@ class Batch:
     positions_BT: jax.Array  # int32
     segments_BT: jax.Array  # int32
     mask_BT: jax.Array  # bool
+    thinking_BT: jax.Array | None = None  # bool: asked in thinking mode
     sampler_logp_BT: jax.Array | None = None  # float32, of the distribution drawn from
     finished_B: jax.Array | None = None  # bool: ended by a stop token, not by the length limit
     advantages_B: jax.Array | None = None  # float32, of each response's reward

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from distill import advantages, data, policy, rewards, rollout, teacher, terms
+from distill import advantages, curriculum, data, policy, rewards, rollout, teacher, terms
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.prepare import Plan, Stage, rollout_options, sampling, terms_of
@@ -23,6 +23,9 @@ Measured = dict[str, float]
 Collect = Callable[..., tuple[Batch, Measured]]
 # (what is trained, step) -> (batch on the host, what it measured)
 Part = Callable[[Params, int], tuple[Batch, Measured]]
+
+
+MODES = {"think": True, "no_think": False}  # whether a row is asked to think
 
 
 def batches(
@@ -135,14 +138,16 @@ def _sampled(plan: Plan, stage: Stage, seed: int, grader: rewards.Grader) -> Par
         left: tuple[list[rollout.Row], list[float]] = ([], [])
         seen: Counter[str] = Counter()
         told: dict[str, list[float]] = {}
+        thought_in: list[bool] = []
         measured: Measured = {}
         rounds = s.reward.rounds if s.reward.constant_groups == "replace" else 1
         for turn in range(rounds):
             # Further rounds ask prompts that no step of the stage does.
             index = step if turn == 0 else stage.end + step * rounds + turn
-            examples = _examples(stage, seed, index)
+            examples = _examples(stage, seed, index, step)
             rows, measured = write(params, step, _rows(stage, seed, index, examples))
             totals, terms_told = _graded(plan, stage, grader, rows, examples)
+            thought_in += [row.thinking for row in rows]
             for name, column in terms_told.items():
                 told.setdefault(name, []).extend(column)
             for at in range(0, len(rows), s.samples):
@@ -169,6 +174,11 @@ def _sampled(plan: Plan, stage: Stage, seed: int, grader: rewards.Grader) -> Par
         for name, column in told.items():
             measured |= {f"reward/{name}": float(np.mean(column))}
             measured |= {f"reward/{name}_std": float(np.std(column))}
+            for mode, thinking in MODES.items():
+                of = [
+                    x for x, thought in zip(column, thought_in, strict=True) if thought == thinking
+                ]
+                measured |= {f"reward/{name}/{mode}": float(np.mean(of))} if of else {}
         totals = np.array(totals, np.float32)
         found = dataclasses.replace(batch, advantages_B=_advantages(stage, totals))
         return found, measured
@@ -228,7 +238,7 @@ def _graded(
             tokens=row.tokens,
             finished=row.reason == "stop",
             outcome=outcome,
-            thinking=bool(s.data.thinking),
+            thinking=row.thinking,
             limit=s.max_response_tokens,
             margin=s.reward.margin,
         )
@@ -273,6 +283,8 @@ def _writer(
             "rollout/utilisation": counts["tokens"] / counts["slot_steps"],
             "time/rollout": took,
             "data/skipped": len(stage.source.skipped),
+            **curriculum.mean([row.difficulty for row in ended]),
+            **_by_mode(ended),
         }
         if parked:
             parked.begun += len(rows) - len(parked.rows)
@@ -284,18 +296,32 @@ def _writer(
     return write
 
 
+def _by_mode(rows: Sequence[rollout.Row]) -> Measured:
+    """Lengths and truncation of the modes apart; each that there is."""
+    found: Measured = {}
+    for mode, thinking in MODES.items():
+        of = [row for row in rows if row.thinking == thinking]
+        if of:
+            cut = sum(row.reason == "length" for row in of)
+            found[f"rollout/rows/{mode}"] = len(of)
+            found[f"rollout/mean_length/{mode}"] = sum(len(row.tokens) for row in of) / len(of)
+            found[f"rollout/truncated/{mode}"] = cut / len(of)
+    return found
+
+
 def _host_batch(plan: Plan, stage: Stage, rows: Sequence[rollout.Row]) -> Batch:
     s, routing = stage.c, plan.student.config.routing if plan.replays else None
     limits = s.max_prompt_tokens, s.max_response_tokens
     return rollout.to_batch(rows, stage.sampled, *limits, stage.room, routing)
 
 
-def _examples(stage: Stage, seed: int, step: int) -> list[data.Example]:
-    """The prompts of a step: the first of what the step reads."""
+def _examples(stage: Stage, seed: int, step: int, now: int) -> list[data.Example]:
+    """The prompts of a step: the first of what the step reads, of the difficulty of step `now`."""
     s = stage.c
     count = stage.sampled // s.samples
     whole = s.batch_size if stage.sampled < s.batch_size else count
-    return data.at(stage.source, step - stage.first, whole, seed)[:count]
+    found = data.at(stage.source, step - stage.first, whole, seed, now=now - stage.first)
+    return found[:count]
 
 
 def _rows(
@@ -309,10 +335,10 @@ def _asked(stage: Stage, seed: int, step: int) -> list[rollout.Row]:
     """The rows of a step: those that were parked, and then as many new ones as there is room."""
     size, parked = stage.sampled, stage.parked
     if not parked:
-        return _rows(stage, seed, step, _examples(stage, seed, step))
+        return _rows(stage, seed, step, _examples(stage, seed, step, step))
     begun, count = parked.begun, size - len(parked.rows)
     rows: list[rollout.Row] = []
     for index in range(begun // size, -(-(begun + count) // size)):
         at = stage.first + index
-        rows += _rows(stage, seed, at, _examples(stage, seed, at))
+        rows += _rows(stage, seed, at, _examples(stage, seed, at, at))
     return parked.rows + rows[begun % size :][:count]

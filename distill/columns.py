@@ -1,8 +1,9 @@
 """What the columns of well-known sets mean: a row of theirs as a row of ours.
 
 A row of ours has a prompt: `messages`, `question`, `prompt` (plain text) or `tokens`; perhaps what
-is learned after it: `response`, `solution` or `response_tokens`; and perhaps an `answer`, which
-graders compare with. An adapter adds these to a row and leaves the rest as it is.
+is learned after it: `response`, `solution` or `response_tokens`, and `direct` in its place where
+the mode is not to think; perhaps its own mode, `thinking` (true or false); and perhaps an `answer`,
+which graders compare with. An adapter adds these to a row and leaves the rest as it is.
 """
 
 from collections.abc import Callable

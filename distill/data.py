@@ -11,9 +11,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from distill import columns, context, metrics, sources
+from distill import chat, columns, context, curriculum, metrics, sources
 from distill.batch import Batch
-from distill.examples import Example, prompt_tokens, require_top, trace
+from distill.examples import Example, asked, prompt_tokens, require_top, trace  # noqa: F401
 from models.errors import UserError
 
 ENDLESS_SAMPLE = 1000  # problems of a source without end that are looked at before step 0
@@ -25,13 +25,16 @@ class Source:
     """Examples by number; `size` of them, or without end where size is 0.
 
     `window` > 0: an epoch's order goes from window to window of so many rows, shuffled within each,
-    as a stream needs it. `skipped` holds why a bad row was left out, by the row's name.
+    as a stream needs it. `skipped` holds why a bad row was left out, by the row's name. `thinking`
+    is the share of examples that are read in thinking mode, of those that come in both.
     """
 
     size: int
     example: Callable[[int], Example]
     window: int = 0
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    thinking: float = 1.0
+    order: curriculum.Order | None = None  # in place of a new order each epoch
 
 
 def read_jsonl(path: str | Path) -> list[tuple[str, dict]]:
@@ -93,6 +96,13 @@ def load(
     for field, known in CHOICES.items():
         if c[field] not in known:
             raise UserError(f"config.data.{field}={c[field]!r}: is none of {', '.join(known)}")
+    if not 0 <= c.thinking <= 1:
+        raise UserError(f"config.data.thinking={c.thinking}: is a share, from 0 to 1")
+    if 0 < c.thinking < 1 and tokenizer and not chat.has_switch(tokenizer):
+        raise UserError(
+            f"config.data.thinking={c.thinking}: the chat template of {tokenizer.name_or_path} has "
+            "no switch between modes; 1 or 0 leave it as it is"
+        )
     skipped: dict[str, str] = {}
     if not c.mixture:
         return _one(c, c.source, tokenizer, seed, traces, require, told, skipped)
@@ -114,6 +124,7 @@ CHOICES = {
     "on_bad_row": ("fail", "skip"),
     "turns": ("last", "all"),
     "keep": ("all", "finished", "correct"),
+    "curriculum": curriculum.CURRICULA,
 }
 
 
@@ -137,11 +148,12 @@ def _one(
         if traces and not window and sources.are_samples(rows):
             rows = sources.samples(rows, c.keep, skipped if c.on_bad_row == "skip" else None)
 
+    difficulty_of = curriculum.grade(c.difficulty)
+
     def make(row: dict, where: str) -> Example:
         if traces:
             return trace(row, where, tokenizer, c.thinking, c.turns)
-        ids = prompt_tokens(row, where, tokenizer, c.thinking)
-        return Example(ids, [], str(row.get("answer", "")), where)
+        return asked(row, where, tokenizer, c.thinking)
 
     def example(index: int) -> Example:
         where = rows.where(index)
@@ -150,14 +162,19 @@ def _one(
         if told is not None:
             again = functools.partial(make, where=where)
             made = context.add(told, row, made, again, tokenizer)
-        require(made)
+        made = made.graded(difficulty_of(row, made))
+        for each in (made, made.other):
+            if each:
+                require(each)
         return made
 
     if c.on_bad_row == "fail":
         for index in range(min(c.check, rows.size) if rows.size else ENDLESS_SAMPLE):
             example(index)
-        return Source(rows.size, example, rows.window, skipped)
-    return _skipping(rows, example, c.check, skipped)
+        source = Source(rows.size, example, rows.window, skipped)
+    else:
+        source = _skipping(rows, example, c.check, skipped)
+    return dataclasses.replace(source, thinking=c.thinking)
 
 
 def _skipping(
@@ -244,25 +261,45 @@ def _permutation(size: int, seeds: tuple[int, ...]) -> np.ndarray:
 def one(source: Source, ordinal: int, seed: int) -> Example:
     """The example that comes as number `ordinal` of all that are read: that very one of a source
     without end; of a finite one, by an order drawn anew for each epoch, so that each example comes
-    once an epoch."""
+    once an epoch. One that comes in both modes is in the mode of that number."""
+    return _moded(source, _index(source, ordinal, seed), ordinal, seed)
+
+
+def _moded(source: Source, index: int, ordinal: int, seed: int) -> Example:
+    example = source.example(index)
+    return (
+        example if curriculum.thinks(source.thinking, ordinal, seed) else example.other or example
+    )
+
+
+def _index(source: Source, ordinal: int, seed: int) -> int:
     if not source.size:
-        return source.example(ordinal)
+        return ordinal
     epoch, place = divmod(ordinal, source.size)
     if not source.window:
-        return source.example(int(_permutation(source.size, (seed, epoch))[place]))
+        return int(_permutation(source.size, (seed, epoch))[place])
     window, place = divmod(place, source.window)
     begin = window * source.window
     size = min(source.window, source.size - begin)
-    return source.example(begin + int(_permutation(size, (seed, epoch, window))[place]))
+    return begin + int(_permutation(size, (seed, epoch, window))[place])
 
 
 def at(
-    source: Source, step: int, count: int, seed: int, share: Sequence[int] | None = None
+    source: Source,
+    step: int,
+    count: int,
+    seed: int,
+    share: Sequence[int] | None = None,
+    now: int | None = None,
 ) -> list[Example]:
     """The `count` examples of a step, or those of its places that `share` lists: what a process
-    reads that feeds these rows of the batch. The order does not depend on who reads it."""
+    reads that feeds these rows of the batch. The order does not depend on who reads it. By a
+    curriculum they are of the difficulty of the step `now`, where that is another."""
     places = range(count) if share is None else share
-    return [one(source, step * count + place, seed) for place in places]
+    if not source.order:
+        return [one(source, step * count + place, seed) for place in places]
+    drawn = source.order(step, step if now is None else now, count)
+    return [_moded(source, drawn[place], step * count + place, seed) for place in places]
 
 
 T = TypeVar("T")
@@ -316,6 +353,7 @@ def layout(
     """
     tokens = np.zeros((len(rows), T), np.int32)
     segments, mask = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
+    thinking = np.zeros(tokens.shape, bool)
     begins = np.zeros_like(tokens)  # of each token's segment; padding goes on with the last one's
     for row, examples in enumerate(rows):
         at = 0
@@ -326,13 +364,14 @@ def layout(
             tokens[row, at:end] = example.prompt + response
             segments[row, at:end] = number
             mask[row, start:end] = (example.trained or [True] * len(response))[: len(response)]
-            begins[row, at:] = at
+            begins[row, at:], thinking[row, at:] = at, example.thinking
             at = end
     positions = np.arange(T, dtype=np.int32)[None] - begins
     arrays: Any = (tokens, positions, segments, mask)  # host arrays, until they are put on a mesh
     top: Any = _top(rows, T, max_response, top_k) if top_k else None
     kinds: Any = np.array([row[0].kind if row else 0 for row in rows], np.int32)
-    batch = Batch(*arrays, teacher_top_BTK=top, kind_B=kinds)
+    modes: Any = thinking
+    batch = Batch(*arrays, thinking_BT=modes, teacher_top_BTK=top, kind_B=kinds)
     if not room:
         return batch
     alone = [row[0] for row in rows]
@@ -371,4 +410,5 @@ def measure(
         "data/efficiency": float((np.asarray(batch.segments_BT) > 0).mean()),
         "data/truncated": sum(n > max_response for n in lengths) / max(1, len(lengths)),
         "data/skipped": len(source.skipped),
+        **curriculum.mean([example.difficulty for row in rows for example in row]),
     }

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from distill import (
     context,
+    curriculum,
     data,
     examples,
     losses,
@@ -270,6 +271,8 @@ def _stage(
     if loss.reward and student.tokenizer is None:
         raise UserError(f"{student.path}: no tokenizer, so responses cannot be graded")
     source = data.load(s.data, student.tokenizer, c.seed, sampled < s.batch_size, require, told)
+    order = curriculum.over(s.data, source.size, source.example, s.steps, c.seed)
+    source = dataclasses.replace(source, order=order)
     packer = None
     if s.pack_tokens:
         packer = packing.Packer(source, c.seed, s.batch_size, s.pack_tokens, s.max_response_tokens)
@@ -335,6 +338,8 @@ def _check_stage(
             f"config.{name}.pack_tokens: a row would hold examples of several teachers; set 0, or "
             "teacher_weights"
         )
+    if s.pack_tokens and s.data.curriculum:
+        raise UserError(f"config.{name}.data.curriculum: packed rows are of no one step")
     if s.pack_tokens < 0 or 0 < s.pack_tokens < total:
         raise UserError(
             f"config.{name}.pack_tokens={s.pack_tokens}: a row must hold max_prompt_tokens + "

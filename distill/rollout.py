@@ -46,7 +46,16 @@ def ask(examples: Sequence[data.Example], samples: int, key: jax.Array, limit: i
     numbers_B, samples_B = np.divmod(np.arange(len(examples) * samples), samples)
     keys = row_keys(key, numbers_B, samples_B)
     return [
-        Row(e.prompt, k, limit, e.where, told=e.told, kind=e.kind)
+        Row(
+            e.prompt,
+            k,
+            limit,
+            e.where,
+            told=e.told,
+            kind=e.kind,
+            thinking=e.thinking,
+            difficulty=e.difficulty,
+        )
         for e, k in zip([examples[i] for i in numbers_B], keys, strict=True)
     ]
 
@@ -160,6 +169,7 @@ def to_batch(
     starts = np.array([[P - len(row.prompt)] for row in rows], np.int32)
     positions = np.maximum(np.arange(P + R, dtype=np.int32)[None] - starts, 0)
     finished = np.array([row.reason == "stop" for row in rows])
+    thinking = np.repeat([[row.thinking] for row in rows], P + R, axis=1)
     batch = Batch(  # host arrays, until they are put on a mesh
         tokens_BT=tokens,  # pyright: ignore[reportArgumentType]
         positions_BT=positions,  # pyright: ignore[reportArgumentType]
@@ -169,6 +179,7 @@ def to_batch(
         finished_B=finished,  # pyright: ignore[reportArgumentType]
         kind_B=np.array([row.kind for row in rows], np.int32),  # pyright: ignore[reportArgumentType]
         experts_BTLA=experts,  # pyright: ignore[reportArgumentType]
+        thinking_BT=thinking,  # pyright: ignore[reportArgumentType]
     )
     if not room:
         return batch

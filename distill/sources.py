@@ -75,7 +75,9 @@ def problems(c: Any, seed: int) -> Rows:
         return {
             "messages": arithmetic.messages(problem),
             "response": arithmetic.response(problem),
+            "direct": arithmetic.direct(problem),
             "answer": problem.answer,
+            "operations": problem.operations,
         }
 
     row(0)  # a bad split or range is an error now
