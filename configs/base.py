@@ -161,6 +161,11 @@ def stage(objective: str) -> ConfigDict:
     c.rollout.budget = (
         0  # tokens sampled a step; rows that have not ended go on in the next; 0: off
     )
+    # Sample the rows of step i + 1 while step i is scored and trained, from the weights of before
+    # its update. Losses of drawn tokens correct for that by their ratio, and are refused without
+    # one; exact and topk are right at every token, but the responses that they go along are one
+    # update old. The weights that sample, in student.dtype, are then held through the update.
+    c.rollout.ahead = False
     c.rollout.gathered = True  # each row shard holds all weights; False: fetches them each token
 
     c.optim = optim()

@@ -4,7 +4,7 @@ grader and reference make of them."""
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -126,11 +126,22 @@ def _read(stage: Stage, seed: int, own: list[int]) -> Part:
 
 def _sampled(plan: Plan, stage: Stage, seed: int, grader: rewards.Grader) -> Part:
     """The student's own responses, with their advantages where they are rewarded."""
-    s, write = stage.c, _writer(plan, stage)
+    s, ahead, begin = stage.c, stage.ahead, _writer(plan, stage)
+
+    def own(params: Params, step: int) -> tuple[list[rollout.Row], Measured]:
+        """The step's rows; and begins those of the next, where that is done ahead."""
+        if ahead and ahead.step == step:
+            found = ahead.rows, ahead.measured
+        else:
+            found = begin(params, step, step, _asked(stage, seed, step))()
+        if ahead and step + 1 < stage.end:
+            ahead.step = step
+            ahead.begun = begin(params, step, step + 1, _asked(stage, seed, step + 1))
+        return found
 
     def on_policy(params: Params, step: int) -> tuple[Batch, Measured]:
         if not stage.loss.reward:
-            ended, measured = write(params, step, _asked(stage, seed, step))
+            ended, measured = own(params, step)
             return _host_batch(plan, stage, ended), measured
         begun = time.perf_counter()
         kept: list[rollout.Row] = []
@@ -145,7 +156,10 @@ def _sampled(plan: Plan, stage: Stage, seed: int, grader: rewards.Grader) -> Par
             # Further rounds ask prompts that no step of the stage does.
             index = step if turn == 0 else stage.end + step * rounds + turn
             examples = _examples(stage, seed, index, step)
-            rows, measured = write(params, step, _rows(stage, seed, index, examples))
+            if turn == 0:
+                rows, measured = own(params, step)
+            else:
+                rows, measured = begin(params, step, step, _rows(stage, seed, index, examples))()
             totals, terms_told = _graded(plan, stage, grader, rows, examples)
             thought_in += [row.thinking for row in rows]
             for name, column in terms_told.items():
@@ -249,30 +263,38 @@ def _graded(
 
 def _writer(
     plan: Plan, stage: Stage
-) -> Callable[[Params, int, list[rollout.Row]], tuple[list[rollout.Row], Measured]]:
-    """The function that samples rows and returns those that ended."""
+) -> Callable[
+    [Params, int, int, list[rollout.Row]], Callable[[], tuple[list[rollout.Row], Measured]]
+]:
+    """The function that begins sampling, and returns what samples and returns the rows that ended.
+
+    It takes the parameters, their version, the step whose rows they are, and these. Once it has
+    begun, the parameters may be donated.
+    """
     s, student, parked = stage.c, plan.student, stage.parked
     drawn_from, options, sampled = sampling(s), rollout_options(s), policy.sampled(student)
 
-    def write(params: Params, step: int, rows: list[rollout.Row]):
+    def begin(params: Params, version: int, step: int, rows: list[rollout.Row]):
         counts: Counter[str] = Counter()
-        begin = time.perf_counter()
-        done = list(
-            rollout.run(
-                student.model,
-                sampled(params),
-                rows,
-                sampling=drawn_from,
-                stop_ids=student.stop_ids,
-                options=options,
-                version=step,
-                # The last step ends all rows.
-                budget=s.rollout.budget if parked and step + 1 < stage.end else None,
-                counts=counts,
-                routing=plan.replays,
-            )
+        coming = rollout.run(
+            student.model,
+            sampled(params),
+            rows,
+            sampling=drawn_from,
+            stop_ids=student.stop_ids,
+            options=options,
+            version=version,
+            # The last step ends all rows.
+            budget=s.rollout.budget if parked and step + 1 < stage.end else None,
+            counts=counts,
+            routing=plan.replays,
         )
-        took = time.perf_counter() - begin
+        return lambda: finish(coming, step, len(rows), counts)
+
+    def finish(coming: Iterator[rollout.Row], step: int, asked: int, counts: Counter[str]):
+        started = time.perf_counter()
+        done = list(coming)
+        took = time.perf_counter() - started
         ended = [row for row in done if row.reason]
         written = sum(len(row.tokens) for row in ended)
         measured = {
@@ -287,13 +309,15 @@ def _writer(
             **_by_mode(ended),
         }
         if parked:
-            parked.begun += len(rows) - len(parked.rows)
+            parked.begun += asked - len(parked.rows)
             parked.rows = [row for row in done if not row.reason]
+            measured["rollout/ended"] = len(ended)
+        if parked or stage.ahead:
             stale = sum(version < step for row in ended for version in row.versions)
-            measured |= {"rollout/ended": len(ended), "rollout/stale": stale / max(1, written)}
+            measured["rollout/stale"] = stale / max(1, written)
         return ended, measured
 
-    return write
+    return begin
 
 
 def _by_mode(rows: Sequence[rollout.Row]) -> Measured:

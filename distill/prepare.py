@@ -46,6 +46,7 @@ class Stage:
     packer: packing.Packer | None = None  # where rows hold several examples
     parked: rollout.Parked | None = None  # where a budget of tokens ends its steps
     room: int = 0  # tokens that a context may add to what teachers read; 0: they read the same
+    ahead: rollout.Ahead | None = None  # where a step's rows are sampled during the one before
 
     @property
     def end(self) -> int:
@@ -277,8 +278,27 @@ def _stage(
     if s.pack_tokens:
         packer = packing.Packer(source, c.seed, s.batch_size, s.pack_tokens, s.max_response_tokens)
     parked = rollout.Parked() if s.rollout.budget else None
+    if s.rollout.ahead:
+        _check_ahead(name, s, loss, sampled)
+    ahead = rollout.Ahead() if s.rollout.ahead else None
     optimizer = optim.make(s.optim, s.steps * s.epochs * s.minibatches)
-    return Stage(name, s, first, source, optimizer, loss, sampled, packer, parked, room)
+    return Stage(name, s, first, source, optimizer, loss, sampled, packer, parked, room, ahead)
+
+
+def _check_ahead(name: str, s: ConfigDict, loss: losses.Loss, sampled: int) -> None:
+    """Rows sampled ahead come from weights one update old: the loss must know what to do then."""
+    flag = f"config.{name}.rollout.ahead"
+    if not sampled:
+        raise UserError(f"{flag}: {s.objective} samples nothing")
+    if loss.on_policy and loss.ratio == "none":
+        raise UserError(f"{flag}: loss.ratio=none takes every sample for fresh; use token")
+    if loss.teacher and loss.estimator == "sampled" and loss.k1_of == "sampler":
+        raise UserError(f"{flag}: loss.k1_of=sampler lags behind on such samples; use student")
+    if loss.on_policy and s.minibatches * s.epochs > 1 and not loss.truncate:
+        raise UserError(
+            f"{flag}: with several updates a step the ratio begins at the first of them; "
+            "loss.truncate weighs what came before"
+        )
 
 
 def _lora(s: ConfigDict) -> LoRA | None:

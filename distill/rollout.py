@@ -87,6 +87,8 @@ def run(
     `queued_slot_steps` while rows were waiting, `prompt_tokens` read and `read_tokens` with
     padding, `segments`, `refits` of the cache, rows `parked` to make room.
 
+    The weights are taken before it returns, and `params` may then be donated.
+
     Raises:
       UserError: naming the first row whose prompt is empty, or which does not fit the cache,
         before anything runs.
@@ -109,9 +111,11 @@ def run(
         qwen3, sampling, stop_ids, dtype, options.segment, top_logprobs, routing
     )
     counts = Counter() if counts is None else counts
-    before = counts["tokens"]
-    slots = Slots(decoder, params, mesh, rows, options, version, counts, ended)
-    returned = 0
+    return _drawn(Slots(decoder, params, mesh, rows, options, version, counts, ended), rows, budget)
+
+
+def _drawn(slots: Slots, rows: Sequence[Row], budget: int | None) -> Iterator[Row]:
+    counts, before, returned = slots.counts, slots.counts["tokens"], 0
     while slots.advance(None if budget is None else budget + before - counts["tokens"]):
         while returned < len(rows) and rows[returned].reason:
             yield rows[returned]
@@ -214,6 +218,39 @@ class Parked:
             self.rows.append(Row(**{**row, "key": tuple(row["key"]), "experts": experts}))
 
 
+@dataclasses.dataclass
+class Ahead:
+    """The rows of the coming step, sampled while the one before it is trained."""
+
+    step: int = -1  # whose rows they are; -1: none
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    measured: dict[str, float] = dataclasses.field(default_factory=dict)
+    # Samples them: the weights are taken already.
+    begun: Callable[[], tuple[list[Row], dict[str, float]]] | None = None
+
+    def sample(self, trained: Any) -> None:
+        """Samples what was begun, while the device computes `trained`."""
+        begun, self.begun = self.begun, None
+        if begun is None:
+            self.step, self.rows, self.measured = -1, [], {}
+            return
+        devices = jax.tree.leaves(trained)[0].sharding.device_set
+        if len(devices) > 1 and jax.default_backend() == "cpu":
+            jax.block_until_ready(trained)  # or XLA may deadlock, see Slots.read_together
+        self.step += 1
+        self.rows, self.measured = begun()
+
+    def position(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it: JSON."""
+        rows = Parked(self.rows).position()
+        return {"step": self.step, "measured": self.measured, "sampled": rows}
+
+    def resume(self, position: dict[str, Any]) -> None:
+        kept = Parked()
+        kept.resume(position["sampled"])
+        self.step, self.rows, self.measured = position["step"], kept.rows, position["measured"]
+
+
 def complete(
     policy: Policy,
     prompts: list[list[int]],
@@ -224,6 +261,7 @@ def complete(
     sampling: Sampling,
     batch_size: int,
     first: int = 0,
+    counts: Counter[str] | None = None,
     top_logprobs: int = 0,
     ended: Callable[[Row], bool] | None = None,
 ) -> Iterator[list[Row]]:
@@ -246,6 +284,7 @@ def complete(
         sampling=sampling,
         stop_ids=policy.stop_ids,
         options=Options(batch_size, longest=longest),
+        counts=counts,
         top_logprobs=top_logprobs,
         ended=ended,
     )
