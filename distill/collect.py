@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from distill import advantages, curriculum, data, policy, rewards, rollout, teacher, terms
+from distill import advantages, curriculum, data, layout, policy, rewards, rollout, teacher, terms
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.prepare import Plan, Stage, rollout_options, sampling, terms_of
@@ -117,8 +117,8 @@ def _read(stage: Stage, seed: int, own: list[int]) -> Part:
             examples = data.at(stage.source, step - stage.first, s.batch_size, seed, own)
             rows = [[example] for example in examples]
             T = s.max_prompt_tokens + s.max_response_tokens
-        batch = data.layout(rows, T, s.max_response_tokens, top_k, stage.room)
-        return batch, data.measure(batch, rows, s.max_response_tokens, stage.source)
+        batch = layout.batch(rows, T, s.max_response_tokens, top_k, stage.room)
+        return batch, layout.measure(batch, rows, s.max_response_tokens, stage.source)
 
     made = data.ahead(make, stage.end)
     return lambda _, step: made(step)

@@ -27,14 +27,13 @@ from distill.locate import (
     keeps_average,
     local,
     lora_of,
-    origin,
     resolve,
     tokenizer_directory,
 )
 from models.errors import UserError
 from models.qwen3 import adapter, attention, lora, model, moe, quantised, weights
 from models.qwen3.config import Config
-from models.qwen3.lora import LORA, MLP, LoRA
+from models.qwen3.lora import LORA, LoRA
 from models.qwen3.model import Params, Qwen3
 
 DTYPES = ("float32", "bfloat16")  # of activations, and of parameters
@@ -341,23 +340,6 @@ def _drawn(policy: Policy, key: jax.Array, kind: LoRA | None) -> Params:
     shapes = mesh_lib.parameters(policy.config, mesh_of(policy), kind)
     init = functools.partial(model.init, policy.config, lora=kind)
     return jax.jit(init, out_shardings=_shardings(shapes))(key)
-
-
-def save(policy: Policy, directory: Path, dtype: str) -> None:
-    """Writes a Hugging Face directory: weights in `dtype`, config, stop ids, tokenizer."""
-    weights.save(policy.params, policy.config, directory, jnp.dtype(dtype))
-    chat.copy(resolve(policy.path), policy.tokenizer_dir, policy.stop_ids, directory)
-
-
-def save_adapter(run: Policy, trained: Params, directory: Path, dtype: str) -> None:
-    """Writes what a LoRA run has trained as a PEFT adapter to the run's base, and its tokenizer."""
-    kind, base = lora_of(run.path), origin(run.path)
-    assert kind is not None
-    if len(set(run.config.sparse_layers)) == 2 and not set(MLP).isdisjoint(kind.targets):
-        metrics.say("warning: of layers with and without experts peft 0.21 loads only the former's")
-    name = str(Path(base).resolve()) if Path(base).is_dir() else base  # else a hub id
-    adapter.save(trained, kind, run.config, name, directory, jnp.dtype(dtype))
-    chat.copy(resolve(run.path), run.tokenizer_dir, run.stop_ids, directory)
 
 
 def hidden(qwen3: Qwen3, params: Params, batch: Batch, trained: Params | None = None) -> jax.Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from distill import context, data, engine
+from distill import context, data, engine, layout
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.policy import Policy
@@ -158,7 +158,7 @@ def to_batch(
             raise UserError(f"{row.where or f'row {number}'}: NaN logits {at}")
     P, R = max_prompt_tokens, max_new_tokens
     rows = [*rows, *[Row([], (0, 0), 0)] * (batch_size - len(rows))]
-    tokens, segments = data.left_pad([row.prompt for row in rows], P)
+    tokens, segments = layout.left_pad([row.prompt for row in rows], P)
     tokens, segments = (np.pad(x, ((0, 0), (0, R))) for x in (tokens, segments))
     mask = np.zeros(tokens.shape, bool)
     logp = np.zeros(tokens.shape, np.float32)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from distill import collect, data, packing, prepare
+from distill import collect, data, layout, packing, prepare
 from distill import mesh as mesh_lib
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +81,7 @@ def test_processes_read_the_batch_in_shares(processes: int, fields: dict) -> Non
 
 
 def test_what_all_sample_each_keeps_its_own_of() -> None:
-    whole = data.trace_batch([data.Example([i], [9], "", "") for i in range(6)], 2, 2)
+    whole = layout.traces([data.Example([i], [9], "", "") for i in range(6)], 2, 2)
     part = collect._held(lambda params, step: (whole, {"step": step}), [3, 4])
     batch, measured = part({}, 5)
     assert np.asarray(batch.tokens_BT)[:, 0].tolist() == [3, 4] and measured == {"step": 5}

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from configs import base
-from distill import chat, columns, data, sources
+from distill import chat, columns, data, layout, sources
 from distill.examples import Example
 from models.errors import UserError
 
@@ -391,7 +391,7 @@ def test_which_turns_are_trained(tiny: PreTrainedTokenizerBase, tmp_path: Path) 
 
     def trained(turns: str) -> tuple[str, str]:
         example = data.load(config(path, turns=turns), tiny, 0, True).example(0)
-        batch = data.layout([[example]], 200, 200)
+        batch = layout.batch([[example]], 200, 200)
         ids, mask = np.asarray(batch.tokens_BT)[0], np.asarray(batch.mask_BT)[0]
         return str(tiny.decode(ids[mask])), str(tiny.decode(example.prompt))
 
@@ -413,7 +413,7 @@ def test_real_rows_print_back(shared_data: Path, qwen3: PreTrainedTokenizerBase,
             response = row["messages"][-1]["content"]
         else:
             response = f"<think>\n{row['thinking'].strip()}\n</think>\n\n{row['content'].strip()}"
-        batch = data.layout([[source.example(i)]], 8000, 7000)
+        batch = layout.batch([[source.example(i)]], 8000, 7000)
         ids, mask = np.asarray(batch.tokens_BT)[0], np.asarray(batch.mask_BT)[0]
         assert qwen3.decode(ids[mask]) == response + "<|im_end|>"
 
