@@ -56,7 +56,8 @@ def cases(dtype: str) -> dict[tuple[str, str], Callable[[], int]]:
         subject = dataclasses.replace(plain, params=params)
 
         def score(subject: policy.Policy = subject) -> int:
-            jax.block_until_ready(teacher.score(subject, batch).teacher_hidden_BTD)
+            read = teacher.hidden(subject.model, subject.params, None, batch, None)
+            jax.block_until_ready(read)
             return tokens_BT.size
 
         def decode(kind: str = kind) -> int:

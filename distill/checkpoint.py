@@ -117,10 +117,8 @@ class Checkpoints:
         Raises UserError if there are checkpoints but none can be read, if `step` is not there,
         or if the state is of another shape or dtype than what was saved.
         """
-        steps = self._steps()
-        if step is not None and step not in steps:
-            raise UserError(f"{self._directory}: no checkpoint of step {step}, only of {steps}")
-        reasons = []
+        self.require(step)
+        steps, reasons = self._steps(), []
         for candidate in steps if step is None else [step]:
             try:
                 return self._load(candidate, abstract_state, convert)
@@ -129,6 +127,12 @@ class Checkpoints:
         if reasons:
             raise UserError(f"no checkpoint could be read: {reasons[0]}")
         return None
+
+    def require(self, step: int | None) -> None:
+        """Raises UserError if `step` is not there; None asks for none."""
+        steps = self._steps()
+        if step is not None and step not in steps:
+            raise UserError(f"{self._directory}: no checkpoint of step {step}, only of {steps}")
 
     def _steps(self) -> list[int]:
         """Steps on disk, newest first."""

@@ -22,11 +22,18 @@ from distill import chat, metrics
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.checkpoint import Checkpoints
-from distill.locate import is_run, local, lora_of, origin, resolve, tokenizer_directory
+from distill.locate import (
+    is_run,
+    keeps_average,
+    local,
+    lora_of,
+    resolve,
+    tokenizer_directory,
+)
 from models.errors import UserError
 from models.qwen3 import adapter, attention, lora, model, moe, quantised, weights
 from models.qwen3.config import Config
-from models.qwen3.lora import LORA, MLP, LoRA
+from models.qwen3.lora import LORA, LoRA
 from models.qwen3.model import Params, Qwen3
 
 DTYPES = ("float32", "bfloat16")  # of activations, and of parameters
@@ -198,6 +205,11 @@ def _shardings(params: Params) -> Any:
     return jax.tree.map(lambda p: p.sharding, params)
 
 
+def is_adapter(path: str) -> bool:
+    """Whether `path` names a PEFT adapter."""
+    return not is_run(path) and adapter.is_adapter(local(path))
+
+
 def _adapted(policy: Policy) -> LoRA | None:
     """The LoRA of the adapter directory that the policy's path names; None of another path."""
     directory = local(policy.path)
@@ -210,15 +222,18 @@ def _stored(policy: Policy, kind: LoRA) -> Params:
     return adapter.load(local(policy.path), policy.config, shapes, _shardings(shapes))
 
 
-def check(policy: Policy) -> None:
-    """Raises UserError if `load` would find files missing or wrong, without reading a weight; for
-    a policy that trains a LoRA also if its path cannot be the base, or holds another LoRA."""
+def check(policy: Policy, step: int | None = None) -> None:
+    """Raises UserError if `load` (or `restore` of a step) would find files missing or wrong,
+    without reading a weight; for a policy that trains a LoRA also if its path cannot be the base,
+    or holds another LoRA."""
     path, wanted = policy.path, policy.model.lora
     if is_run(path):
         if wanted is not None:
             raise UserError(f"{path}: a run, whose parameters may change; export it for a base")
         if newest_step(path) is None:
             raise UserError(f"{path}: a run without a checkpoint yet")
+        with Checkpoints(Path(path) / "checkpoints") as saved:
+            saved.require(step)
     if not is_run(path) or lora_of(path):
         weights.check(resolve(path), policy.config, policy.params)
     kind = None if is_run(path) else _adapted(policy)
@@ -241,37 +256,42 @@ def _require_same(path: str, found: LoRA, wanted: LoRA) -> None:
             )
 
 
-def restore(policy: Policy, step: int | None, param_dtype: str) -> tuple[Policy, int]:
-    """The parameters of a described run after `step` (None: the newest whole checkpoint), cast to
-    `param_dtype`, and that step; a LoRA is merged. Raises UserError as `restore_trained` does."""
+def restore(
+    policy: Policy, step: int | None, param_dtype: str, average: bool = False
+) -> tuple[Policy, int]:
+    """The parameters of a described run after `step` (None: the newest whole checkpoint), or their
+    moving average, cast to `param_dtype`, and that step; a LoRA is merged. Raises UserError as
+    `restore_trained` does."""
     kind = lora_of(policy.path)
     if kind is not None:
-        trained, step = restore_trained(policy, step)
+        trained, step = restore_trained(policy, step, average)
         return _merged(policy, trained, kind, param_dtype), step
     convert = None if param_dtype == "float32" else _converter(policy, param_dtype)
-    params, step = restore_trained(policy, step, convert)
+    params, step = restore_trained(policy, step, average, convert)
     return dataclasses.replace(policy, params=params), step
 
 
 def restore_trained(
-    policy: Policy, step: int | None, convert: Convert | None = None
+    policy: Policy, step: int | None, average: bool = False, convert: Convert | None = None
 ) -> tuple[Params, int]:
     """What a described run has trained after `step` (None: the newest whole checkpoint), float32
-    unless each parameter is converted, and that step. Raises UserError if there is no such
-    checkpoint, saying which there are."""
+    unless each parameter is converted, and that step; or its moving average. Raises UserError if
+    there is no such checkpoint, saying which there are, or if the run kept no average."""
+    part = "average" if average else "params"
+    if average and not keeps_average(policy.path):
+        raise UserError(f"{policy.path}: a run that kept no moving average (config.student.ema)")
     mesh = mesh_of(policy)
     shapes = mesh_lib.parameters(policy.config, mesh, lora_of(policy.path))
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.replicated(mesh))
 
     def inner(path: tuple, x: jax.Array) -> Any:
-        return convert(path[1:], x) if convert and path[0].key == "params" else x
+        return convert(path[1:], x) if convert and path[0].key == part else x
 
     with Checkpoints(Path(policy.path) / "checkpoints") as saved:
-        wanted = {"params": shapes, "step": count}
-        found = saved.restore(wanted, step, inner if convert else None)
+        found = saved.restore({part: shapes, "step": count}, step, inner if convert else None)
     if found is None:
         raise UserError(f"{policy.path}: a run without a checkpoint yet")
-    return found[0]["params"], int(found[0]["step"])
+    return found[0][part], int(found[0]["step"])
 
 
 def newest_step(path: str | Path) -> int | None:
@@ -322,27 +342,13 @@ def _drawn(policy: Policy, key: jax.Array, kind: LoRA | None) -> Params:
     return jax.jit(init, out_shardings=_shardings(shapes))(key)
 
 
-def save(policy: Policy, directory: Path, dtype: str) -> None:
-    """Writes a Hugging Face directory: weights in `dtype`, config, stop ids, tokenizer."""
-    weights.save(policy.params, policy.config, directory, jnp.dtype(dtype))
-    chat.copy(resolve(policy.path), policy.tokenizer_dir, policy.stop_ids, directory)
-
-
-def save_adapter(run: Policy, trained: Params, directory: Path, dtype: str) -> None:
-    """Writes what a LoRA run has trained as a PEFT adapter to the run's base, and its tokenizer."""
-    kind, base = lora_of(run.path), origin(run.path)
-    assert kind is not None
-    if len(set(run.config.sparse_layers)) == 2 and not set(MLP).isdisjoint(kind.targets):
-        metrics.say("warning: of layers with and without experts peft 0.21 loads only the former's")
-    name = str(Path(base).resolve()) if Path(base).is_dir() else base  # else a hub id
-    adapter.save(trained, kind, run.config, name, directory, jnp.dtype(dtype))
-    chat.copy(resolve(run.path), run.tokenizer_dir, run.stop_ids, directory)
-
-
-def hidden(qwen3: Qwen3, params: Params, batch: Batch) -> jax.Array:
-    """Final hidden states [B, T, D] of a batch, in the model's dtype."""
+def hidden(qwen3: Qwen3, params: Params, batch: Batch, trained: Params | None = None) -> jax.Array:
+    """Final hidden states [B, T, D] of a batch, in the model's dtype; `trained` as in `routed`."""
     out_BTD, _ = qwen3.apply(
-        {"params": params}, batch.tokens_BT, batch.positions_BT, batch.segments_BT
+        {"params": params} if trained is None else {"params": params, LORA: trained},
+        batch.tokens_BT,
+        batch.positions_BT,
+        batch.segments_BT,
     )
     return out_BTD
 

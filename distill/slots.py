@@ -69,6 +69,10 @@ class Row:
     key: tuple[int, int]  # the data of its key
     limit: int  # tokens at most
     where: str = ""  # for messages
+    told: list[int] | None = None  # the prompt that a teacher reads; None: the same
+    kind: int = 0  # which source of a mixture it is from
+    thinking: bool = True  # the mode that it is asked in
+    difficulty: float | None = None
     tokens: list[int] = dataclasses.field(default_factory=list)  # the stop token included
     logprobs: list[float] = dataclasses.field(default_factory=list)
     versions: list[int] = dataclasses.field(default_factory=list)  # of the weights, each token's

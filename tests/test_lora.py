@@ -245,7 +245,7 @@ def test_dense_layers_among_sparse_ones(tmp_path, capsys):
     student, trained = begun(tmp_path / "base", PLAIN)
     fields = {"path": str(tmp_path / "base"), "lora": dataclasses.asdict(PLAIN)}
     path = write(tmp_path / "config.json", [{"stages": ["sft"], "student": fields}]).parent
-    policy.save_adapter(described(path), trained, tmp_path / "out", "float32")
+    export.save_adapter(described(path), trained, tmp_path / "out", "float32")
     assert "peft" in capsys.readouterr().err
     again = policy.load(described(tmp_path / "out"), "float32")
     merged = policy.sampled(student)(trained)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from distill import data, engine, policy, prepare, rollout, score, train
+from distill import data, engine, layout, policy, prepare, rollout, score, train
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from models.errors import UserError
@@ -130,7 +130,7 @@ def taught():
     teacher = loaded(ROOT / "assets" / "teacher", "float32")
     c = quickstart.get_config().opd.data
     examples = data.at(data.load(c, teacher.tokenizer, 0, traces=True), 0, 32, 0)
-    batch = data.trace_batch(examples, 60, 52)
+    batch = layout.traces(examples, 60, 52)
     where = np.asarray(batch.segments_BT) > 0
     return teacher, batch, where, log_probs(teacher.model, teacher.params, batch)
 
