@@ -149,7 +149,7 @@ def outside(losses_own: Any, plan: prepare.Plan, params: Params, batch: Batch, h
         jax.nn.log_softmax(hidden_BTX @ head_VX.T, axis=-1)
         for hidden_BTX, head_VX in (
             (hidden_BTD, model.head(params)),
-            (batch.teacher_hidden_BTD, head_VE),
+            (batch.teacher_hidden_BTD[0], head_VE),
         )
     )
     mask_BT = losses.shift(batch.mask_BT).astype(jnp.float32)
@@ -169,11 +169,8 @@ def train_badly(name: str, out: Path, mesh: Mesh) -> Policy:
     c = config(family, {})
     plan = prepare.prepare(c, mesh)
     (stage,) = plan.stages
-    assert plan.teacher
-    student = policy.load(plan.student, "float32")
-    plan = dataclasses.replace(plan, teacher=policy.load(plan.teacher, "float32"))
-    assert plan.teacher
-    head_VE, params = model.head(plan.teacher.params), student.params
+    plan, student = prepare.load(c, plan), policy.load(plan.student, "float32")
+    head_VE, params = model.head(plan.teachers["teacher"].policy.params), student.params
     state = stage.optimizer.init(params)
 
     @jax.jit

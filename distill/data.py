@@ -5,15 +5,14 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from distill import chat, columns, curriculum, metrics, sources
-from distill.batch import Batch
-from distill.examples import Example, asked, prompt_tokens, trace  # noqa: F401
+from distill import chat, columns, context, curriculum, metrics, sources
+from distill.examples import Example, asked, prompt_tokens, require_top, trace  # noqa: F401
 from models.errors import UserError
 
 ENDLESS_SAMPLE = 1000  # problems of a source without end that are looked at before step 0
@@ -74,9 +73,10 @@ def load(
     seed: int,
     traces: bool,
     require: Require = lambda example: None,
+    told: context.Context | None = None,
 ) -> Source:
     """The source, or the mixture of sources, that a stage's `data` names; with `traces`, examples
-    carry responses.
+    carry responses; with a context, the prompt that a teacher reads.
 
     The first `data.check` rows of each are read and tokenised here, so that a bad one among them is
     met before training; those of a larger set are met when they are read. What `data.on_bad_row`
@@ -88,6 +88,8 @@ def load(
     for field in ("size", "check", "window"):
         if c[field] < 0:
             raise UserError(f"config.data.{field}={c[field]}: not a number of rows")
+    if "{question}" not in c.template:
+        raise UserError(f"config.data.template={c.template!r}: has no {{question}}")
     if c.streaming and not c.window:
         raise UserError("config.data.window=0: a stream is shuffled in windows of rows")
     for field, known in CHOICES.items():
@@ -102,12 +104,14 @@ def load(
         )
     skipped: dict[str, str] = {}
     if not c.mixture:
-        return _one(c, c.source, tokenizer, seed, traces, require, skipped)
+        return _one(c, c.source, tokenizer, seed, traces, require, told, skipped)
     for part in c.mixture:
         pair = isinstance(part, tuple | list) and len(part) == 2
         if not (pair and isinstance(part[0], str) and _positive(part[1])):
             raise UserError(f"config.data.mixture: {part!r} is no pair of a source and a weight")
-    parts = [_one(c, name, tokenizer, seed, traces, require, skipped) for name, _ in c.mixture]
+    parts = [
+        _one(c, name, tokenizer, seed, traces, require, told, skipped) for name, _ in c.mixture
+    ]
     return mix(parts, [float(weight) for _, weight in c.mixture], seed)
 
 
@@ -130,6 +134,7 @@ def _one(
     seed: int,
     traces: bool,
     require: Require,
+    told: context.Context | None,
     skipped: dict[str, str],
 ) -> Source:
     if name == "arithmetic":
@@ -144,13 +149,18 @@ def _one(
 
     difficulty_of = curriculum.grade(c.difficulty)
 
+    def make(row: dict, where: str) -> Example:
+        if traces:
+            return trace(row, where, tokenizer, c.thinking, c.turns)
+        return asked(row, where, tokenizer, c.thinking)
+
     def example(index: int) -> Example:
         where = rows.where(index)
-        row = columns.canonical(rows.row(index), c.columns, where, traces)
-        if traces:
-            made = trace(row, where, tokenizer, c.thinking, c.turns)
-        else:
-            made = asked(row, where, tokenizer, c.thinking)
+        row = columns.put(columns.canonical(rows.row(index), c.columns, where, traces), c.template)
+        made = make(row, where)
+        if told is not None:
+            again = functools.partial(make, where=where)
+            made = context.add(told, row, made, again, tokenizer)
         made = made.graded(difficulty_of(row, made))
         for each in (made, made.other):
             if each:
@@ -218,7 +228,8 @@ def mix(parts: list[Source], weights: list[float], seed: int) -> Source:
         order = kinds[_permutation(MIXTURE_BLOCK, (seed, block))]
         kind = order[place]
         ordinal = block * counts[kind] + np.count_nonzero(order[:place] == kind)
-        return one(parts[kind], int(ordinal), seed)
+        found = one(parts[kind], int(ordinal), seed)
+        return dataclasses.replace(found, kind=int(kind))
 
     return Source(0, example, 0, parts[0].skipped)
 
@@ -309,85 +320,3 @@ def ahead(make: Callable[[int], T], end: int) -> Callable[[int], T]:
         return made
 
     return get
-
-
-def left_pad(prompts: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens_BP, segments_BP) int32 with prompts at the right end, segment 0 before them."""
-    tokens = np.zeros((len(prompts), length), np.int32)
-    segments = np.zeros_like(tokens)
-    for row, ids in enumerate(prompts):
-        tokens[row, length - len(ids) :] = ids
-        segments[row, length - len(ids) :] = 1
-    return tokens, segments
-
-
-def trace_batch(examples: list[Example], max_prompt: int, max_response: int) -> Batch:
-    """Prompts and responses as one right-padded Batch of T = max_prompt + max_response.
-
-    A response longer than max_response is cut, and then has no stop token to learn.
-    """
-    return layout([[example] for example in examples], max_prompt + max_response, max_response)
-
-
-def layout(rows: Sequence[Sequence[Example]], T: int, max_response: int, top_k: int = 0) -> Batch:
-    """Rows of T tokens, each with its examples one behind the other as segments 1, 2, ...
-
-    Positions begin at 0 in each segment, and attention does not leave one (models.qwen3.model), so
-    examples are trained as if each had a row of its own. Responses are cut at max_response. With
-    top_k the batch has the teacher's stored top; UserError names an example that lacks it.
-    """
-    tokens = np.zeros((len(rows), T), np.int32)
-    segments, mask = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
-    thinking = np.zeros(tokens.shape, bool)
-    begins = np.zeros_like(tokens)  # of each token's segment; padding goes on with the last one's
-    for row, examples in enumerate(rows):
-        at = 0
-        for number, example in enumerate(examples, start=1):
-            response = example.response[:max_response]
-            start = at + len(example.prompt)
-            end = start + len(response)
-            tokens[row, at:end] = example.prompt + response
-            segments[row, at:end] = number
-            mask[row, start:end] = (example.trained or [True] * len(response))[: len(response)]
-            begins[row, at:], thinking[row, at:] = at, example.thinking
-            at = end
-    positions = np.arange(T, dtype=np.int32)[None] - begins
-    arrays: Any = (tokens, positions, segments, mask)  # host arrays, until they are put on a mesh
-    top: Any = _top(rows, T, max_response, top_k) if top_k else None
-    modes: Any = thinking
-    return Batch(*arrays, thinking_BT=modes, teacher_top_BTK=top)
-
-
-def _top(
-    rows: Sequence[Sequence[Example]], T: int, max_response: int, K: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and log-probabilities [B, T, K] of the likeliest in the place of each response token."""
-    ids = np.zeros((len(rows), T, K), np.int32)
-    logp = np.zeros(ids.shape, np.float32)
-    for row, examples in enumerate(rows):
-        at = 0
-        for example in examples:
-            at += len(example.prompt)
-            for place in example.top or ():
-                if len(place) < K:
-                    raise UserError(f"{example.where}: top_logprobs has {len(place)}, not {K}")
-            if example.top is None:
-                raise UserError(f"{example.where}: no top_logprobs beside its tokens")
-            top = np.array([place[:K] for place in example.top[:max_response]])
-            ids[row, at : at + len(top)], logp[row, at : at + len(top)] = top[..., 0], top[..., 1]
-            at += len(top)
-    return ids, logp
-
-
-def measure(
-    batch: Batch, rows: Sequence[Sequence[Example]], max_response: int, source: Source
-) -> dict[str, float]:
-    """Metrics of what was read: the share of the batch that tokens fill, the share of responses
-    that were cut, and how many bad rows this process has left out so far."""
-    lengths = [len(example.response) for row in rows for example in row]
-    return {
-        "data/efficiency": float((np.asarray(batch.segments_BT) > 0).mean()),
-        "data/truncated": sum(n > max_response for n in lengths) / max(1, len(lengths)),
-        "data/skipped": len(source.skipped),
-        **curriculum.mean([example.difficulty for row in rows for example in row]),
-    }

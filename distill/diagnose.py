@@ -60,7 +60,11 @@ Figures = dict[str, Any]
 
 
 def distances(
-    student: Policy, taught: Policy, rows: Sequence[rollout.Row], s: ConfigDict, logits_mib: float
+    student: Policy,
+    teacher: teacher_lib.Teacher,
+    rows: Sequence[rollout.Row],
+    stage: Stage,
+    logits_mib: float,
 ) -> Figures:
     """Means over the tokens of the student's responses: both KL, both entropies, overlap of the
     tops; and of its stop tokens what the teacher makes of them."""
@@ -72,7 +76,7 @@ def distances(
             model.head(params),
             losses.shift(batch.tokens_BT),
             batch.teacher_hidden_BTD,
-            model.head(teacher_params),
+            (model.head(teacher_params),),
             logits_mib=logits_mib,
             split=mesh_lib.split_vocabulary,
             divergence=head.Divergence("forward"),
@@ -83,28 +87,39 @@ def distances(
         assert batch.finished_B is not None
         return sums | update.stops(stats, mask_BT, batch.finished_B)
 
-    mesh = policy.mesh_of(student)
+    s, mesh = stage.c, policy.mesh_of(student)
     shards = mesh_lib.row_shards(mesh)
     count = -(-min(32, len(rows)) // shards) * shards
     total: dict[str, np.ndarray] = {}
     for at in range(0, len(rows), count):
         batch = rollout.to_batch(
-            rows[at : at + count], count, s.max_prompt_tokens, s.max_response_tokens
+            *(rows[at : at + count], count, s.max_prompt_tokens, s.max_response_tokens),
+            stage.room,
         )
-        batch = teacher_lib.score(taught, jax.device_put(batch, mesh_lib.rows(mesh)))
-        for name, pair in measure(student.params, taught.params, batch).items():
+        batch = dataclasses.replace(batch, kind_B=None)
+        batch = teacher_lib.score([teacher], jax.device_put(batch, mesh_lib.rows(mesh)))
+        batch = dataclasses.replace(batch, told=None, told_at_BT=None)
+        for name, pair in measure(student.params, teacher.policy.params, batch).items():
             total[name] = total.get(name, np.zeros(2)) + np.array(jax.device_get(pair))
     found = {name: float(x) / float(n) if n else None for name, (x, n) in total.items()}
     found["forward_kl"] = found.pop("divergence")
     return found
 
 
-def respond(who: Policy, stage: Stage, seed: int) -> list[rollout.Row]:
-    """What a model writes to the first prompts of a stage, sampled as the stage samples."""
+def respond(who: Policy, stage: Stage, seed: int, told: bool = False) -> list[rollout.Row]:
+    """What a model writes to the first prompts of a stage, sampled as the stage samples; with
+    `told` to those that a teacher reads."""
     examples = data.at(stage.source, 0, PROMPTS.value, seed)
+    if told:
+        examples = [dataclasses.replace(e, prompt=e.told or e.prompt) for e in examples]
     limit = stage.c.max_response_tokens
     rows = rollout.ask(examples, SAMPLES.value, jax.random.key(seed), limit)
-    options = dataclasses.replace(prepare.rollout_options(stage.c), slots=min(64, len(rows)))
+    options = dataclasses.replace(
+        prepare.rollout_options(stage.c),
+        slots=min(64, len(rows)),
+        longest=max(row.longest for row in rows),
+        cache_tokens=0,
+    )
     done = rollout.run(
         who.model,
         who.params,
@@ -283,12 +298,17 @@ def diagnose(c: ConfigDict, plan: prepare.Plan, stage: Stage, mesh: Mesh, grader
     rows = respond(student, stage, c.seed)
     f: Figures = {"prompts": len(examples), "samples": SAMPLES.value, "stage": stage.name}
     f |= {"rewarded": stage.loss.reward > 0, "student": written(rows, examples, student, grader)}
-    if not plan.teacher:
+    if not stage.taught:
         return f
-    taught = policy.load(plan.teacher, c.teacher.param_dtype)
+    name = stage.c.teachers[0]  # of several the first: each is worth a look of its own
+    teacher = plan.teachers[name]
+    if teacher.average:
+        raise UserError(f"config.{name}.path=ema: before step 0 it is the student itself")
+    taught = policy.load(teacher.policy, teacher.c.param_dtype)
+    teacher = dataclasses.replace(teacher, policy=taught)
     f["agreement"] = agreement(student, taught)
-    f["distances"] = distances(student, taught, rows, stage.c, c.logits_mib * mesh.size)
-    f["teacher"] = written(respond(taught, stage, c.seed), examples, taught, grader)
+    f["distances"] = distances(student, teacher, rows, stage, c.logits_mib * mesh.size)
+    f["teacher"] = written(respond(taught, stage, c.seed, told=True), examples, taught, grader)
     if "pass_rate" in f["teacher"]:
         f["gain"] = difference(f["teacher"]["pass_rates"], f["student"]["pass_rates"])
     return f

@@ -19,6 +19,8 @@ class Example:
     where: str  # names the row in an error
     trained: list[bool] | None = None  # of the response; None: all of it
     top: list | None = None  # for each response token the teacher's likeliest, [[id, logprob], ...]
+    told: list[int] | None = None  # the prompt that a teacher reads; None: the same
+    kind: int = 0  # which source of a mixture it is from
     thinking: bool = True  # the mode that it is asked in
     other: "Example | None" = None  # the same without thinking, where either mode will do
     difficulty: float | None = None  # more is harder
@@ -27,6 +29,15 @@ class Example:
         """The same with its difficulty."""
         other = self.other and self.other.graded(difficulty)
         return dataclasses.replace(self, other=other, difficulty=difficulty)
+
+
+def require_top(example: Example, K: int) -> None:
+    """Raises UserError if the teacher's K likeliest are not stored for each response token."""
+    if example.top is None:
+        raise UserError(f"{example.where}: no top_logprobs beside its tokens")
+    for place in example.top:
+        if len(place) < K:
+            raise UserError(f"{example.where}: top_logprobs has {len(place)}, not {K}")
 
 
 # What a response shows of its mode: no think block, an empty one, or one with something in it.
@@ -206,7 +217,8 @@ def _trace(
     top = row.get("top_logprobs")
     if top is not None and len(top) != len(response):
         raise UserError(f"{where}: top_logprobs of {len(top)} tokens, response of {len(response)}")
-    return Example(prompt, response, str(row.get("answer", "")), where, trained, top, thinking)
+    answer = str(row.get("answer", ""))
+    return Example(prompt, response, answer, where, trained, top, thinking=thinking)
 
 
 def _conversation(

@@ -1,6 +1,5 @@
 """Objectives through the whole loop: what a flag changes, and what it may not."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -80,7 +79,7 @@ def test_every_row_of_the_table_can_be_prepared():
         (stage,) = plan.stages
         assert stage.loss == losses.TABLE[objective]
         assert stage.sampled == {"sft": 0, "distill": 0, "gkd": 4}.get(objective, 8)
-        assert (plan.teacher is None) == (not stage.loss.teacher)
+        assert bool(plan.teachers) == bool(stage.loss.teacher)
 
 
 def collected(c: ConfigDict, step: int = 0):
@@ -89,8 +88,7 @@ def collected(c: ConfigDict, step: int = 0):
     plan = prepare.prepare(c, mesh)
     with policy.use(plan.student), rewards.Grader() as grader:
         params = policy.load(plan.student, "float32").params
-        if plan.teacher:
-            plan = dataclasses.replace(plan, teacher=policy.load(plan.teacher, "float32"))
+        plan = prepare.load(c, plan)
         draw = collect.batches(plan, plan.stages[0], c.seed, mesh, 8.0, grader)
         batch, measured = draw(params, step, jax.random.key(0))
     return batch, plan.stages[0], measured
@@ -126,9 +124,8 @@ def test_updates_are_counted_apart_from_steps():
     batch, stage, _ = collected(c)
     plan = prepare.prepare(c, mesh_lib.make(1, 1, 1))
     with policy.use(plan.student):
-        assert plan.teacher
         params = policy.load(plan.student, "float32").params
-        teacher = policy.load(plan.teacher, "float32")
+        teacher = policy.load(plan.teachers["teacher"].policy, "float32")
         state = update.init(stage.optimizer, params, 5)
         make = lambda **updates: update.make(  # noqa: E731
             plan.student.model, stage.optimizer, stage.loss, 52, 1, 8.0, state, **updates
