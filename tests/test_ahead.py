@@ -13,7 +13,6 @@ from test_train import config, final, numbers, stop_after, tiny_model, transcrip
 from distill import data, losses, policy, prepare, rollout, teacher, train, update
 from distill import mesh as mesh_lib
 from models.errors import UserError
-from models.qwen3 import model
 
 STEPS = 4
 
@@ -62,7 +61,8 @@ def by_hand(c) -> tuple[list[list[rollout.Row]], Any]:
     plan = prepare.prepare(c, mesh_lib.make(1, 1, 1))
     stage, s, found = plan.stages[0], c.opd, []
     with policy.use(plan.student):
-        reader = policy.load(plan.teacher, "float32")
+        plan = prepare.load(c, plan)
+        teachers = [plan.teachers["teacher"]]
         params = policy.load(plan.student, "float32").params
         older = jax.tree.map(lambda x: x.copy(), params)
         state = update.init(stage.optimizer, params, 0)
@@ -86,8 +86,9 @@ def by_hand(c) -> tuple[list[list[rollout.Row]], Any]:
             batch = rollout.to_batch(rows, 4, s.max_prompt_tokens, s.max_response_tokens)
             batch = jax.device_put(batch, mesh_lib.rows(mesh_lib.make(1, 1, 1)))
             older = jax.tree.map(lambda x: x.copy(), state.params)
-            head = model.head(reader.params)
-            state, _, _ = take_step(state, teacher.score(reader, batch), head, None)
+            batch = dataclasses.replace(batch, kind_B=None)
+            heads = teacher.heads(teachers)
+            state, _, _ = take_step(state, teacher.score(teachers, batch), heads, None)
     return found, jax.tree.map(np.asarray, state.params)
 
 
