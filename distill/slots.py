@@ -27,7 +27,7 @@ NARROWEST = 64  # slots of a cache that is not worth making smaller
 SHRINK = 4  # once none are waiting: fewer slots decode on when this part of them has rows
 REFILL = 16  # part of the slots that must be free before a segment ends for the rows waiting
 
-PADDING = 512  # tokens of padding that cost less than one more call, compiled, to read prompts
+PADDING = 256  # tokens of padding that cost less than one more call to read prompts
 REMEMBER = 1024  # tokens told at once of rows that go on under a presence penalty
 
 REASONS = {engine.GOING: "", engine.STOP: "stop", engine.LENGTH: "length", engine.BAD: "error"}
@@ -339,10 +339,6 @@ class Slots:
         by_width: dict[int, list[tuple[int, ...]]] = {}
         for context in sorted(contexts, key=len):
             by_width.setdefault(prompt_width(len(context), self.options.chunk), []).append(context)
-        for narrow, wide in itertools.pairwise(sorted(by_width)):
-            padding = len(by_width[narrow]) * (wide - narrow)
-            if padding <= PADDING and wide <= self.options.chunk:
-                by_width[wide] = by_width.pop(narrow) + by_width[wide]
         for width, group in by_width.items():
             together = max(1, self.options.chunk // width // self.shards) * self.shards
             counts = sizes(min(together, self.sizes[0]), self.shards, SHRINK)
