@@ -269,8 +269,7 @@ def main() -> None:
         raise UserError("--model: name a model directory, or give --responses")
     paths = [path for path in (MODEL.value, TEACHER.value) if path]
     mesh = mesh_lib.spread(*(Config.from_directory(policy.resolve(path)) for path in paths))
-    dtype = DTYPE.value or policy.default_dtype()
-    described = [policy.describe(path, dtype, False, mesh) for path in paths]
+    described = [policy.reader(path, DTYPE.value or "", mesh) for path in paths]
     policy.require_same_vocabulary(described[0], described[-1])
     cli.output(f"{OUT.value}/summary.json")
     template = TEMPLATE.value or benchmarks.BENCHMARKS[BENCHMARK.value]["prompt"]

@@ -8,9 +8,22 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from distill import data, losses, optim, packing, policy, rewards, rollout
+from distill import (
+    context,
+    curriculum,
+    data,
+    examples,
+    losses,
+    optim,
+    packing,
+    policy,
+    rewards,
+    rollout,
+    teacher,
+)
 from distill import mesh as mesh_lib
 from distill.policy import Policy
+from distill.teacher import Teacher
 from models.errors import UserError
 from models.qwen3.lora import LoRA
 
@@ -32,6 +45,8 @@ class Stage:
     sampled: int  # rows of a batch that the student writes; the others are read
     packer: packing.Packer | None = None  # where rows hold several examples
     parked: rollout.Parked | None = None  # where a budget of tokens ends its steps
+    room: int = 0  # tokens that a context may add to what teachers read; 0: they read the same
+    ahead: rollout.Ahead | None = None  # where a step's rows are sampled during the one before
 
     @property
     def end(self) -> int:
@@ -44,22 +59,29 @@ class Stage:
 
     @property
     def taught(self) -> bool:
-        """Whether the teacher's model is needed."""
+        """Whether a teacher's model is needed."""
         return _taught(self.c, self.loss)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of several teachers what each says counts; () where rows are theirs by source."""
+        weights = [float(weight) for weight in self.c.teacher_weights]
+        return tuple(weight / sum(weights) for weight in weights)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """A checked run: models described but not loaded, stages in order.
 
-    `run` loads the teacher, the reference, and the student where it is the frozen base of a LoRA
-    (and then the reference).
+    `load` reads the teachers, the reference, and the student where it is the frozen base of a LoRA
+    (and then what is that base too).
     """
 
     student: Policy
-    teacher: Policy | None
+    teachers: dict[str, Teacher]  # by the names of their sub-configs
     reference: Policy | None
     stages: tuple[Stage, ...]
+    replays: bool = False  # the update sends each token to the experts that the sampler did
 
 
 def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
@@ -78,17 +100,15 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
     chosen = {name: (c[name], *_objective(name, c[name])) for name in c.stages}
     if not c.student.path:
         raise UserError("config.student.path: name a model directory")
-    if any(_taught(s, loss) for s, loss, _ in chosen.values()) and not c.teacher.path:
-        raise UserError("config.teacher.path: name a model directory")
-    for field, dtype, allowed in (
-        ("student.dtype", c.student.dtype, policy.DTYPES),
-        ("student.param_dtype", c.student.param_dtype, policy.DTYPES),
-        ("teacher.dtype", c.teacher.dtype, policy.DTYPES),
-        ("teacher.param_dtype", c.teacher.param_dtype, policy.PARAM_DTYPES),
-    ):
-        if dtype not in allowed:
-            raise UserError(f"config.{field}: {dtype!r} is none of {', '.join(allowed)}")
     m = c.student
+    for field, allowed in (("dtype", policy.DTYPES), ("param_dtype", policy.PARAM_DTYPES)):
+        if m[field] not in allowed:
+            known = ", ".join(allowed)
+            raise UserError(f"config.student.{field}: {m[field]!r} is none of {known}")
+    if not 0 <= m.ema < 1:
+        raise UserError(f"config.student.ema={m.ema}: must be at least 0 (off) and below 1")
+    for name, (s, loss, _) in chosen.items():
+        teacher.check(c, name, s, _taught(s, loss))
     student = policy.describe(
         m.path,
         m.dtype,
@@ -98,24 +118,36 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
         kernel=c.attention,
         tokenizer_of=m.tokenizer,
     )
-    if c.student.balance_loss and not any(student.config.sparse_layers):
-        raise UserError(f"config.student.balance_loss: {c.student.path} has no experts to balance")
+    for field, to in (("balance_loss", "balance"), ("replay_routing", "replay")):
+        if m[field] and not any(student.config.sparse_layers):
+            raise UserError(f"config.student.{field}: {m.path} has no experts to {to}")
     if not c.student.random_init:
         policy.check(student)
-    taught = reference = None
-    if any(_taught(s, loss) for s, loss, _ in chosen.values()):
-        taught = policy.describe(c.teacher.path, c.teacher.dtype, False, mesh, kernel=c.attention)
-        policy.require_same_vocabulary(student, taught)
-        policy.check(taught)
+    reference, teachers = None, {}
+    for s, loss, _ in chosen.values():
+        for name in s.teachers if _taught(s, loss) else ():
+            teachers[name] = teachers.get(name) or teacher.describe(c, name, student, mesh)
     if any(loss.reference for _, loss, _ in chosen.values()):
         if m.random_init:
             raise UserError("config.student.random_init: nothing keeps a random reference")
         reference = policy.describe(m.path, m.dtype, False, mesh, kernel=c.attention)
     stages, first = [], 0
     for name, (s, loss, sampled) in chosen.items():
-        stages.append(_stage(c, name, first, loss, sampled, student, taught, mesh))
+        read = [teachers[of].policy for of in s.teachers] if _taught(s, loss) else []
+        stages.append(_stage(c, name, first, loss, sampled, student, read, mesh))
         first += s.steps
-    return Plan(student, taught, reference, tuple(stages))
+    return Plan(student, teachers, reference, tuple(stages), m.replay_routing)
+
+
+def load(c: ConfigDict, plan: Plan) -> Plan:
+    """Reads all that the run only reads: teachers, reference, and the base of a LoRA."""
+    student, reference = plan.student, plan.reference
+    if student.model.lora:
+        student = policy.load(student, c.student.param_dtype)
+    loaded = {name: teacher.load(t, student) for name, t in plan.teachers.items()}
+    if reference:
+        reference = teacher.begun(reference, student, c.student.param_dtype)
+    return dataclasses.replace(plan, student=student, teachers=loaded, reference=reference)
 
 
 def _objective(name: str, s: ConfigDict) -> tuple[losses.Loss, int]:
@@ -203,11 +235,13 @@ def _stage(
     loss: losses.Loss,
     sampled: int,
     student: Policy,
-    taught: Policy | None,
+    teachers: list[Policy],
     mesh: Mesh,
 ) -> Stage:
     s = c[name]
-    _check_stage(name, s, sampled, student, taught if _taught(s, loss) else None, mesh)
+    told = context.describe(s.context, f"config.{name}.context")
+    room = s.context.max_tokens if told else 0
+    _check_stage(name, s, sampled, student, teachers, room, mesh)
     fits = functools.partial(
         data.require,
         limit=s.max_prompt_tokens,
@@ -217,18 +251,54 @@ def _stage(
 
     def require(example: data.Example) -> None:
         fits(example)
+        allowed = s.max_prompt_tokens + room
+        if len(example.told or ()) > allowed:
+            raise UserError(
+                f"{example.where}: prompt and context of {len(example.told or ())} tokens, config."
+                f"{name}.max_prompt_tokens and context.max_tokens allow {allowed} together"
+            )
+        data.require_ids(example.told or [], student.config.vocab_size, example.where)
+        if loss.served == "top":
+            examples.require_top(example, loss.served_k)
         if loss.reward and s.reward.correct and not example.answer:
             raise UserError(f"{example.where}: no answer to compare a response with")
+        compared = loss.reward and s.reward.correct
+        if compared and not rewards.gradable(s.reward.grader, example.answer):
+            raise UserError(
+                f"{example.where}: answer {example.answer[:60]!r} is none that the grader "
+                f"{s.reward.grader} can compare with"
+            )
 
     if loss.reward and student.tokenizer is None:
         raise UserError(f"{student.path}: no tokenizer, so responses cannot be graded")
-    source = data.load(s.data, student.tokenizer, c.seed, sampled < s.batch_size, require)
+    source = data.load(s.data, student.tokenizer, c.seed, sampled < s.batch_size, require, told)
+    order = curriculum.over(s.data, source.size, source.example, s.steps, c.seed)
+    source = dataclasses.replace(source, order=order)
     packer = None
     if s.pack_tokens:
         packer = packing.Packer(source, c.seed, s.batch_size, s.pack_tokens, s.max_response_tokens)
     parked = rollout.Parked() if s.rollout.budget else None
+    if s.rollout.ahead:
+        _check_ahead(name, s, loss, sampled)
+    ahead = rollout.Ahead() if s.rollout.ahead else None
     optimizer = optim.make(s.optim, s.steps * s.epochs * s.minibatches)
-    return Stage(name, s, first, source, optimizer, loss, sampled, packer, parked)
+    return Stage(name, s, first, source, optimizer, loss, sampled, packer, parked, room, ahead)
+
+
+def _check_ahead(name: str, s: ConfigDict, loss: losses.Loss, sampled: int) -> None:
+    """Rows sampled ahead come from weights one update old: the loss must know what to do then."""
+    flag = f"config.{name}.rollout.ahead"
+    if not sampled:
+        raise UserError(f"{flag}: {s.objective} samples nothing")
+    if loss.on_policy and loss.ratio == "none":
+        raise UserError(f"{flag}: loss.ratio=none takes every sample for fresh; use token")
+    if loss.teacher and loss.estimator == "sampled" and loss.k1_of == "sampler":
+        raise UserError(f"{flag}: loss.k1_of=sampler lags behind on such samples; use student")
+    if loss.on_policy and s.minibatches * s.epochs > 1 and not loss.truncate:
+        raise UserError(
+            f"{flag}: with several updates a step the ratio begins at the first of them; "
+            "loss.truncate weighs what came before"
+        )
 
 
 def _lora(s: ConfigDict) -> LoRA | None:
@@ -243,7 +313,13 @@ def _lora(s: ConfigDict) -> LoRA | None:
 
 
 def _check_stage(
-    name: str, s: ConfigDict, sampled: int, student: Policy, taught: Policy | None, mesh: Mesh
+    name: str,
+    s: ConfigDict,
+    sampled: int,
+    student: Policy,
+    teachers: list[Policy],
+    context_room: int,
+    mesh: Mesh,
 ) -> None:
     counts = ("steps", "batch_size", "samples", "accumulate", "minibatches", "epochs")
     for field in (*counts, "max_prompt_tokens", "max_response_tokens"):
@@ -263,15 +339,27 @@ def _check_stage(
             f"config.{name}.rollout.cache_tokens={options.cache_tokens}: leaves {room} tokens for "
             f"a row, which may have max_prompt_tokens + max_response_tokens = {total}"
         )
-    for reader in (student, taught) if taught else (student,):
-        limit = reader.config.context_length
-        if total > limit:
+    for reader, more in [(student, 0), *((reader, context_room) for reader in teachers)]:
+        limit, what = reader.config.context_length, " + context.max_tokens" if more else ""
+        if total + more > limit:
             raise UserError(
-                f"config.{name}: max_prompt_tokens + max_response_tokens = {total} exceeds the "
-                f"model's {limit} positions ({reader.path})"
+                f"config.{name}: max_prompt_tokens + max_response_tokens{what} = {total + more} "
+                f"exceeds the model's {limit} positions ({reader.path})"
             )
+    if s.pack_tokens and context_room:
+        raise UserError(
+            f"config.{name}.pack_tokens: a context makes the teachers' rows longer, so they are "
+            "not packed; set 0"
+        )
     if s.pack_tokens and sampled:
         raise UserError(f"config.{name}.pack_tokens: {s.objective} samples, and packs nothing")
+    if s.pack_tokens and len(teachers) > 1 and not s.teacher_weights:
+        raise UserError(
+            f"config.{name}.pack_tokens: a row would hold examples of several teachers; set 0, or "
+            "teacher_weights"
+        )
+    if s.pack_tokens and s.data.curriculum:
+        raise UserError(f"config.{name}.data.curriculum: packed rows are of no one step")
     if s.pack_tokens < 0 or 0 < s.pack_tokens < total:
         raise UserError(
             f"config.{name}.pack_tokens={s.pack_tokens}: a row must hold max_prompt_tokens + "
@@ -305,5 +393,6 @@ def rollout_options(s: ConfigDict) -> rollout.Options:
         chunk=r.chunk,
         cache_tokens=r.cache_tokens,
         cache_dtype=r.cache_dtype,
+        param_dtype=r.param_dtype,
         gathered=r.gathered,
     )

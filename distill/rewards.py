@@ -118,6 +118,22 @@ GRADERS: dict[str, Callable[[str, str], str | Grade]] = {
 }
 
 
+def gradable(benchmark: str, answer: str) -> bool:
+    """Whether responses can be compared with `answer`, by its form: an integer for the generated
+    task; for mathematics something short, its braces in pairs, that is not LaTeX alone.
+    Math-verify itself would take minutes over a large set, and knows no more of these."""
+    if GRADERS[benchmark] is grade_arithmetic:
+        return bool(_INTEGER.fullmatch(answer))
+    if GRADERS[benchmark] is not grade_math:
+        return True
+    depth, least = 0, 0
+    for c in answer.replace("\\{", "").replace("\\}", ""):
+        depth += (c == "{") - (c == "}")
+        least = min(least, depth)
+    paired = depth == 0 and least == 0
+    return paired and len(answer) <= MAX_ANSWER_CHARACTERS and bool(answer.strip(" ${}\\"))
+
+
 # Graders that need no protection, or what can be said before one that does is called.
 AT_ONCE: dict[Callable, Callable[[str, str], str | None]] = {
     grade_arithmetic: grade_arithmetic,

@@ -269,3 +269,16 @@ def test_integers_start_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unknown_benchmark_is_the_users_mistake() -> None:
     with Grader() as grader, pytest.raises(UserError, match="'gsm9k' is none of arithmetic, gsm8k"):
         grader.grade("gsm9k", ["7"], ["7"])
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "answer", "can"),
+    [
+        *(("gsm8k", text, True) for text in ("72", "\\frac{1}{2}", "\\{1,2\\}", "(1, 2)", "+")),
+        *(("math", text, False) for text in ("", "$", "\\frac{1", "}{1", "{}", "1" * 1001)),
+        *(("arithmetic", text, text == "-7") for text in ("-7", "seven", "7.5", "")),
+        ("ifeval", "{}", True),
+    ],
+)
+def test_answers_that_can_be_compared_with(benchmark: str, answer: str, can: bool) -> None:
+    assert rewards.gradable(benchmark, answer) is can
