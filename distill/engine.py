@@ -78,14 +78,14 @@ def weights(
     that no step has to fetch them; this takes the memory of all weights / tensor on each device.
     """
     rules = mesh_lib.GATHERED if gathered else mesh_lib.RULES
-    return qwen3.clone(scan=stacked, remat=False), _for_decoding(
+    return qwen3.clone(scan=stacked, remat=False), for_decoding(
         qwen3, params, mesh=mesh, rules=rules, stacked=stacked
     )
 
 
 @functools.partial(jax.jit, static_argnames=("qwen3", "mesh", "rules", "stacked"))
-def _for_decoding(qwen3: Qwen3, params: Params, mesh: Mesh, rules: tuple, stacked: bool) -> Params:
-    # Cast once: every step reads all weights, and would otherwise read them in float32.
+def for_decoding(qwen3: Qwen3, params: Params, mesh: Mesh, rules: tuple, stacked: bool) -> Params:
+    """See `weights`. Cast once: every step reads all of them, else in float32."""
     params = jax.tree.map(
         lambda p, like: jax.lax.with_sharding_constraint(p.astype(qwen3.dtype), like.sharding),
         params,

@@ -80,11 +80,27 @@ def describe(
     if tokenizer_dir != directory:
         chat.require_extended(chat.load_tokenizer(directory), tokenizer, (path, str(tokenizer_dir)))
         stops |= {i for i in chat.stop_ids(tokenizer_dir) if i < config.vocab_size}
-    abstract = mesh_lib.parameters(config, mesh)
+    found = shaped(path, config, dtype, remat, mesh, trained=trained, kernel=kernel)
+    return dataclasses.replace(
+        found, tokenizer=tokenizer, stop_ids=tuple(sorted(stops)), tokenizer_dir=tokenizer_dir
+    )
+
+
+def shaped(
+    path: str,
+    config: Config,
+    dtype: str,
+    remat: bool,
+    mesh: Mesh,
+    *,
+    trained: LoRA | None = None,
+    kernel: str = "auto",
+) -> Policy:
+    """`describe` for a model of which only the config is at hand: no tokenizer, no stop ids."""
     platform = mesh.devices.flat[0].platform
     kernel = attention.choose(kernel, platform, config.head_dim, jnp.dtype(dtype))
     qwen3 = Qwen3(config, dtype=jnp.dtype(dtype), remat=remat, kernel=kernel, lora=trained)
-    return Policy(path, config, qwen3, abstract, tokenizer, tuple(sorted(stops)), tokenizer_dir)
+    return Policy(path, config, qwen3, mesh_lib.parameters(config, mesh), None, ())
 
 
 def reader(path: str, dtype: str) -> Policy:
@@ -133,6 +149,20 @@ def load(policy: Policy, param_dtype: str) -> Policy:
     if kind is None or policy.model.lora is not None:
         return dataclasses.replace(policy, params=_base(policy, param_dtype))
     return _merged(policy, _stored(policy, kind), kind, param_dtype)
+
+
+def loaded(policy: Policy, param_dtype: str) -> Params:
+    """Shapes of what `load` would read, with dtypes and shardings."""
+    kind, dtype = _split(policy, param_dtype)
+    shapes = quantised.abstract(policy.params, kind) if kind else policy.params
+
+    def cast(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+
+    def one(x: Any) -> Any:
+        return x if quantised.is_quantised(x) else cast(x)
+
+    return jax.tree.map(one, shapes, is_leaf=quantised.is_quantised)
 
 
 def _base(policy: Policy, param_dtype: str) -> Params:

@@ -8,7 +8,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from distill import data, losses, optim, packing, policy, rewards, rollout
+from distill import data, losses, optim, packing, policy, rewards, rollout, update
 from distill import mesh as mesh_lib
 from distill.policy import Policy
 from models.errors import UserError
@@ -45,7 +45,7 @@ class Stage:
     @property
     def taught(self) -> bool:
         """Whether the teacher's model is needed."""
-        return _taught(self.c, self.loss)
+        return taught(self.c, self.loss)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +75,10 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
     for name in c.stages:
         if name not in c or not isinstance(c[name], ConfigDict) or "objective" not in c[name]:
             raise UserError(f"config.stages: {name!r} is no stage of this config")
-    chosen = {name: (c[name], *_objective(name, c[name])) for name in c.stages}
+    chosen = {name: (c[name], *objective(name, c[name])) for name in c.stages}
     if not c.student.path:
         raise UserError("config.student.path: name a model directory")
-    if any(_taught(s, loss) for s, loss, _ in chosen.values()) and not c.teacher.path:
+    if any(taught(s, loss) for s, loss, _ in chosen.values()) and not c.teacher.path:
         raise UserError("config.teacher.path: name a model directory")
     for field, dtype, allowed in (
         ("student.dtype", c.student.dtype, policy.DTYPES),
@@ -94,7 +94,7 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
         m.dtype,
         m.remat,
         mesh,
-        trained=_lora(m),
+        trained=lora(m),
         kernel=c.attention,
         tokenizer_of=m.tokenizer,
     )
@@ -102,23 +102,23 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
         raise UserError(f"config.student.balance_loss: {c.student.path} has no experts to balance")
     if not c.student.random_init:
         policy.check(student)
-    taught = reference = None
-    if any(_taught(s, loss) for s, loss, _ in chosen.values()):
-        taught = policy.describe(c.teacher.path, c.teacher.dtype, False, mesh, kernel=c.attention)
-        policy.require_same_vocabulary(student, taught)
-        policy.check(taught)
+    teacher = reference = None
+    if any(taught(s, loss) for s, loss, _ in chosen.values()):
+        teacher = policy.describe(c.teacher.path, c.teacher.dtype, False, mesh, kernel=c.attention)
+        policy.require_same_vocabulary(student, teacher)
+        policy.check(teacher)
     if any(loss.reference for _, loss, _ in chosen.values()):
         if m.random_init:
             raise UserError("config.student.random_init: nothing keeps a random reference")
         reference = policy.describe(m.path, m.dtype, False, mesh, kernel=c.attention)
     stages, first = [], 0
     for name, (s, loss, sampled) in chosen.items():
-        stages.append(_stage(c, name, first, loss, sampled, student, taught, mesh))
+        stages.append(_stage(c, name, first, loss, sampled, student, teacher, mesh))
         first += s.steps
-    return Plan(student, taught, reference, tuple(stages))
+    return Plan(student, teacher, reference, tuple(stages))
 
 
-def _objective(name: str, s: ConfigDict) -> tuple[losses.Loss, int]:
+def objective(name: str, s: ConfigDict) -> tuple[losses.Loss, int]:
     """What a stage minimises, and how many rows of its batch the student writes."""
     if s.objective not in losses.TABLE:
         known = ", ".join(losses.TABLE)
@@ -190,7 +190,7 @@ def terms_of(s: ConfigDict) -> dict[str, float]:
     }
 
 
-def _taught(s: ConfigDict, loss: losses.Loss) -> bool:
+def taught(s: ConfigDict, loss: losses.Loss) -> bool:
     """Whether a stage needs the teacher's model."""
     hands_over = loss.teacher > 0 and loss.served != "top"
     return bool(hands_over or (loss.reward and s.reward.judge))
@@ -203,11 +203,11 @@ def _stage(
     loss: losses.Loss,
     sampled: int,
     student: Policy,
-    taught: Policy | None,
+    teacher: Policy | None,
     mesh: Mesh,
 ) -> Stage:
     s = c[name]
-    _check_stage(name, s, sampled, student, taught if _taught(s, loss) else None, mesh)
+    _check_stage(name, s, sampled, student, teacher if taught(s, loss) else None, mesh)
     fits = functools.partial(
         data.require,
         limit=s.max_prompt_tokens,
@@ -231,7 +231,7 @@ def _stage(
     return Stage(name, s, first, source, optimizer, loss, sampled, packer, parked)
 
 
-def _lora(s: ConfigDict) -> LoRA | None:
+def lora(s: ConfigDict) -> LoRA | None:
     if not s.lora.rank:
         return None
     if s.random_init:
@@ -243,7 +243,7 @@ def _lora(s: ConfigDict) -> LoRA | None:
 
 
 def _check_stage(
-    name: str, s: ConfigDict, sampled: int, student: Policy, taught: Policy | None, mesh: Mesh
+    name: str, s: ConfigDict, sampled: int, student: Policy, teacher: Policy | None, mesh: Mesh
 ) -> None:
     counts = ("steps", "batch_size", "samples", "accumulate", "minibatches", "epochs")
     for field in (*counts, "max_prompt_tokens", "max_response_tokens"):
@@ -263,7 +263,7 @@ def _check_stage(
             f"config.{name}.rollout.cache_tokens={options.cache_tokens}: leaves {room} tokens for "
             f"a row, which may have max_prompt_tokens + max_response_tokens = {total}"
         )
-    for reader in (student, taught) if taught else (student,):
+    for reader in (student, teacher) if teacher else (student,):
         limit = reader.config.context_length
         if total > limit:
             raise UserError(
@@ -306,4 +306,29 @@ def rollout_options(s: ConfigDict) -> rollout.Options:
         cache_tokens=r.cache_tokens,
         cache_dtype=r.cache_dtype,
         gathered=r.gathered,
+    )
+
+
+def updater(
+    c: ConfigDict,
+    s: ConfigDict,
+    loss: losses.Loss,
+    optimizer: optax.GradientTransformation,
+    student: Policy,
+    mesh: Mesh,
+    state: update.TrainState,
+) -> update.Step:
+    """The update of a stage, for a state like this one, which may be shapes alone."""
+    return update.make(
+        student.model,
+        optimizer,
+        loss,
+        s.max_response_tokens,
+        s.accumulate,
+        c.logits_mib * mesh.size,
+        state,
+        balance=c.student.balance_loss,
+        overlap=c.log.overlap if loss.teacher else 0,
+        minibatches=s.minibatches,
+        epochs=s.epochs,
     )

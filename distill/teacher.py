@@ -15,8 +15,9 @@ from models.qwen3.model import Params, Qwen3
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _hidden(qwen3: Qwen3, params: Params, batch: Batch) -> jax.Array:
-    return policy.hidden(qwen3, params, batch)
+def hidden(qwen3: Qwen3, params: Params, batch: Batch) -> jax.Array:
+    """Final hidden states [B, T, D], which lie split as the batch's rows do."""
+    return mesh_lib.split_rows(policy.hidden(qwen3, params, batch))
 
 
 def score(teacher: Policy, batch: Batch) -> Batch:
@@ -26,17 +27,18 @@ def score(teacher: Policy, batch: Batch) -> Batch:
     whole vocabulary is at hand at the price of D numbers a token. Temperature 1, no gradient.
     """
     return dataclasses.replace(
-        batch, teacher_hidden_BTD=_hidden(teacher.model, teacher.params, batch)
+        batch, teacher_hidden_BTD=hidden(teacher.model, teacher.params, batch)
     )
 
 
 def logp(reader: Policy, batch: Batch, logits_mib: float) -> jax.Array:
     """[B, T] float32: the log-probability that a model gives each token, 0 for the first."""
-    return _logp(reader.model, logits_mib, reader.params, batch)
+    return logps(reader.model, logits_mib, reader.params, batch)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _logp(qwen3: Qwen3, logits_mib: float, params: Params, batch: Batch) -> jax.Array:
+def logps(qwen3: Qwen3, logits_mib: float, params: Params, batch: Batch) -> jax.Array:
+    """See `logp`."""
     stats = head.token_stats(
         policy.hidden(qwen3, params, batch),
         model.head(params),

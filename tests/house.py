@@ -17,10 +17,10 @@ PACKAGES = ("models", "distill", "configs", "assets", "benchmarks", "tests")
 FLOORS = {
     "entry points": "train evaluate validate compare generate score serve plan export report "
     "quickstart clean verify harness lm",
-    "stages": "prepare collect rollout slots engine teacher divergence update",
+    "stages": "prepare programs collect rollout slots engine teacher divergence update",
     "parts": "policy data packing examples columns sources hygiene head losses advantages "
     "sampling benchmarks results",
-    "ground": "batch mesh aot chat locate rewards terms ifeval figures optim metrics "
+    "ground": "batch mesh aot hlo chat locate rewards terms ifeval figures optim metrics "
     "checkpoint arithmetic cli",
 }
 FLOOR = {file: i for i, files in enumerate(FLOORS.values()) for file in files.split()}
