@@ -100,7 +100,7 @@ def _traffic(rest: str, lines: dict[str, str], computations: dict[str, dict[str,
     body = computations.get(inner.group(1), {}) if inner else {}
     total, rewritten = 0.0, 0.0
     for i, name in enumerate(operands):
-        cut, put = _slices(body, i)
+        cut, put = _slices(_parameter(body, i), body, computations)
         whole = _results(lines.get(name, ""))
         if put is not None and whole:
             rewritten += min(whole, results)
@@ -110,21 +110,37 @@ def _traffic(rest: str, lines: dict[str, str], computations: dict[str, dict[str,
     return total + results - rewritten
 
 
-def _slices(body: dict[str, str], i: int) -> tuple[float | None, float | None]:
-    """Of a fusion's operand i: bytes that are cut out of it, if it is only cut; bytes that are put
-    into it in place, if that is what becomes of it."""
-    name = next((n for n, rest in body.items() if re.search(rf" parameter\({i}\)", rest)), None)
-    users = [r for r in body.values() if name is not None and name in _operands(r)]
-    while len(users) == 1 and re.search(r" (?:bitcast|convert)\(", users[0]):
-        name = next(n for n, rest in body.items() if rest == users[0])
-        users = [r for r in body.values() if name in _operands(r)]
-    if not users:
-        return None, None
-    if all(" dynamic-update-slice(" in r and _operands(r)[0] == name for r in users):
-        return None, sum(_whole(body.get(_operands(r)[1], "")) for r in users)
-    if all(re.search(r" (?:dynamic-slice|slice|gather)\(", r) for r in users):
-        return sum(_whole(r) for r in users), None
-    return None, None
+def _slices(
+    name: str | None, body: dict[str, str], computations: dict[str, dict[str, str]]
+) -> tuple[float | None, float | None]:
+    """Of a value inside a fusion: bytes that are cut out of it, if it is only cut; bytes that are
+    put into it in place, if that is what becomes of it."""
+    cuts, puts = [], []
+    for user, rest in body.items():
+        operands = _operands(rest)
+        if name not in operands:
+            continue
+        inner = _CALLED.search(rest) if " fusion(" in rest else None
+        if inner:
+            within = computations.get(inner.group(1), {})
+            cut, put = _slices(_parameter(within, operands.index(name)), within, computations)
+        elif re.search(r" (?:bitcast|convert)\(", rest):
+            cut, put = _slices(user, body, computations)
+        elif re.search(r" (?:dynamic-slice|slice|gather)\(", rest):
+            cut, put = _whole(rest), None
+        elif " dynamic-update-slice(" in rest and operands[0] == name:
+            cut, put = None, _whole(body.get(operands[1], ""))
+        else:
+            return None, None
+        cuts.append(cut)
+        puts.append(put)
+    if cuts and None not in cuts:
+        return sum(cuts), None
+    return None, (sum(puts) if puts and None not in puts else None)
+
+
+def _parameter(body: dict[str, str], i: int) -> str | None:
+    return next((n for n, rest in body.items() if re.search(rf" parameter\({i}\)", rest)), None)
 
 
 def _operands(rest: str) -> list[str]:

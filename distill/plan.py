@@ -143,10 +143,13 @@ def rows_of(c: ConfigDict, name: str, topology: str, mesh: Mesh) -> list[Row]:
             f"minibatches times the devices ({mesh_lib.row_shards(mesh)} that split the rows)"
         )
     kept = programs.held(models, s)
+    largest = sorted(((f"{b / GIB:.2f}G", n) for n, b in kept.items()), key=lambda x: -kept[x[1]])
+    if sum(kept.values()) > chip.hbm_gib * GIB:
+        raise TooLarge("what the run keeps", sum(kept.values()) / GIB, largest)
     found = []
     with mesh_lib.use(mesh), jax.default_matmul_precision(None):
         for call in programs.of_stage(c, s, loss, sampled, models, mesh):
-            beside = sum(size for at, size in kept.items() if at not in call.holds)
+            beside = sum(size for at, size in kept.items() if at not in call.holds) + call.beside
             try:
                 program = aot.compile(call.name, call.lower, chip.hbm_gib)
             except aot.OutOfMemory as error:
@@ -154,7 +157,6 @@ def rows_of(c: ConfigDict, name: str, topology: str, mesh: Mesh) -> list[Row]:
                 raise TooLarge(call.name, needs, error.largest) from None
             row = _row(call, program, beside, chip, mesh.size)
             if row.total > chip.hbm_gib * GIB:
-                largest = sorted(((f"{b / GIB:.2f}G", n) for n, b in kept.items()), reverse=True)
                 raise TooLarge(call.name, row.total / GIB, largest)
             found.append(row)
     return found

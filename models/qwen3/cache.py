@@ -25,10 +25,10 @@ from models.qwen3.config import Config
 class Cache:
     """The slots, in one of two layouts.
 
-    Stacked: arrays [L, S, B, K, H], what TPU compilers update in place inside a scan over layers
-    (other axis orders cost a copy of the cache). Per layer: tuples of L arrays, keys [B, K, H, S]
+    Stacked: arrays [L, S, K, B, H], what TPU compilers update in place inside a scan over layers:
+    with slots inside rows, or rows outside heads, they copy the cache, and hold it twice. Per layer: tuples of L arrays, keys [B, K, H, S]
     and values [B, K, S, H], 1.5 to 3 times faster on CPU. Where keys and values are int8, each
-    slot and head has a float32 scale: [L, S, B, K], or L of [B, K, S].
+    slot and head has a float32 scale: [L, S, K, B], or L of [B, K, S].
     """
 
     keys: Any
@@ -70,7 +70,7 @@ class Cache:
                 x = jax.lax.dynamic_update_slice_in_dim(into[layer], x, self.slot, axis)
                 written[name] = (*into[:layer], x, *into[layer + 1 :])
             else:
-                x = x.swapaxes(0, 1)[None].astype(into.dtype)
+                x = x.transpose(1, 2, 0, *range(3, x.ndim))[None].astype(into.dtype)
                 at = (layer, self.slot) + (0,) * (x.ndim - 2)
                 written[name] = jax.lax.dynamic_update_slice(into, x, at)
         return dataclasses.replace(self, **written)
@@ -84,7 +84,7 @@ class Cache:
 
         def read(name: str, target: str) -> jax.Array:
             x = getattr(self, name)[layer]
-            order = target if isinstance(self.keys, tuple) else "SBKH"[: x.ndim]
+            order = target if isinstance(self.keys, tuple) else "SKBH"[: x.ndim]
             return x if order == target else jnp.einsum(f"{order}->{target}", x)
 
         k_BKHS = read("keys", "BKHS").astype(q_BTNH.dtype)
@@ -158,7 +158,7 @@ class Cache:
             of: list[str | None] = [None] * x.ndim
             of[row] = rows
             if x.ndim > 2:
-                of[3 if row == 2 else 1] = "act_heads"
+                of[2 if row == 3 else 1] = "act_heads"
             return nn.with_logical_constraint(x, tuple(of))
 
         return _each(names, self)
@@ -178,7 +178,7 @@ def _each(fn: Callable[..., jax.Array], cache: Cache, *others: Cache) -> Cache:
     changed: dict[str, Any] = {}
     for name, order in _LAYERED.items():
         arrays = [getattr(c, name) for c in (cache, *others)]
-        axes = (0, order.index(1)) if isinstance(cache.keys, tuple) else (2, 1)
+        axes = (0, order.index(1)) if isinstance(cache.keys, tuple) else (3, 1)
         changed[name] = jax.tree.map(lambda *x, axes=axes: fn(*axes, *x), *arrays)
     changed["valid_BS"] = fn(0, 1, *(c.valid_BS for c in (cache, *others)))
     return dataclasses.replace(cache, **changed)
@@ -207,7 +207,7 @@ def init_cache(config: Config, rows: int, slots: int, dtype: jnp.dtype, stacked:
         of = jnp.float32 if scales else dtype
         letters = "BTK" if scales else "BTKH"
         if stacked:
-            order = "TBK" if scales else "TBKH"
+            order = "TKB" if scales else "TKBH"
             return jnp.zeros((L, *(shape[x] for x in order)), of)
         sizes = [shape[letters[axis]] for axis in _LAYERED[name]]
         return tuple(jnp.zeros(sizes, of) for _ in range(L))
