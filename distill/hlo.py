@@ -35,6 +35,8 @@ _FREE = re.compile(
     r" (?:parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call|after-all|"
     r"partition-id|replica-id|iota|opt-barrier|[\w\-]+-done|async-\w+)\("
 )
+# What gives a value in another form: inside a fusion it costs nothing.
+_SAME = re.compile(r" (?:parameter|bitcast|convert|copy|reshape|transpose)\(")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -121,10 +123,10 @@ def _slices(
         if name not in operands:
             continue
         inner = _CALLED.search(rest) if " fusion(" in rest else None
-        if inner:
-            within = computations.get(inner.group(1), {})
+        within = computations.get(inner.group(1), {}) if inner else {}
+        if within and not all(_SAME.search(r) for r in within.values()):
             cut, put = _slices(_parameter(within, operands.index(name)), within, computations)
-        elif re.search(r" (?:bitcast|convert)\(", rest):
+        elif within or _SAME.search(rest):
             cut, put = _slices(user, body, computations)
         elif re.search(r" (?:dynamic-slice|slice|gather)\(", rest):
             cut, put = _whole(rest), None

@@ -198,8 +198,8 @@ def _sampling(s: ConfigDict, sampled: int, models: Models, mesh: Mesh) -> list[C
     def prepared() -> Any:
         return engine.for_decoding.lower(qwen3, trained, mesh=mesh, rules=rules, stacked=True)
 
-    cache = _like(engine.empty_cache, decoder, together, long)
-    state = _like(engine.empty, decoder, count, width)
+    cache = like(engine.empty_cache, decoder, together, long)
+    state = like(engine.empty, decoder, count, width)
 
     def prompts() -> Any:
         return engine.read.lower(decoder, read_from, cache, told(2, together, chunk))
@@ -231,7 +231,7 @@ def _sampling(s: ConfigDict, sampled: int, models: Models, mesh: Mesh) -> list[C
     ]
 
 
-def _like(function: Any, *args: Any) -> Any:
+def like(function: Any, *args: Any) -> Any:
     """What a jitted function of static arguments returns, as shapes with its own shardings."""
     lowered = function.lower(*args)
     return jax.tree.map(
