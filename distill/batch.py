@@ -24,13 +24,22 @@ class Batch:
     positions_BT: jax.Array  # int32
     segments_BT: jax.Array  # int32
     mask_BT: jax.Array  # bool
+    thinking_BT: jax.Array | None = None  # bool: asked in thinking mode
     sampler_logp_BT: jax.Array | None = None  # float32, of the distribution drawn from
     finished_B: jax.Array | None = None  # bool: ended by a stop token, not by the length limit
     advantages_B: jax.Array | None = None  # float32, of each response's reward
     old_logp_BT: jax.Array | None = None  # float32: the trainer's own, before the step's updates
     reference_logp_BT: jax.Array | None = None  # float32
-    teacher_hidden_BTD: jax.Array | None = None  # the teacher's final hidden states
+    # final hidden states of the teacher, or of each of several
+    teacher_hidden_BTD: jax.Array | tuple[jax.Array, ...] | None = None
+    teacher_share_BN: jax.Array | None = None  # float32: of N teachers, what each says counts
+    kind_B: jax.Array | None = None  # int32: which source of a mixture a row is from
+    # the same responses behind the prompts that a teacher reads, and at which token of those rows
+    # each token lies
+    told: "Batch | None" = None
+    told_at_BT: jax.Array | None = None
     # of the teacher's likeliest tokens in the place of each token: ids, int32, and float32
     # log-probabilities
     teacher_top_BTK: tuple[jax.Array, jax.Array] | None = None
-    experts_BTLA: jax.Array | None = None  # int16: the sampler's, which the update then replays
+    # int16: the sampler's, which the update then replays; -1 where they are not known
+    experts_BTLA: jax.Array | None = None

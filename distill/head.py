@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 Stats = dict[str, jax.Array]  # name -> [B, T] float32
+Teachers = jax.Array | tuple[jax.Array, ...] | None
 
 _TINY = 1e-30  # stands for the logarithm's zero: mass of an empty tail
 _RESOLUTION = 1e-7  # float32 near 1: less than this is not left of 1 - Σ of stored probabilities
@@ -223,6 +224,17 @@ def _baseline(logp_BCV: jax.Array, logq_BCV: jax.Array) -> jax.Array:
     return jnp.sum(weight_BCV * (logp_BCV - logq_BCV), axis=-1) / total_BC
 
 
+def _mixed(logits_BCV: list[jax.Array], share_BN: jax.Array | None) -> jax.Array:
+    """log q of q = Σ share·q_n. A share of 0 adds nothing, and one of 1 leaves q_n bit by bit."""
+    logq_BCV = [jax.nn.log_softmax(x, axis=-1) for x in logits_BCV]
+    if share_BN is None:
+        assert len(logq_BCV) == 1
+        return logq_BCV[0]
+    share_BN = jnp.log(jax.lax.stop_gradient(share_BN)).astype(logq_BCV[0].dtype)
+    parts = [x + share_BN[:, n, None, None] for n, x in enumerate(logq_BCV)]
+    return functools.reduce(jnp.logaddexp, parts)
+
+
 def _teacher_stats(
     logp_BCV: jax.Array, logq_BCV: jax.Array, targets_BC: jax.Array, overlap: int, baseline: bool
 ) -> Stats:
@@ -266,14 +278,15 @@ def token_stats(
     hidden_BTD: jax.Array,
     head_VD: jax.Array,
     targets_BT: jax.Array,
-    teacher_hidden_BTE: jax.Array | None = None,
-    teacher_head_VE: jax.Array | None = None,
+    teacher_hidden_BTE: Teachers = None,
+    teacher_head_VE: Teachers = None,
     *,
     logits_mib: float,
     split: Callable[[jax.Array], jax.Array] = lambda logits_BCV: logits_BCV,
     top_k: int = 0,
     divergence: Divergence | None = None,
     teacher_top_BTK: tuple[jax.Array, jax.Array] | None = None,
+    teacher_share_BN: jax.Array | None = None,
     exact: bool = False,
     overlap: int = 0,
     baseline: bool = False,
@@ -285,7 +298,9 @@ def token_stats(
       head_VD: output head; gradients flow into it and into hidden_BTD.
       targets_BT: int32, the token that each position predicts.
       teacher_hidden_BTE, teacher_head_VE: the same of the teacher, whose width may differ; never
-        differentiated.
+        differentiated. Or tuples with those of N teachers.
+      teacher_share_BN: of N teachers, how much of a row's teacher each one is: their distributions
+        are mixed by it, q = Σ share·q_n. Shares of a row add up to 1; one of 1 is that teacher.
       logits_mib: how many MiB one chunk of float32 logits of one model may take.
       split: puts a sharding on a chunk's logits [B, C, V].
       top_k: also find this many of the student's most likely tokens.
@@ -311,18 +326,18 @@ def token_stats(
       from stored tops up to the rounding of the tail's mass, about 1e-7.
     """
     xs = {"hidden": hidden_BTD, "targets": targets_BT}
-    if teacher_hidden_BTE is not None:
-        xs["teacher"] = jax.lax.stop_gradient(teacher_hidden_BTE)
+    heads = jax.tree.leaves(jax.lax.stop_gradient(teacher_head_VE))
+    for n, teacher_BTE in enumerate(jax.tree.leaves(teacher_hidden_BTE)):
+        xs[f"teacher{n}"] = jax.lax.stop_gradient(teacher_BTE)
     if teacher_top_BTK is not None:
         xs["ids"], xs["logq"] = jax.lax.stop_gradient(teacher_top_BTK)
 
     def body(x: Stats) -> Stats:
         logp_BCV = jax.nn.log_softmax(split(_logits(x["hidden"], head_VD)), axis=-1)
         stats = {"logp": _pick(logp_BCV, x["targets"]), "entropy": _entropy(logp_BCV)}
-        if "teacher" in x:
-            assert teacher_head_VE is not None
-            head_VE = jax.lax.stop_gradient(teacher_head_VE)
-            logq_BCV = jax.nn.log_softmax(split(_logits(x["teacher"], head_VE)), axis=-1)
+        if "teacher0" in x:
+            each = [split(_logits(x[f"teacher{n}"], head)) for n, head in enumerate(heads)]
+            logq_BCV = _mixed(each, teacher_share_BN)
             stats |= _teacher_stats(logp_BCV, logq_BCV, x["targets"], overlap, baseline)
             if divergence is not None:
                 stats |= _compare(logp_BCV, logq_BCV, divergence, exact)

@@ -26,6 +26,11 @@ def lora_of(path: str | Path) -> LoRA | None:
     return LoRA(fields["rank"], fields["alpha"], fields["rslora"], tuple(fields["targets"]))
 
 
+def keeps_average(path: str | Path) -> bool:
+    """Whether the run directory `path` keeps a moving average of what it trains."""
+    return bool((_student(path) or {}).get("ema"))
+
+
 def _student(path: str | Path) -> dict[str, Any] | None:
     """The config of the run directory `path` about its student; None if it is no run directory."""
     try:

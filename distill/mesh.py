@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -42,7 +42,7 @@ GATHERED = (("embed", None), ("vocab", "tensor"), *(r for r in RULES if r[0] not
 
 
 def make(
-    data: int, fsdp: int, tensor: int, expert: int = 1, devices: Sequence[Any] | None = None
+    data: int, fsdp: int, tensor: int, expert: int = 1, *, devices: Sequence[Any] | None = None
 ) -> Mesh:
     """A mesh of the first devices, as many as the product; one size may be -1: all that are left.
 
@@ -63,9 +63,8 @@ def make(
     total = int(np.prod(sizes))
     if total > len(devices):
         raise UserError(f"config.mesh: needs {total} devices, there are {len(devices)}")
-    return Mesh(
-        np.array(devices[:total]).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES)
-    )
+    shaped = np.array(devices[:total]).reshape(sizes)
+    return Mesh(shaped, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spread(*configs: Config) -> Mesh:
@@ -135,6 +134,29 @@ def parameters(
 def rows(mesh: Mesh) -> NamedSharding:
     """The sharding of arrays whose first axis is the batch."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
+
+
+def own_rows(mesh: Mesh, count: int, devices: Iterable[Any] | None = None) -> list[int]:
+    """Which rows of a batch of `count` lie on these devices, in order; on those of this process by
+    default. All of them in a run of one process."""
+    held = rows(mesh).devices_indices_map((count,))
+    own = set(jax.local_devices() if devices is None else devices)
+    parts = [part for device, (part,) in held.items() if device in own]
+    return sorted({row for part in parts for row in range(*part.indices(count))})
+
+
+def from_own_rows(tree: Any, mesh: Mesh, count: int) -> Any:
+    """Arrays of `count` rows, split by rows over `mesh`, of host arrays that hold `own_rows`."""
+    mine = {row: at for at, row in enumerate(own_rows(mesh, count))}
+
+    def whole(x: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            first, end, _ = index[0].indices(count)
+            return x[mine[first] : mine[first] + end - first]
+
+        return jax.make_array_from_callback((count, *x.shape[1:]), rows(mesh), part)
+
+    return jax.tree.map(whole, tree)
 
 
 def row_shards(mesh: Mesh) -> int:

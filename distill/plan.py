@@ -25,9 +25,10 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from distill import aot, cli, metrics, policy, prepare, programs
+from distill import aot, cli, metrics, policy, programs, stages, teacher
 from distill import mesh as mesh_lib
 from distill.policy import Policy
+from distill.programs import Models
 from models.errors import UserError
 from models.qwen3.config import SIZES
 
@@ -98,34 +99,31 @@ def describe(path: str, dtype: str, remat: bool, mesh: Mesh, flag: str, **kinds:
     return described
 
 
-def models_of(c: ConfigDict, mesh: Mesh, taught: bool, referred: bool) -> programs.Models:
+def models_of(c: ConfigDict, mesh: Mesh, teachers: tuple[str, ...], referred: bool) -> Models:
     """The run's models, in the dtypes that `train` loads them in."""
-    lora = prepare.lora(c.student)
-    student = describe(
-        *(c.student.path, c.student.dtype, c.student.remat, mesh, "student"),
-        trained=lora,
-        kernel=c.attention,
-    )
+    m, lora = c.student, stages.lora(c.student)
+    student = describe(m.path, m.dtype, m.remat, mesh, "student", trained=lora, kernel=c.attention)
     if not student.stop_ids:
         student = dataclasses.replace(student, stop_ids=STOPS)
     trained = mesh_lib.parameters(student.config, mesh, lora)
+    plain = dataclasses.replace(student, model=student.model.clone(remat=False, lora=None))
     if lora:
-        base = policy.loaded(student, c.student.param_dtype)
-        student = dataclasses.replace(student, params=base)
-    teacher = reference = None
-    if taught:
-        t = c.teacher
-        teacher = describe(t.path, t.dtype, False, mesh, "teacher", kernel=c.attention)
-        teacher = dataclasses.replace(teacher, params=policy.loaded(teacher, t.param_dtype))
+        student = dataclasses.replace(student, params=policy.loaded(student, m.param_dtype))
+    read = {}
+    for name in teachers:
+        t = c[name]
+        if t.path == teacher.EMA:
+            average = mesh_lib.parameters(student.config, mesh)
+            read[name] = dataclasses.replace(plain, params=average)
+        elif t.path == teacher.INITIAL:
+            read[name] = dataclasses.replace(plain, params=policy.loaded(plain, t.param_dtype))
+        else:
+            found = describe(t.path, t.dtype, False, mesh, name, kernel=c.attention)
+            read[name] = dataclasses.replace(found, params=policy.loaded(found, t.param_dtype))
+    reference = None
     if referred and not lora:
-        reference = dataclasses.replace(
-            student,
-            model=student.model.clone(remat=False),
-            params=policy.loaded(student, c.student.param_dtype),
-        )
-    elif referred:
-        reference = student
-    return programs.Models(student, trained, teacher, None if reference is student else reference)
+        reference = dataclasses.replace(plain, params=policy.loaded(plain, m.param_dtype))
+    return Models(student, trained, read, reference)
 
 
 def rows_of(c: ConfigDict, name: str, topology: str, mesh: Mesh) -> list[Row]:
@@ -135,14 +133,16 @@ def rows_of(c: ConfigDict, name: str, topology: str, mesh: Mesh) -> list[Row]:
       TooLarge: at the first that does not fit beside what else is in memory.
     """
     chip, s = aot.chip(topology), c[name]
-    loss, sampled = prepare.objective(name, s)
-    models = models_of(c, mesh, prepare.taught(s, loss), loss.reference > 0)
+    loss, sampled = stages.objective(name, s)
+    teachers = tuple(s.teachers) if stages.taught(s, loss) else ()
+    teacher.check(c, name, s, bool(teachers))
+    models = models_of(c, mesh, teachers, loss.reference > 0)
     if s.batch_size % (s.accumulate * s.minibatches * mesh_lib.row_shards(mesh)):
         raise UserError(
             f"config.{name}.batch_size={s.batch_size} does not divide by accumulate times "
             f"minibatches times the devices ({mesh_lib.row_shards(mesh)} that split the rows)"
         )
-    kept = programs.held(models, s)
+    kept = programs.held(c, models, s)
     largest = sorted(((f"{b / GIB:.2f}G", n) for n, b in kept.items()), key=lambda x: -kept[x[1]])
     if sum(kept.values()) > chip.hbm_gib * GIB:
         raise TooLarge("what the run keeps", sum(kept.values()) / GIB, largest)
@@ -237,25 +237,25 @@ def helped(c: ConfigDict, topology: str, program: str) -> dict[str, Any] | None:
     """The first change with which the run fits, and the slice's fullest program then."""
     for flag, changed in remedies(c, program):
         try:
-            stages = compiled(changed, topology)
+            found = compiled(changed, topology)
         except (TooLarge, UserError):
             continue
-        return {"change": flag, "peak_gib": _fullest(stages)}
+        return {"change": flag, "peak_gib": _fullest(found)}
     generation, _, shape = topology.partition(":")
     shapes = SLICES[generation]
     size = math.prod(map(int, shape.split("x")))
     for larger in shapes:
         if math.prod(map(int, larger.split("x"))) > size:
             try:
-                stages = compiled(c, f"{generation}:{larger}")
+                found = compiled(c, f"{generation}:{larger}")
             except (TooLarge, UserError):
                 continue
-            return {"change": f"--topology={generation}:{larger}", "peak_gib": _fullest(stages)}
+            return {"change": f"--topology={generation}:{larger}", "peak_gib": _fullest(found)}
     return None
 
 
-def _fullest(stages: dict[str, list[Row]]) -> float:
-    return max(row.total for rows in stages.values() for row in rows) / GIB
+def _fullest(found: dict[str, list[Row]]) -> float:
+    return max(row.total for rows in found.values() for row in rows) / GIB
 
 
 def smallest(c: ConfigDict, generation: str) -> tuple[str, dict[str, list[Row]]]:
@@ -280,12 +280,12 @@ def smallest(c: ConfigDict, generation: str) -> tuple[str, dict[str, list[Row]]]
     raise UserError(f"--topology={generation}:auto: nothing fits; {reason}")
 
 
-def summary(c: ConfigDict, topology: str, stages: dict[str, list[Row]]) -> dict[str, Any]:
+def summary(c: ConfigDict, topology: str, found: dict[str, list[Row]]) -> dict[str, Any]:
     """What --json prints of a run that fits."""
     chip, count = aot.chip(topology), len(aot.devices(topology))
     chips = count // 2 if topology.startswith("v4") else count
     told, hours = {}, 0.0
-    for name, rows in stages.items():
+    for name, rows in found.items():
         seconds = sum(row.seconds for row in rows)
         hours += seconds * c[name].steps * chips / 3600
         told[name] = {
@@ -298,22 +298,22 @@ def summary(c: ConfigDict, topology: str, stages: dict[str, list[Row]]) -> dict[
         "devices": count,
         "hbm_gib": chip.hbm_gib,
         "fits": True,
-        "peak_gib": _fullest(stages),
+        "peak_gib": _fullest(found),
         "stages": told,
         "chip_hours_at_least": hours,
     }
 
 
-def show(c: ConfigDict, topology: str, stages: dict[str, list[Row]]) -> str:
+def show(c: ConfigDict, topology: str, found: dict[str, list[Row]]) -> str:
     """The tables."""
-    chip, told = aot.chip(topology), summary(c, topology, stages)
+    chip, told = aot.chip(topology), summary(c, topology, found)
     out = [
         f"{topology}: {told['devices']} devices of {chip.hbm_gib} GiB, "
         f"{chip.bf16_tflops:g} TFLOP/s, {chip.hbm_gbs:g} GB/s; config.mesh {dict(c.mesh)}"
     ]
     head = ("", "peak GiB", "alone", "of it temp.", "TFLOP", "useful", "GB HBM", "GB links")
     line = "{:<10}{:>9}{:>9}{:>12}{:>9}{:>8}{:>9}{:>9}{:>9}{:>10}  {}"
-    for name, rows in stages.items():
+    for name, rows in found.items():
         out += [f"stage {name}", line.format(*head, "calls", "s a step", "bound by")]
         for row in rows:
             links = None
@@ -356,10 +356,10 @@ def main() -> None:
     begun = time.perf_counter()
     try:
         if topology.endswith(":auto"):
-            topology, stages = smallest(c, topology.removesuffix(":auto"))
+            topology, found = smallest(c, topology.removesuffix(":auto"))
         else:
             aot.chip(topology)
-            stages = compiled(c, topology)
+            found = compiled(c, topology)
     except TooLarge as error:
         hbm = aot.chip(topology).hbm_gib
         over = error.needs_gib - hbm
@@ -384,9 +384,9 @@ def main() -> None:
                 print("what would help: {change} ({peak_gib:.2f} GiB)".format(**told["helps"]))
         sys.exit(1)
     if JSON.value:
-        print(metrics.dumps(summary(c, topology, stages), 2))
+        print(metrics.dumps(summary(c, topology, found), 2))
     else:
-        print(show(c, topology, stages))
+        print(show(c, topology, found))
         print(f"compiled in {time.perf_counter() - begun:.0f} s")
 
 

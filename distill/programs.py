@@ -5,6 +5,7 @@ run can be compiled on a laptop. Each program knows what lies in memory beside i
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from distill import engine, losses, optim, prepare, slots, teacher, update
+from distill import engine, losses, optim, policy, prepare, slots, stages, teacher, update
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.policy import Policy
@@ -28,7 +29,7 @@ class Models:
 
     student: Policy  # its base, where it trains a LoRA
     trained: Any  # shapes of what is trained: float32
-    teacher: Policy | None
+    teachers: dict[str, Policy]  # by the names of their sub-configs
     reference: Policy | None
 
 
@@ -65,20 +66,31 @@ def cast(tree: Any, dtype: Any) -> Any:
     )
 
 
-def held(models: Models, stage: ConfigDict) -> dict[str, int]:
+def held(c: ConfigDict, models: Models, stage: ConfigDict) -> dict[str, int]:
     """What a run keeps on each device through all programs of a stage: name -> bytes."""
     state = update.abstract(optim.make(stage.optim, 1), models.trained)
     kept = {"parameters": bytes_of(state.params), "optimiser": bytes_of(state.opt_state)}
+    if c.student.ema:
+        kept["average"] = kept["parameters"]
     if models.student.model.lora:
         kept["base"] = bytes_of(models.student.params)
-    if models.teacher:
-        kept["teacher"] = bytes_of(models.teacher.params)
+    for name, read in models.teachers.items():
+        if not _own(c, name, models):
+            kept[name] = bytes_of(read.params)
     if models.reference:
         kept["reference"] = bytes_of(models.reference.params)
     return kept
 
 
-def forward(config: Config, tokens: float, context: float, head: bool) -> float:
+def _own(c: ConfigDict, name: str, models: Models) -> str:
+    """Where a teacher is what the run keeps anyway: what that is called."""
+    path = c[name].path
+    if path == teacher.EMA:
+        return "average"
+    return "base" if path == teacher.INITIAL and models.student.model.lora else ""
+
+
+def operations(config: Config, tokens: float, context: float, head: bool) -> float:
     """Operations of one forward pass over `tokens`, each of which attends to `context` others."""
     D, H = config.hidden_size, config.head_dim
     N, K = config.num_attention_heads, config.num_key_value_heads
@@ -107,39 +119,44 @@ def of_stage(
     def array(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct((B, *shape), jnp.dtype(dtype), sharding=rows)
 
-    batch = Batch(array("int32", T), array("int32", T), array("int32", T), array("bool", T))
+    def read(T: int) -> Batch:
+        return Batch(array("int32", T), array("int32", T), array("int32", T), array("bool", T))
+
+    batch = dataclasses.replace(read(T), thinking_BT=array("bool", T))
     if sampled == B:
         changes = {"sampler_logp_BT": array("float32", T), "finished_B": array("bool")}
         batch = dataclasses.replace(batch, **changes)
-    calls = _sampling(s, sampled, models, mesh) if sampled else []
-    teacher_head = None
-    if prepare.taught(s, loss) and models.teacher:
-        of, read = models.teacher, batch
-        if loss.teacher:
-            batch = dataclasses.replace(
-                batch, teacher_hidden_BTD=array(of.model.dtype, T, of.config.hidden_size)
-            )
-            teacher_head = model.head(of.params)
+    calls, heads = _sampling(s, sampled, models, mesh) if sampled else [], ()
+    if loss.teacher and models.teachers:
+        room = s.context.max_tokens if s.context.text or s.context.column else 0
+        told, at_BT = (read(T + room), array("int32", T)) if room else (batch, None)
+        hidden = []
+        for name, of in models.teachers.items():
+            lower = functools.partial(teacher.hidden.lower, of.model, of.params, None, told, at_BT)
+            useful = operations(of.config, B * (T + room), mean + room / 2, head=False)
+            holds = (_own(c, name, models) or name,)
             calls.append(
-                Call(
-                    "score",
-                    lambda: teacher.hidden.lower(of.model, of.params, read),
-                    1,
-                    forward(of.config, B * T, mean, head=False),
-                    ("teacher",),
-                )
+                Call(f"score {name}" if name != "teacher" else "score", lower, 1, useful, holds)
             )
+            hidden.append(array(of.model.dtype, T, of.config.hidden_size))
+        heads = tuple(model.head(of.params) for of in models.teachers.values())
+        batch = dataclasses.replace(batch, teacher_hidden_BTD=tuple(hidden))
+        if len(hidden) > 1:
+            share_BN = array("float32", len(hidden))
+            batch = dataclasses.replace(batch, teacher_share_BN=share_BN)
     if loss.reward:
         batch = dataclasses.replace(batch, advantages_B=array("float32"))
-    if loss.reference and models.reference:
-        reference, plain = models.reference, batch
+    if loss.reference:
+        reference, plain = models.reference or student, batch
         logits_mib = c.logits_mib * mesh.size
         calls.append(
             Call(
                 "reference",
-                lambda: teacher.logps.lower(reference.model, logits_mib, reference.params, plain),
+                lambda: teacher.logps.lower(
+                    reference.model, logits_mib, reference.params, None, plain
+                ),
                 1,
-                forward(reference.config, B * T, mean, head=True),
+                operations(reference.config, B * T, mean, head=True),
                 ("base",) if student.model.lora else ("reference",),
             )
         )
@@ -149,19 +166,18 @@ def of_stage(
         batch = dataclasses.replace(batch, teacher_top_BTK=top)
 
     optimizer = optim.make(s.optim, s.steps * s.epochs * s.minibatches)
-    state = update.abstract(optimizer, models.trained)
+    state = update.abstract(optimizer, models.trained, c.student.ema > 0)
     step = prepare.updater(c, s, loss, optimizer, student, mesh, state)
     frozen = student.params if student.model.lora else None
     # With a LoRA, the gradient of the base's own products is that of their inputs alone.
     passes = 2 if student.model.lora else 3
-    useful = passes * forward(student.config, B * T, mean, head=True)
-    if teacher_head is not None:
-        useful += 2.0 * B * T * teacher_head.shape[0] * teacher_head.shape[1]
-    holds = ("parameters", "optimiser", *(("base",) if frozen is not None else ()))
+    useful = passes * operations(student.config, B * T, mean, head=True)
+    useful += sum(2.0 * B * T * head.shape[0] * head.shape[1] for head in heads)
+    holds = ("parameters", "optimiser", "average", *(("base",) if frozen is not None else ()))
     calls.append(
         Call(
             "update",
-            lambda: step.lower(state, batch, teacher_head, frozen),  # pyright: ignore
+            lambda: step.lower(state, batch, heads, frozen),  # pyright: ignore
             1,
             useful * s.epochs,
             holds,
@@ -172,17 +188,19 @@ def of_stage(
 
 def _sampling(s: ConfigDict, sampled: int, models: Models, mesh: Mesh) -> list[Call]:
     """What sampling runs: the weights as it reads them, the prompts, and one segment."""
-    student, options = models.student, prepare.rollout_options(s)
+    student, options = models.student, stages.rollout_options(s)
     shards = mesh_lib.row_shards(mesh)
-    trained = models.trained if not student.model.lora else student.params
+    trained = models.trained
+    if student.model.lora:  # merged with its base before
+        trained = cast(mesh_lib.parameters(student.config, mesh), student.model.dtype)
     qwen3 = student.model.clone(scan=True, remat=False, lora=None)
     rules = mesh_lib.GATHERED if options.gathered else mesh_lib.RULES
-    made = mesh_lib.parameters(student.config, mesh, rules=rules)
-    read_from = cast(made, qwen3.dtype)
-    dtype = options.cache_dtype or jnp.dtype(qwen3.dtype).name
-    decoder = engine.Decoder(
-        qwen3, prepare.sampling(s), student.stop_ids, dtype, options.segment, 0
+    read_from = policy.loaded(
+        dataclasses.replace(student, params=mesh_lib.parameters(student.config, mesh, rules=rules)),
+        options.param_dtype or jnp.dtype(qwen3.dtype).name,
     )
+    dtype = options.cache_dtype or jnp.dtype(qwen3.dtype).name
+    decoder = engine.Decoder(qwen3, stages.sampling(s), student.stop_ids, dtype, options.segment, 0)
     count = slots.sizes(min(options.slots, sampled), shards)[0]
     width = options.longest
     if options.cache_tokens:
@@ -196,7 +214,14 @@ def _sampling(s: ConfigDict, sampled: int, models: Models, mesh: Mesh) -> list[C
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated)
 
     def prepared() -> Any:
-        return engine.for_decoding.lower(qwen3, trained, mesh=mesh, rules=rules, stacked=True)
+        return engine.for_decoding.lower(
+            qwen3,
+            trained,
+            mesh=mesh,
+            rules=rules,
+            stacked=True,
+            param_dtype=options.param_dtype,
+        )
 
     cache = like(engine.empty_cache, decoder, together, long)
     state = like(engine.empty, decoder, count, width)
@@ -216,7 +241,7 @@ def _sampling(s: ConfigDict, sampled: int, models: Models, mesh: Mesh) -> list[C
             "prompts",
             prompts,
             pieces,
-            forward(student.config, together * chunk, (P + 1) / 2, head=False),
+            operations(student.config, together * chunk, (P + 1) / 2, head=False),
             (),
             bytes_of(state),
         ),
@@ -224,7 +249,7 @@ def _sampling(s: ConfigDict, sampled: int, models: Models, mesh: Mesh) -> list[C
             "decode",
             decode,
             R * -(-sampled // count),
-            forward(student.config, count, P + R / 2, head=True),
+            operations(student.config, count, P + R / 2, head=True),
             (),
             bytes_of(cache),
         ),

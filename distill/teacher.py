@@ -1,46 +1,193 @@
-"""A frozen model reads what the student wrote: the teacher, a judge, a reference."""
+"""Frozen models read what was written: teachers and judges, one or several, and a reference.
+
+A teacher may read more than the student does: the same response behind another prompt
+(Batch.told). What it makes of a token is then laid where the token lies in the student's row.
+"""
 
 import dataclasses
 import functools
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
-from distill import head, losses, policy
+from distill import forward, head, losses, policy
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.policy import Policy
+from models.errors import UserError
 from models.qwen3 import model
 from models.qwen3.model import Params, Qwen3
 
+INITIAL, EMA = "initial", "ema"  # paths that mean the student's own past
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """One sub-config `base.teacher()`. The parameters of a moving average are in the train state;
+    `policy` then has at most the frozen base of a LoRA."""
+
+    c: ConfigDict
+    policy: Policy
+
+    @property
+    def average(self) -> bool:
+        return self.c.path == EMA
+
+
+def check(c: ConfigDict, name: str, s: ConfigDict, taught: bool) -> None:
+    """Raises UserError if stage `name`, which asks a teacher or does not, names those that it
+    cannot have."""
+    at, weights = f"config.{name}.teachers", tuple(s.teacher_weights)
+    if not taught:
+        if weights:
+            raise UserError(f"config.{name}.teacher_weights: {s.objective} asks no teacher")
+        if s.context.text or s.context.column:
+            raise UserError(f"config.{name}.context: {s.objective} asks no teacher to read it")
+        return
+    if not s.teachers:
+        raise UserError(f"{at}: {s.objective} needs a teacher")
+    for of in s.teachers:
+        group: Any = c[of] if isinstance(of, str) and of in c else None
+        if not isinstance(group, ConfigDict) or not {"path", "step"} <= set(group):
+            raise UserError(f"{at}: {of!r} is no teacher of this config")
+        if tuple(s.teachers).count(of) > 1:
+            raise UserError(f"{at}: {of!r} is named twice")
+    if not s.teachers[1:] and not weights:
+        return
+    if weights:
+        if len(weights) != len(s.teachers):
+            raise UserError(
+                f"config.{name}.teacher_weights={weights}: {len(weights)} for the "
+                f"{len(s.teachers)} of teachers={tuple(s.teachers)}"
+            )
+        if not all(type(w) in (int, float) and 0 < w < math.inf for w in weights):
+            raise UserError(f"config.{name}.teacher_weights={weights}: must be above 0 and finite")
+    elif len(s.data.mixture) != len(s.teachers):
+        raise UserError(
+            f"{at}={tuple(s.teachers)}: without teacher_weights each teaches the rows of one source"
+            f" of config.{name}.data.mixture, which names {len(s.data.mixture)}"
+        )
+
+
+def describe(c: ConfigDict, name: str, student: Policy, mesh: Mesh) -> Teacher:
+    """The teacher `config.NAME` without its parameters.
+
+    Raises:
+      UserError: naming the key at fault, or a file that `load` would not find.
+    """
+    t, m, at = c[name], c.student, f"config.{name}"
+    for field, allowed in (("dtype", policy.DTYPES), ("param_dtype", policy.PARAM_DTYPES)):
+        if t[field] not in allowed:
+            raise UserError(f"{at}.{field}: {t[field]!r} is none of {', '.join(allowed)}")
+    if not t.path:
+        raise UserError(f"{at}.path: name a model directory")
+    if t.path == EMA and not m.ema:
+        raise UserError(f"{at}.path=ema: no moving average is kept, config.student.ema is 0")
+    if t.path == INITIAL and m.random_init:
+        raise UserError(f"{at}.path=initial: nothing keeps random weights (student.random_init)")
+    if t.step and not policy.is_run(t.path):
+        raise UserError(f"{at}.step={t.step}: {t.path} is no run, and has no checkpoints")
+    if t.path in (INITIAL, EMA):
+        trained = student.model.lora if t.path == EMA else None
+        own = policy.describe(
+            m.path,
+            t.dtype,
+            False,
+            mesh,
+            trained=trained,
+            kernel=c.attention,
+            tokenizer_of=m.tokenizer,
+        )
+        return Teacher(t, own)
+    described = policy.describe(t.path, t.dtype, False, mesh, kernel=c.attention)
+    policy.require_same_vocabulary(student, described)
+    policy.check(described, t.step or None)
+    return Teacher(t, described)
+
+
+def load(teacher: Teacher, student: Policy) -> Teacher:
+    """Reads a described teacher's parameters. `student` is loaded where it trains a LoRA."""
+    t, described = teacher.c, teacher.policy
+    if t.path == EMA:
+        lora = student.model.lora is not None
+        loaded = dataclasses.replace(described, params=student.params) if lora else described
+    elif t.path == INITIAL:
+        loaded = begun(described, student, t.param_dtype)
+    elif t.step:
+        loaded, _ = policy.restore(described, t.step, t.param_dtype)
+    else:
+        loaded = policy.load(described, t.param_dtype)
+    return Teacher(t, loaded)
+
+
+def begun(described: Policy, student: Policy, param_dtype: str) -> Policy:
+    """The student as it was before step 0: without its LoRA it is that, at no further memory,
+    unless it began with an adapter. `described` is its path without a LoRA to train."""
+    if student.model.lora is not None and not policy.is_adapter(student.path):
+        return student
+    return policy.load(described, param_dtype)
+
+
+def heads(teachers: Sequence[Teacher]) -> tuple[jax.Array | None, ...]:
+    """The output head [V, E] of each; None of a moving average that has a head of its own."""
+    return tuple(
+        None if t.average and t.policy.model.lora is None else model.head(t.policy.params)
+        for t in teachers
+    )
+
+
+def _parameters(teacher: Teacher, average: Params | None) -> tuple[Params, Params | None]:
+    """(parameters, LoRA beside them)"""
+    if not teacher.average:
+        return teacher.policy.params, None
+    assert average is not None
+    own, lora = teacher.policy, teacher.policy.model.lora is not None
+    return (own.params, average) if lora else (average, None)
+
+
+def score(teachers: Sequence[Teacher], batch: Batch, average: Params | None = None) -> Batch:
+    """Fills teacher_hidden_BTD: of each teacher [B, T, its D] in its dtype.
+
+    Not logits: the loss streams the teachers' heads over these, so the exact distribution over the
+    whole vocabulary is at hand at the price of D numbers a token. Temperature 1, no gradient.
+    `average`: the moving average of what the student trains, for teachers that are it.
+    """
+    found = tuple(
+        hidden(t.policy.model, *_parameters(t, average), batch.told or batch, batch.told_at_BT)
+        for t in teachers
+    )
+    return dataclasses.replace(batch, teacher_hidden_BTD=found)
+
 
 @functools.partial(jax.jit, static_argnums=0)
-def hidden(qwen3: Qwen3, params: Params, batch: Batch) -> jax.Array:
-    """Final hidden states [B, T, D], which lie split as the batch's rows do."""
-    return mesh_lib.split_rows(policy.hidden(qwen3, params, batch))
-
-
-def score(teacher: Policy, batch: Batch) -> Batch:
-    """Fills teacher_hidden_BTD, [B, T, D of the teacher] in the teacher's dtype.
-
-    Not logits: the loss streams the teacher's head over these, so the exact distribution over the
-    whole vocabulary is at hand at the price of D numbers a token. Temperature 1, no gradient.
-    """
-    return dataclasses.replace(
-        batch, teacher_hidden_BTD=hidden(teacher.model, teacher.params, batch)
-    )
+def hidden(
+    qwen3: Qwen3, params: Params, lora: Params | None, read: Batch, at_BT: jax.Array | None
+) -> jax.Array:
+    """Final hidden states [B, T, D] of what is read, or of the places `at_BT` in it, which lie
+    split as the batch's rows do."""
+    hidden_BTD = forward.hidden(qwen3, params, read, lora)
+    if at_BT is not None:
+        hidden_BTD = jnp.take_along_axis(hidden_BTD, at_BT[..., None], axis=1)
+    return mesh_lib.split_rows(hidden_BTD)
 
 
 def logp(reader: Policy, batch: Batch, logits_mib: float) -> jax.Array:
     """[B, T] float32: the log-probability that a model gives each token, 0 for the first."""
-    return logps(reader.model, logits_mib, reader.params, batch)
+    return logps(reader.model, logits_mib, reader.params, None, batch)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def logps(qwen3: Qwen3, logits_mib: float, params: Params, batch: Batch) -> jax.Array:
+def logps(
+    qwen3: Qwen3, logits_mib: float, params: Params, lora: Params | None, batch: Batch
+) -> jax.Array:
     """See `logp`."""
     stats = head.token_stats(
-        policy.hidden(qwen3, params, batch),
+        forward.hidden(qwen3, params, batch, lora),
         model.head(params),
         losses.shift(batch.tokens_BT),
         logits_mib=logits_mib,
@@ -49,13 +196,22 @@ def logps(qwen3: Qwen3, logits_mib: float, params: Params, batch: Batch) -> jax.
     return losses.unshift(stats["logp"])
 
 
-def judge(teacher: Policy, batch: Batch, logits_mib: float) -> jax.Array:
-    """[B] float32: the mean log-probability that the teacher gives the tokens of each response."""
-    logp_BT = logp(teacher, batch, logits_mib)
-    return _response_mean(logp_BT, batch)
+def judge(
+    teachers: Sequence[Teacher], batch: Batch, logits_mib: float, average: Params | None = None
+) -> jax.Array:
+    """[B] float32: the mean log-probability that the teachers give the tokens of each response."""
+    read = batch.told or batch
+    told = [logps(t.policy.model, logits_mib, *_parameters(t, average), read) for t in teachers]
+    return _response_mean(told, batch)
 
 
 @jax.jit
-def _response_mean(logp_BT: jax.Array, batch: Batch) -> jax.Array:
-    mask_BT = batch.mask_BT.astype(logp_BT.dtype)
-    return jnp.sum(logp_BT * mask_BT, axis=1) / jnp.maximum(jnp.sum(mask_BT, axis=1), 1)
+def _response_mean(logp_BT: list[jax.Array], batch: Batch) -> jax.Array:
+    mixed_BT = logp_BT[0]
+    if batch.teacher_share_BN is not None:
+        share_NB1 = jnp.log(batch.teacher_share_BN).T[..., None]
+        mixed_BT = jax.nn.logsumexp(jnp.stack(logp_BT) + share_NB1, axis=0)
+    if batch.told_at_BT is not None:
+        mixed_BT = jnp.take_along_axis(mixed_BT, batch.told_at_BT, axis=1)
+    mask_BT = batch.mask_BT.astype(mixed_BT.dtype)
+    return jnp.sum(mixed_BT * mask_BT, axis=1) / jnp.maximum(jnp.sum(mask_BT, axis=1), 1)

@@ -4,13 +4,13 @@ Every objective is a `collect`, which makes a Batch, and a row of losses.TABLE. 
 and draws is a function of (seed, step), so a run that was stopped goes on as if it had not been.
 """
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
@@ -23,8 +23,10 @@ from distill import (
     metrics,
     optim,
     policy,
+    preflight,
     prepare,
     rewards,
+    teacher,
     update,
     validate,
 )
@@ -34,7 +36,6 @@ from distill.checkpoint import Checkpoints
 from distill.policy import Policy
 from distill.prepare import Plan
 from models.errors import UserError
-from models.qwen3 import model
 
 OPTIONS = flags.FlagValues()
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=OPTIONS)
@@ -111,13 +112,15 @@ def begin(c: ConfigDict, plan: Plan, checkpoints: Checkpoints) -> tuple[update.T
     if found:
         optimizer, student = plan.stages[found[1]["index"]].optimizer, plan.student
         trained = mesh_lib.parameters(student.config, policy.mesh_of(student), student.model.lora)
-        restored = checkpoints.restore(update.abstract(optimizer, trained))
+        restored = checkpoints.restore(update.abstract(optimizer, trained, bool(c.student.ema)))
         if restored:
             stage = plan.stages[restored[1]["index"]]
             if stage.packer:
                 stage.packer.resume(restored[1]["packing"])
             if stage.parked:
                 stage.parked.resume(restored[1]["parked"])
+            if stage.ahead:
+                stage.ahead.resume(restored[1]["ahead"])
             return restored[0], restored[1]["index"]
     key = jax.random.key(c.seed)
     if plan.student.model.lora:
@@ -126,7 +129,9 @@ def begin(c: ConfigDict, plan: Plan, checkpoints: Checkpoints) -> tuple[update.T
         params = policy.randomise(plan.student, key).params
     else:
         params = policy.load(plan.student, "float32").params
-    return update.init(plan.stages[0].optimizer, params, 0), 0
+    # A copy: the state is donated, and no buffer of it may be there twice.
+    average = jax.tree.map(jnp.copy, params) if c.student.ema else None
+    return update.init(plan.stages[0].optimizer, params, 0, average), 0
 
 
 def run(c: ConfigDict, workdir: Path) -> None:
@@ -137,20 +142,7 @@ def run(c: ConfigDict, workdir: Path) -> None:
     claim(workdir, c)
     metrics.say(f"attention: {plan.student.model.kernel}")
     with policy.use(plan.student):
-        if plan.teacher:
-            plan = dataclasses.replace(
-                plan, teacher=policy.load(plan.teacher, c.teacher.param_dtype)
-            )
-        if plan.student.model.lora:
-            plan = dataclasses.replace(
-                plan, student=policy.load(plan.student, c.student.param_dtype)
-            )
-        if plan.reference:
-            # Without its LoRA a student is the policy that it began as, at no further memory.
-            begun = plan.student if plan.student.model.lora else plan.reference
-            if begun is plan.reference:
-                begun = policy.load(plan.reference, c.student.param_dtype)
-            plan = dataclasses.replace(plan, reference=begun)
+        plan = prepare.load(c, plan)
         with (
             Checkpoints(workdir / "checkpoints", c.checkpoint.every, c.checkpoint.keep) as saved,
             validate.judging(validation, plan.student, workdir, c.seed) as judge,
@@ -158,10 +150,14 @@ def run(c: ConfigDict, workdir: Path) -> None:
             cli.stop_signals() as stopped,
         ):
             state, at = begin(c, plan, saved)
+            if int(state.step) == 0:
+                preflight.show(c, plan, validation, state.params)
             with metrics.Writer(workdir, int(state.step)) as writer:
                 for index, stage in enumerate(plan.stages[at:], start=at):
                     if index > at:
-                        state = update.init(stage.optimizer, state.params, int(state.step))
+                        state = update.init(
+                            stage.optimizer, state.params, int(state.step), state.average
+                        )
                     state = run_stage(
                         c, plan, index, state, mesh, saved, writer, judge, grader, stopped
                     )
@@ -194,17 +190,20 @@ def run_stage(
     logits_mib = c.logits_mib * mesh.size
     draw = collect.batches(plan, stage, c.seed, mesh, logits_mib, grader)
     take_step = prepare.updater(c, s, stage.loss, stage.optimizer, student, mesh, state)
-    teacher_head = None
-    if plan.teacher and stage.loss.teacher and stage.taught:
-        teacher_head = model.head(plan.teacher.params)
+    teacher_heads = ()
+    if stage.taught and stage.loss.teacher:
+        teacher_heads = teacher.heads([plan.teachers[name] for name in s.teachers])
     frozen = student.params if student.model.lora else None
     schedule = optim.schedule(s.optim, s.steps * stage.updates)
     shown = ("train/loss", "train/grad_norm", "rollout/mean_length", "time/step")
     with metrics.progress(s.steps, int(state.step) - stage.first, stage.name) as bar:
         for step in range(int(state.step), stage.end):
             start = time.perf_counter()
-            batch, measured = draw(state.params, step, jax.random.fold_in(root, step))
-            state, trained, stats = take_step(state, batch, teacher_head, frozen)
+            key = jax.random.fold_in(root, step)
+            batch, measured = draw(state.params, step, key, state.average)
+            state, trained, stats = take_step(state, batch, teacher_heads, frozen)
+            if stage.ahead:
+                stage.ahead.sample(trained)  # the next step's rows, while the device trains
             measured |= {f"train/{name}": float(x) for name, x in trained.items()}
             measured["train/learning_rate"] = float(schedule((step - stage.first) * stage.updates))
             measured["time/step"] = time.perf_counter() - start
@@ -213,6 +212,8 @@ def run_stage(
                 meta["packing"] = stage.packer.position(step + 1 - stage.first)
             if stage.parked:
                 meta["parked"] = stage.parked.position()
+            if stage.ahead:
+                meta["ahead"] = stage.ahead.position()
             measured |= judge(state, meta, step + 1, step + 1 == stage.end)
             writer.write(step, stage.name, measured)
             if c.log.transcripts and step % c.log.transcripts_every == 0:

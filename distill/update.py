@@ -3,18 +3,21 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from distill import advantages, head, losses, metrics, policy
+from distill import advantages, forward, head, losses, metrics
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from models.qwen3 import model, moe
 from models.qwen3.model import Params, Qwen3
 
 PLACES = (0, 16, 64, 256, 1024, 4096, 16384)  # in a response, between which the KL is reported
+
+PARTIAL = ("/", "_from_", "stop_")  # in names of figures that some batches have no tokens for
 
 
 @jax.tree_util.register_dataclass
@@ -25,18 +28,24 @@ class TrainState:
     params: Params  # what is trained: all parameters, or the collection LORA alone
     opt_state: optax.OptState
     step: jax.Array  # int32 scalar: steps done, over all stages
+    average: Params | None = None  # the moving average of `params`, where one is kept
 
 
 # (state, batch, teacher's head or None[, frozen parameters]) -> (state, metrics, per-token stats)
 Step = Callable[..., tuple[TrainState, dict[str, jax.Array], losses.Stats]]
 
 
-def init(optimizer: optax.GradientTransformation, params: Params, step: int) -> TrainState:
+def init(
+    optimizer: optax.GradientTransformation,
+    params: Params,
+    step: int,
+    average: Params | None = None,
+) -> TrainState:
     """A fresh optimiser around `params`; its moments are sharded as the parameters are."""
     opt_state = jax.jit(optimizer.init, out_shardings=_like(optimizer, params))(params)
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     count = jax.device_put(jnp.asarray(step, jnp.int32), mesh_lib.replicated(mesh))
-    return TrainState(params, opt_state, count)
+    return TrainState(params, opt_state, count, average)
 
 
 def _like(optimizer: optax.GradientTransformation, params: Params):
@@ -53,7 +62,9 @@ def _like(optimizer: optax.GradientTransformation, params: Params):
     return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
 
 
-def abstract(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
+def abstract(
+    optimizer: optax.GradientTransformation, params: Params, average: bool = False
+) -> TrainState:
     """Shapes, dtypes and shardings of a TrainState, for restoring one."""
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     opt_state = jax.tree.map(
@@ -62,7 +73,8 @@ def abstract(optimizer: optax.GradientTransformation, params: Params) -> TrainSt
         _like(optimizer, params),
     )
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.replicated(mesh))
-    return TrainState(params, opt_state, step)  # pyright: ignore[reportArgumentType]
+    kept = params if average else None
+    return TrainState(params, opt_state, step, kept)  # pyright: ignore[reportArgumentType]
 
 
 def _micro_batches(batch: Batch, count: int) -> Batch:
@@ -89,7 +101,7 @@ def loss_sums(
     logits_mib: float,
     params: Params,
     batch: Batch,
-    teacher_head_VE: jax.Array | None,
+    teacher_head_VE: head.Teachers,
     frozen: Params | None = None,
     balance: float = 0.0,
     overlap: int = 0,
@@ -104,7 +116,7 @@ def loss_sums(
     overlap: compare so many of the teacher's likeliest tokens with the student's.
     """
     params, lora = (params, None) if frozen is None else (frozen, params)
-    hidden_BTD, routing = policy.routed(qwen3, params, batch, lora)
+    hidden_BTD, routing = forward.routed(qwen3, params, batch, lora)
     stats = head.token_stats(
         hidden_BTD,
         model.head(params),
@@ -115,6 +127,7 @@ def loss_sums(
         split=mesh_lib.split_vocabulary,
         divergence=loss.compared,
         teacher_top_BTK=_shifted(batch.teacher_top_BTK),
+        teacher_share_BN=batch.teacher_share_BN,
         overlap=overlap,
         baseline=loss.baseline,
     )
@@ -142,10 +155,37 @@ def loss_sums(
         places = tuple(place for place in PLACES if place < limit)
         by_place = advantages.by_offset(stats["reverse_kl"], mask_BT, segments_BT, places)
         sums |= {f"reverse_kl_from_{place}": x for place, x in by_place.items()}
+    if batch.thinking_BT is not None:
+        sums |= _by_mode(stats, mask_BT, losses.shift(batch.thinking_BT))
+    if batch.finished_B is not None:
+        sums |= stops(stats, mask_BT, batch.finished_B)
     if balance:
         load_LE, p_LE = (of / seen for of, seen in (sums["load_LE"], sums["p_LE"]))
         total += balance * count * moe.summary(load_LE, p_LE)["load_balancing_loss"]
     return total, (sums, {k: losses.unshift(x * mask_BT) for k, x in stats.items()})
+
+
+def stops(stats: losses.Stats, mask_BT: jax.Array, finished_B: jax.Array) -> metrics.Sums:
+    """How likely the stop tokens of responses that have one are to the student, and to the teacher:
+    where the teacher would write on, lengths are about to grow. Aligned by losses.shift."""
+    last_BT = mask_BT * (1 - losses.shift(mask_BT)) * finished_B[:, None]
+    names = {"logp": "stop_logp", "teacher_logp": "teacher_stop_logp"}
+    return {
+        told: (jnp.sum(stats[name] * last_BT), jnp.sum(last_BT))
+        for name, told in names.items()
+        if name in stats
+    }
+
+
+def _by_mode(stats: losses.Stats, mask_BT: jax.Array, thinking_BT: jax.Array) -> metrics.Sums:
+    """What foresees collapse, of the tokens of each mode apart."""
+    modes = {"think": mask_BT * thinking_BT, "no_think": mask_BT * ~thinking_BT}
+    return {
+        f"{name}/{mode}": (jnp.sum(stats[name] * of_BT), jnp.sum(of_BT))
+        for name in ("reverse_kl", "entropy", "logp")
+        if name in stats
+        for mode, of_BT in modes.items()
+    }
 
 
 def make(
@@ -160,6 +200,7 @@ def make(
     overlap: int = 0,
     minibatches: int = 1,
     epochs: int = 1,
+    ema: float = 0.0,
 ) -> Step:
     """The jitted step: see Step.
 
@@ -171,6 +212,9 @@ def make(
     A step's rows may give several updates: `minibatches` of them, `epochs` times over. The
     student's own log-probabilities from before the first then stand in the batch as `old_logp_BT`,
     and the metrics are means over updates.
+
+    `ema` is the decay of the state's moving average, at every update. A teacher that is the average
+    itself has None for a head, which then is the average's of before the step.
     """
     sums_of = functools.partial(
         loss_sums, qwen3, loss, limit, logits_mib, balance=balance, overlap=overlap
@@ -180,7 +224,7 @@ def make(
     def once(
         state: TrainState,
         batch: Batch,
-        teacher_head_VE: jax.Array | None,
+        teacher_head_VE: head.Teachers,
         frozen: Params | None = None,
     ):
         grad = functools.partial(graded, frozen=frozen)
@@ -212,13 +256,28 @@ def make(
         measured["trained_tokens"] = sums["logp"][1]
         if "ratio" in stats:
             measured["ratio_max"] = jnp.max(stats["ratio"])
-        return TrainState(params, opt_state, state.step + 1), measured, stats
+        average = state.average
+        if average is not None:
+            average = jax.tree.map(lambda a, p: a + (1 - ema) * (p - a), average, params)
+        return TrainState(params, opt_state, state.step + 1, average), measured, stats
 
     step = once
     if minibatches * epochs > 1:
         step = functools.partial(_several, once, sums_of, minibatches, epochs)
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None, None))
+    return jax.jit(_headed(step), donate_argnums=0, out_shardings=(shardings, None, None))
+
+
+def _headed(step: Step) -> Step:
+    """`step`, with the head of the state's moving average where a teacher's is None: that cannot be
+    an argument, for the state is donated."""
+
+    def headed(state: TrainState, batch: Batch, heads: Any, frozen: Params | None = None):
+        if isinstance(heads, tuple):
+            heads = tuple(model.head(state.average) if x is None else x for x in heads)
+        return step(state, batch, heads, frozen)
+
+    return headed
 
 
 def _several(
@@ -228,7 +287,7 @@ def _several(
     epochs: int,
     state: TrainState,
     batch: Batch,
-    teacher_head_VE: jax.Array | None,
+    teacher_head_VE: head.Teachers,
     frozen: Params | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array], losses.Stats]:
     """A step of several updates by `once`; the stats are those of the last epoch."""
@@ -244,6 +303,10 @@ def _several(
         return jax.lax.scan(one, state, parts)
 
     after, (measured, stats) = jax.lax.scan(epoch, state, None, length=epochs)
-    measured = jax.tree.map(jnp.mean, measured)
+    # What has no tokens in some of the updates is measured by the others.
+    measured = {
+        name: (jnp.nanmean if any(part in name for part in PARTIAL) else jnp.mean)(x)
+        for name, x in measured.items()
+    }
     stats = _merge(jax.tree.map(lambda x: x[-1], stats))
     return dataclasses.replace(after, step=state.step + 1), measured, stats

@@ -324,6 +324,24 @@ def test_teacher_is_student_stored(arrays, kind):
     assert jnp.abs(grad).max() < 1e-6
 
 
+def test_padded_ids_of_the_vocabulary_count_in_both_softmaxes():
+    """Ids that no tokenizer has (151,669 and up of 151,936) are outcomes like others: mass that the
+    student puts on them is seen, and pushed back."""
+    targets = jnp.zeros((1, 1), jnp.int32)
+    teacher = jnp.array([[[2.0, 1.0, -9.0, -9.0]]])
+
+    def loss(own):
+        stats = token_stats(
+            own, jnp.eye(4), targets, teacher, jnp.eye(4), logits_mib=1, divergence=Divergence()
+        )
+        return stats["divergence"].sum()
+
+    leaking = teacher.at[..., 2:].add(9.0)  # the same among the real ids
+    value, slope = jax.value_and_grad(loss)(leaking)
+    assert value > 1
+    assert (slope[0, 0, 2:] > 0).all() and (slope[0, 0, :2] < 0).all()
+
+
 def test_teacher_gets_no_gradient(arrays):
     a = arrays
 
