@@ -13,7 +13,18 @@ from ml_collections import ConfigDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs import base, quickstart
-from distill import collect, export, head, policy, prepare, rewards, train
+from distill import (
+    chat,
+    collect,
+    context,
+    examples,
+    export,
+    head,
+    policy,
+    prepare,
+    rewards,
+    train,
+)
 from distill import mesh as mesh_lib
 from models.errors import UserError
 
@@ -72,7 +83,7 @@ def collected(c: ConfigDict, mesh=None):
         return draw(params, 0, jax.random.key(0), params)
 
 
-def behind(files: Path, context) -> dict[tuple[int, ...], list[int]]:
+def behind(files: Path, placed) -> dict[tuple[int, ...], list[int]]:
     """The prompt that a teacher reads, by the student's, as transformers renders both."""
     tokenizer, found = AutoTokenizer.from_pretrained(TEACHER), {}
     for line in (files / "a.jsonl").read_text().splitlines():
@@ -86,7 +97,7 @@ def behind(files: Path, context) -> dict[tuple[int, ...], list[int]]:
                 return_dict=False,
                 tokenize=True,
             )
-            for messages in (asked, context(row, asked))
+            for messages in (asked, placed(row, asked))
         ]
         found[tuple(ids[0])] = ids[1]
     return found
@@ -101,6 +112,52 @@ def before_question(row: dict, asked: list[dict]) -> list[dict]:
     if not row["solution"]:
         return asked
     return [{"role": "user", "content": f"{row['solution']}\n\n{asked[0]['content']}"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "What is it?", "solution": "It is 3."},
+        {"question": "What is it?", "response": "It is 3."},
+        {"messages": [{"role": "user", "content": "What is it?"}], "response": "It is 3."},
+        {"prompt": "What is it?", "response": "It is 3."},
+        {
+            "messages": [
+                {"role": "system", "content": "Be short."},
+                {"role": "user", "content": "What is it?"},
+                {"role": "assistant", "content": "It is 3."},
+            ]
+        },
+    ],
+)
+@pytest.mark.parametrize("place", context.PLACES)
+def test_every_form_of_a_row_takes_a_context(row, place):
+    tokenizer = chat.load_tokenizer(TEACHER)
+    assert tokenizer
+
+    def make(row: dict) -> examples.Example:
+        return examples.trace(row, "here", tokenizer, True, "last")
+
+    made = make(row)
+    told = context.add(context.Context(HINT, "", place), row, made, make, tokenizer)
+    assert made.told is None and told.response == made.response and told.told
+    text = str(tokenizer.decode(told.told))
+    assert text.count(HINT) == 1
+    parts = [part for part in ("Be short.", "What is it?") if part in text]
+    assert text.index(HINT) < text.index(parts[-1 if place == "question" else 0])
+    assert text.replace(HINT, "").endswith(str(tokenizer.decode(made.prompt))[-30:])
+    # A written sample knows its prompt by tokens, and the row that it answers.
+    if "response" not in row and "messages" in row:
+        row = {"messages": row["messages"][:-1]}
+    sample = {"tokens": made.prompt, "response_tokens": made.response, "asked": row}
+    again = context.add(context.Context(HINT, "", place), sample, made, make, tokenizer)
+    assert again.told == told.told
+    # Tokens alone take tokens.
+    bare = {"tokens": made.prompt, "response_tokens": made.response, "more": [7, 8]}
+    alone = context.add(context.Context("", "more", place), bare, made, make, None)
+    assert alone.told == [7, 8, *made.prompt]
+    with pytest.raises(UserError, match="takes its context as token ids"):
+        context.add(context.Context(HINT, "", place), bare, made, make, tokenizer)
 
 
 def own_rows(batch):
