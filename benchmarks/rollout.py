@@ -227,7 +227,14 @@ def tail(worker: Worker, fields: Row) -> Row:
         answer = worker.ask(**job)
         if answer is not None:
             assert [len(tokens) for tokens in answer["tokens"]] == lengths
+            counts = answer["counts"]
             found[f"{mode}_tokens_per_second"] = sum(lengths) / answer["seconds"]
+            if mode == "continuous":
+                waiting = counts["queued_tokens"] / max(1, counts.get("queued_slot_steps", 0))
+                found |= {
+                    "utilisation": counts["tokens"] / counts["slot_steps"],
+                    "utilisation_while_rows_wait": waiting,
+                }
     return found
 
 
@@ -243,7 +250,7 @@ def group(worker: Worker, fields: Row) -> Row:
 
 
 def machine(workers: dict[str, Worker]) -> Row:
-    """What the numbers belong to: processor, accelerator if there is one, memory, versions."""
+    """What the numbers belong to: processor, memory, versions."""
     name, memory = platform.processor() or platform.machine(), None
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -268,7 +275,8 @@ def table(results: Row) -> str:
         f"# Samplers side by side, {shape['dtype']}",
         "",
         f"{host['time']}, {host['processor']}, {host['cores']} cores, {host['memory_gib']} GiB,"
-        f" load {host['load_before']:.1f} before; memory reads {width['read'] / 1e9:.1f} GB/s,"
+        f" load {host['load_before']:.1f} before; on {width['devices']} memory reads"
+        f" {width['read'] / 1e9:.1f} GB/s,"
         f" copies {width['copy'] / 1e9:.1f} GB/s (read + written), measured in the same run.",
         f"{shape['model']}; prompts of {shape['prompt_tokens']} tokens, {shape['new_tokens']} new"
         f" ones, greedy; caches of fixed size have {shape['cache']} slots; medians of"
@@ -324,7 +332,8 @@ def plot(results: Row, path: Path) -> None:
     axes.set_ylabel("decoded tokens/s")
     host = results["machine"]
     axes.set_title(
-        f"{results['shape']['model']}, {DTYPE.value}, {host['processor']}, {host['cores']} cores",
+        f"{results['shape']['model']}, {DTYPE.value}, {host['processor']}, {host['cores']} cores,"
+        f" {results['bandwidth']['devices']}",
         fontsize=9,
     )
     axes.legend(fontsize=8)

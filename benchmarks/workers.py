@@ -22,6 +22,8 @@ Answer = dict[str, Any]
 
 def ours(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
     """distill.rollout, and what else is asked of this project itself."""
+    from collections import Counter
+
     import jax
 
     from distill import policy, rollout
@@ -30,6 +32,7 @@ def ours(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
     subject = policy.reader(model, dtype)
     with policy.use(subject):
         subject = policy.load(subject, dtype)
+    counts: Counter[str] = Counter()
 
     def respond(
         prompts: list[list[int]], limits: list[int], samples: int, rows: int
@@ -43,6 +46,7 @@ def ours(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
                 limits=limits,
                 sampling=Sampling(0),
                 batch_size=rows,
+                counts=counts,
             )
             return [c.tokens for group in groups for c in group]
 
@@ -62,6 +66,7 @@ def ours(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
         mode = job.get("mode")
         if mode == "bandwidth":
             return _bandwidth()
+        counts.clear()
         start = time.perf_counter()
         if mode == "static":
             tokens = static(job)
@@ -70,18 +75,24 @@ def ours(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
         else:
             samples, count = job.get("samples", 1), len(job["prompts"])
             tokens = respond(job["prompts"], [job["new"]] * count, samples, count * samples)
-        return {"seconds": time.perf_counter() - start, "tokens": tokens}
+        return {"seconds": time.perf_counter() - start, "tokens": tokens, "counts": counts}
 
     return answer
 
 
 def _bandwidth() -> Answer:
-    """Bytes a second that all devices' memory gives to a read, and to a copy in place (r + w)."""
+    """Bytes a second that the memory of all devices together gives to a read, and to a copy in
+    place (read + written); and which devices they are."""
     import jax
     import jax.numpy as jnp
 
-    GIB = 2**30
-    x, v = jnp.ones((4096, GIB // 4 // 4096)), jnp.ones(GIB // 4 // 4096)
+    GIB, devices = 2**30, jax.devices()
+    mesh = jax.make_mesh((len(devices),), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    x = jax.device_put(jnp.ones((4096, GIB // 4 // 4096)), split)
+    v = jax.device_put(
+        jnp.ones(GIB // 4 // 4096), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    )
     read = jax.jit(lambda x, v: x @ v)
     copy = jax.jit(lambda x: x + 1, donate_argnums=0)
     times: dict[str, list[float]] = {"read": [], "copy": []}
@@ -93,7 +104,11 @@ def _bandwidth() -> Answer:
         times["read"].append(middle - start)
         times["copy"].append(time.perf_counter() - middle)
     # The best of them is what the machine can do; the first of each was compiled.
-    return {"read": GIB / min(times["read"][1:]), "copy": 2 * GIB / min(times["copy"][1:])}
+    return {
+        "read": GIB / min(times["read"][1:]),
+        "copy": 2 * GIB / min(times["copy"][1:]),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+    }
 
 
 def transformers(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:

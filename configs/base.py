@@ -7,6 +7,9 @@
 
 from ml_collections import ConfigDict, config_dict
 
+# How the mathematical benchmarks put a question (Qwen3's model card); for data.template.
+BOXED = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+
 # Fields of losses.Loss and their types.
 LOSS = {
     **dict.fromkeys(("sft", "teacher", "reward", "reference", "beta", "skew"), float),
@@ -25,6 +28,7 @@ def data() -> ConfigDict:
     # arithmetic. Rows have prompt, messages, question or tokens, or the columns of a known set.
     c.source = "arithmetic"
     c.mixture = ()  # in its place, pairs of a source and a weight: (("a.jsonl", 3.0), ...)
+    c.template = "{question}"  # how a row's question is put; BOXED as the benchmarks do
     c.columns = ""  # "": by those found; or a name in distill/columns.py; or ours=theirs,...
     c.size = 0  # first rows (problems) used, in a new order each epoch; 0: all there are
     c.check = 10_000  # rows of each source read before step 0; later ones as they are needed
@@ -33,7 +37,16 @@ def data() -> ConfigDict:
     c.window = 4096  # rows of a stream shuffled among themselves; they are held in memory
     c.turns = "last"  # sft on chats: the last answer; all: each, earlier reasoning dropped
     c.keep = "finished"  # of generated samples: finished by a stop token, correct, or all
-    c.thinking = True  # the chat template's switch
+    # The chat template's switch: the share of prompts in thinking mode. 1: all; 0: none, their
+    # prompts end with an empty think block, which is not trained. Between, traces keep the mode
+    # that they show; and always a row that says its own (thinking: false, or /no_think) keeps it.
+    c.thinking = 1.0
+    c.difficulty = ""  # a column, harder is more; or a file of verify --keep=all or evaluate: 1 -
+    # the share of a prompt's samples that were correct. Metric data/difficulty
+    # By difficulty, in place of a new order each epoch: ordered (from the easiest to the hardest
+    # over the stage), widening (of the easiest share, which grows to all), weighted (each prompt
+    # as often as p(1 - p) says, of a difficulty in [0, 1]).
+    c.curriculum = ""
     c.operations = (3, 5)  # arithmetic: fewest and most operations of a problem
     c.split = "train"  # arithmetic: train or test; they share no problem
     return c
@@ -141,9 +154,18 @@ def stage(objective: str) -> ConfigDict:
     c.rollout.chunk = 2048  # tokens of prompts read in one call; bounds its memory
     c.rollout.cache_tokens = 0  # most slots x tokens of the cache; 0: slots x longest row
     c.rollout.cache_dtype = ""  # bfloat16 or int8: less memory, less exact; "": student.dtype
+    # Of the copy of the weights that decodes; "": student.dtype. bfloat16, or in 8 bits int8 or
+    # float8_e4m3fn, made on the device each step: faster, but the sampler is then another policy
+    # than the trainer (metric train/sampler_delta), which importance ratios correct for.
+    c.rollout.param_dtype = ""
     c.rollout.budget = (
         0  # tokens sampled a step; rows that have not ended go on in the next; 0: off
     )
+    # Sample the rows of step i + 1 while step i is scored and trained, from the weights of before
+    # its update. Losses of drawn tokens correct for that by their ratio, and are refused without
+    # one; exact and topk are right at every token, but the responses that they go along are one
+    # update old. The weights that sample, in student.dtype, are then held through the update.
+    c.rollout.ahead = False
     c.rollout.gathered = True  # each row shard holds all weights; False: fetches them each token
 
     c.optim = optim()
@@ -166,12 +188,17 @@ def get_config(arg: str = "") -> ConfigDict:
     c.student.tokenizer = ""
     c.student.random_init = False  # take config and tokenizer from path, weights at random
     c.student.dtype = "bfloat16"  # of activations; trained parameters are always float32
-    c.student.param_dtype = "bfloat16"  # of a base that LoRA leaves frozen
+    # Of what is frozen of it: LoRA's base, or the copy that a loss with a reference compares with.
+    # bfloat16, float32, or 8 bits as for the teacher.
+    c.student.param_dtype = "bfloat16"
     c.student.remat = True  # recompute each layer in the backward pass: less memory, 4/3 the time
     # Decay of a moving average of the trained parameters (LoRA: of its factors) after each update,
     # which all stages share: a teacher's path, and `export --average`. 0: none is kept.
     c.student.ema = 0.0
     c.student.balance_loss = 0.0  # weight of the load-balancing loss of experts; 0.001 is usual
+    # The update sends each token to the experts that the sampler sent it to (R3, arXiv 2510.11370):
+    # rounding then flips no choice between the two. 2·A bytes a token and layer on the host.
+    c.student.replay_routing = False
     c.student.lora = ConfigDict()  # or path names a PEFT adapter of these: it is trained on
     c.student.lora.rank = 0  # 0: all parameters are trained; else a low-rank term beside the base
     c.student.lora.alpha = 32.0  # the term counts alpha / rank

@@ -10,13 +10,12 @@ small steps.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import arguments, base
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """What differs from base: the models under assets/, float32, sizes for two CPU cores."""
-    if arg not in ("", "tiny"):
-        raise ValueError(f"configs/quickstart.py takes the argument 'tiny' or none, got {arg!r}")
+    a = arguments.read("quickstart", arg)
     c = base.get_config()
     c.student.path = "assets/student"
     c.student.param_dtype = c.student.dtype = "float32"
@@ -32,7 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.opd.max_response_tokens = 52
     c.opd.optim.learning_rate = 1e-3
     c.opd.optim.final_fraction = 0.02
-    if arg == "tiny":
+    if a.tiny:
         c.opd.steps = 3
         c.opd.batch_size = 8
         c.checkpoint.every = 2

@@ -9,13 +9,12 @@ LOG.md has the time and the accuracy.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import arguments, base
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """What differs from base: one sft stage on the generated task, random initial weights."""
-    if arg not in ("", "tiny"):
-        raise ValueError(f"configs/tiny_teacher.py takes the argument 'tiny' or none, got {arg!r}")
+    a = arguments.read("tiny_teacher", arg)
     c = base.get_config()
     c.stages = ("sft",)
     c.student.path = "assets/teacher"  # its config.json and tokenizer
@@ -30,7 +29,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.sft.optim.weight_decay = 0.01
     c.sft.optim.warmup_steps = 50
     c.sft.optim.final_fraction = 0.02
-    if arg == "tiny":
+    if a.tiny:
         c.sft.steps = 2
         c.sft.batch_size = 8
     return c

@@ -91,6 +91,11 @@ def response(problem: Problem) -> str:
     return f"<think>\n{problem.solution}\n</think>\n\n{problem.answer}"
 
 
+def direct(problem: Problem) -> str:
+    """The assistant's reference turn without thinking."""
+    return problem.answer
+
+
 def _skeleton(rng: np.random.Generator, count: int) -> Skeleton:
     """A start in 2..99 and `count` operations: the kind is drawn first, then its operand."""
     start = value = int(rng.integers(2, 100))

@@ -24,6 +24,7 @@ class Batch:
     positions_BT: jax.Array  # int32
     segments_BT: jax.Array  # int32
     mask_BT: jax.Array  # bool
+    thinking_BT: jax.Array | None = None  # bool: asked in thinking mode
     sampler_logp_BT: jax.Array | None = None  # float32, of the distribution drawn from
     finished_B: jax.Array | None = None  # bool: ended by a stop token, not by the length limit
     advantages_B: jax.Array | None = None  # float32, of each response's reward
@@ -40,4 +41,5 @@ class Batch:
     # of the teacher's likeliest tokens in the place of each token: ids, int32, and float32
     # log-probabilities
     teacher_top_BTK: tuple[jax.Array, jax.Array] | None = None
-    experts_BTLA: jax.Array | None = None  # int16: the sampler's, which the update then replays
+    # int16: the sampler's, which the update then replays; -1 where they are not known
+    experts_BTLA: jax.Array | None = None

@@ -1,9 +1,10 @@
 """The problems that a model is judged by, the protocols by which, and responses somebody stored."""
 
-from collections.abc import Iterable
+import dataclasses
 from typing import Any
 
-from distill import arithmetic, data, ifeval, rewards
+from distill import arithmetic, ifeval, rewards, sources
+from distill.sampling import Sampling
 from models.errors import UserError
 
 PROBLEM_SEED = 20_000  # of the generated test problems: the same ones in every evaluation
@@ -95,11 +96,16 @@ def settings(protocol: str, benchmark: str, changes: dict[str, Any]) -> dict[str
     return found | {name: value for name, value in changes.items() if value is not None}
 
 
+def sampling(settings: dict[str, Any]) -> Sampling:
+    """The distribution of a protocol's settings. Raises UserError for one that cannot be."""
+    fields = {field.name for field in dataclasses.fields(Sampling)}
+    return Sampling(**{name: value for name, value in settings.items() if name in fields})
+
+
 def problems(benchmark: str, path: str, limit: int) -> list[tuple[str, Row]]:
     """(name, row) of each problem; a row has id, question (or messages) and answer.
 
-    `path` is a jsonl file, hf:NAME[:CONFIG][:SPLIT] or tfds:NAME[:CONFIG][:SPLIT] (CONFIG may be
-    empty, SPLIT is train where it is not given); hf: and tfds: alone are the benchmark's own set.
+    `path` is whatever `sources.open_rows` reads; hf: and tfds: alone are the benchmark's own set.
 
     Raises:
       UserError: for an unknown benchmark, no data where it needs some, or a row without an answer.
@@ -118,7 +124,7 @@ def problems(benchmark: str, path: str, limit: int) -> list[tuple[str, Row]]:
             raise UserError(f"--data={path}: no set is named for {benchmark}: {path}NAME::SPLIT")
         path = own
     rows, names = [], set()
-    for number, (where, row) in enumerate(_read(path)):
+    for number, (where, row) in enumerate(_rows(path)):
         row = _adapted(benchmark, row, where)
         name = str(row.setdefault("id", f"{benchmark}-{number}"))
         if name in names:
@@ -150,31 +156,10 @@ def _final(answer: str | int | float) -> str:
     return tail.strip().replace(",", "") if marked else str(answer)
 
 
-def _read(path: str) -> Iterable[tuple[str, dict]]:
+def _rows(path: str) -> list[tuple[str, dict]]:
     """Rows with their names. Raises UserError where there is no such file or set."""
-    kind, _, name = path.partition(":")
-    if kind not in ("hf", "tfds"):
-        return data.read_jsonl(path)
-    name, config, split = (*name.split(":", 2), "", "")[:3]
-    try:
-        rows = (_hub if kind == "hf" else _tfds)(name, config, split or "train")
-    except Exception as error:  # both libraries, and the network under them, raise many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--data={path}: {reason}") from error
-    return [(f"{path} row {number}", row) for number, row in enumerate(rows)]
-
-
-def _hub(name: str, config: str, split: str) -> list[dict]:
-    import datasets  # seconds to import, and only here needed
-
-    return [dict(row) for row in datasets.load_dataset(name, config or None, split=split)]  # type: ignore[arg-type]
-
-
-def _tfds(name: str, config: str, split: str) -> list[dict]:
-    import tensorflow_datasets as tfds
-
-    rows: Any = tfds.data_source(f"{name}/{config}" if config else name, split=split)
-    return [{k: v.decode() if isinstance(v, bytes) else v for k, v in r.items()} for r in rows]
+    rows = sources.open_rows(path)
+    return [(rows.where(i), rows.row(i)) for i in range(rows.size)]
 
 
 def check(benchmark: str, rows: list[tuple[str, Row]]) -> None:
@@ -213,7 +198,7 @@ def stored(benchmark: str, path: str, rows: list[tuple[str, Row]]) -> list[Row]:
         str(row.get(field)): row["answer"] for _, row in rows for field in ("id", "question")
     }
     found = []
-    for number, (where, row) in enumerate(data.read_jsonl(path)):
+    for number, (where, row) in enumerate(_rows(path)):
         if not isinstance(row.get("response"), str):
             raise UserError(f"{where}: no response among its fields {sorted(row)}")
         fields = (*_NAMES, *_QUESTIONS, "prompt")

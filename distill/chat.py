@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from models.errors import UserError
 
+EMPTY_THINK = "<think>\n\n</think>\n\n"  # what the template ends a prompt without thinking with
 ROLES = ("system", "user", "assistant", "tool")
 
 _TOKENIZER_FILES = (
@@ -81,6 +82,23 @@ def _joined(parts: list, where: str) -> str:
         if kind != "text" or not isinstance(part.get("text"), str):
             raise UserError(f"{where}.content has a part of type {kind!r}; only text is read")
     return "".join(part["text"] for part in parts)
+
+
+def closed(tokenizer: PreTrainedTokenizerBase | None, prompt: list[int]) -> bool:
+    """Whether a prompt ends with an empty think block, after which nothing is thought."""
+    if tokenizer is None:
+        return False
+    end = tokenizer.decode(prompt[-4 * len(EMPTY_THINK) :])
+    return cast(str, end).endswith(EMPTY_THINK)
+
+
+def has_switch(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template renders the two modes apart; true where there is none to say."""
+    if tokenizer.chat_template is None:
+        return True
+    turn = [{"role": "user", "content": "Hello"}]
+    on, off = (render(tokenizer, turn, thinking=thinking) for thinking in (True, False))
+    return on != off
 
 
 def spoken(message: dict) -> str:
@@ -159,7 +177,7 @@ def conversation(
     """
     ids = render(tokenizer, messages, add_generation_prompt=False, tools=tools)
     header = render(tokenizer, messages, tools=tools)[len(ids) :]
-    empty = encode(tokenizer, "<think>\n\n</think>\n\n")
+    empty = encode(tokenizer, EMPTY_THINK)
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     mask, turns = [0] * len(ids), 0
     for i in range(len(header), len(ids)):

@@ -14,7 +14,7 @@ import gc
 import json
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -101,8 +101,16 @@ class Checkpoints:
                 self._pass_over(step, error)
         return None
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, Meta] | None:
+    def restore(
+        self,
+        abstract_state: Any,
+        step: int | None = None,
+        convert: Callable[[tuple, jax.Array], Any] | None = None,
+    ) -> tuple[Any, Meta] | None:
         """The newest whole checkpoint (or `step`) as (state, meta); None if there is none at all.
+
+        With `convert`, (path, array) -> what stands in its place, arrays are read one by one, and
+        no more than one of them is there as it was saved.
 
         `abstract_state` is a pytree of ShapeDtypeStructs with shardings: the whole state, or a
         dict of some of its top-level entries. The arrays that come back may be donated.
@@ -113,7 +121,7 @@ class Checkpoints:
         steps, reasons = self._steps(), []
         for candidate in steps if step is None else [step]:
             try:
-                return self._load(candidate, abstract_state)
+                return self._load(candidate, abstract_state, convert)
             except _Damaged as error:
                 reasons.append(self._pass_over(candidate, error))
         if reasons:
@@ -142,30 +150,43 @@ class Checkpoints:
             raise _Damaged("the checksum of about does not match")
         return about
 
-    def _load(self, step: int, abstract_state: Any) -> tuple[Any, Meta]:
-        abstract = _flat(abstract_state)
-        about, found, error = {}, {}, None
+    def _load(
+        self,
+        step: int,
+        abstract_state: Any,
+        convert: Callable[[tuple, jax.Array], Any] | None = None,
+    ) -> tuple[Any, Meta]:
+        abstract, where = _flat(abstract_state), self._directory / str(step)
+        about, error = {}, None
         try:
             about = self._about(step)
-            _require_same(about["leaves"], abstract, self._directory / str(step))
-            for name, item in _items(abstract).items():
-                where = self._directory / str(step) / name
-                found[name] = _read(where, ocp.args.StandardRestore(item))
+            _require_same(about["leaves"], abstract, where)
         except _Damaged as problem:
             error = problem
-        if not _everywhere(error is None):  # before the checksums, which all compute together
-            raise error or _Damaged("another process could not read its part")
-        leaves = {}
-        for path in abstract:
-            name, _, rest = path.partition("/")
-            x = found[name].pop(rest or name)  # so that only one leaf is there twice
-            # A copy: restored arrays may stand on host memory of the reader's, which cannot be
-            # donated, and the first step after would need room for a second state.
-            copy = jax.jit(_copied, out_shardings=(x.sharding, None))
-            leaves[path], check = copy(x)
-            del x
-            if int(jax.device_get(check)) != about["leaves"][path][2]:  # waits, as in `save`
-                raise _Damaged(f"the checksum of {path} does not match")
+        leaves: dict[str, Any] = {}
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(abstract_state)]
+        ways = dict(zip(abstract, paths, strict=True))
+        parts = [{path: x} for path, x in abstract.items()] if convert else [abstract]
+        for part in parts:
+            found = {}
+            try:
+                for name, item in _items(part).items() if error is None else ():
+                    found[name] = _read(where / name, _some_of(item))
+            except _Damaged as problem:
+                error = problem
+            if not _everywhere(error is None):  # before the checksums, which all compute together
+                raise error or _Damaged("another process could not read its part")
+            for path in part:
+                name, _, rest = path.partition("/")
+                x = found[name].pop(rest or name)  # so that only one leaf is there twice
+                # A copy: restored arrays may stand on host memory of the reader's, which cannot be
+                # donated, and the first step after would need room for a second state.
+                copy = jax.jit(_copied, out_shardings=(x.sharding, None))
+                x, check = copy(x)
+                if int(jax.device_get(check)) != about["leaves"][path][2]:  # waits, as in `save`
+                    raise _Damaged(f"the checksum of {path} does not match")
+                leaves[path] = convert(ways[path], x) if convert else x
+                del x
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves.values())
         return state, about["meta"]
 
@@ -187,7 +208,7 @@ def _read(item: epath.Path, args: ocp.args.CheckpointArgs) -> Any:
     handler = (
         ocp.JsonCheckpointHandler(multiprocessing_options=alone)
         if isinstance(args, ocp.args.JsonRestore)
-        else ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+        else ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
     )
     try:
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
@@ -199,6 +220,12 @@ def _read(item: epath.Path, args: ocp.args.CheckpointArgs) -> Any:
     gc.collect()
     sys.unraisablehook = hook
     raise _Damaged(f"{item.name}: {reason}")
+
+
+def _some_of(leaves: dict[str, Any]) -> ocp.args.PyTreeRestore:
+    """The arguments that read these arrays of an item into their shardings, and no others."""
+    restore_args = ocp.checkpoint_utils.construct_restore_args(leaves)
+    return ocp.args.PyTreeRestore(leaves, restore_args, partial_restore=True)
 
 
 def _flat(tree: Any) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def clean(
             hits = [
                 {"row": where, "why": "contaminated", "of": problems[n][0], "shared": k, "ngram": g}
                 for n, (k, g) in sorted(evaluation.matches(prompt).items())
-                if k >= shared
+                if k >= min(shared, evaluation.sizes[n])
             ]
             if hits:
                 findings += hits

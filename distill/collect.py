@@ -4,7 +4,7 @@ grader and reference make of them."""
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from distill import advantages, data, policy, rewards, rollout, teacher, terms
+from distill import advantages, curriculum, data, layout, policy, rewards, rollout, teacher, terms
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.prepare import Plan, Stage, rollout_options, sampling, terms_of
@@ -25,22 +25,28 @@ Collect = Callable[..., tuple[Batch, Measured]]
 Part = Callable[[Params, int], tuple[Batch, Measured]]
 
 
+MODES = {"think": True, "no_think": False}  # whether a row is asked to think
+
+
 def batches(
     plan: Plan, stage: Stage, seed: int, mesh: Mesh, logits_mib: float, grader: rewards.Grader
 ) -> Collect:
     """The batch of each step of a stage, on the mesh, with all that its loss reads."""
     s, parts = stage.c, []
     teachers = [plan.teachers[name] for name in s.teachers] if stage.taught else []
+    mine = mesh_lib.own_rows(mesh, s.batch_size)  # of the batch, this process's
     if stage.sampled:
-        parts.append(_sampled(plan, stage, seed, grader))
+        own = [row for row in mine if row < stage.sampled]
+        parts.append(_held(_sampled(plan, stage, seed, grader), own))
     if stage.sampled < s.batch_size:
-        parts.append(_read(stage, seed))
+        own = [row for row in mine if row >= stage.sampled]
+        parts.append(_read(stage, seed, own))
 
     def collect(params: Params, step: int, key: jax.Array, average: Params | None = None):
         found = [part(params, step) for part in parts]
         measured = {name: x for _, part in found for name, x in part.items()}
         batch = _shared(stage, _joined([batch for batch, _ in found]))
-        batch = jax.device_put(batch, mesh_lib.rows(mesh))
+        batch = mesh_lib.from_own_rows(batch, mesh, s.batch_size)
         begin = time.perf_counter()
         if stage.loss.reward and s.reward.judge:
             batch, judged = _judged(teachers, stage, batch, logits_mib, average)
@@ -59,7 +65,14 @@ def batches(
 
 
 def _joined(parts: list[Batch]) -> Batch:
-    """Rows of host batches one below the other; what not all of them know is left out."""
+    """Rows of host batches one below the other; what not all of them know is left out, but for
+    experts, which for the others are -1."""
+    routed = next((part.experts_BTLA for part in parts if part.experts_BTLA is not None), None)
+    if routed is not None:
+        for i, part in enumerate(parts):
+            if part.experts_BTLA is None:
+                free: Any = np.full((*part.tokens_BT.shape, *routed.shape[2:]), -1, np.int16)
+                parts[i] = dataclasses.replace(part, experts_BTLA=free)
     fields = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(Batch)}
     known = {name: xs for name, xs in fields.items() if all(x is not None for x in xs)}
     joined: dict[str, Any] = {
@@ -78,20 +91,34 @@ def _shared(stage: Stage, batch: Batch) -> Batch:
     return dataclasses.replace(batch, teacher_share_BN=share_BN, kind_B=None)
 
 
-def _read(stage: Stage, seed: int) -> Part:
-    """Written responses from the stage's data."""
+def _held(part: Part, own: list[int]) -> Part:
+    """Of the rows that every process samples, those that lie on its own devices."""
+
+    def make(params: Params, step: int) -> tuple[Batch, Measured]:
+        batch, measured = part(params, step)
+        if len(own) < batch.tokens_BT.shape[0]:
+            batch = jax.tree.map(lambda x: np.asarray(x)[own], batch)
+        return batch, measured
+
+    return make
+
+
+def _read(stage: Stage, seed: int, own: list[int]) -> Part:
+    """Written responses from the stage's data, in the rows `own` of the batch. Only these are read;
+    where rows are packed all are, since what is in one follows from the lengths of the others."""
     s = stage.c
     top_k = stage.loss.served_k if stage.loss.served == "top" else 0
 
     def make(step: int) -> tuple[Batch, Measured]:
         if stage.packer:
-            rows, T = stage.packer.rows(step - stage.first), s.pack_tokens
+            packed, T = stage.packer.rows(step - stage.first), s.pack_tokens
+            rows = [packed[row] for row in own]
         else:
-            examples = data.at(stage.source, step - stage.first, s.batch_size, seed)
-            rows = [[example] for example in examples[stage.sampled :]]
+            examples = data.at(stage.source, step - stage.first, s.batch_size, seed, own)
+            rows = [[example] for example in examples]
             T = s.max_prompt_tokens + s.max_response_tokens
-        batch = data.layout(rows, T, s.max_response_tokens, top_k, stage.room)
-        return batch, data.measure(batch, rows, s.max_response_tokens, stage.source)
+        batch = layout.batch(rows, T, s.max_response_tokens, top_k, stage.room)
+        return batch, layout.measure(batch, rows, s.max_response_tokens, stage.source)
 
     made = data.ahead(make, stage.end)
     return lambda _, step: made(step)
@@ -99,26 +126,42 @@ def _read(stage: Stage, seed: int) -> Part:
 
 def _sampled(plan: Plan, stage: Stage, seed: int, grader: rewards.Grader) -> Part:
     """The student's own responses, with their advantages where they are rewarded."""
-    s, write = stage.c, _writer(plan, stage)
+    s, ahead, begin = stage.c, stage.ahead, _writer(plan, stage)
+
+    def own(params: Params, step: int) -> tuple[list[rollout.Row], Measured]:
+        """The step's rows; and begins those of the next, where that is done ahead."""
+        if ahead and ahead.step == step:
+            found = ahead.rows, ahead.measured
+        else:
+            found = begin(params, step, step, _asked(stage, seed, step))()
+        if ahead and step + 1 < stage.end:
+            ahead.step = step
+            ahead.begun = begin(params, step, step + 1, _asked(stage, seed, step + 1))
+        return found
 
     def on_policy(params: Params, step: int) -> tuple[Batch, Measured]:
         if not stage.loss.reward:
-            ended, measured = write(params, step, _asked(stage, seed, step))
-            return _host_batch(stage, ended), measured
+            ended, measured = own(params, step)
+            return _host_batch(plan, stage, ended), measured
         begun = time.perf_counter()
         kept: list[rollout.Row] = []
         values: list[float] = []
         left: tuple[list[rollout.Row], list[float]] = ([], [])
         seen: Counter[str] = Counter()
         told: dict[str, list[float]] = {}
+        thought_in: list[bool] = []
         measured: Measured = {}
         rounds = s.reward.rounds if s.reward.constant_groups == "replace" else 1
         for turn in range(rounds):
             # Further rounds ask prompts that no step of the stage does.
             index = step if turn == 0 else stage.end + step * rounds + turn
-            examples = _examples(stage, seed, index)
-            rows, measured = write(params, step, _rows(stage, seed, index, examples))
+            examples = _examples(stage, seed, index, step)
+            if turn == 0:
+                rows, measured = own(params, step)
+            else:
+                rows, measured = begin(params, step, step, _rows(stage, seed, index, examples))()
             totals, terms_told = _graded(plan, stage, grader, rows, examples)
+            thought_in += [row.thinking for row in rows]
             for name, column in terms_told.items():
                 told.setdefault(name, []).extend(column)
             for at in range(0, len(rows), s.samples):
@@ -134,7 +177,7 @@ def _sampled(plan: Plan, stage: Stage, seed: int, grader: rewards.Grader) -> Par
         wanted = len(kept[: stage.sampled])
         rows = (kept + left[0])[: stage.sampled]  # what is dropped keeps the shape, untrained
         totals = (values + left[1])[: stage.sampled]
-        batch = _host_batch(stage, rows)
+        batch = _host_batch(plan, stage, rows)
         batch.mask_BT[wanted:] = False  # pyright: ignore[reportIndexIssue]
         measured |= {
             "reward/mean": float(np.mean(totals)),
@@ -145,6 +188,11 @@ def _sampled(plan: Plan, stage: Stage, seed: int, grader: rewards.Grader) -> Par
         for name, column in told.items():
             measured |= {f"reward/{name}": float(np.mean(column))}
             measured |= {f"reward/{name}_std": float(np.std(column))}
+            for mode, thinking in MODES.items():
+                of = [
+                    x for x, thought in zip(column, thought_in, strict=True) if thought == thinking
+                ]
+                measured |= {f"reward/{name}/{mode}": float(np.mean(of))} if of else {}
         totals = np.array(totals, np.float32)
         found = dataclasses.replace(batch, advantages_B=_advantages(stage, totals))
         return found, measured
@@ -204,7 +252,7 @@ def _graded(
             tokens=row.tokens,
             finished=row.reason == "stop",
             outcome=outcome,
-            thinking=bool(s.data.thinking),
+            thinking=row.thinking,
             limit=s.max_response_tokens,
             margin=s.reward.margin,
         )
@@ -215,29 +263,38 @@ def _graded(
 
 def _writer(
     plan: Plan, stage: Stage
-) -> Callable[[Params, int, list[rollout.Row]], tuple[list[rollout.Row], Measured]]:
-    """The function that samples rows and returns those that ended."""
+) -> Callable[
+    [Params, int, int, list[rollout.Row]], Callable[[], tuple[list[rollout.Row], Measured]]
+]:
+    """The function that begins sampling, and returns what samples and returns the rows that ended.
+
+    It takes the parameters, their version, the step whose rows they are, and these. Once it has
+    begun, the parameters may be donated.
+    """
     s, student, parked = stage.c, plan.student, stage.parked
     drawn_from, options, sampled = sampling(s), rollout_options(s), policy.sampled(student)
 
-    def write(params: Params, step: int, rows: list[rollout.Row]):
+    def begin(params: Params, version: int, step: int, rows: list[rollout.Row]):
         counts: Counter[str] = Counter()
-        begin = time.perf_counter()
-        done = list(
-            rollout.run(
-                student.model,
-                sampled(params),
-                rows,
-                sampling=drawn_from,
-                stop_ids=student.stop_ids,
-                options=options,
-                version=step,
-                # The last step ends all rows.
-                budget=s.rollout.budget if parked and step + 1 < stage.end else None,
-                counts=counts,
-            )
+        coming = rollout.run(
+            student.model,
+            sampled(params),
+            rows,
+            sampling=drawn_from,
+            stop_ids=student.stop_ids,
+            options=options,
+            version=version,
+            # The last step ends all rows.
+            budget=s.rollout.budget if parked and step + 1 < stage.end else None,
+            counts=counts,
+            routing=plan.replays,
         )
-        took = time.perf_counter() - begin
+        return lambda: finish(coming, step, len(rows), counts)
+
+    def finish(coming: Iterator[rollout.Row], step: int, asked: int, counts: Counter[str]):
+        started = time.perf_counter()
+        done = list(coming)
+        took = time.perf_counter() - started
         ended = [row for row in done if row.reason]
         written = sum(len(row.tokens) for row in ended)
         measured = {
@@ -248,30 +305,47 @@ def _writer(
             "rollout/utilisation": counts["tokens"] / counts["slot_steps"],
             "time/rollout": took,
             "data/skipped": len(stage.source.skipped),
+            **curriculum.mean([row.difficulty for row in ended]),
+            **_by_mode(ended),
         }
         if parked:
-            parked.begun += len(rows) - len(parked.rows)
+            parked.begun += asked - len(parked.rows)
             parked.rows = [row for row in done if not row.reason]
+            measured["rollout/ended"] = len(ended)
+        if parked or stage.ahead:
             stale = sum(version < step for row in ended for version in row.versions)
-            measured |= {"rollout/ended": len(ended), "rollout/stale": stale / max(1, written)}
+            measured["rollout/stale"] = stale / max(1, written)
         return ended, measured
 
-    return write
+    return begin
 
 
-def _host_batch(stage: Stage, rows: Sequence[rollout.Row]) -> Batch:
-    s = stage.c
-    return rollout.to_batch(
-        rows, stage.sampled, s.max_prompt_tokens, s.max_response_tokens, stage.room
-    )
+def _by_mode(rows: Sequence[rollout.Row]) -> Measured:
+    """Lengths and truncation of the modes apart; each that there is."""
+    found: Measured = {}
+    for mode, thinking in MODES.items():
+        of = [row for row in rows if row.thinking == thinking]
+        if of:
+            cut = sum(row.reason == "length" for row in of)
+            found[f"rollout/rows/{mode}"] = len(of)
+            found[f"rollout/mean_length/{mode}"] = sum(len(row.tokens) for row in of) / len(of)
+            found[f"rollout/truncated/{mode}"] = cut / len(of)
+    return found
 
 
-def _examples(stage: Stage, seed: int, step: int) -> list[data.Example]:
-    """The prompts of a step: the first of what the step reads."""
+def _host_batch(plan: Plan, stage: Stage, rows: Sequence[rollout.Row]) -> Batch:
+    s, routing = stage.c, plan.student.config.routing if plan.replays else None
+    limits = s.max_prompt_tokens, s.max_response_tokens
+    return rollout.to_batch(rows, stage.sampled, *limits, stage.room, routing)
+
+
+def _examples(stage: Stage, seed: int, step: int, now: int) -> list[data.Example]:
+    """The prompts of a step: the first of what the step reads, of the difficulty of step `now`."""
     s = stage.c
     count = stage.sampled // s.samples
     whole = s.batch_size if stage.sampled < s.batch_size else count
-    return data.at(stage.source, step - stage.first, whole, seed)[:count]
+    found = data.at(stage.source, step - stage.first, whole, seed, now=now - stage.first)
+    return found[:count]
 
 
 def _rows(
@@ -285,10 +359,10 @@ def _asked(stage: Stage, seed: int, step: int) -> list[rollout.Row]:
     """The rows of a step: those that were parked, and then as many new ones as there is room."""
     size, parked = stage.sampled, stage.parked
     if not parked:
-        return _rows(stage, seed, step, _examples(stage, seed, step))
+        return _rows(stage, seed, step, _examples(stage, seed, step, step))
     begun, count = parked.begun, size - len(parked.rows)
     rows: list[rollout.Row] = []
     for index in range(begun // size, -(-(begun + count) // size)):
         at = stage.first + index
-        rows += _rows(stage, seed, at, _examples(stage, seed, at))
+        rows += _rows(stage, seed, at, _examples(stage, seed, at, at))
     return parked.rows + rows[begun % size :][:count]

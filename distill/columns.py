@@ -1,8 +1,9 @@
 """What the columns of well-known sets mean: a row of theirs as a row of ours.
 
 A row of ours has a prompt: `messages`, `question`, `prompt` (plain text) or `tokens`; perhaps what
-is learned after it: `response`, `solution` or `response_tokens`; and perhaps an `answer`, which
-graders compare with. An adapter adds these to a row and leaves the rest as it is.
+is learned after it: `response`, `solution` or `response_tokens`, and `direct` in its place where
+the mode is not to think; perhaps its own mode, `thinking` (true or false); and perhaps an `answer`,
+which graders compare with. An adapter adds these to a row and leaves the rest as it is.
 """
 
 from collections.abc import Callable
@@ -34,7 +35,9 @@ def _closed(text: str) -> str:
 
 def _gsm8k(row: dict, traces: bool) -> dict:
     if not isinstance(row["answer"], str) or "####" not in row["answer"]:
-        return {}
+        # A worked solution that does not end as GSM8K's do is no answer to compare with.
+        worked = isinstance(row["answer"], str) and ("\n" in row["answer"] or "<<" in row["answer"])
+        return {"answer": ""} if worked else {}
     solution, answer = row["answer"], row["answer"].rpartition("####")[2]
     return {"solution": row.get("solution", solution), "answer": answer.strip().replace(",", "")}
 
@@ -102,6 +105,13 @@ def _verl(row: dict, traces: bool) -> dict:
     return found if isinstance(row["prompt"], list) else {"answer": found["answer"]}
 
 
+def _tulu(row: dict, traces: bool) -> dict:
+    """Tulu 3: a chat that ends with an answer. To be asked is what stands before it."""
+    last = row["messages"][-1]
+    asked = not traces and isinstance(last, dict) and last.get("role") == "assistant"
+    return {"messages": row["messages"][:-1]} if asked else {}
+
+
 def _completion(row: dict, traces: bool) -> dict:
     if isinstance(row["prompt"], str):
         return {"response": row["completion"]}
@@ -119,6 +129,7 @@ ADAPTERS: dict[str, tuple[tuple[str, ...], Callable[[dict, bool], dict]]] = {
     "thinking": (("question", "thinking", "content"), _thinking),
     "conversations": (("conversations",), _conversations),  # OpenThoughts3, ShareGPT
     "verl": (("prompt", "reward_model"), _verl),  # DAPO-Math-17k and others in verl's form
+    "tulu": (("id", "messages", "source"), _tulu),
     "completion": (("prompt", "completion"), _completion),
     "math": (("problem",), _math),
     "gsm8k": (("question", "answer"), _gsm8k),
@@ -161,3 +172,12 @@ def canonical(row: dict, columns: str, where: str, traces: bool) -> dict:
                 f"{where}: {', '.join(needs)} are not as in the sets known by them: {error!r}"
             ) from None
     return row
+
+
+def put(row: dict, template: str) -> dict:
+    """`row` with its question, where it has one, put as `template` says, and no answer of null."""
+    if row.get("answer", "") is None:
+        row = {**row, "answer": ""}
+    if not isinstance(row.get("question"), str):
+        return row
+    return row | {"question": template.replace("{question}", row["question"])}

@@ -88,7 +88,15 @@ def add(
     other = make(_with(row, text, context.place, where))
     if other.response != made.response:
         raise UserError(f"{where}: the response is another behind the context")
-    return dataclasses.replace(made, told=other.prompt)
+    if (other.thinking, other.other is None) != (made.thinking, made.other is None):
+        raise UserError(f"{where}: the context says /think or /no_think, and so changes the mode")
+    return _told(made, other)
+
+
+def _told(made: Example, behind: Example) -> Example:
+    """`made`, in each of its modes, with the prompt of `behind` for the teacher."""
+    other = made.other and behind.other and _told(made.other, behind.other)
+    return dataclasses.replace(made, told=behind.prompt, other=other)
 
 
 def _are_ids(words: object) -> bool:

@@ -5,15 +5,14 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from distill import columns, context, metrics, sources
-from distill.batch import Batch
-from distill.examples import Example, prompt_tokens, require_top, trace
+from distill import chat, columns, context, curriculum, metrics, sources
+from distill.examples import Example, asked, prompt_tokens, require_top, trace  # noqa: F401
 from models.errors import UserError
 
 ENDLESS_SAMPLE = 1000  # problems of a source without end that are looked at before step 0
@@ -25,13 +24,16 @@ class Source:
     """Examples by number; `size` of them, or without end where size is 0.
 
     `window` > 0: an epoch's order goes from window to window of so many rows, shuffled within each,
-    as a stream needs it. `skipped` holds why a bad row was left out, by the row's name.
+    as a stream needs it. `skipped` holds why a bad row was left out, by the row's name. `thinking`
+    is the share of examples that are read in thinking mode, of those that come in both.
     """
 
     size: int
     example: Callable[[int], Example]
     window: int = 0
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    thinking: float = 1.0
+    order: curriculum.Order | None = None  # in place of a new order each epoch
 
 
 def read_jsonl(path: str | Path) -> list[tuple[str, dict]]:
@@ -86,11 +88,20 @@ def load(
     for field in ("size", "check", "window"):
         if c[field] < 0:
             raise UserError(f"config.data.{field}={c[field]}: not a number of rows")
+    if "{question}" not in c.template:
+        raise UserError(f"config.data.template={c.template!r}: has no {{question}}")
     if c.streaming and not c.window:
         raise UserError("config.data.window=0: a stream is shuffled in windows of rows")
     for field, known in CHOICES.items():
         if c[field] not in known:
             raise UserError(f"config.data.{field}={c[field]!r}: is none of {', '.join(known)}")
+    if not 0 <= c.thinking <= 1:
+        raise UserError(f"config.data.thinking={c.thinking}: is a share, from 0 to 1")
+    if 0 < c.thinking < 1 and tokenizer and not chat.has_switch(tokenizer):
+        raise UserError(
+            f"config.data.thinking={c.thinking}: the chat template of {tokenizer.name_or_path} has "
+            "no switch between modes; 1 or 0 leave it as it is"
+        )
     skipped: dict[str, str] = {}
     if not c.mixture:
         return _one(c, c.source, tokenizer, seed, traces, require, told, skipped)
@@ -112,6 +123,7 @@ CHOICES = {
     "on_bad_row": ("fail", "skip"),
     "turns": ("last", "all"),
     "keep": ("all", "finished", "correct"),
+    "curriculum": curriculum.CURRICULA,
 }
 
 
@@ -135,27 +147,33 @@ def _one(
         if traces and not window and sources.are_samples(rows):
             rows = sources.samples(rows, c.keep, skipped if c.on_bad_row == "skip" else None)
 
+    difficulty_of = curriculum.grade(c.difficulty)
+
     def make(row: dict, where: str) -> Example:
         if traces:
             return trace(row, where, tokenizer, c.thinking, c.turns)
-        ids = prompt_tokens(row, where, tokenizer, c.thinking)
-        return Example(ids, [], str(row.get("answer", "")), where)
+        return asked(row, where, tokenizer, c.thinking)
 
     def example(index: int) -> Example:
         where = rows.where(index)
-        row = columns.canonical(rows.row(index), c.columns, where, traces)
+        row = columns.put(columns.canonical(rows.row(index), c.columns, where, traces), c.template)
         made = make(row, where)
         if told is not None:
             again = functools.partial(make, where=where)
             made = context.add(told, row, made, again, tokenizer)
-        require(made)
+        made = made.graded(difficulty_of(row, made))
+        for each in (made, made.other):
+            if each:
+                require(each)
         return made
 
     if c.on_bad_row == "fail":
         for index in range(min(c.check, rows.size) if rows.size else ENDLESS_SAMPLE):
             example(index)
-        return Source(rows.size, example, rows.window, skipped)
-    return _skipping(rows, example, c.check, skipped)
+        source = Source(rows.size, example, rows.window, skipped)
+    else:
+        source = _skipping(rows, example, c.check, skipped)
+    return dataclasses.replace(source, thinking=c.thinking)
 
 
 def _skipping(
@@ -242,25 +260,45 @@ def _permutation(size: int, seeds: tuple[int, ...]) -> np.ndarray:
 def one(source: Source, ordinal: int, seed: int) -> Example:
     """The example that comes as number `ordinal` of all that are read: that very one of a source
     without end; of a finite one, by an order drawn anew for each epoch, so that each example comes
-    once an epoch."""
+    once an epoch. One that comes in both modes is in the mode of that number."""
+    return _moded(source, _index(source, ordinal, seed), ordinal, seed)
+
+
+def _moded(source: Source, index: int, ordinal: int, seed: int) -> Example:
+    example = source.example(index)
+    return (
+        example if curriculum.thinks(source.thinking, ordinal, seed) else example.other or example
+    )
+
+
+def _index(source: Source, ordinal: int, seed: int) -> int:
     if not source.size:
-        return source.example(ordinal)
+        return ordinal
     epoch, place = divmod(ordinal, source.size)
     if not source.window:
-        return source.example(int(_permutation(source.size, (seed, epoch))[place]))
+        return int(_permutation(source.size, (seed, epoch))[place])
     window, place = divmod(place, source.window)
     begin = window * source.window
     size = min(source.window, source.size - begin)
-    return source.example(begin + int(_permutation(size, (seed, epoch, window))[place]))
+    return begin + int(_permutation(size, (seed, epoch, window))[place])
 
 
 def at(
-    source: Source, step: int, count: int, seed: int, share: Sequence[int] | None = None
+    source: Source,
+    step: int,
+    count: int,
+    seed: int,
+    share: Sequence[int] | None = None,
+    now: int | None = None,
 ) -> list[Example]:
     """The `count` examples of a step, or those of its places that `share` lists: what a process
-    reads that feeds these rows of the batch. The order does not depend on who reads it."""
+    reads that feeds these rows of the batch. The order does not depend on who reads it. By a
+    curriculum they are of the difficulty of the step `now`, where that is another."""
     places = range(count) if share is None else share
-    return [one(source, step * count + place, seed) for place in places]
+    if not source.order:
+        return [one(source, step * count + place, seed) for place in places]
+    drawn = source.order(step, step if now is None else now, count)
+    return [_moded(source, drawn[place], step * count + place, seed) for place in places]
 
 
 T = TypeVar("T")
@@ -282,91 +320,3 @@ def ahead(make: Callable[[int], T], end: int) -> Callable[[int], T]:
         return made
 
     return get
-
-
-def left_pad(prompts: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens_BP, segments_BP) int32 with prompts at the right end, segment 0 before them."""
-    tokens = np.zeros((len(prompts), length), np.int32)
-    segments = np.zeros_like(tokens)
-    for row, ids in enumerate(prompts):
-        tokens[row, length - len(ids) :] = ids
-        segments[row, length - len(ids) :] = 1
-    return tokens, segments
-
-
-def trace_batch(examples: list[Example], max_prompt: int, max_response: int) -> Batch:
-    """Prompts and responses as one right-padded Batch of T = max_prompt + max_response.
-
-    A response longer than max_response is cut, and then has no stop token to learn.
-    """
-    return layout([[example] for example in examples], max_prompt + max_response, max_response)
-
-
-def layout(
-    rows: Sequence[Sequence[Example]], T: int, max_response: int, top_k: int = 0, room: int = 0
-) -> Batch:
-    """Rows of T tokens, each with its examples one behind the other as segments 1, 2, ...
-
-    Positions begin at 0 in each segment, and attention does not leave one (models.qwen3.model), so
-    examples are trained as if each had a row of its own. Responses are cut at max_response. With
-    top_k the batch has the teacher's stored top; UserError names an example that lacks it. With
-    `room`, the most tokens of a context, it has what the teachers read; of rows of one example.
-    """
-    tokens = np.zeros((len(rows), T), np.int32)
-    segments, mask = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
-    begins = np.zeros_like(tokens)  # of each token's segment; padding goes on with the last one's
-    for row, examples in enumerate(rows):
-        at = 0
-        for number, example in enumerate(examples, start=1):
-            response = example.response[:max_response]
-            start = at + len(example.prompt)
-            end = start + len(response)
-            tokens[row, at:end] = example.prompt + response
-            segments[row, at:end] = number
-            mask[row, start:end] = (example.trained or [True] * len(response))[: len(response)]
-            begins[row, at:] = at
-            at = end
-    positions = np.arange(T, dtype=np.int32)[None] - begins
-    arrays: Any = (tokens, positions, segments, mask)  # host arrays, until they are put on a mesh
-    top: Any = _top(rows, T, max_response, top_k) if top_k else None
-    kinds: Any = np.array([row[0].kind if row else 0 for row in rows], np.int32)
-    batch = Batch(*arrays, teacher_top_BTK=top, kind_B=kinds)
-    if not room:
-        return batch
-    alone = [row[0] for row in rows]
-    behind = [dataclasses.replace(e, prompt=e.told or e.prompt, told=None) for e in alone]
-    told = layout([[e] for e in behind], T + room, max_response)
-    further = np.array(
-        [[len(b.prompt) - len(e.prompt)] for e, b in zip(alone, behind, strict=True)]
-    )
-    return context.lay(batch, told, further)
-
-
-def _top(
-    rows: Sequence[Sequence[Example]], T: int, max_response: int, K: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and log-probabilities [B, T, K] of the likeliest in the place of each response token."""
-    ids = np.zeros((len(rows), T, K), np.int32)
-    logp = np.zeros(ids.shape, np.float32)
-    for row, examples in enumerate(rows):
-        at = 0
-        for example in examples:
-            at += len(example.prompt)
-            require_top(example, K)
-            top = np.array([place[:K] for place in (example.top or [])[:max_response]])
-            ids[row, at : at + len(top)], logp[row, at : at + len(top)] = top[..., 0], top[..., 1]
-            at += len(top)
-    return ids, logp
-
-
-def measure(
-    batch: Batch, rows: Sequence[Sequence[Example]], max_response: int, source: Source
-) -> dict[str, float]:
-    """Metrics of what was read: the share of the batch that tokens fill, the share of responses
-    that were cut, and how many bad rows this process has left out so far."""
-    lengths = [len(example.response) for row in rows for example in row]
-    return {
-        "data/efficiency": float((np.asarray(batch.segments_BT) > 0).mean()),
-        "data/truncated": sum(n > max_response for n in lengths) / max(1, len(lengths)),
-        "data/skipped": len(source.skipped),
-    }

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 
-from distill import data, head, losses, policy, rollout
+from distill import data, head, layout, losses, policy, rollout
 from distill import mesh as mesh_lib
 from distill.policy import Policy
 from models.qwen3 import model
@@ -41,7 +41,7 @@ def reverse_kl(subject: Policy, teacher: Policy, rows: Iterable[Row], batch_size
     for start in range(0, len(examples), batch_size):
         chunk = examples[start : start + batch_size]
         blank = data.Example([], [], "", "padding")
-        batch = data.trace_batch(chunk + [blank] * (batch_size - len(chunk)), 0, width)
+        batch = layout.traces(chunk + [blank] * (batch_size - len(chunk)), 0, width)
         batch = jax.device_put(batch, mesh_lib.rows(mesh))
         kl, tokens = measure(subject.params, teacher.params, batch)
         total, count = total + float(kl), count + float(tokens)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from distill import mesh as mesh_lib
 from distill.sampling import Sampling, draw, model_logp, model_top
-from models.qwen3 import model
+from models.qwen3 import model, moe, quantised
 from models.qwen3.cache import Cache, init_cache, take_rows
 from models.qwen3.model import Params, Qwen3
 
@@ -33,6 +33,7 @@ class Decoder:
     cache_dtype: str
     segment: int  # decoding steps at most in one call of `decode`
     top_logprobs: int = 0  # report so many of the likeliest tokens at each step
+    routing: bool = False  # report the experts that each token went to
 
 
 @jax.tree_util.register_dataclass
@@ -62,6 +63,8 @@ class Drawn:
     model_logp_WB: jax.Array | None  # float32, of the tokens
     top_ids_WBk: jax.Array | None  # int32, the likeliest tokens
     top_logp_WBk: jax.Array | None  # float32
+    # Of a mixture, on demand: int16; -1 of a row's last token, which is not read any more.
+    experts_WBLA: jax.Array | None = None
 
 
 def prefers_stacked() -> bool:
@@ -70,26 +73,38 @@ def prefers_stacked() -> bool:
 
 
 def weights(
-    qwen3: Qwen3, params: Params, mesh: Mesh, *, stacked: bool, gathered: bool
+    qwen3: Qwen3,
+    params: Params,
+    mesh: Mesh,
+    *,
+    stacked: bool,
+    gathered: bool,
+    param_dtype: str = "",
 ) -> tuple[Qwen3, Params]:
-    """The model as it decodes: parameters in its dtype, in the layout that goes with the cache's.
+    """The model as it decodes: parameters in param_dtype ("": its own), which may be one of 8 bits
+    (models.qwen3.quantised), in the layout that goes with the cache's.
 
     gathered: no longer split over the mesh axes that also split the rows (experts still are), so
     that no step has to fetch them; this takes the memory of all weights / tensor on each device.
     """
     rules = mesh_lib.GATHERED if gathered else mesh_lib.RULES
     return qwen3.clone(scan=stacked, remat=False), _for_decoding(
-        qwen3, params, mesh=mesh, rules=rules, stacked=stacked
+        qwen3, params, mesh=mesh, rules=rules, stacked=stacked, param_dtype=param_dtype
     )
 
 
-@functools.partial(jax.jit, static_argnames=("qwen3", "mesh", "rules", "stacked"))
-def _for_decoding(qwen3: Qwen3, params: Params, mesh: Mesh, rules: tuple, stacked: bool) -> Params:
+@functools.partial(jax.jit, static_argnames=("qwen3", "mesh", "rules", "stacked", "param_dtype"))
+def _for_decoding(
+    qwen3: Qwen3, params: Params, mesh: Mesh, rules: tuple, stacked: bool, param_dtype: str
+) -> Params:
     # Cast once: every step reads all weights, and would otherwise read them in float32.
+    kind, dtype = quantised.split(param_dtype or qwen3.dtype, qwen3.dtype)
+    shapes = mesh_lib.parameters(qwen3.config, mesh, rules=rules)
+    shapes = quantised.abstract(shapes, kind) if kind else shapes
     params = jax.tree.map(
-        lambda p, like: jax.lax.with_sharding_constraint(p.astype(qwen3.dtype), like.sharding),
-        params,
-        mesh_lib.parameters(qwen3.config, mesh, rules=rules),
+        lambda p, like: jax.lax.with_sharding_constraint(p, like.sharding),
+        quantised.tree(params, kind, dtype),
+        shapes,
     )
     return params if stacked else model.unstack(params, qwen3.config.num_hidden_layers)
 
@@ -122,16 +137,38 @@ def _split(state: State) -> State:
 @functools.partial(jax.jit, static_argnames="decoder", donate_argnames="cache")
 def read(
     decoder: Decoder, params: Params, cache: Cache, tokens_positions_2BT: jax.Array
-) -> tuple[Cache, jax.Array]:
-    """Reads T tokens a row into the cache; position -1 is padding. With the last hidden [B, D]."""
+) -> tuple[Cache, jax.Array, jax.Array | None]:
+    """Reads T tokens a row into the cache; position -1 is padding. With the last hidden [B, D], and
+    the experts [B, T, L, A] where they are asked for."""
     tokens_BT, positions_BT = tokens_positions_2BT
     segments_BT = (positions_BT >= 0).astype(jnp.int32)
     positions_BT = jnp.maximum(positions_BT, 0)
-    applied: Any = decoder.qwen3.apply(
-        {"params": params}, tokens_BT, positions_BT, segments_BT, cache
+    hidden_BTD, cache, experts_BTLA = _forward(
+        decoder, params, tokens_BT, positions_BT, segments_BT, cache
     )
-    hidden_BTD, cache = applied
-    return cache.constrained(), hidden_BTD[:, -1]
+    return cache.constrained(), hidden_BTD[:, -1], experts_BTLA
+
+
+def _forward(
+    decoder: Decoder,
+    params: Params,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segments_BT: jax.Array,
+    cache: Cache,
+) -> tuple[jax.Array, Cache, jax.Array | None]:
+    applied: Any = decoder.qwen3.apply(
+        {"params": params},
+        tokens_BT,
+        positions_BT,
+        segments_BT,
+        cache,
+        mutable=[moe.CHOSEN] if decoder.routing else False,
+    )
+    if not decoder.routing:
+        return *applied, None
+    (hidden_BTD, cache), noted = applied
+    return hidden_BTD, cache, mesh_lib.whole(moe.chosen(noted[moe.CHOSEN]))
 
 
 ADMITTED = ("source", "row", "length", "drawn", "limit", "key0", "key1")
@@ -205,13 +242,19 @@ def decode(
     def body(carry: Any) -> Any:
         step, state, drawn = carry
         state, fed_B, drawn = _draw(decoder, head_VD, step, state, drawn)
-        hidden_B1D, cache = decoder.qwen3.apply(
-            {"params": params},
+        hidden_B1D, cache, experts_B1LA = _forward(
+            decoder,
+            params,
             fed_B[:, None],
             state.length_B[:, None],
             (~state.done_B)[:, None].astype(jnp.int32),
             state.cache,
         )
+        if experts_B1LA is not None:
+            assert drawn.experts_WBLA is not None
+            experts_BLA = jnp.where(state.done_B[:, None, None], -1, experts_B1LA[:, 0])
+            written_WBLA = drawn.experts_WBLA.at[step].set(experts_BLA)
+            drawn = dataclasses.replace(drawn, experts_WBLA=written_WBLA)
         length_B = state.length_B + ~state.done_B
         state = dataclasses.replace(
             state, cache=cache, hidden_BD=hidden_B1D[:, 0], length_B=length_B
@@ -228,10 +271,15 @@ def _nothing(decoder: Decoder, B: int) -> Drawn:
     W, k = decoder.segment, decoder.top_logprobs
     tokens_WB, logp_WB = jnp.zeros((W, B), jnp.int32), jnp.zeros((W, B), jnp.float32)
     count_reason_2B = jnp.zeros((2, B), jnp.int32)
+    experts_WBLA = None
+    if decoder.routing:
+        experts_WBLA = jnp.zeros((W, B, *decoder.qwen3.config.routing), jnp.int16)
     if not k:
-        return Drawn(tokens_WB, logp_WB, count_reason_2B, None, None, None)
+        return Drawn(tokens_WB, logp_WB, count_reason_2B, None, None, None, experts_WBLA)
     top_ids_WBk, top_logp_WBk = jnp.zeros((W, B, k), jnp.int32), jnp.zeros((W, B, k), jnp.float32)
-    return Drawn(tokens_WB, logp_WB, count_reason_2B, logp_WB, top_ids_WBk, top_logp_WBk)
+    return Drawn(
+        tokens_WB, logp_WB, count_reason_2B, logp_WB, top_ids_WBk, top_logp_WBk, experts_WBLA
+    )
 
 
 def _draw(

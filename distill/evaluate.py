@@ -9,13 +9,9 @@ responses are read from a file and no model is needed. `compare` puts several OU
 import dataclasses
 import math
 import time
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from absl import flags
 
@@ -28,6 +24,7 @@ from distill import (
     ifeval,
     metrics,
     policy,
+    responses,
     results,
     rewards,
     rollout,
@@ -38,103 +35,6 @@ from models.errors import UserError
 from models.qwen3.config import Config
 
 Row = dict[str, Any]
-
-_LONGEST = rewards.MAX_ANSWER_CHARACTERS
-
-
-def judged(row: Row, grade: rewards.Grade) -> Row:
-    """The row with what a grader said of its `response`, and what the text alone shows."""
-    text, outcome = str(row["response"]), grade["outcome"]
-    found = None if outcome == "no_answer" else rewards.find_answer(text)
-    return {
-        **row,
-        "correct": outcome == "correct",
-        # Of instructions there is no one answer to vote for.
-        **({} if "strict" in grade else {"found": found and found[:_LONGEST]}),
-        **grade,
-        "formatted": rewards.final_text(text) is not None and outcome != "no_answer",
-        "repeats": figures.repeats(text),
-    }
-
-
-def graded(grader: rewards.Grader, benchmark: str, rows: list[Row]) -> list[Row]:
-    """Rows with `response` and `answer`, plus outcome, correct, formatted, repeats and found."""
-    futures = [grader.submit(benchmark, str(r["response"]), str(r["answer"])) for r in rows]
-    return [judged(row, rewards.outcome(f)) for row, f in zip(rows, futures, strict=True)]
-
-
-def respond(
-    subject: Policy,
-    rows: list[tuple[str, Row]],
-    prompts: list[list[int]],
-    *,
-    first: int,
-    samples: int,
-    max_new_tokens: int,
-    sampling: rollout.Sampling,
-    seed: int,
-    batch_size: int,
-) -> Iterator[list[Row]]:
-    """The sampled responses of each problem from number `first` on, `samples` rows a problem."""
-    assert subject.tokenizer is not None
-    done = rollout.complete(
-        subject,
-        prompts[first:],
-        samples=samples,
-        key=jax.random.key(seed),
-        limits=[max_new_tokens] * (len(prompts) - first),
-        sampling=sampling,
-        batch_size=batch_size,
-        first=first,
-    )
-    for (where, row), prompt, completions in zip(rows[first:], prompts[first:], done, strict=True):
-        if any(c.reason == "error" for c in completions):
-            raise UserError(f"{where}: the model's logits are NaN")
-        yield [
-            {
-                "id": row["id"],
-                "sample": number,
-                "answer": row["answer"],
-                "response": subject.tokenizer.decode(c.tokens, skip_special_tokens=True),
-                "length": len(c.tokens),
-                "finish_reason": c.reason,
-                "prompt_tokens": prompt,
-                "tokens": c.tokens,
-            }
-            for number, c in enumerate(completions)
-        ]
-
-
-def _collect(
-    groups: Iterator[list[Row]],
-    grader: rewards.Grader,
-    benchmark: str,
-    rows: list[tuple[str, Row]],
-    keys: list[list[str]],
-    thinking: bool,
-) -> Iterator[list[Row]]:
-    """Groups of sampled responses, graded, in order. The next are sampled while graders work, and
-    nothing waits for a slow one but what comes after it in the file."""
-    waiting: deque[tuple[list[Row], list[Future]]] = deque()
-
-    def finished(wait: bool) -> Iterator[list[Row]]:
-        while waiting and (wait or all(f.done() for f in waiting[0][1])):
-            group, futures = waiting.popleft()
-            yield [judged(r, rewards.outcome(f)) for r, f in zip(group, futures, strict=True)]
-
-    for group, (_, problem), names in zip(groups, rows, keys, strict=True):
-        asked = metrics.dumps([problem.get("question"), problem.get("messages")])
-        for row, name in zip(group, names, strict=True):
-            text = str(row["response"])
-            row |= {
-                "well_formed": figures.well_formed(text, thinking),
-                "mixed": figures.mixes_languages(text, asked),
-                "key": name,
-            }
-        answers = [(str(row["response"]), str(row["answer"])) for row in group]
-        waiting.append((group, [grader.submit(benchmark, *pair) for pair in answers]))
-        yield from finished(wait=False)
-    yield from finished(wait=True)
 
 
 def _prompts(
@@ -201,7 +101,7 @@ def evaluate(
         (out / "examples.jsonl").open("a") as file,
         metrics.progress(len(rows), first, benchmark) as bar,
     ):
-        responses = respond(
+        sampled = responses.sample(
             subject,
             rows,
             prompts,
@@ -212,8 +112,8 @@ def evaluate(
             seed=seed,
             batch_size=batch_size,
         )
-        left = (responses if first < len(rows) else iter(()), rows[first:], keys[first:])
-        done = _collect(left[0], grader, benchmark, *left[1:], thinking)
+        left = (sampled if first < len(rows) else iter(()), rows[first:], keys[first:])
+        done = responses.graded_as_they_come(left[0], grader, benchmark, *left[1:], thinking)
         for number, group in enumerate(done, start=first + 1):
             file.writelines(metrics.dumps(row) + "\n" for row in group)
             file.flush()
@@ -291,6 +191,14 @@ TOP_K = flags.DEFINE_integer("top_k", None, "0: off.", lower_bound=0, flag_value
 TOP_P = flags.DEFINE_float(
     "top_p", None, "1: off.", lower_bound=1e-6, upper_bound=1.0, flag_values=OPTIONS
 )
+MIN_P = flags.DEFINE_float(
+    "min_p",
+    None,
+    "Least share of the likeliest token's probability; 0: off.",
+    lower_bound=0.0,
+    upper_bound=1.0,
+    flag_values=OPTIONS,
+)
 PRESENCE_PENALTY = flags.DEFINE_float(
     "presence_penalty", None, "Taken from the logits of what was said; 0: off.", flag_values=OPTIONS
 )
@@ -303,13 +211,6 @@ DTYPE = flags.DEFINE_enum(
 )
 
 
-def sampling_of(settings: Row) -> rollout.Sampling:
-    """The distribution of a protocol's settings. Raises UserError for one that cannot be."""
-    fields = {field.name for field in dataclasses.fields(rollout.Sampling)}
-    known = {name: value for name, value in settings.items() if name in fields}
-    return rollout.Sampling(**known)  # type: ignore[arg-type]
-
-
 def _settings(ks: list[int]) -> Row:
     """The protocol's settings, with the flags that change them; checked."""
     benchmarks.require(BENCHMARK.value)
@@ -320,9 +221,10 @@ def _settings(ks: list[int]) -> Row:
         "temperature": TEMPERATURE.value,
         "top_k": TOP_K.value,
         "top_p": TOP_P.value,
+        "min_p": MIN_P.value,
         "presence_penalty": PRESENCE_PENALTY.value,
     }
-    for name in ("temperature", "top_p", "presence_penalty"):  # nan passes a flag's bounds
+    for name in ("temperature", "top_p", "min_p", "presence_penalty"):  # nan passes a flag's bounds
         if changes[name] is not None and not math.isfinite(changes[name]):
             raise UserError(f"--{name}={changes[name]}: not a finite number")
     settings = benchmarks.settings(PROTOCOL.value, BENCHMARK.value, changes)
@@ -344,7 +246,7 @@ def _grade_stored(out: Path, ks: list[int]) -> None:
     if (out / "protocol.json").exists():
         raise UserError(f"--out={out}: holds the evaluation of a model")
     with rewards.Grader() as grader:
-        rows = graded(grader, benchmark, rows)
+        rows = responses.graded(grader, benchmark, rows)
     metrics.write_jsonl(out / "examples.jsonl", rows)
     summary = figures.summarise(rows, ks)
     metrics.write_json(out / "summary.json", summary)
@@ -360,15 +262,14 @@ def main() -> None:
     if RESPONSES.value:
         return _grade_stored(out, ks)
     settings = _settings(ks)
-    sampling = sampling_of(settings)
+    sampling = benchmarks.sampling(settings)
     rows = benchmarks.problems(BENCHMARK.value, DATA.value, LIMIT.value)
     benchmarks.check(BENCHMARK.value, rows)
     if not MODEL.value:
         raise UserError("--model: name a model directory, or give --responses")
     paths = [path for path in (MODEL.value, TEACHER.value) if path]
     mesh = mesh_lib.spread(*(Config.from_directory(policy.resolve(path)) for path in paths))
-    dtype = DTYPE.value or policy.default_dtype()
-    described = [policy.describe(path, dtype, False, mesh) for path in paths]
+    described = [policy.reader(path, DTYPE.value or "", mesh) for path in paths]
     policy.require_same_vocabulary(described[0], described[-1])
     cli.output(f"{OUT.value}/summary.json")
     template = TEMPLATE.value or benchmarks.BENCHMARKS[BENCHMARK.value]["prompt"]

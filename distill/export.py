@@ -14,10 +14,15 @@ import os
 import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
 from absl import flags
 
-from distill import cli, metrics, policy
+from distill import chat, cli, locate, metrics, policy
+from distill.policy import Policy
 from models.errors import UserError
+from models.qwen3 import adapter, weights
+from models.qwen3.lora import MLP
+from models.qwen3.model import Params
 
 OPTIONS = flags.FlagValues()
 RUN = flags.DEFINE_string("run", None, "Run directory.", OPTIONS, required=True)
@@ -47,6 +52,23 @@ AVERAGE = flags.DEFINE_bool(
 )
 
 MARK = "export.json"  # what an export can be known by, and replaced
+
+
+def save(model: Policy, directory: Path, dtype: str) -> None:
+    """Writes a Hugging Face directory: weights in `dtype`, config, stop ids, tokenizer."""
+    weights.save(model.params, model.config, directory, jnp.dtype(dtype))
+    chat.copy(locate.resolve(model.path), model.tokenizer_dir, model.stop_ids, directory)
+
+
+def save_adapter(run: Policy, trained: Params, directory: Path, dtype: str) -> None:
+    """Writes what a LoRA run has trained as a PEFT adapter to the run's base, and its tokenizer."""
+    kind, base = locate.lora_of(run.path), locate.origin(run.path)
+    assert kind is not None
+    if len(set(run.config.sparse_layers)) == 2 and not set(MLP).isdisjoint(kind.targets):
+        metrics.say("warning: of layers with and without experts peft 0.21 loads only the former's")
+    name = str(Path(base).resolve()) if Path(base).is_dir() else base  # else a hub id
+    adapter.save(trained, kind, run.config, name, directory, jnp.dtype(dtype))
+    chat.copy(locate.resolve(run.path), run.tokenizer_dir, run.stop_ids, directory)
 
 
 def export(
@@ -82,9 +104,9 @@ def export(
         shutil.rmtree(path, ignore_errors=True)
     try:
         if adapted:
-            policy.save_adapter(model, trained, fresh / "adapter" if whole else fresh, dtype)
+            save_adapter(model, trained, fresh / "adapter" if whole else fresh, dtype)
         if whole:
-            policy.save(whole, fresh, dtype)
+            save(whole, fresh, dtype)
         made_of = {"run": os.fspath(run), "step": step, "dtype": dtype, "average": average}
         metrics.write_json(fresh / MARK, made_of)
         if target.exists():

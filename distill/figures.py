@@ -17,7 +17,6 @@ from distill import metrics
 Row = dict[str, object]
 
 Z = 1.959964  # of a 95% interval
-_MEET = 0.25  # see `accuracy`
 _RUN = 8  # words; shorter runs repeat in honest text too
 
 # Scripts that an English answer has no use for. Greek is mathematics.
@@ -65,29 +64,50 @@ def majority_at_k(counts: Sequence[int], none: int, k: int) -> float:
 
 
 def accuracy(hits: Sequence[Sequence[bool]]) -> tuple[float, tuple[float, float]]:
-    """Mean over problems of the share of correct samples, and its 95% interval.
+    """Mean over problems of the share of correct samples, and its 95% interval (`interval`)."""
+    shares = np.array([np.mean(h) for h in hits])
+    return float(np.mean(shares)), interval(shares, max(len(h) for h in hits))
+
+
+def interval(shares_P: np.ndarray, samples: int) -> tuple[float, float]:
+    """The 95% interval of the mean share, over all problems that these are a sample of.
 
     Wilson's interval, for one sample a problem. For more, Wilson's for as many independent answers
-    as the samples are worth: N / r, where r = var(shares) / (m (1 - m)) falls from 1, where a
-    problem's samples agree, to 1 / n, where they are independent (the effective sample size and
-    the quantile of Student's t are those of Korn and Graubard 1998). The variance is unknown where
-    all problems agree, so it is taken with a quarter of a problem all right and another all wrong
-    added: without these, one hit in 30 problems of 64 samples would pass for certain. Covers 94 to
-    98% where problems differ in difficulty, and more where they do not (tests/test_figures.py).
+    as the samples are worth: P / r, where r = var(shares) / (m (1 - m)) falls from 1, where a
+    problem's samples agree, to 1 / samples, where they are independent. The effective sample size
+    is that of Korn and Graubard 1998, and so is the quantile of Student's t, in so far as the
+    variance is not known from the mean: wholly for many samples, not at all for one.
+
+    The variance of what is rare is unknown: two hits of 30 problems of 64 samples may come from
+    problems that are all a little possible, or from easy ones that are rare. So one problem all
+    right is added with weight 1 / E², where E = (Σ share)² / Σ share² is the number of problems
+    that the hits come from (Kish's effective number; 1 without a hit), and one all wrong likewise.
+    Both fade where hits and misses are spread over problems.
+
+    tests/test_figures.py and LOG.md have its coverage: about 95%, 93 to 97% from 60 problems on.
+    With one sample a problem there are only P + 1 intervals, so it jumps with the true rate
+    whatever they are; and where P times the rate (or one minus it) is below about 3, no interval
+    can tell what the few hits stand for.
     """
-    shares = np.array([np.mean(h) for h in hits])
-    n, mean = len(shares), float(np.mean(shares))
-    if all(len(h) == 1 for h in hits):
-        return mean, metrics.wilson(int(shares.sum()), n)
-    if n == 1:
-        return mean, (0.0, 1.0)
-    middle = (shares.sum() + _MEET) / (n + 2 * _MEET)
-    squares = np.sum(shares**2) + _MEET - (n + 2 * _MEET) * middle**2
-    ratio = squares / (n + 2 * _MEET - 1) / (middle * (1 - middle))
-    ratio = min(1.0, max(1 / max(len(h) for h in hits), float(ratio)))
-    t = float(special.stdtrit(n - 1, 0.975))
-    worth = n / ratio * (Z / t) ** 2
-    return mean, metrics.wilson(mean * worth, worth)
+    problems, mean = len(shares_P), float(np.mean(shares_P))
+    if samples == 1:
+        return metrics.wilson(float(shares_P.sum()), problems)
+    if problems == 1:
+        return 0.0, 1.0
+    right, wrong = _unseen(shares_P), _unseen(1 - shares_P)
+    total = problems + right + wrong
+    middle = (shares_P.sum() + right) / total
+    squares = np.sum(shares_P**2) + right - total * middle**2
+    ratio = squares / (total - 1) / (middle * (1 - middle))
+    ratio = min(1.0, max(1 / samples, float(ratio)))
+    t = Z + (float(special.stdtrit(problems - 1, 0.975)) - Z) * (1 - 1 / samples)
+    worth = problems / ratio * (Z / t) ** 2
+    return metrics.wilson(mean * worth, worth)
+
+
+def _unseen(shares_P: np.ndarray) -> float:
+    """1 / E², the weight of a problem that was not seen and whose share is 1."""
+    return float(np.sum(shares_P**2) ** 2 / shares_P.sum() ** 4) if shares_P.any() else 1.0
 
 
 def difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, tuple[float, float]]:
@@ -127,17 +147,6 @@ def repeats(text: str) -> bool:
     words = text.split()
     runs = [tuple(words[i : i + _RUN]) for i in range(len(words) - _RUN + 1)]
     return len(runs) >= _RUN and len(set(runs)) < len(runs) / 2
-
-
-def well_formed(text: str, thinking: bool) -> bool:
-    """One closed think block before anything else, in thinking mode; no think tag in the other.
-
-    The template of some models writes the opening tag, so that the response holds none.
-    """
-    opened, closed = text.count("<think>"), text.count("</think>")
-    if not thinking:
-        return not opened and not closed
-    return closed == 1 and (not opened or (opened == 1 and text.lstrip().startswith("<think>")))
 
 
 def mixes_languages(text: str, prompt: str) -> bool:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from absl import flags
 from transformers import PreTrainedTokenizerBase
 
-from distill import chat, cli, data, metrics, policy, rollout
+from distill import chat, cli, columns, data, metrics, policy, rollout
 from distill.policy import Policy
 from distill.sampling import Sampling
 from models.errors import RowError, UserError
@@ -35,6 +35,9 @@ MODEL = flags.DEFINE_string(
 )
 PROMPTS = flags.DEFINE_string(
     "prompts", None, "jsonl of prompts, or hf:..., tfds:...", OPTIONS, required=True
+)
+TEMPLATE = flags.DEFINE_string(
+    "template", "{question}", "How a row's question is put, as config.data.template.", OPTIONS
 )
 OUT = flags.DEFINE_string("out", None, "jsonl to write.", OPTIONS, required=True)
 MAX_NEW_TOKENS = flags.DEFINE_integer(
@@ -222,9 +225,9 @@ def _checked_sampling(subject: Policy) -> Sampling:
 
 
 def main() -> None:
-    rows = data.read(PROMPTS.value)
-    out = cli.output(OUT.value)
+    rows = [(where, columns.put(row, TEMPLATE.value)) for where, row in data.read(PROMPTS.value)]
     subject = policy.reader(MODEL.value, DTYPE.value or "")
+    out = cli.output(OUT.value)
     sampling, allowed = _checked_sampling(subject), limits(rows, MAX_NEW_TOKENS.value)
     ids: list[list[int]] = []
     errors: dict[int, str] = {}

@@ -12,6 +12,9 @@ from collections.abc import Iterable
 import numpy as np
 
 _TOKEN = re.compile(r"[^\W_]+|[^\w\s]|_")
+# What LaTeX can leave out, or write in two ways, without a change of what it shows.
+_LAYOUT = re.compile(r"\\(?:left|right|displaystyle|q?quad)(?![a-z])|\\[,;!:()\[\]]|[${}]")
+_FRACTION = re.compile(r"\\[dt]frac")
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it loses nothing
 
 SHINGLE = 5  # tokens in the n-grams by which near duplicates are found
@@ -21,6 +24,14 @@ _BANDS, _ROWS = 16, 4  # of MinHash: at Jaccard 0.8 a pair is missed once in 4,0
 def tokens(text: str) -> list[str]:
     """The tokens that texts are compared by."""
     return _TOKEN.findall(text.casefold())
+
+
+def plain(text: str) -> list[str]:
+    """`tokens` without what is only layout in LaTeX: $, braces, \\left, \\dfrac for \\frac."""
+    return tokens(_LAYOUT.sub(" ", _FRACTION.sub(r"\\frac", text.casefold())))
+
+
+FORMS = (tokens, plain)
 
 
 def ngrams(words: list[str], n: int) -> np.ndarray:
@@ -48,24 +59,34 @@ class Evaluation:
 
     def __init__(self, texts: Iterable[str], n: int) -> None:
         self._n = n
-        self._owners: dict[int, list[int]] = {}
+        self._owners: tuple[dict[int, list[int]], ...] = tuple({} for _ in FORMS)
+        self.sizes: list[int] = []  # of each problem, its different n-grams: a short one has few
         for number, text in enumerate(texts):
-            for gram in set(ngrams(tokens(text), n).tolist()):
-                self._owners.setdefault(gram, []).append(number)
+            for form, owners in zip(FORMS, self._owners, strict=True):
+                grams = set(ngrams(form(text), n).tolist())
+                for gram in grams:
+                    owners.setdefault(gram, []).append(number)
+            self.sizes.append(max(1, len(grams)))
 
     def matches(self, text: str) -> dict[int, tuple[int, str]]:
-        """Problem → (how many different n-grams it shares with `text`, the first one of them)."""
-        words = tokens(text)
-        found: dict[int, tuple[int, str]] = {}
-        seen: set[int] = set()
-        for start, gram in enumerate(ngrams(words, self._n).tolist()):
-            if gram in seen:
-                continue
-            seen.add(gram)
-            for owner in self._owners.get(gram, ()):
-                count, first = found.get(owner, (0, " ".join(words[start : start + self._n])))
-                found[owner] = (count + 1, first)
-        return found
+        """Problem → (how many different n-grams it shares with `text`, the first one of them), in
+        whichever of the FORMS it shares more."""
+        best: dict[int, tuple[int, str]] = {}
+        for form, owners in zip(FORMS, self._owners, strict=True):
+            words = form(text)
+            found: dict[int, tuple[int, str]] = {}
+            seen: set[int] = set()
+            for start, gram in enumerate(ngrams(words, self._n).tolist()):
+                if gram in seen:
+                    continue
+                seen.add(gram)
+                for owner in owners.get(gram, ()):
+                    count, first = found.get(owner, (0, " ".join(words[start : start + self._n])))
+                    found[owner] = (count + 1, first)
+            for owner, (count, first) in found.items():
+                if count > best.get(owner, (0, ""))[0]:
+                    best[owner] = (count, first)
+        return best
 
 
 def signature(text: str) -> np.ndarray:

@@ -71,11 +71,15 @@ def grade(response: str, answer: str) -> dict[str, object]:
             loose.append(None)
             continue
         # Two published prompts ask for a "letter" that is none ("#", "!"), instead of which the
-        # checkers draw one: always the same.
+        # checkers draw one each time: always the same two.
         random.seed(0)
+        undrawn = random.getstate()
         one = checkers.InputExample(0, [name], asked["prompt"], [kwargs])
         followed = checkers.test_instruction_following_strict(one, text)
         strict.append(bool(followed.follow_all_instructions))
+        if strict[-1] and random.getstate() == undrawn:
+            loose.append(True)  # the text as it stands is one of the eight forms
+            continue
         followed = checkers.test_instruction_following_loose(one, text)
         loose.append(bool(followed.follow_all_instructions))
     outcome = "wrong" if False in strict else "error" if None in strict else "correct"
@@ -88,6 +92,7 @@ def _checkers():
         import langdetect  # pyright: ignore[reportMissingImports]
         from lm_eval.tasks.ifeval import utils  # pyright: ignore[reportMissingImports]
     langdetect.DetectorFactory.seed = 0  # it guesses at random otherwise
+    langdetect.detector_factory.init_factory()  # reads 55 languages: not within an answer's time
     return utils
 
 

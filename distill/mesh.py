@@ -2,7 +2,8 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -128,6 +129,29 @@ def parameters(
 def rows(mesh: Mesh) -> NamedSharding:
     """The sharding of arrays whose first axis is the batch."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
+
+
+def own_rows(mesh: Mesh, count: int, devices: Iterable[Any] | None = None) -> list[int]:
+    """Which rows of a batch of `count` lie on these devices, in order; on those of this process by
+    default. All of them in a run of one process."""
+    held = rows(mesh).devices_indices_map((count,))
+    own = set(jax.local_devices() if devices is None else devices)
+    parts = [part for device, (part,) in held.items() if device in own]
+    return sorted({row for part in parts for row in range(*part.indices(count))})
+
+
+def from_own_rows(tree: Any, mesh: Mesh, count: int) -> Any:
+    """Arrays of `count` rows, split by rows over `mesh`, of host arrays that hold `own_rows`."""
+    mine = {row: at for at, row in enumerate(own_rows(mesh, count))}
+
+    def whole(x: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            first, end, _ = index[0].indices(count)
+            return x[mine[first] : mine[first] + end - first]
+
+        return jax.make_array_from_callback((count, *x.shape[1:]), rows(mesh), part)
+
+    return jax.tree.map(whole, tree)
 
 
 def row_shards(mesh: Mesh) -> int:

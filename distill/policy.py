@@ -27,18 +27,19 @@ from distill.locate import (
     keeps_average,
     local,
     lora_of,
-    origin,
     resolve,
     tokenizer_directory,
 )
 from models.errors import UserError
 from models.qwen3 import adapter, attention, lora, model, moe, quantised, weights
 from models.qwen3.config import Config
-from models.qwen3.lora import LORA, MLP, LoRA
+from models.qwen3.lora import LORA, LoRA
 from models.qwen3.model import Params, Qwen3
 
 DTYPES = ("float32", "bfloat16")  # of activations, and of parameters
 PARAM_DTYPES = (*DTYPES, *quantised.LARGEST)  # of the parameters of a model that is only read
+
+Convert = Callable[[tuple, jax.Array], Any]  # (path, parameter) -> what stands in its place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +96,15 @@ def describe(
     return Policy(path, config, qwen3, abstract, tokenizer, tuple(sorted(stops)), tokenizer_dir)
 
 
-def reader(path: str, dtype: str) -> Policy:
-    """`describe` for the verbs that only read a model: spread over all devices.
+def reader(path: str, dtype: str, mesh: Mesh | None = None) -> Policy:
+    """`describe` and `check` for the verbs that only read a model: spread over all devices.
 
     dtype "" is bfloat16, but float32 on CPU, which computes it faster.
     """
-    mesh = mesh_lib.spread(Config.from_directory(resolve(path)))
-    return describe(path, dtype or default_dtype(), False, mesh)
+    mesh = mesh or mesh_lib.spread(Config.from_directory(resolve(path)))
+    described = describe(path, dtype or default_dtype(), False, mesh)
+    check(described)
+    return described
 
 
 def default_dtype() -> str:
@@ -143,39 +146,45 @@ def load(policy: Policy, param_dtype: str) -> Policy:
     return _merged(policy, _stored(policy, kind), kind, param_dtype)
 
 
-def _base(policy: Policy, param_dtype: str) -> Params:
+def _base(policy: Policy, param_dtype: str, convert: Convert | None = None) -> Params:
     """The parameters of the model directory that a described policy comes from."""
-    kind, dtype = _split(policy, param_dtype)
+    kind, dtype = quantised.split(param_dtype, policy.model.dtype)
     shapes = quantised.abstract(policy.params, kind) if kind else policy.params
     shardings = _shardings(shapes)
     with metrics.progress(weights.reads(shapes, shardings), 0, f"load {policy.path}") as bar:
         note = lambda done: bar.update(done, {})  # noqa: E731
-        return weights.load(resolve(policy.path), policy.config, shapes, shardings, dtype, note)
+        return weights.load(
+            resolve(policy.path), policy.config, shapes, shardings, dtype, note, convert=convert
+        )
 
 
-def _split(policy: Policy, param_dtype: str) -> tuple[str | None, jnp.dtype]:
-    """(8-bit type of the kernels, if it is one; dtype of the other parameters)."""
-    kind = param_dtype if param_dtype in quantised.LARGEST else None
-    return kind, jnp.dtype(policy.model.dtype if kind else param_dtype)
+def _converter(
+    policy: Policy, param_dtype: str, trained: Params | None = None, kind: LoRA | None = None
+) -> Convert:
+    """What becomes of each float32 parameter of a described policy as it is read: its LoRA merged,
+    if there is one, and all of it in `param_dtype`. So the model is never whole in float32."""
+    to, dtype = quantised.split(param_dtype, policy.model.dtype)
 
+    def convert(path: tuple, x: jax.Array) -> Any:
+        def place(leaf: Any) -> Params:
+            return functools.reduce(lambda tree, key: {key.key: tree}, reversed(path), leaf)
 
-def _cast(policy: Policy, params: Params, param_dtype: str) -> Params:
-    kind, dtype = _split(policy, param_dtype)
-    shapes = quantised.abstract(policy.params, kind) if kind else policy.params
-    convert = functools.partial(quantised.tree, kind=kind, dtype=dtype)
-    return jax.jit(convert, out_shardings=_shardings(shapes))(params)
+        def one(tree: Params, trained: Params | None) -> Params:
+            if trained is not None and kind is not None:
+                tree = lora.merge(tree, trained, kind, jnp.dtype("float32"))
+            return quantised.tree(tree, to, dtype)
+
+        like = functools.reduce(lambda tree, key: tree[key.key], path, policy.params)
+        shapes = quantised.abstract(place(like), to) if to else place(like)
+        made = jax.jit(one, out_shardings=_shardings(shapes))(place(x), trained)
+        return functools.reduce(lambda tree, key: tree[key.key], path, made)
+
+    return convert
 
 
 def _merged(policy: Policy, trained: Params, kind: LoRA, param_dtype: str) -> Policy:
-    merge = _merger(policy, kind, jnp.dtype("float32"))
-    merged = merge(_base(policy, "float32"), trained)
-    return dataclasses.replace(policy, params=_cast(policy, merged, param_dtype))
-
-
-def _merger(policy: Policy, kind: LoRA, dtype: jnp.dtype) -> Callable[[Params, Params], Params]:
-    """(base, LoRA) -> the parameters of the plain model, which lie as the base's."""
-    merge = functools.partial(lora.merge, lora=kind, dtype=dtype)
-    return jax.jit(merge, out_shardings=_shardings(policy.params))
+    convert = _converter(policy, param_dtype, trained, kind)
+    return dataclasses.replace(policy, params=_base(policy, "float32", convert))
 
 
 def sampled(policy: Policy) -> Callable[[Params], Params]:
@@ -186,7 +195,10 @@ def sampled(policy: Policy) -> Callable[[Params], Params]:
     """
     if policy.model.lora is None:
         return lambda trained: trained
-    return functools.partial(_merger(policy, policy.model.lora, policy.model.dtype), policy.params)
+    # The base may be in 8 bits, what is merged is not.
+    plain = mesh_lib.parameters(policy.config, mesh_of(policy))
+    merge = functools.partial(lora.merge, lora=policy.model.lora, dtype=policy.model.dtype)
+    return functools.partial(jax.jit(merge, out_shardings=_shardings(plain)), policy.params)
 
 
 def _shardings(params: Params) -> Any:
@@ -250,25 +262,33 @@ def restore(
     """The parameters of a described run after `step` (None: the newest whole checkpoint), or their
     moving average, cast to `param_dtype`, and that step; a LoRA is merged. Raises UserError as
     `restore_trained` does."""
-    trained, step = restore_trained(policy, step, average)
     kind = lora_of(policy.path)
     if kind is not None:
+        trained, step = restore_trained(policy, step, average)
         return _merged(policy, trained, kind, param_dtype), step
-    return dataclasses.replace(policy, params=_cast(policy, trained, param_dtype)), step
+    convert = None if param_dtype == "float32" else _converter(policy, param_dtype)
+    params, step = restore_trained(policy, step, average, convert)
+    return dataclasses.replace(policy, params=params), step
 
 
-def restore_trained(policy: Policy, step: int | None, average: bool = False) -> tuple[Params, int]:
-    """What a described run has trained after `step` (None: the newest whole checkpoint), float32,
-    and that step; or its moving average. Raises UserError if there is no such checkpoint, saying
-    which there are, or if the run kept no average."""
+def restore_trained(
+    policy: Policy, step: int | None, average: bool = False, convert: Convert | None = None
+) -> tuple[Params, int]:
+    """What a described run has trained after `step` (None: the newest whole checkpoint), float32
+    unless each parameter is converted, and that step; or its moving average. Raises UserError if
+    there is no such checkpoint, saying which there are, or if the run kept no average."""
     part = "average" if average else "params"
     if average and not keeps_average(policy.path):
         raise UserError(f"{policy.path}: a run that kept no moving average (config.student.ema)")
     mesh = mesh_of(policy)
     shapes = mesh_lib.parameters(policy.config, mesh, lora_of(policy.path))
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.replicated(mesh))
+
+    def inner(path: tuple, x: jax.Array) -> Any:
+        return convert(path[1:], x) if convert and path[0].key == part else x
+
     with Checkpoints(Path(policy.path) / "checkpoints") as saved:
-        found = saved.restore({part: shapes, "step": count}, step)
+        found = saved.restore({part: shapes, "step": count}, step, inner if convert else None)
     if found is None:
         raise UserError(f"{policy.path}: a run without a checkpoint yet")
     return found[0][part], int(found[0]["step"])
@@ -320,23 +340,6 @@ def _drawn(policy: Policy, key: jax.Array, kind: LoRA | None) -> Params:
     shapes = mesh_lib.parameters(policy.config, mesh_of(policy), kind)
     init = functools.partial(model.init, policy.config, lora=kind)
     return jax.jit(init, out_shardings=_shardings(shapes))(key)
-
-
-def save(policy: Policy, directory: Path, dtype: str) -> None:
-    """Writes a Hugging Face directory: weights in `dtype`, config, stop ids, tokenizer."""
-    weights.save(policy.params, policy.config, directory, jnp.dtype(dtype))
-    chat.copy(resolve(policy.path), policy.tokenizer_dir, policy.stop_ids, directory)
-
-
-def save_adapter(run: Policy, trained: Params, directory: Path, dtype: str) -> None:
-    """Writes what a LoRA run has trained as a PEFT adapter to the run's base, and its tokenizer."""
-    kind, base = lora_of(run.path), origin(run.path)
-    assert kind is not None
-    if len(set(run.config.sparse_layers)) == 2 and not set(MLP).isdisjoint(kind.targets):
-        metrics.say("warning: of layers with and without experts peft 0.21 loads only the former's")
-    name = str(Path(base).resolve()) if Path(base).is_dir() else base  # else a hub id
-    adapter.save(trained, kind, run.config, name, directory, jnp.dtype(dtype))
-    chat.copy(resolve(run.path), run.tokenizer_dir, run.stop_ids, directory)
 
 
 def hidden(qwen3: Qwen3, params: Params, batch: Batch, trained: Params | None = None) -> jax.Array:

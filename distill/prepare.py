@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from distill import (
     context,
+    curriculum,
     data,
     examples,
     losses,
@@ -45,6 +46,7 @@ class Stage:
     packer: packing.Packer | None = None  # where rows hold several examples
     parked: rollout.Parked | None = None  # where a budget of tokens ends its steps
     room: int = 0  # tokens that a context may add to what teachers read; 0: they read the same
+    ahead: rollout.Ahead | None = None  # where a step's rows are sampled during the one before
 
     @property
     def end(self) -> int:
@@ -79,6 +81,7 @@ class Plan:
     teachers: dict[str, Teacher]  # by the names of their sub-configs
     reference: Policy | None
     stages: tuple[Stage, ...]
+    replays: bool = False  # the update sends each token to the experts that the sampler did
 
 
 def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
@@ -98,9 +101,9 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
     if not c.student.path:
         raise UserError("config.student.path: name a model directory")
     m = c.student
-    for field in ("dtype", "param_dtype"):
-        if m[field] not in policy.DTYPES:
-            known = ", ".join(policy.DTYPES)
+    for field, allowed in (("dtype", policy.DTYPES), ("param_dtype", policy.PARAM_DTYPES)):
+        if m[field] not in allowed:
+            known = ", ".join(allowed)
             raise UserError(f"config.student.{field}: {m[field]!r} is none of {known}")
     if not 0 <= m.ema < 1:
         raise UserError(f"config.student.ema={m.ema}: must be at least 0 (off) and below 1")
@@ -115,8 +118,9 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
         kernel=c.attention,
         tokenizer_of=m.tokenizer,
     )
-    if c.student.balance_loss and not any(student.config.sparse_layers):
-        raise UserError(f"config.student.balance_loss: {c.student.path} has no experts to balance")
+    for field, to in (("balance_loss", "balance"), ("replay_routing", "replay")):
+        if m[field] and not any(student.config.sparse_layers):
+            raise UserError(f"config.student.{field}: {m.path} has no experts to {to}")
     if not c.student.random_init:
         policy.check(student)
     reference, teachers = None, {}
@@ -132,7 +136,7 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
         read = [teachers[of].policy for of in s.teachers] if _taught(s, loss) else []
         stages.append(_stage(c, name, first, loss, sampled, student, read, mesh))
         first += s.steps
-    return Plan(student, teachers, reference, tuple(stages))
+    return Plan(student, teachers, reference, tuple(stages), m.replay_routing)
 
 
 def load(c: ConfigDict, plan: Plan) -> Plan:
@@ -258,16 +262,43 @@ def _stage(
             examples.require_top(example, loss.served_k)
         if loss.reward and s.reward.correct and not example.answer:
             raise UserError(f"{example.where}: no answer to compare a response with")
+        compared = loss.reward and s.reward.correct
+        if compared and not rewards.gradable(s.reward.grader, example.answer):
+            raise UserError(
+                f"{example.where}: answer {example.answer[:60]!r} is none that the grader "
+                f"{s.reward.grader} can compare with"
+            )
 
     if loss.reward and student.tokenizer is None:
         raise UserError(f"{student.path}: no tokenizer, so responses cannot be graded")
     source = data.load(s.data, student.tokenizer, c.seed, sampled < s.batch_size, require, told)
+    order = curriculum.over(s.data, source.size, source.example, s.steps, c.seed)
+    source = dataclasses.replace(source, order=order)
     packer = None
     if s.pack_tokens:
         packer = packing.Packer(source, c.seed, s.batch_size, s.pack_tokens, s.max_response_tokens)
     parked = rollout.Parked() if s.rollout.budget else None
+    if s.rollout.ahead:
+        _check_ahead(name, s, loss, sampled)
+    ahead = rollout.Ahead() if s.rollout.ahead else None
     optimizer = optim.make(s.optim, s.steps * s.epochs * s.minibatches)
-    return Stage(name, s, first, source, optimizer, loss, sampled, packer, parked, room)
+    return Stage(name, s, first, source, optimizer, loss, sampled, packer, parked, room, ahead)
+
+
+def _check_ahead(name: str, s: ConfigDict, loss: losses.Loss, sampled: int) -> None:
+    """Rows sampled ahead come from weights one update old: the loss must know what to do then."""
+    flag = f"config.{name}.rollout.ahead"
+    if not sampled:
+        raise UserError(f"{flag}: {s.objective} samples nothing")
+    if loss.on_policy and loss.ratio == "none":
+        raise UserError(f"{flag}: loss.ratio=none takes every sample for fresh; use token")
+    if loss.teacher and loss.estimator == "sampled" and loss.k1_of == "sampler":
+        raise UserError(f"{flag}: loss.k1_of=sampler lags behind on such samples; use student")
+    if loss.on_policy and s.minibatches * s.epochs > 1 and not loss.truncate:
+        raise UserError(
+            f"{flag}: with several updates a step the ratio begins at the first of them; "
+            "loss.truncate weighs what came before"
+        )
 
 
 def _lora(s: ConfigDict) -> LoRA | None:
@@ -327,6 +358,8 @@ def _check_stage(
             f"config.{name}.pack_tokens: a row would hold examples of several teachers; set 0, or "
             "teacher_weights"
         )
+    if s.pack_tokens and s.data.curriculum:
+        raise UserError(f"config.{name}.data.curriculum: packed rows are of no one step")
     if s.pack_tokens < 0 or 0 < s.pack_tokens < total:
         raise UserError(
             f"config.{name}.pack_tokens={s.pack_tokens}: a row must hold max_prompt_tokens + "
@@ -360,5 +393,6 @@ def rollout_options(s: ConfigDict) -> rollout.Options:
         chunk=r.chunk,
         cache_tokens=r.cache_tokens,
         cache_dtype=r.cache_dtype,
+        param_dtype=r.param_dtype,
         gathered=r.gathered,
     )

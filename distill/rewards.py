@@ -11,12 +11,14 @@ themselves if nobody is left to do so. Those processes import this module: it mu
 
 import contextlib
 import logging
-import multiprocessing
 import re
 import resource
 import signal
+import sys
+import types
 from collections.abc import Callable
 from concurrent.futures import Future, TimeoutError
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Self
 
 from pebble import ProcessPool
@@ -66,6 +68,19 @@ def grade_arithmetic(response: str, answer: str) -> str:
     return "correct" if int(final) == int(answer) else "wrong"
 
 
+def without_algebra(response: str, answer: str) -> str | None:
+    """What `grade_math` finds where no algebra is needed: no answer, one that is too long to try,
+    or an integer where an integer is wanted. None where it is needed."""
+    found = find_answer(response)
+    if not found:
+        return "no_answer"
+    if len(found) > MAX_ANSWER_CHARACTERS:
+        return "unparsed"
+    if _INTEGER.fullmatch(found) and _INTEGER.fullmatch(answer):
+        return "correct" if int(found) == int(answer) else "wrong"
+    return None
+
+
 def grade_math(response: str, answer: str) -> str:
     """The final text's answer must be mathematically equal to `answer`, as math-verify decides.
 
@@ -73,15 +88,13 @@ def grade_math(response: str, answer: str) -> str:
     long to try. Unbounded in time and memory: call it through a Grader. "error" where `answer` does
     not parse.
     """
+    if (known := without_algebra(response, answer)) is not None:
+        return known
     from math_verify import parse, verify  # slow to import, and only here needed
 
     # It warns that its own timeouts are off; the pool's is the one that counts.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     found = find_answer(response)
-    if not found:
-        return "no_answer"
-    if len(found) > MAX_ANSWER_CHARACTERS:
-        return "unparsed"
     gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=0)
     if not gold:
         return "error"
@@ -103,6 +116,46 @@ GRADERS: dict[str, Callable[[str, str], str | Grade]] = {
     "math": grade_math,
     "ifeval": ifeval.grade,
 }
+
+
+def gradable(benchmark: str, answer: str) -> bool:
+    """Whether responses can be compared with `answer`, by its form: an integer for the generated
+    task; for mathematics something short, its braces in pairs, that is not LaTeX alone.
+    Math-verify itself would take minutes over a large set, and knows no more of these."""
+    if GRADERS[benchmark] is grade_arithmetic:
+        return bool(_INTEGER.fullmatch(answer))
+    if GRADERS[benchmark] is not grade_math:
+        return True
+    depth, least = 0, 0
+    for c in answer.replace("\\{", "").replace("\\}", ""):
+        depth += (c == "{") - (c == "}")
+        least = min(least, depth)
+    paired = depth == 0 and least == 0
+    return paired and len(answer) <= MAX_ANSWER_CHARACTERS and bool(answer.strip(" ${}\\"))
+
+
+# Graders that need no protection, or what can be said before one that does is called.
+AT_ONCE: dict[Callable, Callable[[str, str], str | None]] = {
+    grade_arithmetic: grade_arithmetic,
+    grade_math: without_algebra,
+}
+
+
+class _Worker(SpawnProcess):
+    """A new process (a fork of one with jax hangs) that does not import the main module again, as
+    they else do: that is a verb, which imports jax, and takes seconds, also of each replacement."""
+
+    def start(self) -> None:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            super().start()
+        finally:
+            sys.modules["__main__"] = main
+
+
+class _Context(SpawnContext):
+    Process = _Worker
 
 
 class Grader:
@@ -135,14 +188,15 @@ class Grader:
         if benchmark not in GRADERS:
             raise UserError(f"benchmark: {benchmark!r} is none of {', '.join(GRADERS)}")
         grade = GRADERS[benchmark]
-        if grade is grade_arithmetic:  # a comparison of two integers needs no protection
+        known = AT_ONCE[grade](response, answer) if grade in AT_ONCE else None
+        if known is not None:
             done: Future[str | Grade] = Future()
-            done.set_result(grade(response, answer))
+            done.set_result(known)
             return done
         if self._pool is None:
             self._pool = ProcessPool(
                 max_workers=self._workers,
-                context=multiprocessing.get_context("spawn"),  # a fork of a process with jax hangs
+                context=_Context(),
                 initializer=_prepare,
                 initargs=(grade,),
             )
@@ -173,8 +227,8 @@ def _prepare(grade: Callable[[str, str], str | Grade]) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(ValueError, OSError):  # not every system has this limit
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    with contextlib.suppress(Exception):  # "1" may be no answer in this benchmark's form
-        grade("1", "1")
+    with contextlib.suppress(Exception):  # this may be no answer in the benchmark's form
+        grade("0.5", "0.5")
 
 
 def _bounded(

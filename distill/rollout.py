@@ -5,6 +5,7 @@ token's position into that. So a row's draws are the same alone, in any batch, i
 mesh, and where it was parked and went on later.
 """
 
+import base64
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from distill import context, data, engine
+from distill import context, data, engine, layout
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.policy import Policy
@@ -45,7 +46,16 @@ def ask(examples: Sequence[data.Example], samples: int, key: jax.Array, limit: i
     numbers_B, samples_B = np.divmod(np.arange(len(examples) * samples), samples)
     keys = row_keys(key, numbers_B, samples_B)
     return [
-        Row(e.prompt, k, limit, e.where, told=e.told, kind=e.kind)
+        Row(
+            e.prompt,
+            k,
+            limit,
+            e.where,
+            told=e.told,
+            kind=e.kind,
+            thinking=e.thinking,
+            difficulty=e.difficulty,
+        )
         for e, k in zip([examples[i] for i in numbers_B], keys, strict=True)
     ]
 
@@ -62,6 +72,7 @@ def run(
     budget: int | None = None,
     counts: Counter[str] | None = None,
     top_logprobs: int = 0,
+    routing: bool = False,
     ended: Callable[[Row], bool] | None = None,
 ) -> Iterator[Row]:
     """Continues `rows`, and yields each of them once, in order, as soon as it and those before end.
@@ -69,11 +80,14 @@ def run(
     A row that has tokens already goes on from them. With a `budget`, sampling stops when so many
     tokens were drawn in all (or up to one a slot more), and rows that have not ended come without
     a reason: parked, to go on later. `version` is noted with each token. With `top_logprobs`, rows
-    have the model's own log-probabilities too, and those of so many tokens. `ended` is asked of
-    rows that go on, now and then, and may end them: stop strings. What was done is added to
-    `counts`: `tokens` drawn, `steps` and `slot_steps` (steps x slots) of decoding, of these
-    `queued_tokens` and `queued_slot_steps` while rows were waiting, `prompt_tokens` read and
-    `read_tokens` with padding, `segments`, `refits` of the cache, rows `parked` to make room.
+    have the model's own log-probabilities too, and those of so many tokens; with `routing`, the
+    experts of all tokens but the last, which is never read. `ended` is asked of rows that go on,
+    now and then, and may end them: stop strings. What was done is added to `counts`: `tokens`
+    drawn, `steps` and `slot_steps` (steps x slots) of decoding, of these `queued_tokens` and
+    `queued_slot_steps` while rows were waiting, `prompt_tokens` read and `read_tokens` with
+    padding, `segments`, `refits` of the cache, rows `parked` to make room.
+
+    The weights are taken before it returns, and `params` may then be donated.
 
     Raises:
       UserError: naming the first row whose prompt is empty, or which does not fit the cache,
@@ -84,13 +98,24 @@ def run(
     for number, row in enumerate(rows):
         _check(row, row.where or f"row {number}", options, mesh)
     stacked = engine.prefers_stacked() if options.stacked is None else options.stacked
-    qwen3, params = engine.weights(qwen3, params, mesh, stacked=stacked, gathered=options.gathered)
+    qwen3, params = engine.weights(
+        qwen3,
+        params,
+        mesh,
+        stacked=stacked,
+        gathered=options.gathered,
+        param_dtype=options.param_dtype,
+    )
     dtype = options.cache_dtype or jnp.dtype(qwen3.dtype).name
-    decoder = engine.Decoder(qwen3, sampling, stop_ids, dtype, options.segment, top_logprobs)
+    decoder = engine.Decoder(
+        qwen3, sampling, stop_ids, dtype, options.segment, top_logprobs, routing
+    )
     counts = Counter() if counts is None else counts
-    before = counts["tokens"]
-    slots = Slots(decoder, params, mesh, rows, options, version, counts, ended)
-    returned = 0
+    return _drawn(Slots(decoder, params, mesh, rows, options, version, counts, ended), rows, budget)
+
+
+def _drawn(slots: Slots, rows: Sequence[Row], budget: int | None) -> Iterator[Row]:
+    counts, before, returned = slots.counts, slots.counts["tokens"], 0
     while slots.advance(None if budget is None else budget + before - counts["tokens"]):
         while returned < len(rows) and rows[returned].reason:
             yield rows[returned]
@@ -115,12 +140,14 @@ def to_batch(
     max_prompt_tokens: int,
     max_new_tokens: int,
     room: int = 0,
+    routing: tuple[int, int] | None = None,
 ) -> Batch:
     """Rows as host arrays: prompts padded on the left, responses on the right, empty rows last.
     With `room`, the most tokens of a context, the batch has what the teachers read.
 
     mask_BT marks the sampled tokens up to and including the stop token; a row that met the limit
-    is not `finished` and has no stop token.
+    is not `finished` and has no stop token. With `routing`, the config's, experts_BTLA has the
+    rows' experts, and -1 where they are not known.
 
     Raises:
       UserError: naming a row that ended in NaN.
@@ -131,17 +158,22 @@ def to_batch(
             raise UserError(f"{row.where or f'row {number}'}: NaN logits {at}")
     P, R = max_prompt_tokens, max_new_tokens
     rows = [*rows, *[Row([], (0, 0), 0)] * (batch_size - len(rows))]
-    tokens, segments = data.left_pad([row.prompt for row in rows], P)
+    tokens, segments = layout.left_pad([row.prompt for row in rows], P)
     tokens, segments = (np.pad(x, ((0, 0), (0, R))) for x in (tokens, segments))
     mask = np.zeros(tokens.shape, bool)
     logp = np.zeros(tokens.shape, np.float32)
+    experts = None if routing is None else np.full((*tokens.shape, *routing), -1, np.int16)
     for i, row in enumerate(rows):
         end = P + len(row.tokens)
         tokens[i, P:end], logp[i, P:end] = row.tokens, row.logprobs
         segments[i, P:end], mask[i, P:end] = 1, True
+        if experts is not None and row.experts:
+            held = np.concatenate(row.experts)
+            experts[i, P - len(row.prompt) :][: len(held)] = held
     starts = np.array([[P - len(row.prompt)] for row in rows], np.int32)
     positions = np.maximum(np.arange(P + R, dtype=np.int32)[None] - starts, 0)
     finished = np.array([row.reason == "stop" for row in rows])
+    thinking = np.repeat([[row.thinking] for row in rows], P + R, axis=1)
     batch = Batch(  # host arrays, until they are put on a mesh
         tokens_BT=tokens,  # pyright: ignore[reportArgumentType]
         positions_BT=positions,  # pyright: ignore[reportArgumentType]
@@ -150,6 +182,8 @@ def to_batch(
         sampler_logp_BT=logp,  # pyright: ignore[reportArgumentType]
         finished_B=finished,  # pyright: ignore[reportArgumentType]
         kind_B=np.array([row.kind for row in rows], np.int32),  # pyright: ignore[reportArgumentType]
+        experts_BTLA=experts,  # pyright: ignore[reportArgumentType]
+        thinking_BT=thinking,  # pyright: ignore[reportArgumentType]
     )
     if not room:
         return batch
@@ -167,11 +201,54 @@ class Parked:
 
     def position(self) -> dict[str, Any]:
         """What a checkpoint keeps of it: JSON."""
-        return dataclasses.asdict(self)
+        rows = [dataclasses.asdict(row) for row in self.rows]
+        for row in rows:
+            row["experts"] = [
+                [x.shape, base64.b64encode(x.tobytes()).decode()] for x in row["experts"]
+            ]
+        return {"rows": rows, "begun": self.begun}
 
     def resume(self, position: dict[str, Any]) -> None:
-        self.begun = position["begun"]
-        self.rows = [Row(**{**row, "key": tuple(row["key"])}) for row in position["rows"]]
+        self.begun, self.rows = position["begun"], []
+        for row in position["rows"]:
+            experts = [
+                np.frombuffer(base64.b64decode(x), np.int16).reshape(shape)
+                for shape, x in row["experts"]
+            ]
+            self.rows.append(Row(**{**row, "key": tuple(row["key"]), "experts": experts}))
+
+
+@dataclasses.dataclass
+class Ahead:
+    """The rows of the coming step, sampled while the one before it is trained."""
+
+    step: int = -1  # whose rows they are; -1: none
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    measured: dict[str, float] = dataclasses.field(default_factory=dict)
+    # Samples them: the weights are taken already.
+    begun: Callable[[], tuple[list[Row], dict[str, float]]] | None = None
+
+    def sample(self, trained: Any) -> None:
+        """Samples what was begun, while the device computes `trained`."""
+        begun, self.begun = self.begun, None
+        if begun is None:
+            self.step, self.rows, self.measured = -1, [], {}
+            return
+        devices = jax.tree.leaves(trained)[0].sharding.device_set
+        if len(devices) > 1 and jax.default_backend() == "cpu":
+            jax.block_until_ready(trained)  # or XLA may deadlock, see Slots.read_together
+        self.step += 1
+        self.rows, self.measured = begun()
+
+    def position(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it: JSON."""
+        rows = Parked(self.rows).position()
+        return {"step": self.step, "measured": self.measured, "sampled": rows}
+
+    def resume(self, position: dict[str, Any]) -> None:
+        kept = Parked()
+        kept.resume(position["sampled"])
+        self.step, self.rows, self.measured = position["step"], kept.rows, position["measured"]
 
 
 def complete(
@@ -184,6 +261,7 @@ def complete(
     sampling: Sampling,
     batch_size: int,
     first: int = 0,
+    counts: Counter[str] | None = None,
     top_logprobs: int = 0,
     ended: Callable[[Row], bool] | None = None,
 ) -> Iterator[list[Row]]:
@@ -206,6 +284,7 @@ def complete(
         sampling=sampling,
         stop_ids=policy.stop_ids,
         options=Options(batch_size, longest=longest),
+        counts=counts,
         top_logprobs=top_logprobs,
         ended=ended,
     )

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from distill import cli, data, head, losses, metrics, policy, rollout
+from distill import cli, data, head, layout, losses, metrics, policy, rollout
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.policy import Policy
@@ -97,7 +97,7 @@ def score(
         width = rollout.bucket(max(map(len, chunk)))
         examples = [data.Example(ids, [], "", "") for ids in chunk]
         examples += [data.Example([], [], "", "")] * (size - len(chunk))
-        batch = jax.device_put(data.trace_batch(examples, width, 0), mesh_lib.rows(mesh))
+        batch = jax.device_put(layout.traces(examples, width, 0), mesh_lib.rows(mesh))
         stats = _stats(subject.model, subject.params, batch, top_k, LOGITS_MIB * mesh.size)
         host = {name: jax.device_get(x) for name, x in stats.items() if name != "entropy"}
         for row, ids in enumerate(chunk):
@@ -112,8 +112,8 @@ def score(
 
 def main() -> None:
     rows = data.read_jsonl(TOKENS.value)
-    out = cli.output(OUT.value)
     subject = policy.reader(MODEL.value, DTYPE.value if DTYPE.value in policy.DTYPES else "")
+    out = cli.output(OUT.value)
     if TOP_K.value > subject.config.vocab_size:
         raise UserError(
             f"--top_k={TOP_K.value}: the model's vocabulary has {subject.config.vocab_size} tokens"

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from distill import engine
 from distill import mesh as mesh_lib
+from distill.policy import DTYPES, PARAM_DTYPES
 from models.errors import UserError
 from models.qwen3.cache import Cache
 from models.qwen3.model import Params
@@ -42,7 +43,8 @@ class Options:
     chunk: int = 2048  # tokens of prompts read in one call; a longer prompt takes several
     cache_tokens: int = 0  # slots x width of the cache never exceed it; 0: no limit
     cache_dtype: str = ""  # float32, bfloat16 or int8; "": that of the model
-    gathered: bool = True  # see engine.weights
+    param_dtype: str = ""  # of the weights, see engine.weights
+    gathered: bool = True
     stacked: bool | None = None  # the layout (models.qwen3.cache); None: what the platform prefers
     static: bool = False  # batch after batch at full width: what the rest is measured against
 
@@ -50,9 +52,9 @@ class Options:
         for name, least in (("slots", 1), ("segment", 1), ("chunk", 1), ("cache_tokens", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)}: must be {least} or more")
-        if self.cache_dtype not in ("", "float32", "bfloat16", "int8"):
-            dtypes = "float32, bfloat16, int8 or empty"
-            raise UserError(f"cache_dtype={self.cache_dtype!r}: must be {dtypes}")
+        for name, known in (("cache_dtype", (*DTYPES, "int8")), ("param_dtype", PARAM_DTYPES)):
+            if (value := getattr(self, name)) not in ("", *known):
+                raise UserError(f"{name}={value!r}: must be {', '.join(known)} or empty")
 
     def room(self, shards: int) -> int:
         """The tokens that a row may have, on a mesh that splits the rows in so many parts."""
@@ -69,6 +71,8 @@ class Row:
     where: str = ""  # for messages
     told: list[int] | None = None  # the prompt that a teacher reads; None: the same
     kind: int = 0  # which source of a mixture it is from
+    thinking: bool = True  # the mode that it is asked in
+    difficulty: float | None = None
     tokens: list[int] = dataclasses.field(default_factory=list)  # the stop token included
     logprobs: list[float] = dataclasses.field(default_factory=list)
     versions: list[int] = dataclasses.field(default_factory=list)  # of the weights, each token's
@@ -76,6 +80,9 @@ class Row:
     # Where asked for, of the model's own distribution: of each token, and the likeliest (id, logp).
     model_logprobs: list[float] | None = None
     top_logprobs: list[list[tuple[int, float]]] | None = None
+    # Where asked for, of a mixture: int16 [tokens, L, A], pieces of prompt and response in order.
+    # Like a log-probability, a token's experts are those that it met when it was drawn.
+    experts: list[np.ndarray] = dataclasses.field(default_factory=list, compare=False)
 
     @property
     def context(self) -> tuple[int, ...]:
@@ -84,6 +91,11 @@ class Row:
     @property
     def longest(self) -> int:
         return len(self.prompt) + self.limit
+
+
+# Of a prompt that was read: the cache, the last hidden state and its row in these; where asked for
+# the experts [rows, T, L, A] of one piece of the tokens after the other.
+Reading = tuple[Cache, jax.Array, int, list[Any]]
 
 
 class Slots:
@@ -113,7 +125,8 @@ class Slots:
         self.length: list[int] = []
         self.width = 0
         self.state: engine.State | None = None
-        self.read: dict[tuple[int, ...], tuple[Cache, jax.Array, int]] = {}
+        self.read: dict[tuple[int, ...], Reading] = {}
+        self.routed: list[tuple[Row, Reading]] = []  # began: their prompts' experts are to be filed
         self.drawn: tuple[engine.Drawn, list[Row | None], np.ndarray] | None = None
 
     def advance(self, budget: int | None) -> bool:
@@ -182,6 +195,11 @@ class Slots:
 
     def file(self) -> None:
         """Gives the tokens of the last segment to their rows."""
+        for row, (_, _, source, experts) in self.routed:
+            known, end = sum(map(len, row.experts)), len(row.context)
+            held = np.concatenate([np.asarray(x)[source] for x in experts])
+            row.experts.append(held[len(held) - end + known :])
+        self.routed = []
         if self.drawn is None:
             return
         drawn, at, (count, reason) = self.drawn
@@ -193,6 +211,8 @@ class Slots:
                 row.logprobs += drawn.logp_WB[:n, slot].tolist()
                 row.versions += [self.version] * n
                 row.reason = REASONS[int(reason[slot])]
+                if drawn.experts_WBLA is not None:
+                    row.experts.append(drawn.experts_WBLA[:n, slot].copy())
                 if self.decoder.top_logprobs:
                     ids, logp = drawn.top_ids_WBk[:n, slot], drawn.top_logp_WBk[:n, slot]
                     pairs = zip(ids.tolist(), logp.tolist(), strict=True)
@@ -285,12 +305,14 @@ class Slots:
         ranked = [(-left, slot) for shard in free for left, slot in enumerate(reversed(shard))]
         columns: dict[int, list[list[int]]] = {}  # by the cache that they come from
         for row, (_, slot) in zip(rows, sorted(ranked), strict=False):
-            cache, _, source = self.read[row.context]
+            cache, _, source, _ = reading = self.read[row.context]
+            if self.decoder.routing:
+                self.routed.append((row, reading))
             length, (a, b) = len(row.context), row.key
             about = [source, slot, length, len(row.tokens), row.limit, a, b]
             columns.setdefault(id(cache), []).append(about)
             self.at[slot], self.length[slot] = row, length
-        for cache, hidden, _ in list(self.read.values()):
+        for cache, hidden, *_ in list(self.read.values()):
             assert self.state is not None
             if about := columns.pop(id(cache), None):
                 about += [[0, -1, 0, 0, 0, 0, 0]] * (len(self.at) - len(about))
@@ -313,7 +335,7 @@ class Slots:
             self.state = engine.remember(self.state, self.put(np.array(piece).T))
 
     def read_prompts(self, contexts: set[tuple[int, ...]]) -> None:
-        """Fills self.read: (cache, last hidden state, row in them) of each of these prompts."""
+        """Fills self.read with each of these prompts."""
         by_width: dict[int, list[tuple[int, ...]]] = {}
         for context in sorted(contexts, key=len):
             by_width.setdefault(prompt_width(len(context), self.options.chunk), []).append(context)
@@ -338,17 +360,18 @@ class Slots:
         chunk = min(width, self.options.chunk)
         first = (width - max(map(len, contexts))) // chunk * chunk  # before it is only padding
         cache = engine.empty_cache(self.decoder, rows, width, first)
-        hidden = None
+        hidden, experts = None, []
         for start in range(first, width, chunk):
             piece = self.put(tokens_positions[:, :, start : start + chunk])
-            cache, hidden = engine.read(self.decoder, self.params, cache, piece)
+            cache, hidden, chosen = engine.read(self.decoder, self.params, cache, piece)
+            experts.append(chosen)
         assert hidden is not None
         if self.mesh.size > 1 and jax.default_backend() == "cpu":
             # XLA deadlocks on several CPU devices where programs with collectives that do not
             # depend on each other queue up on few cores.
             jax.block_until_ready(hidden)
         for i, context in enumerate(contexts):
-            self.read[context] = (cache, hidden, i)
+            self.read[context] = (cache, hidden, i, experts)
         self.counts["prompt_tokens"] += sum(map(len, contexts))
         self.counts["read_tokens"] += rows * (width - first)
 

@@ -75,7 +75,9 @@ def problems(c: Any, seed: int) -> Rows:
         return {
             "messages": arithmetic.messages(problem),
             "response": arithmetic.response(problem),
+            "direct": arithmetic.direct(problem),
             "answer": problem.answer,
+            "operations": problem.operations,
         }
 
     row(0)  # a bad split or range is an error now
@@ -170,7 +172,7 @@ def _table(path: str, config: str | None, split: str, where: str, **options: Any
     """A set that `datasets` keeps on disk as Arrow files, mapped into memory."""
     import datasets  # seconds to import, and only here needed
 
-    source = where.removesuffix(" row ").removesuffix(": row ")
+    source = where.removesuffix(" row ").removesuffix(":")
     table = _library(source, datasets.load_dataset, path, config, split=split, **options)
 
     def named(index: int) -> str:

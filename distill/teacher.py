@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,7 @@ def check(c: ConfigDict, name: str, s: ConfigDict, taught: bool) -> None:
     if not s.teachers:
         raise UserError(f"{at}: {s.objective} needs a teacher")
     for of in s.teachers:
-        group = c[of] if isinstance(of, str) and of in c else None
+        group: Any = c[of] if isinstance(of, str) and of in c else None
         if not isinstance(group, ConfigDict) or not {"path", "step"} <= set(group):
             raise UserError(f"{at}: {of!r} is no teacher of this config")
         if tuple(s.teachers).count(of) > 1:
@@ -157,31 +158,34 @@ def score(teachers: Sequence[Teacher], batch: Batch, average: Params | None = No
     `average`: the moving average of what the student trains, for teachers that are it.
     """
     found = tuple(
-        _hidden(t.policy.model, *_parameters(t, average), batch.told or batch, batch.told_at_BT)
+        hidden(t.policy.model, *_parameters(t, average), batch.told or batch, batch.told_at_BT)
         for t in teachers
     )
     return dataclasses.replace(batch, teacher_hidden_BTD=found)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _hidden(
+def hidden(
     qwen3: Qwen3, params: Params, lora: Params | None, read: Batch, at_BT: jax.Array | None
 ) -> jax.Array:
+    """Final hidden states [B, T, D] of what is read, or of the places `at_BT` in it, which lie
+    split as the batch's rows do."""
     hidden_BTD = policy.hidden(qwen3, params, read, lora)
-    if at_BT is None:
-        return hidden_BTD
-    return jnp.take_along_axis(hidden_BTD, at_BT[..., None], axis=1)
+    if at_BT is not None:
+        hidden_BTD = jnp.take_along_axis(hidden_BTD, at_BT[..., None], axis=1)
+    return mesh_lib.split_rows(hidden_BTD)
 
 
 def logp(reader: Policy, batch: Batch, logits_mib: float) -> jax.Array:
     """[B, T] float32: the log-probability that a model gives each token, 0 for the first."""
-    return _logp(reader.model, logits_mib, reader.params, None, batch)
+    return logps(reader.model, logits_mib, reader.params, None, batch)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _logp(
+def logps(
     qwen3: Qwen3, logits_mib: float, params: Params, lora: Params | None, batch: Batch
 ) -> jax.Array:
+    """See `logp`."""
     stats = head.token_stats(
         policy.hidden(qwen3, params, batch, lora),
         model.head(params),
@@ -197,7 +201,7 @@ def judge(
 ) -> jax.Array:
     """[B] float32: the mean log-probability that the teachers give the tokens of each response."""
     read = batch.told or batch
-    told = [_logp(t.policy.model, logits_mib, *_parameters(t, average), read) for t in teachers]
+    told = [logps(t.policy.model, logits_mib, *_parameters(t, average), read) for t in teachers]
     return _response_mean(told, batch)
 
 

@@ -37,17 +37,21 @@ def correct(r: Response) -> float:
     return float(r.finished and r.outcome == "correct")
 
 
+def well_formed(text: str, thinking: bool) -> bool:
+    """One closed think block before anything else, in thinking mode; no think tag in the other.
+
+    The template of some models writes the opening tag, so that the response holds none.
+    """
+    opened, closed = text.count("<think>"), text.count("</think>")
+    if not thinking:
+        return not opened and not closed
+    return closed == 1 and (not opened or (opened == 1 and text.lstrip().startswith("<think>")))
+
+
 def format(r: Response) -> float:
     """1 for one closed think block (in thinking mode; none in the other), then an answer."""
-    thought, closed, answer = r.text.partition("</think>")
-    if not closed:
-        thought, answer = "", r.text
-    blocks = (r.text.count("<think>"), r.text.count("</think>"))
-    # The template of some models writes the opening tag, so that the response holds none.
-    well_formed = blocks in ((1, 1), (0, 1)) if r.thinking else blocks == (0, 0)
-    opened_first = not blocks[0] or thought.lstrip().startswith("<think>")
-    answered = bool(answer.strip()) and r.outcome != "no_answer"
-    return float(r.finished and well_formed and opened_first and answered)
+    answered = bool(r.text.rpartition("</think>")[2].strip()) and r.outcome != "no_answer"
+    return float(r.finished and well_formed(r.text, r.thinking) and answered)
 
 
 def length(r: Response) -> float:

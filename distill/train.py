@@ -23,6 +23,7 @@ from distill import (
     metrics,
     optim,
     policy,
+    preflight,
     prepare,
     rewards,
     teacher,
@@ -118,6 +119,8 @@ def begin(c: ConfigDict, plan: Plan, checkpoints: Checkpoints) -> tuple[update.T
                 stage.packer.resume(restored[1]["packing"])
             if stage.parked:
                 stage.parked.resume(restored[1]["parked"])
+            if stage.ahead:
+                stage.ahead.resume(restored[1]["ahead"])
             return restored[0], restored[1]["index"]
     key = jax.random.key(c.seed)
     if plan.student.model.lora:
@@ -147,6 +150,8 @@ def run(c: ConfigDict, workdir: Path) -> None:
             cli.stop_signals() as stopped,
         ):
             state, at = begin(c, plan, saved)
+            if int(state.step) == 0:
+                preflight.show(c, plan, validation, state.params)
             with metrics.Writer(workdir, int(state.step)) as writer:
                 for index, stage in enumerate(plan.stages[at:], start=at):
                     if index > at:
@@ -210,6 +215,8 @@ def run_stage(
             key = jax.random.fold_in(root, step)
             batch, measured = draw(state.params, step, key, state.average)
             state, trained, stats = take_step(state, batch, teacher_heads, frozen)
+            if stage.ahead:
+                stage.ahead.sample(trained)  # the next step's rows, while the device trains
             measured |= {f"train/{name}": float(x) for name, x in trained.items()}
             measured["train/learning_rate"] = float(schedule((step - stage.first) * stage.updates))
             measured["time/step"] = time.perf_counter() - start
@@ -218,6 +225,8 @@ def run_stage(
                 meta["packing"] = stage.packer.position(step + 1 - stage.first)
             if stage.parked:
                 meta["parked"] = stage.parked.position()
+            if stage.ahead:
+                meta["ahead"] = stage.ahead.position()
             measured |= judge(state, meta, step + 1, step + 1 == stage.end)
             writer.write(step, stage.name, measured)
             if c.log.transcripts and step % c.log.transcripts_every == 0:

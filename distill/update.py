@@ -17,6 +17,8 @@ from models.qwen3.model import Params, Qwen3
 
 PLACES = (0, 16, 64, 256, 1024, 4096, 16384)  # in a response, between which the KL is reported
 
+PARTIAL = ("/", "_from_", "stop_")  # in names of figures that some batches have no tokens for
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -153,10 +155,37 @@ def loss_sums(
         places = tuple(place for place in PLACES if place < limit)
         by_place = advantages.by_offset(stats["reverse_kl"], mask_BT, segments_BT, places)
         sums |= {f"reverse_kl_from_{place}": x for place, x in by_place.items()}
+    if batch.thinking_BT is not None:
+        sums |= _by_mode(stats, mask_BT, losses.shift(batch.thinking_BT))
+    if batch.finished_B is not None:
+        sums |= stops(stats, mask_BT, batch.finished_B)
     if balance:
         load_LE, p_LE = (of / seen for of, seen in (sums["load_LE"], sums["p_LE"]))
         total += balance * count * moe.summary(load_LE, p_LE)["load_balancing_loss"]
     return total, (sums, {k: losses.unshift(x * mask_BT) for k, x in stats.items()})
+
+
+def stops(stats: losses.Stats, mask_BT: jax.Array, finished_B: jax.Array) -> metrics.Sums:
+    """How likely the stop tokens of responses that have one are to the student, and to the teacher:
+    where the teacher would write on, lengths are about to grow. Aligned by losses.shift."""
+    last_BT = mask_BT * (1 - losses.shift(mask_BT)) * finished_B[:, None]
+    names = {"logp": "stop_logp", "teacher_logp": "teacher_stop_logp"}
+    return {
+        told: (jnp.sum(stats[name] * last_BT), jnp.sum(last_BT))
+        for name, told in names.items()
+        if name in stats
+    }
+
+
+def _by_mode(stats: losses.Stats, mask_BT: jax.Array, thinking_BT: jax.Array) -> metrics.Sums:
+    """What foresees collapse, of the tokens of each mode apart."""
+    modes = {"think": mask_BT * thinking_BT, "no_think": mask_BT * ~thinking_BT}
+    return {
+        f"{name}/{mode}": (jnp.sum(stats[name] * of_BT), jnp.sum(of_BT))
+        for name in ("reverse_kl", "entropy", "logp")
+        if name in stats
+        for mode, of_BT in modes.items()
+    }
 
 
 def make(
@@ -274,6 +303,10 @@ def _several(
         return jax.lax.scan(one, state, parts)
 
     after, (measured, stats) = jax.lax.scan(epoch, state, None, length=epochs)
-    measured = jax.tree.map(jnp.mean, measured)
+    # What has no tokens in some of the updates is measured by the others.
+    measured = {
+        name: (jnp.nanmean if any(part in name for part in PARTIAL) else jnp.mean)(x)
+        for name, x in measured.items()
+    }
     stats = _merge(jax.tree.map(lambda x: x[-1], stats))
     return dataclasses.replace(after, step=state.step + 1), measured, stats

@@ -66,7 +66,7 @@ def prepare(c: ConfigDict, student: Policy) -> Validation | None:
         benchmarks.check(c.benchmark, rows)
         put = [(where, benchmarks.put(c.benchmark, row)) for where, row in rows]
         generate.prompts(student, put, settings["thinking"], settings["max_new_tokens"])
-        return Validation(c, rows, settings, evaluate.sampling_of(settings))
+        return Validation(c, rows, settings, benchmarks.sampling(settings))
     except UserError as error:
         raise UserError(f"config.eval: {error}") from None
 

@@ -16,10 +16,10 @@ PACKAGES = ("models", "distill", "configs", "assets", "benchmarks", "tests")
 # distill/, from top to bottom: a file imports from its own floor (without circles) and below.
 FLOORS = {
     "entry points": "train evaluate validate compare generate score serve plan export report "
-    "quickstart clean verify harness lm",
-    "stages": "prepare collect rollout slots engine teacher divergence update",
-    "parts": "policy data packing examples context columns sources hygiene head losses advantages "
-    "sampling benchmarks results",
+    "quickstart clean verify diagnose harness lm preflight",
+    "stages": "prepare collect rollout slots engine teacher divergence responses update",
+    "parts": "policy data layout packing curriculum examples context columns sources hygiene head "
+    "losses advantages sampling benchmarks results",
     "ground": "batch mesh aot chat locate rewards terms ifeval figures optim metrics "
     "checkpoint arithmetic cli",
 }

@@ -14,7 +14,7 @@ def counted(read: list[int]):
 
     class Slice:
         def __init__(self, handle):
-            self.get_shape, self.handle = handle.get_shape, handle
+            self.get_shape, self.get_dtype, self.handle = handle.get_shape, handle.get_dtype, handle
 
         def __getitem__(self, index):
             out = self.handle[index]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from test_verbs import write
 
-from distill import benchmarks, evaluate, rewards
+from distill import benchmarks, rewards, sources
 from models.errors import UserError
 
 
@@ -66,27 +66,22 @@ def test_a_hub_set(tmp_path: Path) -> None:
         (f"hf:{folder}::test row 0", "0"),
         (f"hf:{folder}::test row 1", "1"),
     ]
-    with pytest.raises(UserError, match=r"^--data=hf:.*::dev: "):
+    with pytest.raises(UserError, match=r"^hf:.*::dev: cannot be read: "):
         benchmarks.problems("gsm8k", f"hf:{folder}::dev", 0)
 
 
 def test_sets_by_their_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def read(name: str, config: str, split: str) -> list[dict]:
-        asked.append((name, config, split))
-        return [{"question": "q", "answer": "#### 1"}]
+    def read(source: str) -> sources.Rows:
+        asked.append(source)
+        return sources.Rows(source, 1, lambda i: {"question": "q", "answer": "#### 1"}, str)
 
-    monkeypatch.setattr(benchmarks, "_hub", read)
-    monkeypatch.setattr(benchmarks, "_tfds", read)
+    monkeypatch.setattr(sources, "open_rows", read)
     benchmarks.problems("gsm8k", "hf:", 0)
     benchmarks.problems("gsm8k", "tfds:", 0)
     benchmarks.problems("math", "tfds:some/set", 0)
-    assert asked == [
-        ("openai/gsm8k", "main", "test"),
-        ("gsm8k", "", "test"),
-        ("some/set", "", "train"),
-    ]
+    assert asked == ["hf:openai/gsm8k:main:test", "tfds:gsm8k::test", "tfds:some/set"]
     with pytest.raises(UserError, match="no set is named for math"):
         benchmarks.problems("math", "hf:", 0)
 
@@ -135,7 +130,7 @@ def test_protocols_are_those_of_the_report() -> None:
     assert benchmarks.settings("greedy", "aime24", {})["samples"] == 1
     with pytest.raises(UserError, match="--protocol=guess: known are greedy, qwen3-thinking"):
         benchmarks.settings("guess", "gsm8k", {})
-    assert evaluate.sampling_of(thinking).top_p == 0.95
+    assert benchmarks.sampling(thinking).top_p == 0.95
 
 
 def test_answers_that_are_none(tmp_path: Path) -> None:

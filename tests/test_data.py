@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from configs import base
-from distill import arithmetic, chat, data
+from distill import arithmetic, chat, data, layout
 from distill.data import Example, Source
 from models.errors import UserError
 
@@ -118,7 +118,7 @@ def test_size_takes_the_first_rows(tmp_path: Path) -> None:
 
 
 def test_left_pad() -> None:
-    tokens, segments = data.left_pad([[5, 6, 7], [8], [1, 2, 3, 4]], 4)
+    tokens, segments = layout.left_pad([[5, 6, 7], [8], [1, 2, 3, 4]], 4)
     assert tokens.tolist() == [[0, 5, 6, 7], [0, 0, 0, 8], [1, 2, 3, 4]]
     assert segments.tolist() == [[0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]]
     assert tokens.dtype == segments.dtype == np.int32
@@ -132,7 +132,7 @@ def test_trace_batch() -> None:
         Example([1], [9], "", ""),
         Example([1, 2, 3], [4, 5, 6, 7, 9], "", ""),
     ]
-    batch = data.trace_batch(examples, max_prompt=3, max_response=4)
+    batch = layout.traces(examples, max_prompt=3, max_response=4)
     T, F = True, False
     tokens, mask = np.asarray(batch.tokens_BT), np.asarray(batch.mask_BT)
     assert tokens.tolist() == [
@@ -222,7 +222,7 @@ def test_the_empty_think_block_is_prompt_and_not_trained(
         for example in examples:
             assert example.prompt == examples[0].prompt
             assert str(tokenizer.decode(example.prompt)).endswith(EMPTY_THINK) != thinking
-        batch = data.trace_batch(examples, 64, 64)
+        batch = layout.traces(examples, 64, 64)
         for i, response in enumerate(("12", thought, "12")):
             trained = np.asarray(batch.tokens_BT)[i][np.asarray(batch.mask_BT)[i]]
             assert tokenizer.decode(trained) == response + "<|im_end|>"
@@ -235,7 +235,7 @@ def check_solutions(path: Path, tokenizer: PreTrainedTokenizerBase, thinking: bo
     assert source.size == len(rows)
     examples = [source.example(i) for i in range(source.size)]
     longest = (max(len(e.prompt) for e in examples), max(len(e.response) for e in examples))
-    batch = data.trace_batch(examples, *longest)
+    batch = layout.traces(examples, *longest)
     tokens, mask, segments = map(np.asarray, (batch.tokens_BT, batch.mask_BT, batch.segments_BT))
     end = "" if thinking else EMPTY_THINK
     for i, row in enumerate(rows):

@@ -28,6 +28,7 @@ from distill import (
     metrics,
     optim,
     policy,
+    responses,
     rewards,
     rollout,
     update,
@@ -128,7 +129,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_form_and_loops(response: str, formatted: bool, repeats: bool) -> None:
     with rewards.Grader() as grader:
         row: evaluate.Row = {"response": response, "answer": "12", "id": "a"}
-        (found,) = evaluate.graded(grader, "arithmetic", [row])
+        (found,) = responses.graded(grader, "arithmetic", [row])
     assert (found["formatted"], found["repeats"]) == (formatted, repeats)
     assert found["correct"] == (found["outcome"] == "correct") == formatted
     assert found.items() >= row.items()
@@ -310,7 +311,7 @@ def test_graders_never_stall_sampling() -> None:
 
     rows = [("", {"id": i, "question": "1?"}) for i in range(5)]
     keys = [["a", "b"]] * 5
-    found = list(evaluate._collect(sampled(), Slow(), "math", rows, keys, False))
+    found = list(responses.graded_as_they_come(sampled(), Slow(), "math", rows, keys, False))
     assert [[(r["id"], r["sample"]) for r in group] for group in found] == [
         [(i, 0), (i, 1)] for i in range(5)
     ]
@@ -434,7 +435,7 @@ def test_gsm8k_of_a_model(paths, loaded, tmp_path: Path) -> None:
     asked = benchmarks.problems("gsm8k", str(write(tmp_path / "asked.jsonl", rows)), 0)
     with policy.use(loaded[0]):
         prompts = generate.prompts(loaded[0], asked, False, 24)
-        replies = evaluate.respond(loaded[0], asked, prompts, first=0, samples=2, **options)
+        replies = responses.sample(loaded[0], asked, prompts, first=0, samples=2, **options)
         said = [[str(row["response"]) for row in group] for group in replies]
     numbers = [rewards.find_answer(second) for _, second in said]
     expected = [0 if n is None else int(abs(float(n))) for n in numbers]
@@ -556,7 +557,7 @@ BAD = [
     (("--benchmark=arithmetic", "--protocol=guess"), "--protocol=guess: known are greedy"),
     (("--benchmark=arithmetic", "--template=hello"), "--template: no {question} in it"),
     (("--benchmark=arithmetic", "--k=2"), "--k=2: each must be 1 to --samples=1"),
-    (("--benchmark=aime24", "--data=hf:"), "--data=hf:HuggingFaceH4/aime_2024: "),
+    (("--benchmark=aime24", "--data=hf:"), "hf:HuggingFaceH4/aime_2024: cannot be read: "),
 ]
 
 

@@ -23,7 +23,7 @@ from distill import evaluate, export, generate, losses, optim, policy, prepare, 
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from models.errors import UserError
-from models.qwen3 import adapter, model, weights
+from models.qwen3 import adapter, model, quantised, weights
 from models.qwen3.config import SIZES
 from models.qwen3.lora import TARGETS, LoRA
 from tests.helpers import ROOT, tiny_qwen3
@@ -245,7 +245,7 @@ def test_dense_layers_among_sparse_ones(tmp_path, capsys):
     student, trained = begun(tmp_path / "base", PLAIN)
     fields = {"path": str(tmp_path / "base"), "lora": dataclasses.asdict(PLAIN)}
     path = write(tmp_path / "config.json", [{"stages": ["sft"], "student": fields}]).parent
-    policy.save_adapter(described(path), trained, tmp_path / "out", "float32")
+    export.save_adapter(described(path), trained, tmp_path / "out", "float32")
     assert "peft" in capsys.readouterr().err
     again = policy.load(described(tmp_path / "out"), "float32")
     merged = policy.sampled(student)(trained)
@@ -459,6 +459,19 @@ def test_a_run_is_exported_and_is_a_model(run, exported, models, tmp_path):
     shared = (f"--model={run}", f"--prompts={rows}", f"--out={out}", "--dtype=float32")
     assert call(generate, *shared, "--temperature=0", "--max_new_tokens=5") == 0
     assert read(out)[0]["samples"][0]["tokens"] == greedy(merged, ids, 5)[:5]
+
+
+@pytest.mark.parametrize("which", ["run", "adapter"])
+def test_merged_and_rounded_as_it_is_read(run, exported, which):
+    """A run or an adapter as a teacher in 8 bits: the merged model, quantised."""
+    path = run if which == "run" else exported[0]
+    merged = policy.load(described(exported[1]), "float32").params
+    expected = quantised.tree(merged, "int8", FLOAT)
+    found = policy.load(described(path), "int8").params
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for ours, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1 if ours.dtype == jnp.int8 else 0)
 
 
 def test_a_lora_run_is_evaluated(run, tmp_path):

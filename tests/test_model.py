@@ -335,7 +335,10 @@ def broken(name):
     def reshape(tensors):
         tensors["model.norm.weight"] = np.zeros(7, np.float32)
 
-    return {"drop": drop, "add": add, "reshape": reshape}[name]
+    def integers(tensors):
+        tensors["model.norm.weight"] = np.zeros(40, np.int32)
+
+    return {"drop": drop, "add": add, "reshape": reshape, "integers": integers}[name]
 
 
 @pytest.mark.parametrize(
@@ -344,6 +347,7 @@ def broken(name):
         ("drop", "model.layers.1.mlp.up_proj.weight is missing"),
         ("add", "model.layers.0.self_attn.q_proj.bias is no part"),
         ("reshape", "model.norm.weight has shape [7], config.json says [40]"),
+        ("integers", "model.norm.weight is of I32, none of F64, F32, F16, BF16"),
     ],
 )
 def test_wrong_tensors(tmp_path, change, words):

@@ -196,3 +196,29 @@ def test_a_judge_needs_a_teacher():
     c.teacher.path = ""
     with pytest.raises(UserError, match=r"config\.teacher\.path: name a model directory"):
         prepare.prepare(c, mesh_lib.make(1, 1, 1))
+
+
+@pytest.mark.parametrize("objective", ["hybrid", "distill"])
+def test_figures_of_the_modes_apart(objective, tmp_path):
+    """Whole figures are the means of the modes', weighed by their rows or tokens."""
+    c = config(objective, samples=2, data__thinking=0.5, data__size=16, accumulate=2)
+    c.opd.data.difficulty, c.opd.data.curriculum = "operations", "ordered"
+    c.opd.reward.format = 0.5
+    train.run(c, tmp_path / "run")
+    rows = rows_of(tmp_path / "run")
+    seen = {mode for row in rows for mode in ("think", "no_think") if row[f"train/logp/{mode}"]}
+    assert seen == {"think", "no_think"}
+    for row in rows:
+        for name in ("reverse_kl", "entropy"):
+            both = [row[f"train/{name}/{mode}"] for mode in ("think", "no_think")]
+            known = [x for x in both if x is not None]
+            assert min(known) - 1e-5 <= row[f"train/{name}"] <= max(known) + 1e-5
+        if objective == "hybrid":
+            assert row["train/stop_logp"] <= 0 and row["train/teacher_stop_logp"] <= 0
+            sizes = {m: row.get(f"rollout/rows/{m}", 0) for m in ("think", "no_think")}
+            assert sum(sizes.values()) == 8
+            for name in ("rollout/mean_length", "rollout/truncated", "reward/correct"):
+                parts = [n * row[f"{name}/{m}"] for m, n in sizes.items() if n]
+                assert row[name] == pytest.approx(sum(parts) / 8)
+    # The easiest of the operations' numbers come first.
+    assert rows[0]["data/difficulty"] < rows[-1]["data/difficulty"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from distill import chat, data, losses, packing, update
+from distill import chat, data, layout, losses, packing, update
 from distill.examples import Example
 from models.qwen3 import model
 from models.qwen3.config import Config
@@ -152,10 +152,10 @@ def test_packed_rows_train_as_unpacked_ones_do() -> None:
 
     rows = packer(data.Source(0, example), cut=12).rows(0)
     assert sum(map(len, rows)) > 2 * len(rows)
-    packed = data.layout(rows, 64, 12)
+    packed = layout.batch(rows, 64, 12)
     alone = [[example] for row in rows for example in row]
     alone += [[]] * (-len(alone) % len(rows))  # in batches of one shape, which is compiled once
-    batches = [data.layout(alone[i : i + 4], 64, 12) for i in range(0, len(alone), 4)]
+    batches = [layout.batch(alone[i : i + 4], 64, 12) for i in range(0, len(alone), 4)]
     assert packed.mask_BT.sum() == sum(batch.mask_BT.sum() for batch in batches)
     a, grad_a = naive(qwen3, params, packed)
     b, grad_b = jax.tree.map(lambda *x: sum(x), *(naive(qwen3, params, x) for x in batches))
@@ -174,7 +174,7 @@ def test_layout() -> None:
         [Example([7], [9], "", "")],
         [],
     ]
-    batch = data.layout(rows, 9, 2)
+    batch = layout.batch(rows, 9, 2)
     tokens, positions, segments, mask = map(
         np.asarray, (batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.mask_BT)
     )
@@ -183,7 +183,7 @@ def test_layout() -> None:
     assert positions[0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4]
     assert mask[0].tolist() == [False, False, True, True, False, False, True, False, False]
     assert not segments[2].any() and not mask[2].any()
-    measured = data.measure(batch, rows, 2, data.Source(3, lambda i: rows[0][0]))
+    measured = layout.measure(batch, rows, 2, data.Source(3, lambda i: rows[0][0]))
     assert measured == {"data/efficiency": 9 / 27, "data/truncated": 1 / 3, "data/skipped": 0}
 
 
@@ -200,6 +200,6 @@ def test_rows_of_real_data_are_full(shared_data: Path, monkeypatch: pytest.Monke
     filled = []
     for step in range(16):
         rows = feed.rows(step)
-        batch = data.layout(rows, 4096, 3584)
-        filled.append(data.measure(batch, rows, 3584, source)["data/efficiency"])
+        batch = layout.batch(rows, 4096, 3584)
+        filled.append(layout.measure(batch, rows, 3584, source)["data/efficiency"])
     assert min(filled) > 0.95 and np.mean(filled) > 0.98

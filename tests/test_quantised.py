@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from distill import data, policy, prepare, score, train
+from distill import data, engine, layout, policy, prepare, rollout, score, train
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from models.errors import UserError
@@ -130,7 +130,7 @@ def taught():
     teacher = loaded(ROOT / "assets" / "teacher", "float32")
     c = quickstart.get_config().opd.data
     examples = data.at(data.load(c, teacher.tokenizer, 0, traces=True), 0, 32, 0)
-    batch = data.trace_batch(examples, 60, 52)
+    batch = layout.traces(examples, 60, 52)
     where = np.asarray(batch.segments_BT) > 0
     return teacher, batch, where, log_probs(teacher.model, teacher.params, batch)
 
@@ -268,7 +268,7 @@ def tiny_run(param_dtype):
     return c
 
 
-def test_a_run_with_an_int8_teacher(tmp_path):
+def test_a_run_with_an_int8_teacher(tmp_path, monkeypatch):
     """The first step's divergence is the float teacher's, to what the 8 bits cost; it trains."""
     rows = {}
     for kind in ("float32", "int8"):
@@ -278,9 +278,102 @@ def test_a_run_with_an_int8_teacher(tmp_path):
     first = [rows[kind][0]["train/reverse_kl"] for kind in ("float32", "int8")]
     assert first[0] != first[1] == pytest.approx(first[0], rel=0.02)
     assert all(np.isfinite(row["train/loss"]) for row in rows["int8"])
-    # A run is a teacher too.
+    # A run is a teacher too, and its checkpoint is never there in float32 as a whole.
+    whole = loaded(tmp_path / "int8", "float32")
+    largest = watch_floats(monkeypatch)
     again = loaded(tmp_path / "int8", "int8")
     assert sum(isinstance(x, Quantised) for x in leaves(again.params)) == 7
+    expected = jax.jit(quantised.tree, static_argnums=(1, 2))(whole.params, "int8", jnp.float32)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, again.params, expected)))
+    kernels = [
+        x.size
+        for x, y in zip(*map(leaves, (whole.params, again.params)), strict=True)
+        if y is not x and isinstance(y, Quantised)
+    ]
+    assert 0 < largest() <= max(kernels) < sum(kernels) / 3
+
+
+def watch_floats(monkeypatch):
+    """The function that says how many float32 numbers of kernels were there at once, at most, at
+    any time that one of them was being converted."""
+    before, largest, convert = {id(x) for x in jax.live_arrays()}, [0], quantised.tree
+
+    def watched(*args):
+        fresh = [x for x in jax.live_arrays() if id(x) not in before and x.dtype == jnp.float32]
+        largest[0] = max(largest[0], sum(x.size for x in fresh if x.ndim > 2 and x.shape[-2] > 1))
+        return convert(*args)
+
+    monkeypatch.setattr(quantised, "tree", watched)
+    return lambda: largest[0]
+
+
+def rows_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_frozen_base_and_a_reference_in_8_bits(tmp_path):
+    """The sampler has the LoRA merged with the base that the update computes with, and without its
+    LoRA that base is the reference; of a student trained whole it is a copy in 8 bits."""
+    rows = {}
+    for name, rank, kind in (("lora", 2, "int8"), ("whole", 0, "float8_e4m3fn")):
+        c = tiny_run("float32")
+        c.student.param_dtype, c.student.lora.rank = kind, rank
+        c.opd.loss.reference = 0.1
+        train.run(c, tmp_path / name)
+        (rows[name],) = rows_of(tmp_path / name)
+        assert rows[name]["train/sampler_delta"] < 1e-4
+    assert abs(rows["lora"]["train/reference_kl"]) < 1e-9
+    assert 1e-5 < rows["whole"]["train/reference_kl"] < 0.05
+
+
+@pytest.mark.parametrize("kind", ["", "bfloat16", "int8"])
+def test_weights_for_sampling(tmp_path, kind):
+    """Another policy than the trainer's, a little, and importance ratios know of it."""
+    c = tiny_run("float32")
+    c.opd.objective, c.opd.rollout.param_dtype = "opd_sampled", kind
+    train.run(c, tmp_path)
+    (row,) = rows_of(tmp_path)
+    delta, ratio = row["train/sampler_delta"], row["train/ratio_max"] - 1
+    if kind:
+        assert 1e-4 < delta < 0.1 and ratio > 1e-4
+    else:
+        assert delta < 1e-5 and ratio < 1e-4
+
+
+def test_a_sampler_in_8_bits_is_the_model_in_8_bits(directories):
+    """Made on a mesh out of the floats, as they would be loaded: log-probabilities are those of one
+    forward on one device, and an expert's values lie where the expert does."""
+    spread = loaded(directories / "sparse", "float32", (1, 2, 2, 2))
+    rng = np.random.default_rng(0)
+    rows = [rollout.Row(rng.integers(0, 128, n).tolist(), (0, n), 8) for n in (3, 9, 5, 12)]
+    options = rollout.Options(4, param_dtype="int8", stacked=True)
+    with policy.use(spread):
+        qwen3, params = engine.weights(
+            spread.model,
+            spread.params,
+            policy.mesh_of(spread),
+            stacked=True,
+            gathered=True,
+            param_dtype="int8",
+        )
+        done = list(
+            rollout.run(
+                spread.model,
+                spread.params,
+                rows,
+                sampling=rollout.Sampling(),
+                stop_ids=(),
+                options=options,
+            )
+        )
+    gate = params["layers"]["moe"]["gate"]
+    assert gate.values.dtype == jnp.int8 and qwen3.scan
+    assert tuple(gate.values.sharding.spec) == (None, "expert", None, "tensor")
+    alone = loaded(directories / "sparse", "int8")
+    batch = rollout.to_batch(done, 4, 12, 8)
+    found = log_probs(alone.model, alone.params, batch)[:, 11:-1]
+    expected = np.take_along_axis(np.asarray(found), np.asarray(batch.tokens_BT)[:, 12:, None], -1)
+    np.testing.assert_allclose([row.logprobs for row in done], expected[..., 0], atol=1e-4)
 
 
 def test_an_unknown_dtype_is_refused():
@@ -289,6 +382,9 @@ def test_an_unknown_dtype_is_refused():
     ):
         prepare.prepare(tiny_run("int4"), mesh_lib.make(1, 1, 1))
     c = tiny_run("int8")
+    with pytest.raises(UserError, match=r"config.opd.rollout.param_dtype='int4': must be float32,"):
+        c.opd.rollout.param_dtype = "int4"
+        prepare.prepare(c, mesh_lib.make(1, 1, 1))
     c.teacher.dtype = "int8"
     with pytest.raises(
         UserError, match=r"config.teacher.dtype: 'int8' is none of float32, bfloat16"

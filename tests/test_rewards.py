@@ -1,5 +1,6 @@
 """The graders: agreement with published labels, and answers written to bring them down."""
 
+import itertools
 import json
 import operator
 import os
@@ -92,6 +93,15 @@ def test_math_finds_the_answer(response: str, answer: str, outcome: str) -> None
     assert grade_math(response, answer) == outcome
 
 
+def test_integers_are_compared_as_algebra_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = ["0", "-0", "007", "7", "-7", "70", "10", "999999999999999999", "999999999999999998"]
+    pairs = list(itertools.product(whole, whole))
+    quick = [rewards.without_algebra(rf"\boxed{{{a}}}", b) for a, b in pairs]
+    assert quick.count("correct") == len(whole) + 4
+    monkeypatch.setattr(rewards, "without_algebra", lambda response, answer: None)
+    assert quick == [grade_math(rf"\boxed{{{a}}}", b) for a, b in pairs]
+
+
 @pytest.mark.skipif(not LABELLED.exists(), reason="no labelled completions beside the project")
 def test_agrees_with_published_labels(grader: Grader) -> None:
     with LABELLED.open() as lines:
@@ -159,8 +169,8 @@ def withstand(grader: Grader, hostile: dict[str, str], timeout: float) -> None:
     assert time.monotonic() - started < (timeout + 2) * len(hostile) + 10
     assert "correct" not in outcomes and set(outcomes) <= set(rewards.OUTCOMES)
     assert "timeout" in outcomes
-    twenty_boxes = r"\boxed{1} " * 19 + r"\boxed{42}"
-    assert grader.grade("gsm8k", [twenty_boxes, "#### 41"], ["42", "42"]) == ["correct", "wrong"]
+    twenty_boxes = r"\boxed{1} " * 19 + r"\boxed{\frac{84}{2}}"
+    assert grader.grade("gsm8k", [twenty_boxes, "#### 41.5"], ["42", "42"]) == ["correct", "wrong"]
 
 
 def test_hostile_answers_come_back_in_time_and_the_pool_lives_on(grader: Grader) -> None:
@@ -190,16 +200,17 @@ def test_memory_is_bounded(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(rewards.GRADERS, "mul", operator.mul)
     bomb: list = [20 << 30]
     assert grader.grade("mul", ["x"], bomb) == ["error"]
-    assert grader.grade("math", ["42"], ["42"]) == ["correct"]
+    assert grader.grade("math", ["42.0"], ["42"]) == ["correct"]
 
 
 ORPHAN = """
 import operator, os, signal, sys, time
 from distill import rewards
+open("imported", "a").write("x")
 if __name__ == "__main__":
     rewards.GRADERS["power"] = operator.pow
     with rewards.Grader(timeout=1.0, workers=1) as grader:
-        grader.grade("math", ["1"], ["1"])
+        grader.grade("math", ["1.0"], ["1"])
         future = grader.submit("power", 7, 10**9)  # minutes within one bytecode
         while not future.running():
             time.sleep(0.01)
@@ -225,9 +236,11 @@ def test_a_hanging_worker_does_not_outlive_its_killed_parent(tmp_path: Path) -> 
     said = tmp_path / "said"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with said.open("w") as file:
-        code = subprocess.call([sys.executable, str(script)], stdout=file, env=environment)
+        command = [sys.executable, str(script)]
+        code = subprocess.call(command, stdout=file, env=environment, cwd=tmp_path)
     (pid,) = map(int, said.read_text().split())
     assert code == -9 and alive(pid)
+    assert (tmp_path / "imported").read_text() == "x"  # workers do without the main module
     deadline = time.monotonic() + 1.0 + rewards._GRACE + 10  # the last on a busy machine
     while alive(pid) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -241,16 +254,31 @@ def test_a_hanging_or_dying_worker_is_replaced(
     calls, arguments = [time.sleep, os._exit, operator.neg, str], [60, 1, "x", "correct"]
     outcomes = grader.grade("call", calls, arguments)  # pyright: ignore[reportArgumentType]
     assert outcomes == ["timeout", "error", "error", "correct"]
-    assert grader.grade("gsm8k", ["#### 42"], ["42"]) == ["correct"]
+    assert grader.grade("gsm8k", ["#### 42.0"], ["42"]) == ["correct"]
 
 
-def test_arithmetic_starts_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_integers_start_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     with Grader() as grader:
         monkeypatch.setattr(grader, "_pool", None)
         assert grader.grade("arithmetic", ["7", "8"], ["7", "7"]) == ["correct", "wrong"]
+        assert grader.grade("math", ["#### 7", "8"], ["7", "7"]) == ["correct", "wrong"]
+        assert grader._pool is None
         monkeypatch.undo()
 
 
 def test_an_unknown_benchmark_is_the_users_mistake() -> None:
     with Grader() as grader, pytest.raises(UserError, match="'gsm9k' is none of arithmetic, gsm8k"):
         grader.grade("gsm9k", ["7"], ["7"])
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "answer", "can"),
+    [
+        *(("gsm8k", text, True) for text in ("72", "\\frac{1}{2}", "\\{1,2\\}", "(1, 2)", "+")),
+        *(("math", text, False) for text in ("", "$", "\\frac{1", "}{1", "{}", "1" * 1001)),
+        *(("arithmetic", text, text == "-7") for text in ("-7", "seven", "7.5", "")),
+        ("ifeval", "{}", True),
+    ],
+)
+def test_answers_that_can_be_compared_with(benchmark: str, answer: str, can: bool) -> None:
+    assert rewards.gradable(benchmark, answer) is can

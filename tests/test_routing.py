@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from typing import Any
 
 import jax
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from distill import losses, metrics, policy, update
+from distill import collect, losses, metrics, policy, prepare, rollout, train, update
 from distill import mesh as mesh_lib
+from models.errors import UserError
 from models.qwen3 import model, moe, weights
 from tests.helpers import tiny_qwen3
 from tests.test_moe import EVEN, SHAPES, T, batch_of, load, tokens_of, torch_gradients
+from tests.test_train import config, numbers, tiny_model
 
 
 @pytest.fixture(scope="module", params=["renormalised", "every second layer"])
@@ -175,3 +178,154 @@ def test_replay_undoes_what_noise_does_to_the_choice(even):
     np.testing.assert_allclose(
         states["replayed on a mesh"][real], states["replayed"][real], atol=1e-4
     )
+
+
+# The sampler's choice, recorded.
+
+P, R = 12, 10
+
+
+def asked(config, prompts=5, samples=2):
+    """Rows of few prompts, some longer than a chunk of what is read at once."""
+    rng, rows = np.random.default_rng(0), []
+    for number in range(prompts):
+        prompt = rng.integers(0, config.vocab_size, rng.integers(1, P + 1)).tolist()
+        keys = rollout.row_keys(jax.random.key(5), [number] * samples, range(samples))
+        rows += [rollout.Row(prompt, key, int(rng.integers(1, R + 1))) for key in keys]
+    return rows
+
+
+def sampled(config, params, rows, mesh, stacked, dtype="float32", **given):
+    with mesh_lib.use(mesh):
+        done = rollout.run(
+            model.Qwen3(config, jnp.dtype(dtype)),
+            params,
+            rows,
+            sampling=rollout.Sampling(),
+            stop_ids=(3, 7, 11),
+            options=rollout.Options(8, P + R, segment=4, chunk=8, cache_tokens=96, stacked=stacked),
+            routing=True,
+            **given,
+        )
+        return list(done)
+
+
+@pytest.mark.parametrize(
+    ("layers", "sizes", "stacked"),
+    [("every second", (1, 1, 1), False), ("all", (1, 2, 2, 2), True)],
+)
+def test_recorded_experts_are_those_of_a_forward(even, tmp_path, layers, sizes, stacked):
+    """Of prompts that samples share and prompts in pieces, of rows that take the slots of others,
+    that are parked, and that go on later."""
+    directory = even
+    if layers != "all":
+        directory = tmp_path
+        fields: dict[str, Any] = EVEN | {"decoder_sparse_step": 2, "num_hidden_layers": 4}
+        tiny_qwen3(directory, **fields)
+    config, params = load(directory, sizes)
+    mesh = mesh_lib.make(*sizes)
+    rows = sampled(config, params, asked(config), mesh, stacked, budget=24)
+    assert any(row.tokens and not row.reason for row in rows)
+    rows = sampled(config, params, rows, mesh, stacked)
+    batch = rollout.to_batch(rows, len(rows), P, R, routing=config.routing)
+    _, alone = load(directory)
+    expected = np.asarray(
+        jax.jit(policy.chosen, static_argnums=0)(model.Qwen3(config), alone, batch)
+    )
+    found, segments = np.asarray(batch.experts_BTLA), np.asarray(batch.segments_BT)
+    assert found.dtype == np.int16 and found.shape == expected.shape
+    for row, theirs, ours, real in zip(rows, expected, found, segments > 0, strict=True):
+        assert sum(map(len, row.experts)) == len(row.context)
+        np.testing.assert_array_equal(ours[real][:-1], theirs[real][:-1])
+        assert (ours[real][-1] == -1).all() and (ours[~real] == -1).all()
+
+
+def test_layers_are_in_order_beyond_the_tenth():
+    """A tree of blocks that went through jit comes back sorted by name."""
+    noted = {f"layers_{i}": {"moe": {"experts": jnp.full((1, 2, 3), i)}} for i in range(12)}
+    found = moe.chosen(jax.tree.map(lambda x: x, noted))
+    np.testing.assert_array_equal(found[0, 0, :, 0], np.arange(12))
+
+
+SPARSE: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sparse")
+    return tuple(tiny_model(root / name, i, **SPARSE) for i, name in enumerate("st"))
+
+
+def config_of(sparse, dtype, replay):
+    c = config(sparse)
+    c.stages, c.student.dtype, c.student.replay_routing = ("opd",), dtype, replay
+    return c
+
+
+def test_replay_brings_sampler_and_trainer_together(even):
+    """In bfloat16 a router chooses otherwise in the update than it did in the sampler, here and
+    there; with what was recorded it cannot."""
+    config, params = load(even)
+    rows = sampled(config, params, asked(config, 16, 4), mesh_lib.make(1, 1, 1), False, "bfloat16")
+    batch = rollout.to_batch(rows, len(rows), P, R, routing=config.routing)
+    loss = functools.partial(
+        update.loss_sums, model.Qwen3(config, jnp.bfloat16), losses.TABLE["sft"], R, 1.0
+    )
+    stats = jax.jit(lambda batch: loss(params, batch, None)[1][0]["sampler_delta"])
+    deltas = {}
+    for name, experts in (("free", None), ("replayed", batch.experts_BTLA)):
+        total, count = stats(dataclasses.replace(batch, experts_BTLA=experts))
+        deltas[name] = float(total / count)
+    assert count > 200
+    assert deltas["replayed"] < 0.8 * deltas["free"], deltas
+
+
+def test_recorded_experts_through_the_loop(sparse, tmp_path):
+    """A LoRA on a mesh that splits the experts; rows that a budget parks keep their experts."""
+    c = config_of(sparse, "float32", True)
+    c.student.lora.rank = 2
+    c.mesh.expert = 2
+    c.opd.steps, c.opd.rollout.budget = 2, 30
+    train.run(c, tmp_path)
+    first, second = numbers(tmp_path)
+    assert first["train/trained_tokens"] == 0  # so the second step has the same weights
+    assert second["rollout/stale"] > 0 and second["train/sampler_delta"] < 1e-4
+    assert second["train/loss"] > 0
+
+
+def test_parked_experts_come_back_from_a_checkpoint():
+    rng = np.random.default_rng(0)
+    pieces = [rng.integers(-1, 8, (n, 2, 3)).astype(np.int16) for n in (5, 2)]
+    row = rollout.Row([1] * 5, (1, 2), 4, tokens=[3, 4], logprobs=[-1.0, -2.0], experts=pieces)
+    position = json.loads(json.dumps(rollout.Parked([row], 7).position()))
+    again = rollout.Parked()
+    again.resume(position)
+    assert again.begun == 7 and again.rows == [row]
+    for found, expected in zip(again.rows[0].experts, pieces, strict=True):
+        assert found.dtype == np.int16
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_read_rows_route_themselves():
+    """Where half of a batch is the student's own, the other half has no experts recorded."""
+    one = np.ones((3, 2, 4), np.int16)
+    rows = [rollout.Row([1, 2], (0, 0), 3, tokens=[5], logprobs=[-1.0], experts=[one])]
+    own = rollout.to_batch(rows, 1, 4, 3, routing=(2, 4))
+    read = dataclasses.replace(own, experts_BTLA=None)
+    experts = np.asarray(collect._joined([own, read]).experts_BTLA)
+    np.testing.assert_array_equal(experts[0, :, 0, 0], [-1, -1, 1, 1, 1, -1, -1])
+    assert experts.shape == (2, 7, 2, 4) and (experts[1] == -1).all()
+
+
+def test_a_dense_student_has_nothing_to_replay(tmp_path):
+    dense = tiny_model(tmp_path / "dense", 0)
+    c = config_of((dense, dense), "float32", True)
+    with pytest.raises(UserError, match=r"config.student.replay_routing: \S+ has no experts to re"):
+        prepare.prepare(c, mesh_lib.make(1, 1, 1))

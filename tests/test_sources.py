@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from configs import base
-from distill import chat, columns, data, sources
+from distill import chat, columns, data, layout, sources
 from distill.examples import Example
 from models.errors import UserError
 
@@ -306,7 +306,34 @@ KNOWN = [
     ({"prompt": "2+2=", "completion": "4"}, {"response": "4"}),
     ({"question": "2+2?", "solution": "4", "answer": "4"}, {}),
     ({"question": "2+2?", "answer": "4"}, {}),
+    ({"question": "2+2?", "answer": "2+2=<<2+2=4>>4\nFour."}, {"answer": ""}),
+    (
+        {"id": "x", "source": "s", "messages": [{"role": "user", "content": "2+2?"}]},
+        {},
+    ),
 ]
+
+
+def test_a_chat_of_tulu_is_asked_without_its_answer() -> None:
+    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    row = {"id": "x", "source": "s", "messages": messages}
+    assert columns.canonical(row, "", "row", True) == row
+    assert columns.canonical(row, "", "row", False)["messages"] == messages[:1]
+    bad = {**row, "messages": "2+2?"}
+    assert columns.canonical(bad, "", "row", False) == bad  # and is refused where it is rendered
+    for empty in ([], None):
+        with pytest.raises(UserError, match="row: id, messages, source are not as in the sets"):
+            columns.canonical({**row, "messages": empty}, "", "row", False)
+
+
+def test_a_question_is_put(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    path = lines(tmp_path / "rows.jsonl", [*ROWS, {"prompt": "p", "answer": None}])
+    source = data.load(config(path, template="Q {question} {x}"), tiny, 0, False)
+    texts = [str(tiny.decode(source.example(i).prompt)) for i in range(source.size)]
+    assert texts[3] == "<|im_start|>user\nQ 3 + 1? {x}<|im_end|>\n<|im_start|>assistant\n"
+    assert texts[9] == "p" and source.example(9).answer == ""
+    with pytest.raises(UserError, match=r"config\.data\.template='Q': has no \{question\}"):
+        data.load(config(path, template="Q"), tiny, 0, False)
 
 
 @pytest.mark.parametrize(("row", "added"), KNOWN)
@@ -364,7 +391,7 @@ def test_which_turns_are_trained(tiny: PreTrainedTokenizerBase, tmp_path: Path) 
 
     def trained(turns: str) -> tuple[str, str]:
         example = data.load(config(path, turns=turns), tiny, 0, True).example(0)
-        batch = data.layout([[example]], 200, 200)
+        batch = layout.batch([[example]], 200, 200)
         ids, mask = np.asarray(batch.tokens_BT)[0], np.asarray(batch.mask_BT)[0]
         return str(tiny.decode(ids[mask])), str(tiny.decode(example.prompt))
 
@@ -386,7 +413,7 @@ def test_real_rows_print_back(shared_data: Path, qwen3: PreTrainedTokenizerBase,
             response = row["messages"][-1]["content"]
         else:
             response = f"<think>\n{row['thinking'].strip()}\n</think>\n\n{row['content'].strip()}"
-        batch = data.layout([[source.example(i)]], 8000, 7000)
+        batch = layout.batch([[source.example(i)]], 8000, 7000)
         ids, mask = np.asarray(batch.tokens_BT)[0], np.asarray(batch.mask_BT)[0]
         assert qwen3.decode(ids[mask]) == response + "<|im_end|>"
 

@@ -177,6 +177,7 @@ def test_a_context_moves_the_response_behind_another_prompt(files):
     prompts = behind(files, in_system)
     network = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
     batch, _ = collected(c)
+    assert batch.teacher_hidden_BTD is not None
     (hidden,) = batch.teacher_hidden_BTD
     hidden = np.asarray(hidden)
     assert batch.told is None and hidden.shape[:2] == batch.tokens_BT.shape
@@ -197,7 +198,7 @@ def test_an_empty_context_changes_nothing(files):
     told, _ = collected(config(files, context__column="solution", context__place="question"))
     plain, _ = collected(config(files))
     prompts, same = behind(files, before_question), 0
-    ours, theirs = (np.asarray(b.teacher_hidden_BTD[0]) for b in (told, plain))
+    (ours,), (theirs,) = (jax.device_get(b.teacher_hidden_BTD) for b in (told, plain))
     for i, (prompt, _, at) in enumerate(own_rows(plain)):
         equal = np.allclose(ours[i, at - 1], theirs[i, at - 1], atol=1e-6)
         assert equal == (prompts[prompt] == list(prompt))

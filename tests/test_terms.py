@@ -35,6 +35,25 @@ def test_only_a_right_answer_is_correct(outcome):
 
 
 @pytest.mark.parametrize(
+    ("text", "thinking", "expected"),
+    [
+        ("<think>\n1\n</think>\n\n2", True, True),
+        ("1\n</think>\n\n2", True, True),  # the template had opened the block
+        ("  <think></think>2", True, True),
+        ("<think>1", True, False),
+        ("2", True, False),
+        ("so <think>1</think> 2", True, False),
+        ("<think>1</think> <think>2</think> 3", True, False),
+        ("</think> 2 <think>", True, False),
+        ("2", False, True),
+        ("<think></think> 2", False, False),
+    ],
+)
+def test_well_formed(text: str, thinking: bool, expected: bool) -> None:
+    assert terms.well_formed(text, thinking) == expected
+
+
+@pytest.mark.parametrize(
     ("thinking", "text", "value"),
     [
         (True, "<think>a</think>b", 1),

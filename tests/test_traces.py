@@ -11,7 +11,7 @@ import pytest
 from test_verbs import call, write
 
 from configs import base
-from distill import arithmetic, chat, data, generate, metrics, rewards, sources, verify
+from distill import arithmetic, chat, data, generate, layout, metrics, rewards, sources, verify
 from models.errors import UserError
 
 STUDENT = Path(__file__).parents[1] / "assets" / "student"
@@ -144,7 +144,7 @@ def test_stored_top_log_probs_come_along(tmp_path: Path) -> None:
     c = base.stage("sft").data
     c.source = str(path)
     source = data.load(c, None, 0, True)
-    batch = data.layout([[source.example(0), source.example(1)]], 10, 3, top_k=2)
+    batch = layout.batch([[source.example(0), source.example(1)]], 10, 3, top_k=2)
     assert batch.teacher_top_BTK is not None
     ids, logp = map(np.asarray, batch.teacher_top_BTK)
     mask = np.asarray(batch.mask_BT)
@@ -153,11 +153,11 @@ def test_stored_top_log_probs_come_along(tmp_path: Path) -> None:
     np.testing.assert_allclose(logp[mask], [[-0.1, -2.5]] * 5)
     assert not ids[~mask].any() and mask.sum() == 5
     with pytest.raises(UserError, match=r"t\.jsonl:1 sample 0: top_logprobs has 3, not 4"):
-        data.layout([[source.example(0)]], 10, 3, top_k=4)
+        layout.batch([[source.example(0)]], 10, 3, top_k=4)
     del samples[1]["top_logprobs"]
     write(path, [{"prompt_tokens": [1, 2], "samples": samples}])
     with pytest.raises(UserError, match=r"t\.jsonl:1 sample 1: no top_logprobs"):
-        data.layout([[data.load(c, None, 0, True).example(1)]], 10, 3, top_k=2)
+        layout.batch([[data.load(c, None, 0, True).example(1)]], 10, 3, top_k=2)
     samples[0]["top_logprobs"].pop()
     write(path, [{"prompt_tokens": [1, 2], "samples": samples}])
     with pytest.raises(UserError, match="top_logprobs of 3 tokens, response of 4"):

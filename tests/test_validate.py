@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_train import config, final, models, numbers  # noqa: F401  (models is a fixture)
 
-from distill import evaluate, export, policy, train, validate
+from distill import evaluate, export, policy, responses, train, validate
 from distill.checkpoint import Checkpoints
 from models.errors import UserError
 
@@ -121,7 +121,7 @@ def test_the_best_is_a_run_directory(whole, tmp_path) -> None:
 
 def test_stopped_in_an_evaluation(whole, models, tmp_path, monkeypatch) -> None:  # noqa: F811
     """Without a word, after a row of the second evaluation: the same run, and the same files."""
-    real, calls, workdir = evaluate.judged, [0], tmp_path / "run"
+    real, calls, workdir = responses.judged, [0], tmp_path / "run"
 
     class Killed(BaseException):
         pass
@@ -132,7 +132,7 @@ def test_stopped_in_an_evaluation(whole, models, tmp_path, monkeypatch) -> None:
             raise Killed
         return real(row, grade)
 
-    monkeypatch.setattr(evaluate, "judged", judged)
+    monkeypatch.setattr(responses, "judged", judged)
     with pytest.raises(Killed):
         train.run(settings(models), workdir)
     monkeypatch.undo()

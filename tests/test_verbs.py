@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, TOKENIZER, tiny_qwen3
+from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from configs import base
-from distill import cli, export, generate, metrics, optim, policy, score, update
+from distill import cli, evaluate, export, generate, metrics, optim, policy, score, train, update
 from distill import mesh as mesh_lib
 from distill.checkpoint import Checkpoints
 from models.errors import UserError
@@ -456,6 +458,84 @@ def test_output_goes_where_a_link_points(bare, tmp_path: Path) -> None:
     link.symlink_to(out)
     assert call(score, f"--model={bare[0]}", f"--tokens={rows}", f"--out={link}") == 0
     assert link.is_symlink() and read(out) == [{"tokens": [1], "logprobs": [None]}]
+
+
+def set_field(name: str, value: object) -> Callable[[Path], None]:
+    def apply(model: Path) -> None:
+        fields = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(fields | {name: value}))
+
+    return apply
+
+
+def set_tensor(name: str, shape: tuple[int, ...] | None) -> Callable[[Path], None]:
+    def apply(model: Path) -> None:
+        held = load_file(model / "model.safetensors")
+        held.pop(name, None)
+        if shape is not None:
+            held[name] = np.zeros(shape, np.float32)
+        save_file(held, model / "model.safetensors")
+
+    return apply
+
+
+def cut_weights(model: Path) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+BAD_MODELS = {
+    "architecture": (set_field("architectures", ["LlamaForCausalLM"]), "'LlamaForCausalLM' is nei"),
+    "missing": (set_tensor(UP, None), f"tensor {UP} is missing"),
+    "extra": (set_tensor("model.extra", (3,)), "tensor model.extra is no part of this Qwen3"),
+    "misshapen": (set_tensor(UP, (48, 31)), f"{UP} has shape [48, 31], config.json says [48, 32]"),
+    "contradiction": (set_field("head_dim", 16), "config.json says"),
+    "truncated": (cut_weights, "model.safetensors: not a readable safetensors file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MODELS)
+def test_bad_models_are_refused_by_every_verb(name, chatty, run, tmp_path, capsys) -> None:
+    """One line that names the tensor, file or field, exit code 2, and nothing is written."""
+    damage, said = BAD_MODELS[name]
+    model, begun, out = tmp_path / "model", tmp_path / "run", tmp_path / "out"
+    shutil.copytree(chatty, model)
+    damage(model)
+    c = json.loads((run / "config.json").read_text())
+    c["student"]["path"] = str(model)
+    (begun / "checkpoints").mkdir(parents=True)
+    (begun / "config.json").write_text(json.dumps(c))
+    asked = write(tmp_path / "asked.jsonl", [{"question": "1 + 1?", "answer": "2"}])
+    rows = write(tmp_path / "rows.jsonl", [{"tokens": [1]}])
+    limit = "--max_new_tokens=4"
+    calls: list[tuple[ModuleType, tuple[str, ...]]] = [
+        (generate, (f"--model={model}", f"--prompts={rows}", f"--out={out}", limit)),
+        (score, (f"--model={model}", f"--tokens={rows}", f"--out={out}")),
+        (
+            evaluate,
+            (f"--model={model}", "--benchmark=gsm8k", f"--data={asked}", f"--out={out}", limit),
+        ),
+    ]
+    if name == "architecture":  # an export reads no weights of the student's
+        calls.append((export, (f"--run={begun}", f"--out={out}")))
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    for verb, flags in calls:
+        assert call(verb, *flags) == 2, verb
+        captured = capsys.readouterr()
+        (line,) = captured.err.splitlines()
+        assert line.startswith("error: ") and said in line and str(model) in line, (verb, line)
+        assert captured.out == ""
+        assert sorted(p.name for p in tmp_path.rglob("*")) == before, verb
+    for role in ("student", "teacher"):
+        run_config = base.get_config()
+        run_config.student.path = run_config.teacher.path = str(chatty)
+        run_config[role].path = str(model)
+        run_config.opd.max_prompt_tokens, run_config.opd.max_response_tokens = 64, 8
+        with pytest.raises(UserError) as error:
+            train.run(run_config, out)
+        assert said in str(error.value) and str(model) in str(error.value)
+        assert sorted(p.name for p in tmp_path.rglob("*")) == before, role
 
 
 def test_damaged_weights_are_named(bare, tmp_path: Path, capsys) -> None:

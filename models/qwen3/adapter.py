@@ -105,7 +105,7 @@ def describe(directory: str | Path, config: Config) -> LoRA:
 
 @contextlib.contextmanager
 def opened(directory: Path, config: Config) -> Iterator[dict[str, Any]]:
-    """Tensor name -> handle with .get_shape() and slicing, every projection by itself."""
+    """Tensor name -> handle as weights.opened gives it, every projection by itself."""
     with weights.opened({directory / TENSORS: []}) as slices:
         whole = functools.lru_cache(maxsize=2)(lambda name: slices[name][:])
         found: dict[str, Any] = {}
@@ -117,9 +117,11 @@ def opened(directory: Path, config: Config) -> Iterator[dict[str, Any]]:
                 for missing in (n for n in pair if n not in slices):
                     raise UserError(f"{directory}: tensor {missing} is missing")
                 shapes = [tuple(slices[n].get_shape()) for n in pair]
-                read = functools.partial(whole, name)
+                part = functools.partial(
+                    _Part, read=functools.partial(whole, name), dtype=slices[name].get_dtype()
+                )
                 try:
-                    found |= _experts(f"{layer}.mlp.experts", factor, shapes, read, config)
+                    found |= _experts(f"{layer}.mlp.experts", factor, shapes, part, config)
                 except ValueError:
                     raise UserError(
                         f"{directory}: {stem} has factors of shapes {shapes}, which fit no "
@@ -138,9 +140,13 @@ class _Part:
     rows: slice
     columns: slice
     read: Callable[[], np.ndarray]
+    dtype: str
 
     def get_shape(self) -> list[int]:
         return self.shape
+
+    def get_dtype(self) -> str:
+        return self.dtype
 
     def __getitem__(self, index: Any) -> np.ndarray:
         return self.read()[self.rows, self.columns][index]
@@ -150,10 +156,10 @@ def _experts(
     stem: str,
     factor: str,
     shapes: list[tuple[int, ...]],
-    read: Callable[[], np.ndarray],
+    part_of: Callable[..., _Part],
     config: Config,
 ) -> dict[str, _Part]:
-    """What a factor of all experts holds of each.
+    """What a factor of all experts holds of each, made by part_of(shape, rows, columns).
 
     peft has lora_A as [E·R, in], the expert slowest, and lora_B as [out, R·E], the expert fastest.
     Of gate and up, which it adapts as one, each has all of a and its own half of b's rows. Raises
@@ -170,9 +176,9 @@ def _experts(
     for e in range(E):
         for i, name in enumerate(names):
             if factor == "lora_A":
-                part = _Part([R, fan_in], slice(e * R, (e + 1) * R), slice(None), read)
+                part = part_of([R, fan_in], slice(e * R, (e + 1) * R), slice(None))
             else:
-                part = _Part([out, R], slice(i * out, (i + 1) * out), slice(e, None, E), read)
+                part = part_of([out, R], slice(i * out, (i + 1) * out), slice(e, None, E))
             found[f"{stem}.{e}.{name}.{factor}.weight"] = part
     return found
 

@@ -84,11 +84,11 @@ class Config:
           UserError: for another architecture, a missing field, or a variant that this model
             does not compute (biases, sliding windows, other rotary embeddings).
         """
-        architectures = fields.get("architectures") or [fields.get("model_type", "unknown")]
-        if architectures[0] not in _DENSE + _SPARSE:
+        architecture = fields.get("architectures") or fields.get("model_type", "unknown")
+        architecture = architecture[0] if isinstance(architecture, list) else architecture
+        if architecture not in _DENSE + _SPARSE:
             raise UserError(
-                f"{source}: architecture {architectures[0]!r} is neither {_DENSE[0]} "
-                f"nor {_SPARSE[0]}"
+                f"{source}: architecture {architecture!r} is neither {_DENSE[0]} nor {_SPARSE[0]}"
             )
         # Where both are there, transformers reads the second, which was its only name until 5.
         rope_field = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
@@ -102,7 +102,7 @@ class Config:
         values = {**fields, "rope_theta": rope.get("rope_theta", known)}
         kinds = typing.get_type_hints(cls)
         kinds.pop("rope_scaling")
-        if architectures[0] in _DENSE:
+        if architecture in _DENSE:
             kinds = {name: kind for name, kind in kinds.items() if name not in _EXPERTS}
         else:  # transformers 5 has another name for the first, and null for an empty list
             values.setdefault("num_experts", fields.get("num_local_experts"))
@@ -170,6 +170,11 @@ class Config:
             and (layer + 1) % self.decoder_sparse_step == 0
             for layer in range(self.num_hidden_layers)
         )
+
+    @property
+    def routing(self) -> tuple[int, int]:
+        """How many layers have experts, and to how many of each a token goes."""
+        return sum(self.sparse_layers), self.num_experts_per_tok
 
     @property
     def num_parameters(self) -> int:

@@ -38,7 +38,8 @@ def route(
     """Softmax in float32 over all experts, then the most likely ones of each token.
 
     With `replay_MA` those instead, at this router's probabilities, into which gradients flow: the
-    experts that another forward pass chose (routing replay, arXiv 2510.11370).
+    experts that another forward pass chose (routing replay, arXiv 2510.11370). Of a token whose
+    experts are not known, -1, they are this router's own.
 
     Returns:
       p_ME, and weights_MA and chosen_MA (int32): what each token's experts count for, and which
@@ -48,7 +49,8 @@ def route(
     if replay_MA is None:
         weights_MA, chosen_MA = jax.lax.top_k(p_ME, experts_per_token)
     else:
-        chosen_MA = replay_MA.astype(jnp.int32)
+        _, own_MA = jax.lax.top_k(p_ME, experts_per_token)
+        chosen_MA = jnp.where(replay_MA < 0, own_MA, replay_MA.astype(jnp.int32))
         weights_MA = jnp.take_along_axis(p_ME, chosen_MA, axis=-1)
     if renormalise:
         weights_MA = weights_MA / jnp.sum(weights_MA, axis=-1, keepdims=True)
@@ -229,7 +231,7 @@ def sums(noted: Mapping[str, Any]) -> dict[str, tuple[jax.Array, jax.Array]]:
     expert) pairs that no expert computed, 0 by construction; and for `summary` "load_LE", the share
     of tokens that an expert got, and "p_LE", its mean probability.
     """
-    layers = [dict(block["moe"]) for block in noted.values()]
+    layers = [dict(noted[name]["moe"]) for name in _in_order(noted)]
     if not layers:
         return {}
 
@@ -247,10 +249,15 @@ def sums(noted: Mapping[str, Any]) -> dict[str, tuple[jax.Array, jax.Array]]:
     }
 
 
+def _in_order(noted: Mapping[str, Any]) -> list[str]:
+    """The names of blocks, "layers" or "layers_0" on, in the order of the layers."""
+    return sorted(noted, key=lambda name: int(name.removeprefix("layers").strip("_") or 0))
+
+
 def chosen(noted: Mapping[str, Any]) -> jax.Array:
     """The experts of each token and sparse layer [B, T, L, A], int16, from the collection CHOSEN of
     one forward pass: what Qwen3 replays."""
-    layers = [block["moe"]["experts"] for block in noted.values()]
+    layers = [noted[name]["moe"]["experts"] for name in _in_order(noted)]
     parts = [x if x.ndim == 4 else x[None] for x in layers]
     return jnp.concatenate(parts).transpose(1, 2, 0, 3).astype(jnp.int16)
 

@@ -116,6 +116,14 @@ def abstract(params: Any, kind: str) -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
+def split(param_dtype: Any, computed: jnp.dtype) -> tuple[str | None, jnp.dtype]:
+    """(8-bit type of the kernels, if `param_dtype` is one; dtype of the other parameters, which is
+    then that which the model computes in)."""
+    name = jnp.dtype(param_dtype).name
+    kind = name if name in LARGEST else None
+    return kind, jnp.dtype(computed if kind else param_dtype)
+
+
 def tree(params: Any, kind: str | None, dtype: jnp.dtype) -> Any:
     """Parameters in `dtype`, their kernels quantised to `kind` if there is one."""
 

@@ -49,6 +49,8 @@ TABLE: dict[tuple[str, ...], tuple[str, bool]] = {
     ("layers", "moe", "down"): ("model.layers.{}.mlp.experts.{}.down_proj.weight", True),
 }
 
+_FLOATS = ("F64", "F32", "F16", "BF16")  # what weights may be stored in
+
 FACTORS = {"a": "lora_A.weight", "b": "lora_B.weight"}
 
 Index = tuple[slice, ...]
@@ -72,8 +74,8 @@ def _files(directory: Path) -> dict[Path, list[str]]:
 
 @contextlib.contextmanager
 def opened(files: dict[Path, list[str]]) -> Iterator[dict[str, Any]]:
-    """Tensor name -> handle with .get_shape() and slicing, over all of `files`; what each must
-    hold stands beside it."""
+    """Tensor name -> handle with .get_shape(), .get_dtype() and slicing, over all of `files`; what
+    each must hold stands beside it."""
     with contextlib.ExitStack() as stack:
         slices = {}
         for file, placed in files.items():
@@ -94,7 +96,7 @@ def opened(files: dict[Path, list[str]]) -> Iterator[dict[str, Any]]:
 
 
 def require(directory: Path, slices: dict[str, Any], config: Config, shapes: Any) -> None:
-    """Refuses missing, extra and misshapen tensors by name, before any is read."""
+    """Refuses tensors that are missing, extra, misshapen or no floats, before any is read."""
     expected = {}
     for path, leaf in _leaves(shapes):
         name, transposed = entry(path)
@@ -110,6 +112,8 @@ def require(directory: Path, slices: dict[str, Any], config: Config, shapes: Any
         found = list(slices[name].get_shape())
         if found != shape:
             raise UserError(f"{directory}: {name} has shape {found}, config.json says {shape}")
+        if (kind := slices[name].get_dtype()) not in _FLOATS:
+            raise UserError(f"{directory}: {name} is of {kind}, none of {', '.join(_FLOATS)}")
     extra = sorted(set(slices) - set(expected))
     if extra:
         raise UserError(f"{directory}: tensor {extra[0]} is no part of this Qwen3")
@@ -176,6 +180,7 @@ def load(
     dtype: jnp.dtype,
     note: Callable[[int], None] = lambda done: None,
     source: contextlib.AbstractContextManager[dict[str, Any]] | None = None,
+    convert: Callable[[tuple, jax.Array], Any] | None = None,
 ) -> Any:
     """Reads the parameters of DIRECTORY straight into `shardings`, cast to `dtype`.
 
@@ -186,6 +191,7 @@ def load(
       shardings: tree of jax shardings of the same structure.
       note: called after each read with how many of `reads` are done.
       source: what `opened` gives, where it is not that of the model in DIRECTORY.
+      convert: (path, parameter) -> what stands in its place, made before the next one is read.
 
     Raises:
       UserError: naming the file or tensor that is missing, extra, misshapen or unreadable.
@@ -225,7 +231,8 @@ def load(
 
         def one(path: tuple, leaf: Any, sharding: Any) -> Any:
             if not is_quantised(leaf):
-                return array(path, leaf.shape, sharding)
+                held = array(path, leaf.shape, sharding)
+                return convert(path, held) if convert else held
             if path[0].key != "layers":
                 return quantised.put(array(path, leaf.shape, sharding.values), leaf)
             of_layer = NamedSharding(sharding.values.mesh, P(*sharding.values.spec[1:]))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import base, tiny_teacher
-from distill import chat, data, losses, mesh, optim, packing, policy, update
+from distill import chat, data, layout, losses, mesh, optim, packing, policy, update
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +29,7 @@ def test_input_is_twenty_times_as_fast_as_a_tiny_step(shared_data: Path) -> None
         packer = packing.Packer(source, 0, 8, 4096, 3584)
         begin, tokens = time.perf_counter(), 0
         for step in range(32):
-            batch = data.layout(packer.rows(step), 4096, 3584)
+            batch = layout.batch(packer.rows(step), 4096, 3584)
             tokens += int((np.asarray(batch.segments_BT) > 0).sum())
         figures[name] = tokens / (time.perf_counter() - begin)
 
@@ -43,7 +43,7 @@ def test_input_is_twenty_times_as_fast_as_a_tiny_step(shared_data: Path) -> None
         step = update.make(
             model.model, optim.make(s.optim, s.steps), losses.TABLE["sft"], 1, 1, 128.0, state
         )
-        batch = data.trace_batch(data.at(source, 0, s.batch_size, 0), 60, 52)
+        batch = layout.traces(data.at(source, 0, s.batch_size, 0), 60, 52)
         tokens = int((np.asarray(batch.segments_BT) > 0).sum())
         for repeat in range(12):
             if repeat == 2:  # compiled, and warm

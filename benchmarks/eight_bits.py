@@ -1,0 +1,104 @@
+"""python -m benchmarks.eight_bits: what scores and what decodes, by the dtype of its weights.
+
+A random model of Qwen3-0.6B widths and few layers reads rows (as a teacher does) and decodes
+them (as a sampler does), with its kernels in float32, bfloat16, int8 and fp8, which take turns: A B
+C D A B C D. Prints medians, and their ratios to the first of the same dtype of activations.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from distill import cli, policy, rollout, teacher
+from distill import mesh as mesh_lib
+from distill.batch import Batch
+from models.qwen3 import model, quantised
+from models.qwen3.config import SIZES
+
+OPTIONS = flags.FlagValues()
+LAYERS = flags.DEFINE_integer("layers", 4, "Of the model.", flag_values=OPTIONS)
+ROUNDS = flags.DEFINE_integer("rounds", 7, "Measured, after one to warm up.", flag_values=OPTIONS)
+SCORED = flags.DEFINE_list("scored", ["8", "64"], "Rows, and tokens in each.", flag_values=OPTIONS)
+DECODED = flags.DEFINE_list("decoded", ["4", "32"], "Rows, and new tokens.", flag_values=OPTIONS)
+
+KINDS = {
+    "float32": ("float32", "bfloat16", "int8", "float8_e4m3fn"),
+    "bfloat16": ("bfloat16", "int8", "float8_e4m3fn"),
+}
+
+
+def cases(dtype: str) -> dict[tuple[str, str], Callable[[], int]]:
+    """(what, dtype of parameters) -> what computes it and returns the number of tokens."""
+    config = dataclasses.replace(SIZES["0.6b"], num_hidden_layers=LAYERS.value, vocab_size=4096)
+    shapes = mesh_lib.parameters(config, mesh_lib.make(1, 1, 1))
+    network = model.Qwen3(config, dtype=jnp.dtype(dtype))
+    plain = policy.randomise(
+        policy.Policy("random", config, network, shapes, None, ()), jax.random.key(0)
+    )
+    rows, length = map(int, SCORED.value)
+    rng = np.random.default_rng(0)
+    tokens_BT = rng.integers(0, config.vocab_size, (rows, length)).astype(np.int32)
+    positions_BT = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    ones_BT = np.ones_like(tokens_BT)
+    arrays: Any = map(jnp.asarray, (tokens_BT, positions_BT, ones_BT, ones_BT > 0))
+    batch = Batch(*arrays)
+    found = {}
+    for kind in KINDS[dtype]:
+        to, held = quantised.split(kind, jnp.dtype(dtype))
+        params = jax.jit(quantised.tree, static_argnums=(1, 2))(plain.params, to, held)
+        subject = dataclasses.replace(plain, params=params)
+
+        def score(subject: policy.Policy = subject) -> int:
+            read = teacher.hidden(subject.model, subject.params, None, batch, None)
+            jax.block_until_ready(read)
+            return tokens_BT.size
+
+        def decode(kind: str = kind) -> int:
+            rows, new = map(int, DECODED.value)
+            asked = [rollout.Row([1, 2, 3 + i], (0, i), new) for i in range(rows)]
+            options = rollout.Options(rows, param_dtype=kind)
+            sampling = rollout.Sampling()
+            with policy.use(plain):
+                done = rollout.run(
+                    network, plain.params, asked, sampling=sampling, stop_ids=(), options=options
+                )
+                return sum(len(row.tokens) for row in done)
+
+        found |= {("score", kind): score, ("decode", kind): decode}
+    return found
+
+
+def main() -> None:
+    print(
+        "| activations | what | weights | tokens/s | quartiles | ratio |\n|---|---|---|---|---|---|"
+    )
+    for dtype, kinds in KINDS.items():
+        measured = cases(dtype)
+        seconds: dict[tuple[str, str], list[float]] = {name: [] for name in measured}
+        tokens = {name: measured[name]() for name in measured}
+        for _ in range(ROUNDS.value):
+            for name, one in measured.items():
+                begin = time.perf_counter()
+                one()
+                seconds[name].append(time.perf_counter() - begin)
+        for what in ("score", "decode"):
+            first = tokens[what, kinds[0]] / statistics.median(seconds[what, kinds[0]])
+            for kind in kinds:
+                rates = sorted(tokens[what, kind] / x for x in seconds[what, kind])
+                low, middle, high = statistics.quantiles(rates, n=4)
+                spread = f"{low:.0f} to {high:.0f}"
+                ratio = f"{middle / first:.2f}"
+                print(
+                    f"| {dtype} | {what} | {kind} | {middle:.0f} | {spread} | {ratio} |", flush=True
+                )
+
+
+if __name__ == "__main__":
+    cli.run(main, OPTIONS)

@@ -1,0 +1,289 @@
+"""python -m benchmarks.objectives --out=runs/objectives: every objective, 50 steps from one start.
+
+The embedded student learns from the embedded teacher, from the rewards of a grader, or from both,
+by each row of `ROWS`: the table of losses, its estimators and some hybrids. Each is a run of
+`train` from the same weights on as many rows a step; what came of it is judged on held-out
+problems. The two last rows are known not to work, and are no option of the library: their losses
+stand here. OUT/NAME holds a run, OUT/table.md the table; stopped, the command goes on.
+"""
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from absl import flags
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from configs import quickstart
+from distill import (
+    benchmarks,
+    cli,
+    collect,
+    evaluate,
+    losses,
+    metrics,
+    policy,
+    prepare,
+    rewards,
+    rollout,
+    train,
+)
+from distill import mesh as mesh_lib
+from distill.batch import Batch
+from distill.policy import Policy
+from models.errors import UserError
+from models.qwen3 import model
+from models.qwen3.model import Params
+
+OPTIONS = flags.FlagValues()
+OUT = flags.DEFINE_string("out", "runs/objectives", "Directory of the runs.", flag_values=OPTIONS)
+ONLY = flags.DEFINE_list("only", [], "Names of rows; none: all.", flag_values=OPTIONS)
+STEPS = flags.DEFINE_integer("steps", 50, "Of each run.", lower_bound=1, flag_values=OPTIONS)
+BATCH = flags.DEFINE_integer("batch", 64, "Rows a step.", lower_bound=1, flag_values=OPTIONS)
+PROBLEMS = flags.DEFINE_integer(
+    "problems", 500, "Held-out problems to judge by.", lower_bound=1, flag_values=OPTIONS
+)
+
+# Of each family its own learning rate: a policy gradient is much noisier than a distribution.
+RATES = {"traces": 3e-4, "distribution": 3e-4, "sampled": 1e-4, "reward": 5e-5}
+SAMPLES = 8  # responses to a prompt, where they are compared
+K = 4  # tokens of `topk`
+
+# name -> (family, what differs from on-policy distillation: a dotted key of the stage each)
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sft": ("traces", {"objective": "sft"}),
+    "distill": ("traces", {"objective": "distill"}),
+    "distill + sft": ("traces", {"objective": "distill", "loss.sft": 0.5}),
+    "gkd: beta 0.5": ("distribution", {"objective": "gkd"}),
+    "opd": ("distribution", {}),
+    "opd: forward": ("distribution", {"loss.divergence": "forward"}),
+    "opd: jsd 0.5": ("distribution", {"loss.divergence": "jsd"}),
+    "opd: skewed 0.1": ("distribution", {"loss.skew": 0.1}),
+    "opd: temperature 2": ("distribution", {"loss.temperature": 2.0}),
+    "opd: discount 0.9": ("sampled", {"loss.discount": 0.9}),
+    f"opd: teacher's top {K}": ("distribution", {"loss.estimator": "topk", "loss.k": K}),
+    f"opd: student's top {K}": (
+        "distribution",
+        {"loss.estimator": "topk", "loss.k": K, "loss.k_of": "student"},
+    ),
+    f"opd: union of top {K}": (
+        "distribution",
+        {"loss.estimator": "topk", "loss.k": K, "loss.k_of": "union"},
+    ),
+    "opd_sampled": ("sampled", {"objective": "opd_sampled"}),
+    "opd_sampled: baseline": ("sampled", {"objective": "opd_sampled", "loss.baseline": True}),
+    "opd: k2": ("sampled", {"loss.estimator": "k2"}),
+    "opd: k3 (forward)": ("sampled", {"loss.estimator": "k3", "loss.divergence": "forward"}),
+    **{
+        name: ("reward", {"objective": name, "samples": SAMPLES})
+        for name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo")
+    },
+    "grpo: 2 x 2 updates": (
+        "reward",
+        {"objective": "grpo", "samples": SAMPLES, "epochs": 2, "minibatches": 2},
+    ),
+    "grpo: judge alone": (
+        "reward",
+        {"objective": "grpo", "samples": SAMPLES, "reward.correct": 0.0, "reward.judge": 1.0},
+    ),
+    "hybrid": ("distribution", {"objective": "hybrid", "samples": SAMPLES}),
+    "hybrid: sampled": (
+        "sampled",
+        {"objective": "hybrid", "samples": SAMPLES, "loss.estimator": "sampled"},
+    ),
+    "hybrid: reference 0.1": (
+        "distribution",
+        {"objective": "hybrid", "samples": SAMPLES, "loss.reference": 0.1},
+    ),
+}
+
+
+def k1_in_the_loss(logp_BTV: jax.Array, logq_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """log p - log q of the drawn token, differentiated as it is: the expected gradient is that of
+    log p alone, E[∇ log p] = 0, so nothing is learned."""
+    return _pick(logp_BTV, tokens_BT) - _pick(logq_BTV, tokens_BT)
+
+
+def top_without_tail(logp_BTV: jax.Array, logq_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """Σ p (log p - log q) over the teacher's top K only. It is least where p = q / e within them:
+    below zero, and with all other mass, 1 - 1/e or 63%, outside."""
+    logq_BTK, ids_BTK = jax.lax.top_k(logq_BTV, K)
+    logp_BTK = jnp.take_along_axis(logp_BTV, ids_BTK, axis=-1)
+    return jnp.sum(jnp.exp(logp_BTK) * (logp_BTK - logq_BTK), axis=-1)
+
+
+def _pick(logp_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logp_BTV, tokens_BT[..., None], axis=-1)[..., 0]
+
+
+BAD = {
+    "bad: k1 in the loss": ("sampled", k1_in_the_loss),
+    f"bad: top {K} without tail": ("distribution", top_without_tail),
+}
+
+
+def config(family: str, changes: dict[str, Any]) -> ConfigDict:
+    """The run of a row."""
+    c = quickstart.get_config()
+    c.checkpoint.every, c.log.overlap, c.log.transcripts = STEPS.value, K, 0
+    s = c.opd
+    s.steps, s.batch_size = STEPS.value, BATCH.value
+    s.optim.learning_rate, s.optim.warmup_steps = RATES[family], max(1, STEPS.value // 10)
+    s.optim.final_fraction = 0.1
+    s.update_from_flattened_dict(changes)
+    return c
+
+
+def outside(losses_own: Any, plan: prepare.Plan, params: Params, batch: Batch, head_VE: jax.Array):
+    """A loss of BAD over a batch, a mean over trained tokens; and the student's mass outside the
+    teacher's top K. All logits at once: the vocabulary is small."""
+    hidden_BTD = policy.hidden(plan.student.model, params, batch)
+    assert batch.teacher_hidden_BTD is not None
+    logp_BTV, logq_BTV = (
+        jax.nn.log_softmax(hidden_BTX @ head_VX.T, axis=-1)
+        for hidden_BTX, head_VX in (
+            (hidden_BTD, model.head(params)),
+            (batch.teacher_hidden_BTD[0], head_VE),
+        )
+    )
+    mask_BT = losses.shift(batch.mask_BT).astype(jnp.float32)
+    ids_BTK = jax.lax.top_k(logq_BTV, K)[1]
+    inside_BT = jnp.exp(jnp.take_along_axis(logp_BTV, ids_BTK, axis=-1)).sum(axis=-1)
+
+    def mean(x_BT: jax.Array) -> jax.Array:
+        return jnp.sum(x_BT * mask_BT) / jnp.sum(mask_BT)
+
+    loss_BT = losses_own(logp_BTV, logq_BTV, losses.shift(batch.tokens_BT))
+    return mean(loss_BT), 1 - mean(inside_BT)
+
+
+def train_badly(name: str, out: Path, mesh: Mesh) -> Policy:
+    """The student after a run of a loss of BAD, on the same rows that the other runs have."""
+    family, loss = BAD[name]
+    c = config(family, {})
+    plan = prepare.prepare(c, mesh)
+    (stage,) = plan.stages
+    plan, student = prepare.load(c, plan), policy.load(plan.student, "float32")
+    head_VE, params = model.head(plan.teachers["teacher"].policy.params), student.params
+    state = stage.optimizer.init(params)
+
+    @jax.jit
+    def step(params: Params, state: optax.OptState, batch: Batch):
+        def total(params: Params):
+            return outside(loss, plan, params, batch, head_VE)
+
+        (value, mass), grads = jax.value_and_grad(total, has_aux=True)(params)
+        updates, state = stage.optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value, mass
+
+    rows = []
+    with rewards.Grader() as grader:
+        draw = collect.batches(plan, stage, c.seed, mesh, c.logits_mib, grader)
+        for number in range(stage.end):
+            key = jax.random.fold_in(jax.random.key(c.seed), number)
+            batch, measured = draw(params, number, key)
+            params, state, value, mass = step(params, state, batch)
+            told = {"train/loss": float(value), "train/outside_top": float(mass)}
+            rows.append({"step": number, **measured, **told})
+    metrics.write_jsonl(out / "metrics.jsonl", rows)
+    return dataclasses.replace(student, path=name, params=params)
+
+
+def judge(subject: Policy, teacher: Policy, out: Path) -> dict[str, Any]:
+    """Held-out accuracy, greedy and at temperature 1; reverse KL and length of the latter."""
+    problems = benchmarks.problems("arithmetic", "", PROBLEMS.value)
+    found = {}
+    for manner, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        found[manner] = evaluate.evaluate(
+            subject,
+            "arithmetic",
+            problems,
+            out / "eval" / manner,
+            samples=1,
+            ks=[1],
+            thinking=True,
+            max_new_tokens=config("sampled", {}).opd.max_response_tokens,
+            sampling=rollout.Sampling(temperature),
+            seed=0,
+            batch_size=min(250, len(problems)),
+            teacher=teacher if temperature else None,
+        )
+    sampled: Any = found["sampled"]
+    figures = ("accuracy", "interval", "reverse_kl", "mean_length", "truncation_rate")
+    return {**{name: sampled[name] for name in figures}, "greedy": found["greedy"]["accuracy"]}
+
+
+def run(name: str, out: Path, mesh: Mesh, teacher: Policy) -> dict[str, Any]:
+    """Trains and judges a row, or reads what came of it before."""
+    if (out / "result.json").is_file():
+        return json.loads((out / "result.json").read_text())
+    metrics.say(name)
+    if name in BAD:
+        subject = train_badly(name, out, mesh)
+    elif name in ROWS:
+        family, changes = ROWS[name]
+        train.run(config(family, changes), out)
+        subject = policy.load(policy.describe(str(out), "float32", False, mesh), "float32")
+    else:
+        path = getattr(config("sampled", {}), name).path
+        subject = policy.load(policy.describe(path, "float32", False, mesh), "float32")
+    result = judge(subject, teacher, out)
+    if (out / "metrics.jsonl").is_file():
+        rows = [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
+        tail = rows[-5:]
+        for figure in ("train/outside_top", "train/loss"):
+            of = [row[figure] for row in tail if row.get(figure) is not None]
+            result[figure.removeprefix("train/")] = statistics.mean(of) if of else None
+        result["seconds"] = statistics.median(row.get("time/step", 0.0) for row in rows)
+    metrics.write_json(out / "result.json", result)
+    return result
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "| objective | rate | greedy | sampled, T = 1 | reverse KL | length | cut | outside "
+        f"top {K} | s a step |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, r in results.items():
+        family = {**ROWS, **BAD}.get(name, ("",))[0]
+        low, high = r["interval"]
+        mass, seconds = r.get("outside_top"), r.get("seconds")
+        lines.append(f"| {name} | {RATES[family]:g} " if family else f"| {name} | ")
+        lines[-1] += (
+            f"| {100 * r['greedy']:.1f}% | {100 * r['accuracy']:.1f}% "
+            f"[{100 * low:.1f}, {100 * high:.1f}] | {r['reverse_kl']:.3f} "
+            f"| {r['mean_length']:.1f} | {100 * r['truncation_rate']:.1f}% "
+            f"| {'' if mass is None else f'{100 * mass:.1f}%'} "
+            f"| {f'{seconds:.2f}' if seconds else ''} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    names = ["student", *ROWS, *BAD, "teacher"]
+    for name in ONLY.value:
+        if name not in names:
+            raise UserError(f"--only={name}: known are {'; '.join(names)}")
+    out = Path(OUT.value)
+    mesh = mesh_lib.make(data=1, fsdp=1, tensor=1, expert=1)
+    results = {}
+    with mesh_lib.use(mesh):
+        path = config("sampled", {}).teacher.path
+        teacher = policy.load(policy.describe(path, "float32", False, mesh), "float32")
+        for name in ONLY.value or names:
+            folder = out / "".join(x if x.isalnum() else "_" for x in name)
+            results[name] = run(name, folder, mesh, teacher)
+            metrics.write_text(out / "table.md", table(results) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    cli.run(main, OPTIONS)

@@ -1,0 +1,101 @@
+"""Prints the commands of a study, one a line: python configs/ablations.py STUDY [tiny]
+
+    python configs/ablations.py divergence | while read -r run; do $run; done
+    python configs/ablations.py rank tiny | head -1
+
+Each run has a directory of its own, runs/STUDY/NAME; what they have in common is their recipe.
+Without a study it lists them.
+"""
+
+import sys
+
+SIZES = ("0.6b", "1.7b", "4b", "8b", "14b", "30b-a3b")
+CONDITIONS = (
+    *("baseline", "sft_traces", "re_distill", "grpo_only", "sft_then_grpo"),
+    *("opd", "sft_then_opd"),
+)
+Runs = dict[str, tuple[str, str]]  # name -> (recipe and argument, flags)
+
+
+def _opd(**changes: str) -> Runs:
+    """Runs of conditions.py:opd, each with its flags."""
+    return {name: ("conditions:opd", flags) for name, flags in changes.items()}
+
+
+STUDIES: dict[str, tuple[str, Runs]] = {
+    "conditions": (
+        "what teaches a model of 1.7B to reason",
+        {name: (f"conditions:{name}", "") for name in CONDITIONS},
+    ),
+    "students": (
+        "one teacher, students of all sizes",
+        {size: (f"strong_to_weak:student={size}", "") for size in SIZES},
+    ),
+    "teachers": (
+        "one student, two teachers",
+        {size: (f"strong_to_weak:teacher={size}", "") for size in ("32b", "235b-a22b")},
+    ),
+    "rank": (
+        "LoRA against full training, before and after distillation on-policy",
+        {f"lora_{size}": (f"opd_math:lora={size}", "") for size in ("32", "128", "full")},
+    ),
+    "divergence": (
+        "which divergence is minimised on the student's own answers",
+        _opd(
+            reverse="",
+            forward="--config.opd.loss.divergence=forward",
+            jsd="--config.opd.loss.divergence=jsd --config.opd.loss.beta=0.5",
+        ),
+    ),
+    "estimator": (
+        "the exact KL, that of the k likeliest tokens, and that of the sampled token",
+        _opd(
+            exact="",
+            top64="--config.opd.loss.estimator=topk --config.opd.loss.k=64",
+            top16="--config.opd.loss.estimator=topk --config.opd.loss.k=16",
+            sampled="--config.opd.objective=opd_sampled",
+        ),
+    ),
+    "samples": (
+        "more prompts, or more answers to each",
+        _opd(**{f"x{n}": f"--config.opd.samples={n}" for n in (1, 2, 4, 8)}),
+    ),
+    "rate": (
+        "the learning rate",
+        _opd(
+            **{f"lr{x}": f"--config.opd.optim.learning_rate={x}" for x in ("3e-5", "1e-4", "3e-4")}
+        ),
+    ),
+}
+
+
+def commands(study: str, tiny: bool) -> list[str]:
+    """Raises ValueError for a study that there is not, naming those that there are."""
+    if study not in STUDIES:
+        raise ValueError(f"configs/ablations.py takes {'|'.join(STUDIES)}, not {study!r}")
+    lines = []
+    for name, (recipe, flags) in STUDIES[study][1].items():
+        file, _, argument = recipe.partition(":")
+        argument = ",".join(word for word in (argument, "tiny" if tiny else "") if word)
+        config = f"configs/{file}.py:{argument}"
+        words = ("python -m distill.train", f"--config={config}", f"--workdir=runs/{study}/{name}")
+        lines.append(" ".join((*words, flags)).strip())
+    return lines
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    if not words:
+        print("\n".join(f"{name:12}{about}" for name, (about, _) in STUDIES.items()))
+        return
+    try:
+        if len(words) > 2 or words[1:] not in ([], ["tiny"]):
+            raise ValueError(f"configs/ablations.py takes a study and perhaps tiny, not {words!r}")
+        print("\n".join(commands(words[0], tiny=words[1:] == ["tiny"])))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""How far one prompt goes: 256 answers to it a step, for 20 steps.
+
+    python -m distill.train --config=configs/one_prompt.py --workdir=runs/one_prompt
+    python -m distill.evaluate --model=runs/one_prompt --benchmark=aime24 --data=hf: \
+        --protocol=qwen3-thinking --out=runs/one_prompt/eval_aime24
+
+Reinforcement learning on one prompt soon learns its answer by heart; a teacher's distribution
+over 5,120 answers to it is not exhausted by that. Another prompt: --config.opd.data.source=FILE.
+The student should be one that knows the form: the run of opd_math.py after its first stage,
+exported, is what --config.student.path takes. Argument: tiny.
+
+Hardware: v5p-16 (8 chips). Time and cost: not yet measured.
+Expected ("On-Policy Distillation", Thinking Machines Lab, October 2025, as other texts quote it;
+we have not its page): nearly the teacher's accuracy on AIME'24. Its teacher was a model that its
+authors had trained by reinforcement; Qwen3-8B here is not, and this is not yet measured.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import arguments, base, tiny
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """What differs from base."""
+    a = arguments.read("one_prompt", arg)
+    c = base.get_config()
+    c.student.path = "Qwen/Qwen3-8B-Base"
+    c.teacher.path = c.student.tokenizer = "Qwen/Qwen3-8B"
+    c.opd.steps = 20
+    c.opd.batch_size = c.opd.samples = 256
+    c.opd.accumulate = 8
+    c.opd.max_response_tokens = 8192
+    c.opd.data.source = "hf:zwhe99/DeepMath-103K"
+    c.opd.data.size = 1
+    c.opd.data.template = base.BOXED
+    c.opd.optim.learning_rate = 5e-5
+    c.opd.optim.schedule = "constant"
+    c.opd.optim.warmup_steps = 0
+    return tiny.shrink(c) if a.tiny else c

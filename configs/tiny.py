@@ -1,0 +1,48 @@
+"""A recipe in small: the same stages, objectives and kinds of data, two steps of each in seconds on
+a CPU, with the models and rows under assets/ and no network."""
+
+from ml_collections import ConfigDict
+
+# What a recipe reads, and the rows of the same columns that stand for it.
+ROWS = {
+    "hf:open-thoughts/OpenThoughts3-1.2M": "assets/rows/openthoughts3.jsonl",
+    "hf:zwhe99/DeepMath-103K": "assets/rows/deepmath.jsonl",
+    "hf:openai/gsm8k:main": "assets/rows/gsm8k.jsonl",
+    "hf:microsoft/orca-math-word-problems-200k": "assets/rows/orca_math.jsonl",
+    "hf:simplescaling/s1K-1.1": "assets/rows/s1k.jsonl",
+    "hf:open-r1/OpenR1-Math-220k": "assets/rows/openr1_math.jsonl",
+    "hf:allenai/tulu-3-sft-mixture": "assets/rows/tulu3.jsonl",
+    "traces_think.jsonl": "assets/rows/traces_think.jsonl",
+    "traces_no_think.jsonl": "assets/rows/traces_no_think.jsonl",
+    "documents.jsonl": "assets/rows/documents.jsonl",
+    "chats.jsonl": "assets/rows/chats.jsonl",
+    "manual.md": "assets/rows/manual.md",
+    "manual_questions.jsonl": "assets/rows/manual_questions.jsonl",
+}
+BATCH, PROMPT, RESPONSE = 8, 48, 16
+
+
+def shrink(c: ConfigDict) -> ConfigDict:
+    """`c` made small in place, and returned."""
+    c.student.path, c.student.tokenizer = "assets/student", ""
+    c.student.dtype = c.student.param_dtype = "float32"
+    c.student.remat = False
+    c.student.balance_loss = 0.0  # there are no experts in it
+    if c.teacher.path:
+        c.teacher.path, c.teacher.dtype = "assets/teacher", "float32"
+        if c.teacher.param_dtype == "bfloat16":
+            c.teacher.param_dtype = "float32"
+    c.mesh.data = c.mesh.fsdp = c.mesh.tensor = c.mesh.expert = 1
+    c.eval.every = 0
+    for name in c.stages:
+        s = c[name]
+        s.steps, s.batch_size, s.samples = 2, BATCH, min(s.samples, BATCH)
+        s.accumulate = s.minibatches = 1
+        s.max_prompt_tokens, s.max_response_tokens = PROMPT, RESPONSE
+        s.pack_tokens = 2 * (PROMPT + RESPONSE) if s.pack_tokens else 0
+        s.rollout.slots = 0
+        s.data.source = ROWS.get(s.data.source, s.data.source)
+        s.data.mixture = tuple((ROWS[source], weight) for source, weight in s.data.mixture)
+        s.data.size = min(s.data.size, BATCH)
+        s.data.template = "{question}"
+    return c

@@ -1,0 +1,265 @@
+"""What a run is about to do, told once before step 0: models, stop tokens, prompts, what is trained
+of two rows, memory. What would go wrong in silence is a line that begins with "warning:".
+"""
+
+import math
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerBase
+
+from distill import benchmarks, chat, data, examples, generate, metrics, policy
+from distill import mesh as mesh_lib
+from distill.policy import Policy
+from distill.prepare import Plan, Stage
+from distill.validate import Validation
+from models.qwen3.model import Params
+
+ROWS, TOKENS = 2, 60  # rows of a stage that are shown; tokens at each end of a longer part
+FRAMES = 8  # rows that an evaluation's prompt is compared with
+TRAINED, READ, PLAIN = "\033[32m", "\033[2m", "\033[0m"  # green, faint
+GIB = 2**30
+
+
+def show(c: ConfigDict, plan: Plan, validation: Validation | None, trained: Params) -> None:
+    """Says all of it on stderr; in colours on a terminal."""
+    colours = sys.stderr.isatty()
+    for line in lines(c, plan, validation, trained, colours):
+        metrics.say(line)
+
+
+def lines(
+    c: ConfigDict, plan: Plan, validation: Validation | None, trained: Params, colours: bool
+) -> Iterator[str]:
+    """The lines that `show` says; `trained` is what the student trains, before step 0."""
+    student, tokenizer = plan.student, plan.student.tokenizer
+    yield f"student {_described(student)}{_adapted(student)}; {_stops(student)}"
+    for name, teacher in plan.teachers.items():
+        taught = teacher.policy
+        yield f"{name} {_described(taught)}, {c[name].param_dtype}; {_stops(taught)}"
+        if not teacher.average:
+            yield from _teaching(name, taught, plan, trained)
+    if tokenizer is not None and tokenizer.chat_template is not None:
+        yield from _template(student)
+    for stage in plan.stages:
+        yield from _rows(stage, c.seed, tokenizer, colours)
+        if validation and tokenizer is not None:
+            yield from _asked(stage, c.seed, validation, student)
+    yield from memory(plan, c, trained)
+
+
+def _described(p: Policy) -> str:
+    return f"{p.path}: {p.config.num_parameters / 1e6:,.1f} M parameters"
+
+
+def _adapted(p: Policy) -> str:
+    return f", LoRA of rank {p.model.lora.rank}" if p.model.lora else ", all trained"
+
+
+def _stops(p: Policy) -> str:
+    """The stop ids, as the tokens that they are."""
+    names = [f"{i} {p.tokenizer.decode([i])}" if p.tokenizer else str(i) for i in p.stop_ids]
+    return f"stops at {', '.join(names) or 'no token, only at the limit'}"
+
+
+def _teaching(name: str, taught: Policy, plan: Plan, trained: Params) -> Iterator[str]:
+    """Whether the teacher can teach: ends its turns as the student does, and is another model."""
+    if lost := set(taught.stop_ids) - set(plan.student.stop_ids):
+        yield f"warning: {name} stops at {sorted(lost)} too, where the student would go on"
+    first = next(stage for stage in plan.stages if stage.taught and name in stage.c.teachers)
+    if first.c.context.text or first.c.context.column:
+        return  # which the student does not read: its own weights may teach it
+    if plan.student.config == taught.config and same(plan.student, trained, taught):
+        if first is plan.stages[0]:
+            yield (
+                f"warning: {name} ({taught.path}) has the student's own weights: nothing is to be "
+                f"learned from it in {first.name}"
+            )
+        else:
+            yield f"{name} is the student as it now is, before {plan.stages[0].name}"
+
+
+def same(student: Policy, trained: Params, taught: Policy) -> bool:
+    """Whether a student and a teacher of one architecture have equal weights, in the teacher's
+    dtype; of one in 8 bits, those that it keeps in more."""
+
+    def leaves(params: Params) -> dict[Any, Any]:
+        found = jax.tree_util.tree_flatten_with_path(params)[0]
+        return {at: x for at, x in found if jnp.issubdtype(x.dtype, jnp.floating)}
+
+    ours, theirs = leaves(policy.sampled(student)(trained)), leaves(taught.params)
+    both = [at for at in ours.keys() & theirs.keys() if ours[at].shape == theirs[at].shape]
+    equal = jax.jit(lambda a, b: jnp.array_equal(a.astype(b.dtype), b))
+    return bool(both) and all(bool(equal(ours[at], theirs[at])) for at in sorted(both, key=str))
+
+
+def _template(student: Policy) -> Iterator[str]:
+    """How the template ends a turn, and whether that is what stops and is learned."""
+    tokenizer = student.tokenizer
+    assert tokenizer is not None
+    turn = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    ids = chat.render(tokenizer, turn, add_generation_prompt=False)
+    ends = [i for i in ids if i in tokenizer.added_tokens_decoder]
+    token = tokenizer.decode([ends[-1]]) if ends else None
+    yield f"chat template of {student.tokenizer_dir} ends a turn with {token or 'no special token'}"
+    if ends and ends[-1] not in student.stop_ids:
+        yield f"warning: {token} is no stop token of the student, which will write on after it"
+    if ends and ends[-1] != tokenizer.eos_token_id:
+        yield (
+            f"warning: traces are trained to end with {tokenizer.eos_token}, but the template ends "
+            f"a turn with {token}; config.student.tokenizer=TEACHER takes another's"
+        )
+
+
+def _rows(
+    stage: Stage, seed: int, tokenizer: PreTrainedTokenizerBase | None, colours: bool
+) -> Iterator[str]:
+    """The first rows of a stage, with what is trained of them."""
+    s = stage.c
+    sign = "" if colours else ", between ⟦ and ⟧ what is trained"
+    yield f"{stage.name}: {s.objective}, {s.steps} steps of {s.batch_size} rows{sign}"
+    for example in data.at(stage.source, 0, ROWS, seed):
+        text = picture(example, tokenizer, s.max_response_tokens, colours)
+        yield f"  {example.where}: {text}"
+
+
+def picture(
+    example: examples.Example,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_response: int,
+    colours: bool,
+) -> str:
+    """A row in one line of text, cut in the middle: what is trained green, or between ⟦ and ⟧."""
+
+    decode = tokenizer.decode if tokenizer else lambda part: " ".join(map(str, part))
+
+    def shown(ids: list[int], trained: bool) -> str:
+        cut = len(ids) > 2 * TOKENS
+        ends = (ids[:TOKENS], ids[-TOKENS:]) if cut else (ids,)
+        return dyed(
+            f" … {len(ids) - 2 * TOKENS} more … ".join(map(str, map(decode, ends))), trained
+        )
+
+    def dyed(text: str, trained: bool) -> str:
+        text = text.encode(errors="replace").decode().replace("\n", "⏎")
+        text = "".join(c if c.isprintable() else "·" for c in text)  # no control codes of a row
+        if colours:
+            return f"{TRAINED if trained else READ}{text}{PLAIN}"
+        return f"⟦{text}⟧" if trained else text
+
+    response = example.response[:max_response]
+    parts = [shown(example.prompt, False)]
+    learned, begin = example.trained or [True] * len(response), 0
+    for at in range(1, len(response) + 1):
+        if at == len(response) or learned[at] != learned[begin]:
+            parts.append(shown(response[begin:at], learned[begin]))
+            begin = at
+    if not response:
+        parts.append(dyed("what the student writes", True))
+    return "".join(parts)
+
+
+def _asked(stage: Stage, seed: int, validation: Validation, student: Policy) -> Iterator[str]:
+    """Whether an evaluation puts its questions as the stage's rows do: the same before and after.
+
+    A document has no prompt; of rows in both modes it is enough that some are like it.
+    """
+    (where, row), settings = validation.rows[0], validation.settings
+    put = [(where, benchmarks.put(validation.c.benchmark, row))]
+    ids = generate.prompts(student, put, settings["thinking"], settings["max_new_tokens"])[0]
+    assert student.tokenizer is not None
+    before, question, after = str(student.tokenizer.decode(ids)).partition(str(row.get("question")))
+    rows = data.at(stage.source, 0, FRAMES, seed)
+    rows = [example for example in rows if len(example.prompt) > 1]
+    if not question or not rows:
+        return
+    texts = [str(student.tokenizer.decode(example.prompt)) for example in rows]
+    lead, _, tail = stage.c.data.template.partition("{question}")
+    framed = before.endswith(lead) and after.startswith(tail)
+    if framed and any(text.startswith(before) and text.endswith(after) for text in texts):
+        yield f"evaluation asks as {stage.name} trains"
+        return
+    at = 0 if not texts[0].startswith(before) else -len(after) - 20
+    end = len(before) + 20 if at == 0 else None
+    yield (
+        f"warning: evaluation asks otherwise than {stage.name} trains, with "
+        f"{before if at == 0 else after!r} and not {texts[0][at:end]!r} "
+        f"(config.{stage.name}.data.template, data.thinking)"
+    )
+
+
+def memory(plan: Plan, c: ConfigDict, trained: Params) -> Iterator[str]:
+    """About how much a device will hold, counted by shapes and not measured; a warning if it has
+    less. Weights, moments and gradients are exact, activations those that rematerialisation keeps.
+    """
+    parts = {"trained weights": per_device(trained), "gradient": per_device(trained)}
+    parts["optimiser"] = max(
+        per_device(trained) * _size(jax.eval_shape(stage.optimizer.init, trained)) / _size(trained)
+        for stage in plan.stages
+    )
+    frozen = {name: t.policy.params for name, t in plan.teachers.items() if not t.average}
+    if plan.reference:
+        frozen["reference"] = plan.reference.params
+    if plan.student.model.lora:
+        frozen["base"] = plan.student.params
+    shared = {id(leaf): leaf for tree in frozen.values() for leaf in jax.tree.leaves(tree)}
+    parts["models that are read"] = per_device(list(shared.values()))
+    parts["sampling"] = max(_sampling(stage, plan.student) for stage in plan.stages)
+    parts["activations"] = max(_activations(stage, plan) for stage in plan.stages)
+    parts["logits"] = c.logits_mib * 2**20
+    told = ", ".join(f"{name} {n / GIB:.2f}" for name, n in parts.items() if n)
+    total, limit = sum(parts.values()), _limit()
+    has = f"; it has {limit / GIB:.1f}" if limit else ""
+    yield f"memory: about {total / GIB:.2f} GiB a device ({told}){has}"
+    if limit and total > limit:
+        yield "warning: that is more than a device has; more devices, accumulate, or fewer slots"
+
+
+def per_device(params: Params) -> float:
+    """Bytes of parameters, or of their shapes, on one device."""
+    leaves = jax.tree.leaves(params)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def _size(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _sampling(stage: Stage, student: Policy) -> float:
+    """The sampler's copy of the weights and its cache, at its longest."""
+    if not stage.sampled:
+        return 0.0
+    s, config, mesh = stage.c, student.config, policy.mesh_of(student)
+    item = jnp.dtype(student.model.dtype).itemsize
+    shards = mesh.shape["tensor"] if s.rollout.gathered else mesh.size
+    slots = -(-min(s.rollout.slots or s.batch_size, s.batch_size) // mesh_lib.row_shards(mesh))
+    longest = s.max_prompt_tokens + s.max_response_tokens
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    cached = 1 if s.rollout.cache_dtype == "int8" else item
+    cache = slots * longest * token * cached / mesh.shape["tensor"]
+    return config.num_parameters * item / shards + cache
+
+
+def _activations(stage: Stage, plan: Plan) -> float:
+    """What an update keeps of a micro-batch, and the teacher's hidden states of the whole batch."""
+    s, student = stage.c, plan.student
+    shards = mesh_lib.row_shards(policy.mesh_of(student))
+    T = s.pack_tokens or s.max_prompt_tokens + s.max_response_tokens
+    item, config = jnp.dtype(student.model.dtype).itemsize, student.config
+    rows = s.batch_size / s.accumulate / s.minibatches / shards
+    width = config.hidden_size * (1 if student.model.remat else 12)
+    kept = rows * T * item * width * (config.num_hidden_layers + 2)
+    for name in s.teachers if stage.taught else ():
+        taught = plan.teachers[name].policy
+        size = jnp.dtype(taught.model.dtype).itemsize
+        kept += s.batch_size / shards * T * taught.config.hidden_size * size
+    return kept
+
+
+def _limit() -> int | None:
+    stats = jax.local_devices()[0].memory_stats()
+    return stats.get("bytes_limit") if stats else None

@@ -1,0 +1,63 @@
+"""Two real processes read their shares of each step, and the batch is that of one."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+PROCESS = """
+import json, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+number, count, port = map(int, sys.argv[1:4])
+if count > 1:
+    jax.distributed.initialize(f"localhost:{port}", count, number)
+import numpy as np
+from configs import base
+from distill import chat, collect, data, losses, prepare
+from distill import mesh as mesh_lib
+from jax.experimental import multihost_utils
+
+c = base.stage("sft")
+c.batch_size, c.max_prompt_tokens, c.max_response_tokens = 8, 48, 16
+c.data.source = "assets/rows/gsm8k.jsonl"
+read = []
+source = data.load(c.data, chat.load_tokenizer("assets/teacher"), 0, True)
+noted = lambda i: (read.append(i), source.example(i))[1]
+source = data.Source(source.size, noted)
+stage = prepare.Stage("sft", c, 0, source, None, losses.TABLE["sft"], 0)
+mesh = mesh_lib.make(1, -1, 1)
+draw = collect.batches(prepare.Plan(None, None, None, (stage,)), stage, 0, mesh, 1.0, None)
+steps = []
+for step in range(3):
+    read.clear()
+    batch, _ = draw({}, step, None)
+    mine = list(read[: 8 // count])  # the next step's are read ahead
+    whole = multihost_utils.process_allgather(batch.tokens_BT, tiled=True)
+    steps.append([sorted(set(mine)), np.asarray(whole).tolist()])
+print(json.dumps(steps))
+"""
+
+
+def run(count: int) -> list[list]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-W", "ignore", "-c", PROCESS]
+    started = [
+        subprocess.Popen([*words, str(i), str(count), str(port)], stdout=-1, text=True, cwd=ROOT)
+        for i in range(count)
+    ]
+    told = [process.communicate(timeout=300)[0] for process in started]
+    assert all(process.returncode == 0 for process in started)
+    return [json.loads(text.splitlines()[-1]) for text in told]
+
+
+def test_two_processes_read_one_batch() -> None:
+    (alone,), (first, second) = run(1), run(2)
+    for (one, batch), (mine, whole), (others, same) in zip(alone, first, second, strict=True):
+        assert whole == same == batch
+        assert not set(mine) & set(others) and sorted(mine + others) == one and len(mine) == 4
