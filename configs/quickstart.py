@@ -19,7 +19,6 @@ def get_config(arg: str = "") -> ConfigDict:
     c = base.get_config()
     c.student.path = "assets/student"
     c.student.param_dtype = c.student.dtype = "float32"
-    c.student.remat = False
     c.teacher.path = "assets/teacher"
     c.teacher.param_dtype = c.teacher.dtype = "float32"
     c.checkpoint.every = 200
