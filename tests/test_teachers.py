@@ -330,6 +330,11 @@ def test_a_moving_average_is_kept_resumed_and_teaches(rank, sizes, files, tmp_pa
         ("opd", {"teachers": ("past",)}, "config.past.path=ema: no moving average is kept"),
         ("sft", {"teacher_weights": (1.0,)}, "teacher_weights: sft asks no teacher"),
         ("grpo", {"context__column": "solution"}, "context: grpo asks no teacher to read it"),
+        (
+            "distill",
+            {"loss__served": "top", "loss__served_k": 4, "loss__estimator": "topk", "loss__k": 4},
+            "a.jsonl:1: no top_logprobs beside its tokens",
+        ),
         ("opd", {"context__text": "nowhere.md"}, "config.opd.context.text=nowhere.md: cannot be"),
         ("opd", {"context__column": "proof"}, "a.jsonl:1: no proof among its columns"),
         ("opd", {"context__column": "solution", "context__place": "end"}, "context.place: 'end'"),
