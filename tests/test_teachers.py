@@ -43,6 +43,7 @@ def files(tmp_path_factory) -> Path:
                 "question": f"Start with {start + i}. Add {i}.",
                 "answer": str(start + 2 * i),
                 "response": f"It is {start + 2 * i}.",
+                "manual": " ".join([HINT] * 20),
                 "solution": f"The answer is {start + 2 * i}." if i % 4 else "",
             }
             for i in range(8)
@@ -338,7 +339,7 @@ def test_a_moving_average_is_kept_resumed_and_teaches(rank, sizes, files, tmp_pa
         ("opd", {"context__text": "nowhere.md"}, "config.opd.context.text=nowhere.md: cannot be"),
         ("opd", {"context__column": "proof"}, "a.jsonl:1: no proof among its columns"),
         ("opd", {"context__column": "solution", "context__place": "end"}, "context.place: 'end'"),
-        ("opd", {"context__column": "solution", "context__max_tokens": 1}, "allow 61 together"),
+        ("opd", {"context__column": "manual", "context__max_tokens": 1}, "allow 61 together"),
         (
             "opd",
             {"context__column": "solution", "context__max_tokens": 10**6},
