@@ -41,8 +41,9 @@ def data() -> ConfigDict:
     # prompts end with an empty think block, which is not trained. Between, traces keep the mode
     # that they show; and always a row that says its own (thinking: false, or /no_think) keeps it.
     c.thinking = 1.0
-    c.difficulty = ""  # a column, harder is more; or a file of verify --keep=all or evaluate: 1 -
-    # the share of a prompt's samples that were correct. Metric data/difficulty
+    # A column of numbers, more is harder; or PATH.jsonl of verify --keep=all or evaluate: 1 - the
+    # share of a prompt's samples that were correct. The metric data/difficulty is its mean.
+    c.difficulty = ""
     # By difficulty, in place of a new order each epoch: ordered (from the easiest to the hardest
     # over the stage), widening (of the easiest share, which grows to all), weighted (each prompt
     # as often as p(1 - p) says, of a difficulty in [0, 1]).

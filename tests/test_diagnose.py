@@ -14,6 +14,8 @@ STUDENT, TEACHER = str(ROOT / "assets/student"), str(ROOT / "assets/teacher")
 
 
 def asked(student: str, teacher: str, out: Path, *more: str) -> int:
+    for name in [name for name in diagnose.OPTIONS if name.startswith("config.")]:
+        delattr(diagnose.OPTIONS, name)  # those that --config made of an earlier call
     return call(
         diagnose,
         f"--config={ROOT}/configs/quickstart.py:tiny",
@@ -27,7 +29,7 @@ def asked(student: str, teacher: str, out: Path, *more: str) -> int:
 
 
 def test_a_better_teacher_that_thinks_alike(tmp_path, capsys):
-    assert asked(STUDENT, TEACHER, tmp_path / "out.json") == 0
+    assert asked(STUDENT, TEACHER, tmp_path / "out.json", "--samples=2") == 0
     shown, f = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
     assert f["student"]["pass_rate"] < 0.7 < 0.9 < f["teacher"]["pass_rate"]
     assert f["gain"][1] > 0 and "it is better" in shown
@@ -39,23 +41,6 @@ def test_a_better_teacher_that_thinks_alike(tmp_path, capsys):
     assert "stop ids agree" in shown and "chat templates agree" in shown
     assert shown.splitlines()[-1] == f["verdict"]
     assert f["verdict"].startswith("verdict: worth its price")
-
-
-def test_a_worse_teacher(tmp_path, capsys):
-    assert asked(TEACHER, STUDENT, tmp_path / "out.json", "--samples=2") == 0
-    f = json.loads((tmp_path / "out.json").read_text())
-    assert f["gain"][2] < 0
-    assert "it is worse: the student would unlearn" in capsys.readouterr().out
-    assert f["verdict"].startswith("verdict: not yet")
-
-
-def test_a_teacher_that_is_the_student(tmp_path, capsys):
-    assert asked(STUDENT, STUDENT, tmp_path / "out.json", "--prompts=4", "--samples=2") == 0
-    f = json.loads((tmp_path / "out.json").read_text())
-    assert abs(f["distances"]["reverse_kl"]) < diagnose.SAME_KL and f["gain"][0] == 0
-    shown = capsys.readouterr().out
-    assert "the teacher is the student, nothing is to be learned" in shown
-    assert "not surely better" in shown and "verdict: not yet; 2 against it" in shown
 
 
 def test_mistakes(tmp_path, capsys):
@@ -98,6 +83,8 @@ def figures(**changes) -> diagnose.Figures:
         ({"agreement": ALIKE | {"teacher_stop_ids": [1, 2]}}, r"teacher ends at \[2\] too"),
         ({"agreement": ALIKE | {"templates_agree": False}}, "chat templates differ"),
         ({"gain": (0.1, -0.1, 0.3)}, "not surely better"),
+        ({"gain": (-0.4, -0.6, -0.2)}, "it is worse: the student would unlearn"),
+        ({"distances": WELL | {"reverse_kl": 1e-9}}, "the teacher is the student, nothing"),
         ({"rewarded": True, "student": RATES | {"constant_groups": 0.9}}, "teach nothing"),
         ({"student": RATES | {"pass_rate": 0.0}, "teacher": RATES | {"pass_rate": 0.0}}, "grader"),
     ],

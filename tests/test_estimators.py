@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import objectives
 from distill import losses
 from distill.head import token_stats
 from distill.losses import Loss
@@ -395,3 +396,25 @@ def test_k2_is_the_sampled_form_sample_by_sample():
         for x in ("sampled", "k2")
     ]
     same(*rows)
+
+
+# A form that is known not to work; it is no option, and stands in benchmarks/objectives.py.
+
+
+def test_a_top_without_its_tail_lets_mass_leak():
+    """Even a student that is its teacher moves, until p = q / e within the top."""
+    logq = jax.nn.log_softmax(jax.random.normal(jax.random.key(2), (1, 1, 8)) * 2)
+    inside = jnp.sum(jax.lax.top_k(jnp.exp(logq), objectives.K)[0])
+    ids = jax.lax.top_k(logq, objectives.K)[1][0, 0]
+
+    def loss(p):
+        none = jnp.zeros((1, 1), jnp.int32)
+        return objectives.top_without_tail(jax.nn.log_softmax(p), logq, none)[0, 0]
+
+    step = jax.jit(lambda p: p - jax.grad(loss)(p))
+    p = logq
+    assert jnp.abs(jax.grad(loss)(p)).max() > 0.01
+    for _ in range(3000):
+        p = step(p)
+    np.testing.assert_allclose(jax.nn.softmax(p)[0, 0][ids].sum(), inside / np.e, atol=1e-3)
+    np.testing.assert_allclose(loss(p), -inside / np.e, atol=1e-3)
