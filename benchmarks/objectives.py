@@ -26,6 +26,7 @@ from distill import (
     cli,
     collect,
     evaluate,
+    forward,
     losses,
     metrics,
     policy,
@@ -143,7 +144,7 @@ def config(family: str, changes: dict[str, Any]) -> ConfigDict:
 def outside(losses_own: Any, plan: prepare.Plan, params: Params, batch: Batch, head_VE: jax.Array):
     """A loss of BAD over a batch, a mean over trained tokens; and the student's mass outside the
     teacher's top K. All logits at once: the vocabulary is small."""
-    hidden_BTD = policy.hidden(plan.student.model, params, batch)
+    hidden_BTD = forward.hidden(plan.student.model, params, batch)
     assert batch.teacher_hidden_BTD is not None
     logp_BTV, logq_BTV = (
         jax.nn.log_softmax(hidden_BTX @ head_VX.T, axis=-1)

@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from distill import advantages, curriculum, data, layout, policy, rewards, rollout, teacher, terms
 from distill import mesh as mesh_lib
 from distill.batch import Batch
-from distill.prepare import Plan, Stage, rollout_options, sampling, terms_of
+from distill.prepare import Plan, Stage
+from distill.stages import rollout_options, sampling, terms_of
 from models.qwen3.model import Params
 
 Measured = dict[str, float]

@@ -23,6 +23,7 @@ from distill import (
     chat,
     cli,
     data,
+    forward,
     head,
     losses,
     metrics,
@@ -30,6 +31,7 @@ from distill import (
     prepare,
     rewards,
     rollout,
+    stages,
     update,
 )
 from distill import mesh as mesh_lib
@@ -72,7 +74,7 @@ def distances(
     @jax.jit
     def measure(params: Any, teacher_params: Any, batch: Batch):
         stats = head.token_stats(
-            policy.hidden(student.model, params, batch),
+            forward.hidden(student.model, params, batch),
             model.head(params),
             losses.shift(batch.tokens_BT),
             batch.teacher_hidden_BTD,
@@ -115,7 +117,7 @@ def respond(who: Policy, stage: Stage, seed: int, told: bool = False) -> list[ro
     limit = stage.c.max_response_tokens
     rows = rollout.ask(examples, SAMPLES.value, jax.random.key(seed), limit)
     options = dataclasses.replace(
-        prepare.rollout_options(stage.c),
+        stages.rollout_options(stage.c),
         slots=min(64, len(rows)),
         longest=max(row.longest for row in rows),
         cache_tokens=0,
@@ -124,7 +126,7 @@ def respond(who: Policy, stage: Stage, seed: int, told: bool = False) -> list[ro
         who.model,
         who.params,
         rows,
-        sampling=prepare.sampling(stage.c),
+        sampling=stages.sampling(stage.c),
         stop_ids=who.stop_ids,
         options=options,
     )

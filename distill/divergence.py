@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 
-from distill import data, head, layout, losses, policy, rollout
+from distill import data, forward, head, layout, losses, policy, rollout
 from distill import mesh as mesh_lib
 from distill.policy import Policy
 from models.qwen3 import model
@@ -26,10 +26,10 @@ def reverse_kl(subject: Policy, teacher: Policy, rows: Iterable[Row], batch_size
     @jax.jit
     def measure(params, teacher_params, batch):
         stats = head.token_stats(
-            policy.hidden(subject.model, params, batch),
+            forward.hidden(subject.model, params, batch),
             model.head(params),
             losses.shift(batch.tokens_BT),
-            policy.hidden(teacher.model, teacher_params, batch),
+            forward.hidden(teacher.model, teacher_params, batch),
             model.head(teacher_params),
             logits_mib=128.0 * mesh.size,
             split=mesh_lib.split_vocabulary,

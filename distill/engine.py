@@ -88,16 +88,16 @@ def weights(
     that no step has to fetch them; this takes the memory of all weights / tensor on each device.
     """
     rules = mesh_lib.GATHERED if gathered else mesh_lib.RULES
-    return qwen3.clone(scan=stacked, remat=False), _for_decoding(
+    return qwen3.clone(scan=stacked, remat=False), for_decoding(
         qwen3, params, mesh=mesh, rules=rules, stacked=stacked, param_dtype=param_dtype
     )
 
 
 @functools.partial(jax.jit, static_argnames=("qwen3", "mesh", "rules", "stacked", "param_dtype"))
-def _for_decoding(
+def for_decoding(
     qwen3: Qwen3, params: Params, mesh: Mesh, rules: tuple, stacked: bool, param_dtype: str
 ) -> Params:
-    # Cast once: every step reads all weights, and would otherwise read them in float32.
+    """See `weights`. Cast once: every step reads all of them, else in float32."""
     kind, dtype = quantised.split(param_dtype or qwen3.dtype, qwen3.dtype)
     shapes = mesh_lib.parameters(qwen3.config, mesh, rules=rules)
     shapes = quantised.abstract(shapes, kind) if kind else shapes

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -41,25 +41,30 @@ _FETCHED = ("embed", "vocab")
 GATHERED = (("embed", None), ("vocab", "tensor"), *(r for r in RULES if r[0] not in _FETCHED))
 
 
-def make(data: int, fsdp: int, tensor: int, expert: int = 1) -> Mesh:
+def make(
+    data: int, fsdp: int, tensor: int, expert: int = 1, *, devices: Sequence[Any] | None = None
+) -> Mesh:
     """A mesh of the first devices, as many as the product; one size may be -1: all that are left.
+
+    devices: in place of those that there are.
 
     Raises:
       UserError: if there are too few devices, or they cannot be divided so.
     """
+    devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, expert, tensor]
     known = int(np.prod([s for s in sizes if s != -1]))
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
         raise UserError(f"config.mesh: sizes {dict(zip(AXES, sizes, strict=True))} are no mesh")
     if -1 in sizes:
-        if jax.device_count() % known:
-            raise UserError(f"config.mesh: {jax.device_count()} devices do not divide by {known}")
-        sizes[sizes.index(-1)] = jax.device_count() // known
+        if len(devices) % known:
+            raise UserError(f"config.mesh: {len(devices)} devices do not divide by {known}")
+        sizes[sizes.index(-1)] = len(devices) // known
     total = int(np.prod(sizes))
-    if total > jax.device_count():
-        raise UserError(f"config.mesh: needs {total} devices, there are {jax.device_count()}")
-    devices = np.array(jax.devices()[:total]).reshape(sizes)
-    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    if total > len(devices):
+        raise UserError(f"config.mesh: needs {total} devices, there are {len(devices)}")
+    shaped = np.array(devices[:total]).reshape(sizes)
+    return Mesh(shaped, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spread(*configs: Config) -> Mesh:

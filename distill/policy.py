@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerBase
 
 from distill import chat, metrics
 from distill import mesh as mesh_lib
-from distill.batch import Batch
 from distill.checkpoint import Checkpoints
 from distill.locate import (
     is_run,
@@ -31,9 +30,9 @@ from distill.locate import (
     tokenizer_directory,
 )
 from models.errors import UserError
-from models.qwen3 import adapter, attention, lora, model, moe, quantised, weights
+from models.qwen3 import adapter, attention, lora, model, quantised, weights
 from models.qwen3.config import Config
-from models.qwen3.lora import LORA, LoRA
+from models.qwen3.lora import LoRA
 from models.qwen3.model import Params, Qwen3
 
 DTYPES = ("float32", "bfloat16")  # of activations, and of parameters
@@ -89,11 +88,27 @@ def describe(
     if tokenizer_dir != directory:
         chat.require_extended(chat.load_tokenizer(directory), tokenizer, (path, str(tokenizer_dir)))
         stops |= {i for i in chat.stop_ids(tokenizer_dir) if i < config.vocab_size}
-    abstract = mesh_lib.parameters(config, mesh)
+    found = shaped(path, config, dtype, remat, mesh, trained=trained, kernel=kernel)
+    return dataclasses.replace(
+        found, tokenizer=tokenizer, stop_ids=tuple(sorted(stops)), tokenizer_dir=tokenizer_dir
+    )
+
+
+def shaped(
+    path: str,
+    config: Config,
+    dtype: str,
+    remat: bool,
+    mesh: Mesh,
+    *,
+    trained: LoRA | None = None,
+    kernel: str = "auto",
+) -> Policy:
+    """`describe` for a model of which only the config is at hand: no tokenizer, no stop ids."""
     platform = mesh.devices.flat[0].platform
     kernel = attention.choose(kernel, platform, config.head_dim, jnp.dtype(dtype))
     qwen3 = Qwen3(config, dtype=jnp.dtype(dtype), remat=remat, kernel=kernel, lora=trained)
-    return Policy(path, config, qwen3, abstract, tokenizer, tuple(sorted(stops)), tokenizer_dir)
+    return Policy(path, config, qwen3, mesh_lib.parameters(config, mesh), None, ())
 
 
 def reader(path: str, dtype: str, mesh: Mesh | None = None) -> Policy:
@@ -144,6 +159,19 @@ def load(policy: Policy, param_dtype: str) -> Policy:
     if kind is None or policy.model.lora is not None:
         return dataclasses.replace(policy, params=_base(policy, param_dtype))
     return _merged(policy, _stored(policy, kind), kind, param_dtype)
+
+
+def loaded(policy: Policy, param_dtype: str) -> Params:
+    """Shapes of what `load` would read, with dtypes and shardings."""
+    kind, dtype = quantised.split(param_dtype, policy.model.dtype)
+    shapes = quantised.abstract(policy.params, kind) if kind else policy.params
+
+    def cast(x: Any) -> Any:
+        if quantised.is_quantised(x):
+            return x
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+
+    return jax.tree.map(cast, shapes, is_leaf=quantised.is_quantised)
 
 
 def _base(policy: Policy, param_dtype: str, convert: Convert | None = None) -> Params:
@@ -340,46 +368,3 @@ def _drawn(policy: Policy, key: jax.Array, kind: LoRA | None) -> Params:
     shapes = mesh_lib.parameters(policy.config, mesh_of(policy), kind)
     init = functools.partial(model.init, policy.config, lora=kind)
     return jax.jit(init, out_shardings=_shardings(shapes))(key)
-
-
-def hidden(qwen3: Qwen3, params: Params, batch: Batch, trained: Params | None = None) -> jax.Array:
-    """Final hidden states [B, T, D] of a batch, in the model's dtype; `trained` as in `routed`."""
-    out_BTD, _ = qwen3.apply(
-        {"params": params} if trained is None else {"params": params, LORA: trained},
-        batch.tokens_BT,
-        batch.positions_BT,
-        batch.segments_BT,
-    )
-    return out_BTD
-
-
-def routed(
-    qwen3: Qwen3, params: Params, batch: Batch, trained: Params | None = None
-) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
-    """`hidden`, and (sum, count) pairs of what the routers did (models.qwen3.moe.sums).
-
-    With `trained`, a LoRA, beside the parameters. Where the batch says which experts its sampler
-    chose, they are chosen again.
-    """
-    applied: Any = qwen3.apply(
-        {"params": params} if trained is None else {"params": params, LORA: trained},
-        batch.tokens_BT,
-        batch.positions_BT,
-        batch.segments_BT,
-        replay_BTLA=batch.experts_BTLA,
-        mutable=[moe.ROUTER],
-    )
-    (out_BTD, _), noted = applied
-    return out_BTD, moe.sums(noted.get(moe.ROUTER, {}))
-
-
-def chosen(qwen3: Qwen3, params: Params, batch: Batch) -> jax.Array:
-    """Which experts a forward pass chooses, [B, T, L, A] int16: what Batch.experts_BTLA holds."""
-    applied: Any = qwen3.apply(
-        {"params": params},
-        batch.tokens_BT,
-        batch.positions_BT,
-        batch.segments_BT,
-        mutable=[moe.CHOSEN],
-    )
-    return moe.chosen(applied[1][moe.CHOSEN])

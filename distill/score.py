@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from distill import cli, data, head, layout, losses, metrics, policy, rollout
+from distill import cli, data, forward, head, layout, losses, metrics, policy, rollout
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.policy import Policy
@@ -53,7 +53,7 @@ def _stats(
     qwen3: Qwen3, params: Params, batch: Batch, top_k: int, logits_mib: float
 ) -> losses.Stats:
     return head.token_stats(
-        policy.hidden(qwen3, params, batch),
+        forward.hidden(qwen3, params, batch),
         model.head(params),
         losses.shift(batch.tokens_BT),
         logits_mib=logits_mib,

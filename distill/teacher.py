@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from distill import head, losses, policy
+from distill import forward, head, losses, policy
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.policy import Policy
@@ -170,7 +170,7 @@ def hidden(
 ) -> jax.Array:
     """Final hidden states [B, T, D] of what is read, or of the places `at_BT` in it, which lie
     split as the batch's rows do."""
-    hidden_BTD = policy.hidden(qwen3, params, read, lora)
+    hidden_BTD = forward.hidden(qwen3, params, read, lora)
     if at_BT is not None:
         hidden_BTD = jnp.take_along_axis(hidden_BTD, at_BT[..., None], axis=1)
     return mesh_lib.split_rows(hidden_BTD)
@@ -187,7 +187,7 @@ def logps(
 ) -> jax.Array:
     """See `logp`."""
     stats = head.token_stats(
-        policy.hidden(qwen3, params, batch, lora),
+        forward.hidden(qwen3, params, batch, lora),
         model.head(params),
         losses.shift(batch.tokens_BT),
         logits_mib=logits_mib,

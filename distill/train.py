@@ -189,20 +189,7 @@ def run_stage(
     root = jax.random.key(c.seed)
     logits_mib = c.logits_mib * mesh.size
     draw = collect.batches(plan, stage, c.seed, mesh, logits_mib, grader)
-    take_step = update.make(
-        student.model,
-        stage.optimizer,
-        stage.loss,
-        s.max_response_tokens,
-        s.accumulate,
-        logits_mib,
-        state,
-        balance=c.student.balance_loss,
-        overlap=c.log.overlap if stage.loss.teacher else 0,
-        minibatches=s.minibatches,
-        epochs=s.epochs,
-        ema=c.student.ema,
-    )
+    take_step = prepare.updater(c, s, stage.loss, stage.optimizer, student, mesh, state)
     teacher_heads = ()
     if stage.taught and stage.loss.teacher:
         teacher_heads = teacher.heads([plan.teachers[name] for name in s.teachers])

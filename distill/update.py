@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from distill import advantages, head, losses, metrics, policy
+from distill import advantages, forward, head, losses, metrics
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from models.qwen3 import model, moe
@@ -116,7 +116,7 @@ def loss_sums(
     overlap: compare so many of the teacher's likeliest tokens with the student's.
     """
     params, lora = (params, None) if frozen is None else (frozen, params)
-    hidden_BTD, routing = policy.routed(qwen3, params, batch, lora)
+    hidden_BTD, routing = forward.routed(qwen3, params, batch, lora)
     stats = head.token_stats(
         hidden_BTD,
         model.head(params),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_train import config, final, numbers, stop_after, tiny_model, transcripts
 
-from distill import data, losses, policy, prepare, rollout, teacher, train, update
+from distill import data, losses, policy, prepare, rollout, stages, teacher, train, update
 from distill import mesh as mesh_lib
 from models.errors import UserError
 
@@ -77,9 +77,9 @@ def by_hand(c) -> tuple[list[list[rollout.Row]], Any]:
                     plan.student.model,
                     older,
                     rows,
-                    sampling=prepare.sampling(s),
+                    sampling=stages.sampling(s),
                     stop_ids=plan.student.stop_ids,
-                    options=prepare.rollout_options(s),
+                    options=stages.rollout_options(s),
                 )
             )
             found.append(rows)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from distill import aot
+from distill import aot, hlo
 from models.errors import UserError
 
 L, B, D = 12, 64, 256
@@ -105,7 +105,7 @@ ENTRY %main (x: bf16[8,4]) -> bf16[8,4] {
 def test_the_spelling_of_tpu_programs():
     """Strides of unrolled loops, windows for matrices, starts and dones, three spellings of
     groups, loops that may end early."""
-    costs = aot.read(TPU)
+    costs = hlo.read(TPU)
     assert costs.flops == 5 * 2 * 32 * 64 * (4 * 512)
     assert costs.open_loops == 1
     assert costs.collectives == {
@@ -127,7 +127,7 @@ def test_the_spelling_of_tpu_programs():
 def test_windows(window, taps):
     image, kernel, out, text = window
     out = image + 62 - kernel + 1 if "pad=31" in text else out
-    got = aot._taps(f"convolution(), window={{{text}}}, x", 0, image, kernel, out)
+    got = hlo._taps(f"convolution(), window={{{text}}}, x", 0, image, kernel, out)
     np.testing.assert_allclose(got, taps)
 
 

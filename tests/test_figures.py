@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from distill import figures, metrics
 
@@ -105,7 +106,18 @@ def covered(problems: int, samples: int, mean: float, alike: float) -> float:
     return float(np.mean([low <= mean <= high for low, high in found]))
 
 
-@pytest.mark.parametrize("samples", [1, 4, 64])
+@pytest.mark.parametrize("problems", [60, 100, 500])
+def test_the_interval_of_one_sample_covers(problems: int) -> None:
+    """By the binomial distribution itself, of every number of right answers."""
+    right = np.arange(problems + 1)
+    ends = np.array([figures.interval(np.array([k / problems] * problems), 1) for k in right])
+    for mean in np.arange(0.1, 0.9, 0.005):
+        holds = (ends[:, 0] <= mean) & (mean <= ends[:, 1])
+        covers = stats.binom.pmf(right, problems, mean)[holds].sum()
+        assert 0.93 <= covers <= 0.97, mean
+
+
+@pytest.mark.parametrize("samples", [2, 4, 64])
 @pytest.mark.parametrize("problems", [60, 200])
 @pytest.mark.parametrize("alike", [1.0, 0.9, 0.5, 0.1])
 def test_the_interval_covers_as_it_says(problems: int, samples: int, alike: float) -> None:
@@ -114,7 +126,7 @@ def test_the_interval_covers_as_it_says(problems: int, samples: int, alike: floa
         assert 0.93 <= covered(problems, samples, mean, alike) <= 0.97, mean
 
 
-@pytest.mark.parametrize("samples", [1, 4, 64])
+@pytest.mark.parametrize("samples", [4, 64])
 def test_the_interval_of_few_problems_covers(samples: int) -> None:
     """30 problems, of which one or two in twenty are solved: AIME, for a small model."""
     for mean, alike in itertools.product((0.05, 0.1), (1.0, 0.8, 0.4, 0.1)):

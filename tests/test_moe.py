@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from distill import head, losses, metrics, policy, rollout, update
+from distill import forward, head, losses, metrics, rollout, update
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from models.errors import UserError
@@ -155,7 +155,7 @@ def test_greedy(pair, stacked):
         assert rows[row].tokens == out[len(prompt) :]
     sampled = rollout.to_batch(rows, 2, 9, 8)
     stats = head.token_stats(
-        policy.hidden(model.Qwen3(config), params, sampled),
+        forward.hidden(model.Qwen3(config), params, sampled),
         model.head(params),
         losses.shift(sampled.tokens_BT),
         logits_mib=1,
@@ -391,7 +391,9 @@ def test_nothing_is_dropped_when_all_tokens_want_the_same_experts(even, sizes):
     params["layers"]["moe"]["router"] = jnp.zeros_like(params["layers"]["moe"]["router"])
     batch = batch_of(config)
     with mesh_lib.use(mesh_lib.make(*sizes)):
-        hidden, sums = jax.jit(functools.partial(policy.routed, model.Qwen3(config)))(params, batch)
+        hidden, sums = jax.jit(functools.partial(forward.routed, model.Qwen3(config)))(
+            params, batch
+        )
     means = metrics.finalize(sums)
     assert float(means["expert_dropped"]) == 0
     figures = moe.summary(means["load_LE"], means["p_LE"])
@@ -408,7 +410,7 @@ def test_nothing_is_dropped_when_all_tokens_want_the_same_experts(even, sizes):
     dense = dataclasses.replace(config, num_experts=0, intermediate_size=72)
     layers = {k: v for k, v in layers.items() if k != "moe"}
     layers["mlp"] = {k: {"kernel": v} for k, v in wide.items()}
-    expected = policy.hidden(model.Qwen3(dense), whole | {"layers": layers}, batch)
+    expected = forward.hidden(model.Qwen3(dense), whole | {"layers": layers}, batch)
     real = np.asarray(batch.segments_BT) > 0
     np.testing.assert_allclose(
         np.asarray(hidden)[real], np.asarray(expected)[real], atol=1e-4, rtol=1e-4
@@ -419,10 +421,10 @@ def test_what_fills_up_the_devices_is_not_counted(even):
     """57 tokens on eight devices: the routers' figures of one device."""
     config, params = load(even)
     batch = batch_of(config, 3)
-    expected = metrics.finalize(policy.routed(model.Qwen3(config), params, batch)[1])
+    expected = metrics.finalize(forward.routed(model.Qwen3(config), params, batch)[1])
     _, sharded = load(even, (1, 1, 1, 8))
     with mesh_lib.use(mesh_lib.make(1, 1, 1, 8)):
-        routed = jax.jit(functools.partial(policy.routed, model.Qwen3(config)))
+        routed = jax.jit(functools.partial(forward.routed, model.Qwen3(config)))
         means = metrics.finalize(routed(sharded, batch)[1])
     assert float(means["expert_dropped"]) == float(expected["expert_dropped"]) == 0
     np.testing.assert_allclose(means["load_LE"], expected["load_LE"], atol=1e-6)
@@ -444,7 +446,7 @@ def test_figures_against_transformers(pair):
     """The load-balancing loss over real tokens of all layers, and the entropy by hand."""
     network, config, params = pair
     if not any(config.sparse_layers):
-        assert policy.routed(model.Qwen3(config), params, batch_of(config))[1] == {}
+        assert forward.routed(model.Qwen3(config), params, batch_of(config))[1] == {}
         return
     batch = batch_of(config)
     mask = torch.tensor(np.asarray(batch.segments_BT))
@@ -456,7 +458,7 @@ def test_figures_against_transformers(pair):
         )
     E, A = config.num_experts, config.num_experts_per_tok
     expected: Any = load_balancing_loss_func(out.router_logits, E, A, mask)
-    _, sums = policy.routed(model.Qwen3(config), params, batch)
+    _, sums = forward.routed(model.Qwen3(config), params, batch)
     means = metrics.finalize(sums)
     figures = moe.summary(means["load_LE"], means["p_LE"])
     assert float(figures["load_balancing_loss"]) == pytest.approx(float(expected), rel=1e-4)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from distill import data, engine, layout, policy, prepare, rollout, score, train
+from distill import data, engine, forward, layout, policy, prepare, rollout, score, train
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from models.errors import UserError
@@ -62,7 +62,7 @@ def batch_of(vocabulary, rows=8):
 
 @functools.partial(jax.jit, static_argnums=0)
 def log_probs(qwen3, params, batch):
-    logits_BTV = policy.hidden(qwen3, params, batch) @ model.head(params).T
+    logits_BTV = forward.hidden(qwen3, params, batch) @ model.head(params).T
     return jax.nn.log_softmax(logits_BTV)
 
 

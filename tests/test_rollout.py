@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from distill import head, losses, policy, rollout
+from distill import forward, head, losses, policy, rollout
 from distill import mesh as mesh_lib
 from distill.rollout import Options, Row
 from distill.sampling import Sampling
@@ -83,7 +83,7 @@ def test_sampler_equals_scorer(params, stacked):
     batch = sample(params, prompts(8), range(8), stacked=stacked)
     stats = jax.jit(
         lambda b: head.token_stats(
-            policy.hidden(QWEN3, params, b),
+            forward.hidden(QWEN3, params, b),
             model.head(params),
             losses.shift(b.tokens_BT),
             logits_mib=1,

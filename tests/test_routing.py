@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill import collect, losses, metrics, policy, prepare, rollout, train, update
+from distill import collect, forward, losses, metrics, prepare, rollout, train, update
 from distill import mesh as mesh_lib
 from models.errors import UserError
 from models.qwen3 import model, moe, weights
@@ -81,7 +81,7 @@ def test_balance_evens_the_load(even):
 
     def balance(router):
         inner = params["layers"] | {"moe": params["layers"]["moe"] | {"router": router}}
-        _, sums = policy.routed(model.Qwen3(config), params | {"layers": inner}, batch)
+        _, sums = forward.routed(model.Qwen3(config), params | {"layers": inner}, batch)
         means = metrics.finalize(sums)
         return moe.summary(means["load_LE"], means["p_LE"])["load_balancing_loss"]
 
@@ -95,14 +95,14 @@ def test_balance_evens_the_load(even):
 
 
 def replayed(qwen3, params, batch, experts):
-    return policy.routed(qwen3, params, dataclasses.replace(batch, experts_BTLA=experts))
+    return forward.routed(qwen3, params, dataclasses.replace(batch, experts_BTLA=experts))
 
 
 def test_replaying_its_own_choice_changes_nothing(pair):
     """Not the states, nor the gradients, which flow into the router as before."""
     _, config, params = pair
     batch, qwen3 = batch_of(config, 2), model.Qwen3(config)
-    experts = jax.jit(policy.chosen, static_argnums=0)(qwen3, params, batch)
+    experts = jax.jit(forward.chosen, static_argnums=0)(qwen3, params, batch)
     layers = sum(config.sparse_layers)
     assert experts.shape == (2, T, layers, config.num_experts_per_tok)
     assert experts.dtype == jnp.int16
@@ -152,7 +152,7 @@ def test_replay_undoes_what_noise_does_to_the_choice(even):
     with the recorded experts they do not. On eight devices as on one."""
     config, params = load(even)
     batch, qwen3 = batch_of(config), model.Qwen3(config)
-    experts = jax.jit(policy.chosen, static_argnums=0)(qwen3, params, batch)
+    experts = jax.jit(forward.chosen, static_argnums=0)(qwen3, params, batch)
     noise = np.random.default_rng(0).normal(size=params["layers"]["moe"]["router"].shape)
     states = {}
     for name, sizes, recorded in (
@@ -171,7 +171,7 @@ def test_replay_undoes_what_noise_does_to_the_choice(even):
         with mesh_lib.use(mesh):
             found, _ = jax.jit(replayed, static_argnums=0)(qwen3, moved, whole, recorded)
         states[name] = np.asarray(found)
-    first = np.asarray(jax.jit(policy.hidden, static_argnums=0)(qwen3, params, batch))
+    first = np.asarray(jax.jit(forward.hidden, static_argnums=0)(qwen3, params, batch))
     real = np.asarray(batch.segments_BT) > 0
     jump, smooth = (np.abs(states[name] - first)[real].max() for name in ("free", "replayed"))
     assert smooth < 0.2 * jump, (smooth, jump)
@@ -230,7 +230,7 @@ def test_recorded_experts_are_those_of_a_forward(even, tmp_path, layers, sizes, 
     batch = rollout.to_batch(rows, len(rows), P, R, routing=config.routing)
     _, alone = load(directory)
     expected = np.asarray(
-        jax.jit(policy.chosen, static_argnums=0)(model.Qwen3(config), alone, batch)
+        jax.jit(forward.chosen, static_argnums=0)(model.Qwen3(config), alone, batch)
     )
     found, segments = np.asarray(batch.experts_BTLA), np.asarray(batch.segments_BT)
     assert found.dtype == np.int16 and found.shape == expected.shape

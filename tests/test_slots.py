@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax._src import monitoring
 
-from distill import engine, head, losses, policy, rollout, slots
+from distill import engine, forward, head, losses, rollout, slots
 from distill import mesh as mesh_lib
 from distill.sampling import Sampling
 from distill.slots import Options, Row
@@ -93,7 +93,7 @@ def drawn(rows: list[Row]):
 @jax.jit
 def _scores(params: model.Params, batch: Any):
     stats = head.token_stats(
-        policy.hidden(QWEN3, params, batch),
+        forward.hidden(QWEN3, params, batch),
         model.head(params),
         losses.shift(batch.tokens_BT),
         logits_mib=1,

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from distill import losses, policy, update
+from distill import forward, losses, update
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from models.errors import UserError
@@ -76,7 +76,7 @@ def curve(objective="opd", sizes=(1, 1, 1), accumulate=1, remat=False, scan=True
         for i in range(steps):
             data = jax.device_put(batch(i), mesh_lib.rows(mesh))
             if objective == "opd":
-                hidden = policy.hidden(model.Qwen3(TEACHER), teacher, data)
+                hidden = forward.hidden(model.Qwen3(TEACHER), teacher, data)
                 data = dataclasses.replace(data, teacher_hidden_BTD=hidden)
                 head = model.head(teacher)
             if i == 0:
@@ -118,7 +118,7 @@ def test_the_divisor_is_the_global_count(golden):
     numbers, _, _, _ = curve("sft", steps=1)
     data = batch(0)
     params = placed(CONFIG, 0, mesh_lib.make(1, 1, 1))
-    logits = policy.hidden(model.Qwen3(CONFIG), params, data) @ params["embed"].T
+    logits = forward.hidden(model.Qwen3(CONFIG), params, data) @ params["embed"].T
     logp = np.asarray(jax.nn.log_softmax(logits))[:, :-1]
     rows, columns = np.nonzero(data.mask_BT[:, 1:])
     targets = data.tokens_BT[:, 1:][rows, columns]
@@ -131,7 +131,7 @@ def test_teacher_is_student():
     with mesh_lib.use(mesh):
         params = placed(CONFIG, 0, mesh)
         data = batch()
-        hidden = policy.hidden(model.Qwen3(CONFIG), params, data)
+        hidden = forward.hidden(model.Qwen3(CONFIG), params, data)
         data = dataclasses.replace(data, teacher_hidden_BTD=hidden)
         state = update.init(optimizer(), params, 0)
         step = update.make(model.Qwen3(CONFIG), optimizer(), losses.TABLE["opd"], T, 1, 4e-3, state)
@@ -210,7 +210,7 @@ def test_shardings_of_activations():
     with mesh_lib.use(mesh):
         params = placed(CONFIG, 0, mesh)
         data = jax.device_put(batch(), mesh_lib.rows(mesh))
-        hidden = jax.jit(functools.partial(policy.hidden, model.Qwen3(CONFIG)))(params, data)
+        hidden = jax.jit(functools.partial(forward.hidden, model.Qwen3(CONFIG)))(params, data)
         assert padded(tuple(hidden.sharding.spec), 3) in (
             (("data", "fsdp", "expert"), None, None),
             ("fsdp", None, None),
@@ -225,7 +225,7 @@ def test_shardings_of_activations():
             ("fsdp", "tensor"),
         )
         text = (
-            jax.jit(functools.partial(policy.hidden, model.Qwen3(CONFIG)))
+            jax.jit(functools.partial(forward.hidden, model.Qwen3(CONFIG)))
             .lower(params, data)
             .compile()
             .as_text()

@@ -9,6 +9,7 @@ Letters in names: B rows, T tokens, S slots, N query heads, K key/value heads, H
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,16 +20,19 @@ import jax.numpy as jnp
 from models.qwen3.attention import softmax
 from models.qwen3.config import Config
 
+PIECE = 2**23  # bytes of keys that a device reads at a time
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """The slots, in one of two layouts.
 
-    Stacked: arrays [L, S, B, K, H], what TPU compilers update in place inside a scan over layers
-    (other axis orders cost a copy of the cache). Per layer: tuples of L arrays, keys [B, K, H, S]
-    and values [B, K, S, H], 1.5 to 3 times faster on CPU. Where keys and values are int8, each
-    slot and head has a float32 scale: [L, S, B, K], or L of [B, K, S].
+    Stacked: arrays [L, S, K, B, H], what TPU compilers update in place inside a scan over layers:
+    with slots inside rows, or heads inside rows, they copy the cache, and hold it twice. Per layer:
+    tuples of L arrays, keys [B, K, H, S] and values [B, K, S, H], 1.5 to 3 times faster on CPU.
+    Where keys and values are int8, each slot and head has a float32 scale: [L, S, K, B], or L of
+    [B, K, S].
     """
 
     keys: Any
@@ -70,7 +74,7 @@ class Cache:
                 x = jax.lax.dynamic_update_slice_in_dim(into[layer], x, self.slot, axis)
                 written[name] = (*into[:layer], x, *into[layer + 1 :])
             else:
-                x = x.swapaxes(0, 1)[None].astype(into.dtype)
+                x = x.transpose(1, 2, 0, *range(3, x.ndim))[None].astype(into.dtype)
                 at = (layer, self.slot) + (0,) * (x.ndim - 2)
                 written[name] = jax.lax.dynamic_update_slice(into, x, at)
         return dataclasses.replace(self, **written)
@@ -81,30 +85,87 @@ class Cache:
         T > 1 takes the order of slots for that of tokens: the ring must not have turned yet.
         """
         B, T, N, H = q_BTNH.shape
-
-        def read(name: str, target: str) -> jax.Array:
-            x = getattr(self, name)[layer]
-            order = target if isinstance(self.keys, tuple) else "SBKH"[: x.ndim]
-            return x if order == target else jnp.einsum(f"{order}->{target}", x)
-
-        k_BKHS = read("keys", "BKHS").astype(q_BTNH.dtype)
-        v_BKSH = read("values", "BKSH").astype(q_BTNH.dtype)
-        K = k_BKHS.shape[1]
+        K = self.heads
         mask_BTS = self.valid_BS[:, None, :]
         if T > 1:
             now_TS = jnp.arange(self.slots)[None] <= self.slot + jnp.arange(T)[:, None]
             mask_BTS = mask_BTS & now_TS[None]
         q_BKMH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-        scores = jnp.einsum("BKMH,BKHS->BKMS", q_BKMH, k_BKHS, preferred_element_type=jnp.float32)
-        scores = scores * H**-0.5
-        if self.key_scales is not None:
-            scores = scores * read("key_scales", "BKS")[:, :, None]
-        scores = scores.reshape(B, K, N // K, T, self.slots)
-        weights = softmax(scores, mask_BTS[:, None, None]).reshape(B, K, -1, self.slots)
-        if self.value_scales is not None:
-            weights = weights * read("value_scales", "BKS")[:, :, None]
-        out_BKMH = jnp.einsum("BKMS,BKSH->BKMH", weights.astype(q_BTNH.dtype), v_BKSH)
+        size = self._piece()
+        if T == 1 and size < self.slots:
+            out_BKMH = self._in_pieces(layer, q_BKMH, size)
+        else:
+            scores = self._scores(layer, q_BKMH, 0, self.slots)
+            scores = scores.reshape(B, K, N // K, T, self.slots)
+            weights = softmax(scores, mask_BTS[:, None, None]).reshape(B, K, -1, self.slots)
+            out_BKMH = self._sums(layer, weights, 0, self.slots, q_BTNH.dtype)
         return out_BKMH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+    @property
+    def heads(self) -> int:
+        """Key/value heads."""
+        stacked = not isinstance(self.keys, tuple)
+        return self.keys.shape[2] if stacked else self.keys[0].shape[1]
+
+    def _piece(self) -> int:
+        """How many slots one token's queries meet at a time: all, or as many of a stacked cache as
+        a device's fast memory holds. A layer that does not fit in there is copied before it is
+        read, and moves three times."""
+        if isinstance(self.keys, tuple):
+            return self.slots
+        mesh = jax.sharding.get_abstract_mesh()
+        slot = math.prod(self.keys.shape[2:]) * self.keys.dtype.itemsize
+        slot = max(1, slot // mesh.size) if mesh.axis_names else slot
+        return max(128, PIECE // slot // 128 * 128)
+
+    def _in_pieces(self, layer: Any, q_BKMH: jax.Array, size: int) -> jax.Array:
+        """`attend` for one token a row, the softmax put together from pieces of the slots."""
+        B, K, M, H = q_BKMH.shape
+
+        def piece(i: Any, carry: Any) -> Any:
+            top_BKM, sum_BKM, out_BKMH = carry
+            first = jnp.minimum(i * size, self.slots - size)  # the last one overlaps
+            valid_BC = jax.lax.dynamic_slice_in_dim(self.valid_BS, first, size, axis=1)
+            scores = self._scores(layer, q_BKMH, first, size)
+            scores = jnp.where(valid_BC[:, None, None], scores, jnp.finfo(scores.dtype).min)
+            new_C = first + jnp.arange(size) >= i * size
+            scores = jnp.where(new_C[None, None, None], scores, -jnp.inf)
+            new_BKM = jnp.maximum(top_BKM, jnp.max(scores, axis=-1))
+            weights, kept = jnp.exp(scores - new_BKM[..., None]), jnp.exp(top_BKM - new_BKM)
+            added = self._sums(layer, weights, first, size, q_BKMH.dtype).astype(jnp.float32)
+            out_BKMH = out_BKMH * kept[..., None] + added
+            return new_BKM, sum_BKM * kept + jnp.sum(weights, axis=-1), out_BKMH
+
+        none = (jnp.full((B, K, M), -jnp.inf), jnp.zeros((B, K, M)), jnp.zeros((B, K, M, H)))
+        count = -(-self.slots // size)
+        _, sum_BKM, out_BKMH = jax.lax.fori_loop(0, count, piece, none)
+        return (out_BKMH / sum_BKM[..., None]).astype(q_BKMH.dtype)
+
+    def _read(self, name: str, layer: Any, first: Any, size: int, target: str) -> jax.Array:
+        """`size` slots of one layer, their axes in the order `target`."""
+        x = getattr(self, name)
+        if isinstance(x, tuple):
+            return x[layer]  # stored in this order, and never in pieces
+        starts, sizes = (layer, first, *(0,) * (x.ndim - 2)), (1, size, *x.shape[2:])
+        x = x[layer] if size == self.slots else jax.lax.dynamic_slice(x, starts, sizes)[0]
+        return jnp.einsum(f"{'SKBH'[: x.ndim]}->{target}", x)
+
+    def _scores(self, layer: Any, q_BKMH: jax.Array, first: Any, size: int) -> jax.Array:
+        k_BKHS = self._read("keys", layer, first, size, "BKHS").astype(q_BKMH.dtype)
+        scores = jnp.einsum("BKMH,BKHS->BKMS", q_BKMH, k_BKHS, preferred_element_type=jnp.float32)
+        scores = scores * q_BKMH.shape[-1] ** -0.5
+        if self.key_scales is not None:
+            scores = scores * self._read("key_scales", layer, first, size, "BKS")[:, :, None]
+        return scores
+
+    def _sums(
+        self, layer: Any, weights_BKMS: jax.Array, first: Any, size: int, dtype: jnp.dtype
+    ) -> jax.Array:
+        v_BKSH = self._read("values", layer, first, size, "BKSH").astype(dtype)
+        if self.value_scales is not None:
+            scale_BKS = self._read("value_scales", layer, first, size, "BKS")
+            weights_BKMS = weights_BKMS * scale_BKS[:, :, None]
+        return jnp.einsum("BKMS,BKSH->BKMH", weights_BKMS.astype(dtype), v_BKSH)
 
     def insert(self, source: "Cache", source_B: jax.Array, row_B: jax.Array, count: Any) -> "Cache":
         """Rows row_B[:count] become the rows source_B[:count] of another cache.
@@ -158,7 +219,7 @@ class Cache:
             of: list[str | None] = [None] * x.ndim
             of[row] = rows
             if x.ndim > 2:
-                of[3 if row == 2 else 1] = "act_heads"
+                of[2 if row == 3 else 1] = "act_heads"
             return nn.with_logical_constraint(x, tuple(of))
 
         return _each(names, self)
@@ -178,7 +239,7 @@ def _each(fn: Callable[..., jax.Array], cache: Cache, *others: Cache) -> Cache:
     changed: dict[str, Any] = {}
     for name, order in _LAYERED.items():
         arrays = [getattr(c, name) for c in (cache, *others)]
-        axes = (0, order.index(1)) if isinstance(cache.keys, tuple) else (2, 1)
+        axes = (0, order.index(1)) if isinstance(cache.keys, tuple) else (3, 1)
         changed[name] = jax.tree.map(lambda *x, axes=axes: fn(*axes, *x), *arrays)
     changed["valid_BS"] = fn(0, 1, *(c.valid_BS for c in (cache, *others)))
     return dataclasses.replace(cache, **changed)
@@ -207,7 +268,7 @@ def init_cache(config: Config, rows: int, slots: int, dtype: jnp.dtype, stacked:
         of = jnp.float32 if scales else dtype
         letters = "BTK" if scales else "BTKH"
         if stacked:
-            order = "TBK" if scales else "TBKH"
+            order = "TKB" if scales else "TKBH"
             return jnp.zeros((L, *(shape[x] for x in order)), of)
         sizes = [shape[letters[axis]] for axis in _LAYERED[name]]
         return tuple(jnp.zeros(sizes, of) for _ in range(L))

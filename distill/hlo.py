@@ -1,0 +1,295 @@
+"""What a compiled program does, by its text: matrix products, memory traffic, collectives."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Sums over a program's text, of one device.
+
+    flops: operations of matrix products. traffic: bytes that instructions read from HBM and write
+    to it: operands and results, of slices only what is cut out or put in. collectives: kind ->
+    (how many, bytes received). open_loops: loops of unknown length, of which one turn counts.
+    """
+
+    flops: float
+    traffic: int
+    collectives: dict[str, tuple[int, int]]
+    open_loops: int
+
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+)$")
+_CALLED = re.compile(r"(?:calls|to_apply|body|called_computations|async_execution)=\{?%?([\w.\-]+)")
+_BRANCHES = re.compile(
+    r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))"
+)
+_SHAPE = re.compile(r"\b([a-z]\w*)\[([0-9,]*)\]")
+_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f64": 8, "c64": 8, "s4": 0.5, "u4": 0.5}
+_PLACED = re.compile(r"\b([a-z]\w*)\[([0-9,]*)\](\{[^}]*\})?")
+# What moves nothing: names for what is there, and the ends of what was counted when it began.
+_FREE = re.compile(
+    r" (?:parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call|after-all|"
+    r"partition-id|replica-id|iota|opt-barrier|[\w\-]+-done|async-\w+)\("
+)
+# What gives a value in another form: inside a fusion it costs nothing.
+_SAME = re.compile(r" (?:parameter|bitcast|convert|copy|reshape|transpose)\(")
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def read(text: str) -> Costs:
+    """Adds up the text of a compiled program.
+
+    A body of a loop counts as often as the loop turns; a collective that is split into a start and
+    a done counts once.
+    """
+    computations, entry = _computations(text)
+    flops, open_loops = 0.0, 0
+    found: dict[str, tuple[int, int]] = {}
+    seen: set[str] = set()
+
+    def walk(
+        name: str, times: float, fused: bool = False
+    ) -> Iterator[tuple[float, bool, str, str, dict[str, str]]]:
+        nonlocal open_loops
+        lines = computations.get(name, {})
+        for instruction, rest in lines.items():
+            yield times, fused, instruction, rest, lines
+            inner = times
+            if " while(" in rest:
+                trips = _trips(rest, computations)
+                open_loops += trips is None
+                inner = times * (trips or 1)
+            if " reduce(" in rest or " all-reduce(" in rest or " reduce-scatter(" in rest:
+                continue  # what they apply is an addition of scalars
+            for called in _CALLED.findall(rest):
+                yield from walk(called, inner, fused or " fusion(" in rest)
+            for several, one in _BRANCHES.findall(rest):
+                for branch in re.findall(r"[\w.\-]+", several or one):
+                    yield from walk(branch, inner, fused)
+
+    traffic = 0.0
+    for times, fused, instruction, rest, lines in walk(entry, 1.0):
+        if not fused:
+            traffic += times * _traffic(rest, lines, computations)
+        kind = next((k for k in COLLECTIVES if re.search(rf" {k}(-start)?\(", rest)), None)
+        if kind:
+            channel = re.search(r"channel_id=(\d+)", rest)
+            key = channel.group(1) if channel else instruction
+            if key in seen:
+                continue  # the same exchange, named again where it is waited for
+            seen.add(key)
+            count, size = found.get(kind, (0, 0))
+            found[kind] = (count + int(times), size + int(times * _received(kind, rest)))
+        elif " convolution(" in rest or " dot(" in rest:
+            flops += times * _products(rest, lines)
+    return Costs(flops, int(traffic), found, open_loops)
+
+
+def _traffic(rest: str, lines: dict[str, str], computations: dict[str, dict[str, str]]) -> float:
+    """Bytes that one instruction of a program, no part of a fusion, moves from and to HBM."""
+    if _FREE.search(rest):
+        return 0
+    results, operands = _results(rest), _operands(rest)
+    if " dynamic-slice(" in rest or " gather(" in rest:
+        return 2 * results
+    if " dynamic-update-slice(" in rest:
+        return 2 * _results(lines.get(operands[1], ""))
+    inner = re.search(r" fusion\(.*calls=%?([\w.\-]+)", rest)
+    body = computations.get(inner.group(1), {}) if inner else {}
+    total, rewritten = 0.0, 0.0
+    for i, name in enumerate(operands):
+        cut, put = _slices(_parameter(body, i), body, computations)
+        whole = _results(lines.get(name, ""))
+        if put is not None and whole:
+            rewritten += min(whole, results)
+            total += 2 * put
+        else:
+            total += whole if cut is None else min(cut, whole)
+    return total + results - rewritten
+
+
+def _slices(
+    name: str | None, body: dict[str, str], computations: dict[str, dict[str, str]]
+) -> tuple[float | None, float | None]:
+    """Of a value inside a fusion: bytes that are cut out of it, if it is only cut; bytes that are
+    put into it in place, if that is what becomes of it."""
+    cuts, puts = [], []
+    for user, rest in body.items():
+        operands = _operands(rest)
+        if name not in operands:
+            continue
+        inner = _CALLED.search(rest) if " fusion(" in rest else None
+        within = computations.get(inner.group(1), {}) if inner else {}
+        if within and not all(_SAME.search(r) for r in within.values()):
+            cut, put = _slices(_parameter(within, operands.index(name)), within, computations)
+        elif within or _SAME.search(rest):
+            cut, put = _slices(user, body, computations)
+        elif re.search(r" (?:dynamic-slice|slice|gather)\(", rest):
+            cut, put = _whole(rest), None
+        elif " dynamic-update-slice(" in rest and operands[0] == name:
+            cut, put = None, _whole(body.get(operands[1], ""))
+        else:
+            return None, None
+        cuts.append(cut)
+        puts.append(put)
+    if cuts and None not in cuts:
+        return sum(cuts), None
+    return None, (sum(puts) if puts and None not in puts else None)
+
+
+def _parameter(body: dict[str, str], i: int) -> str | None:
+    return next((n for n, rest in body.items() if re.search(rf" parameter\({i}\)", rest)), None)
+
+
+def _operands(rest: str) -> list[str]:
+    found = re.search(r" [a-z][\w\-]*\((.*)$", rest)
+    return re.findall(r"%([\w.\-]+)", found.group(1).split("), ")[0]) if found else []
+
+
+def _results(rest: str) -> float:
+    """Bytes of what an instruction gives that lie in HBM, not in faster memory."""
+    return _sum(rest, lambda layout: "S(" not in layout)
+
+
+def _whole(rest: str) -> float:
+    return _sum(rest, lambda _: True)
+
+
+def _sum(rest: str, counts: Callable[[str], bool]) -> float:
+    shapes = re.split(r" [a-z][\w\-]*\(", rest, maxsplit=1)[0]
+    found = _PLACED.findall(shapes)
+    return sum(_size(dtype, dims) for dtype, dims, layout in found if counts(layout))
+
+
+def _computations(text: str) -> tuple[dict[str, dict[str, str]], str]:
+    """Computation -> its instructions, by name what follows the equals sign; and the entry."""
+    found: dict[str, dict[str, str]] = {}
+    entry = ""
+    current: dict[str, str] = {}
+    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
+        if head := _COMPUTATION.match(line):
+            current = found.setdefault(head.group(2), {})
+            entry = head.group(2) if head.group(1) else entry
+        elif instruction := _INSTRUCTION.match(line):
+            current[instruction.group(1)] = instruction.group(2)
+    return found, entry
+
+
+def _trips(rest: str, computations: dict[str, dict[str, str]]) -> int | None:
+    """How often a loop turns: XLA's note, or what its condition compares its counter with."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', rest):
+        return int(known.group(1))
+    condition, body = (
+        computations.get(name.group(1), {}) if name else {}
+        for name in (re.search(rf"{part}=%?([\w.\-]+)", rest) for part in ("condition", "body"))
+    )
+    if any(" and(" in line or " fusion(" in line for line in condition.values()):
+        return None  # it may end early
+    limits = [n for line in condition.values() if (n := _constant(line)) is not None]
+    counters = [int(m) for line in condition.values() for m in re.findall(r"index=(\d+)", line)]
+    if len(limits) != 1 or len(counters) != 1:
+        return None
+    return -(-limits[0] // _increment(body, counters[0]))
+
+
+def _constant(line: str) -> int | None:
+    found = re.match(r"[su]32\[\]\S* constant\((\d+)\)", line)
+    return int(found.group(1)) if found else None
+
+
+def _increment(body: dict[str, str], counter: int) -> int:
+    """By how much a loop's counter grows in a turn: loops unrolled by the compiler take strides."""
+    result = re.search(r" tuple\((.*?)\)", list(body.values())[-1])
+    operands = re.findall(r"%([\w.\-]+)", result.group(1)) if result else []
+    line = body.get(operands[counter], "") if len(operands) > counter else ""
+    added = re.search(r" add\(%([\w.\-]+), %([\w.\-]+)\)", line)
+    found = [_constant(body.get(name, "")) for name in (added.groups() if added else ())]
+    return next((n for n in found if n), 1)
+
+
+def _dims(shape: str) -> list[int]:
+    return [int(n) for n in shape.split(",") if n]
+
+
+def _size(dtype: str, dims: str) -> float:
+    width = _BYTES.get(dtype) or int(re.sub(r"\D.*$", "", re.sub(r"^\D+", "", dtype)) or 8) / 8
+    return width * math.prod(_dims(dims))
+
+
+def _received(kind: str, rest: str) -> float:
+    """Bytes that a device gets from others in one exchange, by its usual algorithm on a ring."""
+    shapes = [_size(*s) for s in _SHAPE.findall(rest.split(f" {kind}")[0])]
+    group = _group(rest)
+    share = (group - 1) / group
+    if kind == "all-gather":
+        return max(shapes) * share  # a start's shape holds the operand beside the result
+    if kind == "all-reduce":
+        return 2 * sum(shapes) * share
+    if kind == "reduce-scatter":
+        return min(shapes) * (group - 1)
+    return max(shapes) * (1 if kind == "collective-permute" else share)
+
+
+def _group(rest: str) -> int:
+    """How many devices exchange."""
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
+        return int(iota.group(2))
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named.group(1)))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named.group(2)))
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return listed.group(1).count(",") + 1
+    return 2
+
+
+def _products(rest: str, lines: dict[str, str]) -> float:
+    """Operations of one dot or convolution: 2 · elements of the result · length of the sums."""
+    shape = _SHAPE.search(rest)
+    assert shape
+    operands = re.search(r"(?:convolution|dot)\(([^)]*)\)", rest)
+    assert operands
+    names = re.findall(r"%([\w.\-]+)", operands.group(1))
+    inline = [_dims(d) for _, d in _SHAPE.findall(operands.group(1))]
+
+    def dims(i: int) -> list[int]:
+        if len(inline) > i:
+            return inline[i]
+        found = _SHAPE.search(lines[names[i]])
+        return _dims(found.group(2)) if found else []
+
+    if contracted := re.search(r"lhs_contracting_dims=\{([\d,]*)\}", rest):
+        length = math.prod(dims(0)[i] for i in _dims(contracted.group(1)))
+    else:
+        labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest)
+        assert labels
+        image, kernel, out = (
+            dict(zip(names, sizes, strict=True))
+            for names, sizes in zip(
+                labels.groups(), (dims(0), dims(1), _dims(shape.group(2))), strict=True
+            )
+        )
+        length = kernel["i"]
+        for i, axis in enumerate(sorted(label for label in kernel if label.isdigit())):
+            length *= _taps(rest, i, image[axis], kernel[axis], out[axis])
+    return 2.0 * math.prod(_dims(shape.group(2))) * length
+
+
+def _taps(rest: str, axis: int, image: int, kernel: int, out: int) -> float:
+    """How many places of a window fall on the image, in the mean over the results.
+
+    TPUs write batches and transpositions of matrices as windows that mostly fall beside it.
+    """
+    window = re.search(r" window=\{([^}]*)\}", rest)
+    fields = dict(f.split("=") for f in window.group(1).split()) if window else {}
+
+    def field(name: str, otherwise: int) -> int:
+        return int(fields[name].split("x")[axis]) if name in fields else otherwise
+
+    low = int(fields["pad"].split("x")[axis].split("_")[0]) if "pad" in fields else 0
+    stride, spread = field("stride", 1), field("lhs_dilate", 1)
+    at = (o * stride - low + k * field("rhs_dilate", 1) for o in range(out) for k in range(kernel))
+    return sum(0 <= x <= (image - 1) * spread and x % spread == 0 for x in at) / out

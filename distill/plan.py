@@ -1,0 +1,394 @@
+"""Whether a run fits a TPU slice, and how fast it can be: compiled here, without one.
+
+    python -m distill.plan --config=configs/X.py --topology=v5e:8x8 [--config.a.b=v ...]
+
+The programs that `train` would run (weights for sampling, prompts, decoding, the teacher's scoring,
+the update) are compiled for the slice by libtpu's own compiler; nothing is read, allocated or
+executed, and no accelerator is needed. Models are directories, of which only config.json is read,
+or the hub's names of the released sizes, of which nothing is.
+
+--topology=v5e:auto finds the smallest slice of a generation that fits. Exit code 0: it fits; 1: it
+does not, and what would help is said.
+"""
+
+import copy
+import dataclasses
+import math
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
+
+from distill import aot, cli, metrics, policy, programs, stages, teacher
+from distill import mesh as mesh_lib
+from distill.policy import Policy
+from distill.programs import Models
+from models.errors import UserError
+from models.qwen3.config import SIZES
+
+OPTIONS = flags.FlagValues()
+CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=OPTIONS)
+flags.mark_flag_as_required("config", OPTIONS)
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Slice, such as v5e:8x8 or v5p:2x2x4, or v5e:auto.", OPTIONS, required=True
+)
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.", OPTIONS)
+EXPLAIN = flags.DEFINE_bool("explain", True, "Look for what helps where it does not fit.", OPTIONS)
+
+GIB = 2**30
+SLICES = {  # whole slices of a generation, smallest first
+    "v4": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
+    "v5e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
+    "v6e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+}
+STOPS = (151645, 151643)  # what a released model stops at: <|im_end|>, <|endoftext|>
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A program on one device. bytes, operations and seconds; None: not to be had."""
+
+    name: str
+    calls: float  # in a step
+    peak: int  # of the program alone
+    beside: int  # what lies in memory beside it
+    temporaries: int
+    useful: float  # operations of the formula, a call
+    compiled: float | None  # operations of the program, a call
+    traffic: int | None  # HBM bytes, a call
+    collectives: dict[str, tuple[int, int]] | None
+    seconds: float  # a step: the roofline's
+    bound: str
+    compilation: float
+
+    @property
+    def total(self) -> int:
+        return self.peak + self.beside
+
+
+class TooLarge(Exception):
+    """A program does not fit."""
+
+    def __init__(self, name: str, needs_gib: float, largest: list[tuple[str, str]]) -> None:
+        self.program, self.needs_gib, self.largest = name, needs_gib, largest
+        super().__init__(name)
+
+
+def describe(path: str, dtype: str, remat: bool, mesh: Mesh, flag: str, **kinds: Any) -> Policy:
+    """A model of which only the shape is known: a directory's, or a released size's.
+
+    Raises:
+      UserError: for neither, or where the mesh does not divide it.
+    """
+    if not path:
+        raise UserError(f"config.{flag}.path: name a model directory")
+    released = re.fullmatch(r"Qwen/Qwen3-([\w.-]+?)(-Base)?", path)
+    name = released.group(1).lower() if released else ""
+    if name in SIZES and not Path(path).exists():
+        config = SIZES[name]
+        mesh_lib.check(config, mesh, path)
+        return policy.shaped(path, config, dtype, remat, mesh, **kinds)
+    described = policy.describe(path, dtype, remat, mesh, **kinds)
+    return described
+
+
+def models_of(c: ConfigDict, mesh: Mesh, teachers: tuple[str, ...], referred: bool) -> Models:
+    """The run's models, in the dtypes that `train` loads them in."""
+    m, lora = c.student, stages.lora(c.student)
+    student = describe(m.path, m.dtype, m.remat, mesh, "student", trained=lora, kernel=c.attention)
+    if not student.stop_ids:
+        student = dataclasses.replace(student, stop_ids=STOPS)
+    trained = mesh_lib.parameters(student.config, mesh, lora)
+    plain = dataclasses.replace(student, model=student.model.clone(remat=False, lora=None))
+    if lora:
+        student = dataclasses.replace(student, params=policy.loaded(student, m.param_dtype))
+    read = {}
+    for name in teachers:
+        t = c[name]
+        if t.path == teacher.EMA:
+            average = mesh_lib.parameters(student.config, mesh)
+            read[name] = dataclasses.replace(plain, params=average)
+        elif t.path == teacher.INITIAL:
+            read[name] = dataclasses.replace(plain, params=policy.loaded(plain, t.param_dtype))
+        else:
+            found = describe(t.path, t.dtype, False, mesh, name, kernel=c.attention)
+            read[name] = dataclasses.replace(found, params=policy.loaded(found, t.param_dtype))
+    reference = None
+    if referred and not lora:
+        reference = dataclasses.replace(plain, params=policy.loaded(plain, m.param_dtype))
+    return Models(student, trained, read, reference)
+
+
+def rows_of(c: ConfigDict, name: str, topology: str, mesh: Mesh) -> list[Row]:
+    """Compiles the programs of a stage.
+
+    Raises:
+      TooLarge: at the first that does not fit beside what else is in memory.
+    """
+    chip, s = aot.chip(topology), c[name]
+    loss, sampled = stages.objective(name, s)
+    teachers = tuple(s.teachers) if stages.taught(s, loss) else ()
+    teacher.check(c, name, s, bool(teachers))
+    models = models_of(c, mesh, teachers, loss.reference > 0)
+    if s.batch_size % (s.accumulate * s.minibatches * mesh_lib.row_shards(mesh)):
+        raise UserError(
+            f"config.{name}.batch_size={s.batch_size} does not divide by accumulate times "
+            f"minibatches times the devices ({mesh_lib.row_shards(mesh)} that split the rows)"
+        )
+    kept = programs.held(c, models, s)
+    largest = sorted(((f"{b / GIB:.2f}G", n) for n, b in kept.items()), key=lambda x: -kept[x[1]])
+    if sum(kept.values()) > chip.hbm_gib * GIB:
+        raise TooLarge("what the run keeps", sum(kept.values()) / GIB, largest)
+    found = []
+    with mesh_lib.use(mesh), jax.default_matmul_precision(None):
+        for call in programs.of_stage(c, s, loss, sampled, models, mesh):
+            beside = sum(size for at, size in kept.items() if at not in call.holds) + call.beside
+            try:
+                program = aot.compile(call.name, call.lower, chip.hbm_gib)
+            except aot.OutOfMemory as error:
+                needs = error.needs_gib + beside / GIB
+                raise TooLarge(call.name, needs, error.largest) from None
+            row = _row(call, program, beside, chip, mesh.size)
+            if row.total > chip.hbm_gib * GIB:
+                raise TooLarge(call.name, row.total / GIB, largest)
+            found.append(row)
+    return found
+
+
+def _row(call: programs.Call, program: aot.Program, beside: int, chip: aot.Chip, count: int) -> Row:
+    useful = call.useful / count
+    times = {"compute": max(program.flops or 0, useful) / (chip.bf16_tflops * 1e12)}
+    if program.traffic is not None:
+        times["HBM"] = program.traffic / (chip.hbm_gbs * 1e9)
+    if program.collectives:
+        received = sum(size for _, size in program.collectives.values())
+        times["interconnect"] = received / (chip.ici_gbs * 1e9)
+    bound = max(times, key=lambda name: times[name])
+    return Row(
+        name=call.name,
+        calls=call.turns,
+        peak=program.peak,
+        beside=beside,
+        temporaries=program.temporaries,
+        useful=useful,
+        compiled=program.flops,
+        traffic=program.traffic,
+        collectives=program.collectives,
+        seconds=times[bound] * call.turns,
+        bound=bound,
+        compilation=program.seconds,
+    )
+
+
+def compiled(c: ConfigDict, topology: str) -> dict[str, list[Row]]:
+    """Stage -> its programs, compiled for a slice. Raises TooLarge as `rows_of` does."""
+    mesh = mesh_lib.make(**c.mesh, devices=aot.devices(topology))
+    if mesh.size < len(aot.devices(topology)):
+        raise UserError(
+            f"config.mesh: {mesh.size} devices, but {topology} has {len(aot.devices(topology))}"
+        )
+    return {name: rows_of(c, name, topology, mesh) for name in c.stages}
+
+
+def remedies(c: ConfigDict, program: str) -> list[tuple[str, ConfigDict]]:
+    """What makes this program smaller, the cheapest first: what it is called, and the config."""
+    found: list[tuple[str, ConfigDict]] = []
+
+    def add(flag: str, value: Any) -> None:
+        changed = copy.deepcopy(c)
+        with changed.unlocked():
+            at = changed
+            *path, last = flag.split(".")
+            for key in path:
+                at = at[key]
+            if at[last] == value:
+                return
+            at[last] = value
+        found.append((f"--config.{flag}={value}", changed))
+
+    sampling = program in ("weights", "prompts", "decode")
+    if program == "update":
+        add("student.remat", True)
+    for name in c.stages:
+        s = c[name]
+        if program == "update":
+            for more in (2, 4, 8):
+                add(f"{name}.accumulate", s.accumulate * more)
+        if sampling:
+            add(f"{name}.rollout.gathered", False)
+            add(f"{name}.rollout.cache_dtype", "int8")
+            for fewer in (2, 4, 8):
+                add(f"{name}.rollout.slots", max(1, (s.rollout.slots or s.batch_size) // fewer))
+    if c.teacher.path:
+        add("teacher.param_dtype", "int8")
+    if not c.student.lora.rank:
+        add("student.lora.rank", 32)
+    return found
+
+
+def helped(c: ConfigDict, topology: str, program: str) -> dict[str, Any] | None:
+    """The first change with which the run fits, and the slice's fullest program then."""
+    for flag, changed in remedies(c, program):
+        try:
+            found = compiled(changed, topology)
+        except (TooLarge, UserError):
+            continue
+        return {"change": flag, "peak_gib": _fullest(found)}
+    generation, _, shape = topology.partition(":")
+    shapes = SLICES[generation]
+    size = math.prod(map(int, shape.split("x")))
+    for larger in shapes:
+        if math.prod(map(int, larger.split("x"))) > size:
+            try:
+                found = compiled(c, f"{generation}:{larger}")
+            except (TooLarge, UserError):
+                continue
+            return {"change": f"--topology={generation}:{larger}", "peak_gib": _fullest(found)}
+    return None
+
+
+def _fullest(found: dict[str, list[Row]]) -> float:
+    return max(row.total for rows in found.values() for row in rows) / GIB
+
+
+def smallest(c: ConfigDict, generation: str) -> tuple[str, dict[str, list[Row]]]:
+    """The smallest slice of a generation that fits, and its programs.
+
+    Raises:
+      UserError: if none does, with the last reason.
+    """
+    if generation not in SLICES:
+        raise UserError(f"--topology={generation}:auto: name one of {', '.join(SLICES)}")
+    reason = ""
+    for shape in SLICES[generation]:
+        topology = f"{generation}:{shape}"
+        try:
+            return topology, compiled(c, topology)
+        except TooLarge as error:
+            reason = f"{topology}: {error.program} needs {error.needs_gib:.2f} GiB a device"
+        except UserError as error:
+            reason = f"{topology}: {error}"
+        if not JSON.value:
+            metrics.say(f"does not fit {reason}")
+    raise UserError(f"--topology={generation}:auto: nothing fits; {reason}")
+
+
+def summary(c: ConfigDict, topology: str, found: dict[str, list[Row]]) -> dict[str, Any]:
+    """What --json prints of a run that fits."""
+    chip, count = aot.chip(topology), len(aot.devices(topology))
+    chips = count // 2 if topology.startswith("v4") else count
+    told, hours = {}, 0.0
+    for name, rows in found.items():
+        seconds = sum(row.seconds for row in rows)
+        hours += seconds * c[name].steps * chips / 3600
+        told[name] = {
+            "programs": [{**dataclasses.asdict(row), "peak_with_all": row.total} for row in rows],
+            "seconds_per_step_at_least": seconds,
+            "steps_per_hour_at_most": 3600 / seconds,
+        }
+    return {
+        "topology": topology,
+        "devices": count,
+        "hbm_gib": chip.hbm_gib,
+        "fits": True,
+        "peak_gib": _fullest(found),
+        "stages": told,
+        "chip_hours_at_least": hours,
+    }
+
+
+def show(c: ConfigDict, topology: str, found: dict[str, list[Row]]) -> str:
+    """The tables."""
+    chip, told = aot.chip(topology), summary(c, topology, found)
+    out = [
+        f"{topology}: {told['devices']} devices of {chip.hbm_gib} GiB, "
+        f"{chip.bf16_tflops:g} TFLOP/s, {chip.hbm_gbs:g} GB/s; config.mesh {dict(c.mesh)}"
+    ]
+    head = ("", "peak GiB", "alone", "of it temp.", "TFLOP", "useful", "GB HBM", "GB links")
+    line = "{:<10}{:>9}{:>9}{:>12}{:>9}{:>8}{:>9}{:>9}{:>9}{:>10}  {}"
+    for name, rows in found.items():
+        out += [f"stage {name}", line.format(*head, "calls", "s a step", "bound by")]
+        for row in rows:
+            links = None
+            if row.collectives is not None:
+                links = sum(size for _, size in row.collectives.values()) / 1e9
+            whole, share = row.compiled, None
+            if whole:
+                share = f"{100 * row.useful / whole:.0f}%"
+            out.append(
+                line.format(
+                    row.name,
+                    f"{row.total / GIB:.2f}",
+                    f"{row.peak / GIB:.2f}",
+                    f"{row.temporaries / GIB:.2f}",
+                    f"{(whole if whole is not None else row.useful) / 1e12:.3g}",
+                    share or "-",
+                    "-" if row.traffic is None else f"{row.traffic / 1e9:.3g}",
+                    "-" if links is None else f"{links:.3g}",
+                    f"{row.calls:g}",
+                    f"{row.seconds:.3g}",
+                    row.bound,
+                )
+            )
+            if row.collectives:
+                kinds = row.collectives.items()
+                said = (f"{kind} {n} x, {size / 1e9:.3g} GB" for kind, (n, size) in kinds)
+                out.append("           " + "; ".join(said))
+        step = told["stages"][name]
+        out.append(
+            f"  at least {step['seconds_per_step_at_least']:.3g} s a step, at most "
+            f"{step['steps_per_hour_at_most']:.3g} steps an hour"
+        )
+    out.append(f"fits: {told['peak_gib']:.2f} of {chip.hbm_gib} GiB a device at the fullest")
+    out.append(f"{told['chip_hours_at_least']:.3g} chip-hours at least for all steps")
+    return "\n".join(out)
+
+
+def main() -> None:
+    c, topology = CONFIG.value, TOPOLOGY.value
+    begun = time.perf_counter()
+    try:
+        if topology.endswith(":auto"):
+            topology, found = smallest(c, topology.removesuffix(":auto"))
+        else:
+            aot.chip(topology)
+            found = compiled(c, topology)
+    except TooLarge as error:
+        hbm = aot.chip(topology).hbm_gib
+        over = error.needs_gib - hbm
+        told = {
+            "topology": topology,
+            "fits": False,
+            "program": error.program,
+            "needs_gib": error.needs_gib,
+            "hbm_gib": hbm,
+            "largest": error.largest,
+            "helps": helped(c, topology, error.program) if EXPLAIN.value else None,
+        }
+        if JSON.value:
+            print(metrics.dumps(told, 2))
+        else:
+            print(
+                f"does not fit {topology}: {error.program} needs {error.needs_gib:.2f} GiB a "
+                f"device, {over:.2f} more than the {hbm} there are"
+            )
+            print("largest:", "; ".join(f"{size} {what}" for size, what in error.largest))
+            if told["helps"]:
+                print("what would help: {change} ({peak_gib:.2f} GiB)".format(**told["helps"]))
+        sys.exit(1)
+    if JSON.value:
+        print(metrics.dumps(summary(c, topology, found), 2))
+    else:
+        print(show(c, topology, found))
+        print(f"compiled in {time.perf_counter() - begun:.0f} s")
+
+
+if __name__ == "__main__":
+    cli.run(main, OPTIONS)

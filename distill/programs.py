@@ -1,0 +1,266 @@
+"""The programs of a stage as `train` calls them, lowered from shapes alone.
+
+Nothing is read or allocated, and the devices of the mesh need not exist: what a slice will have to
+run can be compiled on a laptop. Each program knows what lies in memory beside it while it runs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from distill import engine, losses, optim, policy, prepare, slots, stages, teacher, update
+from distill import mesh as mesh_lib
+from distill.batch import Batch
+from distill.policy import Policy
+from models.qwen3 import model
+from models.qwen3.config import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """Described models, whose `params` have the dtypes that `train` would load them in."""
+
+    student: Policy  # its base, where it trains a LoRA
+    trained: Any  # shapes of what is trained: float32
+    teachers: dict[str, Policy]  # by the names of their sub-configs
+    reference: Policy | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A program, how often a step calls it, and what it does that was asked for.
+
+    lower: what compiles it. turns: calls a step, or turns of its open loop. useful: operations of
+    the formula that one call computes, over all devices: no recomputation, no padding of a mask.
+    holds: of what the run keeps on the devices, the names that are among its arguments. beside:
+    bytes that lie on each device beside it and what the run keeps.
+    """
+
+    name: str
+    lower: Callable[[], Any]
+    turns: float
+    useful: float
+    holds: tuple[str, ...]
+    beside: int = 0
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes that a tree of ShapeDtypeStructs with shardings takes on one device."""
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    """The same shapes and shardings in another dtype."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding), tree
+    )
+
+
+def held(c: ConfigDict, models: Models, stage: ConfigDict) -> dict[str, int]:
+    """What a run keeps on each device through all programs of a stage: name -> bytes."""
+    state = update.abstract(optim.make(stage.optim, 1), models.trained)
+    kept = {"parameters": bytes_of(state.params), "optimiser": bytes_of(state.opt_state)}
+    if c.student.ema:
+        kept["average"] = kept["parameters"]
+    if models.student.model.lora:
+        kept["base"] = bytes_of(models.student.params)
+    for name, read in models.teachers.items():
+        if not _own(c, name, models):
+            kept[name] = bytes_of(read.params)
+    if models.reference:
+        kept["reference"] = bytes_of(models.reference.params)
+    return kept
+
+
+def _own(c: ConfigDict, name: str, models: Models) -> str:
+    """Where a teacher is what the run keeps anyway: what that is called."""
+    path = c[name].path
+    if path == teacher.EMA:
+        return "average"
+    return "base" if path == teacher.INITIAL and models.student.model.lora else ""
+
+
+def operations(config: Config, tokens: float, context: float, head: bool) -> float:
+    """Operations of one forward pass over `tokens`, each of which attends to `context` others."""
+    D, H = config.hidden_size, config.head_dim
+    N, K = config.num_attention_heads, config.num_key_value_heads
+    per_layer = 2 * D * H * (2 * N + 2 * K) + 4 * N * H * context
+    total = per_layer * config.num_hidden_layers
+    for sparse in config.sparse_layers:
+        width = config.intermediate_size
+        if sparse:
+            width = config.moe_intermediate_size * config.num_experts_per_tok
+            total += 2 * D * config.num_experts
+        total += 6 * D * width
+    return tokens * (total + (2 * D * config.vocab_size if head else 0))
+
+
+def of_stage(
+    c: ConfigDict, s: ConfigDict, loss: losses.Loss, sampled: int, models: Models, mesh: Mesh
+) -> list[Call]:
+    """The programs of one step of a stage, in their order.
+
+    To be called, and its results lowered, within `mesh_lib.use(mesh)`.
+    """
+    student, rows = models.student, mesh_lib.rows(mesh)
+    B, T = s.batch_size, s.pack_tokens or s.max_prompt_tokens + s.max_response_tokens
+    mean = (T + 1) / 2
+
+    def array(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct((B, *shape), jnp.dtype(dtype), sharding=rows)
+
+    def read(T: int) -> Batch:
+        return Batch(array("int32", T), array("int32", T), array("int32", T), array("bool", T))
+
+    batch = dataclasses.replace(read(T), thinking_BT=array("bool", T))
+    if sampled == B:
+        changes = {"sampler_logp_BT": array("float32", T), "finished_B": array("bool")}
+        batch = dataclasses.replace(batch, **changes)
+    calls, heads = _sampling(s, sampled, models, mesh) if sampled else [], ()
+    if loss.teacher and models.teachers:
+        room = s.context.max_tokens if s.context.text or s.context.column else 0
+        told, at_BT = (read(T + room), array("int32", T)) if room else (batch, None)
+        hidden = []
+        for name, of in models.teachers.items():
+            lower = functools.partial(teacher.hidden.lower, of.model, of.params, None, told, at_BT)
+            useful = operations(of.config, B * (T + room), mean + room / 2, head=False)
+            holds = (_own(c, name, models) or name,)
+            calls.append(
+                Call(f"score {name}" if name != "teacher" else "score", lower, 1, useful, holds)
+            )
+            hidden.append(array(of.model.dtype, T, of.config.hidden_size))
+        heads = tuple(model.head(of.params) for of in models.teachers.values())
+        batch = dataclasses.replace(batch, teacher_hidden_BTD=tuple(hidden))
+        if len(hidden) > 1:
+            share_BN = array("float32", len(hidden))
+            batch = dataclasses.replace(batch, teacher_share_BN=share_BN)
+    if loss.reward:
+        batch = dataclasses.replace(batch, advantages_B=array("float32"))
+    if loss.reference:
+        reference, plain = models.reference or student, batch
+        logits_mib = c.logits_mib * mesh.size
+        calls.append(
+            Call(
+                "reference",
+                lambda: teacher.logps.lower(
+                    reference.model, logits_mib, reference.params, None, plain
+                ),
+                1,
+                operations(reference.config, B * T, mean, head=True),
+                ("base",) if student.model.lora else ("reference",),
+            )
+        )
+        batch = dataclasses.replace(batch, reference_logp_BT=array("float32", T))
+    if loss.served == "top":
+        top = (array("int32", T, loss.served_k), array("float32", T, loss.served_k))
+        batch = dataclasses.replace(batch, teacher_top_BTK=top)
+
+    optimizer = optim.make(s.optim, s.steps * s.epochs * s.minibatches)
+    state = update.abstract(optimizer, models.trained, c.student.ema > 0)
+    step = prepare.updater(c, s, loss, optimizer, student, mesh, state)
+    frozen = student.params if student.model.lora else None
+    # With a LoRA, the gradient of the base's own products is that of their inputs alone.
+    passes = 2 if student.model.lora else 3
+    useful = passes * operations(student.config, B * T, mean, head=True)
+    useful += sum(2.0 * B * T * head.shape[0] * head.shape[1] for head in heads)
+    holds = ("parameters", "optimiser", "average", *(("base",) if frozen is not None else ()))
+    calls.append(
+        Call(
+            "update",
+            lambda: step.lower(state, batch, heads, frozen),  # pyright: ignore
+            1,
+            useful * s.epochs,
+            holds,
+        )
+    )
+    return calls
+
+
+def _sampling(s: ConfigDict, sampled: int, models: Models, mesh: Mesh) -> list[Call]:
+    """What sampling runs: the weights as it reads them, the prompts, and one segment."""
+    student, options = models.student, stages.rollout_options(s)
+    shards = mesh_lib.row_shards(mesh)
+    trained = models.trained
+    if student.model.lora:  # merged with its base before
+        trained = cast(mesh_lib.parameters(student.config, mesh), student.model.dtype)
+    qwen3 = student.model.clone(scan=True, remat=False, lora=None)
+    rules = mesh_lib.GATHERED if options.gathered else mesh_lib.RULES
+    read_from = policy.loaded(
+        dataclasses.replace(student, params=mesh_lib.parameters(student.config, mesh, rules=rules)),
+        options.param_dtype or jnp.dtype(qwen3.dtype).name,
+    )
+    dtype = options.cache_dtype or jnp.dtype(qwen3.dtype).name
+    decoder = engine.Decoder(qwen3, stages.sampling(s), student.stop_ids, dtype, options.segment, 0)
+    count = slots.sizes(min(options.slots, sampled), shards)[0]
+    width = options.longest
+    if options.cache_tokens:
+        count = min(count, options.cache_tokens // width // shards * shards)
+    chunk = slots.prompt_width(s.max_prompt_tokens, options.chunk)
+    chunk, long = min(chunk, options.chunk), chunk
+    together = max(1, options.chunk // chunk // shards) * shards
+    replicated = mesh_lib.replicated(mesh)
+
+    def told(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated)
+
+    def prepared() -> Any:
+        return engine.for_decoding.lower(
+            qwen3,
+            trained,
+            mesh=mesh,
+            rules=rules,
+            stacked=True,
+            param_dtype=options.param_dtype,
+        )
+
+    cache = like(engine.empty_cache, decoder, together, long)
+    state = like(engine.empty, decoder, count, width)
+
+    def prompts() -> Any:
+        return engine.read.lower(decoder, read_from, cache, told(2, together, chunk))
+
+    def decode() -> Any:
+        return engine.decode.lower(decoder, read_from, state, told(2), told(count))
+
+    P, R = s.max_prompt_tokens, s.max_response_tokens
+    pieces = -(-P // chunk) * -(-(sampled // s.samples) // together)
+    base = ("parameters", *(("base",) if student.model.lora else ()))
+    return [
+        Call("weights", prepared, 1, 0.0, base),
+        Call(
+            "prompts",
+            prompts,
+            pieces,
+            operations(student.config, together * chunk, (P + 1) / 2, head=False),
+            (),
+            bytes_of(state),
+        ),
+        Call(
+            "decode",
+            decode,
+            R * -(-sampled // count),
+            operations(student.config, count, P + R / 2, head=True),
+            (),
+            bytes_of(cache),
+        ),
+    ]
+
+
+def like(function: Any, *args: Any) -> Any:
+    """What a jitted function of static arguments returns, as shapes with its own shardings."""
+    lowered = function.lower(*args)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        lowered.out_info,
+        lowered.compile().output_shardings,
+    )

@@ -1,0 +1,207 @@
+"""What the config of one stage means, and what it may not say."""
+
+import dataclasses
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from distill import losses, rewards, rollout
+from distill import mesh as mesh_lib
+from distill.policy import Policy
+from models.errors import UserError
+from models.qwen3.lora import LoRA
+
+# Share of rows that the student writes, where an objective does not mean all of them.
+ON_POLICY = {"sft": 0.0, "distill": 0.0, "gkd": 0.5}
+GROUPS = ("keep", "drop", "replace")  # what becomes of groups whose rewards are all equal
+
+
+def objective(name: str, s: ConfigDict) -> tuple[losses.Loss, int]:
+    """What a stage minimises, and how many rows of its batch the student writes."""
+    if s.objective not in losses.TABLE:
+        known = ", ".join(losses.TABLE)
+        raise UserError(f"config.{name}.objective: {s.objective!r} is none of {known}")
+    changes = {field: value for field, value in s.loss.items() if value is not None}
+    try:
+        loss = dataclasses.replace(losses.TABLE[s.objective], **changes)
+    except UserError as error:
+        raise UserError(f"config.{name}.loss.{error}") from None
+    share = ON_POLICY.get(s.objective, 1.0) if s.on_policy is None else s.on_policy
+    if not 0 <= share <= 1:
+        raise UserError(f"config.{name}.on_policy={share}: must be from 0 to 1")
+    sampled = round(share * s.batch_size)
+    if loss.on_policy and sampled < s.batch_size:
+        raise UserError(
+            f"config.{name}.on_policy={share}: this loss needs the sampler's log-probabilities of "
+            "every token, and read responses have none"
+        )
+    if loss.served == "token":
+        raise UserError(f"config.{name}.loss.served=token: is of a teacher elsewhere")
+    if loss.served == "top" and sampled:
+        raise UserError(
+            f"config.{name}.loss.served=top: stored log-probabilities are of read responses, "
+            f"but on_policy={share}"
+        )
+    if loss.reward:
+        _check_reward(name, s, loss)
+    return loss, sampled
+
+
+def _check_reward(name: str, s: ConfigDict, loss: losses.Loss) -> None:
+    r = s.reward
+    if s.samples < 2:
+        raise UserError(
+            f"config.{name}.samples={s.samples}: an advantage compares responses to one prompt, so "
+            "it takes at least 2"
+        )
+    if r.grader not in rewards.GRADERS:
+        known = ", ".join(rewards.GRADERS)
+        raise UserError(f"config.{name}.reward.grader: {r.grader!r} is none of {known}")
+    if r.constant_groups not in GROUPS:
+        raise UserError(
+            f"config.{name}.reward.constant_groups: {r.constant_groups!r} is none of "
+            f"{', '.join(GROUPS)}"
+        )
+    if not any((*terms_of(s).values(), r.judge)):
+        raise UserError(f"config.{name}.reward: all weights are 0")
+    if r.length and not 0 < r.margin <= s.max_response_tokens:
+        raise UserError(
+            f"config.{name}.reward.margin={r.margin}: the length penalty falls over so many tokens "
+            "before the limit, at least 1"
+        )
+    if r.rounds < 1:
+        raise UserError(f"config.{name}.reward.rounds={r.rounds}: must be at least 1")
+    if s.rollout.budget:
+        raise UserError(
+            f"config.{name}.rollout.budget: the responses to one prompt must end together"
+        )
+
+
+def terms_of(s: ConfigDict) -> dict[str, float]:
+    """The weights of the reward's terms."""
+    r = s.reward
+    return {
+        "correct": r.correct,
+        "format": r.format,
+        "length": r.length,
+        "repetition": r.repetition,
+    }
+
+
+def taught(s: ConfigDict, loss: losses.Loss) -> bool:
+    """Whether a stage needs the teacher's model."""
+    hands_over = loss.teacher > 0 and loss.served != "top"
+    return bool(hands_over or (loss.reward and s.reward.judge))
+
+
+def check_ahead(name: str, s: ConfigDict, loss: losses.Loss, sampled: int) -> None:
+    """Rows sampled ahead come from weights one update old: the loss must know what to do then."""
+    flag = f"config.{name}.rollout.ahead"
+    if not sampled:
+        raise UserError(f"{flag}: {s.objective} samples nothing")
+    if loss.on_policy and loss.ratio == "none":
+        raise UserError(f"{flag}: loss.ratio=none takes every sample for fresh; use token")
+    if loss.teacher and loss.estimator == "sampled" and loss.k1_of == "sampler":
+        raise UserError(f"{flag}: loss.k1_of=sampler lags behind on such samples; use student")
+    if loss.on_policy and s.minibatches * s.epochs > 1 and not loss.truncate:
+        raise UserError(
+            f"{flag}: with several updates a step the ratio begins at the first of them; "
+            "loss.truncate weighs what came before"
+        )
+
+
+def check(
+    name: str,
+    s: ConfigDict,
+    sampled: int,
+    student: Policy,
+    teachers: list[Policy],
+    context_room: int,
+    mesh: Mesh,
+) -> None:
+    counts = ("steps", "batch_size", "samples", "accumulate", "minibatches", "epochs")
+    for field in (*counts, "max_prompt_tokens", "max_response_tokens"):
+        if s[field] < 1:
+            raise UserError(f"config.{name}.{field}={s[field]}: must be at least 1")
+    if s.rollout.budget < 0:
+        raise UserError(f"config.{name}.rollout.budget={s.rollout.budget}: must be 0 (off) or more")
+    try:
+        options = rollout_options(s)
+    except UserError as error:
+        raise UserError(f"config.{name}.rollout.{error}") from None
+    sampling(s).require(student.config.vocab_size)  # the former refuses what is no distribution
+    total = s.max_prompt_tokens + s.max_response_tokens
+    room = options.room(mesh_lib.row_shards(mesh))
+    if room < total:
+        raise UserError(
+            f"config.{name}.rollout.cache_tokens={options.cache_tokens}: leaves {room} tokens for "
+            f"a row, which may have max_prompt_tokens + max_response_tokens = {total}"
+        )
+    for reader, more in [(student, 0), *((reader, context_room) for reader in teachers)]:
+        limit, what = reader.config.context_length, " + context.max_tokens" if more else ""
+        if total + more > limit:
+            raise UserError(
+                f"config.{name}: max_prompt_tokens + max_response_tokens{what} = {total + more} "
+                f"exceeds the model's {limit} positions ({reader.path})"
+            )
+    if s.pack_tokens and context_room:
+        raise UserError(
+            f"config.{name}.pack_tokens: a context makes the teachers' rows longer, so they are "
+            "not packed; set 0"
+        )
+    if s.pack_tokens and sampled:
+        raise UserError(f"config.{name}.pack_tokens: {s.objective} samples, and packs nothing")
+    if s.pack_tokens and len(teachers) > 1 and not s.teacher_weights:
+        raise UserError(
+            f"config.{name}.pack_tokens: a row would hold examples of several teachers; set 0, or "
+            "teacher_weights"
+        )
+    if s.pack_tokens and s.data.curriculum:
+        raise UserError(f"config.{name}.data.curriculum: packed rows are of no one step")
+    if s.pack_tokens < 0 or 0 < s.pack_tokens < total:
+        raise UserError(
+            f"config.{name}.pack_tokens={s.pack_tokens}: a row must hold max_prompt_tokens + "
+            f"max_response_tokens = {total}"
+        )
+    rows = s.accumulate * s.minibatches * mesh_lib.row_shards(mesh)
+    if s.batch_size % rows:
+        raise UserError(
+            f"config.{name}.batch_size={s.batch_size} does not divide by accumulate times "
+            f"minibatches times the devices ({rows})"
+        )
+    if sampled % s.samples:
+        raise UserError(
+            f"config.{name}.batch_size={s.batch_size}: the {sampled} rows that are sampled do not "
+            f"divide by samples ({s.samples})"
+        )
+
+
+def sampling(s: ConfigDict) -> rollout.Sampling:
+    """What a stage draws its tokens from."""
+    return rollout.Sampling(**s.sampling)
+
+
+def rollout_options(s: ConfigDict) -> rollout.Options:
+    """How the device samples a stage's rows."""
+    r = s.rollout
+    return rollout.Options(
+        slots=r.slots or s.batch_size,
+        longest=s.max_prompt_tokens + s.max_response_tokens,
+        segment=r.segment,
+        chunk=r.chunk,
+        cache_tokens=r.cache_tokens,
+        cache_dtype=r.cache_dtype,
+        param_dtype=r.param_dtype,
+        gathered=r.gathered,
+    )
+
+
+def lora(s: ConfigDict) -> LoRA | None:
+    if not s.lora.rank:
+        return None
+    if s.random_init:
+        raise UserError("config.student.lora.rank: nothing keeps a random base; train all of it")
+    try:
+        return LoRA(s.lora.rank, s.lora.alpha, s.lora.rslora, tuple(s.lora.targets))
+    except UserError as error:
+        raise UserError(f"config.student.{error}") from None

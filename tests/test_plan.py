@@ -1,0 +1,180 @@
+"""What a slice will have to run, compiled for one that is not there; checked by hand arithmetic."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from distill import aot, hlo, plan, programs
+from distill import mesh as mesh_lib
+from models.errors import UserError
+from models.qwen3.config import SIZES
+
+V, D, F, L, N, K, H = 1024, 256, 512, 2, 4, 2, 128
+B, P, R = 8, 128, 128
+
+
+@pytest.fixture(scope="module")
+def shape(tmp_path_factory):
+    """A model directory that is a config.json alone."""
+    path = tmp_path_factory.mktemp("shape")
+    fields = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": V,
+        "hidden_size": D,
+        "intermediate_size": F,
+        "num_hidden_layers": L,
+        "num_attention_heads": N,
+        "num_key_value_heads": K,
+        "head_dim": H,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 4096,
+        "eos_token_id": 7,
+    }
+    (path / "config.json").write_text(json.dumps(fields))
+    return str(path)
+
+
+def config(shape, **changes):
+    c = base.get_config()
+    c.student.path = c.teacher.path = shape
+    c.opd.batch_size, c.opd.max_prompt_tokens, c.opd.max_response_tokens = B, P, R
+    c.update_from_flattened_dict(changes)
+    return c
+
+
+PARAMETERS = V * D + D + L * (D * H * (2 * N + 2 * K) + 2 * H + 3 * D * F + 2 * D)
+
+
+@pytest.fixture(scope="module")
+def rows(shape):
+    found = plan.compiled(config(shape), "v5e:2x2")["opd"]
+    return {row.name: row for row in found}
+
+
+def test_every_program_of_a_step_is_there(rows):
+    assert list(rows) == ["weights", "prompts", "decode", "score", "update"]
+    assert rows["decode"].calls == R
+
+
+def test_what_lies_beside_a_program(rows, shape):
+    mesh = mesh_lib.make(1, 4, 1, devices=aot.devices("v5e:2x2"))
+    models = plan.models_of(config(shape), mesh, ("teacher",), False)
+    kept = programs.held(config(shape), models, config(shape).opd)
+    norms = D + L * (2 * H + 2 * D)  # of which the heads' are not split
+    assert kept["parameters"] == pytest.approx(4 * PARAMETERS / 4, abs=4 * norms)
+    assert kept["optimiser"] == pytest.approx(2 * kept["parameters"], abs=64)
+    assert kept["teacher"] == kept["parameters"] // 2  # bfloat16
+    assert rows["score"].beside == kept["parameters"] + kept["optimiser"]
+    assert rows["update"].beside == kept["teacher"]
+    assert rows["decode"].beside > sum(kept.values())  # and the prompts' cache
+
+
+def test_operations(rows):
+    """The compiler's text against the formula: the products of all layers, attention apart."""
+    useful = B * (P + R) * 2 * (PARAMETERS - V * D - D - L * (2 * H + 2 * D)) / 4
+    assert rows["score"].useful == pytest.approx(
+        useful + 4 * N * H * (P + R + 1) / 2 * B * (P + R) * L / 4
+    )
+    assert rows["score"].compiled == pytest.approx(useful, rel=0.01)  # splash is no dot
+    assert rows["update"].compiled > rows["update"].useful * 0.8
+
+
+def test_decoding_reads_the_weights_and_the_cache(rows):
+    weights = 2 * PARAMETERS  # every row shard holds them whole
+    cache = 2 * 2 * L * (P + R) * K * H * B / 4
+    assert weights + cache <= rows["decode"].traffic <= 6 * (weights + cache)
+
+
+def test_the_smallest_slice(shape):
+    c = config(shape, **{"stages": ("sft",), "sft.batch_size": 2, "sft.max_response_tokens": R})
+    topology, found = plan.smallest(c, "v5e")
+    assert topology == "v5e:1x1"
+    assert [(row.name, row.collectives) for row in found["sft"]] == [("update", {})]
+
+
+def test_too_large_is_found_before_compiling_and_something_helps(shape, monkeypatch):
+    chip = aot.Chip(**{**vars(aot.CHIPS["v5e"]), "hbm_gib": 9 * PARAMETERS / 4 / plan.GIB})
+    monkeypatch.setitem(aot.CHIPS, "v5e", chip)
+    with pytest.raises(plan.TooLarge) as error:
+        plan.compiled(config(shape), "v5e:2x2")
+    assert error.value.program == "what the run keeps"
+    assert error.value.needs_gib == pytest.approx(14 * PARAMETERS / 4 / plan.GIB, rel=0.01)
+    assert "optimiser" in error.value.largest[0]
+
+
+def test_released_sizes_need_no_directory():
+    mesh = mesh_lib.make(1, 4, 1, devices=aot.devices("v5e:2x2"))
+    for path, size in (("Qwen/Qwen3-0.6B", "0.6b"), ("Qwen/Qwen3-30B-A3B-Base", "30b-a3b")):
+        found = plan.describe(path, "bfloat16", True, mesh, "student")
+        assert found.config == SIZES[size]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mesh.tensor": 3, "mesh.fsdp": 1}, "3 devices, but v5e:2x2 has 4"),
+        ({"mesh.tensor": 4}, "num_key_value_heads=2 does not divide by mesh axis tensor=4"),
+        ({"opd.batch_size": 6}, "does not divide"),
+        ({"student.path": ""}, "config.student.path: name a model directory"),
+        ({"student.path": "nowhere"}, "nowhere: no model directory"),
+    ],
+)
+def test_mistakes_are_named(shape, changes, words):
+    with pytest.raises(UserError, match=words):
+        plan.compiled(config(shape, **changes), "v5e:2x2")
+
+
+def test_no_such_slice():
+    with pytest.raises(UserError, match="v5e:3x3: no such slice"):
+        aot.devices("v5e:3x3")
+    with pytest.raises(UserError, match="name one of v4, v5e, v5p, v6e"):
+        plan.smallest(base.get_config(), "v9")
+
+
+def test_traffic():
+    """Operands and results; of slices what is cut or put; nothing of what lies in fast memory."""
+    text = """\
+%cut (p0: f32[10,256], p1: s32[]) -> f32[256] {
+  %p0 = f32[10,256]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %one = f32[1,256]{1,0} dynamic-slice(%p0, %p1), dynamic_slice_sizes={1,256}
+  ROOT %out = f32[256]{0} bitcast(%one)
+}
+
+%put (p0: f32[10,256], p1: f32[1,256], p2: s32[]) -> f32[10,256] {
+  %p0 = f32[10,256]{1,0} parameter(0)
+  %p1 = f32[1,256]{1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  ROOT %out = f32[10,256]{1,0} dynamic-update-slice(%p0, %p1, %p2)
+}
+
+ENTRY %main (x: f32[10,256], i: s32[]) -> f32[10,256] {
+  %x = f32[10,256]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %row = f32[256]{0} fusion(%x, %i), kind=kLoop, calls=%cut
+  %fast = f32[256]{0:T(256)S(1)} copy(%row)
+  %wide = f32[1,256]{1,0} reshape(%fast)
+  ROOT %new = f32[10,256]{1,0} fusion(%x, %wide, %i), kind=kLoop, calls=%put
+}
+"""
+    row, scalar = 4 * 256, 4
+    expected = (row + scalar + row) + row + row + (2 * row + row + scalar)
+    assert hlo.read(text).traffic == expected
+
+
+def test_traffic_of_a_real_program():
+    """A matrix that a loop reads in slices is read once, whatever the number of slices."""
+    w, x = (jax.ShapeDtypeStruct(s, np.float32) for s in ((16, 512, 512), (512, 512)))
+
+    def layers(w_LDD, x_DD):
+        return jax.lax.scan(lambda x, w: (jax.numpy.tanh(x @ w), None), x_DD, w_LDD)[0]
+
+    text = jax.jit(layers).lower(w, x).compile().as_text()
+    once = 4 * 512 * 512
+    assert 16 * 3 * once <= hlo.read(str(text)).traffic <= 16 * 8 * once
