@@ -187,7 +187,8 @@ def _asked(stage: Stage, seed: int, validation: Validation, student: Policy) -> 
     if framed and any(text.startswith(before) and text.endswith(after) for text in texts):
         yield f"evaluation asks as {stage.name} trains"
         return
-    at = 0 if not texts[0].startswith(before) else -len(after) - 20
+    begins = before.endswith(lead) and texts[0].startswith(before)
+    at = -len(after) - 20 if begins else 0
     end = len(before) + 20 if at == 0 else None
     yield (
         f"warning: evaluation asks otherwise than {stage.name} trains, with "
