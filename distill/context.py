@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from distill import chat
+from distill import chat, columns
 from distill.batch import Batch
 from distill.examples import Example, prompt_tokens
 from models.errors import UserError
@@ -68,9 +68,10 @@ def add(
       UserError: naming the row, if it lacks the column, or the context finds no place in it.
     """
     where = made.where
-    if context.column and context.column not in row:
-        raise UserError(f"{where}: no {context.column} among its columns {sorted(row)}")
-    words = row.get(context.column, "")
+    known = {**row.get("asked", {}), **row}
+    if context.column and context.column not in known:
+        raise UserError(f"{where}: no {context.column} among its columns {sorted(known)}")
+    words = known.get(context.column, "")
     if "tokens" in row and "asked" not in row:
         if context.text or not _are_ids(words):
             raise UserError(
@@ -81,7 +82,7 @@ def add(
         raise UserError(f"{where}: {context.column} is not a text")
     text = "\n\n".join(part for part in (context.text, words.strip()) if part)
     if not text:
-        return _told(made, made)
+        return made
     if "asked" in row:
         return dataclasses.replace(made, told=_beside(row, made, text, context, tokenizer))
     other = make(_with(row, text, context.place, where))
@@ -110,7 +111,8 @@ def _beside(
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> list[int]:
     """Of a written sample, whose prompt is known by its tokens: in the mode that gives them."""
-    asked, where = row["asked"], made.where
+    where = made.where
+    asked = columns.canonical(row["asked"], "", where, False)
     for thinking in (True, False, None):
         if (
             "tokens" not in asked
@@ -126,14 +128,22 @@ def _beside(
 
 def _with(row: dict, text: str, place: str, where: str) -> dict:
     """The row with the text in its prompt."""
+    if isinstance(row.get("prompt"), str):
+        row = {**row, "prompt": f"{text}\n\n{row['prompt']}"}
     if "messages" in row:
         messages = chat.parse_messages(row, where, prompt=None)
-    elif "question" in row and "prompt" not in row:
-        messages = [{"role": "user", "content": row["question"]}]
-    elif "prompt" in row:
-        return {**row, "prompt": f"{text}\n\n{row['prompt']}"}
-    else:
+        return {**row, "messages": _placed(messages, text, place, where)}
+    if "question" in row and "prompt" not in row:
+        asked = [{"role": "user", "content": row["question"]}]
+        # A row of messages is learned from its last, unless it has a response.
+        learned = {"response": row["solution"]} if "solution" in row else {}
+        return {**learned, **row, "messages": _placed(asked, text, place, where)}
+    if "prompt" not in row:
         raise UserError(f"{where}: no prompt to put a context into among {sorted(row)}")
+    return row
+
+
+def _placed(messages: list[dict], text: str, place: str, where: str) -> list[dict]:
     first = messages[0]
     if place == "question":
         users = [i for i, message in enumerate(messages) if message["role"] == "user"]
@@ -141,12 +151,10 @@ def _with(row: dict, text: str, place: str, where: str) -> dict:
             raise UserError(f"{where}: messages: no user's turn to put a context before")
         at = users[-1]
         said = {**messages[at], "content": f"{text}\n\n{messages[at]['content']}"}
-        messages = [*messages[:at], said, *messages[at + 1 :]]
-    elif first["role"] == "system":
-        messages = [{**first, "content": f"{text}\n\n{first['content']}"}, *messages[1:]]
-    else:
-        messages = [{"role": "system", "content": text}, *messages]
-    return {**row, "messages": messages}
+        return [*messages[:at], said, *messages[at + 1 :]]
+    if first["role"] == "system":
+        return [{**first, "content": f"{text}\n\n{first['content']}"}, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]
 
 
 def lay(batch: Batch, told: Batch, further: np.ndarray) -> Batch:

@@ -70,8 +70,6 @@ def test_two_steps_of_every_stage(recipe: str, tmp_path: Path) -> None:
         assert row["train/loss"] is not None and row["data/skipped"] == 0
         # A group whose answers all earn the same has no gradient, and the student knows no boxes.
         assert row["train/grad_norm"] > 0 or "reward/mean" in row
-    if recipe == "recall":  # its teacher is the model before, which the first stage has changed
-        assert all(row["train/reverse_kl"] > 0 for row in rows[2:])
 
 
 def test_docstrings() -> None:
