@@ -27,7 +27,7 @@ def get_config(arg: str = "") -> ConfigDict:
     a = arguments.read("recall", arg)
     c = base.get_config()
     c.stages = ("knowledge", "recall")
-    c.student.path = c.teacher.path = "Qwen/Qwen3-8B"
+    c.student.path, c.teacher.path = "Qwen/Qwen3-8B", "initial"
 
     c.knowledge = base.stage("sft")
     c.knowledge.steps = 500
@@ -41,9 +41,6 @@ def get_config(arg: str = "") -> ConfigDict:
     c.recall.accumulate = 4
     c.recall.max_prompt_tokens, c.recall.max_response_tokens = 2048, 2048
     c.recall.data.source = "hf:allenai/tulu-3-sft-mixture"
-    c.recall.data.thinking = False
+    c.recall.data.thinking = 0.0
     c.recall.data.on_bad_row = "skip"
-    if a.tiny:
-        tiny.shrink(c)
-        c.teacher.path = c.student.path
-    return c
+    return tiny.shrink(c) if a.tiny else c

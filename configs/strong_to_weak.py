@@ -66,5 +66,6 @@ def get_config(arg: str = "") -> ConfigDict:
     c.opd.data.source = "hf:zwhe99/DeepMath-103K"
     c.opd.data.on_bad_row = "skip"
     c.opd.data.template = base.BOXED
+    c.opd.data.thinking = 0.5
     c.opd.optim.learning_rate = 1e-5
     return tiny.shrink(c) if a.tiny else c

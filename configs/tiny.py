@@ -28,10 +28,11 @@ def shrink(c: ConfigDict) -> ConfigDict:
     c.student.dtype = c.student.param_dtype = "float32"
     c.student.remat = False
     c.student.balance_loss = 0.0  # there are no experts in it
-    if c.teacher.path:
-        c.teacher.path, c.teacher.dtype = "assets/teacher", "float32"
-        if c.teacher.param_dtype == "bfloat16":
-            c.teacher.param_dtype = "float32"
+    c.teacher.dtype = "float32"
+    if c.teacher.param_dtype == "bfloat16":
+        c.teacher.param_dtype = "float32"
+    if c.teacher.path not in ("", "initial"):
+        c.teacher.path = "assets/teacher"
     c.mesh.data = c.mesh.fsdp = c.mesh.tensor = c.mesh.expert = 1
     c.eval.every = 0
     for name in c.stages:
@@ -45,4 +46,6 @@ def shrink(c: ConfigDict) -> ConfigDict:
         s.data.mixture = tuple((ROWS[source], weight) for source, weight in s.data.mixture)
         s.data.size = min(s.data.size, BATCH)
         s.data.template = "{question}"
+        if s.context.text:
+            s.context.text, s.context.max_tokens = ROWS[s.context.text], PROMPT
     return c

@@ -17,6 +17,7 @@ from distill import mesh as mesh_lib
 from distill.policy import Policy
 from distill.prepare import Plan, Stage
 from distill.validate import Validation
+from models.qwen3 import quantised
 from models.qwen3.model import Params
 
 ROWS, TOKENS = 2, 60  # rows of a stage that are shown; tokens at each end of a longer part
@@ -85,16 +86,19 @@ def _teaching(name: str, taught: Policy, plan: Plan, trained: Params) -> Iterato
 
 def same(student: Policy, trained: Params, taught: Policy) -> bool:
     """Whether a student and a teacher of one architecture have equal weights, in the teacher's
-    dtype; of one in 8 bits, those that it keeps in more."""
+    dtype."""
 
-    def leaves(params: Params) -> dict[Any, Any]:
-        found = jax.tree_util.tree_flatten_with_path(params)[0]
-        return {at: x for at, x in found if jnp.issubdtype(x.dtype, jnp.floating)}
+    @jax.jit
+    def equal(theirs: Any, ours: jax.Array) -> jax.Array:
+        if not quantised.is_quantised(theirs):
+            return jnp.array_equal(ours.astype(theirs.dtype), theirs)
+        made = quantised.quantise(ours, theirs.values.dtype.name)
+        pairs = zip(jax.tree.leaves(made), jax.tree.leaves(theirs), strict=True)
+        return jnp.all(jnp.array([jnp.array_equal(a, b) for a, b in pairs]))
 
-    ours, theirs = leaves(policy.sampled(student)(trained)), leaves(taught.params)
-    both = [at for at in ours.keys() & theirs.keys() if ours[at].shape == theirs[at].shape]
-    equal = jax.jit(lambda a, b: jnp.array_equal(a.astype(b.dtype), b))
-    return bool(both) and all(bool(equal(ours[at], theirs[at])) for at in sorted(both, key=str))
+    ours = policy.sampled(student)(trained)
+    found = jax.tree.map(equal, taught.params, ours, is_leaf=quantised.is_quantised)
+    return all(bool(x) for x in jax.tree.leaves(found))
 
 
 def _template(student: Policy) -> Iterator[str]:
@@ -183,7 +187,8 @@ def _asked(stage: Stage, seed: int, validation: Validation, student: Policy) -> 
     if framed and any(text.startswith(before) and text.endswith(after) for text in texts):
         yield f"evaluation asks as {stage.name} trains"
         return
-    at = 0 if not texts[0].startswith(before) else -len(after) - 20
+    begins = before.endswith(lead) and texts[0].startswith(before)
+    at = -len(after) - 20 if begins else 0
     end = len(before) + 20 if at == 0 else None
     yield (
         f"warning: evaluation asks otherwise than {stage.name} trains, with "

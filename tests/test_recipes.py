@@ -70,8 +70,6 @@ def test_two_steps_of_every_stage(recipe: str, tmp_path: Path) -> None:
         assert row["train/loss"] is not None and row["data/skipped"] == 0
         # A group whose answers all earn the same has no gradient, and the student knows no boxes.
         assert row["train/grad_norm"] > 0 or "reward/mean" in row
-    if recipe == "recall":  # its teacher is the model before, which the first stage has changed
-        assert all(row["train/reverse_kl"] > 0 for row in rows[2:])
 
 
 def test_docstrings() -> None:
@@ -140,9 +138,7 @@ def sound(recipe: str, chips: str, shared_data: Path, monkeypatch: pytest.Monkey
     c = parsed(f"--config=configs/{file}.py{':' if argument else ''}{argument}")
     if recipe == "manual:opd":  # the export of its first stage
         c.student.path = "Qwen/Qwen3-0.6B"
-    with c.unlocked():
-        if "context" in c.opd and c.opd.context.text:
-            c.opd.context.text = tiny.ROWS[c.opd.context.text]
+    c.opd.context.text = tiny.ROWS.get(c.opd.context.text, "")
     mesh = slice_of(chips, c, monkeypatch)
     plan = prepare.prepare(c, mesh)
     assert tuple(stage.name for stage in plan.stages) == tuple(c.stages)
