@@ -103,7 +103,7 @@ def hub(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def offline(hub: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Model ids stand for those directories, sets for the rows of the same columns."""
     monkeypatch.setattr(locate, "_fetch", hub.__getitem__)
-    monkeypatch.setattr(policy, "check", lambda described: None)  # there are no weights to find
+    monkeypatch.setattr(policy, "check", lambda *_: None)  # there are no weights to find
     monkeypatch.setattr(chat, "load_tokenizer", functools.cache(chat.load_tokenizer))
     opened = sources.open_rows
 
