@@ -23,7 +23,8 @@ test: lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 test-long: $(VENV)/.dev
-	$(BIN)/python -m pytest -q tests/long
+	$(BIN)/python -m pytest -q -m "" tests/long
+	$(BIN)/python -m pytest -q -m long tests
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -28,6 +28,7 @@ def shrink(c: ConfigDict) -> ConfigDict:
     c.student.dtype = c.student.param_dtype = "float32"
     c.student.remat = False
     c.student.balance_loss = 0.0  # there are no experts in it
+    c.student.lora.rank = min(c.student.lora.rank, 4)  # so that recipes share compiled programs
     c.teacher.dtype = "float32"
     if c.teacher.param_dtype == "bfloat16":
         c.teacher.param_dtype = "float32"
@@ -42,6 +43,7 @@ def shrink(c: ConfigDict) -> ConfigDict:
         s.max_prompt_tokens, s.max_response_tokens = PROMPT, RESPONSE
         s.pack_tokens = 2 * (PROMPT + RESPONSE) if s.pack_tokens else 0
         s.rollout.slots = 0
+        s.optim.learning_rate = 1e-3  # one, for the same reason
         s.data.source = ROWS.get(s.data.source, s.data.source)
         s.data.mixture = tuple((ROWS[source], weight) for source, weight in s.data.mixture)
         s.data.size = min(s.data.size, BATCH)

@@ -94,6 +94,8 @@ def measure(
 ) -> dict[str, float]:
     """Metrics of what was read: the share of the batch that tokens fill, the share of responses
     that were cut, and how many bad rows this process has left out so far."""
+    if not rows:  # of this process: the student writes all that it holds
+        return {"data/skipped": len(source.skipped)}
     lengths = [len(example.response) for row in rows for example in row]
     return {
         "data/efficiency": float((np.asarray(batch.segments_BT) > 0).mean()),

@@ -109,6 +109,7 @@ def _numbers(x: Any) -> list[float]:
     return [] if isinstance(x, str) else [float(x)]
 
 
+@pytest.mark.long
 def test_the_verb(folder: Path, model_dir: Path, tmp_path: Path, capsys) -> None:
     pytest.importorskip("lm_eval", reason="lm_eval is not installed")
     flags = (f"--model={model_dir}", f"--include={folder}", f"--out={tmp_path / 'out.json'}")

@@ -302,7 +302,13 @@ def test_every_field_is_alive(bases):
         assert np.abs(found - ours).max() > 0.1
 
 
-@pytest.mark.parametrize("fields", [{}, EXPERTS | {"num_experts": 8}], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({}, id="dense"),
+        pytest.param(EXPERTS | {"num_experts": 8}, id="sparse", marks=pytest.mark.long),
+    ],
+)
 def test_meshes(fields, tmp_path):
     """Two steps on eight devices are those on one; each factor and moment lies as stated."""
     tiny_qwen3(tmp_path, **(EVEN | fields))

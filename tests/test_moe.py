@@ -73,7 +73,20 @@ def logits(qwen3, params, tokens):
     return hidden @ model.head(params).T
 
 
-@pytest.fixture(scope="module", params=SHAPES, ids=lambda name: name.replace(" ", "_"))
+FURTHER = ("one expert a token", "a dense layer by name", "no sparse layer")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(
+            name,
+            id=name.replace(" ", "_"),
+            marks=[pytest.mark.long] if name in FURTHER else [],
+        )
+        for name in SHAPES
+    ],
+)
 def pair(request, tmp_path_factory):
     """(transformers' model, config, our parameters) of one odd shape, through files."""
     directory = tmp_path_factory.mktemp("model")
@@ -130,7 +143,7 @@ def test_gradients(pair):
         np.testing.assert_allclose(ours[name], grad, atol=1e-4 * scale + 1e-9, rtol=0, err_msg=name)
 
 
-@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("stacked", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_greedy(pair, stacked):
     """Both layouts of the cache continue as transformers does, and record the forward's log-p."""
     network, config, params = pair
@@ -308,7 +321,14 @@ def alone(even):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "accumulate"), [*((s, 1) for s in MESHES), ((1, 1, 1), 8), ((1, 1, 1, 4), 2)], ids=str
+    ("sizes", "accumulate"),
+    [
+        ((1, 2, 2, 2), 1),
+        ((1, 1, 1), 8),
+        *(pytest.param(s, 1, marks=pytest.mark.long) for s in MESHES if s != (1, 2, 2, 2)),
+        pytest.param((1, 1, 1, 4), 2, marks=pytest.mark.long),
+    ],
+    ids=str,
 )
 def test_training_on_a_mesh_equals_one_device(even, alone, sizes, accumulate):
     """Loss, gradients and the routers' figures, in micro-batches too."""

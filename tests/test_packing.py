@@ -12,6 +12,7 @@ import pytest
 
 from configs import base
 from distill import chat, data, layout, losses, packing, update
+from distill.batch import Batch
 from distill.examples import Example
 from models.qwen3 import model
 from models.qwen3.config import Config
@@ -164,7 +165,7 @@ def test_packed_rows_train_as_unpacked_ones_do() -> None:
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
     # And the test can fail: positions that do not restart, or segments that are one, are noticed.
     ones = np.asarray(packed.segments_BT > 0).astype(np.int32)
-    changed = data.Batch(packed.tokens_BT, packed.positions_BT, ones, packed.mask_BT)  # type: ignore
+    changed = Batch(packed.tokens_BT, packed.positions_BT, ones, packed.mask_BT)  # type: ignore
     assert abs(naive(qwen3, params, changed)[0] - b) > 1e-3
 
 

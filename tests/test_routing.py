@@ -212,7 +212,10 @@ def sampled(config, params, rows, mesh, stacked, dtype="float32", **given):
 
 @pytest.mark.parametrize(
     ("layers", "sizes", "stacked"),
-    [("every second", (1, 1, 1), False), ("all", (1, 2, 2, 2), True)],
+    [
+        pytest.param("every second", (1, 1, 1), False, marks=pytest.mark.long),
+        ("all", (1, 2, 2, 2), True),
+    ],
 )
 def test_recorded_experts_are_those_of_a_forward(even, tmp_path, layers, sizes, stacked):
     """Of prompts that samples share and prompts in pieces, of rows that take the slots of others,

@@ -46,12 +46,12 @@ def test_an_array_is_made_of_own_rows(sizes: tuple[int, int, int]) -> None:
 
 
 def stage(objective: str, **fields: Any) -> prepare.Stage:
-    """A stage of 20 rows by number, the loss and optimiser left out."""
+    """A stage of 24 rows by number, the loss and optimiser left out."""
     c = base.stage(objective)
     c.batch_size, c.max_prompt_tokens, c.max_response_tokens = 8, 3, 4
     sampled = fields.pop("sampled", 0)
     c.update(fields)
-    source = data.Source(20, lambda i: data.Example([i + 1], [100] * (1 + i % 4), "", f"row {i}"))
+    source = data.Source(24, lambda i: data.Example([i + 1], [100] * (1 + i % 4), "", f"row {i}"))
     packer = packing.Packer(source, 0, 8, c.pack_tokens, 4) if c.pack_tokens else None
     nothing: Any = None
     return prepare.Stage(

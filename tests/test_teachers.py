@@ -285,7 +285,13 @@ def past(files: Path, rank: int, context: bool) -> ConfigDict:
     return c
 
 
-@pytest.mark.parametrize(("rank", "sizes"), [(0, (1, 1)), (4, (2, 4))])
+@pytest.mark.parametrize(
+    ("rank", "sizes"),
+    [
+        (0, (1, 1)),
+        pytest.param(4, (2, 4), marks=pytest.mark.long),
+    ],
+)
 def test_a_moving_average_is_kept_resumed_and_teaches(rank, sizes, files, tmp_path):
     c = past(files, rank, context=rank > 0)
     c.opd.batch_size, c.opd.accumulate = 16, 1 if rank else 2
