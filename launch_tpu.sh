@@ -477,6 +477,7 @@ worker_job() {
   source "$HOME/pod.env"
   echo "--- $(date -u +%FT%TZ) $REVISION LIBTPU_INIT_ARGS=${LIBTPU_INIT_ARGS:-}"
   echo "--- python -m distill.train $(quote "$@")"
+  export JAX_COORDINATOR_ADDRESS=auto # the slice says who else runs this
   "$PYTHON" -u -m distill.train "$@" 9>&- & # without the lock, which must not outlive this shell
   echo $! >"$POD/pid"
   wait $! || code=$?

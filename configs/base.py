@@ -220,6 +220,10 @@ def get_config(arg: str = "") -> ConfigDict:
     c.attention = "auto"  # splash on TPU, cudnn on GPU, else xla; all compute the same
     c.logits_mib = 128.0  # MiB of float32 logits that one chunk of the loss holds on a device
 
+    # A directory that keeps compiled programs, so that a run starts faster the next time; gs://… of
+    # a pod's hosts. It holds code: share it with nobody. "": JAX_COMPILATION_CACHE_DIR, or none.
+    c.compilation_cache = ""
+
     # Files of the run.
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 100  # steps

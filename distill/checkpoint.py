@@ -45,16 +45,29 @@ class Checkpoints:
     def __init__(
         self, directory: epath.PathLike, every: int | None = None, keep: int | None = None
     ) -> None:
-        self._directory = epath.Path(directory).absolute()
+        self._directory = epath.Path(directory)
+        if not metrics.is_remote(directory):  # which absolute() would take for a relative one
+            self._directory = self._directory.absolute()
         self._every = every
         self._damaged: set[int] = set()
         self._manager: ocp.CheckpointManager | None = None
         if every is not None:
             self._directory.mkdir(parents=True, exist_ok=True)
+            # Of its own name, or processes that save a step in two places mix up their barriers.
+            name = f"{zlib.crc32(str(self._directory).encode()):08x}"
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep, cleanup_tmp_directories=True, create=False
+                max_to_keep=keep,
+                cleanup_tmp_directories=True,
+                create=False,
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    barrier_sync_key_prefix=name
+                ),
             )
             self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def due(self, step: int, force: bool = False) -> bool:
+        """Whether `save` would."""
+        return force or (self._every is not None and step % self._every == 0)
 
     def save(self, step: int, state: Any, meta: Meta, force: bool = False) -> bool:
         """Starts saving, if `every` divides `step` or `force`; returns whether it did.
@@ -64,7 +77,7 @@ class Checkpoints:
         if a newer whole checkpoint exists, and whatever went wrong in the previous save.
         """
         assert self._manager is not None and self._every is not None, "opened to be read"
-        if step % self._every and not force:
+        if not self.due(step, force):
             return False
         ahead = {s for s in self._manager.all_steps() if s >= step}
         whole = ahead - self._damaged

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import flags
+from etils import epath
 from ml_collections.config_flags import config_flags
 
 from models.errors import UserError
@@ -45,11 +46,13 @@ def _fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def output(path: str) -> Path:
-    """The file that --out names, whose folder there is when this returns.
+def output(path: str) -> epath.Path:
+    """The file that --out names, whose folder there is when this returns; on a bucket as it is.
 
     Raises UserError if it cannot be written, so that this is known before the work and not after.
     """
+    if path.startswith("gs://"):
+        return epath.Path(path)
     if Path(path).exists() and not Path(path).is_file():
         raise UserError(f"--out={path}: is there and not a regular file")
     file = Path(path).resolve()  # what is renamed to this must not replace a link, /dev/stdout say
@@ -59,7 +62,7 @@ def output(path: str) -> Path:
         raise UserError(f"--out={path}: {error.strerror}: {error.filename}") from error
     if not os.access(file.parent, os.W_OK):
         raise UserError(f"--out={path}: {file.parent} cannot be written to")
-    return file
+    return epath.Path(file)
 
 
 @contextlib.contextmanager

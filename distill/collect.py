@@ -12,7 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from distill import advantages, curriculum, data, layout, policy, rewards, rollout, teacher, terms
+from distill import (
+    advantages,
+    curriculum,
+    data,
+    layout,
+    pod,
+    policy,
+    rewards,
+    rollout,
+    teacher,
+    terms,
+)
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.prepare import Plan, Stage
@@ -110,7 +121,7 @@ def _read(stage: Stage, seed: int, own: list[int]) -> Part:
     s = stage.c
     top_k = stage.loss.served_k if stage.loss.served == "top" else 0
 
-    def make(step: int) -> tuple[Batch, Measured]:
+    def make(step: int) -> tuple[Batch, dict[str, tuple[float, float]]]:
         if stage.packer:
             packed, T = stage.packer.rows(step - stage.first), s.pack_tokens
             rows = [packed[row] for row in own]
@@ -119,10 +130,15 @@ def _read(stage: Stage, seed: int, own: list[int]) -> Part:
             rows = [[example] for example in examples]
             T = s.max_prompt_tokens + s.max_response_tokens
         batch = layout.batch(rows, T, s.max_response_tokens, top_k, stage.room)
-        return batch, layout.measure(batch, rows, s.max_response_tokens, stage.source)
+        return batch, layout.measure(batch, rows, s.max_response_tokens)
 
     made = data.ahead(make, stage.end)
-    return lambda _, step: made(step)
+
+    def read(_: Params, step: int) -> tuple[Batch, Measured]:
+        batch, sums = made(step)
+        return batch, {**pod.means(sums), "data/skipped": len(stage.source.skipped)}
+
+    return read
 
 
 def _sampled(plan: Plan, stage: Stage, seed: int, grader: rewards.Grader) -> Part:
@@ -246,7 +262,9 @@ def _graded(
     asked = [examples[number // s.samples] for number in range(len(rows))]
     outcomes = ["no_answer"] * len(rows)
     if s.reward.correct or s.reward.format:
-        outcomes = grader.grade(s.reward.grader, texts, [example.answer for example in asked])
+        answers = [example.answer for example in asked]
+        # By one process for all: where a grader gives up depends on how busy its host is.
+        outcomes = pod.from_primary(lambda: grader.grade(s.reward.grader, texts, answers))
     responses = [
         terms.Response(
             text=text,

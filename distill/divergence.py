@@ -42,7 +42,7 @@ def reverse_kl(subject: Policy, teacher: Policy, rows: Iterable[Row], batch_size
         chunk = examples[start : start + batch_size]
         blank = data.Example([], [], "", "padding")
         batch = layout.traces(chunk + [blank] * (batch_size - len(chunk)), 0, width)
-        batch = jax.device_put(batch, mesh_lib.rows(mesh))
+        batch = jax.tree.map(lambda x: mesh_lib.put(x, mesh_lib.rows(mesh)), batch)
         kl, tokens = measure(subject.params, teacher.params, batch)
         total, count = total + float(kl), count + float(tokens)
     return total / count

@@ -9,11 +9,11 @@ responses are read from a file and no model is needed. `compare` puts several OU
 import dataclasses
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 from absl import flags
+from etils import epath
 
 from distill import (
     benchmarks,
@@ -23,6 +23,7 @@ from distill import (
     generate,
     ifeval,
     metrics,
+    pod,
     policy,
     responses,
     results,
@@ -56,7 +57,7 @@ def evaluate(
     subject: Policy,
     benchmark: str,
     rows: list[tuple[str, Row]],
-    out: Path,
+    out: epath.PathLike,
     *,
     samples: int,
     ks: list[int],
@@ -75,6 +76,7 @@ def evaluate(
     `name` is that of the protocol, for the record; `template` how a question is put ("": the
     benchmark's own way); `step` that of the parameters where `subject` is no directory.
     """
+    out = epath.Path(out)
     template = template or benchmarks.BENCHMARKS[benchmark]["prompt"]
     prompts = _prompts(subject, benchmark, rows, template, thinking, max_new_tokens)
     protocol: Row = {
@@ -94,11 +96,12 @@ def evaluate(
         "dtype": jnp.dtype(subject.model.dtype).name,
     }
     keys = results.row_keys(protocol, rows, samples)
-    kept = results.resume(out, protocol, rows, [key for group in keys for key in group])
+    names = [key for group in keys for key in group]
+    kept = pod.from_primary(lambda: results.resume(out, protocol, rows, names))
     first, tokens, start = len(kept) // samples, 0, time.perf_counter()
     with (
         rewards.Grader() as grader,
-        (out / "examples.jsonl").open("a") as file,
+        metrics.Lines(out / "examples.jsonl") as lines,
         metrics.progress(len(rows), first, benchmark) as bar,
     ):
         sampled = responses.sample(
@@ -113,20 +116,26 @@ def evaluate(
             batch_size=batch_size,
         )
         left = (sampled if first < len(rows) else iter(()), rows[first:], keys[first:])
-        done = responses.graded_as_they_come(left[0], grader, benchmark, *left[1:], thinking)
+        done = left[0]
+        if metrics.is_primary():  # the others only sample
+            done = responses.graded_as_they_come(done, grader, benchmark, *left[1:], thinking)
         for number, group in enumerate(done, start=first + 1):
-            file.writelines(metrics.dumps(row) + "\n" for row in group)
-            file.flush()
+            lines.add(group)
             kept += group
             tokens += sum(int(row["length"]) for row in group)  # type: ignore[call-overload]
             bar.update(number, {})
-    summary = figures.summarise(kept, ks)
-    summary |= results.cost(subject, time.perf_counter() - start, len(rows) - first, tokens)
+    took = time.perf_counter() - start
+    further: Row = {"protocol": protocol, "versions": metrics.environment()["packages"]}
     if teacher:
-        summary["reverse_kl"] = divergence.reverse_kl(subject, teacher, kept, batch_size)
-    summary |= {"protocol": protocol, "versions": metrics.environment()["packages"]}
-    metrics.write_json(out / "summary.json", summary)
-    return summary
+        further["reverse_kl"] = divergence.reverse_kl(subject, teacher, kept, batch_size)
+
+    def summarise() -> Row:
+        summary = figures.summarise(kept, ks)
+        summary |= results.cost(subject, took, len(rows) - first, tokens) | further
+        metrics.write_json(out / "summary.json", summary)
+        return summary
+
+    return pod.from_primary(summarise)
 
 
 OPTIONS = flags.FlagValues()
@@ -209,6 +218,7 @@ BATCH_SIZE = flags.DEFINE_integer(
 DTYPE = flags.DEFINE_enum(
     "dtype", "", ["", "float32", "bfloat16"], "Of the computation.", flag_values=OPTIONS
 )
+pod.define(OPTIONS)
 
 
 def _settings(ks: list[int]) -> Row:
@@ -237,7 +247,7 @@ def _settings(ks: list[int]) -> Row:
     return settings
 
 
-def _grade_stored(out: Path, ks: list[int]) -> None:
+def _grade_stored(out: epath.Path, ks: list[int]) -> None:
     """--responses: grades them and sums up."""
     benchmark = BENCHMARK.value
     known = benchmarks.problems(benchmark, DATA.value, 0) if DATA.value else []
@@ -255,10 +265,15 @@ def _grade_stored(out: Path, ks: list[int]) -> None:
 
 
 def main() -> None:
+    with pod.joined(OPTIONS):
+        run()
+
+
+def run() -> None:
     ks = [int(k) for k in KS.value if k.isdecimal() and int(k) > 0]
     if len(ks) < len(KS.value):
         raise UserError(f"--k={','.join(KS.value)}: each must be 1 or more")
-    out = Path(OUT.value)
+    out = epath.Path(OUT.value)
     if RESPONSES.value:
         return _grade_stored(out, ks)
     settings = _settings(ks)
@@ -293,7 +308,7 @@ def main() -> None:
             template=template,
             teacher=teachers[0] if teachers else None,
         )
-    if LIMIT.value:
+    if LIMIT.value and metrics.is_primary():
         print(results.transcripts(rows, out / "examples.jsonl"))
 
 

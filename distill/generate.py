@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from absl import flags
 from transformers import PreTrainedTokenizerBase
 
-from distill import chat, cli, columns, data, metrics, policy, rollout
+from distill import chat, cli, columns, data, metrics, pod, policy, rollout
 from distill.policy import Policy
 from distill.sampling import Sampling
 from models.errors import RowError, UserError
@@ -82,6 +82,7 @@ DTYPE = flags.DEFINE_enum(
     "Of parameters and computation. Default: bfloat16, but float32 on CPU, where it is faster.",
     flag_values=OPTIONS,
 )
+pod.define(OPTIONS)
 
 Rows = list[tuple[str, dict]]  # (where the row stands, its fields), as data.read_jsonl gives them
 
@@ -225,6 +226,11 @@ def _checked_sampling(subject: Policy) -> Sampling:
 
 
 def main() -> None:
+    with pod.joined(OPTIONS):
+        run()
+
+
+def run() -> None:
     rows = [(where, columns.put(row, TEMPLATE.value)) for where, row in data.read(PROMPTS.value)]
     subject = policy.reader(MODEL.value, DTYPE.value or "")
     out = cli.output(OUT.value)
@@ -248,7 +254,7 @@ def main() -> None:
         "dtype": jnp.dtype(subject.model.dtype).name,
         **{option.name: option.value for option in options},
     }
-    first = metrics.begun_jsonl(out, about)
+    first = pod.from_primary(lambda: metrics.begun_jsonl(out, about))
     with policy.use(subject):
         subject = policy.load(subject, jnp.dtype(subject.model.dtype).name)
         done = generate(

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from distill import context, curriculum
+from distill import context
 from distill.batch import Batch
-from distill.data import Source
 from distill.examples import Example, require_top
 
 
@@ -90,16 +89,15 @@ def _top(
 
 
 def measure(
-    batch: Batch, rows: Sequence[Sequence[Example]], max_response: int, source: Source
-) -> dict[str, float]:
-    """Metrics of what was read: the share of the batch that tokens fill, the share of responses
-    that were cut, and how many bad rows this process has left out so far."""
-    if not rows:  # of this process: the student writes all that it holds
-        return {"data/skipped": len(source.skipped)}
-    lengths = [len(example.response) for row in rows for example in row]
+    batch: Batch, rows: Sequence[Sequence[Example]], max_response: int
+) -> dict[str, tuple[float, float]]:
+    """Metrics of what was read here, as sums and counts: the share of the batch that tokens fill,
+    that of responses that were cut, the mean difficulty where it is known."""
+    examples = [example for row in rows for example in row]
+    filled = np.asarray(batch.segments_BT) > 0
+    known = [x.difficulty for x in examples if x.difficulty is not None]
     return {
-        "data/efficiency": float((np.asarray(batch.segments_BT) > 0).mean()),
-        "data/truncated": sum(n > max_response for n in lengths) / max(1, len(lengths)),
-        "data/skipped": len(source.skipped),
-        **curriculum.mean([example.difficulty for row in rows for example in row]),
+        "data/efficiency": (float(filled.sum()), filled.size),
+        "data/truncated": (sum(len(x.response) > max_response for x in examples), len(examples)),
+        "data/difficulty": (sum(known), len(known)),
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+from etils import epath
 
 from models.errors import UserError
 from models.qwen3 import adapter
@@ -34,7 +35,7 @@ def keeps_average(path: str | Path) -> bool:
 def _student(path: str | Path) -> dict[str, Any] | None:
     """The config of the run directory `path` about its student; None if it is no run directory."""
     try:
-        fields = json.loads((Path(path) / "config.json").read_text())
+        fields = json.loads((epath.Path(path) / "config.json").read_text())
         return fields["student"] if "stages" in fields and "path" in fields["student"] else None
     except (OSError, ValueError, LookupError, TypeError):
         return None  # whoever reads it as a model directory says what is wrong with it

@@ -1,6 +1,7 @@
 """The device mesh, and the one table that says which axis of it splits which axis of an array."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -157,6 +158,22 @@ def from_own_rows(tree: Any, mesh: Mesh, count: int) -> Any:
         return jax.make_array_from_callback((count, *x.shape[1:]), rows(mesh), part)
 
     return jax.tree.map(whole, tree)
+
+
+def put(x: Any, sharding: NamedSharding) -> jax.Array:
+    """A host array, the same in every process, on the devices of all of them.
+
+    Between processes jax.device_put would compare it first, each time."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    held = np.asarray(x)
+    return jax.make_array_from_callback(held.shape, sharding, lambda index: held[index])
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def first_rows(tree: Any, count: int) -> Any:
+    """Within `use`: the first rows of arrays that are split by rows, whole in every process."""
+    return jax.tree.map(lambda x: whole(x[:count]), tree)
 
 
 def row_shards(mesh: Mesh) -> int:

@@ -7,9 +7,12 @@ etils.epath: a run directory may be local or, where gcsfs is installed, gs://…
 
 import contextlib
 import dataclasses
+import importlib.util
+import io
 import json
 import math
 import platform
+import re
 import resource
 import shlex
 import subprocess
@@ -19,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +37,7 @@ Sums = dict[str, tuple[jax.Array, jax.Array]]
 """Flat metric name → (sum, count), float32 scalars."""
 
 _PLAIN_SECONDS = 10.0
+LINES_SECONDS = 30.0  # between two writings of a bucket's jsonl file
 _PACKAGES = (
     *("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "flax", "optax", "orbax-checkpoint", "numpy"),
     *("transformers", "tokenizers", "safetensors", "datasets", "tensorflow-datasets"),
@@ -93,11 +97,8 @@ def dumps(row: Any, indent: int | None = None) -> str:
 
 def write_text(path: epath.PathLike, text: str) -> None:
     """Writes `path` whole or not at all: a reader never meets half a file. Makes its folder."""
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    with _whole(path) as file:
+        file.write(text)
 
 
 def write_json(path: epath.PathLike, obj: Any) -> None:
@@ -107,16 +108,82 @@ def write_json(path: epath.PathLike, obj: Any) -> None:
 
 def write_jsonl(path: epath.PathLike, rows: Iterable[Any]) -> None:
     """Writes one JSON object a line, as `rows` yields them, atomically; numbers finite or null."""
+    with _whole(path) as file:
+        for row in rows:
+            file.write(dumps(row) + "\n")
+
+
+@contextlib.contextmanager
+def _whole(path: epath.PathLike) -> Iterator[IO[str]]:
+    """A file to write that takes the place of `path` once it is whole."""
     path = epath.Path(path)
+    if is_remote(path):  # an object is there once all of it is
+        text = io.StringIO()
+        yield text
+        path.write_text(text.getvalue())
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("w") as file:
-            for row in rows:
-                file.write(dumps(row) + "\n")
+            yield file
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class Lines:
+    """A jsonl file that grows, row by row; process 0 writes it. A bucket's objects cannot be
+    appended to: there it is written anew, whole, after LINES_SECONDS, by `flush` and at the end."""
+
+    def __init__(self, path: epath.PathLike) -> None:
+        self._path = epath.Path(path)
+        self._whole = None  # on a bucket: all that the file holds or will
+        if is_remote(path):
+            self._whole = [self._path.read_text() if self._path.exists() else ""]
+        self._written = time.monotonic()
+        self._changed = False
+
+    def add(self, rows: Iterable[Any]) -> None:
+        if not is_primary():
+            return
+        text = "".join(dumps(row) + "\n" for row in rows)
+        if self._whole is None:
+            with self._path.open("a") as file:  # which flushes it
+                file.write(text)
+            return
+        self._whole.append(text)
+        self._changed = True
+        if time.monotonic() - self._written >= LINES_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """All rows are in the file when this returns."""
+        if self._whole is not None and self._changed:
+            self._path.write_text("".join(self._whole))
+            self._written, self._changed = time.monotonic(), False
+
+    def __enter__(self) -> "Lines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether a path is that of a bucket: gs://…"""
+    return "://" in str(path)
+
+
+def require_reachable(path: str, flag: str) -> None:
+    """Raises UserError if `path` is a bucket's and cannot be reached from here."""
+    scheme = re.match(r"(\w+):/", path)
+    if scheme is None:
+        return
+    if scheme[1] != "gs" or not path.startswith("gs://"):
+        raise UserError(f"{flag}={path}: is neither a local path nor gs://BUCKET/PATH")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f"{flag}={path}: needs gcsfs: pip install gcsfs")
 
 
 def begun_jsonl(path: epath.PathLike, about: Mapping[str, Any]) -> int:
@@ -149,12 +216,12 @@ def extend_jsonl(path: epath.PathLike, rows: Iterable[Any]) -> None:
     """Writes `rows` behind those that `begun_jsonl` counted, one by one as they come; when all are
     there `path` is, and not before."""
     partial, said = _begun(path)
-    with partial.open("a") as file:
+    with Lines(partial) as lines:
         for row in rows:
-            file.write(dumps(row) + "\n")
-            file.flush()
-    partial.replace(epath.Path(path))
-    said.unlink()
+            lines.add([row])
+    if is_primary():
+        partial.replace(epath.Path(path))
+        said.unlink()
 
 
 def _begun(path: epath.PathLike) -> tuple[epath.Path, epath.Path]:
@@ -172,18 +239,19 @@ class Writer:
 
     def __init__(self, workdir: epath.PathLike, resume_step: int) -> None:
         self._workdir = epath.Path(workdir)
-        self._metrics = self._workdir / "metrics.jsonl"
         self._board: SummaryWriter | None = None
         if not is_primary():
             return
         self._workdir.mkdir(parents=True, exist_ok=True)
-        if self._metrics.exists():
-            rows = self._metrics.read_text().split("\n")
-            write_text(self._metrics, "".join(r + "\n" for r in rows if _before(r, resume_step)))
+        path = self._workdir / "metrics.jsonl"
+        if path.exists():
+            rows = path.read_text().split("\n")
+            write_text(path, "".join(r + "\n" for r in rows if _before(r, resume_step)))
         for old in (self._workdir / "rollouts").glob("*.jsonl"):
             if old.stem.isdigit() and int(old.stem) >= resume_step:
                 old.unlink()
-        if "://" not in str(workdir):  # tensorboardX wants Google's own client for buckets
+        self._lines = Lines(path)
+        if not is_remote(workdir):  # tensorboardX wants Google's own client for buckets
             folder = self._workdir / "tensorboard"
             self._board = SummaryWriter(str(folder), purge_step=resume_step, flush_secs=10)
 
@@ -192,9 +260,7 @@ class Writer:
         if not is_primary():
             return
         values = _finite(jax.device_get(dict(numbers)))
-        # Opened anew for each row: that is a flush, and the only way to append on a bucket.
-        with self._metrics.open("a") as file:
-            file.write(dumps({"step": step, "stage": stage, **values}) + "\n")
+        self._lines.add([{"step": step, "stage": stage, **values}])
         if self._board is not None:
             for name, value in values.items():
                 if value is not None:
@@ -205,7 +271,13 @@ class Writer:
         if is_primary():
             write_jsonl(self._workdir / "rollouts" / f"{step:06d}.jsonl", rows)
 
+    def flush(self) -> None:
+        """All rows are in metrics.jsonl when this returns."""
+        if is_primary():
+            self._lines.flush()
+
     def close(self) -> None:
+        self.flush()
         if self._board is not None:
             self._board.close()
 

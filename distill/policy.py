@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
@@ -260,7 +261,7 @@ def check(policy: Policy, step: int | None = None) -> None:
             raise UserError(f"{path}: a run, whose parameters may change; export it for a base")
         if newest_step(path) is None:
             raise UserError(f"{path}: a run without a checkpoint yet")
-        with Checkpoints(Path(path) / "checkpoints") as saved:
+        with Checkpoints(epath.Path(path) / "checkpoints") as saved:
             saved.require(step)
     if not is_run(path) or lora_of(path):
         weights.check(resolve(path), policy.config, policy.params)
@@ -315,7 +316,7 @@ def restore_trained(
     def inner(path: tuple, x: jax.Array) -> Any:
         return convert(path[1:], x) if convert and path[0].key == part else x
 
-    with Checkpoints(Path(policy.path) / "checkpoints") as saved:
+    with Checkpoints(epath.Path(policy.path) / "checkpoints") as saved:
         found = saved.restore({part: shapes, "step": count}, step, inner if convert else None)
     if found is None:
         raise UserError(f"{policy.path}: a run without a checkpoint yet")
@@ -326,7 +327,7 @@ def newest_step(path: str | Path) -> int | None:
     """The step that the run directory `path` now stands for; None of a model directory."""
     if not is_run(path):
         return None
-    with Checkpoints(Path(path) / "checkpoints") as saved:
+    with Checkpoints(epath.Path(path) / "checkpoints") as saved:
         found = saved.latest()
     return found[0] if found else None
 

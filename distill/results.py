@@ -7,10 +7,10 @@ or on where the work was interrupted; protocol.json says how they came about, an
 import contextlib
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from distill import metrics
 from distill.checkpoint import checksum
@@ -43,7 +43,7 @@ def row_keys(protocol: Row, rows: list[tuple[str, Row]], samples: int) -> list[l
     return [[digest(manner, row, number)[:16] for number in range(samples)] for _, row in rows]
 
 
-def _refuse_another(out: Path, protocol: Row, rows: list[tuple[str, Row]]) -> None:
+def _refuse_another(out: epath.Path, protocol: Row, rows: list[tuple[str, Row]]) -> None:
     """Raises UserError if OUT holds another evaluation: not this, nor one of its first problems."""
     said = out / "protocol.json"
     if not said.is_file():
@@ -62,7 +62,9 @@ def _refuse_another(out: Path, protocol: Row, rows: list[tuple[str, Row]]) -> No
         )
 
 
-def resume(out: Path, protocol: Row, rows: list[tuple[str, Row]], keys: list[str]) -> list[Row]:
+def resume(
+    out: epath.Path, protocol: Row, rows: list[tuple[str, Row]], keys: list[str]
+) -> list[Row]:
     """Rows of complete problems in OUT/examples.jsonl, which keeps just these."""
     _refuse_another(out, protocol, rows)
     path, samples = out / "examples.jsonl", len(keys) // len(rows)
@@ -80,7 +82,7 @@ def resume(out: Path, protocol: Row, rows: list[tuple[str, Row]], keys: list[str
     return kept
 
 
-def transcripts(rows: list[tuple[str, Row]], examples: Path) -> str:
+def transcripts(rows: list[tuple[str, Row]], examples: epath.Path) -> str:
     """The first responses of an evaluation with their questions, to be read."""
     questions = {str(row["id"]): row.get("question", "") for _, row in rows}
     said = []

@@ -170,7 +170,7 @@ class Slots:
         return found
 
     def put(self, x: Any) -> jax.Array:
-        return jax.device_put(np.asarray(x, np.int32), mesh_lib.replicated(self.mesh))
+        return mesh_lib.put(np.asarray(x, np.int32), mesh_lib.replicated(self.mesh))
 
     def decode(self, budget: int | None) -> engine.Drawn:
         """Starts a segment; it ends early when there is something that the host could do."""

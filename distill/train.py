@@ -7,21 +7,23 @@ and draws is a function of (seed, step), so a run that was stopped goes on as if
 import json
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from distill import (
     cli,
     collect,
+    compiled,
     losses,
     metrics,
     optim,
+    pod,
     policy,
     preflight,
     prepare,
@@ -43,8 +45,10 @@ flags.mark_flag_as_required("config", OPTIONS)
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of the run; resumes if it holds one.", OPTIONS, required=True
 )
+pod.define(OPTIONS)
 
-RUN_LOCAL = ("checkpoint", "log", "eval")  # may change on resume: they do not touch the trajectory
+# May change on resume: they do not touch the trajectory.
+RUN_LOCAL = ("checkpoint", "log", "eval", "compilation_cache")
 
 
 def transcripts(
@@ -52,10 +56,9 @@ def transcripts(
 ) -> list[dict[str, object]]:
     """The first rows of a batch as text with per-token numbers, for rollouts/*.jsonl."""
     rows = []
-    tokens, mask, segments = (
-        np.asarray(x[:count]) for x in (batch.tokens_BT, batch.mask_BT, batch.segments_BT)
-    )
-    figures = {name: np.asarray(x[:count]) for name, x in stats.items()}
+    shown = (batch.tokens_BT, batch.mask_BT, batch.segments_BT, batch.finished_B, stats)
+    shown = jax.tree.map(np.asarray, mesh_lib.first_rows(shown, count))
+    tokens, mask, segments, finished, figures = shown
     decode = student.tokenizer.decode if student.tokenizer else lambda ids: None
     for i in range(len(tokens)):
         first = segments[i] == 1  # of a packed row its first example
@@ -68,13 +71,13 @@ def transcripts(
             "tokens": response,
             **{name: x[i][first & mask[i]].tolist() for name, x in figures.items()},
         }
-        if batch.finished_B is not None:
-            row["finish_reason"] = "stop" if bool(batch.finished_B[i]) else "length"
+        if finished is not None:
+            row["finish_reason"] = "stop" if bool(finished[i]) else "length"
         rows.append(row)
     return rows
 
 
-def claim(workdir: Path, c: ConfigDict) -> None:
+def claim(workdir: epath.Path, c: ConfigDict) -> None:
     """Makes `workdir` this run's directory, or makes sure that it already is.
 
     Raises:
@@ -134,12 +137,15 @@ def begin(c: ConfigDict, plan: Plan, checkpoints: Checkpoints) -> tuple[update.T
     return update.init(plan.stages[0].optimizer, params, 0, average), 0
 
 
-def run(c: ConfigDict, workdir: Path) -> None:
+def run(c: ConfigDict, workdir: epath.PathLike) -> None:
     """Runs the stages of a config, from the newest checkpoint in `workdir` on if there is one."""
+    metrics.require_reachable(str(workdir), "--workdir")
+    workdir = epath.Path(workdir)
+    compiled.keep(c.compilation_cache)
     mesh = mesh_lib.make(**c.mesh)
     plan = prepare.prepare(c, mesh)
     validation = validate.prepare(c.eval, plan.student)
-    claim(workdir, c)
+    pod.from_primary(lambda: claim(workdir, c))
     metrics.say(f"attention: {plan.student.model.kernel}")
     with policy.use(plan.student):
         plan = prepare.load(c, plan)
@@ -147,8 +153,10 @@ def run(c: ConfigDict, workdir: Path) -> None:
             Checkpoints(workdir / "checkpoints", c.checkpoint.every, c.checkpoint.keep) as saved,
             validate.judging(validation, plan.student, workdir, c.seed) as judge,
             rewards.Grader() as grader,
-            cli.stop_signals() as stopped,
+            cli.stop_signals() as received,
+            compiled.Compiled() as programs,
         ):
+            stopped = lambda: pod.anyone(received())  # noqa: E731  all stop at the same step
             state, at = begin(c, plan, saved)
             if int(state.step) == 0:
                 preflight.show(c, plan, validation, state.params)
@@ -159,15 +167,15 @@ def run(c: ConfigDict, workdir: Path) -> None:
                             stage.optimizer, state.params, int(state.step), state.average
                         )
                     state = run_stage(
-                        c, plan, index, state, mesh, saved, writer, judge, grader, stopped
+                        c, plan, index, state, mesh, saved, writer, judge, grader, stopped, programs
                     )
                     if stopped():
                         break
-        if stopped():
+        if code := stopped():
             metrics.say(
                 f"stopped after step {int(state.step)}; the same command goes on from there"
             )
-            raise SystemExit(128 + stopped())
+            raise SystemExit(128 + code)
 
 
 def run_stage(
@@ -181,6 +189,7 @@ def run_stage(
     judge: validate.Judge,
     grader: rewards.Grader,
     stopped: Callable[[], int],
+    programs: compiled.Compiled,
 ) -> update.TrainState:
     """The loop. Its order is fixed: draw, update, evaluate, log, save. A checkpoint after step i
     holds all that came of steps 0 to i, and the rows of metrics.jsonl for them are written."""
@@ -197,7 +206,8 @@ def run_stage(
     schedule = optim.schedule(s.optim, s.steps * stage.updates)
     shown = ("train/loss", "train/grad_norm", "rollout/mean_length", "time/step")
     with metrics.progress(s.steps, int(state.step) - stage.first, stage.name) as bar:
-        for step in range(int(state.step), stage.end):
+        begun = int(state.step)
+        for step in range(begun, stage.end):
             start = time.perf_counter()
             key = jax.random.fold_in(root, step)
             batch, measured = draw(state.params, step, key, state.average)
@@ -215,12 +225,16 @@ def run_stage(
             if stage.ahead:
                 meta["ahead"] = stage.ahead.position()
             measured |= judge(state, meta, step + 1, step + 1 == stage.end)
+            least = 0.0 if step == begun else 1.0
+            measured["time/compile"] = programs.look(f"step {step}", least)
             writer.write(step, stage.name, measured)
             if c.log.transcripts and step % c.log.transcripts_every == 0:
                 writer.write_rollouts(step, transcripts(batch, stats, student, c.log.transcripts))
             bar.update(step + 1 - stage.first, {k: measured[k] for k in shown if k in measured})
             stopping = bool(stopped())  # once: a signal may come while the state is being saved
             last = stopping or step + 1 == stage.end
+            if saved.due(step + 1, last):
+                writer.flush()  # what a checkpoint holds is in the files
             saved.save(step + 1, state, meta, force=last)
             if stopping:
                 break
@@ -228,7 +242,8 @@ def run_stage(
 
 
 def main() -> None:
-    run(CONFIG.value, Path(WORKDIR.value))
+    with pod.joined(OPTIONS):
+        run(CONFIG.value, WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from distill import advantages, forward, head, losses, metrics
@@ -44,7 +45,7 @@ def init(
     """A fresh optimiser around `params`; its moments are sharded as the parameters are."""
     opt_state = jax.jit(optimizer.init, out_shardings=_like(optimizer, params))(params)
     mesh = jax.tree.leaves(params)[0].sharding.mesh
-    count = jax.device_put(jnp.asarray(step, jnp.int32), mesh_lib.replicated(mesh))
+    count = mesh_lib.put(np.int32(step), mesh_lib.replicated(mesh))
     return TrainState(params, opt_state, count, average)
 
 

@@ -7,15 +7,14 @@ that every verb takes it as a model. Neither touches what is trained.
 import contextlib
 import dataclasses
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
-from distill import benchmarks, evaluate, generate, metrics, policy, rollout
+from distill import benchmarks, evaluate, generate, metrics, pod, policy, rollout
 from distill.checkpoint import Checkpoints
 from distill.policy import Policy
 from models.errors import UserError
@@ -73,7 +72,7 @@ def prepare(c: ConfigDict, student: Policy) -> Validation | None:
 
 @contextlib.contextmanager
 def judging(
-    validation: Validation | None, student: Policy, workdir: Path, seed: int
+    validation: Validation | None, student: Policy, workdir: epath.Path, seed: int
 ) -> Iterator[Judge]:
     """Within it, the yielded function evaluates where the config says so, and keeps the best."""
     if validation is None:
@@ -106,7 +105,9 @@ def judging(
         yield judge
 
 
-def _evaluate(v: Validation, subject: Policy, out: Path, step: int, seed: int) -> benchmarks.Row:
+def _evaluate(
+    v: Validation, subject: Policy, out: epath.Path, step: int, seed: int
+) -> benchmarks.Row:
     """One evaluation. A folder of this step is gone on in if it is of the same parameters, as those
     of a resumed run are; one of an earlier config is replaced."""
 
@@ -131,21 +132,27 @@ def _evaluate(v: Validation, subject: Policy, out: Path, step: int, seed: int) -
         return run()
     except UserError as error:
         metrics.say(f"{out} is written anew: {error}")
-        shutil.rmtree(out)
+        if metrics.is_primary():
+            out.rmtree()
         return run()
 
 
 @contextlib.contextmanager
-def _best(folder: Path, told: dict[str, Any]) -> Iterator[tuple[Checkpoints, float | None]]:
+def _best(folder: epath.Path, told: dict[str, Any]) -> Iterator[tuple[Checkpoints, float | None]]:
     """The checkpoints of `folder`, which is a run directory like the one it lies in, and how good
     the one is that it holds; emptied if that was the best by another measure."""
-    config = (folder.parent / "config.json").read_text()
-    with Checkpoints(folder / "checkpoints") as before:
-        found = before.latest()
-    if found and found[1].get("eval") != told:
-        metrics.say(f"{folder} was the best of another config.eval: it begins anew")
-        shutil.rmtree(folder)
-        found = None
-    metrics.write_text(folder / "config.json", config)
+
+    def begun() -> float | None:
+        with Checkpoints(folder / "checkpoints") as before:
+            found = before.latest()
+        if found and found[1].get("eval") != told:
+            metrics.say(f"{folder} was the best of another config.eval: it begins anew")
+            folder.rmtree()
+            found = None
+        config = (folder.parent / "config.json").read_text()
+        metrics.write_text(folder / "config.json", config)
+        return found[1]["value"] if found else None
+
+    value = pod.from_primary(begun)
     with Checkpoints(folder / "checkpoints", every=1, keep=1) as saved:
-        yield saved, found[1]["value"] if found else None
+        yield saved, value

@@ -21,8 +21,8 @@ FLOORS = {
     "update",
     "parts": "policy forward data layout packing curriculum examples context columns sources "
     "hygiene head losses advantages sampling benchmarks results",
-    "ground": "batch mesh aot hlo chat locate rewards terms ifeval figures optim metrics "
-    "checkpoint arithmetic cli",
+    "ground": "batch mesh aot hlo pod compiled chat locate rewards terms ifeval figures optim "
+    "metrics checkpoint arithmetic cli",
 }
 FLOOR = {file: i for i, files in enumerate(FLOORS.values()) for file in files.split()}
 

@@ -1,0 +1,49 @@
+"""A run on gs://, by gcsfs and tensorstore themselves, against a bucket that is played here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bucket import bucket
+
+ROOT = Path(__file__).parents[2]
+WORDS = ["--config=configs/conditions.py:sft_then_opd,tiny", "--workdir=gs://bucket/runs/x"]
+WORDS += ["--config.checkpoint.every=1", "--config.compilation_cache=gs://bucket/compiled"]
+WORDS += ["--config.eval.every=2", "--config.eval.benchmark=arithmetic", "--config.eval.data="]
+WORDS += ["--config.eval.limit=4", "--config.eval.max_new_tokens=8"]
+
+
+def test_a_run_on_a_bucket(tmp_path: Path) -> None:
+    pytest.importorskip("gcsfs")
+    with bucket() as server:
+
+        def verb(name: str, *words: str) -> str:
+            call = [sys.executable, "-W", "ignore", "-m", f"distill.{name}", *words]
+            environment = os.environ | server.variables
+            done = subprocess.run(call, env=environment, cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-3000:]
+            return done.stderr
+
+        assert "0 of them from the cache" in verb("train", *WORDS)
+        held = {name.removeprefix("runs/x/") for name in server.held if name.startswith("runs/x/")}
+        assert {"config.json", "environment.json", "metrics.jsonl"} <= held
+        assert {"eval/000002/summary.json", "eval/000002/examples.jsonl"} <= held
+        assert "best/config.json" in held and "rollouts/000000.jsonl" in held
+        assert not any("tmp" in name for name in held)
+        whole = server.held["runs/x/metrics.jsonl"][0]
+        assert whole.count(b"\n") == 4
+        for name in list(server.held):  # as if it had been stopped after step 3
+            if name.startswith("runs/x/checkpoints/4/"):
+                del server.held[name]
+        told = verb("train", *WORDS)
+        assert "0 of them from the cache" not in told and "from the cache" in told
+        again = server.held["runs/x/metrics.jsonl"][0]
+        assert again.count(b"\n") == 4 and again.splitlines()[:3] == whole.splitlines()[:3]
+        verb("export", "--run=gs://bucket/runs/x", f"--out={tmp_path / 'out'}")
+        assert (tmp_path / "out" / "adapter_config.json").is_file()
+        words = ["--benchmark=arithmetic", "--limit=4", "--max_new_tokens=8", "--out=gs://bucket/e"]
+        verb("evaluate", "--model=gs://bucket/runs/x", *words)
+        assert {"e/summary.json", "e/examples.jsonl"} <= server.held.keys()
+    assert not (ROOT / "gs:").exists()
