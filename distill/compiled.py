@@ -38,13 +38,13 @@ class Compiled:
     programs: int = 0
     found: int = 0  # of these, in the cache
 
-    def _note(self, event: str, duration: float, **about: object) -> None:
+    def _note(self, event: str, duration: float, **about: str | int) -> None:
         if event == _COMPILED:
             name = str(about.get("fun_name", "?")).removeprefix("jit(").removesuffix(")")
             self.seconds[name] = self.seconds.get(name, 0.0) + duration
             self.programs += 1
 
-    def _hit(self, event: str, **_: object) -> None:
+    def _hit(self, event: str, **_: str | int) -> None:
         self.found += event == _FOUND
 
     def look(self, when: str, least: float) -> float:

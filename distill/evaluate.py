@@ -57,7 +57,7 @@ def evaluate(
     subject: Policy,
     benchmark: str,
     rows: list[tuple[str, Row]],
-    out: epath.PathLike,
+    out: epath.Path,
     *,
     samples: int,
     ks: list[int],
@@ -76,7 +76,6 @@ def evaluate(
     `name` is that of the protocol, for the record; `template` how a question is put ("": the
     benchmark's own way); `step` that of the parameters where `subject` is no directory.
     """
-    out = epath.Path(out)
     template = template or benchmarks.BENCHMARKS[benchmark]["prompt"]
     prompts = _prompts(subject, benchmark, rows, template, thinking, max_new_tokens)
     protocol: Row = {
@@ -96,8 +95,7 @@ def evaluate(
         "dtype": jnp.dtype(subject.model.dtype).name,
     }
     keys = results.row_keys(protocol, rows, samples)
-    names = [key for group in keys for key in group]
-    kept = pod.from_primary(lambda: results.resume(out, protocol, rows, names))
+    kept = pod.from_primary(lambda: results.resume(out, protocol, rows, keys))
     first, tokens, start = len(kept) // samples, 0, time.perf_counter()
     with (
         rewards.Grader() as grader,
@@ -124,18 +122,14 @@ def evaluate(
             kept += group
             tokens += sum(int(row["length"]) for row in group)  # type: ignore[call-overload]
             bar.update(number, {})
-    took = time.perf_counter() - start
-    further: Row = {"protocol": protocol, "versions": metrics.environment()["packages"]}
+    cost = results.cost(subject, time.perf_counter() - start, len(rows) - first, tokens)
+    cost |= {"protocol": protocol, "versions": metrics.environment()["packages"]}
     if teacher:
-        further["reverse_kl"] = divergence.reverse_kl(subject, teacher, kept, batch_size)
-
-    def summarise() -> Row:
-        summary = figures.summarise(kept, ks)
-        summary |= results.cost(subject, took, len(rows) - first, tokens) | further
+        cost["reverse_kl"] = divergence.reverse_kl(subject, teacher, kept, batch_size)
+    summary = pod.from_primary(lambda: {**figures.summarise(kept, ks), **cost})
+    if metrics.is_primary():
         metrics.write_json(out / "summary.json", summary)
-        return summary
-
-    return pod.from_primary(summarise)
+    return summary
 
 
 OPTIONS = flags.FlagValues()

@@ -6,6 +6,7 @@ or on where the work was interrupted; protocol.json says how they came about, an
 
 import contextlib
 import hashlib
+import itertools
 import json
 from typing import Any
 
@@ -63,16 +64,16 @@ def _refuse_another(out: epath.Path, protocol: Row, rows: list[tuple[str, Row]])
 
 
 def resume(
-    out: epath.Path, protocol: Row, rows: list[tuple[str, Row]], keys: list[str]
+    out: epath.Path, protocol: Row, rows: list[tuple[str, Row]], keys: list[list[str]]
 ) -> list[Row]:
     """Rows of complete problems in OUT/examples.jsonl, which keeps just these."""
     _refuse_another(out, protocol, rows)
-    path, samples = out / "examples.jsonl", len(keys) // len(rows)
+    path, samples = out / "examples.jsonl", len(keys[0])
     kept: list[Row] = []
     for line in path.read_text().splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError):  # a killed run may leave half a last line
             kept.append(json.loads(line))
-    for number, (row, key) in enumerate(zip(kept, keys, strict=False), start=1):
+    for number, (row, key) in enumerate(zip(kept, itertools.chain(*keys), strict=False), start=1):
         if row.get("key") != key:
             raise UserError(f"{path}:{number}: not a row of this evaluation ({row.get('id')!r})")
     out.mkdir(parents=True, exist_ok=True)

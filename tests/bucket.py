@@ -7,10 +7,12 @@ import re
 import threading
 import urllib.parse
 from collections.abc import Iterator
+from typing import Any
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    server: Any  # the Server below
 
     def log_message(self, *_: object) -> None:
         pass
@@ -123,7 +125,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return path, dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
 
     @staticmethod
-    def named(path: str) -> str | None:
+    def named(path: str) -> Any:
         _, held, name = path.partition("/o/")
         return urllib.parse.unquote(name) if held else None
 

@@ -1,5 +1,6 @@
 """What processes agree on and how flags name them; that buckets' paths stay what they are."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,15 @@ def test_two_processes_train(tmp_path: Path) -> None:
     assert about["devices"]["processes"] == 2 and about["devices"]["count"] == 2
 
 
+def installed(monkeypatch: pytest.MonkeyPatch, package: str, there: bool) -> None:
+    find = importlib.util.find_spec
+
+    def found(name: str, *more: Any) -> Any:
+        return there or None if name == package else find(name, *more)
+
+    monkeypatch.setattr(importlib.util, "find_spec", found)
+
+
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> MemoryFileSystem:
     """gs:// in this process's memory, where as on a bucket nothing can be appended to."""
@@ -87,7 +97,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> MemoryFileSystem:
         return held if name in ("gs", "gcs") else original(name, **named)
 
     monkeypatch.setattr(fsspec, "filesystem", filesystem)
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: name)
+    installed(monkeypatch, "gcsfs", True)
     backend._FileSystemSpecBackend._get_filesystem.cache_clear()
     yield held
     backend._FileSystemSpecBackend._get_filesystem.cache_clear()
@@ -127,7 +137,7 @@ def test_what_is_no_bucket(path: str) -> None:
 
 
 def test_gcsfs_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    installed(monkeypatch, "gcsfs", False)
     with pytest.raises(UserError, match="--workdir=gs://b/x: needs gcsfs"):
         train.run(quickstart.get_config("tiny"), "gs://b/x")
 

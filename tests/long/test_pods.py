@@ -97,8 +97,10 @@ def test_two_processes_are_one(recipe: str, flags: list[str], tmp_path: Path) ->
         run("generate", count, 8 // count, logs, asked + words)
         words = ["--benchmark=arithmetic", "--limit=9", f"--out={tmp_path / f'judged{count}'}"]
         run("evaluate", count, 8 // count, logs, asked + words)
-    alike(*(files(tmp_path, f"generated{n}.jsonl")[f"generated{n}.jsonl"] for n in (1, 2)))
-    alike(*(files(tmp_path / f"judged{n}", "examples.jsonl") for n in (1, 2)))
+    one, two = (files(tmp_path, f"generated{n}.jsonl") for n in (1, 2))
+    alike([*one.values()], [*two.values()])
+    one, two = (files(tmp_path / f"judged{n}", "examples.jsonl") for n in (1, 2))
+    alike(one, two)
 
 
 WORDS = ["--config=configs/conditions.py:opd,tiny", "--config.opd.steps=30", *TINY]
