@@ -38,10 +38,10 @@ class Compiled:
     programs: int = 0
     found: int = 0  # of these, in the cache
 
-    def _note(self, event: str, duration: float, **about: str | int) -> None:
+    def _note(self, event: str, duration_secs: float, **about: str | int) -> None:
         if event == _COMPILED:
             name = str(about.get("fun_name", "?")).removeprefix("jit(").removesuffix(")")
-            self.seconds[name] = self.seconds.get(name, 0.0) + duration
+            self.seconds[name] = self.seconds.get(name, 0.0) + duration_secs
             self.programs += 1
 
     def _hit(self, event: str, **_: str | int) -> None:
