@@ -169,11 +169,11 @@ def hidden(
     qwen3: Qwen3, params: Params, lora: Params | None, read: Batch, at_BT: jax.Array | None
 ) -> jax.Array:
     """Final hidden states [B, T, D] of what is read, or of the places `at_BT` in it, which lie
-    split as the batch's rows do."""
+    split by rows and tokens."""
     hidden_BTD = forward.hidden(qwen3, params, read, lora)
     if at_BT is not None:
         hidden_BTD = jnp.take_along_axis(hidden_BTD, at_BT[..., None], axis=1)
-    return mesh_lib.split_rows(hidden_BTD)
+    return mesh_lib.split_stream(hidden_BTD)
 
 
 def logp(reader: Policy, batch: Batch, logits_mib: float) -> jax.Array:
