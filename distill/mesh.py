@@ -66,9 +66,30 @@ def make(
     if total > len(devices):
         raise UserError(f"config.mesh: needs {total} devices, there are {len(devices)}")
     shaped = np.array(devices[:total]).reshape(sizes)
-    if devices[0].platform == "tpu" and total == len(devices):  # each axis along one of the torus
-        shaped = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    if devices[0].platform == "tpu" and total == len(devices):
+        shaped = _along_the_torus(sizes, devices)
     return Mesh(shaped, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _along_the_torus(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """TPU devices so that each axis of the mesh is one of the torus, as far as that goes: its ring
+    then adds up gradients into shards, where an axis over two dimensions makes XLA add them up
+    whole on every device. Between slices, whose network is slow, only rows are split."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})  # jax sets it of many
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    data, *others = sizes
+    if data % slices:
+        raise UserError(
+            f"config.mesh.data={data}: must be a multiple of the {slices} slices, between which "
+            "only rows are split"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *others),
+        (slices, 1, 1, 1),
+        devices,
+        allow_split_physical_axes=True,
+    )
 
 
 def spread(*configs: Config) -> Mesh:

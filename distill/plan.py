@@ -132,7 +132,7 @@ def rows_of(c: ConfigDict, name: str, topology: str, mesh: Mesh) -> list[Row]:
                 program = aot.compile(call.name, call.lower, chip.hbm_gib)
             except aot.OutOfMemory as error:
                 needs = error.needs_gib + beside / GIB
-                raise TooLarge(call.name, needs, error.largest) from None
+                raise TooLarge(call.name, needs, [*error.largest, *largest][:6]) from None
             row = roofline.row(call, program, beside, chip, mesh.size)
             if row.total > chip.hbm_gib * GIB:
                 raise TooLarge(call.name, row.total / GIB, largest)

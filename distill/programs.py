@@ -132,7 +132,8 @@ def of_stage(
         told, at_BT = (read(T + room), array("int32", T)) if room else (batch, None)
         hidden = []
         for name, of in models.teachers.items():
-            lower = functools.partial(teacher.hidden.lower, of.model, of.params, None, told, at_BT)
+            given = (of.model, s.accumulate, of.params, None, told, at_BT)
+            lower = functools.partial(teacher.hidden.lower, *given)
             useful = operations(of.config, B * (T + room), mean + room / 2, head=False)
             holds = (_own(c, name, models) or name,)
             calls.append(
