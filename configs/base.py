@@ -212,8 +212,8 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     c.teacher = teacher()  # needed where a stage has one
 
-    # Devices along each axis of the mesh; -1: all that are left. On TPU an axis is best one dimension
-    # of the torus (8 of v5e's 8x8): over two, gradients are added up whole on every device.
+    # Devices along each axis of the mesh; -1: all that are left. On TPU an axis is best one of the
+    # torus (8 of v5e's 8x8): over two of them, gradients are added up whole on every device.
     c.mesh = ConfigDict()
     c.mesh.data = 1  # rows alone, weights whole; of several slices a multiple of their number
     c.mesh.fsdp = -1  # rows and weights; these are fetched layer by layer

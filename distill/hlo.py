@@ -296,14 +296,14 @@ def _kernel(instruction: str, rest: str) -> float:
     them says. tgmm multiplies each row of x with the same of dy once, whatever the groups.
     """
     given = rest.partition("operand_layout_constraints={")[2].partition("frontend_attributes")[0]
-    shapes = [_dims(dims) for _, dims in _SHAPE.findall(given)]
+    floats = [_dims(dims) for dtype, dims in _SHAPE.findall(given) if "f" in dtype]
     if splash := re.match(r"splash_mha_(fwd|dq|dkv)", instruction):
-        blocks = shapes[0][-1]
-        B, N, T, H = next(s for s in shapes if len(s) == 4)
+        blocks = _dims(_SHAPE.findall(given)[0][1])[-1]
+        *rows_and_heads, T, H = floats[0]  # the queries; one row alone has no axis of its own
         scores = (T / blocks) ** 2 * blocks * (blocks + 1) / 2
-        return _SPLASH[splash.group(1)] * 2.0 * B * N * H * scores
+        return _SPLASH[splash.group(1)] * 2.0 * math.prod(rows_and_heads) * H * scores
     if instruction.startswith("tgmm"):
-        (D, M), (_, F) = [s for s in shapes if len(s) == 2][-2:]
+        (D, M), (_, F) = floats[-2:]
         return 2.0 * D * M * F
     return 0.0
 

@@ -25,7 +25,7 @@ class Row:
     collectives: dict[str, tuple[int, int]] | None
     seconds: float  # a step: the roofline's
     bound: str
-    mfu: float  # useful operations over what the device could do in these seconds, at most
+    mfu: float | None  # useful operations over what the device could do in these seconds, at most
     compilation: float
 
     @property
@@ -43,7 +43,9 @@ def row(call: programs.Call, program: aot.Program, beside: int, chip: aot.Chip, 
         received = sum(size for _, size in program.collectives.values())
         times["interconnect"] = received / (chip.ici_gbs * 1e9)
     bound = max(times, key=lambda name: times[name])
-    mfu = useful / (chip.bf16_tflops * 1e12 * times[bound])
+    mfu = None
+    if program.flops is not None:
+        mfu = useful / (chip.bf16_tflops * 1e12 * times[bound])
     return Row(
         name=call.name,
         calls=call.turns,
@@ -120,7 +122,7 @@ def show(c: ConfigDict, topology: str, found: dict[str, list[Row]]) -> str:
                     "-" if links is None else f"{links:.3g}",
                     f"{row.calls:g}",
                     f"{row.seconds:.3g}",
-                    f"{100 * row.mfu:.0f}%",
+                    "-" if row.mfu is None else f"{100 * row.mfu:.0f}%",
                     row.bound,
                 )
             )

@@ -76,7 +76,8 @@ def config(recipe: str, changes: dict[str, Any]) -> ConfigDict:
 @functools.cache
 def compiled(name: str) -> dict[str, Any]:
     """Program -> peak memory in GiB (with all that lies beside it), and what it receives: kind of
-    collective -> how many and how many MB a call."""
+    collective -> how many and how many MB a call; none where this compiler's text cannot be read.
+    """
     recipe, topology, changes = CASES[name]
     return measured(plan.compiled(config(recipe, changes), topology)["opd"])
 
