@@ -77,7 +77,7 @@ def devices(topology: str) -> list[Any]:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:  # the plugin raises many kinds, over several lines
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if "libtpu" in reason or "No module" in reason:
+        if any(words in reason for words in ("libtpu", "No module", "not installed")):
             raise UserError(
                 f"planning for a TPU needs its compiler: pip install libtpu ({reason})"
             ) from None

@@ -123,7 +123,7 @@ def test_fits_and_is_no_worse(name: str) -> None:
         aot.devices(CASES[name][1])
     except plan.UserError as error:
         pytest.skip(str(error))
-    goldens = json.loads(FILE.read_text()) if FILE.exists() else {"cases": {}}
+    goldens = json.loads(FILE.read_text())
     if os.environ.get("GOLDENS") == "renew":
         cases = {**goldens["cases"], name: compiled(name)}
         told = {"versions": versions(), "cases": {n: cases[n] for n in CASES if n in cases}}
@@ -131,6 +131,7 @@ def test_fits_and_is_no_worse(name: str) -> None:
         return
     if goldens["versions"] != versions():
         pytest.skip(f"the goldens are of {goldens['versions']}")
+    assert name in goldens["cases"], f"{name}: no golden yet; see above how to write it"
     found = worse(goldens["cases"][name], compiled(name))
     assert not found, "\n".join(found)
 

@@ -176,6 +176,18 @@ def test_an_axis_is_one_dimension_of_the_torus():
             assert sum(len({device.coords[i] for device in line}) > 1 for i in range(3)) == 1
 
 
+@pytest.mark.parametrize(
+    "said", ["JAX TPU support not installed; cannot generate TPU topology.", "No module named x"]
+)
+def test_without_libtpu_it_is_said_how_to_get_it(said, monkeypatch):
+    def missing(**_):
+        raise RuntimeError(f"{said}\nmore of it")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    with pytest.raises(UserError, match=f"pip install libtpu .{said[:20]}"):
+        aot.devices("v5e:2x2")
+
+
 def test_no_such_slice():
     with pytest.raises(UserError, match="v5e:3x3: no such slice"):
         aot.devices("v5e:3x3")

@@ -52,7 +52,7 @@ def test_the_embedding_is_exchanged(sizes: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shape", [(8, 15), (3, 16), (1, 1)])
 def test_what_does_not_divide_is_looked_up_plainly(shape: tuple[int, int]) -> None:
     mesh = mesh_lib.make(1, 2, 4)
-    tokens, table = np.arange(np.prod(shape)).reshape(shape) % V, np.eye(V, D)
+    tokens, table = jnp.arange(np.prod(shape)).reshape(shape) % V, np.eye(V, D)
     with mesh_lib.use(mesh):
         x = jax.jit(lambda table: sharded.stream(sharded.embed(table, tokens, jnp.float32)))(table)
     np.testing.assert_array_equal(x, table[tokens])
