@@ -22,7 +22,7 @@ FLOORS = {
     "parts": "policy forward data layout packing curriculum examples context columns sources "
     "hygiene head losses advantages sampling benchmarks results",
     "ground": "batch mesh aot hlo chat locate rewards terms ifeval figures optim metrics "
-    "checkpoint arithmetic cli",
+    "checkpoint arithmetic cli gpu",
 }
 FLOOR = {file: i for i, files in enumerate(FLOORS.values()) for file in files.split()}
 
