@@ -190,7 +190,9 @@ def get_config(arg: str = "") -> ConfigDict:
     # tokens under the same ids. A Base student of a post-trained teacher: the teacher.
     c.student.tokenizer = ""
     c.student.random_init = False  # take config and tokenizer from path, weights at random
-    c.student.dtype = "bfloat16"  # of activations; trained parameters are always float32
+    # Of activations; trained parameters are always float32. float32 is multiplied as such on every
+    # device: no TF32 on GPUs, no passes of bfloat16 on TPUs (policy.use).
+    c.student.dtype = "bfloat16"
     # Of what is frozen of it: LoRA's base, or the copy that a loss with a reference compares with.
     # bfloat16, float32, or 8 bits as for the teacher.
     c.student.param_dtype = "bfloat16"
@@ -223,6 +225,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.mesh.expert = 1  # divides the number of experts; for all other weights it is like data
 
     c.attention = "auto"  # splash on TPU, cudnn on GPU, else xla; all compute the same
+    # On a GPU: a run that is killed and resumed, or run again, has the same bits, as on a CPU or a
+    # TPU without it. Slower there: no atomic additions, no autotuned kernels.
+    c.deterministic = False
     c.logits_mib = 128.0  # MiB of float32 logits that one chunk of the loss holds on a device
 
     # Files of the run.

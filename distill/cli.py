@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections.config_flags import config_flags
 
+from distill import gpu
 from models.errors import UserError
 
 _HELP = ("-h", "-help", "--h", "--help")
@@ -32,6 +33,7 @@ def run(main: Callable[[], None], options: flags.FlagValues = flags.FLAGS) -> No
         if any(arg in _HELP for arg in sys.argv[1:]):
             _help(options)
         _parse(sys.argv, options)
+        gpu.set_flags()
         main()
     except UserError as error:
         _fail(str(error))

@@ -65,12 +65,13 @@ def describe(
     *,
     trained: LoRA | None = None,
     kernel: str = "auto",
+    packed: bool = True,
     tokenizer_of: str = "",
 ) -> Policy:
     """Everything about the model but its parameters, which are shapes with shardings.
 
     With `trained` it is the frozen base of a LoRA to train, which goes on from the adapter that
-    `path` may name. `kernel` is what models.qwen3.attention.choose takes.
+    `path` may name. `kernel` and `packed` are what models.qwen3.attention.choose takes.
 
     `tokenizer_of` names the model whose tokenizer and chat template it takes in place of its own:
     a Base student those of its teacher, which have `<think>` and end turns by another token. The
@@ -88,7 +89,7 @@ def describe(
     if tokenizer_dir != directory:
         chat.require_extended(chat.load_tokenizer(directory), tokenizer, (path, str(tokenizer_dir)))
         stops |= {i for i in chat.stop_ids(tokenizer_dir) if i < config.vocab_size}
-    found = shaped(path, config, dtype, remat, mesh, trained=trained, kernel=kernel)
+    found = shaped(path, config, dtype, remat, mesh, trained=trained, kernel=kernel, packed=packed)
     return dataclasses.replace(
         found, tokenizer=tokenizer, stop_ids=tuple(sorted(stops)), tokenizer_dir=tokenizer_dir
     )
@@ -103,10 +104,11 @@ def shaped(
     *,
     trained: LoRA | None = None,
     kernel: str = "auto",
+    packed: bool = True,
 ) -> Policy:
     """`describe` for a model of which only the config is at hand: no tokenizer, no stop ids."""
     platform = mesh.devices.flat[0].platform
-    kernel = attention.choose(kernel, platform, config.head_dim, jnp.dtype(dtype))
+    kernel = attention.choose(kernel, platform, config.head_dim, jnp.dtype(dtype), packed)
     qwen3 = Qwen3(config, dtype=jnp.dtype(dtype), remat=remat, kernel=kernel, lora=trained)
     return Policy(path, config, qwen3, mesh_lib.parameters(config, mesh), None, ())
 
@@ -117,7 +119,7 @@ def reader(path: str, dtype: str, mesh: Mesh | None = None) -> Policy:
     dtype "" is bfloat16, but float32 on CPU, which computes it faster.
     """
     mesh = mesh or mesh_lib.spread(Config.from_directory(resolve(path)))
-    described = describe(path, dtype or default_dtype(), False, mesh)
+    described = describe(path, dtype or default_dtype(), False, mesh, packed=False)
     check(described)
     return described
 

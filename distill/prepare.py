@@ -115,6 +115,7 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
         mesh,
         trained=stages.lora(m),
         kernel=c.attention,
+        packed=stages.packs(c),
         tokenizer_of=m.tokenizer,
     )
     for field, to in (("balance_loss", "balance"), ("replay_routing", "replay")):
@@ -129,7 +130,9 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
     if any(loss.reference for _, loss, _ in chosen.values()):
         if m.random_init:
             raise UserError("config.student.random_init: nothing keeps a random reference")
-        reference = policy.describe(m.path, m.dtype, False, mesh, kernel=c.attention)
+        reference = policy.describe(
+            m.path, m.dtype, False, mesh, kernel=c.attention, packed=stages.packs(c)
+        )
     listed, first = [], 0
     for name, (s, loss, sampled) in chosen.items():
         read = [teachers[of].policy for of in s.teachers] if stages.taught(s, loss) else []

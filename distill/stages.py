@@ -200,6 +200,11 @@ def rollout_options(s: ConfigDict) -> rollout.Options:
     )
 
 
+def packs(c: ConfigDict) -> bool:
+    """Whether any stage has rows of several examples."""
+    return any(c[name].pack_tokens for name in c.stages)
+
+
 def lora(s: ConfigDict) -> LoRA | None:
     if not s.lora.rank:
         return None

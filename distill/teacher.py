@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from distill import forward, head, losses, policy
+from distill import forward, head, losses, policy, stages
 from distill import mesh as mesh_lib
 from distill.batch import Batch, parts, whole
 from distill.policy import Policy
@@ -101,10 +101,13 @@ def describe(c: ConfigDict, name: str, student: Policy, mesh: Mesh) -> Teacher:
             mesh,
             trained=trained,
             kernel=c.attention,
+            packed=stages.packs(c),
             tokenizer_of=m.tokenizer,
         )
         return Teacher(t, own)
-    described = policy.describe(t.path, t.dtype, False, mesh, kernel=c.attention)
+    described = policy.describe(
+        t.path, t.dtype, False, mesh, kernel=c.attention, packed=stages.packs(c)
+    )
     policy.require_same_vocabulary(student, described)
     policy.check(described, t.step or None)
     return Teacher(t, described)

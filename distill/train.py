@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from distill import (
     cli,
     collect,
+    gpu,
     losses,
     metrics,
     optim,
@@ -233,6 +234,7 @@ def run_stage(
 
 
 def main() -> None:
+    gpu.set_flags(CONFIG.value.deterministic)
     run(CONFIG.value, Path(WORKDIR.value))
 
 
