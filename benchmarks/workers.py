@@ -126,7 +126,7 @@ class _Ids:
         return ""
 
     def bos_id(self) -> int:
-        return -1
+        return 0  # none: any other would be put before every prompt
 
     def eos_id(self) -> int:
         return self._last

@@ -117,7 +117,9 @@ def stage(objective: str) -> ConfigDict:
     c.steps = 100
     c.batch_size = 64  # sequences a step; for opd prompts x samples
     c.samples = 1  # opd: responses to each prompt
-    c.accumulate = 1  # micro-batches a step; memory falls with it, the gradient stays the same
+    # Micro-batches a step, of the update and of the teacher's reading; memory falls with it, the
+    # gradient stays the same.
+    c.accumulate = 1
     c.minibatches = 1  # updates that share a step's rows; schedules count updates
     c.epochs = 1  # how often a step's rows are trained on; above 1 the ratio corrects for it
     c.max_prompt_tokens = 512  # a longer prompt is refused
@@ -212,10 +214,13 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     c.teacher = teacher()  # needed where a stage has one
 
-    # Devices along each axis of the mesh; -1: all that are left.
+    # Devices along each axis of the mesh; -1: all that are left. On TPU an axis is best one of the
+    # torus (8 of v5e's 8x8): over two of them, gradients are added up whole on every device.
     c.mesh = ConfigDict()
-    c.mesh.data = 1
-    c.mesh.fsdp = -1
+    c.mesh.data = 1  # rows alone, weights whole; of several slices a multiple of their number
+    c.mesh.fsdp = -1  # rows and weights; these are fetched layer by layer
+    # Heads and feed-forward, and of long rows the tokens between them: what a device keeps of each
+    # layer is the same, and decoding holds 1/tensor of the weights. Divides the key-value heads.
     c.mesh.tensor = 1
     c.mesh.expert = 1  # divides the number of experts; for all other weights it is like data
 

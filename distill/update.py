@@ -11,7 +11,7 @@ import optax
 
 from distill import advantages, forward, head, losses, metrics
 from distill import mesh as mesh_lib
-from distill.batch import Batch
+from distill.batch import Batch, parts, whole
 from models.qwen3 import model, moe
 from models.qwen3.model import Params, Qwen3
 
@@ -77,21 +77,8 @@ def abstract(
     return TrainState(params, opt_state, step, kept)  # pyright: ignore[reportArgumentType]
 
 
-def _micro_batches(batch: Batch, count: int) -> Batch:
-    """[B, ...] -> [count, B / count, ...]; rows interleave so that each one spans all devices."""
-
-    def split(x: jax.Array) -> jax.Array:
-        return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
-
-    return jax.tree.map(split, batch)
-
-
 def _shifted(top_BTK: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, jax.Array] | None:
     return None if top_BTK is None else (losses.shift(top_BTK[0]), losses.shift(top_BTK[1]))
-
-
-def _merge(stats: losses.Stats) -> losses.Stats:
-    return {k: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]) for k, x in stats.items()}
 
 
 def loss_sums(
@@ -236,7 +223,7 @@ def make(
                 (_, (sums, stats)), grads = grad(state.params, micro, teacher_head_VE)
                 return jax.tree.map(jnp.add, carry, (sums, grads)), stats
 
-            micros = _micro_batches(batch, accumulate)
+            micros = parts(batch, accumulate)
             shapes = jax.eval_shape(
                 lambda b: grad(state.params, b, teacher_head_VE),
                 jax.tree.map(lambda x: x[0], micros),
@@ -244,7 +231,7 @@ def make(
             (_, (sums_like, _)), grads_like = shapes
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (sums_like, grads_like))
             (sums, grads), stats = jax.lax.scan(body, zeros, micros)
-            stats = _merge(stats)
+            stats = whole(stats)
         count = jnp.maximum(sums["loss"][1], 1)
         grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -293,14 +280,14 @@ def _several(
     """A step of several updates by `once`; the stats are those of the last epoch."""
     _, (_, before) = sums_of(state.params, batch, teacher_head_VE, frozen)
     batch = dataclasses.replace(batch, old_logp_BT=jax.lax.stop_gradient(before["logp"]))
-    parts = _micro_batches(batch, minibatches)
+    several = parts(batch, minibatches)
 
     def one(state: TrainState, part: Batch):
         state, measured, stats = once(state, part, teacher_head_VE, frozen)
         return state, (measured, stats)
 
     def epoch(state: TrainState, _: None):
-        return jax.lax.scan(one, state, parts)
+        return jax.lax.scan(one, state, several)
 
     after, (measured, stats) = jax.lax.scan(epoch, state, None, length=epochs)
     # What has no tokens in some of the updates is measured by the others.
@@ -308,5 +295,5 @@ def _several(
         name: (jnp.nanmean if any(part in name for part in PARTIAL) else jnp.mean)(x)
         for name, x in measured.items()
     }
-    stats = _merge(jax.tree.map(lambda x: x[-1], stats))
+    stats = whole(jax.tree.map(lambda x: x[-1], stats))
     return dataclasses.replace(after, step=state.step + 1), measured, stats

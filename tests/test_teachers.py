@@ -173,8 +173,10 @@ def own_rows(batch):
 
 
 def test_a_context_moves_the_response_behind_another_prompt(files):
-    """On own samples (padded on the left) and on traces (on the right), by transformers."""
-    c = config(files, "gkd", context__column="solution", context__text=str(files / "hint.txt"))
+    """On own samples (padded on the left) and on traces (on the right), read in two turns; by
+    transformers."""
+    hint = str(files / "hint.txt")
+    c = config(files, "gkd", context__column="solution", context__text=hint, accumulate=2)
     prompts = behind(files, in_system)
     network = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
     batch, _ = collected(c)

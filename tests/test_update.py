@@ -205,15 +205,16 @@ def _is_adam(x):
 
 
 def test_shardings_of_activations():
-    """On 2 x 4: hidden states by rows over fsdp, heads over tensor, logits over the vocabulary."""
+    """On 2 x 4: hidden states by rows over fsdp and tokens over tensor, heads over tensor, logits
+    over the vocabulary."""
     mesh = mesh_lib.make(1, 2, 4)
     with mesh_lib.use(mesh):
         params = placed(CONFIG, 0, mesh)
         data = jax.device_put(batch(), mesh_lib.rows(mesh))
         hidden = jax.jit(functools.partial(forward.hidden, model.Qwen3(CONFIG)))(params, data)
         assert padded(tuple(hidden.sharding.spec), 3) in (
-            (("data", "fsdp", "expert"), None, None),
-            ("fsdp", None, None),
+            (("data", "fsdp", "expert"), "tensor", None),
+            ("fsdp", "tensor", None),
         )
         logits = jax.jit(lambda h, w: mesh_lib.split_vocabulary(jnp.einsum("BTD,VD->BTV", h, w)))(
             hidden, model.head(params)
