@@ -129,9 +129,10 @@ def our_loss(job: Job) -> Answer:
     head_VD = jax.random.normal(keys[2], (V, D)) * D**-0.5  # trained, so float32
     head_VE = jax.random.normal(keys[3], (V, E), dtype) * E**-0.5
 
-    def total(hidden_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
+    # The teacher's are arguments too: closed over, they would be constants of the program.
+    def total(hidden_BTD: jax.Array, head_VD: jax.Array, *teacher: jax.Array) -> jax.Array:
         stats = head.token_stats(
-            *(hidden_BTD, head_VD, losses.shift(batch.tokens_BT), hidden_BTE, head_VE),
+            *(hidden_BTD, head_VD, losses.shift(batch.tokens_BT), *teacher),
             logits_mib=c.logits_mib * mesh.size,
             split=mesh_lib.split_vocabulary,
             divergence=losses.TABLE["opd"].compared,
@@ -141,7 +142,8 @@ def our_loss(job: Job) -> Answer:
     precision = "highest" if dtype == jnp.float32 else None
     with mesh_lib.use(mesh), jax.default_matmul_precision(precision):
         graded = jax.jit(jax.value_and_grad(total, (0, 1)))
-        return timed(lambda: jax.block_until_ready(graded(hidden_BTD, head_VD)), job, jax_peak)
+        args = (hidden_BTD, head_VD, hidden_BTE, head_VE)
+        return timed(lambda: jax.block_until_ready(graded(*args)), job, jax_peak)
 
 
 # --- Hugging Face's model with PyTorch's fused attention (SDPA), and TRL's divergence -------------
