@@ -12,28 +12,22 @@ tunix wants a venv of its own: python3.11 -m venv T && T/bin/pip install google-
 
 import json
 import math
-import os
-import platform
 import random
 import statistics
 import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
+from benchmarks import contest
+from benchmarks.contest import ROOT, Row, Worker
 from distill import cli
 from models.errors import UserError
 
-ROOT = Path(__file__).parent.parent
-OPTIONS = flags.FlagValues()
+OPTIONS = contest.options(rounds=3)  # measured, after one to warm up
 MODEL = flags.DEFINE_string(
     "model", "", "Model directory; default: a random Qwen3-0.6B, made in runs/.", OPTIONS
-)
-DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "Of weights and cache.", flag_values=OPTIONS
 )
 BATCHES = flags.DEFINE_list("batches", ["1", "8", "32"], "Rows decoded together.", OPTIONS)
 PROMPT = flags.DEFINE_integer(
@@ -45,22 +39,11 @@ NEW = flags.DEFINE_integer(
 CACHE = flags.DEFINE_integer(
     "cache", 512, "Slots of those caches that have a fixed size.", flag_values=OPTIONS
 )
-ROUNDS = flags.DEFINE_integer(
-    "rounds", 3, "Measured, after one to warm up.", lower_bound=1, flag_values=OPTIONS
-)
 CASES = flags.DEFINE_multi_enum(
     "case", ["decode", "tail", "group"], ["decode", "tail", "group"], "Which.", flag_values=OPTIONS
 )
 CAP = flags.DEFINE_integer("cap", 128, "tail: the longest response.", flag_values=OPTIONS)
 SLOTS = flags.DEFINE_integer("slots", 8, "tail: rows decoded together.", flag_values=OPTIONS)
-HF_PYTHON = flags.DEFINE_string(
-    "hf_python", sys.executable, "Interpreter with torch and transformers.", OPTIONS
-)
-TUNIX_PYTHON = flags.DEFINE_string(
-    "tunix_python", sys.executable, "Interpreter with google-tunix.", OPTIONS
-)
-OUT = flags.DEFINE_string("out", "benchmarks/results", "Directory of the results.", OPTIONS)
-
 # name → (worker, its mode)
 SAMPLERS = {
     "ours": ("ours", ""),
@@ -69,57 +52,10 @@ SAMPLERS = {
     "tunix": ("tunix", ""),
 }
 
-Row = dict[str, Any]
-
-
-class Worker:
-    """One sampler in its process; `absent` says why there is none."""
-
-    def __init__(self, name: str, python: str, model: Path) -> None:
-        command = [python, "-m", "benchmarks.workers", name, str(model), DTYPE.value]
-        self.absent = ""
-        self.versions: dict[str, str] = {}
-        try:
-            self._process = subprocess.Popen(
-                [*command, str(CACHE.value)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                cwd=ROOT,
-            )
-        except OSError as error:
-            self.absent = f"not installed ({python}: {error.strerror})"
-            return
-        self._hear()
-
-    def _hear(self) -> Row:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        answer: Row = json.loads(line) if line else {"absent": f"ended ({self._process.wait()})"}
-        self.absent = answer.get("absent", "")
-        self.versions.update(answer.get("versions", {}))
-        return answer
-
-    def ask(self, **job: Any) -> Row | None:
-        """Its answer; None if it has ended, as where memory ran out."""
-        assert self._process.stdin is not None
-        try:
-            print(json.dumps(job), file=self._process.stdin, flush=True)
-        except BrokenPipeError:
-            return None
-        answer = self._hear()
-        return None if self.absent else answer
-
-    def close(self) -> None:
-        if not self.absent:
-            assert self._process.stdin is not None
-            self._process.stdin.close()
-            self._process.wait()
-
 
 def random_model() -> Path:
     """A Qwen3-0.6B with random weights in Hugging Face format, written once for each dtype."""
-    path = ROOT / "runs" / f"random-qwen3-0.6b-{DTYPE.value}"
+    path = ROOT / "runs" / f"random-qwen3-0.6b-{OPTIONS.dtype}"
     if not (path / "config.json").exists():
         # In a process that ends, with its memory.
         code = (
@@ -128,7 +64,7 @@ def random_model() -> Path:
             "weights.save(p, c, pathlib.Path(sys.argv[1]), jax.numpy.dtype(sys.argv[2]))"
         )
         part = path.with_name(path.name + ".part")
-        subprocess.run([sys.executable, "-c", code, part, DTYPE.value], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "-c", code, part, OPTIONS.dtype], cwd=ROOT, check=True)
         part.rename(path)
     return path
 
@@ -145,7 +81,7 @@ def decode(workers: dict[str, Worker], fields: Row, bandwidth: Row) -> list[Row]
         asked = prompts(batch, fields["vocab_size"], PROMPT.value)
         seconds: dict[tuple[str, int], list[float]] = {}
         written: dict[str, list] = {}
-        for _ in range(1 + ROUNDS.value):
+        for _ in range(1 + OPTIONS.rounds):
             for name, (worker, mode) in SAMPLERS.items():
                 for new in (1, NEW.value):
                     if workers[worker].absent:
@@ -157,7 +93,7 @@ def decode(workers: dict[str, Worker], fields: Row, bandwidth: Row) -> list[Row]
         for name, (worker, _) in SAMPLERS.items():
             row: Row = {"sampler": name, "batch": batch}
             times = seconds.get((name, NEW.value), [])
-            if len(times) < 1 + ROUNDS.value:
+            if len(times) < 1 + OPTIONS.rounds:
                 rows.append({**row, "absent": workers[worker].absent})
                 continue
             assert all(len(tokens) == NEW.value for tokens in written[name]), name
@@ -202,7 +138,7 @@ def step_bytes(fields: Row, batch: int, filled: float) -> float:
     N, K, H = (fields[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     weights = layers * (2 * D * N * H + 2 * D * K * H + 3 * D * F) + fields["vocab_size"] * D
     cached = batch * filled * layers * 2 * K * H
-    return (weights + cached) * (4 if DTYPE.value == "float32" else 2)
+    return (weights + cached) * (4 if OPTIONS.dtype == "float32" else 2)
 
 
 def tail(worker: Worker, fields: Row) -> Row:
@@ -249,43 +185,16 @@ def group(worker: Worker, fields: Row) -> Row:
     return found
 
 
-def machine(workers: dict[str, Worker]) -> Row:
-    """What the numbers belong to: processor, memory, versions."""
-    name, memory = platform.processor() or platform.machine(), None
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [s for s in cpuinfo.read_text().splitlines() if s.startswith("model name")]
-        name = models[0].partition(":")[2].strip() if models else name
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {
-        "processor": name,
-        "cores": os.cpu_count(),
-        "memory_gib": memory and round(memory, 1),
-        "load_before": os.getloadavg()[0],
-        "versions": {name: worker.versions for name, worker in workers.items() if worker.versions},
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def table(results: Row) -> str:
-    """The results as markdown."""
-    host, width = results["machine"], results["bandwidth"]
-    shape, versions = results["shape"], host["versions"]
+def table(results: Row) -> list[str]:
+    """The results as lines of markdown."""
+    shape = results["shape"]
     lines = [
-        f"# Samplers side by side, {shape['dtype']}",
-        "",
-        f"{host['time']}, {host['processor']}, {host['cores']} cores, {host['memory_gib']} GiB,"
-        f" load {host['load_before']:.1f} before; on {width['devices']} memory reads"
-        f" {width['read'] / 1e9:.1f} GB/s,"
-        f" copies {width['copy'] / 1e9:.1f} GB/s (read + written), measured in the same run.",
+        *contest.heading(
+            f"Samplers side by side, {shape['dtype']}", results["machine"], results["bandwidth"]
+        ),
         f"{shape['model']}; prompts of {shape['prompt_tokens']} tokens, {shape['new_tokens']} new"
         f" ones, greedy; caches of fixed size have {shape['cache']} slots; medians of"
         f" {shape['rounds']} rounds, taking turns.",
-        "; ".join(
-            f"{name}: " + ", ".join(f"{k} {v}" for k, v in used.items())
-            for name, used in versions.items()
-        )
-        + ".",
         "",
         "| sampler | batch | decode, tokens/s | ours over it | GB/s | of read bandwidth |"
         " prefill, s | first calls, s | same tokens as ours |",
@@ -307,37 +216,7 @@ def table(results: Row) -> str:
     for name in ("tail", "group"):
         if results.get(name):
             lines += ["", f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in results[name].items())]
-    return "\n".join(lines) + "\n"
-
-
-def plot(results: Row, path: Path) -> None:
-    """Decoded tokens a second as bars, a group for each batch."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    batches = [int(b) for b in BATCHES.value]
-    figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
-    for i, name in enumerate(SAMPLERS):
-        rates = {
-            row["batch"]: row.get("decode_tokens_per_second", 0.0)
-            for row in results["decode"]
-            if row["sampler"] == name
-        }
-        places = [at + 0.2 * i - 0.3 for at in range(len(batches))]
-        bars = axes.bar(places, [rates[b] for b in batches], 0.2, label=name)
-        axes.bar_label(bars, fmt="%.0f", fontsize=7)
-    axes.set_xticks(range(len(batches)), [f"batch {b}" for b in batches])
-    axes.set_ylabel("decoded tokens/s")
-    host = results["machine"]
-    axes.set_title(
-        f"{results['shape']['model']}, {DTYPE.value}, {host['processor']}, {host['cores']} cores,"
-        f" {results['bandwidth']['devices']}",
-        fontsize=9,
-    )
-    axes.legend(fontsize=8)
-    figure.savefig(path)
+    return lines
 
 
 def main() -> None:
@@ -345,24 +224,32 @@ def main() -> None:
         raise UserError(f"--batches={','.join(BATCHES.value)}: not numbers of rows")
     if PROMPT.value + NEW.value > CACHE.value:
         raise UserError(f"--cache={CACHE.value}: prompt and response have more tokens")
-    out = cli.output(f"{OUT.value}/rollout-{DTYPE.value}.json")
+    out = cli.output(f"{OPTIONS.out}/rollout-{OPTIONS.dtype}.json")
     model = Path(MODEL.value).absolute() if MODEL.value else random_model()
     fields = json.loads((model / "config.json").read_text())
-    pythons = {"ours": sys.executable, "transformers": HF_PYTHON.value, "tunix": TUNIX_PYTHON.value}
-    workers = {name: Worker(name, python, model) for name, python in pythons.items()}
+    pythons = contest.pythons(OPTIONS)
+    workers = {
+        name: Worker(
+            pythons[name],
+            *("benchmarks.workers", name, str(model), OPTIONS.dtype, str(CACHE.value)),
+        )
+        for name in ("ours", "transformers", "tunix")
+    }
     ours = workers["ours"]
-    bandwidth = ours.ask(mode="bandwidth")
-    if bandwidth is None:
+    if ours.absent:
         raise UserError(f"--model={model}: {ours.absent}")
+    bandwidth = contest.limits()
     results: Row = {
-        "machine": machine(workers),
+        "machine": contest.machine(
+            {name: worker.versions for name, worker in workers.items() if worker.versions}
+        ),
         "shape": {
             "model": MODEL.value or "random Qwen3-0.6B",
-            "dtype": DTYPE.value,
+            "dtype": OPTIONS.dtype,
             "prompt_tokens": PROMPT.value,
             "new_tokens": NEW.value,
             "cache": CACHE.value,
-            "rounds": ROUNDS.value,
+            "rounds": OPTIONS.rounds,
         },
         "bandwidth": bandwidth,
         "decode": decode(workers, fields, bandwidth) if "decode" in CASES.value else [],
@@ -371,11 +258,10 @@ def main() -> None:
     }
     for worker in workers.values():
         worker.close()
-    out.write_text(json.dumps(results, indent=2) + "\n")
-    out.with_suffix(".md").write_text(table(results))
-    if results["decode"]:
-        plot(results, out.with_suffix(".svg"))
-    print(table(results))
+    rates: dict[str, dict[str, float]] = {f"batch {b}": {} for b in BATCHES.value}
+    for row in results["decode"]:
+        rates[f"batch {row['batch']}"][row["sampler"]] = row.get("decode_tokens_per_second", 0.0)
+    contest.write(out, results, table(results), "decoded tokens/s", rates)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The samplers that benchmarks/rollout.py compares, each in a process, perhaps a venv, of its own.
+"""The samplers that benchmarks/rollout.py compares, each in a process, perhaps a venv, of its own;
+and how every contender answers (`serve`) and measures (`timed`).
 
     python -m benchmarks.workers NAME MODEL DTYPE CACHE
 
@@ -12,12 +13,15 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 Job = dict[str, Any]
 Answer = dict[str, Any]
+
+RATE, B1, B2, CLIP = 1e-5, 0.9, 0.95, 1.0  # of everybody's AdamW
 
 
 def ours(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
@@ -64,8 +68,6 @@ def ours(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
 
     def answer(job: Job) -> Answer:
         mode = job.get("mode")
-        if mode == "bandwidth":
-            return _bandwidth()
         counts.clear()
         start = time.perf_counter()
         if mode == "static":
@@ -78,37 +80,6 @@ def ours(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
         return {"seconds": time.perf_counter() - start, "tokens": tokens, "counts": counts}
 
     return answer
-
-
-def _bandwidth() -> Answer:
-    """Bytes a second that the memory of all devices together gives to a read, and to a copy in
-    place (read + written); and which devices they are."""
-    import jax
-    import jax.numpy as jnp
-
-    GIB, devices = 2**30, jax.devices()
-    mesh = jax.make_mesh((len(devices),), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
-    x = jax.device_put(jnp.ones((4096, GIB // 4 // 4096)), split)
-    v = jax.device_put(
-        jnp.ones(GIB // 4 // 4096), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    )
-    read = jax.jit(lambda x, v: x @ v)
-    copy = jax.jit(lambda x: x + 1, donate_argnums=0)
-    times: dict[str, list[float]] = {"read": [], "copy": []}
-    for _ in range(6):
-        start = time.perf_counter()
-        jax.block_until_ready(read(x, v))
-        middle = time.perf_counter()
-        x = jax.block_until_ready(copy(x))
-        times["read"].append(middle - start)
-        times["copy"].append(time.perf_counter() - middle)
-    # The best of them is what the machine can do; the first of each was compiled.
-    return {
-        "read": GIB / min(times["read"][1:]),
-        "copy": 2 * GIB / min(times["copy"][1:]),
-        "devices": f"{len(devices)} x {devices[0].device_kind}",
-    }
 
 
 def transformers(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
@@ -155,7 +126,7 @@ class _Ids:
         return ""
 
     def bos_id(self) -> int:
-        return -1
+        return 0  # none: any other would be put before every prompt
 
     def eos_id(self) -> int:
         return self._last
@@ -164,35 +135,41 @@ class _Ids:
         return self._last
 
 
+def tunix_config(fields: dict, dtype: Any, **changes: Any) -> Any:
+    """google-tunix's config of the Qwen3 whose config.json this is."""
+    from tunix.models.qwen3 import model as model_lib  # pyright: ignore[reportMissingImports]
+
+    rope = fields.get("rope_parameters") or fields  # transformers 5 and 4
+    options = {
+        "num_layers": fields["num_hidden_layers"],
+        "vocab_size": fields["vocab_size"],
+        "embed_dim": fields["hidden_size"],
+        "hidden_dim": fields["intermediate_size"],
+        "num_heads": fields["num_attention_heads"],
+        "head_dim": fields["head_dim"],
+        "num_kv_heads": fields["num_key_value_heads"],
+        "rope_theta": rope["rope_theta"],
+        "norm_eps": fields["rms_norm_eps"],
+        "use_tied_embedding": fields["tie_word_embeddings"],
+        "dtype": dtype,
+        "param_dtype": dtype,
+    }
+    return model_lib.ModelConfig(**options | changes)
+
+
 def tunix(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
     """google-tunix's own sampler: one jitted loop over a cache of fixed size."""
     import jax
     import jax.numpy as jnp
     from tunix.generate import sampler as sampler_lib  # pyright: ignore[reportMissingImports]
-    from tunix.models.qwen3 import model as model_lib  # pyright: ignore[reportMissingImports]
     from tunix.models.qwen3 import params  # pyright: ignore[reportMissingImports]
 
-    fields = json.loads((Path(model) / "config.json").read_text())
-    rope = fields.get("rope_parameters") or fields  # transformers 5 and 4
-    config = model_lib.ModelConfig(
-        num_layers=fields["num_hidden_layers"],
-        vocab_size=fields["vocab_size"],
-        embed_dim=fields["hidden_size"],
-        hidden_dim=fields["intermediate_size"],
-        num_heads=fields["num_attention_heads"],
-        head_dim=fields["head_dim"],
-        num_kv_heads=fields["num_key_value_heads"],
-        rope_theta=rope["rope_theta"],
-        norm_eps=fields["rms_norm_eps"],
-        use_tied_embedding=fields["tie_word_embeddings"],
-        dtype=jnp.dtype(dtype),
-        param_dtype=jnp.dtype(dtype),
-    )
+    config = tunix_config(json.loads((Path(model) / "config.json").read_text()), jnp.dtype(dtype))
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     with mesh:
         network = params.create_model_from_safe_tensors(model, config, mesh, jnp.dtype(dtype))
     shape = sampler_lib.CacheConfig(cache, config.num_layers, config.num_kv_heads, config.head_dim)
-    sampler = sampler_lib.Sampler(network, _Ids(fields["vocab_size"] - 1), shape)
+    sampler = sampler_lib.Sampler(network, _Ids(config.vocab_size - 1), shape)
 
     def answer(job: Job) -> Answer:
         texts = [" ".join(map(str, prompt)) for prompt in job["prompts"]]
@@ -213,22 +190,77 @@ def tunix(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
 WORKERS = {"ours": ours, "transformers": transformers, "tunix": tunix}
 
 
-def main() -> None:
-    name, model, dtype, cache = sys.argv[1:]
+def timed(call: Callable[[], Any], job: Job, peak: Callable[[], int], warm: int = 1) -> Answer:
+    """Calls `call`, which waits for the device: `warm` times to compile, then to measure."""
+    start = time.perf_counter()
+    for _ in range(warm):
+        call()
+    first, seconds = time.perf_counter() - start, []
+    # From here on the peak of Linux is that of the calls, not of what made the weights.
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")
+    for _ in range(job["steps"]):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": seconds, "first_call_seconds": first, "peak_bytes": peak()}
+
+
+def resident() -> int:
+    """The most bytes of RAM that this process had since `timed` began to measure."""
+    import resource
+
+    status = Path("/proc/self/status")
+    if not status.exists():  # macOS, which counts in bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    line = next(s for s in status.read_text().splitlines() if s.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def jax_peak() -> int:
+    import jax
+
+    stats = jax.devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] if stats else resident()
+
+
+def serve(begin: Callable[[], Callable[[Job], Answer]]) -> None:
+    """Says on stdout that `begin()` has been, and then what its result makes of each job on stdin.
+
+    What is not installed, and what a job fails with, is told as {"absent": why}.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
-        work = WORKERS[name](model, dtype, int(cache))
+        work = begin()
     except ImportError as error:
         print(json.dumps({"absent": f"not installed ({error})"}), file=answers, flush=True)
         return
-    versions = {}
-    for package in ("jax", "torch", "transformers", "tunix"):
-        if package in sys.modules:
-            versions[package] = getattr(sys.modules[package], "__version__", "")
-    print(json.dumps({"versions": versions}), file=answers, flush=True)
+    said: set[str] = set()
+    _say({}, said, answers)
     for line in sys.stdin:
-        print(json.dumps(work(json.loads(line))), file=answers, flush=True)
+        try:
+            answer = work(json.loads(line))
+        except Exception as error:  # of whatever library, in its process; out of memory, above all
+            traceback.print_exc()
+            reason = next(iter(str(error).splitlines()), "")
+            answer = {"absent": f"{type(error).__name__}: {reason}"[:200]}
+        _say(answer, said, answers)
+
+
+def _say(answer: Answer, said: set[str], answers: Any) -> None:
+    versions = {}
+    for package in {"jax", "torch", "transformers", "trl", "tunix"} & sys.modules.keys() - said:
+        versions[package] = getattr(sys.modules[package], "__version__", "")
+    said |= versions.keys()
+    versions = {"versions": dict(sorted(versions.items()))} if versions else {}
+    print(json.dumps({**answer, **versions}), file=answers, flush=True)
+
+
+def main() -> None:
+    name, model, dtype, cache = sys.argv[1:]
+    serve(lambda: WORKERS[name](model, dtype, int(cache)))
 
 
 if __name__ == "__main__":

@@ -117,7 +117,9 @@ def stage(objective: str) -> ConfigDict:
     c.steps = 100
     c.batch_size = 64  # sequences a step; for opd prompts x samples
     c.samples = 1  # opd: responses to each prompt
-    c.accumulate = 1  # micro-batches a step; memory falls with it, the gradient stays the same
+    # Micro-batches a step, of the update and of the teacher's reading; memory falls with it, the
+    # gradient stays the same.
+    c.accumulate = 1
     c.minibatches = 1  # updates that share a step's rows; schedules count updates
     c.epochs = 1  # how often a step's rows are trained on; above 1 the ratio corrects for it
     c.max_prompt_tokens = 512  # a longer prompt is refused
@@ -188,7 +190,9 @@ def get_config(arg: str = "") -> ConfigDict:
     # tokens under the same ids. A Base student of a post-trained teacher: the teacher.
     c.student.tokenizer = ""
     c.student.random_init = False  # take config and tokenizer from path, weights at random
-    c.student.dtype = "bfloat16"  # of activations; trained parameters are always float32
+    # Of activations; trained parameters are always float32. float32 is multiplied as such on every
+    # device: no TF32 on GPUs, no passes of bfloat16 on TPUs (policy.use).
+    c.student.dtype = "bfloat16"
     # Of what is frozen of it: LoRA's base, or the copy that a loss with a reference compares with.
     # bfloat16, float32, or 8 bits as for the teacher.
     c.student.param_dtype = "bfloat16"
@@ -210,14 +214,20 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     c.teacher = teacher()  # needed where a stage has one
 
-    # Devices along each axis of the mesh; -1: all that are left.
+    # Devices along each axis of the mesh; -1: all that are left. On TPU an axis is best one of the
+    # torus (8 of v5e's 8x8): over two of them, gradients are added up whole on every device.
     c.mesh = ConfigDict()
-    c.mesh.data = 1
-    c.mesh.fsdp = -1
+    c.mesh.data = 1  # rows alone, weights whole; of several slices a multiple of their number
+    c.mesh.fsdp = -1  # rows and weights; these are fetched layer by layer
+    # Heads and feed-forward, and of long rows the tokens between them: what a device keeps of each
+    # layer is the same, and decoding holds 1/tensor of the weights. Divides the key-value heads.
     c.mesh.tensor = 1
     c.mesh.expert = 1  # divides the number of experts; for all other weights it is like data
 
     c.attention = "auto"  # splash on TPU, cudnn on GPU, else xla; all compute the same
+    # On a GPU: a run that is killed and resumed, or run again, has the same bits, as on a CPU or a
+    # TPU without it. Slower there: no atomic additions, no autotuned kernels.
+    c.deterministic = False
     c.logits_mib = 128.0  # MiB of float32 logits that one chunk of the loss holds on a device
 
     # A directory that keeps compiled programs, so that a run starts faster the next time; gs://… of

@@ -77,7 +77,7 @@ def devices(topology: str) -> list[Any]:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:  # the plugin raises many kinds, over several lines
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if "libtpu" in reason or "No module" in reason:
+        if any(words in reason for words in ("libtpu", "No module", "not installed")):
             raise UserError(
                 f"planning for a TPU needs its compiler: pip install libtpu ({reason})"
             ) from None
@@ -151,4 +151,6 @@ class OutOfMemory(Exception):
         self.program = name
         self.needs_gib = float(next(g for g in found.groups() if g)) if found else math.nan
         self.largest = re.findall(r"Size: ([0-9.]+[KMG])\n.*?Shape: (\S+)", message, re.DOTALL)[:5]
+        if found and found.group(2):  # a sum is all that the compiler then tells
+            self.largest = [(f"{self.needs_gib:.2f}G", "temporaries and results of the program")]
         super().__init__(f"{name} needs {self.needs_gib:.2f} GiB of {hbm_gib:.2f}")

@@ -6,6 +6,7 @@ per prompt (P·G = B).
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -43,3 +44,18 @@ class Batch:
     teacher_top_BTK: tuple[jax.Array, jax.Array] | None = None
     # int16: the sampler's, which the update then replays; -1 where they are not known
     experts_BTLA: jax.Array | None = None
+
+
+def parts(tree: Any, count: int) -> Any:
+    """Arrays [B, ...] as [count, B / count, ...]; rows interleave so that each part spans all
+    devices."""
+
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, tree)
+
+
+def whole(tree: Any) -> Any:
+    """What `parts` cut, put together again."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)

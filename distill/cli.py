@@ -22,6 +22,7 @@ from absl import flags
 from etils import epath
 from ml_collections.config_flags import config_flags
 
+from distill import gpu
 from models.errors import UserError
 
 _HELP = ("-h", "-help", "--h", "--help")
@@ -33,6 +34,7 @@ def run(main: Callable[[], None], options: flags.FlagValues = flags.FLAGS) -> No
         if any(arg in _HELP for arg in sys.argv[1:]):
             _help(options)
         _parse(sys.argv, options)
+        gpu.set_flags()
         main()
     except UserError as error:
         _fail(str(error))

@@ -64,7 +64,7 @@ def batches(
             batch, judged = _judged(teachers, stage, batch, logits_mib, average)
             measured |= judged
         if teachers and stage.loss.teacher:
-            batch = teacher.score(teachers, batch, average)
+            batch = teacher.score(teachers, batch, average, s.accumulate)
         if stage.loss.reference:
             assert plan.reference is not None
             told = teacher.logp(plan.reference, batch, logits_mib)

@@ -259,17 +259,21 @@ def _stream(body: Callable[[Stats], Stats], xs: Stats, size: int) -> Stats:
     chunks = -(-T // max(1, min(T, size)))
     if chunks == 1:
         return body(xs)
+    # What divides T needs no padding, which moves tokens between the devices that split them.
+    chunks = next((n for n in range(chunks, 2 * chunks) if T % n == 0), chunks)
     chunk = -(-T // chunks)  # equal chunks pad least
 
     def cut(x_BT: jax.Array) -> jax.Array:
         padding = [(0, 0), (0, chunks * chunk - T)] + [(0, 0)] * (x_BT.ndim - 2)
-        padded = jnp.pad(x_BT, padding)
-        return padded.reshape(B, chunks, chunk, *x_BT.shape[2:]).swapaxes(0, 1)
+        # A chunk takes every so manieth token: where tokens are split over devices, all have their
+        # part of each chunk, and none has to fetch the others' hidden states.
+        padded = jnp.pad(x_BT, padding).reshape(B, chunk, chunks, *x_BT.shape[2:])
+        return jnp.moveaxis(padded, 2, 0)
 
     step = jax.checkpoint(lambda _, x: (None, body(x)), prevent_cse=False)
     _, stats = jax.lax.scan(step, None, {name: cut(x) for name, x in xs.items()})
     return {
-        name: x.swapaxes(0, 1).reshape(B, chunks * chunk, *x.shape[3:])[:, :T]
+        name: jnp.moveaxis(x, 0, 2).reshape(B, chunks * chunk, *x.shape[3:])[:, :T]
         for name, x in stats.items()
     }
 

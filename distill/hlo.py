@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 class Costs:
     """Sums over a program's text, of one device.
 
-    flops: operations of matrix products. traffic: bytes that instructions read from HBM and write
-    to it: operands and results, of slices only what is cut out or put in. collectives: kind ->
-    (how many, bytes received). open_loops: loops of unknown length, of which one turn counts.
+    flops: operations of matrix products, those in kernels for attention and experts among them.
+    traffic: bytes that instructions read from HBM and write to it: operands and results, of slices
+    only what is cut out or put in. collectives: kind -> (how many, bytes received). open_loops:
+    loops of unknown length, of which one turn counts.
     """
 
     flops: float
@@ -53,11 +54,11 @@ def read(text: str) -> Costs:
 
     def walk(
         name: str, times: float, fused: bool = False
-    ) -> Iterator[tuple[float, bool, str, str, dict[str, str]]]:
+    ) -> Iterator[tuple[float, bool, str, str, str, dict[str, str]]]:
         nonlocal open_loops
         lines = computations.get(name, {})
         for instruction, rest in lines.items():
-            yield times, fused, instruction, rest, lines
+            yield times, fused, name, instruction, rest, lines
             inner = times
             if " while(" in rest:
                 trips = _trips(rest, computations)
@@ -72,20 +73,26 @@ def read(text: str) -> Costs:
                     yield from walk(branch, inner, fused)
 
     traffic = 0.0
-    for times, fused, instruction, rest, lines in walk(entry, 1.0):
+    for times, fused, inside, instruction, rest, lines in walk(entry, 1.0):
         if not fused:
             traffic += times * _traffic(rest, lines, computations)
         kind = next((k for k in COLLECTIVES if re.search(rf" {k}(-start)?\(", rest)), None)
         if kind:
-            channel = re.search(r"channel_id=(\d+)", rest)
-            key = channel.group(1) if channel else instruction
+            # An exchange beside computation is named in every fusion that does a piece of it.
+            same = re.findall(r'channel_id=\d+|chain_id="\d+"', rest) if fused else None
+            key = f"{kind} {same}" if same else instruction
             if key in seen:
-                continue  # the same exchange, named again where it is waited for
+                continue
             seen.add(key)
+            received = _received(kind, rest)
+            if kind == "all-reduce" and inside.startswith("all-reduce-scatter"):
+                kind, received = "reduce-scatter", received / 2  # a fusion that keeps its own part
             count, size = found.get(kind, (0, 0))
-            found[kind] = (count + int(times), size + int(times * _received(kind, rest)))
+            found[kind] = (count + int(times), size + int(times * received))
         elif " convolution(" in rest or " dot(" in rest:
             flops += times * _products(rest, lines)
+        elif 'custom_call_target="tpu_custom_call"' in rest:
+            flops += times * _kernel(instruction, rest)
     return Costs(flops, int(traffic), found, open_loops)
 
 
@@ -276,6 +283,29 @@ def _products(rest: str, lines: dict[str, str]) -> float:
         for i, axis in enumerate(sorted(label for label in kernel if label.isdigit())):
             length *= _taps(rest, i, image[axis], kernel[axis], out[axis])
     return 2.0 * math.prod(_dims(shape.group(2))) * length
+
+
+# Products of a block of queries with one of keys, in each kernel of splash attention.
+_SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
+
+
+def _kernel(instruction: str, rest: str) -> float:
+    """Operations of a Pallas kernel that this project calls; of others 0.
+
+    Splash attention computes the blocks at and below the diagonal; how many there are, its table of
+    them says. tgmm multiplies each row of x with the same of dy once, whatever the groups.
+    """
+    given = rest.partition("operand_layout_constraints={")[2].partition("frontend_attributes")[0]
+    floats = [_dims(dims) for dtype, dims in _SHAPE.findall(given) if "f" in dtype]
+    if splash := re.match(r"splash_mha_(fwd|dq|dkv)", instruction):
+        blocks = _dims(_SHAPE.findall(given)[0][1])[-1]
+        *rows_and_heads, T, H = floats[0]  # the queries; one row alone has no axis of its own
+        scores = (T / blocks) ** 2 * blocks * (blocks + 1) / 2
+        return _SPLASH[splash.group(1)] * 2.0 * math.prod(rows_and_heads) * H * scores
+    if instruction.startswith("tgmm"):
+        (D, M), (_, F) = floats[-2:]
+        return 2.0 * D * M * F
+    return 0.0
 
 
 def _taps(rest: str, axis: int, image: int, kernel: int, out: int) -> float:

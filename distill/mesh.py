@@ -9,7 +9,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from models.errors import UserError
 from models.qwen3 import model
@@ -33,6 +34,7 @@ RULES = (
     ("vocab", VOCABULARY),
     ("act_heads", "tensor"),
     ("act_mlp", "tensor"),
+    ("act_tokens", "tensor"),
     ("layers", None),
 )
 
@@ -65,7 +67,30 @@ def make(
     if total > len(devices):
         raise UserError(f"config.mesh: needs {total} devices, there are {len(devices)}")
     shaped = np.array(devices[:total]).reshape(sizes)
+    if devices[0].platform == "tpu" and total == len(devices):
+        shaped = _along_the_torus(sizes, devices)
     return Mesh(shaped, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _along_the_torus(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """TPU devices so that each axis of the mesh is one of the torus, as far as that goes: its ring
+    then adds up gradients into shards, where an axis over two dimensions makes XLA add them up
+    whole on every device. Between slices, whose network is slow, only rows are split."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})  # jax sets it of many
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    data, *others = sizes
+    if data % slices:
+        raise UserError(
+            f"config.mesh.data={data}: must be a multiple of the {slices} slices, between which "
+            "only rows are split"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *others),
+        (slices, 1, 1, 1),
+        devices,
+        allow_split_physical_axes=True,
+    )
 
 
 def spread(*configs: Config) -> Mesh:
@@ -194,6 +219,17 @@ def split_rows(x: jax.Array) -> jax.Array:
 def whole(x: jax.Array) -> jax.Array:
     """Within `use`: an array that every device holds whole, so that every process can read it."""
     return _constrained(x, PartitionSpec())
+
+
+def stream(mesh: Mesh | AbstractMesh, T: int) -> PartitionSpec:
+    """How hidden states [B, T, D] lie: by rows, and by tokens over `tensor`, if it divides them."""
+    return PartitionSpec(ROWS, None if T % mesh.shape["tensor"] else "tensor")
+
+
+def split_stream(x_BTD: jax.Array) -> jax.Array:
+    """Within `use`: hidden states, split as `stream` says."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return _constrained(x_BTD, stream(mesh, x_BTD.shape[1])) if mesh.axis_names else x_BTD
 
 
 def split_vocabulary(logits_BCV: jax.Array) -> jax.Array:

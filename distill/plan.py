@@ -25,10 +25,11 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from distill import aot, cli, metrics, policy, programs, stages, teacher
+from distill import aot, cli, metrics, policy, programs, roofline, stages, teacher
 from distill import mesh as mesh_lib
 from distill.policy import Policy
 from distill.programs import Models
+from distill.roofline import GIB, Row
 from models.errors import UserError
 from models.qwen3.config import SIZES
 
@@ -41,7 +42,6 @@ TOPOLOGY = flags.DEFINE_string(
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.", OPTIONS)
 EXPLAIN = flags.DEFINE_bool("explain", True, "Look for what helps where it does not fit.", OPTIONS)
 
-GIB = 2**30
 SLICES = {  # whole slices of a generation, smallest first
     "v4": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
     "v5e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
@@ -49,28 +49,6 @@ SLICES = {  # whole slices of a generation, smallest first
     "v6e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
 }
 STOPS = (151645, 151643)  # what a released model stops at: <|im_end|>, <|endoftext|>
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A program on one device. bytes, operations and seconds; None: not to be had."""
-
-    name: str
-    calls: float  # in a step
-    peak: int  # of the program alone
-    beside: int  # what lies in memory beside it
-    temporaries: int
-    useful: float  # operations of the formula, a call
-    compiled: float | None  # operations of the program, a call
-    traffic: int | None  # HBM bytes, a call
-    collectives: dict[str, tuple[int, int]] | None
-    seconds: float  # a step: the roofline's
-    bound: str
-    compilation: float
-
-    @property
-    def total(self) -> int:
-        return self.peak + self.beside
 
 
 class TooLarge(Exception):
@@ -121,7 +99,7 @@ def models_of(c: ConfigDict, mesh: Mesh, teachers: tuple[str, ...], referred: bo
             found = describe(t.path, t.dtype, False, mesh, name, kernel=c.attention)
             read[name] = dataclasses.replace(found, params=policy.loaded(found, t.param_dtype))
     reference = None
-    if referred and not lora:
+    if referred and not teacher.is_base(student):
         reference = dataclasses.replace(plain, params=policy.loaded(plain, m.param_dtype))
     return Models(student, trained, read, reference)
 
@@ -154,37 +132,12 @@ def rows_of(c: ConfigDict, name: str, topology: str, mesh: Mesh) -> list[Row]:
                 program = aot.compile(call.name, call.lower, chip.hbm_gib)
             except aot.OutOfMemory as error:
                 needs = error.needs_gib + beside / GIB
-                raise TooLarge(call.name, needs, error.largest) from None
-            row = _row(call, program, beside, chip, mesh.size)
+                raise TooLarge(call.name, needs, [*error.largest, *largest][:6]) from None
+            row = roofline.row(call, program, beside, chip, mesh.size)
             if row.total > chip.hbm_gib * GIB:
                 raise TooLarge(call.name, row.total / GIB, largest)
             found.append(row)
     return found
-
-
-def _row(call: programs.Call, program: aot.Program, beside: int, chip: aot.Chip, count: int) -> Row:
-    useful = call.useful / count
-    times = {"compute": max(program.flops or 0, useful) / (chip.bf16_tflops * 1e12)}
-    if program.traffic is not None:
-        times["HBM"] = program.traffic / (chip.hbm_gbs * 1e9)
-    if program.collectives:
-        received = sum(size for _, size in program.collectives.values())
-        times["interconnect"] = received / (chip.ici_gbs * 1e9)
-    bound = max(times, key=lambda name: times[name])
-    return Row(
-        name=call.name,
-        calls=call.turns,
-        peak=program.peak,
-        beside=beside,
-        temporaries=program.temporaries,
-        useful=useful,
-        compiled=program.flops,
-        traffic=program.traffic,
-        collectives=program.collectives,
-        seconds=times[bound] * call.turns,
-        bound=bound,
-        compilation=program.seconds,
-    )
 
 
 def compiled(c: ConfigDict, topology: str) -> dict[str, list[Row]]:
@@ -216,6 +169,9 @@ def remedies(c: ConfigDict, program: str) -> list[tuple[str, ConfigDict]]:
     sampling = program in ("weights", "prompts", "decode")
     if program == "update":
         add("student.remat", True)
+    if sampling:
+        for parts in (2, 4, 8):
+            add("mesh.tensor", max(parts, c.mesh.tensor))
     for name in c.stages:
         s = c[name]
         if program == "update":
@@ -240,7 +196,7 @@ def helped(c: ConfigDict, topology: str, program: str) -> dict[str, Any] | None:
             found = compiled(changed, topology)
         except (TooLarge, UserError):
             continue
-        return {"change": flag, "peak_gib": _fullest(found)}
+        return {"change": flag, "peak_gib": roofline.fullest(found)}
     generation, _, shape = topology.partition(":")
     shapes = SLICES[generation]
     size = math.prod(map(int, shape.split("x")))
@@ -250,12 +206,9 @@ def helped(c: ConfigDict, topology: str, program: str) -> dict[str, Any] | None:
                 found = compiled(c, f"{generation}:{larger}")
             except (TooLarge, UserError):
                 continue
-            return {"change": f"--topology={generation}:{larger}", "peak_gib": _fullest(found)}
+            change = f"--topology={generation}:{larger}"
+            return {"change": change, "peak_gib": roofline.fullest(found)}
     return None
-
-
-def _fullest(found: dict[str, list[Row]]) -> float:
-    return max(row.total for rows in found.values() for row in rows) / GIB
 
 
 def smallest(c: ConfigDict, generation: str) -> tuple[str, dict[str, list[Row]]]:
@@ -278,77 +231,6 @@ def smallest(c: ConfigDict, generation: str) -> tuple[str, dict[str, list[Row]]]
         if not JSON.value:
             metrics.say(f"does not fit {reason}")
     raise UserError(f"--topology={generation}:auto: nothing fits; {reason}")
-
-
-def summary(c: ConfigDict, topology: str, found: dict[str, list[Row]]) -> dict[str, Any]:
-    """What --json prints of a run that fits."""
-    chip, count = aot.chip(topology), len(aot.devices(topology))
-    chips = count // 2 if topology.startswith("v4") else count
-    told, hours = {}, 0.0
-    for name, rows in found.items():
-        seconds = sum(row.seconds for row in rows)
-        hours += seconds * c[name].steps * chips / 3600
-        told[name] = {
-            "programs": [{**dataclasses.asdict(row), "peak_with_all": row.total} for row in rows],
-            "seconds_per_step_at_least": seconds,
-            "steps_per_hour_at_most": 3600 / seconds,
-        }
-    return {
-        "topology": topology,
-        "devices": count,
-        "hbm_gib": chip.hbm_gib,
-        "fits": True,
-        "peak_gib": _fullest(found),
-        "stages": told,
-        "chip_hours_at_least": hours,
-    }
-
-
-def show(c: ConfigDict, topology: str, found: dict[str, list[Row]]) -> str:
-    """The tables."""
-    chip, told = aot.chip(topology), summary(c, topology, found)
-    out = [
-        f"{topology}: {told['devices']} devices of {chip.hbm_gib} GiB, "
-        f"{chip.bf16_tflops:g} TFLOP/s, {chip.hbm_gbs:g} GB/s; config.mesh {dict(c.mesh)}"
-    ]
-    head = ("", "peak GiB", "alone", "of it temp.", "TFLOP", "useful", "GB HBM", "GB links")
-    line = "{:<10}{:>9}{:>9}{:>12}{:>9}{:>8}{:>9}{:>9}{:>9}{:>10}  {}"
-    for name, rows in found.items():
-        out += [f"stage {name}", line.format(*head, "calls", "s a step", "bound by")]
-        for row in rows:
-            links = None
-            if row.collectives is not None:
-                links = sum(size for _, size in row.collectives.values()) / 1e9
-            whole, share = row.compiled, None
-            if whole:
-                share = f"{100 * row.useful / whole:.0f}%"
-            out.append(
-                line.format(
-                    row.name,
-                    f"{row.total / GIB:.2f}",
-                    f"{row.peak / GIB:.2f}",
-                    f"{row.temporaries / GIB:.2f}",
-                    f"{(whole if whole is not None else row.useful) / 1e12:.3g}",
-                    share or "-",
-                    "-" if row.traffic is None else f"{row.traffic / 1e9:.3g}",
-                    "-" if links is None else f"{links:.3g}",
-                    f"{row.calls:g}",
-                    f"{row.seconds:.3g}",
-                    row.bound,
-                )
-            )
-            if row.collectives:
-                kinds = row.collectives.items()
-                said = (f"{kind} {n} x, {size / 1e9:.3g} GB" for kind, (n, size) in kinds)
-                out.append("           " + "; ".join(said))
-        step = told["stages"][name]
-        out.append(
-            f"  at least {step['seconds_per_step_at_least']:.3g} s a step, at most "
-            f"{step['steps_per_hour_at_most']:.3g} steps an hour"
-        )
-    out.append(f"fits: {told['peak_gib']:.2f} of {chip.hbm_gib} GiB a device at the fullest")
-    out.append(f"{told['chip_hours_at_least']:.3g} chip-hours at least for all steps")
-    return "\n".join(out)
 
 
 def main() -> None:
@@ -384,9 +266,9 @@ def main() -> None:
                 print("what would help: {change} ({peak_gib:.2f} GiB)".format(**told["helps"]))
         sys.exit(1)
     if JSON.value:
-        print(metrics.dumps(summary(c, topology, found), 2))
+        print(metrics.dumps(roofline.summary(c, topology, found), 2))
     else:
-        print(show(c, topology, found))
+        print(roofline.show(c, topology, found))
         print(f"compiled in {time.perf_counter() - begun:.0f} s")
 
 

@@ -66,12 +66,13 @@ def describe(
     *,
     trained: LoRA | None = None,
     kernel: str = "auto",
+    packed: bool = True,
     tokenizer_of: str = "",
 ) -> Policy:
     """Everything about the model but its parameters, which are shapes with shardings.
 
     With `trained` it is the frozen base of a LoRA to train, which goes on from the adapter that
-    `path` may name. `kernel` is what models.qwen3.attention.choose takes.
+    `path` may name. `kernel` and `packed` are what models.qwen3.attention.choose takes.
 
     `tokenizer_of` names the model whose tokenizer and chat template it takes in place of its own:
     a Base student those of its teacher, which have `<think>` and end turns by another token. The
@@ -89,7 +90,7 @@ def describe(
     if tokenizer_dir != directory:
         chat.require_extended(chat.load_tokenizer(directory), tokenizer, (path, str(tokenizer_dir)))
         stops |= {i for i in chat.stop_ids(tokenizer_dir) if i < config.vocab_size}
-    found = shaped(path, config, dtype, remat, mesh, trained=trained, kernel=kernel)
+    found = shaped(path, config, dtype, remat, mesh, trained=trained, kernel=kernel, packed=packed)
     return dataclasses.replace(
         found, tokenizer=tokenizer, stop_ids=tuple(sorted(stops)), tokenizer_dir=tokenizer_dir
     )
@@ -104,10 +105,11 @@ def shaped(
     *,
     trained: LoRA | None = None,
     kernel: str = "auto",
+    packed: bool = True,
 ) -> Policy:
     """`describe` for a model of which only the config is at hand: no tokenizer, no stop ids."""
     platform = mesh.devices.flat[0].platform
-    kernel = attention.choose(kernel, platform, config.head_dim, jnp.dtype(dtype))
+    kernel = attention.choose(kernel, platform, config.head_dim, jnp.dtype(dtype), packed)
     qwen3 = Qwen3(config, dtype=jnp.dtype(dtype), remat=remat, kernel=kernel, lora=trained)
     return Policy(path, config, qwen3, mesh_lib.parameters(config, mesh), None, ())
 
@@ -118,7 +120,7 @@ def reader(path: str, dtype: str, mesh: Mesh | None = None) -> Policy:
     dtype "" is bfloat16, but float32 on CPU, which computes it faster.
     """
     mesh = mesh or mesh_lib.spread(Config.from_directory(resolve(path)))
-    described = describe(path, dtype or default_dtype(), False, mesh)
+    described = describe(path, dtype or default_dtype(), False, mesh, packed=False)
     check(described)
     return described
 
@@ -349,6 +351,16 @@ def require_same_vocabulary(student: Policy, teacher: Policy) -> None:
             f"{teacher.path}: vocab_size={teacher.config.vocab_size}, "
             f"but {student.path} has {student.config.vocab_size}"
         )
+
+
+def is_loaded(policy: Policy) -> bool:
+    """Whether its parameters are arrays, not shapes alone."""
+    return isinstance(jax.tree.leaves(policy.params)[0], jax.Array)
+
+
+def further_stops(student: Policy, teacher: Policy) -> list[int]:
+    """Stop ids of a teacher where the student would write on."""
+    return sorted(set(teacher.stop_ids) - set(student.stop_ids))
 
 
 def randomise(policy: Policy, key: jax.Array) -> Policy:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from distill import engine, losses, optim, policy, prepare, slots, stages, teacher, update
@@ -87,7 +87,7 @@ def _own(c: ConfigDict, name: str, models: Models) -> str:
     path = c[name].path
     if path == teacher.EMA:
         return "average"
-    return "base" if path == teacher.INITIAL and models.student.model.lora else ""
+    return "base" if path == teacher.INITIAL and teacher.is_base(models.student) else ""
 
 
 def operations(config: Config, tokens: float, context: float, head: bool) -> float:
@@ -114,10 +114,10 @@ def of_stage(
     """
     student, rows = models.student, mesh_lib.rows(mesh)
     B, T = s.batch_size, s.pack_tokens or s.max_prompt_tokens + s.max_response_tokens
-    mean = (T + 1) / 2
+    mean, stream = (T + 1) / 2, NamedSharding(mesh, mesh_lib.stream(mesh, T))
 
-    def array(dtype: Any, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct((B, *shape), jnp.dtype(dtype), sharding=rows)
+    def array(dtype: Any, *shape: int, sharding: Any = rows) -> Any:
+        return jax.ShapeDtypeStruct((B, *shape), jnp.dtype(dtype), sharding=sharding)
 
     def read(T: int) -> Batch:
         return Batch(array("int32", T), array("int32", T), array("int32", T), array("bool", T))
@@ -132,13 +132,14 @@ def of_stage(
         told, at_BT = (read(T + room), array("int32", T)) if room else (batch, None)
         hidden = []
         for name, of in models.teachers.items():
-            lower = functools.partial(teacher.hidden.lower, of.model, of.params, None, told, at_BT)
+            given = (of.model, s.accumulate, of.params, None, told, at_BT)
+            lower = functools.partial(teacher.hidden.lower, *given)
             useful = operations(of.config, B * (T + room), mean + room / 2, head=False)
             holds = (_own(c, name, models) or name,)
             calls.append(
                 Call(f"score {name}" if name != "teacher" else "score", lower, 1, useful, holds)
             )
-            hidden.append(array(of.model.dtype, T, of.config.hidden_size))
+            hidden.append(array(of.model.dtype, T, of.config.hidden_size, sharding=stream))
         heads = tuple(model.head(of.params) for of in models.teachers.values())
         batch = dataclasses.replace(batch, teacher_hidden_BTD=tuple(hidden))
         if len(hidden) > 1:
@@ -157,7 +158,7 @@ def of_stage(
                 ),
                 1,
                 operations(reference.config, B * T, mean, head=True),
-                ("base",) if student.model.lora else ("reference",),
+                ("reference",) if models.reference else ("base",),
             )
         )
         batch = dataclasses.replace(batch, reference_logp_BT=array("float32", T))

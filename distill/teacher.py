@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from distill import forward, head, losses, policy
+from distill import forward, head, losses, policy, stages
 from distill import mesh as mesh_lib
-from distill.batch import Batch
+from distill.batch import Batch, parts, whole
 from distill.policy import Policy
 from models.errors import UserError
 from models.qwen3 import model
@@ -101,10 +101,13 @@ def describe(c: ConfigDict, name: str, student: Policy, mesh: Mesh) -> Teacher:
             mesh,
             trained=trained,
             kernel=c.attention,
+            packed=stages.packs(c),
             tokenizer_of=m.tokenizer,
         )
         return Teacher(t, own)
-    described = policy.describe(t.path, t.dtype, False, mesh, kernel=c.attention)
+    described = policy.describe(
+        t.path, t.dtype, False, mesh, kernel=c.attention, packed=stages.packs(c)
+    )
     policy.require_same_vocabulary(student, described)
     policy.check(described, t.step or None)
     return Teacher(t, described)
@@ -126,11 +129,14 @@ def load(teacher: Teacher, student: Policy) -> Teacher:
 
 
 def begun(described: Policy, student: Policy, param_dtype: str) -> Policy:
-    """The student as it was before step 0: without its LoRA it is that, at no further memory,
-    unless it began with an adapter. `described` is its path without a LoRA to train."""
-    if student.model.lora is not None and not policy.is_adapter(student.path):
-        return student
-    return policy.load(described, param_dtype)
+    """The student as it was before step 0. `described` is its path without a LoRA to train."""
+    return student if is_base(student) else policy.load(described, param_dtype)
+
+
+def is_base(student: Policy) -> bool:
+    """Whether what a LoRA is trained beside is the student before step 0, at no further memory: it
+    is, unless the LoRA began with an adapter."""
+    return student.model.lora is not None and not policy.is_adapter(student.path)
 
 
 def heads(teachers: Sequence[Teacher]) -> tuple[jax.Array | None, ...]:
@@ -150,30 +156,45 @@ def _parameters(teacher: Teacher, average: Params | None) -> tuple[Params, Param
     return (own.params, average) if lora else (average, None)
 
 
-def score(teachers: Sequence[Teacher], batch: Batch, average: Params | None = None) -> Batch:
+def score(
+    teachers: Sequence[Teacher], batch: Batch, average: Params | None = None, turns: int = 1
+) -> Batch:
     """Fills teacher_hidden_BTD: of each teacher [B, T, its D] in its dtype.
 
     Not logits: the loss streams the teachers' heads over these, so the exact distribution over the
     whole vocabulary is at hand at the price of D numbers a token. Temperature 1, no gradient.
-    `average`: the moving average of what the student trains, for teachers that are it.
+    `average`: the moving average of what the student trains, for teachers that are it. `turns`: in
+    how many parts of the batch, one after the other; memory falls with it.
     """
+    read, at_BT = batch.told or batch, batch.told_at_BT
     found = tuple(
-        hidden(t.policy.model, *_parameters(t, average), batch.told or batch, batch.told_at_BT)
-        for t in teachers
+        hidden(t.policy.model, turns, *_parameters(t, average), read, at_BT) for t in teachers
     )
     return dataclasses.replace(batch, teacher_hidden_BTD=found)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def hidden(
-    qwen3: Qwen3, params: Params, lora: Params | None, read: Batch, at_BT: jax.Array | None
+    qwen3: Qwen3,
+    turns: int,
+    params: Params,
+    lora: Params | None,
+    read: Batch,
+    at_BT: jax.Array | None,
 ) -> jax.Array:
     """Final hidden states [B, T, D] of what is read, or of the places `at_BT` in it, which lie
-    split as the batch's rows do."""
-    hidden_BTD = forward.hidden(qwen3, params, read, lora)
-    if at_BT is not None:
-        hidden_BTD = jnp.take_along_axis(hidden_BTD, at_BT[..., None], axis=1)
-    return mesh_lib.split_rows(hidden_BTD)
+    split by rows and tokens; `turns` as in `score`."""
+
+    def some(part: tuple[Batch, jax.Array | None]) -> jax.Array:
+        read, at_BT = part
+        hidden_BTD = forward.hidden(qwen3, params, read, lora)
+        if at_BT is not None:
+            hidden_BTD = jnp.take_along_axis(hidden_BTD, at_BT[..., None], axis=1)
+        return mesh_lib.split_stream(hidden_BTD)
+
+    if turns == 1:
+        return some((read, at_BT))
+    return mesh_lib.split_stream(whole(jax.lax.map(some, parts((read, at_BT), turns))))
 
 
 def logp(reader: Policy, batch: Batch, logits_mib: float) -> jax.Array:

@@ -12,7 +12,7 @@ import optax
 
 from distill import advantages, forward, head, losses, metrics
 from distill import mesh as mesh_lib
-from distill.batch import Batch
+from distill.batch import Batch, parts, whole
 from models.qwen3 import model, moe
 from models.qwen3.model import Params, Qwen3
 
@@ -78,21 +78,8 @@ def abstract(
     return TrainState(params, opt_state, step, kept)  # pyright: ignore[reportArgumentType]
 
 
-def _micro_batches(batch: Batch, count: int) -> Batch:
-    """[B, ...] -> [count, B / count, ...]; rows interleave so that each one spans all devices."""
-
-    def split(x: jax.Array) -> jax.Array:
-        return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
-
-    return jax.tree.map(split, batch)
-
-
 def _shifted(top_BTK: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, jax.Array] | None:
     return None if top_BTK is None else (losses.shift(top_BTK[0]), losses.shift(top_BTK[1]))
-
-
-def _merge(stats: losses.Stats) -> losses.Stats:
-    return {k: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]) for k, x in stats.items()}
 
 
 def loss_sums(
@@ -237,7 +224,7 @@ def make(
                 (_, (sums, stats)), grads = grad(state.params, micro, teacher_head_VE)
                 return jax.tree.map(jnp.add, carry, (sums, grads)), stats
 
-            micros = _micro_batches(batch, accumulate)
+            micros = parts(batch, accumulate)
             shapes = jax.eval_shape(
                 lambda b: grad(state.params, b, teacher_head_VE),
                 jax.tree.map(lambda x: x[0], micros),
@@ -245,11 +232,11 @@ def make(
             (_, (sums_like, _)), grads_like = shapes
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (sums_like, grads_like))
             (sums, grads), stats = jax.lax.scan(body, zeros, micros)
-            stats = _merge(stats)
+            stats = whole(stats)
         count = jnp.maximum(sums["loss"][1], 1)
         grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        trained = sums["logp"][1] > 0
+        params, opt_state = _moved(optimizer, grads, state, trained)
         measured = metrics.finalize(sums)
         if "load_LE" in measured:  # summed over all micro-batches: figures of the whole batch
             measured |= moe.summary(measured.pop("load_LE"), measured.pop("p_LE"))
@@ -259,7 +246,8 @@ def make(
             measured["ratio_max"] = jnp.max(stats["ratio"])
         average = state.average
         if average is not None:
-            average = jax.tree.map(lambda a, p: a + (1 - ema) * (p - a), average, params)
+            pace = jnp.where(trained, 1 - ema, 0)
+            average = jax.tree.map(lambda a, p: a + pace * (p - a), average, params)
         return TrainState(params, opt_state, state.step + 1, average), measured, stats
 
     step = once
@@ -267,6 +255,17 @@ def make(
         step = functools.partial(_several, once, sums_of, minibatches, epochs)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(_headed(step), donate_argnums=0, out_shardings=(shardings, None, None))
+
+
+def _moved(
+    optimizer: optax.GradientTransformation, grads: Params, state: TrainState, trained: jax.Array
+) -> tuple[Params, optax.OptState]:
+    """The parameters and the optimiser's state after an update. Without a token to train on (a
+    budget that ended no row, groups that were all dropped) nothing moves, by momentum neither."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    after = optax.apply_updates(state.params, updates), opt_state
+    before = state.params, state.opt_state
+    return jax.tree.map(lambda new, old: jnp.where(trained, new, old), after, before)
 
 
 def _headed(step: Step) -> Step:
@@ -294,20 +293,24 @@ def _several(
     """A step of several updates by `once`; the stats are those of the last epoch."""
     _, (_, before) = sums_of(state.params, batch, teacher_head_VE, frozen)
     batch = dataclasses.replace(batch, old_logp_BT=jax.lax.stop_gradient(before["logp"]))
-    parts = _micro_batches(batch, minibatches)
+    several = parts(batch, minibatches)
 
     def one(state: TrainState, part: Batch):
         state, measured, stats = once(state, part, teacher_head_VE, frozen)
         return state, (measured, stats)
 
     def epoch(state: TrainState, _: None):
-        return jax.lax.scan(one, state, parts)
+        return jax.lax.scan(one, state, several)
 
     after, (measured, stats) = jax.lax.scan(epoch, state, None, length=epochs)
     # What has no tokens in some of the updates is measured by the others.
+    trained = measured["trained_tokens"] > 0
+    trained |= ~jnp.any(trained)
     measured = {
-        name: (jnp.nanmean if any(part in name for part in PARTIAL) else jnp.mean)(x)
+        name: jnp.nanmean(x)
+        if any(part in name for part in PARTIAL)
+        else jnp.mean(x, where=trained)
         for name, x in measured.items()
     }
-    stats = _merge(jax.tree.map(lambda x: x[-1], stats))
+    stats = whole(jax.tree.map(lambda x: x[-1], stats))
     return dataclasses.replace(after, step=state.step + 1), measured, stats

@@ -17,12 +17,12 @@ PACKAGES = ("models", "distill", "configs", "assets", "benchmarks", "tests")
 FLOORS = {
     "entry points": "train evaluate validate compare generate score serve plan export report "
     "quickstart clean verify diagnose harness lm preflight",
-    "stages": "prepare stages programs collect rollout slots engine teacher divergence responses "
-    "update",
+    "stages": "prepare stages programs roofline collect rollout slots engine teacher divergence "
+    "responses update",
     "parts": "policy forward data layout packing curriculum examples context columns sources "
     "hygiene head losses advantages sampling benchmarks results",
     "ground": "batch mesh aot hlo pod compiled chat locate rewards terms ifeval figures optim "
-    "metrics checkpoint arithmetic cli",
+    "metrics checkpoint arithmetic cli gpu",
 }
 FLOOR = {file: i for i, files in enumerate(FLOORS.values()) for file in files.split()}
 
@@ -205,7 +205,18 @@ def test_readme_commands_exist():
     for line in commands():
         for target in re.findall(r"(?:^|&& )make ([\w-]+)", line):
             assert target in targets, line
-        for module in re.findall(r"python3? -m (distill\.\w+)", line):
+        for module in re.findall(r"python3? -m ((?:distill|benchmarks)\.\w+)", line):
             assert module in sources(), line
         for path in re.findall(r"(?:--config=|\bpython3? )((?:configs|assets)/\w+\.py)", line):
             assert (ROOT / path).is_file(), line
+
+
+def test_readme_keys_exist():
+    """Every --config.KEY that README names, in commands or between, is one of base.py."""
+    named = set(re.findall(r"--config\.([a-z][\w.]*)=", (ROOT / "README.md").read_text()))
+    assert len(named) > 10
+    for path in named:
+        found = base.get_config()
+        for key in path.split("."):
+            assert key in found, f"--config.{path}"
+            found = found[key]

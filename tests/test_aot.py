@@ -116,6 +116,46 @@ def test_the_spelling_of_tpu_programs():
     }
 
 
+FUSED = """\
+%start (p: bf16[4,8]) -> bf16[32,8] {
+  %ag.1 = bf16[32,8] all-gather(%p), channel_id=1, replica_groups=[1,8]<=[8], frontend_attributes={chain_id="0"}
+}
+
+%piece (p: bf16[4,8]) -> bf16[32,8] {
+  %ag.2 = bf16[32,8] all-gather(%p), channel_id=1, replica_groups=[1,8]<=[8], frontend_attributes={chain_id="0"}
+}
+
+%other (p: bf16[4,8]) -> bf16[32,8] {
+  %ag.3 = bf16[32,8] all-gather(%p), channel_id=1, replica_groups=[1,8]<=[8], frontend_attributes={chain_id="1"}
+}
+
+%all-reduce-scatter.1 (p: bf16[32,8]) -> bf16[4,8] {
+  %ar = bf16[32,8] all-reduce(%p), channel_id=2, replica_groups=[1,8]<=[8], to_apply=%add
+  ROOT %own = bf16[4,8] dynamic-slice(%ar), dynamic_slice_sizes={4,8}
+}
+
+ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {
+  %x = bf16[4,8] parameter(0)
+  %a = bf16[32,8] fusion(%x), kind=kCustom, calls=%start
+  %b = bf16[32,8] fusion(%x), kind=kCustom, calls=%piece
+  %c = bf16[32,8] fusion(%x), kind=kCustom, calls=%other
+  %splash_mha_dkv_segmented.1 = (bf16[2,4,64,16], bf16[2,4,64,16]) custom-call(%x), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,8,8]{2,1,0}, bf16[2,4,64,16]{3,2,1,0}}, frontend_attributes={}
+  ROOT %d = bf16[4,8] fusion(%b), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+
+
+def test_exchanges_inside_fusions_and_kernels():
+    """An exchange in pieces counts once, two with one channel twice, a sum of which each device
+    keeps its part is a reduce-scatter; splash attention computes 36 of its 8 x 8 blocks."""
+    costs = hlo.read(FUSED)
+    assert costs.collectives == {
+        "all-gather": (2, 2 * 32 * 8 * 2 * 7 // 8),
+        "reduce-scatter": (1, 32 * 8 * 2 * 7 // 8),
+    }
+    assert costs.flops == 4 * 2 * 2 * 4 * 16 * 36 * 8 * 8
+
+
 @pytest.mark.parametrize(
     ("window", "taps"),
     [

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import base
 from distill import mesh as mesh_lib
+from distill import stages
 from models.errors import UserError
 from models.qwen3 import attention
 
@@ -39,7 +41,7 @@ def by_hand(q_BTNH, k_BTKH, v_BTKH, segments_BT):
 
 
 @pytest.mark.parametrize(
-    ("kind", "chunk"), [("plain", 1024), ("plain", 8), ("plain", 7), ("fused", 1024)]
+    ("kind", "chunk"), [("plain", 1024), ("plain", 8), ("plain", 7), ("masked", 1024)]
 )
 def test_equals_the_formula(kind, chunk, monkeypatch):
     monkeypatch.setattr(attention, "_CHUNK", chunk)
@@ -47,7 +49,7 @@ def test_equals_the_formula(kind, chunk, monkeypatch):
     # cuDNN's entry, computed by XLA: the mask that it hands over is what is tested here.
     attend = {
         "plain": attention.plain,
-        "fused": functools.partial(attention._fused, implementation="xla"),
+        "masked": functools.partial(attention._masked, implementation="xla"),
     }[kind]
     out = jax.jit(attend)(q, k, v, segments)
     np.testing.assert_allclose(out, by_hand(q, k, v, segments), atol=2e-6)
@@ -80,6 +82,60 @@ def test_splash_on_a_mesh():
         got = jax.jit(functools.partial(attention.splash, interpret=True))(*rows)
     assert got.sharding.shard_shape(got.shape) == (1, 128, 2, 128)
     np.testing.assert_allclose(got, attention.plain(q, k, v, segments), atol=1e-5)
+
+
+def test_lengths_equal_plain():
+    """cuDNN's entry for rows of one segment, computed by XLA: rows padded left, right, on both
+    sides, not at all, and nothing but padding. Padding holds infinities, which must go nowhere."""
+    q, k, v, _ = inputs(B=5, T=24, N=4, K=2, H=8)
+    segments = np.ones((5, 24), np.int32)
+    segments[0, :7] = segments[1, 15:] = segments[2, :3] = segments[2, 20:] = segments[4] = 0
+    by_length = functools.partial(attention._by_length, implementation="xla")
+    want = gradients(attention.plain, q, k, v, segments)
+    got = gradients(by_length, q, k, v, segments)
+    real = segments[..., None, None] > 0
+    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        a = np.where(real, a, 0) if a.ndim else a  # plain lets padding attend to itself
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)
+    q, k, v = (jnp.where(real, x, jnp.inf) for x in (q, k, v))
+    spoilt = gradients(by_length, q, k, v, segments)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(spoilt), strict=True):
+        np.testing.assert_array_equal(b, a)
+
+
+def test_lengths_make_no_mask():
+    """Nothing of [T, T] reaches cuDNN, which the other entry hands a mask."""
+
+    def shapes(attend):
+        x = jax.ShapeDtypeStruct((1, 512, 2, 16), jnp.bfloat16)
+        s = jax.ShapeDtypeStruct((1, 512), jnp.int32)
+        calls = []
+
+        def seen(q, k, v, mask=None, **options):
+            calls.append((mask is not None, options))
+            return q
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax.nn, "dot_product_attention", seen)
+            jax.eval_shape(attend, x, x, x, s)
+        return calls
+
+    ((masked, options),) = shapes(attention.cudnn_lengths)
+    assert not masked and options["is_causal"] and options["implementation"] == "cudnn"
+    assert options["query_seq_lengths"] is options["key_value_seq_lengths"]
+    ((masked, _),) = shapes(attention.cudnn)
+    assert masked
+
+
+def test_who_packs():
+    """Rows of several examples anywhere in a run: the mask; else lengths."""
+    for packed, kind in ((True, "cudnn"), (False, "cudnn_lengths")):
+        for wanted in ("auto", "cudnn"):
+            assert attention.choose(wanted, "gpu", 128, jnp.dtype("bfloat16"), packed) == kind
+    c = base.get_config()
+    assert not stages.packs(c)
+    c.stages, c.sft.pack_tokens = ("opd", "sft"), 4096
+    assert stages.packs(c)
 
 
 def test_chunks_of_queries_have_the_same_gradient(monkeypatch):

@@ -155,7 +155,10 @@ def test_exact_in_float32(d):
     for x, y in ((far, teacher_logits), (teacher_logits, far), (far, -far)):
         value, grad = jax.value_and_grad(lambda x, y=y: compare(d, x, y)["divergence"].sum())(x)
         assert jnp.isfinite(value) and value > 0
-        assert jnp.isfinite(grad).all() and grad.any()
+        # A divergence from a mixture has a ceiling: of distributions that share nothing its exact
+        # gradient is below what float32 can tell from zero.
+        mixture = d.skew > 0 or (d.kind == "jsd" and 0 < d.beta < 1)
+        assert jnp.isfinite(grad).all() and (grad.any() or mixture)
 
 
 def test_jsd_beta_convention_is_trls(x64):

@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
 from configs import base
 from distill import aot, hlo, plan, programs
@@ -81,7 +82,12 @@ def test_operations(rows):
     assert rows["score"].useful == pytest.approx(
         useful + 4 * N * H * (P + R + 1) / 2 * B * (P + R) * L / 4
     )
-    assert rows["score"].compiled == pytest.approx(useful, rel=0.01)  # splash is no dot
+    attention = 4 * B * N * H * (P + R) ** 2 * L / 4  # splash takes them in one block, unmasked
+    assert rows["score"].compiled == pytest.approx(useful + attention, rel=0.01)
+    update = rows["update"]
+    assert update.mfu <= update.useful / update.compiled < 1
+    peak = aot.CHIPS["v5e"].bf16_tflops * 1e12
+    assert update.seconds * update.mfu * peak == pytest.approx(update.useful)
     assert rows["update"].compiled > rows["update"].useful * 0.8
 
 
@@ -128,6 +134,58 @@ def test_released_sizes_need_no_directory():
 def test_mistakes_are_named(shape, changes, words):
     with pytest.raises(UserError, match=words):
         plan.compiled(config(shape, **changes), "v5e:2x2")
+
+
+@pytest.mark.parametrize(
+    ("message", "needs", "largest"),
+    [
+        (
+            "CompileTimeHbmOom: XLA:TPU compile permanent error. Used 16.60G of 15.75G hbm.\n"
+            "  1. Size: 2.50G\n     Operator: x\n     Shape: bf16[8,4096]\n",
+            16.60,
+            [("2.50G", "bf16[8,4096]")],
+        ),
+        (
+            "CompileTimeHbmOom: the total memory required for HLO temporaries (24.17G) exceeds "
+            "available HBM (15.75G).",
+            24.17,
+            [("24.17G", "temporaries and results of the program")],
+        ),
+    ],
+)
+def test_both_ways_in_which_the_compiler_runs_out_of_memory(message, needs, largest):
+    error = aot.OutOfMemory("update", message, 15.75)
+    assert error.needs_gib == needs and error.largest == largest
+
+
+def test_several_slices_split_rows_alone():
+    devices = topologies.get_topology_desc(
+        platform="tpu", topology_name="v5e:2x2", num_slices=2
+    ).devices
+    mesh = mesh_lib.make(2, -1, 2, devices=list(devices))
+    of = [{device.slice_index for device in part.flat} for part in mesh.devices]
+    assert of == [{0}, {1}] and mesh.shape["fsdp"] == 2
+    with pytest.raises(UserError, match="data=1: must be a multiple of the 2 slices"):
+        mesh_lib.make(1, -1, 2, devices=list(devices))
+
+
+def test_an_axis_is_one_dimension_of_the_torus():
+    mesh = mesh_lib.make(1, 8, 8, devices=aot.devices("v5e:8x8"))
+    for axis in ("fsdp", "tensor"):
+        for line in np.moveaxis(mesh.devices, mesh_lib.AXES.index(axis), -1).reshape(-1, 8):
+            assert sum(len({device.coords[i] for device in line}) > 1 for i in range(3)) == 1
+
+
+@pytest.mark.parametrize(
+    "said", ["JAX TPU support not installed; cannot generate TPU topology.", "No module named x"]
+)
+def test_without_libtpu_it_is_said_how_to_get_it(said, monkeypatch):
+    def missing(**_):
+        raise RuntimeError(f"{said}\nmore of it")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    with pytest.raises(UserError, match=f"pip install libtpu .{said[:20]}"):
+        aot.devices("v5e:2x2")
 
 
 def test_no_such_slice():

@@ -78,7 +78,8 @@ def collected(c: ConfigDict, mesh=None):
     mesh = mesh or mesh_lib.make(1, 1, 1)
     plan = prepare.prepare(c, mesh)
     with policy.use(plan.student), rewards.Grader() as grader:
-        plan = prepare.load(c, plan)
+        plan = prepare.base(c, plan)
+        plan = prepare.load(c, plan, plan.stages[0])
         params = policy.load(plan.student, "float32").params
         draw = collect.batches(plan, plan.stages[0], c.seed, mesh, 8.0, grader)
         return draw(params, 0, jax.random.key(0), params)
@@ -173,8 +174,10 @@ def own_rows(batch):
 
 
 def test_a_context_moves_the_response_behind_another_prompt(files):
-    """On own samples (padded on the left) and on traces (on the right), by transformers."""
-    c = config(files, "gkd", context__column="solution", context__text=str(files / "hint.txt"))
+    """On own samples (padded on the left) and on traces (on the right), read in two turns; by
+    transformers."""
+    hint = str(files / "hint.txt")
+    c = config(files, "gkd", context__column="solution", context__text=hint, accumulate=2)
     prompts = behind(files, in_system)
     network = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
     batch, _ = collected(c)

@@ -128,10 +128,18 @@ def cudnn(
 
     No scores are kept, but the mask is: [B, T, T] numbers of q's dtype, shared by the heads.
     """
-    return _fused(q_BTNH, k_BTKH, v_BTKH, segments_BT, "cudnn")
+    return _masked(q_BTNH, k_BTKH, v_BTKH, segments_BT, "cudnn")
 
 
-def _fused(
+def cudnn_lengths(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array
+) -> jax.Array:
+    """The same without a mask, for rows that hold one segment each, its tokens side by side, with
+    padding on either side: cuDNN is told their lengths, and skips what is behind."""
+    return _by_length(q_BTNH, k_BTKH, v_BTKH, segments_BT, "cudnn")
+
+
+def _masked(
     q_BTNH, k_BTKH, v_BTKH, segments_BT, implementation: Literal["xla", "cudnn"]
 ) -> jax.Array:
     same_B1TT = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
@@ -140,11 +148,53 @@ def _fused(
     )
 
 
-TABLE: dict[str, Attend] = {"xla": plain, "splash": splash, "cudnn": cudnn}
+def _by_length(
+    q_BTNH, k_BTKH, v_BTKH, segments_BT, implementation: Literal["xla", "cudnn"]
+) -> jax.Array:
+    real_BT = segments_BT > 0
+    first_B = jnp.argmax(real_BT, axis=1)
+    length_B = jnp.maximum(jnp.sum(real_BT, axis=1, dtype=jnp.int32), 1)  # a row may be all padding
+    real_BT11 = real_BT[..., None, None]
+    # What the kernel leaves in places behind the length is not defined, forward and backward: the
+    # two selections keep it out of values and gradients.
+    left = (_roll(jnp.where(real_BT11, x, 0), first_B) for x in (q_BTNH, k_BTKH, v_BTKH))
+    out_BTNH = jax.nn.dot_product_attention(
+        *left,
+        query_seq_lengths=length_B,
+        key_value_seq_lengths=length_B,
+        is_causal=True,
+        implementation=implementation,
+    )
+    return jnp.where(real_BT11, _roll(out_BTNH, -first_B), 0)
 
 
-def choose(wanted: str, platform: str, head_dim: int, dtype: jnp.dtype) -> str:
+@jax.custom_vjp
+def _roll(x_BTNH: jax.Array, by_B: jax.Array) -> jax.Array:
+    """Each row to the left by its own number of places, around its ends. The gradient is the roll
+    back: what jax makes of that of a gather is a scatter, which is slow."""
+    T = x_BTNH.shape[1]
+    from_BT = (jnp.arange(T)[None] + by_B[:, None]) % T
+    return jnp.take_along_axis(x_BTNH, from_BT[..., None, None], axis=1)
+
+
+_roll.defvjp(
+    lambda x_BTNH, by_B: (_roll(x_BTNH, by_B), by_B),
+    lambda by_B, g_BTNH: (_roll(g_BTNH, -by_B), None),
+)
+
+
+TABLE: dict[str, Attend] = {
+    "xla": plain,
+    "splash": splash,
+    "cudnn": cudnn,
+    "cudnn_lengths": cudnn_lengths,
+}
+
+
+def choose(wanted: str, platform: str, head_dim: int, dtype: jnp.dtype, packed: bool = True) -> str:
     """The row of TABLE for `wanted`, which may be "auto": the fastest that this platform has.
+
+    packed: whether a row may hold more than one segment; cuDNN does better without.
 
     Raises:
       UserError: if what is wanted cannot run there.
@@ -163,9 +213,9 @@ def choose(wanted: str, platform: str, head_dim: int, dtype: jnp.dtype) -> str:
         else "",
     }
     if wanted == "auto":
-        return next(kind for kind in ("splash", "cudnn", "xla") if not cannot[kind])
-    if wanted not in TABLE:
-        raise UserError(f"attention={wanted!r} is none of auto, {', '.join(TABLE)}")
+        wanted = next(kind for kind in ("splash", "cudnn", "xla") if not cannot[kind])
+    if wanted not in cannot:
+        raise UserError(f"attention={wanted!r} is none of auto, {', '.join(cannot)}")
     if cannot[wanted]:
         raise UserError(f"attention={wanted!r}: {cannot[wanted]}")
-    return wanted
+    return "cudnn_lengths" if wanted == "cudnn" and not packed else wanted

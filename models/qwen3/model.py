@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models.qwen3 import attention, quantised
+from models.qwen3 import attention, quantised, sharded
 from models.qwen3.cache import Cache
 from models.qwen3.config import Config
 from models.qwen3.lora import LORA, LoRA, factors
@@ -139,13 +139,13 @@ class Block(nn.Module):
         mixed, cache = Attention(self.config, self.kernel, self.lora, name="attention")(
             normed, rope, segments_BT, cache, layer
         )
-        x_BTD = x_BTD + mixed
+        x_BTD = sharded.stream(x_BTD + mixed)
         normed = RMSNorm(self.config.rms_norm_eps, name="mlp_norm")(x_BTD)
         if self.sparse:
-            x_BTD = x_BTD + MoE(self.config, self.lora, name="moe")(normed, segments_BT, replay_BTA)
+            mixed = MoE(self.config, self.lora, name="moe")(normed, segments_BT, replay_BTA)
         else:
-            x_BTD = x_BTD + MLP(self.config, self.lora, name="mlp")(normed)
-        return (nn.with_logical_constraint(x_BTD, ("batch", None, None)), cache), None
+            mixed = MLP(self.config, self.lora, name="mlp")(normed)
+        return (sharded.stream(x_BTD + mixed), cache), None
 
 
 class Qwen3(nn.Module):
@@ -188,8 +188,11 @@ class Qwen3(nn.Module):
         embed_VD: Any = self.param("embed", table, (c.vocab_size, D), jnp.float32)
         if not c.tie_word_embeddings:
             self.param("head", table, (c.vocab_size, D), jnp.float32)
-        x_BTD = embed_VD[tokens_BT].astype(self.dtype)
-        x_BTD = nn.with_logical_constraint(x_BTD, ("batch", None, None))
+        if cache is None:
+            x_BTD = sharded.embed(embed_VD, tokens_BT, self.dtype)
+        else:
+            x_BTD = embed_VD[tokens_BT].astype(self.dtype)
+        x_BTD = sharded.stream(x_BTD)
         rope = rotary(positions_BT, c)
         if cache is not None:
             cache = cache.fill(segments_BT > 0)

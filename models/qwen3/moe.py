@@ -195,6 +195,7 @@ class MoE(nn.Module):
         gate, gate_low = kernel("gate", _GATE_UP, E, D, F)
         up, up_low = kernel("up", _GATE_UP, E, D, F)
         down, down_low = kernel("down", _DOWN, E, F, D)
+        x_BTD = nn.with_logical_constraint(x_BTD, ("batch", None, None))
         x_MD = x_BTD.reshape(-1, D)
         logits_ME = jnp.einsum(
             "MD,DE->ME", x_MD, router_DE.astype(x_MD.dtype), preferred_element_type=jnp.float32

@@ -1,4 +1,4 @@
-"""The benchmark of samplers, whole, on a tiny model: what it writes, and that samplers agree."""
+"""The side-by-side benchmarks, whole, on tiny models: what they write, and that samplers agree."""
 
 import json
 import subprocess
@@ -29,3 +29,24 @@ def test_samplers_side_by_side(tmp_path: Path) -> None:
     table = (tmp_path / "results" / "rollout-float32.md").read_text()
     assert table in done.stdout and "not installed" in table
     assert (tmp_path / "results" / "rollout-float32.svg").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["train_step", "score", "loss"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_random_models_side_by_side(tmp_path: Path, name: str, dtype: str) -> None:
+    for library in ("matplotlib", "trl"):
+        pytest.importorskip(library)
+    command = [sys.executable, "-m", f"benchmarks.{name}", f"--dtype={dtype}", "--layers=1"]
+    flags = ["--vocabulary=256", "--rows=1", "--tokens=16", "--rounds=1", "--steps=1"]
+    flags += ["--tunix_python=/no/such/python", f"--out={tmp_path}"]
+    done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / f"{name}-{dtype}.json").read_text())["rows"]
+    assert {row["name"] for row in rows} >= {"ours"} and len(rows) > 1
+    for row in rows:
+        if row["name"] == "tunix":
+            assert "not installed" in row["absent"]
+        else:
+            assert row.get("seconds", 0) > 0 and row["peak_bytes"] > 2**20, row
+    assert (tmp_path / f"{name}-{dtype}.md").read_text() in done.stdout
+    assert (tmp_path / f"{name}-{dtype}.svg").stat().st_size > 1000

@@ -1,0 +1,38 @@
+"""python -m benchmarks.loss [--dtype=bfloat16]: the exact reverse KL of given hidden states alone.
+
+Hidden states of student and teacher and their output heads, random, to the mean divergence and its
+gradients in the student's two: this project's streamed head, which holds a chunk of logits, against
+TRL's `generalized_jsd_loss` on all of them. Each turn of each is a process of its own. Writes a
+table (.md), all numbers (.json) and a plot (.svg) to --out.
+
+Operations are those of the formula: three products with the student's head, one with the teacher's.
+Bytes are what it cannot do without: heads and hidden states read, the student's twice, and its
+gradients written.
+"""
+
+from benchmarks import contest
+from distill import cli
+
+OPTIONS = contest.options(rounds=2)
+contest.models(OPTIONS, rows=1, tokens=1024)
+
+
+def counts() -> contest.Row:
+    """What a call cannot do without."""
+    student, teacher = (contest.config(OPTIONS, name) for name in ("student", "teacher"))
+    M, V = OPTIONS.rows * OPTIONS.tokens, student.vocab_size
+    D, E = student.hidden_size, teacher.hidden_size
+    wide = 4 if OPTIONS.dtype == "float32" else 2
+    moved = D * (V * 12 + M * 3 * wide) + E * (V + M) * wide  # the student's head is float32
+    return {"tokens": M, "flop": 2 * M * V * (3 * D + E), "bytes": moved}
+
+
+def main() -> None:
+    remark = (
+        f"A vocabulary of {contest.config(OPTIONS, 'student').vocab_size}; layers play no part."
+    )
+    contest.run("loss", "The divergence alone", OPTIONS, {"loss": counts()}, [remark])
+
+
+if __name__ == "__main__":
+    cli.run(main, OPTIONS)

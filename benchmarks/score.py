@@ -1,0 +1,41 @@
+"""python -m benchmarks.score [--dtype=bfloat16] [--tunix_python=PATH]: scoring what was written.
+
+One random Qwen3 (--student) reads full rows:
+
+hidden   to final hidden states, which is what a teacher hands over, against transformers' model
+         without its head
+logp     to the log-probability of each token, streamed over the vocabulary, against transformers
+         and google-tunix, who hold all logits
+
+Each turn of each is a process of its own. Writes a table (.md), all numbers (.json) and a plot
+(.svg) to --out. Operations are those of the formula; bytes are the weights, read once.
+"""
+
+from absl import flags
+
+from benchmarks import contest
+from distill import cli, programs
+
+OPTIONS = contest.options(rounds=2)
+contest.models(OPTIONS, rows=1, tokens=4096)
+KNOWN = ["hidden", "logp"]
+CASES = flags.DEFINE_multi_enum("case", KNOWN, KNOWN, "Which.", flag_values=OPTIONS)
+
+
+def counts(case: str) -> contest.Row:
+    """What a call cannot do without."""
+    config, head = contest.config(OPTIONS, "student"), case == "logp"
+    M, mean = OPTIONS.rows * OPTIONS.tokens, (OPTIONS.tokens + 1) / 2
+    wide = 4 if OPTIONS.dtype == "float32" else 2
+    moved = programs.operations(config, 1, 0, head) / 2 * wide
+    flop = programs.operations(config, M, mean, head)
+    return {"tokens": M, "flop": flop, "bytes": moved}
+
+
+def main() -> None:
+    cases = {case: counts(case) for case in CASES.value}
+    contest.run(contest.named("score", KNOWN, cases), "Scoring side by side", OPTIONS, cases, [])
+
+
+if __name__ == "__main__":
+    cli.run(main, OPTIONS)

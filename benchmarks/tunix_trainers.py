@@ -1,0 +1,112 @@
+"""google-tunix as a contender of benchmarks/trainers.py, in a venv of its own."""
+
+from typing import Any
+
+from benchmarks import workers
+from benchmarks.workers import B1, B2, CLIP, RATE, Answer, Job, jax_peak, timed
+
+
+def _network(job: Job, name: str, trained: bool = False) -> Any:
+    """Its Qwen3, random: what is trained in float32, what is read in the dtype it computes in."""
+    import jax.numpy as jnp
+    from tunix.models.qwen3 import model as tunix_model  # pyright: ignore[reportMissingImports]
+
+    dtype = jnp.dtype(job["dtype"])
+    changes = {"param_dtype": jnp.dtype("float32") if trained else dtype}
+    if trained and job.get("remat"):
+        changes["remat_config"] = tunix_model.RematConfig.DECODER
+    config = workers.tunix_config(job[name], dtype, **changes)
+    return tunix_model.Qwen3(config, rngs=tunix_model.nnx.Rngs(0))
+
+
+def _inputs(input_tokens: Any, input_mask: Any) -> dict[str, Any]:
+    import jax.numpy as jnp
+
+    B, T = input_tokens.shape
+    return {
+        "input_tokens": input_tokens,
+        "positions": jnp.broadcast_to(jnp.arange(T), (B, T)),
+        "cache": None,
+        "attention_mask": jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T)),
+    }
+
+
+def _mesh() -> Any:
+    import jax
+
+    return jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+def step(job: Job) -> Answer:
+    """Its DistillationTrainer with the strategy LogitStrategy, which has the forward KL alone (at
+    alpha 1 and temperature 1), or its PeftTrainer. Weights and moments are float32."""
+    import jax
+    import numpy as np
+    import optax
+    from tunix.distillation import (  # pyright: ignore[reportMissingImports]
+        distillation_trainer,
+        strategies,
+    )
+    from tunix.sft import peft_trainer  # pyright: ignore[reportMissingImports]
+
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(CLIP), optax.adamw(RATE, B1, B2, weight_decay=0.0)
+    )
+    rows = (job["rows"], job["tokens"])
+    tokens_BT = np.random.default_rng(0).integers(0, job["student"]["vocab_size"], rows)
+    given = {"input_tokens": tokens_BT.astype(np.int32), "input_mask": np.ones(rows, bool)}
+    with _mesh():
+        student = _network(job, "student", trained=True)
+        if job["what"] == "reverse_kl":
+            V = job["student"]["vocab_size"]
+
+            def forward(network: Any, input_tokens: Any, input_mask: Any) -> Any:
+                return network(**_inputs(input_tokens, input_mask))[0]
+
+            def labels(input_tokens: Any, input_mask: Any) -> Any:
+                return jax.nn.one_hot(input_tokens, V)
+
+            strategy = strategies.LogitStrategy(forward, forward, labels, 1.0, 1.0)
+            config = distillation_trainer.TrainingConfig(eval_every_n_steps=10**9)
+            trainer: Any = distillation_trainer.DistillationTrainer(
+                student, _network(job, "teacher"), strategy, optimizer, config
+            )
+            batch = distillation_trainer.TrainingInput(**given)
+        else:
+            config = peft_trainer.TrainingConfig(eval_every_n_steps=10**9)
+            trainer = peft_trainer.PeftTrainer(student, optimizer, config)
+
+            def inputs(x: Any) -> dict[str, Any]:
+                found = _inputs(x.input_tokens, x.input_mask)
+                found.pop("cache")
+                return {**found, "input_mask": x.input_mask}
+
+            trainer = trainer.with_gen_model_input_fn(inputs)
+            batch = peft_trainer.TrainingInput(**given)
+        trainer.is_managed_externally = True  # or it would skip as many batches as it has had
+
+        def once() -> None:
+            trainer.train([batch])
+            jax.block_until_ready(peft_trainer.nnx.state(trainer.model))
+
+        return timed(once, job, jax_peak, warm=2)  # it compiles in its second step once more
+
+
+def score(job: Job) -> Answer:
+    import jax
+    import jax.numpy as jnp
+    from tunix.models.qwen3 import model as tunix_model  # pyright: ignore[reportMissingImports]
+
+    tokens_BT = jax.random.randint(
+        jax.random.key(1), (job["rows"], job["tokens"]), 0, job["student"]["vocab_size"]
+    )
+    with _mesh():
+        read = _network(job, "student")
+
+        @tunix_model.nnx.jit
+        def logp(network: Any, tokens_BT: jax.Array) -> jax.Array:
+            logits_BTV = network(**_inputs(tokens_BT, None))[0][:, :-1]
+            logp_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32))
+            return jnp.take_along_axis(logp_BTV, tokens_BT[:, 1:, None], axis=-1)
+
+        return timed(lambda: jax.block_until_ready(logp(read, tokens_BT)), job, jax_peak)

@@ -1,0 +1,125 @@
+"""What the side-by-side benchmarks share: processes that answer, medians, tables."""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # it warns that what we compare with may change
+
+from benchmarks import contest, loss, score, train_step, trainers
+from models.qwen3.config import SIZES
+
+FAKE = """
+import sys
+from benchmarks import workers
+
+def begin():
+    if sys.argv[1] == "absent":
+        import nothing_of_this_name
+    return answer
+
+def answer(job):
+    if job["tokens"] < 2:
+        raise MemoryError("no room\\nat all")
+    print("noise")
+    with open(sys.argv[1], "a+") as log:
+        log.seek(0)
+        turn = len(log.read())
+        log.write("x")
+    return {"seconds": [1.0 + turn, 2.0 + turn], "first_call_seconds": turn, "peak_bytes": turn}
+
+workers.serve(begin)
+"""
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "fake_worker.py").write_text(FAKE)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{contest.ROOT}")
+    return tmp_path
+
+
+def test_turns(fake: Path) -> None:
+    def begin(python: str, name: str):
+        return lambda: contest.Worker(python, "fake_worker", name)
+
+    who = {
+        "a": begin(sys.executable, str(fake / "a")),
+        "absent": begin(sys.executable, "absent"),
+        "no python": begin("/no/such/python", "a"),
+    }
+    found, _ = contest.turns(who, 3, {"tokens": 5})
+    # Each turn is a new process: 1 2, 2 3, 3 4.
+    assert found["a"]["all_seconds"] == [1, 2, 2, 3, 3, 4]
+    assert found["a"]["seconds"] == 2.5
+    assert found["a"]["first_call_seconds"] == 1 and found["a"]["peak_bytes"] == 2
+    assert "not installed" in found["absent"]["absent"]
+    assert "not installed (/no/such/python" in found["no python"]["absent"]
+    found, _ = contest.turns({"a": who["a"]}, 1, {"tokens": 1})
+    assert found["a"] == {"absent": "MemoryError: no room"}
+
+
+def test_table() -> None:
+    limits = {"float32": 1e12, "copy": 1e10}
+    row = {"case": "c", "tokens": 100, "flop": 5e11, "bytes": 5e9, "first_call_seconds": 3.0}
+    rows = [
+        {**row, "name": "ours", "seconds": 1.0, "peak_bytes": 2**30},
+        {**row, "name": "theirs", "seconds": 2.0, "peak_bytes": 2**31},
+        {"case": "c", "name": "gone", "absent": "ended (-9)"},
+    ]
+    lines = contest.table(rows, limits, "float32")[2:]
+    assert lines[0] == "| c | ours | 100 | 1.00 | 1 | 0.5 | 50% | 5 | 50% | 1.00 | 3.0 |"
+    assert lines[1] == "| c | theirs | 50 | 2.00 | 2 | 0.25 | 25% | 2.5 | 25% | 2.00 | 3.0 |"
+    assert lines[2].startswith("| c | gone | ended (-9) |")
+
+
+def test_what_a_call_cannot_do_without() -> None:
+    """Against formulas by hand: 6 operations a weight and token of the student, 2 of the teacher,
+    attention beside them."""
+    for of in (train_step, score, loss):
+        of.OPTIONS.mark_as_parsed()
+        of.OPTIONS.rows, of.OPTIONS.tokens = 2, 64
+    M, V, D, E, L = 128, 151_936, 1024, 2048, 28
+    student = L * (2 * D * 2048 + 2 * D * 1024 + 3 * D * 3072) + V * D
+    attention = 4 * M * L * 2048 * 65 / 2
+    sft = train_step.counts("sft")
+    assert sft["flop"] == pytest.approx(6 * M * student + 3 * attention)
+    assert sft["bytes"] == pytest.approx(student * (2 * 4 + 8 * 4))
+    teacher = 28 * (2 * E * 2048 + 2 * E * 1024 + 3 * E * 6144) + V * E
+    extra = train_step.counts("reverse_kl")["flop"] - sft["flop"]
+    assert extra == pytest.approx(2 * M * teacher + attention)
+    assert score.counts("logp")["flop"] == pytest.approx(2 * M * student + attention)
+    assert score.counts("hidden")["flop"] == pytest.approx(2 * M * (student - V * D) + attention)
+    assert loss.counts()["flop"] == pytest.approx(2 * M * V * (3 * D + E))
+    train_step.OPTIONS.layers = 2
+    assert contest.config(train_step.OPTIONS, "teacher") == dataclasses.replace(
+        SIZES["1.7b"], num_hidden_layers=2
+    )
+
+
+def test_contenders() -> None:
+    train_step.OPTIONS.mark_as_parsed()
+    assert list(contest.contenders(train_step.OPTIONS, "reverse_kl")) == ["ours", "trl", "tunix"]
+    train_step.OPTIONS.dtype = "bfloat16"
+    assert "trl, autocast" in contest.contenders(train_step.OPTIONS, "reverse_kl")
+    train_step.OPTIONS.dtype = "float32"
+
+
+@pytest.mark.parametrize("what", [pytest.param("loss", marks=pytest.mark.long), "logp"])
+def test_contenders_answer(what: str) -> None:
+    """This project's and torch's, at tiny shapes, in this process."""
+    size = dataclasses.replace(
+        SIZES["0.6b"],
+        **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 64},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8},
+    )
+    job = {"what": what, "rows": 8, "tokens": 4, "dtype": "float32", "steps": 2}
+    job |= {"student": size.to_hf(), "teacher": dataclasses.replace(size, hidden_size=24).to_hf()}
+    torch = trainers.torch_loss if what == "loss" else trainers.torch_score
+    ours = trainers.our_loss if what == "loss" else trainers.our_score
+    for answer in (ours(job), torch(job)):
+        assert len(answer["seconds"]) == 2 and min(answer["seconds"]) > 0
+        assert answer["peak_bytes"] > 2**20

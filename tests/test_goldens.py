@@ -1,0 +1,140 @@
+"""Recipes compiled for the slices that they are meant for: they fit, and neither memory nor what
+travels between devices got worse than tests/goldens.json says.
+
+    GOLDENS=renew python -m pytest -m "" tests/test_goldens.py [-k NAME]
+
+writes that file anew, for the cases that are run, from what is compiled now; its diff is to be read
+and committed with the change that caused it. The figures depend on the versions of jax and libtpu
+that they were made with, which the file names: with others, the cases are skipped.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ml_collections import ConfigDict
+
+from distill import aot, plan
+from distill.roofline import GIB, Row
+
+FILE = Path(__file__).parent / "goldens.json"
+WORSE = 1.05
+
+FLAGSHIP: dict[str, Any] = {
+    "mesh.tensor": 8,
+    "opd.batch_size": 64,
+    "opd.accumulate": 1,
+    "opd.max_prompt_tokens": 1024,
+    "opd.max_response_tokens": 3072,
+}
+# Name -> recipe, slice, what differs from the recipe. Each is compiled in its `opd` stage.
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "colab, v5e-1": ("colab", "v5e:1x1", {}),
+    "8b from 32b, 64 x 4k, v5e-64": (
+        "strong_to_weak:student=8b,teacher=32b",
+        "v5e:8x8",
+        FLAGSHIP,
+    ),
+    "8b from 32b, 18k, v5p-32": ("strong_to_weak:student=8b,teacher=32b", "v5p:2x2x4", {}),
+    "8b from 235b-a22b, 18k, v5p-128": (
+        "strong_to_weak:student=8b,teacher=235b-a22b",
+        "v5p:4x4x4",
+        {},
+    ),
+    "30b-a3b from 235b-a22b, 18k, v5p-128": (
+        "strong_to_weak:student=30b-a3b,teacher=235b-a22b",
+        "v5p:4x4x4",
+        {},
+    ),
+}
+
+
+def config(recipe: str, changes: dict[str, Any]) -> ConfigDict:
+    file, _, argument = recipe.partition(":")
+    c = importlib.import_module(f"configs.{file}").get_config(argument)
+    c.update_from_flattened_dict({**changes, "stages": ("opd",)})
+    return c
+
+
+@functools.cache
+def compiled(name: str) -> dict[str, Any]:
+    """Program -> peak memory in GiB (with all that lies beside it), and what it receives: kind of
+    collective -> how many and how many MB a call; none where this compiler's text cannot be read.
+    """
+    recipe, topology, changes = CASES[name]
+    return measured(plan.compiled(config(recipe, changes), topology)["opd"])
+
+
+def measured(rows: list[Row]) -> dict[str, Any]:
+    return {
+        row.name: {
+            "peak_gib": round(row.total / GIB, 3),
+            "collectives": {
+                kind: [count, round(size / 1e6, 3)]
+                for kind, (count, size) in sorted((row.collectives or {}).items())
+            },
+        }
+        for row in rows
+    }
+
+
+def versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("jaxlib", "libtpu")}
+
+
+def worse(golden: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What moved up by more than 5%, one sentence each. A MB, and ten collectives, are noise."""
+    found = []
+    for program, old in golden.items():
+        new = now[program]
+
+        def moved(what: str, was: float, now: float, floor: float, program: str = program) -> None:
+            if now > max(was * WORSE, was + floor):
+                found.append(f"{program}: {what} {was:g} -> {now:g}")
+
+        moved("peak GiB", old["peak_gib"], new["peak_gib"], 0.01)
+        for kind, (count, size) in new["collectives"].items():
+            was_count, was_size = old["collectives"].get(kind, (0, 0))
+            moved(f"{kind}, how many", was_count, count, 10)
+            moved(f"{kind}, MB", was_size, size, 1)
+    return found
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", CASES)
+def test_fits_and_is_no_worse(name: str) -> None:
+    try:
+        aot.devices(CASES[name][1])
+    except plan.UserError as error:
+        pytest.skip(str(error))
+    goldens = json.loads(FILE.read_text())
+    if os.environ.get("GOLDENS") == "renew":
+        cases = {**goldens["cases"], name: compiled(name)}
+        told = {"versions": versions(), "cases": {n: cases[n] for n in CASES if n in cases}}
+        FILE.write_text(json.dumps(told, indent=1) + "\n")
+        return
+    if goldens["versions"] != versions():
+        pytest.skip(f"the goldens are of {goldens['versions']}")
+    assert name in goldens["cases"], f"{name}: no golden yet; see above how to write it"
+    found = worse(goldens["cases"][name], compiled(name))
+    assert not found, "\n".join(found)
+
+
+def test_what_is_worse_is_seen() -> None:
+    """Each figure alone; what got better, or moved by rounding, is none."""
+    old = {"update": {"peak_gib": 5.0, "collectives": {"all-gather": [100, 1000.0]}}}
+    better = {"update": {"peak_gib": 4.0, "collectives": {}}}
+    near = {"update": {"peak_gib": 5.2, "collectives": {"all-gather": [104, 1040.0]}}}
+    assert worse(old, old) == worse(old, better) == worse(old, near) == []
+    for peak, collectives, words in (
+        (5.3, {}, "update: peak GiB 5 -> 5.3"),
+        (5.0, {"all-gather": [120, 1000.0]}, "update: all-gather, how many 100 -> 120"),
+        (5.0, {"all-gather": [100, 1100.0]}, "update: all-gather, MB 1000 -> 1100"),
+        (5.0, {"all-reduce": [1, 50.0]}, "update: all-reduce, MB 0 -> 50"),
+    ):
+        assert worse(old, {"update": {"peak_gib": peak, "collectives": collectives}}) == [words]

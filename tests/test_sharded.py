@@ -1,0 +1,58 @@
+"""What the mesh does to activations is what one device computes, and no table is fetched whole."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from distill import hlo
+from distill import mesh as mesh_lib
+from models.qwen3 import sharded
+
+B, T, V, D = 8, 16, 64, 32
+
+
+def looked_up(table_VD: jax.Array, tokens_BT: jax.Array, weight_BTD: jax.Array):
+    """The embedding, and the table's gradient of a sum over it."""
+
+    def total(table_VD):
+        x_BTD = sharded.stream(sharded.embed(table_VD, tokens_BT, jnp.float32))
+        return jnp.sum(x_BTD * weight_BTD), x_BTD
+
+    (_, x_BTD), grad_VD = jax.value_and_grad(total, has_aux=True)(table_VD)
+    return x_BTD, grad_VD
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 2, 4), (2, 2, 2), (1, 2, 2, 2), (1, 1, 8)])
+def test_the_embedding_is_exchanged(sizes: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(V, D)).astype(np.float32)
+    tokens = rng.integers(0, V, (B, T)).astype(np.int32)
+    weight = rng.normal(size=(B, T, D)).astype(np.float32)
+    expected_grad = np.zeros((V, D))
+    np.add.at(expected_grad, tokens, weight)
+    mesh = mesh_lib.make(*sizes)
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh_lib.VOCABULARY))
+    given = (jax.device_put(table, split), *jax.device_put((tokens, weight), mesh_lib.rows(mesh)))
+    with mesh_lib.use(mesh):
+        compiled = jax.jit(looked_up, out_shardings=(None, split)).lower(*given).compile()
+    x, grad = compiled(*given)
+    np.testing.assert_array_equal(x, table[tokens])
+    np.testing.assert_allclose(grad, expected_grad, rtol=1e-5, atol=1e-5)
+    assert x.sharding.is_equivalent_to(
+        jax.sharding.NamedSharding(mesh, mesh_lib.stream(mesh, T)), 3
+    )
+    collectives = hlo.read(str(compiled.as_text())).collectives
+    fetched = collectives.get("all-gather", (0, 0))[1] + collectives.get("all-reduce", (0, 0))[1]
+    # The tokens, and over data the sum of a shard's gradient; the table has 8,192 bytes.
+    assert fetched <= tokens.nbytes + (sizes[0] - 1) * 2 * table.nbytes / 4
+    assert collectives["all-to-all"][1] > 0
+
+
+@pytest.mark.parametrize("shape", [(8, 15), (3, 16), (1, 1)])
+def test_what_does_not_divide_is_looked_up_plainly(shape: tuple[int, int]) -> None:
+    mesh = mesh_lib.make(1, 2, 4)
+    tokens, table = jnp.arange(np.prod(shape)).reshape(shape) % V, np.eye(V, D)
+    with mesh_lib.use(mesh):
+        x = jax.jit(lambda table: sharded.stream(sharded.embed(table, tokens, jnp.float32)))(table)
+    np.testing.assert_array_equal(x, table[tokens])
