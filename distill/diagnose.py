@@ -54,8 +54,9 @@ OUT = flags.DEFINE_string("out", "", "JSON to write.", flag_values=OPTIONS)
 
 TOP = 16  # tokens of the teacher's top that the student's is compared with
 # Bounds of judgement, not of theory: with more of the student's mass outside the teacher's top (in
-# runs that work 1 to 3% are, arXiv 2604.13016), or more responses cut, a run is doubtful.
-OUTSIDE, CUT, CONSTANT = 0.1, 0.2, 0.8
+# runs that work 1 to 3% are, arXiv 2604.13016), more responses cut or more groups constant, or less
+# of the teacher's probability on the student's stop tokens, a run is doubtful.
+OUTSIDE, CUT, CONSTANT, STOPS = 0.1, 0.2, 0.8, 0.1
 SAME_KL = 1e-4  # nats a token, below which two models are one
 
 Figures = dict[str, Any]
@@ -165,7 +166,8 @@ def difference(better: Sequence[float], worse: Sequence[float]) -> tuple[float, 
     half = 1.96 * gaps.std(ddof=1) / math.sqrt(len(gaps))
     # With no spread at all the interval is what so few prompts allow: the rule of three.
     half = max(half, 3 / len(gaps)) if not gaps.std() else half
-    return float(gaps.mean()), float(gaps.mean() - half), float(gaps.mean() + half)
+    mean = float(gaps.mean())
+    return mean, max(-1.0, mean - half), min(1.0, mean + half)
 
 
 def agreement(student: Policy, taught: Policy) -> Figures:
@@ -174,6 +176,7 @@ def agreement(student: Policy, taught: Policy) -> Figures:
     found: Figures = {
         "student_stop_ids": list(student.stop_ids),
         "teacher_stop_ids": list(taught.stop_ids),
+        "further_stop_ids": policy.further_stops(student, taught),
         "templates_agree": None,
     }
     ours, theirs = student.tokenizer, taught.tokenizer
@@ -186,7 +189,8 @@ def agreement(student: Policy, taught: Policy) -> Figures:
     return found
 
 
-# A finding: whether it speaks against the run (None: neither way), and the line.
+# A finding: whether it speaks against the run (None: neither way), and the line, which says what is
+# found, a colon, the figures, and what follows from them.
 Finding = tuple[bool | None, str]
 
 
@@ -201,28 +205,34 @@ def findings(f: Figures) -> list[Finding]:
     for name in ("student", "teacher"):
         if name in f:
             cut, length = f[name]["truncated"], f[name]["mean_length"]
-            told = f"{name}: {length:.0f} tokens a response, {100 * cut:.0f}% cut at the limit"
-            bad = cut > CUT
-            then = ": raise max_response_tokens, what is cut is never rewarded and has no end"
-            found.append((bad or None, told + (then if bad else "")))
+            told = f"{length:.0f} tokens a response, {100 * cut:.0f}% cut at the limit"
+            if cut > CUT:
+                then = "raise max_response_tokens, what is cut is never rewarded and has no end"
+                found.append((True, f"the {name} has no room: {told}; {then}"))
+            else:
+                found.append((None, f"the {name} has room: {told}"))
     if "constant_groups" in f["student"]:
         share = f["student"]["constant_groups"]
         told = f"{100 * share:.0f}% of groups are all right or all wrong"
-        if f["rewarded"]:
-            bad = share > CONSTANT
-            then = "teach nothing: take other prompts (data.curriculum=weighted)"
-            found.append((bad, f"{told}, and {then}" if bad else f"{told}: the others teach"))
+        if not f["rewarded"]:
+            found.append((None, f"this objective has no reward: {told}"))
+        elif share > CONSTANT:
+            then = "take other prompts (data.curriculum=weighted)"
+            found.append((True, f"most groups teach nothing: {told}; {then}"))
         else:
-            found.append((None, f"{told}; this objective has no reward"))
+            found.append((False, f"groups have something to compare: {told}"))
     return found
 
 
 def _alike(a: Figures) -> list[Finding]:
-    lost = sorted(set(a["teacher_stop_ids"]) - set(a["student_stop_ids"]))
-    stops = f"teacher ends at {lost} too, where the student writes on: give it these stop ids"
+    lost = a["further_stop_ids"]
+    if lost:
+        stops = f"the teacher ends where the student writes on: at {lost}; give it these stop ids"
+    else:
+        stops = f"stop ids agree: {a['student_stop_ids']}"
     found: list[Finding] = [
         (None, "tokenizers agree: every id is the same token"),
-        (bool(lost), stops if lost else f"stop ids agree: {a['student_stop_ids']}"),
+        (bool(lost), stops),
     ]
     if a["templates_agree"] is not None:
         same = a["templates_agree"]
@@ -235,29 +245,31 @@ def _near(d: Figures) -> list[Finding]:
     kl, forward, outside = d["reverse_kl"], d["forward_kl"], d["outside_top"]
     told = f"reverse KL {kl:.3f}, forward {forward:.3f} nats a token"
     same = kl < SAME_KL
-    nothing = f"{told}: the teacher is the student, nothing is to be learned from it"
+    nothing = f"the teacher is the student: {told}; nothing is to be learned from it"
     top = (
         f"{100 * d['top_overlap']:.0f}% of the teacher's top {TOP} are in the student's, "
         f"{100 * outside:.1f}% of the student's mass is outside"
     )
     far = outside > OUTSIDE
-    then = "it does not think in the teacher's way: begin with the teacher's traces (sft, distill)"
+    other = "the student does not think in the teacher's way"
+    then = "begin with the teacher's traces (sft, distill)"
     found: list[Finding] = [
-        (same, nothing if same else told),
-        (far, f"{top}: {then if far else 'it thinks in the teacher' + chr(39) + 's way'}"),
+        (same, nothing if same else f"the two differ: {told}"),
+        (far, f"{other}: {top}; {then}" if far else f"it thinks in the teacher's way: {top}"),
         (
             None,
-            f"entropy {d['entropy']:.3f} of the student, {d['teacher_entropy']:.3f} of the "
+            f"entropy: {d['entropy']:.3f} of the student, {d['teacher_entropy']:.3f} of the "
             "teacher, nats a token",
         ),
     ]
     if d["teacher_stop_logp"] is not None:
         p = math.exp(d["teacher_stop_logp"])
-        bad = p < 0.1
-        then = ": it would write on there, and lengths will grow" if bad else ""
-        found.append(
-            (bad or None, f"where the student stops the teacher would with p = {p:.2g}{then}")
-        )
+        where = f"p = {p:.2g} of the stop token there"
+        if p < STOPS:
+            on = "the teacher would write on where the student stops"
+            found.append((True, f"{on}: {where}; lengths will grow"))
+        else:
+            found.append((None, f"the teacher would stop where the student does: {where}"))
     return found
 
 
@@ -268,24 +280,25 @@ def _better(f: Figures) -> list[Finding]:
     if "teacher" not in f:
         return [(None, f"the student's pass rate is {100 * ours:.1f}%")]
     if not ours and not f["teacher"]["pass_rate"]:
-        return [(True, "no response of either is right: is reward.grader that of these answers?")]
+        return [(True, "nothing is right: no response of either; is reward.grader theirs?")]
     mean, low, high = f["gain"]
     told = (
         f"pass rate {100 * ours:.1f}%, the teacher's {100 * f['teacher']['pass_rate']:.1f}%: "
-        f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        f"{100 * mean:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
     )
     if low > 0:
-        return [(False, f"{told}, it is better")]
+        return [(False, f"the teacher is better: {told}")]
     if high < 0:
-        return [(True, f"{told}, it is worse: the student would unlearn")]
-    return [(True, f"{told}, not surely better: take more --prompts, or another teacher")]
+        return [(True, f"the teacher is worse: {told}; the student would unlearn")]
+    then = "take more --prompts, or another teacher"
+    return [(True, f"the teacher is not surely better: {told}; {then}")]
 
 
 def verdict(found: Sequence[Finding]) -> str:
     """The last line."""
     against = [line.partition(":")[0] for bad, line in found if bad]
     if not against:
-        return "verdict: worth its price, nothing here speaks against the run"
+        return "verdict: go; nothing here speaks against the run"
     return f"verdict: not yet; {len(against)} against it: " + "; ".join(against)
 
 
@@ -304,8 +317,6 @@ def diagnose(c: ConfigDict, plan: prepare.Plan, stage: Stage, mesh: Mesh, grader
         return f
     name = stage.c.teachers[0]  # of several the first: each is worth a look of its own
     teacher = plan.teachers[name]
-    if teacher.average:
-        raise UserError(f"config.{name}.path=ema: before step 0 it is the student itself")
     taught = policy.load(teacher.policy, teacher.c.param_dtype)
     teacher = dataclasses.replace(teacher, policy=taught)
     f["agreement"] = agreement(student, taught)
@@ -325,6 +336,9 @@ def main() -> None:
     name = STAGE.value or plan.stages[-1].name
     if name not in stages:
         raise UserError(f"--stage={name}: config.stages has {', '.join(stages)}")
+    for of in stages[name].c.teachers[:1] if stages[name].taught else ():
+        if plan.teachers[of].average:
+            raise UserError(f"config.{of}.path=ema: before step 0 it is the student itself")
     out = cli.output(OUT.value) if OUT.value else None
     with policy.use(plan.student):
         figures = diagnose(c, plan, stages[name], mesh, stages[name].c.reward.grader)

@@ -1,5 +1,7 @@
 """The optimiser: a schedule, a clip, and one of optax's."""
 
+import math
+
 import jax
 import optax
 import optax.contrib
@@ -32,6 +34,13 @@ def schedule(c: ConfigDict, steps: int) -> optax.Schedule:
     return optax.join_schedules([before, after], [warmup])
 
 
+# Fields that are 0 or more, and what each stays below.
+BELOW = {"b1": 1, "b2": 1} | dict.fromkeys(
+    ("learning_rate", "warmup_steps", "final_fraction", "eps", "weight_decay", "clip_norm"),
+    math.inf,
+)
+
+
 def make(c: ConfigDict, steps: int) -> optax.GradientTransformation:
     """Clip by the global norm `clip_norm` (0: never), then the optimiser `name`.
 
@@ -45,8 +54,11 @@ def make(c: ConfigDict, steps: int) -> optax.GradientTransformation:
       sgd: momentum `b1`, which 0 leaves out.
 
     Raises:
-      UserError: for an unknown name, schedule or dtype.
+      UserError: for an unknown name, schedule or dtype, or a number out of its bounds.
     """
+    for field, below in BELOW.items():
+        if not 0 <= c[field] < below:
+            raise UserError(f"{field}={c[field]}: must be at least 0 and below {below}")
     if c.momentum_dtype not in ("float32", "bfloat16"):
         raise UserError(f"momentum_dtype={c.momentum_dtype!r}: known are float32 and bfloat16")
     if c.name not in TABLE:

@@ -99,7 +99,7 @@ def models_of(c: ConfigDict, mesh: Mesh, teachers: tuple[str, ...], referred: bo
             found = describe(t.path, t.dtype, False, mesh, name, kernel=c.attention)
             read[name] = dataclasses.replace(found, params=policy.loaded(found, t.param_dtype))
     reference = None
-    if referred and not lora:
+    if referred and not teacher.is_base(student):
         reference = dataclasses.replace(plain, params=policy.loaded(plain, m.param_dtype))
     return Models(student, trained, read, reference)
 

@@ -352,6 +352,16 @@ def require_same_vocabulary(student: Policy, teacher: Policy) -> None:
         )
 
 
+def is_loaded(policy: Policy) -> bool:
+    """Whether its parameters are arrays, not shapes alone."""
+    return isinstance(jax.tree.leaves(policy.params)[0], jax.Array)
+
+
+def further_stops(student: Policy, teacher: Policy) -> list[int]:
+    """Stop ids of a teacher where the student would write on."""
+    return sorted(set(teacher.stop_ids) - set(student.stop_ids))
+
+
 def randomise(policy: Policy, key: jax.Array) -> Policy:
     """A described policy with random float32 parameters, drawn where they will live."""
     return dataclasses.replace(policy, params=_drawn(policy, key, None))

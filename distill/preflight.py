@@ -2,7 +2,7 @@
 of two rows, memory. What would go wrong in silence is a line that begins with "warning:".
 """
 
-import math
+import dataclasses
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from distill import benchmarks, chat, data, examples, generate, metrics, policy
+from distill import benchmarks, chat, data, examples, generate, metrics, policy, programs
 from distill import mesh as mesh_lib
+from distill import teacher as teacher_lib
 from distill.policy import Policy
 from distill.prepare import Plan, Stage
 from distill.validate import Validation
@@ -69,19 +70,18 @@ def _stops(p: Policy) -> str:
 
 def _teaching(name: str, taught: Policy, plan: Plan, trained: Params) -> Iterator[str]:
     """Whether the teacher can teach: ends its turns as the student does, and is another model."""
-    if lost := set(taught.stop_ids) - set(plan.student.stop_ids):
-        yield f"warning: {name} stops at {sorted(lost)} too, where the student would go on"
+    if lost := policy.further_stops(plan.student, taught):
+        yield f"warning: {name} stops at {lost} too, where the student would go on"
     first = next(stage for stage in plan.stages if stage.taught and name in stage.c.teachers)
     if first.c.context.text or first.c.context.column:
         return  # which the student does not read: its own weights may teach it
+    if not policy.is_loaded(taught):  # a later stage reads it, and finds another student
+        return
     if plan.student.config == taught.config and same(plan.student, trained, taught):
-        if first is plan.stages[0]:
-            yield (
-                f"warning: {name} ({taught.path}) has the student's own weights: nothing is to be "
-                f"learned from it in {first.name}"
-            )
-        else:
-            yield f"{name} is the student as it now is, before {plan.stages[0].name}"
+        yield (
+            f"warning: {name} ({taught.path}) has the student's own weights: nothing is to be "
+            f"learned from it in {first.name}"
+        )
 
 
 def same(student: Policy, trained: Params, taught: Policy) -> bool:
@@ -198,40 +198,46 @@ def _asked(stage: Stage, seed: int, validation: Validation, student: Policy) -> 
 
 
 def memory(plan: Plan, c: ConfigDict, trained: Params) -> Iterator[str]:
-    """About how much a device will hold, counted by shapes and not measured; a warning if it has
-    less. Weights, moments and gradients are exact, activations those that rematerialisation keeps.
+    """About how much a device will hold in the stage that needs most, counted by shapes and not
+    measured; a warning if it has less. What the run keeps is exact, activations are those that
+    rematerialisation keeps.
     """
-    parts = {"trained weights": per_device(trained), "gradient": per_device(trained)}
-    parts["optimiser"] = max(
-        per_device(trained) * _size(jax.eval_shape(stage.optimizer.init, trained)) / _size(trained)
-        for stage in plan.stages
-    )
-    frozen = {name: t.policy.params for name, t in plan.teachers.items() if not t.average}
-    if plan.reference:
-        frozen["reference"] = plan.reference.params
-    if plan.student.model.lora:
-        frozen["base"] = plan.student.params
-    shared = {id(leaf): leaf for tree in frozen.values() for leaf in jax.tree.leaves(tree)}
-    parts["models that are read"] = per_device(list(shared.values()))
-    parts["sampling"] = max(_sampling(stage, plan.student) for stage in plan.stages)
-    parts["activations"] = max(_activations(stage, plan) for stage in plan.stages)
-    parts["logits"] = c.logits_mib * 2**20
+    parts = max((_parts(stage, plan, c, trained) for stage in plan.stages), key=_total)
     told = ", ".join(f"{name} {n / GIB:.2f}" for name, n in parts.items() if n)
-    total, limit = sum(parts.values()), _limit()
+    total, limit = _total(parts), _limit()
     has = f"; it has {limit / GIB:.1f}" if limit else ""
     yield f"memory: about {total / GIB:.2f} GiB a device ({told}){has}"
     if limit and total > limit:
         yield "warning: that is more than a device has; more devices, accumulate, or fewer slots"
 
 
-def per_device(params: Params) -> float:
-    """Bytes of parameters, or of their shapes, on one device."""
-    leaves = jax.tree.leaves(params)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+def _total(parts: dict[str, float]) -> float:
+    return sum(parts.values())
 
 
-def _size(tree: Any) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+def _parts(stage: Stage, plan: Plan, c: ConfigDict, trained: Params) -> dict[str, float]:
+    """Bytes that a device holds in a stage, by what they are of."""
+    teachers = {name: plan.teachers[name] for name in stage.c.teachers if stage.taught}
+    taught = {name: _read(of.policy, of.c.param_dtype) for name, of in teachers.items()}
+    reference = plan.reference if stage.loss.reference else None
+    if reference:
+        own = teacher_lib.is_base(plan.student)
+        reference = None if own else _read(reference, c.student.param_dtype)
+    models = programs.Models(plan.student, trained, taught, reference)
+    return {
+        **programs.held(c, models, stage.c),
+        "gradient": programs.bytes_of(trained),
+        "sampling": _sampling(stage, plan.student),
+        "activations": _activations(stage, plan),
+        "logits": c.logits_mib * 2**20,
+    }
+
+
+def _read(p: Policy, param_dtype: str) -> Policy:
+    """A policy as it is when its stage has read it: shapes will do."""
+    if policy.is_loaded(p):
+        return p
+    return dataclasses.replace(p, params=policy.loaded(p, param_dtype))
 
 
 def _sampling(stage: Stage, student: Policy) -> float:

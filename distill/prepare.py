@@ -3,6 +3,7 @@ read or file written."""
 
 import dataclasses
 import functools
+from typing import Any
 
 import optax
 from jax.sharding import Mesh
@@ -26,6 +27,8 @@ from distill import (
 from distill.policy import Policy
 from distill.teacher import Teacher
 from models.errors import UserError
+
+REFERENCE = "a reference"  # its name in what is held, which no teacher can have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +72,8 @@ class Stage:
 class Plan:
     """A checked run: models described but not loaded, stages in order.
 
-    `load` reads the teachers, the reference, and the student where it is the frozen base of a LoRA
-    (and then what is that base too).
+    `base` reads the student where it is the frozen base of a LoRA, `load` what one stage reads: its
+    teachers and its reference.
     """
 
     student: Policy
@@ -138,15 +141,36 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
     return Plan(student, teachers, reference, tuple(listed), m.replay_routing)
 
 
-def load(c: ConfigDict, plan: Plan) -> Plan:
-    """Reads all that the run only reads: teachers, reference, and the base of a LoRA."""
-    student, reference = plan.student, plan.reference
-    if student.model.lora:
-        student = policy.load(student, c.student.param_dtype)
-    loaded = {name: teacher.load(t, student) for name, t in plan.teachers.items()}
-    if reference:
-        reference = teacher.begun(reference, student, c.student.param_dtype)
-    return dataclasses.replace(plan, student=student, teachers=loaded, reference=reference)
+def base(c: ConfigDict, plan: Plan) -> Plan:
+    """Reads the base of a LoRA, which all stages share."""
+    if not plan.student.model.lora:
+        return plan
+    student = policy.load(plan.student, c.student.param_dtype)
+    return dataclasses.replace(plan, student=student)
+
+
+def load(
+    c: ConfigDict, plan: Plan, stage: Stage, held: dict[str, Policy | Teacher] | None = None
+) -> Plan:
+    """Reads what a stage only reads: its teachers and its reference.
+
+    plan: with what `base` read. held: what was read for earlier stages, by name; what this one does
+      not need is let go of before anything is read, and what is read is added.
+    """
+    held = {} if held is None else held
+    names = set(stage.c.teachers) if stage.taught else set()
+    needed = names | ({REFERENCE} if stage.loss.reference else set())
+    for name in held.keys() - needed:
+        del held[name]
+    for name in sorted(needed - held.keys()):  # of several processes all in one order
+        if name == REFERENCE:
+            assert plan.reference is not None
+            held[name] = teacher.begun(plan.reference, plan.student, c.student.param_dtype)
+        else:
+            held[name] = teacher.load(plan.teachers[name], plan.student)
+    teachers: Any = {**plan.teachers, **{name: held[name] for name in names}}
+    reference: Any = held.get(REFERENCE, plan.reference)
+    return dataclasses.replace(plan, teachers=teachers, reference=reference)
 
 
 def _stage(
@@ -202,7 +226,10 @@ def _stage(
     if s.rollout.ahead:
         stages.check_ahead(name, s, loss, sampled)
     ahead = rollout.Ahead() if s.rollout.ahead else None
-    optimizer = optim.make(s.optim, s.steps * s.epochs * s.minibatches)
+    try:
+        optimizer = optim.make(s.optim, s.steps * s.epochs * s.minibatches)
+    except UserError as error:
+        raise UserError(f"config.{name}.optim.{error}") from None
     return Stage(name, s, first, source, optimizer, loss, sampled, packer, parked, room, ahead)
 
 

@@ -87,7 +87,7 @@ def _own(c: ConfigDict, name: str, models: Models) -> str:
     path = c[name].path
     if path == teacher.EMA:
         return "average"
-    return "base" if path == teacher.INITIAL and models.student.model.lora else ""
+    return "base" if path == teacher.INITIAL and teacher.is_base(models.student) else ""
 
 
 def operations(config: Config, tokens: float, context: float, head: bool) -> float:
@@ -158,7 +158,7 @@ def of_stage(
                 ),
                 1,
                 operations(reference.config, B * T, mean, head=True),
-                ("base",) if student.model.lora else ("reference",),
+                ("reference",) if models.reference else ("base",),
             )
         )
         batch = dataclasses.replace(batch, reference_logp_BT=array("float32", T))

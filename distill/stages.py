@@ -1,6 +1,7 @@
 """What the config of one stage means, and what it may not say."""
 
 import dataclasses
+import math
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -62,7 +63,10 @@ def _check_reward(name: str, s: ConfigDict, loss: losses.Loss) -> None:
             f"config.{name}.reward.constant_groups: {r.constant_groups!r} is none of "
             f"{', '.join(GROUPS)}"
         )
-    if not any((*terms_of(s).values(), r.judge)):
+    weights = (*terms_of(s).values(), r.judge)
+    if not all(map(math.isfinite, weights)):
+        raise UserError(f"config.{name}.reward: weights {weights} are not all finite")
+    if not any(weights):
         raise UserError(f"config.{name}.reward: all weights are 0")
     if r.length and not 0 < r.margin <= s.max_response_tokens:
         raise UserError(

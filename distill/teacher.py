@@ -129,11 +129,14 @@ def load(teacher: Teacher, student: Policy) -> Teacher:
 
 
 def begun(described: Policy, student: Policy, param_dtype: str) -> Policy:
-    """The student as it was before step 0: without its LoRA it is that, at no further memory,
-    unless it began with an adapter. `described` is its path without a LoRA to train."""
-    if student.model.lora is not None and not policy.is_adapter(student.path):
-        return student
-    return policy.load(described, param_dtype)
+    """The student as it was before step 0. `described` is its path without a LoRA to train."""
+    return student if is_base(student) else policy.load(described, param_dtype)
+
+
+def is_base(student: Policy) -> bool:
+    """Whether what a LoRA is trained beside is the student before step 0, at no further memory: it
+    is, unless the LoRA began with an adapter."""
+    return student.model.lora is not None and not policy.is_adapter(student.path)
 
 
 def heads(teachers: Sequence[Teacher]) -> tuple[jax.Array | None, ...]:

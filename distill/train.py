@@ -143,7 +143,7 @@ def run(c: ConfigDict, workdir: Path) -> None:
     claim(workdir, c)
     metrics.say(f"attention: {plan.student.model.kernel}")
     with policy.use(plan.student):
-        plan = prepare.load(c, plan)
+        plan, held = prepare.base(c, plan), {}
         with (
             Checkpoints(workdir / "checkpoints", c.checkpoint.every, c.checkpoint.keep) as saved,
             validate.judging(validation, plan.student, workdir, c.seed) as judge,
@@ -151,16 +151,18 @@ def run(c: ConfigDict, workdir: Path) -> None:
             cli.stop_signals() as stopped,
         ):
             state, at = begin(c, plan, saved)
-            if int(state.step) == 0:
-                preflight.show(c, plan, validation, state.params)
             with metrics.Writer(workdir, int(state.step)) as writer:
                 for index, stage in enumerate(plan.stages[at:], start=at):
+                    loaded = plan  # or it would hold on to what the last stage read
+                    loaded = prepare.load(c, loaded, stage, held)
+                    if int(state.step) == 0:
+                        preflight.show(c, loaded, validation, state.params)
                     if index > at:
                         state = update.init(
                             stage.optimizer, state.params, int(state.step), state.average
                         )
                     state = run_stage(
-                        c, plan, index, state, mesh, saved, writer, judge, grader, stopped
+                        c, loaded, index, state, mesh, saved, writer, judge, grader, stopped
                     )
                     if stopped():
                         break
@@ -219,7 +221,10 @@ def run_stage(
             writer.write(step, stage.name, measured)
             if c.log.transcripts and step % c.log.transcripts_every == 0:
                 writer.write_rollouts(step, transcripts(batch, stats, student, c.log.transcripts))
-            bar.update(step + 1 - stage.first, {k: measured[k] for k in shown if k in measured})
+            beside = {k: measured[k] for k in shown if k in measured}
+            if not measured["train/trained_tokens"]:  # there is no loss to tell
+                del beside["train/loss"]
+            bar.update(step + 1 - stage.first, beside)
             stopping = bool(stopped())  # once: a signal may come while the state is being saved
             last = stopping or step + 1 == stage.end
             saved.save(step + 1, state, meta, force=last)

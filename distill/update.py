@@ -234,8 +234,8 @@ def make(
             stats = whole(stats)
         count = jnp.maximum(sums["loss"][1], 1)
         grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        trained = sums["logp"][1] > 0
+        params, opt_state = _moved(optimizer, grads, state, trained)
         measured = metrics.finalize(sums)
         if "load_LE" in measured:  # summed over all micro-batches: figures of the whole batch
             measured |= moe.summary(measured.pop("load_LE"), measured.pop("p_LE"))
@@ -245,7 +245,8 @@ def make(
             measured["ratio_max"] = jnp.max(stats["ratio"])
         average = state.average
         if average is not None:
-            average = jax.tree.map(lambda a, p: a + (1 - ema) * (p - a), average, params)
+            pace = jnp.where(trained, 1 - ema, 0)
+            average = jax.tree.map(lambda a, p: a + pace * (p - a), average, params)
         return TrainState(params, opt_state, state.step + 1, average), measured, stats
 
     step = once
@@ -253,6 +254,17 @@ def make(
         step = functools.partial(_several, once, sums_of, minibatches, epochs)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(_headed(step), donate_argnums=0, out_shardings=(shardings, None, None))
+
+
+def _moved(
+    optimizer: optax.GradientTransformation, grads: Params, state: TrainState, trained: jax.Array
+) -> tuple[Params, optax.OptState]:
+    """The parameters and the optimiser's state after an update. Without a token to train on (a
+    budget that ended no row, groups that were all dropped) nothing moves, by momentum neither."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    after = optax.apply_updates(state.params, updates), opt_state
+    before = state.params, state.opt_state
+    return jax.tree.map(lambda new, old: jnp.where(trained, new, old), after, before)
 
 
 def _headed(step: Step) -> Step:
@@ -291,8 +303,12 @@ def _several(
 
     after, (measured, stats) = jax.lax.scan(epoch, state, None, length=epochs)
     # What has no tokens in some of the updates is measured by the others.
+    trained = measured["trained_tokens"] > 0
+    trained |= ~jnp.any(trained)
     measured = {
-        name: (jnp.nanmean if any(part in name for part in PARTIAL) else jnp.mean)(x)
+        name: jnp.nanmean(x)
+        if any(part in name for part in PARTIAL)
+        else jnp.mean(x, where=trained)
         for name, x in measured.items()
     }
     stats = whole(jax.tree.map(lambda x: x[-1], stats))

@@ -61,7 +61,8 @@ def by_hand(c) -> tuple[list[list[rollout.Row]], Any]:
     plan = prepare.prepare(c, mesh_lib.make(1, 1, 1))
     stage, s, found = plan.stages[0], c.opd, []
     with policy.use(plan.student):
-        plan = prepare.load(c, plan)
+        plan = prepare.base(c, plan)
+        plan = prepare.load(c, plan, plan.stages[0])
         teachers = [plan.teachers["teacher"]]
         params = policy.load(plan.student, "float32").params
         older = jax.tree.map(lambda x: x.copy(), params)

@@ -41,6 +41,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         FLAGSHIP,
     ),
     "8b from 32b, 18k, v5p-32": ("strong_to_weak:student=8b,teacher=32b", "v5p:2x2x4", {}),
+    "8b from 235b-a22b, 18k, v5p-128": (
+        "strong_to_weak:student=8b,teacher=235b-a22b",
+        "v5p:4x4x4",
+        {},
+    ),
     "30b-a3b from 235b-a22b, 18k, v5p-128": (
         "strong_to_weak:student=30b-a3b,teacher=235b-a22b",
         "v5p:4x4x4",

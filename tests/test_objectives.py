@@ -88,7 +88,8 @@ def collected(c: ConfigDict, step: int = 0):
     plan = prepare.prepare(c, mesh)
     with policy.use(plan.student), rewards.Grader() as grader:
         params = policy.load(plan.student, "float32").params
-        plan = prepare.load(c, plan)
+        plan = prepare.base(c, plan)
+        plan = prepare.load(c, plan, plan.stages[0])
         draw = collect.batches(plan, plan.stages[0], c.seed, mesh, 8.0, grader)
         batch, measured = draw(params, step, jax.random.key(0))
     return batch, plan.stages[0], measured
@@ -173,6 +174,8 @@ def test_stored_tops_need_no_teacher(tmp_path):
         ("grpo", {"samples": 1}, "config.opd.samples=1: an advantage compares"),
         ("grpo", {"reward__grader": "chess"}, "config.opd.reward.grader: 'chess' is none of"),
         ("grpo", {"reward__correct": 0.0}, "config.opd.reward: all weights are 0"),
+        ("grpo", {"reward__format": float("nan")}, "are not all finite"),
+        ("grpo", {"optim__b1": 1.0}, "config.opd.optim.b1=1.0: must be at least 0 and below 1"),
         ("grpo", {"reward__length": 1.0}, "config.opd.reward.margin=0"),
         ("grpo", {"rollout__budget": 100}, "must end together"),
         ("grpo", {"on_policy": 0.5}, "config.opd.on_policy=0.5: this loss needs the sampler's"),

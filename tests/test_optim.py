@@ -70,6 +70,9 @@ def test_unknown_names():
         optim.make(config(name="lion"), 10)
     with pytest.raises(UserError, match="momentum_dtype='int4'"):
         optim.make(config(momentum_dtype="int4"), 10)
+    for field, value in (("learning_rate", -1e-3), ("b2", 1.0), ("clip_norm", float("nan"))):
+        with pytest.raises(UserError, match=f"{field}={value}: must be at least 0 and below"):
+            optim.make(config(**{field: value}), 10)
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.0])

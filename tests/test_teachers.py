@@ -78,7 +78,8 @@ def collected(c: ConfigDict, mesh=None):
     mesh = mesh or mesh_lib.make(1, 1, 1)
     plan = prepare.prepare(c, mesh)
     with policy.use(plan.student), rewards.Grader() as grader:
-        plan = prepare.load(c, plan)
+        plan = prepare.base(c, plan)
+        plan = prepare.load(c, plan, plan.stages[0])
         params = policy.load(plan.student, "float32").params
         draw = collect.batches(plan, plan.stages[0], c.seed, mesh, 8.0, grader)
         return draw(params, 0, jax.random.key(0), params)

@@ -154,6 +154,17 @@ def test_a_budget_parks_rows_and_loses_none(models, tmp_path, monkeypatch):
     assert all(jax.tree.leaves(same))
 
 
+def test_a_budget_that_ends_no_row_trains_nothing(models, tmp_path, capsys):
+    c = config(models)
+    c.stages, c.opd.steps, c.opd.rollout.budget, c.opd.rollout.segment = ("opd",), 2, 4, 1
+    train.run(c, tmp_path)
+    first, last = numbers(tmp_path)
+    assert first["rollout/ended"] == first["train/trained_tokens"] == 0
+    assert first["train/loss"] is None and first["train/grad_norm"] == 0
+    assert last["rollout/ended"] == 4 and last["train/loss"] > 0  # the last step ends all rows
+    assert "nan" not in capsys.readouterr().err
+
+
 def test_killed_without_a_word(whole, models, tmp_path, monkeypatch):
     """Without a last checkpoint the run goes on from an earlier one and ends the same."""
 

@@ -237,6 +237,34 @@ def test_shardings_of_activations():
     assert f"f32[{B // 2},{T},{4 * 16 // 4}]" in text
 
 
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_a_batch_without_a_token_to_train_on_moves_nothing(minibatches):
+    """Though there is momentum and decay; a minibatch without one leaves the others' figures."""
+    mesh = mesh_lib.make(1, 1, 1)
+    with mesh_lib.use(mesh):
+        state = update.init(optimizer(), placed(CONFIG, 0, mesh), 0)
+        loss = losses.TABLE["sft"]
+        step = update.make(
+            model.Qwen3(CONFIG), optimizer(), loss, T, 1, 1.0, state, minibatches=minibatches
+        )
+        whole = batch()
+        state, _, _ = step(state, jax.device_put(whole, mesh_lib.rows(mesh)), None)
+        before = jax.tree.map(lambda x: np.array(x), state)  # copies: it is donated
+        nothing: Any = np.zeros_like(whole.mask_BT)
+        empty = dataclasses.replace(whole, mask_BT=nothing)
+        state, measured, _ = step(state, jax.device_put(empty, mesh_lib.rows(mesh)), None)
+        assert int(state.step) == 2 and measured["trained_tokens"] == 0
+        assert np.isnan(measured["loss"]) and measured["grad_norm"] == 0
+        assert jax.tree.all(jax.tree.map(np.array_equal, before.params, state.params))
+        assert jax.tree.all(jax.tree.map(np.array_equal, before.opt_state, state.opt_state))
+        half: Any = np.where(np.arange(B)[:, None] % 2, whole.mask_BT, False)  # rows interleave
+        part = dataclasses.replace(whole, mask_BT=half)
+        state, measured, _ = step(state, jax.device_put(part, mesh_lib.rows(mesh)), None)
+        assert np.isfinite(measured["loss"]) and measured["trained_tokens"] == half[:, 1:].sum()
+        counts = {int(x) for x in jax.tree.leaves(state.opt_state) if x.dtype == np.int32}
+        assert counts == {minibatches + 1}  # updates that had something to learn from
+
+
 def test_the_state_is_donated(golden):
     """Every array of the new state takes the place of an old one."""
     state, lowered = golden[1], golden[2]
