@@ -175,6 +175,21 @@ def stage(objective: str) -> ConfigDict:
     return c
 
 
+def evaluation() -> ConfigDict:
+    """Evaluation while it trains: every so many steps and after each stage."""
+    c = ConfigDict()
+    c.every = 0  # steps; 0: never
+    c.benchmark = "arithmetic"
+    c.data = ""  # PATH.jsonl or hf:NAME:CONFIG:SPLIT; arithmetic makes its own
+    c.limit = 200  # first problems; 0: all
+    c.protocol = "greedy"  # how to sample, of distill/benchmarks.py
+    c.samples = 0  # responses to each problem; 0: the protocol's
+    c.max_new_tokens = 0  # longest response; 0: the protocol's
+    c.batch_size = 64  # responses sampled together
+    c.best = "accuracy"  # figure whose best checkpoint is kept; "-NAME": least; "": none
+    return c
+
+
 def get_config(arg: str = "") -> ConfigDict:
     """The base recipe: on-policy distillation from a teacher's distribution."""
     if arg:
@@ -243,18 +258,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.log.transcripts = 8  # rows in each
     c.log.overlap = 0  # tokens of the teacher's top that the student's is compared with; slow
 
-    # Evaluation while it trains: every so many steps and after each stage.
-    c.eval = ConfigDict()
-    c.eval.every = 0  # steps; 0: never
-    c.eval.benchmark = "arithmetic"
-    c.eval.data = ""  # PATH.jsonl or hf:NAME:CONFIG:SPLIT; arithmetic makes its own
-    c.eval.limit = 200  # first problems; 0: all
-    c.eval.protocol = "greedy"  # how to sample, of distill/benchmarks.py
-    c.eval.samples = 0  # responses to each problem; 0: the protocol's
-    c.eval.max_new_tokens = 0  # longest response; 0: the protocol's
-    c.eval.batch_size = 64  # responses sampled together
-    c.eval.best = "accuracy"  # figure whose best checkpoint is kept; "-NAME": least; "": none
-
+    c.eval = evaluation()
     c.sft = stage("sft")
     c.opd = stage("opd")
     return c
