@@ -340,7 +340,7 @@ def memory() -> dict[str, float]:
     """Peak memory in GiB: of this process, and of the first device where that is known."""
     scale = 1 if sys.platform == "darwin" else 1024
     peak = {"host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30}
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if stats:
         peak["device_gib"] = stats["peak_bytes_in_use"] / 2**30
     return peak

@@ -157,6 +157,7 @@ def test_one_is_frozen(tmp_path: Path) -> None:
     assert 5 < time.monotonic() - begin < 30
     end(both[:1], logs)
     both[1].kill()
+    both[1].wait()
     assert "another process of this run is lost" in said(logs, 0).splitlines()[-1]
 
 
