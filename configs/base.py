@@ -239,6 +239,16 @@ def get_config(arg: str = "") -> ConfigDict:
     c.mesh.tensor = 1
     c.mesh.expert = 1  # divides the number of experts; for all other weights it is like data
 
+    # Teachers and references on devices of their own, the last so many of each process: neither
+    # then takes room beside the other. Hidden states travel, and each output head once. 0: the same
+    # devices. The axes are as those of config.mesh.
+    c.teacher_mesh = ConfigDict()
+    c.teacher_mesh.devices = 0
+    c.teacher_mesh.data = 1
+    c.teacher_mesh.fsdp = -1
+    c.teacher_mesh.tensor = 1
+    c.teacher_mesh.expert = 1
+
     c.attention = "auto"  # splash on TPU, cudnn on GPU, else xla; all compute the same
     # On a GPU: a run that is killed and resumed, or run again, has the same bits, as on a CPU or a
     # TPU without it. Slower there: no atomic additions, no autotuned kernels.
