@@ -165,22 +165,7 @@ def of_stage(
     if loss.reward:
         batch = dataclasses.replace(batch, advantages_B=array("float32"))
     if loss.reference:
-        reference = models.reference or student
-        there = policy.mesh_of(reference)
-        plain = lying(there, batch)
-        logits_mib = c.logits_mib * mesh.size
-        calls.append(
-            Call(
-                "reference",
-                lambda: teacher.logps.lower(
-                    reference.model, logits_mib, reference.params, None, plain
-                ),
-                1,
-                operations(reference.config, B * T, mean, head=True),
-                ("reference",) if models.reference else ("base",),
-                mesh=there,
-            )
-        )
+        calls.append(_reference(models, batch, c.logits_mib * mesh.size))
         batch = dataclasses.replace(batch, reference_logp_BT=array("float32", T))
     if loss.served == "top":
         top = (array("int32", T, loss.served_k), array("float32", T, loss.served_k))
@@ -206,6 +191,21 @@ def of_stage(
         )
     )
     return calls
+
+
+def _reference(models: Models, batch: Batch, logits_mib: float) -> Call:
+    """What says how likely the student of before step 0 finds a batch."""
+    reader, (B, T) = models.reference or models.student, batch.tokens_BT.shape
+    there = policy.mesh_of(reader)
+    given = (reader.model, logits_mib, reader.params, None, lying(there, batch))
+    return Call(
+        "reference",
+        functools.partial(teacher.logps.lower, *given),
+        1,
+        operations(reader.config, B * T, (T + 1) / 2, head=True),
+        ("reference",) if models.reference else ("base",),
+        mesh=there,
+    )
 
 
 def _sampling(s: ConfigDict, sampled: int, models: Models, mesh: Mesh) -> list[Call]:

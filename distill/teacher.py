@@ -160,7 +160,8 @@ def _head(reader: Policy) -> jax.Array:
     if not head_VE.is_fully_addressable:
         with policy.use(reader):
             head_VE = jax.jit(mesh_lib.whole)(head_VE)
-    return mesh_lib.put(head_VE, model.head(mesh_lib.parameters(reader.config, mesh)).sharding)
+    like: Any = model.head(mesh_lib.parameters(reader.config, mesh))
+    return mesh_lib.put(head_VE, like.sharding)
 
 
 def _there(reader: Policy, function: Callable[..., jax.Array], *given: Any) -> jax.Array:

@@ -44,7 +44,7 @@ def test_a_run_with_teachers_apart_is_the_same_run(tmp_path, monkeypatch):
             lie = {d for x in jax.tree.leaves(of.policy.params) for d in x.sharding.device_set}
             seen.append(lie.isdisjoint(here))
         found = heads(teachers)
-        assert all(head.sharding.device_set == here for head in found)
+        assert all(x.sharding.device_set == here for x in jax.tree.leaves(found))
         return found
 
     monkeypatch.setattr(teacher, "heads", noted)
@@ -72,8 +72,9 @@ def test_what_they_write_comes_back():
             plan = prepare.load(c, plan, plan.stages[0])
             teachers = tuple(plan.teachers.values())
             assert policy.mesh_of(teachers[0].policy) == apart
-            batch, _ = collect.batches(plan, plan.stages[0], 0, mesh, 8.0, grader)(None, 0, None)
-            arrays = [*batch.teacher_hidden_BTD, *teacher.heads(teachers)]
+            draw = collect.batches(plan, plan.stages[0], 0, mesh, 8.0, grader)
+            batch, _ = draw({}, 0, jax.random.key(0))
+            arrays = jax.tree.leaves((batch.teacher_hidden_BTD, teacher.heads(teachers)))
         assert all(x.sharding.device_set == set(mesh.devices.flat) for x in arrays)
         found.append([np.asarray(x) for x in arrays])
     for one, other in zip(*found, strict=True):
