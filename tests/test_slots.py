@@ -162,8 +162,8 @@ COMPANIES = {
     "alone": (60, Options(slots=1, longest=P + R, segment=16, chunk=32)),
     "one batch after another": (1000, Options(slots=32, static=True)),
     "two slots, short segments": (200, Options(slots=2, longest=P + R, segment=5, chunk=16)),
-    "a tight cache": (1000, dataclasses.replace(SMALL, cache_tokens=200)),
-    "stacked": (1000, dataclasses.replace(SMALL, stacked=True)),
+    "a tight cache": (300, dataclasses.replace(SMALL, cache_tokens=200)),
+    "stacked": (300, dataclasses.replace(SMALL, stacked=True)),
 }
 
 
