@@ -16,10 +16,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from distill import aot, plan
+from distill import aot, plan, programs, roofline
+from distill import mesh as mesh_lib
 from distill.roofline import GIB, Row
 
 FILE = Path(__file__).parent / "goldens.json"
@@ -151,6 +155,33 @@ def test_bound_of_utilisation(program: str, least: float) -> None:
     row = next(row for row in compiled(ON_V5P) if row.name == program)
     assert row.mfu is not None and row.compiled is not None, "no text to read"
     assert row.mfu >= least and row.useful / row.compiled >= least, f"{row.mfu:.2f} by {row.bound}"
+
+
+def test_a_spoilt_program_is_seen() -> None:
+    """A step of training through layers, compiled as it should be and with the weights whole on
+    every device."""
+    mesh = mesh_lib.make(1, 4, 1, devices=aot.devices("v5e:2x2"))
+
+    def loss(w_LDD: jax.Array, x_BD: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x_BD, w_LDD)[0].sum()
+
+    def step(w_LDD: jax.Array, x_BD: jax.Array) -> jax.Array:
+        return w_LDD - jax.grad(loss)(w_LDD, x_BD)
+
+    def compile(axis: str | None) -> dict[str, Any]:
+        split, rows = NamedSharding(mesh, PartitionSpec(None, axis)), mesh_lib.rows(mesh)
+        w = jax.ShapeDtypeStruct((8, 1024, 1024), jnp.float32, sharding=split)
+        x = jax.ShapeDtypeStruct((64, 1024), jnp.float32, sharding=rows)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=split)
+        call = programs.Call("update", lambda: jitted.lower(w, x), 1, 0.0, ())
+        program = aot.compile(call.name, call.lower, 16)
+        return measured([roofline.row(call, program, 0, aot.CHIPS["v5e"], 4)])
+
+    sound = compile("fsdp")
+    assert worse(sound, sound) == []
+    found = worse(sound, compile(None))
+    assert found[0].startswith("update: peak GiB 0.0")
+    assert any(line.startswith("update: all-reduce, MB") for line in found)
 
 
 def test_what_is_worse_is_seen() -> None:
