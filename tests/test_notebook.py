@@ -1,7 +1,6 @@
 """The notebook: every cell runs, tiny and on a CPU; its form; that "Run all" repeats nothing."""
 
 import ast
-import copy
 import json
 import re
 import sys
@@ -166,19 +165,18 @@ def test_its_form() -> None:
 
 def flags(nb: Any) -> Iterator[tuple[str, str]]:
     """(verb, flag) of every command in the cells; what a name stands for stands in its place."""
-    trees = [ast.parse(cell.source) for cell in code(nb)]
-    nodes = [node for tree in trees for node in ast.walk(tree)]
-    named = {n.targets[0].id: n.value for n in nodes if isinstance(n, ast.Assign)}  # type: ignore[attr-defined]
+    nodes = [node for cell in code(nb) for node in ast.walk(ast.parse(cell.source))]
+    named = {ast.unparse(n.targets[0]): n.value for n in nodes if isinstance(n, ast.Assign)}
     for node in nodes:
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "run":
-            words = []
-            for part in node.args:
-                part = named[part.value.id] if isinstance(part, ast.Starred) else part  # type: ignore[attr-defined]
-                words += part.elts if isinstance(part, ast.Tuple) else [part]
-            texts = [ast.unparse(word).lstrip("f").strip("'\"") for word in words]
-            verb = next((t.removeprefix("distill.") for t in texts if t.startswith("distill.")), "")
-            if verb:
-                yield from ((verb, text) for text in texts if text.startswith("--"))
+        if not (isinstance(node, ast.Call) and ast.unparse(node.func) == "run"):
+            continue
+        words: list[ast.expr] = []
+        for part in node.args:
+            whole = named[ast.unparse(part.value)] if isinstance(part, ast.Starred) else part
+            words += whole.elts if isinstance(whole, ast.Tuple) else [whole]
+        texts = [ast.unparse(word).removeprefix("f").strip("'\"") for word in words]
+        for verb in [t.removeprefix("distill.") for t in texts if t.startswith("distill.")]:
+            yield from ((verb, text) for text in texts if text.startswith("--"))
 
 
 def test_its_flags_exist() -> None:
@@ -201,8 +199,7 @@ def test_what_it_says_of_the_flags_of_train() -> None:
 
 def test_the_full_size_differs_in_flags_only() -> None:
     """TINY chooses words; no cell is another one for it."""
-    nb = copy.deepcopy(notebook())
-    for cell in code(nb):
+    for cell in code(notebook()):
         for node in ast.walk(ast.parse(cell.source)):
             if isinstance(node, ast.If):
                 assert "TINY" not in ast.unparse(node.test), cell.id
