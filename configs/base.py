@@ -190,6 +190,22 @@ def evaluation() -> ConfigDict:
     return c
 
 
+def mesh() -> ConfigDict:
+    """Devices along each axis of the mesh; -1: all that are left.
+
+    On TPU an axis is best one of the torus (8 of v5e's 8x8): over two of them, gradients are added
+    up whole on every device.
+    """
+    c = ConfigDict()
+    c.data = 1  # rows alone, weights whole; of several slices a multiple of their number
+    c.fsdp = -1  # rows and weights; these are fetched layer by layer
+    # Heads and feed-forward, and of long rows the tokens between them: what a device keeps of each
+    # layer is the same, and decoding holds 1/tensor of the weights. Divides the key-value heads.
+    c.tensor = 1
+    c.expert = 1  # divides the number of experts; for all other weights it is like data
+    return c
+
+
 def get_config(arg: str = "") -> ConfigDict:
     """The base recipe: on-policy distillation from a teacher's distribution."""
     if arg:
@@ -229,15 +245,12 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     c.teacher = teacher()  # needed where a stage has one
 
-    # Devices along each axis of the mesh; -1: all that are left. On TPU an axis is best one of the
-    # torus (8 of v5e's 8x8): over two of them, gradients are added up whole on every device.
-    c.mesh = ConfigDict()
-    c.mesh.data = 1  # rows alone, weights whole; of several slices a multiple of their number
-    c.mesh.fsdp = -1  # rows and weights; these are fetched layer by layer
-    # Heads and feed-forward, and of long rows the tokens between them: what a device keeps of each
-    # layer is the same, and decoding holds 1/tensor of the weights. Divides the key-value heads.
-    c.mesh.tensor = 1
-    c.mesh.expert = 1  # divides the number of experts; for all other weights it is like data
+    c.mesh = mesh()
+    # Teachers and references on devices of their own, the last so many of each process, split by
+    # axes of their own: neither then takes room beside the other. Hidden states travel, and each
+    # output head once. 0: the same devices.
+    c.teacher_mesh = mesh()
+    c.teacher_mesh.devices = 0
 
     c.attention = "auto"  # splash on TPU, cudnn on GPU, else xla; all compute the same
     # On a GPU: a run that is killed and resumed, or run again, has the same bits, as on a CPU or a

@@ -73,13 +73,13 @@ def distances(
     tops; and of its stop tokens what the teacher makes of them."""
 
     @jax.jit
-    def measure(params: Any, teacher_params: Any, batch: Batch):
+    def measure(params: Any, heads: Any, batch: Batch):
         stats = head.token_stats(
             forward.hidden(student.model, params, batch),
             model.head(params),
             losses.shift(batch.tokens_BT),
             batch.teacher_hidden_BTD,
-            (model.head(teacher_params),),
+            heads,
             logits_mib=logits_mib,
             split=mesh_lib.split_vocabulary,
             divergence=head.Divergence("forward"),
@@ -91,7 +91,8 @@ def distances(
         return sums | update.stops(stats, mask_BT, batch.finished_B)
 
     s, mesh = stage.c, policy.mesh_of(student)
-    shards = mesh_lib.row_shards(mesh)
+    shards = math.lcm(*(mesh_lib.row_shards(policy.mesh_of(x)) for x in (student, teacher.policy)))
+    heads = teacher_lib.heads([teacher])
     count = -(-min(32, len(rows)) // shards) * shards
     total: dict[str, np.ndarray] = {}
     for at in range(0, len(rows), count):
@@ -102,7 +103,7 @@ def distances(
         batch = dataclasses.replace(batch, kind_B=None)
         batch = teacher_lib.score([teacher], jax.device_put(batch, mesh_lib.rows(mesh)))
         batch = dataclasses.replace(batch, told=None, told_at_BT=None)
-        for name, pair in measure(student.params, teacher.policy.params, batch).items():
+        for name, pair in measure(student.params, heads, batch).items():
             total[name] = total.get(name, np.zeros(2)) + np.array(jax.device_get(pair))
     found = {name: float(x) / float(n) if n else None for name, (x, n) in total.items()}
     found["forward_kl"] = found.pop("divergence")
@@ -321,15 +322,18 @@ def diagnose(c: ConfigDict, plan: prepare.Plan, stage: Stage, mesh: Mesh, grader
     teacher = dataclasses.replace(teacher, policy=taught)
     f["agreement"] = agreement(student, taught)
     f["distances"] = distances(student, teacher, rows, stage, c.logits_mib * mesh.size)
-    f["teacher"] = written(respond(taught, stage, c.seed, told=True), examples, taught, grader)
+    with policy.use(taught):
+        answers = respond(taught, stage, c.seed, told=True)
+    f["teacher"] = written(answers, examples, taught, grader)
     if "pass_rate" in f["teacher"]:
         f["gain"] = difference(f["teacher"]["pass_rates"], f["student"]["pass_rates"])
     return f
 
 
 def main() -> None:
-    c, mesh = CONFIG.value, mesh_lib.make(**CONFIG.value.mesh)
-    plan = prepare.prepare(c, mesh)
+    c = CONFIG.value
+    mesh, apart = mesh_lib.meshes(c)
+    plan = prepare.prepare(c, mesh, apart)
     if c.student.random_init:
         raise UserError("config.student.random_init: random weights have no way of thinking yet")
     stages = {stage.name: stage for stage in plan.stages}

@@ -160,11 +160,13 @@ def _refusals(x: Loss) -> list[tuple[bool, str]]:
         (not any(weights), "sft, teacher, reward and reference are all 0: nothing is learned"),
         (not 0 <= x.beta <= 1, f"beta={x.beta}: must be from 0 (forward) to 1 (reverse)"),
         (not 0 <= x.skew < 1, f"skew={x.skew}: must be at least 0 (off) and below 1"),
+        (x.beta != Loss.beta and x.divergence != "jsd", "beta: read by divergence=jsd only"),
         (x.skew > 0 and x.divergence == "jsd", "skew: jsd mixes by beta, and has no skew"),
         (not 0 < x.temperature < math.inf, f"temperature={x.temperature}: must be above 0"),
         (x.k < 0 or x.served_k < 0, f"k={x.k}, served_k={x.served_k}: must be 0 or more"),
         (x.estimator == "topk" and x.k == 0, "estimator=topk: k says how many tokens, at least 1"),
         (x.estimator != "topk" and x.k > 0, f"k={x.k}: read by estimator=topk only"),
+        (x.served_k > 0 and x.served != "top", f"served_k={x.served_k}: read by served=top only"),
         (
             drawn and (x.divergence != gradient or x.skew > 0 or x.temperature != 1),
             f"estimator={x.estimator}: has the gradient of the plain {gradient} KL at temperature "

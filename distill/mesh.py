@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from models.errors import UserError
 from models.qwen3 import model
@@ -67,9 +68,47 @@ def make(
     if total > len(devices):
         raise UserError(f"config.mesh: needs {total} devices, there are {len(devices)}")
     shaped = np.array(devices[:total]).reshape(sizes)
-    if devices[0].platform == "tpu" and total == len(devices):
+    if devices[0].platform == "tpu" and total == len(devices) and _is_box(devices):
         shaped = _along_the_torus(sizes, devices)
     return Mesh(shaped, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def meshes(c: ConfigDict, devices: Sequence[Any] | None = None) -> tuple[Mesh, Mesh]:
+    """The student's mesh and that of the models which are only read: the same one, or of devices
+    apart, the last `config.teacher_mesh.devices` of each process.
+
+    Of each process, so that what one writes and the other reads travels within a host.
+
+    Raises:
+      UserError: as `make`, or if a process has no device left for one of the two.
+    """
+    sizes = c.teacher_mesh.to_dict()
+    count = sizes.pop("devices")
+    if not count:
+        mesh = make(**c.mesh, devices=devices)
+        return mesh, mesh
+    of: dict[int, list[Any]] = {}
+    for device in jax.devices() if devices is None else devices:
+        of.setdefault(device.process_index, []).append(device)
+    least = min(map(len, of.values()))
+    if not 0 < count < least:
+        raise UserError(
+            f"config.teacher_mesh.devices={count}: of the {least} devices of a process at least "
+            "one must be the student's, and one the teachers'"
+        )
+    mesh = make(**c.mesh, devices=[device for own in of.values() for device in own[:-count]])
+    theirs = [device for own in of.values() for device in own[-count:]]
+    try:
+        return mesh, make(**sizes, devices=theirs)
+    except UserError as error:
+        raise UserError(str(error).replace("config.mesh", "config.teacher_mesh", 1)) from None
+
+
+def _is_box(devices: Sequence[Any]) -> bool:
+    """Whether TPU devices are all those between two corners of their torus."""
+    at = np.array([device.coords for device in devices])
+    spans = int(np.prod(at.max(axis=0) - at.min(axis=0) + 1))
+    return spans == len({tuple(place) for place in at.tolist()})
 
 
 def _along_the_torus(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
@@ -171,18 +210,61 @@ def own_rows(mesh: Mesh, count: int, devices: Iterable[Any] | None = None) -> li
     return sorted({row for part in parts for row in range(*part.indices(count))})
 
 
-def from_own_rows(tree: Any, mesh: Mesh, count: int) -> Any:
-    """Arrays of `count` rows, split by rows over `mesh`, of host arrays that hold `own_rows`."""
+def from_own_rows(tree: Any, mesh: Mesh, count: int, spec: PartitionSpec | None = None) -> Any:
+    """Arrays of `count` rows, split by rows over `mesh`, or as `spec` says, of host arrays that
+    hold `own_rows`."""
     mine = {row: at for at, row in enumerate(own_rows(mesh, count))}
+    sharding = NamedSharding(mesh, spec) if spec else rows(mesh)
 
     def whole(x: np.ndarray) -> jax.Array:
         def part(index: Any) -> np.ndarray:
             first, end, _ = index[0].indices(count)
-            return x[mine[first] : mine[first] + end - first]
+            return x[(slice(mine[first], mine[first] + end - first), *index[1:])]
 
-        return jax.make_array_from_callback((count, *x.shape[1:]), rows(mesh), part)
+        return jax.make_array_from_callback((count, *x.shape[1:]), sharding, part)
 
     return jax.tree.map(whole, tree)
+
+
+def moved(tree: Any, mesh: Mesh) -> Any:
+    """Arrays whose first axis is the batch, on another mesh: split by rows, and hidden states
+    [B, T, D] as `stream` says. Of several processes each hands over its own rows (`require_near`)
+    through its host's memory."""
+
+    def one(x: jax.Array) -> jax.Array:
+        spec = stream(mesh, x.shape[1]) if x.ndim == 3 else PartitionSpec(ROWS)
+        if x.is_fully_addressable:
+            return jax.device_put(x, NamedSharding(mesh, spec))
+        assert isinstance(x.sharding, NamedSharding)
+        own = own_rows(x.sharding.mesh, x.shape[0])  # pyright: ignore[reportArgumentType]
+        mine = {row: at for at, row in enumerate(own)}
+        held = np.empty((len(own), *x.shape[1:]), x.dtype)
+        for shard in x.addressable_shards:
+            first, end, _ = shard.index[0].indices(x.shape[0])
+            into = (slice(mine[first], mine[first] + end - first), *shard.index[1:])
+            held[into] = np.asarray(shard.data)
+        return from_own_rows(held, mesh, x.shape[0], spec)
+
+    return jax.tree.map(one, tree)
+
+
+def require_near(one: Mesh, other: Mesh, count: int) -> None:
+    """Raises UserError if of a batch of `count` rows a process has others on one mesh than on the
+    other, or of a row not all tokens: `moved` could not hand them over."""
+    of: dict[int, list[Any]] = {}
+    for device in (*one.devices.flat, *other.devices.flat):
+        of.setdefault(device.process_index, []).append(device)
+    same = all(own_rows(one, count, own) == own_rows(other, count, own) for own in of.values())
+    whole = all(
+        len({device.process_index for device in line}) == 1
+        for mesh in (one, other)
+        for line in mesh.devices.reshape(-1, mesh.shape["tensor"])
+    )
+    if not same or not whole:
+        raise UserError(
+            "config.teacher_mesh: a process would have other rows there than on config.mesh; the "
+            "axes that split rows must go over the hosts alike, and tensor stay within one"
+        )
 
 
 def put(x: Any, sharding: NamedSharding) -> jax.Array:

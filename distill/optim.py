@@ -61,6 +61,8 @@ def make(c: ConfigDict, steps: int) -> optax.GradientTransformation:
             raise UserError(f"{field}={c[field]}: must be at least 0 and below {below}")
     if c.momentum_dtype not in ("float32", "bfloat16"):
         raise UserError(f"momentum_dtype={c.momentum_dtype!r}: known are float32 and bfloat16")
+    if c.name == "adafactor" and c.momentum_dtype != "float32":
+        raise UserError(f"momentum_dtype={c.momentum_dtype}: adafactor keeps no first moment")
     if c.name not in TABLE:
         raise UserError(f"name={c.name!r}: known are {', '.join(TABLE)}")
     optimizer = TABLE[c.name](c, schedule(c, steps))

@@ -77,14 +77,17 @@ def describe(path: str, dtype: str, remat: bool, mesh: Mesh, flag: str, **kinds:
     return described
 
 
-def models_of(c: ConfigDict, mesh: Mesh, teachers: tuple[str, ...], referred: bool) -> Models:
-    """The run's models, in the dtypes that `train` loads them in."""
+def models_of(
+    c: ConfigDict, mesh: Mesh, apart: Mesh, teachers: tuple[str, ...], referred: bool
+) -> Models:
+    """The run's models, in the dtypes that `train` loads them in; on `apart` those only read."""
     m, lora = c.student, stages.lora(c.student)
     student = describe(m.path, m.dtype, m.remat, mesh, "student", trained=lora, kernel=c.attention)
     if not student.stop_ids:
         student = dataclasses.replace(student, stop_ids=STOPS)
     trained = mesh_lib.parameters(student.config, mesh, lora)
     plain = dataclasses.replace(student, model=student.model.clone(remat=False, lora=None))
+    there = dataclasses.replace(plain, params=mesh_lib.parameters(student.config, apart))
     if lora:
         student = dataclasses.replace(student, params=policy.loaded(student, m.param_dtype))
     read = {}
@@ -94,18 +97,19 @@ def models_of(c: ConfigDict, mesh: Mesh, teachers: tuple[str, ...], referred: bo
             average = mesh_lib.parameters(student.config, mesh)
             read[name] = dataclasses.replace(plain, params=average)
         elif t.path == teacher.INITIAL:
-            read[name] = dataclasses.replace(plain, params=policy.loaded(plain, t.param_dtype))
+            at = plain if teacher.is_base(student) else there
+            read[name] = dataclasses.replace(plain, params=policy.loaded(at, t.param_dtype))
         else:
-            found = describe(t.path, t.dtype, False, mesh, name, kernel=c.attention)
+            found = describe(t.path, t.dtype, False, apart, name, kernel=c.attention)
             read[name] = dataclasses.replace(found, params=policy.loaded(found, t.param_dtype))
     reference = None
     if referred and not teacher.is_base(student):
-        reference = dataclasses.replace(plain, params=policy.loaded(plain, m.param_dtype))
+        reference = dataclasses.replace(plain, params=policy.loaded(there, m.param_dtype))
     return Models(student, trained, read, reference)
 
 
-def rows_of(c: ConfigDict, name: str, topology: str, mesh: Mesh) -> list[Row]:
-    """Compiles the programs of a stage.
+def rows_of(c: ConfigDict, name: str, topology: str, mesh: Mesh, apart: Mesh) -> list[Row]:
+    """Compiles the programs of a stage; `apart` is the mesh of what is only read.
 
     Raises:
       TooLarge: at the first that does not fit beside what else is in memory.
@@ -114,40 +118,48 @@ def rows_of(c: ConfigDict, name: str, topology: str, mesh: Mesh) -> list[Row]:
     loss, sampled = stages.objective(name, s)
     teachers = tuple(s.teachers) if stages.taught(s, loss) else ()
     teacher.check(c, name, s, bool(teachers))
-    models = models_of(c, mesh, teachers, loss.reference > 0)
+    models = models_of(c, mesh, apart, teachers, loss.reference > 0)
     if s.batch_size % (s.accumulate * s.minibatches * mesh_lib.row_shards(mesh)):
         raise UserError(
             f"config.{name}.batch_size={s.batch_size} does not divide by accumulate times "
             f"minibatches times the devices ({mesh_lib.row_shards(mesh)} that split the rows)"
         )
-    kept = programs.held(c, models, s)
-    largest = sorted(((f"{b / GIB:.2f}G", n) for n, b in kept.items()), key=lambda x: -kept[x[1]])
-    if sum(kept.values()) > chip.hbm_gib * GIB:
-        raise TooLarge("what the run keeps", sum(kept.values()) / GIB, largest)
+    kept = {at: programs.held(c, models, s, at) for at in {mesh, apart}}
+    largest = {
+        at: sorted(((f"{size / GIB:.2f}G", n) for n, size in of.items()), key=lambda x: -of[x[1]])
+        for at, of in kept.items()
+    }
+    for at, of in kept.items():
+        if sum(of.values()) > chip.hbm_gib * GIB:
+            raise TooLarge("what the run keeps", sum(of.values()) / GIB, largest[at])
     found = []
     with mesh_lib.use(mesh), jax.default_matmul_precision(None):
-        for call in programs.of_stage(c, s, loss, sampled, models, mesh):
-            beside = sum(size for at, size in kept.items() if at not in call.holds) + call.beside
+        calls = programs.of_stage(c, s, loss, sampled, models, mesh)
+    for call in calls:
+        at = call.mesh or mesh
+        beside = sum(size for of, size in kept[at].items() if of not in call.holds) + call.beside
+        with mesh_lib.use(at), jax.default_matmul_precision(None):
             try:
                 program = aot.compile(call.name, call.lower, chip.hbm_gib)
             except aot.OutOfMemory as error:
                 needs = error.needs_gib + beside / GIB
-                raise TooLarge(call.name, needs, [*error.largest, *largest][:6]) from None
-            row = roofline.row(call, program, beside, chip, mesh.size)
-            if row.total > chip.hbm_gib * GIB:
-                raise TooLarge(call.name, row.total / GIB, largest)
-            found.append(row)
+                raise TooLarge(call.name, needs, [*error.largest, *largest[at]][:6]) from None
+        row = roofline.row(call, program, beside, chip, at.size)
+        if row.total > chip.hbm_gib * GIB:
+            raise TooLarge(call.name, row.total / GIB, largest[at])
+        found.append(row)
     return found
 
 
 def compiled(c: ConfigDict, topology: str) -> dict[str, list[Row]]:
     """Stage -> its programs, compiled for a slice. Raises TooLarge as `rows_of` does."""
-    mesh = mesh_lib.make(**c.mesh, devices=aot.devices(topology))
-    if mesh.size < len(aot.devices(topology)):
+    mesh, apart = mesh_lib.meshes(c, aot.devices(topology))
+    size = mesh.size + (apart.size if apart != mesh else 0)
+    if size < len(aot.devices(topology)):
         raise UserError(
-            f"config.mesh: {mesh.size} devices, but {topology} has {len(aot.devices(topology))}"
+            f"config.mesh: {size} devices, but {topology} has {len(aot.devices(topology))}"
         )
-    return {name: rows_of(c, name, topology, mesh) for name in c.stages}
+    return {name: rows_of(c, name, topology, mesh, apart) for name in c.stages}
 
 
 def remedies(c: ConfigDict, program: str) -> list[tuple[str, ConfigDict]]:

@@ -209,21 +209,37 @@ def memory(plan: Plan, c: ConfigDict, trained: Params) -> Iterator[str]:
     yield f"memory: about {total / GIB:.2f} GiB a device ({told}){has}"
     if limit and total > limit:
         yield "warning: that is more than a device has; more devices, accumulate, or fewer slots"
+    if c.teacher_mesh.devices:
+        size = max(sum(_apart(stage, plan, c, trained).values()) for stage in plan.stages)
+        yield f"memory of those of config.teacher_mesh: {size / GIB:.2f} GiB and activations"
 
 
 def _total(parts: dict[str, float]) -> float:
     return sum(parts.values())
 
 
-def _parts(stage: Stage, plan: Plan, c: ConfigDict, trained: Params) -> dict[str, float]:
-    """Bytes that a device holds in a stage, by what they are of."""
+def _models(stage: Stage, plan: Plan, c: ConfigDict, trained: Params) -> programs.Models:
+    """What a stage keeps, in the dtypes that it reads them in."""
     teachers = {name: plan.teachers[name] for name in stage.c.teachers if stage.taught}
     taught = {name: _read(of.policy, of.c.param_dtype) for name, of in teachers.items()}
     reference = plan.reference if stage.loss.reference else None
     if reference:
         own = teacher_lib.is_base(plan.student)
         reference = None if own else _read(reference, c.student.param_dtype)
-    models = programs.Models(plan.student, trained, taught, reference)
+    return programs.Models(plan.student, trained, taught, reference)
+
+
+def _apart(stage: Stage, plan: Plan, c: ConfigDict, trained: Params) -> dict[str, int]:
+    """Bytes that a stage keeps on each device that is not the student's, by what they are of."""
+    home, models = policy.mesh_of(plan.student), _models(stage, plan, c, trained)
+    read = (*models.teachers.values(), *((models.reference,) if models.reference else ()))
+    there = next((mesh for x in read if (mesh := policy.mesh_of(x)) != home), None)
+    return programs.held(c, models, stage.c, there) if there else {}
+
+
+def _parts(stage: Stage, plan: Plan, c: ConfigDict, trained: Params) -> dict[str, float]:
+    """Bytes that a device of the student's holds in a stage, by what they are of."""
+    models = _models(stage, plan, c, trained)
     return {
         **programs.held(c, models, stage.c),
         "gradient": programs.bytes_of(trained),

@@ -83,12 +83,15 @@ class Plan:
     replays: bool = False  # the update sends each token to the experts that the sampler did
 
 
-def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
+def prepare(c: ConfigDict, mesh: Mesh, apart: Mesh | None = None) -> Plan:
     """Checks everything a user can get wrong, before any weight is read or file written.
+
+    apart: the mesh of models that are only read, where it is another than the student's.
 
     Raises:
       UserError: naming the flag, file or row at fault.
     """
+    apart = apart or mesh
     if c.seed < 0:
         raise UserError(f"config.seed={c.seed}: must be 0 or more")
     if not c.stages:
@@ -126,17 +129,17 @@ def prepare(c: ConfigDict, mesh: Mesh) -> Plan:
     reference, teachers = None, {}
     for s, loss, _ in chosen.values():
         for name in s.teachers if stages.taught(s, loss) else ():
-            teachers[name] = teachers.get(name) or teacher.describe(c, name, student, mesh)
+            teachers[name] = teachers.get(name) or teacher.describe(c, name, student, apart)
     if any(loss.reference for _, loss, _ in chosen.values()):
         if m.random_init:
             raise UserError("config.student.random_init: nothing keeps a random reference")
         reference = policy.describe(
-            m.path, m.dtype, False, mesh, kernel=c.attention, packed=stages.packs(c)
+            m.path, m.dtype, False, apart, kernel=c.attention, packed=stages.packs(c)
         )
     listed, first = [], 0
     for name, (s, loss, sampled) in chosen.items():
         read = [teachers[of].policy for of in s.teachers] if stages.taught(s, loss) else []
-        listed.append(_stage(c, name, first, loss, sampled, student, read, mesh))
+        listed.append(_stage(c, name, first, loss, sampled, student, read, mesh, apart))
         first += s.steps
     return Plan(student, teachers, reference, tuple(listed), m.replay_routing)
 
@@ -182,11 +185,12 @@ def _stage(
     student: Policy,
     teachers: list[Policy],
     mesh: Mesh,
+    apart: Mesh,
 ) -> Stage:
     s = c[name]
     told = context.describe(s.context, f"config.{name}.context")
     room = s.context.max_tokens if told else 0
-    stages.check(name, s, sampled, student, teachers, room, mesh)
+    stages.check(name, s, sampled, student, teachers, room, mesh, apart)
     fits = functools.partial(
         data.require,
         limit=s.max_prompt_tokens,
@@ -216,8 +220,15 @@ def _stage(
 
     if loss.reward and student.tokenizer is None:
         raise UserError(f"{student.path}: no tokenizer, so responses cannot be graded")
-    source = data.load(s.data, student.tokenizer, c.seed, sampled < s.batch_size, require, told)
-    order = curriculum.over(s.data, source.size, source.example, s.steps, c.seed)
+    if loss.k > student.config.vocab_size:
+        raise UserError(
+            f"config.{name}.loss.k={loss.k}: the vocabulary has {student.config.vocab_size} tokens"
+        )
+    try:
+        source = data.load(s.data, student.tokenizer, c.seed, sampled < s.batch_size, require, told)
+        order = curriculum.over(s.data, source.size, source.example, s.steps, c.seed)
+    except UserError as error:  # of which stage, the reader of data does not know
+        raise UserError(str(error).replace("config.data.", f"config.{name}.data.")) from None
     source = dataclasses.replace(source, order=order)
     packer = None
     if s.pack_tokens:

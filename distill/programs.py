@@ -40,7 +40,8 @@ class Call:
     lower: what compiles it. turns: calls a step, or turns of its open loop. useful: operations of
     the formula that one call computes, over all devices: no recomputation, no padding of a mask.
     holds: of what the run keeps on the devices, the names that are among its arguments. beside:
-    bytes that lie on each device beside it and what the run keeps.
+    bytes that lie on each device beside it and what the run keeps. mesh: where it runs, if not
+    where the student is; `lower` is to be called within its use.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Call:
     useful: float
     holds: tuple[str, ...]
     beside: int = 0
+    mesh: Mesh | None = None
 
 
 def bytes_of(tree: Any) -> int:
@@ -66,20 +68,35 @@ def cast(tree: Any, dtype: Any) -> Any:
     )
 
 
-def held(c: ConfigDict, models: Models, stage: ConfigDict) -> dict[str, int]:
-    """What a run keeps on each device through all programs of a stage: name -> bytes."""
-    state = update.abstract(optim.make(stage.optim, 1), models.trained)
-    kept = {"parameters": bytes_of(state.params), "optimiser": bytes_of(state.opt_state)}
-    if c.student.ema:
-        kept["average"] = kept["parameters"]
-    if models.student.model.lora:
-        kept["base"] = bytes_of(models.student.params)
-    for name, read in models.teachers.items():
-        if not _own(c, name, models):
-            kept[name] = bytes_of(read.params)
+def held(
+    c: ConfigDict, models: Models, stage: ConfigDict, mesh: Mesh | None = None
+) -> dict[str, int]:
+    """What a run keeps on each device of a mesh, the student's by default, through all programs of
+    a stage: name -> bytes."""
+    home = policy.mesh_of(models.student)
+    mesh, kept = mesh or home, {}
+    if mesh == home:
+        state = update.abstract(optim.make(stage.optim, 1), models.trained)
+        kept |= {"parameters": bytes_of(state.params), "optimiser": bytes_of(state.opt_state)}
+        if c.student.ema:
+            kept["average"] = kept["parameters"]
+        if models.student.model.lora:
+            kept["base"] = bytes_of(models.student.params)
+    read = {name: x for name, x in models.teachers.items() if not _own(c, name, models)}
     if models.reference:
-        kept["reference"] = bytes_of(models.reference.params)
+        read["reference"] = models.reference
+    for name, reader in read.items():
+        if policy.mesh_of(reader) == mesh:
+            kept[name] = bytes_of(reader.params)
+        elif mesh == home and name in models.teachers:
+            kept[f"head of {name}"] = bytes_of(_head(reader, home))
     return kept
+
+
+def _head(reader: Policy, mesh: Mesh) -> Any:
+    """The output head of a teacher as the update reads it: on the student's mesh."""
+    head_VE, like = model.head(reader.params), model.head(mesh_lib.parameters(reader.config, mesh))
+    return jax.ShapeDtypeStruct(head_VE.shape, head_VE.dtype, sharding=like.sharding)
 
 
 def _own(c: ConfigDict, name: str, models: Models) -> str:
@@ -110,7 +127,7 @@ def of_stage(
 ) -> list[Call]:
     """The programs of one step of a stage, in their order.
 
-    To be called, and its results lowered, within `mesh_lib.use(mesh)`.
+    To be called, and its results lowered, within `mesh_lib.use(mesh)`, or of the call's own mesh.
     """
     student, rows = models.student, mesh_lib.rows(mesh)
     B, T = s.batch_size, s.pack_tokens or s.max_prompt_tokens + s.max_response_tokens
@@ -132,15 +149,15 @@ def of_stage(
         told, at_BT = (read(T + room), array("int32", T)) if room else (batch, None)
         hidden = []
         for name, of in models.teachers.items():
-            given = (of.model, s.accumulate, of.params, None, told, at_BT)
+            there = policy.mesh_of(of)
+            given = (of.model, s.accumulate, of.params, None, *lying(there, (told, at_BT)))
             lower = functools.partial(teacher.hidden.lower, *given)
             useful = operations(of.config, B * (T + room), mean + room / 2, head=False)
             holds = (_own(c, name, models) or name,)
-            calls.append(
-                Call(f"score {name}" if name != "teacher" else "score", lower, 1, useful, holds)
-            )
+            called = f"score {name}" if name != "teacher" else "score"
+            calls.append(Call(called, lower, 1, useful, holds, mesh=there))
             hidden.append(array(of.model.dtype, T, of.config.hidden_size, sharding=stream))
-        heads = tuple(model.head(of.params) for of in models.teachers.values())
+        heads = tuple(_head(of, mesh) for of in models.teachers.values())
         batch = dataclasses.replace(batch, teacher_hidden_BTD=tuple(hidden))
         if len(hidden) > 1:
             share_BN = array("float32", len(hidden))
@@ -148,19 +165,7 @@ def of_stage(
     if loss.reward:
         batch = dataclasses.replace(batch, advantages_B=array("float32"))
     if loss.reference:
-        reference, plain = models.reference or student, batch
-        logits_mib = c.logits_mib * mesh.size
-        calls.append(
-            Call(
-                "reference",
-                lambda: teacher.logps.lower(
-                    reference.model, logits_mib, reference.params, None, plain
-                ),
-                1,
-                operations(reference.config, B * T, mean, head=True),
-                ("reference",) if models.reference else ("base",),
-            )
-        )
+        calls.append(_reference(models, batch, c.logits_mib * mesh.size))
         batch = dataclasses.replace(batch, reference_logp_BT=array("float32", T))
     if loss.served == "top":
         top = (array("int32", T, loss.served_k), array("float32", T, loss.served_k))
@@ -175,6 +180,7 @@ def of_stage(
     useful = passes * operations(student.config, B * T, mean, head=True)
     useful += sum(2.0 * B * T * head.shape[0] * head.shape[1] for head in heads)
     holds = ("parameters", "optimiser", "average", *(("base",) if frozen is not None else ()))
+    holds += tuple(f"head of {name}" for name in models.teachers)
     calls.append(
         Call(
             "update",
@@ -185,6 +191,21 @@ def of_stage(
         )
     )
     return calls
+
+
+def _reference(models: Models, batch: Batch, logits_mib: float) -> Call:
+    """What says how likely the student of before step 0 finds a batch."""
+    reader, (B, T) = models.reference or models.student, batch.tokens_BT.shape
+    there = policy.mesh_of(reader)
+    given = (reader.model, logits_mib, reader.params, None, lying(there, batch))
+    return Call(
+        "reference",
+        functools.partial(teacher.logps.lower, *given),
+        1,
+        operations(reader.config, B * T, (T + 1) / 2, head=True),
+        ("reference",) if models.reference else ("base",),
+        mesh=there,
+    )
 
 
 def _sampling(s: ConfigDict, sampled: int, models: Models, mesh: Mesh) -> list[Call]:
@@ -255,6 +276,12 @@ def _sampling(s: ConfigDict, sampled: int, models: Models, mesh: Mesh) -> list[C
             bytes_of(cache),
         ),
     ]
+
+
+def lying(mesh: Mesh, tree: Any) -> Any:
+    """The same shapes, of arrays whose first axis is the batch, on a mesh."""
+    rows = mesh_lib.rows(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), tree)
 
 
 def like(function: Any, *args: Any) -> Any:

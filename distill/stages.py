@@ -71,7 +71,7 @@ def _check_reward(name: str, s: ConfigDict, loss: losses.Loss) -> None:
     if r.length and not 0 < r.margin <= s.max_response_tokens:
         raise UserError(
             f"config.{name}.reward.margin={r.margin}: the length penalty falls over so many tokens "
-            "before the limit, at least 1"
+            f"before the limit, from 1 to max_response_tokens={s.max_response_tokens}"
         )
     if r.rounds < 1:
         raise UserError(f"config.{name}.reward.rounds={r.rounds}: must be at least 1")
@@ -122,6 +122,7 @@ def check(
     teachers: list[Policy],
     context_room: int,
     mesh: Mesh,
+    apart: Mesh,
 ) -> None:
     counts = ("steps", "batch_size", "samples", "accumulate", "minibatches", "epochs")
     for field in (*counts, "max_prompt_tokens", "max_response_tokens"):
@@ -173,6 +174,13 @@ def check(
             f"config.{name}.batch_size={s.batch_size} does not divide by accumulate times "
             f"minibatches times the devices ({rows})"
         )
+    rows = s.accumulate * mesh_lib.row_shards(apart)
+    if s.batch_size % rows:
+        raise UserError(
+            f"config.{name}.batch_size={s.batch_size} does not divide by accumulate times the "
+            f"devices of config.teacher_mesh that split the rows ({rows})"
+        )
+    mesh_lib.require_near(mesh, apart, s.batch_size)
     if sampled % s.samples:
         raise UserError(
             f"config.{name}.batch_size={s.batch_size}: the {sampled} rows that are sampled do not "

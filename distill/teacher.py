@@ -7,7 +7,7 @@ A teacher may read more than the student does: the same response behind another 
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -75,7 +75,8 @@ def check(c: ConfigDict, name: str, s: ConfigDict, taught: bool) -> None:
 
 
 def describe(c: ConfigDict, name: str, student: Policy, mesh: Mesh) -> Teacher:
-    """The teacher `config.NAME` without its parameters.
+    """The teacher `config.NAME` without its parameters, on `mesh`; a moving average lies where the
+    student does.
 
     Raises:
       UserError: naming the key at fault, or a file that `load` would not find.
@@ -98,7 +99,7 @@ def describe(c: ConfigDict, name: str, student: Policy, mesh: Mesh) -> Teacher:
             m.path,
             t.dtype,
             False,
-            mesh,
+            policy.mesh_of(student) if t.path == EMA else mesh,
             trained=trained,
             kernel=c.attention,
             packed=stages.packs(c),
@@ -122,15 +123,20 @@ def load(teacher: Teacher, student: Policy) -> Teacher:
     elif t.path == INITIAL:
         loaded = begun(described, student, t.param_dtype)
     elif t.step:
-        loaded, _ = policy.restore(described, t.step, t.param_dtype)
+        with policy.use(described):
+            loaded, _ = policy.restore(described, t.step, t.param_dtype)
     else:
-        loaded = policy.load(described, t.param_dtype)
+        with policy.use(described):
+            loaded = policy.load(described, t.param_dtype)
     return Teacher(t, loaded)
 
 
 def begun(described: Policy, student: Policy, param_dtype: str) -> Policy:
     """The student as it was before step 0. `described` is its path without a LoRA to train."""
-    return student if is_base(student) else policy.load(described, param_dtype)
+    if is_base(student):
+        return student
+    with policy.use(described):
+        return policy.load(described, param_dtype)
 
 
 def is_base(student: Policy) -> bool:
@@ -140,11 +146,33 @@ def is_base(student: Policy) -> bool:
 
 
 def heads(teachers: Sequence[Teacher]) -> tuple[jax.Array | None, ...]:
-    """The output head [V, E] of each; None of a moving average that has a head of its own."""
+    """The output head [V, E] of each, a copy where a teacher has devices of its own; None of a
+    moving average that has a head of its own."""
     return tuple(
-        None if t.average and t.policy.model.lora is None else model.head(t.policy.params)
-        for t in teachers
+        None if t.average and t.policy.model.lora is None else _head(t.policy) for t in teachers
     )
+
+
+def _head(reader: Policy) -> jax.Array:
+    head_VE, mesh = model.head(reader.params), jax.sharding.get_mesh()
+    if mesh.empty or policy.mesh_of(reader) == mesh:
+        return head_VE
+    if not head_VE.is_fully_addressable:
+        with policy.use(reader):
+            head_VE = jax.jit(mesh_lib.whole)(head_VE)
+    like: Any = model.head(mesh_lib.parameters(reader.config, mesh))
+    return mesh_lib.put(head_VE, like.sharding)
+
+
+def _there(reader: Policy, function: Callable[..., jax.Array], *given: Any) -> jax.Array:
+    """What a function of arrays that are split by rows finds, with the reader's parameters, where
+    those lie, brought to where we are."""
+    here = jax.sharding.get_mesh()
+    if here.empty or here == (there := policy.mesh_of(reader)):
+        return function(*given)
+    with policy.use(reader):
+        found = function(*mesh_lib.moved(given, there))
+    return mesh_lib.moved(found, here)
 
 
 def _parameters(teacher: Teacher, average: Params | None) -> tuple[Params, Params | None]:
@@ -168,7 +196,13 @@ def score(
     """
     read, at_BT = batch.told or batch, batch.told_at_BT
     found = tuple(
-        hidden(t.policy.model, turns, *_parameters(t, average), read, at_BT) for t in teachers
+        _there(
+            t.policy,
+            functools.partial(hidden, t.policy.model, turns, *_parameters(t, average)),
+            read,
+            at_BT,
+        )
+        for t in teachers
     )
     return dataclasses.replace(batch, teacher_hidden_BTD=found)
 
@@ -199,7 +233,8 @@ def hidden(
 
 def logp(reader: Policy, batch: Batch, logits_mib: float) -> jax.Array:
     """[B, T] float32: the log-probability that a model gives each token, 0 for the first."""
-    return logps(reader.model, logits_mib, reader.params, None, batch)
+    read = functools.partial(logps, reader.model, logits_mib, reader.params, None)
+    return _there(reader, read, batch)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -222,7 +257,14 @@ def judge(
 ) -> jax.Array:
     """[B] float32: the mean log-probability that the teachers give the tokens of each response."""
     read = batch.told or batch
-    told = [logps(t.policy.model, logits_mib, *_parameters(t, average), read) for t in teachers]
+    told = [
+        _there(
+            t.policy,
+            functools.partial(logps, t.policy.model, logits_mib, *_parameters(t, average)),
+            read,
+        )
+        for t in teachers
+    ]
     return _response_mean(told, batch)
 
 

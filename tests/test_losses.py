@@ -329,6 +329,8 @@ REFUSED = {
     "one of": {"teacher": 1, "divergence": "kl"},
     "finite, 0 or more": {"sft": -1},
     "beta=1.5": {"teacher": 1, "beta": 1.5},
+    "read by divergence=jsd only": {"teacher": 1, "beta": 0.3},
+    "read by served=top only": {"teacher": 1, "served_k": 8},
     "below 1": {"teacher": 1, "skew": 1.0},
     "has no skew": {"teacher": 1, "skew": 0.1, "divergence": "jsd"},
     "temperature=0.0": {"teacher": 1, "temperature": 0.0},

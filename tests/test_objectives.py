@@ -182,6 +182,13 @@ def test_stored_tops_need_no_teacher(tmp_path):
         ("opd", {"on_policy": 1.5}, "config.opd.on_policy=1.5: must be from 0 to 1"),
         ("opd", {"loss__served": "top", "loss__served_k": 4}, "estimator=exact with served=top"),
         ("distill", {"loss__estimator": "topk"}, "config.opd.loss.estimator=topk: k says how many"),
+        (
+            "opd",
+            {"loss__estimator": "topk", "loss__k": 513},
+            "config.opd.loss.k=513: the vocabulary has 512 tokens",
+        ),
+        ("opd", {"data__thinking": 1.5}, "config.opd.data.thinking=1.5: is a share"),
+        ("grpo", {"reward__length": 1.0, "reward__margin": 999}, "from 1 to max_response_tokens="),
         ("wish", {}, "config.opd.objective: 'wish' is none of sft, distill"),
         ("opd", {"epochs": 0}, "config.opd.epochs=0"),
         ("opd", {"minibatches": 3}, "does not divide by accumulate times minibatches"),

@@ -65,7 +65,7 @@ def test_every_program_of_a_step_is_there(rows):
 
 def test_what_lies_beside_a_program(rows, shape):
     mesh = mesh_lib.make(1, 4, 1, devices=aot.devices("v5e:2x2"))
-    models = plan.models_of(config(shape), mesh, ("teacher",), False)
+    models = plan.models_of(config(shape), mesh, mesh, ("teacher",), False)
     kept = programs.held(config(shape), models, config(shape).opd)
     norms = D + L * (2 * H + 2 * D)  # of which the heads' are not split
     assert kept["parameters"] == pytest.approx(4 * PARAMETERS / 4, abs=4 * norms)

@@ -65,15 +65,22 @@ def trained(workdir: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    "recipe, flags",
-    [("sft_then_opd", EVAL), ("grpo_only", [*EVAL, *GRPO])],
-    ids=["sft, opd of a LoRA", "rewards, all parameters"],
+    "recipe, flags, apart",
+    [
+        ("sft_then_opd", EVAL, 0),
+        ("grpo_only", [*EVAL, *GRPO], 0),
+        ("sft_then_opd", [*EVAL, "--config.student.lora.rank=0"], 4),
+    ],
+    ids=["sft, opd of a LoRA", "rewards, all parameters", "teacher on half of the devices"],
 )
-def test_two_processes_are_one(recipe: str, flags: list[str], tmp_path: Path) -> None:
+def test_two_processes_are_one(recipe: str, flags: list[str], apart: int, tmp_path: Path) -> None:
     words = [f"--config=configs/conditions.py:{recipe},tiny", *TINY, *flags]
+    words += ["--config.teacher_mesh.tensor=2"] if apart else []
     for count in (1, 2):
         logs = tmp_path / f"log{count}"
-        run("train", count, 8 // count, logs, [*words, f"--workdir={tmp_path / str(count)}"])
+        own = [f"--config.teacher_mesh.devices={apart // count}"]
+        own += [f"--workdir={tmp_path / str(count)}"]
+        run("train", count, 8 // count, logs, [*words, *own])
     one, two = tmp_path / "1", tmp_path / "2"
     assert rows(one)[-1]["eval/accuracy"] is not None
     alike(rows(one), rows(two))
