@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 
 def read(folder: str) -> tuple[Row, list[Row]]:
-    """(summary, rows) of a finished evaluation, here or on gs://. Raises UserError if it is none."""
+    """(summary, rows) of a finished evaluation, local or gs://. Raises UserError if it is none."""
     metrics.require_reachable(folder, "--runs")
     path = epath.Path(folder)
     try:
