@@ -4,6 +4,7 @@ Every objective is a `collect`, which makes a Batch, and a row of losses.TABLE. 
 and draws is a function of (seed, step), so a run that was stopped goes on as if it had not been.
 """
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -50,6 +51,23 @@ pod.define(OPTIONS)
 
 # May change on resume: they do not touch the trajectory.
 RUN_LOCAL = ("checkpoint", "log", "eval", "compilation_cache")
+
+
+@dataclasses.dataclass(frozen=True)
+class Open:
+    """What a run holds open through its stages."""
+
+    mesh: Mesh
+    saved: Checkpoints
+    writer: metrics.Writer
+    judge: validate.Judge
+    grader: rewards.Grader
+    received: Callable[[], int]  # the signal that asked this process to stop, or 0
+    programs: compiled.Compiled
+
+    def stopped(self) -> int:
+        """The signal that came to any process: all stop after the same step."""
+        return pod.anyone(self.received())
 
 
 def transcripts(
@@ -157,9 +175,9 @@ def run(c: ConfigDict, workdir: epath.PathLike) -> None:
             cli.stop_signals() as received,
             compiled.Compiled() as programs,
         ):
-            stopped = lambda: pod.anyone(received())  # noqa: E731  all stop at the same step
             state, at = begin(c, plan, saved)
             with metrics.Writer(workdir, int(state.step)) as writer:
+                opened = Open(mesh, saved, writer, judge, grader, received, programs)
                 for index, stage in enumerate(plan.stages[at:], start=at):
                     loaded = plan  # or it would hold on to what the last stage read
                     loaded = prepare.load(c, loaded, stage, held)
@@ -169,22 +187,10 @@ def run(c: ConfigDict, workdir: epath.PathLike) -> None:
                         state = update.init(
                             stage.optimizer, state.params, int(state.step), state.average
                         )
-                    state = run_stage(
-                        c,
-                        loaded,
-                        index,
-                        state,
-                        mesh,
-                        saved,
-                        writer,
-                        judge,
-                        grader,
-                        stopped,
-                        programs,
-                    )
-                    if stopped():
+                    state = run_stage(c, loaded, index, state, opened)
+                    if opened.stopped():
                         break
-        if code := stopped():
+        if code := opened.stopped():
             metrics.say(
                 f"stopped after step {int(state.step)}; the same command goes on from there"
             )
@@ -192,26 +198,16 @@ def run(c: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def run_stage(
-    c: ConfigDict,
-    plan: Plan,
-    index: int,
-    state: update.TrainState,
-    mesh: Mesh,
-    saved: Checkpoints,
-    writer: metrics.Writer,
-    judge: validate.Judge,
-    grader: rewards.Grader,
-    stopped: Callable[[], int],
-    programs: compiled.Compiled,
+    c: ConfigDict, plan: Plan, index: int, state: update.TrainState, opened: Open
 ) -> update.TrainState:
     """The loop. Its order is fixed: draw, update, evaluate, log, save. A checkpoint after step i
     holds all that came of steps 0 to i, and the rows of metrics.jsonl for them are written."""
     stage, student = plan.stages[index], plan.student
     s = stage.c
     root = jax.random.key(c.seed)
-    logits_mib = c.logits_mib * mesh.size
-    draw = collect.batches(plan, stage, c.seed, mesh, logits_mib, grader)
-    take_step = prepare.updater(c, s, stage.loss, stage.optimizer, student, mesh, state)
+    logits_mib = c.logits_mib * opened.mesh.size
+    draw = collect.batches(plan, stage, c.seed, opened.mesh, logits_mib, opened.grader)
+    take_step = prepare.updater(c, s, stage.loss, stage.optimizer, student, opened.mesh, state)
     teacher_heads = ()
     if stage.taught and stage.loss.teacher:
         teacher_heads = teacher.heads([plan.teachers[name] for name in s.teachers])
@@ -237,21 +233,23 @@ def run_stage(
                 meta["parked"] = stage.parked.position()
             if stage.ahead:
                 meta["ahead"] = stage.ahead.position()
-            measured |= judge(state, meta, step + 1, step + 1 == stage.end)
+            measured |= opened.judge(state, meta, step + 1, step + 1 == stage.end)
             least = 0.0 if step == begun else 1.0
-            measured["time/compile"] = programs.look(f"step {step}", least)
-            writer.write(step, stage.name, measured)
+            measured["time/compile"] = opened.programs.look(f"step {step}", least)
+            opened.writer.write(step, stage.name, measured)
             if c.log.transcripts and step % c.log.transcripts_every == 0:
-                writer.write_rollouts(step, transcripts(batch, stats, student, c.log.transcripts))
+                told = transcripts(batch, stats, student, c.log.transcripts)
+                opened.writer.write_rollouts(step, told)
             beside = {k: measured[k] for k in shown if k in measured}
             if not measured["train/trained_tokens"]:  # there is no loss to tell
                 del beside["train/loss"]
             bar.update(step + 1 - stage.first, beside)
-            stopping = bool(stopped())  # once: a signal may come while the state is being saved
+            # Asked once: a signal may come while the state is being saved.
+            stopping = bool(opened.stopped())
             last = stopping or step + 1 == stage.end
-            if saved.due(step + 1, last):
-                writer.flush()  # what a checkpoint holds is in the files
-            saved.save(step + 1, state, meta, force=last)
+            if opened.saved.due(step + 1, last):
+                opened.writer.flush()  # what a checkpoint holds is in the files
+            opened.saved.save(step + 1, state, meta, force=last)
             if stopping:
                 break
     return state

@@ -14,17 +14,30 @@ VERB += "cli.run(v.main, v.OPTIONS)"
 
 
 def start(
-    verb: str, count: int, devices: int, logs: Path, flags: Sequence[str], beat: int = 60
+    verb: str,
+    count: int,
+    devices: int,
+    logs: Path,
+    flags: Sequence[str],
+    beat: int = 60,
+    slurm: bool = False,
 ) -> list[subprocess.Popen]:
-    """`count` processes of `distill.VERB` with `devices` in each; process i writes LOGS.i."""
+    """`count` processes of `distill.VERB` with `devices` in each; process i writes LOGS.i. Flags
+    say who they are, or what `srun` sets for the tasks of one node."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+        port = free.getsockname()[1]
     words = [sys.executable, "-W", "ignore", "-c", VERB.format(verb=verb, beat=beat), *flags]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
     started = []
     for i in range(count):
-        own = [f"--coordinator_address={address}", f"--num_processes={count}", f"--process_id={i}"]
+        own = [f"--coordinator_address=localhost:{port}"]
+        own += [f"--num_processes={count}", f"--process_id={i}"]
+        if slurm:  # jax makes the port from the job's number
+            own = ["--coordinator_address=auto"]
+            environment |= {"SLURM_JOB_ID": f"{os.getpid()}", "SLURM_STEP_NODELIST": "localhost"}
+            environment |= {"SLURM_NTASKS": str(count), "SLURM_STEP_NUM_TASKS": str(count)}
+            environment |= {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
         with Path(f"{logs}.{i}").open("w") as log:
             started.append(
                 subprocess.Popen(

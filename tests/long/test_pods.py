@@ -110,6 +110,16 @@ def test_two_processes_are_one(recipe: str, flags: list[str], apart: int, tmp_pa
     alike(one, two)
 
 
+def test_tasks_of_slurm_are_one_run(tmp_path: Path) -> None:
+    """By what `srun` tells each task, as README.md has it for GPUs."""
+    words = ["--config=configs/quickstart.py:tiny", "--config.mesh.fsdp=-1"]
+    words += [f"--workdir={tmp_path / 'run'}"]
+    codes = end(start("train", 2, 2, tmp_path / "log", words, slurm=True), tmp_path / "log")
+    assert not any(codes), said(tmp_path / "log", 0)[-2000:]
+    about = json.loads((tmp_path / "run/environment.json").read_text())
+    assert about["devices"]["processes"] == 2 and about["devices"]["count"] == 4
+
+
 WORDS = ["--config=configs/conditions.py:opd,tiny", "--config.opd.steps=30", *TINY]
 
 
