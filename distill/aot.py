@@ -9,8 +9,10 @@ import dataclasses
 import math
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -114,17 +116,17 @@ def compile(name: str, lower: Callable[[], Any], hbm_gib: float) -> Program:
       OutOfMemory: if the program does not fit the device.
     """
     start = time.perf_counter()
-    try:
-        compiled = lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "CompileTimeHbmOom" not in str(error):
-            raise
-        raise OutOfMemory(name, str(error), hbm_gib) from None
-    took, memory = time.perf_counter() - start, compiled.memory_analysis()
-    try:
-        costs = hlo.read(compiled.as_text())
-    except jax.errors.JaxRuntimeError:  # jaxlib 0.10 cannot print programs for v5p and v6e
-        costs = None
+    with tempfile.TemporaryDirectory() as dump:
+        options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+        try:
+            compiled = lower().compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            if "CompileTimeHbmOom" not in str(error):
+                raise
+            raise OutOfMemory(name, str(error), hbm_gib) from None
+        took, memory = time.perf_counter() - start, compiled.memory_analysis()
+        text = _text(compiled, Path(dump))
+    costs = hlo.read(text) if text else None
     return Program(
         name=name,
         seconds=took,
@@ -139,6 +141,18 @@ def compile(name: str, lower: Callable[[], Any], hbm_gib: float) -> Program:
         collectives=costs.collectives if costs else None,
         open_loops=costs.open_loops if costs else 0,
     )
+
+
+def _text(compiled: Any, dump: Path) -> str | None:
+    """The text of a program: what libtpu wrote into `dump`, for jaxlib 0.10 cannot print programs
+    for v5p and v6e, where an async-update has operands that it does not know."""
+    written = list(dump.glob("*.after_codegen.txt"))
+    if len(written) == 1:
+        return written[0].read_text()
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 class OutOfMemory(Exception):

@@ -5,10 +5,10 @@ it is, paired by problem: a difference of the same problems is known better than
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 from absl import flags
+from etils import epath
 
 from distill import cli, figures, metrics
 from models.errors import UserError
@@ -23,8 +23,9 @@ Row = dict[str, Any]
 
 
 def read(folder: str) -> tuple[Row, list[Row]]:
-    """(summary, rows) of a finished evaluation. Raises UserError if it is none."""
-    path = Path(folder)
+    """(summary, rows) of a finished evaluation, local or gs://. Raises UserError if it is none."""
+    metrics.require_reachable(folder, "--runs")
+    path = epath.Path(folder)
     try:
         summary = json.loads((path / "summary.json").read_text())
         rows = [json.loads(line) for line in (path / "examples.jsonl").read_text().splitlines()]

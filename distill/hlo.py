@@ -103,6 +103,10 @@ def _traffic(rest: str, lines: dict[str, str], computations: dict[str, dict[str,
     results, operands = _results(rest), _operands(rest)
     if " dynamic-slice(" in rest or " gather(" in rest:
         return 2 * results
+    if re.search(r" slice(?:-start)?\(", rest):
+        return _cut(rest)
+    if "-start(" in rest:  # among its results are its operands again
+        return results
     if " dynamic-update-slice(" in rest:
         return 2 * _results(lines.get(operands[1], ""))
     inner = re.search(r" fusion\(.*calls=%?([\w.\-]+)", rest)
@@ -117,6 +121,14 @@ def _traffic(rest: str, lines: dict[str, str], computations: dict[str, dict[str,
         else:
             total += whole if cut is None else min(cut, whole)
     return total + results - rewritten
+
+
+def _cut(rest: str) -> float:
+    """Bytes that a slice reads, and those that it writes to HBM; of a start the second result is
+    the slice, the first its operand again."""
+    shapes = _PLACED.findall(re.split(r" slice(?:-start)?\(", rest, maxsplit=1)[0])
+    dtype, dims, layout = shapes[1 if " slice-start(" in rest else 0]
+    return _size(dtype, dims) * (1 if "S(" in layout else 2)
 
 
 def _slices(

@@ -105,10 +105,12 @@ def meshes(c: ConfigDict, devices: Sequence[Any] | None = None) -> tuple[Mesh, M
 
 
 def _is_box(devices: Sequence[Any]) -> bool:
-    """Whether TPU devices are all those between two corners of their torus."""
+    """Whether TPU devices are all those between two corners of their torus, one at each place of
+    a slice; of v4 the compiler gives both cores of a chip."""
     at = np.array([device.coords for device in devices])
     spans = int(np.prod(at.max(axis=0) - at.min(axis=0) + 1))
-    return spans == len({tuple(place) for place in at.tolist()})
+    places = {(getattr(device, "slice_index", 0), *device.coords) for device in devices}
+    return spans == len({place[1:] for place in places}) and len(places) == len(at)
 
 
 def _along_the_torus(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:

@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from models.errors import UserError
@@ -239,7 +238,7 @@ class Writer:
 
     def __init__(self, workdir: epath.PathLike, resume_step: int) -> None:
         self._workdir = epath.Path(workdir)
-        self._board: SummaryWriter | None = None
+        self._board: Any = None  # tensorboardX's SummaryWriter
         if not is_primary():
             return
         self._workdir.mkdir(parents=True, exist_ok=True)
@@ -252,6 +251,8 @@ class Writer:
                 old.unlink()
         self._lines = Lines(path)
         if not is_remote(workdir):  # tensorboardX wants Google's own client for buckets
+            from tensorboardX import SummaryWriter  # not above: it loads torch where there is one
+
             folder = self._workdir / "tensorboard"
             self._board = SummaryWriter(str(folder), purge_step=resume_step, flush_secs=10)
 

@@ -156,6 +156,35 @@ def test_exchanges_inside_fusions_and_kernels():
     assert costs.flops == 4 * 2 * 2 * 4 * 16 * 36 * 8 * 8
 
 
+PREFETCHED = """\
+%async_computation (param_0: f32[8,64]) -> f32[2,64] {
+  %param_0 = f32[8,64]{1,0} parameter(0)
+  ROOT %cut = f32[2,64]{1,0:S(1)} slice(%param_0), slice={[0:2], [0:64]}
+}
+
+ENTRY %main (x: f32[8,64]) -> f32[8,64] {
+  %x = f32[8,64]{1,0} parameter(0)
+  %slice-start = ((f32[8,64]{1,0}), f32[2,64]{1,0:S(1)}, s32[]{:S(2)}) SLICE
+  %slice-done = f32[2,64]{1,0:S(1)} slice-done(%slice-start)
+  %copy-start = (f32[8,64]{1,0:S(1)}, f32[8,64]{1,0}, u32[]{:S(2)}) copy-start(%x)
+  %copy-done = f32[8,64]{1,0:S(1)} copy-done(%copy-start)
+  ROOT %out = f32[8,64]{1,0} fusion(%slice-done, %copy-done), kind=kLoop, calls=%add
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "slice-start(%x), slice={[0:2], [0:64]}",
+        "async-start(%x), calls=%async_computation",  # libtpu's own spelling of the same
+    ],
+)
+def test_what_is_fetched_ahead_moves_once(start):
+    """Into fast memory: of a slice what is cut out, of a copy its source; and the result leaves."""
+    assert hlo.read(PREFETCHED.replace("SLICE", start)).traffic == (2 + 8 + 8) * 64 * 4
+
+
 @pytest.mark.parametrize(
     ("window", "taps"),
     [

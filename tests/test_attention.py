@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from configs import base
+from distill import aot, stages
 from distill import mesh as mesh_lib
-from distill import stages
 from models.errors import UserError
 from models.qwen3 import attention
 
@@ -71,6 +71,34 @@ def test_splash_equals_plain(T):
     want, got = gradients(attention.plain, q, k, v, segments), gradients(splash, q, k, v, segments)
     for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_follow_the_chip_and_divide_the_row():
+    for kind, sizes in (("TPU v5 lite", (512, 512, 384)), ("TPU v6 lite", (1024, 512, 384))):
+        for T, block in zip((16_384, 1_536, 1_152), sizes, strict=True):
+            assert attention._block(T, kind) == block
+    assert attention._block(128, "cpu") == 128
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("T", [4_096, 16_384])
+@pytest.mark.parametrize(
+    ("topology", "block"), [("v5e:2x2", 512), ("v5p:2x2x1", 512), ("v6e:2x2", 1024)]
+)
+def test_mosaic_compiles_each_chips_blocks(topology, block, T):
+    """Forward and backward fit the chip's fast memory, in the blocks that are meant for it: the
+    operations of the three kernels are those of the blocks at and below the diagonal."""
+    B, N, K, H = 4, 2, 1, 128
+    mesh = mesh_lib.make(1, 4, 1, devices=aot.devices(topology))
+    with mesh_lib.use(mesh), jax.default_matmul_precision(None):
+        q, k, v, segments = (
+            jax.ShapeDtypeStruct((B, T, *rest), dtype, sharding=mesh_lib.rows(mesh))
+            for dtype, rest in (*(("bfloat16", (n, H)) for n in (N, K, K)), ("int32", ()))
+        )
+        grad = jax.jit(jax.grad(lambda *x: attention.splash(*x).astype("float32").sum(), (0, 1, 2)))
+        program = aot.compile("splash", lambda: grad.lower(q, k, v, segments), hbm_gib=15)
+    blocks = T // block
+    assert program.flops == (2 + 3 + 4) * 2 * N * H * block**2 * blocks * (blocks + 1) / 2
 
 
 def test_splash_on_a_mesh():

@@ -16,10 +16,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from distill import aot, plan
+from distill import aot, plan, programs, roofline
+from distill import mesh as mesh_lib
 from distill.roofline import GIB, Row
 
 FILE = Path(__file__).parent / "goldens.json"
@@ -32,6 +36,15 @@ FLAGSHIP: dict[str, Any] = {
     "opd.max_prompt_tokens": 1024,
     "opd.max_response_tokens": 3072,
 }
+# Rows as many and as long as decoding holds at once; the update's micro-batches are 64 of them.
+LONG: dict[str, Any] = {
+    "mesh.tensor": 8,
+    "opd.batch_size": 256,
+    "opd.accumulate": 4,
+    "opd.max_prompt_tokens": 1024,
+    "opd.max_response_tokens": 15_360,
+}
+ON_V5P = "8b from 32b, 18k, v5p-32"
 # Name -> recipe, slice, what differs from the recipe. Each is compiled in its `opd` stage.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "colab, v5e-1": ("colab", "v5e:1x1", {}),
@@ -40,7 +53,17 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "v5e:8x8",
         FLAGSHIP,
     ),
-    "8b from 32b, 18k, v5p-32": ("strong_to_weak:student=8b,teacher=32b", "v5p:2x2x4", {}),
+    "8b from 32b, 256 x 16k, v5e-64": (
+        "strong_to_weak:student=8b,teacher=32b",
+        "v5e:8x8",
+        LONG,
+    ),
+    ON_V5P: ("strong_to_weak:student=8b,teacher=32b", "v5p:2x2x4", {}),
+    "8b from 32b, 18k, v6e-64": (
+        "strong_to_weak:student=8b,teacher=32b",
+        "v6e:8x8",
+        {"mesh.tensor": 8},
+    ),
     "8b from 235b-a22b, 18k, v5p-128": (
         "strong_to_weak:student=8b,teacher=235b-a22b",
         "v5p:4x4x4",
@@ -62,15 +85,18 @@ def config(recipe: str, changes: dict[str, Any]) -> ConfigDict:
 
 
 @functools.cache
-def compiled(name: str) -> dict[str, Any]:
-    """Program -> peak memory in GiB (with all that lies beside it), and what it receives: kind of
-    collective -> how many and how many MB a call; none where this compiler's text cannot be read.
-    """
+def compiled(name: str) -> list[Row]:
     recipe, topology, changes = CASES[name]
-    return measured(plan.compiled(config(recipe, changes), topology)["opd"])
+    try:
+        aot.devices(topology)
+    except plan.UserError as error:
+        pytest.skip(str(error))
+    return plan.compiled(config(recipe, changes), topology)["opd"]
 
 
 def measured(rows: list[Row]) -> dict[str, Any]:
+    """Program -> peak memory in GiB (with all that lies beside it), and what it receives: kind of
+    collective -> how many and how many MB a call."""
     return {
         row.name: {
             "peak_gib": round(row.total / GIB, 3),
@@ -108,21 +134,54 @@ def worse(golden: dict[str, Any], now: dict[str, Any]) -> list[str]:
 @pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_fits_and_is_no_worse(name: str) -> None:
-    try:
-        aot.devices(CASES[name][1])
-    except plan.UserError as error:
-        pytest.skip(str(error))
     goldens = json.loads(FILE.read_text())
     if os.environ.get("GOLDENS") == "renew":
-        cases = {**goldens["cases"], name: compiled(name)}
+        now = measured(compiled(name))
+        cases = {**json.loads(FILE.read_text())["cases"], name: now}
         told = {"versions": versions(), "cases": {n: cases[n] for n in CASES if n in cases}}
         FILE.write_text(json.dumps(told, indent=1) + "\n")
         return
     if goldens["versions"] != versions():
         pytest.skip(f"the goldens are of {goldens['versions']}")
     assert name in goldens["cases"], f"{name}: no golden yet; see above how to write it"
-    found = worse(goldens["cases"][name], compiled(name))
+    found = worse(goldens["cases"][name], measured(compiled(name)))
     assert not found, "\n".join(found)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("program", "least"), [("update", 0.5), ("score", 0.6)])
+def test_bound_of_utilisation(program: str, least: float) -> None:
+    """Useful operations over what the chip could do in the roofline's time."""
+    row = next(row for row in compiled(ON_V5P) if row.name == program)
+    assert row.mfu is not None and row.compiled is not None, "no text to read"
+    assert row.mfu >= least and row.useful / row.compiled >= least, f"{row.mfu:.2f} by {row.bound}"
+
+
+def test_a_spoilt_program_is_seen() -> None:
+    """A step of training through layers, compiled as it should be and with the weights whole on
+    every device."""
+    mesh = mesh_lib.make(1, 4, 1, devices=aot.devices("v5e:2x2"))
+
+    def loss(w_LDD: jax.Array, x_BD: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x_BD, w_LDD)[0].sum()
+
+    def step(w_LDD: jax.Array, x_BD: jax.Array) -> jax.Array:
+        return w_LDD - jax.grad(loss)(w_LDD, x_BD)
+
+    def compile(axis: str | None) -> dict[str, Any]:
+        split, rows = NamedSharding(mesh, PartitionSpec(None, axis)), mesh_lib.rows(mesh)
+        w = jax.ShapeDtypeStruct((8, 1024, 1024), jnp.float32, sharding=split)
+        x = jax.ShapeDtypeStruct((64, 1024), jnp.float32, sharding=rows)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=split)
+        call = programs.Call("update", lambda: jitted.lower(w, x), 1, 0.0, ())
+        program = aot.compile(call.name, call.lower, 16)
+        return measured([roofline.row(call, program, 0, aot.CHIPS["v5e"], 4)])
+
+    sound = compile("fsdp")
+    assert worse(sound, sound) == []
+    found = worse(sound, compile(None))
+    assert found[0].startswith("update: peak GiB 0.0")
+    assert any(line.startswith("update: all-reduce, MB") for line in found)
 
 
 def test_what_is_worse_is_seen() -> None:

@@ -169,6 +169,11 @@ def test_several_slices_split_rows_alone():
         mesh_lib.make(1, -1, 2, devices=list(devices))
 
 
+def test_every_generation_has_a_mesh():
+    for topology, size in (("v4:2x2x1", 8), ("v5e:2x2", 4), ("v5p:2x2x1", 4), ("v6e:2x2", 4)):
+        assert mesh_lib.make(1, -1, 1, devices=aot.devices(topology)).size == size
+
+
 def test_an_axis_is_one_dimension_of_the_torus():
     mesh = mesh_lib.make(1, 8, 8, devices=aot.devices("v5e:8x8"))
     for axis in ("fsdp", "tensor"):

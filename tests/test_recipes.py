@@ -60,8 +60,8 @@ def small(recipe: str) -> str:
     return f"--config=configs/{file}.py:{','.join(w for w in (argument, 'tiny') if w)}"
 
 
-# A rank alone makes another recipe of these.
-ALIKE = ("opd_math:lora=128",)
+# A rank alone makes another recipe of the first; tests/test_notebook.py trains the second.
+ALIKE = ("opd_math:lora=128", "colab")
 
 
 @pytest.mark.parametrize(

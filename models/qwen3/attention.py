@@ -20,7 +20,11 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 _CHUNK = 1024  # queries whose scores over all keys `plain` holds at a time
 _LANES = 128  # the tile of a TPU's vector unit: splash attention wants T and H in multiples
-_BLOCKS = (512, 384, 256, 128)
+_BLOCKS = (1024, 512, 384, 256, 128)  # tokens of a block of splash attention
+# The longest block, by the mesh's kind of device. For each block of queries the kernel reads all
+# keys and values before them, which is as many operations a byte as the block is long; a chip's
+# matrix unit is busy from 240 (v5e), 166 (v5p) and 560 (v6e) on. By arithmetic alone: not timed.
+_LONGEST = {"TPU v6 lite": 1024}
 
 
 def softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
@@ -69,6 +73,12 @@ def _some(
     return out_BKMH.reshape(B, K, N // K, C, H).transpose(0, 3, 1, 2, 4).reshape(B, C, N, H)
 
 
+def _block(T: int, kind: str) -> int:
+    """The longest block that divides a row of T tokens, of those for a kind of device."""
+    longest = _LONGEST.get(kind, 512)
+    return next(size for size in _BLOCKS if size <= longest and T % size == 0)
+
+
 def splash(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
@@ -83,7 +93,8 @@ def splash(
     """
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
     pad = -T % _LANES
-    block = next(size for size in _BLOCKS if (T + pad) % size == 0)
+    mesh = jax.sharding.get_abstract_mesh()
+    block = _block(T + pad, mesh.abstract_device.device_kind if mesh.abstract_device else "")
     sizes = splash_lib.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -111,7 +122,6 @@ def splash(
         return out_BNTH.swapaxes(1, 2)[:, :T]
 
     # A kernel is opaque to the partitioner, so each device is told what is its own.
-    mesh = jax.sharding.get_abstract_mesh()
     spec = nn.logical_to_mesh_axes(("batch", None, "act_heads", None))
     if mesh.empty or spec is None or spec[0] is None:  # no mesh, or no rules that give it a meaning
         return local(q_BTNH, k_BTKH, v_BTKH, segments_BT)

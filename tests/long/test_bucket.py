@@ -46,4 +46,5 @@ def test_a_run_on_a_bucket(tmp_path: Path) -> None:
         words = ["--benchmark=arithmetic", "--limit=4", "--max_new_tokens=8", "--out=gs://bucket/e"]
         verb("evaluate", "--model=gs://bucket/runs/x", *words)
         assert {"e/summary.json", "e/examples.jsonl"} <= server.held.keys()
+        verb("compare", "--runs=gs://bucket/runs/x/eval/000002,gs://bucket/e")
     assert not (ROOT / "gs:").exists()
