@@ -69,4 +69,6 @@ def test_a_decoding_loop_on_tpu_reads_the_cache_once(dtype, monkeypatch):
     size = programs.bytes_of(held)
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory and memory.temp_size_in_bytes < size / 4
-    assert 3 * size <= hlo.read(str(text)).traffic <= 1.4 * 3 * size
+    # Scales, where this small cache has them, are kept in fast memory through the loop.
+    least = programs.bytes_of((held.keys, held.values))
+    assert 3 * least <= hlo.read(str(text)).traffic <= 1.4 * 3 * size

@@ -74,6 +74,7 @@ def samples(found: dict[str, Any], task: str) -> list[Any]:
     return [s["resps"] for s in sorted(found["samples"][task], key=lambda s: s["doc_id"])]
 
 
+@pytest.mark.long
 def test_the_same_numbers_as_by_the_hugging_face_backend(folder: Path, model_dir: Path) -> None:
     lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed")
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]

@@ -504,6 +504,7 @@ def test_an_adapter_is_trained_on(run, exported, models, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, policy.load(student, "float32").params, start)
 
 
+@pytest.mark.long
 def test_from_the_command_line(tmp_path):
     flags = (f"--workdir={tmp_path / 'run'}", "--config.student.lora.rank=4")
     command = [sys.executable, "-m", "distill.train", "--config=configs/quickstart.py:tiny", *flags]

@@ -311,6 +311,7 @@ def rows_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_a_frozen_base_and_a_reference_in_8_bits(tmp_path):
     """The sampler has the LoRA merged with the base that the update computes with, and without its
     LoRA that base is the reference; of a student trained whole it is a copy in 8 bits."""

@@ -104,7 +104,9 @@ def stop_after(monkeypatch, step):
     monkeypatch.setattr(metrics.Writer, "write", interrupted)
 
 
-@pytest.mark.parametrize("step", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "step", [0, 2, 4, *(pytest.param(step, marks=pytest.mark.long) for step in (1, 3))]
+)
 def test_stopped_and_resumed_is_bitwise_the_same(whole, models, tmp_path, monkeypatch, step):
     with monkeypatch.context() as patch:
         stop_after(patch, step)
@@ -390,7 +392,8 @@ def curve(models, workdir, fsdp, tensor, expert=1, stages=("sft", "opd")):
     return numbers(workdir)
 
 
-@pytest.mark.parametrize(("fsdp", "tensor"), [pytest.param(8, 1, marks=pytest.mark.long), (2, 4)])
+@pytest.mark.long
+@pytest.mark.parametrize(("fsdp", "tensor"), [(8, 1), (2, 4)])
 def test_meshes_give_the_same_run(divisible, one_device, tmp_path, fsdp, tensor):
     """Sampling, scoring and updating on eight devices: the loss curve of one, to 1e-4."""
     rows = curve(divisible, tmp_path, fsdp, tensor)
