@@ -8,6 +8,7 @@ and committed with the change that caused it. The figures depend on the versions
 that they were made with, which the file names: with others, the cases are skipped.
 """
 
+import dataclasses
 import functools
 import importlib
 import importlib.metadata
@@ -45,7 +46,8 @@ LONG: dict[str, Any] = {
     "opd.max_response_tokens": 15_360,
 }
 ON_V5P = "8b from 32b, 18k, v5p-32"
-# Name -> recipe, slice, what differs from the recipe. Each is compiled in its `opd` stage.
+# Name -> recipe, slice, what differs from the recipe; compiled in its `opd` stage, if that does not
+# name others.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "colab, v5e-1": ("colab", "v5e:1x1", {}),
     "8b from 32b, 64 x 4k, v5e-64": (
@@ -74,13 +76,18 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "v5p:4x4x4",
         {},
     ),
+    "opd_math, v5p-64": ("opd_math", "v5p:4x4x2", {}),
+    "conditions, v6e-8": ("conditions:sft_then_opd", "v6e:2x4", {"stages": ("sft", "opd")}),
+    "conditions by rewards, v6e-8": ("conditions:grpo_only", "v6e:2x4", {"stages": ("grpo",)}),
+    "manual, v5e-4": ("manual:opd", "v5e:2x2", {"student.path": "Qwen/Qwen3-0.6B"}),
+    "one_prompt, v5p-16": ("one_prompt", "v5p:2x2x2", {}),
 }
 
 
 def config(recipe: str, changes: dict[str, Any]) -> ConfigDict:
     file, _, argument = recipe.partition(":")
     c = importlib.import_module(f"configs.{file}").get_config(argument)
-    c.update_from_flattened_dict({**changes, "stages": ("opd",)})
+    c.update_from_flattened_dict({"stages": ("opd",), **changes})
     return c
 
 
@@ -91,7 +98,13 @@ def compiled(name: str) -> list[Row]:
         aot.devices(topology)
     except plan.UserError as error:
         pytest.skip(str(error))
-    return plan.compiled(config(recipe, changes), topology)["opd"]
+    found = plan.compiled(config(recipe, changes), topology)
+    several = len(found) > 1
+    return [
+        dataclasses.replace(row, name=f"{stage}: {row.name}") if several else row
+        for stage, rows in found.items()
+        for row in rows
+    ]
 
 
 def measured(rows: list[Row]) -> dict[str, Any]:
