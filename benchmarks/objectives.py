@@ -34,6 +34,7 @@ from distill import (
     prepare,
     rewards,
     rollout,
+    stages,
     train,
 )
 from distill import mesh as mesh_lib
@@ -192,7 +193,7 @@ def train_badly(name: str, out: Path, mesh: Mesh) -> Policy:
 
     rows = []
     with rewards.Grader() as grader:
-        draw = collect.batches(plan, stage, c.seed, mesh, c.logits_mib, grader)
+        draw = collect.batches(plan, stage, c.seed, mesh, stages.logits_mib(c, mesh), grader)
         for number in range(stage.end):
             start = time.perf_counter()
             key = jax.random.fold_in(jax.random.key(c.seed), number)

@@ -96,14 +96,14 @@ def our_score(job: Job) -> Answer:
 
     from configs import base
     from distill import mesh as mesh_lib
-    from distill import policy, teacher
+    from distill import policy, stages, teacher
 
     c = base.get_config()
     mesh = mesh_lib.make(**c.mesh)
     read, batch = _network(job, "student", mesh), _batch(job, mesh)
     score: Any = {
         "hidden": lambda: teacher.hidden(read.model, read.params, None, batch, None),
-        "logp": lambda: teacher.logp(read, batch, c.logits_mib * mesh.size),
+        "logp": lambda: teacher.logp(read, batch, stages.logits_mib(c, mesh)),
     }[job["what"]]
     with policy.use(read):
         return timed(lambda: jax.block_until_ready(score()), job, jax_peak)
@@ -114,7 +114,7 @@ def our_loss(job: Job) -> Answer:
     import jax.numpy as jnp
 
     from configs import base
-    from distill import head, losses
+    from distill import head, losses, stages
     from distill import mesh as mesh_lib
 
     c = base.get_config()
@@ -133,7 +133,7 @@ def our_loss(job: Job) -> Answer:
     def total(hidden_BTD: jax.Array, head_VD: jax.Array, *teacher: jax.Array) -> jax.Array:
         stats = head.token_stats(
             *(hidden_BTD, head_VD, losses.shift(batch.tokens_BT), *teacher),
-            logits_mib=c.logits_mib * mesh.size,
+            logits_mib=stages.logits_mib(c, mesh),
             split=mesh_lib.split_vocabulary,
             divergence=losses.TABLE["opd"].compared,
         )

@@ -321,7 +321,7 @@ def diagnose(c: ConfigDict, plan: prepare.Plan, stage: Stage, mesh: Mesh, grader
     taught = policy.load(teacher.policy, teacher.c.param_dtype)
     teacher = dataclasses.replace(teacher, policy=taught)
     f["agreement"] = agreement(student, taught)
-    f["distances"] = distances(student, teacher, rows, stage, c.logits_mib * mesh.size)
+    f["distances"] = distances(student, teacher, rows, stage, stages.logits_mib(c, mesh))
     with policy.use(taught):
         answers = respond(taught, stage, c.seed, told=True)
     f["teacher"] = written(answers, examples, taught, grader)

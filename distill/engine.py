@@ -67,9 +67,19 @@ class Drawn:
     experts_WBLA: jax.Array | None = None
 
 
-def prefers_stacked() -> bool:
-    """Whether this platform decodes faster from a stacked cache (models.qwen3.cache.Cache)."""
-    return jax.default_backend() != "cpu"
+def prefers_stacked(mesh: Mesh) -> bool:
+    """Whether its platform decodes faster from weights and a cache that are stacked over layers
+    (models.qwen3.cache.Cache). TPUs do; on GPUs XLA cuts each layer out of both into memory before
+    it reads it, at every step, and turns the cache's axes around a loop: 2.9 to 5.8 times the bytes
+    that one reading of weights and cache takes, against 1.02 to 1.11 layer by layer."""
+    return mesh.devices.flat[0].platform == "tpu"
+
+
+def least_rows(mesh: Mesh) -> int:
+    """The fewest rows that decode together: one in each part that the mesh splits rows in, on GPUs
+    two. Of a product with a single row XLA makes a multiplication and a sum there, with all that is
+    multiplied written to memory in between: 1.4 times the bytes of two rows."""
+    return mesh_lib.row_shards(mesh) * (2 if mesh_lib.on_gpu(mesh) else 1)
 
 
 def weights(

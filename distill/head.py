@@ -48,16 +48,32 @@ class Divergence:
     k_of: str = "teacher"
 
 
-def _logits(hidden_BCD: jax.Array, head_VD: jax.Array) -> jax.Array:
-    # Multiplied in the model's dtype, summed and kept in float32 (or float64, if that is it).
-    # Casting the head here, inside the chunk, lets its gradient be summed over chunks in the
-    # head's own dtype, float32.
+@jax.custom_vjp
+def _logits(hidden_BCD: jax.Array, head_VD: jax.Array, read_VD: jax.Array) -> jax.Array:
+    """Logits of a chunk, summed and kept in float32 (or float64, if that is the model's).
+
+    read_VD: the head in the dtype of the hidden states, in which all products are taken, cast once
+    for all chunks; head_VD stands for the gradient, which is summed over them in its own dtype.
+    """
     return jnp.einsum(
         "BCD,VD->BCV",
         hidden_BCD,
-        head_VD.astype(hidden_BCD.dtype),
+        read_VD,
         preferred_element_type=jnp.promote_types(hidden_BCD.dtype, jnp.float32),
     )
+
+
+def _logits_backward(kept, by_logits_BCV):
+    hidden_BCD, head_VD, read_VD = kept
+    # Rounded as the logits' factors are: two products of the model's dtype, where the transposed
+    # rule would take float32 times what is cast up for it.
+    by_BCV = by_logits_BCV.astype(hidden_BCD.dtype)
+    by_hidden_BCD = jnp.einsum("BCV,VD->BCD", by_BCV, read_VD)
+    by_head_VD = jnp.einsum("BCV,BCD->VD", by_BCV, hidden_BCD, preferred_element_type=head_VD.dtype)
+    return by_hidden_BCD, by_head_VD, None
+
+
+_logits.defvjp(lambda *given: (_logits(*given), given), _logits_backward)
 
 
 def _mixture(logp: jax.Array, logq: jax.Array, share: float) -> tuple[jax.Array, jax.Array]:
@@ -330,17 +346,19 @@ def token_stats(
       from stored tops up to the rounding of the tail's mass, about 1e-7.
     """
     xs = {"hidden": hidden_BTD, "targets": targets_BT}
+    read_VD = jax.lax.stop_gradient(head_VD).astype(hidden_BTD.dtype)
     heads = jax.tree.leaves(jax.lax.stop_gradient(teacher_head_VE))
     for n, teacher_BTE in enumerate(jax.tree.leaves(teacher_hidden_BTE)):
         xs[f"teacher{n}"] = jax.lax.stop_gradient(teacher_BTE)
+        heads[n] = heads[n].astype(teacher_BTE.dtype)
     if teacher_top_BTK is not None:
         xs["ids"], xs["logq"] = jax.lax.stop_gradient(teacher_top_BTK)
 
     def body(x: Stats) -> Stats:
-        logp_BCV = jax.nn.log_softmax(split(_logits(x["hidden"], head_VD)), axis=-1)
+        logp_BCV = jax.nn.log_softmax(split(_logits(x["hidden"], head_VD, read_VD)), axis=-1)
         stats = {"logp": _pick(logp_BCV, x["targets"]), "entropy": _entropy(logp_BCV)}
         if "teacher0" in x:
-            each = [split(_logits(x[f"teacher{n}"], head)) for n, head in enumerate(heads)]
+            each = [split(_logits(x[f"teacher{n}"], y, y)) for n, y in enumerate(heads)]
             logq_BCV = _mixed(each, teacher_share_BN)
             stats |= _teacher_stats(logp_BCV, logq_BCV, x["targets"], overlap, baseline)
             if divergence is not None:

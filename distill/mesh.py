@@ -285,6 +285,11 @@ def first_rows(tree: Any, count: int) -> Any:
     return jax.tree.map(lambda x: whole(x[:count]), tree)
 
 
+def on_gpu(mesh: Mesh) -> bool:
+    """Whether its devices are GPUs; they need not exist."""
+    return mesh.devices.flat[0].platform in ("gpu", "cuda")
+
+
 def row_shards(mesh: Mesh) -> int:
     """Into how many parts the batch is split."""
     return math.prod(mesh.shape[axis] for axis in ROWS)

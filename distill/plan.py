@@ -82,7 +82,8 @@ def models_of(
 ) -> Models:
     """The run's models, in the dtypes that `train` loads them in; on `apart` those only read."""
     m, lora = c.student, stages.lora(c.student)
-    student = describe(m.path, m.dtype, m.remat, mesh, "student", trained=lora, kernel=c.attention)
+    kind: dict[str, Any] = {"kernel": c.attention, "packed": stages.packs(c)}
+    student = describe(m.path, m.dtype, m.remat, mesh, "student", trained=lora, **kind)
     if not student.stop_ids:
         student = dataclasses.replace(student, stop_ids=STOPS)
     trained = mesh_lib.parameters(student.config, mesh, lora)
@@ -100,7 +101,7 @@ def models_of(
             at = plain if teacher.is_base(student) else there
             read[name] = dataclasses.replace(plain, params=policy.loaded(at, t.param_dtype))
         else:
-            found = describe(t.path, t.dtype, False, apart, name, kernel=c.attention)
+            found = describe(t.path, t.dtype, False, apart, name, **kind)
             read[name] = dataclasses.replace(found, params=policy.loaded(found, t.param_dtype))
     reference = None
     if referred and not teacher.is_base(student):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from distill import benchmarks, chat, data, examples, generate, metrics, policy, programs
+from distill import benchmarks, chat, data, examples, generate, metrics, policy, programs, stages
 from distill import mesh as mesh_lib
 from distill import teacher as teacher_lib
 from distill.policy import Policy
@@ -239,13 +239,13 @@ def _apart(stage: Stage, plan: Plan, c: ConfigDict, trained: Params) -> dict[str
 
 def _parts(stage: Stage, plan: Plan, c: ConfigDict, trained: Params) -> dict[str, float]:
     """Bytes that a device of the student's holds in a stage, by what they are of."""
-    models = _models(stage, plan, c, trained)
+    models, mesh = _models(stage, plan, c, trained), policy.mesh_of(plan.student)
     return {
         **programs.held(c, models, stage.c),
         "gradient": programs.bytes_of(trained),
         "sampling": _sampling(stage, plan.student),
         "activations": _activations(stage, plan),
-        "logits": c.logits_mib * 2**20,
+        "logits": stages.logits_mib(c, mesh) / mesh.size * 2**20,
     }
 
 

@@ -260,7 +260,7 @@ def updater(
         loss,
         s.max_response_tokens,
         s.accumulate,
-        c.logits_mib * mesh.size,
+        stages.logits_mib(c, mesh),
         state,
         balance=c.student.balance_loss,
         overlap=c.log.overlap if loss.teacher else 0,

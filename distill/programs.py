@@ -165,7 +165,7 @@ def of_stage(
     if loss.reward:
         batch = dataclasses.replace(batch, advantages_B=array("float32"))
     if loss.reference:
-        calls.append(_reference(models, batch, c.logits_mib * mesh.size))
+        calls.append(_reference(models, batch, stages.logits_mib(c, mesh)))
         batch = dataclasses.replace(batch, reference_logp_BT=array("float32", T))
     if loss.served == "top":
         top = (array("int32", T, loss.served_k), array("float32", T, loss.served_k))
@@ -215,18 +215,23 @@ def _sampling(s: ConfigDict, sampled: int, models: Models, mesh: Mesh) -> list[C
     trained = models.trained
     if student.model.lora:  # merged with its base before
         trained = cast(mesh_lib.parameters(student.config, mesh), student.model.dtype)
-    qwen3 = student.model.clone(scan=True, remat=False, lora=None)
+    stacked = engine.prefers_stacked(mesh)
+    qwen3 = student.model.clone(scan=stacked, remat=False, lora=None)
     rules = mesh_lib.GATHERED if options.gathered else mesh_lib.RULES
     read_from = policy.loaded(
         dataclasses.replace(student, params=mesh_lib.parameters(student.config, mesh, rules=rules)),
         options.param_dtype or jnp.dtype(qwen3.dtype).name,
     )
+    if not stacked:
+        as_read = (mesh, rules, False, options.param_dtype)
+        read_from = like(engine.for_decoding, qwen3, trained, *as_read)
     dtype = options.cache_dtype or jnp.dtype(qwen3.dtype).name
     decoder = engine.Decoder(qwen3, stages.sampling(s), student.stop_ids, dtype, options.segment, 0)
-    count = slots.sizes(min(options.slots, sampled), shards)[0]
+    count = slots.sizes(min(options.slots, sampled), engine.least_rows(mesh))[0]
     width = options.longest
     if options.cache_tokens:
-        count = min(count, options.cache_tokens // width // shards * shards)
+        least = engine.least_rows(mesh)
+        count = min(count, options.cache_tokens // width // least * least)
     chunk = slots.prompt_width(s.max_prompt_tokens, options.chunk)
     chunk, long = min(chunk, options.chunk), chunk
     together = max(1, options.chunk // chunk // shards) * shards
@@ -241,7 +246,7 @@ def _sampling(s: ConfigDict, sampled: int, models: Models, mesh: Mesh) -> list[C
             trained,
             mesh=mesh,
             rules=rules,
-            stacked=True,
+            stacked=stacked,
             param_dtype=options.param_dtype,
         )
 

@@ -17,7 +17,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distill import context, data, engine, layout
-from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.policy import Policy
 from distill.sampling import Sampling
@@ -97,7 +96,7 @@ def run(
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     for number, row in enumerate(rows):
         _check(row, row.where or f"row {number}", options, mesh)
-    stacked = engine.prefers_stacked() if options.stacked is None else options.stacked
+    stacked = engine.prefers_stacked(mesh) if options.stacked is None else options.stacked
     qwen3, params = engine.weights(
         qwen3,
         params,
@@ -126,7 +125,7 @@ def _drawn(slots: Slots, rows: Sequence[Row], budget: int | None) -> Iterator[Ro
 def _check(row: Row, where: str, options: Options, mesh: Mesh) -> None:
     if not row.prompt:
         raise UserError(f"{where}: the prompt is empty")
-    room = min(options.longest or row.longest, options.room(mesh_lib.row_shards(mesh)))
+    room = min(options.longest or row.longest, options.room(mesh))
     if row.longest > room:
         raise UserError(
             f"{where}: a prompt of {len(row.prompt)} tokens and {row.limit} new ones exceed "

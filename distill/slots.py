@@ -56,9 +56,9 @@ class Options:
             if (value := getattr(self, name)) not in ("", *known):
                 raise UserError(f"{name}={value!r}: must be {', '.join(known)} or empty")
 
-    def room(self, shards: int) -> int:
-        """The tokens that a row may have, on a mesh that splits the rows in so many parts."""
-        return self.cache_tokens // shards if self.cache_tokens else sys.maxsize
+    def room(self, mesh: Mesh) -> int:
+        """The tokens that a row may have, if no more rows decode together than must."""
+        return self.cache_tokens // engine.least_rows(mesh) if self.cache_tokens else sys.maxsize
 
 
 @dataclasses.dataclass
@@ -116,11 +116,11 @@ class Slots:
         self.version, self.counts, self.ended = version, counts, ended
         self.queue = deque(row for row in rows if not row.reason)
         self.shards = mesh_lib.row_shards(mesh)
-        self.sizes = sizes(min(options.slots, len(self.queue)), self.shards)
-        self.last_sizes = sizes(self.sizes[0], self.shards, SHRINK)
+        least = engine.least_rows(mesh)
+        self.sizes = sizes(min(options.slots, len(self.queue)), least)
+        self.last_sizes = sizes(self.sizes[0], least, SHRINK)
         longest = options.longest or max((row.longest for row in rows), default=1)
-        room = options.room(self.shards)
-        self.widths = sorted({min(width, room) for width in widths(longest)})
+        self.widths = sorted({min(width, options.room(mesh)) for width in widths(longest)})
         self.at: list[Row | None] = []
         self.length: list[int] = []
         self.width = 0

@@ -136,7 +136,7 @@ def check(
         raise UserError(f"config.{name}.rollout.{error}") from None
     sampling(s).require(student.config.vocab_size)  # the former refuses what is no distribution
     total = s.max_prompt_tokens + s.max_response_tokens
-    room = options.room(mesh_lib.row_shards(mesh))
+    room = options.room(mesh)
     if room < total:
         raise UserError(
             f"config.{name}.rollout.cache_tokens={options.cache_tokens}: leaves {room} tokens for "
@@ -191,6 +191,11 @@ def check(
 def sampling(s: ConfigDict) -> rollout.Sampling:
     """What a stage draws its tokens from."""
     return rollout.Sampling(**s.sampling)
+
+
+def logits_mib(c: ConfigDict, mesh: Mesh) -> float:
+    """MiB of float32 logits that a chunk of the loss holds on all devices of a mesh together."""
+    return (c.logits_mib or (1024.0 if mesh_lib.on_gpu(mesh) else 128.0)) * mesh.size
 
 
 def rollout_options(s: ConfigDict) -> rollout.Options:

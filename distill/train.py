@@ -30,6 +30,7 @@ from distill import (
     preflight,
     prepare,
     rewards,
+    stages,
     teacher,
     update,
     validate,
@@ -205,7 +206,7 @@ def run_stage(
     stage, student = plan.stages[index], plan.student
     s = stage.c
     root = jax.random.key(c.seed)
-    logits_mib = c.logits_mib * opened.mesh.size
+    logits_mib = stages.logits_mib(c, opened.mesh)
     draw = collect.batches(plan, stage, c.seed, opened.mesh, logits_mib, opened.grader)
     take_step = prepare.updater(c, s, stage.loss, stage.optimizer, student, opened.mesh, state)
     teacher_heads = ()

@@ -67,7 +67,8 @@ def by_hand(c) -> tuple[list[list[rollout.Row]], Any]:
         params = policy.load(plan.student, "float32").params
         older = jax.tree.map(lambda x: x.copy(), params)
         state = update.init(stage.optimizer, params, 0)
-        size = s.max_response_tokens, s.accumulate, c.logits_mib
+        logits_mib = stages.logits_mib(c, policy.mesh_of(plan.student))
+        size = s.max_response_tokens, s.accumulate, logits_mib
         take_step = update.make(plan.student.model, stage.optimizer, stage.loss, *size, state)
         for step in range(STEPS):
             examples = data.at(stage.source, step, 2, c.seed)

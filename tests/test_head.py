@@ -444,6 +444,33 @@ def test_bfloat16_is_summed_in_float32(arrays):
     assert jax.grad(loss)(a["head"]).dtype == jnp.float32
 
 
+def test_gradients_in_bfloat16_are_those_of_the_rounded_numbers(arrays):
+    """Over several chunks: off by the rounding of one factor, 2^-9, and not by that of a sum; where
+    the teacher is the student they are nothing at all."""
+    a = arrays
+    low = {name: a[name].astype(jnp.bfloat16) for name in ("hidden", "teacher_hidden")}
+    d, mib = Divergence(), 4 * 4 * B * V / 2**20
+
+    def grads(f, hidden, head):
+        return jax.jit(jax.grad(lambda h, w: f(h, w)["divergence"].sum(), (0, 1)))(hidden, head)
+
+    def streamed(hidden, head, teacher=(low["teacher_hidden"], a["teacher_head"])):
+        return token_stats(hidden, head, a["targets"], *teacher, logits_mib=mib, divergence=d)
+
+    def plain(hidden, head):
+        heads = (x.astype(jnp.bfloat16).astype(jnp.float32) for x in (head, a["teacher_head"]))
+        of, by = heads
+        return naive(hidden, of, a["targets"], low["teacher_hidden"].astype(jnp.float32), by)
+
+    ours = grads(streamed, low["hidden"], a["head"])
+    assert [x.dtype for x in ours] == [jnp.bfloat16, jnp.float32]
+    for x, y in zip(ours, grads(plain, low["hidden"].astype(jnp.float32), a["head"]), strict=True):
+        x, y = (np.asarray(z, np.float64) for z in (x, y))
+        assert np.linalg.norm(x - y) < 2**-8 * np.linalg.norm(y)
+    same = functools.partial(streamed, teacher=(low["hidden"], a["head"]))
+    assert not any(np.any(x) for x in grads(same, low["hidden"], a["head"]))
+
+
 @pytest.mark.parametrize(
     "d", [Divergence(), Divergence("jsd", temperature=2.0, k=16, k_of="union")], ids=str
 )

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -156,6 +157,19 @@ def test_every_row_comes_once_and_in_order(thousand) -> None:
         assert len(row.tokens) == len(row.logprobs) == len(row.versions)
     assert counts["tokens"] == sum(len(row.tokens) for row in found)
     assert counts["queued_tokens"] >= 0.9 * counts["queued_slot_steps"]
+
+
+def test_least_rows(plain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single row has an empty one beside it where no fewer than two decode, as on GPUs."""
+    mesh, _ = weights(0, (1, 2, 4))
+    gpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]), shape=mesh.shape)
+    assert (engine.least_rows(mesh), engine.least_rows(gpu)) == (2, 4)  # pyright: ignore
+    assert not engine.prefers_stacked(mesh) and not engine.prefers_stacked(gpu)  # pyright: ignore
+    monkeypatch.setattr(engine, "least_rows", lambda mesh: 2 * mesh_lib.row_shards(mesh))
+    counts: Counter[str] = Counter()
+    rows = run(ask(8, 4)[:3], Options(slots=1, longest=P + R, segment=16, chunk=32), counts=counts)
+    assert drawn(rows) == drawn(plain)[:3]
+    assert counts["slot_steps"] == 2 * counts["steps"]
 
 
 COMPANIES = {
