@@ -1,14 +1,41 @@
-"""Flags for GPUs: where they are set, what they leave alone, and that XLA knows them in time."""
+"""Flags for GPUs: where they are set, what they leave alone, and that XLA knows them in time; and
+what the programs of a step are compiled to, for an H100 that is not there.
 
+The latter wants NVIDIA's compiler, `pip install "jax-cuda12-plugin[with-cuda]"` of jax's version.
+"""
+
+import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
 from helpers import ROOT
+from jax.experimental import topologies
 
-from distill import gpu
+from configs import base
+from distill import gpu, hlo, plan, programs, stages
+from distill import mesh as mesh_lib
+
+# An H100 as XLA is told of it, by openxla/xla, xla/backends/gpu/target_config/specs/h100_sxm.txtpb.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072 cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
 
 
 @pytest.fixture
@@ -75,3 +102,57 @@ def test_xla_knows_them_and_reads_them_in_time() -> None:
             assert done.returncode and "xla_no_such_flag" in done.stderr
         else:
             assert done.stdout.strip() == "True", done.stderr
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, tuple[Any, hlo.Costs, str]]:
+    """Decoding, scoring and the update of 0.6B from 1.7B on an H100: 8 rows of 1,024 tokens."""
+    if not any(importlib.util.find_spec(name) for name in gpu.PLUGINS):
+        pytest.skip("no CUDA plugin for JAX")
+    try:
+        told = {"target_config": H100, "topology": "1x1x1"}
+        devices = topologies.get_topology_desc("h100", "cuda", **told).devices
+    except Exception as error:  # the plugin raises many kinds
+        pytest.skip(f"the CUDA plugin does not compile without a GPU: {error}")
+    c = base.get_config()
+    c.student.path, c.teacher.path = "Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B"
+    c.opd.batch_size, c.opd.max_prompt_tokens, c.opd.max_response_tokens = 8, 256, 768
+    mesh, apart = mesh_lib.meshes(c, list(devices))
+    loss, sampled = stages.objective("opd", c.opd)
+    models = plan.models_of(c, mesh, apart, c.opd.teachers, False)
+    found = {}
+    with mesh_lib.use(mesh), jax.default_matmul_precision(None):
+        for call in programs.of_stage(c, c.opd, loss, sampled, models, mesh):
+            if call.name in ("decode", "score", "update"):
+                of = call.lower().compile()
+                found[call.name] = of, hlo.read(of.as_text()), of.as_text()
+    return found
+
+
+@pytest.mark.long
+def test_decoding_reads_weights_and_cache_once(compiled) -> None:
+    """And holds neither twice. With weights and cache stacked it was 2.7 to 5.8 times."""
+    program, costs, _ = compiled["decode"]
+    memory = program.memory_analysis()
+    assert costs.open_loops == 1  # one step of the loop is counted
+    assert costs.traffic < 1.15 * memory.argument_size_in_bytes
+    assert memory.temp_size_in_bytes < 2**27
+
+
+@pytest.mark.long
+def test_attention_is_cudnns_by_lengths(compiled) -> None:
+    """Each key-value head once, and no mask: the bias would be [8, 1, 1024, 1024]."""
+    for name in ("score", "update"):
+        text = compiled[name][2]
+        assert "__cudnn$fmhaSoftmax" in text and "[8,1,1024,1024]" not in text
+        calls = re.findall(r'"__cudnn\$fmhaSoftmax".*', text)
+        assert all("bf16[8,1024,8,128]" in call for call in calls)
+
+
+@pytest.mark.long
+def test_the_loss_holds_a_chunk_of_logits(compiled) -> None:
+    """Not of all 8,192 tokens; and casts the head once, not for each chunk."""
+    _, costs, text = compiled["update"]
+    assert "[8,128,151936]" in text or "[1024,151936]" in text
+    assert "[8,1024,151936]" not in text and "[8192,151936]" not in text
+    assert costs.traffic < 350e9  # 311; 504 in chunks of 128 MiB
