@@ -41,7 +41,6 @@ RULES = (
     ("act_mlp", "tensor"),
     ("act_tokens", TOKENS),
     ("act_context", "context"),
-    ("act_embed", "fsdp"),  # weights whose tokens context splits
     ("layers", None),
 )
 

@@ -122,7 +122,7 @@ def plain() -> list[Row]:
 
 
 @pytest.mark.parametrize(
-    ("shape", "stacked"), [((1, 1, 1), False), ((1, 2, 4), True), ((1, 2, 2, 1, 2), True)]
+    ("shape", "stacked"), [((1, 1, 1), False), ((1, 2, 4), True), ((1, 1, 2, 1, 2), True)]
 )
 def test_sampler_equals_scorer(plain, shape, stacked) -> None:
     """Under refills, shared prompts, a prompt in pieces, rows parked for want of room, and rows

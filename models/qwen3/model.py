@@ -13,6 +13,7 @@ Segments: tokens attend to earlier tokens of their own segment. Segment 0 is pad
 computes is never read.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -60,14 +61,15 @@ class Linear(nn.Module):
         init = nn.with_logical_partitioning(fan_in, self.axes)
         shape = (x.shape[-1], self.features)
         kernel: Any = self.param("kernel", init, shape, jnp.float32)
-        if not isinstance(kernel, quantised.Quantised):
-            kernel = sharded.fetched(kernel.astype(x.dtype), self.axes)
+        fetched = functools.partial(sharded.fetched, T=x.shape[-2])
+        kernel = quantised.cast(kernel, x.dtype)
+        names = quantised.axes(kernel, self.axes)
+        kernel = jax.tree.map(fetched, kernel, names)
         y = quantised.dot(x, kernel)
         low = factors(self, self.lora, f"{self.name}_proj", "kernel", shape, self.axes, x.dtype)
         if low is None:
             return y
-        a, b = low
-        a, b = sharded.fetched(a, (self.axes[0], None)), sharded.fetched(b, (None, self.axes[1]))
+        a, b = fetched(low[0], (self.axes[0], None)), fetched(low[1], (None, self.axes[1]))
         return y + (x @ a) @ b
 
 

@@ -46,14 +46,15 @@ def by_tokens(x: jax.Array, name: str | None) -> jax.Array:
     return nn.with_logical_constraint(x, spec)
 
 
-def fetched(kernel: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-    """Weights as tokens that context splits meet them: whole along it. Left to the partitioner,
-    they are fetched so too, but for their gradient all tokens, where a sum over context will do."""
-    if _parts(axes("act_context")) == 1:
+def fetched(kernel: jax.Array, names: tuple[str | None, ...], T: int) -> jax.Array:
+    """Weights as T tokens of a row meet them, whole along "embed": fetched at once, their gradient
+    summed into shards. Left to the partitioner they come in pieces, each a product of its own that
+    adds to all outputs, and for a gradient over context all tokens are fetched. One token is less
+    than the weights: there the partitioner may choose."""
+    if T == 1 or _parts(axes("embed")) == 1:
         return kernel
-    return nn.with_logical_constraint(
-        kernel, tuple("act_embed" if name == "embed" else name for name in names)
-    )
+    kept = tuple(None if name == "embed" else name for name in names)
+    return nn.with_logical_constraint(kernel, kept)
 
 
 def by_heads(*q_k_v: jax.Array) -> tuple[jax.Array, ...]:
