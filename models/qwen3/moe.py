@@ -114,7 +114,8 @@ def experts(
     flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
     (rows,), (expert, embed, mlp) = _spec("batch"), _spec(*_GATE_UP)
     if mesh.empty or rows is None:  # no mesh, or no rules that give its axes a meaning
-        y_MD, sizes_E = compute(*map(flat, (x_BTD, weights_BTA, chosen_BTA)), kernels, low=low)
+        every = flat(x_BTD), flat(weights_BTA), flat(chosen_BTA)
+        y_MD, sizes_E = compute(*every, kernels, low=low)
         return y_MD.reshape(B, T, D), sizes_E
     # The logical axes of each array, in the structure of (kernels, low).
     axes = (_GATE_UP, _GATE_UP, _DOWN)
