@@ -220,14 +220,8 @@ def _sampling(s: ConfigDict, sampled: int, models: Models, mesh: Mesh) -> list[C
     stacked = engine.prefers_stacked(mesh)
     qwen3 = student.model.clone(scan=stacked, remat=False, lora=None)
     rules = mesh_lib.GATHERED if options.gathered else mesh_lib.RULES
-    read_from = policy.loaded(
-        dataclasses.replace(student, params=mesh_lib.parameters(student.config, mesh, rules=rules)),
-        options.param_dtype or jnp.dtype(qwen3.dtype).name,
-    )
-    if not stacked:
-        as_read = (mesh, rules, False, options.param_dtype)
-        with mesh_lib.use(mesh):
-            read_from = like(engine.for_decoding, qwen3, trained, *as_read)
+    as_read = (mesh, rules, stacked, options.param_dtype)
+    read_from = _weights(student, qwen3, trained, *as_read)
     dtype = options.cache_dtype or jnp.dtype(qwen3.dtype).name
     decoder = engine.Decoder(qwen3, stages.sampling(s), student.stop_ids, dtype, options.segment, 0)
     count = slots.sizes(min(options.slots, sampled), engine.least_rows(mesh))[0]
@@ -244,14 +238,7 @@ def _sampling(s: ConfigDict, sampled: int, models: Models, mesh: Mesh) -> list[C
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated)
 
     def prepared() -> Any:
-        return engine.for_decoding.lower(
-            qwen3,
-            trained,
-            mesh=mesh,
-            rules=rules,
-            stacked=stacked,
-            param_dtype=options.param_dtype,
-        )
+        return engine.for_decoding.lower(qwen3, trained, *as_read)
 
     with mesh_lib.use(mesh):
         cache = like(engine.empty_cache, decoder, together, long)
@@ -293,6 +280,18 @@ def _sampling(s: ConfigDict, sampled: int, models: Models, mesh: Mesh) -> list[C
             bytes_of(cache),
         ),
     ]
+
+
+def _weights(
+    student: Policy, qwen3: Any, trained: Any, mesh: Mesh, rules: Any, stacked: bool, kind: str
+) -> Any:
+    """Shapes of the weights that decode, in the dtype `kind` ("": the model's)."""
+    if not stacked:
+        with mesh_lib.use(mesh):
+            return like(engine.for_decoding, qwen3, trained, mesh, rules, stacked, kind)
+    shapes = mesh_lib.parameters(student.config, mesh, rules=rules)
+    shaped = dataclasses.replace(student, params=shapes)
+    return policy.loaded(shaped, kind or jnp.dtype(qwen3.dtype).name)
 
 
 def lying(mesh: Mesh, tree: Any) -> Any:

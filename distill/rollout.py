@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distill import context, data, engine, layout
+from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.policy import Policy
 from distill.sampling import Sampling
