@@ -19,7 +19,6 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
-        "--xla_cpu_use_fusion_emitters=false",  # they take longer to compile, to run faster
     ]
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -35,6 +34,13 @@ atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_e
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "float32")
+
+# Fusions are made to run fast, and take longer to compile. Only while XLA reads its flags, with the
+# first look for devices: TPU's compiler, which reads them later, ends a process over one that it
+# does not know.
+with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_cpu_use_fusion_emitters=false")
+    jax.devices()
 
 # Tracing makes objects by the million: looking for cycles at every 700 of them, and through all
 # imported modules each time, took a tenth of the tests' time.
