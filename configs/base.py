@@ -202,6 +202,9 @@ def mesh() -> ConfigDict:
     # Heads and feed-forward, and of long rows the tokens between them: what a device keeps of each
     # layer is the same, and decoding holds 1/tensor of the weights. Divides the key-value heads.
     c.tensor = 1
+    # Tokens of long rows; for weights it is like fsdp, for rows that are sampled too. In attention
+    # their heads instead, so tensor*context divides the query heads.
+    c.context = 1
     c.expert = 1  # divides the number of experts; for all other weights it is like data
     return c
 

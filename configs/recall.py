@@ -28,6 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c = base.get_config()
     c.stages = ("knowledge", "recall")
     c.student.path, c.teacher.path = "Qwen/Qwen3-8B", "initial"
+    c.mesh.tensor = 4  # or 256 rows decode beside the whole weights: too much for a chip
 
     c.knowledge = base.stage("sft")
     c.knowledge.steps = 500

@@ -49,6 +49,8 @@ def get_config(arg: str = "") -> ConfigDict:
     if a.student == "30b-a3b":
         c.mesh.expert = 8
         c.student.balance_loss = 0.001
+    elif a.teacher == "235b-a22b":
+        c.mesh.tensor = 4  # with fsdp alone, of v5p-128, its weights are added up whole
 
     c.sft.steps = 2000
     c.sft.batch_size = 128

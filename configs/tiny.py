@@ -34,7 +34,7 @@ def shrink(c: ConfigDict) -> ConfigDict:
         c.teacher.param_dtype = "float32"
     if c.teacher.path not in ("", "initial"):
         c.teacher.path = "assets/teacher"
-    c.mesh.data = c.mesh.fsdp = c.mesh.tensor = c.mesh.expert = 1
+    c.mesh.data = c.mesh.fsdp = c.mesh.tensor = c.mesh.context = c.mesh.expert = 1
     c.eval.every = 0
     for name in c.stages:
         s = c[name]

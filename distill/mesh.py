@@ -18,24 +18,29 @@ from models.qwen3 import model
 from models.qwen3.config import Config
 from models.qwen3.lora import LoRA
 
-AXES = ("data", "fsdp", "expert", "tensor")
+# Context behind fsdp: the two together are one axis where rows are sampled (`decoding`).
+AXES = ("data", "fsdp", "context", "expert", "tensor")
 ROWS = ("data", "fsdp", "expert")  # what the batch is split by
-VOCABULARY = ("fsdp", "expert", "tensor")
+VOCABULARY = ("fsdp", "expert", "context", "tensor")
+TOKENS = ("context", "tensor")  # what hidden states are split by along a row
 
 # Logical axis -> mesh axes. Weights are split twice, by fsdp along the model dimension and by
 # tensor along heads or feed-forward; experts by expert, too, an axis which for all other weights is
 # like data; the embedding and the head along the vocabulary by all but data, so that the streamed
-# loss holds 1/(fsdp·expert·tensor) of each chunk's logits on a device.
+# loss holds 1/(fsdp·expert·context·tensor) of each chunk's logits on a device. Context, which is
+# like fsdp for weights, splits a row's tokens everywhere but in attention, where it splits the
+# heads of all tokens (arXiv 2309.14509).
 RULES = (
     ("batch", ROWS),
-    ("embed", "fsdp"),
+    ("embed", ("fsdp", "context")),
     ("heads", "tensor"),
     ("mlp", "tensor"),
     ("expert", "expert"),
     ("vocab", VOCABULARY),
-    ("act_heads", "tensor"),
+    ("act_heads", ("tensor", "context")),
     ("act_mlp", "tensor"),
-    ("act_tokens", "tensor"),
+    ("act_tokens", TOKENS),
+    ("act_context", "context"),
     ("layers", None),
 )
 
@@ -46,7 +51,13 @@ GATHERED = (("embed", None), ("vocab", "tensor"), *(r for r in RULES if r[0] not
 
 
 def make(
-    data: int, fsdp: int, tensor: int, expert: int = 1, *, devices: Sequence[Any] | None = None
+    data: int,
+    fsdp: int,
+    tensor: int,
+    expert: int = 1,
+    context: int = 1,
+    *,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """A mesh of the first devices, as many as the product; one size may be -1: all that are left.
 
@@ -56,7 +67,7 @@ def make(
       UserError: if there are too few devices, or they cannot be divided so.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [data, fsdp, expert, tensor]
+    sizes = [data, fsdp, context, expert, tensor]
     known = int(np.prod([s for s in sizes if s != -1]))
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
         raise UserError(f"config.mesh: sizes {dict(zip(AXES, sizes, strict=True))} are no mesh")
@@ -128,7 +139,7 @@ def _along_the_torus(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray
         )
     return mesh_utils.create_hybrid_device_mesh(
         (data // slices, *others),
-        (slices, 1, 1, 1),
+        (slices, *(1 for _ in others)),
         devices,
         allow_split_physical_axes=True,
     )
@@ -164,6 +175,14 @@ def _split_by_tensor(c: Config) -> dict[str, int]:
     return sizes
 
 
+def decoding(mesh: Mesh) -> Mesh:
+    """The mesh for rows of one token at a time: the same devices, those along context sharing out
+    rows, since there are no tokens to split."""
+    data, fsdp, context, *others = mesh.devices.shape
+    shaped = mesh.devices.reshape(data, fsdp * context, 1, *others)
+    return mesh if context == 1 else Mesh(shaped, AXES, axis_types=mesh.axis_types)
+
+
 @contextlib.contextmanager
 def use(mesh: Mesh) -> Iterator[None]:
     """Within it, logical axis names in models/qwen3 mean axes of `mesh`."""
@@ -173,12 +192,13 @@ def use(mesh: Mesh) -> Iterator[None]:
 
 def check(config: Config, mesh: Mesh, source: str) -> None:
     """Raises UserError if the mesh does not divide a dimension of the model that it splits."""
-    fsdp, expert, tensor = (mesh.shape[axis] for axis in ("fsdp", "expert", "tensor"))
+    fsdp, context, expert, tensor = (mesh.shape[axis] for axis in AXES[1:])
     splits = [(name, size, "tensor", tensor) for name, size in _split_by_tensor(config).items()]
     splits += [
-        ("hidden_size", config.hidden_size, "fsdp", fsdp),
+        ("num_attention_heads", config.num_attention_heads, "tensor*context", tensor * context),
+        ("hidden_size", config.hidden_size, "fsdp*context", fsdp * context),
         ("num_experts", config.num_experts if any(config.sparse_layers) else 0, "expert", expert),
-        ("vocab_size", config.vocab_size, "fsdp*expert*tensor", fsdp * expert * tensor),
+        ("vocab_size", config.vocab_size, "*".join(AXES[1:]), fsdp * context * expert * tensor),
     ]
     for name, size, axis, parts in splits:
         if size % parts:
@@ -260,12 +280,12 @@ def require_near(one: Mesh, other: Mesh, count: int) -> None:
     whole = all(
         len({device.process_index for device in line}) == 1
         for mesh in (one, other)
-        for line in mesh.devices.reshape(-1, mesh.shape["tensor"])
+        for line in mesh.devices.swapaxes(2, 3).reshape(-1, _parts(mesh, TOKENS))  # expert before
     )
     if not same or not whole:
         raise UserError(
             "config.teacher_mesh: a process would have other rows there than on config.mesh; the "
-            "axes that split rows must go over the hosts alike, and tensor stay within one"
+            "axes that split rows must go over the hosts alike, context and tensor stay within one"
         )
 
 
@@ -287,7 +307,17 @@ def first_rows(tree: Any, count: int) -> Any:
 
 def row_shards(mesh: Mesh) -> int:
     """Into how many parts the batch is split."""
-    return math.prod(mesh.shape[axis] for axis in ROWS)
+    return _parts(mesh, ROWS)
+
+
+def token_shards(mesh: Mesh | AbstractMesh, T: int) -> int:
+    """Into how many parts hidden states of T tokens are split along a row."""
+    parts = _parts(mesh, TOKENS)
+    return 1 if T % parts else parts
+
+
+def _parts(mesh: Mesh | AbstractMesh, axes: Iterable[str]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -306,8 +336,8 @@ def whole(x: jax.Array) -> jax.Array:
 
 
 def stream(mesh: Mesh | AbstractMesh, T: int) -> PartitionSpec:
-    """How hidden states [B, T, D] lie: by rows, and by tokens over `tensor`, if it divides them."""
-    return PartitionSpec(ROWS, None if T % mesh.shape["tensor"] else "tensor")
+    """How hidden states [B, T, D] lie: by rows, and by tokens over TOKENS, if they divide them."""
+    return PartitionSpec(ROWS, TOKENS if token_shards(mesh, T) > 1 else None)
 
 
 def split_stream(x_BTD: jax.Array) -> jax.Array:

@@ -247,6 +247,7 @@ def smallest(c: ConfigDict, generation: str) -> tuple[str, dict[str, list[Row]]]
 
 def main() -> None:
     c, topology = CONFIG.value, TOPOLOGY.value
+    jax.config.update("jax_enable_compilation_cache", False)  # of programs for devices elsewhere
     begun = time.perf_counter()
     try:
         if topology.endswith(":auto"):

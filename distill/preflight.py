@@ -260,7 +260,7 @@ def _sampling(stage: Stage, student: Policy) -> float:
     """The sampler's copy of the weights and its cache, at its longest."""
     if not stage.sampled:
         return 0.0
-    s, config, mesh = stage.c, student.config, policy.mesh_of(student)
+    s, config, mesh = stage.c, student.config, mesh_lib.decoding(policy.mesh_of(student))
     item = jnp.dtype(student.model.dtype).itemsize
     shards = mesh.shape["tensor"] if s.rollout.gathered else mesh.size
     slots = -(-min(s.rollout.slots or s.batch_size, s.batch_size) // mesh_lib.row_shards(mesh))
@@ -274,8 +274,8 @@ def _sampling(stage: Stage, student: Policy) -> float:
 def _activations(stage: Stage, plan: Plan) -> float:
     """What an update keeps of a micro-batch, and the teacher's hidden states of the whole batch."""
     s, student = stage.c, plan.student
-    shards = mesh_lib.row_shards(policy.mesh_of(student))
-    T = s.pack_tokens or s.max_prompt_tokens + s.max_response_tokens
+    mesh, T = policy.mesh_of(student), s.pack_tokens or s.max_prompt_tokens + s.max_response_tokens
+    shards = mesh_lib.row_shards(mesh) * mesh_lib.token_shards(mesh, T)
     item, config = jnp.dtype(student.model.dtype).itemsize, student.config
     rows = s.batch_size / s.accumulate / s.minibatches / shards
     width = config.hidden_size * (1 if student.model.remat else 12)

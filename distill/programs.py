@@ -209,8 +209,10 @@ def _reference(models: Models, batch: Batch, logits_mib: float) -> Call:
 
 
 def _sampling(s: ConfigDict, sampled: int, models: Models, mesh: Mesh) -> list[Call]:
-    """What sampling runs: the weights as it reads them, the prompts, and one segment."""
+    """What sampling runs, on the devices of `mesh`: the weights as it reads them, the prompts, and
+    one segment."""
     student, options = models.student, stages.rollout_options(s)
+    mesh = mesh_lib.decoding(mesh)
     shards = mesh_lib.row_shards(mesh)
     trained = models.trained
     if student.model.lora:  # merged with its base before
@@ -245,8 +247,9 @@ def _sampling(s: ConfigDict, sampled: int, models: Models, mesh: Mesh) -> list[C
             param_dtype=options.param_dtype,
         )
 
-    cache = like(engine.empty_cache, decoder, together, long)
-    state = like(engine.empty, decoder, count, width)
+    with mesh_lib.use(mesh):
+        cache = like(engine.empty_cache, decoder, together, long)
+        state = like(engine.empty, decoder, count, width)
 
     def prompts() -> Any:
         return engine.read.lower(decoder, read_from, cache, told(2, together, chunk))
@@ -257,11 +260,19 @@ def _sampling(s: ConfigDict, sampled: int, models: Models, mesh: Mesh) -> list[C
     P, R = s.max_prompt_tokens, s.max_response_tokens
     pieces = -(-P // chunk) * -(-(sampled // s.samples) // together)
     base = ("parameters", *(("base",) if student.model.lora else ()))
+
+    def within(lower: Callable[[], Any]) -> Callable[[], Any]:
+        def inner() -> Any:
+            with mesh_lib.use(mesh):
+                return lower()
+
+        return inner
+
     return [
-        Call("weights", prepared, 1, 0.0, base),
+        Call("weights", within(prepared), 1, 0.0, base),
         Call(
             "prompts",
-            prompts,
+            within(prompts),
             pieces,
             operations(student.config, together * chunk, (P + 1) / 2, head=False),
             (),
@@ -269,7 +280,7 @@ def _sampling(s: ConfigDict, sampled: int, models: Models, mesh: Mesh) -> list[C
         ),
         Call(
             "decode",
-            decode,
+            within(decode),
             R * -(-sampled // count),
             operations(student.config, count, P + R / 2, head=True),
             (),

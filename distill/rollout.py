@@ -94,18 +94,19 @@ def run(
         before anything runs.
     """
     sampling.require(qwen3.config.vocab_size)
-    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    mesh = mesh_lib.decoding(jax.tree.leaves(params)[0].sharding.mesh)
     for number, row in enumerate(rows):
         _check(row, row.where or f"row {number}", options, mesh)
     stacked = engine.prefers_stacked() if options.stacked is None else options.stacked
-    qwen3, params = engine.weights(
-        qwen3,
-        params,
-        mesh,
-        stacked=stacked,
-        gathered=options.gathered,
-        param_dtype=options.param_dtype,
-    )
+    with mesh_lib.use(mesh):
+        qwen3, params = engine.weights(
+            qwen3,
+            params,
+            mesh,
+            stacked=stacked,
+            gathered=options.gathered,
+            param_dtype=options.param_dtype,
+        )
     dtype = options.cache_dtype or jnp.dtype(qwen3.dtype).name
     decoder = engine.Decoder(
         qwen3, sampling, stop_ids, dtype, options.segment, top_logprobs, routing
@@ -116,7 +117,12 @@ def run(
 
 def _drawn(slots: Slots, rows: Sequence[Row], budget: int | None) -> Iterator[Row]:
     counts, before, returned = slots.counts, slots.counts["tokens"], 0
-    while slots.advance(None if budget is None else budget + before - counts["tokens"]):
+
+    def advance() -> bool:
+        with mesh_lib.use(slots.mesh):
+            return slots.advance(None if budget is None else budget + before - counts["tokens"])
+
+    while advance():
         while returned < len(rows) and rows[returned].reason:
             yield rows[returned]
             returned += 1

@@ -136,7 +136,7 @@ def check(
         raise UserError(f"config.{name}.rollout.{error}") from None
     sampling(s).require(student.config.vocab_size)  # the former refuses what is no distribution
     total = s.max_prompt_tokens + s.max_response_tokens
-    room = options.room(mesh_lib.row_shards(mesh))
+    room = options.room(mesh_lib.row_shards(mesh_lib.decoding(mesh)))
     if room < total:
         raise UserError(
             f"config.{name}.rollout.cache_tokens={options.cache_tokens}: leaves {room} tokens for "
@@ -181,6 +181,13 @@ def check(
             f"devices of config.teacher_mesh that split the rows ({rows})"
         )
     mesh_lib.require_near(mesh, apart, s.batch_size)
+    for at, flag in ((mesh, "mesh"), (apart, "teacher_mesh")):
+        context, tensor = at.shape["context"], at.shape["tensor"]
+        if context > 1 and (s.pack_tokens or total) % (context * tensor):
+            raise UserError(
+                f"config.{name}: rows of {s.pack_tokens or total} tokens do not divide by context "
+                f"times tensor of config.{flag} ({context * tensor})"
+            )
     if sampled % s.samples:
         raise UserError(
             f"config.{name}.batch_size={s.batch_size}: the {sampled} rows that are sampled do not "

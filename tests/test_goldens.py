@@ -14,12 +14,14 @@ import importlib
 import importlib.metadata
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -80,8 +82,21 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "conditions, v6e-8": ("conditions:sft_then_opd", "v6e:2x4", {"stages": ("sft", "opd")}),
     "conditions by rewards, v6e-8": ("conditions:grpo_only", "v6e:2x4", {"stages": ("grpo",)}),
     "manual, v5e-4": ("manual:opd", "v5e:2x2", {"student.path": "Qwen/Qwen3-0.6B"}),
+    "opd_math of a LoRA, v5p-64": ("opd_math:lora=32", "v5p:4x4x2", {}),
+    "recall, v6e-16": ("recall", "v6e:4x4", {"stages": ("knowledge", "recall")}),
     "one_prompt, v5p-16": ("one_prompt", "v5p:2x2x2", {}),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_anew() -> Iterator[None]:
+    """A program for devices that are not there is written to the persistent cache, but cannot be
+    read from it."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 def config(recipe: str, changes: dict[str, Any]) -> ConfigDict:

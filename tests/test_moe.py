@@ -361,8 +361,18 @@ def test_shardings_of_experts(even):
             "up": (3, 4, 16, 12),
             "down": (3, 4, 12, 16),
         }
-        assert tuple(leaves["gate"].sharding.spec) == (None, "expert", "fsdp", "tensor")
-        assert tuple(leaves["down"].sharding.spec) == (None, "expert", "tensor", "fsdp")
+        assert tuple(leaves["gate"].sharding.spec) == (
+            None,
+            "expert",
+            ("fsdp", "context"),
+            "tensor",
+        )
+        assert tuple(leaves["down"].sharding.spec) == (
+            None,
+            "expert",
+            "tensor",
+            ("fsdp", "context"),
+        )
 
 
 def test_the_exchange_is_the_explicit_one(even):
@@ -400,9 +410,9 @@ def test_a_dense_model_on_a_mesh_with_experts(tmp_path):
 
 def test_spread_uses_the_experts(even):
     config = Config.from_directory(even)
-    assert dict(mesh_lib.spread(config).shape) == {"data": 1, "fsdp": 1, "expert": 2, "tensor": 4}
+    assert mesh_lib.spread(config) == mesh_lib.make(1, 1, 4, 2)
     odd = dataclasses.replace(config, num_experts=7, num_key_value_heads=1)
-    assert dict(mesh_lib.spread(odd).shape) == {"data": 1, "fsdp": 8, "expert": 1, "tensor": 1}
+    assert mesh_lib.spread(odd) == mesh_lib.make(1, 8, 1)
 
 
 # At any load.

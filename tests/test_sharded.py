@@ -1,5 +1,7 @@
 """What the mesh does to activations is what one device computes, and no table is fetched whole."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 
 from distill import hlo
 from distill import mesh as mesh_lib
-from models.qwen3 import sharded
+from models.qwen3 import attention, model, sharded
+from models.qwen3.config import Config
 
 B, T, V, D = 8, 16, 64, 32
 
@@ -23,7 +26,7 @@ def looked_up(table_VD: jax.Array, tokens_BT: jax.Array, weight_BTD: jax.Array):
     return x_BTD, grad_VD
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 2, 4), (2, 2, 2), (1, 2, 2, 2), (1, 1, 8)])
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 2, 4), (2, 2, 2), (1, 2, 2, 2), (1, 1, 2, 2, 2)])
 def test_the_embedding_is_exchanged(sizes: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)
     table = rng.normal(size=(V, D)).astype(np.float32)
@@ -47,6 +50,57 @@ def test_the_embedding_is_exchanged(sizes: tuple[int, ...]) -> None:
     # The tokens, and over data the sum of a shard's gradient; the table has 8,192 bytes.
     assert fetched <= tokens.nbytes + (sizes[0] - 1) * 2 * table.nbytes / 4
     assert collectives["all-to-all"][1] > 0
+
+
+@pytest.mark.parametrize(
+    ("kernel", "sizes", "length"),
+    [
+        ("xla", (1, 1, 2, 1, 4), T),
+        ("splash", (1, 2, 1, 1, 4), T),
+        ("xla", (1, 2, 1, 1, 4), T - 1),
+    ],
+)
+def test_a_rows_tokens_are_split_over_context(
+    kernel: str, sizes: tuple[int, ...], length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden states and gradients of one device: eight query heads of two keys', which four or
+    eight devices have to repeat; a length that context does not divide is not split."""
+    interpreted = functools.partial(attention.splash, interpret=True)
+    monkeypatch.setitem(attention.TABLE, "splash", interpreted)
+    config = Config(V, D, 56, 1, 8, 2, 128, 1e4, 1e-6, True, 64)
+    rng = np.random.default_rng(1)
+    rows = 2
+    tokens, positions, segments = (
+        rng.integers(0, V, (rows, length)),
+        np.tile(np.arange(length), (rows, 1)),
+        np.repeat([[1, 2], [1, 0]], [length - 5, 5], axis=1),
+    )
+    params = model.init(config, jax.random.key(0))
+    weight = rng.normal(size=(rows, length, D)).astype(np.float32) * (segments > 0)[..., None]
+
+    def total(params, weight_BTD):
+        x, _ = model.Qwen3(config, kernel=kernel).apply(
+            {"params": params}, tokens, positions, segments
+        )
+        return jnp.sum(x * weight_BTD), jnp.where(segments[..., None] > 0, x, 0)
+
+    step = jax.value_and_grad(total, has_aux=True)
+    ((_, expected), gradient) = jax.jit(step)(params, weight)
+    mesh = mesh_lib.make(*sizes)
+    mesh_lib.check(config, mesh, "config.json")
+    shardings = jax.tree.map(lambda p: p.sharding, mesh_lib.parameters(config, mesh))
+    with mesh_lib.use(mesh):
+        compiled = jax.jit(step).lower(jax.device_put(params, shardings), weight).compile()
+    text, F = str(compiled.as_text()), 56 // sizes[2]  # rows, tokens and features of a device
+    some, every = (f"f32[{rows // sizes[1]},{n},{F}]" for n in (length // sizes[4], length))
+    assert (some in text, every in text) == ((True, False) if length == T else (False, True))
+    ((_, x), found) = compiled(jax.device_put(params, shardings), weight)
+    np.testing.assert_allclose(x, expected, atol=2e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max()),
+        found,
+        gradient,
+    )
 
 
 @pytest.mark.parametrize("shape", [(8, 15), (3, 16), (1, 1)])

@@ -53,7 +53,7 @@ def _weights(key: jax.Array) -> model.Params:
 
 
 @functools.cache
-def weights(seed: int, shape: tuple[int, int, int]):
+def weights(seed: int, shape: tuple[int, ...]):
     mesh = mesh_lib.make(*shape)
     shardings = jax.tree.map(lambda p: p.sharding, mesh_lib.parameters(CONFIG, mesh))
     return mesh, jax.device_put(_weights(jax.random.key(seed)), shardings)
@@ -121,7 +121,9 @@ def plain() -> list[Row]:
     return run(ask(8, 4), Options(slots=32, static=True))
 
 
-@pytest.mark.parametrize(("shape", "stacked"), [((1, 1, 1), False), ((1, 2, 4), True)])
+@pytest.mark.parametrize(
+    ("shape", "stacked"), [((1, 1, 1), False), ((1, 2, 4), True), ((1, 1, 2, 1, 2), True)]
+)
 def test_sampler_equals_scorer(plain, shape, stacked) -> None:
     """Under refills, shared prompts, a prompt in pieces, rows parked for want of room, and rows
     that a budget stopped and that went on."""

@@ -256,6 +256,11 @@ BAD = {
     "batch and accumulation": (change("sft.accumulate", 3), "config.sft.batch_size=4"),
     "too many devices": (change("mesh.tensor", 16), "config.mesh"),
     "heads": (change("mesh.tensor", 8), "num_attention_heads=4 does not divide"),
+    "heads of context": (change("mesh.context", 8), "mesh axis tensor*context=8"),
+    "tokens of context": (
+        lambda c: c.update_from_flattened_dict({"mesh.context": 4, "sft.pack_tokens": 102}),
+        "config.sft: rows of 102 tokens do not divide by context times tensor of config.mesh (4)",
+    ),
     "split": (change("sft.data.split", "dev"), "dev"),
     "no samples": (change("opd.samples", 0), "config.opd.samples=0: must be at least 1"),
     "temperature": (change("opd.sampling.temperature", -1.0), "temperature=-1.0: must be"),
@@ -383,20 +388,20 @@ def one_device(divisible, tmp_path_factory):
     return curve(divisible, tmp_path_factory.mktemp("one") / "run", 1, 1)
 
 
-def curve(models, workdir, fsdp, tensor, expert=1, stages=("sft", "opd")):
+def curve(models, workdir, fsdp, tensor, expert=1, context=1, stages=("sft", "opd")):
     c = config(models)
     c.stages = stages
-    c.mesh.fsdp, c.mesh.tensor, c.mesh.expert = fsdp, tensor, expert
+    c.mesh = {"data": 1, "fsdp": fsdp, "tensor": tensor, "expert": expert, "context": context}
     c.sft.batch_size = c.opd.batch_size = 8
     train.run(c, workdir)
     return numbers(workdir)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("fsdp", "tensor"), [(8, 1), (2, 4)])
-def test_meshes_give_the_same_run(divisible, one_device, tmp_path, fsdp, tensor):
+@pytest.mark.parametrize("sizes", [(8, 1), (2, 4), (2, 1, 1, 4)], ids=str)
+def test_meshes_give_the_same_run(divisible, one_device, tmp_path, sizes):
     """Sampling, scoring and updating on eight devices: the loss curve of one, to 1e-4."""
-    rows = curve(divisible, tmp_path, fsdp, tensor)
+    rows = curve(divisible, tmp_path, *sizes)
     assert len(rows) == len(one_device) == 5
     for row, expected in zip(rows, one_device, strict=True):
         for name in ("train/loss", "train/grad_norm", "train/entropy"):

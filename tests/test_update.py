@@ -104,6 +104,7 @@ def golden():
         {"sizes": (8, 1, 1)},
         {"sizes": (1, 2, 4)},
         {"sizes": (2, 2, 2), "accumulate": 2, "remat": True},
+        {"sizes": (1, 2, 1, 1, 4)},
     ],
     ids=str,
 )
@@ -159,19 +160,19 @@ def test_a_padded_batch_has_the_loss_of_the_real_rows():
 
 
 EXPECTED = {
-    "embed": (("fsdp", "expert", "tensor"), None),
+    "embed": (mesh_lib.VOCABULARY, None),
     "final_norm.scale": (None,),
-    "layers.attention.q.kernel": (None, "fsdp", "tensor"),
-    "layers.attention.k.kernel": (None, "fsdp", "tensor"),
-    "layers.attention.v.kernel": (None, "fsdp", "tensor"),
-    "layers.attention.o.kernel": (None, "tensor", "fsdp"),
+    "layers.attention.q.kernel": (None, ("fsdp", "context"), "tensor"),
+    "layers.attention.k.kernel": (None, ("fsdp", "context"), "tensor"),
+    "layers.attention.v.kernel": (None, ("fsdp", "context"), "tensor"),
+    "layers.attention.o.kernel": (None, "tensor", ("fsdp", "context")),
     "layers.attention.q_norm.scale": (None, None),
     "layers.attention.k_norm.scale": (None, None),
     "layers.attention_norm.scale": (None, None),
     "layers.mlp_norm.scale": (None, None),
-    "layers.mlp.gate.kernel": (None, "fsdp", "tensor"),
-    "layers.mlp.up.kernel": (None, "fsdp", "tensor"),
-    "layers.mlp.down.kernel": (None, "tensor", "fsdp"),
+    "layers.mlp.gate.kernel": (None, ("fsdp", "context"), "tensor"),
+    "layers.mlp.up.kernel": (None, ("fsdp", "context"), "tensor"),
+    "layers.mlp.down.kernel": (None, "tensor", ("fsdp", "context")),
 }
 
 

@@ -61,9 +61,16 @@ class Linear(nn.Module):
         init = nn.with_logical_partitioning(fan_in, self.axes)
         shape = (x.shape[-1], self.features)
         kernel: Any = self.param("kernel", init, shape, jnp.float32)
+        fetched = functools.partial(sharded.fetched, T=x.shape[-2])
+        kernel = quantised.cast(kernel, x.dtype)
+        names = quantised.axes(kernel, self.axes)
+        kernel = jax.tree.map(fetched, kernel, names)
         y = quantised.dot(x, kernel)
         low = factors(self, self.lora, f"{self.name}_proj", "kernel", shape, self.axes, x.dtype)
-        return y if low is None else y + (x @ low[0]) @ low[1]
+        if low is None:
+            return y
+        a, b = fetched(low[0], (self.axes[0], None)), fetched(low[1], (None, self.axes[1]))
+        return y + (x @ a) @ b
 
 
 class Attention(nn.Module):
@@ -83,19 +90,19 @@ class Attention(nn.Module):
 
         def heads(name: str, count: int) -> jax.Array:
             linear = Linear(count * H, ("embed", "heads"), self.lora, name=name)
-            y = linear(x_BTD).reshape(B, T, count, H)
-            return nn.with_logical_constraint(y, ("batch", None, "act_heads", None))
+            return sharded.by_tokens(linear(x_BTD).reshape(B, T, count, H), "heads")
 
         q_BTNH = rotate(RMSNorm(c.rms_norm_eps, name="q_norm")(heads("q", N)), rope)
         k_BTKH = rotate(RMSNorm(c.rms_norm_eps, name="k_norm")(heads("k", K)), rope)
-        v_BTKH = heads("v", K)
+        q_BTNH, k_BTKH, v_BTKH = sharded.by_heads(q_BTNH, k_BTKH, heads("v", K))
         if cache is not None:
             cache = cache.write(layer, k_BTKH, v_BTKH)
         if cache is not None and cache.slots > T:
             out_BTNH = cache.attend(layer, q_BTNH)
         else:  # training, scoring, or what fills a cache at once: all keys are at hand
             out_BTNH = attention.TABLE[self.kernel](q_BTNH, k_BTKH, v_BTKH, segments_BT)
-        out = Linear(D, ("heads", "embed"), self.lora, name="o")(out_BTNH.reshape(B, T, N * H))
+        out_BTM = sharded.by_tokens(out_BTNH, "heads").reshape(B, T, N * H)
+        out = Linear(D, ("heads", "embed"), self.lora, name="o")(out_BTM)
         return out, cache
 
 
@@ -110,7 +117,7 @@ class MLP(nn.Module):
         F = self.config.intermediate_size
         gate_BTF = Linear(F, ("embed", "mlp"), self.lora, name="gate")(x_BTD)
         up_BTF = Linear(F, ("embed", "mlp"), self.lora, name="up")(x_BTD)
-        h_BTF = nn.with_logical_constraint(nn.silu(gate_BTF) * up_BTF, ("batch", None, "act_mlp"))
+        h_BTF = sharded.by_tokens(nn.silu(gate_BTF) * up_BTF, "mlp")
         return Linear(x_BTD.shape[-1], ("mlp", "embed"), self.lora, name="down")(h_BTF)
 
 

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models.qwen3 import quantised
+from models.qwen3 import quantised, sharded
 from models.qwen3.config import Config
 from models.qwen3.lora import Factors, LoRA, factors
 from models.qwen3.quantised import Kernel, ragged_dot
@@ -30,31 +30,31 @@ _NO_LOW: Low = (None, None, None)
 
 
 def route(
-    logits_ME: jax.Array,
+    logits_BTE: jax.Array,
     experts_per_token: int,
     renormalise: bool,
-    replay_MA: jax.Array | None = None,
+    replay_BTA: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Softmax in float32 over all experts, then the most likely ones of each token.
 
-    With `replay_MA` those instead, at this router's probabilities, into which gradients flow: the
+    With `replay_BTA` those instead, at this router's probabilities, into which gradients flow: the
     experts that another forward pass chose (routing replay, arXiv 2510.11370). Of a token whose
     experts are not known, -1, they are this router's own.
 
     Returns:
-      p_ME, and weights_MA and chosen_MA (int32): what each token's experts count for, and which
+      p_BTE, and weights_BTA and chosen_BTA (int32): what each token's experts count for, and which
       they are. With `renormalise` a token's weights sum to one.
     """
-    p_ME = jax.nn.softmax(logits_ME.astype(jnp.float32), axis=-1)
-    if replay_MA is None:
-        weights_MA, chosen_MA = jax.lax.top_k(p_ME, experts_per_token)
+    p_BTE = jax.nn.softmax(logits_BTE.astype(jnp.float32), axis=-1)
+    if replay_BTA is None:
+        weights_BTA, chosen_BTA = jax.lax.top_k(p_BTE, experts_per_token)
     else:
-        _, own_MA = jax.lax.top_k(p_ME, experts_per_token)
-        chosen_MA = jnp.where(replay_MA < 0, own_MA, replay_MA.astype(jnp.int32))
-        weights_MA = jnp.take_along_axis(p_ME, chosen_MA, axis=-1)
+        _, own_BTA = jax.lax.top_k(p_BTE, experts_per_token)
+        chosen_BTA = jnp.where(replay_BTA < 0, own_BTA, replay_BTA.astype(jnp.int32))
+        weights_BTA = jnp.take_along_axis(p_BTE, chosen_BTA, axis=-1)
     if renormalise:
-        weights_MA = weights_MA / jnp.sum(weights_MA, axis=-1, keepdims=True)
-    return p_ME, weights_MA, chosen_MA
+        weights_BTA = weights_BTA / jnp.sum(weights_BTA, axis=-1, keepdims=True)
+    return p_BTE, weights_BTA, chosen_BTA
 
 
 def compute(
@@ -98,22 +98,25 @@ def _grouped(x: jax.Array, sizes_E: jax.Array, kernel: Kernel, low: Factors | No
 
 
 def experts(
-    x_MD: jax.Array,
-    weights_MA: jax.Array,
-    chosen_MA: jax.Array,
+    x_BTD: jax.Array,
+    weights_BTA: jax.Array,
+    chosen_BTA: jax.Array,
     kernels: Kernels,
     low: Low = _NO_LOW,
 ) -> tuple[jax.Array, jax.Array]:
-    """`compute` on the mesh of the context: each device its own experts, on its neighbours' tokens.
+    """`compute` on the mesh in use: each device its own experts, on its neighbours' tokens.
 
     The exchange is explicit. Kernels are gathered along the model dimension, tokens along the axis
     of the experts; a device computes what its experts (and its slice of their F) add to each of
     these tokens, and the sums are scattered back to where the tokens came from.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh, (B, T, D) = jax.sharding.get_abstract_mesh(), x_BTD.shape
+    flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
     (rows,), (expert, embed, mlp) = _spec("batch"), _spec(*_GATE_UP)
     if mesh.empty or rows is None:  # no mesh, or no rules that give its axes a meaning
-        return compute(x_MD, weights_MA, chosen_MA, kernels, low=low)
+        every = flat(x_BTD), flat(weights_BTA), flat(chosen_BTA)
+        y_MD, sizes_E = compute(*every, kernels, low=low)
+        return y_MD.reshape(B, T, D), sizes_E
     # The logical axes of each array, in the structure of (kernels, low).
     axes = (_GATE_UP, _GATE_UP, _DOWN)
     pairs = zip(kernels, axes, strict=True)
@@ -131,30 +134,35 @@ def experts(
             return x
         return jax.lax.all_gather(x, embed, axis=names.index("embed"), tiled=True)
 
-    def local(x_MD, weights_MA, chosen_MA, held):
+    def local(x_BTD, weights_BTA, chosen_BTA, held):
         kernels, low = jax.tree.map(whole, names, held, is_leaf=is_names)
-        everyones = functools.partial(jax.lax.all_gather, axis_name=expert, tiled=True)
+
+        def everyones(x: jax.Array) -> jax.Array:
+            return jax.lax.all_gather(flat(x), expert, tiled=True)
+
         first = jax.lax.axis_index(expert) * kernels[0].shape[0]
         y_MD, sizes_E = compute(
-            everyones(x_MD), everyones(weights_MA), everyones(chosen_MA), kernels, first, low
+            everyones(x_BTD), everyones(weights_BTA), everyones(chosen_BTA), kernels, first, low
         )
         y_MD = jax.lax.psum_scatter(y_MD, expert, scatter_dimension=0, tiled=True)
-        return jax.lax.psum(y_MD, mlp), jax.lax.psum(sizes_E, [a for a in rows if a != expert])
+        y_BTD = jax.lax.psum(y_MD, mlp).reshape(x_BTD.shape)
+        return y_BTD, jax.lax.psum(sizes_E, [a for a in split if a != expert])
 
-    tokens = jax.sharding.PartitionSpec(rows, None)
-    M = x_MD.shape[0]
-    parts = math.prod(mesh.shape[axis] for axis in rows)
+    tokens = sharded.dividing("act_context", T)
+    spec = _spec("batch", tokens, None)
+    split = [*rows, *(sharded.axes(tokens) if tokens else ())]
     # What does not divide by the devices is filled up with tokens of an expert that is nowhere.
-    pad = functools.partial(jnp.pad, pad_width=((0, -M % parts), (0, 0)))
+    parts = math.prod(mesh.shape[axis] for axis in rows)
+    pad = functools.partial(jnp.pad, pad_width=((0, -B % parts), (0, 0), (0, 0)))
     E = kernels[0].shape[0]
-    padded = pad(x_MD), pad(weights_MA), pad(chosen_MA, constant_values=E)
-    y_MD, sizes_E = jax.shard_map(
+    padded = pad(x_BTD), pad(weights_BTA), pad(chosen_BTA, constant_values=E)
+    y_BTD, sizes_E = jax.shard_map(
         local,
-        in_specs=(tokens,) * 3 + (jax.tree.map(lambda x: _spec(*x), names, is_leaf=is_names),),
-        out_specs=(tokens, jax.sharding.PartitionSpec(expert)),
+        in_specs=(spec,) * 3 + (jax.tree.map(lambda x: _spec(*x), names, is_leaf=is_names),),
+        out_specs=(spec, jax.sharding.PartitionSpec(expert)),
         check_vma=False,  # the Pallas kernel of the gradient does not say how its results vary
     )(*padded, (kernels, low))
-    return y_MD[:M], sizes_E
+    return y_BTD[:B], sizes_E
 
 
 def _spec(*names: str | None) -> jax.sharding.PartitionSpec:
@@ -195,33 +203,32 @@ class MoE(nn.Module):
         gate, gate_low = kernel("gate", _GATE_UP, E, D, F)
         up, up_low = kernel("up", _GATE_UP, E, D, F)
         down, down_low = kernel("down", _DOWN, E, F, D)
-        x_BTD = nn.with_logical_constraint(x_BTD, ("batch", None, None))
-        x_MD = x_BTD.reshape(-1, D)
-        logits_ME = jnp.einsum(
-            "MD,DE->ME", x_MD, router_DE.astype(x_MD.dtype), preferred_element_type=jnp.float32
+        x_BTD = sharded.by_tokens(x_BTD, None)
+        logits_BTE = jnp.einsum(
+            "BTD,DE->BTE", x_BTD, router_DE.astype(x_BTD.dtype), preferred_element_type=jnp.float32
         )
-        A = c.num_experts_per_tok
-        replay_MA = None if replay_BTA is None else replay_BTA.reshape(-1, A)
-        p_ME, weights_MA, chosen_MA = route(logits_ME, A, c.norm_topk_prob, replay_MA)
-        y_MD, sizes_E = experts(
-            x_MD, weights_MA, chosen_MA, (gate, up, down), (gate_low, up_low, down_low)
+        p_BTE, weights_BTA, chosen_BTA = route(
+            logits_BTE, c.num_experts_per_tok, c.norm_topk_prob, replay_BTA
+        )
+        y_BTD, sizes_E = experts(
+            x_BTD, weights_BTA, chosen_BTA, (gate, up, down), (gate_low, up_low, down_low)
         )
         last = {"init_fn": lambda: None, "reduce_fn": lambda _, new: new}
-        self.sow(CHOSEN, "experts", chosen_MA.reshape(*x_BTD.shape[:2], A), **last)
+        self.sow(CHOSEN, "experts", chosen_BTA, **last)
         if self.is_mutable_collection(ROUTER):
-            real_M1 = (segments_BT.reshape(-1, 1) > 0).astype(jnp.float32)
-            chosen_ME = jax.nn.one_hot(chosen_MA, E).sum(axis=1)
+            real_BT1 = (segments_BT[..., None] > 0).astype(jnp.float32)
+            chosen_BTE = jax.nn.one_hot(chosen_BTA, E).sum(axis=2)
             noted = {
-                "tokens": jnp.sum(real_M1),
-                "load_E": jnp.sum(chosen_ME * real_M1, axis=0),
-                "p_E": jnp.sum(p_ME * real_M1, axis=0),
-                "entropy": jnp.sum(jax.scipy.special.entr(p_ME) * real_M1),
-                "sent": jnp.float32(chosen_MA.size),
+                "tokens": jnp.sum(real_BT1),
+                "load_E": jnp.sum(chosen_BTE * real_BT1, axis=(0, 1)),
+                "p_E": jnp.sum(p_BTE * real_BT1, axis=(0, 1)),
+                "entropy": jnp.sum(jax.scipy.special.entr(p_BTE) * real_BT1),
+                "sent": jnp.float32(chosen_BTA.size),
                 "computed": jnp.sum(sizes_E).astype(jnp.float32),
             }
             for name, value in noted.items():
                 self.sow(ROUTER, name, value, **last)
-        return y_MD.reshape(x_BTD.shape)
+        return y_BTD
 
 
 def sums(noted: Mapping[str, Any]) -> dict[str, tuple[jax.Array, jax.Array]]:

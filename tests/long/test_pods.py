@@ -75,7 +75,7 @@ def trained(workdir: Path) -> dict[str, np.ndarray]:
 )
 def test_two_processes_are_one(recipe: str, flags: list[str], apart: int, tmp_path: Path) -> None:
     words = [f"--config=configs/conditions.py:{recipe},tiny", *TINY, *flags]
-    words += ["--config.teacher_mesh.tensor=2"] if apart else []
+    words += ["--config.teacher_mesh.tensor=2", "--config.mesh.context=2"] if apart else []
     for count in (1, 2):
         logs = tmp_path / f"log{count}"
         own = [f"--config.teacher_mesh.devices={apart // count}"]
