@@ -1,6 +1,7 @@
 """Strict settings for every test: eight CPU devices, no network, no silent broadcasting."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -34,7 +35,22 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "float32")
 
+# Fusions are made to run fast, and take longer to compile. Only while XLA reads its flags, with the
+# first look for devices: TPU's compiler, which reads them later, ends a process over one that it
+# does not know.
+with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_cpu_use_fusion_emitters=false")
+    jax.devices()
+
+# Tracing makes objects by the million: looking for cycles at every 700 of them, and through all
+# imported modules each time, took a tenth of the tests' time.
+gc.set_threshold(20_000, 20, 20)
+
 _ROOT = Path(__file__).parent.parent
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # by now the tests' modules have imported everything
 
 
 @pytest.fixture(scope="session")

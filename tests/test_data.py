@@ -247,11 +247,23 @@ def check_solutions(path: Path, tokenizer: PreTrainedTokenizerBase, thinking: bo
     return len(rows)
 
 
-@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize(
+    ("thinking", "every"), [(True, 1), (False, 10), pytest.param(False, 1, marks=pytest.mark.long)]
+)
 def test_gsm8k_prints_back(
-    shared_data: Path, qwen3: PreTrainedTokenizerBase, thinking: bool
+    shared_data: Path,
+    qwen3: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    thinking: bool,
+    every: int,
 ) -> None:
-    assert check_solutions(shared_data / "gsm8k" / "train.jsonl", qwen3, thinking) == 7473
+    """All rows, and some of them once more with the empty think block."""
+    lines = (shared_data / "gsm8k" / "train.jsonl").read_text("utf-8").split("\n")
+    lines = [line for line in lines if line]
+    assert len(lines) == 7473
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines[::every]), "utf-8")
+    assert check_solutions(path, qwen3, thinking) == len(lines[::every])
 
 
 def test_solutions_print_back(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> None:

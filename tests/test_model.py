@@ -209,9 +209,9 @@ def test_cache_equals_forward(small, stacked):
     positions = np.maximum(np.arange(12)[None] - pad[:, None], 0)
     qwen3 = model.Qwen3(config, scan=stacked)
     variables = {"params": params if stacked else model.unstack(params, config.num_hidden_layers)}
-    whole, _ = qwen3.apply(variables, tokens, positions, segments)
-    cache = init_cache(config, 2, 16, jnp.dtype("float32"), stacked)
     step = jax.jit(qwen3.apply)
+    whole, _ = step(variables, tokens, positions, segments)
+    cache = init_cache(config, 2, 16, jnp.dtype("float32"), stacked)
     parts = []
     for a, b in [(0, 8), *((i, i + 1) for i in range(8, 12))]:
         hidden, cache = step(variables, tokens[:, a:b], positions[:, a:b], segments[:, a:b], cache)
@@ -237,10 +237,10 @@ def test_segments_do_not_see_each_other(small):
     tokens = tokens_of(config, rows=1, length=20)
     segments = np.array([[1] * 9 + [2] * 8 + [0] * 3])
     positions = np.array([[*range(9), *range(8), 0, 0, 0]])
-    qwen3 = model.Qwen3(config)
-    packed, _ = qwen3.apply({"params": params}, tokens, positions, segments)
+    apply = jax.jit(model.Qwen3(config).apply)
+    packed, _ = apply({"params": params}, tokens, positions, segments)
     for a, b in ((0, 9), (9, 17)):
-        alone, _ = qwen3.apply(
+        alone, _ = apply(
             {"params": params}, tokens[:, a:b], positions[:, a:b], np.ones((1, b - a), int)
         )
         np.testing.assert_allclose(packed[:, a:b], alone, atol=1e-4)

@@ -73,6 +73,17 @@ def logits(qwen3, params, tokens):
     return hidden @ model.head(params).T
 
 
+routed_of = jax.jit(forward.routed, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def scored_of(qwen3, params, batch):
+    """Log-probabilities of each token of `batch` by one plain forward."""
+    hidden, targets = forward.hidden(qwen3, params, batch), losses.shift(batch.tokens_BT)
+    stats = head.token_stats(hidden, model.head(params), targets, logits_mib=1)
+    return losses.unshift(stats["logp"])
+
+
 FURTHER = ("one expert a token", "a dense layer by name", "no sparse layer")
 
 
@@ -166,14 +177,7 @@ def test_greedy(pair, stacked):
             with torch.no_grad():
                 out.append(int(network(torch.tensor([out])).logits[0, -1].argmax()))
         assert rows[row].tokens == out[len(prompt) :]
-    sampled = rollout.to_batch(rows, 2, 9, 8)
-    stats = head.token_stats(
-        forward.hidden(model.Qwen3(config), params, sampled),
-        model.head(params),
-        losses.shift(sampled.tokens_BT),
-        logits_mib=1,
-    )
-    scored = losses.unshift(stats["logp"])[:, 9:]
+    scored = scored_of(model.Qwen3(config), params, rollout.to_batch(rows, 2, 9, 8))[:, 9:]
     np.testing.assert_allclose([row.logprobs for row in rows], scored, atol=1e-4)
 
 
@@ -421,9 +425,7 @@ def test_nothing_is_dropped_when_all_tokens_want_the_same_experts(even, sizes):
     params["layers"]["moe"]["router"] = jnp.zeros_like(params["layers"]["moe"]["router"])
     batch = batch_of(config)
     with mesh_lib.use(mesh_lib.make(*sizes)):
-        hidden, sums = jax.jit(functools.partial(forward.routed, model.Qwen3(config)))(
-            params, batch
-        )
+        hidden, sums = routed_of(model.Qwen3(config), params, batch)
     means = metrics.finalize(sums)
     assert float(means["expert_dropped"]) == 0
     figures = moe.summary(means["load_LE"], means["p_LE"])
@@ -440,7 +442,8 @@ def test_nothing_is_dropped_when_all_tokens_want_the_same_experts(even, sizes):
     dense = dataclasses.replace(config, num_experts=0, intermediate_size=72)
     layers = {k: v for k, v in layers.items() if k != "moe"}
     layers["mlp"] = {k: {"kernel": v} for k, v in wide.items()}
-    expected = forward.hidden(model.Qwen3(dense), whole | {"layers": layers}, batch)
+    hidden_of = jax.jit(forward.hidden, static_argnums=0)
+    expected = hidden_of(model.Qwen3(dense), whole | {"layers": layers}, batch)
     real = np.asarray(batch.segments_BT) > 0
     np.testing.assert_allclose(
         np.asarray(hidden)[real], np.asarray(expected)[real], atol=1e-4, rtol=1e-4
@@ -451,11 +454,10 @@ def test_what_fills_up_the_devices_is_not_counted(even):
     """57 tokens on eight devices: the routers' figures of one device."""
     config, params = load(even)
     batch = batch_of(config, 3)
-    expected = metrics.finalize(forward.routed(model.Qwen3(config), params, batch)[1])
+    expected = metrics.finalize(routed_of(model.Qwen3(config), params, batch)[1])
     _, sharded = load(even, (1, 1, 1, 8))
     with mesh_lib.use(mesh_lib.make(1, 1, 1, 8)):
-        routed = jax.jit(functools.partial(forward.routed, model.Qwen3(config)))
-        means = metrics.finalize(routed(sharded, batch)[1])
+        means = metrics.finalize(routed_of(model.Qwen3(config), sharded, batch)[1])
     assert float(means["expert_dropped"]) == float(expected["expert_dropped"]) == 0
     np.testing.assert_allclose(means["load_LE"], expected["load_LE"], atol=1e-6)
 
@@ -488,7 +490,7 @@ def test_figures_against_transformers(pair):
         )
     E, A = config.num_experts, config.num_experts_per_tok
     expected: Any = load_balancing_loss_func(out.router_logits, E, A, mask)
-    _, sums = forward.routed(model.Qwen3(config), params, batch)
+    _, sums = routed_of(model.Qwen3(config), params, batch)
     means = metrics.finalize(sums)
     figures = moe.summary(means["load_LE"], means["p_LE"])
     assert float(figures["load_balancing_loss"]) == pytest.approx(float(expected), rel=1e-4)

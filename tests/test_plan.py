@@ -98,7 +98,8 @@ def test_decoding_reads_the_weights_and_the_cache(rows):
 
 
 def test_the_smallest_slice(shape):
-    c = config(shape, **{"stages": ("sft",), "sft.batch_size": 2, "sft.max_response_tokens": R})
+    lengths = {"sft.max_prompt_tokens": P, "sft.max_response_tokens": R}
+    c = config(shape, **{"stages": ("sft",), "sft.batch_size": 2, **lengths})
     topology, found = plan.smallest(c, "v5e")
     assert topology == "v5e:1x1"
     assert [(row.name, row.collectives) for row in found["sft"]] == [("update", {})]

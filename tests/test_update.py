@@ -35,6 +35,9 @@ CONFIG = Config(
 TEACHER = dataclasses.replace(CONFIG, hidden_size=64, tie_word_embeddings=False)
 
 
+hidden_of = jax.jit(forward.hidden, static_argnums=0)
+
+
 def optimizer():
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, b2=0.95))
 
@@ -76,7 +79,7 @@ def curve(objective="opd", sizes=(1, 1, 1), accumulate=1, remat=False, scan=True
         for i in range(steps):
             data = jax.device_put(batch(i), mesh_lib.rows(mesh))
             if objective == "opd":
-                hidden = forward.hidden(model.Qwen3(TEACHER), teacher, data)
+                hidden = hidden_of(model.Qwen3(TEACHER), teacher, data)
                 data = dataclasses.replace(data, teacher_hidden_BTD=hidden)
                 head = model.head(teacher)
             if i == 0:
@@ -119,7 +122,7 @@ def test_the_divisor_is_the_global_count(golden):
     numbers, _, _, _ = curve("sft", steps=1)
     data = batch(0)
     params = placed(CONFIG, 0, mesh_lib.make(1, 1, 1))
-    logits = forward.hidden(model.Qwen3(CONFIG), params, data) @ params["embed"].T
+    logits = hidden_of(model.Qwen3(CONFIG), params, data) @ params["embed"].T
     logp = np.asarray(jax.nn.log_softmax(logits))[:, :-1]
     rows, columns = np.nonzero(data.mask_BT[:, 1:])
     targets = data.tokens_BT[:, 1:][rows, columns]
@@ -132,7 +135,7 @@ def test_teacher_is_student():
     with mesh_lib.use(mesh):
         params = placed(CONFIG, 0, mesh)
         data = batch()
-        hidden = forward.hidden(model.Qwen3(CONFIG), params, data)
+        hidden = hidden_of(model.Qwen3(CONFIG), params, data)
         data = dataclasses.replace(data, teacher_hidden_BTD=hidden)
         state = update.init(optimizer(), params, 0)
         step = update.make(model.Qwen3(CONFIG), optimizer(), losses.TABLE["opd"], T, 1, 4e-3, state)

@@ -584,8 +584,8 @@ def test_a_run_names_its_missing_student(tmp_path: Path) -> None:
 def test_a_model_is_spread_over_all_devices(bare, chatty: Path) -> None:
     shapes = [dict(policy.mesh_of(policy.reader(str(p), "")).shape) for p in (bare[0], chatty)]
     assert shapes == [
-        {"data": 8, "fsdp": 1, "expert": 1, "tensor": 1},
-        {"data": 1, "fsdp": 4, "expert": 1, "tensor": 2},
+        {"data": 8, "fsdp": 1, "context": 1, "expert": 1, "tensor": 1},
+        {"data": 1, "fsdp": 4, "context": 1, "expert": 1, "tensor": 2},
     ]
 
 

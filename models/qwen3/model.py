@@ -255,10 +255,15 @@ def abstract(config: Config, lora: LoRA | None = None) -> tuple[Params, Params]:
 
     Shapes are ShapeDtypeStructs; axes are PartitionSpecs of logical axis names.
     """
-    boxed = jax.eval_shape(lambda: _init(config, lora, jax.random.key(0)))
+    boxed = _abstract(config, lora)
     is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
     shapes = jax.tree.map(lambda box: box.value, boxed, is_leaf=is_box)
     return shapes, nn.get_partition_spec(boxed)
+
+
+@functools.cache  # a start asks for the same model several times, on one mesh and another
+def _abstract(config: Config, lora: LoRA | None) -> Params:
+    return jax.eval_shape(lambda: _init(config, lora, jax.random.key(0)))
 
 
 def init(config: Config, key: jax.Array, lora: LoRA | None = None) -> Params:
