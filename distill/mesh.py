@@ -272,7 +272,10 @@ def moved(tree: Any, mesh: Mesh) -> Any:
 
 def require_near(one: Mesh, other: Mesh, count: int) -> None:
     """Raises UserError if of a batch of `count` rows a process has others on one mesh than on the
-    other, or of a row not all tokens: `moved` could not hand them over."""
+    other, or of a row not all tokens: `moved` could not hand them over. Where the two are one mesh
+    nothing is handed over, and any will do."""
+    if one == other:
+        return
     of: dict[int, list[Any]] = {}
     for device in (*one.devices.flat, *other.devices.flat):
         of.setdefault(device.process_index, []).append(device)

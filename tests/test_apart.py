@@ -111,6 +111,8 @@ def test_each_process_has_both():
     c.teacher_mesh.fsdp, c.teacher_mesh.tensor = 1, 4
     with pytest.raises(UserError, match="a process would have other rows"):
         mesh_lib.require_near(*mesh_lib.meshes(c, devices), 8)
+    across = mesh_lib.make(1, 1, 8, devices=devices)
+    mesh_lib.require_near(across, across, 8)  # one mesh, of which tensor may go over the hosts
 
 
 def test_memory_is_counted_where_it_lies():

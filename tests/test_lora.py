@@ -333,11 +333,12 @@ def test_meshes(fields, tmp_path):
     for name in ("loss", "grad_norm", "entropy"):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), state.params, one.params)
+    embed = ("fsdp", "context")
     specs = {
-        "q": (("fsdp", None), (None, "tensor")),
-        "o": (("tensor", None), (None, "fsdp")),
-        "gate": (("fsdp", None), (None, "tensor")),
-        "down": (("tensor", None), (None, "fsdp")),
+        "q": ((embed, None), (None, "tensor")),
+        "o": (("tensor", None), (None, embed)),
+        "gate": ((embed, None), (None, "tensor")),
+        "down": (("tensor", None), (None, embed)),
     }
     moments = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(s))
     for tree in (state.params, moments.mu, moments.nu):
