@@ -125,6 +125,7 @@ def rows_of(c: ConfigDict, name: str, topology: str, mesh: Mesh, apart: Mesh) ->
             f"config.{name}.batch_size={s.batch_size} does not divide by accumulate times "
             f"minibatches times the devices ({mesh_lib.row_shards(mesh)} that split the rows)"
         )
+    stages.require_tokens(name, s, mesh, apart)
     kept = {at: programs.held(c, models, s, at) for at in {mesh, apart}}
     largest = {
         at: sorted(((f"{size / GIB:.2f}G", n) for n, size in of.items()), key=lambda x: -of[x[1]])

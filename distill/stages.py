@@ -181,18 +181,24 @@ def check(
             f"devices of config.teacher_mesh that split the rows ({rows})"
         )
     mesh_lib.require_near(mesh, apart, s.batch_size)
-    for at, flag in ((mesh, "mesh"), (apart, "teacher_mesh")):
-        context, tensor = at.shape["context"], at.shape["tensor"]
-        if context > 1 and (s.pack_tokens or total) % (context * tensor):
-            raise UserError(
-                f"config.{name}: rows of {s.pack_tokens or total} tokens do not divide by context "
-                f"times tensor of config.{flag} ({context * tensor})"
-            )
+    require_tokens(name, s, mesh, apart)
     if sampled % s.samples:
         raise UserError(
             f"config.{name}.batch_size={s.batch_size}: the {sampled} rows that are sampled do not "
             f"divide by samples ({s.samples})"
         )
+
+
+def require_tokens(name: str, s: ConfigDict, mesh: Mesh, apart: Mesh) -> None:
+    """Raises UserError if context splits tokens, and a row has a number that does not divide."""
+    T = s.pack_tokens or s.max_prompt_tokens + s.max_response_tokens
+    for at, flag in ((mesh, "mesh"), (apart, "teacher_mesh")):
+        context, tensor = at.shape["context"], at.shape["tensor"]
+        if context > 1 and T % (context * tensor):
+            raise UserError(
+                f"config.{name}: rows of {T} tokens do not divide by context times tensor of "
+                f"config.{flag} ({context * tensor})"
+            )
 
 
 def sampling(s: ConfigDict) -> rollout.Sampling:

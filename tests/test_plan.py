@@ -126,6 +126,10 @@ def test_released_sizes_need_no_directory():
     ("changes", "words"),
     [
         ({"mesh.tensor": 3, "mesh.fsdp": 1}, "3 devices, but v5e:2x2 has 4"),
+        (
+            {"mesh.context": 4, "opd.max_response_tokens": 15},
+            "config.opd: rows of .* tokens do not divide by context times tensor .* .4.",
+        ),
         ({"mesh.tensor": 4}, "num_key_value_heads=2 does not divide by mesh axis tensor=4"),
         ({"opd.batch_size": 6}, "does not divide"),
         ({"student.path": ""}, "config.student.path: name a model directory"),
