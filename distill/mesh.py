@@ -38,7 +38,6 @@ RULES = (
     ("expert", "expert"),
     ("vocab", VOCABULARY),
     ("act_heads", ("tensor", "context")),
-    ("act_mlp", "tensor"),
     ("act_tokens", TOKENS),
     ("act_context", "context"),
     ("layers", None),

@@ -221,7 +221,6 @@ def _sampling(s: ConfigDict, sampled: int, models: Models, mesh: Mesh) -> list[C
     qwen3 = student.model.clone(scan=stacked, remat=False, lora=None)
     rules = mesh_lib.GATHERED if options.gathered else mesh_lib.RULES
     as_read = (mesh, rules, stacked, options.param_dtype)
-    read_from = _weights(student, qwen3, trained, *as_read)
     dtype = options.cache_dtype or jnp.dtype(qwen3.dtype).name
     decoder = engine.Decoder(qwen3, stages.sampling(s), student.stop_ids, dtype, options.segment, 0)
     count = slots.sizes(min(options.slots, sampled), engine.least_rows(mesh))[0]
@@ -241,6 +240,7 @@ def _sampling(s: ConfigDict, sampled: int, models: Models, mesh: Mesh) -> list[C
         return engine.for_decoding.lower(qwen3, trained, *as_read)
 
     with mesh_lib.use(mesh):
+        read_from = _weights(student, qwen3, trained, *as_read)
         cache = like(engine.empty_cache, decoder, together, long)
         state = like(engine.empty, decoder, count, width)
 
@@ -285,10 +285,9 @@ def _sampling(s: ConfigDict, sampled: int, models: Models, mesh: Mesh) -> list[C
 def _weights(
     student: Policy, qwen3: Any, trained: Any, mesh: Mesh, rules: Any, stacked: bool, kind: str
 ) -> Any:
-    """Shapes of the weights that decode, in the dtype `kind` ("": the model's)."""
+    """Within `use`: shapes of the weights that decode, in the dtype `kind` ("": the model's)."""
     if not stacked:
-        with mesh_lib.use(mesh):
-            return like(engine.for_decoding, qwen3, trained, mesh, rules, stacked, kind)
+        return like(engine.for_decoding, qwen3, trained, mesh, rules, stacked, kind)
     shapes = mesh_lib.parameters(student.config, mesh, rules=rules)
     shaped = dataclasses.replace(student, params=shapes)
     return policy.loaded(shaped, kind or jnp.dtype(qwen3.dtype).name)
