@@ -165,7 +165,7 @@ def turns(
             continue
         times = [x for answer in given for x in answer["seconds"]]
         found[name] = {"seconds": statistics.median(times), "all_seconds": times}
-        for figure in given[0].keys() - {"seconds"}:
+        for figure in given[0].keys() - {"seconds", "versions"}:
             of = max if figure.startswith("peak") else statistics.median
             found[name][figure] = of([answer[figure] for answer in given])
     return found, versions

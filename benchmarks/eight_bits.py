@@ -56,7 +56,7 @@ def cases(dtype: str) -> dict[tuple[str, str], Callable[[], int]]:
         subject = dataclasses.replace(plain, params=params)
 
         def score(subject: policy.Policy = subject) -> int:
-            read = teacher.hidden(subject.model, subject.params, None, batch, None)
+            read = teacher.hidden(subject.model, 1, subject.params, None, batch, None)
             jax.block_until_ready(read)
             return tokens_BT.size
 
