@@ -4,6 +4,7 @@ what the programs of a step are compiled to, for an H100 that is not there.
 The latter wants NVIDIA's compiler, `pip install "jax-cuda12-plugin[with-cuda]"` of jax's version.
 """
 
+import functools
 import importlib.util
 import os
 import re
@@ -13,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 from helpers import ROOT
 from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
 from configs import base
 from distill import gpu, hlo, plan, programs, stages
 from distill import mesh as mesh_lib
+from models.qwen3 import grouped
 
 # An H100 as XLA is told of it, by openxla/xla, xla/backends/gpu/target_config/specs/h100_sxm.txtpb.
 H100 = """
@@ -105,19 +109,24 @@ def test_xla_knows_them_and_reads_them_in_time() -> None:
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[str, tuple[Any, hlo.Costs, str]]:
-    """Decoding, scoring and the update of 0.6B from 1.7B on an H100: 8 rows of 1,024 tokens."""
+def devices() -> list[jax.Device]:
+    """The H100 that is not there."""
     if not any(importlib.util.find_spec(name) for name in gpu.PLUGINS):
         pytest.skip("no CUDA plugin for JAX")
     try:
         told = {"target_config": H100, "topology": "1x1x1"}
-        devices = topologies.get_topology_desc("h100", "cuda", **told).devices
+        return list(topologies.get_topology_desc("h100", "cuda", **told).devices)
     except Exception as error:  # the plugin raises many kinds
         pytest.skip(f"the CUDA plugin does not compile without a GPU: {error}")
+
+
+@pytest.fixture(scope="module")
+def compiled(devices: list[jax.Device]) -> dict[str, tuple[Any, hlo.Costs, str]]:
+    """Decoding, scoring and the update of 0.6B from 1.7B on an H100: 8 rows of 1,024 tokens."""
     c = base.get_config()
     c.student.path, c.teacher.path = "Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B"
     c.opd.batch_size, c.opd.max_prompt_tokens, c.opd.max_response_tokens = 8, 256, 768
-    mesh, apart = mesh_lib.meshes(c, list(devices))
+    mesh, apart = mesh_lib.meshes(c, devices)
     loss, sampled = stages.objective("opd", c.opd)
     models = plan.models_of(c, mesh, apart, c.opd.teachers, False)
     found = {}
@@ -156,3 +165,37 @@ def test_the_loss_holds_a_chunk_of_logits(compiled) -> None:
     assert "[8,128,151936]" in text or "[1024,151936]" in text
     assert "[8,1024,151936]" not in text and "[8192,151936]" not in text
     assert costs.traffic < 350e9  # 311; 504 in chunks of 128 MiB
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_products_of_experts_are_kernels(devices: list[jax.Device], dtype: str) -> None:
+    """Forward and both gradients, of the sizes of 30B-A3B: no row is spread over all experts (XLA's
+    own take 8 GiB here, in bfloat16), and nothing is held beside what comes out."""
+    M, D, F, E = 8192, 2048, 768, 128
+    on = SingleDeviceSharding(devices[0])
+    x, dy, kernel = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=on) for shape in ((M, D), (M, F), (E, D, F))
+    )
+    sizes_E = jax.ShapeDtypeStruct((E,), "int32", sharding=on)
+
+    def both(x, kernel, dy, sizes_E):
+        y, transpose = jax.vjp(lambda *of: grouped.dot(*of, sizes_E), x, kernel)
+        return y, transpose(dy)
+
+    program = jax.jit(both).lower(x, kernel, dy, sizes_E).compile()
+    text = program.as_text()
+    assert "grouped_product" in text and "grouped_by_kernel" in text
+    assert program.memory_analysis().temp_size_in_bytes < 2**20
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
+def test_experts_of_8_bits_are_read_as_they_lie(devices: list[jax.Device], kind: str) -> None:
+    on = SingleDeviceSharding(devices[0])
+    x = jax.ShapeDtypeStruct((8192, 2048), "bfloat16", sharding=on)
+    kernel = jax.ShapeDtypeStruct((128, 2048, 768), kind, sharding=on)
+    sizes_E = jax.ShapeDtypeStruct((128,), "int32", sharding=on)
+    program = jax.jit(functools.partial(grouped.product, dtype=jnp.float32))
+    memory = program.lower(x, kernel, sizes_E).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2**20

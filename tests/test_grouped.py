@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.qwen3 import grouped
+from models.qwen3 import grouped, grouped_gpu
 
 # rows, in, out, sizes: groups may be empty, end within a tile of rows, and leave rows over.
 CASES = {
@@ -56,3 +56,29 @@ def test_the_kernel_for_tpu(case):
     assert found.shape == kernel.shape
     for e, of_group in enumerate(groups(sizes)):
         np.testing.assert_allclose(found[e], x[of_group].T @ dy[of_group], atol=1e-4)
+
+
+def test_the_kernels_for_gpu(case):
+    """What a group holds beyond a tile, and what no tile covers, is left out of the sums."""
+    x, dy, kernel, sizes = (jnp.asarray(a) for a in case)
+    y = grouped_gpu.product(x, kernel, sizes, interpret=True)
+    dx = grouped_gpu.product(dy, kernel, sizes, transposed=True, interpret=True)
+    dkernel = grouped_gpu.by_kernel(x, dy, sizes, interpret=True)
+    assert y.shape == dy.shape and dx.shape == x.shape and dkernel.shape == kernel.shape
+    for e, of_group in enumerate(groups(case[3])):
+        np.testing.assert_allclose(y[of_group], x[of_group] @ kernel[e], atol=1e-4)
+        np.testing.assert_allclose(dx[of_group], dy[of_group] @ kernel[e].T, atol=1e-4)
+        np.testing.assert_allclose(dkernel[e], x[of_group].T @ dy[of_group], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
+def test_the_kernel_for_gpu_reads_8_bits(kind):
+    """An odd width, so that the last tile of each axis is a part of one."""
+    rng, sizes = np.random.default_rng(1), np.array([3, 0, 20, 9], np.int32)
+    x = jnp.asarray(rng.normal(size=(32, 144)), jnp.bfloat16)
+    kernel = jnp.asarray(rng.integers(-8, 8, size=(4, 144, 130)), kind)
+    y = grouped_gpu.product(x, kernel, jnp.asarray(sizes), dtype=jnp.float32, interpret=True)
+    assert y.dtype == jnp.float32
+    wide, wide_x = np.asarray(kernel.astype(jnp.float32)), np.asarray(x.astype(jnp.float32))
+    for e, of_group in enumerate(groups(sizes)):
+        np.testing.assert_allclose(y[of_group], wide_x[of_group] @ wide[e], rtol=1e-5, atol=1e-4)

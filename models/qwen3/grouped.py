@@ -2,12 +2,18 @@
 
 jax.lax.ragged_dot is a grouped kernel on TPU, as fast as the numbers of its operations and bytes
 allow, and so is its gradient by the rows. The gradient by the matrices is compiled densely there,
-every expert over the rows of all: E times the work. A Pallas kernel takes its place.
+every expert over the rows of all: E times the work. A Pallas kernel takes its place. On GPUs all
+three are compiled densely, and rows spread out over E times the memory besides: there each has a
+kernel of its own (models.qwen3.grouped_gpu). On CPUs all are jax.lax.ragged_dot's.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+from models.qwen3 import grouped_gpu
 
 # One step of the kernel holds so many rows, in and bytes of out, and the float32 sums of these, in
 # 16 MiB of VMEM. Fewer rows waste less where groups end within a tile.
@@ -20,7 +26,27 @@ def dot(x: jax.Array, kernel: jax.Array, sizes_E: jax.Array) -> jax.Array:
 
     Rows behind the last group may come out as anything.
     """
-    return jax.lax.ragged_dot(x, kernel, sizes_E)
+    return product(x, kernel, sizes_E)
+
+
+def product(
+    x: jax.Array,
+    kernel: jax.Array,
+    sizes_E: jax.Array,
+    transposed: bool = False,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> jax.Array:
+    """`dot` without a gradient, in `dtype`; `transposed`, times [E, out, in]. The kernel may be of
+    8 bits: it is converted to x's dtype, on GPUs as it is read."""
+
+    def plain(x: jax.Array, kernel: jax.Array, sizes_E: jax.Array) -> jax.Array:
+        kernel = (kernel.swapaxes(1, 2) if transposed else kernel).astype(x.dtype)
+        return jax.lax.ragged_dot(x, kernel, sizes_E, preferred_element_type=dtype)
+
+    by_kernel = functools.partial(
+        grouped_gpu.product, transposed=transposed, dtype=jnp.dtype(dtype or x.dtype)
+    )
+    return jax.lax.platform_dependent(x, kernel, sizes_E, cuda=by_kernel, default=plain)
 
 
 def _forward(x: jax.Array, kernel: jax.Array, sizes_E: jax.Array):
@@ -29,8 +55,10 @@ def _forward(x: jax.Array, kernel: jax.Array, sizes_E: jax.Array):
 
 def _backward(kept: tuple[jax.Array, jax.Array, jax.Array], dy: jax.Array):
     x, kernel, sizes_E = kept
-    dx = jax.lax.ragged_dot(dy, kernel.swapaxes(1, 2), sizes_E)
-    dkernel = jax.lax.platform_dependent(x, dy, sizes_E, tpu=by_kernel, default=_plain)
+    dx = product(dy, kernel, sizes_E, transposed=True)
+    dkernel = jax.lax.platform_dependent(
+        x, dy, sizes_E, tpu=by_kernel, cuda=grouped_gpu.by_kernel, default=_plain
+    )
     return dx, dkernel, None
 
 

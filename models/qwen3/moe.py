@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models.qwen3 import quantised, sharded
+from models.qwen3 import grouped, quantised, sharded
 from models.qwen3.config import Config
 from models.qwen3.lora import Factors, LoRA, factors
 from models.qwen3.quantised import Kernel, ragged_dot
@@ -94,7 +94,7 @@ def _grouped(x: jax.Array, sizes_E: jax.Array, kernel: Kernel, low: Factors | No
     if low is None:
         return y
     a, b = low
-    return y + jax.lax.ragged_dot(jax.lax.ragged_dot(x, a, sizes_E), b, sizes_E)
+    return y + grouped.dot(grouped.dot(x, a, sizes_E), b, sizes_E)
 
 
 def experts(

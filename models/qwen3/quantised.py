@@ -74,9 +74,7 @@ def ragged_dot(x: jax.Array, kernel: Kernel, sizes_E: jax.Array) -> jax.Array:
     """Rows [M, in], grouped by expert, times their expert's kernel [in, out], in x's dtype."""
     if not isinstance(kernel, Quantised):
         return grouped.dot(x, kernel.astype(x.dtype), sizes_E)
-    y = jax.lax.ragged_dot(
-        x, kernel.values.astype(x.dtype), sizes_E, preferred_element_type=jnp.float32
-    )
+    y = grouped.product(x, kernel.values, sizes_E, dtype=jnp.float32)
     experts = jnp.arange(len(sizes_E))
     expert_M = jnp.repeat(experts, sizes_E, total_repeat_length=len(x))
     return (y * kernel.scale[expert_M, 0]).astype(x.dtype)
