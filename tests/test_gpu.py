@@ -109,7 +109,7 @@ def test_xla_knows_them_and_reads_them_in_time() -> None:
 
 
 @pytest.fixture(scope="module")
-def devices() -> list[jax.Device]:
+def devices() -> list[Any]:
     """The H100 that is not there."""
     if not any(importlib.util.find_spec(name) for name in gpu.PLUGINS):
         pytest.skip("no CUDA plugin for JAX")
@@ -121,7 +121,7 @@ def devices() -> list[jax.Device]:
 
 
 @pytest.fixture(scope="module")
-def compiled(devices: list[jax.Device]) -> dict[str, tuple[Any, hlo.Costs, str]]:
+def compiled(devices: list[Any]) -> dict[str, tuple[Any, hlo.Costs, str]]:
     """Decoding, scoring and the update of 0.6B from 1.7B on an H100: 8 rows of 1,024 tokens."""
     c = base.get_config()
     c.student.path, c.teacher.path = "Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B"
@@ -169,7 +169,7 @@ def test_the_loss_holds_a_chunk_of_logits(compiled) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_products_of_experts_are_kernels(devices: list[jax.Device], dtype: str) -> None:
+def test_products_of_experts_are_kernels(devices: list[Any], dtype: str) -> None:
     """Forward and both gradients, of the sizes of 30B-A3B: no row is spread over all experts (XLA's
     own take 8 GiB here, in bfloat16), and nothing is held beside what comes out."""
     M, D, F, E = 8192, 2048, 768, 128
@@ -183,7 +183,7 @@ def test_products_of_experts_are_kernels(devices: list[jax.Device], dtype: str) 
         y, transpose = jax.vjp(lambda *of: grouped.dot(*of, sizes_E), x, kernel)
         return y, transpose(dy)
 
-    program = jax.jit(both).lower(x, kernel, dy, sizes_E).compile()
+    program: Any = jax.jit(both).lower(x, kernel, dy, sizes_E).compile()
     text = program.as_text()
     assert "grouped_product" in text and "grouped_by_kernel" in text
     assert program.memory_analysis().temp_size_in_bytes < 2**20
@@ -191,11 +191,11 @@ def test_products_of_experts_are_kernels(devices: list[jax.Device], dtype: str) 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
-def test_experts_of_8_bits_are_read_as_they_lie(devices: list[jax.Device], kind: str) -> None:
+def test_experts_of_8_bits_are_read_as_they_lie(devices: list[Any], kind: str) -> None:
     on = SingleDeviceSharding(devices[0])
     x = jax.ShapeDtypeStruct((8192, 2048), "bfloat16", sharding=on)
     kernel = jax.ShapeDtypeStruct((128, 2048, 768), kind, sharding=on)
     sizes_E = jax.ShapeDtypeStruct((128,), "int32", sharding=on)
     program = jax.jit(functools.partial(grouped.product, dtype=jnp.float32))
-    memory = program.lower(x, kernel, sizes_E).compile().memory_analysis()
+    memory: Any = program.lower(x, kernel, sizes_E).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 2**20
