@@ -2,8 +2,10 @@
 
 Answers jobs as benchmarks/workers.py does. A job says {"what", "student", "teacher", "rows",
 "tokens", "dtype", "steps", "remat"?}, the models as fields of config.json, whose weights are
-random; an answer {"seconds" of each of `steps` calls, "first_call_seconds", "peak_bytes"}. Imports
-nothing of the project at the top: another venv runs this file too.
+random; an answer {"seconds" of each of `steps` calls, "first_call_seconds", "peak_bytes"}, and of
+"loss" the value and the norms of its gradients: of random numbers of the same scale they are about
+the same, whoever computes them. Imports nothing of the project at the top: another venv runs this
+file too.
 
 what   "reverse_kl" and "sft": a training step, AdamW and a clipped gradient included;
        "hidden" and "logp": a forward pass, to final hidden states or to log-probabilities;
@@ -18,6 +20,8 @@ from typing import Any
 
 from benchmarks import tunix_trainers, workers
 from benchmarks.workers import B1, B2, CLIP, RATE, Answer, Job, jax_peak, resident, timed
+
+NORMS = ("norm_by_hidden", "norm_by_head")
 
 # --- this project: its update, its scorers and its streamed head, as `train` calls them -----------
 
@@ -131,19 +135,25 @@ def our_loss(job: Job) -> Answer:
 
     # The teacher's are arguments too: closed over, they would be constants of the program.
     def total(hidden_BTD: jax.Array, head_VD: jax.Array, *teacher: jax.Array) -> jax.Array:
+        mask_BT = losses.shift(batch.mask_BT)
         stats = head.token_stats(
             *(hidden_BTD, head_VD, losses.shift(batch.tokens_BT), *teacher),
             logits_mib=stages.logits_mib(c, mesh),
             split=mesh_lib.split_vocabulary,
             divergence=losses.TABLE["opd"].compared,
+            loss=lambda stats, _: {"loss": stats["divergence"]},
+            weight_BT=mask_BT / jnp.sum(mask_BT),
         )
-        return jnp.mean(stats["reverse_kl"])
+        return stats["total"]
 
     precision = "highest" if dtype == jnp.float32 else None
     with mesh_lib.use(mesh), jax.default_matmul_precision(precision):
         graded = jax.jit(jax.value_and_grad(total, (0, 1)))
         args = (hidden_BTD, head_VD, hidden_BTE, head_VE)
-        return timed(lambda: jax.block_until_ready(graded(*args)), job, jax_peak)
+        answer = timed(lambda: jax.block_until_ready(graded(*args)), job, jax_peak)
+        value, grads = graded(*args)
+        norms = [float(jnp.linalg.norm(x.astype(jnp.float32).ravel())) for x in grads]
+        return {**answer, "value": float(value), **dict(zip(NORMS, norms, strict=True))}
 
 
 # --- Hugging Face's model with PyTorch's fused attention (SDPA), and TRL's divergence -------------
@@ -246,14 +256,19 @@ def torch_loss(job: Job) -> Answer:
     head_VE = torch.randn(V, E, device=device, dtype=dtype).mul_(E**-0.5)
     trained = [hidden_BTD.requires_grad_(), head_VD.requires_grad_()]
 
-    def loss() -> None:
+    def loss() -> tuple[Any, Any]:
         of = hidden_BTD @ head_VD.to(dtype).T
         with torch.no_grad():
             by = hidden_BTE @ head_VE.T
-        found = torch.autograd.grad(_jsd(of, by, ids), trained)
+        value = _jsd(of, by, ids)
+        found = torch.autograd.grad(value, trained)
         found[0].flatten()[-1].item()
+        return value, found
 
-    return timed(loss, job, peak)
+    answer = timed(loss, job, peak)
+    value, found = loss()
+    norms = [x.float().norm().item() for x in found]
+    return {**answer, "value": value.item(), **dict(zip(NORMS, norms, strict=True))}
 
 
 _mixed_step = functools.partial(torch_step, mixed=True)

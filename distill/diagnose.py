@@ -23,6 +23,7 @@ from distill import (
     chat,
     cli,
     data,
+    distributions,
     forward,
     head,
     losses,
@@ -82,7 +83,7 @@ def distances(
             heads,
             logits_mib=logits_mib,
             split=mesh_lib.split_vocabulary,
-            divergence=head.Divergence("forward"),
+            divergence=distributions.Divergence("forward"),
             overlap=min(TOP, student.config.vocab_size),
         )
         mask_BT = losses.shift(batch.mask_BT).astype(jnp.float32)

@@ -1,51 +1,26 @@
 """The streamed head: the only place that ever sees logits.
 
 The logits of B·T tokens over a vocabulary of 151,936 do not fit in memory, so nothing here ever
-holds more than one chunk of them: hidden states go through both heads chunk by chunk, inside a
-scan whose body is recomputed in the backward pass. What comes out is a few numbers a token.
-
-Letters of this file: p is the student's distribution of the next token, q the teacher's.
+holds more than one chunk of them: hidden states go through both heads chunk by chunk. What comes
+out is a few numbers a token (distill.distributions); and a loss that depends on nothing else has
+its gradient taken on the way.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from distill import distributions
+
 Stats = dict[str, jax.Array]  # name -> [B, T] float32
+Loss = Callable[[Stats, Stats], Stats]  # (figures of tokens, what is known of them) -> "loss", ...
 Teachers = jax.Array | tuple[jax.Array, ...] | None
 
-_TINY = 1e-30  # stands for the logarithm's zero: mass of an empty tail
-_RESOLUTION = 1e-7  # float32 near 1: less than this is not left of 1 - Σ of stored probabilities
-
-
-@dataclasses.dataclass(frozen=True)
-class Divergence:
-    """How far p is from q, at one token. Hashable, so static under jit; fields are checked by
-    distill.losses.Loss.
-
-    kind: "reverse" KL(p‖q); "forward" KL(q‖p); "jsd" β KL(q‖m) + (1-β) KL(p‖m) with
-      m = βq + (1-β)p (arXiv 2306.13649, eq. 1). At β = 0 and 1 the jsd itself is zero everywhere;
-      there it stands for what jsd/β and jsd/(1-β) tend to, forward and reverse KL, as in TRL. So
-      the scale of the gradient jumps at both ends.
-    skew: α of DistiLLM (arXiv 2402.03898, section 3.1): forward is KL(q‖αq + (1-α)p), reverse is
-      KL(p‖αp + (1-α)q). 0 is none.
-    temperature: τ. Both distributions are softmax(logits / τ), and the value is multiplied by τ²,
-      which keeps the size of the gradient about the same (arXiv 1503.02531, section 2).
-    k: 0 compares the whole vocabulary. Else the k likeliest tokens by `k_of` (teacher, student, or
-      the union of both), each on its own, and all others as one more outcome, the tail. That is
-      a divergence of coarser distributions: never negative, never above the exact one, and mass
-      that leaves the k is seen.
-    """
-
-    kind: str = "reverse"
-    beta: float = 0.5
-    skew: float = 0.0
-    temperature: float = 1.0
-    k: int = 0
-    k_of: str = "teacher"
+_GRADIENT = "by hidden"  # among the stats of a chunk, until they are joined
 
 
 @jax.custom_vjp
@@ -76,205 +51,13 @@ def _logits_backward(kept, by_logits_BCV):
 _logits.defvjp(lambda *given: (_logits(*given), given), _logits_backward)
 
 
-def _mixture(logp: jax.Array, logq: jax.Array, share: float) -> tuple[jax.Array, jax.Array]:
-    """log(m/p) and log(m/q) of m = share·q + (1-share)·p: no overflow, exactly 0 where p = q."""
-    gap = logq - logp
-    below = jnp.log1p(share * jnp.expm1(jnp.minimum(gap, 0)))  # log(m/p) where q <= p
-    above = jnp.log1p((1 - share) * jnp.expm1(-jnp.maximum(gap, 0)))  # log(m/q) where q > p
-    return jnp.where(gap > 0, above + gap, below), jnp.where(gap > 0, above, below - gap)
-
-
-def _terms(
-    logp: jax.Array, logq: jax.Array, d: Divergence
-) -> tuple[jax.Array, jax.Array | float, jax.Array]:
-    """Of each outcome: f, which sums to the divergence, and two factors of p ∂f/∂p.
-
-    The product leaves out a multiple of p, whose gradient the softmax cancels; computed, it would
-    leave rounding noise, which Adam blows up where p is nearly q. It is exactly 0 where p = q, and
-    so is f. (Apart, the factors let XLA do with two chunks of logits less.)
-    """
-    p, q = jnp.exp(logp), jnp.exp(logq)
-    ends = {0.0: "forward", 1.0: "reverse"} if d.kind == "jsd" else {}
-    kind = ends.get(d.beta, d.kind)
-    if kind == "jsd":
-        to_p, to_q = _mixture(logp, logq, d.beta)
-        slope = (d.beta - 1) * to_p
-        return p * slope - d.beta * q * to_q, slope, p
-    if kind == "reverse":
-        if not d.skew:
-            return p * (logp - logq), logp - logq, p
-        to_p, _ = _mixture(logp, logq, 1 - d.skew)
-        return -p * to_p, -(to_p + d.skew * jnp.expm1(-to_p)), p
-    if not d.skew:
-        return q * (logq - logp), 1.0, p - q
-    to_p, to_q = _mixture(logp, logq, d.skew)
-    return -q * to_q, (1 - d.skew) ** 2 * jnp.exp(-to_p), p - q
-
-
-def _among(ids_BCK: jax.Array, logp_BCV: jax.Array) -> jax.Array:
-    """[B, C, V] bool: whether a token is among the ids."""
-    none = jnp.zeros(logp_BCV.shape, bool)
-    return jnp.put_along_axis(none, ids_BCK, True, axis=-1, inplace=False)
-
-
-def _with_factors(
-    logp_BCV: jax.Array,
-    logq_BCV: jax.Array,
-    d: Divergence,
-    inside_BCV: jax.Array | None,
-    tail_q_BC: jax.Array | None,
-) -> tuple[jax.Array, jax.Array | float, jax.Array]:
-    """The divergence [B, C] before τ², and two factors of its derivative in log p (see _terms)."""
-    f_BCV, slope_BCV, mass_BCV = _terms(logp_BCV, logq_BCV, d)
-    if inside_BCV is None:
-        return jnp.sum(f_BCV, axis=-1), slope_BCV, mass_BCV
-    p_BCV = jnp.where(inside_BCV, 0, jnp.exp(logp_BCV))
-    tail_p_BC = jnp.maximum(jnp.sum(p_BCV, axis=-1), _TINY)
-    if tail_q_BC is None:
-        tail_q_BC = jnp.sum(jnp.where(inside_BCV, 0, jnp.exp(logq_BCV)), axis=-1)
-    tail_q_BC = jnp.maximum(tail_q_BC, _TINY)
-    f_BC, slope_BC, mass_BC = _terms(jnp.log(tail_p_BC), jnp.log(tail_q_BC), d)
-    value_BC = jnp.sum(jnp.where(inside_BCV, f_BCV, 0), axis=-1) + f_BC
-    # The tail's derivative is shared by its tokens as they share its mass.
-    shared_BC1 = (slope_BC * mass_BC / tail_p_BC)[..., None]
-    return (
-        value_BC,
-        jnp.where(inside_BCV, slope_BCV, shared_BC1),
-        jnp.where(inside_BCV, mass_BCV, p_BCV),
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _divergence(
-    logp_BCV: jax.Array,
-    logq_BCV: jax.Array,
-    d: Divergence,
-    inside_BCV: jax.Array | None = None,
-    tail_q_BC: jax.Array | None = None,
-) -> jax.Array:
-    """The divergence [B, C], differentiable in log p by the formula written by hand.
-
-    Where `inside` is given, outcomes are its tokens and the tail; tail_q is q's mass of the tail,
-    where that is not q's mass outside.
-    """
-    value_BC, _, _ = _with_factors(logp_BCV, logq_BCV, d, inside_BCV, tail_q_BC)
-    return d.temperature**2 * value_BC
-
-
-def _forward(logp_BCV, logq_BCV, d, inside_BCV, tail_q_BC):
-    inputs = logp_BCV, logq_BCV, inside_BCV, tail_q_BC
-    return d.temperature**2 * _with_factors(logp_BCV, logq_BCV, d, inside_BCV, tail_q_BC)[0], inputs
-
-
-def _backward(d, inputs, by_value_BC):
-    logp_BCV, logq_BCV, inside_BCV, tail_q_BC = inputs
-    _, slope_BCV, mass_BCV = _with_factors(logp_BCV, logq_BCV, d, inside_BCV, tail_q_BC)
-    by_value_BC1 = (d.temperature**2 * by_value_BC)[..., None]
-    return by_value_BC1 * slope_BCV * mass_BCV, None, None, None
-
-
-_divergence.defvjp(_forward, _backward)
-
-
-def _compare(
-    logp_BCV: jax.Array, logq_BCV: jax.Array, d: Divergence, exact: bool
-) -> dict[str, jax.Array]:
-    """ "divergence" of two chunks; with `exact` also that of the whole vocabulary."""
-    if d.temperature != 1:
-        logp_BCV = jax.nn.log_softmax(logp_BCV / d.temperature, axis=-1)
-        logq_BCV = jax.nn.log_softmax(logq_BCV / d.temperature, axis=-1)
-    found = {}
-    if exact:
-        detached_BCV = jax.lax.stop_gradient(logp_BCV)
-        whole = dataclasses.replace(d, k=0)
-        found["exact_divergence"] = _divergence(detached_BCV, logq_BCV, whole)
-    if not d.k:
-        return {"divergence": _divergence(logp_BCV, logq_BCV, d), **found}
-    sides = {"teacher": [logq_BCV], "student": [logp_BCV], "union": [logq_BCV, logp_BCV]}
-    ids = [jax.lax.top_k(jax.lax.stop_gradient(x), d.k)[1] for x in sides[d.k_of]]
-    inside_BCV = _among(jnp.concatenate(ids, axis=-1), logp_BCV)
-    return {"divergence": _divergence(logp_BCV, logq_BCV, d, inside_BCV), **found}
-
-
-def _compare_stored(
-    logp_BCV: jax.Array, ids_BCK: jax.Array, logq_BCK: jax.Array, d: Divergence
-) -> jax.Array:
-    """The divergence from a teacher of whom only the top of the distribution is known."""
-    ids_BCK, logq_BCK = ids_BCK[..., : d.k], logq_BCK[..., : d.k]
-    # What is not stored is set equal to the student's, so that it adds nothing but its tail.
-    detached_BCV = jax.lax.stop_gradient(logp_BCV)
-    logq_BCV = jnp.put_along_axis(
-        detached_BCV, ids_BCK, logq_BCK.astype(logp_BCV.dtype), axis=-1, inplace=False
-    )
-    if d.k == logp_BCV.shape[-1]:
-        return _divergence(logp_BCV, logq_BCV, d)
-    rest_BC = 1 - jnp.sum(jnp.exp(logq_BCK.astype(logp_BCV.dtype)), axis=-1)
-    rest_BC = jnp.maximum(rest_BC, _RESOLUTION)
-    return _divergence(logp_BCV, logq_BCV, d, _among(ids_BCK, logp_BCV), rest_BC)
-
-
-def _overlap(logp_BCV: jax.Array, teacher_ids_BCK: jax.Array) -> dict[str, jax.Array]:
-    """Do student and teacher think alike? Detached."""
-    logp_BCV = jax.lax.stop_gradient(logp_BCV)
-    ours_BCV = _among(jax.lax.top_k(logp_BCV, teacher_ids_BCK.shape[-1])[1], logp_BCV)
-    theirs_BCV = _among(teacher_ids_BCK, logp_BCV)
-    return {
-        "top_overlap": jnp.mean(
-            jnp.take_along_axis(ours_BCV, teacher_ids_BCK, axis=-1), axis=-1, dtype=logp_BCV.dtype
-        ),
-        "outside_top": jnp.sum(jnp.where(theirs_BCV, 0, jnp.exp(logp_BCV)), axis=-1),
-    }
-
-
-def _baseline(logp_BCV: jax.Array, logq_BCV: jax.Array) -> jax.Array:
-    """The baseline of log p - log q of a drawn token that leaves its policy gradient, with respect
-    to the logits, the least variance: its mean, each token weighed by ‖∇ log p‖² (arXiv 1301.2315,
-    the optimal constant baseline, here of one state). The plain mean, the KL, may add variance.
-    """
-    logp_BCV = jax.lax.stop_gradient(logp_BCV)
-    p_BCV = jnp.exp(logp_BCV)
-    square_BC = jnp.sum(p_BCV**2, axis=-1, keepdims=True)
-    # A weight of rounding noise must not be negative: then the mean stays between its numbers.
-    weight_BCV = p_BCV * jnp.maximum((1 - p_BCV) ** 2 + square_BC - p_BCV**2, 0)
-    total_BC = jnp.maximum(jnp.sum(weight_BCV, axis=-1), _TINY)
-    return jnp.sum(weight_BCV * (logp_BCV - logq_BCV), axis=-1) / total_BC
-
-
-def _mixed(logits_BCV: list[jax.Array], share_BN: jax.Array | None) -> jax.Array:
-    """log q of q = Σ share·q_n. A share of 0 adds nothing, and one of 1 leaves q_n bit by bit."""
-    logq_BCV = [jax.nn.log_softmax(x, axis=-1) for x in logits_BCV]
-    if share_BN is None:
-        assert len(logq_BCV) == 1
-        return logq_BCV[0]
-    share_BN = jnp.log(jax.lax.stop_gradient(share_BN)).astype(logq_BCV[0].dtype)
-    parts = [x + share_BN[:, n, None, None] for n, x in enumerate(logq_BCV)]
-    return functools.reduce(jnp.logaddexp, parts)
-
-
-def _teacher_stats(
-    logp_BCV: jax.Array, logq_BCV: jax.Array, targets_BC: jax.Array, overlap: int, baseline: bool
-) -> Stats:
-    """What is worth knowing of any teacher; see token_stats. Detached."""
-    logp_BCV = jax.lax.stop_gradient(logp_BCV)
-    stats = {
-        "teacher_logp": _pick(logq_BCV, targets_BC),
-        "teacher_entropy": _entropy(logq_BCV),
-        "reverse_kl": jnp.sum(_terms(logp_BCV, logq_BCV, Divergence())[0], axis=-1),
-    }
-    if baseline:
-        stats["baseline"] = _baseline(logp_BCV, logq_BCV)
-    if overlap:
-        stats |= _overlap(logp_BCV, jax.lax.top_k(logq_BCV, overlap)[1])
-    return stats
-
-
-def _stream(body: Callable[[Stats], Stats], xs: Stats, size: int) -> Stats:
-    """`body` over chunks of at most `size` tokens of arrays [B, T, ...], each recomputed in the
-    backward pass; what it gives, joined to [B, T, ...] again."""
+def _stream(step: Callable, carry: Any, xs: Any, size: int) -> tuple[Any, Stats]:
+    """`step` over chunks of at most `size` tokens of arrays [B, T, ...], as in jax.lax.scan; what
+    it gives of each chunk, joined to [B, T, ...] again."""
     B, T = xs["targets"].shape
     chunks = -(-T // max(1, min(T, size)))
     if chunks == 1:
-        return body(xs)
+        return step(carry, xs)
     # What divides T needs no padding, which moves tokens between the devices that split them.
     chunks = next((n for n in range(chunks, 2 * chunks) if T % n == 0), chunks)
     chunk = -(-T // chunks)  # equal chunks pad least
@@ -286,12 +69,100 @@ def _stream(body: Callable[[Stats], Stats], xs: Stats, size: int) -> Stats:
         padded = jnp.pad(x_BT, padding).reshape(B, chunk, chunks, *x_BT.shape[2:])
         return jnp.moveaxis(padded, 2, 0)
 
-    step = jax.checkpoint(lambda _, x: (None, body(x)), prevent_cse=False)
-    _, stats = jax.lax.scan(step, None, {name: cut(x) for name, x in xs.items()})
-    return {
+    carry, stats = jax.lax.scan(step, carry, jax.tree.map(cut, xs))
+    return carry, {
         name: jnp.moveaxis(x, 0, 2).reshape(B, chunks * chunk, *x.shape[3:])[:, :T]
         for name, x in stats.items()
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What is to be found of each token, as in token_stats."""
+
+    split: Callable[[jax.Array], jax.Array]
+    top_k: int
+    divergence: distributions.Divergence | None
+    exact: bool
+    overlap: int
+    baseline: bool
+
+    def of_chunk(self, head_VD: jax.Array, fixed: Any, x: Any) -> Stats:
+        """The stats of a chunk. fixed: both sides' heads in the dtype of their products, and the
+        teachers' shares."""
+        read_VD, heads, teacher_share_BN = fixed
+        logits_BCV = self.split(_logits(x["hidden"], head_VD, read_VD))
+        logp_BCV = jax.nn.log_softmax(logits_BCV, axis=-1)
+        stats = {
+            "logp": distributions.pick(logp_BCV, x["targets"]),
+            "entropy": distributions.entropy(logp_BCV),
+        }
+        if x["teachers"]:
+            pairs = zip(x["teachers"], heads, strict=True)
+            each = [self.split(_logits(hidden_BCE, y, y)) for hidden_BCE, y in pairs]
+            logq_BCV = distributions.mixed(each, teacher_share_BN)
+            stats |= distributions.teacher_stats(
+                logp_BCV, logq_BCV, x["targets"], self.overlap, self.baseline
+            )
+            if self.divergence is not None:
+                stats |= distributions.compare(logp_BCV, logq_BCV, self.divergence, self.exact)
+        elif x["top"] is not None:
+            if self.divergence is not None:
+                ids_BCK, logq_BCK = x["top"]
+                form = self.divergence
+                stats["divergence"] = distributions.compare_stored(
+                    logp_BCV, ids_BCK, logq_BCK, form
+                )
+            if self.overlap:
+                stats |= distributions.overlap_stats(logp_BCV, x["top"][0][..., : self.overlap])
+        if self.top_k:
+            stats["top_logp"], stats["top_ids"] = jax.lax.top_k(logp_BCV, self.top_k)
+        return stats
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _summed(
+    asked: _Asked,
+    loss: Loss,
+    size: int,
+    hidden_BTD: jax.Array,
+    head_VD: jax.Array,
+    fixed: Any,
+    xs: Any,
+) -> Stats:
+    """The stats, and "total", Σ weight·loss, differentiable in hidden states and head."""
+
+    def step(_: None, x: Any) -> tuple[None, Stats]:
+        stats = asked.of_chunk(head_VD, fixed, x)
+        return None, {**stats, **loss(stats, x["known"])}
+
+    _, stats = _stream(step, None, {"hidden": hidden_BTD, **xs}, size)
+    return {**stats, "total": jnp.sum(stats["loss"] * xs["weight"])}
+
+
+def _summed_forward(asked, loss, size, hidden_BTD, head_VD, fixed, xs):
+    def step(by_head_VD: jax.Array, x: Any) -> tuple[jax.Array, Stats]:
+        def losses(hidden_BCD: jax.Array, head_VD: jax.Array) -> tuple[jax.Array, Stats]:
+            stats = asked.of_chunk(head_VD, fixed, {**x, "hidden": hidden_BCD})
+            stats |= loss(stats, x["known"])
+            return stats["loss"], stats
+
+        loss_BC, transpose, stats = jax.vjp(losses, x["hidden"], head_VD, has_aux=True)
+        by_hidden_BCD, by_chunk_VD = transpose(x["weight"].astype(loss_BC.dtype))
+        return by_head_VD + by_chunk_VD, {**stats, _GRADIENT: by_hidden_BCD}
+
+    zeros_VD = jnp.zeros_like(head_VD)
+    by_head_VD, stats = _stream(step, zeros_VD, {"hidden": hidden_BTD, **xs}, size)
+    kept = stats.pop(_GRADIENT), by_head_VD
+    return {**stats, "total": jnp.sum(stats["loss"] * xs["weight"])}, kept
+
+
+def _summed_backward(asked, loss, size, kept, by):
+    # All but the total is detached.
+    return *(by["total"].astype(x.dtype) * x for x in kept), None, None
+
+
+_summed.defvjp(_summed_forward, _summed_backward)
 
 
 def token_stats(
@@ -304,12 +175,15 @@ def token_stats(
     logits_mib: float,
     split: Callable[[jax.Array], jax.Array] = lambda logits_BCV: logits_BCV,
     top_k: int = 0,
-    divergence: Divergence | None = None,
+    divergence: distributions.Divergence | None = None,
     teacher_top_BTK: tuple[jax.Array, jax.Array] | None = None,
     teacher_share_BN: jax.Array | None = None,
     exact: bool = False,
     overlap: int = 0,
     baseline: bool = False,
+    loss: Loss | None = None,
+    known: Stats | None = None,
+    weight_BT: jax.Array | None = None,
 ) -> Stats:
     """Per-token figures of the distributions that predict `targets_BT`, vocabulary streamed.
 
@@ -332,6 +206,11 @@ def token_stats(
       exact: beside the divergence also its value over the whole vocabulary.
       overlap: compare this many of the most likely tokens (of stored ones, at most K).
       baseline: also find the baseline of a policy gradient with log p - log q of a drawn token.
+      loss: also add up a loss, each token's times weight_BT: loss(stats, known) gives "loss" and
+        what else it finds, of tokens of a chunk, from their stats and what is `known` of them,
+        [B, T] arrays, and may not look from one token to another. The gradient is then taken while
+        a chunk's logits are there (as arXiv 2410.10989, section 3.2): without a loss they are
+        computed again on the way back, a third more work, or half where there is a teacher.
 
     Returns:
       Float32 [B, T] arrays. Differentiable (once) in the student: "logp" log p(target), "entropy"
@@ -340,45 +219,23 @@ def token_stats(
       the whole vocabulary (stored tops give none of the three); "exact_divergence"; "baseline";
       with overlap "top_overlap", the share of the teacher's top that is in the student's, and
       "outside_top", the student's mass outside it. With top_k also "top_logp" and int32 "top_ids",
-      [B, T, K], the most likely first.
+      [B, T, K], the most likely first. With a loss also what it finds, and "total", its scalar
+      sum, which then alone is differentiable (once).
 
       Where teacher and student are equal, divergence and gradient are exactly 0 in every form;
       from stored tops up to the rounding of the tail's mass, about 1e-7.
     """
-    xs = {"hidden": hidden_BTD, "targets": targets_BT}
-    read_VD = jax.lax.stop_gradient(head_VD).astype(hidden_BTD.dtype)
-    heads = jax.tree.leaves(jax.lax.stop_gradient(teacher_head_VE))
-    for n, teacher_BTE in enumerate(jax.tree.leaves(teacher_hidden_BTE)):
-        xs[f"teacher{n}"] = jax.lax.stop_gradient(teacher_BTE)
-        heads[n] = heads[n].astype(teacher_BTE.dtype)
-    if teacher_top_BTK is not None:
-        xs["ids"], xs["logq"] = jax.lax.stop_gradient(teacher_top_BTK)
-
-    def body(x: Stats) -> Stats:
-        logp_BCV = jax.nn.log_softmax(split(_logits(x["hidden"], head_VD, read_VD)), axis=-1)
-        stats = {"logp": _pick(logp_BCV, x["targets"]), "entropy": _entropy(logp_BCV)}
-        if "teacher0" in x:
-            each = [split(_logits(x[f"teacher{n}"], y, y)) for n, y in enumerate(heads)]
-            logq_BCV = _mixed(each, teacher_share_BN)
-            stats |= _teacher_stats(logp_BCV, logq_BCV, x["targets"], overlap, baseline)
-            if divergence is not None:
-                stats |= _compare(logp_BCV, logq_BCV, divergence, exact)
-        elif "ids" in x:
-            if divergence is not None:
-                stats["divergence"] = _compare_stored(logp_BCV, x["ids"], x["logq"], divergence)
-            if overlap:
-                stats |= _overlap(logp_BCV, x["ids"][..., :overlap])
-        if top_k:
-            stats["top_logp"], stats["top_ids"] = jax.lax.top_k(logp_BCV, top_k)
-        return stats
-
+    asked = _Asked(split, top_k, divergence, exact, overlap, baseline)
     B, V = targets_BT.shape[0], head_VD.shape[0]
-    return _stream(body, xs, int(logits_mib * 2**20 / (4 * B * V)))
-
-
-def _pick(logp_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(logp_BCV, targets_BC[..., None], axis=-1)[..., 0]
-
-
-def _entropy(logp_BCV: jax.Array) -> jax.Array:
-    return -jnp.sum(jnp.exp(logp_BCV) * logp_BCV, axis=-1)
+    size = int(logits_mib * 2**20 / (4 * B * V))
+    sg = jax.lax.stop_gradient
+    teachers, heads = (jax.tree.leaves(sg(x)) for x in (teacher_hidden_BTE, teacher_head_VE))
+    if teachers:
+        heads = [y.astype(x.dtype) for x, y in zip(teachers, heads, strict=True)]
+    fixed = sg(head_VD).astype(hidden_BTD.dtype), heads, teacher_share_BN
+    xs = {"targets": targets_BT, "teachers": teachers, "top": sg(teacher_top_BTK)}
+    if loss is not None:
+        xs |= {"known": known, "weight": weight_BT}
+        return _summed(asked, loss, size, hidden_BTD, head_VD, fixed, xs)
+    step = jax.checkpoint(lambda _, x: (None, asked.of_chunk(head_VD, fixed, x)), prevent_cse=False)
+    return _stream(step, None, {"hidden": hidden_BTD, **xs}, size)[1]

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from distill import advantages
-from distill.head import Divergence, Stats
+from distill.distributions import Divergence
+from distill.head import Stats
 from models.errors import UserError
 
 
@@ -59,7 +60,7 @@ class Loss:
     is unbiased in value and gradient (arXiv 2512.02556, section 3.1).
 
     Divergence from the teacher: `divergence`, `beta`, `skew`, `temperature`, `k`, `k_of` as in
-    head.Divergence. With sg(p/μ) as ratio, and `estimator`:
+    distributions.Divergence. With sg(p/μ) as ratio, and `estimator`:
       exact: over the whole vocabulary. Gradient: that of the divergence, at every token.
       topk: k tokens and the tail. Gradient: that of the coarser divergence.
       sampled: a policy gradient with advantage -k1 = -(log p - log q), detached. Gradient: that
@@ -137,8 +138,14 @@ class Loss:
     @property
     def policy_gradient(self) -> bool:
         """Whether tokens have advantages."""
-        drawn = self.teacher and (self.estimator == "sampled" or self.discount)
-        return bool(self.reward or drawn)
+        return bool(
+            self.reward or (self.teacher and (self.estimator == "sampled" or self.discount))
+        )
+
+    @property
+    def by_token(self) -> bool:
+        """Whether a token's loss follows from that token alone."""
+        return not (self.discount or (self.policy_gradient and self.ratio == "sequence"))
 
     @property
     def on_policy(self) -> bool:
@@ -217,10 +224,7 @@ def _refusals(x: Loss) -> list[tuple[bool, str]]:
             f"clip=ppo with estimator={x.estimator}: it has no advantage; use sampled, or cispo",
         ),
         (not 0 <= x.truncate < math.inf, f"truncate={x.truncate}: must be 0 (off) or more"),
-        (
-            x.truncate > 0 and not x.policy_gradient,
-            "truncate: weighs the policy gradient, and there is none",
-        ),
+        (x.truncate > 0 and not x.policy_gradient, "truncate: no policy gradient to weigh"),
     ]
 
 
@@ -244,8 +248,7 @@ def token_losses(
       segments_BT: int32, 0 on padding, else the number of the sequence within its row.
       sampler_logp_BT: log μ as the sampler recorded it. None: the sample is fresh, μ = p.
       old_logp_BT: the trainer's own log-probabilities at the time of sampling; then these are μ.
-      reference_logp_BT: needed for a reference.
-      advantages_BT: needed for a reward; detached.
+      reference_logp_BT, advantages_BT: needed for a reference, for a reward; detached.
 
     Returns:
       [B, T] arrays, 0 where not trained: "loss", differentiable; detached, where they exist:
@@ -346,8 +349,7 @@ def _policy_gradient(
     if loss.ratio == "sequence":
         mean_BT = advantages.sequence_mean(sg(log_ratio_BT), trained_BT, segments_BT)
         log_ratio_BT = mean_BT + logp_BT - sg(logp_BT)
-    ratio_BT = jnp.exp(log_ratio_BT)
-    low, high = 1 - loss.clip_low, 1 + loss.clip_high
+    ratio_BT, low, high = jnp.exp(log_ratio_BT), 1 - loss.clip_low, 1 + loss.clip_high
     clipped_BT = jnp.clip(ratio_BT, low, high)
     if loss.clip == "none":
         return -ratio_BT * advantage_BT, jnp.zeros_like(ratio_BT)
@@ -394,6 +396,5 @@ TABLE: dict[str, Loss] = {
     "gspo": dataclasses.replace(_GRPO, ratio="sequence", clip_low=3e-4, clip_high=4e-4),
     "cispo": Loss(reward=1.0, clip="cispo", clip_low=1.0, clip_high=4.0),
     "rloo": Loss(reward=1.0, group="leave_one_out", aggregation="constant"),
-    # verifiable reward and the teacher's distribution at once
-    "hybrid": Loss(reward=1.0, teacher=1.0, clip="ppo"),
+    "hybrid": Loss(reward=1.0, teacher=1.0, clip="ppo"),  # verified, and the whole distribution
 }

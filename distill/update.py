@@ -82,6 +82,22 @@ def _shifted(top_BTK: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, ja
     return None if top_BTK is None else (losses.shift(top_BTK[0]), losses.shift(top_BTK[1]))
 
 
+def _known(batch: Batch) -> losses.Stats:
+    """What losses.token_losses is to know of tokens, shifted."""
+    known = {
+        "mask_BT": batch.mask_BT,
+        "segments_BT": batch.segments_BT,
+        "sampler_logp_BT": batch.sampler_logp_BT,
+        "old_logp_BT": batch.old_logp_BT,
+        "reference_logp_BT": batch.reference_logp_BT,
+    }
+    known = {name: losses.shift(x) for name, x in known.items() if x is not None}
+    if batch.advantages_B is not None:
+        shape = batch.tokens_BT.shape
+        known["advantages_BT"] = jnp.broadcast_to(batch.advantages_B[:, None], shape)
+    return known
+
+
 def loss_sums(
     qwen3: Qwen3,
     loss: losses.Loss,
@@ -105,6 +121,15 @@ def loss_sums(
     """
     params, lora = (params, None) if frozen is None else (frozen, params)
     hidden_BTD, routing = forward.routed(qwen3, params, batch, lora)
+    mask_BT, segments_BT = losses.shift(batch.mask_BT), losses.shift(batch.segments_BT)
+    weight_BT, count = losses.weights(loss, mask_BT, segments_BT, limit)
+    known = _known(batch)
+
+    def of_tokens(stats: losses.Stats, known: losses.Stats) -> losses.Stats:
+        if loss.truncate and batch.old_logp_BT is None:  # the first update of a step: none since
+            known = {**known, "old_logp_BT": jax.lax.stop_gradient(stats["logp"])}
+        return losses.token_losses(loss, stats, **known)
+
     stats = head.token_stats(
         hidden_BTD,
         model.head(params),
@@ -118,21 +143,15 @@ def loss_sums(
         teacher_share_BN=batch.teacher_share_BN,
         overlap=overlap,
         baseline=loss.baseline,
+        loss=of_tokens if loss.by_token else None,
+        known=known,
+        weight_BT=weight_BT,
     )
-    mask_BT, segments_BT = losses.shift(batch.mask_BT), losses.shift(batch.segments_BT)
-    known = {
-        "sampler_logp_BT": batch.sampler_logp_BT,
-        "old_logp_BT": batch.old_logp_BT,
-        "reference_logp_BT": batch.reference_logp_BT,
-    }
-    known = {name: losses.shift(x) for name, x in known.items() if x is not None}
-    if loss.truncate and batch.old_logp_BT is None:  # the first update of a step: none since
-        known["old_logp_BT"] = jax.lax.stop_gradient(stats["logp"])
-    if batch.advantages_B is not None:
-        known["advantages_BT"] = jnp.broadcast_to(batch.advantages_B[:, None], mask_BT.shape)
-    stats |= losses.token_losses(loss, stats, mask_BT, segments_BT, **known)
-    weight_BT, count = losses.weights(loss, mask_BT, segments_BT, limit)
-    total = jnp.sum(stats["loss"] * weight_BT)
+    if loss.by_token:
+        total = stats.pop("total")
+    else:
+        stats |= of_tokens(stats, known)
+        total = jnp.sum(stats["loss"] * weight_BT)
     mask_BT = mask_BT.astype(jnp.float32)
     tokens = jnp.sum(mask_BT)
     if batch.sampler_logp_BT is not None:

@@ -20,7 +20,7 @@ FLOORS = {
     "stages": "prepare stages programs roofline collect rollout slots engine teacher divergence "
     "responses update",
     "parts": "policy forward data layout packing curriculum examples context columns sources "
-    "hygiene head losses advantages sampling benchmarks results",
+    "hygiene head distributions losses advantages sampling benchmarks results",
     "ground": "batch mesh aot hlo pod compiled chat locate rewards terms ifeval figures optim "
     "metrics checkpoint arithmetic cli gpu",
 }
@@ -108,7 +108,7 @@ def test_no_circles():
 
 
 def test_losses_know_arrays_only():
-    arrays = ("head", "losses", "advantages")
+    arrays = ("head", "distributions", "losses", "advantages")
     plain = {"jax", "numpy", *sys.stdlib_module_names}
     known = {"models.errors", "models.errors.UserError", *(f"distill.{file}" for file in arrays)}
     for file in arrays:

@@ -11,7 +11,8 @@ import pytest
 from jax.scipy.special import xlogy
 
 from distill import mesh as mesh_lib
-from distill.head import Divergence, token_stats
+from distill.distributions import Divergence
+from distill.head import token_stats
 
 B, T, D, E, V = 3, 10, 16, 24, 57
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from distill import advantages, losses
-from distill.head import Divergence, token_stats
+from distill.distributions import Divergence
+from distill.head import token_stats
 from distill.losses import TABLE, Loss
 from models.errors import UserError
 
@@ -79,8 +80,9 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-def sums(loss, parameters, layout, fresh=False):
-    """(Σ weight·loss, count) of sequences laid out in rows; what lies on padding is garbage."""
+def sums(loss, parameters, layout, fresh=False, chunk=0):
+    """(Σ weight·loss, count) of sequences laid out in rows; what lies on padding is garbage. With a
+    chunk, of so many columns, the head takes the loss's gradient on its way."""
     rows, width = layout, WIDTH
     _, known = sequences()
     rng = np.random.default_rng(1)
@@ -111,7 +113,6 @@ def sums(loss, parameters, layout, fresh=False):
         options["teacher_top_BTK"] = ids, logq
     else:
         options |= {"teacher_hidden_BTE": teacher, "teacher_head_VE": known["teacher_head"]}
-    stats = token_stats(hidden, parameters["head"], losses.shift(tokens), **options)
 
     def of_tokens(name):
         known_as = "fresh" if fresh and name != "reference" else name
@@ -119,22 +120,26 @@ def sums(loss, parameters, layout, fresh=False):
 
     mask, segments = losses.shift(jnp.asarray(mask)), losses.shift(jnp.asarray(segments))
     reward = np.broadcast_to(known["advantage"][:, None], (N, LONGEST))
-    per_token = losses.token_losses(
-        *(loss, stats, mask, segments),
-        sampler_logp_BT=of_tokens("sampler"),
-        old_logp_BT=of_tokens("old"),
-        reference_logp_BT=of_tokens("reference"),
-        advantages_BT=losses.shift(place(jnp.asarray(reward), np.nan)),
-    )
+    known_BT = {
+        **{"mask_BT": mask, "segments_BT": segments},
+        **{f"{name}_logp_BT": of_tokens(name) for name in ("sampler", "old", "reference")},
+        "advantages_BT": losses.shift(place(jnp.asarray(reward), np.nan)),
+    }
     weight, count = losses.weights(loss, mask, segments, LIMIT)
+    student = hidden, parameters["head"], losses.shift(tokens)
+    if chunk:
+        options |= {"known": known_BT, "weight_BT": weight, "logits_mib": chunk * 4 * N * V / 2**20}
+        options["loss"] = lambda stats, known: losses.token_losses(loss, stats, **known)
+        return token_stats(*student, **options)["total"], count
+    per_token = losses.token_losses(loss, token_stats(*student, **options), **known_BT)
     return (weight * per_token["loss"]).sum(), count
 
 
-def run(loss, layout, fresh=False):
+def run(loss, layout, fresh=False, chunk=0):
     """Loss and gradient, the sum divided once."""
     parameters = jax.tree.map(jnp.asarray, sequences()[0])
     (total, count), grads = jax.value_and_grad(
-        lambda p: sums(loss, p, layout, fresh), has_aux=True
+        lambda p: sums(loss, p, layout, fresh, chunk), has_aux=True
     )(parameters)
     return total / count, jax.tree.map(lambda g: g / count, grads), total, count
 
@@ -157,6 +162,18 @@ def test_layout_changes_nothing(name, layout):
     found = run(FORMS[name], LAYOUTS[layout])
     same(found[:2], reference_run(name)[:2])
     assert not np.asarray(found[1]["hidden"])[~predicts()].any()
+
+
+@pytest.mark.parametrize("name", [name for name, loss in FORMS.items() if loss.by_token])
+def test_the_head_takes_the_gradient_on_its_way(name):
+    """In three chunks of five columns, one of them padding: the same loss and gradient
+    as when the head hands over figures and has its logits again on the way back."""
+    same(run(FORMS[name], LAYOUTS["packed"], chunk=5)[:2], reference_run(name)[:2])
+
+
+def test_which_losses_look_at_other_tokens():
+    others = {name for name, loss in FORMS.items() if not loss.by_token}
+    assert others == {"gspo", "discount", "sampled, all"}
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -356,7 +373,7 @@ REFUSED = {
     "it is always 1": {"reward": 1, "clip": "ppo", "ratio": "none"},
     "use sampled, or cispo": {"teacher": 1, "estimator": "k2", "clip": "ppo"},
     "must be 0 (off) or more": {"reward": 1, "truncate": -1.0},
-    "and there is none": {"teacher": 1, "truncate": 2.0},
+    "no policy gradient to weigh": {"teacher": 1, "truncate": 2.0},
 }
 
 

@@ -17,6 +17,7 @@ from distill import (
     chat,
     collect,
     context,
+    distributions,
     examples,
     export,
     head,
@@ -249,7 +250,7 @@ def test_a_mixture_is_of_probabilities(estimator):
     hidden, targets = draw(0, B, T, 4), jax.random.randint(keys[1], (B, T), 0, V)
     teachers = (draw(2, B, T, 3), draw(3, B, T, 6))
     heads = (draw(4, V, 3), draw(5, V, 6))
-    form = head.Divergence(k=3 if estimator == "topk" else 0)
+    form = distributions.Divergence(k=3 if estimator == "topk" else 0)
 
     def total(own, hidden_BTE, heads_VE, share):
         stats = head.token_stats(

@@ -18,7 +18,8 @@ import pytest
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # it warns that what we compare with may change
 
 from distill import advantages, losses
-from distill.head import Divergence, token_stats
+from distill.distributions import Divergence
+from distill.head import token_stats
 from distill.losses import TABLE, Loss
 
 torch: Any = pytest.importorskip("torch")

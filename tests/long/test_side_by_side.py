@@ -48,5 +48,9 @@ def test_random_models_side_by_side(tmp_path: Path, name: str, dtype: str) -> No
             assert "not installed" in row["absent"]
         else:
             assert row.get("seconds", 0) > 0 and row["peak_bytes"] > 2**20, row
+    if name == "loss":  # each has its own random numbers, of one scale
+        ours, theirs = ({row["name"]: row for row in rows}[of] for of in ("ours", "trl"))
+        for figure in ("value", "norm_by_hidden", "norm_by_head"):
+            assert 0.8 < ours[figure] / theirs[figure] < 1.25, figure
     assert (tmp_path / f"{name}-{dtype}.md").read_text() in done.stdout
     assert (tmp_path / f"{name}-{dtype}.svg").stat().st_size > 1000
