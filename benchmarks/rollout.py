@@ -3,8 +3,9 @@
 This project's sampler, Hugging Face's `generate` (growing and static cache) and google-tunix's, on
 the same random Qwen3-0.6B, prompts, lengths and dtype, all greedy, each in a process of its own,
 taking turns: A B C A B C. Medians of the rounds after a warm-up. Prompts alone are timed too (one
-new token), so that prefill and decoding are told apart. Writes a table (.md), all numbers (.json)
-and a plot (.svg) to --out, with the machine named.
+new token), so that prefill and decoding are told apart; this project's holds what a call begins
+with, a copy of the weights as decoding wants them, which of few rows is most of it. Writes a table
+(.md), all numbers (.json) and a plot (.svg) to --out, with the machine named.
 
 tunix wants a venv of its own: python3.11 -m venv T && T/bin/pip install google-tunix, and then
 --tunix_python=T/bin/python. A sampler that is not installed is said to be absent.
