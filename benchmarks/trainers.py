@@ -118,7 +118,7 @@ def our_loss(job: Job) -> Answer:
     import jax.numpy as jnp
 
     from configs import base
-    from distill import head, losses, stages
+    from distill import compiled, head, losses, stages
     from distill import mesh as mesh_lib
 
     c = base.get_config()
@@ -148,7 +148,8 @@ def our_loss(job: Job) -> Answer:
 
     precision = "highest" if dtype == jnp.float32 else None
     with mesh_lib.use(mesh), jax.default_matmul_precision(precision):
-        graded = jax.jit(jax.value_and_grad(total, (0, 1)))
+        graded = jax.value_and_grad(total, (0, 1))
+        graded = jax.jit(graded, compiler_options=compiled.options(mesh))
         args = (hidden_BTD, head_VD, hidden_BTE, head_VE)
         answer = timed(lambda: jax.block_until_ready(graded(*args)), job, jax_peak)
         value, grads = graded(*args)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from distill import advantages, forward, head, losses, metrics
+from distill import advantages, compiled, forward, head, losses, metrics
 from distill import mesh as mesh_lib
 from distill.batch import Batch, parts, whole
 from models.qwen3 import model, moe
@@ -272,8 +272,7 @@ def make(
     step = once
     if minibatches * epochs > 1:
         step = functools.partial(_several, once, sums_of, minibatches, epochs)
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(_headed(step), donate_argnums=0, out_shardings=(shardings, None, None))
+    return _jitted(step, state)
 
 
 def _moved(
@@ -287,16 +286,22 @@ def _moved(
     return jax.tree.map(lambda new, old: jnp.where(trained, new, old), after, before)
 
 
-def _headed(step: Step) -> Step:
+def _jitted(step: Step, state: TrainState) -> Step:
     """`step`, with the head of the state's moving average where a teacher's is None: that cannot be
-    an argument, for the state is donated."""
+    an argument, for the state is donated. `state` says how the new one lies."""
 
     def headed(state: TrainState, batch: Batch, heads: Any, frozen: Params | None = None):
         if isinstance(heads, tuple):
             heads = tuple(model.head(state.average) if x is None else x for x in heads)
         return step(state, batch, heads, frozen)
 
-    return headed
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(
+        headed,
+        donate_argnums=0,
+        out_shardings=(shardings, None, None),
+        compiler_options=compiled.options(jax.tree.leaves(shardings)[0].mesh),
+    )
 
 
 def _several(
