@@ -107,14 +107,13 @@ class _Asked:
             if self.divergence is not None:
                 stats |= distributions.compare(logp_BCV, logq_BCV, self.divergence, self.exact)
         elif x["top"] is not None:
+            ids_BCK, logq_BCK = x["top"]
             if self.divergence is not None:
-                ids_BCK, logq_BCK = x["top"]
-                form = self.divergence
                 stats["divergence"] = distributions.compare_stored(
-                    logp_BCV, ids_BCK, logq_BCK, form
+                    logp_BCV, ids_BCK, logq_BCK, self.divergence
                 )
             if self.overlap:
-                stats |= distributions.overlap_stats(logp_BCV, x["top"][0][..., : self.overlap])
+                stats |= distributions.overlap_stats(logp_BCV, ids_BCK[..., : self.overlap])
         if self.top_k:
             stats["top_logp"], stats["top_ids"] = jax.lax.top_k(logp_BCV, self.top_k)
         return stats

@@ -121,9 +121,9 @@ def loss_sums(
     """
     params, lora = (params, None) if frozen is None else (frozen, params)
     hidden_BTD, routing = forward.routed(qwen3, params, batch, lora)
-    mask_BT, segments_BT = losses.shift(batch.mask_BT), losses.shift(batch.segments_BT)
-    weight_BT, count = losses.weights(loss, mask_BT, segments_BT, limit)
     known = _known(batch)
+    mask_BT, segments_BT = known["mask_BT"], known["segments_BT"]
+    weight_BT, count = losses.weights(loss, mask_BT, segments_BT, limit)
 
     def of_tokens(stats: losses.Stats, known: losses.Stats) -> losses.Stats:
         if loss.truncate and batch.old_logp_BT is None:  # the first update of a step: none since
