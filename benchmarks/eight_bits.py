@@ -62,11 +62,11 @@ def cases(dtype: str) -> dict[tuple[str, str], Callable[[], int]]:
 
         def decode(kind: str = kind) -> int:
             rows, new = map(int, DECODED.value)
-            asked = [rollout.Row([1, 2, 3 + i], (0, i), new) for i in range(rows)]
+            asked = [rollout.Sequence([1, 2, 3 + i], (0, i), new) for i in range(rows)]
             options = rollout.Options(rows, param_dtype=kind)
             sampling = rollout.Sampling()
             with policy.use(plain):
-                done = rollout.run(
+                done = rollout.sample(
                     network, plain.params, asked, sampling=sampling, stop_ids=(), options=options
                 )
                 return sum(len(row.tokens) for row in done)

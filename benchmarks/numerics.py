@@ -22,8 +22,8 @@ from absl import flags
 
 from distill import cli, policy, rollout, teacher
 from distill import mesh as mesh_lib
+from distill.rollout import Options, Sequence
 from distill.sampling import Sampling
-from distill.slots import Options, Row
 
 ROOT = Path(__file__).parent.parent
 ROWS, PROMPT, RESPONSE = 16, 16, 48
@@ -38,20 +38,22 @@ def load(dtype: str, device: Any) -> policy.Policy:
         return policy.load(policy.reader(MODEL.value, dtype, mesh), dtype)
 
 
-def sample(subject: policy.Policy) -> list[Row]:
+def sample(subject: policy.Policy) -> list[Sequence]:
     """Random prompts and what the model says to them, the same ones for the same numbers."""
     rng, rows = np.random.default_rng(0), []
     keys = rollout.row_keys(jax.random.key(0), list(range(ROWS)), [0] * ROWS)
     for key in keys:
         prompt = rng.integers(0, subject.config.vocab_size, PROMPT).tolist()
-        rows.append(Row(prompt, key, RESPONSE))
+        rows.append(Sequence(prompt, key, RESPONSE))
     options = Options(ROWS, PROMPT + RESPONSE)
     with policy.use(subject):
         given = {"sampling": Sampling(), "stop_ids": subject.stop_ids, "options": options}
-        return list(rollout.run(subject.model, subject.params, rows, **given))
+        return list(rollout.sample(subject.model, subject.params, rows, **given))
 
 
-def scored(subject: policy.Policy, rows: list[Row], precision: str | None = None) -> np.ndarray:
+def scored(
+    subject: policy.Policy, rows: list[Sequence], precision: str | None = None
+) -> np.ndarray:
     """[tokens] log-probabilities of the responses; `precision` in place of the project's."""
     with policy.use(subject), jax.default_matmul_precision(precision or "highest"):
         batch = rollout.to_batch(rows, ROWS, PROMPT, RESPONSE)

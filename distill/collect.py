@@ -145,7 +145,7 @@ def _sampled(plan: Plan, stage: Stage, seed: int, grader: rewards.Grader) -> Par
     """The student's own responses, with their advantages where they are rewarded."""
     s, ahead, begin = stage.c, stage.ahead, _writer(plan, stage)
 
-    def own(params: Params, step: int) -> tuple[list[rollout.Row], Measured]:
+    def own(params: Params, step: int) -> tuple[list[rollout.Sequence], Measured]:
         """The step's rows; and begins those of the next, where that is done ahead."""
         if ahead and ahead.step == step:
             found = ahead.rows, ahead.measured
@@ -161,9 +161,9 @@ def _sampled(plan: Plan, stage: Stage, seed: int, grader: rewards.Grader) -> Par
             ended, measured = own(params, step)
             return _host_batch(plan, stage, ended), measured
         begun = time.perf_counter()
-        kept: list[rollout.Row] = []
+        kept: list[rollout.Sequence] = []
         values: list[float] = []
-        left: tuple[list[rollout.Row], list[float]] = ([], [])
+        left: tuple[list[rollout.Sequence], list[float]] = ([], [])
         seen: Counter[str] = Counter()
         told: dict[str, list[float]] = {}
         thought_in: list[bool] = []
@@ -252,7 +252,7 @@ def _graded(
     plan: Plan,
     stage: Stage,
     grader: rewards.Grader,
-    rows: Sequence[rollout.Row],
+    rows: Sequence[rollout.Sequence],
     examples: Sequence[data.Example],
 ) -> tuple[list[float], dict[str, list[float]]]:
     """The reward of each row without a judge's part, and of each term its values."""
@@ -283,7 +283,8 @@ def _graded(
 def _writer(
     plan: Plan, stage: Stage
 ) -> Callable[
-    [Params, int, int, list[rollout.Row]], Callable[[], tuple[list[rollout.Row], Measured]]
+    [Params, int, int, list[rollout.Sequence]],
+    Callable[[], tuple[list[rollout.Sequence], Measured]],
 ]:
     """The function that begins sampling, and returns what samples and returns the rows that ended.
 
@@ -293,9 +294,9 @@ def _writer(
     s, student, parked = stage.c, plan.student, stage.parked
     drawn_from, options, sampled = sampling(s), rollout_options(s), policy.sampled(student)
 
-    def begin(params: Params, version: int, step: int, rows: list[rollout.Row]):
+    def begin(params: Params, version: int, step: int, rows: list[rollout.Sequence]):
         counts: Counter[str] = Counter()
-        coming = rollout.run(
+        coming = rollout.sample(
             student.model,
             sampled(params),
             rows,
@@ -310,7 +311,7 @@ def _writer(
         )
         return lambda: finish(coming, step, len(rows), counts)
 
-    def finish(coming: Iterator[rollout.Row], step: int, asked: int, counts: Counter[str]):
+    def finish(coming: Iterator[rollout.Sequence], step: int, asked: int, counts: Counter[str]):
         started = time.perf_counter()
         done = list(coming)
         took = time.perf_counter() - started
@@ -339,7 +340,7 @@ def _writer(
     return begin
 
 
-def _by_mode(rows: Sequence[rollout.Row]) -> Measured:
+def _by_mode(rows: Sequence[rollout.Sequence]) -> Measured:
     """Lengths and truncation of the modes apart; each that there is."""
     found: Measured = {}
     for mode, thinking in MODES.items():
@@ -352,7 +353,7 @@ def _by_mode(rows: Sequence[rollout.Row]) -> Measured:
     return found
 
 
-def _host_batch(plan: Plan, stage: Stage, rows: Sequence[rollout.Row]) -> Batch:
+def _host_batch(plan: Plan, stage: Stage, rows: Sequence[rollout.Sequence]) -> Batch:
     s, routing = stage.c, plan.student.config.routing if plan.replays else None
     limits = s.max_prompt_tokens, s.max_response_tokens
     return rollout.to_batch(rows, stage.sampled, *limits, stage.room, routing)
@@ -369,18 +370,18 @@ def _examples(stage: Stage, seed: int, step: int, now: int) -> list[data.Example
 
 def _rows(
     stage: Stage, seed: int, step: int, examples: Sequence[data.Example]
-) -> list[rollout.Row]:
+) -> list[rollout.Sequence]:
     key = jax.random.fold_in(jax.random.key(seed), step)
-    return rollout.ask(examples, stage.c.samples, key, stage.c.max_response_tokens)
+    return rollout.expand_prompts(examples, stage.c.samples, key, stage.c.max_response_tokens)
 
 
-def _asked(stage: Stage, seed: int, step: int) -> list[rollout.Row]:
+def _asked(stage: Stage, seed: int, step: int) -> list[rollout.Sequence]:
     """The rows of a step: those that were parked, and then as many new ones as there is room."""
     size, parked = stage.sampled, stage.parked
     if not parked:
         return _rows(stage, seed, step, _examples(stage, seed, step, step))
     begun, count = parked.begun, size - len(parked.rows)
-    rows: list[rollout.Row] = []
+    rows: list[rollout.Sequence] = []
     for index in range(begun // size, -(-(begun + count) // size)):
         at = stage.first + index
         rows += _rows(stage, seed, at, _examples(stage, seed, at, at))

@@ -66,7 +66,7 @@ Figures = dict[str, Any]
 def distances(
     student: Policy,
     teacher: teacher_lib.Teacher,
-    rows: Sequence[rollout.Row],
+    rows: Sequence[rollout.Sequence],
     stage: Stage,
     logits_mib: float,
 ) -> Figures:
@@ -111,21 +111,21 @@ def distances(
     return found
 
 
-def respond(who: Policy, stage: Stage, seed: int, told: bool = False) -> list[rollout.Row]:
+def respond(who: Policy, stage: Stage, seed: int, told: bool = False) -> list[rollout.Sequence]:
     """What a model writes to the first prompts of a stage, sampled as the stage samples; with
     `told` to those that a teacher reads."""
     examples = data.at(stage.source, 0, PROMPTS.value, seed)
     if told:
         examples = [dataclasses.replace(e, prompt=e.told or e.prompt) for e in examples]
     limit = stage.c.max_response_tokens
-    rows = rollout.ask(examples, SAMPLES.value, jax.random.key(seed), limit)
+    rows = rollout.expand_prompts(examples, SAMPLES.value, jax.random.key(seed), limit)
     options = dataclasses.replace(
         stages.rollout_options(stage.c),
         slots=min(64, len(rows)),
         longest=max(row.longest for row in rows),
         cache_tokens=0,
     )
-    done = rollout.run(
+    done = rollout.sample(
         who.model,
         who.params,
         rows,
@@ -137,7 +137,7 @@ def respond(who: Policy, stage: Stage, seed: int, told: bool = False) -> list[ro
 
 
 def written(
-    rows: Sequence[rollout.Row], examples: Sequence[data.Example], who: Policy, grader: str
+    rows: Sequence[rollout.Sequence], examples: Sequence[data.Example], who: Policy, grader: str
 ) -> Figures:
     """Lengths, truncation and, where all rows have an answer, right ones of each prompt."""
     G = len(rows) // len(examples)

@@ -124,7 +124,7 @@ def prompts(subject: Policy, rows: Rows, thinking: bool, max_new_tokens: int) ->
 
 
 def sample(
-    tokenizer: PreTrainedTokenizerBase | None, done: rollout.Row, stops: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase | None, done: rollout.Sequence, stops: Sequence[str]
 ) -> dict:
     """A completion as it is written: cut after the first stop string."""
     count, reason, text = len(done.tokens), done.reason, None
@@ -192,13 +192,13 @@ def generate(
 
 def _finder(
     tokenizer: PreTrainedTokenizerBase | None, stops: Sequence[str]
-) -> Callable[[rollout.Row], bool] | None:
+) -> Callable[[rollout.Sequence], bool] | None:
     """Whether a response that goes on has a stop string by now."""
     if tokenizer is None or not stops:
         return None
     finders: dict[int, tuple[chat.StopStrings, int]] = {}
 
-    def ended(row: rollout.Row) -> bool:
+    def ended(row: rollout.Sequence) -> bool:
         finder, read = finders.get(id(row), (chat.StopStrings(tokenizer, stops), 0))
         finders[id(row)] = finder, len(row.tokens)
         return finder.feed(row.tokens[read:]) is not None

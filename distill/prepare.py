@@ -43,9 +43,11 @@ class Stage:
     loss: losses.Loss
     sampled: int  # rows of a batch that the student writes; the others are read
     packer: packing.Packer | None = None  # where rows hold several examples
-    parked: rollout.Parked | None = None  # where a budget of tokens ends its steps
+    parked: rollout.PartialRollouts | None = None  # where a budget of tokens ends its steps
     room: int = 0  # tokens that a context may add to what teachers read; 0: they read the same
-    ahead: rollout.Ahead | None = None  # where a step's rows are sampled during the one before
+    ahead: rollout.AsyncRollouts | None = (
+        None  # where a step's rows are sampled during the one before
+    )
 
     @property
     def end(self) -> int:
@@ -233,10 +235,10 @@ def _stage(
     packer = None
     if s.pack_tokens:
         packer = packing.Packer(source, c.seed, s.batch_size, s.pack_tokens, s.max_response_tokens)
-    parked = rollout.Parked() if s.rollout.budget else None
+    parked = rollout.PartialRollouts() if s.rollout.budget else None
     if s.rollout.ahead:
         stages.check_ahead(name, s, loss, sampled)
-    ahead = rollout.Ahead() if s.rollout.ahead else None
+    ahead = rollout.AsyncRollouts() if s.rollout.ahead else None
     try:
         optimizer = optim.make(s.optim, s.steps * s.epochs * s.minibatches)
     except UserError as error:

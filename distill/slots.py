@@ -8,8 +8,7 @@ distill/engine.py. How many there are is bounded: slots, widths and prompts come
 import dataclasses
 import itertools
 import sys
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, abc, deque
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from jax.sharding import Mesh
 from distill import engine
 from distill import mesh as mesh_lib
 from distill.policy import DTYPES, PARAM_DTYPES
+from distill.rollout.sequence import Sequence
 from models.errors import UserError
 from models.qwen3.cache import Cache
 from models.qwen3.model import Params
@@ -61,38 +61,6 @@ class Options:
         return self.cache_tokens // engine.least_rows(mesh) if self.cache_tokens else sys.maxsize
 
 
-@dataclasses.dataclass
-class Row:
-    """One response: what is asked for and, as far as it has come, what was drawn."""
-
-    prompt: list[int]
-    key: tuple[int, int]  # the data of its key
-    limit: int  # tokens at most
-    where: str = ""  # for messages
-    told: list[int] | None = None  # the prompt that a teacher reads; None: the same
-    kind: int = 0  # which source of a mixture it is from
-    thinking: bool = True  # the mode that it is asked in
-    difficulty: float | None = None
-    tokens: list[int] = dataclasses.field(default_factory=list)  # the stop token included
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    versions: list[int] = dataclasses.field(default_factory=list)  # of the weights, each token's
-    reason: str = ""  # stop, length or error (logits of NaN); "": not ended, can go on
-    # Where asked for, of the model's own distribution: of each token, and the likeliest (id, logp).
-    model_logprobs: list[float] | None = None
-    top_logprobs: list[list[tuple[int, float]]] | None = None
-    # Where asked for, of a mixture: int16 [tokens, L, A], pieces of prompt and response in order.
-    # Like a log-probability, a token's experts are those that it met when it was drawn.
-    experts: list[np.ndarray] = dataclasses.field(default_factory=list, compare=False)
-
-    @property
-    def context(self) -> tuple[int, ...]:
-        return (*self.prompt, *self.tokens)
-
-    @property
-    def longest(self) -> int:
-        return len(self.prompt) + self.limit
-
-
 # Of a prompt that was read: the cache, the last hidden state and its row in these; where asked for
 # the experts [rows, T, L, A] of one piece of the tokens after the other.
 Reading = tuple[Cache, jax.Array, int, list[Any]]
@@ -106,11 +74,11 @@ class Slots:
         decoder: engine.Decoder,
         params: Params,
         mesh: Mesh,
-        rows: Sequence[Row],
+        rows: abc.Sequence[Sequence],
         options: Options,
         version: int,
         counts: Counter[str],
-        ended: Callable[[Row], bool] | None,
+        ended: abc.Callable[[Sequence], bool] | None,
     ) -> None:
         self.decoder, self.params, self.mesh, self.options = decoder, params, mesh, options
         self.version, self.counts, self.ended = version, counts, ended
@@ -121,13 +89,15 @@ class Slots:
         self.last_sizes = sizes(self.sizes[0], least, SHRINK)
         longest = options.longest or max((row.longest for row in rows), default=1)
         self.widths = sorted({min(width, options.room(mesh)) for width in widths(longest)})
-        self.at: list[Row | None] = []
+        self.at: list[Sequence | None] = []
         self.length: list[int] = []
         self.width = 0
         self.state: engine.State | None = None
         self.read: dict[tuple[int, ...], Reading] = {}
-        self.routed: list[tuple[Row, Reading]] = []  # began: their prompts' experts are to be filed
-        self.drawn: tuple[engine.Drawn, list[Row | None], np.ndarray] | None = None
+        self.routed: list[
+            tuple[Sequence, Reading]
+        ] = []  # began: their prompts' experts are to be filed
+        self.drawn: tuple[engine.Drawn, list[Sequence | None], np.ndarray] | None = None
 
     def advance(self, budget: int | None) -> bool:
         """Fills free slots and starts a segment; files what the last one drew, while this one
@@ -157,12 +127,12 @@ class Slots:
     def live(self) -> list[int]:
         return [slot for slot, row in enumerate(self.at) if row]
 
-    def row(self, slot: int) -> Row:
+    def row(self, slot: int) -> Sequence:
         row = self.at[slot]
         assert row is not None
         return row
 
-    def by_shard(self, slots: Iterable[int]) -> list[list[int]]:
+    def by_shard(self, slots: abc.Iterable[int]) -> list[list[int]]:
         """Slots by the part of the rows that they belong to."""
         part, found = len(self.at) // self.shards, [[] for _ in range(self.shards)]
         for slot in slots:
@@ -224,7 +194,7 @@ class Slots:
                     row.reason = "stop"
                     self.at = [None if other is row else other for other in self.at]
 
-    def reach(self, row: Row, length: int) -> int:
+    def reach(self, row: Sequence, length: int) -> int:
         """The tokens that a row may have at the end of the next segment."""
         return min(length + self.options.segment, row.longest)
 
@@ -323,7 +293,7 @@ class Slots:
         ahead = {row.context for row in itertools.islice(self.queue, len(self.at))}
         self.read = {context: x for context, x in self.read.items() if context in ahead}
 
-    def remember(self, rows: list[Row]) -> None:
+    def remember(self, rows: list[Sequence]) -> None:
         """Tells the device which tokens rows that go on have drawn already."""
         assert self.state is not None
         new = {id(row) for row in rows}

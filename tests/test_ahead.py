@@ -33,9 +33,9 @@ def ahead(models, **changes):
     return c
 
 
-def noted(patch: pytest.MonkeyPatch) -> list[list[rollout.Row]]:
+def noted(patch: pytest.MonkeyPatch) -> list[list[rollout.Sequence]]:
     """The rows of every batch that is made from now on."""
-    found: list[list[rollout.Row]] = []
+    found: list[list[rollout.Sequence]] = []
     to_batch = rollout.to_batch
 
     def note(rows, *sizes):
@@ -56,7 +56,7 @@ def whole(models, tmp_path_factory):
     return workdir, rows
 
 
-def by_hand(c) -> tuple[list[list[rollout.Row]], Any]:
+def by_hand(c) -> tuple[list[list[rollout.Sequence]], Any]:
     """One thing after another: rows of step i + 1 from a copy of the weights before update i."""
     plan = prepare.prepare(c, mesh_lib.make(1, 1, 1))
     stage, s, found = plan.stages[0], c.opd, []
@@ -73,9 +73,9 @@ def by_hand(c) -> tuple[list[list[rollout.Row]], Any]:
         for step in range(STEPS):
             examples = data.at(stage.source, step, 2, c.seed)
             key = jax.random.fold_in(jax.random.key(c.seed), step)
-            rows = rollout.ask(examples, 2, key, s.max_response_tokens)
+            rows = rollout.expand_prompts(examples, 2, key, s.max_response_tokens)
             rows = list(
-                rollout.run(
+                rollout.sample(
                     plan.student.model,
                     older,
                     rows,
@@ -139,13 +139,13 @@ def test_stopped_and_resumed_is_bitwise_the_same(whole, models, tmp_path, budget
 def test_rows_are_sampled_while_the_update_runs(models, tmp_path, monkeypatch) -> None:
     """The update is not over when sampling begins. (A fast one may be, now and then.)"""
     running: list[bool] = []
-    sample = rollout.Ahead.sample
+    sample = rollout.AsyncRollouts.sample
 
     def watched(self, trained):
         running.append(self.begun is not None and not trained["loss"].is_ready())
         sample(self, trained)
 
-    monkeypatch.setattr(rollout.Ahead, "sample", watched)
+    monkeypatch.setattr(rollout.AsyncRollouts, "sample", watched)
     train.run(ahead(models), tmp_path)
     assert len(running) == STEPS and any(running) and not running[-1]
 

@@ -162,10 +162,10 @@ def test_greedy(pair, stacked):
     mesh = mesh_lib.make(1, 1, 1)
     shardings = jax.tree.map(lambda p: p.sharding, mesh_lib.parameters(config, mesh))
     with mesh_lib.use(mesh):
-        done = rollout.run(
+        done = rollout.sample(
             model.Qwen3(config),
             jax.device_put(params, shardings),
-            [rollout.Row(prompt, (0, 0), 8) for prompt in prompts],
+            [rollout.Sequence(prompt, (0, 0), 8) for prompt in prompts],
             sampling=rollout.Sampling(temperature=0),
             stop_ids=(-1,),
             options=rollout.Options(slots=2, stacked=stacked),

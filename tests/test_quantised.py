@@ -346,7 +346,7 @@ def test_a_sampler_in_8_bits_is_the_model_in_8_bits(directories):
     forward on one device, and an expert's values lie where the expert does."""
     spread = loaded(directories / "sparse", "float32", (1, 2, 2, 2))
     rng = np.random.default_rng(0)
-    rows = [rollout.Row(rng.integers(0, 128, n).tolist(), (0, n), 8) for n in (3, 9, 5, 12)]
+    rows = [rollout.Sequence(rng.integers(0, 128, n).tolist(), (0, n), 8) for n in (3, 9, 5, 12)]
     options = rollout.Options(4, param_dtype="int8", stacked=True)
     with policy.use(spread):
         qwen3, params = engine.weights(
@@ -358,7 +358,7 @@ def test_a_sampler_in_8_bits_is_the_model_in_8_bits(directories):
             param_dtype="int8",
         )
         done = list(
-            rollout.run(
+            rollout.sample(
                 spread.model,
                 spread.params,
                 rows,

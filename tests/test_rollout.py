@@ -8,7 +8,7 @@ import pytest
 
 from distill import forward, head, losses, policy, rollout
 from distill import mesh as mesh_lib
-from distill.rollout import Options, Row
+from distill.rollout import Options, Sequence
 from distill.sampling import Sampling
 from models.qwen3 import model
 from models.qwen3.config import Config
@@ -56,10 +56,10 @@ def prompts(count, seed=0):
 
 def sample(params, rows, numbers, samples=None, sampling=None, **options):
     keys = rollout.row_keys(jax.random.key(3), list(numbers), samples or [0] * len(rows))
-    done = rollout.run(
+    done = rollout.sample(
         QWEN3,
         params,
-        [Row(prompt, key, R) for prompt, key in zip(rows, keys, strict=True)],
+        [Sequence(prompt, key, R) for prompt, key in zip(rows, keys, strict=True)],
         sampling=sampling or Sampling(),
         stop_ids=STOPS,
         options=Options(**{"slots": 8, **options}),

@@ -150,10 +150,10 @@ def test_logits_and_greedy_beyond_the_original_positions(stretched):
 
     prompts = tokens[:, :24]
     with mesh_lib.use(mesh):
-        rows = rollout.run(
+        rows = rollout.sample(
             model.Qwen3(config),
             params,
-            [rollout.Row(prompt, (0, 0), 40) for prompt in prompts.tolist()],
+            [rollout.Sequence(prompt, (0, 0), 40) for prompt in prompts.tolist()],
             sampling=rollout.Sampling(temperature=0),
             stop_ids=(-1,),
             options=rollout.Options(slots=2),

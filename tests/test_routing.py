@@ -191,13 +191,13 @@ def asked(config, prompts=5, samples=2):
     for number in range(prompts):
         prompt = rng.integers(0, config.vocab_size, rng.integers(1, P + 1)).tolist()
         keys = rollout.row_keys(jax.random.key(5), [number] * samples, range(samples))
-        rows += [rollout.Row(prompt, key, int(rng.integers(1, R + 1))) for key in keys]
+        rows += [rollout.Sequence(prompt, key, int(rng.integers(1, R + 1))) for key in keys]
     return rows
 
 
 def sampled(config, params, rows, mesh, stacked, dtype="float32", **given):
     with mesh_lib.use(mesh):
-        done = rollout.run(
+        done = rollout.sample(
             model.Qwen3(config, jnp.dtype(dtype)),
             params,
             rows,
@@ -306,9 +306,9 @@ def test_recorded_experts_through_the_loop(sparse, tmp_path):
 def test_parked_experts_come_back_from_a_checkpoint():
     rng = np.random.default_rng(0)
     pieces = [rng.integers(-1, 8, (n, 2, 3)).astype(np.int16) for n in (5, 2)]
-    row = rollout.Row([1] * 5, (1, 2), 4, tokens=[3, 4], logprobs=[-1.0, -2.0], experts=pieces)
-    position = json.loads(json.dumps(rollout.Parked([row], 7).position()))
-    again = rollout.Parked()
+    row = rollout.Sequence([1] * 5, (1, 2), 4, tokens=[3, 4], logprobs=[-1.0, -2.0], experts=pieces)
+    position = json.loads(json.dumps(rollout.PartialRollouts([row], 7).position()))
+    again = rollout.PartialRollouts()
     again.resume(position)
     assert again.begun == 7 and again.rows == [row]
     for found, expected in zip(again.rows[0].experts, pieces, strict=True):
@@ -319,7 +319,7 @@ def test_parked_experts_come_back_from_a_checkpoint():
 def test_read_rows_route_themselves():
     """Where half of a batch is the student's own, the other half has no experts recorded."""
     one = np.ones((3, 2, 4), np.int16)
-    rows = [rollout.Row([1, 2], (0, 0), 3, tokens=[5], logprobs=[-1.0], experts=[one])]
+    rows = [rollout.Sequence([1, 2], (0, 0), 3, tokens=[5], logprobs=[-1.0], experts=[one])]
     own = rollout.to_batch(rows, 1, 4, 3, routing=(2, 4))
     read = dataclasses.replace(own, experts_BTLA=None)
     experts = np.asarray(collect._joined([own, read]).experts_BTLA)

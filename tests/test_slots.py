@@ -15,8 +15,8 @@ from jax._src import monitoring
 
 from distill import engine, forward, head, losses, rollout, slots
 from distill import mesh as mesh_lib
+from distill.rollout import Options, Sequence
 from distill.sampling import Sampling
-from distill.slots import Options, Row
 from models.errors import UserError
 from models.qwen3 import model
 from models.qwen3.config import Config
@@ -67,15 +67,15 @@ def ask(prompts: int, samples: int = 1, seed: int = 0, longest: int = R, first: 
         rng = np.random.default_rng((seed, p))
         prompt = rng.integers(8, 64, rng.integers(1, P + 1)).tolist()
         keys = rollout.row_keys(jax.random.key(5), [p] * samples, range(samples))
-        found += [Row(prompt, key, int(rng.integers(1, longest + 1))) for key in keys]
+        found += [Sequence(prompt, key, int(rng.integers(1, longest + 1))) for key in keys]
     return found
 
 
-def run(rows: list[Row], options: Options = SMALL, shape=(1, 1, 1), seed=0, **kwargs: Any):
+def run(rows: list[Sequence], options: Options = SMALL, shape=(1, 1, 1), seed=0, **kwargs: Any):
     mesh, params = weights(seed, shape)
     with mesh_lib.use(mesh):
         return list(
-            rollout.run(
+            rollout.sample(
                 QWEN3,
                 params,
                 rows,
@@ -87,7 +87,7 @@ def run(rows: list[Row], options: Options = SMALL, shape=(1, 1, 1), seed=0, **kw
         )
 
 
-def drawn(rows: list[Row]):
+def drawn(rows: list[Sequence]):
     return [(row.tokens, row.reason) for row in rows]
 
 
@@ -102,7 +102,7 @@ def _scores(params: model.Params, batch: Any):
     return losses.unshift(stats["logp"])
 
 
-def scored(rows: list[Row], seed: int = 0) -> list[list[float]]:
+def scored(rows: list[Sequence], seed: int = 0) -> list[list[float]]:
     """Log-probabilities of all tokens of each row by one plain forward on one device."""
     mesh, params = weights(seed, (1, 1, 1))
     with mesh_lib.use(mesh):
@@ -117,7 +117,7 @@ def close(found: list[list[float]], expected: list[list[float]], tolerance: floa
 
 
 @pytest.fixture(scope="module")
-def plain() -> list[Row]:
+def plain() -> list[Sequence]:
     """What 32 rows of 8 prompts draw as one static batch."""
     return run(ask(8, 4), Options(slots=32, static=True))
 
@@ -142,7 +142,7 @@ def test_sampler_equals_scorer(plain, shape, stacked) -> None:
 
 
 @pytest.fixture(scope="module")
-def thousand() -> tuple[list[Row], list[Row], Counter[str]]:
+def thousand() -> tuple[list[Sequence], list[Sequence], Counter[str]]:
     """1,000 rows of mixed lengths and limits, as asked for and as they came, and what was done."""
     rows, counts = ask(1000), Counter[str]()
     return rows, run(rows, counts=counts), counts
@@ -202,7 +202,7 @@ def test_rows_come_as_soon_as_they_and_those_before_have_ended() -> None:
     mesh, params = weights(0, (1, 1, 1))
     rows = ask(24)
     with mesh_lib.use(mesh):
-        coming = rollout.run(
+        coming = rollout.sample(
             QWEN3, params, rows, sampling=Sampling(), stop_ids=STOPS, options=Options(slots=4)
         )
         assert next(coming) is rows[0]
@@ -303,8 +303,8 @@ def test_a_group_reads_its_prompt_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(engine, "read", counted)
     rng = np.random.default_rng(0)
-    different = [Row(rng.integers(8, 64, 512).tolist(), (0, i), 2) for i in range(64)]
-    shared = [Row(different[i // 8].prompt, (0, i), 2) for i in range(64)]
+    different = [Sequence(rng.integers(8, 64, 512).tolist(), (0, i), 2) for i in range(64)]
+    shared = [Sequence(different[i // 8].prompt, (0, i), 2) for i in range(64)]
     run(different, Options(slots=16))
     whole, flops[0] = flops[0], 0.0
     run(shared, Options(slots=16))
@@ -345,10 +345,10 @@ def test_a_row_of_nan_ends_alone() -> None:
     poisoned = {**params, "embed": params["embed"].at[9].set(jnp.nan)}
     # The head is tied, so that token 9 would poison every row: here it is a matrix of its own.
     poisoned["head"] = params["embed"]
-    good, bad = Row([10, 11], (0, 1), 6), Row([10, 9, 11], (0, 2), 6)
+    good, bad = Sequence([10, 11], (0, 1), 6), Sequence([10, 9, 11], (0, 2), 6)
     with mesh_lib.use(mesh):
         rows = list(
-            rollout.run(
+            rollout.sample(
                 model.Qwen3(CONFIG.__class__(**{**CONFIG.__dict__, "tie_word_embeddings": False})),
                 poisoned,
                 [good, bad],
@@ -362,13 +362,13 @@ def test_a_row_of_nan_ends_alone() -> None:
 
 
 def test_what_cannot_be_sampled_is_named_before_anything_runs() -> None:
-    key, ok = (0, 0), Row([9], (0, 0), 4)
+    key, ok = (0, 0), Sequence([9], (0, 0), 4)
     with pytest.raises(UserError, match=r"^in.jsonl:3: the prompt is empty$"):
-        run([ok, Row([], key, 4, where="in.jsonl:3")])
+        run([ok, Sequence([], key, 4, where="in.jsonl:3")])
     with pytest.raises(UserError, match=r"^row 1: a prompt of 60 tokens and 5 new ones exceed"):
-        run([ok, Row([9] * 60, key, 5)], Options(slots=8, longest=64))
+        run([ok, Sequence([9] * 60, key, 5)], Options(slots=8, longest=64))
     with pytest.raises(UserError, match=r"^row 0: .* exceed the 8 tokens"):
-        run([Row([9] * 60, key, 5)], Options(slots=8, cache_tokens=16), (1, 2, 4))
+        run([Sequence([9] * 60, key, 5)], Options(slots=8, cache_tokens=16), (1, 2, 4))
     assert not ok.tokens
 
 

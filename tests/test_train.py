@@ -140,7 +140,7 @@ def test_a_budget_parks_rows_and_loses_none(models, tmp_path, monkeypatch):
     for step in range(5):
         examples = data.at(source, step, 2, c.seed)
         key = jax.random.fold_in(jax.random.key(c.seed), step)
-        asked += [(row.prompt, row.key) for row in rollout.ask(examples, 2, key, 16)]
+        asked += [(row.prompt, row.key) for row in rollout.expand_prompts(examples, 2, key, 16)]
     assert sorted(row[:2] for row in rows) == sorted(asked[: len(rows)])
     assert any(len({*versions}) > 1 for *_, versions in rows)
     with monkeypatch.context() as patch:

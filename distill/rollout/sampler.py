@@ -7,8 +7,7 @@ mesh, and where it was parked and went on later.
 
 import base64
 import dataclasses
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, abc
 from typing import Any
 
 import jax
@@ -20,14 +19,17 @@ from distill import context, data, engine, layout
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.policy import Policy
+from distill.rollout.sequence import Sequence
 from distill.sampling import Sampling
-from distill.slots import Options, Row, Slots
+from distill.slots import Options, Slots
 from models.errors import UserError
 from models.qwen3.model import Params, Qwen3
 
 
 def row_keys(
-    key: jax.Array, prompts_B: Sequence[int] | np.ndarray, samples_B: Sequence[int] | np.ndarray
+    key: jax.Array,
+    prompts_B: abc.Sequence[int] | np.ndarray,
+    samples_B: abc.Sequence[int] | np.ndarray,
 ) -> list[tuple[int, int]]:
     """Each row's key (its data), from the key of a step and the numbers of prompt and sample."""
     keys_B2 = _row_keys(key, np.asarray(prompts_B, np.int32), np.asarray(samples_B, np.int32))
@@ -41,12 +43,14 @@ def _row_keys(key: jax.Array, prompts_B: jax.Array, samples_B: jax.Array) -> jax
     return jax.random.key_data(keys_B)
 
 
-def ask(examples: Sequence[data.Example], samples: int, key: jax.Array, limit: int) -> list[Row]:
+def expand_prompts(
+    examples: abc.Sequence[data.Example], samples: int, key: jax.Array, limit: int
+) -> list[Sequence]:
     """`samples` rows for each example, of at most `limit` tokens, under the key of a step."""
     numbers_B, samples_B = np.divmod(np.arange(len(examples) * samples), samples)
     keys = row_keys(key, numbers_B, samples_B)
     return [
-        Row(
+        Sequence(
             e.prompt,
             k,
             limit,
@@ -60,10 +64,10 @@ def ask(examples: Sequence[data.Example], samples: int, key: jax.Array, limit: i
     ]
 
 
-def run(
+def sample(
     qwen3: Qwen3,
     params: Params,
-    rows: Sequence[Row],
+    rows: abc.Sequence[Sequence],
     *,
     sampling: Sampling,
     stop_ids: tuple[int, ...],
@@ -73,8 +77,8 @@ def run(
     counts: Counter[str] | None = None,
     top_logprobs: int = 0,
     routing: bool = False,
-    ended: Callable[[Row], bool] | None = None,
-) -> Iterator[Row]:
+    ended: abc.Callable[[Sequence], bool] | None = None,
+) -> abc.Iterator[Sequence]:
     """Continues `rows`, and yields each of them once, in order, as soon as it and those before end.
 
     A row that has tokens already goes on from them. With a `budget`, sampling stops when so many
@@ -115,7 +119,9 @@ def run(
     return _drawn(Slots(decoder, params, mesh, rows, options, version, counts, ended), rows, budget)
 
 
-def _drawn(slots: Slots, rows: Sequence[Row], budget: int | None) -> Iterator[Row]:
+def _drawn(
+    slots: Slots, rows: abc.Sequence[Sequence], budget: int | None
+) -> abc.Iterator[Sequence]:
     counts, before, returned = slots.counts, slots.counts["tokens"], 0
 
     def advance() -> bool:
@@ -129,7 +135,7 @@ def _drawn(slots: Slots, rows: Sequence[Row], budget: int | None) -> Iterator[Ro
     yield from rows[returned:]
 
 
-def _check(row: Row, where: str, options: Options, mesh: Mesh) -> None:
+def _check(row: Sequence, where: str, options: Options, mesh: Mesh) -> None:
     if not row.prompt:
         raise UserError(f"{where}: the prompt is empty")
     room = min(options.longest or row.longest, options.room(mesh))
@@ -141,7 +147,7 @@ def _check(row: Row, where: str, options: Options, mesh: Mesh) -> None:
 
 
 def to_batch(
-    rows: Sequence[Row],
+    rows: abc.Sequence[Sequence],
     batch_size: int,
     max_prompt_tokens: int,
     max_new_tokens: int,
@@ -163,7 +169,7 @@ def to_batch(
             at = f"after {len(row.tokens)} sampled tokens"
             raise UserError(f"{row.where or f'row {number}'}: NaN logits {at}")
     P, R = max_prompt_tokens, max_new_tokens
-    rows = [*rows, *[Row([], (0, 0), 0)] * (batch_size - len(rows))]
+    rows = [*rows, *[Sequence([], (0, 0), 0)] * (batch_size - len(rows))]
     tokens, segments = layout.left_pad([row.prompt for row in rows], P)
     tokens, segments = (np.pad(x, ((0, 0), (0, R))) for x in (tokens, segments))
     mask = np.zeros(tokens.shape, bool)
@@ -199,10 +205,10 @@ def to_batch(
 
 
 @dataclasses.dataclass
-class Parked:
+class PartialRollouts:
     """Rows that a step's budget of tokens left unfinished: they go on in the next step."""
 
-    rows: list[Row] = dataclasses.field(default_factory=list)
+    rows: list[Sequence] = dataclasses.field(default_factory=list)
     begun: int = 0  # rows that were begun, over all steps
 
     def position(self) -> dict[str, Any]:
@@ -221,18 +227,18 @@ class Parked:
                 np.frombuffer(base64.b64decode(x), np.int16).reshape(shape)
                 for shape, x in row["experts"]
             ]
-            self.rows.append(Row(**{**row, "key": tuple(row["key"]), "experts": experts}))
+            self.rows.append(Sequence(**{**row, "key": tuple(row["key"]), "experts": experts}))
 
 
 @dataclasses.dataclass
-class Ahead:
+class AsyncRollouts:
     """The rows of the coming step, sampled while the one before it is trained."""
 
     step: int = -1  # whose rows they are; -1: none
-    rows: list[Row] = dataclasses.field(default_factory=list)
+    rows: list[Sequence] = dataclasses.field(default_factory=list)
     measured: dict[str, float] = dataclasses.field(default_factory=dict)
     # Samples them: the weights are taken already.
-    begun: Callable[[], tuple[list[Row], dict[str, float]]] | None = None
+    begun: abc.Callable[[], tuple[list[Sequence], dict[str, float]]] | None = None
 
     def sample(self, trained: Any) -> None:
         """Samples what was begun, while the device computes `trained`."""
@@ -248,11 +254,11 @@ class Ahead:
 
     def position(self) -> dict[str, Any]:
         """What a checkpoint keeps of it: JSON."""
-        rows = Parked(self.rows).position()
+        rows = PartialRollouts(self.rows).position()
         return {"step": self.step, "measured": self.measured, "sampled": rows}
 
     def resume(self, position: dict[str, Any]) -> None:
-        kept = Parked()
+        kept = PartialRollouts()
         kept.resume(position["sampled"])
         self.step, self.rows, self.measured = position["step"], kept.rows, position["measured"]
 
@@ -263,27 +269,27 @@ def complete(
     *,
     samples: int,
     key: jax.Array,
-    limits: Sequence[int],
+    limits: abc.Sequence[int],
     sampling: Sampling,
     batch_size: int,
     first: int = 0,
     counts: Counter[str] | None = None,
     top_logprobs: int = 0,
-    ended: Callable[[Row], bool] | None = None,
-) -> Iterator[list[Row]]:
+    ended: abc.Callable[[Sequence], bool] | None = None,
+) -> abc.Iterator[list[Sequence]]:
     """Yields the `samples` completions of each prompt, in order; `batch_size` rows decode at once.
 
-    Those of prompt i have at most limits[i] new tokens. For the rest see `run`.
+    Those of prompt i have at most limits[i] new tokens. For the rest see `sample`.
 
     `first` is the number of the first prompt: a call that goes on where another stopped draws what
     that one would have drawn. An empty prompt has no completions.
     """
     numbers_B, samples_B = np.divmod(np.arange(len(prompts) * samples), samples)
     keys = row_keys(key, numbers_B + first, samples_B)
-    all_rows = [Row(prompts[p], k, limits[p]) for p, k in zip(numbers_B, keys, strict=True)]
+    all_rows = [Sequence(prompts[p], k, limits[p]) for p, k in zip(numbers_B, keys, strict=True)]
     rows = [row for row in all_rows if row.prompt]
     longest = bucket(max((row.longest for row in rows), default=1))
-    done = run(
+    done = sample(
         policy.model,
         policy.params,
         rows,
