@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
 from distill import mesh as mesh_lib
 from models.qwen3 import pages as pages_lib
@@ -162,3 +163,23 @@ def test_on_a_mesh(data, fsdp, tensor):
         held = check_run(held, data * fsdp, 2e-6)
         shard = held.pools[0].addressable_shards[0].data.shape
     assert shard == (1, K // tensor, L * 24, PAGE, H)
+
+
+def test_gpu_kernel(monkeypatch):
+    interpreted = functools.partial(paged_attention.gpu, interpret=True)
+    monkeypatch.setitem(paged_attention.TABLE, "gpu", interpreted)
+    check_run(empty(1, page=16, kind="gpu"), 1, 2e-6)
+
+
+def test_tpu_kernel(monkeypatch):
+    interpreted = functools.partial(kernel.pl.pallas_call, interpret=True)
+    monkeypatch.setattr(kernel.pl, "pallas_call", interpreted)
+
+    def store(ref, x, mask):
+        """Pallas's own of part of a block is not interpreted where a head is taken by a number."""
+        ref[...] = jnp.where(mask, x, ref[...])
+
+    monkeypatch.setattr(kernel.pltpu, "store", store)
+    config = dataclasses.replace(TINY, head_dim=128)
+    held = empty(1, kind="ragged", config=config, page=8)
+    check_run(held, 1, 2e-6, qkv=texts((13, 9, 2, 17, 6, 11), width=128))

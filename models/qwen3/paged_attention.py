@@ -11,9 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
 _BLOCK = 512  # tokens of a row that `plain` looks at together
 _QUERIES = 512  # and tokens of a line
+_VMEM = 2**26  # bytes of a TPU's fast memory that the kernel may have
 
 # (q [B, T, N, H], the arrays of a pool, table [R, N] with the layer's pages, length [R],
 #  starts [R + 1], row [B, T], position [B, T]) -> [B, T, N, H]
@@ -126,4 +129,86 @@ def _over_pages(
     return out_KBMH.reshape(K, B, N // K, T, H).transpose(1, 3, 0, 2, 4).reshape(B, T, N, H)
 
 
-TABLE: dict[str, Attend] = {"plain": plain}
+def read_together(page: int, columns: int, decoding: bool) -> int:
+    """Pages that the kernel for TPU fetches at a time, of rows that may have `columns`.
+
+    It always fetches so many, also at the end of a row: the more, the better it hides how long
+    memory takes to answer; the fewer, the less is fetched in vain. Decoding reads each row once.
+    """
+    return min(columns, max(1, (_BLOCK if decoding else 2 * _BLOCK) // page))
+
+
+def ragged(
+    q_BTNH: jax.Array,
+    pools: tuple[jax.Array, ...],
+    table_RN: jax.Array,
+    length_R: jax.Array,
+    starts_R: jax.Array,
+    row_BT: jax.Array,
+    position_BT: jax.Array,
+) -> jax.Array:
+    """JAX's Pallas kernel for TPU, over one pool [pages, page, 2K, H].
+
+    It begins to fetch the first row before it looks whether there is any, and the next row when it
+    is done with one: each has at least a token, or it would go on without what it fetched.
+    """
+    (pool,), N = pools, q_BTNH.shape[2]
+    R, columns = table_RN.shape
+    decoding = q_BTNH.shape[1] == 1
+    one_R = jnp.minimum(jnp.arange(R + 1, dtype=jnp.int32), 1)
+    starts_R = jnp.where(starts_R[-1] == 0, one_R, starts_R)
+    begun = jnp.sum(starts_R[1:] > starts_R[:-1], dtype=jnp.int32)
+    scale = 1.0 if pool.dtype.itemsize == 1 else None
+    out_TNH = ragged_paged_attention(
+        q_BTNH.reshape(-1, *q_BTNH.shape[2:]),
+        pool,
+        jnp.maximum(length_R, 1),
+        table_RN,
+        starts_R,
+        begun[None],
+        sm_scale=q_BTNH.shape[3] ** -0.5,
+        k_scale=scale,
+        v_scale=scale,
+        num_kv_pages_per_block=read_together(pool.shape[1], columns, decoding),
+        # Products of a block of tokens with a row's that only one of them may see: in decoding few.
+        num_queries_per_block=8 if decoding else min(128, max(32, 1024 // N)),
+        vmem_limit_bytes=_VMEM,
+    )
+    return out_TNH.reshape(q_BTNH.shape)
+
+
+def gpu(
+    q_BTNH: jax.Array,
+    pools: tuple[jax.Array, ...],
+    table_RN: jax.Array,
+    length_R: jax.Array,
+    starts_R: jax.Array,
+    row_BT: jax.Array,
+    position_BT: jax.Array,
+    interpret: bool = False,
+) -> jax.Array:
+    """JAX's Pallas kernel for GPU where each row has one token, `plain` for chunks. `interpret`
+    runs the kernel anywhere, slowly."""
+    if q_BTNH.shape[1] > 1:
+        return plain(q_BTNH, pools, table_RN, length_R, starts_R, row_BT, position_BT)
+    keys, values, *scales = pools
+    row_B = row_BT[:, 0]
+    table_BN = table_RN[jnp.maximum(row_B, 0)]
+    together = max(1, 128 // keys.shape[2])
+    splits = min(16, -(-table_BN.shape[1] // together))
+    table_BN = jnp.pad(table_BN, ((0, 0), (0, -table_BN.shape[1] % (splits * together))))
+    out_BNH = paged_attention(
+        q_BTNH[:, 0] * q_BTNH.shape[3] ** -0.5,
+        keys,
+        values,
+        table_BN,
+        jnp.where(row_B < 0, 0, position_BT[:, 0] + 1),
+        *scales,
+        pages_per_compute_block=together,
+        k_splits=splits,
+        interpret=interpret,
+    )
+    return out_BNH[:, None]
+
+
+TABLE: dict[str, Attend] = {"plain": plain, "ragged": ragged, "gpu": gpu}

@@ -1,10 +1,10 @@
 """Keys and values in pages: one pool for all rows and layers, and a table that says whose is what.
 
-A page holds `page` consecutive tokens of one row in one layer; the pages of a row lie anywhere. A
-layer's page p is page layer · P + p of the pool, which therefore is one array, written in place. The
-mesh axes that split the rows split the pool as well: each part has P pages a layer of its own, and
-ids in tables are local to it. Who gets which page is the host's affair; here is what a program does
-with the ids.
+A page holds `page` consecutive tokens of one row in one layer; the pages of a row lie anywhere.
+Page p of a layer is page layer · P + p of the pool, which therefore is one array, written in place.
+The mesh axes that split the rows split the pool as well: each part has P pages a layer of its own,
+and ids in tables are local to it. Who gets which page is the host's affair; here is what a program
+does with the ids.
 
 Letters in names: X parts that rows are split in, L layers, P pages of a layer in a part, R rows of
 the table, N pages that a row may have (of heads: query heads), B lines of T tokens, K key/value
@@ -127,7 +127,7 @@ class Pages:
         return into.at[0, :, page_T, offset_T].set(x, **options)
 
     def attend(self, layer: Any, q_BTNH: jax.Array) -> jax.Array:
-        """Each token over its row's up to its own, which are written: [B, T, N, H]; padding is 0."""
+        """Each token over its row's up to its own, which are written; padding gets 0."""
 
         def local(pools: Any, index: Any, q_BTNH: Any) -> Any:
             table_RN, length_R, starts_XR, row_BT, position_BT = index
