@@ -1,8 +1,8 @@
 """From prompts to sequences: what is sampled, by which programs, in which order."""
 
+from distill.rollout.buffer import AsyncRollouts, PartialRollouts
+from distill.rollout.options import Options
 from distill.rollout.sampler import (
-    AsyncRollouts,
-    PartialRollouts,
     bucket,
     complete,
     expand_prompts,
@@ -12,7 +12,6 @@ from distill.rollout.sampler import (
 )
 from distill.rollout.sequence import Sequence
 from distill.sampling import Sampling
-from distill.slots import Options
 
 __all__ = [
     "AsyncRollouts",

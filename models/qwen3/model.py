@@ -21,12 +21,14 @@ import jax
 import jax.numpy as jnp
 
 from models.qwen3 import attention, quantised, sharded
-from models.qwen3.cache import Cache
 from models.qwen3.config import Config
 from models.qwen3.lora import LORA, LoRA, factors
 from models.qwen3.moe import CHOSEN, ROUTER, MoE
+from models.qwen3.pages import Pages
 from models.qwen3.rope import rotary, rotate
+from models.qwen3.slabs import Slabs
 
+Cache = Pages | Slabs
 Params = Any  # nested dict of arrays, one entry per module below
 
 
@@ -96,10 +98,8 @@ class Attention(nn.Module):
         k_BTKH = rotate(RMSNorm(c.rms_norm_eps, name="k_norm")(heads("k", K)), rope)
         q_BTNH, k_BTKH, v_BTKH = sharded.by_heads(q_BTNH, k_BTKH, heads("v", K))
         if cache is not None:
-            cache = cache.write(layer, k_BTKH, v_BTKH)
-        if cache is not None and cache.slots > T:
-            out_BTNH = cache.attend(layer, q_BTNH)
-        else:  # training, scoring, or what fills a cache at once: all keys are at hand
+            out_BTNH, cache = cache.update(layer, q_BTNH, k_BTKH, v_BTKH)
+        else:
             out_BTNH = attention.TABLE[self.kernel](q_BTNH, k_BTKH, v_BTKH, segments_BT)
         out_BTM = sharded.by_tokens(out_BTNH, "heads").reshape(B, T, N * H)
         out = Linear(D, ("heads", "embed"), self.lora, name="o")(out_BTM)
@@ -186,8 +186,8 @@ class Qwen3(nn.Module):
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states [B, T, D] in `dtype`, and the cache with these tokens written.
 
-        With a cache, the tokens go to its next T slots, and attend to what it holds already; as
-        many tokens as it has slots must come to an empty one. A decoding step is T == 1. With
+        A cache says whose tokens these are and which they attend to (its `at` and `step`): the
+        next one of each row, or pieces of prompts, one behind the other. With
         replay_BTLA (moe.chosen) the sparse layers compute with those experts.
         """
         c = self.config
@@ -202,9 +202,6 @@ class Qwen3(nn.Module):
             x_BTD = embed_VD[tokens_BT].astype(self.dtype)
         x_BTD = sharded.stream(x_BTD)
         rope = rotary(positions_BT, c)
-        if cache is not None:
-            cache = cache.fill(segments_BT > 0)
-
         lora = self.lora if self.is_initializing() or LORA in self.variables else None
         scan = self.scan and len(set(c.sparse_layers)) == 1
         block = nn.remat(Block, prevent_cse=not scan) if self.remat else Block
@@ -229,8 +226,6 @@ class Qwen3(nn.Module):
                 )
                 carry, _ = one(carry, layer, rope, segments_BT, chosen)
         x_BTD, cache = carry
-        if cache is not None:
-            cache = cache.move(tokens_BT.shape[1])
         return RMSNorm(c.rms_norm_eps, name="final_norm")(x_BTD), cache
 
 

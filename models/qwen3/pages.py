@@ -87,6 +87,27 @@ class Pages:
         starts_XR = jnp.broadcast_to(jnp.arange(R // X + 1, dtype=jnp.int32), (X, R // X + 1))
         return self.at(table_RN, length_R, starts_XR, row_R[:, None], length_R[:, None] - 1)
 
+    def begin(self, length_B: jax.Array, steps: int) -> "Pages":
+        """For a segment of at most `steps` calls of `step`: nothing is to be prepared."""
+        del length_B, steps
+        return self
+
+    def end(self, count_B: jax.Array) -> "Pages":
+        """Ends a segment that brought each row so many tokens: they are in place."""
+        del count_B
+        return self
+
+    def bare(self) -> "Pages":
+        """Without what `at` said."""
+        return Pages(self.pools, self.scales, self.layers, self.kind)
+
+    def update(
+        self, layer: Any, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array
+    ) -> tuple[jax.Array, "Pages"]:
+        """`write`, and then `attend`: [B, T, N, H], and the pool with the tokens in it."""
+        written = self.write(layer, k_BTKH, v_BTKH)
+        return written.attend(layer, q_BTNH), written
+
     def write(self, layer: Any, k_BTKH: jax.Array, v_BTKH: jax.Array) -> "Pages":
         """Stores the tokens' keys and values of one layer, in place where the pool is donated.
 

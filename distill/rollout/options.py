@@ -1,0 +1,96 @@
+"""How sequences are sampled, and the shape of the cache that follows from it."""
+
+import dataclasses
+import sys
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from distill import mesh as mesh_lib
+from distill.policy import DTYPES, PARAM_DTYPES
+from distill.rollout.decode import CacheShape, least_rows
+from models.errors import UserError
+from models.qwen3 import pages, slabs
+from models.qwen3.config import Config
+
+CACHE_DTYPES = (*DTYPES, "int8", "float8_e4m3fn")
+PAGE = 128  # tokens
+CROWD = 3  # times the longest sequences that a pool holds: how many sequences decode from it
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Nothing here changes what is drawn."""
+
+    slots: int = 0  # rows that decode together, rounded up to what the mesh divides; 0: see CROWD
+    longest: int = 0  # tokens of prompt and response that a sequence may have; 0: as at hand
+    segment: int = 64  # steps at most between two looks of the host
+    chunk: int = 512  # tokens of prompts that each part of the rows reads in one call
+    cache_tokens: int = 0  # that the cache holds in all; 0: as many as `slots` sequences may have
+    page: int = 0  # tokens of a page; 0: PAGE
+    cache_dtype: str = ""  # of CACHE_DTYPES; "": that of the model
+    param_dtype: str = ""  # of the weights, see decode.weights
+    gathered: bool = True
+    kind: str = ""  # of CacheShape.kind; "": what the platform prefers
+    stacked: bool | None = None  # weights, over layers; None: what the platform prefers
+
+    def __post_init__(self) -> None:
+        for name, least in (("slots", 0), ("segment", 1), ("chunk", 1), ("cache_tokens", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)}: must be {least} or more")
+        if self.page < 0:
+            raise UserError(f"page={self.page}: must be 0 (the default) or more")
+        for name, known in (("cache_dtype", CACHE_DTYPES), ("param_dtype", PARAM_DTYPES)):
+            if (value := getattr(self, name)) not in ("", *known):
+                raise UserError(f"{name}={value!r}: must be {', '.join(known)} or empty")
+
+    def room(self, mesh: Mesh) -> int:
+        """The tokens that a sequence may have: each part of the rows must hold at least one."""
+        return self.cache_tokens // mesh_lib.row_shards(mesh) if self.cache_tokens else sys.maxsize
+
+
+def prefers(mesh: Mesh, config: Config) -> str:
+    """The kind of cache for a platform: pages, read by its kernel; on CPUs slabs."""
+    platform = mesh.devices.flat[0].platform
+    if platform == "tpu":
+        return "ragged" if config.head_dim % 128 == 0 else "plain"
+    return "gpu" if mesh_lib.on_gpu(mesh) else "slabs"
+
+
+def cache_shape(
+    options: Options, config: Config, mesh: Mesh, dtype: str, count: int, longest: int
+) -> CacheShape:
+    """The cache for `count` sequences of at most `longest` tokens, on the mesh that decodes.
+
+    Raises:
+      UserError: if it cannot hold one, or the kernel does not take such pages.
+    """
+    shards, least = mesh_lib.row_shards(mesh), least_rows(mesh)
+    kind, dtype = options.kind or prefers(mesh, config), options.cache_dtype or dtype
+    longest = options.longest or longest
+    if options.room(mesh) < longest:
+        raise UserError(
+            f"cache_tokens={options.cache_tokens}: leaves {options.room(mesh)} tokens for a "
+            f"sequence, which may have {longest}"
+        )
+    tokens = options.cache_tokens or (options.slots or count) * longest
+    rows = min(options.slots or CROWD * tokens // longest, count)
+    if kind == "slabs":
+        rows = max(least, min(-(-rows // least) * least, tokens // longest // least * least))
+        return CacheShape(kind, dtype, rows, shards, rows // shards, longest, 1)
+    page = options.page or PAGE
+    rows = max(1, -(-rows // least)) * least
+    columns = -(-longest // page)
+    held = max(columns, min(tokens // (shards * page), rows // shards * columns))
+    if kind != "plain" and hasattr(pages, "check_page"):
+        pages.check_page(page, config, mesh.shape["tensor"], jnp.dtype(dtype), kind)
+    return CacheShape(kind, dtype, rows, shards, held, page, columns)
+
+
+def line_sizes(options: Options, shape: CacheShape) -> tuple[int, ...]:
+    """Tokens of a line of prompts: many at once, or few where few are waiting."""
+    most = options.chunk
+    if shape.kind == "slabs":
+        most = min(most, *slabs.block_sizes(shape.page))
+    few = max(min(most, 32), most // 8)
+    return tuple(sorted({few, most}))
