@@ -25,9 +25,11 @@ from models.qwen3.cache import Cache
 from models.qwen3.config import Config
 from models.qwen3.lora import LORA, LoRA, factors
 from models.qwen3.moe import CHOSEN, ROUTER, MoE
+from models.qwen3.pages import Pages
 from models.qwen3.rope import rotary, rotate
 
 Params = Any  # nested dict of arrays, one entry per module below
+Held = Cache | Pages  # keys and values of tokens that were read before
 
 
 class RMSNorm(nn.Module):
@@ -82,8 +84,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, rope: Any, segments_BT: jax.Array, cache: Cache | None, layer: Any
-    ) -> tuple[jax.Array, Cache | None]:
+        self, x_BTD: jax.Array, rope: Any, segments_BT: jax.Array, cache: Held | None, layer: Any
+    ) -> tuple[jax.Array, Held | None]:
         c = self.config
         B, T, D = x_BTD.shape
         N, K, H = c.num_attention_heads, c.num_key_value_heads, c.head_dim
@@ -97,7 +99,7 @@ class Attention(nn.Module):
         q_BTNH, k_BTKH, v_BTKH = sharded.by_heads(q_BTNH, k_BTKH, heads("v", K))
         if cache is not None:
             cache = cache.write(layer, k_BTKH, v_BTKH)
-        if cache is not None and cache.slots > T:
+        if isinstance(cache, Pages) or (cache is not None and cache.slots > T):
             out_BTNH = cache.attend(layer, q_BTNH)
         else:  # training, scoring, or what fills a cache at once: all keys are at hand
             out_BTNH = attention.TABLE[self.kernel](q_BTNH, k_BTKH, v_BTKH, segments_BT)
@@ -136,12 +138,12 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        carry: tuple[jax.Array, Cache | None],
+        carry: tuple[jax.Array, Held | None],
         layer: Any,
         rope: Any,
         segments_BT: jax.Array,
         replay_BTA: jax.Array | None = None,
-    ) -> tuple[tuple[jax.Array, Cache | None], None]:
+    ) -> tuple[tuple[jax.Array, Held | None], None]:
         x_BTD, cache = carry
         normed = RMSNorm(self.config.rms_norm_eps, name="attention_norm")(x_BTD)
         mixed, cache = Attention(self.config, self.kernel, self.lora, name="attention")(
@@ -181,13 +183,14 @@ class Qwen3(nn.Module):
         tokens_BT: jax.Array,
         positions_BT: jax.Array,
         segments_BT: jax.Array,
-        cache: Cache | None = None,
+        cache: Held | None = None,
         replay_BTLA: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
+    ) -> tuple[jax.Array, Held | None]:
         """Final hidden states [B, T, D] in `dtype`, and the cache with these tokens written.
 
         With a cache, the tokens go to its next T slots, and attend to what it holds already; as
-        many tokens as it has slots must come to an empty one. A decoding step is T == 1. With
+        many tokens as it has slots must come to an empty one. A decoding step is T == 1. Of pages,
+        `Pages.at` says whose tokens they are; segments then tell padding alone. With
         replay_BTLA (moe.chosen) the sparse layers compute with those experts.
         """
         c = self.config
@@ -202,7 +205,7 @@ class Qwen3(nn.Module):
             x_BTD = embed_VD[tokens_BT].astype(self.dtype)
         x_BTD = sharded.stream(x_BTD)
         rope = rotary(positions_BT, c)
-        if cache is not None:
+        if isinstance(cache, Cache):
             cache = cache.fill(segments_BT > 0)
 
         lora = self.lora if self.is_initializing() or LORA in self.variables else None
@@ -229,7 +232,7 @@ class Qwen3(nn.Module):
                 )
                 carry, _ = one(carry, layer, rope, segments_BT, chosen)
         x_BTD, cache = carry
-        if cache is not None:
+        if isinstance(cache, Cache):
             cache = cache.move(tokens_BT.shape[1])
         return RMSNorm(c.rms_norm_eps, name="final_norm")(x_BTD), cache
 
