@@ -12,8 +12,10 @@ class Costs:
 
     flops: operations of matrix products, those in kernels for attention and experts among them.
     traffic: bytes that instructions read from HBM and write to it: operands and results, of slices
-    only what is cut out or put in. collectives: kind -> (how many, bytes received). open_loops:
-    loops of unknown length, of which one turn counts.
+    and scatters only what is cut out or put in; of the kernel for attention over pages without the
+    pages, of which it reads what the rows' lengths make it (models.qwen3.pages.read_bytes).
+    collectives: kind -> (how many, bytes received). open_loops: loops of unknown length, of which
+    one turn counts.
     """
 
     flops: float
@@ -38,6 +40,9 @@ _FREE = re.compile(
 )
 # What gives a value in another form: inside a fusion it costs nothing.
 _SAME = re.compile(r" (?:parameter|bitcast|convert|copy|reshape|transpose)\(")
+# What changes its first operand where it lies, and which operand it puts in.
+_IN_PLACE = re.compile(r" (dynamic-update-slice|scatter)\(")
+_PUT = {"dynamic-update-slice": 1, "scatter": 2}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -75,7 +80,7 @@ def read(text: str) -> Costs:
     traffic = 0.0
     for times, fused, inside, instruction, rest, lines in walk(entry, 1.0):
         if not fused:
-            traffic += times * _traffic(rest, lines, computations)
+            traffic += times * _traffic(instruction, rest, lines, computations)
         kind = next((k for k in COLLECTIVES if re.search(rf" {k}(-start)?\(", rest)), None)
         if kind:
             # An exchange beside computation is named in every fusion that does a piece of it.
@@ -96,19 +101,26 @@ def read(text: str) -> Costs:
     return Costs(flops, int(traffic), found, open_loops)
 
 
-def _traffic(rest: str, lines: dict[str, str], computations: dict[str, dict[str, str]]) -> float:
+def _traffic(
+    instruction: str,
+    rest: str,
+    lines: dict[str, str],
+    computations: dict[str, dict[str, str]],
+) -> float:
     """Bytes that one instruction of a program, no part of a fusion, moves from and to HBM."""
     if _FREE.search(rest):
         return 0
     results, operands = _results(rest), _operands(rest)
+    if instruction.startswith("ragged_paged_attention_kernel"):
+        operands = operands[:-1]  # the pool is its last
     if " dynamic-slice(" in rest or " gather(" in rest:
         return 2 * results
     if re.search(r" slice(?:-start)?\(", rest):
         return _cut(rest)
     if "-start(" in rest:  # among its results are its operands again
         return results
-    if " dynamic-update-slice(" in rest:
-        return 2 * _results(lines.get(operands[1], ""))
+    if put := _IN_PLACE.search(rest):
+        return 2 * _results(lines.get(operands[_PUT[put.group(1)]], ""))
     inner = re.search(r" fusion\(.*calls=%?([\w.\-]+)", rest)
     body = computations.get(inner.group(1), {}) if inner else {}
     total, rewritten = 0.0, 0.0
@@ -149,8 +161,8 @@ def _slices(
             cut, put = _slices(user, body, computations)
         elif re.search(r" (?:dynamic-slice|slice|gather)\(", rest):
             cut, put = _whole(rest), None
-        elif " dynamic-update-slice(" in rest and operands[0] == name:
-            cut, put = None, _whole(body.get(operands[1], ""))
+        elif (put := _IN_PLACE.search(rest)) and operands[0] == name:
+            cut, put = None, _whole(body.get(operands[_PUT[put.group(1)]], ""))
         else:
             return None, None
         cuts.append(cut)

@@ -82,7 +82,7 @@ def cache_shape(
     rows = max(1, -(-rows // least)) * least
     columns = -(-longest // page)
     held = max(columns, min(tokens // (shards * page), rows // shards * columns))
-    if kind != "plain" and hasattr(pages, "check_page"):
+    if kind != "plain":
         pages.check_page(page, config, mesh.shape["tensor"], jnp.dtype(dtype), kind)
     return CacheShape(kind, dtype, rows, shards, held, page, columns)
 

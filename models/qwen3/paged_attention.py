@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
-_BLOCK = 512  # tokens of a row that `plain` looks at together
-_QUERIES = 512  # and tokens of a line
+_QUERIES = 512  # tokens of a line that `plain` looks at together
 _VMEM = 2**26  # bytes of a TPU's fast memory that the kernel may have
 
 # (q [B, T, N, H], the arrays of a pool, table [R, N] with the layer's pages, length [R],
@@ -92,7 +91,7 @@ def _over_pages(
 ) -> jax.Array:
     """T tokens of each row, the softmax put together from blocks of the row's tokens."""
     (B, T, N, H), (K, _, page, _) = q_BTNH.shape, pools[0].shape
-    count = min(table_BN.shape[1], -(-_BLOCK // page))
+    count = together("plain", page, table_BN.shape[1], decoding=T == 1)
     table_BN = jnp.pad(table_BN, ((0, 0), (0, -table_BN.shape[1] % count)))
     q_KBMH = q_BTNH.reshape(B, T, K, N // K, H).transpose(2, 0, 3, 1, 4).reshape(K, B, -1, H)
     position_BM = jnp.tile(position_BT, (1, N // K))
@@ -129,13 +128,14 @@ def _over_pages(
     return out_KBMH.reshape(K, B, N // K, T, H).transpose(1, 3, 0, 2, 4).reshape(B, T, N, H)
 
 
-def read_together(page: int, columns: int, decoding: bool) -> int:
-    """Pages that the kernel for TPU fetches at a time, of rows that may have `columns`.
+def together(kind: str, page: int, columns: int, decoding: bool) -> int:
+    """Pages that are fetched at a time, of rows that may have `columns`.
 
-    It always fetches so many, also at the end of a row: the more, the better it hides how long
+    It is always so many, also at the end of a row: the more, the better a kernel hides how long
     memory takes to answer; the fewer, the less is fetched in vain. Decoding reads each row once.
     """
-    return min(columns, max(1, (_BLOCK if decoding else 2 * _BLOCK) // page))
+    tokens = {"gpu": 128, "ragged": 512 if decoding else 1024, "plain": 512}[kind]
+    return min(columns, max(1, tokens // page))
 
 
 def ragged(
@@ -169,7 +169,7 @@ def ragged(
         sm_scale=q_BTNH.shape[3] ** -0.5,
         k_scale=scale,
         v_scale=scale,
-        num_kv_pages_per_block=read_together(pool.shape[1], columns, decoding),
+        num_kv_pages_per_block=together("ragged", pool.shape[1], columns, decoding),
         # Products of a block of tokens with a row's that only one of them may see: in decoding few.
         num_queries_per_block=8 if decoding else min(128, max(32, 1024 // N)),
         vmem_limit_bytes=_VMEM,
@@ -194,9 +194,9 @@ def gpu(
     keys, values, *scales = pools
     row_B = row_BT[:, 0]
     table_BN = table_RN[jnp.maximum(row_B, 0)]
-    together = max(1, 128 // keys.shape[2])
-    splits = min(16, -(-table_BN.shape[1] // together))
-    table_BN = jnp.pad(table_BN, ((0, 0), (0, -table_BN.shape[1] % (splits * together))))
+    count = together("gpu", keys.shape[2], table_BN.shape[1], decoding=True)
+    splits = min(16, -(-table_BN.shape[1] // count))
+    table_BN = jnp.pad(table_BN, ((0, 0), (0, -table_BN.shape[1] % (splits * count))))
     out_BNH = paged_attention(
         q_BTNH[:, 0] * q_BTNH.shape[3] ** -0.5,
         keys,
@@ -204,7 +204,7 @@ def gpu(
         table_BN,
         jnp.where(row_B < 0, 0, position_BT[:, 0] + 1),
         *scales,
-        pages_per_compute_block=together,
+        pages_per_compute_block=count,
         k_splits=splits,
         interpret=interpret,
     )

@@ -12,17 +12,19 @@ heads, H head dim, C pages to copy.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from models.errors import UserError
 from models.qwen3 import paged_attention, sharded
 from models.qwen3.config import Config
 
-KINDS = ("ragged", "gpu", "plain")
+_FAST = 2**25  # bytes of a TPU's fast memory for two pages
+KINDS = {"tpu": "ragged", "gpu": "gpu", "cuda": "gpu"}  # by platform; of others "plain"
 
 
 @jax.tree_util.register_dataclass
@@ -165,23 +167,30 @@ class Pages:
         )
 
     def copy(self, source_XC: jax.Array, target_XC: jax.Array) -> "Pages":
-        """With page target_XC[x, c] of part x as page source_XC[x, c] was, in every layer, in
-        place; below 0: none. No page may be the target twice."""
+        """With page target_XC[x, c] of part x as page source_XC[x, c] is, in every layer, in place;
+        below 0: none. No target is a source, too.
+
+        One page after the other: of a scatter of whole pages TPU compilers make a copy of the pool.
+        """
+        axis = 1 if self.kind == "ragged" else 2
 
         def local(pools: Any, source_XC: Any, target_XC: Any) -> Any:
-            source_C, target_C = source_XC[0], target_XC[0]
-            none_C = (source_C < 0) | (target_C < 0)
-            past_C = self.layers * self.pages + jnp.arange(len(source_C), dtype=jnp.int32)
+            none_C = (source_XC[0] < 0) | (target_XC[0] < 0)
+            source_C, target_C = (jnp.where(none_C, 0, x[0]) for x in (source_XC, target_XC))
 
-            def one(layer: Any, pools: Any) -> Any:
-                from_C = jnp.where(none_C, 0, source_C + layer * self.pages)
-                to_C = jnp.where(none_C, past_C, target_C + layer * self.pages)
-                options: Any = {"mode": "drop", "unique_indices": True}
-                if self.kind == "ragged":
-                    return tuple(x.at[0, to_C].set(x[0, from_C], **options) for x in pools)
-                return tuple(x.at[0, :, to_C].set(x[0, :, from_C], **options) for x in pools)
+            def one(c: Any, pools: Any) -> Any:
+                pages = (jax.lax.dynamic_slice_in_dim(x, source_C[c], 1, axis + 1) for x in pools)
+                return tuple(
+                    jax.lax.dynamic_update_slice_in_dim(x, page, target_C[c], axis + 1)
+                    for x, page in zip(pools, pages, strict=True)
+                )
 
-            return jax.lax.fori_loop(0, self.layers, one, pools)
+            split = tuple(
+                x.reshape(*x.shape[:axis], self.layers, self.pages, *x.shape[axis + 1 :])
+                for x in pools
+            )
+            split = jax.lax.fori_loop(0, len(source_C), one, split)
+            return tuple(x.reshape(old.shape) for x, old in zip(split, pools, strict=True))
 
         copied = self._per_part(local, (self._specs(), _ROWS, _ROWS), self._specs())(
             self._arrays(), source_XC, target_XC
@@ -249,3 +258,57 @@ def _constrained(x: jax.Array, kind: str) -> jax.Array:
     if not sharded.axes("batch"):
         return x
     return jax.lax.with_sharding_constraint(x, _partition(_names(kind, x.ndim)))
+
+
+def check_page(
+    page: int, config: Config, tensor: int, dtype: jnp.dtype, kind: str, field: str
+) -> None:
+    """Raises UserError, naming `field`, if such pages cannot be read where `tensor` devices share
+    the heads."""
+    K, H = config.num_key_value_heads // tensor, config.head_dim
+    cannot = {"a page holds at least one token": page < 1}
+    if kind == "ragged":
+        # Keys and values lie beside each other, in words of 32 bits and these in whole tiles.
+        words, rest = divmod(2 * K * dtype.itemsize, 4)
+        tiled = not rest and (words in (1, 2, 4) or words % 8 == 0)
+        cannot |= {
+            f"the kernel for TPU takes no head_dim={H}, only multiples of 128": H % 128 > 0,
+            "the kernel for TPU takes no int8, which needs a scale for each token; "
+            "float8_e4m3fn does without": dtype == jnp.int8,
+            f"the kernel for TPU cannot take {K} key/value heads a device in {dtype.name}": not tiled,
+            f"pages of {page} tokens do not fit the fast memory": 4 * page * words * H * 2 > _FAST,
+        }
+    elif kind == "gpu":
+        cannot |= {
+            f"the kernel for GPU takes pages of 16, 32, 64 or 128 tokens, not {page}": page
+            not in (16, 32, 64, 128),
+            f"the kernel for GPU takes no head_dim={H}": H < 16 or H & (H - 1) > 0,
+            f"pages for GPU are not of {dtype.name}; int8 has 8 bits, too": dtype.itemsize == 1
+            and dtype != jnp.int8,
+        }
+    for reason, true in cannot.items():
+        if true:
+            raise UserError(f"{field}: {reason}")
+
+
+def token_bytes(config: Config, tensor: int, dtype: jnp.dtype) -> int:
+    """What the keys and values of one token take on each of the devices that share the heads."""
+    scale = 4 if dtype == jnp.int8 else 0
+    heads = config.num_hidden_layers * config.num_key_value_heads // tensor
+    return 2 * heads * (config.head_dim * dtype.itemsize + scale)
+
+
+def read_bytes(lengths: Iterable[int], page: int, columns: int, token: int, kind: str) -> int:
+    """What a decoding step reads of a device's pool, for rows of these lengths, their newest token
+    included, under a table of `columns` pages a row; `token`: `token_bytes`.
+
+    Kernels fetch several pages together, also where a row ends, and of a row that is not in use
+    (0) TPU's reads as much as of one token. Without a kernel every row is read as far as the
+    longest."""
+    lengths = list(lengths)
+    together = page * paged_attention.together(kind, page, columns, decoding=True)
+    if kind == "plain":
+        lengths = [max(lengths)] * len(lengths)
+    elif kind == "ragged":
+        lengths = [max(1, n) for n in lengths]
+    return token * sum(-(-n // together) * together for n in lengths)
