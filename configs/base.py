@@ -152,11 +152,18 @@ def stage(objective: str) -> ConfigDict:
 
     # How the device samples; what is sampled does not depend on it.
     c.rollout = ConfigDict()
-    c.rollout.slots = 0  # rows that decode at once; below batch_size, ended ones make room; 0: all
+    # Rows that decode at once; ended ones make room for those waiting. 0: as many as the cache
+    # allows, which is three times the longest rows that it holds, and no more than there are.
+    c.rollout.slots = 0
     c.rollout.segment = 64  # tokens a row between two looks of the host at which rows have ended
-    c.rollout.chunk = 2048  # tokens of prompts read in one call; bounds its memory
-    c.rollout.cache_tokens = 0  # most slots x tokens of the cache; 0: slots x longest row
-    c.rollout.cache_dtype = ""  # bfloat16 or int8: less memory, less exact; "": student.dtype
+    c.rollout.chunk = 512  # tokens of prompts that each part of the rows reads in one call
+    # Tokens that the cache holds on all devices; below 1: the share of the memory that is left by
+    # what the run keeps and the weights that decode. 0: 0.8; on CPUs as many as rows may have. When
+    # it is full, the youngest rows wait, and read again what they have.
+    c.rollout.cache_tokens = 0.0
+    c.rollout.page = 0  # tokens of a page of the cache; 0: 128
+    # bfloat16, float8_e4m3fn (TPU) or int8 (GPU, CPU): less memory, less exact; "": student.dtype
+    c.rollout.cache_dtype = ""
     # Of the copy of the weights that decodes; "": student.dtype. bfloat16, or in 8 bits int8 or
     # float8_e4m3fn, made on the device each step: faster, but the sampler is then another policy
     # than the trainer (metric train/sampler_delta), which importance ratios correct for.

@@ -136,7 +136,7 @@ def rows_of(c: ConfigDict, name: str, topology: str, mesh: Mesh, apart: Mesh) ->
             raise TooLarge("what the run keeps", sum(of.values()) / GIB, largest[at])
     found = []
     with mesh_lib.use(mesh), jax.default_matmul_precision(None):
-        calls = programs.of_stage(c, s, loss, sampled, models, mesh)
+        calls = programs.of_stage(c, s, loss, sampled, models, mesh, chip.hbm_gib * GIB)
     for call in calls:
         at = call.mesh or mesh
         beside = sum(size for of, size in kept[at].items() if of not in call.holds) + call.beside

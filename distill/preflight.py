@@ -12,13 +12,24 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from distill import benchmarks, chat, data, examples, generate, metrics, policy, programs, stages
+from distill import (
+    benchmarks,
+    chat,
+    data,
+    examples,
+    generate,
+    metrics,
+    policy,
+    programs,
+    rollout,
+    stages,
+)
 from distill import mesh as mesh_lib
 from distill import teacher as teacher_lib
 from distill.policy import Policy
 from distill.prepare import Plan, Stage
 from distill.validate import Validation
-from models.qwen3 import quantised
+from models.qwen3 import pages, quantised
 from models.qwen3.model import Params
 
 ROWS, TOKENS = 2, 60  # rows of a stage that are shown; tokens at each end of a longer part
@@ -263,12 +274,11 @@ def _sampling(stage: Stage, student: Policy) -> float:
     s, config, mesh = stage.c, student.config, mesh_lib.decoding(policy.mesh_of(student))
     item = jnp.dtype(student.model.dtype).itemsize
     shards = mesh.shape["tensor"] if s.rollout.gathered else mesh.size
-    slots = -(-min(s.rollout.slots or s.batch_size, s.batch_size) // mesh_lib.row_shards(mesh))
-    longest = s.max_prompt_tokens + s.max_response_tokens
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    cached = 1 if s.rollout.cache_dtype == "int8" else item
-    cache = slots * longest * token * cached / mesh.shape["tensor"]
-    return config.num_parameters * item / shards + cache
+    options = stages.rollout_options(s)
+    dtype = jnp.dtype(student.model.dtype).name
+    shape = rollout.cache_shape(options, config, mesh, dtype, stage.sampled, options.longest)
+    token = pages.token_bytes(config, mesh.shape["tensor"], jnp.dtype(shape.dtype))
+    return config.num_parameters * item / shards + shape.pages * shape.page * token
 
 
 def _activations(stage: Stage, plan: Plan) -> float:

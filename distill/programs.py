@@ -15,11 +15,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from distill import engine, losses, optim, policy, prepare, slots, stages, teacher, update
+from distill import losses, optim, policy, prepare, rollout, stages, teacher, update
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.policy import Policy
-from models.qwen3 import model
+from distill.rollout import decode
+from models.qwen3 import model, pages
 from models.qwen3.config import Config
 
 
@@ -41,7 +42,8 @@ class Call:
     the formula that one call computes, over all devices: no recomputation, no padding of a mask.
     holds: of what the run keeps on the devices, the names that are among its arguments. beside:
     bytes that lie on each device beside it and what the run keeps. mesh: where it runs, if not
-    where the student is; `lower` is to be called within its use.
+    where the student is; `lower` is to be called within its use. reads: bytes of memory that a
+    kernel reads in a call, of which the compiled text says nothing.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Call:
     holds: tuple[str, ...]
     beside: int = 0
     mesh: Mesh | None = None
+    reads: int = 0
 
 
 def bytes_of(tree: Any) -> int:
@@ -123,11 +126,18 @@ def operations(config: Config, tokens: float, context: float, head: bool) -> flo
 
 
 def of_stage(
-    c: ConfigDict, s: ConfigDict, loss: losses.Loss, sampled: int, models: Models, mesh: Mesh
+    c: ConfigDict,
+    s: ConfigDict,
+    loss: losses.Loss,
+    sampled: int,
+    models: Models,
+    mesh: Mesh,
+    limit: float | None = None,
 ) -> list[Call]:
     """The programs of one step of a stage, in their order.
 
     To be called, and its results lowered, within `mesh_lib.use(mesh)`, or of the call's own mesh.
+    limit: bytes of memory that a device has, where that is known.
     """
     student, rows = models.student, mesh_lib.rows(mesh)
     B, T = s.batch_size, s.pack_tokens or s.max_prompt_tokens + s.max_response_tokens
@@ -143,7 +153,8 @@ def of_stage(
     if sampled == B:
         changes = {"sampler_logp_BT": array("float32", T), "finished_B": array("bool")}
         batch = dataclasses.replace(batch, **changes)
-    calls, heads = _sampling(s, sampled, models, mesh) if sampled else [], ()
+    room = cache_room(c, s, models, mesh, limit) if limit and sampled else None
+    calls, heads = _sampling(s, sampled, models, mesh, room) if sampled else [], ()
     if loss.teacher and models.teachers:
         room = s.context.max_tokens if s.context.text or s.context.column else 0
         told, at_BT = (read(T + room), array("int32", T)) if room else (batch, None)
@@ -208,51 +219,71 @@ def _reference(models: Models, batch: Batch, logits_mib: float) -> Call:
     )
 
 
-def _sampling(s: ConfigDict, sampled: int, models: Models, mesh: Mesh) -> list[Call]:
-    """What sampling runs, on the devices of `mesh`: the weights as it reads them, the prompts, and
-    one segment."""
-    student, options = models.student, stages.rollout_options(s)
+def cache_room(c: ConfigDict, s: ConfigDict, models: Models, mesh: Mesh, limit: float) -> int:
+    """Tokens that the sampler's cache could hold on all devices of the student's mesh, each with
+    `limit` bytes, beside what the run keeps and the copy of the weights that decodes."""
     mesh = mesh_lib.decoding(mesh)
-    shards = mesh_lib.row_shards(mesh)
-    trained = models.trained
-    if student.model.lora:  # merged with its base before
-        trained = cast(mesh_lib.parameters(student.config, mesh), student.model.dtype)
-    stacked = engine.prefers_stacked(mesh)
+    decoder, read_from = _decoder(s, 1, models, mesh, None)
+    left = limit - sum(held(c, models, s).values()) - bytes_of(read_from)
+    dtype = jnp.dtype(decoder.cache.dtype)
+    token = pages.token_bytes(models.student.config, mesh.shape["tensor"], dtype)
+    return max(0, int(left)) // token * mesh_lib.row_shards(mesh)
+
+
+def _decoder(
+    s: ConfigDict, sampled: int, models: Models, mesh: Mesh, room: int | None
+) -> tuple[decode.Decoder, Any]:
+    """What the sampler's programs are compiled for, and the shapes of the weights that decode."""
+    student, options = models.student, stages.rollout_options(s, room)
+    stacked = decode.prefers_stacked(mesh)
     qwen3 = student.model.clone(scan=stacked, remat=False, lora=None)
+    config, dtype = student.config, jnp.dtype(qwen3.dtype).name
+    shape = rollout.cache_shape(options, config, mesh, dtype, sampled, options.longest)
+    decoder = decode.Decoder(qwen3, stages.sampling(s), student.stop_ids, shape, options.segment, 0)
     rules = mesh_lib.GATHERED if options.gathered else mesh_lib.RULES
-    as_read = (mesh, rules, stacked, options.param_dtype)
-    dtype = options.cache_dtype or jnp.dtype(qwen3.dtype).name
-    decoder = engine.Decoder(qwen3, stages.sampling(s), student.stop_ids, dtype, options.segment, 0)
-    count = slots.sizes(min(options.slots, sampled), engine.least_rows(mesh))[0]
-    width = options.longest
-    if options.cache_tokens:
-        least = engine.least_rows(mesh)
-        count = min(count, options.cache_tokens // width // least * least)
-    chunk = slots.prompt_width(s.max_prompt_tokens, options.chunk)
-    chunk, long = min(chunk, options.chunk), chunk
-    together = max(1, options.chunk // chunk // shards) * shards
+    with mesh_lib.use(mesh):
+        read_from = _weights(
+            student, qwen3, _merged(models, mesh), mesh, rules, stacked, options.param_dtype
+        )
+    return decoder, read_from
+
+
+def _merged(models: Models, mesh: Mesh) -> Any:
+    """What the sampler's weights are made of: what is trained, a LoRA merged with its base."""
+    if not models.student.model.lora:
+        return models.trained
+    return cast(mesh_lib.parameters(models.student.config, mesh), models.student.model.dtype)
+
+
+def _sampling(
+    s: ConfigDict, sampled: int, models: Models, mesh: Mesh, room: int | None
+) -> list[Call]:
+    """What sampling runs, on the devices of `mesh`: all that distill/rollout calls."""
+    student, options = models.student, stages.rollout_options(s, room)
+    mesh = mesh_lib.decoding(mesh)
+    decoder, read_from = _decoder(s, sampled, models, mesh, room)
+    shape, config = decoder.cache, student.config
+    rules = mesh_lib.GATHERED if options.gathered else mesh_lib.RULES
+    as_read = (decoder.qwen3, _merged(models, mesh), mesh, rules, decoder.qwen3.scan)
     replicated = mesh_lib.replicated(mesh)
+    X, N = shape.shards, shape.columns
 
     def told(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated)
 
-    def prepared() -> Any:
-        return engine.for_decoding.lower(qwen3, trained, *as_read)
+    def state(rows: int) -> Any:
+        sized = dataclasses.replace(shape, rows=rows, pages=rows // X)
+        of = dataclasses.replace(decoder, cache=sized if rows != shape.rows else shape)
+        return like(decode.init_state, of)
 
-    with mesh_lib.use(mesh):
-        read_from = _weights(student, qwen3, trained, *as_read)
-        cache = like(engine.empty_cache, decoder, together, long)
-        state = like(engine.empty, decoder, count, width)
+    def prefill(T: int) -> Callable[[], Any]:
+        R = shape.rows // X
+        given = (told(3, X, T), told(X * R, N), told(X * R), told(X, R + 1))
+        return lambda: decode.prefill.lower(decoder, read_from, state(shape.rows), *given)
 
-    def prompts() -> Any:
-        return engine.read.lower(decoder, read_from, cache, told(2, together, chunk))
-
-    def decode() -> Any:
-        return engine.decode.lower(decoder, read_from, state, told(2), told(count))
-
-    P, R = s.max_prompt_tokens, s.max_response_tokens
-    pieces = -(-P // chunk) * -(-(sampled // s.samples) // together)
-    base = ("parameters", *(("base",) if student.model.lora else ()))
+    def segment(rows: int) -> Callable[[], Any]:
+        given = (told(2), told(len(decode.ABOUT), rows), told(rows, N), told(2, X, rows // X))
+        return lambda: decode.decode.lower(decoder, read_from, state(rows), *given)
 
     def within(lower: Callable[[], Any]) -> Callable[[], Any]:
         def inner() -> Any:
@@ -261,25 +292,47 @@ def _sampling(s: ConfigDict, sampled: int, models: Models, mesh: Mesh) -> list[C
 
         return inner
 
-    return [
-        Call("weights", within(prepared), 1, 0.0, base),
+    P, R = s.max_prompt_tokens, s.max_response_tokens
+    base = ("parameters", *(("base",) if student.model.lora else ()))
+    copy = bytes_of(read_from)
+    turns = R * -(-sampled // shape.rows)
+    reads = pages.read_bytes(
+        [P + R // 2] * (shape.rows // X),
+        shape.page,
+        N,
+        pages.token_bytes(config, mesh.shape["tensor"], jnp.dtype(shape.dtype)),
+        shape.kind,
+    )
+    calls = [
         Call(
-            "prompts",
-            within(prompts),
-            pieces,
-            operations(student.config, together * chunk, (P + 1) / 2, head=False),
-            (),
-            bytes_of(state),
+            "weights",
+            within(lambda: decode.for_decoding.lower(*as_read, options.param_dtype)),
+            1,
+            0.0,
+            base,
         ),
-        Call(
-            "decode",
-            within(decode),
-            R * -(-sampled // count),
-            operations(student.config, count, P + R / 2, head=True),
-            (),
-            bytes_of(cache),
-        ),
+        Call("cache", within(lambda: decode.init_state.lower(decoder)), 1, 0.0, (), copy),
     ]
+    few, *many = rollout.line_sizes(options, shape)
+    tokens = P * sampled // s.samples
+    for T in (few, *many):
+        read = -(-tokens // (T * X)) if (many or [few])[-1] == T else 0
+        useful = operations(config, X * T, (P + 1) / 2, head=False)
+        name = "prompts" if read else "few prompts"
+        calls.append(Call(name, within(prefill(T)), read, useful, ()))
+    useful = operations(config, shape.rows, P + R / 2, head=True)
+    calls.append(Call("decode", within(segment(shape.rows)), turns, useful, (), reads=reads))
+    less = rollout.fewer_rows(shape)
+    if less:
+        moved = lambda: decode.resize.lower(state(shape.rows), told(X, less // X))  # noqa: E731
+        useful = operations(config, less, P + R / 2, head=True)
+        calls.append(Call("fewer rows", within(moved), 0, 0.0, (), copy))
+        calls.append(Call("decode fewer", within(segment(less)), 0, useful, ()))
+    if decoder.sampling.presence_penalty:
+        given = told(shape.rows), told(2, rollout.REMEMBER)
+        noted = lambda: decode.remember.lower(state(shape.rows), *given)  # noqa: E731
+        calls.append(Call("remember", within(noted), 0, 0.0, (), copy))
+    return calls
 
 
 def _weights(
@@ -287,7 +340,7 @@ def _weights(
 ) -> Any:
     """Within `use`: shapes of the weights that decode, in the dtype `kind` ("": the model's)."""
     if not stacked:
-        return like(engine.for_decoding, qwen3, trained, mesh, rules, stacked, kind)
+        return like(decode.for_decoding, qwen3, trained, mesh, rules, stacked, kind)
     shapes = mesh_lib.parameters(student.config, mesh, rules=rules)
     shaped = dataclasses.replace(student, params=shapes)
     return policy.loaded(shaped, kind or jnp.dtype(qwen3.dtype).name)

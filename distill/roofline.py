@@ -37,8 +37,9 @@ def row(call: programs.Call, program: aot.Program, beside: int, chip: aot.Chip, 
     """A program's row, on one of `count` devices."""
     useful = call.useful / count
     times = {"compute": max(program.flops or 0, useful) / (chip.bf16_tflops * 1e12)}
-    if program.traffic is not None:
-        times["HBM"] = program.traffic / (chip.hbm_gbs * 1e9)
+    traffic = None if program.traffic is None else program.traffic + call.reads
+    if traffic is not None:
+        times["HBM"] = traffic / (chip.hbm_gbs * 1e9)
     if program.collectives:
         received = sum(size for _, size in program.collectives.values())
         times["interconnect"] = received / (chip.ici_gbs * 1e9)
@@ -54,7 +55,7 @@ def row(call: programs.Call, program: aot.Program, beside: int, chip: aot.Chip, 
         temporaries=program.temporaries,
         useful=useful,
         compiled=program.flops,
-        traffic=program.traffic,
+        traffic=traffic,
         collectives=program.collectives,
         seconds=times[bound] * call.turns,
         bound=bound,

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -14,6 +15,7 @@ from models.qwen3.lora import LoRA
 
 # Share of rows that the student writes, where an objective does not mean all of them.
 ON_POLICY = {"sft": 0.0, "distill": 0.0, "gkd": 0.5}
+SHARE = 0.8  # of the memory that is left, for the cache
 GROUPS = ("keep", "drop", "replace")  # what becomes of groups whose rewards are all equal
 
 
@@ -130,18 +132,14 @@ def check(
             raise UserError(f"config.{name}.{field}={s[field]}: must be at least 1")
     if s.rollout.budget < 0:
         raise UserError(f"config.{name}.rollout.budget={s.rollout.budget}: must be 0 (off) or more")
+    total = s.max_prompt_tokens + s.max_response_tokens
     try:
         options = rollout_options(s)
+        decoding, dtype = mesh_lib.decoding(mesh), jnp.dtype(student.model.dtype).name
+        rollout.cache_shape(options, student.config, decoding, dtype, max(1, sampled), total)
     except UserError as error:
         raise UserError(f"config.{name}.rollout.{error}") from None
     sampling(s).require(student.config.vocab_size)  # the former refuses what is no distribution
-    total = s.max_prompt_tokens + s.max_response_tokens
-    room = options.room(mesh_lib.decoding(mesh))
-    if room < total:
-        raise UserError(
-            f"config.{name}.rollout.cache_tokens={options.cache_tokens}: leaves {room} tokens for "
-            f"a row, which may have max_prompt_tokens + max_response_tokens = {total}"
-        )
     for reader, more in [(student, 0), *((reader, context_room) for reader in teachers)]:
         limit, what = reader.config.context_length, " + context.max_tokens" if more else ""
         if total + more > limit:
@@ -211,15 +209,22 @@ def logits_mib(c: ConfigDict, mesh: Mesh) -> float:
     return (c.logits_mib or (1024.0 if mesh_lib.on_gpu(mesh) else 128.0)) * mesh.size
 
 
-def rollout_options(s: ConfigDict) -> rollout.Options:
-    """How the device samples a stage's rows."""
+def rollout_options(s: ConfigDict, room: int | None = None) -> rollout.Options:
+    """How the device samples a stage's rows.
+
+    room: tokens that the cache could hold beside all else, where that is known.
+    """
     r = s.rollout
+    tokens = int(r.cache_tokens)
+    if r.cache_tokens < 1 and room is not None:  # a share of it
+        tokens = int((r.cache_tokens or SHARE) * room)
     return rollout.Options(
-        slots=r.slots or s.batch_size,
+        slots=r.slots,
         longest=s.max_prompt_tokens + s.max_response_tokens,
         segment=r.segment,
         chunk=r.chunk,
-        cache_tokens=r.cache_tokens,
+        cache_tokens=tokens,
+        page=r.page,
         cache_dtype=r.cache_dtype,
         param_dtype=r.param_dtype,
         gathered=r.gathered,

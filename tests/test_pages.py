@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +10,8 @@ import pytest
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
 from distill import mesh as mesh_lib
-from models.qwen3 import pages as pages_lib
 from models.qwen3 import paged_attention
+from models.qwen3 import pages as pages_lib
 from models.qwen3.config import SIZES
 
 L, K, N, H, PAGE = 2, 4, 8, 16, 4

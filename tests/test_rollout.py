@@ -77,10 +77,10 @@ def eight(params):
     return sample(params, prompts(8), range(8))
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-def test_sampler_equals_scorer(params, stacked):
+@pytest.mark.parametrize("kind", ["slabs", "plain"])
+def test_sampler_equals_scorer(params, kind):
     """Recorded log-probs are those of one plain forward, under random prompt lengths."""
-    batch = sample(params, prompts(8), range(8), stacked=stacked)
+    batch = sample(params, prompts(8), range(8), kind=kind, page=8)
     stats = jax.jit(
         lambda b: head.token_stats(
             forward.hidden(QWEN3, params, b),
@@ -96,7 +96,8 @@ def test_sampler_equals_scorer(params, stacked):
 
 
 def test_layouts_draw_the_same_tokens(params, eight):
-    assert responses(sample(params, prompts(8), range(8), stacked=True)) == responses(eight)
+    pages = sample(params, prompts(8), range(8), kind="plain", page=8, stacked=True)
+    assert responses(pages) == responses(eight)
 
 
 def test_a_row_is_independent_of_its_company(params, eight):
@@ -137,11 +138,11 @@ def test_positions_count_real_tokens(eight):
         np.testing.assert_array_equal(real, np.arange(len(real)))
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-def test_meshes_draw_the_same_tokens(loose, eight, stacked):
+@pytest.mark.parametrize("kind", ["slabs", "plain"])
+def test_meshes_draw_the_same_tokens(loose, eight, kind):
     mesh = mesh_lib.make(1, 2, 4)
     with mesh_lib.use(mesh):
-        batch = sample(placed(loose, mesh), prompts(8), range(8), stacked=stacked)
+        batch = sample(placed(loose, mesh), prompts(8), range(8), kind=kind, page=8)
     assert responses(batch) == responses(eight)
     np.testing.assert_allclose(
         np.asarray(batch.sampler_logp_BT), np.asarray(eight.sampler_logp_BT), atol=1e-4

@@ -1,7 +1,8 @@
 """From prompts to sequences: what is sampled, by which programs, in which order."""
 
 from distill.rollout.buffer import AsyncRollouts, PartialRollouts
-from distill.rollout.options import Options
+from distill.rollout.engine import REMEMBER
+from distill.rollout.options import Options, cache_shape, fewer_rows, line_sizes
 from distill.rollout.sampler import (
     bucket,
     complete,
@@ -14,14 +15,18 @@ from distill.rollout.sequence import Sequence
 from distill.sampling import Sampling
 
 __all__ = [
+    "REMEMBER",
     "AsyncRollouts",
     "Options",
     "PartialRollouts",
     "Sampling",
     "Sequence",
     "bucket",
+    "cache_shape",
     "complete",
     "expand_prompts",
+    "fewer_rows",
+    "line_sizes",
     "row_keys",
     "sample",
     "to_batch",

@@ -11,12 +11,11 @@ from jax.sharding import Mesh
 
 from distill import mesh as mesh_lib
 from distill.rollout import decode
-from distill.rollout.options import Options, line_sizes
+from distill.rollout.options import Options, fewer_rows, line_sizes
 from distill.rollout.scheduler import Scheduler, Seat
 from distill.rollout.sequence import Sequence
 from models.qwen3.model import Params
 
-SHRINK = 4  # of slabs: once none are waiting, this part of the rows decode on when they are enough
 REFILL = 16  # part of the rows that must be free before a segment ends for the sequences waiting
 
 REMEMBER = 1024  # tokens told at once of sequences that go on under a presence penalty
@@ -121,7 +120,7 @@ class Engine:
         """Of slabs: goes on with fewer rows, once so few are left that these hold them."""
         few = self.fewer()
         most = max(len(list(self.scheduler.live(shard))) for shard in range(self.shards))
-        if few is None or self.scheduler.queue or most > few:
+        if not few or self.scheduler.queue or most > few:
             return
         assert self.state is not None
         rows_XR = self.scheduler.shrink(few)
@@ -129,11 +128,10 @@ class Engine:
         self.rows = few
         self.counts["resizes"] += 1
 
-    def fewer(self) -> int | None:
-        """The rows of a shard that the last sequences decode on with, if these are fewer."""
-        shape = self.decoder.cache
-        few = -(-(shape.rows // shape.shards) // SHRINK)
-        return few if shape.kind == "slabs" and few < self.rows else None
+    def fewer(self) -> int:
+        """The rows of a shard that the last sequences decode on with; 0: no fewer than now."""
+        few = fewer_rows(self.decoder.cache) // self.shards
+        return few if few < self.rows else 0
 
     def decode(self, budget: int | None) -> decode.DecodeOutput:
         """Starts a segment; it ends early when there is something that the host could do."""
@@ -142,7 +140,7 @@ class Engine:
         free, bound = size - len(seats), size
         if self.scheduler.queue:
             bound = free + max(1, size // REFILL)
-        elif (few := self.fewer()) is not None:
+        elif few := self.fewer():
             bound = max(size - self.shards * few, free + 1)
         steps = self.decoder.segment
         if budget is not None:
@@ -276,4 +274,4 @@ class Engine:
         if self.mesh.size > 1 and jax.default_backend() == "cpu":
             # XLA deadlocks on several CPU devices where programs with collectives that do not
             # depend on each other queue up on few cores.
-            jax.block_until_ready(self.state.cache)
+            jax.block_until_ready(self.state)

@@ -15,6 +15,7 @@ from models.qwen3.config import Config
 
 CACHE_DTYPES = (*DTYPES, "int8", "float8_e4m3fn")
 PAGE = 128  # tokens
+SHRINK = 4  # of slabs: the part of the rows that the last sequences decode on with
 CROWD = 3  # times the longest sequences that a pool holds: how many sequences decode from it
 
 
@@ -76,15 +77,24 @@ def cache_shape(
     tokens = options.cache_tokens or (options.slots or count) * longest
     rows = min(options.slots or CROWD * tokens // longest, count)
     if kind == "slabs":
+        if jnp.dtype(dtype).itemsize == 1 and dtype != "int8":
+            raise UserError(f"cache_dtype={dtype}: is of pages; slabs, on CPUs, take int8")
         rows = max(least, min(-(-rows // least) * least, tokens // longest // least * least))
         return CacheShape(kind, dtype, rows, shards, rows // shards, longest, 1)
     page = options.page or PAGE
     rows = max(1, -(-rows // least)) * least
     columns = -(-longest // page)
     held = max(columns, min(tokens // (shards * page), rows // shards * columns))
+    field = f"page={page}" if not options.cache_dtype else f"page={page}, cache_dtype={dtype}"
     if kind != "plain":
-        pages.check_page(page, config, mesh.shape["tensor"], jnp.dtype(dtype), kind)
+        pages.check_page(page, config, mesh.shape["tensor"], jnp.dtype(dtype), kind, field)
     return CacheShape(kind, dtype, rows, shards, held, page, columns)
+
+
+def fewer_rows(shape: CacheShape) -> int:
+    """Of slabs: the rows that the last sequences decode on with, once they are enough; 0: all."""
+    few = -(-(shape.rows // shape.shards) // SHRINK) * shape.shards
+    return few if shape.kind == "slabs" and few < shape.rows else 0
 
 
 def line_sizes(options: Options, shape: CacheShape) -> tuple[int, ...]:

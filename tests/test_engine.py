@@ -1,4 +1,4 @@
-"""Slots: rows come and go, are parked and go on, and every one is drawn as if it were alone."""
+"""Decoding: sequences come and go, are parked and go on, each drawn as if it were alone."""
 
 import copy
 import dataclasses
@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from jax._src import monitoring
 
-from distill import engine, forward, head, losses, rollout, slots
+from distill import forward, head, losses, rollout
 from distill import mesh as mesh_lib
-from distill.rollout import Options, Sequence
+from distill.rollout import Options, Sequence, decode
+from distill.rollout import options as options_lib
 from distill.sampling import Sampling
 from models.errors import UserError
-from models.qwen3 import model
+from models.qwen3 import model, slabs
 from models.qwen3.config import Config
 
 CONFIG = Config(
@@ -38,13 +39,14 @@ QWEN3 = model.Qwen3(CONFIG)
 STOPS = (3, 7)
 P, R = 24, 40
 SMALL = Options(slots=8, longest=P + R, segment=8, chunk=32)
+PAGES = dataclasses.replace(SMALL, kind="plain", page=8)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def narrow():
-    """So that short rows, too, go through two widths of the cache."""
+    """So that short rows, too, lie in several blocks of a slab."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slots, "NARROWEST", 32)
+        patch.setattr(slabs, "NARROWEST", 16)
         yield
 
 
@@ -118,23 +120,35 @@ def close(found: list[list[float]], expected: list[list[float]], tolerance: floa
 
 @pytest.fixture(scope="module")
 def plain() -> list[Sequence]:
-    """What 32 rows of 8 prompts draw as one static batch."""
-    return run(ask(8, 4), Options(slots=32, static=True))
+    """What 32 rows of 8 prompts draw, all at once."""
+    return run(ask(8, 4), Options(slots=32))
+
+
+ONE, EIGHT, CONTEXT = (1, 1, 1), (1, 2, 4), (1, 1, 2, 1, 2)
 
 
 @pytest.mark.parametrize(
-    ("shape", "stacked"), [((1, 1, 1), False), ((1, 2, 4), True), ((1, 1, 2, 1, 2), True)]
+    ("kind", "shape", "stacked"),
+    [
+        ("slabs", ONE, False),
+        ("slabs", EIGHT, False),
+        ("plain", ONE, True),
+        ("plain", EIGHT, True),
+        ("plain", CONTEXT, False),
+    ],
 )
-def test_sampler_equals_scorer(plain, shape, stacked) -> None:
-    """Under refills, shared prompts, a prompt in pieces, rows parked for want of room, and rows
-    that a budget stopped and that went on."""
-    options = Options(8, P + R, 8, chunk=16, cache_tokens=200, stacked=stacked)
+def test_sampler_equals_scorer(plain, kind, shape, stacked) -> None:
+    """Under refills, shared prompts, a prompt in pieces, sequences parked for want of room, and
+    some that a budget stopped and that went on."""
+    page = 4 if kind == "plain" else 0
+    tight = 200 if kind == "plain" else 0
+    options = Options(8, P + R, 8, 16, cache_tokens=tight, page=page, kind=kind, stacked=stacked)
     counts: Counter[str] = Counter()
     rows = run(ask(8, 4), options, shape, budget=200, counts=counts)
     unfinished = [row for row in rows if not row.reason]
     assert any(row.tokens for row in unfinished) and any(row.reason for row in rows)
     rows = run(rows, options, shape, counts=counts)
-    assert counts["parked"] and counts["refits"] > 2
+    assert counts["parked" if kind == "plain" else "resizes"]
     assert all(row.reason for row in rows)
     assert drawn(rows) == drawn(plain)
     assert counts["tokens"] == sum(len(row.tokens) for row in rows)
@@ -165,21 +179,22 @@ def test_least_rows(plain, monkeypatch: pytest.MonkeyPatch) -> None:
     """A single row has an empty one beside it where no fewer than two decode, as on GPUs."""
     mesh, _ = weights(0, (1, 2, 4))
     gpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]), shape=mesh.shape)
-    assert (engine.least_rows(mesh), engine.least_rows(gpu)) == (2, 4)  # pyright: ignore
-    assert not engine.prefers_stacked(mesh) and not engine.prefers_stacked(gpu)  # pyright: ignore
-    monkeypatch.setattr(engine, "least_rows", lambda mesh: 2 * mesh_lib.row_shards(mesh))
+    assert (decode.least_rows(mesh), decode.least_rows(gpu)) == (2, 4)  # pyright: ignore
+    assert not decode.prefers_stacked(mesh) and not decode.prefers_stacked(gpu)  # pyright: ignore
+    monkeypatch.setattr(options_lib, "least_rows", lambda mesh: 2 * mesh_lib.row_shards(mesh))
     counts: Counter[str] = Counter()
-    rows = run(ask(8, 4)[:3], Options(slots=1, longest=P + R, segment=16, chunk=32), counts=counts)
+    options = Options(slots=1, longest=P + R, segment=16, chunk=32, kind="plain", page=8)
+    rows = run(ask(8, 4)[:3], options, counts=counts)
     assert drawn(rows) == drawn(plain)[:3]
     assert counts["slot_steps"] == 2 * counts["steps"]
 
 
 COMPANIES = {
     "alone": (60, Options(slots=1, longest=P + R, segment=16, chunk=32)),
-    "one batch after another": (1000, Options(slots=32, static=True)),
-    "two slots, short segments": (200, Options(slots=2, longest=P + R, segment=5, chunk=16)),
-    "a tight cache": (300, dataclasses.replace(SMALL, cache_tokens=200)),
-    "stacked": (300, dataclasses.replace(SMALL, stacked=True)),
+    "two rows, short segments": (200, Options(slots=2, longest=P + R, segment=5, chunk=16)),
+    "pages": (1000, PAGES),
+    "few pages": (300, dataclasses.replace(PAGES, cache_tokens=120)),
+    "small pages, stacked": (300, dataclasses.replace(PAGES, page=3, stacked=True)),
 }
 
 
@@ -235,43 +250,53 @@ def test_a_budget_parks_rows_that_go_on_under_newer_weights() -> None:
     assert run(again) == rows  # ended rows are returned as they are
 
 
-def test_the_cache_keeps_to_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = set()
-    decode = engine.decode
+def test_a_cache_of_few_tokens_holds_fewer_sequences() -> None:
+    """Slabs: as many as fit, each as long as it may be. Pages: more than these, for few become as
+    long; and when the pool is full, the youngest are parked, and lose nothing."""
+    mesh, _ = weights(0, ONE)
+    tight = dataclasses.replace(SMALL, cache_tokens=160)
+    shape = rollout.cache_shape(tight, CONFIG, mesh, "float32", 30, P + R)
+    assert (shape.rows, shape.pages, shape.page) == (2, 2, P + R)
+    pages = dataclasses.replace(PAGES, cache_tokens=160, slots=0)
+    shape = rollout.cache_shape(pages, CONFIG, mesh, "float32", 30, P + R)
+    assert (shape.rows, shape.pages, shape.columns) == (7, 20, 8)
+    expected = drawn(run(ask(30)))
+    for options in (tight, pages):
+        counts: Counter[str] = Counter()
+        assert drawn(run(ask(30), options, counts=counts)) == expected
+        assert bool(counts["parked"]) == (options.kind == "plain")
 
-    def watched(decoder, params, state, *control):
-        shapes.add((state.cache.rows, state.cache.slots))
-        return decode(decoder, params, state, *control)
 
-    monkeypatch.setattr(engine, "decode", watched)
-    options = Options(slots=8, longest=P + R, segment=8, cache_tokens=160)
-    rows = run(ask(30), options)
-    assert all(row.reason for row in rows)
-    assert max(size * width for size, width in shapes) <= 160
-    assert {size for size, _ in shapes} >= {2, 4}  # few long rows, or many short ones
-
-
-def test_hardly_anything_is_compiled_once_the_sizes_were_met() -> None:
-    """Thirty steps of varied prompts after the first ten: from one size to another there are a few
-    ways, and some are rare. (Of 150 steps the last 60 met none that was new.)"""
+@pytest.mark.parametrize(
+    "options",
+    [  # segments of a length that no other test has: nothing is compiled already
+        dataclasses.replace(SMALL, segment=7),
+        dataclasses.replace(PAGES, segment=7, cache_tokens=120),
+    ],
+)
+def test_nothing_is_compiled_after_the_first_step(options) -> None:
+    """Eight programs at most, whatever prompts and lengths come later; a second step may meet the
+    second of two sizes that the first did not need."""
     compiled: list[str] = []
 
-    def note(event: str, duration_secs: float, **_: Any) -> None:
+    def note(event: str, duration_secs: float, **about: Any) -> None:
         if event.endswith("backend_compile_duration"):
-            compiled.append(event)
+            compiled.append(str(about.get("fun_name")))
 
     def steps(first: int, count: int) -> None:
         for step in range(first, first + count):
-            run(ask(12, 2, seed=7, first=100 * step))
+            run(ask(12, 2, seed=7, first=100 * step), options)
 
     monitoring.register_event_duration_secs_listener(note)
     try:
-        steps(0, 10)
+        steps(0, 2)
         before = len(compiled)
-        steps(10, 30)
+        steps(2, 30)
     finally:
         monitoring.unregister_event_duration_listener(note)
-    assert len(compiled) - before <= 3 and len(compiled) <= 40
+    assert compiled[before:] == []
+    named = {"for_decoding", "init_state", "prefill", "decode", "resize"}
+    assert 3 <= sum(name.removeprefix("jit(").removesuffix(")") in named for name in compiled) <= 8
 
 
 def test_a_segment_moves_nothing_between_host_and_device() -> None:
@@ -284,57 +309,47 @@ def test_a_segment_moves_nothing_between_host_and_device() -> None:
     assert all(row.reason for row in rows)
 
 
-def test_a_group_reads_its_prompt_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted FLOPs of reading 8 prompts of 512 tokens for 8 samples each, and 64 prompts."""
-    read, flops = engine.read, [0.0]
-
-    @functools.cache
-    def cost(decoder, rows, width):
-        mesh, params = weights(0, (1, 1, 1))
-        _, params = engine.weights(QWEN3, params, mesh, stacked=False, gathered=True)
-        cache = engine.empty_cache(decoder, rows, width)
-        tokens = jnp.zeros((2, rows, width), jnp.int32)
-        analysis: Any = read.lower(decoder, params, cache, tokens).compile().cost_analysis()
-        return analysis["flops"]
-
-    def counted(decoder, params, cache, tokens):
-        flops[0] += cost(decoder, *tokens.shape[1:])
-        return read(decoder, params, cache, tokens)
-
-    monkeypatch.setattr(engine, "read", counted)
+@pytest.mark.parametrize("options", [Options(slots=16), Options(slots=16, kind="plain", page=32)])
+def test_a_group_reads_its_prompt_once(options) -> None:
+    """8 prompts of 512 tokens for 8 samples each, and 64 prompts."""
     rng = np.random.default_rng(0)
     different = [Sequence(rng.integers(8, 64, 512).tolist(), (0, i), 2) for i in range(64)]
     shared = [Sequence(different[i // 8].prompt, (0, i), 2) for i in range(64)]
-    run(different, Options(slots=16))
-    whole, flops[0] = flops[0], 0.0
-    run(shared, Options(slots=16))
-    assert whole >= 7 * flops[0] > 0
+    counts: Counter[str] = Counter()
+    run(different, options, counts=counts)
+    assert counts["prompt_tokens"] == 64 * 511
+    counts.clear()
+    run(shared, options, counts=counts)
+    assert counts["prompt_tokens"] == 8 * 511
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-def test_the_state_is_updated_in_place(stacked) -> None:
-    mesh, params = weights(0, (1, 2, 4))
+@pytest.mark.parametrize("kind", ["slabs", "plain"])
+def test_the_state_is_updated_in_place(kind) -> None:
+    mesh, params = weights(0, EIGHT)
     with mesh_lib.use(mesh):
-        qwen3, params = engine.weights(QWEN3, params, mesh, stacked=stacked, gathered=True)
-        decoder = engine.Decoder(qwen3, Sampling(), STOPS, "float32", 8)
-        state = engine.empty(decoder, 8, 64)
-        control = jnp.zeros(2, jnp.int32), jnp.ones(8, jnp.int32)
-        compiled = engine.decode.lower(decoder, params, state, *control).compile()
+        qwen3, params = decode.weights(
+            QWEN3, params, mesh, stacked=False, gathered=True, param_dtype=""
+        )
+        options = Options(8, 64, page=8, kind=kind)
+        shape = rollout.cache_shape(options, CONFIG, mesh, "float32", 8, 64)
+        decoder = decode.Decoder(qwen3, Sampling(), STOPS, shape, 8)
+        state = decode.init_state(decoder)
+        given = (jnp.zeros(n, jnp.int32) for n in (2, (7, 8), (8, shape.columns), (2, 2, 4)))
+        compiled = decode.decode.lower(decoder, params, state, *given).compile()
         per_device = 2 * 2 * 8 * 64 * 4 * 8 * 4 // 8  # keys and values, L, B, S, K, H, bytes
         analysis: Any = compiled.memory_analysis()
         assert per_device < analysis.alias_size_in_bytes
-        spec = jax.tree.leaves(state.cache.keys)[0].sharding.spec
-        assert {"fsdp", "tensor"} <= {
-            axis for part in spec if part for axis in ([part] if isinstance(part, str) else part)
-        }
+        for x in jax.tree.leaves(state.cache):
+            axes = {axis for part in x.sharding.spec if part for axis in np.atleast_1d(part)}
+            assert {"fsdp", "tensor"} <= axes
         for leaf in jax.tree.leaves(params):
             assert "fsdp" not in str(leaf.sharding.spec)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.02), ("int8", 0.05)])
-@pytest.mark.parametrize("stacked", [False, True])
-def test_a_smaller_cache_moves_log_probabilities_a_little(dtype, tolerance, stacked) -> None:
-    options = Options(8, segment=8, cache_dtype=dtype, stacked=stacked, chunk=16)
+@pytest.mark.parametrize("kind", ["slabs", "plain"])
+def test_a_smaller_cache_moves_log_probabilities_a_little(dtype, tolerance, kind) -> None:
+    options = Options(8, segment=8, cache_dtype=dtype, kind=kind, page=8, chunk=16)
     rows = run(ask(16, 2), options)
     error = np.abs(np.concatenate([row.logprobs for row in rows]) - np.concatenate(scored(rows)))
     assert 0 < error.mean() < tolerance / 4 and error.max() < tolerance
@@ -370,19 +385,3 @@ def test_what_cannot_be_sampled_is_named_before_anything_runs() -> None:
     with pytest.raises(UserError, match=r"^row 0: .* exceed the 8 tokens"):
         run([Sequence([9] * 60, key, 5)], Options(slots=8, cache_tokens=16), (1, 2, 4))
     assert not ok.tokens
-
-
-def test_sizes_are_few() -> None:
-    assert slots.sizes(64, 1) == [64, 32, 16, 8, 4, 2, 1]
-    assert slots.sizes(64, 8, 4) == [64, 16, 8]
-    assert slots.sizes(20, 8) == [24, 16, 8]
-    assert slots.widths(1000) == [125, 250, 500, 1000]
-    assert slots.widths(40) == [20, 40]
-    assert slots.widths(30) == [30]
-    for chunk in (16, 100, 2048):
-        found = {slots.prompt_width(n, chunk) for n in range(1, 20_000)}
-        assert len(found) < 32
-        for n in range(1, 5000):
-            width = slots.prompt_width(n, chunk)
-            assert n <= width < max(2 * n, 17)
-            assert width <= chunk or width % chunk == 0
