@@ -82,6 +82,10 @@ class Pages:
             position_BT=position_BT,
         )
 
+    def bare(self) -> "Pages":
+        """The pool alone, as a loop carries it."""
+        return Pages(self.pools, self.scales, self.layers, self.kind)
+
     def step(self, table_RN: jax.Array, length_R: jax.Array) -> "Pages":
         """`at` for the next token of each row, tokens [R, 1]; length 0: none of this row."""
         X, R = self.pools[0].shape[0], len(length_R)
@@ -254,8 +258,8 @@ def check_page(
             f"the kernel for TPU takes no head_dim={H}, only multiples of 128": H % 128 > 0,
             "the kernel for TPU takes no int8, which needs a scale for each token; "
             "float8_e4m3fn does without": dtype == jnp.int8,
-            f"the kernel for TPU cannot take {K} key/value heads a device in {dtype.name}": not tiled,
-            f"pages of {page} tokens do not fit the fast memory": 4 * page * words * H * 2 > _FAST,
+            f"the kernel for TPU takes no {K} key/value heads a device in {dtype.name}": not tiled,
+            f"pages of {page} tokens do not fit a TPU's fast memory": 8 * page * words * H > _FAST,
         }
     elif kind == "gpu":
         cannot |= {
