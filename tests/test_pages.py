@@ -385,7 +385,7 @@ def compile_for(topology, data, tensor, T):
     def chunk(held, params, *index):
         return apply(held.at(*index), params, index[-1])
 
-    with mesh_lib.use(mesh):
+    with mesh_lib.use(mesh), jax.default_matmul_precision(None):
         params = mesh_lib.parameters(config, mesh, rules=mesh_lib.GATHERED)
         params = programs.cast(params, jnp.bfloat16)
         args = (of(R, N), of(R))
@@ -408,12 +408,12 @@ def compile_for(topology, data, tensor, T):
     ],
 )
 def test_the_pool_stays_in_one_place(topology, data, tensor, T):
-    """Nothing is made of its size, and nothing moves all of it: what the kernel reads of it apart,
-    a step moves the weights and little more."""
+    """Nothing is made of its size, and nothing moves all of it, once a layer or once in all: what
+    the kernel reads of it apart, a step moves the weights and little more."""
     program, pool, weights = compile_for(topology, data, tensor, T)
     assert program.aliased >= pool and program.temporaries < 0.2 * pool
     assert weights < 0.6 * pool and weights <= program.traffic
-    assert program.traffic < (1.2 * weights if T == 1 else weights + pool / 2)
+    assert program.traffic < weights + pool / 2
 
 
 def test_a_page_is_copied_in_place():
