@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
+from distill import aot, hlo, programs
 from distill import mesh as mesh_lib
-from models.qwen3 import paged_attention
+from models.errors import UserError
+from models.qwen3 import model, paged_attention
 from models.qwen3 import pages as pages_lib
 from models.qwen3.config import SIZES
 
@@ -154,6 +156,21 @@ def test_plain():
     check_run(empty(1), 1, 2e-6)
 
 
+def test_a_line_of_several_blocks(monkeypatch):
+    monkeypatch.setattr(paged_attention, "_QUERIES", 8)
+    check_run(empty(1, pages=300, page=1), 1, 2e-6)  # and a row that has more tokens than a block
+    lengths = (40, 600, 33)
+    held, qkv = empty(1, pages=200), texts(lengths)
+    owned = np.split(np.random.default_rng(2).permutation(200), [20, 180])
+    chunks = [[(i, 0, n) for i, n in enumerate(lengths)]]
+    length, starts, row, position, tokens = lines(1, 3, 680, chunks, qkv)
+    table = tables(1, 3, 160, chunks, owned)
+    _, out = run(held, (table, length, starts, row, position), *tokens)
+    for i, n in enumerate(lengths):
+        got = np.asarray(out)[1, 0, starts[0, i] : starts[0, i] + n]
+        assert np.max(np.abs(got - dense(*(x[i] for x in qkv), 1))) <= 2e-6
+
+
 @pytest.mark.parametrize(("data", "fsdp", "tensor"), [(2, 1, 1), (1, 2, 2), (2, 1, 4), (1, 1, 4)])
 def test_on_a_mesh(data, fsdp, tensor):
     mesh = mesh_lib.make(data, fsdp, tensor, devices=jax.devices()[: data * fsdp * tensor])
@@ -164,13 +181,27 @@ def test_on_a_mesh(data, fsdp, tensor):
     assert shard == (1, K // tensor, L * 24, PAGE, H)
 
 
-def test_gpu_kernel(monkeypatch):
+# Of values of which the largest of H is about 2.5: int8 keeps 1 / 254 of it, float8 1 / 16 of each.
+@pytest.mark.parametrize(("dtype", "near"), [("int8", 0.03), ("float8_e4m3fn", 0.15)])
+def test_8_bits(dtype, near):
+    held = check_run(empty(1, dtype=dtype), 1, near)
+    assert held.pools[0].dtype == dtype
+    with pytest.raises(AssertionError):
+        check_run(empty(1, dtype=dtype), 1, near / 10)
+
+
+def test_what_float8_cannot_say():
+    """It has no infinity: what is too large is its largest number, not a NaN."""
+    k, v = paged_attention.stored(
+        jnp.full((1, 1, K, H), 1e4), jnp.full((1, 1, K, H), -1e4), jnp.dtype("float8_e4m3fn"), ""
+    )
+    assert np.all(np.asarray(k, np.float32) == 448) and np.all(np.asarray(v, np.float32) == -448)
+
+
+def interpret(monkeypatch):
+    """Runs the kernels here, slowly."""
     interpreted = functools.partial(paged_attention.gpu, interpret=True)
     monkeypatch.setitem(paged_attention.TABLE, "gpu", interpreted)
-    check_run(empty(1, page=16, kind="gpu"), 1, 2e-6)
-
-
-def test_tpu_kernel(monkeypatch):
     interpreted = functools.partial(kernel.pl.pallas_call, interpret=True)
     monkeypatch.setattr(kernel.pl, "pallas_call", interpreted)
 
@@ -179,6 +210,244 @@ def test_tpu_kernel(monkeypatch):
         ref[...] = jnp.where(mask, x, ref[...])
 
     monkeypatch.setattr(kernel.pltpu, "store", store)
-    config = dataclasses.replace(TINY, head_dim=128)
-    held = empty(1, kind="ragged", config=config, page=8)
-    check_run(held, 1, 2e-6, qkv=texts((13, 9, 2, 17, 6, 11), width=128))
+
+
+@pytest.mark.parametrize(("dtype", "near"), [("float32", 2e-6), ("int8", 0.03)])
+def test_gpu_kernel(monkeypatch, dtype, near):
+    interpret(monkeypatch)
+    check_run(empty(1, page=16, kind="gpu", dtype=dtype), 1, near)
+
+
+WIDE = dataclasses.replace(TINY, head_dim=128)
+
+
+@pytest.mark.parametrize(("parts", "tensor"), [(1, 1), (2, 2)])
+def test_tpu_kernel(monkeypatch, parts, tensor):
+    interpret(monkeypatch)
+    mesh = mesh_lib.make(parts, 1, tensor, devices=jax.devices()[: parts * tensor])
+    with mesh_lib.use(mesh):
+        held = jax.jit(lambda: empty(parts, kind="ragged", config=WIDE, page=8))()
+        check_run(held, parts, 2e-6, qkv=texts((13, 9, 2, 17, 6, 11), width=128))
+
+
+@pytest.mark.parametrize("kind", ["plain", "gpu", "ragged"])
+def test_a_shared_page_is_copied_when_it_is_written(monkeypatch, kind):
+    """Two rows go on from one prompt: whole pages are both's, of the last each has its own."""
+    interpret(monkeypatch)
+    config, width = (WIDE, 128) if kind == "ragged" else (TINY, H)
+    qkv = texts((22, 22), width=width)
+    for x in qkv:
+        x[1][:, :20] = x[0][:, :20]
+    held = empty(1, page=16, kind=kind, config=config)
+    table = np.array([[7, 3, -1], [7, 9, -1]], np.int32)
+    length, starts, row, position, tokens = lines(1, 2, 24, [[(0, 0, 20)]], qkv)
+    held, _ = run(held, (table, length, starts, row, position), *tokens)
+    before = [np.asarray(x) for x in held.pools]
+    none = jnp.full((1, 1), -1)
+    source = jnp.concatenate([none, jnp.full((1, 1), 3), none], axis=1)
+    held = jax.jit(lambda held, a, b: held.copy(a, b))(held, source, jnp.where(source > 0, 9, -1))
+    for x, old in zip(held.pools, before, strict=True):
+        axis = 1 if kind == "ragged" else 2
+        old, x = (np.split(np.asarray(of), L * 24, axis) for of in (old, x))
+        for page, (a, b) in enumerate(zip(x, old, strict=True)):
+            want = old[page - 6] if page % 24 == 9 else b
+            np.testing.assert_array_equal(a, want)
+    for n in (20, 21):
+        at = held.step(jnp.asarray(table), jnp.full(2, n + 1, jnp.int32))
+        index = (at.table_RN, at.length_R, at.starts_XR, at.row_BT, at.position_BT)
+        tokens = [np.stack([x[i][:, n] for i in (0, 1)], axis=1)[:, :, None] for x in qkv]
+        held, out = run(held, index, *tokens)
+        for i in (0, 1):
+            for layer in range(L):
+                want = dense(*(x[i] for x in qkv), layer)[n]
+                assert np.max(np.abs(out[layer, i, 0] - want)) <= 2e-6
+
+
+@pytest.mark.parametrize("kind", ["plain", "gpu", "ragged"])
+@pytest.mark.parametrize("bad", [0, 1])
+def test_what_is_not_finite_stays_in_its_row(monkeypatch, kind, bad):
+    """A page that held NaN as a key (0) or a value (1) serves the next row like any other."""
+    interpret(monkeypatch)
+    config, width = (WIDE, 128) if kind == "ragged" else (TINY, H)
+    qkv = texts((5, 3), width=width)
+    qkv[1 + bad][0][:, 4] = np.nan
+    held = empty(1, page=16, kind=kind, config=config)
+    table = np.array([[2]], np.int32)
+    for text, n in ((0, 5), (1, 3)):
+        length, starts, row, position, tokens = lines(1, 1, 5, [[(text, 0, n)]], qkv)
+        held, out = run(held, (table, length, starts, row, position), *tokens)
+        assert np.all(np.isfinite(np.asarray(out)[:, 0, :n])) == (text == 1)
+    at = held.step(jnp.asarray(table), jnp.full(1, 3, jnp.int32))
+    index = (at.table_RN, at.length_R, at.starts_XR, at.row_BT, at.position_BT)
+    _, out = run(held, index, *(x[1][:, None, 2:3] for x in qkv))
+    want = dense(*(x[1] for x in qkv), 1)[2]
+    assert np.max(np.abs(out[1, 0, 0] - want)) <= 2e-6
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_the_model_takes_them(scan):
+    """A prompt in two chunks and a step are the model's own hidden states of the whole text."""
+    config = dataclasses.replace(TINY, hidden_size=32, intermediate_size=48, vocab_size=64)
+    params = model.init(config, jax.random.key(0))
+    qwen3 = model.Qwen3(config, scan=scan)
+    params = params if scan else model.unstack(params, L)
+    tokens = jax.random.randint(jax.random.key(1), (1, 9), 0, 64)
+    positions = jnp.arange(9)[None]
+    apply = jax.jit(lambda *of: qwen3.apply({"params": params}, *of))
+    want, _ = apply(tokens, positions, jnp.ones_like(tokens))
+    held = empty(1, config=config)
+    table, got = jnp.array([[5, 2, 11]], jnp.int32), []
+    for first, end in ((0, 5), (5, 8), (8, 9)):
+        span, one = slice(first, end), jnp.ones((1, end - first), jnp.int32)
+        length, starts = jnp.array([end]), jnp.array([[0, end - first]])
+        held = held.at(table, length, starts, 0 * one, positions[:, span])
+        out, held = apply(tokens[:, span], positions[:, span], one, held)
+        got.append(out)
+    np.testing.assert_allclose(np.concatenate(got, axis=1), want, rtol=2e-5, atol=2e-5)
+
+
+QWEN = SIZES["8b"]
+
+
+@pytest.mark.parametrize(
+    ("words", "page", "tensor", "dtype", "kind", "config"),
+    [
+        ("at least one", 0, 1, "float32", "plain", TINY),
+        ("head_dim=16", 16, 1, "bfloat16", "ragged", TINY),
+        ("1 key/value heads a device in float8", 128, 8, "float8_e4m3fn", "ragged", QWEN),
+        ("takes no int8", 128, 1, "int8", "ragged", QWEN),
+        ("fast memory", 8192, 1, "bfloat16", "ragged", QWEN),
+        ("16, 32, 64 or 128", 48, 1, "bfloat16", "gpu", QWEN),
+        ("not of float8", 64, 1, "float8_e4m3fn", "gpu", QWEN),
+    ],
+)
+def test_pages_that_nothing_reads(words, page, tensor, dtype, kind, config):
+    with pytest.raises(UserError, match=words):
+        pages_lib.check_page(page, config, tensor, jnp.dtype(dtype), kind, "config.page")
+
+
+def test_pages_that_kernels_read():
+    for page in (8, 16, 64, 128, 256):
+        for tensor in (1, 2, 4, 8):
+            pages_lib.check_page(page, QWEN, tensor, jnp.dtype("bfloat16"), "ragged", "")
+    for tensor in (1, 2, 4):
+        pages_lib.check_page(128, QWEN, tensor, jnp.dtype("float8_e4m3fn"), "ragged", "")
+    pages_lib.check_page(64, QWEN, 8, jnp.dtype("int8"), "gpu", "")
+    pages_lib.check_page(5, TINY, 1, jnp.dtype("int8"), "plain", "")
+
+
+def test_bytes():
+    token = pages_lib.token_bytes(QWEN, 8, jnp.dtype("bfloat16"))
+    assert token == 36 * 2 * 128 * 2
+    assert pages_lib.token_bytes(QWEN, 8, jnp.dtype("int8")) == 36 * 2 * (128 + 4)
+    held = jax.eval_shape(lambda: empty(1, 7, 16, "int8", config=QWEN))
+    held = jax.tree.leaves(held)
+    assert sum(x.size * x.dtype.itemsize for x in held) == 7 * 16 * pages_lib.token_bytes(
+        QWEN, 1, jnp.dtype("int8")
+    )
+    for kind, tokens in (("ragged", 512 + 512 + 1024), ("gpu", 512 + 640), ("plain", 3 * 1024)):
+        assert pages_lib.read_bytes([0, 512, 513], 128, 20, token, kind) == tokens * token
+
+
+@functools.cache
+def pool_on(topology, data, tensor, layers):
+    """A mesh and a pool on it: 8B's widths, 1,600 pages of 128 tokens a layer and part."""
+    config = dataclasses.replace(QWEN, num_hidden_layers=layers, vocab_size=1024)
+    mesh = mesh_lib.make(data, 1, tensor, devices=aot.devices(topology)[: data * tensor])
+    kind = pages_lib.KINDS["tpu"]
+    with mesh_lib.use(mesh):
+        make = jax.jit(lambda: empty(data, 1600, 128, "bfloat16", kind, config))
+        return config, mesh, programs.like(make)
+
+
+def compile_for(topology, data, tensor, T):
+    """A decoding loop, or for T > 1 a chunk of T tokens a part: the program, and what pool and
+    weights take on a device."""
+    config, mesh, held = pool_on(topology, data, tensor, 4)
+    qwen3, R, N = model.Qwen3(config, dtype=jnp.bfloat16), 32 * data, 64
+
+    def of(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh_lib.rows(mesh))
+
+    def apply(held, params, tokens_BT):
+        real_BT = (held.row_BT >= 0).astype(jnp.int32)
+        hidden, held = qwen3.apply({"params": params}, tokens_BT, held.position_BT, real_BT, held)
+        return held.bare(), hidden[:, -1, 0]
+
+    def decode(held, params, table, length):
+        def step(carry):
+            held, length = carry
+            held, hidden = apply(held.step(table, length), params, length[:, None])
+            return held, length + (hidden > 0)
+
+        return jax.lax.while_loop(lambda carry: jnp.any(carry[1] < 99), step, (held, length))
+
+    def chunk(held, params, *index):
+        return apply(held.at(*index), params, index[-1])
+
+    with mesh_lib.use(mesh), jax.default_matmul_precision(None):
+        params = mesh_lib.parameters(config, mesh, rules=mesh_lib.GATHERED)
+        params = programs.cast(params, jnp.bfloat16)
+        args = (of(R, N), of(R))
+        if T > 1:
+            args = (*args, of(data, R // data + 1), of(data, T), of(data, T))
+        made = jax.jit(chunk if T > 1 else decode, donate_argnums=0).lower(held, params, *args)
+        program = aot.compile("", lambda: made, 16)
+    return program, programs.bytes_of(held), programs.bytes_of(params)
+
+
+@pytest.mark.parametrize(
+    ("topology", "data", "tensor", "T"),
+    [
+        ("v5e:4x4", 2, 8, 1),
+        ("v6e:4x4", 2, 8, 1),
+        ("v5p:2x2x2", 2, 4, 1),
+        ("v5e:4x4", 2, 8, 2048),
+        pytest.param("v6e:4x4", 2, 8, 2048, marks=pytest.mark.long),
+        pytest.param("v5p:2x2x2", 2, 4, 2048, marks=pytest.mark.long),
+    ],
+)
+def test_the_pool_stays_in_one_place(topology, data, tensor, T):
+    """Nothing is made of its size, and nothing moves all of it, once a layer or once in all: what
+    the kernel reads of it apart, a step moves the weights and little more."""
+    program, pool, weights = compile_for(topology, data, tensor, T)
+    assert program.aliased >= pool and program.temporaries < 0.2 * pool
+    assert weights < 0.6 * pool and weights <= program.traffic
+    assert program.traffic < weights + pool / 2
+
+
+def test_a_page_is_copied_in_place():
+    config, mesh, held = pool_on("v5e:2x2", 2, 2, 36)
+    ids = jax.ShapeDtypeStruct((2, 32), jnp.int32, sharding=mesh_lib.rows(mesh))
+    copy = jax.jit(lambda held, a, b: held.copy(a, b), donate_argnums=0)
+    with mesh_lib.use(mesh):
+        program = aot.compile("", lambda: copy.lower(held, ids, ids), 16)
+    pool = programs.bytes_of(held)
+    assert program.aliased >= pool and program.temporaries < 0.01 * pool
+    copied = 32 * 128 * pages_lib.token_bytes(config, 2, jnp.dtype("bfloat16"))
+    assert 2 * copied <= program.traffic < 4.2 * copied
+
+
+def test_traffic_of_what_is_put_into_a_pool():
+    """The text says how large the pool is, not what a kernel reads of it, nor that a scatter only
+    writes what it is given."""
+    text = """
+%put (a: bf16[1000,8], b: s32[4,1], c: bf16[4,8]) -> bf16[1000,8] {
+  %a = bf16[1000,8]{1,0} parameter(0)
+  %b = s32[4,1]{1,0} parameter(1)
+  %c = bf16[4,8]{1,0} parameter(2)
+  ROOT %scatter.1 = bf16[1000,8]{1,0} scatter(%a, %b, %c), update_window_dims={1}, to_apply=%add
+}
+
+ENTRY %main (p: bf16[1000,8], i: s32[4,1], x: bf16[4,8]) -> bf16[4,8] {
+  %p = bf16[1000,8]{1,0} parameter(0)
+  %i = s32[4,1]{1,0} parameter(1)
+  %x = bf16[4,8]{1,0} parameter(2)
+  %f = bf16[1000,8]{1,0} fusion(%p, %i, %x), kind=kCustom, calls=%put
+  ROOT %NAME.1 = bf16[4,8]{1,0} custom-call(%i, %x, %f), custom_call_target="tpu_custom_call"
+}
+"""
+    put, called = 16 + 2 * 64 + 64, 64 + 16 + 64
+    read = hlo.read(text.replace("NAME", "ragged_paged_attention_kernel")).traffic
+    assert read == put + called
+    assert hlo.read(text.replace("NAME", "another_kernel")).traffic == put + called + 16000

@@ -24,6 +24,7 @@ from models.qwen3 import paged_attention, sharded
 from models.qwen3.config import Config
 
 _FAST = 2**25  # bytes of a TPU's fast memory for two pages
+_SCALARS = 2**20 - 2**15
 KINDS = {"tpu": "ragged", "gpu": "gpu", "cuda": "gpu"}  # by platform; of others "plain"
 
 
@@ -81,6 +82,10 @@ class Pages:
             row_BT=row_BT,
             position_BT=position_BT,
         )
+
+    def bare(self) -> "Pages":
+        """The pool alone, as a loop carries it."""
+        return Pages(self.pools, self.scales, self.layers, self.kind)
 
     def step(self, table_RN: jax.Array, length_R: jax.Array) -> "Pages":
         """`at` for the next token of each row, tokens [R, 1]; length 0: none of this row."""
@@ -272,11 +277,11 @@ def check_page(
         words, rest = divmod(2 * K * dtype.itemsize, 4)
         tiled = not rest and (words in (1, 2, 4) or words % 8 == 0)
         cannot |= {
-            f"the kernel for TPU takes no head_dim={H}, only multiples of 128": H % 128 > 0,
+            f"the kernel for TPU takes no head_dim={H}, only 128": H != 128,
             "the kernel for TPU takes no int8, which needs a scale for each token; "
             "float8_e4m3fn does without": dtype == jnp.int8,
-            f"the kernel for TPU cannot take {K} key/value heads a device in {dtype.name}": not tiled,
-            f"pages of {page} tokens do not fit the fast memory": 4 * page * words * H * 2 > _FAST,
+            f"the kernel for TPU takes no {K} key/value heads a device in {dtype.name}": not tiled,
+            f"pages of {page} tokens do not fit a TPU's fast memory": 8 * page * words * H > _FAST,
         }
     elif kind == "gpu":
         cannot |= {
@@ -289,6 +294,16 @@ def check_page(
     for reason, true in cannot.items():
         if true:
             raise UserError(f"{field}: {reason}")
+
+
+def check_table(rows: int, columns: int, kind: str, field: str) -> None:
+    """Raises UserError, naming `field`, if the kernel for TPU has no room for a table of so many
+    rows a part: it holds it in its memory for scalars, 1 MiB, in lines of 128."""
+    if kind == "ragged" and 4 * rows * (-(-columns // 128) * 128) > _SCALARS:
+        raise UserError(
+            f"{field}: a table of {rows} rows x {columns} pages is too large for the kernel for "
+            "TPU; take longer pages"
+        )
 
 
 def token_bytes(config: Config, tensor: int, dtype: jnp.dtype) -> int:
