@@ -18,8 +18,9 @@ from transformers.models.qwen3 import modeling_qwen3 as reference
 from distill import mesh as mesh_lib
 from models.errors import UserError
 from models.qwen3 import model, rope, weights
-from models.qwen3.cache import init_cache
 from models.qwen3.config import SIZES, Config
+from models.qwen3.pages import init_pages
+from models.qwen3.slabs import init_slabs
 from tests.helpers import tiny_qwen3
 
 T = 33
@@ -199,26 +200,58 @@ def test_scan_equals_loop(small):
     )
 
 
-@pytest.mark.parametrize("stacked", [True, False])
-def test_cache_equals_forward(small, stacked):
-    """Prefill of left-padded prompts, then token by token: the hidden states of one forward."""
+@pytest.mark.parametrize(("kind", "stacked"), [("slabs", False), ("plain", False), ("plain", True)])
+def test_cache_equals_forward(small, kind, stacked):
+    """Two prompts in lines, the second begun in one and ended in the next, then token by token: the
+    hidden states of one forward."""
     config, params = small
     tokens = tokens_of(config, length=12)
-    pad = np.array([0, 4])  # row 1 begins four slots later
-    segments = (np.arange(12)[None] >= pad[:, None]).astype(np.int32)
-    positions = np.maximum(np.arange(12)[None] - pad[:, None], 0)
     qwen3 = model.Qwen3(config, scan=stacked)
     variables = {"params": params if stacked else model.unstack(params, config.num_hidden_layers)}
-    step = jax.jit(qwen3.apply)
-    whole, _ = step(variables, tokens, positions, segments)
-    cache = init_cache(config, 2, 16, jnp.dtype("float32"), stacked)
-    parts = []
-    for a, b in [(0, 8), *((i, i + 1) for i in range(8, 12))]:
-        hidden, cache = step(variables, tokens[:, a:b], positions[:, a:b], segments[:, a:b], cache)
-        parts.append(hidden)
-    cached = np.concatenate(parts, axis=1)
-    real = segments > 0
-    np.testing.assert_allclose(cached[real], np.asarray(whole)[real], atol=1e-4)
+    forward = jax.jit(qwen3.apply)
+    positions = np.tile(np.arange(12, dtype=np.int32), (2, 1))
+    whole, _ = forward(variables, tokens, positions, np.ones_like(tokens))
+    if kind == "slabs":
+        cache, table = init_slabs(config, 2, 16, jnp.dtype("float32")), np.array([[1], [0]])
+    else:
+        cache = init_pages(config, 1, 8, 4, jnp.dtype("float32"), kind)
+        table = np.array([[7, 0, 5, 2], [1, 6, 3, 4]])
+    found = np.zeros_like(whole)
+    # Lines of 8 tokens: whose each is, and its position.
+    for row, position, order in (
+        ([0] * 5 + [1] * 3, [*range(5), *range(3)], [0, 1]),
+        ([1] * 4 + [0] * 2 + [-1] * 2, [*range(3, 7), 5, 6, 0, 0], [1, 0]),
+    ):
+        if kind == "slabs" and order[0]:  # only the first of a line may have been begun before
+            row, position = [1] * 4 + [-1] * 4, [*range(3, 7), 0, 0, 0, 0]
+        row, position = np.array(row), np.array(position)
+        mine = row >= 0
+        of = np.array([order.index(r) if r >= 0 else -1 for r in row])
+        counts = [(of == i).sum() for i in range(2)]
+        length = [position[of == i].max(initial=-1) + 1 for i in range(2)]
+        line = np.where(mine, tokens[np.maximum(row, 0), position], 0)
+        starts = np.array([[0, counts[0], sum(counts)]])
+        index = (table[order], np.array(length), starts, of[None], position[None])
+        view = cache.at(*(jnp.asarray(x, jnp.int32) for x in index))
+        hidden, view = forward(variables, line[None], position[None], mine[None] * 1, view)
+        cache = view.bare()
+        found[row[mine], position[mine]] = np.asarray(hidden)[0][mine]
+    length = np.array([5 if kind == "slabs" else 7, 7])
+    if kind == "slabs":
+        table, length = table[::-1], length[::-1]  # a slab is a row of the batch
+    cache = cache.begin(jnp.asarray(length), 12)
+    who = [1, 0] if kind == "slabs" else [0, 1]
+    for _ in range(5):
+        view = cache.step(jnp.asarray(table), jnp.asarray(length + 1))
+        hidden, view = forward(
+            variables, tokens[who, length][:, None], length[:, None], np.ones((2, 1)), view
+        )
+        cache = view.bare()
+        found[who, length] = np.asarray(hidden)[:, 0]
+        length = length + 1
+    known = 10 if kind == "slabs" else 12
+    np.testing.assert_allclose(found[0, :known], np.asarray(whole)[0, :known], atol=1e-4)
+    np.testing.assert_allclose(found[1], np.asarray(whole)[1], atol=1e-4)
 
 
 def test_causality(small):

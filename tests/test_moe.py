@@ -168,7 +168,7 @@ def test_greedy(pair, stacked):
             [rollout.Sequence(prompt, (0, 0), 8) for prompt in prompts],
             sampling=rollout.Sampling(temperature=0),
             stop_ids=(-1,),
-            options=rollout.Options(slots=2, stacked=stacked),
+            options=rollout.Options(slots=2, stacked=stacked, kind="plain" if stacked else ""),
         )
         rows = list(done)
     for row, prompt in enumerate(prompts):

@@ -412,7 +412,7 @@ def test_the_pool_stays_in_one_place(topology, data, tensor, T):
     the kernel reads of it apart, a step moves the weights and little more."""
     program, pool, weights = compile_for(topology, data, tensor, T)
     assert program.aliased >= pool and program.temporaries < 0.2 * pool
-    assert weights < 0.6 * pool and weights <= program.traffic
+    assert weights < 0.6 * pool and 0.99 * weights <= program.traffic
     assert program.traffic < weights + pool / 2
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from distill import data, engine, forward, layout, policy, prepare, rollout, score, train
+from distill import data, forward, layout, policy, prepare, rollout, score, train
 from distill import mesh as mesh_lib
 from distill.batch import Batch
+from distill.rollout import decode
 from models.errors import UserError
 from models.qwen3 import model, quantised, weights
 from models.qwen3.quantised import Quantised
@@ -347,9 +348,9 @@ def test_a_sampler_in_8_bits_is_the_model_in_8_bits(directories):
     spread = loaded(directories / "sparse", "float32", (1, 2, 2, 2))
     rng = np.random.default_rng(0)
     rows = [rollout.Sequence(rng.integers(0, 128, n).tolist(), (0, n), 8) for n in (3, 9, 5, 12)]
-    options = rollout.Options(4, param_dtype="int8", stacked=True)
+    options = rollout.Options(4, param_dtype="int8", stacked=True, kind="plain", page=4)
     with policy.use(spread):
-        qwen3, params = engine.weights(
+        qwen3, params = decode.weights(
             spread.model,
             spread.params,
             policy.mesh_of(spread),

@@ -83,10 +83,6 @@ class Pages:
             position_BT=position_BT,
         )
 
-    def bare(self) -> "Pages":
-        """The pool alone, as a loop carries it."""
-        return Pages(self.pools, self.scales, self.layers, self.kind)
-
     def step(self, table_RN: jax.Array, length_R: jax.Array) -> "Pages":
         """`at` for the next token of each row, tokens [R, 1]; length 0: none of this row."""
         X, R = self.pools[0].shape[0], len(length_R)
