@@ -73,6 +73,64 @@ def test_splash_equals_plain(T):
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4)
 
 
+def packed(T: int) -> np.ndarray:
+    """Segments of many lengths, within blocks of 128 and across them, one alone, padding behind,
+    before, and nothing else."""
+    rows = np.zeros((5, T), np.int32)
+    rows[0, : T - 50] = np.searchsorted(np.array([40, 128, 300, 301, 420]), np.arange(T - 50)) + 1
+    rows[1] = 7
+    rows[2, 200:] = 1
+    rows[3, :140] = 1
+    return rows
+
+
+def test_splash_skips_blocks_of_other_segments(monkeypatch):
+    """Values and gradients in several blocks a row."""
+    monkeypatch.setattr(attention, "_BLOCKS", (128,))
+    q, k, v, _ = inputs(B=5, T=512, N=4, K=2, H=128)
+    segments = jnp.asarray(packed(512))
+    splash = functools.partial(attention.splash, interpret=True)
+    want, got = gradients(attention.plain, q, k, v, segments), gradients(splash, q, k, v, segments)
+    real = segments[..., None, None] > 0
+    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        a, b = (jnp.where(real, x, 0) if x.ndim else x for x in (a, b))
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_splash_reads_no_block_of_other_segments(grad, monkeypatch):
+    """What is not a number in one segment does not reach another, not even times nothing."""
+    monkeypatch.setattr(attention, "_BLOCKS", (128,))
+    q, k, v, _ = inputs(B=1, T=512, N=2, K=1, H=128)
+    segments = jnp.asarray(np.repeat([[1, 2, 3]], (128, 256, 128), axis=1))
+    bad = (segments == 2)[..., None, None]
+    splash = functools.partial(attention.splash, interpret=True)
+    if grad:
+        found = jax.grad(lambda *x: splash(*x, segments).sum(), (0, 1, 2))
+    else:
+        found = lambda *x: splash(*x, segments)  # noqa: E731
+    given = [jnp.where(bad, jnp.nan, x) for x in (q, k, v)]
+    for x in jax.tree.leaves(found(*given)):
+        np.testing.assert_array_equal(np.isfinite(x), np.broadcast_to(~bad, x.shape))
+
+
+def test_splash_fetches_only_what_it_computes():
+    """In the order in which blocks are visited, the one in fast memory changes no more often than
+    there are blocks to compute."""
+    kernel = attention.splash_kernel(512, 2, 128, interpret=True)
+    for segments in packed(512):
+        own = attention._within_segments(kernel, jnp.asarray(segments), 128)
+        seen = segments.reshape(4, 1, 128, 1) == segments.reshape(1, 4, 1, 128)
+        for info, order in ((own.fwd_mask_info, 0), (own.dq_mask_info, 0), (own.dkv_mask_info, 1)):
+            runs, data = (np.asarray(x[0], int) for x in (info.block_mask, info.data_next))
+            at = np.indices(runs.shape)[1 - order]
+            assert (data == at)[runs > 0].all()
+            visited = (data, data.T)[order].ravel()
+            assert (np.diff(visited) != 0).sum() < runs.sum()
+            assert not (runs > (seen.any((2, 3)) & np.tri(4, dtype=bool))).any()
+            assert np.diag(runs).all()
+
+
 def test_blocks_follow_the_chip_and_divide_the_row():
     for kind, sizes in (("TPU v5 lite", (512, 512, 384)), ("TPU v6 lite", (1024, 512, 384))):
         for T, block in zip((16_384, 1_536, 1_152), sizes, strict=True):

@@ -79,6 +79,16 @@ def _block(T: int, kind: str) -> int:
     return next(size for size in _BLOCKS if size <= longest and T % size == 0)
 
 
+def splash_kernel(T: int, N: int, block: int, interpret: bool) -> Any:
+    """JAX's causal kernel for a row, in blocks of so many tokens."""
+    names = (f"block_{x}{of}" for x in ("q", "kv") for of in ("", "_dkv", "_dq"))
+    return splash_lib.make_splash_mha_single_device(
+        mask=splash_lib.MultiHeadMask([splash_lib.CausalMask((T, T))] * N),
+        block_sizes=splash_lib.BlockSizes(**dict.fromkeys(names, block)),
+        interpret=interpret,
+    )
+
+
 def splash(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
@@ -95,30 +105,20 @@ def splash(
     pad = -T % _LANES
     mesh = jax.sharding.get_abstract_mesh()
     block = _block(T + pad, mesh.abstract_device.device_kind if mesh.abstract_device else "")
-    sizes = splash_lib.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
 
     def local(q_BTNH, k_BTKH, v_BTKH, segments_BT):
-        causal = splash_lib.CausalMask((T + pad, T + pad))
-        kernel: Any = splash_lib.make_splash_mha_single_device(
-            mask=splash_lib.MultiHeadMask([causal] * q_BTNH.shape[2]),
-            block_sizes=sizes,
-            interpret=interpret,
-        )
+        kernel = splash_kernel(T + pad, q_BTNH.shape[2], block, interpret)
+
+        def of_row(q_NTH, k_KTH, v_KTH, segments_T):
+            own = _within_segments(kernel, segments_T, block)
+            return own(q_NTH, k_KTH, v_KTH, splash_lib.SegmentIds(segments_T, segments_T))
+
         segments_BT = jnp.pad(segments_BT, ((0, 0), (0, pad)))
         heads_first = (
             jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2)
             for x in (q_BTNH * H**-0.5, k_BTKH, v_BTKH)
         )
-        out_BNTH: Any = jax.vmap(kernel)(
-            *heads_first, splash_lib.SegmentIds(segments_BT, segments_BT)
-        )
+        out_BNTH: Any = jax.vmap(of_row)(*heads_first, segments_BT)
         return out_BNTH.swapaxes(1, 2)[:, :T]
 
     # A kernel is opaque to the partitioner, so each device is told what is its own.
@@ -128,6 +128,39 @@ def splash(
     rows = jax.sharding.PartitionSpec(spec[0], None)
     return jax.shard_map(local, in_specs=(spec, spec, spec, rows), out_specs=spec, check_vma=False)(
         q_BTNH, k_BTKH, v_BTKH, segments_BT
+    )
+
+
+def _within_segments(kernel: Any, segments_T: jax.Array, block: int) -> Any:
+    """A causal kernel that neither computes nor fetches blocks of tokens that share no segment.
+
+    Its tables say of each block of queries (I) and of keys (J) whether it is computed, and which
+    block lies in fast memory then: where nothing is computed, one that lies there before or after.
+    """
+    blocks = len(segments_T) // block
+    starts_T = jnp.diff(segments_T, prepend=segments_T[:1] - 1) != 0
+    began_T = jax.lax.cummax(jnp.where(starts_T, jnp.arange(len(segments_T)), 0))
+    first_I1 = began_T[::block, None] // block  # from which of keys a block of queries sees
+    i_I1, j_1J = jnp.arange(blocks)[:, None], jnp.arange(blocks)[None]
+    runs_IJ = (first_I1 <= j_1J) & (j_1J <= i_I1)
+    next_I1 = jnp.append(first_I1[1:], first_I1[:1], axis=0)
+    keys_IJ = jnp.where(j_1J <= i_I1, jnp.maximum(j_1J, first_I1), next_I1)
+    last_1J = (
+        j_1J + jnp.sum(runs_IJ, axis=0, keepdims=True) - 1
+    )  # to which of queries a block of keys is seen
+    queries_IJ = jnp.minimum(jnp.maximum(i_I1, j_1J), last_1J)
+
+    def told(info: Any, data_IJ: jax.Array) -> Any:
+        return info._replace(
+            block_mask=runs_IJ[None].astype(info.block_mask.dtype),
+            data_next=data_IJ[None].astype(info.data_next.dtype),
+        )
+
+    return type(kernel)(
+        told(kernel.fwd_mask_info, keys_IJ),
+        told(kernel.dq_mask_info, keys_IJ),
+        told(kernel.dkv_mask_info, queries_IJ),
+        **kernel.kwargs,
     )
 
 
