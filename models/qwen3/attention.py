@@ -109,7 +109,8 @@ def splash(
     def local(q_BTNH, k_BTKH, v_BTKH, segments_BT):
         kernel = splash_kernel(T + pad, q_BTNH.shape[2], block, interpret)
 
-        def of_row(q_NTH, k_KTH, v_KTH, segments_T):
+        def of_row(given):
+            q_NTH, k_KTH, v_KTH, segments_T = given
             own = _within_segments(kernel, segments_T, block)
             return own(q_NTH, k_KTH, v_KTH, splash_lib.SegmentIds(segments_T, segments_T))
 
@@ -118,7 +119,8 @@ def splash(
             jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2)
             for x in (q_BTNH * H**-0.5, k_BTKH, v_BTKH)
         )
-        out_BNTH: Any = jax.vmap(of_row)(*heads_first, segments_BT)
+        # A kernel's tables are those of one row.
+        out_BNTH: Any = jax.lax.map(of_row, (*heads_first, segments_BT))
         return out_BNTH.swapaxes(1, 2)[:, :T]
 
     # A kernel is opaque to the partitioner, so each device is told what is its own.
