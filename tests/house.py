@@ -19,8 +19,8 @@ FLOORS = {
     "quickstart clean verify diagnose harness lm preflight",
     "stages": "prepare stages programs roofline collect rollout slots engine teacher divergence "
     "responses update",
-    "parts": "policy forward chunks data layout packing curriculum examples context columns sources "
-    "hygiene head distributions losses advantages sampling benchmarks results",
+    "parts": "policy forward data layout packing curriculum examples context columns sources "
+    "hygiene head chunks distributions losses advantages sampling benchmarks results",
     "ground": "batch mesh aot hlo pod compiled chat locate rewards terms ifeval figures optim "
     "metrics checkpoint arithmetic cli gpu",
 }

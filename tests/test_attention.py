@@ -11,7 +11,7 @@ from configs import base
 from distill import aot, stages
 from distill import mesh as mesh_lib
 from models.errors import UserError
-from models.qwen3 import attention
+from models.qwen3 import attention, blockwise
 
 
 def inputs(B: int, T: int, N: int, K: int, H: int):
@@ -41,10 +41,10 @@ def by_hand(q_BTNH, k_BTKH, v_BTKH, segments_BT):
 
 
 @pytest.mark.parametrize(
-    ("kind", "chunk"), [("plain", 1024), ("plain", 8), ("plain", 7), ("masked", 1024)]
+    ("kind", "block"), [("plain", 64), ("plain", 8), ("plain", 7), ("plain", 2), ("masked", 64)]
 )
-def test_equals_the_formula(kind, chunk, monkeypatch):
-    monkeypatch.setattr(attention, "_CHUNK", chunk)
+def test_equals_the_formula(kind, block, monkeypatch):
+    monkeypatch.setattr(blockwise, "_BLOCK", block)
     q, k, v, segments = inputs(B=2, T=24, N=6, K=3, H=10)
     # cuDNN's entry, computed by XLA: the mask that it hands over is what is tested here.
     attend = {
@@ -227,16 +227,16 @@ def test_who_packs():
     assert stages.packs(c)
 
 
-def test_chunks_of_queries_have_the_same_gradient(monkeypatch):
+def test_blocks_of_queries_have_the_same_gradient(monkeypatch):
     q, k, v, segments = inputs(B=2, T=50, N=4, K=2, H=8)
     want = gradients(attention.plain, q, k, v, segments)
-    monkeypatch.setattr(attention, "_CHUNK", 16)
+    monkeypatch.setattr(blockwise, "_BLOCK", 16)
     got = gradients(attention.plain, q, k, v, segments)
     for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)
 
 
-def test_memory_follows_the_chunk():
+def test_memory_follows_the_block():
     """Temporaries of forward and backward grow with T, not with T squared."""
 
     def temporaries(T):

@@ -1,10 +1,9 @@
 """Causal grouped-query attention within segments: one meaning, an implementation for each platform.
 
-A token attends to itself and to the earlier tokens of its own segment; the softmax is taken in
-float32. Every implementation is tested equal to `plain`.
+A token attends to itself and to the earlier tokens of its own segment, which lie side by side; the
+softmax is taken in float32. Every implementation is tested equal to `plain`.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -14,11 +13,11 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
 
 from models.errors import UserError
+from models.qwen3 import blockwise
 
 # (q [B, T, N, H], k and v [B, T, K, H], segments [B, T]) -> [B, T, N, H]
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
-_CHUNK = 1024  # queries whose scores over all keys `plain` holds at a time
 _LANES = 128  # the tile of a TPU's vector unit: splash attention wants T and H in multiples
 _BLOCKS = (1024, 512, 384, 256, 128)  # tokens of a block of splash attention
 # The longest block, by the mesh's kind of device. For each block of queries the kernel reads all
@@ -27,50 +26,12 @@ _BLOCKS = (1024, 512, 384, 256, 128)  # tokens of a block of splash attention
 _LONGEST = {"TPU v6 lite": 1024}
 
 
+plain = blockwise.attend  # what XLA makes of the formula, on any platform
+
+
 def softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
     """Over the last axis, where the mask is true; uniform where it nowhere is."""
     return jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(scores.dtype).min), axis=-1)
-
-
-def plain(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array
-) -> jax.Array:
-    """What XLA makes of the formula, in chunks of queries: scores of [chunk, T], not [T, T]."""
-    T = q_BTNH.shape[1]
-    some = functools.partial(_some, k_BTKH, v_BTKH, segments_BT)
-    if T <= _CHUNK:
-        return some(q_BTNH, 0)
-    chunks = -(-T // _CHUNK)
-    q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, chunks * _CHUNK - T), (0, 0), (0, 0)))
-    B, _, N, H = q_BTNH.shape
-    q_ABCNH = q_BTNH.reshape(B, chunks, _CHUNK, N, H).swapaxes(0, 1)
-    # Recomputed in the backward pass, or the scores of all chunks would be kept for it.
-    some = jax.checkpoint(some, prevent_cse=False)
-    out_ABCNH = jax.lax.map(lambda x: some(*x), (q_ABCNH, _CHUNK * jnp.arange(chunks)))
-    return out_ABCNH.swapaxes(0, 1).reshape(B, -1, N, H)[:, :T]
-
-
-def _some(
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    segments_BT: jax.Array,
-    q_BCNH: jax.Array,
-    first: jax.typing.ArrayLike,
-) -> jax.Array:
-    """Attention of C queries, those from position `first` on; some may lie behind the last key."""
-    (B, C, N, H), (T, K) = q_BCNH.shape, k_BTKH.shape[1:3]
-    q_BKMH = q_BCNH.reshape(B, C, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-    k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
-    scores = jnp.einsum("BKMH,BKTH->BKMT", q_BKMH, k_BKTH, preferred_element_type=jnp.float32)
-    scores = scores.reshape(B, K, N // K, C, T) * H**-0.5
-    at_C = first + jnp.arange(C)
-    mine_BC = jnp.take(segments_BT, jnp.minimum(at_C, T - 1), axis=1)
-    mask_BCT = (mine_BC[:, :, None] == segments_BT[:, None, :]) & (
-        at_C[:, None] >= jnp.arange(T)[None, :]
-    )[None]
-    weights = softmax(scores, mask_BCT[:, None, None]).astype(q_BCNH.dtype)
-    out_BKMH = jnp.einsum("BKMT,BKTH->BKMH", weights.reshape(B, K, -1, T), v_BKTH)
-    return out_BKMH.reshape(B, K, N // K, C, H).transpose(0, 3, 1, 2, 4).reshape(B, C, N, H)
 
 
 def _block(T: int, kind: str) -> int:
