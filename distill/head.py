@@ -14,13 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distill import distributions
+from distill import chunks, distributions
 
 Stats = dict[str, jax.Array]  # name -> [B, T] float32
 Loss = Callable[[Stats, Stats], Stats]  # (figures of tokens, what is known of them) -> "loss", ...
 Teachers = jax.Array | tuple[jax.Array, ...] | None
 
-_GRADIENT = "by hidden"  # among the stats of a chunk, until they are joined
+_DIFFERENTIABLE = ("logp", "entropy", "divergence")
 
 
 @jax.custom_vjp
@@ -51,31 +51,6 @@ def _logits_backward(kept, by_logits_BCV):
 _logits.defvjp(lambda *given: (_logits(*given), given), _logits_backward)
 
 
-def _stream(step: Callable, carry: Any, xs: Any, size: int) -> tuple[Any, Stats]:
-    """`step` over chunks of at most `size` tokens of arrays [B, T, ...], as in jax.lax.scan; what
-    it gives of each chunk, joined to [B, T, ...] again."""
-    B, T = xs["targets"].shape
-    chunks = -(-T // max(1, min(T, size)))
-    if chunks == 1:
-        return step(carry, xs)
-    # What divides T needs no padding, which moves tokens between the devices that split them.
-    chunks = next((n for n in range(chunks, 2 * chunks) if T % n == 0), chunks)
-    chunk = -(-T // chunks)  # equal chunks pad least
-
-    def cut(x_BT: jax.Array) -> jax.Array:
-        padding = [(0, 0), (0, chunks * chunk - T)] + [(0, 0)] * (x_BT.ndim - 2)
-        # A chunk takes every so manieth token: where tokens are split over devices, all have their
-        # part of each chunk, and none has to fetch the others' hidden states.
-        padded = jnp.pad(x_BT, padding).reshape(B, chunk, chunks, *x_BT.shape[2:])
-        return jnp.moveaxis(padded, 2, 0)
-
-    carry, stats = jax.lax.scan(step, carry, jax.tree.map(cut, xs))
-    return carry, {
-        name: jnp.moveaxis(x, 0, 2).reshape(B, chunks * chunk, *x.shape[3:])[:, :T]
-        for name, x in stats.items()
-    }
-
-
 @dataclasses.dataclass(frozen=True)
 class _Asked:
     """What is to be found of each token, as in token_stats."""
@@ -88,9 +63,8 @@ class _Asked:
     baseline: bool
 
     def of_chunk(self, head_VD: jax.Array, fixed: Any, x: Any) -> Stats:
-        """The stats of a chunk. fixed: both sides' heads in the dtype of their products, and the
-        teachers' shares."""
-        read_VD, heads, teacher_share_BN = fixed
+        """The stats of a chunk. fixed: both sides' heads in the dtype of their products."""
+        read_VD, heads = fixed
         logits_BCV = self.split(_logits(x["hidden"], head_VD, read_VD))
         logp_BCV = jax.nn.log_softmax(logits_BCV, axis=-1)
         stats = {
@@ -100,7 +74,7 @@ class _Asked:
         if x["teachers"]:
             pairs = zip(x["teachers"], heads, strict=True)
             each = [self.split(_logits(hidden_BCE, y, y)) for hidden_BCE, y in pairs]
-            logq_BCV = distributions.mixed(each, teacher_share_BN)
+            logq_BCV = distributions.mixed(each, x["share"])
             stats |= distributions.teacher_stats(
                 logp_BCV, logq_BCV, x["targets"], self.overlap, self.baseline
             )
@@ -119,46 +93,79 @@ class _Asked:
         return stats
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _stats(
+    asked: _Asked, hidden_ARCD: jax.Array, head_VD: jax.Array, fixed: Any, xs: Any, runs_A: Any
+) -> Stats:
+    """The stats of chunks. Logits of a chunk are computed again on the way back."""
+
+    def step(_: None, x: Any) -> tuple[None, Stats]:
+        return None, asked.of_chunk(head_VD, fixed, x)
+
+    return chunks.scan(step, None, {"hidden": hidden_ARCD, **xs}, runs_A)[1]
+
+
+def _stats_backward(asked, given, by):
+    hidden_ARCD, head_VD, fixed, xs, runs_A = given
+    by = {name: by[name] for name in _DIFFERENTIABLE if name in by}
+
+    def step(by_head_VD: jax.Array, x: Any) -> tuple[jax.Array, jax.Array]:
+        def some(hidden_RCD: jax.Array, head_VD: jax.Array) -> Stats:
+            stats = asked.of_chunk(head_VD, fixed, {**x, "hidden": hidden_RCD})
+            return {name: stats[name] for name in by}
+
+        _, transpose = jax.vjp(some, x["hidden"], head_VD)
+        by_hidden_RCD, by_chunk_VD = transpose(x["by"])
+        return by_head_VD + by_chunk_VD, by_hidden_RCD
+
+    xs = {"hidden": hidden_ARCD, "by": by, **xs}
+    by_head_VD, by_hidden_ARCD = chunks.scan(step, jnp.zeros_like(head_VD), xs, runs_A)
+    return by_hidden_ARCD, by_head_VD, None, None, None
+
+
+_stats.defvjp(lambda asked, *given: (_stats(asked, *given), given), _stats_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _summed(
     asked: _Asked,
     loss: Loss,
-    size: int,
-    hidden_BTD: jax.Array,
+    hidden_ARCD: jax.Array,
     head_VD: jax.Array,
     fixed: Any,
     xs: Any,
-) -> Stats:
-    """The stats, and "total", Σ weight·loss, differentiable in hidden states and head."""
+    runs_A: Any,
+) -> tuple[jax.Array, Stats]:
+    """Σ weight·loss, differentiable in hidden states and head, and the stats of chunks."""
 
     def step(_: None, x: Any) -> tuple[None, Stats]:
         stats = asked.of_chunk(head_VD, fixed, x)
         return None, {**stats, **loss(stats, x["known"])}
 
-    _, stats = _stream(step, None, {"hidden": hidden_BTD, **xs}, size)
-    return {**stats, "total": jnp.sum(stats["loss"] * xs["weight"])}
+    _, stats = chunks.scan(step, None, {"hidden": hidden_ARCD, **xs}, runs_A)
+    return jnp.sum(stats["loss"] * xs["weight"]), stats
 
 
-def _summed_forward(asked, loss, size, hidden_BTD, head_VD, fixed, xs):
-    def step(by_head_VD: jax.Array, x: Any) -> tuple[jax.Array, Stats]:
-        def losses(hidden_BCD: jax.Array, head_VD: jax.Array) -> tuple[jax.Array, Stats]:
-            stats = asked.of_chunk(head_VD, fixed, {**x, "hidden": hidden_BCD})
+def _summed_forward(asked, loss, hidden_ARCD, head_VD, fixed, xs, runs_A):
+    def step(by_head_VD: jax.Array, x: Any) -> tuple[jax.Array, Any]:
+        def losses(hidden_RCD: jax.Array, head_VD: jax.Array) -> tuple[jax.Array, Stats]:
+            stats = asked.of_chunk(head_VD, fixed, {**x, "hidden": hidden_RCD})
             stats |= loss(stats, x["known"])
             return stats["loss"], stats
 
-        loss_BC, transpose, stats = jax.vjp(losses, x["hidden"], head_VD, has_aux=True)
-        by_hidden_BCD, by_chunk_VD = transpose(x["weight"].astype(loss_BC.dtype))
-        return by_head_VD + by_chunk_VD, {**stats, _GRADIENT: by_hidden_BCD}
+        loss_RC, transpose, stats = jax.vjp(losses, x["hidden"], head_VD, has_aux=True)
+        by_hidden_RCD, by_chunk_VD = transpose(x["weight"].astype(loss_RC.dtype))
+        return by_head_VD + by_chunk_VD, (stats, by_hidden_RCD)
 
     zeros_VD = jnp.zeros_like(head_VD)
-    by_head_VD, stats = _stream(step, zeros_VD, {"hidden": hidden_BTD, **xs}, size)
-    kept = stats.pop(_GRADIENT), by_head_VD
-    return {**stats, "total": jnp.sum(stats["loss"] * xs["weight"])}, kept
+    by_head_VD, found = chunks.scan(step, zeros_VD, {"hidden": hidden_ARCD, **xs}, runs_A)
+    stats, by_hidden_ARCD = found
+    return (jnp.sum(stats["loss"] * xs["weight"]), stats), (by_hidden_ARCD, by_head_VD)
 
 
-def _summed_backward(asked, loss, size, kept, by):
+def _summed_backward(asked, loss, kept, by):
     # All but the total is detached.
-    return *(by["total"].astype(x.dtype) * x for x in kept), None, None
+    return *(by[0].astype(x.dtype) * x for x in kept), None, None, None
 
 
 _summed.defvjp(_summed_forward, _summed_backward)
@@ -176,13 +183,15 @@ def token_stats(
     top_k: int = 0,
     divergence: distributions.Divergence | None = None,
     teacher_top_BTK: tuple[jax.Array, jax.Array] | None = None,
-    teacher_share_BN: jax.Array | None = None,
+    teacher_share_BTN: jax.Array | None = None,
     exact: bool = False,
     overlap: int = 0,
     baseline: bool = False,
     loss: Loss | None = None,
     known: Stats | None = None,
     weight_BT: jax.Array | None = None,
+    mask_BT: jax.Array | None = None,
+    shards: tuple[int, int] = (1, 1),
 ) -> Stats:
     """Per-token figures of the distributions that predict `targets_BT`, vocabulary streamed.
 
@@ -192,8 +201,9 @@ def token_stats(
       targets_BT: int32, the token that each position predicts.
       teacher_hidden_BTE, teacher_head_VE: the same of the teacher, whose width may differ; never
         differentiated. Or tuples with those of N teachers.
-      teacher_share_BN: of N teachers, how much of a row's teacher each one is: their distributions
-        are mixed by it, q = Σ share·q_n. Shares of a row add up to 1; one of 1 is that teacher.
+      teacher_share_BTN: of N teachers, how much of a token's teacher each one is: their
+        distributions are mixed by it, q = Σ share·q_n. A token's shares add up to 1; one of 1 is
+        that teacher.
       logits_mib: how many MiB one chunk of float32 logits of one model may take.
       split: puts a sharding on a chunk's logits [B, C, V].
       top_k: also find this many of the student's most likely tokens.
@@ -210,31 +220,37 @@ def token_stats(
         [B, T] arrays, and may not look from one token to another. The gradient is then taken while
         a chunk's logits are there (as arXiv 2410.10989, section 3.2): without a loss they are
         computed again on the way back, a third more work, or half where there is a teacher.
+      mask_BT: which tokens are needed; None: all. Up to an eighth or so, only they go through the
+        heads; weight_BT must be 0 at all others.
+      shards: into how many parts rows, and the tokens of a row, are split over devices.
 
     Returns:
-      Float32 [B, T] arrays. Differentiable (once) in the student: "logp" log p(target), "entropy"
-      of p in nats, and "divergence". Detached: with a teacher "teacher_logp" log q(target),
-      "teacher_entropy", and "reverse_kl", the exact KL(p‖q) = Σ_v p(v) (log p(v) - log q(v)) over
-      the whole vocabulary (stored tops give none of the three); "exact_divergence"; "baseline";
-      with overlap "top_overlap", the share of the teacher's top that is in the student's, and
-      "outside_top", the student's mass outside it. With top_k also "top_logp" and int32 "top_ids",
-      [B, T, K], the most likely first. With a loss also what it finds, and "total", its scalar
-      sum, which then alone is differentiable (once).
+      Float32 [B, T] arrays, 0 where a token is not needed. Differentiable (once) in the student:
+      "logp" log p(target), "entropy" of p in nats, and "divergence". Detached: with a teacher
+      "teacher_logp" log q(target), "teacher_entropy", and "reverse_kl", the exact KL(p‖q) =
+      Σ_v p(v) (log p(v) - log q(v)) over the whole vocabulary (stored tops give none of the three);
+      "exact_divergence"; "baseline"; with overlap "top_overlap", the share of the teacher's top
+      that is in the student's, and "outside_top", the student's mass outside it. With top_k also
+      "top_logp" and int32 "top_ids", [B, T, K], the most likely first. With a loss also what it
+      finds, and "total", its scalar sum, which then alone is differentiable (once).
 
       Where teacher and student are equal, divergence and gradient are exactly 0 in every form;
       from stored tops up to the rounding of the tail's mass, about 1e-7.
     """
     asked = _Asked(split, top_k, divergence, exact, overlap, baseline)
-    B, V = targets_BT.shape[0], head_VD.shape[0]
-    size = int(logits_mib * 2**20 / (4 * B * V))
     sg = jax.lax.stop_gradient
     teachers, heads = (jax.tree.leaves(sg(x)) for x in (teacher_hidden_BTE, teacher_head_VE))
     if teachers:
         heads = [y.astype(x.dtype) for x, y in zip(teachers, heads, strict=True)]
-    fixed = sg(head_VD).astype(hidden_BTD.dtype), heads, teacher_share_BN
+    fixed = sg(head_VD).astype(hidden_BTD.dtype), heads
     xs = {"targets": targets_BT, "teachers": teachers, "top": sg(teacher_top_BTK)}
+    xs |= {"share": teacher_share_BTN} | ({} if loss is None else {"known": known})
     if loss is not None:
-        xs |= {"known": known, "weight": weight_BT}
-        return _summed(asked, loss, size, hidden_BTD, head_VD, fixed, xs)
-    step = jax.checkpoint(lambda _, x: (None, asked.of_chunk(head_VD, fixed, x)), prevent_cse=False)
-    return _stream(step, None, {"hidden": hidden_BTD, **xs}, size)[1]
+        xs["weight"] = weight_BT
+    size = int(logits_mib * 2**20 / (4 * head_VD.shape[0]))
+    cut, runs_A, join = chunks.cut({"hidden": hidden_BTD, **xs}, size, mask_BT, shards)
+    given = cut.pop("hidden"), head_VD, fixed, cut, runs_A
+    if loss is None:
+        return join(_stats(asked, *given))
+    total, stats = _summed(asked, loss, *given)
+    return {**join(stats), "total": total}

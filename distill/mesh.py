@@ -323,6 +323,16 @@ def token_shards(mesh: Mesh | AbstractMesh, T: int) -> int:
     return 1 if T % parts else parts
 
 
+def shards(B: int, T: int) -> tuple[int, int]:
+    """Within `use`: into how many parts hidden states [B, T, D] are split by rows, and by tokens;
+    rows that do not divide by it count as parts of their own."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.axis_names:
+        return 1, 1
+    parts = _parts(mesh, ROWS)
+    return B if B % parts else parts, token_shards(mesh, T)
+
+
 def _parts(mesh: Mesh | AbstractMesh, axes: Iterable[str]) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 

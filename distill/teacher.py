@@ -232,7 +232,7 @@ def hidden(
 
 
 def logp(reader: Policy, batch: Batch, logits_mib: float) -> jax.Array:
-    """[B, T] float32: the log-probability that a model gives each token, 0 for the first."""
+    """[B, T] float32: the log-probability that a model gives each token of the mask; 0 elsewhere."""
     read = functools.partial(logps, reader.model, logits_mib, reader.params, None)
     return _there(reader, read, batch)
 
@@ -248,6 +248,8 @@ def logps(
         losses.shift(batch.tokens_BT),
         logits_mib=logits_mib,
         split=mesh_lib.split_vocabulary,
+        mask_BT=losses.shift(batch.mask_BT),
+        shards=mesh_lib.shards(*batch.tokens_BT.shape),
     )
     return losses.unshift(stats["logp"])
 

@@ -82,6 +82,14 @@ def _shifted(top_BTK: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, ja
     return None if top_BTK is None else (losses.shift(top_BTK[0]), losses.shift(top_BTK[1]))
 
 
+def _of_tokens(share_BN: jax.Array | None, shape: tuple[int, int]) -> jax.Array | None:
+    return (
+        None
+        if share_BN is None
+        else jnp.broadcast_to(share_BN[:, None], (*shape, share_BN.shape[1]))
+    )
+
+
 def _known(batch: Batch) -> losses.Stats:
     """What losses.token_losses is to know of tokens, shifted."""
     known = {
@@ -140,12 +148,14 @@ def loss_sums(
         split=mesh_lib.split_vocabulary,
         divergence=loss.compared,
         teacher_top_BTK=_shifted(batch.teacher_top_BTK),
-        teacher_share_BN=batch.teacher_share_BN,
+        teacher_share_BTN=_of_tokens(batch.teacher_share_BN, mask_BT.shape),
         overlap=overlap,
         baseline=loss.baseline,
         loss=of_tokens if loss.by_token else None,
         known=known,
         weight_BT=weight_BT,
+        mask_BT=mask_BT,
+        shards=mesh_lib.shards(*mask_BT.shape),
     )
     if loss.by_token:
         total = stats.pop("total")

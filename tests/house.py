@@ -20,7 +20,7 @@ FLOORS = {
     "stages": "prepare stages programs roofline collect rollout slots engine teacher divergence "
     "responses update",
     "parts": "policy forward data layout packing curriculum examples context columns sources "
-    "hygiene head distributions losses advantages sampling benchmarks results",
+    "hygiene head chunks distributions losses advantages sampling benchmarks results",
     "ground": "batch mesh aot hlo pod compiled chat locate rewards terms ifeval figures optim "
     "metrics checkpoint arithmetic cli gpu",
 }

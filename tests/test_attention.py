@@ -11,7 +11,7 @@ from configs import base
 from distill import aot, stages
 from distill import mesh as mesh_lib
 from models.errors import UserError
-from models.qwen3 import attention
+from models.qwen3 import attention, blockwise
 
 
 def inputs(B: int, T: int, N: int, K: int, H: int):
@@ -41,10 +41,10 @@ def by_hand(q_BTNH, k_BTKH, v_BTKH, segments_BT):
 
 
 @pytest.mark.parametrize(
-    ("kind", "chunk"), [("plain", 1024), ("plain", 8), ("plain", 7), ("masked", 1024)]
+    ("kind", "block"), [("plain", 64), ("plain", 8), ("plain", 7), ("plain", 2), ("masked", 64)]
 )
-def test_equals_the_formula(kind, chunk, monkeypatch):
-    monkeypatch.setattr(attention, "_CHUNK", chunk)
+def test_equals_the_formula(kind, block, monkeypatch):
+    monkeypatch.setattr(blockwise, "_BLOCK", block)
     q, k, v, segments = inputs(B=2, T=24, N=6, K=3, H=10)
     # cuDNN's entry, computed by XLA: the mask that it hands over is what is tested here.
     attend = {
@@ -73,6 +73,64 @@ def test_splash_equals_plain(T):
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4)
 
 
+def packed(T: int) -> np.ndarray:
+    """Segments of many lengths, within blocks of 128 and across them, one alone, padding behind,
+    before, and nothing else."""
+    rows = np.zeros((5, T), np.int32)
+    rows[0, : T - 50] = np.searchsorted(np.array([40, 128, 300, 301, 420]), np.arange(T - 50)) + 1
+    rows[1] = 7
+    rows[2, 200:] = 1
+    rows[3, :140] = 1
+    return rows
+
+
+def test_splash_skips_blocks_of_other_segments(monkeypatch):
+    """Values and gradients in several blocks a row."""
+    monkeypatch.setattr(attention, "_BLOCKS", (128,))
+    q, k, v, _ = inputs(B=5, T=512, N=4, K=2, H=128)
+    segments = jnp.asarray(packed(512))
+    splash = functools.partial(attention.splash, interpret=True)
+    want, got = gradients(attention.plain, q, k, v, segments), gradients(splash, q, k, v, segments)
+    real = segments[..., None, None] > 0
+    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        a, b = (jnp.where(real, x, 0) if x.ndim else x for x in (a, b))
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_splash_reads_no_block_of_other_segments(grad, monkeypatch):
+    """What is not a number in one segment does not reach another, not even times nothing."""
+    monkeypatch.setattr(attention, "_BLOCKS", (128,))
+    q, k, v, _ = inputs(B=1, T=512, N=2, K=1, H=128)
+    segments = jnp.asarray(np.repeat([[1, 2, 3]], (128, 256, 128), axis=1))
+    bad = (segments == 2)[..., None, None]
+    splash = functools.partial(attention.splash, interpret=True)
+    if grad:
+        found = jax.grad(lambda *x: splash(*x, segments).sum(), (0, 1, 2))
+    else:
+        found = lambda *x: splash(*x, segments)  # noqa: E731
+    given = [jnp.where(bad, jnp.nan, x) for x in (q, k, v)]
+    for x in jax.tree.leaves(found(*given)):
+        np.testing.assert_array_equal(np.isfinite(x), np.broadcast_to(~bad, x.shape))
+
+
+def test_splash_fetches_only_what_it_computes():
+    """In the order in which blocks are visited, the one in fast memory changes no more often than
+    there are blocks to compute."""
+    kernel = attention.splash_kernel(512, 2, 128, interpret=True)
+    for segments in packed(512):
+        own = attention._within_segments(kernel, jnp.asarray(segments), 128)
+        seen = segments.reshape(4, 1, 128, 1) == segments.reshape(1, 4, 1, 128)
+        for info, order in ((own.fwd_mask_info, 0), (own.dq_mask_info, 0), (own.dkv_mask_info, 1)):
+            runs, data = (np.asarray(x[0], int) for x in (info.block_mask, info.data_next))
+            at = np.indices(runs.shape)[1 - order]
+            assert (data == at)[runs > 0].all()
+            visited = (data, data.T)[order].ravel()
+            assert (np.diff(visited) != 0).sum() < runs.sum()
+            assert not (runs > (seen.any((2, 3)) & np.tri(4, dtype=bool))).any()
+            assert np.diag(runs).all()
+
+
 def test_blocks_follow_the_chip_and_divide_the_row():
     for kind, sizes in (("TPU v5 lite", (512, 512, 384)), ("TPU v6 lite", (1024, 512, 384))):
         for T, block in zip((16_384, 1_536, 1_152), sizes, strict=True):
@@ -85,10 +143,12 @@ def test_blocks_follow_the_chip_and_divide_the_row():
 @pytest.mark.parametrize(
     ("topology", "block"), [("v5e:2x2", 512), ("v5p:2x2x1", 512), ("v6e:2x2", 1024)]
 )
-def test_mosaic_compiles_each_chips_blocks(topology, block, T):
+@pytest.mark.parametrize("B", [4, 8])
+def test_mosaic_compiles_each_chips_blocks(topology, block, T, B):
     """Forward and backward fit the chip's fast memory, in the blocks that are meant for it: the
-    operations of the three kernels are those of the blocks at and below the diagonal."""
-    B, N, K, H = 4, 2, 1, 128
+    operations of the three kernels are at most those of the blocks at and below the diagonal. With
+    one row a device, and with two."""
+    N, K, H = 2, 1, 128
     mesh = mesh_lib.make(1, 4, 1, devices=aot.devices(topology))
     with mesh_lib.use(mesh), jax.default_matmul_precision(None):
         q, k, v, segments = (
@@ -98,7 +158,8 @@ def test_mosaic_compiles_each_chips_blocks(topology, block, T):
         grad = jax.jit(jax.grad(lambda *x: attention.splash(*x).astype("float32").sum(), (0, 1, 2)))
         program = aot.compile("splash", lambda: grad.lower(q, k, v, segments), hbm_gib=15)
     blocks = T // block
-    assert program.flops == (2 + 3 + 4) * 2 * N * H * block**2 * blocks * (blocks + 1) / 2
+    triangle = blocks * (blocks + 1) / 2
+    assert program.flops == (2 + 3 + 4) * 2 * (B / 4) * N * H * block**2 * triangle
 
 
 def test_splash_on_a_mesh():
@@ -166,16 +227,16 @@ def test_who_packs():
     assert stages.packs(c)
 
 
-def test_chunks_of_queries_have_the_same_gradient(monkeypatch):
+def test_blocks_of_queries_have_the_same_gradient(monkeypatch):
     q, k, v, segments = inputs(B=2, T=50, N=4, K=2, H=8)
     want = gradients(attention.plain, q, k, v, segments)
-    monkeypatch.setattr(attention, "_CHUNK", 16)
+    monkeypatch.setattr(blockwise, "_BLOCK", 16)
     got = gradients(attention.plain, q, k, v, segments)
     for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)
 
 
-def test_memory_follows_the_chunk():
+def test_memory_follows_the_block():
     """Temporaries of forward and backward grow with T, not with T squared."""
 
     def temporaries(T):

@@ -255,7 +255,7 @@ def test_a_mixture_is_of_probabilities(estimator):
     def total(own, hidden_BTE, heads_VE, share):
         stats = head.token_stats(
             hidden, own, targets, hidden_BTE, heads_VE, logits_mib=1e-3, divergence=form,
-            teacher_share_BN=share,
+            teacher_share_BTN=None if share is None else jnp.repeat(share[:, None], T, axis=1),
         )  # fmt: skip
         return jnp.sum(stats["divergence"]), stats
 

@@ -1,10 +1,9 @@
 """Causal grouped-query attention within segments: one meaning, an implementation for each platform.
 
-A token attends to itself and to the earlier tokens of its own segment; the softmax is taken in
-float32. Every implementation is tested equal to `plain`.
+A token attends to itself and to the earlier tokens of its own segment, which lie side by side; the
+softmax is taken in float32. Every implementation is tested equal to `plain`.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -14,11 +13,11 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
 
 from models.errors import UserError
+from models.qwen3 import blockwise
 
 # (q [B, T, N, H], k and v [B, T, K, H], segments [B, T]) -> [B, T, N, H]
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
-_CHUNK = 1024  # queries whose scores over all keys `plain` holds at a time
 _LANES = 128  # the tile of a TPU's vector unit: splash attention wants T and H in multiples
 _BLOCKS = (1024, 512, 384, 256, 128)  # tokens of a block of splash attention
 # The longest block, by the mesh's kind of device. For each block of queries the kernel reads all
@@ -27,56 +26,28 @@ _BLOCKS = (1024, 512, 384, 256, 128)  # tokens of a block of splash attention
 _LONGEST = {"TPU v6 lite": 1024}
 
 
+plain = blockwise.attend  # what XLA makes of the formula, on any platform
+
+
 def softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
     """Over the last axis, where the mask is true; uniform where it nowhere is."""
     return jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(scores.dtype).min), axis=-1)
-
-
-def plain(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array
-) -> jax.Array:
-    """What XLA makes of the formula, in chunks of queries: scores of [chunk, T], not [T, T]."""
-    T = q_BTNH.shape[1]
-    some = functools.partial(_some, k_BTKH, v_BTKH, segments_BT)
-    if T <= _CHUNK:
-        return some(q_BTNH, 0)
-    chunks = -(-T // _CHUNK)
-    q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, chunks * _CHUNK - T), (0, 0), (0, 0)))
-    B, _, N, H = q_BTNH.shape
-    q_ABCNH = q_BTNH.reshape(B, chunks, _CHUNK, N, H).swapaxes(0, 1)
-    # Recomputed in the backward pass, or the scores of all chunks would be kept for it.
-    some = jax.checkpoint(some, prevent_cse=False)
-    out_ABCNH = jax.lax.map(lambda x: some(*x), (q_ABCNH, _CHUNK * jnp.arange(chunks)))
-    return out_ABCNH.swapaxes(0, 1).reshape(B, -1, N, H)[:, :T]
-
-
-def _some(
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    segments_BT: jax.Array,
-    q_BCNH: jax.Array,
-    first: jax.typing.ArrayLike,
-) -> jax.Array:
-    """Attention of C queries, those from position `first` on; some may lie behind the last key."""
-    (B, C, N, H), (T, K) = q_BCNH.shape, k_BTKH.shape[1:3]
-    q_BKMH = q_BCNH.reshape(B, C, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-    k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
-    scores = jnp.einsum("BKMH,BKTH->BKMT", q_BKMH, k_BKTH, preferred_element_type=jnp.float32)
-    scores = scores.reshape(B, K, N // K, C, T) * H**-0.5
-    at_C = first + jnp.arange(C)
-    mine_BC = jnp.take(segments_BT, jnp.minimum(at_C, T - 1), axis=1)
-    mask_BCT = (mine_BC[:, :, None] == segments_BT[:, None, :]) & (
-        at_C[:, None] >= jnp.arange(T)[None, :]
-    )[None]
-    weights = softmax(scores, mask_BCT[:, None, None]).astype(q_BCNH.dtype)
-    out_BKMH = jnp.einsum("BKMT,BKTH->BKMH", weights.reshape(B, K, -1, T), v_BKTH)
-    return out_BKMH.reshape(B, K, N // K, C, H).transpose(0, 3, 1, 2, 4).reshape(B, C, N, H)
 
 
 def _block(T: int, kind: str) -> int:
     """The longest block that divides a row of T tokens, of those for a kind of device."""
     longest = _LONGEST.get(kind, 512)
     return next(size for size in _BLOCKS if size <= longest and T % size == 0)
+
+
+def splash_kernel(T: int, N: int, block: int, interpret: bool) -> Any:
+    """JAX's causal kernel for a row, in blocks of so many tokens."""
+    names = (f"block_{x}{of}" for x in ("q", "kv") for of in ("", "_dkv", "_dq"))
+    return splash_lib.make_splash_mha_single_device(
+        mask=splash_lib.MultiHeadMask([splash_lib.CausalMask((T, T))] * N),
+        block_sizes=splash_lib.BlockSizes(**dict.fromkeys(names, block)),
+        interpret=interpret,
+    )
 
 
 def splash(
@@ -95,30 +66,22 @@ def splash(
     pad = -T % _LANES
     mesh = jax.sharding.get_abstract_mesh()
     block = _block(T + pad, mesh.abstract_device.device_kind if mesh.abstract_device else "")
-    sizes = splash_lib.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
 
     def local(q_BTNH, k_BTKH, v_BTKH, segments_BT):
-        causal = splash_lib.CausalMask((T + pad, T + pad))
-        kernel: Any = splash_lib.make_splash_mha_single_device(
-            mask=splash_lib.MultiHeadMask([causal] * q_BTNH.shape[2]),
-            block_sizes=sizes,
-            interpret=interpret,
-        )
+        kernel = splash_kernel(T + pad, q_BTNH.shape[2], block, interpret)
+
+        def of_row(given):
+            q_NTH, k_KTH, v_KTH, segments_T = given
+            own = _within_segments(kernel, segments_T, block)
+            return own(q_NTH, k_KTH, v_KTH, splash_lib.SegmentIds(segments_T, segments_T))
+
         segments_BT = jnp.pad(segments_BT, ((0, 0), (0, pad)))
         heads_first = (
             jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2)
             for x in (q_BTNH * H**-0.5, k_BTKH, v_BTKH)
         )
-        out_BNTH: Any = jax.vmap(kernel)(
-            *heads_first, splash_lib.SegmentIds(segments_BT, segments_BT)
-        )
+        # A kernel's tables are those of one row.
+        out_BNTH: Any = jax.lax.map(of_row, (*heads_first, segments_BT))
         return out_BNTH.swapaxes(1, 2)[:, :T]
 
     # A kernel is opaque to the partitioner, so each device is told what is its own.
@@ -128,6 +91,39 @@ def splash(
     rows = jax.sharding.PartitionSpec(spec[0], None)
     return jax.shard_map(local, in_specs=(spec, spec, spec, rows), out_specs=spec, check_vma=False)(
         q_BTNH, k_BTKH, v_BTKH, segments_BT
+    )
+
+
+def _within_segments(kernel: Any, segments_T: jax.Array, block: int) -> Any:
+    """A causal kernel that neither computes nor fetches blocks of tokens that share no segment.
+
+    Its tables say of each block of queries (I) and of keys (J) whether it is computed, and which
+    block lies in fast memory then: where nothing is computed, one that lies there before or after.
+    """
+    blocks = len(segments_T) // block
+    starts_T = jnp.diff(segments_T, prepend=segments_T[:1] - 1) != 0
+    began_T = jax.lax.cummax(jnp.where(starts_T, jnp.arange(len(segments_T)), 0))
+    first_I1 = began_T[::block, None] // block  # from which of keys a block of queries sees
+    i_I1, j_1J = jnp.arange(blocks)[:, None], jnp.arange(blocks)[None]
+    runs_IJ = (first_I1 <= j_1J) & (j_1J <= i_I1)
+    next_I1 = jnp.append(first_I1[1:], first_I1[:1], axis=0)
+    keys_IJ = jnp.where(j_1J <= i_I1, jnp.maximum(j_1J, first_I1), next_I1)
+    last_1J = (
+        j_1J + jnp.sum(runs_IJ, axis=0, keepdims=True) - 1
+    )  # to which of queries a block of keys is seen
+    queries_IJ = jnp.minimum(jnp.maximum(i_I1, j_1J), last_1J)
+
+    def told(info: Any, data_IJ: jax.Array) -> Any:
+        return info._replace(
+            block_mask=runs_IJ[None].astype(info.block_mask.dtype),
+            data_next=data_IJ[None].astype(info.data_next.dtype),
+        )
+
+    return type(kernel)(
+        told(kernel.fwd_mask_info, keys_IJ),
+        told(kernel.dq_mask_info, keys_IJ),
+        told(kernel.dkv_mask_info, queries_IJ),
+        **kernel.kwargs,
     )
 
 
