@@ -205,14 +205,16 @@ def _baseline(logp_BCV: jax.Array, logq_BCV: jax.Array) -> jax.Array:
     return jnp.sum(weight_BCV * (logp_BCV - logq_BCV), axis=-1) / total_BC
 
 
-def mixed(logits_BCV: list[jax.Array], share_BN: jax.Array | None) -> jax.Array:
-    """log q of q = Σ share·q_n. A share of 0 adds nothing, and one of 1 leaves q_n bit by bit."""
+def mixed(logits_BCV: list[jax.Array], share_BCN: jax.Array | None) -> jax.Array:
+    """log q of q = Σ share·q_n. A share of 0 adds nothing, and one of 1 leaves q_n bit by bit.
+    Where all are 0, on padding, what comes out is finite and nothing more."""
     logq_BCV = [jax.nn.log_softmax(x, axis=-1) for x in logits_BCV]
-    if share_BN is None:
+    if share_BCN is None:
         assert len(logq_BCV) == 1
         return logq_BCV[0]
-    share_BN = jnp.log(jax.lax.stop_gradient(share_BN)).astype(logq_BCV[0].dtype)
-    parts = [x + share_BN[:, n, None, None] for n, x in enumerate(logq_BCV)]
+    share_BCN = jnp.where(jnp.any(share_BCN > 0, axis=-1, keepdims=True), share_BCN, 1)
+    share_BCN = jnp.log(jax.lax.stop_gradient(share_BCN)).astype(logq_BCV[0].dtype)
+    parts = [x + share_BCN[..., n, None] for n, x in enumerate(logq_BCV)]
     return functools.reduce(jnp.logaddexp, parts)
 
 

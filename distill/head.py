@@ -86,12 +86,16 @@ class _Asked:
     exact: bool
     overlap: int
     baseline: bool
+    temperature: float
+
+    def scaled(self, logits_BCV: jax.Array) -> jax.Array:
+        logits_BCV = self.split(logits_BCV)
+        return logits_BCV if self.temperature == 1 else logits_BCV / self.temperature
 
     def of_chunk(self, head_VD: jax.Array, fixed: Any, x: Any) -> Stats:
-        """The stats of a chunk. fixed: both sides' heads in the dtype of their products, and the
-        teachers' shares."""
-        read_VD, heads, teacher_share_BN = fixed
-        logits_BCV = self.split(_logits(x["hidden"], head_VD, read_VD))
+        """The stats of a chunk. fixed: both sides' heads in the dtype of their products."""
+        read_VD, heads = fixed
+        logits_BCV = self.scaled(_logits(x["hidden"], head_VD, read_VD))
         logp_BCV = jax.nn.log_softmax(logits_BCV, axis=-1)
         stats = {
             "logp": distributions.pick(logp_BCV, x["targets"]),
@@ -99,8 +103,8 @@ class _Asked:
         }
         if x["teachers"]:
             pairs = zip(x["teachers"], heads, strict=True)
-            each = [self.split(_logits(hidden_BCE, y, y)) for hidden_BCE, y in pairs]
-            logq_BCV = distributions.mixed(each, teacher_share_BN)
+            each = [self.scaled(_logits(hidden_BCE, y, y)) for hidden_BCE, y in pairs]
+            logq_BCV = distributions.mixed(each, x["share"])
             stats |= distributions.teacher_stats(
                 logp_BCV, logq_BCV, x["targets"], self.overlap, self.baseline
             )
@@ -176,10 +180,11 @@ def token_stats(
     top_k: int = 0,
     divergence: distributions.Divergence | None = None,
     teacher_top_BTK: tuple[jax.Array, jax.Array] | None = None,
-    teacher_share_BN: jax.Array | None = None,
+    teacher_share_BTN: jax.Array | None = None,
     exact: bool = False,
     overlap: int = 0,
     baseline: bool = False,
+    temperature: float = 1.0,
     loss: Loss | None = None,
     known: Stats | None = None,
     weight_BT: jax.Array | None = None,
@@ -192,8 +197,9 @@ def token_stats(
       targets_BT: int32, the token that each position predicts.
       teacher_hidden_BTE, teacher_head_VE: the same of the teacher, whose width may differ; never
         differentiated. Or tuples with those of N teachers.
-      teacher_share_BN: of N teachers, how much of a row's teacher each one is: their distributions
-        are mixed by it, q = Σ share·q_n. Shares of a row add up to 1; one of 1 is that teacher.
+      teacher_share_BTN: of N teachers, how much of a token's teacher each one is: their
+        distributions are mixed by it, q = Σ share·q_n. Shares add up to 1 where a token is trained;
+        one of 1 is that teacher.
       logits_mib: how many MiB one chunk of float32 logits of one model may take.
       split: puts a sharding on a chunk's logits [B, C, V].
       top_k: also find this many of the student's most likely tokens.
@@ -205,6 +211,7 @@ def token_stats(
       exact: beside the divergence also its value over the whole vocabulary.
       overlap: compare this many of the most likely tokens (of stored ones, at most K).
       baseline: also find the baseline of a policy gradient with log p - log q of a drawn token.
+      temperature: logits of all models are divided by it.
       loss: also add up a loss, each token's times weight_BT: loss(stats, known) gives "loss" and
         what else it finds, of tokens of a chunk, from their stats and what is `known` of them,
         [B, T] arrays, and may not look from one token to another. The gradient is then taken while
@@ -224,15 +231,16 @@ def token_stats(
       Where teacher and student are equal, divergence and gradient are exactly 0 in every form;
       from stored tops up to the rounding of the tail's mass, about 1e-7.
     """
-    asked = _Asked(split, top_k, divergence, exact, overlap, baseline)
+    asked = _Asked(split, top_k, divergence, exact, overlap, baseline, temperature)
     B, V = targets_BT.shape[0], head_VD.shape[0]
     size = int(logits_mib * 2**20 / (4 * B * V))
     sg = jax.lax.stop_gradient
     teachers, heads = (jax.tree.leaves(sg(x)) for x in (teacher_hidden_BTE, teacher_head_VE))
     if teachers:
         heads = [y.astype(x.dtype) for x, y in zip(teachers, heads, strict=True)]
-    fixed = sg(head_VD).astype(hidden_BTD.dtype), heads, teacher_share_BN
+    fixed = sg(head_VD).astype(hidden_BTD.dtype), heads
     xs = {"targets": targets_BT, "teachers": teachers, "top": sg(teacher_top_BTK)}
+    xs["share"] = teacher_share_BTN
     if loss is not None:
         xs |= {"known": known, "weight": weight_BT}
         return _summed(asked, loss, size, hidden_BTD, head_VD, fixed, xs)

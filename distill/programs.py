@@ -125,87 +125,142 @@ def operations(config: Config, tokens: float, context: float, head: bool) -> flo
 def of_stage(
     c: ConfigDict, s: ConfigDict, loss: losses.Loss, sampled: int, models: Models, mesh: Mesh
 ) -> list[Call]:
-    """The programs of one step of a stage, in their order.
+    """The programs of one step of a stage, in their order; how often they are called if no response
+    is shorter than it may be.
 
     To be called, and its results lowered, within `mesh_lib.use(mesh)`, or of the call's own mesh.
     """
-    student, rows = models.student, mesh_lib.rows(mesh)
-    B, T = s.batch_size, s.pack_tokens or s.max_prompt_tokens + s.max_response_tokens
-    mean, stream = (T + 1) / 2, NamedSharding(mesh, mesh_lib.stream(mesh, T))
-
-    def array(dtype: Any, *shape: int, sharding: Any = rows) -> Any:
-        return jax.ShapeDtypeStruct((B, *shape), jnp.dtype(dtype), sharding=sharding)
-
-    def read(T: int) -> Batch:
-        return Batch(array("int32", T), array("int32", T), array("int32", T), array("bool", T))
-
-    batch = dataclasses.replace(read(T), thinking_BT=array("bool", T))
-    if sampled == B:
-        changes = {"sampler_logp_BT": array("float32", T), "finished_B": array("bool")}
-        batch = dataclasses.replace(batch, **changes)
-    calls, heads = _sampling(s, sampled, models, mesh) if sampled else [], ()
-    if loss.teacher and models.teachers:
-        room = s.context.max_tokens if s.context.text or s.context.column else 0
-        told, at_BT = (read(T + room), array("int32", T)) if room else (batch, None)
-        hidden = []
-        for name, of in models.teachers.items():
-            there = policy.mesh_of(of)
-            given = (of.model, s.accumulate, of.params, None, *lying(there, (told, at_BT)))
-            lower = functools.partial(teacher.hidden.lower, *given)
-            useful = operations(of.config, B * (T + room), mean + room / 2, head=False)
-            holds = (_own(c, name, models) or name,)
-            called = f"score {name}" if name != "teacher" else "score"
-            calls.append(Call(called, lower, 1, useful, holds, mesh=there))
-            hidden.append(array(of.model.dtype, T, of.config.hidden_size, sharding=stream))
-        heads = tuple(_head(of, mesh) for of in models.teachers.values())
-        batch = dataclasses.replace(batch, teacher_hidden_BTD=tuple(hidden))
-        if len(hidden) > 1:
-            share_BN = array("float32", len(hidden))
-            batch = dataclasses.replace(batch, teacher_share_BN=share_BN)
-    if loss.reward:
-        batch = dataclasses.replace(batch, advantages_B=array("float32"))
-    if loss.reference:
-        calls.append(_reference(models, batch, stages.logits_mib(c, mesh)))
-        batch = dataclasses.replace(batch, reference_logp_BT=array("float32", T))
-    if loss.served == "top":
-        top = (array("int32", T, loss.served_k), array("float32", T, loss.served_k))
-        batch = dataclasses.replace(batch, teacher_top_BTK=top)
-
+    readers = [*models.teachers.values(), *([models.reference] if models.reference else [])]
+    rows = stages.microbatch_rows(s, sampled, mesh, *map(policy.mesh_of, readers))
+    turns = s.minibatches * -(-s.batch_size // (s.minibatches * rows))
+    calls = _sampling(s, sampled, models, mesh) if sampled else []
+    # The gradient so far lies beside what is called between two micro-batches.
+    gradient = 0 if single(s, sampled) else bytes_of(models.trained)
+    calls += _reading(c, s, loss, models, mesh, rows, turns, gradient)
     optimizer = optim.make(s.optim, s.steps * s.epochs * s.minibatches)
     state = update.abstract(optimizer, models.trained, c.student.ema > 0)
-    step = prepare.updater(c, s, loss, optimizer, student, mesh, state)
-    frozen = student.params if student.model.lora else None
+    programs = prepare.updater(c, s, loss, optimizer, models.student, mesh, state)
+    student, frozen = models.student, None
+    if student.model.lora:
+        frozen = student.params
+    base = ("base",) if frozen is not None else ()
+    micro, heads = _microbatch(s, loss, sampled, models, mesh, rows)
+    tokens, mean = rows * stages.row_tokens(s), (stages.row_tokens(s) + 1) / 2
+    forward = operations(student.config, tokens, mean, head=True)
+    if s.epochs * s.minibatches > 1:
+        known = dataclasses.replace(micro, teacher_hidden_BTD=None, old_logp_BT=None)
+        before = functools.partial(programs.logp.lower, state.params, known, frozen)
+        calls.append(Call("old log-probs", before, turns, forward, ("parameters", *base)))
     # With a LoRA, the gradient of the base's own products is that of their inputs alone.
-    passes = 2 if student.model.lora else 3
-    useful = passes * operations(student.config, B * T, mean, head=True)
-    useful += sum(2.0 * B * T * head.shape[0] * head.shape[1] for head in heads)
-    holds = ("parameters", "optimiser", "average", *(("base",) if frozen is not None else ()))
-    holds += tuple(f"head of {name}" for name in models.teachers)
-    calls.append(
-        Call(
-            "update",
-            lambda: step.lower(state, batch, heads, frozen),  # pyright: ignore
-            1,
-            useful * s.epochs,
-            holds,
+    useful = (2 if student.model.lora else 3) * forward
+    useful += sum(2.0 * tokens * head.shape[0] * head.shape[1] for head in heads)
+    so_far = None if single(s, sampled) else state.params
+    train = functools.partial(programs.accumulate.lower, so_far, state.params, micro, heads, frozen)
+    holds = ("parameters", *base, *(f"head of {name}" for name in models.teachers))
+    calls.append(Call("accumulate", train, turns * s.epochs, useful, holds))
+    figures = jax.eval_shape(programs.accumulate, so_far, state.params, micro, heads, frozen)[1]
+    end = functools.partial(programs.apply.lower, state, state.params, figures, 1)
+    holds = ("parameters", "optimiser", "average")
+    return [*calls, Call("apply", end, s.epochs * s.minibatches, 0.0, holds)]
+
+
+def single(s: ConfigDict, sampled: int) -> bool:
+    """Whether an update has one micro-batch, always, and no gradient lies beside its own."""
+    return not sampled and s.accumulate == 1
+
+
+def _arrays(mesh: Mesh, rows: int, *shape: int) -> Callable[..., Any]:
+    """What makes shapes of arrays [rows, *shape, ...], split by rows."""
+
+    def array(dtype: Any, *more: int, sharding: Any = None) -> Any:
+        sharding = sharding or mesh_lib.rows(mesh)
+        return jax.ShapeDtypeStruct((rows, *shape, *more), jnp.dtype(dtype), sharding=sharding)
+
+    return array
+
+
+def _tokens(mesh: Mesh, rows: int, T: int) -> Batch:
+    """Shapes of what models read."""
+    array = _arrays(mesh, rows, T)
+    return Batch(array("int32"), array("int32"), array("int32"), array("bool"))
+
+
+def _microbatch(
+    s: ConfigDict, loss: losses.Loss, sampled: int, models: Models, mesh: Mesh, rows: int
+) -> tuple[Batch, tuple[Any, ...]]:
+    """Shapes of a micro-batch as the update reads it, and of the teachers' heads."""
+    T, known, heads = stages.row_tokens(s), {}, ()
+    array = _arrays(mesh, rows, T)
+    if sampled == s.batch_size:
+        known |= {"sampler_logp_BT": array("float32"), "finished_BT": array("bool")}
+    if loss.reward:
+        known["advantages_BT"] = array("float32")
+    if loss.reference:
+        known["reference_logp_BT"] = array("float32")
+    if s.epochs * s.minibatches > 1:
+        known["old_logp_BT"] = array("float32")
+    if loss.served == "top":
+        of = array("int32", loss.served_k), array("float32", loss.served_k)
+        known["teacher_top_BTK"] = of
+    if loss.teacher and models.teachers:
+        stream = NamedSharding(mesh, mesh_lib.stream(mesh, T))
+        known["teacher_hidden_BTD"] = tuple(
+            array(of.model.dtype, of.config.hidden_size, sharding=stream)
+            for of in models.teachers.values()
         )
-    )
+        heads = tuple(_head(of, mesh) for of in models.teachers.values())
+    if len(models.teachers) > 1:
+        known["teacher_share_BTN"] = array("float32", len(models.teachers))
+    read = _tokens(mesh, rows, T)
+    return dataclasses.replace(read, thinking_BT=array("bool"), **known), heads
+
+
+def _reading(
+    c: ConfigDict,
+    s: ConfigDict,
+    loss: losses.Loss,
+    models: Models,
+    mesh: Mesh,
+    rows: int,
+    turns: int,
+    gradient: int,
+) -> list[Call]:
+    """What models that are only read make of the micro-batches: judges, teachers, a reference; of
+    which the latter two do so beside a `gradient` of so many bytes."""
+    T, mib, calls = stages.row_tokens(s), stages.logits_mib(c, mesh), []
+    room = s.context.max_tokens if s.context.text or s.context.column else 0
+
+    def called(what: str, name: str) -> str:
+        return what if name == "teacher" else f"{what} {name}"
+
+    def logps(name: str, of: Policy, T: int, temperature: float, holds: str, beside: int) -> Call:
+        there = policy.mesh_of(of)
+        given = (of.model, mib, temperature, of.params, None, _tokens(there, rows, T))
+        lower = functools.partial(teacher.logps.lower, *given)
+        useful = operations(of.config, rows * T, (T + 1) / 2, head=True)
+        beside = beside if there == mesh else 0
+        return Call(name, lower, turns, useful, (holds,), beside, there)
+
+    for name, of in models.teachers.items():
+        there, holds = policy.mesh_of(of), _own(c, name, models) or name
+        if loss.reward and s.reward.judge:
+            calls.append(logps(called("judge", name), of, T + room, 1.0, holds, 0))
+        if loss.teacher:
+            at_BT = _arrays(there, rows, T)("int32") if room else None
+            given = (of.model, of.params, None, _tokens(there, rows, T + room), at_BT)
+            lower = functools.partial(teacher.hidden.lower, *given)
+            useful = operations(of.config, rows * (T + room), (T + room + 1) / 2, head=False)
+            beside = gradient if there == mesh else 0
+            calls.append(
+                Call(
+                    called("score", name), lower, turns * s.epochs, useful, (holds,), beside, there
+                )
+            )
+    if loss.reference:
+        of, holds = models.reference or models.student, "reference" if models.reference else "base"
+        at = stages.read_at(s, loss)
+        calls.append(logps("reference", of, T, at, holds, gradient))
     return calls
-
-
-def _reference(models: Models, batch: Batch, logits_mib: float) -> Call:
-    """What says how likely the student of before step 0 finds a batch."""
-    reader, (B, T) = models.reference or models.student, batch.tokens_BT.shape
-    there = policy.mesh_of(reader)
-    given = (reader.model, logits_mib, reader.params, None, lying(there, batch))
-    return Call(
-        "reference",
-        functools.partial(teacher.logps.lower, *given),
-        1,
-        operations(reader.config, B * T, (T + 1) / 2, head=True),
-        ("reference",) if models.reference else ("base",),
-        mesh=there,
-    )
 
 
 def _sampling(s: ConfigDict, sampled: int, models: Models, mesh: Mesh) -> list[Call]:
@@ -291,12 +346,6 @@ def _weights(
     shapes = mesh_lib.parameters(student.config, mesh, rules=rules)
     shaped = dataclasses.replace(student, params=shapes)
     return policy.loaded(shaped, kind or jnp.dtype(qwen3.dtype).name)
-
-
-def lying(mesh: Mesh, tree: Any) -> Any:
-    """The same shapes, of arrays whose first axis is the batch, on a mesh."""
-    rows = mesh_lib.rows(mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), tree)
 
 
 def like(function: Any, *args: Any) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax._src import monitoring
 
-from distill import engine, forward, head, losses, rollout, slots
+from distill import engine, forward, head, losses, microbatches, rollout, slots
 from distill import mesh as mesh_lib
 from distill.rollout import Options, Sequence
 from distill.sampling import Sampling
@@ -106,7 +106,7 @@ def scored(rows: list[Sequence], seed: int = 0) -> list[list[float]]:
     """Log-probabilities of all tokens of each row by one plain forward on one device."""
     mesh, params = weights(seed, (1, 1, 1))
     with mesh_lib.use(mesh):
-        batch = rollout.to_batch(rows, len(rows), P, R)
+        batch = microbatches.unpacked(rows, len(rows), P + R)
         logp = np.asarray(_scores(params, batch))
     return [x[m].tolist() for x, m in zip(logp, np.asarray(batch.mask_BT), strict=True)]
 

@@ -8,7 +8,6 @@ from distill.rollout.sampler import (
     expand_prompts,
     row_keys,
     sample,
-    to_batch,
 )
 from distill.rollout.sequence import Sequence
 from distill.sampling import Sampling
@@ -25,5 +24,4 @@ __all__ = [
     "expand_prompts",
     "row_keys",
     "sample",
-    "to_batch",
 ]
