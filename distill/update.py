@@ -288,26 +288,6 @@ def make(
         most = None if one[1] is None else jnp.maximum(one[1], other[1])
         return jax.tree.map(jnp.add, one[0], other[0]), most
 
-    def apply(state: TrainState, gradient: Params, figures: Any, steps: int):
-        sums, most = figures
-        # All weights are 0 where the count is.
-        count = jnp.maximum(sums["loss"][1], 1)
-        gradient = jax.tree.map(lambda g: g / count.astype(g.dtype), gradient)
-        trained = sums["logp"][1] > 0
-        params, opt_state = _moved(optimizer, gradient, state, trained)
-        measured = metrics.finalize(sums)
-        if "load_LE" in measured:  # summed over all micro-batches: figures of the whole batch
-            measured |= moe.summary(measured.pop("load_LE"), measured.pop("p_LE"))
-        measured["grad_norm"] = optax.tree.norm(gradient)
-        measured["trained_tokens"] = sums["logp"][1]
-        if most is not None:
-            measured["ratio_max"] = most
-        average = state.average
-        if average is not None:
-            pace = jnp.where(trained, 1 - ema, 0)
-            average = jax.tree.map(lambda a, p: a + pace * (p - a), average, params)
-        return TrainState(params, opt_state, state.step + steps, average), measured
-
     def logp(params: Params, batch: Batch, frozen: Params | None = None):
         params, lora = (params, None) if frozen is None else (frozen, params)
         stats = head.token_stats(
@@ -332,9 +312,40 @@ def make(
         ),
         jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=by),
         jax.jit(merge),
-        jax.jit(apply, donate_argnums=0, out_shardings=(lie, None)),
+        jax.jit(
+            functools.partial(_applied, optimizer, ema), donate_argnums=0, out_shardings=(lie, None)
+        ),
         jax.jit(logp, compiler_options=options),
     )
+
+
+def _applied(
+    optimizer: optax.GradientTransformation,
+    ema: float,
+    state: TrainState,
+    gradient: Params,
+    figures: tuple[metrics.Sums, jax.Array | None],
+    steps: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The state after an update, and its metrics."""
+    sums, most = figures
+    # All weights are 0 where the count is.
+    count = jnp.maximum(sums["loss"][1], 1)
+    gradient = jax.tree.map(lambda g: g / count.astype(g.dtype), gradient)
+    trained = sums["logp"][1] > 0
+    params, opt_state = _moved(optimizer, gradient, state, trained)
+    measured = metrics.finalize(sums)
+    if "load_LE" in measured:  # summed over all micro-batches: figures of the whole batch
+        measured |= moe.summary(measured.pop("load_LE"), measured.pop("p_LE"))
+    measured["grad_norm"] = optax.tree.norm(gradient)
+    measured["trained_tokens"] = sums["logp"][1]
+    if most is not None:
+        measured["ratio_max"] = most
+    average = state.average
+    if average is not None:
+        pace = jnp.where(trained, 1 - ema, 0)
+        average = jax.tree.map(lambda a, p: a + pace * (p - a), average, params)
+    return TrainState(params, opt_state, state.step + steps, average), measured
 
 
 def _moved(

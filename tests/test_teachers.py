@@ -178,7 +178,7 @@ def own_rows(rows):
 def test_a_context_moves_the_response_behind_another_prompt(files):
     """On own samples and on traces, packed together; by transformers."""
     hint = str(files / "hint.txt")
-    c = config(files, "gkd", context__column="solution", context__text=hint, accumulate=2)
+    c = config(files, "gkd", context__column="solution", context__text=hint, pack_tokens=200)
     prompts = behind(files, in_system)
     network = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
     rows, _ = collected(c)
