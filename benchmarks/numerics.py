@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from distill import cli, policy, rollout, teacher
+from distill import cli, microbatches, policy, rollout, teacher
 from distill import mesh as mesh_lib
 from distill.rollout import Options, Sequence
 from distill.sampling import Sampling
@@ -56,7 +56,7 @@ def scored(
 ) -> np.ndarray:
     """[tokens] log-probabilities of the responses; `precision` in place of the project's."""
     with policy.use(subject), jax.default_matmul_precision(precision or "highest"):
-        batch = rollout.to_batch(rows, ROWS, PROMPT, RESPONSE)
+        batch = microbatches.unpacked(rows, ROWS, PROMPT + RESPONSE)
         put = jax.device_put(batch, mesh_lib.rows(policy.mesh_of(subject)))
         return np.asarray(teacher.logp(subject, put, 128.0))[np.asarray(batch.mask_BT)]
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from absl import flags
 from jax.sharding import Mesh
@@ -35,10 +36,12 @@ from distill import (
     rewards,
     rollout,
     stages,
+    teacher,
     train,
 )
 from distill import mesh as mesh_lib
 from distill.batch import Batch
+from distill.microbatches import Work
 from distill.policy import Policy
 from models.errors import UserError
 from models.qwen3 import model
@@ -172,6 +175,13 @@ def outside(losses_own: Any, plan: prepare.Plan, params: Params, batch: Batch, h
     return mean(loss_BT), 1 - mean(inside_BT)
 
 
+def _whole(work: Work, mesh: Mesh) -> Batch:
+    """All that a step trains on as one batch."""
+    laid = [micro.lay() for part in work for micro in part]
+    whole = jax.tree.map(lambda *x: np.concatenate(x), *laid)
+    return jax.device_put(whole, mesh_lib.rows(mesh))
+
+
 def train_badly(name: str, out: Path, mesh: Mesh) -> Policy:
     """The student after a run of a loss of BAD, on the same rows that the other runs have."""
     family, loss = BAD[name]
@@ -196,8 +206,9 @@ def train_badly(name: str, out: Path, mesh: Mesh) -> Policy:
         draw = collect.batches(plan, stage, c.seed, mesh, stages.logits_mib(c, mesh), grader)
         for number in range(stage.end):
             start = time.perf_counter()
-            key = jax.random.fold_in(jax.random.key(c.seed), number)
-            batch, measured = draw(params, number, key)
+            work, measured = draw(params, number)
+            batch = _whole(work, mesh)
+            batch = teacher.score([plan.teachers["teacher"]], batch)
             params, state, value, mass = step(params, state, batch)
             told = {"train/loss": float(value), "train/outside_top": float(mass)}
             told["time/step"] = time.perf_counter() - start

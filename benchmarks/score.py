@@ -14,7 +14,7 @@ Each turn of each is a process of its own. Writes a table (.md), all numbers (.j
 from absl import flags
 
 from benchmarks import contest
-from distill import cli, programs
+from distill import calls, cli
 
 OPTIONS = contest.options(rounds=2)
 contest.models(OPTIONS, rows=1, tokens=4096)
@@ -27,8 +27,8 @@ def counts(case: str) -> contest.Row:
     config, head = contest.config(OPTIONS, "student"), case == "logp"
     M, mean = OPTIONS.rows * OPTIONS.tokens, (OPTIONS.tokens + 1) / 2
     wide = 4 if OPTIONS.dtype == "float32" else 2
-    moved = programs.operations(config, 1, 0, head) / 2 * wide
-    flop = programs.operations(config, M, mean, head)
+    moved = calls.operations(config, 1, 0, head) / 2 * wide
+    flop = calls.operations(config, M, mean, head)
     return {"tokens": M, "flop": flop, "bytes": moved}
 
 

@@ -20,7 +20,7 @@ a teacher's weights read once.
 from absl import flags
 
 from benchmarks import contest
-from distill import cli, programs
+from distill import calls, cli
 from models.qwen3.config import Config
 
 OPTIONS = contest.options(rounds=2)
@@ -32,7 +32,7 @@ REMAT = flags.DEFINE_bool("remat", False, "Recompute layers in the backward pass
 
 def numbers(config: Config) -> float:
     """Of weights that a token is multiplied by, two operations each; embeddings among them."""
-    return programs.operations(config, 1, 0, head=True) / 2
+    return calls.operations(config, 1, 0, head=True) / 2
 
 
 def counts(case: str) -> contest.Row:
@@ -40,10 +40,10 @@ def counts(case: str) -> contest.Row:
     student, teacher = (contest.config(OPTIONS, name) for name in ("student", "teacher"))
     M, mean = OPTIONS.rows * OPTIONS.tokens, (OPTIONS.tokens + 1) / 2
     wide = 4 if OPTIONS.dtype == "float32" else 2
-    flop = 3 * programs.operations(student, M, mean, head=True)
+    flop = 3 * calls.operations(student, M, mean, head=True)
     moved = numbers(student) * (2 * wide + 8 * 4)
     if case == "reverse_kl":
-        flop += programs.operations(teacher, M, mean, head=True)
+        flop += calls.operations(teacher, M, mean, head=True)
         moved += numbers(teacher) * wide
     return {"tokens": M, "flop": flop, "bytes": moved, "remat": REMAT.value}
 

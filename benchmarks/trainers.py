@@ -80,16 +80,16 @@ def our_step(job: Job) -> Answer:
     optimizer = optim.make(s.optim, s.steps)
     with policy.use(student):
         state = update.init(optimizer, student.params, 0)
-        take_step = prepare.updater(c, s, loss, optimizer, student, mesh, state)
+        programs = prepare.updater(c, s, loss, optimizer, student, mesh, state)
 
         def step() -> None:
             nonlocal state
             told, heads = batch, ()
             if read is not None:
-                hidden_BTD = teacher.hidden(read.model, 1, read.params, None, batch, None)
+                hidden_BTD = teacher.hidden(read.model, read.params, None, batch, None)
                 told = dataclasses.replace(batch, teacher_hidden_BTD=(hidden_BTD,))
                 heads = (model.head(read.params),)
-            state, measured, _ = take_step(state, told, heads, None)
+            state, measured, _ = programs.once(state, [told], heads, single=True)
             jax.block_until_ready((state, measured))
 
         return timed(step, job, jax_peak)
@@ -106,7 +106,7 @@ def our_score(job: Job) -> Answer:
     mesh = mesh_lib.make(**c.mesh)
     read, batch = _network(job, "student", mesh), _batch(job, mesh)
     score: Any = {
-        "hidden": lambda: teacher.hidden(read.model, 1, read.params, None, batch, None),
+        "hidden": lambda: teacher.hidden(read.model, read.params, None, batch, None),
         "logp": lambda: teacher.logp(read, batch, stages.logits_mib(c, mesh)),
     }[job["what"]]
     with policy.use(read):

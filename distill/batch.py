@@ -6,7 +6,6 @@ per prompt (P·G = B).
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 
@@ -14,7 +13,7 @@ import jax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Sequences with what is known about each token. All arrays are [B, T] unless named otherwise.
+    """Sequences with what is known about each token, and nothing about rows: one may hold several.
 
     positions count real tokens from 0; segments are 0 on padding and number the sequences packed
     in a row from 1; mask is true where a token is trained: response tokens and the stop token that
@@ -27,14 +26,13 @@ class Batch:
     mask_BT: jax.Array  # bool
     thinking_BT: jax.Array | None = None  # bool: asked in thinking mode
     sampler_logp_BT: jax.Array | None = None  # float32, of the distribution drawn from
-    finished_B: jax.Array | None = None  # bool: ended by a stop token, not by the length limit
-    advantages_B: jax.Array | None = None  # float32, of each response's reward
+    finished_BT: jax.Array | None = None  # bool: of a sequence that ended by a stop token
+    advantages_BT: jax.Array | None = None  # float32, of each response's reward; 0 elsewhere
     old_logp_BT: jax.Array | None = None  # float32: the trainer's own, before the step's updates
     reference_logp_BT: jax.Array | None = None  # float32
     # final hidden states of the teacher, or of each of several
     teacher_hidden_BTD: jax.Array | tuple[jax.Array, ...] | None = None
-    teacher_share_BN: jax.Array | None = None  # float32: of N teachers, what each says counts
-    kind_B: jax.Array | None = None  # int32: which source of a mixture a row is from
+    teacher_share_BTN: jax.Array | None = None  # float32: of N teachers, what each says counts
     # the same responses behind the prompts that a teacher reads, and at which token of those rows
     # each token lies
     told: "Batch | None" = None
@@ -44,18 +42,3 @@ class Batch:
     teacher_top_BTK: tuple[jax.Array, jax.Array] | None = None
     # int16: the sampler's, which the update then replays; -1 where they are not known
     experts_BTLA: jax.Array | None = None
-
-
-def parts(tree: Any, count: int) -> Any:
-    """Arrays [B, ...] as [count, B / count, ...]; rows interleave so that each part spans all
-    devices."""
-
-    def split(x: jax.Array) -> jax.Array:
-        return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
-
-    return jax.tree.map(split, tree)
-
-
-def whole(tree: Any) -> Any:
-    """What `parts` cut, put together again."""
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)

@@ -1,5 +1,5 @@
-"""Where a step's batch comes from: written responses, or the student's own with what teacher,
-grader and reference make of them."""
+"""Where a step's sequences come from: written responses, or the student's own with what a grader
+and a judge make of them."""
 
 import dataclasses
 import time
@@ -17,24 +17,26 @@ from distill import (
     curriculum,
     data,
     layout,
+    microbatches,
     pod,
     policy,
     rewards,
     rollout,
+    stages,
     teacher,
     terms,
 )
 from distill import mesh as mesh_lib
-from distill.batch import Batch
+from distill.examples import Example
+from distill.layout import Form
+from distill.microbatches import Work
 from distill.prepare import Plan, Stage
 from distill.stages import rollout_options, sampling, terms_of
 from models.qwen3.model import Params
 
 Measured = dict[str, float]
-# (what is trained, step, key of the step, its moving average) -> (batch, what it measured)
-Collect = Callable[..., tuple[Batch, Measured]]
-# (what is trained, step) -> (batch on the host, what it measured)
-Part = Callable[[Params, int], tuple[Batch, Measured]]
+# (what is trained, step, its moving average) -> (what to train on, what was measured)
+Collect = Callable[..., tuple[Work, Measured]]
 
 
 MODES = {"think": True, "no_think": False}  # whether a row is asked to think
@@ -43,106 +45,115 @@ MODES = {"think": True, "no_think": False}  # whether a row is asked to think
 def batches(
     plan: Plan, stage: Stage, seed: int, mesh: Mesh, logits_mib: float, grader: rewards.Grader
 ) -> Collect:
-    """The batch of each step of a stage, on the mesh, with all that its loss reads."""
-    s, parts = stage.c, []
-    teachers = [plan.teachers[name] for name in s.teachers] if stage.taught else []
-    mine = mesh_lib.own_rows(mesh, s.batch_size)  # of the batch, this process's
-    if stage.sampled:
-        own = [row for row in mine if row < stage.sampled]
-        parts.append(_held(_sampled(plan, stage, seed, grader), own))
-    if stage.sampled < s.batch_size:
-        own = [row for row in mine if row >= stage.sampled]
-        parts.append(_read(stage, seed, own))
+    """The micro-batches of each step of a stage, on the host: all that its loss reads but for what
+    other models make of them."""
+    form = _form(plan, stage)
+    if not stage.sampled:
+        return _read(stage, seed, mesh_lib.own_rows(mesh, stage.c.batch_size), form)
+    sample = _sampled(plan, stage, seed, grader)
+    read = _beside(stage, seed) if stage.sampled < stage.c.batch_size else None
+    teachers = [plan.teachers[name] for name in stage.c.teachers] if stage.taught else []
 
-    def collect(params: Params, step: int, key: jax.Array, average: Params | None = None):
-        found = [part(params, step) for part in parts]
-        measured = {name: x for _, part in found for name, x in part.items()}
-        batch = _shared(stage, _joined([batch for batch, _ in found]))
-        batch = mesh_lib.from_own_rows(batch, mesh, s.batch_size)
+    def collect(params: Params, step: int, average: Params | None = None):
+        sequences, totals, measured = sample(params, step)
+        examples: list[Example] = [*microbatches.written(sequences)]
+        if read:
+            found, told = read(step)
+            examples, measured = examples + found, measured | told
+        packed = microbatches.pack(examples, stage.rows, stage.c.minibatches, form)
         begin = time.perf_counter()
-        if stage.loss.reward and s.reward.judge:
-            batch, judged = _judged(teachers, stage, batch, logits_mib, average)
-            measured |= judged
-        if teachers and stage.loss.teacher:
-            batch = teacher.score(teachers, batch, average, s.accumulate)
-        if stage.loss.reference:
-            assert plan.reference is not None
-            told = teacher.logp(plan.reference, batch, logits_mib)
-            batch = dataclasses.replace(batch, reference_logp_BT=told)
-        batch = dataclasses.replace(batch, told=None, told_at_BT=None)
+        if stage.loss.reward and stage.c.reward.judge:
+            plain = dataclasses.replace(form, rewarded=False)
+            work = microbatches.lay(packed, examples, plain, mesh)
+            judged = _judged(teachers, stage, work, examples, mesh, logits_mib, average)
+            totals = totals + stage.c.reward.judge * judged
+            measured |= _of_judge(stage, judged, totals)
+        if stage.loss.reward:
+            each = zip(examples, _advantages(stage, totals).tolist(), strict=True)
+            examples = [dataclasses.replace(x, advantage=a) for x, a in each]
+        work = microbatches.lay(packed, examples, form, mesh)
+        if read:
+            measured |= _fill(work, examples, len(sequences), form)
         measured["time/score"] = time.perf_counter() - begin
-        return batch, measured
+        return work, measured
 
     return collect
 
 
-def _joined(parts: list[Batch]) -> Batch:
-    """Rows of host batches one below the other; what not all of them know is left out, but for
-    experts, which for the others are -1."""
-    routed = next((part.experts_BTLA for part in parts if part.experts_BTLA is not None), None)
-    if routed is not None:
-        for i, part in enumerate(parts):
-            if part.experts_BTLA is None:
-                free: Any = np.full((*part.tokens_BT.shape, *routed.shape[2:]), -1, np.int16)
-                parts[i] = dataclasses.replace(part, experts_BTLA=free)
-    fields = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(Batch)}
-    known = {name: xs for name, xs in fields.items() if all(x is not None for x in xs)}
-    joined: dict[str, Any] = {
-        name: jax.tree.map(lambda *x: np.concatenate(x), *xs) for name, xs in known.items()
-    }
-    return Batch(**joined)
+def _form(plan: Plan, stage: Stage) -> Form:
+    """What a stage's batches hold."""
+    s, N = stage.c, len(stage.c.teachers)
+    shares = np.array([stage.shares]) if stage.shares else np.eye(N)
+    if stage.shares and s.data.mixture:  # whatever their source
+        shares = np.tile(shares, (len(s.data.mixture), 1))
+    return Form(
+        stages.row_tokens(s),
+        s.max_response_tokens,
+        top_k=stage.loss.served_k if stage.loss.served == "top" else 0,
+        room=stage.room,
+        written=stage.sampled == s.batch_size,
+        rewarded=stage.loss.reward > 0,
+        routing=plan.student.config.routing if stage.sampled and plan.replays else None,
+        shares=shares if stage.taught and N > 1 else None,
+    )
 
 
-def _shared(stage: Stage, batch: Batch) -> Batch:
-    """A host batch with what each of several teachers counts in its rows."""
-    kind_B, N = np.asarray(batch.kind_B), len(stage.c.teachers)
-    if not stage.taught or N == 1:
-        return dataclasses.replace(batch, kind_B=None)
-    share_NN = np.tile(stage.shares, (N, 1)) if stage.shares else np.eye(N)
-    share_BN: Any = (share_NN[np.zeros_like(kind_B) if stage.shares else kind_B]).astype(np.float32)
-    return dataclasses.replace(batch, teacher_share_BN=share_BN, kind_B=None)
-
-
-def _held(part: Part, own: list[int]) -> Part:
-    """Of the rows that every process samples, those that lie on its own devices."""
-
-    def make(params: Params, step: int) -> tuple[Batch, Measured]:
-        batch, measured = part(params, step)
-        if len(own) < batch.tokens_BT.shape[0]:
-            batch = jax.tree.map(lambda x: np.asarray(x)[own], batch)
-        return batch, measured
-
-    return make
-
-
-def _read(stage: Stage, seed: int, own: list[int]) -> Part:
-    """Written responses from the stage's data, in the rows `own` of the batch. Only these are read;
-    where rows are packed all are, since what is in one follows from the lengths of the others."""
+def _read(stage: Stage, seed: int, own: list[int], form: Form) -> Collect:
+    """Written responses from the stage's data, of which this process reads the rows `own`; where
+    rows are packed all are read, since what is in one follows from the lengths of the others."""
     s = stage.c
-    top_k = stage.loss.served_k if stage.loss.served == "top" else 0
 
-    def make(step: int) -> tuple[Batch, dict[str, tuple[float, float]]]:
+    def make(step: int) -> tuple[Work, dict[str, tuple[float, float]]]:
         if stage.packer:
-            packed, T = stage.packer.rows(step - stage.first), s.pack_tokens
+            packed = stage.packer.rows(step - stage.first)
             rows = [packed[row] for row in own]
         else:
             examples = data.at(stage.source, step - stage.first, s.batch_size, seed, own)
             rows = [[example] for example in examples]
-            T = s.max_prompt_tokens + s.max_response_tokens
-        batch = layout.batch(rows, T, s.max_response_tokens, top_k, stage.room)
-        return batch, layout.measure(batch, rows, s.max_response_tokens)
+        work = microbatches.split(rows, own, (s.batch_size, s.minibatches, s.accumulate), form)
+        examples = [example for row in rows for example in row]
+        return work, layout.measure(examples, len(rows) * form.tokens, form.max_response)
 
     made = data.ahead(make, stage.end)
 
-    def read(_: Params, step: int) -> tuple[Batch, Measured]:
-        batch, sums = made(step)
-        return batch, {**pod.means(sums), "data/skipped": len(stage.source.skipped)}
+    def collect(params: Params, step: int, average: Params | None = None):
+        work, sums = made(step)
+        return work, {**pod.means(sums), **_skipped(stage), "time/score": 0.0}
 
-    return read
+    return collect
 
 
-def _sampled(plan: Plan, stage: Stage, seed: int, grader: rewards.Grader) -> Part:
-    """The student's own responses, with their advantages where they are rewarded."""
+def _fill(work: Work, examples: list[Example], sampled: int, form: Form) -> Measured:
+    """Metrics of the examples that were read, which are packed with what was sampled."""
+    places = form.tokens * sum(len(micro.rows) for part in work for micro in part)
+    whole, read = (
+        layout.measure(of, places, form.max_response) for of in (examples, examples[sampled:])
+    )
+    return pod.means({**read, "data/efficiency": whole["data/efficiency"]})
+
+
+def _skipped(stage: Stage) -> Measured:
+    return {"data/skipped": len(stage.source.skipped)}
+
+
+def _beside(stage: Stage, seed: int) -> Callable[[int], tuple[list[Example], Measured]]:
+    """The written responses in a step of which the student writes the others; every process reads
+    all of them, to know how they are packed."""
+    s = stage.c
+    share = range(stage.sampled, s.batch_size)
+
+    def make(step: int) -> list[Example]:
+        return data.at(stage.source, step - stage.first, s.batch_size, seed, share)
+
+    made = data.ahead(make, stage.end)
+    return lambda step: (made(step), _skipped(stage))
+
+
+def _sampled(
+    plan: Plan, stage: Stage, seed: int, grader: rewards.Grader
+) -> Callable[[Params, int], tuple[list[rollout.Sequence], Any, Measured]]:
+    """The student's own responses, and where they are rewarded their rewards [B], but for what a
+    judge adds."""
     s, ahead, begin = stage.c, stage.ahead, _writer(plan, stage)
 
     def own(params: Params, step: int) -> tuple[list[rollout.Sequence], Measured]:
@@ -156,14 +167,11 @@ def _sampled(plan: Plan, stage: Stage, seed: int, grader: rewards.Grader) -> Par
             ahead.begun = begin(params, step, step + 1, _asked(stage, seed, step + 1))
         return found
 
-    def on_policy(params: Params, step: int) -> tuple[Batch, Measured]:
-        if not stage.loss.reward:
-            ended, measured = own(params, step)
-            return _host_batch(plan, stage, ended), measured
+    def rewarded(params: Params, step: int) -> tuple[list[rollout.Sequence], Any, Measured]:
         begun = time.perf_counter()
         kept: list[rollout.Sequence] = []
         values: list[float] = []
-        left: tuple[list[rollout.Sequence], list[float]] = ([], [])
+        left: list[float] = []  # rewards of rows in groups that teach nothing
         seen: Counter[str] = Counter()
         told: dict[str, list[float]] = {}
         thought_in: list[bool] = []
@@ -186,20 +194,17 @@ def _sampled(plan: Plan, stage: Stage, seed: int, grader: rewards.Grader) -> Par
                 flat = len(set(of)) == 1 and not s.reward.judge
                 seen["groups"] += 1
                 seen["constant"] += flat
-                into = left if flat and s.reward.constant_groups != "keep" else (kept, values)
-                into[0].extend(group)
-                into[1].extend(of)
+                if flat and s.reward.constant_groups != "keep":
+                    left += of
+                else:
+                    kept, values = kept + group, values + of
             if len(kept) >= stage.sampled:
                 break
-        wanted = len(kept[: stage.sampled])
-        rows = (kept + left[0])[: stage.sampled]  # what is dropped keeps the shape, untrained
-        totals = (values + left[1])[: stage.sampled]
-        batch = _host_batch(plan, stage, rows)
-        batch.mask_BT[wanted:] = False  # pyright: ignore[reportIndexIssue]
+        kept = kept[: stage.sampled]
         measured |= {
-            "reward/mean": float(np.mean(totals)),
+            "reward/mean": float(np.mean((values + left)[: stage.sampled])),
             "reward/constant_groups": seen["constant"] / seen["groups"],
-            "reward/dropped_rows": stage.sampled - wanted,
+            "reward/dropped_rows": stage.sampled - len(kept),
             "time/rollout_and_grading": time.perf_counter() - begun,
         }
         for name, column in told.items():
@@ -210,42 +215,51 @@ def _sampled(plan: Plan, stage: Stage, seed: int, grader: rewards.Grader) -> Par
                     x for x, thought in zip(column, thought_in, strict=True) if thought == thinking
                 ]
                 measured |= {f"reward/{name}/{mode}": float(np.mean(of))} if of else {}
-        totals = np.array(totals, np.float32)
-        found = dataclasses.replace(batch, advantages_B=_advantages(stage, totals))
-        return found, measured
+        return kept, np.array(values[: stage.sampled], np.float32), measured
 
-    return on_policy
+    if stage.loss.reward:
+        return rewarded
+
+    def plain(params: Params, step: int) -> tuple[list[rollout.Sequence], Any, Measured]:
+        rows, measured = own(params, step)
+        return rows, None, measured
+
+    return plain
 
 
-def _advantages(stage: Stage, totals_B: Any) -> Any:
-    """[B] from rewards in groups; rewards themselves where a judge's part is still to come."""
-    if stage.c.reward.judge:
-        return totals_B
-    found_PG, _ = advantages.group_advantages(
-        jnp.asarray(totals_B).reshape(-1, stage.c.samples), stage.loss.group
-    )
-    return np.asarray(found_PG).reshape(-1)
+def _advantages(stage: Stage, totals_B: np.ndarray) -> np.ndarray:
+    """[B] from rewards in groups."""
+    totals_PG = jnp.asarray(totals_B, jnp.float32).reshape(-1, stage.c.samples)
+    return np.asarray(advantages.group_advantages(totals_PG, stage.loss.group)[0]).reshape(-1)
 
 
 def _judged(
     teachers: Sequence[teacher.Teacher],
     stage: Stage,
-    batch: Batch,
+    work: Work,
+    examples: Sequence[Example],
+    mesh: Mesh,
     logits_mib: float,
     average: Params | None,
-) -> tuple[Batch, Measured]:
-    """The teachers' mean log-probability of each response joins its reward."""
-    assert teachers and batch.advantages_B is not None
-    judged_B = teacher.judge(teachers, batch, logits_mib, average)
-    totals_PG = (batch.advantages_B + stage.c.reward.judge * judged_B).reshape(-1, stage.c.samples)
-    found_PG, constant_P = advantages.group_advantages(totals_PG, stage.loss.group)
-    measured = {
-        "reward/judge": float(jnp.mean(judged_B)),
-        "reward/judge_std": float(jnp.std(judged_B)),
-        "reward/constant_groups": float(jnp.mean(constant_P)),
-        "reward/mean": float(jnp.mean(totals_PG)),
+) -> np.ndarray:
+    """[B] float32: the mean log-probability that the teachers give the tokens of each response."""
+    found = np.zeros(len(examples), np.float32)
+    for micro in (micro for part in work for micro in part):
+        logp_BT = teacher.judge(teachers, micro.put(mesh), logits_mib, average)
+        spans = microbatches.spans(micro.rows, examples, stage.c.max_response_tokens)
+        for number, row, start, end in spans:
+            found[number] = logp_BT[row, start:end].mean()
+    return found
+
+
+def _of_judge(stage: Stage, judged_B: np.ndarray, totals_B: np.ndarray) -> Measured:
+    totals_PG = totals_B.reshape(-1, stage.c.samples)
+    return {
+        "reward/judge": float(judged_B.mean()),
+        "reward/judge_std": float(judged_B.std()),
+        "reward/constant_groups": float(np.mean(np.ptp(totals_PG, axis=1) == 0)),
+        "reward/mean": float(totals_B.mean()),
     }
-    return dataclasses.replace(batch, advantages_B=found_PG.reshape(-1)), measured
 
 
 def _graded(
@@ -324,7 +338,7 @@ def _writer(
             "rollout/repetition": -float(np.mean([terms.repeated(r.tokens) for r in ended] or [0])),
             "rollout/utilisation": counts["tokens"] / counts["slot_steps"],
             "time/rollout": took,
-            "data/skipped": len(stage.source.skipped),
+            **_skipped(stage),
             **curriculum.mean([row.difficulty for row in ended]),
             **_by_mode(ended),
         }
@@ -351,12 +365,6 @@ def _by_mode(rows: Sequence[rollout.Sequence]) -> Measured:
             found[f"rollout/mean_length/{mode}"] = sum(len(row.tokens) for row in of) / len(of)
             found[f"rollout/truncated/{mode}"] = cut / len(of)
     return found
-
-
-def _host_batch(plan: Plan, stage: Stage, rows: Sequence[rollout.Sequence]) -> Batch:
-    s, routing = stage.c, plan.student.config.routing if plan.replays else None
-    limits = s.max_prompt_tokens, s.max_response_tokens
-    return rollout.to_batch(rows, stage.sampled, *limits, stage.room, routing)
 
 
 def _examples(stage: Stage, seed: int, step: int, now: int) -> list[data.Example]:

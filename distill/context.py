@@ -8,14 +8,11 @@ token by token.
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from distill import chat, columns
-from distill.batch import Batch
 from distill.examples import Example, prompt_tokens
 from models.errors import UserError
 
@@ -155,13 +152,3 @@ def _placed(messages: list[dict], text: str, place: str, where: str) -> list[dic
     if first["role"] == "system":
         return [{**first, "content": f"{text}\n\n{first['content']}"}, *messages[1:]]
     return [{"role": "system", "content": text}, *messages]
-
-
-def lay(batch: Batch, told: Batch, further: np.ndarray) -> Batch:
-    """A host batch with the rows `told` that teachers read, in which each response lies `further`
-    [B or 1, 1] tokens to the right."""
-    T, wide = (x.tokens_BT.shape[1] for x in (batch, told))
-    at: Any = np.clip(np.arange(T, dtype=np.int32) + further, 0, wide - 1).astype(np.int32)
-    at = np.broadcast_to(at, batch.tokens_BT.shape)
-    read = Batch(told.tokens_BT, told.positions_BT, told.segments_BT, told.mask_BT)
-    return dataclasses.replace(batch, told=read, told_at_BT=at)

@@ -28,6 +28,7 @@ from distill import (
     head,
     losses,
     metrics,
+    microbatches,
     policy,
     prepare,
     rewards,
@@ -88,8 +89,8 @@ def distances(
         )
         mask_BT = losses.shift(batch.mask_BT).astype(jnp.float32)
         sums = {name: (jnp.sum(x * mask_BT), jnp.sum(mask_BT)) for name, x in stats.items()}
-        assert batch.finished_B is not None
-        return sums | update.stops(stats, mask_BT, batch.finished_B)
+        assert batch.finished_BT is not None
+        return sums | update.stops(stats, mask_BT, losses.shift(batch.finished_BT))
 
     s, mesh = stage.c, policy.mesh_of(student)
     shards = math.lcm(*(mesh_lib.row_shards(policy.mesh_of(x)) for x in (student, teacher.policy)))
@@ -97,13 +98,9 @@ def distances(
     count = -(-min(32, len(rows)) // shards) * shards
     total: dict[str, np.ndarray] = {}
     for at in range(0, len(rows), count):
-        batch = rollout.to_batch(
-            *(rows[at : at + count], count, s.max_prompt_tokens, s.max_response_tokens),
-            stage.room,
-        )
-        batch = dataclasses.replace(batch, kind_B=None)
+        tokens = s.max_prompt_tokens + s.max_response_tokens
+        batch = microbatches.unpacked(rows[at : at + count], count, tokens, stage.room)
         batch = teacher_lib.score([teacher], jax.device_put(batch, mesh_lib.rows(mesh)))
-        batch = dataclasses.replace(batch, told=None, told_at_BT=None)
         for name, pair in measure(student.params, heads, batch).items():
             total[name] = total.get(name, np.zeros(2)) + np.array(jax.device_get(pair))
     found = {name: float(x) / float(n) if n else None for name, (x, n) in total.items()}

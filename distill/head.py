@@ -61,11 +61,16 @@ class _Asked:
     exact: bool
     overlap: int
     baseline: bool
+    temperature: float
+
+    def scaled(self, logits_BCV: jax.Array) -> jax.Array:
+        logits_BCV = self.split(logits_BCV)
+        return logits_BCV if self.temperature == 1 else logits_BCV / self.temperature
 
     def of_chunk(self, head_VD: jax.Array, fixed: Any, x: Any) -> Stats:
         """The stats of a chunk. fixed: both sides' heads in the dtype of their products."""
         read_VD, heads = fixed
-        logits_BCV = self.split(_logits(x["hidden"], head_VD, read_VD))
+        logits_BCV = self.scaled(_logits(x["hidden"], head_VD, read_VD))
         logp_BCV = jax.nn.log_softmax(logits_BCV, axis=-1)
         stats = {
             "logp": distributions.pick(logp_BCV, x["targets"]),
@@ -73,7 +78,7 @@ class _Asked:
         }
         if x["teachers"]:
             pairs = zip(x["teachers"], heads, strict=True)
-            each = [self.split(_logits(hidden_BCE, y, y)) for hidden_BCE, y in pairs]
+            each = [self.scaled(_logits(hidden_BCE, y, y)) for hidden_BCE, y in pairs]
             logq_BCV = distributions.mixed(each, x["share"])
             stats |= distributions.teacher_stats(
                 logp_BCV, logq_BCV, x["targets"], self.overlap, self.baseline
@@ -187,6 +192,7 @@ def token_stats(
     exact: bool = False,
     overlap: int = 0,
     baseline: bool = False,
+    temperature: float = 1.0,
     loss: Loss | None = None,
     known: Stats | None = None,
     weight_BT: jax.Array | None = None,
@@ -215,6 +221,7 @@ def token_stats(
       exact: beside the divergence also its value over the whole vocabulary.
       overlap: compare this many of the most likely tokens (of stored ones, at most K).
       baseline: also find the baseline of a policy gradient with log p - log q of a drawn token.
+      temperature: logits of all models are divided by it.
       loss: also add up a loss, each token's times weight_BT: loss(stats, known) gives "loss" and
         what else it finds, of tokens of a chunk, from their stats and what is `known` of them,
         [B, T] arrays, and may not look from one token to another. The gradient is then taken while
@@ -237,7 +244,7 @@ def token_stats(
       Where teacher and student are equal, divergence and gradient are exactly 0 in every form;
       from stored tops up to the rounding of the tail's mass, about 1e-7.
     """
-    asked = _Asked(split, top_k, divergence, exact, overlap, baseline)
+    asked = _Asked(split, top_k, divergence, exact, overlap, baseline, temperature)
     sg = jax.lax.stop_gradient
     teachers, heads = (jax.tree.leaves(sg(x)) for x in (teacher_hidden_BTE, teacher_head_VE))
     if teachers:

@@ -1,15 +1,17 @@
-"""Several examples in a row of a batch: which ones, as a function of the step.
+"""Several examples in a row of a batch: which ones.
 
-The examples come in the order of `data.one`, and are packed a window at a time: as many as fill the
-rows of `span` steps, the longest first, each into the first row with room for it (first-fit
-decreasing). What found no room goes first into the next window. So rows are full, each example
-still comes once an epoch, and what a window holds follows from the lengths alone: of the examples
-before it, that is. To begin in the middle, therefore, a checkpoint carries the `position` of its
-window, a number and the few examples left over; without one it is worked out from the first window
-on, with the same result.
+The longest go first, each into the first row with room for it (first-fit decreasing).
+
+Examples that are read come in the order of `data.one`, and are packed a window at a time: as many
+as fill the rows of `span` steps. What found no room goes first into the next window. So rows are
+full, each example still comes once an epoch, and what a window holds follows from the lengths
+alone: of the examples before it, that is. To begin in the middle, therefore, a checkpoint carries
+the `position` of its window, a number and the few examples left over; without one it is worked out
+from the first window on, with the same result.
 """
 
 import threading
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,18 +23,38 @@ WINDOW_ROWS = 256  # about: a window is of whole steps, and of one at least
 
 
 def first_fit(
-    lengths: dict[int, int], order: list[int], bins: int, capacity: int
+    lengths: Mapping[int, int | tuple[int, ...]],
+    order: Sequence[int],
+    bins: int,
+    capacity: int | tuple[int, ...],
 ) -> list[list[int]]:
     """Which items go into each of `bins` bins, items taken in the given order; an item goes into
-    the first bin that has room for it, or into none. Costs O(items x bins) in numpy."""
-    free = np.full(bins, capacity)
+    the first bin that has room for it, or into none. With several lengths of an item it must fit
+    by each, of as many capacities. Costs O(items x bins) in numpy."""
+    free = np.tile(np.atleast_1d(capacity), (bins, 1))
     packed: list[list[int]] = [[] for _ in range(bins)]
     for item in order:
-        chosen = int(np.argmax(free >= lengths[item]))
-        if free[chosen] >= lengths[item]:
+        fits = np.all(free >= lengths[item], axis=1)
+        chosen = int(np.argmax(fits))
+        if fits[chosen]:
             free[chosen] -= lengths[item]
             packed[chosen].append(item)
     return packed
+
+
+def first_fit_decreasing(
+    lengths: Mapping[int, tuple[int, ...]], capacity: tuple[int, ...]
+) -> list[list[int]]:
+    """All items in as many bins as that takes, the longest first; none may exceed a bin. A function
+    of lengths and numbers alone: every process finds the same."""
+
+    def size(item: int) -> float:
+        return max(n / most for n, most in zip(lengths[item], capacity, strict=True))
+
+    order = sorted(lengths, key=lambda item: (-size(item), item))
+    packed = first_fit(lengths, order, len(order), capacity)
+    assert sum(map(len, packed)) == len(order), "longer than a row"
+    return [bin for bin in packed if bin]
 
 
 class Packer:

@@ -27,8 +27,8 @@ from ml_collections import ConfigDict, config_flags
 
 from distill import aot, cli, metrics, policy, programs, roofline, stages, teacher
 from distill import mesh as mesh_lib
+from distill.calls import Models
 from distill.policy import Policy
-from distill.programs import Models
 from distill.roofline import GIB, Row
 from models.errors import UserError
 from models.qwen3.config import SIZES
@@ -120,11 +120,7 @@ def rows_of(c: ConfigDict, name: str, topology: str, mesh: Mesh, apart: Mesh) ->
     teachers = tuple(s.teachers) if stages.taught(s, loss) else ()
     teacher.check(c, name, s, bool(teachers))
     models = models_of(c, mesh, apart, teachers, loss.reference > 0)
-    if s.batch_size % (s.accumulate * s.minibatches * mesh_lib.row_shards(mesh)):
-        raise UserError(
-            f"config.{name}.batch_size={s.batch_size} does not divide by accumulate times "
-            f"minibatches times the devices ({mesh_lib.row_shards(mesh)} that split the rows)"
-        )
+    stages.require_rows(name, s, mesh, apart)
     stages.require_tokens(name, s, mesh, apart)
     kept = {at: programs.held(c, models, s, at) for at in {mesh, apart}}
     largest = {
@@ -181,14 +177,15 @@ def remedies(c: ConfigDict, program: str) -> list[tuple[str, ConfigDict]]:
         found.append((f"--config.{flag}={value}", changed))
 
     sampling = program in ("weights", "prompts", "decode")
-    if program == "update":
+    training = program in ("accumulate", "old log-probs") or program.startswith("score")
+    if training:
         add("student.remat", True)
     if sampling:
         for parts in (2, 4, 8):
             add("mesh.tensor", max(parts, c.mesh.tensor))
     for name in c.stages:
         s = c[name]
-        if program == "update":
+        if training:
             for more in (2, 4, 8):
                 add(f"{name}.accumulate", s.accumulate * more)
         if sampling:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distill import (
     benchmarks,
+    calls,
     chat,
     data,
     examples,
@@ -229,7 +230,7 @@ def _total(parts: dict[str, float]) -> float:
     return sum(parts.values())
 
 
-def _models(stage: Stage, plan: Plan, c: ConfigDict, trained: Params) -> programs.Models:
+def _models(stage: Stage, plan: Plan, c: ConfigDict, trained: Params) -> calls.Models:
     """What a stage keeps, in the dtypes that it reads them in."""
     teachers = {name: plan.teachers[name] for name in stage.c.teachers if stage.taught}
     taught = {name: _read(of.policy, of.c.param_dtype) for name, of in teachers.items()}
@@ -237,7 +238,7 @@ def _models(stage: Stage, plan: Plan, c: ConfigDict, trained: Params) -> program
     if reference:
         own = teacher_lib.is_base(plan.student)
         reference = None if own else _read(reference, c.student.param_dtype)
-    return programs.Models(plan.student, trained, taught, reference)
+    return calls.Models(plan.student, trained, taught, reference)
 
 
 def _apart(stage: Stage, plan: Plan, c: ConfigDict, trained: Params) -> dict[str, int]:
@@ -251,9 +252,10 @@ def _apart(stage: Stage, plan: Plan, c: ConfigDict, trained: Params) -> dict[str
 def _parts(stage: Stage, plan: Plan, c: ConfigDict, trained: Params) -> dict[str, float]:
     """Bytes that a device of the student's holds in a stage, by what they are of."""
     models, mesh = _models(stage, plan, c, trained), policy.mesh_of(plan.student)
+    single = programs.single(stage.c, stage.sampled)
     return {
         **programs.held(c, models, stage.c),
-        "gradient": programs.bytes_of(trained),
+        "gradient": calls.bytes_of(trained) * (1 if single else 2),  # and the sum that it joins
         "sampling": _sampling(stage, plan.student),
         "activations": _activations(stage, plan),
         "logits": stages.logits_mib(c, mesh) / mesh.size * 2**20,
@@ -282,19 +284,18 @@ def _sampling(stage: Stage, student: Policy) -> float:
 
 
 def _activations(stage: Stage, plan: Plan) -> float:
-    """What an update keeps of a micro-batch, and the teacher's hidden states of the whole batch."""
-    s, student = stage.c, plan.student
-    mesh, T = policy.mesh_of(student), s.pack_tokens or s.max_prompt_tokens + s.max_response_tokens
+    """What an update keeps of a micro-batch, and the teachers' hidden states of it."""
+    s, student, T = stage.c, plan.student, stages.row_tokens(stage.c)
+    mesh = policy.mesh_of(student)
     shards = mesh_lib.row_shards(mesh) * mesh_lib.token_shards(mesh, T)
     item, config = jnp.dtype(student.model.dtype).itemsize, student.config
-    rows = s.batch_size / s.accumulate / s.minibatches / shards
     width = config.hidden_size * (1 if student.model.remat else 12)
-    kept = rows * T * item * width * (config.num_hidden_layers + 2)
+    kept = T * item * width * (config.num_hidden_layers + 2)
     for name in s.teachers if stage.taught else ():
         taught = plan.teachers[name].policy
         size = jnp.dtype(taught.model.dtype).itemsize
-        kept += s.batch_size / shards * T * taught.config.hidden_size * size
-    return kept
+        kept += T * taught.config.hidden_size * size
+    return stage.rows / shards * kept
 
 
 def _limit() -> int | None:

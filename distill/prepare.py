@@ -48,6 +48,7 @@ class Stage:
     ahead: rollout.AsyncRollouts | None = (
         None  # where a step's rows are sampled during the one before
     )
+    rows: int = 0  # of a micro-batch
 
     @property
     def end(self) -> int:
@@ -192,7 +193,7 @@ def _stage(
     s = c[name]
     told = context.describe(s.context, f"config.{name}.context")
     room = s.context.max_tokens if told else 0
-    stages.check(name, s, sampled, student, teachers, room, mesh, apart)
+    stages.check(name, s, loss, sampled, student, teachers, room, mesh, apart)
     fits = functools.partial(
         data.require,
         limit=s.max_prompt_tokens,
@@ -233,7 +234,7 @@ def _stage(
         raise UserError(str(error).replace("config.data.", f"config.{name}.data.")) from None
     source = dataclasses.replace(source, order=order)
     packer = None
-    if s.pack_tokens:
+    if s.pack_tokens and not sampled:
         packer = packing.Packer(source, c.seed, s.batch_size, s.pack_tokens, s.max_response_tokens)
     parked = rollout.PartialRollouts() if s.rollout.budget else None
     if s.rollout.ahead:
@@ -243,7 +244,10 @@ def _stage(
         optimizer = optim.make(s.optim, s.steps * s.epochs * s.minibatches)
     except UserError as error:
         raise UserError(f"config.{name}.optim.{error}") from None
-    return Stage(name, s, first, source, optimizer, loss, sampled, packer, parked, room, ahead)
+    rows = stages.microbatch_rows(s, sampled, mesh, apart)
+    return Stage(
+        name, s, first, source, optimizer, loss, sampled, packer, parked, room, ahead, rows
+    )
 
 
 def updater(
@@ -254,19 +258,17 @@ def updater(
     student: Policy,
     mesh: Mesh,
     state: update.TrainState,
-) -> update.Step:
+) -> update.Update:
     """The update of a stage, for a state like this one, which may be shapes alone."""
     return update.make(
         student.model,
         optimizer,
         loss,
         s.max_response_tokens,
-        s.accumulate,
         stages.logits_mib(c, mesh),
         state,
         balance=c.student.balance_loss,
         overlap=c.log.overlap if loss.teacher else 0,
-        minibatches=s.minibatches,
-        epochs=s.epochs,
         ema=c.student.ema,
+        temperature=stages.read_at(s, loss),
     )

@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from distill import aot, programs
+from distill import aot, calls
 
 GIB = 2**30
 
@@ -33,7 +33,7 @@ class Row:
         return self.peak + self.beside
 
 
-def row(call: programs.Call, program: aot.Program, beside: int, chip: aot.Chip, count: int) -> Row:
+def row(call: calls.Call, program: aot.Program, beside: int, chip: aot.Chip, count: int) -> Row:
     """A program's row, on one of `count` devices."""
     useful = call.useful / count
     times = {"compute": max(program.flops or 0, useful) / (chip.bf16_tflops * 1e12)}

@@ -15,6 +15,7 @@ from models.qwen3.lora import LoRA
 
 # Share of rows that the student writes, where an objective does not mean all of them.
 ON_POLICY = {"sft": 0.0, "distill": 0.0, "gkd": 0.5}
+BUSY, BUSY_CPU = 4096, 1024  # tokens of a row shard with which a device has enough to do
 SHARE = 0.8  # of the memory that is left, for the cache
 GROUPS = ("keep", "drop", "replace")  # what becomes of groups whose rewards are all equal
 
@@ -119,6 +120,7 @@ def check_ahead(name: str, s: ConfigDict, loss: losses.Loss, sampled: int) -> No
 def check(
     name: str,
     s: ConfigDict,
+    loss: losses.Loss,
     sampled: int,
     student: Policy,
     teachers: list[Policy],
@@ -140,6 +142,10 @@ def check(
     except UserError as error:
         raise UserError(f"config.{name}.rollout.{error}") from None
     sampling(s).require(student.config.vocab_size)  # the former refuses what is no distribution
+    if loss.on_policy and not s.sampling.temperature:
+        raise UserError(
+            f"config.{name}.sampling.temperature=0: {s.objective} needs tokens that were drawn"
+        )
     for reader, more in [(student, 0), *((reader, context_room) for reader in teachers)]:
         limit, what = reader.config.context_length, " + context.max_tokens" if more else ""
         if total + more > limit:
@@ -147,38 +153,20 @@ def check(
                 f"config.{name}: max_prompt_tokens + max_response_tokens{what} = {total + more} "
                 f"exceeds the model's {limit} positions ({reader.path})"
             )
-    if s.pack_tokens and context_room:
+    if s.pack_tokens and not sampled and context_room:
         raise UserError(
             f"config.{name}.pack_tokens: a context makes the teachers' rows longer, so they are "
             "not packed; set 0"
         )
-    if s.pack_tokens and sampled:
-        raise UserError(f"config.{name}.pack_tokens: {s.objective} samples, and packs nothing")
-    if s.pack_tokens and len(teachers) > 1 and not s.teacher_weights:
-        raise UserError(
-            f"config.{name}.pack_tokens: a row would hold examples of several teachers; set 0, or "
-            "teacher_weights"
-        )
-    if s.pack_tokens and s.data.curriculum:
+    if s.pack_tokens and not sampled and s.data.curriculum:
         raise UserError(f"config.{name}.data.curriculum: packed rows are of no one step")
     if s.pack_tokens < 0 or 0 < s.pack_tokens < total:
         raise UserError(
             f"config.{name}.pack_tokens={s.pack_tokens}: a row must hold max_prompt_tokens + "
             f"max_response_tokens = {total}"
         )
-    rows = s.accumulate * s.minibatches * mesh_lib.row_shards(mesh)
-    if s.batch_size % rows:
-        raise UserError(
-            f"config.{name}.batch_size={s.batch_size} does not divide by accumulate times "
-            f"minibatches times the devices ({rows})"
-        )
-    rows = s.accumulate * mesh_lib.row_shards(apart)
-    if s.batch_size % rows:
-        raise UserError(
-            f"config.{name}.batch_size={s.batch_size} does not divide by accumulate times the "
-            f"devices of config.teacher_mesh that split the rows ({rows})"
-        )
-    mesh_lib.require_near(mesh, apart, s.batch_size)
+    require_rows(name, s, mesh, apart)
+    mesh_lib.require_near(mesh, apart, microbatch_rows(s, sampled, mesh, apart))
     require_tokens(name, s, mesh, apart)
     if sampled % s.samples:
         raise UserError(
@@ -187,9 +175,45 @@ def check(
         )
 
 
+def require_rows(name: str, s: ConfigDict, mesh: Mesh, apart: Mesh) -> None:
+    """Raises UserError if a batch does not divide into micro-batches, and these over devices."""
+    for at, whose in ((mesh, "devices"), (apart, "devices of config.teacher_mesh that split rows")):
+        rows = s.accumulate * s.minibatches * mesh_lib.row_shards(at)
+        if s.batch_size % rows:
+            raise UserError(
+                f"config.{name}.batch_size={s.batch_size} does not divide by accumulate times "
+                f"minibatches times the {whose} ({rows})"
+            )
+
+
+def row_tokens(s: ConfigDict) -> int:
+    """Tokens of a row of a stage's batches."""
+    return s.pack_tokens or s.max_prompt_tokens + s.max_response_tokens
+
+
+def microbatch_rows(s: ConfigDict, sampled: int, *meshes: Mesh) -> int:
+    """Rows of a micro-batch, on meshes that each split them.
+
+    Sampled rows are packed into as few as keep the devices busy, so that little of the last
+    micro-batch is empty; never into more than `accumulate` leaves, which memory is planned by.
+    """
+    most = s.batch_size // (s.accumulate * s.minibatches)
+    if not sampled:
+        return most
+    on_cpu = meshes[0].devices.flat[0].platform == "cpu"
+    least = -(-(BUSY_CPU if on_cpu else BUSY) // row_tokens(s))
+    return min(most, least * math.lcm(*map(mesh_lib.row_shards, meshes)))
+
+
+def read_at(s: ConfigDict, loss: losses.Loss) -> float:
+    """The temperature that models are read at: a loss of drawn tokens compares distributions as
+    they were drawn from (as TRL and verl do)."""
+    return s.sampling.temperature if loss.on_policy else 1.0
+
+
 def require_tokens(name: str, s: ConfigDict, mesh: Mesh, apart: Mesh) -> None:
     """Raises UserError if context splits tokens, and a row has a number that does not divide."""
-    T = s.pack_tokens or s.max_prompt_tokens + s.max_response_tokens
+    T = row_tokens(s)
     for at, flag in ((mesh, "mesh"), (apart, "teacher_mesh")):
         context, tensor = at.shape["context"], at.shape["tensor"]
         if context > 1 and T % (context * tensor):
@@ -232,8 +256,8 @@ def rollout_options(s: ConfigDict, room: int | None = None) -> rollout.Options:
 
 
 def packs(c: ConfigDict) -> bool:
-    """Whether any stage has rows of several examples."""
-    return any(c[name].pack_tokens for name in c.stages)
+    """Whether any stage has rows of several examples: packed traces, or samples."""
+    return any(c[name].pack_tokens or objective(name, c[name])[1] for name in c.stages)
 
 
 def lora(s: ConfigDict) -> LoRA | None:

@@ -12,12 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from distill import forward, head, losses, policy, stages
 from distill import mesh as mesh_lib
-from distill.batch import Batch, parts, whole
+from distill.batch import Batch
 from distill.policy import Policy
 from models.errors import UserError
 from models.qwen3 import model
@@ -184,62 +185,58 @@ def _parameters(teacher: Teacher, average: Params | None) -> tuple[Params, Param
     return (own.params, average) if lora else (average, None)
 
 
-def score(
-    teachers: Sequence[Teacher], batch: Batch, average: Params | None = None, turns: int = 1
-) -> Batch:
-    """Fills teacher_hidden_BTD: of each teacher [B, T, its D] in its dtype.
+def score(teachers: Sequence[Teacher], batch: Batch, average: Params | None = None) -> Batch:
+    """Fills teacher_hidden_BTD: of each teacher [B, T, its D] in its dtype; what they read that the
+    student does not is left out of what comes back.
 
     Not logits: the loss streams the teachers' heads over these, so the exact distribution over the
-    whole vocabulary is at hand at the price of D numbers a token. Temperature 1, no gradient.
-    `average`: the moving average of what the student trains, for teachers that are it. `turns`: in
-    how many parts of the batch, one after the other; memory falls with it.
+    whole vocabulary is at hand at the price of D numbers a token. No gradient. `average`: the
+    moving average of what the student trains, for teachers that are it.
     """
-    read, at_BT = batch.told or batch, batch.told_at_BT
+    read, at_BT = _plain(batch.told or batch), batch.told_at_BT
     found = tuple(
         _there(
             t.policy,
-            functools.partial(hidden, t.policy.model, turns, *_parameters(t, average)),
+            functools.partial(hidden, t.policy.model, *_parameters(t, average)),
             read,
             at_BT,
         )
         for t in teachers
     )
-    return dataclasses.replace(batch, teacher_hidden_BTD=found)
+    return dataclasses.replace(batch, teacher_hidden_BTD=found, told=None, told_at_BT=None)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+def _plain(batch: Batch) -> Batch:
+    """What a model reads of a batch."""
+    return Batch(batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.mask_BT)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def hidden(
-    qwen3: Qwen3,
-    turns: int,
-    params: Params,
-    lora: Params | None,
-    read: Batch,
-    at_BT: jax.Array | None,
+    qwen3: Qwen3, params: Params, lora: Params | None, read: Batch, at_BT: jax.Array | None
 ) -> jax.Array:
     """Final hidden states [B, T, D] of what is read, or of the places `at_BT` in it, which lie
-    split by rows and tokens; `turns` as in `score`."""
-
-    def some(part: tuple[Batch, jax.Array | None]) -> jax.Array:
-        read, at_BT = part
-        hidden_BTD = forward.hidden(qwen3, params, read, lora)
-        if at_BT is not None:
-            hidden_BTD = jnp.take_along_axis(hidden_BTD, at_BT[..., None], axis=1)
-        return mesh_lib.split_stream(hidden_BTD)
-
-    if turns == 1:
-        return some((read, at_BT))
-    return mesh_lib.split_stream(whole(jax.lax.map(some, parts((read, at_BT), turns))))
+    split by rows and tokens."""
+    hidden_BTD = forward.hidden(qwen3, params, read, lora)
+    if at_BT is not None:
+        hidden_BTD = jnp.take_along_axis(hidden_BTD, at_BT[..., None], axis=1)
+    return mesh_lib.split_stream(hidden_BTD)
 
 
-def logp(reader: Policy, batch: Batch, logits_mib: float) -> jax.Array:
-    """[B, T] float32: the log-probability that a model gives each token of the mask; 0 elsewhere."""
-    read = functools.partial(logps, reader.model, logits_mib, reader.params, None)
-    return _there(reader, read, batch)
+def logp(reader: Policy, batch: Batch, logits_mib: float, temperature: float = 1.0) -> jax.Array:
+    """[B, T] float32: the log-probability that a model gives each token of the mask; else 0."""
+    read = functools.partial(logps, reader.model, logits_mib, temperature, reader.params, None)
+    return _there(reader, read, _plain(batch))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def logps(
-    qwen3: Qwen3, logits_mib: float, params: Params, lora: Params | None, batch: Batch
+    qwen3: Qwen3,
+    logits_mib: float,
+    temperature: float,
+    params: Params,
+    lora: Params | None,
+    batch: Batch,
 ) -> jax.Array:
     """See `logp`."""
     stats = head.token_stats(
@@ -247,6 +244,7 @@ def logps(
         model.head(params),
         losses.shift(batch.tokens_BT),
         logits_mib=logits_mib,
+        temperature=temperature,
         split=mesh_lib.split_vocabulary,
         mask_BT=losses.shift(batch.mask_BT),
         shards=mesh_lib.shards(*batch.tokens_BT.shape),
@@ -256,27 +254,27 @@ def logps(
 
 def judge(
     teachers: Sequence[Teacher], batch: Batch, logits_mib: float, average: Params | None = None
-) -> jax.Array:
-    """[B] float32: the mean log-probability that the teachers give the tokens of each response."""
-    read = batch.told or batch
-    told = [
+) -> np.ndarray:
+    """[B, T] float32: the log-probability that the teachers give each token of each response; the
+    same whole array in every process."""
+    read = _plain(batch.told or batch)
+    found = [
         _there(
             t.policy,
-            functools.partial(logps, t.policy.model, logits_mib, *_parameters(t, average)),
+            functools.partial(logps, t.policy.model, logits_mib, 1.0, *_parameters(t, average)),
             read,
         )
         for t in teachers
     ]
-    return _response_mean(told, batch)
+    return np.asarray(_mixed(found, batch))
 
 
 @jax.jit
-def _response_mean(logp_BT: list[jax.Array], batch: Batch) -> jax.Array:
-    mixed_BT = logp_BT[0]
-    if batch.teacher_share_BN is not None:
-        share_NB1 = jnp.log(batch.teacher_share_BN).T[..., None]
-        mixed_BT = jax.nn.logsumexp(jnp.stack(logp_BT) + share_NB1, axis=0)
+def _mixed(logp_BT: list[jax.Array], batch: Batch) -> jax.Array:
     if batch.told_at_BT is not None:
-        mixed_BT = jnp.take_along_axis(mixed_BT, batch.told_at_BT, axis=1)
-    mask_BT = batch.mask_BT.astype(mixed_BT.dtype)
-    return jnp.sum(mixed_BT * mask_BT, axis=1) / jnp.maximum(jnp.sum(mask_BT, axis=1), 1)
+        logp_BT = [jnp.take_along_axis(x, batch.told_at_BT, axis=1) for x in logp_BT]
+    mixed_BT = logp_BT[0]
+    if batch.teacher_share_BTN is not None:
+        share_NBT = jnp.moveaxis(jnp.log(batch.teacher_share_BTN), 2, 0)
+        mixed_BT = jax.nn.logsumexp(jnp.stack(logp_BT) + share_NBT, axis=0)
+    return mesh_lib.whole(mixed_BT)

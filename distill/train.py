@@ -5,9 +5,11 @@ and draws is a function of (seed, step), so a run that was stopped goes on as if
 """
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,6 @@ from distill import (
     collect,
     compiled,
     gpu,
-    losses,
     metrics,
     optim,
     pod,
@@ -31,15 +32,14 @@ from distill import (
     prepare,
     rewards,
     stages,
-    teacher,
+    trainer,
     update,
     validate,
 )
 from distill import mesh as mesh_lib
-from distill.batch import Batch
 from distill.checkpoint import Checkpoints
 from distill.policy import Policy
-from distill.prepare import Plan
+from distill.prepare import Plan, Stage
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -71,30 +71,74 @@ class Open:
         return pod.anyone(self.received())
 
 
+@dataclasses.dataclass
+class Rows:
+    """Writes the metrics of each step once the next one is under way, so that the device is not
+    waited for; and shows them."""
+
+    stage: Stage
+    writer: metrics.Writer
+    bar: metrics.Progress
+    waiting: tuple[int, float, dict, dict] | None = None
+
+    def add(self, step: int, begun: float, measured: dict, trained: dict[str, jax.Array]) -> None:
+        """Takes a step that began at `begun`, what was measured, and what the device will have."""
+        self.write(begun)
+        self.waiting = (step, begun, measured, trained)
+
+    def settle(self, ended: float | None = None) -> None:
+        """Fetches what the device has of the step that waits, which `ended` when the next began, or
+        now, once the device is done."""
+        if self.waiting and "time/step" not in self.waiting[2]:
+            _, begun, measured, trained = self.waiting
+            found = jax.device_get(trained)
+            compiling = {k: measured.pop(k) for k in ("time/compile",) if k in measured}
+            measured |= {f"train/{name}": float(x) for name, x in found.items()}
+            measured["time/step"] = (ended or time.perf_counter()) - begun
+            measured |= compiling
+
+    def write(self, ended: float | None = None) -> None:
+        """Writes the row that waits; of `ended` see `settle`."""
+        if self.waiting is None:
+            return
+        self.settle(ended)
+        (step, _, row, _), self.waiting = self.waiting, None
+        self.writer.write(step, self.stage.name, row)
+        shown = ("train/loss", "train/grad_norm", "rollout/mean_length", "time/step")
+        beside = {k: row[k] for k in shown if k in row}
+        if not row["train/trained_tokens"]:  # there is no loss to tell
+            del beside["train/loss"]
+        self.bar.update(step + 1 - self.stage.first, beside)
+
+
 def transcripts(
-    batch: Batch, stats: losses.Stats, student: Policy, count: int
+    shown: trainer.Shown, mesh: Mesh, student: Policy, count: int
 ) -> list[dict[str, object]]:
-    """The first rows of a batch as text with per-token numbers, for rollouts/*.jsonl."""
-    rows = []
-    shown = (batch.tokens_BT, batch.mask_BT, batch.segments_BT, batch.finished_B, stats)
-    shown = jax.tree.map(np.asarray, mesh_lib.first_rows(shown, count))
-    tokens, mask, segments, finished, figures = shown
+    """The first sequences of a step as text with per-token numbers, for rollouts/*.jsonl."""
+    rows: dict[int, dict[str, object]] = {}
     decode = student.tokenizer.decode if student.tokenizer else lambda ids: None
-    for i in range(len(tokens)):
-        first = segments[i] == 1  # of a packed row its first example
-        prompt = tokens[i][first & ~mask[i]].tolist()
-        response = tokens[i][first & mask[i]].tolist()
-        row = {
-            "prompt": decode(prompt),
-            "response": decode(response),
-            "prompt_tokens": prompt,
-            "tokens": response,
-            **{name: x[i][first & mask[i]].tolist() for name, x in figures.items()},
-        }
-        if finished is not None:
-            row["finish_reason"] = "stop" if bool(finished[i]) else "length"
-        rows.append(row)
-    return rows
+    for micro, stats in shown:
+        batch = micro.put(mesh)
+        arrays = (batch.tokens_BT, batch.mask_BT, batch.segments_BT, batch.finished_BT, stats)
+        arrays = jax.tree.map(np.asarray, mesh_lib.first_rows(arrays, len(micro.rows)))
+        tokens, mask, segments, finished, figures = arrays
+        for i, numbers in enumerate(micro.rows):
+            for segment, number in enumerate(numbers, start=1):
+                if number >= count:
+                    continue
+                own = segments[i] == segment
+                prompt = tokens[i][own & ~mask[i]].tolist()
+                response = tokens[i][own & mask[i]].tolist()
+                row = rows[number] = {
+                    "prompt": decode(prompt),
+                    "response": decode(response),
+                    "prompt_tokens": prompt,
+                    "tokens": response,
+                    **{name: x[i][own & mask[i]].tolist() for name, x in figures.items()},
+                }
+                if finished is not None:
+                    row["finish_reason"] = "stop" if finished[i][own].any() else "length"
+    return [rows[number] for number in sorted(rows)]
 
 
 def claim(workdir: epath.Path, c: ConfigDict) -> None:
@@ -203,57 +247,56 @@ def run_stage(
 ) -> update.TrainState:
     """The loop. Its order is fixed: draw, update, evaluate, log, save. A checkpoint after step i
     holds all that came of steps 0 to i, and the rows of metrics.jsonl for them are written."""
-    stage, student = plan.stages[index], plan.student
-    s = stage.c
-    root = jax.random.key(c.seed)
+    stage, s = plan.stages[index], plan.stages[index].c
     logits_mib = stages.logits_mib(c, opened.mesh)
     draw = collect.batches(plan, stage, c.seed, opened.mesh, logits_mib, opened.grader)
-    take_step = prepare.updater(c, s, stage.loss, stage.optimizer, student, opened.mesh, state)
-    teacher_heads = ()
-    if stage.taught and stage.loss.teacher:
-        teacher_heads = teacher.heads([plan.teachers[name] for name in s.teachers])
-    frozen = student.params if student.model.lora else None
+    train = trainer.make(c, plan, stage, opened.mesh, state)
     schedule = optim.schedule(s.optim, s.steps * stage.updates)
-    shown = ("train/loss", "train/grad_norm", "rollout/mean_length", "time/step")
-    with metrics.progress(s.steps, int(state.step) - stage.first, stage.name) as bar:
-        begun = int(state.step)
+    begun = int(state.step)
+    with metrics.progress(s.steps, begun - stage.first, stage.name) as bar:
+        rows = Rows(stage, opened.writer, bar)
         for step in range(begun, stage.end):
             start = time.perf_counter()
-            key = jax.random.fold_in(root, step)
-            batch, measured = draw(state.params, step, key, state.average)
-            state, trained, stats = take_step(state, batch, teacher_heads, frozen)
+            work, measured = draw(state.params, step, state.average)
+            told = c.log.transcripts if step % c.log.transcripts_every == 0 else 0
+            state, trained, shown, seconds = train.step(state, work, told)
+            measured["time/score"] += seconds
             if stage.ahead:
                 stage.ahead.sample(trained)  # the next step's rows, while the device trains
-            measured |= {f"train/{name}": float(x) for name, x in trained.items()}
-            measured["train/learning_rate"] = float(schedule((step - stage.first) * stage.updates))
-            measured["time/step"] = time.perf_counter() - start
-            meta = {"stage": stage.name, "index": index}
-            if stage.packer:
-                meta["packing"] = stage.packer.position(step + 1 - stage.first)
-            if stage.parked:
-                meta["parked"] = stage.parked.position()
-            if stage.ahead:
-                meta["ahead"] = stage.ahead.position()
-            measured |= opened.judge(state, meta, step + 1, step + 1 == stage.end)
-            least = 0.0 if step == begun else 1.0
-            measured["time/compile"] = opened.programs.look(f"step {step}", least)
-            opened.writer.write(step, stage.name, measured)
-            if c.log.transcripts and step % c.log.transcripts_every == 0:
-                told = transcripts(batch, stats, student, c.log.transcripts)
-                opened.writer.write_rollouts(step, told)
-            beside = {k: measured[k] for k in shown if k in measured}
-            if not measured["train/trained_tokens"]:  # there is no loss to tell
-                del beside["train/loss"]
-            bar.update(step + 1 - stage.first, beside)
+            trained["learning_rate"] = schedule((step - stage.first) * stage.updates)
+            rows.add(step, start, measured, trained)
+            meta = functools.partial(_meta, stage, index, step)
+            ending = step + 1 == stage.end
+            if opened.judge.due(step + 1, ending):
+                rows.settle()
+                measured |= opened.judge.run(state, meta, step + 1)
+            measured["time/compile"] = opened.programs.look(
+                f"step {step}", 0.0 if step == begun else 1.0
+            )
+            if told:
+                lines = transcripts(shown, opened.mesh, plan.student, told)
+                opened.writer.write_rollouts(step, lines)
             # Asked once: a signal may come while the state is being saved.
             stopping = bool(opened.stopped())
-            last = stopping or step + 1 == stage.end
-            if opened.saved.due(step + 1, last):
+            if opened.saved.due(step + 1, stopping or ending):
+                rows.write()
                 opened.writer.flush()  # what a checkpoint holds is in the files
-            opened.saved.save(step + 1, state, meta, force=last)
+                opened.saved.save(step + 1, state, meta(), force=stopping or ending)
             if stopping:
                 break
     return state
+
+
+def _meta(stage: Stage, index: int, step: int) -> dict[str, Any]:
+    """What a checkpoint after a step holds beside the state."""
+    meta: dict[str, Any] = {"stage": stage.name, "index": index}
+    if stage.packer:
+        meta["packing"] = stage.packer.position(step + 1 - stage.first)
+    if stage.parked:
+        meta["parked"] = stage.parked.position()
+    if stage.ahead:
+        meta["ahead"] = stage.ahead.position()
+    return meta
 
 
 def main() -> None:

@@ -1,8 +1,13 @@
-"""One step of the optimiser: accumulate sums over micro-batches, divide once, update, donate."""
+"""An update by micro-batches: the gradient and all figures are added up, and divided once.
+
+Two programs, of which the first runs once for each micro-batch: `accumulate` adds what one gives to
+a gradient that it takes the place of, `apply` divides it, moves the parameters and takes the place
+of the state. So any number of micro-batches makes a step, of programs that are compiled once.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +17,7 @@ import optax
 
 from distill import advantages, compiled, forward, head, losses, metrics
 from distill import mesh as mesh_lib
-from distill.batch import Batch, parts, whole
+from distill.batch import Batch
 from models.qwen3 import model, moe
 from models.qwen3.model import Params, Qwen3
 
@@ -30,10 +35,6 @@ class TrainState:
     opt_state: optax.OptState
     step: jax.Array  # int32 scalar: steps done, over all stages
     average: Params | None = None  # the moving average of `params`, where one is kept
-
-
-# (state, batch, teacher's head or None[, frozen parameters]) -> (state, metrics, per-token stats)
-Step = Callable[..., tuple[TrainState, dict[str, jax.Array], losses.Stats]]
 
 
 def init(
@@ -82,14 +83,6 @@ def _shifted(top_BTK: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, ja
     return None if top_BTK is None else (losses.shift(top_BTK[0]), losses.shift(top_BTK[1]))
 
 
-def _of_tokens(share_BN: jax.Array | None, shape: tuple[int, int]) -> jax.Array | None:
-    return (
-        None
-        if share_BN is None
-        else jnp.broadcast_to(share_BN[:, None], (*shape, share_BN.shape[1]))
-    )
-
-
 def _known(batch: Batch) -> losses.Stats:
     """What losses.token_losses is to know of tokens, shifted."""
     known = {
@@ -98,12 +91,9 @@ def _known(batch: Batch) -> losses.Stats:
         "sampler_logp_BT": batch.sampler_logp_BT,
         "old_logp_BT": batch.old_logp_BT,
         "reference_logp_BT": batch.reference_logp_BT,
+        "advantages_BT": batch.advantages_BT,
     }
-    known = {name: losses.shift(x) for name, x in known.items() if x is not None}
-    if batch.advantages_B is not None:
-        shape = batch.tokens_BT.shape
-        known["advantages_BT"] = jnp.broadcast_to(batch.advantages_B[:, None], shape)
-    return known
+    return {name: losses.shift(x) for name, x in known.items() if x is not None}
 
 
 def loss_sums(
@@ -117,6 +107,7 @@ def loss_sums(
     frozen: Params | None = None,
     balance: float = 0.0,
     overlap: int = 0,
+    temperature: float = 1.0,
 ) -> tuple[jax.Array, tuple[metrics.Sums, losses.Stats]]:
     """The weighted sum of the loss, and (sum, count) pairs and [B, T] stats beside it.
 
@@ -126,6 +117,7 @@ def loss_sums(
       accumulation it is that of each micro-batch, over all devices, and not of the whole batch,
       whose loads are known only when the last one is through (arXiv 2501.11873 on the difference).
     overlap: compare so many of the teacher's likeliest tokens with the student's.
+    temperature: that all models are read at.
     """
     params, lora = (params, None) if frozen is None else (frozen, params)
     hidden_BTD, routing = forward.routed(qwen3, params, batch, lora)
@@ -148,9 +140,10 @@ def loss_sums(
         split=mesh_lib.split_vocabulary,
         divergence=loss.compared,
         teacher_top_BTK=_shifted(batch.teacher_top_BTK),
-        teacher_share_BTN=_of_tokens(batch.teacher_share_BN, mask_BT.shape),
+        teacher_share_BTN=batch.teacher_share_BTN,
         overlap=overlap,
         baseline=loss.baseline,
+        temperature=temperature,
         loss=of_tokens if loss.by_token else None,
         known=known,
         weight_BT=weight_BT,
@@ -174,18 +167,18 @@ def loss_sums(
         sums |= {f"reverse_kl_from_{place}": x for place, x in by_place.items()}
     if batch.thinking_BT is not None:
         sums |= _by_mode(stats, mask_BT, losses.shift(batch.thinking_BT))
-    if batch.finished_B is not None:
-        sums |= stops(stats, mask_BT, batch.finished_B)
+    if batch.finished_BT is not None:
+        sums |= stops(stats, mask_BT, losses.shift(batch.finished_BT))
     if balance:
         load_LE, p_LE = (of / seen for of, seen in (sums["load_LE"], sums["p_LE"]))
         total += balance * count * moe.summary(load_LE, p_LE)["load_balancing_loss"]
     return total, (sums, {k: losses.unshift(x * mask_BT) for k, x in stats.items()})
 
 
-def stops(stats: losses.Stats, mask_BT: jax.Array, finished_B: jax.Array) -> metrics.Sums:
+def stops(stats: losses.Stats, mask_BT: jax.Array, finished_BT: jax.Array) -> metrics.Sums:
     """How likely the stop tokens of responses that have one are to the student, and to the teacher:
     where the teacher would write on, lengths are about to grow. Aligned by losses.shift."""
-    last_BT = mask_BT * (1 - losses.shift(mask_BT)) * finished_B[:, None]
+    last_BT = mask_BT * (1 - losses.shift(mask_BT)) * finished_BT
     names = {"logp": "stop_logp", "teacher_logp": "teacher_stop_logp"}
     return {
         told: (jnp.sum(stats[name] * last_BT), jnp.sum(last_BT))
@@ -205,84 +198,158 @@ def _by_mode(stats: losses.Stats, mask_BT: jax.Array, thinking_BT: jax.Array) ->
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """The programs of an update; `make` makes them, and the arguments are told there.
+
+    accumulate: (gradient so far or None, parameters, micro-batch, teachers' heads, frozen
+      parameters) -> (gradient, figures, [B, T] stats). The gradient so far is donated.
+    zeros: (parameters) -> a gradient of zeros, for a first micro-batch that others follow.
+    merge: (figures, figures) -> those of both.
+    apply: (state, gradient, figures, steps that it ends) -> (state, metrics). The state is
+      donated.
+    logp: (parameters, micro-batch, frozen parameters) -> [B, T], of tokens under the parameters.
+    """
+
+    accumulate: Callable[..., Any]
+    zeros: Callable[..., Any]
+    merge: Callable[..., Any]
+    apply: Callable[..., Any]
+    logp: Callable[..., Any]
+
+    def once(
+        self,
+        state: TrainState,
+        microbatches: Iterable[Batch],
+        heads: head.Teachers = None,
+        frozen: Params | None = None,
+        *,
+        ready: Callable[[Batch], Batch] = lambda batch: batch,
+        keep: Container[int] | None = None,
+        single: bool = False,
+        steps: int = 1,
+    ) -> tuple[TrainState, dict[str, jax.Array], dict[int, losses.Stats]]:
+        """One update, which counts as so many `steps`; and the stats of the micro-batches whose
+        numbers are in `keep`, of all by default.
+
+        Each micro-batch is made `ready` when the one before it is done with, and nothing of it is
+        held on to: what `ready` adds, the teachers' hidden states, exists of one at a time. The
+        host meanwhile makes the next. `single`: there is but one, and no gradient has to lie beside
+        its own.
+        """
+        gradient, figures, found = None if single else self.zeros(state.params), None, {}
+        for number, batch in enumerate(microbatches):
+            jax.block_until_ready(state.step if figures is None else figures)
+            gradient, more, stats = self.accumulate(
+                gradient, state.params, ready(batch), heads, frozen
+            )
+            figures = more if figures is None else self.merge(figures, more)
+            if keep is None or number in keep:
+                found[number] = stats
+        state, measured = self.apply(state, gradient, figures, steps)
+        return state, measured, found
+
+
 def make(
     qwen3: Qwen3,
     optimizer: optax.GradientTransformation,
     loss: losses.Loss,
     limit: int,
-    accumulate: int,
     logits_mib: float,
     state: TrainState,
     balance: float = 0.0,
     overlap: int = 0,
-    minibatches: int = 1,
-    epochs: int = 1,
     ema: float = 0.0,
-) -> Step:
-    """The jitted step: see Step.
+    temperature: float = 1.0,
+) -> Update:
+    """The jitted programs of an update.
 
-    `state` gives shardings, which the new state keeps. The state is donated, and nothing else. The
-    gradient is that of Σ weight·loss / Σ count over the whole batch (losses.weights, of which
-    `limit` is one), in however many micro-batches and devices: sums are accumulated in float32 and
-    divided once. Of `balance` and `overlap` see `loss_sums`.
-
-    A step's rows may give several updates: `minibatches` of them, `epochs` times over. The
-    student's own log-probabilities from before the first then stand in the batch as `old_logp_BT`,
-    and the metrics are means over updates.
-
-    `ema` is the decay of the state's moving average, at every update. A teacher that is the average
-    itself has None for a head, which then is the average's of before the step.
+    `state` gives shardings, which the new state keeps; it may be of shapes alone. The gradient is
+    that of Σ weight·loss / Σ count over the whole batch (losses.weights, of which `limit` is one),
+    in however many micro-batches and devices: sums are added up in float32 and divided once. Of
+    `balance`, `overlap` and `temperature` see `loss_sums`. `ema` is the decay of the state's moving
+    average.
     """
-    sums_of = functools.partial(
-        loss_sums, qwen3, loss, limit, logits_mib, balance=balance, overlap=overlap
-    )
-    graded = jax.value_and_grad(sums_of, has_aux=True)
+    sums_of = functools.partial(loss_sums, qwen3, loss, limit, logits_mib)
+    sums_of = functools.partial(sums_of, balance=balance, overlap=overlap, temperature=temperature)
 
-    def once(
-        state: TrainState,
+    def accumulate(
+        gradient: Params | None,
+        params: Params,
         batch: Batch,
-        teacher_head_VE: head.Teachers,
+        heads: head.Teachers,
         frozen: Params | None = None,
     ):
-        grad = functools.partial(graded, frozen=frozen)
-        if accumulate == 1:
-            (_, (sums, stats)), grads = grad(state.params, batch, teacher_head_VE)
-        else:
+        graded = jax.value_and_grad(sums_of, has_aux=True)
+        (_, (sums, stats)), more = graded(params, batch, heads, frozen)
+        most = jnp.max(stats["ratio"]) if "ratio" in stats else None
+        gradient = more if gradient is None else jax.tree.map(jnp.add, gradient, more)
+        return gradient, (sums, most), stats
 
-            def body(carry, micro):
-                (_, (sums, stats)), grads = grad(state.params, micro, teacher_head_VE)
-                return jax.tree.map(jnp.add, carry, (sums, grads)), stats
+    def merge(one: Any, other: Any):
+        most = None if one[1] is None else jnp.maximum(one[1], other[1])
+        return jax.tree.map(jnp.add, one[0], other[0]), most
 
-            micros = parts(batch, accumulate)
-            shapes = jax.eval_shape(
-                lambda b: grad(state.params, b, teacher_head_VE),
-                jax.tree.map(lambda x: x[0], micros),
-            )
-            (_, (sums_like, _)), grads_like = shapes
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (sums_like, grads_like))
-            (sums, grads), stats = jax.lax.scan(body, zeros, micros)
-            stats = whole(stats)
-        count = jnp.maximum(sums["loss"][1], 1)
-        grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
-        trained = sums["logp"][1] > 0
-        params, opt_state = _moved(optimizer, grads, state, trained)
-        measured = metrics.finalize(sums)
-        if "load_LE" in measured:  # summed over all micro-batches: figures of the whole batch
-            measured |= moe.summary(measured.pop("load_LE"), measured.pop("p_LE"))
-        measured["grad_norm"] = optax.tree.norm(grads)
-        measured["trained_tokens"] = sums["logp"][1]
-        if "ratio" in stats:
-            measured["ratio_max"] = jnp.max(stats["ratio"])
-        average = state.average
-        if average is not None:
-            pace = jnp.where(trained, 1 - ema, 0)
-            average = jax.tree.map(lambda a, p: a + pace * (p - a), average, params)
-        return TrainState(params, opt_state, state.step + 1, average), measured, stats
+    def logp(params: Params, batch: Batch, frozen: Params | None = None):
+        params, lora = (params, None) if frozen is None else (frozen, params)
+        stats = head.token_stats(
+            forward.routed(qwen3, params, batch, lora)[0],
+            model.head(params),
+            losses.shift(batch.tokens_BT),
+            logits_mib=logits_mib,
+            split=mesh_lib.split_vocabulary,
+            temperature=temperature,
+            mask_BT=losses.shift(batch.mask_BT),
+            shards=mesh_lib.shards(*batch.tokens_BT.shape),
+        )
+        return losses.unshift(stats["logp"])
 
-    step = once
-    if minibatches * epochs > 1:
-        step = functools.partial(_several, once, sums_of, minibatches, epochs)
-    return _jitted(step, state)
+    lie = jax.tree.map(lambda x: x.sharding, state)
+    options = compiled.options(jax.tree.leaves(lie)[0].mesh)
+    by = lie.params
+    return Update(
+        jax.jit(
+            accumulate,
+            donate_argnums=0,
+            out_shardings=(by, None, None),
+            compiler_options=options,
+        ),
+        jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=by),
+        jax.jit(merge),
+        jax.jit(
+            functools.partial(_applied, optimizer, ema), donate_argnums=0, out_shardings=(lie, None)
+        ),
+        jax.jit(logp, compiler_options=options),
+    )
+
+
+def _applied(
+    optimizer: optax.GradientTransformation,
+    ema: float,
+    state: TrainState,
+    gradient: Params,
+    figures: tuple[metrics.Sums, jax.Array | None],
+    steps: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The state after an update, and its metrics."""
+    sums, most = figures
+    # All weights are 0 where the count is.
+    count = jnp.maximum(sums["loss"][1], 1)
+    gradient = jax.tree.map(lambda g: g / count.astype(g.dtype), gradient)
+    trained = sums["logp"][1] > 0
+    params, opt_state = _moved(optimizer, gradient, state, trained)
+    measured = metrics.finalize(sums)
+    if "load_LE" in measured:  # summed over all micro-batches: figures of the whole batch
+        measured |= moe.summary(measured.pop("load_LE"), measured.pop("p_LE"))
+    measured["grad_norm"] = optax.tree.norm(gradient)
+    measured["trained_tokens"] = sums["logp"][1]
+    if most is not None:
+        measured["ratio_max"] = most
+    average = state.average
+    if average is not None:
+        pace = jnp.where(trained, 1 - ema, 0)
+        average = jax.tree.map(lambda a, p: a + pace * (p - a), average, params)
+    return TrainState(params, opt_state, state.step + steps, average), measured
 
 
 def _moved(
@@ -296,55 +363,16 @@ def _moved(
     return jax.tree.map(lambda new, old: jnp.where(trained, new, old), after, before)
 
 
-def _jitted(step: Step, state: TrainState) -> Step:
-    """`step`, with the head of the state's moving average where a teacher's is None: that cannot be
-    an argument, for the state is donated. `state` says how the new one lies."""
-
-    def headed(state: TrainState, batch: Batch, heads: Any, frozen: Params | None = None):
-        if isinstance(heads, tuple):
-            heads = tuple(model.head(state.average) if x is None else x for x in heads)
-        return step(state, batch, heads, frozen)
-
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(
-        headed,
-        donate_argnums=0,
-        out_shardings=(shardings, None, None),
-        compiler_options=compiled.options(jax.tree.leaves(shardings)[0].mesh),
-    )
-
-
-def _several(
-    once: Step,
-    sums_of: Callable,
-    minibatches: int,
-    epochs: int,
-    state: TrainState,
-    batch: Batch,
-    teacher_head_VE: head.Teachers,
-    frozen: Params | None = None,
-) -> tuple[TrainState, dict[str, jax.Array], losses.Stats]:
-    """A step of several updates by `once`; the stats are those of the last epoch."""
-    _, (_, before) = sums_of(state.params, batch, teacher_head_VE, frozen)
-    batch = dataclasses.replace(batch, old_logp_BT=jax.lax.stop_gradient(before["logp"]))
-    several = parts(batch, minibatches)
-
-    def one(state: TrainState, part: Batch):
-        state, measured, stats = once(state, part, teacher_head_VE, frozen)
-        return state, (measured, stats)
-
-    def epoch(state: TrainState, _: None):
-        return jax.lax.scan(one, state, several)
-
-    after, (measured, stats) = jax.lax.scan(epoch, state, None, length=epochs)
-    # What has no tokens in some of the updates is measured by the others.
-    trained = measured["trained_tokens"] > 0
+@jax.jit
+def mean(measured: Sequence[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """The metrics of a step of several updates; what has no tokens in some of them is measured by
+    the others."""
+    listed = jax.tree.map(lambda *x: jnp.stack(x), *measured)
+    trained = listed["trained_tokens"] > 0
     trained |= ~jnp.any(trained)
-    measured = {
+    return {
         name: jnp.nanmean(x)
         if any(part in name for part in PARTIAL)
         else jnp.mean(x, where=trained)
-        for name, x in measured.items()
+        for name, x in listed.items()
     }
-    stats = whole(jax.tree.map(lambda x: x[-1], stats))
-    return dataclasses.replace(after, step=state.step + 1), measured, stats

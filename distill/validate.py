@@ -36,8 +36,18 @@ class Validation:
     sampling: rollout.Sampling
 
 
-# (train state, its meta, steps done, whether it is the last) -> metrics
-Judge = Callable[[Any, dict[str, Any], int, bool], dict[str, Any]]
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """Evaluates every so many steps (0: never), and after a stage's last.
+
+    run: (train state, what makes its meta, steps done) -> metrics.
+    """
+
+    every: int
+    run: Callable[[Any, Callable[[], dict[str, Any]], int], dict[str, Any]]
+
+    def due(self, step: int, last: bool) -> bool:
+        return bool(self.every) and (last or step % self.every == 0)
 
 
 def prepare(c: ConfigDict, student: Policy) -> Validation | None:
@@ -74,9 +84,9 @@ def prepare(c: ConfigDict, student: Policy) -> Validation | None:
 def judging(
     validation: Validation | None, student: Policy, workdir: epath.Path, seed: int
 ) -> Iterator[Judge]:
-    """Within it, the yielded function evaluates where the config says so, and keeps the best."""
+    """Within it, what is yielded evaluates where the config says so, and keeps the best."""
     if validation is None:
-        yield lambda *_: {}
+        yield Judge(0, lambda *_: {})
         return
     v, best = validation, workdir / "best"
     told = {**v.settings, **json.loads(v.c.to_json_best_effort())}
@@ -85,10 +95,8 @@ def judging(
 
         sampled = policy.sampled(student)
 
-        def judge(state: Any, meta: dict[str, Any], step: int, last: bool) -> dict[str, Any]:
+        def judge(state: Any, meta: Callable[[], dict[str, Any]], step: int) -> dict[str, Any]:
             nonlocal record
-            if step % v.c.every and not last:
-                return {}
             begin = time.perf_counter()
             params = sampled(state.params)
             subject = dataclasses.replace(student, path=str(workdir), params=params)
@@ -97,12 +105,12 @@ def judging(
             if saved and value is not None:
                 value = -value if v.c.best.startswith("-") else value
                 if record is None or value > record:
-                    saved.save(step, state, {**meta, "eval": told, "value": value})
+                    saved.save(step, state, {**meta(), "eval": told, "value": value})
                     record = value
             found = {f"eval/{name}": summary.get(name) for name in FIGURES}
             return found | {"time/eval": time.perf_counter() - begin}
 
-        yield judge
+        yield Judge(v.c.every, judge)
 
 
 def _evaluate(

@@ -1,11 +1,16 @@
-"""What several tests build on: tiny models that transformers itself writes."""
+"""What several tests build on: tiny models that transformers itself writes, and one update."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from distill import mesh as mesh_lib
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = ROOT / "assets" / "teacher"  # its vocabulary has 512 ids
@@ -47,3 +52,38 @@ def tiny_qwen3(
         assert tokenizer is not None
         shutil.copyfile(tokenizer / name, directory / name)
     return network
+
+
+def one_update(
+    programs: Any,
+    state: Any,
+    batch: Any,
+    heads: Any = None,
+    frozen: Any = None,
+    accumulate: int = 1,
+):
+    """An update by a whole batch in micro-batches, whose rows interleave: the state, the metrics,
+    and the stats of the whole batch."""
+    mesh = jax.tree.leaves(state.params)[0].sharding.mesh
+    hosted = jax.tree.map(np.asarray, batch)
+    parts = [jax.tree.map(lambda x, k=k: x[k::accumulate], hosted) for k in range(accumulate)]
+    micros = (jax.device_put(part, mesh_lib.rows(mesh)) for part in parts)
+    single = accumulate == 1
+    state, measured, found = programs.once(state, micros, heads, frozen, single=single)
+    each = [found[k] for k in range(accumulate)]
+    stats = jax.tree.map(lambda *x: np.stack(x, 1).reshape(-1, *x[0].shape[1:]), *each)
+    return state, measured, stats
+
+
+def sequences_of(work: Any, made: Any = lambda micro: micro.lay()) -> list[Any]:
+    """What a step trains on, sequence by sequence in the order that they are numbered: batches of
+    arrays [tokens, ...]. `made` gives a micro-batch's arrays."""
+    found = {}
+    for micro in (micro for part in work for micro in part):
+        batch = dataclasses.replace(made(micro), told=None)
+        batch = jax.tree.map(np.asarray, batch)
+        for row, numbers in enumerate(micro.rows):
+            for segment, number in enumerate(numbers, start=1):
+                own = batch.segments_BT[row] == segment
+                found[number] = jax.tree.map(lambda x, row=row, own=own: x[row][own], batch)
+    return [found[number] for number in sorted(found)]

@@ -10,7 +10,19 @@ import numpy as np
 import pytest
 from test_train import config, final, numbers, stop_after, tiny_model, transcripts
 
-from distill import data, losses, policy, prepare, rollout, stages, teacher, train, update
+from distill import (
+    collect,
+    data,
+    losses,
+    microbatches,
+    policy,
+    prepare,
+    rollout,
+    stages,
+    train,
+    trainer,
+    update,
+)
 from distill import mesh as mesh_lib
 from models.errors import UserError
 
@@ -36,13 +48,13 @@ def ahead(models, **changes):
 def noted(patch: pytest.MonkeyPatch) -> list[list[rollout.Sequence]]:
     """The rows of every batch that is made from now on."""
     found: list[list[rollout.Sequence]] = []
-    to_batch = rollout.to_batch
+    written = microbatches.written
 
-    def note(rows, *sizes):
+    def note(rows):
         found.append(list(rows))
-        return to_batch(rows, *sizes)
+        return written(rows)
 
-    patch.setattr(rollout, "to_batch", note)
+    patch.setattr(microbatches, "written", note)
     return found
 
 
@@ -63,13 +75,11 @@ def by_hand(c) -> tuple[list[list[rollout.Sequence]], Any]:
     with policy.use(plan.student):
         plan = prepare.base(c, plan)
         plan = prepare.load(c, plan, plan.stages[0])
-        teachers = [plan.teachers["teacher"]]
         params = policy.load(plan.student, "float32").params
         older = jax.tree.map(lambda x: x.copy(), params)
         state = update.init(stage.optimizer, params, 0)
-        logits_mib = stages.logits_mib(c, policy.mesh_of(plan.student))
-        size = s.max_response_tokens, s.accumulate, logits_mib
-        take_step = update.make(plan.student.model, stage.optimizer, stage.loss, *size, state)
+        mesh, form = policy.mesh_of(plan.student), collect._form(plan, stage)
+        train = trainer.make(c, plan, stage, mesh, state)
         for step in range(STEPS):
             examples = data.at(stage.source, step, 2, c.seed)
             key = jax.random.fold_in(jax.random.key(c.seed), step)
@@ -85,12 +95,10 @@ def by_hand(c) -> tuple[list[list[rollout.Sequence]], Any]:
                 )
             )
             found.append(rows)
-            batch = rollout.to_batch(rows, 4, s.max_prompt_tokens, s.max_response_tokens)
-            batch = jax.device_put(batch, mesh_lib.rows(mesh_lib.make(1, 1, 1)))
             older = jax.tree.map(lambda x: x.copy(), state.params)
-            batch = dataclasses.replace(batch, kind_B=None)
-            heads = teacher.heads(teachers)
-            state, _, _ = take_step(state, teacher.score(teachers, batch), heads, None)
+            examples = microbatches.written(rows)
+            packed = microbatches.pack(examples, stage.rows, 1, form)
+            state, *_ = train.step(state, microbatches.lay(packed, examples, form, mesh))
     return found, jax.tree.map(np.asarray, state.params)
 
 

@@ -117,13 +117,6 @@ def test_size_takes_the_first_rows(tmp_path: Path) -> None:
 # Layout
 
 
-def test_left_pad() -> None:
-    tokens, segments = layout.left_pad([[5, 6, 7], [8], [1, 2, 3, 4]], 4)
-    assert tokens.tolist() == [[0, 5, 6, 7], [0, 0, 0, 8], [1, 2, 3, 4]]
-    assert segments.tolist() == [[0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]]
-    assert tokens.dtype == segments.dtype == np.int32
-
-
 def test_trace_batch() -> None:
     """Prompts are not trained; responses with their stop token 9 are; nothing after it is there.
     The last response is cut, and so has no stop token."""
@@ -147,7 +140,7 @@ def test_trace_batch() -> None:
     ]
     assert np.asarray(batch.segments_BT).tolist() == (tokens > 0).astype(int).tolist()
     assert np.asarray(batch.positions_BT).tolist() == [list(range(7))] * 3
-    assert 9 not in tokens[2] and batch.finished_B is None
+    assert 9 not in tokens[2] and batch.finished_BT is None
 
 
 # Rows

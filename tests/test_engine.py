@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax._src import monitoring
 
-from distill import forward, head, losses, rollout
+from distill import forward, head, losses, microbatches, rollout
 from distill import mesh as mesh_lib
 from distill.rollout import Options, Sequence, decode
 from distill.rollout import options as options_lib
@@ -108,7 +108,7 @@ def scored(rows: list[Sequence], seed: int = 0) -> list[list[float]]:
     """Log-probabilities of all tokens of each row by one plain forward on one device."""
     mesh, params = weights(seed, (1, 1, 1))
     with mesh_lib.use(mesh):
-        batch = rollout.to_batch(rows, len(rows), P, R)
+        batch = microbatches.unpacked(rows, len(rows), P + R)
         logp = np.asarray(_scores(params, batch))
     return [x[m].tolist() for x, m in zip(logp, np.asarray(batch.mask_BT), strict=True)]
 

@@ -25,7 +25,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from distill import aot, plan, programs, roofline
+from distill import aot, calls, plan, roofline
 from distill import mesh as mesh_lib
 from distill.roofline import GIB, Row
 
@@ -201,7 +201,7 @@ def test_a_spoilt_program_is_seen() -> None:
         w = jax.ShapeDtypeStruct((8, 1024, 1024), jnp.float32, sharding=split)
         x = jax.ShapeDtypeStruct((64, 1024), jnp.float32, sharding=rows)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=split)
-        call = programs.Call("update", lambda: jitted.lower(w, x), 1, 0.0, ())
+        call = calls.Call("update", lambda: jitted.lower(w, x), 1, 0.0, ())
         program = aot.compile(call.name, call.lower, 16)
         return measured([roofline.row(call, program, 0, aot.CHIPS["v5e"], 4)])
 

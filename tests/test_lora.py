@@ -26,7 +26,7 @@ from models.errors import UserError
 from models.qwen3 import adapter, model, quantised, weights
 from models.qwen3.config import SIZES
 from models.qwen3.lora import TARGETS, LoRA
-from tests.helpers import ROOT, tiny_qwen3
+from tests.helpers import ROOT, one_update, tiny_qwen3
 from tests.test_train import config, numbers, stop_after, tiny_model
 from tests.test_verbs import call, greedy, logprobs, read, write
 
@@ -139,10 +139,10 @@ def test_training_is_that_of_peft(bases, kind, name, tmp_path):
     their_optimizer = torch.optim.AdamW(learned, **decay)
     with policy.use(student):
         state = update.init(optimizer, trained, 0)
-        step = update.make(student.model, optimizer, losses.TABLE["sft"], 1, 2, 1.0, state)
+        programs = update.make(student.model, optimizer, losses.TABLE["sft"], 1, 1.0, state)
         for i in range(3):
             batch = batch_of(student.config, i)
-            state, measured, _ = step(state, batch, None, student.params)
+            state, measured, _ = one_update(programs, state, batch, None, student.params, 2)
             # Cross-entropy of the tokens that are trained on; padding is masked.
             out = other(
                 torch.tensor(batch.tokens_BT), attention_mask=torch.tensor(batch.segments_BT)
@@ -321,10 +321,10 @@ def test_meshes(fields, tmp_path):
             state = update.init(optimizer, trained, 0)
             mesh = policy.mesh_of(student)
             loss = losses.TABLE["sft"]
-            step = update.make(student.model, optimizer, loss, 1, 1, 1.0 * mesh.size, state)
+            programs = update.make(student.model, optimizer, loss, 1, 1.0 * mesh.size, state)
             for i in range(2):
-                batch = jax.device_put(batch_of(student.config, i, 8), mesh_lib.rows(mesh))
-                state, measured, _ = step(state, batch, None, student.params)
+                batch = batch_of(student.config, i, 8)
+                state, measured, _ = one_update(programs, state, batch, None, student.params)
                 jax.block_until_ready(state)  # XLA may deadlock where such programs queue up
         return state, {k: np.asarray(v) for k, v in measured.items()}
 

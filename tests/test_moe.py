@@ -15,13 +15,13 @@ from safetensors.numpy import load_file, save_file
 from transformers import Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from distill import forward, head, losses, metrics, rollout, update
+from distill import forward, head, losses, metrics, microbatches, rollout, update
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from models.errors import UserError
 from models.qwen3 import model, moe, weights
 from models.qwen3.config import Config, Scaling
-from tests.helpers import tiny_qwen3
+from tests.helpers import one_update, tiny_qwen3
 
 T = 19
 EXPERTS: dict[str, Any] = {
@@ -177,8 +177,9 @@ def test_greedy(pair, stacked):
             with torch.no_grad():
                 out.append(int(network(torch.tensor([out])).logits[0, -1].argmax()))
         assert rows[row].tokens == out[len(prompt) :]
-    scored = scored_of(model.Qwen3(config), params, rollout.to_batch(rows, 2, 9, 8))[:, 9:]
-    np.testing.assert_allclose([row.logprobs for row in rows], scored, atol=1e-4)
+    batch = microbatches.unpacked(rows, 2, 17)
+    scored = np.asarray(scored_of(model.Qwen3(config), params, batch))[np.asarray(batch.mask_BT)]
+    np.testing.assert_allclose([row.logprobs for row in rows], scored.reshape(2, 8), atol=1e-4)
 
 
 def test_exported_directory_loads_in_transformers(pair, tmp_path):
@@ -305,17 +306,9 @@ def one_step(directory, sizes, accumulate=1, remat=False):
         config, params = load(directory, sizes)
         optimizer = optax.adam(1e-3, b1=0.0)
         state = update.init(optimizer, params, 0)
-        step = update.make(
-            model.Qwen3(config, remat=remat),
-            optimizer,
-            losses.TABLE["sft"],
-            1,
-            accumulate,
-            1.0,
-            state,
-        )
-        batch = jax.device_put(batch_of(config), mesh_lib.rows(mesh))
-        state, measured, _ = step(state, batch, None)
+        qwen3 = model.Qwen3(config, remat=remat)
+        programs = update.make(qwen3, optimizer, losses.TABLE["sft"], 1, 1.0, state)
+        state, measured, _ = one_update(programs, state, batch_of(config), accumulate=accumulate)
     return {k: float(v) for k, v in measured.items()}, state
 
 

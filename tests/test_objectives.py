@@ -1,5 +1,6 @@
 """Objectives through the whole loop: what a flag changes, and what it may not."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import quickstart
-from distill import collect, losses, policy, prepare, rewards, train, update
+from distill import collect, losses, policy, prepare, rewards, train, trainer, update
 from distill import mesh as mesh_lib
 from models.errors import UserError
+from tests.helpers import sequences_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,7 +85,7 @@ def test_every_row_of_the_table_can_be_prepared():
 
 
 def collected(c: ConfigDict, step: int = 0):
-    """The batch that a stage's step trains on, the stage, and what was measured."""
+    """The sequences that a stage's step trains on, and what was measured."""
     mesh = mesh_lib.make(1, 1, 1)
     plan = prepare.prepare(c, mesh)
     with policy.use(plan.student), rewards.Grader() as grader:
@@ -91,13 +93,16 @@ def collected(c: ConfigDict, step: int = 0):
         plan = prepare.base(c, plan)
         plan = prepare.load(c, plan, plan.stages[0])
         draw = collect.batches(plan, plan.stages[0], c.seed, mesh, 8.0, grader)
-        batch, measured = draw(params, step, jax.random.key(0))
-    return batch, plan.stages[0], measured
+        work, measured = draw(params, step)
+    return sequences_of(work), measured
 
 
 def test_advantages_are_those_of_the_groups_rewards():
-    batch, _, measured = collected(config("grpo", batch_size=16))
-    advantages_PG = np.asarray(batch.advantages_B).reshape(4, 4)
+    rows, measured = collected(config("grpo", batch_size=16))
+    for row in rows:  # one number a response, and none of the prompt
+        assert len(np.unique(row.advantages_BT[row.mask_BT])) == 1
+        assert not row.advantages_BT[~row.mask_BT].any()
+    advantages_PG = np.array([row.advantages_BT[-1] for row in rows]).reshape(4, 4)
     np.testing.assert_allclose(advantages_PG.sum(axis=1), 0, atol=1e-5)
     mixed = np.abs(advantages_PG).max(axis=1) > 0
     assert mixed.sum() > 0  # the embedded student solves about a third of its problems
@@ -110,37 +115,48 @@ def test_advantages_are_those_of_the_groups_rewards():
 
 
 def test_dropped_groups_are_not_trained():
-    kept, _, _ = collected(config("grpo", batch_size=16))
-    batch, _, measured = collected(config("grpo", batch_size=16, reward__constant_groups="drop"))
-    mask = np.asarray(batch.mask_BT).any(axis=1).reshape(4, 4)
-    nothing = np.asarray(batch.advantages_B).reshape(4, 4) == 0
-    assert (mask.all(axis=1) == ~nothing.all(axis=1)).all()
-    assert measured["reward/dropped_rows"] == 16 - mask.sum()
-    assert np.asarray(kept.mask_BT).any(axis=1).all()
+    kept, _ = collected(config("grpo", batch_size=16))
+    rows, measured = collected(config("grpo", batch_size=16, reward__constant_groups="drop"))
+    differ = [row for row in kept if row.advantages_BT.any()]
+    assert 0 < len(differ) < len(kept) == 16
+    for row, same in zip(rows, differ, strict=True):
+        np.testing.assert_array_equal(row.tokens_BT, same.tokens_BT)
+        np.testing.assert_array_equal(row.advantages_BT, same.advantages_BT)
+    assert measured["reward/dropped_rows"] == 16 - len(rows)
 
 
 def test_updates_are_counted_apart_from_steps():
-    c = config("opd", epochs=3, minibatches=2, optim__learning_rate=0.0)
-    c.opd.optim.warmup_steps = 0
-    batch, stage, _ = collected(c)
-    plan = prepare.prepare(c, mesh_lib.make(1, 1, 1))
-    with policy.use(plan.student):
-        params = policy.load(plan.student, "float32").params
-        teacher = policy.load(plan.teachers["teacher"].policy, "float32")
-        state = update.init(stage.optimizer, params, 5)
-        make = lambda **updates: update.make(  # noqa: E731
-            plan.student.model, stage.optimizer, stage.loss, 52, 1, 8.0, state, **updates
-        )
-        head = policy.model.head(teacher.params)
-        copy = jax.tree.map(lambda x: x.copy(), state)
-        _, one, stats = make()(copy, batch, head)
-        state, several, merged = make(minibatches=2, epochs=3)(state, batch, head)
+    found = []
+    for several in ({}, {"epochs": 3, "minibatches": 2}):
+        c, mesh = config("opd", **several, optim__learning_rate=0.0), mesh_lib.make(1, 1, 1)
+        c.opd.optim.warmup_steps = 0
+        plan = prepare.prepare(c, mesh)
+        with policy.use(plan.student), rewards.Grader() as grader:
+            plan = prepare.load(c, plan, plan.stages[0])
+            params, stage = policy.load(plan.student, "float32").params, plan.stages[0]
+            work, _ = collect.batches(plan, stage, c.seed, mesh, 8.0, grader)(params, 0)
+            state = update.init(stage.optimizer, params, 5)
+            train = trainer.make(c, plan, stage, mesh, state)
+            state, measured, shown, _ = train.step(state, work, 8)
+            stats = [
+                row.positions_BT[row.mask_BT]
+                for micro, of in shown
+                for row in sequences_of(
+                    [[micro]],
+                    lambda micro, of=of: dataclasses.replace(
+                        micro.lay(), positions_BT=np.asarray(of["logp"])
+                    ),
+                )
+            ]
+            found.append((state, measured, np.sort(np.concatenate(stats))))
+    (_, one, alone), (state, several, merged) = found
     assert int(state.step) == 6
     counts = {int(x) for x in jax.tree.leaves(state.opt_state) if x.dtype == np.int32}
     assert counts == {6}
     # At a rate of 0 nothing moves: all six are the one update, on halves of its rows.
+    assert one.keys() <= several.keys()
     np.testing.assert_allclose(several.get("ratio", 1), 1, atol=1e-6)
-    np.testing.assert_allclose(merged["logp"], stats["logp"], atol=1e-5)
+    np.testing.assert_allclose(merged, alone, atol=1e-5)
     assert several["loss"] == pytest.approx(float(one["loss"]), rel=0.2)
 
 

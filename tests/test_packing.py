@@ -184,7 +184,7 @@ def test_layout() -> None:
     assert positions[0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4]
     assert mask[0].tolist() == [False, False, True, True, False, False, True, False, False]
     assert not segments[2].any() and not mask[2].any()
-    measured = layout.measure(batch, rows, 2)
+    measured = layout.measure([example for row in rows for example in row], 27, 2)
     assert measured == {
         "data/efficiency": (9, 27),
         "data/truncated": (1, 3),
@@ -205,7 +205,7 @@ def test_rows_of_real_data_are_full(shared_data: Path, monkeypatch: pytest.Monke
     filled = []
     for step in range(16):
         rows = feed.rows(step)
-        batch = layout.batch(rows, 4096, 3584)
-        tokens, places = layout.measure(batch, rows, 3584)["data/efficiency"]
+        examples = [example for row in rows for example in row]
+        tokens, places = layout.measure(examples, 8 * 4096, 3584)["data/efficiency"]
         filled.append(tokens / places)
     assert min(filled) > 0.95 and np.mean(filled) > 0.98

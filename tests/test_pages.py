@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
-from distill import aot, hlo, programs
+from distill import aot, calls, hlo
 from distill import mesh as mesh_lib
 from models.errors import UserError
 from models.qwen3 import model, paged_attention
@@ -357,7 +357,7 @@ def pool_on(topology, data, tensor, layers):
     kind = pages_lib.KINDS["tpu"]
     with mesh_lib.use(mesh):
         make = jax.jit(lambda: empty(data, 1600, 128, "bfloat16", kind, config))
-        return config, mesh, programs.like(make)
+        return config, mesh, calls.like(make)
 
 
 def compile_for(topology, data, tensor, T):
@@ -387,13 +387,13 @@ def compile_for(topology, data, tensor, T):
 
     with mesh_lib.use(mesh), jax.default_matmul_precision(None):
         params = mesh_lib.parameters(config, mesh, rules=mesh_lib.GATHERED)
-        params = programs.cast(params, jnp.bfloat16)
+        params = calls.cast(params, jnp.bfloat16)
         args = (of(R, N), of(R))
         if T > 1:
             args = (*args, of(data, R // data + 1), of(data, T), of(data, T))
         made = jax.jit(chunk if T > 1 else decode, donate_argnums=0).lower(held, params, *args)
         program = aot.compile("", lambda: made, 16)
-    return program, programs.bytes_of(held), programs.bytes_of(params)
+    return program, calls.bytes_of(held), calls.bytes_of(params)
 
 
 @pytest.mark.parametrize(
@@ -422,7 +422,7 @@ def test_a_page_is_copied_in_place():
     copy = jax.jit(lambda held, a, b: held.copy(a, b), donate_argnums=0)
     with mesh_lib.use(mesh):
         program = aot.compile("", lambda: copy.lower(held, ids, ids), 16)
-    pool = programs.bytes_of(held)
+    pool = calls.bytes_of(held)
     assert program.aliased >= pool and program.temporaries < 0.01 * pool
     copied = 32 * 128 * pages_lib.token_bytes(config, 2, jnp.dtype("bfloat16"))
     assert 2 * copied <= program.traffic < 4.2 * copied

@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import quickstart
-from distill import chat, policy, preflight, prepare, programs, update, validate
+from distill import calls, chat, policy, preflight, prepare, update, validate
 from distill import mesh as mesh_lib
 from distill.examples import Example
 from models.qwen3.model import Params
@@ -164,7 +164,7 @@ def test_memory_counts_what_is_there() -> None:
             shards = [s for x in jax.tree.leaves(tree) for s in x.addressable_shards]
             return sum(s.data.nbytes for s in shards if s.device == device)
 
-        assert programs.bytes_of(trained) == held(trained)
+        assert calls.bytes_of(trained) == held(trained)
         (line,) = preflight.memory(plan, c, trained)
         parts = dict(
             part.rsplit(" ", 1) for part in line.partition("(")[2].partition(")")[0].split(", ")

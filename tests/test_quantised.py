@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from distill import data, forward, layout, policy, prepare, rollout, score, train
+from distill import (
+    data,
+    forward,
+    layout,
+    microbatches,
+    policy,
+    prepare,
+    rollout,
+    score,
+    train,
+)
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.rollout import decode
@@ -372,10 +382,11 @@ def test_a_sampler_in_8_bits_is_the_model_in_8_bits(directories):
     assert gate.values.dtype == jnp.int8 and qwen3.scan
     assert tuple(gate.values.sharding.spec) == (None, "expert", None, "tensor")
     alone = loaded(directories / "sparse", "int8")
-    batch = rollout.to_batch(done, 4, 12, 8)
-    found = log_probs(alone.model, alone.params, batch)[:, 11:-1]
-    expected = np.take_along_axis(np.asarray(found), np.asarray(batch.tokens_BT)[:, 12:, None], -1)
-    np.testing.assert_allclose([row.logprobs for row in done], expected[..., 0], atol=1e-4)
+    batch = microbatches.unpacked(done, 4, 20)
+    found = np.asarray(log_probs(alone.model, alone.params, batch))[:, :-1]
+    expected = np.take_along_axis(found, np.asarray(batch.tokens_BT)[:, 1:, None], -1)[..., 0]
+    for row, logp, mask in zip(done, expected, np.asarray(batch.mask_BT), strict=True):
+        np.testing.assert_allclose(row.logprobs, logp[mask[1:]], atol=1e-4)
 
 
 def test_an_unknown_dtype_is_refused():

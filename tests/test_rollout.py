@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from distill import forward, head, losses, policy, rollout
+from distill import forward, head, losses, microbatches, policy, rollout
 from distill import mesh as mesh_lib
 from distill.rollout import Options, Sequence
 from distill.sampling import Sampling
@@ -64,7 +64,7 @@ def sample(params, rows, numbers, samples=None, sampling=None, **options):
         stop_ids=STOPS,
         options=Options(**{"slots": 8, **options}),
     )
-    return rollout.to_batch(list(done), len(rows), P, R)
+    return microbatches.unpacked(list(done), len(rows), P + R)
 
 
 def responses(batch):
@@ -115,8 +115,8 @@ def test_samples_of_a_prompt_differ(params):
 
 def test_stops(eight):
     """A row ends with its first stop token, or at the limit and then without one."""
-    finished = np.asarray(eight.finished_B)
-    assert 0 < finished.sum() < 8
+    finished = np.any(np.asarray(eight.finished_BT), axis=1).tolist()
+    assert 0 < sum(finished) < 8
     for row, done in zip(responses(eight), finished, strict=True):
         assert (row[-1] in STOPS) == done
         assert done or len(row) == R
@@ -125,8 +125,9 @@ def test_stops(eight):
 
 def test_nothing_after_the_stop(eight):
     mask, segments = np.asarray(eight.mask_BT), np.asarray(eight.segments_BT)
-    np.testing.assert_array_equal(mask[:, P:], segments[:, P:] > 0)
-    assert not mask[:, :P].any()
+    for row, of, prompt in zip(mask, segments, prompts(8), strict=True):
+        np.testing.assert_array_equal(row[len(prompt) :], of[len(prompt) :] > 0)
+        assert not row[: len(prompt)].any()
     assert not np.asarray(eight.sampler_logp_BT)[~mask].any()
 
 

@@ -11,8 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from distill import collect, forward, losses, metrics, prepare, rollout, train, update
+from distill import (
+    forward,
+    layout,
+    losses,
+    metrics,
+    microbatches,
+    prepare,
+    rollout,
+    train,
+    update,
+)
 from distill import mesh as mesh_lib
+from distill.examples import Example
 from models.errors import UserError
 from models.qwen3 import model, moe, weights
 from tests.helpers import tiny_qwen3
@@ -239,7 +250,7 @@ def test_recorded_experts_are_those_of_a_forward(even, tmp_path, layers, sizes, 
     rows = sampled(config, params, asked(config), mesh, stacked, budget=24)
     assert any(row.tokens and not row.reason for row in rows)
     rows = sampled(config, params, rows, mesh, stacked)
-    batch = rollout.to_batch(rows, len(rows), P, R, routing=config.routing)
+    batch = microbatches.unpacked(rows, len(rows), P + R, routing=config.routing)
     _, alone = load(directory)
     expected = np.asarray(
         jax.jit(forward.chosen, static_argnums=0)(model.Qwen3(config), alone, batch)
@@ -286,7 +297,7 @@ def test_replay_brings_sampler_and_trainer_together(even):
     there; with what was recorded it cannot."""
     config, params = load(even)
     rows = sampled(config, params, asked(config, 16, 4), mesh_lib.make(1, 1, 1), False, "bfloat16")
-    batch = rollout.to_batch(rows, len(rows), P, R, routing=config.routing)
+    batch = microbatches.unpacked(rows, len(rows), P + R, routing=config.routing)
     loss = functools.partial(
         update.loss_sums, model.Qwen3(config, jnp.bfloat16), losses.TABLE["sft"], R, 1.0
     )
@@ -329,10 +340,10 @@ def test_read_rows_route_themselves():
     """Where half of a batch is the student's own, the other half has no experts recorded."""
     one = np.ones((3, 2, 4), np.int16)
     rows = [rollout.Sequence([1, 2], (0, 0), 3, tokens=[5], logprobs=[-1.0], experts=[one])]
-    own = rollout.to_batch(rows, 1, 4, 3, routing=(2, 4))
-    read = dataclasses.replace(own, experts_BTLA=None)
-    experts = np.asarray(collect._joined([own, read]).experts_BTLA)
-    np.testing.assert_array_equal(experts[0, :, 0, 0], [-1, -1, 1, 1, 1, -1, -1])
+    read = Example([3, 4], [6, 7], "", "")
+    form = layout.Form(7, 3, routing=(2, 4))
+    experts = np.asarray(layout.lay([[*microbatches.written(rows), read], []], form).experts_BTLA)
+    np.testing.assert_array_equal(experts[0, :, 0, 0], [1, 1, 1, -1, -1, -1, -1])
     assert experts.shape == (2, 7, 2, 4) and (experts[1] == -1).all()
 
 

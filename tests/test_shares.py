@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from distill import collect, data, layout, packing, prepare
+from distill import collect, data, layout, microbatches, packing, prepare
 from distill import mesh as mesh_lib
 
 ROOT = Path(__file__).parents[1]
@@ -59,30 +59,44 @@ def stage(objective: str, **fields: Any) -> prepare.Stage:
     )
 
 
-@pytest.mark.parametrize("fields", [{}, {"pack_tokens": 16}, {"sampled": 4}])
+@pytest.mark.parametrize("fields", [{}, {"pack_tokens": 16}, {"minibatches": 2, "accumulate": 2}])
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_read_the_batch_in_shares(processes: int, fields: dict) -> None:
     """What processes read of a step, put together, is the batch that one process reads."""
-    mesh, sampled = mesh_lib.make(1, 8, 1), fields.get("sampled", 0)
+    mesh = mesh_lib.make(1, 8, 1)
 
     def read(own: list[int], step: int) -> list[list[int]]:
-        of = stage("gkd" if sampled else "sft", **fields)
-        rows = [row for row in own if row >= sampled]
-        batch, _ = collect._read(of, 7, rows)({}, step)
-        return np.asarray(batch.tokens_BT).tolist()
+        """The rows of all micro-batches, in the order of the batch."""
+        form = layout.Form(fields.get("pack_tokens", 7), 4)
+        work, _ = collect._read(stage("sft", **fields), 7, own, form)({}, step)
+        found = {}
+        for micro in (micro for part in work for micro in part):
+            held = [row for (row,) in micro.rows if row in own]
+            found |= dict(zip(held, np.asarray(micro.lay().tokens_BT).tolist(), strict=True))
+        return [found[row] for row in sorted(found)]
 
     for step in (2, 4, 6):
         whole = read(list(range(8)), step)
         shares = [read(mesh_lib.own_rows(mesh, 8, devices), step) for devices in groups(processes)]
         assert [row for share in shares for row in share] == whole
-        assert len(whole) == 8 - sampled
+        assert len(whole) == 8
         if not fields:
             assert len({row[0] for row in whole}) == 8  # disjoint
 
 
-def test_what_all_sample_each_keeps_its_own_of() -> None:
-    whole = layout.traces([data.Example([i], [9], "", "") for i in range(6)], 2, 2)
-    part = collect._held(lambda params, step: (whole, {"step": step}), [3, 4])
-    batch, measured = part({}, 5)
-    assert np.asarray(batch.tokens_BT)[:, 0].tolist() == [3, 4] and measured == {"step": 5}
-    assert collect._held(lambda params, step: (whole, {}), list(range(6)))({}, 0)[0] is whole
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_lay_their_rows_of_what_all_packed(processes: int) -> None:
+    """Each knows where every sequence lies, and makes the arrays of its own rows."""
+    mesh, form = mesh_lib.make(1, 8, 1), layout.Form(9, 4)
+    examples = [data.Example([i + 1] * (1 + i % 4), [9], "", "") for i in range(40)]
+    packed = microbatches.pack(examples, 8, 2, form)
+    whole = microbatches.lay(packed, examples, form, mesh)
+    shares = []
+    for devices in groups(processes):
+        own = mesh_lib.own_rows(mesh, 8, devices)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mesh_lib, "own_rows", lambda mesh, count, own=own: own)
+            work = microbatches.lay(packed, examples, form, mesh)
+            shares.append([micro.lay().tokens_BT for part in work for micro in part])
+    for each, micro in zip(zip(*shares, strict=True), [m for p in whole for m in p], strict=True):
+        np.testing.assert_array_equal(np.concatenate(each), micro.lay().tokens_BT)

@@ -24,10 +24,12 @@ from distill import (
     policy,
     prepare,
     rewards,
+    teacher,
     train,
 )
 from distill import mesh as mesh_lib
 from models.errors import UserError
+from tests.helpers import sequences_of
 
 ROOT = Path(__file__).parents[1]
 STUDENT, TEACHER = str(ROOT / "assets/student"), str(ROOT / "assets/teacher")
@@ -75,7 +77,7 @@ def config(files: Path, objective: str = "opd", **changes) -> ConfigDict:
 
 
 def collected(c: ConfigDict, mesh=None):
-    """The batch of the first step, and what was measured."""
+    """The sequences of the first step, with what teachers make of them, and what was measured."""
     mesh = mesh or mesh_lib.make(1, 1, 1)
     plan = prepare.prepare(c, mesh)
     with policy.use(plan.student), rewards.Grader() as grader:
@@ -83,7 +85,10 @@ def collected(c: ConfigDict, mesh=None):
         plan = prepare.load(c, plan, plan.stages[0])
         params = policy.load(plan.student, "float32").params
         draw = collect.batches(plan, plan.stages[0], c.seed, mesh, 8.0, grader)
-        return draw(params, 0, jax.random.key(0), params)
+        work, measured = draw(params, 0, params)
+        teachers = [plan.teachers[name] for name in c.opd.teachers]
+        score = lambda micro: teacher.score(teachers, micro.put(mesh), params)  # noqa: E731
+        return sequences_of(work, score), measured
 
 
 def behind(files: Path, placed) -> dict[tuple[int, ...], list[int]]:
@@ -163,37 +168,30 @@ def test_every_form_of_a_row_takes_a_context(row, place):
         context.add(context.Context(HINT, "", place), bare, made, make, tokenizer)
 
 
-def own_rows(batch):
-    """(prompt, response, columns of the response) of each row."""
-    tokens, mask, segments = (
-        np.asarray(x) for x in (batch.tokens_BT, batch.mask_BT, batch.segments_BT)
-    )
-    for i in range(len(tokens)):
-        at = np.flatnonzero(mask[i])
-        before = tokens[i][: at[0]][segments[i][: at[0]] > 0]
-        yield tuple(before.tolist()), tokens[i][at].tolist(), at
+def own_rows(rows):
+    """(prompt, response, places of the response) of each sequence."""
+    for row in rows:
+        at = np.flatnonzero(row.mask_BT)
+        yield tuple(row.tokens_BT[: at[0]].tolist()), row.tokens_BT[at].tolist(), at
 
 
 def test_a_context_moves_the_response_behind_another_prompt(files):
-    """On own samples (padded on the left) and on traces (on the right), read in two turns; by
-    transformers."""
+    """On own samples and on traces, packed together; by transformers."""
     hint = str(files / "hint.txt")
-    c = config(files, "gkd", context__column="solution", context__text=hint, accumulate=2)
+    c = config(files, "gkd", context__column="solution", context__text=hint, pack_tokens=200)
     prompts = behind(files, in_system)
     network = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
-    batch, _ = collected(c)
-    assert batch.teacher_hidden_BTD is not None
-    (hidden,) = batch.teacher_hidden_BTD
-    hidden = np.asarray(hidden)
-    assert batch.told is None and hidden.shape[:2] == batch.tokens_BT.shape
+    rows, _ = collected(c)
+    assert any(row.segments_BT[0] > 1 for row in rows)
     seen = 0
-    for i, (prompt, response, at) in enumerate(own_rows(batch)):
+    for row, (prompt, response, at) in zip(rows, own_rows(rows), strict=True):
+        (hidden,) = row.teacher_hidden_BTD
         whole = prompts[prompt] + response
         with torch.no_grad():
             out = network(torch.tensor([whole]), output_hidden_states=True).hidden_states[-1][0]
         # From the last token of the prompt on: that is what predicts the first of the response.
         theirs = out[len(prompts[prompt]) - 1 : -1].numpy()
-        np.testing.assert_allclose(hidden[i, at - 1], theirs, atol=1e-4)
+        np.testing.assert_allclose(hidden[at - 1], theirs, atol=1e-4)
         seen += 1
     assert seen == 8
 
@@ -205,9 +203,9 @@ def test_an_empty_context_changes_nothing(files):
     )
     plain, _ = collected(config(files, batch_size=16))
     prompts, same = behind(files, before_question), 0
-    (ours,), (theirs,) = (jax.device_get(b.teacher_hidden_BTD) for b in (told, plain))
-    for i, (prompt, _, at) in enumerate(own_rows(plain)):
-        equal = np.allclose(ours[i, at - 1], theirs[i, at - 1], atol=1e-6)
+    for one, other, (prompt, _, at) in zip(told, plain, own_rows(plain), strict=True):
+        (ours,), (theirs,) = one.teacher_hidden_BTD, other.teacher_hidden_BTD
+        equal = np.allclose(ours[at - 1], theirs[at - 1], atol=1e-5)
         assert equal == (prompts[prompt] == list(prompt))
         same += equal
     assert same == 4  # of the eight rows two have no solution
@@ -216,16 +214,16 @@ def test_an_empty_context_changes_nothing(files):
 def test_a_judge_reads_the_context(files):
     c = config(files, "grpo", reward__judge=1.0, reward__correct=0.0, context__column="solution")
     c.opd.context.place = "question"
-    batch, measured = collected(c)
+    rows, measured = collected(c)
     network = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
     prompts, told = behind(files, before_question), []
-    for prompt, response, _ in own_rows(batch):
+    for prompt, response, _ in own_rows(rows):
         whole = torch.tensor([prompts[prompt] + response])
         with torch.no_grad():
             logp = network(whole).logits[0].log_softmax(-1)[len(prompts[prompt]) - 1 : -1]
         told.append(float(logp[range(len(response)), response].mean()))
     assert measured["reward/judge"] == pytest.approx(np.mean(told), abs=1e-4)
-    advantages = np.asarray(batch.advantages_B).reshape(-1, 2)
+    advantages = np.array([row.advantages_BT[-1] for row in rows]).reshape(-1, 2)
     better = np.diff(told)[::2]
     assert (np.sign(np.diff(advantages)[:, 0]) == np.sign(better))[np.abs(better) > 1e-3].all()
 
@@ -233,11 +231,13 @@ def test_a_judge_reads_the_context(files):
 def test_rows_are_routed_by_their_source(files):
     mixture = ((str(files / "a.jsonl"), 1.0), (str(files / "b.jsonl"), 1.0))
     c = config(files, data__mixture=mixture, teachers=("teacher", "origin"), batch_size=16)
-    batch, _ = collected(c)
-    shares, by_source = np.asarray(batch.teacher_share_BN), behind(files, in_system)
-    assert {tuple(row) for row in shares.tolist()} == {(1.0, 0.0), (0.0, 1.0)}
-    for share, (prompt, _, _) in zip(shares, own_rows(batch), strict=True):
-        assert share[0] == (prompt in by_source)
+    rows, _ = collected(c)
+    by_source, seen = behind(files, in_system), set()
+    for row, (prompt, _, _) in zip(rows, own_rows(rows), strict=True):
+        first = prompt in by_source
+        assert (row.teacher_share_BTN == [first, not first]).all()
+        seen.add(first)
+    assert seen == {True, False}
 
 
 @pytest.mark.parametrize("estimator", ["exact", "topk"])
@@ -245,6 +245,10 @@ def test_a_mixture_is_of_probabilities(estimator):
     """Its log-probabilities, divergence and gradient are those of Σ share·q; a share of 1 is that
     teacher, bit by bit."""
     B, T, V = 2, 5, 11
+
+    def by_row(share):
+        return jnp.broadcast_to(jnp.array(share)[:, None], (B, T, 2))
+
     keys = jax.random.split(jax.random.key(0), 7)
     draw = lambda i, *shape: jax.random.normal(keys[i], shape)  # noqa: E731
     hidden, targets = draw(0, B, T, 4), jax.random.randint(keys[1], (B, T), 0, V)
@@ -255,22 +259,22 @@ def test_a_mixture_is_of_probabilities(estimator):
     def total(own, hidden_BTE, heads_VE, share):
         stats = head.token_stats(
             hidden, own, targets, hidden_BTE, heads_VE, logits_mib=1e-3, divergence=form,
-            teacher_share_BTN=None if share is None else jnp.repeat(share[:, None], T, axis=1),
+            teacher_share_BTN=share,
         )  # fmt: skip
         return jnp.sum(stats["divergence"]), stats
 
     run = jax.value_and_grad(total, has_aux=True)
-    own, share = draw(6, V, 4), jnp.array([[0.25, 0.75], [0.6, 0.4]])
+    own, share = draw(6, V, 4), by_row([[0.25, 0.75], [0.6, 0.4]])
     (value, stats), grad = run(own, teachers, heads, share)
     each = [jax.nn.softmax(x @ w.T) for x, w in zip(teachers, heads, strict=True)]
-    mixed = jnp.log(share[:, 0, None, None] * each[0] + share[:, 1, None, None] * each[1])
+    mixed = jnp.log(share[..., :1] * each[0] + share[..., 1:] * each[1])
     # A teacher whose hidden states are the mixture's logits, its head the identity.
     (expected, theirs), slope = run(own, mixed, jnp.eye(V), None)
     assert value == pytest.approx(float(expected), rel=1e-5)
     np.testing.assert_allclose(grad, slope, atol=1e-5)
     for name in ("teacher_logp", "teacher_entropy", "reverse_kl"):
         np.testing.assert_allclose(stats[name], theirs[name], atol=1e-5)
-    (_, routed), slope = run(own, teachers, heads, jnp.array([[1.0, 0.0], [0.0, 1.0]]))
+    (_, routed), slope = run(own, teachers, heads, by_row([[1.0, 0.0], [0.0, 1.0]]))
     assert np.isfinite(slope).all()
     for row in range(B):
         alone = run(own, teachers[row], heads[row], None)[0][1]
@@ -359,15 +363,6 @@ def test_a_moving_average_is_kept_resumed_and_teaches(rank, sizes, files, tmp_pa
             "distill",
             {"context__column": "solution", "pack_tokens": 200},
             "config.opd.pack_tokens: a context makes",
-        ),
-        (
-            "distill",
-            {
-                "teachers": ("teacher", "origin"),
-                "data__mixture": (("arithmetic", 1.0), ("arithmetic", 2.0)),
-                "pack_tokens": 200,
-            },
-            "config.opd.pack_tokens: a row would hold examples of several teachers",
         ),
     ],
 )

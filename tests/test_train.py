@@ -12,7 +12,18 @@ from ml_collections import ConfigDict
 from test_chat import without
 
 from configs import base, quickstart
-from distill import data, export, metrics, packing, policy, prepare, rollout, train
+from distill import (
+    data,
+    export,
+    metrics,
+    microbatches,
+    packing,
+    policy,
+    prepare,
+    rollout,
+    train,
+    trainer,
+)
 from distill import mesh as mesh_lib
 from models.errors import UserError
 from models.qwen3 import weights
@@ -94,14 +105,14 @@ def whole(models, tmp_path_factory):
 
 def stop_after(monkeypatch, step):
     """Sends this process SIGTERM while it is busy with `step`."""
-    write = metrics.Writer.write
+    take = trainer.Trainer.step
 
-    def interrupted(self, at, stage, row):
-        write(self, at, stage, row)
-        if at == step:
+    def interrupted(self, state, *given):
+        if int(state.step) == step:
             signal.raise_signal(signal.SIGTERM)
+        return take(self, state, *given)
 
-    monkeypatch.setattr(metrics.Writer, "write", interrupted)
+    monkeypatch.setattr(trainer.Trainer, "step", interrupted)
 
 
 @pytest.mark.parametrize(
@@ -127,13 +138,13 @@ def test_a_budget_parks_rows_and_loses_none(models, tmp_path, monkeypatch):
     c = config(models)
     c.stages, c.opd.steps, c.opd.rollout.budget = ("opd",), 5, 30
     trained = []
-    to_batch = rollout.to_batch
+    written = microbatches.written
 
-    def noted(rows, *sizes):
+    def noted(rows):
         trained.append([(row.prompt, row.key, row.tokens, row.versions) for row in rows])
-        return to_batch(rows, *sizes)
+        return written(rows)
 
-    monkeypatch.setattr(rollout, "to_batch", noted)
+    monkeypatch.setattr(microbatches, "written", noted)
     train.run(c, tmp_path / "whole")
     rows, trained[:] = [row for step in trained for row in step], []
     source, asked = prepare.prepare(c, mesh_lib.make(1, 1, 1)).stages[0].source, []
@@ -264,7 +275,7 @@ BAD = {
     "split": (change("sft.data.split", "dev"), "dev"),
     "no samples": (change("opd.samples", 0), "config.opd.samples=0: must be at least 1"),
     "temperature": (change("opd.sampling.temperature", -1.0), "temperature=-1.0: must be"),
-    "packed samples": (change("opd.pack_tokens", 100), "config.opd.pack_tokens: opd samples"),
+    "short rows of samples": (change("opd.pack_tokens", 75), "config.opd.pack_tokens=75: a row"),
     "short rows": (change("sft.pack_tokens", 75), "a row must hold max_prompt_tokens + max_resp"),
     "cache": (change("opd.rollout.cache_tokens", 50), "config.opd.rollout.cache_tokens=50: leaves"),
     "segment": (change("opd.rollout.segment", 0), "config.opd.rollout.segment=0: must be 1"),

@@ -16,6 +16,7 @@ from distill.batch import Batch
 from models.errors import UserError
 from models.qwen3 import model
 from models.qwen3.config import Config
+from tests.helpers import one_update
 
 B, T = 8, 24
 CONFIG = Config(
@@ -73,7 +74,7 @@ def curve(objective="opd", sizes=(1, 1, 1), accumulate=1, remat=False, scan=True
         state = update.init(optimizer(), student, 0)
         qwen3 = model.Qwen3(CONFIG, remat=remat, scan=scan)
         loss, mib = losses.TABLE[objective], 4e-3 * mesh.size
-        step = update.make(qwen3, optimizer(), loss, T, accumulate, mib, state)
+        programs = update.make(qwen3, optimizer(), loss, T, mib, state)
         head, lowered, numbers = None, None, []
         for i in range(steps):
             data = jax.device_put(batch(i), mesh_lib.rows(mesh))
@@ -82,8 +83,13 @@ def curve(objective="opd", sizes=(1, 1, 1), accumulate=1, remat=False, scan=True
                 data = dataclasses.replace(data, teacher_hidden_BTD=hidden)
                 head = model.head(teacher)
             if i == 0:
-                lowered = step.lower(state, data, head)
-            state, measured, stats = step(state, data, head)
+                given = (None, state.params, data, head)
+                figures = jax.eval_shape(programs.accumulate, *given)[1]
+                lowered = (
+                    programs.accumulate.lower(state.params, *given[1:]),
+                    programs.apply.lower(state, state.params, figures, 1),
+                )
+            state, measured, stats = one_update(programs, state, data, head, accumulate=accumulate)
             numbers.append([float(measured["loss"]), float(measured["grad_norm"])])
     return np.array(numbers), state, lowered, stats
 
@@ -137,8 +143,8 @@ def test_teacher_is_student():
         hidden = hidden_of(model.Qwen3(CONFIG), params, data)
         data = dataclasses.replace(data, teacher_hidden_BTD=hidden)
         state = update.init(optimizer(), params, 0)
-        step = update.make(model.Qwen3(CONFIG), optimizer(), losses.TABLE["opd"], T, 1, 4e-3, state)
-        _, measured, _ = step(state, data, jnp.array(model.head(params)))
+        step = update.make(model.Qwen3(CONFIG), optimizer(), losses.TABLE["opd"], T, 4e-3, state)
+        _, measured, _ = one_update(step, state, data, jnp.array(model.head(params)))
     assert abs(float(measured["loss"])) < 1e-6
     assert float(measured["grad_norm"]) < 1e-5
 
@@ -237,37 +243,46 @@ def test_shardings_of_activations():
 
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_a_batch_without_a_token_to_train_on_moves_nothing(minibatches):
-    """Though there is momentum and decay; a minibatch without one leaves the others' figures."""
+    """Though there is momentum and decay; an update without one leaves the others' figures."""
     mesh = mesh_lib.make(1, 1, 1)
     with mesh_lib.use(mesh):
         state = update.init(optimizer(), placed(CONFIG, 0, mesh), 0)
         loss = losses.TABLE["sft"]
-        step = update.make(
-            model.Qwen3(CONFIG), optimizer(), loss, T, 1, 1.0, state, minibatches=minibatches
-        )
+        programs = update.make(model.Qwen3(CONFIG), optimizer(), loss, T, 1.0, state)
+
+        def step(state, batch):
+            """Rows interleave between the minibatches."""
+            found = []
+            for j in range(minibatches):
+                part = jax.tree.map(lambda x, j=j: np.asarray(x)[j::minibatches], batch)
+                last = j + 1 == minibatches
+                put = [jax.device_put(part, mesh_lib.rows(mesh))]
+                state, measured, _ = programs.once(state, put, single=True, steps=int(last))
+                found.append(measured)
+            return state, update.mean(found)
+
         whole = batch()
-        state, _, _ = step(state, jax.device_put(whole, mesh_lib.rows(mesh)), None)
+        state, _ = step(state, whole)
         before = jax.tree.map(lambda x: np.array(x), state)  # copies: it is donated
         nothing: Any = np.zeros_like(whole.mask_BT)
-        empty = dataclasses.replace(whole, mask_BT=nothing)
-        state, measured, _ = step(state, jax.device_put(empty, mesh_lib.rows(mesh)), None)
+        state, measured = step(state, dataclasses.replace(whole, mask_BT=nothing))
         assert int(state.step) == 2 and measured["trained_tokens"] == 0
         assert np.isnan(measured["loss"]) and measured["grad_norm"] == 0
         assert jax.tree.all(jax.tree.map(np.array_equal, before.params, state.params))
         assert jax.tree.all(jax.tree.map(np.array_equal, before.opt_state, state.opt_state))
         half: Any = np.where(np.arange(B)[:, None] % 2, whole.mask_BT, False)  # rows interleave
-        part = dataclasses.replace(whole, mask_BT=half)
-        state, measured, _ = step(state, jax.device_put(part, mesh_lib.rows(mesh)), None)
+        state, measured = step(state, dataclasses.replace(whole, mask_BT=half))
         assert np.isfinite(measured["loss"]) and measured["trained_tokens"] == half[:, 1:].sum()
         counts = {int(x) for x in jax.tree.leaves(state.opt_state) if x.dtype == np.int32}
         assert counts == {minibatches + 1}  # updates that had something to learn from
 
 
 def test_the_state_is_donated(golden):
-    """Every array of the new state takes the place of an old one."""
-    state, lowered = golden[1], golden[2]
-    size = sum(x.nbytes for x in jax.tree.leaves(state))
-    assert lowered.compile().memory_analysis().alias_size_in_bytes >= size
+    """Every array of the new state takes the place of an old one, and so does the gradient."""
+    state, (accumulate, apply) = golden[1], golden[2]
+    for lowered, tree in ((accumulate, state.params), (apply, state)):
+        size = sum(x.nbytes for x in jax.tree.leaves(tree))
+        assert lowered.compile().memory_analysis().alias_size_in_bytes >= size
 
 
 def test_indivisible_heads_are_refused():

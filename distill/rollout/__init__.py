@@ -9,7 +9,6 @@ from distill.rollout.sampler import (
     expand_prompts,
     row_keys,
     sample,
-    to_batch,
 )
 from distill.rollout.sequence import Sequence
 from distill.sampling import Sampling
@@ -29,5 +28,4 @@ __all__ = [
     "line_sizes",
     "row_keys",
     "sample",
-    "to_batch",
 ]

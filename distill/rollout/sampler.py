@@ -5,7 +5,6 @@ each token's position into that. So its draws are the same alone, in any batch, 
 mesh, and where it was parked and went on later.
 """
 
-import dataclasses
 from collections import Counter, abc, deque
 
 import jax
@@ -13,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from distill import context, data, layout
+from distill import data
 from distill import mesh as mesh_lib
-from distill.batch import Batch
 from distill.policy import Policy
 from distill.rollout import decode
 from distill.rollout.engine import Engine
@@ -150,64 +148,6 @@ def _check(row: Sequence, where: str, options: Options, mesh: Mesh) -> None:
             f"{where}: a prompt of {len(row.prompt)} tokens and {row.limit} new ones exceed "
             f"the {room} tokens that the cache has for a row"
         )
-
-
-def to_batch(
-    rows: abc.Sequence[Sequence],
-    batch_size: int,
-    max_prompt_tokens: int,
-    max_new_tokens: int,
-    room: int = 0,
-    routing: tuple[int, int] | None = None,
-) -> Batch:
-    """Rows as host arrays: prompts padded on the left, responses on the right, empty rows last.
-    With `room`, the most tokens of a context, the batch has what the teachers read.
-
-    mask_BT marks the sampled tokens up to and including the stop token; a row that met the limit
-    is not `finished` and has no stop token. With `routing`, the config's, experts_BTLA has the
-    rows' experts, and -1 where they are not known.
-
-    Raises:
-      UserError: naming a row that ended in NaN.
-    """
-    for number, row in enumerate(rows):
-        if row.reason == "error":
-            at = f"after {len(row.tokens)} sampled tokens"
-            raise UserError(f"{row.where or f'row {number}'}: NaN logits {at}")
-    P, R = max_prompt_tokens, max_new_tokens
-    rows = [*rows, *[Sequence([], (0, 0), 0)] * (batch_size - len(rows))]
-    tokens, segments = layout.left_pad([row.prompt for row in rows], P)
-    tokens, segments = (np.pad(x, ((0, 0), (0, R))) for x in (tokens, segments))
-    mask = np.zeros(tokens.shape, bool)
-    logp = np.zeros(tokens.shape, np.float32)
-    experts = None if routing is None else np.full((*tokens.shape, *routing), -1, np.int16)
-    for i, row in enumerate(rows):
-        end = P + len(row.tokens)
-        tokens[i, P:end], logp[i, P:end] = row.tokens, row.logprobs
-        segments[i, P:end], mask[i, P:end] = 1, True
-        if experts is not None and row.experts:
-            held = np.concatenate(row.experts)
-            experts[i, P - len(row.prompt) :][: len(held)] = held
-    starts = np.array([[P - len(row.prompt)] for row in rows], np.int32)
-    positions = np.maximum(np.arange(P + R, dtype=np.int32)[None] - starts, 0)
-    finished = np.array([row.reason == "stop" for row in rows])
-    thinking = np.repeat([[row.thinking] for row in rows], P + R, axis=1)
-    batch = Batch(  # host arrays, until they are put on a mesh
-        tokens_BT=tokens,  # pyright: ignore[reportArgumentType]
-        positions_BT=positions,  # pyright: ignore[reportArgumentType]
-        segments_BT=segments,  # pyright: ignore[reportArgumentType]
-        mask_BT=mask,  # pyright: ignore[reportArgumentType]
-        sampler_logp_BT=logp,  # pyright: ignore[reportArgumentType]
-        finished_B=finished,  # pyright: ignore[reportArgumentType]
-        kind_B=np.array([row.kind for row in rows], np.int32),  # pyright: ignore[reportArgumentType]
-        experts_BTLA=experts,  # pyright: ignore[reportArgumentType]
-        thinking_BT=thinking,  # pyright: ignore[reportArgumentType]
-    )
-    if not room:
-        return batch
-    behind = [dataclasses.replace(row, prompt=row.told or row.prompt) for row in rows]
-    told = to_batch(behind, batch_size, P + room, R)
-    return context.lay(batch, told, np.array([[room]]))
 
 
 def complete(

@@ -40,16 +40,15 @@ def test_input_is_twenty_times_as_fast_as_a_tiny_step(shared_data: Path) -> None
         model = policy.randomise(model, jax.random.key(0))
         state = update.init(optim.make(s.optim, s.steps), model.params, 0)
         source = data.load(s.data, model.tokenizer, 0, True)
-        step = update.make(
-            model.model, optim.make(s.optim, s.steps), losses.TABLE["sft"], 1, 1, 128.0, state
-        )
+        optimizer = optim.make(s.optim, s.steps)
+        programs = update.make(model.model, optimizer, losses.TABLE["sft"], 1, 128.0, state)
         batch = layout.traces(data.at(source, 0, s.batch_size, 0), 60, 52)
         tokens = int((np.asarray(batch.segments_BT) > 0).sum())
         for repeat in range(12):
             if repeat == 2:  # compiled, and warm
                 jax.block_until_ready(state)
                 begin = time.perf_counter()
-            state, _, _ = step(state, batch, None)
+            state, _, _ = programs.once(state, [batch], single=True)
         jax.block_until_ready(state)
         figures["training step"] = 10 * tokens / (time.perf_counter() - begin)
     print({name: f"{figure:,.0f} tokens/s" for name, figure in figures.items()})

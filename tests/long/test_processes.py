@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 PROCESS = """
-import json, sys
+import json, sys, types
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
 number, count, port = map(int, sys.argv[1:4])
@@ -31,11 +31,12 @@ noted = lambda i: (read.append(i), example(i))[1]
 source = data.Source(source.size, noted)
 stage = prepare.Stage("sft", c, 0, source, None, losses.TABLE["sft"], 0)
 mesh = mesh_lib.make(1, -1, 1)
-draw = collect.batches(prepare.Plan(None, {}, None, (stage,)), stage, 0, mesh, 1.0, None)
+who = types.SimpleNamespace(replays=False)
+draw = collect.batches(who, stage, 0, mesh, 1.0, None)
 steps = []
 for step in range(3):
-    batch, _ = draw({}, step, None)
-    whole = multihost_utils.process_allgather(batch.tokens_BT, tiled=True)
+    (((micro,),), _) = draw({}, step)
+    whole = multihost_utils.process_allgather(micro.put(mesh).tokens_BT, tiled=True)
     steps.append(np.asarray(whole).tolist())
 each = 4 // count  # steps are read in order, the next one ahead
 print(json.dumps([(read[i * each : (i + 1) * each], step) for i, step in enumerate(steps)]))
