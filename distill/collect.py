@@ -307,9 +307,12 @@ def _writer(
     """
     s, student, parked = stage.c, plan.student, stage.parked
     drawn_from, options, sampled = sampling(s), rollout_options(s), policy.sampled(student)
+    warm = False
 
     def begin(params: Params, version: int, step: int, rows: list[rollout.Sequence]):
+        nonlocal warm
         counts: Counter[str] = Counter()
+        warm, warm_up = True, not warm
         coming = rollout.sample(
             student.model,
             sampled(params),
@@ -322,6 +325,7 @@ def _writer(
             budget=s.rollout.budget if parked and step + 1 < stage.end else None,
             counts=counts,
             routing=plan.replays,
+            warm_up=warm_up,
         )
         return lambda: finish(coming, step, len(rows), counts)
 

@@ -87,6 +87,25 @@ class Engine:
                 scheduler.release(seat)
         return True
 
+    def warm_up(self) -> None:
+        """Calls every program with nothing to do, so that none is compiled later."""
+        decoder, size, before = self.decoder, self.shards * self.rows, self.counts.copy()
+        self.state = decode.init_state(decoder)
+        for T in line_sizes(self.options, decoder.cache):
+            self.read_line([deque() for _ in range(self.shards)], T)
+        if decoder.sampling.presence_penalty:
+            nothing = np.full((REMEMBER, 2), (-1, 0)).T
+            self.state = decode.remember(self.state, self.put(np.zeros(size)), self.put(nothing))
+        self.decode(None)
+        if few := self.fewer():
+            self.state = decode.resize(self.state, self.put(np.full((self.shards, few), -1)))
+            rows, self.rows = self.rows, few
+            self.decode(None)
+            self.rows = rows
+        self.state = None
+        self.counts.clear()
+        self.counts.update(before)
+
     def at(self, seat: Seat) -> int:
         """The row of the batch that a seat is."""
         return seat.shard * self.rows + seat.row

@@ -77,6 +77,7 @@ def sample(
     top_logprobs: int = 0,
     routing: bool = False,
     ended: abc.Callable[[Sequence], bool] | None = None,
+    warm_up: bool = False,
 ) -> abc.Iterator[Sequence]:
     """Continues sequences, and yields each once, in order, as soon as it and those before end; it
     is not held any longer then.
@@ -89,7 +90,8 @@ def sample(
     sequences that go on, now and then, and may end them: stop strings. What was done is added to
     `counts`: `tokens` drawn, `steps` and `slot_steps` (steps x rows) of decoding, of these
     `queued_tokens` and `queued_slot_steps` while sequences were waiting, `prompt_tokens` read and
-    `read_tokens` with padding, `segments`, sequences `parked` to make room.
+    `read_tokens` with padding, `segments`, sequences `parked` to make room. `warm_up` compiles all
+    programs first, also those that these sequences do not need.
 
     The weights are taken before it returns, and `params` may then be donated.
 
@@ -120,6 +122,9 @@ def sample(
     )
     counts = Counter() if counts is None else counts
     engine = Engine(decoder, params, mesh, waiting, options, version, counts, ended)
+    if warm_up:
+        with mesh_lib.use(mesh):
+            engine.warm_up()
     return _sampled(engine, waiting, budget)
 
 

@@ -28,7 +28,7 @@ def stored(
     """Keys and values as a pool of this kind keeps them, [B, T, heads, H]; int8 ones with their
     scales [B, T, K]: x = int8 · scale, to half a scale."""
     if dtype == jnp.int8:
-        (k_BTKH, k_BTK), (v_BTKH, v_BTK) = _quantise(k_BTKH), _quantise(v_BTKH)
+        (k_BTKH, k_BTK), (v_BTKH, v_BTK) = quantise(k_BTKH), quantise(v_BTKH)
         return k_BTKH, v_BTKH, k_BTK, v_BTK
     if dtype == jnp.float8_e4m3fn:  # what is too large for it would be NaN
         most = float(jnp.finfo(dtype).max)
@@ -40,7 +40,8 @@ def stored(
     return (jnp.stack([k_BTKH, v_BTKH], axis=3).reshape(B, T, 2 * K, H),)
 
 
-def _quantise(x_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+def quantise(x_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """int8 [B, T, K, H] and float32 scales [B, T, K]: x = int8 · scale, to half a scale."""
     wide = x_BTKH.astype(jnp.float32)
     scale_BTK = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1), 1e-12) / 127
     return jnp.round(wide / scale_BTK[..., None]).astype(jnp.int8), scale_BTK
