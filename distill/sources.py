@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import json
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,13 @@ class Rows:
     row: Callable[[int], dict]  # raises UserError naming a row that cannot be read
     where: Callable[[int], str]  # names a row in an error
     window: int = 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[tuple[str, dict]]:
+        """Each with its name, read as it is asked for."""
+        return ((self.where(i), self.row(i)) for i in range(self.size))
 
 
 def open_rows(source: str, *, size: int = 0, window: int = 0) -> Rows:
