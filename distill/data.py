@@ -6,7 +6,6 @@ import functools
 from array import array
 from collections import abc
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TypeVar, overload
 
 import numpy as np
@@ -36,24 +35,6 @@ class Source:
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
     thinking: float = 1.0
     order: curriculum.Order | None = None  # in place of a new order each epoch
-
-
-def read_jsonl(path: str | Path) -> list[tuple[str, dict]]:
-    """The objects of a jsonl file, each with its name "path:line"; blank lines are skipped.
-
-    Raises:
-      UserError: if the file is missing, empty, not UTF-8, or a line is not a JSON object.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if line.strip():
-            rows.append((f"{path}:{number}", sources.parse_line(line, f"{path}:{number}")))
-    if not rows:
-        raise UserError(f"{path}: no rows")
-    return rows
 
 
 def read(source: str, size: int = 0, *, traces: bool = False) -> sources.Rows:

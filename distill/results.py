@@ -105,21 +105,24 @@ class Stored:
             yield from some
 
 
-_BULKY = ("prompt_tokens", "tokens", "response", "answer")  # nothing is counted of these
+_BULKY = ("prompt_tokens", "tokens", "response")
+
+
+def brief(row: Row) -> Row:
+    """A row without what nothing is counted of, so that all rows of an evaluation can be held."""
+    return {name: x for name, x in row.items() if name not in _BULKY}
 
 
 def summarise(out: epath.Path, ks: list[int]) -> Row:
     """What the rows of an evaluation amount to."""
-    few = ({k: x for k, x in row.items() if k not in _BULKY} for row in _rows(out / EXAMPLES))
-    return figures.summarise(list(few), ks)
+    return figures.summarise([brief(row) for row in _rows(out / EXAMPLES)], ks)
 
 
 def transcripts(rows: list[tuple[str, Row]], examples: epath.Path) -> str:
     """The first responses of an evaluation with their questions, to be read."""
     questions = {str(row["id"]): row.get("question", "") for _, row in rows}
     said = []
-    for line in examples.read_text().splitlines()[:_SHOWN]:
-        row = json.loads(line)
+    for row in itertools.islice(_rows(examples), _SHOWN):
         head = f"--- {row['id']}, sample {row['sample']}: {row['outcome']}"
         wanted = f"(wanted {row['answer']}; {row['length']} tokens, {row['finish_reason']})"
         said.append(f"{head} {wanted}\n{questions[row['id']]}\n>>>\n{row['response']}\n")

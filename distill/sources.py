@@ -300,10 +300,11 @@ def samples(rows: Rows, keep: str, skipped: dict[str, str] | None) -> Rows:
             if keep == "all" or (finished[number] and right[number])
         ]
 
-    kept: list[tuple[int, int]] = []
+    kept, numbers = array("q"), array("q")  # of its row, and in it
     for index in range(rows.size):
         try:
-            kept += [(index, number) for number in of(index)]
+            numbers.extend(good := of(index))
+            kept.extend([index] * len(good))
         except UserError as error:
             if skipped is None:
                 raise
@@ -313,7 +314,7 @@ def samples(rows: Rows, keep: str, skipped: dict[str, str] | None) -> Rows:
         raise UserError(f"{rows.name}: config.data.keep={keep} leaves none of its samples")
 
     def row(position: int) -> dict:
-        index, number = kept[position]
+        index, number = kept[position], numbers[position]
         whole = rows.row(index)
         sample = whole["samples"][number]
         return {
@@ -325,7 +326,7 @@ def samples(rows: Rows, keep: str, skipped: dict[str, str] | None) -> Rows:
         }
 
     def where(position: int) -> str:
-        index, number = kept[position]
+        index, number = kept[position], numbers[position]
         return f"{rows.where(index)} sample {number}"
 
     return Rows(rows.name, len(kept), row, where)
