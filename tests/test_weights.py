@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,11 @@ def stored(directory: Path) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def sparse(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("sparse")
-    mixture = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    mixture: dict[str, Any] = {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    }
     mixture |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
     tiny_qwen3(directory, **EVEN | mixture)
     return directory
@@ -127,6 +132,7 @@ import sys, threading, time
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 from pathlib import Path
+from typing import Any
 from tests import loading
 
 def status(field):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ pytestmark = [
 WATCHED = """
 import sys
 from pathlib import Path
+from typing import Any
 from distill import cli, {verb} as verb, metrics
 
 def resident():
@@ -56,7 +58,12 @@ def watched(verb: str, *flags: str) -> dict[int, int]:
 def model(tmp_path_factory) -> Path:
     """Tiny, and never at an end: no stop token is among its 64."""
     path = tmp_path_factory.mktemp("model")
-    fields = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "head_dim": 4}
+    fields: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "head_dim": 4,
+    }
     fields |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
     tiny_qwen3(path, **fields, max_position_embeddings=1024, eos_token_id=None)
     return path
