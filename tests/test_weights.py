@@ -50,7 +50,8 @@ def sparse(tmp_path_factory) -> Path:
         "moe_intermediate_size": 16,
     }
     mixture |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
-    tiny_qwen3(directory, **EVEN | mixture)
+    fields: dict[str, Any] = EVEN | mixture
+    tiny_qwen3(directory, **fields)
     return directory
 
 
