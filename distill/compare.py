@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from distill import cli, figures, metrics
+from distill import cli, figures, metrics, results
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -28,7 +28,8 @@ def read(folder: str) -> tuple[Row, list[Row]]:
     path = epath.Path(folder)
     try:
         summary = json.loads((path / "summary.json").read_text())
-        rows = [json.loads(line) for line in (path / "examples.jsonl").read_text().splitlines()]
+        with (path / results.EXAMPLES).open() as file:
+            rows = [results.brief(json.loads(line)) for line in file]
         for row in rows:
             _ = row["id"], row["correct"]
         _ = summary["accuracy"], summary["interval"]

@@ -3,9 +3,10 @@
 import concurrent.futures
 import dataclasses
 import functools
+from array import array
+from collections import abc
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, overload
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -36,32 +37,41 @@ class Source:
     order: curriculum.Order | None = None  # in place of a new order each epoch
 
 
-def read_jsonl(path: str | Path) -> list[tuple[str, dict]]:
-    """The objects of a jsonl file, each with its name "path:line"; blank lines are skipped.
-
-    Raises:
-      UserError: if the file is missing, empty, not UTF-8, or a line is not a JSON object.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if line.strip():
-            rows.append((f"{path}:{number}", sources.parse_line(line, f"{path}:{number}")))
-    if not rows:
-        raise UserError(f"{path}: no rows")
-    return rows
-
-
-def read(source: str, size: int = 0, *, traces: bool = False) -> list[tuple[str, dict]]:
-    """The first `size` rows (0: all) of anything that `sources` reads, with our columns, each with
-    its name."""
+def read(source: str, size: int = 0, *, traces: bool = False) -> sources.Rows:
+    """The first `size` rows (0: all) of anything that `sources` reads, with our columns."""
     rows = sources.open_rows(source, size=size)
-    return [
-        (rows.where(i), columns.canonical(rows.row(i), "", rows.where(i), traces))
-        for i in range(rows.size)
-    ]
+
+    def row(index: int) -> dict:
+        return columns.canonical(rows.row(index), "", rows.where(index), traces)
+
+    return dataclasses.replace(rows, row=row)
+
+
+class TokenLists(abc.Sequence[list[int]]):
+    """Lists of token ids in 4 bytes a token. Each is made anew when it is asked for, so that
+    whoever goes through them holds one at a time."""
+
+    def __init__(self, lists: abc.Iterable[abc.Sequence[int]] = ()) -> None:
+        self._tokens, self._ends = array("i"), array("q", [0])
+        for ids in lists:
+            self.append(ids)
+
+    def append(self, ids: abc.Sequence[int]) -> None:
+        self._tokens.extend(ids)
+        self._ends.append(len(self._tokens))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> list[int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> "TokenLists": ...
+    def __getitem__(self, index: int | slice) -> "list[int] | TokenLists":
+        places = range(len(self))[index]
+        if isinstance(places, range):
+            return TokenLists(self[place] for place in places)
+        return self._tokens[self._ends[places] : self._ends[places + 1]].tolist()
 
 
 Require = Callable[[Example], None]  # raises UserError naming an example that cannot be used
@@ -306,17 +316,23 @@ T = TypeVar("T")
 
 def ahead(make: Callable[[int], T], end: int) -> Callable[[int], T]:
     """`make`, with the next number's result (below `end`) begun in a thread while this one's is
-    used. For functions of their argument alone: what they give does not change, only when."""
+    used. For functions of their argument alone: what they give does not change, only when.
+
+    Numbers may be asked for in any order, again, and from `end` on, where none is begun. All are
+    made in the one thread, so that `make` need not bear to be called twice at once; no more than
+    one result waits to be asked for.
+    """
     pool = concurrent.futures.ThreadPoolExecutor(max_workers=1)
     begun: dict[int, concurrent.futures.Future[T]] = {}
 
     def get(number: int) -> T:
-        future = begun.pop(number, None)
-        if future is None:  # the first, or a jump; after what the thread is still at
-            future = pool.submit(make, number)
-        made = future.result()
-        if number + 1 < end:
-            begun[number + 1] = pool.submit(make, number + 1)
+        # The first, a jump or one that was asked for before comes after what the thread is at.
+        made = (begun.pop(number, None) or pool.submit(make, number)).result()
+        following = number + 1
+        if following < end and following not in begun:
+            for passed in [*begun]:
+                begun.pop(passed).cancel()
+            begun[following] = pool.submit(make, following)
         return made
 
     return get

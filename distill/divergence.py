@@ -1,6 +1,7 @@
 """How far a student is from its teacher, on responses that were written before."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,17 @@ Row = dict[str, object]
 
 
 def reverse_kl(subject: Policy, teacher: Policy, rows: Iterable[Row], batch_size: int) -> float:
-    """Mean exact KL(subject‖teacher) in nats a token, over the tokens that `rows` hold.
+    """Mean exact KL(subject‖teacher) in nats a token, over the tokens that `rows` hold, which are
+    gone through twice.
 
     On the subject's own samples at temperature 1 this is what on-policy distillation lowers.
     """
-    examples = [data.Example(r["prompt_tokens"], r["tokens"], "", str(r["id"])) for r in rows]  # type: ignore[arg-type]
-    width = rollout.bucket(max(len(e.prompt) + len(e.response) for e in examples))
+
+    def examples() -> Iterator[data.Example]:
+        for row in rows:
+            yield data.Example(row["prompt_tokens"], row["tokens"], "", str(row["id"]))  # type: ignore[arg-type]
+
+    width = rollout.bucket(max(len(e.prompt) + len(e.response) for e in examples()))
     mesh = policy.mesh_of(subject)
     batch_size = -(-batch_size // mesh.size) * mesh.size
 
@@ -38,8 +44,8 @@ def reverse_kl(subject: Policy, teacher: Policy, rows: Iterable[Row], batch_size
         return jnp.sum(stats["reverse_kl"] * mask_BT), jnp.sum(mask_BT)
 
     total = count = 0.0
-    for start in range(0, len(examples), batch_size):
-        chunk = examples[start : start + batch_size]
+    left = examples()
+    while chunk := list(itertools.islice(left, batch_size)):
         blank = data.Example([], [], "", "padding")
         batch = layout.traces(chunk + [blank] * (batch_size - len(chunk)), 0, width)
         batch = jax.tree.map(lambda x: mesh_lib.put(x, mesh_lib.rows(mesh)), batch)

@@ -18,6 +18,7 @@ from etils import epath
 from distill import (
     benchmarks,
     cli,
+    data,
     divergence,
     figures,
     generate,
@@ -45,11 +46,11 @@ def _prompts(
     template: str,
     thinking: bool,
     limit: int,
-) -> list[list[int]]:
+) -> data.TokenLists:
     """What the model is asked; reads no parameters. Raises UserError for what it cannot be."""
     if subject.tokenizer is None:
         raise UserError(f"{subject.path}: no tokenizer, so responses cannot be read")
-    asked = [(where, benchmarks.put(benchmark, row, template)) for where, row in rows]
+    asked = ((where, benchmarks.put(benchmark, row, template)) for where, row in rows)
     return generate.prompts(subject, asked, thinking, limit)
 
 
@@ -95,11 +96,11 @@ def evaluate(
         "dtype": jnp.dtype(subject.model.dtype).name,
     }
     keys = results.row_keys(protocol, rows, samples)
-    kept = pod.from_primary(lambda: results.resume(out, protocol, rows, keys))
-    first, tokens, start = len(kept) // samples, 0, time.perf_counter()
+    first = pod.from_primary(lambda: results.resume(out, protocol, rows, keys))
+    tokens, start = 0, time.perf_counter()
     with (
         rewards.Grader() as grader,
-        metrics.Lines(out / "examples.jsonl") as lines,
+        metrics.Lines(out / results.EXAMPLES) as lines,
         metrics.progress(len(rows), first, benchmark) as bar,
     ):
         sampled = responses.sample(
@@ -119,14 +120,14 @@ def evaluate(
             done = responses.graded_as_they_come(done, grader, benchmark, *left[1:], thinking)
         for number, group in enumerate(done, start=first + 1):
             lines.add(group)
-            kept += group
             tokens += sum(int(row["length"]) for row in group)  # type: ignore[call-overload]
             bar.update(number, {})
     cost = results.cost(subject, time.perf_counter() - start, len(rows) - first, tokens)
     cost |= {"protocol": protocol, "versions": metrics.environment()["packages"]}
     if teacher:
-        cost["reverse_kl"] = divergence.reverse_kl(subject, teacher, kept, batch_size)
-    summary = pod.from_primary(lambda: {**figures.summarise(kept, ks), **cost})
+        stored = results.Stored(out)
+        cost["reverse_kl"] = divergence.reverse_kl(subject, teacher, stored, batch_size)
+    summary = pod.from_primary(lambda: {**results.summarise(out, ks), **cost})
     if metrics.is_primary():
         metrics.write_json(out / "summary.json", summary)
     return summary
@@ -251,7 +252,7 @@ def _grade_stored(out: epath.Path, ks: list[int]) -> None:
         raise UserError(f"--out={out}: holds the evaluation of a model")
     with rewards.Grader() as grader:
         rows = responses.graded(grader, benchmark, rows)
-    metrics.write_jsonl(out / "examples.jsonl", rows)
+    metrics.write_jsonl(out / results.EXAMPLES, rows)
     summary = figures.summarise(rows, ks)
     metrics.write_json(out / "summary.json", summary)
     if unchecked := summary.get("ifeval", {}).get("unchecked"):  # type: ignore[attr-defined]
@@ -303,7 +304,7 @@ def run() -> None:
             teacher=teachers[0] if teachers else None,
         )
     if LIMIT.value and metrics.is_primary():
-        print(results.transcripts(rows, out / "examples.jsonl"))
+        print(results.transcripts(rows, out / results.EXAMPLES))
 
 
 if __name__ == "__main__":

@@ -16,15 +16,17 @@ samples but an `error`; the others are written, and the exit code is 2. Rows are
 OUT.partial as they come; stopped, the same command goes on with the next one.
 """
 
+import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 from absl import flags
 from transformers import PreTrainedTokenizerBase
 
-from distill import chat, cli, columns, data, metrics, pod, policy, rollout
+from distill import chat, cli, columns, data, metrics, pod, policy, rollout, sources
 from distill.policy import Policy
 from distill.sampling import Sampling
 from models.errors import RowError, UserError
@@ -84,20 +86,19 @@ DTYPE = flags.DEFINE_enum(
 )
 pod.define(OPTIONS)
 
-Rows = list[tuple[str, dict]]  # (where the row stands, its fields), as data.read_jsonl gives them
+Rows = Iterable[tuple[str, dict]]  # (where the row stands, its fields)
 
 
-def limits(rows: Rows, default: int) -> list[int]:
-    """How many new tokens each row may have: its own `max_new_tokens`, or the default.
+def limit_of(row: dict, where: str, default: int) -> int:
+    """How many new tokens a row may have: its own `max_new_tokens`, or the default.
 
     Raises:
-      UserError: naming the first row whose own is none.
+      UserError: naming the row if its own is none.
     """
-    found = [row.get("max_new_tokens", default) for _, row in rows]
-    for (where, _), limit in zip(rows, found, strict=True):
-        if type(limit) is not int or limit < 1:
-            raise UserError(f"{where}: max_new_tokens={limit!r}: must be a whole number from 1")
-    return found
+    limit = row.get("max_new_tokens", default)
+    if type(limit) is not int or limit < 1:
+        raise UserError(f"{where}: max_new_tokens={limit!r}: must be a whole number from 1")
+    return limit
 
 
 def prompt(subject: Policy, row: dict, where: str, thinking: bool, limit: int) -> list[int]:
@@ -118,9 +119,11 @@ def prompt(subject: Policy, row: dict, where: str, thinking: bool, limit: int) -
     return ids
 
 
-def prompts(subject: Policy, rows: Rows, thinking: bool, max_new_tokens: int) -> list[list[int]]:
+def prompts(subject: Policy, rows: Rows, thinking: bool, max_new_tokens: int) -> data.TokenLists:
     """The prompt of each row; raises UserError naming the first that cannot be gone on from."""
-    return [prompt(subject, row, where, thinking, max_new_tokens) for where, row in rows]
+    return data.TokenLists(
+        prompt(subject, row, where, thinking, max_new_tokens) for where, row in rows
+    )
 
 
 def sample(
@@ -143,12 +146,12 @@ def sample(
 
 def generate(
     subject: Policy,
-    rows: Rows,
-    prompts: list[list[int]],
+    rows: sources.Rows,
+    prompts: data.TokenLists,
     *,
     samples: int,
     seed: int,
-    limits: list[int],
+    limits: Sequence[int],
     sampling: Sampling,
     batch_size: int,
     stops: Sequence[str],
@@ -157,7 +160,8 @@ def generate(
     first: int = 0,
 ) -> Iterator[dict]:
     """Yields each row from number `first` on with its `prompt_tokens` and `samples`; within
-    `policy.use(subject)`. What a row draws does not depend on where one begins.
+    `policy.use(subject)`. What a row draws does not depend on where one begins. Rows are read again
+    as they are written, and none is held for longer.
 
     `errors` are those of rows, by number, and come to hold those that are found here: such a row
     has an `error` and no samples.
@@ -173,12 +177,12 @@ def generate(
         sampling=sampling,
         batch_size=batch_size,
         top_logprobs=top_logprobs,
-        ended=_finder(subject.tokenizer, stops),
+        ended=_finder(subject.tokenizer, stops, batch_size),
         first=first,
     )
     with metrics.progress(len(rows), first, "generate") as bar:
         for number, group in enumerate(completions, start=first):
-            where, row = rows[number]
+            where, row = rows.where(number), rows.row(number)
             written = [sample(subject.tokenizer, c, stops) for c in group]
             bad = [len(s["tokens"]) for s in written if s["finish_reason"] == "error"]
             if bad and number not in errors:
@@ -191,17 +195,24 @@ def generate(
 
 
 def _finder(
-    tokenizer: PreTrainedTokenizerBase | None, stops: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase | None, stops: Sequence[str], batch_size: int
 ) -> Callable[[rollout.Sequence], bool] | None:
-    """Whether a response that goes on has a stop string by now."""
+    """Whether a response that goes on has a stop string by now.
+
+    Of the responses that were asked about last, twice as many as decode together, it knows how far
+    they were read. The others have ended; one that was parked for long is read from its start.
+    """
     if tokenizer is None or not stops:
         return None
-    finders: dict[int, tuple[chat.StopStrings, int]] = {}
+    finders: dict[tuple[int, int], tuple[chat.StopStrings, int]] = {}  # by the row's key
 
     def ended(row: rollout.Sequence) -> bool:
-        finder, read = finders.get(id(row), (chat.StopStrings(tokenizer, stops), 0))
-        finders[id(row)] = finder, len(row.tokens)
-        return finder.feed(row.tokens[read:]) is not None
+        finder, read = finders.pop(row.key, None) or (chat.StopStrings(tokenizer, stops), 0)
+        found = finder.feed(row.tokens[read:]) is not None
+        finders[row.key] = finder, len(row.tokens)
+        if len(finders) > 2 * batch_size:
+            del finders[next(iter(finders))]
+        return found
 
     return ended
 
@@ -231,18 +242,22 @@ def main() -> None:
 
 
 def run() -> None:
-    rows = [(where, columns.put(row, TEMPLATE.value)) for where, row in data.read(PROMPTS.value)]
+    found = data.read(PROMPTS.value)
+    rows = dataclasses.replace(found, row=lambda i: columns.put(found.row(i), TEMPLATE.value))
     subject = policy.reader(MODEL.value, DTYPE.value or "")
     out = cli.output(OUT.value)
-    sampling, allowed = _checked_sampling(subject), limits(rows, MAX_NEW_TOKENS.value)
-    ids: list[list[int]] = []
+    sampling, allowed, ids = _checked_sampling(subject), array("i"), data.TokenLists()
     errors: dict[int, str] = {}
+    read = hashlib.sha256()
     for number, (where, row) in enumerate(rows):
+        allowed.append(limit_of(row, where, MAX_NEW_TOKENS.value))
         try:
             ids.append(prompt(subject, row, where, THINKING.value == "on", allowed[number]))
         except RowError as error:
             errors[number] = str(error)
             ids.append([])
+        read.update(f"{', ' if number else '['}{metrics.dumps(row)}".encode())
+    read.update(b"]")
     if len(errors) == len(rows):
         raise UserError(errors[0])
     options = (MAX_NEW_TOKENS, TEMPERATURE, TOP_P, TOP_K, MIN_P, PRESENCE_PENALTY, STOP)
@@ -250,7 +265,7 @@ def run() -> None:
     about = {
         "model": subject.path,
         "step": policy.newest_step(subject.path),
-        "prompts_sha256": hashlib.sha256(metrics.dumps([r for _, r in rows]).encode()).hexdigest(),
+        "prompts_sha256": read.hexdigest(),  # as one list of JSON
         "dtype": jnp.dtype(subject.model.dtype).name,
         **{option.name: option.value for option in options},
     }

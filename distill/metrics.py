@@ -11,6 +11,7 @@ import importlib.util
 import io
 import json
 import math
+import os
 import platform
 import re
 import resource
@@ -202,13 +203,25 @@ def begun_jsonl(path: epath.PathLike, about: Mapping[str, Any]) -> int:
                 f"{partial} is of another work: {changed} was {before.get(changed)!r}, now "
                 f"{now.get(changed)!r}; delete it to begin anew"
             )
-        rows, newline, half = partial.read_bytes().rpartition(b"\n")
-        if half:
-            partial.write_bytes(rows + newline)
-        return (rows + newline).count(b"\n")
+        count = end = size = 0
+        with partial.open("rb") as file:
+            for line in file:
+                size += len(line)
+                if line.endswith(b"\n"):
+                    count, end = count + 1, size
+        if end < size:
+            _cut(partial, end)
+        return count
     write_json(said, now)
     partial.write_text("")
     return 0
+
+
+def _cut(path: epath.Path, size: int) -> None:
+    if is_remote(path):
+        path.write_bytes(path.read_bytes()[:size])
+    else:
+        os.truncate(path, size)
 
 
 def extend_jsonl(path: epath.PathLike, rows: Iterable[Any]) -> None:
@@ -244,8 +257,8 @@ class Writer:
         self._workdir.mkdir(parents=True, exist_ok=True)
         path = self._workdir / "metrics.jsonl"
         if path.exists():
-            rows = path.read_text().split("\n")
-            write_text(path, "".join(r + "\n" for r in rows if _before(r, resume_step)))
+            with path.open() as rows, _whole(path) as kept:
+                kept.writelines(row for row in rows if _before(row, resume_step))
         for old in (self._workdir / "rollouts").glob("*.jsonl"):
             if old.stem.isdigit() and int(old.stem) >= resume_step:
                 old.unlink()

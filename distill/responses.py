@@ -10,11 +10,13 @@ from typing import Any
 
 import jax
 
-from distill import figures, metrics, rewards, rollout, terms
+from distill import data, figures, metrics, rewards, rollout, terms
 from distill.policy import Policy
 from models.errors import UserError
 
 Row = dict[str, Any]
+
+MOST_WAITING = 256  # problems that graders are behind the sampler, which then waits
 
 _LONGEST = rewards.MAX_ANSWER_CHARACTERS
 
@@ -43,7 +45,7 @@ def graded(grader: rewards.Grader, benchmark: str, rows: list[Row]) -> list[Row]
 def sample(
     subject: Policy,
     rows: list[tuple[str, Row]],
-    prompts: list[list[int]],
+    prompts: data.TokenLists,
     *,
     first: int,
     samples: int,
@@ -64,21 +66,22 @@ def sample(
         batch_size=batch_size,
         first=first,
     )
-    for (where, row), prompt, completions in zip(rows[first:], prompts[first:], done, strict=True):
+    for number, completions in enumerate(done, start=first):
+        where, row = rows[number]
         if any(c.reason == "error" for c in completions):
             raise UserError(f"{where}: the model's logits are NaN")
         yield [
             {
                 "id": row["id"],
-                "sample": number,
+                "sample": sample,
                 "answer": row["answer"],
                 "response": subject.tokenizer.decode(c.tokens, skip_special_tokens=True),
                 "length": len(c.tokens),
                 "finish_reason": c.reason,
-                "prompt_tokens": prompt,
+                "prompt_tokens": prompts[number],
                 "tokens": c.tokens,
             }
-            for number, c in enumerate(completions)
+            for sample, c in enumerate(completions)
         ]
 
 
@@ -91,11 +94,12 @@ def graded_as_they_come(
     thinking: bool,
 ) -> Iterator[list[Row]]:
     """Groups of sampled responses, graded, in order. The next are sampled while graders work, and
-    nothing waits for a slow one but what comes after it in the file."""
+    nothing waits for a slow one but what comes after it in the file, of which MOST_WAITING groups
+    may."""
     waiting: deque[tuple[list[Row], list[Future]]] = deque()
 
-    def finished(wait: bool) -> Iterator[list[Row]]:
-        while waiting and (wait or all(f.done() for f in waiting[0][1])):
+    def finished(most: int) -> Iterator[list[Row]]:
+        while waiting and (len(waiting) > most or all(f.done() for f in waiting[0][1])):
             group, futures = waiting.popleft()
             yield [judged(r, rewards.outcome(f)) for r, f in zip(group, futures, strict=True)]
 
@@ -110,5 +114,5 @@ def graded_as_they_come(
             }
         answers = [(str(row["response"]), str(row["answer"])) for row in group]
         waiting.append((group, [grader.submit(benchmark, *pair) for pair in answers]))
-        yield from finished(wait=False)
-    yield from finished(wait=True)
+        yield from finished(MOST_WAITING)
+    yield from finished(0)

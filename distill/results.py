@@ -8,19 +8,23 @@ import contextlib
 import hashlib
 import itertools
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from etils import epath
 
-from distill import metrics
+from distill import figures, metrics, pod
 from distill.checkpoint import checksum
 from distill.policy import Policy
 from models.errors import UserError
 
 Row = dict[str, Any]
 
+EXAMPLES = "examples.jsonl"
+
 _SHOWN = 10  # responses in a quick look
+_TOGETHER = 64  # rows that one process tells the others at a time
 
 
 def fingerprint(params: Any) -> str:
@@ -65,30 +69,60 @@ def _refuse_another(out: epath.Path, protocol: Row, rows: list[tuple[str, Row]])
 
 def resume(
     out: epath.Path, protocol: Row, rows: list[tuple[str, Row]], keys: list[list[str]]
-) -> list[Row]:
-    """Rows of complete problems in OUT/examples.jsonl, which keeps just these."""
+) -> int:
+    """How many problems are complete in OUT/examples.jsonl, which keeps the rows of just these."""
     _refuse_another(out, protocol, rows)
-    path, samples = out / "examples.jsonl", len(keys[0])
-    kept: list[Row] = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError):  # a killed run may leave half a last line
-            kept.append(json.loads(line))
-    for number, (row, key) in enumerate(zip(kept, itertools.chain(*keys), strict=False), start=1):
+    path, samples, count = out / EXAMPLES, len(keys[0]), 0
+    for row, key in zip(_rows(path), itertools.chain(*keys), strict=False):
+        count += 1
         if row.get("key") != key:
-            raise UserError(f"{path}:{number}: not a row of this evaluation ({row.get('id')!r})")
+            raise UserError(f"{path}:{count}: not a row of this evaluation ({row.get('id')!r})")
     out.mkdir(parents=True, exist_ok=True)
     metrics.write_json(out / "protocol.json", protocol)
-    kept = kept[: len(kept) // samples * samples]
-    metrics.write_jsonl(path, kept)
-    return kept
+    metrics.write_jsonl(path, itertools.islice(_rows(path), count // samples * samples))
+    return count // samples
+
+
+def _rows(path: epath.Path) -> Iterator[Row]:
+    """The rows of a jsonl file, read as they are asked for; none where there is no file."""
+    if path.is_file():
+        with path.open() as file:
+            for line in file:
+                with contextlib.suppress(ValueError):  # a killed run may leave half a last line
+                    yield json.loads(line)
+
+
+class Stored:
+    """The rows of an evaluation in every process: the first reads them, anew each time that they
+    are gone through, and few are held at a time."""
+
+    def __init__(self, out: epath.Path) -> None:
+        self._path = out / EXAMPLES
+
+    def __iter__(self) -> Iterator[Row]:
+        rows = _rows(self._path)
+        while some := pod.from_primary(lambda: list(itertools.islice(rows, _TOGETHER))):
+            yield from some
+
+
+_BULKY = ("prompt_tokens", "tokens", "response")
+
+
+def brief(row: Row) -> Row:
+    """A row without what nothing is counted of, so that all rows of an evaluation can be held."""
+    return {name: x for name, x in row.items() if name not in _BULKY}
+
+
+def summarise(out: epath.Path, ks: list[int]) -> Row:
+    """What the rows of an evaluation amount to."""
+    return figures.summarise([brief(row) for row in _rows(out / EXAMPLES)], ks)
 
 
 def transcripts(rows: list[tuple[str, Row]], examples: epath.Path) -> str:
     """The first responses of an evaluation with their questions, to be read."""
     questions = {str(row["id"]): row.get("question", "") for _, row in rows}
     said = []
-    for line in examples.read_text().splitlines()[:_SHOWN]:
-        row = json.loads(line)
+    for row in itertools.islice(_rows(examples), _SHOWN):
         head = f"--- {row['id']}, sample {row['sample']}: {row['outcome']}"
         wanted = f"(wanted {row['answer']}; {row['length']} tokens, {row['finish_reason']})"
         said.append(f"{head} {wanted}\n{questions[row['id']]}\n>>>\n{row['response']}\n")

@@ -7,13 +7,13 @@ is null. With --top_k=K also `top`: for each token the K most likely ones at its
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 from absl import flags
 
-from distill import cli, data, forward, head, layout, losses, metrics, policy, rollout
+from distill import cli, data, forward, head, layout, losses, metrics, policy, rollout, sources
 from distill import mesh as mesh_lib
 from distill.batch import Batch
 from distill.policy import Policy
@@ -62,14 +62,14 @@ def _stats(
     )
 
 
-def tokens(subject: Policy, rows: list[tuple[str, dict]]) -> list[list[int]]:
+def tokens(subject: Policy, rows: Iterable[tuple[str, dict]]) -> data.TokenLists:
     """The `tokens` of each row. Reads no parameters of `subject`.
 
     Raises:
       UserError: naming the first row without tokens that the model can read.
     """
     limit = subject.config.context_length
-    found = []
+    found = data.TokenLists()
     for where, row in rows:
         if "tokens" not in row:
             raise UserError(f"{where}: no tokens among its fields {sorted(row)}")
@@ -82,7 +82,7 @@ def tokens(subject: Policy, rows: list[tuple[str, dict]]) -> list[list[int]]:
 
 
 def score(
-    subject: Policy, sequences: list[list[int]], *, batch_size: int, top_k: int = 0
+    subject: Policy, sequences: Sequence[list[int]], *, batch_size: int, top_k: int = 0
 ) -> Iterator[tuple[Logprobs, Top]]:
     """Yields (logprobs, top) of each sequence, both as long as it and first null; `top` is empty
     without top_k. Within `policy.use(subject)`.
@@ -111,7 +111,7 @@ def score(
 
 
 def main() -> None:
-    rows = data.read_jsonl(TOKENS.value)
+    rows = sources.open_rows(TOKENS.value)
     subject = policy.reader(MODEL.value, DTYPE.value if DTYPE.value in policy.DTYPES else "")
     out = cli.output(OUT.value)
     if TOP_K.value > subject.config.vocab_size:

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import json
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,13 @@ class Rows:
     row: Callable[[int], dict]  # raises UserError naming a row that cannot be read
     where: Callable[[int], str]  # names a row in an error
     window: int = 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[tuple[str, dict]]:
+        """Each with its name, read as it is asked for."""
+        return ((self.where(i), self.row(i)) for i in range(self.size))
 
 
 def open_rows(source: str, *, size: int = 0, window: int = 0) -> Rows:
@@ -293,10 +300,11 @@ def samples(rows: Rows, keep: str, skipped: dict[str, str] | None) -> Rows:
             if keep == "all" or (finished[number] and right[number])
         ]
 
-    kept: list[tuple[int, int]] = []
+    kept, numbers = array("q"), array("q")  # of its row, and in it
     for index in range(rows.size):
         try:
-            kept += [(index, number) for number in of(index)]
+            numbers.extend(good := of(index))
+            kept.extend([index] * len(good))
         except UserError as error:
             if skipped is None:
                 raise
@@ -306,7 +314,7 @@ def samples(rows: Rows, keep: str, skipped: dict[str, str] | None) -> Rows:
         raise UserError(f"{rows.name}: config.data.keep={keep} leaves none of its samples")
 
     def row(position: int) -> dict:
-        index, number = kept[position]
+        index, number = kept[position], numbers[position]
         whole = rows.row(index)
         sample = whole["samples"][number]
         return {
@@ -318,7 +326,7 @@ def samples(rows: Rows, keep: str, skipped: dict[str, str] | None) -> Rows:
         }
 
     def where(position: int) -> str:
-        index, number = kept[position]
+        index, number = kept[position], numbers[position]
         return f"{rows.where(index)} sample {number}"
 
     return Rows(rows.name, len(kept), row, where)

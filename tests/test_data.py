@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from configs import base
-from distill import arithmetic, chat, data, layout
+from distill import arithmetic, chat, data, layout, sources
 from distill.data import Example, Source
 from models.errors import UserError
 
@@ -323,13 +323,14 @@ def test_a_byte_that_is_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"question": "caf\xc3\xa9"}\n{"question": "caf\xe9"}\n')
     with pytest.raises(UserError, match=r"rows\.jsonl:2: not JSON .*0xe9"):
-        data.read_jsonl(path)
+        list(sources.open_rows(str(path)))
 
 
 def test_blank_lines_are_skipped_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'\n{"a": 1}\r\n\t \n\n{"a": "\xe2\x80\xa8"}')
-    assert data.read_jsonl(path) == [(f"{path}:2", {"a": 1}), (f"{path}:5", {"a": "\u2028"})]
+    found = list(sources.open_rows(str(path)))
+    assert found == [(f"{path}:2", {"a": 1}), (f"{path}:5", {"a": "\u2028"})]
 
 
 def test_what_needs_a_tokenizer(tmp_path: Path) -> None:

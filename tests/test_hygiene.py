@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from test_verbs import call, write
 
-from distill import clean, data, hygiene
+from distill import clean, hygiene, sources
 
 
 def read(path: Path) -> list[dict]:
-    return [row for _, row in data.read_jsonl(path)]
+    return [row for _, row in sources.open_rows(str(path))]
 
 
 def test_ngrams_are_those_of_the_tokens() -> None:

@@ -27,6 +27,7 @@ from models.qwen3 import adapter, model, quantised, weights
 from models.qwen3.config import SIZES
 from models.qwen3.lora import TARGETS, LoRA
 from tests.helpers import ROOT, one_update, tiny_qwen3
+from tests.loading import counted
 from tests.test_train import config, numbers, stop_after, tiny_model
 from tests.test_verbs import call, greedy, logprobs, read, write
 
@@ -219,7 +220,7 @@ def test_there_and_back(bases, name, kind, tmp_path):
     ],
     ids=str,
 )
-def test_adapters_of_peft(bases, name, fields, tmp_path):
+def test_adapters_of_peft(bases, name, fields, tmp_path, monkeypatch):
     path, network = bases[name]
     fresh = type(network).from_pretrained(path)
     other = get_peft_model(fresh, LoraConfig(task_type="CAUSAL_LM", **fields))
@@ -231,7 +232,15 @@ def test_adapters_of_peft(bases, name, fields, tmp_path):
     other.save_pretrained(tmp_path)
     loaded = described(tmp_path)
     policy.check(loaded)
+    read = []
+    monkeypatch.setattr(weights, "safe_open", counted(read))
     loaded = policy.load(loaded, "float32")
+    files = [*path.glob("*.safetensors"), tmp_path / adapter.TENSORS]
+    whole = sum(x.nbytes for file in files for x in load_file(file).values())
+    # Of the experts' fused gate and up, the factor that they share is read for each of them.
+    fused = [x for name, x in load_file(files[-1]).items() if "mlp.experts" in name]
+    shared = sum(x.nbytes for x in fused if x.shape[1] == loaded.config.hidden_size)
+    assert sum(read) == whole + shared
     tokens = tokens_of(loaded.config)
     found = logits(loaded.model, {"params": loaded.params}, tokens)
     assert np.abs(found - theirs(network, tokens)).max() > 0.1
@@ -487,9 +496,10 @@ def test_a_lora_run_is_evaluated(run, tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text())["problems"] == 2
 
 
-def test_an_adapter_is_trained_on(run, exported, models, tmp_path):
+def test_an_adapter_is_trained_on(run, exported, models, tmp_path, monkeypatch):
     """Its factors are where training begins; its base is the frozen one. Moved, it finds a base
     that it names from where it lies."""
+    monkeypatch.chdir(tmp_path)  # where no base lies beside it, as one may beside this project
     moved = tmp_path / "models" / "adapter"
     shutil.copytree(exported[0], moved)
     shutil.copytree(models[0], tmp_path / "models" / "base")

@@ -1,8 +1,11 @@
 """Rows of files, hub sets and TFDS; what known columns mean; mixtures; shares; bad rows."""
 
+import functools
 import json
 import subprocess
 import sys
+import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -493,9 +496,50 @@ def test_ahead_changes_nothing_but_when() -> None:
     get = data.ahead(make, 8)
     assert [get(step) for step in (3, 4, 5, 2, 3)] == [9, 16, 25, 4, 9]
     assert get(6) == 36
-    with pytest.raises(UserError, match="row 7"):
-        get(7)
+    for _ in range(2):
+        with pytest.raises(UserError, match="row 7"):
+            get(7)
     assert 8 not in asked
+
+
+def test_ahead_in_any_order() -> None:
+    """Steps that sample ask for prompts twice, and for further ones that belong to no step."""
+    asked: list[int] = []
+    threads: set[int] = set()
+    made = [threading.Event() for _ in range(20)]
+
+    def make(step: int) -> object:
+        asked.append(step)
+        threads.add(threading.get_ident())
+        made[step].set()
+        return object()
+
+    get = data.ahead(functools.lru_cache(maxsize=4)(make), 8)
+    first = get(0)
+    assert made[1].wait(10)  # while the first is used
+    assert get(12) is not first and get(0) is first
+    second = get(1)
+    assert made[2].wait(10) and get(1) is second and get(15) is not None
+    assert get(5) is not None and made[6].wait(10)
+    assert get(3) is not None and made[4].wait(10)
+    assert asked == [0, 1, 12, 2, 15, 5, 6, 3, 4]
+    assert len(threads) == 1 and threading.get_ident() not in threads
+
+
+def test_ahead_holds_one_result() -> None:
+    class Made: ...
+
+    held: weakref.WeakSet[Made] = weakref.WeakSet()
+
+    def make(step: int) -> Made:
+        held.add(found := Made())
+        return found
+
+    get = data.ahead(make, 100)
+    for step in (0, 1, 50, 51, 7, 99, 3, 120, 4):
+        get(step)
+    get(200)  # waits for what is begun
+    assert len(held) <= 2
 
 
 # Bad rows

@@ -19,7 +19,7 @@ SETTINGS = ("--samples=2", "--max_new_tokens=30", "--batch_size=8", "--seed=3")
 
 
 def read(path: Path) -> list[dict]:
-    return [row for _, row in data.read_jsonl(path)]
+    return [row for _, row in sources.open_rows(str(path))]
 
 
 def prompts(path: Path, count: int = 8) -> Path:

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,18 +41,55 @@ def stored(directory: Path) -> dict[str, np.ndarray]:
     return {name: tensor for file in files for name, tensor in file.items()}
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 4), (2, 2, 2), (8, 1, 1)], ids=str)
-def test_every_byte_is_read_once(sharded, sizes, monkeypatch):
-    """Also where several devices hold the same."""
-    read: list[int] = []
-    said: list[int] = []
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("sparse")
+    mixture: dict[str, Any] = {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    }
+    mixture |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    fields: dict[str, Any] = EVEN | mixture
+    tiny_qwen3(directory, **fields)
+    return directory
+
+
+@pytest.mark.parametrize("piece", [weights.PIECE_BYTES, 1], ids=["together", "apart"])
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        *(("sharded", sizes) for sizes in [(1, 1, 1), (1, 8, 1), (1, 1, 4), (1, 2, 4), (8, 1, 1)]),
+        *(("sparse", sizes) for sizes in [(1, 1, 1, 8), (1, 2, 2, 2), (1, 8, 1)]),
+    ],
+    ids=str,
+)
+def test_every_tensor_is_read_once(kind, sizes, piece, monkeypatch, request):
+    """Whole, by one slice, however devices divide it: a file is not gone through once for each of
+    them. The layers of a parameter go to the devices together or one by one."""
+    directory, read, said = request.getfixturevalue(kind), [], []
+    tensors = stored(directory)
     monkeypatch.setattr(weights, "safe_open", counted(read))
-    loaded, reads = load(sharded, sizes, note=said.append)
-    assert sum(read) == sum(tensor.nbytes for tensor in stored(sharded).values())
-    assert said == list(range(1, reads + 1)) == list(range(1, len(read) + 1))
-    monkeypatch.undo()
-    same = jax.tree.map(np.array_equal, loaded, load(sharded, (1, 1, 1))[0])
-    assert all(jax.tree.leaves(same))
+    monkeypatch.setattr(weights, "PIECE_BYTES", piece)
+    loaded, reads = load(directory, sizes, note=said.append)
+    assert sorted(read) == sorted(tensor.nbytes for tensor in tensors.values())
+    assert said == list(range(1, reads + 1)) == list(range(1, len(tensors) + 1))
+    found = dict(weights.tensors(loaded, jnp.dtype("float32")))
+    assert found.keys() == tensors.keys()
+    assert all(np.array_equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_parts_that_are_neighbours_are_read_together():
+    def box(rows, columns):
+        return (rows, columns)
+
+    quarters = [box(r, c) for r in [(0, 4), (4, 8)] for c in [(0, 3), (3, 6)]]
+    assert weights._union(quarters) == [box((0, 8), (0, 6))]
+    apart = [box((0, 4), (0, 3)), box((0, 4), (6, 9)), box((4, 8), (0, 3)), box((4, 8), (6, 9))]
+    assert sorted(weights._union(apart)) == [box((0, 8), (0, 3)), box((0, 8), (6, 9))]
+    corner = [box((0, 4), (0, 3)), box((0, 4), (3, 6)), box((4, 8), (0, 3))]
+    assert sorted(weights._union(corner)) == [box((0, 4), (0, 6)), box((4, 8), (0, 3))]
+    assert weights._union([]) == []
 
 
 PROCESS = """
@@ -66,7 +104,7 @@ loading.weights.safe_open = loading.counted(read)
 loaded, _ = loading.load(directory, (1, 2, 4))
 whole = jax.tree.leaves(loaded)[0].sharding.device_set
 assert len(whole) == 8 and len(jax.local_devices()) == 4
-print(sum(read))
+print(len(read), sum(read))
 """
 
 
@@ -82,12 +120,12 @@ def test_a_process_reads_what_its_devices_hold(sharded):
         )
         for i in range(2)
     ]
-    found = [int(process.communicate(timeout=120)[0].splitlines()[-1]) for process in started]
+    told = [process.communicate(timeout=120)[0].splitlines()[-1] for process in started]
     tensors = stored(sharded)
     total = sum(tensor.nbytes for tensor in tensors.values())
     norms = sum(tensor.nbytes for name, tensor in tensors.items() if "norm" in name)
     assert 0 < norms < total / 20
-    assert found == [(total - norms) // 2 + norms] * 2
+    assert told == [f"{len(tensors)} {(total - norms) // 2 + norms}"] * 2
 
 
 MEMORY = """
@@ -95,13 +133,14 @@ import sys, threading, time
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 from pathlib import Path
+from typing import Any
 from tests import loading
 
 def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
-loading.load(sys.argv[2], (1, 2, 4))  # libraries and the backend are there
+loading.load(sys.argv[1], (1, 2, 4))  # libraries, the backend and the programs are there
 before, seen, stop = status("RssAnon"), [], threading.Event()
 
 def sample():
@@ -121,11 +160,13 @@ print(len(seen), landed, anonymous - before, file)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_host_memory(sharded, tmp_path, monkeypatch):
-    """128 MiB of bfloat16 in 16 shards, to float32: on this backend what lands is host memory too.
+def test_host_memory(tmp_path, monkeypatch):
+    """106 MiB of bfloat16 in 13 shards, to float32: on this backend what lands is host memory too.
+    Beside it there is never more than the largest tensor, the embedding.
 
-    Counted is memory of the process's own (RssAnon). Pages of the mapped files come on top, and
-    are the page cache's, which the system takes back when it needs them.
+    Counted is memory of the process's own (RssAnon), of which what is freed goes back at once.
+    Pages of the mapped files come on top, and are the page cache's, which the system takes back
+    when it needs them.
     """
     config = dataclasses.replace(
         SIZES["0.6b"],
@@ -149,15 +190,22 @@ def test_host_memory(sharded, tmp_path, monkeypatch):
     shards = [file.stat().st_size for file in tmp_path.glob("*.safetensors")]
     largest = max(shards)
     del params
-    command = [sys.executable, "-c", MEMORY, str(tmp_path), str(sharded)]
+    command = [sys.executable, "-c", MEMORY, str(tmp_path)]
+    frees = {"MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+        command,
+        cwd=ROOT,
+        env=os.environ | frees,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     samples, landed, anonymous, file = map(int, done.stdout.split())
     print(f"{len(shards)} shards of at most {largest}: {landed=} {anonymous=} {file=} {samples=}")
     assert len(shards) > 8 and samples > 20
     assert landed == pytest.approx(2 * sum(shards), rel=0.01)
-    assert landed * 0.9 < anonymous < landed + largest + 2**23
+    assert landed * 0.9 < anonymous < landed + largest
 
 
 def test_progress_off_a_terminal(sharded, capsys):

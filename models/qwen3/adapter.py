@@ -107,7 +107,8 @@ def describe(directory: str | Path, config: Config) -> LoRA:
 def opened(directory: Path, config: Config) -> Iterator[dict[str, Any]]:
     """Tensor name -> handle as weights.opened gives it, every projection by itself."""
     with weights.opened({directory / TENSORS: []}) as slices:
-        whole = functools.lru_cache(maxsize=2)(lambda name: slices[name][:])
+        # Once for all experts whose columns lie side by side in these rows.
+        rows = functools.lru_cache(maxsize=1)(lambda name, begin, end: slices[name][begin:end])
         found: dict[str, Any] = {}
         for name in slices:
             layer, _, end = name.partition(".mlp.experts.")
@@ -118,7 +119,7 @@ def opened(directory: Path, config: Config) -> Iterator[dict[str, Any]]:
                     raise UserError(f"{directory}: tensor {missing} is missing")
                 shapes = [tuple(slices[n].get_shape()) for n in pair]
                 part = functools.partial(
-                    _Part, read=functools.partial(whole, name), dtype=slices[name].get_dtype()
+                    _Part, read=functools.partial(rows, name), dtype=slices[name].get_dtype()
                 )
                 try:
                     found |= _experts(f"{layer}.mlp.experts", factor, shapes, part, config)
@@ -139,7 +140,7 @@ class _Part:
     shape: list[int]
     rows: slice
     columns: slice
-    read: Callable[[], np.ndarray]
+    read: Callable[[int, int], np.ndarray]  # of all columns, rows [begin, end)
     dtype: str
 
     def get_shape(self) -> list[int]:
@@ -149,7 +150,7 @@ class _Part:
         return self.dtype
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        return self.read()[self.rows, self.columns][index]
+        return self.read(self.rows.start, self.rows.stop)[:, self.columns][index]
 
 
 def _experts(

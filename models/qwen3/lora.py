@@ -90,6 +90,20 @@ def factors(
     return held["a"].astype(dtype), (lora.scale * held["b"]).astype(dtype)
 
 
+def for_decoding(adapter: Any, lora: LoRA, dtype: jnp.dtype) -> tuple[Any, LoRA]:
+    """The factors as a forward pass in `dtype` multiplies by them, and the LoRA that they then are.
+
+    A sampler that keeps them apart from their base is as near to the scorer as one of a model that
+    is trained whole; a merged kernel is rounded where the scorer's base and factors are not.
+    """
+
+    def one(path: tuple, x: jax.Array) -> jax.Array:
+        return (lora.scale * x if path[-1].key == "b" else x).astype(dtype)
+
+    scaled = jax.tree_util.tree_map_with_path(one, adapter)
+    return scaled, dataclasses.replace(lora, alpha=float(lora.rank), rslora=False)
+
+
 def merge(params: Any, adapter: Any, lora: LoRA, dtype: jnp.dtype) -> Any:
     """`params` with scale · a @ b added to each kernel that has factors in `adapter`.
 

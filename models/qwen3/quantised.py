@@ -123,12 +123,15 @@ def split(param_dtype: Any, computed: jnp.dtype) -> tuple[str | None, jnp.dtype]
 
 
 def tree(params: Any, kind: str | None, dtype: jnp.dtype) -> Any:
-    """Parameters in `dtype`, their kernels quantised to `kind` if there is one."""
+    """Parameters in `dtype`, their kernels quantised to `kind` if there is one; those that are
+    already stay as they are."""
 
-    def one(path: tuple, x: jax.Array) -> Kernel:
+    def one(path: tuple, x: Kernel) -> Kernel:
+        if isinstance(x, Quantised):
+            return x
         return quantise(x, kind) if kind and _is_kernel(path) else x.astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_quantised)
 
 
 def put(kernel: jax.Array, like: Quantised) -> Quantised:

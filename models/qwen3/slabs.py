@@ -1,4 +1,4 @@
-"""Keys and values of decoding rows on a CPU: a slab a row, read without a gather.
+"""Keys and values of decoding rows on a CPU: a slab for each row, read without a gather.
 
 Each row of the batch owns one slab, in which its tokens lie in order from the start. What a segment
 of decoding adds goes to a small buffer in which all rows write at the same place, the segment's
@@ -194,8 +194,6 @@ class Slabs:
         return out_BKMH.reshape(B, 1, N, H), dataclasses.replace(self, recent=recent)
 
     def _read(self, layer: int, q_XTNH: jax.Array, new: dict) -> tuple[jax.Array, "Slabs"]:
-        sizes = self.sizes
-
         def local(slabs: Any, new: Any, line: Line, q_XTNH: jax.Array) -> tuple[jax.Array, Any]:
             line = jax.tree.map(lambda x: x[0], line)  # a shard has one
             out_TNH = _attend_line(q_XTNH[0], new, slabs, line)
@@ -203,10 +201,11 @@ class Slabs:
             def prompt(r: jax.Array, slabs: Any) -> Any:
                 at = line.slab_XR[r], line.start_XR[r], line.count_XR[r], line.position_XR[r]
                 return {
-                    name: _placed(blocks, sizes, _axis(name), new[name][0], *at)
+                    name: _placed(blocks, self.sizes, _axis(name), new[name][0], *at)
                     for name, blocks in slabs.items()
                 }
 
+            prompts = jnp.sum(line.count_XR > 0)
             return out_TNH[None], jax.lax.fori_loop(0, prompts, prompt, slabs)
 
         own = {name: layers[layer] for name, layers in self.arrays.items()}
@@ -277,7 +276,7 @@ def block_sizes(tokens: int) -> list[int]:
 
 
 def _axis(name: str) -> int:
-    """Of a slab, without the axis of rows: which axis its tokens lie along."""
+    """Which axis the tokens of one slab lie along."""
     return _ORDER[name].index(1) - 1
 
 

@@ -1,14 +1,17 @@
 """How a Qwen3 is stored: one table of Hugging Face names drives both load and save.
 
-Loading reads, for every parameter, just the bytes that each local device holds (a slice of each
-layer's tensor), casts them and puts them there; what several devices hold is read once. Host memory
-is one device's share of one stacked parameter, and there is never a second copy of the model.
+Loading reads of every tensor the part that this process's devices hold between them, once, and
+deals it out to them: a file keeps rows together, so that one device's columns cost as much to read
+as all of them. On the host lies one layer's tensor at a time (of small ones, several layers'), and
+there is never a second copy of the model.
 """
 
 import contextlib
+import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +56,10 @@ _FLOATS = ("F64", "F32", "F16", "BF16")  # what weights may be stored in
 
 FACTORS = {"a": "lora_A.weight", "b": "lora_B.weight"}
 
-Index = tuple[slice, ...]
+Box = tuple[tuple[int, int], ...]  # of an array: [begin, end) on each axis
 
 SHARD_BYTES = 5 * 10**9  # Hugging Face's customary size of one file
+PIECE_BYTES = 2**22  # of layers that are small, so many go to the devices together
 
 
 def _files(directory: Path) -> dict[Path, list[str]]:
@@ -141,19 +145,54 @@ def entry(path: tuple) -> tuple[str, bool]:
     return name.replace("{}", first.removeprefix("layers_"), 1), transposed
 
 
-def _parts(sharding: Any, shape: tuple[int, ...]) -> list[tuple[Index, list[Any]]]:
+def _parts(sharding: Any, shape: tuple[int, ...]) -> dict[Box, list[Any]]:
     """What this process's devices hold of an array: each part once, with all that hold it."""
-    parts: dict[tuple, tuple[Index, list[Any]]] = {}
+    parts: dict[Box, list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        key = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
-        parts.setdefault(key, (index, []))[1].append(device)
-    return list(parts.values())
+        spans = (part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+        parts.setdefault(tuple(spans), []).append(device)
+    return parts
 
 
-def _places(index: Index, shape: tuple[int, ...], stacked: int) -> list[tuple[int, ...]]:
-    """Of the leading axes of a stacked parameter: which tensors a part is made of."""
-    sizes = zip(index[:stacked], shape[:stacked], strict=True)
-    return list(itertools.product(*(range(*part.indices(size)) for part, size in sizes)))
+def _union(boxes: Iterable[Box]) -> list[Box]:
+    """The boxes, which do not overlap, with those that are neighbours joined."""
+    joined = list(boxes)
+    for axis in reversed(range(len(joined[0]) if joined else 0)):
+        lines: dict[Box, list[tuple[int, int]]] = {}
+        for box in sorted(joined):
+            spans = lines.setdefault((*box[:axis], *box[axis + 1 :]), [])
+            if spans and spans[-1][1] == box[axis][0]:
+                spans[-1] = (spans[-1][0], box[axis][1])
+            else:
+                spans.append(box[axis])
+        joined = [(*k[:axis], s, *k[axis:]) for k, spans in lines.items() for s in spans]
+    return joined
+
+
+def _within(part: Box, box: Box) -> bool:
+    return all(b[0] <= p[0] and p[1] <= b[1] for p, b in zip(part, box, strict=True))
+
+
+def _size(box: Box) -> int:
+    return math.prod(end - begin for begin, end in box)
+
+
+def _layers_at_once(path: tuple, shape: tuple[int, ...], sharding: Any, dtype: jnp.dtype) -> int:
+    """How long a parameter's first axis is on the host: whole, but of stacked layers as many as fit
+    in PIECE_BYTES."""
+    if path[0].key != "layers":
+        return shape[0]
+    of_layer = sum(map(_size, _parts(sharding, shape))) // shape[0] * dtype.itemsize
+    counts = (n for n in range(shape[0], 1, -1) if shape[0] % n == 0)
+    return next((n for n in counts if n * of_layer <= PIECE_BYTES), 1)
+
+
+@functools.cache  # so that parameters of one shape share a compilation
+def _put_at(sharding: Any) -> Callable[..., jax.Array]:
+    def put_at(whole: jax.Array, piece: jax.Array, first: int) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(whole, piece, first, 0)
+
+    return jax.jit(put_at, donate_argnums=0, out_shardings=sharding)
 
 
 def reads(shapes: Any, shardings: Any) -> int:
@@ -162,14 +201,46 @@ def reads(shapes: Any, shardings: Any) -> int:
     for (path, leaf), sharding in zip(_leaves(shapes), _leaves(shardings), strict=True):
         stacked = entry(path)[0].count("{}")
         sharding = sharding[1].values if is_quantised(leaf) else sharding[1]
-        for index, _ in _parts(sharding, leaf.shape):
-            count += len(_places(index, leaf.shape, stacked))
+        count += sum(_size(box[:stacked]) for box in _union(_parts(sharding, leaf.shape)))
     return count
 
 
 def _leaves(tree: Any) -> list[tuple[tuple, Any]]:
     """(path, leaf) pairs; a quantised kernel is one leaf."""
     return jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantised)
+
+
+def _read(
+    directory: Path,
+    slices: dict[str, Any],
+    path: tuple,
+    box: Box,
+    dtype: jnp.dtype,
+    note: Callable[[], None],
+) -> np.ndarray:
+    """A box of a parameter: of each tensor that it is made of one slice, all of them in `dtype`; a
+    single one as it is stored. Raises UserError naming the tensor that cannot be read."""
+    name, transposed = entry(path)
+    stacked = name.count("{}")
+    index = tuple(slice(*span) for span in box[stacked:])
+    index = index[::-1] if transposed else index
+    places = list(itertools.product(*(range(*span) for span in box[:stacked])))
+    shape = [end - begin for begin, end in box]
+    out = None
+    for i, place in enumerate(places):
+        tensor = name.format(*place)
+        try:
+            held = slices[tensor][index]
+        except SafetensorError as error:
+            raise UserError(f"{directory}: {tensor} cannot be read ({error})") from None
+        note()
+        held = held.T if transposed else held
+        if len(places) == 1:
+            return held.reshape(shape)
+        out = np.empty((len(places), *held.shape), dtype) if out is None else out
+        out[i] = held
+    assert out is not None
+    return out.reshape(shape)
 
 
 def load(
@@ -198,43 +269,40 @@ def load(
     """
     directory = Path(directory)
     done = itertools.count(1)
+    count = lambda: note(next(done))  # noqa: E731
     with source or opened(_files(directory)) as slices:
         require(directory, slices, config, shapes)
 
-        def part(path: tuple, shape: tuple[int, ...], index: Index) -> np.ndarray:
-            name, transposed = entry(path)
-            stacked = name.count("{}")
-            rest = index[stacked:][::-1] if transposed else index[stacked:]
-            places = _places(index, shape, stacked)
-            out = None
-            for i, place in enumerate(places):
-                read = slices[name.format(*place)][rest]
-                read = read.T if transposed else read
-                if out is None:
-                    out = np.empty((len(places), *read.shape), dtype)
-                out[i] = read
-                note(next(done))
-            assert out is not None
-            sizes = [len(range(*p.indices(n))) for p, n in zip(index, shape, strict=True)]
-            return out.reshape(sizes)
-
-        def array(path: tuple, shape: tuple[int, ...], sharding: Any) -> jax.Array:
-            arrays = []
-            try:
-                for index, devices in _parts(sharding, shape):
-                    held = part(path, shape, index)
-                    # Waited for: no more than one part lies on the host at a time.
-                    arrays += jax.block_until_ready([jax.device_put(held, d) for d in devices])
-            except SafetensorError as error:
-                raise UserError(f"{directory}: {entry(path)[0]} cannot be read ({error})") from None
+        def array(path: tuple, shape: tuple[int, ...], sharding: Any, first: int = 0) -> jax.Array:
+            """Of a stacked parameter, as many layers as `shape` says, from number `first` on."""
+            parts, arrays = _parts(sharding, shape), []
+            for box in _union(parts):
+                begin, end = box[0]
+                box_there = ((first + begin, first + end), *box[1:])
+                held = _read(directory, slices, path, box_there, dtype, count)
+                for part in (part for part in parts if _within(part, box)):
+                    at = (slice(p - b, q - b) for (p, q), (b, _) in zip(part, box, strict=True))
+                    host = np.ascontiguousarray(held[tuple(at)], dtype)
+                    # Waited for: what the devices have is no longer on the host.
+                    arrays += jax.block_until_ready([jax.device_put(host, d) for d in parts[part]])
             return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+        def whole(path: tuple, shape: tuple[int, ...], sharding: Any) -> jax.Array:
+            count = _layers_at_once(path, shape, sharding, dtype)
+            if count == shape[0]:
+                return array(path, shape, sharding)
+            found = jnp.zeros(shape, dtype, device=sharding)
+            for first in range(0, shape[0], count):
+                piece = array(path, (count, *shape[1:]), sharding, first)
+                found = jax.block_until_ready(_put_at(sharding)(found, piece, first))
+            return found
 
         def one(path: tuple, leaf: Any, sharding: Any) -> Any:
             if not is_quantised(leaf):
-                held = array(path, leaf.shape, sharding)
+                held = whole(path, leaf.shape, sharding)
                 return convert(path, held) if convert else held
             if path[0].key != "layers":
-                return quantised.put(array(path, leaf.shape, sharding.values), leaf)
+                return quantised.put(whole(path, leaf.shape, sharding.values), leaf)
             of_layer = NamedSharding(sharding.values.mesh, P(*sharding.values.spec[1:]))
             layers = ((DictKey(f"layers_{i}"), *path[1:]) for i in range(leaf.shape[0]))
             return quantised.stack((array(at, leaf.shape[1:], of_layer) for at in layers), leaf)

@@ -1,0 +1,132 @@
+"""How near a sampler is to the scorer, in bfloat16: of a model that is trained whole, with a LoRA
+merged, and with a LoRA's factors apart."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models.qwen3.cache import init_cache
+
+from models.qwen3 import lora, model, quantised
+from models.qwen3.config import SIZES
+from models.qwen3.lora import LORA, TARGETS, LoRA
+from models.qwen3.model import Qwen3
+
+BF16, WIDE = jnp.dtype("bfloat16"), jnp.dtype("float32")
+KIND = LoRA(32, 48.0, rslora=False, targets=TARGETS)
+SMALL = dataclasses.replace(
+    SIZES["0.6b"],
+    vocab_size=1024,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=64,
+)
+LARGE = dataclasses.replace(SIZES["0.6b"], vocab_size=1024, num_hidden_layers=4)
+
+
+def parameters(config) -> tuple[Any, Any]:
+    """A random base that is sure of its tokens, and factors as some hundred steps leave them."""
+    base = model.init(config, jax.random.key(0))
+    base["final_norm"]["scale"] *= 3
+    rng = np.random.default_rng(1)
+
+    def moved(path: tuple, x: jax.Array) -> jax.Array:
+        drawn = 2e-3 * rng.standard_normal(x.shape, np.float32)
+        return x if path[-1].key == "a" else jnp.asarray(drawn)
+
+    factors = model.init(config, jax.random.key(1), KIND)
+    return base, jax.tree_util.tree_map_with_path(moved, factors)
+
+
+def log_probs(variables: Any, hidden_BTD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    head_VD = model.head(variables["params"]).astype(BF16)
+    logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD[:, :-1], head_VD, preferred_element_type=WIDE)
+    logp_BTV = jax.nn.log_softmax(logits_BTV)
+    return jnp.take_along_axis(logp_BTV, tokens_BT[:, 1:, None], -1)[..., 0]
+
+
+def decoded(qwen3: Qwen3, variables: Any, tokens_BT: jax.Array) -> jax.Array:
+    """Log-probabilities of the tokens, read one by one through a cache."""
+    B, T = tokens_BT.shape
+
+    def step(cache: Any, t: jax.Array) -> Any:
+        ones_B1 = jnp.ones((B, 1), jnp.int32)
+        token_B1 = jax.lax.dynamic_slice_in_dim(tokens_BT, t, 1, 1)
+        hidden, cache = qwen3.apply(variables, token_B1, t * ones_B1, ones_B1, cache)
+        return cache, hidden[:, 0]
+
+    cache = init_cache(qwen3.config, B, T, BF16, qwen3.scan).move(0)
+    _, hidden_TBD = jax.lax.scan(step, cache, jnp.arange(T))
+    return log_probs(variables, hidden_TBD.swapaxes(0, 1), tokens_BT)
+
+
+def scored(qwen3: Qwen3, variables: Any, tokens_BT: jax.Array) -> jax.Array:
+    positions_BT = jnp.tile(jnp.arange(tokens_BT.shape[1]), (len(tokens_BT), 1))
+    hidden_BTD, _ = qwen3.apply(variables, tokens_BT, positions_BT, jnp.ones_like(tokens_BT))
+    return log_probs(variables, hidden_BTD, tokens_BT)
+
+
+def deltas(config, param_dtype: str, rows: int, length: int) -> dict[str, float]:
+    """The mean difference between sampler and scorer, by how the model is trained and decodes."""
+    base, trained = parameters(config)
+    tokens_BT = jax.random.randint(jax.random.key(2), (rows, length), 0, config.vocab_size)
+    adapted = Qwen3(config, dtype=BF16, lora=KIND)
+    plain = adapted.clone(lora=None)
+    whole = lora.merge(base, trained, KIND, WIDE)
+    frozen = quantised.tree(base, *quantised.split(param_dtype, BF16))
+    factors, unscaled = lora.for_decoding(trained, KIND, BF16)
+
+    def delta(qwen3: Qwen3, sampler: Any, scorer: Any, held: Any) -> float:
+        ours = jax.jit(decoded, static_argnums=0)(qwen3, sampler, tokens_BT)
+        theirs = jax.jit(scored, static_argnums=0)(scorer, held, tokens_BT)
+        return float(jnp.mean(jnp.abs(ours - theirs)))
+
+    beside = {"params": frozen, LORA: trained}
+    merged = {"params": lora.merge(frozen, trained, KIND, BF16)}
+    apart = {"params": frozen, LORA: factors}
+    rounded = {"params": quantised.tree(whole, None, BF16)}
+    return {
+        "whole": delta(plain, rounded, plain, {"params": whole}),
+        "merged": delta(plain, merged, adapted, beside),
+        "apart": delta(adapted.clone(lora=unscaled), apart, adapted, beside),
+    }
+
+
+def test_factors_apart_are_nearer_than_merged() -> None:
+    found = deltas(SMALL, "bfloat16", 16, 24)
+    assert 0 < found["apart"] < found["merged"] / 4
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("param_dtype", ["bfloat16", "int8", "float8_e4m3fn"])
+def test_factors_apart_are_as_near_as_a_model_trained_whole(param_dtype) -> None:
+    found = deltas(LARGE, param_dtype, 8, 96)
+    print(found)
+    assert found["apart"] < 1.2 * found["whole"] and 1.05 * found["apart"] < found["merged"]
+    if param_dtype == "bfloat16":
+        assert found["apart"] < 1.1 * found["whole"] < found["merged"]
+
+
+def test_factors_are_those_of_the_scorer() -> None:
+    """Scaled in float32 and rounded once, as `factors` does, whatever the scale."""
+    base, trained = parameters(SMALL)
+    tokens_BT = jax.random.randint(jax.random.key(2), (4, 9), 0, 1024)
+    factors, unscaled = lora.for_decoding(trained, KIND, BF16)
+    adapted = Qwen3(SMALL, dtype=BF16, lora=KIND)
+    found = scored(adapted.clone(lora=unscaled), {"params": base, LORA: factors}, tokens_BT)
+    expected = scored(adapted, {"params": base, LORA: trained}, tokens_BT)
+    np.testing.assert_array_equal(found, expected)
+    layers = model.unstack(base, 2), model.unstack(factors, 2)
+    by_layer = adapted.clone(lora=unscaled, scan=False)
+    apart = decoded(by_layer, {"params": layers[0], LORA: layers[1]}, tokens_BT)
+    np.testing.assert_allclose(apart, expected, atol=0.1)
+    for kind in (None, "int8"):  # kernels that are rounded already are left alone
+        held = quantised.tree(base, "int8", BF16)
+        again = quantised.tree(held, kind, BF16)
+        assert jax.tree.all(jax.tree.map(np.array_equal, again, held))
