@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 from distill import mesh as mesh_lib
 from distill import policy, rollout, stages
 from distill.calls import Call, Models, bytes_of, cast, like, operations
-from distill.policy import Policy
 from distill.rollout import decode
-from models.qwen3 import pages
+from models.qwen3 import lora as lora_lib
+from models.qwen3 import pages, quantised
 
 
 def cache_room(s: ConfigDict, models: Models, mesh: Mesh, left: float) -> int:
@@ -34,23 +34,15 @@ def _decoder(
     """What the sampler's programs are compiled for, and the shapes of the weights that decode."""
     student, options = models.student, stages.rollout_options(s, room)
     stacked = decode.prefers_stacked(mesh)
-    qwen3 = student.model.clone(scan=stacked, remat=False, lora=None)
+    lora = student.model.lora and lora_lib.unscaled(student.model.lora)
+    qwen3 = student.model.clone(scan=stacked, remat=False, lora=lora)
     config, dtype = student.config, jnp.dtype(qwen3.dtype).name
     shape = rollout.cache_shape(options, config, mesh, dtype, sampled, options.longest)
     decoder = decode.Decoder(qwen3, stages.sampling(s), student.stop_ids, shape, options.segment, 0)
     rules = mesh_lib.GATHERED if options.gathered else mesh_lib.RULES
     with mesh_lib.use(mesh):
-        read_from = _weights(
-            student, qwen3, _merged(models, mesh), mesh, rules, stacked, options.param_dtype
-        )
+        read_from = _variables(models, mesh, rules, stacked, options.param_dtype)
     return decoder, read_from
-
-
-def _merged(models: Models, mesh: Mesh) -> Any:
-    """What the sampler's weights are made of: what is trained, a LoRA merged with its base."""
-    if not models.student.model.lora:
-        return models.trained
-    return cast(mesh_lib.parameters(models.student.config, mesh), models.student.model.dtype)
 
 
 def of_sampling(
@@ -65,7 +57,7 @@ def of_sampling(
     decoder, read_from = _decoder(s, sampled, models, mesh, room)
     shape, config = decoder.cache, student.config
     rules = mesh_lib.GATHERED if options.gathered else mesh_lib.RULES
-    as_read = (decoder.qwen3, _merged(models, mesh), mesh, rules, decoder.qwen3.scan)
+    as_read = (*_given(models), mesh, rules, decoder.qwen3.scan)
     replicated = mesh_lib.replicated(mesh)
     X, N = shape.shards, shape.columns
 
@@ -136,12 +128,26 @@ def of_sampling(
     return calls
 
 
-def _weights(
-    student: Policy, qwen3: Any, trained: Any, mesh: Mesh, rules: Any, stacked: bool, kind: str
-) -> Any:
-    """Within `use`: shapes of the weights that decode, in the dtype `kind` ("": the model's)."""
+def _given(models: Models) -> tuple[Any, Any, Any]:
+    """What the weights that decode are made of: the model, parameters, a LoRA."""
+    student = models.student
+    if student.model.lora:
+        return student.model, student.params, models.trained
+    return student.model, models.trained, None
+
+
+def _variables(models: Models, mesh: Mesh, rules: Any, stacked: bool, kind: str) -> Any:
+    """Within `use`: shapes of the variables that decode, parameters in `kind` ("": as they are)."""
+    qwen3, params, trained = _given(models)
     if not stacked:
-        return like(decode.for_decoding, qwen3, trained, mesh, rules, stacked, kind)
-    shapes = mesh_lib.parameters(student.config, mesh, rules=rules)
-    shaped = dataclasses.replace(student, params=shapes)
-    return policy.loaded(shaped, kind or jnp.dtype(qwen3.dtype).name)
+        return like(decode.for_decoding, qwen3, params, trained, mesh, rules, stacked, kind)
+    leaves = jax.tree.leaves(params, is_leaf=quantised.is_quantised)
+    held = {x.values.dtype.name for x in leaves if quantised.is_quantised(x)}
+    shapes = mesh_lib.parameters(qwen3.config, mesh, rules=rules)
+    shaped = dataclasses.replace(models.student, params=shapes)
+    kind = next(iter(held), kind or jnp.dtype(qwen3.dtype).name)
+    variables = {"params": policy.loaded(shaped, kind)}
+    if trained is not None:
+        factors = mesh_lib.parameters(qwen3.config, mesh, qwen3.lora, rules)
+        variables[lora_lib.LORA] = cast(factors, qwen3.dtype)
+    return variables
