@@ -232,7 +232,7 @@ def hidden(
 
 
 def logp(reader: Policy, batch: Batch, logits_mib: float) -> jax.Array:
-    """[B, T] float32: the log-probability that a model gives each token of the mask; 0 elsewhere."""
+    """[B, T] float32: the log-probability that a model gives each trained token; 0 elsewhere."""
     read = functools.partial(logps, reader.model, logits_mib, reader.params, None)
     return _there(reader, read, batch)
 

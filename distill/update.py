@@ -82,7 +82,7 @@ def _shifted(top_BTK: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, ja
     return None if top_BTK is None else (losses.shift(top_BTK[0]), losses.shift(top_BTK[1]))
 
 
-def _of_tokens(share_BN: jax.Array | None, shape: tuple[int, int]) -> jax.Array | None:
+def _of_tokens(share_BN: jax.Array | None, shape: tuple[int, ...]) -> jax.Array | None:
     return (
         None
         if share_BN is None
