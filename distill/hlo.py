@@ -49,8 +49,8 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 def read(text: str) -> Costs:
     """Adds up the text of a compiled program.
 
-    A body of a loop counts as often as the loop turns; a collective that is split into a start and
-    a done counts once.
+    A body of a loop counts as often as the loop turns; of branches the one with most operations
+    counts; a collective that is split into a start and a done counts once.
     """
     computations, entry = _computations(text)
     flops, open_loops = 0.0, 0
@@ -73,9 +73,21 @@ def read(text: str) -> Costs:
                 continue  # what they apply is an addition of scalars
             for called in _CALLED.findall(rest):
                 yield from walk(called, inner, fused or " fusion(" in rest)
-            for several, one in _BRANCHES.findall(rest):
-                for branch in re.findall(r"[\w.\-]+", several or one):
-                    yield from walk(branch, inner, fused)
+            if pairs := _BRANCHES.findall(rest):
+                names = re.findall(r"[\w.\-]+", " ".join(" ".join(pair) for pair in pairs))
+                yield from walk(max(names, key=work), inner, fused)
+
+    def work(branch: str) -> tuple[float, int]:
+        """Operations of a branch and, of two with as many, its length."""
+        nonlocal open_loops
+        before, every = open_loops, list(walk(branch, 1.0))
+        open_loops = before
+        products = (
+            times * _products(rest, lines)
+            for times, _, _, _, rest, lines in every
+            if " convolution(" in rest or " dot(" in rest
+        )
+        return sum(products), len(every)
 
     traffic = 0.0
     for times, fused, inside, instruction, rest, lines in walk(entry, 1.0):
