@@ -195,7 +195,8 @@ def gpu(
     row_B = row_BT[:, 0]
     table_BN = table_RN[jnp.maximum(row_B, 0)]
     count = together("gpu", keys.shape[2], table_BN.shape[1], decoding=True)
-    splits = min(16, -(-table_BN.shape[1] // count))
+    # Of each split comes a sum, with 16 queries a head: no more splits than keep the device busy.
+    splits = min(max(1, 2048 // (len(q_BTNH) * len(keys))), 16, -(-table_BN.shape[1] // count))
     table_BN = jnp.pad(table_BN, ((0, 0), (0, -table_BN.shape[1] % (splits * count))))
     out_BNH = paged_attention(
         q_BTNH[:, 0] * q_BTNH.shape[3] ** -0.5,
