@@ -12,6 +12,25 @@ from jax.sharding import Mesh
 from distill.policy import Policy
 from models.qwen3.config import Config
 
+# Names of jitted functions that a run calls too, and `plan` leaves out: what they read and give is
+# small beside every program that is listed.
+SMALL = {
+    # of a step's sequences or updates: a few numbers each
+    "_row_keys": "two numbers a sequence",
+    "_mixed": "a number a token, of several judges",
+    "merge": "figures of two micro-batches",
+    "mean": "figures of several updates",
+    # one array at a time, when weights are read, copied or compared
+    "one": "a parameter, merged and cast as it is read",
+    "quantise": "a parameter",
+    "put_at": "a parameter",
+    "equal": "a parameter, beside a teacher's",
+    "copy": "a parameter of the moving average, before step 0",
+    "_copied": "an array of a checkpoint",
+    "checksum": "a number of each array of a checkpoint",
+    "checksums": "a number of each parameter, before an evaluation",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Models:
@@ -27,12 +46,13 @@ class Models:
 class Call:
     """A program, how often a step calls it, and what it does that was asked for.
 
-    lower: what compiles it. turns: calls a step, or turns of its open loop. useful: operations of
-    the formula that one call computes, over all devices: no recomputation, no padding of a mask.
-    holds: of what the run keeps on the devices, the names that are among its arguments. beside:
-    bytes that lie on each device beside it and what the run keeps. mesh: where it runs, if not
-    where the student is; `lower` is to be called within its use. reads: bytes of memory that a
-    kernel reads in a call, of which the compiled text says nothing.
+    lower: what compiles it. turns: calls a step, or turns of its open loop; 0: once in a stage, or
+    only where something asks for it. useful: operations of the formula that one call computes, over
+    all devices: no recomputation, no padding of a mask. holds: of what the run keeps on the
+    devices, the names that are among its arguments. beside: bytes that lie on each device beside it
+    and what the run keeps. mesh: where it runs, if not where the student is; `lower` is to be
+    called within its use. reads: bytes of memory that a kernel reads in a call, of which the
+    compiled text says nothing. kind: how often it is called at other lengths (distill.forecast).
     """
 
     name: str
@@ -43,6 +63,7 @@ class Call:
     beside: int = 0
     mesh: Mesh | None = None
     reads: int = 0
+    kind: str = "fixed"
 
 
 def bytes_of(tree: Any) -> int:

@@ -25,7 +25,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from distill import aot, cli, metrics, policy, programs, roofline, stages, teacher
+from distill import aot, cli, memory, metrics, policy, programs, roofline, stages, teacher
 from distill import mesh as mesh_lib
 from distill.calls import Models
 from distill.policy import Policy
@@ -95,8 +95,12 @@ def models_of(
     for name in teachers:
         t = c[name]
         if t.path == teacher.EMA:
-            average = mesh_lib.parameters(student.config, mesh)
-            read[name] = dataclasses.replace(plain, params=average)
+            read[name] = dataclasses.replace(
+                plain, params=mesh_lib.parameters(student.config, mesh)
+            )
+            if lora:
+                beside = student.model.clone(remat=False)
+                read[name] = dataclasses.replace(student, model=beside)
         elif t.path == teacher.INITIAL:
             at = plain if teacher.is_base(student) else there
             read[name] = dataclasses.replace(plain, params=policy.loaded(at, t.param_dtype))
@@ -122,7 +126,7 @@ def rows_of(c: ConfigDict, name: str, topology: str, mesh: Mesh, apart: Mesh) ->
     models = models_of(c, mesh, apart, teachers, loss.reference > 0)
     stages.require_rows(name, s, mesh, apart)
     stages.require_tokens(name, s, mesh, apart)
-    kept = {at: programs.held(c, models, s, at) for at in {mesh, apart}}
+    kept = {at: memory.held(c, models, s, at) for at in {mesh, apart}}
     largest = {
         at: sorted(((f"{size / GIB:.2f}G", n) for n, size in of.items()), key=lambda x: -of[x[1]])
         for at, of in kept.items()

@@ -227,9 +227,19 @@ def sampled(policy: Policy) -> Callable[[Params], Params]:
     if policy.model.lora is None:
         return lambda trained: trained
     # The base may be in 8 bits, what is merged is not.
-    plain = mesh_lib.parameters(policy.config, mesh_of(policy))
-    merge = functools.partial(lora.merge, lora=policy.model.lora, dtype=policy.model.dtype)
-    return functools.partial(jax.jit(merge, out_shardings=_shardings(plain)), policy.params)
+    return functools.partial(merging(policy), policy.params)
+
+
+def merging(policy: Policy) -> Any:
+    """The jitted function of a frozen base and a LoRA that `sampled` merges by; of a policy that
+    may be described alone."""
+    plain, kind = mesh_lib.parameters(policy.config, mesh_of(policy)), policy.model.lora
+    assert kind is not None
+
+    def merged(base: Params, trained: Params) -> Params:
+        return lora.merge(base, trained, lora=kind, dtype=policy.model.dtype)
+
+    return jax.jit(merged, out_shardings=_shardings(plain))
 
 
 def _shardings(params: Params) -> Any:
@@ -378,6 +388,11 @@ def first(policy: Policy, key: jax.Array) -> Params:
 
 
 def _drawn(policy: Policy, key: jax.Array, kind: LoRA | None) -> Params:
+    return drawing(policy, kind)(key)
+
+
+def drawing(policy: Policy, kind: LoRA | None) -> Any:
+    """The jitted function of a key that draws parameters, or a LoRA, where they will live."""
     shapes = mesh_lib.parameters(policy.config, mesh_of(policy), kind)
     init = functools.partial(model.init, policy.config, lora=kind)
-    return jax.jit(init, out_shardings=_shardings(shapes))(key)
+    return jax.jit(init, out_shardings=_shardings(shapes))

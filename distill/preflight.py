@@ -21,16 +21,14 @@ from distill import (
     generate,
     metrics,
     policy,
-    programs,
-    rollout,
-    stages,
+    sampling_programs,
 )
-from distill import mesh as mesh_lib
+from distill import memory as memory_lib
 from distill import teacher as teacher_lib
 from distill.policy import Policy
 from distill.prepare import Plan, Stage
 from distill.validate import Validation
-from models.qwen3 import pages, quantised
+from models.qwen3 import quantised
 from models.qwen3.model import Params
 
 ROWS, TOKENS = 2, 60  # rows of a stage that are shown; tokens at each end of a longer part
@@ -246,20 +244,25 @@ def _apart(stage: Stage, plan: Plan, c: ConfigDict, trained: Params) -> dict[str
     home, models = policy.mesh_of(plan.student), _models(stage, plan, c, trained)
     read = (*models.teachers.values(), *((models.reference,) if models.reference else ()))
     there = next((mesh for x in read if (mesh := policy.mesh_of(x)) != home), None)
-    return programs.held(c, models, stage.c, there) if there else {}
+    return memory_lib.held(c, models, stage.c, there) if there else {}
 
 
 def _parts(stage: Stage, plan: Plan, c: ConfigDict, trained: Params) -> dict[str, float]:
     """Bytes that a device of the student's holds in a stage, by what they are of."""
-    models, mesh = _models(stage, plan, c, trained), policy.mesh_of(plan.student)
-    single = programs.single(stage.c, stage.sampled)
-    return {
-        **programs.held(c, models, stage.c),
-        "gradient": calls.bytes_of(trained) * (1 if single else 2),  # and the sum that it joins
-        "sampling": _sampling(stage, plan.student),
-        "activations": _activations(stage, plan),
-        "logits": stages.logits_mib(c, mesh) / mesh.size * 2**20,
-    }
+    models = _models(stage, plan, c, trained)
+    found: dict[str, float] = {**memory_lib.held(c, models, stage.c)}
+    if stage.sampled:
+        room = None
+        if limit := _limit():
+            given = (c, stage.c, stage.sampled, models, stage.rows)
+            room = memory_lib.cache_room(*given, limit)
+        sampler = sampling_programs.of_stage(c, stage.c, stage.sampled, models, room)
+        found["sampling"] = sampler.copy + sampler.cache
+    update = memory_lib.training(c, stage.c, stage.sampled, models, stage.rows)
+    if "sampling" in found and not stage.c.rollout.ahead:  # the one after the other
+        fuller = max(found.pop("sampling"), sum(update.values()))
+        return {**found, "sampling or updates": fuller}
+    return {**found, **update}
 
 
 def _read(p: Policy, param_dtype: str) -> Policy:
@@ -267,35 +270,6 @@ def _read(p: Policy, param_dtype: str) -> Policy:
     if policy.is_loaded(p):
         return p
     return dataclasses.replace(p, params=policy.loaded(p, param_dtype))
-
-
-def _sampling(stage: Stage, student: Policy) -> float:
-    """The sampler's copy of the weights and its cache, at its longest."""
-    if not stage.sampled:
-        return 0.0
-    s, config, mesh = stage.c, student.config, mesh_lib.decoding(policy.mesh_of(student))
-    item = jnp.dtype(student.model.dtype).itemsize
-    shards = mesh.shape["tensor"] if s.rollout.gathered else mesh.size
-    options = stages.rollout_options(s)
-    dtype = jnp.dtype(student.model.dtype).name
-    shape = rollout.cache_shape(options, config, mesh, dtype, stage.sampled, options.longest)
-    token = pages.token_bytes(config, mesh.shape["tensor"], jnp.dtype(shape.dtype))
-    return config.num_parameters * item / shards + shape.pages * shape.page * token
-
-
-def _activations(stage: Stage, plan: Plan) -> float:
-    """What an update keeps of a micro-batch, and the teachers' hidden states of it."""
-    s, student, T = stage.c, plan.student, stages.row_tokens(stage.c)
-    mesh = policy.mesh_of(student)
-    shards = mesh_lib.row_shards(mesh) * mesh_lib.token_shards(mesh, T)
-    item, config = jnp.dtype(student.model.dtype).itemsize, student.config
-    width = config.hidden_size * (1 if student.model.remat else 12)
-    kept = T * item * width * (config.num_hidden_layers + 2)
-    for name in s.teachers if stage.taught else ():
-        taught = plan.teachers[name].policy
-        size = jnp.dtype(taught.model.dtype).itemsize
-        kept += T * taught.config.hidden_size * size
-    return stage.rows / shards * kept
 
 
 def _limit() -> int | None:

@@ -2,6 +2,7 @@
 
 Nothing is read or allocated, and the devices of the mesh need not exist: what a slice will have to
 run can be compiled on a laptop. Each program knows what lies in memory beside it while it runs.
+What is left out is in calls.SMALL.
 """
 
 import dataclasses
@@ -14,51 +15,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from distill import losses, optim, policy, prepare, sampling_programs, stages, teacher, update
+from distill import losses, memory, optim, policy, prepare, sampling_programs, stages, teacher
 from distill import mesh as mesh_lib
+from distill import update as update_lib
 from distill.batch import Batch
 from distill.calls import Call, Models, bytes_of, operations
+from distill.memory import head_of, own, single
 from distill.policy import Policy
 from models.qwen3 import model
-
-
-def held(
-    c: ConfigDict, models: Models, stage: ConfigDict, mesh: Mesh | None = None
-) -> dict[str, int]:
-    """What a run keeps on each device of a mesh, the student's by default, through all programs of
-    a stage: name -> bytes."""
-    home = policy.mesh_of(models.student)
-    mesh, kept = mesh or home, {}
-    if mesh == home:
-        state = update.abstract(optim.make(stage.optim, 1), models.trained)
-        kept |= {"parameters": bytes_of(state.params), "optimiser": bytes_of(state.opt_state)}
-        if c.student.ema:
-            kept["average"] = kept["parameters"]
-        if models.student.model.lora:
-            kept["base"] = bytes_of(models.student.params)
-    read = {name: x for name, x in models.teachers.items() if not _own(c, name, models)}
-    if models.reference:
-        read["reference"] = models.reference
-    for name, reader in read.items():
-        if policy.mesh_of(reader) == mesh:
-            kept[name] = bytes_of(reader.params)
-        elif mesh == home and name in models.teachers:
-            kept[f"head of {name}"] = bytes_of(_head(reader, home))
-    return kept
-
-
-def _head(reader: Policy, mesh: Mesh) -> Any:
-    """The output head of a teacher as the update reads it: on the student's mesh."""
-    head_VE, like = model.head(reader.params), model.head(mesh_lib.parameters(reader.config, mesh))
-    return jax.ShapeDtypeStruct(head_VE.shape, head_VE.dtype, sharding=like.sharding)
-
-
-def _own(c: ConfigDict, name: str, models: Models) -> str:
-    """Where a teacher is what the run keeps anyway: what that is called."""
-    path = c[name].path
-    if path == teacher.EMA:
-        return "average"
-    return "base" if path == teacher.INITIAL and teacher.is_base(models.student) else ""
 
 
 def of_stage(
@@ -79,45 +43,96 @@ def of_stage(
     readers = [*models.teachers.values(), *([models.reference] if models.reference else [])]
     rows = stages.microbatch_rows(s, sampled, mesh, *map(policy.mesh_of, readers))
     turns = s.minibatches * -(-s.batch_size // (s.minibatches * rows))
-    calls, room = [], None
-    if sampled and limit:
-        left = limit - sum(held(c, models, s).values())
-        room = sampling_programs.cache_room(s, models, mesh, left)
+    calls, ahead = [], (0, 0)
     if sampled:
-        calls += sampling_programs.of_sampling(s, sampled, models, mesh, room)
-    # The gradient so far lies beside what is called between two micro-batches.
-    gradient = 0 if single(s, sampled) else bytes_of(models.trained)
-    calls += _reading(c, s, loss, models, mesh, rows, turns, gradient)
+        room = memory.cache_room(c, s, sampled, models, rows, limit) if limit else None
+        sampler = sampling_programs.of_stage(c, s, sampled, models, room)
+        calls += sampling_programs.programs(sampler)
+        if s.rollout.ahead:  # the next step's weights lie there, and soon its cache
+            ahead = (sampler.copy, sampler.copy + sampler.cache)
+    calls += _reading(c, s, loss, models, mesh, rows, turns, ahead)
+    calls += _update(c, s, loss, sampled, models, mesh, rows, turns, ahead)
+    if c.eval.every:
+        calls += sampling_programs.evaluation(c, s, models)
+    return calls
+
+
+def _update(
+    c: ConfigDict,
+    s: ConfigDict,
+    loss: losses.Loss,
+    sampled: int,
+    models: Models,
+    mesh: Mesh,
+    rows: int,
+    turns: int,
+    ahead: tuple[int, int],
+) -> list[Call]:
+    """What trains, and what begins the state that is trained."""
     optimizer = optim.make(s.optim, s.steps * s.epochs * s.minibatches)
-    state = update.abstract(optimizer, models.trained, c.student.ema > 0)
+    state = update_lib.abstract(optimizer, models.trained, c.student.ema > 0)
     programs = prepare.updater(c, s, loss, optimizer, models.student, mesh, state)
-    student, frozen = models.student, None
+    student, frozen, calls = models.student, None, _beginning(c, s, models, optimizer, mesh)
     if student.model.lora:
         frozen = student.params
     base = ("base",) if frozen is not None else ()
-    micro, heads = _microbatch(s, loss, sampled, models, mesh, rows)
+    micro, heads, shared = _microbatch(c, s, loss, sampled, models, mesh, rows)
     tokens, mean = rows * stages.row_tokens(s), (stages.row_tokens(s) + 1) / 2
     forward = operations(student.config, tokens, mean, head=True)
     if s.epochs * s.minibatches > 1:
         known = dataclasses.replace(micro, teacher_hidden_BTD=None, old_logp_BT=None)
+        known = dataclasses.replace(known, reference_logp_BT=None)
         before = functools.partial(programs.logp.lower, state.params, known, frozen)
-        calls.append(Call("old log-probs", before, turns, forward, ("parameters", *base)))
+        holds = ("parameters", *base)
+        calls.append(Call("old log-probs", before, turns, forward, holds, ahead[0], kind="read"))
     # With a LoRA, the gradient of the base's own products is that of their inputs alone.
     useful = (2 if student.model.lora else 3) * forward
     useful += sum(2.0 * tokens * head.shape[0] * head.shape[1] for head in heads)
     so_far = None if single(s, sampled) else state.params
-    train = functools.partial(programs.accumulate.lower, so_far, state.params, micro, heads, frozen)
+    updates = s.epochs * s.minibatches
+    if so_far is not None:
+        zeros = functools.partial(programs.zeros.lower, state.params)
+        calls.append(Call("zeros", zeros, updates, 0.0, (), ahead[1]))
+    given = (so_far, state.params, micro, heads, frozen)
+    train = functools.partial(programs.accumulate.lower, *given)
     holds = ("parameters", *base, *(f"head of {name}" for name in models.teachers))
-    calls.append(Call("accumulate", train, turns * s.epochs, useful, holds))
-    figures = jax.eval_shape(programs.accumulate, so_far, state.params, micro, heads, frozen)[1]
+    beside = ahead[1] - shared
+    calls.append(Call("accumulate", train, turns * s.epochs, useful, holds, beside, kind="train"))
+    _, figures, stats = jax.eval_shape(programs.accumulate, *given)
     end = functools.partial(programs.apply.lower, state, state.params, figures, 1)
     holds = ("parameters", "optimiser", "average")
-    return [*calls, Call("apply", end, s.epochs * s.minibatches, 0.0, holds)]
+    calls.append(Call("apply", end, updates, 0.0, holds, ahead[1]))
+    if c.log.transcripts:
+        split = jax.tree.map(lambda x: _arrays(mesh, *x.shape)(x.dtype), stats)
+        shown = (micro.tokens_BT, micro.mask_BT, micro.segments_BT, micro.finished_BT, split)
+        taken = functools.partial(mesh_lib.first_rows.lower, shown, rows)
+        calls.append(Call("transcripts", taken, 1 / c.log.transcripts_every, 0.0, (), ahead[1]))
+    return calls
 
 
-def single(s: ConfigDict, sampled: int) -> bool:
-    """Whether an update has one micro-batch, always, and no gradient lies beside its own."""
-    return not sampled and s.accumulate == 1
+def _beginning(
+    c: ConfigDict, s: ConfigDict, models: Models, optimizer: Any, mesh: Mesh
+) -> list[Call]:
+    """What runs once, before a stage's first step."""
+    kept, student, calls = memory.held(c, models, s), models.student, []
+    first = s is c[c.stages[0]]
+    # Of the first stage no teacher is there yet; of a later one the last one's optimiser still is.
+    read = sum(kept.get(name, 0) for name in (*models.teachers, "reference"))
+    beside = -read if first else kept["optimiser"]
+    if first and (c.student.random_init or student.model.lora):
+        drawn = policy.drawing(student, student.model.lora)
+        begun = functools.partial(drawn.lower, jax.eval_shape(jax.random.key, 0))
+        holds = ("parameters", "optimiser", "average")
+        calls.append(Call("first parameters", begun, 0, 0.0, holds, beside))
+    started = functools.partial(update_lib.starter(optimizer, models.trained).lower, models.trained)
+    calls.append(Call("optimiser", started, 0, 0.0, ("parameters", "optimiser"), beside))
+    for name, of in models.teachers.items():
+        there = policy.mesh_of(of)
+        if there != mesh:  # between processes it travels whole
+            whole = functools.partial(jax.jit(mesh_lib.whole).lower, model.head(of.params))
+            calls.append(Call(f"head of {name}", whole, 0, 0.0, (), 0, there))
+            calls[-1] = dataclasses.replace(calls[-1], beside=-bytes_of(model.head(of.params)))
+    return calls
 
 
 def _arrays(mesh: Mesh, rows: int, *shape: int) -> Callable[..., Any]:
@@ -137,10 +152,17 @@ def _tokens(mesh: Mesh, rows: int, T: int) -> Batch:
 
 
 def _microbatch(
-    s: ConfigDict, loss: losses.Loss, sampled: int, models: Models, mesh: Mesh, rows: int
-) -> tuple[Batch, tuple[Any, ...]]:
-    """Shapes of a micro-batch as the update reads it, and of the teachers' heads."""
-    T, known, heads = stages.row_tokens(s), {}, ()
+    c: ConfigDict,
+    s: ConfigDict,
+    loss: losses.Loss,
+    sampled: int,
+    models: Models,
+    mesh: Mesh,
+    rows: int,
+) -> tuple[Batch, tuple[Any, ...], int]:
+    """Shapes of a micro-batch as the update reads it, and of the teachers' heads; of which so many
+    bytes are of parameters that the run keeps on these devices."""
+    T, known, heads, shared = stages.row_tokens(s), {}, (), 0
     array = _arrays(mesh, rows, T)
     if sampled == s.batch_size:
         known |= {"sampler_logp_BT": array("float32"), "finished_BT": array("bool")}
@@ -159,11 +181,15 @@ def _microbatch(
             array(of.model.dtype, of.config.hidden_size, sharding=stream)
             for of in models.teachers.values()
         )
-        heads = tuple(_head(of, mesh) for of in models.teachers.values())
+        heads = tuple(head_of(of, mesh) for of in models.teachers.values())
+        here = [policy.mesh_of(of) == mesh for of in models.teachers.values()]
+        shared = sum(bytes_of(head) for head, at in zip(heads, here, strict=True) if at)
+    if sampled and c.student.replay_routing:
+        known["experts_BTLA"] = array("int16", *models.student.config.routing)
     if len(models.teachers) > 1:
         known["teacher_share_BTN"] = array("float32", len(models.teachers))
     read = _tokens(mesh, rows, T)
-    return dataclasses.replace(read, thinking_BT=array("bool"), **known), heads
+    return dataclasses.replace(read, thinking_BT=array("bool"), **known), heads, shared
 
 
 def _reading(
@@ -174,41 +200,53 @@ def _reading(
     mesh: Mesh,
     rows: int,
     turns: int,
-    gradient: int,
+    ahead: tuple[int, int],
 ) -> list[Call]:
-    """What models that are only read make of the micro-batches: judges, teachers, a reference; of
-    which the latter two do so beside a `gradient` of so many bytes."""
+    """What models that are only read make of the micro-batches: judges, teachers, a reference.
+
+    The latter two do so beside the gradient so far, or before the first update; several teachers
+    beside what those before them found."""
     T, mib, calls = stages.row_tokens(s), stages.logits_mib(c, mesh), []
     room = s.context.max_tokens if s.context.text or s.context.column else 0
+    sampled = stages.objective("", s)[1]
+    gradient = 0 if single(s, sampled) else bytes_of(models.trained)
+    found, average = 0, models.trained if models.student.model.lora else None
 
     def called(what: str, name: str) -> str:
         return what if name == "teacher" else f"{what} {name}"
 
-    def logps(name: str, of: Policy, T: int, temperature: float, holds: str, beside: int) -> Call:
+    def call(
+        name: str, of: Policy, lower: Any, turns: int, useful: float, holds: str, beside: int
+    ) -> Call:
         there = policy.mesh_of(of)
-        given = (of.model, mib, temperature, of.params, None, _tokens(there, rows, T))
-        lower = functools.partial(teacher.logps.lower, *given)
-        useful = operations(of.config, rows * T, (T + 1) / 2, head=True)
         beside = beside if there == mesh else 0
-        return Call(name, lower, turns, useful, (holds,), beside, there)
+        names = ("average", "base") if holds == "average" else (holds,)  # of a LoRA, its base too
+        return Call(name, lower, turns, useful, names, beside, there, kind="read")
+
+    def logps(name: str, of: Policy, T: int, temperature: float, holds: str, beside: int) -> Call:
+        given = (of.model, mib, temperature, of.params, average if holds == "average" else None)
+        lower = functools.partial(teacher.logps.lower, *given, _tokens(policy.mesh_of(of), rows, T))
+        useful = operations(of.config, rows * T, (T + 1) / 2, head=True)
+        return call(name, of, lower, turns, useful, holds, beside)
 
     for name, of in models.teachers.items():
-        there, holds = policy.mesh_of(of), _own(c, name, models) or name
+        there, holds = policy.mesh_of(of), own(c, name, models) or name
         if loss.reward and s.reward.judge:
-            calls.append(logps(called("judge", name), of, T + room, 1.0, holds, 0))
+            calls.append(logps(called("judge", name), of, T + room, 1.0, holds, ahead[0]))
         if loss.teacher:
             at_BT = _arrays(there, rows, T)("int32") if room else None
-            given = (of.model, of.params, None, _tokens(there, rows, T + room), at_BT)
+            lora = average if holds == "average" else None
+            given = (of.model, of.params, lora, _tokens(there, rows, T + room), at_BT)
             lower = functools.partial(teacher.hidden.lower, *given)
             useful = operations(of.config, rows * (T + room), (T + room + 1) / 2, head=False)
-            beside = gradient if there == mesh else 0
-            calls.append(
-                Call(
-                    called("score", name), lower, turns * s.epochs, useful, (holds,), beside, there
-                )
-            )
+            beside = gradient + ahead[1] + found
+            named = called("score", name)
+            calls.append(call(named, of, lower, turns * s.epochs, useful, holds, beside))
+            stream = NamedSharding(mesh, mesh_lib.stream(mesh, T))
+            array = _arrays(mesh, rows, T)
+            found += bytes_of(array(of.model.dtype, of.config.hidden_size, sharding=stream))
     if loss.reference:
         of, holds = models.reference or models.student, "reference" if models.reference else "base"
         at = stages.read_at(s, loss)
-        calls.append(logps("reference", of, T, at, holds, gradient))
+        calls.append(logps("reference", of, T, at, holds, gradient + ahead[1]))
     return calls

@@ -29,7 +29,12 @@ _TOGETHER = 64  # rows that one process tells the others at a time
 
 def fingerprint(params: Any) -> str:
     """16 hexadecimal digits of all parameters: the same on any mesh, of no other checkpoint."""
-    sums = jax.jit(lambda leaves: [checksum(x) for x in leaves])(jax.tree.leaves(params))
+
+    @jax.jit
+    def checksums(leaves: list[jax.Array]) -> list[jax.Array]:
+        return [checksum(x) for x in leaves]
+
+    sums = checksums(jax.tree.leaves(params))
     return hashlib.sha256(repr([int(s) for s in sums]).encode()).hexdigest()[:16]
 
 

@@ -44,10 +44,15 @@ def init(
     average: Params | None = None,
 ) -> TrainState:
     """A fresh optimiser around `params`; its moments are sharded as the parameters are."""
-    opt_state = jax.jit(optimizer.init, out_shardings=_like(optimizer, params))(params)
+    opt_state = starter(optimizer, params)(params)
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     count = mesh_lib.put(np.int32(step), mesh_lib.replicated(mesh))
     return TrainState(params, opt_state, count, average)
+
+
+def starter(optimizer: optax.GradientTransformation, params: Params) -> Any:
+    """What makes the optimiser's state of parameters like these, which may be shapes: jitted."""
+    return jax.jit(optimizer.init, out_shardings=_like(optimizer, params))
 
 
 def _like(optimizer: optax.GradientTransformation, params: Params):
@@ -304,6 +309,9 @@ def make(
         )
         return losses.unshift(stats["logp"])
 
+    def zeros(params: Params):
+        return jax.tree.map(jnp.zeros_like, params)
+
     lie = jax.tree.map(lambda x: x.sharding, state)
     options = compiled.options(jax.tree.leaves(lie)[0].mesh)
     by = lie.params
@@ -314,7 +322,7 @@ def make(
             out_shardings=(by, None, None),
             compiler_options=options,
         ),
-        jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=by),
+        jax.jit(zeros, out_shardings=by),
         jax.jit(merge),
         jax.jit(
             functools.partial(_applied, optimizer, ema), donate_argnums=0, out_shardings=(lie, None)

@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base, quickstart
-from distill import aot, collect, plan, policy, prepare, programs, rewards, teacher, train
+from distill import aot, collect, memory, plan, policy, prepare, rewards, teacher, train
 from distill import mesh as mesh_lib
 from models.errors import UserError
 
@@ -121,9 +121,9 @@ def test_memory_is_counted_where_it_lies():
     c.mesh.fsdp, c.opd.teachers, c.opd.teacher_weights = 2, ("teacher",), ()
     mesh, apart = mesh_lib.meshes(c, aot.devices("v5e:2x2"))
     models = plan.models_of(c, mesh, apart, ("teacher",), True)
-    there = programs.held(c, models, c.opd, apart)
+    there = memory.held(c, models, c.opd, apart)
     assert there.keys() == {"teacher", "reference"}
-    here = programs.held(c, models, c.opd)
+    here = memory.held(c, models, c.opd)
     assert here.keys() == {"parameters", "optimiser", "head of teacher"}
     size = np.prod((models.teachers["teacher"].config.vocab_size, 1))
     assert here["head of teacher"] == size * models.teachers["teacher"].config.hidden_size * 4 / 2
@@ -135,8 +135,8 @@ def test_it_is_planned_where_it_runs():
     c.mesh.fsdp, c.opd.teachers, c.opd.teacher_weights = 2, ("teacher",), ()
     found = {row.name: row for row in plan.compiled(c, "v5e:2x2")["opd"]}
     of = plan.models_of(c, *mesh_lib.meshes(c, aot.devices("v5e:2x2")), ("teacher",), True)
-    kept = programs.held(c, of, c.opd, policy.mesh_of(of.teachers["teacher"]))
+    kept = memory.held(c, of, c.opd, policy.mesh_of(of.teachers["teacher"]))
     assert found["score"].beside == kept["reference"]
     assert found["reference"].beside == kept["teacher"]
-    here = programs.held(c, of, c.opd)
+    here = memory.held(c, of, c.opd)
     assert found["accumulate"].beside == here["optimiser"]

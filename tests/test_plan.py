@@ -8,7 +8,7 @@ import pytest
 from jax.experimental import topologies
 
 from configs import base
-from distill import aot, hlo, plan, programs
+from distill import aot, hlo, memory, plan
 from distill import mesh as mesh_lib
 from models.errors import UserError
 from models.qwen3.config import SIZES
@@ -66,7 +66,7 @@ def test_every_program_of_a_step_is_there(rows):
 def test_what_lies_beside_a_program(rows, shape):
     mesh = mesh_lib.make(1, 4, 1, devices=aot.devices("v5e:2x2"))
     models = plan.models_of(config(shape), mesh, mesh, ("teacher",), False)
-    kept = programs.held(config(shape), models, config(shape).opd)
+    kept = memory.held(config(shape), models, config(shape).opd)
     norms = D + L * (2 * H + 2 * D)  # of which the heads' are not split
     assert kept["parameters"] == pytest.approx(4 * PARAMETERS / 4, abs=4 * norms)
     assert kept["optimiser"] == pytest.approx(2 * kept["parameters"], abs=64)

@@ -1,0 +1,112 @@
+"""What a run has compiled, compared with what `plan` lists for the same config."""
+
+import collections
+from typing import Any
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from configs import base, quickstart
+from distill import mesh as mesh_lib
+from distill import plan, programs, stages, train
+from distill.calls import SMALL, Call
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+# Programs of which each shape is a program of its own, and is listed as one.
+SAMPLING = {"for_decoding", "init_state", "prefill", "decode", "resize", "remember"}
+# What jax compiles for an operation that is not within a program: on scalars, of keys and rates.
+SCALARS = {
+    *("_threefry_seed", "_threefry_fold_in", "_where", "_power", "true_divide", "add", "subtract"),
+    *("clip", "integer_pow", "multiply", "minimum", "cos", "convert_element_type", "stage"),
+}
+
+
+def config(**changes: Any) -> ConfigDict:
+    """A step of the quick start in small; `changes` with __ for a dot."""
+    c = quickstart.get_config("tiny")
+    c.mesh.fsdp = 1
+    c.opd.steps, c.opd.batch_size, c.checkpoint.every = 1, 4, 0
+    c.opd.max_response_tokens = 8
+    named = {name.replace("__", "."): value for name, value in changes.items()}
+    c.update_from_flattened_dict(named)
+    return c
+
+
+def several(c: ConfigDict) -> ConfigDict:
+    """Two teachers, each half of every token's."""
+    c.original = base.teacher()
+    c.original.path = "assets/student"
+    c.original.param_dtype = c.original.dtype = "float32"
+    c.opd.teachers, c.opd.teacher_weights = ("teacher", "original"), (1.0, 1.0)
+    return c
+
+
+CONFIGS = {
+    "opd": config(),
+    "in pages, ahead": config(opd__rollout__page=16, opd__rollout__ahead=True, opd__steps=2),
+    "grpo": config(
+        opd__objective="grpo",
+        opd__samples=2,
+        opd__minibatches=2,
+        opd__loss__reference=0.1,
+        opd__reward__correct=0.0,
+        opd__reward__format=1.0,
+        student__ema=0.9,
+    ),
+    "a LoRA": config(student__lora__rank=2, eval__every=1, eval__limit=2, eval__max_new_tokens=4),
+    "a context": config(opd__context__text="assets/rows/manual.md", opd__context__max_tokens=48),
+    "two teachers, a penalty": several(config(opd__sampling__presence_penalty=0.5)),
+}
+
+
+def planned(c: ConfigDict) -> list[tuple[str, Call]]:
+    """What the only stage of a config calls: names of jitted functions, as XLA has them."""
+    mesh, apart = mesh_lib.meshes(c)
+    (name,) = c.stages
+    s = c[name]
+    loss, sampled = stages.objective(name, s)
+    teachers = tuple(s.teachers) if stages.taught(s, loss) else ()
+    models = plan.models_of(c, mesh, apart, teachers, loss.reference > 0)
+    found = []
+    with mesh_lib.use(mesh):
+        calls = programs.of_stage(c, s, loss, sampled, models, mesh)
+    for call in calls:
+        with mesh_lib.use(call.mesh or mesh):
+            module = call.lower().compiler_ir().operation.attributes["sym_name"].value
+        found.append((str(module).removeprefix("jit_"), call))
+    return found
+
+
+def ran(c: ConfigDict, workdir: Any) -> collections.Counter[str]:
+    """The names of what a run compiles."""
+    found: collections.Counter[str] = collections.Counter()
+
+    def note(event: str, duration_secs: float, **about: str | int) -> None:
+        if event == COMPILED:
+            found[str(about["fun_name"]).removeprefix("jit(").removesuffix(")")] += 1
+
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        train.run(c, workdir)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    return found
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_runs_is_planned(name: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    c = CONFIGS[name].copy_and_resolve_references()
+    listed = planned(c)
+    found = ran(c, tmp_path)
+    named = collections.Counter(module for module, _ in listed)
+    known = named.keys() | SMALL.keys() | SCALARS
+    assert not found.keys() - known, "not planned"
+    assert not {module for module, call in listed if call.turns > 0} - found.keys(), "never ran"
+    for module in SAMPLING & found.keys():
+        assert found[module] <= named[module], f"{module}: shapes that are not planned"
+
+
+def test_what_is_left_out_is_not_planned_too() -> None:
+    assert not {module for module, _ in planned(CONFIGS["opd"])} & (SMALL.keys() | SCALARS)
