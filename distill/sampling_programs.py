@@ -105,7 +105,7 @@ def of_stage(
 
 def of_evaluation(c: ConfigDict, models: Models) -> Sampler:
     """What samples the responses of `config.eval`. Its questions are not known here: they count as
-    as long as the stages allow prompts to be, and without a limit as one batch. A LoRA is merged."""
+    as long as the stages allow prompts to be, without a limit as one batch. A LoRA is merged."""
     e, models = c.eval, _merged(models)
     changes = {"samples": e.samples or None, "max_new_tokens": e.max_new_tokens or None}
     settings = benchmarks.settings(e.protocol, e.benchmark, changes)

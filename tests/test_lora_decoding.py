@@ -59,7 +59,8 @@ def decoded(qwen3: Qwen3, variables: Any, tokens_BT: jax.Array) -> jax.Array:
         ones_B1 = jnp.ones((B, 1), jnp.int32)
         token_B1 = jax.lax.dynamic_slice_in_dim(tokens_BT, t, 1, 1)
         view = cache.step(jnp.arange(B)[:, None], jnp.full(B, t + 1))
-        hidden, view = qwen3.apply(variables, token_B1, t * ones_B1, ones_B1, view)
+        applied: Any = qwen3.apply(variables, token_B1, t * ones_B1, ones_B1, view)
+        hidden, view = applied
         return view.bare(), hidden[:, 0]
 
     cache = init_pages(qwen3.config, 1, B, T, BF16, "plain")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -168,7 +169,7 @@ def test_a_line_of_several_blocks(monkeypatch):
     _, out = run(held, (table, length, starts, row, position), *tokens)
     for i, n in enumerate(lengths):
         got = np.asarray(out)[1, 0, starts[0, i] : starts[0, i] + n]
-        assert np.max(np.abs(got - dense(*(x[i] for x in qkv), 1))) <= 2e-6
+        assert np.max(np.abs(got - dense(*[x[i] for x in qkv], 1))) <= 2e-6
 
 
 @pytest.mark.parametrize(("data", "fsdp", "tensor"), [(2, 1, 1), (1, 2, 2), (2, 1, 4), (1, 1, 4)])
@@ -259,7 +260,7 @@ def test_a_shared_page_is_copied_when_it_is_written(monkeypatch, kind):
         held, out = run(held, index, *tokens)
         for i in (0, 1):
             for layer in range(L):
-                want = dense(*(x[i] for x in qkv), layer)[n]
+                want = dense(*[x[i] for x in qkv], layer)[n]
                 assert np.max(np.abs(out[layer, i, 0] - want)) <= 2e-6
 
 
@@ -280,7 +281,7 @@ def test_what_is_not_finite_stays_in_its_row(monkeypatch, kind, bad):
     at = held.step(jnp.asarray(table), jnp.full(1, 3, jnp.int32))
     index = (at.table_RN, at.length_R, at.starts_XR, at.row_BT, at.position_BT)
     _, out = run(held, index, *(x[1][:, None, 2:3] for x in qkv))
-    want = dense(*(x[1] for x in qkv), 1)[2]
+    want = dense(*[x[1] for x in qkv], 1)[2]
     assert np.max(np.abs(out[1, 0, 0] - want)) <= 2e-6
 
 
@@ -371,8 +372,9 @@ def compile_for(topology, data, tensor, T):
 
     def apply(held, params, tokens_BT):
         real_BT = (held.row_BT >= 0).astype(jnp.int32)
-        hidden, held = qwen3.apply({"params": params}, tokens_BT, held.position_BT, real_BT, held)
-        return held.bare(), hidden[:, -1, 0]
+        given = tokens_BT, held.position_BT, real_BT, held
+        applied: Any = qwen3.apply({"params": params}, *given)
+        return applied[1].bare(), applied[0][:, -1, 0]
 
     def decode(held, params, table, length):
         def step(carry):
@@ -412,6 +414,7 @@ def test_the_pool_stays_in_one_place(topology, data, tensor, T):
     the kernel reads of it apart, a step moves the weights and little more."""
     program, pool, weights = compile_for(topology, data, tensor, T)
     assert program.aliased >= pool and program.temporaries < 0.2 * pool
+    assert program.traffic is not None
     assert weights < 0.6 * pool and 0.9 * weights < program.traffic
     assert program.traffic < weights + pool / 2
 
@@ -424,6 +427,7 @@ def test_a_page_is_copied_in_place():
         program = aot.compile("", lambda: copy.lower(held, ids, ids), 16)
     pool = calls.bytes_of(held)
     assert program.aliased >= pool and program.temporaries < 0.01 * pool
+    assert program.traffic is not None
     copied = 32 * 128 * pages_lib.token_bytes(config, 2, jnp.dtype("bfloat16"))
     assert 2 * copied <= program.traffic < 4.2 * copied
 
