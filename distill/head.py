@@ -220,8 +220,8 @@ def token_stats(
         [B, T] arrays, and may not look from one token to another. The gradient is then taken while
         a chunk's logits are there (as arXiv 2410.10989, section 3.2): without a loss they are
         computed again on the way back, a third more work, or half where there is a teacher.
-      mask_BT: which tokens are needed; None: all. Up to an eighth or so, only they go through the
-        heads; weight_BT must be 0 at all others.
+      mask_BT: which tokens are needed; None: all. Chunks without any do not go through the heads;
+        weight_BT must be 0 at all others.
       shards: into how many parts rows, and the tokens of a row, are split over devices.
 
     Returns:
@@ -240,15 +240,13 @@ def token_stats(
     asked = _Asked(split, top_k, divergence, exact, overlap, baseline)
     sg = jax.lax.stop_gradient
     teachers, heads = (jax.tree.leaves(sg(x)) for x in (teacher_hidden_BTE, teacher_head_VE))
-    if teachers:
-        heads = [y.astype(x.dtype) for x, y in zip(teachers, heads, strict=True)]
+    heads = [y.astype(x.dtype) for x, y in zip(teachers, heads, strict=bool(teachers))]
     fixed = sg(head_VD).astype(hidden_BTD.dtype), heads
-    xs = {"targets": targets_BT, "teachers": teachers, "top": sg(teacher_top_BTK)}
-    xs |= {"share": teacher_share_BTN} | ({} if loss is None else {"known": known})
-    if loss is not None:
-        xs["weight"] = weight_BT
+    xs = {"hidden": hidden_BTD, "targets": targets_BT, "teachers": teachers}
+    xs |= {"top": sg(teacher_top_BTK), "share": teacher_share_BTN}
+    xs |= {} if loss is None else {"known": known, "weight": weight_BT}
     size = int(logits_mib * 2**20 / (4 * head_VD.shape[0]))
-    cut, runs_A, join = chunks.cut({"hidden": hidden_BTD, **xs}, size, mask_BT, shards)
+    cut, runs_A, join = chunks.cut(xs, size, mask_BT, shards)
     given = cut.pop("hidden"), head_VD, fixed, cut, runs_A
     if loss is None:
         return join(_stats(asked, *given))

@@ -112,7 +112,7 @@ def test_no_circles():
 
 
 def test_losses_know_arrays_only():
-    arrays = ("head", "distributions", "losses", "advantages")
+    arrays = ("head", "chunks", "distributions", "losses", "advantages")
     plain = {"jax", "numpy", *sys.stdlib_module_names}
     known = {"models.errors", "models.errors.UserError", *(f"distill.{file}" for file in arrays)}
     for file in arrays:
