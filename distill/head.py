@@ -248,7 +248,5 @@ def token_stats(
     size = int(logits_mib * 2**20 / (4 * head_VD.shape[0]))
     cut, runs_A, join = chunks.cut(xs, size, mask_BT, shards)
     given = cut.pop("hidden"), head_VD, fixed, cut, runs_A
-    if loss is None:
-        return join(_stats(asked, *given))
-    total, stats = _summed(asked, loss, *given)
-    return {**join(stats), "total": total}
+    found: Any = _stats(asked, *given) if loss is None else _summed(asked, loss, *given)
+    return join(found) if loss is None else {**join(found[1]), "total": found[0]}
