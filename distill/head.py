@@ -158,8 +158,8 @@ def _summed_forward(asked, loss, hidden_ARCD, head_VD, fixed, xs, runs_A):
         return by_head_VD + by_chunk_VD, (stats, by_hidden_RCD)
 
     zeros_VD = jnp.zeros_like(head_VD)
-    by_head_VD, found = chunks.scan(step, zeros_VD, {"hidden": hidden_ARCD, **xs}, runs_A)
-    stats, by_hidden_ARCD = found
+    found: Any = chunks.scan(step, zeros_VD, {"hidden": hidden_ARCD, **xs}, runs_A)
+    by_head_VD, (stats, by_hidden_ARCD) = found
     return (jnp.sum(stats["loss"] * xs["weight"]), stats), (by_hidden_ARCD, by_head_VD)
 
 
