@@ -146,8 +146,9 @@ def stage(objective: str) -> ConfigDict:
     c.context.place = "system"  # in the system turn; or question: before the last user's words
     c.context.max_tokens = 1024  # it may add to a prompt; a longer one is refused
     c.reward = reward()
-    # Sampling, for opd. Anything but the plain distribution changes what is being learned. Losses of
-    # drawn tokens (rewards, opd_sampled, k2, k3) read all models at the temperature that drew them.
+    # Sampling, for opd. Anything but the plain distribution changes what is being learned. Losses
+    # of drawn tokens (rewards, opd_sampled, k2, k3) read all models at the temperature that drew
+    # them.
     c.sampling = ConfigDict()
     c.sampling.temperature = 1.0
     c.sampling.top_k = 0  # 0: off
