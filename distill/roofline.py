@@ -21,12 +21,15 @@ class Row:
     temporaries: int
     useful: float  # operations of the formula, a call
     compiled: float | None  # operations of the program, a call
+    attention: float | None  # of these, in attention over whole rows
     traffic: int | None  # HBM bytes, a call
     collectives: dict[str, tuple[int, int]] | None
     seconds: float  # a step: the roofline's
     bound: str
     mfu: float | None  # useful operations over what the device could do in these seconds, at most
     compilation: float
+    kind: str  # of calls.Call
+    reads: int  # of the traffic, what attention reads of the sampler's cache
 
     @property
     def total(self) -> int:
@@ -55,12 +58,15 @@ def row(call: calls.Call, program: aot.Program, beside: int, chip: aot.Chip, cou
         temporaries=program.temporaries,
         useful=useful,
         compiled=program.flops,
+        attention=program.attention,
         traffic=traffic,
         collectives=program.collectives,
         seconds=times[bound] * call.turns,
         bound=bound,
         mfu=mfu,
         compilation=program.seconds,
+        kind=call.kind,
+        reads=call.reads,
     )
 
 
@@ -101,7 +107,7 @@ def show(c: ConfigDict, topology: str, found: dict[str, list[Row]]) -> str:
         f"{chip.bf16_tflops:g} TFLOP/s, {chip.hbm_gbs:g} GB/s; config.mesh {dict(c.mesh)}"
     ]
     head = ("", "peak GiB", "alone", "of it temp.", "TFLOP", "useful", "GB HBM", "GB links")
-    line = "{:<10}{:>9}{:>9}{:>12}{:>9}{:>8}{:>9}{:>9}{:>9}{:>10}{:>8}  {}"
+    line = "{:<16}{:>9}{:>9}{:>12}{:>9}{:>8}{:>9}{:>9}{:>9}{:>10}{:>8}  {}"
     for name, rows in found.items():
         out += [f"stage {name}", line.format(*head, "calls", "s a step", "MFU <=", "bound by")]
         for row in rows:
