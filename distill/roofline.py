@@ -29,6 +29,7 @@ class Row:
     mfu: float | None  # useful operations over what the device could do in these seconds, at most
     compilation: float
     kind: str  # of calls.Call
+    head: float  # of the useful operations, by output heads
     reads: int  # of the traffic, what attention reads of the sampler's cache
 
     @property
@@ -36,16 +37,28 @@ class Row:
         return self.peak + self.beside
 
 
+def limits(
+    chip: aot.Chip,
+    flops: float,
+    traffic: float | None,
+    collectives: dict[str, tuple[int, int]] | None,
+) -> dict[str, float]:
+    """Seconds that each of what a call uses needs at best."""
+    times = {"compute": flops / (chip.bf16_tflops * 1e12)}
+    if traffic is not None:
+        times["HBM"] = traffic / (chip.hbm_gbs * 1e9)
+    if collectives:
+        received = sum(size for _, size in collectives.values())
+        times["interconnect"] = received / (chip.ici_gbs * 1e9)
+    return times
+
+
 def row(call: calls.Call, program: aot.Program, beside: int, chip: aot.Chip, count: int) -> Row:
     """A program's row, on one of `count` devices."""
     useful = call.useful / count
-    times = {"compute": max(program.flops or 0, useful) / (chip.bf16_tflops * 1e12)}
+    flops = max(program.flops or 0, useful)
     traffic = None if program.traffic is None else program.traffic + call.reads
-    if traffic is not None:
-        times["HBM"] = traffic / (chip.hbm_gbs * 1e9)
-    if program.collectives:
-        received = sum(size for _, size in program.collectives.values())
-        times["interconnect"] = received / (chip.ici_gbs * 1e9)
+    times = limits(chip, flops, traffic, program.collectives)
     bound = max(times, key=lambda name: times[name])
     mfu = None
     if program.flops is not None:
@@ -67,6 +80,7 @@ def row(call: calls.Call, program: aot.Program, beside: int, chip: aot.Chip, cou
         compilation=program.seconds,
         kind=call.kind,
         reads=call.reads,
+        head=call.head / count,
     )
 
 
