@@ -117,15 +117,19 @@ def stage(objective: str) -> ConfigDict:
     c.steps = 100
     c.batch_size = 64  # sequences a step; for opd prompts x samples
     c.samples = 1  # opd: responses to each prompt
-    # Micro-batches a step, of the update and of the teacher's reading; memory falls with it, the
-    # gradient stays the same.
+    # Micro-batches of an update, each read by the teachers and trained before the next; memory
+    # falls with it, the gradient stays the same. Sampled rows are packed (whole prompts and
+    # responses, one behind the other) into micro-batches of at most so many rows, and fewer where
+    # these keep the devices busy: then it is the least number for a step of the longest responses.
     c.accumulate = 1
     c.minibatches = 1  # updates that share a step's rows; schedules count updates
     c.epochs = 1  # how often a step's rows are trained on; above 1 the ratio corrects for it
     c.max_prompt_tokens = 512  # a longer prompt is refused
     c.max_response_tokens = 1024  # sft: traces are cut here; opd: sampling stops here
 
-    c.pack_tokens = 0  # sft: rows of so many tokens, as many examples in each as fit; 0: one each
+    # Traces: rows of so many tokens, as many examples in each as fit; 0: one each. Samples, which
+    # are always packed: rows of so many; 0: max_prompt_tokens + max_response_tokens.
+    c.pack_tokens = 0
 
     c.data = data()
     # Who teaches, by the names of their sub-configs. Of several without weights, the i-th teaches
@@ -142,7 +146,8 @@ def stage(objective: str) -> ConfigDict:
     c.context.place = "system"  # in the system turn; or question: before the last user's words
     c.context.max_tokens = 1024  # it may add to a prompt; a longer one is refused
     c.reward = reward()
-    # Sampling, for opd. Anything but the plain distribution changes what is being learned.
+    # Sampling, for opd. Anything but the plain distribution changes what is being learned. Losses
+    # of drawn tokens (rewards, opd_sampled, k2, k3) read all models at the temperature of the draw.
     c.sampling = ConfigDict()
     c.sampling.temperature = 1.0
     c.sampling.top_k = 0  # 0: off

@@ -19,7 +19,6 @@ from distill import (
     layout,
     microbatches,
     pod,
-    policy,
     rewards,
     rollout,
     stages,
@@ -306,7 +305,7 @@ def _writer(
     begun, the parameters may be donated.
     """
     s, student, parked = stage.c, plan.student, stage.parked
-    drawn_from, options, sampled = sampling(s), rollout_options(s), policy.sampled(student)
+    drawn_from, options, lora = sampling(s), rollout_options(s), student.model.lora is not None
     warm = False
 
     def begin(params: Params, version: int, step: int, rows: list[rollout.Sequence]):
@@ -315,7 +314,7 @@ def _writer(
         warm, warm_up = True, not warm
         coming = rollout.sample(
             student.model,
-            sampled(params),
+            student.params if lora else params,
             rows,
             sampling=drawn_from,
             stop_ids=student.stop_ids,
@@ -326,6 +325,7 @@ def _writer(
             counts=counts,
             routing=plan.replays,
             warm_up=warm_up,
+            trained=params if lora else None,
         )
         return lambda: finish(coming, step, len(rows), counts)
 

@@ -163,6 +163,7 @@ def _summed_forward(asked, loss, hidden_ARCD, head_VD, fixed, xs, runs_A):
         return by_head_VD + by_chunk_VD, (stats, by_hidden_RCD)
 
     zeros_VD = jnp.zeros_like(head_VD)
+    found: Any
     by_head_VD, found = chunks.scan(step, zeros_VD, {"hidden": hidden_ARCD, **xs}, runs_A)
     stats, by_hidden_ARCD = found
     return (jnp.sum(stats["loss"] * xs["weight"]), stats), (by_hidden_ARCD, by_head_VD)
@@ -223,17 +224,16 @@ def token_stats(
       baseline: also find the baseline of a policy gradient with log p - log q of a drawn token.
       temperature: logits of all models are divided by it.
       loss: also add up a loss, each token's times weight_BT: loss(stats, known) gives "loss" and
-        what else it finds, of tokens of a chunk, from their stats and what is `known` of them,
-        [B, T] arrays, and may not look from one token to another. The gradient is then taken while
-        a chunk's logits are there (as arXiv 2410.10989, section 3.2): without a loss they are
-        computed again on the way back, a third more work, or half where there is a teacher.
-      mask_BT: which tokens are needed; None: all. Up to an eighth or so, only they go through the
-        heads; weight_BT must be 0 at all others.
+        what else it finds, of tokens of a chunk, from their stats and what is `known` of them, and
+        may not look from one token to another. The gradient is then taken while a chunk's logits
+        are there (as arXiv 2410.10989, section 3.2), else they are computed again on the way back.
+      mask_BT: which tokens are needed; None: all. Few others go through the heads; weight_BT must
+        be 0 at these.
       shards: into how many parts rows, and the tokens of a row, are split over devices.
 
     Returns:
-      Float32 [B, T] arrays, 0 where a token is not needed. Differentiable (once) in the student:
-      "logp" log p(target), "entropy" of p in nats, and "divergence". Detached: with a teacher
+      Float32 [B, T] arrays, 0 where not needed. Differentiable (once) in the student: "logp"
+      log p(target), "entropy" of p in nats, and "divergence". Detached: with a teacher
       "teacher_logp" log q(target), "teacher_entropy", and "reverse_kl", the exact KL(p‖q) =
       Σ_v p(v) (log p(v) - log q(v)) over the whole vocabulary (stored tops give none of the three);
       "exact_divergence"; "baseline"; with overlap "top_overlap", the share of the teacher's top
@@ -241,23 +241,21 @@ def token_stats(
       "top_logp" and int32 "top_ids", [B, T, K], the most likely first. With a loss also what it
       finds, and "total", its scalar sum, which then alone is differentiable (once).
 
-      Where teacher and student are equal, divergence and gradient are exactly 0 in every form;
-      from stored tops up to the rounding of the tail's mass, about 1e-7.
+      Where teacher and student are equal, divergence and gradient are exactly 0 in every form; from
+      stored tops up to the rounding of the tail's mass, about 1e-7.
     """
-    asked = _Asked(split, top_k, divergence, exact, overlap, baseline, temperature)
     sg = jax.lax.stop_gradient
     teachers, heads = (jax.tree.leaves(sg(x)) for x in (teacher_hidden_BTE, teacher_head_VE))
-    if teachers:
-        heads = [y.astype(x.dtype) for x, y in zip(teachers, heads, strict=True)]
+    heads = [y.astype(x.dtype) for x, y in zip(teachers, heads, strict=bool(teachers))]
     fixed = sg(head_VD).astype(hidden_BTD.dtype), heads
     xs = {"targets": targets_BT, "teachers": teachers, "top": sg(teacher_top_BTK)}
-    xs |= {"share": teacher_share_BTN} | ({} if loss is None else {"known": known})
-    if loss is not None:
-        xs["weight"] = weight_BT
-    size = int(logits_mib * 2**20 / (4 * head_VD.shape[0]))
-    cut, runs_A, join = chunks.cut({"hidden": hidden_BTD, **xs}, size, mask_BT, shards)
+    xs["share"] = teacher_share_BTN
+    xs |= {} if loss is None else {"known": known, "weight": weight_BT}
+    xs["hidden"], size = hidden_BTD, int(logits_mib * 2**20 / (4 * head_VD.shape[0]))
+    cut, runs_A, join = chunks.cut(xs, size, mask_BT, shards)
     given = cut.pop("hidden"), head_VD, fixed, cut, runs_A
+    asked = _Asked(split, top_k, divergence, exact, overlap, baseline, temperature)
     if loss is None:
         return join(_stats(asked, *given))
-    total, stats = _summed(asked, loss, *given)
-    return {**join(stats), "total": total}
+    summed: Any = _summed(asked, loss, *given)
+    return {**join(summed[1]), "total": summed[0]}

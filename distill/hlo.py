@@ -13,8 +13,8 @@ class Costs:
     flops: operations of matrix products, those in kernels for attention and experts among them.
     attention: of these, in kernels for attention over whole rows.
     traffic: bytes that instructions read from HBM and write to it: operands and results, of slices
-    and scatters only what is cut out or put in; of the kernel for attention over pages without the
-    pages, of which it reads what the rows' lengths make it (models.qwen3.pages.read_bytes).
+    and scatters only what is cut out or put in; of kernels for attention over pages without the
+    pages, of which they read what the rows' lengths make them (models.qwen3.pages.read_bytes).
     collectives: kind -> (how many, bytes received). open_loops: loops of unknown length, of which
     one turn counts.
     """
@@ -45,14 +45,17 @@ _SAME = re.compile(r" (?:parameter|bitcast|convert|copy|reshape|transpose)\(")
 # What changes its first operand where it lies, and which operand it puts in.
 _IN_PLACE = re.compile(r" (dynamic-update-slice|scatter)\(")
 _PUT = {"dynamic-update-slice": 1, "scatter": 2}
+# Jax's kernels for attention over pages, for TPU and GPU, and which operands are the pool.
+_PAGED = re.compile(r"/jit\(((?:ragged_)?paged_attention)\)/")
+_POOL = {"ragged_paged_attention": slice(-1, None), "paged_attention": slice(1, -2)}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 def read(text: str) -> Costs:
     """Adds up the text of a compiled program.
 
-    A body of a loop counts as often as the loop turns; a collective that is split into a start and
-    a done counts once.
+    A body of a loop counts as often as the loop turns; of branches the one with most operations
+    counts; a collective that is split into a start and a done counts once.
     """
     computations, entry = _computations(text)
     flops, attention, open_loops = 0.0, 0.0, 0
@@ -75,14 +78,26 @@ def read(text: str) -> Costs:
                 continue  # what they apply is an addition of scalars
             for called in _CALLED.findall(rest):
                 yield from walk(called, inner, fused or " fusion(" in rest)
-            for several, one in _BRANCHES.findall(rest):
-                for branch in re.findall(r"[\w.\-]+", several or one):
-                    yield from walk(branch, inner, fused)
+            if pairs := _BRANCHES.findall(rest):
+                names = re.findall(r"[\w.\-]+", " ".join(" ".join(pair) for pair in pairs))
+                yield from walk(max(names, key=work), inner, fused)
+
+    def work(branch: str) -> tuple[float, int]:
+        """Operations of a branch and, of two with as many, its length."""
+        nonlocal open_loops
+        before, every = open_loops, list(walk(branch, 1.0))
+        open_loops = before
+        products = (
+            times * _products(rest, lines)
+            for times, _, _, _, rest, lines in every
+            if " convolution(" in rest or " dot(" in rest
+        )
+        return sum(products), len(every)
 
     traffic = 0.0
     for times, fused, inside, instruction, rest, lines in walk(entry, 1.0):
         if not fused:
-            traffic += times * _traffic(instruction, rest, lines, computations)
+            traffic += times * _traffic(rest, lines, computations)
         kind = next((k for k in COLLECTIVES if re.search(rf" {k}(-start)?\(", rest)), None)
         if kind:
             # An exchange beside computation is named in every fusion that does a piece of it.
@@ -105,18 +120,13 @@ def read(text: str) -> Costs:
     return Costs(flops, attention, int(traffic), found, open_loops)
 
 
-def _traffic(
-    instruction: str,
-    rest: str,
-    lines: dict[str, str],
-    computations: dict[str, dict[str, str]],
-) -> float:
+def _traffic(rest: str, lines: dict[str, str], computations: dict[str, dict[str, str]]) -> float:
     """Bytes that one instruction of a program, no part of a fusion, moves from and to HBM."""
     if _FREE.search(rest):
         return 0
     results, operands = _results(rest), _operands(rest)
-    if instruction.startswith("ragged_paged_attention_kernel"):
-        operands = operands[:-1]  # the pool is its last
+    if " custom-call(" in rest and (kernel := _PAGED.search(rest)):
+        del operands[_POOL[kernel.group(1)]]
     if " dynamic-slice(" in rest or " gather(" in rest:
         return 2 * results
     if re.search(r" slice(?:-start)?\(", rest):

@@ -15,7 +15,8 @@ from distill import mesh as mesh_lib
 from distill.calls import Call, Models, bytes_of, cast, like, operations
 from distill.rollout import decode
 from distill.sampling import Sampling
-from models.qwen3 import pages
+from models.qwen3 import lora as lora_lib
+from models.qwen3 import pages, quantised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,22 +50,36 @@ class Sampler:
 
     @property
     def read_from(self) -> Any:
-        """Shapes of the weights that decode."""
-        qwen3, options = self.decoder.qwen3, self.options
-        if qwen3.scan:
+        """Shapes of the variables that decode."""
+        if self.decoder.qwen3.scan:
             return self._stacked
-        rules = mesh_lib.GATHERED if options.gathered else mesh_lib.RULES
-        given = (qwen3, _given(self.models), self.mesh, rules, False, options.param_dtype)
         with mesh_lib.use(self.mesh):
-            return like(decode.for_decoding, *given)
+            return like(decode.for_decoding, *self.made_from)
+
+    @property
+    def made_from(self) -> tuple[Any, ...]:
+        """What decode.for_decoding is called with."""
+        student, options = self.models.student, self.options
+        params, trained = self.models.trained, None
+        if student.model.lora:
+            params, trained = student.params, params
+        rules = mesh_lib.GATHERED if options.gathered else mesh_lib.RULES
+        stacked = self.decoder.qwen3.scan
+        return student.model, params, trained, self.mesh, rules, stacked, options.param_dtype
 
     @property
     def _stacked(self) -> Any:
-        student, dtype = self.models.student, jnp.dtype(self.decoder.qwen3.dtype).name
-        rules = mesh_lib.GATHERED if self.options.gathered else mesh_lib.RULES
-        shapes = mesh_lib.parameters(student.config, self.mesh, rules=rules)
-        shaped = dataclasses.replace(student, params=shapes)
-        return policy.loaded(shaped, self.options.param_dtype or dtype)
+        qwen3, params, trained, mesh, rules, _, kind = self.made_from
+        leaves = jax.tree.leaves(params, is_leaf=quantised.is_quantised)
+        held = {x.values.dtype.name for x in leaves if quantised.is_quantised(x)}
+        shapes = mesh_lib.parameters(qwen3.config, mesh, rules=rules)
+        shaped = dataclasses.replace(self.models.student, params=shapes)
+        kind = next(iter(held), kind or jnp.dtype(qwen3.dtype).name)
+        variables = {"params": policy.loaded(shaped, kind)}
+        if trained is not None:
+            factors = mesh_lib.parameters(qwen3.config, mesh, qwen3.lora, rules)
+            variables[lora_lib.LORA] = cast(factors, qwen3.dtype)
+        return variables
 
     @property
     def token(self) -> int:
@@ -90,8 +105,8 @@ def of_stage(
 
 def of_evaluation(c: ConfigDict, models: Models) -> Sampler:
     """What samples the responses of `config.eval`. Its questions are not known here: they count as
-    as long as the stages allow prompts to be, and without a limit as one batch."""
-    e = c.eval
+    as long as the stages allow prompts to be, without a limit as one batch. A LoRA is merged."""
+    e, models = c.eval, _merged(models)
     changes = {"samples": e.samples or None, "max_new_tokens": e.max_new_tokens or None}
     settings = benchmarks.settings(e.protocol, e.benchmark, changes)
     P, R = max(c[name].max_prompt_tokens for name in c.stages), settings["max_new_tokens"]
@@ -111,7 +126,8 @@ def _sampler(
     student = models.student
     mesh = mesh_lib.decoding(policy.mesh_of(student))
     stacked = decode.prefers_stacked(mesh)
-    qwen3 = student.model.clone(scan=stacked, remat=False, lora=None)
+    lora = student.model.lora and lora_lib.unscaled(student.model.lora)
+    qwen3 = student.model.clone(scan=stacked, remat=False, lora=lora)
     config, dtype, (count, P, R, _) = student.config, jnp.dtype(qwen3.dtype).name, asked
     shape = rollout.cache_shape(options, config, mesh, dtype, count, options.longest or P + R)
     decoder = decode.Decoder(
@@ -177,18 +193,12 @@ def programs(sampler: Sampler, every: float = 1.0, name: str = "", beside: int =
     calls, copy = [], sampler.copy
     turns = R * -(-count // shape.rows)
     reads = sampler.reads([P + R // 2] * (shape.rows // X))
-    rules = mesh_lib.GATHERED if options.gathered else mesh_lib.RULES
-    as_read = (decoder.qwen3, _given(sampler.models), mesh, rules, decoder.qwen3.scan)
-    copied = lambda: decode.for_decoding.lower(*as_read, options.param_dtype)  # noqa: E731
+    base = ("base",) if student.model.lora else ()
+    copied = functools.partial(decode.for_decoding.lower, *sampler.made_from)
     calls = [
-        call("weights", copied, 1, holds=() if student.model.lora else ("parameters",)),
+        call("weights", copied, 1, holds=("parameters", *base)),
         call("cache", lambda: decode.init_state.lower(decoder), 1, more=copy),
     ]
-    if student.model.lora:
-        merge = functools.partial(
-            policy.merging(student).lower, student.params, sampler.models.trained
-        )
-        calls = [call("merge", merge, 1, holds=("parameters", "base")), *calls]
     sizes = rollout.line_sizes(options, shape)
     for T in sizes:
         many = sizes[-1] == T
@@ -213,20 +223,22 @@ def programs(sampler: Sampler, every: float = 1.0, name: str = "", beside: int =
 def evaluation(c: ConfigDict, s: ConfigDict, models: Models) -> list[Call]:
     """What an evaluation calls on the way, and after a stage's last step. A LoRA stays merged
     beside it."""
-    sampler = of_evaluation(c, models)
-    merged = bytes_of(_given(models)) if models.student.model.lora else 0
-    found = programs(sampler, min(c.eval.every, s.steps), "eval", merged)
-    own = {"eval merge", "eval weights"}  # what is merged is made there, or is an argument
-    return [
-        dataclasses.replace(call, beside=call.beside - merged) if call.name in own else call
-        for call in found
-    ]
+    sampler, student, every = of_evaluation(c, models), models.student, min(c.eval.every, s.steps)
+    if not student.model.lora:
+        return programs(sampler, every, "eval")
+    merged = bytes_of(sampler.models.trained)
+    found = programs(sampler, every, "eval", merged)
+    merge = functools.partial(policy.merging(student).lower, student.params, models.trained)
+    first = dataclasses.replace(found[0], beside=found[0].beside - merged, holds=())  # its argument
+    called = Call("eval merge", merge, 1 / every, 0.0, ("parameters", "base"), kind="fixed")
+    return [called, first, *found[1:]]
 
 
-def _given(models: Models) -> Any:
-    """What the sampler's weights are made of: what is trained, a LoRA merged with its base."""
-    if not models.student.model.lora:
-        return models.trained
+def _merged(models: Models) -> Models:
+    """With a student that is its LoRA merged with its base."""
     student = models.student
+    if not student.model.lora:
+        return models
     plain = mesh_lib.parameters(student.config, policy.mesh_of(student))
-    return cast(plain, student.model.dtype)
+    student = dataclasses.replace(student, model=student.model.clone(lora=None))
+    return dataclasses.replace(models, student=student, trained=cast(plain, student.model.dtype))

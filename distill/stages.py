@@ -201,8 +201,10 @@ def microbatch_rows(s: ConfigDict, sampled: int, *meshes: Mesh) -> int:
     if not sampled:
         return most
     on_cpu = meshes[0].devices.flat[0].platform == "cpu"
-    least = -(-(BUSY_CPU if on_cpu else BUSY) // row_tokens(s))
-    return min(most, least * math.lcm(*map(mesh_lib.row_shards, meshes)))
+    shards = math.lcm(*map(mesh_lib.row_shards, meshes))
+    busy = max(1, (BUSY_CPU if on_cpu else BUSY) // row_tokens(s)) * shards
+    count = -(-most // busy)  # of rows that no two sequences share; equally many in each
+    return -(-most // (count * shards)) * shards
 
 
 def read_at(s: ConfigDict, loss: losses.Loss) -> float:

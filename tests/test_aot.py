@@ -156,6 +156,19 @@ def test_exchanges_inside_fusions_and_kernels():
     assert costs.flops == 4 * 2 * 2 * 4 * 16 * 36 * 8 * 8
 
 
+def test_of_branches_the_longest_counts():
+    """Products as wide as a number that is known when it runs says; counted, the widest."""
+
+    def product(width, x):
+        return x[:, :width] @ x[:width]
+
+    def chosen(i, x):
+        return jax.lax.switch(i, [functools.partial(product, w) for w in (16, 64, 32)], x)
+
+    program = jax.jit(chosen).lower(jnp.int32(0), jnp.ones((64, 64))).compile()
+    assert hlo.read(str(program.as_text())).flops == 2 * 64 * 64 * 64
+
+
 PREFETCHED = """\
 %async_computation (param_0: f32[8,64]) -> f32[2,64] {
   %param_0 = f32[8,64]{1,0} parameter(0)

@@ -225,6 +225,17 @@ def test_rows_come_as_soon_as_they_and_those_before_have_ended() -> None:
         assert [id(row) for row in coming] == [id(row) for row in rows[1:]]
 
 
+def test_the_last_samples_of_a_prompt_come_when_few_rows_are_left(plain) -> None:
+    """Eight sequences end at once, and two samples of one prompt take their rows, of which fewer
+    then go on."""
+    rows = ask(8, 4)[:2]
+    short = [Sequence([9 + i], (1, i), 1) for i in range(8)]
+    counts: Counter[str] = Counter()
+    found = run([*short, *rows], counts=counts)
+    assert counts["resizes"] == 1 and drawn(found[8:]) == drawn(plain)[:2]
+    close([row.logprobs for row in found[8:]], scored(rows))
+
+
 def test_a_budget_parks_rows_that_go_on_under_newer_weights() -> None:
     """Nothing is lost or drawn twice; each token keeps its log-probability and its version."""
     rows, before = ask(6, 4), 0

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.scipy.special import xlogy
 
+from distill import chunks
 from distill import mesh as mesh_lib
 from distill.distributions import Divergence
 from distill.head import token_stats
@@ -74,6 +75,95 @@ def test_streamed_equals_naive(arrays, chunk):
     ]
     for ours, reference in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(ours, reference, rtol=1e-5, atol=1e-5)
+
+
+def masked(a, mask, summed, hidden=None, **options):
+    """(weighted sum, stats) and gradients of the hidden states and the head, in chunks of at most
+    six tokens."""
+    weight = a["weights"][0] * (1 if mask is None else mask)
+
+    def total(hidden, head):
+        student, teacher = (hidden, head, a["targets"]), (a["teacher_hidden"], a["teacher_head"])
+        given: Any = {"logits_mib": 6 * 4 * V / 2**20, "divergence": Divergence(), **options}
+        if summed:
+            loss = {"loss": lambda stats, known: {"loss": stats["divergence"] * known["by"]}}
+            given |= {**loss, "known": {"by": a["weights"][1]}, "weight_BT": weight}
+        stats = token_stats(*student, *teacher, mask_BT=mask, **given)
+        each = stats["divergence"] * a["weights"][1]
+        return stats.pop("total") if summed else jnp.sum(each * weight), stats
+
+    run = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))
+    return run(a["hidden"] if hidden is None else hidden, a["head"])
+
+
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize("shards", [(1, 1), (3, 1), (1, 2), (3, 5)], ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_only_needed_tokens_count(arrays, shards, summed, share):
+    """Values and gradients are those of all tokens, and 0 where none is needed; prompts and
+    responses of several sequences a row."""
+    mask = jnp.asarray(np.random.default_rng(0).random((B, T)) < share)
+    (value, stats), grads = masked(arrays, mask, summed, shards=shards)
+    whole = {**arrays, "weights": arrays["weights"].at[0].multiply(mask)}
+    (expected, every), slopes = masked(whole, None, summed)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for name, x in every.items():
+        np.testing.assert_allclose(stats[name], jnp.where(mask, x, 0), rtol=1e-6, atol=1e-6)
+    for x, y in zip(grads, slopes, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("summed", [False, True])
+def test_tokens_that_are_not_needed_do_not_go_through_the_heads(arrays, summed):
+    """Where what is needed fills whole chunks, nothing else is read: what is not a number there
+    reaches neither values nor the head's gradient, not even times nothing."""
+    mask = np.zeros((B, T), bool)
+    mask[0, 3:], mask[2, 5:] = True, True  # 12 tokens: two chunks of six
+    hidden = jnp.where(mask[..., None], arrays["hidden"], jnp.nan)
+    (value, stats), grads = masked(arrays, jnp.asarray(mask), summed, hidden)
+    assert np.isfinite(value) and all(np.isfinite(x).all() for x in (*stats.values(), *grads))
+    mask[1, 0] = True  # a third chunk, most of which is not needed
+    (value, _), _ = masked(arrays, jnp.asarray(mask), summed, hidden)
+    assert not np.isfinite(value)
+
+
+def test_chunks_are_many_enough_to_leave_some_out(arrays, monkeypatch):
+    """Where all logits fit at once, too; not where a chunk would be too small to be worth it."""
+    mask = jnp.zeros((B, T), bool).at[:, :1].set(True)
+    for least, count in ((3, 10), (30, 1)):
+        monkeypatch.setattr(chunks, "_LEAST", least)
+        cut, runs, _ = chunks.cut({"x": arrays["targets"]}, B * T, mask, (1, 1))
+        assert runs is not None and int(runs.sum()) == 1
+        assert cut["x"].shape[0] == count
+
+
+def test_needed_tokens_on_a_mesh(arrays):
+    """Rows, tokens and vocabulary over eight devices: the same, each token where it was."""
+    keys = jax.random.split(jax.random.key(3), 4)
+    hidden, head = jax.random.normal(keys[0], (4, 16, D)), jax.random.normal(keys[1], (64, D))
+    targets = jax.random.randint(keys[2], (4, 16), 0, 64)
+    mask = jax.random.bernoulli(keys[3], 0.3, (4, 16))
+
+    def run(**options):
+        def total(hidden, head):
+            stats = token_stats(
+                hidden, head, targets, logits_mib=8 * 4 * 64 / 2**20, mask_BT=mask,
+                loss=lambda stats, _: {"loss": stats["logp"]}, known={},
+                weight_BT=mask.astype(jnp.float32), **options,
+            )  # fmt: skip
+            return stats.pop("total"), stats
+
+        return jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))
+
+    want = run()(hidden, head)
+    mesh = mesh_lib.make(1, 2, 2, context=2)
+    with mesh_lib.use(mesh):
+        assert mesh_lib.shards(4, 16) == (2, 4)
+        lying = jax.sharding.NamedSharding(mesh, mesh_lib.stream(mesh, 16))
+        spread = run(split=mesh_lib.split_vocabulary, shards=mesh_lib.shards(4, 16))
+        got = spread(jax.device_put(hidden, lying), head)
+    for x, y in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-5)
 
 
 def test_without_teacher(arrays):

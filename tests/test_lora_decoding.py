@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.qwen3.cache import init_cache
 
 from models.qwen3 import lora, model, quantised
 from models.qwen3.config import SIZES
 from models.qwen3.lora import LORA, TARGETS, LoRA
 from models.qwen3.model import Qwen3
+from models.qwen3.pages import init_pages
 
 BF16, WIDE = jnp.dtype("bfloat16"), jnp.dtype("float32")
 KIND = LoRA(32, 48.0, rslora=False, targets=TARGETS)
@@ -58,10 +58,12 @@ def decoded(qwen3: Qwen3, variables: Any, tokens_BT: jax.Array) -> jax.Array:
     def step(cache: Any, t: jax.Array) -> Any:
         ones_B1 = jnp.ones((B, 1), jnp.int32)
         token_B1 = jax.lax.dynamic_slice_in_dim(tokens_BT, t, 1, 1)
-        hidden, cache = qwen3.apply(variables, token_B1, t * ones_B1, ones_B1, cache)
-        return cache, hidden[:, 0]
+        view = cache.step(jnp.arange(B)[:, None], jnp.full(B, t + 1))
+        applied: Any = qwen3.apply(variables, token_B1, t * ones_B1, ones_B1, view)
+        hidden, view = applied
+        return view.bare(), hidden[:, 0]
 
-    cache = init_cache(qwen3.config, B, T, BF16, qwen3.scan).move(0)
+    cache = init_pages(qwen3.config, 1, B, T, BF16, "plain")
     _, hidden_TBD = jax.lax.scan(step, cache, jnp.arange(T))
     return log_probs(variables, hidden_TBD.swapaxes(0, 1), tokens_BT)
 

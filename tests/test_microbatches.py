@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from distill import collect, losses, microbatches, packing, teacher, trainer
+from configs import quickstart
+from distill import collect, losses, microbatches, packing, stages, teacher, train, trainer
 from distill import mesh as mesh_lib
 from distill import update as update_lib
 from distill.examples import Example
@@ -163,7 +164,6 @@ def same(one, other) -> None:
     assert few < 0.8 * many
     assert found.keys() == expected.keys()
     for name, x in expected.items():
-        # Sums of what routers did are of padding too, or of micro-batches.
         np.testing.assert_allclose(found[name], x, rtol=1e-5, atol=1e-5, err_msg=name)
     for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(by), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
@@ -198,6 +198,30 @@ def test_a_judge_reads_packed_rows() -> None:
             found.append(collect._judged(*given))
     np.testing.assert_allclose(*found, rtol=1e-5)
     assert len(np.unique(found[0])) == COUNT
+
+
+def test_one_micro_batch_of_teacher_states_is_alive(tmp_path, monkeypatch) -> None:
+    """In a run of several micro-batches a step, and of several updates, whatever is looked at: when
+    a teacher is about to read, nothing that one read before is there any more; and after a step
+    nothing is."""
+    c = quickstart.get_config("tiny")
+    c.opd.batch_size, c.opd.samples, c.opd.minibatches, c.opd.accumulate = 16, 2, 2, 4
+    c.mesh.fsdp = 1
+    score, seen, T = teacher.score, [], stages.row_tokens(c.opd)
+
+    def alive() -> int:
+        return sum(x.ndim == 3 and x.shape[1] == T for x in jax.live_arrays())
+
+    def noted(*given):
+        before = alive()
+        found = score(*given)
+        seen.append((before, alive()))
+        return found
+
+    monkeypatch.setattr(teacher, "score", noted)
+    train.run(c, tmp_path)
+    assert len(seen) >= 3 * 2 * 2 and set(seen) == {(0, 1)}
+    assert not alive()
 
 
 @given(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -168,7 +169,7 @@ def test_a_line_of_several_blocks(monkeypatch):
     _, out = run(held, (table, length, starts, row, position), *tokens)
     for i, n in enumerate(lengths):
         got = np.asarray(out)[1, 0, starts[0, i] : starts[0, i] + n]
-        assert np.max(np.abs(got - dense(*(x[i] for x in qkv), 1))) <= 2e-6
+        assert np.max(np.abs(got - dense(*[x[i] for x in qkv], 1))) <= 2e-6
 
 
 @pytest.mark.parametrize(("data", "fsdp", "tensor"), [(2, 1, 1), (1, 2, 2), (2, 1, 4), (1, 1, 4)])
@@ -178,7 +179,7 @@ def test_on_a_mesh(data, fsdp, tensor):
         held = jax.jit(lambda: empty(data * fsdp))()
         held = check_run(held, data * fsdp, 2e-6)
         shard = held.pools[0].addressable_shards[0].data.shape
-    assert shard == (1, K // tensor, L * 24, PAGE, H)
+    assert shard == (1, K // tensor, L * 24, H, PAGE)
 
 
 # Of values of which the largest of H is about 2.5: int8 keeps 1 / 254 of it, float8 1 / 16 of each.
@@ -259,7 +260,7 @@ def test_a_shared_page_is_copied_when_it_is_written(monkeypatch, kind):
         held, out = run(held, index, *tokens)
         for i in (0, 1):
             for layer in range(L):
-                want = dense(*(x[i] for x in qkv), layer)[n]
+                want = dense(*[x[i] for x in qkv], layer)[n]
                 assert np.max(np.abs(out[layer, i, 0] - want)) <= 2e-6
 
 
@@ -280,7 +281,7 @@ def test_what_is_not_finite_stays_in_its_row(monkeypatch, kind, bad):
     at = held.step(jnp.asarray(table), jnp.full(1, 3, jnp.int32))
     index = (at.table_RN, at.length_R, at.starts_XR, at.row_BT, at.position_BT)
     _, out = run(held, index, *(x[1][:, None, 2:3] for x in qkv))
-    want = dense(*(x[1] for x in qkv), 1)[2]
+    want = dense(*[x[1] for x in qkv], 1)[2]
     assert np.max(np.abs(out[1, 0, 0] - want)) <= 2e-6
 
 
@@ -345,7 +346,7 @@ def test_bytes():
     assert sum(x.size * x.dtype.itemsize for x in held) == 7 * 16 * pages_lib.token_bytes(
         QWEN, 1, jnp.dtype("int8")
     )
-    for kind, tokens in (("ragged", 512 + 512 + 1024), ("gpu", 512 + 640), ("plain", 3 * 1024)):
+    for kind, tokens in (("ragged", 512 + 512 + 1024), ("gpu", 512 + 640), ("plain", 512 + 640)):
         assert pages_lib.read_bytes([0, 512, 513], 128, 20, token, kind) == tokens * token
 
 
@@ -371,8 +372,9 @@ def compile_for(topology, data, tensor, T):
 
     def apply(held, params, tokens_BT):
         real_BT = (held.row_BT >= 0).astype(jnp.int32)
-        hidden, held = qwen3.apply({"params": params}, tokens_BT, held.position_BT, real_BT, held)
-        return held.bare(), hidden[:, -1, 0]
+        given = tokens_BT, held.position_BT, real_BT, held
+        applied: Any = qwen3.apply({"params": params}, *given)
+        return applied[1].bare(), applied[0][:, -1, 0]
 
     def decode(held, params, table, length):
         def step(carry):
@@ -412,7 +414,8 @@ def test_the_pool_stays_in_one_place(topology, data, tensor, T):
     the kernel reads of it apart, a step moves the weights and little more."""
     program, pool, weights = compile_for(topology, data, tensor, T)
     assert program.aliased >= pool and program.temporaries < 0.2 * pool
-    assert weights < 0.6 * pool and 0.99 * weights <= program.traffic
+    assert program.traffic is not None
+    assert weights < 0.6 * pool and 0.9 * weights < program.traffic
     assert program.traffic < weights + pool / 2
 
 
@@ -424,30 +427,37 @@ def test_a_page_is_copied_in_place():
         program = aot.compile("", lambda: copy.lower(held, ids, ids), 16)
     pool = calls.bytes_of(held)
     assert program.aliased >= pool and program.temporaries < 0.01 * pool
+    assert program.traffic is not None
     copied = 32 * 128 * pages_lib.token_bytes(config, 2, jnp.dtype("bfloat16"))
     assert 2 * copied <= program.traffic < 4.2 * copied
 
 
-def test_traffic_of_what_is_put_into_a_pool():
+@pytest.mark.parametrize(
+    ("name", "order", "pools"),
+    [
+        ("ragged_paged_attention", "%x, %i, %f", 0),
+        ("paged_attention", "%x, %f, %f, %i, %i", 0),
+        ("attention", "%x, %f, %f, %i, %i", 2),
+    ],
+)
+def test_traffic_of_what_is_put_into_a_pool(name, order, pools):
     """The text says how large the pool is, not what a kernel reads of it, nor that a scatter only
     writes what it is given."""
-    text = """
-%put (a: bf16[1000,8], b: s32[4,1], c: bf16[4,8]) -> bf16[1000,8] {
-  %a = bf16[1000,8]{1,0} parameter(0)
-  %b = s32[4,1]{1,0} parameter(1)
-  %c = bf16[4,8]{1,0} parameter(2)
-  ROOT %scatter.1 = bf16[1000,8]{1,0} scatter(%a, %b, %c), update_window_dims={1}, to_apply=%add
-}
+    text = f"""
+%put (a: bf16[1000,8], b: s32[4,1], c: bf16[4,8]) -> bf16[1000,8] {{
+  %a = bf16[1000,8]{{1,0}} parameter(0)
+  %b = s32[4,1]{{1,0}} parameter(1)
+  %c = bf16[4,8]{{1,0}} parameter(2)
+  ROOT %scatter.1 = bf16[1000,8]{{1,0}} scatter(%a, %b, %c), update_window_dims={{1}}, to_apply=%add
+}}
 
-ENTRY %main (p: bf16[1000,8], i: s32[4,1], x: bf16[4,8]) -> bf16[4,8] {
-  %p = bf16[1000,8]{1,0} parameter(0)
-  %i = s32[4,1]{1,0} parameter(1)
-  %x = bf16[4,8]{1,0} parameter(2)
-  %f = bf16[1000,8]{1,0} fusion(%p, %i, %x), kind=kCustom, calls=%put
-  ROOT %NAME.1 = bf16[4,8]{1,0} custom-call(%i, %x, %f), custom_call_target="tpu_custom_call"
-}
+ENTRY %main (p: bf16[1000,8], i: s32[4,1], x: bf16[4,8]) -> bf16[4,8] {{
+  %p = bf16[1000,8]{{1,0}} parameter(0)
+  %i = s32[4,1]{{1,0}} parameter(1)
+  %x = bf16[4,8]{{1,0}} parameter(2)
+  %f = bf16[1000,8]{{1,0}} fusion(%p, %i, %x), kind=kCustom, calls=%put
+  ROOT %y = bf16[4,8]{{1,0}} custom-call({order}), metadata={{op_name="jit(f)/jit({name})/kernel"}}
+}}
 """
-    put, called = 16 + 2 * 64 + 64, 64 + 16 + 64
-    read = hlo.read(text.replace("NAME", "ragged_paged_attention_kernel")).traffic
-    assert read == put + called
-    assert hlo.read(text.replace("NAME", "another_kernel")).traffic == put + called + 16000
+    put, called = 16 + 2 * 64 + 64, 64 + 16 * order.count("%i") + 64
+    assert hlo.read(text).traffic == put + called + pools * 16000

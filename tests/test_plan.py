@@ -59,7 +59,7 @@ def rows(shape):
 
 
 def test_every_program_of_a_step_is_there(rows):
-    assert list(rows) == ["weights", "prompts", "decode", "score", "update"]
+    assert list(rows) == ["weights", "prompts", "decode", "score", "accumulate", "apply"]
     assert rows["decode"].calls == R
 
 

@@ -378,7 +378,7 @@ def test_a_sampler_in_8_bits_is_the_model_in_8_bits(directories):
                 options=options,
             )
         )
-    gate = params["layers"]["moe"]["gate"]
+    gate = params["params"]["layers"]["moe"]["gate"]
     assert gate.values.dtype == jnp.int8 and qwen3.scan
     assert tuple(gate.values.sharding.spec) == (None, "expert", None, "tensor")
     alone = loaded(directories / "sparse", "int8")

@@ -17,8 +17,7 @@ from jax.sharding import Mesh
 
 from distill import mesh as mesh_lib
 from distill.sampling import Sampling, draw, model_logp, model_top
-from models.qwen3 import model, moe, quantised
-from models.qwen3.lora import LORA
+from models.qwen3 import lora, model, moe, quantised
 from models.qwen3.model import Params, Qwen3
 from models.qwen3.pages import Pages, init_pages
 from models.qwen3.slabs import Slabs, init_slabs
@@ -91,34 +90,60 @@ def least_rows(mesh: Mesh) -> int:
 
 
 def weights(
-    qwen3: Qwen3, params: Params, mesh: Mesh, *, stacked: bool, gathered: bool, param_dtype: str
+    qwen3: Qwen3,
+    params: Params,
+    mesh: Mesh,
+    *,
+    stacked: bool,
+    gathered: bool,
+    param_dtype: str,
+    trained: Params | None = None,
 ) -> tuple[Qwen3, Params]:
-    """The model as it decodes: parameters in param_dtype ("": its own), which may be one of 8 bits
-    (models.qwen3.quantised), stacked over layers or not.
+    """The model as it decodes, and its variables: parameters in param_dtype ("": its own), which
+    may be one of 8 bits (models.qwen3.quantised), stacked over layers or not; and, `trained` beside
+    them, the factors of a LoRA.
 
     gathered: no longer split over the mesh axes that also split the rows (experts still are), so
     that no step has to fetch them; this takes the memory of all weights / tensor on each device.
     """
     rules = mesh_lib.GATHERED if gathered else mesh_lib.RULES
-    return qwen3.clone(scan=stacked, remat=False), for_decoding(
-        qwen3, params, mesh=mesh, rules=rules, stacked=stacked, param_dtype=param_dtype
+    kind = None if trained is None or qwen3.lora is None else lora.unscaled(qwen3.lora)
+    return qwen3.clone(scan=stacked, remat=False, lora=kind), for_decoding(
+        qwen3, params, trained, mesh=mesh, rules=rules, stacked=stacked, param_dtype=param_dtype
     )
 
 
 @functools.partial(jax.jit, static_argnames=("qwen3", "mesh", "rules", "stacked", "param_dtype"))
 def for_decoding(
-    qwen3: Qwen3, params: Params, mesh: Mesh, rules: tuple, stacked: bool, param_dtype: str
+    qwen3: Qwen3,
+    params: Params,
+    trained: Params | None,
+    mesh: Mesh,
+    rules: tuple,
+    stacked: bool,
+    param_dtype: str,
 ) -> Params:
     """See `weights`. Cast once: every step reads all of them, else in float32."""
     kind, dtype = quantised.split(param_dtype or qwen3.dtype, qwen3.dtype)
+
+    def laid(tree: Params, shapes: Params) -> Params:
+        tree = jax.tree.map(
+            lambda p, like: jax.lax.with_sharding_constraint(p, like.sharding), tree, shapes
+        )
+        return tree if stacked else model.unstack(tree, qwen3.config.num_hidden_layers)
+
+    made = quantised.tree(params, kind, dtype)
+    leaves = jax.tree.leaves(made, is_leaf=quantised.is_quantised)
+    held = {x.values.dtype.name for x in leaves if quantised.is_quantised(x)}
     shapes = mesh_lib.parameters(qwen3.config, mesh, rules=rules)
-    shapes = quantised.abstract(shapes, kind) if kind else shapes
-    params = jax.tree.map(
-        lambda p, like: jax.lax.with_sharding_constraint(p, like.sharding),
-        quantised.tree(params, kind, dtype),
-        shapes,
-    )
-    return params if stacked else model.unstack(params, qwen3.config.num_hidden_layers)
+    shapes = quantised.abstract(shapes, held.pop()) if held else shapes
+    variables = {"params": laid(made, shapes)}
+    if trained is not None:
+        assert qwen3.lora is not None
+        factors, _ = lora.for_decoding(trained, qwen3.lora, qwen3.dtype)
+        shapes = mesh_lib.parameters(qwen3.config, mesh, qwen3.lora, rules)
+        variables[lora.LORA] = laid(factors, shapes)
+    return variables
 
 
 @functools.partial(jax.jit, static_argnames="decoder")
@@ -168,9 +193,8 @@ def _forward(
     segments_BT: jax.Array,
     cache: Any,
 ) -> tuple[jax.Array, Any, jax.Array | None]:
-    variables = params if LORA in params else {"params": params}
     applied: Any = decoder.qwen3.apply(
-        variables,
+        params,
         tokens_BT,
         positions_BT,
         segments_BT,
@@ -231,7 +255,7 @@ def decode(
 
     about_7B: see ABOUT. copies_2XC: pages of each shard that are copied before (source, target).
     """
-    head_VD = model.head(params["params"] if LORA in params else params)
+    head_VD = model.head(params["params"])
     steps, bound = steps_bound_2
     token_B, length_B, drawn_B, limit_B, *_, live_B = map(mesh_lib.split_rows, about_7B)
     key_B2 = jax.lax.bitcast_convert_type(mesh_lib.split_rows(about_7B[4:6].T), jnp.uint32)

@@ -139,7 +139,8 @@ class Engine:
         """Of slabs: goes on with fewer rows, once so few are left that these hold them."""
         few = self.fewer()
         most = max(len(list(self.scheduler.live(shard))) for shard in range(self.shards))
-        if not few or self.scheduler.queue or most > few:
+        # Not at once: what has just come may be about to copy another row.
+        if not few or self.scheduler.queue or self.fresh or most > few:
             return
         assert self.state is not None
         rows_XR = self.scheduler.shrink(few)

@@ -88,6 +88,7 @@ def cache_shape(
     field = f"page={page}" if not options.cache_dtype else f"page={page}, cache_dtype={dtype}"
     if kind != "plain":
         pages.check_page(page, config, mesh.shape["tensor"], jnp.dtype(dtype), kind, field)
+        pages.check_table(rows // shards, columns, kind, field)
     return CacheShape(kind, dtype, rows, shards, held, page, columns)
 
 

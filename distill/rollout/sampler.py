@@ -78,6 +78,7 @@ def sample(
     routing: bool = False,
     ended: abc.Callable[[Sequence], bool] | None = None,
     warm_up: bool = False,
+    trained: Params | None = None,
 ) -> abc.Iterator[Sequence]:
     """Continues sequences, and yields each once, in order, as soon as it and those before end; it
     is not held any longer then.
@@ -91,9 +92,10 @@ def sample(
     `counts`: `tokens` drawn, `steps` and `slot_steps` (steps x rows) of decoding, of these
     `queued_tokens` and `queued_slot_steps` while sequences were waiting, `prompt_tokens` read and
     `read_tokens` with padding, `segments`, sequences `parked` to make room. `warm_up` compiles all
-    programs first, also those that these sequences do not need.
+    programs first, also those that these sequences do not need. `trained` is the LoRA beside
+    `params`, of a model that has one.
 
-    The weights are taken before it returns, and `params` may then be donated.
+    The weights are taken before it returns, and what they are of may then be donated.
 
     Raises:
       UserError: naming the first sequence whose prompt is empty, or which does not fit the cache,
@@ -113,6 +115,7 @@ def sample(
             stacked=stacked,
             gathered=options.gathered,
             param_dtype=options.param_dtype,
+            trained=trained,
         )
     dtype, longest = jnp.dtype(qwen3.dtype).name, max((s.longest for s in waiting), default=1)
     asked = sum(not s.reason for s in waiting)

@@ -69,9 +69,10 @@ def simulate(
     left = {id(row): end for row, end in zip(sequences, ends, strict=True)}
     while scheduler.queue or any(scheduler.live()):
         found.parked += len(scheduler.grow())
-        _read([seat for seat in scheduler.admit() if seat.reads], shape, sizes, found.lines)
+        fresh = scheduler.admit()
+        _read([seat for seat in fresh if seat.reads], shape, sizes, found.lines)
         most = max(len(list(scheduler.live(shard))) for shard in range(shape.shards))
-        if few and few < rows and not scheduler.queue and most <= few:
+        if few and few < rows and not scheduler.queue and not fresh and most <= few:
             scheduler.shrink(few)
             rows = few
         seats = list(scheduler.live())

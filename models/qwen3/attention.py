@@ -43,9 +43,10 @@ def block_tokens(T: int, kind: str) -> int:
 def splash_kernel(T: int, N: int, block: int, interpret: bool) -> Any:
     """JAX's causal kernel for a row, in blocks of so many tokens."""
     names = (f"block_{x}{of}" for x in ("q", "kv") for of in ("", "_dkv", "_dq"))
+    sizes: Any = dict.fromkeys(names, block)
     return splash_lib.make_splash_mha_single_device(
         mask=splash_lib.MultiHeadMask([splash_lib.CausalMask((T, T))] * N),
-        block_sizes=splash_lib.BlockSizes(**dict.fromkeys(names, block)),
+        block_sizes=splash_lib.BlockSizes(**sizes),
         interpret=interpret,
     )
 

@@ -26,7 +26,8 @@ def attend(
         jnp.pad(x, ((0, 0), (0, -T % block), (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH)
     )
     segments_BT = jnp.pad(segments_BT, ((0, 0), (0, -T % block)), constant_values=-1)
-    return _blockwise(block, q_BTNH, k_BTKH, v_BTKH, segments_BT)[:, :T]
+    out_BTNH: Any = _blockwise(block, q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    return out_BTNH[:, :T]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

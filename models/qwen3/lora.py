@@ -100,8 +100,12 @@ def for_decoding(adapter: Any, lora: LoRA, dtype: jnp.dtype) -> tuple[Any, LoRA]
     def one(path: tuple, x: jax.Array) -> jax.Array:
         return (lora.scale * x if path[-1].key == "b" else x).astype(dtype)
 
-    scaled = jax.tree_util.tree_map_with_path(one, adapter)
-    return scaled, dataclasses.replace(lora, alpha=float(lora.rank), rslora=False)
+    return jax.tree_util.tree_map_with_path(one, adapter), unscaled(lora)
+
+
+def unscaled(lora: LoRA) -> LoRA:
+    """Of the same shape, with a scale of 1."""
+    return dataclasses.replace(lora, alpha=float(lora.rank), rslora=False)
 
 
 def merge(params: Any, adapter: Any, lora: LoRA, dtype: jnp.dtype) -> Any:

@@ -2,7 +2,7 @@
 platform. Every implementation is tested equal to `plain`.
 
 A token attends to its row's tokens up to its own. What comes back for padding is undefined.
-Letters as in pages.py; M queries of one key/value head, S tokens of a block, C those of one line
+Letters as in pages.py; M queries of one key/value head, S tokens of the pages, C those of a line,
 that are looked at together.
 """
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
-_QUERIES = 512  # tokens of a line that `plain` looks at together
+_QUERIES = 512  # tokens of a line that are looked at together where there is no kernel
 _VMEM = 2**26  # bytes of a TPU's fast memory that the kernel may have
 
 # (q [B, T, N, H], the arrays of a pool, table [R, N] with the layer's pages, length [R],
@@ -56,77 +56,91 @@ def plain(
     row_BT: jax.Array,
     position_BT: jax.Array,
 ) -> jax.Array:
-    """What XLA makes of the formula, over some tokens of a row at a time, gathered from its pages.
-    Keys and values [K, pages, page, H], and after them their scales, if they are int8."""
-    position_BT = jnp.where(row_BT < 0, -1, position_BT)
-    if q_BTNH.shape[1] == 1:
-        return _over_pages(q_BTNH, pools, table_RN[jnp.maximum(row_BT[:, 0], 0)], position_BT)
-    assert len(q_BTNH) == 1, "more than one line"
-    T, C = q_BTNH.shape[1], min(q_BTNH.shape[1], _QUERIES)
-    q_BTNH, row_BT, position_BT = (
-        jnp.pad(x, ((0, 0), (0, -T % C)) + ((0, 0),) * (x.ndim - 2), constant_values=-1)
-        for x in (q_BTNH, row_BT, position_BT)
-    )
+    """What XLA makes of the formula, row by row and page by page, as far as each row goes. Keys are
+    [K, pages, H, page], which CPUs multiply several times faster than the other way round, values
+    [K, pages, page, H]; after them their scales, if they are int8."""
+    return _by_row(q_BTNH, pools, table_RN, starts_R, row_BT, position_BT, 1, turned=True)
 
-    def some(row: Any, block: Any, out_BTNH: jax.Array) -> jax.Array:
-        q_BCNH, mine_BC, position_BC, old_BCNH = (
-            jax.lax.dynamic_slice_in_dim(x, block * C, C, axis=1)
-            for x in (q_BTNH, row_BT, position_BT, out_BTNH)
+
+def _by_row(
+    q_BTNH: jax.Array,
+    pools: tuple[jax.Array, ...],
+    table_RN: jax.Array,
+    starts_R: jax.Array,
+    row_BT: jax.Array,
+    position_BT: jax.Array,
+    count: int,
+    turned: bool,
+) -> jax.Array:
+    """`plain` by `count` pages at a time; `turned`: keys are."""
+    q_TNH = q_BTNH.reshape(-1, *q_BTNH.shape[2:])
+    T, C = len(q_TNH), 1 if q_BTNH.shape[1] == 1 else min(len(q_TNH), _QUERIES)
+    row_T, position_T = row_BT.reshape(-1), position_BT.reshape(-1)
+    q_TNH = jnp.pad(q_TNH, ((0, -T % C), (0, 0), (0, 0)))
+    row_T, position_T = (jnp.pad(x, (0, -T % C), constant_values=-1) for x in (row_T, position_T))
+
+    def some(row: Any, block: Any, out_TNH: jax.Array) -> jax.Array:
+        q_CNH, row_C, position_C, old_CNH = (
+            jax.lax.dynamic_slice_in_dim(x, block * C, C)
+            for x in (q_TNH, row_T, position_T, out_TNH)
         )
-        position_BC = jnp.where(mine_BC == row, position_BC, -1)
-        new_BCNH = _over_pages(q_BCNH, pools, table_RN[row][None], position_BC)
-        new_BCNH = jnp.where((mine_BC == row)[..., None, None], new_BCNH, old_BCNH)
-        return jax.lax.dynamic_update_slice_in_dim(out_BTNH, new_BCNH, block * C, axis=1)
+        position_C = jnp.where(row_C == row, position_C, -1)
+        new_CNH = _over_pages(q_CNH, pools, table_RN[row], position_C, count, turned)
+        new_CNH = jnp.where((row_C == row)[:, None, None], new_CNH, old_CNH)
+        return jax.lax.dynamic_update_slice_in_dim(out_TNH, new_CNH, block * C, axis=0)
 
-    def chunk(row: Any, out_BTNH: jax.Array) -> jax.Array:
+    def chunk(row: Any, out_TNH: jax.Array) -> jax.Array:
         first, end = starts_R[row], starts_R[row + 1]
         blocks = (first // C, jnp.where(first < end, -(-end // C), 0))
-        return jax.lax.fori_loop(*blocks, lambda block, out: some(row, block, out), out_BTNH)
+        return jax.lax.fori_loop(*blocks, lambda block, out: some(row, block, out), out_TNH)
 
-    out_BTNH = jax.lax.fori_loop(0, len(table_RN), chunk, jnp.zeros_like(q_BTNH))
-    return out_BTNH[:, :T]
+    out_TNH = jax.lax.fori_loop(0, len(table_RN), chunk, jnp.zeros_like(q_TNH))
+    return out_TNH[:T].reshape(q_BTNH.shape)
 
 
 def _over_pages(
-    q_BTNH: jax.Array, pools: tuple[jax.Array, ...], table_BN: jax.Array, position_BT: jax.Array
+    q_TNH: jax.Array,
+    pools: tuple[jax.Array, ...],
+    table_N: jax.Array,
+    position_T: jax.Array,
+    count: int,
+    turned: bool,
 ) -> jax.Array:
-    """T tokens of each row, the softmax put together from blocks of the row's tokens."""
-    (B, T, N, H), (K, _, page, _) = q_BTNH.shape, pools[0].shape
-    count = together("plain", page, table_BN.shape[1], decoding=T == 1)
-    table_BN = jnp.pad(table_BN, ((0, 0), (0, -table_BN.shape[1] % count)))
-    q_KBMH = q_BTNH.reshape(B, T, K, N // K, H).transpose(2, 0, 3, 1, 4).reshape(K, B, -1, H)
-    position_BM = jnp.tile(position_BT, (1, N // K))
+    """T tokens of one row, the softmax put together from blocks of `count` of its pages."""
+    (T, N, H), K, page = q_TNH.shape, len(pools[1]), pools[1].shape[2]
+    S = count * page
+    table_N = jnp.pad(table_N, (0, -len(table_N) % count))
+    q_KMH = q_TNH.reshape(T, K, N // K, H).transpose(1, 2, 0, 3).reshape(K, -1, H)
+    position_M = jnp.tile(position_T, N // K)
+
+    def fetch(x: jax.Array, i: Any) -> jax.Array:
+        if count == 1:
+            return jax.lax.dynamic_slice_in_dim(x, table_N[i], 1, axis=1)[:, 0]
+        x = x[:, jax.lax.dynamic_slice_in_dim(table_N, i * count, count)]
+        return x.reshape(K, S, *x.shape[3:])
 
     def block(i: Any, carry: Any) -> Any:
-        top_KBM, sum_KBM, out_KBMH = carry
-        ids = jax.lax.dynamic_slice_in_dim(table_BN, i * count, count, axis=1)
-        k, v, *scales = (x[:, ids].reshape(K, B, count * page, *x.shape[3:]) for x in pools)
-        scores = jnp.einsum(
-            "KBMH,KBSH->KBMS", q_KBMH, k.astype(q_KBMH.dtype), preferred_element_type=jnp.float32
-        )
+        top_KM, sum_KM, out_KMH = carry
+        k, v, *scales = (fetch(x, i).astype(q_TNH.dtype) for x in pools)
+        k_KHS = k if turned else k.swapaxes(1, 2)
+        scores = jnp.einsum("KMH,KHS->KMS", q_KMH, k_KHS, preferred_element_type=jnp.float32)
         scores = scores * H**-0.5
-        scores = scores * scales[0][:, :, None] if scales else scores
-        at_S = i * count * page + jnp.arange(count * page)
-        seen_BMS = at_S[None, None] <= position_BM[..., None]
-        scores = jnp.where(seen_BMS[None], scores, jnp.finfo(scores.dtype).min)
-        new_KBM = jnp.maximum(top_KBM, jnp.max(scores, axis=-1))
-        weights, kept_KBM = jnp.exp(scores - new_KBM[..., None]), jnp.exp(top_KBM - new_KBM)
-        sum_KBM = sum_KBM * kept_KBM + jnp.sum(weights, axis=-1)
-        weights = weights * scales[1][:, :, None] if scales else weights
-        added_KBMH = jnp.einsum(
-            "KBMS,KBSH->KBMH",
-            weights.astype(q_KBMH.dtype),
-            v.astype(q_KBMH.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        return new_KBM, sum_KBM, out_KBMH * kept_KBM[..., None] + added_KBMH
+        scores = scores * scales[0][:, None] if scales else scores
+        seen_MS = i * S + jnp.arange(S)[None] <= position_M[:, None]
+        scores = jnp.where(seen_MS[None], scores, jnp.finfo(scores.dtype).min)
+        new_KM = jnp.maximum(top_KM, jnp.max(scores, axis=-1))
+        weights, kept_KM = jnp.exp(scores - new_KM[..., None]), jnp.exp(top_KM - new_KM)
+        sum_KM = sum_KM * kept_KM + jnp.sum(weights, axis=-1)
+        weights = (weights * scales[1][:, None] if scales else weights).astype(q_TNH.dtype)
+        added_KMH = jnp.einsum("KMS,KSH->KMH", weights, v, preferred_element_type=jnp.float32)
+        return new_KM, sum_KM, out_KMH * kept_KM[..., None] + added_KMH
 
-    M = q_KBMH.shape[2]
-    none = (jnp.full((K, B, M), -jnp.inf), jnp.zeros((K, B, M)), jnp.zeros((K, B, M, H)))
-    blocks = -(-(jnp.max(position_BT) + 1) // (count * page))
-    _, sum_KBM, out_KBMH = jax.lax.fori_loop(0, blocks, block, none)
-    out_KBMH = (out_KBMH / sum_KBM[..., None]).astype(q_BTNH.dtype)
-    return out_KBMH.reshape(K, B, N // K, T, H).transpose(1, 3, 0, 2, 4).reshape(B, T, N, H)
+    M = q_KMH.shape[1]
+    none = (jnp.full((K, M), -jnp.inf), jnp.zeros((K, M)), jnp.zeros((K, M, H)))
+    blocks = -(-(jnp.max(position_T) + 1) // S)
+    _, sum_KM, out_KMH = jax.lax.fori_loop(0, blocks, block, none)
+    out_KMH = (out_KMH / sum_KM[..., None]).astype(q_TNH.dtype)
+    return out_KMH.reshape(K, N // K, T, H).transpose(2, 0, 1, 3).reshape(T, N, H)
 
 
 def together(kind: str, page: int, columns: int, decoding: bool) -> int:
@@ -135,7 +149,9 @@ def together(kind: str, page: int, columns: int, decoding: bool) -> int:
     It is always so many, also at the end of a row: the more, the better a kernel hides how long
     memory takes to answer; the fewer, the less is fetched in vain. Decoding reads each row once.
     """
-    tokens = {"gpu": 128, "ragged": 512 if decoding else 1024, "plain": 512}[kind]
+    if kind == "plain":
+        return 1
+    tokens = (128 if kind == "gpu" else 512) if decoding else 1024
     return min(columns, max(1, tokens // page))
 
 
@@ -188,15 +204,19 @@ def gpu(
     position_BT: jax.Array,
     interpret: bool = False,
 ) -> jax.Array:
-    """JAX's Pallas kernel for GPU where each row has one token, `plain` for chunks. `interpret`
-    runs the kernel anywhere, slowly."""
-    if q_BTNH.shape[1] > 1:
-        return plain(q_BTNH, pools, table_RN, length_R, starts_R, row_BT, position_BT)
+    """JAX's Pallas kernel for GPU where each row has one token, what
+    XLA makes of the formula for chunks. `interpret` runs the kernel anywhere, slowly."""
     keys, values, *scales = pools
+    # Pallas counts bytes to see whether 32 bits are enough for offsets in elements: they are not.
+    too_far = keys.dtype.itemsize == 1 and 2**31 < keys.size <= 2**32
+    if q_BTNH.shape[1] > 1 or too_far:
+        count = together("gpu", keys.shape[2], table_RN.shape[1], decoding=False)
+        return _by_row(q_BTNH, pools, table_RN, starts_R, row_BT, position_BT, count, turned=False)
     row_B = row_BT[:, 0]
     table_BN = table_RN[jnp.maximum(row_B, 0)]
     count = together("gpu", keys.shape[2], table_BN.shape[1], decoding=True)
-    splits = min(16, -(-table_BN.shape[1] // count))
+    # Of each split comes a sum, with 16 queries a head: no more splits than keep the device busy.
+    splits = min(max(1, 2048 // (len(q_BTNH) * len(keys))), 16, -(-table_BN.shape[1] // count))
     table_BN = jnp.pad(table_BN, ((0, 0), (0, -table_BN.shape[1] % (splits * count))))
     out_BNH = paged_attention(
         q_BTNH[:, 0] * q_BTNH.shape[3] ** -0.5,

@@ -34,8 +34,9 @@ class Pages:
     """The pool, and where the tokens of one call of a program are in it.
 
     Kind "ragged" is what jax's kernel for TPU reads: one array [X, L·P, page, 2K, H], the head of
-    keys before that of values. "gpu" and "plain" have two, [X, K, L·P, page, H], and where these
-    are int8 a float32 scale for each token and head, [X, K, L·P, page].
+    keys before that of values. "gpu" and "plain" have two, [X, K, L·P, page, H], "plain" its keys
+    as [X, K, L·P, H, page]; where these are int8, there is a float32 scale for each token and head,
+    [X, K, L·P, page].
 
     What comes by `at` is None before. Tokens come in one of two forms: [R, 1], the next of each
     row, or [X, T], in each part one line of chunks of several rows, one behind the other in the
@@ -55,7 +56,7 @@ class Pages:
     @property
     def page(self) -> int:
         """Tokens of a page."""
-        return self.pools[0].shape[2 if self.kind == "ragged" else 3]
+        return self.pools[-1].shape[2 if self.kind == "ragged" else 3]
 
     @property
     def pages(self) -> int:
@@ -131,8 +132,10 @@ class Pages:
             none_T = self.layers * self.pages + jnp.arange(len(row_T), dtype=jnp.int32)
             page_T = jnp.where((row_T < 0) | (page_T < 0), none_T, page_T + layer * self.pages)
             offset_T = position_T % self.page
+            turned = (self.kind == "plain", *(False for _ in new[1:]))
             return tuple(
-                self._put(into, page_T, offset_T, x) for into, x in zip(pools, new, strict=True)
+                self._put(into, page_T, offset_T, x, keys)
+                for into, x, keys in zip(pools, new, turned, strict=True)
             )
 
         written = self._per_part(
@@ -142,12 +145,14 @@ class Pages:
         )(self._arrays(), self.table_RN, self.row_BT, self.position_BT, new)
         return self._with(written)
 
-    def _put(self, into: jax.Array, page_T: jax.Array, offset_T: jax.Array, x: jax.Array) -> Any:
+    def _put(self, into: Any, page_T: Any, offset_T: Any, x: jax.Array, turned: bool) -> Any:
         """One array of a part, [1, ...], with tokens [B, T, heads, ...] at their places."""
         x = x.reshape(-1, *x.shape[2:])
         options: Any = {"mode": "drop", "unique_indices": True}
         if self.kind == "ragged":
             return into.at[0, page_T, offset_T].set(x, **options)
+        if turned:
+            return into.at[0, :, page_T, :, offset_T].set(x, **options)
         return into.at[0, :, page_T, offset_T].set(x, **options)
 
     def attend(self, layer: Any, q_BTNH: jax.Array) -> jax.Array:
@@ -247,8 +252,9 @@ def init_pages(
     if kind == "ragged":
         shapes = [((parts, L * pages, page, 2 * K, H), dtype)]
     else:
-        shapes = [((parts, K, L * pages, page, H), dtype)] * 2
-    scaled = [(shape[:-1], jnp.float32) for shape, of in shapes if of == jnp.int8]
+        last = [(H, page) if kind == "plain" else (page, H), (page, H)]
+        shapes = [((parts, K, L * pages, *of), dtype) for of in last]
+    scaled = [((parts, K, L * pages, page), jnp.float32) for _ in shapes if dtype == jnp.int8]
     pools, scales = (
         tuple(_constrained(jnp.zeros(*of), kind) for of in some) for some in (shapes, scaled)
     )
@@ -314,12 +320,8 @@ def read_bytes(lengths: Iterable[int], page: int, columns: int, token: int, kind
     included, under a table of `columns` pages a row; `token`: `token_bytes`.
 
     Kernels fetch several pages together, also where a row ends, and of a row that is not in use
-    (0) TPU's reads as much as of one token. Without a kernel every row is read as far as the
-    longest."""
-    lengths = list(lengths)
+    (0) TPU's reads as much as of one token."""
     together = page * paged_attention.together(kind, page, columns, decoding=True)
-    if kind == "plain":
-        lengths = [max(lengths)] * len(lengths)
-    elif kind == "ragged":
+    if kind == "ragged":
         lengths = [max(1, n) for n in lengths]
     return token * sum(-(-n // together) * together for n in lengths)
