@@ -104,6 +104,7 @@ class Program:
     code: int
     peak: int
     flops: float | None  # of matrix products; None where the compiler gives no text
+    attention: float | None  # of these, in kernels for attention over whole rows
     traffic: int | None  # bytes to and from HBM
     collectives: dict[str, tuple[int, int]] | None  # kind -> (how many, bytes received)
     open_loops: int
@@ -137,6 +138,7 @@ def compile(name: str, lower: Callable[[], Any], hbm_gib: float) -> Program:
         code=memory.generated_code_size_in_bytes,
         peak=memory.peak_memory_in_bytes,
         flops=costs.flops if costs else None,
+        attention=costs.attention if costs else None,
         traffic=costs.traffic if costs else None,
         collectives=costs.collectives if costs else None,
         open_loops=costs.open_loops if costs else 0,

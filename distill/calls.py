@@ -48,11 +48,12 @@ class Call:
 
     lower: what compiles it. turns: calls a step, or turns of its open loop; 0: once in a stage, or
     only where something asks for it. useful: operations of the formula that one call computes, over
-    all devices: no recomputation, no padding of a mask. holds: of what the run keeps on the
-    devices, the names that are among its arguments. beside: bytes that lie on each device beside it
-    and what the run keeps. mesh: where it runs, if not where the student is; `lower` is to be
-    called within its use. reads: bytes of memory that a kernel reads in a call, of which the
-    compiled text says nothing. kind: how often it is called at other lengths (distill.forecast).
+    all devices: no recomputation, no padding of a mask; `head` of it by output heads, which skip
+    what is not trained. holds: of what the run keeps on the devices, the names that are among its
+    arguments. beside: bytes that lie on each device beside it and what the run keeps. mesh: where
+    it runs, if not where the student is; `lower` is to be called within its use. reads: bytes of
+    memory that a kernel reads in a call, of which the compiled text says nothing. kind: by what it
+    is called more or less often at other lengths (distill.forecast).
     """
 
     name: str
@@ -64,6 +65,7 @@ class Call:
     mesh: Mesh | None = None
     reads: int = 0
     kind: str = "fixed"
+    head: float = 0.0
 
 
 def bytes_of(tree: Any) -> int:

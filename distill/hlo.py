@@ -11,6 +11,7 @@ class Costs:
     """Sums over a program's text, of one device.
 
     flops: operations of matrix products, those in kernels for attention and experts among them.
+    attention: of these, in kernels for attention over whole rows.
     traffic: bytes that instructions read from HBM and write to it: operands and results, of slices
     and scatters only what is cut out or put in; of kernels for attention over pages without the
     pages, of which they read what the rows' lengths make them (models.qwen3.pages.read_bytes).
@@ -19,6 +20,7 @@ class Costs:
     """
 
     flops: float
+    attention: float
     traffic: int
     collectives: dict[str, tuple[int, int]]
     open_loops: int
@@ -56,7 +58,7 @@ def read(text: str) -> Costs:
     counts; a collective that is split into a start and a done counts once.
     """
     computations, entry = _computations(text)
-    flops, open_loops = 0.0, 0
+    flops, attention, open_loops = 0.0, 0.0, 0
     found: dict[str, tuple[int, int]] = {}
     seen: set[str] = set()
 
@@ -112,8 +114,10 @@ def read(text: str) -> Costs:
         elif " convolution(" in rest or " dot(" in rest:
             flops += times * _products(rest, lines)
         elif 'custom_call_target="tpu_custom_call"' in rest:
-            flops += times * _kernel(instruction, rest)
-    return Costs(flops, int(traffic), found, open_loops)
+            spent = times * _kernel(instruction, rest)
+            flops += spent
+            attention += spent if instruction.startswith("splash") else 0.0
+    return Costs(flops, attention, int(traffic), found, open_loops)
 
 
 def _traffic(rest: str, lines: dict[str, str], computations: dict[str, dict[str, str]]) -> float:

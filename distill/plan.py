@@ -2,10 +2,14 @@
 
     python -m distill.plan --config=configs/X.py --topology=v5e:8x8 [--config.a.b=v ...]
 
-The programs that `train` would run (weights for sampling, prompts, decoding, the teacher's scoring,
-the update) are compiled for the slice by libtpu's own compiler; nothing is read, allocated or
-executed, and no accelerator is needed. Models are directories, of which only config.json is read,
-or the hub's names of the released sizes, of which nothing is.
+All programs that `train` may run (sampling, the teacher's scoring, updates, evaluation) are
+compiled for the slice by libtpu's own compiler, each with what lies in memory beside it; nothing is
+read, allocated or executed, and no accelerator is needed. Models are directories, of which only
+config.json is read, or the hub's names of the released sizes, of which nothing is.
+
+Seconds are those of responses that are all as long as they may be. --mean_response_tokens=N adds
+those of lengths that occur: log-normal (sigma 1) with mean N, cut at the limit, behind prompts of
+300 tokens, scheduled and packed by the code that a run does it with.
 
 --topology=v5e:auto finds the smallest slice of a generation that fits. Exit code 0: it fits; 1: it
 does not, and what would help is said.
@@ -25,7 +29,18 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from distill import aot, cli, memory, metrics, policy, programs, roofline, stages, teacher
+from distill import (
+    aot,
+    cli,
+    forecast,
+    memory,
+    metrics,
+    policy,
+    programs,
+    roofline,
+    stages,
+    teacher,
+)
 from distill import mesh as mesh_lib
 from distill.calls import Models
 from distill.policy import Policy
@@ -40,6 +55,14 @@ TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Slice, such as v5e:8x8 or v5p:2x2x4, or v5e:auto.", OPTIONS, required=True
 )
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.", OPTIONS)
+MEAN = flags.DEFINE_integer(
+    "mean_response_tokens",
+    0,
+    "Tell also how long a step takes if responses have so many tokens in the mean: log-normal, "
+    "sigma 1, cut at the limit, behind prompts of 300 tokens. 0: not.",
+    lower_bound=0,
+    flag_values=OPTIONS,
+)
 EXPLAIN = flags.DEFINE_bool("explain", True, "Look for what helps where it does not fit.", OPTIONS)
 
 SLICES = {  # whole slices of a generation, smallest first
@@ -48,6 +71,7 @@ SLICES = {  # whole slices of a generation, smallest first
     "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
     "v6e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
 }
+SAMPLING = ("merge", "weights", "cache", "prompts", "few prompts", "decode", "remember")
 STOPS = (151645, 151643)  # what a released model stops at: <|im_end|>, <|endoftext|>
 
 
@@ -164,6 +188,22 @@ def compiled(c: ConfigDict, topology: str) -> dict[str, list[Row]]:
     return {name: rows_of(c, name, topology, mesh, apart) for name in c.stages}
 
 
+def forecasts(
+    c: ConfigDict, topology: str, found: dict[str, list[Row]], mean: int
+) -> dict[str, forecast.Forecast]:
+    """Stage -> its step at responses of a mean length, of programs that are compiled."""
+    mesh, apart = mesh_lib.meshes(c, aot.devices(topology))
+    told = {}
+    for name, rows in found.items():
+        s = c[name]
+        loss, sampled = stages.objective(name, s)
+        teachers = tuple(s.teachers) if stages.taught(s, loss) else ()
+        models = models_of(c, mesh, apart, teachers, loss.reference > 0)
+        chip = aot.chip(topology)
+        told[name] = forecast.of_stage(c, s, sampled, models, mesh, chip, rows, mean)
+    return told
+
+
 def remedies(c: ConfigDict, program: str) -> list[tuple[str, ConfigDict]]:
     """What makes this program smaller, the cheapest first: what it is called, and the config."""
     found: list[tuple[str, ConfigDict]] = []
@@ -180,8 +220,9 @@ def remedies(c: ConfigDict, program: str) -> list[tuple[str, ConfigDict]]:
             at[last] = value
         found.append((f"--config.{flag}={value}", changed))
 
-    sampling = program in ("weights", "prompts", "decode")
-    training = program in ("accumulate", "old log-probs") or program.startswith("score")
+    sampling = program in SAMPLING
+    training = program in ("accumulate", "old log-probs", "reference")
+    training |= program.startswith(("score", "judge"))
     if training:
         add("student.remat", True)
     if sampling:
@@ -190,13 +231,18 @@ def remedies(c: ConfigDict, program: str) -> list[tuple[str, ConfigDict]]:
     for name in c.stages:
         s = c[name]
         if training:
+            add(f"{name}.rollout.ahead", False)
             for more in (2, 4, 8):
                 add(f"{name}.accumulate", s.accumulate * more)
         if sampling:
             add(f"{name}.rollout.gathered", False)
-            add(f"{name}.rollout.cache_dtype", "int8")
-            for fewer in (2, 4, 8):
-                add(f"{name}.rollout.slots", max(1, (s.rollout.slots or s.batch_size) // fewer))
+            add(f"{name}.rollout.cache_dtype", "float8_e4m3fn")
+            if s.rollout.cache_tokens < 1:
+                for share in (0.6, 0.4):
+                    add(f"{name}.rollout.cache_tokens", share)
+            elif s.rollout.slots:
+                for fewer in (2, 4, 8):
+                    add(f"{name}.rollout.slots", max(1, s.rollout.slots // fewer))
     if c.teacher.path:
         add("teacher.param_dtype", "int8")
     if not c.student.lora.rank:
@@ -258,10 +304,11 @@ def main() -> None:
         else:
             aot.chip(topology)
             found = compiled(c, topology)
+        told = forecasts(c, topology, found, MEAN.value) if MEAN.value else {}
     except TooLarge as error:
         hbm = aot.chip(topology).hbm_gib
         over = error.needs_gib - hbm
-        told = {
+        failed = {
             "topology": topology,
             "fits": False,
             "program": error.program,
@@ -271,20 +318,25 @@ def main() -> None:
             "helps": helped(c, topology, error.program) if EXPLAIN.value else None,
         }
         if JSON.value:
-            print(metrics.dumps(told, 2))
+            print(metrics.dumps(failed, 2))
         else:
             print(
                 f"does not fit {topology}: {error.program} needs {error.needs_gib:.2f} GiB a "
                 f"device, {over:.2f} more than the {hbm} there are"
             )
             print("largest:", "; ".join(f"{size} {what}" for size, what in error.largest))
-            if told["helps"]:
-                print("what would help: {change} ({peak_gib:.2f} GiB)".format(**told["helps"]))
+            if failed["helps"]:
+                print("what would help: {change} ({peak_gib:.2f} GiB)".format(**failed["helps"]))
         sys.exit(1)
     if JSON.value:
-        print(metrics.dumps(roofline.summary(c, topology, found), 2))
+        whole = roofline.summary(c, topology, found)
+        for name, of in told.items():
+            forecast.add(whole["stages"][name], of)
+        print(metrics.dumps(whole, 2))
     else:
         print(roofline.show(c, topology, found))
+        for name, of in told.items():
+            print(forecast.show(name, of))
         print(f"compiled in {time.perf_counter() - begun:.0f} s")
 
 

@@ -79,15 +79,18 @@ def _update(
     micro, heads, shared = _microbatch(c, s, loss, sampled, models, mesh, rows)
     tokens, mean = rows * stages.row_tokens(s), (stages.row_tokens(s) + 1) / 2
     forward = operations(student.config, tokens, mean, head=True)
+    head = 2.0 * tokens * student.config.hidden_size * student.config.vocab_size
     if s.epochs * s.minibatches > 1:
         known = dataclasses.replace(micro, teacher_hidden_BTD=None, old_logp_BT=None)
         known = dataclasses.replace(known, reference_logp_BT=None)
         before = functools.partial(programs.logp.lower, state.params, known, frozen)
         holds = ("parameters", *base)
-        calls.append(Call("old log-probs", before, turns, forward, holds, ahead[0], kind="read"))
+        read = Call("old log-probs", before, turns, forward, holds, ahead[0], kind="read")
+        calls.append(dataclasses.replace(read, head=head))
     # With a LoRA, the gradient of the base's own products is that of their inputs alone.
-    useful = (2 if student.model.lora else 3) * forward
-    useful += sum(2.0 * tokens * head.shape[0] * head.shape[1] for head in heads)
+    passes = 2 if student.model.lora else 3
+    of_heads = sum(2.0 * tokens * x.shape[0] * x.shape[1] for x in heads)
+    useful, head = passes * forward + of_heads, passes * head + of_heads
     so_far = None if single(s, sampled) else state.params
     updates = s.epochs * s.minibatches
     if so_far is not None:
@@ -97,7 +100,8 @@ def _update(
     train = functools.partial(programs.accumulate.lower, *given)
     holds = ("parameters", *base, *(f"head of {name}" for name in models.teachers))
     beside = ahead[1] - shared
-    calls.append(Call("accumulate", train, turns * s.epochs, useful, holds, beside, kind="train"))
+    read = Call("accumulate", train, turns * s.epochs, useful, holds, beside, kind="train")
+    calls.append(dataclasses.replace(read, head=head))
     _, figures, stats = jax.eval_shape(programs.accumulate, *given)
     end = functools.partial(programs.apply.lower, state, state.params, figures, 1)
     holds = ("parameters", "optimiser", "average")
@@ -216,18 +220,26 @@ def _reading(
         return what if name == "teacher" else f"{what} {name}"
 
     def call(
-        name: str, of: Policy, lower: Any, turns: int, useful: float, holds: str, beside: int
+        name: str,
+        of: Policy,
+        lower: Any,
+        turns: int,
+        useful: float,
+        holds: str,
+        beside: int,
+        head: float = 0.0,
     ) -> Call:
         there = policy.mesh_of(of)
         beside = beside if there == mesh else 0
         names = ("average", "base") if holds == "average" else (holds,)  # of a LoRA, its base too
-        return Call(name, lower, turns, useful, names, beside, there, kind="read")
+        return Call(name, lower, turns, useful, names, beside, there, kind="read", head=head)
 
     def logps(name: str, of: Policy, T: int, temperature: float, holds: str, beside: int) -> Call:
         given = (of.model, mib, temperature, of.params, average if holds == "average" else None)
         lower = functools.partial(teacher.logps.lower, *given, _tokens(policy.mesh_of(of), rows, T))
         useful = operations(of.config, rows * T, (T + 1) / 2, head=True)
-        return call(name, of, lower, turns, useful, holds, beside)
+        head = 2.0 * rows * T * of.config.hidden_size * of.config.vocab_size
+        return call(name, of, lower, turns, useful, holds, beside, head)
 
     for name, of in models.teachers.items():
         there, holds = policy.mesh_of(of), own(c, name, models) or name

@@ -21,28 +21,44 @@ class Row:
     temporaries: int
     useful: float  # operations of the formula, a call
     compiled: float | None  # operations of the program, a call
+    attention: float | None  # of these, in attention over whole rows
     traffic: int | None  # HBM bytes, a call
     collectives: dict[str, tuple[int, int]] | None
     seconds: float  # a step: the roofline's
     bound: str
     mfu: float | None  # useful operations over what the device could do in these seconds, at most
     compilation: float
+    kind: str  # of calls.Call
+    head: float  # of the useful operations, by output heads
+    reads: int  # of the traffic, what attention reads of the sampler's cache
 
     @property
     def total(self) -> int:
         return self.peak + self.beside
 
 
+def limits(
+    chip: aot.Chip,
+    flops: float,
+    traffic: float | None,
+    collectives: dict[str, tuple[int, int]] | None,
+) -> dict[str, float]:
+    """Seconds that each of what a call uses needs at best."""
+    times = {"compute": flops / (chip.bf16_tflops * 1e12)}
+    if traffic is not None:
+        times["HBM"] = traffic / (chip.hbm_gbs * 1e9)
+    if collectives:
+        received = sum(size for _, size in collectives.values())
+        times["interconnect"] = received / (chip.ici_gbs * 1e9)
+    return times
+
+
 def row(call: calls.Call, program: aot.Program, beside: int, chip: aot.Chip, count: int) -> Row:
     """A program's row, on one of `count` devices."""
     useful = call.useful / count
-    times = {"compute": max(program.flops or 0, useful) / (chip.bf16_tflops * 1e12)}
+    flops = max(program.flops or 0, useful)
     traffic = None if program.traffic is None else program.traffic + call.reads
-    if traffic is not None:
-        times["HBM"] = traffic / (chip.hbm_gbs * 1e9)
-    if program.collectives:
-        received = sum(size for _, size in program.collectives.values())
-        times["interconnect"] = received / (chip.ici_gbs * 1e9)
+    times = limits(chip, flops, traffic, program.collectives)
     bound = max(times, key=lambda name: times[name])
     mfu = None
     if program.flops is not None:
@@ -55,12 +71,16 @@ def row(call: calls.Call, program: aot.Program, beside: int, chip: aot.Chip, cou
         temporaries=program.temporaries,
         useful=useful,
         compiled=program.flops,
+        attention=program.attention,
         traffic=traffic,
         collectives=program.collectives,
         seconds=times[bound] * call.turns,
         bound=bound,
         mfu=mfu,
         compilation=program.seconds,
+        kind=call.kind,
+        reads=call.reads,
+        head=call.head / count,
     )
 
 
@@ -101,7 +121,7 @@ def show(c: ConfigDict, topology: str, found: dict[str, list[Row]]) -> str:
         f"{chip.bf16_tflops:g} TFLOP/s, {chip.hbm_gbs:g} GB/s; config.mesh {dict(c.mesh)}"
     ]
     head = ("", "peak GiB", "alone", "of it temp.", "TFLOP", "useful", "GB HBM", "GB links")
-    line = "{:<10}{:>9}{:>9}{:>12}{:>9}{:>8}{:>9}{:>9}{:>9}{:>10}{:>8}  {}"
+    line = "{:<16}{:>9}{:>9}{:>12}{:>9}{:>8}{:>9}{:>9}{:>9}{:>10}{:>8}  {}"
     for name, rows in found.items():
         out += [f"stage {name}", line.format(*head, "calls", "s a step", "MFU <=", "bound by")]
         for row in rows:

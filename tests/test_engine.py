@@ -396,3 +396,43 @@ def test_what_cannot_be_sampled_is_named_before_anything_runs() -> None:
     with pytest.raises(UserError, match=r"^row 0: .* exceed the 8 tokens"):
         run([Sequence([9] * 60, key, 5)], Options(slots=8, cache_tokens=16), (1, 2, 4))
     assert not ok.tokens
+
+
+@pytest.mark.parametrize("kind", ["slabs", "plain"])
+def test_a_simulation_does_what_the_engine_does(kind: str) -> None:
+    """Segment by segment, with groups, lines of prompts, and a pool that is too small."""
+    options = dataclasses.replace(SMALL, kind=kind)
+    if kind == "plain":
+        options = dataclasses.replace(options, cache_tokens=160, page=8)
+    rows, counts = ask(12, 2, seed=3), Counter()
+    told = [dataclasses.replace(row, tokens=[]) for row in rows]
+    mesh, params = weights(0, ONE)
+    with mesh_lib.use(mesh):
+        given = (QWEN3, params, rows)
+        of = {"sampling": Sampling(), "stop_ids": (), "options": options, "counts": counts}
+        list(rollout.sample(*given, **of))
+    longest = max(row.longest for row in rows)
+    shape = rollout.cache_shape(options, CONFIG, mesh, "float32", len(rows), longest)
+    sizes = rollout.line_sizes(options, shape)
+    ends = [row.limit for row in told]
+    found = rollout.simulate(told, ends, shape, options.segment, sizes, sum)
+    assert found.steps + found.fewer_steps == counts["steps"]
+    assert (
+        found.steps * shape.rows + found.fewer_steps * rollout.fewer_rows(shape)
+        == (counts["slot_steps"])
+    )
+    assert found.live == counts["tokens"] == sum(ends)
+    assert found.segments == counts["segments"]
+    assert found.parked == counts["parked"] and (kind == "slabs") == (found.parked == 0)
+    assert sum(T * n for T, n in found.lines.items()) == counts["read_tokens"]
+
+
+def test_lengths_have_their_mean() -> None:
+    drawn = rollout.lengths(20_000, 500, 16_000)
+    assert np.mean(drawn) == pytest.approx(500, rel=0.03)
+    assert max(rollout.lengths(1000, 500, 700)) == 700
+    assert (
+        drawn
+        == rollout.lengths(20_000, 500, 16_000)
+        != rollout.lengths(20_000, 500, 16_000, seed=1)
+    )

@@ -11,14 +11,16 @@ from configs import base, quickstart
 from distill import mesh as mesh_lib
 from distill import plan, programs, stages, train
 from distill.calls import SMALL, Call
+from distill.rollout import options
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 # Programs of which each shape is a program of its own, and is listed as one.
 SAMPLING = {"for_decoding", "init_state", "prefill", "decode", "resize", "remember"}
-# What jax compiles for an operation that is not within a program: on scalars, of keys and rates.
+# What jax compiles for an operation that is not within a program: of keys, rates and rewards.
 SCALARS = {
     *("_threefry_seed", "_threefry_fold_in", "_where", "_power", "true_divide", "add", "subtract"),
     *("clip", "integer_pow", "multiply", "minimum", "cos", "convert_element_type", "stage"),
+    *("_mean", "_std", "_reduce_all", "broadcast_in_dim", "dynamic_slice", "reshape"),
 }
 
 
@@ -26,7 +28,7 @@ def config(**changes: Any) -> ConfigDict:
     """A step of the quick start in small; `changes` with __ for a dot."""
     c = quickstart.get_config("tiny")
     c.mesh.fsdp = 1
-    c.opd.steps, c.opd.batch_size, c.checkpoint.every = 1, 4, 0
+    c.opd.steps, c.opd.batch_size, c.checkpoint.every = 1, 4, 100
     c.opd.max_response_tokens = 8
     named = {name.replace("__", "."): value for name, value in changes.items()}
     c.update_from_flattened_dict(named)
@@ -98,12 +100,15 @@ def ran(c: ConfigDict, workdir: Any) -> collections.Counter[str]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_runs_is_planned(name: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     c = CONFIGS[name].copy_and_resolve_references()
+    if name.startswith("in pages"):
+        monkeypatch.setattr(options, "prefers", lambda *_: "plain")
     listed = planned(c)
     found = ran(c, tmp_path)
     named = collections.Counter(module for module, _ in listed)
-    known = named.keys() | SMALL.keys() | SCALARS
-    assert not found.keys() - known, "not planned"
-    assert not {module for module, call in listed if call.turns > 0} - found.keys(), "never ran"
+    unknown = found.keys() - named.keys() - SMALL.keys() - SCALARS
+    assert not unknown, "not planned"
+    idle = {module for module, call in listed if call.turns > 0} - found.keys()
+    assert not idle, "never ran"
     for module in SAMPLING & found.keys():
         assert found[module] <= named[module], f"{module}: shapes that are not planned"
 

@@ -11,6 +11,7 @@ from distill.rollout.sampler import (
     sample,
 )
 from distill.rollout.sequence import Sequence
+from distill.rollout.simulate import Simulated, lengths, simulate
 from distill.sampling import Sampling
 
 __all__ = [
@@ -20,12 +21,15 @@ __all__ = [
     "PartialRollouts",
     "Sampling",
     "Sequence",
+    "Simulated",
     "bucket",
     "cache_shape",
     "complete",
     "expand_prompts",
     "fewer_rows",
+    "lengths",
     "line_sizes",
     "row_keys",
     "sample",
+    "simulate",
 ]

@@ -34,7 +34,7 @@ def softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
     return jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(scores.dtype).min), axis=-1)
 
 
-def _block(T: int, kind: str) -> int:
+def block_tokens(T: int, kind: str) -> int:
     """The longest block that divides a row of T tokens, of those for a kind of device."""
     longest = _LONGEST.get(kind, 512)
     return next(size for size in _BLOCKS if size <= longest and T % size == 0)
@@ -66,7 +66,7 @@ def splash(
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
     pad = -T % _LANES
     mesh = jax.sharding.get_abstract_mesh()
-    block = _block(T + pad, mesh.abstract_device.device_kind if mesh.abstract_device else "")
+    block = block_tokens(T + pad, mesh.abstract_device.device_kind if mesh.abstract_device else "")
 
     def local(q_BTNH, k_BTKH, v_BTKH, segments_BT):
         kernel = splash_kernel(T + pad, q_BTNH.shape[2], block, interpret)
