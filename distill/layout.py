@@ -16,13 +16,8 @@ class Written(Example):
 
     logprobs: Sequence[float] = ()  # of the response, in the distribution drawn from
     finished: bool = False  # by a stop token
-    experts: np.ndarray | None = None  # int16 [tokens, L, A], of prompt and response
+    experts: Sequence[np.ndarray] = ()  # int16 [tokens, L, A], pieces of prompt and response
     advantage: float | None = None  # of its reward
-
-
-def joined(experts: Sequence[np.ndarray]) -> np.ndarray | None:
-    """A sequence's experts, recorded piece by piece, as one array."""
-    return np.concatenate(experts) if experts else None
 
 
 def traces(examples: list[Example], max_prompt: int, max_response: int) -> Batch:
@@ -128,8 +123,9 @@ def _written(rows: Sequence[Sequence[Example]], form: Form) -> dict[str, Any]:
             found["finished_BT"][row, at:end] = example.finished
         if form.rewarded:
             found["advantages_BT"][row, start:end] = example.advantage
-        if form.routing and example.experts is not None:
-            found["experts_BTLA"][row, at:][: len(example.experts)] = example.experts
+        for piece in example.experts if form.routing else ():
+            found["experts_BTLA"][row, at : at + len(piece)] = piece
+            at += len(piece)
     return found
 
 

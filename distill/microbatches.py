@@ -60,7 +60,7 @@ def written(sequences: Sequence[rollout.Sequence]) -> list[Written]:
             difficulty=x.difficulty,
             logprobs=x.logprobs,
             finished=x.reason == "stop",
-            experts=layout.joined(x.experts),
+            experts=x.experts,
         )
         for x in sequences
     ]

@@ -36,10 +36,11 @@ def examples_of(form: Form, written: int = COUNT) -> list[Example]:
     for i in range(COUNT):
         n, m, told = rng.integers(1, P + 1), rng.integers(1, R + 1), rng.integers(0, ROOM + 1)
         prompt, response, more = (rng.integers(0, 96, k).tolist() for k in (n, m, told))
-        experts = None
+        experts = []
         if form.routing:  # the last token is never read
             layers, chosen = form.routing
-            experts = np.argsort(rng.random((n + m - 1, layers, 4)))[..., :chosen].astype(np.int16)
+            drawn = np.argsort(rng.random((n + m - 1, layers, 4)))[..., :chosen].astype(np.int16)
+            experts = [drawn[:2], drawn[2:]]
         common: dict[str, Any] = {"told": more + prompt, "kind": i % 2, "thinking": i % 3 > 0}
         top = [
             [[int(v), -1.0 - k] for k, v in enumerate(rng.permutation(96)[:3])] for _ in range(m)

@@ -75,6 +75,17 @@ def test_an_objective_is_a_flag(objective, tmp_path):
         assert first["train/ratio"] != 1  # later updates are on older samples
 
 
+def test_a_policy_gradient_is_of_the_temperature_that_drew(tmp_path):
+    """The ratio of fresh samples is 1, and the reference is the student, at that temperature."""
+    c = config("grpo", sampling__temperature=0.7, loss__reference=0.1)
+    train.run(c, tmp_path / "run")
+    first = rows_of(tmp_path / "run")[0]
+    assert first["train/ratio"] == pytest.approx(1, abs=1e-4)
+    assert first["train/ratio_max"] == pytest.approx(1, abs=1e-3)
+    assert first["train/reference_kl"] == pytest.approx(0, abs=1e-5)
+    assert first["train/sampler_delta"] < 1e-4
+
+
 def test_every_row_of_the_table_can_be_prepared():
     for objective in losses.TABLE:
         plan = prepare.prepare(config(objective), mesh_lib.make(1, 1, 1))
@@ -207,6 +218,11 @@ def test_stored_tops_need_no_teacher(tmp_path):
         ("grpo", {"reward__length": 1.0, "reward__margin": 999}, "from 1 to max_response_tokens="),
         ("wish", {}, "config.opd.objective: 'wish' is none of sft, distill"),
         ("opd", {"epochs": 0}, "config.opd.epochs=0"),
+        (
+            "grpo",
+            {"sampling__temperature": 0.0},
+            "temperature=0: grpo needs tokens",
+        ),
         ("opd", {"minibatches": 3}, "does not divide by accumulate times minibatches"),
         ("hybrid", {"loss__clip": "ppo", "loss__ratio": "none"}, "config.opd.loss.clip=ppo"),
     ],

@@ -201,6 +201,34 @@ def test_killed_without_a_word(whole, models, tmp_path, monkeypatch):
     assert all(jax.tree.leaves(same))
 
 
+def test_metrics_come_a_step_late(models, tmp_path, monkeypatch):
+    """The row of a step is written when the next is under way, as numbers of the host; before a
+    checkpoint all are."""
+    c, seen = config(models), []
+    c.stages, c.opd.steps, c.checkpoint.every = ("opd",), 4, 3
+    take, write, save = trainer.Trainer.step, metrics.Writer.write, train.Checkpoints.save
+
+    def step(self, state, *given):
+        seen.append(("step", int(state.step)))
+        return take(self, state, *given)
+
+    def written(self, at, stage, row):
+        assert not any(isinstance(x, jax.Array) for x in row.values())
+        seen.append(("row", at))
+        write(self, at, stage, row)
+
+    def saved(self, at, *given, **further):
+        seen.append(("saved", at))
+        return save(self, at, *given, **further)
+
+    monkeypatch.setattr(trainer.Trainer, "step", step)
+    monkeypatch.setattr(metrics.Writer, "write", written)
+    monkeypatch.setattr(train.Checkpoints, "save", saved)
+    train.run(c, tmp_path)
+    expected = "step 0, step 1, row 0, step 2, row 1, row 2, saved 3, step 3, row 3, saved 4"
+    assert ", ".join(f"{what} {n}" for what, n in seen) == expected
+
+
 def test_a_finished_run_has_nothing_to_do(whole, models):
     before = numbers(whole)
     train.run(config(models), whole)
