@@ -103,6 +103,35 @@ def optim() -> ConfigDict:
     return c
 
 
+def rollout() -> ConfigDict:
+    """How the device samples; what is sampled does not depend on it."""
+    c = ConfigDict()
+    # Rows that decode at once; ended ones make room for those waiting. 0: as many as the cache
+    # allows, which is three times the longest rows that it holds, and no more than there are.
+    c.slots = 0
+    c.segment = 64  # tokens a row between two looks of the host at which rows have ended
+    c.chunk = 512  # tokens of prompts that each part of the rows reads in one call
+    # Tokens that the cache holds on all devices; below 1: the share of the memory that is left by
+    # what the run keeps and the weights that decode. 0: 0.8; on CPUs as many as rows may have. When
+    # it is full, the youngest rows wait, and read again what they have.
+    c.cache_tokens = 0.0
+    c.page = 0  # tokens of a page of the cache; 0: 128
+    # bfloat16, float8_e4m3fn (TPU) or int8 (GPU, CPU): less memory, less exact; "": student.dtype
+    c.cache_dtype = ""
+    # Of the copy of the weights that decodes; "": student.dtype. bfloat16, or in 8 bits int8 or
+    # float8_e4m3fn, made on the device each step: faster, but the sampler is then another policy
+    # than the trainer (metric train/sampler_delta), which importance ratios correct for.
+    c.param_dtype = ""
+    c.budget = 0  # tokens sampled a step; rows that have not ended go on in the next; 0: off
+    # Sample the rows of step i + 1 while step i is scored and trained, from the weights of before
+    # its update. Losses of drawn tokens correct for that by their ratio, and are refused without
+    # one; exact and topk are right at every token, but the responses that they go along are one
+    # update old. The weights that sample, in student.dtype, are then held through the update.
+    c.ahead = False
+    c.gathered = True  # each row shard holds all weights; False: fetches them each token
+    return c
+
+
 def stage(objective: str) -> ConfigDict:
     """One stage of training: an objective, what it reads, and its own optimiser."""
     c = ConfigDict()
@@ -155,34 +184,7 @@ def stage(objective: str) -> ConfigDict:
     c.sampling.min_p = 0.0  # 0: off
     c.sampling.presence_penalty = 0.0  # off a logit once its token is in the response; 0: off
 
-    # How the device samples; what is sampled does not depend on it.
-    c.rollout = ConfigDict()
-    # Rows that decode at once; ended ones make room for those waiting. 0: as many as the cache
-    # allows, which is three times the longest rows that it holds, and no more than there are.
-    c.rollout.slots = 0
-    c.rollout.segment = 64  # tokens a row between two looks of the host at which rows have ended
-    c.rollout.chunk = 512  # tokens of prompts that each part of the rows reads in one call
-    # Tokens that the cache holds on all devices; below 1: the share of the memory that is left by
-    # what the run keeps and the weights that decode. 0: 0.8; on CPUs as many as rows may have. When
-    # it is full, the youngest rows wait, and read again what they have.
-    c.rollout.cache_tokens = 0.0
-    c.rollout.page = 0  # tokens of a page of the cache; 0: 128
-    # bfloat16, float8_e4m3fn (TPU) or int8 (GPU, CPU): less memory, less exact; "": student.dtype
-    c.rollout.cache_dtype = ""
-    # Of the copy of the weights that decodes; "": student.dtype. bfloat16, or in 8 bits int8 or
-    # float8_e4m3fn, made on the device each step: faster, but the sampler is then another policy
-    # than the trainer (metric train/sampler_delta), which importance ratios correct for.
-    c.rollout.param_dtype = ""
-    c.rollout.budget = (
-        0  # tokens sampled a step; rows that have not ended go on in the next; 0: off
-    )
-    # Sample the rows of step i + 1 while step i is scored and trained, from the weights of before
-    # its update. Losses of drawn tokens correct for that by their ratio, and are refused without
-    # one; exact and topk are right at every token, but the responses that they go along are one
-    # update old. The weights that sample, in student.dtype, are then held through the update.
-    c.rollout.ahead = False
-    c.rollout.gathered = True  # each row shard holds all weights; False: fetches them each token
-
+    c.rollout = rollout()
     c.optim = optim()
     return c
 

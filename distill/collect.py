@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -30,6 +29,7 @@ from distill.examples import Example
 from distill.layout import Form
 from distill.microbatches import Work
 from distill.prepare import Plan, Stage
+from distill.prompts import Prompts
 from distill.stages import rollout_options, sampling, terms_of
 from models.qwen3.model import Params
 
@@ -42,14 +42,20 @@ MODES = {"think": True, "no_think": False}  # whether a row is asked to think
 
 
 def batches(
-    plan: Plan, stage: Stage, seed: int, mesh: Mesh, logits_mib: float, grader: rewards.Grader
+    plan: Plan,
+    stage: Stage,
+    seed: int,
+    mesh: Mesh,
+    logits_mib: float,
+    grader: rewards.Grader,
+    room: int | None = None,
 ) -> Collect:
     """The micro-batches of each step of a stage, on the host: all that its loss reads but for what
-    other models make of them."""
+    other models make of them. room: tokens that the sampler's cache could hold, where known."""
     form = _form(plan, stage)
     if not stage.sampled:
         return _read(stage, seed, mesh_lib.own_rows(mesh, stage.c.batch_size), form)
-    sample = _sampled(plan, stage, seed, grader)
+    sample = _sampled(plan, stage, seed, grader, room)
     read = _beside(stage, seed) if stage.sampled < stage.c.batch_size else None
     teachers = [plan.teachers[name] for name in stage.c.teachers] if stage.taught else []
 
@@ -149,21 +155,22 @@ def _beside(stage: Stage, seed: int) -> Callable[[int], tuple[list[Example], Mea
 
 
 def _sampled(
-    plan: Plan, stage: Stage, seed: int, grader: rewards.Grader
+    plan: Plan, stage: Stage, seed: int, grader: rewards.Grader, room: int | None
 ) -> Callable[[Params, int], tuple[list[rollout.Sequence], Any, Measured]]:
     """The student's own responses, and where they are rewarded their rewards [B], but for what a
     judge adds."""
-    s, ahead, begin = stage.c, stage.ahead, _writer(plan, stage)
+    s, ahead, begin = stage.c, stage.ahead, _writer(plan, stage, room)
+    prompts = Prompts(stage, seed)
 
     def own(params: Params, step: int) -> tuple[list[rollout.Sequence], Measured]:
         """The step's rows; and begins those of the next, where that is done ahead."""
         if ahead and ahead.step == step:
             found = ahead.rows, ahead.measured
         else:
-            found = begin(params, step, step, _asked(stage, seed, step))()
+            found = begin(params, step, step, prompts.of_step(step))()
         if ahead and step + 1 < stage.end:
             ahead.step = step
-            ahead.begun = begin(params, step, step + 1, _asked(stage, seed, step + 1))
+            ahead.begun = begin(params, step, step + 1, prompts.of_step(step + 1))
         return found
 
     def rewarded(params: Params, step: int) -> tuple[list[rollout.Sequence], Any, Measured]:
@@ -179,11 +186,11 @@ def _sampled(
         for turn in range(rounds):
             # Further rounds ask prompts that no step of the stage does.
             index = step if turn == 0 else stage.end + step * rounds + turn
-            examples = _examples(stage, seed, index, step)
+            examples = prompts.examples(index)
             if turn == 0:
                 rows, measured = own(params, step)
             else:
-                rows, measured = begin(params, step, step, _rows(stage, seed, index, examples))()
+                rows, measured = begin(params, step, step, prompts.expand(index))()
             totals, terms_told = _graded(plan, stage, grader, rows, examples)
             thought_in += [row.thinking for row in rows]
             for name, column in terms_told.items():
@@ -294,7 +301,7 @@ def _graded(
 
 
 def _writer(
-    plan: Plan, stage: Stage
+    plan: Plan, stage: Stage, room: int | None
 ) -> Callable[
     [Params, int, int, list[rollout.Sequence]],
     Callable[[], tuple[list[rollout.Sequence], Measured]],
@@ -305,7 +312,11 @@ def _writer(
     begun, the parameters may be donated.
     """
     s, student, parked = stage.c, plan.student, stage.parked
-    drawn_from, options, lora = sampling(s), rollout_options(s), student.model.lora is not None
+    drawn_from, options, lora = (
+        sampling(s),
+        rollout_options(s, room),
+        student.model.lora is not None,
+    )
     warm = False
 
     def begin(params: Params, version: int, step: int, rows: list[rollout.Sequence]):
@@ -369,32 +380,3 @@ def _by_mode(rows: Sequence[rollout.Sequence]) -> Measured:
             found[f"rollout/mean_length/{mode}"] = sum(len(row.tokens) for row in of) / len(of)
             found[f"rollout/truncated/{mode}"] = cut / len(of)
     return found
-
-
-def _examples(stage: Stage, seed: int, step: int, now: int) -> list[data.Example]:
-    """The prompts of a step: the first of what the step reads, of the difficulty of step `now`."""
-    s = stage.c
-    count = stage.sampled // s.samples
-    whole = s.batch_size if stage.sampled < s.batch_size else count
-    found = data.at(stage.source, step - stage.first, whole, seed, now=now - stage.first)
-    return found[:count]
-
-
-def _rows(
-    stage: Stage, seed: int, step: int, examples: Sequence[data.Example]
-) -> list[rollout.Sequence]:
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    return rollout.expand_prompts(examples, stage.c.samples, key, stage.c.max_response_tokens)
-
-
-def _asked(stage: Stage, seed: int, step: int) -> list[rollout.Sequence]:
-    """The rows of a step: those that were parked, and then as many new ones as there is room."""
-    size, parked = stage.sampled, stage.parked
-    if not parked:
-        return _rows(stage, seed, step, _examples(stage, seed, step, step))
-    begun, count = parked.begun, size - len(parked.rows)
-    rows: list[rollout.Sequence] = []
-    for index in range(begun // size, -(-(begun + count) // size)):
-        at = stage.first + index
-        rows += _rows(stage, seed, at, _examples(stage, seed, at, at))
-    return parked.rows + rows[begun % size :][:count]

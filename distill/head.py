@@ -163,9 +163,8 @@ def _summed_forward(asked, loss, hidden_ARCD, head_VD, fixed, xs, runs_A):
         return by_head_VD + by_chunk_VD, (stats, by_hidden_RCD)
 
     zeros_VD = jnp.zeros_like(head_VD)
-    found: Any
-    by_head_VD, found = chunks.scan(step, zeros_VD, {"hidden": hidden_ARCD, **xs}, runs_A)
-    stats, by_hidden_ARCD = found
+    found: Any = chunks.scan(step, zeros_VD, {"hidden": hidden_ARCD, **xs}, runs_A)
+    by_head_VD, (stats, by_hidden_ARCD) = found
     return (jnp.sum(stats["loss"] * xs["weight"]), stats), (by_hidden_ARCD, by_head_VD)
 
 
@@ -241,21 +240,19 @@ def token_stats(
       "top_logp" and int32 "top_ids", [B, T, K], the most likely first. With a loss also what it
       finds, and "total", its scalar sum, which then alone is differentiable (once).
 
-      Where teacher and student are equal, divergence and gradient are exactly 0 in every form; from
-      stored tops up to the rounding of the tail's mass, about 1e-7.
+      Where teacher and student are equal, divergence and gradient are exactly 0 (of stored tops up
+      to the rounding of the tail's mass, about 1e-7).
     """
     sg = jax.lax.stop_gradient
     teachers, heads = (jax.tree.leaves(sg(x)) for x in (teacher_hidden_BTE, teacher_head_VE))
     heads = [y.astype(x.dtype) for x, y in zip(teachers, heads, strict=bool(teachers))]
     fixed = sg(head_VD).astype(hidden_BTD.dtype), heads
-    xs = {"targets": targets_BT, "teachers": teachers, "top": sg(teacher_top_BTK)}
-    xs["share"] = teacher_share_BTN
+    xs = {"hidden": hidden_BTD, "targets": targets_BT, "teachers": teachers}
+    xs |= {"top": sg(teacher_top_BTK), "share": teacher_share_BTN}
     xs |= {} if loss is None else {"known": known, "weight": weight_BT}
-    xs["hidden"], size = hidden_BTD, int(logits_mib * 2**20 / (4 * head_VD.shape[0]))
+    size = int(logits_mib * 2**20 / (4 * head_VD.shape[0]))
     cut, runs_A, join = chunks.cut(xs, size, mask_BT, shards)
     given = cut.pop("hidden"), head_VD, fixed, cut, runs_A
     asked = _Asked(split, top_k, divergence, exact, overlap, baseline, temperature)
-    if loss is None:
-        return join(_stats(asked, *given))
-    summed: Any = _summed(asked, loss, *given)
-    return {**join(summed[1]), "total": summed[0]}
+    found: Any = _stats(asked, *given) if loss is None else _summed(asked, loss, *given)
+    return join(found) if loss is None else {**join(found[1]), "total": found[0]}

@@ -252,10 +252,7 @@ def _parts(stage: Stage, plan: Plan, c: ConfigDict, trained: Params) -> dict[str
     models = _models(stage, plan, c, trained)
     found: dict[str, float] = {**memory_lib.held(c, models, stage.c)}
     if stage.sampled:
-        room = None
-        if limit := _limit():
-            given = (c, stage.c, stage.sampled, models, stage.rows)
-            room = memory_lib.cache_room(*given, limit)
+        room = cache_room(c, plan, stage, trained)
         sampler = sampling_programs.of_stage(c, stage.c, stage.sampled, models, room)
         found["sampling"] = sampler.copy + sampler.cache
     update = memory_lib.training(c, stage.c, stage.sampled, models, stage.rows)
@@ -263,6 +260,15 @@ def _parts(stage: Stage, plan: Plan, c: ConfigDict, trained: Params) -> dict[str
         fuller = max(found.pop("sampling"), sum(update.values()))
         return {**found, "sampling or updates": fuller}
     return {**found, **update}
+
+
+def cache_room(c: ConfigDict, plan: Plan, stage: Stage, trained: Params) -> int | None:
+    """Tokens that the sampler's cache could hold; None where a device does not say what it has."""
+    limit = _limit()
+    if limit is None:
+        return None
+    models = _models(stage, plan, c, trained)
+    return memory_lib.cache_room(c, stage.c, stage.sampled, models, stage.rows, limit)
 
 
 def _read(p: Policy, param_dtype: str) -> Policy:

@@ -249,7 +249,8 @@ def run_stage(
     holds all that came of steps 0 to i, and the rows of metrics.jsonl for them are written."""
     stage, s = plan.stages[index], plan.stages[index].c
     logits_mib = stages.logits_mib(c, opened.mesh)
-    draw = collect.batches(plan, stage, c.seed, opened.mesh, logits_mib, opened.grader)
+    room = preflight.cache_room(c, plan, stage, state.params)
+    draw = collect.batches(plan, stage, c.seed, opened.mesh, logits_mib, opened.grader, room)
     train = trainer.make(c, plan, stage, opened.mesh, state)
     schedule = optim.schedule(s.optim, s.steps * stage.updates)
     begun = int(state.step)

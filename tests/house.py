@@ -17,8 +17,8 @@ PACKAGES = ("models", "distill", "configs", "assets", "benchmarks", "tests")
 FLOORS = {
     "entry points": "train evaluate validate compare generate score serve plan export report "
     "quickstart clean verify diagnose harness lm preflight",
-    "stages": "prepare stages programs memory sampling_programs calls roofline forecast collect "
-    "microbatches trainer rollout teacher divergence responses update",
+    "stages": "prepare prompts stages programs memory sampling_programs calls roofline forecast "
+    "collect microbatches trainer rollout teacher divergence responses update",
     "parts": "policy forward data layout packing curriculum examples context columns sources "
     "hygiene head chunks distributions losses advantages sampling benchmarks results",
     "ground": "batch mesh aot hlo pod compiled chat locate rewards terms ifeval figures optim "

@@ -166,7 +166,8 @@ def test_of_branches_the_longest_counts():
         return jax.lax.switch(i, [functools.partial(product, w) for w in (16, 64, 32)], x)
 
     program = jax.jit(chosen).lower(jnp.int32(0), jnp.ones((64, 64))).compile()
-    assert hlo.read(str(program.as_text())).flops == 2 * 64 * 64 * 64
+    text = program.as_text()
+    assert text is not None and hlo.read(text).flops == 2 * 64 * 64 * 64
 
 
 PREFETCHED = """\

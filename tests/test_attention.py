@@ -134,8 +134,8 @@ def test_splash_fetches_only_what_it_computes():
 def test_blocks_follow_the_chip_and_divide_the_row():
     for kind, sizes in (("TPU v5 lite", (512, 512, 384)), ("TPU v6 lite", (1024, 512, 384))):
         for T, block in zip((16_384, 1_536, 1_152), sizes, strict=True):
-            assert attention._block(T, kind) == block
-    assert attention._block(128, "cpu") == 128
+            assert attention.block_tokens(T, kind) == block
+    assert attention.block_tokens(128, "cpu") == 128
 
 
 @pytest.mark.long

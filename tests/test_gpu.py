@@ -132,7 +132,7 @@ def compiled(devices: list[Any]) -> dict[str, tuple[Any, hlo.Costs, str]]:
     found = {}
     with mesh_lib.use(mesh), jax.default_matmul_precision(None):
         for call in programs.of_stage(c, c.opd, loss, sampled, models, mesh):
-            if call.name in ("decode", "score", "update"):
+            if call.name in ("decode", "score", "accumulate"):
                 of = call.lower().compile()
                 found[call.name] = of, hlo.read(of.as_text()), of.as_text()
     return found
@@ -151,7 +151,7 @@ def test_decoding_reads_weights_and_cache_once(compiled) -> None:
 @pytest.mark.long
 def test_attention_is_cudnns_by_lengths(compiled) -> None:
     """Each key-value head once, and no mask: the bias would be [8, 1, 1024, 1024]."""
-    for name in ("score", "update"):
+    for name in ("score", "accumulate"):
         text = compiled[name][2]
         assert "__cudnn$fmhaSoftmax" in text and "[8,1,1024,1024]" not in text
         calls = re.findall(r'"__cudnn\$fmhaSoftmax".*', text)
@@ -161,7 +161,7 @@ def test_attention_is_cudnns_by_lengths(compiled) -> None:
 @pytest.mark.long
 def test_the_loss_holds_a_chunk_of_logits(compiled) -> None:
     """Not of all 8,192 tokens; and casts the head once, not for each chunk."""
-    _, costs, text = compiled["update"]
+    _, costs, text = compiled["accumulate"]
     assert "[8,128,151936]" in text or "[1024,151936]" in text
     assert "[8,1024,151936]" not in text and "[8192,151936]" not in text
     assert costs.traffic < 350e9  # 311; 504 in chunks of 128 MiB

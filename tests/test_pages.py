@@ -32,7 +32,7 @@ def texts(lengths, seed=0, heads=(N, K, K), width=H):
     ]
 
 
-def dense(q, k, v, layer):
+def dense(q: Any, k: Any, v: Any, layer: int):
     """Causal attention of one row's text, [T, N, H], written out."""
     q, k, v = q[layer], k[layer], v[layer]
     k, v = (np.repeat(x, q.shape[1] // k.shape[1], axis=1) for x in (k, v))
@@ -169,7 +169,7 @@ def test_a_line_of_several_blocks(monkeypatch):
     _, out = run(held, (table, length, starts, row, position), *tokens)
     for i, n in enumerate(lengths):
         got = np.asarray(out)[1, 0, starts[0, i] : starts[0, i] + n]
-        assert np.max(np.abs(got - dense(*[x[i] for x in qkv], 1))) <= 2e-6
+        assert np.max(np.abs(got - dense(*(x[i] for x in qkv), layer=1))) <= 2e-6
 
 
 @pytest.mark.parametrize(("data", "fsdp", "tensor"), [(2, 1, 1), (1, 2, 2), (2, 1, 4), (1, 1, 4)])
@@ -260,7 +260,7 @@ def test_a_shared_page_is_copied_when_it_is_written(monkeypatch, kind):
         held, out = run(held, index, *tokens)
         for i in (0, 1):
             for layer in range(L):
-                want = dense(*[x[i] for x in qkv], layer)[n]
+                want = dense(*(x[i] for x in qkv), layer=layer)[n]
                 assert np.max(np.abs(out[layer, i, 0] - want)) <= 2e-6
 
 
@@ -281,7 +281,7 @@ def test_what_is_not_finite_stays_in_its_row(monkeypatch, kind, bad):
     at = held.step(jnp.asarray(table), jnp.full(1, 3, jnp.int32))
     index = (at.table_RN, at.length_R, at.starts_XR, at.row_BT, at.position_BT)
     _, out = run(held, index, *(x[1][:, None, 2:3] for x in qkv))
-    want = dense(*[x[1] for x in qkv], 1)[2]
+    want = dense(*(x[1] for x in qkv), layer=1)[2]
     assert np.max(np.abs(out[1, 0, 0] - want)) <= 2e-6
 
 
