@@ -31,6 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
     lora = a.lora != "full"
     c = base.get_config()
     c.stages = ("sft", "opd")
+    c.mesh.tensor = 4  # decoding, which is most of a step, then reads a quarter of the weights
     c.student.path = "Qwen/Qwen3-8B-Base"
     c.teacher.path = c.student.tokenizer = "Qwen/Qwen3-32B"
     if lora:
@@ -53,7 +54,6 @@ def get_config(arg: str = "") -> ConfigDict:
     c.opd.accumulate = 32
     c.opd.max_prompt_tokens = 1024
     c.opd.max_response_tokens = 16_384
-    c.opd.rollout.slots = 512
     c.opd.data.source = "hf:zwhe99/DeepMath-103K"
     c.opd.data.on_bad_row = "skip"
     c.opd.data.template = base.BOXED

@@ -66,7 +66,6 @@ def get_config(arg: str = "") -> ConfigDict:
     c.opd.accumulate = 8
     c.opd.max_prompt_tokens = 2048
     c.opd.max_response_tokens = 16_384
-    c.opd.rollout.slots = 256
     c.opd.data.source = "hf:zwhe99/DeepMath-103K"
     c.opd.data.on_bad_row = "skip"
     c.opd.data.template = base.BOXED

@@ -29,6 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")  # torch, beside eight XLA devices
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 jax.config.update("jax_num_cpu_devices", 8)
@@ -61,3 +62,14 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip("no ../shared/data beside the project")
     return path
+
+
+@pytest.fixture(scope="module")
+def compiled_anew():
+    """A program for devices that are not there is written to the persistent cache, but cannot be
+    read from it."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()

@@ -14,14 +14,12 @@ import importlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -62,7 +60,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "v5e:8x8",
         LONG,
     ),
-    ON_V5P: ("strong_to_weak:student=8b,teacher=32b", "v5p:2x2x4", {}),
+    ON_V5P: ("strong_to_weak:student=8b,teacher=32b", "v5p:2x2x4", {"mesh.tensor": 4}),
     "8b from 32b, 18k, v6e-64": (
         "strong_to_weak:student=8b,teacher=32b",
         "v6e:8x8",
@@ -88,15 +86,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compiled_anew() -> Iterator[None]:
-    """A program for devices that are not there is written to the persistent cache, but cannot be
-    read from it."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("compiled_anew")
 
 
 def config(recipe: str, changes: dict[str, Any]) -> ConfigDict:

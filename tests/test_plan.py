@@ -8,10 +8,12 @@ import pytest
 from jax.experimental import topologies
 
 from configs import base
-from distill import aot, hlo, memory, plan
+from distill import aot, forecast, hlo, memory, plan, programs, rollout, roofline, stages
 from distill import mesh as mesh_lib
 from models.errors import UserError
 from models.qwen3.config import SIZES
+
+pytestmark = pytest.mark.usefixtures("compiled_anew")
 
 V, D, F, L, N, K, H = 1024, 256, 512, 2, 4, 2, 128
 B, P, R = 8, 128, 128
@@ -53,14 +55,16 @@ PARAMETERS = V * D + D + L * (D * H * (2 * N + 2 * K) + 2 * H + 3 * D * F + 2 * 
 
 
 @pytest.fixture(scope="module")
-def rows(shape):
+def rows(shape, compiled_anew):
     found = plan.compiled(config(shape), "v5e:2x2")["opd"]
     return {row.name: row for row in found}
 
 
 def test_every_program_of_a_step_is_there(rows):
-    assert list(rows) == ["weights", "prompts", "decode", "score", "accumulate", "apply"]
-    assert rows["decode"].calls == R
+    sampling = ["weights", "cache", "few prompts", "prompts", "decode"]
+    once = ["optimiser", "zeros"]
+    assert list(rows) == [*sampling, "score", *once, "accumulate", "apply", "transcripts"]
+    assert rows["decode"].calls == R and rows["accumulate"].calls == 1
 
 
 def test_what_lies_beside_a_program(rows, shape):
@@ -71,11 +75,29 @@ def test_what_lies_beside_a_program(rows, shape):
     assert kept["parameters"] == pytest.approx(4 * PARAMETERS / 4, abs=4 * norms)
     assert kept["optimiser"] == pytest.approx(2 * kept["parameters"], abs=64)
     assert kept["teacher"] == kept["parameters"] // 2  # bfloat16
-    gradient = kept["parameters"]  # that of the micro-batches before
+    gradient, head = kept["parameters"], 2 * V * D / 4
     assert rows["score"].beside == kept["parameters"] + kept["optimiser"] + gradient
-    assert rows["accumulate"].beside == kept["teacher"] + kept["optimiser"]
+    assert rows["accumulate"].beside == kept["optimiser"] + kept["teacher"] - head  # its argument
     assert rows["apply"].beside == kept["teacher"]
-    assert rows["decode"].beside > sum(kept.values())  # and the prompts' cache
+    assert rows["decode"].beside == rows["prompts"].beside == sum(kept.values())
+    copy = 2 * PARAMETERS
+    assert rows["cache"].beside == pytest.approx(sum(kept.values()) + copy, abs=4 * norms)
+    assert rows["weights"].beside == kept["optimiser"] + kept["teacher"]
+
+
+def test_what_is_sampled_ahead_lies_beside_the_update(rows, shape):
+    mesh = mesh_lib.make(1, 4, 1, devices=aot.devices("v5e:2x2"))
+    c = config(shape, **{"opd.rollout.ahead": True})
+    models = plan.models_of(c, mesh, mesh, ("teacher",), False)
+    with mesh_lib.use(mesh):
+        loss, sampled = stages.objective("opd", c.opd)
+        found = programs.of_stage(c, c.opd, loss, sampled, models, mesh, 15.75 * plan.GIB)
+    beside = {call.name: call.beside for call in found}
+    cache = 2 * 2 * L * K * H * B * (P + R) / 4  # of which each device has a quarter of the rows
+    copy = rows["cache"].beside - rows["decode"].beside
+    for name in ("zeros", "apply"):
+        assert beside[name] == copy + cache
+    assert beside["decode"] == 0 and beside["score"] > copy + cache
 
 
 def test_operations(rows):
@@ -104,10 +126,47 @@ def test_the_smallest_slice(shape):
     c = config(shape, **{"stages": ("sft",), "sft.batch_size": 2, **lengths})
     topology, found = plan.smallest(c, "v5e")
     assert topology == "v5e:1x1"
-    assert [(row.name, row.collectives) for row in found["sft"]] == [
-        ("accumulate", {}),
-        ("apply", {}),
-    ]
+    names = ["optimiser", "accumulate", "apply", "transcripts"]  # no gradient beside the only one
+    assert [(row.name, row.collectives) for row in found["sft"]] == [(n, {}) for n in names]
+
+
+def test_at_the_longest_responses_a_forecast_says_what_the_plan_does(rows, shape, monkeypatch):
+    monkeypatch.setattr(rollout, "lengths", lambda count, mean, most: [most] * count)
+    monkeypatch.setattr(forecast, "PROMPT", P)
+    c, found = config(shape), {"opd": list(rows.values())}
+    of = plan.forecasts(c, "v5e:2x2", found, R)["opd"]
+    assert of.decoding and of.decoding.steps == R and of.decoding.parked == 0
+    assert of.packing.count == 1 and of.packing.attention == 1
+    for name in ("score", "apply", "weights", "prompts"):
+        assert of.seconds[name] == pytest.approx(rows[name].seconds)
+    assert of.seconds["accumulate"] <= rows["accumulate"].seconds
+    told = roofline.summary(c, "v5e:2x2", found)
+    forecast.add(told["stages"]["opd"], of)
+    stage = told["stages"]["opd"]
+    assert stage["seconds_per_step_at_mean"] == pytest.approx(sum(of.seconds.values()))
+    assert stage["at_mean"]["decoding_steps"] == R and stage["at_mean"]["micro_batches"] == 1
+    assert "128 tokens in the mean" in forecast.show("opd", of)
+
+
+def test_shorter_responses_take_less_time(rows, shape):
+    found = {"opd": list(rows.values())}
+    of = plan.forecasts(config(shape), "v5e:2x2", found, 16)["opd"]
+    assert of.decoding and of.decoding.steps < R
+    assert of.seconds["decode"] <= 1.001 * rows["decode"].seconds * of.decoding.steps / R
+    assert of.total < sum(row.seconds for row in rows.values())
+    with pytest.raises(UserError, match=f"--mean_response_tokens={R + 1}: from 1 to "):
+        plan.forecasts(config(shape), "v5e:2x2", found, R + 1)
+
+
+@pytest.mark.parametrize("lengths", [[40], [3, 5, 7, 2], [8, 8, 8], [17, 1, 20], []])
+def test_blocks_of_attention(lengths):
+    """Those in which a query sees a key, where a row's padding is a sequence, too; and all before
+    the diagonal between them."""
+    T, block = 40, 8
+    of = np.repeat(np.arange(len(lengths) + 1), [*lengths, T - sum(lengths)])
+    sees = (of[:, None] == of[None]) & np.tri(T, dtype=bool)
+    expected = sees.reshape(T // block, block, T // block, block).any((1, 3))
+    assert forecast._blocks(lengths, T, block) == expected.sum()
 
 
 def test_too_large_is_found_before_compiling_and_something_helps(shape, monkeypatch):

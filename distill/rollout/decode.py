@@ -257,11 +257,12 @@ def decode(
     """
     head_VD = model.head(params["params"])
     steps, bound = steps_bound_2
-    token_B, length_B, drawn_B, limit_B, *_, live_B = map(mesh_lib.split_rows, about_7B)
-    key_B2 = jax.lax.bitcast_convert_type(mesh_lib.split_rows(about_7B[4:6].T), jnp.uint32)
-    keys_B = jax.random.wrap_key_data(key_B2)
-    token_B = jnp.where(token_B < 0, state.token_B, token_B)
-    table_BN = mesh_lib.split_rows(table_BN)
+    order_XR = _live_first(about_7B[-1], decoder.cache)
+    rows = (about_7B.T, table_BN, state.token_B, state.seen_BV)
+    about_B7, table_BN, newest_B, seen_BV = _taken(rows, order_XR)
+    token_B, length_B, drawn_B, limit_B, *_, live_B = about_B7.T
+    keys_B = jax.random.wrap_key_data(jax.lax.bitcast_convert_type(about_B7[:, 4:6], jnp.uint32))
+    token_B = jnp.where(token_B < 0, newest_B, token_B)
     source_XC, target_XC = map(mesh_lib.split_rows, copies_2XC)
     cache = state.cache.copy(source_XC, target_XC)
     cache = cache.begin(length_B, decoder.segment)
@@ -272,7 +273,7 @@ def decode(
         length_B,
         drawn_B,
         live_B == 0,
-        state.seen_BV,
+        seen_BV,
         _no_output(decoder, token_B.shape[0]),
     )
 
@@ -295,8 +296,32 @@ def decode(
 
     end = jax.lax.while_loop(running, body, start)
     cache = end.cache.end(end.length_B - length_B)
-    state = State(cache, mesh_lib.split_rows(end.token_B), end.seen_BV)
-    return state, jax.tree.map(mesh_lib.whole, end.output)
+    back_XR = None if order_XR is None else jnp.argsort(order_XR, axis=1)
+    drawn = jax.tree.map(lambda x: x.swapaxes(0, 1), end.output)
+    token_B, seen_BV, drawn = _taken((end.token_B, end.seen_BV, drawn), back_XR)
+    output = jax.tree.map(lambda x: mesh_lib.whole(x.swapaxes(0, 1)), drawn)
+    return State(cache, token_B, seen_BV), output
+
+
+def _live_first(live_B: jax.Array, shape: CacheShape) -> jax.Array | None:
+    """[X, R]: the rows of each shard, those that decode before the others, of whose pages a kernel
+    then reads nothing. None of slabs, where rows lie as they do in the cache."""
+    if shape.kind == "slabs":
+        return None
+    return jnp.argsort(live_B.reshape(shape.shards, -1) == 0, axis=1, stable=True)
+
+
+def _taken(tree: Any, order_XR: jax.Array | None) -> Any:
+    """Arrays [B, ...] whose rows are split, with those of each shard in this order."""
+    if order_XR is None:
+        return jax.tree.map(mesh_lib.split_rows, tree)
+
+    def one(x: jax.Array) -> jax.Array:
+        x_XR = mesh_lib.split_rows(x.reshape(*order_XR.shape, *x.shape[1:]))
+        index_XR = order_XR.reshape(*order_XR.shape, *(1,) * (x.ndim - 1))
+        return mesh_lib.split_rows(jnp.take_along_axis(x_XR, index_XR, axis=1).reshape(x.shape))
+
+    return jax.tree.map(one, tree)
 
 
 @jax.tree_util.register_dataclass

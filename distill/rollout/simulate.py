@@ -53,7 +53,7 @@ def simulate(
     """Samples sequences of which the i-th ends after ends[i] tokens, at its limit at the latest.
 
     sizes: tokens that lines of prompts may have. reads: bytes that a decoding step reads of the
-    cache, for rows of a shard that have so many tokens (0: none).
+    cache, for rows of a shard that have so many tokens (0: of one that ended in the segment).
     """
     rows, found = shape.rows // shape.shards, Simulated()
     few = fewer_rows(shape) // shape.shards
@@ -86,7 +86,7 @@ def simulate(
         if not scheduler.queue and not (few and few < rows):
             ending = len(seats)
         steps = min(segment, after[min(ending, len(seats)) - 1])
-        _count(scheduler, left, steps, (rows, rows < shape.rows // shape.shards), reads, found)
+        _count(scheduler, left, steps, rows < shape.rows // shape.shards, reads, found)
         for seat in seats:
             drawn = min(steps, left[id(seat.sequence)])
             seat.length += drawn
@@ -101,12 +101,11 @@ def _count(
     scheduler: Scheduler,
     left: dict[int, int],
     steps: int,
-    rows: tuple[int, bool],
+    fewer: bool,
     reads: Callable[[list[int]], int],
     found: Simulated,
 ) -> None:
     """Adds a segment, of which the step in its middle stands for all."""
-    size, fewer = rows
     found.segments += 1
     if fewer:
         found.fewer_steps += steps
@@ -115,11 +114,10 @@ def _count(
     of_shards = []
     for shard in range(len(scheduler.seats)):
         lengths = [
-            seat.length + (steps + 1) // 2
+            seat.length + (steps + 1) // 2 if left[id(seat.sequence)] > steps // 2 else 0
             for seat in scheduler.live(shard)
-            if left[id(seat.sequence)] > steps // 2
         ]
-        read = reads(lengths + [0] * (size - len(lengths)))
+        read = reads(lengths)
         of_shards.append((read * steps, sum(lengths) * steps))
         found.live += sum(min(steps, left[id(seat.sequence)]) for seat in scheduler.live(shard))
     read, filled = max(of_shards)

@@ -85,10 +85,13 @@ class Pages:
         )
 
     def step(self, table_RN: jax.Array, length_R: jax.Array) -> "Pages":
-        """`at` for the next token of each row, tokens [R, 1]; length 0: none of this row."""
+        """`at` for the next token of each row, tokens [R, 1]; length 0: none of this row. Of rows
+        behind the last of a part that has one nothing is read."""
         X, R = self.pools[0].shape[0], len(length_R)
         row_R = jnp.where(length_R > 0, jnp.arange(R, dtype=jnp.int32) % (R // X), -1)
-        starts_XR = jnp.broadcast_to(jnp.arange(R // X + 1, dtype=jnp.int32), (X, R // X + 1))
+        at_R = jnp.arange(R // X + 1, dtype=jnp.int32)
+        last_X = jnp.max(jnp.where(length_R.reshape(X, -1) > 0, at_R[1:], 0), axis=1)
+        starts_XR = jnp.minimum(at_R[None], last_X[:, None])
         return self.at(table_RN, length_R, starts_XR, row_R[:, None], length_R[:, None] - 1)
 
     def begin(self, length_B: jax.Array, steps: int) -> "Pages":
@@ -319,8 +322,8 @@ def read_bytes(lengths: Iterable[int], page: int, columns: int, token: int, kind
     """What a decoding step reads of a device's pool, for rows of these lengths, their newest token
     included, under a table of `columns` pages a row; `token`: `token_bytes`.
 
-    Kernels fetch several pages together, also where a row ends, and of a row that is not in use
-    (0) TPU's reads as much as of one token."""
+    Kernels fetch several pages together, also where a row ends, and of a row that has ended (0)
+    before one that goes on TPU's reads as much as of one token."""
     together = page * paged_attention.together(kind, page, columns, decoding=True)
     if kind == "ragged":
         lengths = [max(1, n) for n in lengths]
