@@ -38,6 +38,7 @@ from distill import (
     policy,
     programs,
     roofline,
+    sampling_programs,
     stages,
     teacher,
 )
@@ -158,6 +159,10 @@ def rows_of(c: ConfigDict, name: str, topology: str, mesh: Mesh, apart: Mesh) ->
     for at, of in kept.items():
         if sum(of.values()) > chip.hbm_gib * GIB:
             raise TooLarge("what the run keeps", sum(of.values()) / GIB, largest[at])
+    if sampled:
+        needs = _least_cache(c, s, models) + sum(kept[mesh].values())
+        if needs > chip.hbm_gib * GIB:
+            raise TooLarge("cache", needs / GIB, largest[mesh])
     found = []
     with mesh_lib.use(mesh), jax.default_matmul_precision(None):
         calls = programs.of_stage(c, s, loss, sampled, models, mesh, chip.hbm_gib * GIB)
@@ -175,6 +180,15 @@ def rows_of(c: ConfigDict, name: str, topology: str, mesh: Mesh, apart: Mesh) ->
             raise TooLarge(call.name, row.total / GIB, largest[at])
         found.append(row)
     return found
+
+
+def _least_cache(c: ConfigDict, s: ConfigDict, models: Models) -> float:
+    """Bytes on each device without which nothing is sampled: the weights that decode and, of the
+    share of what is left that the cache takes, one of the longest rows."""
+    sampler = sampling_programs.of_stage(c, s, 1, models, None)
+    share = s.rollout.cache_tokens or stages.SHARE
+    longest = s.max_prompt_tokens + s.max_response_tokens
+    return sampler.copy + longest * sampler.token / min(1.0, share)
 
 
 def compiled(c: ConfigDict, topology: str) -> dict[str, list[Row]]:

@@ -179,6 +179,21 @@ def test_too_large_is_found_before_compiling_and_something_helps(shape, monkeypa
     assert "optimiser" in error.value.largest[0]
 
 
+def test_without_room_for_a_row_nothing_is_compiled(shape, monkeypatch):
+    """Beside what the run keeps, 14 bytes a parameter on four devices, there is the whole copy of
+    the weights and a fifth of what one of the longest rows takes."""
+    row = (P + R) * 2 * 2 * L * K * H
+    hbm = (14 / 4 + 2) * PARAMETERS + row / 5
+    chip = aot.Chip(**{**vars(aot.CHIPS["v5e"]), "hbm_gib": hbm / plan.GIB})
+    monkeypatch.setitem(aot.CHIPS, "v5e", chip)
+    with pytest.raises(plan.TooLarge) as error:
+        plan.compiled(config(shape), "v5e:2x2")
+    assert error.value.program == "cache"
+    assert error.value.needs_gib * plan.GIB == pytest.approx(hbm + row, rel=0.05)
+    changes = [flag for flag, _ in plan.remedies(config(shape), "cache")]
+    assert "--config.opd.rollout.cache_dtype=float8_e4m3fn" in changes
+
+
 def test_released_sizes_need_no_directory():
     mesh = mesh_lib.make(1, 4, 1, devices=aot.devices("v5e:2x2"))
     for path, size in (("Qwen/Qwen3-0.6B", "0.6b"), ("Qwen/Qwen3-30B-A3B-Base", "30b-a3b")):
