@@ -217,13 +217,15 @@ def test_lengths_make_no_mask():
 
 
 def test_who_packs():
-    """Rows of several examples anywhere in a run: the mask; else lengths."""
+    """Rows of several sequences anywhere in a run, as samples always are: the mask; else lengths."""
     for packed, kind in ((True, "cudnn"), (False, "cudnn_lengths")):
         for wanted in ("auto", "cudnn"):
             assert attention.choose(wanted, "gpu", 128, jnp.dtype("bfloat16"), packed) == kind
     c = base.get_config()
+    assert stages.packs(c)
+    c.stages = ("sft",)
     assert not stages.packs(c)
-    c.stages, c.sft.pack_tokens = ("opd", "sft"), 4096
+    c.sft.pack_tokens = 4096
     assert stages.packs(c)
 
 

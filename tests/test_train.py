@@ -256,8 +256,12 @@ def test_sampler_and_trainer_agree(whole):
 
 
 def test_the_loss_of_a_rollout_is_its_reverse_kl(whole):
+    """Up to the order in which the two are added up: the one by chunks, the other at once."""
     for row in numbers(whole)[2:]:
-        assert row["train/loss"] == row["train/reverse_kl"] > 0
+        assert (
+            row["train/loss"] == pytest.approx(row["train/reverse_kl"], rel=5e-7)
+            and row["train/loss"] > 0
+        )
 
 
 def test_transcripts(whole):
