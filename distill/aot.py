@@ -106,6 +106,7 @@ class Program:
     flops: float | None  # of matrix products; None where the compiler gives no text
     attention: float | None  # of these, in kernels for attention over whole rows
     traffic: int | None  # bytes to and from HBM
+    once: int | None  # of these, outside of open loops
     collectives: dict[str, tuple[int, int]] | None  # kind -> (how many, bytes received)
     open_loops: int
 
@@ -140,6 +141,7 @@ def compile(name: str, lower: Callable[[], Any], hbm_gib: float) -> Program:
         flops=costs.flops if costs else None,
         attention=costs.attention if costs else None,
         traffic=costs.traffic if costs else None,
+        once=costs.once if costs else None,
         collectives=costs.collectives if costs else None,
         open_loops=costs.open_loops if costs else 0,
     )

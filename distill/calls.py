@@ -53,7 +53,8 @@ class Call:
     arguments. beside: bytes that lie on each device beside it and what the run keeps. mesh: where
     it runs, if not where the student is; `lower` is to be called within its use. reads: bytes of
     memory that a kernel reads in a call, of which the compiled text says nothing. kind: by what it
-    is called more or less often at other lengths (distill.forecast).
+    is called more or less often at other lengths (distill.forecast). segment: turns of its open
+    loop in one call, which share what lies outside.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Call:
     mesh: Mesh | None = None
     reads: int = 0
     kind: str = "fixed"
+    segment: int = 1
     head: float = 0.0
 
 

@@ -15,6 +15,7 @@ class Costs:
     traffic: bytes that instructions read from HBM and write to it: operands and results, of slices
     and scatters only what is cut out or put in; of kernels for attention over pages without the
     pages, of which they read what the rows' lengths make them (models.qwen3.pages.read_bytes).
+    once: of these bytes, those outside of loops of unknown length.
     collectives: kind -> (how many, bytes received). open_loops: loops of unknown length, of which
     one turn counts.
     """
@@ -22,6 +23,7 @@ class Costs:
     flops: float
     attention: float
     traffic: int
+    once: int
     collectives: dict[str, tuple[int, int]]
     open_loops: int
 
@@ -58,26 +60,29 @@ def read(text: str) -> Costs:
     counts; a collective that is split into a start and a done counts once.
     """
     computations, entry = _computations(text)
-    flops, attention, open_loops = 0.0, 0.0, 0
+    flops, attention, open_loops, depth = 0.0, 0.0, 0, 0
     found: dict[str, tuple[int, int]] = {}
     seen: set[str] = set()
 
     def walk(
         name: str, times: float, fused: bool = False
     ) -> Iterator[tuple[float, bool, str, str, str, dict[str, str]]]:
-        nonlocal open_loops
+        nonlocal open_loops, depth
         lines = computations.get(name, {})
         for instruction, rest in lines.items():
             yield times, fused, name, instruction, rest, lines
-            inner = times
+            inner, unknown = times, False
             if " while(" in rest:
                 trips = _trips(rest, computations)
-                open_loops += trips is None
+                unknown = trips is None
+                open_loops += unknown
                 inner = times * (trips or 1)
             if " reduce(" in rest or " all-reduce(" in rest or " reduce-scatter(" in rest:
                 continue  # what they apply is an addition of scalars
+            depth += unknown
             for called in _CALLED.findall(rest):
                 yield from walk(called, inner, fused or " fusion(" in rest)
+            depth -= unknown
             if pairs := _BRANCHES.findall(rest):
                 names = re.findall(r"[\w.\-]+", " ".join(" ".join(pair) for pair in pairs))
                 yield from walk(max(names, key=work), inner, fused)
@@ -94,10 +99,11 @@ def read(text: str) -> Costs:
         )
         return sum(products), len(every)
 
-    traffic = 0.0
+    traffic = once = 0.0
     for times, fused, inside, instruction, rest, lines in walk(entry, 1.0):
         if not fused:
-            traffic += times * _traffic(rest, lines, computations)
+            moved = times * _traffic(rest, lines, computations)
+            traffic, once = traffic + moved, once + (0 if depth else moved)
         kind = next((k for k in COLLECTIVES if re.search(rf" {k}(-start)?\(", rest)), None)
         if kind:
             # An exchange beside computation is named in every fusion that does a piece of it.
@@ -117,7 +123,7 @@ def read(text: str) -> Costs:
             spent = times * _kernel(instruction, rest)
             flops += spent
             attention += spent if instruction.startswith("splash") else 0.0
-    return Costs(flops, attention, int(traffic), found, open_loops)
+    return Costs(flops, attention, int(traffic), int(once), found, open_loops)
 
 
 def _traffic(rest: str, lines: dict[str, str], computations: dict[str, dict[str, str]]) -> float:

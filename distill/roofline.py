@@ -57,7 +57,10 @@ def row(call: calls.Call, program: aot.Program, beside: int, chip: aot.Chip, cou
     """A program's row, on one of `count` devices."""
     useful = call.useful / count
     flops = max(program.flops or 0, useful)
-    traffic = None if program.traffic is None else program.traffic + call.reads
+    traffic = None
+    if program.traffic is not None:
+        shared = (program.once or 0) * (1 - 1 / call.segment)
+        traffic = program.traffic + call.reads - int(shared)
     times = limits(chip, flops, traffic, program.collectives)
     bound = max(times, key=lambda name: times[name])
     mfu = None

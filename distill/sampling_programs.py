@@ -188,7 +188,9 @@ def programs(sampler: Sampler, every: float = 1.0, name: str = "", beside: int =
         kind = "fixed" if name else what
         called = f"{name} {what}" if name else what
         turns = turns / every
-        return Call(called, within, turns, useful, holds, beside + more, reads=reads, kind=kind)
+        several = options.segment if what.startswith("decode") else 1
+        given = (called, within, turns, useful, holds, beside + more)
+        return Call(*given, reads=reads, kind=kind, segment=several)
 
     calls, copy = [], sampler.copy
     turns = R * -(-count // shape.rows)

@@ -198,7 +198,8 @@ class Pages:
                 x.reshape(*x.shape[:axis], self.layers, self.pages, *x.shape[axis + 1 :])
                 for x in pools
             )
-            split = jax.lax.fori_loop(0, len(source_C), one, split)
+            behind = jnp.max(jnp.where(none_C, 0, jnp.arange(1, len(source_C) + 1)))
+            split = jax.lax.fori_loop(0, behind, one, split)
             return tuple(x.reshape(old.shape) for x, old in zip(split, pools, strict=True))
 
         copied = self._per_part(local, (self._specs(), _ROWS, _ROWS), self._specs())(
