@@ -291,6 +291,15 @@ def require_near(one: Mesh, other: Mesh, count: int) -> None:
         )
 
 
+def settled(tree: Any) -> Any:
+    """`tree`, waited for on several CPU devices: XLA deadlocks there, and then aborts, where
+    programs with collectives queue up behind each other on few cores."""
+    leaf = next((x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)), None)
+    if leaf is not None and len(leaf.sharding.device_set) > 1 and jax.default_backend() == "cpu":
+        jax.block_until_ready(tree)
+    return tree
+
+
 def put(x: Any, sharding: NamedSharding) -> jax.Array:
     """A host array, the same in every process, on the devices of all of them.
 

@@ -170,9 +170,9 @@ def _there(reader: Policy, function: Callable[..., jax.Array], *given: Any) -> j
     those lie, brought to where we are."""
     here = jax.sharding.get_mesh()
     if here.empty or here == (there := policy.mesh_of(reader)):
-        return function(*given)
+        return mesh_lib.settled(function(*given))
     with policy.use(reader):
-        found = function(*mesh_lib.moved(given, there))
+        found = mesh_lib.settled(function(*mesh_lib.moved(given, there)))
     return mesh_lib.moved(found, here)
 
 

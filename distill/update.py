@@ -245,13 +245,12 @@ class Update:
         gradient, figures, found = None if single else self.zeros(state.params), None, {}
         for number, batch in enumerate(microbatches):
             jax.block_until_ready(state.step if figures is None else figures)
-            gradient, more, stats = self.accumulate(
-                gradient, state.params, ready(batch), heads, frozen
-            )
+            given = (gradient, state.params, ready(batch), heads, frozen)
+            gradient, more, stats = mesh_lib.settled(self.accumulate(*given))
             figures = more if figures is None else self.merge(figures, more)
             if keep is None or number in keep:
                 found[number] = stats
-        state, measured = self.apply(state, gradient, figures, steps)
+        state, measured = mesh_lib.settled(self.apply(state, gradient, figures, steps))
         return state, measured, found
 
 

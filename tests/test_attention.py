@@ -217,7 +217,7 @@ def test_lengths_make_no_mask():
 
 
 def test_who_packs():
-    """Rows of several sequences anywhere in a run, as samples always are: the mask; else lengths."""
+    """Rows of several sequences anywhere in a run, as samples are: the mask; else lengths."""
     for packed, kind in ((True, "cudnn"), (False, "cudnn_lengths")):
         for wanted in ("auto", "cudnn"):
             assert attention.choose(wanted, "gpu", 128, jnp.dtype("bfloat16"), packed) == kind

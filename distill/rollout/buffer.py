@@ -5,9 +5,9 @@ import dataclasses
 from collections import abc
 from typing import Any
 
-import jax
 import numpy as np
 
+from distill import mesh as mesh_lib
 from distill.rollout.sequence import Sequence
 
 
@@ -53,9 +53,7 @@ class AsyncRollouts:
         if begun is None:
             self.step, self.rows, self.measured = -1, [], {}
             return
-        devices = jax.tree.leaves(trained)[0].sharding.device_set
-        if len(devices) > 1 and jax.default_backend() == "cpu":
-            jax.block_until_ready(trained)  # or XLA may deadlock, see Slots.read_together
+        mesh_lib.settled(trained)
         self.step += 1
         self.rows, self.measured = begun()
 

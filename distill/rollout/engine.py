@@ -291,7 +291,4 @@ class Engine:
             self.read_pieces[id(seat)].append((experts, seat.shard, start, count))
             self.counts["prompt_tokens"] += count
         self.counts["read_tokens"] += X * T
-        if self.mesh.size > 1 and jax.default_backend() == "cpu":
-            # XLA deadlocks on several CPU devices where programs with collectives that do not
-            # depend on each other queue up on few cores.
-            jax.block_until_ready(self.state)
+        mesh_lib.settled(self.state)
