@@ -245,8 +245,10 @@ class Update:
         gradient, figures, found = None if single else self.zeros(state.params), None, {}
         for number, batch in enumerate(microbatches):
             jax.block_until_ready(state.step if figures is None else figures)
-            given = (gradient, state.params, ready(batch), heads, frozen)
-            gradient, more, stats = mesh_lib.settled(self.accumulate(*given))
+            # Nothing else may hold what is made ready: the teachers' states are to end with the call.
+            gradient, more, stats = mesh_lib.settled(
+                self.accumulate(gradient, state.params, ready(batch), heads, frozen)
+            )
             figures = more if figures is None else self.merge(figures, more)
             if keep is None or number in keep:
                 found[number] = stats
