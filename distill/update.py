@@ -245,7 +245,7 @@ class Update:
         gradient, figures, found = None if single else self.zeros(state.params), None, {}
         for number, batch in enumerate(microbatches):
             jax.block_until_ready(state.step if figures is None else figures)
-            # Nothing else may hold what is made ready: the teachers' states are to end with the call.
+            # Nothing else holds what is made ready: the teachers' states end with the call.
             gradient, more, stats = mesh_lib.settled(
                 self.accumulate(gradient, state.params, ready(batch), heads, frozen)
             )
