@@ -163,6 +163,9 @@ def test_the_youngest_make_room():
     assert scheduler.grow() == [second] and list(scheduler.live()) == [first]
     assert [s for _, s in scheduler.queue] == [sequences[1]]
     assert len(first.pages) == 2 and not second.pages
+    sequences[1].reason = "stop"  # as a stop string that is found late does
+    scheduler.release(first)
+    assert not scheduler.admit() and not scheduler.queue
 
 
 def test_the_last_ones_move_together():

@@ -67,7 +67,7 @@ class Engine:
         scheduler, drawn = self.scheduler, None
         if (scheduler.queue or any(scheduler.live())) and (budget is None or budget > 0):
             self.seat()
-            drawn = self.decode(budget)
+            drawn = self.decode(budget) if any(scheduler.live()) else None
         self.file()
         if drawn is None:
             return False

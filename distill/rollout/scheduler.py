@@ -96,6 +96,9 @@ class Scheduler:
         found: list[Seat] = []
         while self.queue:
             number, sequence = self.queue[0]
+            if sequence.reason:  # its stop string was found when it was parked already
+                self.queue.popleft()
+                continue
             seat = self._seat(number, sequence)
             if seat is None:
                 break
