@@ -87,8 +87,9 @@ class Scheduler:
                     self.release(youngest)
                 if seat not in parked:
                     seat.pages += [self._take(shard) for _ in range(self._missing(seat))]
-        for seat in sorted(parked, key=lambda seat: -seat.number):
-            self.queue.appendleft((seat.number, seat.sequence))
+        if parked:  # others, older or younger, may have been parked before
+            back = [(seat.number, seat.sequence) for seat in parked]
+            self.queue = deque(sorted([*back, *self.queue], key=lambda waiting: waiting[0]))
         return parked
 
     def admit(self) -> list[Seat]:
