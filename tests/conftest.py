@@ -55,6 +55,15 @@ def pytest_collection_finish() -> None:
     gc.freeze()  # by now the tests' modules have imported everything
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_let_go():
+    """Frees a module's compiled programs. Each takes some memory mappings, of which Linux lets a
+    process have 65,530: with all programs of the suite in one process, XLA's compiler ends in a
+    segmentation fault when it is given no more."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data that may lie beside the project; skips where it does not."""

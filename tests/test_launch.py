@@ -454,6 +454,7 @@ def _in_the_background(pod, *words: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -461,9 +462,9 @@ def test_an_interrupted_babysit_leaves_the_run(pod):
     pod.play(runs=["goes on"])
     babysit = _in_the_background(pod, "babysit", "--", *FLAGS)
     pod.wait(lambda: json.loads((pod.fake / "world.json").read_text())["looks"])
-    babysit.send_signal(signal.SIGINT)
+    os.killpg(babysit.pid, signal.SIGINT)  # as Ctrl-C does
     _, told = babysit.communicate(timeout=60)
-    assert babysit.returncode == 130
+    assert babysit.returncode == 130, told
     assert "the run goes on, unwatched\nopd still costs: " in told
     os.kill(int(pod.pid().read_text()), 0)
 
