@@ -35,12 +35,24 @@ def run(main: Callable[[], None], options: flags.FlagValues = flags.FLAGS) -> No
             _help(options)
         _parse(sys.argv, options)
         gpu.set_flags()
+        _set_threads()
         main()
     except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _set_threads() -> None:
+    """Gives XLA more threads than the CPU has cores, where the CPU stands for several devices.
+
+    A device that waits for the others in a collective holds a thread. With fewer threads than
+    devices, those that all wait for cannot run, and after 40 s XLA ends the process.
+    """
+    devices = os.environ.get("JAX_NUM_CPU_DEVICES", "")
+    if devices.isdigit() and int(devices) > 1:
+        os.environ.setdefault("NPROC", str(4 * int(devices)))  # what XLA reads
 
 
 def _fail(message: str) -> NoReturn:

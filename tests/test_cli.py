@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl.flags import FlagValues
+
+from distill import cli
 
 VERB = '''
 """A verb for the test."""
@@ -130,6 +133,22 @@ def test_help(verb):
     assert out.startswith("A verb for the test.")
     for flag in ("--config", "--workdir", "--side: <left|right>"):
         assert flag in out
+
+
+def test_several_cpu_devices_have_threads_enough(monkeypatch):
+    """More than devices, so that collectives cannot wait for each other; the user's number wins."""
+    monkeypatch.delenv("NPROC")
+    monkeypatch.setattr(sys, "argv", ["verb"])
+    for devices, asked, threads in [
+        ("8", None, "32"),
+        ("1", None, None),
+        ("", None, None),
+        ("8", "5", "5"),
+    ]:
+        monkeypatch.setenv("JAX_NUM_CPU_DEVICES", devices)
+        monkeypatch.setenv("NPROC", asked) if asked else monkeypatch.delenv("NPROC", raising=False)
+        cli.run(lambda: None, FlagValues())
+        assert os.environ.get("NPROC") == threads
 
 
 def test_no_jax():

@@ -177,9 +177,6 @@ def test_packed_rows_train_as_unpacked_ones_do(name: str) -> None:
     same(trained(CASES[name], True), trained(CASES[name], False))
 
 
-# To be run by itself: on eight devices of a CPU with two cores, XLA's collectives of one of these
-# programs may wait for each other for ever, each device having begun with another one.
-@pytest.mark.long
 @pytest.mark.parametrize("name", ["gspo", "context", "mixed", "experts", "taught updates"])
 def test_and_so_they_do_on_a_mesh_of_eight(name: str) -> None:
     eight, one = trained(CASES[name], True, (1, 4, 2)), trained(CASES[name], False)
