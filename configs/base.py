@@ -109,8 +109,9 @@ def rollout() -> ConfigDict:
     # Rows that decode at once; ended ones make room for those waiting. 0: as many as the cache
     # allows, which is three times the longest rows that it holds, and no more than there are.
     c.slots = 0
-    c.segment = 64  # tokens a row between two looks of the host at which rows have ended
-    c.chunk = 512  # tokens of prompts that each part of the rows reads in one call
+    # Tokens a row between two looks of the host at which rows have ended; on CPUs 32 at most.
+    c.segment = 64
+    c.chunk = 512  # tokens of prompts that each part of the rows reads in one call; on CPUs 128
     # Tokens that the cache holds on all devices; below 1: the share of the memory that is left by
     # what the run keeps and the weights that decode. 0: 0.8; on CPUs as many as rows may have. When
     # it is full, the youngest rows wait, and read again what they have.

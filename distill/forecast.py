@@ -132,7 +132,7 @@ def simulated(
     rows = [rollout.Sequence(p, (0, i), s.max_response_tokens) for i, p in enumerate(groups)]
     shape = sampler.decoder.cache
     sizes = rollout.line_sizes(sampler.options, shape)
-    return rollout.simulate(rows, drawn, shape, sampler.options.segment, sizes, sampler.reads)
+    return rollout.simulate(rows, drawn, shape, sampler.decoder.segment, sizes, sampler.reads)
 
 
 def packed(

@@ -130,9 +130,8 @@ def _sampler(
     qwen3 = student.model.clone(scan=stacked, remat=False, lora=lora)
     config, dtype, (count, P, R, _) = student.config, jnp.dtype(qwen3.dtype).name, asked
     shape = rollout.cache_shape(options, config, mesh, dtype, count, options.longest or P + R)
-    decoder = decode.Decoder(
-        qwen3, drawn, student.stop_ids, shape, options.segment, routing=routing
-    )
+    steps = rollout.segment_steps(options, shape)
+    decoder = decode.Decoder(qwen3, drawn, student.stop_ids, shape, steps, routing=routing)
     return Sampler(models, mesh, options, decoder, *asked)
 
 
@@ -188,7 +187,7 @@ def programs(sampler: Sampler, every: float = 1.0, name: str = "", beside: int =
         kind = "fixed" if name else what
         called = f"{name} {what}" if name else what
         turns = turns / every
-        several = options.segment if what.startswith("decode") else 1
+        several = decoder.segment if what.startswith("decode") else 1
         given = (called, within, turns, useful, holds, beside + more)
         return Call(*given, reads=reads, kind=kind, segment=several)
 

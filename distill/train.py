@@ -228,6 +228,8 @@ def run(c: ConfigDict, workdir: epath.PathLike) -> None:
                     loaded = prepare.load(c, loaded, stage, held)
                     if int(state.step) == 0:
                         preflight.show(c, loaded, validation, state.params)
+                    if index == at and int(state.step) < stage.end:
+                        judge.warm_up(state.params)
                     if index > at:
                         state = update.init(
                             stage.optimizer, state.params, int(state.step), state.average

@@ -14,7 +14,17 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from distill import benchmarks, evaluate, generate, metrics, pod, policy, rollout
+from distill import (
+    benchmarks,
+    data,
+    evaluate,
+    generate,
+    metrics,
+    pod,
+    policy,
+    responses,
+    rollout,
+)
 from distill.checkpoint import Checkpoints
 from distill.policy import Policy
 from models.errors import UserError
@@ -32,6 +42,7 @@ class Validation:
 
     c: ConfigDict
     rows: list[tuple[str, benchmarks.Row]]
+    prompts: data.TokenLists  # of the rows
     settings: dict[str, Any]
     sampling: rollout.Sampling
 
@@ -41,10 +52,13 @@ class Judge:
     """Evaluates every so many steps (0: never), and after a stage's last.
 
     run: (train state, what makes its meta, steps done) -> metrics.
+    warm_up: compiles what `run` samples with, of parameters like these; so that nothing is
+    compiled in the middle of a run.
     """
 
     every: int
     run: Callable[[Any, Callable[[], dict[str, Any]], int], dict[str, Any]]
+    warm_up: Callable[[Any], None]
 
     def due(self, step: int, last: bool) -> bool:
         return bool(self.every) and (last or step % self.every == 0)
@@ -74,8 +88,8 @@ def prepare(c: ConfigDict, student: Policy) -> Validation | None:
         rows = benchmarks.problems(c.benchmark, c.data, c.limit)
         benchmarks.check(c.benchmark, rows)
         put = [(where, benchmarks.put(c.benchmark, row)) for where, row in rows]
-        generate.prompts(student, put, settings["thinking"], settings["max_new_tokens"])
-        return Validation(c, rows, settings, benchmarks.sampling(settings))
+        asked = generate.prompts(student, put, settings["thinking"], settings["max_new_tokens"])
+        return Validation(c, rows, asked, settings, benchmarks.sampling(settings))
     except UserError as error:
         raise UserError(f"config.eval: {error}") from None
 
@@ -86,7 +100,7 @@ def judging(
 ) -> Iterator[Judge]:
     """Within it, what is yielded evaluates where the config says so, and keeps the best."""
     if validation is None:
-        yield Judge(0, lambda *_: {})
+        yield Judge(0, lambda *_: {}, lambda _: None)
         return
     v, best = validation, workdir / "best"
     told = {**v.settings, **json.loads(v.c.to_json_best_effort())}
@@ -95,11 +109,26 @@ def judging(
 
         sampled = policy.sampled(student)
 
+        def subject_of(params: Any) -> Policy:
+            return dataclasses.replace(student, path=str(workdir), params=sampled(params))
+
+        def warm_up(params: Any) -> None:
+            responses.complete(
+                subject_of(params),
+                v.prompts,
+                first=0,
+                samples=v.settings["samples"],
+                max_new_tokens=v.settings["max_new_tokens"],
+                sampling=v.sampling,
+                seed=seed,
+                batch_size=v.c.batch_size,
+                warm_up=True,
+            )
+
         def judge(state: Any, meta: Callable[[], dict[str, Any]], step: int) -> dict[str, Any]:
             nonlocal record
             begin = time.perf_counter()
-            params = sampled(state.params)
-            subject = dataclasses.replace(student, path=str(workdir), params=params)
+            subject = subject_of(state.params)
             summary: Any = _evaluate(v, subject, workdir / "eval" / f"{step:06d}", step, seed)
             value = summary.get(v.c.best.removeprefix("-"))
             if saved and value is not None:
@@ -110,7 +139,7 @@ def judging(
             found = {f"eval/{name}": summary.get(name) for name in FIGURES}
             return found | {"time/eval": time.perf_counter() - begin}
 
-        yield Judge(v.c.every, judge)
+        yield Judge(v.c.every, judge, warm_up)
 
 
 def _evaluate(

@@ -8,8 +8,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base, quickstart
+from distill import evaluate, plan, programs, stages, train
 from distill import mesh as mesh_lib
-from distill import plan, programs, stages, train
 from distill.calls import SMALL, Call
 from distill.rollout import options
 
@@ -111,6 +111,35 @@ def test_what_runs_is_planned(name: str, tmp_path: Any, monkeypatch: pytest.Monk
     assert not idle, "never ran"
     for module in SAMPLING & found.keys():
         assert found[module] <= named[module], f"{module}: shapes that are not planned"
+
+
+def test_evaluations_compile_no_sampling_program(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are compiled before step 0. A number of tokens that no other test has, so that none is
+    there already."""
+    compiled: list[str] = []
+    begun: list[int] = []
+
+    def note(event: str, duration_secs: float, **about: str | int) -> None:
+        if event == COMPILED:
+            compiled.append(str(about["fun_name"]).removeprefix("jit(").removesuffix(")"))
+
+    evaluated = evaluate.evaluate
+
+    def noted(*given: Any, **named: Any) -> Any:
+        begun.append(len(compiled))
+        return evaluated(*given, **named)
+
+    monkeypatch.setattr(evaluate, "evaluate", noted)
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        changes = {"eval__every": 1, "eval__limit": 2, "eval__max_new_tokens": 21}
+        train.run(config(opd__steps=2, **changes), tmp_path)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert len(begun) == 2 and SAMPLING & set(compiled[: begun[0]])
+    assert not SAMPLING & set(compiled[begun[0] :])
 
 
 def test_what_is_left_out_is_not_planned_too() -> None:

@@ -2,7 +2,13 @@
 
 from distill.rollout.buffer import AsyncRollouts, PartialRollouts
 from distill.rollout.engine import REMEMBER
-from distill.rollout.options import Options, cache_shape, fewer_rows, line_sizes
+from distill.rollout.options import (
+    Options,
+    cache_shape,
+    fewer_rows,
+    line_sizes,
+    segment_steps,
+)
 from distill.rollout.sampler import (
     bucket,
     complete,
@@ -31,5 +37,6 @@ __all__ = [
     "line_sizes",
     "row_keys",
     "sample",
+    "segment_steps",
     "simulate",
 ]

@@ -17,7 +17,7 @@ from distill import mesh as mesh_lib
 from distill.policy import Policy
 from distill.rollout import decode
 from distill.rollout.engine import Engine
-from distill.rollout.options import Options, cache_shape
+from distill.rollout.options import Options, cache_shape, segment_steps
 from distill.rollout.sequence import Sequence
 from distill.sampling import Sampling
 from models.errors import UserError
@@ -120,9 +120,8 @@ def sample(
     dtype, longest = jnp.dtype(qwen3.dtype).name, max((s.longest for s in waiting), default=1)
     asked = sum(not s.reason for s in waiting)
     shape = cache_shape(options, qwen3.config, mesh, dtype, max(1, asked), longest)
-    decoder = decode.Decoder(
-        qwen3, sampling, stop_ids, shape, options.segment, top_logprobs, routing
-    )
+    steps = segment_steps(options, shape)
+    decoder = decode.Decoder(qwen3, sampling, stop_ids, shape, steps, top_logprobs, routing)
     counts = Counter() if counts is None else counts
     engine = Engine(decoder, params, mesh, waiting, options, version, counts, ended)
     if warm_up:
@@ -171,6 +170,7 @@ def complete(
     counts: Counter[str] | None = None,
     top_logprobs: int = 0,
     ended: abc.Callable[[Sequence], bool] | None = None,
+    warm_up: bool = False,
 ) -> abc.Iterator[list[Sequence]]:
     """Yields the `samples` completions of each prompt, in order; `batch_size` rows decode at once.
 
@@ -196,9 +196,9 @@ def complete(
         counts=counts,
         top_logprobs=top_logprobs,
         ended=ended,
+        warm_up=warm_up,
     )
-    for prompt in prompts:
-        yield [next(done) for _ in range(samples if prompt else 0)]
+    return ([next(done) for _ in range(samples if prompt else 0)] for prompt in prompts)
 
 
 def bucket(length: int) -> int:

@@ -1,0 +1,171 @@
+"""python -m benchmarks.fingerprints --out=FILE.json [--devices=8] [--only=NAME,...]: sums of runs.
+
+Trains the tiny variant of every recipe, and the tiny quick start with every objective and with what
+changes the path through a step: a LoRA, experts, two teachers, a context, partial and asynchronous
+rollouts. Writes SHA-256 sums, for each run, of its exported weights, of its metrics but for times,
+and of the tokens in its transcripts. Two revisions that compute the same have the same sums on the
+same machine with the same packages: a change that only moves code must not move a sum.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from distill import cli
+
+OPTIONS = flags.FlagValues()
+OUT = flags.DEFINE_string("out", None, "File of the sums.", OPTIONS, required=True)
+DEVICES = flags.DEFINE_integer(
+    "devices", 1, "Of the CPU; of eight, four share the rows and two each layer.", 1, 8, OPTIONS
+)
+ONLY = flags.DEFINE_list("only", [], "Names of runs; default: all.", OPTIONS)
+
+RECIPES = (
+    *("quickstart:tiny", "colab:tiny", "one_prompt:tiny", "recall:tiny"),
+    *("manual:sft,tiny", "manual:opd,tiny", "opd_math:tiny", "opd_math:lora=32,tiny"),
+    "strong_to_weak:student=8b,teacher=32b,tiny",
+    *("tiny_student:tiny", "tiny_teacher:tiny"),
+)
+STORED = {"data.source": "assets/rows/traces_no_think.jsonl", "max_prompt_tokens": 128}
+REWARD = {"samples": 4, "reward.correct": 0.0, "reward.format": 1.0, "reward.length": 1.0}
+REWARD |= {"reward.margin": 8, "max_response_tokens": 16}
+# Name -> what differs from the tiny quick start: of its stage `opd`, or where a key begins with a
+# dot of the config.
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{kind: {"objective": kind} for kind in ("opd", "opd_sampled")},
+    **{kind: {"objective": kind, **STORED} for kind in ("sft", "distill", "gkd")},
+    **{
+        kind: {"objective": kind, **REWARD}
+        for kind in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "hybrid")
+    },
+    "packed traces": {"objective": "sft", **STORED, "pack_tokens": 256},
+    "several updates": {"objective": "grpo", **REWARD, "minibatches": 2, "epochs": 2},
+    "accumulation": {"accumulate": 4},
+    "reference": {"objective": "grpo", **REWARD, "loss.reference": 0.1},
+    "top k": {"loss.estimator": "topk", "loss.k": 8},
+    "served top k": {"loss.estimator": "topk", "loss.k": 8, "loss.served": "top"},
+    "warm": {"objective": "opd_sampled", "sampling.temperature": 0.7, "sampling.top_p": 0.9},
+    "judge": {"objective": "grpo", **REWARD, "reward.judge": 1.0},
+    "replaced groups": {"objective": "grpo", **REWARD, "reward.constant_groups": "replace"},
+    "LoRA": {".student.lora.rank": 4},
+    "moving average": {".student.ema": 0.9},
+    "own past as the teacher": {".student.ema": 0.9, ".teacher.path": "ema"},
+    "int8 teacher": {".teacher.param_dtype": "int8"},
+    "context": {"context.text": "assets/rows/manual.md", "context.max_tokens": 48},
+    "two teachers": {"teachers": ("teacher", "original"), "teacher_weights": (1.0, 3.0)},
+    "partial rollouts": {"rollout.budget": 64, "rollout.segment": 8},
+    "asynchronous rollouts": {"rollout.ahead": True},
+    "evaluation": {".eval.every": 1, ".eval.limit": 8, ".eval.max_new_tokens": 16},
+    "experts": {".student.path": "EXPERTS", ".student.random_init": True},
+    "recorded experts": {
+        ".student.path": "EXPERTS",
+        ".student.random_init": True,
+        ".student.replay_routing": True,
+    },
+}
+MESH = {1: {}, 8: {"fsdp": 4, "tensor": 2}}
+
+
+def config(name: str, experts: Path) -> Any:
+    """The config of a run, on the mesh of so many devices."""
+    from configs import base, conditions  # after jax knows its devices
+
+    if name.startswith("conditions:"):
+        assert name.removeprefix("conditions:").partition(",")[0] in conditions.CONDITIONS
+    file, _, argument = name.partition(":") if name not in VARIANTS else ("quickstart", "", "tiny")
+    c = importlib.import_module(f"configs.{file}").get_config(argument)
+    changes = VARIANTS.get(name, {})
+    if "teachers" in changes:
+        c.original = base.teacher()
+        c.original.path, c.original.param_dtype = "assets/student", "float32"
+        c.original.dtype = "float32"
+    given = {key[1:] if key[0] == "." else f"opd.{key}": x for key, x in changes.items()}
+    c.update_from_flattened_dict(
+        {key: str(experts) if x == "EXPERTS" else x for key, x in given.items()}
+    )
+    for axis in ("data", "fsdp", "tensor", "context", "expert"):
+        c.mesh[axis] = MESH[DEVICES.value].get(axis, 1)
+    c.log.transcripts, c.log.transcripts_every = 8, 1
+    return c
+
+
+def names() -> list[str]:
+    from configs import conditions
+
+    return [*RECIPES, *(f"conditions:{name},tiny" for name in conditions.CONDITIONS), *VARIANTS]
+
+
+def model_of_experts(folder: Path) -> Path:
+    """The student's directory with a config of experts, without weights."""
+    made = folder / "experts"
+    shutil.copytree("assets/student", made, ignore=shutil.ignore_patterns("*.safetensors"))
+    fields = json.loads((made / "config.json").read_text())
+    fields |= {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+    fields |= {"num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
+    fields |= {"moe_intermediate_size": 64, "mlp_only_layers": [], "norm_topk_prob": True}
+    (made / "config.json").write_text(json.dumps(fields))
+    return made
+
+
+def digest(run: Path, exported: Path) -> dict[str, str]:
+    """The three sums of a run."""
+    weights = hashlib.sha256()
+    for file in sorted(exported.rglob("*.safetensors")):
+        weights.update(file.read_bytes())
+    metrics = hashlib.sha256()
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        row = {k: x for k, x in json.loads(line).items() if not timed(k)}
+        metrics.update(json.dumps(row, sort_keys=True).encode())
+    tokens = hashlib.sha256()
+    for file in sorted((run / "rollouts").glob("*.jsonl")):
+        for line in file.read_text().splitlines():
+            row = json.loads(line)
+            tokens.update(json.dumps([row["prompt_tokens"], row["tokens"]]).encode())
+    return {
+        "weights": weights.hexdigest()[:16],
+        "metrics": metrics.hexdigest()[:16],
+        "tokens": tokens.hexdigest()[:16],
+    }
+
+
+def timed(name: str) -> bool:
+    """Whether a metric is of the clock or of the machine."""
+    return name.startswith(("time", "memory", "device")) or "per_second" in name or "mfu" in name
+
+
+def main() -> None:
+    os.environ["JAX_NUM_CPU_DEVICES"] = str(DEVICES.value)
+    os.environ["NPROC"] = "32"
+    import jax
+
+    from distill import export, train
+
+    known = names()
+    if lost := set(ONLY.value) - set(known):
+        sys.exit(f"--only={lost}: of {', '.join(known)}")
+    out, found = Path(OUT.value).resolve(), {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        experts = model_of_experts(folder)
+        for name in ONLY.value or known:
+            run, exported = folder / "run", folder / "exported"
+            train.run(config(name, experts), run)
+            export.export(run, exported)
+            found[name] = digest(run, exported)
+            print(name, *found[name].values(), flush=True)
+            out.write_text(json.dumps(found, indent=1) + "\n")
+            shutil.rmtree(run)
+            shutil.rmtree(exported)
+            jax.clear_caches()
+
+
+if __name__ == "__main__":
+    cli.run(main, OPTIONS)
