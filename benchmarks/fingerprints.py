@@ -144,6 +144,11 @@ def timed(name: str) -> bool:
 def main() -> None:
     os.environ["JAX_NUM_CPU_DEVICES"] = str(DEVICES.value)
     os.environ["NPROC"] = "32"
+    # Most of the time goes into compiling programs that run a few times.
+    os.environ.setdefault(
+        "XLA_FLAGS",
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    )
     import jax
 
     from distill import export, train
