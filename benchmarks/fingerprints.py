@@ -51,7 +51,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "accumulation": {"accumulate": 4},
     "reference": {"objective": "grpo", **REWARD, "loss.reference": 0.1},
     "top k": {"loss.estimator": "topk", "loss.k": 8},
-    "served top k": {"loss.estimator": "topk", "loss.k": 8, "loss.served": "top"},
     "warm": {"objective": "opd_sampled", "sampling.temperature": 0.7, "sampling.top_p": 0.9},
     "judge": {"objective": "grpo", **REWARD, "reward.judge": 1.0},
     "replaced groups": {"objective": "grpo", **REWARD, "reward.constant_groups": "replace"},
