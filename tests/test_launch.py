@@ -448,15 +448,18 @@ def test_babysit_waits_out_a_bad_line(pod):
 
 
 def _in_the_background(pod, *words: str) -> subprocess.Popen:
+    # Where the tests run in the background SIGINT is ignored, and a shell cannot trap it then.
+    program = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
+        "os.execvp('bash', ['bash', *sys.argv[1:]])"
+    )
     return subprocess.Popen(
-        ["bash", str(pod.checkout / "launch_tpu.sh"), *words],
+        [sys.executable, "-c", program, str(pod.checkout / "launch_tpu.sh"), *words],
         env=pod.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # Where the tests run in the background SIGINT is ignored, and a shell cannot trap it then.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
