@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from absl.flags import FlagValues
 
-from distill import cli
+from distill.runtime import cli
 
 VERB = '''
 """A verb for the test."""
