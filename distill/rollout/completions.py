@@ -1,14 +1,16 @@
 """Sampled completions of rows, as rows."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import abc
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 from transformers import PreTrainedTokenizerBase
 
-from distill import rollout
 from distill.data import chat, dataset, sources
 from distill.policy.policy import Policy
+from distill.rollout import sampler
 from distill.rollout.sampling import Sampling
+from distill.rollout.sequence import Sequence
 from distill.runtime import run_files
 from models.errors import RowError, UserError
 
@@ -53,7 +55,7 @@ def prompts(subject: Policy, rows: Rows, thinking: bool, max_new_tokens: int) ->
 
 
 def sample(
-    tokenizer: PreTrainedTokenizerBase | None, done: rollout.Sequence, stops: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase | None, done: Sequence, stops: abc.Sequence[str]
 ) -> dict:
     """A completion as it is written: cut after the first stop string."""
     count, reason, text = len(done.tokens), done.reason, None
@@ -77,10 +79,10 @@ def generate(
     *,
     samples: int,
     seed: int,
-    limits: Sequence[int],
+    limits: abc.Sequence[int],
     sampling: Sampling,
     batch_size: int,
-    stops: Sequence[str],
+    stops: abc.Sequence[str],
     top_logprobs: int,
     errors: dict[int, str],
     first: int = 0,
@@ -94,7 +96,7 @@ def generate(
     """
     if first == len(rows):
         return
-    completions = rollout.complete(
+    completions = sampler.complete(
         subject,
         prompts[first:],
         samples=samples,
@@ -121,8 +123,8 @@ def generate(
 
 
 def _finder(
-    tokenizer: PreTrainedTokenizerBase | None, stops: Sequence[str], batch_size: int
-) -> Callable[[rollout.Sequence], bool] | None:
+    tokenizer: PreTrainedTokenizerBase | None, stops: abc.Sequence[str], batch_size: int
+) -> Callable[[Sequence], bool] | None:
     """Whether a response that goes on has a stop string by now.
 
     Of the responses that were asked about last, twice as many as decode together, it knows how far
@@ -132,7 +134,7 @@ def _finder(
         return None
     finders: dict[tuple[int, int], tuple[chat.StopStrings, int]] = {}  # by the row's key
 
-    def ended(row: rollout.Sequence) -> bool:
+    def ended(row: Sequence) -> bool:
         finder, read = finders.pop(row.key, None) or (chat.StopStrings(tokenizer, stops), 0)
         found = finder.feed(row.tokens[read:]) is not None
         finders[row.key] = finder, len(row.tokens)
