@@ -145,7 +145,8 @@ def test_without_lm_eval_it_is_one_line(tmp_path: Path) -> None:
     program = (
         "import sys, importlib.util as u; real = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'lm_eval' else real(name, *a)\n"
-        "from distill import cli, harness; cli.run(harness.main, harness.OPTIONS)"
+        "from distill import harness; from distill.runtime import cli;"
+        "cli.run(harness.main, harness.OPTIONS)"
     )
     flags = ["--model=x", "--tasks=y", f"--out={tmp_path / 'z'}"]
     done = subprocess.run(

@@ -103,10 +103,10 @@ def test_plain_progress(capsys, monkeypatch):
 
 def test_progress_bar_on_a_terminal():
     code = (
-        "from distill import metrics\n"
-        "with metrics.progress(4, 1, 'sft') as bar:\n"
+        "from distill.runtime import run_files\n"
+        "with run_files.progress(4, 1, 'sft') as bar:\n"
         "    bar.update(3, {'loss': 0.25})\n"
-        "    metrics.say('hello')\n"
+        "    run_files.say('hello')\n"
         "    bar.update(4, {'loss': 0.125})\n"
     )
     master, slave = pty.openpty()

@@ -205,11 +205,11 @@ def test_memory_is_bounded(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> N
 
 ORPHAN = """
 import operator, os, signal, sys, time
-from distill import rewards
+from distill.rewards import graders
 open("imported", "a").write("x")
 if __name__ == "__main__":
-    rewards.GRADERS["power"] = operator.pow
-    with rewards.Grader(timeout=1.0, workers=1) as grader:
+    graders.GRADERS["power"] = operator.pow
+    with graders.Grader(timeout=1.0, workers=1) as grader:
         grader.grade("math", ["1.0"], ["1"])
         future = grader.submit("power", 7, 10**9)  # minutes within one bytecode
         while not future.running():

@@ -156,7 +156,7 @@ find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "tensorflow" else find(name, *rest)
 sys.meta_path.insert(0, Without())
 import numpy as np, tensorflow_datasets as tfds
-from distill import columns, sources
+from distill.data import columns, sources
 
 def build(folder):
     text = tfds.features.Text()
