@@ -45,7 +45,8 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref]:
             yield group
             del group
 
-    monkeypatch.setattr(rollout, "complete", complete)
+    monkeypatch.setattr(rollout, "complete", complete)  # as evaluations call it
+    monkeypatch.setattr(sampler, "complete", complete)  # as generate does
     return made
 
 
