@@ -62,6 +62,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         LONG,
     ),
     ON_V5P: ("strong_to_weak:student=8b,teacher=32b", "v5p:2x2x4", {"mesh.tensor": 4}),
+    "8b from 32b, as it is, v5p-64": ("strong_to_weak:student=8b,teacher=32b", "v5p:4x4x2", {}),
     "8b from 32b, 18k, v6e-64": (
         "strong_to_weak:student=8b,teacher=32b",
         "v6e:8x8",

@@ -62,7 +62,13 @@ def rotary(positions_BT: jax.Array, config: Config) -> tuple[jax.Array, jax.Arra
 
 
 def rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates pairs (i, i + H/2), Hugging Face's order of the head's dimensions."""
+    """Rotates pairs (i, i + H/2), Hugging Face's order of the head's dimensions.
+
+    The halves are an axis of their own: joined by a concatenation, a TPU's compiler moves 7% more
+    bytes in a forward pass of 32B, and ended in a failed check at some numbers of tokens.
+    """
     cos, sin = (r.astype(x_BTNH.dtype) for r in rope)
-    low, high = jnp.split(x_BTNH, 2, axis=-1)
-    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+    halves = x_BTNH.reshape(*x_BTNH.shape[:-1], 2, -1)
+    low, high = halves[..., 0, :], halves[..., 1, :]
+    rotated = jnp.stack([low * cos - high * sin, high * cos + low * sin], axis=-2)
+    return rotated.reshape(x_BTNH.shape)
