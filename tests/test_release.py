@@ -12,7 +12,7 @@ from distill.data import chat, dataset, sources
 from distill.evaluation import responses
 from distill.policy.policy import Policy
 from distill.rewards import graders
-from distill.rollout import completions
+from distill.rollout import completions, sampler
 from distill.rollout.sampling import Sampling
 from tests.helpers import ROOT
 
