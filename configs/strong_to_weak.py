@@ -14,8 +14,8 @@ either mode, and learns the teacher's distribution at every token, by the exact 
 Arguments: student=8b, 0.6b, 1.7b, 4b, 14b or 30b-a3b; teacher=32b or 235b-a22b; tiny.
 
 Hardware: v5p-64 (32 chips); for 8b from 32b also v5p-32 with --config.mesh.tensor=4 (compiled: 79.7
-of 95.7 GiB a chip, most of it the cache; by the roofline 80 s a step of `opd` at responses of 2,000
-tokens in the mean, 121 s at 4,000), or v6e-64 with --config.mesh.tensor=8 (36 and 50 s);
+of 95.7 GiB a chip, most of it the cache; by the roofline 64 s a step of `opd` at responses of 2,000
+tokens in the mean, 105 s at 4,000), or v6e-64 with --config.mesh.tensor=8 (36 and 50 s);
 with the teacher of 235B parameters v5p-128 (64 chips).
 Time and cost: not yet measured. The report has 1,800 GPU hours for the second stage at 8B.
 Expected, at 8B in thinking mode (Qwen3 Technical Report, arXiv 2505.09388, table 21):
