@@ -241,3 +241,12 @@ def test_readme_keys_exist():
         for key in path.split("."):
             assert key in found, f"--config.{path}"
             found = found[key]
+
+
+def test_the_reading_page_is_short():
+    """The files that CONTRIBUTING lists to be read in order."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    page = text.partition("## Read these in order")[2].partition("\n## ")[0]
+    files = [ROOT / name for name in re.findall(r"^\d+\. `([\w/.]+)`", page, re.MULTILINE)]
+    assert 1 < len(files) <= 12
+    assert sum(len(file.read_text().splitlines()) for file in files) <= 3500
