@@ -13,7 +13,7 @@ from pathlib import Path
 ROWS = Path(__file__).resolve().parent / "rows"
 sys.path.insert(0, str(ROWS.parents[1]))
 
-from distill import arithmetic, chat  # noqa: E402
+from distill.data import arithmetic, chat  # noqa: E402
 
 SEED, COUNT = 60_000, 12
 QUESTIONS = {

@@ -27,7 +27,7 @@ from tokenizers import (
 ASSETS = Path(__file__).resolve().parent
 sys.path.insert(0, str(ASSETS.parent))
 
-from distill import arithmetic  # noqa: E402
+from distill.data import arithmetic  # noqa: E402
 
 VOCABULARY = 512
 CONTEXT = 512

@@ -22,7 +22,7 @@ from typing import Any
 from absl import flags
 
 from benchmarks import trainers
-from distill import cli
+from distill.runtime import cli
 from models.qwen3.config import SIZES, Config
 
 ROOT = Path(__file__).parent.parent

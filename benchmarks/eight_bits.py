@@ -16,9 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from distill import cli, policy, rollout, teacher
-from distill import mesh as mesh_lib
+from distill import rollout
 from distill.batch import Batch
+from distill.policy import policy
+from distill.runtime import cli
+from distill.runtime import mesh as mesh_lib
+from distill.teachers import local
 from models.qwen3 import model, quantised
 from models.qwen3.config import SIZES
 
@@ -56,7 +59,7 @@ def cases(dtype: str) -> dict[tuple[str, str], Callable[[], int]]:
         subject = dataclasses.replace(plain, params=params)
 
         def score(subject: policy.Policy = subject) -> int:
-            read = teacher.hidden(subject.model, 1, subject.params, None, batch, None)
+            read = local.hidden(subject.model, 1, subject.params, None, batch, None)
             jax.block_until_ready(read)
             return tokens_BT.size
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import flags
 
-from distill import cli
+from distill.runtime import cli
 
 OPTIONS = flags.FlagValues()
 OUT = flags.DEFINE_string("out", None, "File of the sums.", OPTIONS, required=True)
@@ -150,7 +150,8 @@ def main() -> None:
     )
     import jax
 
-    from distill import export, train
+    from distill.policy import exporting
+    from distill.training import loop
 
     known = names()
     if lost := set(ONLY.value) - set(known):
@@ -161,8 +162,8 @@ def main() -> None:
         experts = model_of_experts(folder)
         for name in ONLY.value or known:
             run, exported = folder / "run", folder / "exported"
-            train.run(config(name, experts), run)
-            export.export(run, exported)
+            loop.run(config(name, experts), run)
+            exporting.export(run, exported)
             found[name] = digest(run, exported)
             print(name, *found[name].values(), flush=True)
             out.write_text(json.dumps(found, indent=1) + "\n")

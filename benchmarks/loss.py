@@ -11,7 +11,7 @@ gradients written.
 """
 
 from benchmarks import contest
-from distill import cli
+from distill.runtime import cli
 
 OPTIONS = contest.options(rounds=2)
 contest.models(OPTIONS, rows=1, tokens=1024)

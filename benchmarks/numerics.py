@@ -20,10 +20,14 @@ import jax
 import numpy as np
 from absl import flags
 
-from distill import cli, microbatches, policy, rollout, teacher
-from distill import mesh as mesh_lib
+from distill import rollout
+from distill.policy import policy
 from distill.rollout import Options, Sequence
-from distill.sampling import Sampling
+from distill.rollout.sampling import Sampling
+from distill.runtime import cli
+from distill.runtime import mesh as mesh_lib
+from distill.teachers import local
+from distill.training import microbatches
 
 ROOT = Path(__file__).parent.parent
 ROWS, PROMPT, RESPONSE = 16, 16, 48
@@ -58,7 +62,7 @@ def scored(
     with policy.use(subject), jax.default_matmul_precision(precision or "highest"):
         batch = microbatches.unpacked(rows, ROWS, PROMPT + RESPONSE)
         put = jax.device_put(batch, mesh_lib.rows(policy.mesh_of(subject)))
-        return np.asarray(teacher.logp(subject, put, 128.0))[np.asarray(batch.mask_BT)]
+        return np.asarray(local.logp(subject, put, 128.0))[np.asarray(batch.mask_BT)]
 
 
 def distance(of: np.ndarray, by: np.ndarray) -> str:

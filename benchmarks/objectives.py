@@ -23,26 +23,18 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs import quickstart
-from distill import (
-    benchmarks,
-    cli,
-    collect,
-    evaluate,
-    forward,
-    losses,
-    metrics,
-    policy,
-    prepare,
-    rewards,
-    rollout,
-    stages,
-    teacher,
-    train,
-)
-from distill import mesh as mesh_lib
+from distill import rollout
 from distill.batch import Batch
-from distill.microbatches import Work
-from distill.policy import Policy
+from distill.evaluation import evaluator, tasks
+from distill.objectives import losses
+from distill.policy import forward, policy
+from distill.policy.policy import Policy
+from distill.rewards import graders
+from distill.runtime import cli, run_files
+from distill.runtime import mesh as mesh_lib
+from distill.teachers import local
+from distill.training import collect, loop, setup, stages
+from distill.training.microbatches import Work
 from models.errors import UserError
 from models.qwen3 import model
 from models.qwen3.model import Params
@@ -152,7 +144,7 @@ def config(family: str, changes: dict[str, Any]) -> ConfigDict:
     return c
 
 
-def outside(losses_own: Any, plan: prepare.Plan, params: Params, batch: Batch, head_VE: jax.Array):
+def outside(losses_own: Any, plan: setup.Plan, params: Params, batch: Batch, head_VE: jax.Array):
     """A loss of BAD over a batch, a mean over trained tokens; and the student's mass outside the
     teacher's top K. All logits at once: the vocabulary is small."""
     hidden_BTD = forward.hidden(plan.student.model, params, batch)
@@ -186,9 +178,9 @@ def train_badly(name: str, out: Path, mesh: Mesh) -> Policy:
     """The student after a run of a loss of BAD, on the same rows that the other runs have."""
     family, loss = BAD[name]
     c = config(family, {})
-    plan = prepare.prepare(c, mesh)
+    plan = setup.prepare(c, mesh)
     (stage,) = plan.stages
-    plan, student = prepare.load(c, plan, stage), policy.load(plan.student, "float32")
+    plan, student = setup.load(c, plan, stage), policy.load(plan.student, "float32")
     head_VE, params = model.head(plan.teachers["teacher"].policy.params), student.params
     state = stage.optimizer.init(params)
 
@@ -202,27 +194,27 @@ def train_badly(name: str, out: Path, mesh: Mesh) -> Policy:
         return optax.apply_updates(params, updates), state, value, mass
 
     rows = []
-    with rewards.Grader() as grader:
+    with graders.Grader() as grader:
         draw = collect.batches(plan, stage, c.seed, mesh, stages.logits_mib(c, mesh), grader)
         for number in range(stage.end):
             start = time.perf_counter()
             work, measured = draw(params, number)
             batch = _whole(work, mesh)
-            batch = teacher.score([plan.teachers["teacher"]], batch)
+            batch = local.score([plan.teachers["teacher"]], batch)
             params, state, value, mass = step(params, state, batch)
             told = {"train/loss": float(value), "train/outside_top": float(mass)}
             told["time/step"] = time.perf_counter() - start
             rows.append({"step": number, **measured, **told})
-    metrics.write_jsonl(out / "metrics.jsonl", rows)
+    run_files.write_jsonl(out / "metrics.jsonl", rows)
     return dataclasses.replace(student, path=name, params=params)
 
 
 def judge(subject: Policy, teacher: Policy, out: Path) -> dict[str, Any]:
     """Held-out accuracy, greedy and at temperature 1; reverse KL and length of the latter."""
-    problems = benchmarks.problems("arithmetic", "", PROBLEMS.value)
+    problems = tasks.problems("arithmetic", "", PROBLEMS.value)
     found = {}
     for manner, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        found[manner] = evaluate.evaluate(
+        found[manner] = evaluator.evaluate(
             subject,
             "arithmetic",
             problems,
@@ -245,12 +237,12 @@ def run(name: str, out: Path, mesh: Mesh, teacher: Policy) -> dict[str, Any]:
     """Trains and judges a row, or reads what came of it before."""
     if (out / "result.json").is_file():
         return json.loads((out / "result.json").read_text())
-    metrics.say(name)
+    run_files.say(name)
     if name in BAD:
         subject = train_badly(name, out, mesh)
     elif name in ROWS:
         family, changes = ROWS[name]
-        train.run(config(family, changes), out)
+        loop.run(config(family, changes), out)
         subject = policy.load(policy.describe(str(out), "float32", False, mesh), "float32")
     else:
         path = getattr(config("sampled", {}), name).path
@@ -263,7 +255,7 @@ def run(name: str, out: Path, mesh: Mesh, teacher: Policy) -> dict[str, Any]:
             of = [row[figure] for row in tail if row.get(figure) is not None]
             result[figure.removeprefix("train/")] = statistics.mean(of) if of else None
         result["seconds"] = statistics.median(row["time/step"] for row in rows)
-    metrics.write_json(out / "result.json", result)
+    run_files.write_json(out / "result.json", result)
     return result
 
 
@@ -305,7 +297,7 @@ def main() -> None:
         for name in ONLY.value or names:
             folder = out / "".join(x if x.isalnum() else "_" for x in name)
             results[name] = run(name, folder, mesh, teacher)
-            metrics.write_text(out / "table.md", table(results) + "\n")
+            run_files.write_text(out / "table.md", table(results) + "\n")
     print(table(results))
 
 

@@ -23,7 +23,7 @@ from absl import flags
 
 from benchmarks import contest
 from benchmarks.contest import ROOT, Row, Worker
-from distill import cli
+from distill.runtime import cli
 from models.errors import UserError
 
 OPTIONS = contest.options(rounds=3)  # measured, after one to warm up

@@ -14,7 +14,8 @@ Each turn of each is a process of its own. Writes a table (.md), all numbers (.j
 from absl import flags
 
 from benchmarks import contest
-from distill import calls, cli
+from distill.runtime import cli
+from distill.training import calls
 
 OPTIONS = contest.options(rounds=2)
 contest.models(OPTIONS, rows=1, tokens=4096)

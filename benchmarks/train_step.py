@@ -20,7 +20,8 @@ a teacher's weights read once.
 from absl import flags
 
 from benchmarks import contest
-from distill import calls, cli
+from distill.runtime import cli
+from distill.training import calls
 from models.qwen3.config import Config
 
 OPTIONS = contest.options(rounds=2)

@@ -30,7 +30,7 @@ def _network(job: Job, name: str, mesh: Any, trained: bool = False) -> Any:
     """A random Policy: what is trained in float32, what is read in the dtype asked."""
     import jax
 
-    from distill import policy
+    from distill.policy import policy
     from models.qwen3 import model
     from models.qwen3.config import Config
 
@@ -50,8 +50,8 @@ def _batch(job: Job, mesh: Any) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from distill import mesh as mesh_lib
     from distill.batch import Batch
+    from distill.runtime import mesh as mesh_lib
 
     rows = (job["rows"], job["tokens"])
     tokens_BT = jax.random.randint(jax.random.key(1), rows, 0, job["student"]["vocab_size"])
@@ -64,8 +64,10 @@ def our_step(job: Job) -> Answer:
     import jax
 
     from configs import base
-    from distill import mesh as mesh_lib
-    from distill import optim, policy, prepare, stages, teacher, update
+    from distill.policy import policy
+    from distill.runtime import mesh as mesh_lib
+    from distill.teachers import local
+    from distill.training import optim, setup, stages, update
     from models.qwen3 import model
 
     c = base.get_config()
@@ -80,13 +82,13 @@ def our_step(job: Job) -> Answer:
     optimizer = optim.make(s.optim, s.steps)
     with policy.use(student):
         state = update.init(optimizer, student.params, 0)
-        programs = prepare.updater(c, s, loss, optimizer, student, mesh, state)
+        programs = setup.updater(c, s, loss, optimizer, student, mesh, state)
 
         def step() -> None:
             nonlocal state
             told, heads = batch, ()
             if read is not None:
-                hidden_BTD = teacher.hidden(read.model, read.params, None, batch, None)
+                hidden_BTD = local.hidden(read.model, read.params, None, batch, None)
                 told = dataclasses.replace(batch, teacher_hidden_BTD=(hidden_BTD,))
                 heads = (model.head(read.params),)
             state, measured, _ = programs.once(state, [told], heads, single=True)
@@ -99,15 +101,17 @@ def our_score(job: Job) -> Answer:
     import jax
 
     from configs import base
-    from distill import mesh as mesh_lib
-    from distill import policy, stages, teacher
+    from distill.policy import policy
+    from distill.runtime import mesh as mesh_lib
+    from distill.teachers import local
+    from distill.training import stages
 
     c = base.get_config()
     mesh = mesh_lib.make(**c.mesh)
     read, batch = _network(job, "student", mesh), _batch(job, mesh)
     score: Any = {
-        "hidden": lambda: teacher.hidden(read.model, read.params, None, batch, None),
-        "logp": lambda: teacher.logp(read, batch, stages.logits_mib(c, mesh)),
+        "hidden": lambda: local.hidden(read.model, read.params, None, batch, None),
+        "logp": lambda: local.logp(read, batch, stages.logits_mib(c, mesh)),
     }[job["what"]]
     with policy.use(read):
         return timed(lambda: jax.block_until_ready(score()), job, jax_peak)
@@ -118,8 +122,10 @@ def our_loss(job: Job) -> Answer:
     import jax.numpy as jnp
 
     from configs import base
-    from distill import compiled, head, losses, stages
-    from distill import mesh as mesh_lib
+    from distill.objectives import fused_head, losses
+    from distill.runtime import mesh as mesh_lib
+    from distill.runtime import xla
+    from distill.training import stages
 
     c = base.get_config()
     mesh, dtype = mesh_lib.make(**c.mesh), jnp.dtype(job["dtype"])
@@ -136,7 +142,7 @@ def our_loss(job: Job) -> Answer:
     # The teacher's are arguments too: closed over, they would be constants of the program.
     def total(hidden_BTD: jax.Array, head_VD: jax.Array, *teacher: jax.Array) -> jax.Array:
         mask_BT = losses.shift(batch.mask_BT)
-        stats = head.token_stats(
+        stats = fused_head.token_stats(
             *(hidden_BTD, head_VD, losses.shift(batch.tokens_BT), *teacher),
             logits_mib=stages.logits_mib(c, mesh),
             split=mesh_lib.split_vocabulary,
@@ -149,7 +155,7 @@ def our_loss(job: Job) -> Answer:
     precision = "highest" if dtype == jnp.float32 else None
     with mesh_lib.use(mesh), jax.default_matmul_precision(precision):
         graded = jax.value_and_grad(total, (0, 1))
-        graded = jax.jit(graded, compiler_options=compiled.options(mesh))
+        graded = jax.jit(graded, compiler_options=xla.options(mesh))
         args = (hidden_BTD, head_VD, hidden_BTE, head_VE)
         answer = timed(lambda: jax.block_until_ready(graded(*args)), job, jax_peak)
         value, grads = graded(*args)

@@ -30,8 +30,9 @@ def ours(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
 
     import jax
 
-    from distill import policy, rollout
-    from distill.sampling import Sampling
+    from distill import rollout
+    from distill.policy import policy
+    from distill.rollout.sampling import Sampling
 
     subject = policy.reader(model, dtype)
     with policy.use(subject):

@@ -29,7 +29,7 @@ def data() -> ConfigDict:
     c.source = "arithmetic"
     c.mixture = ()  # in its place, pairs of a source and a weight: (("a.jsonl", 3.0), ...)
     c.template = "{question}"  # how a row's question is put; BOXED as the benchmarks do
-    c.columns = ""  # "": by those found; or a name in distill/columns.py; or ours=theirs,...
+    c.columns = ""  # "": by those found; or a name in distill/data/columns.py; or ours=theirs,...
     c.size = 0  # first rows (problems) used, in a new order each epoch; 0: all there are
     c.check = 10_000  # rows of each source read before step 0; later ones as they are needed
     c.on_bad_row = "fail"  # or skip: leave it out, say so, count it (metric data/skipped)
@@ -89,7 +89,7 @@ def reward() -> ConfigDict:
 def optim() -> ConfigDict:
     """The optimiser of a stage."""
     c = ConfigDict()
-    c.name = "adamw"  # or muon, adafactor, sgd (distill/optim.py)
+    c.name = "adamw"  # or muon, adafactor, sgd (distill/training/optim.py)
     c.learning_rate = 1e-5
     c.schedule = "cosine"  # constant, linear or cosine, after the warm-up
     c.warmup_steps = 10
@@ -197,7 +197,7 @@ def evaluation() -> ConfigDict:
     c.benchmark = "arithmetic"
     c.data = ""  # PATH.jsonl or hf:NAME:CONFIG:SPLIT; arithmetic makes its own
     c.limit = 200  # first problems; 0: all
-    c.protocol = "greedy"  # how to sample, of distill/benchmarks.py
+    c.protocol = "greedy"  # how to sample, of distill/evaluation/tasks.py
     c.samples = 0  # responses to each problem; 0: the protocol's
     c.max_new_tokens = 0  # longest response; 0: the protocol's
     c.batch_size = 64  # responses sampled together

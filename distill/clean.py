@@ -17,7 +17,8 @@ import collections
 import numpy as np
 from absl import flags
 
-from distill import chat, cli, columns, hygiene, metrics, sources
+from distill.data import chat, columns, dedup, sources
+from distill.runtime import cli, run_files
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -90,10 +91,10 @@ def clean(
     problems = [
         (other.where(i), _read(other, i, "")) for other in against for i in range(other.size)
     ]
-    evaluation = hygiene.Evaluation((prompt for _, (prompt, _) in problems), ngram)
+    evaluation = dedup.Evaluation((prompt for _, (prompt, _) in problems), ngram)
     kept, findings, first = [], [], {}
     signatures = []
-    with metrics.progress(rows.size, 0, "clean") as bar:
+    with run_files.progress(rows.size, 0, "clean") as bar:
         for index in range(rows.size):
             bar.update(index + 1, {"kept": len(kept)})
             where = rows.where(index)
@@ -108,7 +109,7 @@ def clean(
             if not low <= len(whole) <= high:
                 findings.append({"row": where, "why": "length", "characters": len(whole)})
                 continue
-            share = hygiene.script_share(whole, scripts) if scripts else 1.0
+            share = dedup.script_share(whole, scripts) if scripts else 1.0
             if share < SCRIPT_SHARE:
                 findings.append({"row": where, "why": "script", "share": round(share, 3)})
                 continue
@@ -120,13 +121,13 @@ def clean(
             if hits:
                 findings += hits
                 continue
-            same = first.setdefault(" ".join(hygiene.tokens(whole)), index)
+            same = first.setdefault(" ".join(dedup.tokens(whole)), index)
             if same != index:
                 findings.append({"row": where, "why": "duplicate", "of": rows.where(same)})
                 continue
             kept.append(index)
             if near <= 1:
-                signatures.append(hygiene.signature(whole))
+                signatures.append(dedup.signature(whole))
     if near <= 1 and kept:
         repeats = _repeats(rows, names, kept, np.array(signatures), near)
         findings += repeats.values()
@@ -144,11 +145,11 @@ def _repeats(
 ) -> dict[int, Finding]:
     """Number of each row that is nearly an earlier one, and the finding."""
     found: dict[int, Finding] = {}
-    for a, b in hygiene.candidates(signatures):
+    for a, b in dedup.candidates(signatures):
         earlier, later = kept[a], kept[b]
         if later in found or earlier in found:
             continue
-        alike = hygiene.jaccard(*(_read(rows, i, names)[1] for i in (earlier, later)))
+        alike = dedup.jaccard(*(_read(rows, i, names)[1] for i in (earlier, later)))
         if alike >= near:
             found[later] = {
                 "row": rows.where(later),
@@ -174,11 +175,11 @@ def main() -> None:
         skip=ON_BAD_ROW.value == "skip",
     )
     if REPORT.value:
-        metrics.write_jsonl(REPORT.value, findings)
-    metrics.write_jsonl(out, (rows.row(index) for index in kept))
+        run_files.write_jsonl(REPORT.value, findings)
+    run_files.write_jsonl(out, (rows.row(index) for index in kept))
     counts = collections.Counter({f["row"]: f["why"] for f in findings}.values())
     reasons = ", ".join(f"{count} {why}" for why, count in counts.most_common()) or "none left out"
-    metrics.say(f"{rows.name}: {len(kept)} of {rows.size} rows stay; {reasons}")
+    run_files.say(f"{rows.name}: {len(kept)} of {rows.size} rows stay; {reasons}")
 
 
 if __name__ == "__main__":

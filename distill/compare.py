@@ -10,7 +10,8 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from distill import cli, figures, metrics, results
+from distill.evaluation import records, statistics
+from distill.runtime import cli, run_files
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -24,12 +25,12 @@ Row = dict[str, Any]
 
 def read(folder: str) -> tuple[Row, list[Row]]:
     """(summary, rows) of a finished evaluation, local or gs://. Raises UserError if it is none."""
-    metrics.require_reachable(folder, "--runs")
+    run_files.require_reachable(folder, "--runs")
     path = epath.Path(folder)
     try:
         summary = json.loads((path / "summary.json").read_text())
-        with (path / results.EXAMPLES).open() as file:
-            rows = [results.brief(json.loads(line)) for line in file]
+        with (path / records.EXAMPLES).open() as file:
+            rows = [records.brief(json.loads(line)) for line in file]
         for row in rows:
             _ = row["id"], row["correct"]
         _ = summary["accuracy"], summary["interval"]
@@ -47,9 +48,9 @@ def paired(names: tuple[str, str], a: list[Row], b: list[Row]) -> Row:
     for name in answers[0].keys() | answers[1].keys():
         if answers[0].get(name) != answers[1].get(name):
             raise UserError(f"{names[0]} and {names[1]}: problem {name!r} is not the same in both")
-    ours, theirs = (figures.scores(rows) for rows in (a, b))
+    ours, theirs = (statistics.scores(rows) for rows in (a, b))
     pairs = list(zip(*[(ours[name], theirs[name]) for name in ours], strict=True))
-    gain, (low, high) = figures.difference(*pairs)
+    gain, (low, high) = statistics.difference(*pairs)
     found: Row = {
         "runs": list(names),
         "difference": gain,
@@ -57,7 +58,7 @@ def paired(names: tuple[str, str], a: list[Row], b: list[Row]) -> Row:
         "better_on": sum(y > x for x, y in zip(*pairs, strict=True)),
         "worse_on": sum(y < x for x, y in zip(*pairs, strict=True)),
         "problems": len(ours),
-        "p": figures.chance(*pairs),
+        "p": statistics.chance(*pairs),
     }
     return {**found, "sentence": _sentence(found)}
 
@@ -137,7 +138,7 @@ def main() -> None:
     out = cli.output(OUT.value) if OUT.value else None
     found = compare(RUNS.value)
     if out:
-        metrics.write_json(out, found)
+        run_files.write_json(out, found)
     print(table(RUNS.value, list(found["runs"].values())))
     for pair in found["paired"]:
         print("\n" + pair["sentence"])

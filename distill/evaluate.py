@@ -6,132 +6,18 @@ it was stopped. When all are there, summary.json says what they amount to, and h
 responses are read from a file and no model is needed. `compare` puts several OUTs side by side.
 """
 
-import dataclasses
 import math
-import time
-from typing import Any
 
-import jax.numpy as jnp
 from absl import flags
 from etils import epath
 
-from distill import (
-    benchmarks,
-    cli,
-    data,
-    divergence,
-    figures,
-    generate,
-    ifeval,
-    metrics,
-    pod,
-    policy,
-    responses,
-    results,
-    rewards,
-    rollout,
-)
-from distill import mesh as mesh_lib
-from distill.policy import Policy
+from distill.evaluation import evaluator, records, responses, statistics, tasks
+from distill.policy import policy
+from distill.rewards import graders, ifeval
+from distill.runtime import cli, distributed, run_files
+from distill.runtime import mesh as mesh_lib
 from models.errors import UserError
 from models.qwen3.config import Config
-
-Row = dict[str, Any]
-
-
-def _prompts(
-    subject: Policy,
-    benchmark: str,
-    rows: list[tuple[str, Row]],
-    template: str,
-    thinking: bool,
-    limit: int,
-) -> data.TokenLists:
-    """What the model is asked; reads no parameters. Raises UserError for what it cannot be."""
-    if subject.tokenizer is None:
-        raise UserError(f"{subject.path}: no tokenizer, so responses cannot be read")
-    asked = ((where, benchmarks.put(benchmark, row, template)) for where, row in rows)
-    return generate.prompts(subject, asked, thinking, limit)
-
-
-def evaluate(
-    subject: Policy,
-    benchmark: str,
-    rows: list[tuple[str, Row]],
-    out: epath.Path,
-    *,
-    samples: int,
-    ks: list[int],
-    thinking: bool,
-    max_new_tokens: int,
-    sampling: rollout.Sampling,
-    seed: int,
-    batch_size: int,
-    name: str = "",
-    template: str = "",
-    step: int | None = None,
-    teacher: Policy | None = None,
-) -> Row:
-    """Samples, grades and sums up; writes examples.jsonl and summary.json, returns the summary.
-
-    `name` is that of the protocol, for the record; `template` how a question is put ("": the
-    benchmark's own way); `step` that of the parameters where `subject` is no directory.
-    """
-    template = template or benchmarks.BENCHMARKS[benchmark]["prompt"]
-    prompts = _prompts(subject, benchmark, rows, template, thinking, max_new_tokens)
-    protocol: Row = {
-        "model": subject.path,
-        "step": policy.newest_step(subject.path) if step is None else step,
-        "weights": results.fingerprint(subject.params),
-        "benchmark": benchmark,
-        "problems": len(rows),
-        "problems_sha256": results.digest([row for _, row in rows]),
-        "protocol": name,
-        "template": template,
-        "samples": samples,
-        "thinking": thinking,
-        "max_new_tokens": max_new_tokens,
-        **dataclasses.asdict(sampling),
-        "seed": seed,
-        "dtype": jnp.dtype(subject.model.dtype).name,
-    }
-    keys = results.row_keys(protocol, rows, samples)
-    first = pod.from_primary(lambda: results.resume(out, protocol, rows, keys))
-    tokens, start = 0, time.perf_counter()
-    with (
-        rewards.Grader() as grader,
-        metrics.Lines(out / results.EXAMPLES) as lines,
-        metrics.progress(len(rows), first, benchmark) as bar,
-    ):
-        sampled = responses.sample(
-            subject,
-            rows,
-            prompts,
-            first=first,
-            samples=samples,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=seed,
-            batch_size=batch_size,
-        )
-        left = (sampled if first < len(rows) else iter(()), rows[first:], keys[first:])
-        done = left[0]
-        if metrics.is_primary():  # the others only sample
-            done = responses.graded_as_they_come(done, grader, benchmark, *left[1:], thinking)
-        for number, group in enumerate(done, start=first + 1):
-            lines.add(group)
-            tokens += sum(int(row["length"]) for row in group)  # type: ignore[call-overload]
-            bar.update(number, {})
-    cost = results.cost(subject, time.perf_counter() - start, len(rows) - first, tokens)
-    cost |= {"protocol": protocol, "versions": metrics.environment()["packages"]}
-    if teacher:
-        stored = results.Stored(out)
-        cost["reverse_kl"] = divergence.reverse_kl(subject, teacher, stored, batch_size)
-    summary = pod.from_primary(lambda: {**results.summarise(out, ks), **cost})
-    if metrics.is_primary():
-        metrics.write_json(out / "summary.json", summary)
-    return summary
-
 
 OPTIONS = flags.FlagValues()
 MODEL = flags.DEFINE_string(
@@ -140,7 +26,7 @@ MODEL = flags.DEFINE_string(
 BENCHMARK = flags.DEFINE_string(
     "benchmark",
     None,
-    f"One of {', '.join(benchmarks.BENCHMARKS)}.",
+    f"One of {', '.join(tasks.BENCHMARKS)}.",
     required=True,
     flag_values=OPTIONS,
 )
@@ -157,7 +43,7 @@ OUT = flags.DEFINE_string(
 PROTOCOL = flags.DEFINE_string(
     "protocol",
     "greedy",
-    f"How to sample: {', '.join(benchmarks.PROTOCOLS)}. Each flag below changes its own part.",
+    f"How to sample: {', '.join(tasks.PROTOCOLS)}. Each flag below changes its own part.",
     flag_values=OPTIONS,
 )
 SAMPLES = flags.DEFINE_integer(
@@ -213,12 +99,12 @@ BATCH_SIZE = flags.DEFINE_integer(
 DTYPE = flags.DEFINE_enum(
     "dtype", "", ["", "float32", "bfloat16"], "Of the computation.", flag_values=OPTIONS
 )
-pod.define(OPTIONS)
+distributed.define(OPTIONS)
 
 
-def _settings(ks: list[int]) -> Row:
+def _settings(ks: list[int]) -> evaluator.Row:
     """The protocol's settings, with the flags that change them; checked."""
-    benchmarks.require(BENCHMARK.value)
+    tasks.require(BENCHMARK.value)
     changes = {
         "samples": SAMPLES.value,
         "thinking": None if THINKING.value is None else THINKING.value == "on",
@@ -232,7 +118,7 @@ def _settings(ks: list[int]) -> Row:
     for name in ("temperature", "top_p", "min_p", "presence_penalty"):  # nan passes a flag's bounds
         if changes[name] is not None and not math.isfinite(changes[name]):
             raise UserError(f"--{name}={changes[name]}: not a finite number")
-    settings = benchmarks.settings(PROTOCOL.value, BENCHMARK.value, changes)
+    settings = tasks.settings(PROTOCOL.value, BENCHMARK.value, changes)
     if max(ks, default=0) > settings["samples"]:
         raise UserError(
             f"--k={','.join(KS.value)}: each must be 1 to --samples={settings['samples']}"
@@ -245,22 +131,22 @@ def _settings(ks: list[int]) -> Row:
 def _grade_stored(out: epath.Path, ks: list[int]) -> None:
     """--responses: grades them and sums up."""
     benchmark = BENCHMARK.value
-    known = benchmarks.problems(benchmark, DATA.value, 0) if DATA.value else []
-    rows = benchmarks.stored(benchmark, RESPONSES.value, known)[: LIMIT.value or None]
+    known = tasks.problems(benchmark, DATA.value, 0) if DATA.value else []
+    rows = tasks.stored(benchmark, RESPONSES.value, known)[: LIMIT.value or None]
     cli.output(f"{OUT.value}/summary.json")
     if (out / "protocol.json").exists():
         raise UserError(f"--out={out}: holds the evaluation of a model")
-    with rewards.Grader() as grader:
+    with graders.Grader() as grader:
         rows = responses.graded(grader, benchmark, rows)
-    metrics.write_jsonl(out / results.EXAMPLES, rows)
-    summary = figures.summarise(rows, ks)
-    metrics.write_json(out / "summary.json", summary)
+    run_files.write_jsonl(out / records.EXAMPLES, rows)
+    summary = statistics.summarise(rows, ks)
+    run_files.write_json(out / "summary.json", summary)
     if unchecked := summary.get("ifeval", {}).get("unchecked"):  # type: ignore[attr-defined]
-        metrics.say(f"warning: {unchecked} instructions not checked: {ifeval.PUNKT}")
+        run_files.say(f"warning: {unchecked} instructions not checked: {ifeval.PUNKT}")
 
 
 def main() -> None:
-    with pod.joined(OPTIONS):
+    with distributed.joined(OPTIONS):
         run()
 
 
@@ -272,9 +158,9 @@ def run() -> None:
     if RESPONSES.value:
         return _grade_stored(out, ks)
     settings = _settings(ks)
-    sampling = benchmarks.sampling(settings)
-    rows = benchmarks.problems(BENCHMARK.value, DATA.value, LIMIT.value)
-    benchmarks.check(BENCHMARK.value, rows)
+    sampling = tasks.sampling(settings)
+    rows = tasks.problems(BENCHMARK.value, DATA.value, LIMIT.value)
+    tasks.check(BENCHMARK.value, rows)
     if not MODEL.value:
         raise UserError("--model: name a model directory, or give --responses")
     paths = [path for path in (MODEL.value, TEACHER.value) if path]
@@ -282,12 +168,12 @@ def run() -> None:
     described = [policy.reader(path, DTYPE.value or "", mesh) for path in paths]
     policy.require_same_vocabulary(described[0], described[-1])
     cli.output(f"{OUT.value}/summary.json")
-    template = TEMPLATE.value or benchmarks.BENCHMARKS[BENCHMARK.value]["prompt"]
+    template = TEMPLATE.value or tasks.BENCHMARKS[BENCHMARK.value]["prompt"]
     thinking, limit = settings["thinking"], settings["max_new_tokens"]
-    _prompts(described[0], BENCHMARK.value, rows, template, thinking, limit)
+    evaluator._prompts(described[0], BENCHMARK.value, rows, template, thinking, limit)
     with policy.use(described[0]):
         subject, *teachers = [policy.load(p, p.model.dtype.name) for p in described]
-        evaluate(
+        evaluator.evaluate(
             subject,
             BENCHMARK.value,
             rows,
@@ -303,8 +189,8 @@ def run() -> None:
             template=template,
             teacher=teachers[0] if teachers else None,
         )
-    if LIMIT.value and metrics.is_primary():
-        print(results.transcripts(rows, out / results.EXAMPLES))
+    if LIMIT.value and run_files.is_primary():
+        print(records.transcripts(rows, out / records.EXAMPLES))
 
 
 if __name__ == "__main__":

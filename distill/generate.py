@@ -19,16 +19,16 @@ OUT.partial as they come; stopped, the same command goes on with the next one.
 import dataclasses
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import jax
 import jax.numpy as jnp
 from absl import flags
-from transformers import PreTrainedTokenizerBase
 
-from distill import chat, cli, columns, data, metrics, pod, policy, rollout, sources
-from distill.policy import Policy
-from distill.sampling import Sampling
+from distill.data import columns, dataset
+from distill.policy import policy
+from distill.policy.policy import Policy
+from distill.rollout import completions
+from distill.rollout.sampling import Sampling
+from distill.runtime import cli, distributed, run_files
 from models.errors import RowError, UserError
 
 OPTIONS = flags.FlagValues()
@@ -84,137 +84,7 @@ DTYPE = flags.DEFINE_enum(
     "Of parameters and computation. Default: bfloat16, but float32 on CPU, where it is faster.",
     flag_values=OPTIONS,
 )
-pod.define(OPTIONS)
-
-Rows = Iterable[tuple[str, dict]]  # (where the row stands, its fields)
-
-
-def limit_of(row: dict, where: str, default: int) -> int:
-    """How many new tokens a row may have: its own `max_new_tokens`, or the default.
-
-    Raises:
-      UserError: naming the row if its own is none.
-    """
-    limit = row.get("max_new_tokens", default)
-    if type(limit) is not int or limit < 1:
-        raise UserError(f"{where}: max_new_tokens={limit!r}: must be a whole number from 1")
-    return limit
-
-
-def prompt(subject: Policy, row: dict, where: str, thinking: bool, limit: int) -> list[int]:
-    """The prompt of a row as token ids. Reads no parameters of `subject`.
-
-    Raises:
-      RowError: if it is empty, or with `limit` new tokens exceeds the model's positions.
-      UserError: if the row has none that can be read. Both begin with `where`.
-    """
-    ids = data.prompt_tokens(row, where, subject.tokenizer, thinking)
-    data.require_ids(ids, subject.config.vocab_size, where)
-    positions = subject.config.context_length
-    if len(ids) + limit > positions:
-        raise RowError(
-            f"{where}: prompt of {len(ids)} tokens and {limit} new ones (max_new_tokens) exceed "
-            f"the model's {positions} positions"
-        )
-    return ids
-
-
-def prompts(subject: Policy, rows: Rows, thinking: bool, max_new_tokens: int) -> data.TokenLists:
-    """The prompt of each row; raises UserError naming the first that cannot be gone on from."""
-    return data.TokenLists(
-        prompt(subject, row, where, thinking, max_new_tokens) for where, row in rows
-    )
-
-
-def sample(
-    tokenizer: PreTrainedTokenizerBase | None, done: rollout.Sequence, stops: Sequence[str]
-) -> dict:
-    """A completion as it is written: cut after the first stop string."""
-    count, reason, text = len(done.tokens), done.reason, None
-    if tokenizer is not None:
-        finder = chat.StopStrings(tokenizer, stops)
-        found = finder.feed(done.tokens[:count]) if stops else None
-        if found is not None:
-            count, reason = found, "stop"
-        text = finder.cut(chat.decode(tokenizer, done.tokens[:count]))
-    row = {"tokens": done.tokens[:count], "text": text, "logprobs": done.logprobs[:count]}
-    if done.model_logprobs is not None and done.top_logprobs is not None:
-        row["model_logprobs"] = done.model_logprobs[:count]
-        row["top_logprobs"] = done.top_logprobs[:count]
-    return {**row, "finish_reason": reason}
-
-
-def generate(
-    subject: Policy,
-    rows: sources.Rows,
-    prompts: data.TokenLists,
-    *,
-    samples: int,
-    seed: int,
-    limits: Sequence[int],
-    sampling: Sampling,
-    batch_size: int,
-    stops: Sequence[str],
-    top_logprobs: int,
-    errors: dict[int, str],
-    first: int = 0,
-) -> Iterator[dict]:
-    """Yields each row from number `first` on with its `prompt_tokens` and `samples`; within
-    `policy.use(subject)`. What a row draws does not depend on where one begins. Rows are read again
-    as they are written, and none is held for longer.
-
-    `errors` are those of rows, by number, and come to hold those that are found here: such a row
-    has an `error` and no samples.
-    """
-    if first == len(rows):
-        return
-    completions = rollout.complete(
-        subject,
-        prompts[first:],
-        samples=samples,
-        key=jax.random.key(seed),
-        limits=limits[first:],
-        sampling=sampling,
-        batch_size=batch_size,
-        top_logprobs=top_logprobs,
-        ended=_finder(subject.tokenizer, stops, batch_size),
-        first=first,
-    )
-    with metrics.progress(len(rows), first, "generate") as bar:
-        for number, group in enumerate(completions, start=first):
-            where, row = rows.where(number), rows.row(number)
-            written = [sample(subject.tokenizer, c, stops) for c in group]
-            bad = [len(s["tokens"]) for s in written if s["finish_reason"] == "error"]
-            if bad and number not in errors:
-                errors[number] = f"{where}: the logits are nan after {bad[0]} sampled tokens"
-            result = {"samples": written}
-            if number in errors:
-                result = {"samples": [], "error": errors[number]}
-            yield {**row, "prompt_tokens": prompts[number], **result}
-            bar.update(number + 1, {})
-
-
-def _finder(
-    tokenizer: PreTrainedTokenizerBase | None, stops: Sequence[str], batch_size: int
-) -> Callable[[rollout.Sequence], bool] | None:
-    """Whether a response that goes on has a stop string by now.
-
-    Of the responses that were asked about last, twice as many as decode together, it knows how far
-    they were read. The others have ended; one that was parked for long is read from its start.
-    """
-    if tokenizer is None or not stops:
-        return None
-    finders: dict[tuple[int, int], tuple[chat.StopStrings, int]] = {}  # by the row's key
-
-    def ended(row: rollout.Sequence) -> bool:
-        finder, read = finders.pop(row.key, None) or (chat.StopStrings(tokenizer, stops), 0)
-        found = finder.feed(row.tokens[read:]) is not None
-        finders[row.key] = finder, len(row.tokens)
-        if len(finders) > 2 * batch_size:
-            del finders[next(iter(finders))]
-        return found
-
-    return ended
+distributed.define(OPTIONS)
 
 
 def _checked_sampling(subject: Policy) -> Sampling:
@@ -237,26 +107,28 @@ def _checked_sampling(subject: Policy) -> Sampling:
 
 
 def main() -> None:
-    with pod.joined(OPTIONS):
+    with distributed.joined(OPTIONS):
         run()
 
 
 def run() -> None:
-    found = data.read(PROMPTS.value)
+    found = dataset.read(PROMPTS.value)
     rows = dataclasses.replace(found, row=lambda i: columns.put(found.row(i), TEMPLATE.value))
     subject = policy.reader(MODEL.value, DTYPE.value or "")
     out = cli.output(OUT.value)
-    sampling, allowed, ids = _checked_sampling(subject), array("i"), data.TokenLists()
+    sampling, allowed, ids = _checked_sampling(subject), array("i"), dataset.TokenLists()
     errors: dict[int, str] = {}
     read = hashlib.sha256()
     for number, (where, row) in enumerate(rows):
-        allowed.append(limit_of(row, where, MAX_NEW_TOKENS.value))
+        allowed.append(completions.limit_of(row, where, MAX_NEW_TOKENS.value))
         try:
-            ids.append(prompt(subject, row, where, THINKING.value == "on", allowed[number]))
+            ids.append(
+                completions.prompt(subject, row, where, THINKING.value == "on", allowed[number])
+            )
         except RowError as error:
             errors[number] = str(error)
             ids.append([])
-        read.update(f"{', ' if number else '['}{metrics.dumps(row)}".encode())
+        read.update(f"{', ' if number else '['}{run_files.dumps(row)}".encode())
     read.update(b"]")
     if len(errors) == len(rows):
         raise UserError(errors[0])
@@ -269,10 +141,10 @@ def run() -> None:
         "dtype": jnp.dtype(subject.model.dtype).name,
         **{option.name: option.value for option in options},
     }
-    first = pod.from_primary(lambda: metrics.begun_jsonl(out, about))
+    first = distributed.from_primary(lambda: run_files.begun_jsonl(out, about))
     with policy.use(subject):
         subject = policy.load(subject, jnp.dtype(subject.model.dtype).name)
-        done = generate(
+        done = completions.generate(
             subject,
             rows,
             ids,
@@ -286,7 +158,7 @@ def run() -> None:
             errors=errors,
             first=first,
         )
-        metrics.extend_jsonl(out, done)
+        run_files.extend_jsonl(out, done)
     if errors:
         more = f" (and {len(errors) - 1} more rows)" if len(errors) > 1 else ""
         raise UserError(f"{errors[min(errors)]}{more}; the other rows are in {OUT.value}")

@@ -11,8 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 from absl import flags
 
-from distill import cli, metrics, policy
-from distill.policy import Policy
+from distill.policy import policy
+from distill.policy.policy import Policy
+from distill.runtime import cli, run_files
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -56,7 +57,7 @@ def evaluate(
     import lm_eval  # pyright: ignore[reportMissingImports]
     from lm_eval import tasks  # pyright: ignore[reportMissingImports]
 
-    from distill import lm  # which cannot be imported without lm_eval
+    from distill.evaluation import lm_eval_model
 
     manager = tasks.TaskManager(include_path=include)
     unknown = sorted(set(names) - set(manager.all_tasks))
@@ -64,7 +65,7 @@ def evaluate(
         raise UserError(f"--tasks: lm-eval knows no {unknown[0]!r}")
     with policy.use(subject):
         found = lm_eval.simple_evaluate(
-            model=lm.Model(subject, batch_size, chat_mode == "thinking"),
+            model=lm_eval_model.Model(subject, batch_size, chat_mode == "thinking"),
             tasks=names,
             num_fewshot=num_fewshot,
             limit=limit,
@@ -94,7 +95,7 @@ def main() -> None:
         limit=LIMIT.value or None,
     )
     kept = ("results", "groups", "configs", "versions", "n-shot", "n-samples", "higher_is_better")
-    metrics.write_json(out, {name: found[name] for name in kept if name in found})
+    run_files.write_json(out, {name: found[name] for name in kept if name in found})
     for task, figures in found["results"].items():
         for name, value in figures.items():
             if isinstance(value, float):

@@ -12,9 +12,13 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from distill import benchmarks, cli, evaluate, export, metrics, policy, prepare, rollout, train
-from distill import mesh as mesh_lib
-from distill.policy import Policy
+from distill import rollout
+from distill.evaluation import evaluator, tasks
+from distill.policy import exporting, policy
+from distill.policy.policy import Policy
+from distill.runtime import cli, run_files
+from distill.runtime import mesh as mesh_lib
+from distill.training import loop, setup
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -31,11 +35,11 @@ Entry = dict[str, object]
 
 def judge(name: str, subject: Policy, teacher: Policy, out: Path, response_tokens: int) -> Entry:
     """Greedy and sampled (temperature 1) accuracy on held-out problems, reverse KL, length."""
-    rows = benchmarks.problems("arithmetic", "", PROBLEMS.value)
+    rows = tasks.problems("arithmetic", "", PROBLEMS.value)
     summaries = {}
     for manner, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        metrics.say(f"{name}: {len(rows)} held-out problems, {manner}")
-        summaries[manner] = evaluate.evaluate(
+        run_files.say(f"{name}: {len(rows)} held-out problems, {manner}")
+        summaries[manner] = evaluator.evaluate(
             subject,
             "arithmetic",
             rows,
@@ -100,16 +104,16 @@ def distil(c: ConfigDict, out: Path) -> dict:
             "student_before": judge("student_before", load(c.student.path), teacher, out, limit),
         }
     began = time.perf_counter()
-    train.run(c, out)
+    loop.run(c, out)
     summary["distillation_seconds"] = time.perf_counter() - began
-    export.export(out, out / "student", None, "float32", merge_lora=True)  # on a mesh of its own
+    exporting.export(out, out / "student", None, "float32", merge_lora=True)  # on a mesh of its own
     with mesh_lib.use(mesh):
         after = load(str(out / "student"))
         summary["student_after"] = judge("student_after", after, teacher, out, limit)
     summary["problems"] = PROBLEMS.value
     summary["seconds"] = time.perf_counter() - start
     summary["export"] = str(out / "student")
-    metrics.write_json(out / "summary.json", summary)
+    run_files.write_json(out / "summary.json", summary)
     return summary
 
 
@@ -119,8 +123,8 @@ def main() -> None:
         raise UserError(f"config.stages: the quick start ends in opd, not in {c.stages[-1]!r}")
     mesh = mesh_lib.make(**c.mesh)
     with mesh_lib.use(mesh):
-        prepare.prepare(c, mesh)
-    train.claim(out, c)
+        setup.prepare(c, mesh)
+    loop.claim(out, c)
     summary: dict = {}
     if (out / "summary.json").is_file() and (out / "student").is_dir():
         summary = json.loads((out / "summary.json").read_text())

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from distill import cli, metrics, rewards, sources
+from distill.data import sources
+from distill.rewards import graders
+from distill.runtime import cli, run_files
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -35,7 +37,7 @@ ON_BAD_ROW = flags.DEFINE_enum(
 )
 
 
-def graded(row: dict, where: str, benchmark: str, grader: rewards.Grader) -> list[dict]:
+def graded(row: dict, where: str, benchmark: str, grader: graders.Grader) -> list[dict]:
     """The samples of a row, each with `outcome` and `correct`.
 
     Raises:
@@ -75,7 +77,7 @@ def verify(
 ) -> Iterator[dict]:
     """Yields the rows with the samples that are kept; `counts` come to hold rows, samples,
     correct, kept, rows kept and bad rows."""
-    with rewards.Grader() as grader, metrics.progress(rows.size, 0, "verify") as bar:
+    with graders.Grader() as grader, run_files.progress(rows.size, 0, "verify") as bar:
         for index in range(rows.size):
             bar.update(index + 1, {"kept": counts["kept"]})
             counts["rows"] += 1
@@ -86,7 +88,7 @@ def verify(
                 if not skip:
                     raise
                 counts["bad rows"] += 1
-                metrics.say(f"skipped: {error}")
+                run_files.say(f"skipped: {error}")
                 continue
             good = [
                 sample
@@ -103,8 +105,8 @@ def verify(
 
 
 def main() -> None:
-    if BENCHMARK.value not in rewards.GRADERS:
-        raise UserError(f"--benchmark={BENCHMARK.value}: known are {', '.join(rewards.GRADERS)}")
+    if BENCHMARK.value not in graders.GRADERS:
+        raise UserError(f"--benchmark={BENCHMARK.value}: known are {', '.join(graders.GRADERS)}")
     out, counts = cli.output(OUT.value), collections.Counter()
     rows = sources.open_rows(DATA.value)
     kept = verify(
@@ -115,8 +117,8 @@ def main() -> None:
         skip=ON_BAD_ROW.value == "skip",
         counts=counts,
     )
-    metrics.write_jsonl(out, kept)
-    metrics.say(
+    run_files.write_jsonl(out, kept)
+    run_files.say(
         f"{rows.name}: {counts['correct']} of {counts['samples']} samples correct; "
         f"{counts['kept']} kept, of {counts['rows kept']} of {rows.size} rows "
         f"({counts['bad rows']} bad rows)"

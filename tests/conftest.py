@@ -26,7 +26,7 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # A device that waits for others in a collective holds a thread of XLA's: with fewer threads than
-# devices may hold, all wait for ever. See distill.cli.
+# devices may hold, all wait for ever. See distill.runtime.cli.
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # torch, beside eight XLA devices
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from distill import mesh as mesh_lib
+from distill.runtime import mesh as mesh_lib
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = ROOT / "assets" / "teacher"  # its vocabulary has 512 ids

@@ -13,18 +13,34 @@ from configs import base
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("models", "distill", "configs", "assets", "benchmarks", "tests")
 
-# distill/, from top to bottom: a file imports from its own floor (without circles) and below.
-FLOORS = {
-    "entry points": "train evaluate validate compare generate score serve plan export report "
-    "quickstart clean verify diagnose harness lm preflight",
-    "stages": "prepare prompts stages programs memory sampling_programs calls roofline forecast "
-    "collect microbatches trainer rollout teacher divergence responses update",
-    "parts": "policy forward data layout packing curriculum examples context columns sources "
-    "hygiene head chunks distributions losses advantages sampling benchmarks results",
-    "ground": "batch mesh aot hlo pod compiled chat locate rewards terms ifeval figures optim "
-    "metrics checkpoint arithmetic cli gpu",
+# The folders of distill/ from top to bottom, each with its files from top to bottom: a file imports
+# what stands behind it in this list. The files of distill/ itself are the verbs, and batch.
+FOLDERS = {
+    "": "quickstart harness diagnose plan train evaluate generate score compare verify clean "
+    "export",
+    "planning": "fit forecast programs roofline aot hlo diagnosis",
+    "training": "loop preflight eval_hook collect trainer memory sampling_programs calls "
+    "microbatches prompts setup update optim stages",
+    "evaluation": "evaluator responses records divergence lm_eval_model scoring tasks statistics",
+    "teachers": "local",
+    "rollout": "completions sampler simulate engine buffer options scheduler decode sequence "
+    "sampling",
+    "policy": "exporting forward policy hub",
+    "data": "collate packing dataset teacher_context dedup curriculum examples sources columns "
+    "arithmetic chat",
+    "objectives": "losses fused_head chunks divergences advantages",
+    "rewards": "terms graders ifeval",
+    "runtime": "checkpoint cli distributed xla run_files gpu mesh",
 }
-FLOOR = {file: i for i, files in enumerate(FLOORS.values()) for file in files.split()}
+FLOOR = {
+    ".".join(filter(None, ("distill", folder, file))): place
+    for place, (folder, file) in enumerate(
+        [
+            *((folder, file) for folder, files in FOLDERS.items() for file in files.split()),
+            ("", "batch"),
+        ]
+    )
+}
 
 
 @functools.cache
@@ -79,13 +95,13 @@ def of(package: str) -> list[str]:
     return [m for m in sources() if under(m, package) and m != package]
 
 
-def floor(module: str) -> int:
-    """The floor of a module of distill/, which a folder's files share."""
-    return FLOOR[module.split(".")[1]]
+def folders() -> set[str]:
+    """Packages of distill/, whose __init__ holds a docstring and, of rollout, its face."""
+    return {f"distill.{name}" for name in FOLDERS if name}
 
 
 def test_every_file_has_a_floor():
-    assert {m.split(".")[1] for m in of("distill")} <= FLOOR.keys()
+    assert set(of("distill")) - folders() == FLOOR.keys()
 
 
 def test_imports_point_down():
@@ -93,8 +109,11 @@ def test_imports_point_down():
         for name in imports(module):
             above = under(name, "tests", "assets", "benchmarks", "configs")
             assert not above, f"{module} imports {name}"
-            if under(name, "distill") and name != "distill":
-                assert floor(module) <= floor(name), f"{module} imports {name} from a floor above"
+            if name in FLOOR and module in FLOOR:
+                assert FLOOR[module] < FLOOR[name], f"{module} imports {name}, which stands above"
+            if name in folders():  # a face stands where its topmost file does
+                top = min(FLOOR[m] for m in FLOOR if under(m, name))
+                assert FLOOR[module] < top, f"{module} imports {name}, which stands above"
     for module in of("models"):
         for name in imports(module):
             assert not under(name, "distill", "configs", "tests", "assets", "benchmarks"), (
@@ -112,34 +131,32 @@ def test_no_circles():
 
 
 def test_losses_know_arrays_only():
-    arrays = ("head", "chunks", "distributions", "losses", "advantages")
     plain = {"jax", "numpy", *sys.stdlib_module_names}
-    known = {"models.errors", "models.errors.UserError", *(f"distill.{file}" for file in arrays)}
-    for file in arrays:
-        for name in imports(f"distill.{file}"):
-            assert name.partition(".")[0] in plain or name in known, name
+    known = ("models.errors", "distill.objectives")
+    for module in of("distill.objectives"):
+        for name in imports(module):
+            assert name.partition(".")[0] in plain or under(name, *known), name
 
 
 # What runs in the graders' processes, or only reads files, starts without jax.
 LIGHT = (
-    "distill.rewards",
-    "distill.terms",
-    "distill.arithmetic",
-    "distill.chat",
-    "distill.cli",
-    "distill.report",
+    "distill.rewards.graders",
+    "distill.rewards.terms",
+    "distill.data.arithmetic",
+    "distill.data.chat",
+    "distill.runtime.cli",
 )
 
 
 def test_light_modules_do_without_jax():
-    for module in sources().keys() & set(LIGHT):
+    for module in LIGHT:
         assert not [n for n in reached(module) if under(n, "jax", "flax", "optax")], module
 
 
 def test_flax_in_two_places_only():
     for module in sources():
         if any(under(name, "flax") for name in imports(module)):
-            assert under(module, "models.qwen3", "distill.mesh", "tests"), module
+            assert under(module, "models.qwen3", "distill.runtime.mesh", "tests"), module
 
 
 def test_sizes():
@@ -224,3 +241,12 @@ def test_readme_keys_exist():
         for key in path.split("."):
             assert key in found, f"--config.{path}"
             found = found[key]
+
+
+def test_the_reading_page_is_short():
+    """The files that CONTRIBUTING lists to be read in order."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    page = text.partition("## Read these in order")[2].partition("\n## ")[0]
+    files = [ROOT / name for name in re.findall(r"^\d+\. `([\w/.]+)`", page, re.MULTILINE)]
+    assert 1 < len(files) <= 12
+    assert sum(len(file.read_text().splitlines()) for file in files) <= 3500

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from distill import mesh as mesh_lib
+from distill.runtime import mesh as mesh_lib
 from models.qwen3 import weights
 from models.qwen3.config import Config
 

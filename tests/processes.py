@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-VERB = "import sys; from distill import cli, pod, {verb} as v; pod.HEARTBEAT = {beat}; "
+VERB = "from distill import {verb} as v; from distill.runtime import cli, distributed; "
+VERB += "distributed.HEARTBEAT = {beat}; "
 VERB += "cli.run(v.main, v.OPTIONS)"
 
 

@@ -10,20 +10,12 @@ import numpy as np
 import pytest
 from test_train import config, final, numbers, stop_after, tiny_model, transcripts
 
-from distill import (
-    collect,
-    data,
-    losses,
-    microbatches,
-    policy,
-    prepare,
-    rollout,
-    stages,
-    train,
-    trainer,
-    update,
-)
-from distill import mesh as mesh_lib
+from distill import rollout
+from distill.data import dataset
+from distill.objectives import losses
+from distill.policy import policy
+from distill.runtime import mesh as mesh_lib
+from distill.training import collect, loop, microbatches, setup, stages, trainer, update
 from models.errors import UserError
 
 STEPS = 4
@@ -64,24 +56,24 @@ def whole(models, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
         rows = noted(patch)
-        train.run(ahead(models), workdir)
+        loop.run(ahead(models), workdir)
     return workdir, rows
 
 
 def by_hand(c) -> tuple[list[list[rollout.Sequence]], Any]:
     """One thing after another: rows of step i + 1 from a copy of the weights before update i."""
-    plan = prepare.prepare(c, mesh_lib.make(1, 1, 1))
+    plan = setup.prepare(c, mesh_lib.make(1, 1, 1))
     stage, s, found = plan.stages[0], c.opd, []
     with policy.use(plan.student):
-        plan = prepare.base(c, plan)
-        plan = prepare.load(c, plan, plan.stages[0])
+        plan = setup.base(c, plan)
+        plan = setup.load(c, plan, plan.stages[0])
         params = policy.load(plan.student, "float32").params
         older = jax.tree.map(lambda x: x.copy(), params)
         state = update.init(stage.optimizer, params, 0)
         mesh, form = policy.mesh_of(plan.student), collect._form(plan, stage)
         train = trainer.make(c, plan, stage, mesh, state)
         for step in range(STEPS):
-            examples = data.at(stage.source, step, 2, c.seed)
+            examples = dataset.at(stage.source, step, 2, c.seed)
             key = jax.random.fold_in(jax.random.key(c.seed), step)
             rows = rollout.expand_prompts(examples, 2, key, s.max_response_tokens)
             rows = list(
@@ -123,16 +115,16 @@ def test_stopped_and_resumed_is_bitwise_the_same(whole, models, tmp_path, budget
         trained = noted(patch)
         if budget:
             unbroken = tmp_path / "whole"
-            train.run(c, unbroken)
+            loop.run(c, unbroken)
             rows = [*trained]
             trained.clear()
             assert any(len({*row.versions}) > 1 for step in rows for row in step)
         with patch.context() as stopping:
             stop_after(stopping, 1)
             with pytest.raises(SystemExit) as stopped:
-                train.run(c, tmp_path / "stopped")
+                loop.run(c, tmp_path / "stopped")
         assert stopped.value.code == 128 + signal.SIGTERM
-        train.run(c, tmp_path / "stopped")
+        loop.run(c, tmp_path / "stopped")
     assert trained == rows
     keys = [row.key for step in trained for row in step]
     assert len({*keys}) == len(keys)
@@ -154,7 +146,7 @@ def test_rows_are_sampled_while_the_update_runs(models, tmp_path, monkeypatch) -
         sample(self, trained)
 
     monkeypatch.setattr(rollout.AsyncRollouts, "sample", watched)
-    train.run(ahead(models), tmp_path)
+    loop.run(ahead(models), tmp_path)
     assert len(running) == STEPS and any(running) and not running[-1]
 
 
@@ -170,7 +162,7 @@ def test_rows_are_sampled_while_the_update_runs(models, tmp_path, monkeypatch) -
 def test_a_loss_that_does_not_correct_for_it_is_refused(models, tmp_path, changes, words) -> None:
     c = ahead(models, **changes)
     with pytest.raises(UserError) as error:
-        train.run(c, tmp_path / "run")
+        loop.run(c, tmp_path / "run")
     assert "config.opd.rollout.ahead: " in str(error.value) and words in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -178,6 +170,6 @@ def test_a_loss_that_does_not_correct_for_it_is_refused(models, tmp_path, change
 def test_objectives_that_correct_for_it_are_let_through(models) -> None:
     for name in ("opd", "opd_sampled", "cispo", "hybrid"):
         c = ahead(models, objective=name)
-        plan = prepare.prepare(c, mesh_lib.make(1, 1, 1))
+        plan = setup.prepare(c, mesh_lib.make(1, 1, 1))
         assert plan.stages[0].ahead is not None
         assert plan.stages[0].loss == dataclasses.replace(losses.TABLE[name])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from distill import aot, hlo
+from distill.planning import aot, hlo
 from models.errors import UserError
 
 L, B, D = 12, 64, 256

@@ -9,8 +9,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base, quickstart
-from distill import aot, collect, memory, plan, policy, prepare, rewards, teacher, train
-from distill import mesh as mesh_lib
+from distill.planning import aot, fit
+from distill.policy import policy
+from distill.rewards import graders
+from distill.runtime import mesh as mesh_lib
+from distill.teachers import local
+from distill.training import collect, loop, memory, setup
 from models.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +40,7 @@ def config(devices: int, **sizes: int) -> ConfigDict:
 
 @pytest.mark.long
 def test_a_run_with_teachers_apart_is_the_same_run(tmp_path, monkeypatch):
-    seen, heads = [], teacher.heads
+    seen, heads = [], local.heads
 
     def noted(teachers):
         here = set(jax.sharding.get_mesh().devices.flat)
@@ -47,10 +51,10 @@ def test_a_run_with_teachers_apart_is_the_same_run(tmp_path, monkeypatch):
         assert all(x.sharding.device_set == here for x in jax.tree.leaves(found))
         return found
 
-    monkeypatch.setattr(teacher, "heads", noted)
+    monkeypatch.setattr(local, "heads", noted)
     told = []
     for name, c in (("together", config(0)), ("apart", config(4, fsdp=2, tensor=2))):
-        train.run(c, tmp_path / name)
+        loop.run(c, tmp_path / name)
         rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         told.append([json.loads(row) for row in rows])
     assert seen == [False, False, True, True]
@@ -67,15 +71,15 @@ def test_what_they_write_comes_back():
     for c in (config(0), config(4, fsdp=2, tensor=2)):
         c.opd.objective, c.opd.loss.reference, c.opd.samples = "distill", None, 1
         mesh, apart = mesh_lib.meshes(c)
-        plan = prepare.prepare(c, mesh, apart)
-        with policy.use(plan.student), rewards.Grader() as grader:
-            plan = prepare.load(c, plan, plan.stages[0])
+        plan = setup.prepare(c, mesh, apart)
+        with policy.use(plan.student), graders.Grader() as grader:
+            plan = setup.load(c, plan, plan.stages[0])
             teachers = tuple(plan.teachers.values())
             assert policy.mesh_of(teachers[0].policy) == apart
             draw = collect.batches(plan, plan.stages[0], 0, mesh, 8.0, grader)
             ((micro, *_), *_), _ = draw({}, 0)
-            scored = teacher.score(teachers, micro.put(mesh))
-            arrays = jax.tree.leaves((scored.teacher_hidden_BTD, teacher.heads(teachers)))
+            scored = local.score(teachers, micro.put(mesh))
+            arrays = jax.tree.leaves((scored.teacher_hidden_BTD, local.heads(teachers)))
         assert all(x.sharding.device_set == set(mesh.devices.flat) for x in arrays)
         found.append([np.asarray(x) for x in arrays])
     for one, other in zip(*found, strict=True):
@@ -97,7 +101,7 @@ def test_what_cannot_lie_apart_is_refused(devices, sizes, words):
     with pytest.raises(UserError, match=words):
         c = config(devices, **sizes)
         mesh, apart = mesh_lib.meshes(c)
-        prepare.prepare(c, mesh, apart)
+        setup.prepare(c, mesh, apart)
 
 
 def test_each_process_has_both():
@@ -120,7 +124,7 @@ def test_memory_is_counted_where_it_lies():
     c = config(2, fsdp=2)
     c.mesh.fsdp, c.opd.teachers, c.opd.teacher_weights = 2, ("teacher",), ()
     mesh, apart = mesh_lib.meshes(c, aot.devices("v5e:2x2"))
-    models = plan.models_of(c, mesh, apart, ("teacher",), True)
+    models = fit.models_of(c, mesh, apart, ("teacher",), True)
     there = memory.held(c, models, c.opd, apart)
     assert there.keys() == {"teacher", "reference"}
     here = memory.held(c, models, c.opd)
@@ -133,8 +137,8 @@ def test_memory_is_counted_where_it_lies():
 def test_it_is_planned_where_it_runs():
     c = config(2, fsdp=2)
     c.mesh.fsdp, c.opd.teachers, c.opd.teacher_weights = 2, ("teacher",), ()
-    found = {row.name: row for row in plan.compiled(c, "v5e:2x2")["opd"]}
-    of = plan.models_of(c, *mesh_lib.meshes(c, aot.devices("v5e:2x2")), ("teacher",), True)
+    found = {row.name: row for row in fit.compiled(c, "v5e:2x2")["opd"]}
+    of = fit.models_of(c, *mesh_lib.meshes(c, aot.devices("v5e:2x2")), ("teacher",), True)
     kept = memory.held(c, of, c.opd, policy.mesh_of(of.teachers["teacher"]))
     assert found["score"].beside == kept["reference"]
     assert found["reference"].beside == kept["teacher"]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from distill import arithmetic
-from distill.chat import encode, load_tokenizer, render
+from distill.data import arithmetic
+from distill.data.chat import encode, load_tokenizer, render
 from models.errors import UserError
 
 ROOT = Path(__file__).parents[1]

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from configs import base
-from distill import aot, stages
-from distill import mesh as mesh_lib
+from distill.planning import aot
+from distill.runtime import mesh as mesh_lib
+from distill.training import stages
 from models.errors import UserError
 from models.qwen3 import attention, blockwise
 

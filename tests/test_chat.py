@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from distill import arithmetic, chat
+from distill.data import arithmetic, chat
 from models.errors import UserError
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from distill.checkpoint import Checkpoints
+from distill.runtime.checkpoint import Checkpoints
 from models.errors import UserError
 
 TX = optax.adamw(1e-3)

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from absl.flags import FlagValues
 
-from distill import cli
+from distill.runtime import cli
 
 VERB = '''
 """A verb for the test."""
 import sys
 from absl import flags
 from ml_collections.config_flags import config_flags
-from distill import cli
+from distill.runtime import cli
 from models.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
@@ -152,6 +152,6 @@ def test_several_cpu_devices_have_threads_enough(monkeypatch):
 
 
 def test_no_jax():
-    code = "import sys; from distill import cli; sys.exit('jax' in sys.modules)"
+    code = "import sys; from distill.runtime import cli; sys.exit('jax' in sys.modules)"
     root = Path(__file__).parent.parent
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0

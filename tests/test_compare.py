@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from test_verbs import call, write
 
-from distill import compare, evaluate
+from distill import compare
+from distill.evaluation import statistics
 from models.errors import UserError
 
 
@@ -21,7 +22,7 @@ def folder(path: Path, shares: list[list[int]], benchmark: str = "gsm8k", **fiel
         for n, hit in enumerate(hits)
     ]
     write(path / "examples.jsonl", rows)
-    summary = evaluate.figures.summarise(rows, [1]) | {"parameters": 596_049_920} | fields
+    summary = statistics.summarise(rows, [1]) | {"parameters": 596_049_920} | fields
     summary["protocol"] = {"benchmark": benchmark, "protocol": "greedy"}
     (path / "summary.json").write_text(json.dumps(summary))
     return str(path)

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from configs import base
-from distill import chat, curriculum, data
+from distill.data import chat, curriculum, dataset
 from models.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -54,18 +54,20 @@ def test_the_modes_have_their_shares(share):
 @pytest.mark.parametrize("traces", [False, True])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_both_kinds_of_stages_mix_them(tiny, traces, share):
-    source = data.load(config(thinking=share, size=40), tiny, 0, traces)
-    examples = data.at(source, 0, 32, 0)
+    source = dataset.load(config(thinking=share, size=40), tiny, 0, traces)
+    examples = dataset.at(source, 0, 32, 0)
     assert sum(e.thinking for e in examples) == 32 * share
     for e in examples:
         assert str(tiny.decode(e.prompt)).endswith(EMPTY) != e.thinking
         assert ("<think>" in str(tiny.decode(e.response))) == (traces and e.thinking)
     # Who reads which places does not matter, nor does where one begins.
-    halves = [data.at(source, 0, 32, 0, range(16 * p, 16 * p + 16)) for p in (0, 1)]
+    halves = [dataset.at(source, 0, 32, 0, range(16 * p, 16 * p + 16)) for p in (0, 1)]
     assert halves[0] + halves[1] == examples
     # A prompt comes in the other mode too, in another epoch.
     if share == 0.5:
-        modes = {(e.where, e.thinking) for step in range(20) for e in data.at(source, step, 32, 0)}
+        modes = {
+            (e.where, e.thinking) for step in range(20) for e in dataset.at(source, step, 32, 0)
+        }
         assert len(modes) == 80
 
 
@@ -109,7 +111,7 @@ OWN = [
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_traces_keep_their_own_mode(tiny, tmp_path, share):
-    source = data.load(
+    source = dataset.load(
         config(write(tmp_path / "rows.jsonl", *(row for row, _, _ in OWN)), thinking=share),
         tiny,
         0,
@@ -139,7 +141,7 @@ def test_prompts_keep_their_own_mode(tiny, tmp_path):
     ]
     path = write(tmp_path / "rows.jsonl", *(row for row, _ in rows))
     for share in (0.0, 0.5, 1.0):
-        source = data.load(config(path, thinking=share), tiny, 0, False)
+        source = dataset.load(config(path, thinking=share), tiny, 0, False)
         for i, (row, thinking) in enumerate(rows):
             example = source.example(i)
             assert example.other is None
@@ -151,7 +153,7 @@ def test_a_row_that_contradicts_itself_is_refused(tiny, tmp_path):
     for row in ({"thinking": False, "response": THOUGHT}, {"thinking": True, "response": EMPTY}):
         path = write(tmp_path / "rows.jsonl", {**ASK, **row})
         with pytest.raises(UserError, match=r"rows\.jsonl:1: thinking=.* think block"):
-            data.load(config(path), tiny, 0, True)
+            dataset.load(config(path), tiny, 0, True)
 
 
 def test_a_template_without_modes_has_nothing_to_mix(tiny, tmp_path):
@@ -159,15 +161,15 @@ def test_a_template_without_modes_has_nothing_to_mix(tiny, tmp_path):
     assert plain is not None
     plain.chat_template = "{{ messages[-1].content }}:"
     for share in (0.0, 1.0):
-        source = data.load(config(thinking=share), plain, 0, False)
+        source = dataset.load(config(thinking=share), plain, 0, False)
         assert source.example(0).thinking == bool(share)
     with pytest.raises(UserError, match=r"config\.data\.thinking=0\.5: the chat template of"):
-        data.load(config(thinking=0.5), plain, 0, False)
+        dataset.load(config(thinking=0.5), plain, 0, False)
     with pytest.raises(UserError, match=r"config\.data\.thinking=1\.5: is a share"):
-        data.load(config(thinking=1.5), tiny, 0, False)
+        dataset.load(config(thinking=1.5), tiny, 0, False)
     # Token ids need neither template nor tokenizer, and count as thinking.
     path = write(tmp_path / "rows.jsonl", {"tokens": [5, 6]})
-    assert data.load(config(path, thinking=0.5), None, 0, False).example(0).thinking
+    assert dataset.load(config(path, thinking=0.5), None, 0, False).example(0).thinking
 
 
 # Difficulty
@@ -179,7 +181,7 @@ def rows_of(count: int) -> list[dict]:
 
 def source_of(tiny, path: Path, steps: int = 10, **changes):
     c = config(path, **changes)
-    source = data.load(c, tiny, 0, False)
+    source = dataset.load(c, tiny, 0, False)
     return curriculum.over(c, source.size, source.example, steps, 0), source
 
 
@@ -221,7 +223,7 @@ def test_weights_are_p_times_1_minus_p(tiny, tmp_path):
 def test_the_students_own_pass_rates(tiny, tmp_path):
     """As `verify --keep=all` writes them, and as `evaluate` does."""
     path = write(tmp_path / "rows.jsonl", *rows_of(3))
-    prompts = [data.load(config(path), tiny, 0, False).example(i).prompt for i in range(3)]
+    prompts = [dataset.load(config(path), tiny, 0, False).example(i).prompt for i in range(3)]
     graded = [[True, True], [True, False], [False, False]]
     verified = [
         {**row, "prompt_tokens": [0], "samples": [{"correct": x} for x in right]}
@@ -236,13 +238,13 @@ def test_the_students_own_pass_rates(tiny, tmp_path):
         rates = write(tmp_path / f"{name}.jsonl", *rows)
         for share in (1.0, 0.5):
             c = config(path, difficulty=str(rates), thinking=share)
-            source = data.load(c, tiny, 0, False)
+            source = dataset.load(c, tiny, 0, False)
             assert [source.example(i).difficulty for i in range(3)] == [0, 0.5, 1]
     other = write(tmp_path / "other.jsonl", *rows_of(5))
     with pytest.raises(UserError, match=r"other\.jsonl:4: no pass rate of this prompt in"):
-        data.load(config(other, difficulty=str(tmp_path / "verified.jsonl")), tiny, 0, False)
+        dataset.load(config(other, difficulty=str(tmp_path / "verified.jsonl")), tiny, 0, False)
     c = config(other, difficulty=str(tmp_path / "verified.jsonl"), on_bad_row="skip")
-    assert data.load(c, tiny, 0, False).size == 3
+    assert dataset.load(c, tiny, 0, False).size == 3
 
 
 @pytest.mark.parametrize(
@@ -275,7 +277,7 @@ def test_files_without_failures_or_grades(tmp_path):
 
 def test_a_level_in_words_and_the_generated_task(tiny, tmp_path):
     path = write(tmp_path / "rows.jsonl", {**ASK, "level": "Level 5"})
-    assert data.load(config(path, difficulty="level"), tiny, 0, False).example(0).difficulty == 5
+    assert dataset.load(config(path, difficulty="level"), tiny, 0, False).example(0).difficulty == 5
     with pytest.raises(UserError, match=r"takes a source with an end \(config\.data\.size\)"):
         source_of(tiny, Path("arithmetic"), difficulty="operations", curriculum="ordered")
     order, source = source_of(

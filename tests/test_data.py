@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from configs import base
-from distill import arithmetic, chat, data, layout, sources
-from distill.data import Example, Source
+from distill.data import arithmetic, chat, collate, dataset, sources
+from distill.data.dataset import Example, Source
 from models.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +59,7 @@ def numbered(size: int) -> Source:
 
 
 def numbers(source: Source, step: int, count: int, seed: int = 0) -> list[int]:
-    return [example.prompt[0] for example in data.at(source, step, count, seed)]
+    return [example.prompt[0] for example in dataset.at(source, step, count, seed)]
 
 
 # What a step reads
@@ -93,24 +93,24 @@ def test_an_endless_source_is_read_in_order() -> None:
 
 
 def test_the_generated_task_is_endless_or_cut_to_size(tiny: PreTrainedTokenizerBase) -> None:
-    endless = data.load(config("arithmetic"), tiny, 5, traces=True)
+    endless = dataset.load(config("arithmetic"), tiny, 5, traces=True)
     assert endless.size == 0
-    for i, example in enumerate(data.at(endless, 40, 3, 5), start=120):
+    for i, example in enumerate(dataset.at(endless, 40, 3, 5), start=120):
         problem = arithmetic.problem(5, i, "train", (3, 5))
         assert f"user\n{problem.question}<|im_end|>" in tiny.decode(example.prompt)
         assert tiny.decode(example.response) == f"{arithmetic.response(problem)}<|im_end|>"
         assert example.answer == problem.answer
-    cut = data.load(config("arithmetic", size=4), tiny, 5, traces=True)
-    epoch = [e.where for e in data.at(cut, 9, 4, 5)]
+    cut = dataset.load(config("arithmetic", size=4), tiny, 5, traces=True)
+    epoch = [e.where for e in dataset.at(cut, 9, 4, 5)]
     assert sorted(epoch) == [f"arithmetic problem {i}" for i in range(4)]
 
 
 def test_size_takes_the_first_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", *({"tokens": [i + 1]} for i in range(9)))
     for size, expected in ((0, 9), (4, 4), (50, 9)):
-        source = data.load(config(path, size=size), None, 0, traces=False)
+        source = dataset.load(config(path, size=size), None, 0, traces=False)
         assert source.size == expected
-        read = sorted(e.prompt[0] for e in data.at(source, 0, expected, 0))
+        read = sorted(e.prompt[0] for e in dataset.at(source, 0, expected, 0))
         assert read == list(range(1, expected + 1))
 
 
@@ -125,7 +125,7 @@ def test_trace_batch() -> None:
         Example([1], [9], "", ""),
         Example([1, 2, 3], [4, 5, 6, 7, 9], "", ""),
     ]
-    batch = layout.traces(examples, max_prompt=3, max_response=4)
+    batch = collate.traces(examples, max_prompt=3, max_response=4)
     T, F = True, False
     tokens, mask = np.asarray(batch.tokens_BT), np.asarray(batch.mask_BT)
     assert tokens.tolist() == [
@@ -148,7 +148,7 @@ def test_trace_batch() -> None:
 
 def test_forms_of_a_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
     def prompt(row: dict) -> list[int]:
-        return data.prompt_tokens(row, "row", tokenizer, True)
+        return dataset.prompt_tokens(row, "row", tokenizer, True)
 
     asked = chat.render(tokenizer, QUESTION, thinking=True)
     text = "<|im_start|>user\nWhat is 3 * 4?<|im_end|>\n<|im_start|>assistant\n"
@@ -158,7 +158,7 @@ def test_forms_of_a_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
     assert prompt({"prompt": text}) == asked
     assert prompt({"tokens": asked}) == asked
     assert prompt({"prompt": "3 * 4 ="}) == tokenizer.encode("3 * 4 =")
-    assert data.prompt_tokens({"tokens": [4, 2]}, "row", None, True) == [4, 2]
+    assert dataset.prompt_tokens({"tokens": [4, 2]}, "row", None, True) == [4, 2]
 
 
 def test_forms_of_a_trace(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_forms_of_a_trace(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) ->
         {"tokens": asked, "response_tokens": answered},
     ]
     path = write(tmp_path / "rows.jsonl", *rows)
-    source = data.load(config(path), tokenizer, 0, traces=True)
+    source = dataset.load(config(path), tokenizer, 0, traces=True)
     assert source.size == len(rows)
     for i in range(source.size):
         example = source.example(i)
@@ -194,7 +194,7 @@ def test_only_the_last_answer_of_a_conversation_is_learned(
     path = write(
         tmp_path / "rows.jsonl", {"messages": [*turns, {"role": "assistant", "content": "13"}]}
     )
-    example = data.load(config(path), tiny, 0, traces=True).example(0)
+    example = dataset.load(config(path), tiny, 0, traces=True).example(0)
     assert tiny.decode(example.response) == "13<|im_end|>"
     assert "12<|im_end|>" in tiny.decode(example.prompt)
 
@@ -210,12 +210,12 @@ def test_the_empty_think_block_is_prompt_and_not_trained(
     ]
     path = write(tmp_path / "rows.jsonl", *rows)
     for thinking in (True, False):
-        source = data.load(config(path, thinking=thinking), tokenizer, 0, traces=True)
+        source = dataset.load(config(path, thinking=thinking), tokenizer, 0, traces=True)
         examples = [source.example(i) for i in range(3)]
         for example in examples:
             assert example.prompt == examples[0].prompt
             assert str(tokenizer.decode(example.prompt)).endswith(EMPTY_THINK) != thinking
-        batch = layout.traces(examples, 64, 64)
+        batch = collate.traces(examples, 64, 64)
         for i, response in enumerate(("12", thought, "12")):
             trained = np.asarray(batch.tokens_BT)[i][np.asarray(batch.mask_BT)[i]]
             assert tokenizer.decode(trained) == response + "<|im_end|>"
@@ -223,12 +223,12 @@ def test_the_empty_think_block_is_prompt_and_not_trained(
 
 def check_solutions(path: Path, tokenizer: PreTrainedTokenizerBase, thinking: bool) -> int:
     """Asserts what is prompt and what is trained in a file of question and solution."""
-    source = data.load(config(path, thinking=thinking), tokenizer, 0, traces=True)
+    source = dataset.load(config(path, thinking=thinking), tokenizer, 0, traces=True)
     rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
     assert source.size == len(rows)
     examples = [source.example(i) for i in range(source.size)]
     longest = (max(len(e.prompt) for e in examples), max(len(e.response) for e in examples))
-    batch = layout.traces(examples, *longest)
+    batch = collate.traces(examples, *longest)
     tokens, mask, segments = map(np.asarray, (batch.tokens_BT, batch.mask_BT, batch.segments_BT))
     end = "" if thinking else EMPTY_THINK
     for i, row in enumerate(rows):
@@ -315,7 +315,7 @@ def test_bad_traces(tiny: PreTrainedTokenizerBase, tmp_path: Path, text: str, wo
     path = tmp_path / "rows.jsonl"
     path.write_text(text)
     with pytest.raises(UserError) as error:
-        data.load(config(path), tiny, 0, traces=True)
+        dataset.load(config(path), tiny, 0, traces=True)
     assert words in str(error.value)
 
 
@@ -337,12 +337,12 @@ def test_what_needs_a_tokenizer(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", {"tokens": [1], "response_tokens": [2]}, {"prompt": "q"})
     for traces in (False, True):
         with pytest.raises(UserError, match=r"rows\.jsonl:2: the model has no tokenizer"):
-            data.load(config(path), None, 0, traces)
-        source = data.load(config(path, size=1), None, 0, traces)
+            dataset.load(config(path), None, 0, traces)
+        source = dataset.load(config(path, size=1), None, 0, traces)
         assert source.example(0).prompt == [1]
         assert source.example(0).response == ([2] if traces else [])
     with pytest.raises(UserError, match="arithmetic needs a model with a tokenizer"):
-        data.load(config("arithmetic"), None, 0, traces=True)
+        dataset.load(config("arithmetic"), None, 0, traces=True)
 
 
 @pytest.mark.parametrize(
@@ -357,7 +357,7 @@ def test_what_needs_a_tokenizer(tmp_path: Path) -> None:
 def test_bad_settings(tiny: PreTrainedTokenizerBase, fields: dict, words: str) -> None:
     c = config(**{"source": "arithmetic", **fields})
     with pytest.raises(UserError) as error:
-        data.load(c, tiny, 0, traces=True)
+        dataset.load(c, tiny, 0, traces=True)
     assert words in str(error.value)
 
 
@@ -367,9 +367,12 @@ def test_a_prompt_must_fit_and_ids_must_exist(tmp_path: Path) -> None:
 
     def check(limit: int, vocab_size: int) -> Source:
         require = functools.partial(
-            data.require, limit=limit, field="config.sft.max_prompt_tokens", vocab_size=vocab_size
+            dataset.require,
+            limit=limit,
+            field="config.sft.max_prompt_tokens",
+            vocab_size=vocab_size,
         )
-        return data.load(c, None, 0, True, require)
+        return dataset.load(c, None, 0, True, require)
 
     assert check(4, 8).size == 2
     with pytest.raises(UserError, match=r"rows\.jsonl:1: prompt of 4 tokens, config\.sft\.max_pro"):

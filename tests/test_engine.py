@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 from jax._src import monitoring
 
-from distill import forward, head, losses, microbatches, rollout
-from distill import mesh as mesh_lib
+from distill import rollout
+from distill.objectives import fused_head, losses
+from distill.policy import forward
 from distill.rollout import Options, Sequence, decode
 from distill.rollout import options as options_lib
-from distill.sampling import Sampling
+from distill.rollout.sampling import Sampling
+from distill.runtime import mesh as mesh_lib
+from distill.training import microbatches
 from models.errors import UserError
 from models.qwen3 import model, slabs
 from models.qwen3.config import Config
@@ -95,7 +98,7 @@ def drawn(rows: list[Sequence]):
 
 @jax.jit
 def _scores(params: model.Params, batch: Any):
-    stats = head.token_stats(
+    stats = fused_head.token_stats(
         forward.hidden(QWEN3, params, batch),
         model.head(params),
         losses.shift(batch.tokens_BT),

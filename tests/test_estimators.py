@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from benchmarks import objectives
-from distill import losses
-from distill.head import token_stats
-from distill.losses import Loss
+from distill.objectives import losses
+from distill.objectives.fused_head import token_stats
+from distill.objectives.losses import Loss
 
 V, LENGTH, D = 4, 3, 5
 

@@ -19,27 +19,21 @@ from test_verbs import call, read, write
 from transformers import Qwen3ForCausalLM
 
 from configs import base
-from distill import (
-    benchmarks,
-    chat,
-    divergence,
-    evaluate,
-    generate,
-    metrics,
-    optim,
-    policy,
-    responses,
-    rewards,
-    rollout,
-    update,
-)
-from distill.checkpoint import Checkpoints
-from distill.policy import Policy
+from distill import evaluate, rollout
+from distill.data import chat
+from distill.evaluation import divergence, evaluator, responses, tasks
+from distill.policy import policy
+from distill.policy.policy import Policy
+from distill.rewards import graders
+from distill.rollout import completions
+from distill.runtime import run_files
+from distill.runtime.checkpoint import Checkpoints
+from distill.training import optim, update
 from models.errors import UserError
 
 TIMES = ("seconds", "seconds_per_problem", "tokens_per_second", "memory")
 STOPS = [384, *range(0, 380, 19)]  # so many that some responses end before their limit
-ROWS = benchmarks.problems("arithmetic", "", 5)
+ROWS = tasks.problems("arithmetic", "", 5)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +73,7 @@ def run(subject: Policy, out: Path, **changes: Any) -> dict[str, Any]:
     }
     rows = changes.pop("rows", ROWS)
     with policy.use(subject):
-        return evaluate.evaluate(subject, "arithmetic", rows, out, **options | changes)
+        return evaluator.evaluate(subject, "arithmetic", rows, out, **options | changes)
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +121,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     ],
 )
 def test_form_and_loops(response: str, formatted: bool, repeats: bool) -> None:
-    with rewards.Grader() as grader:
-        row: evaluate.Row = {"response": response, "answer": "12", "id": "a"}
+    with graders.Grader() as grader:
+        row: evaluator.Row = {"response": response, "answer": "12", "id": "a"}
         (found,) = responses.graded(grader, "arithmetic", [row])
     assert (found["formatted"], found["repeats"]) == (formatted, repeats)
     assert found["correct"] == (found["outcome"] == "correct") == formatted
@@ -229,7 +223,7 @@ def test_an_interrupted_evaluation_goes_on(
 def killed(model: str, folder: Path, kills: int, problems: int, seed: int) -> None:
     """The verb, killed without a word at random rows, again and again, ends with the file of one
     that nobody killed. On arithmetic problems graded as mathematics, so with graders at work."""
-    rows = benchmarks.problems("arithmetic", "", problems)
+    rows = tasks.problems("arithmetic", "", problems)
     asked = write(folder / "asked.jsonl", [row for _, row in rows])
     flags = ("--benchmark=math", f"--data={asked}", "--samples=2", "--temperature=1", "--k=1,2")
     limits = ("--max_new_tokens=12", "--batch_size=4", "--template={question}", f"--model={model}")
@@ -296,7 +290,7 @@ def test_a_row_of_another_problem_is_refused(whole: Path, loaded, tmp_path: Path
 def test_graders_never_stall_sampling() -> None:
     """All is sampled while no answer is graded yet; what is written keeps the order."""
 
-    class Slow(rewards.Grader):
+    class Slow(graders.Grader):
         def submit(self, benchmark: str, response: str, answer: str) -> Future:
             futures.append(Future())
             return futures[-1]
@@ -374,7 +368,7 @@ def test_a_run_that_went_on_is_another_model(paths, tmp_path: Path) -> None:
     workdir, out = tmp_path / "run", tmp_path / "out"
     c = base.get_config()
     c.student.path = paths[0]
-    metrics.write_text(workdir / "config.json", c.to_json_best_effort())
+    run_files.write_text(workdir / "config.json", c.to_json_best_effort())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(policy, "check", lambda _: None)  # there is no checkpoint yet
         described = policy.reader(str(workdir), "float32")
@@ -435,12 +429,12 @@ def test_gsm8k_of_a_model(paths, loaded, tmp_path: Path) -> None:
     say, the others are not."""
     options = {"max_new_tokens": 24, "sampling": rollout.Sampling(1.0), "seed": 5, "batch_size": 8}
     rows = [{"question": q, "answer": "1", "level": i} for i, q in enumerate(QUESTIONS)]
-    asked = benchmarks.problems("gsm8k", str(write(tmp_path / "asked.jsonl", rows)), 0)
+    asked = tasks.problems("gsm8k", str(write(tmp_path / "asked.jsonl", rows)), 0)
     with policy.use(loaded[0]):
-        prompts = generate.prompts(loaded[0], asked, False, 24)
+        prompts = completions.prompts(loaded[0], asked, False, 24)
         replies = responses.sample(loaded[0], asked, prompts, first=0, samples=2, **options)
         said = [[str(row["response"]) for row in group] for group in replies]
-    numbers = [rewards.find_answer(second) for _, second in said]
+    numbers = [graders.find_answer(second) for _, second in said]
     expected = [0 if n is None else int(abs(float(n))) for n in numbers]
     for row, number in zip(rows, expected, strict=True):
         row["answer"] = number
@@ -465,7 +459,7 @@ def test_gsm8k_of_a_model(paths, loaded, tmp_path: Path) -> None:
     for i, row in enumerate(found):
         assert (row["id"], row["sample"]) == (f"gsm8k-{i // 2}", i % 2)
         assert row["answer"] == str(expected[i // 2])
-        assert row["correct"] == (rewards.grade_math(row["response"], row["answer"]) == "correct")
+        assert row["correct"] == (graders.grade_math(row["response"], row["answer"]) == "correct")
         asked_text = str(tokenizer.decode(row["prompt_tokens"]))
         assert asked_text.endswith("</think>\n\n") and QUESTIONS[i // 2] in asked_text
         assert row["finish_reason"] == ("stop" if row["tokens"][-1] in STOPS else "length")

@@ -23,9 +23,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from distill import aot, calls, plan, roofline
-from distill import mesh as mesh_lib
-from distill.roofline import GIB, Row
+from distill.planning import aot, fit, roofline
+from distill.planning.roofline import GIB, Row
+from distill.runtime import mesh as mesh_lib
+from distill.training import calls
 
 FILE = Path(__file__).parent / "goldens.json"
 WORSE = 1.05
@@ -102,9 +103,9 @@ def compiled(name: str) -> list[Row]:
     recipe, topology, changes = CASES[name]
     try:
         aot.devices(topology)
-    except plan.UserError as error:
+    except fit.UserError as error:
         pytest.skip(str(error))
-    found = plan.compiled(config(recipe, changes), topology)
+    found = fit.compiled(config(recipe, changes), topology)
     several = len(found) > 1
     return [
         dataclasses.replace(row, name=f"{stage}: {row.name}") if several else row

@@ -21,8 +21,10 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from configs import base
-from distill import gpu, hlo, plan, programs, stages
-from distill import mesh as mesh_lib
+from distill.planning import fit, hlo, programs
+from distill.runtime import gpu
+from distill.runtime import mesh as mesh_lib
+from distill.training import stages
 from models.qwen3 import grouped
 
 # An H100 as XLA is told of it, by openxla/xla, xla/backends/gpu/target_config/specs/h100_sxm.txtpb.
@@ -89,7 +91,8 @@ def test_xla_knows_them_and_reads_them_in_time() -> None:
     """Set after `train` is imported, before it looks for devices: XLA, which ends a process whose
     flags it does not know, takes these and refuses another."""
     code = (
-        "import os, sys; from distill import gpu, train; gpu.expected = lambda: True;"
+        "import os, sys; from distill import train; from distill.runtime import gpu;"
+        "gpu.expected = lambda: True;"
         "gpu.ALWAYS |= dict(a.split('=') for a in sys.argv[1:]); gpu.set_flags(True);"
         "import jax; jax.devices(); print('deterministic' in os.environ['XLA_FLAGS'])"
     )
@@ -128,7 +131,7 @@ def compiled(devices: list[Any]) -> dict[str, tuple[Any, hlo.Costs, str]]:
     c.opd.batch_size, c.opd.max_prompt_tokens, c.opd.max_response_tokens = 8, 256, 768
     mesh, apart = mesh_lib.meshes(c, devices)
     loss, sampled = stages.objective("opd", c.opd)
-    models = plan.models_of(c, mesh, apart, c.opd.teachers, False)
+    models = fit.models_of(c, mesh, apart, c.opd.teachers, False)
     found = {}
     with mesh_lib.use(mesh), jax.default_matmul_precision(None):
         for call in programs.of_stage(c, c.opd, loss, sampled, models, mesh):

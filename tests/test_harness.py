@@ -10,7 +10,8 @@ import pytest
 from helpers import ROOT, TOKENIZER, tiny_qwen3
 from test_verbs import call
 
-from distill import harness, policy
+from distill import harness
+from distill.policy import policy
 from models.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's own, and those of what it imports
@@ -126,10 +127,10 @@ def test_what_the_sampler_lacks_is_refused(model_dir: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm_eval is not installed")
     from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
 
-    from distill import lm
+    from distill.evaluation import lm_eval_model
 
     subject = policy.reader(str(model_dir), "float32")
-    asked = lm.Model(subject, 4, False)
+    asked = lm_eval_model.Model(subject, 4, False)
     for manner, words in (
         ({"num_beams": 4}, "no num_beams here"),
         ({"max_gen_toks": 128}, "max_gen_toks=128, but the model has 128"),
@@ -144,7 +145,8 @@ def test_without_lm_eval_it_is_one_line(tmp_path: Path) -> None:
     program = (
         "import sys, importlib.util as u; real = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'lm_eval' else real(name, *a)\n"
-        "from distill import cli, harness; cli.run(harness.main, harness.OPTIONS)"
+        "from distill import harness; from distill.runtime import cli;"
+        "cli.run(harness.main, harness.OPTIONS)"
     )
     flags = ["--model=x", "--tasks=y", f"--out={tmp_path / 'z'}"]
     done = subprocess.run(

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from jax.scipy.special import xlogy
 
-from distill import chunks
-from distill import mesh as mesh_lib
-from distill.distributions import Divergence
-from distill.head import token_stats
+from distill.objectives import chunks
+from distill.objectives.divergences import Divergence
+from distill.objectives.fused_head import token_stats
+from distill.runtime import mesh as mesh_lib
 
 B, T, D, E, V = 3, 10, 16, 24, 57
 

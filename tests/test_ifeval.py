@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from test_verbs import call, read, write
 
-from distill import benchmarks, evaluate, ifeval, rewards
+from distill import evaluate
+from distill.evaluation import tasks
+from distill.rewards import graders, ifeval
 from models.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of lm-eval and what it imports
@@ -58,11 +60,11 @@ def test_published_labels(installed: None, shared_data: Path, tmp_path: Path) ->
 def test_published_prompts_are_problems(shared_data: Path, monkeypatch) -> None:
     monkeypatch.setattr(ifeval, "require", lambda: None)
     source = str(shared_data / "ifeval" / "prompts.jsonl")
-    rows = benchmarks.problems("ifeval", source, 0)
+    rows = tasks.problems("ifeval", source, 0)
     assert len(rows) == 541
     where, row = rows[0]
     assert row.keys() == {"id", "question", "answer"} and where.endswith("prompts.jsonl:1")
-    assert benchmarks.put("ifeval", row)["question"] == row["question"]  # nothing is added
+    assert tasks.put("ifeval", row)["question"] == row["question"]  # nothing is added
     assert json.loads(str(row["answer"]))["prompt"] == row["question"]
 
 
@@ -96,11 +98,11 @@ def test_without_nltks_data(installed: None, monkeypatch) -> None:
         "loose": [True, True, None],
     }
     assert ifeval.grade(YES + ", sir", answer)["outcome"] == "wrong"  # whatever the third would be
-    problem: benchmarks.Row = {"id": 1, "question": "q", "answer": answer}
+    problem: tasks.Row = {"id": 1, "question": "q", "answer": answer}
     with pytest.raises(UserError, match="1 of the problems are checked with nltk's data"):
-        benchmarks.check("ifeval", [("x", problem)])
-    easy: benchmarks.Row = {"id": 1, "question": "q", "answer": ifeval.answer(COMMA, "x")}
-    benchmarks.check("ifeval", [("x", easy)])
+        tasks.check("ifeval", [("x", problem)])
+    easy: tasks.Row = {"id": 1, "question": "q", "answer": ifeval.answer(COMMA, "x")}
+    tasks.check("ifeval", [("x", easy)])
 
 
 def test_not_installed_is_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -129,6 +131,6 @@ def test_rows_of_another_form(changes: dict, words: str) -> None:
 
 
 def test_the_grader_takes_it(installed: None) -> None:
-    with rewards.Grader(workers=1) as grader:
+    with graders.Grader(workers=1) as grader:
         outcomes = grader.grade("ifeval", [YES, "No, no"], [ifeval.answer(COMMA, "x")] * 2)
     assert outcomes == ["correct", "wrong"]

@@ -19,9 +19,12 @@ from safetensors.numpy import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
 from configs import base
-from distill import evaluate, export, generate, losses, optim, policy, prepare, score, train, update
-from distill import mesh as mesh_lib
+from distill import evaluate, export, generate, score
 from distill.batch import Batch
+from distill.objectives import losses
+from distill.policy import exporting, policy
+from distill.runtime import mesh as mesh_lib
+from distill.training import loop, optim, setup, update
 from models.errors import UserError
 from models.qwen3 import adapter, model, quantised, weights
 from models.qwen3.config import SIZES
@@ -254,7 +257,7 @@ def test_dense_layers_among_sparse_ones(tmp_path, capsys):
     student, trained = begun(tmp_path / "base", PLAIN)
     fields = {"path": str(tmp_path / "base"), "lora": dataclasses.asdict(PLAIN)}
     path = write(tmp_path / "config.json", [{"stages": ["sft"], "student": fields}]).parent
-    export.save_adapter(described(path), trained, tmp_path / "out", "float32")
+    exporting.save_adapter(described(path), trained, tmp_path / "out", "float32")
     assert "peft" in capsys.readouterr().err
     again = policy.load(described(tmp_path / "out"), "float32")
     merged = policy.sampled(student)(trained)
@@ -396,7 +399,7 @@ def with_lora(models):
 @pytest.fixture(scope="module")
 def run(models, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    train.run(with_lora(models), workdir)
+    loop.run(with_lora(models), workdir)
     return workdir
 
 
@@ -428,8 +431,8 @@ def test_stopped_and_resumed_is_bitwise_the_same(run, models, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
         with pytest.raises(SystemExit):
-            train.run(with_lora(models), tmp_path)
-    train.run(with_lora(models), tmp_path)
+            loop.run(with_lora(models), tmp_path)
+    loop.run(with_lora(models), tmp_path)
     assert numbers(tmp_path) == numbers(run)
     same = jax.tree.map(np.array_equal, final(tmp_path), final(run))
     assert all(jax.tree.leaves(same))
@@ -508,7 +511,7 @@ def test_an_adapter_is_trained_on(run, exported, models, tmp_path, monkeypatch):
     (moved / "adapter_config.json").write_text(json.dumps(fields))
     c = with_lora(models)
     c.student.path = str(moved)
-    student = prepare.prepare(c, mesh_lib.make(1, 1, 1)).student
+    student = setup.prepare(c, mesh_lib.make(1, 1, 1)).student
     first = policy.first(student, jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, first, final(run))
     start = policy.load(described(models[0]), "float32").params
@@ -639,6 +642,6 @@ def test_bad_configs(exported, run, models, tmp_path, name):
     apply, words = BAD_CONFIGS[name]
     apply(c, exported, run)
     with pytest.raises(UserError) as error:
-        train.run(c, tmp_path / "run")
+        loop.run(c, tmp_path / "run")
     assert words in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill import advantages, losses
-from distill.distributions import Divergence
-from distill.head import token_stats
-from distill.losses import TABLE, Loss
+from distill.objectives import advantages, losses
+from distill.objectives.divergences import Divergence
+from distill.objectives.fused_head import token_stats
+from distill.objectives.losses import TABLE, Loss
 from models.errors import UserError
 
 V, D, E, LIMIT = 9, 6, 5, 12
@@ -385,7 +385,7 @@ def test_what_cannot_mean_anything_is_refused(reason):
     assert reason in str(error.value) and "\n" not in str(error.value)
 
 
-# distill/advantages.py
+# distill/objectives/advantages.py
 
 
 @pytest.mark.parametrize("discount", [0.0, 0.5, 1.0])

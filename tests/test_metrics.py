@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill import metrics
+from distill.runtime import run_files
 
 
 def rows(path):
@@ -27,33 +27,33 @@ def rows(path):
 def test_unequal_micro_batches_weigh_by_count():
     a = {"loss": (jnp.float32(6), jnp.float32(2))}
     b = {"loss": (jnp.float32(1), jnp.float32(8))}
-    mean = metrics.finalize(jax.jit(lambda *sums: jax.tree.map(jnp.add, *sums))(a, b))
+    mean = run_files.finalize(jax.jit(lambda *sums: jax.tree.map(jnp.add, *sums))(a, b))
     assert float(mean["loss"]) == pytest.approx(0.7)
 
 
 def test_count_zero_is_nan_and_null():
-    mean = metrics.finalize({"x": (jnp.float32(0), jnp.int32(0))})
+    mean = run_files.finalize({"x": (jnp.float32(0), jnp.int32(0))})
     assert math.isnan(mean["x"])
-    assert metrics.dumps(mean) == '{"x": null}'
+    assert run_files.dumps(mean) == '{"x": null}'
 
 
 def test_dumps_is_finite():
     row = {"a": np.float32(np.inf), "b": [float("nan"), 1], "c": jnp.bfloat16(1.5), "d": (1, None)}
-    assert json.loads(metrics.dumps(row)) == {"a": None, "b": [None, 1], "c": 1.5, "d": [1, None]}
+    assert json.loads(run_files.dumps(row)) == {"a": None, "b": [None, 1], "c": 1.5, "d": [1, None]}
 
 
 def test_wilson():
-    assert metrics.wilson(0, 0) == (0.0, 1.0)
+    assert run_files.wilson(0, 0) == (0.0, 1.0)
     # R: prop.test(8, 10, correct=FALSE)
-    np.testing.assert_allclose(metrics.wilson(8, 10), (0.4901625, 0.9433178), atol=1e-6)
-    low, high = metrics.wilson(0, 10)
+    np.testing.assert_allclose(run_files.wilson(8, 10), (0.4901625, 0.9433178), atol=1e-6)
+    low, high = run_files.wilson(0, 10)
     assert low == 0.0 and high == pytest.approx(0.2775328)
-    low, high = metrics.wilson(10, 10)
+    low, high = run_files.wilson(10, 10)
     assert low == pytest.approx(0.7224672) and high == pytest.approx(1.0)
 
 
 def test_writer(tmp_path):
-    with metrics.Writer(tmp_path / "run", 0) as writer:
+    with run_files.Writer(tmp_path / "run", 0) as writer:
         writer.write(0, "sft", {"train/loss": jnp.float32(1.5), "train/kl": float("nan")})
         # Flushed: a reader sees the row while the run goes on.
         assert rows(tmp_path / "run" / "metrics.jsonl") == [
@@ -67,13 +67,13 @@ def test_writer(tmp_path):
 
 
 def test_resume_drops_the_future(tmp_path):
-    with metrics.Writer(tmp_path, 0) as writer:
+    with run_files.Writer(tmp_path, 0) as writer:
         for step in range(5):
             writer.write(step, "opd", {"x": step})
             writer.write_rollouts(step, [{"step": step}])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "sta')  # killed while writing
-    with metrics.Writer(tmp_path, 3) as writer:
+    with run_files.Writer(tmp_path, 3) as writer:
         writer.write(3, "opd", {"x": 30})
     assert [(r["step"], r["x"]) for r in rows(tmp_path / "metrics.jsonl")] == [
         *((0, 0), (1, 1), (2, 2), (3, 30))
@@ -84,15 +84,15 @@ def test_resume_drops_the_future(tmp_path):
 
 def test_write_json_is_whole_or_absent(tmp_path):
     path = tmp_path / "new" / "summary.json"
-    metrics.write_json(path, {"a": 1.0})
+    run_files.write_json(path, {"a": 1.0})
     with pytest.raises(TypeError):
-        metrics.write_json(path, {"a": object()})
+        run_files.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1.0}
 
 
 def test_plain_progress(capsys, monkeypatch):
-    monkeypatch.setattr(metrics, "_PLAIN_SECONDS", 3600.0)
-    with metrics.progress(10, 2, "sft") as bar:
+    monkeypatch.setattr(run_files, "_PLAIN_SECONDS", 3600.0)
+    with run_files.progress(10, 2, "sft") as bar:
         for done in range(3, 11):
             bar.update(done, {"loss": 1 / done})
     lines = capsys.readouterr().err.splitlines()
@@ -103,10 +103,10 @@ def test_plain_progress(capsys, monkeypatch):
 
 def test_progress_bar_on_a_terminal():
     code = (
-        "from distill import metrics\n"
-        "with metrics.progress(4, 1, 'sft') as bar:\n"
+        "from distill.runtime import run_files\n"
+        "with run_files.progress(4, 1, 'sft') as bar:\n"
         "    bar.update(3, {'loss': 0.25})\n"
-        "    metrics.say('hello')\n"
+        "    run_files.say('hello')\n"
         "    bar.update(4, {'loss': 0.125})\n"
     )
     master, slave = pty.openpty()
@@ -134,7 +134,7 @@ def test_progress_bar_on_a_terminal():
 
 
 def test_environment():
-    e = json.loads(metrics.dumps(metrics.environment()))
+    e = json.loads(run_files.dumps(run_files.environment()))
     assert e["packages"]["jax"] == jax.__version__
     assert e["devices"] == {"backend": "cpu", "kind": "cpu", "count": 8, "processes": 1}
     assert e["git"] is None or len(e["git"]["revision"]) == 40

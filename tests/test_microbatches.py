@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from configs import quickstart
-from distill import collect, losses, microbatches, packing, stages, teacher, train, trainer
-from distill import mesh as mesh_lib
-from distill import update as update_lib
-from distill.examples import Example
-from distill.layout import Form, Written
-from distill.policy import Policy
+from distill.data import packing
+from distill.data.collate import Form, Written
+from distill.data.examples import Example
+from distill.objectives import losses
+from distill.policy.policy import Policy
+from distill.runtime import mesh as mesh_lib
+from distill.teachers import local
+from distill.training import collect, loop, microbatches, stages, trainer
+from distill.training import update as update_lib
 from models.qwen3.model import Qwen3
 from tests.test_update import CONFIG, TEACHER, placed
 
@@ -103,7 +106,7 @@ def trained(case: dict, packed: bool, sizes: tuple[int, ...] = (1, 1, 1)):
     with mesh_lib.use(mesh):
         each = [] if stored or not loss.teacher else [TEACHER, FURTHER][: given["teachers"]]
         who = [
-            teacher.Teacher(ConfigDict({"path": "x"}), read(c, 5 + i, mesh))
+            local.Teacher(ConfigDict({"path": "x"}), read(c, 5 + i, mesh))
             for i, c in enumerate(each)
         ]
         optimizer = optax.sgd(1.0 if given["epochs"] * minibatches == 1 else 0.01)
@@ -122,7 +125,7 @@ def trained(case: dict, packed: bool, sizes: tuple[int, ...] = (1, 1, 1)):
             c=types.SimpleNamespace(epochs=given["epochs"], accumulate=1),
         )
         train = trainer.Trainer(
-            *(stage, mesh, programs, who, teacher.heads(who)),
+            *(stage, mesh, programs, who, local.heads(who)),
             read(config, 9, mesh) if loss.reference else None,
             *(None, mib, given["temperature"]),
         )
@@ -191,7 +194,7 @@ def test_a_judge_reads_packed_rows() -> None:
     found = []
     with mesh_lib.use(mesh):
         who = [
-            teacher.Teacher(ConfigDict({"path": "x"}), read(c, 5, mesh)) for c in (TEACHER, FURTHER)
+            local.Teacher(ConfigDict({"path": "x"}), read(c, 5, mesh)) for c in (TEACHER, FURTHER)
         ]
         for taken in (microbatches.pack(examples, 2, 2, form), alone(2, 2)):
             work = microbatches.lay(taken, examples, form, mesh)
@@ -208,7 +211,7 @@ def test_one_micro_batch_of_teacher_states_is_alive(tmp_path, monkeypatch) -> No
     c = quickstart.get_config("tiny")
     c.opd.batch_size, c.opd.samples, c.opd.minibatches, c.opd.accumulate = 16, 2, 2, 4
     c.mesh.fsdp = 1
-    score, seen, T = teacher.score, [], stages.row_tokens(c.opd)
+    score, seen, T = local.score, [], stages.row_tokens(c.opd)
 
     def alive() -> int:
         return sum(x.ndim == 3 and x.shape[1] == T for x in jax.live_arrays())
@@ -219,8 +222,8 @@ def test_one_micro_batch_of_teacher_states_is_alive(tmp_path, monkeypatch) -> No
         seen.append((before, alive()))
         return found
 
-    monkeypatch.setattr(teacher, "score", noted)
-    train.run(c, tmp_path)
+    monkeypatch.setattr(local, "score", noted)
+    loop.run(c, tmp_path)
     assert len(seen) >= 3 * 2 * 2 and set(seen) == {(0, 1)}
     assert not alive()
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import Qwen3ForCausalLM
 from transformers.models.qwen3 import modeling_qwen3 as reference
 
-from distill import mesh as mesh_lib
+from distill.runtime import mesh as mesh_lib
 from models.errors import UserError
 from models.qwen3 import model, rope, weights
 from models.qwen3.config import SIZES, Config

@@ -15,9 +15,13 @@ from safetensors.numpy import load_file, save_file
 from transformers import Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from distill import forward, head, losses, metrics, microbatches, rollout, update
-from distill import mesh as mesh_lib
+from distill import rollout
 from distill.batch import Batch
+from distill.objectives import fused_head, losses
+from distill.policy import forward
+from distill.runtime import mesh as mesh_lib
+from distill.runtime import run_files
+from distill.training import microbatches, update
 from models.errors import UserError
 from models.qwen3 import model, moe, weights
 from models.qwen3.config import Config, Scaling
@@ -80,7 +84,7 @@ routed_of = jax.jit(forward.routed, static_argnums=0)
 def scored_of(qwen3, params, batch):
     """Log-probabilities of each token of `batch` by one plain forward."""
     hidden, targets = forward.hidden(qwen3, params, batch), losses.shift(batch.tokens_BT)
-    stats = head.token_stats(hidden, model.head(params), targets, logits_mib=1)
+    stats = fused_head.token_stats(hidden, model.head(params), targets, logits_mib=1)
     return losses.unshift(stats["logp"])
 
 
@@ -419,7 +423,7 @@ def test_nothing_is_dropped_when_all_tokens_want_the_same_experts(even, sizes):
     batch = batch_of(config)
     with mesh_lib.use(mesh_lib.make(*sizes)):
         hidden, sums = routed_of(model.Qwen3(config), params, batch)
-    means = metrics.finalize(sums)
+    means = run_files.finalize(sums)
     assert float(means["expert_dropped"]) == 0
     figures = moe.summary(means["load_LE"], means["p_LE"])
     assert float(figures["expert_load_max"]) == pytest.approx(8 / 3)
@@ -447,10 +451,10 @@ def test_what_fills_up_the_devices_is_not_counted(even):
     """57 tokens on eight devices: the routers' figures of one device."""
     config, params = load(even)
     batch = batch_of(config, 3)
-    expected = metrics.finalize(routed_of(model.Qwen3(config), params, batch)[1])
+    expected = run_files.finalize(routed_of(model.Qwen3(config), params, batch)[1])
     _, sharded = load(even, (1, 1, 1, 8))
     with mesh_lib.use(mesh_lib.make(1, 1, 1, 8)):
-        means = metrics.finalize(routed_of(model.Qwen3(config), sharded, batch)[1])
+        means = run_files.finalize(routed_of(model.Qwen3(config), sharded, batch)[1])
     assert float(means["expert_dropped"]) == float(expected["expert_dropped"]) == 0
     np.testing.assert_allclose(means["load_LE"], expected["load_LE"], atol=1e-6)
 
@@ -484,7 +488,7 @@ def test_figures_against_transformers(pair):
     E, A = config.num_experts, config.num_experts_per_tok
     expected: Any = load_balancing_loss_func(out.router_logits, E, A, mask)
     _, sums = routed_of(model.Qwen3(config), params, batch)
-    means = metrics.finalize(sums)
+    means = run_files.finalize(sums)
     figures = moe.summary(means["load_LE"], means["p_LE"])
     assert float(figures["load_balancing_loss"]) == pytest.approx(float(expected), rel=1e-4)
     real = mask.numpy().ravel() > 0

@@ -15,7 +15,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from configs import colab
-from distill import benchmarks, compare, evaluate, export, train
+from distill import compare, evaluate, export, train
+from distill.evaluation import tasks
 
 FILE = ROOT / "notebooks" / "colab_tpu.ipynb"
 VERBS = {"evaluate": evaluate, "train": train, "compare": compare, "export": export}
@@ -78,7 +79,7 @@ def rows(file: Path) -> list[dict[str, Any]]:
 
 
 def problems(limit: int) -> list[tuple[str, dict[str, Any]]]:
-    return benchmarks.problems("arithmetic", "", limit)
+    return tasks.problems("arithmetic", "", limit)
 
 
 def test_every_cell_runs(done: tuple[Any, Path]) -> None:

@@ -10,8 +10,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import quickstart
-from distill import collect, losses, policy, prepare, rewards, train, trainer, update
-from distill import mesh as mesh_lib
+from distill.objectives import losses
+from distill.policy import policy
+from distill.rewards import graders
+from distill.runtime import mesh as mesh_lib
+from distill.training import collect, loop, setup, trainer, update
 from models.errors import UserError
 from tests.helpers import sequences_of
 
@@ -50,7 +53,7 @@ RUNS = {
 @pytest.mark.parametrize("objective", RUNS)
 def test_an_objective_is_a_flag(objective, tmp_path):
     c = config(objective, **RUNS[objective])
-    train.run(c, tmp_path / "run")
+    loop.run(c, tmp_path / "run")
     rows = rows_of(tmp_path / "run")
     assert len(rows) == 2
     for row in rows:
@@ -78,7 +81,7 @@ def test_an_objective_is_a_flag(objective, tmp_path):
 def test_a_policy_gradient_is_of_the_temperature_that_drew(tmp_path):
     """The ratio of fresh samples is 1, and the reference is the student, at that temperature."""
     c = config("grpo", sampling__temperature=0.7, loss__reference=0.1)
-    train.run(c, tmp_path / "run")
+    loop.run(c, tmp_path / "run")
     first = rows_of(tmp_path / "run")[0]
     assert first["train/ratio"] == pytest.approx(1, abs=1e-4)
     assert first["train/ratio_max"] == pytest.approx(1, abs=1e-3)
@@ -88,7 +91,7 @@ def test_a_policy_gradient_is_of_the_temperature_that_drew(tmp_path):
 
 def test_every_row_of_the_table_can_be_prepared():
     for objective in losses.TABLE:
-        plan = prepare.prepare(config(objective), mesh_lib.make(1, 1, 1))
+        plan = setup.prepare(config(objective), mesh_lib.make(1, 1, 1))
         (stage,) = plan.stages
         assert stage.loss == losses.TABLE[objective]
         assert stage.sampled == {"sft": 0, "distill": 0, "gkd": 4}.get(objective, 8)
@@ -98,11 +101,11 @@ def test_every_row_of_the_table_can_be_prepared():
 def collected(c: ConfigDict, step: int = 0):
     """The sequences that a stage's step trains on, and what was measured."""
     mesh = mesh_lib.make(1, 1, 1)
-    plan = prepare.prepare(c, mesh)
-    with policy.use(plan.student), rewards.Grader() as grader:
+    plan = setup.prepare(c, mesh)
+    with policy.use(plan.student), graders.Grader() as grader:
         params = policy.load(plan.student, "float32").params
-        plan = prepare.base(c, plan)
-        plan = prepare.load(c, plan, plan.stages[0])
+        plan = setup.base(c, plan)
+        plan = setup.load(c, plan, plan.stages[0])
         draw = collect.batches(plan, plan.stages[0], c.seed, mesh, 8.0, grader)
         work, measured = draw(params, step)
     return sequences_of(work), measured
@@ -141,9 +144,9 @@ def test_updates_are_counted_apart_from_steps():
     for several in ({}, {"epochs": 3, "minibatches": 2}):
         c, mesh = config("opd", **several, optim__learning_rate=0.0), mesh_lib.make(1, 1, 1)
         c.opd.optim.warmup_steps = 0
-        plan = prepare.prepare(c, mesh)
-        with policy.use(plan.student), rewards.Grader() as grader:
-            plan = prepare.load(c, plan, plan.stages[0])
+        plan = setup.prepare(c, mesh)
+        with policy.use(plan.student), graders.Grader() as grader:
+            plan = setup.load(c, plan, plan.stages[0])
             params, stage = policy.load(plan.student, "float32").params, plan.stages[0]
             work, _ = collect.batches(plan, stage, c.seed, mesh, 8.0, grader)(params, 0)
             state = update.init(stage.optimizer, params, 5)
@@ -191,7 +194,7 @@ def test_stored_tops_need_no_teacher(tmp_path):
         data__source=str(file),
     )
     c.teacher.path = ""
-    train.run(c, tmp_path / "run")
+    loop.run(c, tmp_path / "run")
     assert rows_of(tmp_path / "run")[-1]["train/divergence"] > 0
 
 
@@ -230,14 +233,14 @@ def test_stored_tops_need_no_teacher(tmp_path):
 def test_what_cannot_mean_anything_is_refused(objective, changes, words, monkeypatch):
     monkeypatch.setattr(policy, "load", None)  # before any weight is read
     with pytest.raises(UserError, match=words):
-        prepare.prepare(config(objective, **changes), mesh_lib.make(1, 1, 1))
+        setup.prepare(config(objective, **changes), mesh_lib.make(1, 1, 1))
 
 
 def test_a_judge_needs_a_teacher():
     c = config("grpo", reward__judge=1.0)
     c.teacher.path = ""
     with pytest.raises(UserError, match=r"config\.teacher\.path: name a model directory"):
-        prepare.prepare(c, mesh_lib.make(1, 1, 1))
+        setup.prepare(c, mesh_lib.make(1, 1, 1))
 
 
 @pytest.mark.parametrize("objective", ["hybrid", "distill"])
@@ -246,7 +249,7 @@ def test_figures_of_the_modes_apart(objective, tmp_path):
     c = config(objective, samples=2, data__thinking=0.5, data__size=16, accumulate=2)
     c.opd.data.difficulty, c.opd.data.curriculum = "operations", "ordered"
     c.opd.reward.format = 0.5
-    train.run(c, tmp_path / "run")
+    loop.run(c, tmp_path / "run")
     rows = rows_of(tmp_path / "run")
     seen = {mode for row in rows for mode in ("think", "no_think") if row[f"train/logp/{mode}"]}
     assert seen == {"think", "no_think"}

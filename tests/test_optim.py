@@ -7,7 +7,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from distill import optim, update
+from distill.training import optim, update
 from models.errors import UserError
 
 

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from configs import base
-from distill import chat, data, layout, losses, packing, update
 from distill.batch import Batch
-from distill.examples import Example
+from distill.data import chat, collate, dataset, packing
+from distill.data.examples import Example
+from distill.objectives import losses
+from distill.training import update
 from models.qwen3 import model
 from models.qwen3.config import Config
 from models.qwen3.model import Qwen3
@@ -34,17 +36,17 @@ SHAPE = {
 }
 
 
-def numbered(size: int, seed: int = 0, longest: int = 20) -> data.Source:
+def numbered(size: int, seed: int = 0, longest: int = 20) -> dataset.Source:
     """Examples of random lengths whose every token is their own number."""
 
     def example(i: int) -> Example:
         prompt, response = np.random.default_rng((seed, i)).integers(1, longest, 2)
         return Example([i] * int(prompt), [i] * int(response), "", f"row {i}")
 
-    return data.Source(size, example)
+    return dataset.Source(size, example)
 
 
-def packer(source: data.Source, rows: int = 4, tokens: int = 64, cut: int = 30) -> Any:
+def packer(source: dataset.Source, rows: int = 4, tokens: int = 64, cut: int = 30) -> Any:
     return packing.Packer(source, 3, rows, tokens, cut)
 
 
@@ -109,7 +111,7 @@ def test_a_position_resumes(step: int) -> None:
         read.append(i)
         return source.example(i)
 
-    resumed = packer(data.Source(50, example))
+    resumed = packer(dataset.Source(50, example))
     resumed.resume(position)
     assert names(resumed.rows(step)) == expected[0]
     assert len(read) < 60  # of one window, about
@@ -118,7 +120,7 @@ def test_a_position_resumes(step: int) -> None:
 
 def test_nothing_waits_longer_than_a_window() -> None:
     """Even where most examples are too long to share a row."""
-    source = data.Source(0, lambda i: Example([i] * 30, [i] * (30 if i % 5 else 3), "", str(i)))
+    source = dataset.Source(0, lambda i: Example([i] * 30, [i] * (30 if i % 5 else 3), "", str(i)))
     feed, waited = packer(source), 0
     for window in range(8):
         left = feed.position(3 * window)["left"]
@@ -151,12 +153,12 @@ def test_packed_rows_train_as_unpacked_ones_do() -> None:
         trained = [bool(j % 3) for j in range(len(shape.response))] if i % 4 == 0 else None
         return Example(draw[:cut], draw[cut:], "", str(i), trained)
 
-    rows = packer(data.Source(0, example), cut=12).rows(0)
+    rows = packer(dataset.Source(0, example), cut=12).rows(0)
     assert sum(map(len, rows)) > 2 * len(rows)
-    packed = layout.batch(rows, 64, 12)
+    packed = collate.batch(rows, 64, 12)
     alone = [[example] for row in rows for example in row]
     alone += [[]] * (-len(alone) % len(rows))  # in batches of one shape, which is compiled once
-    batches = [layout.batch(alone[i : i + 4], 64, 12) for i in range(0, len(alone), 4)]
+    batches = [collate.batch(alone[i : i + 4], 64, 12) for i in range(0, len(alone), 4)]
     assert packed.mask_BT.sum() == sum(batch.mask_BT.sum() for batch in batches)
     a, grad_a = naive(qwen3, params, packed)
     b, grad_b = jax.tree.map(lambda *x: sum(x), *(naive(qwen3, params, x) for x in batches))
@@ -175,7 +177,7 @@ def test_layout() -> None:
         [Example([7], [9], "", "")],
         [],
     ]
-    batch = layout.batch(rows, 9, 2)
+    batch = collate.batch(rows, 9, 2)
     tokens, positions, segments, mask = map(
         np.asarray, (batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.mask_BT)
     )
@@ -184,7 +186,7 @@ def test_layout() -> None:
     assert positions[0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4]
     assert mask[0].tolist() == [False, False, True, True, False, False, True, False, False]
     assert not segments[2].any() and not mask[2].any()
-    measured = layout.measure([example for row in rows for example in row], 27, 2)
+    measured = collate.measure([example for row in rows for example in row], 27, 2)
     assert measured == {
         "data/efficiency": (9, 27),
         "data/truncated": (1, 3),
@@ -200,12 +202,12 @@ def test_rows_of_real_data_are_full(shared_data: Path, monkeypatch: pytest.Monke
     gsm8k, traces = shared_data / "gsm8k/train.jsonl", shared_data / "traces/deepseek_r1_math.jsonl"
     c.mixture = ((str(gsm8k), 0.95), (str(traces), 0.05))
     c.check = 0
-    source = data.load(c, tokenizer, 0, True)
+    source = dataset.load(c, tokenizer, 0, True)
     feed = packing.Packer(source, 0, 8, 4096, 3584)
     filled = []
     for step in range(16):
         rows = feed.rows(step)
         examples = [example for row in rows for example in row]
-        tokens, places = layout.measure(examples, 8 * 4096, 3584)["data/efficiency"]
+        tokens, places = collate.measure(examples, 8 * 4096, 3584)["data/efficiency"]
         filled.append(tokens / places)
     assert min(filled) > 0.95 and np.mean(filled) > 0.98

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
-from distill import aot, calls, hlo
-from distill import mesh as mesh_lib
+from distill.planning import aot, hlo
+from distill.runtime import mesh as mesh_lib
+from distill.training import calls
 from models.errors import UserError
 from models.qwen3 import model, paged_attention
 from models.qwen3 import pages as pages_lib

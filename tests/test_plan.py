@@ -8,8 +8,10 @@ import pytest
 from jax.experimental import topologies
 
 from configs import base
-from distill import aot, forecast, hlo, memory, plan, programs, rollout, roofline, stages
-from distill import mesh as mesh_lib
+from distill import plan, rollout
+from distill.planning import aot, fit, forecast, hlo, programs, roofline
+from distill.runtime import mesh as mesh_lib
+from distill.training import memory, stages
 from models.errors import UserError
 from models.qwen3.config import SIZES
 
@@ -56,7 +58,7 @@ PARAMETERS = V * D + D + L * (D * H * (2 * N + 2 * K) + 2 * H + 3 * D * F + 2 * 
 
 @pytest.fixture(scope="module")
 def rows(shape, compiled_anew):
-    found = plan.compiled(config(shape), "v5e:2x2")["opd"]
+    found = fit.compiled(config(shape), "v5e:2x2")["opd"]
     return {row.name: row for row in found}
 
 
@@ -69,7 +71,7 @@ def test_every_program_of_a_step_is_there(rows):
 
 def test_what_lies_beside_a_program(rows, shape):
     mesh = mesh_lib.make(1, 4, 1, devices=aot.devices("v5e:2x2"))
-    models = plan.models_of(config(shape), mesh, mesh, ("teacher",), False)
+    models = fit.models_of(config(shape), mesh, mesh, ("teacher",), False)
     kept = memory.held(config(shape), models, config(shape).opd)
     norms = D + L * (2 * H + 2 * D)  # of which the heads' are not split
     assert kept["parameters"] == pytest.approx(4 * PARAMETERS / 4, abs=4 * norms)
@@ -88,10 +90,10 @@ def test_what_lies_beside_a_program(rows, shape):
 def test_what_is_sampled_ahead_lies_beside_the_update(rows, shape):
     mesh = mesh_lib.make(1, 4, 1, devices=aot.devices("v5e:2x2"))
     c = config(shape, **{"opd.rollout.ahead": True})
-    models = plan.models_of(c, mesh, mesh, ("teacher",), False)
+    models = fit.models_of(c, mesh, mesh, ("teacher",), False)
     with mesh_lib.use(mesh):
         loss, sampled = stages.objective("opd", c.opd)
-        found = programs.of_stage(c, c.opd, loss, sampled, models, mesh, 15.75 * plan.GIB)
+        found = programs.of_stage(c, c.opd, loss, sampled, models, mesh, 15.75 * fit.GIB)
     beside = {call.name: call.beside for call in found}
     cache = 2 * 2 * L * K * H * B * (P + R) / 4  # of which each device has a quarter of the rows
     copy = rows["cache"].beside - rows["decode"].beside
@@ -134,7 +136,7 @@ def test_at_the_longest_responses_a_forecast_says_what_the_plan_does(rows, shape
     monkeypatch.setattr(rollout, "lengths", lambda count, mean, most: [most] * count)
     monkeypatch.setattr(forecast, "PROMPT", P)
     c, found = config(shape), {"opd": list(rows.values())}
-    of = plan.forecasts(c, "v5e:2x2", found, R)["opd"]
+    of = fit.forecasts(c, "v5e:2x2", found, R)["opd"]
     assert of.decoding and of.decoding.steps == R and of.decoding.parked == 0
     assert of.packing.count == 1 and of.packing.attention == 1
     for name in ("score", "apply", "weights", "prompts"):
@@ -150,12 +152,12 @@ def test_at_the_longest_responses_a_forecast_says_what_the_plan_does(rows, shape
 
 def test_shorter_responses_take_less_time(rows, shape):
     found = {"opd": list(rows.values())}
-    of = plan.forecasts(config(shape), "v5e:2x2", found, 16)["opd"]
+    of = fit.forecasts(config(shape), "v5e:2x2", found, 16)["opd"]
     assert of.decoding and of.decoding.steps < R
     assert of.seconds["decode"] <= 1.001 * rows["decode"].seconds * of.decoding.steps / R
     assert of.total < sum(row.seconds for row in rows.values())
     with pytest.raises(UserError, match=f"--mean_response_tokens={R + 1}: from 1 to "):
-        plan.forecasts(config(shape), "v5e:2x2", found, R + 1)
+        fit.forecasts(config(shape), "v5e:2x2", found, R + 1)
 
 
 @pytest.mark.parametrize("lengths", [[40], [3, 5, 7, 2], [8, 8, 8], [17, 1, 20], []])
@@ -170,12 +172,12 @@ def test_blocks_of_attention(lengths):
 
 
 def test_too_large_is_found_before_compiling_and_something_helps(shape, monkeypatch):
-    chip = aot.Chip(**{**vars(aot.CHIPS["v5e"]), "hbm_gib": 9 * PARAMETERS / 4 / plan.GIB})
+    chip = aot.Chip(**{**vars(aot.CHIPS["v5e"]), "hbm_gib": 9 * PARAMETERS / 4 / fit.GIB})
     monkeypatch.setitem(aot.CHIPS, "v5e", chip)
-    with pytest.raises(plan.TooLarge) as error:
-        plan.compiled(config(shape), "v5e:2x2")
+    with pytest.raises(fit.TooLarge) as error:
+        fit.compiled(config(shape), "v5e:2x2")
     assert error.value.program == "what the run keeps"
-    assert error.value.needs_gib == pytest.approx(14 * PARAMETERS / 4 / plan.GIB, rel=0.01)
+    assert error.value.needs_gib == pytest.approx(14 * PARAMETERS / 4 / fit.GIB, rel=0.01)
     assert "optimiser" in error.value.largest[0]
 
 
@@ -184,20 +186,20 @@ def test_without_room_for_a_row_nothing_is_compiled(shape, monkeypatch):
     the weights and a fifth of what one of the longest rows takes."""
     row = (P + R) * 2 * 2 * L * K * H
     hbm = (14 / 4 + 2) * PARAMETERS + row / 5
-    chip = aot.Chip(**{**vars(aot.CHIPS["v5e"]), "hbm_gib": hbm / plan.GIB})
+    chip = aot.Chip(**{**vars(aot.CHIPS["v5e"]), "hbm_gib": hbm / fit.GIB})
     monkeypatch.setitem(aot.CHIPS, "v5e", chip)
-    with pytest.raises(plan.TooLarge) as error:
-        plan.compiled(config(shape), "v5e:2x2")
+    with pytest.raises(fit.TooLarge) as error:
+        fit.compiled(config(shape), "v5e:2x2")
     assert error.value.program == "cache"
-    assert error.value.needs_gib * plan.GIB == pytest.approx(hbm + row, rel=0.05)
-    changes = [flag for flag, _ in plan.remedies(config(shape), "cache")]
+    assert error.value.needs_gib * fit.GIB == pytest.approx(hbm + row, rel=0.05)
+    changes = [flag for flag, _ in fit.remedies(config(shape), "cache")]
     assert "--config.opd.rollout.cache_dtype=float8_e4m3fn" in changes
 
 
 def test_released_sizes_need_no_directory():
     mesh = mesh_lib.make(1, 4, 1, devices=aot.devices("v5e:2x2"))
     for path, size in (("Qwen/Qwen3-0.6B", "0.6b"), ("Qwen/Qwen3-30B-A3B-Base", "30b-a3b")):
-        found = plan.describe(path, "bfloat16", True, mesh, "student")
+        found = fit.describe(path, "bfloat16", True, mesh, "student")
         assert found.config == SIZES[size]
 
 
@@ -217,7 +219,7 @@ def test_released_sizes_need_no_directory():
 )
 def test_mistakes_are_named(shape, changes, words):
     with pytest.raises(UserError, match=words):
-        plan.compiled(config(shape, **changes), "v5e:2x2")
+        fit.compiled(config(shape, **changes), "v5e:2x2")
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base, quickstart
-from distill import evaluate, plan, programs, stages, train
-from distill import mesh as mesh_lib
-from distill.calls import SMALL, Call
+from distill.evaluation import evaluator
+from distill.planning import fit, programs
 from distill.rollout import options
+from distill.runtime import mesh as mesh_lib
+from distill.training import loop, stages
+from distill.training.calls import SMALL, Call
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 # Programs of which each shape is a program of its own, and is listed as one.
@@ -69,7 +71,7 @@ def planned(c: ConfigDict) -> list[tuple[str, Call]]:
     s = c[name]
     loss, sampled = stages.objective(name, s)
     teachers = tuple(s.teachers) if stages.taught(s, loss) else ()
-    models = plan.models_of(c, mesh, apart, teachers, loss.reference > 0)
+    models = fit.models_of(c, mesh, apart, teachers, loss.reference > 0)
     found = []
     with mesh_lib.use(mesh):
         calls = programs.of_stage(c, s, loss, sampled, models, mesh)
@@ -91,7 +93,7 @@ def ran(c: ConfigDict, workdir: Any) -> collections.Counter[str]:
     jax.clear_caches()
     jax.monitoring.register_event_duration_secs_listener(note)
     try:
-        train.run(c, workdir)
+        loop.run(c, workdir)
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
     return found
@@ -125,17 +127,17 @@ def test_evaluations_compile_no_sampling_program(
         if event == COMPILED:
             compiled.append(str(about["fun_name"]).removeprefix("jit(").removesuffix(")"))
 
-    evaluated = evaluate.evaluate
+    evaluated = evaluator.evaluate
 
     def noted(*given: Any, **named: Any) -> Any:
         begun.append(len(compiled))
         return evaluated(*given, **named)
 
-    monkeypatch.setattr(evaluate, "evaluate", noted)
+    monkeypatch.setattr(evaluator, "evaluate", noted)
     jax.monitoring.register_event_duration_secs_listener(note)
     try:
         changes = {"eval__every": 1, "eval__limit": 2, "eval__max_new_tokens": 21}
-        train.run(config(opd__steps=2, **changes), tmp_path)
+        loop.run(config(opd__steps=2, **changes), tmp_path)
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
     assert len(begun) == 2 and SAMPLING & set(compiled[: begun[0]])

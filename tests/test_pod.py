@@ -14,14 +14,16 @@ from fsspec.implementations.memory import MemoryFileSystem
 from processes import run
 
 from configs import quickstart
-from distill import compiled, locate, metrics, pod, train
-from distill.checkpoint import Checkpoints
+from distill.policy import hub
+from distill.runtime import distributed, run_files, xla
+from distill.runtime.checkpoint import Checkpoints
+from distill.training import loop
 from models.errors import UserError
 
 
 def options(*words: str) -> flags.FlagValues:
     found = flags.FlagValues()
-    pod.define(found)
+    distributed.define(found)
     found(["verb", *words])
     return found
 
@@ -39,22 +41,22 @@ def options(*words: str) -> flags.FlagValues:
     ],
 )
 def test_flags_that_name_no_run(words: list[str], told: str) -> None:
-    with pytest.raises(UserError, match=told), pod.joined(options(*words)):
+    with pytest.raises(UserError, match=told), distributed.joined(options(*words)):
         raise AssertionError("joined")
 
 
 def test_alone_nothing_is_asked_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: 1 / 0)
-    with pod.joined(options()):
-        assert pod.from_primary(lambda: [1.5, None, "x"]) == [1.5, None, "x"]
-        assert pod.anyone(15) == 15
-        assert pod.means({"a": (3, 2), "b": (0, 0)}) == {"a": 1.5}
+    with distributed.joined(options()):
+        assert distributed.from_primary(lambda: [1.5, None, "x"]) == [1.5, None, "x"]
+        assert distributed.anyone(15) == 15
+        assert distributed.means({"a": (3, 2), "b": (0, 0)}) == {"a": 1.5}
 
 
 def test_a_slice_of_several_hosts_is_not_driven_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(UserError, match=r"4 hosts.*--coordinator_address=auto"):
-        pod.joined(options()).__enter__()
+        distributed.joined(options()).__enter__()
 
 
 def test_two_processes_train(tmp_path: Path) -> None:
@@ -108,51 +110,51 @@ def test_files_of_a_run_on_a_bucket(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     at, c = "gs://bucket/run", quickstart.get_config("tiny")
-    train.claim(metrics.epath.Path(at), c)
-    with metrics.Writer(at, 0) as writer:
+    loop.claim(run_files.epath.Path(at), c)
+    with run_files.Writer(at, 0) as writer:
         for step in range(3):
             writer.write(step, "opd", {"x": step / 3})
         assert not memory.exists("gs://bucket/run/metrics.jsonl")  # yet
         writer.flush()
         assert memory.cat("gs://bucket/run/metrics.jsonl").count(b"\n") == 3
         writer.write_rollouts(1, [{"text": "a"}])
-    with metrics.Writer(at, 2) as writer:  # step 2 is done again
+    with run_files.Writer(at, 2) as writer:  # step 2 is done again
         writer.write(2, "opd", {"x": None})
     lines = memory.cat("gs://bucket/run/metrics.jsonl").decode().splitlines()
     assert [json.loads(line)["x"] for line in lines] == [0, 1 / 3, None]
     assert memory.cat("gs://bucket/run/rollouts/000001.jsonl") == b'{"text": "a"}\n'
-    assert locate.is_run(at)
+    assert hub.is_run(at)
     with Checkpoints(f"{at}/checkpoints") as saved:
         assert str(saved._directory) == f"{at}/checkpoints" and saved.latest() is None
     with pytest.raises(UserError, match="another config"):
         c.seed = 5
-        train.claim(metrics.epath.Path(at), c)
+        loop.claim(run_files.epath.Path(at), c)
     assert not list(tmp_path.iterdir())  # no folder called gs:
 
 
 @pytest.mark.parametrize("path", ["gs:/bucket/run", "s3://bucket/run"])
 def test_what_is_no_bucket(path: str) -> None:
     with pytest.raises(UserError, match=r"--workdir=.*neither a local path nor gs://BUCKET/PATH"):
-        train.run(quickstart.get_config("tiny"), path)
+        loop.run(quickstart.get_config("tiny"), path)
 
 
 def test_gcsfs_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, "gcsfs", False)
     with pytest.raises(UserError, match="--workdir=gs://b/x: needs gcsfs"):
-        train.run(quickstart.get_config("tiny"), "gs://b/x")
+        loop.run(quickstart.get_config("tiny"), "gs://b/x")
 
 
 def test_a_second_run_finds_its_programs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(compiled, "SHORT", 0.0)
+    monkeypatch.setattr(xla, "SHORT", 0.0)
     kept = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        compiled.keep(str(tmp_path / "cache"))
+        xla.keep(str(tmp_path / "cache"))
         told = []
         for _ in range(2):
             jax.clear_caches()
-            with compiled.Compiled() as programs:
+            with xla.Compiled() as programs:
                 jax.jit(lambda x: (x @ x.T).sum())(jax.numpy.ones((8, 8))).block_until_ready()
                 assert programs.look("step 0", 0.0) > 0
                 assert programs.look("step 1", 0.0) == 0
@@ -162,4 +164,4 @@ def test_a_second_run_finds_its_programs(
         count = told[1].split("compiled ")[1].split()[0]
         assert f"{count} programs" in told[1] and f"{count} of them from the cache" in told[1]
     finally:
-        compiled.keep(kept or "")
+        xla.keep(kept or "")

@@ -10,9 +10,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import quickstart
-from distill import calls, chat, policy, preflight, prepare, update, validate
-from distill import mesh as mesh_lib
-from distill.examples import Example
+from distill.data import chat
+from distill.data.examples import Example
+from distill.policy import policy
+from distill.runtime import mesh as mesh_lib
+from distill.training import calls, eval_hook, preflight, setup, update
 from models.qwen3.model import Params
 
 ROOT = Path(__file__).parents[1]
@@ -33,16 +35,16 @@ def config(**changes: Any) -> ConfigDict:
 
 def told(c: ConfigDict, alter: Any = lambda params: params) -> list[str]:
     """The lines of a run's preflight; `alter` changes what it is to train before it begins."""
-    plan = prepare.prepare(c, mesh_lib.make(**c.mesh))
+    plan = setup.prepare(c, mesh_lib.make(**c.mesh))
     with policy.use(plan.student):
-        plan = prepare.base(c, plan)
-        plan = prepare.load(c, plan, plan.stages[0])
+        plan = setup.base(c, plan)
+        plan = setup.load(c, plan, plan.stages[0])
         trained = first(c, plan)
-        validation = validate.prepare(c.eval, plan.student)
+        validation = eval_hook.prepare(c.eval, plan.student)
         return list(preflight.lines(c, plan, validation, alter(trained), False))
 
 
-def first(c: ConfigDict, plan: prepare.Plan) -> Params:
+def first(c: ConfigDict, plan: setup.Plan) -> Params:
     if plan.student.model.lora:
         return policy.first(plan.student, jax.random.key(0))
     return policy.load(plan.student, "float32").params
@@ -152,10 +154,10 @@ def test_memory_counts_what_is_there() -> None:
     """Weights and optimiser as the arrays themselves say, on a mesh that splits them."""
     c = config()
     c.mesh.fsdp = 4
-    plan = prepare.prepare(c, mesh_lib.make(**c.mesh))
+    plan = setup.prepare(c, mesh_lib.make(**c.mesh))
     with policy.use(plan.student):
-        plan = prepare.base(c, plan)
-        plan = prepare.load(c, plan, plan.stages[0])
+        plan = setup.base(c, plan)
+        plan = setup.load(c, plan, plan.stages[0])
         trained = first(c, plan)
         state = update.init(plan.stages[0].optimizer, trained, 0)
         device = jax.devices()[0]

@@ -11,20 +11,13 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from distill import (
-    data,
-    forward,
-    layout,
-    microbatches,
-    policy,
-    prepare,
-    rollout,
-    score,
-    train,
-)
-from distill import mesh as mesh_lib
+from distill import rollout, score
 from distill.batch import Batch
+from distill.data import collate, dataset
+from distill.policy import forward, policy
 from distill.rollout import decode
+from distill.runtime import mesh as mesh_lib
+from distill.training import loop, microbatches, setup
 from models.errors import UserError
 from models.qwen3 import model, quantised, weights
 from models.qwen3.quantised import Quantised
@@ -140,8 +133,8 @@ def taught():
     """(teacher, batch of worked problems, where there are tokens, its log-probabilities)."""
     teacher = loaded(ROOT / "assets" / "teacher", "float32")
     c = quickstart.get_config().opd.data
-    examples = data.at(data.load(c, teacher.tokenizer, 0, traces=True), 0, 32, 0)
-    batch = layout.traces(examples, 60, 52)
+    examples = dataset.at(dataset.load(c, teacher.tokenizer, 0, traces=True), 0, 32, 0)
+    batch = collate.traces(examples, 60, 52)
     where = np.asarray(batch.segments_BT) > 0
     return teacher, batch, where, log_probs(teacher.model, teacher.params, batch)
 
@@ -283,7 +276,7 @@ def test_a_run_with_an_int8_teacher(tmp_path, monkeypatch):
     """The first step's divergence is the float teacher's, to what the 8 bits cost; it trains."""
     rows = {}
     for kind in ("float32", "int8"):
-        train.run(tiny_run(kind), tmp_path / kind)
+        loop.run(tiny_run(kind), tmp_path / kind)
         lines = (tmp_path / kind / "metrics.jsonl").read_text().splitlines()
         rows[kind] = [json.loads(line) for line in lines]
     first = [rows[kind][0]["train/reverse_kl"] for kind in ("float32", "int8")]
@@ -331,7 +324,7 @@ def test_a_frozen_base_and_a_reference_in_8_bits(tmp_path):
         c = tiny_run("float32")
         c.student.param_dtype, c.student.lora.rank = kind, rank
         c.opd.loss.reference = 0.1
-        train.run(c, tmp_path / name)
+        loop.run(c, tmp_path / name)
         (rows[name],) = rows_of(tmp_path / name)
         assert rows[name]["train/sampler_delta"] < 1e-4
     assert abs(rows["lora"]["train/reference_kl"]) < 1e-9
@@ -343,7 +336,7 @@ def test_weights_for_sampling(tmp_path, kind):
     """Another policy than the trainer's, a little, and importance ratios know of it."""
     c = tiny_run("float32")
     c.opd.objective, c.opd.rollout.param_dtype = "opd_sampled", kind
-    train.run(c, tmp_path)
+    loop.run(c, tmp_path)
     (row,) = rows_of(tmp_path)
     delta, ratio = row["train/sampler_delta"], row["train/ratio_max"] - 1
     if kind:
@@ -393,16 +386,16 @@ def test_an_unknown_dtype_is_refused():
     with pytest.raises(
         UserError, match=r"config.teacher.param_dtype: 'int4' is none of float32, bf"
     ):
-        prepare.prepare(tiny_run("int4"), mesh_lib.make(1, 1, 1))
+        setup.prepare(tiny_run("int4"), mesh_lib.make(1, 1, 1))
     c = tiny_run("int8")
     with pytest.raises(UserError, match=r"config.opd.rollout.param_dtype='int4': must be float32,"):
         c.opd.rollout.param_dtype = "int4"
-        prepare.prepare(c, mesh_lib.make(1, 1, 1))
+        setup.prepare(c, mesh_lib.make(1, 1, 1))
     c.teacher.dtype = "int8"
     with pytest.raises(
         UserError, match=r"config.teacher.dtype: 'int8' is none of float32, bfloat16"
     ):
-        prepare.prepare(c, mesh_lib.make(1, 1, 1))
+        setup.prepare(c, mesh_lib.make(1, 1, 1))
 
 
 def test_score_in_8_bits(taught, tmp_path):

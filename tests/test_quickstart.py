@@ -14,8 +14,10 @@ from test_train import tiny_model
 from test_verbs import call, read
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from distill import mesh as mesh_lib
-from distill import policy, quickstart, train
+from distill import quickstart
+from distill.policy import policy
+from distill.runtime import mesh as mesh_lib
+from distill.training import loop
 
 JUDGED = ("student_before", "student_after", "teacher")
 IDS = [382, 17, 3, 250, 384, 511, 0, 42, 99, 5, 5, 301]
@@ -167,7 +169,7 @@ def test_interrupted_it_goes_on(
     def no_step(*_: Any) -> None:
         raise AssertionError("a step was trained again")
 
-    monkeypatch.setattr(train.update, "make", lambda *_, **__: no_step)
+    monkeypatch.setattr(loop.update, "make", lambda *_, **__: no_step)
     assert start(models, tmp_path) == 0
     assert contents(tmp_path / "checkpoints") == trained
     found, expected = untimed(summary_of(tmp_path)), untimed(summary_of(done))

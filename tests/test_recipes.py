@@ -15,8 +15,12 @@ from absl.flags import FlagValues
 from ml_collections import ConfigDict, config_flags
 
 from configs import ablations, arguments, base, conditions, tiny
-from distill import aot, benchmarks, chat, locate, policy, prepare, sources, train, validate
-from distill import mesh as mesh_lib
+from distill.data import chat, sources
+from distill.evaluation import tasks
+from distill.planning import aot
+from distill.policy import hub, policy
+from distill.runtime import mesh as mesh_lib
+from distill.training import eval_hook, loop, setup
 from models.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +73,7 @@ ALIKE = ("opd_math:lora=128", "colab")
     [pytest.param(r, marks=pytest.mark.long) if r in ALIKE else r for r in RECIPES],
 )
 def test_two_steps_of_every_stage(recipe: str, tmp_path: Path) -> None:
-    train.run(parsed(small(recipe), "--config.log.transcripts=1"), tmp_path / "run")
+    loop.run(parsed(small(recipe), "--config.log.transcripts=1"), tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     stages = RECIPES[recipe][0]
     assert [row["stage"] for row in rows] == [name for name in stages for _ in range(2)]
@@ -92,7 +96,7 @@ def test_docstrings() -> None:
 
 
 @pytest.fixture(scope="module")
-def hub(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def published(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every published model as a directory of config.json and tokenizer, without weights."""
     root, tokenizer = tmp_path_factory.mktemp("hub"), shared_data / "qwen3_tokenizer"
     known = json.loads((shared_data / "qwen3_configs.json").read_text())["models"]
@@ -107,9 +111,9 @@ def hub(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.fixture
-def offline(hub: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def offline(published: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Model ids stand for those directories, sets for the rows of the same columns."""
-    monkeypatch.setattr(locate, "_fetch", hub.__getitem__)
+    monkeypatch.setattr(hub, "_fetch", published.__getitem__)
     monkeypatch.setattr(policy, "check", lambda *_: None)  # there are no weights to find
     monkeypatch.setattr(chat, "load_tokenizer", functools.cache(chat.load_tokenizer))
     opened = sources.open_rows
@@ -147,12 +151,12 @@ def sound(recipe: str, chips: str, shared_data: Path, monkeypatch: pytest.Monkey
         c.student.path = "Qwen/Qwen3-0.6B"
     c.opd.context.text = tiny.ROWS.get(c.opd.context.text, "")
     mesh = slice_of(chips, c, monkeypatch)
-    plan = prepare.prepare(c, mesh)
+    plan = setup.prepare(c, mesh)
     assert tuple(stage.name for stage in plan.stages) == tuple(c.stages)
     assert mesh.size == len(aot.devices(chips))
     if c.eval.every:
         c.eval.data = str(shared_data / f"{c.eval.benchmark}/test.jsonl")
-    validate.prepare(c.eval, plan.student)
+    eval_hook.prepare(c.eval, plan.student)
 
 
 # Arguments
@@ -199,7 +203,7 @@ def test_arguments() -> None:
 
 
 def test_questions_are_put_as_the_benchmarks_do() -> None:
-    assert benchmarks.BENCHMARKS["gsm8k"]["prompt"] == base.BOXED
+    assert tasks.BENCHMARKS["gsm8k"]["prompt"] == base.BOXED
 
 
 # Studies
@@ -217,7 +221,7 @@ def test_studies(study: str) -> None:
         long = shlex.split(full)[3:]
         c = parsed(*words[3:])
         told |= {c.to_json_best_effort(), parsed(long[0], *long[2:]).to_json_best_effort()}
-        prepare.prepare(c, mesh_lib.make(1, 1, 1))
+        setup.prepare(c, mesh_lib.make(1, 1, 1))
     assert len(told) >= len(found) + 1  # each run is another
 
 

@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 
-from distill import chat, data, generate, responses, rewards, rollout, sources
-from distill.policy import Policy
-from distill.sampling import Sampling
+from distill import rollout
+from distill.data import chat, dataset, sources
+from distill.evaluation import responses
+from distill.policy.policy import Policy
+from distill.rewards import graders
+from distill.rollout import completions, sampler
+from distill.rollout.sampling import Sampling
 from tests.helpers import ROOT
 
 COUNT = 600
@@ -41,7 +45,8 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref]:
             yield group
             del group
 
-    monkeypatch.setattr(rollout, "complete", complete)
+    monkeypatch.setattr(rollout, "complete", complete)  # as evaluations call it
+    monkeypatch.setattr(sampler, "complete", complete)  # as generate does
     return made
 
 
@@ -60,10 +65,10 @@ def most_alive(done: Iterator, made: list[weakref.ref]) -> int:
 
 def test_generate(alive: list[weakref.ref]) -> None:
     rows = sources.Rows("rows", COUNT, lambda i: {"number": i}, lambda i: f"row {i}")
-    done = generate.generate(
+    done = completions.generate(
         SUBJECT,
         rows,
-        data.TokenLists([7, i] for i in range(COUNT)),
+        dataset.TokenLists([7, i] for i in range(COUNT)),
         samples=2,
         seed=0,
         limits=[3] * COUNT,
@@ -76,7 +81,7 @@ def test_generate(alive: list[weakref.ref]) -> None:
     assert most_alive(done, alive) <= 4
 
 
-class Slow(rewards.Grader):
+class Slow(graders.Grader):
     """It is behind by more and more."""
 
     def submit(self, benchmark: str, response: str, answer: str) -> Any:
@@ -98,7 +103,7 @@ def test_evaluate(alive: list[weakref.ref], monkeypatch: pytest.MonkeyPatch) -> 
     sampled = responses.sample(
         SUBJECT,
         problems,
-        data.TokenLists([7, i] for i in range(COUNT)),
+        dataset.TokenLists([7, i] for i in range(COUNT)),
         first=0,
         samples=2,
         max_new_tokens=3,
@@ -127,7 +132,7 @@ def test_stop_strings_are_found_with_bounded_memory() -> None:
     """Across the pieces in which rows come, in any order; also where rows are many more than what
     is remembered, and where one has the place in memory that another had."""
     assert SUBJECT.tokenizer is not None
-    ended = generate._finder(SUBJECT.tokenizer, ["12"], 2)
+    ended = completions._finder(SUBJECT.tokenizer, ["12"], 2)
     assert ended is not None
     ids = {c: SUBJECT.tokenizer.encode(c, add_special_tokens=False) for c in "123"}
     rows = [rollout.Sequence([1], (0, i), 9) for i in range(20)]
@@ -148,10 +153,10 @@ def test_stop_strings_are_found_with_bounded_memory() -> None:
 
 
 def test_token_lists() -> None:
-    lists = data.TokenLists([[1, 2], [], [3]])
+    lists = dataset.TokenLists([[1, 2], [], [3]])
     lists.append([4, 5, 6])
     assert list(lists) == [[1, 2], [], [3], [4, 5, 6]] and len(lists) == 4
     assert list(lists[1:3]) == [[], [3]] and list(lists[4:]) == [] and lists[-1] == [4, 5, 6]
     with pytest.raises(IndexError):
         lists[4]
-    assert len(data.TokenLists()) == 0
+    assert len(dataset.TokenLists()) == 0

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-from distill import rewards
-from distill.rewards import Grader, final_text, grade_arithmetic, grade_math
+from distill.rewards import graders
+from distill.rewards.graders import Grader, final_text, grade_arithmetic, grade_math
 from models.errors import UserError
 
 LABELLED = (
@@ -96,9 +96,9 @@ def test_math_finds_the_answer(response: str, answer: str, outcome: str) -> None
 def test_integers_are_compared_as_algebra_does(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = ["0", "-0", "007", "7", "-7", "70", "10", "999999999999999999", "999999999999999998"]
     pairs = list(itertools.product(whole, whole))
-    quick = [rewards.without_algebra(rf"\boxed{{{a}}}", b) for a, b in pairs]
+    quick = [graders.without_algebra(rf"\boxed{{{a}}}", b) for a, b in pairs]
     assert quick.count("correct") == len(whole) + 4
-    monkeypatch.setattr(rewards, "without_algebra", lambda response, answer: None)
+    monkeypatch.setattr(graders, "without_algebra", lambda response, answer: None)
     assert quick == [grade_math(rf"\boxed{{{a}}}", b) for a, b in pairs]
 
 
@@ -167,7 +167,7 @@ def withstand(grader: Grader, hostile: dict[str, str], timeout: float) -> None:
     outcomes = grader.grade("gsm8k", list(hostile.values()), ["42"] * len(hostile))
     # Each that is stopped costs its time and the start of a new worker.
     assert time.monotonic() - started < (timeout + 2) * len(hostile) + 10
-    assert "correct" not in outcomes and set(outcomes) <= set(rewards.OUTCOMES)
+    assert "correct" not in outcomes and set(outcomes) <= set(graders.OUTCOMES)
     assert "timeout" in outcomes
     twenty_boxes = r"\boxed{1} " * 19 + r"\boxed{\frac{84}{2}}"
     assert grader.grade("gsm8k", [twenty_boxes, "#### 41.5"], ["42", "42"]) == ["correct", "wrong"]
@@ -197,7 +197,7 @@ def test_parse_failure_wrong_answer_and_timeout_are_three_things(grader: Grader)
 
 
 def test_memory_is_bounded(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(rewards.GRADERS, "mul", operator.mul)
+    monkeypatch.setitem(graders.GRADERS, "mul", operator.mul)
     bomb: list = [20 << 30]
     assert grader.grade("mul", ["x"], bomb) == ["error"]
     assert grader.grade("math", ["42.0"], ["42"]) == ["correct"]
@@ -205,11 +205,11 @@ def test_memory_is_bounded(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> N
 
 ORPHAN = """
 import operator, os, signal, sys, time
-from distill import rewards
+from distill.rewards import graders
 open("imported", "a").write("x")
 if __name__ == "__main__":
-    rewards.GRADERS["power"] = operator.pow
-    with rewards.Grader(timeout=1.0, workers=1) as grader:
+    graders.GRADERS["power"] = operator.pow
+    with graders.Grader(timeout=1.0, workers=1) as grader:
         grader.grade("math", ["1.0"], ["1"])
         future = grader.submit("power", 7, 10**9)  # minutes within one bytecode
         while not future.running():
@@ -241,7 +241,7 @@ def test_a_hanging_worker_does_not_outlive_its_killed_parent(tmp_path: Path) -> 
     (pid,) = map(int, said.read_text().split())
     assert code == -9 and alive(pid)
     assert (tmp_path / "imported").read_text() == "x"  # workers do without the main module
-    deadline = time.monotonic() + 1.0 + rewards._GRACE + 10  # the last on a busy machine
+    deadline = time.monotonic() + 1.0 + graders._GRACE + 10  # the last on a busy machine
     while alive(pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not alive(pid)
@@ -250,7 +250,7 @@ def test_a_hanging_worker_does_not_outlive_its_killed_parent(tmp_path: Path) -> 
 def test_a_hanging_or_dying_worker_is_replaced(
     grader: Grader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(rewards.GRADERS, "call", operator.call)  # "grades" f, x as f(x)
+    monkeypatch.setitem(graders.GRADERS, "call", operator.call)  # "grades" f, x as f(x)
     calls, arguments = [time.sleep, os._exit, operator.neg, str], [60, 1, "x", "correct"]
     outcomes = grader.grade("call", calls, arguments)  # pyright: ignore[reportArgumentType]
     assert outcomes == ["timeout", "error", "error", "correct"]
@@ -281,4 +281,4 @@ def test_an_unknown_benchmark_is_the_users_mistake() -> None:
     ],
 )
 def test_answers_that_can_be_compared_with(benchmark: str, answer: str, can: bool) -> None:
-    assert rewards.gradable(benchmark, answer) is can
+    assert graders.gradable(benchmark, answer) is can

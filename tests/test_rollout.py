@@ -6,10 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from distill import forward, head, losses, microbatches, policy, rollout
-from distill import mesh as mesh_lib
+from distill import rollout
+from distill.objectives import fused_head, losses
+from distill.policy import forward, policy
 from distill.rollout import Options, Sequence
-from distill.sampling import Sampling
+from distill.rollout.sampling import Sampling
+from distill.runtime import mesh as mesh_lib
+from distill.training import microbatches
 from models.qwen3 import model
 from models.qwen3.config import Config
 
@@ -82,7 +85,7 @@ def test_sampler_equals_scorer(params, kind):
     """Recorded log-probs are those of one plain forward, under random prompt lengths."""
     batch = sample(params, prompts(8), range(8), kind=kind, page=8)
     stats = jax.jit(
-        lambda b: head.token_stats(
+        lambda b: fused_head.token_stats(
             forward.hidden(QWEN3, params, b),
             model.head(params),
             losses.shift(b.tokens_BT),

@@ -12,8 +12,10 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from distill import mesh as mesh_lib
-from distill import policy, rollout, score
+from distill import rollout
+from distill.evaluation import scoring
+from distill.policy import policy
+from distill.runtime import mesh as mesh_lib
 from models.errors import UserError
 from models.qwen3 import model, rope, weights
 from models.qwen3.config import SIZES, Config, Scaling
@@ -182,9 +184,9 @@ def test_an_export_keeps_the_scaling(stretched, tmp_path):
 def test_the_limit_is_what_the_scaling_reaches(stretched):
     """Not max_position_embeddings, which people leave as it is when they turn YaRN on."""
     subject = policy.reader(str(stretched[0]), "float32")
-    assert [*score.tokens(subject, [("here", {"tokens": [1] * 64})])] == [[1] * 64]
+    assert [*scoring.tokens(subject, [("here", {"tokens": [1] * 64})])] == [[1] * 64]
     with pytest.raises(UserError, match="here: 65 tokens exceed the model's 64 positions"):
-        score.tokens(subject, [("here", {"tokens": [1] * 65})])
+        scoring.tokens(subject, [("here", {"tokens": [1] * 65})])
     reach = {
         name: Config.from_hf(fields_of(VARIANTS[name])).context_length
         for name in ("as Qwen3 says", "factor one", "linear")

@@ -11,19 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from distill import (
-    forward,
-    layout,
-    losses,
-    metrics,
-    microbatches,
-    prepare,
-    rollout,
-    train,
-    update,
-)
-from distill import mesh as mesh_lib
-from distill.examples import Example
+from distill import rollout
+from distill.data import collate
+from distill.data.examples import Example
+from distill.objectives import losses
+from distill.policy import forward
+from distill.runtime import mesh as mesh_lib
+from distill.runtime import run_files
+from distill.training import loop, microbatches, setup, update
 from models.errors import UserError
 from models.qwen3 import model, moe, weights
 from tests.helpers import tiny_qwen3
@@ -93,7 +88,7 @@ def test_balance_evens_the_load(even):
     def balance(router):
         inner = params["layers"] | {"moe": params["layers"]["moe"] | {"router": router}}
         _, sums = forward.routed(model.Qwen3(config), params | {"layers": inner}, batch)
-        means = metrics.finalize(sums)
+        means = run_files.finalize(sums)
         return moe.summary(means["load_LE"], means["p_LE"])["load_balancing_loss"]
 
     descend = jax.jit(lambda router: router - 0.3 * jax.grad(balance)(router))
@@ -316,7 +311,7 @@ def test_recorded_experts_through_the_loop(sparse, tmp_path):
     c.student.lora.rank = 2
     c.mesh.expert = 2
     c.opd.steps, c.opd.rollout.budget = 2, 30
-    train.run(c, tmp_path)
+    loop.run(c, tmp_path)
     first, second = numbers(tmp_path)
     assert first["train/trained_tokens"] == 0  # so the second step has the same weights
     assert second["rollout/stale"] > 0 and second["train/sampler_delta"] < 1e-4
@@ -341,8 +336,8 @@ def test_read_rows_route_themselves():
     one = np.ones((3, 2, 4), np.int16)
     rows = [rollout.Sequence([1, 2], (0, 0), 3, tokens=[5], logprobs=[-1.0], experts=[one])]
     read = Example([3, 4], [6, 7], "", "")
-    form = layout.Form(7, 3, routing=(2, 4))
-    experts = np.asarray(layout.lay([[*microbatches.written(rows), read], []], form).experts_BTLA)
+    form = collate.Form(7, 3, routing=(2, 4))
+    experts = np.asarray(collate.lay([[*microbatches.written(rows), read], []], form).experts_BTLA)
     np.testing.assert_array_equal(experts[0, :, 0, 0], [1, 1, 1, -1, -1, -1, -1])
     assert experts.shape == (2, 7, 2, 4) and (experts[1] == -1).all()
 
@@ -351,4 +346,4 @@ def test_a_dense_student_has_nothing_to_replay(tmp_path):
     dense = tiny_model(tmp_path / "dense", 0)
     c = config_of((dense, dense), "float32", True)
     with pytest.raises(UserError, match=r"config.student.replay_routing: \S+ has no experts to re"):
-        prepare.prepare(c, mesh_lib.make(1, 1, 1))
+        setup.prepare(c, mesh_lib.make(1, 1, 1))

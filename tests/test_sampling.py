@@ -11,9 +11,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy import stats
 
-from distill import mesh as mesh_lib
-from distill import sampling as sampling_lib
-from distill.sampling import Sampling
+from distill.rollout import sampling as sampling_lib
+from distill.rollout.sampling import Sampling
+from distill.runtime import mesh as mesh_lib
 from models.errors import UserError
 
 CASES = [

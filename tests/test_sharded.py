@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill import hlo
-from distill import mesh as mesh_lib
+from distill.planning import hlo
+from distill.runtime import mesh as mesh_lib
 from models.qwen3 import attention, model, sharded
 from models.qwen3.config import Config
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from configs import base
-from distill import collect, data, layout, microbatches, packing, prepare
-from distill import mesh as mesh_lib
+from distill.data import collate, dataset, packing
+from distill.runtime import mesh as mesh_lib
+from distill.training import collect, microbatches, setup
 
 ROOT = Path(__file__).parents[1]
 MESHES = [(1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 2, 4)]  # data, fsdp, tensor
@@ -45,18 +46,18 @@ def test_an_array_is_made_of_own_rows(sizes: tuple[int, int, int]) -> None:
     np.testing.assert_array_equal(made, x_BT)
 
 
-def stage(objective: str, **fields: Any) -> prepare.Stage:
+def stage(objective: str, **fields: Any) -> setup.Stage:
     """A stage of 24 rows by number, the loss and optimiser left out."""
     c = base.stage(objective)
     c.batch_size, c.max_prompt_tokens, c.max_response_tokens = 8, 3, 4
     sampled = fields.pop("sampled", 0)
     c.update(fields)
-    source = data.Source(24, lambda i: data.Example([i + 1], [100] * (1 + i % 4), "", f"row {i}"))
+    source = dataset.Source(
+        24, lambda i: dataset.Example([i + 1], [100] * (1 + i % 4), "", f"row {i}")
+    )
     packer = packing.Packer(source, 0, 8, c.pack_tokens, 4) if c.pack_tokens else None
     nothing: Any = None
-    return prepare.Stage(
-        "sft", c, 2, source, nothing, prepare.losses.TABLE[objective], sampled, packer
-    )
+    return setup.Stage("sft", c, 2, source, nothing, setup.losses.TABLE[objective], sampled, packer)
 
 
 @pytest.mark.parametrize("fields", [{}, {"pack_tokens": 16}, {"minibatches": 2, "accumulate": 2}])
@@ -67,7 +68,7 @@ def test_processes_read_the_batch_in_shares(processes: int, fields: dict) -> Non
 
     def read(own: list[int], step: int) -> list[list[int]]:
         """The rows of all micro-batches, in the order of the batch."""
-        form = layout.Form(fields.get("pack_tokens", 7), 4)
+        form = collate.Form(fields.get("pack_tokens", 7), 4)
         work, _ = collect._read(stage("sft", **fields), 7, own, form)({}, step)
         found = {}
         for micro in (micro for part in work for micro in part):
@@ -87,8 +88,8 @@ def test_processes_read_the_batch_in_shares(processes: int, fields: dict) -> Non
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_lay_their_rows_of_what_all_packed(processes: int) -> None:
     """Each knows where every sequence lies, and makes the arrays of its own rows."""
-    mesh, form = mesh_lib.make(1, 8, 1), layout.Form(9, 4)
-    examples = [data.Example([i + 1] * (1 + i % 4), [9], "", "") for i in range(40)]
+    mesh, form = mesh_lib.make(1, 8, 1), collate.Form(9, 4)
+    examples = [dataset.Example([i + 1] * (1 + i % 4), [9], "", "") for i in range(40)]
     packed = microbatches.pack(examples, 8, 2, form)
     whole = microbatches.lay(packed, examples, form, mesh)
     shares = []

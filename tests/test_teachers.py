@@ -13,21 +13,13 @@ from ml_collections import ConfigDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs import base, quickstart
-from distill import (
-    chat,
-    collect,
-    context,
-    distributions,
-    examples,
-    export,
-    head,
-    policy,
-    prepare,
-    rewards,
-    teacher,
-    train,
-)
-from distill import mesh as mesh_lib
+from distill.data import chat, examples, teacher_context
+from distill.objectives import divergences, fused_head
+from distill.policy import exporting, policy
+from distill.rewards import graders
+from distill.runtime import mesh as mesh_lib
+from distill.teachers import local
+from distill.training import collect, loop, setup
 from models.errors import UserError
 from tests.helpers import sequences_of
 
@@ -79,15 +71,15 @@ def config(files: Path, objective: str = "opd", **changes) -> ConfigDict:
 def collected(c: ConfigDict, mesh=None):
     """The sequences of the first step, with what teachers make of them, and what was measured."""
     mesh = mesh or mesh_lib.make(1, 1, 1)
-    plan = prepare.prepare(c, mesh)
-    with policy.use(plan.student), rewards.Grader() as grader:
-        plan = prepare.base(c, plan)
-        plan = prepare.load(c, plan, plan.stages[0])
+    plan = setup.prepare(c, mesh)
+    with policy.use(plan.student), graders.Grader() as grader:
+        plan = setup.base(c, plan)
+        plan = setup.load(c, plan, plan.stages[0])
         params = policy.load(plan.student, "float32").params
         draw = collect.batches(plan, plan.stages[0], c.seed, mesh, 8.0, grader)
         work, measured = draw(params, 0, params)
         teachers = [plan.teachers[name] for name in c.opd.teachers]
-        score = lambda micro: teacher.score(teachers, micro.put(mesh), params)  # noqa: E731
+        score = lambda micro: local.score(teachers, micro.put(mesh), params)  # noqa: E731
         return sequences_of(work, score), measured
 
 
@@ -138,7 +130,7 @@ def before_question(row: dict, asked: list[dict]) -> list[dict]:
         },
     ],
 )
-@pytest.mark.parametrize("place", context.PLACES)
+@pytest.mark.parametrize("place", teacher_context.PLACES)
 def test_every_form_of_a_row_takes_a_context(row, place):
     tokenizer = chat.load_tokenizer(TEACHER)
     assert tokenizer
@@ -147,7 +139,7 @@ def test_every_form_of_a_row_takes_a_context(row, place):
         return examples.trace(row, "here", tokenizer, True, "last")
 
     made = make(row)
-    told = context.add(context.Context(HINT, "", place), row, made, make, tokenizer)
+    told = teacher_context.add(teacher_context.Context(HINT, "", place), row, made, make, tokenizer)
     assert made.told is None and told.response == made.response and told.told
     text = str(tokenizer.decode(told.told))
     assert text.count(HINT) == 1
@@ -158,14 +150,16 @@ def test_every_form_of_a_row_takes_a_context(row, place):
     if "response" not in row and "messages" in row:
         row = {"messages": row["messages"][:-1]}
     sample = {"tokens": made.prompt, "response_tokens": made.response, "asked": row}
-    again = context.add(context.Context(HINT, "", place), sample, made, make, tokenizer)
+    again = teacher_context.add(
+        teacher_context.Context(HINT, "", place), sample, made, make, tokenizer
+    )
     assert again.told == told.told
     # Tokens alone take tokens.
     bare = {"tokens": made.prompt, "response_tokens": made.response, "more": [7, 8]}
-    alone = context.add(context.Context("", "more", place), bare, made, make, None)
+    alone = teacher_context.add(teacher_context.Context("", "more", place), bare, made, make, None)
     assert alone.told == [7, 8, *made.prompt]
     with pytest.raises(UserError, match="takes its context as token ids"):
-        context.add(context.Context(HINT, "", place), bare, made, make, tokenizer)
+        teacher_context.add(teacher_context.Context(HINT, "", place), bare, made, make, tokenizer)
 
 
 def own_rows(rows):
@@ -254,10 +248,10 @@ def test_a_mixture_is_of_probabilities(estimator):
     hidden, targets = draw(0, B, T, 4), jax.random.randint(keys[1], (B, T), 0, V)
     teachers = (draw(2, B, T, 3), draw(3, B, T, 6))
     heads = (draw(4, V, 3), draw(5, V, 6))
-    form = distributions.Divergence(k=3 if estimator == "topk" else 0)
+    form = divergences.Divergence(k=3 if estimator == "topk" else 0)
 
     def total(own, hidden_BTE, heads_VE, share):
-        stats = head.token_stats(
+        stats = fused_head.token_stats(
             hidden, own, targets, hidden_BTE, heads_VE, logits_mib=1e-3, divergence=form,
             teacher_share_BTN=share,
         )  # fmt: skip
@@ -305,7 +299,7 @@ def test_a_moving_average_is_kept_resumed_and_teaches(rank, sizes, files, tmp_pa
     c.opd.batch_size, c.opd.accumulate = 16, 1 if rank else 2
     c.mesh.fsdp, c.mesh.tensor = sizes[0], 1
     c.mesh.data = sizes[1]
-    train.run(c, tmp_path / "run")
+    loop.run(c, tmp_path / "run")
     described = policy.reader(str(tmp_path / "run"), "float32")
 
     def at(step: int, average: bool):
@@ -320,14 +314,14 @@ def test_a_moving_average_is_kept_resumed_and_teaches(rank, sizes, files, tmp_pa
     whole = at(3, True), at(3, False)
     shutil.copytree(tmp_path / "run", tmp_path / "again")
     shutil.rmtree(tmp_path / "again/checkpoints/3")
-    train.run(c, tmp_path / "again")
+    loop.run(c, tmp_path / "again")
     described = policy.reader(str(tmp_path / "again"), "float32")
     jax.tree.map(np.testing.assert_array_equal, whole, (at(3, True), at(3, False)))
     rows = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     if not rank:
         # Before the first update both teachers are the student.
         assert abs(rows[0]["train/divergence"]) < 1e-5 < rows[2]["train/divergence"]
-        export.export(tmp_path / "run", tmp_path / "out", average=True)
+        exporting.export(tmp_path / "run", tmp_path / "out", average=True)
         loaded = policy.load(policy.reader(str(tmp_path / "out"), "float32"), "float32").params
         np.testing.assert_array_equal(np.asarray(loaded["embed"]), whole[0]["embed"])
 
@@ -369,7 +363,7 @@ def test_a_moving_average_is_kept_resumed_and_teaches(rank, sizes, files, tmp_pa
 def test_what_cannot_teach_is_refused(objective, changes, words, files, monkeypatch):
     monkeypatch.setattr(policy, "load", None)  # before any weight is read
     with pytest.raises(UserError, match=words):
-        prepare.prepare(config(files, objective, **changes), mesh_lib.make(1, 1, 1))
+        setup.prepare(config(files, objective, **changes), mesh_lib.make(1, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -386,4 +380,4 @@ def test_what_has_no_past_is_refused(changes, words, files):
     c = config(files, teachers=("origin",))
     c.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=words):
-        prepare.prepare(c, mesh_lib.make(1, 1, 1))
+        setup.prepare(c, mesh_lib.make(1, 1, 1))

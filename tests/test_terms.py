@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from distill import terms
+from distill.rewards import terms
 from models.errors import UserError
 
 GOOD = terms.Response(

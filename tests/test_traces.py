@@ -11,7 +11,11 @@ import pytest
 from test_verbs import call, write
 
 from configs import base
-from distill import arithmetic, chat, data, generate, layout, metrics, rewards, sources, verify
+from distill import generate, verify
+from distill.data import arithmetic, chat, collate, dataset, sources
+from distill.rewards import graders
+from distill.rollout import sampler
+from distill.runtime import run_files
 from models.errors import UserError
 
 STUDENT = Path(__file__).parents[1] / "assets" / "student"
@@ -48,22 +52,22 @@ def test_a_stopped_generate_goes_on(
     with monkeypatch.context() as patch:
 
         def killed(path: Path, rows: Any) -> None:
-            metrics._begun(path)[0].write_text("".join(lines[:done]) + lines[done][:50])
+            run_files._begun(path)[0].write_text("".join(lines[:done]) + lines[done][:50])
             raise KeyboardInterrupt
 
-        patch.setattr(metrics, "extend_jsonl", killed)
+        patch.setattr(run_files, "extend_jsonl", killed)
         assert call(generate, *shared, *SETTINGS) == 130
     assert not out.exists()
     assert call(generate, *shared, *SETTINGS[:-1], "--seed=4") == 2
     assert "out.jsonl.partial is of another work: seed was 3, now 4" in capsys.readouterr().err
     sampled: list[int] = []
-    complete = generate.rollout.complete
+    complete = sampler.complete
 
     def counted(subject: Any, left: list, **options: Any) -> Any:
         sampled.append(len(left))
         return complete(subject, left, **options)
 
-    monkeypatch.setattr(generate.rollout, "complete", counted)
+    monkeypatch.setattr(sampler, "complete", counted)
     assert call(generate, *shared, *SETTINGS) == 0
     assert sampled == [8 - done]
     for row, whole in zip(read(out), read(traces), strict=True):
@@ -77,10 +81,10 @@ def test_a_stopped_generate_goes_on(
 def test_nothing_left_to_generate(traces: Path, tmp_path: Path) -> None:
     """Killed between the last row and the end."""
     about = {"a": 1}
-    assert metrics.begun_jsonl(tmp_path / "x.jsonl", about) == 0
+    assert run_files.begun_jsonl(tmp_path / "x.jsonl", about) == 0
     (tmp_path / "x.jsonl.partial").write_text("{}\n{}\n")
-    assert metrics.begun_jsonl(tmp_path / "x.jsonl", about) == 2
-    metrics.extend_jsonl(tmp_path / "x.jsonl", [])
+    assert run_files.begun_jsonl(tmp_path / "x.jsonl", about) == 2
+    run_files.extend_jsonl(tmp_path / "x.jsonl", [])
     assert (tmp_path / "x.jsonl").read_text() == "{}\n{}\n"
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -95,7 +99,7 @@ def test_verified_samples_are_the_correct_ones(traces: Path, tmp_path: Path, cap
             sample["tokens"]
             for sample in row["samples"]
             if sample["finish_reason"] == "stop"
-            and rewards.grade_arithmetic(sample["text"], row["answer"]) == "correct"
+            and graders.grade_arithmetic(sample["text"], row["answer"]) == "correct"
         ]
         expected += [good] if good else []
     found = [[s["tokens"] for s in row["samples"]] for row in read(out)]
@@ -117,7 +121,7 @@ def test_traces_are_learned_by_their_tokens(traces: Path, tmp_path: Path) -> Non
     for keep in ("all", "finished", "correct"):
         c = base.stage("sft").data
         c.source, c.keep = str(verified), keep
-        source = data.load(c, tokenizer, 0, True)
+        source = dataset.load(c, tokenizer, 0, True)
         kept[keep] = [source.example(i) for i in range(source.size)]
     rows = read(verified)
     samples = [(row, sample) for row in rows for sample in row["samples"]]
@@ -143,8 +147,8 @@ def test_stored_top_log_probs_come_along(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", [{"prompt_tokens": [1, 2], "samples": samples}])
     c = base.stage("sft").data
     c.source = str(path)
-    source = data.load(c, None, 0, True)
-    batch = layout.batch([[source.example(0), source.example(1)]], 10, 3, top_k=2)
+    source = dataset.load(c, None, 0, True)
+    batch = collate.batch([[source.example(0), source.example(1)]], 10, 3, top_k=2)
     assert batch.teacher_top_BTK is not None
     ids, logp = map(np.asarray, batch.teacher_top_BTK)
     mask = np.asarray(batch.mask_BT)
@@ -153,15 +157,15 @@ def test_stored_top_log_probs_come_along(tmp_path: Path) -> None:
     np.testing.assert_allclose(logp[mask], [[-0.1, -2.5]] * 5)
     assert not ids[~mask].any() and mask.sum() == 5
     with pytest.raises(UserError, match=r"t\.jsonl:1 sample 0: top_logprobs has 3, not 4"):
-        layout.batch([[source.example(0)]], 10, 3, top_k=4)
+        collate.batch([[source.example(0)]], 10, 3, top_k=4)
     del samples[1]["top_logprobs"]
     write(path, [{"prompt_tokens": [1, 2], "samples": samples}])
     with pytest.raises(UserError, match=r"t\.jsonl:1 sample 1: no top_logprobs"):
-        layout.batch([[data.load(c, None, 0, True).example(1)]], 10, 3, top_k=2)
+        collate.batch([[dataset.load(c, None, 0, True).example(1)]], 10, 3, top_k=2)
     samples[0]["top_logprobs"].pop()
     write(path, [{"prompt_tokens": [1, 2], "samples": samples}])
     with pytest.raises(UserError, match="top_logprobs of 3 tokens, response of 4"):
-        data.load(c, None, 0, True)
+        dataset.load(c, None, 0, True)
 
 
 SAMPLE = {"tokens": [1], "text": "It is 12.", "finish_reason": "stop"}
@@ -200,13 +204,13 @@ def test_what_was_not_graded_is_not_kept_as_correct(tmp_path: Path) -> None:
     c = base.stage("sft").data
     c.source, c.keep = str(path), "correct"
     with pytest.raises(UserError, match=r"t\.jsonl:1: config\.data\.keep=correct, but its samples"):
-        data.load(c, None, 0, True)
+        dataset.load(c, None, 0, True)
     c.on_bad_row = "skip"
     right = {"prompt_tokens": [1], "samples": [{**SAMPLE, "correct": True}]}
     path.write_text("{\n" + path.read_text() + json.dumps(right) + "\n")
-    source = data.load(c, None, 0, True)
+    source = dataset.load(c, None, 0, True)
     assert source.size == 1 and list(source.skipped) == [f"{path}:1", f"{path}:2"]
     write(path, [{"prompt_tokens": [1], "samples": [{**SAMPLE, "correct": False}]}])
     with pytest.raises(UserError, match=r"keep=correct leaves none of its samples"):
-        data.load(c, None, 0, True)
+        dataset.load(c, None, 0, True)
     assert json.loads(path.read_text())["samples"]

@@ -12,19 +12,12 @@ from ml_collections import ConfigDict
 from test_chat import without
 
 from configs import base, quickstart
-from distill import (
-    data,
-    export,
-    metrics,
-    microbatches,
-    packing,
-    policy,
-    prepare,
-    rollout,
-    train,
-    trainer,
-)
-from distill import mesh as mesh_lib
+from distill import rollout
+from distill.data import dataset, packing
+from distill.policy import exporting, policy
+from distill.runtime import mesh as mesh_lib
+from distill.runtime import run_files
+from distill.training import loop, microbatches, setup, trainer
 from models.errors import UserError
 from models.qwen3 import weights
 
@@ -99,7 +92,7 @@ def transcripts(workdir):
 def whole(models, tmp_path_factory):
     """A run that nobody stopped."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    train.run(config(models), workdir)
+    loop.run(config(models), workdir)
     return workdir
 
 
@@ -122,10 +115,10 @@ def test_stopped_and_resumed_is_bitwise_the_same(whole, models, tmp_path, monkey
     with monkeypatch.context() as patch:
         stop_after(patch, step)
         with pytest.raises(SystemExit) as stopped:
-            train.run(config(models), tmp_path)
+            loop.run(config(models), tmp_path)
     assert stopped.value.code == 128 + signal.SIGTERM
     assert len(numbers(tmp_path)) == step + 1
-    train.run(config(models), tmp_path)
+    loop.run(config(models), tmp_path)
     assert numbers(tmp_path) == numbers(whole)
     assert transcripts(tmp_path) == transcripts(whole)
     same = jax.tree.map(np.array_equal, final(tmp_path, models), final(whole, models))
@@ -145,11 +138,11 @@ def test_a_budget_parks_rows_and_loses_none(models, tmp_path, monkeypatch):
         return written(rows)
 
     monkeypatch.setattr(microbatches, "written", noted)
-    train.run(c, tmp_path / "whole")
+    loop.run(c, tmp_path / "whole")
     rows, trained[:] = [row for step in trained for row in step], []
-    source, asked = prepare.prepare(c, mesh_lib.make(1, 1, 1)).stages[0].source, []
+    source, asked = setup.prepare(c, mesh_lib.make(1, 1, 1)).stages[0].source, []
     for step in range(5):
-        examples = data.at(source, step, 2, c.seed)
+        examples = dataset.at(source, step, 2, c.seed)
         key = jax.random.fold_in(jax.random.key(c.seed), step)
         asked += [(row.prompt, row.key) for row in rollout.expand_prompts(examples, 2, key, 16)]
     assert sorted(row[:2] for row in rows) == sorted(asked[: len(rows)])
@@ -157,8 +150,8 @@ def test_a_budget_parks_rows_and_loses_none(models, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
         with pytest.raises(SystemExit):
-            train.run(c, tmp_path / "stopped")
-    train.run(c, tmp_path / "stopped")
+            loop.run(c, tmp_path / "stopped")
+    loop.run(c, tmp_path / "stopped")
     assert [row for step in trained for row in step] == rows
     assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")
     same = jax.tree.map(
@@ -170,7 +163,7 @@ def test_a_budget_parks_rows_and_loses_none(models, tmp_path, monkeypatch):
 def test_a_budget_that_ends_no_row_trains_nothing(models, tmp_path, capsys):
     c = config(models)
     c.stages, c.opd.steps, c.opd.rollout.budget, c.opd.rollout.segment = ("opd",), 2, 4, 1
-    train.run(c, tmp_path)
+    loop.run(c, tmp_path)
     first, last = numbers(tmp_path)
     assert first["rollout/ended"] == first["train/trained_tokens"] == 0
     assert first["train/loss"] is None and first["train/grad_norm"] == 0
@@ -184,7 +177,7 @@ def test_killed_without_a_word(whole, models, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    write = metrics.Writer.write
+    write = run_files.Writer.write
 
     def killed(self, at, stage, row):
         write(self, at, stage, row)
@@ -192,10 +185,10 @@ def test_killed_without_a_word(whole, models, tmp_path, monkeypatch):
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(metrics.Writer, "write", killed)
+        patch.setattr(run_files.Writer, "write", killed)
         with pytest.raises(Killed):
-            train.run(config(models), tmp_path)
-    train.run(config(models), tmp_path)
+            loop.run(config(models), tmp_path)
+    loop.run(config(models), tmp_path)
     assert numbers(tmp_path) == numbers(whole)
     same = jax.tree.map(np.array_equal, final(tmp_path, models), final(whole, models))
     assert all(jax.tree.leaves(same))
@@ -206,7 +199,7 @@ def test_metrics_come_a_step_late(models, tmp_path, monkeypatch):
     checkpoint all are."""
     c, seen = config(models), []
     c.stages, c.opd.steps, c.checkpoint.every = ("opd",), 4, 3
-    take, write, save = trainer.Trainer.step, metrics.Writer.write, train.Checkpoints.save
+    take, write, save = trainer.Trainer.step, run_files.Writer.write, loop.Checkpoints.save
 
     def step(self, state, *given):
         seen.append(("step", int(state.step)))
@@ -222,16 +215,16 @@ def test_metrics_come_a_step_late(models, tmp_path, monkeypatch):
         return save(self, at, *given, **further)
 
     monkeypatch.setattr(trainer.Trainer, "step", step)
-    monkeypatch.setattr(metrics.Writer, "write", written)
-    monkeypatch.setattr(train.Checkpoints, "save", saved)
-    train.run(c, tmp_path)
+    monkeypatch.setattr(run_files.Writer, "write", written)
+    monkeypatch.setattr(loop.Checkpoints, "save", saved)
+    loop.run(c, tmp_path)
     expected = "step 0, step 1, row 0, step 2, row 1, row 2, saved 3, step 3, row 3, saved 4"
     assert ", ".join(f"{what} {n}" for what, n in seen) == expected
 
 
 def test_a_finished_run_has_nothing_to_do(whole, models):
     before = numbers(whole)
-    train.run(config(models), whole)
+    loop.run(config(models), whole)
     assert numbers(whole) == before
 
 
@@ -325,7 +318,7 @@ def test_bad_config(models, tmp_path, name):
     apply(c)
     workdir = tmp_path / "run"
     with pytest.raises(UserError) as error:
-        train.run(c, workdir)
+        loop.run(c, workdir)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
     assert not workdir.exists()
@@ -348,7 +341,7 @@ def test_bad_rows(models, tmp_path, text, words):
     path.write_text(text)
     c.opd.data.source = str(path)
     with pytest.raises(UserError) as error:
-        train.run(c, tmp_path / "run")
+        loop.run(c, tmp_path / "run")
     assert words in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -364,7 +357,7 @@ def test_other_tokenizer(models, tmp_path):
     c = config(models)
     c.teacher.path = str(other)
     with pytest.raises(UserError) as error:
-        train.run(c, tmp_path / "run")
+        loop.run(c, tmp_path / "run")
     assert str(other) in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -378,14 +371,14 @@ def test_a_base_student_takes_the_tokenizer_of_its_teacher(models, tmp_path):
     c = config(models)
     c.student.path = str(student)
     with pytest.raises(UserError, match=r"only .*; --config\.student\.tokenizer=\S+ gives"):
-        train.run(c, tmp_path / "run")
+        loop.run(c, tmp_path / "run")
     c.student.tokenizer = c.teacher.get_ref("path")  # as a recipe would
     c.stages = ("sft",)
-    train.run(c, tmp_path / "run")
+    loop.run(c, tmp_path / "run")
     (first, *_) = transcripts(tmp_path / "run").values()
     rows = [json.loads(line) for line in first.splitlines()]
     assert len(rows) == 3 and all("<think>\n" in row["response"] for row in rows)
-    export.export(tmp_path / "run", tmp_path / "out")
+    exporting.export(tmp_path / "run", tmp_path / "out")
     teacher = policy.describe(models[1], "float32", False, mesh_lib.make(1, 1, 1))
     for path in (tmp_path / "run", tmp_path / "out"):
         found = policy.describe(str(path), "float32", False, mesh_lib.make(1, 1, 1))
@@ -400,14 +393,14 @@ def test_changed_config_on_resume(whole, models):
     c.opd.optim.learning_rate = 2e-3
     before = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
     with pytest.raises(UserError, match=r"config\.opd\.optim\.learning_rate was 0.001, now 0.002"):
-        train.run(c, whole)
+        loop.run(c, whole)
     assert {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()} == before
 
 
 def test_what_may_change_on_resume(whole, models):
     c = config(models)
     c.checkpoint.every, c.log.transcripts = 1, 0
-    train.run(c, whole)
+    loop.run(c, whole)
 
 
 @pytest.mark.parametrize("get_config", [quickstart.get_config])
@@ -436,7 +429,7 @@ def curve(models, workdir, fsdp, tensor, expert=1, context=1, stages=("sft", "op
     c.stages = stages
     c.mesh = {"data": 1, "fsdp": fsdp, "tensor": tensor, "expert": expert, "context": context}
     c.sft.batch_size = c.opd.batch_size = 8
-    train.run(c, workdir)
+    loop.run(c, workdir)
     return numbers(workdir)
 
 

@@ -17,10 +17,10 @@ import pytest
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # it warns that what we compare with may change
 
-from distill import advantages, losses
-from distill.distributions import Divergence
-from distill.head import token_stats
-from distill.losses import TABLE, Loss
+from distill.objectives import advantages, losses
+from distill.objectives.divergences import Divergence
+from distill.objectives.fused_head import token_stats
+from distill.objectives.losses import TABLE, Loss
 
 torch: Any = pytest.importorskip("torch")
 pytest.importorskip("trl")

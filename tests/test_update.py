@@ -10,9 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from distill import forward, losses, update
-from distill import mesh as mesh_lib
 from distill.batch import Batch
+from distill.objectives import losses
+from distill.policy import forward
+from distill.runtime import mesh as mesh_lib
+from distill.training import update
 from models.errors import UserError
 from models.qwen3 import model
 from models.qwen3.config import Config

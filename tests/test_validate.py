@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from test_train import config, final, models, numbers  # noqa: F401  (models is a fixture)
 
-from distill import evaluate, export, policy, responses, train, validate
-from distill.checkpoint import Checkpoints
+from distill.evaluation import evaluator, records, responses, tasks
+from distill.policy import exporting, policy
+from distill.runtime.checkpoint import Checkpoints
+from distill.training import eval_hook, loop
 from models.errors import UserError
 
 
@@ -27,13 +29,13 @@ def settings(models, **changes):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def student(models) -> policy.Policy:  # noqa: F811
-    return policy.describe(models[0], "float32", False, train.mesh_lib.make(1, 1, 1))
+    return policy.describe(models[0], "float32", False, loop.mesh_lib.make(1, 1, 1))
 
 
 @pytest.fixture(scope="module")
 def whole(models, tmp_path_factory) -> Path:  # noqa: F811
     workdir = tmp_path_factory.mktemp("validated") / "run"
-    train.run(settings(models), workdir)
+    loop.run(settings(models), workdir)
     return workdir
 
 
@@ -63,7 +65,7 @@ def best_step(workdir: Path) -> int:
 
 
 def test_evaluations_change_nothing_that_is_trained(whole, models, tmp_path) -> None:  # noqa: F811
-    train.run(config(models), tmp_path / "run")
+    loop.run(config(models), tmp_path / "run")
     same(whole, tmp_path / "run", models)
 
 
@@ -78,11 +80,11 @@ def test_at_steps_and_after_each_stage(whole) -> None:
 def test_an_evaluation_is_that_of_the_verb(whole) -> None:
     """The last evaluation and that of the finished run's directory give the same responses."""
     subject = policy.reader(str(whole), "float32")
-    rows = evaluate.benchmarks.problems("arithmetic", "", 3)
+    rows = tasks.problems("arithmetic", "", 3)
     with policy.use(subject):
         subject = policy.load(subject, "float32")
         out = whole.parent / "again"
-        evaluate.evaluate(
+        evaluator.evaluate(
             subject,
             "arithmetic",
             rows,
@@ -91,7 +93,7 @@ def test_an_evaluation_is_that_of_the_verb(whole) -> None:
             ks=[1],
             thinking=True,
             max_new_tokens=8,
-            sampling=evaluate.rollout.Sampling(0.0),
+            sampling=evaluator.rollout.Sampling(0.0),
             seed=0,
             batch_size=4,
             name="greedy",
@@ -112,8 +114,8 @@ def test_the_best_is_a_run_directory(whole, tmp_path) -> None:
     assert step == min(s for s, length in found.items() if length == found[step])  # ties: the first
     subject = policy.load(policy.reader(str(whole / "best"), "float32"), "float32")
     weights = json.loads((whole / f"eval/{step:06d}/protocol.json").read_text())["weights"]
-    assert evaluate.results.fingerprint(subject.params) == weights
-    export.export(whole / "best", tmp_path / "model", None, "float32")
+    assert records.fingerprint(subject.params) == weights
+    exporting.export(whole / "best", tmp_path / "model", None, "float32")
     exported = policy.load(policy.reader(str(tmp_path / "model"), "float32"), "float32")
     for a, b in zip(jax.tree.leaves(subject.params), jax.tree.leaves(exported.params), strict=True):
         assert np.array_equal(a, b)
@@ -134,9 +136,9 @@ def test_stopped_in_an_evaluation(whole, models, tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(responses, "judged", judged)
     with pytest.raises(Killed):
-        train.run(settings(models), workdir)
+        loop.run(settings(models), workdir)
     monkeypatch.undo()
-    train.run(settings(models), workdir)
+    loop.run(settings(models), workdir)
     same(whole, workdir, models)
     assert best_step(workdir) == best_step(whole)
     assert evals(workdir) == evals(whole)
@@ -151,11 +153,11 @@ def test_another_eval_may_follow(whole, models, tmp_path, capsys) -> None:  # no
     first = settings(models)
     first.stages = c.stages
     first.checkpoint.every = 4
-    train.run(first, workdir)
+    loop.run(first, workdir)
     with Checkpoints(workdir / "checkpoints", every=1) as saved:
         assert saved._manager is not None
         saved._manager.delete(5)
-    train.run(c, workdir)
+    loop.run(c, workdir)
     assert "was the best of another config.eval" in capsys.readouterr().err
     assert best_step(workdir) == 5
     assert sorted(lengths(workdir)) == [2, 4, 5]
@@ -177,18 +179,18 @@ def test_another_eval_may_follow(whole, models, tmp_path, capsys) -> None:  # no
 )
 def test_bad_evals_are_refused(student, models, changes, words) -> None:  # noqa: F811
     with pytest.raises(UserError) as error:
-        validate.prepare(settings(models, **changes).eval, student)
+        eval_hook.prepare(settings(models, **changes).eval, student)
     assert words in str(error.value)
 
 
 def test_they_are_refused_before_training(models, tmp_path) -> None:  # noqa: F811
     with pytest.raises(UserError, match=r"config\.eval\.every"):
-        train.run(settings(models, every=-1), tmp_path / "run")
+        loop.run(settings(models, every=-1), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_none_is_the_default(student, models) -> None:  # noqa: F811
     c = config(models)
-    assert validate.prepare(c.eval, student) is None
-    with validate.judging(None, student, Path("nowhere"), 0) as judge:
+    assert eval_hook.prepare(c.eval, student) is None
+    with eval_hook.judging(None, student, Path("nowhere"), 0) as judge:
         assert not judge.due(1, True) and not judge.due(4, False)

@@ -18,9 +18,12 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from configs import base
-from distill import cli, evaluate, export, generate, metrics, optim, policy, score, train, update
-from distill import mesh as mesh_lib
-from distill.checkpoint import Checkpoints
+from distill import evaluate, export, generate, score
+from distill.policy import policy
+from distill.runtime import cli, run_files
+from distill.runtime import mesh as mesh_lib
+from distill.runtime.checkpoint import Checkpoints
+from distill.training import loop, optim, update
 from models.errors import UserError
 
 PROMPTS = [[5], [7, 3, 90], list(range(40, 59)), [11, 12, 13, 14, 130, 0, 1]]
@@ -94,7 +97,7 @@ def run(chatty: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("runs") / "x"
     c = base.get_config()
     c.student.path = str(chatty)
-    metrics.write_text(workdir / "config.json", c.to_json_best_effort())
+    run_files.write_text(workdir / "config.json", c.to_json_best_effort())
     student = policy.describe(str(chatty), "float32", False, mesh_lib.make(1, -1, 1))
     with Checkpoints(workdir / "checkpoints", every=1, keep=None) as checkpoints:
         for step in STEPS:
@@ -533,7 +536,7 @@ def test_bad_models_are_refused_by_every_verb(name, chatty, run, tmp_path, capsy
         run_config[role].path = str(model)
         run_config.opd.max_prompt_tokens, run_config.opd.max_response_tokens = 64, 8
         with pytest.raises(UserError) as error:
-            train.run(run_config, out)
+            loop.run(run_config, out)
         assert said in str(error.value) and str(model) in str(error.value)
         assert sorted(p.name for p in tmp_path.rglob("*")) == before, role
 

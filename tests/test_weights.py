@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from distill import policy
+from distill.policy import policy
 from models.errors import UserError
 from models.qwen3 import model, weights
 from models.qwen3.config import SIZES, Config

@@ -16,9 +16,9 @@ from distill.rollout.sampler import (
     row_keys,
     sample,
 )
+from distill.rollout.sampling import Sampling
 from distill.rollout.sequence import Sequence
 from distill.rollout.simulate import Simulated, lengths, simulate
-from distill.sampling import Sampling
 
 __all__ = [
     "REMEMBER",

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from distill import mesh as mesh_lib
 from distill.rollout.sequence import Sequence
+from distill.runtime import mesh as mesh_lib
 
 
 @dataclasses.dataclass

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from distill import mesh as mesh_lib
-from distill.sampling import Sampling, draw, model_logp, model_top
+from distill.rollout.sampling import Sampling, draw, model_logp, model_top
+from distill.runtime import mesh as mesh_lib
 from models.qwen3 import lora, model, moe, quantised
 from models.qwen3.model import Params, Qwen3
 from models.qwen3.pages import Pages, init_pages

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from distill import mesh as mesh_lib
 from distill.rollout import decode
 from distill.rollout.options import Options, fewer_rows, line_sizes
 from distill.rollout.scheduler import Scheduler, Seat
 from distill.rollout.sequence import Sequence
+from distill.runtime import mesh as mesh_lib
 from models.qwen3.model import Params
 
 REFILL = 16  # part of the rows that must be free before a segment ends for the sequences waiting

@@ -6,9 +6,9 @@ import sys
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from distill import mesh as mesh_lib
-from distill.policy import DTYPES, PARAM_DTYPES
+from distill.policy.policy import DTYPES, PARAM_DTYPES
 from distill.rollout.decode import CacheShape, least_rows
+from distill.runtime import mesh as mesh_lib
 from models.errors import UserError
 from models.qwen3 import pages
 from models.qwen3.config import Config

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from distill import data
-from distill import mesh as mesh_lib
-from distill.policy import Policy
+from distill.data import dataset
+from distill.policy.policy import Policy
 from distill.rollout import decode
 from distill.rollout.engine import Engine
 from distill.rollout.options import Options, cache_shape, segment_steps
+from distill.rollout.sampling import Sampling
 from distill.rollout.sequence import Sequence
-from distill.sampling import Sampling
+from distill.runtime import mesh as mesh_lib
 from models.errors import UserError
 from models.qwen3.model import Params, Qwen3
 
@@ -43,7 +43,7 @@ def _row_keys(key: jax.Array, prompts_B: jax.Array, samples_B: jax.Array) -> jax
 
 
 def expand_prompts(
-    examples: abc.Sequence[data.Example], samples: int, key: jax.Array, limit: int
+    examples: abc.Sequence[dataset.Example], samples: int, key: jax.Array, limit: int
 ) -> list[Sequence]:
     """`samples` sequences for each example, of at most `limit` tokens, under the key of a step."""
     numbers_B, samples_B = np.divmod(np.arange(len(examples) * samples), samples)

@@ -3,8 +3,8 @@
     hidden_BTD, cache = Qwen3(config).apply({"params": p}, tokens_BT, positions_BT, segments_BT)
 
 The model returns final hidden states, never logits: whoever needs logits streams `head(params)`
-over them (distill/losses.py), so that [B, T, V] need not exist. Positions, segments and the cache
-are arguments; nothing is inferred from padding ids.
+over them (distill/objectives/fused_head.py), so that [B, T, V] need not exist. Positions, segments
+and the cache are arguments; nothing is inferred from padding ids.
 
 Letters in names: B sequences, T tokens, S cache slots, N query heads, K key/value heads, Q = N/K,
 H head dim, D model, F feed-forward, V vocabulary, L layers.

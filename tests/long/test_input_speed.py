@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 
 from configs import base, tiny_teacher
-from distill import chat, data, layout, losses, mesh, optim, packing, policy, update
+from distill.data import chat, collate, dataset, packing
+from distill.objectives import losses
+from distill.policy import policy
+from distill.runtime import mesh
+from distill.training import optim, update
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,11 +29,11 @@ def test_input_is_twenty_times_as_fast_as_a_tiny_step(shared_data: Path) -> None
     }.items():
         c = base.stage("sft").data
         c.mixture, c.check = mixture, 100
-        source = data.load(c, tokenizer, 0, True)
+        source = dataset.load(c, tokenizer, 0, True)
         packer = packing.Packer(source, 0, 8, 4096, 3584)
         begin, tokens = time.perf_counter(), 0
         for step in range(32):
-            batch = layout.batch(packer.rows(step), 4096, 3584)
+            batch = collate.batch(packer.rows(step), 4096, 3584)
             tokens += int((np.asarray(batch.segments_BT) > 0).sum())
         figures[name] = tokens / (time.perf_counter() - begin)
 
@@ -39,10 +43,10 @@ def test_input_is_twenty_times_as_fast_as_a_tiny_step(shared_data: Path) -> None
     with policy.use(model):
         model = policy.randomise(model, jax.random.key(0))
         state = update.init(optim.make(s.optim, s.steps), model.params, 0)
-        source = data.load(s.data, model.tokenizer, 0, True)
+        source = dataset.load(s.data, model.tokenizer, 0, True)
         optimizer = optim.make(s.optim, s.steps)
         programs = update.make(model.model, optimizer, losses.TABLE["sft"], 1, 128.0, state)
-        batch = layout.traces(data.at(source, 0, s.batch_size, 0), 60, 52)
+        batch = collate.traces(dataset.at(source, 0, s.batch_size, 0), 60, 52)
         tokens = int((np.asarray(batch.segments_BT) > 0).sum())
         for repeat in range(12):
             if repeat == 2:  # compiled, and warm

@@ -9,7 +9,7 @@ from helpers import TOKENIZER, tiny_qwen3
 from test_evaluate import STOPS, killed
 from test_rewards import HOSTILE, MORE_HOSTILE, withstand
 
-from distill import rewards
+from distill.rewards import graders
 
 
 def test_killed_ten_times(tmp_path: Path) -> None:
@@ -27,19 +27,19 @@ def test_graders_keep_up(shared_data: Path, name: str) -> None:
     rows = [json.loads(line) for line in lines]
     texts = [(r["completion"], r["answer"]) for r in rows if "completion" in r]
     texts += [(text, r["answer"]) for r in rows for text in r.get("completions", ())]
-    with rewards.Grader(workers=2) as grader:
+    with graders.Grader(workers=2) as grader:
         grader.grade(name, ["0.5", "0.5"], ["0.5", "0.5"])
         start = time.monotonic()
         grader.grade(name, *map(list, zip(*texts, strict=True)))
         pace = len(texts) / (time.monotonic() - start)
     start = time.monotonic()
     for pair in texts:
-        rewards.grade_math(*pair)
+        graders.grade_math(*pair)
     alone = len(texts) / (time.monotonic() - start)
     print(f"{name}: {pace:.0f} answers a second, {pace / alone:.2f} of math-verify alone")
     assert pace >= min(200, alone / 3)
 
 
 def test_all_that_is_hostile() -> None:
-    with rewards.Grader(timeout=2.0) as grader:
+    with graders.Grader(timeout=2.0) as grader:
         withstand(grader, HOSTILE | MORE_HOSTILE, 2.0)

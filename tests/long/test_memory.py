@@ -20,13 +20,14 @@ WATCHED = """
 import sys
 from pathlib import Path
 from typing import Any
-from distill import cli, {verb} as verb, metrics
+from distill import {verb} as verb
+from distill.runtime import cli, run_files
 
 def resident():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(x.split()[1]) for x in lines if x.startswith("RssAnon:"))  # KiB
 
-add, written = metrics.Lines.add, 0
+add, written = run_files.Lines.add, 0
 def noted(self, rows):
     global written
     rows = list(rows)
@@ -34,7 +35,7 @@ def noted(self, rows):
     written += len(rows)
     if written % 100 == 0:
         print(written, resident(), file=sys.stderr)
-metrics.Lines.add = noted
+run_files.Lines.add = noted
 cli.run(verb.main, verb.OPTIONS)
 """
 

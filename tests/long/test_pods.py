@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from processes import end, run, said, start, wait_for
 
-from distill import locate, policy
-from distill import mesh as mesh_lib
+from distill.policy import hub, policy
+from distill.runtime import mesh as mesh_lib
 
 TINY = ["--config.mesh.fsdp=-1", "--config.checkpoint.every=1", "--config.log.transcripts_every=1"]
 EVAL = ["--config.eval.every=2", "--config.eval.benchmark=arithmetic", "--config.eval.data="]
@@ -60,7 +60,7 @@ def trained(workdir: Path) -> dict[str, np.ndarray]:
     run = policy.describe(str(workdir), "float32", False, mesh_lib.make(1, 1, 1))
     params, step = policy.restore_trained(run, None)
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    assert locate.lora_of(str(workdir)) or len(leaves) > 5
+    assert hub.lora_of(str(workdir)) or len(leaves) > 5
     return {f"{step}{jax.tree_util.keystr(path)}": np.asarray(x) for path, x in leaves}
 
 

@@ -17,19 +17,21 @@ if count > 1:
     jax.distributed.initialize(f"localhost:{port}", count, number)
 import numpy as np
 from configs import base
-from distill import chat, collect, data, losses, prepare
-from distill import mesh as mesh_lib
+from distill.data import chat, dataset
+from distill.objectives import losses
+from distill.runtime import mesh as mesh_lib
+from distill.training import collect, setup
 from jax.experimental import multihost_utils
 
 c = base.stage("sft")
 c.batch_size, c.max_prompt_tokens, c.max_response_tokens = 4, 48, 16  # 12 rows: one epoch
 c.data.source = "assets/rows/gsm8k.jsonl"
 read = []
-source = data.load(c.data, chat.load_tokenizer("assets/teacher"), 0, True)
+source = dataset.load(c.data, chat.load_tokenizer("assets/teacher"), 0, True)
 example = source.example
 noted = lambda i: (read.append(i), example(i))[1]
-source = data.Source(source.size, noted)
-stage = prepare.Stage("sft", c, 0, source, None, losses.TABLE["sft"], 0)
+source = dataset.Source(source.size, noted)
+stage = setup.Stage("sft", c, 0, source, None, losses.TABLE["sft"], 0)
 mesh = mesh_lib.make(1, -1, 1)
 who = types.SimpleNamespace(replays=False)
 draw = collect.batches(who, stage, 0, mesh, 1.0, None)

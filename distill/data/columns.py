@@ -1,0 +1,183 @@
+"""What the columns of well-known sets mean: a row of theirs as a row of ours.
+
+A row of ours has a prompt: `messages`, `question`, `prompt` (plain text) or `tokens`; perhaps what
+is learned after it: `response`, `solution` or `response_tokens`, and `direct` in its place where
+the mode is not to think; perhaps its own mode, `thinking` (true or false); and perhaps an `answer`,
+which graders compare with. An adapter adds these to a row and leaves the rest as it is.
+"""
+
+from collections.abc import Callable
+
+from distill.rewards import graders
+from models.errors import UserError
+
+SPEAKERS = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+def thought(reasoning: str, final: str) -> str:
+    """A response in the form that Qwen3 writes: a think block, then the final text."""
+    return f"<think>\n{reasoning.strip()}\n</think>\n\n{final.strip()}"
+
+
+def _closed(text: str) -> str:
+    """DeepSeek-R1's own form, with the tag that its template has already written put back."""
+    opens = text.lstrip().startswith("<think>")
+    return text if opens or "</think>" not in text else f"<think>\n{text.lstrip()}"
+
+
+def _gsm8k(row: dict, traces: bool) -> dict:
+    if not isinstance(row["answer"], str) or "####" not in row["answer"]:
+        # A worked solution that does not end as GSM8K's do is no answer to compare with.
+        worked = isinstance(row["answer"], str) and ("\n" in row["answer"] or "<<" in row["answer"])
+        return {"answer": ""} if worked else {}
+    solution, answer = row["answer"], row["answer"].rpartition("####")[2]
+    return {"solution": row.get("solution", solution), "answer": answer.strip().replace(",", "")}
+
+
+def _math(row: dict, traces: bool) -> dict:
+    found = {"question": row["problem"]}
+    if "answer" not in row and isinstance(row.get("solution"), str):
+        answer = graders.boxed(row["solution"])
+        found |= {} if answer is None else {"answer": answer}
+    return found
+
+
+def _deepmath(row: dict, traces: bool) -> dict:
+    return {"answer": row["final_answer"], "response": _closed(row["r1_solution_1"])}
+
+
+def _s1k(row: dict, traces: bool) -> dict:
+    """s1K has a list of Gemini's thoughts, s1K-1.1 those of DeepSeek-R1 in columns of their own."""
+    if "deepseek_attempt" in row:
+        reasoning, final = row["deepseek_thinking_trajectory"], row["deepseek_attempt"]
+    else:
+        reasoning, final = "\n".join(row["thinking_trajectories"]), row["attempt"]
+    return {"response": thought(reasoning, final)}
+
+
+def _openr1(row: dict, traces: bool) -> dict:
+    """The first generation that is whole and that math-verify found correct."""
+    if not traces:
+        return {"question": row["problem"]}
+    verified = zip(
+        row["generations"],
+        row["correctness_math_verify"],
+        row.get("is_reasoning_complete") or [True] * len(row["generations"]),
+        strict=True,
+    )
+    for text, correct, complete in verified:
+        if correct and complete:
+            return {"question": row["problem"], "response": _closed(text)}
+    raise UserError("generations: none is complete and verified correct")
+
+
+def _conversations(row: dict, traces: bool) -> dict:
+    turns = row["conversations"]
+    if isinstance(turns, dict):  # TFDS and old `datasets` turn a list of objects inside out
+        pairs = zip(turns["from"], turns["value"], strict=True)
+        turns = [{"from": speaker, "value": value} for speaker, value in pairs]
+    messages = []
+    for number, turn in enumerate(turns):
+        speaker = turn.get("from", turn.get("role")) if isinstance(turn, dict) else turn
+        if speaker not in SPEAKERS:
+            raise UserError(
+                f"conversations[{number}].from {speaker!r} is none of {', '.join(SPEAKERS)}"
+            )
+        content = turn.get("value", turn.get("content"))
+        messages.append({"role": SPEAKERS[speaker], "content": content})
+    return {"messages": messages}
+
+
+def _thinking(row: dict, traces: bool) -> dict:
+    return {"response": thought(row["thinking"], row["content"])}
+
+
+def _verl(row: dict, traces: bool) -> dict:
+    found = {"messages": row["prompt"], "answer": row["reward_model"]["ground_truth"]}
+    return found if isinstance(row["prompt"], list) else {"answer": found["answer"]}
+
+
+def _tulu(row: dict, traces: bool) -> dict:
+    """Tulu 3: a chat that ends with an answer. To be asked is what stands before it."""
+    last = row["messages"][-1]
+    asked = not traces and isinstance(last, dict) and last.get("role") == "assistant"
+    return {"messages": row["messages"][:-1]} if asked else {}
+
+
+def _completion(row: dict, traces: bool) -> dict:
+    if isinstance(row["prompt"], str):
+        return {"response": row["completion"]}
+    return {"messages": row["prompt"] + row["completion"]}
+
+
+# name -> (columns it needs, what it adds to a row that is a trace to learn, or else a prompt). The
+# first whose columns are there is taken; orca_math has the columns of any set of questions and
+# answers, and is taken by its name alone.
+ADAPTERS: dict[str, tuple[tuple[str, ...], Callable[[dict, bool], dict]]] = {
+    "s1k-1.1": (("question", "deepseek_thinking_trajectory", "deepseek_attempt"), _s1k),
+    "s1k": (("question", "thinking_trajectories", "attempt"), _s1k),
+    "deepmath": (("question", "final_answer", "r1_solution_1"), _deepmath),
+    "openr1_math": (("problem", "generations", "correctness_math_verify"), _openr1),
+    "thinking": (("question", "thinking", "content"), _thinking),
+    "conversations": (("conversations",), _conversations),  # OpenThoughts3, ShareGPT
+    "verl": (("prompt", "reward_model"), _verl),  # DAPO-Math-17k and others in verl's form
+    "tulu": (("id", "messages", "source"), _tulu),
+    "completion": (("prompt", "completion"), _completion),
+    "math": (("problem",), _math),
+    "gsm8k": (("question", "answer"), _gsm8k),
+    "orca_math": (("question", "answer"), lambda row, traces: {"response": row["answer"]}),
+}
+
+
+def canonical(row: dict, columns: str, where: str, traces: bool) -> dict:
+    """`row` with our columns, as `columns` says: the name of an adapter, or pairs such as
+    "question=problem,response=output" (ours=theirs), or "" to go by the columns found. With
+    `traces` the row is to be learned from; without, only its prompt and answer matter.
+
+    Raises:
+      UserError: naming the row, the column that is missing, and those that there are.
+    """
+    if "=" in columns:
+        pairs = [pair.partition("=") for pair in columns.split(",")]
+        for ours, _, theirs in pairs:
+            if theirs.strip() not in row:
+                raise UserError(
+                    f"{where}: config.data.columns: {ours}={theirs}: its columns are {sorted(row)}"
+                )
+        return row | {ours.strip(): row[theirs.strip()] for ours, _, theirs in pairs}
+    if columns and columns not in ADAPTERS:
+        raise UserError(
+            f"config.data.columns: {columns!r} is none of {', '.join(ADAPTERS)}, nor ours=theirs"
+        )
+    for needs, read in [ADAPTERS[columns]] if columns else ADAPTERS.values():
+        missing = [name for name in needs if name not in row]
+        if columns and missing:
+            raise UserError(f"{where}: no {missing[0]} among its columns {sorted(row)}")
+        if missing:
+            continue
+        try:
+            return row | read(row, traces)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        except (TypeError, KeyError, AttributeError, ValueError, IndexError) as error:
+            raise UserError(
+                f"{where}: {', '.join(needs)} are not as in the sets known by them: {error!r}"
+            ) from None
+    return row
+
+
+def put(row: dict, template: str) -> dict:
+    """`row` with its question, where it has one, put as `template` says, and no answer of null."""
+    if row.get("answer", "") is None:
+        row = {**row, "answer": ""}
+    if not isinstance(row.get("question"), str):
+        return row
+    return row | {"question": template.replace("{question}", row["question"])}

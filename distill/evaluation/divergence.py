@@ -1,0 +1,57 @@
+"""How far a student is from its teacher, on responses that were written before."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+
+from distill import rollout
+from distill.data import collate, dataset
+from distill.objectives import fused_head, losses
+from distill.policy import forward, policy
+from distill.policy.policy import Policy
+from distill.runtime import mesh as mesh_lib
+from models.qwen3 import model
+
+Row = dict[str, object]
+
+
+def reverse_kl(subject: Policy, teacher: Policy, rows: Iterable[Row], batch_size: int) -> float:
+    """Mean exact KL(subject‖teacher) in nats a token, over the tokens that `rows` hold, which are
+    gone through twice.
+
+    On the subject's own samples at temperature 1 this is what on-policy distillation lowers.
+    """
+
+    def examples() -> Iterator[dataset.Example]:
+        for row in rows:
+            yield dataset.Example(row["prompt_tokens"], row["tokens"], "", str(row["id"]))  # type: ignore[arg-type]
+
+    width = rollout.bucket(max(len(e.prompt) + len(e.response) for e in examples()))
+    mesh = policy.mesh_of(subject)
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+
+    @jax.jit
+    def measure(params, teacher_params, batch):
+        stats = fused_head.token_stats(
+            forward.hidden(subject.model, params, batch),
+            model.head(params),
+            losses.shift(batch.tokens_BT),
+            forward.hidden(teacher.model, teacher_params, batch),
+            model.head(teacher_params),
+            logits_mib=128.0 * mesh.size,
+            split=mesh_lib.split_vocabulary,
+        )
+        mask_BT = losses.shift(batch.mask_BT).astype(jnp.float32)
+        return jnp.sum(stats["reverse_kl"] * mask_BT), jnp.sum(mask_BT)
+
+    total = count = 0.0
+    left = examples()
+    while chunk := list(itertools.islice(left, batch_size)):
+        blank = dataset.Example([], [], "", "padding")
+        batch = collate.traces(chunk + [blank] * (batch_size - len(chunk)), 0, width)
+        batch = jax.tree.map(lambda x: mesh_lib.put(x, mesh_lib.rows(mesh)), batch)
+        kl, tokens = measure(subject.params, teacher.params, batch)
+        total, count = total + float(kl), count + float(tokens)
+    return total / count

@@ -1,0 +1,153 @@
+"""A policy as lm-eval wants a model. Needs lm-eval: `pip install -r requirements-eval.txt`."""
+
+from typing import Any
+
+import jax
+from lm_eval import utils  # pyright: ignore[reportMissingImports]
+from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+from lm_eval.models.utils import normalize_gen_kwargs  # pyright: ignore[reportMissingImports]
+
+from distill import rollout
+from distill.data import chat
+from distill.evaluation import scoring
+from distill.policy.policy import Policy
+from distill.runtime import run_files
+from models.errors import UserError
+
+_SAMPLING = {"temperature", "top_k", "top_p"}
+_IMPLIED = {"until", "max_gen_toks", "do_sample"}
+
+
+class Model(TemplateLM):
+    """A loaded policy as lm-eval wants a model; call its methods within `policy.use(subject)`.
+
+    What lm-eval asks in text is answered from tokens: log-likelihoods in nats by `score`,
+    generations by the sampler, cut at the first stop string.
+    """
+
+    def __init__(self, subject: Policy, batch_size: int, thinking: bool, seed: int = 0) -> None:
+        super().__init__()
+        if subject.tokenizer is None or subject.tokenizer.eos_token_id is None:
+            raise UserError(f"{subject.path}: no tokenizer with an eos_token")
+        self._subject = subject
+        self._batch_size = batch_size
+        self._thinking = thinking
+        self._key = jax.random.key(seed)
+        self.tokenizer: Any = subject.tokenizer
+        self.max_length = subject.config.context_length
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text without context follows."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The prompt as text; with add_generation_prompt False its last turn is left open."""
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+            enable_thinking=self._thinking,
+        )
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Ids of a text, nothing added: Qwen's tokenizers have nothing to add."""
+        return chat.encode(self.tokenizer, string)
+
+    def _loglikelihood_tokens(
+        self, requests: list, disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """(sum of log-probabilities, whether each token is the most likely) of continuations.
+
+        What exceeds the model's length loses its beginning.
+        """
+        rows = [
+            ((before + after)[-(self.max_length + 1) :], after) for _, before, after in requests
+        ]
+        # Longest first: rows of a batch are padded to the longest of them.
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
+        scored = scoring.score(
+            self._subject, [rows[i][0] for i in order], batch_size=self._batch_size, top_k=1
+        )
+        with run_files.progress(len(rows), 0, "loglikelihood") as bar:
+            for number, (i, (logprobs, top)) in enumerate(zip(order, scored, strict=True)):
+                ids, after = rows[i]
+                start = max(1, len(ids) - len(after))
+                places = range(start, len(ids))
+                found[i] = (
+                    sum(logprobs[at] or 0.0 for at in places),
+                    all(top[at] is not None and top[at][0][0] == ids[at] for at in places),  # type: ignore[index]
+                )
+                bar.update(number + 1, {})
+        return found
+
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in windows that overlap by as much as fits."""
+        windows, owner = [], []
+        for number, request in enumerate(requests):
+            rolling = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            windows += [(None, *utils.make_disjoint_window(window)) for window in rolling]
+            owner += [number] * (len(windows) - len(owner))
+        totals = [0.0] * len(requests)
+        if windows:
+            for number, (logp, _) in zip(owner, self._loglikelihood_tokens(windows), strict=True):
+                totals[number] += logp
+        return totals
+
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+        """Continuations, each up to its first stop string. Raises UserError for a way of sampling
+        that the sampler does not have."""
+        found = [""] * len(requests)
+        for manner in {repr(request.args[1]): request.args[1] for request in requests}.values():
+            members = [i for i, request in enumerate(requests) if request.args[1] == manner]
+            options = normalize_gen_kwargs(manner)
+            unknown = {k for k, v in options.items() if v is not None} - _SAMPLING - _IMPLIED
+            if unknown:
+                raise UserError(f"generation_kwargs: no {', '.join(sorted(unknown))} here")
+            limit = options["max_gen_toks"]
+            room = self.max_length - limit
+            if room < 1:
+                raise UserError(
+                    f"generation_kwargs: max_gen_toks={limit}, but the model has "
+                    f"{self.max_length} positions"
+                )
+            sampling = rollout.Sampling(**{k: options[k] for k in _SAMPLING & options.keys()})
+            contexts = [self.tok_encode(requests[i].args[0])[-room:] for i in members]
+            done = rollout.complete(
+                self._subject,
+                [ids or [self.prefix_token_id] for ids in contexts],
+                samples=1,
+                key=self._key,
+                limits=[limit] * len(members),
+                sampling=sampling,
+                batch_size=self._batch_size,
+            )
+            with run_files.progress(len(members), 0, "generate_until") as bar:
+                for number, (i, (completion,)) in enumerate(zip(members, done, strict=True)):
+                    text = self.tokenizer.decode(completion.tokens, skip_special_tokens=True)
+                    for stop in filter(None, options.get("until") or ()):
+                        text = text.split(stop)[0]
+                    found[i] = text
+                    self.cache_hook.add_partial("generate_until", requests[i].args, text)
+                    bar.update(number + 1, {})
+        return found

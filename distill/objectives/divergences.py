@@ -1,0 +1,244 @@
+"""What is to be known of a chunk of next-token distributions: how far they are from the teacher's,
+and figures that foresee collapse. Each [B, C, V] array here is a chunk of the streamed head's.
+
+Letters of this file: p is the student's distribution of the next token, q the teacher's.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+_TINY = 1e-30  # stands for the logarithm's zero: mass of an empty tail
+_RESOLUTION = 1e-7  # float32 near 1: less than this is not left of 1 - Σ of stored probabilities
+
+
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """How far p is from q, at one token. Hashable, so static under jit; fields are checked by
+    distill.objectives.losses.Loss.
+
+    kind: "reverse" KL(p‖q); "forward" KL(q‖p); "jsd" β KL(q‖m) + (1-β) KL(p‖m) with
+      m = βq + (1-β)p (arXiv 2306.13649, eq. 1). At β = 0 and 1 the jsd itself is zero everywhere;
+      there it stands for what jsd/β and jsd/(1-β) tend to, forward and reverse KL, as in TRL. So
+      the scale of the gradient jumps at both ends.
+    skew: α of DistiLLM (arXiv 2402.03898, section 3.1): forward is KL(q‖αq + (1-α)p), reverse is
+      KL(p‖αp + (1-α)q). 0 is none.
+    temperature: τ. Both distributions are softmax(logits / τ), and the value is multiplied by τ²,
+      which keeps the size of the gradient about the same (arXiv 1503.02531, section 2).
+    k: 0 compares the whole vocabulary. Else the k likeliest tokens by `k_of` (teacher, student, or
+      the union of both), each on its own, and all others as one more outcome, the tail. That is
+      a divergence of coarser distributions: never negative, never above the exact one, and mass
+      that leaves the k is seen.
+    """
+
+    kind: str = "reverse"
+    beta: float = 0.5
+    skew: float = 0.0
+    temperature: float = 1.0
+    k: int = 0
+    k_of: str = "teacher"
+
+
+def _mixture(logp: jax.Array, logq: jax.Array, share: float) -> tuple[jax.Array, jax.Array]:
+    """log(m/p) and log(m/q) of m = share·q + (1-share)·p: no overflow, exactly 0 where p = q."""
+    gap = logq - logp
+    below = jnp.log1p(share * jnp.expm1(jnp.minimum(gap, 0)))  # log(m/p) where q <= p
+    above = jnp.log1p((1 - share) * jnp.expm1(-jnp.maximum(gap, 0)))  # log(m/q) where q > p
+    return jnp.where(gap > 0, above + gap, below), jnp.where(gap > 0, above, below - gap)
+
+
+def _terms(
+    logp: jax.Array, logq: jax.Array, d: Divergence
+) -> tuple[jax.Array, jax.Array | float, jax.Array]:
+    """Of each outcome: f, which sums to the divergence, and two factors of p ∂f/∂p.
+
+    The product leaves out a multiple of p, whose gradient the softmax cancels; computed, it would
+    leave rounding noise, which Adam blows up where p is nearly q. It is exactly 0 where p = q, and
+    so is f. (Apart, the factors let XLA do with two chunks of logits less.)
+    """
+    p, q = jnp.exp(logp), jnp.exp(logq)
+    ends = {0.0: "forward", 1.0: "reverse"} if d.kind == "jsd" else {}
+    kind = ends.get(d.beta, d.kind)
+    if kind == "jsd":
+        to_p, to_q = _mixture(logp, logq, d.beta)
+        slope = (d.beta - 1) * to_p
+        return p * slope - d.beta * q * to_q, slope, p
+    if kind == "reverse":
+        if not d.skew:
+            return p * (logp - logq), logp - logq, p
+        to_p, _ = _mixture(logp, logq, 1 - d.skew)
+        return -p * to_p, -(to_p + d.skew * jnp.expm1(-to_p)), p
+    if not d.skew:
+        return q * (logq - logp), 1.0, p - q
+    to_p, to_q = _mixture(logp, logq, d.skew)
+    return -q * to_q, (1 - d.skew) ** 2 * jnp.exp(-to_p), p - q
+
+
+def _among(ids_BCK: jax.Array, logp_BCV: jax.Array) -> jax.Array:
+    """[B, C, V] bool: whether a token is among the ids."""
+    none = jnp.zeros(logp_BCV.shape, bool)
+    return jnp.put_along_axis(none, ids_BCK, True, axis=-1, inplace=False)
+
+
+def _with_factors(
+    logp_BCV: jax.Array,
+    logq_BCV: jax.Array,
+    d: Divergence,
+    inside_BCV: jax.Array | None,
+    tail_q_BC: jax.Array | None,
+) -> tuple[jax.Array, jax.Array | float, jax.Array]:
+    """The divergence [B, C] before τ², and two factors of its derivative in log p (see _terms)."""
+    f_BCV, slope_BCV, mass_BCV = _terms(logp_BCV, logq_BCV, d)
+    if inside_BCV is None:
+        return jnp.sum(f_BCV, axis=-1), slope_BCV, mass_BCV
+    p_BCV = jnp.where(inside_BCV, 0, jnp.exp(logp_BCV))
+    tail_p_BC = jnp.maximum(jnp.sum(p_BCV, axis=-1), _TINY)
+    if tail_q_BC is None:
+        tail_q_BC = jnp.sum(jnp.where(inside_BCV, 0, jnp.exp(logq_BCV)), axis=-1)
+    tail_q_BC = jnp.maximum(tail_q_BC, _TINY)
+    f_BC, slope_BC, mass_BC = _terms(jnp.log(tail_p_BC), jnp.log(tail_q_BC), d)
+    value_BC = jnp.sum(jnp.where(inside_BCV, f_BCV, 0), axis=-1) + f_BC
+    # The tail's derivative is shared by its tokens as they share its mass.
+    shared_BC1 = (slope_BC * mass_BC / tail_p_BC)[..., None]
+    return (
+        value_BC,
+        jnp.where(inside_BCV, slope_BCV, shared_BC1),
+        jnp.where(inside_BCV, mass_BCV, p_BCV),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _divergence(
+    logp_BCV: jax.Array,
+    logq_BCV: jax.Array,
+    d: Divergence,
+    inside_BCV: jax.Array | None = None,
+    tail_q_BC: jax.Array | None = None,
+) -> jax.Array:
+    """The divergence [B, C], differentiable in log p by the formula written by hand.
+
+    Where `inside` is given, outcomes are its tokens and the tail; tail_q is q's mass of the tail,
+    where that is not q's mass outside.
+    """
+    value_BC, _, _ = _with_factors(logp_BCV, logq_BCV, d, inside_BCV, tail_q_BC)
+    return d.temperature**2 * value_BC
+
+
+def _forward(logp_BCV, logq_BCV, d, inside_BCV, tail_q_BC):
+    inputs = logp_BCV, logq_BCV, inside_BCV, tail_q_BC
+    return d.temperature**2 * _with_factors(logp_BCV, logq_BCV, d, inside_BCV, tail_q_BC)[0], inputs
+
+
+def _backward(d, inputs, by_value_BC):
+    logp_BCV, logq_BCV, inside_BCV, tail_q_BC = inputs
+    _, slope_BCV, mass_BCV = _with_factors(logp_BCV, logq_BCV, d, inside_BCV, tail_q_BC)
+    by_value_BC1 = (d.temperature**2 * by_value_BC)[..., None]
+    return by_value_BC1 * slope_BCV * mass_BCV, None, None, None
+
+
+_divergence.defvjp(_forward, _backward)
+
+
+def compare(
+    logp_BCV: jax.Array, logq_BCV: jax.Array, d: Divergence, exact: bool
+) -> dict[str, jax.Array]:
+    """ "divergence" of two chunks; with `exact` also that of the whole vocabulary."""
+    if d.temperature != 1:
+        logp_BCV = jax.nn.log_softmax(logp_BCV / d.temperature, axis=-1)
+        logq_BCV = jax.nn.log_softmax(logq_BCV / d.temperature, axis=-1)
+    found = {}
+    if exact:
+        detached_BCV = jax.lax.stop_gradient(logp_BCV)
+        whole = dataclasses.replace(d, k=0)
+        found["exact_divergence"] = _divergence(detached_BCV, logq_BCV, whole)
+    if not d.k:
+        return {"divergence": _divergence(logp_BCV, logq_BCV, d), **found}
+    sides = {"teacher": [logq_BCV], "student": [logp_BCV], "union": [logq_BCV, logp_BCV]}
+    ids = [jax.lax.top_k(jax.lax.stop_gradient(x), d.k)[1] for x in sides[d.k_of]]
+    inside_BCV = _among(jnp.concatenate(ids, axis=-1), logp_BCV)
+    return {"divergence": _divergence(logp_BCV, logq_BCV, d, inside_BCV), **found}
+
+
+def compare_stored(
+    logp_BCV: jax.Array, ids_BCK: jax.Array, logq_BCK: jax.Array, d: Divergence
+) -> jax.Array:
+    """The divergence from a teacher of whom only the top of the distribution is known."""
+    ids_BCK, logq_BCK = ids_BCK[..., : d.k], logq_BCK[..., : d.k]
+    # What is not stored is set equal to the student's, so that it adds nothing but its tail.
+    detached_BCV = jax.lax.stop_gradient(logp_BCV)
+    logq_BCV = jnp.put_along_axis(
+        detached_BCV, ids_BCK, logq_BCK.astype(logp_BCV.dtype), axis=-1, inplace=False
+    )
+    if d.k == logp_BCV.shape[-1]:
+        return _divergence(logp_BCV, logq_BCV, d)
+    rest_BC = 1 - jnp.sum(jnp.exp(logq_BCK.astype(logp_BCV.dtype)), axis=-1)
+    rest_BC = jnp.maximum(rest_BC, _RESOLUTION)
+    return _divergence(logp_BCV, logq_BCV, d, _among(ids_BCK, logp_BCV), rest_BC)
+
+
+def overlap_stats(logp_BCV: jax.Array, teacher_ids_BCK: jax.Array) -> dict[str, jax.Array]:
+    """Do student and teacher think alike? Detached."""
+    logp_BCV = jax.lax.stop_gradient(logp_BCV)
+    ours_BCV = _among(jax.lax.top_k(logp_BCV, teacher_ids_BCK.shape[-1])[1], logp_BCV)
+    theirs_BCV = _among(teacher_ids_BCK, logp_BCV)
+    return {
+        "top_overlap": jnp.mean(
+            jnp.take_along_axis(ours_BCV, teacher_ids_BCK, axis=-1), axis=-1, dtype=logp_BCV.dtype
+        ),
+        "outside_top": jnp.sum(jnp.where(theirs_BCV, 0, jnp.exp(logp_BCV)), axis=-1),
+    }
+
+
+def _baseline(logp_BCV: jax.Array, logq_BCV: jax.Array) -> jax.Array:
+    """The baseline of log p - log q of a drawn token that leaves its policy gradient, with respect
+    to the logits, the least variance: its mean, each token weighed by ‖∇ log p‖² (arXiv 1301.2315,
+    the optimal constant baseline, here of one state). The plain mean, the KL, may add variance.
+    """
+    logp_BCV = jax.lax.stop_gradient(logp_BCV)
+    p_BCV = jnp.exp(logp_BCV)
+    square_BC = jnp.sum(p_BCV**2, axis=-1, keepdims=True)
+    # A weight of rounding noise must not be negative: then the mean stays between its numbers.
+    weight_BCV = p_BCV * jnp.maximum((1 - p_BCV) ** 2 + square_BC - p_BCV**2, 0)
+    total_BC = jnp.maximum(jnp.sum(weight_BCV, axis=-1), _TINY)
+    return jnp.sum(weight_BCV * (logp_BCV - logq_BCV), axis=-1) / total_BC
+
+
+def mixed(logits_BCV: list[jax.Array], share_BCN: jax.Array | None) -> jax.Array:
+    """log q of q = Σ share·q_n. A share of 0 adds nothing, and one of 1 leaves q_n bit by bit.
+
+    A token in which no teacher has a share, padding, gets finite numbers that mean nothing."""
+    logq_BCV = [jax.nn.log_softmax(x, axis=-1) for x in logits_BCV]
+    if share_BCN is None:
+        assert len(logq_BCV) == 1
+        return logq_BCV[0]
+    share_BCN = jnp.where(jnp.any(share_BCN > 0, axis=-1, keepdims=True), share_BCN, 1)
+    share_BCN = jnp.log(jax.lax.stop_gradient(share_BCN)).astype(logq_BCV[0].dtype)
+    parts = [x + share_BCN[..., n, None] for n, x in enumerate(logq_BCV)]
+    return functools.reduce(jnp.logaddexp, parts)
+
+
+def teacher_stats(
+    logp_BCV: jax.Array, logq_BCV: jax.Array, targets_BC: jax.Array, overlap: int, baseline: bool
+) -> dict[str, jax.Array]:
+    """What is worth knowing of any teacher; see token_stats. Detached."""
+    logp_BCV = jax.lax.stop_gradient(logp_BCV)
+    stats = {
+        "teacher_logp": pick(logq_BCV, targets_BC),
+        "teacher_entropy": entropy(logq_BCV),
+        "reverse_kl": jnp.sum(_terms(logp_BCV, logq_BCV, Divergence())[0], axis=-1),
+    }
+    if baseline:
+        stats["baseline"] = _baseline(logp_BCV, logq_BCV)
+    if overlap:
+        stats |= overlap_stats(logp_BCV, jax.lax.top_k(logq_BCV, overlap)[1])
+    return stats
+
+
+def pick(logp_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logp_BCV, targets_BC[..., None], axis=-1)[..., 0]
+
+
+def entropy(logp_BCV: jax.Array) -> jax.Array:
+    return -jnp.sum(jnp.exp(logp_BCV) * logp_BCV, axis=-1)

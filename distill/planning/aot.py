@@ -1,0 +1,174 @@
+"""Programs compiled ahead of time, for devices that may not be there, and what they will cost.
+
+libtpu's compiler runs on a machine without a TPU, so memory, matrix products and collectives of a
+program are known before a slice is rented. Where a number is not to be had from this compiler, it
+is None, never a guess.
+"""
+
+import dataclasses
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from distill.planning import hlo
+from models.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One JAX device of a TPU generation (cloud.google.com/tpu/docs/system-architecture-tpu-vm).
+
+    hbm_gib is what libtpu's own compiler lets a program have. ici_gbs is what a device can receive
+    from all its neighbours together, in 10^9 bytes a second.
+    """
+
+    hbm_gib: float
+    bf16_tflops: float
+    hbm_gbs: float
+    ici_gbs: float
+    host: str  # how libtpu names a machine of this generation
+
+
+CHIPS = {
+    "v4": Chip(15.25, 137.5, 614.0, 75.0, "v4-8"),  # a device is one of the chip's two cores
+    "v5e": Chip(15.75, 197.0, 819.0, 100.0, "v5litepod-4"),
+    "v5p": Chip(95.73, 459.0, 2765.0, 300.0, "v5p-8"),
+    "v6e": Chip(31.24, 918.0, 1640.0, 224.0, "v6e-4"),
+}
+
+
+def chip(topology: str) -> Chip:
+    """The row of CHIPS for a name such as v5e:8x8.
+
+    Raises:
+      UserError: for another generation.
+    """
+    generation = topology.partition(":")[0]
+    if generation in ("v7x", "tpu7x"):
+        raise UserError(f"--topology={topology}: TPU7x is not served; take v6e or v5p")
+    if generation not in CHIPS or not re.fullmatch(r"\w+:\d+x\d+(x\d+)?", topology):
+        raise UserError(
+            f"--topology={topology}: name one of {', '.join(CHIPS)} and its shape, such as v5e:8x8"
+        )
+    return CHIPS[generation]
+
+
+def devices(topology: str) -> list[Any]:
+    """The devices of a TPU slice that need not exist, in the order of their coordinates.
+
+    Raises:
+      UserError: if there is no such slice, or no libtpu to ask.
+    """
+    os.environ |= {  # libtpu asks the machine who it is, and logs that it does not know
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": chip(topology).host,
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TPU_MIN_LOG_LEVEL": "3",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except Exception as error:  # the plugin raises many kinds, over several lines
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if any(words in reason for words in ("libtpu", "No module", "not installed")):
+            raise UserError(
+                f"planning for a TPU needs its compiler: pip install libtpu ({reason})"
+            ) from None
+        raise UserError(f"--topology={topology}: no such slice ({reason})") from None
+    return list(found.devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What one compiled program costs one device; bytes and operations are of one call.
+
+    Of loops whose length is known only when they run, one turn is counted, and `open_loops` says
+    how many there are.
+    """
+
+    name: str
+    seconds: float  # of compilation
+    arguments: int
+    outputs: int
+    aliased: int  # bytes of the outputs that reuse arguments
+    temporaries: int
+    code: int
+    peak: int
+    flops: float | None  # of matrix products; None where the compiler gives no text
+    attention: float | None  # of these, in kernels for attention over whole rows
+    traffic: int | None  # bytes to and from HBM
+    once: int | None  # of these, outside of open loops
+    collectives: dict[str, tuple[int, int]] | None  # kind -> (how many, bytes received)
+    open_loops: int
+
+
+def compile(name: str, lower: Callable[[], Any], hbm_gib: float) -> Program:
+    """Compiles what `lower()` lowers.
+
+    Raises:
+      OutOfMemory: if the program does not fit the device.
+    """
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as dump:
+        options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+        try:
+            compiled = lower().compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            if "CompileTimeHbmOom" not in str(error):
+                raise
+            raise OutOfMemory(name, str(error), hbm_gib) from None
+        took, memory = time.perf_counter() - start, compiled.memory_analysis()
+        text = _text(compiled, Path(dump))
+    costs = hlo.read(text) if text else None
+    return Program(
+        name=name,
+        seconds=took,
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+        peak=memory.peak_memory_in_bytes,
+        flops=costs.flops if costs else None,
+        attention=costs.attention if costs else None,
+        traffic=costs.traffic if costs else None,
+        once=costs.once if costs else None,
+        collectives=costs.collectives if costs else None,
+        open_loops=costs.open_loops if costs else 0,
+    )
+
+
+def _text(compiled: Any, dump: Path) -> str | None:
+    """The text of a program: what libtpu wrote into `dump`, for jaxlib 0.10 cannot print programs
+    for v5p and v6e, where an async-update has operands that it does not know."""
+    written = list(dump.glob("*.after_codegen.txt"))
+    if len(written) == 1:
+        return written[0].read_text()
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        return None
+
+
+class OutOfMemory(Exception):
+    """A program is larger than the device; `needs` is the compiler's own sentence."""
+
+    def __init__(self, name: str, message: str, hbm_gib: float) -> None:
+        found = re.search(
+            r"Used ([0-9.]+)G of|required for HLO temporaries \(([0-9.]+)G\)", message
+        )
+        self.program = name
+        self.needs_gib = float(next(g for g in found.groups() if g)) if found else math.nan
+        self.largest = re.findall(r"Size: ([0-9.]+[KMG])\n.*?Shape: (\S+)", message, re.DOTALL)[:5]
+        if found and found.group(2):  # a sum is all that the compiler then tells
+            self.largest = [(f"{self.needs_gib:.2f}G", "temporaries and results of the program")]
+        super().__init__(f"{name} needs {self.needs_gib:.2f} GiB of {hbm_gib:.2f}")

@@ -1,0 +1,277 @@
+"""Graders: is a response's final answer right? One outcome, in a word, for each response.
+
+"correct" and "wrong" judge an answer; "no_answer" is a response without one (cut short, or in the
+wrong form) and "unparsed" one whose answer cannot be read as mathematics; "timeout" and "error"
+are the grader giving up on it. Only "correct" earns a reward.
+
+What a model writes is hostile input to a computer algebra system (9**9**9 is four tokens), so
+free-form answers are graded in processes that are killed when their time is over, and that end
+themselves if nobody is left to do so. Those processes import this module: it must stay free of jax.
+"""
+
+import contextlib
+import logging
+import re
+import resource
+import signal
+import sys
+import types
+from collections.abc import Callable
+from concurrent.futures import Future, TimeoutError
+from multiprocessing.context import SpawnContext, SpawnProcess
+from typing import Self
+
+from pebble import ProcessPool
+
+from distill.rewards import ifeval
+from models.errors import UserError
+
+OUTCOMES = ("correct", "wrong", "no_answer", "unparsed", "timeout", "error")
+
+Grade = dict[str, object]
+"""`outcome`, one of OUTCOMES, and whatever else a grader found."""
+
+_GRACE = 2.0  # seconds that the pool is given to end a worker whose time is over
+_MEMORY = 8 * 2**30  # bytes of address space of a worker; importing all that it needs takes 2
+
+# An answer is short; a longer one is not worth the algebra.
+MAX_ANSWER_CHARACTERS = 1000
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
+_BOXED = re.compile(r"\\boxed\s*\{")
+_MARKED = re.compile(
+    r"(?:^[ \t]*A:|####|\b[Tt]he (?:final )?answer is:?)[ \t]*(\S.*)$", re.MULTILINE
+)
+_NUMBER = re.compile(
+    r"-?\$?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?"
+)
+
+
+def final_text(response: str) -> str | None:
+    """What a response says after thinking: the text behind its last `</think>`.
+
+    The whole text where there is no think block; None where one was opened and never closed.
+    """
+    tail = response.rpartition("</think>")[2]
+    return None if "<think>" in tail else tail.strip()
+
+
+def grade_arithmetic(response: str, answer: str) -> str:
+    """The final text must be one integer and nothing else, equal to the answer.
+
+    "error" where `answer` is no integer.
+    """
+    final = final_text(response)
+    if final is None or not _INTEGER.fullmatch(final):
+        return "no_answer"
+    if not _INTEGER.fullmatch(answer):
+        return "error"
+    return "correct" if int(final) == int(answer) else "wrong"
+
+
+def without_algebra(response: str, answer: str) -> str | None:
+    """What `grade_math` finds where no algebra is needed: no answer, one that is too long to try,
+    or an integer where an integer is wanted. None where it is needed."""
+    found = find_answer(response)
+    if not found:
+        return "no_answer"
+    if len(found) > MAX_ANSWER_CHARACTERS:
+        return "unparsed"
+    if _INTEGER.fullmatch(found) and _INTEGER.fullmatch(answer):
+        return "correct" if int(found) == int(answer) else "wrong"
+    return None
+
+
+def grade_math(response: str, answer: str) -> str:
+    """The final text's answer must be mathematically equal to `answer`, as math-verify decides.
+
+    "unparsed" where math-verify makes no expression of it and the texts differ, and where it is too
+    long to try. Unbounded in time and memory: call it through a Grader. "error" where `answer` does
+    not parse.
+    """
+    if (known := without_algebra(response, answer)) is not None:
+        return known
+    from math_verify import parse, verify  # slow to import, and only here needed
+
+    # It warns that its own timeouts are off; the pool's is the one that counts.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    found = find_answer(response)
+    gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=0)
+    if not gold:
+        return "error"
+    prediction = parse(f"\\boxed{{{found}}}", parsing_timeout=0)
+    if verify(gold, prediction, timeout_seconds=0):
+        return "correct"
+    # What it cannot read comes back as a text alone.
+    return "unparsed" if all(isinstance(p, str) for p in prediction) else "wrong"
+
+
+# The grader of each benchmark: (response, answer) to an outcome, or to a Grade that says more.
+GRADERS: dict[str, Callable[[str, str], str | Grade]] = {
+    "arithmetic": grade_arithmetic,
+    "gsm8k": grade_math,
+    "math500": grade_math,
+    "aime24": grade_math,
+    "aime25": grade_math,
+    "amc": grade_math,
+    "math": grade_math,
+    "ifeval": ifeval.grade,
+}
+
+
+def gradable(benchmark: str, answer: str) -> bool:
+    """Whether responses can be compared with `answer`, by its form: an integer for the generated
+    task; for mathematics something short, its braces in pairs, that is not LaTeX alone.
+    Math-verify itself would take minutes over a large set, and knows no more of these."""
+    if GRADERS[benchmark] is grade_arithmetic:
+        return bool(_INTEGER.fullmatch(answer))
+    if GRADERS[benchmark] is not grade_math:
+        return True
+    depth, least = 0, 0
+    for c in answer.replace("\\{", "").replace("\\}", ""):
+        depth += (c == "{") - (c == "}")
+        least = min(least, depth)
+    paired = depth == 0 and least == 0
+    return paired and len(answer) <= MAX_ANSWER_CHARACTERS and bool(answer.strip(" ${}\\"))
+
+
+# Graders that need no protection, or what can be said before one that does is called.
+AT_ONCE: dict[Callable, Callable[[str, str], str | None]] = {
+    grade_arithmetic: grade_arithmetic,
+    grade_math: without_algebra,
+}
+
+
+class _Worker(SpawnProcess):
+    """A new process (a fork of one with jax hangs) that does not import the main module again, as
+    they else do: that is a verb, which imports jax, and takes seconds, also of each replacement."""
+
+    def start(self) -> None:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            super().start()
+        finally:
+            sys.modules["__main__"] = main
+
+
+class _Context(SpawnContext):
+    Process = _Worker
+
+
+class Grader:
+    """Grades responses; a context manager, because it owns worker processes.
+
+    An answer that takes longer than `timeout` seconds is a "timeout", one that brings its worker
+    down is an "error"; the worker is replaced and the others' answers are graded all the same.
+    The workers start with the first answer that needs one.
+    """
+
+    def __init__(self, timeout: float = 10.0, workers: int = 2) -> None:
+        self._timeout = timeout
+        self._workers = workers
+        self._pool: ProcessPool | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._pool is not None:
+            # Stopped while it replaces a worker, that one would complain at length.
+            self._pool.close() if kind is None else self._pool.stop()
+            self._pool.join()
+
+    def submit(self, benchmark: str, response: str, answer: str) -> "Future[str | Grade]":
+        """Starts grading and returns at once; `outcome` waits for what it comes to.
+
+        Raises UserError for a benchmark that has no grader.
+        """
+        if benchmark not in GRADERS:
+            raise UserError(f"benchmark: {benchmark!r} is none of {', '.join(GRADERS)}")
+        grade = GRADERS[benchmark]
+        known = AT_ONCE[grade](response, answer) if grade in AT_ONCE else None
+        if known is not None:
+            done: Future[str | Grade] = Future()
+            done.set_result(known)
+            return done
+        if self._pool is None:
+            self._pool = ProcessPool(
+                max_workers=self._workers,
+                context=_Context(),
+                initializer=_prepare,
+                initargs=(grade,),
+            )
+        arguments = (grade, response, answer, self._timeout + _GRACE)
+        return self._pool.schedule(_bounded, arguments, timeout=self._timeout)
+
+    def grade(self, benchmark: str, responses: list[str], answers: list[str]) -> list[str]:
+        """One of OUTCOMES for each response, in order. Raises as `submit` does."""
+        pairs = list(zip(responses, answers, strict=True))
+        futures = [self.submit(benchmark, *pair) for pair in pairs]
+        return [str(outcome(future)["outcome"]) for future in futures]
+
+
+def outcome(future: "Future[str | Grade]") -> Grade:
+    """Waits for a `Grader.submit`. Raises nothing: what goes wrong is an outcome too."""
+    try:
+        found = future.result()
+    except TimeoutError:
+        found = "timeout"
+    except Exception:  # whatever the algebra raised, or how its process ended
+        found = "error"
+    return {"outcome": found} if isinstance(found, str) else found
+
+
+def _prepare(grade: Callable[[str, str], str | Grade]) -> None:
+    """In a new worker: limits what it can take, and imports and compiles what would else count
+    as its first answer's time."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(ValueError, OSError):  # not every system has this limit
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    with contextlib.suppress(Exception):  # this may be no answer in the benchmark's form
+        grade("0.5", "0.5")
+
+
+def _bounded(
+    grade: Callable[[str, str], str | Grade], response: str, answer: str, seconds: float
+) -> str | Grade:
+    """In a worker: grades, and is ended by the kernel after `seconds`. The pool comes first, unless
+    its process was killed: nobody else would then end an algebra that does not come back."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        return grade(response, answer)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def find_answer(response: str) -> str | None:
+    """The final text's answer: its last box; else the number that follows the last marker; else its
+    last number. None where there is none, or where the box or the thinking never ends."""
+    final = final_text(response)
+    return None if final is None else _answer_in(final)
+
+
+def _answer_in(text: str) -> str | None:
+    if _BOXED.search(text):
+        return boxed(text)
+    marked = _MARKED.findall(text)
+    numbers = _NUMBER.findall(marked[-1] if marked else text)
+    if not numbers:
+        return None
+    return (numbers[0] if marked else numbers[-1]).replace(",", "").replace("$", "")
+
+
+def boxed(text: str) -> str | None:
+    """What the last \\boxed{...} of a text holds; None without one, or where it is not closed."""
+    boxes = list(_BOXED.finditer(text))
+    return _until_closed(text[boxes[-1].end() :]) if boxes else None
+
+
+def _until_closed(text: str) -> str | None:
+    """The text up to the brace that closes it; None where none does (the response was cut)."""
+    depth = 1
+    for i, character in enumerate(text):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return text[:i]
+    return None

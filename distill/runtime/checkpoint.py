@@ -1,0 +1,301 @@
+"""Checkpoints: Orbax, with what it leaves to its user.
+
+Orbax names the newest step even if its files are cut short, and reads flipped bits without a word.
+So each checkpoint carries a checksum of every leaf, and `restore` walks down from the newest step
+to the newest whole one, telling what it passes over. Nothing is removed for being damaged until
+a later save takes its place.
+
+A step's directory holds one Orbax item for each top-level entry of the state, so that a reader may
+ask for some of them only (the parameters, say, and not the optimiser), and the item `about`: JSON
+of the caller's `meta` and of each leaf's shape, dtype and checksum.
+"""
+
+import gc
+import json
+import sys
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from distill.runtime import run_files
+from models.errors import UserError
+
+Meta = dict[str, Any]
+
+
+class _Damaged(Exception):
+    """A checkpoint that cannot be read, or not as it was written; one line says why."""
+
+
+class Checkpoints:
+    """The checkpoints under `directory`. Use as a context: leaving it waits for the last save.
+
+    With `every` it may be written: `save` keeps each step that `every` divides, the newest `keep`
+    of them, and what an earlier process left half-written is cleared on opening. Without, it is
+    only read, which is safe beside a running writer. All processes must make the same calls.
+    """
+
+    def __init__(
+        self, directory: epath.PathLike, every: int | None = None, keep: int | None = None
+    ) -> None:
+        self._directory = epath.Path(directory)
+        if not run_files.is_remote(directory):  # which absolute() would take for a relative one
+            self._directory = self._directory.absolute()
+        self._every = every
+        self._damaged: set[int] = set()
+        self._manager: ocp.CheckpointManager | None = None
+        if every is not None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            # Of its own name, or processes that save a step in two places mix up their barriers.
+            name = f"{zlib.crc32(str(self._directory).encode()):08x}"
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                cleanup_tmp_directories=True,
+                create=False,
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    barrier_sync_key_prefix=name
+                ),
+            )
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def due(self, step: int, force: bool = False) -> bool:
+        """Whether `save` would."""
+        return force or (self._every is not None and step % self._every == 0)
+
+    def save(self, step: int, state: Any, meta: Meta, force: bool = False) -> bool:
+        """Starts saving, if `every` divides `step` or `force`; returns whether it did.
+
+        `state` (a pytree of arrays) has been copied when this returns, so it may be donated; the
+        writing goes on behind. A step that is already saved is left as it is. Raises ValueError
+        if a newer whole checkpoint exists, and whatever went wrong in the previous save.
+        """
+        assert self._manager is not None and self._every is not None, "opened to be read"
+        if not self.due(step, force):
+            return False
+        ahead = {s for s in self._manager.all_steps() if s >= step}
+        whole = ahead - self._damaged
+        if whole - {step}:
+            raise ValueError(f"step {step}: {self._directory} already holds {max(whole)}")
+        if whole:
+            return False
+        for damaged in sorted(ahead):
+            run_files.say(f"{self._directory / str(damaged)}: damaged, so step {step} replaces it")
+            self._manager.delete(damaged)
+            self._damaged.discard(damaged)
+        leaves = _flat(state)
+        # One after another: XLA on several CPU devices deadlocks, and then aborts, where programs
+        # with collectives queue up behind each other on few cores.
+        checks = {path: int(jax.device_get(checksum(x))) for path, x in leaves.items()}
+        about = {
+            "meta": meta,
+            "leaves": {
+                path: [list(x.shape), x.dtype.name, checks[path]] for path, x in leaves.items()
+            },
+        }
+        items = {name: ocp.args.StandardSave(item) for name, item in _items(leaves).items()}
+        items["about"] = ocp.args.JsonSave({**about, "crc32": _crc32(about)})
+        # The manager's own rules of when to save are not in use: it would refuse in silence.
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        return True
+
+    def latest(self) -> tuple[int, Meta] | None:
+        """The newest step whose `about` is whole, and its meta; reads no array."""
+        for step in self._steps():
+            try:
+                return step, self._about(step)["meta"]
+            except _Damaged as error:
+                self._pass_over(step, error)
+        return None
+
+    def restore(
+        self,
+        abstract_state: Any,
+        step: int | None = None,
+        convert: Callable[[tuple, jax.Array], Any] | None = None,
+    ) -> tuple[Any, Meta] | None:
+        """The newest whole checkpoint (or `step`) as (state, meta); None if there is none at all.
+
+        With `convert`, (path, array) -> what stands in its place, arrays are read one by one, and
+        no more than one of them is there as it was saved.
+
+        `abstract_state` is a pytree of ShapeDtypeStructs with shardings: the whole state, or a
+        dict of some of its top-level entries. The arrays that come back may be donated.
+        Raises UserError if there are checkpoints but none can be read, if `step` is not there,
+        or if the state is of another shape or dtype than what was saved.
+        """
+        self.require(step)
+        steps, reasons = self._steps(), []
+        for candidate in steps if step is None else [step]:
+            try:
+                return self._load(candidate, abstract_state, convert)
+            except _Damaged as error:
+                reasons.append(self._pass_over(candidate, error))
+        if reasons:
+            raise UserError(f"no checkpoint could be read: {reasons[0]}")
+        return None
+
+    def require(self, step: int | None) -> None:
+        """Raises UserError if `step` is not there; None asks for none."""
+        steps = self._steps()
+        if step is not None and step not in steps:
+            raise UserError(f"{self._directory}: no checkpoint of step {step}, only of {steps}")
+
+    def _steps(self) -> list[int]:
+        """Steps on disk, newest first."""
+        return sorted(ocp.utils.checkpoint_steps(self._directory), reverse=True)
+
+    def _pass_over(self, step: int, error: _Damaged) -> str:
+        self._damaged.add(step)
+        reason = f"{self._directory / str(step)}: damaged ({error})"
+        run_files.say(f"warning: {reason}")
+        return reason
+
+    def _about(self, step: int) -> dict[str, Any]:
+        about = _read(self._directory / str(step) / "about", ocp.args.JsonRestore())
+        if about.pop("crc32", None) != _crc32(about):
+            raise _Damaged("the checksum of about does not match")
+        return about
+
+    def _load(
+        self,
+        step: int,
+        abstract_state: Any,
+        convert: Callable[[tuple, jax.Array], Any] | None = None,
+    ) -> tuple[Any, Meta]:
+        abstract, where = _flat(abstract_state), self._directory / str(step)
+        about, error = {}, None
+        try:
+            about = self._about(step)
+            _require_same(about["leaves"], abstract, where)
+        except _Damaged as problem:
+            error = problem
+        leaves: dict[str, Any] = {}
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(abstract_state)]
+        ways = dict(zip(abstract, paths, strict=True))
+        parts = [{path: x} for path, x in abstract.items()] if convert else [abstract]
+        for part in parts:
+            found = {}
+            try:
+                for name, item in _items(part).items() if error is None else ():
+                    found[name] = _read(where / name, _some_of(item))
+            except _Damaged as problem:
+                error = problem
+            if not _everywhere(error is None):  # before the checksums, which all compute together
+                raise error or _Damaged("another process could not read its part")
+            for path in part:
+                name, _, rest = path.partition("/")
+                x = found[name].pop(rest or name)  # so that only one leaf is there twice
+                # A copy: restored arrays may stand on host memory of the reader's, which cannot be
+                # donated, and the first step after would need room for a second state.
+                copy = jax.jit(_copied, out_shardings=(x.sharding, None))
+                x, check = copy(x)
+                if int(jax.device_get(check)) != about["leaves"][path][2]:  # waits, as in `save`
+                    raise _Damaged(f"the checksum of {path} does not match")
+                leaves[path] = convert(ways[path], x) if convert else x
+                del x
+        state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves.values())
+        return state, about["meta"]
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # A failed last save is raised here, and only here.
+        if self._manager is not None:
+            self._manager.close()
+
+
+def _read(item: epath.Path, args: ocp.args.CheckpointArgs) -> Any:
+    """Reads one item without Orbax's barriers between processes: one whose part is damaged fails
+    alone, and `_everywhere` tells the others; within a barrier they would hang, or crash.
+    Raises _Damaged."""
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+    handler = (
+        ocp.JsonCheckpointHandler(multiprocessing_options=alone)
+        if isinstance(args, ocp.args.JsonRestore)
+        else ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    )
+    try:
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+            return reader.restore(item, args=args)
+    except Exception as error:  # Orbax, tensorstore and json raise many kinds, some over pages
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+    # The failed read left its siblings hanging, and each would complain at length when collected.
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    gc.collect()
+    sys.unraisablehook = hook
+    raise _Damaged(f"{item.name}: {reason}")
+
+
+def _some_of(leaves: dict[str, Any]) -> ocp.args.PyTreeRestore:
+    """The arguments that read these arrays of an item into their shardings, and no others."""
+    restore_args = ocp.checkpoint_utils.construct_restore_args(leaves)
+    return ocp.args.PyTreeRestore(leaves, restore_args, partial_restore=True)
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    """Leaves by path, such as params/layers/q/kernel, in the order of the tree."""
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in paths}
+
+
+def _items(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """`_flat` leaves by the first part of their path, then by the rest of it."""
+    items: dict[str, dict[str, Any]] = {}
+    for path, x in leaves.items():
+        name, _, rest = path.partition("/")
+        items.setdefault(name, {})[rest or name] = x
+    return items
+
+
+def _require_same(saved: Mapping[str, Any], asked: Mapping[str, Any], where: epath.Path) -> None:
+    """Orbax would cast another dtype without a word, and its message for a shape names no leaf."""
+    entries = _items(asked)
+    wanted = {path: [list(x.shape), x.dtype.name] for path, x in asked.items()}
+    held = {path: x[:2] for path, x in saved.items() if path.partition("/")[0] in entries}
+    for path in sorted(wanted.keys() | held.keys()):
+        if held.get(path) != wanted.get(path):
+            raise UserError(
+                f"{where}: {path} is {_words(held.get(path))} there, "
+                f"but {_words(wanted.get(path))} in this run's config"
+            )
+
+
+def _words(leaf: list[Any] | None) -> str:
+    return f"{leaf[1]}{leaf[0]}" if leaf else "absent"
+
+
+def _crc32(about: Meta) -> int:
+    return zlib.crc32(json.dumps(about, sort_keys=True).encode())
+
+
+def _everywhere(ok: bool) -> bool:
+    """Whether `ok` in all processes: each reads only its own shards."""
+    if jax.process_count() == 1:
+        return ok
+    return bool(multihost_utils.process_allgather(np.asarray(ok)).all())
+
+
+@jax.jit
+def checksum(x: jax.Array) -> jax.Array:
+    """uint32: Σ bits(x_i) · (2i + 1) mod 2³², the same however x is sharded.
+
+    The weights are odd, so any change of one element shows; they differ, so most swaps do too.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    index = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        index = index * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(bits.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
+
+
+def _copied(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.copy(x), checksum(x)

@@ -1,0 +1,169 @@
+"""The frame of every verb: flags in, exit code out.
+
+A verb defines absl flags at module level and ends in `if __name__ == "__main__": cli.run(main)`.
+Verbs whose flags share names with those of others define them on FlagValues of their own, so that
+all can be imported side by side, and end in `cli.run(main, OPTIONS)`.
+Exit codes: 0 success; 1 an unexpected exception (its traceback is kept) or what the verb itself
+says by `sys.exit`; 2 a user's mistake, told in one line on stderr; 130 interrupted.
+No jax here, so that a verb which only reads files stays light.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import flags
+from etils import epath
+from ml_collections.config_flags import config_flags
+
+from distill.runtime import gpu
+from models.errors import UserError
+
+_HELP = ("-h", "-help", "--h", "--help")
+
+
+def run(main: Callable[[], None], options: flags.FlagValues = flags.FLAGS) -> None:
+    """Parses sys.argv by `options`, calls `main`, and turns mistakes into exits."""
+    try:
+        if any(arg in _HELP for arg in sys.argv[1:]):
+            _help(options)
+        _parse(sys.argv, options)
+        gpu.set_flags()
+        _set_threads()
+        main()
+    except UserError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _set_threads() -> None:
+    """Gives XLA more threads than the CPU has cores, where the CPU stands for several devices.
+
+    A device that waits for the others in a collective holds a thread. With fewer threads than
+    devices, those that all wait for cannot run, and after 40 s XLA ends the process.
+    """
+    devices = os.environ.get("JAX_NUM_CPU_DEVICES", "")
+    if devices.isdigit() and int(devices) > 1:
+        os.environ.setdefault("NPROC", str(4 * int(devices)))  # what XLA reads
+
+
+def _fail(message: str) -> NoReturn:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def output(path: str) -> epath.Path:
+    """The file that --out names, whose folder there is when this returns; on a bucket as it is.
+
+    Raises UserError if it cannot be written, so that this is known before the work and not after.
+    """
+    if path.startswith("gs://"):
+        return epath.Path(path)
+    if Path(path).exists() and not Path(path).is_file():
+        raise UserError(f"--out={path}: is there and not a regular file")
+    file = Path(path).resolve()  # what is renamed to this must not replace a link, /dev/stdout say
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={path}: {error.strerror}: {error.filename}") from error
+    if not os.access(file.parent, os.W_OK):
+        raise UserError(f"--out={path}: {file.parent} cannot be written to")
+    return epath.Path(file)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], int]]:
+    """Within it, SIGTERM and SIGINT only set what the yielded function returns (0: none came)."""
+    received = 0
+
+    def note(number: int, _: object) -> None:
+        nonlocal received
+        received = number
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _help(options: flags.FlagValues) -> NoReturn:
+    """What the verb says of itself, and its flags."""
+    print((sys.modules["__main__"].__doc__ or "").strip(), end="\n\n")
+    print(options.main_module_help())
+    sys.exit(0)
+
+
+def _parse(argv: list[str], options: flags.FlagValues) -> None:
+    """Parses the flags. Whatever goes wrong here is the user's to mend: raises UserError only."""
+    try:
+        rest = options(argv)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(_explain(error, argv)) from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}: options are written --name=value")
+    for name in options:
+        if config_flags.is_config_flag(options[name]):
+            _check_config(name, options[name])
+
+
+def _check_config(name: str, flag: flags.Flag) -> None:
+    """ml_collections keeps the error of an unreadable config file until the config is read."""
+    config: Any = flag.value
+    try:
+        _ = config and config.is_locked
+    except OSError as error:
+        filename = config_flags.get_config_filename(flag)
+        reason = str(error.__cause__).strip().splitlines()[-1].strip()
+        raise UserError(f"--{name}={filename}: {reason}") from error
+
+
+def _explain(error: Exception, argv: list[str]) -> str:
+    """One line for an error raised while parsing `argv`."""
+    message = str(error).strip()
+    if isinstance(error, flags.UnrecognizedFlagError):
+        name = error.flagname.partition(".")[0]
+        if name != error.flagname:
+            return f"--{error.flagname} needs --{name}=FILE before it"
+        return message
+    if required := re.match(r"flag --(\S+)=None: .* must have a value other than None", message):
+        return f"--{required[1]} is required"
+    if isinstance(error, config_flags.UnsupportedOperationError):
+        return message.partition(". ")[0]
+    if isinstance(error, flags.Error):
+        # A ValueError or TypeError of the config file itself arrives wrapped round its traceback.
+        head, wrapped, trace = message.partition("Error whilst parsing config file:")
+        if wrapped:
+            last = trace.strip().splitlines()[-1].removeprefix("ValueError: ")
+            return f"{head.removeprefix('flag ')}{last}"
+        return message
+    libraries = ("absl", "ml_collections", "importlib", os.path.basename(__file__))
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames if not any(name in f.filename for name in libraries)]
+    if ours:  # raised by the config file, or by what it imports
+        return f"{ours[-1].filename}:{ours[-1].lineno}: {type(error).__name__}: {message}"
+    return _unknown_key(message, argv) or f"{type(error).__name__}: {message}"
+
+
+def _unknown_key(message: str, argv: list[str]) -> str | None:
+    """One line if `message` names the key of an override in `argv` which the config lacks."""
+    words = message.replace("\\'", "'").strip("\"'")
+    key = re.match(r"\w+", words)
+    hint = re.search(r'Did you mean \\?"(\w+)', words)
+    for arg in argv[1:]:
+        name = arg.partition("=")[0].lstrip("-")
+        if key and key[0] in name.split(".")[1:]:
+            suggestion = f"; did you mean {hint[1]!r}?" if hint else ""
+            return f"--{name}: no such key in the config{suggestion}"
+    return None

@@ -1,0 +1,279 @@
+"""Frozen models read what was written: teachers and judges, one or several, and a reference.
+
+A teacher may read more than the student does: the same response behind another prompt
+(Batch.told). What it makes of a token is then laid where the token lies in the student's row.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from distill.batch import Batch
+from distill.objectives import fused_head, losses
+from distill.policy import forward, policy
+from distill.policy.policy import Policy
+from distill.runtime import mesh as mesh_lib
+from models.errors import UserError
+from models.qwen3 import model
+from models.qwen3.model import Params, Qwen3
+
+INITIAL, EMA = "initial", "ema"  # paths that mean the student's own past
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """One sub-config `base.teacher()`. The parameters of a moving average are in the train state;
+    `policy` then has at most the frozen base of a LoRA."""
+
+    c: ConfigDict
+    policy: Policy
+
+    @property
+    def average(self) -> bool:
+        return self.c.path == EMA
+
+
+def check(c: ConfigDict, name: str, s: ConfigDict, taught: bool) -> None:
+    """Raises UserError if stage `name`, which asks a teacher or does not, names those that it
+    cannot have."""
+    at, weights = f"config.{name}.teachers", tuple(s.teacher_weights)
+    if not taught:
+        if weights:
+            raise UserError(f"config.{name}.teacher_weights: {s.objective} asks no teacher")
+        if s.context.text or s.context.column:
+            raise UserError(f"config.{name}.context: {s.objective} asks no teacher to read it")
+        return
+    if not s.teachers:
+        raise UserError(f"{at}: {s.objective} needs a teacher")
+    for of in s.teachers:
+        group: Any = c[of] if isinstance(of, str) and of in c else None
+        if not isinstance(group, ConfigDict) or not {"path", "step"} <= set(group):
+            raise UserError(f"{at}: {of!r} is no teacher of this config")
+        if tuple(s.teachers).count(of) > 1:
+            raise UserError(f"{at}: {of!r} is named twice")
+    if not s.teachers[1:] and not weights:
+        return
+    if weights:
+        if len(weights) != len(s.teachers):
+            raise UserError(
+                f"config.{name}.teacher_weights={weights}: {len(weights)} for the "
+                f"{len(s.teachers)} of teachers={tuple(s.teachers)}"
+            )
+        if not all(type(w) in (int, float) and 0 < w < math.inf for w in weights):
+            raise UserError(f"config.{name}.teacher_weights={weights}: must be above 0 and finite")
+    elif len(s.data.mixture) != len(s.teachers):
+        raise UserError(
+            f"{at}={tuple(s.teachers)}: without teacher_weights each teaches the rows of one source"
+            f" of config.{name}.data.mixture, which names {len(s.data.mixture)}"
+        )
+
+
+def describe(c: ConfigDict, name: str, student: Policy, mesh: Mesh, packed: bool) -> Teacher:
+    """The teacher `config.NAME` without its parameters, on `mesh`; a moving average lies where the
+    student does. packed: whether a row it reads may hold several sequences.
+
+    Raises:
+      UserError: naming the key at fault, or a file that `load` would not find.
+    """
+    t, m, at = c[name], c.student, f"config.{name}"
+    for field, allowed in (("dtype", policy.DTYPES), ("param_dtype", policy.PARAM_DTYPES)):
+        if t[field] not in allowed:
+            raise UserError(f"{at}.{field}: {t[field]!r} is none of {', '.join(allowed)}")
+    if not t.path:
+        raise UserError(f"{at}.path: name a model directory")
+    if t.path == EMA and not m.ema:
+        raise UserError(f"{at}.path=ema: no moving average is kept, config.student.ema is 0")
+    if t.path == INITIAL and m.random_init:
+        raise UserError(f"{at}.path=initial: nothing keeps random weights (student.random_init)")
+    if t.step and not policy.is_run(t.path):
+        raise UserError(f"{at}.step={t.step}: {t.path} is no run, and has no checkpoints")
+    if t.path in (INITIAL, EMA):
+        trained = student.model.lora if t.path == EMA else None
+        own = policy.describe(
+            m.path,
+            t.dtype,
+            False,
+            policy.mesh_of(student) if t.path == EMA else mesh,
+            trained=trained,
+            kernel=c.attention,
+            packed=packed,
+            tokenizer_of=m.tokenizer,
+        )
+        return Teacher(t, own)
+    described = policy.describe(t.path, t.dtype, False, mesh, kernel=c.attention, packed=packed)
+    policy.require_same_vocabulary(student, described)
+    policy.check(described, t.step or None)
+    return Teacher(t, described)
+
+
+def load(teacher: Teacher, student: Policy) -> Teacher:
+    """Reads a described teacher's parameters. `student` is loaded where it trains a LoRA."""
+    t, described = teacher.c, teacher.policy
+    if t.path == EMA:
+        lora = student.model.lora is not None
+        loaded = dataclasses.replace(described, params=student.params) if lora else described
+    elif t.path == INITIAL:
+        loaded = begun(described, student, t.param_dtype)
+    elif t.step:
+        with policy.use(described):
+            loaded, _ = policy.restore(described, t.step, t.param_dtype)
+    else:
+        with policy.use(described):
+            loaded = policy.load(described, t.param_dtype)
+    return Teacher(t, loaded)
+
+
+def begun(described: Policy, student: Policy, param_dtype: str) -> Policy:
+    """The student as it was before step 0. `described` is its path without a LoRA to train."""
+    if is_base(student):
+        return student
+    with policy.use(described):
+        return policy.load(described, param_dtype)
+
+
+def is_base(student: Policy) -> bool:
+    """Whether what a LoRA is trained beside is the student before step 0, at no further memory: it
+    is, unless the LoRA began with an adapter."""
+    return student.model.lora is not None and not policy.is_adapter(student.path)
+
+
+def heads(teachers: Sequence[Teacher]) -> tuple[jax.Array | None, ...]:
+    """The output head [V, E] of each, a copy where a teacher has devices of its own; None of a
+    moving average that has a head of its own."""
+    return tuple(
+        None if t.average and t.policy.model.lora is None else _head(t.policy) for t in teachers
+    )
+
+
+def _head(reader: Policy) -> jax.Array:
+    head_VE, mesh = model.head(reader.params), jax.sharding.get_mesh()
+    if mesh.empty or policy.mesh_of(reader) == mesh:
+        return head_VE
+    if not head_VE.is_fully_addressable:
+        with policy.use(reader):
+            head_VE = jax.jit(mesh_lib.whole)(head_VE)
+    like: Any = model.head(mesh_lib.parameters(reader.config, mesh))
+    return mesh_lib.put(head_VE, like.sharding)
+
+
+def _there(reader: Policy, function: Callable[..., jax.Array], *given: Any) -> jax.Array:
+    """What a function of arrays that are split by rows finds, with the reader's parameters, where
+    those lie, brought to where we are."""
+    here = jax.sharding.get_mesh()
+    if here.empty or here == (there := policy.mesh_of(reader)):
+        return mesh_lib.settled(function(*given))
+    with policy.use(reader):
+        found = mesh_lib.settled(function(*mesh_lib.moved(given, there)))
+    return mesh_lib.moved(found, here)
+
+
+def _parameters(teacher: Teacher, average: Params | None) -> tuple[Params, Params | None]:
+    """(parameters, LoRA beside them)"""
+    if not teacher.average:
+        return teacher.policy.params, None
+    assert average is not None
+    own, lora = teacher.policy, teacher.policy.model.lora is not None
+    return (own.params, average) if lora else (average, None)
+
+
+def score(teachers: Sequence[Teacher], batch: Batch, average: Params | None = None) -> Batch:
+    """Fills teacher_hidden_BTD: of each teacher [B, T, its D] in its dtype; what they read that the
+    student does not is left out of what comes back.
+
+    Not logits: the loss streams the teachers' heads over these, so the exact distribution over the
+    whole vocabulary is at hand at the price of D numbers a token. No gradient. `average`: the
+    moving average of what the student trains, for teachers that are it.
+    """
+    read, at_BT = _plain(batch.told or batch), batch.told_at_BT
+    found = tuple(
+        _there(
+            t.policy,
+            functools.partial(hidden, t.policy.model, *_parameters(t, average)),
+            read,
+            at_BT,
+        )
+        for t in teachers
+    )
+    return dataclasses.replace(batch, teacher_hidden_BTD=found, told=None, told_at_BT=None)
+
+
+def _plain(batch: Batch) -> Batch:
+    """What a model reads of a batch."""
+    return Batch(batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.mask_BT)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def hidden(
+    qwen3: Qwen3, params: Params, lora: Params | None, read: Batch, at_BT: jax.Array | None
+) -> jax.Array:
+    """Final hidden states [B, T, D] of what is read, or of the places `at_BT` in it, which lie
+    split by rows and tokens."""
+    hidden_BTD = forward.hidden(qwen3, params, read, lora)
+    if at_BT is not None:
+        hidden_BTD = jnp.take_along_axis(hidden_BTD, at_BT[..., None], axis=1)
+    return mesh_lib.split_stream(hidden_BTD)
+
+
+def logp(reader: Policy, batch: Batch, logits_mib: float, temperature: float = 1.0) -> jax.Array:
+    """[B, T] float32: the log-probability that a model gives each token of the mask; else 0."""
+    read = functools.partial(logps, reader.model, logits_mib, temperature, reader.params, None)
+    return _there(reader, read, _plain(batch))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def logps(
+    qwen3: Qwen3,
+    logits_mib: float,
+    temperature: float,
+    params: Params,
+    lora: Params | None,
+    batch: Batch,
+) -> jax.Array:
+    """See `logp`."""
+    stats = fused_head.token_stats(
+        forward.hidden(qwen3, params, batch, lora),
+        model.head(params),
+        losses.shift(batch.tokens_BT),
+        logits_mib=logits_mib,
+        temperature=temperature,
+        split=mesh_lib.split_vocabulary,
+        mask_BT=losses.shift(batch.mask_BT),
+        shards=mesh_lib.shards(*batch.tokens_BT.shape),
+    )
+    return losses.unshift(stats["logp"])
+
+
+def judge(
+    teachers: Sequence[Teacher], batch: Batch, logits_mib: float, average: Params | None = None
+) -> np.ndarray:
+    """[B, T] float32: the log-probability that the teachers give each token of each response; the
+    same whole array in every process."""
+    read = _plain(batch.told or batch)
+    found = [
+        _there(
+            t.policy,
+            functools.partial(logps, t.policy.model, logits_mib, 1.0, *_parameters(t, average)),
+            read,
+        )
+        for t in teachers
+    ]
+    return np.asarray(_mixed(found, batch))
+
+
+@jax.jit
+def _mixed(logp_BT: list[jax.Array], batch: Batch) -> jax.Array:
+    if batch.told_at_BT is not None:
+        logp_BT = [jnp.take_along_axis(x, batch.told_at_BT, axis=1) for x in logp_BT]
+    mixed_BT = logp_BT[0]
+    if batch.teacher_share_BTN is not None:
+        share_NBT = jnp.moveaxis(jnp.log(batch.teacher_share_BTN), 2, 0)
+        mixed_BT = jax.nn.logsumexp(jnp.stack(logp_BT) + share_NBT, axis=0)
+    return mesh_lib.whole(mixed_BT)
