@@ -17,7 +17,7 @@ Row = dict[str, object]
 _BOXED = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 # `prompt`: how the question is put; `hf`, `tfds`: what --data=hf: and --data=tfds: stand for;
-# `qwen3`: what Qwen3's protocols do otherwise there. The grader is the row of rewards.GRADERS.
+# `qwen3`: what Qwen3's protocols do otherwise there. The grader is the row of graders.GRADERS.
 BENCHMARKS: dict[str, dict[str, Any]] = {
     "arithmetic": {"prompt": "{question}"},
     "gsm8k": {

@@ -60,7 +60,7 @@ class Loss:
     is unbiased in value and gradient (arXiv 2512.02556, section 3.1).
 
     Divergence from the teacher: `divergence`, `beta`, `skew`, `temperature`, `k`, `k_of` as in
-    distributions.Divergence. With sg(p/μ) as ratio, and `estimator`:
+    divergences.Divergence. With sg(p/μ) as ratio, and `estimator`:
       exact: over the whole vocabulary. Gradient: that of the divergence, at every token.
       topk: k tokens and the tail. Gradient: that of the coarser divergence.
       sampled: a policy gradient with advantage -k1 = -(log p - log q), detached. Gradient: that
@@ -242,7 +242,7 @@ def token_losses(
     """The loss of each token, to be weighed by `weights`, and figures that foresee collapse.
 
     Args:
-      stats: of head.token_stats with divergence=loss.compared, baseline=loss.baseline. If the
+      stats: of fused_head.token_stats with divergence=loss.compared, baseline=loss.baseline. If the
         teacher serves only log-probabilities of drawn tokens, they stand in it as "teacher_logp".
       mask_BT: where a token is trained. Everything here is aligned by `shift`.
       segments_BT: int32, 0 on padding, else the number of the sequence within its row.
