@@ -3,8 +3,8 @@
 The longest go first, each into the first row with room for it (first-fit decreasing).
 
 Examples that are read come in the order of `dataset.one`, and are packed a window at a time: as
-many as fill the rows of `span` steps. What found no room goes first into the next window. So rows are
-full, each example still comes once an epoch, and what a window holds follows from the lengths
+many as fill the rows of `span` steps. What found no room goes first into the next window. So rows
+are full, each example still comes once an epoch, and what a window holds follows from the lengths
 alone: of the examples before it, that is. To begin in the middle, therefore, a checkpoint carries
 the `position` of its window, a number and the few examples left over; without one it is worked out
 from the first window on, with the same result.
