@@ -25,6 +25,11 @@ def _parts(axes: tuple[str, ...]) -> int:
     return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
 
 
+def parts(name: str) -> int:
+    """In how many a logical name splits an axis here."""
+    return _parts(axes(name))
+
+
 def dividing(name: str, T: int) -> str | None:
     """The logical axis, if what it stands for here divides T tokens."""
     return None if T % _parts(axes(name)) else name
