@@ -46,33 +46,6 @@ def graded(grader: graders.Grader, benchmark: str, rows: list[Row]) -> list[Row]
     return [judged(row, graders.outcome(f)) for row, f in zip(rows, futures, strict=True)]
 
 
-def complete(
-    subject: Policy,
-    prompts: dataset.TokenLists,
-    *,
-    first: int,
-    samples: int,
-    max_new_tokens: int,
-    sampling: rollout.Sampling,
-    seed: int,
-    batch_size: int,
-    warm_up: bool = False,
-) -> Iterator[list[rollout.Sequence]]:
-    """Samples completions of each prompt from number `first` on; see `rollout.complete`. With
-    `warm_up`, all programs are compiled before this returns."""
-    return rollout.complete(
-        subject,
-        prompts[first:],
-        samples=samples,
-        key=jax.random.key(seed),
-        limits=[max_new_tokens] * (len(prompts) - first),
-        sampling=sampling,
-        batch_size=batch_size,
-        first=first,
-        warm_up=warm_up,
-    )
-
-
 def sample(
     subject: Policy,
     rows: list[tuple[str, Row]],
@@ -87,15 +60,15 @@ def sample(
 ) -> Iterator[list[Row]]:
     """The sampled responses of each problem from number `first` on, `samples` rows a problem."""
     assert subject.tokenizer is not None
-    done = complete(
+    done = rollout.complete(
         subject,
-        prompts,
-        first=first,
+        prompts[first:],
         samples=samples,
-        max_new_tokens=max_new_tokens,
+        key=jax.random.key(seed),
+        limits=[max_new_tokens] * (len(prompts) - first),
         sampling=sampling,
-        seed=seed,
         batch_size=batch_size,
+        first=first,
     )
     for number, completions in enumerate(done, start=first):
         where, row = rows[number]

@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 from etils import epath
 from ml_collections import ConfigDict
 
 from distill import rollout
 from distill.data import dataset
-from distill.evaluation import evaluator, responses, tasks
+from distill.evaluation import evaluator, tasks
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.rollout import completions
@@ -108,14 +109,13 @@ def judging(
             return dataclasses.replace(student, path=str(workdir), params=sampled(params))
 
         def warm_up(params: Any) -> None:
-            responses.complete(
+            rollout.complete(
                 subject_of(params),
                 v.prompts,
-                first=0,
                 samples=v.settings["samples"],
-                max_new_tokens=v.settings["max_new_tokens"],
+                key=jax.random.key(seed),
+                limits=[v.settings["max_new_tokens"]] * len(v.prompts),
                 sampling=v.sampling,
-                seed=seed,
                 batch_size=v.c.batch_size,
                 warm_up=True,
             )

@@ -32,7 +32,7 @@ def parts(name: str) -> int:
 
 def dividing(name: str, T: int) -> str | None:
     """The logical axis, if what it stands for here divides T tokens."""
-    return None if T % _parts(axes(name)) else name
+    return None if T % parts(name) else name
 
 
 def stream(x_BTD: jax.Array) -> jax.Array:
@@ -56,7 +56,7 @@ def fetched(kernel: jax.Array, names: tuple[str | None, ...], T: int) -> jax.Arr
     summed into shards. Left to the partitioner they come in pieces, each a product of its own that
     adds to all outputs, and for a gradient over context all tokens are fetched. One token is less
     than the weights: there the partitioner may choose."""
-    if T == 1 or _parts(axes("embed")) == 1:
+    if T == 1 or parts("embed") == 1:
         return kernel
     kept = tuple(None if name == "embed" else name for name in names)
     return nn.with_logical_constraint(kernel, kept)
@@ -66,10 +66,10 @@ def by_heads(*q_k_v: jax.Array) -> tuple[jax.Array, ...]:
     """Queries [B, T, N, H], keys and values [B, T, K, H] as attention wants them: each device has
     all tokens, of some heads (arXiv 2309.14509, section 3.1). Keys' heads are repeated where there
     are too few of them for the axes that divide the queries'."""
-    parts = _parts(axes("act_heads"))
+    count = parts("act_heads")
 
     def one(x: jax.Array) -> jax.Array:
-        times = parts // math.gcd(x.shape[2], parts)
+        times = count // math.gcd(x.shape[2], count)
         x = jnp.repeat(x, times, axis=2) if times > 1 else x
         return nn.with_logical_constraint(x, ("batch", None, "act_heads", None))
 
