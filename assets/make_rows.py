@@ -36,7 +36,7 @@ CHATS = {
 
 def rows() -> dict[str, list[dict]]:
     """File name -> its rows."""
-    problems = [arithmetic.problem(SEED, i, "train", (3, 3)) for i in range(COUNT)]
+    problems = [arithmetic.make_problem(SEED, i, "train", (3, 3)) for i in range(COUNT)]
     tokenizer = chat.load_tokenizer(ROWS.parent / "teacher")
     assert tokenizer is not None
     made: dict[str, list[dict]] = {}
@@ -46,14 +46,14 @@ def rows() -> dict[str, list[dict]]:
 
     def sampled(messages: list[dict], response: str, thinking: bool, **known: str) -> dict:
         """As `generate` writes it."""
-        tokens = chat.written(tokenizer, response)
+        tokens = chat.encode_response(tokenizer, response)
         sample = {"tokens": tokens, "text": response, "finish_reason": "stop", "correct": True}
-        prompt = chat.render(tokenizer, messages, thinking=thinking)
+        prompt = chat.render_messages(tokenizer, messages, thinking=thinking)
         return {"messages": messages, **known, "prompt_tokens": prompt, "samples": [sample]}
 
     for number, problem in enumerate(problems):
         asked, working, answer = problem.question, problem.solution, problem.answer
-        messages, trace = arithmetic.messages(problem), arithmetic.response(problem)
+        messages, trace = arithmetic.to_messages(problem), arithmetic.to_response(problem)
         unopened = f"{working}\n</think>\n\n{answer}"  # as DeepSeek-R1 goes on from its template
         turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": trace}]
         add("openthoughts3", {"source": "tiny", "domain": "math", "conversations": turns})

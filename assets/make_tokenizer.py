@@ -82,7 +82,7 @@ def make_tokenizer(added: list[AddedToken]) -> Tokenizer:
 
 def corpus() -> list[str]:
     """Text in which every word of the task is frequent: its questions, and the chat template's."""
-    questions = [arithmetic.problem(0, i, "train", (3, 5)).question for i in range(2000)]
+    questions = [arithmetic.make_problem(0, i, "train", (3, 5)).question for i in range(2000)]
     return questions + ["user", "assistant", "system", "\n\n"] * 1000
 
 

@@ -27,43 +27,43 @@ from models.qwen3.config import SIZES, Config
 
 ROOT = Path(__file__).parent.parent
 
-Row = dict[str, Any]
+JsonDict = dict[str, Any]
 
 flags.disclaim_key_flags()  # --help of a benchmark then lists these flags among its own
 
 
-def options(rounds: int) -> flags.FlagValues:
+def define_flags(rounds: int) -> flags.FlagValues:
     """The flags that every benchmark has; `rounds` is a default."""
-    found = flags.FlagValues()
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "To compute in.", found)
-    flags.DEFINE_integer("rounds", rounds, "Turns of each.", lower_bound=1, flag_values=found)
-    flags.DEFINE_string("hf_python", sys.executable, "Interpreter with torch and its kin.", found)
-    flags.DEFINE_string("tunix_python", sys.executable, "Interpreter with google-tunix.", found)
-    flags.DEFINE_string("out", "benchmarks/results", "Directory of the results.", found)
-    return found
+    options = flags.FlagValues()
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "To compute in.", options)
+    flags.DEFINE_integer("rounds", rounds, "Turns of each.", lower_bound=1, flag_values=options)
+    flags.DEFINE_string("hf_python", sys.executable, "Interpreter with torch and its kin.", options)
+    flags.DEFINE_string("tunix_python", sys.executable, "Interpreter with google-tunix.", options)
+    flags.DEFINE_string("out", "benchmarks/results", "Directory of the results.", options)
+    return options
 
 
-def models(found: flags.FlagValues, rows: int, tokens: int) -> None:
+def define_model_flags(options: flags.FlagValues, rows: int, tokens: int) -> None:
     """Adds the flags of benchmarks that compute with random models, as benchmarks/trainers.py."""
-    flags.DEFINE_enum("student", "0.6b", list(SIZES), "Whose widths it has.", flag_values=found)
-    flags.DEFINE_enum("teacher", "1.7b", list(SIZES), "Whose widths it has.", flag_values=found)
-    flags.DEFINE_integer("layers", 0, "Of both; 0: as released.", flag_values=found)
-    flags.DEFINE_integer("vocabulary", 0, "Of both; 0: as released.", flag_values=found)
-    flags.DEFINE_integer("rows", rows, "Of a call.", lower_bound=1, flag_values=found)
-    flags.DEFINE_integer("tokens", tokens, "Of each row.", lower_bound=2, flag_values=found)
-    flags.DEFINE_integer("steps", 2, "Calls in a turn, after the first.", 1, flag_values=found)
+    flags.DEFINE_enum("student", "0.6b", list(SIZES), "Whose widths it has.", flag_values=options)
+    flags.DEFINE_enum("teacher", "1.7b", list(SIZES), "Whose widths it has.", flag_values=options)
+    flags.DEFINE_integer("layers", 0, "Of both; 0: as released.", flag_values=options)
+    flags.DEFINE_integer("vocabulary", 0, "Of both; 0: as released.", flag_values=options)
+    flags.DEFINE_integer("rows", rows, "Of a call.", lower_bound=1, flag_values=options)
+    flags.DEFINE_integer("tokens", tokens, "Of each row.", lower_bound=2, flag_values=options)
+    flags.DEFINE_integer("steps", 2, "Calls in a turn, after the first.", 1, flag_values=options)
 
 
-def config(chosen: Any, name: str) -> Config:
+def make_config(options: Any, name: str) -> Config:
     """The config of "student" or "teacher", by the flags of `models`."""
-    cut = {"num_hidden_layers": chosen.layers, "vocab_size": chosen.vocabulary}
-    return dataclasses.replace(SIZES[chosen[name].value], **{k: n for k, n in cut.items() if n})
+    cut = {"num_hidden_layers": options.layers, "vocab_size": options.vocabulary}
+    return dataclasses.replace(SIZES[options[name].value], **{k: n for k, n in cut.items() if n})
 
 
-def pythons(chosen: Any) -> dict[str, str]:
+def get_interpreters(options: Any) -> dict[str, str]:
     """The interpreters by the flags of `options`; what is not named here runs in this one."""
-    torch: dict[str, str] = dict.fromkeys(("transformers", "trl"), chosen.hf_python)
-    return {"ours": sys.executable, "tunix": chosen.tunix_python, **torch}
+    torch: dict[str, str] = dict.fromkeys(("transformers", "trl"), options.hf_python)
+    return {"ours": sys.executable, "tunix": options.tunix_python, **torch}
 
 
 class Worker:
@@ -86,17 +86,19 @@ class Worker:
         except OSError as error:
             self.absent = f"not installed ({python}: {error.strerror})"
             return
-        self._hear()
+        self._read_answer()
 
-    def _hear(self) -> Row:
+    def _read_answer(self) -> JsonDict:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        answer: Row = json.loads(line) if line else {"absent": f"ended ({self._process.wait()})"}
+        answer: JsonDict = (
+            json.loads(line) if line else {"absent": f"ended ({self._process.wait()})"}
+        )
         self.absent = answer.get("absent", "")
         self.versions.update(answer.get("versions", {}))
         return answer
 
-    def ask(self, **job: Any) -> Row | None:
+    def send_job(self, **job: Any) -> JsonDict | None:
         """Its answer; None if it has none, as where memory ran out."""
         if self.absent:
             return None
@@ -106,7 +108,7 @@ class Worker:
         except BrokenPipeError:
             self.absent = f"ended ({self._process.wait()})"
             return None
-        answer = self._hear()
+        answer = self._read_answer()
         return None if self.absent else answer
 
     def close(self) -> None:
@@ -115,63 +117,65 @@ class Worker:
                 self._process.communicate()
 
 
-def contenders(chosen: Any, what: str) -> dict[str, Callable[[], Worker]]:
+def list_contenders(options: Any, case: str) -> dict[str, Callable[[], Worker]]:
     """Who of benchmarks/trainers.py can do `what` in the dtype of the flags: name → a process."""
-    of = pythons(chosen)
+    interpreters = get_interpreters(options)
     return {
-        name: functools.partial(Worker, of[name.split(",")[0]], "benchmarks.trainers", name)
+        name: functools.partial(
+            Worker, interpreters[name.split(",")[0]], "benchmarks.trainers", name
+        )
         for name, can in trainers.WORKERS.items()
-        if what in can and ("autocast" not in name or chosen.dtype == "bfloat16")
+        if case in can and ("autocast" not in name or options.dtype == "bfloat16")
     }
 
 
-def limits() -> Row:
+def measure_limits() -> JsonDict:
     """What this project's devices can do: bytes a second that are read, and copied in place (read +
     written); operations a second of a matrix product in each dtype; which devices they are."""
     worker = Worker(sys.executable, "benchmarks.limits")
-    found = worker.ask()
+    answer = worker.send_job()
     worker.close()
-    assert found is not None, worker.absent
-    return found
+    assert answer is not None, worker.absent
+    return answer
 
 
-def turns(
-    contenders: Mapping[str, Callable[[], Worker]], rounds: int, job: Row
-) -> tuple[dict[str, Row], dict[str, dict[str, str]]]:
+def run_turns(
+    contenders: Mapping[str, Callable[[], Worker]], rounds: int, job: JsonDict
+) -> tuple[dict[str, JsonDict], dict[str, dict[str, str]]]:
     """What each makes of the job, and their versions. Each turn is a process of its own, so that no
     contender's memory is in another's way, and its peak is that of the job.
 
     Of "seconds", a list, the median over all turns; of other figures the median, of peaks the
     largest.
     """
-    answers: dict[str, list[Row]] = {name: [] for name in contenders}
-    found: dict[str, Row] = {}
+    answers: dict[str, list[JsonDict]] = {name: [] for name in contenders}
+    results: dict[str, JsonDict] = {}
     versions: dict[str, dict[str, str]] = {}
     for _ in range(rounds):
-        for name, begin in contenders.items():
-            if "absent" in found.get(name, {}):
+        for name, start_worker in contenders.items():
+            if "absent" in results.get(name, {}):
                 continue
-            worker = begin()
-            answer = worker.ask(**job)
+            worker = start_worker()
+            answer = worker.send_job(**job)
             worker.close()
             if answer is None:
-                found[name] = {"absent": worker.absent}
+                results[name] = {"absent": worker.absent}
                 continue
             versions[name] = worker.versions
             answers[name].append(answer)
             print(f"{name}: {statistics.median(answer['seconds']):.3f} s", file=sys.stderr)
-    for name, given in answers.items():
-        if name in found or not given:
+    for name, contender_answers in answers.items():
+        if name in results or not contender_answers:
             continue
-        times = [x for answer in given for x in answer["seconds"]]
-        found[name] = {"seconds": statistics.median(times), "all_seconds": times}
-        for figure in given[0].keys() - {"seconds", "versions"}:
-            of = max if figure.startswith("peak") else statistics.median
-            found[name][figure] = of([answer[figure] for answer in given])
-    return found, versions
+        times = [x for answer in contender_answers for x in answer["seconds"]]
+        results[name] = {"seconds": statistics.median(times), "all_seconds": times}
+        for figure in contender_answers[0].keys() - {"seconds", "versions"}:
+            reduce = max if figure.startswith("peak") else statistics.median
+            results[name][figure] = reduce([answer[figure] for answer in contender_answers])
+    return results, versions
 
 
-def machine(versions: dict[str, dict[str, str]]) -> Row:
+def describe_machine(versions: dict[str, dict[str, str]]) -> JsonDict:
     """What the numbers belong to: processor, memory, versions."""
     name, memory = platform.processor() or platform.machine(), None
     cpuinfo = Path("/proc/cpuinfo")
@@ -189,7 +193,7 @@ def machine(versions: dict[str, dict[str, str]]) -> Row:
     }
 
 
-def heading(title: str, host: Row, limits: Row) -> list[str]:
+def render_heading(title: str, host: JsonDict, limits: JsonDict) -> list[str]:
     """The lines above a table: where, when, with what, and what the machine gives at most."""
     used = (
         f"{name}: " + ", ".join(f"{k} {v}" for k, v in of.items())
@@ -207,7 +211,7 @@ def heading(title: str, host: Row, limits: Row) -> list[str]:
     ]
 
 
-def table(rows: list[Row], limits: Row, dtype: str) -> list[str]:
+def render_table(rows: list[JsonDict], limits: JsonDict, dtype: str) -> list[str]:
     """Rows of {"case", "name", "tokens", "flop", "bytes", ...} beside this project's of the case,
     and beside what the machine gives: `flop` and `bytes` are what the job cannot do without."""
     ours = {r["case"]: r.get("seconds") for r in rows if r["name"] == "ours"}
@@ -232,49 +236,51 @@ def table(rows: list[Row], limits: Row, dtype: str) -> list[str]:
     return lines
 
 
-def named(benchmark: str, known: list[str], cases: Mapping[str, Row]) -> str:
+def name_results(benchmark: str, known: list[str], cases: Mapping[str, JsonDict]) -> str:
     """What its files are called: a part of the cases does not take the place of all of them."""
     return benchmark if len(cases) == len(known) else "-".join([benchmark, *cases])
 
 
-def run(name: str, title: str, chosen: Any, cases: dict[str, Row], remarks: list[str]) -> None:
+def run_benchmark(
+    name: str, title: str, options: Any, cases: dict[str, JsonDict], remarks: list[str]
+) -> None:
     """A whole benchmark by the flags of `models`.
 
     cases: what → {"tokens", "flop", "bytes"} of a call, and what else its job says.
     """
-    out = cli.output(f"{chosen.out}/{name}-{chosen.dtype}.json")
-    measured, load = limits(), os.getloadavg()[0]
+    out = cli.check_output(f"{options.out}/{name}-{options.dtype}.json")
+    measured, load = measure_limits(), os.getloadavg()[0]
     names = ("student", "teacher", "layers", "vocabulary", "rows", "tokens", "steps", "dtype")
-    shape = {flag: chosen[flag].value for flag in names} | {"rounds": chosen.rounds}
-    rows: list[Row] = []
+    shape = {flag: options[flag].value for flag in names} | {"rounds": options.rounds}
+    rows: list[JsonDict] = []
     used: dict[str, dict[str, str]] = {}
     for what, counts in cases.items():
         job = {**shape, **counts, "what": what}
-        job |= {name: config(chosen, name).to_hf() for name in ("student", "teacher")}
-        who = contenders(chosen, what)
-        found, versions = turns(who, chosen.rounds, job)
+        job |= {name: make_config(options, name).to_hf() for name in ("student", "teacher")}
+        who = list_contenders(options, what)
+        results_by_name, versions = run_turns(who, options.rounds, job)
         used |= versions
-        rows += [{"case": what, "name": one, **counts, **found[one]} for one in who]
-    host = {**machine(used), "load_before": load}
-    lines = heading(f"{title}, {chosen.dtype}", host, measured)
-    depth = f"{chosen.layers} layers" if chosen.layers else "all layers"
+        rows += [{"case": what, "name": one, **counts, **results_by_name[one]} for one in who]
+    host = {**describe_machine(used), "load_before": load}
+    lines = render_heading(f"{title}, {options.dtype}", host, measured)
+    depth = f"{options.layers} layers" if options.layers else "all layers"
     lines += [
-        f"Widths of {chosen.student} (teacher: {chosen.teacher}), {depth}, random weights;"
-        f" {chosen.rows} x {chosen.tokens} tokens; medians of {chosen.rounds} turns of"
-        f" {chosen.steps} calls.",
+        f"Widths of {options.student} (teacher: {options.teacher}), {depth}, random weights;"
+        f" {options.rows} x {options.tokens} tokens; medians of {options.rounds} turns of"
+        f" {options.steps} calls.",
         *remarks,
         "",
-        *table(rows, measured, chosen.dtype),
+        *render_table(rows, measured, options.dtype),
     ]
     rates: dict[str, dict[str, float]] = {what: {} for what in cases}
     for row in rows:
         rates[row["case"]][row["name"]] = row["tokens"] / row.get("seconds", float("inf"))
     results = {"machine": host, "shape": shape, "limits": measured, "rows": rows}
-    write(out, results, lines, "tokens/s", rates)
+    write_results(out, results, lines, "tokens/s", rates)
 
 
-def write(
-    out: Path, results: Row, lines: list[str], unit: str, rates: dict[str, dict[str, float]]
+def write_results(
+    out: Path, results: JsonDict, lines: list[str], unit: str, rates: dict[str, dict[str, float]]
 ) -> None:
     """All numbers as OUT (.json), the table beside it (.md) and on stdout, and `rates` as bars
     (.svg): group → name → height, where there are any."""
@@ -282,11 +288,15 @@ def write(
     text = "\n".join(lines) + "\n"
     out.with_suffix(".md").write_text(text)
     if any(rates.values()):
-        _bars(lines[0].removeprefix("# "), results["machine"], unit, rates, out.with_suffix(".svg"))
+        _plot_bars(
+            lines[0].removeprefix("# "), results["machine"], unit, rates, out.with_suffix(".svg")
+        )
     print(text)
 
 
-def _bars(title: str, host: Row, unit: str, rates: dict[str, dict[str, float]], path: Path) -> None:
+def _plot_bars(
+    title: str, host: JsonDict, unit: str, rates: dict[str, dict[str, float]], path: Path
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

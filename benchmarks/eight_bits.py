@@ -31,18 +31,18 @@ ROUNDS = flags.DEFINE_integer("rounds", 7, "Measured, after one to warm up.", fl
 SCORED = flags.DEFINE_list("scored", ["8", "64"], "Rows, and tokens in each.", flag_values=OPTIONS)
 DECODED = flags.DEFINE_list("decoded", ["4", "32"], "Rows, and new tokens.", flag_values=OPTIONS)
 
-KINDS = {
+PARAM_DTYPES = {
     "float32": ("float32", "bfloat16", "int8", "float8_e4m3fn"),
     "bfloat16": ("bfloat16", "int8", "float8_e4m3fn"),
 }
 
 
-def cases(dtype: str) -> dict[tuple[str, str], Callable[[], int]]:
+def make_cases(dtype: str) -> dict[tuple[str, str], Callable[[], int]]:
     """(what, dtype of parameters) -> what computes it and returns the number of tokens."""
     config = dataclasses.replace(SIZES["0.6b"], num_hidden_layers=LAYERS.value, vocab_size=4096)
-    shapes = mesh_lib.parameters(config, mesh_lib.make(1, 1, 1))
+    shapes = mesh_lib.make_abstract_params(config, mesh_lib.make_mesh(1, 1, 1))
     network = model.Qwen3(config, dtype=jnp.dtype(dtype))
-    plain = policy.randomise(
+    plain = policy.init_random_policy(
         policy.Policy("random", config, network, shapes, None, ()), jax.random.key(0)
     )
     rows, length = map(int, SCORED.value)
@@ -52,38 +52,43 @@ def cases(dtype: str) -> dict[tuple[str, str], Callable[[], int]]:
     ones_BT = np.ones_like(tokens_BT)
     arrays: Any = map(jnp.asarray, (tokens_BT, positions_BT, ones_BT, ones_BT > 0))
     batch = Batch(*arrays)
-    found = {}
-    for kind in KINDS[dtype]:
-        to, held = quantised.split(kind, jnp.dtype(dtype))
-        params = jax.jit(quantised.tree, static_argnums=(1, 2))(plain.params, to, held)
+    cases = {}
+    for kind in PARAM_DTYPES[dtype]:
+        to, held = quantised.split_dtypes(kind, jnp.dtype(dtype))
+        params = jax.jit(quantised.quantise_params, static_argnums=(1, 2))(plain.params, to, held)
         subject = dataclasses.replace(plain, params=params)
 
         def score(subject: policy.Policy = subject) -> int:
-            read = local.hidden(subject.model, 1, subject.params, None, batch, None)
+            read = local.compute_hidden(subject.model, 1, subject.params, None, batch, None)
             jax.block_until_ready(read)
             return tokens_BT.size
 
-        def decode(kind: str = kind) -> int:
+        def decode(param_dtype: str = kind) -> int:
             rows, new = map(int, DECODED.value)
-            asked = [rollout.Sequence([1, 2, 3 + i], (0, i), new) for i in range(rows)]
-            options = rollout.Options(rows, param_dtype=kind)
+            sequences = [rollout.Sequence([1, 2, 3 + i], (0, i), new) for i in range(rows)]
+            options = rollout.RolloutOptions(rows, param_dtype=param_dtype)
             sampling = rollout.Sampling()
             with policy.use(plain):
                 done = rollout.sample(
-                    network, plain.params, asked, sampling=sampling, stop_ids=(), options=options
+                    network,
+                    plain.params,
+                    sequences,
+                    sampling=sampling,
+                    stop_ids=(),
+                    options=options,
                 )
                 return sum(len(row.tokens) for row in done)
 
-        found |= {("score", kind): score, ("decode", kind): decode}
-    return found
+        cases |= {("score", kind): score, ("decode", kind): decode}
+    return cases
 
 
 def main() -> None:
     print(
         "| activations | what | weights | tokens/s | quartiles | ratio |\n|---|---|---|---|---|---|"
     )
-    for dtype, kinds in KINDS.items():
-        measured = cases(dtype)
+    for dtype, kinds in PARAM_DTYPES.items():
+        measured = make_cases(dtype)
         seconds: dict[tuple[str, str], list[float]] = {name: [] for name in measured}
         tokens = {name: measured[name]() for name in measured}
         for _ in range(ROUNDS.value):

@@ -73,7 +73,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 MESH = {1: {}, 8: {"fsdp": 4, "tensor": 2}}
 
 
-def config(name: str, experts: Path) -> Any:
+def make_config(name: str, experts: Path) -> Any:
     """The config of a run, on the mesh of so many devices."""
     from configs import base, conditions  # after jax knows its devices
 
@@ -83,12 +83,12 @@ def config(name: str, experts: Path) -> Any:
     c = importlib.import_module(f"configs.{file}").get_config(argument)
     changes = VARIANTS.get(name, {})
     if "teachers" in changes:
-        c.original = base.teacher()
+        c.original = base.make_teacher()
         c.original.path, c.original.param_dtype = "assets/student", "float32"
         c.original.dtype = "float32"
-    given = {key[1:] if key[0] == "." else f"opd.{key}": x for key, x in changes.items()}
+    overrides = {key[1:] if key[0] == "." else f"opd.{key}": x for key, x in changes.items()}
     c.update_from_flattened_dict(
-        {key: str(experts) if x == "EXPERTS" else x for key, x in given.items()}
+        {key: str(experts) if x == "EXPERTS" else x for key, x in overrides.items()}
     )
     for axis in ("data", "fsdp", "tensor", "context", "expert"):
         c.mesh[axis] = MESH[DEVICES.value].get(axis, 1)
@@ -96,32 +96,32 @@ def config(name: str, experts: Path) -> Any:
     return c
 
 
-def names() -> list[str]:
+def list_runs() -> list[str]:
     from configs import conditions
 
     return [*RECIPES, *(f"conditions:{name},tiny" for name in conditions.CONDITIONS), *VARIANTS]
 
 
-def model_of_experts(folder: Path) -> Path:
+def write_expert_model(folder: Path) -> Path:
     """The student's directory with a config of experts, without weights."""
-    made = folder / "experts"
-    shutil.copytree("assets/student", made, ignore=shutil.ignore_patterns("*.safetensors"))
-    fields = json.loads((made / "config.json").read_text())
+    target = folder / "experts"
+    shutil.copytree("assets/student", target, ignore=shutil.ignore_patterns("*.safetensors"))
+    fields = json.loads((target / "config.json").read_text())
     fields |= {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
     fields |= {"num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
     fields |= {"moe_intermediate_size": 64, "mlp_only_layers": [], "norm_topk_prob": True}
-    (made / "config.json").write_text(json.dumps(fields))
-    return made
+    (target / "config.json").write_text(json.dumps(fields))
+    return target
 
 
-def digest(run: Path, exported: Path) -> dict[str, str]:
+def digest_run(run: Path, exported: Path) -> dict[str, str]:
     """The three sums of a run."""
     weights = hashlib.sha256()
     for file in sorted(exported.rglob("*.safetensors")):
         weights.update(file.read_bytes())
     metrics = hashlib.sha256()
     for line in (run / "metrics.jsonl").read_text().splitlines():
-        row = {k: x for k, x in json.loads(line).items() if not timed(k)}
+        row = {k: x for k, x in json.loads(line).items() if not is_timing(k)}
         metrics.update(json.dumps(row, sort_keys=True).encode())
     tokens = hashlib.sha256()
     for file in sorted((run / "rollouts").glob("*.jsonl")):
@@ -135,7 +135,7 @@ def digest(run: Path, exported: Path) -> dict[str, str]:
     }
 
 
-def timed(name: str) -> bool:
+def is_timing(name: str) -> bool:
     """Whether a metric is of the clock or of the machine."""
     return name.startswith(("time", "memory", "device")) or "per_second" in name or "mfu" in name
 
@@ -153,20 +153,20 @@ def main() -> None:
     from distill.policy import exporting
     from distill.training import loop
 
-    known = names()
+    known = list_runs()
     if lost := set(ONLY.value) - set(known):
         sys.exit(f"--only={lost}: of {', '.join(known)}")
-    out, found = Path(OUT.value).resolve(), {}
+    out, digests = Path(OUT.value).resolve(), {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        experts = model_of_experts(folder)
+        experts = write_expert_model(folder)
         for name in ONLY.value or known:
             run, exported = folder / "run", folder / "exported"
-            loop.run(config(name, experts), run)
-            exporting.export(run, exported)
-            found[name] = digest(run, exported)
-            print(name, *found[name].values(), flush=True)
-            out.write_text(json.dumps(found, indent=1) + "\n")
+            loop.run(make_config(name, experts), run)
+            exporting.export_run(run, exported)
+            digests[name] = digest_run(run, exported)
+            print(name, *digests[name].values(), flush=True)
+            out.write_text(json.dumps(digests, indent=1) + "\n")
             shutil.rmtree(run)
             shutil.rmtree(exported)
             jax.clear_caches()

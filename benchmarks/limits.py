@@ -15,7 +15,7 @@ from benchmarks import workers
 GIB = 2**30
 
 
-def measure(job: workers.Job) -> workers.Answer:
+def measure_limits(job: workers.Job) -> workers.Answer:
     """Bytes a second that the memory of all devices together gives to a read, and to a copy in
     place (read + written); operations a second of a large matrix product on each device at once;
     and which devices they are."""
@@ -28,25 +28,25 @@ def measure(job: workers.Job) -> workers.Answer:
     v = jax.device_put(jnp.ones(GIB // 4 // 4096), whole)
     read = jax.jit(lambda x, v: x @ v)
     copy = jax.jit(lambda x: x + 1, donate_argnums=0)
-    found: dict[str, Any] = {"devices": f"{len(devices)} x {devices[0].device_kind}"}
-    found["read"] = GIB / _best(read, x, v)
+    limits: dict[str, Any] = {"devices": f"{len(devices)} x {devices[0].device_kind}"}
+    limits["read"] = GIB / _measure_best(read, x, v)
     times = []
     for _ in range(6):
         start = time.perf_counter()
         x = jax.block_until_ready(copy(x))
         times.append(time.perf_counter() - start)
-    found["copy"] = 2 * GIB / min(times[1:])
+    limits["copy"] = 2 * GIB / min(times[1:])
     n = 2048 if devices[0].platform == "cpu" else 8192
     product = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
     for dtype in ("float32", "bfloat16"):
         a_NN = jax.device_put(jnp.ones((len(devices) * n, n), dtype), split)
         b_NN = jax.device_put(jnp.ones((n, n), dtype), whole)
         with jax.default_matmul_precision("highest" if dtype == "float32" else None):
-            found[dtype] = 2 * len(devices) * n**3 / _best(product, a_NN, b_NN)
-    return found
+            limits[dtype] = 2 * len(devices) * n**3 / _measure_best(product, a_NN, b_NN)
+    return limits
 
 
-def _best(compute: Any, *args: jax.Array) -> float:
+def _measure_best(compute: Any, *args: jax.Array) -> float:
     """The least of some seconds: what the machine can do. The first of them is compiled."""
     times = []
     for _ in range(6):
@@ -57,4 +57,4 @@ def _best(compute: Any, *args: jax.Array) -> float:
 
 
 if __name__ == "__main__":
-    workers.serve(lambda: measure)
+    workers.serve_jobs(lambda: measure_limits)

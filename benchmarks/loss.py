@@ -13,13 +13,13 @@ gradients written.
 from benchmarks import contest
 from distill.runtime import cli
 
-OPTIONS = contest.options(rounds=2)
-contest.models(OPTIONS, rows=1, tokens=1024)
+OPTIONS = contest.define_flags(rounds=2)
+contest.define_model_flags(OPTIONS, rows=1, tokens=1024)
 
 
-def counts() -> contest.Row:
+def count_costs() -> contest.JsonDict:
     """What a call cannot do without."""
-    student, teacher = (contest.config(OPTIONS, name) for name in ("student", "teacher"))
+    student, teacher = (contest.make_config(OPTIONS, name) for name in ("student", "teacher"))
     M, V = OPTIONS.rows * OPTIONS.tokens, student.vocab_size
     D, E = student.hidden_size, teacher.hidden_size
     wide = 4 if OPTIONS.dtype == "float32" else 2
@@ -28,10 +28,10 @@ def counts() -> contest.Row:
 
 
 def main() -> None:
-    remark = (
-        f"A vocabulary of {contest.config(OPTIONS, 'student').vocab_size}; layers play no part."
+    remark = f"A vocabulary of {contest.make_config(OPTIONS, 'student').vocab_size}; layers play no part."
+    contest.run_benchmark(
+        "loss", "The divergence alone", OPTIONS, {"loss": count_costs()}, [remark]
     )
-    contest.run("loss", "The divergence alone", OPTIONS, {"loss": counts()}, [remark])
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from distill.runtime import cli, run_files
 from distill.runtime import mesh as mesh_lib
 from distill.teachers import local
 from distill.training import collect, loop, setup, stages
-from distill.training.microbatches import Work
+from distill.training.microbatches import Minibatches
 from models.errors import UserError
 from models.qwen3 import model
 from models.qwen3.model import Params
@@ -56,10 +56,10 @@ PROBLEMS = flags.DEFINE_integer(
 # Adam's steps are as large for noise.
 RATES = {"traces": 3e-4, "distribution": 3e-4, "sampled": 1e-4, "hybrid": 1e-4, "reward": 2e-5}
 SAMPLES = 8  # responses to a prompt, where they are compared
-K = 4  # tokens of `topk`
+TOP_K = 4  # tokens of `topk`
 
 # name -> (family, what differs from on-policy distillation: a dotted key of the stage each)
-ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+EXPERIMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("traces", {"objective": "sft"}),
     "distill": ("traces", {"objective": "distill"}),
     "distill + sft": ("traces", {"objective": "distill", "loss.sft": 0.5}),
@@ -70,14 +70,14 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "opd: skewed 0.1": ("distribution", {"loss.skew": 0.1}),
     "opd: temperature 2": ("distribution", {"loss.temperature": 2.0}),
     "opd: discount 0.9": ("sampled", {"loss.discount": 0.9}),
-    f"opd: teacher's top {K}": ("distribution", {"loss.estimator": "topk", "loss.k": K}),
-    f"opd: student's top {K}": (
+    f"opd: teacher's top {TOP_K}": ("distribution", {"loss.estimator": "topk", "loss.k": TOP_K}),
+    f"opd: student's top {TOP_K}": (
         "distribution",
-        {"loss.estimator": "topk", "loss.k": K, "loss.k_of": "student"},
+        {"loss.estimator": "topk", "loss.k": TOP_K, "loss.k_of": "student"},
     ),
-    f"opd: union of top {K}": (
+    f"opd: union of top {TOP_K}": (
         "distribution",
-        {"loss.estimator": "topk", "loss.k": K, "loss.k_of": "union"},
+        {"loss.estimator": "topk", "loss.k": TOP_K, "loss.k_of": "union"},
     ),
     "opd_sampled": ("sampled", {"objective": "opd_sampled"}),
     "opd_sampled: baseline": ("sampled", {"objective": "opd_sampled", "loss.baseline": True}),
@@ -107,35 +107,35 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def k1_in_the_loss(logp_BTV: jax.Array, logq_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+def compute_k1_loss(logp_BTV: jax.Array, logq_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     """log p - log q of the drawn token, differentiated as it is: the expected gradient is that of
     log p alone, E[∇ log p] = 0, so nothing is learned."""
-    return _pick(logp_BTV, tokens_BT) - _pick(logq_BTV, tokens_BT)
+    return _gather_tokens(logp_BTV, tokens_BT) - _gather_tokens(logq_BTV, tokens_BT)
 
 
-def top_without_tail(logp_BTV: jax.Array, logq_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+def compute_top_loss(logp_BTV: jax.Array, logq_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     """Σ p (log p - log q) over the teacher's top K only. It is least where p = q / e within them:
     below zero, and with all other mass, 1 - 1/e or 63%, outside."""
-    logq_BTK, ids_BTK = jax.lax.top_k(logq_BTV, K)
+    logq_BTK, ids_BTK = jax.lax.top_k(logq_BTV, TOP_K)
     logp_BTK = jnp.take_along_axis(logp_BTV, ids_BTK, axis=-1)
     return jnp.sum(jnp.exp(logp_BTK) * (logp_BTK - logq_BTK), axis=-1)
 
 
-def _pick(logp_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+def _gather_tokens(logp_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     return jnp.take_along_axis(logp_BTV, tokens_BT[..., None], axis=-1)[..., 0]
 
 
-BAD = {
-    "bad: k1 in the loss": ("sampled", k1_in_the_loss),
-    f"bad: top {K} without tail": ("distribution", top_without_tail),
+BAD_LOSSES = {
+    "bad: k1 in the loss": ("sampled", compute_k1_loss),
+    f"bad: top {TOP_K} without tail": ("distribution", compute_top_loss),
 }
 
 
-def config(family: str, changes: dict[str, Any]) -> ConfigDict:
+def make_config(family: str, changes: dict[str, Any]) -> ConfigDict:
     """The run of a row."""
     c = quickstart.get_config()
     c.checkpoint.every, c.log.transcripts, c.student.remat = STEPS.value, 0, False
-    c.log.overlap = K if family == "distribution" else 0  # a quarter of a step's seconds
+    c.log.overlap = TOP_K if family == "distribution" else 0  # a quarter of a step's seconds
     s = c.opd
     s.steps, s.batch_size = STEPS.value, BATCH.value
     s.optim.learning_rate, s.optim.warmup_steps = RATES[family], max(1, STEPS.value // 10)
@@ -144,77 +144,87 @@ def config(family: str, changes: dict[str, Any]) -> ConfigDict:
     return c
 
 
-def outside(losses_own: Any, plan: setup.Plan, params: Params, batch: Batch, head_VE: jax.Array):
+def compute_bad_loss(
+    token_loss: Any, run_setup: setup.RunSetup, params: Params, batch: Batch, head_VE: jax.Array
+):
     """A loss of BAD over a batch, a mean over trained tokens; and the student's mass outside the
     teacher's top K. All logits at once: the vocabulary is small."""
-    hidden_BTD = forward.hidden(plan.student.model, params, batch)
+    hidden_BTD = forward.compute_hidden(run_setup.student.model, params, batch)
     assert batch.teacher_hidden_BTD is not None
     logp_BTV, logq_BTV = (
         jax.nn.log_softmax(hidden_BTX @ head_VX.T, axis=-1)
         for hidden_BTX, head_VX in (
-            (hidden_BTD, model.head(params)),
+            (hidden_BTD, model.get_output_head(params)),
             (batch.teacher_hidden_BTD[0], head_VE),
         )
     )
     mask_BT = losses.shift(batch.mask_BT).astype(jnp.float32)
-    ids_BTK = jax.lax.top_k(logq_BTV, K)[1]
+    ids_BTK = jax.lax.top_k(logq_BTV, TOP_K)[1]
     inside_BT = jnp.exp(jnp.take_along_axis(logp_BTV, ids_BTK, axis=-1)).sum(axis=-1)
 
-    def mean(x_BT: jax.Array) -> jax.Array:
+    def masked_mean(x_BT: jax.Array) -> jax.Array:
         return jnp.sum(x_BT * mask_BT) / jnp.sum(mask_BT)
 
-    loss_BT = losses_own(logp_BTV, logq_BTV, losses.shift(batch.tokens_BT))
-    return mean(loss_BT), 1 - mean(inside_BT)
+    loss_BT = token_loss(logp_BTV, logq_BTV, losses.shift(batch.tokens_BT))
+    return masked_mean(loss_BT), 1 - masked_mean(inside_BT)
 
 
-def _whole(work: Work, mesh: Mesh) -> Batch:
+def _merge_work(work: Minibatches, mesh: Mesh) -> Batch:
     """All that a step trains on as one batch."""
-    laid = [micro.lay() for part in work for micro in part]
-    whole = jax.tree.map(lambda *x: np.concatenate(x), *laid)
-    return jax.device_put(whole, mesh_lib.rows(mesh))
+    micro_batches = [micro.make_batch() for part in work for micro in part]
+    whole = jax.tree.map(lambda *x: np.concatenate(x), *micro_batches)
+    return jax.device_put(whole, mesh_lib.make_row_sharding(mesh))
 
 
-def train_badly(name: str, out: Path, mesh: Mesh) -> Policy:
+def train_bad_loss(name: str, out: Path, mesh: Mesh) -> Policy:
     """The student after a run of a loss of BAD, on the same rows that the other runs have."""
-    family, loss = BAD[name]
-    c = config(family, {})
-    plan = setup.prepare(c, mesh)
-    (stage,) = plan.stages
-    plan, student = setup.load(c, plan, stage), policy.load(plan.student, "float32")
-    head_VE, params = model.head(plan.teachers["teacher"].policy.params), student.params
+    family, loss = BAD_LOSSES[name]
+    c = make_config(family, {})
+    run_setup = setup.setup_run(c, mesh)
+    (stage,) = run_setup.stages
+    run_setup, student = (
+        setup.load_stage_models(c, run_setup, stage),
+        policy.load(run_setup.student, "float32"),
+    )
+    head_VE, params = (
+        model.get_output_head(run_setup.teachers["teacher"].policy.params),
+        student.params,
+    )
     state = stage.optimizer.init(params)
 
     @jax.jit
     def step(params: Params, state: optax.OptState, batch: Batch):
-        def total(params: Params):
-            return outside(loss, plan, params, batch, head_VE)
+        def compute_loss(params: Params):
+            return compute_bad_loss(loss, run_setup, params, batch, head_VE)
 
-        (value, mass), grads = jax.value_and_grad(total, has_aux=True)(params)
+        (value, mass), grads = jax.value_and_grad(compute_loss, has_aux=True)(params)
         updates, state = stage.optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value, mass
 
     rows = []
     with graders.Grader() as grader:
-        draw = collect.batches(plan, stage, c.seed, mesh, stages.logits_mib(c, mesh), grader)
-        for number in range(stage.end):
+        draw = collect.make_collect(
+            run_setup, stage, c.seed, mesh, stages.compute_logits_mib(c, mesh), grader
+        )
+        for number in range(stage.end_step):
             start = time.perf_counter()
             work, measured = draw(params, number)
-            batch = _whole(work, mesh)
-            batch = local.score([plan.teachers["teacher"]], batch)
+            batch = _merge_work(work, mesh)
+            batch = local.score([run_setup.teachers["teacher"]], batch)
             params, state, value, mass = step(params, state, batch)
-            told = {"train/loss": float(value), "train/outside_top": float(mass)}
-            told["time/step"] = time.perf_counter() - start
-            rows.append({"step": number, **measured, **told})
+            metrics = {"train/loss": float(value), "train/outside_top": float(mass)}
+            metrics["time/step"] = time.perf_counter() - start
+            rows.append({"step": number, **measured, **metrics})
     run_files.write_jsonl(out / "metrics.jsonl", rows)
     return dataclasses.replace(student, path=name, params=params)
 
 
-def judge(subject: Policy, teacher: Policy, out: Path) -> dict[str, Any]:
+def evaluate_policy(subject: Policy, teacher: Policy, out: Path) -> dict[str, Any]:
     """Held-out accuracy, greedy and at temperature 1; reverse KL and length of the latter."""
-    problems = tasks.problems("arithmetic", "", PROBLEMS.value)
-    found = {}
+    problems = tasks.load_problems("arithmetic", "", PROBLEMS.value)
+    results = {}
     for manner, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        found[manner] = evaluator.evaluate(
+        results[manner] = evaluator.evaluate_benchmark(
             subject,
             "arithmetic",
             problems,
@@ -222,32 +232,32 @@ def judge(subject: Policy, teacher: Policy, out: Path) -> dict[str, Any]:
             samples=1,
             ks=[1],
             thinking=True,
-            max_new_tokens=config("sampled", {}).opd.max_response_tokens,
+            max_new_tokens=make_config("sampled", {}).opd.max_response_tokens,
             sampling=rollout.Sampling(temperature),
             seed=0,
             batch_size=min(250, len(problems)),
             teacher=teacher if temperature else None,
         )
-    sampled: Any = found["sampled"]
+    sampled: Any = results["sampled"]
     figures = ("accuracy", "interval", "reverse_kl", "mean_length", "truncation_rate")
-    return {**{name: sampled[name] for name in figures}, "greedy": found["greedy"]["accuracy"]}
+    return {**{name: sampled[name] for name in figures}, "greedy": results["greedy"]["accuracy"]}
 
 
-def run(name: str, out: Path, mesh: Mesh, teacher: Policy) -> dict[str, Any]:
+def run_experiment(name: str, out: Path, mesh: Mesh, teacher: Policy) -> dict[str, Any]:
     """Trains and judges a row, or reads what came of it before."""
     if (out / "result.json").is_file():
         return json.loads((out / "result.json").read_text())
-    run_files.say(name)
-    if name in BAD:
-        subject = train_badly(name, out, mesh)
-    elif name in ROWS:
-        family, changes = ROWS[name]
-        loop.run(config(family, changes), out)
-        subject = policy.load(policy.describe(str(out), "float32", False, mesh), "float32")
+    run_files.log_line(name)
+    if name in BAD_LOSSES:
+        subject = train_bad_loss(name, out, mesh)
+    elif name in EXPERIMENTS:
+        family, changes = EXPERIMENTS[name]
+        loop.run(make_config(family, changes), out)
+        subject = policy.load(policy.make_abstract(str(out), "float32", False, mesh), "float32")
     else:
-        path = getattr(config("sampled", {}), name).path
-        subject = policy.load(policy.describe(path, "float32", False, mesh), "float32")
-    result = judge(subject, teacher, out) if PROBLEMS.value else {}
+        path = getattr(make_config("sampled", {}), name).path
+        subject = policy.load(policy.make_abstract(path, "float32", False, mesh), "float32")
+    result = evaluate_policy(subject, teacher, out) if PROBLEMS.value else {}
     if (out / "metrics.jsonl").is_file():
         rows = [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
         tail = rows[-5:]
@@ -259,15 +269,15 @@ def run(name: str, out: Path, mesh: Mesh, teacher: Policy) -> dict[str, Any]:
     return result
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
+def render_table(results: dict[str, dict[str, Any]]) -> str:
     """The results as Markdown; the seconds are the median step's."""
     lines = [
         "| objective | rate | greedy | sampled, T = 1 | reverse KL | length | cut | outside "
-        f"top {K} | s a step |",
+        f"top {TOP_K} | s a step |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, r in results.items():
-        family = {**ROWS, **BAD}.get(name, ("",))[0]
+        family = {**EXPERIMENTS, **BAD_LOSSES}.get(name, ("",))[0]
         cells = [name, f"{RATES[family]:g}" if family else "", *[""] * 7]
         if "accuracy" in r:
             low, high = (100 * x for x in r["interval"])
@@ -284,21 +294,21 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    names = ["student", *ROWS, *BAD, "teacher"]
+    names = ["student", *EXPERIMENTS, *BAD_LOSSES, "teacher"]
     for name in ONLY.value:
         if name not in names:
             raise UserError(f"--only={name}: known are {'; '.join(names)}")
     out = Path(OUT.value)
-    mesh = mesh_lib.make(data=1, fsdp=1, tensor=1, expert=1)
+    mesh = mesh_lib.make_mesh(data=1, fsdp=1, tensor=1, expert=1)
     results = {}
-    with mesh_lib.use(mesh):
-        path = config("sampled", {}).teacher.path
-        teacher = policy.load(policy.describe(path, "float32", False, mesh), "float32")
+    with mesh_lib.use_mesh(mesh):
+        path = make_config("sampled", {}).teacher.path
+        teacher = policy.load(policy.make_abstract(path, "float32", False, mesh), "float32")
         for name in ONLY.value or names:
             folder = out / "".join(x if x.isalnum() else "_" for x in name)
-            results[name] = run(name, folder, mesh, teacher)
-            run_files.write_text(out / "table.md", table(results) + "\n")
-    print(table(results))
+            results[name] = run_experiment(name, folder, mesh, teacher)
+            run_files.write_text(out / "table.md", render_table(results) + "\n")
+    print(render_table(results))
 
 
 if __name__ == "__main__":

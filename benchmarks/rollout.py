@@ -22,19 +22,19 @@ from pathlib import Path
 from absl import flags
 
 from benchmarks import contest
-from benchmarks.contest import ROOT, Row, Worker
+from benchmarks.contest import ROOT, JsonDict, Worker
 from distill.runtime import cli
 from models.errors import UserError
 
-OPTIONS = contest.options(rounds=3)  # measured, after one to warm up
+OPTIONS = contest.define_flags(rounds=3)  # measured, after one to warm up
 MODEL = flags.DEFINE_string(
     "model", "", "Model directory; default: a random Qwen3-0.6B, made in runs/.", OPTIONS
 )
 BATCHES = flags.DEFINE_list("batches", ["1", "8", "32"], "Rows decoded together.", OPTIONS)
-PROMPT = flags.DEFINE_integer(
+PROMPT_TOKENS = flags.DEFINE_integer(
     "prompt_tokens", 16, "In every prompt.", lower_bound=1, flag_values=OPTIONS
 )
-NEW = flags.DEFINE_integer(
+NEW_TOKENS = flags.DEFINE_integer(
     "new_tokens", 64, "In every response.", lower_bound=2, flag_values=OPTIONS
 )
 CACHE = flags.DEFINE_integer(
@@ -54,7 +54,7 @@ SAMPLERS = {
 }
 
 
-def random_model() -> Path:
+def make_random_model() -> Path:
     """A Qwen3-0.6B with random weights in Hugging Face format, written once for each dtype."""
     path = ROOT / "runs" / f"random-qwen3-0.6b-{OPTIONS.dtype}"
     if not (path / "config.json").exists():
@@ -70,34 +70,36 @@ def random_model() -> Path:
     return path
 
 
-def prompts(count: int, vocabulary: int, length: int) -> list[list[int]]:
+def make_prompts(count: int, vocabulary: int, length: int) -> list[list[int]]:
     rng = random.Random(count)
     return [[rng.randrange(10, vocabulary - 10) for _ in range(length)] for _ in range(count)]
 
 
-def decode(workers: dict[str, Worker], fields: Row, bandwidth: Row) -> list[Row]:
+def measure_decode(
+    workers: dict[str, Worker], fields: JsonDict, bandwidth: JsonDict
+) -> list[JsonDict]:
     """Every sampler at every batch: prefill seconds, decoded tokens and bytes a second."""
     rows = []
     for batch in map(int, BATCHES.value):
-        asked = prompts(batch, fields["vocab_size"], PROMPT.value)
+        prompts = make_prompts(batch, fields["vocab_size"], PROMPT_TOKENS.value)
         seconds: dict[tuple[str, int], list[float]] = {}
         written: dict[str, list] = {}
         for _ in range(1 + OPTIONS.rounds):
             for name, (worker, mode) in SAMPLERS.items():
-                for new in (1, NEW.value):
+                for new in (1, NEW_TOKENS.value):
                     if workers[worker].absent:
                         continue
-                    answer = workers[worker].ask(prompts=asked, new=new, mode=mode)
+                    answer = workers[worker].send_job(prompts=prompts, new=new, mode=mode)
                     if answer is not None:
                         seconds.setdefault((name, new), []).append(answer["seconds"])
                         written[name] = answer["tokens"]
         for name, (worker, _) in SAMPLERS.items():
-            row: Row = {"sampler": name, "batch": batch}
-            times = seconds.get((name, NEW.value), [])
+            row: JsonDict = {"sampler": name, "batch": batch}
+            times = seconds.get((name, NEW_TOKENS.value), [])
             if len(times) < 1 + OPTIONS.rounds:
                 rows.append({**row, "absent": workers[worker].absent})
                 continue
-            assert all(len(tokens) == NEW.value for tokens in written[name]), name
+            assert all(len(tokens) == NEW_TOKENS.value for tokens in written[name]), name
             prefill = statistics.median(seconds[name, 1][1:])
             whole = statistics.median(times[1:])
             if whole <= prefill:
@@ -105,26 +107,26 @@ def decode(workers: dict[str, Worker], fields: Row, bandwidth: Row) -> list[Row]
                     {**row, "absent": "not measured: too few new tokens, or others at work"}
                 )
                 continue
-            steps = NEW.value - 1
+            steps = NEW_TOKENS.value - 1
             rate = steps / (whole - prefill)
-            read = rate * step_bytes(fields, batch, PROMPT.value + steps / 2)
+            read = rate * count_step_bytes(fields, batch, PROMPT_TOKENS.value + steps / 2)
             row |= {
                 "prefill_seconds": prefill,
                 "seconds": whole,
                 "all_seconds": times[1:],
-                "tokens_per_second": batch * NEW.value / whole,
+                "tokens_per_second": batch * NEW_TOKENS.value / whole,
                 "decode_tokens_per_second": batch * rate,
                 "bytes_per_second": read,
                 "of_read_bandwidth": read / bandwidth["read"],
-                "first_call_seconds": sum(seconds[name, new][0] for new in (1, NEW.value)),
-                "agrees_with_ours": agreement(written["ours"], written[name]),
+                "first_call_seconds": sum(seconds[name, new][0] for new in (1, NEW_TOKENS.value)),
+                "agrees_with_ours": measure_agreement(written["ours"], written[name]),
             }
             rows.append(row)
             print(f"{name}, batch {batch}: {batch * rate:.1f} tokens/s", file=sys.stderr)
     return rows
 
 
-def agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:
+def measure_agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:
     """The share of greedy tokens that are the same, up to the first of a row that is not."""
     same = sum(
         next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(x))
@@ -133,7 +135,7 @@ def agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:
     return same / sum(map(len, ours))
 
 
-def step_bytes(fields: Row, batch: int, filled: float) -> float:
+def count_step_bytes(fields: JsonDict, batch: int, filled: float) -> float:
     """Bytes that one decoding step cannot but read: all weights, and the filled cache once."""
     layers, D, F = (fields[k] for k in ("num_hidden_layers", "hidden_size", "intermediate_size"))
     N, K, H = (fields[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim"))
@@ -142,16 +144,16 @@ def step_bytes(fields: Row, batch: int, filled: float) -> float:
     return (weights + cached) * (4 if OPTIONS.dtype == "float32" else 2)
 
 
-def tail(worker: Worker, fields: Row) -> Row:
+def measure_tail(worker: Worker, fields: JsonDict) -> JsonDict:
     """Log-normal lengths with a mean of an eighth of the cap: useful tokens a second."""
     slots, rng = SLOTS.value, random.Random(0)
     count = 16 * slots
     # Of a log-normal variable, mean = exp(mu + sigma²/2).
     mu = math.log(CAP.value / 8) - 0.5
     lengths = [min(CAP.value, max(1, round(rng.lognormvariate(mu, 1)))) for _ in range(count)]
-    asked = prompts(count, fields["vocab_size"], PROMPT.value)
+    prompts = make_prompts(count, fields["vocab_size"], PROMPT_TOKENS.value)
     longest = [max(lengths[at : at + slots]) for at in range(0, count, slots)]
-    found: Row = {
+    result: JsonDict = {
         "rows": count,
         "slots": slots,
         "cap": CAP.value,
@@ -159,38 +161,38 @@ def tail(worker: Worker, fields: Row) -> Row:
         "static_utilisation": sum(lengths) / (slots * sum(longest)),
     }
     for mode in ("static", "continuous"):
-        job = {"prompts": asked, "lengths": lengths, "rows": slots, "mode": mode}
-        worker.ask(**job)  # to compile
-        answer = worker.ask(**job)
+        job = {"prompts": prompts, "lengths": lengths, "rows": slots, "mode": mode}
+        worker.send_job(**job)  # to compile
+        answer = worker.send_job(**job)
         if answer is not None:
             assert [len(tokens) for tokens in answer["tokens"]] == lengths
             counts = answer["counts"]
-            found[f"{mode}_tokens_per_second"] = sum(lengths) / answer["seconds"]
+            result[f"{mode}_tokens_per_second"] = sum(lengths) / answer["seconds"]
             if mode == "continuous":
                 waiting = counts["queued_tokens"] / max(1, counts.get("queued_slot_steps", 0))
-                found |= {
+                result |= {
                     "utilisation": counts["tokens"] / counts["slot_steps"],
                     "utilisation_while_rows_wait": waiting,
                 }
-    return found
+    return result
 
 
-def group(worker: Worker, fields: Row) -> Row:
+def measure_group(worker: Worker, fields: JsonDict) -> JsonDict:
     """Prefill of eight samples of one prompt of 512 tokens against that of one sample."""
-    asked = prompts(1, fields["vocab_size"], 512)
-    found: Row = {"prompt_tokens": 512}
+    prompts = make_prompts(1, fields["vocab_size"], 512)
+    result: JsonDict = {"prompt_tokens": 512}
     for samples in (1, 8):
-        answers = [worker.ask(prompts=asked, new=1, samples=samples) for _ in range(3)]
+        answers = [worker.send_job(prompts=prompts, new=1, samples=samples) for _ in range(3)]
         times = [answer["seconds"] for answer in answers[1:] if answer is not None]
-        found |= {f"seconds_{samples}": min(times)} if times else {}
-    return found
+        result |= {f"seconds_{samples}": min(times)} if times else {}
+    return result
 
 
-def table(results: Row) -> list[str]:
+def render_table(results: JsonDict) -> list[str]:
     """The results as lines of markdown."""
     shape = results["shape"]
     lines = [
-        *contest.heading(
+        *contest.render_heading(
             f"Samplers side by side, {shape['dtype']}", results["machine"], results["bandwidth"]
         ),
         f"{shape['model']}; prompts of {shape['prompt_tokens']} tokens, {shape['new_tokens']} new"
@@ -223,12 +225,12 @@ def table(results: Row) -> list[str]:
 def main() -> None:
     if not all(b.isdecimal() and int(b) for b in BATCHES.value):
         raise UserError(f"--batches={','.join(BATCHES.value)}: not numbers of rows")
-    if PROMPT.value + NEW.value > CACHE.value:
+    if PROMPT_TOKENS.value + NEW_TOKENS.value > CACHE.value:
         raise UserError(f"--cache={CACHE.value}: prompt and response have more tokens")
-    out = cli.output(f"{OPTIONS.out}/rollout-{OPTIONS.dtype}.json")
-    model = Path(MODEL.value).absolute() if MODEL.value else random_model()
+    out = cli.check_output(f"{OPTIONS.out}/rollout-{OPTIONS.dtype}.json")
+    model = Path(MODEL.value).absolute() if MODEL.value else make_random_model()
     fields = json.loads((model / "config.json").read_text())
-    pythons = contest.pythons(OPTIONS)
+    pythons = contest.get_interpreters(OPTIONS)
     workers = {
         name: Worker(
             pythons[name],
@@ -239,30 +241,30 @@ def main() -> None:
     ours = workers["ours"]
     if ours.absent:
         raise UserError(f"--model={model}: {ours.absent}")
-    bandwidth = contest.limits()
-    results: Row = {
-        "machine": contest.machine(
+    bandwidth = contest.measure_limits()
+    results: JsonDict = {
+        "machine": contest.describe_machine(
             {name: worker.versions for name, worker in workers.items() if worker.versions}
         ),
         "shape": {
             "model": MODEL.value or "random Qwen3-0.6B",
             "dtype": OPTIONS.dtype,
-            "prompt_tokens": PROMPT.value,
-            "new_tokens": NEW.value,
+            "prompt_tokens": PROMPT_TOKENS.value,
+            "new_tokens": NEW_TOKENS.value,
             "cache": CACHE.value,
             "rounds": OPTIONS.rounds,
         },
         "bandwidth": bandwidth,
-        "decode": decode(workers, fields, bandwidth) if "decode" in CASES.value else [],
-        "tail": tail(ours, fields) if "tail" in CASES.value else {},
-        "group": group(ours, fields) if "group" in CASES.value else {},
+        "decode": measure_decode(workers, fields, bandwidth) if "decode" in CASES.value else [],
+        "tail": measure_tail(ours, fields) if "tail" in CASES.value else {},
+        "group": measure_group(ours, fields) if "group" in CASES.value else {},
     }
     for worker in workers.values():
         worker.close()
     rates: dict[str, dict[str, float]] = {f"batch {b}": {} for b in BATCHES.value}
     for row in results["decode"]:
         rates[f"batch {row['batch']}"][row["sampler"]] = row.get("decode_tokens_per_second", 0.0)
-    contest.write(out, results, table(results), "decoded tokens/s", rates)
+    contest.write_results(out, results, render_table(results), "decoded tokens/s", rates)
 
 
 if __name__ == "__main__":

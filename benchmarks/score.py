@@ -17,25 +17,27 @@ from benchmarks import contest
 from distill.runtime import cli
 from distill.training import calls
 
-OPTIONS = contest.options(rounds=2)
-contest.models(OPTIONS, rows=1, tokens=4096)
+OPTIONS = contest.define_flags(rounds=2)
+contest.define_model_flags(OPTIONS, rows=1, tokens=4096)
 KNOWN = ["hidden", "logp"]
 CASES = flags.DEFINE_multi_enum("case", KNOWN, KNOWN, "Which.", flag_values=OPTIONS)
 
 
-def counts(case: str) -> contest.Row:
+def count_costs(case: str) -> contest.JsonDict:
     """What a call cannot do without."""
-    config, head = contest.config(OPTIONS, "student"), case == "logp"
+    config, head = contest.make_config(OPTIONS, "student"), case == "logp"
     M, mean = OPTIONS.rows * OPTIONS.tokens, (OPTIONS.tokens + 1) / 2
     wide = 4 if OPTIONS.dtype == "float32" else 2
-    moved = calls.operations(config, 1, 0, head) / 2 * wide
-    flop = calls.operations(config, M, mean, head)
+    moved = calls.count_forward_flops(config, 1, 0, head) / 2 * wide
+    flop = calls.count_forward_flops(config, M, mean, head)
     return {"tokens": M, "flop": flop, "bytes": moved}
 
 
 def main() -> None:
-    cases = {case: counts(case) for case in CASES.value}
-    contest.run(contest.named("score", KNOWN, cases), "Scoring side by side", OPTIONS, cases, [])
+    cases = {case: count_costs(case) for case in CASES.value}
+    contest.run_benchmark(
+        contest.name_results("score", KNOWN, cases), "Scoring side by side", OPTIONS, cases, []
+    )
 
 
 if __name__ == "__main__":

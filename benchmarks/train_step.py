@@ -24,36 +24,36 @@ from distill.runtime import cli
 from distill.training import calls
 from models.qwen3.config import Config
 
-OPTIONS = contest.options(rounds=2)
-contest.models(OPTIONS, rows=2, tokens=256)
+OPTIONS = contest.define_flags(rounds=2)
+contest.define_model_flags(OPTIONS, rows=2, tokens=256)
 KNOWN = ["reverse_kl", "sft"]
 CASES = flags.DEFINE_multi_enum("case", KNOWN, KNOWN, "Which.", flag_values=OPTIONS)
 REMAT = flags.DEFINE_bool("remat", False, "Recompute layers in the backward pass.", OPTIONS)
 
 
-def numbers(config: Config) -> float:
+def count_weights(config: Config) -> float:
     """Of weights that a token is multiplied by, two operations each; embeddings among them."""
-    return calls.operations(config, 1, 0, head=True) / 2
+    return calls.count_forward_flops(config, 1, 0, with_head=True) / 2
 
 
-def counts(case: str) -> contest.Row:
+def count_costs(case: str) -> contest.JsonDict:
     """What a step cannot do without."""
-    student, teacher = (contest.config(OPTIONS, name) for name in ("student", "teacher"))
+    student, teacher = (contest.make_config(OPTIONS, name) for name in ("student", "teacher"))
     M, mean = OPTIONS.rows * OPTIONS.tokens, (OPTIONS.tokens + 1) / 2
     wide = 4 if OPTIONS.dtype == "float32" else 2
-    flop = 3 * calls.operations(student, M, mean, head=True)
-    moved = numbers(student) * (2 * wide + 8 * 4)
+    flop = 3 * calls.count_forward_flops(student, M, mean, with_head=True)
+    moved = count_weights(student) * (2 * wide + 8 * 4)
     if case == "reverse_kl":
-        flop += calls.operations(teacher, M, mean, head=True)
-        moved += numbers(teacher) * wide
+        flop += calls.count_forward_flops(teacher, M, mean, with_head=True)
+        moved += count_weights(teacher) * wide
     return {"tokens": M, "flop": flop, "bytes": moved, "remat": REMAT.value}
 
 
 def main() -> None:
-    cases = {case: counts(case) for case in CASES.value}
+    cases = {case: count_costs(case) for case in CASES.value}
     remarks = ["Layers are recomputed in the backward pass."] if REMAT.value else []
-    contest.run(
-        contest.named("train_step", KNOWN, cases),
+    contest.run_benchmark(
+        contest.name_results("train_step", KNOWN, cases),
         "Training steps side by side",
         OPTIONS,
         cases,

@@ -3,10 +3,10 @@
 from typing import Any
 
 from benchmarks import workers
-from benchmarks.workers import B1, B2, CLIP, RATE, Answer, Job, jax_peak, timed
+from benchmarks.workers import B1, B2, CLIP, LEARNING_RATE, Answer, Job, get_jax_peak, time_calls
 
 
-def _network(job: Job, name: str, trained: bool = False) -> Any:
+def _make_network(job: Job, name: str, trained: bool = False) -> Any:
     """Its Qwen3, random: what is trained in float32, what is read in the dtype it computes in."""
     import jax.numpy as jnp
     from tunix.models.qwen3 import model as tunix_model  # pyright: ignore[reportMissingImports]
@@ -15,11 +15,11 @@ def _network(job: Job, name: str, trained: bool = False) -> Any:
     changes = {"param_dtype": jnp.dtype("float32") if trained else dtype}
     if trained and job.get("remat"):
         changes["remat_config"] = tunix_model.RematConfig.DECODER
-    config = workers.tunix_config(job[name], dtype, **changes)
+    config = workers.make_tunix_config(job[name], dtype, **changes)
     return tunix_model.Qwen3(config, rngs=tunix_model.nnx.Rngs(0))
 
 
-def _inputs(input_tokens: Any, input_mask: Any) -> dict[str, Any]:
+def _make_inputs(input_tokens: Any, input_mask: Any) -> dict[str, Any]:
     import jax.numpy as jnp
 
     B, T = input_tokens.shape
@@ -31,13 +31,13 @@ def _inputs(input_tokens: Any, input_mask: Any) -> dict[str, Any]:
     }
 
 
-def _mesh() -> Any:
+def _make_mesh() -> Any:
     import jax
 
     return jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
-def step(job: Job) -> Answer:
+def run_step(job: Job) -> Answer:
     """Its DistillationTrainer with the strategy LogitStrategy, which has the forward KL alone (at
     alpha 1 and temperature 1), or its PeftTrainer. Weights and moments are float32."""
     import jax
@@ -50,49 +50,51 @@ def step(job: Job) -> Answer:
     from tunix.sft import peft_trainer  # pyright: ignore[reportMissingImports]
 
     optimizer = optax.chain(
-        optax.clip_by_global_norm(CLIP), optax.adamw(RATE, B1, B2, weight_decay=0.0)
+        optax.clip_by_global_norm(CLIP), optax.adamw(LEARNING_RATE, B1, B2, weight_decay=0.0)
     )
     rows = (job["rows"], job["tokens"])
     tokens_BT = np.random.default_rng(0).integers(0, job["student"]["vocab_size"], rows)
-    given = {"input_tokens": tokens_BT.astype(np.int32), "input_mask": np.ones(rows, bool)}
-    with _mesh():
-        student = _network(job, "student", trained=True)
+    fields = {"input_tokens": tokens_BT.astype(np.int32), "input_mask": np.ones(rows, bool)}
+    with _make_mesh():
+        student = _make_network(job, "student", trained=True)
         if job["what"] == "reverse_kl":
             V = job["student"]["vocab_size"]
 
             def forward(network: Any, input_tokens: Any, input_mask: Any) -> Any:
-                return network(**_inputs(input_tokens, input_mask))[0]
+                return network(**_make_inputs(input_tokens, input_mask))[0]
 
-            def labels(input_tokens: Any, input_mask: Any) -> Any:
+            def make_labels(input_tokens: Any, input_mask: Any) -> Any:
                 return jax.nn.one_hot(input_tokens, V)
 
-            strategy = strategies.LogitStrategy(forward, forward, labels, 1.0, 1.0)
+            strategy = strategies.LogitStrategy(forward, forward, make_labels, 1.0, 1.0)
             config = distillation_trainer.TrainingConfig(eval_every_n_steps=10**9)
             trainer: Any = distillation_trainer.DistillationTrainer(
-                student, _network(job, "teacher"), strategy, optimizer, config
+                student, _make_network(job, "teacher"), strategy, optimizer, config
             )
-            batch = distillation_trainer.TrainingInput(**given)
+            batch = distillation_trainer.TrainingInput(**fields)
         else:
             config = peft_trainer.TrainingConfig(eval_every_n_steps=10**9)
             trainer = peft_trainer.PeftTrainer(student, optimizer, config)
 
-            def inputs(x: Any) -> dict[str, Any]:
-                found = _inputs(x.input_tokens, x.input_mask)
-                found.pop("cache")
-                return {**found, "input_mask": x.input_mask}
+            def make_model_inputs(x: Any) -> dict[str, Any]:
+                model_inputs = _make_inputs(x.input_tokens, x.input_mask)
+                model_inputs.pop("cache")
+                return {**model_inputs, "input_mask": x.input_mask}
 
-            trainer = trainer.with_gen_model_input_fn(inputs)
-            batch = peft_trainer.TrainingInput(**given)
+            trainer = trainer.with_gen_model_input_fn(make_model_inputs)
+            batch = peft_trainer.TrainingInput(**fields)
         trainer.is_managed_externally = True  # or it would skip as many batches as it has had
 
-        def once() -> None:
+        def train_once() -> None:
             trainer.train([batch])
             jax.block_until_ready(peft_trainer.nnx.state(trainer.model))
 
-        return timed(once, job, jax_peak, warm=2)  # it compiles in its second step once more
+        return time_calls(
+            train_once, job, get_jax_peak, warm=2
+        )  # it compiles in its second step once more
 
 
-def score(job: Job) -> Answer:
+def run_score(job: Job) -> Answer:
     import jax
     import jax.numpy as jnp
     from tunix.models.qwen3 import model as tunix_model  # pyright: ignore[reportMissingImports]
@@ -100,13 +102,15 @@ def score(job: Job) -> Answer:
     tokens_BT = jax.random.randint(
         jax.random.key(1), (job["rows"], job["tokens"]), 0, job["student"]["vocab_size"]
     )
-    with _mesh():
-        read = _network(job, "student")
+    with _make_mesh():
+        read = _make_network(job, "student")
 
         @tunix_model.nnx.jit
-        def logp(network: Any, tokens_BT: jax.Array) -> jax.Array:
-            logits_BTV = network(**_inputs(tokens_BT, None))[0][:, :-1]
+        def compute_logp(network: Any, tokens_BT: jax.Array) -> jax.Array:
+            logits_BTV = network(**_make_inputs(tokens_BT, None))[0][:, :-1]
             logp_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32))
             return jnp.take_along_axis(logp_BTV, tokens_BT[:, 1:, None], axis=-1)
 
-        return timed(lambda: jax.block_until_ready(logp(read, tokens_BT)), job, jax_peak)
+        return time_calls(
+            lambda: jax.block_until_ready(compute_logp(read, tokens_BT)), job, get_jax_peak
+        )

@@ -21,10 +21,10 @@ from typing import Any
 Job = dict[str, Any]
 Answer = dict[str, Any]
 
-RATE, B1, B2, CLIP = 1e-5, 0.9, 0.95, 1.0  # of everybody's AdamW
+LEARNING_RATE, B1, B2, CLIP = 1e-5, 0.9, 0.95, 1.0  # of everybody's AdamW
 
 
-def ours(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
+def load_ours(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
     """distill.rollout, and what else is asked of this project itself."""
     from collections import Counter
 
@@ -34,12 +34,12 @@ def ours(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
     from distill.policy import policy
     from distill.rollout.sampling import Sampling
 
-    subject = policy.reader(model, dtype)
+    subject = policy.make_abstract_for_inference(model, dtype)
     with policy.use(subject):
         subject = policy.load(subject, dtype)
     counts: Counter[str] = Counter()
 
-    def respond(
+    def complete_prompts(
         prompts: list[list[int]], limits: list[int], samples: int, rows: int
     ) -> list[list[int]]:
         with policy.use(subject):
@@ -55,35 +55,37 @@ def ours(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
             )
             return [c.tokens for group in groups for c in group]
 
-    def static(job: Job) -> list[list[int]]:
+    def run_static(job: Job) -> list[list[int]]:
         """Rows with lengths of their own in batches, each of which lasts as long as its longest."""
         done, rows = [], job["rows"]
         for at in range(0, len(job["prompts"]), rows):
             lengths = job["lengths"][at : at + rows]
             # Few lengths, of which each is compiled.
-            longest = rollout.bucket(max(lengths))
+            longest = rollout.bucket_length(max(lengths))
             prompts = job["prompts"][at : at + rows]
-            found = respond(prompts, [longest] * len(lengths), 1, len(lengths))
-            done += [tokens[:n] for tokens, n in zip(found, lengths, strict=True)]
+            responses = complete_prompts(prompts, [longest] * len(lengths), 1, len(lengths))
+            done += [tokens[:n] for tokens, n in zip(responses, lengths, strict=True)]
         return done
 
-    def answer(job: Job) -> Answer:
+    def answer_job(job: Job) -> Answer:
         mode = job.get("mode")
         counts.clear()
         start = time.perf_counter()
         if mode == "static":
-            tokens = static(job)
+            tokens = run_static(job)
         elif mode == "continuous":
-            tokens = respond(job["prompts"], job["lengths"], 1, job["rows"])
+            tokens = complete_prompts(job["prompts"], job["lengths"], 1, job["rows"])
         else:
             samples, count = job.get("samples", 1), len(job["prompts"])
-            tokens = respond(job["prompts"], [job["new"]] * count, samples, count * samples)
+            tokens = complete_prompts(
+                job["prompts"], [job["new"]] * count, samples, count * samples
+            )
         return {"seconds": time.perf_counter() - start, "tokens": tokens, "counts": counts}
 
-    return answer
+    return answer_job
 
 
-def transformers(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
+def load_transformers(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
     """Hugging Face generate; mode "static" has a cache of fixed size, else it grows."""
     import torch
     from transformers import AutoModelForCausalLM, StaticCache
@@ -91,7 +93,7 @@ def transformers(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
     network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
     network = network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
-    def answer(job: Job) -> Answer:
+    def answer_job(job: Job) -> Answer:
         ids = torch.tensor(job["prompts"], device=network.device)
         options: dict[str, Any] = {}
         start = time.perf_counter()
@@ -111,10 +113,10 @@ def transformers(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
         tokens = out[:, ids.shape[1] :].tolist()  # waits for the device
         return {"seconds": time.perf_counter() - start, "tokens": tokens}
 
-    return answer
+    return answer_job
 
 
-class _Ids:
+class _IdTokenizer:
     """The tokenizer that tunix asks for: texts are ids already; padding and end are never met."""
 
     def __init__(self, last: int) -> None:
@@ -136,7 +138,7 @@ class _Ids:
         return self._last
 
 
-def tunix_config(fields: dict, dtype: Any, **changes: Any) -> Any:
+def make_tunix_config(fields: dict, dtype: Any, **changes: Any) -> Any:
     """google-tunix's config of the Qwen3 whose config.json this is."""
     from tunix.models.qwen3 import model as model_lib  # pyright: ignore[reportMissingImports]
 
@@ -158,21 +160,23 @@ def tunix_config(fields: dict, dtype: Any, **changes: Any) -> Any:
     return model_lib.ModelConfig(**options | changes)
 
 
-def tunix(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
+def load_tunix(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
     """google-tunix's own sampler: one jitted loop over a cache of fixed size."""
     import jax
     import jax.numpy as jnp
     from tunix.generate import sampler as sampler_lib  # pyright: ignore[reportMissingImports]
     from tunix.models.qwen3 import params  # pyright: ignore[reportMissingImports]
 
-    config = tunix_config(json.loads((Path(model) / "config.json").read_text()), jnp.dtype(dtype))
+    config = make_tunix_config(
+        json.loads((Path(model) / "config.json").read_text()), jnp.dtype(dtype)
+    )
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     with mesh:
         network = params.create_model_from_safe_tensors(model, config, mesh, jnp.dtype(dtype))
     shape = sampler_lib.CacheConfig(cache, config.num_layers, config.num_kv_heads, config.head_dim)
-    sampler = sampler_lib.Sampler(network, _Ids(config.vocab_size - 1), shape)
+    sampler = sampler_lib.Sampler(network, _IdTokenizer(config.vocab_size - 1), shape)
 
-    def answer(job: Job) -> Answer:
+    def answer_job(job: Job) -> Answer:
         texts = [" ".join(map(str, prompt)) for prompt in job["prompts"]]
         start = time.perf_counter()
         with mesh:
@@ -185,13 +189,13 @@ def tunix(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
         tokens = [row.tolist() for row in out.tokens]
         return {"seconds": time.perf_counter() - start, "tokens": tokens}
 
-    return answer
+    return answer_job
 
 
-WORKERS = {"ours": ours, "transformers": transformers, "tunix": tunix}
+WORKERS = {"ours": load_ours, "transformers": load_transformers, "tunix": load_tunix}
 
 
-def timed(call: Callable[[], Any], job: Job, peak: Callable[[], int], warm: int = 1) -> Answer:
+def time_calls(call: Callable[[], Any], job: Job, peak: Callable[[], int], warm: int = 1) -> Answer:
     """Calls `call`, which waits for the device: `warm` times to compile, then to measure."""
     start = time.perf_counter()
     for _ in range(warm):
@@ -208,7 +212,7 @@ def timed(call: Callable[[], Any], job: Job, peak: Callable[[], int], warm: int 
     return {"seconds": seconds, "first_call_seconds": first, "peak_bytes": peak()}
 
 
-def resident() -> int:
+def get_resident_peak() -> int:
     """The most bytes of RAM that this process had since `timed` began to measure."""
     import resource
 
@@ -219,14 +223,14 @@ def resident() -> int:
     return int(line.split()[1]) * 1024
 
 
-def jax_peak() -> int:
+def get_jax_peak() -> int:
     import jax
 
     stats = jax.devices()[0].memory_stats()
-    return stats["peak_bytes_in_use"] if stats else resident()
+    return stats["peak_bytes_in_use"] if stats else get_resident_peak()
 
 
-def serve(begin: Callable[[], Callable[[Job], Answer]]) -> None:
+def serve_jobs(load_worker: Callable[[], Callable[[Job], Answer]]) -> None:
     """Says on stdout that `begin()` has been, and then what its result makes of each job on stdin.
 
     What is not installed, and what a job fails with, is told as {"absent": why}.
@@ -234,12 +238,12 @@ def serve(begin: Callable[[], Callable[[Job], Answer]]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
-        work = begin()
+        work = load_worker()
     except ImportError as error:
         print(json.dumps({"absent": f"not installed ({error})"}), file=answers, flush=True)
         return
-    said: set[str] = set()
-    _say({}, said, answers)
+    reported_packages: set[str] = set()
+    _send_answer({}, reported_packages, answers)
     for line in sys.stdin:
         try:
             answer = work(json.loads(line))
@@ -247,21 +251,27 @@ def serve(begin: Callable[[], Callable[[Job], Answer]]) -> None:
             traceback.print_exc()
             reason = next(iter(str(error).splitlines()), "")
             answer = {"absent": f"{type(error).__name__}: {reason}"[:200]}
-        _say(answer, said, answers)
+        _send_answer(answer, reported_packages, answers)
 
 
-def _say(answer: Answer, said: set[str], answers: Any) -> None:
+def _send_answer(answer: Answer, reported_packages: set[str], answers: Any) -> None:
     versions = {}
-    for package in {"jax", "torch", "transformers", "trl", "tunix"} & sys.modules.keys() - said:
+    for package in {
+        "jax",
+        "torch",
+        "transformers",
+        "trl",
+        "tunix",
+    } & sys.modules.keys() - reported_packages:
         versions[package] = getattr(sys.modules[package], "__version__", "")
-    said |= versions.keys()
+    reported_packages |= versions.keys()
     versions = {"versions": dict(sorted(versions.items()))} if versions else {}
     print(json.dumps({**answer, **versions}), file=answers, flush=True)
 
 
 def main() -> None:
     name, model, dtype, cache = sys.argv[1:]
-    serve(lambda: WORKERS[name](model, dtype, int(cache)))
+    serve_jobs(lambda: WORKERS[name](model, dtype, int(cache)))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ CONDITIONS = (
 Runs = dict[str, tuple[str, str]]  # name -> (recipe and argument, flags)
 
 
-def _opd(**changes: str) -> Runs:
+def _make_opd_runs(**changes: str) -> Runs:
     """Runs of conditions.py:opd, each with its flags."""
     return {name: ("conditions:opd", flags) for name, flags in changes.items()}
 
@@ -41,7 +41,7 @@ STUDIES: dict[str, tuple[str, Runs]] = {
     ),
     "divergence": (
         "which divergence is minimised on the student's own answers",
-        _opd(
+        _make_opd_runs(
             reverse="",
             forward="--config.opd.loss.divergence=forward",
             jsd="--config.opd.loss.divergence=jsd --config.opd.loss.beta=0.5",
@@ -49,7 +49,7 @@ STUDIES: dict[str, tuple[str, Runs]] = {
     ),
     "estimator": (
         "the exact KL, that of the k likeliest tokens, and that of the sampled token",
-        _opd(
+        _make_opd_runs(
             exact="",
             top64="--config.opd.loss.estimator=topk --config.opd.loss.k=64",
             top16="--config.opd.loss.estimator=topk --config.opd.loss.k=16",
@@ -58,18 +58,18 @@ STUDIES: dict[str, tuple[str, Runs]] = {
     ),
     "samples": (
         "more prompts, or more answers to each",
-        _opd(**{f"x{n}": f"--config.opd.samples={n}" for n in (1, 2, 4, 8)}),
+        _make_opd_runs(**{f"x{n}": f"--config.opd.samples={n}" for n in (1, 2, 4, 8)}),
     ),
     "rate": (
         "the learning rate",
-        _opd(
+        _make_opd_runs(
             **{f"lr{x}": f"--config.opd.optim.learning_rate={x}" for x in ("3e-5", "1e-4", "3e-4")}
         ),
     ),
 }
 
 
-def commands(study: str, tiny: bool) -> list[str]:
+def list_commands(study: str, tiny: bool) -> list[str]:
     """Raises ValueError for a study that there is not, naming those that there are."""
     if study not in STUDIES:
         raise ValueError(f"configs/ablations.py takes {'|'.join(STUDIES)}, not {study!r}")
@@ -78,8 +78,12 @@ def commands(study: str, tiny: bool) -> list[str]:
         file, _, argument = recipe.partition(":")
         argument = ",".join(word for word in (argument, "tiny" if tiny else "") if word)
         config = f"configs/{file}.py:{argument}"
-        words = ("python -m distill.train", f"--config={config}", f"--workdir=runs/{study}/{name}")
-        lines.append(" ".join((*words, flags)).strip())
+        command_words = (
+            "python -m distill.train",
+            f"--config={config}",
+            f"--workdir=runs/{study}/{name}",
+        )
+        lines.append(" ".join((*command_words, flags)).strip())
     return lines
 
 
@@ -91,7 +95,7 @@ def main() -> None:
     try:
         if len(words) > 2 or words[1:] not in ([], ["tiny"]):
             raise ValueError(f"configs/ablations.py takes a study and perhaps tiny, not {words!r}")
-        print("\n".join(commands(words[0], tiny=words[1:] == ["tiny"])))
+        print("\n".join(list_commands(words[0], tiny=words[1:] == ["tiny"])))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

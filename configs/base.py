@@ -8,10 +8,12 @@
 from ml_collections import ConfigDict, config_dict
 
 # How the mathematical benchmarks put a question (Qwen3's model card); for data.template.
-BOXED = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+BOXED_TEMPLATE = (
+    "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+)
 
 # Fields of losses.Loss and their types.
-LOSS = {
+LOSS_FIELDS = {
     **dict.fromkeys(("sft", "teacher", "reward", "reference", "beta", "skew"), float),
     **dict.fromkeys(("temperature", "discount", "clip_low", "clip_high", "truncate"), float),
     **dict.fromkeys(("divergence", "estimator", "k_of", "served", "k1_of"), str),
@@ -21,7 +23,7 @@ LOSS = {
 }
 
 
-def data() -> ConfigDict:
+def make_data() -> ConfigDict:
     """Rows of a file or a set, or the generated task."""
     c = ConfigDict()
     # PATH.jsonl, .json or .parquet; hf:NAME[:CONFIG][:SPLIT]; tfds:NAME[:CONFIG][:SPLIT]; or
@@ -53,7 +55,7 @@ def data() -> ConfigDict:
     return c
 
 
-def teacher() -> ConfigDict:
+def make_teacher() -> ConfigDict:
     """A model that says how likely it finds what was written. A recipe may add some under names of
     its own, `c.original = base.teacher()`, for its stages to name in `teachers`."""
     c = ConfigDict()
@@ -69,7 +71,7 @@ def teacher() -> ConfigDict:
     return c
 
 
-def reward() -> ConfigDict:
+def make_reward() -> ConfigDict:
     """For objectives that have one: a weighted sum of terms in [0, 1] or [-1, 0]."""
     c = ConfigDict()
     c.grader = "arithmetic"  # a benchmark's, which compares with the rows' answers
@@ -86,7 +88,7 @@ def reward() -> ConfigDict:
     return c
 
 
-def optim() -> ConfigDict:
+def make_optim() -> ConfigDict:
     """The optimiser of a stage."""
     c = ConfigDict()
     c.name = "adamw"  # or muon, adafactor, sgd (distill/training/optim.py)
@@ -103,7 +105,7 @@ def optim() -> ConfigDict:
     return c
 
 
-def rollout() -> ConfigDict:
+def make_rollout() -> ConfigDict:
     """How the device samples; what is sampled does not depend on it."""
     c = ConfigDict()
     # Rows that decode at once; ended ones make room for those waiting. 0: as many as the cache
@@ -133,7 +135,7 @@ def rollout() -> ConfigDict:
     return c
 
 
-def stage(objective: str) -> ConfigDict:
+def make_stage(objective: str) -> ConfigDict:
     """One stage of training: an objective, what it reads, and its own optimiser."""
     c = ConfigDict()
     # What is minimised, a row of losses.TABLE. On traces: sft (cross-entropy), distill (forward KL
@@ -142,7 +144,7 @@ def stage(objective: str) -> ConfigDict:
     c.objective = objective
     c.on_policy = config_dict.placeholder(float)  # share of rows that the student writes itself
     c.loss = ConfigDict()  # any field of losses.Loss, in place of the objective's own
-    for field, kind in LOSS.items():
+    for field, kind in LOSS_FIELDS.items():
         c.loss[field] = config_dict.placeholder(kind)
     c.steps = 100
     c.batch_size = 64  # sequences a step; for opd prompts x samples
@@ -161,7 +163,7 @@ def stage(objective: str) -> ConfigDict:
     # are always packed: rows of so many; 0: max_prompt_tokens + max_response_tokens.
     c.pack_tokens = 0
 
-    c.data = data()
+    c.data = make_data()
     # Who teaches, by the names of their sub-configs. Of several without weights, the i-th teaches
     # the rows of the i-th source of data.mixture; with weights, each token's teacher is the mixture
     # of their distributions by these shares. A judge is theirs in the same way. Each reads the
@@ -175,7 +177,7 @@ def stage(objective: str) -> ConfigDict:
     c.context.column = ""  # of the rows: a text; beside a prompt of tokens, ids
     c.context.place = "system"  # in the system turn; or question: before the last user's words
     c.context.max_tokens = 1024  # it may add to a prompt; a longer one is refused
-    c.reward = reward()
+    c.reward = make_reward()
     # Sampling, for opd. Anything but the plain distribution changes what is being learned. Losses
     # of drawn tokens (rewards, opd_sampled, k2, k3) read all models at the temperature of the draw.
     c.sampling = ConfigDict()
@@ -185,12 +187,12 @@ def stage(objective: str) -> ConfigDict:
     c.sampling.min_p = 0.0  # 0: off
     c.sampling.presence_penalty = 0.0  # off a logit once its token is in the response; 0: off
 
-    c.rollout = rollout()
-    c.optim = optim()
+    c.rollout = make_rollout()
+    c.optim = make_optim()
     return c
 
 
-def evaluation() -> ConfigDict:
+def make_evaluation() -> ConfigDict:
     """Evaluation while it trains: every so many steps and after each stage."""
     c = ConfigDict()
     c.every = 0  # steps; 0: never
@@ -205,7 +207,7 @@ def evaluation() -> ConfigDict:
     return c
 
 
-def mesh() -> ConfigDict:
+def make_mesh() -> ConfigDict:
     """Devices along each axis of the mesh; -1: all that are left.
 
     On TPU an axis is best one of the torus (8 of v5e's 8x8): over two of them, gradients are added
@@ -261,13 +263,13 @@ def get_config(arg: str = "") -> ConfigDict:
         *("q_proj", "k_proj", "v_proj", "o_proj"),
         *("gate_proj", "up_proj", "down_proj"),
     )
-    c.teacher = teacher()  # needed where a stage has one
+    c.teacher = make_teacher()  # needed where a stage has one
 
-    c.mesh = mesh()
+    c.mesh = make_mesh()
     # Teachers and references on devices of their own, the last so many of each process, split by
     # axes of their own: neither then takes room beside the other. Hidden states travel, and each
     # output head once. 0: the same devices.
-    c.teacher_mesh = mesh()
+    c.teacher_mesh = make_mesh()
     c.teacher_mesh.devices = 0
 
     c.attention = "auto"  # splash on TPU, cudnn on GPU, else xla; all compute the same
@@ -292,7 +294,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.log.transcripts = 8  # rows in each
     c.log.overlap = 0  # tokens of the teacher's top that the student's is compared with; slow
 
-    c.eval = evaluation()
-    c.sft = stage("sft")
-    c.opd = stage("opd")
+    c.eval = make_evaluation()
+    c.sft = make_stage("sft")
+    c.opd = make_stage("opd")
     return c

@@ -19,7 +19,7 @@ from configs import arguments, base, tiny
 
 def get_config(arg: str = "") -> ConfigDict:
     """What differs from base."""
-    a = arguments.read("colab", arg)
+    a = arguments.parse_argument("colab", arg)
     c = base.get_config()
     c.student.path = "Qwen/Qwen3-0.6B"
     c.student.lora.rank = 32
@@ -41,11 +41,11 @@ def get_config(arg: str = "") -> ConfigDict:
     c.opd.max_response_tokens = 768
     c.opd.rollout.slots = 16
     c.opd.data.source = "hf:openai/gsm8k:main"
-    c.opd.data.template = base.BOXED
+    c.opd.data.template = base.BOXED_TEMPLATE
     c.opd.data.thinking = 0.0
     c.opd.optim.learning_rate = 1e-4
     if a.tiny:
-        tiny.shrink(c)
+        tiny.shrink_config(c)
         c.opd.data.thinking = 1.0  # the embedded models know no other mode
         c.eval.every = 1
         c.eval.benchmark, c.eval.data, c.eval.protocol = "arithmetic", "", "greedy"

@@ -41,52 +41,52 @@ CONDITIONS = {
 }
 
 
-def supervised(source: str, size: int, steps: int, response: int) -> ConfigDict:
+def make_sft_stage(source: str, num_rows: int, steps: int, max_response_tokens: int) -> ConfigDict:
     """Three epochs of `size` rows, 16 at a time."""
-    s = base.stage("sft")
+    s = base.make_stage("sft")
     s.steps = steps
     s.batch_size = 16
-    s.max_prompt_tokens, s.max_response_tokens = 1024, response
-    s.data.source, s.data.size = source, size
+    s.max_prompt_tokens, s.max_response_tokens = 1024, max_response_tokens
+    s.data.source, s.data.size = source, num_rows
     s.data.on_bad_row = "skip"
     s.optim.learning_rate = 2e-4
     return s
 
 
-def on_policy(objective: str, steps: int, rate: float) -> ConfigDict:
+def make_on_policy_stage(objective: str, steps: int, learning_rate: float) -> ConfigDict:
     """Eight answers to each of GSM8K's questions."""
-    s = base.stage(objective)
+    s = base.make_stage(objective)
     s.steps = steps
     s.samples = 8
     s.max_response_tokens = 4096
     s.data.source = "hf:openai/gsm8k:main"
-    s.data.template = base.BOXED
-    s.optim.learning_rate = rate
+    s.data.template = base.BOXED_TEMPLATE
+    s.optim.learning_rate = learning_rate
     return s
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """What differs from base."""
-    a = arguments.read("conditions", arg, condition=tuple(CONDITIONS))
+    a = arguments.parse_argument("conditions", arg, condition=tuple(CONDITIONS))
     c = base.get_config()
     c.stages = CONDITIONS[a.condition]
     c.student.path = "Qwen/Qwen3-1.7B"
     c.student.lora.rank, c.student.lora.alpha, c.student.lora.rslora = 64, 64.0, True
 
     orca, openr1 = "hf:microsoft/orca-math-word-problems-200k", "hf:open-r1/OpenR1-Math-220k"
-    c.answers = supervised(orca, 50_000, 630, 3072)  # packed, 238 of 275 tokens a step
+    c.answers = make_sft_stage(orca, 50_000, 630, 3072)  # packed, 238 of 275 tokens a step
     c.answers.data.columns = "orca_math"
     c.answers.data.thinking = 0.0
     c.answers.pack_tokens = 4096
-    c.traces = supervised("hf:simplescaling/s1K-1.1", 1000, 188, 15_360)
-    c.verified = supervised(openr1, 1000, 188, 15_360)
+    c.traces = make_sft_stage("hf:simplescaling/s1K-1.1", 1000, 188, 15_360)
+    c.verified = make_sft_stage(openr1, 1000, 188, 15_360)
 
-    c.grpo = on_policy("grpo", 500, 1e-6)
+    c.grpo = make_on_policy_stage("grpo", 500, 1e-6)
     c.grpo.batch_size = 8
     c.grpo.reward.grader = "gsm8k"
     if a.condition == "grpo_only":
         c.grpo.reward.correct = c.grpo.reward.format = 0.5
-    c.opd = on_policy("opd", 150, 1e-4)
+    c.opd = make_on_policy_stage("opd", 150, 1e-4)
     if "opd" in c.stages:
         c.teacher.path = "Qwen/Qwen3-8B"
-    return tiny.shrink(c) if a.tiny else c
+    return tiny.shrink_config(c) if a.tiny else c

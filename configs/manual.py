@@ -30,7 +30,7 @@ from configs import arguments, base, tiny
 
 def get_config(arg: str = "") -> ConfigDict:
     """What differs from base."""
-    a = arguments.read("manual", arg, stage=("sft", "opd"))
+    a = arguments.parse_argument("manual", arg, stage=("sft", "opd"))
     c = base.get_config()
     c.stages = (a.stage,)
     c.student.path = "Qwen/Qwen3-0.6B" if a.stage == "sft" else "runs/manual_sft/model"
@@ -56,4 +56,4 @@ def get_config(arg: str = "") -> ConfigDict:
     c.opd.reward.format = 0.5
     c.opd.reward.repetition = 0.5
     c.opd.optim.learning_rate = 1e-4
-    return tiny.shrink(c) if a.tiny else c
+    return tiny.shrink_config(c) if a.tiny else c

@@ -22,7 +22,7 @@ from configs import arguments, base, tiny
 
 def get_config(arg: str = "") -> ConfigDict:
     """What differs from base."""
-    a = arguments.read("one_prompt", arg)
+    a = arguments.parse_argument("one_prompt", arg)
     c = base.get_config()
     c.student.path = "Qwen/Qwen3-8B-Base"
     c.teacher.path = c.student.tokenizer = "Qwen/Qwen3-8B"
@@ -32,8 +32,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.opd.max_response_tokens = 8192
     c.opd.data.source = "hf:zwhe99/DeepMath-103K"
     c.opd.data.size = 1
-    c.opd.data.template = base.BOXED
+    c.opd.data.template = base.BOXED_TEMPLATE
     c.opd.optim.learning_rate = 5e-5
     c.opd.optim.schedule = "constant"
     c.opd.optim.warmup_steps = 0
-    return tiny.shrink(c) if a.tiny else c
+    return tiny.shrink_config(c) if a.tiny else c

@@ -28,7 +28,7 @@ from configs import arguments, base, tiny
 
 def get_config(arg: str = "") -> ConfigDict:
     """What differs from base."""
-    a = arguments.read("opd_math", arg, lora=("full", "32", "128"))
+    a = arguments.parse_argument("opd_math", arg, lora=("full", "32", "128"))
     lora = a.lora != "full"
     c = base.get_config()
     c.stages = ("sft", "opd")
@@ -57,7 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.opd.max_response_tokens = 16_384
     c.opd.data.source = "hf:zwhe99/DeepMath-103K"
     c.opd.data.on_bad_row = "skip"
-    c.opd.data.template = base.BOXED
+    c.opd.data.template = base.BOXED_TEMPLATE
     c.opd.optim.learning_rate = 1e-4 if lora else 5e-5
     c.opd.optim.schedule = "constant"
-    return tiny.shrink(c) if a.tiny else c
+    return tiny.shrink_config(c) if a.tiny else c

@@ -15,7 +15,7 @@ from configs import arguments, base
 
 def get_config(arg: str = "") -> ConfigDict:
     """What differs from base: the models under assets/, float32, sizes for two CPU cores."""
-    a = arguments.read("quickstart", arg)
+    a = arguments.parse_argument("quickstart", arg)
     c = base.get_config()
     c.student.path = "assets/student"
     c.student.param_dtype = c.student.dtype = "float32"

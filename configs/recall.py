@@ -24,24 +24,24 @@ from configs import arguments, base, tiny
 
 def get_config(arg: str = "") -> ConfigDict:
     """What differs from base."""
-    a = arguments.read("recall", arg)
+    a = arguments.parse_argument("recall", arg)
     c = base.get_config()
     c.stages = ("knowledge", "recall")
     c.student.path, c.teacher.path = "Qwen/Qwen3-8B", "initial"
     c.mesh.tensor = 4  # or 256 rows decode beside the whole weights: too much for a chip
 
-    c.knowledge = base.stage("sft")
+    c.knowledge = base.make_stage("sft")
     c.knowledge.steps = 500
     c.knowledge.pack_tokens = 8192
     c.knowledge.max_prompt_tokens, c.knowledge.max_response_tokens = 2048, 6144
     c.knowledge.data.mixture = (("documents.jsonl", 0.7), ("chats.jsonl", 0.3))
     c.knowledge.optim.learning_rate = 1e-5
 
-    c.recall = base.stage("opd")
+    c.recall = base.make_stage("opd")
     c.recall.batch_size = 256
     c.recall.accumulate = 4
     c.recall.max_prompt_tokens, c.recall.max_response_tokens = 2048, 2048
     c.recall.data.source = "hf:allenai/tulu-3-sft-mixture"
     c.recall.data.thinking = 0.0
     c.recall.data.on_bad_row = "skip"
-    return tiny.shrink(c) if a.tiny else c
+    return tiny.shrink_config(c) if a.tiny else c

@@ -36,7 +36,7 @@ NAMES = {"30b-a3b": "30B-A3B", "235b-a22b": "235B-A22B"}
 
 def get_config(arg: str = "") -> ConfigDict:
     """What differs from base."""
-    a = arguments.read(
+    a = arguments.parse_argument(
         "strong_to_weak",
         arg,
         student=("8b", "0.6b", "1.7b", "4b", "14b", "30b-a3b"),
@@ -69,7 +69,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.opd.max_response_tokens = 16_384
     c.opd.data.source = "hf:zwhe99/DeepMath-103K"
     c.opd.data.on_bad_row = "skip"
-    c.opd.data.template = base.BOXED
+    c.opd.data.template = base.BOXED_TEMPLATE
     c.opd.data.thinking = 0.5
     c.opd.optim.learning_rate = 1e-5
-    return tiny.shrink(c) if a.tiny else c
+    return tiny.shrink_config(c) if a.tiny else c

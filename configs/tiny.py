@@ -4,7 +4,7 @@ a CPU, with the models and rows under assets/ and no network."""
 from ml_collections import ConfigDict
 
 # What a recipe reads, and the rows of the same columns that stand for it.
-ROWS = {
+SAMPLE_ROWS = {
     "hf:open-thoughts/OpenThoughts3-1.2M": "assets/rows/openthoughts3.jsonl",
     "hf:zwhe99/DeepMath-103K": "assets/rows/deepmath.jsonl",
     "hf:openai/gsm8k:main": "assets/rows/gsm8k.jsonl",
@@ -22,7 +22,7 @@ ROWS = {
 BATCH, PROMPT, RESPONSE = 8, 48, 16
 
 
-def shrink(c: ConfigDict) -> ConfigDict:
+def shrink_config(c: ConfigDict) -> ConfigDict:
     """`c` made small in place, and returned."""
     c.student.path, c.student.tokenizer = "assets/student", ""
     c.student.dtype = c.student.param_dtype = "float32"
@@ -44,10 +44,10 @@ def shrink(c: ConfigDict) -> ConfigDict:
         s.pack_tokens = 2 * (PROMPT + RESPONSE) if s.pack_tokens else 0
         s.rollout.slots = 0
         s.optim.learning_rate = 1e-3  # one, for the same reason
-        s.data.source = ROWS.get(s.data.source, s.data.source)
-        s.data.mixture = tuple((ROWS[source], weight) for source, weight in s.data.mixture)
+        s.data.source = SAMPLE_ROWS.get(s.data.source, s.data.source)
+        s.data.mixture = tuple((SAMPLE_ROWS[source], weight) for source, weight in s.data.mixture)
         s.data.size = min(s.data.size, BATCH)
         s.data.template = "{question}"
         if s.context.text:
-            s.context.text, s.context.max_tokens = ROWS[s.context.text], PROMPT
+            s.context.text, s.context.max_tokens = SAMPLE_ROWS[s.context.text], PROMPT
     return c

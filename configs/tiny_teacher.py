@@ -14,7 +14,7 @@ from configs import arguments, base
 
 def get_config(arg: str = "") -> ConfigDict:
     """What differs from base: one sft stage on the generated task, random initial weights."""
-    a = arguments.read("tiny_teacher", arg)
+    a = arguments.parse_argument("tiny_teacher", arg)
     c = base.get_config()
     c.stages = ("sft",)
     c.student.path = "assets/teacher"  # its config.json and tokenizer

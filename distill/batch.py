@@ -32,11 +32,11 @@ class Batch:
     reference_logp_BT: jax.Array | None = None  # float32
     # final hidden states of the teacher, or of each of several
     teacher_hidden_BTD: jax.Array | tuple[jax.Array, ...] | None = None
-    teacher_share_BTN: jax.Array | None = None  # float32: of N teachers, what each says counts
+    teacher_weight_BTN: jax.Array | None = None  # float32: of N teachers, what each says counts
     # the same responses behind the prompts that a teacher reads, and at which token of those rows
     # each token lies
-    told: "Batch | None" = None
-    told_at_BT: jax.Array | None = None
+    teacher_inputs: "Batch | None" = None
+    teacher_index_BT: jax.Array | None = None
     # of the teacher's likeliest tokens in the place of each token: ids, int32, and float32
     # log-probabilities
     teacher_top_BTK: tuple[jax.Array, jax.Array] | None = None

@@ -55,7 +55,7 @@ SCRIPT_SHARE = 0.9  # formulas have Greek letters in the best of English texts
 Finding = dict[str, object]
 
 
-def texts(row: dict, where: str) -> tuple[str, str]:
+def extract_texts(row: dict, where: str) -> tuple[str, str]:
     """(prompt, prompt and response) of a row of ours.
 
     Raises:
@@ -63,7 +63,9 @@ def texts(row: dict, where: str) -> tuple[str, str]:
     """
     if "messages" in row:
         turns = chat.parse_messages(row, where, prompt=None)
-        said = [chat.spoken(m) if m["role"] == "assistant" else m["content"] for m in turns]
+        said = [
+            chat.to_assistant_text(m) if m["role"] == "assistant" else m["content"] for m in turns
+        ]
         asked = [m["content"] for m in turns if m["role"] == "user"]
         prompt, whole = "\n".join(asked), "\n".join(said)
     else:
@@ -75,111 +77,121 @@ def texts(row: dict, where: str) -> tuple[str, str]:
     return prompt, f"{whole}\n{response}" if isinstance(response, str) else whole
 
 
-def clean(
+def clean_rows(
     rows: sources.Rows,
     against: list[sources.Rows],
     *,
-    names: str,
+    column_spec: str,
     ngram: int,
-    shared: int,
-    near: float,
+    min_shared: int,
+    min_jaccard: float,
     scripts: tuple[str, ...],
-    characters: tuple[int, int],
-    skip: bool,
+    character_range: tuple[int, int],
+    skip_bad_rows: bool,
 ) -> tuple[list[int], list[Finding]]:
     """(numbers of the rows that stay, what was found); the options are those of the verb."""
     problems = [
-        (other.where(i), _read(other, i, "")) for other in against for i in range(other.size)
+        (other.locate_row(i), _read_texts(other, i, ""))
+        for other in against
+        for i in range(other.size)
     ]
-    evaluation = dedup.Evaluation((prompt for _, (prompt, _) in problems), ngram)
+    eval_index = dedup.NgramIndex((prompt for _, (prompt, _) in problems), ngram)
     kept, findings, first = [], [], {}
     signatures = []
-    with run_files.progress(rows.size, 0, "clean") as bar:
+    with run_files.show_progress(rows.size, 0, "clean") as bar:
         for index in range(rows.size):
             bar.update(index + 1, {"kept": len(kept)})
-            where = rows.where(index)
+            where = rows.locate_row(index)
             try:
-                prompt, whole = _read(rows, index, names)
+                prompt, whole = _read_texts(rows, index, column_spec)
             except UserError as error:
-                if not skip:
+                if not skip_bad_rows:
                     raise
                 findings.append({"row": where, "why": "bad row", "error": str(error)})
                 continue
-            low, high = characters
+            low, high = character_range
             if not low <= len(whole) <= high:
                 findings.append({"row": where, "why": "length", "characters": len(whole)})
                 continue
-            share = dedup.script_share(whole, scripts) if scripts else 1.0
+            share = dedup.compute_script_share(whole, scripts) if scripts else 1.0
             if share < SCRIPT_SHARE:
                 findings.append({"row": where, "why": "script", "share": round(share, 3)})
                 continue
             hits = [
                 {"row": where, "why": "contaminated", "of": problems[n][0], "shared": k, "ngram": g}
-                for n, (k, g) in sorted(evaluation.matches(prompt).items())
-                if k >= min(shared, evaluation.sizes[n])
+                for n, (k, g) in sorted(eval_index.find_matches(prompt).items())
+                if k >= min(min_shared, eval_index.ngram_counts[n])
             ]
             if hits:
                 findings += hits
                 continue
-            same = first.setdefault(" ".join(dedup.tokens(whole)), index)
+            same = first.setdefault(" ".join(dedup.split_tokens(whole)), index)
             if same != index:
-                findings.append({"row": where, "why": "duplicate", "of": rows.where(same)})
+                findings.append({"row": where, "why": "duplicate", "of": rows.locate_row(same)})
                 continue
             kept.append(index)
-            if near <= 1:
-                signatures.append(dedup.signature(whole))
-    if near <= 1 and kept:
-        repeats = _repeats(rows, names, kept, np.array(signatures), near)
+            if min_jaccard <= 1:
+                signatures.append(dedup.compute_signature(whole))
+    if min_jaccard <= 1 and kept:
+        repeats = _find_near_duplicates(rows, column_spec, kept, np.array(signatures), min_jaccard)
         findings += repeats.values()
         kept = [index for index in kept if index not in repeats]
     return kept, findings
 
 
-def _read(rows: sources.Rows, index: int, names: str) -> tuple[str, str]:
-    where = rows.where(index)
-    return texts(columns.canonical(rows.row(index), names, where, False), where)
+def _read_texts(rows: sources.Rows, index: int, column_spec: str) -> tuple[str, str]:
+    where = rows.locate_row(index)
+    return extract_texts(
+        columns.canonicalize_row(rows.read_row(index), column_spec, where, False), where
+    )
 
 
-def _repeats(
-    rows: sources.Rows, names: str, kept: list[int], signatures: np.ndarray, near: float
+def _find_near_duplicates(
+    rows: sources.Rows,
+    column_spec: str,
+    kept: list[int],
+    signatures: np.ndarray,
+    min_jaccard: float,
 ) -> dict[int, Finding]:
     """Number of each row that is nearly an earlier one, and the finding."""
-    found: dict[int, Finding] = {}
-    for a, b in dedup.candidates(signatures):
+    duplicates: dict[int, Finding] = {}
+    for a, b in dedup.find_candidates(signatures):
         earlier, later = kept[a], kept[b]
-        if later in found or earlier in found:
+        if later in duplicates or earlier in duplicates:
             continue
-        alike = dedup.jaccard(*(_read(rows, i, names)[1] for i in (earlier, later)))
-        if alike >= near:
-            found[later] = {
-                "row": rows.where(later),
+        alike = dedup.compute_jaccard(
+            *(_read_texts(rows, i, column_spec)[1] for i in (earlier, later))
+        )
+        if alike >= min_jaccard:
+            duplicates[later] = {
+                "row": rows.locate_row(later),
                 "why": "near duplicate",
-                "of": rows.where(earlier),
+                "of": rows.locate_row(earlier),
                 "jaccard": round(alike, 3),
             }
-    return found
+    return duplicates
 
 
 def main() -> None:
-    out = cli.output(OUT.value)
+    out = cli.check_output(OUT.value)
     rows = sources.open_rows(DATA.value)
-    kept, findings = clean(
+    kept, findings = clean_rows(
         rows,
         [sources.open_rows(name) for name in AGAINST.value],
-        names=COLUMNS.value,
+        column_spec=COLUMNS.value,
         ngram=NGRAM.value,
-        shared=SHARED.value,
-        near=NEAR.value,
+        min_shared=SHARED.value,
+        min_jaccard=NEAR.value,
         scripts=tuple(SCRIPTS.value),
-        characters=(MIN_CHARACTERS.value, MAX_CHARACTERS.value),
-        skip=ON_BAD_ROW.value == "skip",
+        character_range=(MIN_CHARACTERS.value, MAX_CHARACTERS.value),
+        skip_bad_rows=ON_BAD_ROW.value == "skip",
     )
     if REPORT.value:
         run_files.write_jsonl(REPORT.value, findings)
-    run_files.write_jsonl(out, (rows.row(index) for index in kept))
+    run_files.write_jsonl(out, (rows.read_row(index) for index in kept))
     counts = collections.Counter({f["row"]: f["why"] for f in findings}.values())
     reasons = ", ".join(f"{count} {why}" for why, count in counts.most_common()) or "none left out"
-    run_files.say(f"{rows.name}: {len(kept)} of {rows.size} rows stay; {reasons}")
+    run_files.log_line(f"{rows.name}: {len(kept)} of {rows.size} rows stay; {reasons}")
 
 
 if __name__ == "__main__":

@@ -20,17 +20,17 @@ RUNS = flags.DEFINE_list(
 )
 OUT = flags.DEFINE_string("out", "", "Also write what is compared as JSON.", flag_values=OPTIONS)
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 
 
-def read(folder: str) -> tuple[Row, list[Row]]:
+def read_evaluation(folder: str) -> tuple[Record, list[Record]]:
     """(summary, rows) of a finished evaluation, local or gs://. Raises UserError if it is none."""
     run_files.require_reachable(folder, "--runs")
     path = epath.Path(folder)
     try:
         summary = json.loads((path / "summary.json").read_text())
-        with (path / records.EXAMPLES).open() as file:
-            rows = [records.brief(json.loads(line)) for line in file]
+        with (path / records.EXAMPLES_FILE).open() as file:
+            rows = [records.drop_bulky_fields(json.loads(line)) for line in file]
         for row in rows:
             _ = row["id"], row["correct"]
         _ = summary["accuracy"], summary["interval"]
@@ -39,7 +39,7 @@ def read(folder: str) -> tuple[Row, list[Row]]:
     return summary, rows
 
 
-def paired(names: tuple[str, str], a: list[Row], b: list[Row]) -> Row:
+def compare_pair(names: tuple[str, str], a: list[Record], b: list[Record]) -> Record:
     """How much better b is than a on the same problems, and the sentence that says so.
 
     Raises UserError if they are not the same problems.
@@ -48,33 +48,33 @@ def paired(names: tuple[str, str], a: list[Row], b: list[Row]) -> Row:
     for name in answers[0].keys() | answers[1].keys():
         if answers[0].get(name) != answers[1].get(name):
             raise UserError(f"{names[0]} and {names[1]}: problem {name!r} is not the same in both")
-    ours, theirs = (statistics.scores(rows) for rows in (a, b))
+    ours, theirs = (statistics.compute_problem_scores(rows) for rows in (a, b))
     pairs = list(zip(*[(ours[name], theirs[name]) for name in ours], strict=True))
-    gain, (low, high) = statistics.difference(*pairs)
-    found: Row = {
+    gain, (low, high) = statistics.compute_difference(*pairs)
+    result: Record = {
         "runs": list(names),
         "difference": gain,
         "interval": (low, high),
         "better_on": sum(y > x for x, y in zip(*pairs, strict=True)),
         "worse_on": sum(y < x for x, y in zip(*pairs, strict=True)),
         "problems": len(ours),
-        "p": statistics.chance(*pairs),
+        "p": statistics.compute_p_value(*pairs),
     }
-    return {**found, "sentence": _sentence(found)}
+    return {**result, "sentence": _describe_pair(result)}
 
 
-def _sentence(found: Row) -> str:
-    a, b = found["runs"]
-    low, high = (100 * end for end in found["interval"])
-    size = f"{abs(100 * found['difference']):.1f} ± {(high - low) / 2:.1f} points"
+def _describe_pair(pair: Record) -> str:
+    a, b = pair["runs"]
+    low, high = (100 * end for end in pair["interval"])
+    size = f"{abs(100 * pair['difference']):.1f} ± {(high - low) / 2:.1f} points"
     if low > 0 or high < 0:
-        said = f"{b} is {'better' if low > 0 else 'worse'} than {a} by {size}"
+        verdict = f"{b} is {'better' if low > 0 else 'worse'} than {a} by {size}"
     else:
-        way = "above" if found["difference"] >= 0 else "below"
-        said = f"no difference between {b} and {a} is shown: {b} is {size} {way}"
+        direction = "above" if pair["difference"] >= 0 else "below"
+        verdict = f"no difference between {b} and {a} is shown: {b} is {size} {direction}"
     return (
-        f"{said} (95% interval {low:+.1f} to {high:+.1f}, {found['problems']} problems: "
-        f"better on {found['better_on']}, worse on {found['worse_on']}; p = {found['p']:.2g})"
+        f"{verdict} (95% interval {low:+.1f} to {high:+.1f}, {pair['problems']} problems: "
+        f"better on {pair['better_on']}, worse on {pair['worse_on']}; p = {pair['p']:.2g})"
     )
 
 
@@ -89,58 +89,61 @@ _COLUMNS = (
 )
 
 
-def table(names: list[str], summaries: list[Row]) -> str:
+def render_table(names: list[str], summaries: list[Record]) -> str:
     """A row a folder: accuracy with its interval, n, pass@k, maj@k, and what the model costs."""
     votes = [k for summary in summaries for k in summary if k.startswith(("pass@", "maj@"))]
     votes = [v for v in dict.fromkeys(votes) if v != "pass@1"]
     head = ["", "benchmark", "protocol", "n", "accuracy % [95%]", *votes]
     rows = [head + [title for title, _, _ in _COLUMNS]]
-    for name, found in zip(names, summaries, strict=True):
-        protocol = found.get("protocol", {})
-        low, high = found["interval"]
+    for name, summary_row in zip(names, summaries, strict=True):
+        protocol = summary_row.get("protocol", {})
+        low, high = summary_row["interval"]
         row = [name, protocol.get("benchmark", ""), protocol.get("protocol", "")]
-        row += [str(round(found["responses"] / found["problems"]))]
-        row += [f"{100 * found['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"]
-        row += [f"{100 * found[v]:.1f}" if v in found else "" for v in votes]
-        rows.append(row + [_cell(found, field, form) for _, field, form in _COLUMNS])
+        row += [str(round(summary_row["responses"] / summary_row["problems"]))]
+        row += [f"{100 * summary_row['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"]
+        row += [f"{100 * summary_row[v]:.1f}" if v in summary_row else "" for v in votes]
+        rows.append(row + [_render_cell(summary_row, field, form) for _, field, form in _COLUMNS])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows
     )
 
 
-def _cell(summary: Row, field: str, form: str) -> str:
+def _render_cell(summary: Record, field: str, number_format: str) -> str:
     value = summary.get(field)
     if field == "memory" and value:
         value = value.get("device_gib", value["host_gib"])
     if value is None:
         return ""
     scale = {"parameter_bytes": 2**-20, "truncation_rate": 100}.get(field, 1)
-    return form.format(value * scale)
+    return number_format.format(value * scale)
 
 
-def compare(runs: list[str]) -> Row:
+def compare_runs(runs: list[str]) -> Record:
     """The folders' summaries and, with the first one, all that have its problems. Raises as `read`;
     where no other has, and where the first has no problems of another of its benchmark."""
-    read_all = [read(run) for run in runs]
-    found: Row = {"runs": dict(zip(runs, [s for s, _ in read_all], strict=True)), "paired": []}
-    first, rows = read_all[0]
-    for name, (summary, others) in list(zip(runs, read_all, strict=True))[1:]:
+    evaluations = [read_evaluation(run) for run in runs]
+    result: Record = {
+        "runs": dict(zip(runs, [s for s, _ in evaluations], strict=True)),
+        "paired": [],
+    }
+    first, rows = evaluations[0]
+    for name, (summary, others) in list(zip(runs, evaluations, strict=True))[1:]:
         benchmarks = [one.get("protocol", {}).get("benchmark") for one in (first, summary)]
         if benchmarks[0] == benchmarks[1]:
-            found["paired"].append(paired((runs[0], name), rows, others))
-    return found
+            result["paired"].append(compare_pair((runs[0], name), rows, others))
+    return result
 
 
 def main() -> None:
     if len(set(RUNS.value)) < max(2, len(RUNS.value)):
         raise UserError("--runs: name two different folders or more")
-    out = cli.output(OUT.value) if OUT.value else None
-    found = compare(RUNS.value)
+    out = cli.check_output(OUT.value) if OUT.value else None
+    result = compare_runs(RUNS.value)
     if out:
-        run_files.write_json(out, found)
-    print(table(RUNS.value, list(found["runs"].values())))
-    for pair in found["paired"]:
+        run_files.write_json(out, result)
+    print(render_table(RUNS.value, list(result["runs"].values())))
+    for pair in result["paired"]:
         print("\n" + pair["sentence"])
 
 

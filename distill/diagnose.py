@@ -22,7 +22,7 @@ from distill.policy.policy import Policy
 from distill.runtime import cli, run_files
 from distill.runtime import mesh as mesh_lib
 from distill.training import setup, stages
-from distill.training.setup import Stage
+from distill.training.setup import StageSetup
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -36,87 +36,100 @@ STAGE = flags.DEFINE_string("stage", "", "Of the config; else the last.", flag_v
 OUT = flags.DEFINE_string("out", "", "JSON to write.", flag_values=OPTIONS)
 
 
-def respond(who: Policy, stage: Stage, seed: int, told: bool = False) -> list[rollout.Sequence]:
+def sample_responses(
+    subject: Policy, stage: StageSetup, seed: int, as_teacher: bool = False
+) -> list[rollout.Sequence]:
     """What a model writes to the first prompts of a stage, sampled as the stage samples; with
     `told` to those that a teacher reads."""
-    examples = dataset.at(stage.source, 0, PROMPTS.value, seed)
-    if told:
-        examples = [dataclasses.replace(e, prompt=e.told or e.prompt) for e in examples]
+    examples = dataset.get_step_examples(stage.source, 0, PROMPTS.value, seed)
+    if as_teacher:
+        examples = [dataclasses.replace(e, prompt=e.teacher_prompt or e.prompt) for e in examples]
     limit = stage.c.max_response_tokens
     rows = rollout.expand_prompts(examples, SAMPLES.value, jax.random.key(seed), limit)
     options = dataclasses.replace(
-        stages.rollout_options(stage.c),
+        stages.make_rollout_options(stage.c),
         slots=min(64, len(rows)),
-        longest=max(row.longest for row in rows),
+        max_length=max(row.max_length for row in rows),
         cache_tokens=0,
     )
     done = rollout.sample(
-        who.model,
-        who.params,
+        subject.model,
+        subject.params,
         rows,
-        sampling=stages.sampling(stage.c),
-        stop_ids=who.stop_ids,
+        sampling=stages.make_sampling(stage.c),
+        stop_ids=subject.stop_ids,
         options=options,
     )
     return list(done)
 
 
-def diagnose(
-    c: ConfigDict, plan: setup.Plan, stage: Stage, mesh: Mesh, grader: str
-) -> diagnosis.Figures:
+def diagnose_stage(
+    c: ConfigDict, run_setup: setup.RunSetup, stage: StageSetup, mesh: Mesh, grader: str
+) -> diagnosis.Statistics:
     """All figures of a stage of a plan; reads weights."""
     m = c.student
     student = policy.load(
-        policy.describe(m.path, m.dtype, False, mesh, kernel=c.attention, tokenizer_of=m.tokenizer),
+        policy.make_abstract(
+            m.path, m.dtype, False, mesh, kernel=c.attention, tokenizer_path=m.tokenizer
+        ),
         m.dtype,
     )
-    examples = dataset.at(stage.source, 0, PROMPTS.value, c.seed)
-    rows = respond(student, stage, c.seed)
-    f: diagnosis.Figures = {"prompts": len(examples), "samples": SAMPLES.value, "stage": stage.name}
-    f |= {
-        "rewarded": stage.loss.reward > 0,
-        "student": diagnosis.written(rows, examples, student, grader),
+    examples = dataset.get_step_examples(stage.source, 0, PROMPTS.value, c.seed)
+    rows = sample_responses(student, stage, c.seed)
+    statistics: diagnosis.Statistics = {
+        "prompts": len(examples),
+        "samples": SAMPLES.value,
+        "stage": stage.name,
     }
-    if not stage.taught:
-        return f
+    statistics |= {
+        "rewarded": stage.loss.reward > 0,
+        "student": diagnosis.summarise_responses(rows, examples, student, grader),
+    }
+    if not stage.needs_teacher:
+        return statistics
     name = stage.c.teachers[0]  # of several the first: each is worth a look of its own
-    teacher = plan.teachers[name]
-    taught = policy.load(teacher.policy, teacher.c.param_dtype)
-    teacher = dataclasses.replace(teacher, policy=taught)
-    f["agreement"] = diagnosis.agreement(student, taught)
-    f["distances"] = diagnosis.distances(student, teacher, rows, stage, stages.logits_mib(c, mesh))
-    with policy.use(taught):
-        answers = respond(taught, stage, c.seed, told=True)
-    f["teacher"] = diagnosis.written(answers, examples, taught, grader)
-    if "pass_rate" in f["teacher"]:
-        f["gain"] = diagnosis.difference(f["teacher"]["pass_rates"], f["student"]["pass_rates"])
-    return f
+    teacher = run_setup.teachers[name]
+    loaded_teacher = policy.load(teacher.policy, teacher.c.param_dtype)
+    teacher = dataclasses.replace(teacher, policy=loaded_teacher)
+    statistics["agreement"] = diagnosis.compare_formats(student, loaded_teacher)
+    statistics["distances"] = diagnosis.compare_distributions(
+        student, teacher, rows, stage, stages.compute_logits_mib(c, mesh)
+    )
+    with policy.use(loaded_teacher):
+        answers = sample_responses(loaded_teacher, stage, c.seed, as_teacher=True)
+    statistics["teacher"] = diagnosis.summarise_responses(answers, examples, loaded_teacher, grader)
+    if "pass_rate" in statistics["teacher"]:
+        statistics["gain"] = diagnosis.compare_pass_rates(
+            statistics["teacher"]["pass_rates"], statistics["student"]["pass_rates"]
+        )
+    return statistics
 
 
 def main() -> None:
     c = CONFIG.value
-    mesh, apart = mesh_lib.meshes(c)
-    plan = setup.prepare(c, mesh, apart)
+    mesh, teacher_mesh = mesh_lib.make_meshes(c)
+    run_setup = setup.setup_run(c, mesh, teacher_mesh)
     if c.student.random_init:
         raise UserError("config.student.random_init: random weights have no way of thinking yet")
-    stages = {stage.name: stage for stage in plan.stages}
-    name = STAGE.value or plan.stages[-1].name
+    stages = {stage.name: stage for stage in run_setup.stages}
+    name = STAGE.value or run_setup.stages[-1].name
     if name not in stages:
         raise UserError(f"--stage={name}: config.stages has {', '.join(stages)}")
-    for of in stages[name].c.teachers[:1] if stages[name].taught else ():
-        if plan.teachers[of].average:
+    for of in stages[name].c.teachers[:1] if stages[name].needs_teacher else ():
+        if run_setup.teachers[of].is_ema:
             raise UserError(f"config.{of}.path=ema: before step 0 it is the student itself")
-    out = cli.output(OUT.value) if OUT.value else None
-    with policy.use(plan.student):
-        figures = diagnose(c, plan, stages[name], mesh, stages[name].c.reward.grader)
-    found = diagnosis.findings(figures)
-    for bad, line in found:
+    out = cli.check_output(OUT.value) if OUT.value else None
+    with policy.use(run_setup.student):
+        statistics = diagnose_stage(c, run_setup, stages[name], mesh, stages[name].c.reward.grader)
+    findings = diagnosis.make_findings(statistics)
+    for bad, line in findings:
         print(f"{'against' if bad else '-' if bad is None else 'for':8}{line}")
-    print(diagnosis.verdict(found))
+    print(diagnosis.render_verdict(findings))
     if out:
-        lines = [line for _, line in found]
+        lines = [line for _, line in findings]
         run_files.write_json(
-            Path(out), {**figures, "findings": lines, "verdict": diagnosis.verdict(found)}
+            Path(out),
+            {**statistics, "findings": lines, "verdict": diagnosis.render_verdict(findings)},
         )
 
 

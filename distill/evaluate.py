@@ -99,12 +99,12 @@ BATCH_SIZE = flags.DEFINE_integer(
 DTYPE = flags.DEFINE_enum(
     "dtype", "", ["", "float32", "bfloat16"], "Of the computation.", flag_values=OPTIONS
 )
-distributed.define(OPTIONS)
+distributed.define_flags(OPTIONS)
 
 
-def _settings(ks: list[int]) -> evaluator.Row:
+def _read_settings(ks: list[int]) -> evaluator.Record:
     """The protocol's settings, with the flags that change them; checked."""
-    tasks.require(BENCHMARK.value)
+    tasks.require_benchmark(BENCHMARK.value)
     changes = {
         "samples": SAMPLES.value,
         "thinking": None if THINKING.value is None else THINKING.value == "on",
@@ -118,7 +118,7 @@ def _settings(ks: list[int]) -> evaluator.Row:
     for name in ("temperature", "top_p", "min_p", "presence_penalty"):  # nan passes a flag's bounds
         if changes[name] is not None and not math.isfinite(changes[name]):
             raise UserError(f"--{name}={changes[name]}: not a finite number")
-    settings = tasks.settings(PROTOCOL.value, BENCHMARK.value, changes)
+    settings = tasks.resolve_settings(PROTOCOL.value, BENCHMARK.value, changes)
     if max(ks, default=0) > settings["samples"]:
         raise UserError(
             f"--k={','.join(KS.value)}: each must be 1 to --samples={settings['samples']}"
@@ -128,52 +128,56 @@ def _settings(ks: list[int]) -> evaluator.Row:
     return settings
 
 
-def _grade_stored(out: epath.Path, ks: list[int]) -> None:
+def _grade_stored_responses(out_dir: epath.Path, ks: list[int]) -> None:
     """--responses: grades them and sums up."""
     benchmark = BENCHMARK.value
-    known = tasks.problems(benchmark, DATA.value, 0) if DATA.value else []
-    rows = tasks.stored(benchmark, RESPONSES.value, known)[: LIMIT.value or None]
-    cli.output(f"{OUT.value}/summary.json")
-    if (out / "protocol.json").exists():
-        raise UserError(f"--out={out}: holds the evaluation of a model")
+    known_problems = tasks.load_problems(benchmark, DATA.value, 0) if DATA.value else []
+    rows = tasks.load_responses(benchmark, RESPONSES.value, known_problems)[: LIMIT.value or None]
+    cli.check_output(f"{OUT.value}/summary.json")
+    if (out_dir / "protocol.json").exists():
+        raise UserError(f"--out={out_dir}: holds the evaluation of a model")
     with graders.Grader() as grader:
-        rows = responses.graded(grader, benchmark, rows)
-    run_files.write_jsonl(out / records.EXAMPLES, rows)
-    summary = statistics.summarise(rows, ks)
-    run_files.write_json(out / "summary.json", summary)
+        rows = responses.grade_rows(grader, benchmark, rows)
+    run_files.write_jsonl(out_dir / records.EXAMPLES_FILE, rows)
+    summary = statistics.summarise_rows(rows, ks)
+    run_files.write_json(out_dir / "summary.json", summary)
     if unchecked := summary.get("ifeval", {}).get("unchecked"):  # type: ignore[attr-defined]
-        run_files.say(f"warning: {unchecked} instructions not checked: {ifeval.PUNKT}")
+        run_files.log_line(f"warning: {unchecked} instructions not checked: {ifeval.PUNKT_COMMAND}")
 
 
 def main() -> None:
-    with distributed.joined(OPTIONS):
-        run()
+    with distributed.join_processes(OPTIONS):
+        run_evaluation()
 
 
-def run() -> None:
+def run_evaluation() -> None:
     ks = [int(k) for k in KS.value if k.isdecimal() and int(k) > 0]
     if len(ks) < len(KS.value):
         raise UserError(f"--k={','.join(KS.value)}: each must be 1 or more")
     out = epath.Path(OUT.value)
     if RESPONSES.value:
-        return _grade_stored(out, ks)
-    settings = _settings(ks)
-    sampling = tasks.sampling(settings)
-    rows = tasks.problems(BENCHMARK.value, DATA.value, LIMIT.value)
-    tasks.check(BENCHMARK.value, rows)
+        return _grade_stored_responses(out, ks)
+    settings = _read_settings(ks)
+    sampling = tasks.make_sampling(settings)
+    rows = tasks.load_problems(BENCHMARK.value, DATA.value, LIMIT.value)
+    tasks.check_gradable(BENCHMARK.value, rows)
     if not MODEL.value:
         raise UserError("--model: name a model directory, or give --responses")
     paths = [path for path in (MODEL.value, TEACHER.value) if path]
-    mesh = mesh_lib.spread(*(Config.from_directory(policy.resolve(path)) for path in paths))
-    described = [policy.reader(path, DTYPE.value or "", mesh) for path in paths]
-    policy.require_same_vocabulary(described[0], described[-1])
-    cli.output(f"{OUT.value}/summary.json")
+    mesh = mesh_lib.make_reader_mesh(
+        *(Config.from_directory(policy.resolve_model_dir(path)) for path in paths)
+    )
+    abstract_policies = [
+        policy.make_abstract_for_inference(path, DTYPE.value or "", mesh) for path in paths
+    ]
+    policy.require_same_vocabulary(abstract_policies[0], abstract_policies[-1])
+    cli.check_output(f"{OUT.value}/summary.json")
     template = TEMPLATE.value or tasks.BENCHMARKS[BENCHMARK.value]["prompt"]
     thinking, limit = settings["thinking"], settings["max_new_tokens"]
-    evaluator._prompts(described[0], BENCHMARK.value, rows, template, thinking, limit)
-    with policy.use(described[0]):
-        subject, *teachers = [policy.load(p, p.model.dtype.name) for p in described]
-        evaluator.evaluate(
+    evaluator.encode_prompts(abstract_policies[0], BENCHMARK.value, rows, template, thinking, limit)
+    with policy.use(abstract_policies[0]):
+        subject, *teachers = [policy.load(p, p.model.dtype.name) for p in abstract_policies]
+        evaluator.evaluate_benchmark(
             subject,
             BENCHMARK.value,
             rows,
@@ -185,12 +189,12 @@ def run() -> None:
             sampling=sampling,
             seed=SEED.value,
             batch_size=BATCH_SIZE.value,
-            name=PROTOCOL.value,
+            protocol_name=PROTOCOL.value,
             template=template,
             teacher=teachers[0] if teachers else None,
         )
     if LIMIT.value and run_files.is_primary():
-        print(records.transcripts(rows, out / records.EXAMPLES))
+        print(records.render_transcripts(rows, out / records.EXAMPLES_FILE))
 
 
 if __name__ == "__main__":

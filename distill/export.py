@@ -44,9 +44,13 @@ AVERAGE = flags.DEFINE_bool(
 
 
 def main() -> None:
-    exporting.export(RUN.value, OUT.value, STEP.value, DTYPE.value, MERGE_LORA.value, AVERAGE.value)
-    if MERGE_LORA.value and policy.lora_of(RUN.value) is None:
-        run_files.say("--merge_lora: all parameters were trained, so there was no LoRA to merge")
+    exporting.export_run(
+        RUN.value, OUT.value, STEP.value, DTYPE.value, MERGE_LORA.value, AVERAGE.value
+    )
+    if MERGE_LORA.value and policy.read_run_lora(RUN.value) is None:
+        run_files.log_line(
+            "--merge_lora: all parameters were trained, so there was no LoRA to merge"
+        )
 
 
 if __name__ == "__main__":

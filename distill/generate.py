@@ -84,16 +84,16 @@ DTYPE = flags.DEFINE_enum(
     "Of parameters and computation. Default: bfloat16, but float32 on CPU, where it is faster.",
     flag_values=OPTIONS,
 )
-distributed.define(OPTIONS)
+distributed.define_flags(OPTIONS)
 
 
-def _checked_sampling(subject: Policy) -> Sampling:
+def _make_sampling(subject: Policy) -> Sampling:
     """What the flags say of sampling; raises UserError naming the flag that cannot be."""
     try:
         sampling = Sampling(
             TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value, PRESENCE_PENALTY.value
         )
-        sampling.require(subject.config.vocab_size)
+        sampling.check_vocab_size(subject.config.vocab_size)
     except UserError as error:
         raise UserError(f"--{error}") from None
     if TOP_LOGPROBS.value > subject.config.vocab_size:
@@ -107,58 +107,62 @@ def _checked_sampling(subject: Policy) -> Sampling:
 
 
 def main() -> None:
-    with distributed.joined(OPTIONS):
-        run()
+    with distributed.join_processes(OPTIONS):
+        run_generation()
 
 
-def run() -> None:
-    found = dataset.read(PROMPTS.value)
-    rows = dataclasses.replace(found, row=lambda i: columns.put(found.row(i), TEMPLATE.value))
-    subject = policy.reader(MODEL.value, DTYPE.value or "")
-    out = cli.output(OUT.value)
-    sampling, allowed, ids = _checked_sampling(subject), array("i"), dataset.TokenLists()
+def run_generation() -> None:
+    prompt_rows = dataset.open_canonical_rows(PROMPTS.value)
+    rows = dataclasses.replace(
+        prompt_rows, row=lambda i: columns.apply_template(prompt_rows.read_row(i), TEMPLATE.value)
+    )
+    subject = policy.make_abstract_for_inference(MODEL.value, DTYPE.value or "")
+    out = cli.check_output(OUT.value)
+    sampling, limits, ids = _make_sampling(subject), array("i"), dataset.TokenLists()
     errors: dict[int, str] = {}
-    read = hashlib.sha256()
+    prompts_hash = hashlib.sha256()
     for number, (where, row) in enumerate(rows):
-        allowed.append(completions.limit_of(row, where, MAX_NEW_TOKENS.value))
+        limits.append(completions.get_max_new_tokens(row, where, MAX_NEW_TOKENS.value))
         try:
             ids.append(
-                completions.prompt(subject, row, where, THINKING.value == "on", allowed[number])
+                completions.encode_row_prompt(
+                    subject, row, where, THINKING.value == "on", limits[number]
+                )
             )
         except RowError as error:
             errors[number] = str(error)
             ids.append([])
-        read.update(f"{', ' if number else '['}{run_files.dumps(row)}".encode())
-    read.update(b"]")
+        prompts_hash.update(f"{', ' if number else '['}{run_files.to_json(row)}".encode())
+    prompts_hash.update(b"]")
     if len(errors) == len(rows):
         raise UserError(errors[0])
     options = (MAX_NEW_TOKENS, TEMPERATURE, TOP_P, TOP_K, MIN_P, PRESENCE_PENALTY, STOP)
     options += (TOP_LOGPROBS, SAMPLES, SEED, THINKING)
-    about = {
+    header = {
         "model": subject.path,
-        "step": policy.newest_step(subject.path),
-        "prompts_sha256": read.hexdigest(),  # as one list of JSON
+        "step": policy.find_newest_step(subject.path),
+        "prompts_sha256": prompts_hash.hexdigest(),  # as one list of JSON
         "dtype": jnp.dtype(subject.model.dtype).name,
         **{option.name: option.value for option in options},
     }
-    first = distributed.from_primary(lambda: run_files.begun_jsonl(out, about))
+    first_row = distributed.broadcast_from_primary(lambda: run_files.resume_jsonl(out, header))
     with policy.use(subject):
         subject = policy.load(subject, jnp.dtype(subject.model.dtype).name)
-        done = completions.generate(
+        results = completions.generate_rows(
             subject,
             rows,
             ids,
             samples=SAMPLES.value,
             seed=SEED.value,
-            limits=allowed,
+            limits=limits,
             sampling=sampling,
             batch_size=BATCH_SIZE.value,
-            stops=STOP.value,
+            stop_strings=STOP.value,
             top_logprobs=TOP_LOGPROBS.value,
             errors=errors,
-            first=first,
+            first=first_row,
         )
-        run_files.extend_jsonl(out, done)
+        run_files.extend_jsonl(out, results)
     if errors:
         more = f" (and {len(errors) - 1} more rows)" if len(errors) > 1 else ""
         raise UserError(f"{errors[min(errors)]}{more}; the other rows are in {OUT.value}")

@@ -23,13 +23,13 @@ MODEL = flags.DEFINE_string(
 TASKS = flags.DEFINE_list("tasks", None, "Names of lm-eval's tasks.", OPTIONS, required=True)
 OUT = flags.DEFINE_string("out", None, "JSON to write.", OPTIONS, required=True)
 INCLUDE = flags.DEFINE_string("include", "", "Folder of more tasks (yaml).", OPTIONS)
-SHOTS = flags.DEFINE_integer(
+NUM_FEWSHOT = flags.DEFINE_integer(
     "num_fewshot", None, "Solved examples in the prompt; else the task's.", flag_values=OPTIONS
 )
 LIMIT = flags.DEFINE_integer(
     "limit", 0, "Only the first rows of each task; 0: all.", lower_bound=0, flag_values=OPTIONS
 )
-CHAT = flags.DEFINE_enum(
+CHAT_MODE = flags.DEFINE_enum(
     "chat", "off", ["off", "thinking", "nonthinking"], "Use the chat template.", flag_values=OPTIONS
 )
 BATCH_SIZE = flags.DEFINE_integer(
@@ -40,13 +40,13 @@ DTYPE = flags.DEFINE_enum(
 )
 
 
-def evaluate(
+def run_lm_eval(
     subject: Policy,
-    names: list[str],
+    task_names: list[str],
     *,
     batch_size: int,
     chat_mode: str = "off",
-    include: str | None = None,
+    include_path: str | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
 ) -> dict[str, Any]:
@@ -59,45 +59,45 @@ def evaluate(
 
     from distill.evaluation import lm_eval_model
 
-    manager = tasks.TaskManager(include_path=include)
-    unknown = sorted(set(names) - set(manager.all_tasks))
+    manager = tasks.TaskManager(include_path=include_path)
+    unknown = sorted(set(task_names) - set(manager.all_tasks))
     if unknown:
         raise UserError(f"--tasks: lm-eval knows no {unknown[0]!r}")
     with policy.use(subject):
-        found = lm_eval.simple_evaluate(
-            model=lm_eval_model.Model(subject, batch_size, chat_mode == "thinking"),
-            tasks=names,
+        results = lm_eval.simple_evaluate(
+            model=lm_eval_model.PolicyLM(subject, batch_size, chat_mode == "thinking"),
+            tasks=task_names,
             num_fewshot=num_fewshot,
             limit=limit,
             apply_chat_template=chat_mode != "off",
             task_manager=manager,
         )
-    assert found is not None
-    return dict(found)
+    assert results is not None
+    return dict(results)
 
 
 def main() -> None:
     if not importlib.util.find_spec("lm_eval"):
         raise UserError("lm-eval is not installed: pip install -r requirements-eval.txt")
-    out = cli.output(OUT.value)
-    subject = policy.reader(MODEL.value, DTYPE.value or "")
+    out = cli.check_output(OUT.value)
+    subject = policy.make_abstract_for_inference(MODEL.value, DTYPE.value or "")
     if INCLUDE.value and not Path(INCLUDE.value).is_dir():
         raise UserError(f"--include={INCLUDE.value}: no folder")
     with policy.use(subject):
         subject = policy.load(subject, jnp.dtype(subject.model.dtype).name)
-    found = evaluate(
+    results = run_lm_eval(
         subject,
         TASKS.value,
         batch_size=BATCH_SIZE.value,
-        chat_mode=CHAT.value,
-        include=INCLUDE.value or None,
-        num_fewshot=SHOTS.value,
+        chat_mode=CHAT_MODE.value,
+        include_path=INCLUDE.value or None,
+        num_fewshot=NUM_FEWSHOT.value,
         limit=LIMIT.value or None,
     )
     kept = ("results", "groups", "configs", "versions", "n-shot", "n-samples", "higher_is_better")
-    run_files.write_json(out, {name: found[name] for name in kept if name in found})
-    for task, figures in found["results"].items():
-        for name, value in figures.items():
+    run_files.write_json(out, {name: results[name] for name in kept if name in results})
+    for task, task_metrics in results["results"].items():
+        for name, value in task_metrics.items():
             if isinstance(value, float):
                 print(f"{task:24} {name:32} {value:.4f}")
 

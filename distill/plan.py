@@ -23,7 +23,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from distill.planning import aot, fit, forecast, roofline
-from distill.planning.roofline import Row
+from distill.planning.roofline import ProgramCost
 from distill.runtime import cli, run_files
 from models.errors import UserError
 
@@ -34,7 +34,7 @@ TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Slice, such as v5e:8x8 or v5p:2x2x4, or v5e:auto.", OPTIONS, required=True
 )
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.", OPTIONS)
-MEAN = flags.DEFINE_integer(
+MEAN_RESPONSE_TOKENS = flags.DEFINE_integer(
     "mean_response_tokens",
     0,
     "Tell also how long a step takes if responses have so many tokens in the mean: log-normal, "
@@ -45,7 +45,7 @@ MEAN = flags.DEFINE_integer(
 EXPLAIN = flags.DEFINE_bool("explain", True, "Look for what helps where it does not fit.", OPTIONS)
 
 
-def smallest(c: ConfigDict, generation: str) -> tuple[str, dict[str, list[Row]]]:
+def find_smallest(c: ConfigDict, generation: str) -> tuple[str, dict[str, list[ProgramCost]]]:
     """The smallest slice of a generation that fits, and its programs.
 
     Raises:
@@ -57,29 +57,33 @@ def smallest(c: ConfigDict, generation: str) -> tuple[str, dict[str, list[Row]]]
     for shape in fit.SLICES[generation]:
         topology = f"{generation}:{shape}"
         try:
-            return topology, fit.compiled(c, topology)
+            return topology, fit.compile_run(c, topology)
         except fit.TooLarge as error:
             reason = f"{topology}: {error.program} needs {error.needs_gib:.2f} GiB a device"
         except UserError as error:
             reason = f"{topology}: {error}"
         if not JSON.value:
-            run_files.say(f"does not fit {reason}")
+            run_files.log_line(f"does not fit {reason}")
     raise UserError(f"--topology={generation}:auto: nothing fits; {reason}")
 
 
 def main() -> None:
     c, topology = CONFIG.value, TOPOLOGY.value
     jax.config.update("jax_enable_compilation_cache", False)  # of programs for devices elsewhere
-    begun = time.perf_counter()
+    start = time.perf_counter()
     try:
         if topology.endswith(":auto"):
-            topology, found = smallest(c, topology.removesuffix(":auto"))
+            topology, stage_costs = find_smallest(c, topology.removesuffix(":auto"))
         else:
-            aot.chip(topology)
-            found = fit.compiled(c, topology)
-        told = fit.forecasts(c, topology, found, MEAN.value) if MEAN.value else {}
+            aot.get_chip(topology)
+            stage_costs = fit.compile_run(c, topology)
+        forecasts = (
+            fit.forecast_stages(c, topology, stage_costs, MEAN_RESPONSE_TOKENS.value)
+            if MEAN_RESPONSE_TOKENS.value
+            else {}
+        )
     except fit.TooLarge as error:
-        hbm = aot.chip(topology).hbm_gib
+        hbm = aot.get_chip(topology).hbm_gib
         over = error.needs_gib - hbm
         failed = {
             "topology": topology,
@@ -88,10 +92,10 @@ def main() -> None:
             "needs_gib": error.needs_gib,
             "hbm_gib": hbm,
             "largest": error.largest,
-            "helps": fit.helped(c, topology, error.program) if EXPLAIN.value else None,
+            "helps": fit.find_remedy(c, topology, error.program) if EXPLAIN.value else None,
         }
         if JSON.value:
-            print(run_files.dumps(failed, 2))
+            print(run_files.to_json(failed, 2))
         else:
             print(
                 f"does not fit {topology}: {error.program} needs {error.needs_gib:.2f} GiB a "
@@ -102,15 +106,15 @@ def main() -> None:
                 print("what would help: {change} ({peak_gib:.2f} GiB)".format(**failed["helps"]))
         sys.exit(1)
     if JSON.value:
-        whole = roofline.summary(c, topology, found)
-        for name, of in told.items():
-            forecast.add(whole["stages"][name], of)
-        print(run_files.dumps(whole, 2))
+        summary = roofline.summarise_run(c, topology, stage_costs)
+        for name, of in forecasts.items():
+            forecast.add_to_summary(summary["stages"][name], of)
+        print(run_files.to_json(summary, 2))
     else:
-        print(roofline.show(c, topology, found))
-        for name, of in told.items():
-            print(forecast.show(name, of))
-        print(f"compiled in {time.perf_counter() - begun:.0f} s")
+        print(roofline.render_tables(c, topology, stage_costs))
+        for name, of in forecasts.items():
+            print(forecast.render_forecast(name, of))
+        print(f"compiled in {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -30,24 +30,26 @@ PROBLEMS = flags.DEFINE_integer(
     "problems", 1000, "Held-out problems to judge by.", lower_bound=1, flag_values=OPTIONS
 )
 
-Entry = dict[str, object]
+Evaluation = dict[str, object]
 
 
-def judge(name: str, subject: Policy, teacher: Policy, out: Path, response_tokens: int) -> Entry:
+def evaluate_policy(
+    name: str, subject: Policy, teacher: Policy, out_dir: Path, max_new_tokens: int
+) -> Evaluation:
     """Greedy and sampled (temperature 1) accuracy on held-out problems, reverse KL, length."""
-    rows = tasks.problems("arithmetic", "", PROBLEMS.value)
+    rows = tasks.load_problems("arithmetic", "", PROBLEMS.value)
     summaries = {}
-    for manner, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        run_files.say(f"{name}: {len(rows)} held-out problems, {manner}")
-        summaries[manner] = evaluator.evaluate(
+    for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        run_files.log_line(f"{name}: {len(rows)} held-out problems, {mode}")
+        summaries[mode] = evaluator.evaluate_benchmark(
             subject,
             "arithmetic",
             rows,
-            out / "eval" / name / manner,
+            out_dir / "eval" / name / mode,
             samples=1,
             ks=[1],
             thinking=True,
-            max_new_tokens=response_tokens,
+            max_new_tokens=max_new_tokens,
             sampling=rollout.Sampling(temperature),
             seed=0,
             batch_size=min(250, len(rows)),
@@ -67,7 +69,7 @@ def judge(name: str, subject: Policy, teacher: Policy, out: Path, response_token
     }
 
 
-def table(summary: dict[str, Entry]) -> str:
+def render_table(summary: dict[str, Evaluation]) -> str:
     """The three judged models as lines of text."""
     lines = [
         f"{'':15} {'parameters':>10}  {'greedy accuracy':>22}  {'sampled, T = 1':>22}  "
@@ -78,42 +80,46 @@ def table(summary: dict[str, Entry]) -> str:
     for name in ("student_before", "student_after", "teacher"):
         row = summary[name]
 
-        def share(kind: str, row: Entry = row) -> str:
-            low, high = row["interval" + kind]  # type: ignore[misc]
-            return f"{100 * row['accuracy' + kind]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"  # type: ignore[operator]
+        def format_accuracy(suffix: str, row: Evaluation = row) -> str:
+            low, high = row["interval" + suffix]  # type: ignore[misc]
+            return f"{100 * row['accuracy' + suffix]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"  # type: ignore[operator]
 
         lines.append(
-            f"{name:15} {row['parameters']:>10,}  {share(''):>22}  {share('_sampled'):>22}  "
+            f"{name:15} {row['parameters']:>10,}  {format_accuracy(''):>22}  {format_accuracy('_sampled'):>22}  "
             f"{row['reverse_kl']:>10.4f}  {row['mean_length']:>6.1f}  {row['seconds']:>7.1f}"
         )
     return "\n".join(lines)
 
 
-def distil(c: ConfigDict, out: Path) -> dict:
+def distil_and_evaluate(c: ConfigDict, out_dir: Path) -> dict:
     """Judges, distils, exports and judges again; writes summary.json and returns it."""
     start, limit = time.perf_counter(), c.opd.max_response_tokens
-    mesh = mesh_lib.make(**c.mesh)
+    mesh = mesh_lib.make_mesh(**c.mesh)
 
-    def load(path: str) -> Policy:
-        return policy.load(policy.describe(path, "float32", False, mesh), "float32")
+    def load_policy(path: str) -> Policy:
+        return policy.load(policy.make_abstract(path, "float32", False, mesh), "float32")
 
-    with mesh_lib.use(mesh):
-        teacher = load(c.teacher.path)
+    with mesh_lib.use_mesh(mesh):
+        teacher = load_policy(c.teacher.path)
         summary: dict = {
-            "teacher": judge("teacher", teacher, teacher, out, limit),
-            "student_before": judge("student_before", load(c.student.path), teacher, out, limit),
+            "teacher": evaluate_policy("teacher", teacher, teacher, out_dir, limit),
+            "student_before": evaluate_policy(
+                "student_before", load_policy(c.student.path), teacher, out_dir, limit
+            ),
         }
     began = time.perf_counter()
-    loop.run(c, out)
+    loop.run(c, out_dir)
     summary["distillation_seconds"] = time.perf_counter() - began
-    exporting.export(out, out / "student", None, "float32", merge_lora=True)  # on a mesh of its own
-    with mesh_lib.use(mesh):
-        after = load(str(out / "student"))
-        summary["student_after"] = judge("student_after", after, teacher, out, limit)
+    exporting.export_run(
+        out_dir, out_dir / "student", None, "float32", merge_lora=True
+    )  # on a mesh of its own
+    with mesh_lib.use_mesh(mesh):
+        after = load_policy(str(out_dir / "student"))
+        summary["student_after"] = evaluate_policy("student_after", after, teacher, out_dir, limit)
     summary["problems"] = PROBLEMS.value
     summary["seconds"] = time.perf_counter() - start
-    summary["export"] = str(out / "student")
-    run_files.write_json(out / "summary.json", summary)
+    summary["export"] = str(out_dir / "student")
+    run_files.write_json(out_dir / "summary.json", summary)
     return summary
 
 
@@ -121,20 +127,20 @@ def main() -> None:
     c, out = CONFIG.value, Path(WORKDIR.value)
     if c.stages[-1] != "opd":
         raise UserError(f"config.stages: the quick start ends in opd, not in {c.stages[-1]!r}")
-    mesh = mesh_lib.make(**c.mesh)
-    with mesh_lib.use(mesh):
-        setup.prepare(c, mesh)
-    loop.claim(out, c)
+    mesh = mesh_lib.make_mesh(**c.mesh)
+    with mesh_lib.use_mesh(mesh):
+        setup.setup_run(c, mesh)
+    loop.init_workdir(out, c)
     summary: dict = {}
     if (out / "summary.json").is_file() and (out / "student").is_dir():
         summary = json.loads((out / "summary.json").read_text())
     if summary.get("problems") != PROBLEMS.value:  # else it is all done, and timed
-        summary = distil(c, out)
-    before, after, best = (summary[k] for k in ("student_before", "student_after", "teacher"))
-    print(f"\n{table(summary)}\n")
-    for kind, words in (("", "greedy"), ("_sampled", "sampled")):
-        gap = best["accuracy" + kind] - before["accuracy" + kind]
-        closed = (after["accuracy" + kind] - before["accuracy" + kind]) / gap if gap else 1.0
+        summary = distil_and_evaluate(c, out)
+    before, after, teacher = (summary[k] for k in ("student_before", "student_after", "teacher"))
+    print(f"\n{render_table(summary)}\n")
+    for suffix, words in (("", "greedy"), ("_sampled", "sampled")):
+        gap = teacher["accuracy" + suffix] - before["accuracy" + suffix]
+        closed = (after["accuracy" + suffix] - before["accuracy" + suffix]) / gap if gap else 1.0
         print(f"{100 * closed:.0f}% of the {words} gap to the teacher closed")
     print(f"{summary['distillation_seconds']:.0f} s to distil, {summary['seconds']:.0f} s in all")
     print(f"model     {summary['export']}  (a Hugging Face directory)")

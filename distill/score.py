@@ -41,24 +41,28 @@ DTYPE = flags.DEFINE_enum(
 
 def main() -> None:
     rows = sources.open_rows(TOKENS.value)
-    subject = policy.reader(MODEL.value, DTYPE.value if DTYPE.value in policy.DTYPES else "")
-    out = cli.output(OUT.value)
+    subject = policy.make_abstract_for_inference(
+        MODEL.value, DTYPE.value if DTYPE.value in policy.DTYPES else ""
+    )
+    out = cli.check_output(OUT.value)
     if TOP_K.value > subject.config.vocab_size:
         raise UserError(
             f"--top_k={TOP_K.value}: the model's vocabulary has {subject.config.vocab_size} tokens"
         )
-    ids = scoring.tokens(subject, rows)
+    ids = scoring.read_token_ids(subject, rows)
 
-    def scored() -> Iterator[dict]:
-        found = scoring.score(subject, ids, batch_size=BATCH_SIZE.value, top_k=TOP_K.value)
-        with run_files.progress(len(rows), 0, "score") as bar:
-            for number, ((_, row), (logprobs, top)) in enumerate(zip(rows, found, strict=True)):
+    def iter_scored_rows() -> Iterator[dict]:
+        scores = scoring.score_sequences(
+            subject, ids, batch_size=BATCH_SIZE.value, top_k=TOP_K.value
+        )
+        with run_files.show_progress(len(rows), 0, "score") as bar:
+            for number, ((_, row), (logprobs, top)) in enumerate(zip(rows, scores, strict=True)):
                 yield {**row, "logprobs": logprobs, **({"top": top} if TOP_K.value else {})}
                 bar.update(number + 1, {})
 
     with policy.use(subject):
         subject = policy.load(subject, DTYPE.value or jnp.dtype(subject.model.dtype).name)
-        run_files.write_jsonl(out, scored())
+        run_files.write_jsonl(out, iter_scored_rows())
 
 
 if __name__ == "__main__":

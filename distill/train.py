@@ -16,12 +16,12 @@ flags.mark_flag_as_required("config", OPTIONS)
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of the run; resumes if it holds one.", OPTIONS, required=True
 )
-distributed.define(OPTIONS)
+distributed.define_flags(OPTIONS)
 
 
 def main() -> None:
-    gpu.set_flags(CONFIG.value.deterministic)
-    with distributed.joined(OPTIONS):
+    gpu.set_xla_flags(CONFIG.value.deterministic)
+    with distributed.join_processes(OPTIONS):
         loop.run(CONFIG.value, WORKDIR.value)
 
 

@@ -37,7 +37,7 @@ ON_BAD_ROW = flags.DEFINE_enum(
 )
 
 
-def graded(row: dict, where: str, benchmark: str, grader: graders.Grader) -> list[dict]:
+def grade_samples(row: dict, where: str, benchmark: str, grader: graders.Grader) -> list[dict]:
     """The samples of a row, each with `outcome` and `correct`.
 
     Raises:
@@ -66,38 +66,38 @@ def graded(row: dict, where: str, benchmark: str, grader: graders.Grader) -> lis
     ]
 
 
-def verify(
+def verify_rows(
     rows: sources.Rows,
     benchmark: str,
     *,
     keep: str,
-    samples: int,
-    skip: bool,
+    max_samples: int,
+    skip_bad_rows: bool,
     counts: collections.Counter[str],
 ) -> Iterator[dict]:
     """Yields the rows with the samples that are kept; `counts` come to hold rows, samples,
     correct, kept, rows kept and bad rows."""
-    with graders.Grader() as grader, run_files.progress(rows.size, 0, "verify") as bar:
+    with graders.Grader() as grader, run_files.show_progress(rows.size, 0, "verify") as bar:
         for index in range(rows.size):
             bar.update(index + 1, {"kept": counts["kept"]})
             counts["rows"] += 1
             try:
-                row = rows.row(index)
-                found = graded(row, rows.where(index), benchmark, grader)
+                row = rows.read_row(index)
+                graded_samples = grade_samples(row, rows.locate_row(index), benchmark, grader)
             except UserError as error:
-                if not skip:
+                if not skip_bad_rows:
                     raise
                 counts["bad rows"] += 1
-                run_files.say(f"skipped: {error}")
+                run_files.log_line(f"skipped: {error}")
                 continue
             good = [
                 sample
-                for sample in found
+                for sample in graded_samples
                 if keep == "all"
                 or sample["correct" if keep == "correct" else "finish_reason"] in (True, "stop")
-            ][: samples or None]
-            counts["samples"] += len(found)
-            counts["correct"] += sum(sample["correct"] for sample in found)
+            ][: max_samples or None]
+            counts["samples"] += len(graded_samples)
+            counts["correct"] += sum(sample["correct"] for sample in graded_samples)
             counts["kept"] += len(good)
             if good:
                 counts["rows kept"] += 1
@@ -107,18 +107,18 @@ def verify(
 def main() -> None:
     if BENCHMARK.value not in graders.GRADERS:
         raise UserError(f"--benchmark={BENCHMARK.value}: known are {', '.join(graders.GRADERS)}")
-    out, counts = cli.output(OUT.value), collections.Counter()
+    out, counts = cli.check_output(OUT.value), collections.Counter()
     rows = sources.open_rows(DATA.value)
-    kept = verify(
+    kept = verify_rows(
         rows,
         BENCHMARK.value,
         keep=KEEP.value,
-        samples=SAMPLES.value,
-        skip=ON_BAD_ROW.value == "skip",
+        max_samples=SAMPLES.value,
+        skip_bad_rows=ON_BAD_ROW.value == "skip",
         counts=counts,
     )
     run_files.write_jsonl(out, kept)
-    run_files.say(
+    run_files.log_line(
         f"{rows.name}: {counts['correct']} of {counts['samples']} samples correct; "
         f"{counts['kept']} kept, of {counts['rows kept']} of {rows.size} rows "
         f"({counts['bad rows']} bad rows)"

@@ -67,7 +67,7 @@ def one_update(
     mesh = jax.tree.leaves(state.params)[0].sharding.mesh
     hosted = jax.tree.map(np.asarray, batch)
     parts = [jax.tree.map(lambda x, k=k: x[k::accumulate], hosted) for k in range(accumulate)]
-    micros = (jax.device_put(part, mesh_lib.rows(mesh)) for part in parts)
+    micros = (jax.device_put(part, mesh_lib.make_row_sharding(mesh)) for part in parts)
     single = accumulate == 1
     state, measured, found = programs.once(state, micros, heads, frozen, single=single)
     each = [found[k] for k in range(accumulate)]
@@ -75,12 +75,12 @@ def one_update(
     return state, measured, stats
 
 
-def sequences_of(work: Any, made: Any = lambda micro: micro.lay()) -> list[Any]:
+def sequences_of(work: Any, made: Any = lambda micro: micro.make_batch()) -> list[Any]:
     """What a step trains on, sequence by sequence in the order that they are numbered: batches of
     arrays [tokens, ...]. `made` gives a micro-batch's arrays."""
     found = {}
     for micro in (micro for part in work for micro in part):
-        batch = dataclasses.replace(made(micro), told=None)
+        batch = dataclasses.replace(made(micro), teacher_inputs=None)
         batch = jax.tree.map(np.asarray, batch)
         for row, numbers in enumerate(micro.rows):
             for segment, number in enumerate(numbers, start=1):

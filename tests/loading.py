@@ -43,8 +43,8 @@ def counted(read: list[int]):
 
 def load(directory, sizes, **options):
     config = Config.from_directory(directory)
-    abstract = mesh_lib.parameters(config, mesh_lib.make(*sizes))
+    abstract = mesh_lib.make_abstract_params(config, mesh_lib.make_mesh(*sizes))
     shardings = jax.tree.map(lambda p: p.sharding, abstract)
     dtype = jnp.dtype("float32")
     loaded = weights.load(directory, config, abstract, shardings, dtype, **options)
-    return loaded, weights.reads(abstract, shardings)
+    return loaded, weights.count_reads(abstract, shardings)

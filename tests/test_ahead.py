@@ -40,13 +40,13 @@ def ahead(models, **changes):
 def noted(patch: pytest.MonkeyPatch) -> list[list[rollout.Sequence]]:
     """The rows of every batch that is made from now on."""
     found: list[list[rollout.Sequence]] = []
-    written = microbatches.written
+    written = microbatches.to_examples
 
     def note(rows):
         found.append(list(rows))
         return written(rows)
 
-    patch.setattr(microbatches, "written", note)
+    patch.setattr(microbatches, "to_examples", note)
     return found
 
 
@@ -62,18 +62,18 @@ def whole(models, tmp_path_factory):
 
 def by_hand(c) -> tuple[list[list[rollout.Sequence]], Any]:
     """One thing after another: rows of step i + 1 from a copy of the weights before update i."""
-    plan = setup.prepare(c, mesh_lib.make(1, 1, 1))
+    plan = setup.setup_run(c, mesh_lib.make_mesh(1, 1, 1))
     stage, s, found = plan.stages[0], c.opd, []
     with policy.use(plan.student):
-        plan = setup.base(c, plan)
-        plan = setup.load(c, plan, plan.stages[0])
+        plan = setup.load_lora_base(c, plan)
+        plan = setup.load_stage_models(c, plan, plan.stages[0])
         params = policy.load(plan.student, "float32").params
         older = jax.tree.map(lambda x: x.copy(), params)
-        state = update.init(stage.optimizer, params, 0)
-        mesh, form = policy.mesh_of(plan.student), collect._form(plan, stage)
-        train = trainer.make(c, plan, stage, mesh, state)
+        state = update.init_train_state(stage.optimizer, params, 0)
+        mesh, form = policy.get_mesh(plan.student), collect._make_layout(plan, stage)
+        train = trainer.make_trainer(c, plan, stage, mesh, state)
         for step in range(STEPS):
-            examples = dataset.at(stage.source, step, 2, c.seed)
+            examples = dataset.get_step_examples(stage.source, step, 2, c.seed)
             key = jax.random.fold_in(jax.random.key(c.seed), step)
             rows = rollout.expand_prompts(examples, 2, key, s.max_response_tokens)
             rows = list(
@@ -81,16 +81,18 @@ def by_hand(c) -> tuple[list[list[rollout.Sequence]], Any]:
                     plan.student.model,
                     older,
                     rows,
-                    sampling=stages.sampling(s),
+                    sampling=stages.make_sampling(s),
                     stop_ids=plan.student.stop_ids,
-                    options=stages.rollout_options(s),
+                    options=stages.make_rollout_options(s),
                 )
             )
             found.append(rows)
             older = jax.tree.map(lambda x: x.copy(), state.params)
-            examples = microbatches.written(rows)
-            packed = microbatches.pack(examples, stage.rows, 1, form)
-            state, *_ = train.step(state, microbatches.lay(packed, examples, form, mesh))
+            examples = microbatches.to_examples(rows)
+            packed = microbatches.pack_examples(examples, stage.microbatch_rows, 1, form)
+            state, *_ = train.step(
+                state, microbatches.make_microbatches(packed, examples, form, mesh)
+            )
     return found, jax.tree.map(np.asarray, state.params)
 
 
@@ -142,7 +144,7 @@ def test_rows_are_sampled_while_the_update_runs(models, tmp_path, monkeypatch) -
     sample = rollout.AsyncRollouts.sample
 
     def watched(self, trained):
-        running.append(self.begun is not None and not trained["loss"].is_ready())
+        running.append(self.pending is not None and not trained["loss"].is_ready())
         sample(self, trained)
 
     monkeypatch.setattr(rollout.AsyncRollouts, "sample", watched)
@@ -170,6 +172,6 @@ def test_a_loss_that_does_not_correct_for_it_is_refused(models, tmp_path, change
 def test_objectives_that_correct_for_it_are_let_through(models) -> None:
     for name in ("opd", "opd_sampled", "cispo", "hybrid"):
         c = ahead(models, objective=name)
-        plan = setup.prepare(c, mesh_lib.make(1, 1, 1))
-        assert plan.stages[0].ahead is not None
-        assert plan.stages[0].loss == dataclasses.replace(losses.TABLE[name])
+        plan = setup.setup_run(c, mesh_lib.make_mesh(1, 1, 1))
+        assert plan.stages[0].async_rollouts is not None
+        assert plan.stages[0].loss == dataclasses.replace(losses.OBJECTIVES[name])

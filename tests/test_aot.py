@@ -31,7 +31,7 @@ def layers() -> aot.Program:
     w, x = split((L, D, D), None, "x"), split((B, D), "x")
     with jax.set_mesh(mesh):
         step = jax.jit(jax.grad(loss), out_shardings=w.sharding)
-        return aot.compile("layers", lambda: step.lower(w, x), hbm_gib=16)
+        return aot.compile_program("layers", lambda: step.lower(w, x), hbm_gib=16)
 
 
 def test_matrix_products_in_loops_count_as_often_as_they_run():
@@ -51,9 +51,9 @@ def test_collectives():
 
 def test_memory():
     program = layers()
-    assert program.arguments == (L * D * D + B * D) * 4 / 8
-    assert program.outputs == L * D * D * 4 / 8
-    assert program.peak >= program.arguments
+    assert program.argument_bytes == (L * D * D + B * D) * 4 / 8
+    assert program.output_bytes == L * D * D * 4 / 8
+    assert program.peak_bytes >= program.argument_bytes
 
 
 TPU = """\
@@ -105,7 +105,7 @@ ENTRY %main (x: bf16[8,4]) -> bf16[8,4] {
 def test_the_spelling_of_tpu_programs():
     """Strides of unrolled loops, windows for matrices, starts and dones, three spellings of
     groups, loops that may end early."""
-    costs = hlo.read(TPU)
+    costs = hlo.parse_costs(TPU)
     assert costs.flops == 5 * 2 * 32 * 64 * (4 * 512)
     assert costs.open_loops == 1
     assert costs.collectives == {
@@ -148,7 +148,7 @@ ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {
 def test_exchanges_inside_fusions_and_kernels():
     """An exchange in pieces counts once, two with one channel twice, a sum of which each device
     keeps its part is a reduce-scatter; splash attention computes 36 of its 8 x 8 blocks."""
-    costs = hlo.read(FUSED)
+    costs = hlo.parse_costs(FUSED)
     assert costs.collectives == {
         "all-gather": (2, 2 * 32 * 8 * 2 * 7 // 8),
         "reduce-scatter": (1, 32 * 8 * 2 * 7 // 8),
@@ -167,7 +167,7 @@ def test_of_branches_the_longest_counts():
 
     program = jax.jit(chosen).lower(jnp.int32(0), jnp.ones((64, 64))).compile()
     text = program.as_text()
-    assert text is not None and hlo.read(text).flops == 2 * 64 * 64 * 64
+    assert text is not None and hlo.parse_costs(text).flops == 2 * 64 * 64 * 64
 
 
 PREFETCHED = """\
@@ -196,7 +196,7 @@ ENTRY %main (x: f32[8,64]) -> f32[8,64] {
 )
 def test_what_is_fetched_ahead_moves_once(start):
     """Into fast memory: of a slice what is cut out, of a copy its source; and the result leaves."""
-    assert hlo.read(PREFETCHED.replace("SLICE", start)).traffic == (2 + 8 + 8) * 64 * 4
+    assert hlo.parse_costs(PREFETCHED.replace("SLICE", start)).hbm_bytes == (2 + 8 + 8) * 64 * 4
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_what_is_fetched_ahead_moves_once(start):
 def test_windows(window, taps):
     image, kernel, out, text = window
     out = image + 62 - kernel + 1 if "pad=31" in text else out
-    got = hlo._taps(f"convolution(), window={{{text}}}, x", 0, image, kernel, out)
+    got = hlo._count_taps(f"convolution(), window={{{text}}}, x", 0, image, kernel, out)
     np.testing.assert_allclose(got, taps)
 
 
@@ -225,4 +225,4 @@ def test_windows(window, taps):
 )
 def test_slices_that_do_not_exist(name, words):
     with pytest.raises(UserError, match=words):
-        aot.chip(name)
+        aot.get_chip(name)

@@ -25,7 +25,7 @@ def config(devices: int, **sizes: int) -> ConfigDict:
     judge as well, and a reference."""
     c = quickstart.get_config("tiny")
     c.student.path, c.teacher.path = str(ROOT / "assets/student"), str(ROOT / "assets/teacher")
-    c.origin = base.teacher()
+    c.origin = base.make_teacher()
     c.origin.path, c.origin.dtype, c.origin.param_dtype = "initial", "float32", "float32"
     c.mesh.fsdp, c.teacher_mesh.devices = 4, devices
     c.teacher_mesh.update(sizes)
@@ -40,7 +40,7 @@ def config(devices: int, **sizes: int) -> ConfigDict:
 
 @pytest.mark.long
 def test_a_run_with_teachers_apart_is_the_same_run(tmp_path, monkeypatch):
-    seen, heads = [], local.heads
+    seen, heads = [], local.get_teacher_heads
 
     def noted(teachers):
         here = set(jax.sharding.get_mesh().devices.flat)
@@ -51,7 +51,7 @@ def test_a_run_with_teachers_apart_is_the_same_run(tmp_path, monkeypatch):
         assert all(x.sharding.device_set == here for x in jax.tree.leaves(found))
         return found
 
-    monkeypatch.setattr(local, "heads", noted)
+    monkeypatch.setattr(local, "get_teacher_heads", noted)
     told = []
     for name, c in (("together", config(0)), ("apart", config(4, fsdp=2, tensor=2))):
         loop.run(c, tmp_path / name)
@@ -70,16 +70,16 @@ def test_what_they_write_comes_back():
     found = []
     for c in (config(0), config(4, fsdp=2, tensor=2)):
         c.opd.objective, c.opd.loss.reference, c.opd.samples = "distill", None, 1
-        mesh, apart = mesh_lib.meshes(c)
-        plan = setup.prepare(c, mesh, apart)
+        mesh, apart = mesh_lib.make_meshes(c)
+        plan = setup.setup_run(c, mesh, apart)
         with policy.use(plan.student), graders.Grader() as grader:
-            plan = setup.load(c, plan, plan.stages[0])
+            plan = setup.load_stage_models(c, plan, plan.stages[0])
             teachers = tuple(plan.teachers.values())
-            assert policy.mesh_of(teachers[0].policy) == apart
-            draw = collect.batches(plan, plan.stages[0], 0, mesh, 8.0, grader)
+            assert policy.get_mesh(teachers[0].policy) == apart
+            draw = collect.make_collect(plan, plan.stages[0], 0, mesh, 8.0, grader)
             ((micro, *_), *_), _ = draw({}, 0)
-            scored = local.score(teachers, micro.put(mesh))
-            arrays = jax.tree.leaves((scored.teacher_hidden_BTD, local.heads(teachers)))
+            scored = local.score(teachers, micro.to_device(mesh))
+            arrays = jax.tree.leaves((scored.teacher_hidden_BTD, local.get_teacher_heads(teachers)))
         assert all(x.sharding.device_set == set(mesh.devices.flat) for x in arrays)
         found.append([np.asarray(x) for x in arrays])
     for one, other in zip(*found, strict=True):
@@ -100,34 +100,34 @@ def test_what_they_write_comes_back():
 def test_what_cannot_lie_apart_is_refused(devices, sizes, words):
     with pytest.raises(UserError, match=words):
         c = config(devices, **sizes)
-        mesh, apart = mesh_lib.meshes(c)
-        setup.prepare(c, mesh, apart)
+        mesh, apart = mesh_lib.make_meshes(c)
+        setup.setup_run(c, mesh, apart)
 
 
 def test_each_process_has_both():
     """Of a slice of two hosts, whose rows must be the same on both meshes."""
-    devices = aot.devices("v5e:2x4")
+    devices = aot.get_devices("v5e:2x4")
     c = config(2, fsdp=-1)
-    mesh, apart = mesh_lib.meshes(c, devices)
+    mesh, apart = mesh_lib.make_meshes(c, devices)
     of = [sorted(d.process_index for d in x.devices.flat) for x in (mesh, apart)]
     assert of == [[0, 0, 1, 1]] * 2
     assert not set(mesh.devices.flat) & set(apart.devices.flat)
-    mesh_lib.require_near(mesh, apart, 8)
+    mesh_lib.check_colocated(mesh, apart, 8)
     c.teacher_mesh.fsdp, c.teacher_mesh.tensor = 1, 4
     with pytest.raises(UserError, match="a process would have other rows"):
-        mesh_lib.require_near(*mesh_lib.meshes(c, devices), 8)
-    across = mesh_lib.make(1, 1, 8, devices=devices)
-    mesh_lib.require_near(across, across, 8)  # one mesh, of which tensor may go over the hosts
+        mesh_lib.check_colocated(*mesh_lib.make_meshes(c, devices), 8)
+    across = mesh_lib.make_mesh(1, 1, 8, devices=devices)
+    mesh_lib.check_colocated(across, across, 8)  # one mesh, of which tensor may go over the hosts
 
 
 def test_memory_is_counted_where_it_lies():
     c = config(2, fsdp=2)
     c.mesh.fsdp, c.opd.teachers, c.opd.teacher_weights = 2, ("teacher",), ()
-    mesh, apart = mesh_lib.meshes(c, aot.devices("v5e:2x2"))
-    models = fit.models_of(c, mesh, apart, ("teacher",), True)
-    there = memory.held(c, models, c.opd, apart)
+    mesh, apart = mesh_lib.make_meshes(c, aot.get_devices("v5e:2x2"))
+    models = fit.describe_models(c, mesh, apart, ("teacher",), True)
+    there = memory.count_resident_bytes(c, models, c.opd, apart)
     assert there.keys() == {"teacher", "reference"}
-    here = memory.held(c, models, c.opd)
+    here = memory.count_resident_bytes(c, models, c.opd)
     assert here.keys() == {"parameters", "optimiser", "head of teacher"}
     size = np.prod((models.teachers["teacher"].config.vocab_size, 1))
     assert here["head of teacher"] == size * models.teachers["teacher"].config.hidden_size * 4 / 2
@@ -137,10 +137,12 @@ def test_memory_is_counted_where_it_lies():
 def test_it_is_planned_where_it_runs():
     c = config(2, fsdp=2)
     c.mesh.fsdp, c.opd.teachers, c.opd.teacher_weights = 2, ("teacher",), ()
-    found = {row.name: row for row in fit.compiled(c, "v5e:2x2")["opd"]}
-    of = fit.models_of(c, *mesh_lib.meshes(c, aot.devices("v5e:2x2")), ("teacher",), True)
-    kept = memory.held(c, of, c.opd, policy.mesh_of(of.teachers["teacher"]))
+    found = {row.name: row for row in fit.compile_run(c, "v5e:2x2")["opd"]}
+    of = fit.describe_models(
+        c, *mesh_lib.make_meshes(c, aot.get_devices("v5e:2x2")), ("teacher",), True
+    )
+    kept = memory.count_resident_bytes(c, of, c.opd, policy.get_mesh(of.teachers["teacher"]))
     assert found["score"].beside == kept["reference"]
     assert found["reference"].beside == kept["teacher"]
-    here = memory.held(c, of, c.opd)
+    here = memory.count_resident_bytes(c, of, c.opd)
     assert found["accumulate"].beside == here["optimiser"]

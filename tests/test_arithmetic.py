@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from distill.data import arithmetic
-from distill.data.chat import encode, load_tokenizer, render
+from distill.data.chat import encode, load_tokenizer, render_messages
 from models.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -18,12 +18,12 @@ needs_qwen3 = pytest.mark.skipif(not QWEN3.exists(), reason="no Qwen3 tokenizer 
 
 @pytest.fixture(scope="module")
 def train() -> list[arithmetic.Problem]:
-    return [arithmetic.problem(0, i, "train", OPERATIONS) for i in range(20_000)]
+    return [arithmetic.make_problem(0, i, "train", OPERATIONS) for i in range(20_000)]
 
 
 @pytest.fixture(scope="module")
 def test() -> list[arithmetic.Problem]:
-    return [arithmetic.problem(0, i, "test", OPERATIONS) for i in range(5_000)]
+    return [arithmetic.make_problem(0, i, "test", OPERATIONS) for i in range(5_000)]
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +50,18 @@ def solve(question: str) -> int:
 
 
 def test_a_problem_is_a_function_of_seed_index_and_split() -> None:
-    assert arithmetic.problem(7, 3, "train", (3, 5)) == arithmetic.problem(7, 3, "train", (3, 5))
+    assert arithmetic.make_problem(7, 3, "train", (3, 5)) == arithmetic.make_problem(
+        7, 3, "train", (3, 5)
+    )
     others = [(8, 3, "train"), (7, 4, "train"), (7, 3, "test")]
-    assert len({arithmetic.problem(*key, (3, 5)) for key in [(7, 3, "train"), *others]}) == 4
+    assert len({arithmetic.make_problem(*key, (3, 5)) for key in [(7, 3, "train"), *others]}) == 4
 
 
 def test_splits_share_no_skeleton(
     train: list[arithmetic.Problem], test: list[arithmetic.Problem]
 ) -> None:
-    assert {arithmetic.split_of(p.skeleton) for p in train} == {"train"}
-    assert {arithmetic.split_of(p.skeleton) for p in test} == {"test"}
+    assert {arithmetic.assign_split(p.skeleton) for p in train} == {"train"}
+    assert {arithmetic.assign_split(p.skeleton) for p in test} == {"test"}
     assert not {p.skeleton for p in train} & {p.skeleton for p in test}
     assert len({p.skeleton for p in train}) > 19_000  # the task is not a handful of problems
 
@@ -72,15 +74,15 @@ def test_answers_are_right(test: list[arithmetic.Problem]) -> None:
             assert eval(left) == int(right), line
         assert lines[-1].split("=")[1] == p.answer
         assert solve(p.question) == int(p.answer), p.question
-        assert arithmetic.response(p) == f"<think>\n{p.solution}\n</think>\n\n{p.answer}"
-        assert arithmetic.messages(p) == [{"role": "user", "content": p.question}]
+        assert arithmetic.to_response(p) == f"<think>\n{p.solution}\n</think>\n\n{p.answer}"
+        assert arithmetic.to_messages(p) == [{"role": "user", "content": p.question}]
 
 
 def test_difficulty_is_the_number_of_operations(test: list[arithmetic.Problem]) -> None:
     counts = [p.operations for p in test]
     assert all(p.operations == len(p.skeleton[1]) == p.solution.count("=") for p in test)
     assert all(counts.count(n) > len(test) / 3 * 0.9 for n in (3, 4, 5))
-    assert arithmetic.problem(0, 0, "test", (8, 8)).operations == 8
+    assert arithmetic.make_problem(0, 0, "test", (8, 8)).operations == 8
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,7 @@ def test_difficulty_is_the_number_of_operations(test: list[arithmetic.Problem]) 
 )
 def test_odd_arguments_are_the_users_mistake(arguments: tuple, named: str) -> None:
     with pytest.raises(UserError, match=named):
-        arithmetic.problem(*arguments)
+        arithmetic.make_problem(*arguments)
 
 
 def test_digits_operators_and_newlines_are_one_token_each(tokenizer) -> None:
@@ -109,8 +111,8 @@ def test_every_word_of_the_task_is_one_token(tokenizer, train: list[arithmetic.P
     assert len(words) > 30
     assert not [word for word in words if len(encode(tokenizer, word)) != 1]
     for p in train[:1000]:  # what sizes the quick start's caches
-        assert len(render(tokenizer, arithmetic.messages(p))) <= 64
-        assert len(encode(tokenizer, arithmetic.response(p))) <= 56
+        assert len(render_messages(tokenizer, arithmetic.to_messages(p))) <= 64
+        assert len(encode(tokenizer, arithmetic.to_response(p))) <= 56
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,8 @@ def test_equals_the_formula(kind, block, monkeypatch):
     q, k, v, segments = inputs(B=2, T=24, N=6, K=3, H=10)
     # cuDNN's entry, computed by XLA: the mask that it hands over is what is tested here.
     attend = {
-        "plain": attention.plain,
-        "masked": functools.partial(attention._masked, implementation="xla"),
+        "plain": attention.attend_xla,
+        "masked": functools.partial(attention._attend_masked, implementation="xla"),
     }[kind]
     out = jax.jit(attend)(q, k, v, segments)
     np.testing.assert_allclose(out, by_hand(q, k, v, segments), atol=2e-6)
@@ -68,8 +68,11 @@ def gradients(attend, q, k, v, segments):
 def test_splash_equals_plain(T):
     """Values and gradients, with lengths that fill whole tiles and that do not."""
     q, k, v, segments = inputs(B=2, T=T, N=4, K=2, H=128)
-    splash = functools.partial(attention.splash, interpret=True)
-    want, got = gradients(attention.plain, q, k, v, segments), gradients(splash, q, k, v, segments)
+    splash = functools.partial(attention.attend_splash, interpret=True)
+    want, got = (
+        gradients(attention.attend_xla, q, k, v, segments),
+        gradients(splash, q, k, v, segments),
+    )
     for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4)
 
@@ -87,11 +90,14 @@ def packed(T: int) -> np.ndarray:
 
 def test_splash_skips_blocks_of_other_segments(monkeypatch):
     """Values and gradients in several blocks a row."""
-    monkeypatch.setattr(attention, "_BLOCKS", (128,))
+    monkeypatch.setattr(attention, "_BLOCK_SIZES", (128,))
     q, k, v, _ = inputs(B=5, T=512, N=4, K=2, H=128)
     segments = jnp.asarray(packed(512))
-    splash = functools.partial(attention.splash, interpret=True)
-    want, got = gradients(attention.plain, q, k, v, segments), gradients(splash, q, k, v, segments)
+    splash = functools.partial(attention.attend_splash, interpret=True)
+    want, got = (
+        gradients(attention.attend_xla, q, k, v, segments),
+        gradients(splash, q, k, v, segments),
+    )
     real = segments[..., None, None] > 0
     for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
         a, b = (jnp.where(real, x, 0) if x.ndim else x for x in (a, b))
@@ -101,13 +107,13 @@ def test_splash_skips_blocks_of_other_segments(monkeypatch):
 @pytest.mark.parametrize("grad", [False, True])
 def test_splash_reads_no_block_of_other_segments(grad, monkeypatch):
     """What is not a number in one segment does not reach another, not even times nothing."""
-    monkeypatch.setattr(attention, "_BLOCKS", (128,))
+    monkeypatch.setattr(attention, "_BLOCK_SIZES", (128,))
     q, k, v, _ = inputs(B=1, T=512, N=2, K=1, H=128)
     segments = jnp.asarray(np.repeat([[1, 2, 3]], (128, 256, 128), axis=1))
     bad = (segments == 2)[..., None, None]
 
     def splash(q, k, v):
-        return attention.splash(q, k, v, segments, interpret=True)
+        return attention.attend_splash(q, k, v, segments, interpret=True)
 
     found = jax.grad(lambda *x: splash(*x).sum(), (0, 1, 2)) if grad else splash
     given = [jnp.where(bad, jnp.nan, x) for x in (q, k, v)]
@@ -118,9 +124,9 @@ def test_splash_reads_no_block_of_other_segments(grad, monkeypatch):
 def test_splash_fetches_only_what_it_computes():
     """In the order in which blocks are visited, the one in fast memory changes no more often than
     there are blocks to compute."""
-    kernel = attention.splash_kernel(512, 2, 128, interpret=True)
+    kernel = attention.make_splash_kernel(512, 2, 128, interpret=True)
     for segments in packed(512):
-        own = attention._within_segments(kernel, jnp.asarray(segments), 128)
+        own = attention._restrict_to_segments(kernel, jnp.asarray(segments), 128)
         seen = segments.reshape(4, 1, 128, 1) == segments.reshape(1, 4, 1, 128)
         for info, order in ((own.fwd_mask_info, 0), (own.dq_mask_info, 0), (own.dkv_mask_info, 1)):
             runs, data = (np.asarray(x[0], int) for x in (info.block_mask, info.data_next))
@@ -135,8 +141,8 @@ def test_splash_fetches_only_what_it_computes():
 def test_blocks_follow_the_chip_and_divide_the_row():
     for kind, sizes in (("TPU v5 lite", (512, 512, 384)), ("TPU v6 lite", (1024, 512, 384))):
         for T, block in zip((16_384, 1_536, 1_152), sizes, strict=True):
-            assert attention.block_tokens(T, kind) == block
-    assert attention.block_tokens(128, "cpu") == 128
+            assert attention.choose_block_size(T, kind) == block
+    assert attention.choose_block_size(128, "cpu") == 128
 
 
 @pytest.mark.long
@@ -150,14 +156,16 @@ def test_mosaic_compiles_each_chips_blocks(topology, block, T, B):
     operations of the three kernels are at most those of the blocks at and below the diagonal. With
     one row a device, and with two."""
     N, K, H = 2, 1, 128
-    mesh = mesh_lib.make(1, 4, 1, devices=aot.devices(topology))
-    with mesh_lib.use(mesh), jax.default_matmul_precision(None):
+    mesh = mesh_lib.make_mesh(1, 4, 1, devices=aot.get_devices(topology))
+    with mesh_lib.use_mesh(mesh), jax.default_matmul_precision(None):
         q, k, v, segments = (
-            jax.ShapeDtypeStruct((B, T, *rest), dtype, sharding=mesh_lib.rows(mesh))
+            jax.ShapeDtypeStruct((B, T, *rest), dtype, sharding=mesh_lib.make_row_sharding(mesh))
             for dtype, rest in (*(("bfloat16", (n, H)) for n in (N, K, K)), ("int32", ()))
         )
-        grad = jax.jit(jax.grad(lambda *x: attention.splash(*x).astype("float32").sum(), (0, 1, 2)))
-        program = aot.compile("splash", lambda: grad.lower(q, k, v, segments), hbm_gib=15)
+        grad = jax.jit(
+            jax.grad(lambda *x: attention.attend_splash(*x).astype("float32").sum(), (0, 1, 2))
+        )
+        program = aot.compile_program("splash", lambda: grad.lower(q, k, v, segments), hbm_gib=15)
     blocks = T // block
     triangle = blocks * (blocks + 1) / 2
     assert program.flops == (2 + 3 + 4) * 2 * (B / 4) * N * H * block**2 * triangle
@@ -166,12 +174,12 @@ def test_mosaic_compiles_each_chips_blocks(topology, block, T, B):
 def test_splash_on_a_mesh():
     """Rows over data and fsdp, heads over tensor: each device runs the kernel on its own."""
     q, k, v, segments = inputs(B=4, T=128, N=4, K=2, H=128)
-    mesh = mesh_lib.make(2, 2, 2)
-    with mesh_lib.use(mesh):
-        rows = [jax.device_put(x, mesh_lib.rows(mesh)) for x in (q, k, v, segments)]
-        got = jax.jit(functools.partial(attention.splash, interpret=True))(*rows)
+    mesh = mesh_lib.make_mesh(2, 2, 2)
+    with mesh_lib.use_mesh(mesh):
+        rows = [jax.device_put(x, mesh_lib.make_row_sharding(mesh)) for x in (q, k, v, segments)]
+        got = jax.jit(functools.partial(attention.attend_splash, interpret=True))(*rows)
     assert got.sharding.shard_shape(got.shape) == (1, 128, 2, 128)
-    np.testing.assert_allclose(got, attention.plain(q, k, v, segments), atol=1e-5)
+    np.testing.assert_allclose(got, attention.attend_xla(q, k, v, segments), atol=1e-5)
 
 
 def test_lengths_equal_plain():
@@ -180,8 +188,8 @@ def test_lengths_equal_plain():
     q, k, v, _ = inputs(B=5, T=24, N=4, K=2, H=8)
     segments = np.ones((5, 24), np.int32)
     segments[0, :7] = segments[1, 15:] = segments[2, :3] = segments[2, 20:] = segments[4] = 0
-    by_length = functools.partial(attention._by_length, implementation="xla")
-    want = gradients(attention.plain, q, k, v, segments)
+    by_length = functools.partial(attention._attend_by_length, implementation="xla")
+    want = gradients(attention.attend_xla, q, k, v, segments)
     got = gradients(by_length, q, k, v, segments)
     real = segments[..., None, None] > 0
     for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
@@ -210,10 +218,10 @@ def test_lengths_make_no_mask():
             jax.eval_shape(attend, x, x, x, s)
         return calls
 
-    ((masked, options),) = shapes(attention.cudnn_lengths)
+    ((masked, options),) = shapes(attention.attend_cudnn_by_length)
     assert not masked and options["is_causal"] and options["implementation"] == "cudnn"
     assert options["query_seq_lengths"] is options["key_value_seq_lengths"]
-    ((masked, _),) = shapes(attention.cudnn)
+    ((masked, _),) = shapes(attention.attend_cudnn)
     assert masked
 
 
@@ -221,20 +229,22 @@ def test_who_packs():
     """Rows of several sequences anywhere in a run, as samples are: the mask; else lengths."""
     for packed, kind in ((True, "cudnn"), (False, "cudnn_lengths")):
         for wanted in ("auto", "cudnn"):
-            assert attention.choose(wanted, "gpu", 128, jnp.dtype("bfloat16"), packed) == kind
+            assert (
+                attention.choose_kernel(wanted, "gpu", 128, jnp.dtype("bfloat16"), packed) == kind
+            )
     c = base.get_config()
-    assert stages.packs(c)
+    assert stages.has_packed_rows(c)
     c.stages = ("sft",)
-    assert not stages.packs(c)
+    assert not stages.has_packed_rows(c)
     c.sft.pack_tokens = 4096
-    assert stages.packs(c)
+    assert stages.has_packed_rows(c)
 
 
 def test_blocks_of_queries_have_the_same_gradient(monkeypatch):
     q, k, v, segments = inputs(B=2, T=50, N=4, K=2, H=8)
-    want = gradients(attention.plain, q, k, v, segments)
+    want = gradients(attention.attend_xla, q, k, v, segments)
     monkeypatch.setattr(blockwise, "_BLOCK", 16)
-    got = gradients(attention.plain, q, k, v, segments)
+    got = gradients(attention.attend_xla, q, k, v, segments)
     for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)
 
@@ -245,7 +255,9 @@ def test_memory_follows_the_block():
     def temporaries(T):
         x = jax.ShapeDtypeStruct((1, T, 2, 16), jnp.float32)
         s = jax.ShapeDtypeStruct((1, T), jnp.int32)
-        grad = jax.grad(lambda q, k, v, s: attention.plain(q, k, v, s).sum(), argnums=(0, 1, 2))
+        grad = jax.grad(
+            lambda q, k, v, s: attention.attend_xla(q, k, v, s).sum(), argnums=(0, 1, 2)
+        )
         memory = jax.jit(grad).lower(x, x, x, s).compile().memory_analysis()
         assert memory is not None
         return memory.temp_size_in_bytes
@@ -265,7 +277,7 @@ def test_memory_follows_the_block():
     ],
 )
 def test_choice(wanted, platform, H, dtype, kind):
-    assert attention.choose(wanted, platform, H, jnp.dtype(dtype)) == kind
+    assert attention.choose_kernel(wanted, platform, H, jnp.dtype(dtype)) == kind
 
 
 @pytest.mark.parametrize(
@@ -279,4 +291,4 @@ def test_choice(wanted, platform, H, dtype, kind):
 )
 def test_a_choice_that_cannot_run(wanted, platform, H, words):
     with pytest.raises(UserError, match=words):
-        attention.choose(wanted, platform, H, jnp.dtype("bfloat16"))
+        attention.choose_kernel(wanted, platform, H, jnp.dtype("bfloat16"))

@@ -41,7 +41,7 @@ def test_every_benchmark_has_a_grader_and_a_prompt() -> None:
     ],
 )
 def test_published_forms(tmp_path: Path, benchmark: str, row: dict, expected: dict) -> None:
-    ((where, found),) = tasks.problems(benchmark, str(write(tmp_path / "x.jsonl", [row])), 0)
+    ((where, found),) = tasks.load_problems(benchmark, str(write(tmp_path / "x.jsonl", [row])), 0)
     assert found.items() >= expected.items() and where == f"{tmp_path / 'x.jsonl'}:1"
 
 
@@ -50,7 +50,7 @@ def test_real_sets(shared_data: Path) -> None:
     sizes = {"gsm8k": 1319, "math500": 500, "aime24": 30}
     with graders.Grader() as grader:
         for name, size in sizes.items():
-            rows = tasks.problems(name, str(shared_data / name / "test.jsonl"), 0)
+            rows = tasks.load_problems(name, str(shared_data / name / "test.jsonl"), 0)
             assert len(rows) == size
             answers = [str(row["answer"]) for _, row in rows][::9]
             outcomes = grader.grade(name, [rf"So \boxed{{{a}}}." for a in answers], answers)
@@ -63,13 +63,13 @@ def test_a_hub_set(tmp_path: Path) -> None:
     folder.mkdir()
     rows = [{"question": f"{i}?", "answer": f"is\n#### {i}"} for i in range(3)]
     write(folder / "test.jsonl", rows)
-    found = tasks.problems("gsm8k", f"hf:{folder}::test", 2)
+    found = tasks.load_problems("gsm8k", f"hf:{folder}::test", 2)
     assert [(where, row["answer"]) for where, row in found] == [
         (f"hf:{folder}::test row 0", "0"),
         (f"hf:{folder}::test row 1", "1"),
     ]
     with pytest.raises(UserError, match=r"^hf:.*::dev: cannot be read: "):
-        tasks.problems("gsm8k", f"hf:{folder}::dev", 0)
+        tasks.load_problems("gsm8k", f"hf:{folder}::dev", 0)
 
 
 def test_sets_by_their_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,12 +80,12 @@ def test_sets_by_their_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
         return sources.Rows(source, 1, lambda i: {"question": "q", "answer": "#### 1"}, str)
 
     monkeypatch.setattr(sources, "open_rows", read)
-    tasks.problems("gsm8k", "hf:", 0)
-    tasks.problems("gsm8k", "tfds:", 0)
-    tasks.problems("math", "tfds:some/set", 0)
+    tasks.load_problems("gsm8k", "hf:", 0)
+    tasks.load_problems("gsm8k", "tfds:", 0)
+    tasks.load_problems("math", "tfds:some/set", 0)
     assert asked == ["hf:openai/gsm8k:main:test", "tfds:gsm8k::test", "tfds:some/set"]
     with pytest.raises(UserError, match="no set is named for math"):
-        tasks.problems("math", "hf:", 0)
+        tasks.load_problems("math", "hf:", 0)
 
 
 def test_tfds_rows_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,23 +93,25 @@ def test_tfds_rows_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
 
     rows = [{"question": "größer?".encode(), "answer": b"#### 7", "n": 3}]
     monkeypatch.setattr(tfds, "data_source", lambda name, split: rows)
-    ((_, row),) = tasks.problems("gsm8k", "tfds:gsm8k::test", 0)
+    ((_, row),) = tasks.load_problems("gsm8k", "tfds:gsm8k::test", 0)
     assert (row["question"], row["answer"]) == ("größer?", "7")
 
 
 def test_how_a_question_is_put() -> None:
-    row: tasks.Row = {"id": 1, "question": "1 {x} + 1?", "answer": "2"}
-    assert tasks.put("arithmetic", row) == row
-    boxed = str(tasks.put("math500", row)["question"])
+    row: tasks.Record = {"id": 1, "question": "1 {x} + 1?", "answer": "2"}
+    assert tasks.render_question("arithmetic", row) == row
+    boxed = str(tasks.render_question("math500", row)["question"])
     assert boxed.startswith("1 {x} + 1?\n\n") and boxed.endswith(r"within \boxed{}.")
-    assert tasks.put("math500", row, "Q: {question} A:")["question"] == "Q: 1 {x} + 1? A:"
-    given: tasks.Row = {"id": 1, "messages": [{"role": "user", "content": "1?"}]}
-    assert tasks.put("math500", given) == given
+    assert (
+        tasks.render_question("math500", row, "Q: {question} A:")["question"] == "Q: 1 {x} + 1? A:"
+    )
+    given: tasks.Record = {"id": 1, "messages": [{"role": "user", "content": "1?"}]}
+    assert tasks.render_question("math500", given) == given
 
 
 def test_protocols_are_those_of_the_report() -> None:
     """arXiv 2505.09388: sampling, caps, and 64 samples on AIME."""
-    thinking = tasks.settings("qwen3-thinking", "math500", {})
+    thinking = tasks.resolve_settings("qwen3-thinking", "math500", {})
     assert thinking == {
         "thinking": True,
         "temperature": 0.6,
@@ -119,7 +121,7 @@ def test_protocols_are_those_of_the_report() -> None:
         "max_new_tokens": 32_768,
         "samples": 1,
     }
-    plain = tasks.settings("qwen3-nonthinking", "aime25", {"samples": 8, "top_k": None})
+    plain = tasks.resolve_settings("qwen3-nonthinking", "aime25", {"samples": 8, "top_k": None})
     assert plain == {
         "thinking": False,
         "temperature": 0.7,
@@ -129,21 +131,21 @@ def test_protocols_are_those_of_the_report() -> None:
         "max_new_tokens": 38_912,
         "samples": 8,
     }
-    assert tasks.settings("greedy", "aime24", {})["samples"] == 1
+    assert tasks.resolve_settings("greedy", "aime24", {})["samples"] == 1
     with pytest.raises(UserError, match="--protocol=guess: known are greedy, qwen3-thinking"):
-        tasks.settings("guess", "gsm8k", {})
-    assert tasks.sampling(thinking).top_p == 0.95
+        tasks.resolve_settings("guess", "gsm8k", {})
+    assert tasks.make_sampling(thinking).top_p == 0.95
 
 
 def test_answers_that_are_none(tmp_path: Path) -> None:
     for answer in (None, True, ["1"]):
         path = write(tmp_path / "x.jsonl", [{"question": "q", "answer": answer}])
         with pytest.raises(UserError, match=r"x.jsonl:1: no answer among its fields"):
-            tasks.problems("math", str(path), 0)
+            tasks.load_problems("math", str(path), 0)
 
 
 def test_stored_responses_find_their_problem(tmp_path: Path) -> None:
-    known = tasks.problems(
+    known = tasks.load_problems(
         "math",
         str(write(tmp_path / "k.jsonl", [{"unique_id": "a", "problem": "q", "answer": 3}])),
         0,
@@ -153,6 +155,6 @@ def test_stored_responses_find_their_problem(tmp_path: Path) -> None:
         {"problem": "q", "response": "3"},
         {"id": "own", "answer": 4.0, "response": "4"},
     ]
-    stored = tasks.stored("math", str(write(tmp_path / "s.jsonl", rows)), known)
+    stored = tasks.load_responses("math", str(write(tmp_path / "s.jsonl", rows)), known)
     assert [(r["id"], r["answer"]) for r in stored] == [("a", "3"), ("q", "3"), ("own", "4")]
     assert json.dumps(stored)

@@ -59,7 +59,7 @@ def test_every_published_chat(qwen3: PreTrainedTokenizerBase) -> None:
     assert len(published["chat"]) == 7
     for vector in published["chat"]:
         switches = dict(vector["template_kwargs"])
-        ids = chat.render(
+        ids = chat.render_messages(
             qwen3,
             vector["messages"],
             thinking=switches.pop("enable_thinking", None),
@@ -74,7 +74,7 @@ def test_every_published_loss_mask(qwen3: PreTrainedTokenizerBase) -> None:
     vectors = [vector for vector in published["chat"] if "loss_mask" in vector]
     assert len(vectors) == 3
     for vector in vectors:
-        ids, mask = chat.conversation(qwen3, vector["messages"])
+        ids, mask = chat.encode_conversation(qwen3, vector["messages"])
         # The one difference: the reference trains the newline after a turn, which no sampler
         # that stops at <|im_end|> ever writes.
         expected = list(vector["loss_mask"])
@@ -86,20 +86,20 @@ def test_every_published_loss_mask(qwen3: PreTrainedTokenizerBase) -> None:
 
 @needs_qwen3
 def test_qwen3_think_switch(qwen3: PreTrainedTokenizerBase) -> None:
-    on, off = (chat.render(qwen3, HELLO, thinking=thinking) for thinking in (True, False))
+    on, off = (chat.render_messages(qwen3, HELLO, thinking=thinking) for thinking in (True, False))
     assert off == [*on, 151667, 271, 151668, 271]
-    assert chat.render(qwen3, HELLO) == on
+    assert chat.render_messages(qwen3, HELLO) == on
 
 
 def test_think_switch(tiny: PreTrainedTokenizerBase) -> None:
-    on, off = (chat.render(tiny, HELLO, thinking=thinking) for thinking in (True, False))
+    on, off = (chat.render_messages(tiny, HELLO, thinking=thinking) for thinking in (True, False))
     assert tiny.decode(on) == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     assert off == on + chat.encode(tiny, "<think>\n\n</think>\n\n")
 
 
 def test_tools_are_rendered(tiny: PreTrainedTokenizerBase) -> None:
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
-    text = str(tiny.decode(chat.render(tiny, HELLO, tools=tools)))
+    text = str(tiny.decode(chat.render_messages(tiny, HELLO, tools=tools)))
     assert text.startswith("<|im_start|>system\n# Tools") and '"name": "add"' in text
 
 
@@ -107,16 +107,16 @@ def test_tools_are_rendered(tiny: PreTrainedTokenizerBase) -> None:
 def test_trace_trains_the_response_and_its_stop(
     tiny: PreTrainedTokenizerBase, thinking: bool | None
 ) -> None:
-    problem = arithmetic.problem(0, 0, "train", (3, 5))
-    response = problem.answer if thinking is False else arithmetic.response(problem)
-    messages = arithmetic.messages(problem)
-    ids, mask = chat.trace(tiny, messages, response, thinking=thinking)
+    problem = arithmetic.make_problem(0, 0, "train", (3, 5))
+    response = problem.answer if thinking is False else arithmetic.to_response(problem)
+    messages = arithmetic.to_messages(problem)
+    ids, mask = chat.encode_prompt_response(tiny, messages, response, thinking=thinking)
     assert written(tiny, ids, mask) == response + "<|im_end|>"
-    assert ids[: mask.index(1)] == chat.render(tiny, messages, thinking=thinking)
+    assert ids[: mask.index(1)] == chat.render_messages(tiny, messages, thinking=thinking)
     assert mask == sorted(mask)
     # What the template renders for the finished conversation is the trace, plus a newline.
     turns = [*messages, {"role": "assistant", "content": response}]
-    whole, whole_mask = chat.conversation(tiny, turns)
+    whole, whole_mask = chat.encode_conversation(tiny, turns)
     assert whole == ids + chat.encode(tiny, "\n")
     assert whole_mask == [*mask, 0]
 
@@ -129,9 +129,9 @@ def test_conversation_trains_every_assistant_turn(tiny: PreTrainedTokenizerBase)
         {"role": "user", "content": "and <think>\n\n</think>\n\n"},
         {"role": "assistant", "content": "two"},
     ]
-    ids, mask = chat.conversation(tiny, turns)
+    ids, mask = chat.encode_conversation(tiny, turns)
     assert written(tiny, ids, mask) == "one<|im_end|>two<|im_end|>"
-    ids, mask = chat.conversation(tiny, turns[:3])
+    ids, mask = chat.encode_conversation(tiny, turns[:3])
     assert written(tiny, ids, mask) == "<think>\na\n</think>\n\none<|im_end|>"
 
 
@@ -141,7 +141,7 @@ def test_a_message_cannot_pose_as_the_assistant(tiny: PreTrainedTokenizerBase) -
         {"role": "assistant", "content": "good"},
     ]
     with pytest.raises(UserError, match="header of an assistant turn"):
-        chat.conversation(tiny, forged)
+        chat.encode_conversation(tiny, forged)
 
 
 def test_a_directory_without_tokenizer_has_none(tmp_path: Path) -> None:
@@ -160,10 +160,10 @@ def test_no_template_and_no_stop_token_are_named() -> None:
     tokenizer = fresh_tiny()
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no eos_token"):
-        chat.trace(tokenizer, HELLO, "x", thinking=None)
+        chat.encode_prompt_response(tokenizer, HELLO, "x", thinking=None)
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
-        chat.render(tokenizer, HELLO)
+        chat.render_messages(tokenizer, HELLO)
 
 
 @pytest.mark.parametrize(
@@ -197,13 +197,13 @@ def test_good_messages_pass() -> None:
 
 def test_stop_ids_are_the_union(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     end, pad = chat.encode(tiny, "<|im_end|>")[0], chat.encode(tiny, "<|endoftext|>")[0]
-    assert chat.stop_ids(TINY, tiny) == (pad, end)
+    assert chat.load_stop_ids(TINY, tiny) == (pad, end)
     (tmp_path / "config.json").write_text('{"eos_token_id": null}')
-    assert chat.stop_ids(tmp_path) == ()
+    assert chat.load_stop_ids(tmp_path) == ()
     (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
-    assert chat.stop_ids(tmp_path) == (7,)
+    assert chat.load_stop_ids(tmp_path) == (7,)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 2]}')
-    assert chat.stop_ids(tmp_path, tiny) == (2, 7, 9, end)
+    assert chat.load_stop_ids(tmp_path, tiny) == (2, 7, 9, end)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_stop_ids_are_the_union(tiny: PreTrainedTokenizerBase, tmp_path: Path) -
 def test_bad_stop_ids_are_named(tmp_path: Path, content: str, named: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=named):
-        chat.stop_ids(tmp_path)
+        chat.load_stop_ids(tmp_path)
 
 
 def test_tokenizers_must_be_the_same(tiny: PreTrainedTokenizerBase) -> None:
@@ -272,14 +272,14 @@ def test_a_base_tokenizer_is_extended_by_that_of_its_post_trained_model(
     assert chat.encode(base, "<think>") == [13708, 766, 29]  # as published of the Base models
     assert base.eos_token_id == 151643
     names = ("base", "teacher")
-    chat.require_extended(base, qwen3, names)
-    chat.require_extended(None, qwen3, names)
+    chat.require_vocab_subset(base, qwen3, names)
+    chat.require_vocab_subset(None, qwen3, names)
     with pytest.raises(UserError, match="only teacher has '</think>'"):
         chat.require_same_tokenizer(base, qwen3, names)
     with pytest.raises(UserError, match=r"the tokenizer of base lacks '</think>' of teacher"):
-        chat.require_extended(qwen3, base, ("teacher", "base"))
+        chat.require_vocab_subset(qwen3, base, ("teacher", "base"))
     with pytest.raises(UserError, match="teacher: no tokenizer for base to take"):
-        chat.require_extended(base, None, names)
+        chat.require_vocab_subset(base, None, names)
 
 
 def first_with(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[str]) -> int | None:
@@ -289,7 +289,7 @@ def first_with(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[s
 
 
 def fed(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[str], size: int):
-    finder = chat.StopStrings(tokenizer, stops)
+    finder = chat.StopStringMatcher(tokenizer, stops)
     pieces = (ids[at : at + size] for at in range(0, len(ids), size))
     return next((n for piece in pieces if (n := finder.feed(piece)) is not None), None)
 
@@ -321,6 +321,6 @@ def test_stop_strings_are_found_with_the_token_that_completes_them(name: str, re
 
 
 def test_text_is_cut_before_the_first_stop_string(tiny: PreTrainedTokenizerBase) -> None:
-    assert chat.StopStrings(tiny, ["b", "aX"]).cut("aaXb") == "a"
-    assert chat.StopStrings(tiny, ["c"]).cut("aaXb") == "aaXb"
-    assert chat.StopStrings(tiny, []).cut("aaXb") == "aaXb"
+    assert chat.StopStringMatcher(tiny, ["b", "aX"]).cut_text("aaXb") == "a"
+    assert chat.StopStringMatcher(tiny, ["c"]).cut_text("aaXb") == "aaXb"
+    assert chat.StopStringMatcher(tiny, []).cut_text("aaXb") == "aaXb"

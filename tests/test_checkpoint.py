@@ -52,7 +52,7 @@ def same(a, b):
 
 
 def save(directory, *steps, keep=5):
-    with Checkpoints(directory, every=1, keep=keep) as saved:
+    with Checkpoints(directory, save_interval_steps=1, max_to_keep=keep) as saved:
         for step in steps:
             assert saved.save(step, state(step), {"stage": "opd", "number": step})
 
@@ -73,7 +73,7 @@ def test_round_trip_onto_another_sharding(tmp_path):
     save(tmp_path, 3)
     other = mesh(2, 4)
     with Checkpoints(tmp_path) as saved:
-        assert saved.latest() == (3, {"stage": "opd", "number": 3})
+        assert saved.read_latest() == (3, {"stage": "opd", "number": 3})
         found = saved.restore(abstract(state(), other))
     assert found is not None
     restored, meta = found
@@ -85,7 +85,7 @@ def test_round_trip_onto_another_sharding(tmp_path):
 
 def test_bfloat16_and_some_entries_only(tmp_path):
     tree = {"params": state(1, dtype=jnp.bfloat16)["params"], "step": jnp.int32(1)}
-    with Checkpoints(tmp_path, every=1, keep=2) as saved:
+    with Checkpoints(tmp_path, save_interval_steps=1, max_to_keep=2) as saved:
         saved.save(1, tree, {})
     with Checkpoints(tmp_path) as saved:
         found = saved.restore({"params": abstract(tree["params"])}, step=1)
@@ -97,7 +97,7 @@ def test_saved_state_may_be_donated(tmp_path):
     """Both ways: the state after save returns, and what restore hands back."""
     tree = state(1)
     bump = jax.jit(lambda t: jax.tree.map(lambda x: x + 1, t), donate_argnums=0)
-    with Checkpoints(tmp_path, every=1, keep=2) as saved:
+    with Checkpoints(tmp_path, save_interval_steps=1, max_to_keep=2) as saved:
         saved.save(1, tree, {})
         bump(tree)
     with Checkpoints(tmp_path) as saved:
@@ -109,7 +109,7 @@ def test_saved_state_may_be_donated(tmp_path):
 
 
 def test_every_keep_and_force(tmp_path):
-    with Checkpoints(tmp_path, every=2, keep=2) as saved:
+    with Checkpoints(tmp_path, save_interval_steps=2, max_to_keep=2) as saved:
         done = [step for step in range(1, 8) if saved.save(step, state(step), {}, force=step == 7)]
         assert done == [2, 4, 6, 7]
         assert not saved.save(7, state(7), {}, force=True)
@@ -120,13 +120,13 @@ def test_every_keep_and_force(tmp_path):
 
 def test_nothing_there(tmp_path):
     with Checkpoints(tmp_path / "absent") as saved:
-        assert saved.latest() is None
+        assert saved.read_latest() is None
         assert saved.restore(abstract(state())) is None
     assert not (tmp_path / "absent").exists()
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "paper.txt").write_text("mine")
-    with Checkpoints(tmp_path / "notes", every=1, keep=1) as saved:
-        assert saved.latest() is None
+    with Checkpoints(tmp_path / "notes", save_interval_steps=1, max_to_keep=1) as saved:
+        assert saved.read_latest() is None
         for step in (1, 2):
             saved.save(step, state(step), {})
     assert (tmp_path / "notes" / "paper.txt").read_text() == "mine"
@@ -165,7 +165,7 @@ def lose_item(step):
 def test_damage_falls_back_and_says_so(tmp_path, capsys, damage):
     save(tmp_path, 1, 2)
     damage(tmp_path / "2")
-    with Checkpoints(tmp_path, every=1, keep=5) as saved:
+    with Checkpoints(tmp_path, save_interval_steps=1, max_to_keep=5) as saved:
         found = saved.restore(abstract(state()))
         assert found is not None
         assert found[1]["number"] == 1
@@ -228,7 +228,7 @@ time.sleep(60)
 def test_killed_while_saving(tmp_path):
     code = KILLED.format(tests=os.path.dirname(__file__), directory=str(tmp_path), delay=0.01)
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
-    with Checkpoints(tmp_path, every=1, keep=5) as saved:
+    with Checkpoints(tmp_path, save_interval_steps=1, max_to_keep=5) as saved:
         found = saved.restore(abstract(state()))
         assert found is not None
         step = int(found[0]["step"])

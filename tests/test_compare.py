@@ -15,14 +15,14 @@ from models.errors import UserError
 def folder(path: Path, shares: list[list[int]], benchmark: str = "gsm8k", **fields) -> str:
     """What evaluate leaves of problems whose samples were right (1) or wrong (0)."""
     path.mkdir()
-    rows: list[compare.Row] = [
+    rows: list[compare.Record] = [
         {"id": f"p{i}", "answer": str(i), "sample": n, "correct": bool(hit), "outcome": "correct"}
         | ({"outcome": "wrong"} if not hit else {})
         for i, hits in enumerate(shares)
         for n, hit in enumerate(hits)
     ]
     write(path / "examples.jsonl", rows)
-    summary = statistics.summarise(rows, [1]) | {"parameters": 596_049_920} | fields
+    summary = statistics.summarise_rows(rows, [1]) | {"parameters": 596_049_920} | fields
     summary["protocol"] = {"benchmark": benchmark, "protocol": "greedy"}
     (path / "summary.json").write_text(json.dumps(summary))
     return str(path)
@@ -93,4 +93,4 @@ def test_what_cannot_be_compared(tmp_path: Path, monkeypatch, capsys) -> None:
         other = folder(Path("other"), [[1], [0]])
         rows = [json.loads(r) for r in (Path(other) / "examples.jsonl").read_text().splitlines()]
         rows[0]["answer"] = "another"
-        compare.paired(("A", "other"), compare.read("A")[1], rows)
+        compare.compare_pair(("A", "other"), compare.read_evaluation("A")[1], rows)

@@ -51,14 +51,14 @@ def test_turns(fake: Path) -> None:
         "absent": begin(sys.executable, "absent"),
         "no python": begin("/no/such/python", "a"),
     }
-    found, _ = contest.turns(who, 3, {"tokens": 5})
+    found, _ = contest.run_turns(who, 3, {"tokens": 5})
     # Each turn is a new process: 1 2, 2 3, 3 4.
     assert found["a"]["all_seconds"] == [1, 2, 2, 3, 3, 4]
     assert found["a"]["seconds"] == 2.5
     assert found["a"]["first_call_seconds"] == 1 and found["a"]["peak_bytes"] == 2
     assert "not installed" in found["absent"]["absent"]
     assert "not installed (/no/such/python" in found["no python"]["absent"]
-    found, _ = contest.turns({"a": who["a"]}, 1, {"tokens": 1})
+    found, _ = contest.run_turns({"a": who["a"]}, 1, {"tokens": 1})
     assert found["a"] == {"absent": "MemoryError: no room"}
 
 
@@ -70,7 +70,7 @@ def test_table() -> None:
         {**row, "name": "theirs", "seconds": 2.0, "peak_bytes": 2**31},
         {"case": "c", "name": "gone", "absent": "ended (-9)"},
     ]
-    lines = contest.table(rows, limits, "float32")[2:]
+    lines = contest.render_table(rows, limits, "float32")[2:]
     assert lines[0] == "| c | ours | 100 | 1.00 | 1 | 0.5 | 50% | 5 | 50% | 1.00 | 3.0 |"
     assert lines[1] == "| c | theirs | 50 | 2.00 | 2 | 0.25 | 25% | 2.5 | 25% | 2.00 | 3.0 |"
     assert lines[2].startswith("| c | gone | ended (-9) |")
@@ -85,26 +85,32 @@ def test_what_a_call_cannot_do_without() -> None:
     M, V, D, E, L = 128, 151_936, 1024, 2048, 28
     student = L * (2 * D * 2048 + 2 * D * 1024 + 3 * D * 3072) + V * D
     attention = 4 * M * L * 2048 * 65 / 2
-    sft = train_step.counts("sft")
+    sft = train_step.count_costs("sft")
     assert sft["flop"] == pytest.approx(6 * M * student + 3 * attention)
     assert sft["bytes"] == pytest.approx(student * (2 * 4 + 8 * 4))
     teacher = 28 * (2 * E * 2048 + 2 * E * 1024 + 3 * E * 6144) + V * E
-    extra = train_step.counts("reverse_kl")["flop"] - sft["flop"]
+    extra = train_step.count_costs("reverse_kl")["flop"] - sft["flop"]
     assert extra == pytest.approx(2 * M * teacher + attention)
-    assert score.counts("logp")["flop"] == pytest.approx(2 * M * student + attention)
-    assert score.counts("hidden")["flop"] == pytest.approx(2 * M * (student - V * D) + attention)
-    assert loss.counts()["flop"] == pytest.approx(2 * M * V * (3 * D + E))
+    assert score.count_costs("logp")["flop"] == pytest.approx(2 * M * student + attention)
+    assert score.count_costs("hidden")["flop"] == pytest.approx(
+        2 * M * (student - V * D) + attention
+    )
+    assert loss.count_costs()["flop"] == pytest.approx(2 * M * V * (3 * D + E))
     train_step.OPTIONS.layers = 2
-    assert contest.config(train_step.OPTIONS, "teacher") == dataclasses.replace(
+    assert contest.make_config(train_step.OPTIONS, "teacher") == dataclasses.replace(
         SIZES["1.7b"], num_hidden_layers=2
     )
 
 
 def test_contenders() -> None:
     train_step.OPTIONS.mark_as_parsed()
-    assert list(contest.contenders(train_step.OPTIONS, "reverse_kl")) == ["ours", "trl", "tunix"]
+    assert list(contest.list_contenders(train_step.OPTIONS, "reverse_kl")) == [
+        "ours",
+        "trl",
+        "tunix",
+    ]
     train_step.OPTIONS.dtype = "bfloat16"
-    assert "trl, autocast" in contest.contenders(train_step.OPTIONS, "reverse_kl")
+    assert "trl, autocast" in contest.list_contenders(train_step.OPTIONS, "reverse_kl")
     train_step.OPTIONS.dtype = "float32"
 
 
@@ -118,8 +124,8 @@ def test_contenders_answer(what: str) -> None:
     )
     job = {"what": what, "rows": 8, "tokens": 4, "dtype": "float32", "steps": 2}
     job |= {"student": size.to_hf(), "teacher": dataclasses.replace(size, hidden_size=24).to_hf()}
-    torch = trainers.torch_loss if what == "loss" else trainers.torch_score
-    ours = trainers.our_loss if what == "loss" else trainers.our_score
+    torch = trainers.run_torch_loss if what == "loss" else trainers.run_torch_score
+    ours = trainers.run_our_loss if what == "loss" else trainers.run_our_score
     for answer in (ours(job), torch(job)):
         assert len(answer["seconds"]) == 2 and min(answer["seconds"]) > 0
         assert answer["peak_bytes"] > 2**20

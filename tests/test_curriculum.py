@@ -24,7 +24,7 @@ def tiny() -> PreTrainedTokenizerBase:
 
 
 def config(source: object = "arithmetic", **changes: object) -> ConfigDict:
-    c = base.data()
+    c = base.make_data()
     c.source = str(source)
     for name, value in changes.items():
         c[name] = value
@@ -41,32 +41,36 @@ def write(path: Path, *rows: dict) -> Path:
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.3, 0.5, 1.0])
 def test_the_modes_have_their_shares(share):
-    drawn = [curriculum.thinks(share, i, 3) for i in range(32 * 50)]
+    drawn = [curriculum.is_thinking(share, i, 3) for i in range(32 * 50)]
     assert sum(drawn) == round(share * len(drawn))
     for block in range(50):
         assert abs(sum(drawn[32 * block : 32 * block + 32]) - 32 * share) < 1
-    assert drawn == [curriculum.thinks(share, i, 3) for i in range(32 * 50)]
+    assert drawn == [curriculum.is_thinking(share, i, 3) for i in range(32 * 50)]
     if 0 < share < 1:
-        assert drawn != [curriculum.thinks(share, i, 4) for i in range(32 * 50)]
+        assert drawn != [curriculum.is_thinking(share, i, 4) for i in range(32 * 50)]
         assert drawn[:32] != drawn[32:64] or drawn[32:64] != drawn[64:96]
 
 
 @pytest.mark.parametrize("traces", [False, True])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_both_kinds_of_stages_mix_them(tiny, traces, share):
-    source = dataset.load(config(thinking=share, size=40), tiny, 0, traces)
-    examples = dataset.at(source, 0, 32, 0)
+    source = dataset.load_source(config(thinking=share, size=40), tiny, 0, traces)
+    examples = dataset.get_step_examples(source, 0, 32, 0)
     assert sum(e.thinking for e in examples) == 32 * share
     for e in examples:
         assert str(tiny.decode(e.prompt)).endswith(EMPTY) != e.thinking
         assert ("<think>" in str(tiny.decode(e.response))) == (traces and e.thinking)
     # Who reads which places does not matter, nor does where one begins.
-    halves = [dataset.at(source, 0, 32, 0, range(16 * p, 16 * p + 16)) for p in (0, 1)]
+    halves = [
+        dataset.get_step_examples(source, 0, 32, 0, range(16 * p, 16 * p + 16)) for p in (0, 1)
+    ]
     assert halves[0] + halves[1] == examples
     # A prompt comes in the other mode too, in another epoch.
     if share == 0.5:
         modes = {
-            (e.where, e.thinking) for step in range(20) for e in dataset.at(source, step, 32, 0)
+            (e.where, e.thinking)
+            for step in range(20)
+            for e in dataset.get_step_examples(source, step, 32, 0)
         }
         assert len(modes) == 80
 
@@ -111,15 +115,15 @@ OWN = [
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_traces_keep_their_own_mode(tiny, tmp_path, share):
-    source = dataset.load(
+    source = dataset.load_source(
         config(write(tmp_path / "rows.jsonl", *(row for row, _, _ in OWN)), thinking=share),
         tiny,
         0,
         True,
     )
     for i, (row, thinking, learned) in enumerate(OWN):
-        example = source.example(i)
-        assert example.other is None
+        example = source.read_example(i)
+        assert example.non_thinking_example is None
         asked, told = (str(tiny.decode(x)) for x in (example.prompt, example.response))
         assert told == learned + "<|im_end|>", row  # an empty block is never learned
         assert asked.count(EMPTY) <= 1
@@ -141,10 +145,10 @@ def test_prompts_keep_their_own_mode(tiny, tmp_path):
     ]
     path = write(tmp_path / "rows.jsonl", *(row for row, _ in rows))
     for share in (0.0, 0.5, 1.0):
-        source = dataset.load(config(path, thinking=share), tiny, 0, False)
+        source = dataset.load_source(config(path, thinking=share), tiny, 0, False)
         for i, (row, thinking) in enumerate(rows):
-            example = source.example(i)
-            assert example.other is None
+            example = source.read_example(i)
+            assert example.non_thinking_example is None
             if not (share == 0 and row == {"prompt": "1+1?"}):
                 assert example.thinking == thinking, (row, share)
 
@@ -153,7 +157,7 @@ def test_a_row_that_contradicts_itself_is_refused(tiny, tmp_path):
     for row in ({"thinking": False, "response": THOUGHT}, {"thinking": True, "response": EMPTY}):
         path = write(tmp_path / "rows.jsonl", {**ASK, **row})
         with pytest.raises(UserError, match=r"rows\.jsonl:1: thinking=.* think block"):
-            dataset.load(config(path), tiny, 0, True)
+            dataset.load_source(config(path), tiny, 0, True)
 
 
 def test_a_template_without_modes_has_nothing_to_mix(tiny, tmp_path):
@@ -161,15 +165,15 @@ def test_a_template_without_modes_has_nothing_to_mix(tiny, tmp_path):
     assert plain is not None
     plain.chat_template = "{{ messages[-1].content }}:"
     for share in (0.0, 1.0):
-        source = dataset.load(config(thinking=share), plain, 0, False)
-        assert source.example(0).thinking == bool(share)
+        source = dataset.load_source(config(thinking=share), plain, 0, False)
+        assert source.read_example(0).thinking == bool(share)
     with pytest.raises(UserError, match=r"config\.data\.thinking=0\.5: the chat template of"):
-        dataset.load(config(thinking=0.5), plain, 0, False)
+        dataset.load_source(config(thinking=0.5), plain, 0, False)
     with pytest.raises(UserError, match=r"config\.data\.thinking=1\.5: is a share"):
-        dataset.load(config(thinking=1.5), tiny, 0, False)
+        dataset.load_source(config(thinking=1.5), tiny, 0, False)
     # Token ids need neither template nor tokenizer, and count as thinking.
     path = write(tmp_path / "rows.jsonl", {"tokens": [5, 6]})
-    assert dataset.load(config(path, thinking=0.5), None, 0, False).example(0).thinking
+    assert dataset.load_source(config(path, thinking=0.5), None, 0, False).read_example(0).thinking
 
 
 # Difficulty
@@ -181,8 +185,8 @@ def rows_of(count: int) -> list[dict]:
 
 def source_of(tiny, path: Path, steps: int = 10, **changes):
     c = config(path, **changes)
-    source = dataset.load(c, tiny, 0, False)
-    return curriculum.over(c, source.size, source.example, steps, 0), source
+    source = dataset.load_source(c, tiny, 0, False)
+    return curriculum.make_stage_order(c, source.size, source.read_example, steps, 0), source
 
 
 @pytest.mark.parametrize("kind", ["ordered", "widening"])
@@ -192,7 +196,7 @@ def test_easy_prompts_come_first(tiny, tmp_path, kind):
     path = write(tmp_path / "rows.jsonl", *rows)
     order, source = source_of(tiny, path, difficulty="level", curriculum=kind)
     assert order is not None
-    levels = np.array([source.example(i).difficulty for i in range(40)], float)
+    levels = np.array([source.read_example(i).difficulty for i in range(40)], float)
     steps = [levels[order(s, s, 4)] for s in range(10)]
     for step in steps:
         assert len(set(step)) == 4
@@ -223,7 +227,9 @@ def test_weights_are_p_times_1_minus_p(tiny, tmp_path):
 def test_the_students_own_pass_rates(tiny, tmp_path):
     """As `verify --keep=all` writes them, and as `evaluate` does."""
     path = write(tmp_path / "rows.jsonl", *rows_of(3))
-    prompts = [dataset.load(config(path), tiny, 0, False).example(i).prompt for i in range(3)]
+    prompts = [
+        dataset.load_source(config(path), tiny, 0, False).read_example(i).prompt for i in range(3)
+    ]
     graded = [[True, True], [True, False], [False, False]]
     verified = [
         {**row, "prompt_tokens": [0], "samples": [{"correct": x} for x in right]}
@@ -238,13 +244,15 @@ def test_the_students_own_pass_rates(tiny, tmp_path):
         rates = write(tmp_path / f"{name}.jsonl", *rows)
         for share in (1.0, 0.5):
             c = config(path, difficulty=str(rates), thinking=share)
-            source = dataset.load(c, tiny, 0, False)
-            assert [source.example(i).difficulty for i in range(3)] == [0, 0.5, 1]
+            source = dataset.load_source(c, tiny, 0, False)
+            assert [source.read_example(i).difficulty for i in range(3)] == [0, 0.5, 1]
     other = write(tmp_path / "other.jsonl", *rows_of(5))
     with pytest.raises(UserError, match=r"other\.jsonl:4: no pass rate of this prompt in"):
-        dataset.load(config(other, difficulty=str(tmp_path / "verified.jsonl")), tiny, 0, False)
+        dataset.load_source(
+            config(other, difficulty=str(tmp_path / "verified.jsonl")), tiny, 0, False
+        )
     c = config(other, difficulty=str(tmp_path / "verified.jsonl"), on_bad_row="skip")
-    assert dataset.load(c, tiny, 0, False).size == 3
+    assert dataset.load_source(c, tiny, 0, False).size == 3
 
 
 @pytest.mark.parametrize(
@@ -269,20 +277,25 @@ def test_what_a_curriculum_cannot_use(tiny, tmp_path, rows, changes, words):
 def test_files_without_failures_or_grades(tmp_path):
     path = write(tmp_path / "rates.jsonl", {**ASK, "samples": [{"correct": True}]})
     with pytest.raises(UserError, match="every sample is correct; verify --keep=all"):
-        curriculum.pass_rates(str(path))
+        curriculum.load_pass_rates(str(path))
     write(path, {**ASK, "samples": [{"text": "2"}]})
     with pytest.raises(UserError, match=r"rates\.jsonl:1: samples that were not graded"):
-        curriculum.pass_rates(str(path))
+        curriculum.load_pass_rates(str(path))
 
 
 def test_a_level_in_words_and_the_generated_task(tiny, tmp_path):
     path = write(tmp_path / "rows.jsonl", {**ASK, "level": "Level 5"})
-    assert dataset.load(config(path, difficulty="level"), tiny, 0, False).example(0).difficulty == 5
+    assert (
+        dataset.load_source(config(path, difficulty="level"), tiny, 0, False)
+        .read_example(0)
+        .difficulty
+        == 5
+    )
     with pytest.raises(UserError, match=r"takes a source with an end \(config\.data\.size\)"):
         source_of(tiny, Path("arithmetic"), difficulty="operations", curriculum="ordered")
     order, source = source_of(
         tiny, Path("arithmetic"), difficulty="operations", curriculum="ordered", size=20
     )
     assert order is not None
-    assert source.example(order(0, 0, 1)[0]).difficulty == 3
-    assert source.example(order(9, 9, 1)[0]).difficulty == 5
+    assert source.read_example(order(0, 0, 1)[0]).difficulty == 3
+    assert source.read_example(order(9, 9, 1)[0]).difficulty == 5

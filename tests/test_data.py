@@ -42,7 +42,7 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
 
 
 def config(source: Path | str, **fields: Any) -> ConfigDict:
-    c = base.stage("sft").data
+    c = base.make_stage("sft").data
     c.source = str(source)
     c.update(fields)
     return c
@@ -59,7 +59,7 @@ def numbered(size: int) -> Source:
 
 
 def numbers(source: Source, step: int, count: int, seed: int = 0) -> list[int]:
-    return [example.prompt[0] for example in dataset.at(source, step, count, seed)]
+    return [example.prompt[0] for example in dataset.get_step_examples(source, step, count, seed)]
 
 
 # What a step reads
@@ -93,24 +93,24 @@ def test_an_endless_source_is_read_in_order() -> None:
 
 
 def test_the_generated_task_is_endless_or_cut_to_size(tiny: PreTrainedTokenizerBase) -> None:
-    endless = dataset.load(config("arithmetic"), tiny, 5, traces=True)
+    endless = dataset.load_source(config("arithmetic"), tiny, 5, with_responses=True)
     assert endless.size == 0
-    for i, example in enumerate(dataset.at(endless, 40, 3, 5), start=120):
-        problem = arithmetic.problem(5, i, "train", (3, 5))
+    for i, example in enumerate(dataset.get_step_examples(endless, 40, 3, 5), start=120):
+        problem = arithmetic.make_problem(5, i, "train", (3, 5))
         assert f"user\n{problem.question}<|im_end|>" in tiny.decode(example.prompt)
-        assert tiny.decode(example.response) == f"{arithmetic.response(problem)}<|im_end|>"
+        assert tiny.decode(example.response) == f"{arithmetic.to_response(problem)}<|im_end|>"
         assert example.answer == problem.answer
-    cut = dataset.load(config("arithmetic", size=4), tiny, 5, traces=True)
-    epoch = [e.where for e in dataset.at(cut, 9, 4, 5)]
+    cut = dataset.load_source(config("arithmetic", size=4), tiny, 5, with_responses=True)
+    epoch = [e.where for e in dataset.get_step_examples(cut, 9, 4, 5)]
     assert sorted(epoch) == [f"arithmetic problem {i}" for i in range(4)]
 
 
 def test_size_takes_the_first_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", *({"tokens": [i + 1]} for i in range(9)))
     for size, expected in ((0, 9), (4, 4), (50, 9)):
-        source = dataset.load(config(path, size=size), None, 0, traces=False)
+        source = dataset.load_source(config(path, size=size), None, 0, with_responses=False)
         assert source.size == expected
-        read = sorted(e.prompt[0] for e in dataset.at(source, 0, expected, 0))
+        read = sorted(e.prompt[0] for e in dataset.get_step_examples(source, 0, expected, 0))
         assert read == list(range(1, expected + 1))
 
 
@@ -125,7 +125,7 @@ def test_trace_batch() -> None:
         Example([1], [9], "", ""),
         Example([1, 2, 3], [4, 5, 6, 7, 9], "", ""),
     ]
-    batch = collate.traces(examples, max_prompt=3, max_response=4)
+    batch = collate.collate_padded(examples, max_prompt=3, max_response=4)
     T, F = True, False
     tokens, mask = np.asarray(batch.tokens_BT), np.asarray(batch.mask_BT)
     assert tokens.tolist() == [
@@ -148,9 +148,9 @@ def test_trace_batch() -> None:
 
 def test_forms_of_a_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
     def prompt(row: dict) -> list[int]:
-        return dataset.prompt_tokens(row, "row", tokenizer, True)
+        return dataset.encode_prompt(row, "row", tokenizer, True)
 
-    asked = chat.render(tokenizer, QUESTION, thinking=True)
+    asked = chat.render_messages(tokenizer, QUESTION, thinking=True)
     text = "<|im_start|>user\nWhat is 3 * 4?<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(asked) == text
     assert prompt({"messages": QUESTION}) == asked
@@ -158,11 +158,11 @@ def test_forms_of_a_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
     assert prompt({"prompt": text}) == asked
     assert prompt({"tokens": asked}) == asked
     assert prompt({"prompt": "3 * 4 ="}) == tokenizer.encode("3 * 4 =")
-    assert dataset.prompt_tokens({"tokens": [4, 2]}, "row", None, True) == [4, 2]
+    assert dataset.encode_prompt({"tokens": [4, 2]}, "row", None, True) == [4, 2]
 
 
 def test_forms_of_a_trace(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    asked = chat.render(tokenizer, QUESTION, thinking=True)
+    asked = chat.render_messages(tokenizer, QUESTION, thinking=True)
     stop = tokenizer.eos_token_id
     answered = [*tokenizer.encode("It is 12."), stop]
     assistant = {"role": "assistant", "content": "It is 12."}
@@ -178,13 +178,13 @@ def test_forms_of_a_trace(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) ->
         {"tokens": asked, "response_tokens": answered},
     ]
     path = write(tmp_path / "rows.jsonl", *rows)
-    source = dataset.load(config(path), tokenizer, 0, traces=True)
+    source = dataset.load_source(config(path), tokenizer, 0, with_responses=True)
     assert source.size == len(rows)
     for i in range(source.size):
-        example = source.example(i)
+        example = source.read_example(i)
         assert (example.prompt, example.response) == (asked, answered), rows[i]
         assert example.where == f"{path}:{i + 1}"
-    assert [source.example(i).answer for i in (0, 1)] == ["12", ""]
+    assert [source.read_example(i).answer for i in (0, 1)] == ["12", ""]
 
 
 def test_only_the_last_answer_of_a_conversation_is_learned(
@@ -194,7 +194,7 @@ def test_only_the_last_answer_of_a_conversation_is_learned(
     path = write(
         tmp_path / "rows.jsonl", {"messages": [*turns, {"role": "assistant", "content": "13"}]}
     )
-    example = dataset.load(config(path), tiny, 0, traces=True).example(0)
+    example = dataset.load_source(config(path), tiny, 0, with_responses=True).read_example(0)
     assert tiny.decode(example.response) == "13<|im_end|>"
     assert "12<|im_end|>" in tiny.decode(example.prompt)
 
@@ -210,12 +210,14 @@ def test_the_empty_think_block_is_prompt_and_not_trained(
     ]
     path = write(tmp_path / "rows.jsonl", *rows)
     for thinking in (True, False):
-        source = dataset.load(config(path, thinking=thinking), tokenizer, 0, traces=True)
-        examples = [source.example(i) for i in range(3)]
+        source = dataset.load_source(
+            config(path, thinking=thinking), tokenizer, 0, with_responses=True
+        )
+        examples = [source.read_example(i) for i in range(3)]
         for example in examples:
             assert example.prompt == examples[0].prompt
             assert str(tokenizer.decode(example.prompt)).endswith(EMPTY_THINK) != thinking
-        batch = collate.traces(examples, 64, 64)
+        batch = collate.collate_padded(examples, 64, 64)
         for i, response in enumerate(("12", thought, "12")):
             trained = np.asarray(batch.tokens_BT)[i][np.asarray(batch.mask_BT)[i]]
             assert tokenizer.decode(trained) == response + "<|im_end|>"
@@ -223,12 +225,12 @@ def test_the_empty_think_block_is_prompt_and_not_trained(
 
 def check_solutions(path: Path, tokenizer: PreTrainedTokenizerBase, thinking: bool) -> int:
     """Asserts what is prompt and what is trained in a file of question and solution."""
-    source = dataset.load(config(path, thinking=thinking), tokenizer, 0, traces=True)
+    source = dataset.load_source(config(path, thinking=thinking), tokenizer, 0, with_responses=True)
     rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
     assert source.size == len(rows)
-    examples = [source.example(i) for i in range(source.size)]
+    examples = [source.read_example(i) for i in range(source.size)]
     longest = (max(len(e.prompt) for e in examples), max(len(e.response) for e in examples))
-    batch = collate.traces(examples, *longest)
+    batch = collate.collate_padded(examples, *longest)
     tokens, mask, segments = map(np.asarray, (batch.tokens_BT, batch.mask_BT, batch.segments_BT))
     end = "" if thinking else EMPTY_THINK
     for i, row in enumerate(rows):
@@ -315,7 +317,7 @@ def test_bad_traces(tiny: PreTrainedTokenizerBase, tmp_path: Path, text: str, wo
     path = tmp_path / "rows.jsonl"
     path.write_text(text)
     with pytest.raises(UserError) as error:
-        dataset.load(config(path), tiny, 0, traces=True)
+        dataset.load_source(config(path), tiny, 0, with_responses=True)
     assert words in str(error.value)
 
 
@@ -337,12 +339,12 @@ def test_what_needs_a_tokenizer(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", {"tokens": [1], "response_tokens": [2]}, {"prompt": "q"})
     for traces in (False, True):
         with pytest.raises(UserError, match=r"rows\.jsonl:2: the model has no tokenizer"):
-            dataset.load(config(path), None, 0, traces)
-        source = dataset.load(config(path, size=1), None, 0, traces)
-        assert source.example(0).prompt == [1]
-        assert source.example(0).response == ([2] if traces else [])
+            dataset.load_source(config(path), None, 0, traces)
+        source = dataset.load_source(config(path, size=1), None, 0, traces)
+        assert source.read_example(0).prompt == [1]
+        assert source.read_example(0).response == ([2] if traces else [])
     with pytest.raises(UserError, match="arithmetic needs a model with a tokenizer"):
-        dataset.load(config("arithmetic"), None, 0, traces=True)
+        dataset.load_source(config("arithmetic"), None, 0, with_responses=True)
 
 
 @pytest.mark.parametrize(
@@ -357,7 +359,7 @@ def test_what_needs_a_tokenizer(tmp_path: Path) -> None:
 def test_bad_settings(tiny: PreTrainedTokenizerBase, fields: dict, words: str) -> None:
     c = config(**{"source": "arithmetic", **fields})
     with pytest.raises(UserError) as error:
-        dataset.load(c, tiny, 0, traces=True)
+        dataset.load_source(c, tiny, 0, with_responses=True)
     assert words in str(error.value)
 
 
@@ -367,12 +369,12 @@ def test_a_prompt_must_fit_and_ids_must_exist(tmp_path: Path) -> None:
 
     def check(limit: int, vocab_size: int) -> Source:
         require = functools.partial(
-            dataset.require,
+            dataset.require_valid_example,
             limit=limit,
             field="config.sft.max_prompt_tokens",
             vocab_size=vocab_size,
         )
-        return dataset.load(c, None, 0, True, require)
+        return dataset.load_source(c, None, 0, True, require)
 
     assert check(4, 8).size == 2
     with pytest.raises(UserError, match=r"rows\.jsonl:1: prompt of 4 tokens, config\.sft\.max_pro"):

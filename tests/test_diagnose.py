@@ -153,8 +153,8 @@ ALIKE = {
 RATES = {"pass_rate": 0.5, "constant_groups": 0.3, "truncated": 0.0, "mean_length": 40.0}
 
 
-def figures(**changes) -> diagnosis.Figures:
-    f: diagnosis.Figures = {
+def figures(**changes) -> diagnosis.Statistics:
+    f: diagnosis.Statistics = {
         "rewarded": False,
         "student": RATES,
         "teacher": RATES | {"pass_rate": 0.9},
@@ -188,19 +188,22 @@ def figures(**changes) -> diagnosis.Figures:
     ],
 )
 def test_what_speaks_against_a_run(changes, words):
-    assert not [line for bad, line in diagnosis.findings(figures()) if bad]
-    found = diagnosis.findings(figures(**changes))
+    assert not [line for bad, line in diagnosis.make_findings(figures()) if bad]
+    found = diagnosis.make_findings(figures(**changes))
     (line,) = [line for bad, line in found if bad]
     assert re.search(words, line)
-    assert diagnosis.verdict(found) == f"verdict: not yet; 1 against it: {line.partition(':')[0]}"
+    assert (
+        diagnosis.render_verdict(found)
+        == f"verdict: not yet; 1 against it: {line.partition(':')[0]}"
+    )
 
 
 def test_what_is_not_known_speaks_neither_way():
     silent = {name: x for name, x in RATES.items() if name in ("truncated", "mean_length")}
-    lines = diagnosis.findings(figures(student=silent, teacher=silent))
+    lines = diagnosis.make_findings(figures(student=silent, teacher=silent))
     assert any("the data has no answers" in line for bad, line in lines if bad is None)
-    cut = diagnosis.findings(figures(student=RATES | {"truncated": 0.5}))
+    cut = diagnosis.make_findings(figures(student=RATES | {"truncated": 0.5}))
     assert any("raise max_response_tokens" in line for _, line in cut)
-    alone = diagnosis.findings({"rewarded": True, "student": RATES})
+    alone = diagnosis.make_findings({"rewarded": True, "student": RATES})
     assert any("the student's pass rate is 50.0%" in line for _, line in alone)
-    assert diagnosis.difference([1, 1, 1, 1], [0, 0, 0, 0]) == (1, 0.25, 1)
+    assert diagnosis.compare_pass_rates([1, 1, 1, 1], [0, 0, 0, 0]) == (1, 0.25, 1)

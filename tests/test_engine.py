@@ -16,7 +16,7 @@ from jax._src import monitoring
 from distill import rollout
 from distill.objectives import fused_head, losses
 from distill.policy import forward
-from distill.rollout import Options, Sequence, decode
+from distill.rollout import RolloutOptions, Sequence, decode
 from distill.rollout import options as options_lib
 from distill.rollout.sampling import Sampling
 from distill.runtime import mesh as mesh_lib
@@ -41,27 +41,27 @@ CONFIG = Config(
 QWEN3 = model.Qwen3(CONFIG)
 STOPS = (3, 7)
 P, R = 24, 40
-SMALL = Options(slots=8, longest=P + R, segment=8, chunk=32)
-PAGES = dataclasses.replace(SMALL, kind="plain", page=8)
+SMALL = RolloutOptions(slots=8, max_length=P + R, segment=8, chunk=32)
+PAGES = dataclasses.replace(SMALL, cache_backend="plain", page=8)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def narrow():
     """So that short rows, too, lie in several blocks of a slab."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slabs, "NARROWEST", 16)
+        patch.setattr(slabs, "MIN_BLOCK_TOKENS", 16)
         yield
 
 
 @jax.jit
 def _weights(key: jax.Array) -> model.Params:
-    return model.init(CONFIG, key)
+    return model.init_params(CONFIG, key)
 
 
 @functools.cache
 def weights(seed: int, shape: tuple[int, ...]):
-    mesh = mesh_lib.make(*shape)
-    shardings = jax.tree.map(lambda p: p.sharding, mesh_lib.parameters(CONFIG, mesh))
+    mesh = mesh_lib.make_mesh(*shape)
+    shardings = jax.tree.map(lambda p: p.sharding, mesh_lib.make_abstract_params(CONFIG, mesh))
     return mesh, jax.device_put(_weights(jax.random.key(seed)), shardings)
 
 
@@ -71,14 +71,16 @@ def ask(prompts: int, samples: int = 1, seed: int = 0, longest: int = R, first: 
     for p in range(first, first + prompts):
         rng = np.random.default_rng((seed, p))
         prompt = rng.integers(8, 64, rng.integers(1, P + 1)).tolist()
-        keys = rollout.row_keys(jax.random.key(5), [p] * samples, range(samples))
+        keys = rollout.make_row_keys(jax.random.key(5), [p] * samples, range(samples))
         found += [Sequence(prompt, key, int(rng.integers(1, longest + 1))) for key in keys]
     return found
 
 
-def run(rows: list[Sequence], options: Options = SMALL, shape=(1, 1, 1), seed=0, **kwargs: Any):
+def run(
+    rows: list[Sequence], options: RolloutOptions = SMALL, shape=(1, 1, 1), seed=0, **kwargs: Any
+):
     mesh, params = weights(seed, shape)
-    with mesh_lib.use(mesh):
+    with mesh_lib.use_mesh(mesh):
         return list(
             rollout.sample(
                 QWEN3,
@@ -93,14 +95,14 @@ def run(rows: list[Sequence], options: Options = SMALL, shape=(1, 1, 1), seed=0,
 
 
 def drawn(rows: list[Sequence]):
-    return [(row.tokens, row.reason) for row in rows]
+    return [(row.tokens, row.finish_reason) for row in rows]
 
 
 @jax.jit
 def _scores(params: model.Params, batch: Any):
-    stats = fused_head.token_stats(
-        forward.hidden(QWEN3, params, batch),
-        model.head(params),
+    stats = fused_head.compute_token_stats(
+        forward.compute_hidden(QWEN3, params, batch),
+        model.get_output_head(params),
         losses.shift(batch.tokens_BT),
         logits_mib=1,
     )
@@ -110,8 +112,8 @@ def _scores(params: model.Params, batch: Any):
 def scored(rows: list[Sequence], seed: int = 0) -> list[list[float]]:
     """Log-probabilities of all tokens of each row by one plain forward on one device."""
     mesh, params = weights(seed, (1, 1, 1))
-    with mesh_lib.use(mesh):
-        batch = microbatches.unpacked(rows, len(rows), P + R)
+    with mesh_lib.use_mesh(mesh):
+        batch = microbatches.make_unpacked_batch(rows, len(rows), P + R)
         logp = np.asarray(_scores(params, batch))
     return [x[m].tolist() for x, m in zip(logp, np.asarray(batch.mask_BT), strict=True)]
 
@@ -124,7 +126,7 @@ def close(found: list[list[float]], expected: list[list[float]], tolerance: floa
 @pytest.fixture(scope="module")
 def plain() -> list[Sequence]:
     """What 32 rows of 8 prompts draw, all at once."""
-    return run(ask(8, 4), Options(slots=32))
+    return run(ask(8, 4), RolloutOptions(slots=32))
 
 
 ONE, EIGHT, CONTEXT = (1, 1, 1), (1, 2, 4), (1, 1, 2, 1, 2)
@@ -145,14 +147,16 @@ def test_sampler_equals_scorer(plain, kind, shape, stacked) -> None:
     some that a budget stopped and that went on."""
     page = 4 if kind == "plain" else 0
     tight = 200 if kind == "plain" else 0
-    options = Options(8, P + R, 8, 16, cache_tokens=tight, page=page, kind=kind, stacked=stacked)
+    options = RolloutOptions(
+        8, P + R, 8, 16, cache_tokens=tight, page=page, cache_backend=kind, stacked=stacked
+    )
     counts: Counter[str] = Counter()
-    rows = run(ask(8, 4), options, shape, budget=200, counts=counts)
-    unfinished = [row for row in rows if not row.reason]
-    assert any(row.tokens for row in unfinished) and any(row.reason for row in rows)
+    rows = run(ask(8, 4), options, shape, token_budget=200, counts=counts)
+    unfinished = [row for row in rows if not row.finish_reason]
+    assert any(row.tokens for row in unfinished) and any(row.finish_reason for row in rows)
     rows = run(rows, options, shape, counts=counts)
     assert counts["parked" if kind == "plain" else "resizes"]
-    assert all(row.reason for row in rows)
+    assert all(row.finish_reason for row in rows)
     assert drawn(rows) == drawn(plain)
     assert counts["tokens"] == sum(len(row.tokens) for row in rows)
     close([row.logprobs for row in rows], scored(rows))
@@ -169,10 +173,10 @@ def test_every_row_comes_once_and_in_order(thousand) -> None:
     rows, found, counts = thousand
     assert [id(row) for row in found] == [id(row) for row in rows]
     for row in found:
-        assert row.reason == ("stop" if row.tokens[-1] in STOPS else "length")
+        assert row.finish_reason == ("stop" if row.tokens[-1] in STOPS else "length")
         assert not set(row.tokens[:-1]) & set(STOPS)
         assert len(row.tokens) <= row.limit
-        assert row.reason == "stop" or len(row.tokens) == row.limit
+        assert row.finish_reason == "stop" or len(row.tokens) == row.limit
         assert len(row.tokens) == len(row.logprobs) == len(row.versions)
     assert counts["tokens"] == sum(len(row.tokens) for row in found)
     assert counts["queued_tokens"] >= 0.9 * counts["queued_slot_steps"]
@@ -182,19 +186,26 @@ def test_least_rows(plain, monkeypatch: pytest.MonkeyPatch) -> None:
     """A single row has an empty one beside it where no fewer than two decode, as on GPUs."""
     mesh, _ = weights(0, (1, 2, 4))
     gpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]), shape=mesh.shape)
-    assert (decode.least_rows(mesh), decode.least_rows(gpu)) == (2, 4)  # pyright: ignore
+    assert (decode.get_min_rows(mesh), decode.get_min_rows(gpu)) == (2, 4)  # pyright: ignore
     assert not decode.prefers_stacked(mesh) and not decode.prefers_stacked(gpu)  # pyright: ignore
-    monkeypatch.setattr(options_lib, "least_rows", lambda mesh: 2 * mesh_lib.row_shards(mesh))
+    monkeypatch.setattr(
+        options_lib, "get_min_rows", lambda mesh: 2 * mesh_lib.count_row_shards(mesh)
+    )
     counts: Counter[str] = Counter()
-    options = Options(slots=1, longest=P + R, segment=16, chunk=32, kind="plain", page=8)
+    options = RolloutOptions(
+        slots=1, max_length=P + R, segment=16, chunk=32, cache_backend="plain", page=8
+    )
     rows = run(ask(8, 4)[:3], options, counts=counts)
     assert drawn(rows) == drawn(plain)[:3]
     assert counts["slot_steps"] == 2 * counts["steps"]
 
 
 COMPANIES = {
-    "alone": (60, Options(slots=1, longest=P + R, segment=16, chunk=32)),
-    "two rows, short segments": (200, Options(slots=2, longest=P + R, segment=5, chunk=16)),
+    "alone": (60, RolloutOptions(slots=1, max_length=P + R, segment=16, chunk=32)),
+    "two rows, short segments": (
+        200,
+        RolloutOptions(slots=2, max_length=P + R, segment=5, chunk=16),
+    ),
     "pages": (1000, PAGES),
     "few pages": (300, dataclasses.replace(PAGES, cache_tokens=120)),
     "small pages, stacked": (300, dataclasses.replace(PAGES, page=3, stacked=True)),
@@ -210,7 +221,8 @@ def test_ten_thousand_tokens_do_not_depend_on_company(thousand) -> None:
         order = np.random.default_rng(0).permutation(count)
         found = run([rows[i] for i in order], options)
         differing = sum(
-            (found[at].tokens, found[at].reason) != (expected[i].tokens, expected[i].reason)
+            (found[at].tokens, found[at].finish_reason)
+            != (expected[i].tokens, expected[i].finish_reason)
             for at, i in enumerate(order)
         )
         assert differing == 0, name
@@ -219,9 +231,14 @@ def test_ten_thousand_tokens_do_not_depend_on_company(thousand) -> None:
 def test_rows_come_as_soon_as_they_and_those_before_have_ended() -> None:
     mesh, params = weights(0, (1, 1, 1))
     rows = ask(24)
-    with mesh_lib.use(mesh):
+    with mesh_lib.use_mesh(mesh):
         coming = rollout.sample(
-            QWEN3, params, rows, sampling=Sampling(), stop_ids=STOPS, options=Options(slots=4)
+            QWEN3,
+            params,
+            rows,
+            sampling=Sampling(),
+            stop_ids=STOPS,
+            options=RolloutOptions(slots=4),
         )
         assert next(coming) is rows[0]
         assert not rows[-1].tokens
@@ -244,18 +261,18 @@ def test_a_budget_parks_rows_that_go_on_under_newer_weights() -> None:
     rows, before = ask(6, 4), 0
     for version in range(20):
         kept = [copy.deepcopy(row) for row in rows]
-        rows = run(rows, seed=version % 2, version=version, budget=60)
+        rows = run(rows, seed=version % 2, version=version, token_budget=60)
         for old, new in zip(kept, rows, strict=True):
             n = len(old.tokens)
             assert new.tokens[:n] == old.tokens and new.logprobs[:n] == old.logprobs
             assert new.versions == old.versions + [version] * (len(new.tokens) - n)
         total = sum(len(row.tokens) for row in rows)
-        ended = all(row.reason for row in rows)
+        ended = all(row.finish_reason for row in rows)
         assert 60 <= total - before < 60 + SMALL.slots or ended
         before = total
         if ended:
             break
-    assert all(row.reason for row in rows) and version > 2
+    assert all(row.finish_reason for row in rows) and version > 2
     under = [scored(rows, seed) for seed in (0, 1)]
     for i, row in enumerate(rows):
         expected = [under[v % 2][i][at] for at, v in enumerate(row.versions)]
@@ -269,16 +286,16 @@ def test_a_cache_of_few_tokens_holds_fewer_sequences() -> None:
     long; and when the pool is full, the youngest are parked, and lose nothing."""
     mesh, _ = weights(0, ONE)
     tight = dataclasses.replace(SMALL, cache_tokens=160)
-    shape = rollout.cache_shape(tight, CONFIG, mesh, "float32", 30, P + R)
-    assert (shape.rows, shape.pages, shape.page) == (2, 2, P + R)
+    shape = rollout.make_cache_shape(tight, CONFIG, mesh, "float32", 30, P + R)
+    assert (shape.rows, shape.pages, shape.page_size) == (2, 2, P + R)
     pages = dataclasses.replace(PAGES, cache_tokens=160, slots=0)
-    shape = rollout.cache_shape(pages, CONFIG, mesh, "float32", 30, P + R)
-    assert (shape.rows, shape.pages, shape.columns) == (7, 20, 8)
+    shape = rollout.make_cache_shape(pages, CONFIG, mesh, "float32", 30, P + R)
+    assert (shape.rows, shape.pages, shape.max_pages_per_row) == (7, 20, 8)
     expected = drawn(run(ask(30)))
     for options in (tight, pages):
         counts: Counter[str] = Counter()
         assert drawn(run(ask(30), options, counts=counts)) == expected
-        assert bool(counts["parked"]) == (options.kind == "plain")
+        assert bool(counts["parked"]) == (options.cache_backend == "plain")
 
 
 @pytest.mark.parametrize(
@@ -320,10 +337,12 @@ def test_a_segment_moves_nothing_between_host_and_device() -> None:
         with pytest.raises(Exception, match=r"[Dd]isallowed"):
             jax.jit(lambda x: x + 1)(np.ones(3))  # the guard guards
         run(rows)
-    assert all(row.reason for row in rows)
+    assert all(row.finish_reason for row in rows)
 
 
-@pytest.mark.parametrize("options", [Options(slots=16), Options(slots=16, kind="plain", page=32)])
+@pytest.mark.parametrize(
+    "options", [RolloutOptions(slots=16), RolloutOptions(slots=16, cache_backend="plain", page=32)]
+)
 def test_a_group_reads_its_prompt_once(options) -> None:
     """8 prompts of 512 tokens for 8 samples each, and 64 prompts."""
     rng = np.random.default_rng(0)
@@ -340,15 +359,17 @@ def test_a_group_reads_its_prompt_once(options) -> None:
 @pytest.mark.parametrize("kind", ["slabs", "plain"])
 def test_the_state_is_updated_in_place(kind) -> None:
     mesh, params = weights(0, EIGHT)
-    with mesh_lib.use(mesh):
-        qwen3, params = decode.weights(
+    with mesh_lib.use_mesh(mesh):
+        qwen3, params = decode.prepare_weights(
             QWEN3, params, mesh, stacked=False, gathered=True, param_dtype=""
         )
-        options = Options(8, 64, page=8, kind=kind)
-        shape = rollout.cache_shape(options, CONFIG, mesh, "float32", 8, 64)
+        options = RolloutOptions(8, 64, page=8, cache_backend=kind)
+        shape = rollout.make_cache_shape(options, CONFIG, mesh, "float32", 8, 64)
         decoder = decode.Decoder(qwen3, Sampling(), STOPS, shape, 8)
         state = decode.init_state(decoder)
-        given = (jnp.zeros(n, jnp.int32) for n in (2, (7, 8), (8, shape.columns), (2, 2, 4)))
+        given = (
+            jnp.zeros(n, jnp.int32) for n in (2, (7, 8), (8, shape.max_pages_per_row), (2, 2, 4))
+        )
         compiled = decode.decode.lower(decoder, params, state, *given).compile()
         per_device = 2 * 2 * 8 * 64 * 4 * 8 * 4 // 8  # keys and values, L, B, S, K, H, bytes
         analysis: Any = compiled.memory_analysis()
@@ -363,7 +384,7 @@ def test_the_state_is_updated_in_place(kind) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.02), ("int8", 0.05)])
 @pytest.mark.parametrize("kind", ["slabs", "plain"])
 def test_a_smaller_cache_moves_log_probabilities_a_little(dtype, tolerance, kind) -> None:
-    options = Options(8, segment=8, cache_dtype=dtype, kind=kind, page=8, chunk=16)
+    options = RolloutOptions(8, segment=8, cache_dtype=dtype, cache_backend=kind, page=8, chunk=16)
     rows = run(ask(16, 2), options)
     error = np.abs(np.concatenate([row.logprobs for row in rows]) - np.concatenate(scored(rows)))
     assert 0 < error.mean() < tolerance / 4 and error.max() < tolerance
@@ -375,7 +396,7 @@ def test_a_row_of_nan_ends_alone() -> None:
     # The head is tied, so that token 9 would poison every row: here it is a matrix of its own.
     poisoned["head"] = params["embed"]
     good, bad = Sequence([10, 11], (0, 1), 6), Sequence([10, 9, 11], (0, 2), 6)
-    with mesh_lib.use(mesh):
+    with mesh_lib.use_mesh(mesh):
         rows = list(
             rollout.sample(
                 model.Qwen3(CONFIG.__class__(**{**CONFIG.__dict__, "tie_word_embeddings": False})),
@@ -383,11 +404,11 @@ def test_a_row_of_nan_ends_alone() -> None:
                 [good, bad],
                 sampling=Sampling(),
                 stop_ids=(),
-                options=Options(slots=2),
+                options=RolloutOptions(slots=2),
             )
         )
-    assert rows[1].reason == "error" and not rows[1].tokens
-    assert rows[0].reason == "length" and np.isfinite(rows[0].logprobs).all()
+    assert rows[1].finish_reason == "error" and not rows[1].tokens
+    assert rows[0].finish_reason == "length" and np.isfinite(rows[0].logprobs).all()
 
 
 def test_what_cannot_be_sampled_is_named_before_anything_runs() -> None:
@@ -395,47 +416,47 @@ def test_what_cannot_be_sampled_is_named_before_anything_runs() -> None:
     with pytest.raises(UserError, match=r"^in.jsonl:3: the prompt is empty$"):
         run([ok, Sequence([], key, 4, where="in.jsonl:3")])
     with pytest.raises(UserError, match=r"^row 1: a prompt of 60 tokens and 5 new ones exceed"):
-        run([ok, Sequence([9] * 60, key, 5)], Options(slots=8, longest=64))
+        run([ok, Sequence([9] * 60, key, 5)], RolloutOptions(slots=8, max_length=64))
     with pytest.raises(UserError, match=r"^row 0: .* exceed the 8 tokens"):
-        run([Sequence([9] * 60, key, 5)], Options(slots=8, cache_tokens=16), (1, 2, 4))
+        run([Sequence([9] * 60, key, 5)], RolloutOptions(slots=8, cache_tokens=16), (1, 2, 4))
     assert not ok.tokens
 
 
 @pytest.mark.parametrize("kind", ["slabs", "plain"])
 def test_a_simulation_does_what_the_engine_does(kind: str) -> None:
     """Segment by segment, with groups, lines of prompts, and a pool that is too small."""
-    options = dataclasses.replace(SMALL, kind=kind)
+    options = dataclasses.replace(SMALL, cache_backend=kind)
     if kind == "plain":
         options = dataclasses.replace(options, cache_tokens=160, page=8)
     rows, counts = ask(12, 2, seed=3), Counter()
     told = [dataclasses.replace(row, tokens=[]) for row in rows]
     mesh, params = weights(0, ONE)
-    with mesh_lib.use(mesh):
+    with mesh_lib.use_mesh(mesh):
         given = (QWEN3, params, rows)
         of = {"sampling": Sampling(), "stop_ids": (), "options": options, "counts": counts}
         list(rollout.sample(*given, **of))
-    longest = max(row.longest for row in rows)
-    shape = rollout.cache_shape(options, CONFIG, mesh, "float32", len(rows), longest)
-    sizes = rollout.line_sizes(options, shape)
+    longest = max(row.max_length for row in rows)
+    shape = rollout.make_cache_shape(options, CONFIG, mesh, "float32", len(rows), longest)
+    sizes = rollout.get_line_sizes(options, shape)
     ends = [row.limit for row in told]
     found = rollout.simulate(told, ends, shape, options.segment, sizes, sum)
-    assert found.steps + found.fewer_steps == counts["steps"]
+    assert found.steps + found.shrunk_steps == counts["steps"]
     assert (
-        found.steps * shape.rows + found.fewer_steps * rollout.fewer_rows(shape)
+        found.steps * shape.rows + found.shrunk_steps * rollout.get_shrunk_rows(shape)
         == (counts["slot_steps"])
     )
-    assert found.live == counts["tokens"] == sum(ends)
+    assert found.live_row_steps == counts["tokens"] == sum(ends)
     assert found.segments == counts["segments"]
-    assert found.parked == counts["parked"] and (kind == "slabs") == (found.parked == 0)
-    assert sum(T * n for T, n in found.lines.items()) == counts["read_tokens"]
+    assert found.num_parked == counts["parked"] and (kind == "slabs") == (found.num_parked == 0)
+    assert sum(T * n for T, n in found.line_counts.items()) == counts["read_tokens"]
 
 
 def test_lengths_have_their_mean() -> None:
-    drawn = rollout.lengths(20_000, 500, 16_000)
+    drawn = rollout.draw_lengths(20_000, 500, 16_000)
     assert np.mean(drawn) == pytest.approx(500, rel=0.03)
-    assert max(rollout.lengths(1000, 500, 700)) == 700
+    assert max(rollout.draw_lengths(1000, 500, 700)) == 700
     assert (
         drawn
-        == rollout.lengths(20_000, 500, 16_000)
-        != rollout.lengths(20_000, 500, 16_000, seed=1)
+        == rollout.draw_lengths(20_000, 500, 16_000)
+        != rollout.draw_lengths(20_000, 500, 16_000, seed=1)
     )

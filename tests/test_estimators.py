@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks import objectives
 from distill.objectives import losses
-from distill.objectives.fused_head import token_stats
+from distill.objectives.fused_head import compute_token_stats
 from distill.objectives.losses import Loss
 
 V, LENGTH, D = 4, 3, 5
@@ -83,17 +83,17 @@ def row_losses(loss, student, sampler=None, teacher=TEACHER, **known):
     """The loss of every response [40], Σ over its tokens, through the real head and losses."""
     tokens, places, mask, _ = responses()
     teacher = draw(teacher)
-    stats = token_stats(
+    stats = compute_token_stats(
         *(student["hidden"][places], student["head"], jnp.asarray(tokens)),
         *(teacher["hidden"][places], teacher["head"]),
         logits_mib=1,
-        divergence=loss.compared,
+        divergence=loss.teacher_divergence,
         baseline=loss.baseline,
     )
     if sampler is not None:
         known["sampler_logp_BT"] = jax.lax.stop_gradient(token_logp(sampler))
     segments = jnp.asarray(mask, jnp.int32)
-    per_token = losses.token_losses(loss, stats, jnp.asarray(mask), segments, **known)
+    per_token = losses.compute_token_losses(loss, stats, jnp.asarray(mask), segments, **known)
     return per_token["loss"].sum(1)
 
 
@@ -370,7 +370,7 @@ def test_baseline_is_the_best_at_every_state():
     """With respect to the logits no other constant does better: its neighbours do worse."""
     tokens, places, _, _ = responses()
     student, teacher = draw(STUDENT), draw(TEACHER)
-    stats = token_stats(
+    stats = compute_token_stats(
         *(student["hidden"][places], student["head"], jnp.asarray(tokens)),
         *(teacher["hidden"][places], teacher["head"]),
         **{"logits_mib": 1, "baseline": True},
@@ -404,12 +404,12 @@ def test_k2_is_the_sampled_form_sample_by_sample():
 def test_a_top_without_its_tail_lets_mass_leak():
     """Even a student that is its teacher moves, until p = q / e within the top."""
     logq = jax.nn.log_softmax(jax.random.normal(jax.random.key(2), (1, 1, 8)) * 2)
-    inside = jnp.sum(jax.lax.top_k(jnp.exp(logq), objectives.K)[0])
-    ids = jax.lax.top_k(logq, objectives.K)[1][0, 0]
+    inside = jnp.sum(jax.lax.top_k(jnp.exp(logq), objectives.TOP_K)[0])
+    ids = jax.lax.top_k(logq, objectives.TOP_K)[1][0, 0]
 
     def loss(p):
         none = jnp.zeros((1, 1), jnp.int32)
-        return objectives.top_without_tail(jax.nn.log_softmax(p), logq, none)[0, 0]
+        return objectives.compute_top_loss(jax.nn.log_softmax(p), logq, none)[0, 0]
 
     step = jax.jit(lambda p: p - jax.grad(loss)(p))
     p = logq

@@ -33,7 +33,7 @@ from models.errors import UserError
 
 TIMES = ("seconds", "seconds_per_problem", "tokens_per_second", "memory")
 STOPS = [384, *range(0, 380, 19)]  # so many that some responses end before their limit
-ROWS = tasks.problems("arithmetic", "", 5)
+ROWS = tasks.load_problems("arithmetic", "", 5)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,10 @@ def paths(models) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def loaded(paths) -> tuple[Policy, Policy]:
-    student, teacher = (policy.load(policy.reader(path, "float32"), "float32") for path in paths)
+    student, teacher = (
+        policy.load(policy.make_abstract_for_inference(path, "float32"), "float32")
+        for path in paths
+    )
     return student, teacher
 
 
@@ -73,7 +76,7 @@ def run(subject: Policy, out: Path, **changes: Any) -> dict[str, Any]:
     }
     rows = changes.pop("rows", ROWS)
     with policy.use(subject):
-        return evaluator.evaluate(subject, "arithmetic", rows, out, **options | changes)
+        return evaluator.evaluate_benchmark(subject, "arithmetic", rows, out, **options | changes)
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +125,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 )
 def test_form_and_loops(response: str, formatted: bool, repeats: bool) -> None:
     with graders.Grader() as grader:
-        row: evaluator.Row = {"response": response, "answer": "12", "id": "a"}
-        (found,) = responses.graded(grader, "arithmetic", [row])
+        row: evaluator.Record = {"response": response, "answer": "12", "id": "a"}
+        (found,) = responses.grade_rows(grader, "arithmetic", [row])
     assert (found["formatted"], found["repeats"]) == (formatted, repeats)
     assert found["correct"] == (found["outcome"] == "correct") == formatted
     assert found.items() >= row.items()
@@ -223,7 +226,7 @@ def test_an_interrupted_evaluation_goes_on(
 def killed(model: str, folder: Path, kills: int, problems: int, seed: int) -> None:
     """The verb, killed without a word at random rows, again and again, ends with the file of one
     that nobody killed. On arithmetic problems graded as mathematics, so with graders at work."""
-    rows = tasks.problems("arithmetic", "", problems)
+    rows = tasks.load_problems("arithmetic", "", problems)
     asked = write(folder / "asked.jsonl", [row for _, row in rows])
     flags = ("--benchmark=math", f"--data={asked}", "--samples=2", "--temperature=1", "--k=1,2")
     limits = ("--max_new_tokens=12", "--batch_size=4", "--template={question}", f"--model={model}")
@@ -306,7 +309,7 @@ def test_graders_never_stall_sampling() -> None:
 
     rows = [("", {"id": i, "question": "1?"}) for i in range(5)]
     keys = [["a", "b"]] * 5
-    found = list(responses.graded_as_they_come(sampled(), Slow(), "math", rows, keys, False))
+    found = list(responses.grade_while_sampling(sampled(), Slow(), "math", rows, keys, False))
     assert [[(r["id"], r["sample"]) for r in group] for group in found] == [
         [(i, 0), (i, 1)] for i in range(5)
     ]
@@ -370,13 +373,15 @@ def test_a_run_that_went_on_is_another_model(paths, tmp_path: Path) -> None:
     c.student.path = paths[0]
     run_files.write_text(workdir / "config.json", c.to_json_best_effort())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policy, "check", lambda _: None)  # there is no checkpoint yet
-        described = policy.reader(str(workdir), "float32")
+        patch.setattr(policy, "check_files", lambda _: None)  # there is no checkpoint yet
+        described = policy.make_abstract_for_inference(str(workdir), "float32")
 
     def train(step: int) -> Policy:
-        random = policy.randomise(described, jax.random.key(step))
-        with Checkpoints(workdir / "checkpoints", every=1, keep=None) as saved:
-            state = update.init(optim.make(c.opd.optim, 10), random.params, step)
+        random = policy.init_random_policy(described, jax.random.key(step))
+        with Checkpoints(workdir / "checkpoints", save_interval_steps=1, max_to_keep=None) as saved:
+            state = update.init_train_state(
+                optim.make_optimizer(c.opd.optim, 10), random.params, step
+            )
             saved.save(step, state, {"stage": "opd"})
         return random
 
@@ -412,10 +417,12 @@ def test_reverse_kl(whole: Path, loaded, models) -> None:
     assert expected > 0.1
     with policy.use(student):
         for batch_size in (3, 16):
-            found = divergence.reverse_kl(student, teacher, rows, batch_size)
+            found = divergence.compute_reverse_kl(student, teacher, rows, batch_size)
             assert found == pytest.approx(expected, rel=1e-4)
-        assert abs(divergence.reverse_kl(student, student, rows, 8)) < 1e-6
-        assert divergence.reverse_kl(teacher, student, rows, 8) != pytest.approx(expected, rel=0.01)
+        assert abs(divergence.compute_reverse_kl(student, student, rows, 8)) < 1e-6
+        assert divergence.compute_reverse_kl(teacher, student, rows, 8) != pytest.approx(
+            expected, rel=0.01
+        )
     assert summary_of(whole)["reverse_kl"] == pytest.approx(expected, rel=1e-4)
 
 
@@ -429,12 +436,12 @@ def test_gsm8k_of_a_model(paths, loaded, tmp_path: Path) -> None:
     say, the others are not."""
     options = {"max_new_tokens": 24, "sampling": rollout.Sampling(1.0), "seed": 5, "batch_size": 8}
     rows = [{"question": q, "answer": "1", "level": i} for i, q in enumerate(QUESTIONS)]
-    asked = tasks.problems("gsm8k", str(write(tmp_path / "asked.jsonl", rows)), 0)
+    asked = tasks.load_problems("gsm8k", str(write(tmp_path / "asked.jsonl", rows)), 0)
     with policy.use(loaded[0]):
-        prompts = completions.prompts(loaded[0], asked, False, 24)
-        replies = responses.sample(loaded[0], asked, prompts, first=0, samples=2, **options)
+        prompts = completions.encode_row_prompts(loaded[0], asked, False, 24)
+        replies = responses.sample(loaded[0], asked, prompts, first_problem=0, samples=2, **options)
         said = [[str(row["response"]) for row in group] for group in replies]
-    numbers = [graders.find_answer(second) for _, second in said]
+    numbers = [graders.extract_answer(second) for _, second in said]
     expected = [0 if n is None else int(abs(float(n))) for n in numbers]
     for row, number in zip(rows, expected, strict=True):
         row["answer"] = number

@@ -61,35 +61,35 @@ def test_majority_of_many_is_quick_and_exact() -> None:
 @pytest.mark.parametrize(("right", "n"), [(0, 10), (3, 10), (10, 10), (1, 1), (611, 1000)])
 def test_one_sample_a_problem_has_wilsons_interval(right: int, n: int) -> None:
     """Its ends are the rates p at which right/n is z standard deviations of p away."""
-    rate, (low, high) = statistics.accuracy([[i < right] for i in range(n)])
+    rate, (low, high) = statistics.compute_accuracy([[i < right] for i in range(n)])
     assert rate == right / n
     assert 0 <= low <= rate <= high <= 1
     for p in (low, high):
         if p not in (0.0, 1.0):
             assert abs(rate - p) == pytest.approx(Z * math.sqrt(p * (1 - p) / n), abs=1e-9)
-    assert (low, high) == pytest.approx(run_files.wilson(right, n))
+    assert (low, high) == pytest.approx(run_files.wilson_interval(right, n))
 
 
 def test_samples_that_agree_are_one_witness() -> None:
     """However many samples say so, 30 problems are 30 problems; and none is no proof of never."""
     for share in (0, 1):
-        one = statistics.accuracy([[share == 1]] * 30)[1]
-        many = statistics.accuracy([[share == 1] * 64] * 30)[1]
+        one = statistics.compute_accuracy([[share == 1]] * 30)[1]
+        many = statistics.compute_accuracy([[share == 1] * 64] * 30)[1]
         # The quantile is Student's, of 29 degrees of freedom, so a little wider.
         assert many[1] - many[0] == pytest.approx(one[1] - one[0], rel=0.1)
         assert many[0] <= one[0] and many[1] >= one[1] and share in many
     same = [[i % 3 == 0] for i in range(90)]
     (low, high), (wide_low, wide_high) = (
-        statistics.accuracy(hits)[1] for hits in (same, [hit * 16 for hit in same])
+        statistics.compute_accuracy(hits)[1] for hits in (same, [hit * 16 for hit in same])
     )
     assert wide_high - wide_low == pytest.approx(high - low, rel=0.03)
-    assert statistics.accuracy([[True, False]]) == (0.5, (0.0, 1.0))
+    assert statistics.compute_accuracy([[True, False]]) == (0.5, (0.0, 1.0))
 
 
 def test_more_samples_tell_more_where_problems_are_alike() -> None:
     widths = []
     for n in (2, 8, 64):
-        low, high = statistics.accuracy([[i % 2 == 0 for i in range(n)]] * 100)[1]
+        low, high = statistics.compute_accuracy([[i % 2 == 0 for i in range(n)]] * 100)[1]
         assert low < 0.5 < high
         widths.append(high - low)
     assert widths[0] > widths[1] > widths[2] > 0.02
@@ -103,7 +103,9 @@ def covered(problems: int, samples: int, mean: float, alike: float) -> float:
     if alike < 1:
         scale = alike / (1 - alike)
         rates = draw.beta(mean * scale, (1 - mean) * scale, rates.shape)
-    found = [statistics.interval(s, samples) for s in draw.binomial(samples, rates) / samples]
+    found = [
+        statistics.compute_interval(s, samples) for s in draw.binomial(samples, rates) / samples
+    ]
     return float(np.mean([low <= mean <= high for low, high in found]))
 
 
@@ -111,7 +113,9 @@ def covered(problems: int, samples: int, mean: float, alike: float) -> float:
 def test_the_interval_of_one_sample_covers(problems: int) -> None:
     """By the binomial distribution itself, of every number of right answers."""
     right = np.arange(problems + 1)
-    ends = np.array([statistics.interval(np.array([k / problems] * problems), 1) for k in right])
+    ends = np.array(
+        [statistics.compute_interval(np.array([k / problems] * problems), 1) for k in right]
+    )
     for mean in np.arange(0.1, 0.9, 0.005):
         holds = (ends[:, 0] <= mean) & (mean <= ends[:, 1])
         covers = stats.binom.pmf(right, problems, mean)[holds].sum()
@@ -141,7 +145,7 @@ def test_the_paired_interval_covers_as_it_says(samples: int, gain: float) -> Non
     for _ in range(1500):
         rates = draw.beta(0.6, 0.6, 80) * (1 - gain)
         ours, theirs = (draw.binomial(samples, r) / samples for r in (rates, rates + gain))
-        low, high = statistics.difference(ours.tolist(), theirs.tolist())[1]
+        low, high = statistics.compute_difference(ours.tolist(), theirs.tolist())[1]
         covered += low <= gain <= high
     assert 0.93 <= covered / 1500 <= 0.97
 
@@ -149,14 +153,18 @@ def test_the_paired_interval_covers_as_it_says(samples: int, gain: float) -> Non
 def test_mcnemar_throws_a_coin_for_each_problem_that_one_alone_solved() -> None:
     a = [1] * 40 + [0] * 9 + [1] * 2 + [0] * 49
     b = [1] * 40 + [1] * 9 + [0] * 2 + [0] * 49
-    mean, (low, high) = statistics.difference(a, b)
+    mean, (low, high) = statistics.compute_difference(a, b)
     assert mean == pytest.approx(0.07) and low < 0.07 < high
     coins = list(itertools.product((0, 1), repeat=11))
     extreme = np.mean([sum(c) >= 9 or sum(c) <= 2 for c in coins])
-    assert statistics.chance(a, b) == statistics.chance(b, a) == pytest.approx(extreme)
-    assert statistics.difference(b, a)[1] == pytest.approx((-high, -low))
-    mean, (low, high) = statistics.difference(a, a)
-    assert mean == 0 and low < 0 < high and statistics.chance(a, a) == 1
+    assert (
+        statistics.compute_p_value(a, b)
+        == statistics.compute_p_value(b, a)
+        == pytest.approx(extreme)
+    )
+    assert statistics.compute_difference(b, a)[1] == pytest.approx((-high, -low))
+    mean, (low, high) = statistics.compute_difference(a, a)
+    assert mean == 0 and low < 0 < high and statistics.compute_p_value(a, a) == 1
 
 
 def test_sign_flips_of_shares() -> None:
@@ -165,10 +173,12 @@ def test_sign_flips_of_shares() -> None:
     d = np.array([0.25, 0.25, 0.5, 0.0, 0.5, -0.25, 0.25, 0.25])
     flips = np.array(list(itertools.product((-1, 1), repeat=8)))
     exact = np.mean(np.abs(flips @ d) >= abs(d.sum()))
-    assert statistics.chance(a.tolist(), (a + d).tolist()) == pytest.approx(exact, abs=0.015)
+    assert statistics.compute_p_value(a.tolist(), (a + d).tolist()) == pytest.approx(
+        exact, abs=0.015
+    )
 
 
-def graded_row(name: str, outcome: str, **fields: Any) -> statistics.Row:
+def graded_row(name: str, outcome: str, **fields: Any) -> statistics.Record:
     row = {"id": name, "correct": outcome == "correct", "outcome": outcome}
     return {**row, "formatted": outcome != "no_answer", "repeats": False, **fields}
 
@@ -182,13 +192,15 @@ def test_summarise() -> None:
         graded_row("c", "wrong", found="7", length=8, finish_reason="stop"),
         graded_row("c", "no_answer", found=None, length=9, finish_reason="length", repeats=True),
     ]
-    found = statistics.summarise(rows, [1, 2, 3])
+    found = statistics.summarise_rows(rows, [1, 2, 3])
     assert found == {
         "problems": 3,
         "responses": 6,
         "accuracy": pytest.approx(0.5),
         "avg@2": pytest.approx(0.5),
-        "interval": pytest.approx(statistics.accuracy([[True, False], [True] * 2, [False] * 2])[1]),
+        "interval": pytest.approx(
+            statistics.compute_accuracy([[True, False], [True] * 2, [False] * 2])[1]
+        ),
         "outcomes": {"correct": 3, "wrong": 2, "no_answer": 1},
         "format_rate": pytest.approx(5 / 6),
         "repetition_rate": pytest.approx(1 / 6),
@@ -200,7 +212,7 @@ def test_summarise() -> None:
         "truncation_rate": pytest.approx(1 / 6),
     }
     stored = [{k: v for k, v in row.items() if k not in ("length", "found")} for row in rows]
-    fewer = statistics.summarise(stored, [1, 2]).keys()
+    fewer = statistics.summarise_rows(stored, [1, 2]).keys()
     assert not {"mean_length", "mean_length_finished", "truncation_rate", "maj@2"} & fewer
 
 
@@ -210,7 +222,7 @@ def test_instructions_have_four_accuracies() -> None:
         graded_row("b", "wrong", strict=[True, False], loose=[True, True]),
         graded_row("c", "error", strict=[True, None], loose=[True, None]),
     ]
-    assert statistics.summarise(rows, [])["ifeval"] == {
+    assert statistics.summarise_rows(rows, [])["ifeval"] == {
         "prompt_strict": 0.5,
         "instruction_strict": pytest.approx(4 / 5),
         "prompt_loose": 1.0,
@@ -221,11 +233,15 @@ def test_instructions_have_four_accuracies() -> None:
 
 def test_votes_are_for_answers_and_not_for_spellings() -> None:
     same = [r"\dfrac{1}{2}", r"\frac{1}{2}", r"\tfrac{1}{2}.", r" \left \frac{1}{2}\right "]
-    assert len({statistics.vote(text) for text in same}) == 1
-    assert statistics.vote("1,000") == statistics.vote(r"1{,}000".replace("{,}", ",")) == "1000"
-    assert statistics.vote(r"\text{ east }") == "east"
-    assert statistics.vote("(1,2)") != statistics.vote("(12)")
-    assert statistics.vote(None) is statistics.vote(" ") is None
+    assert len({statistics.normalise_answer(text) for text in same}) == 1
+    assert (
+        statistics.normalise_answer("1,000")
+        == statistics.normalise_answer(r"1{,}000".replace("{,}", ","))
+        == "1000"
+    )
+    assert statistics.normalise_answer(r"\text{ east }") == "east"
+    assert statistics.normalise_answer("(1,2)") != statistics.normalise_answer("(12)")
+    assert statistics.normalise_answer(None) is statistics.normalise_answer(" ") is None
 
 
 @pytest.mark.parametrize(
@@ -241,4 +257,4 @@ def test_votes_are_for_answers_and_not_for_spellings() -> None:
     ],
 )
 def test_mixes_languages(text: str, prompt: str, expected: bool) -> None:
-    assert statistics.mixes_languages(text, prompt) == expected
+    assert statistics.has_mixed_languages(text, prompt) == expected

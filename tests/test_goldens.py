@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from distill.planning import aot, fit, roofline
-from distill.planning.roofline import GIB, Row
+from distill.planning.roofline import GIB, ProgramCost
 from distill.runtime import mesh as mesh_lib
 from distill.training import calls
 
@@ -99,13 +99,13 @@ def config(recipe: str, changes: dict[str, Any]) -> ConfigDict:
 
 
 @functools.cache
-def compiled(name: str) -> list[Row]:
+def compiled(name: str) -> list[ProgramCost]:
     recipe, topology, changes = CASES[name]
     try:
-        aot.devices(topology)
+        aot.get_devices(topology)
     except fit.UserError as error:
         pytest.skip(str(error))
-    found = fit.compiled(config(recipe, changes), topology)
+    found = fit.compile_run(config(recipe, changes), topology)
     several = len(found) > 1
     return [
         dataclasses.replace(row, name=f"{stage}: {row.name}") if several else row
@@ -114,12 +114,12 @@ def compiled(name: str) -> list[Row]:
     ]
 
 
-def measured(rows: list[Row]) -> dict[str, Any]:
+def measured(rows: list[ProgramCost]) -> dict[str, Any]:
     """Program -> peak memory in GiB (with all that lies beside it), and what it receives: kind of
     collective -> how many and how many MB a call."""
     return {
         row.name: {
-            "peak_gib": round(row.total / GIB, 3),
+            "peak_gib": round(row.total_bytes / GIB, 3),
             "collectives": {
                 kind: [count, round(size / 1e6, 3)]
                 for kind, (count, size) in sorted((row.collectives or {}).items())
@@ -180,7 +180,7 @@ def test_bound_of_utilisation(program: str, least: float) -> None:
 def test_a_spoilt_program_is_seen() -> None:
     """A step of training through layers, compiled as it should be and with the weights whole on
     every device."""
-    mesh = mesh_lib.make(1, 4, 1, devices=aot.devices("v5e:2x2"))
+    mesh = mesh_lib.make_mesh(1, 4, 1, devices=aot.get_devices("v5e:2x2"))
 
     def loss(w_LDD: jax.Array, x_BD: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x_BD, w_LDD)[0].sum()
@@ -189,13 +189,16 @@ def test_a_spoilt_program_is_seen() -> None:
         return w_LDD - jax.grad(loss)(w_LDD, x_BD)
 
     def compile(axis: str | None) -> dict[str, Any]:
-        split, rows = NamedSharding(mesh, PartitionSpec(None, axis)), mesh_lib.rows(mesh)
+        split, rows = (
+            NamedSharding(mesh, PartitionSpec(None, axis)),
+            mesh_lib.make_row_sharding(mesh),
+        )
         w = jax.ShapeDtypeStruct((8, 1024, 1024), jnp.float32, sharding=split)
         x = jax.ShapeDtypeStruct((64, 1024), jnp.float32, sharding=rows)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=split)
-        call = calls.Call("update", lambda: jitted.lower(w, x), 1, 0.0, ())
-        program = aot.compile(call.name, call.lower, 16)
-        return measured([roofline.row(call, program, 0, aot.CHIPS["v5e"], 4)])
+        call = calls.ProgramCall("update", lambda: jitted.lower(w, x), 1, 0.0, ())
+        program = aot.compile_program(call.name, call.lower, 16)
+        return measured([roofline.estimate_cost(call, program, 0, aot.CHIPS["v5e"], 4)])
 
     sound = compile("fsdp")
     assert worse(sound, sound) == []

@@ -55,15 +55,15 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_flags(plugin: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu.set_flags()
+    gpu.set_xla_flags()
     assert os.environ["XLA_FLAGS"] == "--xla_gpu_enable_latency_hiding_scheduler=true"
-    gpu.set_flags(deterministic=True)
+    gpu.set_xla_flags(deterministic=True)
     twice = os.environ["XLA_FLAGS"].split()
     assert twice[1:] == ["--xla_gpu_deterministic_ops=true"]
-    gpu.set_flags(deterministic=True)
+    gpu.set_xla_flags(deterministic=True)
     assert os.environ["XLA_FLAGS"].split() == twice
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_latency_hiding_scheduler=false --xla_x=1")
-    gpu.set_flags()
+    gpu.set_xla_flags()
     assert os.environ["XLA_FLAGS"] == "--xla_gpu_enable_latency_hiding_scheduler=false --xla_x=1"
 
 
@@ -75,15 +75,15 @@ def test_only_where_a_gpu_is_expected(
     plugin: None, monkeypatch: pytest.MonkeyPatch, platforms: str, there: bool
 ) -> None:
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
-    gpu.set_flags()
+    gpu.set_xla_flags()
     assert bool(os.environ["XLA_FLAGS"]) == there
 
 
 def test_no_plugin_no_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    monkeypatch.setattr(gpu, "PLUGINS", ("no_such_plugin",))
+    monkeypatch.setattr(gpu, "GPU_PLUGINS", ("no_such_plugin",))
     monkeypatch.setenv("XLA_FLAGS", "")
-    gpu.set_flags(deterministic=True)
+    gpu.set_xla_flags(deterministic=True)
     assert os.environ["XLA_FLAGS"] == ""
 
 
@@ -114,7 +114,7 @@ def test_xla_knows_them_and_reads_them_in_time() -> None:
 @pytest.fixture(scope="module")
 def devices() -> list[Any]:
     """The H100 that is not there."""
-    if not any(importlib.util.find_spec(name) for name in gpu.PLUGINS):
+    if not any(importlib.util.find_spec(name) for name in gpu.GPU_PLUGINS):
         pytest.skip("no CUDA plugin for JAX")
     try:
         told = {"target_config": H100, "topology": "1x1x1"}
@@ -129,15 +129,15 @@ def compiled(devices: list[Any]) -> dict[str, tuple[Any, hlo.Costs, str]]:
     c = base.get_config()
     c.student.path, c.teacher.path = "Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B"
     c.opd.batch_size, c.opd.max_prompt_tokens, c.opd.max_response_tokens = 8, 256, 768
-    mesh, apart = mesh_lib.meshes(c, devices)
-    loss, sampled = stages.objective("opd", c.opd)
-    models = fit.models_of(c, mesh, apart, c.opd.teachers, False)
+    mesh, apart = mesh_lib.make_meshes(c, devices)
+    loss, sampled = stages.resolve_objective("opd", c.opd)
+    models = fit.describe_models(c, mesh, apart, c.opd.teachers, False)
     found = {}
-    with mesh_lib.use(mesh), jax.default_matmul_precision(None):
-        for call in programs.of_stage(c, c.opd, loss, sampled, models, mesh):
+    with mesh_lib.use_mesh(mesh), jax.default_matmul_precision(None):
+        for call in programs.list_stage_calls(c, c.opd, loss, sampled, models, mesh):
             if call.name in ("decode", "score", "accumulate"):
                 of = call.lower().compile()
-                found[call.name] = of, hlo.read(of.as_text()), of.as_text()
+                found[call.name] = of, hlo.parse_costs(of.as_text()), of.as_text()
     return found
 
 
@@ -147,7 +147,7 @@ def test_decoding_reads_weights_and_cache_once(compiled) -> None:
     program, costs, _ = compiled["decode"]
     memory = program.memory_analysis()
     assert costs.open_loops == 1  # one step of the loop is counted
-    assert costs.traffic < 1.15 * memory.argument_size_in_bytes
+    assert costs.hbm_bytes < 1.15 * memory.argument_size_in_bytes
     assert memory.temp_size_in_bytes < 2**27
 
 
@@ -167,7 +167,7 @@ def test_the_loss_holds_a_chunk_of_logits(compiled) -> None:
     _, costs, text = compiled["accumulate"]
     assert "[8,128,151936]" in text or "[1024,151936]" in text
     assert "[8,1024,151936]" not in text and "[8192,151936]" not in text
-    assert costs.traffic < 350e9  # 311; 504 in chunks of 128 MiB
+    assert costs.hbm_bytes < 350e9  # 311; 504 in chunks of 128 MiB
 
 
 @pytest.mark.long
@@ -199,6 +199,6 @@ def test_experts_of_8_bits_are_read_as_they_lie(devices: list[Any], kind: str) -
     x = jax.ShapeDtypeStruct((8192, 2048), "bfloat16", sharding=on)
     kernel = jax.ShapeDtypeStruct((128, 2048, 768), kind, sharding=on)
     sizes_E = jax.ShapeDtypeStruct((128,), "int32", sharding=on)
-    program = jax.jit(functools.partial(grouped.product, dtype=jnp.float32))
+    program = jax.jit(functools.partial(grouped.multiply_groups, dtype=jnp.float32))
     memory: Any = program.lower(x, kernel, sizes_E).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 2**20

@@ -52,7 +52,9 @@ def test_product_and_gradients(case):
 
 def test_the_kernel_for_tpu(case):
     x, dy, kernel, sizes = case
-    found = grouped.by_kernel(jnp.asarray(x), jnp.asarray(dy), jnp.asarray(sizes), interpret=True)
+    found = grouped.compute_kernel_gradient(
+        jnp.asarray(x), jnp.asarray(dy), jnp.asarray(sizes), interpret=True
+    )
     assert found.shape == kernel.shape
     for e, of_group in enumerate(groups(sizes)):
         np.testing.assert_allclose(found[e], x[of_group].T @ dy[of_group], atol=1e-4)
@@ -61,9 +63,9 @@ def test_the_kernel_for_tpu(case):
 def test_the_kernels_for_gpu(case):
     """What a group holds beyond a tile, and what no tile covers, is left out of the sums."""
     x, dy, kernel, sizes = (jnp.asarray(a) for a in case)
-    y = grouped_gpu.product(x, kernel, sizes, interpret=True)
-    dx = grouped_gpu.product(dy, kernel, sizes, transposed=True, interpret=True)
-    dkernel = grouped_gpu.by_kernel(x, dy, sizes, interpret=True)
+    y = grouped_gpu.multiply_groups(x, kernel, sizes, interpret=True)
+    dx = grouped_gpu.multiply_groups(dy, kernel, sizes, transposed=True, interpret=True)
+    dkernel = grouped_gpu.compute_kernel_gradient(x, dy, sizes, interpret=True)
     assert y.shape == dy.shape and dx.shape == x.shape and dkernel.shape == kernel.shape
     for e, of_group in enumerate(groups(case[3])):
         np.testing.assert_allclose(y[of_group], x[of_group] @ kernel[e], atol=1e-4)
@@ -77,7 +79,9 @@ def test_the_kernel_for_gpu_reads_8_bits(kind):
     rng, sizes = np.random.default_rng(1), np.array([3, 0, 20, 9], np.int32)
     x = jnp.asarray(rng.normal(size=(32, 144)), jnp.bfloat16)
     kernel = jnp.asarray(rng.integers(-8, 8, size=(4, 144, 130)), kind)
-    y = grouped_gpu.product(x, kernel, jnp.asarray(sizes), dtype=jnp.float32, interpret=True)
+    y = grouped_gpu.multiply_groups(
+        x, kernel, jnp.asarray(sizes), dtype=jnp.float32, interpret=True
+    )
     assert y.dtype == jnp.float32
     wide, wide_x = np.asarray(kernel.astype(jnp.float32)), np.asarray(x.astype(jnp.float32))
     for e, of_group in enumerate(groups(sizes)):

@@ -80,8 +80,8 @@ def test_the_same_numbers_as_by_the_hugging_face_backend(folder: Path, model_dir
     lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed")
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
-    subject = policy.load(policy.reader(str(model_dir), "float32"), "float32")
-    ours = harness.evaluate(subject, list(TASKS), batch_size=4, include=str(folder))
+    subject = policy.load(policy.make_abstract_for_inference(str(model_dir), "float32"), "float32")
+    ours = harness.run_lm_eval(subject, list(TASKS), batch_size=4, include_path=str(folder))
     reference = HFLM(pretrained=str(model_dir), dtype="float32", device="cpu", batch_size=1)
     theirs = lm_eval.simple_evaluate(
         model=reference,
@@ -129,8 +129,8 @@ def test_what_the_sampler_lacks_is_refused(model_dir: Path) -> None:
 
     from distill.evaluation import lm_eval_model
 
-    subject = policy.reader(str(model_dir), "float32")
-    asked = lm_eval_model.Model(subject, 4, False)
+    subject = policy.make_abstract_for_inference(str(model_dir), "float32")
+    asked = lm_eval_model.PolicyLM(subject, 4, False)
     for manner, words in (
         ({"num_beams": 4}, "no num_beams here"),
         ({"max_gen_toks": 128}, "max_gen_toks=128, but the model has 128"),

@@ -12,7 +12,7 @@ from jax.scipy.special import xlogy
 
 from distill.objectives import chunks
 from distill.objectives.divergences import Divergence
-from distill.objectives.fused_head import token_stats
+from distill.objectives.fused_head import compute_token_stats
 from distill.runtime import mesh as mesh_lib
 
 B, T, D, E, V = 3, 10, 16, 24, 57
@@ -60,7 +60,7 @@ def test_streamed_equals_naive(arrays, chunk):
 
     def streamed(hidden, head):
         teacher = a["teacher_hidden"], a["teacher_head"]
-        return token_stats(
+        return compute_token_stats(
             hidden, head, a["targets"], *teacher, logits_mib=mib, divergence=Divergence()
         )
 
@@ -88,7 +88,7 @@ def masked(a, mask, summed, hidden=None, **options):
         if summed:
             loss = {"loss": lambda stats, known: {"loss": stats["divergence"] * known["by"]}}
             given |= {**loss, "known": {"by": a["weights"][1]}, "weight_BT": weight}
-        stats = token_stats(*student, *teacher, mask_BT=mask, **given)
+        stats = compute_token_stats(*student, *teacher, mask_BT=mask, **given)
         each = stats["divergence"] * a["weights"][1]
         return stats.pop("total") if summed else jnp.sum(each * weight), stats
 
@@ -131,8 +131,8 @@ def test_chunks_are_many_enough_to_leave_some_out(arrays, monkeypatch):
     """Where all logits fit at once, too; not where a chunk would be too small to be worth it."""
     mask = jnp.zeros((B, T), bool).at[:, :1].set(True)
     for least, count in ((3, 10), (30, 1)):
-        monkeypatch.setattr(chunks, "_LEAST", least)
-        cut, runs, _ = chunks.cut({"x": arrays["targets"]}, B * T, mask, (1, 1))
+        monkeypatch.setattr(chunks, "_MIN_CHUNK_TOKENS", least)
+        cut, runs, _ = chunks.split_into_chunks({"x": arrays["targets"]}, B * T, mask, (1, 1))
         assert runs is not None and int(runs.sum()) == 1
         assert cut["x"].shape[0] == count
 
@@ -146,7 +146,7 @@ def test_needed_tokens_on_a_mesh(arrays):
 
     def run(**options):
         def total(hidden, head):
-            stats = token_stats(
+            stats = compute_token_stats(
                 hidden, head, targets, logits_mib=8 * 4 * 64 / 2**20, mask_BT=mask,
                 loss=lambda stats, _: {"loss": stats["logp"]}, known={},
                 weight_BT=mask.astype(jnp.float32), **options,
@@ -156,11 +156,11 @@ def test_needed_tokens_on_a_mesh(arrays):
         return jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))
 
     want = run()(hidden, head)
-    mesh = mesh_lib.make(1, 2, 2, context=2)
-    with mesh_lib.use(mesh):
-        assert mesh_lib.shards(4, 16) == (2, 4)
-        lying = jax.sharding.NamedSharding(mesh, mesh_lib.stream(mesh, 16))
-        spread = run(split=mesh_lib.split_vocabulary, shards=mesh_lib.shards(4, 16))
+    mesh = mesh_lib.make_mesh(1, 2, 2, context=2)
+    with mesh_lib.use_mesh(mesh):
+        assert mesh_lib.count_shards(4, 16) == (2, 4)
+        lying = jax.sharding.NamedSharding(mesh, mesh_lib.make_hidden_spec(mesh, 16))
+        spread = run(split=mesh_lib.split_vocabulary, shards=mesh_lib.count_shards(4, 16))
         got = spread(jax.device_put(hidden, lying), head)
     for x, y in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
         np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-5)
@@ -168,7 +168,7 @@ def test_needed_tokens_on_a_mesh(arrays):
 
 def test_without_teacher(arrays):
     a = arrays
-    stats = token_stats(a["hidden"], a["head"], a["targets"], logits_mib=1)
+    stats = compute_token_stats(a["hidden"], a["head"], a["targets"], logits_mib=1)
     assert set(stats) == {"logp", "entropy"}
 
 
@@ -191,10 +191,10 @@ def formula(logits, teacher_logits, d):
         return (xlogy(a, a) - xlogy(a, b)).sum(-1)
 
     def value():
-        if d.kind == "jsd" and 0 < d.beta < 1:
+        if d.divergence_type == "jsd" and 0 < d.beta < 1:
             m = d.beta * q + (1 - d.beta) * p
             return d.beta * kl(q, m) + (1 - d.beta) * kl(p, m)
-        if d.kind == "forward" or (d.kind, d.beta) == ("jsd", 0):
+        if d.divergence_type == "forward" or (d.divergence_type, d.beta) == ("jsd", 0):
             return kl(q, d.skew * q + (1 - d.skew) * p)
         return kl(p, d.skew * p + (1 - d.skew) * q)
 
@@ -206,7 +206,7 @@ def compare(d, logits, teacher_logits, **options):
     eye = jnp.eye(logits.shape[-1], dtype=logits.dtype)
     targets = jnp.zeros(logits.shape[:2], jnp.int32)
     student, teacher = (logits, eye, targets), (teacher_logits, eye)
-    return token_stats(*student, *teacher, logits_mib=1, divergence=d, **options)
+    return compute_token_stats(*student, *teacher, logits_mib=1, divergence=d, **options)
 
 
 @functools.cache
@@ -248,7 +248,7 @@ def test_exact_in_float32(d):
         assert jnp.isfinite(value) and value > 0
         # A divergence from a mixture has a ceiling: of distributions that share nothing its exact
         # gradient is below what float32 can tell from zero.
-        mixture = d.skew > 0 or (d.kind == "jsd" and 0 < d.beta < 1)
+        mixture = d.skew > 0 or (d.divergence_type == "jsd" and 0 < d.beta < 1)
         assert jnp.isfinite(grad).all() and (grad.any() or mixture)
 
 
@@ -281,7 +281,7 @@ def test_temperature_keeps_the_size_of_the_gradient(x64):
 
 
 TOPS = [
-    dataclasses.replace(d, k=3, k_of=of)
+    dataclasses.replace(d, k=3, topk_from=of)
     for d in (*FORMS.values(), Divergence("forward", temperature=2.0))
     for of in ("teacher", "student", "union")
 ]
@@ -290,7 +290,7 @@ TOPS = [
 def coarse(d, logits, teacher_logits):
     """The formula on the k tokens and the tail, one position at a time; summed."""
     at = {"teacher": [teacher_logits], "student": [logits], "union": [teacher_logits, logits]}
-    tops = [np.argsort(-np.asarray(x))[..., : d.k] for x in at[d.k_of]]
+    tops = [np.argsort(-np.asarray(x))[..., : d.k] for x in at[d.topk_from]]
 
     def value(x):
         p, q = (jax.nn.softmax(y / d.temperature) for y in (x, teacher_logits))
@@ -319,7 +319,7 @@ def test_topk_with_tail_is_never_negative_and_tends_to_exact(kind, of):
     """And grows with k, as a finer division of outcomes must; k = V is exact."""
     logits, teacher_logits = (jnp.asarray(x, jnp.float32) for x in pair())
     d = Divergence(kind)
-    forms = [dataclasses.replace(d, k=k, k_of=of) for k in (1, 2, 5, 8)] + [d]
+    forms = [dataclasses.replace(d, k=k, topk_from=of) for k in (1, 2, 5, 8)] + [d]
     values = np.stack([compare(x, logits, teacher_logits)["divergence"] for x in forms])
     assert (values >= 0).all()
     assert (values[-1] - values[:-1] >= -1e-6).all()
@@ -340,7 +340,7 @@ def test_stored_top_is_the_teachers_top(kind, k):
         targets = jnp.zeros(x.shape[:2], jnp.int32)
         top = ids[..., :keep], logq[..., :keep]
         options: Any = {"divergence": d, "teacher_top_BTK": top, "overlap": keep}
-        return token_stats(x, eye, targets, logits_mib=1, **options)
+        return compute_token_stats(x, eye, targets, logits_mib=1, **options)
 
     results = [
         jax.value_and_grad(lambda x, f=f: f(x)["divergence"].sum())(logits)
@@ -394,7 +394,9 @@ def test_teacher_is_student(arrays, d):
 
     def loss(hidden, head):
         student = jax.lax.stop_gradient((hidden, head))
-        stats = token_stats(hidden, head, a["targets"], *student, logits_mib=1, divergence=d)
+        stats = compute_token_stats(
+            hidden, head, a["targets"], *student, logits_mib=1, divergence=d
+        )
         return stats["divergence"].sum()
 
     value, grads = jax.value_and_grad(loss, (0, 1))(a["hidden"], a["head"])
@@ -411,7 +413,9 @@ def test_teacher_is_student_stored(arrays, kind):
 
     def loss(x):
         options: Any = {"divergence": Divergence(kind, k=5), "teacher_top_BTK": (ids, logq)}
-        return token_stats(x, jnp.eye(V), a["targets"], logits_mib=1, **options)["divergence"].sum()
+        return compute_token_stats(x, jnp.eye(V), a["targets"], logits_mib=1, **options)[
+            "divergence"
+        ].sum()
 
     value, grad = jax.value_and_grad(loss)(logits)
     assert abs(value) < 1e-6 * B * T
@@ -425,7 +429,7 @@ def test_padded_ids_of_the_vocabulary_count_in_both_softmaxes():
     teacher = jnp.array([[[2.0, 1.0, -9.0, -9.0]]])
 
     def loss(own):
-        stats = token_stats(
+        stats = compute_token_stats(
             own, jnp.eye(4), targets, teacher, jnp.eye(4), logits_mib=1, divergence=Divergence()
         )
         return stats["divergence"].sum()
@@ -441,14 +445,14 @@ def test_teacher_gets_no_gradient(arrays):
 
     def loss(teacher_hidden, teacher_head, logq):
         total = 0.0
-        for d in (Divergence(), Divergence("jsd", k=4, k_of="union")):
+        for d in (Divergence(), Divergence("jsd", k=4, topk_from="union")):
             options: Any = {"logits_mib": 1, "divergence": d, "overlap": 3, "exact": True}
             head = a["hidden"], a["head"], a["targets"]
-            stats = token_stats(*head, teacher_hidden, teacher_head, **options)
+            stats = compute_token_stats(*head, teacher_hidden, teacher_head, **options)
             total += sum(x.sum() for x in stats.values())
         ids = jnp.broadcast_to(jnp.arange(4), logq.shape)
         options = {"divergence": Divergence(k=4), "teacher_top_BTK": (ids, logq)}
-        stats = token_stats(*head, logits_mib=1, **options)
+        stats = compute_token_stats(*head, logits_mib=1, **options)
         return total + stats["divergence"].sum()
 
     logq = jnp.full((B, T, 4), -2.0)
@@ -464,7 +468,7 @@ def test_diagnostics(arrays):
     teacher = a["teacher_hidden"], a["teacher_head"]
     d = Divergence("forward", k=k)
     options: Any = {"divergence": d, "exact": True, "overlap": k, "top_k": k}
-    stats = token_stats(*student, *teacher, logits_mib=1e-3, **options)
+    stats = compute_token_stats(*student, *teacher, logits_mib=1e-3, **options)
     p, q = (np.asarray(jax.nn.softmax(x @ w.T)) for x, w in (student[:2], teacher))
     ours, theirs = (np.argsort(-x, -1)[..., :k] for x in (p, q))
     np.testing.assert_array_equal(stats["top_ids"], ours)
@@ -479,7 +483,7 @@ def test_diagnostics(arrays):
     assert (stats["divergence"] < stats["exact_divergence"]).all()
 
     def diagnostics(hidden):
-        stats = token_stats(hidden, *student[1:], *teacher, logits_mib=1e-3, **options)
+        stats = compute_token_stats(hidden, *student[1:], *teacher, logits_mib=1e-3, **options)
         return sum(stats[n].sum() for n in stats.keys() - {"logp", "entropy", "divergence"} - TOP)
 
     assert not jax.grad(diagnostics)(a["hidden"]).any()
@@ -489,7 +493,9 @@ TOP = {"top_ids", "top_logp"}
 
 
 @pytest.mark.parametrize(
-    "d", [Divergence("jsd"), Divergence("reverse", temperature=2.0, k=5, k_of="union")], ids=str
+    "d",
+    [Divergence("jsd"), Divergence("reverse", temperature=2.0, k=5, topk_from="union")],
+    ids=str,
 )
 def test_vocabulary_split_over_devices(d):
     """The same with logits split over eight devices, top-k, its mask and stored tops included."""
@@ -498,14 +504,14 @@ def test_vocabulary_split_over_devices(d):
     hidden, head, *teacher = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
     targets = jnp.asarray(rng.integers(0, 64, (2, 6)))
     logq, ids = jax.lax.top_k(jax.nn.log_softmax(teacher[0] @ teacher[1].T), 6)
-    stored = dataclasses.replace(d, k=5, k_of="teacher", temperature=1.0)
+    stored = dataclasses.replace(d, k=5, topk_from="teacher", temperature=1.0)
 
     def loss(hidden, head, split):
         options: Any = {"logits_mib": 2 * 3 * 64 * 4 / 2**20, "split": split, "overlap": 4}
         exact: Any = {"divergence": d, "exact": True, "baseline": True}
-        stats = token_stats(hidden, head, targets, *teacher, **options, **exact)
+        stats = compute_token_stats(hidden, head, targets, *teacher, **options, **exact)
         known: Any = {"divergence": stored, "teacher_top_BTK": (ids, logq)}
-        top = token_stats(hidden, head, targets, **options, **known)
+        top = compute_token_stats(hidden, head, targets, **options, **known)
         return stats["divergence"].sum() + top["divergence"].sum(), (stats, top)
 
     def run(split):
@@ -513,7 +519,7 @@ def test_vocabulary_split_over_devices(d):
         return jax.jit(graded)(hidden, head)
 
     plain = run(lambda logits: logits)
-    with mesh_lib.use(mesh_lib.make(1, 4, 2)):
+    with mesh_lib.use_mesh(mesh_lib.make_mesh(1, 4, 2)):
         spread = run(mesh_lib.split_vocabulary)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(spread), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
@@ -528,7 +534,7 @@ def test_bfloat16_is_summed_in_float32(arrays):
     def loss(head):
         options: Any = {"divergence": Divergence("jsd", k=3), "overlap": 3, "exact": True}
         student = hidden, head, a["targets"]
-        stats = token_stats(*student, teacher, a["teacher_head"], logits_mib=1, **options)
+        stats = compute_token_stats(*student, teacher, a["teacher_head"], logits_mib=1, **options)
         assert all(x.dtype == jnp.float32 for x in stats.values())
         return stats["logp"].sum() + stats["divergence"].sum()
 
@@ -546,7 +552,9 @@ def test_gradients_in_bfloat16_are_those_of_the_rounded_numbers(arrays):
         return jax.jit(jax.grad(lambda h, w: f(h, w)["divergence"].sum(), (0, 1)))(hidden, head)
 
     def streamed(hidden, head, teacher=(low["teacher_hidden"], a["teacher_head"])):
-        return token_stats(hidden, head, a["targets"], *teacher, logits_mib=mib, divergence=d)
+        return compute_token_stats(
+            hidden, head, a["targets"], *teacher, logits_mib=mib, divergence=d
+        )
 
     def plain(hidden, head):
         heads = (x.astype(jnp.bfloat16).astype(jnp.float32) for x in (head, a["teacher_head"]))
@@ -563,7 +571,7 @@ def test_gradients_in_bfloat16_are_those_of_the_rounded_numbers(arrays):
 
 
 @pytest.mark.parametrize(
-    "d", [Divergence(), Divergence("jsd", temperature=2.0, k=16, k_of="union")], ids=str
+    "d", [Divergence(), Divergence("jsd", temperature=2.0, k=16, topk_from="union")], ids=str
 )
 def test_memory_of_the_streamed_loss(d):
     """8,192 tokens and the real vocabulary: under a tenth of what the naive loss needs."""
@@ -578,7 +586,7 @@ def test_memory_of_the_streamed_loss(d):
     )
 
     def streamed(*args):
-        return token_stats(*args, logits_mib=128, divergence=d)["divergence"].sum()
+        return compute_token_stats(*args, logits_mib=128, divergence=d)["divergence"].sum()
 
     def plain(*args):
         return naive(*args)["divergence"].sum()

@@ -20,23 +20,25 @@ def read(path: Path) -> list[dict]:
 
 def test_ngrams_are_those_of_the_tokens() -> None:
     """Equal runs have equal hashes, others do not: by brute force on a long text."""
-    words = dedup.tokens("The cat, the CAT_1 and $x^2$: " * 3 + "the dog")
+    words = dedup.split_tokens("The cat, the CAT_1 and $x^2$: " * 3 + "the dog")
     assert words[:7] == ["the", "cat", ",", "the", "cat", "_", "1"]
     for n in (1, 3, 8):
-        hashes = dedup.ngrams(words, n)
+        hashes = dedup.hash_ngrams(words, n)
         runs = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
         assert len(hashes) == len(runs)
         assert len(set(hashes.tolist())) == len(set(runs))
         for i in range(len(runs)):
             assert (hashes == hashes[i]).tolist() == [run == runs[i] for run in runs]
-    assert len(dedup.ngrams(["a", "b"], 8)) == 1 and not len(dedup.ngrams([], 8))
+    assert len(dedup.hash_ngrams(["a", "b"], 8)) == 1 and not len(dedup.hash_ngrams([], 8))
 
 
 def test_a_match_names_the_problem_and_the_run() -> None:
-    found = dedup.Evaluation(["one two three four five", "two three", "six"], 3)
-    assert found.matches("So: two  THREE four five!") == {0: (2, "two three four")}
-    assert found.matches("two three") == {1: (1, "two three")}  # a problem shorter than n, whole
-    assert found.matches("") == {}
+    found = dedup.NgramIndex(["one two three four five", "two three", "six"], 3)
+    assert found.find_matches("So: two  THREE four five!") == {0: (2, "two three four")}
+    assert found.find_matches("two three") == {
+        1: (1, "two three")
+    }  # a problem shorter than n, whole
+    assert found.find_matches("") == {}
 
 
 def found_pairs(report: list[dict]) -> set[tuple[int, int]]:
@@ -68,7 +70,7 @@ def test_the_published_pairs_are_found(shared_data: Path, tmp_path: Path) -> Non
     for finding in read(report):
         row, of = (int(finding[k].rpartition(":")[2]) - 1 for k in ("row", "of"))
         for text in (texts[row], problems[of]):
-            assert any(finding["ngram"] in " ".join(form(text)) for form in dedup.FORMS)
+            assert any(finding["ngram"] in " ".join(form(text)) for form in dedup.TOKENIZERS)
     assert call(clean, *flags, "--ngram=13", "--shared=1") == 0
     assert len(known & found_pairs(read(report))) == 26
 
@@ -77,11 +79,11 @@ def test_false_alarms_on_gsm8k(shared_data: Path, tmp_path: Path) -> None:
     """Train and test share no problem. At the strict default 40 rows of 7,473 are dropped for a
     form of words; at 13 tokens 5."""
     train, test = (shared_data / "gsm8k" / f"{split}.jsonl" for split in ("train", "test"))
-    evaluation = {n: dedup.Evaluation([r["question"] for r in read(test)], n) for n in (8, 13)}
+    evaluation = {n: dedup.NgramIndex([r["question"] for r in read(test)], n) for n in (8, 13)}
     alarms = {8: 0, 13: 0}
     for row in read(train):
         for n, least in ((8, 3), (13, 1)):
-            hits = evaluation[n].matches(row["question"]).values()
+            hits = evaluation[n].find_matches(row["question"]).values()
             alarms[n] += any(count >= least for count, _ in hits)
     assert alarms == {8: 40, 13: 5}
 
@@ -94,19 +96,19 @@ def test_minhash_finds_what_jaccard_says() -> None:
         changed = text.split()
         changed[30] = "other"
         texts += [text, " ".join(changed), " ".join(rng.choice(words, 60))]
-    alike = [dedup.jaccard(texts[3 * i], texts[3 * i + 1]) for i in range(60)]
-    assert min(alike) > 0.8 and dedup.jaccard(texts[0], texts[2]) < 0.1
-    assert dedup.jaccard("", " ") == 1 and dedup.jaccard("a", "") == 0
-    pairs = dedup.candidates(np.array([dedup.signature(text) for text in texts]))
+    alike = [dedup.compute_jaccard(texts[3 * i], texts[3 * i + 1]) for i in range(60)]
+    assert min(alike) > 0.8 and dedup.compute_jaccard(texts[0], texts[2]) < 0.1
+    assert dedup.compute_jaccard("", " ") == 1 and dedup.compute_jaccard("a", "") == 0
+    pairs = dedup.find_candidates(np.array([dedup.compute_signature(text) for text in texts]))
     assert {(3 * i, 3 * i + 1) for i in range(60)} <= set(pairs)
     assert len(pairs) <= 62
 
 
 def test_scripts() -> None:
-    assert dedup.script_share("Find x² + 1 = 2?", ("latin",)) == 1
-    assert dedup.script_share("12 + 1", ("latin",)) == 1
-    assert dedup.script_share("求 x", ("latin",)) == 0.5
-    assert dedup.script_share("求 x", ("latin", "cjk")) == 1
+    assert dedup.compute_script_share("Find x² + 1 = 2?", ("latin",)) == 1
+    assert dedup.compute_script_share("12 + 1", ("latin",)) == 1
+    assert dedup.compute_script_share("求 x", ("latin",)) == 0.5
+    assert dedup.compute_script_share("求 x", ("latin", "cjk")) == 1
 
 
 PROMPT = (
@@ -202,7 +204,9 @@ def test_rewritten_problems_are_found_among_others(shared_data: Path, tmp_path: 
 
 
 def test_a_short_problem_is_found_whole() -> None:
-    evaluation = dedup.Evaluation(["What is 5 + 7 now?", "one two three four"], 6)
-    ((owner, (count, _)),) = evaluation.matches("what is 5+7 now ?").items()
-    assert owner == 0 and count == evaluation.sizes[0] == 2
-    assert evaluation.sizes[1] == 1 and evaluation.matches("One two three four")[1][0] == 1
+    evaluation = dedup.NgramIndex(["What is 5 + 7 now?", "one two three four"], 6)
+    ((owner, (count, _)),) = evaluation.find_matches("what is 5+7 now ?").items()
+    assert owner == 0 and count == evaluation.ngram_counts[0] == 2
+    assert (
+        evaluation.ngram_counts[1] == 1 and evaluation.find_matches("One two three four")[1][0] == 1
+    )

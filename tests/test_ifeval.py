@@ -58,13 +58,13 @@ def test_published_labels(installed: None, shared_data: Path, tmp_path: Path) ->
 
 
 def test_published_prompts_are_problems(shared_data: Path, monkeypatch) -> None:
-    monkeypatch.setattr(ifeval, "require", lambda: None)
+    monkeypatch.setattr(ifeval, "require_checkers", lambda: None)
     source = str(shared_data / "ifeval" / "prompts.jsonl")
-    rows = tasks.problems("ifeval", source, 0)
+    rows = tasks.load_problems("ifeval", source, 0)
     assert len(rows) == 541
     where, row = rows[0]
     assert row.keys() == {"id", "question", "answer"} and where.endswith("prompts.jsonl:1")
-    assert tasks.put("ifeval", row)["question"] == row["question"]  # nothing is added
+    assert tasks.render_question("ifeval", row)["question"] == row["question"]  # nothing is added
     assert json.loads(str(row["answer"]))["prompt"] == row["question"]
 
 
@@ -80,29 +80,31 @@ def test_published_prompts_are_problems(shared_data: Path, monkeypatch) -> None:
     ],
 )
 def test_grade(installed: None, response: str, outcome: str, strict: list, loose: list) -> None:
-    found = ifeval.grade(response, ifeval.answer(COMMA, "x"))
+    found = ifeval.grade_instructions(response, ifeval.make_answer(COMMA, "x"))
     assert found == {"outcome": outcome, "strict": strict, "loose": loose}
 
 
 def test_without_nltks_data(installed: None, monkeypatch) -> None:
     """What needs it is not guessed at; an evaluation of a model that needs it is not begun."""
-    monkeypatch.setattr(ifeval, "_punkt", lambda: False)
+    monkeypatch.setattr(ifeval, "_has_punkt", lambda: False)
     row = COMMA | {
         "instruction_id_list": [*COMMA["instruction_id_list"], ifeval.NEED_PUNKT[0]],
         "kwargs": [{}, {}, {"num_sentences": 3, "relation": "less than"}],
     }
-    answer = ifeval.answer(row, "x")
-    assert ifeval.grade(YES, answer) == {
+    answer = ifeval.make_answer(row, "x")
+    assert ifeval.grade_instructions(YES, answer) == {
         "outcome": "error",
         "strict": [True, True, None],
         "loose": [True, True, None],
     }
-    assert ifeval.grade(YES + ", sir", answer)["outcome"] == "wrong"  # whatever the third would be
-    problem: tasks.Row = {"id": 1, "question": "q", "answer": answer}
+    assert (
+        ifeval.grade_instructions(YES + ", sir", answer)["outcome"] == "wrong"
+    )  # whatever the third would be
+    problem: tasks.Record = {"id": 1, "question": "q", "answer": answer}
     with pytest.raises(UserError, match="1 of the problems are checked with nltk's data"):
-        tasks.check("ifeval", [("x", problem)])
-    easy: tasks.Row = {"id": 1, "question": "q", "answer": ifeval.answer(COMMA, "x")}
-    tasks.check("ifeval", [("x", easy)])
+        tasks.check_gradable("ifeval", [("x", problem)])
+    easy: tasks.Record = {"id": 1, "question": "q", "answer": ifeval.make_answer(COMMA, "x")}
+    tasks.check_gradable("ifeval", [("x", easy)])
 
 
 def test_not_installed_is_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -126,11 +128,11 @@ def test_not_installed_is_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
 )
 def test_rows_of_another_form(changes: dict, words: str) -> None:
     with pytest.raises(UserError) as error:
-        ifeval.answer(COMMA | changes, "file:3")
+        ifeval.make_answer(COMMA | changes, "file:3")
     assert str(error.value).startswith("file:3: ") and words in str(error.value)
 
 
 def test_the_grader_takes_it(installed: None) -> None:
     with graders.Grader(workers=1) as grader:
-        outcomes = grader.grade("ifeval", [YES, "No, no"], [ifeval.answer(COMMA, "x")] * 2)
+        outcomes = grader.grade("ifeval", [YES, "No, no"], [ifeval.make_answer(COMMA, "x")] * 2)
     assert outcomes == ["correct", "wrong"]

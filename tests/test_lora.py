@@ -75,7 +75,9 @@ def bases(tmp_path_factory):
 
 
 def described(path, kind=None, sizes=(1, 1, 1)) -> policy.Policy:
-    return policy.describe(str(path), "float32", False, mesh_lib.make(*sizes), trained=kind)
+    return policy.make_abstract(
+        str(path), "float32", False, mesh_lib.make_mesh(*sizes), lora_config=kind
+    )
 
 
 def tokens_of(config, rows=4, seed=0):
@@ -96,7 +98,7 @@ def batch_of(config, seed=0, rows=4) -> Batch:
 def logits(qwen3, variables, tokens):
     positions = jnp.tile(jnp.arange(tokens.shape[1]), (tokens.shape[0], 1))
     hidden, _ = qwen3.apply(variables, tokens, positions, jnp.ones_like(tokens))
-    return jnp.einsum("BTD,VD->BTV", hidden, model.head(variables["params"]))
+    return jnp.einsum("BTD,VD->BTV", hidden, model.get_output_head(variables["params"]))
 
 
 def theirs(network, tokens):
@@ -114,7 +116,7 @@ def noisy(tree, seed=1):
 def begun(path, kind, sizes=(1, 1, 1)) -> tuple[policy.Policy, Any]:
     """A loaded base, and a LoRA to train beside it."""
     student = policy.load(described(path, kind, sizes), "float32")
-    return student, noisy(policy.first(student, jax.random.key(3)))
+    return student, noisy(policy.load_or_init_lora(student, jax.random.key(3)))
 
 
 def written(student, trained, path, network):
@@ -132,18 +134,20 @@ def test_training_is_that_of_peft(bases, kind, name, tmp_path):
     path, network = bases[name]
     student, trained = begun(path, kind)
     before = jax.tree.map(np.array, student.params)
-    first = dict(weights.tensors(trained, FLOAT))
+    first = dict(weights.iter_tensors(trained, FLOAT))
     other = written(student, trained, tmp_path, network).float()
-    c = base.stage("sft")
+    c = base.make_stage("sft")
     c.optim.learning_rate, c.optim.schedule, c.optim.warmup_steps = 1e-2, "constant", 0
     c.optim.eps, c.optim.weight_decay, c.optim.clip_norm = 1e-5, 0.1, 0.5
-    optimizer = optim.make(c.optim, 3)
+    optimizer = optim.make_optimizer(c.optim, 3)
     learned = [p for p in other.parameters() if p.requires_grad]
     decay = {"lr": 1e-2, "betas": (c.optim.b1, c.optim.b2), "eps": 1e-5, "weight_decay": 0.1}
     their_optimizer = torch.optim.AdamW(learned, **decay)
     with policy.use(student):
-        state = update.init(optimizer, trained, 0)
-        programs = update.make(student.model, optimizer, losses.TABLE["sft"], 1, 1.0, state)
+        state = update.init_train_state(optimizer, trained, 0)
+        programs = update.make_update(
+            student.model, optimizer, losses.OBJECTIVES["sft"], 1, 1.0, state
+        )
         for i in range(3):
             batch = batch_of(student.config, i)
             state, measured, _ = one_update(programs, state, batch, None, student.params, 2)
@@ -160,8 +164,8 @@ def test_training_is_that_of_peft(bases, kind, name, tmp_path):
             their_optimizer.step()
             assert float(measured["loss"]) == pytest.approx(loss.item(), abs=1e-4)
     other.save_pretrained(tmp_path / "after")
-    expected = load_file(tmp_path / "after" / adapter.TENSORS)
-    ours = dict(weights.tensors(state.params, FLOAT))
+    expected = load_file(tmp_path / "after" / adapter.TENSORS_FILE)
+    ours = dict(weights.iter_tensors(state.params, FLOAT))
     assert ours.keys() == expected.keys()
     assert len(ours) == 2 * 2 * len(kind.targets)
     for tensor, value in expected.items():
@@ -193,7 +197,7 @@ def test_there_and_back(bases, name, kind, tmp_path):
     ours = logits(student.model, {"params": student.params, "lora": trained}, tokens)
     plain = logits(student.model, {"params": student.params}, tokens)
     assert np.abs(ours - plain).max() > 0.1
-    merged = policy.sampled(student)(trained)
+    merged = policy.make_sampler_params_fn(student)(trained)
     found = logits(student.model, {"params": merged}, tokens)
     np.testing.assert_allclose(found, ours, atol=1e-5 * np.abs(ours).max(), rtol=0)
     other = written(student, trained, tmp_path / "out", network)
@@ -234,11 +238,11 @@ def test_adapters_of_peft(bases, name, fields, tmp_path, monkeypatch):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     other.save_pretrained(tmp_path)
     loaded = described(tmp_path)
-    policy.check(loaded)
+    policy.check_files(loaded)
     read = []
     monkeypatch.setattr(weights, "safe_open", counted(read))
     loaded = policy.load(loaded, "float32")
-    files = [*path.glob("*.safetensors"), tmp_path / adapter.TENSORS]
+    files = [*path.glob("*.safetensors"), tmp_path / adapter.TENSORS_FILE]
     whole = sum(x.nbytes for file in files for x in load_file(file).values())
     # Of the experts' fused gate and up, the factor that they share is read for each of them.
     fused = [x for name, x in load_file(files[-1]).items() if "mlp.experts" in name]
@@ -260,16 +264,16 @@ def test_dense_layers_among_sparse_ones(tmp_path, capsys):
     exporting.save_adapter(described(path), trained, tmp_path / "out", "float32")
     assert "peft" in capsys.readouterr().err
     again = policy.load(described(tmp_path / "out"), "float32")
-    merged = policy.sampled(student)(trained)
+    merged = policy.make_sampler_params_fn(student)(trained)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), again.params, merged)
 
 
 def test_sizes():
     """What LoRA adds to the released models; 0.6B at rank 16 is what PEFT users know."""
-    mesh = mesh_lib.make(1, 2, 2, 2)
+    mesh = mesh_lib.make_mesh(1, 2, 2, 2)
     kind = LoRA(16, 32.0, rslora=False, targets=TARGETS)
     for name, count in (("0.6b", 10_092_544), ("8b", 43_646_976), ("235b-a22b", 3_303_505_920)):
-        abstract = jax.tree.leaves(mesh_lib.parameters(SIZES[name], mesh, kind))
+        abstract = jax.tree.leaves(mesh_lib.make_abstract_params(SIZES[name], mesh, kind))
         assert sum(x.size for x in abstract) == count
         for x in abstract:
             x.sharding.shard_shape(x.shape)  # raises where a dimension does not divide
@@ -279,7 +283,7 @@ def test_first_factors(bases):
     """a is U(-1/√in, 1/√in), of another draw in each layer; b is zero. So the model is its base,
     which it is also without the collection."""
     student = policy.load(described(bases["untied"][0], PLAIN), "float32")
-    drawn = policy.first(student, jax.random.key(0))
+    drawn = policy.load_or_init_lora(student, jax.random.key(0))
     tokens, alone = tokens_of(student.config), {"params": student.params}
     expected = logits(model.Qwen3(student.config), alone, tokens)
     for variables in (alone, alone | {"lora": drawn}):
@@ -303,7 +307,9 @@ def test_every_field_is_alive(bases):
     ours = logits(student.model, variables, tokens)
 
     def shapes(kind):
-        return [x.shape for x in jax.tree.leaves(model.abstract(student.config, kind)[0])]
+        return [
+            x.shape for x in jax.tree.leaves(model.get_abstract_params(student.config, kind)[0])
+        ]
 
     for change in ({"rank": 4}, *({"targets": tuple({*TARGETS} - {t})} for t in TARGETS)):
         assert shapes(dataclasses.replace(PLAIN, **change)) != shapes(PLAIN)
@@ -328,12 +334,12 @@ def test_meshes(fields, tmp_path):
 
     def trained_on(sizes):
         student, trained = begun(tmp_path, kind, sizes)
-        optimizer = optim.make(base.stage("sft").optim, 10)
+        optimizer = optim.make_optimizer(base.make_stage("sft").optim, 10)
         with policy.use(student):
-            state = update.init(optimizer, trained, 0)
-            mesh = policy.mesh_of(student)
-            loss = losses.TABLE["sft"]
-            programs = update.make(student.model, optimizer, loss, 1, 1.0 * mesh.size, state)
+            state = update.init_train_state(optimizer, trained, 0)
+            mesh = policy.get_mesh(student)
+            loss = losses.OBJECTIVES["sft"]
+            programs = update.make_update(student.model, optimizer, loss, 1, 1.0 * mesh.size, state)
             for i in range(2):
                 batch = batch_of(student.config, i, 8)
                 state, measured, _ = one_update(programs, state, batch, None, student.params)
@@ -371,7 +377,7 @@ def test_a_frozen_base_may_be_rounded(bases):
     """Merged in float32 for the sampler, whatever the base is kept in; then cast."""
     student, trained = begun(bases["untied"][0], PLAIN)
     rounded = policy.load(student, "bfloat16")
-    found = policy.sampled(rounded)(trained)["layers"]["mlp"]["up"]["kernel"]
+    found = policy.make_sampler_params_fn(rounded)(trained)["layers"]["mlp"]["up"]["kernel"]
     factors = jax.tree.map(np.asarray, trained["layers"]["mlp"]["up"]["kernel"])
     kernel = rounded.params["layers"]["mlp"]["up"]["kernel"]
     assert kernel.dtype == jnp.bfloat16 and found.dtype == jnp.float32
@@ -404,7 +410,7 @@ def run(models, tmp_path_factory):
 
 
 def final(workdir):
-    return jax.tree.map(np.asarray, policy.restore_trained(described(workdir), None)[0])
+    return jax.tree.map(np.asarray, policy.restore_trained_params(described(workdir), None)[0])
 
 
 def test_a_run_saves_its_adapter_alone(run, models):
@@ -485,7 +491,7 @@ def test_merged_and_rounded_as_it_is_read(run, exported, which):
     """A run or an adapter as a teacher in 8 bits: the merged model, quantised."""
     path = run if which == "run" else exported[0]
     merged = policy.load(described(exported[1]), "float32").params
-    expected = quantised.tree(merged, "int8", FLOAT)
+    expected = quantised.quantise_params(merged, "int8", FLOAT)
     found = policy.load(described(path), "int8").params
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for ours, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
@@ -511,8 +517,8 @@ def test_an_adapter_is_trained_on(run, exported, models, tmp_path, monkeypatch):
     (moved / "adapter_config.json").write_text(json.dumps(fields))
     c = with_lora(models)
     c.student.path = str(moved)
-    student = setup.prepare(c, mesh_lib.make(1, 1, 1)).student
-    first = policy.first(student, jax.random.key(0))
+    student = setup.setup_run(c, mesh_lib.make_mesh(1, 1, 1)).student
+    first = policy.load_or_init_lora(student, jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, first, final(run))
     start = policy.load(described(models[0]), "float32").params
     jax.tree.map(np.testing.assert_array_equal, policy.load(student, "float32").params, start)
@@ -524,36 +530,39 @@ def test_from_the_command_line(tmp_path):
     command = [sys.executable, "-m", "distill.train", "--config=configs/quickstart.py:tiny", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    kind = policy.lora_of(tmp_path / "run")
+    kind = policy.read_run_lora(tmp_path / "run")
     assert kind == LoRA(4, 32.0, rslora=False, targets=TARGETS)
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def change(**fields):
     def apply(path):
-        config = json.loads((path / adapter.CONFIG).read_text())
-        (path / adapter.CONFIG).write_text(json.dumps(config | fields))
+        config = json.loads((path / adapter.CONFIG_FILE).read_text())
+        (path / adapter.CONFIG_FILE).write_text(json.dumps(config | fields))
 
     return apply
 
 
 def tensors(apply):
     def changed(path):
-        held = load_file(path / adapter.TENSORS)
+        held = load_file(path / adapter.TENSORS_FILE)
         apply(held)
-        save_file(held, path / adapter.TENSORS)
+        save_file(held, path / adapter.TENSORS_FILE)
 
     return changed
 
 
 def cut(path):
-    (path / adapter.TENSORS).write_bytes((path / adapter.TENSORS).read_bytes()[:-100])
+    (path / adapter.TENSORS_FILE).write_bytes((path / adapter.TENSORS_FILE).read_bytes()[:-100])
 
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
 EXTRA = {"base_model.model.lm_head.weight": np.zeros((2, 2), np.float32)}
 BAD = {
-    "no JSON": (lambda p: (p / adapter.CONFIG).write_text("{"), "adapter_config.json: not JSON"),
+    "no JSON": (
+        lambda p: (p / adapter.CONFIG_FILE).write_text("{"),
+        "adapter_config.json: not JSON",
+    ),
     "no base": (change(base_model_name_or_path=None), "base_model_name_or_path names no model"),
     "lost base": (change(base_model_name_or_path="./gone"), "./gone: no model directory"),
     "other kind": (change(peft_type="IA3"), "peft_type='IA3' is not supported"),
@@ -572,7 +581,7 @@ BAD = {
     "missing B": (tensors(lambda x: x.pop(Q0.format("B"))), f"{Q0.format('B')} is missing"),
     "a head": (tensors(lambda x: x.update(EXTRA)), "lm_head.weight is no factor of a LoRA"),
     "truncated": (cut, "adapter_model.safetensors: not a readable safetensors file"),
-    "no tensors": (lambda p: (p / adapter.TENSORS).unlink(), "safetensors: no such file"),
+    "no tensors": (lambda p: (p / adapter.TENSORS_FILE).unlink(), "safetensors: no such file"),
 }
 
 
@@ -584,7 +593,7 @@ def test_bad_adapters(exported, tmp_path, name):
     shutil.copytree(exported[0], path)
     apply(path)
     with pytest.raises(UserError) as error:
-        policy.check(described(path))
+        policy.check_files(described(path))
     assert words in str(error.value) and str(path) in str(error.value)
     assert "\n" not in str(error.value)
 

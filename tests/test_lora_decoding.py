@@ -32,7 +32,7 @@ LARGE = dataclasses.replace(SIZES["0.6b"], vocab_size=1024, num_hidden_layers=4)
 
 def parameters(config) -> tuple[Any, Any]:
     """A random base that is sure of its tokens, and factors as some hundred steps leave them."""
-    base = model.init(config, jax.random.key(0))
+    base = model.init_params(config, jax.random.key(0))
     base["final_norm"]["scale"] *= 3
     rng = np.random.default_rng(1)
 
@@ -40,12 +40,12 @@ def parameters(config) -> tuple[Any, Any]:
         drawn = 2e-3 * rng.standard_normal(x.shape, np.float32)
         return x if path[-1].key == "a" else jnp.asarray(drawn)
 
-    factors = model.init(config, jax.random.key(1), KIND)
+    factors = model.init_params(config, jax.random.key(1), KIND)
     return base, jax.tree_util.tree_map_with_path(moved, factors)
 
 
 def log_probs(variables: Any, hidden_BTD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    head_VD = model.head(variables["params"]).astype(BF16)
+    head_VD = model.get_output_head(variables["params"]).astype(BF16)
     logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD[:, :-1], head_VD, preferred_element_type=WIDE)
     logp_BTV = jax.nn.log_softmax(logits_BTV)
     return jnp.take_along_axis(logp_BTV, tokens_BT[:, 1:, None], -1)[..., 0]
@@ -80,9 +80,9 @@ def deltas(config, param_dtype: str, rows: int, length: int) -> dict[str, float]
     tokens_BT = jax.random.randint(jax.random.key(2), (rows, length), 0, config.vocab_size)
     adapted = Qwen3(config, dtype=BF16, lora=KIND)
     plain = adapted.clone(lora=None)
-    whole = lora.merge(base, trained, KIND, WIDE)
-    frozen = quantised.tree(base, *quantised.split(param_dtype, BF16))
-    factors, unscaled = lora.for_decoding(trained, KIND, BF16)
+    whole = lora.merge_adapter(base, trained, KIND, WIDE)
+    frozen = quantised.quantise_params(base, *quantised.split_dtypes(param_dtype, BF16))
+    factors, unscaled = lora.fold_scale(trained, KIND, BF16)
 
     def delta(qwen3: Qwen3, sampler: Any, scorer: Any, held: Any) -> float:
         ours = jax.jit(decoded, static_argnums=0)(qwen3, sampler, tokens_BT)
@@ -90,9 +90,9 @@ def deltas(config, param_dtype: str, rows: int, length: int) -> dict[str, float]
         return float(jnp.mean(jnp.abs(ours - theirs)))
 
     beside = {"params": frozen, LORA: trained}
-    merged = {"params": lora.merge(frozen, trained, KIND, BF16)}
+    merged = {"params": lora.merge_adapter(frozen, trained, KIND, BF16)}
     apart = {"params": frozen, LORA: factors}
-    rounded = {"params": quantised.tree(whole, None, BF16)}
+    rounded = {"params": quantised.quantise_params(whole, None, BF16)}
     return {
         "whole": delta(plain, rounded, plain, {"params": whole}),
         "merged": delta(plain, merged, adapted, beside),
@@ -119,16 +119,16 @@ def test_factors_are_those_of_the_scorer() -> None:
     """Scaled in float32 and rounded once, as `factors` does, whatever the scale."""
     base, trained = parameters(SMALL)
     tokens_BT = jax.random.randint(jax.random.key(2), (4, 9), 0, 1024)
-    factors, unscaled = lora.for_decoding(trained, KIND, BF16)
+    factors, unscaled = lora.fold_scale(trained, KIND, BF16)
     adapted = Qwen3(SMALL, dtype=BF16, lora=KIND)
     found = scored(adapted.clone(lora=unscaled), {"params": base, LORA: factors}, tokens_BT)
     expected = scored(adapted, {"params": base, LORA: trained}, tokens_BT)
     np.testing.assert_array_equal(found, expected)
-    layers = model.unstack(base, 2), model.unstack(factors, 2)
+    layers = model.unstack_layers(base, 2), model.unstack_layers(factors, 2)
     by_layer = adapted.clone(lora=unscaled, scan=False)
     apart = decoded(by_layer, {"params": layers[0], LORA: layers[1]}, tokens_BT)
     np.testing.assert_allclose(apart, expected, atol=0.1)
     for kind in (None, "int8"):  # kernels that are rounded already are left alone
-        held = quantised.tree(base, "int8", BF16)
-        again = quantised.tree(held, kind, BF16)
+        held = quantised.quantise_params(base, "int8", BF16)
+        again = quantised.quantise_params(held, kind, BF16)
         assert jax.tree.all(jax.tree.map(np.array_equal, again, held))

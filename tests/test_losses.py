@@ -11,8 +11,8 @@ import pytest
 
 from distill.objectives import advantages, losses
 from distill.objectives.divergences import Divergence
-from distill.objectives.fused_head import token_stats
-from distill.objectives.losses import TABLE, Loss
+from distill.objectives.fused_head import compute_token_stats
+from distill.objectives.losses import OBJECTIVES, Loss
 from models.errors import UserError
 
 V, D, E, LIMIT = 9, 6, 5, 12
@@ -23,7 +23,7 @@ N, LONGEST = len(PROMPTS), 8
 
 # Every objective of the table, and every estimator and aggregation beside it.
 FORMS = {
-    **TABLE,
+    **OBJECTIVES,
     "topk": Loss(teacher=1, divergence="jsd", estimator="topk", k=3, k_of="union"),
     "stored": Loss(
         **{"teacher": 1, "divergence": "forward", "estimator": "topk", "k": 3},
@@ -55,7 +55,7 @@ def sequences():
     }
     teacher = rng.normal(size=(N, LONGEST, E)).astype(f32), rng.normal(size=(V, E)).astype(f32)
     hidden, head = map(jnp.asarray, parameters.values())
-    stats = token_stats(hidden, head, losses.shift(jnp.asarray(tokens)), logits_mib=1)
+    stats = compute_token_stats(hidden, head, losses.shift(jnp.asarray(tokens)), logits_mib=1)
     fresh = np.array(losses.unshift(stats["logp"]))
     return parameters, {
         "tokens": tokens,
@@ -107,7 +107,11 @@ def sums(loss, parameters, layout, fresh=False, chunk=0):
     hidden = place(parameters["hidden"], noise)
     teacher = place(jnp.asarray(known["teacher"]), noise[..., :E])
     tokens = place(jnp.asarray(known["tokens"]), EOS)
-    options: Any = {"logits_mib": 1, "divergence": loss.compared, "baseline": loss.baseline}
+    options: Any = {
+        "logits_mib": 1,
+        "divergence": loss.teacher_divergence,
+        "baseline": loss.baseline,
+    }
     if loss.served == "top":
         logq, ids = jax.lax.top_k(jax.nn.log_softmax(teacher @ known["teacher_head"].T), 4)
         options["teacher_top_BTK"] = ids, logq
@@ -125,13 +129,15 @@ def sums(loss, parameters, layout, fresh=False, chunk=0):
         **{f"{name}_logp_BT": of_tokens(name) for name in ("sampler", "old", "reference")},
         "advantages_BT": losses.shift(place(jnp.asarray(reward), np.nan)),
     }
-    weight, count = losses.weights(loss, mask, segments, LIMIT)
+    weight, count = losses.compute_token_weights(loss, mask, segments, LIMIT)
     student = hidden, parameters["head"], losses.shift(tokens)
     if chunk:
         options |= {"known": known_BT, "weight_BT": weight, "logits_mib": chunk * 4 * N * V / 2**20}
-        options["loss"] = lambda stats, known: losses.token_losses(loss, stats, **known)
-        return token_stats(*student, **options)["total"], count
-    per_token = losses.token_losses(loss, token_stats(*student, **options), **known_BT)
+        options["loss"] = lambda stats, known: losses.compute_token_losses(loss, stats, **known)
+        return compute_token_stats(*student, **options)["total"], count
+    per_token = losses.compute_token_losses(
+        loss, compute_token_stats(*student, **options), **known_BT
+    )
     return (weight * per_token["loss"]).sum(), count
 
 
@@ -164,7 +170,7 @@ def test_layout_changes_nothing(name, layout):
     assert not np.asarray(found[1]["hidden"])[~predicts()].any()
 
 
-@pytest.mark.parametrize("name", [name for name, loss in FORMS.items() if loss.by_token])
+@pytest.mark.parametrize("name", [name for name, loss in FORMS.items() if loss.is_per_token])
 def test_the_head_takes_the_gradient_on_its_way(name):
     """In three chunks of five columns, one of them padding: the same loss and gradient
     as when the head hands over figures and has its logits again on the way back."""
@@ -172,7 +178,7 @@ def test_the_head_takes_the_gradient_on_its_way(name):
 
 
 def test_which_losses_look_at_other_tokens():
-    others = {name for name, loss in FORMS.items() if not loss.by_token}
+    others = {name for name, loss in FORMS.items() if not loss.is_per_token}
     assert others == {"gspo", "discount", "sampled, all"}
 
 
@@ -217,9 +223,11 @@ def test_a_truncated_response_has_no_eos_to_train():
     head = jnp.asarray(sequences()[0]["head"])
 
     def total(hidden):
-        stats = token_stats(hidden, head, losses.shift(tokens), logits_mib=1)
+        stats = compute_token_stats(hidden, head, losses.shift(tokens), logits_mib=1)
         shifted = losses.shift(mask)
-        per_token = losses.token_losses(TABLE["sft"], stats, shifted, shifted.astype(jnp.int32))
+        per_token = losses.compute_token_losses(
+            OBJECTIVES["sft"], stats, shifted, shifted.astype(jnp.int32)
+        )
         return per_token["loss"].sum()
 
     trained = np.abs(np.asarray(jax.grad(total)(hidden))).max(-1)[0] > 0
@@ -239,7 +247,9 @@ def simple(loss, logp, **known):
     mask = jnp.ones((1, len(logp)), jnp.int32)
 
     def total(x):
-        return losses.token_losses(loss, {"logp": x, **stats}, mask, mask, **known)["loss"].sum()
+        return losses.compute_token_losses(loss, {"logp": x, **stats}, mask, mask, **known)[
+            "loss"
+        ].sum()
 
     value, grad = jax.value_and_grad(total)(jnp.asarray([logp]))
     return float(value), np.asarray(grad)[0]
@@ -274,7 +284,7 @@ def test_teacher_and_advantage_are_detached():
         stats = {"logp": logp, **{n: x[n] for n in ("teacher_logp", "baseline", "reverse_kl")}}
         given: Any = {f"{n}_logp_BT": x[n] for n in ("sampler", "old", "reference")}
         given["advantages_BT"] = x["advantages"]
-        return losses.token_losses(loss, stats, mask, mask, **given)["loss"].sum()
+        return losses.compute_token_losses(loss, stats, mask, mask, **given)["loss"].sum()
 
     assert all(not g.any() for g in jax.grad(total)(inputs).values())
 
@@ -285,7 +295,7 @@ def test_length_bias_of_the_aggregations():
     the divisor is no function of lengths."""
     mask = jnp.asarray([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]])
     found = {
-        a: losses.weights(Loss(sft=1, aggregation=a), mask, mask, 8)
+        a: losses.compute_token_weights(Loss(sft=1, aggregation=a), mask, mask, 8)
         for a in ("token", "sequence", "constant")
     }
     rows = {a: (np.asarray(w).sum(1) / float(n)).tolist() for a, (w, n) in found.items()}
@@ -306,13 +316,13 @@ def test_figures_that_foresee_collapse():
             "sampler_logp_BT": jnp.asarray([before]),
             "advantages_BT": jnp.full((1, 4), advantage),
         }
-        return losses.token_losses(loss, {"logp": jnp.asarray([logp])}, mask, mask, **given)
+        return losses.compute_token_losses(loss, {"logp": jnp.asarray([logp])}, mask, mask, **given)
 
-    up = figures(TABLE["grpo"], 1.0)
+    up = figures(OBJECTIVES["grpo"], 1.0)
     np.testing.assert_allclose(up["ratio"][0], [2, 0.5 / 0.9, 1, 5], rtol=1e-6)
     np.testing.assert_array_equal(up["clipped"][0], [1, 0, 0, 1])
-    np.testing.assert_array_equal(figures(TABLE["grpo"], -1.0)["clipped"][0], [0, 1, 0, 0])
-    tight = dataclasses.replace(TABLE["cispo"], clip_low=0.2, clip_high=0.2)
+    np.testing.assert_array_equal(figures(OBJECTIVES["grpo"], -1.0)["clipped"][0], [0, 1, 0, 0])
+    tight = dataclasses.replace(OBJECTIVES["cispo"], clip_low=0.2, clip_high=0.2)
     np.testing.assert_array_equal(figures(tight, 1.0)["clipped"][0], [1, 1, 0, 1])
     assert set(up) == {"loss", "advantage", "ratio", "clipped"}
 
@@ -332,12 +342,12 @@ def test_sampler_mismatch_is_truncated():
 
 def test_opd_is_the_reverse_kl_of_each_token():
     """The table's first rows are what they were: -log p, and the head's reverse KL."""
-    assert TABLE["sft"].compared is None and not TABLE["sft"].on_policy
-    assert TABLE["opd"].compared == Divergence("reverse")
-    assert not TABLE["opd"].policy_gradient
-    for loss in TABLE.values():
+    assert OBJECTIVES["sft"].teacher_divergence is None and not OBJECTIVES["sft"].is_on_policy
+    assert OBJECTIVES["opd"].teacher_divergence == Divergence("reverse")
+    assert not OBJECTIVES["opd"].has_policy_gradient
+    for loss in OBJECTIVES.values():
         assert hash(loss) == hash(dataclasses.replace(loss))  # static under jit
-        assert loss.on_policy or not loss.policy_gradient
+        assert loss.is_on_policy or not loss.has_policy_gradient
 
 
 TOP = {"teacher": 1, "estimator": "topk", "k": 4, "served": "top", "served_k": 8}
@@ -399,7 +409,7 @@ def test_later_sum(discount):
         for i in range(t + 1, x.shape[1]):
             wanted[b, t] += discount ** (i - t) * x[b, i] * (segments[b, i] == segments[b, t])
     wanted *= segments > 0
-    mine = advantages.later_sum(jnp.asarray(x), jnp.asarray(segments), discount)
+    mine = advantages.sum_discounted_future(jnp.asarray(x), jnp.asarray(segments), discount)
     np.testing.assert_allclose(mine * (segments > 0), wanted, atol=1e-6)
 
 
@@ -408,8 +418,8 @@ def test_group_advantages():
     rng = np.random.default_rng(5)
     rewards = rng.normal(size=(4, 5)).astype(np.float32)
     rewards[1], rewards[2] = 0.1, [1, 0, 0, 0, 0]
-    for group in advantages.GROUPS:
-        found, constant = advantages.group_advantages(jnp.asarray(rewards), group)
+    for group in advantages.ADVANTAGE_NORMS:
+        found, constant = advantages.compute_group_advantages(jnp.asarray(rewards), group)
         np.testing.assert_array_equal(constant, [False, True, False, False])
         assert not found[1].any()
         for p, g in np.ndindex(*rewards.shape):
@@ -426,11 +436,11 @@ def test_figures_by_position():
     """Offsets count trained tokens of the sequence, whatever stands before them in the row."""
     segments = jnp.asarray([[1, 1, 1, 2, 2, 2, 0], [0, 1, 1, 1, 1, 1, 1]])
     mask = jnp.asarray([[0, 1, 1, 0, 1, 1, 0], [0, 0, 1, 1, 0, 1, 1]], bool)
-    at = np.asarray(advantages.offsets(mask, segments))
+    at = np.asarray(advantages.compute_response_positions(mask, segments))
     assert at[0][np.asarray(mask[0])].tolist() == [0, 1, 0, 1]
     assert at[1][np.asarray(mask[1])].tolist() == [0, 1, 2, 3]
     x = jnp.asarray([[9, 1, 2, 9, 3, 4, 9], [9, 9, 5, 6, 9, 7, 8]], jnp.float32)
-    found = advantages.by_offset(x, mask, segments, (0, 1, 3))
+    found = advantages.sum_by_position(x, mask, segments, (0, 1, 3))
     assert {k: (float(a), float(n)) for k, (a, n) in found.items()} == {
         **{"0": (1 + 3 + 5, 3), "1": (2 + 4 + 6 + 7, 4), "3": (8, 1)}
     }
@@ -440,5 +450,5 @@ def test_the_teacher_as_a_judge():
     """The mean log-likelihood of a response, at each of its tokens."""
     logq = jnp.asarray([[-9.0, -1, -3, -2, -4]])
     mask, segments = jnp.asarray([[0, 1, 1, 0, 1]]), jnp.asarray([[1, 1, 1, 2, 2]])
-    mean = advantages.sequence_mean(logq, mask, segments)
+    mean = advantages.mean_over_sequence(logq, mask, segments)
     np.testing.assert_allclose(mean, [[-2, -2, -2, -4, -4]])

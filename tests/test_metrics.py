@@ -27,28 +27,33 @@ def rows(path):
 def test_unequal_micro_batches_weigh_by_count():
     a = {"loss": (jnp.float32(6), jnp.float32(2))}
     b = {"loss": (jnp.float32(1), jnp.float32(8))}
-    mean = run_files.finalize(jax.jit(lambda *sums: jax.tree.map(jnp.add, *sums))(a, b))
+    mean = run_files.compute_means(jax.jit(lambda *sums: jax.tree.map(jnp.add, *sums))(a, b))
     assert float(mean["loss"]) == pytest.approx(0.7)
 
 
 def test_count_zero_is_nan_and_null():
-    mean = run_files.finalize({"x": (jnp.float32(0), jnp.int32(0))})
+    mean = run_files.compute_means({"x": (jnp.float32(0), jnp.int32(0))})
     assert math.isnan(mean["x"])
-    assert run_files.dumps(mean) == '{"x": null}'
+    assert run_files.to_json(mean) == '{"x": null}'
 
 
 def test_dumps_is_finite():
     row = {"a": np.float32(np.inf), "b": [float("nan"), 1], "c": jnp.bfloat16(1.5), "d": (1, None)}
-    assert json.loads(run_files.dumps(row)) == {"a": None, "b": [None, 1], "c": 1.5, "d": [1, None]}
+    assert json.loads(run_files.to_json(row)) == {
+        "a": None,
+        "b": [None, 1],
+        "c": 1.5,
+        "d": [1, None],
+    }
 
 
 def test_wilson():
-    assert run_files.wilson(0, 0) == (0.0, 1.0)
+    assert run_files.wilson_interval(0, 0) == (0.0, 1.0)
     # R: prop.test(8, 10, correct=FALSE)
-    np.testing.assert_allclose(run_files.wilson(8, 10), (0.4901625, 0.9433178), atol=1e-6)
-    low, high = run_files.wilson(0, 10)
+    np.testing.assert_allclose(run_files.wilson_interval(8, 10), (0.4901625, 0.9433178), atol=1e-6)
+    low, high = run_files.wilson_interval(0, 10)
     assert low == 0.0 and high == pytest.approx(0.2775328)
-    low, high = run_files.wilson(10, 10)
+    low, high = run_files.wilson_interval(10, 10)
     assert low == pytest.approx(0.7224672) and high == pytest.approx(1.0)
 
 
@@ -91,8 +96,8 @@ def test_write_json_is_whole_or_absent(tmp_path):
 
 
 def test_plain_progress(capsys, monkeypatch):
-    monkeypatch.setattr(run_files, "_PLAIN_SECONDS", 3600.0)
-    with run_files.progress(10, 2, "sft") as bar:
+    monkeypatch.setattr(run_files, "_PROGRESS_SECONDS", 3600.0)
+    with run_files.show_progress(10, 2, "sft") as bar:
         for done in range(3, 11):
             bar.update(done, {"loss": 1 / done})
     lines = capsys.readouterr().err.splitlines()
@@ -134,7 +139,7 @@ def test_progress_bar_on_a_terminal():
 
 
 def test_environment():
-    e = json.loads(run_files.dumps(run_files.environment()))
+    e = json.loads(run_files.to_json(run_files.describe_environment()))
     assert e["packages"]["jax"] == jax.__version__
     assert e["devices"] == {"backend": "cpu", "kind": "cpu", "count": 8, "processes": 1}
     assert e["git"] is None or len(e["git"]["revision"]) == 40

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from configs import quickstart
 from distill.data import packing
-from distill.data.collate import Form, Written
+from distill.data.collate import BatchLayout, SampledExample
 from distill.data.examples import Example
 from distill.objectives import losses
 from distill.policy.policy import Policy
@@ -33,7 +33,7 @@ SPARSE = dataclasses.replace(
 FURTHER = dataclasses.replace(TEACHER, hidden_size=48)
 
 
-def examples_of(form: Form, written: int = COUNT) -> list[Example]:
+def examples_of(form: BatchLayout, written: int = COUNT) -> list[Example]:
     """Sequences of random lengths, of which the student wrote the first."""
     rng, found = np.random.default_rng(0), []
     for i in range(COUNT):
@@ -44,28 +44,32 @@ def examples_of(form: Form, written: int = COUNT) -> list[Example]:
             layers, chosen = form.routing
             drawn = np.argsort(rng.random((n + m - 1, layers, 4)))[..., :chosen].astype(np.int16)
             experts = [drawn[:2], drawn[2:]]
-        common: dict[str, Any] = {"told": more + prompt, "kind": i % 2, "thinking": i % 3 > 0}
+        common: dict[str, Any] = {
+            "teacher_prompt": more + prompt,
+            "source_id": i % 2,
+            "thinking": i % 3 > 0,
+        }
         top = [
             [[int(v), -1.0 - k] for k, v in enumerate(rng.permutation(96)[:3])] for _ in range(m)
         ]
         if i >= written:
-            found.append(Example(prompt, response, "", f"read {i}", top=top, **common))
+            found.append(Example(prompt, response, "", f"read {i}", teacher_top=top, **common))
             continue
         found.append(
-            Written(
+            SampledExample(
                 *(prompt, response, "", f"written {i}"),
                 **common,
-                top=top,
+                teacher_top=top,
                 logprobs=(-4.5 + 0.3 * rng.normal(size=m)).tolist(),
                 finished=bool(i % 4),
                 experts=experts,
-                advantage=float(rng.normal()) if form.rewarded else None,
+                advantage=float(rng.normal()) if form.has_advantages else None,
             )
         )
     return found
 
 
-def alone(rows: int, minibatches: int) -> list[list[microbatches.Rows]]:
+def alone(rows: int, minibatches: int) -> list[list[microbatches.PackedRows]]:
     """One sequence a row."""
     found = []
     for j in range(minibatches):
@@ -80,30 +84,30 @@ def read(config: Any, seed: int, mesh: Any) -> Policy:
 
 def trained(case: dict, packed: bool, sizes: tuple[int, ...] = (1, 1, 1)):
     """The metrics of a step, and by how much the parameters moved; and the rows that it took."""
-    mesh = mesh_lib.make(*sizes)
+    mesh = mesh_lib.make_mesh(*sizes)
     given = {"epochs": 1, "minibatches": 1, "teachers": 1, "temperature": 1.0} | case
     config = SPARSE if given.get("sparse") else CONFIG
-    loss = dataclasses.replace(losses.TABLE[given["objective"]], **given.get("loss", {}))
+    loss = dataclasses.replace(losses.OBJECTIVES[given["objective"]], **given.get("loss", {}))
     shares = {"source": np.eye(2), "weights": np.full((2, 2), [0.25, 0.75])}
     shares = shares.get(given.get("share", ""))
     written = given.get("written", COUNT)
     stored = loss.served == "top"
-    form = Form(
+    form = BatchLayout(
         T,
         R,
         top_k=3 if stored else 0,
-        room=ROOM if given.get("told") else 0,
-        written=written == COUNT,
-        rewarded=loss.reward > 0,
-        routing=config.routing if given.get("sparse") else None,
-        shares=shares,
+        context_tokens=ROOM if given.get("told") else 0,
+        has_sampler_logprobs=written == COUNT,
+        has_advantages=loss.reward > 0,
+        routing=config.routing_shape if given.get("sparse") else None,
+        teacher_weights=shares,
     )
     examples = examples_of(form, written)
     rows, minibatches = mesh.size, given["minibatches"]
-    taken = microbatches.pack(examples, rows, minibatches, form)
+    taken = microbatches.pack_examples(examples, rows, minibatches, form)
     if not packed:
         taken = alone(rows, minibatches)
-    with mesh_lib.use(mesh):
+    with mesh_lib.use_mesh(mesh):
         each = [] if stored or not loss.teacher else [TEACHER, FURTHER][: given["teachers"]]
         who = [
             local.Teacher(ConfigDict({"path": "x"}), read(c, 5 + i, mesh))
@@ -112,24 +116,24 @@ def trained(case: dict, packed: bool, sizes: tuple[int, ...] = (1, 1, 1)):
         optimizer = optax.sgd(1.0 if given["epochs"] * minibatches == 1 else 0.01)
         params = placed(config, 0, mesh)
         before = jax.tree.map(np.array, params)
-        state = update_lib.init(optimizer, params, 0)
+        state = update_lib.init_train_state(optimizer, params, 0)
         mib = 4e-3 * mesh.size
-        programs = update_lib.make(
+        programs = update_lib.make_update(
             *(Qwen3(config), optimizer, loss, R, mib, state),
             overlap=2 if loss.teacher else 0,
             temperature=given["temperature"],
         )
         stage: Any = types.SimpleNamespace(
-            sampled=written,
-            updates=given["epochs"] * minibatches,
+            sampled_rows=written,
+            updates_per_step=given["epochs"] * minibatches,
             c=types.SimpleNamespace(epochs=given["epochs"], accumulate=1),
         )
         train = trainer.Trainer(
-            *(stage, mesh, programs, who, local.heads(who)),
+            *(stage, mesh, programs, who, local.get_teacher_heads(who)),
             read(config, 9, mesh) if loss.reference else None,
             *(None, mib, given["temperature"]),
         )
-        work = microbatches.lay(taken, examples, form, mesh)
+        work = microbatches.make_microbatches(taken, examples, form, mesh)
         state, measured, _, _ = train.step(state, work)
         assert int(state.step) == 1
         moved = jax.tree.map(lambda a, b: np.asarray(a) - b, state.params, before)
@@ -139,7 +143,7 @@ def trained(case: dict, packed: bool, sizes: tuple[int, ...] = (1, 1, 1)):
 EXACT: dict[str, Any] = {"objective": "opd"}
 SAMPLED = {"objective": "opd_sampled"}
 CASES: dict[str, dict[str, Any]] = {
-    **{name: {"objective": name} for name in losses.TABLE},
+    **{name: {"objective": name} for name in losses.OBJECTIVES},
     "topk": {**EXACT, "loss": {"estimator": "topk", "k": 5}},
     "k2": {**EXACT, "loss": {"estimator": "k2"}},
     "k3": {**EXACT, "loss": {"estimator": "k3", "divergence": "forward"}},
@@ -154,11 +158,11 @@ CASES: dict[str, dict[str, Any]] = {
     "reference": {"objective": "hybrid", "loss": {"reference": 0.1, "truncate": 2.0}},
     "by source": {**EXACT, "teachers": 2, "share": "source"},
     "by weights": {**EXACT, "teachers": 2, "share": "weights"},
-    "context": {**EXACT, "told": True, "teachers": 2, "share": "source"},
-    "mixed": {"objective": "gkd", "written": 8, "told": True},
+    "context": {**EXACT, "teacher_prompt": True, "teachers": 2, "share": "source"},
+    "mixed": {"objective": "gkd", "written": 8, "teacher_prompt": True},
     "experts": {"objective": "hybrid", "sparse": True},
     "updates": {"objective": "gspo", "minibatches": 2, "epochs": 2, "loss": {"reference": 0.1}},
-    "taught updates": {**SAMPLED, "minibatches": 2, "epochs": 2, "told": True},
+    "taught updates": {**SAMPLED, "minibatches": 2, "epochs": 2, "teacher_prompt": True},
     "hot": {**SAMPLED, "temperature": 0.7},
 }
 
@@ -188,18 +192,23 @@ def test_and_so_they_do_on_a_mesh_of_eight(name: str) -> None:
 
 def test_a_judge_reads_packed_rows() -> None:
     """Its mean log-probability of each response, in the mixture of two teachers with a context."""
-    mesh, form = mesh_lib.make(1, 1, 1), Form(T, R, room=ROOM, written=True, shares=np.eye(2))
+    mesh, form = (
+        mesh_lib.make_mesh(1, 1, 1),
+        BatchLayout(
+            T, R, context_tokens=ROOM, has_sampler_logprobs=True, teacher_weights=np.eye(2)
+        ),
+    )
     examples, stage = examples_of(form), types.SimpleNamespace()
     stage.c = types.SimpleNamespace(max_response_tokens=R)
     found = []
-    with mesh_lib.use(mesh):
+    with mesh_lib.use_mesh(mesh):
         who = [
             local.Teacher(ConfigDict({"path": "x"}), read(c, 5, mesh)) for c in (TEACHER, FURTHER)
         ]
-        for taken in (microbatches.pack(examples, 2, 2, form), alone(2, 2)):
-            work = microbatches.lay(taken, examples, form, mesh)
+        for taken in (microbatches.pack_examples(examples, 2, 2, form), alone(2, 2)):
+            work = microbatches.make_microbatches(taken, examples, form, mesh)
             given: Any = (who, stage, work, examples, mesh, 1.0, None)
-            found.append(collect._judged(*given))
+            found.append(collect._score_with_judge(*given))
     np.testing.assert_allclose(*found, rtol=1e-5)
     assert len(np.unique(found[0])) == COUNT
 
@@ -211,7 +220,7 @@ def test_one_micro_batch_of_teacher_states_is_alive(tmp_path, monkeypatch) -> No
     c = quickstart.get_config("tiny")
     c.opd.batch_size, c.opd.samples, c.opd.minibatches, c.opd.accumulate = 16, 2, 2, 4
     c.mesh.fsdp = 1
-    score, seen, T = local.score, [], stages.row_tokens(c.opd)
+    score, seen, T = local.score, [], stages.get_row_tokens(c.opd)
 
     def alive() -> int:
         return sum(x.ndim == 3 and x.shape[1] == T for x in jax.live_arrays())
@@ -238,10 +247,10 @@ def test_packing(sizes: list[tuple[int, int]], rows: int, minibatches: int) -> N
     """Each sequence once, in the minibatch that is its; no row too long, for the student or for a
     teacher who is told more; full micro-batches, none of them empty; at most twice the rows that
     would do, and the same in every process."""
-    form = Form(50, 49, room=20)
-    examples = [Example([1], [2] * (n - 1), "", "", told=[1] * (1 + m)) for n, m in sizes]
-    packed = microbatches.pack(examples, rows, minibatches, form)
-    assert packed == microbatches.pack(list(examples), rows, minibatches, form)
+    form = BatchLayout(50, 49, context_tokens=20)
+    examples = [Example([1], [2] * (n - 1), "", "", teacher_prompt=[1] * (1 + m)) for n, m in sizes]
+    packed = microbatches.pack_examples(examples, rows, minibatches, form)
+    assert packed == microbatches.pack_examples(list(examples), rows, minibatches, form)
     assert len(packed) == minibatches
     for j, part in enumerate(packed):
         assert part and all(len(micro) == rows for micro in part)
@@ -261,5 +270,7 @@ def test_first_fit_decreasing_packs_well() -> None:
     """Log-normal lengths, the longest cut at a row: hardly a place is empty."""
     rng = np.random.default_rng(0)
     lengths = np.minimum(rng.lognormal(np.log(2048) - 0.5, 1, 512), 16_384).astype(int) + 150
-    packed = packing.first_fit_decreasing({i: (int(n),) for i, n in enumerate(lengths)}, (18_432,))
+    packed = packing.pack_first_fit_decreasing(
+        {i: (int(n),) for i, n in enumerate(lengths)}, (18_432,)
+    )
     assert len(packed) <= np.ceil(lengths.sum() / 18_432) + 1

@@ -47,7 +47,7 @@ SHAPES = {
 
 def load(directory):
     config = Config.from_directory(directory)
-    abstract = mesh_lib.parameters(config, mesh_lib.make(1, 1, 1))
+    abstract = mesh_lib.make_abstract_params(config, mesh_lib.make_mesh(1, 1, 1))
     shardings = jax.tree.map(lambda p: p.sharding, abstract)
     return config, weights.load(directory, config, abstract, shardings, jnp.dtype("float32"))
 
@@ -61,7 +61,7 @@ def logits(qwen3, params, tokens, segments=None):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
     segments = jnp.ones_like(tokens) if segments is None else segments
     hidden, _ = qwen3.apply({"params": params}, tokens, positions, segments)
-    return hidden @ model.head(params).T
+    return hidden @ model.get_output_head(params).T
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda name: name.replace(" ", "_"))
@@ -86,7 +86,7 @@ def test_rope_theta_reaches_the_reference(pair):
     """The fixture means what it says: transformers too computes with the theta of the shape."""
     network, config, _ = pair
     inverse = network.model.rotary_emb.inv_freq.numpy()
-    np.testing.assert_allclose(inverse, rope.frequencies(config)[0], rtol=1e-5)
+    np.testing.assert_allclose(inverse, rope.compute_frequencies(config)[0], rtol=1e-5)
     if config.rope_scaling is None:
         expected = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
         np.testing.assert_allclose(inverse, expected, rtol=1e-5)
@@ -144,7 +144,7 @@ def test_rotary(pair):
     x, positions, _ = layer_inputs(config)
     H = config.head_dim
     q = np.random.default_rng(2).normal(size=(2, T, 3, H)).astype(np.float32)
-    ours = rope.rotate(jnp.asarray(q), rope.rotary(jnp.asarray(positions), config))
+    ours = rope.apply_rotary(jnp.asarray(q), rope.compute_rotary(jnp.asarray(positions), config))
     cos, sin = network.model.rotary_emb(torch.tensor(x), torch.tensor(positions))
     q_torch = torch.tensor(q).transpose(1, 2)
     expected, _ = reference.apply_rotary_pos_emb(q_torch, q_torch, cos, sin)
@@ -159,7 +159,7 @@ def test_attention_mlp_and_block(pair):
     network, config, params = pair
     x, positions, segments = layer_inputs(config)
     layer, theirs = first_layer(params), network.model.layers[0]
-    turns = rope.rotary(jnp.asarray(positions), config)
+    turns = rope.compute_rotary(jnp.asarray(positions), config)
     attention, mlp, block = model.Attention(config), model.MLP(config), model.Block(config)
     ours: Any = (
         attention.apply({"params": layer["attention"]}, x, turns, segments, None, 0)[0],
@@ -192,7 +192,7 @@ def small(tmp_path_factory):
 def test_scan_equals_loop(small):
     config, params = small
     tokens = tokens_of(config)
-    unstacked = model.unstack(params, config.num_hidden_layers)
+    unstacked = model.unstack_layers(params, config.num_hidden_layers)
     np.testing.assert_allclose(
         logits(model.Qwen3(config), params, tokens),
         logits(model.Qwen3(config, scan=False), unstacked, tokens),
@@ -207,7 +207,9 @@ def test_cache_equals_forward(small, kind, stacked):
     config, params = small
     tokens = tokens_of(config, length=12)
     qwen3 = model.Qwen3(config, scan=stacked)
-    variables = {"params": params if stacked else model.unstack(params, config.num_hidden_layers)}
+    variables = {
+        "params": params if stacked else model.unstack_layers(params, config.num_hidden_layers)
+    }
     forward = jax.jit(qwen3.apply)
     positions = np.tile(np.arange(12, dtype=np.int32), (2, 1))
     whole, _ = forward(variables, tokens, positions, np.ones_like(tokens))
@@ -232,21 +234,21 @@ def test_cache_equals_forward(small, kind, stacked):
         line = np.where(mine, tokens[np.maximum(row, 0), position], 0)
         starts = np.array([[0, counts[0], sum(counts)]])
         index = (table[order], np.array(length), starts, of[None], position[None])
-        view = cache.at(*(jnp.asarray(x, jnp.int32) for x in index))
+        view = cache.bind_tokens(*(jnp.asarray(x, jnp.int32) for x in index))
         hidden, view = forward(variables, line[None], position[None], mine[None] * 1, view)
-        cache = view.bare()
+        cache = view.unbind_tokens()
         found[row[mine], position[mine]] = np.asarray(hidden)[0][mine]
     length = np.array([5 if kind == "slabs" else 7, 7])
     if kind == "slabs":
         table, length = table[::-1], length[::-1]  # a slab is a row of the batch
-    cache = cache.begin(jnp.asarray(length), 12)
+    cache = cache.begin_segment(jnp.asarray(length), 12)
     who = [1, 0] if kind == "slabs" else [0, 1]
     for _ in range(5):
-        view = cache.step(jnp.asarray(table), jnp.asarray(length + 1))
+        view = cache.bind_next_tokens(jnp.asarray(table), jnp.asarray(length + 1))
         hidden, view = forward(
             variables, tokens[who, length][:, None], length[:, None], np.ones((2, 1)), view
         )
-        cache = view.bare()
+        cache = view.unbind_tokens()
         found[who, length] = np.asarray(hidden)[:, 0]
         length = length + 1
     known = 10 if kind == "slabs" else 12
@@ -299,7 +301,9 @@ def test_every_field_is_alive(small, field):
     test_moe.py."""
     config, params = small
     other = dataclasses.replace(config, **{field: ALIVE[field]})
-    shapes = [jax.tree.map(lambda x: x.shape, model.abstract(c)[0]) for c in (config, other)]
+    shapes = [
+        jax.tree.map(lambda x: x.shape, model.get_abstract_params(c)[0]) for c in (config, other)
+    ]
     if shapes[0] == shapes[1]:
         tokens = tokens_of(config)
         a, b = (np.asarray(logits(model.Qwen3(c), params, tokens)) for c in (config, other))
@@ -318,16 +322,18 @@ def test_all_published_models(shared_data):
     assert len(entries) > 15 and any("235B" in name for name in entries)
     for name, entry in entries.items():
         config = Config.from_hf(entry["config"])
-        count = sum(x.size for x in jax.tree.leaves(model.abstract(config)[0]))
+        count = sum(x.size for x in jax.tree.leaves(model.get_abstract_params(config)[0]))
         assert count == config.num_parameters == entry["derived"]["parameters"], name
         for sizes in ((1, 8, 1, 1), (1, 2, 4, 1), (1, 1, 2, 4), (2, 1, 1, 4), (1, 1, 1, 8)):
-            mesh = mesh_lib.make(*sizes)
-            mesh_lib.check(config, mesh, name)
-            for x in jax.tree.leaves(mesh_lib.parameters(config, mesh)):
+            mesh = mesh_lib.make_mesh(*sizes)
+            mesh_lib.check_divisible(config, mesh, name)
+            for x in jax.tree.leaves(mesh_lib.make_abstract_params(config, mesh)):
                 assert all(x.sharding.shard_shape(x.shape))  # raises if it does not divide
-        mesh, kv = mesh_lib.make(1, 2, 4), config.num_key_value_heads + 1
+        mesh, kv = mesh_lib.make_mesh(1, 2, 4), config.num_key_value_heads + 1
         with pytest.raises(UserError, match=f"{name}: num_key_value_heads={kv} does not divide by"):
-            mesh_lib.check(dataclasses.replace(config, num_key_value_heads=kv), mesh, name)
+            mesh_lib.check_divisible(
+                dataclasses.replace(config, num_key_value_heads=kv), mesh, name
+            )
 
 
 def test_names_of_the_4b(shared_data):
@@ -336,8 +342,8 @@ def test_names_of_the_4b(shared_data):
     published = published.get("tensors", published)
     config = SIZES["4b"]
     ours = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(model.abstract(config)[0]):
-        name, transposed = weights.TABLE[tuple(key.key for key in path)]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.get_abstract_params(config)[0]):
+        name, transposed = weights.TENSOR_NAMES[tuple(key.key for key in path)]
         stacked = "{}" in name
         shape = leaf.shape[1:] if stacked else leaf.shape
         for layer in range(config.num_hidden_layers if stacked else 1):

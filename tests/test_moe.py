@@ -24,7 +24,7 @@ from distill.runtime import run_files
 from distill.training import microbatches, update
 from models.errors import UserError
 from models.qwen3 import model, moe, weights
-from models.qwen3.config import Config, Scaling
+from models.qwen3.config import Config, RopeScaling
 from tests.helpers import one_update, tiny_qwen3
 
 T = 19
@@ -61,7 +61,7 @@ MESHES = [(1, 1, 1, 8), (1, 2, 1, 4), (1, 2, 2, 2), (2, 1, 1, 4), (2, 2, 2, 1)]
 
 def load(directory, sizes=(1, 1, 1)):
     config = Config.from_directory(directory)
-    abstract = mesh_lib.parameters(config, mesh_lib.make(*sizes))
+    abstract = mesh_lib.make_abstract_params(config, mesh_lib.make_mesh(*sizes))
     shardings = jax.tree.map(lambda p: p.sharding, abstract)
     return config, weights.load(directory, config, abstract, shardings, jnp.dtype("float32"))
 
@@ -74,17 +74,19 @@ def tokens_of(config, rows=2, length=T, seed=0):
 def logits(qwen3, params, tokens):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
     hidden, _ = qwen3.apply({"params": params}, tokens, positions, jnp.ones_like(tokens))
-    return hidden @ model.head(params).T
+    return hidden @ model.get_output_head(params).T
 
 
-routed_of = jax.jit(forward.routed, static_argnums=0)
+routed_of = jax.jit(forward.compute_hidden_and_router_stats, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def scored_of(qwen3, params, batch):
     """Log-probabilities of each token of `batch` by one plain forward."""
-    hidden, targets = forward.hidden(qwen3, params, batch), losses.shift(batch.tokens_BT)
-    stats = fused_head.token_stats(hidden, model.head(params), targets, logits_mib=1)
+    hidden, targets = forward.compute_hidden(qwen3, params, batch), losses.shift(batch.tokens_BT)
+    stats = fused_head.compute_token_stats(
+        hidden, model.get_output_head(params), targets, logits_mib=1
+    )
     return losses.unshift(stats["logp"])
 
 
@@ -146,7 +148,7 @@ def test_gradients(pair):
         return -jnp.mean(jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1))
 
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
-    ours = dict(weights.tensors(grads, jnp.dtype("float32")))
+    ours = dict(weights.iter_tensors(grads, jnp.dtype("float32")))
     network.zero_grad()
     theirs = network(torch.tensor(tokens), labels=torch.tensor(tokens)).loss
     theirs.backward()
@@ -163,16 +165,18 @@ def test_greedy(pair, stacked):
     """Both layouts of the cache continue as transformers does, and record the forward's log-p."""
     network, config, params = pair
     prompts = [tokens_of(config, rows=1, length=n, seed=n)[0].tolist() for n in (5, 9)]
-    mesh = mesh_lib.make(1, 1, 1)
-    shardings = jax.tree.map(lambda p: p.sharding, mesh_lib.parameters(config, mesh))
-    with mesh_lib.use(mesh):
+    mesh = mesh_lib.make_mesh(1, 1, 1)
+    shardings = jax.tree.map(lambda p: p.sharding, mesh_lib.make_abstract_params(config, mesh))
+    with mesh_lib.use_mesh(mesh):
         done = rollout.sample(
             model.Qwen3(config),
             jax.device_put(params, shardings),
             [rollout.Sequence(prompt, (0, 0), 8) for prompt in prompts],
             sampling=rollout.Sampling(temperature=0),
             stop_ids=(-1,),
-            options=rollout.Options(slots=2, stacked=stacked, kind="plain" if stacked else ""),
+            options=rollout.RolloutOptions(
+                slots=2, stacked=stacked, cache_backend="plain" if stacked else ""
+            ),
         )
         rows = list(done)
     for row, prompt in enumerate(prompts):
@@ -181,7 +185,7 @@ def test_greedy(pair, stacked):
             with torch.no_grad():
                 out.append(int(network(torch.tensor([out])).logits[0, -1].argmax()))
         assert rows[row].tokens == out[len(prompt) :]
-    batch = microbatches.unpacked(rows, 2, 17)
+    batch = microbatches.make_unpacked_batch(rows, 2, 17)
     scored = np.asarray(scored_of(model.Qwen3(config), params, batch))[np.asarray(batch.mask_BT)]
     np.testing.assert_allclose([row.logprobs for row in rows], scored.reshape(2, 8), atol=1e-4)
 
@@ -235,7 +239,7 @@ def rung(request, tmp_path_factory):
 def test_router(rung):
     theirs, config, layer, x = rung
     flat = x.reshape(-1, config.hidden_size)
-    p, kept, chosen = moe.route(
+    p, kept, chosen = moe.route_tokens(
         flat @ layer["moe"]["router"], config.num_experts_per_tok, config.norm_topk_prob
     )
     with torch.no_grad():
@@ -254,7 +258,7 @@ def test_experts(rung):
     chosen = rng.permuted(np.tile(np.arange(7), (len(flat), 1)), axis=1)[:, :3].astype(np.int32)
     kept = rng.uniform(size=chosen.shape).astype(np.float32)
     kernels = layer["moe"]["gate"], layer["moe"]["up"], layer["moe"]["down"]
-    ours, sizes = moe.compute(flat, jnp.asarray(kept), jnp.asarray(chosen), kernels)
+    ours, sizes = moe.compute_local_experts(flat, jnp.asarray(kept), jnp.asarray(chosen), kernels)
     with torch.no_grad():
         expected = theirs.mlp.experts(*map(torch.tensor, (flat, chosen.astype(int), kept)))
     np.testing.assert_allclose(ours, expected.numpy(), atol=1e-4)
@@ -290,7 +294,7 @@ def test_a_mesh_equals_one_device(even, sizes):
     for shape in ((8, T), (1, 3)):
         tokens = tokens_of(config, *shape)
         expected = np.asarray(logits(model.Qwen3(config), params, tokens))
-        with mesh_lib.use(mesh_lib.make(*sizes)):
+        with mesh_lib.use_mesh(mesh_lib.make_mesh(*sizes)):
             found = logits(model.Qwen3(config), sharded, tokens)
         np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
 
@@ -305,13 +309,13 @@ def batch_of(config, rows=8):
 
 def one_step(directory, sizes, accumulate=1, remat=False):
     """Metrics and gradients (the first moments of Adam, unclipped) of a step of training."""
-    mesh = mesh_lib.make(*sizes)
-    with mesh_lib.use(mesh):
+    mesh = mesh_lib.make_mesh(*sizes)
+    with mesh_lib.use_mesh(mesh):
         config, params = load(directory, sizes)
         optimizer = optax.adam(1e-3, b1=0.0)
-        state = update.init(optimizer, params, 0)
+        state = update.init_train_state(optimizer, params, 0)
         qwen3 = model.Qwen3(config, remat=remat)
-        programs = update.make(qwen3, optimizer, losses.TABLE["sft"], 1, 1.0, state)
+        programs = update.make_update(qwen3, optimizer, losses.OBJECTIVES["sft"], 1, 1.0, state)
         state, measured, _ = one_update(programs, state, batch_of(config), accumulate=accumulate)
     return {k: float(v) for k, v in measured.items()}, state
 
@@ -375,7 +379,7 @@ def test_shardings_of_experts(even):
 def test_the_exchange_is_the_explicit_one(even):
     """Tokens are gathered and scattered over the experts' axis; their kernels never travel."""
     config, params = load(even, (1, 1, 1, 8))
-    with mesh_lib.use(mesh_lib.make(1, 1, 1, 8)):
+    with mesh_lib.use_mesh(mesh_lib.make_mesh(1, 1, 1, 8)):
         text = logits.lower(model.Qwen3(config), params, tokens_of(config, 8)).compile().as_text()
     assert text is not None
     assert "reduce-scatter" in text and "all-gather" in text
@@ -387,10 +391,10 @@ def test_the_exchange_is_the_explicit_one(even):
 def test_indivisible_experts_are_refused(even):
     config = dataclasses.replace(Config.from_directory(even), num_experts=6)
     with pytest.raises(UserError, match="num_experts=6 does not divide by mesh axis expert=4"):
-        mesh_lib.check(config, mesh_lib.make(1, 2, 1, 4), "config.json")
+        mesh_lib.check_divisible(config, mesh_lib.make_mesh(1, 2, 1, 4), "config.json")
     config = dataclasses.replace(config, num_experts=8, moe_intermediate_size=21)
     with pytest.raises(UserError, match="moe_intermediate_size=21 does not divide by mesh axis te"):
-        mesh_lib.check(config, mesh_lib.make(1, 2, 2, 2), "config.json")
+        mesh_lib.check_divisible(config, mesh_lib.make_mesh(1, 2, 2, 2), "config.json")
 
 
 def test_a_dense_model_on_a_mesh_with_experts(tmp_path):
@@ -400,16 +404,16 @@ def test_a_dense_model_on_a_mesh_with_experts(tmp_path):
     tokens = tokens_of(config, 8)
     expected = logits(model.Qwen3(config), params, tokens)
     _, sharded = load(tmp_path, (1, 2, 1, 4))
-    with mesh_lib.use(mesh_lib.make(1, 2, 1, 4)):
+    with mesh_lib.use_mesh(mesh_lib.make_mesh(1, 2, 1, 4)):
         found = logits(model.Qwen3(config), sharded, tokens)
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_spread_uses_the_experts(even):
     config = Config.from_directory(even)
-    assert mesh_lib.spread(config) == mesh_lib.make(1, 1, 4, 2)
+    assert mesh_lib.make_reader_mesh(config) == mesh_lib.make_mesh(1, 1, 4, 2)
     odd = dataclasses.replace(config, num_experts=7, num_key_value_heads=1)
-    assert mesh_lib.spread(odd) == mesh_lib.make(1, 8, 1)
+    assert mesh_lib.make_reader_mesh(odd) == mesh_lib.make_mesh(1, 8, 1)
 
 
 # At any load.
@@ -421,11 +425,11 @@ def test_nothing_is_dropped_when_all_tokens_want_the_same_experts(even, sizes):
     config, params = load(even, sizes)
     params["layers"]["moe"]["router"] = jnp.zeros_like(params["layers"]["moe"]["router"])
     batch = batch_of(config)
-    with mesh_lib.use(mesh_lib.make(*sizes)):
+    with mesh_lib.use_mesh(mesh_lib.make_mesh(*sizes)):
         hidden, sums = routed_of(model.Qwen3(config), params, batch)
-    means = run_files.finalize(sums)
+    means = run_files.compute_means(sums)
     assert float(means["expert_dropped"]) == 0
-    figures = moe.summary(means["load_LE"], means["p_LE"])
+    figures = moe.summarise_load(means["load_LE"], means["p_LE"])
     assert float(figures["expert_load_max"]) == pytest.approx(8 / 3)
     assert float(figures["expert_load_min"]) == 0
     assert float(means["router_entropy"]) == pytest.approx(np.log(8), rel=1e-5)
@@ -439,7 +443,7 @@ def test_nothing_is_dropped_when_all_tokens_want_the_same_experts(even, sizes):
     dense = dataclasses.replace(config, num_experts=0, intermediate_size=72)
     layers = {k: v for k, v in layers.items() if k != "moe"}
     layers["mlp"] = {k: {"kernel": v} for k, v in wide.items()}
-    hidden_of = jax.jit(forward.hidden, static_argnums=0)
+    hidden_of = jax.jit(forward.compute_hidden, static_argnums=0)
     expected = hidden_of(model.Qwen3(dense), whole | {"layers": layers}, batch)
     real = np.asarray(batch.segments_BT) > 0
     np.testing.assert_allclose(
@@ -451,10 +455,10 @@ def test_what_fills_up_the_devices_is_not_counted(even):
     """57 tokens on eight devices: the routers' figures of one device."""
     config, params = load(even)
     batch = batch_of(config, 3)
-    expected = run_files.finalize(routed_of(model.Qwen3(config), params, batch)[1])
+    expected = run_files.compute_means(routed_of(model.Qwen3(config), params, batch)[1])
     _, sharded = load(even, (1, 1, 1, 8))
-    with mesh_lib.use(mesh_lib.make(1, 1, 1, 8)):
-        means = run_files.finalize(routed_of(model.Qwen3(config), sharded, batch)[1])
+    with mesh_lib.use_mesh(mesh_lib.make_mesh(1, 1, 1, 8)):
+        means = run_files.compute_means(routed_of(model.Qwen3(config), sharded, batch)[1])
     assert float(means["expert_dropped"]) == float(expected["expert_dropped"]) == 0
     np.testing.assert_allclose(means["load_LE"], expected["load_LE"], atol=1e-6)
 
@@ -466,8 +470,10 @@ def test_dropped_tokens_would_be_counted(even):
     few = {k: v[:5] if k != "router" else v for k, v in layer.items()}
     x = np.random.default_rng(0).normal(size=(2, T, 32)).astype(np.float32)
     flat = x.reshape(-1, 32)
-    _, kept, chosen = moe.route(flat @ layer["router"], 3, True)
-    _, sizes = moe.compute(jnp.asarray(flat), kept, chosen, (few["gate"], few["up"], few["down"]))
+    _, kept, chosen = moe.route_tokens(flat @ layer["router"], 3, True)
+    _, sizes = moe.compute_local_experts(
+        jnp.asarray(flat), kept, chosen, (few["gate"], few["up"], few["down"])
+    )
     assert int(sizes.sum()) == int((np.asarray(chosen) < 5).sum()) < chosen.size
 
 
@@ -475,7 +481,12 @@ def test_figures_against_transformers(pair):
     """The load-balancing loss over real tokens of all layers, and the entropy by hand."""
     network, config, params = pair
     if not any(config.sparse_layers):
-        assert forward.routed(model.Qwen3(config), params, batch_of(config))[1] == {}
+        assert (
+            forward.compute_hidden_and_router_stats(model.Qwen3(config), params, batch_of(config))[
+                1
+            ]
+            == {}
+        )
         return
     batch = batch_of(config)
     mask = torch.tensor(np.asarray(batch.segments_BT))
@@ -488,8 +499,8 @@ def test_figures_against_transformers(pair):
     E, A = config.num_experts, config.num_experts_per_tok
     expected: Any = load_balancing_loss_func(out.router_logits, E, A, mask)
     _, sums = routed_of(model.Qwen3(config), params, batch)
-    means = run_files.finalize(sums)
-    figures = moe.summary(means["load_LE"], means["p_LE"])
+    means = run_files.compute_means(sums)
+    figures = moe.summarise_load(means["load_LE"], means["p_LE"])
     assert float(figures["load_balancing_loss"]) == pytest.approx(float(expected), rel=1e-4)
     real = mask.numpy().ravel() > 0
     logp = torch.stack(out.router_logits).log_softmax(-1).numpy()[:, real]
@@ -518,7 +529,7 @@ ALIVE = {
     "norm_topk_prob": False,
     "decoder_sparse_step": 1,
     "mlp_only_layers": (3,),
-    "rope_scaling": Scaling("yarn", 4.0, 16),
+    "rope_scaling": RopeScaling("yarn", 4.0, 16),
 }
 
 
@@ -536,7 +547,9 @@ def test_every_field_is_alive(mixed, field):
     if field == "max_position_embeddings":
         return
     other = dataclasses.replace(config, **{field: ALIVE[field]})
-    shapes = [jax.tree.map(lambda x: x.shape, model.abstract(c)[0]) for c in (config, other)]
+    shapes = [
+        jax.tree.map(lambda x: x.shape, model.get_abstract_params(c)[0]) for c in (config, other)
+    ]
     if shapes[0] == shapes[1]:
         tokens = tokens_of(config)
         a, b = (np.asarray(logits(model.Qwen3(c), params, tokens)) for c in (config, other))

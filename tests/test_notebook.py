@@ -79,7 +79,7 @@ def rows(file: Path) -> list[dict[str, Any]]:
 
 
 def problems(limit: int) -> list[tuple[str, dict[str, Any]]]:
-    return tasks.problems("arithmetic", "", limit)
+    return tasks.load_problems("arithmetic", "", limit)
 
 
 def test_every_cell_runs(done: tuple[Any, Path]) -> None:

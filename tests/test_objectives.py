@@ -59,7 +59,7 @@ def test_an_objective_is_a_flag(objective, tmp_path):
     for row in rows:
         assert np.isfinite(row["train/loss"]) and row["train/grad_norm"] > 0
     first = rows[0]
-    if losses.TABLE[objective].reward:
+    if losses.OBJECTIVES[objective].reward:
         assert 0 <= first["reward/correct"] <= 1
         assert first["reward/correct_std"] >= 0
         assert "train/advantage" in first and "train/ratio" in first
@@ -90,23 +90,23 @@ def test_a_policy_gradient_is_of_the_temperature_that_drew(tmp_path):
 
 
 def test_every_row_of_the_table_can_be_prepared():
-    for objective in losses.TABLE:
-        plan = setup.prepare(config(objective), mesh_lib.make(1, 1, 1))
+    for objective in losses.OBJECTIVES:
+        plan = setup.setup_run(config(objective), mesh_lib.make_mesh(1, 1, 1))
         (stage,) = plan.stages
-        assert stage.loss == losses.TABLE[objective]
-        assert stage.sampled == {"sft": 0, "distill": 0, "gkd": 4}.get(objective, 8)
+        assert stage.loss == losses.OBJECTIVES[objective]
+        assert stage.sampled_rows == {"sft": 0, "distill": 0, "gkd": 4}.get(objective, 8)
         assert bool(plan.teachers) == bool(stage.loss.teacher)
 
 
 def collected(c: ConfigDict, step: int = 0):
     """The sequences that a stage's step trains on, and what was measured."""
-    mesh = mesh_lib.make(1, 1, 1)
-    plan = setup.prepare(c, mesh)
+    mesh = mesh_lib.make_mesh(1, 1, 1)
+    plan = setup.setup_run(c, mesh)
     with policy.use(plan.student), graders.Grader() as grader:
         params = policy.load(plan.student, "float32").params
-        plan = setup.base(c, plan)
-        plan = setup.load(c, plan, plan.stages[0])
-        draw = collect.batches(plan, plan.stages[0], c.seed, mesh, 8.0, grader)
+        plan = setup.load_lora_base(c, plan)
+        plan = setup.load_stage_models(c, plan, plan.stages[0])
+        draw = collect.make_collect(plan, plan.stages[0], c.seed, mesh, 8.0, grader)
         work, measured = draw(params, step)
     return sequences_of(work), measured
 
@@ -142,15 +142,15 @@ def test_dropped_groups_are_not_trained():
 def test_updates_are_counted_apart_from_steps():
     found = []
     for several in ({}, {"epochs": 3, "minibatches": 2}):
-        c, mesh = config("opd", **several, optim__learning_rate=0.0), mesh_lib.make(1, 1, 1)
+        c, mesh = config("opd", **several, optim__learning_rate=0.0), mesh_lib.make_mesh(1, 1, 1)
         c.opd.optim.warmup_steps = 0
-        plan = setup.prepare(c, mesh)
+        plan = setup.setup_run(c, mesh)
         with policy.use(plan.student), graders.Grader() as grader:
-            plan = setup.load(c, plan, plan.stages[0])
+            plan = setup.load_stage_models(c, plan, plan.stages[0])
             params, stage = policy.load(plan.student, "float32").params, plan.stages[0]
-            work, _ = collect.batches(plan, stage, c.seed, mesh, 8.0, grader)(params, 0)
-            state = update.init(stage.optimizer, params, 5)
-            train = trainer.make(c, plan, stage, mesh, state)
+            work, _ = collect.make_collect(plan, stage, c.seed, mesh, 8.0, grader)(params, 0)
+            state = update.init_train_state(stage.optimizer, params, 5)
+            train = trainer.make_trainer(c, plan, stage, mesh, state)
             state, measured, shown, _ = train.step(state, work, 8)
             stats = [
                 row.positions_BT[row.mask_BT]
@@ -158,7 +158,7 @@ def test_updates_are_counted_apart_from_steps():
                 for row in sequences_of(
                     [[micro]],
                     lambda micro, of=of: dataclasses.replace(
-                        micro.lay(), positions_BT=np.asarray(of["logp"])
+                        micro.make_batch(), positions_BT=np.asarray(of["logp"])
                     ),
                 )
             ]
@@ -233,14 +233,14 @@ def test_stored_tops_need_no_teacher(tmp_path):
 def test_what_cannot_mean_anything_is_refused(objective, changes, words, monkeypatch):
     monkeypatch.setattr(policy, "load", None)  # before any weight is read
     with pytest.raises(UserError, match=words):
-        setup.prepare(config(objective, **changes), mesh_lib.make(1, 1, 1))
+        setup.setup_run(config(objective, **changes), mesh_lib.make_mesh(1, 1, 1))
 
 
 def test_a_judge_needs_a_teacher():
     c = config("grpo", reward__judge=1.0)
     c.teacher.path = ""
     with pytest.raises(UserError, match=r"config\.teacher\.path: name a model directory"):
-        setup.prepare(c, mesh_lib.make(1, 1, 1))
+        setup.setup_run(c, mesh_lib.make_mesh(1, 1, 1))
 
 
 @pytest.mark.parametrize("objective", ["hybrid", "distill"])

@@ -65,23 +65,23 @@ def test_warmup_longer_than_the_run():
 
 def test_unknown_names():
     with pytest.raises(UserError, match="cosine, linear and constant"):
-        optim.make(config(schedule="step"), 10)
+        optim.make_optimizer(config(schedule="step"), 10)
     with pytest.raises(UserError, match="'lion': known are adamw, muon, adafactor, sgd"):
-        optim.make(config(name="lion"), 10)
+        optim.make_optimizer(config(name="lion"), 10)
     with pytest.raises(UserError, match="momentum_dtype='int4'"):
-        optim.make(config(momentum_dtype="int4"), 10)
+        optim.make_optimizer(config(momentum_dtype="int4"), 10)
     with pytest.raises(UserError, match="adafactor keeps no first moment"):
-        optim.make(config(name="adafactor", momentum_dtype="bfloat16"), 10)
+        optim.make_optimizer(config(name="adafactor", momentum_dtype="bfloat16"), 10)
     for field, value in (("learning_rate", -1e-3), ("b2", 1.0), ("clip_norm", float("nan"))):
         with pytest.raises(UserError, match=f"{field}={value}: must be at least 0 and below"):
-            optim.make(config(**{field: value}), 10)
+            optim.make_optimizer(config(**{field: value}), 10)
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.0])
 def test_equals_adamw_by_hand(clip):
     """Clip, moments, bias correction and decoupled decay, in numpy; norms do not decay."""
     c, p = config(clip_norm=clip, schedule="constant", warmup_steps=0), params()
-    tx = optim.make(c, 10)
+    tx = optim.make_optimizer(c, 10)
     state = tx.init(p)
     step = jax.jit(tx.update)
     want = jax.tree.map(np.float64, p)
@@ -114,7 +114,7 @@ def test_equals_adamw_by_hand(clip):
 
 def test_without_gradient_only_weights_shrink():
     p = params()
-    tx = optim.make(config(warmup_steps=0, schedule="constant"), 10)
+    tx = optim.make_optimizer(config(warmup_steps=0, schedule="constant"), 10)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, p), tx.init(p), p)
     assert not np.any(updates["layers"]["norm"]["scale"])
     np.testing.assert_allclose(updates["head"], -0.1 * 0.01 * p["head"], rtol=1e-6)
@@ -124,7 +124,7 @@ def test_muon_orthogonalises_each_matrix_of_a_stack():
     """All singular values of an update are nearly one size, and that size gives the RMS of AdamW;
     a stack of layers is what its layers are alone."""
     c = config(name="muon", schedule="constant", warmup_steps=0, clip_norm=0.0, weight_decay=0.0)
-    tx = optim.make(c, 10)
+    tx = optim.make_optimizer(c, 10)
     grad_LDF = jax.random.normal(jax.random.key(1), (3, 16, 24))
 
     def update(grad):
@@ -143,7 +143,7 @@ def test_muon_orthogonalises_each_matrix_of_a_stack():
 
 def test_sgd_by_hand():
     c = config(name="sgd", schedule="constant", warmup_steps=0, clip_norm=0.0)
-    p, tx = params(), optim.make(c, 10)
+    p, tx = params(), optim.make_optimizer(c, 10)
     state = tx.init(p)
     grads = jax.tree.map(jnp.sin, p)
     first, state = tx.update(grads, state, p)
@@ -155,7 +155,7 @@ def test_sgd_by_hand():
     np.testing.assert_allclose(first["layers"]["norm"]["scale"], -0.1 * scale, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", optim.TABLE)
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
 def test_memory_and_shardings_of_every_optimiser(name):
     """Moments of a parameter's shape lie as it does; bfloat16 halves the first one, and Adafactor
     holds rows and columns only."""
@@ -165,8 +165,8 @@ def test_memory_and_shardings_of_every_optimiser(name):
     p = {"layers": {"q": {"kernel": kernel}}}
 
     def moments(dtype: str) -> list[jax.Array]:
-        tx = optim.make(config(name=name, momentum_dtype=dtype), 10)
-        state = update.init(tx, p, 0).opt_state
+        tx = optim.make_optimizer(config(name=name, momentum_dtype=dtype), 10)
+        state = update.init_train_state(tx, p, 0).opt_state
         return [x for x in jax.tree.leaves(state) if x.ndim]
 
     wide = moments("float32")

@@ -62,7 +62,7 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_first_fit_takes_the_first_row_with_room() -> None:
     lengths = {0: 7, 1: 6, 2: 4, 3: 3, 4: 2, 5: 10, 6: 11}
     order = [5, 0, 1, 2, 3, 4, 6]
-    assert packing.first_fit(lengths, order, 3, 10) == [[5], [0, 3], [1, 2]]
+    assert packing.pack_first_fit(lengths, order, 3, 10) == [[5], [0, 3], [1, 2]]
 
 
 def test_each_example_comes_once_and_fits() -> None:
@@ -109,10 +109,10 @@ def test_a_position_resumes(step: int) -> None:
 
     def example(i: int) -> Example:
         read.append(i)
-        return source.example(i)
+        return source.read_example(i)
 
     resumed = packer(dataset.Source(50, example))
-    resumed.resume(position)
+    resumed.restore(position)
     assert names(resumed.rows(step)) == expected[0]
     assert len(read) < 60  # of one window, about
     assert [names(resumed.rows(later)) for later in range(step, step + 9)] == expected
@@ -134,7 +134,9 @@ def test_nothing_waits_longer_than_a_window() -> None:
 @functools.partial(jax.jit, static_argnums=0)
 def naive(qwen3: Qwen3, params: Any, batch: Any) -> tuple[Any, Any]:
     def loss(params: Any) -> Any:
-        return update.loss_sums(qwen3, losses.TABLE["sft"], 1, 1.0, params, batch, None)[0]
+        return update.compute_loss_sums(
+            qwen3, losses.OBJECTIVES["sft"], 1, 1.0, params, batch, None
+        )[0]
 
     return jax.value_and_grad(loss)(params)
 
@@ -142,12 +144,12 @@ def naive(qwen3: Qwen3, params: Any, batch: Any) -> tuple[Any, Any]:
 def test_packed_rows_train_as_unpacked_ones_do() -> None:
     config = Config.from_hf({"architectures": ["Qwen3ForCausalLM"], **SHAPE}, "test")
     qwen3 = Qwen3(config, dtype=jnp.dtype("float32"), remat=False)
-    params = model.init(config, jax.random.key(0))
+    params = model.init_params(config, jax.random.key(0))
     rng = np.random.default_rng(0)
     source = numbered(0)
 
     def example(i: int) -> Example:
-        shape = source.example(i)
+        shape = source.read_example(i)
         draw = rng.integers(0, 61, len(shape.prompt) + len(shape.response)).tolist()
         cut = len(shape.prompt)
         trained = [bool(j % 3) for j in range(len(shape.response))] if i % 4 == 0 else None
@@ -155,10 +157,10 @@ def test_packed_rows_train_as_unpacked_ones_do() -> None:
 
     rows = packer(dataset.Source(0, example), cut=12).rows(0)
     assert sum(map(len, rows)) > 2 * len(rows)
-    packed = collate.batch(rows, 64, 12)
+    packed = collate.make_batch(rows, 64, 12)
     alone = [[example] for row in rows for example in row]
     alone += [[]] * (-len(alone) % len(rows))  # in batches of one shape, which is compiled once
-    batches = [collate.batch(alone[i : i + 4], 64, 12) for i in range(0, len(alone), 4)]
+    batches = [collate.make_batch(alone[i : i + 4], 64, 12) for i in range(0, len(alone), 4)]
     assert packed.mask_BT.sum() == sum(batch.mask_BT.sum() for batch in batches)
     a, grad_a = naive(qwen3, params, packed)
     b, grad_b = jax.tree.map(lambda *x: sum(x), *(naive(qwen3, params, x) for x in batches))
@@ -177,7 +179,7 @@ def test_layout() -> None:
         [Example([7], [9], "", "")],
         [],
     ]
-    batch = collate.batch(rows, 9, 2)
+    batch = collate.make_batch(rows, 9, 2)
     tokens, positions, segments, mask = map(
         np.asarray, (batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.mask_BT)
     )
@@ -186,7 +188,7 @@ def test_layout() -> None:
     assert positions[0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4]
     assert mask[0].tolist() == [False, False, True, True, False, False, True, False, False]
     assert not segments[2].any() and not mask[2].any()
-    measured = collate.measure([example for row in rows for example in row], 27, 2)
+    measured = collate.measure_examples([example for row in rows for example in row], 27, 2)
     assert measured == {
         "data/efficiency": (9, 27),
         "data/truncated": (1, 3),
@@ -198,16 +200,16 @@ def test_rows_of_real_data_are_full(shared_data: Path, monkeypatch: pytest.Monke
     """GSM8K and ten long traces at 4,096 tokens: 95% at least in every step, 98% in all."""
     monkeypatch.setattr(packing, "WINDOW_ROWS", 64)
     tokenizer = chat.load_tokenizer(shared_data / "qwen3_tokenizer")
-    c = base.stage("sft").data
+    c = base.make_stage("sft").data
     gsm8k, traces = shared_data / "gsm8k/train.jsonl", shared_data / "traces/deepseek_r1_math.jsonl"
     c.mixture = ((str(gsm8k), 0.95), (str(traces), 0.05))
     c.check = 0
-    source = dataset.load(c, tokenizer, 0, True)
+    source = dataset.load_source(c, tokenizer, 0, True)
     feed = packing.Packer(source, 0, 8, 4096, 3584)
     filled = []
     for step in range(16):
-        rows = feed.rows(step)
+        rows = feed.get_step_rows(step)
         examples = [example for row in rows for example in row]
-        tokens, places = collate.measure(examples, 8 * 4096, 3584)["data/efficiency"]
+        tokens, places = collate.measure_examples(examples, 8 * 4096, 3584)["data/efficiency"]
         filled.append(tokens / places)
     assert min(filled) > 0.95 and np.mean(filled) > 0.98

@@ -47,11 +47,11 @@ def dense(q: Any, k: Any, v: Any, layer: int):
 @jax.jit
 def run(held, index, q, k, v):
     """What a program does: each layer writes its tokens, then attends."""
-    held, out = held.at(*index), []
+    held, out = held.bind_tokens(*index), []
 
     def one(held, layer_qkv):
         layer, q, k, v = layer_qkv
-        held = held.write(layer, k, v)
+        held = held.write_tokens(layer, k, v)
         return held, held.attend(layer, q)
 
     held, out = jax.lax.scan(one, held, (jnp.arange(L), q, k, v))
@@ -93,10 +93,11 @@ def check_run(held, mesh_parts, tolerance, qkv=None, lengths=(13, 9, 2, 17, 6, 1
     lengths = [x.shape[1] for x in q]
     rng = np.random.default_rng(1)
     part_of = [i % X for i in range(len(lengths))]
-    columns = max(-(-n // held.page) for n in lengths) + 1
-    free = [list(rng.permutation(held.pages)) for _ in range(X)]
+    columns = max(-(-n // held.page_size) for n in lengths) + 1
+    free = [list(rng.permutation(held.num_pages)) for _ in range(X)]
     owned = [
-        [free[part_of[i]].pop() for _ in range(-(-n // held.page))] for i, n in enumerate(lengths)
+        [free[part_of[i]].pop() for _ in range(-(-n // held.page_size))]
+        for i, n in enumerate(lengths)
     ]
     want = [[dense(a, b, c, layer) for a, b, c in zip(q, k, v, strict=True)] for layer in range(L)]
     R, done = 3, [0] * len(lengths)
@@ -131,7 +132,7 @@ def check_run(held, mesh_parts, tolerance, qkv=None, lengths=(13, 9, 2, 17, 6, 1
         live = np.array([done[i] < lengths[i] for i in flat])
         table = tables(X, R, columns, [[(i, 0, 0) for i in some] for some in order], owned)
         length = np.where(live, [done[i] + 1 for i in flat], 0).astype(np.int32)
-        at = held.step(jnp.asarray(table), jnp.asarray(length))
+        at = held.bind_next_tokens(jnp.asarray(table), jnp.asarray(length))
         index = (at.table_RN, at.length_R, at.starts_XR, at.row_BT, at.position_BT)
         tokens = [
             np.stack([x[i][:, min(done[i], lengths[i] - 1)] for i in flat], axis=1)[:, :, None]
@@ -159,7 +160,7 @@ def test_plain():
 
 
 def test_a_line_of_several_blocks(monkeypatch):
-    monkeypatch.setattr(paged_attention, "_QUERIES", 8)
+    monkeypatch.setattr(paged_attention, "_MAX_QUERIES", 8)
     check_run(empty(1, pages=300, page=1), 1, 2e-6)  # and a row that has more tokens than a block
     lengths = (40, 600, 33)
     held, qkv = empty(1, pages=200), texts(lengths)
@@ -175,8 +176,8 @@ def test_a_line_of_several_blocks(monkeypatch):
 
 @pytest.mark.parametrize(("data", "fsdp", "tensor"), [(2, 1, 1), (1, 2, 2), (2, 1, 4), (1, 1, 4)])
 def test_on_a_mesh(data, fsdp, tensor):
-    mesh = mesh_lib.make(data, fsdp, tensor, devices=jax.devices()[: data * fsdp * tensor])
-    with mesh_lib.use(mesh):
+    mesh = mesh_lib.make_mesh(data, fsdp, tensor, devices=jax.devices()[: data * fsdp * tensor])
+    with mesh_lib.use_mesh(mesh):
         held = jax.jit(lambda: empty(data * fsdp))()
         held = check_run(held, data * fsdp, 2e-6)
         shard = held.pools[0].addressable_shards[0].data.shape
@@ -194,7 +195,7 @@ def test_8_bits(dtype, near):
 
 def test_what_float8_cannot_say():
     """It has no infinity: what is too large is its largest number, not a NaN."""
-    k, v = paged_attention.stored(
+    k, v = paged_attention.to_pool_format(
         jnp.full((1, 1, K, H), 1e4), jnp.full((1, 1, K, H), -1e4), jnp.dtype("float8_e4m3fn"), ""
     )
     assert np.all(np.asarray(k, np.float32) == 448) and np.all(np.asarray(v, np.float32) == -448)
@@ -202,7 +203,7 @@ def test_what_float8_cannot_say():
 
 def interpret(monkeypatch):
     """Runs the kernels here, slowly."""
-    interpreted = functools.partial(paged_attention.gpu, interpret=True)
+    interpreted = functools.partial(paged_attention.attend_gpu, interpret=True)
     monkeypatch.setitem(paged_attention.TABLE, "gpu", interpreted)
     interpreted = functools.partial(kernel.pl.pallas_call, interpret=True)
     monkeypatch.setattr(kernel.pl, "pallas_call", interpreted)
@@ -226,8 +227,8 @@ WIDE = dataclasses.replace(TINY, head_dim=128)
 @pytest.mark.parametrize(("parts", "tensor"), [(1, 1), (2, 2)])
 def test_tpu_kernel(monkeypatch, parts, tensor):
     interpret(monkeypatch)
-    mesh = mesh_lib.make(parts, 1, tensor, devices=jax.devices()[: parts * tensor])
-    with mesh_lib.use(mesh):
+    mesh = mesh_lib.make_mesh(parts, 1, tensor, devices=jax.devices()[: parts * tensor])
+    with mesh_lib.use_mesh(mesh):
         held = jax.jit(lambda: empty(parts, kind="ragged", config=WIDE, page=8))()
         check_run(held, parts, 2e-6, qkv=texts((13, 9, 2, 17, 6, 11), width=128))
 
@@ -247,7 +248,9 @@ def test_a_shared_page_is_copied_when_it_is_written(monkeypatch, kind):
     before = [np.asarray(x) for x in held.pools]
     none = jnp.full((1, 1), -1)
     source = jnp.concatenate([none, jnp.full((1, 1), 3), none], axis=1)
-    held = jax.jit(lambda held, a, b: held.copy(a, b))(held, source, jnp.where(source > 0, 9, -1))
+    held = jax.jit(lambda held, a, b: held.copy_pages(a, b))(
+        held, source, jnp.where(source > 0, 9, -1)
+    )
     for x, old in zip(held.pools, before, strict=True):
         axis = 1 if kind == "ragged" else 2
         old, x = (np.split(np.asarray(of), L * 24, axis) for of in (old, x))
@@ -255,7 +258,7 @@ def test_a_shared_page_is_copied_when_it_is_written(monkeypatch, kind):
             want = old[page - 6] if page % 24 == 9 else b
             np.testing.assert_array_equal(a, want)
     for n in (20, 21):
-        at = held.step(jnp.asarray(table), jnp.full(2, n + 1, jnp.int32))
+        at = held.bind_next_tokens(jnp.asarray(table), jnp.full(2, n + 1, jnp.int32))
         index = (at.table_RN, at.length_R, at.starts_XR, at.row_BT, at.position_BT)
         tokens = [np.stack([x[i][:, n] for i in (0, 1)], axis=1)[:, :, None] for x in qkv]
         held, out = run(held, index, *tokens)
@@ -279,7 +282,7 @@ def test_what_is_not_finite_stays_in_its_row(monkeypatch, kind, bad):
         length, starts, row, position, tokens = lines(1, 1, 5, [[(text, 0, n)]], qkv)
         held, out = run(held, (table, length, starts, row, position), *tokens)
         assert np.all(np.isfinite(np.asarray(out)[:, 0, :n])) == (text == 1)
-    at = held.step(jnp.asarray(table), jnp.full(1, 3, jnp.int32))
+    at = held.bind_next_tokens(jnp.asarray(table), jnp.full(1, 3, jnp.int32))
     index = (at.table_RN, at.length_R, at.starts_XR, at.row_BT, at.position_BT)
     _, out = run(held, index, *(x[1][:, None, 2:3] for x in qkv))
     want = dense(*(x[1] for x in qkv), layer=1)[2]
@@ -290,9 +293,9 @@ def test_what_is_not_finite_stays_in_its_row(monkeypatch, kind, bad):
 def test_the_model_takes_them(scan):
     """A prompt in two chunks and a step are the model's own hidden states of the whole text."""
     config = dataclasses.replace(TINY, hidden_size=32, intermediate_size=48, vocab_size=64)
-    params = model.init(config, jax.random.key(0))
+    params = model.init_params(config, jax.random.key(0))
     qwen3 = model.Qwen3(config, scan=scan)
-    params = params if scan else model.unstack(params, L)
+    params = params if scan else model.unstack_layers(params, L)
     tokens = jax.random.randint(jax.random.key(1), (1, 9), 0, 64)
     positions = jnp.arange(9)[None]
     apply = jax.jit(lambda *of: qwen3.apply({"params": params}, *of))
@@ -302,7 +305,7 @@ def test_the_model_takes_them(scan):
     for first, end in ((0, 5), (5, 8), (8, 9)):
         span, one = slice(first, end), jnp.ones((1, end - first), jnp.int32)
         length, starts = jnp.array([end]), jnp.array([[0, end - first]])
-        held = held.at(table, length, starts, 0 * one, positions[:, span])
+        held = held.bind_tokens(table, length, starts, 0 * one, positions[:, span])
         out, held = apply(tokens[:, span], positions[:, span], one, held)
         got.append(out)
     np.testing.assert_allclose(np.concatenate(got, axis=1), want, rtol=2e-5, atol=2e-5)
@@ -325,41 +328,41 @@ QWEN = SIZES["8b"]
 )
 def test_pages_that_nothing_reads(words, page, tensor, dtype, kind, config):
     with pytest.raises(UserError, match=words):
-        pages_lib.check_page(page, config, tensor, jnp.dtype(dtype), kind, "config.page")
+        pages_lib.check_page_size(page, config, tensor, jnp.dtype(dtype), kind, "config.page")
 
 
 def test_pages_that_kernels_read():
     for page in (8, 16, 64, 128, 256):
         for tensor in (1, 2, 4, 8):
-            pages_lib.check_page(page, QWEN, tensor, jnp.dtype("bfloat16"), "ragged", "")
+            pages_lib.check_page_size(page, QWEN, tensor, jnp.dtype("bfloat16"), "ragged", "")
     for tensor in (1, 2, 4):
-        pages_lib.check_page(128, QWEN, tensor, jnp.dtype("float8_e4m3fn"), "ragged", "")
-    pages_lib.check_page(64, QWEN, 8, jnp.dtype("int8"), "gpu", "")
-    pages_lib.check_page(5, TINY, 1, jnp.dtype("int8"), "plain", "")
+        pages_lib.check_page_size(128, QWEN, tensor, jnp.dtype("float8_e4m3fn"), "ragged", "")
+    pages_lib.check_page_size(64, QWEN, 8, jnp.dtype("int8"), "gpu", "")
+    pages_lib.check_page_size(5, TINY, 1, jnp.dtype("int8"), "plain", "")
 
 
 def test_bytes():
-    token = pages_lib.token_bytes(QWEN, 8, jnp.dtype("bfloat16"))
+    token = pages_lib.count_token_bytes(QWEN, 8, jnp.dtype("bfloat16"))
     assert token == 36 * 2 * 128 * 2
-    assert pages_lib.token_bytes(QWEN, 8, jnp.dtype("int8")) == 36 * 2 * (128 + 4)
+    assert pages_lib.count_token_bytes(QWEN, 8, jnp.dtype("int8")) == 36 * 2 * (128 + 4)
     held = jax.eval_shape(lambda: empty(1, 7, 16, "int8", config=QWEN))
     held = jax.tree.leaves(held)
-    assert sum(x.size * x.dtype.itemsize for x in held) == 7 * 16 * pages_lib.token_bytes(
+    assert sum(x.size * x.dtype.itemsize for x in held) == 7 * 16 * pages_lib.count_token_bytes(
         QWEN, 1, jnp.dtype("int8")
     )
     for kind, tokens in (("ragged", 512 + 512 + 1024), ("gpu", 512 + 640), ("plain", 512 + 640)):
-        assert pages_lib.read_bytes([0, 512, 513], 128, 20, token, kind) == tokens * token
+        assert pages_lib.count_read_bytes([0, 512, 513], 128, 20, token, kind) == tokens * token
 
 
 @functools.cache
 def pool_on(topology, data, tensor, layers):
     """A mesh and a pool on it: 8B's widths, 1,600 pages of 128 tokens a layer and part."""
     config = dataclasses.replace(QWEN, num_hidden_layers=layers, vocab_size=1024)
-    mesh = mesh_lib.make(data, 1, tensor, devices=aot.devices(topology)[: data * tensor])
-    kind = pages_lib.KINDS["tpu"]
-    with mesh_lib.use(mesh):
+    mesh = mesh_lib.make_mesh(data, 1, tensor, devices=aot.get_devices(topology)[: data * tensor])
+    kind = pages_lib.BACKENDS["tpu"]
+    with mesh_lib.use_mesh(mesh):
         make = jax.jit(lambda: empty(data, 1600, 128, "bfloat16", kind, config))
-        return config, mesh, calls.like(make)
+        return config, mesh, calls.infer_output_shapes(make)
 
 
 def compile_for(topology, data, tensor, T):
@@ -369,7 +372,7 @@ def compile_for(topology, data, tensor, T):
     qwen3, R, N = model.Qwen3(config, dtype=jnp.bfloat16), 32 * data, 64
 
     def of(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh_lib.rows(mesh))
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh_lib.make_row_sharding(mesh))
 
     def apply(held, params, tokens_BT):
         real_BT = (held.row_BT >= 0).astype(jnp.int32)
@@ -380,23 +383,23 @@ def compile_for(topology, data, tensor, T):
     def decode(held, params, table, length):
         def step(carry):
             held, length = carry
-            held, hidden = apply(held.step(table, length), params, length[:, None])
+            held, hidden = apply(held.bind_next_tokens(table, length), params, length[:, None])
             return held, length + (hidden > 0)
 
         return jax.lax.while_loop(lambda carry: jnp.any(carry[1] < 99), step, (held, length))
 
     def chunk(held, params, *index):
-        return apply(held.at(*index), params, index[-1])
+        return apply(held.bind_tokens(*index), params, index[-1])
 
-    with mesh_lib.use(mesh), jax.default_matmul_precision(None):
-        params = mesh_lib.parameters(config, mesh, rules=mesh_lib.GATHERED)
-        params = calls.cast(params, jnp.bfloat16)
+    with mesh_lib.use_mesh(mesh), jax.default_matmul_precision(None):
+        params = mesh_lib.make_abstract_params(config, mesh, rules=mesh_lib.GATHERED_RULES)
+        params = calls.cast_shapes(params, jnp.bfloat16)
         args = (of(R, N), of(R))
         if T > 1:
             args = (*args, of(data, R // data + 1), of(data, T), of(data, T))
         made = jax.jit(chunk if T > 1 else decode, donate_argnums=0).lower(held, params, *args)
-        program = aot.compile("", lambda: made, 16)
-    return program, calls.bytes_of(held), calls.bytes_of(params)
+        program = aot.compile_program("", lambda: made, 16)
+    return program, calls.count_device_bytes(held), calls.count_device_bytes(params)
 
 
 @pytest.mark.parametrize(
@@ -414,24 +417,24 @@ def test_the_pool_stays_in_one_place(topology, data, tensor, T):
     """Nothing is made of its size, and nothing moves all of it, once a layer or once in all: what
     the kernel reads of it apart, a step moves the weights and little more."""
     program, pool, weights = compile_for(topology, data, tensor, T)
-    assert program.aliased >= pool and program.temporaries < 0.2 * pool
-    assert program.traffic is not None
-    assert weights < 0.6 * pool and 0.9 * weights < program.traffic
-    assert program.traffic < weights + pool / 2
+    assert program.aliased_bytes >= pool and program.temporary_bytes < 0.2 * pool
+    assert program.hbm_bytes is not None
+    assert weights < 0.6 * pool and 0.9 * weights < program.hbm_bytes
+    assert program.hbm_bytes < weights + pool / 2
 
 
 def test_a_page_is_copied_in_place():
     config, mesh, held = pool_on("v5e:2x2", 2, 2, 36)
-    ids = jax.ShapeDtypeStruct((2, 32), jnp.int32, sharding=mesh_lib.rows(mesh))
-    copy = jax.jit(lambda held, a, b: held.copy(a, b), donate_argnums=0)
-    with mesh_lib.use(mesh):
-        program = aot.compile("", lambda: copy.lower(held, ids, ids), 16)
-    pool = calls.bytes_of(held)
-    assert program.aliased >= pool and program.temporaries < 0.01 * pool
-    assert program.traffic is not None
-    page = 128 * pages_lib.token_bytes(config, 2, jnp.dtype("bfloat16"))
+    ids = jax.ShapeDtypeStruct((2, 32), jnp.int32, sharding=mesh_lib.make_row_sharding(mesh))
+    copy = jax.jit(lambda held, a, b: held.copy_pages(a, b), donate_argnums=0)
+    with mesh_lib.use_mesh(mesh):
+        program = aot.compile_program("", lambda: copy.lower(held, ids, ids), 16)
+    pool = calls.count_device_bytes(held)
+    assert program.aliased_bytes >= pool and program.temporary_bytes < 0.01 * pool
+    assert program.hbm_bytes is not None
+    page = 128 * pages_lib.count_token_bytes(config, 2, jnp.dtype("bfloat16"))
     assert program.open_loops == 1  # as many turns as there are pages to copy: one is counted
-    assert 2 * page <= program.traffic < 4.2 * page
+    assert 2 * page <= program.hbm_bytes < 4.2 * page
 
 
 @pytest.mark.parametrize(
@@ -462,4 +465,4 @@ ENTRY %main (p: bf16[1000,8], i: s32[4,1], x: bf16[4,8]) -> bf16[4,8] {{
 }}
 """
     put, called = 16 + 2 * 64 + 64, 64 + 16 * order.count("%i") + 64
-    assert hlo.read(text).traffic == put + called + pools * 16000
+    assert hlo.parse_costs(text).hbm_bytes == put + called + pools * 16000

@@ -58,7 +58,7 @@ PARAMETERS = V * D + D + L * (D * H * (2 * N + 2 * K) + 2 * H + 3 * D * F + 2 * 
 
 @pytest.fixture(scope="module")
 def rows(shape, compiled_anew):
-    found = fit.compiled(config(shape), "v5e:2x2")["opd"]
+    found = fit.compile_run(config(shape), "v5e:2x2")["opd"]
     return {row.name: row for row in found}
 
 
@@ -70,9 +70,9 @@ def test_every_program_of_a_step_is_there(rows):
 
 
 def test_what_lies_beside_a_program(rows, shape):
-    mesh = mesh_lib.make(1, 4, 1, devices=aot.devices("v5e:2x2"))
-    models = fit.models_of(config(shape), mesh, mesh, ("teacher",), False)
-    kept = memory.held(config(shape), models, config(shape).opd)
+    mesh = mesh_lib.make_mesh(1, 4, 1, devices=aot.get_devices("v5e:2x2"))
+    models = fit.describe_models(config(shape), mesh, mesh, ("teacher",), False)
+    kept = memory.count_resident_bytes(config(shape), models, config(shape).opd)
     norms = D + L * (2 * H + 2 * D)  # of which the heads' are not split
     assert kept["parameters"] == pytest.approx(4 * PARAMETERS / 4, abs=4 * norms)
     assert kept["optimiser"] == pytest.approx(2 * kept["parameters"], abs=64)
@@ -88,13 +88,13 @@ def test_what_lies_beside_a_program(rows, shape):
 
 
 def test_what_is_sampled_ahead_lies_beside_the_update(rows, shape):
-    mesh = mesh_lib.make(1, 4, 1, devices=aot.devices("v5e:2x2"))
+    mesh = mesh_lib.make_mesh(1, 4, 1, devices=aot.get_devices("v5e:2x2"))
     c = config(shape, **{"opd.rollout.ahead": True})
-    models = fit.models_of(c, mesh, mesh, ("teacher",), False)
-    with mesh_lib.use(mesh):
-        loss, sampled = stages.objective("opd", c.opd)
-        found = programs.of_stage(c, c.opd, loss, sampled, models, mesh, 15.75 * fit.GIB)
-    beside = {call.name: call.beside for call in found}
+    models = fit.describe_models(c, mesh, mesh, ("teacher",), False)
+    with mesh_lib.use_mesh(mesh):
+        loss, sampled = stages.resolve_objective("opd", c.opd)
+        found = programs.list_stage_calls(c, c.opd, loss, sampled, models, mesh, 15.75 * fit.GIB)
+    beside = {call.name: call.other_bytes for call in found}
     cache = 2 * 2 * L * K * H * B * (P + R) / 4  # of which each device has a quarter of the rows
     copy = rows["cache"].beside - rows["decode"].beside
     for name in ("zeros", "apply"):
@@ -126,38 +126,38 @@ def test_decoding_reads_the_weights_and_the_cache(rows):
 def test_the_smallest_slice(shape):
     lengths = {"sft.max_prompt_tokens": P, "sft.max_response_tokens": R}
     c = config(shape, **{"stages": ("sft",), "sft.batch_size": 2, **lengths})
-    topology, found = plan.smallest(c, "v5e")
+    topology, found = plan.find_smallest(c, "v5e")
     assert topology == "v5e:1x1"
     names = ["optimiser", "accumulate", "apply", "transcripts"]  # no gradient beside the only one
     assert [(row.name, row.collectives) for row in found["sft"]] == [(n, {}) for n in names]
 
 
 def test_at_the_longest_responses_a_forecast_says_what_the_plan_does(rows, shape, monkeypatch):
-    monkeypatch.setattr(rollout, "lengths", lambda count, mean, most: [most] * count)
-    monkeypatch.setattr(forecast, "PROMPT", P)
+    monkeypatch.setattr(rollout, "draw_lengths", lambda count, mean, most: [most] * count)
+    monkeypatch.setattr(forecast, "PROMPT_TOKENS", P)
     c, found = config(shape), {"opd": list(rows.values())}
-    of = fit.forecasts(c, "v5e:2x2", found, R)["opd"]
-    assert of.decoding and of.decoding.steps == R and of.decoding.parked == 0
-    assert of.packing.count == 1 and of.packing.attention == 1
+    of = fit.forecast_stages(c, "v5e:2x2", found, R)["opd"]
+    assert of.decoding and of.decoding.steps == R and of.decoding.num_parked == 0
+    assert of.packing.num_microbatches == 1 and of.packing.attention_share == 1
     for name in ("score", "apply", "weights", "prompts"):
-        assert of.seconds[name] == pytest.approx(rows[name].seconds)
-    assert of.seconds["accumulate"] <= rows["accumulate"].seconds
-    told = roofline.summary(c, "v5e:2x2", found)
-    forecast.add(told["stages"]["opd"], of)
+        assert of.program_seconds[name] == pytest.approx(rows[name].seconds)
+    assert of.program_seconds["accumulate"] <= rows["accumulate"].seconds
+    told = roofline.summarise_run(c, "v5e:2x2", found)
+    forecast.add_to_summary(told["stages"]["opd"], of)
     stage = told["stages"]["opd"]
-    assert stage["seconds_per_step_at_mean"] == pytest.approx(sum(of.seconds.values()))
+    assert stage["seconds_per_step_at_mean"] == pytest.approx(sum(of.program_seconds.values()))
     assert stage["at_mean"]["decoding_steps"] == R and stage["at_mean"]["micro_batches"] == 1
-    assert "128 tokens in the mean" in forecast.show("opd", of)
+    assert "128 tokens in the mean" in forecast.render_forecast("opd", of)
 
 
 def test_shorter_responses_take_less_time(rows, shape):
     found = {"opd": list(rows.values())}
-    of = fit.forecasts(config(shape), "v5e:2x2", found, 16)["opd"]
+    of = fit.forecast_stages(config(shape), "v5e:2x2", found, 16)["opd"]
     assert of.decoding and of.decoding.steps < R
-    assert of.seconds["decode"] <= 1.001 * rows["decode"].seconds * of.decoding.steps / R
-    assert of.total < sum(row.seconds for row in rows.values())
+    assert of.program_seconds["decode"] <= 1.001 * rows["decode"].seconds * of.decoding.steps / R
+    assert of.total_seconds < sum(row.seconds for row in rows.values())
     with pytest.raises(UserError, match=f"--mean_response_tokens={R + 1}: from 1 to "):
-        fit.forecasts(config(shape), "v5e:2x2", found, R + 1)
+        fit.forecast_stages(config(shape), "v5e:2x2", found, R + 1)
 
 
 @pytest.mark.parametrize("lengths", [[40], [3, 5, 7, 2], [8, 8, 8], [17, 1, 20], []])
@@ -168,14 +168,14 @@ def test_blocks_of_attention(lengths):
     of = np.repeat(np.arange(len(lengths) + 1), [*lengths, T - sum(lengths)])
     sees = (of[:, None] == of[None]) & np.tri(T, dtype=bool)
     expected = sees.reshape(T // block, block, T // block, block).any((1, 3))
-    assert forecast._blocks(lengths, T, block) == expected.sum()
+    assert forecast._count_blocks(lengths, T, block) == expected.sum()
 
 
 def test_too_large_is_found_before_compiling_and_something_helps(shape, monkeypatch):
     chip = aot.Chip(**{**vars(aot.CHIPS["v5e"]), "hbm_gib": 9 * PARAMETERS / 4 / fit.GIB})
     monkeypatch.setitem(aot.CHIPS, "v5e", chip)
     with pytest.raises(fit.TooLarge) as error:
-        fit.compiled(config(shape), "v5e:2x2")
+        fit.compile_run(config(shape), "v5e:2x2")
     assert error.value.program == "what the run keeps"
     assert error.value.needs_gib == pytest.approx(14 * PARAMETERS / 4 / fit.GIB, rel=0.01)
     assert "optimiser" in error.value.largest[0]
@@ -189,17 +189,17 @@ def test_without_room_for_a_row_nothing_is_compiled(shape, monkeypatch):
     chip = aot.Chip(**{**vars(aot.CHIPS["v5e"]), "hbm_gib": hbm / fit.GIB})
     monkeypatch.setitem(aot.CHIPS, "v5e", chip)
     with pytest.raises(fit.TooLarge) as error:
-        fit.compiled(config(shape), "v5e:2x2")
+        fit.compile_run(config(shape), "v5e:2x2")
     assert error.value.program == "cache"
     assert error.value.needs_gib * fit.GIB == pytest.approx(hbm + row, rel=0.05)
-    changes = [flag for flag, _ in fit.remedies(config(shape), "cache")]
+    changes = [flag for flag, _ in fit.list_remedies(config(shape), "cache")]
     assert "--config.opd.rollout.cache_dtype=float8_e4m3fn" in changes
 
 
 def test_released_sizes_need_no_directory():
-    mesh = mesh_lib.make(1, 4, 1, devices=aot.devices("v5e:2x2"))
+    mesh = mesh_lib.make_mesh(1, 4, 1, devices=aot.get_devices("v5e:2x2"))
     for path, size in (("Qwen/Qwen3-0.6B", "0.6b"), ("Qwen/Qwen3-30B-A3B-Base", "30b-a3b")):
-        found = fit.describe(path, "bfloat16", True, mesh, "student")
+        found = fit.describe_policy(path, "bfloat16", True, mesh, "student")
         assert found.config == SIZES[size]
 
 
@@ -219,7 +219,7 @@ def test_released_sizes_need_no_directory():
 )
 def test_mistakes_are_named(shape, changes, words):
     with pytest.raises(UserError, match=words):
-        fit.compiled(config(shape, **changes), "v5e:2x2")
+        fit.compile_run(config(shape, **changes), "v5e:2x2")
 
 
 @pytest.mark.parametrize(
@@ -248,20 +248,20 @@ def test_several_slices_split_rows_alone():
     devices = topologies.get_topology_desc(
         platform="tpu", topology_name="v5e:2x2", num_slices=2
     ).devices
-    mesh = mesh_lib.make(2, -1, 2, devices=list(devices))
+    mesh = mesh_lib.make_mesh(2, -1, 2, devices=list(devices))
     of = [{device.slice_index for device in part.flat} for part in mesh.devices]
     assert of == [{0}, {1}] and mesh.shape["fsdp"] == 2
     with pytest.raises(UserError, match="data=1: must be a multiple of the 2 slices"):
-        mesh_lib.make(1, -1, 2, devices=list(devices))
+        mesh_lib.make_mesh(1, -1, 2, devices=list(devices))
 
 
 def test_every_generation_has_a_mesh():
     for topology, size in (("v4:2x2x1", 8), ("v5e:2x2", 4), ("v5p:2x2x1", 4), ("v6e:2x2", 4)):
-        assert mesh_lib.make(1, -1, 1, devices=aot.devices(topology)).size == size
+        assert mesh_lib.make_mesh(1, -1, 1, devices=aot.get_devices(topology)).size == size
 
 
 def test_an_axis_is_one_dimension_of_the_torus():
-    mesh = mesh_lib.make(1, 8, 8, devices=aot.devices("v5e:8x8"))
+    mesh = mesh_lib.make_mesh(1, 8, 8, devices=aot.get_devices("v5e:8x8"))
     for axis in ("fsdp", "tensor"):
         for line in np.moveaxis(mesh.devices, mesh_lib.AXES.index(axis), -1).reshape(-1, 8):
             assert sum(len({device.coords[i] for device in line}) > 1 for i in range(3)) == 1
@@ -276,14 +276,14 @@ def test_without_libtpu_it_is_said_how_to_get_it(said, monkeypatch):
 
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
     with pytest.raises(UserError, match=f"pip install libtpu .{said[:20]}"):
-        aot.devices("v5e:2x2")
+        aot.get_devices("v5e:2x2")
 
 
 def test_no_such_slice():
     with pytest.raises(UserError, match="v5e:3x3: no such slice"):
-        aot.devices("v5e:3x3")
+        aot.get_devices("v5e:3x3")
     with pytest.raises(UserError, match="name one of v4, v5e, v5p, v6e"):
-        plan.smallest(base.get_config(), "v9")
+        plan.find_smallest(base.get_config(), "v9")
 
 
 def test_traffic():
@@ -314,7 +314,7 @@ ENTRY %main (x: f32[10,256], i: s32[]) -> f32[10,256] {
 """
     row, scalar = 4 * 256, 4
     expected = (row + scalar + row) + row + row + (2 * row + row + scalar)
-    assert hlo.read(text).traffic == expected
+    assert hlo.parse_costs(text).hbm_bytes == expected
 
 
 def test_traffic_of_a_real_program():
@@ -326,4 +326,4 @@ def test_traffic_of_a_real_program():
 
     text = jax.jit(layers).lower(w, x).compile().as_text()
     once = 4 * 512 * 512
-    assert 16 * 3 * once <= hlo.read(str(text)).traffic <= 16 * 8 * once
+    assert 16 * 3 * once <= hlo.parse_costs(str(text)).hbm_bytes <= 16 * 8 * once

@@ -13,7 +13,7 @@ from distill.planning import fit, programs
 from distill.rollout import options
 from distill.runtime import mesh as mesh_lib
 from distill.training import loop, stages
-from distill.training.calls import SMALL, Call
+from distill.training.calls import UNPLANNED_PROGRAMS, ProgramCall
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 # Programs of which each shape is a program of its own, and is listed as one.
@@ -39,7 +39,7 @@ def config(**changes: Any) -> ConfigDict:
 
 def several(c: ConfigDict) -> ConfigDict:
     """Two teachers, each half of every token's."""
-    c.original = base.teacher()
+    c.original = base.make_teacher()
     c.original.path = "assets/student"
     c.original.param_dtype = c.original.dtype = "float32"
     c.opd.teachers, c.opd.teacher_weights = ("teacher", "original"), (1.0, 1.0)
@@ -64,19 +64,19 @@ CONFIGS = {
 }
 
 
-def planned(c: ConfigDict) -> list[tuple[str, Call]]:
+def planned(c: ConfigDict) -> list[tuple[str, ProgramCall]]:
     """What the only stage of a config calls: names of jitted functions, as XLA has them."""
-    mesh, apart = mesh_lib.meshes(c)
+    mesh, apart = mesh_lib.make_meshes(c)
     (name,) = c.stages
     s = c[name]
-    loss, sampled = stages.objective(name, s)
-    teachers = tuple(s.teachers) if stages.taught(s, loss) else ()
-    models = fit.models_of(c, mesh, apart, teachers, loss.reference > 0)
+    loss, sampled = stages.resolve_objective(name, s)
+    teachers = tuple(s.teachers) if stages.needs_teacher(s, loss) else ()
+    models = fit.describe_models(c, mesh, apart, teachers, loss.reference > 0)
     found = []
-    with mesh_lib.use(mesh):
-        calls = programs.of_stage(c, s, loss, sampled, models, mesh)
+    with mesh_lib.use_mesh(mesh):
+        calls = programs.list_stage_calls(c, s, loss, sampled, models, mesh)
     for call in calls:
-        with mesh_lib.use(call.mesh or mesh):
+        with mesh_lib.use_mesh(call.mesh or mesh):
             module = call.lower().compiler_ir().operation.attributes["sym_name"].value
         found.append((str(module).removeprefix("jit_"), call))
     return found
@@ -103,13 +103,13 @@ def ran(c: ConfigDict, workdir: Any) -> collections.Counter[str]:
 def test_what_runs_is_planned(name: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     c = CONFIGS[name].copy_and_resolve_references()
     if name.startswith("in pages"):
-        monkeypatch.setattr(options, "prefers", lambda *_: "plain")
+        monkeypatch.setattr(options, "choose_cache_backend", lambda *_: "plain")
     listed = planned(c)
     found = ran(c, tmp_path)
     named = collections.Counter(module for module, _ in listed)
-    unknown = found.keys() - named.keys() - SMALL.keys() - SCALARS
+    unknown = found.keys() - named.keys() - UNPLANNED_PROGRAMS.keys() - SCALARS
     assert not unknown, "not planned"
-    idle = {module for module, call in listed if call.turns > 0} - found.keys()
+    idle = {module for module, call in listed if call.calls_per_step > 0} - found.keys()
     assert not idle, "never ran"
     for module in SAMPLING & found.keys():
         assert found[module] <= named[module], f"{module}: shapes that are not planned"
@@ -127,13 +127,13 @@ def test_evaluations_compile_no_sampling_program(
         if event == COMPILED:
             compiled.append(str(about["fun_name"]).removeprefix("jit(").removesuffix(")"))
 
-    evaluated = evaluator.evaluate
+    evaluated = evaluator.evaluate_benchmark
 
     def noted(*given: Any, **named: Any) -> Any:
         begun.append(len(compiled))
         return evaluated(*given, **named)
 
-    monkeypatch.setattr(evaluator, "evaluate", noted)
+    monkeypatch.setattr(evaluator, "evaluate_benchmark", noted)
     jax.monitoring.register_event_duration_secs_listener(note)
     try:
         changes = {"eval__every": 1, "eval__limit": 2, "eval__max_new_tokens": 21}
@@ -145,4 +145,6 @@ def test_evaluations_compile_no_sampling_program(
 
 
 def test_what_is_left_out_is_not_planned_too() -> None:
-    assert not {module for module, _ in planned(CONFIGS["opd"])} & (SMALL.keys() | SCALARS)
+    assert not {module for module, _ in planned(CONFIGS["opd"])} & (
+        UNPLANNED_PROGRAMS.keys() | SCALARS
+    )

@@ -23,7 +23,7 @@ from models.errors import UserError
 
 def options(*words: str) -> flags.FlagValues:
     found = flags.FlagValues()
-    distributed.define(found)
+    distributed.define_flags(found)
     found(["verb", *words])
     return found
 
@@ -41,22 +41,22 @@ def options(*words: str) -> flags.FlagValues:
     ],
 )
 def test_flags_that_name_no_run(words: list[str], told: str) -> None:
-    with pytest.raises(UserError, match=told), distributed.joined(options(*words)):
+    with pytest.raises(UserError, match=told), distributed.join_processes(options(*words)):
         raise AssertionError("joined")
 
 
 def test_alone_nothing_is_asked_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: 1 / 0)
-    with distributed.joined(options()):
-        assert distributed.from_primary(lambda: [1.5, None, "x"]) == [1.5, None, "x"]
-        assert distributed.anyone(15) == 15
-        assert distributed.means({"a": (3, 2), "b": (0, 0)}) == {"a": 1.5}
+    with distributed.join_processes(options()):
+        assert distributed.broadcast_from_primary(lambda: [1.5, None, "x"]) == [1.5, None, "x"]
+        assert distributed.max_over_processes(15) == 15
+        assert distributed.reduce_means({"a": (3, 2), "b": (0, 0)}) == {"a": 1.5}
 
 
 def test_a_slice_of_several_hosts_is_not_driven_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(UserError, match=r"4 hosts.*--coordinator_address=auto"):
-        distributed.joined(options()).__enter__()
+        distributed.join_processes(options()).__enter__()
 
 
 def test_two_processes_train(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_files_of_a_run_on_a_bucket(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     at, c = "gs://bucket/run", quickstart.get_config("tiny")
-    loop.claim(run_files.epath.Path(at), c)
+    loop.init_workdir(run_files.epath.Path(at), c)
     with run_files.Writer(at, 0) as writer:
         for step in range(3):
             writer.write(step, "opd", {"x": step / 3})
@@ -125,10 +125,10 @@ def test_files_of_a_run_on_a_bucket(
     assert memory.cat("gs://bucket/run/rollouts/000001.jsonl") == b'{"text": "a"}\n'
     assert hub.is_run(at)
     with Checkpoints(f"{at}/checkpoints") as saved:
-        assert str(saved._directory) == f"{at}/checkpoints" and saved.latest() is None
+        assert str(saved._directory) == f"{at}/checkpoints" and saved.read_latest() is None
     with pytest.raises(UserError, match="another config"):
         c.seed = 5
-        loop.claim(run_files.epath.Path(at), c)
+        loop.init_workdir(run_files.epath.Path(at), c)
     assert not list(tmp_path.iterdir())  # no folder called gs:
 
 
@@ -147,21 +147,21 @@ def test_gcsfs_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_second_run_finds_its_programs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(xla, "SHORT", 0.0)
+    monkeypatch.setattr(xla, "MIN_COMPILE_SECONDS", 0.0)
     kept = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        xla.keep(str(tmp_path / "cache"))
+        xla.init_compilation_cache(str(tmp_path / "cache"))
         told = []
         for _ in range(2):
             jax.clear_caches()
-            with xla.Compiled() as programs:
+            with xla.CompileMonitor() as programs:
                 jax.jit(lambda x: (x @ x.T).sum())(jax.numpy.ones((8, 8))).block_until_ready()
-                assert programs.look("step 0", 0.0) > 0
-                assert programs.look("step 1", 0.0) == 0
+                assert programs.report_compiles("step 0", 0.0) > 0
+                assert programs.report_compiles("step 1", 0.0) == 0
             told.append(capsys.readouterr().err.splitlines()[0])
         assert list((tmp_path / "cache").iterdir())
         assert "0 of them from the cache" in told[0]
         count = told[1].split("compiled ")[1].split()[0]
         assert f"{count} programs" in told[1] and f"{count} of them from the cache" in told[1]
     finally:
-        xla.keep(kept or "")
+        xla.init_compilation_cache(kept or "")

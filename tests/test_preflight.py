@@ -35,18 +35,18 @@ def config(**changes: Any) -> ConfigDict:
 
 def told(c: ConfigDict, alter: Any = lambda params: params) -> list[str]:
     """The lines of a run's preflight; `alter` changes what it is to train before it begins."""
-    plan = setup.prepare(c, mesh_lib.make(**c.mesh))
+    plan = setup.setup_run(c, mesh_lib.make_mesh(**c.mesh))
     with policy.use(plan.student):
-        plan = setup.base(c, plan)
-        plan = setup.load(c, plan, plan.stages[0])
+        plan = setup.load_lora_base(c, plan)
+        plan = setup.load_stage_models(c, plan, plan.stages[0])
         trained = first(c, plan)
-        validation = eval_hook.prepare(c.eval, plan.student)
-        return list(preflight.lines(c, plan, validation, alter(trained), False))
+        validation = eval_hook.setup_validation(c.eval, plan.student)
+        return list(preflight.make_summary_lines(c, plan, validation, alter(trained), False))
 
 
-def first(c: ConfigDict, plan: setup.Plan) -> Params:
+def first(c: ConfigDict, plan: setup.RunSetup) -> Params:
     if plan.student.model.lora:
-        return policy.first(plan.student, jax.random.key(0))
+        return policy.load_or_init_lora(plan.student, jax.random.key(0))
     return policy.load(plan.student, "float32").params
 
 
@@ -133,50 +133,50 @@ def test_the_picture_shows_what_is_trained() -> None:
     assert tokenizer is not None
     prompt, response = (chat.encode(tokenizer, text) for text in ("How many?\n", "6 lamps"))
     example = Example(prompt, response, "", "row", [True] * (len(response) - 1) + [False])
-    picture = preflight.picture(example, tokenizer, 99, False)
+    picture = preflight.format_example(example, tokenizer, 99, False)
     assert picture.startswith("How many?⏎⟦6") and picture.count("⟦") == 1
     *_, last = response
     assert picture.endswith(f"⟧{tokenizer.decode([last])}")
-    coloured = preflight.picture(example, tokenizer, 99, True)
+    coloured = preflight.format_example(example, tokenizer, 99, True)
     assert coloured.startswith("\033[2mHow many?⏎\033[0m\033[32m6") and "⟦" not in coloured
     plain = coloured
-    for code in (preflight.TRAINED, preflight.READ, preflight.PLAIN):
+    for code in (preflight.GREEN, preflight.FAINT, preflight.RESET_COLOUR):
         plain = plain.replace(code, "")
     assert plain == picture.replace("⟦", "").replace("⟧", "")
     # Long rows are cut, control codes of a row are not sent to a terminal, responses end in time.
     long = Example(prompt * 100, chat.encode(tokenizer, "a\033[31mb") * 2, "", "row")
-    text = preflight.picture(long, tokenizer, 99, False)
+    text = preflight.format_example(long, tokenizer, 99, False)
     assert "more … " in text and len(text) < 1200 and "\033" not in text
-    assert preflight.picture(Example([1], [2, 3, 4], "", ""), None, 2, False) == "1⟦2 3⟧"
+    assert preflight.format_example(Example([1], [2, 3, 4], "", ""), None, 2, False) == "1⟦2 3⟧"
 
 
 def test_memory_counts_what_is_there() -> None:
     """Weights and optimiser as the arrays themselves say, on a mesh that splits them."""
     c = config()
     c.mesh.fsdp = 4
-    plan = setup.prepare(c, mesh_lib.make(**c.mesh))
+    plan = setup.setup_run(c, mesh_lib.make_mesh(**c.mesh))
     with policy.use(plan.student):
-        plan = setup.base(c, plan)
-        plan = setup.load(c, plan, plan.stages[0])
+        plan = setup.load_lora_base(c, plan)
+        plan = setup.load_stage_models(c, plan, plan.stages[0])
         trained = first(c, plan)
-        state = update.init(plan.stages[0].optimizer, trained, 0)
+        state = update.init_train_state(plan.stages[0].optimizer, trained, 0)
         device = jax.devices()[0]
 
         def held(tree: Any) -> int:
             shards = [s for x in jax.tree.leaves(tree) for s in x.addressable_shards]
             return sum(s.data.nbytes for s in shards if s.device == device)
 
-        assert calls.bytes_of(trained) == held(trained)
-        (line,) = preflight.memory(plan, c, trained)
+        assert calls.count_device_bytes(trained) == held(trained)
+        (line,) = preflight.estimate_memory(plan, c, trained)
         parts = dict(
             part.rsplit(" ", 1) for part in line.partition("(")[2].partition(")")[0].split(", ")
         )
         assert abs(float(parts["optimiser"]) * 2**30 - held(state.opt_state)) < 2**30 / 100
     c.logits_mib = 2.0**14
-    assert float(next(preflight.memory(plan, c, trained)).split()[2]) >= 16
+    assert float(next(preflight.estimate_memory(plan, c, trained)).split()[2]) >= 16
 
 
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "_limit", lambda: 2**20)
+    monkeypatch.setattr(preflight, "_get_memory_limit", lambda: 2**20)
     (line,) = warnings(told(config()))
     assert "more than a device has" in line

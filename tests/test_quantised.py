@@ -24,7 +24,7 @@ from models.qwen3.quantised import Quantised
 from tests.helpers import ROOT, tiny_qwen3
 from tests.test_verbs import call, read, write
 
-KINDS = tuple(quantised.LARGEST)
+KINDS = tuple(quantised.MAX_VALUES)
 T = 24
 EVEN: dict[str, Any] = {
     "vocab_size": 128,
@@ -51,7 +51,7 @@ def directories(tmp_path_factory):
 
 
 def loaded(directory, kind, sizes=(1, 1, 1, 1)):
-    described = policy.describe(str(directory), "float32", False, mesh_lib.make(*sizes))
+    described = policy.make_abstract(str(directory), "float32", False, mesh_lib.make_mesh(*sizes))
     with policy.use(described):
         return policy.load(described, kind)
 
@@ -66,7 +66,7 @@ def batch_of(vocabulary, rows=8):
 
 @functools.partial(jax.jit, static_argnums=0)
 def log_probs(qwen3, params, batch):
-    logits_BTV = forward.hidden(qwen3, params, batch) @ model.head(params).T
+    logits_BTV = forward.compute_hidden(qwen3, params, batch) @ model.get_output_head(params).T
     return jax.nn.log_softmax(logits_BTV)
 
 
@@ -86,32 +86,34 @@ def test_by_hand(kind):
     kernel = np.random.default_rng(0).normal(size=(3, 7, 5)).astype(np.float32)
     kernel[1, :, 2] = 0
     kernel[2, 4, 3] = 1e-30
-    found = quantised.quantise(jnp.asarray(kernel), kind)
+    found = quantised.quantise_kernel(jnp.asarray(kernel), kind)
     assert found.values.dtype == kind and found.scale.dtype == jnp.float32
     assert found.shape == (3, 7, 5) and found.scale.shape == (3, 1, 5)
     for place in np.ndindex(3, 5):
         column = kernel[place[0], :, place[1]]
         largest = max(abs(x) for x in column)
-        scale = np.float32(largest / quantised.LARGEST[kind]) if largest else np.float32(1)
+        scale = np.float32(largest / quantised.MAX_VALUES[kind]) if largest else np.float32(1)
         assert found.scale[place[0], 0, place[1]] == pytest.approx(scale, rel=1e-6)
         exact = column / np.asarray(found.scale)[place[0], 0, place[1]]
         nearest = np.rint(exact) if kind == "int8" else exact.astype(ml_dtypes.float8_e4m3fn)
         ours = np.asarray(found.values[place[0], :, place[1]]).astype(np.float32)
         np.testing.assert_array_equal(ours, nearest.astype(np.float32))
-        assert np.abs(ours).max() == (quantised.LARGEST[kind] if largest else 0)
+        assert np.abs(ours).max() == (quantised.MAX_VALUES[kind] if largest else 0)
 
 
 def test_products_are_those_of_the_kernel_in_floats():
     rng = np.random.default_rng(1)
     x = rng.normal(size=(2, 6, 16)).astype(np.float32)
-    kernel = quantised.quantise(jnp.asarray(rng.normal(size=(16, 9)), jnp.float32), "int8")
+    kernel = quantised.quantise_kernel(jnp.asarray(rng.normal(size=(16, 9)), jnp.float32), "int8")
     np.testing.assert_allclose(
         quantised.dot(jnp.asarray(x), kernel), x @ np.asarray(kernel.astype(jnp.float32)), atol=1e-5
     )
     half = quantised.dot(jnp.asarray(x, jnp.bfloat16), kernel)
     assert half.dtype == jnp.bfloat16
     rows, sizes = x.reshape(12, 16), np.array([3, 0, 7, 1])  # one row belongs to no expert
-    experts = quantised.quantise(jnp.asarray(rng.normal(size=(4, 16, 9)), jnp.float32), "int8")
+    experts = quantised.quantise_kernel(
+        jnp.asarray(rng.normal(size=(4, 16, 9)), jnp.float32), "int8"
+    )
     found = quantised.ragged_dot(jnp.asarray(rows), experts, jnp.asarray(sizes))
     wide = np.asarray(experts.astype(jnp.float32))
     of_row = np.repeat(np.arange(4), sizes)
@@ -133,8 +135,10 @@ def taught():
     """(teacher, batch of worked problems, where there are tokens, its log-probabilities)."""
     teacher = loaded(ROOT / "assets" / "teacher", "float32")
     c = quickstart.get_config().opd.data
-    examples = dataset.at(dataset.load(c, teacher.tokenizer, 0, traces=True), 0, 32, 0)
-    batch = collate.traces(examples, 60, 52)
+    examples = dataset.get_step_examples(
+        dataset.load_source(c, teacher.tokenizer, 0, with_responses=True), 0, 32, 0
+    )
+    batch = collate.collate_padded(examples, 60, 52)
     where = np.asarray(batch.segments_BT) > 0
     return teacher, batch, where, log_probs(teacher.model, teacher.params, batch)
 
@@ -150,7 +154,7 @@ def test_divergence_and_memory(taught, kind):
     def per_tensor(path, x):
         if not quantised._is_kernel(path):
             return x
-        flat = quantised.quantise(x.reshape(len(x), -1, 1), kind)
+        flat = quantised.quantise_kernel(x.reshape(len(x), -1, 1), kind)
         return flat.astype(jnp.float32).reshape(x.shape)
 
     coarse = jax.tree_util.tree_map_with_path(per_tensor, teacher.params)
@@ -174,7 +178,7 @@ def test_int8_is_closer_than_fp8(taught):
     teacher, batch, where, reference = taught
     costs = {}
     for kind in KINDS:
-        params = quantised.tree(teacher.params, kind, jnp.dtype("float32"))
+        params = quantised.quantise_params(teacher.params, kind, jnp.dtype("float32"))
         costs[kind] = kl(reference, log_probs(teacher.model, params, batch))[where].mean()
     assert costs["int8"] < costs["float8_e4m3fn"]
 
@@ -191,7 +195,7 @@ def test_loading_quantises_and_a_mesh_changes_nothing(directories, name, kind):
     directory = directories / name
     plain = loaded(directory, "float32")
     alone = loaded(directory, kind)
-    convert = jax.jit(quantised.tree, static_argnums=(1, 2))
+    convert = jax.jit(quantised.quantise_params, static_argnums=(1, 2))
     expected = convert(plain.params, kind, jnp.dtype("float32"))
     sparse = any(plain.config.sparse_layers)
     sizes = (1, 2, 2, 2) if sparse else (1, 2, 4, 1)
@@ -202,7 +206,7 @@ def test_loading_quantises_and_a_mesh_changes_nothing(directories, name, kind):
     batch = batch_of(plain.config.vocab_size)
     reference = log_probs(alone.model, alone.params, batch)
     with policy.use(spread):
-        shared = jax.device_put(batch, mesh_lib.rows(mesh_lib.make(*sizes)))
+        shared = jax.device_put(batch, mesh_lib.make_row_sharding(mesh_lib.make_mesh(*sizes)))
         found = np.asarray(log_probs(spread.model, spread.params, shared))
     np.testing.assert_allclose(found, reference, atol=1e-5 * np.abs(reference).max(), rtol=0)
     assert np.abs(found - log_probs(plain.model, plain.params, batch)).max() > 1e-4
@@ -237,7 +241,7 @@ def test_the_float_model_is_never_there(tmp_path):
     pass has no copy of a stack of kernels in another dtype."""
     fields: Any = EVEN | {"hidden_size": 64, "intermediate_size": 96}
     tiny_qwen3(tmp_path, **fields)
-    described = policy.describe(str(tmp_path), "float32", False, mesh_lib.make(1, 1, 1))
+    described = policy.make_abstract(str(tmp_path), "float32", False, mesh_lib.make_mesh(1, 1, 1))
     before = {id(x) for x in jax.live_arrays()}
     largest = 0
 
@@ -247,7 +251,7 @@ def test_the_float_model_is_never_there(tmp_path):
         sizes = [x.size for x in fresh if x.dtype == jnp.float32 and x.ndim > 1]
         largest = max([largest, *sizes])
 
-    shapes = quantised.abstract(described.params, "int8")
+    shapes = quantised.quantise_shapes(described.params, "int8")
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
     dtype = jnp.dtype("float32")
     params = weights.load(tmp_path, described.config, shapes, shardings, dtype, note)
@@ -287,7 +291,9 @@ def test_a_run_with_an_int8_teacher(tmp_path, monkeypatch):
     largest = watch_floats(monkeypatch)
     again = loaded(tmp_path / "int8", "int8")
     assert sum(isinstance(x, Quantised) for x in leaves(again.params)) == 7
-    expected = jax.jit(quantised.tree, static_argnums=(1, 2))(whole.params, "int8", jnp.float32)
+    expected = jax.jit(quantised.quantise_params, static_argnums=(1, 2))(
+        whole.params, "int8", jnp.float32
+    )
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, again.params, expected)))
     kernels = [
         x.size
@@ -300,14 +306,14 @@ def test_a_run_with_an_int8_teacher(tmp_path, monkeypatch):
 def watch_floats(monkeypatch):
     """The function that says how many float32 numbers of kernels were there at once, at most, at
     any time that one of them was being converted."""
-    before, largest, convert = {id(x) for x in jax.live_arrays()}, [0], quantised.tree
+    before, largest, convert = {id(x) for x in jax.live_arrays()}, [0], quantised.quantise_params
 
     def watched(*args):
         fresh = [x for x in jax.live_arrays() if id(x) not in before and x.dtype == jnp.float32]
         largest[0] = max(largest[0], sum(x.size for x in fresh if x.ndim > 2 and x.shape[-2] > 1))
         return convert(*args)
 
-    monkeypatch.setattr(quantised, "tree", watched)
+    monkeypatch.setattr(quantised, "quantise_params", watched)
     return lambda: largest[0]
 
 
@@ -351,12 +357,14 @@ def test_a_sampler_in_8_bits_is_the_model_in_8_bits(directories):
     spread = loaded(directories / "sparse", "float32", (1, 2, 2, 2))
     rng = np.random.default_rng(0)
     rows = [rollout.Sequence(rng.integers(0, 128, n).tolist(), (0, n), 8) for n in (3, 9, 5, 12)]
-    options = rollout.Options(4, param_dtype="int8", stacked=True, kind="plain", page=4)
+    options = rollout.RolloutOptions(
+        4, param_dtype="int8", stacked=True, cache_backend="plain", page=4
+    )
     with policy.use(spread):
-        qwen3, params = decode.weights(
+        qwen3, params = decode.prepare_weights(
             spread.model,
             spread.params,
-            policy.mesh_of(spread),
+            policy.get_mesh(spread),
             stacked=True,
             gathered=True,
             param_dtype="int8",
@@ -375,7 +383,7 @@ def test_a_sampler_in_8_bits_is_the_model_in_8_bits(directories):
     assert gate.values.dtype == jnp.int8 and qwen3.scan
     assert tuple(gate.values.sharding.spec) == (None, "expert", None, "tensor")
     alone = loaded(directories / "sparse", "int8")
-    batch = microbatches.unpacked(done, 4, 20)
+    batch = microbatches.make_unpacked_batch(done, 4, 20)
     found = np.asarray(log_probs(alone.model, alone.params, batch))[:, :-1]
     expected = np.take_along_axis(found, np.asarray(batch.tokens_BT)[:, 1:, None], -1)[..., 0]
     for row, logp, mask in zip(done, expected, np.asarray(batch.mask_BT), strict=True):
@@ -386,16 +394,16 @@ def test_an_unknown_dtype_is_refused():
     with pytest.raises(
         UserError, match=r"config.teacher.param_dtype: 'int4' is none of float32, bf"
     ):
-        setup.prepare(tiny_run("int4"), mesh_lib.make(1, 1, 1))
+        setup.setup_run(tiny_run("int4"), mesh_lib.make_mesh(1, 1, 1))
     c = tiny_run("int8")
     with pytest.raises(UserError, match=r"config.opd.rollout.param_dtype='int4': must be float32,"):
         c.opd.rollout.param_dtype = "int4"
-        setup.prepare(c, mesh_lib.make(1, 1, 1))
+        setup.setup_run(c, mesh_lib.make_mesh(1, 1, 1))
     c.teacher.dtype = "int8"
     with pytest.raises(
         UserError, match=r"config.teacher.dtype: 'int8' is none of float32, bfloat16"
     ):
-        setup.prepare(c, mesh_lib.make(1, 1, 1))
+        setup.setup_run(c, mesh_lib.make_mesh(1, 1, 1))
 
 
 def test_score_in_8_bits(taught, tmp_path):

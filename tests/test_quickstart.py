@@ -114,17 +114,17 @@ def test_the_export_is_the_trained_model(done: Path, models) -> None:
     network = Qwen3ForCausalLM.from_pretrained(path)
     with torch.no_grad():
         theirs = network(torch.tensor([IDS])).logits[0].numpy()
-    mesh = mesh_lib.make(1, 1, 1)
+    mesh = mesh_lib.make_mesh(1, 1, 1)
 
     def logits(where: str) -> np.ndarray:
-        loaded = policy.load(policy.describe(where, "float32", False, mesh), "float32")
+        loaded = policy.load(policy.make_abstract(where, "float32", False, mesh), "float32")
         ids = np.array([IDS])
         positions, segments = np.arange(len(IDS))[None], np.ones_like(ids)
         with policy.use(loaded):
             hidden, _ = jax.jit(loaded.model.apply)(
                 {"params": loaded.params}, ids, positions, segments
             )
-            return np.asarray(hidden @ policy.model.head(loaded.params).T)[0]
+            return np.asarray(hidden @ policy.model.get_output_head(loaded.params).T)[0]
 
     for where in (path, str(done)):
         np.testing.assert_allclose(logits(where), theirs, atol=1e-4)

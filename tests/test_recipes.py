@@ -113,13 +113,13 @@ def published(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 @pytest.fixture
 def offline(published: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Model ids stand for those directories, sets for the rows of the same columns."""
-    monkeypatch.setattr(hub, "_fetch", published.__getitem__)
-    monkeypatch.setattr(policy, "check", lambda *_: None)  # there are no weights to find
+    monkeypatch.setattr(hub, "_download_repository", published.__getitem__)
+    monkeypatch.setattr(policy, "check_files", lambda *_: None)  # there are no weights to find
     monkeypatch.setattr(chat, "load_tokenizer", functools.cache(chat.load_tokenizer))
     opened = sources.open_rows
 
     def rows(source: str, **options: Any) -> sources.Rows:
-        return opened(tiny.ROWS.get(source.removesuffix(":test"), source), **options)
+        return opened(tiny.SAMPLE_ROWS.get(source.removesuffix(":test"), source), **options)
 
     monkeypatch.setattr(sources, "open_rows", rows)
 
@@ -127,13 +127,13 @@ def offline(published: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None
 def slice_of(topology: str, c: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The mesh that `c` makes of a slice."""
     try:
-        devices = aot.devices(topology)
+        devices = aot.get_devices(topology)
     except UserError as error:
         pytest.skip(str(error))
     with monkeypatch.context() as patch:
         patch.setattr(jax, "devices", lambda: devices)
         patch.setattr(jax, "device_count", lambda: len(devices))
-        return mesh_lib.make(**c.mesh)
+        return mesh_lib.make_mesh(**c.mesh)
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES, *SIZES])
@@ -149,14 +149,14 @@ def sound(recipe: str, chips: str, shared_data: Path, monkeypatch: pytest.Monkey
     c = parsed(f"--config=configs/{file}.py{':' if argument else ''}{argument}")
     if recipe == "manual:opd":  # the export of its first stage
         c.student.path = "Qwen/Qwen3-0.6B"
-    c.opd.context.text = tiny.ROWS.get(c.opd.context.text, "")
+    c.opd.context.text = tiny.SAMPLE_ROWS.get(c.opd.context.text, "")
     mesh = slice_of(chips, c, monkeypatch)
-    plan = setup.prepare(c, mesh)
+    plan = setup.setup_run(c, mesh)
     assert tuple(stage.name for stage in plan.stages) == tuple(c.stages)
-    assert mesh.size == len(aot.devices(chips))
+    assert mesh.size == len(aot.get_devices(chips))
     if c.eval.every:
         c.eval.data = str(shared_data / f"{c.eval.benchmark}/test.jsonl")
-    eval_hook.prepare(c.eval, plan.student)
+    eval_hook.setup_validation(c.eval, plan.student)
 
 
 # Arguments
@@ -193,7 +193,7 @@ def test_a_wrong_argument_ends_in_exit_2() -> None:
 
 
 def test_arguments() -> None:
-    read = functools.partial(arguments.read, "x", size=("a", "b"), other=("b", "c"))
+    read = functools.partial(arguments.parse_argument, "x", size=("a", "b"), other=("b", "c"))
     assert vars(read("")) == {"size": "a", "other": "b", "tiny": False}
     assert vars(read("c,tiny")) == {"size": "a", "other": "c", "tiny": True}
     assert vars(read("other=b,size=b")) == {"size": "b", "other": "b", "tiny": False}
@@ -203,7 +203,7 @@ def test_arguments() -> None:
 
 
 def test_questions_are_put_as_the_benchmarks_do() -> None:
-    assert tasks.BENCHMARKS["gsm8k"]["prompt"] == base.BOXED
+    assert tasks.BENCHMARKS["gsm8k"]["prompt"] == base.BOXED_TEMPLATE
 
 
 # Studies
@@ -211,17 +211,17 @@ def test_questions_are_put_as_the_benchmarks_do() -> None:
 
 @pytest.mark.parametrize("study", ablations.STUDIES)
 def test_studies(study: str) -> None:
-    found = [shlex.split(line) for line in ablations.commands(study, tiny=True)]
+    found = [shlex.split(line) for line in ablations.list_commands(study, tiny=True)]
     workdirs = [words[4] for words in found]
     assert len(set(workdirs)) == len(found) > 1
     told = set()
-    for words, full in zip(found, ablations.commands(study, tiny=False), strict=True):
+    for words, full in zip(found, ablations.list_commands(study, tiny=False), strict=True):
         assert words[:3] == ["python", "-m", "distill.train"]
         assert words.pop(4).startswith(f"--workdir=runs/{study}/")
         long = shlex.split(full)[3:]
         c = parsed(*words[3:])
         told |= {c.to_json_best_effort(), parsed(long[0], *long[2:]).to_json_best_effort()}
-        setup.prepare(c, mesh_lib.make(1, 1, 1))
+        setup.setup_run(c, mesh_lib.make_mesh(1, 1, 1))
     assert len(told) >= len(found) + 1  # each run is another
 
 

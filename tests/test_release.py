@@ -39,7 +39,7 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref]:
         for prompt, limit in zip(prompts, limits, strict=True):
             group = [rollout.Sequence(prompt, (0, i), limit) for i in range(samples)]
             for row in group:
-                row.tokens, row.logprobs, row.reason = [1, 2, 3], [-1.0] * 3, "length"
+                row.tokens, row.logprobs, row.finish_reason = [1, 2, 3], [-1.0] * 3, "length"
                 made.append(weakref.ref(row))
             del row
             yield group
@@ -65,7 +65,7 @@ def most_alive(done: Iterator, made: list[weakref.ref]) -> int:
 
 def test_generate(alive: list[weakref.ref]) -> None:
     rows = sources.Rows("rows", COUNT, lambda i: {"number": i}, lambda i: f"row {i}")
-    done = completions.generate(
+    done = completions.generate_rows(
         SUBJECT,
         rows,
         dataset.TokenLists([7, i] for i in range(COUNT)),
@@ -74,7 +74,7 @@ def test_generate(alive: list[weakref.ref]) -> None:
         limits=[3] * COUNT,
         sampling=Sampling(),
         batch_size=4,
-        stops=["x"],
+        stop_strings=["x"],
         top_logprobs=0,
         errors={},
     )
@@ -98,13 +98,13 @@ class Late:
 
 def test_evaluate(alive: list[weakref.ref], monkeypatch: pytest.MonkeyPatch) -> None:
     """Graders that are slow are waited for: rows do not pile up before them either."""
-    monkeypatch.setattr(responses, "MOST_WAITING", 8)
+    monkeypatch.setattr(responses, "MAX_WAITING_GROUPS", 8)
     problems = [(f"row {i}", {"id": i, "answer": "1", "question": "q"}) for i in range(COUNT)]
     sampled = responses.sample(
         SUBJECT,
         problems,
         dataset.TokenLists([7, i] for i in range(COUNT)),
-        first=0,
+        first_problem=0,
         samples=2,
         max_new_tokens=3,
         sampling=Sampling(),
@@ -120,7 +120,7 @@ def test_evaluate(alive: list[weakref.ref], monkeypatch: pytest.MonkeyPatch) -> 
             yield group
 
     keys = [["a", "b"]] * COUNT
-    done = responses.graded_as_they_come(counted(), Slow(), "arithmetic", problems, keys, False)
+    done = responses.grade_while_sampling(counted(), Slow(), "arithmetic", problems, keys, False)
     for number in range(1, 101):
         (first, _) = next(done)
         assert first["id"] == number - 1 and first["prompt_tokens"] == [7, number - 1]
@@ -132,7 +132,7 @@ def test_stop_strings_are_found_with_bounded_memory() -> None:
     """Across the pieces in which rows come, in any order; also where rows are many more than what
     is remembered, and where one has the place in memory that another had."""
     assert SUBJECT.tokenizer is not None
-    ended = completions._finder(SUBJECT.tokenizer, ["12"], 2)
+    ended = completions._make_stop_check(SUBJECT.tokenizer, ["12"], 2)
     assert ended is not None
     ids = {c: SUBJECT.tokenizer.encode(c, add_special_tokens=False) for c in "123"}
     rows = [rollout.Sequence([1], (0, i), 9) for i in range(20)]

@@ -14,7 +14,7 @@ import pytest
 from helpers import ROOT
 
 from distill.rewards import graders
-from distill.rewards.graders import Grader, final_text, grade_arithmetic, grade_math
+from distill.rewards.graders import Grader, grade_arithmetic, grade_math, strip_thinking
 from models.errors import UserError
 
 LABELLED = (
@@ -42,7 +42,7 @@ def grader() -> Iterator[Grader]:
     ],
 )
 def test_final_text_is_behind_the_thinking(response: str, final: str | None) -> None:
-    assert final_text(response) == final
+    assert strip_thinking(response) == final
 
 
 @pytest.mark.parametrize(
@@ -96,9 +96,9 @@ def test_math_finds_the_answer(response: str, answer: str, outcome: str) -> None
 def test_integers_are_compared_as_algebra_does(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = ["0", "-0", "007", "7", "-7", "70", "10", "999999999999999999", "999999999999999998"]
     pairs = list(itertools.product(whole, whole))
-    quick = [graders.without_algebra(rf"\boxed{{{a}}}", b) for a, b in pairs]
+    quick = [graders.grade_without_algebra(rf"\boxed{{{a}}}", b) for a, b in pairs]
     assert quick.count("correct") == len(whole) + 4
-    monkeypatch.setattr(graders, "without_algebra", lambda response, answer: None)
+    monkeypatch.setattr(graders, "grade_without_algebra", lambda response, answer: None)
     assert quick == [grade_math(rf"\boxed{{{a}}}", b) for a, b in pairs]
 
 
@@ -241,7 +241,7 @@ def test_a_hanging_worker_does_not_outlive_its_killed_parent(tmp_path: Path) -> 
     (pid,) = map(int, said.read_text().split())
     assert code == -9 and alive(pid)
     assert (tmp_path / "imported").read_text() == "x"  # workers do without the main module
-    deadline = time.monotonic() + 1.0 + graders._GRACE + 10  # the last on a busy machine
+    deadline = time.monotonic() + 1.0 + graders._GRACE_SECONDS + 10  # the last on a busy machine
     while alive(pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not alive(pid)
@@ -281,4 +281,4 @@ def test_an_unknown_benchmark_is_the_users_mistake() -> None:
     ],
 )
 def test_answers_that_can_be_compared_with(benchmark: str, answer: str, can: bool) -> None:
-    assert graders.gradable(benchmark, answer) is can
+    assert graders.is_gradable(benchmark, answer) is can

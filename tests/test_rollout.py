@@ -9,7 +9,7 @@ import pytest
 from distill import rollout
 from distill.objectives import fused_head, losses
 from distill.policy import forward, policy
-from distill.rollout import Options, Sequence
+from distill.rollout import RolloutOptions, Sequence
 from distill.rollout.sampling import Sampling
 from distill.runtime import mesh as mesh_lib
 from distill.training import microbatches
@@ -36,19 +36,19 @@ P, R = 12, 24
 
 @pytest.fixture(scope="module")
 def loose():
-    return jax.jit(lambda key: model.init(CONFIG, key))(jax.random.key(0))
+    return jax.jit(lambda key: model.init_params(CONFIG, key))(jax.random.key(0))
 
 
 def placed(params, mesh):
-    shardings = jax.tree.map(lambda p: p.sharding, mesh_lib.parameters(CONFIG, mesh))
+    shardings = jax.tree.map(lambda p: p.sharding, mesh_lib.make_abstract_params(CONFIG, mesh))
     return jax.device_put(params, shardings)
 
 
 @pytest.fixture(scope="module")
 def params(loose):
     """On one device, which all of a module's tests then compute on."""
-    mesh = mesh_lib.make(1, 1, 1)
-    with mesh_lib.use(mesh):
+    mesh = mesh_lib.make_mesh(1, 1, 1)
+    with mesh_lib.use_mesh(mesh):
         yield placed(loose, mesh)
 
 
@@ -58,16 +58,16 @@ def prompts(count, seed=0):
 
 
 def sample(params, rows, numbers, samples=None, sampling=None, **options):
-    keys = rollout.row_keys(jax.random.key(3), list(numbers), samples or [0] * len(rows))
+    keys = rollout.make_row_keys(jax.random.key(3), list(numbers), samples or [0] * len(rows))
     done = rollout.sample(
         QWEN3,
         params,
         [Sequence(prompt, key, R) for prompt, key in zip(rows, keys, strict=True)],
         sampling=sampling or Sampling(),
         stop_ids=STOPS,
-        options=Options(**{"slots": 8, **options}),
+        options=RolloutOptions(**{"slots": 8, **options}),
     )
-    return microbatches.unpacked(list(done), len(rows), P + R)
+    return microbatches.make_unpacked_batch(list(done), len(rows), P + R)
 
 
 def responses(batch):
@@ -83,11 +83,11 @@ def eight(params):
 @pytest.mark.parametrize("kind", ["slabs", "plain"])
 def test_sampler_equals_scorer(params, kind):
     """Recorded log-probs are those of one plain forward, under random prompt lengths."""
-    batch = sample(params, prompts(8), range(8), kind=kind, page=8)
+    batch = sample(params, prompts(8), range(8), cache_backend=kind, page=8)
     stats = jax.jit(
-        lambda b: fused_head.token_stats(
-            forward.hidden(QWEN3, params, b),
-            model.head(params),
+        lambda b: fused_head.compute_token_stats(
+            forward.compute_hidden(QWEN3, params, b),
+            model.get_output_head(params),
             losses.shift(b.tokens_BT),
             logits_mib=1,
         )
@@ -99,7 +99,7 @@ def test_sampler_equals_scorer(params, kind):
 
 
 def test_layouts_draw_the_same_tokens(params, eight):
-    pages = sample(params, prompts(8), range(8), kind="plain", page=8, stacked=True)
+    pages = sample(params, prompts(8), range(8), cache_backend="plain", page=8, stacked=True)
     assert responses(pages) == responses(eight)
 
 
@@ -144,9 +144,9 @@ def test_positions_count_real_tokens(eight):
 
 @pytest.mark.parametrize("kind", ["slabs", "plain"])
 def test_meshes_draw_the_same_tokens(loose, eight, kind):
-    mesh = mesh_lib.make(1, 2, 4)
-    with mesh_lib.use(mesh):
-        batch = sample(placed(loose, mesh), prompts(8), range(8), kind=kind, page=8)
+    mesh = mesh_lib.make_mesh(1, 2, 4)
+    with mesh_lib.use_mesh(mesh):
+        batch = sample(placed(loose, mesh), prompts(8), range(8), cache_backend=kind, page=8)
     assert responses(batch) == responses(eight)
     np.testing.assert_allclose(
         np.asarray(batch.sampler_logp_BT), np.asarray(eight.sampler_logp_BT), atol=1e-4
@@ -187,9 +187,9 @@ def test_complete_is_independent_of_batches_and_of_where_it_starts(params):
 
 
 def test_buckets_are_few_and_near():
-    sizes = {rollout.bucket(n) for n in range(1, 4097)}
+    sizes = {rollout.bucket_length(n) for n in range(1, 4097)}
     assert len(sizes) < 40
-    assert all(n <= rollout.bucket(n) <= max(n + 15, 1.25 * n) for n in range(1, 4097))
+    assert all(n <= rollout.bucket_length(n) <= max(n + 15, 1.25 * n) for n in range(1, 4097))
 
 
 def test_batch_is_frozen(eight):

@@ -18,7 +18,7 @@ from distill.policy import policy
 from distill.runtime import mesh as mesh_lib
 from models.errors import UserError
 from models.qwen3 import model, rope, weights
-from models.qwen3.config import SIZES, Config, Scaling
+from models.qwen3.config import SIZES, Config, RopeScaling
 from tests.helpers import tiny_qwen3
 
 QWEN3 = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
@@ -58,7 +58,7 @@ def test_frequencies_are_those_of_transformers(name):
     theirs = Qwen3Config(**fields | {"rope_scaling": dict(fields["rope_scaling"])})
     kind = config.rope_scaling.rope_type
     inverse, factor = ROPE_INIT_FUNCTIONS[kind](theirs, torch.device("cpu"))
-    ours = rope.frequencies(config)
+    ours = rope.compute_frequencies(config)
     np.testing.assert_allclose(ours[0], inverse.double().numpy(), rtol=2e-6)
     assert ours[1] == pytest.approx(factor, rel=1e-12)
     # Through config.json, in both spellings at once, it stays what it is.
@@ -85,24 +85,24 @@ OTHER = {
 }
 
 
-@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Scaling)])
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(RopeScaling)])
 def test_every_field_is_alive(field):
     """Another value gives other frequencies, or another factor."""
     other = {"attention_factor": 1.1, "mscale": 1.1, "mscale_all_dim": 0.9}
-    scaling = Scaling("yarn", 4.0, 32768)
+    scaling = RopeScaling("yarn", 4.0, 32768)
     if field.startswith("mscale"):  # they count as a pair
         scaling = dataclasses.replace(scaling, mscale=1.1, mscale_all_dim=0.9)
     elif field in other:
         scaling = dataclasses.replace(scaling, attention_factor=other[field])
     changed = dataclasses.replace(scaling, **{field: OTHER[field]})
     before, after = (
-        rope.frequencies(dataclasses.replace(SIZES["8b"], rope_scaling=s))
+        rope.compute_frequencies(dataclasses.replace(SIZES["8b"], rope_scaling=s))
         for s in (scaling, changed)
     )
     assert not np.allclose(before[0], after[0], rtol=1e-3) or before[1] != after[1]
 
 
-@pytest.mark.parametrize("scaling", [None, Scaling("yarn", 4.0, 32768)], ids=["plain", "yarn"])
+@pytest.mark.parametrize("scaling", [None, RopeScaling("yarn", 4.0, 32768)], ids=["plain", "yarn"])
 def test_angles_at_far_positions(scaling):
     """The bound that `rotary` states: a frequency and its product are each rounded once."""
     config = dataclasses.replace(SIZES["8b"], rope_scaling=scaling)
@@ -110,8 +110,10 @@ def test_angles_at_far_positions(scaling):
     positions = np.concatenate(
         [np.arange(64), [32768, 131_071, 131_072], rng.integers(0, 2**17, 500)]
     )
-    cos, sin = (np.asarray(x)[0, :, 0] for x in rope.rotary(jnp.asarray(positions)[None], config))
-    exact, factor = rope.frequencies(config)
+    cos, sin = (
+        np.asarray(x)[0, :, 0] for x in rope.compute_rotary(jnp.asarray(positions)[None], config)
+    )
+    exact, factor = rope.compute_frequencies(config)
     angles = positions[:, None] * exact[None]
     bound = factor * (angles * 2.0**-23 + 2e-7)
     for ours, reference in ((cos, np.cos(angles)), (sin, np.sin(angles))):
@@ -132,8 +134,8 @@ def test_logits_and_greedy_beyond_the_original_positions(stretched):
     """64 tokens in one pass, then 40 written after 24, by cache."""
     directory, network = stretched
     config = Config.from_directory(directory)
-    mesh = mesh_lib.make(1, 1, 1)
-    abstract = mesh_lib.parameters(config, mesh)
+    mesh = mesh_lib.make_mesh(1, 1, 1)
+    abstract = mesh_lib.make_abstract_params(config, mesh)
     shardings = jax.tree.map(lambda p: p.sharding, abstract)
     params = weights.load(directory, config, abstract, shardings, jnp.dtype("float32"))
     tokens = np.random.default_rng(0).integers(0, 128, (2, 64)).astype(np.int32)
@@ -144,21 +146,21 @@ def test_logits_and_greedy_beyond_the_original_positions(stretched):
     def logits(config):
         forward = jax.jit(model.Qwen3(config).apply)
         hidden, _ = forward({"params": params}, tokens, positions, np.ones_like(tokens))
-        return np.asarray(hidden @ model.head(params).T)
+        return np.asarray(hidden @ model.get_output_head(params).T)
 
     np.testing.assert_allclose(logits(config), expected, atol=1e-4, rtol=0)
     plain = logits(dataclasses.replace(config, rope_scaling=None))
     assert np.abs(plain - expected).max() > 1
 
     prompts = tokens[:, :24]
-    with mesh_lib.use(mesh):
+    with mesh_lib.use_mesh(mesh):
         rows = rollout.sample(
             model.Qwen3(config),
             params,
             [rollout.Sequence(prompt, (0, 0), 40) for prompt in prompts.tolist()],
             sampling=rollout.Sampling(temperature=0),
             stop_ids=(-1,),
-            options=rollout.Options(slots=2),
+            options=rollout.RolloutOptions(slots=2),
         )
         written = np.array([row.prompt + row.tokens for row in rows])
     out = torch.tensor(prompts).long()
@@ -171,7 +173,7 @@ def test_logits_and_greedy_beyond_the_original_positions(stretched):
 
 def test_an_export_keeps_the_scaling(stretched, tmp_path):
     directory, network = stretched
-    subject = policy.reader(str(directory), "float32")
+    subject = policy.make_abstract_for_inference(str(directory), "float32")
     with policy.use(subject):
         subject = policy.load(subject, "float32")
     weights.save(subject.params, subject.config, tmp_path, jnp.dtype("float32"))
@@ -183,10 +185,10 @@ def test_an_export_keeps_the_scaling(stretched, tmp_path):
 
 def test_the_limit_is_what_the_scaling_reaches(stretched):
     """Not max_position_embeddings, which people leave as it is when they turn YaRN on."""
-    subject = policy.reader(str(stretched[0]), "float32")
-    assert [*scoring.tokens(subject, [("here", {"tokens": [1] * 64})])] == [[1] * 64]
+    subject = policy.make_abstract_for_inference(str(stretched[0]), "float32")
+    assert [*scoring.read_token_ids(subject, [("here", {"tokens": [1] * 64})])] == [[1] * 64]
     with pytest.raises(UserError, match="here: 65 tokens exceed the model's 64 positions"):
-        scoring.tokens(subject, [("here", {"tokens": [1] * 65})])
+        scoring.read_token_ids(subject, [("here", {"tokens": [1] * 65})])
     reach = {
         name: Config.from_hf(fields_of(VARIANTS[name])).context_length
         for name in ("as Qwen3 says", "factor one", "linear")

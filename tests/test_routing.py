@@ -57,7 +57,7 @@ def test_the_gradient_of_the_balance_is_that_of_transformers(pair):
         batch, tokens_BT=jnp.asarray(tokens, jnp.int32), segments_BT=ones, mask_BT=ones > 0
     )
     sums = functools.partial(
-        update.loss_sums, model.Qwen3(config), losses.TABLE["sft"], 1, 1.0, balance=0.5
+        update.compute_loss_sums, model.Qwen3(config), losses.OBJECTIVES["sft"], 1, 1.0, balance=0.5
     )
     (total, (measured, _)), grads = jax.jit(jax.value_and_grad(sums, has_aux=True))(
         params, batch, None
@@ -72,7 +72,7 @@ def test_the_gradient_of_the_balance_is_that_of_transformers(pair):
     loss = measured["loss"][0] / count
     assert float(total / count - loss) == pytest.approx(0.5 * theirs.aux_loss.item(), rel=1e-4)
     expected = torch_gradients(network)
-    ours = dict(weights.tensors(grads, jnp.dtype("float32")))
+    ours = dict(weights.iter_tensors(grads, jnp.dtype("float32")))
     for name, grad in expected.items():
         scale = np.abs(grad).max()
         found = ours[name] / np.asarray(count)
@@ -87,9 +87,11 @@ def test_balance_evens_the_load(even):
 
     def balance(router):
         inner = params["layers"] | {"moe": params["layers"]["moe"] | {"router": router}}
-        _, sums = forward.routed(model.Qwen3(config), params | {"layers": inner}, batch)
-        means = run_files.finalize(sums)
-        return moe.summary(means["load_LE"], means["p_LE"])["load_balancing_loss"]
+        _, sums = forward.compute_hidden_and_router_stats(
+            model.Qwen3(config), params | {"layers": inner}, batch
+        )
+        means = run_files.compute_means(sums)
+        return moe.summarise_load(means["load_LE"], means["p_LE"])["load_balancing_loss"]
 
     descend = jax.jit(lambda router: router - 0.3 * jax.grad(balance)(router))
     router = params["layers"]["moe"]["router"]
@@ -101,14 +103,16 @@ def test_balance_evens_the_load(even):
 
 
 def replayed(qwen3, params, batch, experts):
-    return forward.routed(qwen3, params, dataclasses.replace(batch, experts_BTLA=experts))
+    return forward.compute_hidden_and_router_stats(
+        qwen3, params, dataclasses.replace(batch, experts_BTLA=experts)
+    )
 
 
 def test_replaying_its_own_choice_changes_nothing(pair):
     """Not the states, nor the gradients, which flow into the router as before."""
     _, config, params = pair
     batch, qwen3 = batch_of(config, 2), model.Qwen3(config)
-    experts = jax.jit(forward.chosen, static_argnums=0)(qwen3, params, batch)
+    experts = jax.jit(forward.compute_chosen_experts, static_argnums=0)(qwen3, params, batch)
     layers = sum(config.sparse_layers)
     assert experts.shape == (2, T, layers, config.num_experts_per_tok)
     assert experts.dtype == jnp.int16
@@ -158,7 +162,7 @@ def test_replay_undoes_what_noise_does_to_the_choice(even):
     with the recorded experts they do not. On eight devices as on one."""
     config, params = load(even)
     batch, qwen3 = batch_of(config), model.Qwen3(config)
-    experts = jax.jit(forward.chosen, static_argnums=0)(qwen3, params, batch)
+    experts = jax.jit(forward.compute_chosen_experts, static_argnums=0)(qwen3, params, batch)
     noise = np.random.default_rng(0).normal(size=params["layers"]["moe"]["router"].shape)
     states = {}
     for name, sizes, recorded in (
@@ -170,14 +174,14 @@ def test_replay_undoes_what_noise_does_to_the_choice(even):
         router = moved["layers"]["moe"]["router"]
         by = jax.device_put((0.0015 * noise).astype(np.float32), router.sharding)
         moved["layers"]["moe"]["router"] = router + by
-        mesh = mesh_lib.make(*sizes)
-        whole = jax.device_put(batch, mesh_lib.rows(mesh))
+        mesh = mesh_lib.make_mesh(*sizes)
+        whole = jax.device_put(batch, mesh_lib.make_row_sharding(mesh))
         if recorded is not None:
-            recorded = jax.device_put(np.asarray(recorded), mesh_lib.rows(mesh))
-        with mesh_lib.use(mesh):
+            recorded = jax.device_put(np.asarray(recorded), mesh_lib.make_row_sharding(mesh))
+        with mesh_lib.use_mesh(mesh):
             found, _ = jax.jit(replayed, static_argnums=0)(qwen3, moved, whole, recorded)
         states[name] = np.asarray(found)
-    first = np.asarray(jax.jit(forward.hidden, static_argnums=0)(qwen3, params, batch))
+    first = np.asarray(jax.jit(forward.compute_hidden, static_argnums=0)(qwen3, params, batch))
     real = np.asarray(batch.segments_BT) > 0
     jump, smooth = (np.abs(states[name] - first)[real].max() for name in ("free", "replayed"))
     assert smooth < 0.2 * jump, (smooth, jump)
@@ -196,27 +200,27 @@ def asked(config, prompts=5, samples=2):
     rng, rows = np.random.default_rng(0), []
     for number in range(prompts):
         prompt = rng.integers(0, config.vocab_size, rng.integers(1, P + 1)).tolist()
-        keys = rollout.row_keys(jax.random.key(5), [number] * samples, range(samples))
+        keys = rollout.make_row_keys(jax.random.key(5), [number] * samples, range(samples))
         rows += [rollout.Sequence(prompt, key, int(rng.integers(1, R + 1))) for key in keys]
     return rows
 
 
 def sampled(config, params, rows, mesh, stacked, dtype="float32", **given):
-    with mesh_lib.use(mesh):
+    with mesh_lib.use_mesh(mesh):
         done = rollout.sample(
             model.Qwen3(config, jnp.dtype(dtype)),
             params,
             rows,
             sampling=rollout.Sampling(),
             stop_ids=(3, 7, 11),
-            options=rollout.Options(
+            options=rollout.RolloutOptions(
                 8,
                 P + R,
                 segment=4,
                 chunk=8,
                 cache_tokens=96,
                 page=4,
-                kind="plain" if stacked else "",
+                cache_backend="plain" if stacked else "",
                 stacked=stacked,
             ),
             routing=True,
@@ -241,19 +245,19 @@ def test_recorded_experts_are_those_of_a_forward(even, tmp_path, layers, sizes, 
         fields: dict[str, Any] = EVEN | {"decoder_sparse_step": 2, "num_hidden_layers": 4}
         tiny_qwen3(directory, **fields)
     config, params = load(directory, sizes)
-    mesh = mesh_lib.make(*sizes)
-    rows = sampled(config, params, asked(config), mesh, stacked, budget=24)
-    assert any(row.tokens and not row.reason for row in rows)
+    mesh = mesh_lib.make_mesh(*sizes)
+    rows = sampled(config, params, asked(config), mesh, stacked, token_budget=24)
+    assert any(row.tokens and not row.finish_reason for row in rows)
     rows = sampled(config, params, rows, mesh, stacked)
-    batch = microbatches.unpacked(rows, len(rows), P + R, routing=config.routing)
+    batch = microbatches.make_unpacked_batch(rows, len(rows), P + R, routing=config.routing_shape)
     _, alone = load(directory)
     expected = np.asarray(
-        jax.jit(forward.chosen, static_argnums=0)(model.Qwen3(config), alone, batch)
+        jax.jit(forward.compute_chosen_experts, static_argnums=0)(model.Qwen3(config), alone, batch)
     )
     found, segments = np.asarray(batch.experts_BTLA), np.asarray(batch.segments_BT)
     assert found.dtype == np.int16 and found.shape == expected.shape
     for row, theirs, ours, real in zip(rows, expected, found, segments > 0, strict=True):
-        assert sum(map(len, row.experts)) == len(row.context) - 1  # the last one is never read
+        assert sum(map(len, row.experts)) == len(row.all_tokens) - 1  # the last one is never read
         np.testing.assert_array_equal(ours[real][:-1], theirs[real][:-1])
         assert (ours[real][-1] == -1).all() and (ours[~real] == -1).all()
 
@@ -261,7 +265,7 @@ def test_recorded_experts_are_those_of_a_forward(even, tmp_path, layers, sizes, 
 def test_layers_are_in_order_beyond_the_tenth():
     """A tree of blocks that went through jit comes back sorted by name."""
     noted = {f"layers_{i}": {"moe": {"experts": jnp.full((1, 2, 3), i)}} for i in range(12)}
-    found = moe.chosen(jax.tree.map(lambda x: x, noted))
+    found = moe.get_chosen_experts(jax.tree.map(lambda x: x, noted))
     np.testing.assert_array_equal(found[0, 0, :, 0], np.arange(12))
 
 
@@ -291,10 +295,16 @@ def test_replay_brings_sampler_and_trainer_together(even):
     """In bfloat16 a router chooses otherwise in the update than it did in the sampler, here and
     there; with what was recorded it cannot."""
     config, params = load(even)
-    rows = sampled(config, params, asked(config, 16, 4), mesh_lib.make(1, 1, 1), False, "bfloat16")
-    batch = microbatches.unpacked(rows, len(rows), P + R, routing=config.routing)
+    rows = sampled(
+        config, params, asked(config, 16, 4), mesh_lib.make_mesh(1, 1, 1), False, "bfloat16"
+    )
+    batch = microbatches.make_unpacked_batch(rows, len(rows), P + R, routing=config.routing_shape)
     loss = functools.partial(
-        update.loss_sums, model.Qwen3(config, jnp.bfloat16), losses.TABLE["sft"], R, 1.0
+        update.compute_loss_sums,
+        model.Qwen3(config, jnp.bfloat16),
+        losses.OBJECTIVES["sft"],
+        R,
+        1.0,
     )
     stats = jax.jit(lambda batch: loss(params, batch, None)[1][0]["sampler_delta"])
     deltas = {}
@@ -322,11 +332,11 @@ def test_parked_experts_come_back_from_a_checkpoint():
     rng = np.random.default_rng(0)
     pieces = [rng.integers(-1, 8, (n, 2, 3)).astype(np.int16) for n in (5, 2)]
     row = rollout.Sequence([1] * 5, (1, 2), 4, tokens=[3, 4], logprobs=[-1.0, -2.0], experts=pieces)
-    position = json.loads(json.dumps(rollout.PartialRollouts([row], 7).position()))
+    position = json.loads(json.dumps(rollout.PartialRollouts([row], 7).get_state()))
     again = rollout.PartialRollouts()
-    again.resume(position)
-    assert again.begun == 7 and again.rows == [row]
-    for found, expected in zip(again.rows[0].experts, pieces, strict=True):
+    again.restore(position)
+    assert again.num_started == 7 and again.sequences == [row]
+    for found, expected in zip(again.sequences[0].experts, pieces, strict=True):
         assert found.dtype == np.int16
         np.testing.assert_array_equal(found, expected)
 
@@ -336,8 +346,10 @@ def test_read_rows_route_themselves():
     one = np.ones((3, 2, 4), np.int16)
     rows = [rollout.Sequence([1, 2], (0, 0), 3, tokens=[5], logprobs=[-1.0], experts=[one])]
     read = Example([3, 4], [6, 7], "", "")
-    form = collate.Form(7, 3, routing=(2, 4))
-    experts = np.asarray(collate.lay([[*microbatches.written(rows), read], []], form).experts_BTLA)
+    form = collate.BatchLayout(7, 3, routing=(2, 4))
+    experts = np.asarray(
+        collate.collate_rows([[*microbatches.to_examples(rows), read], []], form).experts_BTLA
+    )
     np.testing.assert_array_equal(experts[0, :, 0, 0], [1, 1, 1, -1, -1, -1, -1])
     assert experts.shape == (2, 7, 2, 4) and (experts[1] == -1).all()
 
@@ -346,4 +358,4 @@ def test_a_dense_student_has_nothing_to_replay(tmp_path):
     dense = tiny_model(tmp_path / "dense", 0)
     c = config_of((dense, dense), "float32", True)
     with pytest.raises(UserError, match=r"config.student.replay_routing: \S+ has no experts to re"):
-        setup.prepare(c, mesh_lib.make(1, 1, 1))
+        setup.setup_run(c, mesh_lib.make_mesh(1, 1, 1))

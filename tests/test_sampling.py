@@ -31,8 +31,8 @@ CASES = [
 ]
 
 FEW = [CASES[0], CASES[3], CASES[5], CASES[-1]]  # of these, more is compiled
-draw = jax.jit(sampling_lib.draw, static_argnums=2)
-truncate = jax.jit(sampling_lib.truncate, static_argnums=1)
+draw = jax.jit(sampling_lib.draw_tokens, static_argnums=2)
+truncate = jax.jit(sampling_lib.truncate_logits, static_argnums=1)
 
 
 def kept(logits: np.ndarray, s: Sampling) -> np.ndarray:
@@ -95,7 +95,7 @@ def test_top_of_a_real_vocabulary() -> None:
     x = np.random.default_rng(0).normal(size=(3, 151_936)).astype(np.float32)
     x[1] = np.round(x[1])  # thousands of ties for the first place
     for k in (1, 20, 128, 600):
-        values, places = sampling_lib.top(jnp.asarray(x), k)
+        values, places = sampling_lib.find_top_k(jnp.asarray(x), k)
         np.testing.assert_array_equal(values, -np.sort(-x, axis=-1)[:, :k])
         np.testing.assert_array_equal(np.take_along_axis(x, np.asarray(places), 1), values)
         assert all(len(set(row)) == k for row in np.asarray(places).tolist())
@@ -126,7 +126,7 @@ def test_a_draw_is_independent_of_company_and_mesh() -> None:
     """Alone, among rows whose nucleus takes the longer way, and split over eight devices."""
     logits = rows(384, ties=False)
     keys = jax.random.split(jax.random.key(1), len(logits))
-    mesh = mesh_lib.make(1, 2, 4)
+    mesh = mesh_lib.make_mesh(1, 2, 4)
     for sampling in FEW:
         tokens, logp = draw(logits, keys, sampling)
         turned, turned_logp = draw(logits[::-1], keys[::-1], sampling)
@@ -180,11 +180,11 @@ def test_a_row_of_nan_is_told_and_alone(sampling: Sampling) -> None:
 def test_the_models_own_log_probabilities() -> None:
     logits = jnp.asarray(rows(384, ties=False))
     expected = np.asarray(jax.nn.log_softmax(logits))
-    ids, logp = sampling_lib.model_top(logits, 5)
+    ids, logp = sampling_lib.find_model_top(logits, 5)
     np.testing.assert_array_equal(ids, np.argsort(-expected, axis=-1, kind="stable")[:, :5])
     np.testing.assert_allclose(logp, np.take_along_axis(expected, np.asarray(ids), 1), atol=1e-5)
     np.testing.assert_allclose(
-        sampling_lib.model_logp(logits, ids[:, 3]), np.asarray(logp)[:, 3], atol=1e-5
+        sampling_lib.compute_model_logp(logits, ids[:, 3]), np.asarray(logp)[:, 3], atol=1e-5
     )
 
 
@@ -210,6 +210,6 @@ def test_no_distribution_is_refused_by_name(fields: dict[str, float], said: str)
 
 
 def test_more_tokens_than_there_are() -> None:
-    Sampling(top_k=384).require(384)
+    Sampling(top_k=384).check_vocab_size(384)
     with pytest.raises(UserError, match=r"^top_k=385: the vocabulary has 384 tokens$"):
-        sampling_lib.truncate(jnp.zeros((1, 384)), Sampling(top_k=385))
+        sampling_lib.truncate_logits(jnp.zeros((1, 384)), Sampling(top_k=385))

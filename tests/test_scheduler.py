@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.rollout import Sequence
-from distill.rollout.scheduler import Scheduler, Seat
+from distill.rollout.scheduler import Scheduler, Slot
 
 LONGEST = 40
 
@@ -29,20 +29,20 @@ def pages_of(tokens: int, page: int) -> int:
 
 def check(scheduler: Scheduler, contents: list[dict[int, list[object]]]) -> None:
     """What a page's uses are, and that each seat's tokens are where its pages say."""
-    for shard, uses in enumerate(scheduler.uses):
-        held = Counter(page for seat in scheduler.live(shard) for page in seat.pages)
+    for shard, uses in enumerate(scheduler.page_refs):
+        held = Counter(page for seat in scheduler.iter_slots(shard) for page in seat.pages)
         prefix = scheduler._prefix[shard]
         held.update(prefix.pages if prefix else [])
         assert uses == [held[page] for page in range(len(uses))]
-        assert sorted(scheduler.free[shard]) == [p for p, n in enumerate(uses) if not n]
-        for row, seat in enumerate(scheduler.seats[shard]):
+        assert sorted(scheduler.free_pages[shard]) == [p for p, n in enumerate(uses) if not n]
+        for row, seat in enumerate(scheduler.slots[shard]):
             assert seat is None or (seat.row, seat.shard) == (row, shard)
             if seat and scheduler.pinned:
                 assert seat.pages == [row]
-        for seat in scheduler.live(shard):
+        for seat in scheduler.iter_slots(shard):
             for at in range(seat.length):
-                page = contents[shard][seat.pages[at // scheduler.page]]
-                assert page[at % scheduler.page] == token(seat.sequence, at)
+                page = contents[shard][seat.pages[at // scheduler.page_size]]
+                assert page[at % scheduler.page_size] == token(seat.sequence, at)
 
 
 def token(sequence: Sequence, at: int) -> object:
@@ -51,17 +51,17 @@ def token(sequence: Sequence, at: int) -> object:
     return (tuple(sequence.prompt), at) if at < prompt else (sequence.key, at)
 
 
-def write(scheduler, contents, seat: Seat, begin: int, end: int) -> None:
+def write(scheduler, contents, seat: Slot, begin: int, end: int) -> None:
     """Nobody else may be looking at what is written, unless it is the same."""
     for at in range(begin, end):
-        page = seat.pages[at // scheduler.page]
-        of = contents[seat.shard].setdefault(page, [None] * scheduler.page)
-        of[at % scheduler.page] = token(seat.sequence, at)
+        page = seat.pages[at // scheduler.page_size]
+        of = contents[seat.shard].setdefault(page, [None] * scheduler.page_size)
+        of[at % scheduler.page_size] = token(seat.sequence, at)
 
 
-def copied(contents, seat: Seat) -> None:
-    if seat.copy:
-        source, target = seat.copy
+def copied(contents, seat: Slot) -> None:
+    if seat.page_copy:
+        source, target = seat.page_copy
         assert target in seat.pages and source not in seat.pages
         contents[seat.shard][target] = list(contents[seat.shard][source])
 
@@ -92,7 +92,7 @@ def test_a_run(groups, shards, rows, page, more, segment, pinned):
         shards=shards,
         rows=rows,
         pages=pages,
-        page=page,
+        page_size=page,
         segment=segment,
         pinned=pinned,
     )
@@ -100,25 +100,25 @@ def test_a_run(groups, shards, rows, page, more, segment, pinned):
     first_seated: list[int] = []
     ended: list[Sequence] = []
     for _ in range(10_000):
-        if not scheduler.queue and not any(scheduler.live()):
+        if not scheduler.queue and not any(scheduler.iter_slots()):
             break
-        oldest = min((s.number for s in scheduler.live()), default=None)
-        for seat in scheduler.grow():
-            assert seat.number != oldest or len(scheduler.seats) > 1
+        oldest = min((s.number for s in scheduler.iter_slots()), default=None)
+        for seat in scheduler.grow_slots():
+            assert seat.number != oldest or len(scheduler.slots) > 1
             assert not seat.pages
         numbers = [number for number, _ in scheduler.queue]
         assert numbers == sorted(numbers)
-        seats = scheduler.admit()
+        seats = scheduler.insert_waiting()
         assert [s.number for s in seats] == numbers[: len(seats)]
         first_seated += [s.number for s in seats if s.number not in first_seated]
-        for seat in (s for s in seats if s.reads):
+        for seat in (s for s in seats if s.needs_prefill):
             write(scheduler, contents, seat, 0, seat.length)
         for seat in seats:
-            assert seat.length == len(seat.sequence.context) - 1
+            assert seat.length == len(seat.sequence.all_tokens) - 1
             copied(contents, seat)
         check(scheduler, contents)
-        assert any(scheduler.live())
-        for seat in list(scheduler.live()):
+        assert any(scheduler.iter_slots())
+        for seat in list(scheduler.iter_slots()):
             row = seat.sequence
             n = min(segment, draws[row.key] - len(row.tokens))
             assert seat.length + n <= len(seat.pages) * page
@@ -126,57 +126,59 @@ def test_a_run(groups, shards, rows, page, more, segment, pinned):
             row.tokens += [0] * n
             seat.length += n
         check(scheduler, contents)
-        for seat in list(scheduler.live()):
+        for seat in list(scheduler.iter_slots()):
             if len(seat.sequence.tokens) == draws[seat.sequence.key]:
-                seat.sequence.reason = "stop"
+                seat.sequence.finish_reason = "stop"
                 ended.append(seat.sequence)
-                scheduler.release(seat)
+                scheduler.release_slot(seat)
     else:
         raise AssertionError("it does not end")
     assert first_seated == list(range(len(sequences)))
     assert len(ended) == len({id(s) for s in ended})
     assert sorted(s.key for s in ended) == sorted(s.key for s in sequences)
-    assert all(sorted(free) == list(range(pages)) for free in scheduler.free)
-    assert not any(any(uses) for uses in scheduler.uses)
+    assert all(sorted(free) == list(range(pages)) for free in scheduler.free_pages)
+    assert not any(any(uses) for uses in scheduler.page_refs)
 
 
 def test_samples_share_the_pages_of_their_prompt():
     """Four samples of 10 tokens, pages of 4: two whole pages are one for all, the third a copy."""
     sequences = [Sequence([5] * 11, (0, i), 3) for i in range(4)]
-    scheduler = Scheduler(sequences, shards=1, rows=4, pages=12, page=4, segment=2)
-    seats = scheduler.admit()
-    assert [seat.reads for seat in seats] == [True, False, False, False]
+    scheduler = Scheduler(sequences, shards=1, rows=4, pages=12, page_size=4, segment=2)
+    seats = scheduler.insert_waiting()
+    assert [seat.needs_prefill for seat in seats] == [True, False, False, False]
     assert len({tuple(seat.pages[:2]) for seat in seats}) == 1
     assert len({seat.pages[2] for seat in seats}) == 4
-    assert [seat.copy and seat.copy[0] for seat in seats] == [None] + [seats[0].pages[2]] * 3
-    assert len(scheduler.free[0]) == 12 - 2 - 4
+    assert [seat.page_copy and seat.page_copy[0] for seat in seats] == [None] + [
+        seats[0].pages[2]
+    ] * 3
+    assert len(scheduler.free_pages[0]) == 12 - 2 - 4
 
 
 def test_the_youngest_make_room():
     """Two of 4 tokens in a pool of three pages: when both need a second, the second one waits."""
     sequences = [Sequence([i, 1, 2, 3], (0, i), 6) for i in range(2)]
-    scheduler = Scheduler(sequences, shards=1, rows=2, pages=3, page=4, segment=1)
-    first, second = scheduler.admit()
+    scheduler = Scheduler(sequences, shards=1, rows=2, pages=3, page_size=4, segment=1)
+    first, second = scheduler.insert_waiting()
     for seat in (first, second):
         seat.length += 1
         seat.sequence.tokens.append(7)
-    assert scheduler.grow() == [second] and list(scheduler.live()) == [first]
+    assert scheduler.grow_slots() == [second] and list(scheduler.iter_slots()) == [first]
     assert [s for _, s in scheduler.queue] == [sequences[1]]
     assert len(first.pages) == 2 and not second.pages
-    sequences[1].reason = "stop"  # as a stop string that is found late does
-    scheduler.release(first)
-    assert not scheduler.admit() and not scheduler.queue
+    sequences[1].finish_reason = "stop"  # as a stop string that is found late does
+    scheduler.release_slot(first)
+    assert not scheduler.insert_waiting() and not scheduler.queue
 
 
 def test_the_last_ones_move_together():
     sequences = [Sequence([i, 1], (0, i), 6) for i in range(8)]
-    scheduler = Scheduler(sequences, shards=2, rows=4, pages=4, page=8, segment=1, pinned=True)
-    seats = scheduler.admit()
+    scheduler = Scheduler(sequences, shards=2, rows=4, pages=4, page_size=8, segment=1, pinned=True)
+    seats = scheduler.insert_waiting()
     for seat in seats:
         if seat.row != 2:
-            scheduler.release(seat)
-    assert scheduler.shrink(1) == [[2], [2]]
-    assert [(s.row, s.pages, s.shard) for s in scheduler.live()] == [(0, [0], 0), (0, [0], 1)]
-    for seat in list(scheduler.live()):
-        scheduler.release(seat)
-    assert scheduler.free == [[0], [0]] and scheduler.uses == [[0], [0]]
+            scheduler.release_slot(seat)
+    assert scheduler.compact_rows(1) == [[2], [2]]
+    assert [(s.row, s.pages, s.shard) for s in scheduler.iter_slots()] == [(0, [0], 0), (0, [0], 1)]
+    for seat in list(scheduler.iter_slots()):
+        scheduler.release_slot(seat)
+    assert scheduler.free_pages == [[0], [0]] and scheduler.page_refs == [[0], [0]]

@@ -19,7 +19,7 @@ def looked_up(table_VD: jax.Array, tokens_BT: jax.Array, weight_BTD: jax.Array):
     """The embedding, and the table's gradient of a sum over it."""
 
     def total(table_VD):
-        x_BTD = sharded.stream(sharded.embed(table_VD, tokens_BT, jnp.float32))
+        x_BTD = sharded.constrain_residual(sharded.embed_tokens(table_VD, tokens_BT, jnp.float32))
         return jnp.sum(x_BTD * weight_BTD), x_BTD
 
     (_, x_BTD), grad_VD = jax.value_and_grad(total, has_aux=True)(table_VD)
@@ -34,18 +34,21 @@ def test_the_embedding_is_exchanged(sizes: tuple[int, ...]) -> None:
     weight = rng.normal(size=(B, T, D)).astype(np.float32)
     expected_grad = np.zeros((V, D))
     np.add.at(expected_grad, tokens, weight)
-    mesh = mesh_lib.make(*sizes)
-    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh_lib.VOCABULARY))
-    given = (jax.device_put(table, split), *jax.device_put((tokens, weight), mesh_lib.rows(mesh)))
-    with mesh_lib.use(mesh):
+    mesh = mesh_lib.make_mesh(*sizes)
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh_lib.VOCABULARY_AXES))
+    given = (
+        jax.device_put(table, split),
+        *jax.device_put((tokens, weight), mesh_lib.make_row_sharding(mesh)),
+    )
+    with mesh_lib.use_mesh(mesh):
         compiled = jax.jit(looked_up, out_shardings=(None, split)).lower(*given).compile()
     x, grad = compiled(*given)
     np.testing.assert_array_equal(x, table[tokens])
     np.testing.assert_allclose(grad, expected_grad, rtol=1e-5, atol=1e-5)
     assert x.sharding.is_equivalent_to(
-        jax.sharding.NamedSharding(mesh, mesh_lib.stream(mesh, T)), 3
+        jax.sharding.NamedSharding(mesh, mesh_lib.make_hidden_spec(mesh, T)), 3
     )
-    collectives = hlo.read(str(compiled.as_text())).collectives
+    collectives = hlo.parse_costs(str(compiled.as_text())).collectives
     fetched = collectives.get("all-gather", (0, 0))[1] + collectives.get("all-reduce", (0, 0))[1]
     # The tokens, and over data the sum of a shard's gradient; the table has 8,192 bytes.
     assert fetched <= tokens.nbytes + (sizes[0] - 1) * 2 * table.nbytes / 4
@@ -65,7 +68,7 @@ def test_a_rows_tokens_are_split_over_context(
 ) -> None:
     """Hidden states and gradients of one device: eight query heads of two keys', which four or
     eight devices have to repeat; a length that context does not divide is not split."""
-    interpreted = functools.partial(attention.splash, interpret=True)
+    interpreted = functools.partial(attention.attend_splash, interpret=True)
     monkeypatch.setitem(attention.TABLE, "splash", interpreted)
     config = Config(V, D, 56, 1, 8, 2, 128, 1e4, 1e-6, True, 64)
     rng = np.random.default_rng(1)
@@ -75,7 +78,7 @@ def test_a_rows_tokens_are_split_over_context(
         np.tile(np.arange(length), (rows, 1)),
         np.repeat([[1, 2], [1, 0]], [length - 5, 5], axis=1),
     )
-    params = model.init(config, jax.random.key(0))
+    params = model.init_params(config, jax.random.key(0))
     weight = rng.normal(size=(rows, length, D)).astype(np.float32) * (segments > 0)[..., None]
 
     def total(params, weight_BTD):
@@ -86,10 +89,10 @@ def test_a_rows_tokens_are_split_over_context(
 
     step = jax.value_and_grad(total, has_aux=True)
     ((_, expected), gradient) = jax.jit(step)(params, weight)
-    mesh = mesh_lib.make(*sizes)
-    mesh_lib.check(config, mesh, "config.json")
-    shardings = jax.tree.map(lambda p: p.sharding, mesh_lib.parameters(config, mesh))
-    with mesh_lib.use(mesh):
+    mesh = mesh_lib.make_mesh(*sizes)
+    mesh_lib.check_divisible(config, mesh, "config.json")
+    shardings = jax.tree.map(lambda p: p.sharding, mesh_lib.make_abstract_params(config, mesh))
+    with mesh_lib.use_mesh(mesh):
         compiled = jax.jit(step).lower(jax.device_put(params, shardings), weight).compile()
     text, F = str(compiled.as_text()), 56 // sizes[2]  # rows, tokens and features of a device
     some, every = (f"f32[{rows // sizes[1]},{n},{F}]" for n in (length // sizes[4], length))
@@ -105,8 +108,12 @@ def test_a_rows_tokens_are_split_over_context(
 
 @pytest.mark.parametrize("shape", [(8, 15), (3, 16), (1, 1)])
 def test_what_does_not_divide_is_looked_up_plainly(shape: tuple[int, int]) -> None:
-    mesh = mesh_lib.make(1, 2, 4)
+    mesh = mesh_lib.make_mesh(1, 2, 4)
     tokens, table = jnp.arange(np.prod(shape)).reshape(shape) % V, np.eye(V, D)
-    with mesh_lib.use(mesh):
-        x = jax.jit(lambda table: sharded.stream(sharded.embed(table, tokens, jnp.float32)))(table)
+    with mesh_lib.use_mesh(mesh):
+        x = jax.jit(
+            lambda table: sharded.constrain_residual(
+                sharded.embed_tokens(table, tokens, jnp.float32)
+            )
+        )(table)
     np.testing.assert_array_equal(x, table[tokens])

@@ -45,7 +45,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(source: Path | str, **fields: Any) -> ConfigDict:
-    c = base.stage("sft").data
+    c = base.make_stage("sft").data
     c.source = str(source)
     c.update(fields)
     return c
@@ -58,7 +58,7 @@ def lines(path: Path, rows: list[dict]) -> Path:
 
 
 def everything(rows: sources.Rows) -> list[dict]:
-    return [rows.row(i) for i in range(rows.size)]
+    return [rows.read_row(i) for i in range(rows.size)]
 
 
 # Every kind of source gives the same rows
@@ -103,11 +103,11 @@ def test_kinds_of_sources(tmp_path: Path, write: Any) -> None:
     source = write(tmp_path)
     rows = sources.open_rows(source)
     assert rows.size == len(ROWS) and everything(rows) == ROWS
-    assert [rows.row(i) for i in (7, 0, 3)] == [ROWS[7], ROWS[0], ROWS[3]]
-    name = rows.where(4).removeprefix(source)
-    assert rows.where(4).startswith(source) and name in (":5", "[4]", " row 4", ": row 4")
+    assert [rows.read_row(i) for i in (7, 0, 3)] == [ROWS[7], ROWS[0], ROWS[3]]
+    name = rows.locate_row(4).removeprefix(source)
+    assert rows.locate_row(4).startswith(source) and name in (":5", "[4]", " row 4", ": row 4")
     assert sources.open_rows(source, size=4).size == 4
-    assert [row for _, row in dataset.read(source, 3)] == ROWS[:3]
+    assert [row for _, row in dataset.open_canonical_rows(source, 3)] == ROWS[:3]
 
 
 def test_splits(tmp_path: Path) -> None:
@@ -120,12 +120,12 @@ def test_a_stream_gives_the_same_rows_in_any_order(tmp_path: Path) -> None:
     source = as_hub_folder(tmp_path)
     rows = sources.open_rows(source, size=9, window=4)
     assert rows.window == 4 and everything(rows) == ROWS
-    assert [rows.row(i) for i in (8, 0, 1, 5)] == [ROWS[8], ROWS[0], ROWS[1], ROWS[5]]
+    assert [rows.read_row(i) for i in (8, 0, 1, 5)] == [ROWS[8], ROWS[0], ROWS[1], ROWS[5]]
     with pytest.raises(UserError, match=r"needs config\.data\.size"):
         sources.open_rows(source, window=4)
     short = sources.open_rows(source, size=20, window=4)
     with pytest.raises(UserError, match=r"has only 9 rows, config\.data\.size says 20"):
-        short.row(10)
+        short.read_row(10)
     with pytest.raises(UserError, match="not read through hf:"):
         sources.open_rows(as_jsonl(tmp_path), window=4)
 
@@ -134,14 +134,14 @@ def test_a_streamed_step_is_a_function_of_the_step(
     tmp_path: Path, tiny: PreTrainedTokenizerBase
 ) -> None:
     c = config(as_hub_folder(tmp_path), streaming=True, window=4, size=9)
-    source = dataset.load(c, tiny, 0, True)
-    steps = [[e.where for e in dataset.at(source, step, 3, 0)] for step in range(9)]
+    source = dataset.load_source(c, tiny, 0, True)
+    steps = [[e.where for e in dataset.get_step_examples(source, step, 3, 0)] for step in range(9)]
     for epoch in range(3):
         assert len({w for step in steps[3 * epoch : 3 * epoch + 3] for w in step}) == 9
     assert {w[-1] for step in steps[:1] for w in step} <= set("0123")  # of the first window
     assert steps[0:3] != steps[3:6]
-    again = dataset.load(c, tiny, 0, True)
-    assert [e.where for e in dataset.at(again, 7, 3, 0)] == steps[7]
+    again = dataset.load_source(c, tiny, 0, True)
+    assert [e.where for e in dataset.get_step_examples(again, 7, 3, 0)] == steps[7]
 
 
 TFDS = """
@@ -320,61 +320,65 @@ KNOWN = [
 def test_a_chat_of_tulu_is_asked_without_its_answer() -> None:
     messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
     row = {"id": "x", "source": "s", "messages": messages}
-    assert columns.canonical(row, "", "row", True) == row
-    assert columns.canonical(row, "", "row", False)["messages"] == messages[:1]
+    assert columns.canonicalize_row(row, "", "row", True) == row
+    assert columns.canonicalize_row(row, "", "row", False)["messages"] == messages[:1]
     bad = {**row, "messages": "2+2?"}
-    assert columns.canonical(bad, "", "row", False) == bad  # and is refused where it is rendered
+    assert (
+        columns.canonicalize_row(bad, "", "row", False) == bad
+    )  # and is refused where it is rendered
     for empty in ([], None):
         with pytest.raises(UserError, match="row: id, messages, source are not as in the sets"):
-            columns.canonical({**row, "messages": empty}, "", "row", False)
+            columns.canonicalize_row({**row, "messages": empty}, "", "row", False)
 
 
 def test_a_question_is_put(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     path = lines(tmp_path / "rows.jsonl", [*ROWS, {"prompt": "p", "answer": None}])
-    source = dataset.load(config(path, template="Q {question} {x}"), tiny, 0, False)
-    texts = [str(tiny.decode(source.example(i).prompt)) for i in range(source.size)]
+    source = dataset.load_source(config(path, template="Q {question} {x}"), tiny, 0, False)
+    texts = [str(tiny.decode(source.read_example(i).prompt)) for i in range(source.size)]
     assert texts[3] == "<|im_start|>user\nQ 3 + 1? {x}<|im_end|>\n<|im_start|>assistant\n"
-    assert texts[9] == "p" and source.example(9).answer == ""
+    assert texts[9] == "p" and source.read_example(9).answer == ""
     with pytest.raises(UserError, match=r"config\.data\.template='Q': has no \{question\}"):
-        dataset.load(config(path, template="Q"), tiny, 0, False)
+        dataset.load_source(config(path, template="Q"), tiny, 0, False)
 
 
 @pytest.mark.parametrize(("row", "added"), KNOWN)
 def test_known_columns(row: dict, added: dict) -> None:
-    found = columns.canonical(row, "", "row", True)
+    found = columns.canonicalize_row(row, "", "row", True)
     assert found == {**row, **added}
-    assert columns.canonical(found, "", "row", True) == found
+    assert columns.canonicalize_row(found, "", "row", True) == found
 
 
 def test_every_known_set_becomes_an_example(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     learnable = [row for row, added in KNOWN if added.keys() & {"response", "solution", "messages"}]
     path = lines(tmp_path / "rows.jsonl", [r for r in learnable if "reward_model" not in r])
-    source = dataset.load(config(path), tiny, 0, True)
+    source = dataset.load_source(config(path), tiny, 0, True)
     for i in range(source.size):
-        assert str(tiny.decode(source.example(i).response)).endswith("4<|im_end|>"), i
+        assert str(tiny.decode(source.read_example(i).response)).endswith("4<|im_end|>"), i
 
 
 def test_columns_by_name(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     orca = lines(tmp_path / "orca.jsonl", [{"question": "2+2?", "answer": "It is 4."}])
     with pytest.raises(UserError, match=r"orca\.jsonl:1: neither response nor solution among"):
-        dataset.load(config(orca), tiny, 0, True)
-    example = dataset.load(config(orca, columns="orca_math"), tiny, 0, True).example(0)
+        dataset.load_source(config(orca), tiny, 0, True)
+    example = dataset.load_source(config(orca, columns="orca_math"), tiny, 0, True).read_example(0)
     assert tiny.decode(example.response) == "It is 4.<|im_end|>"
     other = lines(tmp_path / "other.jsonl", [{"input": "2+2?", "output": "4"}])
-    example = dataset.load(config(other, columns="question=input, response=output"), tiny, 0, True)
-    assert tiny.decode(example.example(0).response) == "4<|im_end|>"
+    example = dataset.load_source(
+        config(other, columns="question=input, response=output"), tiny, 0, True
+    )
+    assert tiny.decode(example.read_example(0).response) == "4<|im_end|>"
     for name, words in {
         "question=inputs": r"other\.jsonl:1: .*question=inputs: its columns are \['input'",
         "deepmath": r"other\.jsonl:1: no question among its columns \['input', 'output'\]",
         "dapo": r"config\.data\.columns: 'dapo' is none of s1k-1\.1, .*, nor ours=theirs",
     }.items():
         with pytest.raises(UserError, match=words):
-            dataset.load(config(other, columns=name), tiny, 0, True)
+            dataset.load_source(config(other, columns=name), tiny, 0, True)
 
 
 def test_a_document_is_learned_whole(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     path = lines(tmp_path / "rows.jsonl", [{"text": "The manual."}])
-    example = dataset.load(config(path), tiny, 0, True).example(0)
+    example = dataset.load_source(config(path), tiny, 0, True).read_example(0)
     assert tiny.decode(example.prompt + example.response) == "The manual.<|im_end|>"
     assert len(example.prompt) == 1
 
@@ -393,8 +397,8 @@ def test_which_turns_are_trained(tiny: PreTrainedTokenizerBase, tmp_path: Path) 
     )
 
     def trained(turns: str) -> tuple[str, str]:
-        example = dataset.load(config(path, turns=turns), tiny, 0, True).example(0)
-        batch = collate.batch([[example]], 200, 200)
+        example = dataset.load_source(config(path, turns=turns), tiny, 0, True).read_example(0)
+        batch = collate.make_batch([[example]], 200, 200)
         ids, mask = np.asarray(batch.tokens_BT)[0], np.asarray(batch.mask_BT)[0]
         return str(tiny.decode(ids[mask])), str(tiny.decode(example.prompt))
 
@@ -408,7 +412,7 @@ def test_which_turns_are_trained(tiny: PreTrainedTokenizerBase, tmp_path: Path) 
 @pytest.mark.parametrize("name", ["chat/conversations", "traces/deepseek_r1_math"])
 def test_real_rows_print_back(shared_data: Path, qwen3: PreTrainedTokenizerBase, name: str) -> None:
     path = shared_data / f"{name}.jsonl"
-    source = dataset.load(config(path), qwen3, 0, True)
+    source = dataset.load_source(config(path), qwen3, 0, True)
     rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
     assert source.size == len(rows)
     for i, row in enumerate(rows):
@@ -416,7 +420,7 @@ def test_real_rows_print_back(shared_data: Path, qwen3: PreTrainedTokenizerBase,
             response = row["messages"][-1]["content"]
         else:
             response = f"<think>\n{row['thinking'].strip()}\n</think>\n\n{row['content'].strip()}"
-        batch = collate.batch([[source.example(i)]], 8000, 7000)
+        batch = collate.make_batch([[source.read_example(i)]], 8000, 7000)
         ids, mask = np.asarray(batch.tokens_BT)[0], np.asarray(batch.mask_BT)[0]
         assert qwen3.decode(ids[mask]) == response + "<|im_end|>"
 
@@ -427,11 +431,13 @@ def test_real_rows_print_back(shared_data: Path, qwen3: PreTrainedTokenizerBase,
 def test_real_prompts(
     shared_data: Path, qwen3: PreTrainedTokenizerBase, name: str, count: int
 ) -> None:
-    source = dataset.load(config(shared_data / f"{name}.jsonl"), qwen3, 0, traces=False)
+    source = dataset.load_source(
+        config(shared_data / f"{name}.jsonl"), qwen3, 0, with_responses=False
+    )
     assert source.size == count
     for i in range(0, count, 97):
-        text = str(qwen3.decode(source.example(i).prompt))
-        assert text.startswith("<|im_start|>user\n") and source.example(i).answer
+        text = str(qwen3.decode(source.read_example(i).prompt))
+        assert text.startswith("<|im_start|>user\n") and source.read_example(i).answer
         assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
 
 
@@ -446,20 +452,29 @@ def numbered(size: int, offset: int = 0) -> dataset.Source:
 def test_processes_share_out_a_step(processes: int) -> None:
     source, part = numbered(40), 8 // processes
     for step in range(10):
-        whole = [e.prompt[0] for e in dataset.at(source, step, 8, 5)]
+        whole = [e.prompt[0] for e in dataset.get_step_examples(source, step, 8, 5)]
         shares = [
-            [e.prompt[0] for e in dataset.at(source, step, 8, 5, range(p * part, (p + 1) * part))]
+            [
+                e.prompt[0]
+                for e in dataset.get_step_examples(
+                    source, step, 8, 5, range(p * part, (p + 1) * part)
+                )
+            ]
             for p in range(processes)
         ]
         assert sum(shares, []) == whole  # noqa: RUF017
         assert len(set(whole)) == 8  # disjoint
-    epoch = [e.prompt[0] for step in range(5) for e in dataset.at(source, step, 8, 5)]
+    epoch = [
+        e.prompt[0] for step in range(5) for e in dataset.get_step_examples(source, step, 8, 5)
+    ]
     assert sorted(epoch) == list(range(40))  # and together all of it
 
 
 def test_a_mixture_keeps_its_shares_and_each_set_its_epochs() -> None:
-    mixed = dataset.mix([numbered(30), numbered(0, 1000), numbered(5, 500)], [1, 6, 0.0001], 0)
-    drawn = [dataset.one(mixed, i, 0).prompt[0] for i in range(2000)]
+    mixed = dataset.mix_sources(
+        [numbered(30), numbered(0, 1000), numbered(5, 500)], [1, 6, 0.0001], 0
+    )
+    drawn = [dataset.get_example(mixed, i, 0).prompt[0] for i in range(2000)]
     first, rest = drawn[:1000], drawn[1000:]
     for block in (first, rest):
         assert sum(n < 500 for n in block) == 142 and sum(500 <= n < 1000 for n in block) == 1
@@ -467,20 +482,22 @@ def test_a_mixture_keeps_its_shares_and_each_set_its_epochs() -> None:
     assert endless == list(range(1000, 1000 + len(endless)))
     small = [n for n in drawn if n < 500]
     assert all(sorted(small[i : i + 30]) == list(range(30)) for i in range(0, 270, 30))
-    again = dataset.mix([numbered(30), numbered(0, 1000), numbered(5, 500)], [1, 6, 0.0001], 0)
-    assert [dataset.one(again, i, 0).prompt[0] for i in (1999, 3, 1000)] == [
+    again = dataset.mix_sources(
+        [numbered(30), numbered(0, 1000), numbered(5, 500)], [1, 6, 0.0001], 0
+    )
+    assert [dataset.get_example(again, i, 0).prompt[0] for i in (1999, 3, 1000)] == [
         drawn[i] for i in (1999, 3, 1000)
     ]
 
 
 def test_a_mixture_of_the_config(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     c = config("", mixture=((as_jsonl(tmp_path), 1.0), ("arithmetic", 3.0)))
-    source = dataset.load(c, tiny, 0, True)
-    names = [e.where for step in range(10) for e in dataset.at(source, step, 100, 0)]
+    source = dataset.load_source(c, tiny, 0, True)
+    names = [e.where for step in range(10) for e in dataset.get_step_examples(source, step, 100, 0)]
     assert sum(".jsonl:" in name for name in names) == 250
     for bad in (("arithmetic", 0.0), ("arithmetic", "1"), "arithmetic", 3.0):
         with pytest.raises(UserError) as error:
-            dataset.load(config("", mixture=(bad,)), tiny, 0, True)
+            dataset.load_source(config("", mixture=(bad,)), tiny, 0, True)
         assert str(error.value).startswith(f"config.data.mixture: {bad!r} is no pair")
 
 
@@ -493,7 +510,7 @@ def test_ahead_changes_nothing_but_when() -> None:
             raise UserError("row 7")
         return step * step
 
-    get = dataset.ahead(make, 8)
+    get = dataset.prefetch_next(make, 8)
     assert [get(step) for step in (3, 4, 5, 2, 3)] == [9, 16, 25, 4, 9]
     assert get(6) == 36
     for _ in range(2):
@@ -514,7 +531,7 @@ def test_ahead_in_any_order() -> None:
         made[step].set()
         return object()
 
-    get = dataset.ahead(functools.lru_cache(maxsize=4)(make), 8)
+    get = dataset.prefetch_next(functools.lru_cache(maxsize=4)(make), 8)
     first = get(0)
     assert made[1].wait(10)  # while the first is used
     assert get(12) is not first and get(0) is first
@@ -535,7 +552,7 @@ def test_ahead_holds_one_result() -> None:
         held.add(found := Made())
         return found
 
-    get = dataset.ahead(make, 100)
+    get = dataset.prefetch_next(make, 100)
     for step in (0, 1, 50, 51, 7, 99, 3, 120, 4):
         get(step)
     get(200)  # waits for what is begun
@@ -579,7 +596,7 @@ def bad_file(path: Path, line: bytes) -> Path:
 
 
 def short(example: Example) -> None:
-    dataset.require(example, 1000, "max_prompt_tokens", 10**6)
+    dataset.require_valid_example(example, 1000, "max_prompt_tokens", 10**6)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -589,35 +606,38 @@ def test_a_bad_row_is_fatal_or_skipped(
     line, words = BAD[name]
     path = bad_file(tmp_path / "rows.jsonl", line)
     with pytest.raises(UserError) as error:
-        dataset.load(config(path), tiny, 0, True, short)
+        dataset.load_source(config(path), tiny, 0, True, short)
     assert str(error.value).startswith(f"{path}:5") and words in str(error.value)
-    source = dataset.load(config(path, on_bad_row="skip"), tiny, 0, True, short)
+    source = dataset.load_source(config(path, on_bad_row="skip"), tiny, 0, True, short)
     assert source.size == len(ROWS)  # no other row is lost
-    assert list(source.skipped) == [f"{path}:5"] and words in source.skipped[f"{path}:5"]
+    assert list(source.skip_reasons) == [f"{path}:5"] and words in source.skip_reasons[f"{path}:5"]
     said = capsys.readouterr().err
     assert f"{path}:5" in said and f"{path}: 1 of the first 10 rows are skipped" in said
     if name == "a megabyte":
         return  # tokenised often enough
     # Beyond what is read before step 0 it is met when it is read.
     for policy in ("fail", "skip"):
-        late = dataset.load(config(path, on_bad_row=policy, check=3), tiny, 0, True, short)
-        assert late.size == 10 and not late.skipped
+        late = dataset.load_source(config(path, on_bad_row=policy, check=3), tiny, 0, True, short)
+        assert late.size == 10 and not late.skip_reasons
         if policy == "fail":
             with pytest.raises(UserError, match="5"):
-                dataset.at(late, 0, 10, 0)
+                dataset.get_step_examples(late, 0, 10, 0)
         else:
-            read = [e.where for e in dataset.at(late, 0, 10, 0)]
-            assert read.count(f"{path}:6") == 2 and len(read) == 10 and len(late.skipped) == 1
-            dataset.at(late, 1, 10, 0)
-            assert len(late.skipped) == 1
+            read = [e.where for e in dataset.get_step_examples(late, 0, 10, 0)]
+            assert read.count(f"{path}:6") == 2 and len(read) == 10 and len(late.skip_reasons) == 1
+            dataset.get_step_examples(late, 1, 10, 0)
+            assert len(late.skip_reasons) == 1
 
 
 def test_no_good_row(tmp_path: Path, tiny: PreTrainedTokenizerBase) -> None:
     path = lines(tmp_path / "rows.jsonl", [{"question": "q"}] * 3)
     for check in (0, 2, 3):
         with pytest.raises(UserError, match=r"no good row; .*rows\.jsonl:\d: neither response nor"):
-            dataset.at(
-                dataset.load(config(path, on_bad_row="skip", check=check), tiny, 0, True), 0, 2, 0
+            dataset.get_step_examples(
+                dataset.load_source(config(path, on_bad_row="skip", check=check), tiny, 0, True),
+                0,
+                2,
+                0,
             )
     with pytest.raises(UserError, match=r"config\.data\.on_bad_row='warn': is none of fail, skip"):
-        dataset.load(config(path, on_bad_row="warn"), tiny, 0, True)
+        dataset.load_source(config(path, on_bad_row="warn"), tiny, 0, True)

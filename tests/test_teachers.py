@@ -52,7 +52,7 @@ def config(files: Path, objective: str = "opd", **changes) -> ConfigDict:
     c = quickstart.get_config("tiny")
     c.student.path, c.teacher.path = STUDENT, TEACHER
     c.mesh.fsdp, c.log.transcripts = 1, 0
-    c.past, c.origin = base.teacher(), base.teacher()
+    c.past, c.origin = base.make_teacher(), base.make_teacher()
     c.past.path, c.origin.path = "ema", "initial"
     c.past.dtype = c.origin.dtype = c.origin.param_dtype = "float32"
     s = c.opd
@@ -70,16 +70,16 @@ def config(files: Path, objective: str = "opd", **changes) -> ConfigDict:
 
 def collected(c: ConfigDict, mesh=None):
     """The sequences of the first step, with what teachers make of them, and what was measured."""
-    mesh = mesh or mesh_lib.make(1, 1, 1)
-    plan = setup.prepare(c, mesh)
+    mesh = mesh or mesh_lib.make_mesh(1, 1, 1)
+    plan = setup.setup_run(c, mesh)
     with policy.use(plan.student), graders.Grader() as grader:
-        plan = setup.base(c, plan)
-        plan = setup.load(c, plan, plan.stages[0])
+        plan = setup.load_lora_base(c, plan)
+        plan = setup.load_stage_models(c, plan, plan.stages[0])
         params = policy.load(plan.student, "float32").params
-        draw = collect.batches(plan, plan.stages[0], c.seed, mesh, 8.0, grader)
+        draw = collect.make_collect(plan, plan.stages[0], c.seed, mesh, 8.0, grader)
         work, measured = draw(params, 0, params)
         teachers = [plan.teachers[name] for name in c.opd.teachers]
-        score = lambda micro: local.score(teachers, micro.put(mesh), params)  # noqa: E731
+        score = lambda micro: local.score(teachers, micro.to_device(mesh), params)  # noqa: E731
         return sequences_of(work, score), measured
 
 
@@ -130,18 +130,20 @@ def before_question(row: dict, asked: list[dict]) -> list[dict]:
         },
     ],
 )
-@pytest.mark.parametrize("place", teacher_context.PLACES)
+@pytest.mark.parametrize("place", teacher_context.PLACEMENTS)
 def test_every_form_of_a_row_takes_a_context(row, place):
     tokenizer = chat.load_tokenizer(TEACHER)
     assert tokenizer
 
     def make(row: dict) -> examples.Example:
-        return examples.trace(row, "here", tokenizer, True, "last")
+        return examples.make_trace_example(row, "here", tokenizer, True, "last")
 
     made = make(row)
-    told = teacher_context.add(teacher_context.Context(HINT, "", place), row, made, make, tokenizer)
-    assert made.told is None and told.response == made.response and told.told
-    text = str(tokenizer.decode(told.told))
+    told = teacher_context.add_context(
+        teacher_context.TeacherContext(HINT, "", place), row, made, make, tokenizer
+    )
+    assert made.teacher_prompt is None and told.response == made.response and told.teacher_prompt
+    text = str(tokenizer.decode(told.teacher_prompt))
     assert text.count(HINT) == 1
     parts = [part for part in ("Be short.", "What is it?") if part in text]
     assert text.index(HINT) < text.index(parts[-1 if place == "question" else 0])
@@ -150,16 +152,20 @@ def test_every_form_of_a_row_takes_a_context(row, place):
     if "response" not in row and "messages" in row:
         row = {"messages": row["messages"][:-1]}
     sample = {"tokens": made.prompt, "response_tokens": made.response, "asked": row}
-    again = teacher_context.add(
-        teacher_context.Context(HINT, "", place), sample, made, make, tokenizer
+    again = teacher_context.add_context(
+        teacher_context.TeacherContext(HINT, "", place), sample, made, make, tokenizer
     )
-    assert again.told == told.told
+    assert again.teacher_prompt == told.teacher_prompt
     # Tokens alone take tokens.
     bare = {"tokens": made.prompt, "response_tokens": made.response, "more": [7, 8]}
-    alone = teacher_context.add(teacher_context.Context("", "more", place), bare, made, make, None)
-    assert alone.told == [7, 8, *made.prompt]
+    alone = teacher_context.add_context(
+        teacher_context.TeacherContext("", "more", place), bare, made, make, None
+    )
+    assert alone.teacher_prompt == [7, 8, *made.prompt]
     with pytest.raises(UserError, match="takes its context as token ids"):
-        teacher_context.add(teacher_context.Context(HINT, "", place), bare, made, make, tokenizer)
+        teacher_context.add_context(
+            teacher_context.TeacherContext(HINT, "", place), bare, made, make, tokenizer
+        )
 
 
 def own_rows(rows):
@@ -229,7 +235,7 @@ def test_rows_are_routed_by_their_source(files):
     by_source, seen = behind(files, in_system), set()
     for row, (prompt, _, _) in zip(rows, own_rows(rows), strict=True):
         first = prompt in by_source
-        assert (row.teacher_share_BTN == [first, not first]).all()
+        assert (row.teacher_weight_BTN == [first, not first]).all()
         seen.add(first)
     assert seen == {True, False}
 
@@ -251,9 +257,9 @@ def test_a_mixture_is_of_probabilities(estimator):
     form = divergences.Divergence(k=3 if estimator == "topk" else 0)
 
     def total(own, hidden_BTE, heads_VE, share):
-        stats = fused_head.token_stats(
+        stats = fused_head.compute_token_stats(
             hidden, own, targets, hidden_BTE, heads_VE, logits_mib=1e-3, divergence=form,
-            teacher_share_BTN=share,
+            teacher_weight_BTN=share,
         )  # fmt: skip
         return jnp.sum(stats["divergence"]), stats
 
@@ -300,10 +306,10 @@ def test_a_moving_average_is_kept_resumed_and_teaches(rank, sizes, files, tmp_pa
     c.mesh.fsdp, c.mesh.tensor = sizes[0], 1
     c.mesh.data = sizes[1]
     loop.run(c, tmp_path / "run")
-    described = policy.reader(str(tmp_path / "run"), "float32")
+    described = policy.make_abstract_for_inference(str(tmp_path / "run"), "float32")
 
     def at(step: int, average: bool):
-        found, _ = policy.restore_trained(described, step, average)
+        found, _ = policy.restore_trained_params(described, step, average)
         return jax.tree.map(np.asarray, found)
 
     for step in (2, 3):
@@ -315,14 +321,16 @@ def test_a_moving_average_is_kept_resumed_and_teaches(rank, sizes, files, tmp_pa
     shutil.copytree(tmp_path / "run", tmp_path / "again")
     shutil.rmtree(tmp_path / "again/checkpoints/3")
     loop.run(c, tmp_path / "again")
-    described = policy.reader(str(tmp_path / "again"), "float32")
+    described = policy.make_abstract_for_inference(str(tmp_path / "again"), "float32")
     jax.tree.map(np.testing.assert_array_equal, whole, (at(3, True), at(3, False)))
     rows = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     if not rank:
         # Before the first update both teachers are the student.
         assert abs(rows[0]["train/divergence"]) < 1e-5 < rows[2]["train/divergence"]
-        exporting.export(tmp_path / "run", tmp_path / "out", average=True)
-        loaded = policy.load(policy.reader(str(tmp_path / "out"), "float32"), "float32").params
+        exporting.export_run(tmp_path / "run", tmp_path / "out", average=True)
+        loaded = policy.load(
+            policy.make_abstract_for_inference(str(tmp_path / "out"), "float32"), "float32"
+        ).params
         np.testing.assert_array_equal(np.asarray(loaded["embed"]), whole[0]["embed"])
 
 
@@ -363,7 +371,7 @@ def test_a_moving_average_is_kept_resumed_and_teaches(rank, sizes, files, tmp_pa
 def test_what_cannot_teach_is_refused(objective, changes, words, files, monkeypatch):
     monkeypatch.setattr(policy, "load", None)  # before any weight is read
     with pytest.raises(UserError, match=words):
-        setup.prepare(config(files, objective, **changes), mesh_lib.make(1, 1, 1))
+        setup.setup_run(config(files, objective, **changes), mesh_lib.make_mesh(1, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -380,4 +388,4 @@ def test_what_has_no_past_is_refused(changes, words, files):
     c = config(files, teachers=("origin",))
     c.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=words):
-        setup.prepare(c, mesh_lib.make(1, 1, 1))
+        setup.setup_run(c, mesh_lib.make_mesh(1, 1, 1))

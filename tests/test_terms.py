@@ -24,14 +24,14 @@ def changed(**fields) -> terms.Response:
 
 def test_a_truncated_response_is_never_rewarded_as_finished():
     cut = changed(finished=False)
-    assert terms.correct(GOOD) == terms.format(GOOD) == 1
-    assert terms.correct(cut) == terms.format(cut) == 0
-    assert terms.length(cut) == -1
+    assert terms.accuracy_reward(GOOD) == terms.format_reward(GOOD) == 1
+    assert terms.accuracy_reward(cut) == terms.format_reward(cut) == 0
+    assert terms.overlong_reward(cut) == -1
 
 
 @pytest.mark.parametrize("outcome", ["wrong", "no_answer", "timeout", "error"])
 def test_only_a_right_answer_is_correct(outcome):
-    assert terms.correct(changed(outcome=outcome)) == 0
+    assert terms.accuracy_reward(changed(outcome=outcome)) == 0
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_only_a_right_answer_is_correct(outcome):
     ],
 )
 def test_well_formed(text: str, thinking: bool, expected: bool) -> None:
-    assert terms.well_formed(text, thinking) == expected
+    assert terms.is_well_formed(text, thinking) == expected
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_well_formed(text: str, thinking: bool, expected: bool) -> None:
     ],
 )
 def test_format(thinking, text, value):
-    assert terms.format(changed(thinking=thinking, text=text)) == value
+    assert terms.format_reward(changed(thinking=thinking, text=text)) == value
 
 
 @pytest.mark.parametrize(
@@ -79,25 +79,25 @@ def test_format(thinking, text, value):
 )
 def test_length_counts_tokens_not_characters(count, value):
     """Pitfall 32: the penalty of DAPO is about tokens."""
-    assert terms.length(changed(tokens=[7] * count, text="x" * 10_000)) == value
+    assert terms.overlong_reward(changed(tokens=[7] * count, text="x" * 10_000)) == value
 
 
 def test_length_without_a_margin_is_no_penalty():
-    assert terms.length(changed(tokens=[1] * 100, margin=0)) == 0
+    assert terms.overlong_reward(changed(tokens=[1] * 100, margin=0)) == 0
 
 
 def test_repetition():
-    assert terms.repetition(changed(tokens=list(range(500)))) == 0
-    assert terms.repetition(changed(tokens=[1, 2, 3])) == 0
-    looped = terms.repetition(changed(tokens=[1, 2, 3, 4] * 50))
+    assert terms.repetition_reward(changed(tokens=list(range(500)))) == 0
+    assert terms.repetition_reward(changed(tokens=[1, 2, 3])) == 0
+    looped = terms.repetition_reward(changed(tokens=[1, 2, 3, 4] * 50))
     assert looped == pytest.approx(-(1 - 4 / 193))
 
 
 def test_rewards_are_a_weighted_sum():
-    total, values = terms.rewards(
+    total, values = terms.compute_rewards(
         [GOOD, changed(outcome="wrong")], {"correct": 1.0, "format": 0.25, "length": 0.0}
     )
     assert total == [1.25, 0.25]
     assert values == {"correct": [1, 0], "format": [1, 1]}
     with pytest.raises(UserError, match="'beauty' is none of correct, format"):
-        terms.rewards([GOOD], {"beauty": 1.0})
+        terms.compute_rewards([GOOD], {"beauty": 1.0})

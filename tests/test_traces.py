@@ -27,7 +27,7 @@ def read(path: Path) -> list[dict]:
 
 
 def prompts(path: Path, count: int = 8) -> Path:
-    problems = [arithmetic.problem(1, i, "train", (3, 3)) for i in range(count)]
+    problems = [arithmetic.make_problem(1, i, "train", (3, 3)) for i in range(count)]
     return write(path, [{"question": p.question, "answer": p.answer} for p in problems])
 
 
@@ -52,7 +52,9 @@ def test_a_stopped_generate_goes_on(
     with monkeypatch.context() as patch:
 
         def killed(path: Path, rows: Any) -> None:
-            run_files._begun(path)[0].write_text("".join(lines[:done]) + lines[done][:50])
+            run_files._get_partial_paths(path)[0].write_text(
+                "".join(lines[:done]) + lines[done][:50]
+            )
             raise KeyboardInterrupt
 
         patch.setattr(run_files, "extend_jsonl", killed)
@@ -81,9 +83,9 @@ def test_a_stopped_generate_goes_on(
 def test_nothing_left_to_generate(traces: Path, tmp_path: Path) -> None:
     """Killed between the last row and the end."""
     about = {"a": 1}
-    assert run_files.begun_jsonl(tmp_path / "x.jsonl", about) == 0
+    assert run_files.resume_jsonl(tmp_path / "x.jsonl", about) == 0
     (tmp_path / "x.jsonl.partial").write_text("{}\n{}\n")
-    assert run_files.begun_jsonl(tmp_path / "x.jsonl", about) == 2
+    assert run_files.resume_jsonl(tmp_path / "x.jsonl", about) == 2
     run_files.extend_jsonl(tmp_path / "x.jsonl", [])
     assert (tmp_path / "x.jsonl").read_text() == "{}\n{}\n"
     assert len(list(tmp_path.iterdir())) == 1
@@ -119,10 +121,10 @@ def test_traces_are_learned_by_their_tokens(traces: Path, tmp_path: Path) -> Non
     tokenizer = chat.load_tokenizer(STUDENT)
     kept: dict[str, list] = {}
     for keep in ("all", "finished", "correct"):
-        c = base.stage("sft").data
+        c = base.make_stage("sft").data
         c.source, c.keep = str(verified), keep
-        source = dataset.load(c, tokenizer, 0, True)
-        kept[keep] = [source.example(i) for i in range(source.size)]
+        source = dataset.load_source(c, tokenizer, 0, True)
+        kept[keep] = [source.read_example(i) for i in range(source.size)]
     rows = read(verified)
     samples = [(row, sample) for row in rows for sample in row["samples"]]
     assert len(kept["all"]) == 16 > len(kept["finished"]) >= len(kept["correct"]) > 0
@@ -145,10 +147,10 @@ def test_stored_top_log_probs_come_along(tmp_path: Path) -> None:
         for ids in ([5, 6, 7, 9], [8, 9])
     ]
     path = write(tmp_path / "t.jsonl", [{"prompt_tokens": [1, 2], "samples": samples}])
-    c = base.stage("sft").data
+    c = base.make_stage("sft").data
     c.source = str(path)
-    source = dataset.load(c, None, 0, True)
-    batch = collate.batch([[source.example(0), source.example(1)]], 10, 3, top_k=2)
+    source = dataset.load_source(c, None, 0, True)
+    batch = collate.make_batch([[source.read_example(0), source.read_example(1)]], 10, 3, top_k=2)
     assert batch.teacher_top_BTK is not None
     ids, logp = map(np.asarray, batch.teacher_top_BTK)
     mask = np.asarray(batch.mask_BT)
@@ -157,15 +159,17 @@ def test_stored_top_log_probs_come_along(tmp_path: Path) -> None:
     np.testing.assert_allclose(logp[mask], [[-0.1, -2.5]] * 5)
     assert not ids[~mask].any() and mask.sum() == 5
     with pytest.raises(UserError, match=r"t\.jsonl:1 sample 0: top_logprobs has 3, not 4"):
-        collate.batch([[source.example(0)]], 10, 3, top_k=4)
+        collate.make_batch([[source.read_example(0)]], 10, 3, top_k=4)
     del samples[1]["top_logprobs"]
     write(path, [{"prompt_tokens": [1, 2], "samples": samples}])
     with pytest.raises(UserError, match=r"t\.jsonl:1 sample 1: no top_logprobs"):
-        collate.batch([[dataset.load(c, None, 0, True).example(1)]], 10, 3, top_k=2)
+        collate.make_batch(
+            [[dataset.load_source(c, None, 0, True).read_example(1)]], 10, 3, top_k=2
+        )
     samples[0]["top_logprobs"].pop()
     write(path, [{"prompt_tokens": [1, 2], "samples": samples}])
     with pytest.raises(UserError, match="top_logprobs of 3 tokens, response of 4"):
-        dataset.load(c, None, 0, True)
+        dataset.load_source(c, None, 0, True)
 
 
 SAMPLE = {"tokens": [1], "text": "It is 12.", "finish_reason": "stop"}
@@ -193,7 +197,9 @@ def test_bad_rows_of_verify(tmp_path: Path, capsys: Any, name: str) -> None:
     counts: Counter[str] = Counter()
     rows = sources.open_rows(str(path))
     found = list(
-        verify.verify(rows, benchmark, keep="correct", samples=0, skip=True, counts=counts)
+        verify.verify_rows(
+            rows, benchmark, keep="correct", max_samples=0, skip_bad_rows=True, counts=counts
+        )
     )
     assert [len(row["samples"]) for row in found] == [1]
     assert counts["bad rows"] == 1 and words in capsys.readouterr().err
@@ -201,16 +207,16 @@ def test_bad_rows_of_verify(tmp_path: Path, capsys: Any, name: str) -> None:
 
 def test_what_was_not_graded_is_not_kept_as_correct(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", [{"prompt_tokens": [1], "samples": [SAMPLE]}])
-    c = base.stage("sft").data
+    c = base.make_stage("sft").data
     c.source, c.keep = str(path), "correct"
     with pytest.raises(UserError, match=r"t\.jsonl:1: config\.data\.keep=correct, but its samples"):
-        dataset.load(c, None, 0, True)
+        dataset.load_source(c, None, 0, True)
     c.on_bad_row = "skip"
     right = {"prompt_tokens": [1], "samples": [{**SAMPLE, "correct": True}]}
     path.write_text("{\n" + path.read_text() + json.dumps(right) + "\n")
-    source = dataset.load(c, None, 0, True)
-    assert source.size == 1 and list(source.skipped) == [f"{path}:1", f"{path}:2"]
+    source = dataset.load_source(c, None, 0, True)
+    assert source.size == 1 and list(source.skip_reasons) == [f"{path}:1", f"{path}:2"]
     write(path, [{"prompt_tokens": [1], "samples": [{**SAMPLE, "correct": False}]}])
     with pytest.raises(UserError, match=r"keep=correct leaves none of its samples"):
-        dataset.load(c, None, 0, True)
+        dataset.load_source(c, None, 0, True)
     assert json.loads(path.read_text())["samples"]

@@ -30,8 +30,8 @@ def tiny_model(directory, seed, **fields):
     config = json.loads((directory / "config.json").read_text())
     config |= {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, **fields}
     (directory / "config.json").write_text(json.dumps(config))
-    described = policy.describe(str(directory), "float32", False, mesh_lib.make(1, 1, 1))
-    random = policy.randomise(described, jax.random.key(seed))
+    described = policy.make_abstract(str(directory), "float32", False, mesh_lib.make_mesh(1, 1, 1))
+    random = policy.init_random_policy(described, jax.random.key(seed))
     weights.save(random.params, random.config, directory, np.dtype("float32"))
     return str(directory)
 
@@ -73,7 +73,7 @@ def config(models) -> ConfigDict:
 
 def final(workdir, models):
     """The trained parameters, by restoring the run."""
-    described = policy.describe(str(workdir), "float32", False, mesh_lib.make(1, 1, 1))
+    described = policy.make_abstract(str(workdir), "float32", False, mesh_lib.make_mesh(1, 1, 1))
     return jax.tree.map(np.asarray, policy.load(described, "float32").params)
 
 
@@ -131,18 +131,18 @@ def test_a_budget_parks_rows_and_loses_none(models, tmp_path, monkeypatch):
     c = config(models)
     c.stages, c.opd.steps, c.opd.rollout.budget = ("opd",), 5, 30
     trained = []
-    written = microbatches.written
+    written = microbatches.to_examples
 
     def noted(rows):
         trained.append([(row.prompt, row.key, row.tokens, row.versions) for row in rows])
         return written(rows)
 
-    monkeypatch.setattr(microbatches, "written", noted)
+    monkeypatch.setattr(microbatches, "to_examples", noted)
     loop.run(c, tmp_path / "whole")
     rows, trained[:] = [row for step in trained for row in step], []
-    source, asked = setup.prepare(c, mesh_lib.make(1, 1, 1)).stages[0].source, []
+    source, asked = setup.setup_run(c, mesh_lib.make_mesh(1, 1, 1)).stages[0].source, []
     for step in range(5):
-        examples = dataset.at(source, step, 2, c.seed)
+        examples = dataset.get_step_examples(source, step, 2, c.seed)
         key = jax.random.fold_in(jax.random.key(c.seed), step)
         asked += [(row.prompt, row.key) for row in rollout.expand_prompts(examples, 2, key, 16)]
     assert sorted(row[:2] for row in rows) == sorted(asked[: len(rows)])
@@ -378,10 +378,10 @@ def test_a_base_student_takes_the_tokenizer_of_its_teacher(models, tmp_path):
     (first, *_) = transcripts(tmp_path / "run").values()
     rows = [json.loads(line) for line in first.splitlines()]
     assert len(rows) == 3 and all("<think>\n" in row["response"] for row in rows)
-    exporting.export(tmp_path / "run", tmp_path / "out")
-    teacher = policy.describe(models[1], "float32", False, mesh_lib.make(1, 1, 1))
+    exporting.export_run(tmp_path / "run", tmp_path / "out")
+    teacher = policy.make_abstract(models[1], "float32", False, mesh_lib.make_mesh(1, 1, 1))
     for path in (tmp_path / "run", tmp_path / "out"):
-        found = policy.describe(str(path), "float32", False, mesh_lib.make(1, 1, 1))
+        found = policy.make_abstract(str(path), "float32", False, mesh_lib.make_mesh(1, 1, 1))
         policy.require_same_vocabulary(found, teacher)
         assert found.stop_ids == tuple(sorted({0, *teacher.stop_ids}))
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["top_k"] == 20

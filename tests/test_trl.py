@@ -19,8 +19,8 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # it warns that what we compare wi
 
 from distill.objectives import advantages, losses
 from distill.objectives.divergences import Divergence
-from distill.objectives.fused_head import token_stats
-from distill.objectives.losses import TABLE, Loss
+from distill.objectives.fused_head import compute_token_stats
+from distill.objectives.losses import OBJECTIVES, Loss
 
 torch: Any = pytest.importorskip("torch")
 pytest.importorskip("trl")
@@ -107,7 +107,7 @@ def ours(loss, x):
     found = {}
 
     def total(logp):
-        per_token = losses.token_losses(
+        per_token = losses.compute_token_losses(
             loss,
             {"logp": logp},
             mask,
@@ -118,7 +118,7 @@ def ours(loss, x):
             advantages_BT=jnp.broadcast_to(jnp.asarray(x["advantage"])[:, None], (B, T)),
         )
         found.update(per_token)
-        weight, count = losses.weights(loss, mask, segments, LIMIT)
+        weight, count = losses.compute_token_weights(loss, mask, segments, LIMIT)
         return (weight * per_token["loss"]).sum() / count
 
     value, grad = jax.value_and_grad(total)(jnp.asarray(x["logp"]))
@@ -126,25 +126,25 @@ def ours(loss, x):
 
 
 SAME = {
-    "grpo": (TABLE["grpo"], {"loss_type": "grpo"}),
-    "dr_grpo": (TABLE["dr_grpo"], {"loss_type": "dr_grpo"}),
-    "dapo": (TABLE["dapo"], {"loss_type": "dapo", "epsilon_high": 0.28}),
+    "grpo": (OBJECTIVES["grpo"], {"loss_type": "grpo"}),
+    "dr_grpo": (OBJECTIVES["dr_grpo"], {"loss_type": "dr_grpo"}),
+    "dapo": (OBJECTIVES["dapo"], {"loss_type": "dapo", "epsilon_high": 0.28}),
     "gspo": (
-        TABLE["gspo"],
+        OBJECTIVES["gspo"],
         {
             **{"loss_type": "grpo", "importance_sampling_level": "sequence"},
             **{"epsilon_low": 3e-4, "epsilon_high": 4e-4},
         },
     ),
     "gspo wide": (
-        dataclasses.replace(TABLE["gspo"], clip_low=0.05, clip_high=0.05),
+        dataclasses.replace(OBJECTIVES["gspo"], clip_low=0.05, clip_high=0.05),
         {
             **{"loss_type": "grpo", "importance_sampling_level": "sequence"},
             **{"epsilon_low": 0.05, "epsilon_high": 0.05},
         },
     ),
     # TRL's bound is of the ratio itself, and there is none below: 1 - clip_low = 0, 1 + 4 = 5
-    "cispo": (TABLE["cispo"], {"loss_type": "cispo", "epsilon_high": 5.0}),
+    "cispo": (OBJECTIVES["cispo"], {"loss_type": "cispo", "epsilon_high": 5.0}),
     "cispo tight": (
         Loss(reward=1, clip="cispo", clip_low=1, clip_high=0.1),
         {"loss_type": "cispo", "epsilon_high": 1.1},
@@ -226,7 +226,9 @@ def check_divergence(d, function, scale=1.0, **options):
     eye, targets = jnp.eye(V), jnp.zeros((2, 5), jnp.int32)
 
     def total(y):
-        stats = token_stats(y, eye, targets, jnp.asarray(teacher), eye, logits_mib=1, divergence=d)
+        stats = compute_token_stats(
+            y, eye, targets, jnp.asarray(teacher), eye, logits_mib=1, divergence=d
+        )
         return stats["divergence"].sum(), stats["divergence"]
 
     (_, mine), grad = jax.value_and_grad(total, has_aux=True)(jnp.asarray(student))
@@ -245,7 +247,7 @@ def test_jsd_is_trls(gkd, beta, temperature):
 @pytest.mark.parametrize("beta, of", [(0, "teacher"), (0.5, "union"), (1, "student")])
 def test_topk_with_tail_is_trls(iw_opd, beta, of):
     """The tokens that TRL picks for each β; here any of the three goes with any divergence."""
-    d = Divergence("jsd", beta=float(beta), k=3, k_of=of)
+    d = Divergence("jsd", beta=float(beta), k=3, topk_from=of)
     check_divergence(d, iw_opd.generalized_jsd_loss, beta=beta, top_k=3, add_tail=True)
 
 
@@ -255,5 +257,5 @@ def test_overlong_penalty_is_trls():
 
     lengths = [1, 79, 80, 81, 90, 99, 100, 101, 500]
     reference = get_soft_overlong_punishment(max_completion_len=100, soft_punish_cache=20)
-    mine = advantages.overlong_penalty(jnp.asarray(lengths), 100, 20)
+    mine = advantages.compute_overlong_penalty(jnp.asarray(lengths), 100, 20)
     np.testing.assert_allclose(mine, reference([[0] * n for n in lengths]), atol=1e-6)

@@ -37,7 +37,7 @@ CONFIG = Config(
 TEACHER = dataclasses.replace(CONFIG, hidden_size=64, tie_word_embeddings=False)
 
 
-hidden_of = jax.jit(forward.hidden, static_argnums=0)
+hidden_of = jax.jit(forward.compute_hidden, static_argnums=0)
 
 
 def optimizer():
@@ -46,12 +46,12 @@ def optimizer():
 
 @functools.cache
 def initial(config, seed):
-    init = jax.jit(model.init, static_argnums=0)
+    init = jax.jit(model.init_params, static_argnums=0)
     return jax.tree.map(np.asarray, init(config, jax.random.key(seed)))
 
 
 def placed(config, seed, mesh):
-    shardings = jax.tree.map(lambda p: p.sharding, mesh_lib.parameters(config, mesh))
+    shardings = jax.tree.map(lambda p: p.sharding, mesh_lib.make_abstract_params(config, mesh))
     return jax.device_put(initial(config, seed), shardings)
 
 
@@ -69,21 +69,21 @@ def batch(seed=0):
 
 def curve(objective="opd", sizes=(1, 1, 1), accumulate=1, remat=False, scan=True, steps=3):
     """Losses and gradient norms of a few steps, the final state, and the step's compilation."""
-    mesh = mesh_lib.make(*sizes)
-    with mesh_lib.use(mesh):
+    mesh = mesh_lib.make_mesh(*sizes)
+    with mesh_lib.use_mesh(mesh):
         student = placed(CONFIG, 0, mesh)
         teacher = placed(TEACHER, 1, mesh)
-        state = update.init(optimizer(), student, 0)
+        state = update.init_train_state(optimizer(), student, 0)
         qwen3 = model.Qwen3(CONFIG, remat=remat, scan=scan)
-        loss, mib = losses.TABLE[objective], 4e-3 * mesh.size
-        programs = update.make(qwen3, optimizer(), loss, T, mib, state)
+        loss, mib = losses.OBJECTIVES[objective], 4e-3 * mesh.size
+        programs = update.make_update(qwen3, optimizer(), loss, T, mib, state)
         head, lowered, numbers = None, None, []
         for i in range(steps):
-            data = jax.device_put(batch(i), mesh_lib.rows(mesh))
+            data = jax.device_put(batch(i), mesh_lib.make_row_sharding(mesh))
             if objective == "opd":
                 hidden = hidden_of(model.Qwen3(TEACHER), teacher, data)
                 data = dataclasses.replace(data, teacher_hidden_BTD=hidden)
-                head = model.head(teacher)
+                head = model.get_output_head(teacher)
             if i == 0:
                 given = (None, state.params, data, head)
                 figures = jax.eval_shape(programs.accumulate, *given)[1]
@@ -128,7 +128,7 @@ def test_the_divisor_is_the_global_count(golden):
     """The loss is Σ over tokens / all tokens, not a mean of means over rows."""
     numbers, _, _, _ = curve("sft", steps=1)
     data = batch(0)
-    params = placed(CONFIG, 0, mesh_lib.make(1, 1, 1))
+    params = placed(CONFIG, 0, mesh_lib.make_mesh(1, 1, 1))
     logits = hidden_of(model.Qwen3(CONFIG), params, data) @ params["embed"].T
     logp = np.asarray(jax.nn.log_softmax(logits))[:, :-1]
     rows, columns = np.nonzero(data.mask_BT[:, 1:])
@@ -138,26 +138,28 @@ def test_the_divisor_is_the_global_count(golden):
 
 def test_teacher_is_student():
     """Distilling a model from itself: no loss, no gradient, no change of direction to learn."""
-    mesh = mesh_lib.make(1, 1, 1)
-    with mesh_lib.use(mesh):
+    mesh = mesh_lib.make_mesh(1, 1, 1)
+    with mesh_lib.use_mesh(mesh):
         params = placed(CONFIG, 0, mesh)
         data = batch()
         hidden = hidden_of(model.Qwen3(CONFIG), params, data)
         data = dataclasses.replace(data, teacher_hidden_BTD=hidden)
-        state = update.init(optimizer(), params, 0)
-        step = update.make(model.Qwen3(CONFIG), optimizer(), losses.TABLE["opd"], T, 4e-3, state)
-        _, measured, _ = one_update(step, state, data, jnp.array(model.head(params)))
+        state = update.init_train_state(optimizer(), params, 0)
+        step = update.make_update(
+            model.Qwen3(CONFIG), optimizer(), losses.OBJECTIVES["opd"], T, 4e-3, state
+        )
+        _, measured, _ = one_update(step, state, data, jnp.array(model.get_output_head(params)))
     assert abs(float(measured["loss"])) < 1e-6
     assert float(measured["grad_norm"]) < 1e-5
 
 
 def test_a_padded_batch_has_the_loss_of_the_real_rows():
-    mesh = mesh_lib.make(1, 1, 1)
+    mesh = mesh_lib.make_mesh(1, 1, 1)
     params = placed(CONFIG, 0, mesh)
 
     def loss(data):
-        total, (sums, _) = update.loss_sums(
-            model.Qwen3(CONFIG), losses.TABLE["sft"], T, 1.0, params, data, None
+        total, (sums, _) = update.compute_loss_sums(
+            model.Qwen3(CONFIG), losses.OBJECTIVES["sft"], T, 1.0, params, data, None
         )
         return float(total), float(sums["loss"][1])
 
@@ -167,7 +169,7 @@ def test_a_padded_batch_has_the_loss_of_the_real_rows():
 
 
 EXPECTED = {
-    "embed": (mesh_lib.VOCABULARY, None),
+    "embed": (mesh_lib.VOCABULARY_AXES, None),
     "final_norm.scale": (None,),
     "layers.attention.q.kernel": (None, ("fsdp", "context"), "tensor"),
     "layers.attention.k.kernel": (None, ("fsdp", "context"), "tensor"),
@@ -218,21 +220,23 @@ def _is_adam(x):
 def test_shardings_of_activations():
     """On 2 x 4: hidden states by rows over fsdp and tokens over tensor, heads over tensor, logits
     over the vocabulary."""
-    mesh = mesh_lib.make(1, 2, 4)
-    with mesh_lib.use(mesh):
+    mesh = mesh_lib.make_mesh(1, 2, 4)
+    with mesh_lib.use_mesh(mesh):
         params = placed(CONFIG, 0, mesh)
-        data = jax.device_put(batch(), mesh_lib.rows(mesh))
-        hidden = jax.jit(functools.partial(forward.hidden, model.Qwen3(CONFIG)))(params, data)
+        data = jax.device_put(batch(), mesh_lib.make_row_sharding(mesh))
+        hidden = jax.jit(functools.partial(forward.compute_hidden, model.Qwen3(CONFIG)))(
+            params, data
+        )
         assert padded(tuple(hidden.sharding.spec), 3) in (
             (("data", "fsdp", "expert"), "tensor", None),
             ("fsdp", "tensor", None),
         )
         logits = jax.jit(lambda h, w: mesh_lib.split_vocabulary(jnp.einsum("BTD,VD->BTV", h, w)))(
-            hidden, model.head(params)
+            hidden, model.get_output_head(params)
         )
         assert tuple(logits.sharding.spec)[2] == ("fsdp", "tensor")  # expert is 1
         text = (
-            jax.jit(functools.partial(forward.hidden, model.Qwen3(CONFIG)))
+            jax.jit(functools.partial(forward.compute_hidden, model.Qwen3(CONFIG)))
             .lower(params, data)
             .compile()
             .as_text()
@@ -246,11 +250,11 @@ def test_shardings_of_activations():
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_a_batch_without_a_token_to_train_on_moves_nothing(minibatches):
     """Though there is momentum and decay; an update without one leaves the others' figures."""
-    mesh = mesh_lib.make(1, 1, 1)
-    with mesh_lib.use(mesh):
-        state = update.init(optimizer(), placed(CONFIG, 0, mesh), 0)
-        loss = losses.TABLE["sft"]
-        programs = update.make(model.Qwen3(CONFIG), optimizer(), loss, T, 1.0, state)
+    mesh = mesh_lib.make_mesh(1, 1, 1)
+    with mesh_lib.use_mesh(mesh):
+        state = update.init_train_state(optimizer(), placed(CONFIG, 0, mesh), 0)
+        loss = losses.OBJECTIVES["sft"]
+        programs = update.make_update(model.Qwen3(CONFIG), optimizer(), loss, T, 1.0, state)
 
         def step(state, batch):
             """Rows interleave between the minibatches."""
@@ -258,10 +262,12 @@ def test_a_batch_without_a_token_to_train_on_moves_nothing(minibatches):
             for j in range(minibatches):
                 part = jax.tree.map(lambda x, j=j: np.asarray(x)[j::minibatches], batch)
                 last = j + 1 == minibatches
-                put = [jax.device_put(part, mesh_lib.rows(mesh))]
-                state, measured, _ = programs.once(state, put, single=True, steps=int(last))
+                put = [jax.device_put(part, mesh_lib.make_row_sharding(mesh))]
+                state, measured, _ = programs.run_update(
+                    state, put, single_microbatch=True, steps=int(last)
+                )
                 found.append(measured)
-            return state, update.mean(found)
+            return state, update.average_metrics(found)
 
         whole = batch()
         state, _ = step(state, whole)
@@ -289,4 +295,4 @@ def test_the_state_is_donated(golden):
 
 def test_indivisible_heads_are_refused():
     with pytest.raises(UserError, match="num_attention_heads=4 does not divide by mesh axis tens"):
-        mesh_lib.check(CONFIG, mesh_lib.make(1, 1, 8), "config.json")
+        mesh_lib.check_divisible(CONFIG, mesh_lib.make_mesh(1, 1, 8), "config.json")

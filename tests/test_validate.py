@@ -29,7 +29,7 @@ def settings(models, **changes):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def student(models) -> policy.Policy:  # noqa: F811
-    return policy.describe(models[0], "float32", False, loop.mesh_lib.make(1, 1, 1))
+    return policy.make_abstract(models[0], "float32", False, loop.mesh_lib.make_mesh(1, 1, 1))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def lengths(workdir: Path) -> dict[int, float]:
 
 def best_step(workdir: Path) -> int:
     with Checkpoints(workdir / "best" / "checkpoints") as saved:
-        found = saved.latest()
+        found = saved.read_latest()
     assert found is not None
     return found[0]
 
@@ -79,12 +79,12 @@ def test_at_steps_and_after_each_stage(whole) -> None:
 
 def test_an_evaluation_is_that_of_the_verb(whole) -> None:
     """The last evaluation and that of the finished run's directory give the same responses."""
-    subject = policy.reader(str(whole), "float32")
-    rows = tasks.problems("arithmetic", "", 3)
+    subject = policy.make_abstract_for_inference(str(whole), "float32")
+    rows = tasks.load_problems("arithmetic", "", 3)
     with policy.use(subject):
         subject = policy.load(subject, "float32")
         out = whole.parent / "again"
-        evaluator.evaluate(
+        evaluator.evaluate_benchmark(
             subject,
             "arithmetic",
             rows,
@@ -96,7 +96,7 @@ def test_an_evaluation_is_that_of_the_verb(whole) -> None:
             sampling=evaluator.rollout.Sampling(0.0),
             seed=0,
             batch_size=4,
-            name="greedy",
+            protocol_name="greedy",
         )
     protocols = [
         json.loads((p / "protocol.json").read_text()) for p in (out, whole / "eval/000005")
@@ -112,18 +112,22 @@ def test_the_best_is_a_run_directory(whole, tmp_path) -> None:
     step = best_step(whole)
     assert found[step] == min(found.values())
     assert step == min(s for s, length in found.items() if length == found[step])  # ties: the first
-    subject = policy.load(policy.reader(str(whole / "best"), "float32"), "float32")
+    subject = policy.load(
+        policy.make_abstract_for_inference(str(whole / "best"), "float32"), "float32"
+    )
     weights = json.loads((whole / f"eval/{step:06d}/protocol.json").read_text())["weights"]
-    assert records.fingerprint(subject.params) == weights
-    exporting.export(whole / "best", tmp_path / "model", None, "float32")
-    exported = policy.load(policy.reader(str(tmp_path / "model"), "float32"), "float32")
+    assert records.fingerprint_params(subject.params) == weights
+    exporting.export_run(whole / "best", tmp_path / "model", None, "float32")
+    exported = policy.load(
+        policy.make_abstract_for_inference(str(tmp_path / "model"), "float32"), "float32"
+    )
     for a, b in zip(jax.tree.leaves(subject.params), jax.tree.leaves(exported.params), strict=True):
         assert np.array_equal(a, b)
 
 
 def test_stopped_in_an_evaluation(whole, models, tmp_path, monkeypatch) -> None:  # noqa: F811
     """Without a word, after a row of the second evaluation: the same run, and the same files."""
-    real, calls, workdir = responses.judged, [0], tmp_path / "run"
+    real, calls, workdir = responses.add_grade, [0], tmp_path / "run"
 
     class Killed(BaseException):
         pass
@@ -134,7 +138,7 @@ def test_stopped_in_an_evaluation(whole, models, tmp_path, monkeypatch) -> None:
             raise Killed
         return real(row, grade)
 
-    monkeypatch.setattr(responses, "judged", judged)
+    monkeypatch.setattr(responses, "add_grade", judged)
     with pytest.raises(Killed):
         loop.run(settings(models), workdir)
     monkeypatch.undo()
@@ -154,7 +158,7 @@ def test_another_eval_may_follow(whole, models, tmp_path, capsys) -> None:  # no
     first.stages = c.stages
     first.checkpoint.every = 4
     loop.run(first, workdir)
-    with Checkpoints(workdir / "checkpoints", every=1) as saved:
+    with Checkpoints(workdir / "checkpoints", save_interval_steps=1) as saved:
         assert saved._manager is not None
         saved._manager.delete(5)
     loop.run(c, workdir)
@@ -179,7 +183,7 @@ def test_another_eval_may_follow(whole, models, tmp_path, capsys) -> None:  # no
 )
 def test_bad_evals_are_refused(student, models, changes, words) -> None:  # noqa: F811
     with pytest.raises(UserError) as error:
-        eval_hook.prepare(settings(models, **changes).eval, student)
+        eval_hook.setup_validation(settings(models, **changes).eval, student)
     assert words in str(error.value)
 
 
@@ -191,6 +195,6 @@ def test_they_are_refused_before_training(models, tmp_path) -> None:  # noqa: F8
 
 def test_none_is_the_default(student, models) -> None:  # noqa: F811
     c = config(models)
-    assert eval_hook.prepare(c.eval, student) is None
-    with eval_hook.judging(None, student, Path("nowhere"), 0) as judge:
-        assert not judge.due(1, True) and not judge.due(4, False)
+    assert eval_hook.setup_validation(c.eval, student) is None
+    with eval_hook.open_validation_hook(None, student, Path("nowhere"), 0) as judge:
+        assert not judge.is_due(1, True) and not judge.is_due(4, False)

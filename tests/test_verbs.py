@@ -98,11 +98,13 @@ def run(chatty: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     c = base.get_config()
     c.student.path = str(chatty)
     run_files.write_text(workdir / "config.json", c.to_json_best_effort())
-    student = policy.describe(str(chatty), "float32", False, mesh_lib.make(1, -1, 1))
-    with Checkpoints(workdir / "checkpoints", every=1, keep=None) as checkpoints:
+    student = policy.make_abstract(str(chatty), "float32", False, mesh_lib.make_mesh(1, -1, 1))
+    with Checkpoints(
+        workdir / "checkpoints", save_interval_steps=1, max_to_keep=None
+    ) as checkpoints:
         for step in STEPS:
-            params = policy.randomise(student, jax.random.key(step)).params
-            state = update.init(optim.make(c.opd.optim, 10), params, step)
+            params = policy.init_random_policy(student, jax.random.key(step)).params
+            state = update.init_train_state(optim.make_optimizer(c.opd.optim, 10), params, step)
             checkpoints.save(step, state, {"stage": "opd"})
     return workdir
 
@@ -562,8 +564,8 @@ def test_a_hub_id_is_fetched_without_pickles(chatty: Path, monkeypatch) -> None:
         return str(chatty)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    assert policy.resolve("some-org/Qwen3-0.1B") == chatty
-    assert policy.resolve("some-org/Qwen3-0.1B") == chatty
+    assert policy.resolve_model_dir("some-org/Qwen3-0.1B") == chatty
+    assert policy.resolve_model_dir("some-org/Qwen3-0.1B") == chatty
     ((repository, patterns),) = asked
     assert repository == "some-org/Qwen3-0.1B"
     assert "*.safetensors" in patterns and not any("bin" in p for p in patterns)
@@ -575,17 +577,20 @@ def test_a_path_is_no_hub_id(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "file").write_text("x")
     for name in ("runs/absent", "file", "/absent/model"):
         with pytest.raises(UserError, match=rf"^{name}: no model directory$"):
-            policy.resolve(name)
+            policy.resolve_model_dir(name)
 
 
 def test_a_run_names_its_missing_student(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"stages": ["opd"], "student": {"path": "./gone"}}')
     with pytest.raises(UserError, match=r"config.json: student.path: ./gone: no model directory"):
-        policy.resolve(tmp_path)
+        policy.resolve_model_dir(tmp_path)
 
 
 def test_a_model_is_spread_over_all_devices(bare, chatty: Path) -> None:
-    shapes = [dict(policy.mesh_of(policy.reader(str(p), "")).shape) for p in (bare[0], chatty)]
+    shapes = [
+        dict(policy.get_mesh(policy.make_abstract_for_inference(str(p), "")).shape)
+        for p in (bare[0], chatty)
+    ]
     assert shapes == [
         {"data": 8, "fsdp": 1, "context": 1, "expert": 1, "tensor": 1},
         {"data": 1, "fsdp": 4, "context": 1, "expert": 1, "tensor": 2},

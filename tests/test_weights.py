@@ -74,7 +74,7 @@ def test_every_tensor_is_read_once(kind, sizes, piece, monkeypatch, request):
     loaded, reads = load(directory, sizes, note=said.append)
     assert sorted(read) == sorted(tensor.nbytes for tensor in tensors.values())
     assert said == list(range(1, reads + 1)) == list(range(1, len(tensors) + 1))
-    found = dict(weights.tensors(loaded, jnp.dtype("float32")))
+    found = dict(weights.iter_tensors(loaded, jnp.dtype("float32")))
     assert found.keys() == tensors.keys()
     assert all(np.array_equal(found[name], tensor) for name, tensor in tensors.items())
 
@@ -84,12 +84,12 @@ def test_parts_that_are_neighbours_are_read_together():
         return (rows, columns)
 
     quarters = [box(r, c) for r in [(0, 4), (4, 8)] for c in [(0, 3), (3, 6)]]
-    assert weights._union(quarters) == [box((0, 8), (0, 6))]
+    assert weights._merge_boxes(quarters) == [box((0, 8), (0, 6))]
     apart = [box((0, 4), (0, 3)), box((0, 4), (6, 9)), box((4, 8), (0, 3)), box((4, 8), (6, 9))]
-    assert sorted(weights._union(apart)) == [box((0, 8), (0, 3)), box((0, 8), (6, 9))]
+    assert sorted(weights._merge_boxes(apart)) == [box((0, 8), (0, 3)), box((0, 8), (6, 9))]
     corner = [box((0, 4), (0, 3)), box((0, 4), (3, 6)), box((4, 8), (0, 3))]
-    assert sorted(weights._union(corner)) == [box((0, 4), (0, 6)), box((4, 8), (0, 3))]
-    assert weights._union([]) == []
+    assert sorted(weights._merge_boxes(corner)) == [box((0, 4), (0, 6)), box((4, 8), (0, 3))]
+    assert weights._merge_boxes([]) == []
 
 
 PROCESS = """
@@ -184,7 +184,7 @@ def test_host_memory(tmp_path, monkeypatch):
         bits = rng.integers(0, 2**14, leaf.shape, np.uint16)
         return bits.view(ml_dtypes.bfloat16)
 
-    params = jax.tree.map(random, model.abstract(config)[0])
+    params = jax.tree.map(random, model.get_abstract_params(config)[0])
     monkeypatch.setattr(weights, "SHARD_BYTES", 8 * 2**20)
     weights.save(params, config, tmp_path, jnp.dtype("bfloat16"))
     shards = [file.stat().st_size for file in tmp_path.glob("*.safetensors")]
@@ -209,11 +209,11 @@ def test_host_memory(tmp_path, monkeypatch):
 
 
 def test_progress_off_a_terminal(sharded, capsys):
-    subject = policy.reader(str(sharded), "float32")
+    subject = policy.make_abstract_for_inference(str(sharded), "float32")
     with policy.use(subject):
         policy.load(subject, "float32")
     lines = capsys.readouterr().err.splitlines()
-    reads = weights.reads(subject.params, jax.tree.map(lambda p: p.sharding, subject.params))
+    reads = weights.count_reads(subject.params, jax.tree.map(lambda p: p.sharding, subject.params))
     assert lines[-1].startswith(f"load {sharded} {reads}/{reads} (")
     assert len(lines) == 2
 
@@ -275,7 +275,7 @@ def test_damaged_shards(sharded, tmp_path, change):
     said = damaged(tmp_path, change)
     config = Config.from_directory(tmp_path)
     with pytest.raises(UserError) as error:  # found by `check`, before anything is read
-        weights.check(tmp_path, config, model.abstract(config)[0])
+        weights.check_weights(tmp_path, config, model.get_abstract_params(config)[0])
     assert said in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(UserError) as again:
         load(tmp_path, (1, 1, 1))

@@ -43,7 +43,7 @@ class Problem:
     skeleton: Skeleton
 
 
-def problem(seed: int, index: int, split: str, operations: tuple[int, int]) -> Problem:
+def make_problem(seed: int, index: int, split: str, operations: tuple[int, int]) -> Problem:
     """The problem number `index` of a split: the same arguments always give the same problem.
 
     The number of operations is uniform in the inclusive range `operations`. Raises UserError for
@@ -58,58 +58,58 @@ def problem(seed: int, index: int, split: str, operations: tuple[int, int]) -> P
         raise UserError(f"seed: seed {seed} and index {index} must not be negative")
     rng = np.random.default_rng((seed, index, SPLITS.index(split)))
     count = int(rng.integers(low, high + 1))
-    skeleton = _skeleton(rng, count)
-    while split_of(skeleton) != split:
-        skeleton = _skeleton(rng, count)
+    skeleton = _draw_skeleton(rng, count)
+    while assign_split(skeleton) != split:
+        skeleton = _draw_skeleton(rng, count)
 
     value, steps = skeleton
-    name, things = _pick(rng, NAMES), _pick(rng, OBJECTS)
+    name, things = _draw_choice(rng, NAMES), _draw_choice(rng, OBJECTS)
     clauses, lines = [f"{name} has {value} {things}"], []
     for operator, operand in steps:
-        clauses.append(_pick(rng, PHRASES[operator]).format(operand))
-        result = _apply(value, operator, operand)
+        clauses.append(_draw_choice(rng, PHRASES[operator]).format(operand))
+        result = _apply_operator(value, operator, operand)
         lines.append(f"{value}{operator}{operand}={result}")
         value = result
     question = f"{', '.join(clauses)}. How many {things}?"
     return Problem(question, "\n".join(lines), str(value), count, skeleton)
 
 
-def split_of(skeleton: Skeleton) -> str:
+def assign_split(skeleton: Skeleton) -> str:
     """The split a skeleton belongs to, whatever the seed: one in ten is "test"."""
     start, steps = skeleton
     text = " ".join([str(start), *(f"{operator}{operand}" for operator, operand in steps)])
     return "test" if zlib.crc32(text.encode()) % 10 == 0 else "train"
 
 
-def messages(problem: Problem) -> list[dict[str, str]]:
+def to_messages(problem: Problem) -> list[dict[str, str]]:
     """The conversation that poses the problem: one user turn."""
     return [{"role": "user", "content": problem.question}]
 
 
-def response(problem: Problem) -> str:
+def to_response(problem: Problem) -> str:
     """The assistant's reference turn: the working in a think block, then the answer."""
     return f"<think>\n{problem.solution}\n</think>\n\n{problem.answer}"
 
 
-def direct(problem: Problem) -> str:
+def to_direct_response(problem: Problem) -> str:
     """The assistant's reference turn without thinking."""
     return problem.answer
 
 
-def _skeleton(rng: np.random.Generator, count: int) -> Skeleton:
+def _draw_skeleton(rng: np.random.Generator, count: int) -> Skeleton:
     """A start in 2..99 and `count` operations: the kind is drawn first, then its operand."""
     start = value = int(rng.integers(2, 100))
     steps = []
     for _ in range(count):
-        operands = _valid_operands(value)
-        operator = _pick(rng, tuple(operands))
+        operands = _find_valid_operands(value)
+        operator = _draw_choice(rng, tuple(operands))
         operand = operands[operator][int(rng.integers(len(operands[operator])))]
         steps.append((operator, operand))
-        value = _apply(value, operator, operand)
+        value = _apply_operator(value, operator, operand)
     return start, tuple(steps)
 
 
-def _valid_operands(value: int) -> dict[str, list[int]]:
+def _find_valid_operands(value: int) -> dict[str, list[int]]:
     """For each operator that keeps the value in 1..99, the operands that do so."""
     operands = {
         "+": list(range(2, min(20, 99 - value) + 1)),
@@ -120,7 +120,7 @@ def _valid_operands(value: int) -> dict[str, list[int]]:
     return {operator: valid for operator, valid in operands.items() if valid}
 
 
-def _apply(value: int, operator: str, operand: int) -> int:
+def _apply_operator(value: int, operator: str, operand: int) -> int:
     match operator:
         case "+":
             return value + operand
@@ -133,5 +133,5 @@ def _apply(value: int, operator: str, operand: int) -> int:
     raise ValueError(operator)
 
 
-def _pick(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
+def _draw_choice(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
     return choices[int(rng.integers(len(choices)))]

@@ -65,7 +65,10 @@ def parse_messages(row: dict, where: str = "row", *, prompt: bool | None = True)
             raise UserError(f"{where}: messages[{i}].role {role!r} is none of {', '.join(ROLES)}")
         calls = role == "assistant" and message.get("tool_calls")
         if isinstance(message.get("content"), list):
-            message = {**message, "content": _joined(message["content"], f"{where}: messages[{i}]")}
+            message = {
+                **message,
+                "content": _join_text_parts(message["content"], f"{where}: messages[{i}]"),
+            }
             messages = [*messages[:i], message, *messages[i + 1 :]]
         if not isinstance(message.get("content"), str) and not calls:
             raise UserError(f"{where}: messages[{i}].content is not a text")
@@ -75,16 +78,16 @@ def parse_messages(row: dict, where: str = "row", *, prompt: bool | None = True)
     return messages
 
 
-def _joined(parts: list, where: str) -> str:
+def _join_text_parts(parts: list, where: str) -> str:
     """The text of a content that is a list of parts. Raises UserError where one is no text."""
     for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise UserError(f"{where}.content has a part of type {kind!r}; only text is read")
+        part_type = part.get("type") if isinstance(part, dict) else None
+        if part_type != "text" or not isinstance(part.get("text"), str):
+            raise UserError(f"{where}.content has a part of type {part_type!r}; only text is read")
     return "".join(part["text"] for part in parts)
 
 
-def closed(tokenizer: PreTrainedTokenizerBase | None, prompt: list[int]) -> bool:
+def has_empty_think(tokenizer: PreTrainedTokenizerBase | None, prompt: list[int]) -> bool:
     """Whether a prompt ends with an empty think block, after which nothing is thought."""
     if tokenizer is None:
         return False
@@ -92,16 +95,16 @@ def closed(tokenizer: PreTrainedTokenizerBase | None, prompt: list[int]) -> bool
     return cast(str, end).endswith(EMPTY_THINK)
 
 
-def has_switch(tokenizer: PreTrainedTokenizerBase) -> bool:
+def has_thinking_switch(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template renders the two modes apart; true where there is none to say."""
     if tokenizer.chat_template is None:
         return True
     turn = [{"role": "user", "content": "Hello"}]
-    on, off = (render(tokenizer, turn, thinking=thinking) for thinking in (True, False))
+    on, off = (render_messages(tokenizer, turn, thinking=thinking) for thinking in (True, False))
     return on != off
 
 
-def spoken(message: dict) -> str:
+def to_assistant_text(message: dict) -> str:
     """An assistant's turn as the model writes it: the reasoning, where the message keeps it in a
     field of its own, as a think block before the content."""
     content, reasoning = message.get("content") or "", message.get("reasoning_content")
@@ -110,7 +113,7 @@ def spoken(message: dict) -> str:
     return f"<think>\n{reasoning.strip()}\n</think>\n\n{content.lstrip()}"
 
 
-def render(
+def render_messages(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict],
     *,
@@ -142,7 +145,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def trace(
+def encode_prompt_response(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict],
     response: str,
@@ -154,19 +157,19 @@ def trace(
     The mask is 1 on the response and its stop token, and 0 on the prompt, so on the empty think
     block of thinking=False too. With thinking on, the response brings its own think block.
     """
-    prompt = render(tokenizer, messages, thinking=thinking)
-    response_ids = written(tokenizer, response)
+    prompt = render_messages(tokenizer, messages, thinking=thinking)
+    response_ids = encode_response(tokenizer, response)
     return prompt + response_ids, [0] * len(prompt) + [1] * len(response_ids)
 
 
-def written(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
+def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
     """The ids of a response as a model writes it: its text and the tokenizer's stop token."""
     if tokenizer.eos_token_id is None:
         raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no eos_token to end a turn")
     return [*encode(tokenizer, response), cast(int, tokenizer.eos_token_id)]
 
 
-def conversation(
+def encode_conversation(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: list[dict] | None = None
 ) -> tuple[list[int], list[int]]:
     """(ids, mask) of a whole conversation, the mask 1 on every assistant turn.
@@ -175,8 +178,8 @@ def conversation(
     after it and the empty think block that the template inserts are not the model's words. Raises
     UserError where a message spells out an assistant turn's header, which would be trained on.
     """
-    ids = render(tokenizer, messages, add_generation_prompt=False, tools=tools)
-    header = render(tokenizer, messages, tools=tools)[len(ids) :]
+    ids = render_messages(tokenizer, messages, add_generation_prompt=False, tools=tools)
+    header = render_messages(tokenizer, messages, tools=tools)[len(ids) :]
     empty = encode(tokenizer, EMPTY_THINK)
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     mask, turns = [0] * len(ids), 0
@@ -192,7 +195,7 @@ def conversation(
     return ids, mask
 
 
-def stop_ids(
+def load_stop_ids(
     model_dir: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> tuple[int, ...]:
     """All ids that end a response, sorted: those that any of the model's files or tokenizer names.
@@ -218,7 +221,7 @@ def stop_ids(
     return tuple(sorted(stops))
 
 
-class StopStrings:
+class StopStringMatcher:
     """Looks for stop strings in a response while it is being written.
 
     The text that counts is what `decode` shows: without special tokens; a character whose bytes
@@ -244,7 +247,7 @@ class StopStrings:
                 self._pending = []
         return None
 
-    def cut(self, text: str) -> str:
+    def cut_text(self, text: str) -> str:
         """What of a text stands before the first stop string in it (OpenAI's rule)."""
         return text[: min((at for s in self._stops if (at := text.find(s)) >= 0), default=None)]
 
@@ -254,7 +257,9 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return cast(str, tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def copy(model_dir: Path, tokenizer_dir: Path, stops: tuple[int, ...], directory: Path) -> None:
+def copy_tokenizer(
+    model_dir: Path, tokenizer_dir: Path, stops: tuple[int, ...], directory: Path
+) -> None:
     """Puts the tokenizer of `tokenizer_dir` into `directory`, and all the model's stop ids.
 
     The files are copied as they are: written anew by transformers 5, they would name classes that
@@ -291,18 +296,18 @@ def require_same_tokenizer(
             raise UserError(f"{who}: {field} is {getattr(a, field)} and {getattr(b, field)}")
 
 
-def require_extended(
+def require_vocab_subset(
     own: PreTrainedTokenizerBase | None,
-    taken: PreTrainedTokenizerBase | None,
+    superset: PreTrainedTokenizerBase | None,
     names: tuple[str, str],
 ) -> None:
     """Raises UserError unless each token of `own` is in `taken`, with the same id."""
-    if taken is None:
+    if superset is None:
         raise UserError(f"{names[1]}: no tokenizer for {names[0]} to take")
     if own is None:
         return
-    _require_same_ids(own, taken, names)
-    lost = own.get_vocab().keys() - taken.get_vocab().keys()
+    _require_same_ids(own, superset, names)
+    lost = own.get_vocab().keys() - superset.get_vocab().keys()
     if lost:
         raise UserError(f"the tokenizer of {names[1]} lacks {min(lost)!r} of {names[0]}")
 

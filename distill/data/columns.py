@@ -11,7 +11,7 @@ from collections.abc import Callable
 from distill.rewards import graders
 from models.errors import UserError
 
-SPEAKERS = {
+SPEAKER_ROLES = {
     "system": "system",
     "human": "user",
     "user": "user",
@@ -22,18 +22,18 @@ SPEAKERS = {
 }
 
 
-def thought(reasoning: str, final: str) -> str:
+def wrap_thinking(reasoning: str, final: str) -> str:
     """A response in the form that Qwen3 writes: a think block, then the final text."""
     return f"<think>\n{reasoning.strip()}\n</think>\n\n{final.strip()}"
 
 
-def _closed(text: str) -> str:
+def _restore_think_tag(text: str) -> str:
     """DeepSeek-R1's own form, with the tag that its template has already written put back."""
     opens = text.lstrip().startswith("<think>")
     return text if opens or "</think>" not in text else f"<think>\n{text.lstrip()}"
 
 
-def _gsm8k(row: dict, traces: bool) -> dict:
+def _adapt_gsm8k(row: dict, with_responses: bool) -> dict:
     if not isinstance(row["answer"], str) or "####" not in row["answer"]:
         # A worked solution that does not end as GSM8K's do is no answer to compare with.
         worked = isinstance(row["answer"], str) and ("\n" in row["answer"] or "<<" in row["answer"])
@@ -42,30 +42,30 @@ def _gsm8k(row: dict, traces: bool) -> dict:
     return {"solution": row.get("solution", solution), "answer": answer.strip().replace(",", "")}
 
 
-def _math(row: dict, traces: bool) -> dict:
-    found = {"question": row["problem"]}
+def _adapt_math(row: dict, with_responses: bool) -> dict:
+    adapted = {"question": row["problem"]}
     if "answer" not in row and isinstance(row.get("solution"), str):
-        answer = graders.boxed(row["solution"])
-        found |= {} if answer is None else {"answer": answer}
-    return found
+        answer = graders.extract_boxed(row["solution"])
+        adapted |= {} if answer is None else {"answer": answer}
+    return adapted
 
 
-def _deepmath(row: dict, traces: bool) -> dict:
-    return {"answer": row["final_answer"], "response": _closed(row["r1_solution_1"])}
+def _adapt_deepmath(row: dict, with_responses: bool) -> dict:
+    return {"answer": row["final_answer"], "response": _restore_think_tag(row["r1_solution_1"])}
 
 
-def _s1k(row: dict, traces: bool) -> dict:
+def _adapt_s1k(row: dict, with_responses: bool) -> dict:
     """s1K has a list of Gemini's thoughts, s1K-1.1 those of DeepSeek-R1 in columns of their own."""
     if "deepseek_attempt" in row:
         reasoning, final = row["deepseek_thinking_trajectory"], row["deepseek_attempt"]
     else:
         reasoning, final = "\n".join(row["thinking_trajectories"]), row["attempt"]
-    return {"response": thought(reasoning, final)}
+    return {"response": wrap_thinking(reasoning, final)}
 
 
-def _openr1(row: dict, traces: bool) -> dict:
+def _adapt_openr1(row: dict, with_responses: bool) -> dict:
     """The first generation that is whole and that math-verify found correct."""
-    if not traces:
+    if not with_responses:
         return {"question": row["problem"]}
     verified = zip(
         row["generations"],
@@ -75,11 +75,11 @@ def _openr1(row: dict, traces: bool) -> dict:
     )
     for text, correct, complete in verified:
         if correct and complete:
-            return {"question": row["problem"], "response": _closed(text)}
+            return {"question": row["problem"], "response": _restore_think_tag(text)}
     raise UserError("generations: none is complete and verified correct")
 
 
-def _conversations(row: dict, traces: bool) -> dict:
+def _adapt_conversations(row: dict, with_responses: bool) -> dict:
     turns = row["conversations"]
     if isinstance(turns, dict):  # TFDS and old `datasets` turn a list of objects inside out
         pairs = zip(turns["from"], turns["value"], strict=True)
@@ -87,32 +87,32 @@ def _conversations(row: dict, traces: bool) -> dict:
     messages = []
     for number, turn in enumerate(turns):
         speaker = turn.get("from", turn.get("role")) if isinstance(turn, dict) else turn
-        if speaker not in SPEAKERS:
+        if speaker not in SPEAKER_ROLES:
             raise UserError(
-                f"conversations[{number}].from {speaker!r} is none of {', '.join(SPEAKERS)}"
+                f"conversations[{number}].from {speaker!r} is none of {', '.join(SPEAKER_ROLES)}"
             )
         content = turn.get("value", turn.get("content"))
-        messages.append({"role": SPEAKERS[speaker], "content": content})
+        messages.append({"role": SPEAKER_ROLES[speaker], "content": content})
     return {"messages": messages}
 
 
-def _thinking(row: dict, traces: bool) -> dict:
-    return {"response": thought(row["thinking"], row["content"])}
+def _adapt_thinking(row: dict, with_responses: bool) -> dict:
+    return {"response": wrap_thinking(row["thinking"], row["content"])}
 
 
-def _verl(row: dict, traces: bool) -> dict:
-    found = {"messages": row["prompt"], "answer": row["reward_model"]["ground_truth"]}
-    return found if isinstance(row["prompt"], list) else {"answer": found["answer"]}
+def _adapt_verl(row: dict, with_responses: bool) -> dict:
+    adapted = {"messages": row["prompt"], "answer": row["reward_model"]["ground_truth"]}
+    return adapted if isinstance(row["prompt"], list) else {"answer": adapted["answer"]}
 
 
-def _tulu(row: dict, traces: bool) -> dict:
+def _adapt_tulu(row: dict, with_responses: bool) -> dict:
     """Tulu 3: a chat that ends with an answer. To be asked is what stands before it."""
     last = row["messages"][-1]
-    asked = not traces and isinstance(last, dict) and last.get("role") == "assistant"
-    return {"messages": row["messages"][:-1]} if asked else {}
+    drops_last = not with_responses and isinstance(last, dict) and last.get("role") == "assistant"
+    return {"messages": row["messages"][:-1]} if drops_last else {}
 
 
-def _completion(row: dict, traces: bool) -> dict:
+def _adapt_completion(row: dict, with_responses: bool) -> dict:
     if isinstance(row["prompt"], str):
         return {"response": row["completion"]}
     return {"messages": row["prompt"] + row["completion"]}
@@ -122,22 +122,22 @@ def _completion(row: dict, traces: bool) -> dict:
 # first whose columns are there is taken; orca_math has the columns of any set of questions and
 # answers, and is taken by its name alone.
 ADAPTERS: dict[str, tuple[tuple[str, ...], Callable[[dict, bool], dict]]] = {
-    "s1k-1.1": (("question", "deepseek_thinking_trajectory", "deepseek_attempt"), _s1k),
-    "s1k": (("question", "thinking_trajectories", "attempt"), _s1k),
-    "deepmath": (("question", "final_answer", "r1_solution_1"), _deepmath),
-    "openr1_math": (("problem", "generations", "correctness_math_verify"), _openr1),
-    "thinking": (("question", "thinking", "content"), _thinking),
-    "conversations": (("conversations",), _conversations),  # OpenThoughts3, ShareGPT
-    "verl": (("prompt", "reward_model"), _verl),  # DAPO-Math-17k and others in verl's form
-    "tulu": (("id", "messages", "source"), _tulu),
-    "completion": (("prompt", "completion"), _completion),
-    "math": (("problem",), _math),
-    "gsm8k": (("question", "answer"), _gsm8k),
-    "orca_math": (("question", "answer"), lambda row, traces: {"response": row["answer"]}),
+    "s1k-1.1": (("question", "deepseek_thinking_trajectory", "deepseek_attempt"), _adapt_s1k),
+    "s1k": (("question", "thinking_trajectories", "attempt"), _adapt_s1k),
+    "deepmath": (("question", "final_answer", "r1_solution_1"), _adapt_deepmath),
+    "openr1_math": (("problem", "generations", "correctness_math_verify"), _adapt_openr1),
+    "thinking": (("question", "thinking", "content"), _adapt_thinking),
+    "conversations": (("conversations",), _adapt_conversations),  # OpenThoughts3, ShareGPT
+    "verl": (("prompt", "reward_model"), _adapt_verl),  # DAPO-Math-17k and others in verl's form
+    "tulu": (("id", "messages", "source"), _adapt_tulu),
+    "completion": (("prompt", "completion"), _adapt_completion),
+    "math": (("problem",), _adapt_math),
+    "gsm8k": (("question", "answer"), _adapt_gsm8k),
+    "orca_math": (("question", "answer"), lambda row, with_responses: {"response": row["answer"]}),
 }
 
 
-def canonical(row: dict, columns: str, where: str, traces: bool) -> dict:
+def canonicalize_row(row: dict, columns: str, where: str, with_responses: bool) -> dict:
     """`row` with our columns, as `columns` says: the name of an adapter, or pairs such as
     "question=problem,response=output" (ours=theirs), or "" to go by the columns found. With
     `traces` the row is to be learned from; without, only its prompt and answer matter.
@@ -157,14 +157,14 @@ def canonical(row: dict, columns: str, where: str, traces: bool) -> dict:
         raise UserError(
             f"config.data.columns: {columns!r} is none of {', '.join(ADAPTERS)}, nor ours=theirs"
         )
-    for needs, read in [ADAPTERS[columns]] if columns else ADAPTERS.values():
+    for needs, adapt in [ADAPTERS[columns]] if columns else ADAPTERS.values():
         missing = [name for name in needs if name not in row]
         if columns and missing:
             raise UserError(f"{where}: no {missing[0]} among its columns {sorted(row)}")
         if missing:
             continue
         try:
-            return row | read(row, traces)
+            return row | adapt(row, with_responses)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         except (TypeError, KeyError, AttributeError, ValueError, IndexError) as error:
@@ -174,7 +174,7 @@ def canonical(row: dict, columns: str, where: str, traces: bool) -> dict:
     return row
 
 
-def put(row: dict, template: str) -> dict:
+def apply_template(row: dict, template: str) -> dict:
     """`row` with its question, where it has one, put as `template` says, and no answer of null."""
     if row.get("answer", "") is None:
         row = {**row, "answer": ""}

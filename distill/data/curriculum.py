@@ -28,21 +28,21 @@ MODE_BLOCK = 32  # in so many rows that are read the modes have their shares
 Order = Callable[[int, int, int], list[int]]
 
 
-def thinks(share: float, ordinal: int, seed: int) -> bool:
+def is_thinking(share: float, ordinal: int, seed: int) -> bool:
     """Whether what is read as number `ordinal` is in thinking mode: in every MODE_BLOCK of them as
     many as `share` says, in an order drawn for that block."""
     block, place = divmod(ordinal, MODE_BLOCK)
     due = [math.floor(share * MODE_BLOCK * edge + 1e-6) for edge in (block, block + 1)]
-    return bool(_shuffled(seed, block)[place] < due[1] - due[0])
+    return bool(_shuffle_block(seed, block)[place] < due[1] - due[0])
 
 
 @functools.lru_cache(maxsize=16)
-def _shuffled(seed: int, block: int) -> np.ndarray:
+def _shuffle_block(seed: int, block: int) -> np.ndarray:
     return np.random.default_rng((seed, block, 1)).permutation(MODE_BLOCK)
 
 
-def over(
-    c: ConfigDict, size: int, example: Callable[[int], Example], steps: int, seed: int
+def make_stage_order(
+    c: ConfigDict, size: int, read_example: Callable[[int], Example], steps: int, seed: int
 ) -> Order | None:
     """The order that a stage's `data.curriculum` asks for over its `steps`; None: no other.
 
@@ -65,17 +65,17 @@ def over(
     for reason, refused in why.items():
         if refused:
             raise UserError(f"config.data.curriculum={c.curriculum}: {reason}")
-    difficulty_N = _checked(c.curriculum, [example(index) for index in range(size)])
-    return order(c.curriculum, difficulty_N, steps, seed)
+    difficulty_N = _check_difficulties(c.curriculum, [read_example(index) for index in range(size)])
+    return make_order(c.curriculum, difficulty_N, steps, seed)
 
 
-def mean(difficulties: Sequence[float | None]) -> dict[str, float]:
+def mean_difficulty(difficulties: Sequence[float | None]) -> dict[str, float]:
     """The metric of what a step reads, where it is known."""
     known = [x for x in difficulties if x is not None]
     return {"data/difficulty": sum(known) / len(known)} if known else {}
 
 
-def order(kind: str, difficulty_N: np.ndarray, steps: int, seed: int) -> Order:
+def make_order(curriculum: str, difficulty_N: np.ndarray, steps: int, seed: int) -> Order:
     """The examples of each step of a stage of `steps`, each at most once a step where there are
     enough of them.
 
@@ -87,15 +87,17 @@ def order(kind: str, difficulty_N: np.ndarray, steps: int, seed: int) -> Order:
     sorted_N = np.argsort(difficulty_N, kind="stable")
     N = len(sorted_N)
     with np.errstate(divide="ignore"):
-        logits_N = np.log(difficulty_N * (1 - difficulty_N)) if kind == "weighted" else sorted_N
+        logits_N = (
+            np.log(difficulty_N * (1 - difficulty_N)) if curriculum == "weighted" else sorted_N
+        )
 
-    def draw(number: int, step: int, count: int) -> list[int]:
+    def draw_examples(number: int, step: int, count: int) -> list[int]:
         rng = np.random.default_rng((seed, number, 2))
-        if kind == "weighted":
+        if curriculum == "weighted":
             # Gumbel noise: the largest are a draw without replacement.
             drawn_N = np.argsort(-(logits_N + rng.gumbel(size=N)), kind="stable")
             drawn = drawn_N[: np.count_nonzero(np.isfinite(logits_N))]
-        elif kind == "ordered":
+        elif curriculum == "ordered":
             begin = round(min(1.0, step / max(1, steps - 1)) * max(0, N - count))
             drawn = rng.permutation(sorted_N[begin : begin + count])
         else:
@@ -103,13 +105,13 @@ def order(kind: str, difficulty_N: np.ndarray, steps: int, seed: int) -> Order:
             drawn = rng.permutation(sorted_N[: max(width, count)])
         return [int(i) for i in np.resize(drawn, count)]
 
-    return draw
+    return draw_examples
 
 
-def _checked(kind: str, examples: list[Example]) -> np.ndarray:
+def _check_difficulties(curriculum: str, examples: list[Example]) -> np.ndarray:
     """The difficulty of each example; raises UserError naming one that `kind` has no use for."""
     difficulty_N = np.array([example.difficulty for example in examples], float)
-    if kind == "weighted":
+    if curriculum == "weighted":
         for example, difficulty in zip(examples, difficulty_N, strict=True):
             if not 0 <= difficulty <= 1:
                 raise UserError(
@@ -123,7 +125,7 @@ def _checked(kind: str, examples: list[Example]) -> np.ndarray:
     return difficulty_N
 
 
-def grade(difficulty: str) -> Callable[[dict, Example], float | None]:
+def make_difficulty_fn(difficulty: str) -> Callable[[dict, Example], float | None]:
     """The function that gives an example its difficulty, as config.data.difficulty says.
 
     Raises UserError for a file that holds no pass rates; the function does so for a row without.
@@ -131,35 +133,35 @@ def grade(difficulty: str) -> Callable[[dict, Example], float | None]:
     if not difficulty:
         return lambda row, example: None
     if not difficulty.endswith(".jsonl"):
-        return lambda row, example: _column(row, difficulty, example.where)
-    rates = pass_rates(difficulty)
+        return lambda row, example: _parse_difficulty(row, difficulty, example.where)
+    rates = load_pass_rates(difficulty)
 
-    def measured(row: dict, example: Example) -> float:
-        tokens = [e.prompt for e in (example, example.other) if e]
-        for key in (*_keys(row), *(("prompt_tokens", tuple(ids)) for ids in tokens)):
+    def lookup_difficulty(row: dict, example: Example) -> float:
+        tokens = [e.prompt for e in (example, example.non_thinking_example) if e]
+        for key in (*_list_prompt_keys(row), *(("prompt_tokens", tuple(ids)) for ids in tokens)):
             if key in rates:
                 return 1 - rates[key]
         raise UserError(
             f"{example.where}: no pass rate of this prompt in config.data.difficulty={difficulty}"
         )
 
-    return measured
+    return lookup_difficulty
 
 
-def _column(row: dict, name: str, where: str) -> float:
+def _parse_difficulty(row: dict, name: str, where: str) -> float:
     """A number, or a text with one in it: "Level 5"."""
     if name not in row:
         raise UserError(f"{where}: config.data.difficulty={name}: its columns are {sorted(row)}")
     value = row[name]
     if isinstance(value, str):
-        found = re.findall(r"-?\d+(?:\.\d+)?", value)
-        value = float(found[0]) if len(found) == 1 else None
+        numbers = re.findall(r"-?\d+(?:\.\d+)?", value)
+        value = float(numbers[0]) if len(numbers) == 1 else None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise UserError(f"{where}: config.data.difficulty={name}: {row[name]!r} is not a number")
     return float(value)
 
 
-def _keys(row: dict) -> list[tuple[str, Any]]:
+def _list_prompt_keys(row: dict) -> list[tuple[str, Any]]:
     """By what a row's prompt is known."""
     keys: list[tuple[str, Any]] = []
     if isinstance(row.get("prompt_tokens"), list):
@@ -170,7 +172,7 @@ def _keys(row: dict) -> list[tuple[str, Any]]:
     return keys
 
 
-def pass_rates(path: str) -> dict[tuple[str, Any], float]:
+def load_pass_rates(path: str) -> dict[tuple[str, Any], float]:
     """The share of correct samples of each prompt, by each of its keys: of a file that `verify`
     wrote (a row a prompt) or `evaluate` did (a row a sample).
 
@@ -179,12 +181,12 @@ def pass_rates(path: str) -> dict[tuple[str, Any], float]:
     """
     rows, outcomes = sources.open_rows(path), defaultdict(list)
     for index in range(rows.size):
-        row, where = rows.row(index), rows.where(index)
+        row, where = rows.read_row(index), rows.locate_row(index)
         samples = row["samples"] if isinstance(row.get("samples"), list) else [row]
         right = [s.get("correct") if isinstance(s, dict) else None for s in samples]
         if any(not isinstance(x, bool) for x in right):
             raise UserError(f"{where}: samples that were not graded (verify --keep=all grades)")
-        for key in _keys(row):
+        for key in _list_prompt_keys(row):
             outcomes[key] += right
     if not outcomes:
         raise UserError(f"{path}: no row has prompt_tokens, messages, question or prompt")

@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from distill.data import chat, columns, curriculum, sources, teacher_context
 from distill.data.examples import (
     Example,
-    asked,
-    prompt_tokens,  # noqa: F401
+    encode_prompt,  # noqa: F401
+    make_prompt_example,
+    make_trace_example,
     require_top,  # noqa: F401
-    trace,
 )
 from distill.runtime import run_files
 from models.errors import UserError
@@ -37,21 +37,25 @@ class Source:
     """
 
     size: int
-    example: Callable[[int], Example]
+    read_example: Callable[[int], Example]
     window: int = 0
-    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
-    thinking: float = 1.0
+    skip_reasons: dict[str, str] = dataclasses.field(default_factory=dict)
+    thinking_share: float = 1.0
     order: curriculum.Order | None = None  # in place of a new order each epoch
 
 
-def read(source: str, size: int = 0, *, traces: bool = False) -> sources.Rows:
+def open_canonical_rows(
+    source: str, size: int = 0, *, with_responses: bool = False
+) -> sources.Rows:
     """The first `size` rows (0: all) of anything that `sources` reads, with our columns."""
     rows = sources.open_rows(source, size=size)
 
-    def row(index: int) -> dict:
-        return columns.canonical(rows.row(index), "", rows.where(index), traces)
+    def read_row(index: int) -> dict:
+        return columns.canonicalize_row(
+            rows.read_row(index), "", rows.locate_row(index), with_responses
+        )
 
-    return dataclasses.replace(rows, row=row)
+    return dataclasses.replace(rows, read_row=read_row)
 
 
 class TokenLists(abc.Sequence[list[int]]):
@@ -81,16 +85,16 @@ class TokenLists(abc.Sequence[list[int]]):
         return self._tokens[self._ends[places] : self._ends[places + 1]].tolist()
 
 
-Require = Callable[[Example], None]  # raises UserError naming an example that cannot be used
+ExampleCheck = Callable[[Example], None]  # raises UserError naming an example that cannot be used
 
 
-def load(
+def load_source(
     c: ConfigDict,
     tokenizer: PreTrainedTokenizerBase | None,
     seed: int,
-    traces: bool,
-    require: Require = lambda example: None,
-    told: teacher_context.Context | None = None,
+    with_responses: bool,
+    check_example: ExampleCheck = lambda example: None,
+    context: teacher_context.TeacherContext | None = None,
 ) -> Source:
     """The source, or the mixture of sources, that a stage's `data` names; with `traces`, examples
     carry responses; with a context, the prompt that a teacher reads.
@@ -114,25 +118,30 @@ def load(
             raise UserError(f"config.data.{field}={c[field]!r}: is none of {', '.join(known)}")
     if not 0 <= c.thinking <= 1:
         raise UserError(f"config.data.thinking={c.thinking}: is a share, from 0 to 1")
-    if 0 < c.thinking < 1 and tokenizer and not chat.has_switch(tokenizer):
+    if 0 < c.thinking < 1 and tokenizer and not chat.has_thinking_switch(tokenizer):
         raise UserError(
             f"config.data.thinking={c.thinking}: the chat template of {tokenizer.name_or_path} has "
             "no switch between modes; 1 or 0 leave it as it is"
         )
-    skipped: dict[str, str] = {}
+    skip_reasons: dict[str, str] = {}
     if not c.mixture:
-        return _one(c, c.source, tokenizer, seed, traces, require, told, skipped)
+        return _load_single_source(
+            c, c.source, tokenizer, seed, with_responses, check_example, context, skip_reasons
+        )
     for part in c.mixture:
         pair = isinstance(part, tuple | list) and len(part) == 2
-        if not (pair and isinstance(part[0], str) and _positive(part[1])):
+        if not (pair and isinstance(part[0], str) and _is_positive_weight(part[1])):
             raise UserError(f"config.data.mixture: {part!r} is no pair of a source and a weight")
-    parts = [
-        _one(c, name, tokenizer, seed, traces, require, told, skipped) for name, _ in c.mixture
+    components = [
+        _load_single_source(
+            c, name, tokenizer, seed, with_responses, check_example, context, skip_reasons
+        )
+        for name, _ in c.mixture
     ]
-    return mix(parts, [float(weight) for _, weight in c.mixture], seed)
+    return mix_sources(components, [float(weight) for _, weight in c.mixture], seed)
 
 
-def _positive(weight: object) -> bool:
+def _is_positive_weight(weight: object) -> bool:
     return isinstance(weight, int | float) and 0 < weight < float("inf")
 
 
@@ -144,92 +153,104 @@ CHOICES = {
 }
 
 
-def _one(
+def _load_single_source(
     c: ConfigDict,
     name: str,
     tokenizer: PreTrainedTokenizerBase | None,
     seed: int,
-    traces: bool,
-    require: Require,
-    told: teacher_context.Context | None,
-    skipped: dict[str, str],
+    with_responses: bool,
+    check_example: ExampleCheck,
+    context: teacher_context.TeacherContext | None,
+    skip_reasons: dict[str, str],
 ) -> Source:
     if name == "arithmetic":
         if tokenizer is None:
             raise UserError("config.data.source: arithmetic needs a model with a tokenizer")
-        rows = sources.problems(c, seed)
+        rows = sources.make_arithmetic_rows(c, seed)
     else:
         window = c.window if c.streaming else 0
         rows = sources.open_rows(name, size=c.size, window=window)
-        if traces and not window and sources.are_samples(rows):
-            rows = sources.samples(rows, c.keep, skipped if c.on_bad_row == "skip" else None)
+        if with_responses and not window and sources.has_samples(rows):
+            rows = sources.expand_samples(
+                rows, c.keep, skip_reasons if c.on_bad_row == "skip" else None
+            )
 
-    difficulty_of = curriculum.grade(c.difficulty)
+    difficulty_of = curriculum.make_difficulty_fn(c.difficulty)
 
-    def make(row: dict, where: str) -> Example:
-        if traces:
-            return trace(row, where, tokenizer, c.thinking, c.turns)
-        return asked(row, where, tokenizer, c.thinking)
+    def make_example(row: dict, where: str) -> Example:
+        if with_responses:
+            return make_trace_example(row, where, tokenizer, c.thinking, c.turns)
+        return make_prompt_example(row, where, tokenizer, c.thinking)
 
-    def example(index: int) -> Example:
-        where = rows.where(index)
-        row = columns.put(columns.canonical(rows.row(index), c.columns, where, traces), c.template)
-        made = make(row, where)
-        if told is not None:
-            again = functools.partial(make, where=where)
-            made = teacher_context.add(told, row, made, again, tokenizer)
-        made = made.graded(difficulty_of(row, made))
-        for each in (made, made.other):
+    def read_example(index: int) -> Example:
+        where = rows.locate_row(index)
+        row = columns.apply_template(
+            columns.canonicalize_row(rows.read_row(index), c.columns, where, with_responses),
+            c.template,
+        )
+        made = make_example(row, where)
+        if context is not None:
+            again = functools.partial(make_example, where=where)
+            made = teacher_context.add_context(context, row, made, again, tokenizer)
+        made = made.with_difficulty(difficulty_of(row, made))
+        for each in (made, made.non_thinking_example):
             if each:
-                require(each)
+                check_example(each)
         return made
 
     if c.on_bad_row == "fail":
         for index in range(min(c.check, rows.size) if rows.size else ENDLESS_SAMPLE):
-            example(index)
-        source = Source(rows.size, example, rows.window, skipped)
+            read_example(index)
+        source = Source(rows.size, read_example, rows.window, skip_reasons)
     else:
-        source = _skipping(rows, example, c.check, skipped)
-    return dataclasses.replace(source, thinking=c.thinking)
+        source = _skip_bad_rows(rows, read_example, c.check, skip_reasons)
+    return dataclasses.replace(source, thinking_share=c.thinking)
 
 
-def _skipping(
-    rows: sources.Rows, example: Callable[[int], Example], check: int, skipped: dict[str, str]
+def _skip_bad_rows(
+    rows: sources.Rows,
+    read_example: Callable[[int], Example],
+    num_checked: int,
+    skip_reasons: dict[str, str],
 ) -> Source:
     """A source that leaves bad rows out. Those found before training are no part of it; the place
     of one that is met later is taken by the next good row."""
 
-    def attempt(index: int) -> Example | None:
-        where = rows.where(index)
-        if where in skipped:
+    def try_example(index: int) -> Example | None:
+        where = rows.locate_row(index)
+        if where in skip_reasons:
             return None
         try:
-            return example(index)
+            return read_example(index)
         except UserError as error:
-            skipped[where] = str(error)
-            run_files.say(f"skipped: {error}")
+            skip_reasons[where] = str(error)
+            run_files.log_line(f"skipped: {error}")
             return None
 
-    count = min(check, rows.size) if rows.size else ENDLESS_SAMPLE
-    good = [index for index in range(count) if attempt(index) is not None]
+    count = min(num_checked, rows.size) if rows.size else ENDLESS_SAMPLE
+    good = [index for index in range(count) if try_example(index) is not None]
     if count - len(good):
-        run_files.say(f"{rows.name}: {count - len(good)} of the first {count} rows are skipped")
+        run_files.log_line(
+            f"{rows.name}: {count - len(good)} of the first {count} rows are skipped"
+        )
     if not good and count:
-        raise UserError(f"{rows.name}: no good row; {next(iter(skipped.values()))}")
+        raise UserError(f"{rows.name}: no good row; {next(iter(skip_reasons.values()))}")
 
-    def substituted(index: int) -> Example:
+    def read_good_example(index: int) -> Example:
         for other in range(index, index + rows.size):
-            found = attempt(other % rows.size)
+            found = try_example(other % rows.size)
             if found is not None:
                 return found
-        raise UserError(f"{rows.name}: no good row; {next(iter(skipped.values()))}")
+        raise UserError(f"{rows.name}: no good row; {next(iter(skip_reasons.values()))}")
 
     if rows.size and count == rows.size:
-        return Source(len(good), lambda index: example(good[index]), rows.window, skipped)
-    return Source(rows.size, substituted if rows.size else example, rows.window, skipped)
+        return Source(len(good), lambda index: read_example(good[index]), rows.window, skip_reasons)
+    return Source(
+        rows.size, read_good_example if rows.size else read_example, rows.window, skip_reasons
+    )
 
 
-def mix(parts: list[Source], weights: list[float], seed: int) -> Source:
+def mix_sources(components: list[Source], weights: list[float], seed: int) -> Source:
     """One source without end, in which sources have their shares, each in its own shuffled order.
 
     Every MIXTURE_BLOCK examples hold a share of each source in proportion to its weight (rounded
@@ -238,20 +259,20 @@ def mix(parts: list[Source], weights: list[float], seed: int) -> Source:
     shares = np.array(weights) / sum(weights) * MIXTURE_BLOCK
     counts = np.maximum(1, shares.astype(int))
     counts[np.argmax(counts)] += MIXTURE_BLOCK - counts.sum()
-    kinds = np.repeat(np.arange(len(parts)), counts)
+    source_ids = np.repeat(np.arange(len(components)), counts)
 
-    def example(index: int) -> Example:
+    def read_example(index: int) -> Example:
         block, place = divmod(index, MIXTURE_BLOCK)
-        order = kinds[_permutation(MIXTURE_BLOCK, (seed, block))]
+        order = source_ids[_draw_permutation(MIXTURE_BLOCK, (seed, block))]
         kind = order[place]
         ordinal = block * counts[kind] + np.count_nonzero(order[:place] == kind)
-        found = one(parts[kind], int(ordinal), seed)
-        return dataclasses.replace(found, kind=int(kind))
+        found = get_example(components[kind], int(ordinal), seed)
+        return dataclasses.replace(found, source_id=int(kind))
 
-    return Source(0, example, 0, parts[0].skipped)
+    return Source(0, read_example, 0, components[0].skip_reasons)
 
 
-def require(example: Example, limit: int, field: str, vocab_size: int) -> None:
+def require_valid_example(example: Example, limit: int, field: str, vocab_size: int) -> None:
     """Raises UserError if a prompt is longer than `limit` tokens (`field` says what sets it), or
     the example has ids outside a vocabulary of `vocab_size`."""
     if len(example.prompt) > limit:
@@ -270,58 +291,62 @@ def require_ids(ids: list[int], vocab_size: int, where: str) -> None:
 
 
 @functools.lru_cache(maxsize=16)
-def _permutation(size: int, seeds: tuple[int, ...]) -> np.ndarray:
+def _draw_permutation(size: int, seeds: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng(seeds).permutation(size)
 
 
-def one(source: Source, ordinal: int, seed: int) -> Example:
+def get_example(source: Source, ordinal: int, seed: int) -> Example:
     """The example that comes as number `ordinal` of all that are read: that very one of a source
     without end; of a finite one, by an order drawn anew for each epoch, so that each example comes
     once an epoch. One that comes in both modes is in the mode of that number."""
-    return _moded(source, _index(source, ordinal, seed), ordinal, seed)
+    return _get_example_in_mode(source, _compute_index(source, ordinal, seed), ordinal, seed)
 
 
-def _moded(source: Source, index: int, ordinal: int, seed: int) -> Example:
-    example = source.example(index)
+def _get_example_in_mode(source: Source, index: int, ordinal: int, seed: int) -> Example:
+    example = source.read_example(index)
     return (
-        example if curriculum.thinks(source.thinking, ordinal, seed) else example.other or example
+        example
+        if curriculum.is_thinking(source.thinking_share, ordinal, seed)
+        else example.non_thinking_example or example
     )
 
 
-def _index(source: Source, ordinal: int, seed: int) -> int:
+def _compute_index(source: Source, ordinal: int, seed: int) -> int:
     if not source.size:
         return ordinal
     epoch, place = divmod(ordinal, source.size)
     if not source.window:
-        return int(_permutation(source.size, (seed, epoch))[place])
+        return int(_draw_permutation(source.size, (seed, epoch))[place])
     window, place = divmod(place, source.window)
     begin = window * source.window
     size = min(source.window, source.size - begin)
-    return begin + int(_permutation(size, (seed, epoch, window))[place])
+    return begin + int(_draw_permutation(size, (seed, epoch, window))[place])
 
 
-def at(
+def get_step_examples(
     source: Source,
     step: int,
     count: int,
     seed: int,
-    share: Sequence[int] | None = None,
-    now: int | None = None,
+    row_indices: Sequence[int] | None = None,
+    curriculum_step: int | None = None,
 ) -> list[Example]:
     """The `count` examples of a step, or those of its places that `share` lists: what a process
     reads that feeds these rows of the batch. The order does not depend on who reads it. By a
     curriculum they are of the difficulty of the step `now`, where that is another."""
-    places = range(count) if share is None else share
+    places = range(count) if row_indices is None else row_indices
     if not source.order:
-        return [one(source, step * count + place, seed) for place in places]
-    drawn = source.order(step, step if now is None else now, count)
-    return [_moded(source, drawn[place], step * count + place, seed) for place in places]
+        return [get_example(source, step * count + place, seed) for place in places]
+    drawn = source.order(step, step if curriculum_step is None else curriculum_step, count)
+    return [
+        _get_example_in_mode(source, drawn[place], step * count + place, seed) for place in places
+    ]
 
 
 T = TypeVar("T")
 
 
-def ahead(make: Callable[[int], T], end: int) -> Callable[[int], T]:
+def prefetch_next(make: Callable[[int], T], end: int) -> Callable[[int], T]:
     """`make`, with the next number's result (below `end`) begun in a thread while this one's is
     used. For functions of their argument alone: what they give does not change, only when.
 
@@ -330,16 +355,16 @@ def ahead(make: Callable[[int], T], end: int) -> Callable[[int], T]:
     one result waits to be asked for.
     """
     pool = concurrent.futures.ThreadPoolExecutor(max_workers=1)
-    begun: dict[int, concurrent.futures.Future[T]] = {}
+    pending: dict[int, concurrent.futures.Future[T]] = {}
 
-    def get(number: int) -> T:
+    def get_result(number: int) -> T:
         # The first, a jump or one that was asked for before comes after what the thread is at.
-        made = (begun.pop(number, None) or pool.submit(make, number)).result()
+        made = (pending.pop(number, None) or pool.submit(make, number)).result()
         following = number + 1
-        if following < end and following not in begun:
-            for passed in [*begun]:
-                begun.pop(passed).cancel()
-            begun[following] = pool.submit(make, following)
+        if following < end and following not in pending:
+            for passed in [*pending]:
+                pending.pop(passed).cancel()
+            pending[following] = pool.submit(make, following)
         return made
 
-    return get
+    return get_result

@@ -21,62 +21,64 @@ SHINGLE = 5  # tokens in the n-grams by which near duplicates are found
 _BANDS, _ROWS = 16, 4  # of MinHash: at Jaccard 0.8 a pair is missed once in 4,000
 
 
-def tokens(text: str) -> list[str]:
+def split_tokens(text: str) -> list[str]:
     """The tokens that texts are compared by."""
     return _TOKEN.findall(text.casefold())
 
 
-def plain(text: str) -> list[str]:
+def split_plain_tokens(text: str) -> list[str]:
     """`tokens` without what is only layout in LaTeX: $, braces, \\left, \\dfrac for \\frac."""
-    return tokens(_LAYOUT.sub(" ", _FRACTION.sub(r"\\frac", text.casefold())))
+    return split_tokens(_LAYOUT.sub(" ", _FRACTION.sub(r"\\frac", text.casefold())))
 
 
-FORMS = (tokens, plain)
+TOKENIZERS = (split_tokens, split_plain_tokens)
 
 
-def ngrams(words: list[str], n: int) -> np.ndarray:
+def hash_ngrams(words: list[str], n: int) -> np.ndarray:
     """A 64-bit hash of each run of n tokens, in order, uint64; of the whole where it is shorter."""
     codes = np.array([zlib.crc32(word.encode()) for word in words], np.uint64)
     n = min(n, len(codes))
     if not n:
         return codes
-    codes = _scramble(codes + np.uint64(1))
+    codes = _mix_bits(codes + np.uint64(1))
     hashes = np.zeros(len(codes) - n + 1, np.uint64)
     for i in range(n):
-        hashes = _scramble(hashes + codes[i : len(codes) - n + 1 + i])
+        hashes = _mix_bits(hashes + codes[i : len(codes) - n + 1 + i])
     return hashes
 
 
-def _scramble(x: np.ndarray) -> np.ndarray:
+def _mix_bits(x: np.ndarray) -> np.ndarray:
     """A bijection of 64-bit integers that mixes their bits (two rounds of splitmix64's kind)."""
     for shift in (31, 29):
         x = (x ^ (x >> np.uint64(shift))) * _MIX
     return x ^ (x >> np.uint64(32))
 
 
-class Evaluation:
+class NgramIndex:
     """The n-grams of evaluation problems, to be looked for in training rows."""
 
     def __init__(self, texts: Iterable[str], n: int) -> None:
         self._n = n
-        self._owners: tuple[dict[int, list[int]], ...] = tuple({} for _ in FORMS)
-        self.sizes: list[int] = []  # of each problem, its different n-grams: a short one has few
+        self._owners: tuple[dict[int, list[int]], ...] = tuple({} for _ in TOKENIZERS)
+        self.ngram_counts: list[
+            int
+        ] = []  # of each problem, its different n-grams: a short one has few
         for number, text in enumerate(texts):
-            for form, owners in zip(FORMS, self._owners, strict=True):
-                grams = set(ngrams(form(text), n).tolist())
+            for form, owners in zip(TOKENIZERS, self._owners, strict=True):
+                grams = set(hash_ngrams(form(text), n).tolist())
                 for gram in grams:
                     owners.setdefault(gram, []).append(number)
-            self.sizes.append(max(1, len(grams)))
+            self.ngram_counts.append(max(1, len(grams)))
 
-    def matches(self, text: str) -> dict[int, tuple[int, str]]:
+    def find_matches(self, text: str) -> dict[int, tuple[int, str]]:
         """Problem → (how many different n-grams it shares with `text`, the first one of them), in
         whichever of the FORMS it shares more."""
         best: dict[int, tuple[int, str]] = {}
-        for form, owners in zip(FORMS, self._owners, strict=True):
+        for form, owners in zip(TOKENIZERS, self._owners, strict=True):
             words = form(text)
             found: dict[int, tuple[int, str]] = {}
             seen: set[int] = set()
-            for start, gram in enumerate(ngrams(words, self._n).tolist()):
+            for start, gram in enumerate(hash_ngrams(words, self._n).tolist()):
                 if gram in seen:
                     continue
                 seen.add(gram)
@@ -89,30 +91,30 @@ class Evaluation:
         return best
 
 
-def signature(text: str) -> np.ndarray:
+def compute_signature(text: str) -> np.ndarray:
     """uint64 [16]: texts are candidates for near duplicates where one of these is equal.
 
     MinHash of the text's 5-grams (Broder 1997) in bands of four.
     """
-    grams = np.unique(ngrams(tokens(text), SHINGLE))
+    grams = np.unique(hash_ngrams(split_tokens(text), SHINGLE))
     if not len(grams):
         return np.zeros(_BANDS, np.uint64)
-    keys = _scramble(np.arange(1, _BANDS * _ROWS + 1, dtype=np.uint64) * _MIX)
-    least = np.array([_scramble(grams ^ key).min() for key in keys]).reshape(_BANDS, _ROWS)
+    keys = _mix_bits(np.arange(1, _BANDS * _ROWS + 1, dtype=np.uint64) * _MIX)
+    least = np.array([_mix_bits(grams ^ key).min() for key in keys]).reshape(_BANDS, _ROWS)
     bands = np.zeros(_BANDS, np.uint64)
     for column in least.T:
-        bands = _scramble(bands + column)
+        bands = _mix_bits(bands + column)
     return bands
 
 
-def jaccard(a: str, b: str) -> float:
+def compute_jaccard(a: str, b: str) -> float:
     """Shared over all 5-grams of two texts; 1 of two without any."""
-    x, y = (np.unique(ngrams(tokens(text), SHINGLE)) for text in (a, b))
+    x, y = (np.unique(hash_ngrams(split_tokens(text), SHINGLE)) for text in (a, b))
     both = len(np.intersect1d(x, y, assume_unique=True))
     return both / max(1, len(x) + len(y) - both) if len(x) or len(y) else 1.0
 
 
-def candidates(signatures: np.ndarray) -> list[tuple[int, int]]:
+def find_candidates(signatures: np.ndarray) -> list[tuple[int, int]]:
     """Pairs (earlier, later) of rows of signatures [N, 16] that agree somewhere: each later row
     with the first that has its value, band by band."""
     pairs: set[tuple[int, int]] = set()
@@ -124,7 +126,7 @@ def candidates(signatures: np.ndarray) -> list[tuple[int, int]]:
     return sorted(pairs)
 
 
-def script_share(text: str, scripts: tuple[str, ...]) -> float:
+def compute_script_share(text: str, scripts: tuple[str, ...]) -> float:
     """The share of a text's letters that are of these scripts (latin, cyrillic, cjk, ... as Unicode
     names its characters); 1 for a text without letters. Scripts, not languages: French passes for
     English here."""

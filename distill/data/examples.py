@@ -17,25 +17,29 @@ class Example:
     response: list[int]
     answer: str
     where: str  # names the row in an error
-    trained: list[bool] | None = None  # of the response; None: all of it
-    top: list | None = None  # for each response token the teacher's likeliest, [[id, logprob], ...]
-    told: list[int] | None = None  # the prompt that a teacher reads; None: the same
-    kind: int = 0  # which source of a mixture it is from
+    trained_mask: list[bool] | None = None  # of the response; None: all of it
+    teacher_top: list | None = (
+        None  # for each response token the teacher's likeliest, [[id, logprob], ...]
+    )
+    teacher_prompt: list[int] | None = None  # the prompt that a teacher reads; None: the same
+    source_id: int = 0  # which source of a mixture it is from
     thinking: bool = True  # the mode that it is asked in
-    other: "Example | None" = None  # the same without thinking, where either mode will do
+    non_thinking_example: "Example | None" = (
+        None  # the same without thinking, where either mode will do
+    )
     difficulty: float | None = None  # more is harder
 
-    def graded(self, difficulty: float | None) -> "Example":
+    def with_difficulty(self, difficulty: float | None) -> "Example":
         """The same with its difficulty."""
-        other = self.other and self.other.graded(difficulty)
-        return dataclasses.replace(self, other=other, difficulty=difficulty)
+        other = self.non_thinking_example and self.non_thinking_example.with_difficulty(difficulty)
+        return dataclasses.replace(self, non_thinking_example=other, difficulty=difficulty)
 
 
 def require_top(example: Example, K: int) -> None:
     """Raises UserError if the teacher's K likeliest are not stored for each response token."""
-    if example.top is None:
+    if example.teacher_top is None:
         raise UserError(f"{example.where}: no top_logprobs beside its tokens")
-    for place in example.top:
+    for place in example.teacher_top:
         if len(place) < K:
             raise UserError(f"{example.where}: top_logprobs has {len(place)}, not {K}")
 
@@ -45,7 +49,7 @@ _BLOCK = re.compile(r"\s*<think>(.*?)(</think>\s*|\Z)", re.DOTALL)
 _FLAG = re.compile(r"(?<!\S)/(no_)?think(?!\S)")  # the words by which a user switches Qwen3
 
 
-def prompt_tokens(
+def encode_prompt(
     row: dict, where: str, tokenizer: PreTrainedTokenizerBase | None, thinking: bool | None
 ) -> list[int]:
     """Prompt ids of a row: `tokens` as they are, `prompt` as plain text, `messages` or `question`
@@ -56,39 +60,39 @@ def prompt_tokens(
       UserError: naming the row, if it has none of these or they cannot be used.
     """
     if "tokens" in row:
-        ids = _ids(row, "tokens", where)
+        ids = _get_token_ids(row, "tokens", where)
     elif tokenizer is None:
         raise UserError(f"{where}: the model has no tokenizer, so the row needs tokens")
     elif "prompt" in row:
-        ids = chat.encode(tokenizer, _text(row, "prompt", where))
+        ids = chat.encode(tokenizer, _get_text(row, "prompt", where))
     else:
-        ids = chat.render(tokenizer, _messages(row, where), thinking=thinking)
+        ids = chat.render_messages(tokenizer, _get_prompt_messages(row, where), thinking=thinking)
     if not ids:
         raise RowError(f"{where}: the prompt is empty")
     return ids
 
 
-def asked(
-    row: dict, where: str, tokenizer: PreTrainedTokenizerBase | None, share: float
+def make_prompt_example(
+    row: dict, where: str, tokenizer: PreTrainedTokenizerBase | None, thinking_share: float
 ) -> Example:
     """A row's prompt in its own mode, or else in the one that all have by `share` (0 or 1), or else
     in both, one as `other` of the other. Raises as `prompt_tokens`."""
-    own, answer = stated(row, where), str(row.get("answer", ""))
+    own, answer = find_thinking_mode(row, where), str(row.get("answer", ""))
 
-    def made(thinking: bool) -> Example:
-        ids = prompt_tokens(row, where, tokenizer, thinking)
+    def make_in_mode(thinking: bool) -> Example:
+        ids = encode_prompt(row, where, tokenizer, thinking)
         return Example(ids, [], answer, where, thinking=thinking)
 
     if own is None and ("tokens" in row or "prompt" in row):
-        example = made(share > 0)
-        closed = chat.closed(tokenizer, example.prompt)
-        return dataclasses.replace(example, thinking=share > 0 and not closed)
-    if own is not None or share in (0, 1):
-        return made(share == 1 if own is None else own)
-    return dataclasses.replace(made(True), other=made(False))
+        example = make_in_mode(thinking_share > 0)
+        closed = chat.has_empty_think(tokenizer, example.prompt)
+        return dataclasses.replace(example, thinking=thinking_share > 0 and not closed)
+    if own is not None or thinking_share in (0, 1):
+        return make_in_mode(thinking_share == 1 if own is None else own)
+    return dataclasses.replace(make_in_mode(True), non_thinking_example=make_in_mode(False))
 
 
-def stated(row: dict, where: str) -> bool | None:
+def find_thinking_mode(row: dict, where: str) -> bool | None:
     """Whether a row says by itself to think: its `thinking`, or the last /think or /no_think of its
     user's words (with which Qwen3 is switched); None: neither."""
     if isinstance(row.get("thinking"), bool):  # a text is one of a set's own columns
@@ -103,24 +107,24 @@ def stated(row: dict, where: str) -> bool | None:
     return not flags[-1] if flags else None
 
 
-def _messages(row: dict, where: str) -> list[dict]:
+def _get_prompt_messages(row: dict, where: str) -> list[dict]:
     if "messages" in row:
         return chat.parse_messages(row, where)
     if "question" in row:
-        return [{"role": "user", "content": _text(row, "question", where)}]
+        return [{"role": "user", "content": _get_text(row, "question", where)}]
     raise UserError(
         f"{where}: none of tokens, prompt, messages, question among its fields {sorted(row)}"
     )
 
 
-def _ids(row: dict, field: str, where: str) -> list[int]:
+def _get_token_ids(row: dict, field: str, where: str) -> list[int]:
     ids = row[field]
     if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
         raise UserError(f"{where}: {field} is not a list of token ids")
     return ids
 
 
-def _text(row: dict, field: str, where: str) -> str:
+def _get_text(row: dict, field: str, where: str) -> str:
     text = row[field]
     if not isinstance(text, str):
         raise UserError(f"{where}: {field} is not a text")
@@ -129,8 +133,12 @@ def _text(row: dict, field: str, where: str) -> str:
     return text
 
 
-def trace(
-    row: dict, where: str, tokenizer: PreTrainedTokenizerBase | None, share: float, turns: str
+def make_trace_example(
+    row: dict,
+    where: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    thinking_share: float,
+    turns: str,
 ) -> Example:
     """A row with what is to be learned: `response_tokens` after `tokens`, or a text: `response`,
     `solution`, the last message of an assistant, or the whole of a document's `text`.
@@ -139,76 +147,81 @@ def trace(
     response shows. An empty think block is moved from the response to the prompt. A row with a
     `direct` response too comes in both modes, one as `other` of the other.
     """
-    own = stated(row, where)
-    if own is None and isinstance(row.get("direct"), str) and share < 1:
+    own = find_thinking_mode(row, where)
+    if own is None and isinstance(row.get("direct"), str) and thinking_share < 1:
         direct = {**row, "response": row["direct"]}
-        off = _trace(direct, where, tokenizer, False, turns)
-        if share == 0:
+        off = _make_trace_in_mode(direct, where, tokenizer, False, turns)
+        if thinking_share == 0:
             return off
-        return dataclasses.replace(_trace(row, where, tokenizer, True, turns), other=off)
+        return dataclasses.replace(
+            _make_trace_in_mode(row, where, tokenizer, True, turns), non_thinking_example=off
+        )
     if own is None:
-        own = share == 1 if share in (0, 1) else _shown(row)
-    return _trace(row, where, tokenizer, own, turns)
+        own = thinking_share == 1 if thinking_share in (0, 1) else _has_think_block(row)
+    return _make_trace_in_mode(row, where, tokenizer, own, turns)
 
 
-def _shown(row: dict) -> bool:
+def _has_think_block(row: dict) -> bool:
     """Whether a trace has a think block."""
     text = row.get("response", row.get("solution"))
     if text is None and isinstance(row.get("messages"), list) and row["messages"]:
         last = row["messages"][-1]
-        text = chat.spoken(last) if isinstance(last, dict) else ""
+        text = chat.to_assistant_text(last) if isinstance(last, dict) else ""
     return "</think>" in str(text) or bool(_BLOCK.match(str(text)))
 
 
-def _without_empty_block(row: dict, where: str) -> tuple[dict, bool]:
+def _strip_empty_think(row: dict, where: str) -> tuple[dict, bool]:
     """The row without an empty think block at the begin of what is learned, and whether it had one.
     Raises UserError where a row says to think and shows that it does not, or the reverse."""
     field = next((name for name in ("response", "solution") if name in row), "")
     text, messages = row.get(field), row.get("messages")
     if not field and isinstance(messages, list) and messages and isinstance(messages[-1], dict):
         text = messages[-1].get("content")
-    found = _BLOCK.match(text) if isinstance(text, str) else None
-    empty = bool(found and found[2] and not found[1].strip())
-    if found and row.get("thinking") is empty:
+    block = _BLOCK.match(text) if isinstance(text, str) else None
+    empty = bool(block and block[2] and not block[1].strip())
+    if block and row.get("thinking") is empty:
         shows = "an empty" if empty else "a"
         raise UserError(f"{where}: thinking={row['thinking']}, but it has {shows} think block")
-    if not (found and empty and isinstance(text, str)):
+    if not (block and empty and isinstance(text, str)):
         return row, False
-    rest = text[found.end() :]
+    rest = text[block.end() :]
     if field:
         return {**row, field: rest}, True
     assert isinstance(messages, list)
     return {**row, "messages": [*messages[:-1], {**messages[-1], "content": rest}]}, True
 
 
-def _trace(
+def _make_trace_in_mode(
     row: dict, where: str, tokenizer: PreTrainedTokenizerBase | None, thinking: bool, turns: str
 ) -> Example:
     """`trace` in a mode that is decided; but an empty think block decides for itself."""
     trained = None
-    row, empty = _without_empty_block(row, where)
+    row, empty = _strip_empty_think(row, where)
     thinking = thinking and not empty
     if "tokens" in row and "response_tokens" in row:
-        prompt, response = _ids(row, "tokens", where), _ids(row, "response_tokens", where)
-        thinking = thinking and not chat.closed(tokenizer, prompt)
+        prompt, response = (
+            _get_token_ids(row, "tokens", where),
+            _get_token_ids(row, "response_tokens", where),
+        )
+        thinking = thinking and not chat.has_empty_think(tokenizer, prompt)
     elif tokenizer is None:
         raise UserError(f"{where}: the model has no tokenizer: needs tokens, response_tokens")
     elif "messages" in row and "response" not in row:
-        prompt, response, trained = _conversation(row, where, tokenizer, thinking, turns)
+        prompt, response, trained = _encode_conversation(row, where, tokenizer, thinking, turns)
     elif "text" in row and not {"prompt", "question", "tokens"} & row.keys():
         prompt, response = [], []
-        if _text(row, "text", where):  # the first token of a document has nothing to follow
-            first, *response = chat.written(tokenizer, row["text"])
+        if _get_text(row, "text", where):  # the first token of a document has nothing to follow
+            first, *response = chat.encode_response(tokenizer, row["text"])
             prompt = [first]
     else:
         field = "response" if "response" in row else "solution"
         if field not in row:
-            prompt_tokens(row, where, tokenizer, thinking)
+            encode_prompt(row, where, tokenizer, thinking)
             raise UserError(f"{where}: neither response nor solution among {sorted(row)}")
-        text = _text(row, field, where)
-        prompt = prompt_tokens(row, where, tokenizer, thinking)
-        response = chat.written(tokenizer, text) if text.strip() else []
-    if empty and tokenizer is not None and not chat.closed(tokenizer, prompt):
+        text = _get_text(row, field, where)
+        prompt = encode_prompt(row, where, tokenizer, thinking)
+        response = chat.encode_response(tokenizer, text) if text.strip() else []
+    if empty and tokenizer is not None and not chat.has_empty_think(tokenizer, prompt):
         prompt = prompt + chat.encode(tokenizer, chat.EMPTY_THINK)
     if not prompt:
         raise UserError(f"{where}: the prompt is empty")
@@ -221,7 +234,7 @@ def _trace(
     return Example(prompt, response, answer, where, trained, top, thinking=thinking)
 
 
-def _conversation(
+def _encode_conversation(
     row: dict, where: str, tokenizer: PreTrainedTokenizerBase, thinking: bool, turns: str
 ) -> tuple[list[int], list[int], list[bool] | None]:
     """(prompt, response, trained) of messages that end with an assistant's turn.
@@ -236,12 +249,12 @@ def _conversation(
         raise UserError(f"{where}: messages: nothing before the assistant's turn")
     for message in messages:
         if message.get("content"):
-            _text(message, "content", where)
+            _get_text(message, "content", where)
     if turns == "last":
-        text = chat.spoken(last)
-        prompt = chat.render(tokenizer, before, thinking=thinking)
-        return prompt, chat.written(tokenizer, text) if text.strip() else [], None
-    ids, mask = chat.conversation(tokenizer, messages)
+        text = chat.to_assistant_text(last)
+        prompt = chat.render_messages(tokenizer, before, thinking=thinking)
+        return prompt, chat.encode_response(tokenizer, text) if text.strip() else [], None
+    ids, mask = chat.encode_conversation(tokenizer, messages)
     start = mask.index(1) if 1 in mask else len(ids)
     stop = len(mask) - mask[::-1].index(1) if 1 in mask else len(ids)
     return ids[:start], ids[start:stop], [m == 1 for m in mask[start:stop]]

@@ -22,7 +22,7 @@ from distill.data.examples import Example
 WINDOW_ROWS = 256  # about: a window is of whole steps, and of one at least
 
 
-def first_fit(
+def pack_first_fit(
     lengths: Mapping[int, int | tuple[int, ...]],
     order: Sequence[int],
     bins: int,
@@ -42,17 +42,17 @@ def first_fit(
     return packed
 
 
-def first_fit_decreasing(
+def pack_first_fit_decreasing(
     lengths: Mapping[int, tuple[int, ...]], capacity: tuple[int, ...]
 ) -> list[list[int]]:
     """All items in as many bins as that takes, the longest first; none may exceed a bin. A function
     of lengths and numbers alone: every process finds the same."""
 
-    def size(item: int) -> float:
+    def compute_fill(item: int) -> float:
         return max(n / most for n, most in zip(lengths[item], capacity, strict=True))
 
-    order = sorted(lengths, key=lambda item: (-size(item), item))
-    packed = first_fit(lengths, order, len(order), capacity)
+    order = sorted(lengths, key=lambda item: (-compute_fill(item), item))
+    packed = pack_first_fit(lengths, order, len(order), capacity)
     assert sum(map(len, packed)) == len(order), "longer than a row"
     return [bin for bin in packed if bin]
 
@@ -76,7 +76,7 @@ class Packer:
         self._positions: dict[int, tuple[int, int, list[int]]] = {0: self._next}
         self._lock = threading.Lock()  # the next step's rows are made while this one's are used
 
-    def rows(self, step: int) -> list[list[Example]]:
+    def get_step_rows(self, step: int) -> list[list[Example]]:
         """The examples in each row of a step of the stage, steps counted from its first."""
         window, place = divmod(step, self._span)
         with self._lock:
@@ -84,45 +84,45 @@ class Packer:
                 if window < self._next[0]:
                     self._next = max(p for p in self._positions.values() if p[0] <= window)
                 while self._window != window:
-                    self._fill()
+                    self._pack_window()
             return self._packed[place * self._rows : (place + 1) * self._rows]
 
-    def position(self, step: int) -> dict[str, Any]:
+    def get_state(self, step: int) -> dict[str, Any]:
         """What `resume` needs to know in order to begin at `step`, for a checkpoint: JSON."""
         known = [p for w, p in self._positions.items() if w <= step // self._span]
         window, first, left = max(known)
         return {"window": window, "first": first, "left": left}
 
-    def resume(self, position: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Begins where `position` was; another step is then still what it was."""
         with self._lock:
-            self._next = (position["window"], position["first"], list(position["left"]))
-            self._positions = {**self._positions, position["window"]: self._next}
+            self._next = (state["window"], state["first"], list(state["left"]))
+            self._positions = {**self._positions, state["window"]: self._next}
 
-    def _fill(self) -> None:
+    def _pack_window(self) -> None:
         """Packs the next window."""
         window, first, left = self._next
         bins = self._span * self._rows
         examples: dict[int, Example] = {}
         lengths: dict[int, int] = {}
-        room, number = bins * self._tokens, first
+        free_tokens, number = bins * self._tokens, first
 
-        def take(ordinal: int) -> None:
-            nonlocal room
-            example = dataset.one(self._source, ordinal, self._seed)
+        def add_example(ordinal: int) -> None:
+            nonlocal free_tokens
+            example = dataset.get_example(self._source, ordinal, self._seed)
             examples[ordinal] = example
             lengths[ordinal] = len(example.prompt) + min(len(example.response), self._max_response)
             assert lengths[ordinal] <= self._tokens, example.where  # it would wait for ever
-            room -= lengths[ordinal]
+            free_tokens -= lengths[ordinal]
 
         for ordinal in left:
-            take(ordinal)
-        while room > 0:
-            take(number)
+            add_example(ordinal)
+        while free_tokens > 0:
+            add_example(number)
             number += 1
         old = set(left)
         order = sorted(examples, key=lambda i: (i not in old, -lengths[i], i))
-        packed = first_fit(lengths, order, bins, self._tokens)
+        packed = pack_first_fit(lengths, order, bins, self._tokens)
         taken = {ordinal for row in packed for ordinal in row}
         # First-fit leaves the long ones in the first rows: no step should be of these alone.
         shuffled = np.random.default_rng((self._seed, window)).permutation(bins)

@@ -32,8 +32,8 @@ class Rows:
 
     name: str
     size: int
-    row: Callable[[int], dict]  # raises UserError naming a row that cannot be read
-    where: Callable[[int], str]  # names a row in an error
+    read_row: Callable[[int], dict]  # raises UserError naming a row that cannot be read
+    locate_row: Callable[[int], str]  # names a row in an error
     window: int = 0
 
     def __len__(self) -> int:
@@ -41,7 +41,7 @@ class Rows:
 
     def __iter__(self) -> Iterator[tuple[str, dict]]:
         """Each with its name, read as it is asked for."""
-        return ((self.where(i), self.row(i)) for i in range(self.size))
+        return ((self.locate_row(i), self.read_row(i)) for i in range(self.size))
 
 
 def open_rows(source: str, *, size: int = 0, window: int = 0) -> Rows:
@@ -53,46 +53,46 @@ def open_rows(source: str, *, size: int = 0, window: int = 0) -> Rows:
     Raises:
       UserError: if there is no such source, or it has no rows.
     """
-    kind, _, name = source.partition(":")
-    if window and kind != "hf":
+    scheme, _, name = source.partition(":")
+    if window and scheme != "hf":
         raise UserError(f"config.data.streaming: {source} is not read through hf:")
-    if kind == "hf":
-        rows = _stream(name, size, window) if window else _hub(name)
-    elif kind == "tfds":
-        rows = _tfds(name)
+    if scheme == "hf":
+        rows = _open_stream(name, size, window) if window else _open_hub(name)
+    elif scheme == "tfds":
+        rows = _open_tfds(name)
     elif source.endswith(".parquet"):
         _require_file(source)
-        rows = _table("parquet", None, "train", f"{source}: row ", data_files=str(source))
-    elif source.endswith(".json") and _is_list(source):
-        rows = _json(source)
+        rows = _open_table("parquet", None, "train", f"{source}: row ", data_files=str(source))
+    elif source.endswith(".json") and _is_json_list(source):
+        rows = _open_json(source)
     else:
-        rows = _jsonl(source)
+        rows = _open_jsonl(source)
     if not rows.size:
         raise UserError(f"{source}: no rows")
     return dataclasses.replace(rows, size=min(size or rows.size, rows.size))
 
 
-def problems(c: Any, seed: int) -> Rows:
+def make_arithmetic_rows(c: Any, seed: int) -> Rows:
     """The generated task as rows of messages, response and answer; `c` is a stage's `data`.
 
     Raises UserError for a split or range of operations that there is not.
     """
 
-    def row(index: int) -> dict:
-        problem = arithmetic.problem(seed, index, c.split, tuple(c.operations))
+    def read_row(index: int) -> dict:
+        problem = arithmetic.make_problem(seed, index, c.split, tuple(c.operations))
         return {
-            "messages": arithmetic.messages(problem),
-            "response": arithmetic.response(problem),
-            "direct": arithmetic.direct(problem),
+            "messages": arithmetic.to_messages(problem),
+            "response": arithmetic.to_response(problem),
+            "direct": arithmetic.to_direct_response(problem),
             "answer": problem.answer,
             "operations": problem.operations,
         }
 
-    row(0)  # a bad split or range is an error now
-    return Rows("arithmetic", c.size, row, lambda index: f"arithmetic problem {index}")
+    read_row(0)  # a bad split or range is an error now
+    return Rows("arithmetic", c.size, read_row, lambda index: f"arithmetic problem {index}")
 
 
-def parse_line(line: bytes, where: str) -> dict:
+def parse_json_line(line: bytes, where: str) -> dict:
     """The JSON object of a line. Raises UserError that begins with `where` if it is none."""
     try:
         row = json.loads(line.decode())
@@ -108,7 +108,7 @@ def _require_file(path: str) -> None:
         raise UserError(f"{path}: no such file")
 
 
-def _jsonl(path: str) -> Rows:
+def _open_jsonl(path: str) -> Rows:
     """One object a line; blank lines are skipped. One pass finds where the lines begin."""
     _require_file(path)
     starts, numbers, at = array("q"), array("q"), 0
@@ -119,18 +119,18 @@ def _jsonl(path: str) -> Rows:
                 numbers.append(number)
             at += len(line)
 
-    def where(index: int) -> str:
+    def locate_row(index: int) -> str:
         return f"{path}:{numbers[index]}"
 
-    def row(index: int) -> dict:
+    def read_row(index: int) -> dict:
         with open(path, "rb") as file:  # anew each time: the reader may be in another thread
             file.seek(starts[index])
-            return parse_line(file.readline(), where(index))
+            return parse_json_line(file.readline(), locate_row(index))
 
-    return Rows(path, len(starts), row, where)
+    return Rows(path, len(starts), read_row, locate_row)
 
 
-def _is_list(path: str) -> bool:
+def _is_json_list(path: str) -> bool:
     """Whether a .json file is one list; many are a row a line."""
     _require_file(path)
     with open(path, "rb") as file:
@@ -140,29 +140,29 @@ def _is_list(path: str) -> bool:
     return False
 
 
-def _json(path: str) -> Rows:
+def _open_json(path: str) -> Rows:
     """One list of objects, read whole."""
     try:
         objects = json.loads(Path(path).read_bytes().decode())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None
 
-    def row(index: int) -> dict:
+    def read_row(index: int) -> dict:
         if not isinstance(objects[index], dict):
             raise UserError(f"{path}[{index}]: not a JSON object")
         return objects[index]
 
-    return Rows(path, len(objects), row, lambda index: f"{path}[{index}]")
+    return Rows(path, len(objects), read_row, lambda index: f"{path}[{index}]")
 
 
-def _parts(name: str) -> tuple[str, str | None, str]:
+def _parse_name(name: str) -> tuple[str, str | None, str]:
     """(name, config, split) of what follows `hf:` or `tfds:`. A split may hold colons itself."""
     parts = name.split(":", 2)
     config = parts[1] if len(parts) > 1 else ""
     return parts[0], config or None, parts[2] if len(parts) > 2 else "train"
 
 
-def _library(source: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+def _call_library(source: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """What `call` gives; whatever it raises, in one line. The libraries raise of every kind."""
     try:
         return call(*arguments, **options)
@@ -171,35 +171,35 @@ def _library(source: str, call: Callable[..., Any], *arguments: Any, **options: 
         raise UserError(f"{source}: cannot be read: {reason}") from error
 
 
-def _hub(name: str) -> Rows:
-    path, config, split = _parts(name)
-    return _table(path, config, split, f"hf:{name} row ")
+def _open_hub(name: str) -> Rows:
+    path, config, split = _parse_name(name)
+    return _open_table(path, config, split, f"hf:{name} row ")
 
 
-def _table(path: str, config: str | None, split: str, where: str, **options: Any) -> Rows:
+def _open_table(path: str, config: str | None, split: str, prefix: str, **options: Any) -> Rows:
     """A set that `datasets` keeps on disk as Arrow files, mapped into memory."""
     import datasets  # seconds to import, and only here needed
 
-    source = where.removesuffix(" row ").removesuffix(":")
-    table = _library(source, datasets.load_dataset, path, config, split=split, **options)
+    source = prefix.removesuffix(" row ").removesuffix(":")
+    table = _call_library(source, datasets.load_dataset, path, config, split=split, **options)
 
-    def named(index: int) -> str:
-        return f"{where}{index}"
+    def locate_row(index: int) -> str:
+        return f"{prefix}{index}"
 
-    def row(index: int) -> dict:
-        return _library(named(index), table.__getitem__, index)
+    def read_row(index: int) -> dict:
+        return _call_library(locate_row(index), table.__getitem__, index)
 
-    return Rows(source, len(table), row, named)
+    return Rows(source, len(table), read_row, locate_row)
 
 
-def _stream(name: str, size: int, window: int) -> Rows:
+def _open_stream(name: str, size: int, window: int) -> Rows:
     """A set that is fetched as it is read. A window of rows is kept; a row before it begins the
     stream anew, one beyond it skips ahead."""
     import datasets
 
-    path, config, split = _parts(name)
+    path, config, split = _parse_name(name)
     source = f"hf:{name}"
-    stream = _library(source, datasets.load_dataset, path, config, split=split, streaming=True)
+    stream = _call_library(source, datasets.load_dataset, path, config, split=split, streaming=True)
     known = (stream.info.splits or {}).get(split)
     total = known.num_examples if known else 0
     if not total and not size:
@@ -207,52 +207,55 @@ def _stream(name: str, size: int, window: int) -> Rows:
     kept: list[dict] = []
     begin, rest = -1, iter(())
 
-    def fetch(number: int) -> None:
+    def fetch_window(number: int) -> None:
         nonlocal kept, begin, rest
         if number != begin + 1 or begin < 0:
             rest = iter(stream.skip(number * window))
         kept, begin = [], number
         for _ in range(window):
-            row = _library(source, next, rest, None)
+            row = _call_library(source, next, rest, None)
             if row is None:
                 break
             kept.append(row)
 
-    def row(index: int) -> dict:
+    def read_row(index: int) -> dict:
         if index // window != begin:
-            fetch(index // window)
+            fetch_window(index // window)
         if index % window >= len(kept):
             have = begin * window + len(kept)
             raise UserError(f"{source}: has only {have} rows, config.data.size says {size}")
         return kept[index % window]
 
-    return Rows(source, total or size, row, lambda index: f"{source} row {index}", window)
+    return Rows(source, total or size, read_row, lambda index: f"{source} row {index}", window)
 
 
-def _tfds(name: str) -> Rows:
+def _open_tfds(name: str) -> Rows:
     """A TFDS set in array_record files, which need no TensorFlow."""
     import tensorflow_datasets as tfds
 
-    path, config, split = _parts(name)
+    path, config, split = _parse_name(name)
     source = f"tfds:{name}"
     if (Path(path) / "dataset_info.json").is_file():
-        builder = _library(source, tfds.builder_from_directory, path)
-        table = _library(source, builder.as_data_source, split=split)
+        builder = _call_library(source, tfds.builder_from_directory, path)
+        table = _call_library(source, builder.as_data_source, split=split)
     else:
         full = f"{path}/{config}" if config else path
-        table = _library(source, tfds.data_source, full, split=split)
+        table = _call_library(source, tfds.data_source, full, split=split)
 
-    def where(index: int) -> str:
+    def locate_row(index: int) -> str:
         return f"{source} row {index}"
 
-    def row(index: int) -> dict:
-        fields = _library(where(index), table.__getitem__, index)
-        return {field: _plain(value, f"{where(index)}: {field}") for field, value in fields.items()}
+    def read_row(index: int) -> dict:
+        fields = _call_library(locate_row(index), table.__getitem__, index)
+        return {
+            field: _to_json_value(value, f"{locate_row(index)}: {field}")
+            for field, value in fields.items()
+        }
 
-    return Rows(source, len(table), row, where)
+    return Rows(source, len(table), read_row, locate_row)
 
 
-def _plain(value: Any, what: str) -> Any:
+def _to_json_value(value: Any, what: str) -> Any:
     """A TFDS value as JSON would have it: bytes are UTF-8 text, arrays are lists."""
     if isinstance(value, bytes):
         try:
@@ -260,21 +263,21 @@ def _plain(value: Any, what: str) -> Any:
         except UnicodeDecodeError as error:
             raise UserError(f"{what}: not UTF-8 ({error})") from None
     if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist(), what)
+        return _to_json_value(value.tolist(), what)
     if isinstance(value, dict):
-        return {key: _plain(inner, what) for key, inner in value.items()}
-    return [_plain(inner, what) for inner in value] if isinstance(value, list) else value
+        return {key: _to_json_value(inner, what) for key, inner in value.items()}
+    return [_to_json_value(inner, what) for inner in value] if isinstance(value, list) else value
 
 
-def are_samples(rows: Rows) -> bool:
+def has_samples(rows: Rows) -> bool:
     """Whether the first row that can be read is one that `generate` wrote."""
     for index in range(min(10, rows.size)):
         with contextlib.suppress(UserError):
-            return "samples" in rows.row(index)
+            return "samples" in rows.read_row(index)
     return False
 
 
-def samples(rows: Rows, keep: str, skipped: dict[str, str] | None) -> Rows:
+def expand_samples(rows: Rows, keep: str, skip_reasons: dict[str, str] | None) -> Rows:
     """The samples that `generate` wrote beside each prompt, as rows of their own, by their tokens.
 
     keep: all, finished (ended by a stop token), or correct (finished, and graded correct). The file
@@ -284,13 +287,15 @@ def samples(rows: Rows, keep: str, skipped: dict[str, str] | None) -> Rows:
       UserError: if a row has no samples, a sample lacks what `keep` asks for, or none is left.
     """
 
-    def of(index: int) -> list[int]:
-        row = rows.row(index)
+    def find_kept_samples(index: int) -> list[int]:
+        row = rows.read_row(index)
         if not isinstance(row.get("samples"), list) or "prompt_tokens" not in row:
-            raise UserError(f"{rows.where(index)}: no prompt_tokens and samples: {sorted(row)}")
+            raise UserError(
+                f"{rows.locate_row(index)}: no prompt_tokens and samples: {sorted(row)}"
+            )
         if keep == "correct" and any("correct" not in sample for sample in row["samples"]):
             raise UserError(
-                f"{rows.where(index)}: config.data.keep=correct, but its samples were not graded "
+                f"{rows.locate_row(index)}: config.data.keep=correct, but its samples were not graded "
                 "(python -m distill.verify)"
             )
         finished = [sample.get("finish_reason") == "stop" for sample in row["samples"]]
@@ -304,19 +309,19 @@ def samples(rows: Rows, keep: str, skipped: dict[str, str] | None) -> Rows:
     kept, numbers = array("q"), array("q")  # of its row, and in it
     for index in range(rows.size):
         try:
-            numbers.extend(good := of(index))
+            numbers.extend(good := find_kept_samples(index))
             kept.extend([index] * len(good))
         except UserError as error:
-            if skipped is None:
+            if skip_reasons is None:
                 raise
-            skipped[rows.where(index)] = str(error)
-            run_files.say(f"skipped: {error}")
+            skip_reasons[rows.locate_row(index)] = str(error)
+            run_files.log_line(f"skipped: {error}")
     if not kept:
         raise UserError(f"{rows.name}: config.data.keep={keep} leaves none of its samples")
 
-    def row(position: int) -> dict:
+    def read_row(position: int) -> dict:
         index, number = kept[position], numbers[position]
-        whole = rows.row(index)
+        whole = rows.read_row(index)
         sample = whole["samples"][number]
         return {
             "tokens": whole["prompt_tokens"],
@@ -326,8 +331,8 @@ def samples(rows: Rows, keep: str, skipped: dict[str, str] | None) -> Rows:
             **{name: sample[name] for name in ("top_logprobs",) if name in sample},
         }
 
-    def where(position: int) -> str:
+    def locate_row(position: int) -> str:
         index, number = kept[position], numbers[position]
-        return f"{rows.where(index)} sample {number}"
+        return f"{rows.locate_row(index)} sample {number}"
 
-    return Rows(rows.name, len(kept), row, where)
+    return Rows(rows.name, len(kept), read_row, locate_row)

@@ -14,32 +14,34 @@ from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
 from models.qwen3 import model
 
-Row = dict[str, object]
+Record = dict[str, object]
 
 
-def reverse_kl(subject: Policy, teacher: Policy, rows: Iterable[Row], batch_size: int) -> float:
+def compute_reverse_kl(
+    subject: Policy, teacher: Policy, rows: Iterable[Record], batch_size: int
+) -> float:
     """Mean exact KL(subject‖teacher) in nats a token, over the tokens that `rows` hold, which are
     gone through twice.
 
     On the subject's own samples at temperature 1 this is what on-policy distillation lowers.
     """
 
-    def examples() -> Iterator[dataset.Example]:
+    def iter_examples() -> Iterator[dataset.Example]:
         for row in rows:
             yield dataset.Example(row["prompt_tokens"], row["tokens"], "", str(row["id"]))  # type: ignore[arg-type]
 
-    width = rollout.bucket(max(len(e.prompt) + len(e.response) for e in examples()))
-    mesh = policy.mesh_of(subject)
+    width = rollout.bucket_length(max(len(e.prompt) + len(e.response) for e in iter_examples()))
+    mesh = policy.get_mesh(subject)
     batch_size = -(-batch_size // mesh.size) * mesh.size
 
     @jax.jit
-    def measure(params, teacher_params, batch):
-        stats = fused_head.token_stats(
-            forward.hidden(subject.model, params, batch),
-            model.head(params),
+    def compute_kl_sum(params, teacher_params, batch):
+        stats = fused_head.compute_token_stats(
+            forward.compute_hidden(subject.model, params, batch),
+            model.get_output_head(params),
             losses.shift(batch.tokens_BT),
-            forward.hidden(teacher.model, teacher_params, batch),
-            model.head(teacher_params),
+            forward.compute_hidden(teacher.model, teacher_params, batch),
+            model.get_output_head(teacher_params),
             logits_mib=128.0 * mesh.size,
             split=mesh_lib.split_vocabulary,
         )
@@ -47,11 +49,15 @@ def reverse_kl(subject: Policy, teacher: Policy, rows: Iterable[Row], batch_size
         return jnp.sum(stats["reverse_kl"] * mask_BT), jnp.sum(mask_BT)
 
     total = count = 0.0
-    left = examples()
-    while chunk := list(itertools.islice(left, batch_size)):
-        blank = dataset.Example([], [], "", "padding")
-        batch = collate.traces(chunk + [blank] * (batch_size - len(chunk)), 0, width)
-        batch = jax.tree.map(lambda x: mesh_lib.put(x, mesh_lib.rows(mesh)), batch)
-        kl, tokens = measure(subject.params, teacher.params, batch)
+    remaining = iter_examples()
+    while chunk := list(itertools.islice(remaining, batch_size)):
+        padding_example = dataset.Example([], [], "", "padding")
+        batch = collate.collate_padded(
+            chunk + [padding_example] * (batch_size - len(chunk)), 0, width
+        )
+        batch = jax.tree.map(
+            lambda x: mesh_lib.to_global_array(x, mesh_lib.make_row_sharding(mesh)), batch
+        )
+        kl, tokens = compute_kl_sum(subject.params, teacher.params, batch)
         total, count = total + float(kl), count + float(tokens)
     return total / count

@@ -14,11 +14,11 @@ from distill.policy.policy import Policy
 from distill.runtime import run_files
 from models.errors import UserError
 
-_SAMPLING = {"temperature", "top_k", "top_p"}
-_IMPLIED = {"until", "max_gen_toks", "do_sample"}
+_SAMPLING_OPTIONS = {"temperature", "top_k", "top_p"}
+_HANDLED_OPTIONS = {"until", "max_gen_toks", "do_sample"}
 
 
-class Model(TemplateLM):
+class PolicyLM(TemplateLM):
     """A loaded policy as lm-eval wants a model; call its methods within `policy.use(subject)`.
 
     What lm-eval asks in text is answered from tokens: log-likelihoods in nats by `score`,
@@ -80,21 +80,21 @@ class Model(TemplateLM):
         ]
         # Longest first: rows of a batch are padded to the longest of them.
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
-        found: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
-        scored = scoring.score(
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
+        scored = scoring.score_sequences(
             self._subject, [rows[i][0] for i in order], batch_size=self._batch_size, top_k=1
         )
-        with run_files.progress(len(rows), 0, "loglikelihood") as bar:
+        with run_files.show_progress(len(rows), 0, "loglikelihood") as bar:
             for number, (i, (logprobs, top)) in enumerate(zip(order, scored, strict=True)):
                 ids, after = rows[i]
                 start = max(1, len(ids) - len(after))
-                places = range(start, len(ids))
-                found[i] = (
-                    sum(logprobs[at] or 0.0 for at in places),
-                    all(top[at] is not None and top[at][0][0] == ids[at] for at in places),  # type: ignore[index]
+                positions = range(start, len(ids))
+                results[i] = (
+                    sum(logprobs[at] or 0.0 for at in positions),
+                    all(top[at] is not None and top[at][0][0] == ids[at] for at in positions),  # type: ignore[index]
                 )
                 bar.update(number + 1, {})
-        return found
+        return results
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows that overlap by as much as fits."""
@@ -117,37 +117,43 @@ class Model(TemplateLM):
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """Continuations, each up to its first stop string. Raises UserError for a way of sampling
         that the sampler does not have."""
-        found = [""] * len(requests)
-        for manner in {repr(request.args[1]): request.args[1] for request in requests}.values():
-            members = [i for i, request in enumerate(requests) if request.args[1] == manner]
-            options = normalize_gen_kwargs(manner)
-            unknown = {k for k, v in options.items() if v is not None} - _SAMPLING - _IMPLIED
+        texts = [""] * len(requests)
+        for gen_kwargs in {repr(request.args[1]): request.args[1] for request in requests}.values():
+            members = [i for i, request in enumerate(requests) if request.args[1] == gen_kwargs]
+            options = normalize_gen_kwargs(gen_kwargs)
+            unknown = (
+                {k for k, v in options.items() if v is not None}
+                - _SAMPLING_OPTIONS
+                - _HANDLED_OPTIONS
+            )
             if unknown:
                 raise UserError(f"generation_kwargs: no {', '.join(sorted(unknown))} here")
-            limit = options["max_gen_toks"]
-            room = self.max_length - limit
-            if room < 1:
+            max_new_tokens = options["max_gen_toks"]
+            max_prompt_tokens = self.max_length - max_new_tokens
+            if max_prompt_tokens < 1:
                 raise UserError(
-                    f"generation_kwargs: max_gen_toks={limit}, but the model has "
+                    f"generation_kwargs: max_gen_toks={max_new_tokens}, but the model has "
                     f"{self.max_length} positions"
                 )
-            sampling = rollout.Sampling(**{k: options[k] for k in _SAMPLING & options.keys()})
-            contexts = [self.tok_encode(requests[i].args[0])[-room:] for i in members]
-            done = rollout.complete(
+            sampling = rollout.Sampling(
+                **{k: options[k] for k in _SAMPLING_OPTIONS & options.keys()}
+            )
+            contexts = [self.tok_encode(requests[i].args[0])[-max_prompt_tokens:] for i in members]
+            completions = rollout.complete(
                 self._subject,
                 [ids or [self.prefix_token_id] for ids in contexts],
                 samples=1,
                 key=self._key,
-                limits=[limit] * len(members),
+                limits=[max_new_tokens] * len(members),
                 sampling=sampling,
                 batch_size=self._batch_size,
             )
-            with run_files.progress(len(members), 0, "generate_until") as bar:
-                for number, (i, (completion,)) in enumerate(zip(members, done, strict=True)):
+            with run_files.show_progress(len(members), 0, "generate_until") as bar:
+                for number, (i, (completion,)) in enumerate(zip(members, completions, strict=True)):
                     text = self.tokenizer.decode(completion.tokens, skip_special_tokens=True)
                     for stop in filter(None, options.get("until") or ()):
                         text = text.split(stop)[0]
-                    found[i] = text
+                    texts[i] = text
                     self.cache_hook.add_partial("generate_until", requests[i].args, text)
                     bar.update(number + 1, {})
-        return found
+        return texts

@@ -18,61 +18,61 @@ from distill.rewards import graders, terms
 from distill.runtime import run_files
 from models.errors import UserError
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 
-MOST_WAITING = 256  # problems that graders are behind the sampler, which then waits
+MAX_WAITING_GROUPS = 256  # problems that graders are behind the sampler, which then waits
 
-_LONGEST = graders.MAX_ANSWER_CHARACTERS
+_MAX_ANSWER_CHARACTERS = graders.MAX_ANSWER_CHARACTERS
 
 
-def judged(row: Row, grade: graders.Grade) -> Row:
+def add_grade(row: Record, grade: graders.Grade) -> Record:
     """The row with what a grader said of its `response`, and what the text alone shows."""
     text, outcome = str(row["response"]), grade["outcome"]
-    found = None if outcome == "no_answer" else graders.find_answer(text)
+    answer = None if outcome == "no_answer" else graders.extract_answer(text)
     return {
         **row,
         "correct": outcome == "correct",
         # Of instructions there is no one answer to vote for.
-        **({} if "strict" in grade else {"found": found and found[:_LONGEST]}),
+        **({} if "strict" in grade else {"found": answer and answer[:_MAX_ANSWER_CHARACTERS]}),
         **grade,
-        "formatted": graders.final_text(text) is not None and outcome != "no_answer",
-        "repeats": statistics.repeats(text),
+        "formatted": graders.strip_thinking(text) is not None and outcome != "no_answer",
+        "repeats": statistics.is_repetitive(text),
     }
 
 
-def graded(grader: graders.Grader, benchmark: str, rows: list[Row]) -> list[Row]:
+def grade_rows(grader: graders.Grader, benchmark: str, rows: list[Record]) -> list[Record]:
     """Rows with `response` and `answer`, plus outcome, correct, formatted, repeats and found."""
     futures = [grader.submit(benchmark, str(r["response"]), str(r["answer"])) for r in rows]
-    return [judged(row, graders.outcome(f)) for row, f in zip(rows, futures, strict=True)]
+    return [add_grade(row, graders.wait_for_grade(f)) for row, f in zip(rows, futures, strict=True)]
 
 
 def sample(
     subject: Policy,
-    rows: list[tuple[str, Row]],
+    rows: list[tuple[str, Record]],
     prompts: dataset.TokenLists,
     *,
-    first: int,
+    first_problem: int,
     samples: int,
     max_new_tokens: int,
     sampling: rollout.Sampling,
     seed: int,
     batch_size: int,
-) -> Iterator[list[Row]]:
+) -> Iterator[list[Record]]:
     """The sampled responses of each problem from number `first` on, `samples` rows a problem."""
     assert subject.tokenizer is not None
-    done = rollout.complete(
+    completion_groups = rollout.complete(
         subject,
-        prompts[first:],
+        prompts[first_problem:],
         samples=samples,
         key=jax.random.key(seed),
-        limits=[max_new_tokens] * (len(prompts) - first),
+        limits=[max_new_tokens] * (len(prompts) - first_problem),
         sampling=sampling,
         batch_size=batch_size,
-        first=first,
+        first=first_problem,
     )
-    for number, completions in enumerate(done, start=first):
+    for number, completions in enumerate(completion_groups, start=first_problem):
         where, row = rows[number]
-        if any(c.reason == "error" for c in completions):
+        if any(c.finish_reason == "error" for c in completions):
             raise UserError(f"{where}: the model's logits are NaN")
         yield [
             {
@@ -81,7 +81,7 @@ def sample(
                 "answer": row["answer"],
                 "response": subject.tokenizer.decode(c.tokens, skip_special_tokens=True),
                 "length": len(c.tokens),
-                "finish_reason": c.reason,
+                "finish_reason": c.finish_reason,
                 "prompt_tokens": prompts[number],
                 "tokens": c.tokens,
             }
@@ -89,34 +89,36 @@ def sample(
         ]
 
 
-def graded_as_they_come(
-    groups: Iterator[list[Row]],
+def grade_while_sampling(
+    groups: Iterator[list[Record]],
     grader: graders.Grader,
     benchmark: str,
-    rows: list[tuple[str, Row]],
+    rows: list[tuple[str, Record]],
     keys: list[list[str]],
     thinking: bool,
-) -> Iterator[list[Row]]:
+) -> Iterator[list[Record]]:
     """Groups of sampled responses, graded, in order. The next are sampled while graders work, and
     nothing waits for a slow one but what comes after it in the file, of which MOST_WAITING groups
     may."""
-    waiting: deque[tuple[list[Row], list[Future]]] = deque()
+    waiting: deque[tuple[list[Record], list[Future]]] = deque()
 
-    def finished(most: int) -> Iterator[list[Row]]:
-        while waiting and (len(waiting) > most or all(f.done() for f in waiting[0][1])):
+    def pop_graded_groups(max_waiting: int) -> Iterator[list[Record]]:
+        while waiting and (len(waiting) > max_waiting or all(f.done() for f in waiting[0][1])):
             group, futures = waiting.popleft()
-            yield [judged(r, graders.outcome(f)) for r, f in zip(group, futures, strict=True)]
+            yield [
+                add_grade(r, graders.wait_for_grade(f)) for r, f in zip(group, futures, strict=True)
+            ]
 
     for group, (_, problem), names in zip(groups, rows, keys, strict=True):
-        asked = run_files.dumps([problem.get("question"), problem.get("messages")])
+        prompt_text = run_files.to_json([problem.get("question"), problem.get("messages")])
         for row, name in zip(group, names, strict=True):
             text = str(row["response"])
             row |= {
-                "well_formed": terms.well_formed(text, thinking),
-                "mixed": statistics.mixes_languages(text, asked),
+                "well_formed": terms.is_well_formed(text, thinking),
+                "mixed": statistics.has_mixed_languages(text, prompt_text),
                 "key": name,
             }
         answers = [(str(row["response"]), str(row["answer"])) for row in group]
         waiting.append((group, [grader.submit(benchmark, *pair) for pair in answers]))
-        yield from finished(MOST_WAITING)
-    yield from finished(0)
+        yield from pop_graded_groups(MAX_WAITING_GROUPS)
+    yield from pop_graded_groups(0)

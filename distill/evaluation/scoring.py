@@ -18,16 +18,16 @@ from models.qwen3.model import Params, Qwen3
 
 LOGITS_MIB = 128.0  # float32 logits of one chunk on a device
 Logprobs = list[float | None]
-Top = list[list[list[float]] | None]  # [id, logprob] pairs of each token
+TopLogprobs = list[list[list[float]] | None]  # [id, logprob] pairs of each token
 
 
 @functools.partial(jax.jit, static_argnames=("qwen3", "top_k", "logits_mib"))
-def _stats(
+def _compute_token_stats(
     qwen3: Qwen3, params: Params, batch: Batch, top_k: int, logits_mib: float
 ) -> losses.Stats:
-    return fused_head.token_stats(
-        forward.hidden(qwen3, params, batch),
-        model.head(params),
+    return fused_head.compute_token_stats(
+        forward.compute_hidden(qwen3, params, batch),
+        model.get_output_head(params),
         losses.shift(batch.tokens_BT),
         logits_mib=logits_mib,
         split=mesh_lib.split_vocabulary,
@@ -35,49 +35,53 @@ def _stats(
     )
 
 
-def tokens(subject: Policy, rows: Iterable[tuple[str, dict]]) -> dataset.TokenLists:
+def read_token_ids(subject: Policy, rows: Iterable[tuple[str, dict]]) -> dataset.TokenLists:
     """The `tokens` of each row. Reads no parameters of `subject`.
 
     Raises:
       UserError: naming the first row without tokens that the model can read.
     """
     limit = subject.config.context_length
-    found = dataset.TokenLists()
+    token_lists = dataset.TokenLists()
     for where, row in rows:
         if "tokens" not in row:
             raise UserError(f"{where}: no tokens among its fields {sorted(row)}")
-        ids = dataset.prompt_tokens(row, where, None, None)
+        ids = dataset.encode_prompt(row, where, None, None)
         dataset.require_ids(ids, subject.config.vocab_size, where)
         if len(ids) > limit:
             raise UserError(f"{where}: {len(ids)} tokens exceed the model's {limit} positions")
-        found.append(ids)
-    return found
+        token_lists.append(ids)
+    return token_lists
 
 
-def score(
+def score_sequences(
     subject: Policy, sequences: Sequence[list[int]], *, batch_size: int, top_k: int = 0
-) -> Iterator[tuple[Logprobs, Top]]:
+) -> Iterator[tuple[Logprobs, TopLogprobs]]:
     """Yields (logprobs, top) of each sequence, both as long as it and first null; `top` is empty
     without top_k. Within `policy.use(subject)`.
 
     A batch is as wide as the bucket of its longest row: one compilation for each width met.
     """
-    mesh = policy.mesh_of(subject)
-    shards = mesh_lib.row_shards(mesh)
+    mesh = policy.get_mesh(subject)
+    shards = mesh_lib.count_row_shards(mesh)
     size = -(-min(batch_size, len(sequences)) // shards) * shards
     for start in range(0, len(sequences), size):
         chunk = sequences[start : start + size]
-        width = rollout.bucket(max(map(len, chunk)))
+        width = rollout.bucket_length(max(map(len, chunk)))
         examples = [dataset.Example(ids, [], "", "") for ids in chunk]
         examples += [dataset.Example([], [], "", "")] * (size - len(chunk))
-        batch = jax.device_put(collate.traces(examples, width, 0), mesh_lib.rows(mesh))
-        stats = _stats(subject.model, subject.params, batch, top_k, LOGITS_MIB * mesh.size)
-        host = {name: jax.device_get(x) for name, x in stats.items() if name != "entropy"}
+        batch = jax.device_put(
+            collate.collate_padded(examples, width, 0), mesh_lib.make_row_sharding(mesh)
+        )
+        stats = _compute_token_stats(
+            subject.model, subject.params, batch, top_k, LOGITS_MIB * mesh.size
+        )
+        host_stats = {name: jax.device_get(x) for name, x in stats.items() if name != "entropy"}
         for row, ids in enumerate(chunk):
             # Column t is about token t + 1.
-            of_row = {name: x[row, : len(ids) - 1].tolist() for name, x in host.items()}
-            top: Top = []
+            row_stats = {name: x[row, : len(ids) - 1].tolist() for name, x in host_stats.items()}
+            top: TopLogprobs = []
             if top_k:
-                places = zip(of_row["top_ids"], of_row["top_logp"], strict=True)
+                places = zip(row_stats["top_ids"], row_stats["top_logp"], strict=True)
                 top = [None, *([[i, x] for i, x in zip(*k, strict=True)] for k in places)]
-            yield [None, *of_row["logp"]], top
+            yield [None, *row_stats["logp"]], top

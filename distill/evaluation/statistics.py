@@ -14,10 +14,10 @@ from scipy import special
 
 from distill.runtime import run_files
 
-Row = dict[str, object]
+Record = dict[str, object]
 
-Z = 1.959964  # of a 95% interval
-_RUN = 8  # words; shorter runs repeat in honest text too
+Z_95 = 1.959964  # of a 95% interval
+_NGRAM_WORDS = 8  # words; shorter runs repeat in honest text too
 
 # Scripts that an English answer has no use for. Greek is mathematics.
 _SCRIPTS = {
@@ -30,8 +30,8 @@ _SCRIPTS = {
     "devanagari": "\u0900-\u097f",
     "thai": "\u0e01-\u0e5b",
 }
-_LETTERS = tuple(re.compile(f"[{letters}]") for letters in _SCRIPTS.values())
-_MIXED = 3  # letters of a foreign script; one or two may be a name or a symbol
+_SCRIPT_PATTERNS = tuple(re.compile(f"[{letters}]") for letters in _SCRIPTS.values())
+_MIN_FOREIGN_LETTERS = 3  # letters of a foreign script; one or two may be a name or a symbol
 
 
 def pass_at_k(correct: int, samples: int, k: int) -> float:
@@ -39,7 +39,7 @@ def pass_at_k(correct: int, samples: int, k: int) -> float:
     return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
-def majority_at_k(counts: Sequence[int], none: int, k: int) -> float:
+def majority_at_k(counts: Sequence[int], abstentions: int, k: int) -> float:
     """The chance that the right answer wins the vote of k of a problem's samples, drawn without
     replacement, where ties are decided by lot (maj@k; self-consistency, arXiv 2203.11171).
 
@@ -59,17 +59,17 @@ def majority_at_k(counts: Sequence[int], none: int, k: int) -> float:
                     after[at] = after.get(at, 0) + n * math.comb(count, more)
             ways = after
         for (ties, drawn), n in ways.items():
-            total += n * math.comb(none, k - votes - drawn) / (ties + 1)
-    return total / math.comb(sum(counts) + none, k)
+            total += n * math.comb(abstentions, k - votes - drawn) / (ties + 1)
+    return total / math.comb(sum(counts) + abstentions, k)
 
 
-def accuracy(hits: Sequence[Sequence[bool]]) -> tuple[float, tuple[float, float]]:
+def compute_accuracy(hits: Sequence[Sequence[bool]]) -> tuple[float, tuple[float, float]]:
     """Mean over problems of the share of correct samples, and its 95% interval (`interval`)."""
     shares = np.array([np.mean(h) for h in hits])
-    return float(np.mean(shares)), interval(shares, max(len(h) for h in hits))
+    return float(np.mean(shares)), compute_interval(shares, max(len(h) for h in hits))
 
 
-def interval(shares_P: np.ndarray, samples: int) -> tuple[float, float]:
+def compute_interval(shares_P: np.ndarray, samples: int) -> tuple[float, float]:
     """The 95% interval of the mean share, over all problems that these are a sample of.
 
     Wilson's interval, for one sample a problem. For more, Wilson's for as many independent answers
@@ -91,26 +91,26 @@ def interval(shares_P: np.ndarray, samples: int) -> tuple[float, float]:
     """
     problems, mean = len(shares_P), float(np.mean(shares_P))
     if samples == 1:
-        return run_files.wilson(float(shares_P.sum()), problems)
+        return run_files.wilson_interval(float(shares_P.sum()), problems)
     if problems == 1:
         return 0.0, 1.0
-    right, wrong = _unseen(shares_P), _unseen(1 - shares_P)
+    right, wrong = _compute_unseen_weight(shares_P), _compute_unseen_weight(1 - shares_P)
     total = problems + right + wrong
     middle = (shares_P.sum() + right) / total
     squares = np.sum(shares_P**2) + right - total * middle**2
     ratio = squares / (total - 1) / (middle * (1 - middle))
     ratio = min(1.0, max(1 / samples, float(ratio)))
-    t = Z + (float(special.stdtrit(problems - 1, 0.975)) - Z) * (1 - 1 / samples)
-    worth = problems / ratio * (Z / t) ** 2
-    return run_files.wilson(mean * worth, worth)
+    t = Z_95 + (float(special.stdtrit(problems - 1, 0.975)) - Z_95) * (1 - 1 / samples)
+    effective_samples = problems / ratio * (Z_95 / t) ** 2
+    return run_files.wilson_interval(mean * effective_samples, effective_samples)
 
 
-def _unseen(shares_P: np.ndarray) -> float:
+def _compute_unseen_weight(shares_P: np.ndarray) -> float:
     """1 / E², the weight of a problem that was not seen and whose share is 1."""
     return float(np.sum(shares_P**2) ** 2 / shares_P.sum() ** 4) if shares_P.any() else 1.0
 
 
-def difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, tuple[float, float]]:
+def compute_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, tuple[float, float]]:
     """Mean of b - a over the same problems (shares of correct samples), and its 95% interval.
 
     That of Agresti and Min (2005, doi 10.1002/sim.1781): half a problem is added that b alone
@@ -120,11 +120,11 @@ def difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, tuple[flo
     d = np.asarray(b, float) - np.asarray(a, float)
     n = len(d) + 2
     middle = d.sum() / n
-    half = Z * math.sqrt(max(0.0, (np.sum(d**2) + 1) / n - middle**2) / n)
+    half = Z_95 * math.sqrt(max(0.0, (np.sum(d**2) + 1) / n - middle**2) / n)
     return float(d.mean()), (max(-1.0, float(middle - half)), min(1.0, float(middle + half)))
 
 
-def chance(a: Sequence[float], b: Sequence[float]) -> float:
+def compute_p_value(a: Sequence[float], b: Sequence[float]) -> float:
     """The probability of a difference as large as that of b and a if they were equally good.
 
     McNemar's exact test where there is one sample a problem; else the test that it is a case of:
@@ -132,8 +132,10 @@ def chance(a: Sequence[float], b: Sequence[float]) -> float:
     """
     d = np.asarray(b, float) - np.asarray(a, float)
     if set(np.abs(d)) <= {0.0, 1.0}:
-        few, both = int(min(np.sum(d > 0), np.sum(d < 0))), int(np.sum(d != 0))
-        return min(1.0, 2 * sum(math.comb(both, i) for i in range(few + 1)) / 2**both)
+        minority, discordant = int(min(np.sum(d > 0), np.sum(d < 0))), int(np.sum(d != 0))
+        return min(
+            1.0, 2 * sum(math.comb(discordant, i) for i in range(minority + 1)) / 2**discordant
+        )
     draws = np.random.default_rng(0)
     extreme = 1  # what was seen is one of the throws
     for _ in range(100):
@@ -142,58 +144,59 @@ def chance(a: Sequence[float], b: Sequence[float]) -> float:
     return extreme / 10_001
 
 
-def repeats(text: str) -> bool:
+def is_repetitive(text: str) -> bool:
     """Whether a text loops: most of its runs of eight words have been said before."""
     words = text.split()
-    runs = [tuple(words[i : i + _RUN]) for i in range(len(words) - _RUN + 1)]
-    return len(runs) >= _RUN and len(set(runs)) < len(runs) / 2
+    ngrams = [tuple(words[i : i + _NGRAM_WORDS]) for i in range(len(words) - _NGRAM_WORDS + 1)]
+    return len(ngrams) >= _NGRAM_WORDS and len(set(ngrams)) < len(ngrams) / 2
 
 
-def mixes_languages(text: str, prompt: str) -> bool:
+def has_mixed_languages(text: str, prompt: str) -> bool:
     """Whether a text has letters of a script that its prompt does not: three at least, so that a
     name does not count; Latin never counts, in which all notation is written."""
     return any(
-        len(letters.findall(text)) >= _MIXED and not letters.search(prompt) for letters in _LETTERS
+        len(letters.findall(text)) >= _MIN_FOREIGN_LETTERS and not letters.search(prompt)
+        for letters in _SCRIPT_PATTERNS
     )
 
 
-def vote(found: object) -> str | None:
+def normalise_answer(answer: object) -> str | None:
     """An answer as it is counted in a vote: without spaces and other ways of writing the same."""
-    if not isinstance(found, str) or not found.strip():
+    if not isinstance(answer, str) or not answer.strip():
         return None
-    text = re.sub(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}", r"\1", found)
+    text = re.sub(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}", r"\1", answer)
     text = re.sub(r"\\(?:left|right|[!,;:])|[\s$]|(?<=\d),(?=\d\d\d)", "", text)
     return re.sub(r"\\[dt]frac", r"\\frac", text).removesuffix(".") or None
 
 
-def _counts(rows: Sequence[Row]) -> tuple[list[int], int]:
+def _count_votes(rows: Sequence[Record]) -> tuple[list[int], int]:
     """Votes for each answer to one problem, the right one's first, and samples without a vote.
 
     All that is graded correct is one answer, however it is written; wrong ones are one where
     `vote` makes the same text of them.
     """
     votes = Counter(
-        "" if row["correct"] else vote(row.get("found"))
+        "" if row["correct"] else normalise_answer(row.get("found"))
         for row in rows
-        if row["correct"] or vote(row.get("found"))
+        if row["correct"] or normalise_answer(row.get("found"))
     )
     right = votes.pop("", 0)
     return [right, *votes.values()], len(rows) - right - sum(votes.values())
 
 
-def summarise(rows: Sequence[Row], ks: Sequence[int]) -> Row:
+def summarise_rows(rows: Sequence[Record], ks: Sequence[int]) -> Record:
     """What graded rows amount to: accuracy, pass@k, maj@k, rates and lengths.
 
     maj@k where the rows say which answer they `found`; the figures of a field that some rows lack
     are left out.
     """
-    problems: dict[str, list[Row]] = {}
+    problems: dict[str, list[Record]] = {}
     for row in rows:
         problems.setdefault(str(row["id"]), []).append(row)
     groups = list(problems.values())
     sizes = {len(group) for group in groups}
-    mean, interval = accuracy([[bool(row["correct"]) for row in group] for group in groups])
-    summary: Row = {
+    mean, interval = compute_accuracy([[bool(row["correct"]) for row in group] for group in groups])
+    summary: Record = {
         "problems": len(groups),
         "responses": len(rows),
         "accuracy": mean,
@@ -208,7 +211,7 @@ def summarise(rows: Sequence[Row], ks: Sequence[int]) -> Row:
         hits = [(sum(bool(row["correct"]) for row in group), len(group)) for group in groups]
         summary[f"pass@{k}"] = float(np.mean([pass_at_k(c, n, k) for c, n in hits]))
         if k > 1 and all("found" in row for row in rows):
-            votes = [majority_at_k(*_counts(group), k) for group in groups]
+            votes = [majority_at_k(*_count_votes(group), k) for group in groups]
             summary[f"maj@{k}"] = float(np.mean(votes))
     for name, field in (
         ("format_rate", "formatted"),
@@ -219,13 +222,13 @@ def summarise(rows: Sequence[Row], ks: Sequence[int]) -> Row:
         if all(field in row for row in rows):
             summary[name] = float(np.mean([bool(row[field]) for row in rows]))
     if all("length" in row for row in rows):
-        summary |= _lengths(rows)
+        summary |= _summarise_lengths(rows)
     if all("strict" in row for row in rows):
-        summary["ifeval"] = _instructions(rows)
+        summary["ifeval"] = _summarise_instructions(rows)
     return summary
 
 
-def _lengths(rows: Sequence[Row]) -> Row:
+def _summarise_lengths(rows: Sequence[Record]) -> Record:
     lengths = np.array([row["length"] for row in rows], float)
     cut = np.array([row["finish_reason"] == "length" for row in rows])
     return {
@@ -236,20 +239,22 @@ def _lengths(rows: Sequence[Row]) -> Row:
     }
 
 
-def _instructions(rows: Sequence[Row]) -> Row:
+def _summarise_instructions(rows: Sequence[Record]) -> Record:
     """IFEval's four accuracies, each over what could be checked."""
-    found: Row = {}
-    for way in ("strict", "loose"):
-        labels: list[list[bool | None]] = [row[way] for row in rows]  # type: ignore[misc]
-        whole = [all(one) for one in labels if None not in one]
-        each = [label for one in labels for label in one if label is not None]
-        found[f"prompt_{way}"] = float(np.mean(whole)) if whole else None
-        found[f"instruction_{way}"] = float(np.mean(each)) if each else None
-        found["unchecked"] = sum(one.count(None) for one in labels)
-    return found
+    rates: Record = {}
+    for mode in ("strict", "loose"):
+        labels: list[list[bool | None]] = [row[mode] for row in rows]  # type: ignore[misc]
+        prompt_passes = [all(one) for one in labels if None not in one]
+        instruction_passes = [label for one in labels for label in one if label is not None]
+        rates[f"prompt_{mode}"] = float(np.mean(prompt_passes)) if prompt_passes else None
+        rates[f"instruction_{mode}"] = (
+            float(np.mean(instruction_passes)) if instruction_passes else None
+        )
+        rates["unchecked"] = sum(one.count(None) for one in labels)
+    return rates
 
 
-def scores(rows: Sequence[Row]) -> dict[str, float]:
+def compute_problem_scores(rows: Sequence[Record]) -> dict[str, float]:
     """The share of correct samples of each problem, by its id."""
     hits: dict[str, list[bool]] = {}
     for row in rows:

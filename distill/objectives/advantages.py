@@ -8,50 +8,52 @@ import jax
 import jax.numpy as jnp
 
 
-def _by_sequence(x_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+def _sum_by_segment(x_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
     """[B, T + 1]: column s is the sum of x over segment s of the row; column 0 is padding's."""
     T = x_BT.shape[1]
     return jax.vmap(lambda x, s: jax.ops.segment_sum(x, s, T + 1))(x_BT, segments_BT)
 
 
-def sequence_sum(x_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+def sum_over_sequence(x_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
     """[B, T]: at each token the sum of x over its sequence."""
-    return jnp.take_along_axis(_by_sequence(x_BT, segments_BT), segments_BT, axis=1)
+    return jnp.take_along_axis(_sum_by_segment(x_BT, segments_BT), segments_BT, axis=1)
 
 
-def sequence_mean(x_BT: jax.Array, mask_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+def mean_over_sequence(x_BT: jax.Array, mask_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
     """[B, T]: at each token the mean of x over the trained tokens of its sequence, 0 without any.
 
     Of the teacher's log-probabilities that is a reward: the teacher as a judge of a candidate.
     """
     mask_BT = mask_BT.astype(x_BT.dtype)
-    length_BT = jnp.maximum(sequence_sum(mask_BT, segments_BT), 1)
-    return sequence_sum(jnp.where(mask_BT > 0, x_BT, 0), segments_BT) / length_BT
+    length_BT = jnp.maximum(sum_over_sequence(mask_BT, segments_BT), 1)
+    return sum_over_sequence(jnp.where(mask_BT > 0, x_BT, 0), segments_BT) / length_BT
 
 
-def sequence_count(mask_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+def count_sequences(mask_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
     """How many sequences have a trained token: a float32 scalar, exact."""
-    lengths_BS = _by_sequence(mask_BT.astype(jnp.float32), segments_BT)
+    lengths_BS = _sum_by_segment(mask_BT.astype(jnp.float32), segments_BT)
     return jnp.sum(lengths_BS[:, 1:] > 0, dtype=jnp.float32)
 
 
-def later_sum(x_BT: jax.Array, segments_BT: jax.Array, discount: float) -> jax.Array:
+def sum_discounted_future(x_BT: jax.Array, segments_BT: jax.Array, discount: float) -> jax.Array:
     """Σ_{i>0} discount^i x_{t+i} within the sequence: what follows a token, itself left out.
 
     x is 0 where nothing counts. In log T parallel steps.
     """
 
-    def link(right, left):  # the scan runs from the last token to the first
+    def combine_suffixes(right, left):  # the scan runs from the last token to the first
         return right[0] * left[0], left[1] + left[0] * right[1]
 
     same_BT = segments_BT[:, 1:] == segments_BT[:, :-1]
     goes_on_BT = jnp.concatenate([same_BT, jnp.zeros_like(same_BT[:, :1])], axis=1)
     keep_BT = discount * goes_on_BT.astype(x_BT.dtype)
-    _, from_here_BT = jax.lax.associative_scan(link, (keep_BT, x_BT), reverse=True, axis=1)
+    _, from_here_BT = jax.lax.associative_scan(
+        combine_suffixes, (keep_BT, x_BT), reverse=True, axis=1
+    )
     return from_here_BT - x_BT
 
 
-def offsets(mask_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+def compute_response_positions(mask_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
     """int32 [B, T]: how many trained tokens of the sequence come before; of use where trained."""
     trained_BT = mask_BT.astype(jnp.int32)
     before_BT = jnp.cumsum(trained_BT, axis=1) - trained_BT
@@ -62,24 +64,26 @@ def offsets(mask_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
     return before_BT - jax.lax.cummax(jnp.where(start_BT, before_BT, 0), axis=1)
 
 
-def by_offset(
+def sum_by_position(
     x_BT: jax.Array, mask_BT: jax.Array, segments_BT: jax.Array, edges: tuple[int, ...]
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """(sum, count) of x over the trained tokens from each edge up to the next, by name of the edge:
     a figure by position in the response."""
-    at_BT = offsets(mask_BT, segments_BT)
-    found = {}
+    at_BT = compute_response_positions(mask_BT, segments_BT)
+    sums = {}
     for low, high in zip(edges, (*edges[1:], 2**31 - 1), strict=True):
         here_BT = (mask_BT > 0) & (at_BT >= low) & (at_BT < high)
         total = jnp.sum(jnp.where(here_BT, x_BT, 0))
-        found[f"{low}"] = (total, jnp.sum(here_BT, dtype=jnp.float32))
-    return found
+        sums[f"{low}"] = (total, jnp.sum(here_BT, dtype=jnp.float32))
+    return sums
 
 
-GROUPS = ("std", "mean", "leave_one_out")
+ADVANTAGE_NORMS = ("std", "mean", "leave_one_out")
 
 
-def group_advantages(rewards_PG: jax.Array, group: str) -> tuple[jax.Array, jax.Array]:
+def compute_group_advantages(
+    rewards_PG: jax.Array, advantage_norm: str
+) -> tuple[jax.Array, jax.Array]:
     """Advantages [P, G] of G responses to each prompt, and bool [P]: whether a group is constant.
 
     "std": (r - mean) / (std + 1e-4), GRPO (arXiv 2402.03300, section 4.1.2), with the sample
@@ -88,23 +92,23 @@ def group_advantages(rewards_PG: jax.Array, group: str) -> tuple[jax.Array, jax.
     solved. "leave_one_out": r minus the mean of the others, RLOO (arXiv 2402.14740), which is
     G / (G - 1) times "mean". A constant group has advantage exactly 0: it teaches nothing. G >= 2.
     """
-    assert group in GROUPS and rewards_PG.shape[1] > 1
+    assert advantage_norm in ADVANTAGE_NORMS and rewards_PG.shape[1] > 1
     rewards_PG = rewards_PG.astype(jnp.float32)
-    constant_P = jnp.all(rewards_PG == rewards_PG[:, :1], axis=1)
+    zero_variance_P = jnp.all(rewards_PG == rewards_PG[:, :1], axis=1)
     centred_PG = rewards_PG - jnp.mean(rewards_PG, axis=1, keepdims=True)
-    centred_PG = jnp.where(constant_P[:, None], 0, centred_PG)  # a mean of equals may round
+    centred_PG = jnp.where(zero_variance_P[:, None], 0, centred_PG)  # a mean of equals may round
     G = rewards_PG.shape[1]
-    if group == "std":
+    if advantage_norm == "std":
         centred_PG /= jnp.std(rewards_PG, axis=1, ddof=1, keepdims=True) + 1e-4
-    elif group == "leave_one_out":
+    elif advantage_norm == "leave_one_out":
         centred_PG *= G / (G - 1)
-    return centred_PG, constant_P
+    return centred_PG, zero_variance_P
 
 
-def overlong_penalty(lengths_B: jax.Array, limit: int, cache: int) -> jax.Array:
+def compute_overlong_penalty(lengths_B: jax.Array, limit: int, buffer_tokens: int) -> jax.Array:
     """DAPO's soft punishment (arXiv 2503.14476, eq. 13), float32 in [-1, 0], by length in tokens.
 
     0 up to limit - cache tokens, then falling in a line to -1 at `limit` and beyond. 0 < cache.
     """
-    over_B = lengths_B.astype(jnp.float32) - (limit - cache)
-    return -jnp.clip(over_B / cache, 0, 1)
+    over_B = lengths_B.astype(jnp.float32) - (limit - buffer_tokens)
+    return -jnp.clip(over_B / buffer_tokens, 0, 1)

@@ -10,15 +10,19 @@ import jax
 import jax.numpy as jnp
 
 Stats = dict[str, jax.Array]
-Joined = Callable[[Stats], Stats]
+JoinFn = Callable[[Stats], Stats]
 
-_MANY = 8  # chunks, so that about an eighth of them is the most that is computed for nothing
-_LEAST = 256  # tokens of a chunk: with fewer, reading the head takes longer than the products
+_TARGET_CHUNKS = (
+    8  # chunks, so that about an eighth of them is the most that is computed for nothing
+)
+_MIN_CHUNK_TOKENS = (
+    256  # tokens of a chunk: with fewer, reading the head takes longer than the products
+)
 
 
-def cut(
-    xs: Any, size: int, mask_BT: jax.Array | None, shards: tuple[int, int]
-) -> tuple[Any, jax.Array | None, Joined]:
+def split_into_chunks(
+    xs: Any, max_tokens: int, mask_BT: jax.Array | None, shards: tuple[int, int]
+) -> tuple[Any, jax.Array | None, JoinFn]:
     """Chunks of at most `size` tokens, if not of one token a row.
 
     Args:
@@ -33,80 +37,86 @@ def cut(
     """
     B, T = jax.tree.leaves(xs)[0].shape[:2]
     if mask_BT is None:
-        return _strided(xs, B, T, _number(T, -(-T // max(1, size // B))))
+        return _split_strided(xs, B, T, _choose_num_chunks(T, -(-T // max(1, max_tokens // B))))
     R, S = shards
     L = B * T // (R * S)
-    fewest = -(-L // max(1, size // (R * S)))
-    chunks = _number(L, max(fewest, min(_MANY, B * T // _LEAST)))
-    each = -(-L // chunks)  # tokens of a part in a chunk
+    fewest = -(-L // max(1, max_tokens // (R * S)))
+    num_chunks = _choose_num_chunks(L, max(fewest, min(_TARGET_CHUNKS, B * T // _MIN_CHUNK_TOKENS)))
+    chunk_tokens = -(-L // num_chunks)  # tokens of a part in a chunk
 
-    def grouped(x_BT: jax.Array) -> jax.Array:
+    def group_by_device(x_BT: jax.Array) -> jax.Array:
         """[B, T, ...] as [R, S, L, ...]: the tokens that one device holds side by side."""
         parts = x_BT.reshape(R, B // R, S, T // S, *x_BT.shape[2:])
         return parts.swapaxes(1, 2).reshape(R, S, L, *x_BT.shape[2:])
 
-    def chunked(x_BT: jax.Array) -> jax.Array:
-        taken = _take(grouped(x_BT), from_RSL, to_RSL).reshape(R, S, chunks, each, *x_BT.shape[2:])
-        return jnp.moveaxis(taken, 2, 0).reshape(chunks, R, S * each, *x_BT.shape[2:])
+    def to_chunks(x_BT: jax.Array) -> jax.Array:
+        taken = _permute_tokens(group_by_device(x_BT), from_RSL, to_RSL).reshape(
+            R, S, num_chunks, chunk_tokens, *x_BT.shape[2:]
+        )
+        return jnp.moveaxis(taken, 2, 0).reshape(num_chunks, R, S * chunk_tokens, *x_BT.shape[2:])
 
-    def join(x_ARC: jax.Array) -> jax.Array:
-        parts = x_ARC.reshape(chunks, R, S, each, *x_ARC.shape[3:])
-        taken = jnp.moveaxis(parts, 0, 2).reshape(R, S, chunks * each, *x_ARC.shape[3:])
-        x_RSL = _rows(taken, to_RSL).reshape(R, S, B // R, T // S, *x_ARC.shape[3:])
+    def join_chunks(x_ARC: jax.Array) -> jax.Array:
+        parts = x_ARC.reshape(num_chunks, R, S, chunk_tokens, *x_ARC.shape[3:])
+        taken = jnp.moveaxis(parts, 0, 2).reshape(R, S, num_chunks * chunk_tokens, *x_ARC.shape[3:])
+        x_RSL = _gather_tokens(taken, to_RSL).reshape(R, S, B // R, T // S, *x_ARC.shape[3:])
         x_BT = x_RSL.swapaxes(1, 2).reshape(B, T, *x_ARC.shape[3:])
         return jnp.where(needed_BT.reshape(B, T, *(1,) * (x_BT.ndim - 2)), x_BT, 0)
 
     needed_BT = mask_BT > 0
-    needed_RSL = grouped(needed_BT)
+    needed_RSL = group_by_device(needed_BT)
     from_RSL = jnp.argsort(~needed_RSL, axis=-1, stable=True)
     to_RSL = jnp.argsort(from_RSL, axis=-1)
-    from_RSL = jnp.pad(from_RSL, ((0, 0), (0, 0), (0, chunks * each - L)), constant_values=L)
-    runs_A = each * jnp.arange(chunks) < jnp.max(jnp.sum(needed_RSL, axis=-1))
-    return jax.tree.map(chunked, xs), runs_A, lambda stats: jax.tree.map(join, stats)
+    from_RSL = jnp.pad(
+        from_RSL, ((0, 0), (0, 0), (0, num_chunks * chunk_tokens - L)), constant_values=L
+    )
+    runs_A = chunk_tokens * jnp.arange(num_chunks) < jnp.max(jnp.sum(needed_RSL, axis=-1))
+    return jax.tree.map(to_chunks, xs), runs_A, lambda stats: jax.tree.map(join_chunks, stats)
 
 
-def _strided(xs: Any, B: int, T: int, chunks: int) -> tuple[Any, None, Joined]:
-    each = -(-T // chunks)  # equal chunks pad least
+def _split_strided(xs: Any, B: int, T: int, num_chunks: int) -> tuple[Any, None, JoinFn]:
+    chunk_tokens = -(-T // num_chunks)  # equal chunks pad least
 
-    def chunked(x_BT: jax.Array) -> jax.Array:
-        padding = [(0, 0), (0, chunks * each - T)] + [(0, 0)] * (x_BT.ndim - 2)
+    def to_chunks(x_BT: jax.Array) -> jax.Array:
+        padding = [(0, 0), (0, num_chunks * chunk_tokens - T)] + [(0, 0)] * (x_BT.ndim - 2)
         # A chunk takes every so manieth token: where tokens are split over devices, all have their
         # part of each chunk, and none has to fetch the others' hidden states.
-        padded = jnp.pad(x_BT, padding).reshape(B, each, chunks, *x_BT.shape[2:])
+        padded = jnp.pad(x_BT, padding).reshape(B, chunk_tokens, num_chunks, *x_BT.shape[2:])
         return jnp.moveaxis(padded, 2, 0)
 
-    def join(x_ABC: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x_ABC, 0, 2).reshape(B, chunks * each, *x_ABC.shape[3:])[:, :T]
+    def join_chunks(x_ABC: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x_ABC, 0, 2).reshape(B, num_chunks * chunk_tokens, *x_ABC.shape[3:])[
+            :, :T
+        ]
 
-    return jax.tree.map(chunked, xs), None, lambda stats: jax.tree.map(join, stats)
+    return jax.tree.map(to_chunks, xs), None, lambda stats: jax.tree.map(join_chunks, stats)
 
 
-def _number(tokens: int, fewest: int) -> int:
+def _choose_num_chunks(num_tokens: int, min_chunks: int) -> int:
     """Of chunks, at least `fewest`: what divides the tokens needs no padding, which moves them
     between the devices that split them."""
-    fewest = max(1, min(tokens, fewest))
-    return next((n for n in range(fewest, 2 * fewest) if tokens % n == 0), fewest)
+    min_chunks = max(1, min(num_tokens, min_chunks))
+    return next((n for n in range(min_chunks, 2 * min_chunks) if num_tokens % n == 0), min_chunks)
 
 
-def _rows(x_RSL: jax.Array, from_RSL: jax.Array) -> jax.Array:
+def _gather_tokens(x_RSL: jax.Array, from_RSL: jax.Array) -> jax.Array:
     index = from_RSL.reshape(*from_RSL.shape, *(1,) * (x_RSL.ndim - 3))
     return jnp.take_along_axis(x_RSL, index, axis=2, mode="fill", fill_value=0)
 
 
 @jax.custom_vjp
-def _take(x_RSL: jax.Array, from_RSL: jax.Array, to_RSL: jax.Array) -> jax.Array:
+def _permute_tokens(x_RSL: jax.Array, from_RSL: jax.Array, to_RSL: jax.Array) -> jax.Array:
     """The tokens `from`, zeros where that is behind the last; `to` takes them back. The gradient is
     what takes back: what jax makes of that of a gather is a scatter, which is slow."""
-    return _rows(x_RSL, from_RSL)
+    return _gather_tokens(x_RSL, from_RSL)
 
 
-_take.defvjp(
-    lambda x_RSL, from_RSL, to_RSL: (_rows(x_RSL, from_RSL), to_RSL),
-    lambda to_RSL, g_RSL: (_rows(g_RSL, to_RSL), None, None),
+_permute_tokens.defvjp(
+    lambda x_RSL, from_RSL, to_RSL: (_gather_tokens(x_RSL, from_RSL), to_RSL),
+    lambda to_RSL, g_RSL: (_gather_tokens(g_RSL, to_RSL), None, None),
 )
 
 
-def scan(step: Callable, carry: Any, xs: Any, runs_A: jax.Array | None) -> tuple[Any, Stats]:
+def scan_chunks(step: Callable, carry: Any, xs: Any, runs_A: jax.Array | None) -> tuple[Any, Stats]:
     """jax.lax.scan of `step` over chunks, but for those that need not run: what they give is zeros,
     and the carry stays as it is."""
     if jax.tree.leaves(xs)[0].shape[0] == 1:
@@ -115,10 +125,10 @@ def scan(step: Callable, carry: Any, xs: Any, runs_A: jax.Array | None) -> tuple
     if runs_A is None:
         return jax.lax.scan(step, carry, xs)
 
-    def skip(carry: Any, x: Any) -> tuple[Any, Stats]:
+    def skip_chunk(carry: Any, x: Any) -> tuple[Any, Stats]:
         _, stats = jax.eval_shape(step, carry, x)
         return carry, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), stats)
 
     return jax.lax.scan(
-        lambda carry, of: jax.lax.cond(of[0], step, skip, carry, of[1]), carry, (runs_A, xs)
+        lambda carry, of: jax.lax.cond(of[0], step, skip_chunk, carry, of[1]), carry, (runs_A, xs)
     )

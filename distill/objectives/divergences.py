@@ -33,15 +33,17 @@ class Divergence:
       that leaves the k is seen.
     """
 
-    kind: str = "reverse"
+    divergence_type: str = "reverse"
     beta: float = 0.5
     skew: float = 0.0
     temperature: float = 1.0
     k: int = 0
-    k_of: str = "teacher"
+    topk_from: str = "teacher"
 
 
-def _mixture(logp: jax.Array, logq: jax.Array, share: float) -> tuple[jax.Array, jax.Array]:
+def _compute_mixture_ratios(
+    logp: jax.Array, logq: jax.Array, share: float
+) -> tuple[jax.Array, jax.Array]:
     """log(m/p) and log(m/q) of m = share·q + (1-share)·p: no overflow, exactly 0 where p = q."""
     gap = logq - logp
     below = jnp.log1p(share * jnp.expm1(jnp.minimum(gap, 0)))  # log(m/p) where q <= p
@@ -49,7 +51,7 @@ def _mixture(logp: jax.Array, logq: jax.Array, share: float) -> tuple[jax.Array,
     return jnp.where(gap > 0, above + gap, below), jnp.where(gap > 0, above, below - gap)
 
 
-def _terms(
+def _compute_terms(
     logp: jax.Array, logq: jax.Array, d: Divergence
 ) -> tuple[jax.Array, jax.Array | float, jax.Array]:
     """Of each outcome: f, which sums to the divergence, and two factors of p ∂f/∂p.
@@ -59,30 +61,30 @@ def _terms(
     so is f. (Apart, the factors let XLA do with two chunks of logits less.)
     """
     p, q = jnp.exp(logp), jnp.exp(logq)
-    ends = {0.0: "forward", 1.0: "reverse"} if d.kind == "jsd" else {}
-    kind = ends.get(d.beta, d.kind)
-    if kind == "jsd":
-        to_p, to_q = _mixture(logp, logq, d.beta)
+    ends = {0.0: "forward", 1.0: "reverse"} if d.divergence_type == "jsd" else {}
+    divergence_type = ends.get(d.beta, d.divergence_type)
+    if divergence_type == "jsd":
+        to_p, to_q = _compute_mixture_ratios(logp, logq, d.beta)
         slope = (d.beta - 1) * to_p
         return p * slope - d.beta * q * to_q, slope, p
-    if kind == "reverse":
+    if divergence_type == "reverse":
         if not d.skew:
             return p * (logp - logq), logp - logq, p
-        to_p, _ = _mixture(logp, logq, 1 - d.skew)
+        to_p, _ = _compute_mixture_ratios(logp, logq, 1 - d.skew)
         return -p * to_p, -(to_p + d.skew * jnp.expm1(-to_p)), p
     if not d.skew:
         return q * (logq - logp), 1.0, p - q
-    to_p, to_q = _mixture(logp, logq, d.skew)
+    to_p, to_q = _compute_mixture_ratios(logp, logq, d.skew)
     return -q * to_q, (1 - d.skew) ** 2 * jnp.exp(-to_p), p - q
 
 
-def _among(ids_BCK: jax.Array, logp_BCV: jax.Array) -> jax.Array:
+def _ids_to_mask(ids_BCK: jax.Array, logp_BCV: jax.Array) -> jax.Array:
     """[B, C, V] bool: whether a token is among the ids."""
     none = jnp.zeros(logp_BCV.shape, bool)
     return jnp.put_along_axis(none, ids_BCK, True, axis=-1, inplace=False)
 
 
-def _with_factors(
+def _compute_with_factors(
     logp_BCV: jax.Array,
     logq_BCV: jax.Array,
     d: Divergence,
@@ -90,7 +92,7 @@ def _with_factors(
     tail_q_BC: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array | float, jax.Array]:
     """The divergence [B, C] before τ², and two factors of its derivative in log p (see _terms)."""
-    f_BCV, slope_BCV, mass_BCV = _terms(logp_BCV, logq_BCV, d)
+    f_BCV, slope_BCV, mass_BCV = _compute_terms(logp_BCV, logq_BCV, d)
     if inside_BCV is None:
         return jnp.sum(f_BCV, axis=-1), slope_BCV, mass_BCV
     p_BCV = jnp.where(inside_BCV, 0, jnp.exp(logp_BCV))
@@ -98,7 +100,7 @@ def _with_factors(
     if tail_q_BC is None:
         tail_q_BC = jnp.sum(jnp.where(inside_BCV, 0, jnp.exp(logq_BCV)), axis=-1)
     tail_q_BC = jnp.maximum(tail_q_BC, _TINY)
-    f_BC, slope_BC, mass_BC = _terms(jnp.log(tail_p_BC), jnp.log(tail_q_BC), d)
+    f_BC, slope_BC, mass_BC = _compute_terms(jnp.log(tail_p_BC), jnp.log(tail_q_BC), d)
     value_BC = jnp.sum(jnp.where(inside_BCV, f_BCV, 0), axis=-1) + f_BC
     # The tail's derivative is shared by its tokens as they share its mass.
     shared_BC1 = (slope_BC * mass_BC / tail_p_BC)[..., None]
@@ -110,7 +112,7 @@ def _with_factors(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _divergence(
+def _compute_divergence(
     logp_BCV: jax.Array,
     logq_BCV: jax.Array,
     d: Divergence,
@@ -122,46 +124,48 @@ def _divergence(
     Where `inside` is given, outcomes are its tokens and the tail; tail_q is q's mass of the tail,
     where that is not q's mass outside.
     """
-    value_BC, _, _ = _with_factors(logp_BCV, logq_BCV, d, inside_BCV, tail_q_BC)
+    value_BC, _, _ = _compute_with_factors(logp_BCV, logq_BCV, d, inside_BCV, tail_q_BC)
     return d.temperature**2 * value_BC
 
 
-def _forward(logp_BCV, logq_BCV, d, inside_BCV, tail_q_BC):
+def _compute_divergence_fwd(logp_BCV, logq_BCV, d, inside_BCV, tail_q_BC):
     inputs = logp_BCV, logq_BCV, inside_BCV, tail_q_BC
-    return d.temperature**2 * _with_factors(logp_BCV, logq_BCV, d, inside_BCV, tail_q_BC)[0], inputs
+    return d.temperature**2 * _compute_with_factors(logp_BCV, logq_BCV, d, inside_BCV, tail_q_BC)[
+        0
+    ], inputs
 
 
-def _backward(d, inputs, by_value_BC):
+def _compute_divergence_bwd(d, inputs, grad_value_BC):
     logp_BCV, logq_BCV, inside_BCV, tail_q_BC = inputs
-    _, slope_BCV, mass_BCV = _with_factors(logp_BCV, logq_BCV, d, inside_BCV, tail_q_BC)
-    by_value_BC1 = (d.temperature**2 * by_value_BC)[..., None]
-    return by_value_BC1 * slope_BCV * mass_BCV, None, None, None
+    _, slope_BCV, mass_BCV = _compute_with_factors(logp_BCV, logq_BCV, d, inside_BCV, tail_q_BC)
+    grad_value_BC1 = (d.temperature**2 * grad_value_BC)[..., None]
+    return grad_value_BC1 * slope_BCV * mass_BCV, None, None, None
 
 
-_divergence.defvjp(_forward, _backward)
+_compute_divergence.defvjp(_compute_divergence_fwd, _compute_divergence_bwd)
 
 
-def compare(
+def compare_distributions(
     logp_BCV: jax.Array, logq_BCV: jax.Array, d: Divergence, exact: bool
 ) -> dict[str, jax.Array]:
     """ "divergence" of two chunks; with `exact` also that of the whole vocabulary."""
     if d.temperature != 1:
         logp_BCV = jax.nn.log_softmax(logp_BCV / d.temperature, axis=-1)
         logq_BCV = jax.nn.log_softmax(logq_BCV / d.temperature, axis=-1)
-    found = {}
+    stats = {}
     if exact:
         detached_BCV = jax.lax.stop_gradient(logp_BCV)
         whole = dataclasses.replace(d, k=0)
-        found["exact_divergence"] = _divergence(detached_BCV, logq_BCV, whole)
+        stats["exact_divergence"] = _compute_divergence(detached_BCV, logq_BCV, whole)
     if not d.k:
-        return {"divergence": _divergence(logp_BCV, logq_BCV, d), **found}
+        return {"divergence": _compute_divergence(logp_BCV, logq_BCV, d), **stats}
     sides = {"teacher": [logq_BCV], "student": [logp_BCV], "union": [logq_BCV, logp_BCV]}
-    ids = [jax.lax.top_k(jax.lax.stop_gradient(x), d.k)[1] for x in sides[d.k_of]]
-    inside_BCV = _among(jnp.concatenate(ids, axis=-1), logp_BCV)
-    return {"divergence": _divergence(logp_BCV, logq_BCV, d, inside_BCV), **found}
+    ids = [jax.lax.top_k(jax.lax.stop_gradient(x), d.k)[1] for x in sides[d.topk_from]]
+    inside_BCV = _ids_to_mask(jnp.concatenate(ids, axis=-1), logp_BCV)
+    return {"divergence": _compute_divergence(logp_BCV, logq_BCV, d, inside_BCV), **stats}
 
 
-def compare_stored(
+def compare_stored_top(
     logp_BCV: jax.Array, ids_BCK: jax.Array, logq_BCK: jax.Array, d: Divergence
 ) -> jax.Array:
     """The divergence from a teacher of whom only the top of the distribution is known."""
@@ -172,17 +176,17 @@ def compare_stored(
         detached_BCV, ids_BCK, logq_BCK.astype(logp_BCV.dtype), axis=-1, inplace=False
     )
     if d.k == logp_BCV.shape[-1]:
-        return _divergence(logp_BCV, logq_BCV, d)
+        return _compute_divergence(logp_BCV, logq_BCV, d)
     rest_BC = 1 - jnp.sum(jnp.exp(logq_BCK.astype(logp_BCV.dtype)), axis=-1)
     rest_BC = jnp.maximum(rest_BC, _RESOLUTION)
-    return _divergence(logp_BCV, logq_BCV, d, _among(ids_BCK, logp_BCV), rest_BC)
+    return _compute_divergence(logp_BCV, logq_BCV, d, _ids_to_mask(ids_BCK, logp_BCV), rest_BC)
 
 
-def overlap_stats(logp_BCV: jax.Array, teacher_ids_BCK: jax.Array) -> dict[str, jax.Array]:
+def compute_overlap_stats(logp_BCV: jax.Array, teacher_ids_BCK: jax.Array) -> dict[str, jax.Array]:
     """Do student and teacher think alike? Detached."""
     logp_BCV = jax.lax.stop_gradient(logp_BCV)
-    ours_BCV = _among(jax.lax.top_k(logp_BCV, teacher_ids_BCK.shape[-1])[1], logp_BCV)
-    theirs_BCV = _among(teacher_ids_BCK, logp_BCV)
+    ours_BCV = _ids_to_mask(jax.lax.top_k(logp_BCV, teacher_ids_BCK.shape[-1])[1], logp_BCV)
+    theirs_BCV = _ids_to_mask(teacher_ids_BCK, logp_BCV)
     return {
         "top_overlap": jnp.mean(
             jnp.take_along_axis(ours_BCV, teacher_ids_BCK, axis=-1), axis=-1, dtype=logp_BCV.dtype
@@ -191,7 +195,7 @@ def overlap_stats(logp_BCV: jax.Array, teacher_ids_BCK: jax.Array) -> dict[str, 
     }
 
 
-def _baseline(logp_BCV: jax.Array, logq_BCV: jax.Array) -> jax.Array:
+def _compute_baseline(logp_BCV: jax.Array, logq_BCV: jax.Array) -> jax.Array:
     """The baseline of log p - log q of a drawn token that leaves its policy gradient, with respect
     to the logits, the least variance: its mean, each token weighed by ‖∇ log p‖² (arXiv 1301.2315,
     the optimal constant baseline, here of one state). The plain mean, the KL, may add variance.
@@ -205,7 +209,7 @@ def _baseline(logp_BCV: jax.Array, logq_BCV: jax.Array) -> jax.Array:
     return jnp.sum(weight_BCV * (logp_BCV - logq_BCV), axis=-1) / total_BC
 
 
-def mixed(logits_BCV: list[jax.Array], share_BCN: jax.Array | None) -> jax.Array:
+def mix_teachers(logits_BCV: list[jax.Array], share_BCN: jax.Array | None) -> jax.Array:
     """log q of q = Σ share·q_n. A share of 0 adds nothing, and one of 1 leaves q_n bit by bit.
 
     A token in which no teacher has a share, padding, gets finite numbers that mean nothing."""
@@ -219,26 +223,26 @@ def mixed(logits_BCV: list[jax.Array], share_BCN: jax.Array | None) -> jax.Array
     return functools.reduce(jnp.logaddexp, parts)
 
 
-def teacher_stats(
-    logp_BCV: jax.Array, logq_BCV: jax.Array, targets_BC: jax.Array, overlap: int, baseline: bool
+def compute_teacher_stats(
+    logp_BCV: jax.Array, logq_BCV: jax.Array, targets_BC: jax.Array, overlap_k: int, baseline: bool
 ) -> dict[str, jax.Array]:
     """What is worth knowing of any teacher; see token_stats. Detached."""
     logp_BCV = jax.lax.stop_gradient(logp_BCV)
     stats = {
-        "teacher_logp": pick(logq_BCV, targets_BC),
-        "teacher_entropy": entropy(logq_BCV),
-        "reverse_kl": jnp.sum(_terms(logp_BCV, logq_BCV, Divergence())[0], axis=-1),
+        "teacher_logp": gather_targets(logq_BCV, targets_BC),
+        "teacher_entropy": compute_entropy(logq_BCV),
+        "reverse_kl": jnp.sum(_compute_terms(logp_BCV, logq_BCV, Divergence())[0], axis=-1),
     }
     if baseline:
-        stats["baseline"] = _baseline(logp_BCV, logq_BCV)
-    if overlap:
-        stats |= overlap_stats(logp_BCV, jax.lax.top_k(logq_BCV, overlap)[1])
+        stats["baseline"] = _compute_baseline(logp_BCV, logq_BCV)
+    if overlap_k:
+        stats |= compute_overlap_stats(logp_BCV, jax.lax.top_k(logq_BCV, overlap_k)[1])
     return stats
 
 
-def pick(logp_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
+def gather_targets(logp_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
     return jnp.take_along_axis(logp_BCV, targets_BC[..., None], axis=-1)[..., 0]
 
 
-def entropy(logp_BCV: jax.Array) -> jax.Array:
+def compute_entropy(logp_BCV: jax.Array) -> jax.Array:
     return -jnp.sum(jnp.exp(logp_BCV) * logp_BCV, axis=-1)

@@ -17,14 +17,16 @@ import jax.numpy as jnp
 from distill.objectives import chunks, divergences
 
 Stats = dict[str, jax.Array]  # name -> [B, T] float32
-Loss = Callable[[Stats, Stats], Stats]  # (figures of tokens, what is known of them) -> "loss", ...
-Teachers = jax.Array | tuple[jax.Array, ...] | None
+LossFn = Callable[
+    [Stats, Stats], Stats
+]  # (figures of tokens, what is known of them) -> "loss", ...
+TeacherArrays = jax.Array | tuple[jax.Array, ...] | None
 
 _DIFFERENTIABLE = ("logp", "entropy", "divergence")
 
 
 @jax.custom_vjp
-def _logits(hidden_BCD: jax.Array, head_VD: jax.Array, read_VD: jax.Array) -> jax.Array:
+def _compute_logits(hidden_BCD: jax.Array, head_VD: jax.Array, read_VD: jax.Array) -> jax.Array:
     """Logits of a chunk, summed and kept in float32 (or float64, if that is the model's).
 
     read_VD: the head in the dtype of the hidden states, in which all products are taken, cast once
@@ -38,21 +40,23 @@ def _logits(hidden_BCD: jax.Array, head_VD: jax.Array, read_VD: jax.Array) -> ja
     )
 
 
-def _logits_backward(kept, by_logits_BCV):
-    hidden_BCD, head_VD, read_VD = kept
+def _compute_logits_bwd(residuals, grad_logits_BCV):
+    hidden_BCD, head_VD, read_VD = residuals
     # Rounded as the logits' factors are: two products of the model's dtype, where the transposed
     # rule would take float32 times what is cast up for it.
-    by_BCV = by_logits_BCV.astype(hidden_BCD.dtype)
-    by_hidden_BCD = jnp.einsum("BCV,VD->BCD", by_BCV, read_VD)
-    by_head_VD = jnp.einsum("BCV,BCD->VD", by_BCV, hidden_BCD, preferred_element_type=head_VD.dtype)
-    return by_hidden_BCD, by_head_VD, None
+    grad_BCV = grad_logits_BCV.astype(hidden_BCD.dtype)
+    grad_hidden_BCD = jnp.einsum("BCV,VD->BCD", grad_BCV, read_VD)
+    grad_head_VD = jnp.einsum(
+        "BCV,BCD->VD", grad_BCV, hidden_BCD, preferred_element_type=head_VD.dtype
+    )
+    return grad_hidden_BCD, grad_head_VD, None
 
 
-_logits.defvjp(lambda *given: (_logits(*given), given), _logits_backward)
+_compute_logits.defvjp(lambda *given: (_compute_logits(*given), given), _compute_logits_bwd)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Asked:
+class _StatsSpec:
     """What is to be found of each token, as in token_stats."""
 
     split: Callable[[jax.Array], jax.Array]
@@ -63,137 +67,148 @@ class _Asked:
     baseline: bool
     temperature: float
 
-    def scaled(self, logits_BCV: jax.Array) -> jax.Array:
+    def scale_logits(self, logits_BCV: jax.Array) -> jax.Array:
         logits_BCV = self.split(logits_BCV)
         return logits_BCV if self.temperature == 1 else logits_BCV / self.temperature
 
-    def of_chunk(self, head_VD: jax.Array, fixed: Any, x: Any) -> Stats:
+    def compute_chunk_stats(self, head_VD: jax.Array, cast_heads: Any, x: Any) -> Stats:
         """The stats of a chunk. fixed: both sides' heads in the dtype of their products."""
-        read_VD, heads = fixed
-        logits_BCV = self.scaled(_logits(x["hidden"], head_VD, read_VD))
+        read_VD, heads = cast_heads
+        logits_BCV = self.scale_logits(_compute_logits(x["hidden"], head_VD, read_VD))
         logp_BCV = jax.nn.log_softmax(logits_BCV, axis=-1)
         stats = {
-            "logp": divergences.pick(logp_BCV, x["targets"]),
-            "entropy": divergences.entropy(logp_BCV),
+            "logp": divergences.gather_targets(logp_BCV, x["targets"]),
+            "entropy": divergences.compute_entropy(logp_BCV),
         }
         if x["teachers"]:
             pairs = zip(x["teachers"], heads, strict=True)
-            each = [self.scaled(_logits(hidden_BCE, y, y)) for hidden_BCE, y in pairs]
-            logq_BCV = divergences.mixed(each, x["share"])
-            stats |= divergences.teacher_stats(
+            teacher_logits = [
+                self.scale_logits(_compute_logits(hidden_BCE, y, y)) for hidden_BCE, y in pairs
+            ]
+            logq_BCV = divergences.mix_teachers(teacher_logits, x["share"])
+            stats |= divergences.compute_teacher_stats(
                 logp_BCV, logq_BCV, x["targets"], self.overlap, self.baseline
             )
             if self.divergence is not None:
-                stats |= divergences.compare(logp_BCV, logq_BCV, self.divergence, self.exact)
+                stats |= divergences.compare_distributions(
+                    logp_BCV, logq_BCV, self.divergence, self.exact
+                )
         elif x["top"] is not None:
             ids_BCK, logq_BCK = x["top"]
             if self.divergence is not None:
-                stats["divergence"] = divergences.compare_stored(
+                stats["divergence"] = divergences.compare_stored_top(
                     logp_BCV, ids_BCK, logq_BCK, self.divergence
                 )
             if self.overlap:
-                stats |= divergences.overlap_stats(logp_BCV, ids_BCK[..., : self.overlap])
+                stats |= divergences.compute_overlap_stats(logp_BCV, ids_BCK[..., : self.overlap])
         if self.top_k:
             stats["top_logp"], stats["top_ids"] = jax.lax.top_k(logp_BCV, self.top_k)
         return stats
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _stats(
-    asked: _Asked, hidden_ARCD: jax.Array, head_VD: jax.Array, fixed: Any, xs: Any, runs_A: Any
+def _compute_stats(
+    spec: _StatsSpec,
+    hidden_ARCD: jax.Array,
+    head_VD: jax.Array,
+    cast_heads: Any,
+    xs: Any,
+    runs_A: Any,
 ) -> Stats:
     """The stats of chunks. Logits of a chunk are computed again on the way back."""
 
     def step(_: None, x: Any) -> tuple[None, Stats]:
-        return None, asked.of_chunk(head_VD, fixed, x)
+        return None, spec.compute_chunk_stats(head_VD, cast_heads, x)
 
-    return chunks.scan(step, None, {"hidden": hidden_ARCD, **xs}, runs_A)[1]
-
-
-def _stats_backward(asked, given, by):
-    hidden_ARCD, head_VD, fixed, xs, runs_A = given
-    by = {name: by[name] for name in _DIFFERENTIABLE if name in by}
-
-    def step(by_head_VD: jax.Array, x: Any) -> tuple[jax.Array, jax.Array]:
-        def some(hidden_RCD: jax.Array, head_VD: jax.Array) -> Stats:
-            stats = asked.of_chunk(head_VD, fixed, {**x, "hidden": hidden_RCD})
-            return {name: stats[name] for name in by}
-
-        _, transpose = jax.vjp(some, x["hidden"], head_VD)
-        by_hidden_RCD, by_chunk_VD = transpose(x["by"])
-        return by_head_VD + by_chunk_VD, by_hidden_RCD
-
-    xs = {"hidden": hidden_ARCD, "by": by, **xs}
-    by_head_VD, by_hidden_ARCD = chunks.scan(step, jnp.zeros_like(head_VD), xs, runs_A)
-    return by_hidden_ARCD, by_head_VD, None, None, None
+    return chunks.scan_chunks(step, None, {"hidden": hidden_ARCD, **xs}, runs_A)[1]
 
 
-_stats.defvjp(lambda asked, *given: (_stats(asked, *given), given), _stats_backward)
+def _compute_stats_bwd(spec, residuals, cotangents):
+    hidden_ARCD, head_VD, cast_heads, xs, runs_A = residuals
+    cotangents = {name: cotangents[name] for name in _DIFFERENTIABLE if name in cotangents}
+
+    def step(grad_head_VD: jax.Array, x: Any) -> tuple[jax.Array, jax.Array]:
+        def compute_differentiable(hidden_RCD: jax.Array, head_VD: jax.Array) -> Stats:
+            stats = spec.compute_chunk_stats(head_VD, cast_heads, {**x, "hidden": hidden_RCD})
+            return {name: stats[name] for name in cotangents}
+
+        _, transpose = jax.vjp(compute_differentiable, x["hidden"], head_VD)
+        grad_hidden_RCD, grad_chunk_VD = transpose(x["by"])
+        return grad_head_VD + grad_chunk_VD, grad_hidden_RCD
+
+    xs = {"hidden": hidden_ARCD, "by": cotangents, **xs}
+    grad_head_VD, grad_hidden_ARCD = chunks.scan_chunks(step, jnp.zeros_like(head_VD), xs, runs_A)
+    return grad_hidden_ARCD, grad_head_VD, None, None, None
+
+
+_compute_stats.defvjp(
+    lambda asked, *given: (_compute_stats(asked, *given), given), _compute_stats_bwd
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _summed(
-    asked: _Asked,
-    loss: Loss,
+def _sum_loss(
+    spec: _StatsSpec,
+    loss: LossFn,
     hidden_ARCD: jax.Array,
     head_VD: jax.Array,
-    fixed: Any,
+    cast_heads: Any,
     xs: Any,
     runs_A: Any,
 ) -> tuple[jax.Array, Stats]:
     """Σ weight·loss, differentiable in hidden states and head, and the stats of chunks."""
 
     def step(_: None, x: Any) -> tuple[None, Stats]:
-        stats = asked.of_chunk(head_VD, fixed, x)
+        stats = spec.compute_chunk_stats(head_VD, cast_heads, x)
         return None, {**stats, **loss(stats, x["known"])}
 
-    _, stats = chunks.scan(step, None, {"hidden": hidden_ARCD, **xs}, runs_A)
+    _, stats = chunks.scan_chunks(step, None, {"hidden": hidden_ARCD, **xs}, runs_A)
     return jnp.sum(stats["loss"] * xs["weight"]), stats
 
 
-def _summed_forward(asked, loss, hidden_ARCD, head_VD, fixed, xs, runs_A):
-    def step(by_head_VD: jax.Array, x: Any) -> tuple[jax.Array, Any]:
-        def losses(hidden_RCD: jax.Array, head_VD: jax.Array) -> tuple[jax.Array, Stats]:
-            stats = asked.of_chunk(head_VD, fixed, {**x, "hidden": hidden_RCD})
+def _sum_loss_fwd(spec, loss, hidden_ARCD, head_VD, cast_heads, xs, runs_A):
+    def step(grad_head_VD: jax.Array, x: Any) -> tuple[jax.Array, Any]:
+        def compute_losses(hidden_RCD: jax.Array, head_VD: jax.Array) -> tuple[jax.Array, Stats]:
+            stats = spec.compute_chunk_stats(head_VD, cast_heads, {**x, "hidden": hidden_RCD})
             stats |= loss(stats, x["known"])
             return stats["loss"], stats
 
-        loss_RC, transpose, stats = jax.vjp(losses, x["hidden"], head_VD, has_aux=True)
-        by_hidden_RCD, by_chunk_VD = transpose(x["weight"].astype(loss_RC.dtype))
-        return by_head_VD + by_chunk_VD, (stats, by_hidden_RCD)
+        loss_RC, transpose, stats = jax.vjp(compute_losses, x["hidden"], head_VD, has_aux=True)
+        grad_hidden_RCD, grad_chunk_VD = transpose(x["weight"].astype(loss_RC.dtype))
+        return grad_head_VD + grad_chunk_VD, (stats, grad_hidden_RCD)
 
     zeros_VD = jnp.zeros_like(head_VD)
-    found: Any = chunks.scan(step, zeros_VD, {"hidden": hidden_ARCD, **xs}, runs_A)
-    by_head_VD, (stats, by_hidden_ARCD) = found
-    return (jnp.sum(stats["loss"] * xs["weight"]), stats), (by_hidden_ARCD, by_head_VD)
+    scanned: Any = chunks.scan_chunks(step, zeros_VD, {"hidden": hidden_ARCD, **xs}, runs_A)
+    grad_head_VD, (stats, grad_hidden_ARCD) = scanned
+    return (jnp.sum(stats["loss"] * xs["weight"]), stats), (grad_hidden_ARCD, grad_head_VD)
 
 
-def _summed_backward(asked, loss, kept, by):
+def _sum_loss_bwd(spec, loss, residuals, cotangents):
     # All but the total is detached.
-    return *(by[0].astype(x.dtype) * x for x in kept), None, None, None
+    return *(cotangents[0].astype(x.dtype) * x for x in residuals), None, None, None
 
 
-_summed.defvjp(_summed_forward, _summed_backward)
+_sum_loss.defvjp(_sum_loss_fwd, _sum_loss_bwd)
 
 
-def token_stats(
+def compute_token_stats(
     hidden_BTD: jax.Array,
     head_VD: jax.Array,
     targets_BT: jax.Array,
-    teacher_hidden_BTE: Teachers = None,
-    teacher_head_VE: Teachers = None,
+    teacher_hidden_BTE: TeacherArrays = None,
+    teacher_head_VE: TeacherArrays = None,
     *,
     logits_mib: float,
     split: Callable[[jax.Array], jax.Array] = lambda logits_BCV: logits_BCV,
     top_k: int = 0,
     divergence: divergences.Divergence | None = None,
     teacher_top_BTK: tuple[jax.Array, jax.Array] | None = None,
-    teacher_share_BTN: jax.Array | None = None,
+    teacher_weight_BTN: jax.Array | None = None,
     exact: bool = False,
     overlap: int = 0,
     baseline: bool = False,
     temperature: float = 1.0,
-    loss: Loss | None = None,
+    loss: LossFn | None = None,
     known: Stats | None = None,
     weight_BT: jax.Array | None = None,
     mask_BT: jax.Array | None = None,
@@ -207,7 +222,7 @@ def token_stats(
       targets_BT: int32, the token that each position predicts.
       teacher_hidden_BTE, teacher_head_VE: the same of the teacher, whose width may differ; never
         differentiated. Or tuples with those of N teachers.
-      teacher_share_BTN: of N teachers, how much of a token's teacher each one is: their
+      teacher_weight_BTN: of N teachers, how much of a token's teacher each one is: their
         distributions are mixed by it, q = Σ share·q_n. A token's shares add up to 1; one of 1 is
         that teacher.
       logits_mib: how many MiB one chunk of float32 logits of one model may take.
@@ -246,13 +261,15 @@ def token_stats(
     sg = jax.lax.stop_gradient
     teachers, heads = (jax.tree.leaves(sg(x)) for x in (teacher_hidden_BTE, teacher_head_VE))
     heads = [y.astype(x.dtype) for x, y in zip(teachers, heads, strict=bool(teachers))]
-    fixed = sg(head_VD).astype(hidden_BTD.dtype), heads
+    cast_heads = sg(head_VD).astype(hidden_BTD.dtype), heads
     xs = {"hidden": hidden_BTD, "targets": targets_BT, "teachers": teachers}
-    xs |= {"top": sg(teacher_top_BTK), "share": teacher_share_BTN}
+    xs |= {"top": sg(teacher_top_BTK), "share": teacher_weight_BTN}
     xs |= {} if loss is None else {"known": known, "weight": weight_BT}
     size = int(logits_mib * 2**20 / (4 * head_VD.shape[0]))
-    cut, runs_A, join = chunks.cut(xs, size, mask_BT, shards)
-    given = cut.pop("hidden"), head_VD, fixed, cut, runs_A
-    asked = _Asked(split, top_k, divergence, exact, overlap, baseline, temperature)
-    found: Any = _stats(asked, *given) if loss is None else _summed(asked, loss, *given)
-    return join(found) if loss is None else {**join(found[1]), "total": found[0]}
+    chunked, runs_A, join = chunks.split_into_chunks(xs, size, mask_BT, shards)
+    operands = chunked.pop("hidden"), head_VD, cast_heads, chunked, runs_A
+    spec = _StatsSpec(split, top_k, divergence, exact, overlap, baseline, temperature)
+    result: Any = (
+        _compute_stats(spec, *operands) if loss is None else _sum_loss(spec, loss, *operands)
+    )
+    return join(result) if loss is None else {**join(result[1]), "total": result[0]}

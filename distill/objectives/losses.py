@@ -41,12 +41,12 @@ CHOICES = {
     "k_of": ("teacher", "student", "union"),
     "served": ("hidden", "top", "token"),
     "k1_of": ("student", "sampler"),
-    "group": advantages.GROUPS,
+    "group": advantages.ADVANTAGE_NORMS,
     "ratio": ("token", "sequence", "none"),
     "clip": ("none", "ppo", "cispo"),
     "aggregation": ("token", "sequence", "constant"),
 }
-_DRAWN = ("sampled", "k2", "k3")  # read only the token that was drawn
+_SAMPLED_ESTIMATORS = ("sampled", "k2", "k3")  # read only the token that was drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,113 +122,128 @@ class Loss:
         for field, choices in CHOICES.items():
             if vars(self)[field] not in choices:
                 raise UserError(f"{field}={vars(self)[field]!r}: must be one of {choices}")
-        for refused, why in _refusals(self):
+        for refused, why in _list_invalid_settings(self):
             if refused:
                 raise UserError(why)
 
     @property
-    def compared(self) -> Divergence | None:
+    def teacher_divergence(self) -> Divergence | None:
         """What the head is to compare with the teacher; None where no loss reads it."""
-        if not self.teacher or self.estimator in _DRAWN:
+        if not self.teacher or self.estimator in _SAMPLED_ESTIMATORS:
             return None
         return Divergence(
             self.divergence, self.beta, self.skew, self.temperature, self.k, self.k_of
         )
 
     @property
-    def policy_gradient(self) -> bool:
+    def has_policy_gradient(self) -> bool:
         """Whether tokens have advantages."""
         return bool(
             self.reward or (self.teacher and (self.estimator == "sampled" or self.discount))
         )
 
     @property
-    def by_token(self) -> bool:
+    def is_per_token(self) -> bool:
         """Whether a token's loss follows from that token alone."""
-        return not (self.discount or (self.policy_gradient and self.ratio == "sequence"))
+        return not (self.discount or (self.has_policy_gradient and self.ratio == "sequence"))
 
     @property
-    def on_policy(self) -> bool:
+    def is_on_policy(self) -> bool:
         """Whether only tokens that the student drew make sense, with the sampler's log-probs."""
-        drawn = self.teacher and self.estimator in _DRAWN
-        return bool(self.policy_gradient or self.reference or drawn)
+        drawn = self.teacher and self.estimator in _SAMPLED_ESTIMATORS
+        return bool(self.has_policy_gradient or self.reference or drawn)
 
 
-def _refusals(x: Loss) -> list[tuple[bool, str]]:
+def _list_invalid_settings(loss: Loss) -> list[tuple[bool, str]]:
     """(whether, why) of each combination that cannot mean anything."""
-    weights = (x.sft, x.teacher, x.reward, x.reference)
-    drawn = x.estimator in _DRAWN
-    gradient = "forward" if x.estimator == "k3" else "reverse"
+    weights = (loss.sft, loss.teacher, loss.reward, loss.reference)
+    drawn = loss.estimator in _SAMPLED_ESTIMATORS
+    gradient = "forward" if loss.estimator == "k3" else "reverse"
     return [
         (
             not all(0 <= w < math.inf for w in weights),
             f"weights (sft, teacher, reward, reference)={weights}: must be finite, 0 or more",
         ),
         (not any(weights), "sft, teacher, reward and reference are all 0: nothing is learned"),
-        (not 0 <= x.beta <= 1, f"beta={x.beta}: must be from 0 (forward) to 1 (reverse)"),
-        (not 0 <= x.skew < 1, f"skew={x.skew}: must be at least 0 (off) and below 1"),
-        (x.beta != Loss.beta and x.divergence != "jsd", "beta: read by divergence=jsd only"),
-        (x.skew > 0 and x.divergence == "jsd", "skew: jsd mixes by beta, and has no skew"),
-        (not 0 < x.temperature < math.inf, f"temperature={x.temperature}: must be above 0"),
-        (x.k < 0 or x.served_k < 0, f"k={x.k}, served_k={x.served_k}: must be 0 or more"),
-        (x.estimator == "topk" and x.k == 0, "estimator=topk: k says how many tokens, at least 1"),
-        (x.estimator != "topk" and x.k > 0, f"k={x.k}: read by estimator=topk only"),
-        (x.served_k > 0 and x.served != "top", f"served_k={x.served_k}: read by served=top only"),
+        (not 0 <= loss.beta <= 1, f"beta={loss.beta}: must be from 0 (forward) to 1 (reverse)"),
+        (not 0 <= loss.skew < 1, f"skew={loss.skew}: must be at least 0 (off) and below 1"),
+        (loss.beta != Loss.beta and loss.divergence != "jsd", "beta: read by divergence=jsd only"),
+        (loss.skew > 0 and loss.divergence == "jsd", "skew: jsd mixes by beta, and has no skew"),
+        (not 0 < loss.temperature < math.inf, f"temperature={loss.temperature}: must be above 0"),
         (
-            drawn and (x.divergence != gradient or x.skew > 0 or x.temperature != 1),
-            f"estimator={x.estimator}: has the gradient of the plain {gradient} KL at temperature "
+            loss.k < 0 or loss.served_k < 0,
+            f"k={loss.k}, served_k={loss.served_k}: must be 0 or more",
+        ),
+        (
+            loss.estimator == "topk" and loss.k == 0,
+            "estimator=topk: k says how many tokens, at least 1",
+        ),
+        (loss.estimator != "topk" and loss.k > 0, f"k={loss.k}: read by estimator=topk only"),
+        (
+            loss.served_k > 0 and loss.served != "top",
+            f"served_k={loss.served_k}: read by served=top only",
+        ),
+        (
+            drawn and (loss.divergence != gradient or loss.skew > 0 or loss.temperature != 1),
+            f"estimator={loss.estimator}: has the gradient of the plain {gradient} KL at temperature "
             f"1; set divergence={gradient}, skew=0, temperature=1",
         ),
         (
-            x.served == "top" and x.estimator != "topk",
-            f"estimator={x.estimator} with served=top: the teacher gives its likeliest tokens "
+            loss.served == "top" and loss.estimator != "topk",
+            f"estimator={loss.estimator} with served=top: the teacher gives its likeliest tokens "
             "only, neither the whole distribution nor that of any drawn token; use topk",
         ),
         (
-            x.served == "top" and x.k > x.served_k,
-            f"k={x.k}: more than the {x.served_k} tokens that the teacher serves",
+            loss.served == "top" and loss.k > loss.served_k,
+            f"k={loss.k}: more than the {loss.served_k} tokens that the teacher serves",
         ),
         (
-            x.served == "top" and x.k_of != "teacher",
-            f"k_of={x.k_of} with served=top: of other tokens than the teacher's own likeliest, its "
+            loss.served == "top" and loss.k_of != "teacher",
+            f"k_of={loss.k_of} with served=top: of other tokens than the teacher's own likeliest, its "
             "probability is not known",
         ),
         (
-            x.served == "top" and x.temperature != 1,
-            f"temperature={x.temperature} with served=top: needs the whole distribution",
+            loss.served == "top" and loss.temperature != 1,
+            f"temperature={loss.temperature} with served=top: needs the whole distribution",
         ),
         (
-            x.served == "token" and not drawn,
-            f"estimator={x.estimator} with served=token: the teacher gives one number a token; use "
+            loss.served == "token" and not drawn,
+            f"estimator={loss.estimator} with served=token: the teacher gives one number a token; use "
             "sampled, k2 or k3",
         ),
-        (x.baseline and x.estimator != "sampled", "baseline: read by estimator=sampled only"),
+        (loss.baseline and loss.estimator != "sampled", "baseline: read by estimator=sampled only"),
         (
-            x.baseline and (x.served != "hidden" or not x.teacher),
+            loss.baseline and (loss.served != "hidden" or not loss.teacher),
             "baseline: is a mean over the whole vocabulary, which needs a teacher's hidden states",
         ),
-        (not 0 <= x.discount <= 1, f"discount={x.discount}: must be from 0 to 1"),
-        (x.discount > 0 and not x.teacher, "discount: credits later KL, but teacher=0"),
+        (not 0 <= loss.discount <= 1, f"discount={loss.discount}: must be from 0 to 1"),
+        (loss.discount > 0 and not loss.teacher, "discount: credits later KL, but teacher=0"),
         (
-            x.discount > 0 and x.estimator in ("k2", "k3"),
-            f"discount with estimator={x.estimator}: it has no advantage; use sampled",
+            loss.discount > 0 and loss.estimator in ("k2", "k3"),
+            f"discount with estimator={loss.estimator}: it has no advantage; use sampled",
         ),
         (
-            not (0 <= x.clip_low <= 1 and x.clip_high >= 0),
-            f"clip_low={x.clip_low}, clip_high={x.clip_high}: the ratio is kept within "
+            not (0 <= loss.clip_low <= 1 and loss.clip_high >= 0),
+            f"clip_low={loss.clip_low}, clip_high={loss.clip_high}: the ratio is kept within "
             "[1 - clip_low, 1 + clip_high], so 0 <= clip_low <= 1 and 0 <= clip_high",
         ),
-        (x.ratio == "none" and x.clip != "none", f"clip={x.clip} with ratio=none: it is always 1"),
         (
-            x.clip == "ppo" and x.estimator in ("k2", "k3") and x.teacher > 0,
-            f"clip=ppo with estimator={x.estimator}: it has no advantage; use sampled, or cispo",
+            loss.ratio == "none" and loss.clip != "none",
+            f"clip={loss.clip} with ratio=none: it is always 1",
         ),
-        (not 0 <= x.truncate < math.inf, f"truncate={x.truncate}: must be 0 (off) or more"),
-        (x.truncate > 0 and not x.policy_gradient, "truncate: no policy gradient to weigh"),
+        (
+            loss.clip == "ppo" and loss.estimator in ("k2", "k3") and loss.teacher > 0,
+            f"clip=ppo with estimator={loss.estimator}: it has no advantage; use sampled, or cispo",
+        ),
+        (not 0 <= loss.truncate < math.inf, f"truncate={loss.truncate}: must be 0 (off) or more"),
+        (
+            loss.truncate > 0 and not loss.has_policy_gradient,
+            "truncate: no policy gradient to weigh",
+        ),
     ]
 
 
-def token_losses(
+def compute_token_losses(
     loss: Loss,
     stats: Stats,
     mask_BT: jax.Array,
@@ -258,52 +273,59 @@ def token_losses(
     sg = jax.lax.stop_gradient
     trained_BT = mask_BT > 0
 
-    def only(x_BT: jax.Array) -> jax.Array:
+    def mask_untrained(x_BT: jax.Array) -> jax.Array:
         return jnp.where(trained_BT, x_BT, 0)
 
-    logp_BT = only(stats["logp"])
+    logp_BT = mask_untrained(stats["logp"])
     before_BT = old_logp_BT if old_logp_BT is not None else sampler_logp_BT
     drawn_BT = None if loss.ratio == "none" else before_BT
-    log_ratio_BT = logp_BT - sg(logp_BT if drawn_BT is None else only(drawn_BT))
+    log_ratio_BT = logp_BT - sg(logp_BT if drawn_BT is None else mask_untrained(drawn_BT))
     total_BT = -loss.sft * logp_BT
     advantage_BT = jnp.zeros_like(logp_BT)
-    found: Stats = {}
+    metrics: Stats = {}
     if loss.teacher:
-        own_BT, credit_BT = _teacher(loss, stats, only, log_ratio_BT, segments_BT, sampler_logp_BT)
+        own_BT, credit_BT = _compute_teacher_loss(
+            loss, stats, mask_untrained, log_ratio_BT, segments_BT, sampler_logp_BT
+        )
         total_BT += loss.teacher * own_BT
         advantage_BT += loss.teacher * credit_BT
     if loss.reward:
         assert advantages_BT is not None
-        advantage_BT += loss.reward * only(sg(advantages_BT))
-    if loss.policy_gradient:
-        gradient_BT, found["clipped"] = _policy_gradient(
+        advantage_BT += loss.reward * mask_untrained(sg(advantages_BT))
+    if loss.has_policy_gradient:
+        gradient_BT, metrics["clipped"] = _compute_policy_gradient(
             loss, logp_BT, log_ratio_BT, advantage_BT, trained_BT, segments_BT
         )
-        found["advantage"] = advantage_BT
+        metrics["advantage"] = advantage_BT
         if loss.truncate:
             assert sampler_logp_BT is not None and old_logp_BT is not None
-            found["sampler_ratio"] = only(jnp.exp(sg(only(old_logp_BT - sampler_logp_BT))))
-            gradient_BT *= jnp.minimum(found["sampler_ratio"], loss.truncate)
+            metrics["sampler_ratio"] = mask_untrained(
+                jnp.exp(sg(mask_untrained(old_logp_BT - sampler_logp_BT)))
+            )
+            gradient_BT *= jnp.minimum(metrics["sampler_ratio"], loss.truncate)
         total_BT += gradient_BT
     if loss.reference:
         assert reference_logp_BT is not None
-        kl_BT = jnp.exp(log_ratio_BT) * _k3(only(sg(reference_logp_BT)) - logp_BT)
+        kl_BT = jnp.exp(log_ratio_BT) * _compute_k3(mask_untrained(sg(reference_logp_BT)) - logp_BT)
         total_BT += loss.reference * kl_BT
-        found["reference_kl"] = sg(kl_BT)
-    if before_BT is not None and loss.on_policy:
-        found["ratio"] = jnp.exp(sg(logp_BT - only(before_BT)))
-    return {"loss": only(total_BT), **{name: only(x) for name, x in found.items()}}
+        metrics["reference_kl"] = sg(kl_BT)
+    if before_BT is not None and loss.is_on_policy:
+        metrics["ratio"] = jnp.exp(sg(logp_BT - mask_untrained(before_BT)))
+    return {
+        "loss": mask_untrained(total_BT),
+        **{name: mask_untrained(x) for name, x in metrics.items()},
+    }
 
 
-def _k3(gap_BT: jax.Array) -> jax.Array:
+def _compute_k3(gap_BT: jax.Array) -> jax.Array:
     """q/p - 1 - log(q/p), of log(q/p): never negative."""
     return jnp.expm1(gap_BT) - gap_BT
 
 
-def _teacher(
+def _compute_teacher_loss(
     loss: Loss,
     stats: Stats,
-    only: Callable[[jax.Array], jax.Array],
+    mask_untrained: Callable[[jax.Array], jax.Array],
     log_ratio_BT: jax.Array,
     segments_BT: jax.Array,
     sampler_logp_BT: jax.Array | None,
@@ -312,31 +334,33 @@ def _teacher(
     sg = jax.lax.stop_gradient
     nothing_BT = jnp.zeros_like(log_ratio_BT)
     if loss.estimator in ("exact", "topk"):
-        own_BT = only(stats["divergence"])
+        own_BT = mask_untrained(stats["divergence"])
         if not loss.discount:
             return own_BT, nothing_BT
-        return own_BT, -advantages.later_sum(sg(own_BT), segments_BT, loss.discount)
-    logp_BT, logq_BT = only(stats["logp"]), only(sg(stats["teacher_logp"]))
+        return own_BT, -advantages.sum_discounted_future(sg(own_BT), segments_BT, loss.discount)
+    logp_BT, logq_BT = mask_untrained(stats["logp"]), mask_untrained(sg(stats["teacher_logp"]))
     if loss.estimator != "sampled":
         weight_BT = sg(jnp.exp(log_ratio_BT))
         if loss.clip == "cispo":
             weight_BT = jnp.clip(weight_BT, 1 - loss.clip_low, 1 + loss.clip_high)
         gap_BT = logq_BT - logp_BT
-        return weight_BT * (gap_BT**2 / 2 if loss.estimator == "k2" else _k3(gap_BT)), nothing_BT
+        return weight_BT * (
+            gap_BT**2 / 2 if loss.estimator == "k2" else _compute_k3(gap_BT)
+        ), nothing_BT
     if loss.k1_of == "sampler":
         assert sampler_logp_BT is not None
-        logp_BT = only(sampler_logp_BT)
+        logp_BT = mask_untrained(sampler_logp_BT)
     k1_BT = later_BT = sg(logp_BT) - logq_BT
     if loss.baseline:
         # Of later tokens the expectation itself is credited: that is their k1 without its noise.
-        later_BT = only(sg(stats["reverse_kl"]))
-        k1_BT = k1_BT - only(sg(stats["baseline"]))
+        later_BT = mask_untrained(sg(stats["reverse_kl"]))
+        k1_BT = k1_BT - mask_untrained(sg(stats["baseline"]))
     if loss.discount:
-        k1_BT = k1_BT + advantages.later_sum(later_BT, segments_BT, loss.discount)
+        k1_BT = k1_BT + advantages.sum_discounted_future(later_BT, segments_BT, loss.discount)
     return nothing_BT, -k1_BT
 
 
-def _policy_gradient(
+def _compute_policy_gradient(
     loss: Loss,
     logp_BT: jax.Array,
     log_ratio_BT: jax.Array,
@@ -347,7 +371,7 @@ def _policy_gradient(
     """Per-token loss of an advantage, and whether the clip took its gradient away or cut it."""
     sg = jax.lax.stop_gradient
     if loss.ratio == "sequence":
-        mean_BT = advantages.sequence_mean(sg(log_ratio_BT), trained_BT, segments_BT)
+        mean_BT = advantages.mean_over_sequence(sg(log_ratio_BT), trained_BT, segments_BT)
         log_ratio_BT = mean_BT + logp_BT - sg(logp_BT)
     ratio_BT, low, high = jnp.exp(log_ratio_BT), 1 - loss.clip_low, 1 + loss.clip_high
     clipped_BT = jnp.clip(ratio_BT, low, high)
@@ -362,7 +386,7 @@ def _policy_gradient(
     return -bounded_BT * advantage_BT, outside_BT.astype(ratio_BT.dtype)
 
 
-def weights(
+def compute_token_weights(
     loss: Loss, mask_BT: jax.Array, segments_BT: jax.Array, limit: int
 ) -> tuple[jax.Array, jax.Array]:
     """What each token's loss weighs [B, T], and the count (scalar) that the sum is divided by.
@@ -373,16 +397,16 @@ def weights(
     mask_BT = (mask_BT > 0).astype(jnp.float32)
     if loss.aggregation == "token":
         return mask_BT, jnp.sum(mask_BT)
-    count = advantages.sequence_count(mask_BT, segments_BT)
+    count = advantages.count_sequences(mask_BT, segments_BT)
     if loss.aggregation == "constant":
         return mask_BT / limit, count
-    return mask_BT / jnp.maximum(advantages.sequence_sum(mask_BT, segments_BT), 1), count
+    return mask_BT / jnp.maximum(advantages.sum_over_sequence(mask_BT, segments_BT), 1), count
 
 
 _GRPO = Loss(reward=1.0, clip="ppo", aggregation="sequence")
 
 # objective -> what it minimises; a flag changes any field of it
-TABLE: dict[str, Loss] = {
+OBJECTIVES: dict[str, Loss] = {
     "sft": Loss(sft=1.0),
     # off-policy: the teacher's distribution at every token of written responses
     "distill": Loss(teacher=1.0, divergence="forward"),

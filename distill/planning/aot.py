@@ -34,7 +34,7 @@ class Chip:
     bf16_tflops: float
     hbm_gbs: float
     ici_gbs: float
-    host: str  # how libtpu names a machine of this generation
+    accelerator_type: str  # how libtpu names a machine of this generation
 
 
 CHIPS = {
@@ -45,7 +45,7 @@ CHIPS = {
 }
 
 
-def chip(topology: str) -> Chip:
+def get_chip(topology: str) -> Chip:
     """The row of CHIPS for a name such as v5e:8x8.
 
     Raises:
@@ -61,7 +61,7 @@ def chip(topology: str) -> Chip:
     return CHIPS[generation]
 
 
-def devices(topology: str) -> list[Any]:
+def get_devices(topology: str) -> list[Any]:
     """The devices of a TPU slice that need not exist, in the order of their coordinates.
 
     Raises:
@@ -70,13 +70,13 @@ def devices(topology: str) -> list[Any]:
     os.environ |= {  # libtpu asks the machine who it is, and logs that it does not know
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": chip(topology).host,
+        "TPU_ACCELERATOR_TYPE": get_chip(topology).accelerator_type,
         "TPU_STDERR_LOG_LEVEL": "3",
         "TPU_MIN_LOG_LEVEL": "3",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:  # the plugin raises many kinds, over several lines
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if any(words in reason for words in ("libtpu", "No module", "not installed")):
@@ -84,7 +84,7 @@ def devices(topology: str) -> list[Any]:
                 f"planning for a TPU needs its compiler: pip install libtpu ({reason})"
             ) from None
         raise UserError(f"--topology={topology}: no such slice ({reason})") from None
-    return list(found.devices)
+    return list(description.devices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,22 +96,22 @@ class Program:
     """
 
     name: str
-    seconds: float  # of compilation
-    arguments: int
-    outputs: int
-    aliased: int  # bytes of the outputs that reuse arguments
-    temporaries: int
-    code: int
-    peak: int
+    compile_seconds: float  # of compilation
+    argument_bytes: int
+    output_bytes: int
+    aliased_bytes: int  # bytes of the outputs that reuse arguments
+    temporary_bytes: int
+    code_bytes: int
+    peak_bytes: int
     flops: float | None  # of matrix products; None where the compiler gives no text
-    attention: float | None  # of these, in kernels for attention over whole rows
-    traffic: int | None  # bytes to and from HBM
-    once: int | None  # of these, outside of open loops
+    attention_flops: float | None  # of these, in kernels for attention over whole rows
+    hbm_bytes: int | None  # bytes to and from HBM
+    hbm_bytes_outside_loops: int | None  # of these, outside of open loops
     collectives: dict[str, tuple[int, int]] | None  # kind -> (how many, bytes received)
     open_loops: int
 
 
-def compile(name: str, lower: Callable[[], Any], hbm_gib: float) -> Program:
+def compile_program(name: str, lower: Callable[[], Any], hbm_gib: float) -> Program:
     """Compiles what `lower()` lowers.
 
     Raises:
@@ -126,28 +126,28 @@ def compile(name: str, lower: Callable[[], Any], hbm_gib: float) -> Program:
             if "CompileTimeHbmOom" not in str(error):
                 raise
             raise OutOfMemory(name, str(error), hbm_gib) from None
-        took, memory = time.perf_counter() - start, compiled.memory_analysis()
-        text = _text(compiled, Path(dump))
-    costs = hlo.read(text) if text else None
+        compile_seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
+        text = _read_hlo_text(compiled, Path(dump))
+    costs = hlo.parse_costs(text) if text else None
     return Program(
         name=name,
-        seconds=took,
-        arguments=memory.argument_size_in_bytes,
-        outputs=memory.output_size_in_bytes,
-        aliased=memory.alias_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        code=memory.generated_code_size_in_bytes,
-        peak=memory.peak_memory_in_bytes,
+        compile_seconds=compile_seconds,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        aliased_bytes=memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        code_bytes=memory.generated_code_size_in_bytes,
+        peak_bytes=memory.peak_memory_in_bytes,
         flops=costs.flops if costs else None,
-        attention=costs.attention if costs else None,
-        traffic=costs.traffic if costs else None,
-        once=costs.once if costs else None,
+        attention_flops=costs.attention_flops if costs else None,
+        hbm_bytes=costs.hbm_bytes if costs else None,
+        hbm_bytes_outside_loops=costs.hbm_bytes_outside_loops if costs else None,
         collectives=costs.collectives if costs else None,
         open_loops=costs.open_loops if costs else 0,
     )
 
 
-def _text(compiled: Any, dump: Path) -> str | None:
+def _read_hlo_text(compiled: Any, dump: Path) -> str | None:
     """The text of a program: what libtpu wrote into `dump`, for jaxlib 0.10 cannot print programs
     for v5p and v6e, where an async-update has operands that it does not know."""
     written = list(dump.glob("*.after_codegen.txt"))
@@ -163,12 +163,12 @@ class OutOfMemory(Exception):
     """A program is larger than the device; `needs` is the compiler's own sentence."""
 
     def __init__(self, name: str, message: str, hbm_gib: float) -> None:
-        found = re.search(
+        match = re.search(
             r"Used ([0-9.]+)G of|required for HLO temporaries \(([0-9.]+)G\)", message
         )
         self.program = name
-        self.needs_gib = float(next(g for g in found.groups() if g)) if found else math.nan
+        self.needs_gib = float(next(g for g in match.groups() if g)) if match else math.nan
         self.largest = re.findall(r"Size: ([0-9.]+[KMG])\n.*?Shape: (\S+)", message, re.DOTALL)[:5]
-        if found and found.group(2):  # a sum is all that the compiler then tells
+        if match and match.group(2):  # a sum is all that the compiler then tells
             self.largest = [(f"{self.needs_gib:.2f}G", "temporaries and results of the program")]
         super().__init__(f"{name} needs {self.needs_gib:.2f} GiB of {hbm_gib:.2f}")

@@ -12,7 +12,7 @@ GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ProgramCost:
     """A program on one device. bytes, operations and seconds; None: not to be had."""
 
     name: str
@@ -34,11 +34,11 @@ class Row:
     reads: int  # of the traffic, what attention reads of the sampler's cache
 
     @property
-    def total(self) -> int:
+    def total_bytes(self) -> int:
         return self.peak + self.beside
 
 
-def limits(
+def estimate_seconds(
     chip: aot.Chip,
     flops: float,
     traffic: float | None,
@@ -54,55 +54,65 @@ def limits(
     return times
 
 
-def row(call: calls.Call, program: aot.Program, beside: int, chip: aot.Chip, count: int) -> Row:
+def estimate_cost(
+    call: calls.ProgramCall,
+    program: aot.Program,
+    resident_bytes: int,
+    chip: aot.Chip,
+    num_devices: int,
+) -> ProgramCost:
     """A program's row, on one of `count` devices."""
-    useful = call.useful / count
+    useful = call.flops / num_devices
     flops = max(program.flops or 0, useful)
     traffic = None
-    if program.traffic is not None:
-        shared = (program.once or 0) * (1 - 1 / call.segment)
-        traffic = program.traffic + call.reads - int(shared)
-    times = limits(chip, flops, traffic, program.collectives)
+    if program.hbm_bytes is not None:
+        shared = (program.hbm_bytes_outside_loops or 0) * (1 - 1 / call.turns_per_call)
+        traffic = program.hbm_bytes + call.kernel_bytes_read - int(shared)
+    times = estimate_seconds(chip, flops, traffic, program.collectives)
     bound = max(times, key=lambda name: times[name])
     mfu = None
     if program.flops is not None:
         mfu = useful / (chip.bf16_tflops * 1e12 * times[bound])
-    return Row(
+    return ProgramCost(
         name=call.name,
-        calls=call.turns,
-        peak=program.peak,
-        beside=beside,
-        temporaries=program.temporaries,
+        calls=call.calls_per_step,
+        peak=program.peak_bytes,
+        beside=resident_bytes,
+        temporaries=program.temporary_bytes,
         useful=useful,
         compiled=program.flops,
-        attention=program.attention,
+        attention=program.attention_flops,
         traffic=traffic,
         collectives=program.collectives,
-        seconds=times[bound] * call.turns,
+        seconds=times[bound] * call.calls_per_step,
         bound=bound,
         mfu=mfu,
-        compilation=program.seconds,
-        kind=call.kind,
-        reads=call.reads,
-        head=call.head / count,
+        compilation=program.compile_seconds,
+        kind=call.call_scaling,
+        reads=call.kernel_bytes_read,
+        head=call.head_flops / num_devices,
     )
 
 
-def fullest(found: dict[str, list[Row]]) -> float:
+def find_peak_gib(stage_costs: dict[str, list[ProgramCost]]) -> float:
     """GiB of the largest of all programs, with what lies beside it."""
-    return max(row.total for rows in found.values() for row in rows) / GIB
+    return max(row.total_bytes for rows in stage_costs.values() for row in rows) / GIB
 
 
-def summary(c: ConfigDict, topology: str, found: dict[str, list[Row]]) -> dict[str, Any]:
+def summarise_run(
+    c: ConfigDict, topology: str, stage_costs: dict[str, list[ProgramCost]]
+) -> dict[str, Any]:
     """What --json prints of a run that fits."""
-    chip, count = aot.chip(topology), len(aot.devices(topology))
+    chip, count = aot.get_chip(topology), len(aot.get_devices(topology))
     chips = count // 2 if topology.startswith("v4") else count
-    told, hours = {}, 0.0
-    for name, rows in found.items():
+    stages, hours = {}, 0.0
+    for name, rows in stage_costs.items():
         seconds = sum(row.seconds for row in rows)
         hours += seconds * c[name].steps * chips / 3600
-        told[name] = {
-            "programs": [{**dataclasses.asdict(row), "peak_with_all": row.total} for row in rows],
+        stages[name] = {
+            "programs": [
+                {**dataclasses.asdict(row), "peak_with_all": row.total_bytes} for row in rows
+            ],
             "seconds_per_step_at_least": seconds,
             "steps_per_hour_at_most": 3600 / seconds,
         }
@@ -111,22 +121,22 @@ def summary(c: ConfigDict, topology: str, found: dict[str, list[Row]]) -> dict[s
         "devices": count,
         "hbm_gib": chip.hbm_gib,
         "fits": True,
-        "peak_gib": fullest(found),
-        "stages": told,
+        "peak_gib": find_peak_gib(stage_costs),
+        "stages": stages,
         "chip_hours_at_least": hours,
     }
 
 
-def show(c: ConfigDict, topology: str, found: dict[str, list[Row]]) -> str:
+def render_tables(c: ConfigDict, topology: str, stage_costs: dict[str, list[ProgramCost]]) -> str:
     """The tables."""
-    chip, told = aot.chip(topology), summary(c, topology, found)
+    chip, summary = aot.get_chip(topology), summarise_run(c, topology, stage_costs)
     out = [
-        f"{topology}: {told['devices']} devices of {chip.hbm_gib} GiB, "
+        f"{topology}: {summary['devices']} devices of {chip.hbm_gib} GiB, "
         f"{chip.bf16_tflops:g} TFLOP/s, {chip.hbm_gbs:g} GB/s; config.mesh {dict(c.mesh)}"
     ]
     head = ("", "peak GiB", "alone", "of it temp.", "TFLOP", "useful", "GB HBM", "GB links")
     line = "{:<16}{:>9}{:>9}{:>12}{:>9}{:>8}{:>9}{:>9}{:>9}{:>10}{:>8}  {}"
-    for name, rows in found.items():
+    for name, rows in stage_costs.items():
         out += [f"stage {name}", line.format(*head, "calls", "s a step", "MFU <=", "bound by")]
         for row in rows:
             links = None
@@ -138,7 +148,7 @@ def show(c: ConfigDict, topology: str, found: dict[str, list[Row]]) -> str:
             out.append(
                 line.format(
                     row.name,
-                    f"{row.total / GIB:.2f}",
+                    f"{row.total_bytes / GIB:.2f}",
                     f"{row.peak / GIB:.2f}",
                     f"{row.temporaries / GIB:.2f}",
                     f"{(whole if whole is not None else row.useful) / 1e12:.3g}",
@@ -155,11 +165,11 @@ def show(c: ConfigDict, topology: str, found: dict[str, list[Row]]) -> str:
                 kinds = row.collectives.items()
                 said = (f"{kind} {n} x, {size / 1e9:.3g} GB" for kind, (n, size) in kinds)
                 out.append("           " + "; ".join(said))
-        step = told["stages"][name]
+        step = summary["stages"][name]
         out.append(
             f"  at least {step['seconds_per_step_at_least']:.3g} s a step, at most "
             f"{step['steps_per_hour_at_most']:.3g} steps an hour"
         )
-    out.append(f"fits: {told['peak_gib']:.2f} of {chip.hbm_gib} GiB a device at the fullest")
-    out.append(f"{told['chip_hours_at_least']:.3g} chip-hours at least for all steps")
+    out.append(f"fits: {summary['peak_gib']:.2f} of {chip.hbm_gib} GiB a device at the fullest")
+    out.append(f"{summary['chip_hours_at_least']:.3g} chip-hours at least for all steps")
     return "\n".join(out)

@@ -12,34 +12,38 @@ from distill.policy.policy import Policy
 from distill.runtime import run_files
 from models.errors import UserError
 from models.qwen3 import adapter, weights
-from models.qwen3.lora import MLP
+from models.qwen3.lora import MLP_TARGETS
 from models.qwen3.model import Params
 
-MARK = "export.json"  # what an export can be known by, and replaced
+EXPORT_FILE = "export.json"  # what an export can be known by, and replaced
 
 
-def save(model: Policy, directory: Path, dtype: str) -> None:
+def save_model(model: Policy, directory: Path, dtype: str) -> None:
     """Writes a Hugging Face directory: weights in `dtype`, config, stop ids, tokenizer."""
     weights.save(model.params, model.config, directory, jnp.dtype(dtype))
-    chat.copy(hub.resolve(model.path), model.tokenizer_dir, model.stop_ids, directory)
+    chat.copy_tokenizer(
+        hub.resolve_model_dir(model.path), model.tokenizer_dir, model.stop_ids, directory
+    )
 
 
-def save_adapter(run: Policy, trained: Params, directory: Path, dtype: str) -> None:
+def save_adapter(run: Policy, lora_params: Params, directory: Path, dtype: str) -> None:
     """Writes what a LoRA run has trained as a PEFT adapter to the run's base, and its tokenizer."""
-    kind, base = hub.lora_of(run.path), hub.origin(run.path)
-    assert kind is not None
-    if len(set(run.config.sparse_layers)) == 2 and not set(MLP).isdisjoint(kind.targets):
-        run_files.say(
+    lora_config, base = hub.read_run_lora(run.path), hub.find_base_model(run.path)
+    assert lora_config is not None
+    if len(set(run.config.sparse_layers)) == 2 and not set(MLP_TARGETS).isdisjoint(
+        lora_config.targets
+    ):
+        run_files.log_line(
             "warning: of layers with and without experts peft 0.21 loads only the former's"
         )
     name = str(Path(base).resolve()) if Path(base).is_dir() else base  # else a hub id
-    adapter.save(trained, kind, run.config, name, directory, jnp.dtype(dtype))
-    chat.copy(hub.resolve(run.path), run.tokenizer_dir, run.stop_ids, directory)
+    adapter.save(lora_params, lora_config, run.config, name, directory, jnp.dtype(dtype))
+    chat.copy_tokenizer(hub.resolve_model_dir(run.path), run.tokenizer_dir, run.stop_ids, directory)
 
 
-def export(
-    run: str | Path,
-    out: str | Path,
+def export_run(
+    run_dir: str | Path,
+    out_dir: str | Path,
     step: int | None = None,
     dtype: str = "float32",
     merge_lora: bool = False,
@@ -53,33 +57,36 @@ def export(
     Raises:
       UserError: if `run` is no run or has no such checkpoint, or `out` holds something else.
     """
-    if not policy.is_run(run):
-        raise UserError(f"--run={run}: no run directory (it has no config.json of a run)")
-    target = Path(out).resolve()
+    if not policy.is_run(run_dir):
+        raise UserError(f"--run={run_dir}: no run directory (it has no config.json of a run)")
+    target = Path(out_dir).resolve()
     if target.exists() and not target.is_dir():
-        raise UserError(f"--out={out}: is there and not a directory")
-    if target.exists() and any(target.iterdir()) and not (target / MARK).is_file():
-        raise UserError(f"--out={out}: holds files that are no earlier export")
-    model, adapted = policy.reader(str(run), "float32"), policy.lora_of(run) is not None
-    trained, step = policy.restore_trained(model, step, average)
-    whole = None
-    if merge_lora or not adapted:
-        whole = policy.restore(model, step, "float32", average)[0]
+        raise UserError(f"--out={out_dir}: is there and not a directory")
+    if target.exists() and any(target.iterdir()) and not (target / EXPORT_FILE).is_file():
+        raise UserError(f"--out={out_dir}: holds files that are no earlier export")
+    model, has_lora = (
+        policy.make_abstract_for_inference(str(run_dir), "float32"),
+        policy.read_run_lora(run_dir) is not None,
+    )
+    trained_params, step = policy.restore_trained_params(model, step, average)
+    full_policy = None
+    if merge_lora or not has_lora:
+        full_policy = policy.restore(model, step, "float32", average)[0]
     fresh, old = (target.with_name(f".{target.name}.{end}") for end in ("new", "old"))
     for path in (fresh, old):  # left by an export that was killed
         shutil.rmtree(path, ignore_errors=True)
     try:
-        if adapted:
-            save_adapter(model, trained, fresh / "adapter" if whole else fresh, dtype)
-        if whole:
-            save(whole, fresh, dtype)
-        made_of = {"run": os.fspath(run), "step": step, "dtype": dtype, "average": average}
-        run_files.write_json(fresh / MARK, made_of)
+        if has_lora:
+            save_adapter(model, trained_params, fresh / "adapter" if full_policy else fresh, dtype)
+        if full_policy:
+            save_model(full_policy, fresh, dtype)
+        provenance = {"run": os.fspath(run_dir), "step": step, "dtype": dtype, "average": average}
+        run_files.write_json(fresh / EXPORT_FILE, provenance)
         if target.exists():
             target.rename(old)
         fresh.rename(target)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"--out={out}: {error}") from error
+        raise UserError(f"--out={out_dir}: {error}") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

@@ -10,10 +10,12 @@ from models.qwen3.lora import LORA
 from models.qwen3.model import Params, Qwen3
 
 
-def hidden(qwen3: Qwen3, params: Params, batch: Batch, trained: Params | None = None) -> jax.Array:
+def compute_hidden(
+    qwen3: Qwen3, params: Params, batch: Batch, lora_params: Params | None = None
+) -> jax.Array:
     """Final hidden states [B, T, D] of a batch, in the model's dtype; `trained` as in `routed`."""
     out_BTD, _ = qwen3.apply(
-        {"params": params} if trained is None else {"params": params, LORA: trained},
+        {"params": params} if lora_params is None else {"params": params, LORA: lora_params},
         batch.tokens_BT,
         batch.positions_BT,
         batch.segments_BT,
@@ -21,8 +23,8 @@ def hidden(qwen3: Qwen3, params: Params, batch: Batch, trained: Params | None = 
     return out_BTD
 
 
-def routed(
-    qwen3: Qwen3, params: Params, batch: Batch, trained: Params | None = None
+def compute_hidden_and_router_stats(
+    qwen3: Qwen3, params: Params, batch: Batch, lora_params: Params | None = None
 ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
     """`hidden`, and (sum, count) pairs of what the routers did (models.qwen3.moe.sums).
 
@@ -30,7 +32,7 @@ def routed(
     chose, they are chosen again.
     """
     applied: Any = qwen3.apply(
-        {"params": params} if trained is None else {"params": params, LORA: trained},
+        {"params": params} if lora_params is None else {"params": params, LORA: lora_params},
         batch.tokens_BT,
         batch.positions_BT,
         batch.segments_BT,
@@ -38,10 +40,10 @@ def routed(
         mutable=[moe.ROUTER],
     )
     (out_BTD, _), noted = applied
-    return out_BTD, moe.sums(noted.get(moe.ROUTER, {}))
+    return out_BTD, moe.sum_router_stats(noted.get(moe.ROUTER, {}))
 
 
-def chosen(qwen3: Qwen3, params: Params, batch: Batch) -> jax.Array:
+def compute_chosen_experts(qwen3: Qwen3, params: Params, batch: Batch) -> jax.Array:
     """Which experts a forward pass chooses, [B, T, L, A] int16: what Batch.experts_BTLA holds."""
     applied: Any = qwen3.apply(
         {"params": params},
@@ -50,4 +52,4 @@ def chosen(qwen3: Qwen3, params: Params, batch: Batch) -> jax.Array:
         batch.segments_BT,
         mutable=[moe.CHOSEN],
     )
-    return moe.chosen(applied[1][moe.CHOSEN])
+    return moe.get_chosen_experts(applied[1][moe.CHOSEN])

@@ -16,23 +16,23 @@ from models.qwen3.lora import LoRA
 
 def is_run(path: str | Path) -> bool:
     """Whether `path` is the directory of a training run."""
-    return _student(path) is not None
+    return _read_student_config(path) is not None
 
 
-def lora_of(path: str | Path) -> LoRA | None:
+def read_run_lora(path: str | Path) -> LoRA | None:
     """The LoRA that the run directory `path` trains; None of a run that trains all parameters."""
-    fields: dict[str, Any] = (_student(path) or {}).get("lora") or {}
+    fields: dict[str, Any] = (_read_student_config(path) or {}).get("lora") or {}
     if not fields.get("rank"):
         return None
     return LoRA(fields["rank"], fields["alpha"], fields["rslora"], tuple(fields["targets"]))
 
 
-def keeps_average(path: str | Path) -> bool:
+def has_moving_average(path: str | Path) -> bool:
     """Whether the run directory `path` keeps a moving average of what it trains."""
-    return bool((_student(path) or {}).get("ema"))
+    return bool((_read_student_config(path) or {}).get("ema"))
 
 
-def _student(path: str | Path) -> dict[str, Any] | None:
+def _read_student_config(path: str | Path) -> dict[str, Any] | None:
     """The config of the run directory `path` about its student; None if it is no run directory."""
     try:
         fields = json.loads((epath.Path(path) / "config.json").read_text())
@@ -41,7 +41,7 @@ def _student(path: str | Path) -> dict[str, Any] | None:
         return None  # whoever reads it as a model directory says what is wrong with it
 
 
-def resolve(path: str | Path) -> Path:
+def resolve_model_dir(path: str | Path) -> Path:
     """The local directory in Hugging Face format behind a name; a hub id is fetched.
 
     Of a run it is its student's, of an adapter its base's: architecture and tokenizer, but not the
@@ -50,40 +50,42 @@ def resolve(path: str | Path) -> Path:
     Raises:
       UserError: if there is nothing of this name, here or on the hub.
     """
-    return local(origin(path))
+    return to_local_dir(find_base_model(path))
 
 
-def origin(path: str | Path) -> str:
+def find_base_model(path: str | Path) -> str:
     """The model, a path or a hub id, that a run or an adapter began with; of a model its own name.
 
     A base is looked for as peft does, from the working directory, and then from the adapter's.
     """
-    student = _student(path)
+    student = _read_student_config(path)
     if student is not None:
         try:
-            return origin(student["path"])
+            return find_base_model(student["path"])
         except UserError as error:
             raise UserError(f"{path}/config.json: student.path: {error}") from None
-    directory = local(path)
+    directory = to_local_dir(path)
     if not adapter.is_adapter(directory):
         return str(path)
-    name = adapter.base(directory)
+    name = adapter.read_base_name(directory)
     base = directory / name if (directory / name).is_dir() and not Path(name).is_dir() else name
     try:
-        if adapter.is_adapter(local(base)) or is_run(base):
+        if adapter.is_adapter(to_local_dir(base)) or is_run(base):
             raise UserError(f"{base}: no model directory, but an adapter or a run")
     except UserError as error:
-        raise UserError(f"{directory}/{adapter.CONFIG}: base_model_name_or_path: {error}") from None
+        raise UserError(
+            f"{directory}/{adapter.CONFIG_FILE}: base_model_name_or_path: {error}"
+        ) from None
     return str(base)
 
 
-def tokenizer_directory(path: str | Path) -> Path:
+def resolve_tokenizer_dir(path: str | Path) -> Path:
     """Where the tokenizer of a model, or of a run's student, is."""
-    taken = (_student(path) or {}).get("tokenizer")
-    return tokenizer_directory(taken) if taken else resolve(path)
+    tokenizer_path = (_read_student_config(path) or {}).get("tokenizer")
+    return resolve_tokenizer_dir(tokenizer_path) if tokenizer_path else resolve_model_dir(path)
 
 
-def local(path: str | Path) -> Path:
+def to_local_dir(path: str | Path) -> Path:
     """The directory of this name, or that of a hub id, which is fetched."""
     # What lies in a folder that is there is meant as a path, though it may look like a hub id.
     if Path(path).exists() or Path(path).parent.is_dir():
@@ -92,11 +94,11 @@ def local(path: str | Path) -> Path:
         return Path(path)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise UserError(f"{path}: no model directory")
-    return _fetch(str(path))
+    return _download_repository(str(path))
 
 
 @functools.cache
-def _fetch(repository: str) -> Path:
+def _download_repository(repository: str) -> Path:
     # Weights in safetensors only: a pickle would be code.
     patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
     try:

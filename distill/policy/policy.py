@@ -20,7 +20,14 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from distill.data import chat
-from distill.policy.hub import is_run, keeps_average, local, lora_of, resolve, tokenizer_directory
+from distill.policy.hub import (
+    has_moving_average,
+    is_run,
+    read_run_lora,
+    resolve_model_dir,
+    resolve_tokenizer_dir,
+    to_local_dir,
+)
 from distill.runtime import mesh as mesh_lib
 from distill.runtime import run_files
 from distill.runtime.checkpoint import Checkpoints
@@ -31,7 +38,7 @@ from models.qwen3.lora import LoRA
 from models.qwen3.model import Params, Qwen3
 
 DTYPES = ("float32", "bfloat16")  # of activations, and of parameters
-PARAM_DTYPES = (*DTYPES, *quantised.LARGEST)  # of the parameters of a model that is only read
+PARAM_DTYPES = (*DTYPES, *quantised.MAX_VALUES)  # of the parameters of a model that is only read
 
 Convert = Callable[[tuple, jax.Array], Any]  # (path, parameter) -> what stands in its place
 
@@ -52,16 +59,16 @@ class Policy:
     tokenizer_dir: Path = Path()  # where `tokenizer` was read
 
 
-def describe(
+def make_abstract(
     path: str,
     dtype: str,
     remat: bool,
     mesh: Mesh,
     *,
-    trained: LoRA | None = None,
+    lora_config: LoRA | None = None,
     kernel: str = "auto",
     packed: bool = True,
-    tokenizer_of: str = "",
+    tokenizer_path: str = "",
 ) -> Policy:
     """Everything about the model but its parameters, which are shapes with shardings.
 
@@ -76,55 +83,65 @@ def describe(
       UserError: if the directory is no Qwen3, the mesh does not divide it, or the tokenizer has
         other ids for the tokens of the model's own.
     """
-    directory, tokenizer_dir = resolve(path), tokenizer_directory(tokenizer_of or path)
+    directory, tokenizer_dir = (
+        resolve_model_dir(path),
+        resolve_tokenizer_dir(tokenizer_path or path),
+    )
     config = Config.from_directory(directory)
-    mesh_lib.check(config, mesh, f"{path}/config.json")
+    mesh_lib.check_divisible(config, mesh, f"{path}/config.json")
     tokenizer = chat.load_tokenizer(tokenizer_dir)
-    stops = set(chat.stop_ids(directory, tokenizer))
+    stops = set(chat.load_stop_ids(directory, tokenizer))
     if tokenizer_dir != directory:
-        chat.require_extended(chat.load_tokenizer(directory), tokenizer, (path, str(tokenizer_dir)))
-        stops |= {i for i in chat.stop_ids(tokenizer_dir) if i < config.vocab_size}
-    found = shaped(path, config, dtype, remat, mesh, trained=trained, kernel=kernel, packed=packed)
+        chat.require_vocab_subset(
+            chat.load_tokenizer(directory), tokenizer, (path, str(tokenizer_dir))
+        )
+        stops |= {i for i in chat.load_stop_ids(tokenizer_dir) if i < config.vocab_size}
+    abstract_policy = make_abstract_from_config(
+        path, config, dtype, remat, mesh, lora_config=lora_config, kernel=kernel, packed=packed
+    )
     return dataclasses.replace(
-        found, tokenizer=tokenizer, stop_ids=tuple(sorted(stops)), tokenizer_dir=tokenizer_dir
+        abstract_policy,
+        tokenizer=tokenizer,
+        stop_ids=tuple(sorted(stops)),
+        tokenizer_dir=tokenizer_dir,
     )
 
 
-def shaped(
+def make_abstract_from_config(
     path: str,
     config: Config,
     dtype: str,
     remat: bool,
     mesh: Mesh,
     *,
-    trained: LoRA | None = None,
+    lora_config: LoRA | None = None,
     kernel: str = "auto",
     packed: bool = True,
 ) -> Policy:
     """`describe` for a model of which only the config is at hand: no tokenizer, no stop ids."""
     platform = mesh.devices.flat[0].platform
-    kernel = attention.choose(kernel, platform, config.head_dim, jnp.dtype(dtype), packed)
-    qwen3 = Qwen3(config, dtype=jnp.dtype(dtype), remat=remat, kernel=kernel, lora=trained)
-    return Policy(path, config, qwen3, mesh_lib.parameters(config, mesh), None, ())
+    kernel = attention.choose_kernel(kernel, platform, config.head_dim, jnp.dtype(dtype), packed)
+    qwen3 = Qwen3(config, dtype=jnp.dtype(dtype), remat=remat, kernel=kernel, lora=lora_config)
+    return Policy(path, config, qwen3, mesh_lib.make_abstract_params(config, mesh), None, ())
 
 
-def reader(path: str, dtype: str, mesh: Mesh | None = None) -> Policy:
+def make_abstract_for_inference(path: str, dtype: str, mesh: Mesh | None = None) -> Policy:
     """`describe` and `check` for the verbs that only read a model: spread over all devices.
 
     dtype "" is bfloat16, but float32 on CPU, which computes it faster.
     """
-    mesh = mesh or mesh_lib.spread(Config.from_directory(resolve(path)))
-    described = describe(path, dtype or default_dtype(), False, mesh, packed=False)
-    check(described)
-    return described
+    mesh = mesh or mesh_lib.make_reader_mesh(Config.from_directory(resolve_model_dir(path)))
+    abstract_policy = make_abstract(path, dtype or get_default_dtype(), False, mesh, packed=False)
+    check_files(abstract_policy)
+    return abstract_policy
 
 
-def default_dtype() -> str:
+def get_default_dtype() -> str:
     """The faster dtype of activations on this platform."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def mesh_of(policy: Policy) -> Mesh:
+def get_mesh(policy: Policy) -> Mesh:
     """The mesh that the parameters, or their shapes, lie on."""
     return jax.tree.leaves(policy.params)[0].sharding.mesh
 
@@ -136,7 +153,7 @@ def use(policy: Policy) -> Iterator[None]:
     TPUs and GPUs else multiply float32 in fewer bits.
     """
     precision = "highest" if policy.model.dtype == jnp.float32 else None
-    with mesh_lib.use(mesh_of(policy)), jax.default_matmul_precision(precision):
+    with mesh_lib.use_mesh(get_mesh(policy)), jax.default_matmul_precision(precision):
         yield
 
 
@@ -152,67 +169,86 @@ def load(policy: Policy, param_dtype: str) -> Policy:
     """
     if is_run(policy.path):
         return restore(policy, None, param_dtype)[0]
-    kind = _adapted(policy)
-    if kind is None or policy.model.lora is not None:
-        return dataclasses.replace(policy, params=_base(policy, param_dtype))
-    return _merged(policy, _stored(policy, kind), kind, param_dtype)
+    lora_config = _read_adapter_lora(policy)
+    if lora_config is None or policy.model.lora is not None:
+        return dataclasses.replace(policy, params=_load_base_params(policy, param_dtype))
+    return _load_merged(policy, _load_adapter_params(policy, lora_config), lora_config, param_dtype)
 
 
-def loaded(policy: Policy, param_dtype: str) -> Params:
+def make_abstract_params(policy: Policy, param_dtype: str) -> Params:
     """Shapes of what `load` would read, with dtypes and shardings."""
-    kind, dtype = quantised.split(param_dtype, policy.model.dtype)
-    shapes = quantised.abstract(policy.params, kind) if kind else policy.params
+    quant_type, dtype = quantised.split_dtypes(param_dtype, policy.model.dtype)
+    shapes = quantised.quantise_shapes(policy.params, quant_type) if quant_type else policy.params
 
-    def cast(x: Any) -> Any:
+    def cast_shape(x: Any) -> Any:
         if quantised.is_quantised(x):
             return x
         return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
 
-    return jax.tree.map(cast, shapes, is_leaf=quantised.is_quantised)
+    return jax.tree.map(cast_shape, shapes, is_leaf=quantised.is_quantised)
 
 
-def _base(policy: Policy, param_dtype: str, convert: Convert | None = None) -> Params:
+def _load_base_params(policy: Policy, param_dtype: str, convert: Convert | None = None) -> Params:
     """The parameters of the model directory that a described policy comes from."""
-    kind, dtype = quantised.split(param_dtype, policy.model.dtype)
-    shapes = quantised.abstract(policy.params, kind) if kind else policy.params
-    shardings = _shardings(shapes)
-    with run_files.progress(weights.reads(shapes, shardings), 0, f"load {policy.path}") as bar:
-        note = lambda done: bar.update(done, {})  # noqa: E731
+    quant_type, dtype = quantised.split_dtypes(param_dtype, policy.model.dtype)
+    shapes = quantised.quantise_shapes(policy.params, quant_type) if quant_type else policy.params
+    shardings = _get_shardings(shapes)
+    with run_files.show_progress(
+        weights.count_reads(shapes, shardings), 0, f"load {policy.path}"
+    ) as bar:
+        report_progress = lambda done: bar.update(done, {})  # noqa: E731
         return weights.load(
-            resolve(policy.path), policy.config, shapes, shardings, dtype, note, convert=convert
+            resolve_model_dir(policy.path),
+            policy.config,
+            shapes,
+            shardings,
+            dtype,
+            report_progress,
+            convert=convert,
         )
 
 
-def _converter(
-    policy: Policy, param_dtype: str, trained: Params | None = None, kind: LoRA | None = None
+def _make_converter(
+    policy: Policy,
+    param_dtype: str,
+    lora_params: Params | None = None,
+    lora_config: LoRA | None = None,
 ) -> Convert:
     """What becomes of each float32 parameter of a described policy as it is read: its LoRA merged,
     if there is one, and all of it in `param_dtype`. So the model is never whole in float32."""
-    to, dtype = quantised.split(param_dtype, policy.model.dtype)
+    quant_type, dtype = quantised.split_dtypes(param_dtype, policy.model.dtype)
 
-    def convert(path: tuple, x: jax.Array) -> Any:
-        def place(leaf: Any) -> Params:
+    def convert_param(path: tuple, x: jax.Array) -> Any:
+        def nest_leaf(leaf: Any) -> Params:
             return functools.reduce(lambda tree, key: {key.key: tree}, reversed(path), leaf)
 
-        def one(tree: Params, trained: Params | None) -> Params:
-            if trained is not None and kind is not None:
-                tree = lora.merge(tree, trained, kind, jnp.dtype("float32"))
-            return quantised.tree(tree, to, dtype)
+        def merge_and_quantise(tree: Params, lora_params: Params | None) -> Params:
+            if lora_params is not None and lora_config is not None:
+                tree = lora.merge_adapter(tree, lora_params, lora_config, jnp.dtype("float32"))
+            return quantised.quantise_params(tree, quant_type, dtype)
 
-        like = functools.reduce(lambda tree, key: tree[key.key], path, policy.params)
-        shapes = quantised.abstract(place(like), to) if to else place(like)
-        made = jax.jit(one, out_shardings=_shardings(shapes))(place(x), trained)
-        return functools.reduce(lambda tree, key: tree[key.key], path, made)
+        shape = functools.reduce(lambda tree, key: tree[key.key], path, policy.params)
+        shapes = (
+            quantised.quantise_shapes(nest_leaf(shape), quant_type)
+            if quant_type
+            else nest_leaf(shape)
+        )
+        converted = jax.jit(merge_and_quantise, out_shardings=_get_shardings(shapes))(
+            nest_leaf(x), lora_params
+        )
+        return functools.reduce(lambda tree, key: tree[key.key], path, converted)
 
-    return convert
+    return convert_param
 
 
-def _merged(policy: Policy, trained: Params, kind: LoRA, param_dtype: str) -> Policy:
-    convert = _converter(policy, param_dtype, trained, kind)
-    return dataclasses.replace(policy, params=_base(policy, "float32", convert))
+def _load_merged(
+    policy: Policy, lora_params: Params, lora_config: LoRA, param_dtype: str
+) -> Policy:
+    convert = _make_converter(policy, param_dtype, lora_params, lora_config)
+    return dataclasses.replace(policy, params=_load_base_params(policy, "float32", convert))
 
 
-def sampled(policy: Policy) -> Callable[[Params], Params]:
+def make_sampler_params_fn(policy: Policy) -> Callable[[Params], Params]:
     """The function from what is trained to what a sampler reads, which knows nothing of LoRA.
 
     `policy` is loaded where it trains a LoRA: its frozen parameters are merged with it in float32,
@@ -221,69 +257,76 @@ def sampled(policy: Policy) -> Callable[[Params], Params]:
     if policy.model.lora is None:
         return lambda trained: trained
     # The base may be in 8 bits, what is merged is not.
-    return functools.partial(merging(policy), policy.params)
+    return functools.partial(make_lora_merge_fn(policy), policy.params)
 
 
-def merging(policy: Policy) -> Any:
+def make_lora_merge_fn(policy: Policy) -> Any:
     """The jitted function of a frozen base and a LoRA that `sampled` merges by; of a policy that
     may be described alone."""
-    plain, kind = mesh_lib.parameters(policy.config, mesh_of(policy)), policy.model.lora
-    assert kind is not None
+    merged_shapes, lora_config = (
+        mesh_lib.make_abstract_params(policy.config, get_mesh(policy)),
+        policy.model.lora,
+    )
+    assert lora_config is not None
 
-    def merged(base: Params, trained: Params) -> Params:
-        return lora.merge(base, trained, lora=kind, dtype=policy.model.dtype)
+    def merge_lora(base: Params, lora_params: Params) -> Params:
+        return lora.merge_adapter(base, lora_params, lora=lora_config, dtype=policy.model.dtype)
 
-    return jax.jit(merged, out_shardings=_shardings(plain))
+    return jax.jit(merge_lora, out_shardings=_get_shardings(merged_shapes))
 
 
-def _shardings(params: Params) -> Any:
+def _get_shardings(params: Params) -> Any:
     return jax.tree.map(lambda p: p.sharding, params)
 
 
 def is_adapter(path: str) -> bool:
     """Whether `path` names a PEFT adapter."""
-    return not is_run(path) and adapter.is_adapter(local(path))
+    return not is_run(path) and adapter.is_adapter(to_local_dir(path))
 
 
-def _adapted(policy: Policy) -> LoRA | None:
+def _read_adapter_lora(policy: Policy) -> LoRA | None:
     """The LoRA of the adapter directory that the policy's path names; None of another path."""
-    directory = local(policy.path)
-    return adapter.describe(directory, policy.config) if adapter.is_adapter(directory) else None
+    directory = to_local_dir(policy.path)
+    return (
+        adapter.read_lora_config(directory, policy.config)
+        if adapter.is_adapter(directory)
+        else None
+    )
 
 
-def _stored(policy: Policy, kind: LoRA) -> Params:
+def _load_adapter_params(policy: Policy, lora_config: LoRA) -> Params:
     """The LoRA of an adapter directory, float32."""
-    shapes = mesh_lib.parameters(policy.config, mesh_of(policy), kind)
-    return adapter.load(local(policy.path), policy.config, shapes, _shardings(shapes))
+    shapes = mesh_lib.make_abstract_params(policy.config, get_mesh(policy), lora_config)
+    return adapter.load(to_local_dir(policy.path), policy.config, shapes, _get_shardings(shapes))
 
 
-def check(policy: Policy, step: int | None = None) -> None:
+def check_files(policy: Policy, step: int | None = None) -> None:
     """Raises UserError if `load` (or `restore` of a step) would find files missing or wrong,
     without reading a weight; for a policy that trains a LoRA also if its path cannot be the base,
     or holds another LoRA."""
-    path, wanted = policy.path, policy.model.lora
+    path, expected_lora = policy.path, policy.model.lora
     if is_run(path):
-        if wanted is not None:
+        if expected_lora is not None:
             raise UserError(f"{path}: a run, whose parameters may change; export it for a base")
-        if newest_step(path) is None:
+        if find_newest_step(path) is None:
             raise UserError(f"{path}: a run without a checkpoint yet")
-        with Checkpoints(epath.Path(path) / "checkpoints") as saved:
-            saved.require(step)
-    if not is_run(path) or lora_of(path):
-        weights.check(resolve(path), policy.config, policy.params)
-    kind = None if is_run(path) else _adapted(policy)
-    if kind is not None:
-        shapes = mesh_lib.parameters(policy.config, mesh_of(policy), kind)
-        adapter.check(local(path), policy.config, shapes)
-        if wanted is not None:
-            _require_same(path, kind, wanted)
+        with Checkpoints(epath.Path(path) / "checkpoints") as checkpoints:
+            checkpoints.check_step(step)
+    if not is_run(path) or read_run_lora(path):
+        weights.check_weights(resolve_model_dir(path), policy.config, policy.params)
+    adapter_lora = None if is_run(path) else _read_adapter_lora(policy)
+    if adapter_lora is not None:
+        shapes = mesh_lib.make_abstract_params(policy.config, get_mesh(policy), adapter_lora)
+        adapter.check_adapter(to_local_dir(path), policy.config, shapes)
+        if expected_lora is not None:
+            _require_same_lora(path, adapter_lora, expected_lora)
 
 
-def _require_same(path: str, found: LoRA, wanted: LoRA) -> None:
+def _require_same_lora(path: str, actual: LoRA, expected: LoRA) -> None:
     for name, theirs, ours in (
-        ("rank", found.rank, wanted.rank),
-        ("scale", f"{found.scale:g}", f"{wanted.scale:g}"),
-        ("targets", sorted(found.targets), sorted(set(wanted.targets))),
+        ("rank", actual.rank, expected.rank),
+        ("scale", f"{actual.scale:g}", f"{expected.scale:g}"),
+        ("targets", sorted(actual.targets), sorted(set(expected.targets))),
     ):
         if theirs != ours:
             raise UserError(
@@ -297,45 +340,47 @@ def restore(
     """The parameters of a described run after `step` (None: the newest whole checkpoint), or their
     moving average, cast to `param_dtype`, and that step; a LoRA is merged. Raises UserError as
     `restore_trained` does."""
-    kind = lora_of(policy.path)
-    if kind is not None:
-        trained, step = restore_trained(policy, step, average)
-        return _merged(policy, trained, kind, param_dtype), step
-    convert = None if param_dtype == "float32" else _converter(policy, param_dtype)
-    params, step = restore_trained(policy, step, average, convert)
+    lora_config = read_run_lora(policy.path)
+    if lora_config is not None:
+        lora_params, step = restore_trained_params(policy, step, average)
+        return _load_merged(policy, lora_params, lora_config, param_dtype), step
+    convert = None if param_dtype == "float32" else _make_converter(policy, param_dtype)
+    params, step = restore_trained_params(policy, step, average, convert)
     return dataclasses.replace(policy, params=params), step
 
 
-def restore_trained(
+def restore_trained_params(
     policy: Policy, step: int | None, average: bool = False, convert: Convert | None = None
 ) -> tuple[Params, int]:
     """What a described run has trained after `step` (None: the newest whole checkpoint), float32
     unless each parameter is converted, and that step; or its moving average. Raises UserError if
     there is no such checkpoint, saying which there are, or if the run kept no average."""
-    part = "average" if average else "params"
-    if average and not keeps_average(policy.path):
+    entry = "average" if average else "params"
+    if average and not has_moving_average(policy.path):
         raise UserError(f"{policy.path}: a run that kept no moving average (config.student.ema)")
-    mesh = mesh_of(policy)
-    shapes = mesh_lib.parameters(policy.config, mesh, lora_of(policy.path))
-    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.replicated(mesh))
+    mesh = get_mesh(policy)
+    shapes = mesh_lib.make_abstract_params(policy.config, mesh, read_run_lora(policy.path))
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.make_replicated_sharding(mesh))
 
-    def inner(path: tuple, x: jax.Array) -> Any:
-        return convert(path[1:], x) if convert and path[0].key == part else x
+    def convert_restored(path: tuple, x: jax.Array) -> Any:
+        return convert(path[1:], x) if convert and path[0].key == entry else x
 
-    with Checkpoints(epath.Path(policy.path) / "checkpoints") as saved:
-        found = saved.restore({part: shapes, "step": count}, step, inner if convert else None)
-    if found is None:
+    with Checkpoints(epath.Path(policy.path) / "checkpoints") as checkpoints:
+        restored = checkpoints.restore(
+            {entry: shapes, "step": count}, step, convert_restored if convert else None
+        )
+    if restored is None:
         raise UserError(f"{policy.path}: a run without a checkpoint yet")
-    return found[0][part], int(found[0]["step"])
+    return restored[0][entry], int(restored[0]["step"])
 
 
-def newest_step(path: str | Path) -> int | None:
+def find_newest_step(path: str | Path) -> int | None:
     """The step that the run directory `path` now stands for; None of a model directory."""
     if not is_run(path):
         return None
-    with Checkpoints(epath.Path(path) / "checkpoints") as saved:
-        found = saved.latest()
-    return found[0] if found else None
+    with Checkpoints(epath.Path(path) / "checkpoints") as checkpoints:
+        latest = checkpoints.read_latest()
+    return latest[0] if latest else None
 
 
 def require_same_vocabulary(student: Policy, teacher: Policy) -> None:
@@ -345,7 +390,7 @@ def require_same_vocabulary(student: Policy, teacher: Policy) -> None:
         chat.require_same_tokenizer(student.tokenizer, teacher.tokenizer, names)
     except UserError as error:
         try:
-            chat.require_extended(student.tokenizer, teacher.tokenizer, names)
+            chat.require_vocab_subset(student.tokenizer, teacher.tokenizer, names)
         except UserError:
             raise error from None
         remedy = f"--config.student.tokenizer={teacher.path} gives it the teacher's"
@@ -362,31 +407,31 @@ def is_loaded(policy: Policy) -> bool:
     return isinstance(jax.tree.leaves(policy.params)[0], jax.Array)
 
 
-def further_stops(student: Policy, teacher: Policy) -> list[int]:
+def find_extra_stop_ids(student: Policy, teacher: Policy) -> list[int]:
     """Stop ids of a teacher where the student would write on."""
     return sorted(set(teacher.stop_ids) - set(student.stop_ids))
 
 
-def randomise(policy: Policy, key: jax.Array) -> Policy:
+def init_random_policy(policy: Policy, key: jax.Array) -> Policy:
     """A described policy with random float32 parameters, drawn where they will live."""
-    return dataclasses.replace(policy, params=_drawn(policy, key, None))
+    return dataclasses.replace(policy, params=_init_params(policy, key, None))
 
 
-def first(policy: Policy, key: jax.Array) -> Params:
+def load_or_init_lora(policy: Policy, key: jax.Array) -> Params:
     """The LoRA that a policy which trains one begins with: its adapter's, or a new one."""
-    kind = policy.model.lora
-    assert kind is not None
-    if adapter.is_adapter(local(policy.path)):
-        return _stored(policy, kind)
-    return _drawn(policy, key, kind)
+    lora_config = policy.model.lora
+    assert lora_config is not None
+    if adapter.is_adapter(to_local_dir(policy.path)):
+        return _load_adapter_params(policy, lora_config)
+    return _init_params(policy, key, lora_config)
 
 
-def _drawn(policy: Policy, key: jax.Array, kind: LoRA | None) -> Params:
-    return drawing(policy, kind)(key)
+def _init_params(policy: Policy, key: jax.Array, lora_config: LoRA | None) -> Params:
+    return make_init_fn(policy, lora_config)(key)
 
 
-def drawing(policy: Policy, kind: LoRA | None) -> Any:
+def make_init_fn(policy: Policy, lora_config: LoRA | None) -> Any:
     """The jitted function of a key that draws parameters, or a LoRA, where they will live."""
-    shapes = mesh_lib.parameters(policy.config, mesh_of(policy), kind)
-    init = functools.partial(model.init, policy.config, lora=kind)
-    return jax.jit(init, out_shardings=_shardings(shapes))
+    shapes = mesh_lib.make_abstract_params(policy.config, get_mesh(policy), lora_config)
+    init = functools.partial(model.init_params, policy.config, lora=lora_config)
+    return jax.jit(init, out_shardings=_get_shardings(shapes))

@@ -31,14 +31,16 @@ OUTCOMES = ("correct", "wrong", "no_answer", "unparsed", "timeout", "error")
 Grade = dict[str, object]
 """`outcome`, one of OUTCOMES, and whatever else a grader found."""
 
-_GRACE = 2.0  # seconds that the pool is given to end a worker whose time is over
-_MEMORY = 8 * 2**30  # bytes of address space of a worker; importing all that it needs takes 2
+_GRACE_SECONDS = 2.0  # seconds that the pool is given to end a worker whose time is over
+_WORKER_MEMORY_BYTES = (
+    8 * 2**30
+)  # bytes of address space of a worker; importing all that it needs takes 2
 
 # An answer is short; a longer one is not worth the algebra.
 MAX_ANSWER_CHARACTERS = 1000
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _BOXED = re.compile(r"\\boxed\s*\{")
-_MARKED = re.compile(
+_ANSWER_MARKER = re.compile(
     r"(?:^[ \t]*A:|####|\b[Tt]he (?:final )?answer is:?)[ \t]*(\S.*)$", re.MULTILINE
 )
 _NUMBER = re.compile(
@@ -46,7 +48,7 @@ _NUMBER = re.compile(
 )
 
 
-def final_text(response: str) -> str | None:
+def strip_thinking(response: str) -> str | None:
     """What a response says after thinking: the text behind its last `</think>`.
 
     The whole text where there is no think block; None where one was opened and never closed.
@@ -60,7 +62,7 @@ def grade_arithmetic(response: str, answer: str) -> str:
 
     "error" where `answer` is no integer.
     """
-    final = final_text(response)
+    final = strip_thinking(response)
     if final is None or not _INTEGER.fullmatch(final):
         return "no_answer"
     if not _INTEGER.fullmatch(answer):
@@ -68,16 +70,16 @@ def grade_arithmetic(response: str, answer: str) -> str:
     return "correct" if int(final) == int(answer) else "wrong"
 
 
-def without_algebra(response: str, answer: str) -> str | None:
+def grade_without_algebra(response: str, answer: str) -> str | None:
     """What `grade_math` finds where no algebra is needed: no answer, one that is too long to try,
     or an integer where an integer is wanted. None where it is needed."""
-    found = find_answer(response)
-    if not found:
+    extracted = extract_answer(response)
+    if not extracted:
         return "no_answer"
-    if len(found) > MAX_ANSWER_CHARACTERS:
+    if len(extracted) > MAX_ANSWER_CHARACTERS:
         return "unparsed"
-    if _INTEGER.fullmatch(found) and _INTEGER.fullmatch(answer):
-        return "correct" if int(found) == int(answer) else "wrong"
+    if _INTEGER.fullmatch(extracted) and _INTEGER.fullmatch(answer):
+        return "correct" if int(extracted) == int(answer) else "wrong"
     return None
 
 
@@ -88,17 +90,17 @@ def grade_math(response: str, answer: str) -> str:
     long to try. Unbounded in time and memory: call it through a Grader. "error" where `answer` does
     not parse.
     """
-    if (known := without_algebra(response, answer)) is not None:
+    if (known := grade_without_algebra(response, answer)) is not None:
         return known
     from math_verify import parse, verify  # slow to import, and only here needed
 
     # It warns that its own timeouts are off; the pool's is the one that counts.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    found = find_answer(response)
+    extracted = extract_answer(response)
     gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=0)
     if not gold:
         return "error"
-    prediction = parse(f"\\boxed{{{found}}}", parsing_timeout=0)
+    prediction = parse(f"\\boxed{{{extracted}}}", parsing_timeout=0)
     if verify(gold, prediction, timeout_seconds=0):
         return "correct"
     # What it cannot read comes back as a text alone.
@@ -114,11 +116,11 @@ GRADERS: dict[str, Callable[[str, str], str | Grade]] = {
     "aime25": grade_math,
     "amc": grade_math,
     "math": grade_math,
-    "ifeval": ifeval.grade,
+    "ifeval": ifeval.grade_instructions,
 }
 
 
-def gradable(benchmark: str, answer: str) -> bool:
+def is_gradable(benchmark: str, answer: str) -> bool:
     """Whether responses can be compared with `answer`, by its form: an integer for the generated
     task; for mathematics something short, its braces in pairs, that is not LaTeX alone.
     Math-verify itself would take minutes over a large set, and knows no more of these."""
@@ -135,9 +137,9 @@ def gradable(benchmark: str, answer: str) -> bool:
 
 
 # Graders that need no protection, or what can be said before one that does is called.
-AT_ONCE: dict[Callable, Callable[[str, str], str | None]] = {
+IN_PROCESS_GRADERS: dict[Callable, Callable[[str, str], str | None]] = {
     grade_arithmetic: grade_arithmetic,
-    grade_math: without_algebra,
+    grade_math: grade_without_algebra,
 }
 
 
@@ -174,10 +176,10 @@ class Grader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, error_type: object, *_: object) -> None:
         if self._pool is not None:
             # Stopped while it replaces a worker, that one would complain at length.
-            self._pool.close() if kind is None else self._pool.stop()
+            self._pool.close() if error_type is None else self._pool.stop()
             self._pool.join()
 
     def submit(self, benchmark: str, response: str, answer: str) -> "Future[str | Grade]":
@@ -188,7 +190,7 @@ class Grader:
         if benchmark not in GRADERS:
             raise UserError(f"benchmark: {benchmark!r} is none of {', '.join(GRADERS)}")
         grade = GRADERS[benchmark]
-        known = AT_ONCE[grade](response, answer) if grade in AT_ONCE else None
+        known = IN_PROCESS_GRADERS[grade](response, answer) if grade in IN_PROCESS_GRADERS else None
         if known is not None:
             done: Future[str | Grade] = Future()
             done.set_result(known)
@@ -197,41 +199,41 @@ class Grader:
             self._pool = ProcessPool(
                 max_workers=self._workers,
                 context=_Context(),
-                initializer=_prepare,
+                initializer=_init_worker,
                 initargs=(grade,),
             )
-        arguments = (grade, response, answer, self._timeout + _GRACE)
-        return self._pool.schedule(_bounded, arguments, timeout=self._timeout)
+        arguments = (grade, response, answer, self._timeout + _GRACE_SECONDS)
+        return self._pool.schedule(_grade_with_deadline, arguments, timeout=self._timeout)
 
     def grade(self, benchmark: str, responses: list[str], answers: list[str]) -> list[str]:
         """One of OUTCOMES for each response, in order. Raises as `submit` does."""
         pairs = list(zip(responses, answers, strict=True))
         futures = [self.submit(benchmark, *pair) for pair in pairs]
-        return [str(outcome(future)["outcome"]) for future in futures]
+        return [str(wait_for_grade(future)["outcome"]) for future in futures]
 
 
-def outcome(future: "Future[str | Grade]") -> Grade:
+def wait_for_grade(future: "Future[str | Grade]") -> Grade:
     """Waits for a `Grader.submit`. Raises nothing: what goes wrong is an outcome too."""
     try:
-        found = future.result()
+        result = future.result()
     except TimeoutError:
-        found = "timeout"
+        result = "timeout"
     except Exception:  # whatever the algebra raised, or how its process ended
-        found = "error"
-    return {"outcome": found} if isinstance(found, str) else found
+        result = "error"
+    return {"outcome": result} if isinstance(result, str) else result
 
 
-def _prepare(grade: Callable[[str, str], str | Grade]) -> None:
+def _init_worker(grade: Callable[[str, str], str | Grade]) -> None:
     """In a new worker: limits what it can take, and imports and compiles what would else count
     as its first answer's time."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(ValueError, OSError):  # not every system has this limit
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+        resource.setrlimit(resource.RLIMIT_AS, (_WORKER_MEMORY_BYTES, _WORKER_MEMORY_BYTES))
     with contextlib.suppress(Exception):  # this may be no answer in the benchmark's form
         grade("0.5", "0.5")
 
 
-def _bounded(
+def _grade_with_deadline(
     grade: Callable[[str, str], str | Grade], response: str, answer: str, seconds: float
 ) -> str | Grade:
     """In a worker: grades, and is ended by the kernel after `seconds`. The pool comes first, unless
@@ -244,30 +246,30 @@ def _bounded(
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def find_answer(response: str) -> str | None:
+def extract_answer(response: str) -> str | None:
     """The final text's answer: its last box; else the number that follows the last marker; else its
     last number. None where there is none, or where the box or the thinking never ends."""
-    final = final_text(response)
-    return None if final is None else _answer_in(final)
+    final = strip_thinking(response)
+    return None if final is None else _extract_from_text(final)
 
 
-def _answer_in(text: str) -> str | None:
+def _extract_from_text(text: str) -> str | None:
     if _BOXED.search(text):
-        return boxed(text)
-    marked = _MARKED.findall(text)
+        return extract_boxed(text)
+    marked = _ANSWER_MARKER.findall(text)
     numbers = _NUMBER.findall(marked[-1] if marked else text)
     if not numbers:
         return None
     return (numbers[0] if marked else numbers[-1]).replace(",", "").replace("$", "")
 
 
-def boxed(text: str) -> str | None:
+def extract_boxed(text: str) -> str | None:
     """What the last \\boxed{...} of a text holds; None without one, or where it is not closed."""
     boxes = list(_BOXED.finditer(text))
-    return _until_closed(text[boxes[-1].end() :]) if boxes else None
+    return _cut_at_closing_brace(text[boxes[-1].end() :]) if boxes else None
 
 
-def _until_closed(text: str) -> str | None:
+def _cut_at_closing_brace(text: str) -> str | None:
     """The text up to the brace that closes it; None where none does (the response was cut)."""
     depth = 1
     for i, character in enumerate(text):

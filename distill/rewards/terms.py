@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from models.errors import UserError
 
-_RUN = 8  # tokens: shorter runs repeat in honest text too
+_NGRAM_TOKENS = 8  # tokens: shorter runs repeat in honest text too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Response:
     margin: int
 
 
-def correct(r: Response) -> float:
+def accuracy_reward(response: Response) -> float:
     """1 for a right answer; a response that met the length limit has none, whatever it holds."""
-    return float(r.finished and r.outcome == "correct")
+    return float(response.finished and response.outcome == "correct")
 
 
-def well_formed(text: str, thinking: bool) -> bool:
+def is_well_formed(text: str, thinking: bool) -> bool:
     """One closed think block before anything else, in thinking mode; no think tag in the other.
 
     The template of some models writes the opening tag, so that the response holds none.
@@ -49,38 +49,47 @@ def well_formed(text: str, thinking: bool) -> bool:
     return closed == 1 and (not opened or (opened == 1 and text.lstrip().startswith("<think>")))
 
 
-def format(r: Response) -> float:
+def format_reward(response: Response) -> float:
     """1 for one closed think block (in thinking mode; none in the other), then an answer."""
-    answered = bool(r.text.rpartition("</think>")[2].strip()) and r.outcome != "no_answer"
-    return float(r.finished and well_formed(r.text, r.thinking) and answered)
+    answered = (
+        bool(response.text.rpartition("</think>")[2].strip()) and response.outcome != "no_answer"
+    )
+    return float(
+        response.finished and is_well_formed(response.text, response.thinking) and answered
+    )
 
 
-def length(r: Response) -> float:
+def overlong_reward(response: Response) -> float:
     """0 up to limit - margin tokens, falling to -1 at the limit; -1 for a response cut there.
 
     DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), counted in tokens.
     """
-    if not r.finished:
+    if not response.finished:
         return -1.0
-    excess = len(r.tokens) - (r.limit - r.margin)
-    return -min(1.0, max(0.0, excess / r.margin)) if r.margin else 0.0
+    excess = len(response.tokens) - (response.limit - response.margin)
+    return -min(1.0, max(0.0, excess / response.margin)) if response.margin else 0.0
 
 
-def repetition(r: Response) -> float:
+def repetition_reward(response: Response) -> float:
     """Minus the share of the response's runs of 8 tokens that it has held before."""
-    return repeated(r.tokens)
+    return compute_repetition(response.tokens)
 
 
-def repeated(tokens: Sequence[int]) -> float:
+def compute_repetition(tokens: Sequence[int]) -> float:
     """`repetition` of bare tokens."""
-    runs = [tuple(tokens[i : i + _RUN]) for i in range(len(tokens) - _RUN + 1)]
+    runs = [tuple(tokens[i : i + _NGRAM_TOKENS]) for i in range(len(tokens) - _NGRAM_TOKENS + 1)]
     return -(1 - len(set(runs)) / len(runs)) if runs else 0.0
 
 
-TABLE = {"correct": correct, "format": format, "length": length, "repetition": repetition}
+REWARD_TERMS = {
+    "correct": accuracy_reward,
+    "format": format_reward,
+    "length": overlong_reward,
+    "repetition": repetition_reward,
+}
 
 
-def rewards(
+def compute_rewards(
     responses: Sequence[Response], weights: Mapping[str, float]
 ) -> tuple[list[float], dict[str, list[float]]]:
     """The reward of each response, and of each term with a weight its values.
@@ -88,10 +97,12 @@ def rewards(
     Raises UserError for a weight of a term that is not there.
     """
     for name in weights:
-        if name not in TABLE:
-            raise UserError(f"reward: {name!r} is none of {', '.join(TABLE)}")
+        if name not in REWARD_TERMS:
+            raise UserError(f"reward: {name!r} is none of {', '.join(REWARD_TERMS)}")
     values = {
-        name: [TABLE[name](r) for r in responses] for name, weight in weights.items() if weight
+        name: [REWARD_TERMS[name](r) for r in responses]
+        for name, weight in weights.items()
+        if weight
     }
     totals = [
         sum(weights[name] * column[i] for name, column in values.items())

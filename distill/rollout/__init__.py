@@ -1,42 +1,42 @@
 """From prompts to sequences: what is sampled, by which programs, in which order."""
 
 from distill.rollout.buffer import AsyncRollouts, PartialRollouts
-from distill.rollout.engine import REMEMBER
+from distill.rollout.engine import SEEN_TOKENS_PER_CALL
 from distill.rollout.options import (
-    Options,
-    cache_shape,
-    fewer_rows,
-    line_sizes,
-    segment_steps,
+    RolloutOptions,
+    get_line_sizes,
+    get_segment_steps,
+    get_shrunk_rows,
+    make_cache_shape,
 )
 from distill.rollout.sampler import (
-    bucket,
+    bucket_length,
     complete,
     expand_prompts,
-    row_keys,
+    make_row_keys,
     sample,
 )
 from distill.rollout.sampling import Sampling
 from distill.rollout.sequence import Sequence
-from distill.rollout.simulate import Simulated, lengths, simulate
+from distill.rollout.simulate import Simulation, draw_lengths, simulate
 
 __all__ = [
-    "REMEMBER",
+    "SEEN_TOKENS_PER_CALL",
     "AsyncRollouts",
-    "Options",
     "PartialRollouts",
+    "RolloutOptions",
     "Sampling",
     "Sequence",
-    "Simulated",
-    "bucket",
-    "cache_shape",
+    "Simulation",
+    "bucket_length",
     "complete",
+    "draw_lengths",
     "expand_prompts",
-    "fewer_rows",
-    "lengths",
-    "line_sizes",
-    "row_keys",
+    "get_line_sizes",
+    "get_segment_steps",
+    "get_shrunk_rows",
+    "make_cache_shape",
+    "make_row_keys",
     "sample",
-    "segment_steps",
     "simulate",
 ]

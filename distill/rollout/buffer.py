@@ -15,26 +15,26 @@ from distill.runtime import mesh as mesh_lib
 class PartialRollouts:
     """Rows that a step's budget of tokens left unfinished: they go on in the next step."""
 
-    rows: list[Sequence] = dataclasses.field(default_factory=list)
-    begun: int = 0  # rows that were begun, over all steps
+    sequences: list[Sequence] = dataclasses.field(default_factory=list)
+    num_started: int = 0  # rows that were begun, over all steps
 
-    def position(self) -> dict[str, Any]:
+    def get_state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it: JSON."""
-        rows = [dataclasses.asdict(row) for row in self.rows]
+        rows = [dataclasses.asdict(row) for row in self.sequences]
         for row in rows:
             row["experts"] = [
                 [x.shape, base64.b64encode(x.tobytes()).decode()] for x in row["experts"]
             ]
-        return {"rows": rows, "begun": self.begun}
+        return {"rows": rows, "begun": self.num_started}
 
-    def resume(self, position: dict[str, Any]) -> None:
-        self.begun, self.rows = position["begun"], []
-        for row in position["rows"]:
+    def restore(self, state: dict[str, Any]) -> None:
+        self.num_started, self.sequences = state["begun"], []
+        for row in state["rows"]:
             experts = [
                 np.frombuffer(base64.b64decode(x), np.int16).reshape(shape)
                 for shape, x in row["experts"]
             ]
-            self.rows.append(Sequence(**{**row, "key": tuple(row["key"]), "experts": experts}))
+            self.sequences.append(Sequence(**{**row, "key": tuple(row["key"]), "experts": experts}))
 
 
 @dataclasses.dataclass
@@ -42,27 +42,31 @@ class AsyncRollouts:
     """The rows of the coming step, sampled while the one before it is trained."""
 
     step: int = -1  # whose rows they are; -1: none
-    rows: list[Sequence] = dataclasses.field(default_factory=list)
-    measured: dict[str, float] = dataclasses.field(default_factory=dict)
+    sequences: list[Sequence] = dataclasses.field(default_factory=list)
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     # Samples them: the weights are taken already.
-    begun: abc.Callable[[], tuple[list[Sequence], dict[str, float]]] | None = None
+    pending: abc.Callable[[], tuple[list[Sequence], dict[str, float]]] | None = None
 
-    def sample(self, trained: Any) -> None:
+    def sample(self, wait_for: Any) -> None:
         """Samples what was begun, while the device computes `trained`."""
-        begun, self.begun = self.begun, None
-        if begun is None:
-            self.step, self.rows, self.measured = -1, [], {}
+        pending, self.pending = self.pending, None
+        if pending is None:
+            self.step, self.sequences, self.metrics = -1, [], {}
             return
-        mesh_lib.settled(trained)
+        mesh_lib.wait_on_cpu(wait_for)
         self.step += 1
-        self.rows, self.measured = begun()
+        self.sequences, self.metrics = pending()
 
-    def position(self) -> dict[str, Any]:
+    def get_state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it: JSON."""
-        rows = PartialRollouts(self.rows).position()
-        return {"step": self.step, "measured": self.measured, "sampled": rows}
+        rows = PartialRollouts(self.sequences).get_state()
+        return {"step": self.step, "measured": self.metrics, "sampled": rows}
 
-    def resume(self, position: dict[str, Any]) -> None:
-        kept = PartialRollouts()
-        kept.resume(position["sampled"])
-        self.step, self.rows, self.measured = position["step"], kept.rows, position["measured"]
+    def restore(self, state: dict[str, Any]) -> None:
+        partial = PartialRollouts()
+        partial.restore(state["sampled"])
+        self.step, self.sequences, self.metrics = (
+            state["step"],
+            partial.sequences,
+            state["measured"],
+        )

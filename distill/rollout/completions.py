@@ -14,10 +14,10 @@ from distill.rollout.sequence import Sequence
 from distill.runtime import run_files
 from models.errors import RowError, UserError
 
-Rows = Iterable[tuple[str, dict]]  # (where the row stands, its fields)
+LocatedRows = Iterable[tuple[str, dict]]  # (where the row stands, its fields)
 
 
-def limit_of(row: dict, where: str, default: int) -> int:
+def get_max_new_tokens(row: dict, where: str, default: int) -> int:
     """How many new tokens a row may have: its own `max_new_tokens`, or the default.
 
     Raises:
@@ -29,14 +29,16 @@ def limit_of(row: dict, where: str, default: int) -> int:
     return limit
 
 
-def prompt(subject: Policy, row: dict, where: str, thinking: bool, limit: int) -> list[int]:
+def encode_row_prompt(
+    subject: Policy, row: dict, where: str, thinking: bool, limit: int
+) -> list[int]:
     """The prompt of a row as token ids. Reads no parameters of `subject`.
 
     Raises:
       RowError: if it is empty, or with `limit` new tokens exceeds the model's positions.
       UserError: if the row has none that can be read. Both begin with `where`.
     """
-    ids = dataset.prompt_tokens(row, where, subject.tokenizer, thinking)
+    ids = dataset.encode_prompt(row, where, subject.tokenizer, thinking)
     dataset.require_ids(ids, subject.config.vocab_size, where)
     positions = subject.config.context_length
     if len(ids) + limit > positions:
@@ -47,32 +49,34 @@ def prompt(subject: Policy, row: dict, where: str, thinking: bool, limit: int) -
     return ids
 
 
-def prompts(subject: Policy, rows: Rows, thinking: bool, max_new_tokens: int) -> dataset.TokenLists:
+def encode_row_prompts(
+    subject: Policy, rows: LocatedRows, thinking: bool, max_new_tokens: int
+) -> dataset.TokenLists:
     """The prompt of each row; raises UserError naming the first that cannot be gone on from."""
     return dataset.TokenLists(
-        prompt(subject, row, where, thinking, max_new_tokens) for where, row in rows
+        encode_row_prompt(subject, row, where, thinking, max_new_tokens) for where, row in rows
     )
 
 
-def sample(
-    tokenizer: PreTrainedTokenizerBase | None, done: Sequence, stops: abc.Sequence[str]
+def format_completion(
+    tokenizer: PreTrainedTokenizerBase | None, sequence: Sequence, stop_strings: abc.Sequence[str]
 ) -> dict:
     """A completion as it is written: cut after the first stop string."""
-    count, reason, text = len(done.tokens), done.reason, None
+    count, reason, text = len(sequence.tokens), sequence.finish_reason, None
     if tokenizer is not None:
-        finder = chat.StopStrings(tokenizer, stops)
-        found = finder.feed(done.tokens[:count]) if stops else None
-        if found is not None:
-            count, reason = found, "stop"
-        text = finder.cut(chat.decode(tokenizer, done.tokens[:count]))
-    row = {"tokens": done.tokens[:count], "text": text, "logprobs": done.logprobs[:count]}
-    if done.model_logprobs is not None and done.top_logprobs is not None:
-        row["model_logprobs"] = done.model_logprobs[:count]
-        row["top_logprobs"] = done.top_logprobs[:count]
+        finder = chat.StopStringMatcher(tokenizer, stop_strings)
+        stop_index = finder.feed(sequence.tokens[:count]) if stop_strings else None
+        if stop_index is not None:
+            count, reason = stop_index, "stop"
+        text = finder.cut_text(chat.decode(tokenizer, sequence.tokens[:count]))
+    row = {"tokens": sequence.tokens[:count], "text": text, "logprobs": sequence.logprobs[:count]}
+    if sequence.model_logprobs is not None and sequence.top_logprobs is not None:
+        row["model_logprobs"] = sequence.model_logprobs[:count]
+        row["top_logprobs"] = sequence.top_logprobs[:count]
     return {**row, "finish_reason": reason}
 
 
-def generate(
+def generate_rows(
     subject: Policy,
     rows: sources.Rows,
     prompts: dataset.TokenLists,
@@ -82,7 +86,7 @@ def generate(
     limits: abc.Sequence[int],
     sampling: Sampling,
     batch_size: int,
-    stops: abc.Sequence[str],
+    stop_strings: abc.Sequence[str],
     top_logprobs: int,
     errors: dict[int, str],
     first: int = 0,
@@ -105,13 +109,13 @@ def generate(
         sampling=sampling,
         batch_size=batch_size,
         top_logprobs=top_logprobs,
-        ended=_finder(subject.tokenizer, stops, batch_size),
+        ended=_make_stop_check(subject.tokenizer, stop_strings, batch_size),
         first=first,
     )
-    with run_files.progress(len(rows), first, "generate") as bar:
+    with run_files.show_progress(len(rows), first, "generate") as bar:
         for number, group in enumerate(completions, start=first):
-            where, row = rows.where(number), rows.row(number)
-            written = [sample(subject.tokenizer, c, stops) for c in group]
+            where, row = rows.locate_row(number), rows.read_row(number)
+            written = [format_completion(subject.tokenizer, c, stop_strings) for c in group]
             bad = [len(s["tokens"]) for s in written if s["finish_reason"] == "error"]
             if bad and number not in errors:
                 errors[number] = f"{where}: the logits are nan after {bad[0]} sampled tokens"
@@ -122,24 +126,27 @@ def generate(
             bar.update(number + 1, {})
 
 
-def _finder(
-    tokenizer: PreTrainedTokenizerBase | None, stops: abc.Sequence[str], batch_size: int
+def _make_stop_check(
+    tokenizer: PreTrainedTokenizerBase | None, stop_strings: abc.Sequence[str], batch_size: int
 ) -> Callable[[Sequence], bool] | None:
     """Whether a response that goes on has a stop string by now.
 
     Of the responses that were asked about last, twice as many as decode together, it knows how far
     they were read. The others have ended; one that was parked for long is read from its start.
     """
-    if tokenizer is None or not stops:
+    if tokenizer is None or not stop_strings:
         return None
-    finders: dict[tuple[int, int], tuple[chat.StopStrings, int]] = {}  # by the row's key
+    finders: dict[tuple[int, int], tuple[chat.StopStringMatcher, int]] = {}  # by the row's key
 
-    def ended(row: Sequence) -> bool:
-        finder, read = finders.pop(row.key, None) or (chat.StopStrings(tokenizer, stops), 0)
-        found = finder.feed(row.tokens[read:]) is not None
+    def has_stop_string(row: Sequence) -> bool:
+        finder, num_read = finders.pop(row.key, None) or (
+            chat.StopStringMatcher(tokenizer, stop_strings),
+            0,
+        )
+        found = finder.feed(row.tokens[num_read:]) is not None
         finders[row.key] = finder, len(row.tokens)
         if len(finders) > 2 * batch_size:
             del finders[next(iter(finders))]
         return found
 
-    return ended
+    return has_stop_string

@@ -15,27 +15,29 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from distill.rollout.sampling import Sampling, draw, model_logp, model_top
+from distill.rollout.sampling import Sampling, compute_model_logp, draw_tokens, find_model_top
 from distill.runtime import mesh as mesh_lib
 from models.qwen3 import lora, model, moe, quantised
 from models.qwen3.model import Params, Qwen3
 from models.qwen3.pages import Pages, init_pages
 from models.qwen3.slabs import Slabs, init_slabs
 
-GOING, STOP, LENGTH, BAD = range(4)  # why a row ended: a stop token, its limit, logits of NaN
+UNFINISHED, STOP, LENGTH, ERROR = range(
+    4
+)  # why a row ended: a stop token, its limit, logits of NaN
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheShape:
     """kind: slabs, or a kind of models.qwen3.pages. pages: of each row shard; of slabs its rows."""
 
-    kind: str
+    backend: str
     dtype: str
     rows: int  # that decode together
     shards: int
     pages: int
-    page: int  # tokens
-    columns: int  # pages that a row may have
+    page_size: int  # tokens
+    max_pages_per_row: int  # pages that a row may have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Decoder:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class State:
+class DecodeState:
     """What stays on the device from one call to the next."""
 
     cache: Pages | Slabs
@@ -82,14 +84,14 @@ def prefers_stacked(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "tpu"
 
 
-def least_rows(mesh: Mesh) -> int:
+def get_min_rows(mesh: Mesh) -> int:
     """The fewest rows that decode together: one in each part that the mesh splits rows in, on GPUs
     two. Of a product with a single row XLA makes a multiplication and a sum there, with all that is
     multiplied written to memory in between: 1.4 times the bytes of two rows."""
-    return mesh_lib.row_shards(mesh) * (2 if mesh_lib.on_gpu(mesh) else 1)
+    return mesh_lib.count_row_shards(mesh) * (2 if mesh_lib.is_on_gpu(mesh) else 1)
 
 
-def weights(
+def prepare_weights(
     qwen3: Qwen3,
     params: Params,
     mesh: Mesh,
@@ -97,7 +99,7 @@ def weights(
     stacked: bool,
     gathered: bool,
     param_dtype: str,
-    trained: Params | None = None,
+    lora_params: Params | None = None,
 ) -> tuple[Qwen3, Params]:
     """The model as it decodes, and its variables: parameters in param_dtype ("": its own), which
     may be one of 8 bits (models.qwen3.quantised), stacked over layers or not; and, `trained` beside
@@ -106,57 +108,57 @@ def weights(
     gathered: no longer split over the mesh axes that also split the rows (experts still are), so
     that no step has to fetch them; this takes the memory of all weights / tensor on each device.
     """
-    rules = mesh_lib.GATHERED if gathered else mesh_lib.RULES
-    kind = None if trained is None or qwen3.lora is None else lora.unscaled(qwen3.lora)
-    return qwen3.clone(scan=stacked, remat=False, lora=kind), for_decoding(
-        qwen3, params, trained, mesh=mesh, rules=rules, stacked=stacked, param_dtype=param_dtype
+    rules = mesh_lib.GATHERED_RULES if gathered else mesh_lib.SHARDING_RULES
+    kind = None if lora_params is None or qwen3.lora is None else lora.with_unit_scale(qwen3.lora)
+    return qwen3.clone(scan=stacked, remat=False, lora=kind), convert_weights(
+        qwen3, params, lora_params, mesh=mesh, rules=rules, stacked=stacked, param_dtype=param_dtype
     )
 
 
 @functools.partial(jax.jit, static_argnames=("qwen3", "mesh", "rules", "stacked", "param_dtype"))
-def for_decoding(
+def convert_weights(
     qwen3: Qwen3,
     params: Params,
-    trained: Params | None,
+    lora_params: Params | None,
     mesh: Mesh,
     rules: tuple,
     stacked: bool,
     param_dtype: str,
 ) -> Params:
     """See `weights`. Cast once: every step reads all of them, else in float32."""
-    kind, dtype = quantised.split(param_dtype or qwen3.dtype, qwen3.dtype)
+    kind, dtype = quantised.split_dtypes(param_dtype or qwen3.dtype, qwen3.dtype)
 
-    def laid(tree: Params, shapes: Params) -> Params:
+    def constrain_params(tree: Params, shapes: Params) -> Params:
         tree = jax.tree.map(
             lambda p, like: jax.lax.with_sharding_constraint(p, like.sharding), tree, shapes
         )
-        return tree if stacked else model.unstack(tree, qwen3.config.num_hidden_layers)
+        return tree if stacked else model.unstack_layers(tree, qwen3.config.num_hidden_layers)
 
-    made = quantised.tree(params, kind, dtype)
-    leaves = jax.tree.leaves(made, is_leaf=quantised.is_quantised)
-    held = {x.values.dtype.name for x in leaves if quantised.is_quantised(x)}
-    shapes = mesh_lib.parameters(qwen3.config, mesh, rules=rules)
-    shapes = quantised.abstract(shapes, held.pop()) if held else shapes
-    variables = {"params": laid(made, shapes)}
-    if trained is not None:
+    converted = quantised.quantise_params(params, kind, dtype)
+    leaves = jax.tree.leaves(converted, is_leaf=quantised.is_quantised)
+    dtypes = {x.values.dtype.name for x in leaves if quantised.is_quantised(x)}
+    shapes = mesh_lib.make_abstract_params(qwen3.config, mesh, rules=rules)
+    shapes = quantised.quantise_shapes(shapes, dtypes.pop()) if dtypes else shapes
+    variables = {"params": constrain_params(converted, shapes)}
+    if lora_params is not None:
         assert qwen3.lora is not None
-        factors, _ = lora.for_decoding(trained, qwen3.lora, qwen3.dtype)
-        shapes = mesh_lib.parameters(qwen3.config, mesh, qwen3.lora, rules)
-        variables[lora.LORA] = laid(factors, shapes)
+        factors, _ = lora.fold_scale(lora_params, qwen3.lora, qwen3.dtype)
+        shapes = mesh_lib.make_abstract_params(qwen3.config, mesh, qwen3.lora, rules)
+        variables[lora.LORA] = constrain_params(factors, shapes)
     return variables
 
 
 @functools.partial(jax.jit, static_argnames="decoder")
-def init_state(decoder: Decoder) -> State:
+def init_state(decoder: Decoder) -> DecodeState:
     """No row yet."""
     config, c, seen_BV = decoder.qwen3.config, decoder.cache, None
-    if c.kind == "slabs":
-        cache = init_slabs(config, c.rows, c.page, jnp.dtype(c.dtype))
+    if c.backend == "slabs":
+        cache = init_slabs(config, c.rows, c.page_size, jnp.dtype(c.dtype))
     else:
-        cache = init_pages(config, c.shards, c.pages, c.page, jnp.dtype(c.dtype), c.kind)
+        cache = init_pages(config, c.shards, c.pages, c.page_size, jnp.dtype(c.dtype), c.backend)
     if decoder.sampling.presence_penalty:
         seen_BV = mesh_lib.split_rows(jnp.zeros((c.rows, config.vocab_size), bool))
-    return State(cache, mesh_lib.split_rows(jnp.zeros(c.rows, jnp.int32)), seen_BV)
+    return DecodeState(cache, mesh_lib.split_rows(jnp.zeros(c.rows, jnp.int32)), seen_BV)
 
 
 # The rows of `line_3XT`: tokens, their positions, and whose they are: a row of the part's table,
@@ -165,12 +167,12 @@ def init_state(decoder: Decoder) -> State:
 def prefill(
     decoder: Decoder,
     params: Params,
-    state: State,
+    state: DecodeState,
     line_3XT: jax.Array,
     table_RN: jax.Array,
     length_R: jax.Array,
     starts_XR: jax.Array,
-) -> tuple[State, jax.Array | None]:
+) -> tuple[DecodeState, jax.Array | None]:
     """Reads a line of T tokens for each shard into the cache, pieces of prompts one behind the
     other. With their experts [X, T, L, A], where these are asked for.
 
@@ -179,13 +181,13 @@ def prefill(
     """
     tokens_XT, position_XT, row_XT = map(mesh_lib.split_rows, line_3XT)
     table_RN, length_R, starts_XR = map(mesh_lib.split_rows, (table_RN, length_R, starts_XR))
-    cache = state.cache.at(table_RN, length_R, starts_XR, row_XT, position_XT)
+    cache = state.cache.bind_tokens(table_RN, length_R, starts_XR, row_XT, position_XT)
     own_XT = (row_XT >= 0).astype(jnp.int32)
-    _, cache, experts = _forward(decoder, params, tokens_XT, position_XT, own_XT, cache)
+    _, cache, experts = _run_model(decoder, params, tokens_XT, position_XT, own_XT, cache)
     return dataclasses.replace(state, cache=cache.bare()), experts
 
 
-def _forward(
+def _run_model(
     decoder: Decoder,
     params: Params,
     tokens_BT: jax.Array,
@@ -203,12 +205,18 @@ def _forward(
     )
     if not decoder.routing:
         return *applied, None
-    (hidden_BTD, cache), noted = applied
-    return hidden_BTD, cache, mesh_lib.whole(moe.chosen(noted[moe.CHOSEN]))
+    (hidden_BTD, cache), variables = applied
+    return (
+        hidden_BTD,
+        cache,
+        mesh_lib.replicate_array(moe.get_chosen_experts(variables[moe.CHOSEN])),
+    )
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def remember(state: State, fresh_B: jax.Array, row_token_2T: jax.Array) -> State:
+def mark_seen_tokens(
+    state: DecodeState, fresh_B: jax.Array, row_token_2T: jax.Array
+) -> DecodeState:
     """Notes tokens that rows had before they came; row -1 is none. Those of rows that are fresh are
     forgotten first."""
     assert state.seen_BV is not None
@@ -220,53 +228,55 @@ def remember(state: State, fresh_B: jax.Array, row_token_2T: jax.Array) -> State
 
 
 @jax.jit
-def resize(state: State, rows_XR: jax.Array) -> State:
+def resize(state: DecodeState, rows_XR: jax.Array) -> DecodeState:
     """Of slabs, with fewer rows: entry i of a shard is its row rows_XR[x, i]; -1: none."""
     assert isinstance(state.cache, Slabs)
     rows_XR = mesh_lib.split_rows(rows_XR)
     X = rows_XR.shape[0]
 
-    def taken(x: jax.Array) -> jax.Array:
+    def take_rows(x: jax.Array) -> jax.Array:
         x = x.reshape(X, -1, *x.shape[1:])
         x = jax.vmap(lambda x, rows: x[jnp.maximum(rows, 0)])(x, rows_XR)
         return mesh_lib.split_rows(x.reshape(-1, *x.shape[2:]))
 
-    seen_BV = None if state.seen_BV is None else taken(state.seen_BV)
-    return State(state.cache.resize(rows_XR), taken(state.token_B), seen_BV)
+    seen_BV = None if state.seen_BV is None else take_rows(state.seen_BV)
+    return DecodeState(state.cache.gather_rows(rows_XR), take_rows(state.token_B), seen_BV)
 
 
 # What the host says of each row, as int32: its newest token, or -1: the one that the device has;
 # how many tokens the cache holds of it; how many were drawn for it, and may be at most; its key;
 # and whether it lives.
-ABOUT = ("token", "length", "drawn", "limit", "key0", "key1", "live")
+ROW_FIELDS = ("token", "length", "drawn", "limit", "key0", "key1", "live")
 
 
 @functools.partial(jax.jit, static_argnames="decoder", donate_argnames="state")
 def decode(
     decoder: Decoder,
     params: Params,
-    state: State,
+    state: DecodeState,
     steps_bound_2: jax.Array,
-    about_7B: jax.Array,
+    row_fields_7B: jax.Array,
     table_BN: jax.Array,
     copies_2XC: jax.Array,
-) -> tuple[State, DecodeOutput]:
+) -> tuple[DecodeState, DecodeOutput]:
     """Draws `steps` tokens for each live row, or fewer: until it ends, or `bound` rows have.
 
     about_7B: see ABOUT. copies_2XC: pages of each shard that are copied before (source, target).
     """
-    head_VD = model.head(params["params"])
+    head_VD = model.get_output_head(params["params"])
     steps, bound = steps_bound_2
-    order_XR = _live_first(about_7B[-1], decoder.cache)
-    rows = (about_7B.T, table_BN, state.token_B, state.seen_BV)
-    about_B7, table_BN, newest_B, seen_BV = _taken(rows, order_XR)
-    token_B, length_B, drawn_B, limit_B, *_, live_B = about_B7.T
-    keys_B = jax.random.wrap_key_data(jax.lax.bitcast_convert_type(about_B7[:, 4:6], jnp.uint32))
+    order_XR = _order_live_first(row_fields_7B[-1], decoder.cache)
+    rows = (row_fields_7B.T, table_BN, state.token_B, state.seen_BV)
+    row_fields_B7, table_BN, newest_B, seen_BV = _reorder_rows(rows, order_XR)
+    token_B, length_B, drawn_B, limit_B, *_, live_B = row_fields_B7.T
+    keys_B = jax.random.wrap_key_data(
+        jax.lax.bitcast_convert_type(row_fields_B7[:, 4:6], jnp.uint32)
+    )
     token_B = jnp.where(token_B < 0, newest_B, token_B)
     source_XC, target_XC = map(mesh_lib.split_rows, copies_2XC)
-    cache = state.cache.copy(source_XC, target_XC)
-    cache = cache.begin(length_B, decoder.segment)
-    start = _Loop(
+    cache = state.cache.copy_pages(source_XC, target_XC)
+    cache = cache.begin_segment(length_B, decoder.segment)
+    start = _LoopState(
         jnp.int32(0),
         cache,
         token_B,
@@ -274,15 +284,15 @@ def decode(
         drawn_B,
         live_B == 0,
         seen_BV,
-        _no_output(decoder, token_B.shape[0]),
+        _init_output(decoder, token_B.shape[0]),
     )
 
-    def running(loop: _Loop) -> jax.Array:
+    def is_running(loop: _LoopState) -> jax.Array:
         return (loop.step < steps) & (jnp.sum(loop.done_B) < bound)
 
-    def body(loop: _Loop) -> _Loop:
+    def body(loop: _LoopState) -> _LoopState:
         view = loop.cache.step(table_BN, jnp.where(loop.done_B, 0, loop.length_B + 1))
-        hidden_B1D, view, experts_B1LA = _forward(
+        hidden_B1D, view, experts_B1LA = _run_model(
             decoder,
             params,
             loop.token_B[:, None],
@@ -292,41 +302,41 @@ def decode(
         )
         length_B = loop.length_B + ~loop.done_B
         loop = dataclasses.replace(loop, cache=view.bare(), length_B=length_B)
-        return _draw(decoder, head_VD, keys_B, limit_B, hidden_B1D[:, 0], experts_B1LA, loop)
+        return _draw_step(decoder, head_VD, keys_B, limit_B, hidden_B1D[:, 0], experts_B1LA, loop)
 
-    end = jax.lax.while_loop(running, body, start)
+    end = jax.lax.while_loop(is_running, body, start)
     cache = end.cache.end(end.length_B - length_B)
     back_XR = None if order_XR is None else jnp.argsort(order_XR, axis=1)
     drawn = jax.tree.map(lambda x: x.swapaxes(0, 1), end.output)
-    token_B, seen_BV, drawn = _taken((end.token_B, end.seen_BV, drawn), back_XR)
-    output = jax.tree.map(lambda x: mesh_lib.whole(x.swapaxes(0, 1)), drawn)
-    return State(cache, token_B, seen_BV), output
+    token_B, seen_BV, drawn = _reorder_rows((end.token_B, end.seen_BV, drawn), back_XR)
+    output = jax.tree.map(lambda x: mesh_lib.replicate_array(x.swapaxes(0, 1)), drawn)
+    return DecodeState(cache, token_B, seen_BV), output
 
 
-def _live_first(live_B: jax.Array, shape: CacheShape) -> jax.Array | None:
+def _order_live_first(live_B: jax.Array, shape: CacheShape) -> jax.Array | None:
     """[X, R]: the rows of each shard, those that decode before the others, of whose pages a kernel
     then reads nothing. None of slabs, where rows lie as they do in the cache."""
-    if shape.kind == "slabs":
+    if shape.backend == "slabs":
         return None
     return jnp.argsort(live_B.reshape(shape.shards, -1) == 0, axis=1, stable=True)
 
 
-def _taken(tree: Any, order_XR: jax.Array | None) -> Any:
+def _reorder_rows(tree: Any, order_XR: jax.Array | None) -> Any:
     """Arrays [B, ...] whose rows are split, with those of each shard in this order."""
     if order_XR is None:
         return jax.tree.map(mesh_lib.split_rows, tree)
 
-    def one(x: jax.Array) -> jax.Array:
+    def reorder_array(x: jax.Array) -> jax.Array:
         x_XR = mesh_lib.split_rows(x.reshape(*order_XR.shape, *x.shape[1:]))
         index_XR = order_XR.reshape(*order_XR.shape, *(1,) * (x.ndim - 1))
         return mesh_lib.split_rows(jnp.take_along_axis(x_XR, index_XR, axis=1).reshape(x.shape))
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(reorder_array, tree)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Loop:
+class _LoopState:
     """What a segment's steps hand on."""
 
     step: jax.Array
@@ -339,13 +349,13 @@ class _Loop:
     output: DecodeOutput
 
 
-def _no_output(decoder: Decoder, B: int) -> DecodeOutput:
+def _init_output(decoder: Decoder, B: int) -> DecodeOutput:
     W, k = decoder.segment, decoder.top_logprobs
     tokens_WB, logp_WB = jnp.zeros((W, B), jnp.int32), jnp.zeros((W, B), jnp.float32)
     count_reason_2B = jnp.zeros((2, B), jnp.int32)
     experts_WBLA = None
     if decoder.routing:
-        experts_WBLA = jnp.zeros((W, B, *decoder.qwen3.config.routing), jnp.int16)
+        experts_WBLA = jnp.zeros((W, B, *decoder.qwen3.config.routing_shape), jnp.int16)
     if not k:
         return DecodeOutput(tokens_WB, logp_WB, count_reason_2B, None, None, None, experts_WBLA)
     top_ids_WBk, top_logp_WBk = jnp.zeros((W, B, k), jnp.int32), jnp.zeros((W, B, k), jnp.float32)
@@ -354,19 +364,19 @@ def _no_output(decoder: Decoder, B: int) -> DecodeOutput:
     )
 
 
-def _draw(
+def _draw_step(
     decoder: Decoder,
     head_VD: jax.Array,
     keys_B: jax.Array,
     limit_B: jax.Array,
     hidden_BD: jax.Array,
     experts_B1LA: jax.Array | None,
-    loop: _Loop,
-) -> _Loop:
+    loop: _LoopState,
+) -> _LoopState:
     """One token for each live row, from the hidden states of its newest."""
     logits_BV = jnp.einsum("BD,VD->BV", hidden_BD, head_VD, preferred_element_type=jnp.float32)
     keys_B = jax.vmap(jax.random.fold_in)(keys_B, loop.drawn_B)
-    tokens_B, logp_B = draw(logits_BV, keys_B, decoder.sampling, loop.seen_BV)
+    tokens_B, logp_B = draw_tokens(logits_BV, keys_B, decoder.sampling, loop.seen_BV)
     bad_B = ~loop.done_B & ~jnp.isfinite(logp_B)
     live_B = ~loop.done_B & ~bad_B
     tokens_B = jnp.where(live_B, tokens_B, 0)
@@ -375,11 +385,11 @@ def _draw(
     stop_B = live_B & jnp.any(tokens_B[:, None] == stops[None], axis=1)
     limit_B = live_B & (drawn_B >= limit_B)
     count_B, reason_B = loop.output.count_reason_2B
-    reason_B = jnp.select([bad_B, stop_B, limit_B], [BAD, STOP, LENGTH], reason_B)
+    reason_B = jnp.select([bad_B, stop_B, limit_B], [ERROR, STOP, LENGTH], reason_B)
     new: dict[str, jax.Array] = {"tokens_WB": tokens_B, "logp_WB": jnp.where(live_B, logp_B, 0.0)}
     if decoder.top_logprobs:
-        new["model_logp_WB"] = model_logp(logits_BV, tokens_B)
-        new["top_ids_WBk"], new["top_logp_WBk"] = model_top(logits_BV, decoder.top_logprobs)
+        new["model_logp_WB"] = compute_model_logp(logits_BV, tokens_B)
+        new["top_ids_WBk"], new["top_logp_WBk"] = find_model_top(logits_BV, decoder.top_logprobs)
     if experts_B1LA is not None:
         new["experts_WBLA"] = experts_B1LA[:, 0]
     written = {name: getattr(loop.output, name).at[loop.step].set(x) for name, x in new.items()}

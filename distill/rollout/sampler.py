@@ -16,7 +16,7 @@ from distill.data import dataset
 from distill.policy.policy import Policy
 from distill.rollout import decode
 from distill.rollout.engine import Engine
-from distill.rollout.options import Options, cache_shape, segment_steps
+from distill.rollout.options import RolloutOptions, get_segment_steps, make_cache_shape
 from distill.rollout.sampling import Sampling
 from distill.rollout.sequence import Sequence
 from distill.runtime import mesh as mesh_lib
@@ -24,19 +24,19 @@ from models.errors import UserError
 from models.qwen3.model import Params, Qwen3
 
 
-def row_keys(
+def make_row_keys(
     key: jax.Array,
     prompts_B: abc.Sequence[int] | np.ndarray,
     samples_B: abc.Sequence[int] | np.ndarray,
 ) -> list[tuple[int, int]]:
     """Each sequence's key (its data), from the key of a step and the numbers of prompt and
     sample."""
-    keys_B2 = _row_keys(key, np.asarray(prompts_B, np.int32), np.asarray(samples_B, np.int32))
+    keys_B2 = _fold_row_keys(key, np.asarray(prompts_B, np.int32), np.asarray(samples_B, np.int32))
     return [(int(a), int(b)) for a, b in np.asarray(jax.device_get(keys_B2))]
 
 
 @jax.jit
-def _row_keys(key: jax.Array, prompts_B: jax.Array, samples_B: jax.Array) -> jax.Array:
+def _fold_row_keys(key: jax.Array, prompts_B: jax.Array, samples_B: jax.Array) -> jax.Array:
     fold = jax.random.fold_in
     keys_B = jax.vmap(lambda p, s: fold(fold(key, p), s))(prompts_B, samples_B)
     return jax.random.key_data(keys_B)
@@ -47,15 +47,15 @@ def expand_prompts(
 ) -> list[Sequence]:
     """`samples` sequences for each example, of at most `limit` tokens, under the key of a step."""
     numbers_B, samples_B = np.divmod(np.arange(len(examples) * samples), samples)
-    keys = row_keys(key, numbers_B, samples_B)
+    keys = make_row_keys(key, numbers_B, samples_B)
     return [
         Sequence(
             e.prompt,
             k,
             limit,
             e.where,
-            told=e.told,
-            kind=e.kind,
+            teacher_prompt=e.teacher_prompt,
+            source_id=e.source_id,
             thinking=e.thinking,
             difficulty=e.difficulty,
         )
@@ -70,15 +70,15 @@ def sample(
     *,
     sampling: Sampling,
     stop_ids: tuple[int, ...],
-    options: Options,
+    options: RolloutOptions,
     version: int = 0,
-    budget: int | None = None,
+    token_budget: int | None = None,
     counts: Counter[str] | None = None,
     top_logprobs: int = 0,
     routing: bool = False,
     ended: abc.Callable[[Sequence], bool] | None = None,
     warm_up: bool = False,
-    trained: Params | None = None,
+    lora_params: Params | None = None,
 ) -> abc.Iterator[Sequence]:
     """Continues sequences, and yields each once, in order, as soon as it and those before end; it
     is not held any longer then.
@@ -101,59 +101,61 @@ def sample(
       UserError: naming the first sequence whose prompt is empty, or which does not fit the cache,
         before anything runs.
     """
-    sampling.require(qwen3.config.vocab_size)
-    mesh = mesh_lib.decoding(jax.tree.leaves(params)[0].sharding.mesh)
+    sampling.check_vocab_size(qwen3.config.vocab_size)
+    mesh = mesh_lib.to_decode_mesh(jax.tree.leaves(params)[0].sharding.mesh)
     waiting = deque(sequences)
     for number, row in enumerate(waiting):
-        _check(row, row.where or f"row {number}", options, mesh)
+        _check_sequence(row, row.where or f"row {number}", options, mesh)
     stacked = decode.prefers_stacked(mesh) if options.stacked is None else options.stacked
-    with mesh_lib.use(mesh):
-        qwen3, params = decode.weights(
+    with mesh_lib.use_mesh(mesh):
+        qwen3, params = decode.prepare_weights(
             qwen3,
             params,
             mesh,
             stacked=stacked,
             gathered=options.gathered,
             param_dtype=options.param_dtype,
-            trained=trained,
+            lora_params=lora_params,
         )
-    dtype, longest = jnp.dtype(qwen3.dtype).name, max((s.longest for s in waiting), default=1)
-    asked = sum(not s.reason for s in waiting)
-    shape = cache_shape(options, qwen3.config, mesh, dtype, max(1, asked), longest)
-    steps = segment_steps(options, shape)
+    dtype, max_length = jnp.dtype(qwen3.dtype).name, max((s.max_length for s in waiting), default=1)
+    num_unfinished = sum(not s.finish_reason for s in waiting)
+    shape = make_cache_shape(options, qwen3.config, mesh, dtype, max(1, num_unfinished), max_length)
+    steps = get_segment_steps(options, shape)
     decoder = decode.Decoder(qwen3, sampling, stop_ids, shape, steps, top_logprobs, routing)
     counts = Counter() if counts is None else counts
     engine = Engine(decoder, params, mesh, waiting, options, version, counts, ended)
     if warm_up:
-        with mesh_lib.use(mesh):
+        with mesh_lib.use_mesh(mesh):
             engine.warm_up()
-    return _sampled(engine, waiting, budget)
+    return _yield_finished(engine, waiting, token_budget)
 
 
-def _sampled(
-    engine: Engine, waiting: deque[Sequence], budget: int | None
+def _yield_finished(
+    engine: Engine, waiting: deque[Sequence], token_budget: int | None
 ) -> abc.Iterator[Sequence]:
     counts, before = engine.counts, engine.counts["tokens"]
 
-    def advance() -> bool:
-        with mesh_lib.use(engine.mesh):
-            return engine.advance(None if budget is None else budget + before - counts["tokens"])
+    def advance_engine() -> bool:
+        with mesh_lib.use_mesh(engine.mesh):
+            return engine.advance(
+                None if token_budget is None else token_budget + before - counts["tokens"]
+            )
 
-    while advance():
-        while waiting and waiting[0].reason:
+    while advance_engine():
+        while waiting and waiting[0].finish_reason:
             yield waiting.popleft()
     while waiting:
         yield waiting.popleft()
 
 
-def _check(row: Sequence, where: str, options: Options, mesh: Mesh) -> None:
+def _check_sequence(row: Sequence, where: str, options: RolloutOptions, mesh: Mesh) -> None:
     if not row.prompt:
         raise UserError(f"{where}: the prompt is empty")
-    room = min(options.longest or row.longest, options.room(mesh))
-    if row.longest > room:
+    max_tokens = min(options.max_length or row.max_length, options.get_max_sequence_tokens(mesh))
+    if row.max_length > max_tokens:
         raise UserError(
             f"{where}: a prompt of {len(row.prompt)} tokens and {row.limit} new ones exceed "
-            f"the {room} tokens that the cache has for a row"
+            f"the {max_tokens} tokens that the cache has for a row"
         )
 
 
@@ -180,8 +182,8 @@ def complete(
     that one would have drawn. An empty prompt has no completions.
     """
     numbers_B, samples_B = np.divmod(np.arange(len(prompts) * samples), samples)
-    keys = row_keys(key, numbers_B + first, samples_B)
-    longest = max((len(p) + n for p, n in zip(prompts, limits, strict=True) if p), default=1)
+    keys = make_row_keys(key, numbers_B + first, samples_B)
+    max_length = max((len(p) + n for p, n in zip(prompts, limits, strict=True) if p), default=1)
     done = sample(
         policy.model,
         policy.params,
@@ -192,7 +194,7 @@ def complete(
         ),
         sampling=sampling,
         stop_ids=policy.stop_ids,
-        options=Options(batch_size, longest=bucket(longest)),
+        options=RolloutOptions(batch_size, max_length=bucket_length(max_length)),
         counts=counts,
         top_logprobs=top_logprobs,
         ended=ended,
@@ -201,7 +203,7 @@ def complete(
     return ([next(done) for _ in range(samples if prompt else 0)] for prompt in prompts)
 
 
-def bucket(length: int) -> int:
+def bucket_length(length: int) -> int:
     """A length rounded up, by a quarter or 15 tokens at most, to one of few: each is compiled."""
     step = max(16, 2 ** (length - 1).bit_length() // 8)
     return -(-length // step) * step

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from models.errors import UserError
 
-NUCLEUS = 128  # tokens among which a top_p nucleus is looked for first
-LANES = 128  # blocks (or tokens of a block) that a vocabulary is cut into, where it divides
+NUCLEUS_CANDIDATES = 128  # tokens among which a top_p nucleus is looked for first
+MAX_BLOCKS = 128  # blocks (or tokens of a block) that a vocabulary is cut into, where it divides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,31 +51,31 @@ class Sampling:
         if not math.isfinite(self.presence_penalty):
             raise UserError(f"presence_penalty={self.presence_penalty}: must be a finite number")
 
-    def require(self, vocab_size: int) -> None:
+    def check_vocab_size(self, vocab_size: int) -> None:
         """Raises UserError if a vocabulary of this size has no top_k tokens."""
         if self.top_k > vocab_size:
             raise UserError(f"top_k={self.top_k}: the vocabulary has {vocab_size} tokens")
 
 
-def top(x_BV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def find_top_k(x_BV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The k largest values of each row and where they stand, [B, k], the largest first.
 
     They lie in the k blocks whose largest values are largest: only those are searched.
     """
     B, V = x_BV.shape
-    width = math.gcd(V, LANES)
+    width = math.gcd(V, MAX_BLOCKS)
     if 2 * k * width >= V:
         return jax.lax.top_k(x_BV, k)
     blocks = x_BV.reshape(B, V // width, width)
     _, chosen_Bk = jax.lax.top_k(jnp.max(blocks, axis=-1), k)
     chosen_Bk = jnp.sort(chosen_Bk, axis=-1)  # of equal values the first, as in a plain top_k
-    found = jnp.take_along_axis(blocks, chosen_Bk[:, :, None], axis=1)
+    candidates = jnp.take_along_axis(blocks, chosen_Bk[:, :, None], axis=1)
     places = chosen_Bk[:, :, None] * width + jnp.arange(width, dtype=jnp.int32)[None, None]
-    values_Bk, at_Bk = jax.lax.top_k(found.reshape(B, -1), k)
+    values_Bk, at_Bk = jax.lax.top_k(candidates.reshape(B, -1), k)
     return values_Bk, jnp.take_along_axis(places.reshape(B, -1), at_Bk, axis=1)
 
 
-def _image(bits: jax.Array) -> jax.Array:
+def _to_ordered_bits(bits: jax.Array) -> jax.Array:
     """Bit patterns of float32 → int32 in the order of the floats, and back.
 
     Those of negative floats run backwards.
@@ -83,46 +83,46 @@ def _image(bits: jax.Array) -> jax.Array:
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-def _weights(z_BV: jax.Array, floor_B1: jax.Array) -> jax.Array:
+def _compute_weights(z_BV: jax.Array, floor_B1: jax.Array) -> jax.Array:
     """Probabilities of the tokens from the floor on, the likeliest one's as unit."""
     highest_B1 = jnp.max(z_BV, axis=-1, keepdims=True)
     # The choice inside exp: outside, a CPU computes it one token at a time.
     return jnp.exp(jnp.where(z_BV >= floor_B1, z_BV - highest_B1, -jnp.inf))
 
 
-def _nucleus(z_BV: jax.Array, floor_B1: jax.Array, top_p: float) -> jax.Array:
+def _find_nucleus_floor(z_BV: jax.Array, floor_B1: jax.Array, top_p: float) -> jax.Array:
     """The floor [B, 1] of the nucleus, however large, of the tokens above one: bit by bit.
 
     32 sums. A sort of 152k takes a CPU ten times as long, and a mesh would have to gather it.
     """
-    weights_BV = _weights(z_BV, floor_B1)
+    weights_BV = _compute_weights(z_BV, floor_B1)
     target_B1 = top_p * jnp.sum(weights_BV, axis=-1, keepdims=True)
-    images_BV = _image(jax.lax.bitcast_convert_type(z_BV, jnp.int32))
+    images_BV = _to_ordered_bits(jax.lax.bitcast_convert_type(z_BV, jnp.int32))
 
-    def narrow(i, low_B1):
+    def narrow_floor(i, low_B1):
         trial_B1 = low_B1 + jnp.left_shift(jnp.int32(1), 31 - i)
         above_BV = jnp.where(images_BV >= trial_B1, weights_BV, 0)
         enough_B1 = jnp.sum(above_BV, axis=-1, keepdims=True) >= target_B1
         return jnp.where(enough_B1, trial_B1, low_B1)
 
     low_B1 = jnp.full(floor_B1.shape, jnp.iinfo(jnp.int32).min)
-    low_B1 = jax.lax.fori_loop(0, 32, narrow, low_B1)
-    return jax.lax.bitcast_convert_type(_image(low_B1), jnp.float32)
+    low_B1 = jax.lax.fori_loop(0, 32, narrow_floor, low_B1)
+    return jax.lax.bitcast_convert_type(_to_ordered_bits(low_B1), jnp.float32)
 
 
-def _floor(z_BV: jax.Array, sampling: Sampling) -> jax.Array:
+def _find_floor(z_BV: jax.Array, sampling: Sampling) -> jax.Array:
     """The least tempered logit that is kept, [B, 1]."""
     V = z_BV.shape[-1]
     highest_B1 = jnp.max(z_BV, axis=-1, keepdims=True)
     floor_B1 = jnp.full_like(highest_B1, -jnp.inf)
     k, top_p = sampling.top_k, sampling.top_p
     if k or top_p < 1:
-        top_Bk, _ = top(z_BV, k or min(NUCLEUS, V))
+        top_Bk, _ = find_top_k(z_BV, k or min(NUCLEUS_CANDIDATES, V))
         if k:
             # Not the last column: XLA would make a sort of the vocabulary of such a slice.
             floor_B1 = jnp.min(top_Bk, axis=-1, keepdims=True)
         if top_p < 1:
-            target_B1 = top_p * jnp.sum(_weights(z_BV, floor_B1), axis=-1, keepdims=True)
+            target_B1 = top_p * jnp.sum(_compute_weights(z_BV, floor_B1), axis=-1, keepdims=True)
             reached_Bk = jnp.cumsum(jnp.exp(top_Bk - highest_B1), axis=-1) >= target_B1
             near_B1 = jnp.max(jnp.where(reached_Bk, top_Bk, -jnp.inf), axis=-1, keepdims=True)
             # A row that fits keeps its own result when others do not; one that is nan has none.
@@ -130,34 +130,34 @@ def _floor(z_BV: jax.Array, sampling: Sampling) -> jax.Array:
             floor_B1 = jax.lax.cond(
                 jnp.all(fits_B1),
                 lambda: near_B1,
-                lambda: jnp.where(fits_B1, near_B1, _nucleus(z_BV, floor_B1, top_p)),
+                lambda: jnp.where(fits_B1, near_B1, _find_nucleus_floor(z_BV, floor_B1, top_p)),
             )
     if sampling.min_p > 0:
         floor_B1 = jnp.maximum(floor_B1, highest_B1 + math.log(sampling.min_p))
     return floor_B1
 
 
-def truncate(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
+def truncate_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
     """Tempered logits with -inf outside the tokens that are kept, at a temperature above 0.
 
     Kept are: the top_k most likely; of these the nucleus (arXiv 1904.09751), the smallest set of
     most likely tokens whose probability, taken after top_k as Hugging Face does, reaches top_p;
     and of these the tokens at least min_p times as likely as the likeliest (arXiv 2407.01082).
     """
-    sampling.require(logits_BV.shape[-1])
+    sampling.check_vocab_size(logits_BV.shape[-1])
     z_BV = logits_BV / sampling.temperature
     if not (sampling.top_k or sampling.top_p < 1 or sampling.min_p):
         return z_BV
-    return jnp.where(z_BV >= _floor(z_BV, sampling), z_BV, -jnp.inf)
+    return jnp.where(z_BV >= _find_floor(z_BV, sampling), z_BV, -jnp.inf)
 
 
-def _blocks(z_BV: jax.Array) -> jax.Array:
+def _split_blocks(z_BV: jax.Array) -> jax.Array:
     """[B, C, W]: blocks of consecutive tokens, as many as a mesh may cut the vocabulary into."""
     B, V = z_BV.shape
-    return z_BV.reshape(B, math.gcd(V, LANES), -1)
+    return z_BV.reshape(B, math.gcd(V, MAX_BLOCKS), -1)
 
 
-def _best(
+def _pick_best(
     score_BC: jax.Array, z_BCW: jax.Array, noise_BW: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The token that is best, with noise, in the block of the best score, and its z: [B] each."""
@@ -168,30 +168,30 @@ def _best(
     return token_B1[:, 0], jnp.take_along_axis(z_BW, place_B1, axis=1)[:, 0]
 
 
-def _gumbel(z_BV: jax.Array, keys_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _draw_gumbel(z_BV: jax.Array, keys_B: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A token of softmax(z) a row by two Gumbel maxima, and its log-probability.
 
     First a block of the vocabulary by its whole mass, then a token of the block: the distribution
     of one maximum over all tokens, from a hundredth of the random numbers.
     """
-    z_BCW = _blocks(z_BV)
+    z_BCW = _split_blocks(z_BV)
     C, W = z_BCW.shape[1:]
     highest_B1 = jnp.max(z_BV, axis=-1, keepdims=True)
     mass_BC = jnp.log(jnp.sum(jnp.exp(z_BCW - highest_B1[:, :, None]), axis=-1))
     # "high": a token of probability 1e-9 is drawn as rarely as that.
     noise_BX = jax.vmap(lambda key: jax.random.gumbel(key, (C + W,), mode="high"))(keys_B)
-    tokens_B, z_B = _best(mass_BC + noise_BX[:, :C], z_BCW, noise_BX[:, C:])
+    tokens_B, z_B = _pick_best(mass_BC + noise_BX[:, :C], z_BCW, noise_BX[:, C:])
     return tokens_B, z_B - highest_B1[:, 0] - jax.nn.logsumexp(mass_BC, axis=-1)
 
 
-def _greedy(z_BV: jax.Array) -> jax.Array:
+def _draw_greedy(z_BV: jax.Array) -> jax.Array:
     """The first of the likeliest tokens, [B]. (One argmax over 152k costs a CPU 20 times this.)"""
-    z_BCW = _blocks(z_BV)
-    tokens_B, _ = _best(jnp.max(z_BCW, axis=-1), z_BCW, jnp.zeros_like(z_BCW[:, 0]))
+    z_BCW = _split_blocks(z_BV)
+    tokens_B, _ = _pick_best(jnp.max(z_BCW, axis=-1), z_BCW, jnp.zeros_like(z_BCW[:, 0]))
     return tokens_B
 
 
-def draw(
+def draw_tokens(
     logits_BV: jax.Array,
     keys_B: jax.Array,
     sampling: Sampling,
@@ -215,23 +215,23 @@ def draw(
         assert seen_BV is not None
         z_BV = z_BV - sampling.presence_penalty * seen_BV
     if sampling.temperature == 0:
-        tokens_B = _greedy(z_BV)
-        logp_B = model_logp(logits_BV, tokens_B)
+        tokens_B = _draw_greedy(z_BV)
+        logp_B = compute_model_logp(logits_BV, tokens_B)
     else:
-        tokens_B, logp_B = _gumbel(truncate(z_BV, sampling), keys_B)
+        tokens_B, logp_B = _draw_gumbel(truncate_logits(z_BV, sampling), keys_B)
     # A maximum alone does not tell: XLA's on CPU may pass over a nan.
     highest_B, any_nan_B = jnp.max(logits_BV, axis=-1), jnp.any(jnp.isnan(logits_BV), axis=-1)
     sound_B = jnp.isfinite(highest_B) & ~any_nan_B
     return jnp.where(sound_B, tokens_B, -1).astype(jnp.int32), jnp.where(sound_B, logp_B, jnp.nan)
 
 
-def model_logp(logits_BV: jax.Array, tokens_B: jax.Array) -> jax.Array:
+def compute_model_logp(logits_BV: jax.Array, tokens_B: jax.Array) -> jax.Array:
     """Log-probabilities [B] under the model's own distribution: temperature 1, all tokens."""
     chosen_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=1)[:, 0]
     return chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
 
 
-def model_top(logits_BV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def find_model_top(logits_BV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The model's own k most likely tokens, likeliest first: ids and log-probabilities [B, k]."""
-    values_Bk, ids_Bk = top(logits_BV, k)
+    values_Bk, ids_Bk = find_top_k(logits_BV, k)
     return ids_Bk, values_Bk - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)

@@ -13,14 +13,14 @@ class Sequence:
     key: tuple[int, int]  # the data of its key
     limit: int  # tokens at most
     where: str = ""  # for messages
-    told: list[int] | None = None  # the prompt that a teacher reads; None: the same
-    kind: int = 0  # which source of a mixture it is from
+    teacher_prompt: list[int] | None = None  # the prompt that a teacher reads; None: the same
+    source_id: int = 0  # which source of a mixture it is from
     thinking: bool = True  # the mode that it is asked in
     difficulty: float | None = None
     tokens: list[int] = dataclasses.field(default_factory=list)  # the stop token included
     logprobs: list[float] = dataclasses.field(default_factory=list)
     versions: list[int] = dataclasses.field(default_factory=list)  # of the weights, each token's
-    reason: str = ""  # stop, length or error (logits of NaN); "": not ended, can go on
+    finish_reason: str = ""  # stop, length or error (logits of NaN); "": not ended, can go on
     # Where asked for, of the model's own distribution: of each token, and the likeliest (id, logp).
     model_logprobs: list[float] | None = None
     top_logprobs: list[list[tuple[int, float]]] | None = None
@@ -29,9 +29,9 @@ class Sequence:
     experts: list[np.ndarray] = dataclasses.field(default_factory=list, compare=False)
 
     @property
-    def context(self) -> tuple[int, ...]:
+    def all_tokens(self) -> tuple[int, ...]:
         return (*self.prompt, *self.tokens)
 
     @property
-    def longest(self) -> int:
+    def max_length(self) -> int:
         return len(self.prompt) + self.limit

@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from distill.rollout.decode import CacheShape
-from distill.rollout.engine import REFILL
-from distill.rollout.options import fewer_rows
-from distill.rollout.scheduler import Scheduler, Seat
+from distill.rollout.engine import REFILL_DIVISOR
+from distill.rollout.options import get_shrunk_rows
+from distill.rollout.scheduler import Scheduler, Slot
 from distill.rollout.sequence import Sequence as Row
 
 
 @dataclasses.dataclass
-class Simulated:
+class Simulation:
     """Sums over all decoding steps, of one device: of the shard that has most to read.
 
     steps: of decoding, with all rows. fewer_steps: with fewer, of slabs. live: rows that decoded in
@@ -27,16 +27,18 @@ class Simulated:
     """
 
     steps: int = 0
-    fewer_steps: int = 0
-    live: int = 0
-    read: int = 0
-    filled: int = 0
+    shrunk_steps: int = 0
+    live_row_steps: int = 0
+    bytes_read: int = 0
+    cached_tokens: int = 0
     segments: int = 0
-    parked: int = 0
-    lines: Counter[int] = dataclasses.field(default_factory=Counter)
+    num_parked: int = 0
+    line_counts: Counter[int] = dataclasses.field(default_factory=Counter)
 
 
-def lengths(count: int, mean: float, most: int, sigma: float = 1.0, seed: int = 0) -> list[int]:
+def draw_lengths(
+    count: int, mean: float, most: int, sigma: float = 1.0, seed: int = 0
+) -> list[int]:
     """Lengths of responses as models write them: log-normal around a mean, cut at `most`."""
     drawn = np.random.default_rng(seed).lognormal(np.log(mean) - sigma**2 / 2, sigma, count)
     return np.clip(drawn, min(16, most), most).astype(int).tolist()
@@ -44,101 +46,109 @@ def lengths(count: int, mean: float, most: int, sigma: float = 1.0, seed: int = 
 
 def simulate(
     sequences: Sequence[Row],
-    ends: Sequence[int],
+    response_lengths: Sequence[int],
     shape: CacheShape,
     segment: int,
-    sizes: Sequence[int],
-    reads: Callable[[list[int]], int],
-) -> Simulated:
+    line_sizes: Sequence[int],
+    count_read_bytes: Callable[[list[int]], int],
+) -> Simulation:
     """Samples sequences of which the i-th ends after ends[i] tokens, at its limit at the latest.
 
     sizes: tokens that lines of prompts may have. reads: bytes that a decoding step reads of the
     cache, for rows of a shard that have so many tokens (0: of one that ended in the segment).
     """
-    rows, found = shape.rows // shape.shards, Simulated()
-    few = fewer_rows(shape) // shape.shards
+    rows, totals = shape.rows // shape.shards, Simulation()
+    shrunk = get_shrunk_rows(shape) // shape.shards
     scheduler = Scheduler(
         sequences,
         shards=shape.shards,
         rows=rows,
         pages=shape.pages,
-        page=shape.page,
+        page_size=shape.page_size,
         segment=segment,
-        pinned=shape.kind == "slabs",
+        pinned=shape.backend == "slabs",
     )
-    left = {id(row): end for row, end in zip(sequences, ends, strict=True)}
-    while scheduler.queue or any(scheduler.live()):
-        found.parked += len(scheduler.grow())
-        fresh = scheduler.admit()
-        _read([seat for seat in fresh if seat.reads], shape, sizes, found.lines)
-        most = max(len(list(scheduler.live(shard))) for shard in range(shape.shards))
-        if few and few < rows and not scheduler.queue and not fresh and most <= few:
-            scheduler.shrink(few)
-            rows = few
-        seats = list(scheduler.live())
+    remaining = {id(row): end for row, end in zip(sequences, response_lengths, strict=True)}
+    while scheduler.queue or any(scheduler.iter_slots()):
+        totals.num_parked += len(scheduler.grow_slots())
+        fresh = scheduler.insert_waiting()
+        _count_lines(
+            [seat for seat in fresh if seat.needs_prefill], shape, line_sizes, totals.line_counts
+        )
+        most = max(len(list(scheduler.iter_slots(shard))) for shard in range(shape.shards))
+        if shrunk and shrunk < rows and not scheduler.queue and not fresh and most <= shrunk:
+            scheduler.compact_rows(shrunk)
+            rows = shrunk
+        slots = list(scheduler.iter_slots())
         size = rows * shape.shards
         ending = 1  # rows that end the segment
         if scheduler.queue:
-            ending = max(1, size // REFILL)
-        elif few and few < rows:
-            ending = max(1, len(seats) - shape.shards * few)
-        after = sorted(left[id(seat.sequence)] for seat in seats)
-        if not scheduler.queue and not (few and few < rows):
-            ending = len(seats)
-        steps = min(segment, after[min(ending, len(seats)) - 1])
-        _count(scheduler, left, steps, rows < shape.rows // shape.shards, reads, found)
-        for seat in seats:
-            drawn = min(steps, left[id(seat.sequence)])
-            seat.length += drawn
-            seat.sequence.tokens += [0] * drawn
-            left[id(seat.sequence)] -= drawn
-            if not left[id(seat.sequence)]:
-                scheduler.release(seat)
-    return found
+            ending = max(1, size // REFILL_DIVISOR)
+        elif shrunk and shrunk < rows:
+            ending = max(1, len(slots) - shape.shards * shrunk)
+        after = sorted(remaining[id(seat.sequence)] for seat in slots)
+        if not scheduler.queue and not (shrunk and shrunk < rows):
+            ending = len(slots)
+        steps = min(segment, after[min(ending, len(slots)) - 1])
+        _count_segment(
+            scheduler, remaining, steps, rows < shape.rows // shape.shards, count_read_bytes, totals
+        )
+        for slot in slots:
+            drawn = min(steps, remaining[id(slot.sequence)])
+            slot.length += drawn
+            slot.sequence.tokens += [0] * drawn
+            remaining[id(slot.sequence)] -= drawn
+            if not remaining[id(slot.sequence)]:
+                scheduler.release_slot(slot)
+    return totals
 
 
-def _count(
+def _count_segment(
     scheduler: Scheduler,
-    left: dict[int, int],
+    remaining: dict[int, int],
     steps: int,
-    fewer: bool,
-    reads: Callable[[list[int]], int],
-    found: Simulated,
+    is_shrunk: bool,
+    count_read_bytes: Callable[[list[int]], int],
+    totals: Simulation,
 ) -> None:
     """Adds a segment, of which the step in its middle stands for all."""
-    found.segments += 1
-    if fewer:
-        found.fewer_steps += steps
+    totals.segments += 1
+    if is_shrunk:
+        totals.shrunk_steps += steps
     else:
-        found.steps += steps
+        totals.steps += steps
     of_shards = []
-    for shard in range(len(scheduler.seats)):
+    for shard in range(len(scheduler.slots)):
         lengths = [
-            seat.length + (steps + 1) // 2 if left[id(seat.sequence)] > steps // 2 else 0
-            for seat in scheduler.live(shard)
+            seat.length + (steps + 1) // 2 if remaining[id(seat.sequence)] > steps // 2 else 0
+            for seat in scheduler.iter_slots(shard)
         ]
-        read = reads(lengths)
+        read = count_read_bytes(lengths)
         of_shards.append((read * steps, sum(lengths) * steps))
-        found.live += sum(min(steps, left[id(seat.sequence)]) for seat in scheduler.live(shard))
+        totals.live_row_steps += sum(
+            min(steps, remaining[id(seat.sequence)]) for seat in scheduler.iter_slots(shard)
+        )
     read, filled = max(of_shards)
-    found.read += read
-    found.filled += filled
+    totals.bytes_read += read
+    totals.cached_tokens += filled
 
 
-def _read(seats: list[Seat], shape: CacheShape, sizes: Sequence[int], lines: Counter[int]) -> None:
+def _count_lines(
+    slots: list[Slot], shape: CacheShape, line_sizes: Sequence[int], line_counts: Counter[int]
+) -> None:
     """Counts the lines in which these are read, as `Engine.read` cuts them."""
     waiting: list[deque[int]] = [deque() for _ in range(shape.shards)]
-    for seat in seats:
-        waiting[seat.shard].append(seat.length)
+    for slot in slots:
+        waiting[slot.shard].append(slot.length)
     while any(waiting):
         left = max(map(sum, waiting))
-        T = next((size for size in sizes if size >= left), sizes[-1])
-        lines[T] += 1
+        T = next((size for size in line_sizes if size >= left), line_sizes[-1])
+        line_counts[T] += 1
         for shard in waiting:
-            room = T
-            while shard and room:
-                taken = min(room, shard[0])
-                room -= taken
+            capacity = T
+            while shard and capacity:
+                taken = min(capacity, shard[0])
+                capacity -= taken
                 shard[0] -= taken
                 if not shard[0]:
                     shard.popleft()

@@ -43,20 +43,23 @@ class Checkpoints:
     """
 
     def __init__(
-        self, directory: epath.PathLike, every: int | None = None, keep: int | None = None
+        self,
+        directory: epath.PathLike,
+        save_interval_steps: int | None = None,
+        max_to_keep: int | None = None,
     ) -> None:
         self._directory = epath.Path(directory)
         if not run_files.is_remote(directory):  # which absolute() would take for a relative one
             self._directory = self._directory.absolute()
-        self._every = every
+        self._every = save_interval_steps
         self._damaged: set[int] = set()
         self._manager: ocp.CheckpointManager | None = None
-        if every is not None:
+        if save_interval_steps is not None:
             self._directory.mkdir(parents=True, exist_ok=True)
             # Of its own name, or processes that save a step in two places mix up their barriers.
             name = f"{zlib.crc32(str(self._directory).encode()):08x}"
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
+                max_to_keep=max_to_keep,
                 cleanup_tmp_directories=True,
                 create=False,
                 multiprocessing_options=ocp.options.MultiprocessingOptions(
@@ -65,7 +68,7 @@ class Checkpoints:
             )
             self._manager = ocp.CheckpointManager(self._directory, options=options)
 
-    def due(self, step: int, force: bool = False) -> bool:
+    def should_save(self, step: int, force: bool = False) -> bool:
         """Whether `save` would."""
         return force or (self._every is not None and step % self._every == 0)
 
@@ -77,41 +80,43 @@ class Checkpoints:
         if a newer whole checkpoint exists, and whatever went wrong in the previous save.
         """
         assert self._manager is not None and self._every is not None, "opened to be read"
-        if not self.due(step, force):
+        if not self.should_save(step, force):
             return False
-        ahead = {s for s in self._manager.all_steps() if s >= step}
-        whole = ahead - self._damaged
+        later_steps = {s for s in self._manager.all_steps() if s >= step}
+        whole = later_steps - self._damaged
         if whole - {step}:
             raise ValueError(f"step {step}: {self._directory} already holds {max(whole)}")
         if whole:
             return False
-        for damaged in sorted(ahead):
-            run_files.say(f"{self._directory / str(damaged)}: damaged, so step {step} replaces it")
+        for damaged in sorted(later_steps):
+            run_files.log_line(
+                f"{self._directory / str(damaged)}: damaged, so step {step} replaces it"
+            )
             self._manager.delete(damaged)
             self._damaged.discard(damaged)
-        leaves = _flat(state)
+        leaves = _flatten_tree(state)
         # One after another: XLA on several CPU devices deadlocks, and then aborts, where programs
         # with collectives queue up behind each other on few cores.
-        checks = {path: int(jax.device_get(checksum(x))) for path, x in leaves.items()}
+        checks = {path: int(jax.device_get(compute_checksum(x))) for path, x in leaves.items()}
         about = {
             "meta": meta,
             "leaves": {
                 path: [list(x.shape), x.dtype.name, checks[path]] for path, x in leaves.items()
             },
         }
-        items = {name: ocp.args.StandardSave(item) for name, item in _items(leaves).items()}
-        items["about"] = ocp.args.JsonSave({**about, "crc32": _crc32(about)})
+        items = {name: ocp.args.StandardSave(item) for name, item in _split_items(leaves).items()}
+        items["about"] = ocp.args.JsonSave({**about, "crc32": _compute_crc32(about)})
         # The manager's own rules of when to save are not in use: it would refuse in silence.
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         return True
 
-    def latest(self) -> tuple[int, Meta] | None:
+    def read_latest(self) -> tuple[int, Meta] | None:
         """The newest step whose `about` is whole, and its meta; reads no array."""
-        for step in self._steps():
+        for step in self._list_steps():
             try:
-                return step, self._about(step)["meta"]
+                return step, self._read_about(step)["meta"]
             except _Damaged as error:
-                self._pass_over(step, error)
+                self._skip_damaged(step, error)
         return None
 
     def restore(
@@ -130,75 +135,77 @@ class Checkpoints:
         Raises UserError if there are checkpoints but none can be read, if `step` is not there,
         or if the state is of another shape or dtype than what was saved.
         """
-        self.require(step)
-        steps, reasons = self._steps(), []
+        self.check_step(step)
+        steps, reasons = self._list_steps(), []
         for candidate in steps if step is None else [step]:
             try:
-                return self._load(candidate, abstract_state, convert)
+                return self._load_step(candidate, abstract_state, convert)
             except _Damaged as error:
-                reasons.append(self._pass_over(candidate, error))
+                reasons.append(self._skip_damaged(candidate, error))
         if reasons:
             raise UserError(f"no checkpoint could be read: {reasons[0]}")
         return None
 
-    def require(self, step: int | None) -> None:
+    def check_step(self, step: int | None) -> None:
         """Raises UserError if `step` is not there; None asks for none."""
-        steps = self._steps()
+        steps = self._list_steps()
         if step is not None and step not in steps:
             raise UserError(f"{self._directory}: no checkpoint of step {step}, only of {steps}")
 
-    def _steps(self) -> list[int]:
+    def _list_steps(self) -> list[int]:
         """Steps on disk, newest first."""
         return sorted(ocp.utils.checkpoint_steps(self._directory), reverse=True)
 
-    def _pass_over(self, step: int, error: _Damaged) -> str:
+    def _skip_damaged(self, step: int, error: _Damaged) -> str:
         self._damaged.add(step)
         reason = f"{self._directory / str(step)}: damaged ({error})"
-        run_files.say(f"warning: {reason}")
+        run_files.log_line(f"warning: {reason}")
         return reason
 
-    def _about(self, step: int) -> dict[str, Any]:
-        about = _read(self._directory / str(step) / "about", ocp.args.JsonRestore())
-        if about.pop("crc32", None) != _crc32(about):
+    def _read_about(self, step: int) -> dict[str, Any]:
+        about = _read_item(self._directory / str(step) / "about", ocp.args.JsonRestore())
+        if about.pop("crc32", None) != _compute_crc32(about):
             raise _Damaged("the checksum of about does not match")
         return about
 
-    def _load(
+    def _load_step(
         self,
         step: int,
         abstract_state: Any,
         convert: Callable[[tuple, jax.Array], Any] | None = None,
     ) -> tuple[Any, Meta]:
-        abstract, where = _flat(abstract_state), self._directory / str(step)
+        abstract, where = _flatten_tree(abstract_state), self._directory / str(step)
         about, error = {}, None
         try:
-            about = self._about(step)
-            _require_same(about["leaves"], abstract, where)
+            about = self._read_about(step)
+            _check_leaves(about["leaves"], abstract, where)
         except _Damaged as problem:
             error = problem
         leaves: dict[str, Any] = {}
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(abstract_state)]
-        ways = dict(zip(abstract, paths, strict=True))
+        key_paths = dict(zip(abstract, paths, strict=True))
         parts = [{path: x} for path, x in abstract.items()] if convert else [abstract]
         for part in parts:
-            found = {}
+            items = {}
             try:
-                for name, item in _items(part).items() if error is None else ():
-                    found[name] = _read(where / name, _some_of(item))
+                for name, item in _split_items(part).items() if error is None else ():
+                    items[name] = _read_item(where / name, _make_restore_args(item))
             except _Damaged as problem:
                 error = problem
-            if not _everywhere(error is None):  # before the checksums, which all compute together
+            if not _is_ok_everywhere(
+                error is None
+            ):  # before the checksums, which all compute together
                 raise error or _Damaged("another process could not read its part")
             for path in part:
                 name, _, rest = path.partition("/")
-                x = found[name].pop(rest or name)  # so that only one leaf is there twice
+                x = items[name].pop(rest or name)  # so that only one leaf is there twice
                 # A copy: restored arrays may stand on host memory of the reader's, which cannot be
                 # donated, and the first step after would need room for a second state.
-                copy = jax.jit(_copied, out_shardings=(x.sharding, None))
+                copy = jax.jit(_copy_with_checksum, out_shardings=(x.sharding, None))
                 x, check = copy(x)
                 if int(jax.device_get(check)) != about["leaves"][path][2]:  # waits, as in `save`
                     raise _Damaged(f"the checksum of {path} does not match")
-                leaves[path] = convert(ways[path], x) if convert else x
+                leaves[path] = convert(key_paths[path], x) if convert else x
                 del x
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves.values())
         return state, about["meta"]
@@ -212,7 +219,7 @@ class Checkpoints:
             self._manager.close()
 
 
-def _read(item: epath.Path, args: ocp.args.CheckpointArgs) -> Any:
+def _read_item(item: epath.Path, args: ocp.args.CheckpointArgs) -> Any:
     """Reads one item without Orbax's barriers between processes: one whose part is damaged fails
     alone, and `_everywhere` tells the others; within a barrier they would hang, or crash.
     Raises _Damaged."""
@@ -235,19 +242,19 @@ def _read(item: epath.Path, args: ocp.args.CheckpointArgs) -> Any:
     raise _Damaged(f"{item.name}: {reason}")
 
 
-def _some_of(leaves: dict[str, Any]) -> ocp.args.PyTreeRestore:
+def _make_restore_args(leaves: dict[str, Any]) -> ocp.args.PyTreeRestore:
     """The arguments that read these arrays of an item into their shardings, and no others."""
     restore_args = ocp.checkpoint_utils.construct_restore_args(leaves)
     return ocp.args.PyTreeRestore(leaves, restore_args, partial_restore=True)
 
 
-def _flat(tree: Any) -> dict[str, Any]:
+def _flatten_tree(tree: Any) -> dict[str, Any]:
     """Leaves by path, such as params/layers/q/kernel, in the order of the tree."""
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in paths}
 
 
-def _items(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _split_items(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """`_flat` leaves by the first part of their path, then by the rest of it."""
     items: dict[str, dict[str, Any]] = {}
     for path, x in leaves.items():
@@ -256,28 +263,28 @@ def _items(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return items
 
 
-def _require_same(saved: Mapping[str, Any], asked: Mapping[str, Any], where: epath.Path) -> None:
+def _check_leaves(saved: Mapping[str, Any], expected: Mapping[str, Any], where: epath.Path) -> None:
     """Orbax would cast another dtype without a word, and its message for a shape names no leaf."""
-    entries = _items(asked)
-    wanted = {path: [list(x.shape), x.dtype.name] for path, x in asked.items()}
-    held = {path: x[:2] for path, x in saved.items() if path.partition("/")[0] in entries}
-    for path in sorted(wanted.keys() | held.keys()):
-        if held.get(path) != wanted.get(path):
+    entries = _split_items(expected)
+    wanted = {path: [list(x.shape), x.dtype.name] for path, x in expected.items()}
+    present = {path: x[:2] for path, x in saved.items() if path.partition("/")[0] in entries}
+    for path in sorted(wanted.keys() | present.keys()):
+        if present.get(path) != wanted.get(path):
             raise UserError(
-                f"{where}: {path} is {_words(held.get(path))} there, "
-                f"but {_words(wanted.get(path))} in this run's config"
+                f"{where}: {path} is {_describe_leaf(present.get(path))} there, "
+                f"but {_describe_leaf(wanted.get(path))} in this run's config"
             )
 
 
-def _words(leaf: list[Any] | None) -> str:
+def _describe_leaf(leaf: list[Any] | None) -> str:
     return f"{leaf[1]}{leaf[0]}" if leaf else "absent"
 
 
-def _crc32(about: Meta) -> int:
+def _compute_crc32(about: Meta) -> int:
     return zlib.crc32(json.dumps(about, sort_keys=True).encode())
 
 
-def _everywhere(ok: bool) -> bool:
+def _is_ok_everywhere(ok: bool) -> bool:
     """Whether `ok` in all processes: each reads only its own shards."""
     if jax.process_count() == 1:
         return ok
@@ -285,7 +292,7 @@ def _everywhere(ok: bool) -> bool:
 
 
 @jax.jit
-def checksum(x: jax.Array) -> jax.Array:
+def compute_checksum(x: jax.Array) -> jax.Array:
     """uint32: Σ bits(x_i) · (2i + 1) mod 2³², the same however x is sharded.
 
     The weights are odd, so any change of one element shows; they differ, so most swaps do too.
@@ -297,5 +304,5 @@ def checksum(x: jax.Array) -> jax.Array:
     return jnp.sum(bits.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
 
 
-def _copied(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jnp.copy(x), checksum(x)
+def _copy_with_checksum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.copy(x), compute_checksum(x)

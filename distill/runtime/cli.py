@@ -32,13 +32,13 @@ def run(main: Callable[[], None], options: flags.FlagValues = flags.FLAGS) -> No
     """Parses sys.argv by `options`, calls `main`, and turns mistakes into exits."""
     try:
         if any(arg in _HELP for arg in sys.argv[1:]):
-            _help(options)
-        _parse(sys.argv, options)
-        gpu.set_flags()
+            _print_help(options)
+        _parse_flags(sys.argv, options)
+        gpu.set_xla_flags()
         _set_threads()
         main()
     except UserError as error:
-        _fail(str(error))
+        _exit_with_error(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -55,12 +55,12 @@ def _set_threads() -> None:
         os.environ.setdefault("NPROC", str(4 * int(devices)))  # what XLA reads
 
 
-def _fail(message: str) -> NoReturn:
+def _exit_with_error(message: str) -> NoReturn:
     print("error:", " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
 
 
-def output(path: str) -> epath.Path:
+def check_output(path: str) -> epath.Path:
     """The file that --out names, whose folder there is when this returns; on a bucket as it is.
 
     Raises UserError if it cannot be written, so that this is known before the work and not after.
@@ -80,15 +80,15 @@ def output(path: str) -> epath.Path:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], int]]:
+def catch_stop_signals() -> Iterator[Callable[[], int]]:
     """Within it, SIGTERM and SIGINT only set what the yielded function returns (0: none came)."""
     received = 0
 
-    def note(number: int, _: object) -> None:
+    def record_signal(number: int, _: object) -> None:
         nonlocal received
         received = number
 
-    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    before = {s: signal.signal(s, record_signal) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda: received
     finally:
@@ -96,21 +96,21 @@ def stop_signals() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
-def _help(options: flags.FlagValues) -> NoReturn:
+def _print_help(options: flags.FlagValues) -> NoReturn:
     """What the verb says of itself, and its flags."""
     print((sys.modules["__main__"].__doc__ or "").strip(), end="\n\n")
     print(options.main_module_help())
     sys.exit(0)
 
 
-def _parse(argv: list[str], options: flags.FlagValues) -> None:
+def _parse_flags(argv: list[str], options: flags.FlagValues) -> None:
     """Parses the flags. Whatever goes wrong here is the user's to mend: raises UserError only."""
     try:
         rest = options(argv)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(_explain(error, argv)) from error
+        raise UserError(_explain_parse_error(error, argv)) from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: options are written --name=value")
     for name in options:
@@ -129,7 +129,7 @@ def _check_config(name: str, flag: flags.Flag) -> None:
         raise UserError(f"--{name}={filename}: {reason}") from error
 
 
-def _explain(error: Exception, argv: list[str]) -> str:
+def _explain_parse_error(error: Exception, argv: list[str]) -> str:
     """One line for an error raised while parsing `argv`."""
     message = str(error).strip()
     if isinstance(error, flags.UnrecognizedFlagError):
@@ -153,10 +153,10 @@ def _explain(error: Exception, argv: list[str]) -> str:
     ours = [f for f in frames if not any(name in f.filename for name in libraries)]
     if ours:  # raised by the config file, or by what it imports
         return f"{ours[-1].filename}:{ours[-1].lineno}: {type(error).__name__}: {message}"
-    return _unknown_key(message, argv) or f"{type(error).__name__}: {message}"
+    return _explain_unknown_key(message, argv) or f"{type(error).__name__}: {message}"
 
 
-def _unknown_key(message: str, argv: list[str]) -> str | None:
+def _explain_unknown_key(message: str, argv: list[str]) -> str | None:
     """One line if `message` names the key of an override in `argv` which the config lacks."""
     words = message.replace("\\'", "'").strip("\"'")
     key = re.match(r"\w+", words)

@@ -22,15 +22,21 @@ from jax.experimental import multihost_utils
 from distill.runtime.run_files import is_primary
 from models.errors import UserError
 
-HEARTBEAT = 60  # seconds of silence after which a process counts as lost
-TOGETHER = 300  # seconds that the processes may start apart
-LOST = 75  # exit code; above those of a cause: 1 and 2
+HEARTBEAT_SECONDS = 60  # seconds of silence after which a process counts as lost
+START_TIMEOUT_SECONDS = 300  # seconds that the processes may start apart
+LOST_EXIT_CODE = 75  # exit code; above those of a cause: 1 and 2
 # What errors say that come of a lost peer: of CPUs, of GPUs, of the coordination service.
-_SIGNS = ("Gloo", "NCCL", "coordination service", "CoordinationService", "Connection closed by")
+_LOST_PEER_SIGNS = (
+    "Gloo",
+    "NCCL",
+    "coordination service",
+    "CoordinationService",
+    "Connection closed by",
+)
 _ADVICE = "its own log says why; started again on every host, the run goes on from its checkpoint"
 
 
-def define(options: flags.FlagValues) -> None:
+def define_flags(options: flags.FlagValues) -> None:
     """The flags of a verb that several processes may run together."""
     flags.DEFINE_string(
         "coordinator_address",
@@ -45,12 +51,12 @@ def define(options: flags.FlagValues) -> None:
         ("process_id", "The number of this one, from 0"),
     ):
         default = os.environ.get(f"JAX_{name.upper()}")
-        told = f"{meaning}. Default: JAX_{name.upper()}."
-        flags.DEFINE_integer(name, default, told, lower_bound=0, flag_values=options)
+        description = f"{meaning}. Default: JAX_{name.upper()}."
+        flags.DEFINE_integer(name, default, description, lower_bound=0, flag_values=options)
 
 
 @contextlib.contextmanager
-def joined(options: flags.FlagValues) -> Iterator[None]:
+def join_processes(options: flags.FlagValues) -> Iterator[None]:
     """Within it this process is one of those that its flags name; without any, the only one.
 
     Before jax is used in any other way. Raises UserError for flags that name no run, or name
@@ -69,22 +75,24 @@ def joined(options: flags.FlagValues) -> Iterator[None]:
             )
         yield
         return
-    ending = _join(address, count, number)
+    exit_code = _init_distributed(address, count, number)
     try:
         yield
         multihost_utils.sync_global_devices("end")  # none leaves while others still work
     except BaseException as error:
-        ending[0] = {UserError: 2, SystemExit: getattr(error, "code", 1)}.get(type(error), 1)
-        if not isinstance(error, UserError | SystemExit) and any(s in str(error) for s in _SIGNS):
-            _lost(str(error).splitlines()[0])
+        exit_code[0] = {UserError: 2, SystemExit: getattr(error, "code", 1)}.get(type(error), 1)
+        if not isinstance(error, UserError | SystemExit) and any(
+            s in str(error) for s in _LOST_PEER_SIGNS
+        ):
+            _exit_lost(str(error).splitlines()[0])
         raise
 
 
-def _join(address: str, count: int | None, number: int | None) -> list[int]:
+def _init_distributed(address: str, count: int | None, number: int | None) -> list[int]:
     """Connects to the others. Returns where to put the exit code of a process that is ending."""
-    found = {"coordinator_address": address, "num_processes": count, "process_id": number}
+    init_args = {"coordinator_address": address, "num_processes": count, "process_id": number}
     if address == "auto":
-        found = {}
+        init_args = {}
         os.environ.pop("JAX_COORDINATOR_ADDRESS", None)  # jax would take it for an address
     elif not address.rpartition(":")[2].isdecimal() or ":" not in address:
         raise UserError(f"--coordinator_address={address}: is none; HOST:PORT, or auto")
@@ -94,73 +102,75 @@ def _join(address: str, count: int | None, number: int | None) -> list[int]:
         )
     try:
         jax.distributed.initialize(
-            **found,
-            initialization_timeout=TOGETHER,
-            heartbeat_timeout_seconds=HEARTBEAT,
-            shutdown_timeout_seconds=HEARTBEAT,
+            **init_args,
+            initialization_timeout=START_TIMEOUT_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"--coordinator_address={address}: {reason}") from error
     # jax takes SIGTERM for itself, for a service that is not in use here: see `anyone`.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    return _last_words()
+    return _install_abort_handler()
 
 
-_kept: list[Any] = []  # what C calls must not be collected
+_c_callbacks: list[Any] = []  # what C calls must not be collected
 
 
-def _last_words() -> list[int]:
+def _install_abort_handler() -> list[int]:
     """Where a thread of jax's finds that a peer is silent, or the connection to process 0 closed,
     it aborts, over pages of its own: the last line is then ours. Returns what `_join` does."""
-    ending = [0]
+    exit_code = [0]
 
-    def aborted(_: int) -> None:
-        if ending[0]:  # it was this process that left the others
-            os._exit(ending[0])
-        _lost(f"no sign of it for {HEARTBEAT} s, or its connection is closed, see above")
+    def handle_abort(_: int) -> None:
+        if exit_code[0]:  # it was this process that left the others
+            os._exit(exit_code[0])
+        _exit_lost(
+            f"no sign of it for {HEARTBEAT_SECONDS} s, or its connection is closed, see above"
+        )
 
     # Python's own signal handlers would run after an abort, which is never.
-    _kept.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted))
-    ctypes.CDLL(None).signal(signal.SIGABRT, _kept[-1])
-    return ending
+    _c_callbacks.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(handle_abort))
+    ctypes.CDLL(None).signal(signal.SIGABRT, _c_callbacks[-1])
+    return exit_code
 
 
-def _lost(reason: str) -> None:
+def _exit_lost(reason: str) -> None:
     """Ends this process at once: the usual way out would wait for the one that is lost."""
     os.write(2, f"error: another process of this run is lost ({reason}): {_ADVICE}\n".encode())
-    os._exit(LOST)
+    os._exit(LOST_EXIT_CODE)
 
 
-def from_primary(make: Callable[[], Any]) -> Any:
+def broadcast_from_primary(compute: Callable[[], Any]) -> Any:
     """What `make` returns (JSON) or raises (UserError) in process 0, in every process."""
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
-        return make()
-    said: list[Any] = [None, ""]
+        return compute()
+    outcome: list[Any] = [None, ""]
     if is_primary():
         try:
-            said[0] = make()
+            outcome[0] = compute()
         except UserError as error:
-            said[1] = str(error)
-    text = np.frombuffer(json.dumps(said).encode(), np.uint8)
+            outcome[1] = str(error)
+    text = np.frombuffer(json.dumps(outcome).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    room = 1 << size.bit_length()  # few sizes: each is compiled
-    padded = np.pad(text if is_primary() else text[:0], (0, room))[:room]
-    held = np.asarray(multihost_utils.broadcast_one_to_all(padded))[:size]
-    found, reason = json.loads(held.tobytes())
+    padded_size = 1 << size.bit_length()  # few sizes: each is compiled
+    padded = np.pad(text if is_primary() else text[:0], (0, padded_size))[:padded_size]
+    received = np.asarray(multihost_utils.broadcast_one_to_all(padded))[:size]
+    value, reason = json.loads(received.tobytes())
     if reason:
         raise UserError(reason)
-    return found
+    return value
 
 
-def anyone(number: int) -> int:
+def max_over_processes(number: int) -> int:
     """The greatest of the processes' numbers: a signal that came to one of them, say."""
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return number
     return int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
-def means(sums: dict[str, tuple[float, float]]) -> dict[str, float]:
+def reduce_means(sums: dict[str, tuple[float, float]]) -> dict[str, float]:
     """The means that all processes' sums and counts come to; of what none counted there is none.
     All name the same."""
     if jax.distributed.is_initialized():

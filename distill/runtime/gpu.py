@@ -8,33 +8,33 @@ import os
 
 # A collective runs behind whatever does not wait for it: weights of the next layer are fetched
 # while this one computes. One GPU has no collectives, and loses nothing.
-ALWAYS = {"xla_gpu_enable_latency_hiding_scheduler": "true"}
+DEFAULT_FLAGS = {"xla_gpu_enable_latency_hiding_scheduler": "true"}
 
 # The same program, run again, gives the same bits: no atomic additions (of scattered gradients,
 # say), and no autotuning, which may choose another kernel in the next process. Slower.
-DETERMINISTIC = {"xla_gpu_deterministic_ops": "true"}
+DETERMINISTIC_FLAGS = {"xla_gpu_deterministic_ops": "true"}
 
 # Left as XLA has them: matrix products are tuned between cuBLAS and Triton
 # (xla_gpu_enable_triton_gemm; xla_gpu_triton_gemm_any would take Triton wherever it can), and
 # programs are launched as CUDA graphs (xla_gpu_enable_command_buffer), which is what keeps a
 # decoding step of many small kernels from waiting for the host.
 
-PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # of requirements-gpu.txt
+GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # of requirements-gpu.txt
 
 
-def expected() -> bool:
+def is_gpu_expected() -> bool:
     """Whether JAX will look for a GPU: it has a plugin, and JAX_PLATFORMS allows it."""
     platforms = os.environ.get("JAX_PLATFORMS", "").split(",")
     wanted = platforms == [""] or {"cuda", "gpu"} & set(platforms)
-    return bool(wanted) and any(importlib.util.find_spec(name) for name in PLUGINS)
+    return bool(wanted) and any(importlib.util.find_spec(name) for name in GPU_PLUGINS)
 
 
-def set_flags(deterministic: bool = False) -> None:
+def set_xla_flags(deterministic: bool = False) -> None:
     """Adds to XLA_FLAGS where a GPU is expected; void once a device has been used."""
-    if not expected():
+    if not is_gpu_expected():
         return
-    given = os.environ.get("XLA_FLAGS", "").split()
-    named = {flag.lstrip("-").partition("=")[0] for flag in given}
-    wanted = ALWAYS | (DETERMINISTIC if deterministic else {})
-    given += [f"--{name}={value}" for name, value in wanted.items() if name not in named]
-    os.environ["XLA_FLAGS"] = " ".join(given)
+    xla_flags = os.environ.get("XLA_FLAGS", "").split()
+    named = {flag.lstrip("-").partition("=")[0] for flag in xla_flags}
+    wanted = DEFAULT_FLAGS | (DETERMINISTIC_FLAGS if deterministic else {})
+    xla_flags += [f"--{name}={value}" for name, value in wanted.items() if name not in named]
+    os.environ["XLA_FLAGS"] = " ".join(xla_flags)

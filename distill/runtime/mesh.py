@@ -20,9 +20,9 @@ from models.qwen3.lora import LoRA
 
 # Context behind fsdp: the two together are one axis where rows are sampled (`decoding`).
 AXES = ("data", "fsdp", "context", "expert", "tensor")
-ROWS = ("data", "fsdp", "expert")  # what the batch is split by
-VOCABULARY = ("fsdp", "expert", "context", "tensor")
-TOKENS = ("context", "tensor")  # what hidden states are split by along a row
+ROW_AXES = ("data", "fsdp", "expert")  # what the batch is split by
+VOCABULARY_AXES = ("fsdp", "expert", "context", "tensor")
+TOKEN_AXES = ("context", "tensor")  # what hidden states are split by along a row
 
 # Logical axis -> mesh axes. Weights are split twice, by fsdp along the model dimension and by
 # tensor along heads or feed-forward; experts by expert, too, an axis which for all other weights is
@@ -30,26 +30,30 @@ TOKENS = ("context", "tensor")  # what hidden states are split by along a row
 # loss holds 1/(fsdp·expert·context·tensor) of each chunk's logits on a device. Context, which is
 # like fsdp for weights, splits a row's tokens everywhere but in attention, where it splits the
 # heads of all tokens (arXiv 2309.14509).
-RULES = (
-    ("batch", ROWS),
+SHARDING_RULES = (
+    ("batch", ROW_AXES),
     ("embed", ("fsdp", "context")),
     ("heads", "tensor"),
     ("mlp", "tensor"),
     ("expert", "expert"),
-    ("vocab", VOCABULARY),
+    ("vocab", VOCABULARY_AXES),
     ("act_heads", ("tensor", "context")),
-    ("act_tokens", TOKENS),
+    ("act_tokens", TOKEN_AXES),
     ("act_context", "context"),
     ("layers", None),
 )
 
-_FETCHED = ("embed", "vocab")
+_GATHERED_AXES = ("embed", "vocab")
 # The same for weights that every row shard holds whole, but for experts: for decoding, which reads
 # all of them for each token and would have to fetch them each time.
-GATHERED = (("embed", None), ("vocab", "tensor"), *(r for r in RULES if r[0] not in _FETCHED))
+GATHERED_RULES = (
+    ("embed", None),
+    ("vocab", "tensor"),
+    *(r for r in SHARDING_RULES if r[0] not in _GATHERED_AXES),
+)
 
 
-def make(
+def make_mesh(
     data: int,
     fsdp: int,
     tensor: int,
@@ -79,11 +83,11 @@ def make(
         raise UserError(f"config.mesh: needs {total} devices, there are {len(devices)}")
     shaped = np.array(devices[:total]).reshape(sizes)
     if devices[0].platform == "tpu" and total == len(devices) and _is_box(devices):
-        shaped = _along_the_torus(sizes, devices)
+        shaped = _order_by_torus(sizes, devices)
     return Mesh(shaped, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def meshes(c: ConfigDict, devices: Sequence[Any] | None = None) -> tuple[Mesh, Mesh]:
+def make_meshes(c: ConfigDict, devices: Sequence[Any] | None = None) -> tuple[Mesh, Mesh]:
     """The student's mesh and that of the models which are only read: the same one, or of devices
     apart, the last `config.teacher_mesh.devices` of each process.
 
@@ -95,21 +99,23 @@ def meshes(c: ConfigDict, devices: Sequence[Any] | None = None) -> tuple[Mesh, M
     sizes = c.teacher_mesh.to_dict()
     count = sizes.pop("devices")
     if not count:
-        mesh = make(**c.mesh, devices=devices)
+        mesh = make_mesh(**c.mesh, devices=devices)
         return mesh, mesh
-    of: dict[int, list[Any]] = {}
+    devices_by_process: dict[int, list[Any]] = {}
     for device in jax.devices() if devices is None else devices:
-        of.setdefault(device.process_index, []).append(device)
-    least = min(map(len, of.values()))
+        devices_by_process.setdefault(device.process_index, []).append(device)
+    least = min(map(len, devices_by_process.values()))
     if not 0 < count < least:
         raise UserError(
             f"config.teacher_mesh.devices={count}: of the {least} devices of a process at least "
             "one must be the student's, and one the teachers'"
         )
-    mesh = make(**c.mesh, devices=[device for own in of.values() for device in own[:-count]])
-    theirs = [device for own in of.values() for device in own[-count:]]
+    mesh = make_mesh(
+        **c.mesh, devices=[device for own in devices_by_process.values() for device in own[:-count]]
+    )
+    teacher_devices = [device for own in devices_by_process.values() for device in own[-count:]]
     try:
-        return mesh, make(**sizes, devices=theirs)
+        return mesh, make_mesh(**sizes, devices=teacher_devices)
     except UserError as error:
         raise UserError(str(error).replace("config.mesh", "config.teacher_mesh", 1)) from None
 
@@ -123,7 +129,7 @@ def _is_box(devices: Sequence[Any]) -> bool:
     return spans == len({place[1:] for place in places}) and len(places) == len(at)
 
 
-def _along_the_torus(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+def _order_by_torus(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
     """TPU devices so that each axis of the mesh is one of the torus, as far as that goes: its ring
     then adds up gradients into shards, where an axis over two dimensions makes XLA add them up
     whole on every device. Between slices, whose network is slow, only rows are split."""
@@ -144,7 +150,7 @@ def _along_the_torus(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray
     )
 
 
-def spread(*configs: Config) -> Mesh:
+def make_reader_mesh(*configs: Config) -> Mesh:
     """All devices, for verbs that only read these models: whatever their shapes, it divides them.
 
     Tensor first and then expert, which move activations and not weights at each decoding step;
@@ -152,16 +158,18 @@ def spread(*configs: Config) -> Mesh:
     """
     left = jax.device_count()
     vocabulary = math.gcd(*(c.vocab_size for c in configs))
-    tensor = math.gcd(left, vocabulary, *(n for c in configs for n in _split_by_tensor(c).values()))
+    tensor = math.gcd(
+        left, vocabulary, *(n for c in configs for n in _list_tensor_sizes(c).values())
+    )
     left, vocabulary = left // tensor, vocabulary // tensor
     experts = [c.num_experts for c in configs if any(c.sparse_layers)]
     expert = math.gcd(left, vocabulary, *experts) if experts else 1
     left, vocabulary = left // expert, vocabulary // expert
     fsdp = math.gcd(left, vocabulary, *(c.hidden_size for c in configs))
-    return make(left // fsdp, fsdp, tensor, expert)
+    return make_mesh(left // fsdp, fsdp, tensor, expert)
 
 
-def _split_by_tensor(c: Config) -> dict[str, int]:
+def _list_tensor_sizes(c: Config) -> dict[str, int]:
     """Fields of the config, and their values, that the mesh axis tensor splits."""
     sizes = {
         "num_attention_heads": c.num_attention_heads,
@@ -174,7 +182,7 @@ def _split_by_tensor(c: Config) -> dict[str, int]:
     return sizes
 
 
-def decoding(mesh: Mesh) -> Mesh:
+def to_decode_mesh(mesh: Mesh) -> Mesh:
     """The mesh for rows of one token at a time: the same devices, those along context sharing out
     rows, since there are no tokens to split."""
     data, fsdp, context, *others = mesh.devices.shape
@@ -183,16 +191,16 @@ def decoding(mesh: Mesh) -> Mesh:
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh) -> Iterator[None]:
+def use_mesh(mesh: Mesh) -> Iterator[None]:
     """Within it, logical axis names in models/qwen3 mean axes of `mesh`."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(SHARDING_RULES):
         yield
 
 
-def check(config: Config, mesh: Mesh, source: str) -> None:
+def check_divisible(config: Config, mesh: Mesh, source: str) -> None:
     """Raises UserError if the mesh does not divide a dimension of the model that it splits."""
     fsdp, context, expert, tensor = (mesh.shape[axis] for axis in AXES[1:])
-    splits = [(name, size, "tensor", tensor) for name, size in _split_by_tensor(config).items()]
+    splits = [(name, size, "tensor", tensor) for name, size in _list_tensor_sizes(config).items()]
     splits += [
         ("num_attention_heads", config.num_attention_heads, "tensor*context", tensor * context),
         ("hidden_size", config.hidden_size, "fsdp*context", fsdp * context),
@@ -204,12 +212,12 @@ def check(config: Config, mesh: Mesh, source: str) -> None:
             raise UserError(f"{source}: {name}={size} does not divide by mesh axis {axis}={parts}")
 
 
-def parameters(
-    config: Config, mesh: Mesh, lora: LoRA | None = None, rules: tuple = RULES
+def make_abstract_params(
+    config: Config, mesh: Mesh, lora: LoRA | None = None, rules: tuple = SHARDING_RULES
 ) -> model.Params:
     """The parameters of a model, or what `lora` adds to them, as ShapeDtypeStructs (float32) with
     their shardings on `mesh`."""
-    shapes, axes = model.abstract(config, lora)
+    shapes, axes = model.get_abstract_params(config, lora)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
@@ -217,72 +225,77 @@ def parameters(
     )
 
 
-def rows(mesh: Mesh) -> NamedSharding:
+def make_row_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of arrays whose first axis is the batch."""
-    return NamedSharding(mesh, PartitionSpec(ROWS))
+    return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
-def own_rows(mesh: Mesh, count: int, devices: Iterable[Any] | None = None) -> list[int]:
+def list_local_rows(mesh: Mesh, count: int, devices: Iterable[Any] | None = None) -> list[int]:
     """Which rows of a batch of `count` lie on these devices, in order; on those of this process by
     default. All of them in a run of one process."""
-    held = rows(mesh).devices_indices_map((count,))
+    index_of_device = make_row_sharding(mesh).devices_indices_map((count,))
     own = set(jax.local_devices() if devices is None else devices)
-    parts = [part for device, (part,) in held.items() if device in own]
+    parts = [part for device, (part,) in index_of_device.items() if device in own]
     return sorted({row for part in parts for row in range(*part.indices(count))})
 
 
-def from_own_rows(tree: Any, mesh: Mesh, count: int, spec: PartitionSpec | None = None) -> Any:
+def from_local_rows(tree: Any, mesh: Mesh, count: int, spec: PartitionSpec | None = None) -> Any:
     """Arrays of `count` rows, split by rows over `mesh`, or as `spec` says, of host arrays that
     hold `own_rows`."""
-    mine = {row: at for at, row in enumerate(own_rows(mesh, count))}
-    sharding = NamedSharding(mesh, spec) if spec else rows(mesh)
+    mine = {row: at for at, row in enumerate(list_local_rows(mesh, count))}
+    sharding = NamedSharding(mesh, spec) if spec else make_row_sharding(mesh)
 
-    def whole(x: np.ndarray) -> jax.Array:
-        def part(index: Any) -> np.ndarray:
+    def make_global_array(x: np.ndarray) -> jax.Array:
+        def get_shard(index: Any) -> np.ndarray:
             first, end, _ = index[0].indices(count)
             return x[(slice(mine[first], mine[first] + end - first), *index[1:])]
 
-        return jax.make_array_from_callback((count, *x.shape[1:]), sharding, part)
+        return jax.make_array_from_callback((count, *x.shape[1:]), sharding, get_shard)
 
-    return jax.tree.map(whole, tree)
+    return jax.tree.map(make_global_array, tree)
 
 
-def moved(tree: Any, mesh: Mesh) -> Any:
+def move_rows(tree: Any, mesh: Mesh) -> Any:
     """Arrays whose first axis is the batch, on another mesh: split by rows, and hidden states
     [B, T, D] as `stream` says. Of several processes each hands over its own rows (`require_near`)
     through its host's memory."""
 
-    def one(x: jax.Array) -> jax.Array:
-        spec = stream(mesh, x.shape[1]) if x.ndim == 3 else PartitionSpec(ROWS)
+    def move_array(x: jax.Array) -> jax.Array:
+        spec = make_hidden_spec(mesh, x.shape[1]) if x.ndim == 3 else PartitionSpec(ROW_AXES)
         if x.is_fully_addressable:
             return jax.device_put(x, NamedSharding(mesh, spec))
         assert isinstance(x.sharding, NamedSharding)
-        own = own_rows(x.sharding.mesh, x.shape[0])  # pyright: ignore[reportArgumentType]
+        own = list_local_rows(x.sharding.mesh, x.shape[0])  # pyright: ignore[reportArgumentType]
         mine = {row: at for at, row in enumerate(own)}
-        held = np.empty((len(own), *x.shape[1:]), x.dtype)
+        local_rows = np.empty((len(own), *x.shape[1:]), x.dtype)
         for shard in x.addressable_shards:
             first, end, _ = shard.index[0].indices(x.shape[0])
             into = (slice(mine[first], mine[first] + end - first), *shard.index[1:])
-            held[into] = np.asarray(shard.data)
-        return from_own_rows(held, mesh, x.shape[0], spec)
+            local_rows[into] = np.asarray(shard.data)
+        return from_local_rows(local_rows, mesh, x.shape[0], spec)
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(move_array, tree)
 
 
-def require_near(one: Mesh, other: Mesh, count: int) -> None:
+def check_colocated(first: Mesh, second: Mesh, count: int) -> None:
     """Raises UserError if of a batch of `count` rows a process has others on one mesh than on the
     other, or of a row not all tokens: `moved` could not hand them over. Where the two are one mesh
     nothing is handed over, and any will do."""
-    if one == other:
+    if first == second:
         return
-    of: dict[int, list[Any]] = {}
-    for device in (*one.devices.flat, *other.devices.flat):
-        of.setdefault(device.process_index, []).append(device)
-    same = all(own_rows(one, count, own) == own_rows(other, count, own) for own in of.values())
+    devices_by_process: dict[int, list[Any]] = {}
+    for device in (*first.devices.flat, *second.devices.flat):
+        devices_by_process.setdefault(device.process_index, []).append(device)
+    same = all(
+        list_local_rows(first, count, own) == list_local_rows(second, count, own)
+        for own in devices_by_process.values()
+    )
     whole = all(
         len({device.process_index for device in line}) == 1
-        for mesh in (one, other)
-        for line in mesh.devices.swapaxes(2, 3).reshape(-1, _parts(mesh, TOKENS))  # expert before
+        for mesh in (first, second)
+        for line in mesh.devices.swapaxes(2, 3).reshape(
+            -1, _count_axis_shards(mesh, TOKEN_AXES)
+        )  # expert before
     )
     if not same or not whole:
         raise UserError(
@@ -291,7 +304,7 @@ def require_near(one: Mesh, other: Mesh, count: int) -> None:
         )
 
 
-def settled(tree: Any) -> Any:
+def wait_on_cpu(tree: Any) -> Any:
     """`tree`, waited for on several CPU devices: XLA deadlocks there, and then aborts, where
     programs with collectives queue up behind each other on few cores."""
     leaf = next((x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)), None)
@@ -300,84 +313,88 @@ def settled(tree: Any) -> Any:
     return tree
 
 
-def put(x: Any, sharding: NamedSharding) -> jax.Array:
+def to_global_array(x: Any, sharding: NamedSharding) -> jax.Array:
     """A host array, the same in every process, on the devices of all of them.
 
     Between processes jax.device_put would compare it first, each time."""
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
-    held = np.asarray(x)
-    return jax.make_array_from_callback(held.shape, sharding, lambda index: held[index])
+    host_array = np.asarray(x)
+    return jax.make_array_from_callback(host_array.shape, sharding, lambda index: host_array[index])
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def first_rows(tree: Any, count: int) -> Any:
+def gather_first_rows(tree: Any, count: int) -> Any:
     """Within `use`: the first rows of arrays that are split by rows, whole in every process."""
-    return jax.tree.map(lambda x: whole(x[:count]), tree)
+    return jax.tree.map(lambda x: replicate_array(x[:count]), tree)
 
 
-def on_gpu(mesh: Mesh) -> bool:
+def is_on_gpu(mesh: Mesh) -> bool:
     """Whether its devices are GPUs; they need not exist."""
     return mesh.devices.flat[0].platform in ("gpu", "cuda")
 
 
-def row_shards(mesh: Mesh) -> int:
+def count_row_shards(mesh: Mesh) -> int:
     """Into how many parts the batch is split."""
-    return _parts(mesh, ROWS)
+    return _count_axis_shards(mesh, ROW_AXES)
 
 
-def token_shards(mesh: Mesh | AbstractMesh, T: int) -> int:
+def count_token_shards(mesh: Mesh | AbstractMesh, T: int) -> int:
     """Into how many parts hidden states of T tokens are split along a row."""
-    parts = _parts(mesh, TOKENS)
+    parts = _count_axis_shards(mesh, TOKEN_AXES)
     return 1 if T % parts else parts
 
 
-def shards(B: int, T: int) -> tuple[int, int]:
+def count_shards(B: int, T: int) -> tuple[int, int]:
     """Within `use`: into how many parts hidden states [B, T, D] are split by rows, and by tokens;
     rows that do not divide by it count as parts of their own."""
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.axis_names:
         return 1, 1
-    parts = _parts(mesh, ROWS)
-    return B if B % parts else parts, token_shards(mesh, T)
+    parts = _count_axis_shards(mesh, ROW_AXES)
+    return B if B % parts else parts, count_token_shards(mesh, T)
 
 
-def _parts(mesh: Mesh | AbstractMesh, axes: Iterable[str]) -> int:
+def _count_axis_shards(mesh: Mesh | AbstractMesh, axes: Iterable[str]) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def make_replicated_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split_rows(x: jax.Array) -> jax.Array:
     """Within `use`: an array whose first axis is the batch, split as the batch is."""
-    return _constrained(x, PartitionSpec(ROWS))
+    return _constrain_sharding(x, PartitionSpec(ROW_AXES))
 
 
-def whole(x: jax.Array) -> jax.Array:
+def replicate_array(x: jax.Array) -> jax.Array:
     """Within `use`: an array that every device holds whole, so that every process can read it."""
-    return _constrained(x, PartitionSpec())
+    return _constrain_sharding(x, PartitionSpec())
 
 
-def stream(mesh: Mesh | AbstractMesh, T: int) -> PartitionSpec:
+def make_hidden_spec(mesh: Mesh | AbstractMesh, T: int) -> PartitionSpec:
     """How hidden states [B, T, D] lie: by rows, and by tokens over TOKENS, if they divide them."""
-    return PartitionSpec(ROWS, TOKENS if token_shards(mesh, T) > 1 else None)
+    return PartitionSpec(ROW_AXES, TOKEN_AXES if count_token_shards(mesh, T) > 1 else None)
 
 
-def split_stream(x_BTD: jax.Array) -> jax.Array:
+def split_hidden(x_BTD: jax.Array) -> jax.Array:
     """Within `use`: hidden states, split as `stream` says."""
     mesh = jax.sharding.get_abstract_mesh()
-    return _constrained(x_BTD, stream(mesh, x_BTD.shape[1])) if mesh.axis_names else x_BTD
+    return (
+        _constrain_sharding(x_BTD, make_hidden_spec(mesh, x_BTD.shape[1]))
+        if mesh.axis_names
+        else x_BTD
+    )
 
 
 def split_vocabulary(logits_BCV: jax.Array) -> jax.Array:
     """Within `use`: logits split over the vocabulary, as the head is; rows only over data."""
-    return _constrained(logits_BCV, PartitionSpec("data", None, VOCABULARY))
+    return _constrain_sharding(logits_BCV, PartitionSpec("data", None, VOCABULARY_AXES))
 
 
-def _constrained(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+def _constrain_sharding(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     if not jax.sharding.get_abstract_mesh().axis_names:
         return x
     return jax.lax.with_sharding_constraint(x, spec)

@@ -33,11 +33,11 @@ from tqdm import tqdm
 
 from models.errors import UserError
 
-Sums = dict[str, tuple[jax.Array, jax.Array]]
+MetricSums = dict[str, tuple[jax.Array, jax.Array]]
 """Flat metric name → (sum, count), float32 scalars."""
 
-_PLAIN_SECONDS = 10.0
-LINES_SECONDS = 30.0  # between two writings of a bucket's jsonl file
+_PROGRESS_SECONDS = 10.0
+BUCKET_FLUSH_SECONDS = 30.0  # between two writings of a bucket's jsonl file
 _PACKAGES = (
     *("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "flax", "optax", "orbax-checkpoint", "numpy"),
     *("transformers", "tokenizers", "safetensors", "datasets", "tensorflow-datasets"),
@@ -45,7 +45,7 @@ _PACKAGES = (
 )
 
 
-def finalize(sums: Sums) -> dict[str, jax.Array]:
+def compute_means(sums: MetricSums) -> dict[str, jax.Array]:
     """Means. A count of 0 gives nan, which files show as null: not measured is not zero."""
     return {
         name: jnp.where(count == 0, jnp.nan, total / jnp.where(count == 0, 1, count))
@@ -53,7 +53,7 @@ def finalize(sums: Sums) -> dict[str, jax.Array]:
     }
 
 
-def wilson(successes: float, n: float) -> tuple[float, float]:
+def wilson_interval(successes: float, n: float) -> tuple[float, float]:
     """The 95% interval (Wilson's score) of a rate of `successes` in `n`; (0, 1) for n = 0."""
     if n == 0:
         return 0.0, 1.0
@@ -71,50 +71,50 @@ def is_primary() -> bool:
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def say(message: str) -> None:
+def log_line(message: str) -> None:
     """One line on stderr from process 0, above a progress bar if there is one."""
     if is_primary():
         tqdm.write(message, file=sys.stderr)
 
 
-def _finite(x: Any) -> Any:
+def _to_finite(x: Any) -> Any:
     """`x` as JSON can hold it: arrays as lists, numbers finite or None."""
     if isinstance(x, jax.Array | np.ndarray | np.generic):
         x = np.asarray(x).tolist()
     if isinstance(x, float):
         return x if math.isfinite(x) else None
     if isinstance(x, Mapping):
-        return {key: _finite(value) for key, value in x.items()}
+        return {key: _to_finite(value) for key, value in x.items()}
     if isinstance(x, list | tuple):
-        return [_finite(value) for value in x]
+        return [_to_finite(value) for value in x]
     return x
 
 
-def dumps(row: Any, indent: int | None = None) -> str:
+def to_json(row: Any, indent: int | None = None) -> str:
     """`row` as JSON; numbers that are not finite become null, arrays become lists."""
-    return json.dumps(_finite(row), allow_nan=False, indent=indent)
+    return json.dumps(_to_finite(row), allow_nan=False, indent=indent)
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
     """Writes `path` whole or not at all: a reader never meets half a file. Makes its folder."""
-    with _whole(path) as file:
+    with _open_atomic(path) as file:
         file.write(text)
 
 
 def write_json(path: epath.PathLike, obj: Any) -> None:
     """Writes `obj` as indented JSON, atomically; numbers finite or null."""
-    write_text(path, dumps(obj, indent=2) + "\n")
+    write_text(path, to_json(obj, indent=2) + "\n")
 
 
 def write_jsonl(path: epath.PathLike, rows: Iterable[Any]) -> None:
     """Writes one JSON object a line, as `rows` yields them, atomically; numbers finite or null."""
-    with _whole(path) as file:
+    with _open_atomic(path) as file:
         for row in rows:
-            file.write(dumps(row) + "\n")
+            file.write(to_json(row) + "\n")
 
 
 @contextlib.contextmanager
-def _whole(path: epath.PathLike) -> Iterator[IO[str]]:
+def _open_atomic(path: epath.PathLike) -> Iterator[IO[str]]:
     """A file to write that takes the place of `path` once it is whole."""
     path = epath.Path(path)
     if is_remote(path):  # an object is there once all of it is
@@ -132,7 +132,7 @@ def _whole(path: epath.PathLike) -> Iterator[IO[str]]:
         temporary.unlink(missing_ok=True)
 
 
-class Lines:
+class JsonlAppender:
     """A jsonl file that grows, row by row; process 0 writes it. A bucket's objects cannot be
     appended to: there it is written anew, whole, after LINES_SECONDS, by `flush` and at the end."""
 
@@ -144,17 +144,17 @@ class Lines:
         self._written = time.monotonic()
         self._changed = False
 
-    def add(self, rows: Iterable[Any]) -> None:
+    def append_rows(self, rows: Iterable[Any]) -> None:
         if not is_primary():
             return
-        text = "".join(dumps(row) + "\n" for row in rows)
+        text = "".join(to_json(row) + "\n" for row in rows)
         if self._whole is None:
             with self._path.open("a") as file:  # which flushes it
                 file.write(text)
             return
         self._whole.append(text)
         self._changed = True
-        if time.monotonic() - self._written >= LINES_SECONDS:
+        if time.monotonic() - self._written >= BUCKET_FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
@@ -163,7 +163,7 @@ class Lines:
             self._path.write_text("".join(self._whole))
             self._written, self._changed = time.monotonic(), False
 
-    def __enter__(self) -> "Lines":
+    def __enter__(self) -> "JsonlAppender":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -186,17 +186,17 @@ def require_reachable(path: str, flag: str) -> None:
         raise UserError(f"{flag}={path}: needs gcsfs: pip install gcsfs")
 
 
-def begun_jsonl(path: epath.PathLike, about: Mapping[str, Any]) -> int:
+def resume_jsonl(path: epath.PathLike, about: Mapping[str, Any]) -> int:
     """How many rows an earlier call of `extend_jsonl` for `path` wrote before it was stopped: the
     work that `about` describes goes on from there. A half-written last row is cut off.
 
     Raises:
       UserError: if what was begun is another work, naming what differs.
     """
-    partial, said = _begun(path)
-    now = json.loads(dumps(about))
-    if partial.exists() and said.exists():
-        before = json.loads(said.read_text())
+    partial, about_path = _get_partial_paths(path)
+    now = json.loads(to_json(about))
+    if partial.exists() and about_path.exists():
+        before = json.loads(about_path.read_text())
         if before != now:
             changed = next(k for k in now | before if before.get(k) != now.get(k))
             raise UserError(
@@ -210,14 +210,14 @@ def begun_jsonl(path: epath.PathLike, about: Mapping[str, Any]) -> int:
                 if line.endswith(b"\n"):
                     count, end = count + 1, size
         if end < size:
-            _cut(partial, end)
+            _truncate_file(partial, end)
         return count
-    write_json(said, now)
+    write_json(about_path, now)
     partial.write_text("")
     return 0
 
 
-def _cut(path: epath.Path, size: int) -> None:
+def _truncate_file(path: epath.Path, size: int) -> None:
     if is_remote(path):
         path.write_bytes(path.read_bytes()[:size])
     else:
@@ -227,16 +227,16 @@ def _cut(path: epath.Path, size: int) -> None:
 def extend_jsonl(path: epath.PathLike, rows: Iterable[Any]) -> None:
     """Writes `rows` behind those that `begun_jsonl` counted, one by one as they come; when all are
     there `path` is, and not before."""
-    partial, said = _begun(path)
-    with Lines(partial) as lines:
+    partial, about_path = _get_partial_paths(path)
+    with JsonlAppender(partial) as lines:
         for row in rows:
-            lines.add([row])
+            lines.append_rows([row])
     if is_primary():
         partial.replace(epath.Path(path))
-        said.unlink()
+        about_path.unlink()
 
 
-def _begun(path: epath.PathLike) -> tuple[epath.Path, epath.Path]:
+def _get_partial_paths(path: epath.PathLike) -> tuple[epath.Path, epath.Path]:
     path = epath.Path(path)
     return path.with_name(path.name + ".partial"), path.with_name(path.name + ".partial.about")
 
@@ -257,12 +257,12 @@ class Writer:
         self._workdir.mkdir(parents=True, exist_ok=True)
         path = self._workdir / "metrics.jsonl"
         if path.exists():
-            with path.open() as rows, _whole(path) as kept:
-                kept.writelines(row for row in rows if _before(row, resume_step))
+            with path.open() as rows, _open_atomic(path) as kept:
+                kept.writelines(row for row in rows if _is_before(row, resume_step))
         for old in (self._workdir / "rollouts").glob("*.jsonl"):
             if old.stem.isdigit() and int(old.stem) >= resume_step:
                 old.unlink()
-        self._lines = Lines(path)
+        self._lines = JsonlAppender(path)
         if not is_remote(workdir):  # tensorboardX wants Google's own client for buckets
             from tensorboardX import SummaryWriter  # not above: it loads torch where there is one
 
@@ -273,8 +273,8 @@ class Writer:
         """Appends one row; `numbers` are flat names → scalars (host or device) or None."""
         if not is_primary():
             return
-        values = _finite(jax.device_get(dict(numbers)))
-        self._lines.add([{"step": step, "stage": stage, **values}])
+        values = _to_finite(jax.device_get(dict(numbers)))
+        self._lines.append_rows([{"step": step, "stage": stage, **values}])
         if self._board is not None:
             for name, value in values.items():
                 if value is not None:
@@ -302,7 +302,7 @@ class Writer:
         self.close()
 
 
-def _before(row: str, step: int) -> bool:
+def _is_before(row: str, step: int) -> bool:
     """Whether `row` is a whole row of metrics.jsonl of a step before `step`."""
     try:
         return json.loads(row)["step"] < step
@@ -318,27 +318,27 @@ class Progress:
     initial: int
     label: str
     bar: tqdm | None
-    started: float
-    printed: float = -math.inf
+    start_time: float
+    last_printed: float = -math.inf
 
     def update(self, done: int, numbers: Mapping[str, Any]) -> None:
         """Says that `done` of `total` are done, with a few numbers to show beside it."""
-        shown = " ".join(f"{name} {float(value):.4g}" for name, value in numbers.items())
+        numbers_text = " ".join(f"{name} {float(value):.4g}" for name, value in numbers.items())
         if self.bar is not None:
-            self.bar.set_postfix_str(shown, refresh=False)
+            self.bar.set_postfix_str(numbers_text, refresh=False)
             self.bar.update(done - self.bar.n)
             return
         now = time.monotonic()
-        if is_primary() and (done >= self.total or now - self.printed >= _PLAIN_SECONDS):
-            self.printed = now
-            pace = (now - self.started) / max(1, done - self.initial)
+        if is_primary() and (done >= self.total or now - self.last_printed >= _PROGRESS_SECONDS):
+            self.last_printed = now
+            pace = (now - self.start_time) / max(1, done - self.initial)
             rest = f"{pace:.3g} s each, {(self.total - done) * pace:.0f} s left"
-            line = f"{self.label} {done}/{self.total} ({rest}) {shown}"
+            line = f"{self.label} {done}/{self.total} ({rest}) {numbers_text}"
             print(line.strip(), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def progress(total: int, initial: int, label: str) -> Iterator[Progress]:
+def show_progress(total: int, initial: int, label: str) -> Iterator[Progress]:
     """Makes long work visible: a bar on a terminal, elsewhere a line every 10 s, first and last."""
     bar = None
     if is_primary() and sys.stderr.isatty():
@@ -350,7 +350,7 @@ def progress(total: int, initial: int, label: str) -> Iterator[Progress]:
             bar.close()
 
 
-def memory() -> dict[str, float]:
+def measure_memory() -> dict[str, float]:
     """Peak memory in GiB: of this process, and of the first device where that is known."""
     scale = 1 if sys.platform == "darwin" else 1024
     peak = {"host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30}
@@ -360,7 +360,7 @@ def memory() -> dict[str, float]:
     return peak
 
 
-def environment() -> dict[str, Any]:
+def describe_environment() -> dict[str, Any]:
     """What a run ran on, for environment.json: versions, devices, git revision, command, time.
 
     `git` is null outside a git checkout, or where there is no git.
@@ -382,17 +382,20 @@ def environment() -> dict[str, Any]:
             "count": len(devices),
             "processes": jax.process_count(),
         },
-        "git": _git(),
+        "git": _describe_git(),
     }
 
 
-def _git() -> dict[str, Any] | None:
-    def ask(*arguments: str) -> str:
+def _describe_git() -> dict[str, Any] | None:
+    def run_git(*arguments: str) -> str:
         root = Path(__file__).parent.parent
         call = ("git", "-C", str(root), *arguments)
         return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return {"revision": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
+        return {
+            "revision": run_git("rev-parse", "HEAD"),
+            "dirty": bool(run_git("status", "--porcelain")),
+        }
     except (OSError, subprocess.CalledProcessError):
         return None

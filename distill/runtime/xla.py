@@ -10,13 +10,13 @@ from jax.sharding import Mesh
 from distill.runtime import run_files
 from models.errors import UserError
 
-SHORT = 0.1  # seconds: programs that compile faster are not kept, nor named
-NAMED = 8  # programs at most that are named in one line
-_COMPILED = "/jax/core/compile/backend_compile_duration"
-_FOUND = "/jax/compilation_cache/cache_hits"
+MIN_COMPILE_SECONDS = 0.1  # seconds: programs that compile faster are not kept, nor named
+MAX_NAMED_PROGRAMS = 8  # programs at most that are named in one line
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+_CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 
 
-def options(mesh: Mesh) -> dict[str, str]:
+def get_compiler_options(mesh: Mesh) -> dict[str, str]:
     """XLA's options of a program on `mesh` that goes through the vocabulary.
 
     On CPUs, sums of what is computed on the way to them are given to a library that takes ten times
@@ -27,7 +27,7 @@ def options(mesh: Mesh) -> dict[str, str]:
     return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 
-def keep(directory: str) -> None:
+def init_compilation_cache(directory: str) -> None:
     """Has compiled programs kept in `directory`, local or gs://, and read from there; "": as jax
     does by itself. Raises UserError if it cannot be."""
     if not directory:
@@ -38,45 +38,47 @@ def keep(directory: str) -> None:
     except OSError as error:
         raise UserError(f"--config.compilation_cache={directory}: {error.strerror}") from error
     jax.config.update("jax_compilation_cache_dir", directory)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", SHORT)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
     compilation_cache.reset_cache()  # or one that is open already would stay
 
 
 @dataclasses.dataclass
-class Compiled:
+class CompileMonitor:
     """Programs compiled since the last look. Use as a context."""
 
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # by name
-    programs: int = 0
-    found: int = 0  # of these, in the cache
+    num_programs: int = 0
+    cache_hits: int = 0  # of these, in the cache
 
-    def _note(self, event: str, duration_secs: float, **about: str | int) -> None:
-        if event == _COMPILED:
+    def _record_compile(self, event: str, duration_secs: float, **about: str | int) -> None:
+        if event == _COMPILE_EVENT:
             name = str(about.get("fun_name", "?")).removeprefix("jit(").removesuffix(")")
             self.seconds[name] = self.seconds.get(name, 0.0) + duration_secs
-            self.programs += 1
+            self.num_programs += 1
 
-    def _hit(self, event: str, **_: str | int) -> None:
-        self.found += event == _FOUND
+    def _record_cache_hit(self, event: str, **_: str | int) -> None:
+        self.cache_hits += event == _CACHE_HIT_EVENT
 
-    def look(self, when: str, least: float) -> float:
+    def report_compiles(self, when: str, min_seconds: float) -> float:
         """Seconds that compiling took since the last look; told, if `least` or more."""
         total = sum(self.seconds.values())
-        if total >= least:
-            long = sorted((-s, name) for name, s in self.seconds.items() if s >= SHORT)[:NAMED]
+        if total >= min_seconds:
+            long = sorted(
+                (-s, name) for name, s in self.seconds.items() if s >= MIN_COMPILE_SECONDS
+            )[:MAX_NAMED_PROGRAMS]
             named = ", ".join(f"{name} {-s:.1f}" for s, name in long)
-            run_files.say(
-                f"{when}: compiled {self.programs} programs in {total:.1f} s, {self.found} of them "
+            run_files.log_line(
+                f"{when}: compiled {self.num_programs} programs in {total:.1f} s, {self.cache_hits} of them "
                 f"from the cache{': ' if named else ''}{named}"
             )
-        self.seconds, self.programs, self.found = {}, 0, 0
+        self.seconds, self.num_programs, self.cache_hits = {}, 0, 0
         return total
 
-    def __enter__(self) -> "Compiled":
-        jax.monitoring.register_event_duration_secs_listener(self._note)
-        jax.monitoring.register_event_listener(self._hit)
+    def __enter__(self) -> "CompileMonitor":
+        jax.monitoring.register_event_duration_secs_listener(self._record_compile)
+        jax.monitoring.register_event_listener(self._record_cache_hit)
         return self
 
     def __exit__(self, *_: object) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._note)
-        jax.monitoring.unregister_event_listener(self._hit)
+        jax.monitoring.unregister_event_duration_listener(self._record_compile)
+        jax.monitoring.unregister_event_listener(self._record_cache_hit)

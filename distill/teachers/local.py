@@ -37,15 +37,15 @@ class Teacher:
     policy: Policy
 
     @property
-    def average(self) -> bool:
+    def is_ema(self) -> bool:
         return self.c.path == EMA
 
 
-def check(c: ConfigDict, name: str, s: ConfigDict, taught: bool) -> None:
+def check_teachers(c: ConfigDict, name: str, s: ConfigDict, needs_teacher: bool) -> None:
     """Raises UserError if stage `name`, which asks a teacher or does not, names those that it
     cannot have."""
     at, weights = f"config.{name}.teachers", tuple(s.teacher_weights)
-    if not taught:
+    if not needs_teacher:
         if weights:
             raise UserError(f"config.{name}.teacher_weights: {s.objective} asks no teacher")
         if s.context.text or s.context.column:
@@ -53,12 +53,16 @@ def check(c: ConfigDict, name: str, s: ConfigDict, taught: bool) -> None:
         return
     if not s.teachers:
         raise UserError(f"{at}: {s.objective} needs a teacher")
-    for of in s.teachers:
-        group: Any = c[of] if isinstance(of, str) and of in c else None
-        if not isinstance(group, ConfigDict) or not {"path", "step"} <= set(group):
-            raise UserError(f"{at}: {of!r} is no teacher of this config")
-        if tuple(s.teachers).count(of) > 1:
-            raise UserError(f"{at}: {of!r} is named twice")
+    for teacher_name in s.teachers:
+        teacher_config: Any = (
+            c[teacher_name] if isinstance(teacher_name, str) and teacher_name in c else None
+        )
+        if not isinstance(teacher_config, ConfigDict) or not {"path", "step"} <= set(
+            teacher_config
+        ):
+            raise UserError(f"{at}: {teacher_name!r} is no teacher of this config")
+        if tuple(s.teachers).count(teacher_name) > 1:
+            raise UserError(f"{at}: {teacher_name!r} is named twice")
     if not s.teachers[1:] and not weights:
         return
     if weights:
@@ -76,7 +80,9 @@ def check(c: ConfigDict, name: str, s: ConfigDict, taught: bool) -> None:
         )
 
 
-def describe(c: ConfigDict, name: str, student: Policy, mesh: Mesh, packed: bool) -> Teacher:
+def describe_teacher(
+    c: ConfigDict, name: str, student: Policy, mesh: Mesh, packed: bool
+) -> Teacher:
     """The teacher `config.NAME` without its parameters, on `mesh`; a moving average lies where the
     student does. packed: whether a row it reads may hold several sequences.
 
@@ -97,31 +103,33 @@ def describe(c: ConfigDict, name: str, student: Policy, mesh: Mesh, packed: bool
         raise UserError(f"{at}.step={t.step}: {t.path} is no run, and has no checkpoints")
     if t.path in (INITIAL, EMA):
         trained = student.model.lora if t.path == EMA else None
-        own = policy.describe(
+        own = policy.make_abstract(
             m.path,
             t.dtype,
             False,
-            policy.mesh_of(student) if t.path == EMA else mesh,
-            trained=trained,
+            policy.get_mesh(student) if t.path == EMA else mesh,
+            lora_config=trained,
             kernel=c.attention,
             packed=packed,
-            tokenizer_of=m.tokenizer,
+            tokenizer_path=m.tokenizer,
         )
         return Teacher(t, own)
-    described = policy.describe(t.path, t.dtype, False, mesh, kernel=c.attention, packed=packed)
+    described = policy.make_abstract(
+        t.path, t.dtype, False, mesh, kernel=c.attention, packed=packed
+    )
     policy.require_same_vocabulary(student, described)
-    policy.check(described, t.step or None)
+    policy.check_files(described, t.step or None)
     return Teacher(t, described)
 
 
-def load(teacher: Teacher, student: Policy) -> Teacher:
+def load_teacher(teacher: Teacher, student: Policy) -> Teacher:
     """Reads a described teacher's parameters. `student` is loaded where it trains a LoRA."""
     t, described = teacher.c, teacher.policy
     if t.path == EMA:
         lora = student.model.lora is not None
         loaded = dataclasses.replace(described, params=student.params) if lora else described
     elif t.path == INITIAL:
-        loaded = begun(described, student, t.param_dtype)
+        loaded = load_initial_student(described, student, t.param_dtype)
     elif t.step:
         with policy.use(described):
             loaded, _ = policy.restore(described, t.step, t.param_dtype)
@@ -131,7 +139,7 @@ def load(teacher: Teacher, student: Policy) -> Teacher:
     return Teacher(t, loaded)
 
 
-def begun(described: Policy, student: Policy, param_dtype: str) -> Policy:
+def load_initial_student(described: Policy, student: Policy, param_dtype: str) -> Policy:
     """The student as it was before step 0. `described` is its path without a LoRA to train."""
     if is_base(student):
         return student
@@ -145,39 +153,41 @@ def is_base(student: Policy) -> bool:
     return student.model.lora is not None and not policy.is_adapter(student.path)
 
 
-def heads(teachers: Sequence[Teacher]) -> tuple[jax.Array | None, ...]:
+def get_teacher_heads(teachers: Sequence[Teacher]) -> tuple[jax.Array | None, ...]:
     """The output head [V, E] of each, a copy where a teacher has devices of its own; None of a
     moving average that has a head of its own."""
     return tuple(
-        None if t.average and t.policy.model.lora is None else _head(t.policy) for t in teachers
+        None if t.is_ema and t.policy.model.lora is None else _get_head(t.policy) for t in teachers
     )
 
 
-def _head(reader: Policy) -> jax.Array:
-    head_VE, mesh = model.head(reader.params), jax.sharding.get_mesh()
-    if mesh.empty or policy.mesh_of(reader) == mesh:
+def _get_head(reader: Policy) -> jax.Array:
+    head_VE, mesh = model.get_output_head(reader.params), jax.sharding.get_mesh()
+    if mesh.empty or policy.get_mesh(reader) == mesh:
         return head_VE
     if not head_VE.is_fully_addressable:
         with policy.use(reader):
-            head_VE = jax.jit(mesh_lib.whole)(head_VE)
-    like: Any = model.head(mesh_lib.parameters(reader.config, mesh))
-    return mesh_lib.put(head_VE, like.sharding)
+            head_VE = jax.jit(mesh_lib.replicate_array)(head_VE)
+    like: Any = model.get_output_head(mesh_lib.make_abstract_params(reader.config, mesh))
+    return mesh_lib.to_global_array(head_VE, like.sharding)
 
 
-def _there(reader: Policy, function: Callable[..., jax.Array], *given: Any) -> jax.Array:
+def _run_on_reader_mesh(
+    reader: Policy, function: Callable[..., jax.Array], *args: Any
+) -> jax.Array:
     """What a function of arrays that are split by rows finds, with the reader's parameters, where
     those lie, brought to where we are."""
-    here = jax.sharding.get_mesh()
-    if here.empty or here == (there := policy.mesh_of(reader)):
-        return mesh_lib.settled(function(*given))
+    current_mesh = jax.sharding.get_mesh()
+    if current_mesh.empty or current_mesh == (reader_mesh := policy.get_mesh(reader)):
+        return mesh_lib.wait_on_cpu(function(*args))
     with policy.use(reader):
-        found = mesh_lib.settled(function(*mesh_lib.moved(given, there)))
-    return mesh_lib.moved(found, here)
+        result = mesh_lib.wait_on_cpu(function(*mesh_lib.move_rows(args, reader_mesh)))
+    return mesh_lib.move_rows(result, current_mesh)
 
 
-def _parameters(teacher: Teacher, average: Params | None) -> tuple[Params, Params | None]:
+def _get_parameters(teacher: Teacher, average: Params | None) -> tuple[Params, Params | None]:
     """(parameters, LoRA beside them)"""
-    if not teacher.average:
+    if not teacher.is_ema:
         return teacher.policy.params, None
     assert average is not None
     own, lora = teacher.policy, teacher.policy.model.lora is not None
@@ -192,44 +202,50 @@ def score(teachers: Sequence[Teacher], batch: Batch, average: Params | None = No
     whole vocabulary is at hand at the price of D numbers a token. No gradient. `average`: the
     moving average of what the student trains, for teachers that are it.
     """
-    read, at_BT = _plain(batch.told or batch), batch.told_at_BT
-    found = tuple(
-        _there(
+    inputs, index_BT = _to_model_inputs(batch.teacher_inputs or batch), batch.teacher_index_BT
+    teacher_hidden = tuple(
+        _run_on_reader_mesh(
             t.policy,
-            functools.partial(hidden, t.policy.model, *_parameters(t, average)),
-            read,
-            at_BT,
+            functools.partial(compute_hidden, t.policy.model, *_get_parameters(t, average)),
+            inputs,
+            index_BT,
         )
         for t in teachers
     )
-    return dataclasses.replace(batch, teacher_hidden_BTD=found, told=None, told_at_BT=None)
+    return dataclasses.replace(
+        batch, teacher_hidden_BTD=teacher_hidden, teacher_inputs=None, teacher_index_BT=None
+    )
 
 
-def _plain(batch: Batch) -> Batch:
+def _to_model_inputs(batch: Batch) -> Batch:
     """What a model reads of a batch."""
     return Batch(batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.mask_BT)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def hidden(
-    qwen3: Qwen3, params: Params, lora: Params | None, read: Batch, at_BT: jax.Array | None
+def compute_hidden(
+    qwen3: Qwen3, params: Params, lora: Params | None, inputs: Batch, index_BT: jax.Array | None
 ) -> jax.Array:
     """Final hidden states [B, T, D] of what is read, or of the places `at_BT` in it, which lie
     split by rows and tokens."""
-    hidden_BTD = forward.hidden(qwen3, params, read, lora)
-    if at_BT is not None:
-        hidden_BTD = jnp.take_along_axis(hidden_BTD, at_BT[..., None], axis=1)
-    return mesh_lib.split_stream(hidden_BTD)
+    hidden_BTD = forward.compute_hidden(qwen3, params, inputs, lora)
+    if index_BT is not None:
+        hidden_BTD = jnp.take_along_axis(hidden_BTD, index_BT[..., None], axis=1)
+    return mesh_lib.split_hidden(hidden_BTD)
 
 
-def logp(reader: Policy, batch: Batch, logits_mib: float, temperature: float = 1.0) -> jax.Array:
+def compute_logp(
+    reader: Policy, batch: Batch, logits_mib: float, temperature: float = 1.0
+) -> jax.Array:
     """[B, T] float32: the log-probability that a model gives each token of the mask; else 0."""
-    read = functools.partial(logps, reader.model, logits_mib, temperature, reader.params, None)
-    return _there(reader, read, _plain(batch))
+    read = functools.partial(
+        compute_logp_jit, reader.model, logits_mib, temperature, reader.params, None
+    )
+    return _run_on_reader_mesh(reader, read, _to_model_inputs(batch))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def logps(
+def compute_logp_jit(
     qwen3: Qwen3,
     logits_mib: float,
     temperature: float,
@@ -238,42 +254,44 @@ def logps(
     batch: Batch,
 ) -> jax.Array:
     """See `logp`."""
-    stats = fused_head.token_stats(
-        forward.hidden(qwen3, params, batch, lora),
-        model.head(params),
+    stats = fused_head.compute_token_stats(
+        forward.compute_hidden(qwen3, params, batch, lora),
+        model.get_output_head(params),
         losses.shift(batch.tokens_BT),
         logits_mib=logits_mib,
         temperature=temperature,
         split=mesh_lib.split_vocabulary,
         mask_BT=losses.shift(batch.mask_BT),
-        shards=mesh_lib.shards(*batch.tokens_BT.shape),
+        shards=mesh_lib.count_shards(*batch.tokens_BT.shape),
     )
     return losses.unshift(stats["logp"])
 
 
-def judge(
+def judge_responses(
     teachers: Sequence[Teacher], batch: Batch, logits_mib: float, average: Params | None = None
 ) -> np.ndarray:
     """[B, T] float32: the log-probability that the teachers give each token of each response; the
     same whole array in every process."""
-    read = _plain(batch.told or batch)
-    found = [
-        _there(
+    inputs = _to_model_inputs(batch.teacher_inputs or batch)
+    teacher_logps = [
+        _run_on_reader_mesh(
             t.policy,
-            functools.partial(logps, t.policy.model, logits_mib, 1.0, *_parameters(t, average)),
-            read,
+            functools.partial(
+                compute_logp_jit, t.policy.model, logits_mib, 1.0, *_get_parameters(t, average)
+            ),
+            inputs,
         )
         for t in teachers
     ]
-    return np.asarray(_mixed(found, batch))
+    return np.asarray(_mix_logps(teacher_logps, batch))
 
 
 @jax.jit
-def _mixed(logp_BT: list[jax.Array], batch: Batch) -> jax.Array:
-    if batch.told_at_BT is not None:
-        logp_BT = [jnp.take_along_axis(x, batch.told_at_BT, axis=1) for x in logp_BT]
+def _mix_logps(logp_BT: list[jax.Array], batch: Batch) -> jax.Array:
+    if batch.teacher_index_BT is not None:
+        logp_BT = [jnp.take_along_axis(x, batch.teacher_index_BT, axis=1) for x in logp_BT]
     mixed_BT = logp_BT[0]
-    if batch.teacher_share_BTN is not None:
-        share_NBT = jnp.moveaxis(jnp.log(batch.teacher_share_BTN), 2, 0)
-        mixed_BT = jax.nn.logsumexp(jnp.stack(logp_BT) + share_NBT, axis=0)
-    return mesh_lib.whole(mixed_BT)
+    if batch.teacher_weight_BTN is not None:
+        log_weight_NBT = jnp.moveaxis(jnp.log(batch.teacher_weight_BTN), 2, 0)
+        mixed_BT = jax.nn.logsumexp(jnp.stack(logp_BT) + log_weight_NBT, axis=0)
+    return mesh_lib.replicate_array(mixed_BT)

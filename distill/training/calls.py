@@ -14,36 +14,37 @@ from models.qwen3.config import Config
 
 # Names of jitted functions that a run calls too, and `plan` leaves out: what they read and give is
 # small beside every program that is listed.
-SMALL = {
+UNPLANNED_PROGRAMS = {
     # of a step's sequences or updates: a few numbers each
-    "_row_keys": "two numbers a sequence",
-    "_mixed": "a number a token, of several judges",
-    "merge": "figures of two micro-batches",
-    "mean": "figures of several updates",
+    "_fold_row_keys": "two numbers a sequence",
+    "_mix_logps": "a number a token, of several judges",
+    "merge_figures": "figures of two micro-batches",
+    "average_metrics": "figures of several updates",
     # one array at a time, when weights are read, copied or compared
-    "one": "a parameter, merged and cast as it is read",
-    "quantise": "a parameter",
-    "put_at": "a parameter",
-    "equal": "a parameter, beside a teacher's",
+    "merge_and_quantise": "a parameter, merged and cast as it is read",
+    "quantise_kernel": "a parameter",
+    "write_layer": "a parameter",
+    "write_piece": "a parameter",
+    "is_equal": "a parameter, beside a teacher's",
     "copy": "a parameter of the moving average, before step 0",
-    "_copied": "an array of a checkpoint",
-    "checksum": "a number of each array of a checkpoint",
-    "checksums": "a number of each parameter, before an evaluation",
+    "_copy_with_checksum": "an array of a checkpoint",
+    "compute_checksum": "a number of each array of a checkpoint",
+    "compute_checksums": "a number of each parameter, before an evaluation",
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Models:
+class StageModels:
     """Described models, whose `params` have the dtypes that `train` would load them in."""
 
     student: Policy  # its base, where it trains a LoRA
-    trained: Any  # shapes of what is trained: float32
+    trained_params: Any  # shapes of what is trained: float32
     teachers: dict[str, Policy]  # by the names of their sub-configs
     reference: Policy | None
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class ProgramCall:
     """A program, how often a step calls it, and what it does that was asked for.
 
     lower: what compiles it. turns: calls a step, or turns of its open loop; 0: once in a stage, or
@@ -59,18 +60,18 @@ class Call:
 
     name: str
     lower: Callable[[], Any]
-    turns: float
-    useful: float
-    holds: tuple[str, ...]
-    beside: int = 0
+    calls_per_step: float
+    flops: float
+    resident_arguments: tuple[str, ...]
+    other_bytes: int = 0
     mesh: Mesh | None = None
-    reads: int = 0
-    kind: str = "fixed"
-    segment: int = 1
-    head: float = 0.0
+    kernel_bytes_read: int = 0
+    call_scaling: str = "fixed"
+    turns_per_call: int = 1
+    head_flops: float = 0.0
 
 
-def bytes_of(tree: Any) -> int:
+def count_device_bytes(tree: Any) -> int:
     """Bytes that a tree of ShapeDtypeStructs with shardings takes on one device."""
     return sum(
         int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
@@ -78,18 +79,20 @@ def bytes_of(tree: Any) -> int:
     )
 
 
-def cast(tree: Any, dtype: Any) -> Any:
+def cast_shapes(tree: Any, dtype: Any) -> Any:
     """The same shapes and shardings in another dtype."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding), tree
     )
 
 
-def operations(config: Config, tokens: float, context: float, head: bool) -> float:
+def count_forward_flops(
+    config: Config, tokens: float, context_length: float, with_head: bool
+) -> float:
     """Operations of one forward pass over `tokens`, each of which attends to `context` others."""
     D, H = config.hidden_size, config.head_dim
     N, K = config.num_attention_heads, config.num_key_value_heads
-    per_layer = 2 * D * H * (2 * N + 2 * K) + 4 * N * H * context
+    per_layer = 2 * D * H * (2 * N + 2 * K) + 4 * N * H * context_length
     total = per_layer * config.num_hidden_layers
     for sparse in config.sparse_layers:
         width = config.intermediate_size
@@ -97,10 +100,10 @@ def operations(config: Config, tokens: float, context: float, head: bool) -> flo
             width = config.moe_intermediate_size * config.num_experts_per_tok
             total += 2 * D * config.num_experts
         total += 6 * D * width
-    return tokens * (total + (2 * D * config.vocab_size if head else 0))
+    return tokens * (total + (2 * D * config.vocab_size if with_head else 0))
 
 
-def like(function: Any, *args: Any) -> Any:
+def infer_output_shapes(function: Any, *args: Any) -> Any:
     """What a jitted function of static arguments returns, as shapes with its own shardings."""
     lowered = function.lower(*args)
     return jax.tree.map(

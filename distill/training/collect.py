@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from distill import rollout
 from distill.data import collate, curriculum, dataset
-from distill.data.collate import Form
+from distill.data.collate import BatchLayout
 from distill.data.examples import Example
 from distill.objectives import advantages
 from distill.rewards import graders, terms
@@ -21,269 +21,324 @@ from distill.runtime import distributed
 from distill.runtime import mesh as mesh_lib
 from distill.teachers import local
 from distill.training import microbatches, stages
-from distill.training.microbatches import Work
-from distill.training.prompts import Prompts
-from distill.training.setup import Plan, Stage
-from distill.training.stages import rollout_options, sampling, terms_of
+from distill.training.microbatches import Minibatches
+from distill.training.prompts import StagePrompts
+from distill.training.setup import RunSetup, StageSetup
+from distill.training.stages import get_term_weights, make_rollout_options, make_sampling
 from models.qwen3.model import Params
 
-Measured = dict[str, float]
+Metrics = dict[str, float]
 # (what is trained, step, its moving average) -> (what to train on, what was measured)
-Collect = Callable[..., tuple[Work, Measured]]
+CollectFn = Callable[..., tuple[Minibatches, Metrics]]
 
 
-MODES = {"think": True, "no_think": False}  # whether a row is asked to think
+THINKING_MODES = {"think": True, "no_think": False}  # whether a row is asked to think
 
 
-def batches(
-    plan: Plan,
-    stage: Stage,
+def make_collect(
+    run_setup: RunSetup,
+    stage: StageSetup,
     seed: int,
     mesh: Mesh,
     logits_mib: float,
     grader: graders.Grader,
-    room: int | None = None,
-) -> Collect:
+    cache_capacity: int | None = None,
+) -> CollectFn:
     """The micro-batches of each step of a stage, on the host: all that its loss reads but for what
     other models make of them. room: tokens that the sampler's cache could hold, where known."""
-    form = _form(plan, stage)
-    if not stage.sampled:
-        return _read(stage, seed, mesh_lib.own_rows(mesh, stage.c.batch_size), form)
-    sample = _sampled(plan, stage, seed, grader, room)
-    read = _beside(stage, seed) if stage.sampled < stage.c.batch_size else None
-    teachers = [plan.teachers[name] for name in stage.c.teachers] if stage.taught else []
+    layout = _make_layout(run_setup, stage)
+    if not stage.sampled_rows:
+        return _make_dataset_collect(
+            stage, seed, mesh_lib.list_local_rows(mesh, stage.c.batch_size), layout
+        )
+    sample = _make_rollout_collect(run_setup, stage, seed, grader, cache_capacity)
+    read_examples = (
+        _make_example_reader(stage, seed) if stage.sampled_rows < stage.c.batch_size else None
+    )
+    teachers = (
+        [run_setup.teachers[name] for name in stage.c.teachers] if stage.needs_teacher else []
+    )
 
     def collect(params: Params, step: int, average: Params | None = None):
         sequences, totals, measured = sample(params, step)
-        examples: list[Example] = [*microbatches.written(sequences)]
-        if read:
-            found, told = read(step)
-            examples, measured = examples + found, measured | told
-        packed = microbatches.pack(examples, stage.rows, stage.c.minibatches, form)
-        begin = time.perf_counter()
+        examples: list[Example] = [*microbatches.to_examples(sequences)]
+        if read_examples:
+            read_batch, read_metrics = read_examples(step)
+            examples, measured = examples + read_batch, measured | read_metrics
+        packed = microbatches.pack_examples(
+            examples, stage.microbatch_rows, stage.c.minibatches, layout
+        )
+        start_time = time.perf_counter()
         if stage.loss.reward and stage.c.reward.judge:
-            plain = dataclasses.replace(form, rewarded=False)
-            work = microbatches.lay(packed, examples, plain, mesh)
-            judged = _judged(teachers, stage, work, examples, mesh, logits_mib, average)
-            totals = totals + stage.c.reward.judge * judged
-            measured |= _of_judge(stage, judged, totals)
+            judge_layout = dataclasses.replace(layout, has_advantages=False)
+            minibatches = microbatches.make_microbatches(packed, examples, judge_layout, mesh)
+            judge_scores = _score_with_judge(
+                teachers, stage, minibatches, examples, mesh, logits_mib, average
+            )
+            totals = totals + stage.c.reward.judge * judge_scores
+            measured |= _measure_judge(stage, judge_scores, totals)
         if stage.loss.reward:
-            each = zip(examples, _advantages(stage, totals).tolist(), strict=True)
-            examples = [dataclasses.replace(x, advantage=a) for x, a in each]
-        work = microbatches.lay(packed, examples, form, mesh)
-        if read:
-            measured |= _fill(work, examples, len(sequences), form)
-        measured["time/score"] = time.perf_counter() - begin
-        return work, measured
+            with_advantages = zip(
+                examples, _compute_advantages(stage, totals).tolist(), strict=True
+            )
+            examples = [dataclasses.replace(x, advantage=a) for x, a in with_advantages]
+        minibatches = microbatches.make_microbatches(packed, examples, layout, mesh)
+        if read_examples:
+            measured |= _measure_read_examples(minibatches, examples, len(sequences), layout)
+        measured["time/score"] = time.perf_counter() - start_time
+        return minibatches, measured
 
     return collect
 
 
-def _form(plan: Plan, stage: Stage) -> Form:
+def _make_layout(run_setup: RunSetup, stage: StageSetup) -> BatchLayout:
     """What a stage's batches hold."""
     s, N = stage.c, len(stage.c.teachers)
-    shares = np.array([stage.shares]) if stage.shares else np.eye(N)
-    if stage.shares and s.data.mixture:  # whatever their source
-        shares = np.tile(shares, (len(s.data.mixture), 1))
-    return Form(
-        stages.row_tokens(s),
+    teacher_weights = np.array([stage.teacher_weights]) if stage.teacher_weights else np.eye(N)
+    if stage.teacher_weights and s.data.mixture:  # whatever their source
+        teacher_weights = np.tile(teacher_weights, (len(s.data.mixture), 1))
+    return BatchLayout(
+        stages.get_row_tokens(s),
         s.max_response_tokens,
         top_k=stage.loss.served_k if stage.loss.served == "top" else 0,
-        room=stage.room,
-        written=stage.sampled == s.batch_size,
-        rewarded=stage.loss.reward > 0,
-        routing=plan.student.config.routing if stage.sampled and plan.replays else None,
-        shares=shares if stage.taught and N > 1 else None,
+        context_tokens=stage.context_tokens,
+        has_sampler_logprobs=stage.sampled_rows == s.batch_size,
+        has_advantages=stage.loss.reward > 0,
+        routing=run_setup.student.config.routing_shape
+        if stage.sampled_rows and run_setup.replay_routing
+        else None,
+        teacher_weights=teacher_weights if stage.needs_teacher and N > 1 else None,
     )
 
 
-def _read(stage: Stage, seed: int, own: list[int], form: Form) -> Collect:
+def _make_dataset_collect(
+    stage: StageSetup, seed: int, own_rows: list[int], layout: BatchLayout
+) -> CollectFn:
     """Written responses from the stage's data, of which this process reads the rows `own`; where
     rows are packed all are read, since what is in one follows from the lengths of the others."""
     s = stage.c
 
-    def make(step: int) -> tuple[Work, dict[str, tuple[float, float]]]:
+    def load_minibatches(step: int) -> tuple[Minibatches, dict[str, tuple[float, float]]]:
         if stage.packer:
-            packed = stage.packer.rows(step - stage.first)
-            rows = [packed[row] for row in own]
+            packed = stage.packer.get_step_rows(step - stage.first_step)
+            rows = [packed[row] for row in own_rows]
         else:
-            examples = dataset.at(stage.source, step - stage.first, s.batch_size, seed, own)
+            examples = dataset.get_step_examples(
+                stage.source, step - stage.first_step, s.batch_size, seed, own_rows
+            )
             rows = [[example] for example in examples]
-        work = microbatches.split(rows, own, (s.batch_size, s.minibatches, s.accumulate), form)
+        minibatches = microbatches.split_rows(
+            rows, own_rows, (s.batch_size, s.minibatches, s.accumulate), layout
+        )
         examples = [example for row in rows for example in row]
-        return work, collate.measure(examples, len(rows) * form.tokens, form.max_response)
+        return minibatches, collate.measure_examples(
+            examples, len(rows) * layout.row_tokens, layout.max_response
+        )
 
-    made = dataset.ahead(make, stage.end)
+    load_prefetched = dataset.prefetch_next(load_minibatches, stage.end_step)
 
     def collect(params: Params, step: int, average: Params | None = None):
-        work, sums = made(step)
-        return work, {**distributed.means(sums), **_skipped(stage), "time/score": 0.0}
+        minibatches, sums = load_prefetched(step)
+        return minibatches, {
+            **distributed.reduce_means(sums),
+            **_count_skipped(stage),
+            "time/score": 0.0,
+        }
 
     return collect
 
 
-def _fill(work: Work, examples: list[Example], sampled: int, form: Form) -> Measured:
+def _measure_read_examples(
+    minibatches: Minibatches, examples: list[Example], num_sampled: int, layout: BatchLayout
+) -> Metrics:
     """Metrics of the examples that were read, which are packed with what was sampled."""
-    places = form.tokens * sum(len(micro.rows) for part in work for micro in part)
-    whole, read = (
-        collate.measure(of, places, form.max_response) for of in (examples, examples[sampled:])
+    num_places = layout.row_tokens * sum(len(micro.rows) for part in minibatches for micro in part)
+    all_metrics, read_metrics = (
+        collate.measure_examples(of, num_places, layout.max_response)
+        for of in (examples, examples[num_sampled:])
     )
-    return distributed.means({**read, "data/efficiency": whole["data/efficiency"]})
+    return distributed.reduce_means(
+        {**read_metrics, "data/efficiency": all_metrics["data/efficiency"]}
+    )
 
 
-def _skipped(stage: Stage) -> Measured:
-    return {"data/skipped": len(stage.source.skipped)}
+def _count_skipped(stage: StageSetup) -> Metrics:
+    return {"data/skipped": len(stage.source.skip_reasons)}
 
 
-def _beside(stage: Stage, seed: int) -> Callable[[int], tuple[list[Example], Measured]]:
+def _make_example_reader(
+    stage: StageSetup, seed: int
+) -> Callable[[int], tuple[list[Example], Metrics]]:
     """The written responses in a step of which the student writes the others; every process reads
     all of them, to know how they are packed."""
     s = stage.c
-    share = range(stage.sampled, s.batch_size)
+    read_rows = range(stage.sampled_rows, s.batch_size)
 
-    def make(step: int) -> list[Example]:
-        return dataset.at(stage.source, step - stage.first, s.batch_size, seed, share)
+    def load_examples(step: int) -> list[Example]:
+        return dataset.get_step_examples(
+            stage.source, step - stage.first_step, s.batch_size, seed, read_rows
+        )
 
-    made = dataset.ahead(make, stage.end)
-    return lambda step: (made(step), _skipped(stage))
+    load_prefetched = dataset.prefetch_next(load_examples, stage.end_step)
+    return lambda step: (load_prefetched(step), _count_skipped(stage))
 
 
-def _sampled(
-    plan: Plan, stage: Stage, seed: int, grader: graders.Grader, room: int | None
-) -> Callable[[Params, int], tuple[list[rollout.Sequence], Any, Measured]]:
+def _make_rollout_collect(
+    run_setup: RunSetup,
+    stage: StageSetup,
+    seed: int,
+    grader: graders.Grader,
+    cache_capacity: int | None,
+) -> Callable[[Params, int], tuple[list[rollout.Sequence], Any, Metrics]]:
     """The student's own responses, and where they are rewarded their rewards [B], but for what a
     judge adds."""
-    s, ahead, begin = stage.c, stage.ahead, _writer(plan, stage, room)
-    prompts = Prompts(stage, seed)
+    s, async_rollouts, start_rollout = (
+        stage.c,
+        stage.async_rollouts,
+        _make_rollout_starter(run_setup, stage, cache_capacity),
+    )
+    prompts = StagePrompts(stage, seed)
 
-    def own(params: Params, step: int) -> tuple[list[rollout.Sequence], Measured]:
+    def collect_rollouts(params: Params, step: int) -> tuple[list[rollout.Sequence], Metrics]:
         """The step's rows; and begins those of the next, where that is done ahead."""
-        if ahead and ahead.step == step:
-            found = ahead.rows, ahead.measured
+        if async_rollouts and async_rollouts.step == step:
+            rollouts = async_rollouts.sequences, async_rollouts.metrics
         else:
-            found = begin(params, step, step, prompts.of_step(step))()
-        if ahead and step + 1 < stage.end:
-            ahead.step = step
-            ahead.begun = begin(params, step, step + 1, prompts.of_step(step + 1))
-        return found
+            rollouts = start_rollout(params, step, step, prompts.get_sequences(step))()
+        if async_rollouts and step + 1 < stage.end_step:
+            async_rollouts.step = step
+            async_rollouts.pending = start_rollout(
+                params, step, step + 1, prompts.get_sequences(step + 1)
+            )
+        return rollouts
 
-    def rewarded(params: Params, step: int) -> tuple[list[rollout.Sequence], Any, Measured]:
-        begun = time.perf_counter()
+    def collect_with_rewards(
+        params: Params, step: int
+    ) -> tuple[list[rollout.Sequence], Any, Metrics]:
+        start_time = time.perf_counter()
         kept: list[rollout.Sequence] = []
         values: list[float] = []
-        left: list[float] = []  # rewards of rows in groups that teach nothing
-        seen: Counter[str] = Counter()
-        told: dict[str, list[float]] = {}
-        thought_in: list[bool] = []
-        measured: Measured = {}
+        dropped_rewards: list[float] = []  # rewards of rows in groups that teach nothing
+        group_counts: Counter[str] = Counter()
+        term_values: dict[str, list[float]] = {}
+        thinking_flags: list[bool] = []
+        measured: Metrics = {}
         rounds = s.reward.rounds if s.reward.constant_groups == "replace" else 1
         for turn in range(rounds):
             # Further rounds ask prompts that no step of the stage does.
-            index = step if turn == 0 else stage.end + step * rounds + turn
-            examples = prompts.examples(index)
+            index = step if turn == 0 else stage.end_step + step * rounds + turn
+            examples = prompts.get_examples(index)
             if turn == 0:
-                rows, measured = own(params, step)
+                rows, measured = collect_rollouts(params, step)
             else:
-                rows, measured = begin(params, step, step, prompts.expand(index))()
-            totals, terms_told = _graded(plan, stage, grader, rows, examples)
-            thought_in += [row.thinking for row in rows]
-            for name, column in terms_told.items():
-                told.setdefault(name, []).extend(column)
+                rows, measured = start_rollout(params, step, step, prompts.expand_prompts(index))()
+            totals, new_term_values = _grade_rollouts(run_setup, stage, grader, rows, examples)
+            thinking_flags += [row.thinking for row in rows]
+            for name, column in new_term_values.items():
+                term_values.setdefault(name, []).extend(column)
             for at in range(0, len(rows), s.samples):
                 group, of = rows[at : at + s.samples], totals[at : at + s.samples]
                 flat = len(set(of)) == 1 and not s.reward.judge
-                seen["groups"] += 1
-                seen["constant"] += flat
+                group_counts["groups"] += 1
+                group_counts["constant"] += flat
                 if flat and s.reward.constant_groups != "keep":
-                    left += of
+                    dropped_rewards += of
                 else:
                     kept, values = kept + group, values + of
-            if len(kept) >= stage.sampled:
+            if len(kept) >= stage.sampled_rows:
                 break
-        kept = kept[: stage.sampled]
+        kept = kept[: stage.sampled_rows]
         measured |= {
-            "reward/mean": float(np.mean((values + left)[: stage.sampled])),
-            "reward/constant_groups": seen["constant"] / seen["groups"],
-            "reward/dropped_rows": stage.sampled - len(kept),
-            "time/rollout_and_grading": time.perf_counter() - begun,
+            "reward/mean": float(np.mean((values + dropped_rewards)[: stage.sampled_rows])),
+            "reward/constant_groups": group_counts["constant"] / group_counts["groups"],
+            "reward/dropped_rows": stage.sampled_rows - len(kept),
+            "time/rollout_and_grading": time.perf_counter() - start_time,
         }
-        for name, column in told.items():
+        for name, column in term_values.items():
             measured |= {f"reward/{name}": float(np.mean(column))}
             measured |= {f"reward/{name}_std": float(np.std(column))}
-            for mode, thinking in MODES.items():
+            for mode, thinking in THINKING_MODES.items():
                 of = [
-                    x for x, thought in zip(column, thought_in, strict=True) if thought == thinking
+                    x
+                    for x, thought in zip(column, thinking_flags, strict=True)
+                    if thought == thinking
                 ]
                 measured |= {f"reward/{name}/{mode}": float(np.mean(of))} if of else {}
-        return kept, np.array(values[: stage.sampled], np.float32), measured
+        return kept, np.array(values[: stage.sampled_rows], np.float32), measured
 
     if stage.loss.reward:
-        return rewarded
+        return collect_with_rewards
 
-    def plain(params: Params, step: int) -> tuple[list[rollout.Sequence], Any, Measured]:
-        rows, measured = own(params, step)
+    def collect_without_rewards(
+        params: Params, step: int
+    ) -> tuple[list[rollout.Sequence], Any, Metrics]:
+        rows, measured = collect_rollouts(params, step)
         return rows, None, measured
 
-    return plain
+    return collect_without_rewards
 
 
-def _advantages(stage: Stage, totals_B: np.ndarray) -> np.ndarray:
+def _compute_advantages(stage: StageSetup, totals_B: np.ndarray) -> np.ndarray:
     """[B] from rewards in groups."""
     totals_PG = jnp.asarray(totals_B, jnp.float32).reshape(-1, stage.c.samples)
-    return np.asarray(advantages.group_advantages(totals_PG, stage.loss.group)[0]).reshape(-1)
+    return np.asarray(advantages.compute_group_advantages(totals_PG, stage.loss.group)[0]).reshape(
+        -1
+    )
 
 
-def _judged(
+def _score_with_judge(
     teachers: Sequence[local.Teacher],
-    stage: Stage,
-    work: Work,
+    stage: StageSetup,
+    minibatches: Minibatches,
     examples: Sequence[Example],
     mesh: Mesh,
     logits_mib: float,
     average: Params | None,
 ) -> np.ndarray:
     """[B] float32: the mean log-probability that the teachers give the tokens of each response."""
-    found = np.zeros(len(examples), np.float32)
-    for micro in (micro for part in work for micro in part):
-        logp_BT = local.judge(teachers, micro.put(mesh), logits_mib, average)
-        spans = microbatches.spans(micro.rows, examples, stage.c.max_response_tokens)
+    scores_B = np.zeros(len(examples), np.float32)
+    for micro in (micro for part in minibatches for micro in part):
+        logp_BT = local.judge_responses(teachers, micro.to_device(mesh), logits_mib, average)
+        spans = microbatches.find_response_spans(micro.rows, examples, stage.c.max_response_tokens)
         for number, row, start, end in spans:
-            found[number] = logp_BT[row, start:end].mean()
-    return found
+            scores_B[number] = logp_BT[row, start:end].mean()
+    return scores_B
 
 
-def _of_judge(stage: Stage, judged_B: np.ndarray, totals_B: np.ndarray) -> Measured:
+def _measure_judge(stage: StageSetup, scores_B: np.ndarray, totals_B: np.ndarray) -> Metrics:
     totals_PG = totals_B.reshape(-1, stage.c.samples)
     return {
-        "reward/judge": float(judged_B.mean()),
-        "reward/judge_std": float(judged_B.std()),
+        "reward/judge": float(scores_B.mean()),
+        "reward/judge_std": float(scores_B.std()),
         "reward/constant_groups": float(np.mean(np.ptp(totals_PG, axis=1) == 0)),
         "reward/mean": float(totals_B.mean()),
     }
 
 
-def _graded(
-    plan: Plan,
-    stage: Stage,
+def _grade_rollouts(
+    run_setup: RunSetup,
+    stage: StageSetup,
     grader: graders.Grader,
     rows: Sequence[rollout.Sequence],
     examples: Sequence[dataset.Example],
 ) -> tuple[list[float], dict[str, list[float]]]:
     """The reward of each row without a judge's part, and of each term its values."""
-    s, tokenizer = stage.c, plan.student.tokenizer
+    s, tokenizer = stage.c, run_setup.student.tokenizer
     assert tokenizer is not None
     texts = [str(tokenizer.decode(row.tokens, skip_special_tokens=True)) for row in rows]
-    asked = [examples[number // s.samples] for number in range(len(rows))]
+    row_examples = [examples[number // s.samples] for number in range(len(rows))]
     outcomes = ["no_answer"] * len(rows)
     if s.reward.correct or s.reward.format:
-        answers = [example.answer for example in asked]
+        answers = [example.answer for example in row_examples]
         # By one process for all: where a grader gives up depends on how busy its host is.
-        outcomes = distributed.from_primary(lambda: grader.grade(s.reward.grader, texts, answers))
+        outcomes = distributed.broadcast_from_primary(
+            lambda: grader.grade(s.reward.grader, texts, answers)
+        )
     responses = [
         terms.Response(
             text=text,
             tokens=row.tokens,
-            finished=row.reason == "stop",
+            finished=row.finish_reason == "stop",
             outcome=outcome,
             thinking=row.thinking,
             limit=s.max_response_tokens,
@@ -291,86 +346,93 @@ def _graded(
         )
         for text, row, outcome in zip(texts, rows, outcomes, strict=True)
     ]
-    return terms.rewards(responses, terms_of(s))
+    return terms.compute_rewards(responses, get_term_weights(s))
 
 
-def _writer(
-    plan: Plan, stage: Stage, room: int | None
+def _make_rollout_starter(
+    run_setup: RunSetup, stage: StageSetup, cache_capacity: int | None
 ) -> Callable[
     [Params, int, int, list[rollout.Sequence]],
-    Callable[[], tuple[list[rollout.Sequence], Measured]],
+    Callable[[], tuple[list[rollout.Sequence], Metrics]],
 ]:
     """The function that begins sampling, and returns what samples and returns the rows that ended.
 
     It takes the parameters, their version, the step whose rows they are, and these. Once it has
     begun, the parameters may be donated.
     """
-    s, student, parked = stage.c, plan.student, stage.parked
-    drawn_from, options, lora = (
-        sampling(s),
-        rollout_options(s, room),
+    s, student, partial_rollouts = stage.c, run_setup.student, stage.partial_rollouts
+    sampling_settings, options, lora = (
+        make_sampling(s),
+        make_rollout_options(s, cache_capacity),
         student.model.lora is not None,
     )
     warm = False
 
-    def begin(params: Params, version: int, step: int, rows: list[rollout.Sequence]):
+    def start_rollout(params: Params, version: int, step: int, rows: list[rollout.Sequence]):
         nonlocal warm
         counts: Counter[str] = Counter()
         warm, warm_up = True, not warm
-        coming = rollout.sample(
+        sequences = rollout.sample(
             student.model,
             student.params if lora else params,
             rows,
-            sampling=drawn_from,
+            sampling=sampling_settings,
             stop_ids=student.stop_ids,
             options=options,
             version=version,
             # The last step ends all rows.
-            budget=s.rollout.budget if parked and step + 1 < stage.end else None,
+            token_budget=s.rollout.budget
+            if partial_rollouts and step + 1 < stage.end_step
+            else None,
             counts=counts,
-            routing=plan.replays,
+            routing=run_setup.replay_routing,
             warm_up=warm_up,
-            trained=params if lora else None,
+            lora_params=params if lora else None,
         )
-        return lambda: finish(coming, step, len(rows), counts)
+        return lambda: finish_rollout(sequences, step, len(rows), counts)
 
-    def finish(coming: Iterator[rollout.Sequence], step: int, asked: int, counts: Counter[str]):
+    def finish_rollout(
+        sequences: Iterator[rollout.Sequence], step: int, num_requested: int, counts: Counter[str]
+    ):
         started = time.perf_counter()
-        done = list(coming)
+        done = list(sequences)
         took = time.perf_counter() - started
-        ended = [row for row in done if row.reason]
+        ended = [row for row in done if row.finish_reason]
         written = sum(len(row.tokens) for row in ended)
         measured = {
             "rollout/tokens_per_second": counts["tokens"] / took,
             "rollout/mean_length": written / max(1, len(ended)),
-            "rollout/truncated": sum(r.reason == "length" for r in ended) / max(1, len(ended)),
-            "rollout/repetition": -float(np.mean([terms.repeated(r.tokens) for r in ended] or [0])),
+            "rollout/truncated": sum(r.finish_reason == "length" for r in ended)
+            / max(1, len(ended)),
+            "rollout/repetition": -float(
+                np.mean([terms.compute_repetition(r.tokens) for r in ended] or [0])
+            ),
             "rollout/utilisation": counts["tokens"] / counts["slot_steps"],
             "time/rollout": took,
-            **_skipped(stage),
-            **curriculum.mean([row.difficulty for row in ended]),
-            **_by_mode(ended),
+            **_count_skipped(stage),
+            **curriculum.mean_difficulty([row.difficulty for row in ended]),
+            **_measure_by_mode(ended),
         }
-        if parked:
-            parked.begun += asked - len(parked.rows)
-            parked.rows = [row for row in done if not row.reason]
+        if partial_rollouts:
+            partial_rollouts.num_started += num_requested - len(partial_rollouts.sequences)
+            partial_rollouts.sequences = [row for row in done if not row.finish_reason]
             measured["rollout/ended"] = len(ended)
-        if parked or stage.ahead:
+        if partial_rollouts or stage.async_rollouts:
             stale = sum(version < step for row in ended for version in row.versions)
             measured["rollout/stale"] = stale / max(1, written)
         return ended, measured
 
-    return begin
+    return start_rollout
 
 
-def _by_mode(rows: Sequence[rollout.Sequence]) -> Measured:
+def _measure_by_mode(rows: Sequence[rollout.Sequence]) -> Metrics:
     """Lengths and truncation of the modes apart; each that there is."""
-    found: Measured = {}
-    for mode, thinking in MODES.items():
+    metrics: Metrics = {}
+    for mode, thinking in THINKING_MODES.items():
         of = [row for row in rows if row.thinking == thinking]
         if of:
-            cut = sum(row.reason == "length" for row in of)
-            found[f"rollout/rows/{mode}"] = len(of)
-            found[f"rollout/mean_length/{mode}"] = sum(len(row.tokens) for row in of) / len(of)
-            found[f"rollout/truncated/{mode}"] = cut / len(of)
-    return found
+            cut = sum(row.finish_reason == "length" for row in of)
+            metrics[f"rollout/rows/{mode}"] = len(of)
+            metrics[f"rollout/mean_length/{mode}"] = sum(len(row.tokens) for row in of) / len(of)
+            metrics[f"rollout/truncated/{mode}"] = cut / len(of)
+    return metrics

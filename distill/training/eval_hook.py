@@ -26,25 +26,25 @@ from distill.runtime.checkpoint import Checkpoints
 from models.errors import UserError
 
 # Figures of a summary that become metrics, and by which the best may be chosen.
-FIGURES = (
+EVAL_METRICS = (
     *("accuracy", "format_rate", "repetition_rate", "think_rate", "language_mixing_rate"),
     *("mean_length", "mean_length_finished", "truncation_rate"),
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Validation:
+class ValidationSetup:
     """What is evaluated, and how; checked."""
 
     c: ConfigDict
-    rows: list[tuple[str, tasks.Row]]
+    rows: list[tuple[str, tasks.Record]]
     prompts: dataset.TokenLists  # of the rows
     settings: dict[str, Any]
     sampling: rollout.Sampling
 
 
 @dataclasses.dataclass(frozen=True)
-class Judge:
+class ValidationHook:
     """Evaluates every so many steps (0: never), and after a stage's last.
 
     run: (train state, what makes its meta, steps done) -> metrics.
@@ -52,15 +52,15 @@ class Judge:
     compiled in the middle of a run.
     """
 
-    every: int
+    every_steps: int
     run: Callable[[Any, Callable[[], dict[str, Any]], int], dict[str, Any]]
     warm_up: Callable[[Any], None]
 
-    def due(self, step: int, last: bool) -> bool:
-        return bool(self.every) and (last or step % self.every == 0)
+    def is_due(self, step: int, is_last: bool) -> bool:
+        return bool(self.every_steps) and (is_last or step % self.every_steps == 0)
 
 
-def prepare(c: ConfigDict, student: Policy) -> Validation | None:
+def setup_validation(c: ConfigDict, student: Policy) -> ValidationSetup | None:
     """Checks a config's `eval` before anything is trained; None where there is none.
 
     Raises UserError naming the field at fault.
@@ -69,8 +69,8 @@ def prepare(c: ConfigDict, student: Policy) -> Validation | None:
         raise UserError(f"config.eval.every={c.every}: not a number of steps")
     if c.every == 0:
         return None
-    if c.best.removeprefix("-") not in ("", *FIGURES):
-        raise UserError(f"config.eval.best={c.best!r}: none of {', '.join(FIGURES)}")
+    if c.best.removeprefix("-") not in ("", *EVAL_METRICS):
+        raise UserError(f"config.eval.best={c.best!r}: none of {', '.join(EVAL_METRICS)}")
     if min(c.limit, c.samples, c.max_new_tokens) < 0 or c.batch_size < 1:
         raise UserError(
             "config.eval: limit, samples, max_new_tokens, batch_size: a negative number"
@@ -79,38 +79,44 @@ def prepare(c: ConfigDict, student: Policy) -> Validation | None:
         raise UserError(f"config.eval: {student.path}: no tokenizer, so responses cannot be read")
     try:
         changes = {"samples": c.samples or None, "max_new_tokens": c.max_new_tokens or None}
-        tasks.require(c.benchmark)
-        settings = tasks.settings(c.protocol, c.benchmark, changes)
-        rows = tasks.problems(c.benchmark, c.data, c.limit)
-        tasks.check(c.benchmark, rows)
-        put = [(where, tasks.put(c.benchmark, row)) for where, row in rows]
-        asked = completions.prompts(student, put, settings["thinking"], settings["max_new_tokens"])
-        return Validation(c, rows, asked, settings, tasks.sampling(settings))
+        tasks.require_benchmark(c.benchmark)
+        settings = tasks.resolve_settings(c.protocol, c.benchmark, changes)
+        rows = tasks.load_problems(c.benchmark, c.data, c.limit)
+        tasks.check_gradable(c.benchmark, rows)
+        questions = [(where, tasks.render_question(c.benchmark, row)) for where, row in rows]
+        prompts = completions.encode_row_prompts(
+            student, questions, settings["thinking"], settings["max_new_tokens"]
+        )
+        return ValidationSetup(c, rows, prompts, settings, tasks.make_sampling(settings))
     except UserError as error:
         raise UserError(f"config.eval: {error}") from None
 
 
 @contextlib.contextmanager
-def judging(
-    validation: Validation | None, student: Policy, workdir: epath.Path, seed: int
-) -> Iterator[Judge]:
+def open_validation_hook(
+    validation: ValidationSetup | None, student: Policy, workdir: epath.Path, seed: int
+) -> Iterator[ValidationHook]:
     """Within it, what is yielded evaluates where the config says so, and keeps the best."""
     if validation is None:
-        yield Judge(0, lambda *_: {}, lambda _: None)
+        yield ValidationHook(0, lambda *_: {}, lambda _: None)
         return
     v, best = validation, workdir / "best"
-    told = {**v.settings, **json.loads(v.c.to_json_best_effort())}
+    eval_config = {**v.settings, **json.loads(v.c.to_json_best_effort())}
     with contextlib.ExitStack() as stack:
-        saved, record = stack.enter_context(_best(best, told)) if v.c.best else (None, None)
+        best_checkpoints, best_value = (
+            stack.enter_context(_open_best(best, eval_config)) if v.c.best else (None, None)
+        )
 
-        sampled = policy.sampled(student)
+        to_sampling_params = policy.make_sampler_params_fn(student)
 
-        def subject_of(params: Any) -> Policy:
-            return dataclasses.replace(student, path=str(workdir), params=sampled(params))
+        def make_subject(params: Any) -> Policy:
+            return dataclasses.replace(
+                student, path=str(workdir), params=to_sampling_params(params)
+            )
 
         def warm_up(params: Any) -> None:
             rollout.complete(
-                subject_of(params),
+                make_subject(params),
                 v.prompts,
                 samples=v.settings["samples"],
                 key=jax.random.key(seed),
@@ -120,29 +126,35 @@ def judging(
                 warm_up=True,
             )
 
-        def judge(state: Any, meta: Callable[[], dict[str, Any]], step: int) -> dict[str, Any]:
-            nonlocal record
-            begin = time.perf_counter()
-            subject = subject_of(state.params)
-            summary: Any = _evaluate(v, subject, workdir / "eval" / f"{step:06d}", step, seed)
+        def run_validation(
+            state: Any, meta: Callable[[], dict[str, Any]], step: int
+        ) -> dict[str, Any]:
+            nonlocal best_value
+            start_time = time.perf_counter()
+            subject = make_subject(state.params)
+            summary: Any = _evaluate_step(v, subject, workdir / "eval" / f"{step:06d}", step, seed)
             value = summary.get(v.c.best.removeprefix("-"))
-            if saved and value is not None:
+            if best_checkpoints and value is not None:
                 value = -value if v.c.best.startswith("-") else value
-                if record is None or value > record:
-                    saved.save(step, state, {**meta(), "eval": told, "value": value})
-                    record = value
-            found = {f"eval/{name}": summary.get(name) for name in FIGURES}
-            return found | {"time/eval": time.perf_counter() - begin}
+                if best_value is None or value > best_value:
+                    best_checkpoints.save(
+                        step, state, {**meta(), "eval": eval_config, "value": value}
+                    )
+                    best_value = value
+            metrics = {f"eval/{name}": summary.get(name) for name in EVAL_METRICS}
+            return metrics | {"time/eval": time.perf_counter() - start_time}
 
-        yield Judge(v.c.every, judge, warm_up)
+        yield ValidationHook(v.c.every, run_validation, warm_up)
 
 
-def _evaluate(v: Validation, subject: Policy, out: epath.Path, step: int, seed: int) -> tasks.Row:
+def _evaluate_step(
+    v: ValidationSetup, subject: Policy, out: epath.Path, step: int, seed: int
+) -> tasks.Record:
     """One evaluation. A folder of this step is gone on in if it is of the same parameters, as those
     of a resumed run are; one of an earlier config is replaced."""
 
-    def run() -> tasks.Row:
-        return evaluator.evaluate(
+    def evaluate_once() -> tasks.Record:
+        return evaluator.evaluate_benchmark(
             subject,
             v.c.benchmark,
             v.rows,
@@ -154,35 +166,37 @@ def _evaluate(v: Validation, subject: Policy, out: epath.Path, step: int, seed: 
             sampling=v.sampling,
             seed=seed,
             batch_size=v.c.batch_size,
-            name=v.c.protocol,
+            protocol_name=v.c.protocol,
             step=step,
         )
 
     try:
-        return run()
+        return evaluate_once()
     except UserError as error:
-        run_files.say(f"{out} is written anew: {error}")
+        run_files.log_line(f"{out} is written anew: {error}")
         if run_files.is_primary():
             out.rmtree()
-        return run()
+        return evaluate_once()
 
 
 @contextlib.contextmanager
-def _best(folder: epath.Path, told: dict[str, Any]) -> Iterator[tuple[Checkpoints, float | None]]:
+def _open_best(
+    folder: epath.Path, eval_config: dict[str, Any]
+) -> Iterator[tuple[Checkpoints, float | None]]:
     """The checkpoints of `folder`, which is a run directory like the one it lies in, and how good
     the one is that it holds; emptied if that was the best by another measure."""
 
-    def begun() -> float | None:
+    def read_best_value() -> float | None:
         with Checkpoints(folder / "checkpoints") as before:
-            found = before.latest()
-        if found and found[1].get("eval") != told:
-            run_files.say(f"{folder} was the best of another config.eval: it begins anew")
+            latest = before.read_latest()
+        if latest and latest[1].get("eval") != eval_config:
+            run_files.log_line(f"{folder} was the best of another config.eval: it begins anew")
             folder.rmtree()
-            found = None
+            latest = None
         config = (folder.parent / "config.json").read_text()
         run_files.write_text(folder / "config.json", config)
-        return found[1]["value"] if found else None
+        return latest[1]["value"] if latest else None
 
-    value = distributed.from_primary(begun)
-    with Checkpoints(folder / "checkpoints", every=1, keep=1) as saved:
+    value = distributed.broadcast_from_primary(read_best_value)
+    with Checkpoints(folder / "checkpoints", save_interval_steps=1, max_to_keep=1) as saved:
         yield saved, value

@@ -21,256 +21,294 @@ from distill.runtime import cli, distributed, run_files, xla
 from distill.runtime import mesh as mesh_lib
 from distill.runtime.checkpoint import Checkpoints
 from distill.training import collect, eval_hook, optim, preflight, setup, stages, trainer, update
-from distill.training.setup import Plan, Stage
+from distill.training.setup import RunSetup, StageSetup
 from models.errors import UserError
 
 # May change on resume: they do not touch the trajectory.
-RUN_LOCAL = ("checkpoint", "log", "eval", "compilation_cache")
+RESUME_MUTABLE_KEYS = ("checkpoint", "log", "eval", "compilation_cache")
 
 
 @dataclasses.dataclass(frozen=True)
-class Open:
+class RunContext:
     """What a run holds open through its stages."""
 
     mesh: Mesh
-    saved: Checkpoints
+    checkpoints: Checkpoints
     writer: run_files.Writer
-    judge: eval_hook.Judge
+    validation_hook: eval_hook.ValidationHook
     grader: graders.Grader
-    received: Callable[[], int]  # the signal that asked this process to stop, or 0
-    programs: xla.Compiled
+    get_stop_signal: Callable[[], int]  # the signal that asked this process to stop, or 0
+    compiled_programs: xla.CompileMonitor
 
-    def stopped(self) -> int:
+    def check_stop_signal(self) -> int:
         """The signal that came to any process: all stop after the same step."""
-        return distributed.anyone(self.received())
+        return distributed.max_over_processes(self.get_stop_signal())
 
 
 @dataclasses.dataclass
-class Rows:
+class MetricsLogger:
     """Writes the metrics of each step once the next one is under way, so that the device is not
     waited for; and shows them."""
 
-    stage: Stage
+    stage: StageSetup
     writer: run_files.Writer
-    bar: run_files.Progress
-    waiting: tuple[int, float, dict, dict] | None = None
+    progress_bar: run_files.Progress
+    pending: tuple[int, float, dict, dict] | None = None
 
-    def add(self, step: int, begun: float, measured: dict, trained: dict[str, jax.Array]) -> None:
+    def add_step(
+        self, step: int, start_time: float, host_metrics: dict, device_metrics: dict[str, jax.Array]
+    ) -> None:
         """Takes a step that began at `begun`, what was measured, and what the device will have."""
-        self.write(begun)
-        self.waiting = (step, begun, measured, trained)
+        self.write(start_time)
+        self.pending = (step, start_time, host_metrics, device_metrics)
 
-    def settle(self, ended: float | None = None) -> None:
+    def fetch_pending(self, end_time: float | None = None) -> None:
         """Fetches what the device has of the step that waits, which `ended` when the next began, or
         now, once the device is done."""
-        if self.waiting and "time/step" not in self.waiting[2]:
-            _, begun, measured, trained = self.waiting
-            found = jax.device_get(trained)
-            compiling = {k: measured.pop(k) for k in ("time/compile",) if k in measured}
-            measured |= {f"train/{name}": float(x) for name, x in found.items()}
-            measured["time/step"] = (ended or time.perf_counter()) - begun
-            measured |= compiling
+        if self.pending and "time/step" not in self.pending[2]:
+            _, start_time, host_metrics, device_metrics = self.pending
+            fetched = jax.device_get(device_metrics)
+            compiling = {k: host_metrics.pop(k) for k in ("time/compile",) if k in host_metrics}
+            host_metrics |= {f"train/{name}": float(x) for name, x in fetched.items()}
+            host_metrics["time/step"] = (end_time or time.perf_counter()) - start_time
+            host_metrics |= compiling
 
-    def write(self, ended: float | None = None) -> None:
+    def write(self, end_time: float | None = None) -> None:
         """Writes the row that waits; of `ended` see `settle`."""
-        if self.waiting is None:
+        if self.pending is None:
             return
-        self.settle(ended)
-        (step, _, row, _), self.waiting = self.waiting, None
+        self.fetch_pending(end_time)
+        (step, _, row, _), self.pending = self.pending, None
         self.writer.write(step, self.stage.name, row)
-        shown = ("train/loss", "train/grad_norm", "rollout/mean_length", "time/step")
-        beside = {k: row[k] for k in shown if k in row}
+        bar_names = ("train/loss", "train/grad_norm", "rollout/mean_length", "time/step")
+        bar_metrics = {k: row[k] for k in bar_names if k in row}
         if not row["train/trained_tokens"]:  # there is no loss to tell
-            del beside["train/loss"]
-        self.bar.update(step + 1 - self.stage.first, beside)
+            del bar_metrics["train/loss"]
+        self.progress_bar.update(step + 1 - self.stage.first_step, bar_metrics)
 
 
-def transcripts(
-    shown: trainer.Shown, mesh: Mesh, student: Policy, count: int
+def make_transcripts(
+    kept_stats: trainer.KeptStats, mesh: Mesh, student: Policy, count: int
 ) -> list[dict[str, object]]:
     """The first sequences of a step as text with per-token numbers, for rollouts/*.jsonl."""
     rows: dict[int, dict[str, object]] = {}
     decode = student.tokenizer.decode if student.tokenizer else lambda ids: None
-    for micro, stats in shown:
-        batch = micro.put(mesh)
+    for micro, stats in kept_stats:
+        batch = micro.to_device(mesh)
         arrays = (batch.tokens_BT, batch.mask_BT, batch.segments_BT, batch.finished_BT, stats)
-        arrays = jax.tree.map(np.asarray, mesh_lib.first_rows(arrays, len(micro.rows)))
-        tokens, mask, segments, finished, figures = arrays
+        arrays = jax.tree.map(np.asarray, mesh_lib.gather_first_rows(arrays, len(micro.rows)))
+        tokens, mask, segments, finished, stats_arrays = arrays
         for i, numbers in enumerate(micro.rows):
             for segment, number in enumerate(numbers, start=1):
                 if number >= count:
                     continue
-                own = segments[i] == segment
-                prompt = tokens[i][own & ~mask[i]].tolist()
-                response = tokens[i][own & mask[i]].tolist()
+                is_own = segments[i] == segment
+                prompt = tokens[i][is_own & ~mask[i]].tolist()
+                response = tokens[i][is_own & mask[i]].tolist()
                 row = rows[number] = {
                     "prompt": decode(prompt),
                     "response": decode(response),
                     "prompt_tokens": prompt,
                     "tokens": response,
-                    **{name: x[i][own & mask[i]].tolist() for name, x in figures.items()},
+                    **{name: x[i][is_own & mask[i]].tolist() for name, x in stats_arrays.items()},
                 }
                 if finished is not None:
-                    row["finish_reason"] = "stop" if finished[i][own].any() else "length"
+                    row["finish_reason"] = "stop" if finished[i][is_own].any() else "length"
     return [rows[number] for number in sorted(rows)]
 
 
-def claim(workdir: epath.Path, c: ConfigDict) -> None:
+def init_workdir(workdir: epath.Path, c: ConfigDict) -> None:
     """Makes `workdir` this run's directory, or makes sure that it already is.
 
     Raises:
       UserError: naming the first key that differs from the run that the directory holds.
     """
     path = workdir / "config.json"
-    now = json.loads(c.to_json_best_effort())
+    current = json.loads(c.to_json_best_effort())
     if path.is_file():
-        before = json.loads(path.read_text())
-        changed = sorted(_differences(before, now, ""))
+        saved = json.loads(path.read_text())
+        changed = sorted(_find_differences(saved, current, ""))
         if changed:
             raise UserError(f"{workdir} holds a run of another config: {changed[0]}")
     elif (workdir / "checkpoints").exists():
         raise UserError(f"{workdir} holds checkpoints but no config.json: not a run to resume")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        run_files.write_json(path, now)
-        run_files.write_json(workdir / "environment.json", run_files.environment())
+        run_files.write_json(path, current)
+        run_files.write_json(workdir / "environment.json", run_files.describe_environment())
     except OSError as error:
         raise UserError(f"--workdir={workdir}: {error}") from error
 
 
-def _differences(before: object, now: object, at: str) -> Iterator[str]:
+def _find_differences(before: object, now: object, key_path: str) -> Iterator[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         for key in before.keys() | now.keys():
-            if at or key not in RUN_LOCAL:
-                yield from _differences(before.get(key), now.get(key), f"{at}.{key}")
+            if key_path or key not in RESUME_MUTABLE_KEYS:
+                yield from _find_differences(before.get(key), now.get(key), f"{key_path}.{key}")
     elif before != now:
-        yield f"config{at} was {before!r}, now {now!r}"
+        yield f"config{key_path} was {before!r}, now {now!r}"
 
 
-def begin(c: ConfigDict, plan: Plan, checkpoints: Checkpoints) -> tuple[update.TrainState, int]:
+def restore_or_init(
+    c: ConfigDict, run_setup: RunSetup, checkpoints: Checkpoints
+) -> tuple[update.TrainState, int]:
     """The state to go on from and the number of its stage: the newest checkpoint, or the start."""
-    found = checkpoints.latest()
-    if found:
-        optimizer, student = plan.stages[found[1]["index"]].optimizer, plan.student
-        trained = mesh_lib.parameters(student.config, policy.mesh_of(student), student.model.lora)
-        restored = checkpoints.restore(update.abstract(optimizer, trained, bool(c.student.ema)))
+    latest = checkpoints.read_latest()
+    if latest:
+        optimizer, student = run_setup.stages[latest[1]["index"]].optimizer, run_setup.student
+        trained = mesh_lib.make_abstract_params(
+            student.config, policy.get_mesh(student), student.model.lora
+        )
+        restored = checkpoints.restore(
+            update.make_abstract_state(optimizer, trained, bool(c.student.ema))
+        )
         if restored:
-            stage = plan.stages[restored[1]["index"]]
+            stage = run_setup.stages[restored[1]["index"]]
             if stage.packer:
-                stage.packer.resume(restored[1]["packing"])
-            if stage.parked:
-                stage.parked.resume(restored[1]["parked"])
-            if stage.ahead:
-                stage.ahead.resume(restored[1]["ahead"])
+                stage.packer.restore(restored[1]["packing"])
+            if stage.partial_rollouts:
+                stage.partial_rollouts.restore(restored[1]["parked"])
+            if stage.async_rollouts:
+                stage.async_rollouts.restore(restored[1]["ahead"])
             return restored[0], restored[1]["index"]
     key = jax.random.key(c.seed)
-    if plan.student.model.lora:
-        params = policy.first(plan.student, key)
+    if run_setup.student.model.lora:
+        params = policy.load_or_init_lora(run_setup.student, key)
     elif c.student.random_init:
-        params = policy.randomise(plan.student, key).params
+        params = policy.init_random_policy(run_setup.student, key).params
     else:
-        params = policy.load(plan.student, "float32").params
+        params = policy.load(run_setup.student, "float32").params
     # A copy: the state is donated, and no buffer of it may be there twice.
     average = jax.tree.map(jnp.copy, params) if c.student.ema else None
-    return update.init(plan.stages[0].optimizer, params, 0, average), 0
+    return update.init_train_state(run_setup.stages[0].optimizer, params, 0, average), 0
 
 
 def run(c: ConfigDict, workdir: epath.PathLike) -> None:
     """Runs the stages of a config, from the newest checkpoint in `workdir` on if there is one."""
     run_files.require_reachable(str(workdir), "--workdir")
     workdir = epath.Path(workdir)
-    xla.keep(c.compilation_cache)
-    mesh, apart = mesh_lib.meshes(c)
-    plan = setup.prepare(c, mesh, apart)
-    validation = eval_hook.prepare(c.eval, plan.student)
-    distributed.from_primary(lambda: claim(workdir, c))
-    run_files.say(f"attention: {plan.student.model.kernel}")
-    with policy.use(plan.student):
-        plan, held = setup.base(c, plan), {}
+    xla.init_compilation_cache(c.compilation_cache)
+    mesh, teacher_mesh = mesh_lib.make_meshes(c)
+    run_setup = setup.setup_run(c, mesh, teacher_mesh)
+    validation = eval_hook.setup_validation(c.eval, run_setup.student)
+    distributed.broadcast_from_primary(lambda: init_workdir(workdir, c))
+    run_files.log_line(f"attention: {run_setup.student.model.kernel}")
+    with policy.use(run_setup.student):
+        run_setup, loaded_models = setup.load_lora_base(c, run_setup), {}
         with (
-            Checkpoints(workdir / "checkpoints", c.checkpoint.every, c.checkpoint.keep) as saved,
-            eval_hook.judging(validation, plan.student, workdir, c.seed) as judge,
+            Checkpoints(
+                workdir / "checkpoints", c.checkpoint.every, c.checkpoint.keep
+            ) as checkpoints,
+            eval_hook.open_validation_hook(
+                validation, run_setup.student, workdir, c.seed
+            ) as validation_hook,
             graders.Grader() as grader,
-            cli.stop_signals() as received,
-            xla.Compiled() as programs,
+            cli.catch_stop_signals() as get_stop_signal,
+            xla.CompileMonitor() as compiled_programs,
         ):
-            state, at = begin(c, plan, saved)
+            state, first_stage = restore_or_init(c, run_setup, checkpoints)
             with run_files.Writer(workdir, int(state.step)) as writer:
-                opened = Open(mesh, saved, writer, judge, grader, received, programs)
-                for index, stage in enumerate(plan.stages[at:], start=at):
-                    loaded = plan  # or it would hold on to what the last stage read
-                    loaded = setup.load(c, loaded, stage, held)
+                run_context = RunContext(
+                    mesh,
+                    checkpoints,
+                    writer,
+                    validation_hook,
+                    grader,
+                    get_stop_signal,
+                    compiled_programs,
+                )
+                for index, stage in enumerate(run_setup.stages[first_stage:], start=first_stage):
+                    loaded_setup = run_setup  # or it would hold on to what the last stage read
+                    loaded_setup = setup.load_stage_models(c, loaded_setup, stage, loaded_models)
                     if int(state.step) == 0:
-                        preflight.show(c, loaded, validation, state.params)
-                    if index == at and int(state.step) < stage.end:
-                        judge.warm_up(state.params)
-                    if index > at:
-                        state = update.init(
-                            stage.optimizer, state.params, int(state.step), state.average
+                        preflight.print_summary(c, loaded_setup, validation, state.params)
+                    if index == first_stage and int(state.step) < stage.end_step:
+                        validation_hook.warm_up(state.params)
+                    if index > first_stage:
+                        state = update.init_train_state(
+                            stage.optimizer, state.params, int(state.step), state.ema_params
                         )
-                    state = run_stage(c, loaded, index, state, opened)
-                    if opened.stopped():
+                    state = run_stage(c, loaded_setup, index, state, run_context)
+                    if run_context.check_stop_signal():
                         break
-        if code := opened.stopped():
-            run_files.say(
+        if code := run_context.check_stop_signal():
+            run_files.log_line(
                 f"stopped after step {int(state.step)}; the same command goes on from there"
             )
             raise SystemExit(128 + code)
 
 
 def run_stage(
-    c: ConfigDict, plan: Plan, index: int, state: update.TrainState, opened: Open
+    c: ConfigDict,
+    run_setup: RunSetup,
+    index: int,
+    state: update.TrainState,
+    run_context: RunContext,
 ) -> update.TrainState:
     """The loop. Its order is fixed: draw, update, evaluate, log, save. A checkpoint after step i
     holds all that came of steps 0 to i, and the rows of metrics.jsonl for them are written."""
-    stage, s = plan.stages[index], plan.stages[index].c
-    logits_mib = stages.logits_mib(c, opened.mesh)
-    room = preflight.cache_room(c, plan, stage, state.params)
-    draw = collect.batches(plan, stage, c.seed, opened.mesh, logits_mib, opened.grader, room)
-    train = trainer.make(c, plan, stage, opened.mesh, state)
-    schedule = optim.schedule(s.optim, s.steps * stage.updates)
-    begun = int(state.step)
-    with run_files.progress(s.steps, begun - stage.first, stage.name) as bar:
-        rows = Rows(stage, opened.writer, bar)
-        for step in range(begun, stage.end):
+    stage, s = run_setup.stages[index], run_setup.stages[index].c
+    logits_mib = stages.compute_logits_mib(c, run_context.mesh)
+    cache_capacity = preflight.compute_cache_capacity(c, run_setup, stage, state.params)
+    collect_step = collect.make_collect(
+        run_setup, stage, c.seed, run_context.mesh, logits_mib, run_context.grader, cache_capacity
+    )
+    stage_trainer = trainer.make_trainer(c, run_setup, stage, run_context.mesh, state)
+    schedule = optim.schedule(s.optim, s.steps * stage.updates_per_step)
+    first_step = int(state.step)
+    with run_files.show_progress(
+        s.steps, first_step - stage.first_step, stage.name
+    ) as progress_bar:
+        metrics_logger = MetricsLogger(stage, run_context.writer, progress_bar)
+        for step in range(first_step, stage.end_step):
             start = time.perf_counter()
-            work, measured = draw(state.params, step, state.average)
-            told = c.log.transcripts if step % c.log.transcripts_every == 0 else 0
-            state, trained, shown, seconds = train.step(state, work, told)
-            measured["time/score"] += seconds
-            if stage.ahead:
-                stage.ahead.sample(trained)  # the next step's rows, while the device trains
-            trained["learning_rate"] = schedule((step - stage.first) * stage.updates)
-            rows.add(step, start, measured, trained)
-            meta = functools.partial(_meta, stage, index, step)
-            ending = step + 1 == stage.end
-            if opened.judge.due(step + 1, ending):
-                rows.settle()
-                measured |= opened.judge.run(state, meta, step + 1)
-            measured["time/compile"] = opened.programs.look(
-                f"step {step}", 0.0 if step == begun else 1.0
+            minibatches, host_metrics = collect_step(state.params, step, state.ema_params)
+            transcript_count = c.log.transcripts if step % c.log.transcripts_every == 0 else 0
+            state, device_metrics, kept_stats, seconds = stage_trainer.step(
+                state, minibatches, transcript_count
             )
-            if told:
-                lines = transcripts(shown, opened.mesh, plan.student, told)
-                opened.writer.write_rollouts(step, lines)
+            host_metrics["time/score"] += seconds
+            if stage.async_rollouts:
+                stage.async_rollouts.sample(
+                    device_metrics
+                )  # the next step's rows, while the device trains
+            device_metrics["learning_rate"] = schedule(
+                (step - stage.first_step) * stage.updates_per_step
+            )
+            metrics_logger.add_step(step, start, host_metrics, device_metrics)
+            make_meta = functools.partial(_make_checkpoint_meta, stage, index, step)
+            is_last = step + 1 == stage.end_step
+            if run_context.validation_hook.is_due(step + 1, is_last):
+                metrics_logger.fetch_pending()
+                host_metrics |= run_context.validation_hook.run(state, make_meta, step + 1)
+            host_metrics["time/compile"] = run_context.compiled_programs.report_compiles(
+                f"step {step}", 0.0 if step == first_step else 1.0
+            )
+            if transcript_count:
+                lines = make_transcripts(
+                    kept_stats, run_context.mesh, run_setup.student, transcript_count
+                )
+                run_context.writer.write_rollouts(step, lines)
             # Asked once: a signal may come while the state is being saved.
-            stopping = bool(opened.stopped())
-            if opened.saved.due(step + 1, stopping or ending):
-                rows.write()
-                opened.writer.flush()  # what a checkpoint holds is in the files
-                opened.saved.save(step + 1, state, meta(), force=stopping or ending)
+            stopping = bool(run_context.check_stop_signal())
+            if run_context.checkpoints.should_save(step + 1, stopping or is_last):
+                metrics_logger.write()
+                run_context.writer.flush()  # what a checkpoint holds is in the files
+                run_context.checkpoints.save(
+                    step + 1, state, make_meta(), force=stopping or is_last
+                )
             if stopping:
                 break
     return state
 
 
-def _meta(stage: Stage, index: int, step: int) -> dict[str, Any]:
+def _make_checkpoint_meta(stage: StageSetup, index: int, step: int) -> dict[str, Any]:
     """What a checkpoint after a step holds beside the state."""
     meta: dict[str, Any] = {"stage": stage.name, "index": index}
     if stage.packer:
-        meta["packing"] = stage.packer.position(step + 1 - stage.first)
-    if stage.parked:
-        meta["parked"] = stage.parked.position()
-    if stage.ahead:
-        meta["ahead"] = stage.ahead.position()
+        meta["packing"] = stage.packer.get_state(step + 1 - stage.first_step)
+    if stage.partial_rollouts:
+        meta["parked"] = stage.partial_rollouts.get_state()
+    if stage.async_rollouts:
+        meta["ahead"] = stage.async_rollouts.get_state()
     return meta

@@ -12,42 +12,54 @@ from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
 from distill.teachers import local
 from distill.training import optim, sampling_programs, stages, update
-from distill.training.calls import Models, bytes_of
+from distill.training.calls import StageModels, count_device_bytes
 from models.qwen3 import model
 
 
-def held(
-    c: ConfigDict, models: Models, stage: ConfigDict, mesh: Mesh | None = None
+def count_resident_bytes(
+    c: ConfigDict, models: StageModels, stage: ConfigDict, mesh: Mesh | None = None
 ) -> dict[str, int]:
     """What a run keeps on each device of a mesh, the student's by default, through all programs of
     a stage: name -> bytes."""
-    home = policy.mesh_of(models.student)
-    mesh, kept = mesh or home, {}
-    if mesh == home:
-        state = update.abstract(optim.make(stage.optim, 1), models.trained)
-        kept |= {"parameters": bytes_of(state.params), "optimiser": bytes_of(state.opt_state)}
+    student_mesh = policy.get_mesh(models.student)
+    mesh, resident_bytes = mesh or student_mesh, {}
+    if mesh == student_mesh:
+        state = update.make_abstract_state(
+            optim.make_optimizer(stage.optim, 1), models.trained_params
+        )
+        resident_bytes |= {
+            "parameters": count_device_bytes(state.params),
+            "optimiser": count_device_bytes(state.opt_state),
+        }
         if c.student.ema:
-            kept["average"] = kept["parameters"]
+            resident_bytes["average"] = resident_bytes["parameters"]
         if models.student.model.lora:
-            kept["base"] = bytes_of(models.student.params)
-    read = {name: x for name, x in models.teachers.items() if not own(c, name, models)}
+            resident_bytes["base"] = count_device_bytes(models.student.params)
+    read_models = {
+        name: x for name, x in models.teachers.items() if not get_resident_name(c, name, models)
+    }
     if models.reference:
-        read["reference"] = models.reference
-    for name, reader in read.items():
-        if policy.mesh_of(reader) == mesh:
-            kept[name] = bytes_of(reader.params)
-        elif mesh == home and name in models.teachers:
-            kept[f"head of {name}"] = bytes_of(head_of(reader, home))
-    return kept
+        read_models["reference"] = models.reference
+    for name, reader in read_models.items():
+        if policy.get_mesh(reader) == mesh:
+            resident_bytes[name] = count_device_bytes(reader.params)
+        elif mesh == student_mesh and name in models.teachers:
+            resident_bytes[f"head of {name}"] = count_device_bytes(
+                make_head_shape(reader, student_mesh)
+            )
+    return resident_bytes
 
 
-def head_of(reader: Policy, mesh: Mesh) -> Any:
+def make_head_shape(reader: Policy, mesh: Mesh) -> Any:
     """The output head of a teacher as the update reads it: on the student's mesh."""
-    head_VE, like = model.head(reader.params), model.head(mesh_lib.parameters(reader.config, mesh))
-    return jax.ShapeDtypeStruct(head_VE.shape, head_VE.dtype, sharding=like.sharding)
+    head_VE, mesh_head = (
+        model.get_output_head(reader.params),
+        model.get_output_head(mesh_lib.make_abstract_params(reader.config, mesh)),
+    )
+    return jax.ShapeDtypeStruct(head_VE.shape, head_VE.dtype, sharding=mesh_head.sharding)
 
 
-def own(c: ConfigDict, name: str, models: Models) -> str:
+def get_resident_name(c: ConfigDict, name: str, models: StageModels) -> str:
     """Where a teacher is what the run keeps anyway: what that is called."""
     path = c[name].path
     if path == local.EMA:
@@ -55,39 +67,45 @@ def own(c: ConfigDict, name: str, models: Models) -> str:
     return "base" if path == local.INITIAL and local.is_base(models.student) else ""
 
 
-def single(s: ConfigDict, sampled: int) -> bool:
+def has_single_microbatch(s: ConfigDict, sampled_rows: int) -> bool:
     """Whether an update has one micro-batch, always, and no gradient lies beside its own."""
-    return not sampled and s.accumulate == 1
+    return not sampled_rows and s.accumulate == 1
 
 
-def training(
-    c: ConfigDict, s: ConfigDict, sampled: int, models: Models, rows: int
+def estimate_update_bytes(
+    c: ConfigDict, s: ConfigDict, sampled_rows: int, models: StageModels, rows: int
 ) -> dict[str, float]:
     """About what an update of micro-batches of so many rows takes beside what the run keeps: of
     activations what rematerialisation keeps, and the teachers' hidden states."""
-    student, T = models.student, stages.row_tokens(s)
-    mesh = policy.mesh_of(student)
-    shards = mesh_lib.row_shards(mesh) * mesh_lib.token_shards(mesh, T)
+    student, T = models.student, stages.get_row_tokens(s)
+    mesh = policy.get_mesh(student)
+    shards = mesh_lib.count_row_shards(mesh) * mesh_lib.count_token_shards(mesh, T)
     item, config = jnp.dtype(student.model.dtype).itemsize, student.config
     width = config.hidden_size * (1 if student.model.remat else 12)
-    kept = T * item * width * (config.num_hidden_layers + 2)
-    for taught in models.teachers.values():
-        kept += T * taught.config.hidden_size * jnp.dtype(taught.model.dtype).itemsize
+    activation_bytes = T * item * width * (config.num_hidden_layers + 2)
+    for teacher in models.teachers.values():
+        activation_bytes += T * teacher.config.hidden_size * jnp.dtype(teacher.model.dtype).itemsize
     return {
-        "gradient": bytes_of(models.trained) * (1 if single(s, sampled) else 2),  # and the sum
-        "activations": rows / shards * kept,
-        "logits": stages.logits_mib(c, mesh) / mesh.size * 2**20,
+        "gradient": count_device_bytes(models.trained_params)
+        * (1 if has_single_microbatch(s, sampled_rows) else 2),  # and the sum
+        "activations": rows / shards * activation_bytes,
+        "logits": stages.compute_logits_mib(c, mesh) / mesh.size * 2**20,
     }
 
 
-def cache_room(
-    c: ConfigDict, s: ConfigDict, sampled: int, models: Models, rows: int, limit: float
+def compute_cache_capacity(
+    c: ConfigDict,
+    s: ConfigDict,
+    sampled_rows: int,
+    models: StageModels,
+    rows: int,
+    memory_limit: float,
 ) -> int | None:
     """Tokens that the sampler's cache could hold on all devices, of which each has so many bytes;
     None of a stage that samples nothing. Rows that are sampled ahead leave room for an update."""
-    if not sampled:
+    if not sampled_rows:
         return None
-    left = limit - sum(held(c, models, s).values())
+    free_bytes = memory_limit - sum(count_resident_bytes(c, models, s).values())
     if s.rollout.ahead:
-        left -= sum(training(c, s, sampled, models, rows).values())
-    return sampling_programs.cache_room(c, s, models, left)
+        free_bytes -= sum(estimate_update_bytes(c, s, sampled_rows, models, rows).values())
+    return sampling_programs.compute_cache_capacity(c, s, models, free_bytes)

@@ -15,124 +15,150 @@ from jax.sharding import Mesh
 from distill import rollout
 from distill.batch import Batch
 from distill.data import collate, packing
-from distill.data.collate import Form, Written
+from distill.data.collate import BatchLayout, SampledExample
 from distill.data.examples import Example
 from distill.runtime import mesh as mesh_lib
 from models.errors import UserError
 
-Rows = tuple[tuple[int, ...], ...]  # of each row the numbers of its sequences
+PackedRows = tuple[tuple[int, ...], ...]  # of each row the numbers of its sequences
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Microbatch:
     """Rows of a step's sequences, which are numbered over the whole step."""
 
-    rows: Rows
-    lay: Callable[[], Batch]  # this process's rows, on the host
+    rows: PackedRows
+    make_batch: Callable[[], Batch]  # this process's rows, on the host
 
-    def put(self, mesh: Mesh) -> Batch:
+    def to_device(self, mesh: Mesh) -> Batch:
         """Lays them out, split by rows over a mesh."""
-        return mesh_lib.from_own_rows(self.lay(), mesh, len(self.rows))
+        return mesh_lib.from_local_rows(self.make_batch(), mesh, len(self.rows))
 
 
 # What a step trains on: of each of its minibatches the micro-batches.
-Work = list[list[Microbatch]]
+Minibatches = list[list[Microbatch]]
 
 
-def written(sequences: Sequence[rollout.Sequence]) -> list[Written]:
+def to_examples(sequences: Sequence[rollout.Sequence]) -> list[SampledExample]:
     """What the student wrote, as examples.
 
     Raises:
       UserError: naming a sequence that ended in NaN.
     """
     for number, x in enumerate(sequences):
-        if x.reason == "error":
+        if x.finish_reason == "error":
             at = f"after {len(x.tokens)} sampled tokens"
             raise UserError(f"{x.where or f'row {number}'}: NaN logits {at}")
     return [
-        Written(
+        SampledExample(
             x.prompt,
             x.tokens,
             "",
             x.where,
-            told=x.told,
-            kind=x.kind,
+            teacher_prompt=x.teacher_prompt,
+            source_id=x.source_id,
             thinking=x.thinking,
             difficulty=x.difficulty,
             logprobs=x.logprobs,
-            finished=x.reason == "stop",
+            finished=x.finish_reason == "stop",
             experts=x.experts,
         )
         for x in sequences
     ]
 
 
-def unpacked(
+def make_unpacked_batch(
     sequences: Sequence[rollout.Sequence],
     rows: int,
     tokens: int,
-    room: int = 0,
+    context_tokens: int = 0,
     routing: tuple[int, int] | None = None,
 ) -> Batch:
     """What the student wrote in a row each, on the host; empty rows last."""
-    form = Form(tokens, tokens, room=room, written=True, routing=routing)
-    listed = [[example] for example in written(sequences)]
-    return collate.lay(listed + [[] for _ in range(rows - len(listed))], form)
+    layout = BatchLayout(
+        tokens, tokens, context_tokens=context_tokens, has_sampler_logprobs=True, routing=routing
+    )
+    example_rows = [[example] for example in to_examples(sequences)]
+    return collate.collate_rows(
+        example_rows + [[] for _ in range(rows - len(example_rows))], layout
+    )
 
 
-def split(
+def split_rows(
     rows: Sequence[Sequence[Example]],
-    own: Sequence[int],
+    own_rows: Sequence[int],
     sizes: tuple[int, int, int],
-    form: Form,
-) -> Work:
+    layout: BatchLayout,
+) -> Minibatches:
     """Micro-batches of the rows of a batch, of which this process has those numbered `own`.
 
     sizes: rows of the batch, its minibatches, and the micro-batches of each. Rows interleave, so
     that each part spans all devices.
     """
     count, minibatches, accumulate = sizes
-    at = {row: place for place, row in enumerate(own)}
+    own_index = {row: place for place, row in enumerate(own_rows)}
 
-    def one(first: int) -> Microbatch:
+    def make_microbatch(first: int) -> Microbatch:
         numbers = range(first, count, minibatches * accumulate)
-        laid = collate.lay([rows[at[row]] for row in numbers if row in at], form)
-        return Microbatch(tuple((row,) for row in numbers), lambda: laid)
+        batch = collate.collate_rows(
+            [rows[own_index[row]] for row in numbers if row in own_index], layout
+        )
+        return Microbatch(tuple((row,) for row in numbers), lambda: batch)
 
-    return [[one(j + k * minibatches) for k in range(accumulate)] for j in range(minibatches)]
+    return [
+        [make_microbatch(j + k * minibatches) for k in range(accumulate)]
+        for j in range(minibatches)
+    ]
 
 
-def pack(examples: Sequence[Example], rows: int, minibatches: int, form: Form) -> list[list[Rows]]:
+def pack_examples(
+    examples: Sequence[Example], rows: int, num_minibatches: int, layout: BatchLayout
+) -> list[list[PackedRows]]:
     """Packs the examples of each minibatch (i belongs to minibatch i % minibatches) into
     micro-batches of `rows` rows: of each the numbers of the examples."""
-    capacity = (form.tokens, form.tokens + form.room) if form.room else (form.tokens,)
+    capacity = (
+        (layout.row_tokens, layout.row_tokens + layout.context_tokens)
+        if layout.context_tokens
+        else (layout.row_tokens,)
+    )
 
-    def lengths(example: Example) -> tuple[int, ...]:
-        response = min(len(example.response), form.max_response)
+    def count_row_tokens(example: Example) -> tuple[int, ...]:
+        response = min(len(example.response), layout.max_response)
         own = len(example.prompt) + response
-        return (own, len(example.told or example.prompt) + response) if form.room else (own,)
+        return (
+            (own, len(example.teacher_prompt or example.prompt) + response)
+            if layout.context_tokens
+            else (own,)
+        )
 
-    found = []
-    for j in range(minibatches):
-        sizes = {i: lengths(examples[i]) for i in range(j, len(examples), minibatches)}
-        packed = [tuple(row) for row in packing.first_fit_decreasing(sizes, capacity)]
+    packed_minibatches = []
+    for j in range(num_minibatches):
+        sizes = {i: count_row_tokens(examples[i]) for i in range(j, len(examples), num_minibatches)}
+        packed = [tuple(row) for row in packing.pack_first_fit_decreasing(sizes, capacity)]
         count = max(1, -(-len(packed) // rows))  # without a sequence, too, a step has its figures
         packed += [()] * (count * rows - len(packed))
-        found.append([tuple(packed[at : at + rows]) for at in range(0, len(packed), rows)])
-    return found
+        packed_minibatches.append(
+            [tuple(packed[at : at + rows]) for at in range(0, len(packed), rows)]
+        )
+    return packed_minibatches
 
 
-def lay(packed: list[list[Rows]], examples: Sequence[Example], form: Form, mesh: Mesh) -> Work:
+def make_microbatches(
+    packed: list[list[PackedRows]], examples: Sequence[Example], layout: BatchLayout, mesh: Mesh
+) -> Minibatches:
     """Micro-batches of examples that were packed, each laid out when it is put on the mesh."""
 
-    def laid(rows: Rows) -> Batch:
-        mine = mesh_lib.own_rows(mesh, len(rows))
-        return collate.lay([[examples[i] for i in rows[row]] for row in mine], form)
+    def collate_microbatch(rows: PackedRows) -> Batch:
+        own_rows = mesh_lib.list_local_rows(mesh, len(rows))
+        return collate.collate_rows([[examples[i] for i in rows[row]] for row in own_rows], layout)
 
-    return [[Microbatch(rows, functools.partial(laid, rows)) for rows in part] for part in packed]
+    return [
+        [Microbatch(rows, functools.partial(collate_microbatch, rows)) for rows in part]
+        for part in packed
+    ]
 
 
-def spans(rows: Rows, examples: Sequence[Example], max_response: int):
+def find_response_spans(rows: PackedRows, examples: Sequence[Example], max_response: int):
     """(number, row, where the response begins, where it ends) of each sequence of a micro-batch."""
     for row, numbers in enumerate(rows):
         at = 0

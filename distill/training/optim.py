@@ -35,13 +35,13 @@ def schedule(c: ConfigDict, steps: int) -> optax.Schedule:
 
 
 # Fields that are 0 or more, and what each stays below.
-BELOW = {"b1": 1, "b2": 1} | dict.fromkeys(
+UPPER_BOUNDS = {"b1": 1, "b2": 1} | dict.fromkeys(
     ("learning_rate", "warmup_steps", "final_fraction", "eps", "weight_decay", "clip_norm"),
     math.inf,
 )
 
 
-def make(c: ConfigDict, steps: int) -> optax.GradientTransformation:
+def make_optimizer(c: ConfigDict, steps: int) -> optax.GradientTransformation:
     """Clip by the global norm `clip_norm` (0: never), then the optimiser `name`.
 
     The clip sees the raw gradient, so a spike cannot enter the moments.
@@ -56,78 +56,83 @@ def make(c: ConfigDict, steps: int) -> optax.GradientTransformation:
     Raises:
       UserError: for an unknown name, schedule or dtype, or a number out of its bounds.
     """
-    for field, below in BELOW.items():
+    for field, below in UPPER_BOUNDS.items():
         if not 0 <= c[field] < below:
             raise UserError(f"{field}={c[field]}: must be at least 0 and below {below}")
     if c.momentum_dtype not in ("float32", "bfloat16"):
         raise UserError(f"momentum_dtype={c.momentum_dtype!r}: known are float32 and bfloat16")
     if c.name == "adafactor" and c.momentum_dtype != "float32":
         raise UserError(f"momentum_dtype={c.momentum_dtype}: adafactor keeps no first moment")
-    if c.name not in TABLE:
-        raise UserError(f"name={c.name!r}: known are {', '.join(TABLE)}")
-    optimizer = TABLE[c.name](c, schedule(c, steps))
+    if c.name not in OPTIMIZERS:
+        raise UserError(f"name={c.name!r}: known are {', '.join(OPTIMIZERS)}")
+    optimizer = OPTIMIZERS[c.name](c, schedule(c, steps))
     return (
         optax.chain(optax.clip_by_global_norm(c.clip_norm), optimizer) if c.clip_norm else optimizer
     )
 
 
-def _adamw(c: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
+def _make_adamw(c: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientTransformation:
     return optax.adamw(
-        rate,
+        learning_rate,
         b1=c.b1,
         b2=c.b2,
         eps=c.eps,
         mu_dtype=c.momentum_dtype,
         weight_decay=c.weight_decay,
-        mask=_decayed,
+        mask=_mask_decayed,
     )
 
 
-def _muon(c: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
+def _make_muon(c: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientTransformation:
     return optax.contrib.muon(
-        rate,
+        learning_rate,
         beta=c.b1,
         weight_decay=c.weight_decay,
         mu_dtype=c.momentum_dtype,
         adam_b1=c.b1,
         adam_b2=c.b2,
-        muon_weight_dimension_numbers=_matrices,
+        muon_weight_dimension_numbers=_mark_matrices,
         consistent_rms=0.2,
     )
 
 
-def _adafactor(c: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
+def _make_adafactor(c: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientTransformation:
     return optax.adafactor(
-        rate,
+        learning_rate,
         multiply_by_parameter_scale=False,
         weight_decay_rate=c.weight_decay or None,
-        weight_decay_mask=_decayed,
+        weight_decay_mask=_mask_decayed,
     )
 
 
-def _sgd(c: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
-    decay = optax.add_decayed_weights(c.weight_decay, _decayed)
+def _make_sgd(c: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    decay = optax.add_decayed_weights(c.weight_decay, _mask_decayed)
     return optax.chain(
-        decay, optax.sgd(rate, momentum=c.b1 or None, accumulator_dtype=c.momentum_dtype)
+        decay, optax.sgd(learning_rate, momentum=c.b1 or None, accumulator_dtype=c.momentum_dtype)
     )
 
 
-TABLE = {"adamw": _adamw, "muon": _muon, "adafactor": _adafactor, "sgd": _sgd}
+OPTIMIZERS = {
+    "adamw": _make_adamw,
+    "muon": _make_muon,
+    "adafactor": _make_adafactor,
+    "sgd": _make_sgd,
+}
 
 
-def _name(path: tuple) -> str:
+def _get_leaf_name(path: tuple) -> str:
     return jax.tree_util.keystr(path[-1:], simple=True)
 
 
-def _decayed(params: optax.Params) -> optax.Params:
+def _mask_decayed(params: optax.Params) -> optax.Params:
     """Which leaves decay: all but the norms' scales, by name: stacked, they have two axes."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) != "scale", params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: _get_leaf_name(path) != "scale", params)
 
 
-def _matrices(params: optax.Params) -> optax.Params:
+def _mark_matrices(params: optax.Params) -> optax.Params:
     """Which leaves are matrices to Muon, [..., in, out]; None of the others."""
     matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     others = ("embed", "head", "scale", "router")
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: None if _name(path) in others else matrix, params
+        lambda path, _: None if _get_leaf_name(path) in others else matrix, params
     )

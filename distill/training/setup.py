@@ -24,47 +24,51 @@ REFERENCE = "a reference"  # its name in what is held, which no teacher can have
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class StageSetup:
     """One stage with all that it needs checked and at hand; `first` is its first global step."""
 
     name: str
     c: ConfigDict
-    first: int
+    first_step: int
     source: dataset.Source
     optimizer: optax.GradientTransformation
     loss: losses.Loss
-    sampled: int  # rows of a batch that the student writes; the others are read
+    sampled_rows: int  # rows of a batch that the student writes; the others are read
     packer: packing.Packer | None = None  # where rows hold several examples
-    parked: rollout.PartialRollouts | None = None  # where a budget of tokens ends its steps
-    room: int = 0  # tokens that a context may add to what teachers read; 0: they read the same
-    ahead: rollout.AsyncRollouts | None = (
+    partial_rollouts: rollout.PartialRollouts | None = (
+        None  # where a budget of tokens ends its steps
+    )
+    context_tokens: int = (
+        0  # tokens that a context may add to what teachers read; 0: they read the same
+    )
+    async_rollouts: rollout.AsyncRollouts | None = (
         None  # where a step's rows are sampled during the one before
     )
-    rows: int = 0  # of a micro-batch
+    microbatch_rows: int = 0  # of a micro-batch
 
     @property
-    def end(self) -> int:
-        return self.first + self.c.steps
+    def end_step(self) -> int:
+        return self.first_step + self.c.steps
 
     @property
-    def updates(self) -> int:
+    def updates_per_step(self) -> int:
         """Updates of the optimiser in one step."""
         return self.c.epochs * self.c.minibatches
 
     @property
-    def taught(self) -> bool:
+    def needs_teacher(self) -> bool:
         """Whether a teacher's model is needed."""
-        return stages.taught(self.c, self.loss)
+        return stages.needs_teacher(self.c, self.loss)
 
     @property
-    def shares(self) -> tuple[float, ...]:
+    def teacher_weights(self) -> tuple[float, ...]:
         """Of several teachers what each says counts; () where rows are theirs by source."""
         weights = [float(weight) for weight in self.c.teacher_weights]
         return tuple(weight / sum(weights) for weight in weights)
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class RunSetup:
     """A checked run: models described but not loaded, stages in order.
 
     `base` reads the student where it is the frozen base of a LoRA, `load` what one stage reads: its
@@ -74,11 +78,11 @@ class Plan:
     student: Policy
     teachers: dict[str, Teacher]  # by the names of their sub-configs
     reference: Policy | None
-    stages: tuple[Stage, ...]
-    replays: bool = False  # the update sends each token to the experts that the sampler did
+    stages: tuple[StageSetup, ...]
+    replay_routing: bool = False  # the update sends each token to the experts that the sampler did
 
 
-def prepare(c: ConfigDict, mesh: Mesh, apart: Mesh | None = None) -> Plan:
+def setup_run(c: ConfigDict, mesh: Mesh, teacher_mesh: Mesh | None = None) -> RunSetup:
     """Checks everything a user can get wrong, before any weight is read or file written.
 
     apart: the mesh of models that are only read, where it is another than the student's.
@@ -86,7 +90,7 @@ def prepare(c: ConfigDict, mesh: Mesh, apart: Mesh | None = None) -> Plan:
     Raises:
       UserError: naming the flag, file or row at fault.
     """
-    apart = apart or mesh
+    teacher_mesh = teacher_mesh or mesh
     if c.seed < 0:
         raise UserError(f"config.seed={c.seed}: must be 0 or more")
     if not c.stages:
@@ -94,7 +98,7 @@ def prepare(c: ConfigDict, mesh: Mesh, apart: Mesh | None = None) -> Plan:
     for name in c.stages:
         if name not in c or not isinstance(c[name], ConfigDict) or "objective" not in c[name]:
             raise UserError(f"config.stages: {name!r} is no stage of this config")
-    chosen = {name: (c[name], *stages.objective(name, c[name])) for name in c.stages}
+    objectives = {name: (c[name], *stages.resolve_objective(name, c[name])) for name in c.stages}
     if not c.student.path:
         raise UserError("config.student.path: name a model directory")
     m = c.student
@@ -104,112 +108,138 @@ def prepare(c: ConfigDict, mesh: Mesh, apart: Mesh | None = None) -> Plan:
             raise UserError(f"config.student.{field}: {m[field]!r} is none of {known}")
     if not 0 <= m.ema < 1:
         raise UserError(f"config.student.ema={m.ema}: must be at least 0 (off) and below 1")
-    for name, (s, loss, _) in chosen.items():
-        local.check(c, name, s, stages.taught(s, loss))
-    student = policy.describe(
+    for name, (s, loss, _) in objectives.items():
+        local.check_teachers(c, name, s, stages.needs_teacher(s, loss))
+    student = policy.make_abstract(
         m.path,
         m.dtype,
         m.remat,
         mesh,
-        trained=stages.lora(m),
+        lora_config=stages.make_lora(m),
         kernel=c.attention,
-        packed=stages.packs(c),
-        tokenizer_of=m.tokenizer,
+        packed=stages.has_packed_rows(c),
+        tokenizer_path=m.tokenizer,
     )
     for field, to in (("balance_loss", "balance"), ("replay_routing", "replay")):
         if m[field] and not any(student.config.sparse_layers):
             raise UserError(f"config.student.{field}: {m.path} has no experts to {to}")
     if not c.student.random_init:
-        policy.check(student)
+        policy.check_files(student)
     reference, teachers = None, {}
-    for s, loss, _ in chosen.values():
-        for name in s.teachers if stages.taught(s, loss) else ():
-            teachers[name] = teachers.get(name) or local.describe(
-                c, name, student, apart, stages.packs(c)
+    for s, loss, _ in objectives.values():
+        for name in s.teachers if stages.needs_teacher(s, loss) else ():
+            teachers[name] = teachers.get(name) or local.describe_teacher(
+                c, name, student, teacher_mesh, stages.has_packed_rows(c)
             )
-    if any(loss.reference for _, loss, _ in chosen.values()):
+    if any(loss.reference for _, loss, _ in objectives.values()):
         if m.random_init:
             raise UserError("config.student.random_init: nothing keeps a random reference")
-        reference = policy.describe(
-            m.path, m.dtype, False, apart, kernel=c.attention, packed=stages.packs(c)
+        reference = policy.make_abstract(
+            m.path,
+            m.dtype,
+            False,
+            teacher_mesh,
+            kernel=c.attention,
+            packed=stages.has_packed_rows(c),
         )
-    listed, first = [], 0
-    for name, (s, loss, sampled) in chosen.items():
-        read = [teachers[of].policy for of in s.teachers] if stages.taught(s, loss) else []
-        listed.append(_stage(c, name, first, loss, sampled, student, read, mesh, apart))
-        first += s.steps
-    return Plan(student, teachers, reference, tuple(listed), m.replay_routing)
+    stage_setups, first_step = [], 0
+    for name, (s, loss, sampled_rows) in objectives.items():
+        teacher_policies = (
+            [teachers[of].policy for of in s.teachers] if stages.needs_teacher(s, loss) else []
+        )
+        stage_setups.append(
+            _setup_stage(
+                c,
+                name,
+                first_step,
+                loss,
+                sampled_rows,
+                student,
+                teacher_policies,
+                mesh,
+                teacher_mesh,
+            )
+        )
+        first_step += s.steps
+    return RunSetup(student, teachers, reference, tuple(stage_setups), m.replay_routing)
 
 
-def base(c: ConfigDict, plan: Plan) -> Plan:
+def load_lora_base(c: ConfigDict, run_setup: RunSetup) -> RunSetup:
     """Reads the base of a LoRA, which all stages share."""
-    if not plan.student.model.lora:
-        return plan
-    student = policy.load(plan.student, c.student.param_dtype)
-    return dataclasses.replace(plan, student=student)
+    if not run_setup.student.model.lora:
+        return run_setup
+    student = policy.load(run_setup.student, c.student.param_dtype)
+    return dataclasses.replace(run_setup, student=student)
 
 
-def load(
-    c: ConfigDict, plan: Plan, stage: Stage, held: dict[str, Policy | Teacher] | None = None
-) -> Plan:
+def load_stage_models(
+    c: ConfigDict,
+    run_setup: RunSetup,
+    stage: StageSetup,
+    loaded_models: dict[str, Policy | Teacher] | None = None,
+) -> RunSetup:
     """Reads what a stage only reads: its teachers and its reference.
 
     plan: with what `base` read. held: what was read for earlier stages, by name; what this one does
       not need is let go of before anything is read, and what is read is added.
     """
-    held = {} if held is None else held
-    names = set(stage.c.teachers) if stage.taught else set()
+    loaded_models = {} if loaded_models is None else loaded_models
+    names = set(stage.c.teachers) if stage.needs_teacher else set()
     needed = names | ({REFERENCE} if stage.loss.reference else set())
-    for name in held.keys() - needed:
-        del held[name]
-    for name in sorted(needed - held.keys()):  # of several processes all in one order
+    for name in loaded_models.keys() - needed:
+        del loaded_models[name]
+    for name in sorted(needed - loaded_models.keys()):  # of several processes all in one order
         if name == REFERENCE:
-            assert plan.reference is not None
-            held[name] = local.begun(plan.reference, plan.student, c.student.param_dtype)
+            assert run_setup.reference is not None
+            loaded_models[name] = local.load_initial_student(
+                run_setup.reference, run_setup.student, c.student.param_dtype
+            )
         else:
-            held[name] = local.load(plan.teachers[name], plan.student)
-    teachers: Any = {**plan.teachers, **{name: held[name] for name in names}}
-    reference: Any = held.get(REFERENCE, plan.reference)
-    return dataclasses.replace(plan, teachers=teachers, reference=reference)
+            loaded_models[name] = local.load_teacher(run_setup.teachers[name], run_setup.student)
+    teachers: Any = {**run_setup.teachers, **{name: loaded_models[name] for name in names}}
+    reference: Any = loaded_models.get(REFERENCE, run_setup.reference)
+    return dataclasses.replace(run_setup, teachers=teachers, reference=reference)
 
 
-def _stage(
+def _setup_stage(
     c: ConfigDict,
     name: str,
-    first: int,
+    first_step: int,
     loss: losses.Loss,
-    sampled: int,
+    sampled_rows: int,
     student: Policy,
     teachers: list[Policy],
     mesh: Mesh,
-    apart: Mesh,
-) -> Stage:
+    teacher_mesh: Mesh,
+) -> StageSetup:
     s = c[name]
-    told = teacher_context.describe(s.context, f"config.{name}.context")
-    room = s.context.max_tokens if told else 0
-    stages.check(name, s, loss, sampled, student, teachers, room, mesh, apart)
-    fits = functools.partial(
-        dataset.require,
+    context = teacher_context.load_context(s.context, f"config.{name}.context")
+    context_tokens = s.context.max_tokens if context else 0
+    stages.check_stage(
+        name, s, loss, sampled_rows, student, teachers, context_tokens, mesh, teacher_mesh
+    )
+    check_prompt = functools.partial(
+        dataset.require_valid_example,
         limit=s.max_prompt_tokens,
         field=f"config.{name}.max_prompt_tokens",
         vocab_size=student.config.vocab_size,
     )
 
-    def require(example: dataset.Example) -> None:
-        fits(example)
-        allowed = s.max_prompt_tokens + room
-        if len(example.told or ()) > allowed:
+    def check_example(example: dataset.Example) -> None:
+        check_prompt(example)
+        allowed = s.max_prompt_tokens + context_tokens
+        if len(example.teacher_prompt or ()) > allowed:
             raise UserError(
-                f"{example.where}: prompt and context of {len(example.told or ())} tokens, config."
+                f"{example.where}: prompt and context of {len(example.teacher_prompt or ())} tokens, config."
                 f"{name}.max_prompt_tokens and context.max_tokens allow {allowed} together"
             )
-        dataset.require_ids(example.told or [], student.config.vocab_size, example.where)
+        dataset.require_ids(example.teacher_prompt or [], student.config.vocab_size, example.where)
         if loss.served == "top":
             examples.require_top(example, loss.served_k)
         if loss.reward and s.reward.correct and not example.answer:
             raise UserError(f"{example.where}: no answer to compare a response with")
-        compared = loss.reward and s.reward.correct
-        if compared and not graders.gradable(s.reward.grader, example.answer):
+        is_graded = loss.reward and s.reward.correct
+        if is_graded and not graders.is_gradable(s.reward.grader, example.answer):
             raise UserError(
                 f"{example.where}: answer {example.answer[:60]!r} is none that the grader "
                 f"{s.reward.grader} can compare with"
@@ -222,31 +252,44 @@ def _stage(
             f"config.{name}.loss.k={loss.k}: the vocabulary has {student.config.vocab_size} tokens"
         )
     try:
-        source = dataset.load(
-            s.data, student.tokenizer, c.seed, sampled < s.batch_size, require, told
+        source = dataset.load_source(
+            s.data, student.tokenizer, c.seed, sampled_rows < s.batch_size, check_example, context
         )
-        order = curriculum.over(s.data, source.size, source.example, s.steps, c.seed)
+        order = curriculum.make_stage_order(
+            s.data, source.size, source.read_example, s.steps, c.seed
+        )
     except UserError as error:  # of which stage, the reader of data does not know
         raise UserError(str(error).replace("config.data.", f"config.{name}.data.")) from None
     source = dataclasses.replace(source, order=order)
     packer = None
-    if s.pack_tokens and not sampled:
+    if s.pack_tokens and not sampled_rows:
         packer = packing.Packer(source, c.seed, s.batch_size, s.pack_tokens, s.max_response_tokens)
-    parked = rollout.PartialRollouts() if s.rollout.budget else None
+    partial_rollouts = rollout.PartialRollouts() if s.rollout.budget else None
     if s.rollout.ahead:
-        stages.check_ahead(name, s, loss, sampled)
-    ahead = rollout.AsyncRollouts() if s.rollout.ahead else None
+        stages.check_async_rollouts(name, s, loss, sampled_rows)
+    async_rollouts = rollout.AsyncRollouts() if s.rollout.ahead else None
     try:
-        optimizer = optim.make(s.optim, s.steps * s.epochs * s.minibatches)
+        optimizer = optim.make_optimizer(s.optim, s.steps * s.epochs * s.minibatches)
     except UserError as error:
         raise UserError(f"config.{name}.optim.{error}") from None
-    rows = stages.microbatch_rows(s, sampled, mesh, apart)
-    return Stage(
-        name, s, first, source, optimizer, loss, sampled, packer, parked, room, ahead, rows
+    microbatch_rows = stages.compute_microbatch_rows(s, sampled_rows, mesh, teacher_mesh)
+    return StageSetup(
+        name,
+        s,
+        first_step,
+        source,
+        optimizer,
+        loss,
+        sampled_rows,
+        packer,
+        partial_rollouts,
+        context_tokens,
+        async_rollouts,
+        microbatch_rows,
     )
 
 
-def updater(
+def make_stage_update(
     c: ConfigDict,
     s: ConfigDict,
     loss: losses.Loss,
@@ -254,17 +297,17 @@ def updater(
     student: Policy,
     mesh: Mesh,
     state: update.TrainState,
-) -> update.Update:
+) -> update.UpdatePrograms:
     """The update of a stage, for a state like this one, which may be shapes alone."""
-    return update.make(
+    return update.make_update(
         student.model,
         optimizer,
         loss,
         s.max_response_tokens,
-        stages.logits_mib(c, mesh),
+        stages.compute_logits_mib(c, mesh),
         state,
         balance=c.student.balance_loss,
         overlap=c.log.overlap if loss.teacher else 0,
         ema=c.student.ema,
-        temperature=stages.read_at(s, loss),
+        temperature=stages.get_temperature(s, loss),
     )

@@ -14,32 +14,32 @@ from distill.policy.policy import Policy
 from distill.teachers import local
 from distill.teachers.local import Teacher
 from distill.training import setup, stages, update
-from distill.training.microbatches import Microbatch, Work
-from distill.training.setup import Plan, Stage
+from distill.training.microbatches import Microbatch, Minibatches
+from distill.training.setup import RunSetup, StageSetup
 from models.qwen3 import model
 from models.qwen3.model import Params
 
 # A micro-batch and its [B, T] stats, for transcripts.
-Shown = list[tuple[Microbatch, losses.Stats]]
+KeptStats = list[tuple[Microbatch, losses.Stats]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trainer:
     """What trains a stage's steps; `make` makes one."""
 
-    stage: Stage
+    stage: StageSetup
     mesh: Mesh
-    programs: update.Update
+    update_programs: update.UpdatePrograms
     teachers: Sequence[Teacher]  # of a loss that compares with them
-    heads: tuple[jax.Array | None, ...]
+    teacher_heads: tuple[jax.Array | None, ...]
     reference: Policy | None
-    frozen: Params | None
+    frozen_params: Params | None
     logits_mib: float
     temperature: float
 
     def step(
-        self, state: update.TrainState, work: Work, shown: int = 0
-    ) -> tuple[update.TrainState, dict[str, jax.Array], Shown, float]:
+        self, state: update.TrainState, minibatches: Minibatches, transcript_count: int = 0
+    ) -> tuple[update.TrainState, dict[str, jax.Array], KeptStats, float]:
         """The state after a step, its metrics, on the device, the micro-batches of the first
         `shown` sequences, and the seconds in which other models were asked to read.
 
@@ -48,86 +48,114 @@ class Trainer:
         the metrics are means over updates. The teachers read a micro-batch each time that it is
         trained; one that is the student's moving average is what that is by then.
         """
-        begun, seconds = time.perf_counter(), 0.0
-        before = self._before(state.params, work) if self.stage.updates > 1 else {}
-        seconds += time.perf_counter() - begun if before else 0.0
-        measured, kept, epochs = [], [], self.stage.c.epochs
-        for number in range(self.stage.updates):
-            epoch, j = divmod(number, len(work))
-            last = number + 1 == self.stage.updates
-            keep = {k for k, micro in enumerate(work[j]) if _holds(micro, shown)}
+        start_time, seconds = time.perf_counter(), 0.0
+        known_before = (
+            self._compute_known_before(state.params, minibatches)
+            if self.stage.updates_per_step > 1
+            else {}
+        )
+        seconds += time.perf_counter() - start_time if known_before else 0.0
+        measured, kept_stats, epochs = [], [], self.stage.c.epochs
+        for number in range(self.stage.updates_per_step):
+            epoch, j = divmod(number, len(minibatches))
+            last = number + 1 == self.stage.updates_per_step
+            keep = {
+                k
+                for k, micro in enumerate(minibatches[j])
+                if _has_transcript(micro, transcript_count)
+            }
 
-            def ready(batch: Batch, average: Params | None = state.average) -> Batch:
+            def score_timed(batch: Batch, average: Params | None = state.ema_params) -> Batch:
                 nonlocal seconds
                 start = time.perf_counter()
-                batch = self._scored(batch, average)
+                batch = self._score_batch(batch, average)
                 seconds += time.perf_counter() - start
                 return batch
 
-            state, found, stats = self.programs.once(
+            state, metrics, stats = self.update_programs.run_update(
                 state,
-                (self._put(micro, before.get((j, k), {})) for k, micro in enumerate(work[j])),
-                self._heads(state),
-                self.frozen,
-                ready=ready,
-                keep=keep if epoch + 1 == epochs else (),
-                single=not self.stage.sampled and self.stage.c.accumulate == 1,
+                (
+                    self._to_device(micro, known_before.get((j, k), {}))
+                    for k, micro in enumerate(minibatches[j])
+                ),
+                self._get_heads(state),
+                self.frozen_params,
+                prepare_batch=score_timed,
+                keep_stats=keep if epoch + 1 == epochs else (),
+                single_microbatch=not self.stage.sampled_rows and self.stage.c.accumulate == 1,
                 steps=int(last),
             )
-            measured.append(found)
-            kept += [(work[j][k], x) for k, x in stats.items()]
-        return state, measured[0] if len(measured) == 1 else update.mean(measured), kept, seconds
+            measured.append(metrics)
+            kept_stats += [(minibatches[j][k], x) for k, x in stats.items()]
+        return (
+            state,
+            measured[0] if len(measured) == 1 else update.average_metrics(measured),
+            kept_stats,
+            seconds,
+        )
 
-    def _put(self, micro: Microbatch, known: dict[str, jax.Array]) -> Batch:
-        return dataclasses.replace(micro.put(self.mesh), **known)
+    def _to_device(self, micro: Microbatch, known: dict[str, jax.Array]) -> Batch:
+        return dataclasses.replace(micro.to_device(self.mesh), **known)
 
-    def _heads(self, state: update.TrainState) -> tuple[jax.Array, ...]:
+    def _get_heads(self, state: update.TrainState) -> tuple[jax.Array, ...]:
         """The teachers' heads. That of a moving average is not kept: the state is donated."""
-        return tuple(model.head(state.average) if x is None else x for x in self.heads)
+        return tuple(
+            model.get_output_head(state.ema_params) if x is None else x for x in self.teacher_heads
+        )
 
-    def _scored(self, batch: Batch, average: Params | None) -> Batch:
+    def _score_batch(self, batch: Batch, average: Params | None) -> Batch:
         """The batch with what the other models make of it."""
         if self.reference and batch.reference_logp_BT is None:
-            batch = dataclasses.replace(batch, reference_logp_BT=self._referred(batch))
+            batch = dataclasses.replace(
+                batch, reference_logp_BT=self._compute_reference_logp(batch)
+            )
         if self.teachers:
             return local.score(self.teachers, batch, average)
-        return dataclasses.replace(batch, told=None, told_at_BT=None)
+        return dataclasses.replace(batch, teacher_inputs=None, teacher_index_BT=None)
 
-    def _referred(self, batch: Batch) -> jax.Array:
+    def _compute_reference_logp(self, batch: Batch) -> jax.Array:
         assert self.reference
-        return local.logp(self.reference, batch, self.logits_mib, self.temperature)
+        return local.compute_logp(self.reference, batch, self.logits_mib, self.temperature)
 
-    def _before(self, params: Params, work: Work) -> dict[tuple[int, int], dict[str, jax.Array]]:
+    def _compute_known_before(
+        self, params: Params, minibatches: Minibatches
+    ) -> dict[tuple[int, int], dict[str, jax.Array]]:
         """Of each micro-batch what is known of its tokens before the first of several updates."""
-        found = {}
-        for j, part in enumerate(work):
+        known_before = {}
+        for j, part in enumerate(minibatches):
             for k, micro in enumerate(part):
-                batch = micro.put(self.mesh)
-                known = {"old_logp_BT": self.programs.logp(params, batch, self.frozen)}
+                batch = micro.to_device(self.mesh)
+                known = {
+                    "old_logp_BT": self.update_programs.compute_logp(
+                        params, batch, self.frozen_params
+                    )
+                }
                 if self.reference:
-                    known["reference_logp_BT"] = self._referred(batch)
-                found[j, k] = jax.block_until_ready(known)
-        return found
+                    known["reference_logp_BT"] = self._compute_reference_logp(batch)
+                known_before[j, k] = jax.block_until_ready(known)
+        return known_before
 
 
-def _holds(micro: Microbatch, shown: int) -> bool:
+def _has_transcript(micro: Microbatch, transcript_count: int) -> bool:
     """Whether one of the first `shown` sequences is in it."""
-    return any(number < shown for row in micro.rows for number in row)
+    return any(number < transcript_count for row in micro.rows for number in row)
 
 
-def make(c: ConfigDict, plan: Plan, stage: Stage, mesh: Mesh, state: update.TrainState) -> Trainer:
+def make_trainer(
+    c: ConfigDict, run_setup: RunSetup, stage: StageSetup, mesh: Mesh, state: update.TrainState
+) -> Trainer:
     """The trainer of a stage whose models are loaded, for states like this one."""
-    student, loss = plan.student, stage.loss
-    compared = stage.taught and loss.teacher
-    teachers = [plan.teachers[name] for name in stage.c.teachers] if compared else []
+    student, loss = run_setup.student, stage.loss
+    needs_heads = stage.needs_teacher and loss.teacher
+    teachers = [run_setup.teachers[name] for name in stage.c.teachers] if needs_heads else []
     return Trainer(
         stage,
         mesh,
-        setup.updater(c, stage.c, loss, stage.optimizer, student, mesh, state),
+        setup.make_stage_update(c, stage.c, loss, stage.optimizer, student, mesh, state),
         teachers,
-        local.heads(teachers),
-        plan.reference if loss.reference else None,
+        local.get_teacher_heads(teachers),
+        run_setup.reference if loss.reference else None,
         student.params if student.model.lora else None,
-        stages.logits_mib(c, mesh),
-        stages.read_at(stage.c, loss),
+        stages.compute_logits_mib(c, mesh),
+        stages.get_temperature(stage.c, loss),
     )

@@ -21,28 +21,31 @@ from safetensors.numpy import save_file
 from models.errors import UserError
 from models.qwen3 import model, weights
 from models.qwen3.config import Config
-from models.qwen3.lora import MLP, TARGETS, LoRA
+from models.qwen3.lora import MLP_TARGETS, TARGETS, LoRA
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 # Fields of PEFT's LoraConfig that do not change what a trained adapter computes, or are read here.
-_HARMLESS = (
+_IGNORED_FIELDS = (
     *("auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules"),
     *("inference_mode", "layers_pattern", "lora_alpha", "lora_dropout", "megatron_core"),
     *("peft_version", "qalora_group_size", "r", "runtime_config", "target_modules"),
     *("target_parameters", "task_type", "use_rslora"),
 )
-_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # others change the base too
-_FUSED = ("gate_up_proj", "down_proj")  # all experts' projections as transformers 5 names them
+_SUPPORTED_INITS = (True, False, "gaussian", "eva", "orthogonal")  # others change the base too
+_FUSED_PROJECTIONS = (
+    "gate_up_proj",
+    "down_proj",
+)  # all experts' projections as transformers 5 names them
 
 
 def is_adapter(directory: str | Path) -> bool:
     """Whether DIRECTORY is an adapter's."""
-    return (Path(directory) / CONFIG).is_file()
+    return (Path(directory) / CONFIG_FILE).is_file()
 
 
-def _fields(directory: str | Path) -> dict[str, Any]:
-    path = Path(directory) / CONFIG
+def _read_config_fields(directory: str | Path) -> dict[str, Any]:
+    path = Path(directory) / CONFIG_FILE
     try:
         fields = json.loads(path.read_text())
     except ValueError as error:
@@ -52,64 +55,64 @@ def _fields(directory: str | Path) -> dict[str, Any]:
     return fields
 
 
-def base(directory: str | Path) -> str:
+def read_base_name(directory: str | Path) -> str:
     """The name of the model that the adapter in DIRECTORY was made for, as its config has it."""
-    name = _fields(directory).get("base_model_name_or_path")
+    name = _read_config_fields(directory).get("base_model_name_or_path")
     if not name or not isinstance(name, str):
-        raise UserError(f"{Path(directory) / CONFIG}: base_model_name_or_path names no model")
+        raise UserError(f"{Path(directory) / CONFIG_FILE}: base_model_name_or_path names no model")
     return name
 
 
-def describe(directory: str | Path, config: Config) -> LoRA:
+def read_lora_config(directory: str | Path, config: Config) -> LoRA:
     """Which LoRA the adapter in DIRECTORY is, to a base of `config`; reads no tensor.
 
     Raises:
       UserError: naming the field or tensor that contradicts another, or that is not supported.
     """
-    path, fields = Path(directory) / CONFIG, _fields(directory)
-    plain = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": _PLAIN_STARTS}
+    path, fields = Path(directory) / CONFIG_FILE, _read_config_fields(directory)
+    plain = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": _SUPPORTED_INITS}
     for name, value in ({"peft_type": None} | fields).items():
-        known = value in plain[name] if name in plain else not value or name in _HARMLESS
+        known = value in plain[name] if name in plain else not value or name in _IGNORED_FIELDS
         if not known:
             raise UserError(f"{path}: {name}={value!r} is not supported")
     rank, alpha = fields.get("r"), fields.get("lora_alpha")
     if type(rank) is not int or not isinstance(alpha, int | float):
         raise UserError(f"{path}: r={rank!r}, lora_alpha={alpha!r}: not an integer and a number")
-    with opened(Path(directory), config) as slices:
+    with open_tensors(Path(directory), config) as slices:
         shapes = {name: list(part.get_shape()) for name, part in slices.items()}
     for name, shape in shapes.items():
         if not name.endswith((".lora_A.weight", ".lora_B.weight")):
             raise UserError(f"{directory}: tensor {name} is no factor of a LoRA")
         found = shape[:1] if ".lora_A." in name else shape[1:]
         if found != [rank]:
-            raise UserError(f"{directory}: {name} has shape {shape}, {CONFIG} says r={rank}")
+            raise UserError(f"{directory}: {name} has shape {shape}, {CONFIG_FILE} says r={rank}")
     # The tensors say what is adapted: the config may do so by a pattern.
-    held = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in shapes}
+    adapted = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in shapes}
     listed = fields.get("target_modules") or []
     named = set() if isinstance(listed, str) else {str(name).rpartition(".")[2] for name in listed}
     experts = {str(name).rpartition(".")[2] for name in fields.get("target_parameters") or []}
-    for name in sorted((held | named) - {*TARGETS} | experts - {*_FUSED}):
+    for name in sorted((adapted | named) - {*TARGETS} | experts - {*_FUSED_PROJECTIONS}):
         raise UserError(f"{path}: target {name!r} is not supported, only {', '.join(TARGETS)}")
-    for name in sorted(named - held):
-        raise UserError(f"{path}: target_modules has {name!r}, but {TENSORS} no tensor of it")
+    for name in sorted(named - adapted):
+        raise UserError(f"{path}: target_modules has {name!r}, but {TENSORS_FILE} no tensor of it")
     try:
         return LoRA(
             rank,
             float(alpha),
             bool(fields.get("use_rslora")),
-            tuple(t for t in TARGETS if t in held),
+            tuple(t for t in TARGETS if t in adapted),
         )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
 @contextlib.contextmanager
-def opened(directory: Path, config: Config) -> Iterator[dict[str, Any]]:
+def open_tensors(directory: Path, config: Config) -> Iterator[dict[str, Any]]:
     """Tensor name -> handle as weights.opened gives it, every projection by itself."""
-    with weights.opened({directory / TENSORS: []}) as slices:
+    with weights.open_tensors({directory / TENSORS_FILE: []}) as slices:
         # Once for all experts whose columns lie side by side in these rows.
         rows = functools.lru_cache(maxsize=1)(lambda name, begin, end: slices[name][begin:end])
-        found: dict[str, Any] = {}
+        handles: dict[str, Any] = {}
         for name in slices:
             layer, _, end = name.partition(".mlp.experts.")
             if end.removeprefix("base_layer.").startswith("lora_"):
@@ -119,22 +122,22 @@ def opened(directory: Path, config: Config) -> Iterator[dict[str, Any]]:
                     raise UserError(f"{directory}: tensor {missing} is missing")
                 shapes = [tuple(slices[n].get_shape()) for n in pair]
                 part = functools.partial(
-                    _Part, read=functools.partial(rows, name), dtype=slices[name].get_dtype()
+                    _TensorPart, read=functools.partial(rows, name), dtype=slices[name].get_dtype()
                 )
                 try:
-                    found |= _experts(f"{layer}.mlp.experts", factor, shapes, part, config)
+                    handles |= _split_experts(f"{layer}.mlp.experts", factor, shapes, part, config)
                 except ValueError:
                     raise UserError(
                         f"{directory}: {stem} has factors of shapes {shapes}, which fit no "
                         f"projection of {config.num_experts} experts"
                     ) from None
             else:
-                found[name] = slices[name]
-        yield found
+                handles[name] = slices[name]
+        yield handles
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class _TensorPart:
     """Some rows and columns of a stored matrix, in the form of safetensors' handles."""
 
     shape: list[int]
@@ -153,13 +156,13 @@ class _Part:
         return self.read(self.rows.start, self.rows.stop)[:, self.columns][index]
 
 
-def _experts(
+def _split_experts(
     stem: str,
     factor: str,
     shapes: list[tuple[int, ...]],
-    part_of: Callable[..., _Part],
+    make_part: Callable[..., _TensorPart],
     config: Config,
-) -> dict[str, _Part]:
+) -> dict[str, _TensorPart]:
     """What a factor of all experts holds of each, made by part_of(shape, rows, columns).
 
     peft has lora_A as [E·R, in], the expert slowest, and lora_B as [out, R·E], the expert fastest.
@@ -168,36 +171,36 @@ def _experts(
     """
     (stacked, fan_in), (fan_out, columns) = shapes
     D, F, E = config.hidden_size, config.moe_intermediate_size, config.num_experts
-    kinds = {(D, 2 * F): ("gate_proj", "up_proj"), (F, D): ("down_proj",)}
-    names = kinds.get((fan_in, fan_out), ())
+    projections = {(D, 2 * F): ("gate_proj", "up_proj"), (F, D): ("down_proj",)}
+    names = projections.get((fan_in, fan_out), ())
     if not names or not E or columns != stacked or stacked % E:
         raise ValueError(shapes)
     R, out = stacked // E, fan_out // len(names)
-    found = {}
+    parts = {}
     for e in range(E):
         for i, name in enumerate(names):
             if factor == "lora_A":
-                part = part_of([R, fan_in], slice(e * R, (e + 1) * R), slice(None))
+                part = make_part([R, fan_in], slice(e * R, (e + 1) * R), slice(None))
             else:
-                part = part_of([out, R], slice(i * out, (i + 1) * out), slice(e, None, E))
-            found[f"{stem}.{e}.{name}.{factor}.weight"] = part
-    return found
+                part = make_part([out, R], slice(i * out, (i + 1) * out), slice(e, None, E))
+            parts[f"{stem}.{e}.{name}.{factor}.weight"] = part
+    return parts
 
 
-def check(directory: str | Path, config: Config, shapes: Any) -> None:
+def check_adapter(directory: str | Path, config: Config, shapes: Any) -> None:
     """Raises UserError as `load` would, from the files' headers alone; reads no tensor."""
-    with opened(Path(directory), config) as slices:
-        weights.require(Path(directory), slices, config, shapes)
+    with open_tensors(Path(directory), config) as slices:
+        weights.check_tensors(Path(directory), slices, config, shapes)
 
 
 def load(directory: str | Path, config: Config, shapes: Any, shardings: Any) -> Any:
     """Reads the adapter in DIRECTORY, float32, straight into `shardings`; as weights.load does."""
-    source = opened(Path(directory), config)
+    source = open_tensors(Path(directory), config)
     return weights.load(directory, config, shapes, shardings, jnp.dtype("float32"), source=source)
 
 
 def save(
-    adapter: Any, lora: LoRA, config: Config, base: str, directory: Path, dtype: jnp.dtype
+    adapter: Any, lora: LoRA, config: Config, base_name: str, directory: Path, dtype: jnp.dtype
 ) -> None:
     """Writes `adapter`, cast to `dtype`, as PEFT's adapter to the model that `base` names.
 
@@ -206,19 +209,21 @@ def save(
     as peft adapts all projections of the experts or none, missing ones are there with zeros.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    if any(config.sparse_layers) and not set(MLP).isdisjoint(lora.targets):
-        plain = lora.scale * lora.rank
-        named = tuple(t for t in TARGETS if t in lora.targets + MLP)
-        lora = LoRA(lora.rank, plain, rslora=False, targets=named)
-        shapes, _ = model.abstract(config, lora)
-        given = dict(jax.tree_util.tree_leaves_with_path(adapter))
+    if any(config.sparse_layers) and not set(MLP_TARGETS).isdisjoint(lora.targets):
+        alpha = lora.scale * lora.rank
+        targets = tuple(t for t in TARGETS if t in lora.targets + MLP_TARGETS)
+        lora = LoRA(lora.rank, alpha, rslora=False, targets=targets)
+        shapes, _ = model.get_abstract_params(config, lora)
+        values_by_path = dict(jax.tree_util.tree_leaves_with_path(adapter))
         adapter = jax.tree_util.tree_map_with_path(
-            lambda path, x: given.get(path, np.zeros(x.shape, x.dtype)), shapes
+            lambda path, x: values_by_path.get(path, np.zeros(x.shape, x.dtype)), shapes
         )
-    save_file(dict(weights.tensors(adapter, dtype)), directory / TENSORS, {"format": "pt"})
-    (directory / TENSORS).chmod(0o644)  # safetensors leaves it to its owner alone
+    save_file(
+        dict(weights.iter_tensors(adapter, dtype)), directory / TENSORS_FILE, {"format": "pt"}
+    )
+    (directory / TENSORS_FILE).chmod(0o644)  # safetensors leaves it to its owner alone
     fields = {
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base_name,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -232,4 +237,4 @@ def save(
         "task_type": "CAUSAL_LM",
         "use_rslora": lora.rslora,
     }
-    (directory / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+    (directory / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")

@@ -19,28 +19,28 @@ from models.qwen3 import blockwise
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 _LANES = 128  # the tile of a TPU's vector unit: splash attention wants T and H in multiples
-_BLOCKS = (1024, 512, 384, 256, 128)  # tokens of a block of splash attention
+_BLOCK_SIZES = (1024, 512, 384, 256, 128)  # tokens of a block of splash attention
 # The longest block, by the mesh's kind of device. For each block of queries the kernel reads all
 # keys and values before them, which is as many operations a byte as the block is long; a chip's
 # matrix unit is busy from 240 (v5e), 166 (v5p) and 560 (v6e) on. By arithmetic alone: not timed.
-_LONGEST = {"TPU v6 lite": 1024}
+_MAX_BLOCK_SIZES = {"TPU v6 lite": 1024}
 
 
-plain = blockwise.attend  # what XLA makes of the formula, on any platform
+attend_xla = blockwise.attend  # what XLA makes of the formula, on any platform
 
 
-def softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
+def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
     """Over the last axis, where the mask is true; uniform where it nowhere is."""
     return jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(scores.dtype).min), axis=-1)
 
 
-def block_tokens(T: int, kind: str) -> int:
+def choose_block_size(T: int, device_kind: str) -> int:
     """The longest block that divides a row of T tokens, of those for a kind of device."""
-    longest = _LONGEST.get(kind, 512)
-    return next(size for size in _BLOCKS if size <= longest and T % size == 0)
+    longest = _MAX_BLOCK_SIZES.get(device_kind, 512)
+    return next(size for size in _BLOCK_SIZES if size <= longest and T % size == 0)
 
 
-def splash_kernel(T: int, N: int, block: int, interpret: bool) -> Any:
+def make_splash_kernel(T: int, N: int, block: int, interpret: bool) -> Any:
     """JAX's causal kernel for a row, in blocks of so many tokens."""
     names = (f"block_{x}{of}" for x in ("q", "kv") for of in ("", "_dkv", "_dq"))
     sizes: Any = dict.fromkeys(names, block)
@@ -51,7 +51,7 @@ def splash_kernel(T: int, N: int, block: int, interpret: bool) -> Any:
     )
 
 
-def splash(
+def attend_splash(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
@@ -66,14 +66,16 @@ def splash(
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
     pad = -T % _LANES
     mesh = jax.sharding.get_abstract_mesh()
-    block = block_tokens(T + pad, mesh.abstract_device.device_kind if mesh.abstract_device else "")
+    block = choose_block_size(
+        T + pad, mesh.abstract_device.device_kind if mesh.abstract_device else ""
+    )
 
-    def local(q_BTNH, k_BTKH, v_BTKH, segments_BT):
-        kernel = splash_kernel(T + pad, q_BTNH.shape[2], block, interpret)
+    def attend_local(q_BTNH, k_BTKH, v_BTKH, segments_BT):
+        kernel = make_splash_kernel(T + pad, q_BTNH.shape[2], block, interpret)
 
-        def of_row(given):
-            q_NTH, k_KTH, v_KTH, segments_T = given
-            own = _within_segments(kernel, segments_T, block)
+        def attend_row(row):
+            q_NTH, k_KTH, v_KTH, segments_T = row
+            own = _restrict_to_segments(kernel, segments_T, block)
             return own(q_NTH, k_KTH, v_KTH, splash_lib.SegmentIds(segments_T, segments_T))
 
         segments_BT = jnp.pad(segments_BT, ((0, 0), (0, pad)))
@@ -82,20 +84,20 @@ def splash(
             for x in (q_BTNH * H**-0.5, k_BTKH, v_BTKH)
         )
         # A kernel's tables are those of one row.
-        out_BNTH: Any = jax.lax.map(of_row, (*heads_first, segments_BT))
+        out_BNTH: Any = jax.lax.map(attend_row, (*heads_first, segments_BT))
         return out_BNTH.swapaxes(1, 2)[:, :T]
 
     # A kernel is opaque to the partitioner, so each device is told what is its own.
     spec = nn.logical_to_mesh_axes(("batch", None, "act_heads", None))
     if mesh.empty or spec is None or spec[0] is None:  # no mesh, or no rules that give it a meaning
-        return local(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+        return attend_local(q_BTNH, k_BTKH, v_BTKH, segments_BT)
     rows = jax.sharding.PartitionSpec(spec[0], None)
-    return jax.shard_map(local, in_specs=(spec, spec, spec, rows), out_specs=spec, check_vma=False)(
-        q_BTNH, k_BTKH, v_BTKH, segments_BT
-    )
+    return jax.shard_map(
+        attend_local, in_specs=(spec, spec, spec, rows), out_specs=spec, check_vma=False
+    )(q_BTNH, k_BTKH, v_BTKH, segments_BT)
 
 
-def _within_segments(kernel: Any, segments_T: jax.Array, block: int) -> Any:
+def _restrict_to_segments(kernel: Any, segments_T: jax.Array, block: int) -> Any:
     """A causal kernel that neither computes nor fetches blocks of tokens that share no segment.
 
     Its tables say of each block of queries (I) and of keys (J) whether it is computed, and which
@@ -114,39 +116,39 @@ def _within_segments(kernel: Any, segments_T: jax.Array, block: int) -> Any:
     )  # to which of queries a block of keys is seen
     queries_IJ = jnp.minimum(jnp.maximum(i_I1, j_1J), last_1J)
 
-    def told(info: Any, data_IJ: jax.Array) -> Any:
+    def replace_info(info: Any, data_IJ: jax.Array) -> Any:
         return info._replace(
             block_mask=runs_IJ[None].astype(info.block_mask.dtype),
             data_next=data_IJ[None].astype(info.data_next.dtype),
         )
 
     return type(kernel)(
-        told(kernel.fwd_mask_info, keys_IJ),
-        told(kernel.dq_mask_info, keys_IJ),
-        told(kernel.dkv_mask_info, queries_IJ),
+        replace_info(kernel.fwd_mask_info, keys_IJ),
+        replace_info(kernel.dq_mask_info, keys_IJ),
+        replace_info(kernel.dkv_mask_info, queries_IJ),
         **kernel.kwargs,
     )
 
 
-def cudnn(
+def attend_cudnn(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array
 ) -> jax.Array:
     """cuDNN's fused attention for NVIDIA GPUs, in bfloat16 or float16 only.
 
     No scores are kept, but the mask is: [B, T, T] numbers of q's dtype, shared by the heads.
     """
-    return _masked(q_BTNH, k_BTKH, v_BTKH, segments_BT, "cudnn")
+    return _attend_masked(q_BTNH, k_BTKH, v_BTKH, segments_BT, "cudnn")
 
 
-def cudnn_lengths(
+def attend_cudnn_by_length(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array
 ) -> jax.Array:
     """The same without a mask, for rows that hold one segment each, its tokens side by side, with
     padding on either side: cuDNN is told their lengths, and skips what is behind."""
-    return _by_length(q_BTNH, k_BTKH, v_BTKH, segments_BT, "cudnn")
+    return _attend_by_length(q_BTNH, k_BTKH, v_BTKH, segments_BT, "cudnn")
 
 
-def _masked(
+def _attend_masked(
     q_BTNH, k_BTKH, v_BTKH, segments_BT, implementation: Literal["xla", "cudnn"]
 ) -> jax.Array:
     same_B1TT = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
@@ -155,7 +157,7 @@ def _masked(
     )
 
 
-def _by_length(
+def _attend_by_length(
     q_BTNH, k_BTKH, v_BTKH, segments_BT, implementation: Literal["xla", "cudnn"]
 ) -> jax.Array:
     real_BT = segments_BT > 0
@@ -164,7 +166,7 @@ def _by_length(
     real_BT11 = real_BT[..., None, None]
     # What the kernel leaves in places behind the length is not defined, forward and backward: the
     # two selections keep it out of values and gradients.
-    left = (_roll(jnp.where(real_BT11, x, 0), first_B) for x in (q_BTNH, k_BTKH, v_BTKH))
+    left = (_roll_rows(jnp.where(real_BT11, x, 0), first_B) for x in (q_BTNH, k_BTKH, v_BTKH))
     out_BTNH = jax.nn.dot_product_attention(
         *left,
         query_seq_lengths=length_B,
@@ -172,33 +174,35 @@ def _by_length(
         is_causal=True,
         implementation=implementation,
     )
-    return jnp.where(real_BT11, _roll(out_BTNH, -first_B), 0)
+    return jnp.where(real_BT11, _roll_rows(out_BTNH, -first_B), 0)
 
 
 @jax.custom_vjp
-def _roll(x_BTNH: jax.Array, by_B: jax.Array) -> jax.Array:
+def _roll_rows(x_BTNH: jax.Array, shift_B: jax.Array) -> jax.Array:
     """Each row to the left by its own number of places, around its ends. The gradient is the roll
     back: what jax makes of that of a gather is a scatter, which is slow."""
     T = x_BTNH.shape[1]
-    from_BT = (jnp.arange(T)[None] + by_B[:, None]) % T
+    from_BT = (jnp.arange(T)[None] + shift_B[:, None]) % T
     return jnp.take_along_axis(x_BTNH, from_BT[..., None, None], axis=1)
 
 
-_roll.defvjp(
-    lambda x_BTNH, by_B: (_roll(x_BTNH, by_B), by_B),
-    lambda by_B, g_BTNH: (_roll(g_BTNH, -by_B), None),
+_roll_rows.defvjp(
+    lambda x_BTNH, by_B: (_roll_rows(x_BTNH, by_B), by_B),
+    lambda by_B, g_BTNH: (_roll_rows(g_BTNH, -by_B), None),
 )
 
 
 TABLE: dict[str, Attend] = {
-    "xla": plain,
-    "splash": splash,
-    "cudnn": cudnn,
-    "cudnn_lengths": cudnn_lengths,
+    "xla": attend_xla,
+    "splash": attend_splash,
+    "cudnn": attend_cudnn,
+    "cudnn_lengths": attend_cudnn_by_length,
 }
 
 
-def choose(wanted: str, platform: str, head_dim: int, dtype: jnp.dtype, packed: bool = True) -> str:
+def choose_kernel(
+    requested: str, platform: str, head_dim: int, dtype: jnp.dtype, packed: bool = True
+) -> str:
     """The row of TABLE for `wanted`, which may be "auto": the fastest that this platform has.
 
     packed: whether a row may hold more than one segment; cuDNN does better without.
@@ -206,7 +210,7 @@ def choose(wanted: str, platform: str, head_dim: int, dtype: jnp.dtype, packed: 
     Raises:
       UserError: if what is wanted cannot run there.
     """
-    cannot = {
+    obstacles = {
         "xla": "",
         "splash": "needs a TPU"
         if platform != "tpu"
@@ -219,10 +223,10 @@ def choose(wanted: str, platform: str, head_dim: int, dtype: jnp.dtype, packed: 
         if dtype.itemsize > 2
         else "",
     }
-    if wanted == "auto":
-        wanted = next(kind for kind in ("splash", "cudnn", "xla") if not cannot[kind])
-    if wanted not in cannot:
-        raise UserError(f"attention={wanted!r} is none of auto, {', '.join(cannot)}")
-    if cannot[wanted]:
-        raise UserError(f"attention={wanted!r}: {cannot[wanted]}")
-    return "cudnn_lengths" if wanted == "cudnn" and not packed else wanted
+    if requested == "auto":
+        requested = next(kind for kind in ("splash", "cudnn", "xla") if not obstacles[kind])
+    if requested not in obstacles:
+        raise UserError(f"attention={requested!r} is none of auto, {', '.join(obstacles)}")
+    if obstacles[requested]:
+        raise UserError(f"attention={requested!r}: {obstacles[requested]}")
+    return "cudnn_lengths" if requested == "cudnn" and not packed else requested

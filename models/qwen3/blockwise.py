@@ -26,12 +26,12 @@ def attend(
         jnp.pad(x, ((0, 0), (0, -T % block), (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH)
     )
     segments_BT = jnp.pad(segments_BT, ((0, 0), (0, -T % block)), constant_values=-1)
-    out_BTNH: Any = _blockwise(block, q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    out_BTNH: Any = _attend_blocks(block, q_BTNH, k_BTKH, v_BTKH, segments_BT)
     return out_BTNH[:, :T]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blockwise(block: int, q_BTNH, k_BTKH, v_BTKH, segments_BT) -> jax.Array:
+def _attend_blocks(block: int, q_BTNH, k_BTKH, v_BTKH, segments_BT) -> jax.Array:
     return _forward(block, q_BTNH, k_BTKH, v_BTKH, segments_BT)[0]
 
 
@@ -39,78 +39,78 @@ def _forward(block: int, q_BTNH, k_BTKH, v_BTKH, segments_BT) -> tuple[jax.Array
     N, K = q_BTNH.shape[2], k_BTKH.shape[2]
     keys = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), segments_BT
 
-    def one(width: int, i: jax.Array, q_BKMH: jax.Array) -> tuple[jax.Array, jax.Array]:
-        _, (k_BKSH, v_BKSH, mask_BCS) = _seen(width, block, i, *keys)
-        scores_BKMS = _scores(q_BKMH, k_BKSH, mask_BCS)
+    def attend_block(width: int, i: jax.Array, q_BKMH: jax.Array) -> tuple[jax.Array, jax.Array]:
+        _, (k_BKSH, v_BKSH, mask_BCS) = _slice_visible_keys(width, block, i, *keys)
+        scores_BKMS = _compute_scores(q_BKMH, k_BKSH, mask_BCS)
         top_BKM1 = jnp.max(scores_BKMS, axis=-1, keepdims=True)
         p_BKMS = jnp.exp(scores_BKMS - top_BKM1)
         sum_BKM1 = jnp.sum(p_BKMS, axis=-1, keepdims=True)
-        out_BKMH = _product("BKMS,BKSH->BKMH", p_BKMS.astype(q_BKMH.dtype), v_BKSH) / sum_BKM1
+        out_BKMH = _einsum_wide("BKMS,BKSH->BKMH", p_BKMS.astype(q_BKMH.dtype), v_BKSH) / sum_BKM1
         return out_BKMH.astype(q_BKMH.dtype), top_BKM1 + jnp.log(sum_BKM1)
 
-    q_ABKMH = _cut(q_BTNH, block, K)
-    blocks, widths = _widths(block, segments_BT)
+    q_ABKMH = _split_blocks(q_BTNH, block, K)
+    blocks, widths = _choose_widths(block, segments_BT)
 
     def step(_: None, x: Any) -> tuple[None, Any]:
-        return None, _of_width(one, blocks, *x)
+        return None, _switch_on_width(attend_block, blocks, *x)
 
-    given = widths, jnp.arange(len(q_ABKMH)), q_ABKMH
-    _, (out_ABKMH, norm_ABKM1) = jax.lax.scan(step, None, given)
-    return _join(out_ABKMH, block, N), (q_ABKMH, keys, out_ABKMH, norm_ABKM1)
+    inputs = widths, jnp.arange(len(q_ABKMH)), q_ABKMH
+    _, (out_ABKMH, norm_ABKM1) = jax.lax.scan(step, None, inputs)
+    return _merge_blocks(out_ABKMH, block, N), (q_ABKMH, keys, out_ABKMH, norm_ABKM1)
 
 
-def _backward(block: int, kept: Any, by_out_BTNH: jax.Array) -> tuple:
-    q_ABKMH, keys, out_ABKMH, norm_ABKM1 = kept
-    N, K = by_out_BTNH.shape[2], q_ABKMH.shape[2]
-    H = by_out_BTNH.shape[3]
-    by_out_ABKMH = _cut(by_out_BTNH, block, K)
-    mean_ABKM1 = jnp.sum((by_out_ABKMH * out_ABKMH).astype(norm_ABKM1.dtype), -1, keepdims=True)
+def _backward(block: int, residuals: Any, dout_BTNH: jax.Array) -> tuple:
+    q_ABKMH, keys, out_ABKMH, norm_ABKM1 = residuals
+    N, K = dout_BTNH.shape[2], q_ABKMH.shape[2]
+    H = dout_BTNH.shape[3]
+    dout_ABKMH = _split_blocks(dout_BTNH, block, K)
+    mean_ABKM1 = jnp.sum((dout_ABKMH * out_ABKMH).astype(norm_ABKM1.dtype), -1, keepdims=True)
 
-    def one(width: int, i, sums, q_BKMH, norm_BKM1, by_out_BKMH, mean_BKM1):
-        start, (k_BKSH, v_BKSH, mask_BCS) = _seen(width, block, i, *keys)
-        p_BKMS = jnp.exp(_scores(q_BKMH, k_BKSH, mask_BCS) - norm_BKM1)
-        by_p_BKMS = _product("BKMH,BKSH->BKMS", by_out_BKMH, v_BKSH)
-        by_scores_BKMS = (p_BKMS * (by_p_BKMS - mean_BKM1) * H**-0.5).astype(q_BKMH.dtype)
-        by_k_BKSH = _product("BKMS,BKMH->BKSH", by_scores_BKMS, q_BKMH)
-        by_v_BKSH = _product("BKMS,BKMH->BKSH", p_BKMS.astype(q_BKMH.dtype), by_out_BKMH)
+    def differentiate_block(width: int, i, sums, q_BKMH, norm_BKM1, dout_BKMH, mean_BKM1):
+        start, (k_BKSH, v_BKSH, mask_BCS) = _slice_visible_keys(width, block, i, *keys)
+        p_BKMS = jnp.exp(_compute_scores(q_BKMH, k_BKSH, mask_BCS) - norm_BKM1)
+        dp_BKMS = _einsum_wide("BKMH,BKSH->BKMS", dout_BKMH, v_BKSH)
+        dscores_BKMS = (p_BKMS * (dp_BKMS - mean_BKM1) * H**-0.5).astype(q_BKMH.dtype)
+        dk_BKSH = _einsum_wide("BKMS,BKMH->BKSH", dscores_BKMS, q_BKMH)
+        dv_BKSH = _einsum_wide("BKMS,BKMH->BKSH", p_BKMS.astype(q_BKMH.dtype), dout_BKMH)
 
-        def added(sum_BKTH: jax.Array, part_BKSH: jax.Array) -> jax.Array:
+        def accumulate_slice(sum_BKTH: jax.Array, part_BKSH: jax.Array) -> jax.Array:
             own = jax.lax.dynamic_slice_in_dim(sum_BKTH, start, width * block, axis=2)
             return jax.lax.dynamic_update_slice_in_dim(sum_BKTH, own + part_BKSH, start, axis=2)
 
-        sums = added(sums[0], by_k_BKSH), added(sums[1], by_v_BKSH)
-        return sums, jnp.einsum("BKMS,BKSH->BKMH", by_scores_BKMS, k_BKSH)
+        sums = accumulate_slice(sums[0], dk_BKSH), accumulate_slice(sums[1], dv_BKSH)
+        return sums, jnp.einsum("BKMS,BKSH->BKMH", dscores_BKMS, k_BKSH)
 
-    blocks, widths = _widths(block, keys[2])
+    blocks, widths = _choose_widths(block, keys[2])
 
     def step(sums: Any, x: Any) -> tuple[Any, jax.Array]:
-        width, i, *given = x
-        return _of_width(one, blocks, width, i, sums, *given)
+        width, i, *rest = x
+        return _switch_on_width(differentiate_block, blocks, width, i, sums, *rest)
 
     zeros = tuple(jnp.zeros(x.shape, norm_ABKM1.dtype) for x in keys[:2])
-    given = q_ABKMH, norm_ABKM1, by_out_ABKMH, mean_ABKM1
-    sums, by_q_ABKMH = jax.lax.scan(step, zeros, (widths, jnp.arange(len(q_ABKMH)), *given))
-    by_k, by_v = (x.swapaxes(1, 2).astype(k.dtype) for x, k in zip(sums, keys, strict=False))
-    return _join(by_q_ABKMH, block, N), by_k, by_v, None
+    inputs = q_ABKMH, norm_ABKM1, dout_ABKMH, mean_ABKM1
+    sums, dq_ABKMH = jax.lax.scan(step, zeros, (widths, jnp.arange(len(q_ABKMH)), *inputs))
+    dk, dv = (x.swapaxes(1, 2).astype(k.dtype) for x, k in zip(sums, keys, strict=False))
+    return _merge_blocks(dq_ABKMH, block, N), dk, dv, None
 
 
-_blockwise.defvjp(_forward, _backward)
+_attend_blocks.defvjp(_forward, _backward)
 
 
-def _cut(x_BTNH: jax.Array, block: int, K: int) -> jax.Array:
+def _split_blocks(x_BTNH: jax.Array, block: int, K: int) -> jax.Array:
     """[A, B, K, M, H]: A blocks, in each the queries of a head of keys, of M = N/K · block."""
     B, T, N, H = x_BTNH.shape
     x_BACKQH = x_BTNH.reshape(B, T // block, block, K, N // K, H)
     return x_BACKQH.transpose(1, 0, 3, 4, 2, 5).reshape(T // block, B, K, -1, H)
 
 
-def _join(x_ABKMH: jax.Array, block: int, N: int) -> jax.Array:
+def _merge_blocks(x_ABKMH: jax.Array, block: int, N: int) -> jax.Array:
     A, B, K, _, H = x_ABKMH.shape
     x_ABKQCH = x_ABKMH.reshape(A, B, K, N // K, block, H)
     return x_ABKQCH.transpose(1, 0, 4, 2, 3, 5).reshape(B, A * block, N, H)
 
 
-def _widths(block: int, segments_BT: jax.Array) -> tuple[list[int], jax.Array]:
+def _choose_widths(block: int, segments_BT: jax.Array) -> tuple[list[int], jax.Array]:
     """Numbers of blocks of keys, each a half or a third more than the one before, and which of them
     each block of queries takes."""
     T = segments_BT.shape[1]
@@ -124,11 +124,13 @@ def _widths(block: int, segments_BT: jax.Array) -> tuple[list[int], jax.Array]:
     return widths, jnp.searchsorted(jnp.array(widths), needed_A)
 
 
-def _of_width(one: Callable, widths: list[int], width: jax.Array, *given: Any) -> Any:
-    return jax.lax.switch(width, [functools.partial(one, w) for w in widths], *given)
+def _switch_on_width(
+    function: Callable, widths: list[int], width_index: jax.Array, *args: Any
+) -> Any:
+    return jax.lax.switch(width_index, [functools.partial(function, w) for w in widths], *args)
 
 
-def _seen(
+def _slice_visible_keys(
     width: int, block: int, i: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, segments_BT: Any
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     """The keys and values of the `width` blocks that end with block i, the first of their places,
@@ -145,15 +147,15 @@ def _seen(
     return start, (cut(k_BKTH, axis=2), cut(v_BKTH, axis=2), mask_BCS)
 
 
-def _scores(q_BKMH: jax.Array, k_BKSH: jax.Array, mask_BCS: jax.Array) -> jax.Array:
-    scores = _product("BKMH,BKSH->BKMS", q_BKMH, k_BKSH) * q_BKMH.shape[-1] ** -0.5
+def _compute_scores(q_BKMH: jax.Array, k_BKSH: jax.Array, mask_BCS: jax.Array) -> jax.Array:
+    scores = _einsum_wide("BKMH,BKSH->BKMS", q_BKMH, k_BKSH) * q_BKMH.shape[-1] ** -0.5
     B, K, M, S = scores.shape
     scores_BKQCS = scores.reshape(B, K, -1, mask_BCS.shape[1], S)
     masked = jnp.where(mask_BCS[:, None, None], scores_BKQCS, jnp.finfo(scores.dtype).min)
     return masked.reshape(B, K, M, S)
 
 
-def _product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+def _einsum_wide(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """Summed in float32, or float64 if that is the model's."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     return jnp.einsum(equation, x, y, preferred_element_type=dtype)

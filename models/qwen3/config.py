@@ -13,19 +13,19 @@ from pathlib import Path
 
 from models.errors import UserError
 
-_DENSE = ("Qwen3ForCausalLM", "qwen3")
-_SPARSE = ("Qwen3MoeForCausalLM", "qwen3_moe")
-_ONLY = {  # fields for which no more than one value is computed
+_DENSE_NAMES = ("Qwen3ForCausalLM", "qwen3")
+_SPARSE_NAMES = ("Qwen3MoeForCausalLM", "qwen3_moe")
+_FIXED_FIELDS = {  # fields for which no more than one value is computed
     "attention_bias": False,
     "use_sliding_window": False,
     "hidden_act": "silu",
     "quantization_config": None,
 }
-_SIZES = (
+_POSITIVE_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "decoder_sparse_step"),
 )
-_EXPERTS = (  # the fields that a dense model's config.json lacks
+_EXPERT_FIELDS = (  # the fields that a dense model's config.json lacks
     "num_experts",
     "num_experts_per_tok",
     "moe_intermediate_size",
@@ -36,7 +36,7 @@ _EXPERTS = (  # the fields that a dense model's config.json lacks
 
 
 @dataclasses.dataclass(frozen=True)
-class Scaling:
+class RopeScaling:
     """How rotary embeddings reach beyond the positions of pretraining (models.qwen3.rope).
 
     All but the first two fields are YaRN's; None means that it follows from `factor`.
@@ -74,7 +74,7 @@ class Config:
     norm_topk_prob: bool = False  # an expert's weight is relative to the others chosen
     decoder_sparse_step: int = 1  # every so many layers one has experts, the first ones do not
     mlp_only_layers: tuple[int, ...] = ()  # indices of further layers without
-    rope_scaling: Scaling | None = None
+    rope_scaling: RopeScaling | None = None
 
     @classmethod
     def from_hf(cls, fields: dict, source: str = "config.json") -> "Config":
@@ -86,37 +86,41 @@ class Config:
         """
         architecture = fields.get("architectures") or fields.get("model_type", "unknown")
         architecture = architecture[0] if isinstance(architecture, list) else architecture
-        if architecture not in _DENSE + _SPARSE:
+        if architecture not in _DENSE_NAMES + _SPARSE_NAMES:
             raise UserError(
-                f"{source}: architecture {architecture!r} is neither {_DENSE[0]} nor {_SPARSE[0]}"
+                f"{source}: architecture {architecture!r} is neither {_DENSE_NAMES[0]} nor {_SPARSE_NAMES[0]}"
             )
         # Where both are there, transformers reads the second, which was its only name until 5.
         rope_field = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
         rope = fields.get(rope_field) or {}
         if not isinstance(rope, dict):
             raise UserError(f"{source}: {rope_field} is no object")
-        for name, only in _ONLY.items():
+        for name, only in _FIXED_FIELDS.items():
             if (fields.get(name) or only) != only:
                 raise UserError(f"{source}: {name}={fields[name]!r} is not supported")
         known = (fields.get("rope_parameters") or {}).get("rope_theta", fields.get("rope_theta"))
         values = {**fields, "rope_theta": rope.get("rope_theta", known)}
-        kinds = typing.get_type_hints(cls)
-        kinds.pop("rope_scaling")
-        if architecture in _DENSE:
-            kinds = {name: kind for name, kind in kinds.items() if name not in _EXPERTS}
+        field_types = typing.get_type_hints(cls)
+        field_types.pop("rope_scaling")
+        if architecture in _DENSE_NAMES:
+            field_types = {
+                name: kind for name, kind in field_types.items() if name not in _EXPERT_FIELDS
+            }
         else:  # transformers 5 has another name for the first, and null for an empty list
             values.setdefault("num_experts", fields.get("num_local_experts"))
             values["mlp_only_layers"] = fields.get("mlp_only_layers") or ()
-        missing = [name for name in kinds if values.get(name) is None]
+        missing = [name for name in field_types if values.get(name) is None]
         if missing:
             raise UserError(f"{source}: field {missing[0]!r} is missing")
         try:
-            config = cls(**{name: kind(values[name]) for name, kind in kinds.items()})
-            scaling = _scaling(rope, f"{source}: {rope_field}", config.max_position_embeddings)
+            config = cls(**{name: kind(values[name]) for name, kind in field_types.items()})
+            scaling = _parse_rope_scaling(
+                rope, f"{source}: {rope_field}", config.max_position_embeddings
+            )
         except (TypeError, ValueError) as error:
             raise UserError(f"{source}: a field of the wrong type ({error})") from None
         config = dataclasses.replace(config, rope_scaling=scaling)
-        _check(config, source)
+        _check_config(config, source)
         return config
 
     @classmethod
@@ -135,13 +139,13 @@ class Config:
 
     def to_hf(self) -> dict:
         """The config.json fields that transformers 4 and 5 and vLLM read this architecture from."""
-        names = _SPARSE if self.num_experts else _DENSE
+        names = _SPARSE_NAMES if self.num_experts else _DENSE_NAMES
         fields = dataclasses.asdict(self)
         scaling = {k: v for k, v in (fields["rope_scaling"] or {}).items() if v is not None}
         return {
             "architectures": [names[0]],
             "model_type": names[1],
-            **{k: v for k, v in fields.items() if self.num_experts or k not in _EXPERTS},
+            **{k: v for k, v in fields.items() if self.num_experts or k not in _EXPERT_FIELDS},
             "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta, **scaling},
             "rope_scaling": scaling or None,
             "attention_bias": False,
@@ -172,7 +176,7 @@ class Config:
         )
 
     @property
-    def routing(self) -> tuple[int, int]:
+    def routing_shape(self) -> tuple[int, int]:
         """How many layers have experts, and to how many of each a token goes."""
         return sum(self.sparse_layers), self.num_experts_per_tok
 
@@ -189,19 +193,19 @@ class Config:
         return layers + embeddings + d
 
 
-def _scaling(rope: dict, field: str, positions: int) -> Scaling | None:
+def _parse_rope_scaling(rope: dict, field: str, max_positions: int) -> RopeScaling | None:
     """Of config.json's object `rope` and max_position_embeddings; `field` names it in messages."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type == "default":
         return None
-    if kind not in ("yarn", "linear"):
-        raise UserError(f"{field}: type {kind!r} is none of 'default', 'linear', 'yarn'")
-    original = rope.get("original_max_position_embeddings") or positions
+    if rope_type not in ("yarn", "linear"):
+        raise UserError(f"{field}: type {rope_type!r} is none of 'default', 'linear', 'yarn'")
+    original = rope.get("original_max_position_embeddings") or max_positions
     values = {
-        "factor": rope.get("factor") or positions / original,
+        "factor": rope.get("factor") or max_positions / original,
         "original_max_position_embeddings": original,
     }
-    if kind == "yarn":
+    if rope_type == "yarn":
         optional = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
         values |= {name: rope[name] for name in optional if rope.get(name)}
         values["truncate"] = rope.get("truncate", True)
@@ -210,7 +214,7 @@ def _scaling(rope: dict, field: str, positions: int) -> Scaling | None:
             raise UserError(f"{field}: {name}={value!r} is of the wrong type")
         if value < 1 and name in ("factor", "original_max_position_embeddings"):
             raise UserError(f"{field}: {name}={value} is below 1")
-    scaling = Scaling(kind, **values)
+    scaling = RopeScaling(rope_type, **values)
     if not 0 < scaling.beta_slow < scaling.beta_fast:
         raise UserError(
             f"{field}: beta_slow={scaling.beta_slow} is not between 0 and "
@@ -219,9 +223,9 @@ def _scaling(rope: dict, field: str, positions: int) -> Scaling | None:
     return scaling
 
 
-def _check(config: Config, source: str) -> None:
+def _check_config(config: Config, source: str) -> None:
     """Raises UserError for numbers that are no model."""
-    for name in _SIZES:
+    for name in _POSITIVE_FIELDS:
         if getattr(config, name) < 1:
             raise UserError(f"{source}: {name}={getattr(config, name)} is below 1")
     if config.num_attention_heads % config.num_key_value_heads:
@@ -238,7 +242,7 @@ def _check(config: Config, source: str) -> None:
         )
 
 
-def _dense(d: int, f: int, layers: int, heads: int, tied: bool) -> Config:
+def _make_dense(d: int, f: int, layers: int, heads: int, tied: bool) -> Config:
     return Config(
         vocab_size=151_936,
         hidden_size=d,
@@ -254,9 +258,9 @@ def _dense(d: int, f: int, layers: int, heads: int, tied: bool) -> Config:
     )
 
 
-def _sparse(d: int, f: int, layers: int, heads: int, expert_f: int) -> Config:
+def _make_sparse(d: int, f: int, layers: int, heads: int, expert_f: int) -> Config:
     return dataclasses.replace(
-        _dense(d, f, layers, heads, tied=False),
+        _make_dense(d, f, layers, heads, tied=False),
         num_key_value_heads=4,
         num_experts=128,
         num_experts_per_tok=8,
@@ -268,12 +272,12 @@ def _sparse(d: int, f: int, layers: int, heads: int, expert_f: int) -> Config:
 # The models of the Qwen3 report. Base models allow 32,768 positions and the 2507 releases
 # have another rope_theta: a model directory's own config.json is what a run reads.
 SIZES = {
-    "0.6b": _dense(1024, 3072, 28, 16, tied=True),
-    "1.7b": _dense(2048, 6144, 28, 16, tied=True),
-    "4b": _dense(2560, 9728, 36, 32, tied=True),
-    "8b": _dense(4096, 12288, 36, 32, tied=False),
-    "14b": _dense(5120, 17408, 40, 40, tied=False),
-    "32b": _dense(5120, 25600, 64, 64, tied=False),
-    "30b-a3b": _sparse(2048, 6144, 48, 32, 768),
-    "235b-a22b": _sparse(4096, 12288, 94, 64, 1536),
+    "0.6b": _make_dense(1024, 3072, 28, 16, tied=True),
+    "1.7b": _make_dense(2048, 6144, 28, 16, tied=True),
+    "4b": _make_dense(2560, 9728, 36, 32, tied=True),
+    "8b": _make_dense(4096, 12288, 36, 32, tied=False),
+    "14b": _make_dense(5120, 17408, 40, 40, tied=False),
+    "32b": _make_dense(5120, 25600, 64, 64, tied=False),
+    "30b-a3b": _make_sparse(2048, 6144, 48, 32, 768),
+    "235b-a22b": _make_sparse(4096, 12288, 94, 64, 1536),
 }

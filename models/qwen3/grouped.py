@@ -17,7 +17,7 @@ from models.qwen3 import grouped_gpu
 
 # One step of the kernel holds so many rows, in and bytes of out, and the float32 sums of these, in
 # 16 MiB of VMEM. Fewer rows waste less where groups end within a tile.
-_ROWS, _IN, _OUT_BYTES = 256, 1024, 2048
+_TILE_ROWS, _TILE_INPUTS, _TILE_OUTPUT_BYTES = 256, 1024, 2048
 
 
 @jax.custom_vjp
@@ -26,10 +26,10 @@ def dot(x: jax.Array, kernel: jax.Array, sizes_E: jax.Array) -> jax.Array:
 
     Rows behind the last group may come out as anything.
     """
-    return product(x, kernel, sizes_E)
+    return multiply_groups(x, kernel, sizes_E)
 
 
-def product(
+def multiply_groups(
     x: jax.Array,
     kernel: jax.Array,
     sizes_E: jax.Array,
@@ -39,25 +39,30 @@ def product(
     """`dot` without a gradient, in `dtype`; `transposed`, times [E, out, in]. The kernel may be of
     8 bits: it is converted to x's dtype, on GPUs as it is read."""
 
-    def plain(x: jax.Array, kernel: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    def multiply_plain(x: jax.Array, kernel: jax.Array, sizes_E: jax.Array) -> jax.Array:
         kernel = (kernel.swapaxes(1, 2) if transposed else kernel).astype(x.dtype)
         return jax.lax.ragged_dot(x, kernel, sizes_E, preferred_element_type=dtype)
 
-    by_kernel = functools.partial(
-        grouped_gpu.product, transposed=transposed, dtype=jnp.dtype(dtype or x.dtype)
+    multiply_gpu = functools.partial(
+        grouped_gpu.multiply_groups, transposed=transposed, dtype=jnp.dtype(dtype or x.dtype)
     )
-    return jax.lax.platform_dependent(x, kernel, sizes_E, cuda=by_kernel, default=plain)
+    return jax.lax.platform_dependent(x, kernel, sizes_E, cuda=multiply_gpu, default=multiply_plain)
 
 
 def _forward(x: jax.Array, kernel: jax.Array, sizes_E: jax.Array):
     return dot(x, kernel, sizes_E), (x, kernel, sizes_E)
 
 
-def _backward(kept: tuple[jax.Array, jax.Array, jax.Array], dy: jax.Array):
-    x, kernel, sizes_E = kept
-    dx = product(dy, kernel, sizes_E, transposed=True)
+def _backward(residuals: tuple[jax.Array, jax.Array, jax.Array], dy: jax.Array):
+    x, kernel, sizes_E = residuals
+    dx = multiply_groups(dy, kernel, sizes_E, transposed=True)
     dkernel = jax.lax.platform_dependent(
-        x, dy, sizes_E, tpu=by_kernel, cuda=grouped_gpu.by_kernel, default=_plain
+        x,
+        dy,
+        sizes_E,
+        tpu=compute_kernel_gradient,
+        cuda=grouped_gpu.compute_kernel_gradient,
+        default=_compute_kernel_gradient_plain,
     )
     return dx, dkernel, None
 
@@ -65,13 +70,13 @@ def _backward(kept: tuple[jax.Array, jax.Array, jax.Array], dy: jax.Array):
 dot.defvjp(_forward, _backward)
 
 
-def _plain(x: jax.Array, dy: jax.Array, sizes_E: jax.Array) -> jax.Array:
+def _compute_kernel_gradient_plain(x: jax.Array, dy: jax.Array, sizes_E: jax.Array) -> jax.Array:
     like = jax.ShapeDtypeStruct((len(sizes_E), x.shape[1], dy.shape[1]), x.dtype)
     transpose = jax.linear_transpose(lambda kernel: jax.lax.ragged_dot(x, kernel, sizes_E), like)
     return transpose(dy)[0]
 
 
-def by_kernel(
+def compute_kernel_gradient(
     x: jax.Array, dy: jax.Array, sizes_E: jax.Array, interpret: bool = False
 ) -> jax.Array:
     """xᵀ dy of each group [E, in, out], in x's dtype, by the kernel for TPU.
@@ -79,7 +84,7 @@ def by_kernel(
     `interpret` runs it anywhere, slowly.
     """
     (M, D), F = x.shape, dy.shape[1]
-    rows = min(_ROWS, -(-M // 8) * 8)
+    rows = min(_TILE_ROWS, -(-M // 8) * 8)
     x, dy = (jnp.pad(a, ((0, -M % rows), (0, 0))) for a in (x, dy))
-    tiles = (rows, min(_IN, D), min(_OUT_BYTES // x.dtype.itemsize, F))
+    tiles = (rows, min(_TILE_INPUTS, D), min(_TILE_OUTPUT_BYTES // x.dtype.itemsize, F))
     return tgmm(x.swapaxes(0, 1), dy, sizes_E, x.dtype, tiles, interpret=interpret)

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from models.errors import UserError
 
 LORA = "lora"  # the Linen collection
-MLP = ("gate_proj", "up_proj", "down_proj")
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", *MLP)
+MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", *MLP_TARGETS)
 
 Factors = tuple[jax.Array, jax.Array]  # a [..., in, R] and scale · b [..., R, out]
 
@@ -54,7 +54,7 @@ class LoRA:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-def factors(
+def make_factors(
     module: nn.Module,
     lora: LoRA | None,
     target: str,
@@ -78,52 +78,56 @@ def factors(
     first_a = nn.with_logical_partitioning(uniform, (*lead, row, None))
     first_b = nn.with_logical_partitioning(nn.initializers.zeros_init(), (*lead, None, column))
 
-    def init() -> dict[str, Any]:
+    def init_factors() -> dict[str, Any]:
         key = module.make_rng("params")
         return {
             "a": first_a(key, (*stack, fan_in, lora.rank), jnp.float32),
             "b": first_b(key, (*stack, lora.rank, fan_out), jnp.float32),
         }
 
-    held: Any = module.variable(LORA, kernel, init).value
-    assert held["a"].shape[-1] == lora.rank, "factors of another rank"
-    return held["a"].astype(dtype), (lora.scale * held["b"]).astype(dtype)
+    values: Any = module.variable(LORA, kernel, init_factors).value
+    assert values["a"].shape[-1] == lora.rank, "factors of another rank"
+    return values["a"].astype(dtype), (lora.scale * values["b"]).astype(dtype)
 
 
-def for_decoding(adapter: Any, lora: LoRA, dtype: jnp.dtype) -> tuple[Any, LoRA]:
+def fold_scale(adapter: Any, lora: LoRA, dtype: jnp.dtype) -> tuple[Any, LoRA]:
     """The factors as a forward pass in `dtype` multiplies by them, and the LoRA that they then are.
 
     A sampler that keeps them apart from their base is as near to the scorer as one of a model that
     is trained whole; a merged kernel is rounded where the scorer's base and factors are not.
     """
 
-    def one(path: tuple, x: jax.Array) -> jax.Array:
+    def fold_leaf(path: tuple, x: jax.Array) -> jax.Array:
         return (lora.scale * x if path[-1].key == "b" else x).astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(one, adapter), unscaled(lora)
+    return jax.tree_util.tree_map_with_path(fold_leaf, adapter), with_unit_scale(lora)
 
 
-def unscaled(lora: LoRA) -> LoRA:
+def with_unit_scale(lora: LoRA) -> LoRA:
     """Of the same shape, with a scale of 1."""
     return dataclasses.replace(lora, alpha=float(lora.rank), rslora=False)
 
 
-def merge(params: Any, adapter: Any, lora: LoRA, dtype: jnp.dtype) -> Any:
+def merge_adapter(params: Any, adapter: Any, lora: LoRA, dtype: jnp.dtype) -> Any:
     """`params` with scale · a @ b added to each kernel that has factors in `adapter`.
 
     Added in float32, then all cast to `dtype`: what a model without LoRA computes the same from.
     """
 
-    def one(kernel: jax.Array, held: Mapping[str, jax.Array]) -> jax.Array:
+    def merge_kernel(kernel: jax.Array, kernel_factors: Mapping[str, jax.Array]) -> jax.Array:
         wide = kernel.astype(jnp.float32)
-        if held:
-            update = jnp.matmul(held["a"], held["b"], precision=jax.lax.Precision.HIGHEST)
+        if kernel_factors:
+            update = jnp.matmul(
+                kernel_factors["a"], kernel_factors["b"], precision=jax.lax.Precision.HIGHEST
+            )
             wide = wide + lora.scale * update
         return wide.astype(dtype)
 
-    def walk(node: Any, held: Mapping[str, Any]) -> Any:
+    def merge_node(node: Any, adapter_node: Mapping[str, Any]) -> Any:
         if isinstance(node, Mapping):
-            return {name: walk(child, held.get(name, {})) for name, child in node.items()}
-        return one(node, held)
+            return {
+                name: merge_node(child, adapter_node.get(name, {})) for name, child in node.items()
+            }
+        return merge_kernel(node, adapter_node)
 
-    return walk(params, adapter)
+    return merge_node(params, adapter)

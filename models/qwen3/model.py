@@ -22,10 +22,10 @@ import jax.numpy as jnp
 
 from models.qwen3 import attention, quantised, sharded
 from models.qwen3.config import Config
-from models.qwen3.lora import LORA, LoRA, factors
+from models.qwen3.lora import LORA, LoRA, make_factors
 from models.qwen3.moe import CHOSEN, ROUTER, MoE
 from models.qwen3.pages import Pages
-from models.qwen3.rope import rotary, rotate
+from models.qwen3.rope import apply_rotary, compute_rotary
 from models.qwen3.slabs import Slabs
 
 Cache = Pages | Slabs
@@ -63,12 +63,14 @@ class Linear(nn.Module):
         init = nn.with_logical_partitioning(fan_in, self.axes)
         shape = (x.shape[-1], self.features)
         kernel: Any = self.param("kernel", init, shape, jnp.float32)
-        fetched = functools.partial(sharded.fetched, T=x.shape[-2])
-        kernel = quantised.cast(kernel, x.dtype)
-        names = quantised.axes(kernel, self.axes)
+        fetched = functools.partial(sharded.gather_weights, T=x.shape[-2])
+        kernel = quantised.cast_kernel(kernel, x.dtype)
+        names = quantised.get_kernel_axes(kernel, self.axes)
         kernel = jax.tree.map(fetched, kernel, names)
         y = quantised.dot(x, kernel)
-        low = factors(self, self.lora, f"{self.name}_proj", "kernel", shape, self.axes, x.dtype)
+        low = make_factors(
+            self, self.lora, f"{self.name}_proj", "kernel", shape, self.axes, x.dtype
+        )
         if low is None:
             return y
         a, b = fetched(low[0], (self.axes[0], None)), fetched(low[1], (None, self.axes[1]))
@@ -90,18 +92,18 @@ class Attention(nn.Module):
         B, T, D = x_BTD.shape
         N, K, H = c.num_attention_heads, c.num_key_value_heads, c.head_dim
 
-        def heads(name: str, count: int) -> jax.Array:
+        def project_heads(name: str, count: int) -> jax.Array:
             linear = Linear(count * H, ("embed", "heads"), self.lora, name=name)
-            return sharded.by_tokens(linear(x_BTD).reshape(B, T, count, H), "heads")
+            return sharded.constrain_activations(linear(x_BTD).reshape(B, T, count, H), "heads")
 
-        q_BTNH = rotate(RMSNorm(c.rms_norm_eps, name="q_norm")(heads("q", N)), rope)
-        k_BTKH = rotate(RMSNorm(c.rms_norm_eps, name="k_norm")(heads("k", K)), rope)
-        q_BTNH, k_BTKH, v_BTKH = sharded.by_heads(q_BTNH, k_BTKH, heads("v", K))
+        q_BTNH = apply_rotary(RMSNorm(c.rms_norm_eps, name="q_norm")(project_heads("q", N)), rope)
+        k_BTKH = apply_rotary(RMSNorm(c.rms_norm_eps, name="k_norm")(project_heads("k", K)), rope)
+        q_BTNH, k_BTKH, v_BTKH = sharded.split_by_heads(q_BTNH, k_BTKH, project_heads("v", K))
         if cache is not None:
-            out_BTNH, cache = cache.update(layer, q_BTNH, k_BTKH, v_BTKH)
+            out_BTNH, cache = cache.write_and_attend(layer, q_BTNH, k_BTKH, v_BTKH)
         else:
             out_BTNH = attention.TABLE[self.kernel](q_BTNH, k_BTKH, v_BTKH, segments_BT)
-        out_BTM = sharded.by_tokens(out_BTNH, "heads").reshape(B, T, N * H)
+        out_BTM = sharded.constrain_activations(out_BTNH, "heads").reshape(B, T, N * H)
         out = Linear(D, ("heads", "embed"), self.lora, name="o")(out_BTM)
         return out, cache
 
@@ -117,7 +119,7 @@ class MLP(nn.Module):
         F = self.config.intermediate_size
         gate_BTF = Linear(F, ("embed", "mlp"), self.lora, name="gate")(x_BTD)
         up_BTF = Linear(F, ("embed", "mlp"), self.lora, name="up")(x_BTD)
-        h_BTF = sharded.by_tokens(nn.silu(gate_BTF) * up_BTF, "mlp")
+        h_BTF = sharded.constrain_activations(nn.silu(gate_BTF) * up_BTF, "mlp")
         return Linear(x_BTD.shape[-1], ("mlp", "embed"), self.lora, name="down")(h_BTF)
 
 
@@ -147,13 +149,13 @@ class Block(nn.Module):
         mixed, cache = Attention(self.config, self.kernel, self.lora, name="attention")(
             normed, rope, segments_BT, cache, layer
         )
-        x_BTD = sharded.stream(x_BTD + mixed)
+        x_BTD = sharded.constrain_residual(x_BTD + mixed)
         normed = RMSNorm(self.config.rms_norm_eps, name="mlp_norm")(x_BTD)
         if self.sparse:
             mixed = MoE(self.config, self.lora, name="moe")(normed, segments_BT, replay_BTA)
         else:
             mixed = MLP(self.config, self.lora, name="mlp")(normed)
-        return (sharded.stream(x_BTD + mixed), cache), None
+        return (sharded.constrain_residual(x_BTD + mixed), cache), None
 
 
 class Qwen3(nn.Module):
@@ -197,11 +199,11 @@ class Qwen3(nn.Module):
         if not c.tie_word_embeddings:
             self.param("head", table, (c.vocab_size, D), jnp.float32)
         if cache is None:
-            x_BTD = sharded.embed(embed_VD, tokens_BT, self.dtype)
+            x_BTD = sharded.embed_tokens(embed_VD, tokens_BT, self.dtype)
         else:
             x_BTD = embed_VD[tokens_BT].astype(self.dtype)
-        x_BTD = sharded.stream(x_BTD)
-        rope = rotary(positions_BT, c)
+        x_BTD = sharded.constrain_residual(x_BTD)
+        rope = compute_rotary(positions_BT, c)
         lora = self.lora if self.is_initializing() or LORA in self.variables else None
         scan = self.scan and len(set(c.sparse_layers)) == 1
         block = nn.remat(Block, prevent_cse=not scan) if self.remat else Block
@@ -220,21 +222,21 @@ class Qwen3(nn.Module):
             carry, _ = stack(carry, jnp.arange(L), rope, segments_BT, replay)
         else:
             for layer, sparse in enumerate(c.sparse_layers):
-                one = block(c, sparse, self.kernel, lora, name=f"layers_{layer}")
+                layer_block = block(c, sparse, self.kernel, lora, name=f"layers_{layer}")
                 chosen = (
                     replay[sum(c.sparse_layers[:layer])] if sparse and replay is not None else None
                 )
-                carry, _ = one(carry, layer, rope, segments_BT, chosen)
+                carry, _ = layer_block(carry, layer, rope, segments_BT, chosen)
         x_BTD, cache = carry
         return RMSNorm(c.rms_norm_eps, name="final_norm")(x_BTD), cache
 
 
-def head(params: Params) -> jax.Array:
+def get_output_head(params: Params) -> jax.Array:
     """The output head [V, D]: its own matrix, or the embedding where the two are tied."""
     return params["head"] if "head" in params else params["embed"]
 
 
-def unstack(params: Params, num_layers: int) -> Params:
+def unstack_layers(params: Params, num_layers: int) -> Params:
     """Parameters as one subtree per layer, the form that Qwen3(scan=False) reads."""
     if "layers" not in params:
         return params
@@ -245,31 +247,31 @@ def unstack(params: Params, num_layers: int) -> Params:
     return {**{k: v for k, v in params.items() if k != "layers"}, **layers}
 
 
-def abstract(config: Config, lora: LoRA | None = None) -> tuple[Params, Params]:
+def get_abstract_params(config: Config, lora: LoRA | None = None) -> tuple[Params, Params]:
     """(shapes, axes) of all parameters, or of what `lora` adds to them; allocates nothing.
 
     Shapes are ShapeDtypeStructs; axes are PartitionSpecs of logical axis names.
     """
-    boxed = _abstract(config, lora)
+    boxed = _eval_abstract_params(config, lora)
     is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
     shapes = jax.tree.map(lambda box: box.value, boxed, is_leaf=is_box)
     return shapes, nn.get_partition_spec(boxed)
 
 
 @functools.cache  # a start asks for the same model several times, on one mesh and another
-def _abstract(config: Config, lora: LoRA | None) -> Params:
-    return jax.eval_shape(lambda: _init(config, lora, jax.random.key(0)))
+def _eval_abstract_params(config: Config, lora: LoRA | None) -> Params:
+    return jax.eval_shape(lambda: _init_boxed_params(config, lora, jax.random.key(0)))
 
 
-def init(config: Config, key: jax.Array, lora: LoRA | None = None) -> Params:
+def init_params(config: Config, key: jax.Array, lora: LoRA | None = None) -> Params:
     """Random float32 parameters: kernels N(0, 1/fan_in), embeddings N(0, 1/D), norms one.
 
     With `lora` only what it adds to them (models.qwen3.lora.factors).
     """
-    return nn.unbox(_init(config, lora, key))
+    return nn.unbox(_init_boxed_params(config, lora, key))
 
 
-def _init(config: Config, lora: LoRA | None, key: jax.Array) -> Params:
+def _init_boxed_params(config: Config, lora: LoRA | None, key: jax.Array) -> Params:
     tokens = jnp.zeros((1, 1), jnp.int32)
     variables = Qwen3(config, lora=lora).init(key, tokens, tokens, tokens)
     return variables["params" if lora is None else LORA]

@@ -17,19 +17,21 @@ import jax.numpy as jnp
 
 from models.qwen3 import grouped, quantised, sharded
 from models.qwen3.config import Config
-from models.qwen3.lora import Factors, LoRA, factors
+from models.qwen3.lora import Factors, LoRA, make_factors
 from models.qwen3.quantised import Kernel, ragged_dot
 
 Kernels = tuple[Kernel, Kernel, Kernel]  # gate and up [E, D, F], down [E, F, D]
-Low = tuple[Factors | None, Factors | None, Factors | None]  # LoRA's a and b of each of these
+ExpertFactors = tuple[
+    Factors | None, Factors | None, Factors | None
+]  # LoRA's a and b of each of these
 ROUTER = "router"  # the Linen collection of what the routers did, in sums
 CHOSEN = "chosen"  # that of which experts they chose
 
 _GATE_UP, _DOWN = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
-_NO_LOW: Low = (None, None, None)
+_NO_FACTORS: ExpertFactors = (None, None, None)
 
 
-def route(
+def route_tokens(
     logits_BTE: jax.Array,
     experts_per_token: int,
     renormalise: bool,
@@ -57,13 +59,13 @@ def route(
     return p_BTE, weights_BTA, chosen_BTA
 
 
-def compute(
+def compute_local_experts(
     x_MD: jax.Array,
     weights_MA: jax.Array,
     chosen_MA: jax.Array,
     kernels: Kernels,
-    first: jax.typing.ArrayLike = 0,
-    low: Low = _NO_LOW,
+    first_expert: jax.typing.ArrayLike = 0,
+    lora_factors: ExpertFactors = _NO_FACTORS,
 ) -> tuple[jax.Array, jax.Array]:
     """Σ of weight · down(silu(gate(x)) · up(x)) over those of a token's experts that are here.
 
@@ -71,7 +73,7 @@ def compute(
     tokens that each of these experts computed [E].
     """
     (M, D), A, E = x_MD.shape, chosen_MA.shape[1], kernels[0].shape[0]
-    local = chosen_MA.reshape(-1) - first
+    local = chosen_MA.reshape(-1) - first_expert
     local = jnp.where((local >= 0) & (local < E), local, E)  # others sort behind all groups
     order = jnp.argsort(local)
     sizes_E = jnp.bincount(local, length=E)
@@ -80,29 +82,31 @@ def compute(
     here = (local < E)[order][:, None]
     sorted_x = jnp.where(here, x_MD[order // A], 0)
     gate, up, down = (
-        functools.partial(_grouped, sizes_E=sizes_E, kernel=kernel, low=pair)
-        for kernel, pair in zip(kernels, low, strict=True)
+        functools.partial(_apply_grouped_kernel, sizes_E=sizes_E, kernel=kernel, lora_factors=pair)
+        for kernel, pair in zip(kernels, lora_factors, strict=True)
     )
     sorted_y = jnp.where(here, down(nn.silu(gate(sorted_x)) * up(sorted_x)), 0)
     y_MAD = sorted_y[jnp.argsort(order)].reshape(M, A, D)
     return jnp.einsum("MAD,MA->MD", y_MAD, weights_MA.astype(x_MD.dtype)), sizes_E
 
 
-def _grouped(x: jax.Array, sizes_E: jax.Array, kernel: Kernel, low: Factors | None) -> jax.Array:
+def _apply_grouped_kernel(
+    x: jax.Array, sizes_E: jax.Array, kernel: Kernel, lora_factors: Factors | None
+) -> jax.Array:
     """Rows of x, grouped by expert, times their expert's kernel and its low-rank term."""
     y = ragged_dot(x, kernel, sizes_E)
-    if low is None:
+    if lora_factors is None:
         return y
-    a, b = low
+    a, b = lora_factors
     return y + grouped.dot(grouped.dot(x, a, sizes_E), b, sizes_E)
 
 
-def experts(
+def compute_experts(
     x_BTD: jax.Array,
     weights_BTA: jax.Array,
     chosen_BTA: jax.Array,
     kernels: Kernels,
-    low: Low = _NO_LOW,
+    lora_factors: ExpertFactors = _NO_FACTORS,
 ) -> tuple[jax.Array, jax.Array]:
     """`compute` on the mesh in use: each device its own experts, on its neighbours' tokens.
 
@@ -112,60 +116,68 @@ def experts(
     """
     mesh, (B, T, D) = jax.sharding.get_abstract_mesh(), x_BTD.shape
     flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
-    (rows,), (expert, embed, mlp) = _spec("batch"), _spec(*_GATE_UP)
+    (rows,), (expert, embed, mlp) = _make_partition_spec("batch"), _make_partition_spec(*_GATE_UP)
     if mesh.empty or rows is None:  # no mesh, or no rules that give its axes a meaning
-        every = flat(x_BTD), flat(weights_BTA), flat(chosen_BTA)
-        y_MD, sizes_E = compute(*every, kernels, low=low)
+        flat_inputs = flat(x_BTD), flat(weights_BTA), flat(chosen_BTA)
+        y_MD, sizes_E = compute_local_experts(*flat_inputs, kernels, lora_factors=lora_factors)
         return y_MD.reshape(B, T, D), sizes_E
     # The logical axes of each array, in the structure of (kernels, low).
     axes = (_GATE_UP, _GATE_UP, _DOWN)
     pairs = zip(kernels, axes, strict=True)
     names = (
-        tuple(quantised.axes(kernel, of_kernel) for kernel, of_kernel in pairs),
+        tuple(quantised.get_kernel_axes(kernel, of_kernel) for kernel, of_kernel in pairs),
         tuple(
             None if pair is None else ((lead, row, None), (lead, None, column))
-            for pair, (lead, row, column) in zip(low, axes, strict=True)
+            for pair, (lead, row, column) in zip(lora_factors, axes, strict=True)
         ),
     )
     is_names = lambda x: isinstance(x, tuple) and "expert" in x  # noqa: E731
 
-    def whole(names: tuple[str | None, ...], x: jax.Array) -> jax.Array:
+    def gather_kernel(names: tuple[str | None, ...], x: jax.Array) -> jax.Array:
         if "embed" not in names:
             return x
         return jax.lax.all_gather(x, embed, axis=names.index("embed"), tiled=True)
 
-    def local(x_BTD, weights_BTA, chosen_BTA, held):
-        kernels, low = jax.tree.map(whole, names, held, is_leaf=is_names)
+    def compute_local(x_BTD, weights_BTA, chosen_BTA, sharded_weights):
+        kernels, lora_factors = jax.tree.map(
+            gather_kernel, names, sharded_weights, is_leaf=is_names
+        )
 
-        def everyones(x: jax.Array) -> jax.Array:
+        def gather_tokens(x: jax.Array) -> jax.Array:
             return jax.lax.all_gather(flat(x), expert, tiled=True)
 
         first = jax.lax.axis_index(expert) * kernels[0].shape[0]
-        y_MD, sizes_E = compute(
-            everyones(x_BTD), everyones(weights_BTA), everyones(chosen_BTA), kernels, first, low
+        y_MD, sizes_E = compute_local_experts(
+            gather_tokens(x_BTD),
+            gather_tokens(weights_BTA),
+            gather_tokens(chosen_BTA),
+            kernels,
+            first,
+            lora_factors,
         )
         y_MD = jax.lax.psum_scatter(y_MD, expert, scatter_dimension=0, tiled=True)
         y_BTD = jax.lax.psum(y_MD, mlp).reshape(x_BTD.shape)
         return y_BTD, jax.lax.psum(sizes_E, [a for a in split if a != expert])
 
-    tokens = sharded.dividing("act_context", T)
-    spec = _spec("batch", tokens, None)
-    split = [*rows, *(sharded.axes(tokens) if tokens else ())]
+    tokens = sharded.get_dividing_axis("act_context", T)
+    spec = _make_partition_spec("batch", tokens, None)
+    split = [*rows, *(sharded.get_mesh_axes(tokens) if tokens else ())]
     # What does not divide by the devices is filled up with tokens of an expert that is nowhere.
     parts = math.prod(mesh.shape[axis] for axis in rows)
     pad = functools.partial(jnp.pad, pad_width=((0, -B % parts), (0, 0), (0, 0)))
     E = kernels[0].shape[0]
     padded = pad(x_BTD), pad(weights_BTA), pad(chosen_BTA, constant_values=E)
     y_BTD, sizes_E = jax.shard_map(
-        local,
-        in_specs=(spec,) * 3 + (jax.tree.map(lambda x: _spec(*x), names, is_leaf=is_names),),
+        compute_local,
+        in_specs=(spec,) * 3
+        + (jax.tree.map(lambda x: _make_partition_spec(*x), names, is_leaf=is_names),),
         out_specs=(spec, jax.sharding.PartitionSpec(expert)),
         check_vma=False,  # the Pallas kernel of the gradient does not say how its results vary
-    )(*padded, (kernels, low))
+    )(*padded, (kernels, lora_factors))
     return y_BTD[:B], sizes_E
 
 
-def _spec(*names: str | None) -> jax.sharding.PartitionSpec:
+def _make_partition_spec(*names: str | None) -> jax.sharding.PartitionSpec:
     spec = nn.logical_to_mesh_axes(names)
     assert spec is not None
     return spec
@@ -194,23 +206,23 @@ class MoE(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(D**-0.5), ("embed", None))
         router_DE: Any = self.param("router", init, (D, E), jnp.float32)
 
-        def kernel(name: str, axes: Any, *shape: int) -> tuple[Kernel, Factors | None]:
+        def make_kernel(name: str, axes: Any, *shape: int) -> tuple[Kernel, Factors | None]:
             init = nn.with_logical_partitioning(fan_in, axes)
-            held: Any = self.param(name, init, shape, jnp.float32)
-            low = factors(self, self.lora, f"{name}_proj", name, shape, axes, x_BTD.dtype)
-            return quantised.cast(held, x_BTD.dtype), low
+            param: Any = self.param(name, init, shape, jnp.float32)
+            low = make_factors(self, self.lora, f"{name}_proj", name, shape, axes, x_BTD.dtype)
+            return quantised.cast_kernel(param, x_BTD.dtype), low
 
-        gate, gate_low = kernel("gate", _GATE_UP, E, D, F)
-        up, up_low = kernel("up", _GATE_UP, E, D, F)
-        down, down_low = kernel("down", _DOWN, E, F, D)
-        x_BTD = sharded.by_tokens(x_BTD, None)
+        gate, gate_low = make_kernel("gate", _GATE_UP, E, D, F)
+        up, up_low = make_kernel("up", _GATE_UP, E, D, F)
+        down, down_low = make_kernel("down", _DOWN, E, F, D)
+        x_BTD = sharded.constrain_activations(x_BTD, None)
         logits_BTE = jnp.einsum(
             "BTD,DE->BTE", x_BTD, router_DE.astype(x_BTD.dtype), preferred_element_type=jnp.float32
         )
-        p_BTE, weights_BTA, chosen_BTA = route(
+        p_BTE, weights_BTA, chosen_BTA = route_tokens(
             logits_BTE, c.num_experts_per_tok, c.norm_topk_prob, replay_BTA
         )
-        y_BTD, sizes_E = experts(
+        y_BTD, sizes_E = compute_experts(
             x_BTD, weights_BTA, chosen_BTA, (gate, up, down), (gate_low, up_low, down_low)
         )
         last = {"init_fn": lambda: None, "reduce_fn": lambda _, new: new}
@@ -218,7 +230,7 @@ class MoE(nn.Module):
         if self.is_mutable_collection(ROUTER):
             real_BT1 = (segments_BT[..., None] > 0).astype(jnp.float32)
             chosen_BTE = jax.nn.one_hot(chosen_BTA, E).sum(axis=2)
-            noted = {
+            stats = {
                 "tokens": jnp.sum(real_BT1),
                 "load_E": jnp.sum(chosen_BTE * real_BT1, axis=(0, 1)),
                 "p_E": jnp.sum(p_BTE * real_BT1, axis=(0, 1)),
@@ -226,12 +238,12 @@ class MoE(nn.Module):
                 "sent": jnp.float32(chosen_BTA.size),
                 "computed": jnp.sum(sizes_E).astype(jnp.float32),
             }
-            for name, value in noted.items():
+            for name, value in stats.items():
                 self.sow(ROUTER, name, value, **last)
         return y_BTD
 
 
-def sums(noted: Mapping[str, Any]) -> dict[str, tuple[jax.Array, jax.Array]]:
+def sum_router_stats(collection: Mapping[str, Any]) -> dict[str, tuple[jax.Array, jax.Array]]:
     """(sum, count) pairs from the collection ROUTER of one forward pass; none of a dense model.
 
     Sums over parts of a batch add up. Divided, they are: "router_entropy" of all experts'
@@ -239,38 +251,38 @@ def sums(noted: Mapping[str, Any]) -> dict[str, tuple[jax.Array, jax.Array]]:
     expert) pairs that no expert computed, 0 by construction; and for `summary` "load_LE", the share
     of tokens that an expert got, and "p_LE", its mean probability.
     """
-    layers = [dict(noted[name]["moe"]) for name in _in_order(noted)]
+    layers = [dict(collection[name]["moe"]) for name in _sort_layer_names(collection)]
     if not layers:
         return {}
 
-    def joined(name: str) -> jax.Array:
+    def concat_layers(name: str) -> jax.Array:
         parts = [layer[name] for layer in layers]
         width = parts[0].shape[-1:] if name.endswith("_E") else ()
         return jnp.concatenate([part.reshape(-1, *width) for part in parts])
 
-    tokens_L, sent_L = joined("tokens"), joined("sent")
+    tokens_L, sent_L = concat_layers("tokens"), concat_layers("sent")
     return {
-        "router_entropy": (jnp.sum(joined("entropy")), jnp.sum(tokens_L)),
-        "expert_dropped": (jnp.sum(sent_L - joined("computed")), jnp.sum(sent_L)),
-        "load_LE": (joined("load_E"), tokens_L[0]),
-        "p_LE": (joined("p_E"), tokens_L[0]),
+        "router_entropy": (jnp.sum(concat_layers("entropy")), jnp.sum(tokens_L)),
+        "expert_dropped": (jnp.sum(sent_L - concat_layers("computed")), jnp.sum(sent_L)),
+        "load_LE": (concat_layers("load_E"), tokens_L[0]),
+        "p_LE": (concat_layers("p_E"), tokens_L[0]),
     }
 
 
-def _in_order(noted: Mapping[str, Any]) -> list[str]:
+def _sort_layer_names(collection: Mapping[str, Any]) -> list[str]:
     """The names of blocks, "layers" or "layers_0" on, in the order of the layers."""
-    return sorted(noted, key=lambda name: int(name.removeprefix("layers").strip("_") or 0))
+    return sorted(collection, key=lambda name: int(name.removeprefix("layers").strip("_") or 0))
 
 
-def chosen(noted: Mapping[str, Any]) -> jax.Array:
+def get_chosen_experts(collection: Mapping[str, Any]) -> jax.Array:
     """The experts of each token and sparse layer [B, T, L, A], int16, from the collection CHOSEN of
     one forward pass: what Qwen3 replays."""
-    layers = [noted[name]["moe"]["experts"] for name in _in_order(noted)]
+    layers = [collection[name]["moe"]["experts"] for name in _sort_layer_names(collection)]
     parts = [x if x.ndim == 4 else x[None] for x in layers]
     return jnp.concatenate(parts).transpose(1, 2, 0, 3).astype(jnp.int16)
 
 
-def summary(load_LE: jax.Array, p_LE: jax.Array) -> dict[str, jax.Array]:
+def summarise_load(load_LE: jax.Array, p_LE: jax.Array) -> dict[str, jax.Array]:
     """How even the load is over a whole batch.
 
     "expert_load_max" and "expert_load_min" are the loads of the busiest and the idlest expert of

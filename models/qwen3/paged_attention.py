@@ -14,40 +14,40 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
-_QUERIES = 512  # tokens of a line that are looked at together where there is no kernel
-_VMEM = 2**26  # bytes of a TPU's fast memory that the kernel may have
+_MAX_QUERIES = 512  # tokens of a line that are looked at together where there is no kernel
+_VMEM_LIMIT = 2**26  # bytes of a TPU's fast memory that the kernel may have
 
 # (q [B, T, N, H], the arrays of a pool, table [R, N] with the layer's pages, length [R],
 #  starts [R + 1], row [B, T], position [B, T]) -> [B, T, N, H]
 Attend = Callable[..., jax.Array]
 
 
-def stored(
-    k_BTKH: jax.Array, v_BTKH: jax.Array, dtype: jnp.dtype, kind: str
+def to_pool_format(
+    k_BTKH: jax.Array, v_BTKH: jax.Array, dtype: jnp.dtype, backend: str
 ) -> tuple[jax.Array, ...]:
     """Keys and values as a pool of this kind keeps them, [B, T, heads, H]; int8 ones with their
     scales [B, T, K]: x = int8 · scale, to half a scale."""
     if dtype == jnp.int8:
-        (k_BTKH, k_BTK), (v_BTKH, v_BTK) = quantise(k_BTKH), quantise(v_BTKH)
+        (k_BTKH, k_BTK), (v_BTKH, v_BTK) = quantise_int8(k_BTKH), quantise_int8(v_BTKH)
         return k_BTKH, v_BTKH, k_BTK, v_BTK
     if dtype == jnp.float8_e4m3fn:  # what is too large for it would be NaN
         most = float(jnp.finfo(dtype).max)
         k_BTKH, v_BTKH = (jnp.clip(x, -most, most) for x in (k_BTKH, v_BTKH))
     k_BTKH, v_BTKH = k_BTKH.astype(dtype), v_BTKH.astype(dtype)
-    if kind != "ragged":
+    if backend != "ragged":
         return k_BTKH, v_BTKH
     B, T, K, H = k_BTKH.shape
     return (jnp.stack([k_BTKH, v_BTKH], axis=3).reshape(B, T, 2 * K, H),)
 
 
-def quantise(x_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+def quantise_int8(x_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
     """int8 [B, T, K, H] and float32 scales [B, T, K]: x = int8 · scale, to half a scale."""
     wide = x_BTKH.astype(jnp.float32)
     scale_BTK = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1), 1e-12) / 127
     return jnp.round(wide / scale_BTK[..., None]).astype(jnp.int8), scale_BTK
 
 
-def plain(
+def attend_plain(
     q_BTNH: jax.Array,
     pools: tuple[jax.Array, ...],
     table_RN: jax.Array,
@@ -59,70 +59,74 @@ def plain(
     """What XLA makes of the formula, row by row and page by page, as far as each row goes. Keys are
     [K, pages, H, page], which CPUs multiply several times faster than the other way round, values
     [K, pages, page, H]; after them their scales, if they are int8."""
-    return _by_row(q_BTNH, pools, table_RN, starts_R, row_BT, position_BT, 1, turned=True)
+    return _attend_by_row(
+        q_BTNH, pools, table_RN, starts_R, row_BT, position_BT, 1, keys_transposed=True
+    )
 
 
-def _by_row(
+def _attend_by_row(
     q_BTNH: jax.Array,
     pools: tuple[jax.Array, ...],
     table_RN: jax.Array,
     starts_R: jax.Array,
     row_BT: jax.Array,
     position_BT: jax.Array,
-    count: int,
-    turned: bool,
+    pages_per_step: int,
+    keys_transposed: bool,
 ) -> jax.Array:
     """`plain` by `count` pages at a time; `turned`: keys are."""
     q_TNH = q_BTNH.reshape(-1, *q_BTNH.shape[2:])
-    T, C = len(q_TNH), 1 if q_BTNH.shape[1] == 1 else min(len(q_TNH), _QUERIES)
+    T, C = len(q_TNH), 1 if q_BTNH.shape[1] == 1 else min(len(q_TNH), _MAX_QUERIES)
     row_T, position_T = row_BT.reshape(-1), position_BT.reshape(-1)
     q_TNH = jnp.pad(q_TNH, ((0, -T % C), (0, 0), (0, 0)))
     row_T, position_T = (jnp.pad(x, (0, -T % C), constant_values=-1) for x in (row_T, position_T))
 
-    def some(row: Any, block: Any, out_TNH: jax.Array) -> jax.Array:
+    def attend_block(row: Any, block: Any, out_TNH: jax.Array) -> jax.Array:
         q_CNH, row_C, position_C, old_CNH = (
             jax.lax.dynamic_slice_in_dim(x, block * C, C)
             for x in (q_TNH, row_T, position_T, out_TNH)
         )
         position_C = jnp.where(row_C == row, position_C, -1)
-        new_CNH = _over_pages(q_CNH, pools, table_RN[row], position_C, count, turned)
+        new_CNH = _attend_pages(
+            q_CNH, pools, table_RN[row], position_C, pages_per_step, keys_transposed
+        )
         new_CNH = jnp.where((row_C == row)[:, None, None], new_CNH, old_CNH)
         return jax.lax.dynamic_update_slice_in_dim(out_TNH, new_CNH, block * C, axis=0)
 
-    def chunk(row: Any, out_TNH: jax.Array) -> jax.Array:
+    def attend_chunk(row: Any, out_TNH: jax.Array) -> jax.Array:
         first, end = starts_R[row], starts_R[row + 1]
         blocks = (first // C, jnp.where(first < end, -(-end // C), 0))
-        return jax.lax.fori_loop(*blocks, lambda block, out: some(row, block, out), out_TNH)
+        return jax.lax.fori_loop(*blocks, lambda block, out: attend_block(row, block, out), out_TNH)
 
-    out_TNH = jax.lax.fori_loop(0, len(table_RN), chunk, jnp.zeros_like(q_TNH))
+    out_TNH = jax.lax.fori_loop(0, len(table_RN), attend_chunk, jnp.zeros_like(q_TNH))
     return out_TNH[:T].reshape(q_BTNH.shape)
 
 
-def _over_pages(
+def _attend_pages(
     q_TNH: jax.Array,
     pools: tuple[jax.Array, ...],
     table_N: jax.Array,
     position_T: jax.Array,
-    count: int,
-    turned: bool,
+    pages_per_step: int,
+    keys_transposed: bool,
 ) -> jax.Array:
     """T tokens of one row, the softmax put together from blocks of `count` of its pages."""
     (T, N, H), K, page = q_TNH.shape, len(pools[1]), pools[1].shape[2]
-    S = count * page
-    table_N = jnp.pad(table_N, (0, -len(table_N) % count))
+    S = pages_per_step * page
+    table_N = jnp.pad(table_N, (0, -len(table_N) % pages_per_step))
     q_KMH = q_TNH.reshape(T, K, N // K, H).transpose(1, 2, 0, 3).reshape(K, -1, H)
     position_M = jnp.tile(position_T, N // K)
 
-    def fetch(x: jax.Array, i: Any) -> jax.Array:
-        if count == 1:
+    def fetch_pages(x: jax.Array, i: Any) -> jax.Array:
+        if pages_per_step == 1:
             return jax.lax.dynamic_slice_in_dim(x, table_N[i], 1, axis=1)[:, 0]
-        x = x[:, jax.lax.dynamic_slice_in_dim(table_N, i * count, count)]
+        x = x[:, jax.lax.dynamic_slice_in_dim(table_N, i * pages_per_step, pages_per_step)]
         return x.reshape(K, S, *x.shape[3:])
 
-    def block(i: Any, carry: Any) -> Any:
+    def add_block(i: Any, carry: Any) -> Any:
         top_KM, sum_KM, out_KMH = carry
-        k, v, *scales = (fetch(x, i).astype(q_TNH.dtype) for x in pools)
-        k_KHS = k if turned else k.swapaxes(1, 2)
+        k, v, *scales = (fetch_pages(x, i).astype(q_TNH.dtype) for x in pools)
+        k_KHS = k if keys_transposed else k.swapaxes(1, 2)
         scores = jnp.einsum("KMH,KHS->KMS", q_KMH, k_KHS, preferred_element_type=jnp.float32)
         scores = scores * H**-0.5
         scores = scores * scales[0][:, None] if scales else scores
@@ -138,24 +142,24 @@ def _over_pages(
     M = q_KMH.shape[1]
     none = (jnp.full((K, M), -jnp.inf), jnp.zeros((K, M)), jnp.zeros((K, M, H)))
     blocks = -(-(jnp.max(position_T) + 1) // S)
-    _, sum_KM, out_KMH = jax.lax.fori_loop(0, blocks, block, none)
+    _, sum_KM, out_KMH = jax.lax.fori_loop(0, blocks, add_block, none)
     out_KMH = (out_KMH / sum_KM[..., None]).astype(q_TNH.dtype)
     return out_KMH.reshape(K, N // K, T, H).transpose(2, 0, 1, 3).reshape(T, N, H)
 
 
-def together(kind: str, page: int, columns: int, decoding: bool) -> int:
+def count_pages_per_fetch(backend: str, page_size: int, columns: int, decoding: bool) -> int:
     """Pages that are fetched at a time, of rows that may have `columns`.
 
     It is always so many, also at the end of a row: the more, the better a kernel hides how long
     memory takes to answer; the fewer, the less is fetched in vain. Decoding reads each row once.
     """
-    if kind == "plain":
+    if backend == "plain":
         return 1
-    tokens = (128 if kind == "gpu" else 512) if decoding else 1024
-    return min(columns, max(1, tokens // page))
+    tokens = (128 if backend == "gpu" else 512) if decoding else 1024
+    return min(columns, max(1, tokens // page_size))
 
 
-def ragged(
+def attend_ragged(
     q_BTNH: jax.Array,
     pools: tuple[jax.Array, ...],
     table_RN: jax.Array,
@@ -174,7 +178,7 @@ def ragged(
     decoding = q_BTNH.shape[1] == 1
     one_R = jnp.minimum(jnp.arange(R + 1, dtype=jnp.int32), 1)
     starts_R = jnp.where(starts_R[-1] == 0, one_R, starts_R)
-    begun = jnp.sum(starts_R[1:] > starts_R[:-1], dtype=jnp.int32)
+    num_rows = jnp.sum(starts_R[1:] > starts_R[:-1], dtype=jnp.int32)
     scale = 1.0 if pool.dtype.itemsize == 1 else None
     out_TNH = ragged_paged_attention(
         q_BTNH.reshape(-1, *q_BTNH.shape[2:]),
@@ -182,19 +186,19 @@ def ragged(
         jnp.maximum(length_R, 1),
         table_RN,
         starts_R,
-        begun[None],
+        num_rows[None],
         sm_scale=q_BTNH.shape[3] ** -0.5,
         k_scale=scale,
         v_scale=scale,
-        num_kv_pages_per_block=together("ragged", pool.shape[1], columns, decoding),
+        num_kv_pages_per_block=count_pages_per_fetch("ragged", pool.shape[1], columns, decoding),
         # Products of a block of tokens with a row's that only one of them may see: in decoding few.
         num_queries_per_block=8 if decoding else min(128, max(32, 1024 // N)),
-        vmem_limit_bytes=_VMEM,
+        vmem_limit_bytes=_VMEM_LIMIT,
     )
     return out_TNH.reshape(q_BTNH.shape)
 
 
-def gpu(
+def attend_gpu(
     q_BTNH: jax.Array,
     pools: tuple[jax.Array, ...],
     table_RN: jax.Array,
@@ -210,11 +214,13 @@ def gpu(
     # Pallas counts bytes to see whether 32 bits are enough for offsets in elements: they are not.
     too_far = keys.dtype.itemsize == 1 and 2**31 < keys.size <= 2**32
     if q_BTNH.shape[1] > 1 or too_far:
-        count = together("gpu", keys.shape[2], table_RN.shape[1], decoding=False)
-        return _by_row(q_BTNH, pools, table_RN, starts_R, row_BT, position_BT, count, turned=False)
+        count = count_pages_per_fetch("gpu", keys.shape[2], table_RN.shape[1], decoding=False)
+        return _attend_by_row(
+            q_BTNH, pools, table_RN, starts_R, row_BT, position_BT, count, keys_transposed=False
+        )
     row_B = row_BT[:, 0]
     table_BN = table_RN[jnp.maximum(row_B, 0)]
-    count = together("gpu", keys.shape[2], table_BN.shape[1], decoding=True)
+    count = count_pages_per_fetch("gpu", keys.shape[2], table_BN.shape[1], decoding=True)
     # Of each split comes a sum, with 16 queries a head: no more splits than keep the device busy.
     splits = min(max(1, 2048 // (len(q_BTNH) * len(keys))), 16, -(-table_BN.shape[1] // count))
     table_BN = jnp.pad(table_BN, ((0, 0), (0, -table_BN.shape[1] % (splits * count))))
@@ -232,4 +238,4 @@ def gpu(
     return out_BNH[:, None]
 
 
-TABLE: dict[str, Attend] = {"plain": plain, "ragged": ragged, "gpu": gpu}
+TABLE: dict[str, Attend] = {"plain": attend_plain, "ragged": attend_ragged, "gpu": attend_gpu}

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from models.qwen3 import grouped
 
-LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}  # of the types that there are
+MAX_VALUES = {"int8": 127.0, "float8_e4m3fn": 448.0}  # of the types that there are
 
 
 @jax.tree_util.register_dataclass
@@ -48,14 +48,14 @@ def is_quantised(x: Any) -> bool:
     return isinstance(x, Quantised)
 
 
-def quantise(kernel: jax.Array, kind: str) -> Quantised:
+def quantise_kernel(kernel: jax.Array, dtype_name: str) -> Quantised:
     """The nearest numbers of dtype `kind` (a key of LARGEST) to kernel / scale."""
     wide = kernel.astype(jnp.float32)
     largest = jnp.max(jnp.abs(wide), axis=-2, keepdims=True)
-    scale = jnp.where(largest > 0, largest / LARGEST[kind], 1)
+    scale = jnp.where(largest > 0, largest / MAX_VALUES[dtype_name], 1)
     ratio = wide / scale
-    ratio = jnp.round(ratio) if kind == "int8" else ratio
-    return Quantised(ratio.astype(kind), scale)
+    ratio = jnp.round(ratio) if dtype_name == "int8" else ratio
+    return Quantised(ratio.astype(dtype_name), scale)
 
 
 def dot(x: jax.Array, kernel: Kernel) -> jax.Array:
@@ -74,18 +74,18 @@ def ragged_dot(x: jax.Array, kernel: Kernel, sizes_E: jax.Array) -> jax.Array:
     """Rows [M, in], grouped by expert, times their expert's kernel [in, out], in x's dtype."""
     if not isinstance(kernel, Quantised):
         return grouped.dot(x, kernel.astype(x.dtype), sizes_E)
-    y = grouped.product(x, kernel.values, sizes_E, dtype=jnp.float32)
+    y = grouped.multiply_groups(x, kernel.values, sizes_E, dtype=jnp.float32)
     experts = jnp.arange(len(sizes_E))
     expert_M = jnp.repeat(experts, sizes_E, total_repeat_length=len(x))
     return (y * kernel.scale[expert_M, 0]).astype(x.dtype)
 
 
-def cast(kernel: Kernel, dtype: jnp.dtype) -> Kernel:
+def cast_kernel(kernel: Kernel, dtype: jnp.dtype) -> Kernel:
     """A float kernel in `dtype`; a quantised one as it is."""
     return kernel if isinstance(kernel, Quantised) else kernel.astype(dtype)
 
 
-def axes(kernel: Kernel, names: tuple[str | None, ...]) -> Any:
+def get_kernel_axes(kernel: Kernel, names: tuple[str | None, ...]) -> Any:
     """The names of a kernel's axes in the structure of the kernel: a scale has no input axis."""
     if not isinstance(kernel, Quantised):
         return names
@@ -97,65 +97,69 @@ def _is_kernel(path: tuple) -> bool:
     return names[-1] == "kernel" or (names[-2:-1] == ["moe"] and names[-1] != "router")
 
 
-def abstract(params: Any, kind: str) -> Any:
+def quantise_shapes(params: Any, dtype_name: str) -> Any:
     """Of parameters' ShapeDtypeStructs, with NamedShardings: those of the quantised model."""
 
-    def one(path: tuple, leaf: Any) -> Any:
+    def quantise_leaf(path: tuple, leaf: Any) -> Any:
         if not _is_kernel(path):
             return leaf
         spec = (*leaf.sharding.spec, *(None,) * (leaf.ndim - len(leaf.sharding.spec)))
         across = NamedSharding(leaf.sharding.mesh, PartitionSpec(*spec[:-2], None, spec[-1]))
         shape = (*leaf.shape[:-2], 1, leaf.shape[-1])
         return Quantised(
-            jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(kind), sharding=leaf.sharding),
+            jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype_name), sharding=leaf.sharding),
             jax.ShapeDtypeStruct(shape, jnp.float32, sharding=across),
         )
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(quantise_leaf, params)
 
 
-def split(param_dtype: Any, computed: jnp.dtype) -> tuple[str | None, jnp.dtype]:
+def split_dtypes(param_dtype: Any, compute_dtype: jnp.dtype) -> tuple[str | None, jnp.dtype]:
     """(8-bit type of the kernels, if `param_dtype` is one; dtype of the other parameters, which is
     then that which the model computes in)."""
     name = jnp.dtype(param_dtype).name
-    kind = name if name in LARGEST else None
-    return kind, jnp.dtype(computed if kind else param_dtype)
+    kernel_dtype = name if name in MAX_VALUES else None
+    return kernel_dtype, jnp.dtype(compute_dtype if kernel_dtype else param_dtype)
 
 
-def tree(params: Any, kind: str | None, dtype: jnp.dtype) -> Any:
+def quantise_params(params: Any, dtype_name: str | None, dtype: jnp.dtype) -> Any:
     """Parameters in `dtype`, their kernels quantised to `kind` if there is one; those that are
     already stay as they are."""
 
-    def one(path: tuple, x: Kernel) -> Kernel:
+    def quantise_leaf(path: tuple, x: Kernel) -> Kernel:
         if isinstance(x, Quantised):
             return x
-        return quantise(x, kind) if kind and _is_kernel(path) else x.astype(dtype)
+        return (
+            quantise_kernel(x, dtype_name) if dtype_name and _is_kernel(path) else x.astype(dtype)
+        )
 
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_quantised)
+    return jax.tree_util.tree_map_with_path(quantise_leaf, params, is_leaf=is_quantised)
 
 
-def put(kernel: jax.Array, like: Quantised) -> Quantised:
+def quantise_onto(kernel: jax.Array, like: Quantised) -> Quantised:
     """Quantises a kernel as `like`, ShapeDtypeStructs that say the dtypes and the shardings."""
-    convert = jax.jit(quantise, static_argnums=1, out_shardings=_shardings(like))
+    convert = jax.jit(quantise_kernel, static_argnums=1, out_shardings=_get_shardings(like))
     return convert(kernel, like.values.dtype.name)
 
 
-def stack(kernels: Iterable[jax.Array], like: Quantised) -> Quantised:
+def quantise_stack(kernels: Iterable[jax.Array], like: Quantised) -> Quantised:
     """`put` of kernels [..., in, out] as they come, into one stack of them [L, ..., in, out]."""
-    put_at = _put_at(like.values.dtype.name, _shardings(like))
-    found = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), like)
+    write_layer = _make_layer_writer(like.values.dtype.name, _get_shardings(like))
+    stacked = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), like)
     for layer, kernel in enumerate(kernels):
-        found = put_at(jnp.int32(layer), found, kernel)
-    return found
+        stacked = write_layer(jnp.int32(layer), stacked, kernel)
+    return stacked
 
 
-def _shardings(like: Quantised) -> Quantised:
+def _get_shardings(like: Quantised) -> Quantised:
     return jax.tree.map(lambda x: x.sharding, like)
 
 
 @functools.cache  # so that kernels of one shape share a compilation
-def _put_at(kind: str, shardings: Quantised) -> Callable[..., Quantised]:
-    def put_at(layer: jax.Array, stack: Quantised, kernel: jax.Array) -> Quantised:
-        return jax.tree.map(lambda whole, x: whole.at[layer].set(x), stack, quantise(kernel, kind))
+def _make_layer_writer(dtype_name: str, shardings: Quantised) -> Callable[..., Quantised]:
+    def write_layer(layer: jax.Array, stack: Quantised, kernel: jax.Array) -> Quantised:
+        return jax.tree.map(
+            lambda whole, x: whole.at[layer].set(x), stack, quantise_kernel(kernel, dtype_name)
+        )
 
-    return jax.jit(put_at, donate_argnums=1, out_shardings=shardings)
+    return jax.jit(write_layer, donate_argnums=1, out_shardings=shardings)

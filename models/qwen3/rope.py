@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.qwen3 import sharded
-from models.qwen3.config import Config, Scaling
+from models.qwen3.config import Config, RopeScaling
 
 
-def frequencies(c: Config) -> tuple[np.ndarray, float]:
+def compute_frequencies(c: Config) -> tuple[np.ndarray, float]:
     """Radians a position of each pair of dimensions, float64 [H/2], and the factor on cos and sin.
 
     Linear scaling divides every frequency by the factor (arXiv 2306.15595). YaRN (arXiv 2309.00071,
@@ -26,43 +26,43 @@ def frequencies(c: Config) -> tuple[np.ndarray, float]:
     if s.rope_type == "linear":
         return plain / s.factor, 1.0
 
-    def pair_that_turns(times: float) -> float:
-        wavelength = s.original_max_position_embeddings / times
+    def find_correction_dim(num_turns: float) -> float:
+        wavelength = s.original_max_position_embeddings / num_turns
         return pairs * math.log(wavelength / (2 * math.pi)) / math.log(c.rope_theta)
 
-    low, high = pair_that_turns(s.beta_fast), pair_that_turns(s.beta_slow)
+    low, high = find_correction_dim(s.beta_fast), find_correction_dim(s.beta_slow)
     if s.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, c.head_dim - 1)
     high += 0.001 if low == high else 0
     divided = np.clip((np.arange(pairs) - low) / (high - low), 0, 1)
-    return plain * (1 - divided) + plain / s.factor * divided, _attention_factor(s)
+    return plain * (1 - divided) + plain / s.factor * divided, _compute_attention_factor(s)
 
 
-def _attention_factor(s: Scaling) -> float:
-    def growth(mscale: float) -> float:
+def _compute_attention_factor(s: RopeScaling) -> float:
+    def get_mscale(mscale: float) -> float:
         return 0.1 * mscale * math.log(s.factor) + 1
 
     if s.attention_factor is not None:
         return s.attention_factor
     if s.mscale and s.mscale_all_dim:
-        return growth(s.mscale) / growth(s.mscale_all_dim)
-    return growth(1)
+        return get_mscale(s.mscale) / get_mscale(s.mscale_all_dim)
+    return get_mscale(1)
 
 
-def rotary(positions_BT: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
+def compute_rotary(positions_BT: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines [B, T, 1, H/2] in float32.
 
     Angles are products in float32, as everywhere that these models were trained: at position p
     they are right to p · 2⁻²³ radians, 0.016 at 131,072.
     """
-    exact, factor = frequencies(config)
+    exact, factor = compute_frequencies(config)
     turns_H = jnp.asarray(exact, jnp.float32)[None, None, None]
     angles = positions_BT[..., None, None].astype(jnp.float32) * turns_H
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+def apply_rotary(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates pairs (i, i + H/2), Hugging Face's order of the head's dimensions.
 
     The halves are joined along an axis of their own: where they are concatenated, a TPU's compiler
@@ -72,6 +72,6 @@ def rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     cos, sin = (r.astype(x_BTNH.dtype) for r in rope)
     low, high = jnp.split(x_BTNH, 2, axis=-1)
     halves = (low * cos - high * sin, high * cos + low * sin)
-    if sharded.parts("act_heads") > 1:
+    if sharded.count_shards("act_heads") > 1:
         return jnp.concatenate(halves, axis=-1)
     return jnp.stack(halves, axis=-2).reshape(x_BTNH.shape)

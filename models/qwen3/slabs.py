@@ -23,15 +23,15 @@ import jax
 import jax.numpy as jnp
 
 from models.qwen3 import sharded
-from models.qwen3.attention import softmax
+from models.qwen3.attention import masked_softmax
 from models.qwen3.config import Config
-from models.qwen3.paged_attention import quantise
+from models.qwen3.paged_attention import quantise_int8
 
-NARROWEST = 128  # tokens of a block that is not worth making smaller
-BLOCKS = 4  # at most
+MIN_BLOCK_TOKENS = 128  # tokens of a block that is not worth making smaller
+MAX_BLOCKS = 4  # at most
 
 # Where the axes of [rows, T, K, H] (scales: [rows, T, K]) go.
-_ORDER = {
+_AXIS_ORDER = {
     "keys": (0, 2, 3, 1),
     "values": (0, 2, 1, 3),
     "key_scales": (0, 2, 1),
@@ -41,7 +41,7 @@ _ORDER = {
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Line:
+class PackedPrompts:
     """Prompts, or pieces of them, one behind the other in a line of T tokens for each shard."""
 
     slab_XR: jax.Array  # int32: the slab of each prompt; behind the last one anything
@@ -53,13 +53,13 @@ class Line:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Recent:
+class SegmentBuffer:
     """What the current segment has added: layer -> arrays as in a slab of W tokens."""
 
     arrays: dict[str, tuple[jax.Array, ...]]
     step: jax.Array  # int32 scalar
     length_B: jax.Array  # int32: tokens of each row in its slab
-    further: jax.Array  # int32 scalar: blocks behind the first that hold any of them
+    last_block: jax.Array  # int32 scalar: blocks behind the first that hold any of them
 
 
 @jax.tree_util.register_dataclass
@@ -69,15 +69,15 @@ class Slabs:
     they are int8, float32 scales [B, K, S]."""
 
     arrays: dict[str, tuple[tuple[jax.Array, ...], ...]]
-    line: Line | None = None
-    recent: Recent | None = None
+    packed: PackedPrompts | None = None
+    segment_buffer: SegmentBuffer | None = None
 
     @property
-    def sizes(self) -> list[int]:
+    def block_lengths(self) -> list[int]:
         """Tokens of each block."""
         return [block.shape[3] for block in self.arrays["keys"][0]]
 
-    def at(
+    def bind_tokens(
         self,
         table_RN: jax.Array,
         length_R: jax.Array,
@@ -90,61 +90,67 @@ class Slabs:
         X = len(starts_XR)
         count_XR = starts_XR[:, 1:] - starts_XR[:, :-1]
         position_XR = length_R.reshape(X, -1) - count_XR
-        line = Line(table_RN[:, 0].reshape(X, -1), starts_XR[:, :-1], count_XR, position_XR, row_XT)
-        return dataclasses.replace(self, line=line)
+        line = PackedPrompts(
+            table_RN[:, 0].reshape(X, -1), starts_XR[:, :-1], count_XR, position_XR, row_XT
+        )
+        return dataclasses.replace(self, packed=line)
 
-    def begin(self, length_B: jax.Array, steps: int) -> "Slabs":
+    def begin_segment(self, length_B: jax.Array, steps: int) -> "Slabs":
         """For a segment of at most `steps` calls of the model, each with the next token of every
         row."""
 
-        def buffer(name: str, block: jax.Array) -> jax.Array:
+        def make_buffer(name: str, block: jax.Array) -> jax.Array:
             shape = list(block.shape)
-            shape[_axis(name) + 1] = steps
+            shape[_get_token_axis(name) + 1] = steps
             return jnp.zeros(shape, block.dtype)
 
         arrays = {
-            name: tuple(buffer(name, blocks[0]) for blocks in layers)
+            name: tuple(make_buffer(name, blocks[0]) for blocks in layers)
             for name, layers in self.arrays.items()
         }
-        ends = jnp.cumsum(jnp.array(self.sizes, jnp.int32))[:-1]
+        ends = jnp.cumsum(jnp.array(self.block_lengths, jnp.int32))[:-1]
         further = jnp.sum(jnp.max(length_B) > ends, dtype=jnp.int32)
-        return dataclasses.replace(self, recent=Recent(arrays, jnp.int32(-1), length_B, further))
+        return dataclasses.replace(
+            self, segment_buffer=SegmentBuffer(arrays, jnp.int32(-1), length_B, further)
+        )
 
-    def step(self, table_RN: jax.Array, length_R: jax.Array) -> "Slabs":
+    def bind_next_tokens(self, table_RN: jax.Array, length_R: jax.Array) -> "Slabs":
         """For the next token of each row."""
         del table_RN, length_R  # all rows write at one place, and end where they began the segment
-        assert self.recent is not None
-        recent = dataclasses.replace(self.recent, step=self.recent.step + 1)
-        return dataclasses.replace(self, recent=recent)
+        assert self.segment_buffer is not None
+        recent = dataclasses.replace(self.segment_buffer, step=self.segment_buffer.step + 1)
+        return dataclasses.replace(self, segment_buffer=recent)
 
-    def bare(self) -> "Slabs":
+    def unbind_tokens(self) -> "Slabs":
         """Without what `at` said."""
-        return dataclasses.replace(self, line=None)
+        return dataclasses.replace(self, packed=None)
 
-    def end(self, count_B: jax.Array) -> "Slabs":
+    def end_segment(self, count_B: jax.Array) -> "Slabs":
         """Ends a segment: moves its first count_B tokens into the slabs."""
-        assert self.recent is not None
-        recent = self.recent
-        sizes = self.sizes
+        assert self.segment_buffer is not None
+        recent = self.segment_buffer
+        sizes = self.block_lengths
 
-        def local(slabs: Any, new: Any, length_B: jax.Array, count_B: jax.Array) -> Any:
-            def row(b: jax.Array, slabs: Any) -> Any:
-                def place(name: str, blocks: tuple, layer: jax.Array) -> tuple:
+        def flush_local(slabs: Any, new: Any, length_B: jax.Array, count_B: jax.Array) -> Any:
+            def flush_row(b: jax.Array, slabs: Any) -> Any:
+                def flush_array(name: str, blocks: tuple, layer: jax.Array) -> tuple:
                     source = jax.lax.dynamic_index_in_dim(layer, b, keepdims=False)
                     at = b, jnp.int32(0), count_B[b], length_B[b]
-                    return _placed(blocks, sizes, _axis(name), source, *at)
+                    return _write_tokens(blocks, sizes, _get_token_axis(name), source, *at)
 
                 return {
-                    name: tuple(map(lambda x, y, n=name: place(n, x, y), slabs[name], new[name]))
+                    name: tuple(
+                        map(lambda x, y, n=name: flush_array(n, x, y), slabs[name], new[name])
+                    )
                     for name in slabs
                 }
 
-            return jax.lax.fori_loop(0, count_B.shape[0], row, slabs)
+            return jax.lax.fori_loop(0, count_B.shape[0], flush_row, slabs)
 
-        arrays = _by_shard(local, self.arrays, recent.arrays, recent.length_B, count_B)
-        return dataclasses.replace(self, arrays=arrays, recent=None).constrained()
+        arrays = _map_shards(flush_local, self.arrays, recent.arrays, recent.length_B, count_B)
+        return dataclasses.replace(self, arrays=arrays, segment_buffer=None).constrain_sharding()
 
-    def update(
+    def write_and_attend(
         self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array
     ) -> tuple[jax.Array, "Slabs"]:
         """Stores what a call of the model adds to a layer, keys and values [rows, T, K, H], and
@@ -153,24 +159,24 @@ class Slabs:
         # A slab is used again without being cleared, and a weight of 0 does not silence a NaN.
         new = {"keys": jnp.where(bad, jnp.nan, k), "values": jnp.where(bad, 0, v)}
         if "key_scales" in self.arrays:
-            new["keys"], new["key_scales"] = quantise(k)
-            new["values"], new["value_scales"] = quantise(v)
+            new["keys"], new["key_scales"] = quantise_int8(k)
+            new["values"], new["value_scales"] = quantise_int8(v)
         dtype = self.arrays["keys"][0][0].dtype
         new = {
-            name: x.transpose(_ORDER[name]).astype(jnp.float32 if "scales" in name else dtype)
+            name: x.transpose(_AXIS_ORDER[name]).astype(jnp.float32 if "scales" in name else dtype)
             for name, x in new.items()
         }
-        if self.recent is not None:
+        if self.segment_buffer is not None:
             return self._decode(layer, q, new)
-        assert self.line is not None
-        return self._read(layer, q, new)
+        assert self.packed is not None
+        return self._prefill(layer, q, new)
 
     def _decode(self, layer: int, q_B1NH: jax.Array, new: dict) -> tuple[jax.Array, "Slabs"]:
-        recent = self.recent
+        recent = self.segment_buffer
         assert recent is not None
         arrays = {}
         for name, x in new.items():
-            layers, axis = recent.arrays[name], _axis(name) + 1
+            layers, axis = recent.arrays[name], _get_token_axis(name) + 1
             into = jax.lax.dynamic_update_slice_in_dim(layers[layer], x, recent.step, axis)
             arrays[name] = (*layers[:layer], into, *layers[layer + 1 :])
         recent = dataclasses.replace(recent, arrays=arrays)
@@ -179,108 +185,124 @@ class Slabs:
         K, steps = new["keys"].shape[1], new["keys"].shape[3]
         q_BKMH = q_B1NH.reshape(B, K, N // K, H)
 
-        def over(count: int) -> jax.Array:
+        def attend_first_blocks(count: int) -> jax.Array:
             parts, masks, first = [], [], 0
-            for block, size in enumerate(self.sizes[:count]):
+            for block, size in enumerate(self.block_lengths[:count]):
                 parts.append({name: layers[layer][block] for name, layers in self.arrays.items()})
                 masks.append((first + jnp.arange(size))[None] < recent.length_B[:, None])
                 first += size
             now_W = jnp.arange(steps) <= recent.step
             masks.append(jnp.broadcast_to(now_W[None], (B, steps)))
-            return _attend(q_BKMH, [*parts, new], jnp.concatenate(masks, axis=1)[:, None, None])
+            return _attend_blocks(
+                q_BKMH, [*parts, new], jnp.concatenate(masks, axis=1)[:, None, None]
+            )
 
-        choices = [functools.partial(over, count) for count in range(1, len(self.sizes) + 1)]
-        out_BKMH = jax.lax.switch(recent.further, choices)
-        return out_BKMH.reshape(B, 1, N, H), dataclasses.replace(self, recent=recent)
+        choices = [
+            functools.partial(attend_first_blocks, count)
+            for count in range(1, len(self.block_lengths) + 1)
+        ]
+        out_BKMH = jax.lax.switch(recent.last_block, choices)
+        return out_BKMH.reshape(B, 1, N, H), dataclasses.replace(self, segment_buffer=recent)
 
-    def _read(self, layer: int, q_XTNH: jax.Array, new: dict) -> tuple[jax.Array, "Slabs"]:
-        def local(slabs: Any, new: Any, line: Line, q_XTNH: jax.Array) -> tuple[jax.Array, Any]:
-            line = jax.tree.map(lambda x: x[0], line)  # a shard has one
-            out_TNH = _attend_line(q_XTNH[0], new, slabs, line)
+    def _prefill(self, layer: int, q_XTNH: jax.Array, new: dict) -> tuple[jax.Array, "Slabs"]:
+        def prefill_local(
+            slabs: Any, new: Any, packed: PackedPrompts, q_XTNH: jax.Array
+        ) -> tuple[jax.Array, Any]:
+            packed = jax.tree.map(lambda x: x[0], packed)  # a shard has one
+            out_TNH = _attend_prompts(q_XTNH[0], new, slabs, packed)
 
-            def prompt(r: jax.Array, slabs: Any) -> Any:
-                at = line.slab_XR[r], line.start_XR[r], line.count_XR[r], line.position_XR[r]
+            def write_prompt(r: jax.Array, slabs: Any) -> Any:
+                at = (
+                    packed.slab_XR[r],
+                    packed.start_XR[r],
+                    packed.count_XR[r],
+                    packed.position_XR[r],
+                )
                 return {
-                    name: _placed(blocks, self.sizes, _axis(name), new[name][0], *at)
+                    name: _write_tokens(
+                        blocks, self.block_lengths, _get_token_axis(name), new[name][0], *at
+                    )
                     for name, blocks in slabs.items()
                 }
 
-            prompts = jnp.sum(line.count_XR > 0)
-            return out_TNH[None], jax.lax.fori_loop(0, prompts, prompt, slabs)
+            num_prompts = jnp.sum(packed.count_XR > 0)
+            return out_TNH[None], jax.lax.fori_loop(0, num_prompts, write_prompt, slabs)
 
         own = {name: layers[layer] for name, layers in self.arrays.items()}
-        out, own = _by_shard(local, own, new, self.line, q_XTNH, first="out")
+        out, own = _map_shards(prefill_local, own, new, self.packed, q_XTNH, leading_output="out")
         arrays = {
             name: (*layers[:layer], own[name], *layers[layer + 1 :])
             for name, layers in self.arrays.items()
         }
         return out, dataclasses.replace(self, arrays=arrays)
 
-    def copy(self, source_XC: jax.Array, target_XC: jax.Array) -> "Slabs":
+    def copy_pages(self, source_XC: jax.Array, target_XC: jax.Array) -> "Slabs":
         """With slab target_XC[x, c] of shard x as its slab source_XC[x, c] was; -1: none, and only
         at the end."""
 
-        def local(slabs: Any, source_XC: jax.Array, target_XC: jax.Array) -> Any:
+        def copy_local(slabs: Any, source_XC: jax.Array, target_XC: jax.Array) -> Any:
             source_C, target_C = source_XC[0], target_XC[0]
 
-            def one(i: jax.Array, slabs: Any) -> Any:
-                def moved(x: jax.Array) -> jax.Array:
+            def copy_slab(i: jax.Array, slabs: Any) -> Any:
+                def copy_array(x: jax.Array) -> jax.Array:
                     row = jax.lax.dynamic_slice_in_dim(x, source_C[i], 1)
                     return jax.lax.dynamic_update_slice_in_dim(x, row, target_C[i], 0)
 
-                return jax.tree.map(moved, slabs)
+                return jax.tree.map(copy_array, slabs)
 
-            return jax.lax.fori_loop(0, jnp.sum(source_C >= 0), one, slabs)
+            return jax.lax.fori_loop(0, jnp.sum(source_C >= 0), copy_slab, slabs)
 
-        copied = _by_shard(local, self.arrays, source_XC, target_XC)
+        copied = _map_shards(copy_local, self.arrays, source_XC, target_XC)
         return dataclasses.replace(self, arrays=copied)
 
-    def resize(self, rows_XR: jax.Array) -> "Slabs":
+    def gather_rows(self, rows_XR: jax.Array) -> "Slabs":
         """With other rows: entry i of a shard is its slab rows_XR[x, i]; -1: any."""
 
-        def local(slabs: Any, rows_XR: jax.Array) -> Any:
+        def gather_local(slabs: Any, rows_XR: jax.Array) -> Any:
             return jax.tree.map(lambda x: x[jnp.maximum(rows_XR[0], 0)], slabs)
 
-        return dataclasses.replace(self, arrays=_by_shard(local, self.arrays, rows_XR))
+        return dataclasses.replace(self, arrays=_map_shards(gather_local, self.arrays, rows_XR))
 
-    def constrained(self) -> "Slabs":
+    def constrain_sharding(self) -> "Slabs":
         """With its rows and heads split over the mesh."""
 
-        def one(x: jax.Array) -> jax.Array:
+        def constrain_array(x: jax.Array) -> jax.Array:
             return nn.with_logical_constraint(x, ("batch", "act_heads", *[None] * (x.ndim - 2)))
 
-        return dataclasses.replace(self, arrays=jax.tree.map(one, self.arrays))
+        return dataclasses.replace(self, arrays=jax.tree.map(constrain_array, self.arrays))
 
 
 def init_slabs(config: Config, rows: int, tokens: int, dtype: jnp.dtype) -> Slabs:
     """Empty slabs of `tokens` tokens, of keys and values that are floating point or int8."""
     L, K, H = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-    names = [name for name in _ORDER if "scales" not in name or dtype == jnp.int8]
+    names = [name for name in _AXIS_ORDER if "scales" not in name or dtype == jnp.int8]
 
-    def zeros(name: str, S: int) -> jax.Array:
+    def make_zeros(name: str, S: int) -> jax.Array:
         shape = (rows, S, K) if "scales" in name else (rows, S, K, H)
-        of = jnp.float32 if "scales" in name else dtype
-        return jnp.zeros([shape[axis] for axis in _ORDER[name]], of)
+        array_dtype = jnp.float32 if "scales" in name else dtype
+        return jnp.zeros([shape[axis] for axis in _AXIS_ORDER[name]], array_dtype)
 
-    sizes = block_sizes(tokens)
-    arrays = {name: tuple(tuple(zeros(name, S) for S in sizes) for _ in range(L)) for name in names}
-    return Slabs(arrays).constrained()
+    sizes = choose_block_sizes(tokens)
+    arrays = {
+        name: tuple(tuple(make_zeros(name, S) for S in sizes) for _ in range(L)) for name in names
+    }
+    return Slabs(arrays).constrain_sharding()
 
 
-def block_sizes(tokens: int) -> list[int]:
+def choose_block_sizes(tokens: int) -> list[int]:
     """Tokens of each block of a slab: an eighth, an eighth, a quarter and half, about."""
     ends = [max(tokens, 1)]
-    while ends[0] >= 2 * NARROWEST and len(ends) < BLOCKS:
+    while ends[0] >= 2 * MIN_BLOCK_TOKENS and len(ends) < MAX_BLOCKS:
         ends.insert(0, -(-ends[0] // 2))
     return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
 
 
-def _axis(name: str) -> int:
+def _get_token_axis(name: str) -> int:
     """Which axis the tokens of one slab lie along."""
-    return _ORDER[name].index(1) - 1
+    return _AXIS_ORDER[name].index(1) - 1
 
 
-def _placed(
+def _write_tokens(
     blocks: tuple[jax.Array, ...],
     sizes: list[int],
     axis: int,
@@ -292,78 +314,80 @@ def _placed(
 ) -> tuple[jax.Array, ...]:
     """Tokens [start, start + count) of `source`, which has tokens along `axis`, at `position` of a
     slab: in a window of each block, around what it holds already."""
-    tokens, found, first = source.shape[axis], [], 0
+    tokens, written, first = source.shape[axis], [], 0
     for block, size in zip(blocks, sizes, strict=True):
         width = min(tokens, size)
         padding = [(0, 0)] * source.ndim
         padding[axis] = (width, width)
         begin = jnp.clip(position - first, 0, size - width)  # of the window, in the block
-        ahead = first + begin - position  # of the window, behind the piece's first token
+        offset = first + begin - position  # of the window, behind the piece's first token
         piece = jnp.pad(source, padding)
-        shift = jnp.clip(start + ahead + width, 0, tokens + width)
+        shift = jnp.clip(start + offset + width, 0, tokens + width)
         piece = jax.lax.dynamic_slice_in_dim(piece, shift, width, axis)
-        index = ahead + jnp.arange(width)
-        mine = (index >= 0) & (index < count)
-        mine = mine.reshape([-1 if i == axis else 1 for i in range(source.ndim)])
+        index = offset + jnp.arange(width)
+        in_piece = (index >= 0) & (index < count)
+        in_piece = in_piece.reshape([-1 if i == axis else 1 for i in range(source.ndim)])
         at = [slab, *[jnp.int32(0)] * source.ndim]
         at[axis + 1] = begin
         shape = [1, *source.shape]
         shape[axis + 1] = width
         old = jax.lax.dynamic_slice(block, at, shape)
-        new = jnp.where(mine[None], piece[None], old)
-        found.append(jax.lax.dynamic_update_slice(block, new, at))
+        new = jnp.where(in_piece[None], piece[None], old)
+        written.append(jax.lax.dynamic_update_slice(block, new, at))
         first += size
-    return tuple(found)
+    return tuple(written)
 
 
-def _attend(q_BKMH: jax.Array, parts: list[dict], mask: jax.Array) -> jax.Array:
+def _attend_blocks(q_BKMH: jax.Array, parts: list[dict], mask: jax.Array) -> jax.Array:
     """Queries over the tokens of all parts: [B, K, M, H]. The mask is as wide as all of them."""
     dtype, scores, H = q_BKMH.dtype, [], q_BKMH.shape[-1]
     for part in parts:
-        of = jnp.einsum(
+        part_scores = jnp.einsum(
             "BKMH,BKHS->BKMS",
             q_BKMH,
             part["keys"].astype(dtype),
             preferred_element_type=jnp.float32,
         )
-        of = of * H**-0.5
-        scores.append(of * part["key_scales"][:, :, None] if "key_scales" in part else of)
-    weights = softmax(jnp.concatenate(scores, axis=-1), mask)
+        part_scores = part_scores * H**-0.5
+        scores.append(
+            part_scores * part["key_scales"][:, :, None] if "key_scales" in part else part_scores
+        )
+    weights = masked_softmax(jnp.concatenate(scores, axis=-1), mask)
     out, first = jnp.float32(0), 0
     for part in parts:
         size = part["keys"].shape[3]
-        of = weights[..., first : first + size]
+        part_scores = weights[..., first : first + size]
         if "value_scales" in part:
-            of = of * part["value_scales"][:, :, None]
+            part_scores = part_scores * part["value_scales"][:, :, None]
         values = part["values"].astype(dtype)
         added = jnp.einsum(
-            "BKMS,BKSH->BKMH", of.astype(dtype), values, preferred_element_type=jnp.float32
+            "BKMS,BKSH->BKMH", part_scores.astype(dtype), values, preferred_element_type=jnp.float32
         )
         out, first = out + added, first + size
     return out.astype(dtype)
 
 
-def _attend_line(q_TNH: jax.Array, new: dict, slabs: dict, line: Line) -> jax.Array:
+def _attend_prompts(q_TNH: jax.Array, new: dict, slabs: dict, packed: PackedPrompts) -> jax.Array:
     """Tokens of a line over earlier ones of their own prompt: of the line, and, where its first
     prompt was begun before, of that one's slab."""
     T, N, H = q_TNH.shape
     K = new["keys"].shape[1]
     q_1KMH = q_TNH.reshape(T, K, N // K, H).transpose(1, 2, 0, 3).reshape(1, K, -1, H)
-    row_T = line.row_XT
+    row_T = packed.row_XT
     own_TT = (row_T[:, None] == row_T[None]) & (jnp.arange(T)[:, None] >= jnp.arange(T)[None])
-    before = line.position_XR[0]
+    before = packed.position_XR[0]
 
-    def repeated(mask_TS: jax.Array) -> jax.Array:
+    def repeat_mask(mask_TS: jax.Array) -> jax.Array:
         return jnp.tile(mask_TS, (N // K, 1))[None, None]
 
-    def alone() -> jax.Array:
-        return _attend(q_1KMH, [new], repeated(own_TT))
+    def attend_new_only() -> jax.Array:
+        return _attend_blocks(q_1KMH, [new], repeat_mask(own_TT))
 
-    def behind() -> jax.Array:
+    def attend_with_prefix() -> jax.Array:
         parts, masks, first = [], [], 0
         for block in range(len(slabs["keys"])):
             part = {
-                name: jax.lax.dynamic_slice_in_dim(blocks[block], line.slab_XR[0], 1)
+                name: jax.lax.dynamic_slice_in_dim(blocks[block], packed.slab_XR[0], 1)
                 for name, blocks in slabs.items()
             }
             size = part["keys"].shape[3]
@@ -371,29 +395,29 @@ def _attend_line(q_TNH: jax.Array, new: dict, slabs: dict, line: Line) -> jax.Ar
             masks.append((row_T == 0)[:, None] & ((first + jnp.arange(size)) < before)[None])
             first += size
         mask = jnp.concatenate([*masks, own_TT], axis=1)
-        return _attend(q_1KMH, [*parts, new], repeated(mask))
+        return _attend_blocks(q_1KMH, [*parts, new], repeat_mask(mask))
 
-    out_1KMH = jax.lax.cond(before > 0, behind, alone)
+    out_1KMH = jax.lax.cond(before > 0, attend_with_prefix, attend_new_only)
     return out_1KMH.reshape(K, N // K, T, H).transpose(2, 0, 1, 3).reshape(T, N, H)
 
 
-def _by_shard(function: Callable, slabs: Any, *others: Any, first: str = "") -> Any:
+def _map_shards(function: Callable, slabs: Any, *others: Any, leading_output: str = "") -> Any:
     """`function` of each device's own slabs and of its part of the other arrays, whose first axis
     is that of rows or lines, and whose second, if there are more than two, that of heads (queries:
     the third). `first`: what it returns begins with something like queries."""
-    rows, heads = sharded.axes("batch"), sharded.axes("act_heads")
+    rows, heads = sharded.get_mesh_axes("batch"), sharded.get_mesh_axes("act_heads")
     if not rows:  # no mesh, or no rules that give it a meaning
         return function(slabs, *others)
     P = jax.sharding.PartitionSpec
 
-    def spec(x: Any) -> P:
+    def make_spec(x: Any) -> P:
         return P(rows, heads) if x.ndim > 2 and x.dtype != jnp.int32 else P(rows)
 
     queries = P(rows, None, heads)
-    specs = [jax.tree.map(spec, tree) for tree in (slabs, *others)]
-    if first:
+    specs = [jax.tree.map(make_spec, tree) for tree in (slabs, *others)]
+    if leading_output:
         specs[-1] = queries
-    out = (queries, specs[0]) if first else specs[0]
+    out = (queries, specs[0]) if leading_output else specs[0]
     return jax.shard_map(function, in_specs=tuple(specs), out_specs=out, check_vma=False)(
         slabs, *others
     )

@@ -31,7 +31,7 @@ from models.qwen3.quantised import is_quantised
 
 # path in the parameters -> (name in the checkpoint, stored transposed: torch keeps [out, in]).
 # Each {} of a name is a leading axis of the stacked parameter: the layer, then the expert.
-TABLE: dict[tuple[str, ...], tuple[str, bool]] = {
+TENSOR_NAMES: dict[tuple[str, ...], tuple[str, bool]] = {
     ("embed",): ("model.embed_tokens.weight", False),
     ("head",): ("lm_head.weight", False),
     ("final_norm", "scale"): ("model.norm.weight", False),
@@ -54,7 +54,7 @@ TABLE: dict[tuple[str, ...], tuple[str, bool]] = {
 
 _FLOATS = ("F64", "F32", "F16", "BF16")  # what weights may be stored in
 
-FACTORS = {"a": "lora_A.weight", "b": "lora_B.weight"}
+FACTOR_NAMES = {"a": "lora_A.weight", "b": "lora_B.weight"}
 
 Box = tuple[tuple[int, int], ...]  # of an array: [begin, end) on each axis
 
@@ -62,7 +62,7 @@ SHARD_BYTES = 5 * 10**9  # Hugging Face's customary size of one file
 PIECE_BYTES = 2**22  # of layers that are small, so many go to the devices together
 
 
-def _files(directory: Path) -> dict[Path, list[str]]:
+def _list_files(directory: Path) -> dict[Path, list[str]]:
     """The files of a model, and the tensors that an index, if there is one, places in each."""
     index = directory / "model.safetensors.index.json"
     if not index.is_file():
@@ -77,7 +77,7 @@ def _files(directory: Path) -> dict[Path, list[str]]:
 
 
 @contextlib.contextmanager
-def opened(files: dict[Path, list[str]]) -> Iterator[dict[str, Any]]:
+def open_tensors(files: dict[Path, list[str]]) -> Iterator[dict[str, Any]]:
     """Tensor name -> handle with .get_shape(), .get_dtype() and slicing, over all of `files`; what
     each must hold stands beside it."""
     with contextlib.ExitStack() as stack:
@@ -89,21 +89,21 @@ def opened(files: dict[Path, list[str]]) -> Iterator[dict[str, Any]]:
                 handle = stack.enter_context(safe_open(file, framework="numpy"))
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: not a readable safetensors file ({error})") from None
-            held = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-            absent = [name for name in placed if name not in held]
+            file_slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            absent = [name for name in placed if name not in file_slices]
             if absent:
                 raise UserError(
                     f"{file}: tensor {absent[0]} is missing, which the index says it has"
                 )
-            slices |= held
+            slices |= file_slices
         yield slices
 
 
-def require(directory: Path, slices: dict[str, Any], config: Config, shapes: Any) -> None:
+def check_tensors(directory: Path, slices: dict[str, Any], config: Config, shapes: Any) -> None:
     """Refuses tensors that are missing, extra, misshapen or no floats, before any is read."""
     expected = {}
-    for path, leaf in _leaves(shapes):
-        name, transposed = entry(path)
+    for path, leaf in _list_leaves(shapes):
+        name, transposed = lookup_tensor(path)
         stacked = name.count("{}")
         shape = leaf.shape[stacked:]
         for place in np.ndindex(leaf.shape[:stacked]):
@@ -123,29 +123,29 @@ def require(directory: Path, slices: dict[str, Any], config: Config, shapes: Any
         raise UserError(f"{directory}: tensor {extra[0]} is no part of this Qwen3")
 
 
-def check(directory: str | Path, config: Config, shapes: Any) -> None:
+def check_weights(directory: str | Path, config: Config, shapes: Any) -> None:
     """Raises UserError as `load` would, from the files' headers alone; reads no tensor."""
-    with opened(_files(Path(directory))) as slices:
-        require(Path(directory), slices, config, shapes)
+    with open_tensors(_list_files(Path(directory))) as slices:
+        check_tensors(Path(directory), slices, config, shapes)
 
 
-def entry(path: tuple) -> tuple[str, bool]:
+def lookup_tensor(path: tuple) -> tuple[str, bool]:
     """The row of TABLE for a path in the parameters, as jax.tree_util gives it.
 
     In a subtree of one layer, "layers_3", the layer's number stands in the name already. LoRA's
     factors a and b of a kernel have PEFT's names, and are stored transposed.
     """
     first, *rest = (key.key for key in path)
-    if rest and rest[-1] in FACTORS:
-        stem = entry(path[:-1])[0].removesuffix("weight")
-        return f"base_model.model.{stem}{FACTORS[rest[-1]]}", True
+    if rest and rest[-1] in FACTOR_NAMES:
+        stem = lookup_tensor(path[:-1])[0].removesuffix("weight")
+        return f"base_model.model.{stem}{FACTOR_NAMES[rest[-1]]}", True
     if not first.startswith("layers_"):
-        return TABLE[first, *rest]
-    name, transposed = TABLE["layers", *rest]
+        return TENSOR_NAMES[first, *rest]
+    name, transposed = TENSOR_NAMES["layers", *rest]
     return name.replace("{}", first.removeprefix("layers_"), 1), transposed
 
 
-def _parts(sharding: Any, shape: tuple[int, ...]) -> dict[Box, list[Any]]:
+def _group_devices_by_box(sharding: Any, shape: tuple[int, ...]) -> dict[Box, list[Any]]:
     """What this process's devices hold of an array: each part once, with all that hold it."""
     parts: dict[Box, list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -154,7 +154,7 @@ def _parts(sharding: Any, shape: tuple[int, ...]) -> dict[Box, list[Any]]:
     return parts
 
 
-def _union(boxes: Iterable[Box]) -> list[Box]:
+def _merge_boxes(boxes: Iterable[Box]) -> list[Box]:
     """The boxes, which do not overlap, with those that are neighbours joined."""
     joined = list(boxes)
     for axis in reversed(range(len(joined[0]) if joined else 0)):
@@ -169,58 +169,67 @@ def _union(boxes: Iterable[Box]) -> list[Box]:
     return joined
 
 
-def _within(part: Box, box: Box) -> bool:
+def _is_within(part: Box, box: Box) -> bool:
     return all(b[0] <= p[0] and p[1] <= b[1] for p, b in zip(part, box, strict=True))
 
 
-def _size(box: Box) -> int:
+def _count_elements(box: Box) -> int:
     return math.prod(end - begin for begin, end in box)
 
 
-def _layers_at_once(path: tuple, shape: tuple[int, ...], sharding: Any, dtype: jnp.dtype) -> int:
+def _choose_layers_per_piece(
+    path: tuple, shape: tuple[int, ...], sharding: Any, dtype: jnp.dtype
+) -> int:
     """How long a parameter's first axis is on the host: whole, but of stacked layers as many as fit
     in PIECE_BYTES."""
     if path[0].key != "layers":
         return shape[0]
-    of_layer = sum(map(_size, _parts(sharding, shape))) // shape[0] * dtype.itemsize
+    of_layer = (
+        sum(map(_count_elements, _group_devices_by_box(sharding, shape)))
+        // shape[0]
+        * dtype.itemsize
+    )
     counts = (n for n in range(shape[0], 1, -1) if shape[0] % n == 0)
     return next((n for n in counts if n * of_layer <= PIECE_BYTES), 1)
 
 
 @functools.cache  # so that parameters of one shape share a compilation
-def _put_at(sharding: Any) -> Callable[..., jax.Array]:
-    def put_at(whole: jax.Array, piece: jax.Array, first: int) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(whole, piece, first, 0)
+def _make_piece_writer(sharding: Any) -> Callable[..., jax.Array]:
+    def write_piece(target: jax.Array, piece: jax.Array, first: int) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(target, piece, first, 0)
 
-    return jax.jit(put_at, donate_argnums=0, out_shardings=sharding)
+    return jax.jit(write_piece, donate_argnums=0, out_shardings=sharding)
 
 
-def reads(shapes: Any, shardings: Any) -> int:
+def count_reads(shapes: Any, shardings: Any) -> int:
     """How many slices of tensors `load` reads in this process."""
     count = 0
-    for (path, leaf), sharding in zip(_leaves(shapes), _leaves(shardings), strict=True):
-        stacked = entry(path)[0].count("{}")
+    for (path, leaf), sharding in zip(_list_leaves(shapes), _list_leaves(shardings), strict=True):
+        stacked = lookup_tensor(path)[0].count("{}")
         sharding = sharding[1].values if is_quantised(leaf) else sharding[1]
-        count += sum(_size(box[:stacked]) for box in _union(_parts(sharding, leaf.shape)))
+        count += sum(
+            _count_elements(box[:stacked])
+            for box in _merge_boxes(_group_devices_by_box(sharding, leaf.shape))
+        )
     return count
 
 
-def _leaves(tree: Any) -> list[tuple[tuple, Any]]:
+def _list_leaves(tree: Any) -> list[tuple[tuple, Any]]:
     """(path, leaf) pairs; a quantised kernel is one leaf."""
     return jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantised)
 
 
-def _read(
+def _read_box(
     directory: Path,
     slices: dict[str, Any],
     path: tuple,
     box: Box,
     dtype: jnp.dtype,
-    note: Callable[[], None],
+    on_read: Callable[[], None],
 ) -> np.ndarray:
     """A box of a parameter: of each tensor that it is made of one slice, all of them in `dtype`; a
     single one as it is stored. Raises UserError naming the tensor that cannot be read."""
-    name, transposed = entry(path)
+    name, transposed = lookup_tensor(path)
     stacked = name.count("{}")
     index = tuple(slice(*span) for span in box[stacked:])
     index = index[::-1] if transposed else index
@@ -230,15 +239,15 @@ def _read(
     for i, place in enumerate(places):
         tensor = name.format(*place)
         try:
-            held = slices[tensor][index]
+            tensor_part = slices[tensor][index]
         except SafetensorError as error:
             raise UserError(f"{directory}: {tensor} cannot be read ({error})") from None
-        note()
-        held = held.T if transposed else held
+        on_read()
+        tensor_part = tensor_part.T if transposed else tensor_part
         if len(places) == 1:
-            return held.reshape(shape)
-        out = np.empty((len(places), *held.shape), dtype) if out is None else out
-        out[i] = held
+            return tensor_part.reshape(shape)
+        out = np.empty((len(places), *tensor_part.shape), dtype) if out is None else out
+        out[i] = tensor_part
     assert out is not None
     return out.reshape(shape)
 
@@ -249,7 +258,7 @@ def load(
     shapes: Any,
     shardings: Any,
     dtype: jnp.dtype,
-    note: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[int], None] = lambda done: None,
     source: contextlib.AbstractContextManager[dict[str, Any]] | None = None,
     convert: Callable[[tuple, jax.Array], Any] | None = None,
 ) -> Any:
@@ -269,51 +278,55 @@ def load(
     """
     directory = Path(directory)
     done = itertools.count(1)
-    count = lambda: note(next(done))  # noqa: E731
-    with source or opened(_files(directory)) as slices:
-        require(directory, slices, config, shapes)
+    count = lambda: on_progress(next(done))  # noqa: E731
+    with source or open_tensors(_list_files(directory)) as slices:
+        check_tensors(directory, slices, config, shapes)
 
-        def array(path: tuple, shape: tuple[int, ...], sharding: Any, first: int = 0) -> jax.Array:
+        def read_array(
+            path: tuple, shape: tuple[int, ...], sharding: Any, first: int = 0
+        ) -> jax.Array:
             """Of a stacked parameter, as many layers as `shape` says, from number `first` on."""
-            parts, arrays = _parts(sharding, shape), []
-            for box in _union(parts):
+            parts, arrays = _group_devices_by_box(sharding, shape), []
+            for box in _merge_boxes(parts):
                 begin, end = box[0]
                 box_there = ((first + begin, first + end), *box[1:])
-                held = _read(directory, slices, path, box_there, dtype, count)
-                for part in (part for part in parts if _within(part, box)):
+                host_box = _read_box(directory, slices, path, box_there, dtype, count)
+                for part in (part for part in parts if _is_within(part, box)):
                     at = (slice(p - b, q - b) for (p, q), (b, _) in zip(part, box, strict=True))
-                    host = np.ascontiguousarray(held[tuple(at)], dtype)
+                    host = np.ascontiguousarray(host_box[tuple(at)], dtype)
                     # Waited for: what the devices have is no longer on the host.
                     arrays += jax.block_until_ready([jax.device_put(host, d) for d in parts[part]])
             return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
-        def whole(path: tuple, shape: tuple[int, ...], sharding: Any) -> jax.Array:
-            count = _layers_at_once(path, shape, sharding, dtype)
+        def read_param(path: tuple, shape: tuple[int, ...], sharding: Any) -> jax.Array:
+            count = _choose_layers_per_piece(path, shape, sharding, dtype)
             if count == shape[0]:
-                return array(path, shape, sharding)
-            found = jnp.zeros(shape, dtype, device=sharding)
+                return read_array(path, shape, sharding)
+            param = jnp.zeros(shape, dtype, device=sharding)
             for first in range(0, shape[0], count):
-                piece = array(path, (count, *shape[1:]), sharding, first)
-                found = jax.block_until_ready(_put_at(sharding)(found, piece, first))
-            return found
+                piece = read_array(path, (count, *shape[1:]), sharding, first)
+                param = jax.block_until_ready(_make_piece_writer(sharding)(param, piece, first))
+            return param
 
-        def one(path: tuple, leaf: Any, sharding: Any) -> Any:
+        def load_leaf(path: tuple, leaf: Any, sharding: Any) -> Any:
             if not is_quantised(leaf):
-                held = whole(path, leaf.shape, sharding)
-                return convert(path, held) if convert else held
+                param = read_param(path, leaf.shape, sharding)
+                return convert(path, param) if convert else param
             if path[0].key != "layers":
-                return quantised.put(whole(path, leaf.shape, sharding.values), leaf)
+                return quantised.quantise_onto(read_param(path, leaf.shape, sharding.values), leaf)
             of_layer = NamedSharding(sharding.values.mesh, P(*sharding.values.spec[1:]))
             layers = ((DictKey(f"layers_{i}"), *path[1:]) for i in range(leaf.shape[0]))
-            return quantised.stack((array(at, leaf.shape[1:], of_layer) for at in layers), leaf)
+            return quantised.quantise_stack(
+                (read_array(at, leaf.shape[1:], of_layer) for at in layers), leaf
+            )
 
-        return jax.tree_util.tree_map_with_path(one, shapes, shardings, is_leaf=is_quantised)
+        return jax.tree_util.tree_map_with_path(load_leaf, shapes, shardings, is_leaf=is_quantised)
 
 
-def tensors(params: Any, dtype: jnp.dtype) -> Iterator[tuple[str, np.ndarray]]:
+def iter_tensors(params: Any, dtype: jnp.dtype) -> Iterator[tuple[str, np.ndarray]]:
     """(name, tensor) of all that is stored of `params`, on the host, layer by layer."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name, transposed = entry(path)
+        name, transposed = lookup_tensor(path)
         stacked = name.count("{}")
         for first in np.ndindex(leaf.shape[: min(stacked, 1)]):  # one layer at a time on the host
             host = np.asarray(leaf[first]).astype(dtype)
@@ -334,19 +347,19 @@ def save(params: Any, config: Config, directory: Path, dtype: jnp.dtype) -> None
     batch: dict[str, np.ndarray] = {}
     total = 0
 
-    def flush() -> None:
+    def flush_shard() -> None:
         shards.append(list(batch))
         file = directory / f"shard-{len(shards)}.tmp"
         save_file(batch, file, metadata={"format": "pt"})
         file.chmod(0o644)  # safetensors leaves it to its owner alone
         batch.clear()
 
-    for name, tensor in tensors(params, dtype):
+    for name, tensor in iter_tensors(params, dtype):
         if batch and sum(t.nbytes for t in batch.values()) + tensor.nbytes > SHARD_BYTES:
-            flush()
+            flush_shard()
         batch[name] = tensor
         total += tensor.nbytes
-    flush()
+    flush_shard()
     if len(shards) == 1:
         (directory / "shard-1.tmp").rename(directory / "model.safetensors")
         return

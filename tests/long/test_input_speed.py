@@ -27,32 +27,36 @@ def test_input_is_twenty_times_as_fast_as_a_tiny_step(shared_data: Path) -> None
         "gsm8k": ((str(gsm8k), 1.0),),
         "gsm8k and traces": ((str(gsm8k), 0.9), (str(traces), 0.1)),
     }.items():
-        c = base.stage("sft").data
+        c = base.make_stage("sft").data
         c.mixture, c.check = mixture, 100
-        source = dataset.load(c, tokenizer, 0, True)
+        source = dataset.load_source(c, tokenizer, 0, True)
         packer = packing.Packer(source, 0, 8, 4096, 3584)
         begin, tokens = time.perf_counter(), 0
         for step in range(32):
-            batch = collate.batch(packer.rows(step), 4096, 3584)
+            batch = collate.make_batch(packer.get_step_rows(step), 4096, 3584)
             tokens += int((np.asarray(batch.segments_BT) > 0).sum())
         figures[name] = tokens / (time.perf_counter() - begin)
 
     s = tiny_teacher.get_config().sft
-    one = mesh.make(1, 1, 1)
-    model = policy.describe(str(ROOT / "assets/teacher"), "float32", False, one)
+    one = mesh.make_mesh(1, 1, 1)
+    model = policy.make_abstract(str(ROOT / "assets/teacher"), "float32", False, one)
     with policy.use(model):
-        model = policy.randomise(model, jax.random.key(0))
-        state = update.init(optim.make(s.optim, s.steps), model.params, 0)
-        source = dataset.load(s.data, model.tokenizer, 0, True)
-        optimizer = optim.make(s.optim, s.steps)
-        programs = update.make(model.model, optimizer, losses.TABLE["sft"], 1, 128.0, state)
-        batch = collate.traces(dataset.at(source, 0, s.batch_size, 0), 60, 52)
+        model = policy.init_random_policy(model, jax.random.key(0))
+        state = update.init_train_state(optim.make_optimizer(s.optim, s.steps), model.params, 0)
+        source = dataset.load_source(s.data, model.tokenizer, 0, True)
+        optimizer = optim.make_optimizer(s.optim, s.steps)
+        programs = update.make_update(
+            model.model, optimizer, losses.OBJECTIVES["sft"], 1, 128.0, state
+        )
+        batch = collate.collate_padded(
+            dataset.get_step_examples(source, 0, s.batch_size, 0), 60, 52
+        )
         tokens = int((np.asarray(batch.segments_BT) > 0).sum())
         for repeat in range(12):
             if repeat == 2:  # compiled, and warm
                 jax.block_until_ready(state)
                 begin = time.perf_counter()
-            state, _, _ = programs.once(state, [batch], single=True)
+            state, _, _ = programs.run_update(state, [batch], single_microbatch=True)
         jax.block_until_ready(state)
         figures["training step"] = 10 * tokens / (time.perf_counter() - begin)
     print({name: f"{figure:,.0f} tokens/s" for name, figure in figures.items()})

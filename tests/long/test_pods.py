@@ -57,10 +57,10 @@ def files(folder: Path, pattern: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def trained(workdir: Path) -> dict[str, np.ndarray]:
-    run = policy.describe(str(workdir), "float32", False, mesh_lib.make(1, 1, 1))
-    params, step = policy.restore_trained(run, None)
+    run = policy.make_abstract(str(workdir), "float32", False, mesh_lib.make_mesh(1, 1, 1))
+    params, step = policy.restore_trained_params(run, None)
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    assert hub.lora_of(str(workdir)) or len(leaves) > 5
+    assert hub.read_run_lora(str(workdir)) or len(leaves) > 5
     return {f"{step}{jax.tree_util.keystr(path)}": np.asarray(x) for path, x in leaves}
 
 

@@ -23,22 +23,22 @@ from distill.runtime import mesh as mesh_lib
 from distill.training import collect, setup
 from jax.experimental import multihost_utils
 
-c = base.stage("sft")
+c = base.make_stage("sft")
 c.batch_size, c.max_prompt_tokens, c.max_response_tokens = 4, 48, 16  # 12 rows: one epoch
 c.data.source = "assets/rows/gsm8k.jsonl"
 read = []
-source = dataset.load(c.data, chat.load_tokenizer("assets/teacher"), 0, True)
-example = source.example
+source = dataset.load_source(c.data, chat.load_tokenizer("assets/teacher"), 0, True)
+example = source.read_example
 noted = lambda i: (read.append(i), example(i))[1]
 source = dataset.Source(source.size, noted)
-stage = setup.Stage("sft", c, 0, source, None, losses.TABLE["sft"], 0)
-mesh = mesh_lib.make(1, -1, 1)
-who = types.SimpleNamespace(replays=False)
-draw = collect.batches(who, stage, 0, mesh, 1.0, None)
+stage = setup.StageSetup("sft", c, 0, source, None, losses.OBJECTIVES["sft"], 0)
+mesh = mesh_lib.make_mesh(1, -1, 1)
+who = types.SimpleNamespace(replay_routing=False)
+draw = collect.make_collect(who, stage, 0, mesh, 1.0, None)
 steps = []
 for step in range(3):
     (((micro,),), _) = draw({}, step)
-    whole = multihost_utils.process_allgather(micro.put(mesh).tokens_BT, tiled=True)
+    whole = multihost_utils.process_allgather(micro.to_device(mesh).tokens_BT, tiled=True)
     steps.append(np.asarray(whole).tolist())
 each = 4 // count  # steps are read in order, the next one ahead
 print(json.dumps([(read[i * each : (i + 1) * each], step) for i, step in enumerate(steps)]))
