@@ -36,7 +36,7 @@ RECIPES = (
 )
 STORED = {"data.source": "assets/rows/traces_no_think.jsonl", "max_prompt_tokens": 128}
 REWARD = {"samples": 4, "reward.correct": 0.0, "reward.format": 1.0, "reward.length": 1.0}
-REWARD |= {"reward.margin": 8, "max_response_tokens": 16}
+REWARD |= {"reward.length_margin": 8, "max_response_tokens": 16}
 # Name -> what differs from the tiny quick start: of its stage `opd`, or where a key begins with a
 # dot of the config.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -52,16 +52,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "reference": {"objective": "grpo", **REWARD, "loss.reference": 0.1},
     "top k": {"loss.estimator": "topk", "loss.k": 8},
     "warm": {"objective": "opd_sampled", "sampling.temperature": 0.7, "sampling.top_p": 0.9},
-    "judge": {"objective": "grpo", **REWARD, "reward.judge": 1.0},
-    "replaced groups": {"objective": "grpo", **REWARD, "reward.constant_groups": "replace"},
+    "judge": {"objective": "grpo", **REWARD, "reward.teacher_logprob": 1.0},
+    "replaced groups": {"objective": "grpo", **REWARD, "reward.zero_variance_groups": "replace"},
     "LoRA": {".student.lora.rank": 4},
-    "moving average": {".student.ema": 0.9},
-    "own past as the teacher": {".student.ema": 0.9, ".teacher.path": "ema"},
+    "moving average": {".student.ema_decay": 0.9},
+    "own past as the teacher": {".student.ema_decay": 0.9, ".teacher.path": "ema"},
     "int8 teacher": {".teacher.param_dtype": "int8"},
     "context": {"context.text": "assets/rows/manual.md", "context.max_tokens": 48},
     "two teachers": {"teachers": ("teacher", "original"), "teacher_weights": (1.0, 3.0)},
-    "partial rollouts": {"rollout.budget": 64, "rollout.segment": 8},
-    "asynchronous rollouts": {"rollout.ahead": True},
+    "partial rollouts": {"rollout.token_budget": 64, "rollout.segment": 8},
+    "asynchronous rollouts": {"rollout.asynchronous": True},
     "evaluation": {".eval.every": 1, ".eval.limit": 8, ".eval.max_new_tokens": 16},
     "experts": {".student.path": "EXPERTS", ".student.random_init": True},
     "recorded experts": {

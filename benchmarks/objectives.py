@@ -73,11 +73,11 @@ EXPERIMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     f"opd: teacher's top {TOP_K}": ("distribution", {"loss.estimator": "topk", "loss.k": TOP_K}),
     f"opd: student's top {TOP_K}": (
         "distribution",
-        {"loss.estimator": "topk", "loss.k": TOP_K, "loss.k_of": "student"},
+        {"loss.estimator": "topk", "loss.k": TOP_K, "loss.topk_from": "student"},
     ),
     f"opd: union of top {TOP_K}": (
         "distribution",
-        {"loss.estimator": "topk", "loss.k": TOP_K, "loss.k_of": "union"},
+        {"loss.estimator": "topk", "loss.k": TOP_K, "loss.topk_from": "union"},
     ),
     "opd_sampled": ("sampled", {"objective": "opd_sampled"}),
     "opd_sampled: baseline": ("sampled", {"objective": "opd_sampled", "loss.baseline": True}),
@@ -93,7 +93,12 @@ EXPERIMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "grpo: judge alone": (
         "reward",
-        {"objective": "grpo", "samples": SAMPLES, "reward.correct": 0.0, "reward.judge": 1.0},
+        {
+            "objective": "grpo",
+            "samples": SAMPLES,
+            "reward.correct": 0.0,
+            "reward.teacher_logprob": 1.0,
+        },
     ),
     "hybrid": ("hybrid", {"objective": "hybrid", "samples": SAMPLES}),
     "hybrid: sampled": (
@@ -135,7 +140,7 @@ def make_config(family: str, changes: dict[str, Any]) -> ConfigDict:
     """The run of a row."""
     c = quickstart.get_config()
     c.checkpoint.every, c.log.transcripts, c.student.remat = STEPS.value, 0, False
-    c.log.overlap = TOP_K if family == "distribution" else 0  # a quarter of a step's seconds
+    c.log.overlap_top_k = TOP_K if family == "distribution" else 0  # a quarter of a step's seconds
     s = c.opd
     s.steps, s.batch_size = STEPS.value, BATCH.value
     s.optim.learning_rate, s.optim.warmup_steps = RATES[family], max(1, STEPS.value // 10)

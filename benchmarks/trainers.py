@@ -156,7 +156,7 @@ def run_our_loss(job: Job) -> Answer:
         mask_BT = losses.shift(batch.mask_BT)
         stats = fused_head.compute_token_stats(
             *(hidden_BTD, head_VD, losses.shift(batch.tokens_BT), *teacher),
-            logits_mib=stages.compute_logits_mib(c, mesh),
+            loss_chunk_mib=stages.compute_logits_mib(c, mesh),
             split=mesh_lib.split_vocabulary,
             divergence=losses.OBJECTIVES["opd"].teacher_divergence,
             loss=lambda stats, _: {"loss": stats["divergence"]},

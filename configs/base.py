@@ -15,10 +15,10 @@ BOXED_TEMPLATE = (
 # Fields of losses.Loss and their types.
 LOSS_FIELDS = {
     **dict.fromkeys(("sft", "teacher", "reward", "reference", "beta", "skew"), float),
-    **dict.fromkeys(("temperature", "discount", "clip_low", "clip_high", "truncate"), float),
-    **dict.fromkeys(("divergence", "estimator", "k_of", "served", "k1_of"), str),
-    **dict.fromkeys(("group", "ratio", "clip", "aggregation"), str),
-    **dict.fromkeys(("k", "served_k"), int),
+    **dict.fromkeys(("temperature", "discount", "clip_low", "clip_high", "tis_clip"), float),
+    **dict.fromkeys(("divergence", "estimator", "topk_from", "teacher_output", "k1_from"), str),
+    **dict.fromkeys(("advantage_norm", "ratio", "clip", "aggregation"), str),
+    **dict.fromkeys(("k", "teacher_topk"), int),
     "baseline": bool,
 }
 
@@ -32,13 +32,13 @@ def make_data() -> ConfigDict:
     c.mixture = ()  # in its place, pairs of a source and a weight: (("a.jsonl", 3.0), ...)
     c.template = "{question}"  # how a row's question is put; BOXED as the benchmarks do
     c.columns = ""  # "": by those found; or a name in distill/data/columns.py; or ours=theirs,...
-    c.size = 0  # first rows (problems) used, in a new order each epoch; 0: all there are
-    c.check = 10_000  # rows of each source read before step 0; later ones as they are needed
+    c.max_rows = 0  # first rows (problems) used, in a new order each epoch; 0: all there are
+    c.check_rows = 10_000  # rows of each source read before step 0; later ones as they are needed
     c.on_bad_row = "fail"  # or skip: leave it out, say so, count it (metric data/skipped)
     c.streaming = False  # hf: fetch while training, instead of to disk before
-    c.window = 4096  # rows of a stream shuffled among themselves; they are held in memory
+    c.shuffle_window = 4096  # rows of a stream shuffled among themselves; they are held in memory
     c.turns = "last"  # sft on chats: the last answer; all: each, earlier reasoning dropped
-    c.keep = "finished"  # of generated samples: finished by a stop token, correct, or all
+    c.keep_samples = "finished"  # of generated samples: finished by a stop token, correct, or all
     # The chat template's switch: the share of prompts in thinking mode. 1: all; 0: none, their
     # prompts end with an empty think block, which is not trained. Between, traces keep the mode
     # that they show; and always a row that says its own (thinking: false, or /no_think) keeps it.
@@ -61,7 +61,7 @@ def make_teacher() -> ConfigDict:
     c = ConfigDict()
     # A model directory, a hub id, an adapter or a run; or of the student's own past: initial, its
     # weights before step 0 (with LoRA the frozen base, at no further memory and in its dtypes), or
-    # ema, the moving average of its weights (student.ema).
+    # ema, the moving average of its weights (student.ema_decay).
     c.path = ""
     c.step = 0  # of a run: the checkpoint after so many steps; 0: the newest
     # int8 or float8_e4m3fn: the layers' kernels in 8 bits, a scale for each output channel;
@@ -77,14 +77,14 @@ def make_reward() -> ConfigDict:
     c.grader = "arithmetic"  # a benchmark's, which compares with the rows' answers
     c.correct = 1.0
     c.format = 0.0  # one closed think block, then an answer
-    c.length = 0.0  # a penalty on the last `margin` tokens before max_response_tokens
-    c.margin = 0
+    c.length = 0.0  # a penalty on the last `length_margin` tokens before max_response_tokens
+    c.length_margin = 0
     c.repetition = 0.0  # a penalty on runs of 8 tokens said before
-    c.judge = 0.0  # mean log-probability that the teacher gives the response
+    c.teacher_logprob = 0.0  # mean log-probability that the teacher gives the response
     # Groups whose rewards are all equal teach nothing. keep: they count as zero; drop: they do not
-    # count; replace: other prompts are asked, up to `rounds` times, and what is left is dropped.
-    c.constant_groups = "keep"
-    c.rounds = 3
+    # count; replace: other prompts are asked, up to `max_rounds` times, and what is left is dropped.
+    c.zero_variance_groups = "keep"
+    c.max_rounds = 3
     return c
 
 
@@ -113,25 +113,27 @@ def make_rollout() -> ConfigDict:
     c.slots = 0
     # Tokens a row between two looks of the host at which rows have ended; on CPUs 32 at most.
     c.segment = 64
-    c.chunk = 512  # tokens of prompts that each part of the rows reads in one call; on CPUs 128
+    c.prefill_chunk = (
+        512  # tokens of prompts that each part of the rows reads in one call; on CPUs 128
+    )
     # Tokens that the cache holds on all devices; below 1: the share of the memory that is left by
     # what the run keeps and the weights that decode. 0: 0.8; on CPUs as many as rows may have. When
     # it is full, the youngest rows wait, and read again what they have.
     c.cache_tokens = 0.0
-    c.page = 0  # tokens of a page of the cache; 0: 128
+    c.page_size = 0  # tokens of a page of the cache; 0: 128
     # bfloat16, float8_e4m3fn (TPU) or int8 (GPU, CPU): less memory, less exact; "": student.dtype
     c.cache_dtype = ""
     # Of the copy of the weights that decodes; "": student.dtype. bfloat16, or in 8 bits int8 or
     # float8_e4m3fn, made on the device each step: faster, but the sampler is then another policy
     # than the trainer (metric train/sampler_delta), which importance ratios correct for.
     c.param_dtype = ""
-    c.budget = 0  # tokens sampled a step; rows that have not ended go on in the next; 0: off
+    c.token_budget = 0  # tokens sampled a step; rows that have not ended go on in the next; 0: off
     # Sample the rows of step i + 1 while step i is scored and trained, from the weights of before
     # its update. Losses of drawn tokens correct for that by their ratio, and are refused without
     # one; exact and topk are right at every token, but the responses that they go along are one
     # update old. The weights that sample, in student.dtype, are then held through the update.
-    c.ahead = False
-    c.gathered = True  # each row shard holds all weights; False: fetches them each token
+    c.asynchronous = False
+    c.gather_weights = True  # each row shard holds all weights; False: fetches them each token
     return c
 
 
@@ -142,7 +144,9 @@ def make_stage(objective: str) -> ConfigDict:
     # from the teacher); half and half: gkd; on own samples: opd (reverse KL), opd_sampled, grpo,
     # dr_grpo, dapo, gspo, cispo, rloo, hybrid (reward and teacher at once).
     c.objective = objective
-    c.on_policy = config_dict.placeholder(float)  # share of rows that the student writes itself
+    c.on_policy_share = config_dict.placeholder(
+        float
+    )  # share of rows that the student writes itself
     c.loss = ConfigDict()  # any field of losses.Loss, in place of the objective's own
     for field, kind in LOSS_FIELDS.items():
         c.loss[field] = config_dict.placeholder(kind)
@@ -250,8 +254,10 @@ def get_config(arg: str = "") -> ConfigDict:
     c.student.remat = True  # recompute each layer in the backward pass: less memory, 4/3 the time
     # Decay of a moving average of the trained parameters (LoRA: of its factors) after each update,
     # which all stages share: a teacher's path, and `export --average`. 0: none is kept.
-    c.student.ema = 0.0
-    c.student.balance_loss = 0.0  # weight of the load-balancing loss of experts; 0.001 is usual
+    c.student.ema_decay = 0.0
+    c.student.router_aux_loss_coef = (
+        0.0  # weight of the load-balancing loss of experts; 0.001 is usual
+    )
     # The update sends each token to the experts that the sampler sent it to (R3, arXiv 2510.11370):
     # rounding then flips no choice between the two. 2·A bytes a token and layer on the host.
     c.student.replay_routing = False
@@ -279,7 +285,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # MiB of float32 logits that one chunk of the loss holds on a device; several times as much is
     # then in memory. 0: 128, on GPUs 1024. Each chunk reads the heads, and adds to a gradient as
     # large as one: smaller chunks wait for memory.
-    c.logits_mib = 0.0
+    c.loss_chunk_mib = 0.0
 
     # A directory that keeps compiled programs, so that a run starts faster the next time; gs://… of
     # a pod's hosts. It holds code: share it with nobody. "": JAX_COMPILATION_CACHE_DIR, or none.
@@ -292,7 +298,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.log = ConfigDict()
     c.log.transcripts_every = 50  # steps between files of sampled transcripts
     c.log.transcripts = 8  # rows in each
-    c.log.overlap = 0  # tokens of the teacher's top that the student's is compared with; slow
+    c.log.overlap_top_k = 0  # tokens of the teacher's top that the student's is compared with; slow
 
     c.eval = make_evaluation()
     c.sft = make_stage("sft")

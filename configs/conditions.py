@@ -47,7 +47,7 @@ def make_sft_stage(source: str, num_rows: int, steps: int, max_response_tokens: 
     s.steps = steps
     s.batch_size = 16
     s.max_prompt_tokens, s.max_response_tokens = 1024, max_response_tokens
-    s.data.source, s.data.size = source, num_rows
+    s.data.source, s.data.max_rows = source, num_rows
     s.data.on_bad_row = "skip"
     s.optim.learning_rate = 2e-4
     return s

@@ -44,8 +44,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.sft.max_prompt_tokens = 2048
     c.sft.max_response_tokens = 14_336
     c.sft.data.source = "hf:open-thoughts/OpenThoughts3-1.2M"
-    c.sft.data.size = 400_000
-    c.sft.data.check = 1000
+    c.sft.data.max_rows = 400_000
+    c.sft.data.check_rows = 1000
     c.sft.data.on_bad_row = "skip"
     c.sft.optim.learning_rate = 1e-3 if lora else 1e-4
 

@@ -49,7 +49,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.student.tokenizer = c.teacher.path
     if a.student == "30b-a3b":
         c.mesh.expert = 8
-        c.student.balance_loss = 0.001
+        c.student.router_aux_loss_coef = 0.001
     elif a.teacher == "235b-a22b":
         c.mesh.tensor = 4  # with fsdp alone, of v5p-128, its weights are added up whole
 

@@ -27,7 +27,7 @@ def shrink_config(c: ConfigDict) -> ConfigDict:
     c.student.path, c.student.tokenizer = "assets/student", ""
     c.student.dtype = c.student.param_dtype = "float32"
     c.student.remat = False
-    c.student.balance_loss = 0.0  # there are no experts in it
+    c.student.router_aux_loss_coef = 0.0  # there are no experts in it
     c.student.lora.rank = min(c.student.lora.rank, 4)  # so that recipes share compiled programs
     c.teacher.dtype = "float32"
     if c.teacher.param_dtype == "bfloat16":
@@ -46,7 +46,7 @@ def shrink_config(c: ConfigDict) -> ConfigDict:
         s.optim.learning_rate = 1e-3  # one, for the same reason
         s.data.source = SAMPLE_ROWS.get(s.data.source, s.data.source)
         s.data.mixture = tuple((SAMPLE_ROWS[source], weight) for source, weight in s.data.mixture)
-        s.data.size = min(s.data.size, BATCH)
+        s.data.max_rows = min(s.data.max_rows, BATCH)
         s.data.template = "{question}"
         if s.context.text:
             s.context.text, s.context.max_tokens = SAMPLE_ROWS[s.context.text], PROMPT

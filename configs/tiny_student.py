@@ -18,7 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.seed = 11
     c.student.path = "assets/student"
     c.sft.batch_size = min(32, c.sft.batch_size)
-    c.sft.data.size = 3000
+    c.sft.data.max_rows = 3000
     if arg != "tiny":
         c.sft.steps = 680
     return c

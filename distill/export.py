@@ -38,7 +38,7 @@ MERGE_LORA = flags.DEFINE_bool(
 AVERAGE = flags.DEFINE_bool(
     "average",
     False,
-    "The moving average of what was trained, of a run that keeps one (config.student.ema).",
+    "The moving average of what was trained, of a run that keeps one (config.student.ema_decay).",
     flag_values=OPTIONS,
 )
 

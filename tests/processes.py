@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 VERB = "from distill import {verb} as v; from distill.runtime import cli, distributed; "
-VERB += "distributed.HEARTBEAT = {beat}; "
+VERB += "distributed.HEARTBEAT_SECONDS = {beat}; "
 VERB += "cli.run(v.main, v.OPTIONS)"
 
 

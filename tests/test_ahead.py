@@ -30,7 +30,7 @@ def models(tmp_path_factory):
 def ahead(models, **changes):
     """On-policy steps of 2 prompts x 2 samples, at a pace at which old weights sample otherwise."""
     c = config(models)
-    c.stages, c.opd.steps, c.opd.rollout.ahead = ("opd",), STEPS, True
+    c.stages, c.opd.steps, c.opd.rollout.asynchronous = ("opd",), STEPS, True
     c.opd.optim.learning_rate, c.opd.optim.warmup_steps = 0.03, 0
     c.log.transcripts_every, c.checkpoint.every = 1, 1
     c.opd.update(changes)
@@ -111,7 +111,7 @@ def test_batches_are_those_of_weights_one_update_old(whole, models) -> None:
 @pytest.mark.parametrize("budget", [0, 30])
 def test_stopped_and_resumed_is_bitwise_the_same(whole, models, tmp_path, budget) -> None:
     """With parked rows too. Nothing is sampled again, lost or trained twice."""
-    c = ahead(models, rollout={**ahead(models).opd.rollout, "budget": budget})
+    c = ahead(models, rollout={**ahead(models).opd.rollout, "token_budget": budget})
     unbroken, rows = whole
     with pytest.MonkeyPatch.context() as patch:
         trained = noted(patch)
@@ -157,15 +157,15 @@ def test_rows_are_sampled_while_the_update_runs(models, tmp_path, monkeypatch) -
     [
         ({"objective": "sft"}, "sft samples nothing"),
         ({"objective": "opd_sampled", "loss": {"ratio": "none"}}, "takes every sample for fresh"),
-        ({"objective": "opd_sampled", "loss": {"k1_of": "sampler"}}, "lags behind"),
-        ({"objective": "opd_sampled", "epochs": 2}, "loss.truncate weighs what came before"),
+        ({"objective": "opd_sampled", "loss": {"k1_from": "sampler"}}, "lags behind"),
+        ({"objective": "opd_sampled", "epochs": 2}, "loss.tis_clip weighs what came before"),
     ],
 )
 def test_a_loss_that_does_not_correct_for_it_is_refused(models, tmp_path, changes, words) -> None:
     c = ahead(models, **changes)
     with pytest.raises(UserError) as error:
         loop.run(c, tmp_path / "run")
-    assert "config.opd.rollout.ahead: " in str(error.value) and words in str(error.value)
+    assert "config.opd.rollout.asynchronous: " in str(error.value) and words in str(error.value)
     assert not (tmp_path / "run").exists()
 
 

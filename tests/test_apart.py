@@ -32,7 +32,7 @@ def config(devices: int, **sizes: int) -> ConfigDict:
     c.log.transcripts, c.checkpoint.every = 0, 100
     s = c.opd
     s.objective, s.steps, s.batch_size, s.samples, s.max_response_tokens = "hybrid", 2, 8, 2, 12
-    s.loss.reference, s.reward.judge, s.teachers = 0.1, 0.1, ("teacher", "origin")
+    s.loss.reference, s.reward.teacher_logprob, s.teachers = 0.1, 0.1, ("teacher", "origin")
     s.teacher_weights = (3.0, 1.0)
     s.context.text, s.context.max_tokens = str(ROOT / "assets/rows/manual.md"), 300
     return c

@@ -351,7 +351,7 @@ def test_what_needs_a_tokenizer(tmp_path: Path) -> None:
     ("fields", "words"),
     [
         ({"source": "no/such.jsonl"}, "no/such.jsonl: no such file"),
-        ({"size": -1}, "config.data.size=-1"),
+        ({"max_rows": -1}, "config.data.max_rows=-1"),
         ({"split": "dev"}, "'dev'"),
         ({"operations": (4, 2)}, "(4, 2)"),
     ],

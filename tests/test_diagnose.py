@@ -122,7 +122,7 @@ def test_models_that_share_no_vocabulary_are_refused(tmp_path, capsys, monkeypat
     other = copy(TEACHER, tmp_path / "wide", "config.json", vocab_size=528)
     assert asked(STUDENT, other, tmp_path / "out.json") == 2
     assert "vocab_size=528, but" in capsys.readouterr().err
-    assert asked(STUDENT, "ema", tmp_path / "out.json", "--config.student.ema=0.9") == 2
+    assert asked(STUDENT, "ema", tmp_path / "out.json", "--config.student.ema_decay=0.9") == 2
     assert "before step 0 it is the student itself" in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
 
@@ -150,7 +150,7 @@ ALIKE = {
     "templates_agree": True,
     "further_stop_ids": [],
 }
-RATES = {"pass_rate": 0.5, "constant_groups": 0.3, "truncated": 0.0, "mean_length": 40.0}
+RATES = {"pass_rate": 0.5, "zero_variance_groups": 0.3, "truncated": 0.0, "mean_length": 40.0}
 
 
 def figures(**changes) -> diagnosis.Statistics:
@@ -178,7 +178,7 @@ def figures(**changes) -> diagnosis.Statistics:
         ({"gain": (-0.4, -0.6, -0.2)}, "the teacher is worse: .*unlearn"),
         ({"distances": WELL | {"reverse_kl": 1e-9}}, "the teacher is the student: "),
         (
-            {"rewarded": True, "student": RATES | {"constant_groups": 0.9}},
+            {"rewarded": True, "student": RATES | {"zero_variance_groups": 0.9}},
             "most groups teach nothing",
         ),
         (

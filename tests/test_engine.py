@@ -41,8 +41,8 @@ CONFIG = Config(
 QWEN3 = model.Qwen3(CONFIG)
 STOPS = (3, 7)
 P, R = 24, 40
-SMALL = RolloutOptions(slots=8, max_length=P + R, segment=8, chunk=32)
-PAGES = dataclasses.replace(SMALL, cache_backend="plain", page=8)
+SMALL = RolloutOptions(slots=8, max_length=P + R, segment=8, prefill_chunk=32)
+PAGES = dataclasses.replace(SMALL, cache_backend="plain", page_size=8)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -104,7 +104,7 @@ def _scores(params: model.Params, batch: Any):
         forward.compute_hidden(QWEN3, params, batch),
         model.get_output_head(params),
         losses.shift(batch.tokens_BT),
-        logits_mib=1,
+        loss_chunk_mib=1,
     )
     return losses.unshift(stats["logp"])
 
@@ -148,7 +148,7 @@ def test_sampler_equals_scorer(plain, kind, shape, stacked) -> None:
     page = 4 if kind == "plain" else 0
     tight = 200 if kind == "plain" else 0
     options = RolloutOptions(
-        8, P + R, 8, 16, cache_tokens=tight, page=page, cache_backend=kind, stacked=stacked
+        8, P + R, 8, 16, cache_tokens=tight, page_size=page, cache_backend=kind, stacked=stacked
     )
     counts: Counter[str] = Counter()
     rows = run(ask(8, 4), options, shape, token_budget=200, counts=counts)
@@ -193,7 +193,7 @@ def test_least_rows(plain, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     counts: Counter[str] = Counter()
     options = RolloutOptions(
-        slots=1, max_length=P + R, segment=16, chunk=32, cache_backend="plain", page=8
+        slots=1, max_length=P + R, segment=16, prefill_chunk=32, cache_backend="plain", page_size=8
     )
     rows = run(ask(8, 4)[:3], options, counts=counts)
     assert drawn(rows) == drawn(plain)[:3]
@@ -201,14 +201,14 @@ def test_least_rows(plain, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 COMPANIES = {
-    "alone": (60, RolloutOptions(slots=1, max_length=P + R, segment=16, chunk=32)),
+    "alone": (60, RolloutOptions(slots=1, max_length=P + R, segment=16, prefill_chunk=32)),
     "two rows, short segments": (
         200,
-        RolloutOptions(slots=2, max_length=P + R, segment=5, chunk=16),
+        RolloutOptions(slots=2, max_length=P + R, segment=5, prefill_chunk=16),
     ),
     "pages": (1000, PAGES),
     "few pages": (300, dataclasses.replace(PAGES, cache_tokens=120)),
-    "small pages, stacked": (300, dataclasses.replace(PAGES, page=3, stacked=True)),
+    "small pages, stacked": (300, dataclasses.replace(PAGES, page_size=3, stacked=True)),
 }
 
 
@@ -341,7 +341,8 @@ def test_a_segment_moves_nothing_between_host_and_device() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [RolloutOptions(slots=16), RolloutOptions(slots=16, cache_backend="plain", page=32)]
+    "options",
+    [RolloutOptions(slots=16), RolloutOptions(slots=16, cache_backend="plain", page_size=32)],
 )
 def test_a_group_reads_its_prompt_once(options) -> None:
     """8 prompts of 512 tokens for 8 samples each, and 64 prompts."""
@@ -361,9 +362,9 @@ def test_the_state_is_updated_in_place(kind) -> None:
     mesh, params = weights(0, EIGHT)
     with mesh_lib.use_mesh(mesh):
         qwen3, params = decode.prepare_weights(
-            QWEN3, params, mesh, stacked=False, gathered=True, param_dtype=""
+            QWEN3, params, mesh, stacked=False, gather_weights=True, param_dtype=""
         )
-        options = RolloutOptions(8, 64, page=8, cache_backend=kind)
+        options = RolloutOptions(8, 64, page_size=8, cache_backend=kind)
         shape = rollout.make_cache_shape(options, CONFIG, mesh, "float32", 8, 64)
         decoder = decode.Decoder(qwen3, Sampling(), STOPS, shape, 8)
         state = decode.init_state(decoder)
@@ -384,7 +385,9 @@ def test_the_state_is_updated_in_place(kind) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.02), ("int8", 0.05)])
 @pytest.mark.parametrize("kind", ["slabs", "plain"])
 def test_a_smaller_cache_moves_log_probabilities_a_little(dtype, tolerance, kind) -> None:
-    options = RolloutOptions(8, segment=8, cache_dtype=dtype, cache_backend=kind, page=8, chunk=16)
+    options = RolloutOptions(
+        8, segment=8, cache_dtype=dtype, cache_backend=kind, page_size=8, prefill_chunk=16
+    )
     rows = run(ask(16, 2), options)
     error = np.abs(np.concatenate([row.logprobs for row in rows]) - np.concatenate(scored(rows)))
     assert 0 < error.mean() < tolerance / 4 and error.max() < tolerance
@@ -427,7 +430,7 @@ def test_a_simulation_does_what_the_engine_does(kind: str) -> None:
     """Segment by segment, with groups, lines of prompts, and a pool that is too small."""
     options = dataclasses.replace(SMALL, cache_backend=kind)
     if kind == "plain":
-        options = dataclasses.replace(options, cache_tokens=160, page=8)
+        options = dataclasses.replace(options, cache_tokens=160, page_size=8)
     rows, counts = ask(12, 2, seed=3), Counter()
     told = [dataclasses.replace(row, tokens=[]) for row in rows]
     mesh, params = weights(0, ONE)

@@ -86,7 +86,7 @@ def row_losses(loss, student, sampler=None, teacher=TEACHER, **known):
     stats = compute_token_stats(
         *(student["hidden"][places], student["head"], jnp.asarray(tokens)),
         *(teacher["hidden"][places], teacher["head"]),
-        logits_mib=1,
+        loss_chunk_mib=1,
         divergence=loss.teacher_divergence,
         baseline=loss.baseline,
     )
@@ -187,7 +187,7 @@ def test_expected_gradient_under_stale_samples(name):
 
 def test_k1_of_the_sampler_lags_behind():
     """The usual recipe: right on fresh samples, and off on stale ones."""
-    loss = Loss(teacher=1, estimator="sampled", k1_of="sampler")
+    loss = Loss(teacher=1, estimator="sampled", k1_from="sampler")
     same(expected(loss, draw(STUDENT)), exact("reverse"))
     assert far(expected(loss, draw(STALE)), exact("reverse", draw(STALE)))
 
@@ -373,7 +373,7 @@ def test_baseline_is_the_best_at_every_state():
     stats = compute_token_stats(
         *(student["hidden"][places], student["head"], jnp.asarray(tokens)),
         *(teacher["hidden"][places], teacher["head"]),
-        **{"logits_mib": 1, "baseline": True},
+        **{"loss_chunk_mib": 1, "baseline": True},
     )
     p, gap = jnp.exp(table(student)), table(student) - table(teacher)
     gradients = jnp.eye(V)[None] - p[:, None]  # ∇ log p of each token, at each state

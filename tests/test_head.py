@@ -61,7 +61,7 @@ def test_streamed_equals_naive(arrays, chunk):
     def streamed(hidden, head):
         teacher = a["teacher_hidden"], a["teacher_head"]
         return compute_token_stats(
-            hidden, head, a["targets"], *teacher, logits_mib=mib, divergence=Divergence()
+            hidden, head, a["targets"], *teacher, loss_chunk_mib=mib, divergence=Divergence()
         )
 
     def plain(hidden, head):
@@ -84,7 +84,7 @@ def masked(a, mask, summed, hidden=None, **options):
 
     def total(hidden, head):
         student, teacher = (hidden, head, a["targets"]), (a["teacher_hidden"], a["teacher_head"])
-        given: Any = {"logits_mib": 6 * 4 * V / 2**20, "divergence": Divergence(), **options}
+        given: Any = {"loss_chunk_mib": 6 * 4 * V / 2**20, "divergence": Divergence(), **options}
         if summed:
             loss = {"loss": lambda stats, known: {"loss": stats["divergence"] * known["by"]}}
             given |= {**loss, "known": {"by": a["weights"][1]}, "weight_BT": weight}
@@ -147,7 +147,7 @@ def test_needed_tokens_on_a_mesh(arrays):
     def run(**options):
         def total(hidden, head):
             stats = compute_token_stats(
-                hidden, head, targets, logits_mib=8 * 4 * 64 / 2**20, mask_BT=mask,
+                hidden, head, targets, loss_chunk_mib=8 * 4 * 64 / 2**20, mask_BT=mask,
                 loss=lambda stats, _: {"loss": stats["logp"]}, known={},
                 weight_BT=mask.astype(jnp.float32), **options,
             )  # fmt: skip
@@ -168,7 +168,7 @@ def test_needed_tokens_on_a_mesh(arrays):
 
 def test_without_teacher(arrays):
     a = arrays
-    stats = compute_token_stats(a["hidden"], a["head"], a["targets"], logits_mib=1)
+    stats = compute_token_stats(a["hidden"], a["head"], a["targets"], loss_chunk_mib=1)
     assert set(stats) == {"logp", "entropy"}
 
 
@@ -206,7 +206,7 @@ def compare(d, logits, teacher_logits, **options):
     eye = jnp.eye(logits.shape[-1], dtype=logits.dtype)
     targets = jnp.zeros(logits.shape[:2], jnp.int32)
     student, teacher = (logits, eye, targets), (teacher_logits, eye)
-    return compute_token_stats(*student, *teacher, logits_mib=1, divergence=d, **options)
+    return compute_token_stats(*student, *teacher, loss_chunk_mib=1, divergence=d, **options)
 
 
 @functools.cache
@@ -340,7 +340,7 @@ def test_stored_top_is_the_teachers_top(kind, k):
         targets = jnp.zeros(x.shape[:2], jnp.int32)
         top = ids[..., :keep], logq[..., :keep]
         options: Any = {"divergence": d, "teacher_top_BTK": top, "overlap": keep}
-        return compute_token_stats(x, eye, targets, logits_mib=1, **options)
+        return compute_token_stats(x, eye, targets, loss_chunk_mib=1, **options)
 
     results = [
         jax.value_and_grad(lambda x, f=f: f(x)["divergence"].sum())(logits)
@@ -395,7 +395,7 @@ def test_teacher_is_student(arrays, d):
     def loss(hidden, head):
         student = jax.lax.stop_gradient((hidden, head))
         stats = compute_token_stats(
-            hidden, head, a["targets"], *student, logits_mib=1, divergence=d
+            hidden, head, a["targets"], *student, loss_chunk_mib=1, divergence=d
         )
         return stats["divergence"].sum()
 
@@ -413,7 +413,7 @@ def test_teacher_is_student_stored(arrays, kind):
 
     def loss(x):
         options: Any = {"divergence": Divergence(kind, k=5), "teacher_top_BTK": (ids, logq)}
-        return compute_token_stats(x, jnp.eye(V), a["targets"], logits_mib=1, **options)[
+        return compute_token_stats(x, jnp.eye(V), a["targets"], loss_chunk_mib=1, **options)[
             "divergence"
         ].sum()
 
@@ -430,7 +430,7 @@ def test_padded_ids_of_the_vocabulary_count_in_both_softmaxes():
 
     def loss(own):
         stats = compute_token_stats(
-            own, jnp.eye(4), targets, teacher, jnp.eye(4), logits_mib=1, divergence=Divergence()
+            own, jnp.eye(4), targets, teacher, jnp.eye(4), loss_chunk_mib=1, divergence=Divergence()
         )
         return stats["divergence"].sum()
 
@@ -446,13 +446,13 @@ def test_teacher_gets_no_gradient(arrays):
     def loss(teacher_hidden, teacher_head, logq):
         total = 0.0
         for d in (Divergence(), Divergence("jsd", k=4, topk_from="union")):
-            options: Any = {"logits_mib": 1, "divergence": d, "overlap": 3, "exact": True}
+            options: Any = {"loss_chunk_mib": 1, "divergence": d, "overlap": 3, "exact": True}
             head = a["hidden"], a["head"], a["targets"]
             stats = compute_token_stats(*head, teacher_hidden, teacher_head, **options)
             total += sum(x.sum() for x in stats.values())
         ids = jnp.broadcast_to(jnp.arange(4), logq.shape)
         options = {"divergence": Divergence(k=4), "teacher_top_BTK": (ids, logq)}
-        stats = compute_token_stats(*head, logits_mib=1, **options)
+        stats = compute_token_stats(*head, loss_chunk_mib=1, **options)
         return total + stats["divergence"].sum()
 
     logq = jnp.full((B, T, 4), -2.0)
@@ -468,7 +468,7 @@ def test_diagnostics(arrays):
     teacher = a["teacher_hidden"], a["teacher_head"]
     d = Divergence("forward", k=k)
     options: Any = {"divergence": d, "exact": True, "overlap": k, "top_k": k}
-    stats = compute_token_stats(*student, *teacher, logits_mib=1e-3, **options)
+    stats = compute_token_stats(*student, *teacher, loss_chunk_mib=1e-3, **options)
     p, q = (np.asarray(jax.nn.softmax(x @ w.T)) for x, w in (student[:2], teacher))
     ours, theirs = (np.argsort(-x, -1)[..., :k] for x in (p, q))
     np.testing.assert_array_equal(stats["top_ids"], ours)
@@ -483,7 +483,7 @@ def test_diagnostics(arrays):
     assert (stats["divergence"] < stats["exact_divergence"]).all()
 
     def diagnostics(hidden):
-        stats = compute_token_stats(hidden, *student[1:], *teacher, logits_mib=1e-3, **options)
+        stats = compute_token_stats(hidden, *student[1:], *teacher, loss_chunk_mib=1e-3, **options)
         return sum(stats[n].sum() for n in stats.keys() - {"logp", "entropy", "divergence"} - TOP)
 
     assert not jax.grad(diagnostics)(a["hidden"]).any()
@@ -507,7 +507,7 @@ def test_vocabulary_split_over_devices(d):
     stored = dataclasses.replace(d, k=5, topk_from="teacher", temperature=1.0)
 
     def loss(hidden, head, split):
-        options: Any = {"logits_mib": 2 * 3 * 64 * 4 / 2**20, "split": split, "overlap": 4}
+        options: Any = {"loss_chunk_mib": 2 * 3 * 64 * 4 / 2**20, "split": split, "overlap": 4}
         exact: Any = {"divergence": d, "exact": True, "baseline": True}
         stats = compute_token_stats(hidden, head, targets, *teacher, **options, **exact)
         known: Any = {"divergence": stored, "teacher_top_BTK": (ids, logq)}
@@ -534,7 +534,9 @@ def test_bfloat16_is_summed_in_float32(arrays):
     def loss(head):
         options: Any = {"divergence": Divergence("jsd", k=3), "overlap": 3, "exact": True}
         student = hidden, head, a["targets"]
-        stats = compute_token_stats(*student, teacher, a["teacher_head"], logits_mib=1, **options)
+        stats = compute_token_stats(
+            *student, teacher, a["teacher_head"], loss_chunk_mib=1, **options
+        )
         assert all(x.dtype == jnp.float32 for x in stats.values())
         return stats["logp"].sum() + stats["divergence"].sum()
 
@@ -553,7 +555,7 @@ def test_gradients_in_bfloat16_are_those_of_the_rounded_numbers(arrays):
 
     def streamed(hidden, head, teacher=(low["teacher_hidden"], a["teacher_head"])):
         return compute_token_stats(
-            hidden, head, a["targets"], *teacher, logits_mib=mib, divergence=d
+            hidden, head, a["targets"], *teacher, loss_chunk_mib=mib, divergence=d
         )
 
     def plain(hidden, head):
@@ -586,7 +588,7 @@ def test_memory_of_the_streamed_loss(d):
     )
 
     def streamed(*args):
-        return compute_token_stats(*args, logits_mib=128, divergence=d)["divergence"].sum()
+        return compute_token_stats(*args, loss_chunk_mib=128, divergence=d)["divergence"].sum()
 
     def plain(*args):
         return naive(*args)["divergence"].sum()

@@ -24,17 +24,17 @@ N, LONGEST = len(PROMPTS), 8
 # Every objective of the table, and every estimator and aggregation beside it.
 FORMS = {
     **OBJECTIVES,
-    "topk": Loss(teacher=1, divergence="jsd", estimator="topk", k=3, k_of="union"),
+    "topk": Loss(teacher=1, divergence="jsd", estimator="topk", k=3, topk_from="union"),
     "stored": Loss(
         **{"teacher": 1, "divergence": "forward", "estimator": "topk", "k": 3},
-        **{"served": "top", "served_k": 4},
+        **{"teacher_output": "top", "teacher_topk": 4},
     ),
     "k2": Loss(teacher=1, estimator="k2", aggregation="sequence"),
     "k3": Loss(teacher=1, estimator="k3", divergence="forward"),
     "discount": Loss(teacher=1, discount=0.9, aggregation="constant"),
     "sampled, all": Loss(
         **{"teacher": 0.7, "reward": 0.5, "estimator": "sampled", "baseline": True},
-        **{"discount": 0.5, "clip": "ppo", "ratio": "sequence", "truncate": 1.2},
+        **{"discount": 0.5, "clip": "ppo", "ratio": "sequence", "tis_clip": 1.2},
     ),
     "all terms": Loss(sft=0.1, teacher=0.2, reward=0.3, reference=0.4, clip="cispo"),
 }
@@ -55,7 +55,7 @@ def sequences():
     }
     teacher = rng.normal(size=(N, LONGEST, E)).astype(f32), rng.normal(size=(V, E)).astype(f32)
     hidden, head = map(jnp.asarray, parameters.values())
-    stats = compute_token_stats(hidden, head, losses.shift(jnp.asarray(tokens)), logits_mib=1)
+    stats = compute_token_stats(hidden, head, losses.shift(jnp.asarray(tokens)), loss_chunk_mib=1)
     fresh = np.array(losses.unshift(stats["logp"]))
     return parameters, {
         "tokens": tokens,
@@ -108,11 +108,11 @@ def sums(loss, parameters, layout, fresh=False, chunk=0):
     teacher = place(jnp.asarray(known["teacher"]), noise[..., :E])
     tokens = place(jnp.asarray(known["tokens"]), EOS)
     options: Any = {
-        "logits_mib": 1,
+        "loss_chunk_mib": 1,
         "divergence": loss.teacher_divergence,
         "baseline": loss.baseline,
     }
-    if loss.served == "top":
+    if loss.teacher_output == "top":
         logq, ids = jax.lax.top_k(jax.nn.log_softmax(teacher @ known["teacher_head"].T), 4)
         options["teacher_top_BTK"] = ids, logq
     else:
@@ -132,7 +132,11 @@ def sums(loss, parameters, layout, fresh=False, chunk=0):
     weight, count = losses.compute_token_weights(loss, mask, segments, LIMIT)
     student = hidden, parameters["head"], losses.shift(tokens)
     if chunk:
-        options |= {"known": known_BT, "weight_BT": weight, "logits_mib": chunk * 4 * N * V / 2**20}
+        options |= {
+            "known": known_BT,
+            "weight_BT": weight,
+            "loss_chunk_mib": chunk * 4 * N * V / 2**20,
+        }
         options["loss"] = lambda stats, known: losses.compute_token_losses(loss, stats, **known)
         return compute_token_stats(*student, **options)["total"], count
     per_token = losses.compute_token_losses(
@@ -223,7 +227,7 @@ def test_a_truncated_response_has_no_eos_to_train():
     head = jnp.asarray(sequences()[0]["head"])
 
     def total(hidden):
-        stats = compute_token_stats(hidden, head, losses.shift(tokens), logits_mib=1)
+        stats = compute_token_stats(hidden, head, losses.shift(tokens), loss_chunk_mib=1)
         shifted = losses.shift(mask)
         per_token = losses.compute_token_losses(
             OBJECTIVES["sft"], stats, shifted, shifted.astype(jnp.int32)
@@ -265,7 +269,7 @@ def test_the_cookbooks_formula(discount):
     for t in reversed(range(6)):
         advantage[t] += discount * advantage[t + 1]
     ratio = np.exp(logp - sampler)
-    loss = Loss(teacher=0.7, estimator="sampled", k1_of="sampler", discount=discount)
+    loss = Loss(teacher=0.7, estimator="sampled", k1_from="sampler", discount=discount)
     value, grad = simple(loss, logp, stats={"teacher_logp": teacher}, sampler_logp_BT=sampler)
     np.testing.assert_allclose(value, -(ratio * advantage).sum(), rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(grad, -ratio * advantage, rtol=1e-6, atol=1e-6)
@@ -332,7 +336,7 @@ def test_sampler_mismatch_is_truncated():
     old, sampler = np.log([[0.5, 0.5], [0.1, 0.4]]).astype(np.float32)
     known = {"old_logp_BT": old, "sampler_logp_BT": sampler}
     advantage = np.ones(2, np.float32)
-    loss = Loss(reward=1, truncate=2.0)
+    loss = Loss(reward=1, tis_clip=2.0)
     value, grad = simple(loss, old, advantages_BT=advantage, **known)
     np.testing.assert_allclose(grad, [-2, -1.25], rtol=1e-6)  # 5 is cut to 2; 1.25 stays
     np.testing.assert_allclose(value, -3.25, rtol=1e-6)
@@ -350,14 +354,14 @@ def test_opd_is_the_reverse_kl_of_each_token():
         assert loss.is_on_policy or not loss.has_policy_gradient
 
 
-TOP = {"teacher": 1, "estimator": "topk", "k": 4, "served": "top", "served_k": 8}
+TOP = {"teacher": 1, "estimator": "topk", "k": 4, "teacher_output": "top", "teacher_topk": 8}
 REFUSED = {
     "nothing is learned": {},
     "one of": {"teacher": 1, "divergence": "kl"},
     "finite, 0 or more": {"sft": -1},
     "beta=1.5": {"teacher": 1, "beta": 1.5},
     "read by divergence=jsd only": {"teacher": 1, "beta": 0.3},
-    "read by served=top only": {"teacher": 1, "served_k": 8},
+    "read by teacher_output=top only": {"teacher": 1, "teacher_topk": 8},
     "below 1": {"teacher": 1, "skew": 1.0},
     "has no skew": {"teacher": 1, "skew": 0.1, "divergence": "jsd"},
     "temperature=0.0": {"teacher": 1, "temperature": 0.0},
@@ -366,14 +370,14 @@ REFUSED = {
     "gradient of the plain reverse KL": {"teacher": 1, "estimator": "k2", "divergence": "jsd"},
     "gradient of the plain forward KL": {"teacher": 1, "estimator": "k3"},
     "at temperature 1": {"teacher": 1, "estimator": "sampled", "temperature": 2.0},
-    "use topk": {"teacher": 1, "served": "top", "served_k": 8},
+    "use topk": {"teacher": 1, "teacher_output": "top", "teacher_topk": 8},
     "more than the 8 tokens": {**TOP, "k": 9},
-    "probability is not known": {**TOP, "k_of": "union"},
+    "probability is not known": {**TOP, "topk_from": "union"},
     "needs the whole distribution": {**TOP, "temperature": 2.0},
-    "one number a token": {"teacher": 1, "served": "token"},
+    "one number a token": {"teacher": 1, "teacher_output": "token"},
     "baseline: read by": {"teacher": 1, "baseline": True},
     "needs a teacher's hidden states": {
-        **{"teacher": 1, "estimator": "sampled", "baseline": True, "served": "token"}
+        **{"teacher": 1, "estimator": "sampled", "baseline": True, "teacher_output": "token"}
     },
     "baseline: is a mean": {"reward": 1, "estimator": "sampled", "baseline": True},
     "from 0 to 1": {"teacher": 1, "discount": 1.5},
@@ -382,8 +386,8 @@ REFUSED = {
     "0 <= clip_low <= 1": {"reward": 1, "clip": "ppo", "clip_low": 1.5},
     "it is always 1": {"reward": 1, "clip": "ppo", "ratio": "none"},
     "use sampled, or cispo": {"teacher": 1, "estimator": "k2", "clip": "ppo"},
-    "must be 0 (off) or more": {"reward": 1, "truncate": -1.0},
-    "no policy gradient to weigh": {"teacher": 1, "truncate": 2.0},
+    "must be 0 (off) or more": {"reward": 1, "tis_clip": -1.0},
+    "no policy gradient to weigh": {"teacher": 1, "tis_clip": 2.0},
 }
 
 

@@ -91,7 +91,7 @@ def trained(case: dict, packed: bool, sizes: tuple[int, ...] = (1, 1, 1)):
     shares = {"source": np.eye(2), "weights": np.full((2, 2), [0.25, 0.75])}
     shares = shares.get(given.get("share", ""))
     written = given.get("written", COUNT)
-    stored = loss.served == "top"
+    stored = loss.teacher_output == "top"
     form = BatchLayout(
         T,
         R,
@@ -149,13 +149,13 @@ CASES: dict[str, dict[str, Any]] = {
     "k3": {**EXACT, "loss": {"estimator": "k3", "divergence": "forward"}},
     "stored": {
         "objective": "distill",
-        "loss": {"served": "top", "served_k": 3, "estimator": "topk", "k": 3},
+        "loss": {"teacher_output": "top", "teacher_topk": 3, "estimator": "topk", "k": 3},
     },
     "by sequence": {**EXACT, "loss": {"aggregation": "sequence"}},
     "constant": {**EXACT, "loss": {"aggregation": "constant"}},
     "baseline": {**SAMPLED, "loss": {"baseline": True, "discount": 0.9}},
     "credit": {**EXACT, "loss": {"discount": 0.9, "ratio": "sequence"}},
-    "reference": {"objective": "hybrid", "loss": {"reference": 0.1, "truncate": 2.0}},
+    "reference": {"objective": "hybrid", "loss": {"reference": 0.1, "tis_clip": 2.0}},
     "by source": {**EXACT, "teachers": 2, "share": "source"},
     "by weights": {**EXACT, "teachers": 2, "share": "weights"},
     "context": {**EXACT, "teacher_prompt": True, "teachers": 2, "share": "source"},

@@ -85,7 +85,7 @@ def scored_of(qwen3, params, batch):
     """Log-probabilities of each token of `batch` by one plain forward."""
     hidden, targets = forward.compute_hidden(qwen3, params, batch), losses.shift(batch.tokens_BT)
     stats = fused_head.compute_token_stats(
-        hidden, model.get_output_head(params), targets, logits_mib=1
+        hidden, model.get_output_head(params), targets, loss_chunk_mib=1
     )
     return losses.unshift(stats["logp"])
 

@@ -70,7 +70,7 @@ def test_an_objective_is_a_flag(objective, tmp_path):
         assert first["reward/dropped_rows"] % 4 == 0
     if objective == "hybrid":
         assert first["train/reference_kl"] == pytest.approx(0, abs=1e-5)  # it begins as its own
-        assert first["reward/judge"] < 0
+        assert first["reward/teacher_logprob"] < 0
         assert first["train/reverse_kl"] > 0
     if objective == "gkd":
         assert "rollout/mean_length" in first and "data/truncated" in first
@@ -120,7 +120,7 @@ def test_advantages_are_those_of_the_groups_rewards():
     np.testing.assert_allclose(advantages_PG.sum(axis=1), 0, atol=1e-5)
     mixed = np.abs(advantages_PG).max(axis=1) > 0
     assert mixed.sum() > 0  # the embedded student solves about a third of its problems
-    assert measured["reward/constant_groups"] == pytest.approx(1 - mixed.mean())
+    assert measured["reward/zero_variance_groups"] == pytest.approx(1 - mixed.mean())
     # Rewards are 0 or 1, so the better of a group have one advantage, and the worse another.
     for group in advantages_PG[mixed]:
         assert len(np.unique(group.round(4))) == 2
@@ -206,11 +206,19 @@ def test_stored_tops_need_no_teacher(tmp_path):
         ("grpo", {"reward__correct": 0.0}, "config.opd.reward: all weights are 0"),
         ("grpo", {"reward__format": float("nan")}, "are not all finite"),
         ("grpo", {"optim__b1": 1.0}, "config.opd.optim.b1=1.0: must be at least 0 and below 1"),
-        ("grpo", {"reward__length": 1.0}, "config.opd.reward.margin=0"),
+        ("grpo", {"reward__length": 1.0}, "config.opd.reward.length_margin=0"),
         ("grpo", {"rollout__budget": 100}, "must end together"),
-        ("grpo", {"on_policy": 0.5}, "config.opd.on_policy=0.5: this loss needs the sampler's"),
-        ("opd", {"on_policy": 1.5}, "config.opd.on_policy=1.5: must be from 0 to 1"),
-        ("opd", {"loss__served": "top", "loss__served_k": 4}, "estimator=exact with served=top"),
+        (
+            "grpo",
+            {"on_policy_share": 0.5},
+            "config.opd.on_policy_share=0.5: this loss needs the sampler's",
+        ),
+        ("opd", {"on_policy_share": 1.5}, "config.opd.on_policy_share=1.5: must be from 0 to 1"),
+        (
+            "opd",
+            {"loss__served": "top", "loss__served_k": 4},
+            "estimator=exact with teacher_output=top",
+        ),
         ("distill", {"loss__estimator": "topk"}, "config.opd.loss.estimator=topk: k says how many"),
         (
             "opd",

@@ -203,7 +203,7 @@ def test_rows_of_real_data_are_full(shared_data: Path, monkeypatch: pytest.Monke
     c = base.make_stage("sft").data
     gsm8k, traces = shared_data / "gsm8k/train.jsonl", shared_data / "traces/deepseek_r1_math.jsonl"
     c.mixture = ((str(gsm8k), 0.95), (str(traces), 0.05))
-    c.check = 0
+    c.check_rows = 0
     source = dataset.load_source(c, tokenizer, 0, True)
     feed = packing.Packer(source, 0, 8, 4096, 3584)
     filled = []

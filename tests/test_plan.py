@@ -89,7 +89,7 @@ def test_what_lies_beside_a_program(rows, shape):
 
 def test_what_is_sampled_ahead_lies_beside_the_update(rows, shape):
     mesh = mesh_lib.make_mesh(1, 4, 1, devices=aot.get_devices("v5e:2x2"))
-    c = config(shape, **{"opd.rollout.ahead": True})
+    c = config(shape, **{"opd.rollout.asynchronous": True})
     models = fit.describe_models(c, mesh, mesh, ("teacher",), False)
     with mesh_lib.use_mesh(mesh):
         loss, sampled = stages.resolve_objective("opd", c.opd)

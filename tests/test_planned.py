@@ -48,7 +48,9 @@ def several(c: ConfigDict) -> ConfigDict:
 
 CONFIGS = {
     "opd": config(),
-    "in pages, ahead": config(opd__rollout__page=16, opd__rollout__ahead=True, opd__steps=2),
+    "in pages, ahead": config(
+        opd__rollout__page_size=16, opd__rollout__asynchronous=True, opd__steps=2
+    ),
     "grpo": config(
         opd__objective="grpo",
         opd__samples=2,
@@ -56,7 +58,7 @@ CONFIGS = {
         opd__loss__reference=0.1,
         opd__reward__correct=0.0,
         opd__reward__format=1.0,
-        student__ema=0.9,
+        student__ema_decay=0.9,
     ),
     "a LoRA": config(student__lora__rank=2, eval__every=1, eval__limit=2, eval__max_new_tokens=4),
     "a context": config(opd__context__text="assets/rows/manual.md", opd__context__max_tokens=48),

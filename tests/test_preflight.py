@@ -172,7 +172,7 @@ def test_memory_counts_what_is_there() -> None:
             part.rsplit(" ", 1) for part in line.partition("(")[2].partition(")")[0].split(", ")
         )
         assert abs(float(parts["optimiser"]) * 2**30 - held(state.opt_state)) < 2**30 / 100
-    c.logits_mib = 2.0**14
+    c.loss_chunk_mib = 2.0**14
     assert float(next(preflight.estimate_memory(plan, c, trained)).split()[2]) >= 16
 
 

@@ -358,7 +358,7 @@ def test_a_sampler_in_8_bits_is_the_model_in_8_bits(directories):
     rng = np.random.default_rng(0)
     rows = [rollout.Sequence(rng.integers(0, 128, n).tolist(), (0, n), 8) for n in (3, 9, 5, 12)]
     options = rollout.RolloutOptions(
-        4, param_dtype="int8", stacked=True, cache_backend="plain", page=4
+        4, param_dtype="int8", stacked=True, cache_backend="plain", page_size=4
     )
     with policy.use(spread):
         qwen3, params = decode.prepare_weights(
@@ -366,7 +366,7 @@ def test_a_sampler_in_8_bits_is_the_model_in_8_bits(directories):
             spread.params,
             policy.get_mesh(spread),
             stacked=True,
-            gathered=True,
+            gather_weights=True,
             param_dtype="int8",
         )
         done = list(

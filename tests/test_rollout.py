@@ -83,13 +83,13 @@ def eight(params):
 @pytest.mark.parametrize("kind", ["slabs", "plain"])
 def test_sampler_equals_scorer(params, kind):
     """Recorded log-probs are those of one plain forward, under random prompt lengths."""
-    batch = sample(params, prompts(8), range(8), cache_backend=kind, page=8)
+    batch = sample(params, prompts(8), range(8), cache_backend=kind, page_size=8)
     stats = jax.jit(
         lambda b: fused_head.compute_token_stats(
             forward.compute_hidden(QWEN3, params, b),
             model.get_output_head(params),
             losses.shift(b.tokens_BT),
-            logits_mib=1,
+            loss_chunk_mib=1,
         )
     )(batch)
     mask = np.asarray(batch.mask_BT)
@@ -99,7 +99,7 @@ def test_sampler_equals_scorer(params, kind):
 
 
 def test_layouts_draw_the_same_tokens(params, eight):
-    pages = sample(params, prompts(8), range(8), cache_backend="plain", page=8, stacked=True)
+    pages = sample(params, prompts(8), range(8), cache_backend="plain", page_size=8, stacked=True)
     assert responses(pages) == responses(eight)
 
 
@@ -146,7 +146,7 @@ def test_positions_count_real_tokens(eight):
 def test_meshes_draw_the_same_tokens(loose, eight, kind):
     mesh = mesh_lib.make_mesh(1, 2, 4)
     with mesh_lib.use_mesh(mesh):
-        batch = sample(placed(loose, mesh), prompts(8), range(8), cache_backend=kind, page=8)
+        batch = sample(placed(loose, mesh), prompts(8), range(8), cache_backend=kind, page_size=8)
     assert responses(batch) == responses(eight)
     np.testing.assert_allclose(
         np.asarray(batch.sampler_logp_BT), np.asarray(eight.sampler_logp_BT), atol=1e-4

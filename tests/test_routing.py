@@ -217,9 +217,9 @@ def sampled(config, params, rows, mesh, stacked, dtype="float32", **given):
                 8,
                 P + R,
                 segment=4,
-                chunk=8,
+                prefill_chunk=8,
                 cache_tokens=96,
-                page=4,
+                page_size=4,
                 cache_backend="plain" if stacked else "",
                 stacked=stacked,
             ),
@@ -320,7 +320,7 @@ def test_recorded_experts_through_the_loop(sparse, tmp_path):
     c = config_of(sparse, "float32", True)
     c.student.lora.rank = 2
     c.mesh.expert = 2
-    c.opd.steps, c.opd.rollout.budget = 2, 30
+    c.opd.steps, c.opd.rollout.token_budget = 2, 30
     loop.run(c, tmp_path)
     first, second = numbers(tmp_path)
     assert first["train/trained_tokens"] == 0  # so the second step has the same weights

@@ -222,7 +222,7 @@ def test_a_judge_reads_the_context(files):
         with torch.no_grad():
             logp = network(whole).logits[0].log_softmax(-1)[len(prompts[prompt]) - 1 : -1]
         told.append(float(logp[range(len(response)), response].mean()))
-    assert measured["reward/judge"] == pytest.approx(np.mean(told), abs=1e-4)
+    assert measured["reward/teacher_logprob"] == pytest.approx(np.mean(told), abs=1e-4)
     advantages = np.array([row.advantages_BT[-1] for row in rows]).reshape(-1, 2)
     better = np.diff(told)[::2]
     assert (np.sign(np.diff(advantages)[:, 0]) == np.sign(better))[np.abs(better) > 1e-3].all()
@@ -258,7 +258,7 @@ def test_a_mixture_is_of_probabilities(estimator):
 
     def total(own, hidden_BTE, heads_VE, share):
         stats = fused_head.compute_token_stats(
-            hidden, own, targets, hidden_BTE, heads_VE, logits_mib=1e-3, divergence=form,
+            hidden, own, targets, hidden_BTE, heads_VE, loss_chunk_mib=1e-3, divergence=form,
             teacher_weight_BTN=share,
         )  # fmt: skip
         return jnp.sum(stats["divergence"]), stats
@@ -285,7 +285,7 @@ def test_a_mixture_is_of_probabilities(estimator):
 def past(files: Path, rank: int, context: bool) -> ConfigDict:
     """The student's beginning and its moving average teach together."""
     c = config(files, teachers=("origin", "past"), teacher_weights=(1, 3), steps=3, accumulate=2)
-    c.student.ema, c.student.lora.rank = 0.5, rank
+    c.student.ema_decay, c.student.lora.rank = 0.5, rank
     c.checkpoint.every, c.checkpoint.keep = 1, 3
     c.opd.optim.learning_rate = 1e-2
     if context:
@@ -377,8 +377,8 @@ def test_what_cannot_teach_is_refused(objective, changes, words, files, monkeypa
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"student.ema": 1.0}, "config.student.ema=1.0: must be at least 0"),
-        ({"student.ema": -0.1}, "config.student.ema=-0.1"),
+        ({"student.ema_decay": 1.0}, "config.student.ema_decay=1.0: must be at least 0"),
+        ({"student.ema_decay": -0.1}, "config.student.ema_decay=-0.1"),
         ({"student.random_init": True}, "config.origin.path=initial: nothing keeps random"),
         ({"origin.path": TEACHER, "origin.step": 3}, "config.origin.step=3: .* is no run"),
         ({"origin.dtype": "int8"}, "config.origin.dtype: 'int8'"),

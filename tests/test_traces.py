@@ -122,7 +122,7 @@ def test_traces_are_learned_by_their_tokens(traces: Path, tmp_path: Path) -> Non
     kept: dict[str, list] = {}
     for keep in ("all", "finished", "correct"):
         c = base.make_stage("sft").data
-        c.source, c.keep = str(verified), keep
+        c.source, c.keep_samples = str(verified), keep
         source = dataset.load_source(c, tokenizer, 0, True)
         kept[keep] = [source.read_example(i) for i in range(source.size)]
     rows = read(verified)
@@ -208,7 +208,7 @@ def test_bad_rows_of_verify(tmp_path: Path, capsys: Any, name: str) -> None:
 def test_what_was_not_graded_is_not_kept_as_correct(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", [{"prompt_tokens": [1], "samples": [SAMPLE]}])
     c = base.make_stage("sft").data
-    c.source, c.keep = str(path), "correct"
+    c.source, c.keep_samples = str(path), "correct"
     with pytest.raises(UserError, match=r"t\.jsonl:1: config\.data\.keep=correct, but its samples"):
         dataset.load_source(c, None, 0, True)
     c.on_bad_row = "skip"

@@ -129,7 +129,7 @@ def test_a_budget_parks_rows_and_loses_none(models, tmp_path, monkeypatch):
     """Each row that was begun is trained once, under the numbers that it would have had; a run
     stopped while rows are parked goes on with them as if it had not been."""
     c = config(models)
-    c.stages, c.opd.steps, c.opd.rollout.budget = ("opd",), 5, 30
+    c.stages, c.opd.steps, c.opd.rollout.token_budget = ("opd",), 5, 30
     trained = []
     written = microbatches.to_examples
 
@@ -162,7 +162,7 @@ def test_a_budget_parks_rows_and_loses_none(models, tmp_path, monkeypatch):
 
 def test_a_budget_that_ends_no_row_trains_nothing(models, tmp_path, capsys):
     c = config(models)
-    c.stages, c.opd.steps, c.opd.rollout.budget, c.opd.rollout.segment = ("opd",), 2, 4, 1
+    c.stages, c.opd.steps, c.opd.rollout.token_budget, c.opd.rollout.segment = ("opd",), 2, 4, 1
     loop.run(c, tmp_path)
     first, last = numbers(tmp_path)
     assert first["rollout/ended"] == first["train/trained_tokens"] == 0
@@ -305,7 +305,7 @@ BAD = {
     "cache": (change("opd.rollout.cache_tokens", 50), "config.opd.rollout.cache_tokens=50: leaves"),
     "segment": (change("opd.rollout.segment", 0), "config.opd.rollout.segment=0: must be 1"),
     "cache dtype": (change("opd.rollout.cache_dtype", "int4"), "config.opd.rollout.cache_dtype"),
-    "budget": (change("opd.rollout.budget", -1), "config.opd.rollout.budget=-1"),
+    "budget": (change("opd.rollout.token_budget", -1), "config.opd.rollout.token_budget=-1"),
     "schedule": (change("opd.optim.schedule", "cosin"), "cosin"),
 }
 

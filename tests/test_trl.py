@@ -155,11 +155,11 @@ SAME = {
         {"loss_type": "grpo", "beta": 0.3},
     ),
     "dapo, sampler mismatch": (
-        Loss(reward=1, clip="ppo", clip_high=0.28, truncate=1.5),
+        Loss(reward=1, clip="ppo", clip_high=0.28, tis_clip=1.5),
         {"loss_type": "dapo", "epsilon_high": 0.28, "use_vllm": True},
     ),
     "cispo, sampler mismatch, reference": (
-        Loss(reward=1, reference=0.1, clip="cispo", clip_low=1, clip_high=4, truncate=1.5),
+        Loss(reward=1, reference=0.1, clip="cispo", clip_low=1, clip_high=4, tis_clip=1.5),
         {"loss_type": "cispo", "epsilon_high": 5.0, "use_vllm": True, "beta": 0.1},
     ),
 }
@@ -227,7 +227,7 @@ def check_divergence(d, function, scale=1.0, **options):
 
     def total(y):
         stats = compute_token_stats(
-            y, eye, targets, jnp.asarray(teacher), eye, logits_mib=1, divergence=d
+            y, eye, targets, jnp.asarray(teacher), eye, loss_chunk_mib=1, divergence=d
         )
         return stats["divergence"].sum(), stats["divergence"]
 

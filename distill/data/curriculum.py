@@ -60,7 +60,7 @@ def make_stage_order(
         "config.data.difficulty says what is easy": not c.difficulty,
         "is of one source, not of a mixture": bool(c.mixture),
         "reads all rows before the first step, so none are streamed": c.streaming,
-        "takes a source with an end (config.data.size)": not size,
+        "takes a source with an end (config.data.max_rows)": not size,
     }
     for reason, refused in why.items():
         if refused:

@@ -99,20 +99,20 @@ def load_source(
     """The source, or the mixture of sources, that a stage's `data` names; with `traces`, examples
     carry responses; with a context, the prompt that a teacher reads.
 
-    The first `data.check` rows of each are read and tokenised here, so that a bad one among them is
+    The first `data.check_rows` rows of each are read and tokenised here, so that a bad one among them is
     met before training; those of a larger set are met when they are read. What `data.on_bad_row`
     says holds for both: "fail" ends the run with the row's name, "skip" leaves it out, counted.
 
     Raises:
       UserError: naming the key, file or row at fault.
     """
-    for field in ("size", "check", "window"):
+    for field in ("max_rows", "check_rows", "shuffle_window"):
         if c[field] < 0:
             raise UserError(f"config.data.{field}={c[field]}: not a number of rows")
     if "{question}" not in c.template:
         raise UserError(f"config.data.template={c.template!r}: has no {{question}}")
-    if c.streaming and not c.window:
-        raise UserError("config.data.window=0: a stream is shuffled in windows of rows")
+    if c.streaming and not c.shuffle_window:
+        raise UserError("config.data.shuffle_window=0: a stream is shuffled in windows of rows")
     for field, known in CHOICES.items():
         if c[field] not in known:
             raise UserError(f"config.data.{field}={c[field]!r}: is none of {', '.join(known)}")
@@ -148,7 +148,7 @@ def _is_positive_weight(weight: object) -> bool:
 CHOICES = {
     "on_bad_row": ("fail", "skip"),
     "turns": ("last", "all"),
-    "keep": ("all", "finished", "correct"),
+    "keep_samples": ("all", "finished", "correct"),
     "curriculum": curriculum.CURRICULA,
 }
 
@@ -168,11 +168,11 @@ def _load_single_source(
             raise UserError("config.data.source: arithmetic needs a model with a tokenizer")
         rows = sources.make_arithmetic_rows(c, seed)
     else:
-        window = c.window if c.streaming else 0
-        rows = sources.open_rows(name, size=c.size, window=window)
+        window = c.shuffle_window if c.streaming else 0
+        rows = sources.open_rows(name, size=c.max_rows, window=window)
         if with_responses and not window and sources.has_samples(rows):
             rows = sources.expand_samples(
-                rows, c.keep, skip_reasons if c.on_bad_row == "skip" else None
+                rows, c.keep_samples, skip_reasons if c.on_bad_row == "skip" else None
             )
 
     difficulty_of = curriculum.make_difficulty_fn(c.difficulty)
@@ -199,11 +199,11 @@ def _load_single_source(
         return made
 
     if c.on_bad_row == "fail":
-        for index in range(min(c.check, rows.size) if rows.size else ENDLESS_SAMPLE):
+        for index in range(min(c.check_rows, rows.size) if rows.size else ENDLESS_SAMPLE):
             read_example(index)
         source = Source(rows.size, read_example, rows.window, skip_reasons)
     else:
-        source = _skip_bad_rows(rows, read_example, c.check, skip_reasons)
+        source = _skip_bad_rows(rows, read_example, c.check_rows, skip_reasons)
     return dataclasses.replace(source, thinking_share=c.thinking)
 
 

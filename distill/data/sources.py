@@ -89,7 +89,7 @@ def make_arithmetic_rows(c: Any, seed: int) -> Rows:
         }
 
     read_row(0)  # a bad split or range is an error now
-    return Rows("arithmetic", c.size, read_row, lambda index: f"arithmetic problem {index}")
+    return Rows("arithmetic", c.max_rows, read_row, lambda index: f"arithmetic problem {index}")
 
 
 def parse_json_line(line: bytes, where: str) -> dict:
@@ -203,7 +203,7 @@ def _open_stream(name: str, size: int, window: int) -> Rows:
     known = (stream.info.splits or {}).get(split)
     total = known.num_examples if known else 0
     if not total and not size:
-        raise UserError(f"{source}: of unknown length: streaming it needs config.data.size")
+        raise UserError(f"{source}: of unknown length: streaming it needs config.data.max_rows")
     kept: list[dict] = []
     begin, rest = -1, iter(())
 
@@ -223,7 +223,7 @@ def _open_stream(name: str, size: int, window: int) -> Rows:
             fetch_window(index // window)
         if index % window >= len(kept):
             have = begin * window + len(kept)
-            raise UserError(f"{source}: has only {have} rows, config.data.size says {size}")
+            raise UserError(f"{source}: has only {have} rows, config.data.max_rows says {size}")
         return kept[index % window]
 
     return Rows(source, total or size, read_row, lambda index: f"{source} row {index}", window)
@@ -295,7 +295,7 @@ def expand_samples(rows: Rows, keep: str, skip_reasons: dict[str, str] | None) -
             )
         if keep == "correct" and any("correct" not in sample for sample in row["samples"]):
             raise UserError(
-                f"{rows.locate_row(index)}: config.data.keep=correct, but its samples were not graded "
+                f"{rows.locate_row(index)}: config.data.keep_samples=correct, but its samples were not graded "
                 "(python -m distill.verify)"
             )
         finished = [sample.get("finish_reason") == "stop" for sample in row["samples"]]
@@ -317,7 +317,7 @@ def expand_samples(rows: Rows, keep: str, skip_reasons: dict[str, str] | None) -
             skip_reasons[rows.locate_row(index)] = str(error)
             run_files.log_line(f"skipped: {error}")
     if not kept:
-        raise UserError(f"{rows.name}: config.data.keep={keep} leaves none of its samples")
+        raise UserError(f"{rows.name}: config.data.keep_samples={keep} leaves none of its samples")
 
     def read_row(position: int) -> dict:
         index, number = kept[position], numbers[position]

@@ -42,7 +42,7 @@ def compute_reverse_kl(
             losses.shift(batch.tokens_BT),
             forward.compute_hidden(teacher.model, teacher_params, batch),
             model.get_output_head(teacher_params),
-            logits_mib=128.0 * mesh.size,
+            loss_chunk_mib=128.0 * mesh.size,
             split=mesh_lib.split_vocabulary,
         )
         mask_BT = losses.shift(batch.mask_BT).astype(jnp.float32)

@@ -21,15 +21,15 @@ Logprobs = list[float | None]
 TopLogprobs = list[list[list[float]] | None]  # [id, logprob] pairs of each token
 
 
-@functools.partial(jax.jit, static_argnames=("qwen3", "top_k", "logits_mib"))
+@functools.partial(jax.jit, static_argnames=("qwen3", "top_k", "loss_chunk_mib"))
 def _compute_token_stats(
-    qwen3: Qwen3, params: Params, batch: Batch, top_k: int, logits_mib: float
+    qwen3: Qwen3, params: Params, batch: Batch, top_k: int, loss_chunk_mib: float
 ) -> losses.Stats:
     return fused_head.compute_token_stats(
         forward.compute_hidden(qwen3, params, batch),
         model.get_output_head(params),
         losses.shift(batch.tokens_BT),
-        logits_mib=logits_mib,
+        loss_chunk_mib=loss_chunk_mib,
         split=mesh_lib.split_vocabulary,
         top_k=top_k,
     )

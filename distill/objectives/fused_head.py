@@ -198,7 +198,7 @@ def compute_token_stats(
     teacher_hidden_BTE: TeacherArrays = None,
     teacher_head_VE: TeacherArrays = None,
     *,
-    logits_mib: float,
+    loss_chunk_mib: float,
     split: Callable[[jax.Array], jax.Array] = lambda logits_BCV: logits_BCV,
     top_k: int = 0,
     divergence: divergences.Divergence | None = None,
@@ -225,13 +225,13 @@ def compute_token_stats(
       teacher_weight_BTN: of N teachers, how much of a token's teacher each one is: their
         distributions are mixed by it, q = Σ share·q_n. A token's shares add up to 1; one of 1 is
         that teacher.
-      logits_mib: how many MiB one chunk of float32 logits of one model may take.
+      loss_chunk_mib: how many MiB one chunk of float32 logits of one model may take.
       split: puts a sharding on a chunk's logits [B, C, V].
       top_k: also find this many of the student's most likely tokens.
       divergence: also compare with the teacher in this form.
       teacher_top_BTK: int32 ids and log-probabilities of the teacher's most likely tokens, the
         most likely first, where its hidden states are not at hand. Finite on padding too, and
-        ids of one trained token distinct. For a Divergence of 0 < k <= K, k_of "teacher" and
+        ids of one trained token distinct. For a Divergence of 0 < k <= K, topk_from "teacher" and
         temperature 1: no other is known.
       exact: beside the divergence also its value over the whole vocabulary.
       overlap: compare this many of the most likely tokens (of stored ones, at most K).
@@ -265,7 +265,7 @@ def compute_token_stats(
     xs = {"hidden": hidden_BTD, "targets": targets_BT, "teachers": teachers}
     xs |= {"top": sg(teacher_top_BTK), "share": teacher_weight_BTN}
     xs |= {} if loss is None else {"known": known, "weight": weight_BT}
-    size = int(logits_mib * 2**20 / (4 * head_VD.shape[0]))
+    size = int(loss_chunk_mib * 2**20 / (4 * head_VD.shape[0]))
     chunked, runs_A, join = chunks.split_into_chunks(xs, size, mask_BT, shards)
     operands = chunked.pop("hidden"), head_VD, cast_heads, chunked, runs_A
     spec = _StatsSpec(split, top_k, divergence, exact, overlap, baseline, temperature)

@@ -38,10 +38,10 @@ def unshift(x_BT: jax.Array) -> jax.Array:
 CHOICES = {
     "divergence": ("reverse", "forward", "jsd"),
     "estimator": ("exact", "topk", "sampled", "k2", "k3"),
-    "k_of": ("teacher", "student", "union"),
-    "served": ("hidden", "top", "token"),
-    "k1_of": ("student", "sampler"),
-    "group": advantages.ADVANTAGE_NORMS,
+    "topk_from": ("teacher", "student", "union"),
+    "teacher_output": ("hidden", "top", "token"),
+    "k1_from": ("student", "sampler"),
+    "advantage_norm": advantages.ADVANTAGE_NORMS,
     "ratio": ("token", "sequence", "none"),
     "clip": ("none", "ppo", "cispo"),
     "aggregation": ("token", "sequence", "constant"),
@@ -59,7 +59,7 @@ class Loss:
     reverse KL from a reference, estimated by (p/μ)·k3 with the gradient through p/μ as well, which
     is unbiased in value and gradient (arXiv 2512.02556, section 3.1).
 
-    Divergence from the teacher: `divergence`, `beta`, `skew`, `temperature`, `k`, `k_of` as in
+    Divergence from the teacher: `divergence`, `beta`, `skew`, `temperature`, `k`, `topk_from` as in
     divergences.Divergence. With sg(p/μ) as ratio, and `estimator`:
       exact: over the whole vocabulary. Gradient: that of the divergence, at every token.
       topk: k tokens and the tail. Gradient: that of the coarser divergence.
@@ -68,9 +68,9 @@ class Loss:
       k2: sg(p/μ)·(log p - log q)²/2. Gradient: that of the reverse KL.
       k3: sg(p/μ)·(q/p - 1 - log(q/p)). Its value estimates the reverse KL, its gradient is that
         of the *forward* KL, so it goes by that name.
-    `served` says what the teacher hands over: hidden states, its `served_k` likeliest tokens
+    `teacher_output` says what the teacher hands over: hidden states, its `teacher_topk` likeliest tokens
     with log-probabilities, or only the log-probability of the drawn token.
-    `k1_of`: whose log p stands in k1. The student's is right for stale samples too. The sampler's
+    `k1_from`: whose log p stands in k1. The student's is right for stale samples too. The sampler's
     is the usual recipe, and the same on fresh samples; on stale ones it lags behind.
     `baseline` subtracts from k1 its expectation weighed by the size of the gradient: the expected
     gradient stays, its variance falls. (The plain expectation, the KL, often makes it rise.)
@@ -83,9 +83,9 @@ class Loss:
     the sequence (GSPO, arXiv 2507.18071, in the token form of section 4.3), or none (as if p = μ).
     `clip`: none is -ratio·A; ppo is -min(ratio·A, clip(ratio)·A); cispo is -sg(clip(ratio))·A·log p
     (arXiv 2506.13585, section 3.1), with clip(ratio) within [1 - clip_low, 1 + clip_high].
-    `truncate` C > 0: where the trainer's own log-probabilities of before the update are given
+    `tis_clip` C > 0: where the trainer's own log-probabilities of before the update are given
     (they are μ in the ratio, then), min(p_old/p_sampler, C), detached, weighs each token: it mends
-    what sampler and trainer compute differently. `group`: see advantages.group_advantages.
+    what sampler and trainer compute differently. `advantage_norm`: see advantages.group_advantages.
 
     `aggregation`: what one token weighs. token: 1, divided by the number of trained tokens;
     sequence: 1/length, divided by the number of sequences; constant: 1/limit, divided by the number
@@ -103,19 +103,19 @@ class Loss:
     temperature: float = 1.0
     estimator: str = "exact"
     k: int = 0
-    k_of: str = "teacher"
-    served: str = "hidden"
-    served_k: int = 0
-    k1_of: str = "student"
+    topk_from: str = "teacher"
+    teacher_output: str = "hidden"
+    teacher_topk: int = 0
+    k1_from: str = "student"
     baseline: bool = False
     discount: float = 0.0
 
-    group: str = "std"
+    advantage_norm: str = "std"
     ratio: str = "token"
     clip: str = "none"
     clip_low: float = 0.2
     clip_high: float = 0.2
-    truncate: float = 0.0
+    tis_clip: float = 0.0
     aggregation: str = "token"
 
     def __post_init__(self) -> None:
@@ -132,7 +132,7 @@ class Loss:
         if not self.teacher or self.estimator in _SAMPLED_ESTIMATORS:
             return None
         return Divergence(
-            self.divergence, self.beta, self.skew, self.temperature, self.k, self.k_of
+            self.divergence, self.beta, self.skew, self.temperature, self.k, self.topk_from
         )
 
     @property
@@ -171,8 +171,8 @@ def _list_invalid_settings(loss: Loss) -> list[tuple[bool, str]]:
         (loss.skew > 0 and loss.divergence == "jsd", "skew: jsd mixes by beta, and has no skew"),
         (not 0 < loss.temperature < math.inf, f"temperature={loss.temperature}: must be above 0"),
         (
-            loss.k < 0 or loss.served_k < 0,
-            f"k={loss.k}, served_k={loss.served_k}: must be 0 or more",
+            loss.k < 0 or loss.teacher_topk < 0,
+            f"k={loss.k}, teacher_topk={loss.teacher_topk}: must be 0 or more",
         ),
         (
             loss.estimator == "topk" and loss.k == 0,
@@ -180,8 +180,8 @@ def _list_invalid_settings(loss: Loss) -> list[tuple[bool, str]]:
         ),
         (loss.estimator != "topk" and loss.k > 0, f"k={loss.k}: read by estimator=topk only"),
         (
-            loss.served_k > 0 and loss.served != "top",
-            f"served_k={loss.served_k}: read by served=top only",
+            loss.teacher_topk > 0 and loss.teacher_output != "top",
+            f"teacher_topk={loss.teacher_topk}: read by teacher_output=top only",
         ),
         (
             drawn and (loss.divergence != gradient or loss.skew > 0 or loss.temperature != 1),
@@ -189,31 +189,31 @@ def _list_invalid_settings(loss: Loss) -> list[tuple[bool, str]]:
             f"1; set divergence={gradient}, skew=0, temperature=1",
         ),
         (
-            loss.served == "top" and loss.estimator != "topk",
-            f"estimator={loss.estimator} with served=top: the teacher gives its likeliest tokens "
+            loss.teacher_output == "top" and loss.estimator != "topk",
+            f"estimator={loss.estimator} with teacher_output=top: the teacher gives its likeliest tokens "
             "only, neither the whole distribution nor that of any drawn token; use topk",
         ),
         (
-            loss.served == "top" and loss.k > loss.served_k,
-            f"k={loss.k}: more than the {loss.served_k} tokens that the teacher serves",
+            loss.teacher_output == "top" and loss.k > loss.teacher_topk,
+            f"k={loss.k}: more than the {loss.teacher_topk} tokens that the teacher serves",
         ),
         (
-            loss.served == "top" and loss.k_of != "teacher",
-            f"k_of={loss.k_of} with served=top: of other tokens than the teacher's own likeliest, its "
+            loss.teacher_output == "top" and loss.topk_from != "teacher",
+            f"topk_from={loss.topk_from} with teacher_output=top: of other tokens than the teacher's own likeliest, its "
             "probability is not known",
         ),
         (
-            loss.served == "top" and loss.temperature != 1,
-            f"temperature={loss.temperature} with served=top: needs the whole distribution",
+            loss.teacher_output == "top" and loss.temperature != 1,
+            f"temperature={loss.temperature} with teacher_output=top: needs the whole distribution",
         ),
         (
-            loss.served == "token" and not drawn,
-            f"estimator={loss.estimator} with served=token: the teacher gives one number a token; use "
+            loss.teacher_output == "token" and not drawn,
+            f"estimator={loss.estimator} with teacher_output=token: the teacher gives one number a token; use "
             "sampled, k2 or k3",
         ),
         (loss.baseline and loss.estimator != "sampled", "baseline: read by estimator=sampled only"),
         (
-            loss.baseline and (loss.served != "hidden" or not loss.teacher),
+            loss.baseline and (loss.teacher_output != "hidden" or not loss.teacher),
             "baseline: is a mean over the whole vocabulary, which needs a teacher's hidden states",
         ),
         (not 0 <= loss.discount <= 1, f"discount={loss.discount}: must be from 0 to 1"),
@@ -235,10 +235,10 @@ def _list_invalid_settings(loss: Loss) -> list[tuple[bool, str]]:
             loss.clip == "ppo" and loss.estimator in ("k2", "k3") and loss.teacher > 0,
             f"clip=ppo with estimator={loss.estimator}: it has no advantage; use sampled, or cispo",
         ),
-        (not 0 <= loss.truncate < math.inf, f"truncate={loss.truncate}: must be 0 (off) or more"),
+        (not 0 <= loss.tis_clip < math.inf, f"tis_clip={loss.tis_clip}: must be 0 (off) or more"),
         (
-            loss.truncate > 0 and not loss.has_policy_gradient,
-            "truncate: no policy gradient to weigh",
+            loss.tis_clip > 0 and not loss.has_policy_gradient,
+            "tis_clip: no policy gradient to weigh",
         ),
     ]
 
@@ -297,12 +297,12 @@ def compute_token_losses(
             loss, logp_BT, log_ratio_BT, advantage_BT, trained_BT, segments_BT
         )
         metrics["advantage"] = advantage_BT
-        if loss.truncate:
+        if loss.tis_clip:
             assert sampler_logp_BT is not None and old_logp_BT is not None
             metrics["sampler_ratio"] = mask_untrained(
                 jnp.exp(sg(mask_untrained(old_logp_BT - sampler_logp_BT)))
             )
-            gradient_BT *= jnp.minimum(metrics["sampler_ratio"], loss.truncate)
+            gradient_BT *= jnp.minimum(metrics["sampler_ratio"], loss.tis_clip)
         total_BT += gradient_BT
     if loss.reference:
         assert reference_logp_BT is not None
@@ -347,7 +347,7 @@ def _compute_teacher_loss(
         return weight_BT * (
             gap_BT**2 / 2 if loss.estimator == "k2" else _compute_k3(gap_BT)
         ), nothing_BT
-    if loss.k1_of == "sampler":
+    if loss.k1_from == "sampler":
         assert sampler_logp_BT is not None
         logp_BT = mask_untrained(sampler_logp_BT)
     k1_BT = later_BT = sg(logp_BT) - logq_BT
@@ -415,10 +415,10 @@ OBJECTIVES: dict[str, Loss] = {
     "opd": Loss(teacher=1.0),
     "opd_sampled": Loss(teacher=1.0, estimator="sampled"),
     "grpo": _GRPO,
-    "dr_grpo": dataclasses.replace(_GRPO, group="mean", aggregation="constant"),
+    "dr_grpo": dataclasses.replace(_GRPO, advantage_norm="mean", aggregation="constant"),
     "dapo": dataclasses.replace(_GRPO, clip_high=0.28, aggregation="token"),
     "gspo": dataclasses.replace(_GRPO, ratio="sequence", clip_low=3e-4, clip_high=4e-4),
     "cispo": Loss(reward=1.0, clip="cispo", clip_low=1.0, clip_high=4.0),
-    "rloo": Loss(reward=1.0, group="leave_one_out", aggregation="constant"),
+    "rloo": Loss(reward=1.0, advantage_norm="leave_one_out", aggregation="constant"),
     "hybrid": Loss(reward=1.0, teacher=1.0, clip="ppo"),  # verified, and the whole distribution
 }

@@ -35,7 +35,7 @@ def compare_distributions(
     teacher: teacher_lib.Teacher,
     rows: Sequence[rollout.Sequence],
     stage: StageSetup,
-    logits_mib: float,
+    loss_chunk_mib: float,
 ) -> Statistics:
     """Means over the tokens of the student's responses: both KL, both entropies, overlap of the
     tops; and of its stop tokens what the teacher makes of them."""
@@ -48,7 +48,7 @@ def compare_distributions(
             losses.shift(batch.tokens_BT),
             batch.teacher_hidden_BTD,
             heads,
-            logits_mib=logits_mib,
+            loss_chunk_mib=loss_chunk_mib,
             split=mesh_lib.split_vocabulary,
             divergence=divergences.Divergence("forward"),
             overlap=min(TOP_K, student.config.vocab_size),
@@ -107,7 +107,7 @@ def summarise_responses(
     pass_rates = right_PG.mean(axis=1)
     return statistics | {
         "pass_rate": float(pass_rates.mean()),
-        "constant_groups": float(np.mean((pass_rates == 0) | (pass_rates == 1))),
+        "zero_variance_groups": float(np.mean((pass_rates == 0) | (pass_rates == 1))),
         "pass_rates": pass_rates.tolist(),
     }
 
@@ -166,8 +166,8 @@ def make_findings(statistics: Statistics) -> list[Finding]:
                 findings.append((True, f"the {name} has no room: {evidence}; {advice}"))
             else:
                 findings.append((None, f"the {name} has room: {evidence}"))
-    if "constant_groups" in statistics["student"]:
-        share = statistics["student"]["constant_groups"]
+    if "zero_variance_groups" in statistics["student"]:
+        share = statistics["student"]["zero_variance_groups"]
         evidence = f"{100 * share:.0f}% of groups are all right or all wrong"
         if not statistics["rewarded"]:
             findings.append((None, f"this objective has no reward: {evidence}"))

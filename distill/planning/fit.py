@@ -226,11 +226,11 @@ def list_remedies(c: ConfigDict, program: str) -> list[tuple[str, ConfigDict]]:
     for name in c.stages:
         s = c[name]
         if training:
-            add_remedy(f"{name}.rollout.ahead", False)
+            add_remedy(f"{name}.rollout.asynchronous", False)
             for more in (2, 4, 8):
                 add_remedy(f"{name}.accumulate", s.accumulate * more)
         if sampling:
-            add_remedy(f"{name}.rollout.gathered", False)
+            add_remedy(f"{name}.rollout.gather_weights", False)
             add_remedy(f"{name}.rollout.cache_dtype", "float8_e4m3fn")
             if s.rollout.cache_tokens < 1:
                 for share in (0.6, 0.4):

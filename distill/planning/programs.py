@@ -55,7 +55,7 @@ def list_stage_calls(
         )
         sampler = sampling_programs.make_stage_sampler(c, s, sampled, models, cache_capacity)
         calls += sampling_programs.list_sampling_calls(sampler)
-        if s.rollout.ahead:  # the next step's weights lie there, and soon its cache
+        if s.rollout.asynchronous:  # the next step's weights lie there, and soon its cache
             async_bytes = (sampler.weight_bytes, sampler.weight_bytes + sampler.cache_bytes)
     calls += _list_reader_calls(c, s, loss, models, mesh, rows, turns, async_bytes)
     calls += _list_update_calls(c, s, loss, sampled, models, mesh, rows, turns, async_bytes)
@@ -77,7 +77,9 @@ def _list_update_calls(
 ) -> list[ProgramCall]:
     """What trains, and what begins the state that is trained."""
     optimizer = optim.make_optimizer(s.optim, s.steps * s.epochs * s.minibatches)
-    state = update_lib.make_abstract_state(optimizer, models.trained_params, c.student.ema > 0)
+    state = update_lib.make_abstract_state(
+        optimizer, models.trained_params, c.student.ema_decay > 0
+    )
     programs = setup.make_stage_update(c, s, loss, optimizer, models.student, mesh, state)
     student, frozen, calls = models.student, None, _list_init_calls(c, s, models, optimizer, mesh)
     if student.model.lora:
@@ -206,8 +208,8 @@ def _make_microbatch(
         fields["reference_logp_BT"] = array("float32")
     if s.epochs * s.minibatches > 1:
         fields["old_logp_BT"] = array("float32")
-    if loss.served == "top":
-        topk_arrays = array("int32", loss.served_k), array("float32", loss.served_k)
+    if loss.teacher_output == "top":
+        topk_arrays = array("int32", loss.teacher_topk), array("float32", loss.teacher_topk)
         fields["teacher_top_BTK"] = topk_arrays
     if loss.teacher and models.teachers:
         stream = NamedSharding(mesh, mesh_lib.make_hidden_spec(mesh, T))
@@ -295,7 +297,7 @@ def _list_reader_calls(
 
     for name, of in models.teachers.items():
         there, holds = policy.get_mesh(of), get_resident_name(c, name, models) or name
-        if loss.reward and s.reward.judge:
+        if loss.reward and s.reward.teacher_logprob:
             calls.append(
                 make_logps_call(
                     name_call("judge", name), of, T + context_tokens, 1.0, holds, async_bytes[0]

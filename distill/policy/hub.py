@@ -29,7 +29,7 @@ def read_run_lora(path: str | Path) -> LoRA | None:
 
 def has_moving_average(path: str | Path) -> bool:
     """Whether the run directory `path` keeps a moving average of what it trains."""
-    return bool((_read_student_config(path) or {}).get("ema"))
+    return bool((_read_student_config(path) or {}).get("ema_decay"))
 
 
 def _read_student_config(path: str | Path) -> dict[str, Any] | None:

@@ -357,7 +357,9 @@ def restore_trained_params(
     there is no such checkpoint, saying which there are, or if the run kept no average."""
     entry = "average" if average else "params"
     if average and not has_moving_average(policy.path):
-        raise UserError(f"{policy.path}: a run that kept no moving average (config.student.ema)")
+        raise UserError(
+            f"{policy.path}: a run that kept no moving average (config.student.ema_decay)"
+        )
     mesh = get_mesh(policy)
     shapes = mesh_lib.make_abstract_params(policy.config, mesh, read_run_lora(policy.path))
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.make_replicated_sharding(mesh))

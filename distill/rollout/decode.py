@@ -97,7 +97,7 @@ def prepare_weights(
     mesh: Mesh,
     *,
     stacked: bool,
-    gathered: bool,
+    gather_weights: bool,
     param_dtype: str,
     lora_params: Params | None = None,
 ) -> tuple[Qwen3, Params]:
@@ -105,10 +105,10 @@ def prepare_weights(
     may be one of 8 bits (models.qwen3.quantised), stacked over layers or not; and, `trained` beside
     them, the factors of a LoRA.
 
-    gathered: no longer split over the mesh axes that also split the rows (experts still are), so
+    gather_weights: no longer split over the mesh axes that also split the rows (experts still are), so
     that no step has to fetch them; this takes the memory of all weights / tensor on each device.
     """
-    rules = mesh_lib.GATHERED_RULES if gathered else mesh_lib.SHARDING_RULES
+    rules = mesh_lib.GATHERED_RULES if gather_weights else mesh_lib.SHARDING_RULES
     kind = None if lora_params is None or qwen3.lora is None else lora.with_unit_scale(qwen3.lora)
     return qwen3.clone(scan=stacked, remat=False, lora=kind), convert_weights(
         qwen3, params, lora_params, mesh=mesh, rules=rules, stacked=stacked, param_dtype=param_dtype

@@ -28,21 +28,26 @@ class RolloutOptions:
     slots: int = 0  # rows that decode together, rounded up to what the mesh divides; 0: see CROWD
     max_length: int = 0  # tokens of prompt and response that a sequence may have; 0: as at hand
     segment: int = 64  # steps at most between two looks of the host
-    chunk: int = 512  # tokens of prompts that each part of the rows reads in one call
+    prefill_chunk: int = 512  # tokens of prompts that each part of the rows reads in one call
     cache_tokens: int = 0  # that the cache holds in all; 0: as many as `slots` sequences may have
-    page: int = 0  # tokens of a page; 0: PAGE
+    page_size: int = 0  # tokens of a page; 0: PAGE
     cache_dtype: str = ""  # of CACHE_DTYPES; "": that of the model
     param_dtype: str = ""  # of the weights, see decode.weights
-    gathered: bool = True
+    gather_weights: bool = True
     cache_backend: str = ""  # of CacheShape.kind; "": what the platform prefers
     stacked: bool | None = None  # weights, over layers; None: what the platform prefers
 
     def __post_init__(self) -> None:
-        for name, least in (("slots", 0), ("segment", 1), ("chunk", 1), ("cache_tokens", 0)):
+        for name, least in (
+            ("slots", 0),
+            ("segment", 1),
+            ("prefill_chunk", 1),
+            ("cache_tokens", 0),
+        ):
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)}: must be {least} or more")
-        if self.page < 0:
-            raise UserError(f"page={self.page}: must be 0 (the default) or more")
+        if self.page_size < 0:
+            raise UserError(f"page_size={self.page_size}: must be 0 (the default) or more")
         for name, known in (("cache_dtype", CACHE_DTYPES), ("param_dtype", PARAM_DTYPES)):
             if (value := getattr(self, name)) not in ("", *known):
                 raise UserError(f"{name}={value!r}: must be {', '.join(known)} or empty")
@@ -90,11 +95,13 @@ def make_cache_shape(
             raise UserError(f"cache_dtype={dtype}: is of pages; slabs, on CPUs, take int8")
         rows = max(least, min(-(-rows // least) * least, tokens // max_length // least * least))
         return CacheShape(backend, dtype, rows, shards, rows // shards, max_length, 1)
-    page = options.page or DEFAULT_PAGE_SIZE
+    page = options.page_size or DEFAULT_PAGE_SIZE
     rows = max(1, -(-rows // least)) * least
     columns = -(-max_length // page)
     num_pages = max(columns, min(tokens // (shards * page), rows // shards * columns))
-    field = f"page={page}" if not options.cache_dtype else f"page={page}, cache_dtype={dtype}"
+    field = (
+        f"page_size={page}" if not options.cache_dtype else f"page_size={page}, cache_dtype={dtype}"
+    )
     if backend != "plain":
         pages.check_page_size(page, config, mesh.shape["tensor"], jnp.dtype(dtype), backend, field)
         pages.check_table_size(rows // shards, columns, backend, field)
@@ -116,5 +123,5 @@ def get_segment_steps(options: RolloutOptions, shape: CacheShape) -> int:
 def get_line_sizes(options: RolloutOptions, shape: CacheShape) -> tuple[int, ...]:
     """Tokens of a line of prompts: many at once, or few where few are waiting."""
     # A CPU takes 128 tokens in about the time of 64 in two lines: it reads the weights once.
-    most = min(options.chunk, 128) if shape.backend == "slabs" else options.chunk
+    most = min(options.prefill_chunk, 128) if shape.backend == "slabs" else options.prefill_chunk
     return tuple(sorted({max(min(most, 32), most // 8), most}))

@@ -113,7 +113,7 @@ def sample(
             params,
             mesh,
             stacked=stacked,
-            gathered=options.gathered,
+            gather_weights=options.gather_weights,
             param_dtype=options.param_dtype,
             lora_params=lora_params,
         )

@@ -95,8 +95,8 @@ def describe_teacher(
             raise UserError(f"{at}.{field}: {t[field]!r} is none of {', '.join(allowed)}")
     if not t.path:
         raise UserError(f"{at}.path: name a model directory")
-    if t.path == EMA and not m.ema:
-        raise UserError(f"{at}.path=ema: no moving average is kept, config.student.ema is 0")
+    if t.path == EMA and not m.ema_decay:
+        raise UserError(f"{at}.path=ema: no moving average is kept, config.student.ema_decay is 0")
     if t.path == INITIAL and m.random_init:
         raise UserError(f"{at}.path=initial: nothing keeps random weights (student.random_init)")
     if t.step and not policy.is_run(t.path):
@@ -235,11 +235,11 @@ def compute_hidden(
 
 
 def compute_logp(
-    reader: Policy, batch: Batch, logits_mib: float, temperature: float = 1.0
+    reader: Policy, batch: Batch, loss_chunk_mib: float, temperature: float = 1.0
 ) -> jax.Array:
     """[B, T] float32: the log-probability that a model gives each token of the mask; else 0."""
     read = functools.partial(
-        compute_logp_jit, reader.model, logits_mib, temperature, reader.params, None
+        compute_logp_jit, reader.model, loss_chunk_mib, temperature, reader.params, None
     )
     return _run_on_reader_mesh(reader, read, _to_model_inputs(batch))
 
@@ -247,7 +247,7 @@ def compute_logp(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def compute_logp_jit(
     qwen3: Qwen3,
-    logits_mib: float,
+    loss_chunk_mib: float,
     temperature: float,
     params: Params,
     lora: Params | None,
@@ -258,7 +258,7 @@ def compute_logp_jit(
         forward.compute_hidden(qwen3, params, batch, lora),
         model.get_output_head(params),
         losses.shift(batch.tokens_BT),
-        logits_mib=logits_mib,
+        loss_chunk_mib=loss_chunk_mib,
         temperature=temperature,
         split=mesh_lib.split_vocabulary,
         mask_BT=losses.shift(batch.mask_BT),
@@ -268,7 +268,7 @@ def compute_logp_jit(
 
 
 def judge_responses(
-    teachers: Sequence[Teacher], batch: Batch, logits_mib: float, average: Params | None = None
+    teachers: Sequence[Teacher], batch: Batch, loss_chunk_mib: float, average: Params | None = None
 ) -> np.ndarray:
     """[B, T] float32: the log-probability that the teachers give each token of each response; the
     same whole array in every process."""
@@ -277,7 +277,7 @@ def judge_responses(
         _run_on_reader_mesh(
             t.policy,
             functools.partial(
-                compute_logp_jit, t.policy.model, logits_mib, 1.0, *_get_parameters(t, average)
+                compute_logp_jit, t.policy.model, loss_chunk_mib, 1.0, *_get_parameters(t, average)
             ),
             inputs,
         )

@@ -40,7 +40,7 @@ def make_collect(
     stage: StageSetup,
     seed: int,
     mesh: Mesh,
-    logits_mib: float,
+    loss_chunk_mib: float,
     grader: graders.Grader,
     cache_capacity: int | None = None,
 ) -> CollectFn:
@@ -69,13 +69,13 @@ def make_collect(
             examples, stage.microbatch_rows, stage.c.minibatches, layout
         )
         start_time = time.perf_counter()
-        if stage.loss.reward and stage.c.reward.judge:
+        if stage.loss.reward and stage.c.reward.teacher_logprob:
             judge_layout = dataclasses.replace(layout, has_advantages=False)
             minibatches = microbatches.make_microbatches(packed, examples, judge_layout, mesh)
             judge_scores = _score_with_judge(
-                teachers, stage, minibatches, examples, mesh, logits_mib, average
+                teachers, stage, minibatches, examples, mesh, loss_chunk_mib, average
             )
-            totals = totals + stage.c.reward.judge * judge_scores
+            totals = totals + stage.c.reward.teacher_logprob * judge_scores
             measured |= _measure_judge(stage, judge_scores, totals)
         if stage.loss.reward:
             with_advantages = zip(
@@ -100,7 +100,7 @@ def _make_layout(run_setup: RunSetup, stage: StageSetup) -> BatchLayout:
     return BatchLayout(
         stages.get_row_tokens(s),
         s.max_response_tokens,
-        top_k=stage.loss.served_k if stage.loss.served == "top" else 0,
+        top_k=stage.loss.teacher_topk if stage.loss.teacher_output == "top" else 0,
         context_tokens=stage.context_tokens,
         has_sampler_logprobs=stage.sampled_rows == s.batch_size,
         has_advantages=stage.loss.reward > 0,
@@ -223,7 +223,7 @@ def _make_rollout_collect(
         term_values: dict[str, list[float]] = {}
         thinking_flags: list[bool] = []
         measured: Metrics = {}
-        rounds = s.reward.rounds if s.reward.constant_groups == "replace" else 1
+        rounds = s.reward.max_rounds if s.reward.zero_variance_groups == "replace" else 1
         for turn in range(rounds):
             # Further rounds ask prompts that no step of the stage does.
             index = step if turn == 0 else stage.end_step + step * rounds + turn
@@ -238,10 +238,10 @@ def _make_rollout_collect(
                 term_values.setdefault(name, []).extend(column)
             for at in range(0, len(rows), s.samples):
                 group, of = rows[at : at + s.samples], totals[at : at + s.samples]
-                flat = len(set(of)) == 1 and not s.reward.judge
+                flat = len(set(of)) == 1 and not s.reward.teacher_logprob
                 group_counts["groups"] += 1
                 group_counts["constant"] += flat
-                if flat and s.reward.constant_groups != "keep":
+                if flat and s.reward.zero_variance_groups != "keep":
                     dropped_rewards += of
                 else:
                     kept, values = kept + group, values + of
@@ -250,7 +250,7 @@ def _make_rollout_collect(
         kept = kept[: stage.sampled_rows]
         measured |= {
             "reward/mean": float(np.mean((values + dropped_rewards)[: stage.sampled_rows])),
-            "reward/constant_groups": group_counts["constant"] / group_counts["groups"],
+            "reward/zero_variance_groups": group_counts["constant"] / group_counts["groups"],
             "reward/dropped_rows": stage.sampled_rows - len(kept),
             "time/rollout_and_grading": time.perf_counter() - start_time,
         }
@@ -281,9 +281,9 @@ def _make_rollout_collect(
 def _compute_advantages(stage: StageSetup, totals_B: np.ndarray) -> np.ndarray:
     """[B] from rewards in groups."""
     totals_PG = jnp.asarray(totals_B, jnp.float32).reshape(-1, stage.c.samples)
-    return np.asarray(advantages.compute_group_advantages(totals_PG, stage.loss.group)[0]).reshape(
-        -1
-    )
+    return np.asarray(
+        advantages.compute_group_advantages(totals_PG, stage.loss.advantage_norm)[0]
+    ).reshape(-1)
 
 
 def _score_with_judge(
@@ -292,13 +292,13 @@ def _score_with_judge(
     minibatches: Minibatches,
     examples: Sequence[Example],
     mesh: Mesh,
-    logits_mib: float,
+    loss_chunk_mib: float,
     average: Params | None,
 ) -> np.ndarray:
     """[B] float32: the mean log-probability that the teachers give the tokens of each response."""
     scores_B = np.zeros(len(examples), np.float32)
     for micro in (micro for part in minibatches for micro in part):
-        logp_BT = local.judge_responses(teachers, micro.to_device(mesh), logits_mib, average)
+        logp_BT = local.judge_responses(teachers, micro.to_device(mesh), loss_chunk_mib, average)
         spans = microbatches.find_response_spans(micro.rows, examples, stage.c.max_response_tokens)
         for number, row, start, end in spans:
             scores_B[number] = logp_BT[row, start:end].mean()
@@ -308,9 +308,9 @@ def _score_with_judge(
 def _measure_judge(stage: StageSetup, scores_B: np.ndarray, totals_B: np.ndarray) -> Metrics:
     totals_PG = totals_B.reshape(-1, stage.c.samples)
     return {
-        "reward/judge": float(scores_B.mean()),
-        "reward/judge_std": float(scores_B.std()),
-        "reward/constant_groups": float(np.mean(np.ptp(totals_PG, axis=1) == 0)),
+        "reward/teacher_logprob": float(scores_B.mean()),
+        "reward/teacher_logprob_std": float(scores_B.std()),
+        "reward/zero_variance_groups": float(np.mean(np.ptp(totals_PG, axis=1) == 0)),
         "reward/mean": float(totals_B.mean()),
     }
 
@@ -342,7 +342,7 @@ def _grade_rollouts(
             outcome=outcome,
             thinking=row.thinking,
             limit=s.max_response_tokens,
-            margin=s.reward.margin,
+            margin=s.reward.length_margin,
         )
         for text, row, outcome in zip(texts, rows, outcomes, strict=True)
     ]
@@ -381,7 +381,7 @@ def _make_rollout_starter(
             options=options,
             version=version,
             # The last step ends all rows.
-            token_budget=s.rollout.budget
+            token_budget=s.rollout.token_budget
             if partial_rollouts and step + 1 < stage.end_step
             else None,
             counts=counts,

@@ -160,7 +160,7 @@ def restore_or_init(
             student.config, policy.get_mesh(student), student.model.lora
         )
         restored = checkpoints.restore(
-            update.make_abstract_state(optimizer, trained, bool(c.student.ema))
+            update.make_abstract_state(optimizer, trained, bool(c.student.ema_decay))
         )
         if restored:
             stage = run_setup.stages[restored[1]["index"]]
@@ -179,7 +179,7 @@ def restore_or_init(
     else:
         params = policy.load(run_setup.student, "float32").params
     # A copy: the state is donated, and no buffer of it may be there twice.
-    average = jax.tree.map(jnp.copy, params) if c.student.ema else None
+    average = jax.tree.map(jnp.copy, params) if c.student.ema_decay else None
     return update.init_train_state(run_setup.stages[0].optimizer, params, 0, average), 0
 
 
@@ -248,10 +248,16 @@ def run_stage(
     """The loop. Its order is fixed: draw, update, evaluate, log, save. A checkpoint after step i
     holds all that came of steps 0 to i, and the rows of metrics.jsonl for them are written."""
     stage, s = run_setup.stages[index], run_setup.stages[index].c
-    logits_mib = stages.compute_logits_mib(c, run_context.mesh)
+    loss_chunk_mib = stages.compute_logits_mib(c, run_context.mesh)
     cache_capacity = preflight.compute_cache_capacity(c, run_setup, stage, state.params)
     collect_step = collect.make_collect(
-        run_setup, stage, c.seed, run_context.mesh, logits_mib, run_context.grader, cache_capacity
+        run_setup,
+        stage,
+        c.seed,
+        run_context.mesh,
+        loss_chunk_mib,
+        run_context.grader,
+        cache_capacity,
     )
     stage_trainer = trainer.make_trainer(c, run_setup, stage, run_context.mesh, state)
     schedule = optim.schedule(s.optim, s.steps * stage.updates_per_step)

@@ -31,7 +31,7 @@ def count_resident_bytes(
             "parameters": count_device_bytes(state.params),
             "optimiser": count_device_bytes(state.opt_state),
         }
-        if c.student.ema:
+        if c.student.ema_decay:
             resident_bytes["average"] = resident_bytes["parameters"]
         if models.student.model.lora:
             resident_bytes["base"] = count_device_bytes(models.student.params)
@@ -106,6 +106,6 @@ def compute_cache_capacity(
     if not sampled_rows:
         return None
     free_bytes = memory_limit - sum(count_resident_bytes(c, models, s).values())
-    if s.rollout.ahead:
+    if s.rollout.asynchronous:
         free_bytes -= sum(estimate_update_bytes(c, s, sampled_rows, models, rows).values())
     return sampling_programs.compute_cache_capacity(c, s, models, free_bytes)

@@ -295,7 +295,7 @@ def _estimate_stage_bytes(
     update_bytes = memory_lib.estimate_update_bytes(
         c, stage.c, stage.sampled_rows, models, stage.microbatch_rows
     )
-    if "sampling" in stage_bytes and not stage.c.rollout.ahead:  # the one after the other
+    if "sampling" in stage_bytes and not stage.c.rollout.asynchronous:  # the one after the other
         fuller = max(stage_bytes.pop("sampling"), sum(update_bytes.values()))
         return {**stage_bytes, "sampling or updates": fuller}
     return {**stage_bytes, **update_bytes}

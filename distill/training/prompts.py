@@ -22,7 +22,7 @@ class StagePrompts:
     def _load_examples(self, number: int) -> list[dataset.Example]:
         """The first of what a step reads; further ones are as difficult as the step's own."""
         stage = self._stage
-        s, rounds, step = stage.c, stage.c.reward.rounds, number
+        s, rounds, step = stage.c, stage.c.reward.max_rounds, number
         if number >= stage.end_step:
             step = (number - stage.end_step) // rounds
         count = stage.sampled_rows // s.samples

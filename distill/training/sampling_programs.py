@@ -75,7 +75,7 @@ class SamplingSetup:
         params, trained = self.models.trained_params, None
         if student.model.lora:
             params, trained = student.params, params
-        rules = mesh_lib.GATHERED_RULES if options.gathered else mesh_lib.SHARDING_RULES
+        rules = mesh_lib.GATHERED_RULES if options.gather_weights else mesh_lib.SHARDING_RULES
         stacked = self.decoder.qwen3.scan
         return student.model, params, trained, self.mesh, rules, stacked, options.param_dtype
 

@@ -106,8 +106,10 @@ def setup_run(c: ConfigDict, mesh: Mesh, teacher_mesh: Mesh | None = None) -> Ru
         if m[field] not in allowed:
             known = ", ".join(allowed)
             raise UserError(f"config.student.{field}: {m[field]!r} is none of {known}")
-    if not 0 <= m.ema < 1:
-        raise UserError(f"config.student.ema={m.ema}: must be at least 0 (off) and below 1")
+    if not 0 <= m.ema_decay < 1:
+        raise UserError(
+            f"config.student.ema_decay={m.ema_decay}: must be at least 0 (off) and below 1"
+        )
     for name, (s, loss, _) in objectives.items():
         local.check_teachers(c, name, s, stages.needs_teacher(s, loss))
     student = policy.make_abstract(
@@ -120,7 +122,7 @@ def setup_run(c: ConfigDict, mesh: Mesh, teacher_mesh: Mesh | None = None) -> Ru
         packed=stages.has_packed_rows(c),
         tokenizer_path=m.tokenizer,
     )
-    for field, to in (("balance_loss", "balance"), ("replay_routing", "replay")):
+    for field, to in (("router_aux_loss_coef", "balance"), ("replay_routing", "replay")):
         if m[field] and not any(student.config.sparse_layers):
             raise UserError(f"config.student.{field}: {m.path} has no experts to {to}")
     if not c.student.random_init:
@@ -234,8 +236,8 @@ def _setup_stage(
                 f"{name}.max_prompt_tokens and context.max_tokens allow {allowed} together"
             )
         dataset.require_ids(example.teacher_prompt or [], student.config.vocab_size, example.where)
-        if loss.served == "top":
-            examples.require_top(example, loss.served_k)
+        if loss.teacher_output == "top":
+            examples.require_top(example, loss.teacher_topk)
         if loss.reward and s.reward.correct and not example.answer:
             raise UserError(f"{example.where}: no answer to compare a response with")
         is_graded = loss.reward and s.reward.correct
@@ -264,10 +266,10 @@ def _setup_stage(
     packer = None
     if s.pack_tokens and not sampled_rows:
         packer = packing.Packer(source, c.seed, s.batch_size, s.pack_tokens, s.max_response_tokens)
-    partial_rollouts = rollout.PartialRollouts() if s.rollout.budget else None
-    if s.rollout.ahead:
+    partial_rollouts = rollout.PartialRollouts() if s.rollout.token_budget else None
+    if s.rollout.asynchronous:
         stages.check_async_rollouts(name, s, loss, sampled_rows)
-    async_rollouts = rollout.AsyncRollouts() if s.rollout.ahead else None
+    async_rollouts = rollout.AsyncRollouts() if s.rollout.asynchronous else None
     try:
         optimizer = optim.make_optimizer(s.optim, s.steps * s.epochs * s.minibatches)
     except UserError as error:
@@ -306,8 +308,8 @@ def make_stage_update(
         s.max_response_tokens,
         stages.compute_logits_mib(c, mesh),
         state,
-        balance=c.student.balance_loss,
-        overlap=c.log.overlap if loss.teacher else 0,
-        ema=c.student.ema,
+        balance=c.student.router_aux_loss_coef,
+        overlap=c.log.overlap_top_k if loss.teacher else 0,
+        ema=c.student.ema_decay,
         temperature=stages.get_temperature(s, loss),
     )

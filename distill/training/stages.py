@@ -39,21 +39,23 @@ def resolve_objective(name: str, s: ConfigDict) -> tuple[losses.Loss, int]:
         loss = dataclasses.replace(losses.OBJECTIVES[s.objective], **changes)
     except UserError as error:
         raise UserError(f"config.{name}.loss.{error}") from None
-    share = DEFAULT_ON_POLICY.get(s.objective, 1.0) if s.on_policy is None else s.on_policy
+    share = (
+        DEFAULT_ON_POLICY.get(s.objective, 1.0) if s.on_policy_share is None else s.on_policy_share
+    )
     if not 0 <= share <= 1:
-        raise UserError(f"config.{name}.on_policy={share}: must be from 0 to 1")
+        raise UserError(f"config.{name}.on_policy_share={share}: must be from 0 to 1")
     sampled_rows = round(share * s.batch_size)
     if loss.is_on_policy and sampled_rows < s.batch_size:
         raise UserError(
-            f"config.{name}.on_policy={share}: this loss needs the sampler's log-probabilities of "
+            f"config.{name}.on_policy_share={share}: this loss needs the sampler's log-probabilities of "
             "every token, and read responses have none"
         )
-    if loss.served == "token":
-        raise UserError(f"config.{name}.loss.served=token: is of a teacher elsewhere")
-    if loss.served == "top" and sampled_rows:
+    if loss.teacher_output == "token":
+        raise UserError(f"config.{name}.loss.teacher_output=token: is of a teacher elsewhere")
+    if loss.teacher_output == "top" and sampled_rows:
         raise UserError(
-            f"config.{name}.loss.served=top: stored log-probabilities are of read responses, "
-            f"but on_policy={share}"
+            f"config.{name}.loss.teacher_output=top: stored log-probabilities are of read responses, "
+            f"but on_policy_share={share}"
         )
     if loss.reward:
         _check_reward(name, s, loss)
@@ -70,26 +72,26 @@ def _check_reward(name: str, s: ConfigDict, loss: losses.Loss) -> None:
     if r.grader not in graders.GRADERS:
         known = ", ".join(graders.GRADERS)
         raise UserError(f"config.{name}.reward.grader: {r.grader!r} is none of {known}")
-    if r.constant_groups not in ZERO_VARIANCE_MODES:
+    if r.zero_variance_groups not in ZERO_VARIANCE_MODES:
         raise UserError(
-            f"config.{name}.reward.constant_groups: {r.constant_groups!r} is none of "
+            f"config.{name}.reward.zero_variance_groups: {r.zero_variance_groups!r} is none of "
             f"{', '.join(ZERO_VARIANCE_MODES)}"
         )
-    weights = (*get_term_weights(s).values(), r.judge)
+    weights = (*get_term_weights(s).values(), r.teacher_logprob)
     if not all(map(math.isfinite, weights)):
         raise UserError(f"config.{name}.reward: weights {weights} are not all finite")
     if not any(weights):
         raise UserError(f"config.{name}.reward: all weights are 0")
-    if r.length and not 0 < r.margin <= s.max_response_tokens:
+    if r.length and not 0 < r.length_margin <= s.max_response_tokens:
         raise UserError(
-            f"config.{name}.reward.margin={r.margin}: the length penalty falls over so many tokens "
+            f"config.{name}.reward.length_margin={r.length_margin}: the length penalty falls over so many tokens "
             f"before the limit, from 1 to max_response_tokens={s.max_response_tokens}"
         )
-    if r.rounds < 1:
-        raise UserError(f"config.{name}.reward.rounds={r.rounds}: must be at least 1")
-    if s.rollout.budget:
+    if r.max_rounds < 1:
+        raise UserError(f"config.{name}.reward.max_rounds={r.max_rounds}: must be at least 1")
+    if s.rollout.token_budget:
         raise UserError(
-            f"config.{name}.rollout.budget: the responses to one prompt must end together"
+            f"config.{name}.rollout.token_budget: the responses to one prompt must end together"
         )
 
 
@@ -106,23 +108,23 @@ def get_term_weights(s: ConfigDict) -> dict[str, float]:
 
 def needs_teacher(s: ConfigDict, loss: losses.Loss) -> bool:
     """Whether a stage needs the teacher's model."""
-    needs_hidden = loss.teacher > 0 and loss.served != "top"
-    return bool(needs_hidden or (loss.reward and s.reward.judge))
+    needs_hidden = loss.teacher > 0 and loss.teacher_output != "top"
+    return bool(needs_hidden or (loss.reward and s.reward.teacher_logprob))
 
 
 def check_async_rollouts(name: str, s: ConfigDict, loss: losses.Loss, sampled_rows: int) -> None:
     """Rows sampled ahead come from weights one update old: the loss must know what to do then."""
-    flag = f"config.{name}.rollout.ahead"
+    flag = f"config.{name}.rollout.asynchronous"
     if not sampled_rows:
         raise UserError(f"{flag}: {s.objective} samples nothing")
     if loss.is_on_policy and loss.ratio == "none":
         raise UserError(f"{flag}: loss.ratio=none takes every sample for fresh; use token")
-    if loss.teacher and loss.estimator == "sampled" and loss.k1_of == "sampler":
-        raise UserError(f"{flag}: loss.k1_of=sampler lags behind on such samples; use student")
-    if loss.is_on_policy and s.minibatches * s.epochs > 1 and not loss.truncate:
+    if loss.teacher and loss.estimator == "sampled" and loss.k1_from == "sampler":
+        raise UserError(f"{flag}: loss.k1_from=sampler lags behind on such samples; use student")
+    if loss.is_on_policy and s.minibatches * s.epochs > 1 and not loss.tis_clip:
         raise UserError(
             f"{flag}: with several updates a step the ratio begins at the first of them; "
-            "loss.truncate weighs what came before"
+            "loss.tis_clip weighs what came before"
         )
 
 
@@ -141,8 +143,10 @@ def check_stage(
     for field in (*counts, "max_prompt_tokens", "max_response_tokens"):
         if s[field] < 1:
             raise UserError(f"config.{name}.{field}={s[field]}: must be at least 1")
-    if s.rollout.budget < 0:
-        raise UserError(f"config.{name}.rollout.budget={s.rollout.budget}: must be 0 (off) or more")
+    if s.rollout.token_budget < 0:
+        raise UserError(
+            f"config.{name}.rollout.token_budget={s.rollout.token_budget}: must be 0 (off) or more"
+        )
     total = s.max_prompt_tokens + s.max_response_tokens
     try:
         options = make_rollout_options(s)
@@ -253,7 +257,7 @@ def make_sampling(s: ConfigDict) -> rollout.Sampling:
 
 def compute_logits_mib(c: ConfigDict, mesh: Mesh) -> float:
     """MiB of float32 logits that a chunk of the loss holds on all devices of a mesh together."""
-    return (c.logits_mib or (1024.0 if mesh_lib.is_on_gpu(mesh) else 128.0)) * mesh.size
+    return (c.loss_chunk_mib or (1024.0 if mesh_lib.is_on_gpu(mesh) else 128.0)) * mesh.size
 
 
 def make_rollout_options(
@@ -271,12 +275,12 @@ def make_rollout_options(
         slots=r.slots,
         max_length=s.max_prompt_tokens + s.max_response_tokens,
         segment=r.segment,
-        chunk=r.chunk,
+        prefill_chunk=r.prefill_chunk,
         cache_tokens=tokens,
-        page=r.page,
+        page_size=r.page_size,
         cache_dtype=r.cache_dtype,
         param_dtype=r.param_dtype,
-        gathered=r.gathered,
+        gather_weights=r.gather_weights,
     )
 
 

@@ -34,7 +34,7 @@ class Trainer:
     teacher_heads: tuple[jax.Array | None, ...]
     reference: Policy | None
     frozen_params: Params | None
-    logits_mib: float
+    loss_chunk_mib: float
     temperature: float
 
     def step(
@@ -115,7 +115,7 @@ class Trainer:
 
     def _compute_reference_logp(self, batch: Batch) -> jax.Array:
         assert self.reference
-        return local.compute_logp(self.reference, batch, self.logits_mib, self.temperature)
+        return local.compute_logp(self.reference, batch, self.loss_chunk_mib, self.temperature)
 
     def _compute_known_before(
         self, params: Params, minibatches: Minibatches

@@ -111,7 +111,7 @@ def compute_loss_sums(
     qwen3: Qwen3,
     loss: losses.Loss,
     max_response_tokens: int,
-    logits_mib: float,
+    loss_chunk_mib: float,
     params: Params,
     batch: Batch,
     teacher_head_VE: fused_head.TeacherArrays,
@@ -137,7 +137,7 @@ def compute_loss_sums(
     weight_BT, count = losses.compute_token_weights(loss, mask_BT, segments_BT, max_response_tokens)
 
     def compute_token_losses(stats: losses.Stats, known: losses.Stats) -> losses.Stats:
-        if loss.truncate and batch.old_logp_BT is None:  # the first update of a step: none since
+        if loss.tis_clip and batch.old_logp_BT is None:  # the first update of a step: none since
             known = {**known, "old_logp_BT": jax.lax.stop_gradient(stats["logp"])}
         return losses.compute_token_losses(loss, stats, **known)
 
@@ -147,7 +147,7 @@ def compute_loss_sums(
         losses.shift(batch.tokens_BT),
         batch.teacher_hidden_BTD,
         teacher_head_VE,
-        logits_mib=logits_mib,
+        loss_chunk_mib=loss_chunk_mib,
         split=mesh_lib.split_vocabulary,
         divergence=loss.teacher_divergence,
         teacher_top_BTK=_shift_top(batch.teacher_top_BTK),
@@ -277,7 +277,7 @@ def make_update(
     optimizer: optax.GradientTransformation,
     loss: losses.Loss,
     max_response_tokens: int,
-    logits_mib: float,
+    loss_chunk_mib: float,
     state: TrainState,
     balance: float = 0.0,
     overlap: int = 0,
@@ -293,7 +293,7 @@ def make_update(
     average.
     """
     compute_sums = functools.partial(
-        compute_loss_sums, qwen3, loss, max_response_tokens, logits_mib
+        compute_loss_sums, qwen3, loss, max_response_tokens, loss_chunk_mib
     )
     compute_sums = functools.partial(
         compute_sums, balance=balance, overlap=overlap, temperature=temperature
@@ -324,7 +324,7 @@ def make_update(
             forward.compute_hidden_and_router_stats(qwen3, params, batch, lora)[0],
             model.get_output_head(params),
             losses.shift(batch.tokens_BT),
-            logits_mib=logits_mib,
+            loss_chunk_mib=loss_chunk_mib,
             split=mesh_lib.split_vocabulary,
             temperature=temperature,
             mask_BT=losses.shift(batch.mask_BT),

@@ -28,7 +28,7 @@ def test_input_is_twenty_times_as_fast_as_a_tiny_step(shared_data: Path) -> None
         "gsm8k and traces": ((str(gsm8k), 0.9), (str(traces), 0.1)),
     }.items():
         c = base.make_stage("sft").data
-        c.mixture, c.check = mixture, 100
+        c.mixture, c.check_rows = mixture, 100
         source = dataset.load_source(c, tokenizer, 0, True)
         packer = packing.Packer(source, 0, 8, 4096, 3584)
         begin, tokens = time.perf_counter(), 0

@@ -111,7 +111,7 @@ def test_two_steps_of_on_policy_distillation(models, shared_data, tmp_path):
         f"--config.student.path={models[0]}",
         f"--config.teacher.path={models[1]}",
         f"--config.opd.data.source={shared_data / 'gsm8k' / 'train.jsonl'}",
-        "--config.opd.data.size=100",
+        "--config.opd.data.max_rows=100",
         "--config.opd.steps=2",
         "--config.opd.batch_size=2",
         "--config.opd.max_prompt_tokens=192",
