@@ -61,7 +61,8 @@ def make_random_model() -> Path:
         # In a process that ends, with its memory.
         code = (
             "import jax, pathlib, sys; from models.qwen3 import config, model, weights;"
-            "c = config.SIZES['0.6b']; p = jax.jit(lambda k: model.init_params(c, k))(jax.random.key(0));"
+            "c = config.SIZES['0.6b'];"
+            "p = jax.jit(lambda k: model.init_params(c, k))(jax.random.key(0));"
             "weights.save(p, c, pathlib.Path(sys.argv[1]), jax.numpy.dtype(sys.argv[2]))"
         )
         part = path.with_name(path.name + ".part")

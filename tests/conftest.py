@@ -34,6 +34,8 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from tests.support.paths import DATA
+
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -51,7 +53,9 @@ with pytest.MonkeyPatch.context() as patch:
 # imported modules each time, took a tenth of the tests' time.
 gc.set_threshold(20_000, 20, 20)
 
-_ROOT = Path(__file__).parent.parent
+# What these assert is shown in full, as what tests assert themselves is.
+ASSERTING = ("answers", "evaluations", "recipes")
+pytest.register_assert_rewrite(*(f"tests.support.{name}" for name in ASSERTING))
 
 
 def pytest_collection_finish() -> None:
@@ -70,10 +74,9 @@ def programs_are_let_go():
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data that may lie beside the project; skips where it does not."""
-    path = _ROOT.parent / "shared" / "data"
-    if not path.is_dir():
+    if not DATA.is_dir():
         pytest.skip("no ../shared/data beside the project")
-    return path
+    return DATA
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from configs import base
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 PACKAGES = ("models", "distill", "configs", "assets", "benchmarks", "tests")
 
 # The folders of distill/ from top to bottom, each with its files from top to bottom: a file imports
@@ -123,6 +123,31 @@ def test_imports_point_down():
     for module in of("configs"):
         for name in imports(module):
             assert not under(name, "distill", "models", "tests", "assets"), (module, name)
+
+
+def files_of_tests() -> list[str]:
+    return [m for m in of("tests") if file_of(m).match("test_*.py") or m == "tests.house"]
+
+
+def test_no_test_imports_from_another():
+    """What several need stands in tests/support; nor do processes that tests start."""
+    alone = {name.rpartition(".")[2] for name in files_of_tests()}
+    for module in of("tests"):
+        for name in imports(module):
+            assert name.rpartition(".")[2] not in alone, f"{module} imports {name}"
+        text = file_of(module).read_text()
+        found = re.search(r"^\s*(?:from|import) (?:tests\.[\w.]*)?test_\w+", text, re.MULTILINE)
+        assert not found, f"{module}: {found and found[0].strip()}"
+
+
+def test_tests_lie_as_the_source_does():
+    here = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()} - {"__pycache__"}
+    own = {"support", "long", "configs", "benchmarks", "end_to_end"}
+    assert here <= {*FOLDERS, "models", *own}, here
+    flat = {path.name for path in (ROOT / "tests").glob("*.py")}
+    assert flat == {"conftest.py", "house.py"}, "a test stands in the folder of what it tests"
+    names = [name.rpartition(".")[2] for name in files_of_tests()]
+    assert len(names) == len(set(names)), "two test files of one name"
 
 
 def test_no_circles():

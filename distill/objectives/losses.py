@@ -9,7 +9,7 @@ known of tokens with the hidden states that predict them, once, for every loss.
 
 Letters: p is the student's probability of a token, q the teacher's, μ that of the distribution the
 token was drawn from; sg detaches. Each estimator below names its expected gradient, over tokens
-drawn from μ at states that μ visits; tests/test_estimators.py proves it by enumeration.
+drawn from μ at states that μ visits; tests/objectives/test_estimators.py proves it by enumeration.
 """
 
 import dataclasses

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from bucket import bucket
 
-ROOT = Path(__file__).parents[2]
+from tests.support.bucket import bucket
+from tests.support.paths import ROOT
+
 WORDS = ["--config=configs/conditions.py:sft_then_opd,tiny", "--workdir=gs://bucket/runs/x"]
 WORDS += ["--config.checkpoint.every=1", "--config.compilation_cache=gs://bucket/compiled"]
 WORDS += ["--config.eval.every=2", "--config.eval.benchmark=arithmetic", "--config.eval.data="]

@@ -6,11 +6,10 @@ Five minutes a seed on two cores.
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

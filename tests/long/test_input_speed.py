@@ -13,8 +13,7 @@ from distill.objectives import losses
 from distill.policy import policy
 from distill.runtime import mesh
 from distill.training import optim, update
-
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
 
 
 def test_input_is_twenty_times_as_fast_as_a_tiny_step(shared_data: Path) -> None:

@@ -5,11 +5,12 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import TOKENIZER, tiny_qwen3
-from test_evaluate import STOPS, killed
-from test_rewards import HOSTILE, MORE_HOSTILE, withstand
 
 from distill.rewards import graders
+from tests.support.answers import HOSTILE, MORE_HOSTILE, withstand
+from tests.support.evaluations import STOPS, killed
+from tests.support.paths import TOKENIZER
+from tests.support.tiny_models import tiny_qwen3
 
 
 def test_killed_ten_times(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import ROOT, tiny_qwen3
+from tests.support.paths import ROOT
+from tests.support.tiny_models import tiny_qwen3
 
 pytestmark = [
     pytest.mark.long,

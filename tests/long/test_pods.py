@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from processes import end, run, said, start, wait_for
 
 from distill.policy import hub, policy
 from distill.runtime import mesh as mesh_lib
+from tests.support.processes import end, run, said, start, wait_for
 
 TINY = ["--config.mesh.fsdp=-1", "--config.checkpoint.every=1", "--config.log.transcripts_every=1"]
 EVAL = ["--config.eval.every=2", "--config.eval.benchmark=arithmetic", "--config.eval.data="]

@@ -4,9 +4,8 @@ import json
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
 
 PROCESS = """
 import json, sys, types

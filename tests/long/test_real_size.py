@@ -19,8 +19,8 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from models.qwen3.config import SIZES
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 LIMIT_GIB = 20
 
 

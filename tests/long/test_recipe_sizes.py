@@ -1,25 +1,22 @@
 """Every student of the strong-to-weak recipe, with either teacher, on the slice that it names."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from test_recipes import at_home, hub, offline, sound  # noqa: F401  (fixtures)
+from tests.support.recipes import at_home, offline, published, sound  # noqa: F401  (fixtures)
 
 STUDENTS = ("0.6b", "1.7b", "4b", "8b", "14b", "30b-a3b")
 
 
 @pytest.mark.parametrize("student", STUDENTS)
 @pytest.mark.parametrize(("teacher", "chips"), [("32b", "v5p:4x4x2"), ("235b-a22b", "v5p:4x4x4")])
+@pytest.mark.usefixtures("offline")
 def test_full_size_is_sound(
     student: str,
     teacher: str,
     chips: str,
     shared_data: Path,
-    offline: None,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = f"strong_to_weak:student={student},teacher={teacher}"

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from helpers import ROOT, tiny_qwen3
+from tests.support.paths import ROOT
+from tests.support.tiny_models import tiny_qwen3
 
 
 def test_samplers_side_by_side(tmp_path: Path) -> None:

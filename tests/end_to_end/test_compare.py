@@ -1,0 +1,96 @@
+"""Folders side by side, and the sentence about two of them."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from distill import compare
+from distill.evaluation import statistics
+from models.errors import UserError
+from tests.support.verbs import call, write
+
+
+def folder(path: Path, shares: list[list[int]], benchmark: str = "gsm8k", **fields) -> str:
+    """What evaluate leaves of problems whose samples were right (1) or wrong (0)."""
+    path.mkdir()
+    rows: list[compare.Record] = [
+        {"id": f"p{i}", "answer": str(i), "sample": n, "correct": bool(hit), "outcome": "correct"}
+        | ({"outcome": "wrong"} if not hit else {})
+        for i, hits in enumerate(shares)
+        for n, hit in enumerate(hits)
+    ]
+    write(path / "examples.jsonl", rows)
+    summary = statistics.summarise_rows(rows, [1]) | {"parameters": 596_049_920} | fields
+    summary["protocol"] = {"benchmark": benchmark, "protocol": "greedy"}
+    (path / "summary.json").write_text(json.dumps(summary))
+    return str(path)
+
+
+def compared(*runs: str, out: Path | None = None) -> int:
+    return call(compare, f"--runs={','.join(runs)}", *([f"--out={out}"] if out else []))
+
+
+def test_the_sentence(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = [[1]] * 50 + [[0]] * 50
+    folder(Path("A"), base)
+    folder(Path("B"), [[1]] * 48 + [[0]] * 2 + [[1]] * 20 + [[0]] * 30)
+    folder(Path("C"), base[::-1])
+    assert compared("A", "B", out=Path("out.json")) == 0
+    shown = capsys.readouterr().out
+    sentence = shown.splitlines()[-1]
+    size = re.fullmatch(
+        r"B is better than A by 18\.0 ± (\S+) points \(95% interval (\S+) to (\S+), 100 problems: "
+        r"better on 20, worse on 2; p = 0\.00012\)",
+        sentence,
+    )
+    assert size, sentence
+    half, low, high = map(float, size.groups())
+    assert 6 < half < 10 and low > 0 and high - low == pytest.approx(2 * half, abs=0.11)
+    found = json.loads(Path("out.json").read_text())
+    assert found["paired"][0]["sentence"] == sentence and set(found["runs"]) == {"A", "B"}
+    assert "596,049,920" in shown and "50.0 [40.4, 59.6]" in shown
+    assert compared("B", "A") == 0
+    assert "A is worse than B by 18.0 ± " in capsys.readouterr().out
+    assert compared("A", "C") == 0  # the same accuracy, on other problems
+    assert "no difference between C and A is shown: C is 0.0 ± " in capsys.readouterr().out
+
+
+def test_sets_side_by_side(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Other benchmarks are a row each and are not paired."""
+    monkeypatch.chdir(tmp_path)
+    folder(Path("A"), [[1, 0], [1, 1]], mean_length=7.25, truncation_rate=0.5)
+    folder(Path("B"), [[1, 0], [0, 1], [0, 0]], benchmark="math500")
+    folder(Path("C"), [[0, 0], [1, 1]])
+    assert compared("A", "B", "C") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:4]] == [
+        ["A", "gsm8k"],
+        ["B", "math500"],
+        ["C", "gsm8k"],
+    ]
+    assert "7.2" in lines[1] and "50.0" in lines[1]
+    assert sum("95% interval" in line for line in lines) == 1
+
+
+def test_what_cannot_be_compared(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder(Path("A"), [[1], [0]])
+    folder(Path("B"), [[1], [0], [1]])
+    Path("empty").mkdir()
+    for runs, words in (
+        (("A", "B"), "A and B: problem 'p2' is not the same in both"),
+        (("A", "empty"), "empty: no finished evaluation"),
+        (("A", "A"), "name two different folders"),
+        (("A",), "name two different folders"),
+    ):
+        assert compared(*runs) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert words in line
+    with pytest.raises(UserError, match="is not the same"):
+        other = folder(Path("other"), [[1], [0]])
+        rows = [json.loads(r) for r in (Path(other) / "examples.jsonl").read_text().splitlines()]
+        rows[0]["answer"] = "another"
+        compare.compare_pair(("A", "other"), compare.read_evaluation("A")[1], rows)

@@ -1,0 +1,158 @@
+"""lm-eval's numbers from a policy here and from its Hugging Face backend on the same weights."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill import harness
+from distill.policy import policy
+from models.errors import UserError
+from tests.support.paths import ROOT, TOKENIZER
+from tests.support.tiny_models import tiny_qwen3
+from tests.support.verbs import call
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's own, and those of what it imports
+
+TASKS = {
+    "tiny_choice": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}\nAnswer:",
+        "doc_to_target": "{{label}}",
+        "doc_to_choice": "{{choices}}",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    },
+    "tiny_write": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}} ",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n", "7"], "max_gen_toks": 12, "do_sample": False},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+    "tiny_read": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tasks in yaml (JSON is yaml) over local data; texts longer than the model's 128 positions."""
+    root = tmp_path_factory.mktemp("tasks")
+    rows = [
+        {
+            "question": f"Ann has {i} eggs and buys {i * i}. How many has she?",
+            "choices": [f"{i + i * i}", f" {i}{i}", "none at all", f"{i} eggs "],
+            "label": i % 4,
+            "answer": str(i + i * i),
+            "text": " ".join(f"{i} + {j} = {i + j}." for j in range(3 + 9 * i)),
+        }
+        for i in range(7)
+    ]
+    data = root / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, task in TASKS.items():
+        files = {"data_files": {"test": str(data)}}
+        common = {"task": name, "dataset_path": "json", "dataset_kwargs": files}
+        text = json.dumps(common | {"test_split": "test", **task})
+        (root / f"{name}.yaml").write_text(text)
+    return root
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_qwen3(path, tokenizer=TOKENIZER, vocab_size=512, hidden_size=33, eos_token_id=384)
+    return path
+
+
+def samples(found: dict[str, Any], task: str) -> list[Any]:
+    return [s["resps"] for s in sorted(found["samples"][task], key=lambda s: s["doc_id"])]
+
+
+@pytest.mark.long
+def test_the_same_numbers_as_by_the_hugging_face_backend(folder: Path, model_dir: Path) -> None:
+    lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+
+    subject = policy.load(policy.make_abstract_for_inference(str(model_dir), "float32"), "float32")
+    ours = harness.run_lm_eval(subject, list(TASKS), batch_size=4, include_path=str(folder))
+    reference = HFLM(pretrained=str(model_dir), dtype="float32", device="cpu", batch_size=1)
+    theirs = lm_eval.simple_evaluate(
+        model=reference,
+        tasks=list(TASKS),
+        task_manager=lm_eval.tasks.TaskManager(include_path=str(folder)),
+    )
+    assert theirs is not None
+    for task in ("tiny_choice", "tiny_read"):
+        flat = [
+            [float(x) for row in samples(found, task) for x in _numbers(row)]
+            for found in (ours, theirs)
+        ]
+        assert flat[0] == pytest.approx(flat[1], abs=1e-4, rel=1e-5) and len(flat[0]) >= 7
+    written = samples(ours, "tiny_write")
+    assert written == samples(theirs, "tiny_write")
+    assert len({str(text) for text in written}) > 3  # not all empty
+    for task, figures in theirs["results"].items():
+        for name, value in figures.items():
+            if isinstance(value, float):
+                assert ours["results"][task][name] == pytest.approx(value, rel=1e-4), (task, name)
+
+
+def _numbers(x: Any) -> list[float]:
+    """All numbers (and truth values) in nested lists."""
+    if isinstance(x, list | tuple):
+        return [n for inner in x for n in _numbers(inner)]
+    return [] if isinstance(x, str) else [float(x)]
+
+
+@pytest.mark.long
+def test_the_verb(folder: Path, model_dir: Path, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+    flags = (f"--model={model_dir}", f"--include={folder}", f"--out={tmp_path / 'out.json'}")
+    assert call(harness, *flags, "--tasks=tiny_choice", "--limit=2", "--num_fewshot=0") == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["n-samples"]["tiny_choice"]["effective"] == 2
+    assert "tiny_choice" in capsys.readouterr().out
+    assert call(harness, *flags, "--tasks=no_such_task") == 2
+    assert "lm-eval knows no 'no_such_task'" in capsys.readouterr().err
+
+
+def test_what_the_sampler_lacks_is_refused(model_dir: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+    from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
+
+    from distill.evaluation import lm_eval_model
+
+    subject = policy.make_abstract_for_inference(str(model_dir), "float32")
+    asked = lm_eval_model.PolicyLM(subject, 4, False)
+    for manner, words in (
+        ({"num_beams": 4}, "no num_beams here"),
+        ({"max_gen_toks": 128}, "max_gen_toks=128, but the model has 128"),
+    ):
+        request = Instance("generate_until", {}, ("a", manner), 0)
+        with pytest.raises(UserError, match=words):
+            asked.generate_until([request])
+
+
+def test_without_lm_eval_it_is_one_line(tmp_path: Path) -> None:
+    """In a process in which lm_eval cannot be found."""
+    program = (
+        "import sys, importlib.util as u; real = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'lm_eval' else real(name, *a)\n"
+        "from distill import harness; from distill.runtime import cli;"
+        "cli.run(harness.main, harness.OPTIONS)"
+    )
+    flags = ["--model=x", "--tasks=y", f"--out={tmp_path / 'z'}"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *flags], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("pip install -r requirements-eval.txt"), done.stderr
+    assert len(done.stderr.splitlines()) == 1

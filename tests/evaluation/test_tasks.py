@@ -1,0 +1,160 @@
+"""Problems from files, hub sets and TFDS, in their published forms; protocols by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from distill.data import sources
+from distill.evaluation import tasks
+from distill.rewards import graders
+from models.errors import UserError
+from tests.support.verbs import write
+
+
+def test_every_benchmark_has_a_grader_and_a_prompt() -> None:
+    assert tasks.BENCHMARKS.keys() == graders.GRADERS.keys()
+    for name, entry in tasks.BENCHMARKS.items():
+        assert "{question}" in entry["prompt"], name
+    fields = {frozenset(settings) for settings in tasks.PROTOCOLS.values()}
+    assert len(fields) == 1  # each says all of it
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "row", "expected"),
+    [
+        (
+            "gsm8k",
+            {"question": "q", "answer": "2 * 500 = <<1000>>\n#### 1,000"},
+            {"id": "gsm8k-0", "question": "q", "answer": "1000"},
+        ),
+        (
+            "math500",
+            {"unique_id": "test/a/1.json", "problem": "q", "answer": r"\frac{1}{2}", "level": 3},
+            {"id": "test/a/1.json", "question": "q", "answer": r"\frac{1}{2}", "level": 3},
+        ),
+        ("aime24", {"id": 60, "problem": "q", "answer": "033"}, {"id": 60, "answer": "033"}),
+        ("aime25", {"id": "0", "problem": "q", "answer": 70}, {"id": "0", "answer": "70"}),
+        ("amc", {"id": 3, "question": "q", "answer": 27.0}, {"id": 3, "answer": "27"}),
+        ("amc", {"id": 3, "question": "q", "answer": 2.5}, {"answer": "2.5"}),
+        ("math", {"question": "q", "answer": "x^2, 1,000"}, {"answer": "x^2, 1,000"}),
+    ],
+)
+def test_published_forms(tmp_path: Path, benchmark: str, row: dict, expected: dict) -> None:
+    ((where, found),) = tasks.load_problems(benchmark, str(write(tmp_path / "x.jsonl", [row])), 0)
+    assert found.items() >= expected.items() and where == f"{tmp_path / 'x.jsonl'}:1"
+
+
+def test_real_sets(shared_data: Path) -> None:
+    """The copies at hand; a reference answer is right by its own grader."""
+    sizes = {"gsm8k": 1319, "math500": 500, "aime24": 30}
+    with graders.Grader() as grader:
+        for name, size in sizes.items():
+            rows = tasks.load_problems(name, str(shared_data / name / "test.jsonl"), 0)
+            assert len(rows) == size
+            answers = [str(row["answer"]) for _, row in rows][::9]
+            outcomes = grader.grade(name, [rf"So \boxed{{{a}}}." for a in answers], answers)
+            assert set(outcomes) == {"correct"}, name
+
+
+def test_a_hub_set(tmp_path: Path) -> None:
+    """Read by `datasets`, from a folder in the form that the hub has them in."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    rows = [{"question": f"{i}?", "answer": f"is\n#### {i}"} for i in range(3)]
+    write(folder / "test.jsonl", rows)
+    found = tasks.load_problems("gsm8k", f"hf:{folder}::test", 2)
+    assert [(where, row["answer"]) for where, row in found] == [
+        (f"hf:{folder}::test row 0", "0"),
+        (f"hf:{folder}::test row 1", "1"),
+    ]
+    with pytest.raises(UserError, match=r"^hf:.*::dev: cannot be read: "):
+        tasks.load_problems("gsm8k", f"hf:{folder}::dev", 0)
+
+
+def test_sets_by_their_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def read(source: str) -> sources.Rows:
+        asked.append(source)
+        return sources.Rows(source, 1, lambda i: {"question": "q", "answer": "#### 1"}, str)
+
+    monkeypatch.setattr(sources, "open_rows", read)
+    tasks.load_problems("gsm8k", "hf:", 0)
+    tasks.load_problems("gsm8k", "tfds:", 0)
+    tasks.load_problems("math", "tfds:some/set", 0)
+    assert asked == ["hf:openai/gsm8k:main:test", "tfds:gsm8k::test", "tfds:some/set"]
+    with pytest.raises(UserError, match="no set is named for math"):
+        tasks.load_problems("math", "hf:", 0)
+
+
+def test_tfds_rows_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorflow_datasets as tfds
+
+    rows = [{"question": "größer?".encode(), "answer": b"#### 7", "n": 3}]
+    monkeypatch.setattr(tfds, "data_source", lambda name, split: rows)
+    ((_, row),) = tasks.load_problems("gsm8k", "tfds:gsm8k::test", 0)
+    assert (row["question"], row["answer"]) == ("größer?", "7")
+
+
+def test_how_a_question_is_put() -> None:
+    row: tasks.Record = {"id": 1, "question": "1 {x} + 1?", "answer": "2"}
+    assert tasks.render_question("arithmetic", row) == row
+    boxed = str(tasks.render_question("math500", row)["question"])
+    assert boxed.startswith("1 {x} + 1?\n\n") and boxed.endswith(r"within \boxed{}.")
+    assert (
+        tasks.render_question("math500", row, "Q: {question} A:")["question"] == "Q: 1 {x} + 1? A:"
+    )
+    given: tasks.Record = {"id": 1, "messages": [{"role": "user", "content": "1?"}]}
+    assert tasks.render_question("math500", given) == given
+
+
+def test_protocols_are_those_of_the_report() -> None:
+    """arXiv 2505.09388: sampling, caps, and 64 samples on AIME."""
+    thinking = tasks.resolve_settings("qwen3-thinking", "math500", {})
+    assert thinking == {
+        "thinking": True,
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "top_k": 20,
+        "presence_penalty": 0.0,
+        "max_new_tokens": 32_768,
+        "samples": 1,
+    }
+    plain = tasks.resolve_settings("qwen3-nonthinking", "aime25", {"samples": 8, "top_k": None})
+    assert plain == {
+        "thinking": False,
+        "temperature": 0.7,
+        "top_p": 0.8,
+        "top_k": 20,
+        "presence_penalty": 1.5,
+        "max_new_tokens": 38_912,
+        "samples": 8,
+    }
+    assert tasks.resolve_settings("greedy", "aime24", {})["samples"] == 1
+    with pytest.raises(UserError, match="--protocol=guess: known are greedy, qwen3-thinking"):
+        tasks.resolve_settings("guess", "gsm8k", {})
+    assert tasks.make_sampling(thinking).top_p == 0.95
+
+
+def test_answers_that_are_none(tmp_path: Path) -> None:
+    for answer in (None, True, ["1"]):
+        path = write(tmp_path / "x.jsonl", [{"question": "q", "answer": answer}])
+        with pytest.raises(UserError, match=r"x.jsonl:1: no answer among its fields"):
+            tasks.load_problems("math", str(path), 0)
+
+
+def test_stored_responses_find_their_problem(tmp_path: Path) -> None:
+    known = tasks.load_problems(
+        "math",
+        str(write(tmp_path / "k.jsonl", [{"unique_id": "a", "problem": "q", "answer": 3}])),
+        0,
+    )
+    rows = [
+        {"unique_id": "a", "response": "3"},
+        {"problem": "q", "response": "3"},
+        {"id": "own", "answer": 4.0, "response": "4"},
+    ]
+    stored = tasks.load_responses("math", str(write(tmp_path / "s.jsonl", rows)), known)
+    assert [(r["id"], r["answer"]) for r in stored] == [("a", "3"), ("q", "3"), ("own", "4")]
+    assert json.dumps(stored)

@@ -1,0 +1,282 @@
+"""Checkpoints: round trips, damage, and processes that die."""
+
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from distill.runtime.checkpoint import Checkpoints
+from models.errors import UserError
+from tests.support.checkpoints import abstract, mesh, state
+from tests.support.paths import ROOT
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def save(directory, *steps, keep=5):
+    with Checkpoints(directory, save_interval_steps=1, max_to_keep=keep) as saved:
+        for step in steps:
+            assert saved.save(step, state(step), {"stage": "opd", "number": step})
+
+
+def biggest(directory):
+    files = [f for f in directory.rglob("*") if f.is_file()]
+    return max(files, key=lambda f: f.stat().st_size)
+
+
+def flip(file, count=1):
+    data = bytearray(file.read_bytes())
+    for i in range(len(data) // 2, len(data) // 2 + count):
+        data[i] ^= 0x10
+    file.write_bytes(data)
+
+
+def test_round_trip_onto_another_sharding(tmp_path):
+    save(tmp_path, 3)
+    other = mesh(2, 4)
+    with Checkpoints(tmp_path) as saved:
+        assert saved.read_latest() == (3, {"stage": "opd", "number": 3})
+        found = saved.restore(abstract(state(), other))
+    assert found is not None
+    restored, meta = found
+    assert meta == {"stage": "opd", "number": 3}
+    same(restored, state(3))
+    kernel = restored["params"]["layers"]["kernel"]
+    assert kernel.sharding.is_equivalent_to(NamedSharding(other, P("b", "a")), 2)
+
+
+def test_bfloat16_and_some_entries_only(tmp_path):
+    tree = {"params": state(1, dtype=jnp.bfloat16)["params"], "step": jnp.int32(1)}
+    with Checkpoints(tmp_path, save_interval_steps=1, max_to_keep=2) as saved:
+        saved.save(1, tree, {})
+    with Checkpoints(tmp_path) as saved:
+        found = saved.restore({"params": abstract(tree["params"])}, step=1)
+    assert found is not None
+    same(found[0], {"params": tree["params"]})
+
+
+def test_saved_state_may_be_donated(tmp_path):
+    """Both ways: the state after save returns, and what restore hands back."""
+    tree = state(1)
+    bump = jax.jit(lambda t: jax.tree.map(lambda x: x + 1, t), donate_argnums=0)
+    with Checkpoints(tmp_path, save_interval_steps=1, max_to_keep=2) as saved:
+        saved.save(1, tree, {})
+        bump(tree)
+    with Checkpoints(tmp_path) as saved:
+        found = saved.restore(abstract(state(1)))
+    assert found is not None
+    same(found[0], state(1))
+    bump(found[0])
+    assert all(x.is_deleted() for x in jax.tree.leaves(found[0]))
+
+
+def test_every_keep_and_force(tmp_path):
+    with Checkpoints(tmp_path, save_interval_steps=2, max_to_keep=2) as saved:
+        done = [step for step in range(1, 8) if saved.save(step, state(step), {}, force=step == 7)]
+        assert done == [2, 4, 6, 7]
+        assert not saved.save(7, state(7), {}, force=True)
+        with pytest.raises(ValueError, match="already holds 7"):
+            saved.save(6, state(6), {})
+    assert {p.name for p in tmp_path.iterdir() if p.name.isdigit()} == {"6", "7"}
+
+
+def test_nothing_there(tmp_path):
+    with Checkpoints(tmp_path / "absent") as saved:
+        assert saved.read_latest() is None
+        assert saved.restore(abstract(state())) is None
+    assert not (tmp_path / "absent").exists()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "paper.txt").write_text("mine")
+    with Checkpoints(tmp_path / "notes", save_interval_steps=1, max_to_keep=1) as saved:
+        assert saved.read_latest() is None
+        for step in (1, 2):
+            saved.save(step, state(step), {})
+    assert (tmp_path / "notes" / "paper.txt").read_text() == "mine"
+
+
+def cut(step):
+    file = biggest(step)
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def lose(step):
+    biggest(step).unlink()
+
+
+def flip_data(step):
+    flip(biggest(step / "params"))
+
+
+def flip_about(step):
+    file = step / "about" / "metadata"
+    text = file.read_text()
+    assert '"number":2' in text.replace(" ", "")
+    file.write_text(text.replace("opd", "sft"))
+
+
+def cut_about(step):
+    file = step / "about" / "metadata"
+    file.write_text(file.read_text()[:20])
+
+
+def lose_item(step):
+    shutil.rmtree(step / "opt_state")
+
+
+@pytest.mark.parametrize("damage", [cut, lose, flip_data, flip_about, cut_about, lose_item])
+def test_damage_falls_back_and_says_so(tmp_path, capsys, damage):
+    save(tmp_path, 1, 2)
+    damage(tmp_path / "2")
+    with Checkpoints(tmp_path, save_interval_steps=1, max_to_keep=5) as saved:
+        found = saved.restore(abstract(state()))
+        assert found is not None
+        assert found[1]["number"] == 1
+        same(found[0], state(1))
+        said = capsys.readouterr().err
+        assert f"{tmp_path / '2'}: damaged (" in said
+        assert (tmp_path / "2").is_dir()  # evidence, until the run comes by again
+        assert saved.save(2, state(20), {"number": 20})
+    with Checkpoints(tmp_path) as saved:
+        found = saved.restore(abstract(state()))
+    assert found is not None
+    assert found[1]["number"] == 20
+    same(found[0], state(20))
+    assert capsys.readouterr().err.count("damaged") == 1  # of the replacement
+
+
+def test_all_damaged_is_no_fresh_start(tmp_path):
+    save(tmp_path, 1, 2)
+    for step in ("1", "2"):
+        cut(tmp_path / step)
+    with Checkpoints(tmp_path) as saved, pytest.raises(UserError, match="/2: damaged"):
+        saved.restore(abstract(state()))
+
+
+def test_another_state_is_refused(tmp_path):
+    """A changed config is the user's to mend; it is no damage, and nothing is passed over."""
+    save(tmp_path, 1)
+    with Checkpoints(tmp_path) as saved:
+        half = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding),
+            abstract(state())["params"],
+        )
+        with pytest.raises(
+            UserError, match=r"params/layers/kernel is float32\[64, 96\] there, but bfloat16"
+        ):
+            saved.restore({"params": half})
+        less = abstract(state())
+        del less["params"]["norm"]
+        with pytest.raises(UserError, match=r"params/norm is float32\[7\] there, but absent"):
+            saved.restore(less)
+        with pytest.raises(UserError, match="no checkpoint of step 9"):
+            saved.restore(abstract(state()), step=9)
+
+
+KILLED = """
+import os, signal, sys, threading, time
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+from distill.runtime.checkpoint import Checkpoints
+from tests.support.checkpoints import state
+saved = Checkpoints({directory!r}, every=1, keep=5)
+saved.save(1, state(1), {{}})
+saved._manager.wait_until_finished()
+threading.Timer({delay}, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+saved.save(2, state(2), {{}})
+time.sleep(60)
+"""
+
+
+def test_killed_while_saving(tmp_path):
+    code = KILLED.format(directory=str(tmp_path), delay=0.01)
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -signal.SIGKILL
+    with Checkpoints(tmp_path, save_interval_steps=1, max_to_keep=5) as saved:
+        found = saved.restore(abstract(state()))
+        assert found is not None
+        step = int(found[0]["step"])
+        assert step in (1, 2)  # 2 if the save was quicker than the kill
+        same(found[0], state(step))
+        assert not list(tmp_path.glob("*tmp*"))
+        saved.save(3, state(3), {})
+
+
+def test_a_failed_last_save_is_raised_on_leaving(tmp_path):
+    """A full disk shows only behind `save`, in its thread."""
+    code = f"""
+import resource, signal, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+from distill.runtime.checkpoint import Checkpoints
+from tests.support.checkpoints import state
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with Checkpoints({str(tmp_path)!r}, every=1, keep=5) as saved:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
+    saved.save(1, state(1), {{}})
+    print("saved returned")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "saved returned" in done.stdout, done.stderr
+    assert "File too large" in done.stderr or "EFBIG" in done.stderr, done.stderr[-2000:]
+
+
+TWO = """
+import glob, os, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+jax.distributed.initialize(f"localhost:{port}", 2, {process}, initialization_timeout=60)
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec as P
+from distill.runtime.checkpoint import Checkpoints
+from tests.support.checkpoints import abstract, mesh
+
+def state(n):
+    full = np.random.default_rng(n).normal(size=(64, 96)).astype(np.float32)
+    where = NamedSharding(mesh(4, 2), P("a", "b"))
+    return {{"params": jax.make_array_from_callback(full.shape, where, lambda at: full[at])}}
+
+with Checkpoints({directory!r}, every=1, keep=5) as saved:
+    for n in (1, 2):
+        saved.save(n, state(n), {{"n": n}})
+if {process} == 1:  # cut what only the other process will read
+    files = glob.glob({directory!r} + "/2/params/ocdbt.process_0/d/*")
+    os.truncate(max(files, key=os.path.getsize), 5000)
+multihost_utils.sync_global_devices("cut")
+with Checkpoints({directory!r}, every=1, keep=5) as saved:
+    found, meta = saved.restore(abstract(state(0), spec=("a", "b")))
+    assert meta == {{"n": 1}}, meta
+    want = state(1)["params"].addressable_shards
+    for a, b in zip(found["params"].addressable_shards, want, strict=True):
+        np.testing.assert_array_equal(a.data, b.data)
+    assert saved.save(2, state(7), {{"n": 7}})
+"""
+
+
+def test_two_processes_agree_on_what_is_damaged(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    codes = [TWO.format(port=port, process=i, directory=str(tmp_path)) for i in range(2)]
+    pipe = subprocess.PIPE
+    both = [
+        subprocess.Popen([sys.executable, "-c", c], cwd=ROOT, stderr=pipe, text=True) for c in codes
+    ]
+    try:
+        said = [process.communicate(timeout=120)[1] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], "\n".join(said)
+    assert "/2: damaged (params: " in said[0]
+    assert "damaged" not in said[1]  # process 0 speaks

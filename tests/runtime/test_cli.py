@@ -1,0 +1,155 @@
+"""Exit codes and the one line, as a user meets them."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from absl.flags import FlagValues
+
+from distill.runtime import cli
+from tests.support.paths import ROOT
+
+VERB = '''
+"""A verb for the test."""
+import sys
+from absl import flags
+from ml_collections.config_flags import config_flags
+from distill.runtime import cli
+from models.errors import UserError
+
+CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where.", required=True)
+SIDE = flags.DEFINE_enum("side", "left", ["left", "right"], "Which side.")
+flags.mark_flag_as_required("config")
+
+
+def main():
+    c = CONFIG.value
+    if c.optim.rate == 13:
+        raise UserError("config.optim.rate:\\n 13 is unlucky")
+    if c.optim.rate == 14:
+        raise RuntimeError("a bug")
+    if c.optim.rate == 15:
+        raise KeyboardInterrupt
+    if c.optim.rate == 16:
+        sys.exit(1)
+    print("rate", c.optim.rate, "sizes", c.sizes, SIDE.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)
+'''
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config(arg=""):
+    c = ConfigDict({"optim": {"rate": 1.0}, "sizes": (1, 2)})
+    if arg == "key":
+        c.lost
+    elif arg == "file":
+        open("lost.txt")
+    elif arg:
+        raise ValueError(f"configs/x.py takes no argument {arg!r}")
+    return c
+"""
+
+
+@pytest.fixture(scope="module")
+def verb(tmp_path_factory):
+    """Runs the verb in a process of its own; returns (exit code, stdout, stderr)."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "verb.py").write_text(VERB)
+    (folder / "x.py").write_text(CONFIG)
+    (folder / "broken.py").write_text("def get_config(:\n")
+
+    def run(*args: str) -> tuple[int, str, str]:
+        done = subprocess.run(
+            [sys.executable, "-W", "error::UserWarning", "verb.py", *args],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+GOOD = ("--config=x.py", "--workdir=w")
+
+
+def test_success(verb):
+    code, out, err = verb(*GOOD, "--config.optim.rate=2", "--config.sizes=(3,)", "--side=right")
+    assert (code, out, err) == (0, "rate 2.0 sizes (3,) right\n", "")
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        ([], " is required"),
+        (["--config=x.py"], "--workdir is required"),
+        ([*GOOD, "--wrkdir=w"], "Unknown command line flag 'wrkdir'"),
+        ([*GOOD, "--side=up"], "--side=up"),
+        ([*GOOD, "extra"], "unexpected argument 'extra'"),
+        ([*GOOD, "--config.optim.rat=1"], "--config.optim.rat: no such key in the config; did you"),
+        ([*GOOD, "--config.optim.rate=fast"], "--config.optim.rate=fast: could not convert"),
+        ([*GOOD, "--config.optim.rate.x=1"], "optim.rate.x"),
+        (["--workdir=w", "--config.optim.rate=1"], "needs --config=FILE before it"),
+        (["--workdir=w", "--config=lost.py"], "--config=lost.py: [Errno 2] No such file"),
+        (["--workdir=w", "--config=x.py:file"], "No such file or directory: 'lost.txt'"),
+        (["--workdir=w", "--config=x.py:big"], "x.py:big: configs/x.py takes no argument 'big'"),
+        (["--workdir=w", "--config=x.py:key"], "x.py:7: AttributeError: 'lost'"),
+        (["--workdir=w", "--config=broken.py"], "SyntaxError: invalid syntax (broken.py, line 1)"),
+        ([*GOOD, "--config.optim.rate=13"], "config.optim.rate: 13 is unlucky"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(verb, args, line):
+    code, out, err = verb(*args)
+    assert (code, out) == (2, ""), err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert line in err.replace('"', "")
+
+
+def test_a_bug_keeps_its_traceback(verb):
+    code, _, err = verb(*GOOD, "--config.optim.rate=14")
+    assert code == 1 and "Traceback" in err and "RuntimeError: a bug" in err
+
+
+def test_the_verbs_own_exit_code(verb):
+    assert verb(*GOOD, "--config.optim.rate=16") == (1, "", "")
+
+
+def test_interrupted(verb):
+    assert verb(*GOOD, "--config.optim.rate=15") == (128 + signal.SIGINT, "", "interrupted\n")
+
+
+def test_help(verb):
+    code, out, err = verb("--help")
+    assert (code, err) == (0, "")
+    assert out.startswith("A verb for the test.")
+    for flag in ("--config", "--workdir", "--side: <left|right>"):
+        assert flag in out
+
+
+def test_several_cpu_devices_have_threads_enough(monkeypatch):
+    """More than devices, so that collectives cannot wait for each other; the user's number wins."""
+    monkeypatch.delenv("NPROC")
+    monkeypatch.setattr(sys, "argv", ["verb"])
+    for devices, asked, threads in [
+        ("8", None, "32"),
+        ("1", None, None),
+        ("", None, None),
+        ("8", "5", "5"),
+    ]:
+        monkeypatch.setenv("JAX_NUM_CPU_DEVICES", devices)
+        monkeypatch.setenv("NPROC", asked) if asked else monkeypatch.delenv("NPROC", raising=False)
+        cli.run(lambda: None, FlagValues())
+        assert os.environ.get("NPROC") == threads
+
+
+def test_no_jax():
+    code = "import sys; from distill.runtime import cli; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,0 +1,204 @@
+"""Flags for GPUs: where they are set, what they leave alone, and that XLA knows them in time; and
+what the programs of a step are compiled to, for an H100 that is not there.
+
+The latter wants NVIDIA's compiler, `pip install "jax-cuda12-plugin[with-cuda]"` of jax's version.
+"""
+
+import functools
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from configs import base
+from distill.planning import fit, hlo, programs
+from distill.runtime import gpu
+from distill.runtime import mesh as mesh_lib
+from distill.training import stages
+from models.qwen3 import grouped
+from tests.support.paths import ROOT
+
+# An H100 as XLA is told of it, by openxla/xla, xla/backends/gpu/target_config/specs/h100_sxm.txtpb.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072 cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which the CUDA plugin is installed."""
+    (tmp_path / "jax_cuda13_plugin").mkdir()
+    (tmp_path / "jax_cuda13_plugin" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setenv("XLA_FLAGS", "")
+
+
+def test_flags(plugin: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu.set_xla_flags()
+    assert os.environ["XLA_FLAGS"] == "--xla_gpu_enable_latency_hiding_scheduler=true"
+    gpu.set_xla_flags(deterministic=True)
+    twice = os.environ["XLA_FLAGS"].split()
+    assert twice[1:] == ["--xla_gpu_deterministic_ops=true"]
+    gpu.set_xla_flags(deterministic=True)
+    assert os.environ["XLA_FLAGS"].split() == twice
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_latency_hiding_scheduler=false --xla_x=1")
+    gpu.set_xla_flags()
+    assert os.environ["XLA_FLAGS"] == "--xla_gpu_enable_latency_hiding_scheduler=false --xla_x=1"
+
+
+@pytest.mark.parametrize(
+    ("platforms", "there"),
+    [("", True), ("cuda", True), ("cuda,cpu", True), ("cpu", False), ("tpu", False)],
+)
+def test_only_where_a_gpu_is_expected(
+    plugin: None, monkeypatch: pytest.MonkeyPatch, platforms: str, there: bool
+) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    gpu.set_xla_flags()
+    assert bool(os.environ["XLA_FLAGS"]) == there
+
+
+def test_no_plugin_no_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(gpu, "GPU_PLUGINS", ("no_such_plugin",))
+    monkeypatch.setenv("XLA_FLAGS", "")
+    gpu.set_xla_flags(deterministic=True)
+    assert os.environ["XLA_FLAGS"] == ""
+
+
+def test_xla_knows_them_and_reads_them_in_time() -> None:
+    """Set after `train` is imported, before it looks for devices: XLA, which ends a process whose
+    flags it does not know, takes these and refuses another."""
+    code = (
+        "import os, sys; from distill import train; from distill.runtime import gpu;"
+        "gpu.expected = lambda: True;"
+        "gpu.ALWAYS |= dict(a.split('=') for a in sys.argv[1:]); gpu.set_flags(True);"
+        "import jax; jax.devices(); print('deterministic' in os.environ['XLA_FLAGS'])"
+    )
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    for extra in ([], ["xla_no_such_flag=1"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *extra],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+        if extra:
+            assert done.returncode and "xla_no_such_flag" in done.stderr
+        else:
+            assert done.stdout.strip() == "True", done.stderr
+
+
+@pytest.fixture(scope="module")
+def devices() -> list[Any]:
+    """The H100 that is not there."""
+    if not any(importlib.util.find_spec(name) for name in gpu.GPU_PLUGINS):
+        pytest.skip("no CUDA plugin for JAX")
+    try:
+        told = {"target_config": H100, "topology": "1x1x1"}
+        return list(topologies.get_topology_desc("h100", "cuda", **told).devices)
+    except Exception as error:  # the plugin raises many kinds
+        pytest.skip(f"the CUDA plugin does not compile without a GPU: {error}")
+
+
+@pytest.fixture(scope="module")
+def compiled(devices: list[Any]) -> dict[str, tuple[Any, hlo.Costs, str]]:
+    """Decoding, scoring and the update of 0.6B from 1.7B on an H100: 8 rows of 1,024 tokens."""
+    c = base.get_config()
+    c.student.path, c.teacher.path = "Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B"
+    c.opd.batch_size, c.opd.max_prompt_tokens, c.opd.max_response_tokens = 8, 256, 768
+    mesh, apart = mesh_lib.make_meshes(c, devices)
+    loss, sampled = stages.resolve_objective("opd", c.opd)
+    models = fit.describe_models(c, mesh, apart, c.opd.teachers, False)
+    found = {}
+    with mesh_lib.use_mesh(mesh), jax.default_matmul_precision(None):
+        for call in programs.list_stage_calls(c, c.opd, loss, sampled, models, mesh):
+            if call.name in ("decode", "score", "accumulate"):
+                of = call.lower().compile()
+                found[call.name] = of, hlo.parse_costs(of.as_text()), of.as_text()
+    return found
+
+
+@pytest.mark.long
+def test_decoding_reads_weights_and_cache_once(compiled) -> None:
+    """And holds neither twice. With weights and cache stacked it was 2.7 to 5.8 times."""
+    program, costs, _ = compiled["decode"]
+    memory = program.memory_analysis()
+    assert costs.open_loops == 1  # one step of the loop is counted
+    assert costs.hbm_bytes < 1.15 * memory.argument_size_in_bytes
+    assert memory.temp_size_in_bytes < 2**27
+
+
+@pytest.mark.long
+def test_attention_is_cudnns_by_lengths(compiled) -> None:
+    """Each key-value head once, and no mask: the bias would be [8, 1, 1024, 1024]."""
+    for name in ("score", "accumulate"):
+        text = compiled[name][2]
+        assert "__cudnn$fmhaSoftmax" in text and "[8,1,1024,1024]" not in text
+        calls = re.findall(r'"__cudnn\$fmhaSoftmax".*', text)
+        assert all("bf16[8,1024,8,128]" in call for call in calls)
+
+
+@pytest.mark.long
+def test_the_loss_holds_a_chunk_of_logits(compiled) -> None:
+    """Not of all 8,192 tokens; and casts the head once, not for each chunk."""
+    _, costs, text = compiled["accumulate"]
+    assert "[8,128,151936]" in text or "[1024,151936]" in text
+    assert "[8,1024,151936]" not in text and "[8192,151936]" not in text
+    assert costs.hbm_bytes < 350e9  # 311; 504 in chunks of 128 MiB
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_products_of_experts_are_kernels(devices: list[Any], dtype: str) -> None:
+    """Forward and both gradients, of the sizes of 30B-A3B: no row is spread over all experts (XLA's
+    own take 8 GiB here, in bfloat16), and nothing is held beside what comes out."""
+    M, D, F, E = 8192, 2048, 768, 128
+    on = SingleDeviceSharding(devices[0])
+    x, dy, kernel = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=on) for shape in ((M, D), (M, F), (E, D, F))
+    )
+    sizes_E = jax.ShapeDtypeStruct((E,), "int32", sharding=on)
+
+    def both(x, kernel, dy, sizes_E):
+        y, transpose = jax.vjp(lambda *of: grouped.dot(*of, sizes_E), x, kernel)
+        return y, transpose(dy)
+
+    program: Any = jax.jit(both).lower(x, kernel, dy, sizes_E).compile()
+    text = program.as_text()
+    assert "grouped_product" in text and "grouped_by_kernel" in text
+    assert program.memory_analysis().temp_size_in_bytes < 2**20
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
+def test_experts_of_8_bits_are_read_as_they_lie(devices: list[Any], kind: str) -> None:
+    on = SingleDeviceSharding(devices[0])
+    x = jax.ShapeDtypeStruct((8192, 2048), "bfloat16", sharding=on)
+    kernel = jax.ShapeDtypeStruct((128, 2048, 768), kind, sharding=on)
+    sizes_E = jax.ShapeDtypeStruct((128,), "int32", sharding=on)
+    program = jax.jit(functools.partial(grouped.multiply_groups, dtype=jnp.float32))
+    memory: Any = program.lower(x, kernel, sizes_E).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2**20

@@ -1,0 +1,87 @@
+"""Several real processes of one verb on this machine, with gloo between their CPU devices."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tests.support.paths import ROOT
+
+VERB = "from distill import {verb} as v; from distill.runtime import cli, distributed; "
+VERB += "distributed.HEARTBEAT_SECONDS = {beat}; "
+VERB += "cli.run(v.main, v.OPTIONS)"
+
+
+def start(
+    verb: str,
+    count: int,
+    devices: int,
+    logs: Path,
+    flags: Sequence[str],
+    beat: int = 60,
+    slurm: bool = False,
+) -> list[subprocess.Popen]:
+    """`count` processes of `distill.VERB` with `devices` in each; process i writes LOGS.i. Flags
+    say who they are, or what `srun` sets for the tasks of one node."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-W", "ignore", "-c", VERB.format(verb=verb, beat=beat), *flags]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
+    started = []
+    for i in range(count):
+        own = [f"--coordinator_address=localhost:{port}"]
+        own += [f"--num_processes={count}", f"--process_id={i}"]
+        if slurm:  # jax makes the port from the job's number
+            own = ["--coordinator_address=auto"]
+            environment |= {"SLURM_JOB_ID": f"{os.getpid()}", "SLURM_STEP_NODELIST": "localhost"}
+            environment |= {"SLURM_NTASKS": str(count), "SLURM_STEP_NUM_TASKS": str(count)}
+            environment |= {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
+        with Path(f"{logs}.{i}").open("w") as log:
+            started.append(
+                subprocess.Popen(
+                    words + (own if count > 1 else []),
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=log,
+                    stderr=log,
+                )
+            )
+    return started
+
+
+def end(processes: list[subprocess.Popen], logs: Path, seconds: float = 300) -> list[int]:
+    """Their exit codes, once they have ended by themselves; all are killed where one does not."""
+    try:
+        limit = time.monotonic() + seconds
+        return [p.wait(timeout=max(1, limit - time.monotonic())) for p in processes]
+    except subprocess.TimeoutExpired:
+        raise AssertionError(
+            "\n".join(said(logs, i)[-3000:] for i in range(len(processes)))
+        ) from None
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def run(verb: str, count: int, devices: int, logs: Path, flags: Sequence[str]) -> None:
+    """Runs them, which must all end well."""
+    codes = end(start(verb, count, devices, logs, flags), logs)
+    assert not any(codes), "\n".join(said(logs, i)[-3000:] for i in range(count))
+
+
+def said(logs: Path, number: int) -> str:
+    return Path(f"{logs}.{number}").read_text()
+
+
+def wait_for(there: Callable[[], bool], processes: list[subprocess.Popen], seconds: float = 300):
+    """Returns once `there`; raises if a process ends before, or it takes too long."""
+    limit = time.monotonic() + seconds
+    while not there():
+        assert all(p.poll() is None for p in processes), "a process has ended"
+        assert time.monotonic() < limit, "it takes too long"
+        time.sleep(0.05)

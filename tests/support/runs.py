@@ -1,0 +1,81 @@
+"""A short run of two stages on tiny random models, and what it leaves behind."""
+
+import json
+import shutil
+import signal
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs import base
+from distill.policy import policy
+from distill.runtime import mesh as mesh_lib
+from distill.training import trainer
+from models.qwen3 import weights
+from tests.support.paths import ROOT
+
+
+def tiny_model(directory, seed, **fields):
+    """A random model of the embedded task: two layers of what `assets` describes."""
+    shutil.copytree(
+        ROOT / "assets" / "student", directory, ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, **fields}
+    (directory / "config.json").write_text(json.dumps(config))
+    described = policy.make_abstract(str(directory), "float32", False, mesh_lib.make_mesh(1, 1, 1))
+    random = policy.init_random_policy(described, jax.random.key(seed))
+    weights.save(random.params, random.config, directory, np.dtype("float32"))
+    return str(directory)
+
+
+def config(models) -> ConfigDict:
+    """Two stages, 2 + 3 steps; packed rows in the first, two responses to each prompt in the
+    second."""
+    c = base.get_config()
+    c.stages = ("sft", "opd")
+    c.student.path, c.teacher.path = models
+    c.student.dtype = c.teacher.dtype = c.teacher.param_dtype = "float32"
+    c.student.remat = False
+    c.mesh.fsdp = 1
+    c.checkpoint.every = 2
+    c.log.transcripts_every = 2
+    c.log.transcripts = 3
+    for stage, steps in ((c.sft, 2), (c.opd, 3)):
+        stage.steps = steps
+        stage.batch_size = 4
+        stage.max_prompt_tokens, stage.max_response_tokens = 60, 16
+        stage.optim.learning_rate = 1e-3
+    c.sft.pack_tokens = 100
+    c.opd.samples = 2
+    return c
+
+
+def final(workdir, models):
+    """The trained parameters, by restoring the run."""
+    described = policy.make_abstract(str(workdir), "float32", False, mesh_lib.make_mesh(1, 1, 1))
+    return jax.tree.map(np.asarray, policy.load(described, "float32").params)
+
+
+def numbers(workdir):
+    """Rows of metrics.jsonl without what the clock says."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    timed = ("time/", "rollout/tokens_per_second")
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
+
+
+def transcripts(workdir):
+    return {p.name: p.read_text() for p in sorted((workdir / "rollouts").glob("*"))}
+
+
+def stop_after(monkeypatch, step):
+    """Sends this process SIGTERM while it is busy with `step`."""
+    take = trainer.Trainer.step
+
+    def interrupted(self, state, *given):
+        if int(state.step) == step:
+            signal.raise_signal(signal.SIGTERM)
+        return take(self, state, *given)
+
+    monkeypatch.setattr(trainer.Trainer, "step", interrupted)

@@ -1,0 +1,31 @@
+"""Verbs as they are called, in this process, and the rows that they read and write."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from distill.runtime import cli
+
+
+def call(verb: ModuleType, *arguments: str) -> int:
+    """The exit code of a verb in this process."""
+    verb.OPTIONS.unparse_flags()
+    before, sys.argv = sys.argv, [verb.__name__, *map(str, arguments)]
+    try:
+        cli.run(verb.main, verb.OPTIONS)
+    except SystemExit as stop:
+        assert isinstance(stop.code, int)
+        return stop.code
+    finally:
+        sys.argv = before
+    return 0
+
+
+def write(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,171 @@
+"""Sampling one step ahead of the update: what is trained, what a resumed run finds, what is
+refused, and that the two really go on at once."""
+
+import dataclasses
+import signal
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from distill import rollout
+from distill.data import dataset
+from distill.objectives import losses
+from distill.policy import policy
+from distill.runtime import mesh as mesh_lib
+from distill.training import collect, loop, microbatches, setup, stages, trainer, update
+from models.errors import UserError
+from tests.support.runs import config, final, numbers, stop_after, transcripts
+
+STEPS = 4
+
+
+def ahead(models, **changes):
+    """On-policy steps of 2 prompts x 2 samples, at a pace at which old weights sample otherwise."""
+    c = config(models)
+    c.stages, c.opd.steps, c.opd.rollout.asynchronous = ("opd",), STEPS, True
+    c.opd.optim.learning_rate, c.opd.optim.warmup_steps = 0.03, 0
+    c.log.transcripts_every, c.checkpoint.every = 1, 1
+    c.opd.update(changes)
+    return c
+
+
+def noted(patch: pytest.MonkeyPatch) -> list[list[rollout.Sequence]]:
+    """The rows of every batch that is made from now on."""
+    found: list[list[rollout.Sequence]] = []
+    written = microbatches.to_examples
+
+    def note(rows):
+        found.append(list(rows))
+        return written(rows)
+
+    patch.setattr(microbatches, "to_examples", note)
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(models, tmp_path_factory):
+    """A run that nobody stopped, and the rows of its batches."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        rows = noted(patch)
+        loop.run(ahead(models), workdir)
+    return workdir, rows
+
+
+def by_hand(c) -> tuple[list[list[rollout.Sequence]], Any]:
+    """One thing after another: rows of step i + 1 from a copy of the weights before update i."""
+    plan = setup.setup_run(c, mesh_lib.make_mesh(1, 1, 1))
+    stage, s, found = plan.stages[0], c.opd, []
+    with policy.use(plan.student):
+        plan = setup.load_lora_base(c, plan)
+        plan = setup.load_stage_models(c, plan, plan.stages[0])
+        params = policy.load(plan.student, "float32").params
+        older = jax.tree.map(lambda x: x.copy(), params)
+        state = update.init_train_state(stage.optimizer, params, 0)
+        mesh, form = policy.get_mesh(plan.student), collect._make_layout(plan, stage)
+        train = trainer.make_trainer(c, plan, stage, mesh, state)
+        for step in range(STEPS):
+            examples = dataset.get_step_examples(stage.source, step, 2, c.seed)
+            key = jax.random.fold_in(jax.random.key(c.seed), step)
+            rows = rollout.expand_prompts(examples, 2, key, s.max_response_tokens)
+            rows = list(
+                rollout.sample(
+                    plan.student.model,
+                    older,
+                    rows,
+                    sampling=stages.make_sampling(s),
+                    stop_ids=plan.student.stop_ids,
+                    options=stages.make_rollout_options(s),
+                )
+            )
+            found.append(rows)
+            older = jax.tree.map(lambda x: x.copy(), state.params)
+            examples = microbatches.to_examples(rows)
+            packed = microbatches.pack_examples(examples, stage.microbatch_rows, 1, form)
+            state, *_ = train.step(
+                state, microbatches.make_microbatches(packed, examples, form, mesh)
+            )
+    return found, jax.tree.map(np.asarray, state.params)
+
+
+def test_batches_are_those_of_weights_one_update_old(whole, models) -> None:
+    workdir, rows = whole
+    expected, params = by_hand(ahead(models))
+    told = [[(row.prompt, row.tokens, row.logprobs) for row in step] for step in rows]
+    assert told == [[(row.prompt, row.tokens, row.logprobs) for row in step] for step in expected]
+    assert [{*row.versions} for step in rows for row in step] == [{0}] * 8 + [{1}] * 4 + [{2}] * 4
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, final(workdir, models), params)))
+    figures = numbers(workdir)
+    assert [row["rollout/stale"] for row in figures] == [0, 1, 1, 1]
+    assert figures[0]["train/sampler_delta"] < 1e-5 < figures[1]["train/sampler_delta"]
+
+
+@pytest.mark.parametrize("budget", [0, 30])
+def test_stopped_and_resumed_is_bitwise_the_same(whole, models, tmp_path, budget) -> None:
+    """With parked rows too. Nothing is sampled again, lost or trained twice."""
+    c = ahead(models, rollout={**ahead(models).opd.rollout, "token_budget": budget})
+    unbroken, rows = whole
+    with pytest.MonkeyPatch.context() as patch:
+        trained = noted(patch)
+        if budget:
+            unbroken = tmp_path / "whole"
+            loop.run(c, unbroken)
+            rows = [*trained]
+            trained.clear()
+            assert any(len({*row.versions}) > 1 for step in rows for row in step)
+        with patch.context() as stopping:
+            stop_after(stopping, 1)
+            with pytest.raises(SystemExit) as stopped:
+                loop.run(c, tmp_path / "stopped")
+        assert stopped.value.code == 128 + signal.SIGTERM
+        loop.run(c, tmp_path / "stopped")
+    assert trained == rows
+    keys = [row.key for step in trained for row in step]
+    assert len({*keys}) == len(keys)
+    assert numbers(tmp_path / "stopped") == numbers(unbroken)
+    assert transcripts(tmp_path / "stopped") == transcripts(unbroken)
+    same = jax.tree.map(
+        np.array_equal, final(tmp_path / "stopped", models), final(unbroken, models)
+    )
+    assert all(jax.tree.leaves(same))
+
+
+def test_rows_are_sampled_while_the_update_runs(models, tmp_path, monkeypatch) -> None:
+    """The update is not over when sampling begins. (A fast one may be, now and then.)"""
+    running: list[bool] = []
+    sample = rollout.AsyncRollouts.sample
+
+    def watched(self, trained):
+        running.append(self.pending is not None and not trained["loss"].is_ready())
+        sample(self, trained)
+
+    monkeypatch.setattr(rollout.AsyncRollouts, "sample", watched)
+    loop.run(ahead(models), tmp_path)
+    assert len(running) == STEPS and any(running) and not running[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"objective": "sft"}, "sft samples nothing"),
+        ({"objective": "opd_sampled", "loss": {"ratio": "none"}}, "takes every sample for fresh"),
+        ({"objective": "opd_sampled", "loss": {"k1_from": "sampler"}}, "lags behind"),
+        ({"objective": "opd_sampled", "epochs": 2}, "loss.tis_clip weighs what came before"),
+    ],
+)
+def test_a_loss_that_does_not_correct_for_it_is_refused(models, tmp_path, changes, words) -> None:
+    c = ahead(models, **changes)
+    with pytest.raises(UserError) as error:
+        loop.run(c, tmp_path / "run")
+    assert "config.opd.rollout.asynchronous: " in str(error.value) and words in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_objectives_that_correct_for_it_are_let_through(models) -> None:
+    for name in ("opd", "opd_sampled", "cispo", "hybrid"):
+        c = ahead(models, objective=name)
+        plan = setup.setup_run(c, mesh_lib.make_mesh(1, 1, 1))
+        assert plan.stages[0].async_rollouts is not None
+        assert plan.stages[0].loss == dataclasses.replace(losses.OBJECTIVES[name])

@@ -1,0 +1,200 @@
+"""Evaluations while a run trains: they change nothing, they resume, and the best is kept."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from distill.evaluation import evaluator, records, responses, tasks
+from distill.policy import exporting, policy
+from distill.runtime.checkpoint import Checkpoints
+from distill.training import eval_hook, loop
+from models.errors import UserError
+from tests.support.runs import config, final, numbers
+
+
+def settings(models, **changes):
+    c = config(models)
+    c.eval.every = 2
+    c.eval.limit = 3
+    c.eval.max_new_tokens = 8
+    c.eval.batch_size = 4
+    c.eval.best = "-mean_length"  # which differs from step to step, as accuracy does not here
+    for name, value in changes.items():
+        c.eval[name] = value
+    return c
+
+
+@pytest.fixture(scope="module")
+def student(models) -> policy.Policy:
+    return policy.make_abstract(models[0], "float32", False, loop.mesh_lib.make_mesh(1, 1, 1))
+
+
+@pytest.fixture(scope="module")
+def whole(models, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("validated") / "run"
+    loop.run(settings(models), workdir)
+    return workdir
+
+
+def same(a: Path, b: Path, models) -> None:
+    """The trained parameters of two runs are the same bits."""
+    ours, theirs = (jax.tree.leaves(final(workdir, models)) for workdir in (a, b))
+    for x, y in zip(ours, theirs, strict=True):
+        assert np.array_equal(x, y)
+
+
+def evals(workdir: Path) -> dict[str, bytes]:
+    return {p.parent.name: p.read_bytes() for p in sorted(workdir.glob("eval/*/examples.jsonl"))}
+
+
+def lengths(workdir: Path) -> dict[int, float]:
+    return {
+        int(p.parent.name): json.loads(p.read_text())["mean_length"]
+        for p in workdir.glob("eval/*/summary.json")
+    }
+
+
+def best_step(workdir: Path) -> int:
+    with Checkpoints(workdir / "best" / "checkpoints") as saved:
+        found = saved.read_latest()
+    assert found is not None
+    return found[0]
+
+
+def test_evaluations_change_nothing_that_is_trained(whole, models, tmp_path) -> None:
+    loop.run(config(models), tmp_path / "run")
+    same(whole, tmp_path / "run", models)
+
+
+def test_at_steps_and_after_each_stage(whole) -> None:
+    assert sorted(lengths(whole)) == [2, 4, 5]
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    measured = {row["step"] + 1: row["eval/mean_length"] for row in rows if "time/eval" in row}
+    assert measured == lengths(whole)
+    assert all(0 <= row["eval/accuracy"] <= 1 for row in rows if "time/eval" in row)
+
+
+def test_an_evaluation_is_that_of_the_verb(whole) -> None:
+    """The last evaluation and that of the finished run's directory give the same responses."""
+    subject = policy.make_abstract_for_inference(str(whole), "float32")
+    rows = tasks.load_problems("arithmetic", "", 3)
+    with policy.use(subject):
+        subject = policy.load(subject, "float32")
+        out = whole.parent / "again"
+        evaluator.evaluate_benchmark(
+            subject,
+            "arithmetic",
+            rows,
+            out,
+            samples=1,
+            ks=[1],
+            thinking=True,
+            max_new_tokens=8,
+            sampling=evaluator.rollout.Sampling(0.0),
+            seed=0,
+            batch_size=4,
+            protocol_name="greedy",
+        )
+    protocols = [
+        json.loads((p / "protocol.json").read_text()) for p in (out, whole / "eval/000005")
+    ]
+    assert protocols[0]["weights"] == protocols[1]["weights"]
+    said = [[json.loads(r)["tokens"] for r in e.splitlines()] for e in evals(whole).values()]
+    again = [json.loads(r)["tokens"] for r in (out / "examples.jsonl").read_text().splitlines()]
+    assert said[-1] == again
+
+
+def test_the_best_is_a_run_directory(whole, tmp_path) -> None:
+    found = lengths(whole)
+    step = best_step(whole)
+    assert found[step] == min(found.values())
+    assert step == min(s for s, length in found.items() if length == found[step])  # ties: the first
+    subject = policy.load(
+        policy.make_abstract_for_inference(str(whole / "best"), "float32"), "float32"
+    )
+    weights = json.loads((whole / f"eval/{step:06d}/protocol.json").read_text())["weights"]
+    assert records.fingerprint_params(subject.params) == weights
+    exporting.export_run(whole / "best", tmp_path / "model", None, "float32")
+    exported = policy.load(
+        policy.make_abstract_for_inference(str(tmp_path / "model"), "float32"), "float32"
+    )
+    for a, b in zip(jax.tree.leaves(subject.params), jax.tree.leaves(exported.params), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_stopped_in_an_evaluation(whole, models, tmp_path, monkeypatch) -> None:
+    """Without a word, after a row of the second evaluation: the same run, and the same files."""
+    real, calls, workdir = responses.add_grade, [0], tmp_path / "run"
+
+    class Killed(BaseException):
+        pass
+
+    def judged(row, grade):
+        calls[0] += 1
+        if calls[0] > 3 + 1:
+            raise Killed
+        return real(row, grade)
+
+    monkeypatch.setattr(responses, "add_grade", judged)
+    with pytest.raises(Killed):
+        loop.run(settings(models), workdir)
+    monkeypatch.undo()
+    loop.run(settings(models), workdir)
+    same(whole, workdir, models)
+    assert best_step(workdir) == best_step(whole)
+    assert evals(workdir) == evals(whole)
+    assert numbers(workdir) == numbers(whole)
+
+
+def test_another_eval_may_follow(whole, models, tmp_path, capsys) -> None:
+    """It is no part of the trajectory; the best by another measure is another best."""
+    c = settings(models, every=5, limit=2, best="accuracy")
+    c.checkpoint.every = 4
+    workdir = tmp_path / "run"
+    first = settings(models)
+    first.stages = c.stages
+    first.checkpoint.every = 4
+    loop.run(first, workdir)
+    with Checkpoints(workdir / "checkpoints", save_interval_steps=1) as saved:
+        assert saved._manager is not None
+        saved._manager.delete(5)
+    loop.run(c, workdir)
+    assert "was the best of another config.eval" in capsys.readouterr().err
+    assert best_step(workdir) == 5
+    assert sorted(lengths(workdir)) == [2, 4, 5]
+    rows = json.loads((workdir / "eval/000005/summary.json").read_text())["responses"]
+    assert rows == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"every": -1}, "config.eval.every=-1"),
+        ({"benchmark": "trivia"}, "config.eval: --benchmark=trivia: known are"),
+        ({"benchmark": "gsm8k"}, "config.eval: --data: gsm8k needs"),
+        ({"protocol": "guess"}, "config.eval: --protocol=guess: known are greedy"),
+        ({"best": "luck"}, "config.eval.best='luck': none of accuracy"),
+        ({"max_new_tokens": 10_000}, "exceed"),
+        ({"limit": -1}, "config.eval: limit"),
+    ],
+)
+def test_bad_evals_are_refused(student, models, changes, words) -> None:
+    with pytest.raises(UserError) as error:
+        eval_hook.setup_validation(settings(models, **changes).eval, student)
+    assert words in str(error.value)
+
+
+def test_they_are_refused_before_training(models, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"config\.eval\.every"):
+        loop.run(settings(models, every=-1), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_none_is_the_default(student, models) -> None:
+    c = config(models)
+    assert eval_hook.setup_validation(c.eval, student) is None
+    with eval_hook.open_validation_hook(None, student, Path("nowhere"), 0) as judge:
+        assert not judge.is_due(1, True) and not judge.is_due(4, False)

@@ -1,0 +1,276 @@
+"""Packed rows train as unpacked ones do, whatever is learned from them; and how they are packed."""
+
+import dataclasses
+import types
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+
+from configs import quickstart
+from distill.data import packing
+from distill.data.collate import BatchLayout, SampledExample
+from distill.data.examples import Example
+from distill.objectives import losses
+from distill.policy.policy import Policy
+from distill.runtime import mesh as mesh_lib
+from distill.teachers import local
+from distill.training import collect, loop, microbatches, stages, trainer
+from distill.training import update as update_lib
+from models.qwen3.model import Qwen3
+from tests.support.updates import CONFIG, TEACHER, placed
+
+P, R, ROOM, COUNT = 6, 12, 5, 16
+T = P + R
+SPARSE = dataclasses.replace(
+    CONFIG, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True
+)
+FURTHER = dataclasses.replace(TEACHER, hidden_size=48)
+
+
+def examples_of(form: BatchLayout, written: int = COUNT) -> list[Example]:
+    """Sequences of random lengths, of which the student wrote the first."""
+    rng, found = np.random.default_rng(0), []
+    for i in range(COUNT):
+        n, m, told = rng.integers(1, P + 1), rng.integers(1, R + 1), rng.integers(0, ROOM + 1)
+        prompt, response, more = (rng.integers(0, 96, k).tolist() for k in (n, m, told))
+        experts = []
+        if form.routing:  # the last token is never read
+            layers, chosen = form.routing
+            drawn = np.argsort(rng.random((n + m - 1, layers, 4)))[..., :chosen].astype(np.int16)
+            experts = [drawn[:2], drawn[2:]]
+        common: dict[str, Any] = {
+            "teacher_prompt": more + prompt,
+            "source_id": i % 2,
+            "thinking": i % 3 > 0,
+        }
+        top = [
+            [[int(v), -1.0 - k] for k, v in enumerate(rng.permutation(96)[:3])] for _ in range(m)
+        ]
+        if i >= written:
+            found.append(Example(prompt, response, "", f"read {i}", teacher_top=top, **common))
+            continue
+        found.append(
+            SampledExample(
+                *(prompt, response, "", f"written {i}"),
+                **common,
+                teacher_top=top,
+                logprobs=(-4.5 + 0.3 * rng.normal(size=m)).tolist(),
+                finished=bool(i % 4),
+                experts=experts,
+                advantage=float(rng.normal()) if form.has_advantages else None,
+            )
+        )
+    return found
+
+
+def alone(rows: int, minibatches: int) -> list[list[microbatches.PackedRows]]:
+    """One sequence a row."""
+    found = []
+    for j in range(minibatches):
+        listed = [(i,) for i in range(j, COUNT, minibatches)]
+        found.append([tuple(listed[k : k + rows]) for k in range(0, len(listed), rows)])
+    return found
+
+
+def read(config: Any, seed: int, mesh: Any) -> Policy:
+    return Policy("", config, Qwen3(config), placed(config, seed, mesh), None, ())
+
+
+def trained(case: dict, packed: bool, sizes: tuple[int, ...] = (1, 1, 1)):
+    """The metrics of a step, and by how much the parameters moved; and the rows that it took."""
+    mesh = mesh_lib.make_mesh(*sizes)
+    given = {"epochs": 1, "minibatches": 1, "teachers": 1, "temperature": 1.0} | case
+    config = SPARSE if given.get("sparse") else CONFIG
+    loss = dataclasses.replace(losses.OBJECTIVES[given["objective"]], **given.get("loss", {}))
+    shares = {"source": np.eye(2), "weights": np.full((2, 2), [0.25, 0.75])}
+    shares = shares.get(given.get("share", ""))
+    written = given.get("written", COUNT)
+    stored = loss.teacher_output == "top"
+    form = BatchLayout(
+        T,
+        R,
+        top_k=3 if stored else 0,
+        context_tokens=ROOM if given.get("told") else 0,
+        has_sampler_logprobs=written == COUNT,
+        has_advantages=loss.reward > 0,
+        routing=config.routing_shape if given.get("sparse") else None,
+        teacher_weights=shares,
+    )
+    examples = examples_of(form, written)
+    rows, minibatches = mesh.size, given["minibatches"]
+    taken = microbatches.pack_examples(examples, rows, minibatches, form)
+    if not packed:
+        taken = alone(rows, minibatches)
+    with mesh_lib.use_mesh(mesh):
+        each = [] if stored or not loss.teacher else [TEACHER, FURTHER][: given["teachers"]]
+        who = [
+            local.Teacher(ConfigDict({"path": "x"}), read(c, 5 + i, mesh))
+            for i, c in enumerate(each)
+        ]
+        optimizer = optax.sgd(1.0 if given["epochs"] * minibatches == 1 else 0.01)
+        params = placed(config, 0, mesh)
+        before = jax.tree.map(np.array, params)
+        state = update_lib.init_train_state(optimizer, params, 0)
+        mib = 4e-3 * mesh.size
+        programs = update_lib.make_update(
+            *(Qwen3(config), optimizer, loss, R, mib, state),
+            overlap=2 if loss.teacher else 0,
+            temperature=given["temperature"],
+        )
+        stage: Any = types.SimpleNamespace(
+            sampled_rows=written,
+            updates_per_step=given["epochs"] * minibatches,
+            c=types.SimpleNamespace(epochs=given["epochs"], accumulate=1),
+        )
+        train = trainer.Trainer(
+            *(stage, mesh, programs, who, local.get_teacher_heads(who)),
+            read(config, 9, mesh) if loss.reference else None,
+            *(None, mib, given["temperature"]),
+        )
+        work = microbatches.make_microbatches(taken, examples, form, mesh)
+        state, measured, _, _ = train.step(state, work)
+        assert int(state.step) == 1
+        moved = jax.tree.map(lambda a, b: np.asarray(a) - b, state.params, before)
+    return {k: float(x) for k, x in measured.items()}, moved, sum(map(len, taken[0]))
+
+
+EXACT: dict[str, Any] = {"objective": "opd"}
+SAMPLED = {"objective": "opd_sampled"}
+CASES: dict[str, dict[str, Any]] = {
+    **{name: {"objective": name} for name in losses.OBJECTIVES},
+    "topk": {**EXACT, "loss": {"estimator": "topk", "k": 5}},
+    "k2": {**EXACT, "loss": {"estimator": "k2"}},
+    "k3": {**EXACT, "loss": {"estimator": "k3", "divergence": "forward"}},
+    "stored": {
+        "objective": "distill",
+        "loss": {"teacher_output": "top", "teacher_topk": 3, "estimator": "topk", "k": 3},
+    },
+    "by sequence": {**EXACT, "loss": {"aggregation": "sequence"}},
+    "constant": {**EXACT, "loss": {"aggregation": "constant"}},
+    "baseline": {**SAMPLED, "loss": {"baseline": True, "discount": 0.9}},
+    "credit": {**EXACT, "loss": {"discount": 0.9, "ratio": "sequence"}},
+    "reference": {"objective": "hybrid", "loss": {"reference": 0.1, "tis_clip": 2.0}},
+    "by source": {**EXACT, "teachers": 2, "share": "source"},
+    "by weights": {**EXACT, "teachers": 2, "share": "weights"},
+    "context": {**EXACT, "teacher_prompt": True, "teachers": 2, "share": "source"},
+    "mixed": {"objective": "gkd", "written": 8, "teacher_prompt": True},
+    "experts": {"objective": "hybrid", "sparse": True},
+    "updates": {"objective": "gspo", "minibatches": 2, "epochs": 2, "loss": {"reference": 0.1}},
+    "taught updates": {**SAMPLED, "minibatches": 2, "epochs": 2, "teacher_prompt": True},
+    "hot": {**SAMPLED, "temperature": 0.7},
+}
+
+
+def same(one, other) -> None:
+    (found, moved, few), (expected, by, many) = one, other
+    assert few < 0.8 * many
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        np.testing.assert_allclose(found[name], x, rtol=1e-5, atol=1e-5, err_msg=name)
+    for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(by), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert max(np.abs(x).max() for x in jax.tree.leaves(by)) > 1e-3
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_packed_rows_train_as_unpacked_ones_do(name: str) -> None:
+    """The loss, all metrics and the gradient (which is what plain SGD moves by)."""
+    same(trained(CASES[name], True), trained(CASES[name], False))
+
+
+@pytest.mark.parametrize("name", ["gspo", "context", "mixed", "experts", "taught updates"])
+def test_and_so_they_do_on_a_mesh_of_eight(name: str) -> None:
+    eight, one = trained(CASES[name], True, (1, 4, 2)), trained(CASES[name], False)
+    same((*eight[:2], 1), one)
+
+
+def test_a_judge_reads_packed_rows() -> None:
+    """Its mean log-probability of each response, in the mixture of two teachers with a context."""
+    mesh, form = (
+        mesh_lib.make_mesh(1, 1, 1),
+        BatchLayout(
+            T, R, context_tokens=ROOM, has_sampler_logprobs=True, teacher_weights=np.eye(2)
+        ),
+    )
+    examples, stage = examples_of(form), types.SimpleNamespace()
+    stage.c = types.SimpleNamespace(max_response_tokens=R)
+    found = []
+    with mesh_lib.use_mesh(mesh):
+        who = [
+            local.Teacher(ConfigDict({"path": "x"}), read(c, 5, mesh)) for c in (TEACHER, FURTHER)
+        ]
+        for taken in (microbatches.pack_examples(examples, 2, 2, form), alone(2, 2)):
+            work = microbatches.make_microbatches(taken, examples, form, mesh)
+            given: Any = (who, stage, work, examples, mesh, 1.0, None)
+            found.append(collect._score_with_judge(*given))
+    np.testing.assert_allclose(*found, rtol=1e-5)
+    assert len(np.unique(found[0])) == COUNT
+
+
+def test_one_micro_batch_of_teacher_states_is_alive(tmp_path, monkeypatch) -> None:
+    """In a run of several micro-batches a step, and of several updates, whatever is looked at: when
+    a teacher is about to read, nothing that one read before is there any more; and after a step
+    nothing is."""
+    c = quickstart.get_config("tiny")
+    c.opd.batch_size, c.opd.samples, c.opd.minibatches, c.opd.accumulate = 16, 2, 2, 4
+    c.mesh.fsdp = 1
+    score, seen, T = local.score, [], stages.get_row_tokens(c.opd)
+
+    def alive() -> int:
+        return sum(x.ndim == 3 and x.shape[1] == T for x in jax.live_arrays())
+
+    def noted(*given):
+        before = alive()
+        found = score(*given)
+        seen.append((before, alive()))
+        return found
+
+    monkeypatch.setattr(local, "score", noted)
+    loop.run(c, tmp_path)
+    assert len(seen) >= 3 * 2 * 2 and set(seen) == {(0, 1)}
+    assert not alive()
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.integers(0, 20)), max_size=60),
+    st.integers(1, 7),
+    st.integers(1, 4),
+)
+@settings(max_examples=200, deadline=None)
+def test_packing(sizes: list[tuple[int, int]], rows: int, minibatches: int) -> None:
+    """Each sequence once, in the minibatch that is its; no row too long, for the student or for a
+    teacher who is told more; full micro-batches, none of them empty; at most twice the rows that
+    would do, and the same in every process."""
+    form = BatchLayout(50, 49, context_tokens=20)
+    examples = [Example([1], [2] * (n - 1), "", "", teacher_prompt=[1] * (1 + m)) for n, m in sizes]
+    packed = microbatches.pack_examples(examples, rows, minibatches, form)
+    assert packed == microbatches.pack_examples(list(examples), rows, minibatches, form)
+    assert len(packed) == minibatches
+    for j, part in enumerate(packed):
+        assert part and all(len(micro) == rows for micro in part)
+        taken = [row for micro in part for row in micro]
+        assert sorted(i for row in taken for i in row) == list(range(j, len(sizes), minibatches))
+        for row in taken:
+            assert sum(sizes[i][0] for i in row) <= 50
+            assert sum(sum(sizes[i]) for i in row) <= 70
+        assert len(part) == 1 or all(any(micro) for micro in part)
+        full = [row for row in taken if row]
+        need = max(sum(n for n, _ in sizes[j::minibatches]) / 50, 1 / 50)
+        need = max(need, sum(n + m for n, m in sizes[j::minibatches]) / 70)
+        assert len(full) <= 3 * need + 1
+
+
+def test_first_fit_decreasing_packs_well() -> None:
+    """Log-normal lengths, the longest cut at a row: hardly a place is empty."""
+    rng = np.random.default_rng(0)
+    lengths = np.minimum(rng.lognormal(np.log(2048) - 0.5, 1, 512), 16_384).astype(int) + 150
+    packed = packing.pack_first_fit_decreasing(
+        {i: (int(n),) for i, n in enumerate(lengths)}, (18_432,)
+    )
+    assert len(packed) <= np.ceil(lengths.sum() / 18_432) + 1

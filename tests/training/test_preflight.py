@@ -1,0 +1,181 @@
+"""What a run says before its first step, and what it warns of."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from configs import quickstart
+from distill.data import chat
+from distill.data.examples import Example
+from distill.policy import policy
+from distill.runtime import mesh as mesh_lib
+from distill.training import calls, eval_hook, preflight, setup, update
+from models.qwen3.model import Params
+from tests.support.paths import ROOT
+
+
+@pytest.fixture(autouse=True)
+def at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def config(**changes: Any) -> ConfigDict:
+    c = quickstart.get_config("tiny")
+    c.mesh.fsdp = 1
+    for name, value in changes.items():
+        c.update_from_flattened_dict({name.replace("__", "."): value})
+    return c
+
+
+def told(c: ConfigDict, alter: Any = lambda params: params) -> list[str]:
+    """The lines of a run's preflight; `alter` changes what it is to train before it begins."""
+    plan = setup.setup_run(c, mesh_lib.make_mesh(**c.mesh))
+    with policy.use(plan.student):
+        plan = setup.load_lora_base(c, plan)
+        plan = setup.load_stage_models(c, plan, plan.stages[0])
+        trained = first(c, plan)
+        validation = eval_hook.setup_validation(c.eval, plan.student)
+        return list(preflight.make_summary_lines(c, plan, validation, alter(trained), False))
+
+
+def first(c: ConfigDict, plan: setup.RunSetup) -> Params:
+    if plan.student.model.lora:
+        return policy.load_or_init_lora(plan.student, jax.random.key(0))
+    return policy.load(plan.student, "float32").params
+
+
+def warnings(lines: list[str]) -> list[str]:
+    return [line for line in lines if line.startswith("warning: ")]
+
+
+def test_a_sound_run_is_told_in_a_few_lines() -> None:
+    lines = told(config())
+    assert not warnings(lines) and len(lines) <= 8 and max(map(len, lines)) < 300
+    assert "stops at 382 <|endoftext|>, 384 <|im_end|>" in lines[0]
+    assert lines[1].startswith("teacher assets/teacher: 0.7 M parameters")
+    assert "ends a turn with <|im_end|>" in lines[2]
+    assert sum("⟦what the student writes⟧" in line for line in lines) == 2
+    assert lines[-1].startswith("memory: about ")
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_teacher_with_the_students_weights(lora: int, dtype: str) -> None:
+    c = config(teacher__path="assets/student", student__lora__rank=lora)
+    c.teacher.param_dtype = dtype
+    (line,) = warnings(told(c))
+    assert line.startswith("warning: teacher (assets/student) has the student's own weights")
+    assert "in opd" in line
+    changed = lambda params: jax.tree.map(lambda x: x + 0.01, params)  # noqa: E731
+    assert not warnings(told(c, changed))  # though it is of the same architecture
+
+
+def test_the_student_before_another_stage_may_teach() -> None:
+    c = config(teacher__path="assets/student", stages=("sft", "opd"))
+    c.sft.max_prompt_tokens, c.sft.max_response_tokens = 60, 52
+    assert not warnings(told(c))
+
+
+def test_the_student_itself_may_teach_with_a_context() -> None:
+    c = config(teacher__path="assets/student")
+    c.opd.context.text, c.opd.context.max_tokens = "assets/rows/manual.md", 48
+    assert not warnings(told(c))
+
+
+def model(directory: Path, **tokenizer: Any) -> str:
+    """assets/student with another tokenizer_config.json."""
+    shutil.copytree("assets/student", directory)
+    file = directory / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **tokenizer}))
+    return str(directory)
+
+
+def test_a_template_that_ends_turns_by_another_token(tmp_path: Path) -> None:
+    """As that of Base models does, whose tokenizers end texts with <|endoftext|>."""
+    path = model(tmp_path / "base", eos_token="<|endoftext|>")
+    for name in ("config.json", "generation_config.json"):
+        file = tmp_path / "base" / name
+        file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": 382}))
+    c = config(student__path=path, stages=("sft",))
+    c.sft.max_prompt_tokens, c.sft.max_response_tokens = 60, 52
+    stop, learned = warnings(told(c))
+    assert stop == (
+        "warning: <|im_end|> is no stop token of the student, which will write on after it"
+    )
+    assert (
+        "trained to end with <|endoftext|>, but the template ends a turn with <|im_end|>" in learned
+    )
+
+
+def test_an_evaluation_that_asks_otherwise() -> None:
+    c = config(eval__every=2, eval__limit=4, eval__max_new_tokens=52)
+    lines = told(c)
+    assert not warnings(lines) and "evaluation asks as opd trains" in lines
+    c.opd.data.thinking = 0.0
+    (line,) = warnings(told(c))
+    assert "asks otherwise than opd trains" in line and "<think>\\n\\n</think>" in line
+    rows = "assets/rows/gsm8k.jsonl"
+    c = config(eval__every=2, eval__limit=4, eval__max_new_tokens=52, opd__data__source=rows)
+    assert not warnings(told(c))
+    c.opd.data.template = "Quick! {question}"
+    (line,) = warnings(told(c))
+    assert "Quick!" in line and "config.opd.data.template" in line
+
+
+def test_the_picture_shows_what_is_trained() -> None:
+    tokenizer = chat.load_tokenizer("assets/student")
+    assert tokenizer is not None
+    prompt, response = (chat.encode(tokenizer, text) for text in ("How many?\n", "6 lamps"))
+    example = Example(prompt, response, "", "row", [True] * (len(response) - 1) + [False])
+    picture = preflight.format_example(example, tokenizer, 99, False)
+    assert picture.startswith("How many?⏎⟦6") and picture.count("⟦") == 1
+    *_, last = response
+    assert picture.endswith(f"⟧{tokenizer.decode([last])}")
+    coloured = preflight.format_example(example, tokenizer, 99, True)
+    assert coloured.startswith("\033[2mHow many?⏎\033[0m\033[32m6") and "⟦" not in coloured
+    plain = coloured
+    for code in (preflight.GREEN, preflight.FAINT, preflight.RESET_COLOUR):
+        plain = plain.replace(code, "")
+    assert plain == picture.replace("⟦", "").replace("⟧", "")
+    # Long rows are cut, control codes of a row are not sent to a terminal, responses end in time.
+    long = Example(prompt * 100, chat.encode(tokenizer, "a\033[31mb") * 2, "", "row")
+    text = preflight.format_example(long, tokenizer, 99, False)
+    assert "more … " in text and len(text) < 1200 and "\033" not in text
+    assert preflight.format_example(Example([1], [2, 3, 4], "", ""), None, 2, False) == "1⟦2 3⟧"
+
+
+def test_memory_counts_what_is_there() -> None:
+    """Weights and optimiser as the arrays themselves say, on a mesh that splits them."""
+    c = config()
+    c.mesh.fsdp = 4
+    plan = setup.setup_run(c, mesh_lib.make_mesh(**c.mesh))
+    with policy.use(plan.student):
+        plan = setup.load_lora_base(c, plan)
+        plan = setup.load_stage_models(c, plan, plan.stages[0])
+        trained = first(c, plan)
+        state = update.init_train_state(plan.stages[0].optimizer, trained, 0)
+        device = jax.devices()[0]
+
+        def held(tree: Any) -> int:
+            shards = [s for x in jax.tree.leaves(tree) for s in x.addressable_shards]
+            return sum(s.data.nbytes for s in shards if s.device == device)
+
+        assert calls.count_device_bytes(trained) == held(trained)
+        (line,) = preflight.estimate_memory(plan, c, trained)
+        parts = dict(
+            part.rsplit(" ", 1) for part in line.partition("(")[2].partition(")")[0].split(", ")
+        )
+        assert abs(float(parts["optimiser"]) * 2**30 - held(state.opt_state)) < 2**30 / 100
+    c.loss_chunk_mib = 2.0**14
+    assert float(next(preflight.estimate_memory(plan, c, trained)).split()[2]) >= 16
+
+
+def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "_get_memory_limit", lambda: 2**20)
+    (line,) = warnings(told(config()))
+    assert "more than a device has" in line
