@@ -1,0 +1,53 @@
+"""One way to say that a setting is out of bounds: a table of rules and a checker."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from models.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`; finite ones, where `high` is infinite. below: without `high`.
+    above: without `low`. off: what `low` itself means, for the message."""
+
+    low: float = 0
+    high: float = math.inf
+    below: bool = False
+    above: bool = False
+    off: str = ""
+
+    def __contains__(self, value: Any) -> bool:
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not math.isfinite(value)
+        ):
+            return False
+        reaches_low = value > self.low if self.above else value >= self.low
+        return reaches_low and (value < self.high if self.below else value <= self.high)
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
+        low += f" ({self.off})" if self.off else ""
+        if self.high == math.inf:
+            return low
+        return f"{low} and {'below' if self.below else 'at most'} {self.high:g}"
+
+
+Rule = Range | tuple[Any, ...]  # numbers, or choices
+
+
+def check_fields(values: Any, rules: Mapping[str, Rule], prefix: str = "") -> None:
+    """Checks the fields that `rules` names, of a config, a mapping or a dataclass.
+
+    Raises:
+      UserError: naming the first field that breaks its rule, `prefix` before its name.
+    """
+    for field, rule in rules.items():
+        value = values[field] if isinstance(values, Mapping) else getattr(values, field)
+        if value not in rule:
+            known = rule if isinstance(rule, Range) else f"one of {', '.join(map(repr, rule))}"
+            raise UserError(f"{prefix}{field}={value!r}: must be {known}")
