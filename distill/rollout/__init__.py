@@ -1,6 +1,7 @@
 """From prompts to sequences: what is sampled, by which programs, in which order."""
 
 from distill.rollout.buffer import AsyncRollouts, PartialRollouts
+from distill.rollout.completions import SampleSpec, complete, make_sample_spec
 from distill.rollout.engine import SEEN_TOKENS_PER_CALL
 from distill.rollout.options import (
     RolloutOptions,
@@ -11,7 +12,6 @@ from distill.rollout.options import (
 )
 from distill.rollout.sampler import (
     bucket_length,
-    complete,
     expand_prompts,
     make_row_keys,
     sample,
@@ -25,6 +25,7 @@ __all__ = [
     "AsyncRollouts",
     "PartialRollouts",
     "RolloutOptions",
+    "SampleSpec",
     "Sampling",
     "Sequence",
     "Simulation",
@@ -37,6 +38,7 @@ __all__ = [
     "get_shrunk_rows",
     "make_cache_shape",
     "make_row_keys",
+    "make_sample_spec",
     "sample",
     "simulate",
 ]

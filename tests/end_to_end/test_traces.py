@@ -13,7 +13,7 @@ from configs import base
 from distill import generate, verify
 from distill.data import arithmetic, chat, collate, dataset, sources
 from distill.rewards import graders
-from distill.rollout import sampler
+from distill.rollout import completions
 from distill.runtime import run_files
 from models.errors import UserError
 from tests.support.paths import ROOT
@@ -64,13 +64,13 @@ def test_a_stopped_generate_goes_on(
     assert call(generate, *shared, *SETTINGS[:-1], "--seed=4") == 2
     assert "out.jsonl.partial is of another work: seed was 3, now 4" in capsys.readouterr().err
     sampled: list[int] = []
-    complete = sampler.complete
+    complete = completions.complete
 
-    def counted(subject: Any, left: list, **options: Any) -> Any:
+    def counted(subject: Any, left: list, spec: completions.SampleSpec, **options: Any) -> Any:
         sampled.append(len(left))
-        return complete(subject, left, **options)
+        return complete(subject, left, spec, **options)
 
-    monkeypatch.setattr(sampler, "complete", counted)
+    monkeypatch.setattr(completions, "complete", counted)
     assert call(generate, *shared, *SETTINGS) == 0
     assert sampled == [8 - done]
     for row, whole in zip(read(out), read(traces), strict=True):
