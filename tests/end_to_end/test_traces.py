@@ -210,7 +210,7 @@ def test_what_was_not_graded_is_not_kept_as_correct(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", [{"prompt_tokens": [1], "samples": [SAMPLE]}])
     c = base.make_stage("sft").data
     c.source, c.keep_samples = str(path), "correct"
-    with pytest.raises(UserError, match=r"t\.jsonl:1: config\.data\.keep=correct, but its samples"):
+    with pytest.raises(UserError, match=r"t\.jsonl:1: config\.data\.keep_samples=correct, but its samples"):
         dataset.load_source(c, None, 0, True)
     c.on_bad_row = "skip"
     right = {"prompt_tokens": [1], "samples": [{**SAMPLE, "correct": True}]}
