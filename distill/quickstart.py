@@ -84,8 +84,8 @@ def render_table(summary: dict[str, Evaluation]) -> str:
 
         lines.append(
             f"{name:15} {row['parameters']:>10,}  {format_accuracy(''):>22}  "
-            f"{format_accuracy('_sampled'):>22}  {row['reverse_kl']:>10.4f}  "
-            f"{row['mean_length']:>6.1f}  {row['seconds']:>7.1f}"
+            f"{format_accuracy('_sampled'):>22}  "
+            f"{row['reverse_kl']:>10.4f}  {row['mean_length']:>6.1f}  {row['seconds']:>7.1f}"
         )
     return "\n".join(lines)
 

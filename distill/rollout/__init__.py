@@ -1,4 +1,4 @@
-"""From prompts to sequences: what is sampled, by which programs, in which order."""
+"""From prompts to sequences: what to draw, the device programs, and the host's scheduling."""
 
 from distill.rollout.buffer import AsyncRollouts, PartialRollouts
 from distill.rollout.completions import SampleSpec, complete, make_sample_spec
@@ -11,6 +11,7 @@ from distill.rollout.options import (
     make_cache_shape,
 )
 from distill.rollout.sampler import (
+    SamplingModel,
     bucket_length,
     expand_prompts,
     make_row_keys,
@@ -27,6 +28,7 @@ __all__ = [
     "RolloutOptions",
     "SampleSpec",
     "Sampling",
+    "SamplingModel",
     "Sequence",
     "Simulation",
     "bucket_length",

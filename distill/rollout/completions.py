@@ -74,20 +74,21 @@ def complete(
     keys = sampler.make_row_keys(jax.random.key(spec.seed), numbers_B + first, samples_B)
     max_length = max((len(p) + n for p, n in zip(prompts, limits, strict=True) if p), default=1)
     completed = sampler.sample(
-        policy.model,
-        policy.params,
+        sampler.SamplingModel(policy.model, policy.params, policy.stop_ids),
         (
             Sequence(prompts[p], key, limits[p])
             for p, key in zip(numbers_B, keys, strict=True)
             if prompts[p]
         ),
         sampling=spec.sampling,
-        stop_ids=policy.stop_ids,
-        options=RolloutOptions(spec.batch_size, max_length=sampler.bucket_length(max_length)),
+        options=RolloutOptions(
+            spec.batch_size,
+            max_length=sampler.bucket_length(max_length),
+            top_logprobs=spec.top_logprobs,
+            warm_up=warm_up,
+        ),
         counts=counts,
-        top_logprobs=spec.top_logprobs,
         ended=_make_stop_check(policy.tokenizer, spec),
-        warm_up=warm_up,
     )
     return ([next(completed) for _ in range(spec.samples if prompt else 0)] for prompt in prompts)
 

@@ -210,7 +210,9 @@ def test_what_was_not_graded_is_not_kept_as_correct(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", [{"prompt_tokens": [1], "samples": [SAMPLE]}])
     c = base.make_stage("sft").data
     c.source, c.keep_samples = str(path), "correct"
-    with pytest.raises(UserError, match=r"t\.jsonl:1: config\.data\.keep_samples=correct, but its samples"):
+    with pytest.raises(
+        UserError, match=r"t\.jsonl:1: config\.data\.keep_samples=correct, but its samples"
+    ):
         dataset.load_source(c, None, 0, True)
     c.on_bad_row = "skip"
     right = {"prompt_tokens": [1], "samples": [{**SAMPLE, "correct": True}]}
@@ -218,6 +220,6 @@ def test_what_was_not_graded_is_not_kept_as_correct(tmp_path: Path) -> None:
     source = dataset.load_source(c, None, 0, True)
     assert source.size == 1 and list(source.skip_reasons) == [f"{path}:1", f"{path}:2"]
     write(path, [{"prompt_tokens": [1], "samples": [{**SAMPLE, "correct": False}]}])
-    with pytest.raises(UserError, match=r"keep=correct leaves none of its samples"):
+    with pytest.raises(UserError, match=r"keep_samples=correct leaves none of its samples"):
         dataset.load_source(c, None, 0, True)
     assert json.loads(path.read_text())["samples"]
