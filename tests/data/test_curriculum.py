@@ -54,7 +54,7 @@ def test_the_modes_have_their_shares(share):
 @pytest.mark.parametrize("traces", [False, True])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_both_kinds_of_stages_mix_them(tiny, traces, share):
-    source = dataset.load_source(config(thinking=share, size=40), tiny, 0, traces)
+    source = dataset.load_source(config(thinking=share, max_rows=40), tiny, 0, traces)
     examples = dataset.get_step_examples(source, 0, 32, 0)
     assert sum(e.thinking for e in examples) == 32 * share
     for e in examples:
@@ -291,10 +291,10 @@ def test_a_level_in_words_and_the_generated_task(tiny, tmp_path):
         .difficulty
         == 5
     )
-    with pytest.raises(UserError, match=r"takes a source with an end \(config\.data\.size\)"):
+    with pytest.raises(UserError, match=r"takes a source with an end \(config\.data\.max_rows\)"):
         source_of(tiny, Path("arithmetic"), difficulty="operations", curriculum="ordered")
     order, source = source_of(
-        tiny, Path("arithmetic"), difficulty="operations", curriculum="ordered", size=20
+        tiny, Path("arithmetic"), difficulty="operations", curriculum="ordered", max_rows=20
     )
     assert order is not None
     assert source.read_example(order(0, 0, 1)[0]).difficulty == 3
