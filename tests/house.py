@@ -26,7 +26,7 @@ FOLDERS = {
     "rollout": "completions sampler simulate engine buffer options scheduler decode sequence "
     "sampling",
     "policy": "exporting forward policy hub",
-    "data": "collate packing dataset teacher_context dedup curriculum examples sources columns "
+    "data": "collate packing dataset teacher_context cleaning dedup curriculum examples sources columns "
     "arithmetic chat",
     "objectives": "losses fused_head chunks divergences advantages",
     "rewards": "terms graders ifeval",

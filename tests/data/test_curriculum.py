@@ -169,7 +169,9 @@ def test_a_template_without_modes_has_nothing_to_mix(tiny, tmp_path):
         assert source.read_example(0).thinking == bool(share)
     with pytest.raises(UserError, match=r"config\.data\.thinking=0\.5: the chat template of"):
         dataset.load_source(config(thinking=0.5), plain, 0, False)
-    with pytest.raises(UserError, match=r"config\.data\.thinking=1\.5: is a share"):
+    with pytest.raises(
+        UserError, match=r"config\.data\.thinking=1\.5: must be at least 0 and at m"
+    ):
         dataset.load_source(config(thinking=1.5), tiny, 0, False)
     # Token ids need neither template nor tokenizer, and count as thinking.
     path = write(tmp_path / "rows.jsonl", {"tokens": [5, 6]})
@@ -261,8 +263,12 @@ def test_the_students_own_pass_rates(tiny, tmp_path):
         (rows_of(2), {"difficulty": "hard"}, r"rows.jsonl:1: config.data.difficulty=hard: its col"),
         ([{**ASK, "level": "?"}], {"difficulty": "level"}, "'\\?' is not a number"),
         ([{**ASK, "level": True}], {"difficulty": "level"}, "True is not a number"),
-        (rows_of(2), {"curriculum": "ordered"}, "config.data.difficulty says what is easy"),
-        (rows_of(2), {"curriculum": "random"}, "config.data.curriculum='random': is none of"),
+        (
+            rows_of(2),
+            {"curriculum": "ordered"},
+            "needs config.data.difficulty, which says what is easy",
+        ),
+        (rows_of(2), {"curriculum": "random"}, "config.data.curriculum='random': must be one of"),
         (rows_of(3), {"difficulty": "level", "curriculum": "weighted"}, "3: difficulty 2: .* rate"),
         (rows_of(2), {"difficulty": "level", "curriculum": "weighted"}, "every difficulty is 0 or"),
         (rows_of(2), {"difficulty": "/no/file.jsonl"}, "/no/file.jsonl: no such file"),

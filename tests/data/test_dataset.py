@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from configs import base
 from distill.data import arithmetic, chat, collate, dataset, sources
 from distill.data.dataset import Example, Source
+from distill.data.examples import encode_prompt
 from models.errors import UserError
 from tests.support.paths import ROOT
 
@@ -148,7 +149,7 @@ def test_trace_batch() -> None:
 
 def test_forms_of_a_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
     def prompt(row: dict) -> list[int]:
-        return dataset.encode_prompt(row, "row", tokenizer, True)
+        return encode_prompt(row, "row", tokenizer, True)
 
     asked = chat.render_messages(tokenizer, QUESTION, thinking=True)
     text = "<|im_start|>user\nWhat is 3 * 4?<|im_end|>\n<|im_start|>assistant\n"
@@ -158,7 +159,7 @@ def test_forms_of_a_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
     assert prompt({"prompt": text}) == asked
     assert prompt({"tokens": asked}) == asked
     assert prompt({"prompt": "3 * 4 ="}) == tokenizer.encode("3 * 4 =")
-    assert dataset.encode_prompt({"tokens": [4, 2]}, "row", None, True) == [4, 2]
+    assert encode_prompt({"tokens": [4, 2]}, "row", None, True) == [4, 2]
 
 
 def test_forms_of_a_trace(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -158,10 +158,13 @@ def test_packed_rows_train_as_unpacked_ones_do() -> None:
 
     rows = packer(dataset.Source(0, example), cut=12).get_step_rows(0)
     assert sum(map(len, rows)) > 2 * len(rows)
-    packed = collate.make_batch(rows, 64, 12)
+    packed = collate.collate_rows(rows, collate.BatchLayout(64, 12))
     alone = [[example] for row in rows for example in row]
     alone += [[]] * (-len(alone) % len(rows))  # in batches of one shape, which is compiled once
-    batches = [collate.make_batch(alone[i : i + 4], 64, 12) for i in range(0, len(alone), 4)]
+    batches = [
+        collate.collate_rows(alone[i : i + 4], collate.BatchLayout(64, 12))
+        for i in range(0, len(alone), 4)
+    ]
     assert packed.mask_BT.sum() == sum(batch.mask_BT.sum() for batch in batches)
     a, grad_a = naive(qwen3, params, packed)
     b, grad_b = jax.tree.map(lambda *x: sum(x), *(naive(qwen3, params, x) for x in batches))
@@ -180,7 +183,7 @@ def test_layout() -> None:
         [Example([7], [9], "", "")],
         [],
     ]
-    batch = collate.make_batch(rows, 9, 2)
+    batch = collate.collate_rows(rows, collate.BatchLayout(9, 2))
     tokens, positions, segments, mask = map(
         np.asarray, (batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.mask_BT)
     )

@@ -327,7 +327,7 @@ def test_a_chat_of_tulu_is_asked_without_its_answer() -> None:
         columns.canonicalize_row(bad, "", "row", False) == bad
     )  # and is refused where it is rendered
     for empty in ([], None):
-        with pytest.raises(UserError, match="row: id, messages, source are not as in the sets"):
+        with pytest.raises(UserError, match="row: id, messages, source are not as in the set tulu"):
             columns.canonicalize_row({**row, "messages": empty}, "", "row", False)
 
 
@@ -398,7 +398,7 @@ def test_which_turns_are_trained(tiny: PreTrainedTokenizerBase, tmp_path: Path) 
 
     def trained(turns: str) -> tuple[str, str]:
         example = dataset.load_source(config(path, turns=turns), tiny, 0, True).read_example(0)
-        batch = collate.make_batch([[example]], 200, 200)
+        batch = collate.collate_rows([[example]], collate.BatchLayout(200, 200))
         ids, mask = np.asarray(batch.tokens_BT)[0], np.asarray(batch.mask_BT)[0]
         return str(tiny.decode(ids[mask])), str(tiny.decode(example.prompt))
 
@@ -420,7 +420,7 @@ def test_real_rows_print_back(shared_data: Path, qwen3: PreTrainedTokenizerBase,
             response = row["messages"][-1]["content"]
         else:
             response = f"<think>\n{row['thinking'].strip()}\n</think>\n\n{row['content'].strip()}"
-        batch = collate.make_batch([[source.read_example(i)]], 8000, 7000)
+        batch = collate.collate_rows([[source.read_example(i)]], collate.BatchLayout(8000, 7000))
         ids, mask = np.asarray(batch.tokens_BT)[0], np.asarray(batch.mask_BT)[0]
         assert qwen3.decode(ids[mask]) == response + "<|im_end|>"
 
@@ -576,7 +576,7 @@ BAD = {
     "a megabyte": (b'{"question": "' + b"word " * 200_000 + b'", "response": "r"}', "prompt of"),
     "known set, odd value": (
         b'{"question": "q", "final_answer": "4", "r1_solution_1": null}',
-        "question, final_answer, r1_solution_1 are not as in the sets known by them",
+        "question, final_answer, r1_solution_1 are not as in the set deepmath",
     ),
     "speaker": (
         b'{"conversations": [{"from": "bot", "value": "x"}]}',
@@ -643,5 +643,7 @@ def test_no_good_row(tmp_path: Path, tiny: PreTrainedTokenizerBase) -> None:
                 2,
                 0,
             )
-    with pytest.raises(UserError, match=r"config\.data\.on_bad_row='warn': is none of fail, skip"):
+    with pytest.raises(
+        UserError, match=r"config\.data\.on_bad_row='warn': must be one of 'fail', 'skip'"
+    ):
         dataset.load_source(config(path, on_bad_row="warn"), tiny, 0, True)
