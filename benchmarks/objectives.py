@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs import quickstart
-from distill import rollout
 from distill.batch import Batch
-from distill.evaluation import evaluator, protocols, tasks
+from distill.evaluation import evaluator, problems
 from distill.objectives import losses
 from distill.policy import forward, policy
 from distill.policy.policy import Policy
@@ -226,24 +226,16 @@ def train_bad_loss(name: str, out: Path, mesh: Mesh) -> Policy:
 
 def evaluate_policy(subject: Policy, teacher: Policy, out: Path) -> dict[str, Any]:
     """Held-out accuracy, greedy and at temperature 1; reverse KL and length of the latter."""
-    problems = tasks.load_problems("arithmetic", "", PROBLEMS.value)
-    results = {}
-    for manner, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        spec = rollout.SampleSpec(
-            max_new_tokens=make_config("sampled", {}).opd.max_response_tokens,
-            sampling=rollout.Sampling(temperature),
-            batch_size=min(250, len(problems)),
-        )
-        results[manner] = evaluator.evaluate_benchmark(
-            subject,
-            problems,
-            protocols.EvalSpec("arithmetic", spec),
-            out / "eval" / manner,
-            teacher=teacher if temperature else None,
-        )
-    sampled: Any = results["sampled"]
+    rows = problems.load_problems("arithmetic", "", PROBLEMS.value)
+    greedy, sampled = evaluator.evaluate_greedy_and_sampled(
+        subject,
+        teacher,
+        rows,
+        epath.Path(out) / "eval",
+        make_config("sampled", {}).opd.max_response_tokens,
+    )
     figures = ("accuracy", "interval", "reverse_kl", "mean_length", "truncation_rate")
-    return {**{name: sampled[name] for name in figures}, "greedy": results["greedy"]["accuracy"]}
+    return {**{name: sampled[name] for name in figures}, "greedy": greedy["accuracy"]}
 
 
 def run_experiment(name: str, out: Path, mesh: Mesh, teacher: Policy) -> dict[str, Any]:

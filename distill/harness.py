@@ -6,20 +6,18 @@ The model answers in this process, no server between. An optional extra:
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 from absl import flags
 
 from distill.policy import policy
-from distill.policy.policy import Policy
 from distill.runtime import cli, run_files
 from models.errors import UserError
 
+KEPT = ("results", "groups", "configs", "versions", "n-shot", "n-samples", "higher_is_better")
+
 OPTIONS = flags.FlagValues()
-MODEL = flags.DEFINE_string(
-    "model", None, "Model directory, hub id or run directory.", OPTIONS, required=True
-)
+MODEL, DTYPE = cli.define_model_flags(OPTIONS)
 TASKS = flags.DEFINE_list("tasks", None, "Names of lm-eval's tasks.", OPTIONS, required=True)
 OUT = flags.DEFINE_string("out", None, "JSON to write.", OPTIONS, required=True)
 INCLUDE = flags.DEFINE_string("include", "", "Folder of more tasks (yaml).", OPTIONS)
@@ -35,57 +33,20 @@ CHAT_MODE = flags.DEFINE_enum(
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 8, "Rows computed together.", lower_bound=1, flag_values=OPTIONS
 )
-DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16"], "Of parameters and computation.", flag_values=OPTIONS
-)
-
-
-def run_lm_eval(
-    subject: Policy,
-    task_names: list[str],
-    *,
-    batch_size: int,
-    chat_mode: str = "off",
-    include_path: str | None = None,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-) -> dict[str, Any]:
-    """lm-eval's results of these tasks, with the samples they come from.
-
-    Raises UserError for a task that lm-eval does not know.
-    """
-    import lm_eval  # pyright: ignore[reportMissingImports]
-    from lm_eval import tasks  # pyright: ignore[reportMissingImports]
-
-    from distill.evaluation import lm_eval_model
-
-    manager = tasks.TaskManager(include_path=include_path)
-    unknown = sorted(set(task_names) - set(manager.all_tasks))
-    if unknown:
-        raise UserError(f"--tasks: lm-eval knows no {unknown[0]!r}")
-    with policy.use(subject):
-        results = lm_eval.simple_evaluate(
-            model=lm_eval_model.PolicyLM(subject, batch_size, chat_mode == "thinking"),
-            tasks=task_names,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            apply_chat_template=chat_mode != "off",
-            task_manager=manager,
-        )
-    assert results is not None
-    return dict(results)
 
 
 def main() -> None:
     if not importlib.util.find_spec("lm_eval"):
         raise UserError("lm-eval is not installed: pip install -r requirements-eval.txt")
+    from distill.evaluation import lm_eval_model
+
     out = cli.check_output(OUT.value)
-    subject = policy.make_abstract_for_inference(MODEL.value, DTYPE.value or "")
+    subject = policy.make_abstract_for_inference(MODEL.value, DTYPE.value)
     if INCLUDE.value and not Path(INCLUDE.value).is_dir():
-        raise UserError(f"--include={INCLUDE.value}: no folder")
+        raise UserError(f"--include={INCLUDE.value}: no such folder")
     with policy.use(subject):
         subject = policy.load(subject, jnp.dtype(subject.model.dtype).name)
-    results = run_lm_eval(
+    results = lm_eval_model.run_tasks(
         subject,
         TASKS.value,
         batch_size=BATCH_SIZE.value,
@@ -94,8 +55,7 @@ def main() -> None:
         num_fewshot=NUM_FEWSHOT.value,
         limit=LIMIT.value or None,
     )
-    kept = ("results", "groups", "configs", "versions", "n-shot", "n-samples", "higher_is_better")
-    run_files.write_json(out, {name: results[name] for name in kept if name in results})
+    run_files.write_json(out, {name: results[name] for name in KEPT if name in results})
     for task, task_metrics in results["results"].items():
         for name, value in task_metrics.items():
             if isinstance(value, float):

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from distill import rollout
-from distill.evaluation import evaluator, protocols, tasks
+from distill.evaluation import evaluator, problems
 from distill.policy import exporting, policy
 from distill.policy.policy import Policy
 from distill.runtime import cli, run_files
@@ -36,24 +36,12 @@ Evaluation = dict[str, object]
 def evaluate_policy(
     name: str, subject: Policy, teacher: Policy, out_dir: Path, max_new_tokens: int
 ) -> Evaluation:
-    """Greedy and sampled (temperature 1) accuracy on held-out problems, reverse KL, length."""
-    rows = tasks.load_problems("arithmetic", "", PROBLEMS.value)
-    summaries = {}
-    for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        run_files.log_line(f"{name}: {len(rows)} held-out problems, {mode}")
-        spec = rollout.SampleSpec(
-            max_new_tokens=max_new_tokens,
-            sampling=rollout.Sampling(temperature),
-            batch_size=min(250, len(rows)),
-        )
-        summaries[mode] = evaluator.evaluate_benchmark(
-            subject,
-            rows,
-            protocols.EvalSpec("arithmetic", spec),
-            out_dir / "eval" / name / mode,
-            teacher=teacher if temperature else None,
-        )
-    greedy, sampled = summaries["greedy"], summaries["sampled"]
+    """Measures greedy and sampled accuracy on held-out problems, reverse KL and length."""
+    rows = problems.load_problems("arithmetic", "", PROBLEMS.value)
+    run_files.log_line(f"{name}: {len(rows)} held-out problems, greedy and sampled")
+    greedy, sampled = evaluator.evaluate_greedy_and_sampled(
+        subject, teacher, rows, epath.Path(out_dir) / "eval" / name, max_new_tokens
+    )
     return {
         "accuracy": greedy["accuracy"],
         "interval": greedy["interval"],
@@ -61,7 +49,7 @@ def evaluate_policy(
         "interval_sampled": sampled["interval"],
         "reverse_kl": sampled["reverse_kl"],
         "mean_length": greedy["mean_length"],
-        "seconds": greedy["seconds"] + sampled["seconds"],  # type: ignore[operator]
+        "seconds": greedy["seconds"] + sampled["seconds"],
         "model": subject.path,
         "parameters": subject.config.num_parameters,
     }

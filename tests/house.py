@@ -21,8 +21,9 @@ FOLDERS = {
     "planning": "fit forecast programs roofline aot hlo diagnosis",
     "training": "loop preflight eval_hook collect trainer memory sampling_programs calls "
     "microbatches prompts setup update optim stages",
-    "evaluation": "evaluator responses records divergence lm_eval_model scoring protocols tasks "
-    "statistics",
+    "evaluation": "evaluator comparison rejection responses records divergence lm_eval_model "
+    "scoring protocols problems statistics",
+    "evaluation.tasks": "arithmetic gsm8k math500 aime24 aime25 amc math ifeval task",
     "teachers": "local",
     "rollout": "completions sampler simulate engine buffer options scheduler decode sequence "
     "sampling",
@@ -30,7 +31,7 @@ FOLDERS = {
     "data": "collate packing dataset teacher_context cleaning dedup curriculum examples sources "
     "columns arithmetic chat",
     "objectives": "losses fused_head chunks divergences advantages",
-    "rewards": "terms graders ifeval",
+    "rewards": "terms ifeval graders",
     "runtime": "checkpoint cli distributed xla run_files gpu mesh",
 }
 FLOOR = {
@@ -168,6 +169,7 @@ def test_losses_know_arrays_only():
 LIGHT = (
     "distill.rewards.graders",
     "distill.rewards.terms",
+    "distill.evaluation.tasks",
     "distill.data.arithmetic",
     "distill.data.chat",
     "distill.runtime.cli",

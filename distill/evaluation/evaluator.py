@@ -2,27 +2,31 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from etils import epath
 
 from distill.data import dataset
-from distill.evaluation import divergence, records, responses, tasks
+from distill.evaluation import divergence, problems, records, responses, statistics, tasks
+from distill.evaluation.problems import Problems
 from distill.evaluation.protocols import EvalSpec
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.rewards import graders
 from distill.rollout import completions
-from distill.runtime import distributed, run_files
+from distill.rollout.completions import SampleSpec
+from distill.rollout.sampling import Sampling
+from distill.runtime import cli, distributed, run_files
+from distill.runtime import mesh as mesh_lib
 from models.errors import UserError
+from models.qwen3.config import Config
 
 Record = dict[str, Any]
 
 
-def encode_prompts(
-    subject: Policy, rows: list[tuple[str, Record]], spec: EvalSpec
-) -> dataset.TokenLists:
+def encode_prompts(subject: Policy, rows: Problems, spec: EvalSpec) -> dataset.TokenLists:
     """Encodes the problems' prompts; reads no parameters.
 
     Raises UserError naming the problem that cannot be encoded or is too long.
@@ -30,16 +34,14 @@ def encode_prompts(
     if subject.tokenizer is None:
         raise UserError(f"{subject.path}: no tokenizer, so responses cannot be read")
     rendered_rows = (
-        (where, tasks.render_question(spec.benchmark, row, spec.template)) for where, row in rows
+        (where, problems.render_question(spec.benchmark, row, spec.template)) for where, row in rows
     )
     return completions.encode_row_prompts(
         subject, rendered_rows, spec.thinking, spec.sample.max_new_tokens
     )
 
 
-def _describe_protocol(
-    subject: Policy, rows: list[tuple[str, Record]], spec: EvalSpec
-) -> dict[str, Any]:
+def _describe_protocol(subject: Policy, rows: Problems, spec: EvalSpec) -> dict[str, Any]:
     """Returns everything that the responses depend on, as protocol.json records it."""
     return {
         "model": subject.path,
@@ -49,7 +51,7 @@ def _describe_protocol(
         "problems": len(rows),
         "problems_sha256": records.hash_content([row for _, row in rows]),
         "protocol": spec.protocol,
-        "template": spec.template or tasks.BENCHMARKS[spec.benchmark]["prompt"],
+        "template": spec.template or tasks.BENCHMARKS[spec.benchmark].prompt,
         "samples": spec.sample.samples,
         "thinking": spec.thinking,
         "max_new_tokens": spec.sample.max_new_tokens,
@@ -61,7 +63,7 @@ def _describe_protocol(
 
 def evaluate_benchmark(
     subject: Policy,
-    rows: list[tuple[str, Record]],
+    rows: Problems,
     spec: EvalSpec,
     out_dir: epath.Path,
     teacher: Policy | None = None,
@@ -74,7 +76,7 @@ def evaluate_benchmark(
 
     Raises UserError if `out_dir` holds another evaluation.
     """
-    prompts = encode_prompts(subject, rows, spec)
+    task, prompts = tasks.BENCHMARKS[spec.benchmark], encode_prompts(subject, rows, spec)
     protocol = _describe_protocol(subject, rows, spec)
     keys = records.make_row_keys(protocol, rows, spec.sample.samples)
     first_problem = distributed.broadcast_from_primary(
@@ -93,7 +95,7 @@ def evaluate_benchmark(
             row_groups = responses.grade_while_sampling(
                 row_groups,
                 grader,
-                spec.benchmark,
+                task.grading,
                 rows[first_problem:],
                 keys[first_problem:],
                 spec.thinking,
@@ -112,8 +114,75 @@ def evaluate_benchmark(
             subject, teacher, stored, spec.sample.batch_size
         )
     summary = distributed.broadcast_from_primary(
-        lambda: {**records.summarise_evaluation(out_dir, spec.ks), **cost}
+        lambda: {**records.summarise_evaluation(out_dir, task, spec.ks), **cost}
     )
     if run_files.is_primary():
         run_files.write_json(out_dir / "summary.json", summary)
     return summary
+
+
+def evaluate_model(
+    model: str,
+    rows: Problems,
+    spec: EvalSpec,
+    out_dir: epath.Path,
+    dtype: str = "",
+    teacher: str = "",
+) -> Record:
+    """Loads a model, and a teacher where one is named, and evaluates it.
+
+    Raises UserError for a model or prompt that does not work, before any weights are read.
+    """
+    paths = [path for path in (model, teacher) if path]
+    mesh = mesh_lib.make_reader_mesh(
+        *(Config.from_directory(policy.resolve_model_dir(path)) for path in paths)
+    )
+    abstract_policies = [policy.make_abstract_for_inference(path, dtype, mesh) for path in paths]
+    policy.require_same_vocabulary(abstract_policies[0], abstract_policies[-1])
+    cli.check_output(f"{out_dir}/summary.json")
+    encode_prompts(abstract_policies[0], rows, spec)
+    with policy.use(abstract_policies[0]):
+        subject, *teachers = [policy.load(p, p.model.dtype.name) for p in abstract_policies]
+        return evaluate_benchmark(subject, rows, spec, out_dir, *teachers)
+
+
+def evaluate_stored(
+    benchmark: str, rows: list[Record], out_dir: epath.Path, ks: Sequence[int]
+) -> None:
+    """Grades stored responses (id, answer, response) and sums up; no model is needed.
+
+    Raises UserError if `out_dir` holds the evaluation of a model.
+    """
+    if (out_dir / records.PROTOCOL_FILE).exists():
+        raise UserError(f"--out={out_dir}: holds the evaluation of a model")
+    task = tasks.BENCHMARKS[benchmark]
+    with graders.Grader() as grader:
+        graded = responses.grade_rows(grader, task.grading, rows)
+    run_files.write_jsonl(out_dir / records.EXAMPLES_FILE, graded)
+    summary = statistics.summarise_rows(graded, ks) | task.summarise(graded)
+    run_files.write_json(out_dir / "summary.json", summary)
+    if reason := task.explain_ungradable([str(row["answer"]) for row in rows]):
+        run_files.log_line(f"warning: {reason}")
+
+
+def evaluate_greedy_and_sampled(
+    subject: Policy, teacher: Policy, rows: Problems, out_dir: epath.Path, max_new_tokens: int
+) -> tuple[Record, Record]:
+    """Returns the summaries of arithmetic problems, greedy and at temperature 1.
+
+    The second has the reverse KL to the teacher. Both lie in OUT, `greedy` and `sampled`.
+    """
+    summaries = []
+    for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        sample = SampleSpec(
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature),
+            batch_size=min(250, len(rows)),
+        )
+        spec = EvalSpec("arithmetic", sample)
+        summaries.append(
+            evaluate_benchmark(
+                subject, rows, spec, out_dir / mode, teacher if temperature else None
+            )
+        )
+    return summaries[0], summaries[1]

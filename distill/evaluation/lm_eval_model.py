@@ -3,13 +3,15 @@
 import dataclasses
 from typing import Any
 
-from lm_eval import utils  # pyright: ignore[reportMissingImports]
+import lm_eval  # pyright: ignore[reportMissingImports]
+from lm_eval import tasks, utils  # pyright: ignore[reportMissingImports]
 from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
 from lm_eval.models.utils import normalize_gen_kwargs  # pyright: ignore[reportMissingImports]
 
 from distill import rollout
 from distill.data import chat
 from distill.evaluation import scoring
+from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.runtime import run_files
 from models.errors import UserError
@@ -156,3 +158,34 @@ class PolicyLM(TemplateLM):
                     self.cache_hook.add_partial("generate_until", requests[i].args, text)
                     bar.update(number + 1, {})
         return texts
+
+
+def run_tasks(
+    subject: Policy,
+    task_names: list[str],
+    *,
+    batch_size: int,
+    chat_mode: str = "off",
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Returns lm-eval's results of these tasks, with the samples they come from.
+
+    Raises UserError for a task that lm-eval does not know.
+    """
+    manager = tasks.TaskManager(include_path=include_path)
+    unknown = sorted(set(task_names) - set(manager.all_tasks))
+    if unknown:
+        raise UserError(f"--tasks: lm-eval knows no {unknown[0]!r}")
+    with policy.use(subject):
+        results = lm_eval.simple_evaluate(
+            model=PolicyLM(subject, batch_size, chat_mode == "thinking"),
+            tasks=task_names,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            apply_chat_template=chat_mode != "off",
+            task_manager=manager,
+        )
+    assert results is not None
+    return dict(results)

@@ -63,7 +63,7 @@ def resolve_settings(protocol: str, benchmark: str, changes: Settings) -> Settin
         raise UserError(f"--protocol={protocol}: known are {', '.join(PROTOCOLS)}")
     resolved = dict(PROTOCOLS[protocol])
     if protocol.startswith("qwen3"):
-        resolved |= tasks.BENCHMARKS[benchmark].get("qwen3", {})
+        resolved |= tasks.BENCHMARKS[benchmark].qwen3
     return resolved | {name: value for name, value in changes.items() if value is not None}
 
 

@@ -15,6 +15,7 @@ import jax
 from etils import epath
 
 from distill.evaluation import statistics
+from distill.evaluation.tasks.task import Task
 from distill.policy.policy import Policy
 from distill.runtime import distributed, run_files
 from distill.runtime.checkpoint import compute_checksum
@@ -23,6 +24,7 @@ from models.errors import UserError
 Record = dict[str, Any]
 
 EXAMPLES_FILE = "examples.jsonl"
+PROTOCOL_FILE = "protocol.json"
 
 _MAX_TRANSCRIPTS = 10  # responses in a quick look
 _ROWS_PER_BROADCAST = 64  # rows that one process tells the others at a time
@@ -63,9 +65,9 @@ def _require_same_evaluation(
     out_dir: epath.Path, protocol: Record, rows: list[tuple[str, Record]]
 ) -> None:
     """Raises UserError if OUT holds another evaluation: not this, nor one of its first problems."""
-    protocol_path = out_dir / "protocol.json"
+    protocol_path = out_dir / PROTOCOL_FILE
     if not protocol_path.is_file():
-        if (out_dir / "examples.jsonl").is_file():
+        if (out_dir / EXAMPLES_FILE).is_file():
             raise UserError(
                 f"{out_dir} holds stored responses that were graded, not this evaluation"
             )
@@ -100,7 +102,7 @@ def resume_evaluation(
         if row.get("key") != key:
             raise UserError(f"{path}:{count}: not a row of this evaluation ({row.get('id')!r})")
     out_dir.mkdir(parents=True, exist_ok=True)
-    run_files.write_json(out_dir / "protocol.json", protocol)
+    run_files.write_json(out_dir / PROTOCOL_FILE, protocol)
     run_files.write_jsonl(path, itertools.islice(_iter_rows(path), count // samples * samples))
     return count // samples
 
@@ -137,11 +139,10 @@ def drop_bulky_fields(row: Record) -> Record:
     return {name: x for name, x in row.items() if name not in _BULKY_FIELDS}
 
 
-def summarise_evaluation(out_dir: epath.Path, ks: Sequence[int]) -> Record:
-    """What the rows of an evaluation amount to."""
-    return statistics.summarise_rows(
-        [drop_bulky_fields(row) for row in _iter_rows(out_dir / EXAMPLES_FILE)], ks
-    )
+def summarise_evaluation(out_dir: epath.Path, task: Task, ks: Sequence[int]) -> Record:
+    """Returns the figures of an evaluation's rows."""
+    rows = [drop_bulky_fields(row) for row in _iter_rows(out_dir / EXAMPLES_FILE)]
+    return statistics.summarise_rows(rows, ks) | task.summarise(rows)
 
 
 def render_transcripts(rows: list[tuple[str, Record]], examples_path: epath.Path) -> str:

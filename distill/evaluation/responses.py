@@ -13,6 +13,7 @@ from distill.data import dataset
 from distill.evaluation import statistics
 from distill.policy.policy import Policy
 from distill.rewards import graders, terms
+from distill.rewards.graders import GradingRule
 from distill.runtime import run_files
 from models.errors import UserError
 
@@ -20,28 +21,31 @@ Record = dict[str, Any]
 
 MAX_WAITING_GROUPS = 256  # problems that graders are behind the sampler, which then waits
 
-_MAX_ANSWER_CHARACTERS = graders.MAX_ANSWER_CHARACTERS
 
-
-def add_grade(row: Record, grade: graders.Grade) -> Record:
-    """The row with what a grader said of its `response`, and what the text alone shows."""
+def add_grade(row: Record, rule: GradingRule, grade: graders.Grade) -> Record:
+    """Returns the row with its grade, the answer found in it, and what the text alone shows."""
     text, outcome = str(row["response"]), grade["outcome"]
-    answer = None if outcome == "no_answer" else graders.extract_answer(text)
+    found = {}
+    if rule.extract:
+        answer = None if outcome == "no_answer" else rule.extract(text)
+        found = {"found": answer and answer[: graders.MAX_ANSWER_CHARACTERS]}
     return {
         **row,
         "correct": outcome == "correct",
-        # Of instructions there is no one answer to vote for.
-        **({} if "strict" in grade else {"found": answer and answer[:_MAX_ANSWER_CHARACTERS]}),
+        **found,
         **grade,
         "formatted": graders.strip_thinking(text) is not None and outcome != "no_answer",
         "repeats": statistics.is_repetitive(text),
     }
 
 
-def grade_rows(grader: graders.Grader, benchmark: str, rows: list[Record]) -> list[Record]:
-    """Rows with `response` and `answer`, plus outcome, correct, formatted, repeats and found."""
-    futures = [grader.submit(benchmark, str(r["response"]), str(r["answer"])) for r in rows]
-    return [add_grade(row, graders.wait_for_grade(f)) for row, f in zip(rows, futures, strict=True)]
+def grade_rows(grader: graders.Grader, rule: GradingRule, rows: list[Record]) -> list[Record]:
+    """Returns rows that have `response` and `answer`, graded."""
+    futures = [grader.submit(rule, str(r["response"]), str(r["answer"])) for r in rows]
+    return [
+        add_grade(row, rule, graders.wait_for_grade(f))
+        for row, f in zip(rows, futures, strict=True)
+    ]
 
 
 def sample(
@@ -78,33 +82,36 @@ def sample(
 def grade_while_sampling(
     groups: Iterator[list[Record]],
     grader: graders.Grader,
-    benchmark: str,
+    rule: GradingRule,
     rows: list[tuple[str, Record]],
     keys: list[list[str]],
     thinking: bool,
 ) -> Iterator[list[Record]]:
-    """Groups of sampled responses, graded, in order. The next are sampled while graders work, and
-    nothing waits for a slow one but what comes after it in the file, of which MOST_WAITING groups
-    may."""
+    """Yields groups of sampled responses, graded, in order; `rows` and `keys` are of the same ones.
+
+    The next groups are sampled while graders work. A slow one delays only the groups behind it, of
+    which at most MAX_WAITING_GROUPS wait in memory.
+    """
     waiting: deque[tuple[list[Record], list[Future]]] = deque()
 
     def pop_graded_groups(max_waiting: int) -> Iterator[list[Record]]:
         while waiting and (len(waiting) > max_waiting or all(f.done() for f in waiting[0][1])):
             group, futures = waiting.popleft()
             yield [
-                add_grade(r, graders.wait_for_grade(f)) for r, f in zip(group, futures, strict=True)
+                add_grade(row, rule, graders.wait_for_grade(f))
+                for row, f in zip(group, futures, strict=True)
             ]
 
-    for group, (_, problem), names in zip(groups, rows, keys, strict=True):
+    for group, (_, problem), row_keys in zip(groups, rows, keys, strict=True):
         prompt_text = run_files.to_json([problem.get("question"), problem.get("messages")])
-        for row, name in zip(group, names, strict=True):
+        for row, key in zip(group, row_keys, strict=True):
             text = str(row["response"])
             row |= {
                 "well_formed": terms.is_well_formed(text, thinking),
                 "mixed": statistics.has_mixed_languages(text, prompt_text),
-                "key": name,
+                "key": key,
             }
-        answers = [(str(row["response"]), str(row["answer"])) for row in group]
-        waiting.append((group, [grader.submit(benchmark, *pair) for pair in answers]))
+        pairs = [(str(row["response"]), str(row["answer"])) for row in group]
+        waiting.append((group, [grader.submit(rule, *pair) for pair in pairs]))
         yield from pop_graded_groups(MAX_WAITING_GROUPS)
     yield from pop_graded_groups(0)

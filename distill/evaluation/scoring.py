@@ -7,12 +7,13 @@ import jax
 
 from distill import rollout
 from distill.batch import Batch
-from distill.data import collate, dataset
+from distill.data import collate, dataset, sources
 from distill.data.examples import encode_prompt
 from distill.objectives import fused_head, losses
 from distill.policy import forward, policy
 from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
+from distill.runtime import run_files
 from models.errors import UserError
 from models.qwen3 import model
 from models.qwen3.model import Params, Qwen3
@@ -86,3 +87,19 @@ def score_sequences(
                 places = zip(row_stats["top_ids"], row_stats["top_logp"], strict=True)
                 top = [None, *([[i, x] for i, x in zip(*k, strict=True)] for k in places)]
             yield [None, *row_stats["logp"]], top
+
+
+def score_rows(
+    subject: Policy,
+    rows: sources.Rows,
+    sequences: dataset.TokenLists,
+    *,
+    batch_size: int,
+    top_k: int = 0,
+) -> Iterator[dict]:
+    """Yields each row with its `logprobs` and, with top_k, `top`. Within `policy.use(subject)`."""
+    scores = score_sequences(subject, sequences, batch_size=batch_size, top_k=top_k)
+    with run_files.show_progress(len(rows), 0, "score") as bar:
+        for number, ((_, row), (logprobs, top)) in enumerate(zip(rows, scores, strict=True)):
+            yield {**row, "logprobs": logprobs, **({"top": top} if top_k else {})}
+            bar.update(number + 1, {})

@@ -223,8 +223,6 @@ def summarise_rows(rows: Sequence[Record], ks: Sequence[int]) -> Record:
             summary[name] = float(np.mean([bool(row[field]) for row in rows]))
     if all("length" in row for row in rows):
         summary |= _summarise_lengths(rows)
-    if all("strict" in row for row in rows):
-        summary["ifeval"] = _summarise_instructions(rows)
     return summary
 
 
@@ -237,21 +235,6 @@ def _summarise_lengths(rows: Sequence[Record]) -> Record:
         "mean_length_finished": float(lengths[~cut].mean()) if not cut.all() else None,
         "truncation_rate": float(cut.mean()),
     }
-
-
-def _summarise_instructions(rows: Sequence[Record]) -> Record:
-    """IFEval's four accuracies, each over what could be checked."""
-    rates: Record = {}
-    for mode in ("strict", "loose"):
-        labels: list[list[bool | None]] = [row[mode] for row in rows]  # type: ignore[misc]
-        prompt_passes = [all(one) for one in labels if None not in one]
-        instruction_passes = [label for one in labels for label in one if label is not None]
-        rates[f"prompt_{mode}"] = float(np.mean(prompt_passes)) if prompt_passes else None
-        rates[f"instruction_{mode}"] = (
-            float(np.mean(instruction_passes)) if instruction_passes else None
-        )
-        rates["unchecked"] = sum(one.count(None) for one in labels)
-    return rates
 
 
 def compute_problem_scores(rows: Sequence[Record]) -> dict[str, float]:

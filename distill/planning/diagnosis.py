@@ -11,6 +11,7 @@ import numpy as np
 from distill import rollout
 from distill.batch import Batch
 from distill.data import chat, dataset
+from distill.evaluation import tasks
 from distill.objectives import divergences, fused_head, losses
 from distill.policy import forward, policy
 from distill.policy.policy import Policy
@@ -98,7 +99,7 @@ def summarise_responses(
     texts = [chat.decode(tokenizer, row.tokens) for row in rows]
     answers = [example.answer for example in examples for _ in range(G)]
     with graders.Grader() as pool:
-        outcomes = pool.grade(grader, texts, answers)
+        outcomes = pool.grade(tasks.BENCHMARKS[grader].grading, texts, answers)
     right = [
         o == "correct" and row.finish_reason == "stop"
         for o, row in zip(outcomes, rows, strict=True)

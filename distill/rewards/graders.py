@@ -10,6 +10,7 @@ themselves if nobody is left to do so. Those processes import this module: it mu
 """
 
 import contextlib
+import dataclasses
 import logging
 import re
 import resource
@@ -22,9 +23,6 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Self
 
 from pebble import ProcessPool
-
-from distill.rewards import ifeval
-from models.errors import UserError
 
 OUTCOMES = ("correct", "wrong", "no_answer", "unparsed", "timeout", "error")
 
@@ -107,27 +105,17 @@ def grade_math(response: str, answer: str) -> str:
     return "unparsed" if all(isinstance(p, str) for p in prediction) else "wrong"
 
 
-# The grader of each benchmark: (response, answer) to an outcome, or to a Grade that says more.
-GRADERS: dict[str, Callable[[str, str], str | Grade]] = {
-    "arithmetic": grade_arithmetic,
-    "gsm8k": grade_math,
-    "math500": grade_math,
-    "aime24": grade_math,
-    "aime25": grade_math,
-    "amc": grade_math,
-    "math": grade_math,
-    "ifeval": ifeval.grade_instructions,
-}
+def is_integer(answer: str) -> bool:
+    """Tells whether `grade_arithmetic` can compare with this answer."""
+    return bool(_INTEGER.fullmatch(answer))
 
 
-def is_gradable(benchmark: str, answer: str) -> bool:
-    """Whether responses can be compared with `answer`, by its form: an integer for the generated
-    task; for mathematics something short, its braces in pairs, that is not LaTeX alone.
-    Math-verify itself would take minutes over a large set, and knows no more of these."""
-    if GRADERS[benchmark] is grade_arithmetic:
-        return bool(_INTEGER.fullmatch(answer))
-    if GRADERS[benchmark] is not grade_math:
-        return True
+def is_short_expression(answer: str) -> bool:
+    """Tells whether `grade_math` can compare with this answer, judged by its form.
+
+    It must be short, with paired braces, and more than LaTeX markup. Math-verify itself would take
+    minutes over a large set, and knows no more of these.
+    """
     depth, least = 0, 0
     for c in answer.replace("\\{", "").replace("\\}", ""):
         depth += (c == "{") - (c == "}")
@@ -136,11 +124,23 @@ def is_gradable(benchmark: str, answer: str) -> bool:
     return paired and len(answer) <= MAX_ANSWER_CHARACTERS and bool(answer.strip(" ${}\\"))
 
 
-# Graders that need no protection, or what can be said before one that does is called.
-IN_PROCESS_GRADERS: dict[Callable, Callable[[str, str], str | None]] = {
-    grade_arithmetic: grade_arithmetic,
-    grade_math: grade_without_algebra,
-}
+@dataclasses.dataclass(frozen=True)
+class GradingRule:
+    """How a response is compared with an answer.
+
+    grade: (response, answer) -> an outcome, or a Grade that says more. A module-level function: it
+      runs in a worker process.
+    precheck: grades at once, in this process, what needs no protection; None where it cannot.
+    is_gradable: tells by its form whether responses can be compared with an answer.
+    extract: finds the answer in a response, for the vote of maj@k; None: there is no one answer.
+    right_response: a response that gives `answer`, in whose place the answer is put.
+    """
+
+    grade: Callable[[str, str], str | Grade]
+    precheck: Callable[[str, str], str | None] = lambda response, answer: None
+    is_gradable: Callable[[str], bool] = lambda answer: True
+    extract: Callable[[str], str | None] | None = None
+    right_response: str = "\\boxed{answer}"
 
 
 class _Worker(SpawnProcess):
@@ -182,33 +182,26 @@ class Grader:
             self._pool.close() if error_type is None else self._pool.stop()
             self._pool.join()
 
-    def submit(self, benchmark: str, response: str, answer: str) -> "Future[str | Grade]":
-        """Starts grading and returns at once; `outcome` waits for what it comes to.
-
-        Raises UserError for a benchmark that has no grader.
-        """
-        if benchmark not in GRADERS:
-            raise UserError(f"benchmark: {benchmark!r} is none of {', '.join(GRADERS)}")
-        grade = GRADERS[benchmark]
-        known = IN_PROCESS_GRADERS[grade](response, answer) if grade in IN_PROCESS_GRADERS else None
-        if known is not None:
+    def submit(self, rule: GradingRule, response: str, answer: str) -> "Future[str | Grade]":
+        """Starts grading and returns at once; `wait_for_grade` waits for the result."""
+        if (outcome := rule.precheck(response, answer)) is not None:
             done: Future[str | Grade] = Future()
-            done.set_result(known)
+            done.set_result(outcome)
             return done
         if self._pool is None:
             self._pool = ProcessPool(
                 max_workers=self._workers,
                 context=_Context(),
                 initializer=_init_worker,
-                initargs=(grade,),
+                initargs=(rule.grade,),
             )
-        arguments = (grade, response, answer, self._timeout + _GRACE_SECONDS)
+        arguments = (rule.grade, response, answer, self._timeout + _GRACE_SECONDS)
         return self._pool.schedule(_grade_with_deadline, arguments, timeout=self._timeout)
 
-    def grade(self, benchmark: str, responses: list[str], answers: list[str]) -> list[str]:
-        """One of OUTCOMES for each response, in order. Raises as `submit` does."""
-        pairs = list(zip(responses, answers, strict=True))
-        futures = [self.submit(benchmark, *pair) for pair in pairs]
+    def grade(self, rule: GradingRule, responses: list[str], answers: list[str]) -> list[str]:
+        """Returns one of OUTCOMES for each response, in order."""
+        pairs = zip(responses, answers, strict=True)
+        futures = [self.submit(rule, *pair) for pair in pairs]
         return [str(wait_for_grade(future)["outcome"]) for future in futures]
 
 
@@ -277,3 +270,9 @@ def _cut_at_closing_brace(text: str) -> str | None:
         if depth == 0:
             return text[:i]
     return None
+
+
+ARITHMETIC = GradingRule(
+    grade_arithmetic, grade_arithmetic, is_integer, extract_answer, right_response="answer"
+)
+MATH = GradingRule(grade_math, grade_without_algebra, is_short_expression, extract_answer)

@@ -11,8 +11,9 @@ import importlib.util
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from distill.rewards.graders import GradingRule
 from models.errors import UserError
 
 # Only these read data that nltk fetches apart from itself.
@@ -43,7 +44,7 @@ def make_answer(row: dict, where: str) -> str:
     return json.dumps({"prompt": row["prompt"], "ids": ids, "kwargs": known_kwargs})
 
 
-def count_unchecked(answers: list[str]) -> int:
+def count_unchecked(answers: Sequence[str]) -> int:
     """How many of these rows have an instruction whose nltk data is not on this machine."""
     rows = sum(any(i in NEED_PUNKT for i in json.loads(a)["ids"]) for a in answers)
     return rows if rows and not _has_punkt() else 0
@@ -119,3 +120,6 @@ def _has_punkt() -> bool:
     except LookupError:
         return False
     return True
+
+
+INSTRUCTIONS = GradingRule(grade_instructions)

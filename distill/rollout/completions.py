@@ -1,22 +1,27 @@
 """Completions of prompts, and of rows that hold prompts."""
 
 import dataclasses
+import hashlib
+from array import array
 from collections import Counter, abc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from transformers import PreTrainedTokenizerBase
 
 from distill.data import chat, dataset, sources
 from distill.data.examples import encode_prompt
+from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.rollout import sampler
 from distill.rollout.options import RolloutOptions
 from distill.rollout.sampling import Sampling
 from distill.rollout.sequence import Sequence
-from distill.runtime import run_files
+from distill.runtime import distributed, run_files
 from models.errors import RowError, UserError
 
 LocatedRows = Iterable[tuple[str, dict]]  # (where the row stands, its fields)
@@ -49,7 +54,7 @@ def make_sample_spec(settings: Mapping[str, Any]) -> SampleSpec:
 
 
 def complete(
-    policy: Policy,
+    subject: Policy,
     prompts: abc.Sequence[list[int]],
     spec: SampleSpec,
     *,
@@ -75,7 +80,7 @@ def complete(
     keys = sampler.make_row_keys(jax.random.key(spec.seed), numbers_B + first, samples_B)
     max_length = max((len(p) + n for p, n in zip(prompts, limits, strict=True) if p), default=1)
     completed = sampler.sample(
-        sampler.SamplingModel(policy.model, policy.params, policy.stop_ids),
+        sampler.SamplingModel(subject.model, subject.params, subject.stop_ids),
         (
             Sequence(prompts[p], key, limits[p])
             for p, key in zip(numbers_B, keys, strict=True)
@@ -89,7 +94,7 @@ def complete(
             warm_up=warm_up,
         ),
         counts=counts,
-        ended=_make_stop_check(policy.tokenizer, spec),
+        ended=_make_stop_check(subject.tokenizer, spec),
     )
     return ([next(completed) for _ in range(spec.samples if prompt else 0)] for prompt in prompts)
 
@@ -190,6 +195,53 @@ def generate_rows(
                 result = {"samples": [], "error": errors[number]}
             yield {**row, "prompt_tokens": prompts[number], **result}
             bar.update(number + 1, {})
+
+
+def generate_file(
+    subject: Policy, rows: sources.Rows, spec: SampleSpec, thinking: bool, path: epath.Path
+) -> dict[int, str]:
+    """Loads the abstract policy `subject`, completes the rows and writes them to `path`.
+
+    Resumes what an earlier call for `path` wrote. Returns the errors of rows by number.
+
+    Raises:
+      UserError: if an earlier call began other work, or no row can be completed.
+    """
+    limits, prompts, errors = array("i"), dataset.TokenLists(), {}
+    prompts_hash = hashlib.sha256()
+    for number, (where, row) in enumerate(rows):
+        limits.append(get_max_new_tokens(row, where, spec.max_new_tokens))
+        try:
+            prompts.append(encode_row_prompt(subject, row, where, thinking, limits[number]))
+        except RowError as error:
+            errors[number] = str(error)
+            prompts.append([])
+        prompts_hash.update(f"{', ' if number else '['}{run_files.to_json(row)}".encode())
+    prompts_hash.update(b"]")  # of all rows as one JSON list
+    if len(errors) == len(rows):
+        raise UserError(errors[0])
+    dtype = jnp.dtype(subject.model.dtype).name
+    header = {
+        "model": subject.path,
+        "step": policy.find_newest_step(subject.path),
+        "prompts_sha256": prompts_hash.hexdigest(),
+        "dtype": dtype,
+        "max_new_tokens": spec.max_new_tokens,
+        **dataclasses.asdict(spec.sampling),
+        "stop": spec.stop_strings,
+        "top_logprobs": spec.top_logprobs,
+        "samples": spec.samples,
+        "seed": spec.seed,
+        "thinking": "on" if thinking else "off",
+    }
+    first = distributed.broadcast_from_primary(lambda: run_files.resume_jsonl(path, header))
+    with policy.use(subject):
+        loaded = policy.load(subject, dtype)
+        results = generate_rows(
+            loaded, rows, prompts, spec, limits=limits, errors=errors, first=first
+        )
+        run_files.extend_jsonl(path, results)
+    return errors
 
 
 def _make_stop_check(

@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -77,6 +77,50 @@ def check_output(path: str) -> epath.Path:
     if not os.access(file.parent, os.W_OK):
         raise UserError(f"--out={path}: {file.parent} cannot be written to")
     return epath.Path(file)
+
+
+def define_model_flags(
+    options: flags.FlagValues,
+    required: bool = True,
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+) -> tuple[flags.FlagHolder[str], flags.FlagHolder[str]]:
+    """Defines --model and --dtype, and returns them."""
+    about = "Model directory, hub id or run directory."
+    default = None if required else ""
+    model = flags.DEFINE_string("model", default, about, options, required=required)
+    about = "Of parameters and computation. Default: bfloat16; on a CPU float32, faster there."
+    return model, flags.DEFINE_enum("dtype", "", ["", *dtypes], about, flag_values=options)  # pyright: ignore[reportReturnType]
+
+
+def define_sampling_flags(options: flags.FlagValues, **defaults: Any) -> None:
+    """Defines the flags of every verb that samples; `defaults` are None where not given."""
+    integers = {
+        "samples": (1, "Responses to each prompt."),
+        "max_new_tokens": (1, "Longest response, in tokens."),
+        "top_k": (0, "Draws from the K most likely tokens; 0: off."),
+        "seed": (0, "Of the random draws."),
+        "batch_size": (1, "Responses sampled together."),
+    }
+    for name, (least, about) in integers.items():
+        flags.DEFINE_integer(name, defaults.get(name), about, least, flag_values=options)
+    floats = {
+        "temperature": (0.0, "Divides the logits; 0: greedy."),
+        "top_p": (None, "Draws from the most likely tokens that hold this probability; 1: off."),
+        "min_p": (None, "Least share of the most likely token's probability; 0: off."),
+        "presence_penalty": (None, "Subtracted from the logits of tokens in the response; 0: off."),
+    }
+    for name, (least, about) in floats.items():
+        flags.DEFINE_float(name, defaults.get(name), about, least, flag_values=options)
+    about = "The chat template's thinking switch."
+    flags.DEFINE_enum("thinking", defaults.get("thinking"), ["on", "off"], about, options)
+
+
+def read_sampling_flags(options: flags.FlagValues) -> dict[str, Any]:
+    """Returns the values of the flags of `define_sampling_flags`; `thinking` as True or False."""
+    names = ("samples", "max_new_tokens", "temperature", "top_k", "top_p", "min_p")
+    names += ("presence_penalty", "seed", "batch_size", "thinking")
+    values = {name: options[name].value for name in names}
+    return values | {"thinking": {None: None, "on": True, "off": False}[values["thinking"]]}
 
 
 @contextlib.contextmanager

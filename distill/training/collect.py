@@ -15,6 +15,7 @@ from distill import rollout
 from distill.data import collate, curriculum, dataset
 from distill.data.collate import BatchLayout
 from distill.data.examples import Example
+from distill.evaluation import tasks
 from distill.objectives import advantages
 from distill.rewards import graders, terms
 from distill.runtime import distributed
@@ -330,10 +331,9 @@ def _grade_rollouts(
     outcomes = ["no_answer"] * len(rows)
     if s.reward.correct or s.reward.format:
         answers = [example.answer for example in row_examples]
+        rule = tasks.BENCHMARKS[s.reward.grader].grading
         # By one process for all: where a grader gives up depends on how busy its host is.
-        outcomes = distributed.broadcast_from_primary(
-            lambda: grader.grade(s.reward.grader, texts, answers)
-        )
+        outcomes = distributed.broadcast_from_primary(lambda: grader.grade(rule, texts, answers))
     responses = [
         terms.Response(
             text=text,

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from distill import rollout
 from distill.data import dataset
-from distill.evaluation import evaluator, protocols, tasks
+from distill.evaluation import evaluator, problems, protocols
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.runtime import distributed, run_files
@@ -35,7 +35,7 @@ class ValidationSetup:
     """What is evaluated, and how; checked."""
 
     c: ConfigDict
-    rows: list[tuple[str, tasks.Record]]
+    rows: list[tuple[str, evaluator.Record]]
     prompts: dataset.TokenLists  # of the rows
     settings: protocols.Settings
     spec: protocols.EvalSpec
@@ -75,10 +75,10 @@ def setup_validation(c: ConfigDict, student: Policy, seed: int) -> ValidationSet
         )
     try:
         changes = {"samples": c.samples or None, "max_new_tokens": c.max_new_tokens or None}
-        tasks.require_benchmark(c.benchmark)
+        problems.require_task(c.benchmark)
         settings = protocols.resolve_settings(c.protocol, c.benchmark, changes)
-        rows = tasks.load_problems(c.benchmark, c.data, c.limit)
-        tasks.check_gradable(c.benchmark, rows)
+        rows = problems.load_problems(c.benchmark, c.data, c.limit)
+        problems.check_gradable(c.benchmark, rows)
         sampled = settings | {"seed": seed, "batch_size": c.batch_size}
         spec = protocols.make_eval_spec(c.protocol, c.benchmark, sampled)
         prompts = evaluator.encode_prompts(student, rows, spec)
@@ -133,13 +133,15 @@ def open_validation_hook(
         yield ValidationHook(v.c.every, run_validation, warm_up)
 
 
-def _evaluate_step(v: ValidationSetup, subject: Policy, out: epath.Path, step: int) -> tasks.Record:
+def _evaluate_step(
+    v: ValidationSetup, subject: Policy, out: epath.Path, step: int
+) -> evaluator.Record:
     """One evaluation. A folder of this step is gone on in if it is of the same parameters, as those
     of a resumed run are; one of an earlier config is replaced."""
 
     spec = dataclasses.replace(v.spec, step=step)
 
-    def evaluate_once() -> tasks.Record:
+    def evaluate_once() -> evaluator.Record:
         return evaluator.evaluate_benchmark(subject, v.rows, spec, out)
 
     try:

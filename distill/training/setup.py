@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 
 from distill import rollout
 from distill.data import curriculum, dataset, examples, packing, teacher_context
+from distill.evaluation import tasks
 from distill.objectives import losses
 from distill.policy import policy
 from distill.policy.policy import Policy
-from distill.rewards import graders
 from distill.teachers import local
 from distill.teachers.local import Teacher
 from distill.training import optim, stages, update
@@ -242,7 +242,7 @@ def _setup_stage(
         if loss.reward and s.reward.correct and not example.answer:
             raise UserError(f"{example.where}: no answer to compare a response with")
         is_graded = loss.reward and s.reward.correct
-        if is_graded and not graders.is_gradable(s.reward.grader, example.answer):
+        if is_graded and not tasks.BENCHMARKS[s.reward.grader].grading.is_gradable(example.answer):
             raise UserError(
                 f"{example.where}: answer {example.answer[:60]!r} is none that the grader "
                 f"{s.reward.grader} can compare with"

@@ -8,9 +8,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from distill import rollout
+from distill.evaluation import tasks
 from distill.objectives import losses
 from distill.policy.policy import Policy
-from distill.rewards import graders
 from distill.runtime import mesh as mesh_lib
 from models.errors import UserError
 from models.qwen3.lora import LoRA
@@ -71,8 +71,8 @@ def _check_reward(name: str, s: ConfigDict, loss: losses.Loss) -> None:
             f"config.{name}.samples={s.samples}: an advantage compares responses to one prompt, so "
             "it takes at least 2"
         )
-    if r.grader not in graders.GRADERS:
-        known = ", ".join(graders.GRADERS)
+    if r.grader not in tasks.BENCHMARKS:
+        known = ", ".join(tasks.BENCHMARKS)
         raise UserError(f"config.{name}.reward.grader: {r.grader!r} is none of {known}")
     if r.zero_variance_groups not in ZERO_VARIANCE_MODES:
         raise UserError(

@@ -126,7 +126,7 @@ def test_arguments() -> None:
 
 
 def test_questions_are_put_as_the_benchmarks_do() -> None:
-    assert tasks.BENCHMARKS["gsm8k"]["prompt"] == base.BOXED_TEMPLATE
+    assert tasks.BENCHMARKS["gsm8k"].prompt == base.BOXED_TEMPLATE
 
 
 # Studies

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from distill import compare
-from distill.evaluation import statistics
+from distill.evaluation import comparison, statistics
 from models.errors import UserError
 from tests.support.verbs import call, write
 
@@ -15,7 +15,7 @@ from tests.support.verbs import call, write
 def folder(path: Path, shares: list[list[int]], benchmark: str = "gsm8k", **fields) -> str:
     """What evaluate leaves of problems whose samples were right (1) or wrong (0)."""
     path.mkdir()
-    rows: list[compare.Record] = [
+    rows: list[comparison.Record] = [
         {"id": f"p{i}", "answer": str(i), "sample": n, "correct": bool(hit), "outcome": "correct"}
         | ({"outcome": "wrong"} if not hit else {})
         for i, hits in enumerate(shares)
@@ -93,4 +93,4 @@ def test_what_cannot_be_compared(tmp_path: Path, monkeypatch, capsys) -> None:
         other = folder(Path("other"), [[1], [0]])
         rows = [json.loads(r) for r in (Path(other) / "examples.jsonl").read_text().splitlines()]
         rows[0]["answer"] = "another"
-        compare.compare_pair(("A", "other"), compare.read_evaluation("A")[1], rows)
+        comparison.compare_pair(("A", "other"), comparison.read_evaluation("A")[1], rows)

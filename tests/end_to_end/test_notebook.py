@@ -15,7 +15,7 @@ from nbclient.exceptions import CellExecutionError
 
 from configs import colab
 from distill import compare, evaluate, export, train
-from distill.evaluation import tasks
+from distill.evaluation.problems import load_problems
 from tests.support.paths import ROOT
 
 FILE = ROOT / "notebooks" / "colab_tpu.ipynb"
@@ -79,7 +79,7 @@ def rows(file: Path) -> list[dict[str, Any]]:
 
 
 def problems(limit: int) -> list[tuple[str, dict[str, Any]]]:
-    return tasks.load_problems("arithmetic", "", limit)
+    return load_problems("arithmetic", "", limit)
 
 
 def test_every_cell_runs(done: tuple[Any, Path]) -> None:

@@ -12,6 +12,7 @@ import pytest
 from configs import base
 from distill import generate, verify
 from distill.data import arithmetic, chat, collate, dataset, sources
+from distill.evaluation import rejection, tasks
 from distill.rewards import graders
 from distill.rollout import completions
 from distill.runtime import run_files
@@ -201,8 +202,13 @@ def test_bad_rows_of_verify(tmp_path: Path, capsys: Any, name: str) -> None:
     counts: Counter[str] = Counter()
     rows = sources.open_rows(str(path))
     found = list(
-        verify.verify_rows(
-            rows, benchmark, keep="correct", max_samples=0, skip_bad_rows=True, counts=counts
+        rejection.verify_rows(
+            rows,
+            tasks.BENCHMARKS[benchmark].grading,
+            keep="correct",
+            max_samples=0,
+            skip_bad_rows=True,
+            counts=counts,
         )
     )
     assert [len(row["samples"]) for row in found] == [1]

@@ -15,7 +15,7 @@ from transformers import Qwen3ForCausalLM
 from configs import base
 from distill import evaluate, rollout
 from distill.data import chat
-from distill.evaluation import divergence, evaluator, protocols, responses, tasks
+from distill.evaluation import divergence, evaluator, problems, protocols, responses
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.rewards import graders
@@ -29,7 +29,7 @@ from tests.support.paths import TOKENIZER
 from tests.support.tiny_models import tiny_qwen3
 from tests.support.verbs import call, read, write
 
-ROWS = tasks.load_problems("arithmetic", "", 5)
+ROWS = problems.load_problems("arithmetic", "", 5)
 SAMPLE_FIELDS = {field.name for field in dataclasses.fields(rollout.SampleSpec)}
 
 
@@ -103,7 +103,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_form_and_loops(response: str, formatted: bool, repeats: bool) -> None:
     with graders.Grader() as grader:
         row: evaluator.Record = {"response": response, "answer": "12", "id": "a"}
-        (found,) = responses.grade_rows(grader, "arithmetic", [row])
+        (found,) = responses.grade_rows(grader, graders.ARITHMETIC, [row])
     assert (found["formatted"], found["repeats"]) == (formatted, repeats)
     assert found["correct"] == (found["outcome"] == "correct") == formatted
     assert found.items() >= row.items()
@@ -230,7 +230,7 @@ def test_graders_never_stall_sampling() -> None:
     """All is sampled while no answer is graded yet; what is written keeps the order."""
 
     class Slow(graders.Grader):
-        def submit(self, benchmark: str, response: str, answer: str) -> Future:
+        def submit(self, rule: graders.GradingRule, response: str, answer: str) -> Future:
             futures.append(Future())
             return futures[-1]
 
@@ -245,7 +245,8 @@ def test_graders_never_stall_sampling() -> None:
 
     rows = [("", {"id": i, "question": "1?"}) for i in range(5)]
     keys = [["a", "b"]] * 5
-    found = list(responses.grade_while_sampling(sampled(), Slow(), "math", rows, keys, False))
+    graded = responses.grade_while_sampling(sampled(), Slow(), graders.MATH, rows, keys, False)
+    found = list(graded)
     assert [[(r["id"], r["sample"]) for r in group] for group in found] == [
         [(i, 0), (i, 1)] for i in range(5)
     ]
@@ -372,7 +373,7 @@ def test_gsm8k_of_a_model(paths, loaded, tmp_path: Path) -> None:
     say, the others are not."""
     spec = rollout.SampleSpec(2, 24, rollout.Sampling(1.0), seed=5, batch_size=8)
     rows = [{"question": q, "answer": "1", "level": i} for i, q in enumerate(QUESTIONS)]
-    asked = tasks.load_problems("gsm8k", str(write(tmp_path / "asked.jsonl", rows)), 0)
+    asked = problems.load_problems("gsm8k", str(write(tmp_path / "asked.jsonl", rows)), 0)
     with policy.use(loaded[0]):
         prompts = completions.encode_row_prompts(loaded[0], asked, False, 24)
         replies = responses.sample(loaded[0], asked, prompts, spec, 0)

@@ -81,8 +81,10 @@ def test_the_same_numbers_as_by_the_hugging_face_backend(folder: Path, model_dir
     lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed")
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
+    from distill.evaluation import lm_eval_model
+
     subject = policy.load(policy.make_abstract_for_inference(str(model_dir), "float32"), "float32")
-    ours = harness.run_lm_eval(subject, list(TASKS), batch_size=4, include_path=str(folder))
+    ours = lm_eval_model.run_tasks(subject, list(TASKS), batch_size=4, include_path=str(folder))
     reference = HFLM(pretrained=str(model_dir), dtype="float32", device="cpu", batch_size=1)
     theirs = lm_eval.simple_evaluate(
         model=reference,

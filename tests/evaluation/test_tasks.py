@@ -7,16 +7,17 @@ import pytest
 
 from distill import rollout
 from distill.data import sources
-from distill.evaluation import protocols, tasks
+from distill.evaluation import problems, protocols, tasks
 from distill.rewards import graders
 from models.errors import UserError
 from tests.support.verbs import write
 
 
 def test_every_benchmark_has_a_grader_and_a_prompt() -> None:
-    assert tasks.BENCHMARKS.keys() == graders.GRADERS.keys()
-    for name, entry in tasks.BENCHMARKS.items():
-        assert "{question}" in entry["prompt"], name
+    files = {path.stem for path in Path(tasks.__path__[0]).glob("*.py")}
+    assert tasks.BENCHMARKS.keys() == files - {"__init__", "task"}
+    for name, task in tasks.BENCHMARKS.items():
+        assert "{question}" in task.prompt and callable(task.grading.grade), name
     fields = {frozenset(settings) for settings in protocols.PROTOCOLS.values()}
     assert len(fields) == 1  # each says all of it
 
@@ -42,7 +43,9 @@ def test_every_benchmark_has_a_grader_and_a_prompt() -> None:
     ],
 )
 def test_published_forms(tmp_path: Path, benchmark: str, row: dict, expected: dict) -> None:
-    ((where, found),) = tasks.load_problems(benchmark, str(write(tmp_path / "x.jsonl", [row])), 0)
+    ((where, found),) = problems.load_problems(
+        benchmark, str(write(tmp_path / "x.jsonl", [row])), 0
+    )
     assert found.items() >= expected.items() and where == f"{tmp_path / 'x.jsonl'}:1"
 
 
@@ -51,10 +54,12 @@ def test_real_sets(shared_data: Path) -> None:
     sizes = {"gsm8k": 1319, "math500": 500, "aime24": 30}
     with graders.Grader() as grader:
         for name, size in sizes.items():
-            rows = tasks.load_problems(name, str(shared_data / name / "test.jsonl"), 0)
+            rows = problems.load_problems(name, str(shared_data / name / "test.jsonl"), 0)
             assert len(rows) == size
             answers = [str(row["answer"]) for _, row in rows][::9]
-            outcomes = grader.grade(name, [rf"So \boxed{{{a}}}." for a in answers], answers)
+            outcomes = grader.grade(
+                tasks.BENCHMARKS[name].grading, [rf"So \boxed{{{a}}}." for a in answers], answers
+            )
             assert set(outcomes) == {"correct"}, name
 
 
@@ -64,13 +69,13 @@ def test_a_hub_set(tmp_path: Path) -> None:
     folder.mkdir()
     rows = [{"question": f"{i}?", "answer": f"is\n#### {i}"} for i in range(3)]
     write(folder / "test.jsonl", rows)
-    found = tasks.load_problems("gsm8k", f"hf:{folder}::test", 2)
+    found = problems.load_problems("gsm8k", f"hf:{folder}::test", 2)
     assert [(where, row["answer"]) for where, row in found] == [
         (f"hf:{folder}::test row 0", "0"),
         (f"hf:{folder}::test row 1", "1"),
     ]
     with pytest.raises(UserError, match=r"^hf:.*::dev: cannot be read: "):
-        tasks.load_problems("gsm8k", f"hf:{folder}::dev", 0)
+        problems.load_problems("gsm8k", f"hf:{folder}::dev", 0)
 
 
 def test_sets_by_their_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,12 +86,12 @@ def test_sets_by_their_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
         return sources.Rows(source, 1, lambda i: {"question": "q", "answer": "#### 1"}, str)
 
     monkeypatch.setattr(sources, "open_rows", read)
-    tasks.load_problems("gsm8k", "hf:", 0)
-    tasks.load_problems("gsm8k", "tfds:", 0)
-    tasks.load_problems("math", "tfds:some/set", 0)
+    problems.load_problems("gsm8k", "hf:", 0)
+    problems.load_problems("gsm8k", "tfds:", 0)
+    problems.load_problems("math", "tfds:some/set", 0)
     assert asked == ["hf:openai/gsm8k:main:test", "tfds:gsm8k::test", "tfds:some/set"]
     with pytest.raises(UserError, match="no set is named for math"):
-        tasks.load_problems("math", "hf:", 0)
+        problems.load_problems("math", "hf:", 0)
 
 
 def test_tfds_rows_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,20 +99,21 @@ def test_tfds_rows_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
 
     rows = [{"question": "größer?".encode(), "answer": b"#### 7", "n": 3}]
     monkeypatch.setattr(tfds, "data_source", lambda name, split: rows)
-    ((_, row),) = tasks.load_problems("gsm8k", "tfds:gsm8k::test", 0)
+    ((_, row),) = problems.load_problems("gsm8k", "tfds:gsm8k::test", 0)
     assert (row["question"], row["answer"]) == ("größer?", "7")
 
 
 def test_how_a_question_is_put() -> None:
-    row: tasks.Record = {"id": 1, "question": "1 {x} + 1?", "answer": "2"}
-    assert tasks.render_question("arithmetic", row) == row
-    boxed = str(tasks.render_question("math500", row)["question"])
+    row: problems.Record = {"id": 1, "question": "1 {x} + 1?", "answer": "2"}
+    assert problems.render_question("arithmetic", row) == row
+    boxed = str(problems.render_question("math500", row)["question"])
     assert boxed.startswith("1 {x} + 1?\n\n") and boxed.endswith(r"within \boxed{}.")
     assert (
-        tasks.render_question("math500", row, "Q: {question} A:")["question"] == "Q: 1 {x} + 1? A:"
+        problems.render_question("math500", row, "Q: {question} A:")["question"]
+        == "Q: 1 {x} + 1? A:"
     )
-    given: tasks.Record = {"id": 1, "messages": [{"role": "user", "content": "1?"}]}
-    assert tasks.render_question("math500", given) == given
+    given: problems.Record = {"id": 1, "messages": [{"role": "user", "content": "1?"}]}
+    assert problems.render_question("math500", given) == given
 
 
 def test_protocols_are_those_of_the_report() -> None:
@@ -138,15 +144,20 @@ def test_protocols_are_those_of_the_report() -> None:
     assert rollout.make_sample_spec(thinking).sampling.top_p == 0.95
 
 
+def test_an_unknown_benchmark_is_the_users_mistake() -> None:
+    with pytest.raises(UserError, match="--benchmark=gsm9k: known are arithmetic, gsm8k"):
+        problems.require_task("gsm9k")
+
+
 def test_answers_that_are_none(tmp_path: Path) -> None:
     for answer in (None, True, ["1"]):
         path = write(tmp_path / "x.jsonl", [{"question": "q", "answer": answer}])
         with pytest.raises(UserError, match=r"x.jsonl:1: no answer among its fields"):
-            tasks.load_problems("math", str(path), 0)
+            problems.load_problems("math", str(path), 0)
 
 
 def test_stored_responses_find_their_problem(tmp_path: Path) -> None:
-    known = tasks.load_problems(
+    known = problems.load_problems(
         "math",
         str(write(tmp_path / "k.jsonl", [{"unique_id": "a", "problem": "q", "answer": 3}])),
         0,
@@ -156,6 +167,6 @@ def test_stored_responses_find_their_problem(tmp_path: Path) -> None:
         {"problem": "q", "response": "3"},
         {"id": "own", "answer": 4.0, "response": "4"},
     ]
-    stored = tasks.load_responses("math", str(write(tmp_path / "s.jsonl", rows)), known)
+    stored = problems.load_responses("math", str(write(tmp_path / "s.jsonl", rows)), known)
     assert [(r["id"], r["answer"]) for r in stored] == [("a", "3"), ("q", "3"), ("own", "4")]
     assert json.dumps(stored)

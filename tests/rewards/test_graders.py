@@ -12,9 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from distill.rewards import graders
-from distill.rewards.graders import Grader, grade_arithmetic, grade_math, strip_thinking
-from models.errors import UserError
+from distill.rewards import graders, ifeval
+from distill.rewards.graders import (
+    Grader,
+    GradingRule,
+    grade_arithmetic,
+    grade_math,
+    strip_thinking,
+)
 from tests.support.answers import HOSTILE, withstand
 from tests.support.paths import DATA, ROOT
 
@@ -106,7 +111,7 @@ def test_agrees_with_published_labels(grader: Grader) -> None:
     with LABELLED.open() as lines:
         rows = [json.loads(line) for line in lines][::4]
     outcomes = grader.grade(
-        "gsm8k", [row["completion"] for row in rows], [row["answer"] for row in rows]
+        graders.MATH, [row["completion"] for row in rows], [row["answer"] for row in rows]
     )
     agree = [(o == "correct") == row["is_correct"] for o, row in zip(outcomes, rows, strict=True)]
     assert len(rows) >= 600 and sum(agree) >= 0.995 * len(rows)
@@ -123,7 +128,7 @@ def test_agrees_with_labels_of_math_completions(grader: Grader, shared_data: Pat
     pairs = [(text, row["answer"]) for row in rows for text in row["completions"]]
     names = [(row["id"], i) for row in rows for i in range(len(row["completions"]))]
     labels = [label for row in rows for label in row["is_correct"]]
-    outcomes = grader.grade("math500", *map(list, zip(*pairs, strict=True)))
+    outcomes = grader.grade(graders.MATH, *map(list, zip(*pairs, strict=True)))
     differ = [
         name
         for name, outcome, label in zip(names, outcomes, labels, strict=True)
@@ -146,21 +151,26 @@ def test_nothing_is_executed(grader: Grader, tmp_path: Path) -> None:
         rf"\boxed{{x if {code} else 1}}",
         f"<think>{code}</think>",
     ]
-    outcomes = grader.grade("math", forms, ["42"] * len(forms))
-    outcomes += grader.grade("math", ["42"] * len(forms), forms)  # nor of a data file
+    outcomes = grader.grade(graders.MATH, forms, ["42"] * len(forms))
+    outcomes += grader.grade(graders.MATH, ["42"] * len(forms), forms)  # nor of a data file
     assert "correct" not in outcomes and not marker.exists()
 
 
 def test_parse_failure_wrong_answer_and_timeout_are_three_things(grader: Grader) -> None:
     said = [r"\boxed{((}", r"\boxed{41}", r"\boxed{9^{9^{9^{9}}}}", "I do not know"]
-    assert grader.grade("math", said, ["42"] * 4) == ["unparsed", "wrong", "timeout", "no_answer"]
+    assert grader.grade(graders.MATH, said, ["42"] * 4) == [
+        "unparsed",
+        "wrong",
+        "timeout",
+        "no_answer",
+    ]
 
 
-def test_memory_is_bounded(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(graders.GRADERS, "mul", operator.mul)
+def test_memory_is_bounded(grader: Grader) -> None:
     bomb: list = [20 << 30]
-    assert grader.grade("mul", ["x"], bomb) == ["error"]
-    assert grader.grade("math", ["42.0"], ["42"]) == ["correct"]
+    rule = GradingRule(operator.mul)  # pyright: ignore[reportArgumentType]
+    assert grader.grade(rule, ["x"], bomb) == ["error"]
+    assert grader.grade(graders.MATH, ["42.0"], ["42"]) == ["correct"]
 
 
 ORPHAN = """
@@ -168,10 +178,10 @@ import operator, os, signal, sys, time
 from distill.rewards import graders
 open("imported", "a").write("x")
 if __name__ == "__main__":
-    graders.GRADERS["power"] = operator.pow
     with graders.Grader(timeout=1.0, workers=1) as grader:
-        grader.grade("math", ["1.0"], ["1"])
-        future = grader.submit("power", 7, 10**9)  # minutes within one bytecode
+        grader.grade(graders.MATH, ["1.0"], ["1"])
+        power = graders.GradingRule(operator.pow)
+        future = grader.submit(power, 7, 10**9)  # minutes within one bytecode
         while not future.running():
             time.sleep(0.01)
         print(*[w.pid for w in grader._pool._pool_manager.worker_manager.workers.values()])
@@ -207,38 +217,34 @@ def test_a_hanging_worker_does_not_outlive_its_killed_parent(tmp_path: Path) -> 
     assert not alive(pid)
 
 
-def test_a_hanging_or_dying_worker_is_replaced(
-    grader: Grader, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(graders.GRADERS, "call", operator.call)  # "grades" f, x as f(x)
+def test_a_hanging_or_dying_worker_is_replaced(grader: Grader) -> None:
+    rule = GradingRule(operator.call)  # pyright: ignore[reportArgumentType]  # f(x) of f, x
     calls, arguments = [time.sleep, os._exit, operator.neg, str], [60, 1, "x", "correct"]
-    outcomes = grader.grade("call", calls, arguments)  # pyright: ignore[reportArgumentType]
+    outcomes = grader.grade(rule, calls, arguments)  # pyright: ignore[reportArgumentType]
     assert outcomes == ["timeout", "error", "error", "correct"]
-    assert grader.grade("gsm8k", ["#### 42.0"], ["42"]) == ["correct"]
+    assert grader.grade(graders.MATH, ["#### 42.0"], ["42"]) == ["correct"]
 
 
 def test_integers_start_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     with Grader() as grader:
         monkeypatch.setattr(grader, "_pool", None)
-        assert grader.grade("arithmetic", ["7", "8"], ["7", "7"]) == ["correct", "wrong"]
-        assert grader.grade("math", ["#### 7", "8"], ["7", "7"]) == ["correct", "wrong"]
+        assert grader.grade(graders.ARITHMETIC, ["7", "8"], ["7", "7"]) == ["correct", "wrong"]
+        assert grader.grade(graders.MATH, ["#### 7", "8"], ["7", "7"]) == ["correct", "wrong"]
         assert grader._pool is None
         monkeypatch.undo()
 
 
-def test_an_unknown_benchmark_is_the_users_mistake() -> None:
-    with Grader() as grader, pytest.raises(UserError, match="'gsm9k' is none of arithmetic, gsm8k"):
-        grader.grade("gsm9k", ["7"], ["7"])
-
-
 @pytest.mark.parametrize(
-    ("benchmark", "answer", "can"),
+    ("rule", "answer", "can"),
     [
-        *(("gsm8k", text, True) for text in ("72", "\\frac{1}{2}", "\\{1,2\\}", "(1, 2)", "+")),
-        *(("math", text, False) for text in ("", "$", "\\frac{1", "}{1", "{}", "1" * 1001)),
-        *(("arithmetic", text, text == "-7") for text in ("-7", "seven", "7.5", "")),
-        ("ifeval", "{}", True),
+        *(
+            (graders.MATH, text, True)
+            for text in ("72", "\\frac{1}{2}", "\\{1,2\\}", "(1, 2)", "+")
+        ),
+        *((graders.MATH, text, False) for text in ("", "$", "\\frac{1", "}{1", "{}", "1" * 1001)),
+        *((graders.ARITHMETIC, text, text == "-7") for text in ("-7", "seven", "7.5", "")),
+        (ifeval.INSTRUCTIONS, "{}", True),
     ],
 )
-def test_answers_that_can_be_compared_with(benchmark: str, answer: str, can: bool) -> None:
-    assert graders.is_gradable(benchmark, answer) is can
+def test_answers_that_can_be_compared_with(rule: GradingRule, answer: str, can: bool) -> None:
+    assert rule.is_gradable(answer) is can

@@ -1,12 +1,13 @@
 """The official checkers, against labels that were published with their responses."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from distill import evaluate
-from distill.evaluation import tasks
+from distill.evaluation import problems, tasks
 from distill.rewards import graders, ifeval
 from models.errors import UserError
 from tests.support.verbs import call, read, write
@@ -58,13 +59,16 @@ def test_published_labels(installed: None, shared_data: Path, tmp_path: Path) ->
 
 
 def test_published_prompts_are_problems(shared_data: Path, monkeypatch) -> None:
-    monkeypatch.setattr(ifeval, "require_checkers", lambda: None)
+    task = dataclasses.replace(tasks.BENCHMARKS["ifeval"], require_installed=lambda: None)
+    monkeypatch.setitem(tasks.BENCHMARKS, "ifeval", task)
     source = str(shared_data / "ifeval" / "prompts.jsonl")
-    rows = tasks.load_problems("ifeval", source, 0)
+    rows = problems.load_problems("ifeval", source, 0)
     assert len(rows) == 541
     where, row = rows[0]
     assert row.keys() == {"id", "question", "answer"} and where.endswith("prompts.jsonl:1")
-    assert tasks.render_question("ifeval", row)["question"] == row["question"]  # nothing is added
+    assert (
+        problems.render_question("ifeval", row)["question"] == row["question"]
+    )  # nothing is added
     assert json.loads(str(row["answer"]))["prompt"] == row["question"]
 
 
@@ -100,11 +104,11 @@ def test_without_nltks_data(installed: None, monkeypatch) -> None:
     assert (
         ifeval.grade_instructions(YES + ", sir", answer)["outcome"] == "wrong"
     )  # whatever the third would be
-    problem: tasks.Record = {"id": 1, "question": "q", "answer": answer}
+    problem: problems.Record = {"id": 1, "question": "q", "answer": answer}
     with pytest.raises(UserError, match="1 of the problems are checked with nltk's data"):
-        tasks.check_gradable("ifeval", [("x", problem)])
-    easy: tasks.Record = {"id": 1, "question": "q", "answer": ifeval.make_answer(COMMA, "x")}
-    tasks.check_gradable("ifeval", [("x", easy)])
+        problems.check_gradable("ifeval", [("x", problem)])
+    easy: problems.Record = {"id": 1, "question": "q", "answer": ifeval.make_answer(COMMA, "x")}
+    problems.check_gradable("ifeval", [("x", easy)])
 
 
 def test_not_installed_is_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -134,5 +138,7 @@ def test_rows_of_another_form(changes: dict, words: str) -> None:
 
 def test_the_grader_takes_it(installed: None) -> None:
     with graders.Grader(workers=1) as grader:
-        outcomes = grader.grade("ifeval", [YES, "No, no"], [ifeval.make_answer(COMMA, "x")] * 2)
+        outcomes = grader.grade(
+            ifeval.INSTRUCTIONS, [YES, "No, no"], [ifeval.make_answer(COMMA, "x")] * 2
+        )
     assert outcomes == ["correct", "wrong"]

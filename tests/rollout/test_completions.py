@@ -78,7 +78,7 @@ def test_generate(alive: list[weakref.ref]) -> None:
 class Slow(graders.Grader):
     """It is behind by more and more."""
 
-    def submit(self, benchmark: str, response: str, answer: str) -> Any:
+    def submit(self, rule: graders.GradingRule, response: str, answer: str) -> Any:
         return Late()
 
 
@@ -110,7 +110,9 @@ def test_evaluate(alive: list[weakref.ref], monkeypatch: pytest.MonkeyPatch) -> 
             yield group
 
     keys = [["a", "b"]] * COUNT
-    done = responses.grade_while_sampling(counted(), Slow(), "arithmetic", problems, keys, False)
+    done = responses.grade_while_sampling(
+        counted(), Slow(), graders.ARITHMETIC, problems, keys, False
+    )
     for number in range(1, 101):
         (first, _) = next(done)
         assert first["id"] == number - 1 and first["prompt_tokens"] == [7, number - 1]

@@ -37,10 +37,13 @@ MORE_HOSTILE = {
 def withstand(grader: Grader, hostile: dict[str, str], timeout: float) -> None:
     """Every answer comes back in time, none is right, and the graders grade on."""
     started = time.monotonic()
-    outcomes = grader.grade("gsm8k", list(hostile.values()), ["42"] * len(hostile))
+    outcomes = grader.grade(graders.MATH, list(hostile.values()), ["42"] * len(hostile))
     # Each that is stopped costs its time and the start of a new worker.
     assert time.monotonic() - started < (timeout + 2) * len(hostile) + 10
     assert "correct" not in outcomes and set(outcomes) <= set(graders.OUTCOMES)
     assert "timeout" in outcomes
     twenty_boxes = r"\boxed{1} " * 19 + r"\boxed{\frac{84}{2}}"
-    assert grader.grade("gsm8k", [twenty_boxes, "#### 41.5"], ["42", "42"]) == ["correct", "wrong"]
+    assert grader.grade(graders.MATH, [twenty_boxes, "#### 41.5"], ["42", "42"]) == [
+        "correct",
+        "wrong",
+    ]

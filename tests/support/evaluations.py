@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from distill.evaluation import tasks
+from distill.evaluation.problems import load_problems
 from tests.support.paths import ROOT
 from tests.support.verbs import write
 
@@ -38,7 +38,7 @@ def untimed(summary: dict[str, Any]) -> dict[str, Any]:
 def killed(model: str, folder: Path, kills: int, problems: int, seed: int) -> None:
     """The verb, killed without a word at random rows, again and again, ends with the file of one
     that nobody killed. On arithmetic problems graded as mathematics, so with graders at work."""
-    rows = tasks.load_problems("arithmetic", "", problems)
+    rows = load_problems("arithmetic", "", problems)
     asked = write(folder / "asked.jsonl", [row for _, row in rows])
     flags = ("--benchmark=math", f"--data={asked}", "--samples=2", "--temperature=1", "--k=1,2")
     limits = ("--max_new_tokens=12", "--batch_size=4", "--template={question}", f"--model={model}")

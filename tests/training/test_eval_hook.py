@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from distill import rollout
-from distill.evaluation import evaluator, protocols, records, responses, tasks
+from distill.evaluation import evaluator, problems, protocols, records, responses
 from distill.policy import exporting, policy
 from distill.runtime.checkpoint import Checkpoints
 from distill.training import eval_hook, loop
@@ -81,7 +81,7 @@ def test_at_steps_and_after_each_stage(whole) -> None:
 def test_an_evaluation_is_that_of_the_verb(whole) -> None:
     """The last evaluation and that of the finished run's directory give the same responses."""
     subject = policy.make_abstract_for_inference(str(whole), "float32")
-    rows = tasks.load_problems("arithmetic", "", 3)
+    rows = problems.load_problems("arithmetic", "", 3)
     with policy.use(subject):
         subject = policy.load(subject, "float32")
         out = whole.parent / "again"
@@ -120,11 +120,11 @@ def test_stopped_in_an_evaluation(whole, models, tmp_path, monkeypatch) -> None:
     class Killed(BaseException):
         pass
 
-    def judged(row, grade):
+    def judged(row, rule, grade):
         calls[0] += 1
         if calls[0] > 3 + 1:
             raise Killed
-        return real(row, grade)
+        return real(row, rule, grade)
 
     monkeypatch.setattr(responses, "add_grade", judged)
     with pytest.raises(Killed):

@@ -1,0 +1,82 @@
+"""Rejection sampling: keeps the sampled responses that a benchmark's grader finds correct."""
+
+import collections
+from collections.abc import Iterator
+
+from distill.data import sources
+from distill.rewards import graders
+from distill.rewards.graders import GradingRule
+from distill.runtime import run_files
+from models.errors import UserError
+
+KEEP = ("correct", "finished", "all")
+
+
+def grade_samples(row: dict, where: str, rule: GradingRule, grader: graders.Grader) -> list[dict]:
+    """Returns the samples of a row, each with `outcome` and `correct`.
+
+    Raises:
+      UserError: naming the row, if it lacks something or the grader cannot read its answer.
+    """
+    if not isinstance(row.get("samples"), list) or not isinstance(
+        row.get("answer"), str | int | float
+    ):
+        raise UserError(f"{where}: needs samples and answer, has {sorted(row)}")
+    samples, answer = row["samples"], str(row["answer"])
+    if any(not isinstance(sample.get("text"), str) for sample in samples):
+        raise UserError(f"{where}: a sample has no text to grade")
+    # The answer must be readable, so a response that gives it must be correct.
+    texts = [sample["text"] for sample in samples]
+    texts.append(rule.right_response.replace("answer", answer))
+    *outcomes, own_outcome = grader.grade(rule, texts, [answer] * len(texts))
+    if own_outcome != "correct":
+        raise UserError(f"{where}: answer {answer!r} cannot be parsed")
+    return [
+        {
+            **sample,
+            "outcome": outcome,
+            "correct": outcome == "correct" and sample.get("finish_reason") == "stop",
+        }
+        for sample, outcome in zip(samples, outcomes, strict=True)
+    ]
+
+
+def _is_kept(sample: dict, keep: str) -> bool:
+    if keep == "correct":
+        return sample["correct"]
+    return keep == "all" or sample["finish_reason"] == "stop"
+
+
+def verify_rows(
+    rows: sources.Rows,
+    rule: GradingRule,
+    *,
+    keep: str,
+    max_samples: int,
+    skip_bad_rows: bool,
+    counts: collections.Counter[str],
+) -> Iterator[dict]:
+    """Yields the rows with the samples that are kept, at most `max_samples` each (0: all).
+
+    Adds to `counts`: rows, samples, correct, kept, rows kept and bad rows.
+    """
+    with graders.Grader() as grader, run_files.show_progress(rows.size, 0, "verify") as bar:
+        for index in range(rows.size):
+            bar.update(index + 1, {"kept": counts["kept"]})
+            counts["rows"] += 1
+            try:
+                row = rows.read_row(index)
+                samples = grade_samples(row, rows.locate_row(index), rule, grader)
+            except UserError as error:
+                if not skip_bad_rows:
+                    raise
+                counts["bad rows"] += 1
+                run_files.log_line(f"skipped: {error}")
+                continue
+            kept = [sample for sample in samples if _is_kept(sample, keep)][: max_samples or None]
+            counts["samples"] += len(samples)
+            counts["correct"] += sum(sample["correct"] for sample in samples)
+            counts["kept"] += len(kept)
+            if kept:
+                counts["rows kept"] += 1
+                yield {**row, "samples": kept}

@@ -1,0 +1,24 @@
+"""The benchmarks: one file each, one row of the table each."""
+
+from distill.evaluation.tasks import (
+    aime24,
+    aime25,
+    amc,
+    arithmetic,
+    gsm8k,
+    ifeval,
+    math,
+    math500,
+)
+from distill.evaluation.tasks.task import Task
+
+BENCHMARKS: dict[str, Task] = {
+    "arithmetic": arithmetic.TASK,
+    "gsm8k": gsm8k.TASK,
+    "math500": math500.TASK,
+    "aime24": aime24.TASK,
+    "aime25": aime25.TASK,
+    "amc": amc.TASK,
+    "math": math.TASK,
+    "ifeval": ifeval.TASK,
+}

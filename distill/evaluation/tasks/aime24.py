@@ -1,0 +1,11 @@
+"""AIME 2024: 30 problems with whole answers from 0 to 999."""
+
+from distill.evaluation.tasks.task import BOXED_PROMPT, Task
+from distill.rewards import graders
+
+TASK = Task(
+    graders.MATH,
+    BOXED_PROMPT,
+    hf="hf:HuggingFaceH4/aime_2024",
+    qwen3={"samples": 64, "max_new_tokens": 38_912},
+)

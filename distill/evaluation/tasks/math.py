@@ -1,0 +1,6 @@
+"""Mathematics from any rows of question and answer; no set of its own."""
+
+from distill.evaluation.tasks.task import BOXED_PROMPT, Task
+from distill.rewards import graders
+
+TASK = Task(graders.MATH, BOXED_PROMPT)
