@@ -28,7 +28,10 @@ def count_costs() -> contest.JsonDict:
 
 
 def main() -> None:
-    remark = f"A vocabulary of {contest.make_config(OPTIONS, 'student').vocab_size}; layers play no part."
+    remark = (
+        f"A vocabulary of {contest.make_config(OPTIONS, 'student').vocab_size}; layers "
+        "play no part."
+    )
     contest.run_benchmark(
         "loss", "The divergence alone", OPTIONS, {"loss": count_costs()}, [remark]
     )

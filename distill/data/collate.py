@@ -65,7 +65,7 @@ def make_batch(
 def collate_rows(examples: Sequence[Sequence[Example]], layout: BatchLayout) -> Batch:
     """Rows, each with its examples one behind the other; arrays on the host.
 
-    Positions begin at 0 in each segment, and attention does not leave one (models.qwen3.model), so
+    Positions begin at 0 in each segment, and attention does not leave one (models.transformer), so
     examples are trained as if each had a row of its own. UserError names an example that lacks the
     teacher's stored top.
     """

@@ -14,7 +14,7 @@ from distill.rollout.options import RolloutOptions, get_line_sizes, get_shrunk_r
 from distill.rollout.scheduler import Scheduler, Slot
 from distill.rollout.sequence import Sequence
 from distill.runtime import mesh as mesh_lib
-from models.qwen3.model import Params
+from models.transformer import Params
 
 REFILL_DIVISOR = (
     16  # part of the rows that must be free before a segment ends for the sequences waiting

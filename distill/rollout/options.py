@@ -9,9 +9,9 @@ from jax.sharding import Mesh
 from distill.policy.policy import DTYPES, PARAM_DTYPES
 from distill.rollout.decode import CacheShape, get_min_rows
 from distill.runtime import mesh as mesh_lib
+from models.config import Config
 from models.errors import UserError
-from models.qwen3 import pages
-from models.qwen3.config import Config
+from models.layers import pages
 
 CACHE_DTYPES = (*DTYPES, "int8", "float8_e4m3fn")
 DEFAULT_PAGE_SIZE = 128  # tokens
@@ -85,7 +85,8 @@ def make_cache_shape(
     max_length = options.max_length or max_length
     if options.get_max_sequence_tokens(mesh) < max_length:
         raise UserError(
-            f"cache_tokens={options.cache_tokens}: leaves {options.get_max_sequence_tokens(mesh)} tokens for a "
+            f"cache_tokens={options.cache_tokens}: leaves "
+            f"{options.get_max_sequence_tokens(mesh)} tokens for a "
             f"sequence, which may have {max_length}"
         )
     tokens = options.cache_tokens or (options.slots or count) * max_length

@@ -21,7 +21,7 @@ from distill.rollout.sampling import Sampling
 from distill.rollout.sequence import Sequence
 from distill.runtime import mesh as mesh_lib
 from models.errors import UserError
-from models.qwen3.model import Params, Qwen3
+from models.transformer import Params, Transformer
 
 
 def make_row_keys(
@@ -64,7 +64,7 @@ def expand_prompts(
 
 
 def sample(
-    qwen3: Qwen3,
+    model: Transformer,
     params: Params,
     sequences: abc.Iterable[Sequence],
     *,
@@ -101,15 +101,15 @@ def sample(
       UserError: naming the first sequence whose prompt is empty, or which does not fit the cache,
         before anything runs.
     """
-    sampling.check_vocab_size(qwen3.config.vocab_size)
+    sampling.check_vocab_size(model.config.vocab_size)
     mesh = mesh_lib.to_decode_mesh(jax.tree.leaves(params)[0].sharding.mesh)
     waiting = deque(sequences)
     for number, row in enumerate(waiting):
         _check_sequence(row, row.where or f"row {number}", options, mesh)
     stacked = decode.prefers_stacked(mesh) if options.stacked is None else options.stacked
     with mesh_lib.use_mesh(mesh):
-        qwen3, params = decode.prepare_weights(
-            qwen3,
+        model, params = decode.prepare_weights(
+            model,
             params,
             mesh,
             stacked=stacked,
@@ -117,11 +117,11 @@ def sample(
             param_dtype=options.param_dtype,
             lora_params=lora_params,
         )
-    dtype, max_length = jnp.dtype(qwen3.dtype).name, max((s.max_length for s in waiting), default=1)
+    dtype, max_length = jnp.dtype(model.dtype).name, max((s.max_length for s in waiting), default=1)
     num_unfinished = sum(not s.finish_reason for s in waiting)
-    shape = make_cache_shape(options, qwen3.config, mesh, dtype, max(1, num_unfinished), max_length)
+    shape = make_cache_shape(options, model.config, mesh, dtype, max(1, num_unfinished), max_length)
     steps = get_segment_steps(options, shape)
-    decoder = decode.Decoder(qwen3, sampling, stop_ids, shape, steps, top_logprobs, routing)
+    decoder = decode.Decoder(model, sampling, stop_ids, shape, steps, top_logprobs, routing)
     counts = Counter() if counts is None else counts
     engine = Engine(decoder, params, mesh, waiting, options, version, counts, ended)
     if warm_up:

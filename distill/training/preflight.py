@@ -23,8 +23,8 @@ from distill.training import calls, sampling_programs
 from distill.training import memory as memory_lib
 from distill.training.eval_hook import ValidationSetup
 from distill.training.setup import RunSetup, StageSetup
-from models.qwen3 import quantised
-from models.qwen3.model import Params
+from models.layers import quantised
+from models.transformer import Params
 
 NUM_ROWS, NUM_END_TOKENS = (
     2,
@@ -53,10 +53,16 @@ def make_summary_lines(
 ) -> Iterator[str]:
     """The lines that `show` says; `trained` is what the student trains, before step 0."""
     student, tokenizer = run_setup.student, run_setup.student.tokenizer
-    yield f"student {_describe_policy(student)}{_describe_training(student)}; {_describe_stops(student)}"
+    yield (
+        f"student {_describe_policy(student)}{_describe_training(student)}; "
+        f"{_describe_stops(student)}"
+    )
     for name, teacher in run_setup.teachers.items():
         teacher_policy = teacher.policy
-        yield f"{name} {_describe_policy(teacher_policy)}, {c[name].param_dtype}; {_describe_stops(teacher_policy)}"
+        yield (
+            f"{name} {_describe_policy(teacher_policy)}, {c[name].param_dtype}; "
+            f"{_describe_stops(teacher_policy)}"
+        )
         if not teacher.is_ema:
             yield from _check_teacher(name, teacher_policy, run_setup, trained)
     if tokenizer is not None and tokenizer.chat_template is not None:
