@@ -69,8 +69,7 @@ class Loss:
       k3: sg(p/μ)·(q/p - 1 - log(q/p)). Its value estimates the reverse KL, its gradient is that
         of the *forward* KL, so it goes by that name.
     `teacher_output` says what the teacher hands over: hidden states, its `teacher_topk` likeliest
-    tokens
-    with log-probabilities, or only the log-probability of the drawn token.
+    tokens with log-probabilities, or only the log-probability of the drawn token.
     `k1_from`: whose log p stands in k1. The student's is right for stale samples too. The sampler's
     is the usual recipe, and the same on fresh samples; on stale ones it lags behind.
     `baseline` subtracts from k1 its expectation weighed by the size of the gradient: the expected

@@ -183,8 +183,8 @@ def _assess_formats(statistics: Statistics) -> list[Finding]:
     missing_stop_ids = statistics["further_stop_ids"]
     if missing_stop_ids:
         stops = (
-            f"the teacher ends where the student writes on: at {missing_stop_ids}; give "
-            "it these stop ids"
+            f"the teacher ends where the student writes on: at {missing_stop_ids}; "
+            "give it these stop ids"
         )
     else:
         stops = f"stop ids agree: {statistics['student_stop_ids']}"
