@@ -114,7 +114,8 @@ def main() -> None:
 def run_generation() -> None:
     prompt_rows = dataset.open_canonical_rows(PROMPTS.value)
     rows = dataclasses.replace(
-        prompt_rows, row=lambda i: columns.apply_template(prompt_rows.read_row(i), TEMPLATE.value)
+        prompt_rows,
+        read_row=lambda i: columns.apply_template(prompt_rows.read_row(i), TEMPLATE.value),
     )
     subject = policy.make_abstract_for_inference(MODEL.value, DTYPE.value or "")
     out = cli.check_output(OUT.value)

@@ -26,8 +26,8 @@ FOLDERS = {
     "rollout": "completions sampler simulate engine buffer options scheduler decode sequence "
     "sampling",
     "policy": "exporting forward policy hub",
-    "data": "collate packing dataset teacher_context dedup curriculum examples sources columns "
-    "arithmetic chat",
+    "data": "collate packing dataset teacher_context cleaning dedup curriculum examples sources "
+    "columns arithmetic chat",
     "objectives": "losses fused_head chunks divergences advantages",
     "rewards": "terms graders ifeval",
     "runtime": "checkpoint cli distributed xla run_files gpu mesh",

@@ -7,6 +7,7 @@ import jax
 from transformers import PreTrainedTokenizerBase
 
 from distill.data import chat, dataset, sources
+from distill.data.examples import encode_prompt
 from distill.policy.policy import Policy
 from distill.rollout import sampler
 from distill.rollout.sampling import Sampling
@@ -38,7 +39,7 @@ def encode_row_prompt(
       RowError: if it is empty, or with `limit` new tokens exceeds the model's positions.
       UserError: if the row has none that can be read. Both begin with `where`.
     """
-    ids = dataset.encode_prompt(row, where, subject.tokenizer, thinking)
+    ids = encode_prompt(row, where, subject.tokenizer, thinking)
     dataset.require_ids(ids, subject.config.vocab_size, where)
     positions = subject.config.context_length
     if len(ids) + limit > positions:

@@ -151,7 +151,9 @@ def test_stored_top_log_probs_come_along(tmp_path: Path) -> None:
     c = base.make_stage("sft").data
     c.source = str(path)
     source = dataset.load_source(c, None, 0, True)
-    batch = collate.make_batch([[source.read_example(0), source.read_example(1)]], 10, 3, top_k=2)
+    batch = collate.collate_rows(
+        [[source.read_example(0), source.read_example(1)]], collate.BatchLayout(10, 3, top_k=2)
+    )
     assert batch.teacher_top_BTK is not None
     ids, logp = map(np.asarray, batch.teacher_top_BTK)
     mask = np.asarray(batch.mask_BT)
@@ -160,12 +162,13 @@ def test_stored_top_log_probs_come_along(tmp_path: Path) -> None:
     np.testing.assert_allclose(logp[mask], [[-0.1, -2.5]] * 5)
     assert not ids[~mask].any() and mask.sum() == 5
     with pytest.raises(UserError, match=r"t\.jsonl:1 sample 0: top_logprobs has 3, not 4"):
-        collate.make_batch([[source.read_example(0)]], 10, 3, top_k=4)
+        collate.collate_rows([[source.read_example(0)]], collate.BatchLayout(10, 3, top_k=4))
     del samples[1]["top_logprobs"]
     write(path, [{"prompt_tokens": [1, 2], "samples": samples}])
     with pytest.raises(UserError, match=r"t\.jsonl:1 sample 1: no top_logprobs"):
-        collate.make_batch(
-            [[dataset.load_source(c, None, 0, True).read_example(1)]], 10, 3, top_k=2
+        collate.collate_rows(
+            [[dataset.load_source(c, None, 0, True).read_example(1)]],
+            collate.BatchLayout(10, 3, top_k=2),
         )
     samples[0]["top_logprobs"].pop()
     write(path, [{"prompt_tokens": [1, 2], "samples": samples}])
