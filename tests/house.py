@@ -21,7 +21,8 @@ FOLDERS = {
     "planning": "fit forecast programs roofline aot hlo diagnosis",
     "training": "loop preflight eval_hook collect trainer memory sampling_programs calls "
     "microbatches prompts setup update optim stages",
-    "evaluation": "evaluator responses records divergence lm_eval_model scoring tasks statistics",
+    "evaluation": "evaluator responses records divergence lm_eval_model scoring protocols tasks "
+    "statistics",
     "teachers": "local",
     "rollout": "completions sampler simulate engine buffer options scheduler decode sequence "
     "sampling",

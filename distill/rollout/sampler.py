@@ -14,7 +14,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distill.data import dataset
-from distill.policy.policy import Policy
 from distill.rollout import decode
 from distill.rollout.engine import Engine
 from distill.rollout.options import RolloutOptions, get_segment_steps, make_cache_shape
@@ -169,51 +168,6 @@ def _check_sequence(sequence: Sequence, where: str, options: RolloutOptions, mes
             f"{where}: a prompt of {len(sequence.prompt)} tokens and {sequence.limit} new ones "
             f"exceed the {max_tokens} tokens that the cache has for a row"
         )
-
-
-def complete(
-    policy: Policy,
-    prompts: abc.Sequence[list[int]],
-    *,
-    samples: int,
-    key: jax.Array,
-    limits: abc.Sequence[int],
-    sampling: Sampling,
-    batch_size: int,
-    first: int = 0,
-    counts: Counter[str] | None = None,
-    top_logprobs: int = 0,
-    ended: abc.Callable[[Sequence], bool] | None = None,
-    warm_up: bool = False,
-) -> abc.Iterator[list[Sequence]]:
-    """Yields the `samples` completions of each prompt, in order; `batch_size` rows decode at once.
-
-    Those of prompt i have at most limits[i] new tokens. For the rest see `sample`.
-
-    `first` is the number of the first prompt: a call that goes on where another stopped draws what
-    that one would have drawn. An empty prompt has no completions.
-    """
-    numbers_B, samples_B = np.divmod(np.arange(len(prompts) * samples), samples)
-    keys = make_row_keys(key, numbers_B + first, samples_B)
-    max_length = max((len(p) + n for p, n in zip(prompts, limits, strict=True) if p), default=1)
-    done = sample(
-        SamplingModel(policy.model, policy.params, policy.stop_ids),
-        (
-            Sequence(prompts[p], k, limits[p])
-            for p, k in zip(numbers_B, keys, strict=True)
-            if prompts[p]
-        ),
-        sampling=sampling,
-        options=RolloutOptions(
-            batch_size,
-            max_length=bucket_length(max_length),
-            top_logprobs=top_logprobs,
-            warm_up=warm_up,
-        ),
-        counts=counts,
-        ended=ended,
-    )
-    return ([next(done) for _ in range(samples if prompt else 0)] for prompt in prompts)
 
 
 def bucket_length(length: int) -> int:

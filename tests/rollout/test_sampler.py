@@ -168,11 +168,7 @@ def test_complete_is_independent_of_batches_and_of_where_it_starts(params):
             rollout.complete(
                 subject,
                 prompts,
-                samples=3,
-                key=jax.random.key(1),
-                limits=[8] * len(prompts),
-                sampling=Sampling(),
-                batch_size=batch_size,
+                rollout.SampleSpec(3, 8, seed=1, batch_size=batch_size),
                 first=first,
             )
         )
