@@ -16,9 +16,10 @@ from distill.data import chat, collate, dataset, packing
 from distill.data.examples import Example
 from distill.objectives import losses
 from distill.training import update
-from models.qwen3 import model
+from models import families
+from models.families import make_model
 from models.qwen3.config import Config
-from models.qwen3.model import Qwen3
+from models.transformer import Transformer
 
 SHAPE = {
     "vocab_size": 61,
@@ -133,7 +134,7 @@ def test_nothing_waits_longer_than_a_window() -> None:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def naive(qwen3: Qwen3, params: Any, batch: Any) -> tuple[Any, Any]:
+def naive(qwen3: Transformer, params: Any, batch: Any) -> tuple[Any, Any]:
     def loss(params: Any) -> Any:
         return update.compute_loss_sums(
             qwen3, losses.OBJECTIVES["sft"], 1, 1.0, params, batch, None
@@ -144,8 +145,8 @@ def naive(qwen3: Qwen3, params: Any, batch: Any) -> tuple[Any, Any]:
 
 def test_packed_rows_train_as_unpacked_ones_do() -> None:
     config = Config.from_hf({"architectures": ["Qwen3ForCausalLM"], **SHAPE}, "test")
-    qwen3 = Qwen3(config, dtype=jnp.dtype("float32"), remat=False)
-    params = model.init_params(config, jax.random.key(0))
+    qwen3 = make_model(config, dtype=jnp.dtype("float32"), remat=False)
+    params = families.init_params(config, jax.random.key(0))
     rng = np.random.default_rng(0)
     source = numbered(0)
 
