@@ -113,7 +113,7 @@ accelerator() { # resolves ACCELERATOR and RUNTIME; sets WORKERS, the hosts of a
   local cubic="2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16"
   WORKERS=1
   if [[ -z $asked ]]; then
-    [[ ! $VERB =~ ^(create|up|babysit|doctor)$ ]] || \
+    [[ ! $VERB =~ ^(create|up|babysit|doctor)$ ]] ||
       mistake "--accelerator: is required, for example v6e-16"
     return 0
   fi

@@ -264,7 +264,7 @@ def test_nothing_is_created_where_the_question_failed(pod, verb, error):
     text, code, told = {
         "login": (NOT_LOGGED_IN, 2, "error: not logged in; run: gcloud auth login\n"),
         "network": ("ERROR: gcloud crashed (TransportError): timed out", 1, "timed out\n"),
-        "off": (denied + off, 2, "the API is off; run: gcloud services enable tpu.googleapis.com\n"),
+        "off": (denied + off, 2, "is off; run: gcloud services enable tpu.googleapis.com\n"),
         "denied": (denied, 2, "error: PERMISSION_DENIED: \n"),
     }[error]  # fmt: skip
     pod.play(error=text)
