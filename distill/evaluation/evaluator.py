@@ -20,8 +20,8 @@ from distill.rollout.completions import SampleSpec
 from distill.rollout.sampling import Sampling
 from distill.runtime import cli, distributed, run_files
 from distill.runtime import mesh as mesh_lib
+from models import families
 from models.errors import UserError
-from models.qwen3.config import Config
 
 Record = dict[str, Any]
 
@@ -135,7 +135,7 @@ def evaluate_model(
     """
     paths = [path for path in (model, teacher) if path]
     mesh = mesh_lib.make_reader_mesh(
-        *(Config.from_directory(policy.resolve_model_dir(path)) for path in paths)
+        *(families.read_config(policy.resolve_model_dir(path)) for path in paths)
     )
     abstract_policies = [policy.make_abstract_for_inference(path, dtype, mesh) for path in paths]
     policy.require_same_vocabulary(abstract_policies[0], abstract_policies[-1])
