@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from configs import quickstart
 from distill import rollout
 from distill.batch import Batch
-from distill.evaluation import evaluator, tasks
+from distill.evaluation import evaluator, protocols, tasks
 from distill.objectives import losses
 from distill.policy import forward, policy
 from distill.policy.policy import Policy
@@ -229,18 +229,16 @@ def evaluate_policy(subject: Policy, teacher: Policy, out: Path) -> dict[str, An
     problems = tasks.load_problems("arithmetic", "", PROBLEMS.value)
     results = {}
     for manner, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        results[manner] = evaluator.evaluate_benchmark(
-            subject,
-            "arithmetic",
-            problems,
-            out / "eval" / manner,
-            samples=1,
-            ks=[1],
-            thinking=True,
+        spec = rollout.SampleSpec(
             max_new_tokens=make_config("sampled", {}).opd.max_response_tokens,
             sampling=rollout.Sampling(temperature),
-            seed=0,
             batch_size=min(250, len(problems)),
+        )
+        results[manner] = evaluator.evaluate_benchmark(
+            subject,
+            problems,
+            protocols.EvalSpec("arithmetic", spec),
+            out / "eval" / manner,
             teacher=teacher if temperature else None,
         )
     sampled: Any = results["sampled"]

@@ -21,13 +21,14 @@ FOLDERS = {
     "planning": "fit forecast programs roofline aot hlo diagnosis",
     "training": "loop preflight eval_hook collect trainer memory sampling_programs calls "
     "microbatches prompts setup update optim stages",
-    "evaluation": "evaluator responses records divergence lm_eval_model scoring tasks statistics",
+    "evaluation": "evaluator responses records divergence lm_eval_model scoring protocols tasks "
+    "statistics",
     "teachers": "local",
     "rollout": "completions sampler simulate engine buffer options scheduler decode sequence "
     "sampling",
     "policy": "exporting forward policy hub",
-    "data": "collate packing dataset teacher_context dedup curriculum examples sources columns "
-    "arithmetic chat",
+    "data": "collate packing dataset teacher_context cleaning dedup curriculum examples sources "
+    "columns arithmetic chat",
     "objectives": "losses fused_head chunks divergences advantages",
     "rewards": "terms graders ifeval",
     "runtime": "checkpoint cli distributed xla run_files gpu mesh",

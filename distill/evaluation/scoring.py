@@ -8,6 +8,7 @@ import jax
 from distill import rollout
 from distill.batch import Batch
 from distill.data import collate, dataset
+from distill.data.examples import encode_prompt
 from distill.objectives import fused_head, losses
 from distill.policy import forward, policy
 from distill.policy.policy import Policy
@@ -46,7 +47,7 @@ def read_token_ids(subject: Policy, rows: Iterable[tuple[str, dict]]) -> dataset
     for where, row in rows:
         if "tokens" not in row:
             raise UserError(f"{where}: no tokens among its fields {sorted(row)}")
-        ids = dataset.encode_prompt(row, where, None, None)
+        ids = encode_prompt(row, where, None, None)
         dataset.require_ids(ids, subject.config.vocab_size, where)
         if len(ids) > limit:
             raise UserError(f"{where}: {len(ids)} tokens exceed the model's {limit} positions")

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from distill import rollout
-from distill.evaluation import tasks
+from distill.evaluation import protocols
 from distill.policy import policy
 from distill.rollout import decode
 from distill.rollout.sampling import Sampling
@@ -125,11 +125,11 @@ def make_eval_sampler(c: ConfigDict, models: StageModels) -> SamplingSetup:
     as long as the stages allow prompts to be, without a limit as one batch. A LoRA is merged."""
     e, models = c.eval, _merge_lora(models)
     changes = {"samples": e.samples or None, "max_new_tokens": e.max_new_tokens or None}
-    settings = tasks.resolve_settings(e.protocol, e.benchmark, changes)
+    settings = protocols.resolve_settings(e.protocol, e.benchmark, changes)
     P, R = max(c[name].max_prompt_tokens for name in c.stages), settings["max_new_tokens"]
     count = (e.limit or e.batch_size) * settings["samples"]
     options = rollout.RolloutOptions(e.batch_size, max_length=rollout.bucket_length(P + R))
-    sampling_settings = tasks.make_sampling(settings)
+    sampling_settings = rollout.make_sample_spec(settings).sampling
     return _make_sampler(
         models, options, sampling_settings, (count, P, R, settings["samples"]), False
     )
@@ -264,7 +264,7 @@ def list_sampling_calls(
     )
     fewer_rows = rollout.get_shrunk_rows(shape)
     if fewer_rows:
-        lower_resize = lambda: decode.resize.lower(
+        lower_resize = lambda: decode.resize.lower(  # noqa: E731
             make_state_shape(shape.rows), make_int32_shape(X, fewer_rows // X)
         )
         useful = count_forward_flops(config, fewer_rows, P + R / 2, with_head=True)

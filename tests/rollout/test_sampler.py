@@ -60,11 +60,9 @@ def prompts(count, seed=0):
 def sample(params, rows, numbers, samples=None, sampling=None, **options):
     keys = rollout.make_row_keys(jax.random.key(3), list(numbers), samples or [0] * len(rows))
     done = rollout.sample(
-        QWEN3,
-        params,
+        rollout.SamplingModel(QWEN3, params, STOPS),
         [Sequence(prompt, key, R) for prompt, key in zip(rows, keys, strict=True)],
         sampling=sampling or Sampling(),
-        stop_ids=STOPS,
         options=RolloutOptions(**{"slots": 8, **options}),
     )
     return microbatches.make_unpacked_batch(list(done), len(rows), P + R)
@@ -170,11 +168,7 @@ def test_complete_is_independent_of_batches_and_of_where_it_starts(params):
             rollout.complete(
                 subject,
                 prompts,
-                samples=3,
-                key=jax.random.key(1),
-                limits=[8] * len(prompts),
-                sampling=Sampling(),
-                batch_size=batch_size,
+                rollout.SampleSpec(3, 8, seed=1, batch_size=batch_size),
                 first=first,
             )
         )

@@ -39,7 +39,7 @@ def told(c: ConfigDict, alter: Any = lambda params: params) -> list[str]:
         plan = setup.load_lora_base(c, plan)
         plan = setup.load_stage_models(c, plan, plan.stages[0])
         trained = first(c, plan)
-        validation = eval_hook.setup_validation(c.eval, plan.student)
+        validation = eval_hook.setup_validation(c.eval, plan.student, c.seed)
         return list(preflight.make_summary_lines(c, plan, validation, alter(trained), False))
 
 
