@@ -99,6 +99,10 @@ def sample(
     from distill.policy import policy
     from distill.rollout import completions
 
+    known = {
+        f.name for kind in (rollout.SampleSpec, rollout.Sampling) for f in dataclasses.fields(kind)
+    }
+    _check_names(options, known - {"sampling", "top_logprobs"})
     spec = rollout.make_sample_spec(options)
     spec.sampling.check_vocab_size(model.config.vocab_size)
     rows = [(f"prompts[{i}]", _to_row(prompt)) for i, prompt in enumerate(prompts)]
@@ -132,9 +136,8 @@ def logprobs(model: "Policy", completions: Sequence[Completion]) -> "list[np.nda
 def reverse_kl(
     student: "Policy", teacher: "Policy", completions: Sequence[Completion]
 ) -> "list[np.ndarray]":
-    """Compares two models along completions: of each [tokens] float32, the exact KL(student‖teacher)
-    in nats, over the whole vocabulary, of the distribution that each token of its response was
-    predicted by.
+    """Compares two models along completions: of each [tokens] float32, the exact reverse KL in nats
+    between the distributions, over the whole vocabulary, that predict each token of its response.
 
     Raises:
       UserError: if the models do not share a vocabulary.
@@ -175,6 +178,8 @@ def evaluate(
     from distill.evaluation import evaluator, protocols, tasks
     from distill.policy import policy
 
+    known = {*protocols.PROTOCOLS["greedy"], "min_p", "seed", "batch_size"}
+    _check_names(changes, known)
     tasks.require_benchmark(benchmark)
     settings = protocols.resolve_settings(protocol, benchmark, changes)
     ks = tuple(sorted({1, settings["samples"]}))
@@ -200,6 +205,14 @@ def train(config: "ConfigDict", workdir: str) -> Run:
 
     loop.run(config, workdir)
     return Run(epath.Path(workdir))
+
+
+def _check_names(given: dict[str, Any], known: set[str]) -> None:
+    """Raises UserError for an argument that nothing reads."""
+    from models.errors import UserError
+
+    if unknown := sorted(given.keys() - known):
+        raise UserError(f"{unknown[0]}: no such option; known are {', '.join(sorted(known))}")
 
 
 def _to_row(prompt: Prompt) -> dict[str, Any]:
