@@ -14,8 +14,8 @@ from distill.objectives import fused_head, losses
 from distill.policy import forward, policy
 from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
-from models.qwen3 import model
-from models.qwen3.model import Params
+from models import transformer
+from models.transformer import Params
 
 Record = dict[str, object]
 
@@ -80,10 +80,10 @@ def _compute_kl(
     """(reverse KL, mask), float32 [B, T], aligned by losses.shift. To be called within jit."""
     stats = fused_head.compute_token_stats(
         forward.compute_hidden(subject.model, params, batch),
-        model.get_output_head(params),
+        transformer.get_output_head(params),
         losses.shift(batch.tokens_BT),
         forward.compute_hidden(teacher.model, teacher_params, batch),
-        model.get_output_head(teacher_params),
+        transformer.get_output_head(teacher_params),
         loss_chunk_mib=128.0 * policy.get_mesh(subject).size,
         split=mesh_lib.split_vocabulary,
     )
