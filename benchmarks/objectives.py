@@ -35,9 +35,9 @@ from distill.runtime import mesh as mesh_lib
 from distill.teachers import local
 from distill.training import collect, loop, setup, stages
 from distill.training.microbatches import Minibatches
+from models import transformer
 from models.errors import UserError
-from models.qwen3 import model
-from models.qwen3.model import Params
+from models.transformer import Params
 
 OPTIONS = flags.FlagValues()
 OUT = flags.DEFINE_string("out", "runs/objectives", "Directory of the runs.", flag_values=OPTIONS)
@@ -159,7 +159,7 @@ def compute_bad_loss(
     logp_BTV, logq_BTV = (
         jax.nn.log_softmax(hidden_BTX @ head_VX.T, axis=-1)
         for hidden_BTX, head_VX in (
-            (hidden_BTD, model.get_output_head(params)),
+            (hidden_BTD, transformer.get_output_head(params)),
             (batch.teacher_hidden_BTD[0], head_VE),
         )
     )
@@ -192,7 +192,7 @@ def train_bad_loss(name: str, out: Path, mesh: Mesh) -> Policy:
         policy.load(run_setup.student, "float32"),
     )
     head_VE, params = (
-        model.get_output_head(run_setup.teachers["teacher"].policy.params),
+        transformer.get_output_head(run_setup.teachers["teacher"].policy.params),
         student.params,
     )
     state = stage.optimizer.init(params)

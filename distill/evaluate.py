@@ -16,8 +16,8 @@ from distill.policy import policy
 from distill.rewards import graders, ifeval
 from distill.runtime import cli, distributed, run_files
 from distill.runtime import mesh as mesh_lib
+from models import families
 from models.errors import UserError
-from models.qwen3.config import Config
 
 OPTIONS = flags.FlagValues()
 MODEL = flags.DEFINE_string(
@@ -168,7 +168,7 @@ def run_evaluation() -> None:
         raise UserError("--model: name a model directory, or give --responses")
     paths = [path for path in (MODEL.value, TEACHER.value) if path]
     mesh = mesh_lib.make_reader_mesh(
-        *(Config.from_directory(policy.resolve_model_dir(path)) for path in paths)
+        *(families.read_config(policy.resolve_model_dir(path)) for path in paths)
     )
     abstract_policies = [
         policy.make_abstract_for_inference(path, DTYPE.value or "", mesh) for path in paths

@@ -47,7 +47,7 @@ def collate_padded(examples: Sequence[Example], max_prompt: int, max_response: i
 def collate_rows(rows: Sequence[Sequence[Example]], layout: BatchLayout) -> Batch:
     """Lays out rows, each with its examples one after the other; returns arrays on the host.
 
-    Positions begin at 0 in each segment, and attention stays within it (models.qwen3.model), so
+    Positions begin at 0 in each segment, and attention stays within it (models.transformer), so
     examples are trained as if each had a row of its own. Raises UserError naming an example that
     lacks the teacher's stored likeliest tokens.
     """

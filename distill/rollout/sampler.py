@@ -21,17 +21,17 @@ from distill.rollout.sampling import Sampling
 from distill.rollout.sequence import Sequence
 from distill.runtime import mesh as mesh_lib
 from models.errors import UserError
-from models.qwen3.model import Params, Qwen3
+from models.transformer import Params, Transformer
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingModel:
     """A model to sample from."""
 
-    qwen3: Qwen3
+    transformer: Transformer
     params: Params  # on the mesh whose devices sample
     stop_ids: tuple[int, ...]  # tokens that end a response
-    lora_params: Params | None = None  # factors of a LoRA beside `params`, where qwen3 has one
+    lora_params: Params | None = None  # the factors of a LoRA, if transformer has one
 
     @property
     def mesh(self) -> Mesh:
@@ -108,16 +108,21 @@ def sample(
       UserError: naming the first sequence whose prompt is empty or which does not fit the cache,
         before anything runs.
     """
-    qwen3, mesh, waiting = model.qwen3, model.mesh, deque(sequences)
-    sampling.check_vocab_size(qwen3.config.vocab_size)
+    transformer, mesh, waiting = model.transformer, model.mesh, deque(sequences)
+    sampling.check_vocab_size(transformer.config.vocab_size)
     for number, sequence in enumerate(waiting):
         _check_sequence(sequence, sequence.where or f"row {number}", options, mesh)
-    dtype, max_length = jnp.dtype(qwen3.dtype).name, max((s.max_length for s in waiting), default=1)
+    dtype, max_length = (
+        jnp.dtype(transformer.dtype).name,
+        max((s.max_length for s in waiting), default=1),
+    )
     num_unfinished = sum(not s.finish_reason for s in waiting)
-    shape = make_cache_shape(options, qwen3.config, mesh, dtype, max(1, num_unfinished), max_length)
+    shape = make_cache_shape(
+        options, transformer.config, mesh, dtype, max(1, num_unfinished), max_length
+    )
     with mesh_lib.use_mesh(mesh):
-        qwen3, params = decode.prepare_weights(
-            qwen3,
+        transformer, params = decode.prepare_weights(
+            transformer,
             model.params,
             mesh,
             stacked=decode.prefers_stacked(mesh) if options.stacked is None else options.stacked,
@@ -126,7 +131,7 @@ def sample(
             lora_params=model.lora_params,
         )
         decoder = decode.Decoder(
-            qwen3,
+            transformer,
             sampling,
             model.stop_ids,
             shape,

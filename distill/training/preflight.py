@@ -21,8 +21,8 @@ from distill.training import calls, sampling_programs
 from distill.training import memory as memory_lib
 from distill.training.eval_hook import ValidationSetup
 from distill.training.setup import RunSetup, StageSetup
-from models.qwen3 import quantised
-from models.qwen3.model import Params
+from models.layers import quantised
+from models.transformer import Params
 
 NUM_ROWS, NUM_END_TOKENS = (
     2,

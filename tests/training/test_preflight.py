@@ -15,7 +15,7 @@ from distill.data.examples import Example
 from distill.policy import policy
 from distill.runtime import mesh as mesh_lib
 from distill.training import calls, eval_hook, preflight, setup, update
-from models.qwen3.model import Params
+from models.transformer import Params
 from tests.support.paths import ROOT
 
 
