@@ -87,7 +87,6 @@ def describe_stage(c: ConfigDict, name: str, mesh: Mesh, teacher_mesh: Mesh) -> 
     )
     if lora:
         student = _cast_params(student, m.param_dtype)
-    keeps_initial = local.is_base(student)
     teachers = {}
     for teacher in s.teachers if needs_teacher else ():
         t = c[teacher]
@@ -95,7 +94,7 @@ def describe_stage(c: ConfigDict, name: str, mesh: Mesh, teacher_mesh: Mesh) -> 
             teachers[teacher] = dataclasses.replace(student, model=student.model.clone(remat=False))
         elif t.path == local.EMA:
             teachers[teacher] = dataclasses.replace(initial, params=trained)
-        elif t.path == local.INITIAL and keeps_initial:
+        elif t.path == local.INITIAL and local.is_base(student):
             on_mesh = mesh_lib.make_abstract_params(student.config, mesh)
             own = dataclasses.replace(initial, params=on_mesh)
             teachers[teacher] = _cast_params(own, t.param_dtype)
@@ -104,6 +103,9 @@ def describe_stage(c: ConfigDict, name: str, mesh: Mesh, teacher_mesh: Mesh) -> 
         else:
             other = describe_policy(t.path, t.dtype, False, teacher_mesh, teacher, **options)
             teachers[teacher] = _cast_params(other, t.param_dtype)
+    reference = None
+    if loss.reference and not local.is_base(student):
+        reference = _cast_params(initial, m.param_dtype)
     stages.check_row_split(name, s, mesh, teacher_mesh)
     stages.check_token_split(name, s, mesh, teacher_mesh)
     return AbstractStage(
@@ -115,7 +117,7 @@ def describe_stage(c: ConfigDict, name: str, mesh: Mesh, teacher_mesh: Mesh) -> 
         student,
         trained,
         teachers,
-        _cast_params(initial, m.param_dtype) if loss.reference and not keeps_initial else None,
+        reference,
     )
 
 
