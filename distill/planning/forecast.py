@@ -12,10 +12,11 @@ from distill import rollout
 from distill.data.collate import SampledExample
 from distill.planning import aot, roofline
 from distill.planning.roofline import GIB, ProgramCost
-from distill.training import calls, memory, microbatches, sampling_programs, stages
+from distill.training import memory, microbatches, sampling_programs, stages
 from distill.training.calls import AbstractStage
+from models import families
 from models.errors import UserError
-from models.qwen3 import attention
+from models.layers import attention
 
 PROMPT_TOKENS = 300  # of each prompt, if the stage allows so many
 
@@ -158,9 +159,9 @@ def simulate_packing(stage: AbstractStage, response_lengths: list[int]) -> Packi
     blocks = sum(_count_blocks([lengths[i] for i in row], T, block) for row in packed_rows)
     context = blocks * block**2 / (len(packed_rows) * T)
     needed = sum(
-        calls.count_forward_flops(config, n, (n + 1) / 2, with_head=False) for n in lengths
+        families.count_forward_flops(config, n, (n + 1) / 2, with_head=False) for n in lengths
     )
-    computed = calls.count_forward_flops(config, len(packed_rows) * T, context, with_head=False)
+    computed = families.count_forward_flops(config, len(packed_rows) * T, context, with_head=False)
     return Packing(
         rows,
         sum(map(len, parts)),

@@ -25,10 +25,9 @@ from distill.training.calls import (
     AbstractStage,
     ProgramCall,
     count_device_bytes,
-    count_forward_flops,
     count_head_flops,
 )
-from models.qwen3 import model
+from models import families, transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,16 +121,14 @@ def _make_logp_call(
 ) -> ProgramCall:
     """The log-probabilities that a judge or a reference gives the tokens of a micro-batch."""
     rows, T = inputs.tokens_BT.shape
-    config, qwen3, params = reader.policy.config, reader.policy.model, reader.policy.params
-    mib = stages.compute_logits_mib(stage.c, stage.mesh)
-    lower = functools.partial(
-        local.compute_logp_jit.lower, qwen3, mib, temperature, params, reader.lora
-    )
+    config, mib = reader.policy.config, stages.compute_logits_mib(stage.c, stage.mesh)
+    options = reader.policy.model, mib, temperature
+    args = reader.policy.params, reader.lora, local.to_model_inputs(inputs)
     return ProgramCall(
         name,
-        functools.partial(lower, local.to_model_inputs(inputs)),
+        functools.partial(local.compute_logp_jit.lower, *options, *args),
         stage.max_microbatches,
-        count_forward_flops(config, rows * T, (T + 1) / 2, with_head=True),
+        families.count_forward_flops(config, rows * T, (T + 1) / 2, with_head=True),
         reader.resident_arguments,
         mesh=reader.mesh,
         call_scaling="read",
@@ -149,7 +146,7 @@ def _make_score_call(
         name,
         functools.partial(local.compute_hidden.lower, reader.policy.model, *args),
         stage.max_microbatches * stage.s.epochs,
-        count_forward_flops(reader.policy.config, rows * T, (T + 1) / 2, with_head=False),
+        families.count_forward_flops(reader.policy.config, rows * T, (T + 1) / 2, with_head=False),
         reader.resident_arguments,
         mesh=reader.mesh,
         call_scaling="read",
@@ -192,7 +189,7 @@ def _list_init_calls(
     for name, teacher in stage.teachers.items():
         teacher_mesh = policy.get_mesh(teacher)
         if teacher_mesh != stage.mesh:  # between processes it travels whole
-            head_VE = model.get_output_head(teacher.params)
+            head_VE = transformer.get_output_head(teacher.params)
             lower = functools.partial(jax.jit(mesh_lib.replicate_array).lower, head_VE)
             other_bytes = -count_device_bytes(head_VE)  # an argument
             calls.append(
@@ -211,7 +208,9 @@ def _list_update_calls(
     frozen, base = (student.params, ("base",)) if student.model.lora else (None, ())
     batch, updates = stage.make_microbatch(stage.mesh), s.epochs * s.minibatches
     rows, T = batch.tokens_BT.shape
-    forward_flops = count_forward_flops(student.config, rows * T, (T + 1) / 2, with_head=True)
+    forward_flops = families.count_forward_flops(
+        student.config, rows * T, (T + 1) / 2, with_head=True
+    )
     head_flops = count_head_flops(student.config, rows * T)
     if updates > 1:
         old_logp = ProgramCall(
@@ -232,7 +231,7 @@ def _list_update_calls(
         calls.append(ProgramCall("zeros", zeros, updates, other_bytes=other_bytes))
     heads = tuple(memory.make_abstract_head(t, stage.mesh) for t in _list_scoring_teachers(stage))
     args = (gradient, state.params, _add_scores(stage, batch), heads, frozen)
-    teacher_flops = sum(2.0 * rows * T * V * E for V, E in (head.shape for head in heads))
+    teacher_flops = sum(2.0 * tokens * V * E for V, E in (head.shape for head in heads))
     # Of a LoRA's base the gradient of each product is that of its input alone.
     passes = 2 if student.model.lora else 3
     accumulate = ProgramCall(

@@ -16,7 +16,7 @@ from distill.objectives import losses
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.training import microbatches
-from models.qwen3.config import Config
+from models.config import Config
 
 # Jitted functions that a run calls too and `plan` leaves out, and what they read and return: small
 # beside every program that is listed.
@@ -138,23 +138,6 @@ def infer_output_shapes(function: Any, *args: Any) -> Any:
         lowered.out_info,
         lowered.compile().output_shardings,
     )
-
-
-def count_forward_flops(
-    config: Config, tokens: float, context_length: float, with_head: bool
-) -> float:
-    """FLOPs of a forward pass over `tokens` tokens, each of which attends to `context_length`."""
-    D, H = config.hidden_size, config.head_dim
-    N, K = config.num_attention_heads, config.num_key_value_heads
-    per_layer = 2 * D * H * (2 * N + 2 * K) + 4 * N * H * context_length
-    total = per_layer * config.num_hidden_layers
-    for sparse in config.sparse_layers:
-        width = config.intermediate_size
-        if sparse:
-            width = config.moe_intermediate_size * config.num_experts_per_tok
-            total += 2 * D * config.num_experts
-        total += 6 * D * width
-    return tokens * (total + (2 * D * config.vocab_size if with_head else 0))
 
 
 def count_head_flops(config: Config, tokens: int) -> float:

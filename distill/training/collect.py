@@ -25,7 +25,7 @@ from distill.training.microbatches import Minibatches
 from distill.training.prompts import StagePrompts
 from distill.training.setup import RunSetup, StageSetup
 from distill.training.stages import get_term_weights, make_rollout_options, make_sampling
-from models.qwen3.model import Params
+from models.transformer import Params
 
 Metrics = dict[str, float]
 # (what is trained, step, its moving average) -> (what to train on, what was measured)

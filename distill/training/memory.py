@@ -16,7 +16,7 @@ from distill.teachers import local
 from distill.training import optim, sampling_programs, stages, update
 from distill.training.calls import AbstractStage, count_device_bytes
 from distill.training.setup import RunSetup, StageSetup
-from models.qwen3 import model
+from models import transformer
 
 
 def describe_stage(
@@ -95,8 +95,8 @@ def count_teacher_mesh_bytes(stage: AbstractStage) -> int:
 
 def make_abstract_head(teacher: Policy, mesh: Mesh) -> Any:
     """The shape [V, E] of a teacher's output head as the update reads it on the student's mesh."""
-    head_VE = model.get_output_head(teacher.params)
-    on_mesh = model.get_output_head(mesh_lib.make_abstract_params(teacher.config, mesh))
+    head_VE = transformer.get_output_head(teacher.params)
+    on_mesh = transformer.get_output_head(mesh_lib.make_abstract_params(teacher.config, mesh))
     return jax.ShapeDtypeStruct(head_VE.shape, head_VE.dtype, sharding=on_mesh.sharding)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from distill import rollout
-from distill.evaluation import tasks
+from distill.evaluation import protocols
 from distill.policy import policy
 from distill.rollout import decode
 from distill.rollout.sampling import Sampling
@@ -21,11 +21,11 @@ from distill.training.calls import (
     ProgramCall,
     cast_shapes,
     count_device_bytes,
-    count_forward_flops,
     infer_output_shapes,
 )
-from models.qwen3 import lora as lora_lib
-from models.qwen3 import pages, quantised
+from models import families
+from models.layers import lora as lora_lib
+from models.layers import pages, quantised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,29 +56,29 @@ class AbstractSampler:
         if student.model.lora:
             params, trained = student.params, params
         rules = mesh_lib.GATHERED_RULES if options.gather_weights else mesh_lib.SHARDING_RULES
-        stacked = self.decoder.qwen3.scan
+        stacked = self.decoder.model.scan
         return student.model, params, trained, self.mesh, rules, stacked, options.param_dtype
 
     @property
     def variable_shapes(self) -> Any:
         """Shapes of the variables that decode."""
-        if self.decoder.qwen3.scan:
+        if self.decoder.model.scan:
             return self._stacked_shapes
         with mesh_lib.use_mesh(self.mesh):
             return infer_output_shapes(decode.convert_weights, *self.conversion_args)
 
     @property
     def _stacked_shapes(self) -> Any:
-        qwen3, params, trained, mesh, rules, _, param_dtype = self.conversion_args
+        model, params, trained, mesh, rules, _, param_dtype = self.conversion_args
         leaves = jax.tree.leaves(params, is_leaf=quantised.is_quantised)
         quantised_dtypes = {x.values.dtype.name for x in leaves if quantised.is_quantised(x)}
-        shapes = mesh_lib.make_abstract_params(qwen3.config, mesh, rules=rules)
+        shapes = mesh_lib.make_abstract_params(model.config, mesh, rules=rules)
         student = dataclasses.replace(self.stage.student, params=shapes)
-        param_dtype = next(iter(quantised_dtypes), param_dtype or jnp.dtype(qwen3.dtype).name)
+        param_dtype = next(iter(quantised_dtypes), param_dtype or jnp.dtype(model.dtype).name)
         variables = {"params": policy.make_abstract_params(student, param_dtype)}
         if trained is not None:
-            factors = mesh_lib.make_abstract_params(qwen3.config, mesh, qwen3.lora, rules)
-            variables[lora_lib.LORA] = cast_shapes(factors, qwen3.dtype)
+            factors = mesh_lib.make_abstract_params(model.config, mesh, model.lora, rules)
+            variables[lora_lib.LORA] = cast_shapes(factors, model.dtype)
         return variables
 
     @property
@@ -90,7 +90,7 @@ class AbstractSampler:
     def token_bytes(self) -> int:
         """Bytes on a device of one token in the cache."""
         dtype, config = jnp.dtype(self.decoder.cache.dtype), self.stage.student.config
-        return pages.count_token_bytes(config, self.mesh.shape["tensor"], dtype)
+        return families.count_cache_token_bytes(config, self.mesh.shape["tensor"], dtype)
 
     @property
     def cache_bytes(self) -> int:
@@ -128,13 +128,13 @@ def make_eval_sampler(stage: AbstractStage) -> AbstractSampler:
     """
     c, e = stage.c, stage.c.eval
     changes = {"samples": e.samples or None, "max_new_tokens": e.max_new_tokens or None}
-    settings = tasks.resolve_settings(e.protocol, e.benchmark, changes)
+    settings = protocols.resolve_settings(e.protocol, e.benchmark, changes)
     P, R = max(c[name].max_prompt_tokens for name in c.stages), settings["max_new_tokens"]
     samples = settings["samples"]
     return _make_sampler(
         _merge_lora(stage),
         rollout.RolloutOptions(e.batch_size, max_length=rollout.bucket_length(P + R)),
-        tasks.make_sampling(settings),
+        rollout.make_sample_spec(settings).sampling,
         SamplingSizes((e.limit or e.batch_size) * samples, P, R, samples),
         False,
     )
@@ -160,17 +160,17 @@ def _make_sampler(
 ) -> AbstractSampler:
     student, mesh = stage.student, mesh_lib.to_decode_mesh(stage.mesh)
     lora = student.model.lora and lora_lib.with_unit_scale(student.model.lora)
-    qwen3 = student.model.clone(scan=decode.prefers_stacked(mesh), remat=False, lora=lora)
+    model = student.model.clone(scan=decode.prefers_stacked(mesh), remat=False, lora=lora)
     shape = rollout.make_cache_shape(
         options,
         student.config,
         mesh,
-        jnp.dtype(qwen3.dtype).name,
+        jnp.dtype(model.dtype).name,
         sizes.num_sequences,
         options.max_length or sizes.prompt_tokens + sizes.response_tokens,
     )
     steps = rollout.get_segment_steps(options, shape)
-    decoder = decode.Decoder(qwen3, sampling, student.stop_ids, shape, steps, routing=routing)
+    decoder = decode.Decoder(model, sampling, student.stop_ids, shape, steps, routing=routing)
     return AbstractSampler(stage, mesh, options, decoder, sizes)
 
 
@@ -206,7 +206,7 @@ def list_sampling_calls(sampler: AbstractSampler) -> list[ProgramCall]:
             make_ints(X, rows + 1),
         )
         lower = lower_with_state(decode.prefill, shape.rows, *index, before=(decoder, variables))
-        flops = count_forward_flops(config, X * T, (P + 1) / 2, with_head=False)
+        flops = families.count_forward_flops(config, X * T, (P + 1) / 2, with_head=False)
         return make_call(name, lower, calls_per_step, flops=flops)
 
     def make_decode(name: str, rows: int, calls_per_step: float, **costs: Any) -> ProgramCall:
@@ -217,7 +217,7 @@ def list_sampling_calls(sampler: AbstractSampler) -> list[ProgramCall]:
             make_ints(2, X, rows // X),
         )
         lower = lower_with_state(decode.decode, rows, *args, before=(decoder, variables))
-        flops = count_forward_flops(config, rows, P + R / 2, with_head=True)
+        flops = families.count_forward_flops(config, rows, P + R / 2, with_head=True)
         return make_call(name, lower, calls_per_step, flops=flops, **costs)
 
     convert = functools.partial(decode.convert_weights.lower, *sampler.conversion_args)

@@ -13,7 +13,7 @@ from distill.policy.policy import Policy
 from distill.rewards import graders
 from distill.runtime import mesh as mesh_lib
 from models.errors import UserError
-from models.qwen3.lora import LoRA
+from models.layers.lora import LoRA
 
 # Share of rows that the student writes, where an objective does not mean all of them.
 DEFAULT_ON_POLICY = {"sft": 0.0, "distill": 0.0, "gkd": 0.5}

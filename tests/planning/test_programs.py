@@ -24,7 +24,7 @@ SAMPLING = {"convert_weights", "init_state", "prefill", "decode", "resize", "mar
 SCALARS = {
     *("_threefry_seed", "_threefry_fold_in", "_where", "_power", "true_divide", "add", "subtract"),
     *("clip", "integer_pow", "multiply", "minimum", "cos", "convert_element_type", "stage"),
-    *("_mean", "_std", "_reduce_all", "broadcast_in_dim", "dynamic_slice", "reshape"),
+    *("_mean", "_std", "_reduce_all", "broadcast_in_dim", "dynamic_slice", "reshape", "equal"),
 }
 
 
