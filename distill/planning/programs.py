@@ -208,10 +208,9 @@ def _list_update_calls(
     frozen, base = (student.params, ("base",)) if student.model.lora else (None, ())
     batch, updates = stage.make_microbatch(stage.mesh), s.epochs * s.minibatches
     rows, T = batch.tokens_BT.shape
-    forward_flops = families.count_forward_flops(
-        student.config, rows * T, (T + 1) / 2, with_head=True
-    )
-    head_flops = count_head_flops(student.config, rows * T)
+    config, tokens = student.config, rows * T
+    forward_flops = families.count_forward_flops(config, tokens, (T + 1) / 2, with_head=True)
+    head_flops = count_head_flops(config, tokens)
     if updates > 1:
         old_logp = ProgramCall(
             "old log-probs",
