@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from distill.data import arithmetic, chat
 from models.errors import UserError
 from tests.support.paths import DATA, ROOT
-from tests.support.tokenizers import without
+from tests.support.tokenizers import copy_tokenizer_without
 
 TINY = ROOT / "assets" / "teacher"
 VECTORS = DATA / "qwen3_tokenizer_vectors.json"
@@ -85,19 +85,19 @@ def test_every_published_loss_mask(qwen3: PreTrainedTokenizerBase) -> None:
 
 
 @needs_qwen3
-def test_qwen3_think_switch(qwen3: PreTrainedTokenizerBase) -> None:
+def test_the_think_switch_of_qwen3_adds_an_empty_block(qwen3: PreTrainedTokenizerBase) -> None:
     on, off = (chat.render_messages(qwen3, HELLO, thinking=thinking) for thinking in (True, False))
     assert off == [*on, 151667, 271, 151668, 271]
     assert chat.render_messages(qwen3, HELLO) == on
 
 
-def test_think_switch(tiny: PreTrainedTokenizerBase) -> None:
+def test_the_think_switch_adds_an_empty_block(tiny: PreTrainedTokenizerBase) -> None:
     on, off = (chat.render_messages(tiny, HELLO, thinking=thinking) for thinking in (True, False))
     assert tiny.decode(on) == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     assert off == on + chat.encode(tiny, "<think>\n\n</think>\n\n")
 
 
-def test_tools_are_rendered(tiny: PreTrainedTokenizerBase) -> None:
+def test_tools_are_rendered_into_the_system_turn(tiny: PreTrainedTokenizerBase) -> None:
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
     text = str(tiny.decode(chat.render_messages(tiny, HELLO, tools=tools)))
     assert text.startswith("<|im_start|>system\n# Tools") and '"name": "add"' in text
@@ -156,7 +156,7 @@ def test_a_broken_tokenizer_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_no_template_and_no_stop_token_are_named() -> None:
+def test_a_missing_template_or_stop_token_is_named() -> None:
     tokenizer = fresh_tiny()
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no eos_token"):
@@ -251,7 +251,7 @@ def test_a_base_tokenizer_is_extended_by_that_of_its_post_trained_model(
     qwen3: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     added = ("<tool_response>", "</tool_response>", "<think>", "</think>")
-    base = load(without(DATA / "qwen3_tokenizer", added, tmp_path / "base"))
+    base = load(copy_tokenizer_without(DATA / "qwen3_tokenizer", added, tmp_path / "base"))
     assert chat.encode(base, "<think>") == [13708, 766, 29]  # as published of the Base models
     assert base.eos_token_id == 151643
     names = ("base", "teacher")
@@ -266,7 +266,7 @@ def test_a_base_tokenizer_is_extended_by_that_of_its_post_trained_model(
 
 
 def first_with(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[str]) -> int | None:
-    """By definition: the least number of tokens whose text has a stop string in it."""
+    """Finds the least number of tokens whose text has a stop string, by trying each."""
     texts = [chat.decode(tokenizer, ids[: n + 1]) for n in range(len(ids))]
     return next((n + 1 for n, text in enumerate(texts) if any(s in text for s in stops)), None)
 
@@ -279,7 +279,7 @@ def fed(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[str], si
 
 @pytest.mark.parametrize("name", ["tiny", pytest.param("qwen3", marks=needs_qwen3)])
 def test_stop_strings_are_found_with_the_token_that_completes_them(name: str, request) -> None:
-    """Across tokens, within them, within characters, among special tokens and broken bytes."""
+    """Stop strings span tokens, tokens span characters, among special tokens and broken bytes."""
     tokenizer = request.getfixturevalue(name)
     text = "Straße 中文字 🙂🙃 x\n\nObservation: 中文 done</think> end"
     special = tokenizer.convert_tokens_to_ids("<|im_end|>")

@@ -15,9 +15,13 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from configs import colab
-from distill import compare, evaluate, export, train
+from distill import compare, export
 from distill.evaluation import tasks
 from tests.support.paths import ROOT
+from tests.support.verbs import verb_module
+
+evaluate = verb_module("evaluate")
+train = verb_module("train")
 
 FILE = ROOT / "notebooks" / "colab_tpu.ipynb"
 VERBS = {"evaluate": evaluate, "train": train, "compare": compare, "export": export}
