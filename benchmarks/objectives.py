@@ -209,7 +209,7 @@ def train_bad_loss(name: str, out: Path, mesh: Mesh) -> Policy:
     rows = []
     with graders.Grader() as grader:
         draw = collect.make_collect(
-            run_setup, stage, c.seed, mesh, stages.compute_logits_mib(c, mesh), grader
+            run_setup, stage, c.seed, mesh, stages.get_loss_chunk_mib(c, mesh), grader
         )
         for number in range(stage.end_step):
             start = time.perf_counter()

@@ -242,7 +242,7 @@ def _list_reader_calls(
 
     The latter two do so beside the gradient so far, or before the first update; several teachers
     beside what those before them found."""
-    T, mib, calls = stages.get_row_tokens(s), stages.compute_logits_mib(c, mesh), []
+    T, mib, calls = stages.get_row_tokens(s), stages.get_loss_chunk_mib(c, mesh), []
     context_tokens = s.context.max_tokens if s.context.text or s.context.column else 0
     sampled = stages.resolve_objective("", s)[1]
     gradient = 0 if has_single_microbatch(s, sampled) else count_device_bytes(models.trained_params)

@@ -248,7 +248,7 @@ def run_stage(
     """The loop. Its order is fixed: draw, update, evaluate, log, save. A checkpoint after step i
     holds all that came of steps 0 to i, and the rows of metrics.jsonl for them are written."""
     stage, s = run_setup.stages[index], run_setup.stages[index].c
-    loss_chunk_mib = stages.compute_logits_mib(c, run_context.mesh)
+    loss_chunk_mib = stages.get_loss_chunk_mib(c, run_context.mesh)
     cache_capacity = preflight.compute_cache_capacity(c, run_setup, stage, state.params)
     collect_step = collect.make_collect(
         run_setup,

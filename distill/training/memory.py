@@ -89,7 +89,7 @@ def estimate_update_bytes(
         "gradient": count_device_bytes(models.trained_params)
         * (1 if has_single_microbatch(s, sampled_rows) else 2),  # and the sum
         "activations": rows / shards * activation_bytes,
-        "logits": stages.compute_logits_mib(c, mesh) / mesh.size * 2**20,
+        "logits": stages.get_loss_chunk_mib(c, mesh) / mesh.size * 2**20,
     }
 
 

@@ -306,7 +306,7 @@ def make_stage_update(
         optimizer,
         loss,
         s.max_response_tokens,
-        stages.compute_logits_mib(c, mesh),
+        stages.get_loss_chunk_mib(c, mesh),
         state,
         balance=c.student.router_aux_loss_coef,
         overlap=c.log.overlap_top_k if loss.teacher else 0,

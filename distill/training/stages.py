@@ -255,7 +255,7 @@ def make_sampling(s: ConfigDict) -> rollout.Sampling:
     return rollout.Sampling(**s.sampling)
 
 
-def compute_logits_mib(c: ConfigDict, mesh: Mesh) -> float:
+def get_loss_chunk_mib(c: ConfigDict, mesh: Mesh) -> float:
     """MiB of float32 logits that a chunk of the loss holds on all devices of a mesh together."""
     return (c.loss_chunk_mib or (1024.0 if mesh_lib.is_on_gpu(mesh) else 128.0)) * mesh.size
 
