@@ -1,6 +1,6 @@
 """From prompts to sequences: what is sampled, by which programs, in which order."""
 
-from distill.rollout.buffer import AsyncRollouts, PartialRollouts
+from distill.rollout.buffer import RolloutBuffer
 from distill.rollout.engine import SEEN_TOKENS_PER_CALL
 from distill.rollout.options import (
     RolloutOptions,
@@ -22,8 +22,7 @@ from distill.rollout.simulate import Simulation, draw_lengths, simulate
 
 __all__ = [
     "SEEN_TOKENS_PER_CALL",
-    "AsyncRollouts",
-    "PartialRollouts",
+    "RolloutBuffer",
     "RolloutOptions",
     "Sampling",
     "Sequence",
