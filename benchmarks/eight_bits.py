@@ -70,11 +70,9 @@ def make_cases(dtype: str) -> dict[tuple[str, str], Callable[[], int]]:
             sampling = rollout.Sampling()
             with policy.use(plain):
                 done = rollout.sample(
-                    network,
-                    plain.params,
+                    rollout.SamplingModel(network, plain.params, ()),
                     sequences,
                     sampling=sampling,
-                    stop_ids=(),
                     options=options,
                 )
                 return sum(len(row.tokens) for row in done)

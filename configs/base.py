@@ -82,7 +82,7 @@ def make_reward() -> ConfigDict:
     c.repetition = 0.0  # a penalty on runs of 8 tokens said before
     c.teacher_logprob = 0.0  # mean log-probability that the teacher gives the response
     # Groups whose rewards are all equal teach nothing. keep: they count as zero; drop: they do not
-    # count; replace: other prompts are asked, up to `max_rounds` times, and what is left is dropped.
+    # count; replace: other prompts are asked, up to `max_rounds` times, then the rest are dropped.
     c.zero_variance_groups = "keep"
     c.max_rounds = 3
     return c

@@ -85,7 +85,8 @@ def render_table(summary: dict[str, Evaluation]) -> str:
             return f"{100 * row['accuracy' + suffix]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"  # type: ignore[operator]
 
         lines.append(
-            f"{name:15} {row['parameters']:>10,}  {format_accuracy(''):>22}  {format_accuracy('_sampled'):>22}  "
+            f"{name:15} {row['parameters']:>10,}  {format_accuracy(''):>22}  "
+            f"{format_accuracy('_sampled'):>22}  "
             f"{row['reverse_kl']:>10.4f}  {row['mean_length']:>6.1f}  {row['seconds']:>7.1f}"
         )
     return "\n".join(lines)

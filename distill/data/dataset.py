@@ -99,9 +99,10 @@ def load_source(
     """The source, or the mixture of sources, that a stage's `data` names; with `traces`, examples
     carry responses; with a context, the prompt that a teacher reads.
 
-    The first `data.check_rows` rows of each are read and tokenised here, so that a bad one among them is
-    met before training; those of a larger set are met when they are read. What `data.on_bad_row`
-    says holds for both: "fail" ends the run with the row's name, "skip" leaves it out, counted.
+    The first `data.check_rows` rows of each are read and tokenised here, so that a bad one
+    among them is met before training; those of a larger set are met when they are read.
+    What `data.on_bad_row` says holds for both: "fail" ends the run with the row's name, "skip"
+    leaves it out, counted.
 
     Raises:
       UserError: naming the key, file or row at fault.

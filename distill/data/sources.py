@@ -295,7 +295,8 @@ def expand_samples(rows: Rows, keep: str, skip_reasons: dict[str, str] | None) -
             )
         if keep == "correct" and any("correct" not in sample for sample in row["samples"]):
             raise UserError(
-                f"{rows.locate_row(index)}: config.data.keep_samples=correct, but its samples were not graded "
+                f"{rows.locate_row(index)}: config.data.keep_samples=correct, but its samples "
+                "were not graded "
                 "(python -m distill.verify)"
             )
         finished = [sample.get("finish_reason") == "stop" for sample in row["samples"]]

@@ -27,10 +27,10 @@ class Divergence:
       KL(p‖αp + (1-α)q). 0 is none.
     temperature: τ. Both distributions are softmax(logits / τ), and the value is multiplied by τ²,
       which keeps the size of the gradient about the same (arXiv 1503.02531, section 2).
-    k: 0 compares the whole vocabulary. Else the k likeliest tokens by `topk_from` (teacher, student, or
-      the union of both), each on its own, and all others as one more outcome, the tail. That is
-      a divergence of coarser distributions: never negative, never above the exact one, and mass
-      that leaves the k is seen.
+    k: 0 compares the whole vocabulary. Else the k likeliest tokens by `topk_from` (teacher,
+      student, or the union of both), each on its own, and all others as one more outcome, the tail.
+      That is a divergence of coarser distributions: never negative, never above the exact one,
+      and mass that leaves the k is seen.
     """
 
     divergence_type: str = "reverse"

@@ -68,8 +68,8 @@ class Loss:
       k2: sg(p/μ)·(log p - log q)²/2. Gradient: that of the reverse KL.
       k3: sg(p/μ)·(q/p - 1 - log(q/p)). Its value estimates the reverse KL, its gradient is that
         of the *forward* KL, so it goes by that name.
-    `teacher_output` says what the teacher hands over: hidden states, its `teacher_topk` likeliest tokens
-    with log-probabilities, or only the log-probability of the drawn token.
+    `teacher_output` says what the teacher hands over: hidden states, its `teacher_topk` likeliest
+    tokens with log-probabilities, or only the log-probability of the drawn token.
     `k1_from`: whose log p stands in k1. The student's is right for stale samples too. The sampler's
     is the usual recipe, and the same on fresh samples; on stale ones it lags behind.
     `baseline` subtracts from k1 its expectation weighed by the size of the gradient: the expected
@@ -185,12 +185,14 @@ def _list_invalid_settings(loss: Loss) -> list[tuple[bool, str]]:
         ),
         (
             drawn and (loss.divergence != gradient or loss.skew > 0 or loss.temperature != 1),
-            f"estimator={loss.estimator}: has the gradient of the plain {gradient} KL at temperature "
+            f"estimator={loss.estimator}: has the gradient of the plain {gradient} KL at "
+            "temperature "
             f"1; set divergence={gradient}, skew=0, temperature=1",
         ),
         (
             loss.teacher_output == "top" and loss.estimator != "topk",
-            f"estimator={loss.estimator} with teacher_output=top: the teacher gives its likeliest tokens "
+            f"estimator={loss.estimator} with teacher_output=top: the teacher gives its "
+            "likeliest tokens "
             "only, neither the whole distribution nor that of any drawn token; use topk",
         ),
         (
@@ -199,7 +201,8 @@ def _list_invalid_settings(loss: Loss) -> list[tuple[bool, str]]:
         ),
         (
             loss.teacher_output == "top" and loss.topk_from != "teacher",
-            f"topk_from={loss.topk_from} with teacher_output=top: of other tokens than the teacher's own likeliest, its "
+            f"topk_from={loss.topk_from} with teacher_output=top: of other tokens than the "
+            "teacher's own likeliest, its "
             "probability is not known",
         ),
         (
@@ -208,7 +211,8 @@ def _list_invalid_settings(loss: Loss) -> list[tuple[bool, str]]:
         ),
         (
             loss.teacher_output == "token" and not drawn,
-            f"estimator={loss.estimator} with teacher_output=token: the teacher gives one number a token; use "
+            f"estimator={loss.estimator} with teacher_output=token: the teacher gives one "
+            "number a token; use "
             "sampled, k2 or k3",
         ),
         (loss.baseline and loss.estimator != "sampled", "baseline: read by estimator=sampled only"),

@@ -1,4 +1,4 @@
-"""From prompts to sequences: what is sampled, by which programs, in which order."""
+"""From prompts to sequences: what to draw, the device programs, and the host's scheduling."""
 
 from distill.rollout.buffer import RolloutBuffer
 from distill.rollout.engine import SEEN_TOKENS_PER_CALL
@@ -10,6 +10,7 @@ from distill.rollout.options import (
     make_cache_shape,
 )
 from distill.rollout.sampler import (
+    SamplingModel,
     bucket_length,
     complete,
     expand_prompts,
@@ -25,6 +26,7 @@ __all__ = [
     "RolloutBuffer",
     "RolloutOptions",
     "Sampling",
+    "SamplingModel",
     "Sequence",
     "Simulation",
     "bucket_length",

@@ -112,13 +112,14 @@ def make_collector(
         load_trace_minibatches, stage, packer, c.seed, own_rows, layout
     )
     load_traces = functools.partial(_load_traces, stage, c.seed)
+    options = stages.make_rollout_options(s, cache_capacity)
     return Collector(
         run_setup=run_setup,
         stage=stage,
         mesh=mesh,
         grader=grader,
         layout=layout,
-        rollout_options=stages.make_rollout_options(s, cache_capacity),
+        rollout_options=dataclasses.replace(options, routing=run_setup.replay_routing),
         loss_chunk_mib=stages.get_loss_chunk_mib(c, mesh),
         progress=StageProgress(packer, rollout.RolloutBuffer()),
         prompts=StagePrompts(stage, c.seed),
@@ -262,19 +263,20 @@ def start_rollout(
     is_last = step + 1 == stage.end_step  # whose sequences all end
     counts: Counter[str] = Counter()
     warm_up, collector.is_warm = not collector.is_warm, True
-    sequences = rollout.sample(
+    model = rollout.SamplingModel(
         student.model,
         student.params if has_lora else params,
+        student.stop_ids,
+        lora_params=params if has_lora else None,
+    )
+    sequences = rollout.sample(
+        model,
         requests,
         sampling=stages.make_sampling(stage.c),
-        stop_ids=student.stop_ids,
-        options=collector.rollout_options,
+        options=dataclasses.replace(collector.rollout_options, warm_up=warm_up),
         version=version,
         token_budget=stage.token_budget if stage.token_budget and not is_last else None,
         counts=counts,
-        routing=collector.run_setup.replay_routing,
-        warm_up=warm_up,
-        lora_params=params if has_lora else None,
     )
     return StartedRollout(step, len(requests), sequences, counts)
 

@@ -53,10 +53,12 @@ def make_summary_lines(
 ) -> Iterator[str]:
     """The lines that `show` says; `trained` is what the student trains, before step 0."""
     student, tokenizer = run_setup.student, run_setup.student.tokenizer
-    yield f"student {_describe_policy(student)}{_describe_training(student)}; {_describe_stops(student)}"
+    about = f"{_describe_policy(student)}{_describe_training(student)}"
+    yield f"student {about}; {_describe_stops(student)}"
     for name, teacher in run_setup.teachers.items():
         teacher_policy = teacher.policy
-        yield f"{name} {_describe_policy(teacher_policy)}, {c[name].param_dtype}; {_describe_stops(teacher_policy)}"
+        about = f"{_describe_policy(teacher_policy)}, {c[name].param_dtype}"
+        yield f"{name} {about}; {_describe_stops(teacher_policy)}"
         if not teacher.is_ema:
             yield from _check_teacher(name, teacher_policy, run_setup, trained)
     if tokenizer is not None and tokenizer.chat_template is not None:

@@ -264,7 +264,7 @@ def list_sampling_calls(
     )
     fewer_rows = rollout.get_shrunk_rows(shape)
     if fewer_rows:
-        lower_resize = lambda: decode.resize.lower(
+        lower_resize = lambda: decode.resize.lower(  # noqa: E731
             make_state_shape(shape.rows), make_int32_shape(X, fewer_rows // X)
         )
         useful = count_forward_flops(config, fewer_rows, P + R / 2, with_head=True)

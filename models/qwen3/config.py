@@ -88,7 +88,8 @@ class Config:
         architecture = architecture[0] if isinstance(architecture, list) else architecture
         if architecture not in _DENSE_NAMES + _SPARSE_NAMES:
             raise UserError(
-                f"{source}: architecture {architecture!r} is neither {_DENSE_NAMES[0]} nor {_SPARSE_NAMES[0]}"
+                f"{source}: architecture {architecture!r} is neither {_DENSE_NAMES[0]} nor "
+                f"{_SPARSE_NAMES[0]}"
             )
         # Where both are there, transformers reads the second, which was its only name until 5.
         rope_field = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"

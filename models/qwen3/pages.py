@@ -312,7 +312,7 @@ def check_page_size(
         }
     elif backend == "gpu":
         obstacles |= {
-            f"the kernel for GPU takes pages of 16, 32, 64 or 128 tokens, not {page_size}": page_size
+            f"the GPU kernel takes pages of 16, 32, 64 or 128 tokens, not {page_size}": page_size
             not in (16, 32, 64, 128),
             f"the kernel for GPU takes no head_dim={H}": H < 16 or H & (H - 1) > 0,
             f"pages for GPU are not of {dtype.name}; int8 has 8 bits, too": dtype.itemsize == 1

@@ -122,11 +122,9 @@ def test_greedy(pair, stacked):
     shardings = jax.tree.map(lambda p: p.sharding, mesh_lib.make_abstract_params(config, mesh))
     with mesh_lib.use_mesh(mesh):
         done = rollout.sample(
-            model.Qwen3(config),
-            jax.device_put(params, shardings),
+            rollout.SamplingModel(model.Qwen3(config), jax.device_put(params, shardings), (-1,)),
             [rollout.Sequence(prompt, (0, 0), 8) for prompt in prompts],
             sampling=rollout.Sampling(temperature=0),
-            stop_ids=(-1,),
             options=rollout.RolloutOptions(
                 slots=2, stacked=stacked, cache_backend="plain" if stacked else ""
             ),

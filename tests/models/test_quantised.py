@@ -372,11 +372,9 @@ def test_a_sampler_in_8_bits_is_the_model_in_8_bits(directories):
         )
         done = list(
             rollout.sample(
-                spread.model,
-                spread.params,
+                rollout.SamplingModel(spread.model, spread.params, ()),
                 rows,
                 sampling=rollout.Sampling(),
-                stop_ids=(),
                 options=options,
             )
         )
@@ -397,7 +395,9 @@ def test_an_unknown_dtype_is_refused():
     ):
         setup.setup_run(tiny_run("int4"), mesh_lib.make_mesh(1, 1, 1))
     c = tiny_run("int8")
-    with pytest.raises(UserError, match=r"config.opd.rollout.param_dtype='int4': must be float32,"):
+    with pytest.raises(
+        UserError, match=r"config.opd.rollout.param_dtype='int4': must be one of '', 'float32',"
+    ):
         c.opd.rollout.param_dtype = "int4"
         setup.setup_run(c, mesh_lib.make_mesh(1, 1, 1))
     c.teacher.dtype = "int8"

@@ -155,11 +155,9 @@ def test_logits_and_greedy_beyond_the_original_positions(stretched):
     prompts = tokens[:, :24]
     with mesh_lib.use_mesh(mesh):
         rows = rollout.sample(
-            model.Qwen3(config),
-            params,
+            rollout.SamplingModel(model.Qwen3(config), params, (-1,)),
             [rollout.Sequence(prompt, (0, 0), 40) for prompt in prompts.tolist()],
             sampling=rollout.Sampling(temperature=0),
-            stop_ids=(-1,),
             options=rollout.RolloutOptions(slots=2),
         )
         written = np.array([row.prompt + row.tokens for row in rows])

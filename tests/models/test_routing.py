@@ -208,11 +208,9 @@ def asked(config, prompts=5, samples=2):
 def sampled(config, params, rows, mesh, stacked, dtype="float32", **given):
     with mesh_lib.use_mesh(mesh):
         done = rollout.sample(
-            model.Qwen3(config, jnp.dtype(dtype)),
-            params,
+            rollout.SamplingModel(model.Qwen3(config, jnp.dtype(dtype)), params, (3, 7, 11)),
             rows,
             sampling=rollout.Sampling(),
-            stop_ids=(3, 7, 11),
             options=rollout.RolloutOptions(
                 8,
                 P + R,
@@ -222,8 +220,8 @@ def sampled(config, params, rows, mesh, stacked, dtype="float32", **given):
                 page_size=4,
                 cache_backend="plain" if stacked else "",
                 stacked=stacked,
+                routing=True,
             ),
-            routing=True,
             **given,
         )
         return list(done)

@@ -16,7 +16,7 @@ from jax._src import monitoring
 from distill import rollout
 from distill.objectives import fused_head, losses
 from distill.policy import forward
-from distill.rollout import RolloutOptions, Sequence, decode
+from distill.rollout import RolloutOptions, SamplingModel, Sequence, decode
 from distill.rollout import options as options_lib
 from distill.rollout.sampling import Sampling
 from distill.runtime import mesh as mesh_lib
@@ -83,11 +83,9 @@ def run(
     with mesh_lib.use_mesh(mesh):
         return list(
             rollout.sample(
-                QWEN3,
-                params,
+                SamplingModel(QWEN3, params, STOPS),
                 rows,
                 sampling=Sampling(),
-                stop_ids=STOPS,
                 options=options,
                 **kwargs,
             )
@@ -233,11 +231,9 @@ def test_rows_come_as_soon_as_they_and_those_before_have_ended() -> None:
     rows = ask(24)
     with mesh_lib.use_mesh(mesh):
         coming = rollout.sample(
-            QWEN3,
-            params,
+            SamplingModel(QWEN3, params, STOPS),
             rows,
             sampling=Sampling(),
-            stop_ids=STOPS,
             options=RolloutOptions(slots=4),
         )
         assert next(coming) is rows[0]
@@ -398,15 +394,14 @@ def test_a_row_of_nan_ends_alone() -> None:
     poisoned = {**params, "embed": params["embed"].at[9].set(jnp.nan)}
     # The head is tied, so that token 9 would poison every row: here it is a matrix of its own.
     poisoned["head"] = params["embed"]
+    untied = dataclasses.replace(CONFIG, tie_word_embeddings=False)
     good, bad = Sequence([10, 11], (0, 1), 6), Sequence([10, 9, 11], (0, 2), 6)
     with mesh_lib.use_mesh(mesh):
         rows = list(
             rollout.sample(
-                model.Qwen3(CONFIG.__class__(**{**CONFIG.__dict__, "tie_word_embeddings": False})),
-                poisoned,
+                SamplingModel(model.Qwen3(untied), poisoned, ()),
                 [good, bad],
                 sampling=Sampling(),
-                stop_ids=(),
                 options=RolloutOptions(slots=2),
             )
         )
@@ -435,9 +430,8 @@ def test_a_simulation_does_what_the_engine_does(kind: str) -> None:
     told = [dataclasses.replace(row, tokens=[]) for row in rows]
     mesh, params = weights(0, ONE)
     with mesh_lib.use_mesh(mesh):
-        given = (QWEN3, params, rows)
-        of = {"sampling": Sampling(), "stop_ids": (), "options": options, "counts": counts}
-        list(rollout.sample(*given, **of))
+        subject = SamplingModel(QWEN3, params, ())
+        list(rollout.sample(subject, rows, sampling=Sampling(), options=options, counts=counts))
     longest = max(row.max_length for row in rows)
     shape = rollout.make_cache_shape(options, CONFIG, mesh, "float32", len(rows), longest)
     sizes = rollout.get_line_sizes(options, shape)

@@ -60,11 +60,9 @@ def prompts(count, seed=0):
 def sample(params, rows, numbers, samples=None, sampling=None, **options):
     keys = rollout.make_row_keys(jax.random.key(3), list(numbers), samples or [0] * len(rows))
     done = rollout.sample(
-        QWEN3,
-        params,
+        rollout.SamplingModel(QWEN3, params, STOPS),
         [Sequence(prompt, key, R) for prompt, key in zip(rows, keys, strict=True)],
         sampling=sampling or Sampling(),
-        stop_ids=STOPS,
         options=RolloutOptions(**{"slots": 8, **options}),
     )
     return microbatches.make_unpacked_batch(list(done), len(rows), P + R)
