@@ -266,7 +266,7 @@ def test_a_judge_needs_a_teacher():
 @pytest.mark.parametrize("objective", ["hybrid", "distill"])
 def test_figures_of_the_modes_apart(objective, tmp_path):
     """Whole figures are the means of the modes', weighed by their rows or tokens."""
-    c = config(objective, samples=2, data__thinking=0.5, data__size=16, accumulate=2)
+    c = config(objective, samples=2, data__thinking=0.5, data__max_rows=16, accumulate=2)
     c.opd.data.difficulty, c.opd.data.curriculum = "operations", "ordered"
     c.opd.reward.format = 0.5
     loop.run(c, tmp_path / "run")
