@@ -41,15 +41,15 @@ def _make_network(job: Job, name: str, mesh: Any, trained: bool = False) -> Any:
     import jax
 
     from distill.policy import policy
-    from models.qwen3 import model
+    from models import families, transformer
     from models.qwen3.config import Config
 
     config, remat = Config.from_hf(job[name]), trained and job.get("remat", False)
     network = policy.make_abstract_from_config(name, config, job["dtype"], remat, mesh)
 
-    def init_params(key: jax.Array) -> model.Params:
+    def init_params(key: jax.Array) -> transformer.Params:
         to = "float32" if trained else job["dtype"]
-        return jax.tree.map(lambda x: x.astype(to), model.init_params(config, key))
+        return jax.tree.map(lambda x: x.astype(to), families.init_params(config, key))
 
     shardings = jax.tree.map(lambda x: x.sharding, network.params)
     params = jax.jit(init_params, out_shardings=shardings)(jax.random.key(0))
@@ -78,7 +78,7 @@ def run_our_step(job: Job) -> Answer:
     from distill.runtime import mesh as mesh_lib
     from distill.teachers import local
     from distill.training import optim, setup, stages, update
-    from models.qwen3 import model
+    from models import transformer
 
     c = base.get_config()
     mesh = mesh_lib.make_mesh(**c.mesh)
@@ -100,7 +100,7 @@ def run_our_step(job: Job) -> Answer:
             if teacher is not None:
                 hidden_BTD = local.compute_hidden(teacher.model, teacher.params, None, batch, None)
                 teacher_batch = dataclasses.replace(batch, teacher_hidden_BTD=(hidden_BTD,))
-                heads = (model.get_output_head(teacher.params),)
+                heads = (transformer.get_output_head(teacher.params),)
             state, measured, _ = programs.run_update(
                 state, [teacher_batch], heads, single_microbatch=True
             )

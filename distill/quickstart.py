@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from distill import rollout
-from distill.evaluation import evaluator, tasks
+from distill.evaluation import evaluator, protocols, tasks
 from distill.policy import exporting, policy
 from distill.policy.policy import Policy
 from distill.runtime import cli, run_files
@@ -41,18 +41,16 @@ def evaluate_policy(
     summaries = {}
     for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         run_files.log_line(f"{name}: {len(rows)} held-out problems, {mode}")
-        summaries[mode] = evaluator.evaluate_benchmark(
-            subject,
-            "arithmetic",
-            rows,
-            out_dir / "eval" / name / mode,
-            samples=1,
-            ks=[1],
-            thinking=True,
+        spec = rollout.SampleSpec(
             max_new_tokens=max_new_tokens,
             sampling=rollout.Sampling(temperature),
-            seed=0,
             batch_size=min(250, len(rows)),
+        )
+        summaries[mode] = evaluator.evaluate_benchmark(
+            subject,
+            rows,
+            protocols.EvalSpec("arithmetic", spec),
+            out_dir / "eval" / name / mode,
             teacher=teacher if temperature else None,
         )
     greedy, sampled = summaries["greedy"], summaries["sampled"]

@@ -12,7 +12,7 @@ from distill.objectives import fused_head, losses
 from distill.policy import forward, policy
 from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
-from models.qwen3 import model
+from models import transformer
 
 Record = dict[str, object]
 
@@ -38,10 +38,10 @@ def compute_reverse_kl(
     def compute_kl_sum(params, teacher_params, batch):
         stats = fused_head.compute_token_stats(
             forward.compute_hidden(subject.model, params, batch),
-            model.get_output_head(params),
+            transformer.get_output_head(params),
             losses.shift(batch.tokens_BT),
             forward.compute_hidden(teacher.model, teacher_params, batch),
-            model.get_output_head(teacher_params),
+            transformer.get_output_head(teacher_params),
             loss_chunk_mib=128.0 * mesh.size,
             split=mesh_lib.split_vocabulary,
         )

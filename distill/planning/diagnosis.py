@@ -19,7 +19,7 @@ from distill.runtime import mesh as mesh_lib
 from distill.teachers import local as teacher_lib
 from distill.training import microbatches, update
 from distill.training.setup import StageSetup
-from models.qwen3 import model
+from models import transformer
 
 TOP_K = 16  # tokens of the teacher's top that the student's is compared with
 # Bounds of judgement, not of theory: with more of the student's mass outside the teacher's top (in
@@ -44,7 +44,7 @@ def compare_distributions(
     def sum_statistics(params: Any, heads: Any, batch: Batch):
         stats = fused_head.compute_token_stats(
             forward.compute_hidden(student.model, params, batch),
-            model.get_output_head(params),
+            transformer.get_output_head(params),
             losses.shift(batch.tokens_BT),
             batch.teacher_hidden_BTD,
             heads,

@@ -5,16 +5,16 @@ from typing import Any
 import jax
 
 from distill.batch import Batch
-from models.qwen3 import moe
-from models.qwen3.lora import LORA
-from models.qwen3.model import Params, Qwen3
+from models.layers import moe
+from models.layers.lora import LORA
+from models.transformer import Params, Transformer
 
 
 def compute_hidden(
-    qwen3: Qwen3, params: Params, batch: Batch, lora_params: Params | None = None
+    model: Transformer, params: Params, batch: Batch, lora_params: Params | None = None
 ) -> jax.Array:
     """Final hidden states [B, T, D] of a batch, in the model's dtype; `trained` as in `routed`."""
-    out_BTD, _ = qwen3.apply(
+    out_BTD, _ = model.apply(
         {"params": params} if lora_params is None else {"params": params, LORA: lora_params},
         batch.tokens_BT,
         batch.positions_BT,
@@ -24,14 +24,14 @@ def compute_hidden(
 
 
 def compute_hidden_and_router_stats(
-    qwen3: Qwen3, params: Params, batch: Batch, lora_params: Params | None = None
+    model: Transformer, params: Params, batch: Batch, lora_params: Params | None = None
 ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
-    """`hidden`, and (sum, count) pairs of what the routers did (models.qwen3.moe.sums).
+    """`hidden`, and (sum, count) pairs of what the routers did (models.layers.moe.sums).
 
     With `trained`, a LoRA, beside the parameters. Where the batch says which experts its sampler
     chose, they are chosen again.
     """
-    applied: Any = qwen3.apply(
+    applied: Any = model.apply(
         {"params": params} if lora_params is None else {"params": params, LORA: lora_params},
         batch.tokens_BT,
         batch.positions_BT,
@@ -43,9 +43,9 @@ def compute_hidden_and_router_stats(
     return out_BTD, moe.sum_router_stats(noted.get(moe.ROUTER, {}))
 
 
-def compute_chosen_experts(qwen3: Qwen3, params: Params, batch: Batch) -> jax.Array:
+def compute_chosen_experts(model: Transformer, params: Params, batch: Batch) -> jax.Array:
     """Which experts a forward pass chooses, [B, T, L, A] int16: what Batch.experts_BTLA holds."""
-    applied: Any = qwen3.apply(
+    applied: Any = model.apply(
         {"params": params},
         batch.tokens_BT,
         batch.positions_BT,

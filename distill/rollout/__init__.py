@@ -1,6 +1,7 @@
 """From prompts to sequences: what to draw, the device programs, and the host's scheduling."""
 
 from distill.rollout.buffer import RolloutBuffer
+from distill.rollout.completions import SampleSpec, complete, make_sample_spec
 from distill.rollout.engine import SEEN_TOKENS_PER_CALL
 from distill.rollout.options import (
     RolloutOptions,
@@ -12,7 +13,6 @@ from distill.rollout.options import (
 from distill.rollout.sampler import (
     SamplingModel,
     bucket_length,
-    complete,
     expand_prompts,
     make_row_keys,
     sample,
@@ -25,6 +25,7 @@ __all__ = [
     "SEEN_TOKENS_PER_CALL",
     "RolloutBuffer",
     "RolloutOptions",
+    "SampleSpec",
     "Sampling",
     "SamplingModel",
     "Sequence",
@@ -38,6 +39,7 @@ __all__ = [
     "get_shrunk_rows",
     "make_cache_shape",
     "make_row_keys",
+    "make_sample_spec",
     "sample",
     "simulate",
 ]

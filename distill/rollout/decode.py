@@ -16,10 +16,11 @@ from jax.sharding import Mesh
 
 from distill.rollout.sampling import Sampling, compute_model_logp, draw_tokens, find_model_top
 from distill.runtime import mesh as mesh_lib
-from models.qwen3 import lora, model, moe, quantised
-from models.qwen3.model import Params, Qwen3
-from models.qwen3.pages import Pages, init_pages
-from models.qwen3.slabs import Slabs, init_slabs
+from models import transformer
+from models.layers import lora, moe, quantised
+from models.layers.pages import Pages, init_pages
+from models.layers.slabs import Slabs, init_slabs
+from models.transformer import Params, Transformer
 
 # Why a row ended: a stop token, its limit, or NaN logits.
 UNFINISHED, STOP, LENGTH, ERROR = range(4)
@@ -29,7 +30,7 @@ UNFINISHED, STOP, LENGTH, ERROR = range(4)
 class CacheShape:
     """Size and kind of the key-value cache."""
 
-    backend: str  # slabs, or a backend of models.qwen3.pages
+    backend: str  # slabs, or a backend of models.layers.pages
     dtype: str
     rows: int  # that decode together
     shards: int  # that the mesh splits the rows into
@@ -42,7 +43,7 @@ class CacheShape:
 class Decoder:
     """Everything that the programs are compiled for."""
 
-    qwen3: Qwen3  # from `prepare_weights`
+    model: Transformer  # from `prepare_weights`
     sampling: Sampling
     stop_ids: tuple[int, ...]
     cache: CacheShape
@@ -90,7 +91,7 @@ def get_min_rows(mesh: Mesh) -> int:
 
 
 def prepare_weights(
-    qwen3: Qwen3,
+    model: Transformer,
     params: Params,
     mesh: Mesh,
     *,
@@ -98,7 +99,7 @@ def prepare_weights(
     gather_weights: bool,
     param_dtype: str,
     lora_params: Params | None = None,
-) -> tuple[Qwen3, Params]:
+) -> tuple[Transformer, Params]:
     """Returns the model as it decodes, and its variables: the parameters, and the factors of a LoRA
     where lora_params are given.
 
@@ -106,18 +107,18 @@ def prepare_weights(
       stacked: parameters of all layers in one array, else one for each layer.
       gather_weights: do not split the weights over the mesh axes that split rows (experts still
         are), so that no step fetches them; takes the memory of all weights / tensor on each device.
-      param_dtype: "": the model's; may be one of 8 bits (models.qwen3.quantised).
+      param_dtype: "": the model's; may be one of 8 bits (models.layers.quantised).
     """
     rules = mesh_lib.GATHERED_RULES if gather_weights else mesh_lib.SHARDING_RULES
-    kind = None if lora_params is None or qwen3.lora is None else lora.with_unit_scale(qwen3.lora)
-    return qwen3.clone(scan=stacked, remat=False, lora=kind), convert_weights(
-        qwen3, params, lora_params, mesh=mesh, rules=rules, stacked=stacked, param_dtype=param_dtype
+    kind = None if lora_params is None or model.lora is None else lora.with_unit_scale(model.lora)
+    return model.clone(scan=stacked, remat=False, lora=kind), convert_weights(
+        model, params, lora_params, mesh=mesh, rules=rules, stacked=stacked, param_dtype=param_dtype
     )
 
 
-@functools.partial(jax.jit, static_argnames=("qwen3", "mesh", "rules", "stacked", "param_dtype"))
+@functools.partial(jax.jit, static_argnames=("model", "mesh", "rules", "stacked", "param_dtype"))
 def convert_weights(
-    qwen3: Qwen3,
+    model: Transformer,
     params: Params,
     lora_params: Params | None,
     mesh: Mesh,
@@ -126,24 +127,24 @@ def convert_weights(
     param_dtype: str,
 ) -> Params:
     """Converts weights for `prepare_weights`, once: every step reads all of them."""
-    kind, dtype = quantised.split_dtypes(param_dtype or qwen3.dtype, qwen3.dtype)
+    kind, dtype = quantised.split_dtypes(param_dtype or model.dtype, model.dtype)
 
     def constrain_params(tree: Params, shapes: Params) -> Params:
         tree = jax.tree.map(
             lambda p, like: jax.lax.with_sharding_constraint(p, like.sharding), tree, shapes
         )
-        return tree if stacked else model.unstack_layers(tree, qwen3.config.num_hidden_layers)
+        return tree if stacked else transformer.unstack_layers(tree, model.config.num_hidden_layers)
 
     converted = quantised.quantise_params(params, kind, dtype)
     leaves = jax.tree.leaves(converted, is_leaf=quantised.is_quantised)
     dtypes = {x.values.dtype.name for x in leaves if quantised.is_quantised(x)}
-    shapes = mesh_lib.make_abstract_params(qwen3.config, mesh, rules=rules)
+    shapes = mesh_lib.make_abstract_params(model.config, mesh, rules=rules)
     shapes = quantised.quantise_shapes(shapes, dtypes.pop()) if dtypes else shapes
     variables = {"params": constrain_params(converted, shapes)}
     if lora_params is not None:
-        assert qwen3.lora is not None
-        factors, _ = lora.fold_scale(lora_params, qwen3.lora, qwen3.dtype)
-        shapes = mesh_lib.make_abstract_params(qwen3.config, mesh, qwen3.lora, rules)
+        assert model.lora is not None
+        factors, _ = lora.fold_scale(lora_params, model.lora, model.dtype)
+        shapes = mesh_lib.make_abstract_params(model.config, mesh, model.lora, rules)
         variables[lora.LORA] = constrain_params(factors, shapes)
     return variables
 
@@ -151,7 +152,7 @@ def convert_weights(
 @functools.partial(jax.jit, static_argnames="decoder")
 def init_state(decoder: Decoder) -> DecodeState:
     """Returns an empty cache."""
-    config, c, seen_BV = decoder.qwen3.config, decoder.cache, None
+    config, c, seen_BV = decoder.model.config, decoder.cache, None
     if c.backend == "slabs":
         cache = init_slabs(config, c.rows, c.page_size, jnp.dtype(c.dtype))
     else:
@@ -199,7 +200,7 @@ def _run_model(
     cache: Any,
 ) -> tuple[jax.Array, Any, jax.Array | None]:
     mutable = [moe.CHOSEN] if decoder.routing else False
-    applied: Any = decoder.qwen3.apply(
+    applied: Any = decoder.model.apply(
         params, tokens_BT, positions_BT, segments_BT, cache, mutable=mutable
     )
     if not decoder.routing:
@@ -261,7 +262,7 @@ def decode(
       table_BN: int32, pages of each row.
       copies_2XC: int32, pages of each shard to copy first (source, target); -1: none.
     """
-    head_VD = model.get_output_head(params["params"])
+    head_VD = transformer.get_output_head(params["params"])
     steps, bound = steps_bound_2
     order_XR = _order_live_first(row_fields_7B[-1], decoder.cache)
     rows = (row_fields_7B.T, table_BN, state.token_B, state.seen_BV)
@@ -344,7 +345,7 @@ def _init_output(decoder: Decoder, B: int) -> DecodeOutput:
     tokens_WB, logp_WB = jnp.zeros((W, B), jnp.int32), jnp.zeros((W, B), jnp.float32)
     output = DecodeOutput(tokens_WB, logp_WB, jnp.zeros((2, B), jnp.int32))
     if decoder.routing:
-        experts_WBLA = jnp.zeros((W, B, *decoder.qwen3.config.routing_shape), jnp.int16)
+        experts_WBLA = jnp.zeros((W, B, *decoder.model.config.routing_shape), jnp.int16)
         output = dataclasses.replace(output, experts_WBLA=experts_WBLA)
     if k:
         ids_WBk, logp_WBk = jnp.zeros((W, B, k), jnp.int32), jnp.zeros((W, B, k), jnp.float32)

@@ -13,7 +13,7 @@ from distill.rollout.options import RolloutOptions, get_line_sizes, get_shrunk_r
 from distill.rollout.scheduler import Scheduler, Slot
 from distill.rollout.sequence import Sequence
 from distill.runtime import mesh as mesh_lib
-from models.qwen3.model import Params
+from models.transformer import Params
 
 # While sequences wait, a segment ends once this part of the rows is free.
 REFILL_DIVISOR = 16

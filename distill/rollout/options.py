@@ -10,9 +10,9 @@ from distill.policy.policy import DTYPES, PARAM_DTYPES
 from distill.rollout.decode import CacheShape, get_min_rows
 from distill.runtime import mesh as mesh_lib
 from models.checks import Range, check_fields
+from models.config import Config
 from models.errors import UserError
-from models.qwen3 import pages
-from models.qwen3.config import Config
+from models.layers import pages
 
 CACHE_DTYPES = (*DTYPES, "int8", "float8_e4m3fn")
 DEFAULT_PAGE_SIZE = 128  # tokens

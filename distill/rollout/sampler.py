@@ -14,7 +14,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distill.data import dataset
-from distill.policy.policy import Policy
 from distill.rollout import decode
 from distill.rollout.engine import Engine
 from distill.rollout.options import RolloutOptions, get_segment_steps, make_cache_shape
@@ -22,17 +21,17 @@ from distill.rollout.sampling import Sampling
 from distill.rollout.sequence import Sequence
 from distill.runtime import mesh as mesh_lib
 from models.errors import UserError
-from models.qwen3.model import Params, Qwen3
+from models.transformer import Params, Transformer
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingModel:
     """A model to sample from."""
 
-    qwen3: Qwen3
+    transformer: Transformer
     params: Params  # on the mesh whose devices sample
     stop_ids: tuple[int, ...]  # tokens that end a response
-    lora_params: Params | None = None  # factors of a LoRA beside `params`, where qwen3 has one
+    lora_params: Params | None = None  # the factors of a LoRA, if transformer has one
 
     @property
     def mesh(self) -> Mesh:
@@ -109,16 +108,21 @@ def sample(
       UserError: naming the first sequence whose prompt is empty or which does not fit the cache,
         before anything runs.
     """
-    qwen3, mesh, waiting = model.qwen3, model.mesh, deque(sequences)
-    sampling.check_vocab_size(qwen3.config.vocab_size)
+    transformer, mesh, waiting = model.transformer, model.mesh, deque(sequences)
+    sampling.check_vocab_size(transformer.config.vocab_size)
     for number, sequence in enumerate(waiting):
         _check_sequence(sequence, sequence.where or f"row {number}", options, mesh)
-    dtype, max_length = jnp.dtype(qwen3.dtype).name, max((s.max_length for s in waiting), default=1)
+    dtype, max_length = (
+        jnp.dtype(transformer.dtype).name,
+        max((s.max_length for s in waiting), default=1),
+    )
     num_unfinished = sum(not s.finish_reason for s in waiting)
-    shape = make_cache_shape(options, qwen3.config, mesh, dtype, max(1, num_unfinished), max_length)
+    shape = make_cache_shape(
+        options, transformer.config, mesh, dtype, max(1, num_unfinished), max_length
+    )
     with mesh_lib.use_mesh(mesh):
-        qwen3, params = decode.prepare_weights(
-            qwen3,
+        transformer, params = decode.prepare_weights(
+            transformer,
             model.params,
             mesh,
             stacked=decode.prefers_stacked(mesh) if options.stacked is None else options.stacked,
@@ -127,7 +131,7 @@ def sample(
             lora_params=model.lora_params,
         )
         decoder = decode.Decoder(
-            qwen3,
+            transformer,
             sampling,
             model.stop_ids,
             shape,
@@ -169,51 +173,6 @@ def _check_sequence(sequence: Sequence, where: str, options: RolloutOptions, mes
             f"{where}: a prompt of {len(sequence.prompt)} tokens and {sequence.limit} new ones "
             f"exceed the {max_tokens} tokens that the cache has for a row"
         )
-
-
-def complete(
-    policy: Policy,
-    prompts: abc.Sequence[list[int]],
-    *,
-    samples: int,
-    key: jax.Array,
-    limits: abc.Sequence[int],
-    sampling: Sampling,
-    batch_size: int,
-    first: int = 0,
-    counts: Counter[str] | None = None,
-    top_logprobs: int = 0,
-    ended: abc.Callable[[Sequence], bool] | None = None,
-    warm_up: bool = False,
-) -> abc.Iterator[list[Sequence]]:
-    """Yields the `samples` completions of each prompt, in order; `batch_size` rows decode at once.
-
-    Those of prompt i have at most limits[i] new tokens. For the rest see `sample`.
-
-    `first` is the number of the first prompt: a call that goes on where another stopped draws what
-    that one would have drawn. An empty prompt has no completions.
-    """
-    numbers_B, samples_B = np.divmod(np.arange(len(prompts) * samples), samples)
-    keys = make_row_keys(key, numbers_B + first, samples_B)
-    max_length = max((len(p) + n for p, n in zip(prompts, limits, strict=True) if p), default=1)
-    done = sample(
-        SamplingModel(policy.model, policy.params, policy.stop_ids),
-        (
-            Sequence(prompts[p], k, limits[p])
-            for p, k in zip(numbers_B, keys, strict=True)
-            if prompts[p]
-        ),
-        sampling=sampling,
-        options=RolloutOptions(
-            batch_size,
-            max_length=bucket_length(max_length),
-            top_logprobs=top_logprobs,
-            warm_up=warm_up,
-        ),
-        counts=counts,
-        ended=ended,
-    )
-    return ([next(done) for _ in range(samples if prompt else 0)] for prompt in prompts)
 
 
 def bucket_length(length: int) -> int:

@@ -21,9 +21,9 @@ from distill.objectives import fused_head, losses
 from distill.policy import forward, policy
 from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
+from models import transformer
 from models.errors import UserError
-from models.qwen3 import model
-from models.qwen3.model import Params, Qwen3
+from models.transformer import Params, Transformer
 
 INITIAL, EMA = "initial", "ema"  # paths that mean the student's own past
 
@@ -162,13 +162,13 @@ def get_teacher_heads(teachers: Sequence[Teacher]) -> tuple[jax.Array | None, ..
 
 
 def _get_head(reader: Policy) -> jax.Array:
-    head_VE, mesh = model.get_output_head(reader.params), jax.sharding.get_mesh()
+    head_VE, mesh = transformer.get_output_head(reader.params), jax.sharding.get_mesh()
     if mesh.empty or policy.get_mesh(reader) == mesh:
         return head_VE
     if not head_VE.is_fully_addressable:
         with policy.use(reader):
             head_VE = jax.jit(mesh_lib.replicate_array)(head_VE)
-    like: Any = model.get_output_head(mesh_lib.make_abstract_params(reader.config, mesh))
+    like: Any = transformer.get_output_head(mesh_lib.make_abstract_params(reader.config, mesh))
     return mesh_lib.to_global_array(head_VE, like.sharding)
 
 
@@ -224,11 +224,15 @@ def _to_model_inputs(batch: Batch) -> Batch:
 
 @functools.partial(jax.jit, static_argnums=0)
 def compute_hidden(
-    qwen3: Qwen3, params: Params, lora: Params | None, inputs: Batch, index_BT: jax.Array | None
+    model: Transformer,
+    params: Params,
+    lora: Params | None,
+    inputs: Batch,
+    index_BT: jax.Array | None,
 ) -> jax.Array:
     """Final hidden states [B, T, D] of what is read, or of the places `at_BT` in it, which lie
     split by rows and tokens."""
-    hidden_BTD = forward.compute_hidden(qwen3, params, inputs, lora)
+    hidden_BTD = forward.compute_hidden(model, params, inputs, lora)
     if index_BT is not None:
         hidden_BTD = jnp.take_along_axis(hidden_BTD, index_BT[..., None], axis=1)
     return mesh_lib.split_hidden(hidden_BTD)
@@ -246,7 +250,7 @@ def compute_logp(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def compute_logp_jit(
-    qwen3: Qwen3,
+    model: Transformer,
     loss_chunk_mib: float,
     temperature: float,
     params: Params,
@@ -255,8 +259,8 @@ def compute_logp_jit(
 ) -> jax.Array:
     """See `logp`."""
     stats = fused_head.compute_token_stats(
-        forward.compute_hidden(qwen3, params, batch, lora),
-        model.get_output_head(params),
+        forward.compute_hidden(model, params, batch, lora),
+        transformer.get_output_head(params),
         losses.shift(batch.tokens_BT),
         loss_chunk_mib=loss_chunk_mib,
         temperature=temperature,

@@ -29,7 +29,7 @@ from distill.training.grading import THINKING_MODES, GradedGroups, Metrics
 from distill.training.microbatches import Minibatches, PackedRows
 from distill.training.prompts import StagePrompts
 from distill.training.setup import RunSetup, StageSetup
-from models.qwen3.model import Params
+from models.transformer import Params
 
 Sums = dict[str, tuple[float, float]]  # metrics as (sum, count), to be added over processes
 

@@ -13,16 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 from etils import epath
 from ml_collections import ConfigDict
 
 from distill import rollout
 from distill.data import dataset
-from distill.evaluation import evaluator, tasks
+from distill.evaluation import evaluator, protocols, tasks
 from distill.policy import policy
 from distill.policy.policy import Policy
-from distill.rollout import completions
 from distill.runtime import distributed, run_files
 from distill.runtime.checkpoint import Checkpoints
 from models import checks
@@ -43,11 +41,11 @@ class ValidationSetup:
     c: ConfigDict
     rows: list[tuple[str, tasks.Record]]
     prompts: dataset.TokenLists  # of the rows
-    settings: dict[str, Any]
-    sampling: rollout.Sampling
+    settings: protocols.Settings
+    spec: protocols.EvalSpec
 
 
-def setup_validation(c: ConfigDict, student: Policy) -> ValidationSetup | None:
+def setup_validation(c: ConfigDict, student: Policy, seed: int) -> ValidationSetup | None:
     """Checks `config.eval` before training starts. Returns None where evaluation is off.
 
     Raises:
@@ -60,19 +58,16 @@ def setup_validation(c: ConfigDict, student: Policy) -> ValidationSetup | None:
         raise UserError(f"config.eval.best={c.best!r}: must be one of {', '.join(EVAL_METRICS)}")
     counts = dict.fromkeys(("limit", "samples", "max_new_tokens"), Range())
     checks.check_fields(c, {**counts, "batch_size": Range(1)}, "config.eval.")
-    if student.tokenizer is None:
-        raise UserError(f"config.eval: {student.path}: no tokenizer, so responses cannot be read")
     try:
         changes = {"samples": c.samples or None, "max_new_tokens": c.max_new_tokens or None}
         tasks.require_benchmark(c.benchmark)
-        settings = tasks.resolve_settings(c.protocol, c.benchmark, changes)
+        settings = protocols.resolve_settings(c.protocol, c.benchmark, changes)
         rows = tasks.load_problems(c.benchmark, c.data, c.limit)
         tasks.check_gradable(c.benchmark, rows)
-        questions = [(where, tasks.render_question(c.benchmark, row)) for where, row in rows]
-        prompts = completions.encode_row_prompts(
-            student, questions, settings["thinking"], settings["max_new_tokens"]
-        )
-        return ValidationSetup(c, rows, prompts, settings, tasks.make_sampling(settings))
+        sampled = settings | {"seed": seed, "batch_size": c.batch_size}
+        spec = protocols.make_eval_spec(c.protocol, c.benchmark, sampled)
+        prompts = evaluator.encode_prompts(student, rows, spec)
+        return ValidationSetup(c, rows, prompts, settings, spec)
     except UserError as error:
         raise UserError(f"config.eval: {error}") from None
 
@@ -85,7 +80,6 @@ class ValidationHook:
     validation: ValidationSetup | None
     student: Policy
     workdir: epath.Path
-    seed: int
     best_checkpoints: Checkpoints | None = None
     best_value: float | None = None
 
@@ -101,16 +95,7 @@ class ValidationHook:
         v = self.validation
         if v is None:
             return
-        rollout.complete(
-            self._make_subject(params),
-            v.prompts,
-            samples=v.settings["samples"],
-            key=jax.random.key(self.seed),
-            limits=[v.settings["max_new_tokens"]] * len(v.prompts),
-            sampling=v.sampling,
-            batch_size=v.c.batch_size,
-            warm_up=True,
-        )
+        rollout.complete(self._make_subject(params), v.prompts, v.spec.sample, warm_up=True)
 
     def run(self, state: Any, make_meta: Callable[[], dict[str, Any]], step: int) -> dict[str, Any]:
         """Evaluates a train state after `step` steps and keeps it if it is the best so far.
@@ -144,22 +129,8 @@ class ValidationHook:
         """Runs one evaluation. A directory of this step is continued if it was written by the same
         parameters, as those of a resumed run are; one of an earlier config is replaced."""
         out = self.workdir / "eval" / f"{step:06d}"
-        evaluate_once = functools.partial(
-            evaluator.evaluate_benchmark,
-            subject,
-            v.c.benchmark,
-            v.rows,
-            out,
-            samples=v.settings["samples"],
-            ks=[1],
-            thinking=v.settings["thinking"],
-            max_new_tokens=v.settings["max_new_tokens"],
-            sampling=v.sampling,
-            seed=self.seed,
-            batch_size=v.c.batch_size,
-            protocol_name=v.c.protocol,
-            step=step,
-        )
+        spec = dataclasses.replace(v.spec, step=step)
+        evaluate_once = functools.partial(evaluator.evaluate_benchmark, subject, v.rows, spec, out)
         try:
             return evaluate_once()
         except UserError as error:
@@ -171,10 +142,10 @@ class ValidationHook:
 
 @contextlib.contextmanager
 def open_validation_hook(
-    validation: ValidationSetup | None, student: Policy, workdir: epath.Path, seed: int
+    validation: ValidationSetup | None, student: Policy, workdir: epath.Path
 ) -> Iterator[ValidationHook]:
     """Yields the hook of a run, with its best checkpoint open where one is kept."""
-    hook = ValidationHook(validation, student, workdir, seed)
+    hook = ValidationHook(validation, student, workdir)
     if validation is None or not validation.c.best:
         yield hook
         return

@@ -22,7 +22,7 @@ from distill.runtime import distributed
 from distill.teachers import local
 from distill.training import microbatches, stages
 from distill.training.microbatches import PackedRows
-from models.qwen3.model import Params
+from models.transformer import Params
 
 Metrics = dict[str, float]
 

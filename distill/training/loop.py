@@ -37,7 +37,7 @@ from distill.training.collect import Collector
 from distill.training.microbatches import Minibatches
 from distill.training.setup import RunSetup, StageSetup
 from models.errors import UserError
-from models.qwen3.model import Params
+from models.transformer import Params
 
 # May change on resume, since they do not affect what is trained.
 RESUME_MUTABLE_KEYS = ("checkpoint", "log", "eval", "compilation_cache")
@@ -212,7 +212,7 @@ def run(c: ConfigDict, workdir: epath.PathLike) -> None:
     xla.init_compilation_cache(c.compilation_cache)
     mesh, teacher_mesh = mesh_lib.make_meshes(c)
     run_setup = setup.setup_run(c, mesh, teacher_mesh)
-    validation = eval_hook.setup_validation(c.eval, run_setup.student)
+    validation = eval_hook.setup_validation(c.eval, run_setup.student, c.seed)
     distributed.broadcast_from_primary(lambda: init_workdir(workdir, c))
     run_files.log_line(f"attention: {run_setup.student.model.kernel}")
     with policy.use(run_setup.student):
@@ -222,7 +222,7 @@ def run(c: ConfigDict, workdir: epath.PathLike) -> None:
                 Checkpoints(workdir / "checkpoints", c.checkpoint.every, c.checkpoint.keep)
             )
             validation_hook = stack.enter_context(
-                eval_hook.open_validation_hook(validation, run_setup.student, workdir, c.seed)
+                eval_hook.open_validation_hook(validation, run_setup.student, workdir)
             )
             grader = stack.enter_context(graders.Grader())
             get_stop_signal = stack.enter_context(cli.catch_stop_signals())

@@ -15,7 +15,7 @@ from distill.runtime import mesh as mesh_lib
 from models import checks
 from models.checks import Range
 from models.errors import UserError
-from models.qwen3.lora import LoRA
+from models.layers.lora import LoRA
 
 # Share of a step's rows that the student samples, where an objective does not mean all of them.
 DEFAULT_ON_POLICY = {"sft": 0.0, "distill": 0.0, "gkd": 0.5}

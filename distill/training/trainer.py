@@ -16,8 +16,8 @@ from distill.teachers.local import Teacher
 from distill.training import setup, stages, update
 from distill.training.microbatches import Microbatch, Minibatches
 from distill.training.setup import RunSetup, StageSetup
-from models.qwen3 import model
-from models.qwen3.model import Params
+from models import transformer
+from models.transformer import Params
 
 # A micro-batch and its [B, T] stats, for transcripts.
 KeptStats = list[tuple[Microbatch, losses.Stats]]
@@ -100,7 +100,8 @@ class Trainer:
     def _get_heads(self, state: update.TrainState) -> tuple[jax.Array, ...]:
         """The teachers' heads. That of a moving average is not kept: the state is donated."""
         return tuple(
-            model.get_output_head(state.ema_params) if x is None else x for x in self.teacher_heads
+            transformer.get_output_head(state.ema_params) if x is None else x
+            for x in self.teacher_heads
         )
 
     def _score_batch(self, batch: Batch, average: Params | None) -> Batch:

@@ -20,8 +20,9 @@ from distill.objectives import advantages, fused_head, losses
 from distill.policy import forward
 from distill.runtime import mesh as mesh_lib
 from distill.runtime import run_files, xla
-from models.qwen3 import model, moe
-from models.qwen3.model import Params, Qwen3
+from models import transformer
+from models.layers import moe
+from models.transformer import Params, Transformer
 
 KL_OFFSETS = (0, 16, 64, 256, 1024, 4096, 16384)  # in a response, between which the KL is reported
 
@@ -108,7 +109,7 @@ def _shift_known(batch: Batch) -> losses.Stats:
 
 
 def compute_loss_sums(
-    qwen3: Qwen3,
+    model: Transformer,
     loss: losses.Loss,
     max_response_tokens: int,
     loss_chunk_mib: float,
@@ -123,7 +124,7 @@ def compute_loss_sums(
     """The weighted sum of the loss, and (sum, count) pairs and [B, T] stats beside it.
 
     params: what is trained: with `frozen` parameters, the LoRA beside them.
-    balance: weight of the routers' load-balancing loss (models.qwen3.moe.summary), which counts as
+    balance: weight of the routers' load-balancing loss (models.layers.moe.summary), which counts as
       often as `count` of the loss. It is a product of two means, not a sum over tokens: with
       accumulation it is that of each micro-batch, over all devices, and not of the whole batch,
       whose loads are known only when the last one is through (arXiv 2501.11873 on the difference).
@@ -131,7 +132,7 @@ def compute_loss_sums(
     temperature: that all models are read at.
     """
     params, lora = (params, None) if frozen is None else (frozen, params)
-    hidden_BTD, routing = forward.compute_hidden_and_router_stats(qwen3, params, batch, lora)
+    hidden_BTD, routing = forward.compute_hidden_and_router_stats(model, params, batch, lora)
     known = _shift_known(batch)
     mask_BT, segments_BT = known["mask_BT"], known["segments_BT"]
     weight_BT, count = losses.compute_token_weights(loss, mask_BT, segments_BT, max_response_tokens)
@@ -143,7 +144,7 @@ def compute_loss_sums(
 
     stats = fused_head.compute_token_stats(
         hidden_BTD,
-        model.get_output_head(params),
+        transformer.get_output_head(params),
         losses.shift(batch.tokens_BT),
         batch.teacher_hidden_BTD,
         teacher_head_VE,
@@ -273,7 +274,7 @@ class UpdatePrograms:
 
 
 def make_update(
-    qwen3: Qwen3,
+    model: Transformer,
     optimizer: optax.GradientTransformation,
     loss: losses.Loss,
     max_response_tokens: int,
@@ -293,7 +294,7 @@ def make_update(
     average.
     """
     compute_sums = functools.partial(
-        compute_loss_sums, qwen3, loss, max_response_tokens, loss_chunk_mib
+        compute_loss_sums, model, loss, max_response_tokens, loss_chunk_mib
     )
     compute_sums = functools.partial(
         compute_sums, balance=balance, overlap=overlap, temperature=temperature
@@ -321,8 +322,8 @@ def make_update(
     def compute_logp(params: Params, batch: Batch, frozen: Params | None = None):
         params, lora = (params, None) if frozen is None else (frozen, params)
         stats = fused_head.compute_token_stats(
-            forward.compute_hidden_and_router_stats(qwen3, params, batch, lora)[0],
-            model.get_output_head(params),
+            forward.compute_hidden_and_router_stats(model, params, batch, lora)[0],
+            transformer.get_output_head(params),
             losses.shift(batch.tokens_BT),
             loss_chunk_mib=loss_chunk_mib,
             split=mesh_lib.split_vocabulary,

@@ -110,11 +110,11 @@ def test_trace_trains_the_response_and_its_stop(
     problem = arithmetic.make_problem(0, 0, "train", (3, 5))
     response = problem.answer if thinking is False else arithmetic.to_response(problem)
     messages = arithmetic.to_messages(problem)
-    ids, mask = chat.encode_prompt_response(tiny, messages, response, thinking=thinking)
+    prompt = chat.render_messages(tiny, messages, thinking=thinking)
+    response_ids = chat.encode_response(tiny, response)
+    ids, mask = prompt + response_ids, [0] * len(prompt) + [1] * len(response_ids)
     assert written(tiny, ids, mask) == response + "<|im_end|>"
-    assert ids[: mask.index(1)] == chat.render_messages(tiny, messages, thinking=thinking)
-    assert mask == sorted(mask)
-    # What the template renders for the finished conversation is the trace, plus a newline.
+    # The template renders the finished conversation as the trace and a newline.
     turns = [*messages, {"role": "assistant", "content": response}]
     whole, whole_mask = chat.encode_conversation(tiny, turns)
     assert whole == ids + chat.encode(tiny, "\n")
@@ -160,7 +160,7 @@ def test_no_template_and_no_stop_token_are_named() -> None:
     tokenizer = fresh_tiny()
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no eos_token"):
-        chat.encode_prompt_response(tokenizer, HELLO, "x", thinking=None)
+        chat.encode_response(tokenizer, "x")
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         chat.render_messages(tokenizer, HELLO)

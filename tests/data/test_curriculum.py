@@ -54,7 +54,7 @@ def test_the_modes_have_their_shares(share):
 @pytest.mark.parametrize("traces", [False, True])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_both_kinds_of_stages_mix_them(tiny, traces, share):
-    source = dataset.load_source(config(thinking=share, size=40), tiny, 0, traces)
+    source = dataset.load_source(config(thinking=share, max_rows=40), tiny, 0, traces)
     examples = dataset.get_step_examples(source, 0, 32, 0)
     assert sum(e.thinking for e in examples) == 32 * share
     for e in examples:
@@ -169,7 +169,9 @@ def test_a_template_without_modes_has_nothing_to_mix(tiny, tmp_path):
         assert source.read_example(0).thinking == bool(share)
     with pytest.raises(UserError, match=r"config\.data\.thinking=0\.5: the chat template of"):
         dataset.load_source(config(thinking=0.5), plain, 0, False)
-    with pytest.raises(UserError, match=r"config\.data\.thinking=1\.5: is a share"):
+    with pytest.raises(
+        UserError, match=r"config\.data\.thinking=1\.5: must be at least 0 and at m"
+    ):
         dataset.load_source(config(thinking=1.5), tiny, 0, False)
     # Token ids need neither template nor tokenizer, and count as thinking.
     path = write(tmp_path / "rows.jsonl", {"tokens": [5, 6]})
@@ -261,8 +263,12 @@ def test_the_students_own_pass_rates(tiny, tmp_path):
         (rows_of(2), {"difficulty": "hard"}, r"rows.jsonl:1: config.data.difficulty=hard: its col"),
         ([{**ASK, "level": "?"}], {"difficulty": "level"}, "'\\?' is not a number"),
         ([{**ASK, "level": True}], {"difficulty": "level"}, "True is not a number"),
-        (rows_of(2), {"curriculum": "ordered"}, "config.data.difficulty says what is easy"),
-        (rows_of(2), {"curriculum": "random"}, "config.data.curriculum='random': is none of"),
+        (
+            rows_of(2),
+            {"curriculum": "ordered"},
+            "needs config.data.difficulty, which says what is easy",
+        ),
+        (rows_of(2), {"curriculum": "random"}, "config.data.curriculum='random': must be one of"),
         (rows_of(3), {"difficulty": "level", "curriculum": "weighted"}, "3: difficulty 2: .* rate"),
         (rows_of(2), {"difficulty": "level", "curriculum": "weighted"}, "every difficulty is 0 or"),
         (rows_of(2), {"difficulty": "/no/file.jsonl"}, "/no/file.jsonl: no such file"),
@@ -291,10 +297,10 @@ def test_a_level_in_words_and_the_generated_task(tiny, tmp_path):
         .difficulty
         == 5
     )
-    with pytest.raises(UserError, match=r"takes a source with an end \(config\.data\.size\)"):
+    with pytest.raises(UserError, match=r"takes a source with an end \(config\.data\.max_rows\)"):
         source_of(tiny, Path("arithmetic"), difficulty="operations", curriculum="ordered")
     order, source = source_of(
-        tiny, Path("arithmetic"), difficulty="operations", curriculum="ordered", size=20
+        tiny, Path("arithmetic"), difficulty="operations", curriculum="ordered", max_rows=20
     )
     assert order is not None
     assert source.read_example(order(0, 0, 1)[0]).difficulty == 3

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from configs import base
 from distill.data import arithmetic, chat, collate, dataset, sources
 from distill.data.dataset import Example, Source
+from distill.data.examples import encode_prompt
 from models.errors import UserError
 from tests.support.paths import ROOT
 
@@ -100,7 +101,7 @@ def test_the_generated_task_is_endless_or_cut_to_size(tiny: PreTrainedTokenizerB
         assert f"user\n{problem.question}<|im_end|>" in tiny.decode(example.prompt)
         assert tiny.decode(example.response) == f"{arithmetic.to_response(problem)}<|im_end|>"
         assert example.answer == problem.answer
-    cut = dataset.load_source(config("arithmetic", size=4), tiny, 5, with_responses=True)
+    cut = dataset.load_source(config("arithmetic", max_rows=4), tiny, 5, with_responses=True)
     epoch = [e.where for e in dataset.get_step_examples(cut, 9, 4, 5)]
     assert sorted(epoch) == [f"arithmetic problem {i}" for i in range(4)]
 
@@ -108,7 +109,7 @@ def test_the_generated_task_is_endless_or_cut_to_size(tiny: PreTrainedTokenizerB
 def test_size_takes_the_first_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", *({"tokens": [i + 1]} for i in range(9)))
     for size, expected in ((0, 9), (4, 4), (50, 9)):
-        source = dataset.load_source(config(path, size=size), None, 0, with_responses=False)
+        source = dataset.load_source(config(path, max_rows=size), None, 0, with_responses=False)
         assert source.size == expected
         read = sorted(e.prompt[0] for e in dataset.get_step_examples(source, 0, expected, 0))
         assert read == list(range(1, expected + 1))
@@ -148,7 +149,7 @@ def test_trace_batch() -> None:
 
 def test_forms_of_a_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
     def prompt(row: dict) -> list[int]:
-        return dataset.encode_prompt(row, "row", tokenizer, True)
+        return encode_prompt(row, "row", tokenizer, True)
 
     asked = chat.render_messages(tokenizer, QUESTION, thinking=True)
     text = "<|im_start|>user\nWhat is 3 * 4?<|im_end|>\n<|im_start|>assistant\n"
@@ -158,7 +159,7 @@ def test_forms_of_a_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
     assert prompt({"prompt": text}) == asked
     assert prompt({"tokens": asked}) == asked
     assert prompt({"prompt": "3 * 4 ="}) == tokenizer.encode("3 * 4 =")
-    assert dataset.encode_prompt({"tokens": [4, 2]}, "row", None, True) == [4, 2]
+    assert encode_prompt({"tokens": [4, 2]}, "row", None, True) == [4, 2]
 
 
 def test_forms_of_a_trace(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -340,7 +341,7 @@ def test_what_needs_a_tokenizer(tmp_path: Path) -> None:
     for traces in (False, True):
         with pytest.raises(UserError, match=r"rows\.jsonl:2: the model has no tokenizer"):
             dataset.load_source(config(path), None, 0, traces)
-        source = dataset.load_source(config(path, size=1), None, 0, traces)
+        source = dataset.load_source(config(path, max_rows=1), None, 0, traces)
         assert source.read_example(0).prompt == [1]
         assert source.read_example(0).response == ([2] if traces else [])
     with pytest.raises(UserError, match="arithmetic needs a model with a tokenizer"):

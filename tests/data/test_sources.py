@@ -121,10 +121,10 @@ def test_a_stream_gives_the_same_rows_in_any_order(tmp_path: Path) -> None:
     rows = sources.open_rows(source, size=9, window=4)
     assert rows.window == 4 and everything(rows) == ROWS
     assert [rows.read_row(i) for i in (8, 0, 1, 5)] == [ROWS[8], ROWS[0], ROWS[1], ROWS[5]]
-    with pytest.raises(UserError, match=r"needs config\.data\.size"):
+    with pytest.raises(UserError, match=r"needs config\.data\.max_rows"):
         sources.open_rows(source, window=4)
     short = sources.open_rows(source, size=20, window=4)
-    with pytest.raises(UserError, match=r"has only 9 rows, config\.data\.size says 20"):
+    with pytest.raises(UserError, match=r"has only 9 rows, config\.data\.max_rows says 20"):
         short.read_row(10)
     with pytest.raises(UserError, match="not read through hf:"):
         sources.open_rows(as_jsonl(tmp_path), window=4)
@@ -133,7 +133,7 @@ def test_a_stream_gives_the_same_rows_in_any_order(tmp_path: Path) -> None:
 def test_a_streamed_step_is_a_function_of_the_step(
     tmp_path: Path, tiny: PreTrainedTokenizerBase
 ) -> None:
-    c = config(as_hub_folder(tmp_path), streaming=True, window=4, size=9)
+    c = config(as_hub_folder(tmp_path), streaming=True, shuffle_window=4, max_rows=9)
     source = dataset.load_source(c, tiny, 0, True)
     steps = [[e.where for e in dataset.get_step_examples(source, step, 3, 0)] for step in range(9)]
     for epoch in range(3):
@@ -187,7 +187,7 @@ assert rows.size == 5
 seen = []
 for i in range(5):
     try:
-        row = columns.canonical(rows.row(i), "", rows.where(i), True)
+        row = columns.canonicalize_row(rows.read_row(i), "", rows.locate_row(i), True)
     except Exception as error:
         assert f"tfds:{path} row {i}: conversations: not UTF-8" in str(error), error
         continue
@@ -327,7 +327,7 @@ def test_a_chat_of_tulu_is_asked_without_its_answer() -> None:
         columns.canonicalize_row(bad, "", "row", False) == bad
     )  # and is refused where it is rendered
     for empty in ([], None):
-        with pytest.raises(UserError, match="row: id, messages, source are not as in the sets"):
+        with pytest.raises(UserError, match="row: id, messages, source are not as in the set tulu"):
             columns.canonicalize_row({**row, "messages": empty}, "", "row", False)
 
 
@@ -398,7 +398,7 @@ def test_which_turns_are_trained(tiny: PreTrainedTokenizerBase, tmp_path: Path) 
 
     def trained(turns: str) -> tuple[str, str]:
         example = dataset.load_source(config(path, turns=turns), tiny, 0, True).read_example(0)
-        batch = collate.make_batch([[example]], 200, 200)
+        batch = collate.collate_rows([[example]], collate.BatchLayout(200, 200))
         ids, mask = np.asarray(batch.tokens_BT)[0], np.asarray(batch.mask_BT)[0]
         return str(tiny.decode(ids[mask])), str(tiny.decode(example.prompt))
 
@@ -420,7 +420,7 @@ def test_real_rows_print_back(shared_data: Path, qwen3: PreTrainedTokenizerBase,
             response = row["messages"][-1]["content"]
         else:
             response = f"<think>\n{row['thinking'].strip()}\n</think>\n\n{row['content'].strip()}"
-        batch = collate.make_batch([[source.read_example(i)]], 8000, 7000)
+        batch = collate.collate_rows([[source.read_example(i)]], collate.BatchLayout(8000, 7000))
         ids, mask = np.asarray(batch.tokens_BT)[0], np.asarray(batch.mask_BT)[0]
         assert qwen3.decode(ids[mask]) == response + "<|im_end|>"
 
@@ -576,7 +576,7 @@ BAD = {
     "a megabyte": (b'{"question": "' + b"word " * 200_000 + b'", "response": "r"}', "prompt of"),
     "known set, odd value": (
         b'{"question": "q", "final_answer": "4", "r1_solution_1": null}',
-        "question, final_answer, r1_solution_1 are not as in the sets known by them",
+        "question, final_answer, r1_solution_1 are not as in the set deepmath",
     ),
     "speaker": (
         b'{"conversations": [{"from": "bot", "value": "x"}]}',
@@ -617,7 +617,9 @@ def test_a_bad_row_is_fatal_or_skipped(
         return  # tokenised often enough
     # Beyond what is read before step 0 it is met when it is read.
     for policy in ("fail", "skip"):
-        late = dataset.load_source(config(path, on_bad_row=policy, check=3), tiny, 0, True, short)
+        late = dataset.load_source(
+            config(path, on_bad_row=policy, check_rows=3), tiny, 0, True, short
+        )
         assert late.size == 10 and not late.skip_reasons
         if policy == "fail":
             with pytest.raises(UserError, match="5"):
@@ -634,10 +636,14 @@ def test_no_good_row(tmp_path: Path, tiny: PreTrainedTokenizerBase) -> None:
     for check in (0, 2, 3):
         with pytest.raises(UserError, match=r"no good row; .*rows\.jsonl:\d: neither response nor"):
             dataset.get_step_examples(
-                dataset.load_source(config(path, on_bad_row="skip", check=check), tiny, 0, True),
+                dataset.load_source(
+                    config(path, on_bad_row="skip", check_rows=check), tiny, 0, True
+                ),
                 0,
                 2,
                 0,
             )
-    with pytest.raises(UserError, match=r"config\.data\.on_bad_row='warn': is none of fail, skip"):
+    with pytest.raises(
+        UserError, match=r"config\.data\.on_bad_row='warn': must be one of 'fail', 'skip'"
+    ):
         dataset.load_source(config(path, on_bad_row="warn"), tiny, 0, True)

@@ -32,7 +32,9 @@ def test_input_is_twenty_times_as_fast_as_a_tiny_step(shared_data: Path) -> None
         packer = packing.Packer(source, 0, 8, 4096, 3584)
         begin, tokens = time.perf_counter(), 0
         for step in range(32):
-            batch = collate.make_batch(packer.get_step_rows(step), 4096, 3584)
+            batch = collate.collate_rows(
+                packer.get_step_rows(step), collate.BatchLayout(4096, 3584)
+            )
             tokens += int((np.asarray(batch.segments_BT) > 0).sum())
         figures[name] = tokens / (time.perf_counter() - begin)
 

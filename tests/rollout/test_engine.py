@@ -21,8 +21,9 @@ from distill.rollout import options as options_lib
 from distill.rollout.sampling import Sampling
 from distill.runtime import mesh as mesh_lib
 from distill.training import microbatches
+from models import families, transformer
 from models.errors import UserError
-from models.qwen3 import model, slabs
+from models.layers import slabs
 from models.qwen3.config import Config
 
 CONFIG = Config(
@@ -38,7 +39,7 @@ CONFIG = Config(
     tie_word_embeddings=True,
     max_position_embeddings=2048,
 )
-QWEN3 = model.Qwen3(CONFIG)
+QWEN3 = families.make_model(CONFIG)
 STOPS = (3, 7)
 P, R = 24, 40
 SMALL = RolloutOptions(slots=8, max_length=P + R, segment=8, prefill_chunk=32)
@@ -54,8 +55,8 @@ def narrow():
 
 
 @jax.jit
-def _weights(key: jax.Array) -> model.Params:
-    return model.init_params(CONFIG, key)
+def _weights(key: jax.Array) -> transformer.Params:
+    return families.init_params(CONFIG, key)
 
 
 @functools.cache
@@ -97,10 +98,10 @@ def drawn(rows: list[Sequence]):
 
 
 @jax.jit
-def _scores(params: model.Params, batch: Any):
+def _scores(params: transformer.Params, batch: Any):
     stats = fused_head.compute_token_stats(
         forward.compute_hidden(QWEN3, params, batch),
-        model.get_output_head(params),
+        transformer.get_output_head(params),
         losses.shift(batch.tokens_BT),
         loss_chunk_mib=1,
     )
@@ -399,7 +400,7 @@ def test_a_row_of_nan_ends_alone() -> None:
     with mesh_lib.use_mesh(mesh):
         rows = list(
             rollout.sample(
-                SamplingModel(model.Qwen3(untied), poisoned, ()),
+                SamplingModel(families.make_model(untied), poisoned, ()),
                 [good, bad],
                 sampling=Sampling(),
                 options=RolloutOptions(slots=2),

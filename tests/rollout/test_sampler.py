@@ -13,7 +13,7 @@ from distill.rollout import RolloutOptions, Sequence
 from distill.rollout.sampling import Sampling
 from distill.runtime import mesh as mesh_lib
 from distill.training import microbatches
-from models.qwen3 import model
+from models import families, transformer
 from models.qwen3.config import Config
 
 CONFIG = Config(
@@ -29,14 +29,14 @@ CONFIG = Config(
     tie_word_embeddings=True,
     max_position_embeddings=256,
 )
-QWEN3 = model.Qwen3(CONFIG)
+QWEN3 = families.make_model(CONFIG)
 STOPS = (3, 7, 11, 13)
 P, R = 12, 24
 
 
 @pytest.fixture(scope="module")
 def loose():
-    return jax.jit(lambda key: model.init_params(CONFIG, key))(jax.random.key(0))
+    return jax.jit(lambda key: families.init_params(CONFIG, key))(jax.random.key(0))
 
 
 def placed(params, mesh):
@@ -85,7 +85,7 @@ def test_sampler_equals_scorer(params, kind):
     stats = jax.jit(
         lambda b: fused_head.compute_token_stats(
             forward.compute_hidden(QWEN3, params, b),
-            model.get_output_head(params),
+            transformer.get_output_head(params),
             losses.shift(b.tokens_BT),
             loss_chunk_mib=1,
         )
@@ -168,11 +168,7 @@ def test_complete_is_independent_of_batches_and_of_where_it_starts(params):
             rollout.complete(
                 subject,
                 prompts,
-                samples=3,
-                key=jax.random.key(1),
-                limits=[8] * len(prompts),
-                sampling=Sampling(),
-                batch_size=batch_size,
+                rollout.SampleSpec(3, 8, seed=1, batch_size=batch_size),
                 first=first,
             )
         )

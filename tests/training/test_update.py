@@ -15,8 +15,8 @@ from distill.objectives import losses
 from distill.policy import forward
 from distill.runtime import mesh as mesh_lib
 from distill.training import update
+from models import families, transformer
 from models.errors import UserError
-from models.qwen3 import model
 from tests.support.updates import CONFIG, TEACHER, one_update, placed
 
 B, T = 8, 24
@@ -48,16 +48,16 @@ def curve(objective="opd", sizes=(1, 1, 1), accumulate=1, remat=False, scan=True
         student = placed(CONFIG, 0, mesh)
         teacher = placed(TEACHER, 1, mesh)
         state = update.init_train_state(optimizer(), student, 0)
-        qwen3 = model.Qwen3(CONFIG, remat=remat, scan=scan)
+        qwen3 = families.make_model(CONFIG, remat=remat, scan=scan)
         loss, mib = losses.OBJECTIVES[objective], 4e-3 * mesh.size
         programs = update.make_update(qwen3, optimizer(), loss, T, mib, state)
         head, lowered, numbers = None, None, []
         for i in range(steps):
             data = jax.device_put(batch(i), mesh_lib.make_row_sharding(mesh))
             if objective == "opd":
-                hidden = hidden_of(model.Qwen3(TEACHER), teacher, data)
+                hidden = hidden_of(families.make_model(TEACHER), teacher, data)
                 data = dataclasses.replace(data, teacher_hidden_BTD=hidden)
-                head = model.get_output_head(teacher)
+                head = transformer.get_output_head(teacher)
             if i == 0:
                 given = (None, state.params, data, head)
                 figures = jax.eval_shape(programs.accumulate, *given)[1]
@@ -103,7 +103,7 @@ def test_the_divisor_is_the_global_count(golden):
     numbers, _, _, _ = curve("sft", steps=1)
     data = batch(0)
     params = placed(CONFIG, 0, mesh_lib.make_mesh(1, 1, 1))
-    logits = hidden_of(model.Qwen3(CONFIG), params, data) @ params["embed"].T
+    logits = hidden_of(families.make_model(CONFIG), params, data) @ params["embed"].T
     logp = np.asarray(jax.nn.log_softmax(logits))[:, :-1]
     rows, columns = np.nonzero(data.mask_BT[:, 1:])
     targets = data.tokens_BT[:, 1:][rows, columns]
@@ -116,13 +116,15 @@ def test_teacher_is_student():
     with mesh_lib.use_mesh(mesh):
         params = placed(CONFIG, 0, mesh)
         data = batch()
-        hidden = hidden_of(model.Qwen3(CONFIG), params, data)
+        hidden = hidden_of(families.make_model(CONFIG), params, data)
         data = dataclasses.replace(data, teacher_hidden_BTD=hidden)
         state = update.init_train_state(optimizer(), params, 0)
         step = update.make_update(
-            model.Qwen3(CONFIG), optimizer(), losses.OBJECTIVES["opd"], T, 4e-3, state
+            families.make_model(CONFIG), optimizer(), losses.OBJECTIVES["opd"], T, 4e-3, state
         )
-        _, measured, _ = one_update(step, state, data, jnp.array(model.get_output_head(params)))
+        _, measured, _ = one_update(
+            step, state, data, jnp.array(transformer.get_output_head(params))
+        )
     assert abs(float(measured["loss"])) < 1e-6
     assert float(measured["grad_norm"]) < 1e-5
 
@@ -133,7 +135,7 @@ def test_a_padded_batch_has_the_loss_of_the_real_rows():
 
     def loss(data):
         total, (sums, _) = update.compute_loss_sums(
-            model.Qwen3(CONFIG), losses.OBJECTIVES["sft"], T, 1.0, params, data, None
+            families.make_model(CONFIG), losses.OBJECTIVES["sft"], T, 1.0, params, data, None
         )
         return float(total), float(sums["loss"][1])
 
@@ -198,7 +200,7 @@ def test_shardings_of_activations():
     with mesh_lib.use_mesh(mesh):
         params = placed(CONFIG, 0, mesh)
         data = jax.device_put(batch(), mesh_lib.make_row_sharding(mesh))
-        hidden = jax.jit(functools.partial(forward.compute_hidden, model.Qwen3(CONFIG)))(
+        hidden = jax.jit(functools.partial(forward.compute_hidden, families.make_model(CONFIG)))(
             params, data
         )
         assert padded(tuple(hidden.sharding.spec), 3) in (
@@ -206,11 +208,11 @@ def test_shardings_of_activations():
             ("fsdp", "tensor", None),
         )
         logits = jax.jit(lambda h, w: mesh_lib.split_vocabulary(jnp.einsum("BTD,VD->BTV", h, w)))(
-            hidden, model.get_output_head(params)
+            hidden, transformer.get_output_head(params)
         )
         assert tuple(logits.sharding.spec)[2] == ("fsdp", "tensor")  # expert is 1
         text = (
-            jax.jit(functools.partial(forward.compute_hidden, model.Qwen3(CONFIG)))
+            jax.jit(functools.partial(forward.compute_hidden, families.make_model(CONFIG)))
             .lower(params, data)
             .compile()
             .as_text()
@@ -228,7 +230,7 @@ def test_a_batch_without_a_token_to_train_on_moves_nothing(minibatches):
     with mesh_lib.use_mesh(mesh):
         state = update.init_train_state(optimizer(), placed(CONFIG, 0, mesh), 0)
         loss = losses.OBJECTIVES["sft"]
-        programs = update.make_update(model.Qwen3(CONFIG), optimizer(), loss, T, 1.0, state)
+        programs = update.make_update(families.make_model(CONFIG), optimizer(), loss, T, 1.0, state)
 
         def step(state, batch):
             """Rows interleave between the minibatches."""

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from models.config import Config
 from models.errors import UserError
-from models.qwen3 import paged_attention, sharded
-from models.qwen3.config import Config
+from models.layers import paged_attention, sharded
 
 _VMEM_BYTES = 2**25  # bytes of a TPU's fast memory for two pages
 _SMEM_BYTES = 2**20 - 2**15
