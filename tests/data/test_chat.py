@@ -85,19 +85,19 @@ def test_every_published_loss_mask(qwen3: PreTrainedTokenizerBase) -> None:
 
 
 @needs_qwen3
-def test_qwen3_think_switch(qwen3: PreTrainedTokenizerBase) -> None:
+def test_the_think_switch_of_qwen3_adds_an_empty_block(qwen3: PreTrainedTokenizerBase) -> None:
     on, off = (chat.render_messages(qwen3, HELLO, thinking=thinking) for thinking in (True, False))
     assert off == [*on, 151667, 271, 151668, 271]
     assert chat.render_messages(qwen3, HELLO) == on
 
 
-def test_think_switch(tiny: PreTrainedTokenizerBase) -> None:
+def test_the_think_switch_adds_an_empty_block(tiny: PreTrainedTokenizerBase) -> None:
     on, off = (chat.render_messages(tiny, HELLO, thinking=thinking) for thinking in (True, False))
     assert tiny.decode(on) == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     assert off == on + chat.encode(tiny, "<think>\n\n</think>\n\n")
 
 
-def test_tools_are_rendered(tiny: PreTrainedTokenizerBase) -> None:
+def test_tools_are_rendered_into_the_system_turn(tiny: PreTrainedTokenizerBase) -> None:
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
     text = str(tiny.decode(chat.render_messages(tiny, HELLO, tools=tools)))
     assert text.startswith("<|im_start|>system\n# Tools") and '"name": "add"' in text
@@ -156,7 +156,7 @@ def test_a_broken_tokenizer_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_no_template_and_no_stop_token_are_named() -> None:
+def test_a_missing_template_or_stop_token_is_named() -> None:
     tokenizer = fresh_tiny()
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no eos_token"):

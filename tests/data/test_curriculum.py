@@ -53,7 +53,7 @@ def test_the_modes_have_their_shares(share):
 
 @pytest.mark.parametrize("traces", [False, True])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_both_kinds_of_stages_mix_them(tiny, traces, share):
+def test_prompts_and_traces_mix_the_modes(tiny, traces, share):
     source = dataset.load_source(config(thinking=share, max_rows=40), tiny, 0, traces)
     examples = dataset.get_step_examples(source, 0, 32, 0)
     assert sum(e.thinking for e in examples) == 32 * share
@@ -226,7 +226,7 @@ def test_weights_are_p_times_1_minus_p(tiny, tmp_path):
     assert sorted(order(0, 0, 3)) == [1, 2, 3]
 
 
-def test_the_students_own_pass_rates(tiny, tmp_path):
+def test_pass_rates_of_verify_and_evaluate_become_difficulties(tiny, tmp_path):
     """As `verify --keep=all` writes them, and as `evaluate` does."""
     path = write(tmp_path / "rows.jsonl", *rows_of(3))
     prompts = [
@@ -274,13 +274,13 @@ def test_the_students_own_pass_rates(tiny, tmp_path):
         (rows_of(2), {"difficulty": "/no/file.jsonl"}, "/no/file.jsonl: no such file"),
     ],
 )
-def test_what_a_curriculum_cannot_use(tiny, tmp_path, rows, changes, words):
+def test_a_bad_curriculum_is_named(tiny, tmp_path, rows, changes, words):
     path = write(tmp_path / "rows.jsonl", *rows)
     with pytest.raises(UserError, match=words):
         source_of(tiny, path, **changes)
 
 
-def test_files_without_failures_or_grades(tmp_path):
+def test_pass_rates_need_failures_and_grades(tmp_path):
     path = write(tmp_path / "rates.jsonl", {**ASK, "samples": [{"correct": True}]})
     with pytest.raises(UserError, match="every sample is correct; verify --keep=all"):
         curriculum.load_pass_rates(str(path))
@@ -289,7 +289,7 @@ def test_files_without_failures_or_grades(tmp_path):
         curriculum.load_pass_rates(str(path))
 
 
-def test_a_level_in_words_and_the_generated_task(tiny, tmp_path):
+def test_difficulty_is_read_from_words_and_of_the_generated_task(tiny, tmp_path):
     path = write(tmp_path / "rows.jsonl", {**ASK, "level": "Level 5"})
     assert (
         dataset.load_source(config(path, difficulty="level"), tiny, 0, False)

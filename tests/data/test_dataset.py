@@ -106,7 +106,7 @@ def test_the_generated_task_is_endless_or_cut_to_size(tiny: PreTrainedTokenizerB
     assert sorted(epoch) == [f"arithmetic problem {i}" for i in range(4)]
 
 
-def test_size_takes_the_first_rows(tmp_path: Path) -> None:
+def test_max_rows_takes_the_first_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", *({"tokens": [i + 1]} for i in range(9)))
     for size, expected in ((0, 9), (4, 4), (50, 9)):
         source = dataset.load_source(config(path, max_rows=size), None, 0, with_responses=False)
@@ -118,7 +118,7 @@ def test_size_takes_the_first_rows(tmp_path: Path) -> None:
 # Layout
 
 
-def test_trace_batch() -> None:
+def test_responses_are_trained_and_cut_to_length() -> None:
     """Prompts are not trained; responses with their stop token 9 are; nothing after it is there.
     The last response is cut, and so has no stop token."""
     examples = [
@@ -147,7 +147,7 @@ def test_trace_batch() -> None:
 # Rows
 
 
-def test_forms_of_a_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_every_form_of_a_prompt_has_the_same_ids(tokenizer: PreTrainedTokenizerBase) -> None:
     def prompt(row: dict) -> list[int]:
         return encode_prompt(row, "row", tokenizer, True)
 
@@ -162,7 +162,9 @@ def test_forms_of_a_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
     assert encode_prompt({"tokens": [4, 2]}, "row", None, True) == [4, 2]
 
 
-def test_forms_of_a_trace(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_every_form_of_a_trace_has_the_same_ids(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     asked = chat.render_messages(tokenizer, QUESTION, thinking=True)
     stop = tokenizer.eos_token_id
     answered = [*tokenizer.encode("It is 12."), stop]
@@ -246,7 +248,7 @@ def check_solutions(path: Path, tokenizer: PreTrainedTokenizerBase, thinking: bo
 @pytest.mark.parametrize(
     ("thinking", "every"), [(True, 1), (False, 10), pytest.param(False, 1, marks=pytest.mark.long)]
 )
-def test_gsm8k_prints_back(
+def test_gsm8k_decodes_to_its_own_text(
     shared_data: Path,
     qwen3: PreTrainedTokenizerBase,
     tmp_path: Path,
@@ -262,7 +264,7 @@ def test_gsm8k_prints_back(
     assert check_solutions(path, qwen3, thinking) == len(lines[::every])
 
 
-def test_solutions_print_back(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_solutions_decode_to_their_own_text(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     rows = [
         {
             "question": "Janet’s 3 ducks\tlay £4?",
@@ -314,7 +316,9 @@ BAD_TRACES = [
 
 
 @pytest.mark.parametrize(("text", "words"), BAD_TRACES)
-def test_bad_traces(tiny: PreTrainedTokenizerBase, tmp_path: Path, text: str, words: str) -> None:
+def test_a_bad_trace_is_named(
+    tiny: PreTrainedTokenizerBase, tmp_path: Path, text: str, words: str
+) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(text)
     with pytest.raises(UserError) as error:
@@ -322,7 +326,7 @@ def test_bad_traces(tiny: PreTrainedTokenizerBase, tmp_path: Path, text: str, wo
     assert words in str(error.value)
 
 
-def test_a_byte_that_is_not_utf8(tmp_path: Path) -> None:
+def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"question": "caf\xc3\xa9"}\n{"question": "caf\xe9"}\n')
     with pytest.raises(UserError, match=r"rows\.jsonl:2: not JSON .*0xe9"):
@@ -336,7 +340,7 @@ def test_blank_lines_are_skipped_and_counted(tmp_path: Path) -> None:
     assert found == [(f"{path}:2", {"a": 1}), (f"{path}:5", {"a": "\u2028"})]
 
 
-def test_what_needs_a_tokenizer(tmp_path: Path) -> None:
+def test_text_needs_a_tokenizer_and_ids_do_not(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", {"tokens": [1], "response_tokens": [2]}, {"prompt": "q"})
     for traces in (False, True):
         with pytest.raises(UserError, match=r"rows\.jsonl:2: the model has no tokenizer"):
@@ -357,7 +361,7 @@ def test_what_needs_a_tokenizer(tmp_path: Path) -> None:
         ({"operations": (4, 2)}, "(4, 2)"),
     ],
 )
-def test_bad_settings(tiny: PreTrainedTokenizerBase, fields: dict, words: str) -> None:
+def test_a_bad_setting_is_named(tiny: PreTrainedTokenizerBase, fields: dict, words: str) -> None:
     c = config(**{"source": "arithmetic", **fields})
     with pytest.raises(UserError) as error:
         dataset.load_source(c, tiny, 0, with_responses=True)

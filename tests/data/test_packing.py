@@ -87,7 +87,7 @@ def test_epochs_have_their_own_orders() -> None:
     assert names(feed.get_step_rows(0)) != names(feed.get_step_rows(6))
 
 
-def test_what_a_step_holds_does_not_depend_on_how_it_was_reached() -> None:
+def test_a_step_has_the_same_rows_however_it_is_reached() -> None:
     forward = packer(numbered(50))
     steps = [names(forward.get_step_rows(step)) for step in range(20)]
     assert names(packer(numbered(50)).get_step_rows(17)) == steps[17]
@@ -97,7 +97,7 @@ def test_what_a_step_holds_does_not_depend_on_how_it_was_reached() -> None:
 
 
 @pytest.mark.parametrize("step", [1, 3, 7, 12])
-def test_a_position_resumes(step: int) -> None:
+def test_a_restored_packer_packs_the_same_rows(step: int) -> None:
     """It goes through JSON, as in a checkpoint; what came before its window is not read again."""
     forward = packer(numbered(50))
     for earlier in range(step):
@@ -178,7 +178,7 @@ def test_packed_rows_train_as_unpacked_ones_do() -> None:
     assert abs(naive(qwen3, params, changed)[0] - b) > 1e-3
 
 
-def test_layout() -> None:
+def test_packed_rows_have_segments_and_positions() -> None:
     rows = [
         [Example([1, 2], [3, 4, 9], "", ""), Example([5], [6, 9], "", "", [False, True])],
         [Example([7], [9], "", "")],
