@@ -106,7 +106,8 @@ def make_collector(
         packer = packing.Packer(
             stage.source, c.seed, s.batch_size, s.pack_tokens, s.max_response_tokens
         )
-    layout = make_layout(stage, run_setup)
+    routing = run_setup.student.config.routing_shape if run_setup.replay_routing else None
+    layout = microbatches.make_stage_layout(s, stage.loss, stage.sampled_rows, routing)
     own_rows = mesh_lib.list_local_rows(mesh, s.batch_size)
     load_minibatches = functools.partial(
         load_trace_minibatches, stage, packer, c.seed, own_rows, layout
@@ -125,25 +126,6 @@ def make_collector(
         prompts=StagePrompts(stage, c.seed),
         load_minibatches=dataset.prefetch_next(load_minibatches, stage.end_step),
         load_traces=dataset.prefetch_next(load_traces, stage.end_step),
-    )
-
-
-def make_layout(stage: StageSetup, run_setup: RunSetup) -> BatchLayout:
-    """Returns what the batches of a stage hold."""
-    s, N = stage.c, len(stage.c.teachers)
-    teacher_weights = np.array([stage.teacher_weights]) if stage.teacher_weights else np.eye(N)
-    if stage.teacher_weights and s.data.mixture:  # the same for every source
-        teacher_weights = np.tile(teacher_weights, (len(s.data.mixture), 1))
-    replays_routing = stage.sampled_rows and run_setup.replay_routing
-    return BatchLayout(
-        stages.get_row_tokens(s),
-        s.max_response_tokens,
-        top_k=stage.loss.teacher_topk if stage.loss.teacher_output == "top" else 0,
-        context_tokens=stage.context_tokens,
-        has_sampler_logprobs=stage.sampled_rows == s.batch_size,
-        has_advantages=stage.loss.reward > 0,
-        routing=run_setup.student.config.routing_shape if replays_routing else None,
-        teacher_weights=teacher_weights if stage.needs_teacher and N > 1 else None,
     )
 
 

@@ -26,6 +26,7 @@ from distill.training import (
     collect,
     eval_hook,
     grading,
+    memory,
     microbatches,
     optim,
     preflight,
@@ -270,7 +271,8 @@ def run_stage(
     """
     stage, mesh, checkpoints = run_setup.stages[index], run_context.mesh, run_context.checkpoints
     s, validation_hook = stage.c, run_context.validation_hook
-    cache_capacity = preflight.compute_cache_capacity(c, run_setup, stage, state.params)
+    abstract_stage = memory.describe_stage(c, run_setup, stage, state.params)
+    cache_capacity = memory.compute_cache_capacity(abstract_stage, memory.get_memory_limit())
     collector = collect.make_collector(
         c, run_setup, stage, mesh, run_context.grader, cache_capacity
     )

@@ -54,12 +54,6 @@ class StageSetup:
         """Whether the stage runs a teacher's model."""
         return stages.needs_teacher(self.c, self.loss)
 
-    @property
-    def teacher_weights(self) -> tuple[float, ...]:
-        """The shares of several teachers, which add up to 1; () where each teaches a source."""
-        weights = [float(weight) for weight in self.c.teacher_weights]
-        return tuple(weight / sum(weights) for weight in weights)
-
 
 @dataclasses.dataclass(frozen=True)
 class RunSetup:

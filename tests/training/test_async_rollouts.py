@@ -64,7 +64,8 @@ def by_hand(c) -> tuple[list[list[rollout.Sequence]], Any]:
         params = policy.load(plan.student, "float32").params
         older = jax.tree.map(lambda x: x.copy(), params)
         state = update.init_train_state(stage.optimizer, params, 0)
-        mesh, form = policy.get_mesh(plan.student), collect.make_layout(stage, plan)
+        mesh = policy.get_mesh(plan.student)
+        form = microbatches.make_stage_layout(s, stage.loss, stage.sampled_rows, None)
         train = trainer.make_trainer(c, plan, stage, mesh, state)
         for step in range(STEPS):
             examples = dataset.get_step_examples(stage.source, step, 2, c.seed)
