@@ -12,17 +12,10 @@ import io
 import json
 import math
 import os
-import platform
 import re
-import resource
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import UTC, datetime
-from importlib import metadata
-from pathlib import Path
 from typing import IO, Any
 
 import jax
@@ -38,11 +31,6 @@ MetricSums = dict[str, tuple[jax.Array, jax.Array]]
 
 _PROGRESS_SECONDS = 10.0
 BUCKET_FLUSH_SECONDS = 30.0  # between two writings of a bucket's jsonl file
-_PACKAGES = (
-    *("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "flax", "optax", "orbax-checkpoint", "numpy"),
-    *("transformers", "tokenizers", "safetensors", "datasets", "tensorflow-datasets"),
-    *("ml-collections", "math-verify"),
-)
 
 
 def compute_means(sums: MetricSums) -> dict[str, jax.Array]:
@@ -348,54 +336,3 @@ def show_progress(total: int, initial: int, label: str) -> Iterator[Progress]:
     finally:
         if bar is not None:
             bar.close()
-
-
-def measure_memory() -> dict[str, float]:
-    """Peak memory in GiB: of this process, and of the first device where that is known."""
-    scale = 1 if sys.platform == "darwin" else 1024
-    peak = {"host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30}
-    stats = jax.local_devices()[0].memory_stats()
-    if stats:
-        peak["device_gib"] = stats["peak_bytes_in_use"] / 2**30
-    return peak
-
-
-def describe_environment() -> dict[str, Any]:
-    """What a run ran on, for environment.json: versions, devices, git revision, command, time.
-
-    `git` is null outside a git checkout, or where there is no git.
-    """
-    versions = {}
-    for package in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    devices = jax.devices()
-    return {
-        "command": shlex.join(sys.orig_argv),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": versions,
-        "devices": {
-            "backend": jax.default_backend(),
-            "kind": devices[0].device_kind,
-            "count": len(devices),
-            "processes": jax.process_count(),
-        },
-        "git": _describe_git(),
-    }
-
-
-def _describe_git() -> dict[str, Any] | None:
-    def run_git(*arguments: str) -> str:
-        root = Path(__file__).parent.parent
-        call = ("git", "-C", str(root), *arguments)
-        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return {
-            "revision": run_git("rev-parse", "HEAD"),
-            "dirty": bool(run_git("status", "--porcelain")),
-        }
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -12,7 +12,7 @@ import pytest
 from configs import quickstart
 from distill import rollout
 from distill.data import dataset, packing
-from distill.policy import exporting, policy
+from distill.policy import compatibility, exporting, policy
 from distill.runtime import mesh as mesh_lib
 from distill.runtime import run_files
 from distill.training import loop, microbatches, setup, trainer
@@ -313,7 +313,7 @@ def test_a_base_student_takes_the_tokenizer_of_its_teacher(models, tmp_path):
     teacher = policy.make_abstract(models[1], "float32", False, mesh_lib.make_mesh(1, 1, 1))
     for path in (tmp_path / "run", tmp_path / "out"):
         found = policy.make_abstract(str(path), "float32", False, mesh_lib.make_mesh(1, 1, 1))
-        policy.require_same_vocabulary(found, teacher)
+        compatibility.require_same_vocabulary(found, teacher)
         assert found.stop_ids == tuple(sorted({0, *teacher.stop_ids}))
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["top_k"] == 20
 
