@@ -109,9 +109,9 @@ def test_plain_progress(capsys, monkeypatch):
 def test_progress_bar_on_a_terminal():
     code = (
         "from distill.runtime import run_files\n"
-        "with run_files.progress(4, 1, 'sft') as bar:\n"
+        "with run_files.show_progress(4, 1, 'sft') as bar:\n"
         "    bar.update(3, {'loss': 0.25})\n"
-        "    run_files.say('hello')\n"
+        "    run_files.log_line('hello')\n"
         "    bar.update(4, {'loss': 0.125})\n"
     )
     master, slave = pty.openpty()
