@@ -202,7 +202,7 @@ def score(teachers: Sequence[Teacher], batch: Batch, average: Params | None = No
     whole vocabulary is at hand at the price of D numbers a token. No gradient. `average`: the
     moving average of what the student trains, for teachers that are it.
     """
-    inputs, index_BT = _to_model_inputs(batch.teacher_inputs or batch), batch.teacher_index_BT
+    inputs, index_BT = to_model_inputs(batch.teacher_inputs or batch), batch.teacher_index_BT
     teacher_hidden = tuple(
         _run_on_reader_mesh(
             t.policy,
@@ -217,7 +217,7 @@ def score(teachers: Sequence[Teacher], batch: Batch, average: Params | None = No
     )
 
 
-def _to_model_inputs(batch: Batch) -> Batch:
+def to_model_inputs(batch: Batch) -> Batch:
     """What a model reads of a batch."""
     return Batch(batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.mask_BT)
 
@@ -245,7 +245,7 @@ def compute_logp(
     read = functools.partial(
         compute_logp_jit, reader.model, loss_chunk_mib, temperature, reader.params, None
     )
-    return _run_on_reader_mesh(reader, read, _to_model_inputs(batch))
+    return _run_on_reader_mesh(reader, read, to_model_inputs(batch))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -276,7 +276,7 @@ def judge_responses(
 ) -> np.ndarray:
     """[B, T] float32: the log-probability that the teachers give each token of each response; the
     same whole array in every process."""
-    inputs = _to_model_inputs(batch.teacher_inputs or batch)
+    inputs = to_model_inputs(batch.teacher_inputs or batch)
     teacher_logps = [
         _run_on_reader_mesh(
             t.policy,

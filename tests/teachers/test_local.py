@@ -204,8 +204,10 @@ def test_an_empty_context_changes_nothing(files):
     assert same == 4  # of the eight rows two have no solution
 
 
-def test_a_judge_reads_the_context(files):
-    c = config(files, "grpo", reward__judge=1.0, reward__correct=0.0, context__column="solution")
+def test_the_teacher_logprob_reward_reads_the_context(files):
+    c = config(
+        files, "grpo", reward__teacher_logprob=1.0, reward__correct=0.0, context__column="solution"
+    )
     c.opd.context.place = "question"
     rows, measured = collected(c)
     network = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
