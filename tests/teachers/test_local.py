@@ -76,8 +76,8 @@ def collected(c: ConfigDict, mesh=None):
         plan = setup.load_lora_base(c, plan)
         plan = setup.load_stage_models(c, plan, plan.stages[0])
         params = policy.load(plan.student, "float32").params
-        draw = collect.make_collect(plan, plan.stages[0], c.seed, mesh, 8.0, grader)
-        work, measured = draw(params, 0, params)
+        collector = collect.make_collector(c, plan, plan.stages[0], mesh, grader)
+        work, measured = loop.collect_step(collector, params, 0, params)
         teachers = [plan.teachers[name] for name in c.opd.teachers]
         score = lambda micro: local.score(teachers, micro.to_device(mesh), params)  # noqa: E731
         return sequences_of(work, score), measured
