@@ -12,13 +12,13 @@ from distill.data import dataset
 from distill.evaluation import divergence, problems, records, responses, statistics, tasks
 from distill.evaluation.problems import Problems
 from distill.evaluation.protocols import EvalSpec
-from distill.policy import policy
+from distill.policy import compatibility, policy
 from distill.policy.policy import Policy
 from distill.rewards import graders
 from distill.rollout import completions
 from distill.rollout.completions import SampleSpec
 from distill.rollout.sampling import Sampling
-from distill.runtime import cli, distributed, run_files
+from distill.runtime import cli, distributed, environment, run_files
 from distill.runtime import mesh as mesh_lib
 from models import families
 from models.errors import UserError
@@ -107,7 +107,7 @@ def evaluate_benchmark(
     cost = records.measure_cost(
         subject, time.perf_counter() - start, len(rows) - first_problem, tokens
     )
-    cost |= {"protocol": protocol, "versions": run_files.describe_environment()["packages"]}
+    cost |= {"protocol": protocol, "versions": environment.describe_environment()["packages"]}
     if teacher:
         stored = records.StoredRows(out_dir)
         cost["reverse_kl"] = divergence.compute_reverse_kl(
@@ -138,7 +138,7 @@ def evaluate_model(
         *(families.read_config(policy.resolve_model_dir(path)) for path in paths)
     )
     abstract_policies = [policy.make_abstract_for_inference(path, dtype, mesh) for path in paths]
-    policy.require_same_vocabulary(abstract_policies[0], abstract_policies[-1])
+    compatibility.require_same_vocabulary(abstract_policies[0], abstract_policies[-1])
     cli.check_output(f"{out_dir}/summary.json")
     encode_prompts(abstract_policies[0], rows, spec)
     with policy.use(abstract_policies[0]):
