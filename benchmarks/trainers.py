@@ -123,7 +123,7 @@ def run_our_score(job: Job) -> Answer:
     read, batch = _make_network(job, "student", mesh), _make_batch(job, mesh)
     score: Any = {
         "hidden": lambda: local.compute_hidden(read.model, read.params, None, batch, None),
-        "logp": lambda: local.compute_logp(read, batch, stages.compute_logits_mib(c, mesh)),
+        "logp": lambda: local.compute_logp(read, batch, stages.get_loss_chunk_mib(c, mesh)),
     }[job["what"]]
     with policy.use(read):
         return time_calls(lambda: jax.block_until_ready(score()), job, get_jax_peak)
@@ -156,7 +156,7 @@ def run_our_loss(job: Job) -> Answer:
         mask_BT = losses.shift(batch.mask_BT)
         stats = fused_head.compute_token_stats(
             *(hidden_BTD, head_VD, losses.shift(batch.tokens_BT), *teacher),
-            loss_chunk_mib=stages.compute_logits_mib(c, mesh),
+            loss_chunk_mib=stages.get_loss_chunk_mib(c, mesh),
             split=mesh_lib.split_vocabulary,
             divergence=losses.OBJECTIVES["opd"].teacher_divergence,
             loss=lambda stats, _: {"loss": stats["divergence"]},

@@ -19,19 +19,19 @@ FOLDERS = {
     "": "quickstart harness diagnose plan train evaluate generate score compare verify clean "
     "export",
     "planning": "fit forecast programs roofline aot hlo diagnosis",
-    "training": "loop preflight eval_hook collect trainer memory sampling_programs calls "
+    "training": "loop preflight eval_hook collect grading trainer memory sampling_programs calls "
     "microbatches prompts setup update optim stages",
     "evaluation": "evaluator responses records divergence lm_eval_model scoring protocols tasks "
     "statistics",
     "teachers": "local",
     "rollout": "completions sampler simulate engine buffer options scheduler decode sequence "
     "sampling",
-    "policy": "exporting forward policy hub",
+    "policy": "exporting forward compatibility policy hub",
     "data": "collate packing dataset teacher_context cleaning dedup curriculum examples sources "
     "columns arithmetic chat",
     "objectives": "losses fused_head chunks divergences advantages",
     "rewards": "terms graders ifeval",
-    "runtime": "checkpoint cli distributed xla run_files gpu mesh",
+    "runtime": "checkpoint cli distributed xla run_files environment gpu mesh",
 }
 FLOOR = {
     ".".join(filter(None, ("distill", folder, file))): place

@@ -15,7 +15,7 @@ from distill import rollout
 from distill.batch import Batch
 from distill.data import chat, dataset
 from distill.objectives import divergences, fused_head, losses
-from distill.policy import forward, policy
+from distill.policy import compatibility, forward, policy
 from distill.policy.policy import Policy
 from distill.rewards import graders
 from distill.runtime import mesh as mesh_lib
@@ -91,7 +91,7 @@ def _diagnose_stage(
     loaded = policy.load(teacher.policy, teacher.c.param_dtype)
     teacher = dataclasses.replace(teacher, policy=loaded)
     statistics["agreement"] = compare_formats(student, loaded)
-    mib = stages.compute_logits_mib(c, mesh)
+    mib = stages.get_loss_chunk_mib(c, mesh)
     statistics["distances"] = compare_distributions(student, teacher, rows, stage, mib)
     as_teacher = [dataclasses.replace(e, prompt=e.teacher_prompt or e.prompt) for e in examples]
     with policy.use(loaded):
@@ -229,7 +229,7 @@ def compare_formats(student: Policy, teacher: Policy) -> Statistics:
     statistics: Statistics = {
         "student_stop_ids": list(student.stop_ids),
         "teacher_stop_ids": list(teacher.stop_ids),
-        "further_stop_ids": policy.find_extra_stop_ids(student, teacher),
+        "further_stop_ids": compatibility.find_extra_stop_ids(student, teacher),
         "templates_agree": None,
     }
     ours, theirs = student.tokenizer, teacher.tokenizer

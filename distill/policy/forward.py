@@ -1,4 +1,4 @@
-"""A forward pass over a batch: hidden states, and what the routers did."""
+"""A forward pass over a batch: hidden states, router statistics, chosen experts."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from models.transformer import Params, Transformer
 def compute_hidden(
     model: Transformer, params: Params, batch: Batch, lora_params: Params | None = None
 ) -> jax.Array:
-    """Final hidden states [B, T, D] of a batch, in the model's dtype; `trained` as in `routed`."""
+    """Returns final hidden states [B, T, D] in the model's dtype; lora_params: a LoRA's."""
     out_BTD, _ = model.apply(
         {"params": params} if lora_params is None else {"params": params, LORA: lora_params},
         batch.tokens_BT,
@@ -26,10 +26,9 @@ def compute_hidden(
 def compute_hidden_and_router_stats(
     model: Transformer, params: Params, batch: Batch, lora_params: Params | None = None
 ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
-    """`hidden`, and (sum, count) pairs of what the routers did (models.layers.moe.sums).
+    """Returns the hidden states, and (sum, count) pairs of models.layers.moe.sum_router_stats.
 
-    With `trained`, a LoRA, beside the parameters. Where the batch says which experts its sampler
-    chose, they are chosen again.
+    Where the batch holds the experts that its sampler chose, they are replayed.
     """
     applied: Any = model.apply(
         {"params": params} if lora_params is None else {"params": params, LORA: lora_params},
@@ -44,7 +43,7 @@ def compute_hidden_and_router_stats(
 
 
 def compute_chosen_experts(model: Transformer, params: Params, batch: Batch) -> jax.Array:
-    """Which experts a forward pass chooses, [B, T, L, A] int16: what Batch.experts_BTLA holds."""
+    """Returns the experts that a forward pass chooses, int16 as Batch.experts_BTLA."""
     applied: Any = model.apply(
         {"params": params},
         batch.tokens_BT,

@@ -90,7 +90,8 @@ def test_xla_knows_them_and_reads_them_in_time() -> None:
     """Set after `train` is imported, before it looks for devices: XLA, which ends a process whose
     flags it does not know, takes these and refuses another."""
     code = (
-        "import os, sys; from distill import train; from distill.runtime import gpu;"
+        "import os, sys, importlib; train = importlib.import_module('distill.train');"
+        "from distill.runtime import gpu;"
         "gpu.expected = lambda: True;"
         "gpu.ALWAYS |= dict(a.split('=') for a in sys.argv[1:]); gpu.set_flags(True);"
         "import jax; jax.devices(); print('deterministic' in os.environ['XLA_FLAGS'])"

@@ -1,5 +1,5 @@
-"""Sampling one step ahead of the update: what is trained, what a resumed run finds, what is
-refused, and that the two really go on at once."""
+"""Sampling one step ahead of the update: batches, resumed runs, refused losses, and that sampling
+and the update overlap."""
 
 import dataclasses
 import signal
@@ -14,7 +14,7 @@ from distill.data import dataset
 from distill.objectives import losses
 from distill.policy import policy
 from distill.runtime import mesh as mesh_lib
-from distill.training import loop, microbatches, setup, stages, trainer, update
+from distill.training import collect, loop, microbatches, setup, stages, trainer, update
 from models.errors import UserError
 from tests.support.runs import config, final, numbers, stop_after, transcripts
 
@@ -36,9 +36,9 @@ def noted(patch: pytest.MonkeyPatch) -> list[list[rollout.Sequence]]:
     found: list[list[rollout.Sequence]] = []
     written = microbatches.to_examples
 
-    def note(rows):
+    def note(rows, rewards=None):
         found.append(list(rows))
-        return written(rows)
+        return written(rows, rewards)
 
     patch.setattr(microbatches, "to_examples", note)
     return found
@@ -46,7 +46,7 @@ def noted(patch: pytest.MonkeyPatch) -> list[list[rollout.Sequence]]:
 
 @pytest.fixture(scope="module")
 def whole(models, tmp_path_factory):
-    """A run that nobody stopped, and the rows of its batches."""
+    """An uninterrupted run, and the rows of its batches."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
         rows = noted(patch)
@@ -102,7 +102,7 @@ def test_batches_are_those_of_weights_one_update_old(whole, models) -> None:
 
 
 @pytest.mark.parametrize("budget", [0, 30])
-def test_stopped_and_resumed_is_bitwise_the_same(whole, models, tmp_path, budget) -> None:
+def test_resumed_run_has_the_same_bits(whole, models, tmp_path, budget) -> None:
     """With parked rows too. Nothing is sampled again, lost or trained twice."""
     c = ahead(models, rollout={**ahead(models).opd.rollout, "token_budget": budget})
     unbroken, rows = whole
@@ -134,13 +134,13 @@ def test_stopped_and_resumed_is_bitwise_the_same(whole, models, tmp_path, budget
 def test_rows_are_sampled_while_the_update_runs(models, tmp_path, monkeypatch) -> None:
     """The update is not over when sampling begins. (A fast one may be, now and then.)"""
     running: list[bool] = []
-    sample = rollout.AsyncRollouts.sample
+    sample_ahead = collect.sample_ahead
 
-    def watched(self, trained):
-        running.append(self.pending is not None and not trained["loss"].is_ready())
-        sample(self, trained)
+    def watch(collector, wait_for):
+        running.append(collector.started is not None and not wait_for["loss"].is_ready())
+        sample_ahead(collector, wait_for)
 
-    monkeypatch.setattr(rollout.AsyncRollouts, "sample", watched)
+    monkeypatch.setattr(collect, "sample_ahead", watch)
     loop.run(ahead(models), tmp_path)
     assert len(running) == STEPS and any(running) and not running[-1]
 
@@ -162,9 +162,9 @@ def test_a_loss_that_does_not_correct_for_it_is_refused(models, tmp_path, change
     assert not (tmp_path / "run").exists()
 
 
-def test_objectives_that_correct_for_it_are_let_through(models) -> None:
+def test_objectives_that_correct_for_it_are_accepted(models) -> None:
     for name in ("opd", "opd_sampled", "cispo", "hybrid"):
         c = ahead(models, objective=name)
         plan = setup.setup_run(c, mesh_lib.make_mesh(1, 1, 1))
-        assert plan.stages[0].async_rollouts is not None
+        assert plan.stages[0].asynchronous
         assert plan.stages[0].loss == dataclasses.replace(losses.OBJECTIVES[name])
