@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from distill import rollout
+from distill.batch import TeacherOutput
 from distill.data import collate, dataset
 from distill.objectives import fused_head, losses
 from distill.policy import forward, policy
@@ -36,15 +37,17 @@ def compute_reverse_kl(
 
     @jax.jit
     def compute_kl_sum(params, teacher_params, batch):
-        stats = fused_head.compute_token_stats(
+        inputs = fused_head.HeadInputs(
             forward.compute_hidden(subject.model, params, batch),
             model.get_output_head(params),
             losses.shift(batch.tokens_BT),
-            forward.compute_hidden(teacher.model, teacher_params, batch),
-            model.get_output_head(teacher_params),
-            loss_chunk_mib=128.0 * mesh.size,
-            split=mesh_lib.split_vocabulary,
+            teacher=TeacherOutput(
+                hidden_BTE=(forward.compute_hidden(teacher.model, teacher_params, batch),),
+                heads_VE=(model.get_output_head(teacher_params),),
+            ),
         )
+        options = fused_head.StatsOptions(128.0 * mesh.size, split=mesh_lib.split_vocabulary)
+        stats = fused_head.compute_token_stats(inputs, options)
         mask_BT = losses.shift(batch.mask_BT).astype(jnp.float32)
         return jnp.sum(stats["reverse_kl"] * mask_BT), jnp.sum(mask_BT)
 

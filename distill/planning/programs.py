@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from distill.batch import Batch
+from distill.batch import Batch, TeacherOutput
 from distill.objectives import losses
 from distill.policy import policy
 from distill.policy.policy import Policy
@@ -85,12 +85,12 @@ def _list_update_calls(
     if student.model.lora:
         frozen = student.params
     base = ("base",) if frozen is not None else ()
-    micro, heads, shared = _make_microbatch(c, s, loss, sampled, models, mesh, rows)
+    micro, shared = _make_microbatch(c, s, loss, sampled, models, mesh, rows)
     tokens, mean = rows * stages.get_row_tokens(s), (stages.get_row_tokens(s) + 1) / 2
     forward = count_forward_flops(student.config, tokens, mean, with_head=True)
     head = 2.0 * tokens * student.config.hidden_size * student.config.vocab_size
     if s.epochs * s.minibatches > 1:
-        logp_batch = dataclasses.replace(micro, teacher_hidden_BTD=None, old_logp_BT=None)
+        logp_batch = dataclasses.replace(micro, teacher=None, old_logp_BT=None)
         logp_batch = dataclasses.replace(logp_batch, reference_logp_BT=None)
         before = functools.partial(programs.compute_logp.lower, state.params, logp_batch, frozen)
         holds = ("parameters", *base)
@@ -100,6 +100,7 @@ def _list_update_calls(
         calls.append(dataclasses.replace(read, head_flops=head))
     # With a LoRA, the gradient of the base's own products is that of their inputs alone.
     passes = 2 if student.model.lora else 3
+    heads = micro.teacher.heads_VE if micro.teacher else ()
     of_heads = sum(2.0 * tokens * x.shape[0] * x.shape[1] for x in heads)
     useful, head = passes * forward + of_heads, passes * head + of_heads
     gradient = None if has_single_microbatch(s, sampled) else state.params
@@ -107,7 +108,7 @@ def _list_update_calls(
     if gradient is not None:
         zeros = functools.partial(programs.init_gradient.lower, state.params)
         calls.append(ProgramCall("zeros", zeros, updates, 0.0, (), async_bytes[1]))
-    accumulate_args = (gradient, state.params, micro, heads, frozen)
+    accumulate_args = (gradient, state.params, micro, frozen)
     train = functools.partial(programs.accumulate.lower, *accumulate_args)
     holds = ("parameters", *base, *(f"head of {name}" for name in models.teachers))
     resident_bytes = async_bytes[1] - shared
@@ -195,10 +196,10 @@ def _make_microbatch(
     models: StageModels,
     mesh: Mesh,
     rows: int,
-) -> tuple[Batch, tuple[Any, ...], int]:
-    """Shapes of a micro-batch as the update reads it, and of the teachers' heads; of which so many
-    bytes are of parameters that the run keeps on these devices."""
-    T, fields, heads, shared = stages.get_row_tokens(s), {}, (), 0
+) -> tuple[Batch, int]:
+    """Shapes of a micro-batch as the update reads it, and how many of its bytes on a device are
+    heads of teachers that the run keeps there anyway."""
+    T, fields, shared = stages.get_row_tokens(s), {}, 0
     array = _make_array_factory(mesh, rows, T)
     if sampled == s.batch_size:
         fields |= {"sampler_logp_BT": array("float32"), "finished_BT": array("bool")}
@@ -213,19 +214,24 @@ def _make_microbatch(
         fields["teacher_top_BTK"] = topk_arrays
     if loss.teacher and models.teachers:
         stream = NamedSharding(mesh, mesh_lib.make_hidden_spec(mesh, T))
-        fields["teacher_hidden_BTD"] = tuple(
-            array(of.model.dtype, of.config.hidden_size, sharding=stream)
-            for of in models.teachers.values()
+        teachers, N = models.teachers.values(), len(models.teachers)
+        heads = tuple(make_head_shape(x, mesh) for x in teachers)
+        fields["teacher"] = TeacherOutput(
+            hidden_BTE=tuple(
+                array(x.model.dtype, x.config.hidden_size, sharding=stream) for x in teachers
+            ),
+            weight_BTN=array("float32", N) if N > 1 else None,
+            heads_VE=heads,
         )
-        heads = tuple(make_head_shape(of, mesh) for of in models.teachers.values())
-        here = [policy.get_mesh(of) == mesh for of in models.teachers.values()]
-        shared = sum(count_device_bytes(head) for head, at in zip(heads, here, strict=True) if at)
+        shared = sum(
+            count_device_bytes(head)
+            for head, x in zip(heads, teachers, strict=True)
+            if policy.get_mesh(x) == mesh
+        )
     if sampled and c.student.replay_routing:
         fields["experts_BTLA"] = array("int16", *models.student.config.routing_shape)
-    if len(models.teachers) > 1:
-        fields["teacher_weight_BTN"] = array("float32", len(models.teachers))
     read = _make_token_batch(mesh, rows, T)
-    return dataclasses.replace(read, thinking_BT=array("bool"), **fields), heads, shared
+    return dataclasses.replace(read, thinking_BT=array("bool"), **fields), shared
 
 
 def _list_reader_calls(

@@ -1,50 +1,54 @@
-"""A forward pass over a batch: hidden states, and what the routers did."""
+"""A forward pass over a batch: hidden states, what the routers did, and log-probabilities."""
 
 from typing import Any
 
 import jax
 
 from distill.batch import Batch
-from models.qwen3 import moe
+from distill.objectives import fused_head, losses
+from distill.runtime import mesh as mesh_lib
+from models.qwen3 import model, moe
 from models.qwen3.lora import LORA
 from models.qwen3.model import Params, Qwen3
+
+
+def _join_lora(params: Params, lora_params: Params | None) -> Any:
+    return {"params": params} if lora_params is None else {"params": params, LORA: lora_params}
 
 
 def compute_hidden(
     qwen3: Qwen3, params: Params, batch: Batch, lora_params: Params | None = None
 ) -> jax.Array:
-    """Final hidden states [B, T, D] of a batch, in the model's dtype; `trained` as in `routed`."""
-    out_BTD, _ = qwen3.apply(
-        {"params": params} if lora_params is None else {"params": params, LORA: lora_params},
-        batch.tokens_BT,
-        batch.positions_BT,
-        batch.segments_BT,
-    )
+    """Final hidden states [B, T, D] of a batch, in the model's dtype.
+
+    lora_params: a LoRA that is applied beside the parameters.
+    """
+    variables = _join_lora(params, lora_params)
+    out_BTD, _ = qwen3.apply(variables, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
     return out_BTD
 
 
 def compute_hidden_and_router_stats(
     qwen3: Qwen3, params: Params, batch: Batch, lora_params: Params | None = None
 ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
-    """`hidden`, and (sum, count) pairs of what the routers did (models.qwen3.moe.sums).
+    """As `compute_hidden`, with (sum, count) pairs of the routers (models.qwen3.moe).
 
-    With `trained`, a LoRA, beside the parameters. Where the batch says which experts its sampler
-    chose, they are chosen again.
+    Experts that the batch records (experts_BTLA) are chosen again.
     """
     applied: Any = qwen3.apply(
-        {"params": params} if lora_params is None else {"params": params, LORA: lora_params},
+        _join_lora(params, lora_params),
         batch.tokens_BT,
         batch.positions_BT,
         batch.segments_BT,
         replay_BTLA=batch.experts_BTLA,
         mutable=[moe.ROUTER],
     )
-    (out_BTD, _), noted = applied
-    return out_BTD, moe.sum_router_stats(noted.get(moe.ROUTER, {}))
+    (out_BTD, _), collections = applied
+    return out_BTD, moe.sum_router_stats(collections.get(moe.ROUTER, {}))
 
 
 def compute_chosen_experts(qwen3: Qwen3, params: Params, batch: Batch) -> jax.Array:
-    """Which experts a forward pass chooses, [B, T, L, A] int16: what Batch.experts_BTLA holds."""
+    """The experts that a forward pass chooses, [B, T, L, A] int16: as Batch.experts_BTLA."""
     applied: Any = qwen3.apply(
         {"params": params},
         batch.tokens_BT,
@@ -53,3 +57,25 @@ def compute_chosen_experts(qwen3: Qwen3, params: Params, batch: Batch) -> jax.Ar
         mutable=[moe.CHOSEN],
     )
     return moe.get_chosen_experts(applied[1][moe.CHOSEN])
+
+
+def compute_logp(
+    hidden_BTD: jax.Array, params: Params, batch: Batch, loss_chunk_mib: float, temperature: float
+) -> jax.Array:
+    """Log-probabilities [B, T], float32, of the batch's trained tokens; 0 elsewhere.
+
+    hidden_BTD: final hidden states of the batch, by the model that `params` are of.
+    """
+    inputs = fused_head.HeadInputs(
+        hidden_BTD,
+        model.get_output_head(params),
+        losses.shift(batch.tokens_BT),
+        losses.shift(batch.mask_BT),
+    )
+    options = fused_head.StatsOptions(
+        loss_chunk_mib,
+        split=mesh_lib.split_vocabulary,
+        temperature=temperature,
+        shards=mesh_lib.count_shards(*batch.tokens_BT.shape),
+    )
+    return losses.unshift(fused_head.compute_token_stats(inputs, options)["logp"])

@@ -18,7 +18,7 @@ UNPLANNED_PROGRAMS = {
     # of a step's sequences or updates: a few numbers each
     "_fold_row_keys": "two numbers a sequence",
     "_mix_logps": "a number a token, of several judges",
-    "merge_figures": "figures of two micro-batches",
+    "merge_metrics": "metrics of two micro-batches",
     "average_metrics": "figures of several updates",
     # one array at a time, when weights are read, copied or compared
     "merge_and_quantise": "a parameter, merged and cast as it is read",

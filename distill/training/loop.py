@@ -260,7 +260,7 @@ def run_stage(
         cache_capacity,
     )
     stage_trainer = trainer.make_trainer(c, run_setup, stage, run_context.mesh, state)
-    schedule = optim.schedule(s.optim, s.steps * stage.updates_per_step)
+    schedule = optim.make_schedule(s.optim, s.steps * stage.updates_per_step)
     first_step = int(state.step)
     with run_files.show_progress(
         s.steps, first_step - stage.first_step, stage.name

@@ -14,7 +14,7 @@ import pytest
 from jax._src import monitoring
 
 from distill import rollout
-from distill.objectives import fused_head, losses
+from distill.objectives import losses
 from distill.policy import forward
 from distill.rollout import RolloutOptions, Sequence, decode
 from distill.rollout import options as options_lib
@@ -24,6 +24,7 @@ from distill.training import microbatches
 from models.errors import UserError
 from models.qwen3 import model, slabs
 from models.qwen3.config import Config
+from tests.support.heads import token_stats
 
 CONFIG = Config(
     vocab_size=64,
@@ -100,7 +101,7 @@ def drawn(rows: list[Sequence]):
 
 @jax.jit
 def _scores(params: model.Params, batch: Any):
-    stats = fused_head.compute_token_stats(
+    stats = token_stats(
         forward.compute_hidden(QWEN3, params, batch),
         model.get_output_head(params),
         losses.shift(batch.tokens_BT),
