@@ -1,51 +1,51 @@
 #!/usr/bin/env bash
-# Training on a TPU slice with gcloud, from nothing to a finished run.
+# Trains on a TPU slice with gcloud: creates it, installs, runs, and recovers from preemption.
 #
 #   ./launch_tpu.sh VERB [--option=value ...] [-- flags of distill.train]
 #
-#   doctor    is everything there that the other verbs need, and what to do where it is not
-#   create    asks for the slice (a queued resource) and waits for it; keeps one that is there
-#   sync      copies this checkout as it lies here, and the forwarded variables, to every worker
+#   doctor    checks all that the other verbs need, and prints a remedy for what is missing
+#   create    requests the slice (a queued resource) and waits for it; keeps an existing one
+#   sync      copies this checkout, with uncommitted changes, and the variables to every worker
 #   setup     installs Python 3.12 and requirements-tpu.txt on every worker, and counts devices
 #   run       starts `python -m distill.train FLAGS` on every worker, detached
 #   up        create, sync, setup and run; may be repeated
-#   babysit   up, and up again after each preemption, until the run has ended
+#   babysit   up, and again after each preemption, until the run has ended
 #   logs      follows the log of worker 0, or of --worker=N or --worker=all
-#   status    the slice, and what each worker does
-#   stop      ends the run, which saves a checkpoint first; the slice stays, and costs
-#   delete    deletes the slice, which ends the costs
+#   status    prints the state of the slice and of each worker
+#   stop      ends the run, which saves a checkpoint first; the slice stays and is billed
+#   delete    deletes the slice and ends billing
 #
-#   --name=  --zone=  --project=   of the slice; without --project, that of gcloud's configuration
+#   --name=  --zone=  --project=   of the slice; default project: gcloud's
 #   --accelerator=v6e-16           or v5e-64, v5p-128; or as `plan` names it, v5e:8x8
 #   --capacity=on-demand           or spot or reserved
-#   --slices=1                     more of them make a multislice job
-#   --runtime=                     the image, where the accelerator's usual one will not do
+#   --slices=1                     above 1: a multislice job
+#   --runtime=                     the image; default: the accelerator's
 #   --delete-on-exit               babysit: delete the slice when the run has ended
 #   --dry-run                      print the commands, run nothing
 #
-# The options with values are environment variables too: NAME, ZONE, PROJECT, ACCELERATOR,
-# CAPACITY, SLICES, RUNTIME. So are POLL (seconds between looks, 20), WAIT (the longest for a slice,
-# 86400) and RETRIES (of babysit without a new checkpoint, 20). HF_TOKEN, WANDB_API_KEY,
-# JAX_COMPILATION_CACHE_DIR and LIBTPU_INIT_ARGS, where set, reach the run through a file that only
-# you can read.
+# Options with values can also be set as environment variables: NAME, ZONE, PROJECT, ACCELERATOR,
+# CAPACITY, SLICES, RUNTIME. Further ones: POLL (seconds between checks, 20), WAIT (seconds at most
+# for a slice, 86400), RETRIES (restarts by babysit without a new checkpoint, 20). HF_TOKEN,
+# WANDB_API_KEY, JAX_COMPILATION_CACHE_DIR and LIBTPU_INIT_ARGS, if set, are passed to the run in a
+# file that only you can read.
 #
 #   ./launch_tpu.sh up --name=opd --zone=us-east5-b --accelerator=v6e-16 --capacity=spot -- \
 #       --config=configs/base.py --workdir=gs://bucket/runs/opd --config.opd.steps=500
 #
-# Exit codes: 0 done; 2 a mistake of yours, told in one line; 1 other trouble.
-# This file works on both ends: over ssh it is called with the verbs worker-setup, worker-run, …
-# Your end of it keeps to bash 3.2, which is what macOS has.
+# Exit codes: 0 success; 2 a user error, in one line; 1 another failure.
+# This file also runs on the workers, over ssh, with the verbs worker-setup, worker-run, …
+# The local part keeps to bash 3.2, the version of macOS.
 set -euo pipefail
 
 FORWARD="HF_TOKEN WANDB_API_KEY JAX_COMPILATION_CACHE_DIR LIBTPU_INIT_ARGS"
-MAX_MB=100 # of the checkout: data belong on gs://
+MAX_MB=100 # of the checkout; data belong on gs://
 
 say() { printf '%s\n' "$*" >&2; }
 mistake() { say "error: $*" && exit 2; }
 note() { if ((DRY)); then printf '# %s\n' "$*" >&3; else say "$*"; fi; }
 pause() { ((DRY)) || sleep "$1"; }
 
-quote() { # the arguments as one line that a shell reads back as the same arguments
+quote() { # prints the arguments as one line that a shell parses back into them
   local word line="" one="'" escaped="'\\''"
   for word in "$@"; do
     [[ $word =~ ^[A-Za-z0-9_./:=@%+,-]+$ ]] || word="'${word//$one/$escaped}'"
@@ -54,13 +54,13 @@ quote() { # the arguments as one line that a shell reads back as the same argume
   printf '%s' "$line"
 }
 
-call() { # runs a command; with --dry-run prints it, to what was stdout when the script began
+call() { # runs a command; with --dry-run prints it to the script's own stdout
   if ((DRY)); then printf '%s\n' "$(quote "$@")" >&3; else "$@"; fi
 }
 
-# --- what was asked -------------------------------------------------------------------------------
+# --- options --------------------------------------------------------------------------------------
 
-parse() { # the command line into VERB, the options and ARGS
+parse() { # parses the command line into VERB, the options and ARGS
   NAME=${NAME:-} ZONE=${ZONE:-} PROJECT=${PROJECT:-} ACCELERATOR=${ACCELERATOR:-}
   CAPACITY=${CAPACITY:-on-demand} SLICES=${SLICES:-1} RUNTIME=${RUNTIME:-}
   POLL=${POLL:-20} WAIT=${WAIT:-86400} RETRIES=${RETRIES:-20}
@@ -80,25 +80,25 @@ parse() { # the command line into VERB, the options and ARGS
       --dry-run) DRY=1 ;;
       --help) VERB=--help ;;
       --) shift && ARGS=("$@") && break ;;
-      *) mistake "$1: no such option; they are written --name=value, the run's flags after --" ;;
+      *) mistake "$1: no such option; write --name=value, and the run's flags after --" ;;
     esac
     shift
   done
 }
 
-check() { # the options, before anything is spent; sets PLACE, and GROUP and HOSTS for ssh
+check() { # checks the options before anything is billed; sets PLACE, GROUP and HOSTS for ssh
   local number='^[0-9]{1,6}$'
   [[ $NAME =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
-    mistake "--name=$NAME: small letters, digits and -, a letter first, at most 40"
-  [[ $ZONE =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || mistake "--zone=$ZONE: is none; us-east5-b is one"
-  [[ $PROJECT =~ ^([a-z][-a-z0-9.:]*)?$ ]] || mistake "--project=$PROJECT: is no project's id"
+    mistake "--name=$NAME: use lower-case letters, digits and -, a letter first, at most 40"
+  [[ $ZONE =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || mistake "--zone=$ZONE: not a zone like us-east5-b"
+  [[ $PROJECT =~ ^([a-z][-a-z0-9.:]*)?$ ]] || mistake "--project=$PROJECT: not a project id"
   [[ $CAPACITY =~ ^(on-demand|spot|reserved)$ ]] ||
-    mistake "--capacity=$CAPACITY: is none of on-demand, spot, reserved"
-  [[ $RUNTIME =~ ^[-a-z0-9.]*$ ]] || mistake "--runtime=$RUNTIME: is no image's name"
-  [[ $SLICES =~ ^[1-9][0-9]{0,2}$ ]] || mistake "--slices=$SLICES: a number is needed, 1 or more"
-  [[ $WORKER =~ ^([0-9]+|all)$ ]] || mistake "--worker=$WORKER: a number is needed, or all"
+    mistake "--capacity=$CAPACITY: must be on-demand, spot or reserved"
+  [[ $RUNTIME =~ ^[-a-z0-9.]*$ ]] || mistake "--runtime=$RUNTIME: not the name of an image"
+  [[ $SLICES =~ ^[1-9][0-9]{0,2}$ ]] || mistake "--slices=$SLICES: must be a number, 1 or more"
+  [[ $WORKER =~ ^([0-9]+|all)$ ]] || mistake "--worker=$WORKER: must be a number, or all"
   [[ $POLL =~ $number && $WAIT =~ $number && $RETRIES =~ $number ]] ||
-    mistake "POLL=$POLL WAIT=$WAIT RETRIES=$RETRIES: whole numbers are needed"
+    mistake "POLL=$POLL WAIT=$WAIT RETRIES=$RETRIES: must be whole numbers"
   accelerator
   PLACE=("--zone=$ZONE" --quiet)
   [[ -z $PROJECT ]] || PLACE+=("--project=$PROJECT")
@@ -113,16 +113,17 @@ accelerator() { # resolves ACCELERATOR and RUNTIME; sets WORKERS, the hosts of a
   local cubic="2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16"
   WORKERS=1
   if [[ -z $asked ]]; then
-    [[ ! $VERB =~ ^(create|up|babysit|doctor)$ ]] || mistake "--accelerator: is needed, v6e-16 say"
+    [[ ! $VERB =~ ^(create|up|babysit|doctor)$ ]] ||
+      mistake "--accelerator: is required, for example v6e-16"
     return 0
   fi
   [[ ! $asked =~ ^(tpu-?7|v7|7x|ironwood) ]] ||
-    mistake "--accelerator=$asked: the Cloud TPU API does not serve TPU7x: use GKE (xpk) or" \
+    mistake "--accelerator=$asked: the Cloud TPU API does not offer TPU7x; use GKE (xpk) or" \
       "Compute Engine for it, or v6e or v5p here"
   kind=${asked%%[:-]*} n=${asked#*[:-]}
   if [[ $asked == *:* ]]; then # a topology: chips along each dimension
     case $kind in v5e | v6e) sizes=$flat ;; v4 | v5p) sizes=$cubic ;; *) sizes=none ;; esac
-    [[ " $sizes " == *" $n "* ]] || mistake "--accelerator=$asked: is no topology; of $kind: $sizes"
+    [[ " $sizes " == *" $n "* ]] || mistake "--accelerator=$asked: not a topology; $kind has $sizes"
     n=$((${n//x/*}))
     [[ $kind == v?e ]] || n=$((2 * n)) # v4 and v5p are counted in cores
   fi
@@ -139,12 +140,12 @@ accelerator() { # resolves ACCELERATOR and RUNTIME; sets WORKERS, the hosts of a
     *) sizes="1 4 8 16 32 64 128 256" WORKERS=$(((n <= 8 ? 1 : n / 4) * SLICES)) ;;
   esac
   ((n)) && [[ " $sizes " == *" $n "* ]] ||
-    mistake "--accelerator=$asked: is not known; v5e-N and v6e-N have 1, 4, 8, 16, 32, 64, 128 or" \
-      "256 chips; the N cores of v4-N and v5p-N divide by 8"
+    mistake "--accelerator=$asked: unknown; v5e-N and v6e-N have 1, 4, 8, 16, 32, 64, 128 or 256" \
+      "chips; v4-N and v5p-N have N cores, a multiple of 8"
   ACCELERATOR=$kind-$n RUNTIME=${RUNTIME:-$image}
 }
 
-flags() { # the run's: finds what would fail on the slice, once that is paid for; sets WORKDIR
+flags() { # checks the run's flags before a slice is billed; sets WORKDIR
   local flag config=""
   WORKDIR=""
   for flag in "$@"; do
@@ -152,51 +153,51 @@ flags() { # the run's: finds what would fail on the slice, once that is paid for
   done
   [[ $VERB =~ ^(run|up|babysit)$ ]] || return 0
   [[ -n $config && -n $WORKDIR ]] ||
-    mistake "there is nothing to run: -- --config=FILE --workdir=gs://BUCKET/RUN are needed"
-  [[ -f $HERE/${config%%:*} ]] || mistake "--config=$config: there is no such file in $HERE"
+    mistake "nothing to run: pass -- --config=FILE --workdir=gs://BUCKET/RUN"
+  [[ -f $HERE/${config%%:*} ]] || mistake "--config=$config: no such file in $HERE"
   [[ $WORKDIR == gs://* ]] || { [[ $VERB != babysit ]] && ((WORKERS == 1)); } ||
-    mistake "--workdir=$WORKDIR: is one worker's own disk, lost with the slice; gs://… is needed"
+    mistake "--workdir=$WORKDIR: a worker's disk is lost with the slice; use gs://…"
 }
 
 # --- the slice ------------------------------------------------------------------------------------
 
-trouble() { # tells gcloud's stderr in one line; returns 2 where the user can mend it, else 1
+trouble() { # prints gcloud's stderr in one line; returns 2 if the user can fix it, else 1
   case $(<"$ERR") in
     *"active account"* | *"auth login"* | *Reauth* | *invalid_grant* | *UNAUTHENTICATED*)
-      say "error: not logged in: gcloud auth login" && return 2 ;;
+      say "error: not logged in; run: gcloud auth login" && return 2 ;;
     *SERVICE_DISABLED* | *"has not been used in project"*)
-      say "error: the API is off: gcloud services enable tpu.googleapis.com" && return 2 ;;
+      say "error: the API is off; run: gcloud services enable tpu.googleapis.com" && return 2 ;;
   esac
   say "error: $( (grep -m 1 ERROR "$ERR" || tail -n 1 "$ERR") | sed 's/^ERROR: ([^)]*) //')"
   ! grep -qE 'PERMISSION_DENIED|INVALID_ARGUMENT|required property' "$ERR" || return 2
   return 1
 }
 
-ask() { # ask GROUP NAME FIELDS: prints them, of a thing that may be ABSENT
+ask() { # ask GROUP NAME FIELDS: prints the fields of a resource, or ABSENT
   local ask=(gcloud compute tpus "$1" describe "$2" "${PLACE[@]}" "--format=value($3)")
   call "${ask[@]}" 2>"$ERR" && return
-  # Any other error says nothing of the slice: to create one then may make, and bill, a second.
+  # After any other error a slice may exist: creating one could bill a second.
   if grep -q NOT_FOUND "$ERR"; then echo ABSENT; else trouble; fi
 }
 
-look() { # sets STATE: ABSENT, or that of the queued resource and its nodes
+look() { # sets STATE: ABSENT, or the state of the queued resource and its nodes
   local found i node
   found=$(ask queued-resources "$NAME" "state.state,tpu.nodeSpec[0].node.acceleratorType") || return
   ((!DRY)) || return 0
   STATE=${found%%$'\t'*} found=${found#*$'\t'}
   [[ -z $ACCELERATOR || $STATE == ABSENT || $found == "$ACCELERATOR" ]] || {
-    say "error: --name=$NAME is there as $found, not $ACCELERATOR: delete it, or name another"
+    say "error: --name=$NAME exists as $found, not $ACCELERATOR: delete it, or use another name"
     return 2
   }
   [[ $STATE == ACTIVE ]] || return 0
-  for ((i = 0; i < SLICES; i++)); do # a preempted node may lie in a request that is still ACTIVE
+  for ((i = 0; i < SLICES; i++)); do # a request can be ACTIVE with a preempted node
     if ((SLICES == 1)); then node=$NAME; else node=$NAME-$i; fi
     found=$(ask tpu-vm "$node" state) || return
     case $found in
       READY) ;;
       PREEMPTED | TERMINATED | ABSENT) STATE=SUSPENDED && return ;;
       STOP*)
-        say "error: $node was stopped: gcloud compute tpus tpu-vm start $node --zone=$ZONE"
+        say "error: $node is stopped; run: gcloud compute tpus tpu-vm start $node --zone=$ZONE"
         return 2 ;;
       *) STATE=PROVISIONING ;;
     esac
@@ -211,15 +212,15 @@ create() {
   call gcloud compute tpus queued-resources create "$NAME" "${PLACE[@]}" "$@" 2>"$ERR" || trouble
 }
 
-delete() { # with --force, the nodes too
+delete() { # --force deletes the nodes too
   call gcloud compute tpus queued-resources delete "$NAME" "${PLACE[@]}" --force 2>"$ERR" ||
     grep -q NOT_FOUND "$ERR" || trouble
 }
 
-ensure() { # a slice that is ACTIVE: the one that is there, or else a new one
+ensure() { # waits for an ACTIVE slice, and creates it where there is none
   local before="" made=0 begun=$SECONDS
-  STATE=ABSENT # in a dry run
-  ((!DRY)) || note "creates only what is not there, and deletes first what is FAILED or SUSPENDED:"
+  STATE=ABSENT # for a dry run
+  ((!DRY)) || note "only if there is no slice; one that is FAILED or SUSPENDED is deleted first:"
   while look || return; do
     [[ $STATE == "$before" ]] || ((DRY)) || say "$NAME: $STATE"
     before=$STATE
@@ -229,18 +230,18 @@ ensure() { # a slice that is ACTIVE: the one that is there, or else a new one
         ((!made)) || break
         if [[ $STATE == ABSENT ]]; then create && made=1; else delete; fi || return ;;
     esac
-    ((!DRY)) || { note "until it is ACTIVE and its nodes READY:" && look && return; }
+    ((!DRY)) || { note "until it is ACTIVE and its nodes are READY:" && look && return; }
     ((SECONDS - begun <= WAIT)) || break
     pause "$POLL"
   done
   say "error: $NAME is $STATE after $((SECONDS - begun)) s: gcloud compute tpus queued-resources" \
-    "describe $NAME --zone=$ZONE says why"
+    "describe $NAME --zone=$ZONE shows why"
   return 1
 }
 
-# --- its workers ----------------------------------------------------------------------------------
+# --- workers --------------------------------------------------------------------------------------
 
-again() { # runs a command up to five times, as long as it ends with 255: no connection
+again() { # runs a command up to five times, while it exits with 255: no connection
   local try code
   for try in 1 2 3 4 5; do
     code=0
@@ -252,20 +253,20 @@ again() { # runs a command up to five times, as long as it ends with 255: no con
   return 255
 }
 
-remote() { # remote WORKER LINE: runs a line of shell there. gcloud repeats it, on 255, ten times
+remote() { # remote WORKER LINE: runs a line of shell there; gcloud itself retries 255 ten times
   again call gcloud compute tpus "$GROUP" ssh "$NAME" "${HOSTS[@]}" --worker="$1" \
     --command="$2" </dev/null
 }
 
 on_all() { remote all "$(quote bash pod/code/launch_tpu.sh "$@")"; } # on_all WORKER_VERB WORD...
 
-pack() { # the checkout as it lies here: what git tracks or does not ignore, and is there
+pack() { # packs the checkout: all existing files that git does not ignore
   local sizes
   if ((DRY)); then
     note "in $CACHE/files: git ls-files --cached --others --exclude-standard"
   else
     mkdir -p "$CACHE" && chmod 700 "$CACHE"
-    git -C "$HERE" rev-parse 2>"$ERR" || mistake "$HERE is no git checkout"
+    git -C "$HERE" rev-parse 2>"$ERR" || mistake "$HERE is not a git checkout"
     (cd "$HERE" && git ls-files -coz --exclude-standard | while IFS= read -r -d '' file; do
       if [[ -f $file || -L $file ]]; then printf '%s\0' "$file"; fi
     done) | sort -zu >"$CACHE/files"
@@ -276,7 +277,7 @@ pack() { # the checkout as it lies here: what git tracks or does not ignore, and
   call env COPYFILE_DISABLE=1 tar -C "$HERE" -czf "$CACHE/pod.tar.gz" --null -T "$CACHE/files"
 }
 
-variables() { # what the workers are told
+variables() { # prints the environment of the workers
   local name
   printf 'export REVISION=%q\n' "$(git -C "$HERE" describe --always --dirty --abbrev=40 || true)"
   for name in $FORWARD; do
@@ -285,9 +286,9 @@ variables() { # what the workers are told
 }
 
 # shellcheck disable=SC2016 # $v is the worker's
-send() { # what was packed, and the variables, to every worker
+send() { # copies the packed checkout and the variables to every worker
   local name line
-  # A folder for each version, and a link that moves: a run keeps the code that it began with.
+  # Each version has a folder, and a link names the newest: a run keeps the code it started with.
   line='set -e; umask 077; chmod 600 pod.env; v=code-$(sha256sum <pod.tar.gz | cut -c 1-12); '
   line+='mkdir -p pod/$v; tar -xzf pod.tar.gz -C pod/$v; ln -sfn $v pod/new; mv -T pod/new pod/code'
   if ((DRY)); then
@@ -306,7 +307,7 @@ start() { on_all worker-run ${ARGS[@]+"${ARGS[@]}"}; }
 up() { ensure && send && setup && start; }
 logs() { remote "$WORKER" "tail -n 100 -F pod/train.log"; }
 stop() { on_all worker-stop && costs; }
-costs() { note "$NAME still costs: ./launch_tpu.sh delete --name=$NAME --zone=$ZONE"; }
+costs() { note "$NAME is still billed; to end: ./launch_tpu.sh delete --name=$NAME --zone=$ZONE"; }
 
 status() {
   look || return
@@ -314,23 +315,23 @@ status() {
   if ((DRY)) || [[ $STATE == ACTIVE ]]; then on_all worker-status; fi
 }
 
-# --- through preemption ---------------------------------------------------------------------------
+# --- preemption -----------------------------------------------------------------------------------
 
-watch() { # looks until something has happened, and says what in END
+watch() { # polls until something has happened, and sets END to it
   local lines states misses=0
   while ((misses++ < RETRIES)); do
     pause "$POLL"
     lines=$(on_all worker-status) || lines=""
     states=$(sed -nE 's/^worker [^ ]+: (running|stopped|lost|exited [0-9]+) .*/\1/p' <<<"$lines")
-    if (($(grep -c . <<<"$states") < WORKERS)); then # the slice is gone, or only the way to it
+    if (($(grep -c . <<<"$states") < WORKERS)); then # the slice is gone, or just unreachable
       if look && [[ $STATE != ACTIVE ]]; then END=$STATE && return; fi
       continue
     fi
     case $states in
       *running*) misses=0 ;;
       *stopped*) END=stopped && return ;;
-      *lost*) END=lost && return ;; # a worker was restarted under the run
-      *) # where one fails, those that waited for it abort with a greater code
+      *lost*) END=lost && return ;; # a worker restarted during the run
+      *) # when one worker fails, those waiting for it abort with a greater code
         END=$(sort -k 2n <<<"$states" | grep -vm 1 ' 0$') || END=ended
         [[ $END == ended ]] || say "$lines"
         return ;;
@@ -338,49 +339,49 @@ watch() { # looks until something has happened, and says what in END
   done
 }
 
-newest() { # the step of the newest checkpoint, or none
+newest() { # prints the step of the newest checkpoint, or none
   gcloud storage ls "${WORKDIR%/}/checkpoints/" 2>"$ERR" | sed -nE 's|.*/([0-9]+)/$|\1|p' |
     sort -n | tail -n 1 | grep . || echo none
 }
 
-farewell() { # farewell CODE: the end of babysit
-  if ((DELETE_ON_EXIT)); then say "deletes $NAME" && delete; else costs; fi
+farewell() { # farewell CODE: ends babysit
+  if ((DELETE_ON_EXIT)); then say "deleting $NAME" && delete; else costs; fi
   exit "$1"
 }
 
 babysit() {
   local code at before=none last="" tries=0
   if ((DRY)); then
-    up && note "then this, every $POLL s; and all of it again after a preemption:"
+    up && note "then every $POLL s this, and all of it again after a preemption:"
     on_all worker-status
     return
   fi
-  trap 'say "the run goes on, unwatched" && costs && exit 130' INT
+  trap 'say "the run continues without babysit" && costs && exit 130' INT
   while :; do
-    END="not brought up" code=0
+    END="the slice did not come up" code=0
     up || code=$?
     ((code != 2)) || exit 2
     ((code)) || watch
     at=$(newest)
     case $END in
       ended) say "the run has ended" && farewell 0 ;;
-      stopped) say "the run was stopped by hand" && farewell 0 ;;
-      ABSENT | DELETING) say "error: $NAME was deleted by hand" && exit 1 ;;
-      "exited 2") say "error: a mistake in the run's flags or data, see above" && farewell 2 ;;
+      stopped) say "the run was stopped by the user" && farewell 0 ;;
+      ABSENT | DELETING) say "error: $NAME was deleted by the user" && exit 1 ;;
+      "exited 2") say "error: wrong flags or data of the run, see above" && farewell 2 ;;
       exited*) [[ $END != "$last" || $at != "$before" ]] || {
-        say "error: $END again, with no new checkpoint (newest: $at)" && farewell 1; } ;;
+        say "error: $END again, without a new checkpoint (newest: $at)" && farewell 1; } ;;
     esac
     if [[ $at == "$before" ]]; then tries=$((tries + 1)); else tries=0; fi
-    ((tries < RETRIES)) || { say "error: $tries tries with no new checkpoint" && farewell 1; }
-    say "$NAME: $END, newest checkpoint: $at; again"
+    ((tries < RETRIES)) || { say "error: $tries attempts without a new checkpoint" && farewell 1; }
+    say "$NAME: $END, newest checkpoint: $at; trying again"
     last=$END before=$at
     pause $((POLL << (tries < 5 ? tries : 5)))
   done
 }
 
-# --- what all this needs --------------------------------------------------------------------------
+# --- doctor ---------------------------------------------------------------------------------------
 
-probe() { # probe WHAT REMEDY COMMAND...: fine if the command prints something
+probe() { # probe WHAT REMEDY COMMAND...: ok if the command prints something
   local what=$1 remedy=$2 out
   shift 2
   if ((DRY)); then call "$@"; elif out=$("$@" 2>"$ERR") && [[ -n $out ]]; then
@@ -421,12 +422,12 @@ doctor() {
   return $MISSING
 }
 
-# --- the other end: called on a worker, over ssh --------------------------------------------------
-# gcloud repeats a line whose connection broke, beside the first that may still be at work: locks.
+# --- on a worker, called over ssh -----------------------------------------------------------------
+# gcloud repeats a line after a lost connection, while the first one may still run: hence the locks.
 
-POD=$HOME/pod PYTHON=$HOME/pod/venv/bin/python # holds code, venv, train.log, and the run's state
+POD=$HOME/pod PYTHON=$HOME/pod/venv/bin/python # holds code, venv, train.log and the run's state
 
-running() { ! flock -n "$POD/lock" true; } # worker_job holds it as long as it lives
+running() { ! flock -n "$POD/lock" true; } # worker_job holds the lock while it lives
 
 worker_setup() {
   local list try
@@ -435,7 +436,7 @@ worker_setup() {
   exec 8>"$POD/setup.lock" && flock 8
   list=$(cat requirements.txt requirements-tpu.txt | sha256sum)
   if [[ -e $POD/installed && $(<"$POD/installed") == "$list" ]]; then return; fi
-  ! running || mistake "the requirements have changed under a run: stop it first"
+  ! running || mistake "the requirements changed during a run: stop it first"
   for try in 1 2 3 4 5 failed; do
     [[ $try != failed ]] || { say "error: the requirements could not be installed" && return 1; }
     if { command -v uv || curl -LsSf https://astral.sh/uv/install.sh | sh; } >&2 &&
@@ -446,7 +447,7 @@ worker_setup() {
   printf '%s' "$list" >"$POD/installed"
 }
 
-worker_check() { # all workers at once, or the first waits for the others; not beside a run
+worker_check() { # prints devices; on all workers at once, as each waits for all; not during a run
   running || flock -w 5 "$POD/lock" "$PYTHON" -c '
 import jax
 jax.distributed.initialize(initialization_timeout=300)
@@ -456,18 +457,18 @@ print(f"worker {jax.process_index()} of {jax.process_count()}: jax {jax.__versio
       f"{len(here)} of {jax.device_count()} {here[0].device_kind}, {hbm:.1f} GiB each")'
 }
 
-worker_run() { # starts worker_job in a session of its own, which outlives the connection
+worker_run() { # starts worker_job in its own session, which outlives the connection
   local line
   line=$(quote "$@")
   exec 9>"$POD/lock"
   if ! flock -w 1 9; then
-    [[ $(<"$POD/command") == "$line" ]] || mistake "another run is going on here: stop it first"
-    echo "worker $HOSTNAME: is running already" && return
+    [[ $(<"$POD/command") == "$line" ]] || mistake "another run is active here: stop it first"
+    echo "worker $HOSTNAME: already running" && return
   fi
   rm -f "$POD/exit_code" "$POD/stopped"
   printf '%s\n' "$line" >"$POD/command"
   setsid nohup bash "$HERE/launch_tpu.sh" worker-job "$@" </dev/null >>"$POD/train.log" 2>&1 &
-  echo "worker $HOSTNAME: started; its log: ~/pod/train.log"
+  echo "worker $HOSTNAME: started; log: ~/pod/train.log"
 }
 
 worker_job() {
@@ -477,14 +478,14 @@ worker_job() {
   source "$HOME/pod.env"
   echo "--- $(date -u +%FT%TZ) $REVISION LIBTPU_INIT_ARGS=${LIBTPU_INIT_ARGS:-}"
   echo "--- python -m distill.train $(quote "$@")"
-  export JAX_COORDINATOR_ADDRESS=auto # the slice says who else runs this
-  "$PYTHON" -u -m distill.train "$@" 9>&- & # without the lock, which must not outlive this shell
+  export JAX_COORDINATOR_ADDRESS=auto # the slice knows the other workers
+  "$PYTHON" -u -m distill.train "$@" 9>&- & # without the lock, which must end with this shell
   echo $! >"$POD/pid"
   wait $! || code=$?
   echo $code >"$POD/exit_code"
 }
 
-worker_status() { # worker HOST: running, or exited CODE, …, then the last line of the log
+worker_status() { # prints "worker HOST: STATE | LAST LINE OF THE LOG"
   local state=lost
   if running; then state=running
   elif [[ -e $POD/stopped ]]; then state=stopped
@@ -512,13 +513,13 @@ parse "$@"
 case $VERB in
   --help) sed -n '2,/^set /p' "${BASH_SOURCE[0]}" | sed -n 's/^# \{0,1\}//p' && exit ;;
   doctor | create | sync | setup | run | up | babysit | logs | status | stop | delete) check ;;
-  *) mistake "$VERB: there is no such verb; --help lists them" ;;
+  *) mistake "$VERB: no such verb; --help lists them" ;;
 esac
 exec 3>&1
 CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/launch_tpu/$NAME ERR=/dev/null
 if ((!DRY)); then
   command -v gcloud >/dev/null ||
-    mistake "there is no gcloud here: https://cloud.google.com/sdk/docs/install"
+    mistake "gcloud is not installed: https://cloud.google.com/sdk/docs/install"
   ERR=$(mktemp)
   trap 'rm -f "$ERR" "$CACHE/pod.env"' EXIT
 fi

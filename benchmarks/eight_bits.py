@@ -22,7 +22,8 @@ from distill.policy import policy
 from distill.runtime import cli
 from distill.runtime import mesh as mesh_lib
 from distill.teachers import local
-from models.qwen3 import model, quantised
+from models import families
+from models.layers import quantised
 from models.qwen3.config import SIZES
 
 OPTIONS = flags.FlagValues()
@@ -41,7 +42,7 @@ def make_cases(dtype: str) -> dict[tuple[str, str], Callable[[], int]]:
     """(what, dtype of parameters) -> what computes it and returns the number of tokens."""
     config = dataclasses.replace(SIZES["0.6b"], num_hidden_layers=LAYERS.value, vocab_size=4096)
     shapes = mesh_lib.make_abstract_params(config, mesh_lib.make_mesh(1, 1, 1))
-    network = model.Qwen3(config, dtype=jnp.dtype(dtype))
+    network = families.make_model(config, dtype=jnp.dtype(dtype))
     plain = policy.init_random_policy(
         policy.Policy("random", config, network, shapes, None, ()), jax.random.key(0)
     )
@@ -70,11 +71,9 @@ def make_cases(dtype: str) -> dict[tuple[str, str], Callable[[], int]]:
             sampling = rollout.Sampling()
             with policy.use(plain):
                 done = rollout.sample(
-                    network,
-                    plain.params,
+                    rollout.SamplingModel(network, plain.params, ()),
                     sequences,
                     sampling=sampling,
-                    stop_ids=(),
                     options=options,
                 )
                 return sum(len(row.tokens) for row in done)

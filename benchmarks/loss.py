@@ -28,7 +28,8 @@ def count_costs() -> contest.JsonDict:
 
 
 def main() -> None:
-    remark = f"A vocabulary of {contest.make_config(OPTIONS, 'student').vocab_size}; layers play no part."
+    vocab_size = contest.make_config(OPTIONS, "student").vocab_size
+    remark = f"A vocabulary of {vocab_size}; layers play no part."
     contest.run_benchmark(
         "loss", "The divergence alone", OPTIONS, {"loss": count_costs()}, [remark]
     )

@@ -51,8 +51,8 @@ def sample_responses(subject: policy.Policy) -> list[Sequence]:
         rows.append(Sequence(prompt, key, RESPONSE))
     options = RolloutOptions(ROWS, PROMPT + RESPONSE)
     with policy.use(subject):
-        sample_args = {"sampling": Sampling(), "stop_ids": subject.stop_ids, "options": options}
-        return list(rollout.sample(subject.model, subject.params, rows, **sample_args))
+        model = rollout.SamplingModel(subject.model, subject.params, subject.stop_ids)
+        return list(rollout.sample(model, rows, sampling=Sampling(), options=options))
 
 
 def compute_logprobs(

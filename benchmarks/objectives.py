@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from configs import quickstart
 from distill import rollout
 from distill.batch import Batch
-from distill.evaluation import evaluator, tasks
+from distill.evaluation import evaluator, protocols, tasks
 from distill.objectives import losses
 from distill.policy import forward, policy
 from distill.policy.policy import Policy
@@ -35,9 +35,9 @@ from distill.runtime import mesh as mesh_lib
 from distill.teachers import local
 from distill.training import collect, loop, setup, stages
 from distill.training.microbatches import Minibatches
+from models import transformer
 from models.errors import UserError
-from models.qwen3 import model
-from models.qwen3.model import Params
+from models.transformer import Params
 
 OPTIONS = flags.FlagValues()
 OUT = flags.DEFINE_string("out", "runs/objectives", "Directory of the runs.", flag_values=OPTIONS)
@@ -157,7 +157,7 @@ def compute_bad_loss(token_loss: Any, run_setup: setup.RunSetup, params: Params,
     logp_BTV, logq_BTV = (
         jax.nn.log_softmax(hidden_BTX @ head_VX.T, axis=-1)
         for hidden_BTX, head_VX in (
-            (hidden_BTD, model.get_output_head(params)),
+            (hidden_BTD, transformer.get_output_head(params)),
             (batch.teacher.hidden_BTE[0], batch.teacher.heads_VE[0]),
         )
     )
@@ -223,18 +223,16 @@ def evaluate_policy(subject: Policy, teacher: Policy, out: Path) -> dict[str, An
     problems = tasks.load_problems("arithmetic", "", PROBLEMS.value)
     results = {}
     for manner, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        results[manner] = evaluator.evaluate_benchmark(
-            subject,
-            "arithmetic",
-            problems,
-            out / "eval" / manner,
-            samples=1,
-            ks=[1],
-            thinking=True,
+        spec = rollout.SampleSpec(
             max_new_tokens=make_config("sampled", {}).opd.max_response_tokens,
             sampling=rollout.Sampling(temperature),
-            seed=0,
             batch_size=min(250, len(problems)),
+        )
+        results[manner] = evaluator.evaluate_benchmark(
+            subject,
+            problems,
+            protocols.EvalSpec("arithmetic", spec),
+            out / "eval" / manner,
             teacher=teacher if temperature else None,
         )
     sampled: Any = results["sampled"]

@@ -60,9 +60,9 @@ def make_random_model() -> Path:
     if not (path / "config.json").exists():
         # In a process that ends, with its memory.
         code = (
-            "import jax, pathlib, sys; from models.qwen3 import config, model, weights;"
-            "c = config.SIZES['0.6b'];"
-            "p = jax.jit(lambda k: model.init_params(c, k))(jax.random.key(0));"
+            "import jax, pathlib, sys; from models import families, weights;"
+            "c = families.find_released('Qwen/Qwen3-0.6B');"
+            "p = jax.jit(lambda k: families.init_params(c, k))(jax.random.key(0));"
             "weights.save(p, c, pathlib.Path(sys.argv[1]), jax.numpy.dtype(sys.argv[2]))"
         )
         part = path.with_name(path.name + ".part")

@@ -15,7 +15,7 @@ from absl import flags
 
 from benchmarks import contest
 from distill.runtime import cli
-from distill.training import calls
+from models import families
 
 OPTIONS = contest.define_flags(rounds=2)
 contest.define_model_flags(OPTIONS, rows=1, tokens=4096)
@@ -28,8 +28,8 @@ def count_costs(case: str) -> contest.JsonDict:
     config, head = contest.make_config(OPTIONS, "student"), case == "logp"
     M, mean = OPTIONS.rows * OPTIONS.tokens, (OPTIONS.tokens + 1) / 2
     wide = 4 if OPTIONS.dtype == "float32" else 2
-    moved = calls.count_forward_flops(config, 1, 0, head) / 2 * wide
-    flop = calls.count_forward_flops(config, M, mean, head)
+    moved = families.count_forward_flops(config, 1, 0, head) / 2 * wide
+    flop = families.count_forward_flops(config, M, mean, head)
     return {"tokens": M, "flop": flop, "bytes": moved}
 
 

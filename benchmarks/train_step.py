@@ -21,7 +21,7 @@ from absl import flags
 
 from benchmarks import contest
 from distill.runtime import cli
-from distill.training import calls
+from models import families
 from models.qwen3.config import Config
 
 OPTIONS = contest.define_flags(rounds=2)
@@ -33,7 +33,7 @@ REMAT = flags.DEFINE_bool("remat", False, "Recompute layers in the backward pass
 
 def count_weights(config: Config) -> float:
     """Of weights that a token is multiplied by, two operations each; embeddings among them."""
-    return calls.count_forward_flops(config, 1, 0, with_head=True) / 2
+    return families.count_forward_flops(config, 1, 0, with_head=True) / 2
 
 
 def count_costs(case: str) -> contest.JsonDict:
@@ -41,10 +41,10 @@ def count_costs(case: str) -> contest.JsonDict:
     student, teacher = (contest.make_config(OPTIONS, name) for name in ("student", "teacher"))
     M, mean = OPTIONS.rows * OPTIONS.tokens, (OPTIONS.tokens + 1) / 2
     wide = 4 if OPTIONS.dtype == "float32" else 2
-    flop = 3 * calls.count_forward_flops(student, M, mean, with_head=True)
+    flop = 3 * families.count_forward_flops(student, M, mean, with_head=True)
     moved = count_weights(student) * (2 * wide + 8 * 4)
     if case == "reverse_kl":
-        flop += calls.count_forward_flops(teacher, M, mean, with_head=True)
+        flop += families.count_forward_flops(teacher, M, mean, with_head=True)
         moved += count_weights(teacher) * wide
     return {"tokens": M, "flop": flop, "bytes": moved, "remat": REMAT.value}
 

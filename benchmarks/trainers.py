@@ -41,15 +41,15 @@ def _make_network(job: Job, name: str, mesh: Any, trained: bool = False) -> Any:
     import jax
 
     from distill.policy import policy
-    from models.qwen3 import model
+    from models import families, transformer
     from models.qwen3.config import Config
 
     config, remat = Config.from_hf(job[name]), trained and job.get("remat", False)
     network = policy.make_abstract_from_config(name, config, job["dtype"], remat, mesh)
 
-    def init_params(key: jax.Array) -> model.Params:
+    def init_params(key: jax.Array) -> transformer.Params:
         to = "float32" if trained else job["dtype"]
-        return jax.tree.map(lambda x: x.astype(to), model.init_params(config, key))
+        return jax.tree.map(lambda x: x.astype(to), families.init_params(config, key))
 
     shardings = jax.tree.map(lambda x: x.sharding, network.params)
     params = jax.jit(init_params, out_shardings=shardings)(jax.random.key(0))
@@ -79,7 +79,7 @@ def run_our_step(job: Job) -> Answer:
     from distill.runtime import mesh as mesh_lib
     from distill.teachers import local
     from distill.training import optim, setup, stages, update
-    from models.qwen3 import model
+    from models import transformer
 
     c = base.get_config()
     mesh = mesh_lib.make_mesh(**c.mesh)
@@ -100,7 +100,7 @@ def run_our_step(job: Job) -> Answer:
             scored = batch
             if teacher is not None:
                 hidden_BTE = local.compute_hidden(teacher.model, teacher.params, None, batch, None)
-                head_VE = model.get_output_head(teacher.params)
+                head_VE = transformer.get_output_head(teacher.params)
                 output = TeacherOutput(hidden_BTE=(hidden_BTE,), heads_VE=(head_VE,))
                 scored = dataclasses.replace(batch, teacher=output)
             state, measured, _ = programs.run_update(state, [scored], single_microbatch=True)

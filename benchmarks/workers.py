@@ -28,8 +28,6 @@ def load_ours(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
     """distill.rollout, and what else is asked of this project itself."""
     from collections import Counter
 
-    import jax
-
     from distill import rollout
     from distill.policy import policy
     from distill.rollout.sampling import Sampling
@@ -46,11 +44,8 @@ def load_ours(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
             groups = rollout.complete(
                 subject,
                 prompts,
-                samples=samples,
-                key=jax.random.key(0),
+                rollout.SampleSpec(samples, sampling=Sampling(0), batch_size=rows),
                 limits=limits,
-                sampling=Sampling(0),
-                batch_size=rows,
                 counts=counts,
             )
             return [c.tokens for group in groups for c in group]

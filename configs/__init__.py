@@ -1,1 +1,1 @@
-"""Recipes as ml_collections files; base.py holds every knob, the others say what differs."""
+"""Recipes as ml_collections files: base.py holds every setting, the others say what differs."""

@@ -3,8 +3,7 @@
     python configs/ablations.py divergence | while read -r run; do $run; done
     python configs/ablations.py rank tiny | head -1
 
-Each run has a directory of its own, runs/STUDY/NAME; what they have in common is their recipe.
-Without a study it lists them.
+Each run has its own directory, runs/STUDY/NAME. Without arguments it lists the studies.
 """
 
 import sys
@@ -18,29 +17,29 @@ Runs = dict[str, tuple[str, str]]  # name -> (recipe and argument, flags)
 
 
 def _make_opd_runs(**changes: str) -> Runs:
-    """Runs of conditions.py:opd, each with its flags."""
+    """Returns runs of conditions.py:opd, each with its flags."""
     return {name: ("conditions:opd", flags) for name, flags in changes.items()}
 
 
 STUDIES: dict[str, tuple[str, Runs]] = {
     "conditions": (
-        "what teaches a model of 1.7B to reason",
+        "ways to teach reasoning to a model of 1.7B",
         {name: (f"conditions:{name}", "") for name in CONDITIONS},
     ),
     "students": (
-        "one teacher, students of all sizes",
+        "students of all sizes, one teacher",
         {size: (f"strong_to_weak:student={size}", "") for size in SIZES},
     ),
     "teachers": (
-        "one student, two teachers",
+        "two teachers, one student",
         {size: (f"strong_to_weak:teacher={size}", "") for size in ("32b", "235b-a22b")},
     ),
     "rank": (
-        "LoRA against full training, before and after distillation on-policy",
+        "LoRA against full training, before and after on-policy distillation",
         {f"lora_{size}": (f"opd_math:lora={size}", "") for size in ("32", "128", "full")},
     ),
     "divergence": (
-        "which divergence is minimised on the student's own answers",
+        "the divergence minimised on the student's own answers",
         _make_opd_runs(
             reverse="",
             forward="--config.opd.loss.divergence=forward",
@@ -48,7 +47,7 @@ STUDIES: dict[str, tuple[str, Runs]] = {
         ),
     ),
     "estimator": (
-        "the exact KL, that of the k likeliest tokens, and that of the sampled token",
+        "the KL: exact, of the k likeliest tokens, of the sampled token",
         _make_opd_runs(
             exact="",
             top64="--config.opd.loss.estimator=topk --config.opd.loss.k=64",
@@ -57,7 +56,7 @@ STUDIES: dict[str, tuple[str, Runs]] = {
         ),
     ),
     "samples": (
-        "more prompts, or more answers to each",
+        "answers to each prompt, at the same batch size",
         _make_opd_runs(**{f"x{n}": f"--config.opd.samples={n}" for n in (1, 2, 4, 8)}),
     ),
     "rate": (
@@ -70,7 +69,7 @@ STUDIES: dict[str, tuple[str, Runs]] = {
 
 
 def list_commands(study: str, tiny: bool) -> list[str]:
-    """Raises ValueError for a study that there is not, naming those that there are."""
+    """Returns the commands of a study; raises ValueError for an unknown one, naming those known."""
     if study not in STUDIES:
         raise ValueError(f"configs/ablations.py takes {'|'.join(STUDIES)}, not {study!r}")
     lines = []
@@ -94,7 +93,9 @@ def main() -> None:
         return
     try:
         if len(words) > 2 or words[1:] not in ([], ["tiny"]):
-            raise ValueError(f"configs/ablations.py takes a study and perhaps tiny, not {words!r}")
+            raise ValueError(
+                f"configs/ablations.py takes a study and optionally tiny, not {words!r}"
+            )
         print("\n".join(list_commands(words[0], tiny=words[1:] == ["tiny"])))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

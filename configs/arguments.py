@@ -1,17 +1,22 @@
-"""The argument of a recipe, what follows the colon in --config=configs/NAME.py:ARGUMENT."""
+"""Parses the argument of a recipe, which follows the colon in --config=configs/NAME.py:ARGUMENT."""
 
 from types import SimpleNamespace
 from typing import Any
 
 
 def parse_argument(recipe: str, arg: str, **choices: tuple[str, ...]) -> Any:
-    """The choices in `arg`, and whether it says `tiny`: `student=8b,tiny`, in any order.
+    """Parses an argument such as `student=8b,tiny`, its words in any order.
 
-    Of each choice the first is taken where `arg` is silent. Its name may be left out where no
-    other choice has the value: `opd` for `condition=opd`.
+    Args:
+      recipe: name of the recipe, for messages.
+      choices: allowed values of each choice; the first is the default. The name may be left out
+        where no other choice has the value: `opd` for `condition=opd`.
+
+    Returns:
+      An attribute for each choice, and `tiny`, a bool.
 
     Raises:
-      ValueError: naming the word that is no argument of the recipe, and those that are.
+      ValueError: naming the word that the recipe does not take, and those that it takes.
     """
     parsed: dict[str, Any] = {"tiny": False}
     for word in arg.split(",") if arg else ():

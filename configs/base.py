@@ -1,4 +1,4 @@
-"""Every knob, once, with its unit or consequence. Recipes start from here and say what differs.
+"""Every setting, once, with its unit or consequence. Recipes start from here and set what differs.
 
     python -m distill.train --config=configs/base.py --workdir=runs/x \
         --config.student.path=Qwen3-0.6B --config.teacher.path=Qwen3-1.7B \
@@ -7,7 +7,7 @@
 
 from ml_collections import ConfigDict, config_dict
 
-# How the mathematical benchmarks put a question (Qwen3's model card); for data.template.
+# Mathematical questions as Qwen3's model card puts them; for data.template.
 BOXED_TEMPLATE = (
     "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 )
@@ -24,65 +24,65 @@ LOSS_FIELDS = {
 
 
 def make_data() -> ConfigDict:
-    """Rows of a file or a set, or the generated task."""
+    """Training rows, from a file, a data set or the generated task."""
     c = ConfigDict()
     # PATH.jsonl, .json or .parquet; hf:NAME[:CONFIG][:SPLIT]; tfds:NAME[:CONFIG][:SPLIT]; or
     # arithmetic. Rows have prompt, messages, question or tokens, or the columns of a known set.
     c.source = "arithmetic"
-    c.mixture = ()  # in its place, pairs of a source and a weight: (("a.jsonl", 3.0), ...)
-    c.template = "{question}"  # how a row's question is put; BOXED as the benchmarks do
-    c.columns = ""  # "": by those found; or a name in distill/data/columns.py; or ours=theirs,...
-    c.max_rows = 0  # first rows (problems) used, in a new order each epoch; 0: all there are
-    c.check_rows = 10_000  # rows of each source read before step 0; later ones as they are needed
-    c.on_bad_row = "fail"  # or skip: leave it out, say so, count it (metric data/skipped)
-    c.streaming = False  # hf: fetch while training, instead of to disk before
-    c.shuffle_window = 4096  # rows of a stream shuffled among themselves; they are held in memory
-    c.turns = "last"  # sft on chats: the last answer; all: each, earlier reasoning dropped
-    c.keep_samples = "finished"  # of generated samples: finished by a stop token, correct, or all
-    # The chat template's switch: the share of prompts in thinking mode. 1: all; 0: none, their
-    # prompts end with an empty think block, which is not trained. Between, traces keep the mode
-    # that they show; and always a row that says its own (thinking: false, or /no_think) keeps it.
+    c.mixture = ()  # instead of source: pairs of source and weight, (("a.jsonl", 3.0), ...)
+    c.template = "{question}"  # prompt of a question; BOXED_TEMPLATE as in the benchmarks
+    c.columns = ""  # "": detected; a name in distill/data/columns.py; or ours=theirs,...
+    c.max_rows = 0  # use only the first rows (problems), in a new order each epoch; 0: all
+    c.check_rows = 10_000  # rows of each source read before step 0; later ones when needed
+    c.on_bad_row = "fail"  # skip: leave the row out, print it, count it (metric data/skipped)
+    c.streaming = False  # hf: download while training, instead of before it
+    c.shuffle_window = 4096  # rows of a stream held in memory and shuffled together
+    c.turns = "last"  # sft on chats: train the last answer; all: each, earlier reasoning dropped
+    c.keep_samples = "finished"  # of generated samples: finished (by a stop token), correct or all
+    # Share of prompts in the chat template's thinking mode. 1: all; 0: none, and prompts end with
+    # an empty think block, which is not trained. Between 0 and 1, traces keep the mode that they
+    # show. A row's own mode (thinking: false, or /no_think) always wins.
     c.thinking = 1.0
-    # A column of numbers, more is harder; or PATH.jsonl of verify --keep=all or evaluate: 1 - the
+    # A numeric column, more is harder; or PATH.jsonl from verify --keep=all or evaluate: 1 - the
     # share of a prompt's samples that were correct. The metric data/difficulty is its mean.
     c.difficulty = ""
-    # By difficulty, in place of a new order each epoch: ordered (from the easiest to the hardest
-    # over the stage), widening (of the easiest share, which grows to all), weighted (each prompt
-    # as often as p(1 - p) says, of a difficulty in [0, 1]).
+    # Order by difficulty; "": a new random order each epoch. ordered: easiest to hardest over the
+    # stage; widening: from the easiest share, which grows to all; weighted: each prompt as often as
+    # p(1 - p), for difficulties p in [0, 1].
     c.curriculum = ""
-    c.operations = (3, 5)  # arithmetic: fewest and most operations of a problem
+    c.operations = (3, 5)  # arithmetic: fewest and most operations in a problem
     c.split = "train"  # arithmetic: train or test; they share no problem
     return c
 
 
 def make_teacher() -> ConfigDict:
-    """A model that says how likely it finds what was written. A recipe may add some under names of
-    its own, `c.original = base.teacher()`, for its stages to name in `teachers`."""
+    """A model that scores responses. A recipe may add more under names of its own,
+    `c.original = base.make_teacher()`, and list them in a stage's `teachers`."""
     c = ConfigDict()
-    # A model directory, a hub id, an adapter or a run; or of the student's own past: initial, its
-    # weights before step 0 (with LoRA the frozen base, at no further memory and in its dtypes), or
-    # ema, the moving average of its weights (student.ema_decay).
+    # A model directory, a hub id, an adapter or a run. Or a past student: initial, its weights
+    # before step 0 (with LoRA the frozen base, in its dtypes, at no memory), or ema, the moving
+    # average of its weights (student.ema_decay).
     c.path = ""
-    c.step = 0  # of a run: the checkpoint after so many steps; 0: the newest
-    # int8 or float8_e4m3fn: the layers' kernels in 8 bits, a scale for each output channel;
-    # half the memory of bfloat16. LOG.md has what it costs in KL.
+    c.step = 0  # of a run: the checkpoint after this many steps; 0: the newest
+    # int8 or float8_e4m3fn: kernels of the layers in 8 bits, with a scale for each output channel;
+    # half the memory of bfloat16. LOG.md has the cost in KL.
     c.param_dtype = "bfloat16"
     c.dtype = "bfloat16"  # of activations
     return c
 
 
 def make_reward() -> ConfigDict:
-    """For objectives that have one: a weighted sum of terms in [0, 1] or [-1, 0]."""
+    """For objectives with rewards: weights of terms in [0, 1], or [-1, 0] for penalties."""
     c = ConfigDict()
-    c.grader = "arithmetic"  # a benchmark's, which compares with the rows' answers
+    c.grader = "arithmetic"  # the benchmark whose grader compares answers with the rows'
     c.correct = 1.0
     c.format = 0.0  # one closed think block, then an answer
-    c.length = 0.0  # a penalty on the last `length_margin` tokens before max_response_tokens
-    c.length_margin = 0
-    c.repetition = 0.0  # a penalty on runs of 8 tokens said before
-    c.teacher_logprob = 0.0  # mean log-probability that the teacher gives the response
-    # Groups whose rewards are all equal teach nothing. keep: they count as zero; drop: they do not
-    # count; replace: other prompts are asked, up to `max_rounds` times, and what is left is dropped.
+    c.length = 0.0  # penalty on the last `length_margin` tokens before max_response_tokens
+    c.length_margin = 0  # tokens
+    c.repetition = 0.0  # penalty on runs of 8 tokens that occurred before
+    c.teacher_logprob = 0.0  # mean log-probability of the response under the teacher
+    # Groups of equal rewards have no gradient. keep: they count as zero; drop: they do not count;
+    # replace: sample other prompts, up to `max_rounds` times, then drop the rest.
     c.zero_variance_groups = "keep"
     c.max_rounds = 3
     return c
@@ -96,29 +96,28 @@ def make_optim() -> ConfigDict:
     c.schedule = "cosine"  # constant, linear or cosine, after the warm-up
     c.warmup_steps = 10
     c.final_fraction = 0.1  # of the learning rate, at the last step
-    c.b1 = 0.9  # of the first moment, or the momentum
-    c.b2 = 0.95
+    c.b1 = 0.9  # decay of the first moment, or momentum
+    c.b2 = 0.95  # decay of the second moment
     c.eps = 1e-8
     c.momentum_dtype = "float32"  # bfloat16: half of the first moment's memory
-    c.weight_decay = 0.0  # not on norms
+    c.weight_decay = 0.0  # does not apply to norms
     c.clip_norm = 1.0  # of the whole gradient; 0: off
     return c
 
 
 def make_rollout() -> ConfigDict:
-    """How the device samples; what is sampled does not depend on it."""
+    """How the device samples; does not change what is sampled, but for the dtypes."""
     c = ConfigDict()
-    # Rows that decode at once; ended ones make room for those waiting. 0: as many as the cache
-    # allows, which is three times the longest rows that it holds, and no more than there are.
+    # Rows that decode together; waiting ones take the place of ended ones. 0: as many as the cache
+    # allows, three times the longest rows that it holds, and no more than there are.
     c.slots = 0
-    # Tokens a row between two looks of the host at which rows have ended; on CPUs 32 at most.
+    # Tokens of each row between two turns of the host, which finds ended rows; on CPUs at most 32.
     c.segment = 64
-    c.prefill_chunk = (
-        512  # tokens of prompts that each part of the rows reads in one call; on CPUs 128
-    )
-    # Tokens that the cache holds on all devices; below 1: the share of the memory that is left by
-    # what the run keeps and the weights that decode. 0: 0.8; on CPUs as many as rows may have. When
-    # it is full, the youngest rows wait, and read again what they have.
+    # Prompt tokens that each row shard reads in one call; on CPUs at most 128.
+    c.prefill_chunk = 512
+    # Tokens that the cache holds on all devices. Below 1: a share of the memory that the run and
+    # the decoding weights leave. 0: a share of 0.8; on CPUs as many as rows may have. When it is
+    # full, the youngest rows wait, and their tokens are read again later.
     c.cache_tokens = 0.0
     c.page_size = 0  # tokens of a page of the cache; 0: 128
     # bfloat16, float8_e4m3fn (TPU) or int8 (GPU, CPU): less memory, less exact; "": student.dtype
@@ -127,69 +126,68 @@ def make_rollout() -> ConfigDict:
     # float8_e4m3fn, made on the device each step: faster, but the sampler is then another policy
     # than the trainer (metric train/sampler_delta), which importance ratios correct for.
     c.param_dtype = ""
-    c.token_budget = 0  # tokens sampled a step; rows that have not ended go on in the next; 0: off
-    # Sample the rows of step i + 1 while step i is scored and trained, from the weights of before
-    # its update. Losses of drawn tokens correct for that by their ratio, and are refused without
-    # one; exact and topk are right at every token, but the responses that they go along are one
-    # update old. The weights that sample, in student.dtype, are then held through the update.
+    c.token_budget = 0  # tokens sampled each step; unfinished rows go on in the next; 0: no limit
+    # Sample the rows of step i + 1 while step i is scored and trained, from the weights before its
+    # update. Losses of drawn tokens need a ratio to correct for that; exact and topk are right at
+    # every token, but of responses one update old. Holds the sampling weights, in student.dtype,
+    # through the update.
     c.asynchronous = False
-    c.gather_weights = True  # each row shard holds all weights; False: fetches them each token
+    c.gather_weights = True  # each row shard holds all weights; False: fetches them for each token
     return c
 
 
 def make_stage(objective: str) -> ConfigDict:
-    """One stage of training: an objective, what it reads, and its own optimiser."""
+    """A stage of training: an objective, its data, and its own optimiser."""
     c = ConfigDict()
-    # What is minimised, a row of losses.TABLE. On traces: sft (cross-entropy), distill (forward KL
-    # from the teacher); half and half: gkd; on own samples: opd (reverse KL), opd_sampled, grpo,
-    # dr_grpo, dapo, gspo, cispo, rloo, hybrid (reward and teacher at once).
+    # A row of losses.TABLE. On traces: sft (cross-entropy), distill (forward KL from the teacher).
+    # On a mixture: gkd. On own samples: opd (reverse KL), opd_sampled, grpo, dr_grpo, dapo, gspo,
+    # cispo, rloo, hybrid (reward and teacher together).
     c.objective = objective
-    c.on_policy_share = config_dict.placeholder(
-        float
-    )  # share of rows that the student writes itself
-    c.loss = ConfigDict()  # any field of losses.Loss, in place of the objective's own
+    # Share of rows that the student samples itself; None: the objective's.
+    c.on_policy_share = config_dict.placeholder(float)
+    c.loss = ConfigDict()  # fields of losses.Loss; None: the objective's
     for field, kind in LOSS_FIELDS.items():
         c.loss[field] = config_dict.placeholder(kind)
     c.steps = 100
-    c.batch_size = 64  # sequences a step; for opd prompts x samples
-    c.samples = 1  # opd: responses to each prompt
-    # Micro-batches of an update, each read by the teachers and trained before the next; memory
-    # falls with it, the gradient stays the same. Sampled rows are packed (whole prompts and
-    # responses, one behind the other) into micro-batches of at most so many rows, and fewer where
-    # these keep the devices busy: then it is the least number for a step of the longest responses.
+    c.batch_size = 64  # sequences of a step; of samples: prompts x samples
+    c.samples = 1  # responses to each prompt
+    # Micro-batches of an update, each scored and trained before the next: less memory, the same
+    # gradient. Sampled rows are packed (whole prompts and responses, one after another) into
+    # micro-batches of at most this many rows; where fewer rows keep the devices busy, into smaller
+    # ones, and this is the least number for a step of the longest responses.
     c.accumulate = 1
-    c.minibatches = 1  # updates that share a step's rows; schedules count updates
-    c.epochs = 1  # how often a step's rows are trained on; above 1 the ratio corrects for it
-    c.max_prompt_tokens = 512  # a longer prompt is refused
-    c.max_response_tokens = 1024  # sft: traces are cut here; opd: sampling stops here
-
-    # Traces: rows of so many tokens, as many examples in each as fit; 0: one each. Samples, which
-    # are always packed: rows of so many; 0: max_prompt_tokens + max_response_tokens.
+    c.minibatches = 1  # updates that share the rows of a step; schedules count updates
+    c.epochs = 1  # passes over the rows of a step; above 1 the ratio corrects for it
+    c.max_prompt_tokens = 512  # longer prompts are refused
+    c.max_response_tokens = 1024  # traces are cut here; sampling stops here
+    # Tokens of a packed row. Traces: as many examples in each as fit; 0: one each. Samples, always
+    # packed: 0: max_prompt_tokens + max_response_tokens.
     c.pack_tokens = 0
 
     c.data = make_data()
-    # Who teaches, by the names of their sub-configs. Of several without weights, the i-th teaches
-    # the rows of the i-th source of data.mixture; with weights, each token's teacher is the mixture
-    # of their distributions by these shares. A judge is theirs in the same way. Each reads the
-    # whole batch, so scoring costs their sum.
+    # Names of the teachers' sub-configs. Several without weights: the i-th teaches the rows of the
+    # i-th source of data.mixture. With weights: each token's teacher is the mixture of their
+    # distributions by these shares. A judge is chosen the same way. Each teacher reads the whole
+    # batch, so the cost of scoring is their sum.
     c.teachers = ("teacher",)
     c.teacher_weights = ()
-    # What the teachers read and the student does not: a manual, a solution, a better instruction.
-    # The chat template renders it into their prompt alone; where both are given, text comes first.
+    # Text that the teachers read and the student does not: a manual, a solution, a better
+    # instruction. The chat template puts it into their prompt; with both sources, text comes first.
     c.context = ConfigDict()
     c.context.text = ""  # PATH of a text file, the same for every row
-    c.context.column = ""  # of the rows: a text; beside a prompt of tokens, ids
-    c.context.place = "system"  # in the system turn; or question: before the last user's words
-    c.context.max_tokens = 1024  # it may add to a prompt; a longer one is refused
+    c.context.column = ""  # of the rows: a text; for prompts of tokens, ids
+    c.context.place = "system"  # in the system turn; question: before the last user turn's text
+    c.context.max_tokens = 1024  # added to a prompt; longer ones are refused
     c.reward = make_reward()
-    # Sampling, for opd. Anything but the plain distribution changes what is being learned. Losses
-    # of drawn tokens (rewards, opd_sampled, k2, k3) read all models at the temperature of the draw.
+    # The distribution that samples are drawn from; the plain one by default, as others change what
+    # is learned. Losses of drawn tokens (rewards, opd_sampled, k2, k3) read all models at this
+    # temperature.
     c.sampling = ConfigDict()
-    c.sampling.temperature = 1.0
+    c.sampling.temperature = 1.0  # 0: greedy
     c.sampling.top_k = 0  # 0: off
     c.sampling.top_p = 1.0  # 1: off
     c.sampling.min_p = 0.0  # 0: off
-    c.sampling.presence_penalty = 0.0  # off a logit once its token is in the response; 0: off
+    c.sampling.presence_penalty = 0.0  # subtracted from logits of tokens in the response; 0: off
 
     c.rollout = make_rollout()
     c.optim = make_optim()
@@ -197,98 +195,102 @@ def make_stage(objective: str) -> ConfigDict:
 
 
 def make_evaluation() -> ConfigDict:
-    """Evaluation while it trains: every so many steps and after each stage."""
+    """Evaluation during training."""
     c = ConfigDict()
-    c.every = 0  # steps; 0: never
+    c.every = 0  # steps between evaluations, and after each stage; 0: never
     c.benchmark = "arithmetic"
     c.data = ""  # PATH.jsonl or hf:NAME:CONFIG:SPLIT; arithmetic makes its own
     c.limit = 200  # first problems; 0: all
-    c.protocol = "greedy"  # how to sample, of distill/evaluation/tasks.py
+    c.protocol = "greedy"  # how to sample, see distill/evaluation/tasks.py
     c.samples = 0  # responses to each problem; 0: the protocol's
     c.max_new_tokens = 0  # longest response; 0: the protocol's
     c.batch_size = 64  # responses sampled together
-    c.best = "accuracy"  # figure whose best checkpoint is kept; "-NAME": least; "": none
+    c.best = "accuracy"  # keep the checkpoint with the highest NAME; "-NAME": lowest; "": none
     return c
 
 
 def make_mesh() -> ConfigDict:
     """Devices along each axis of the mesh; -1: all that are left.
 
-    On TPU an axis is best one of the torus (8 of v5e's 8x8): over two of them, gradients are added
-    up whole on every device.
+    On TPU an axis should be one of the torus (8 of v5e's 8x8): across two of them, gradients are
+    summed whole on every device.
     """
     c = ConfigDict()
-    c.data = 1  # rows alone, weights whole; of several slices a multiple of their number
-    c.fsdp = -1  # rows and weights; these are fetched layer by layer
-    # Heads and feed-forward, and of long rows the tokens between them: what a device keeps of each
-    # layer is the same, and decoding holds 1/tensor of the weights. Divides the key-value heads.
+    c.data = 1  # splits rows, weights whole; for several slices a multiple of their number
+    c.fsdp = -1  # splits rows and weights; these are fetched layer by layer
+    # Splits heads and feed-forward, and for long rows the tokens between them: each layer's
+    # activations stay the same size, and decoding holds 1/tensor of the weights. Divides the
+    # key-value heads.
     c.tensor = 1
-    # Tokens of long rows; for weights it is like fsdp, for rows that are sampled too. In attention
-    # their heads instead, so tensor*context divides the query heads.
+    # Splits tokens of long rows, and in attention their heads: tensor*context divides the query
+    # heads. Like fsdp for weights, and for rows while sampling.
     c.context = 1
-    c.expert = 1  # divides the number of experts; for all other weights it is like data
+
+    # Models with experts only:
+    c.expert = 1  # splits experts, whose number it divides; like data for all other weights
     return c
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The base recipe: on-policy distillation from a teacher's distribution."""
+    """Returns the base recipe: on-policy distillation from a teacher's distribution."""
     if arg:
         raise ValueError(f"configs/base.py takes no argument, got {arg!r}")
     c = ConfigDict()
     c.seed = 0  # of data order, sampling and random initialisation
     c.stages = ("opd",)  # names of the sub-configs below, in the order they run
 
-    # Models: directories in Hugging Face format.
     c.student = ConfigDict()
-    c.student.path = ""
-    # "": its own tokenizer; or a model whose tokenizer and template it takes, which have its own
-    # tokens under the same ids. A Base student of a post-trained teacher: the teacher.
+    c.student.path = ""  # a model directory in Hugging Face format, or a hub id
+    # "": its own; or a model whose tokenizer and chat template to use, with the same ids for the
+    # student's tokens: for a Base student of a post-trained teacher, the teacher.
     c.student.tokenizer = ""
     c.student.random_init = False  # take config and tokenizer from path, weights at random
-    # Of activations; trained parameters are always float32. float32 is multiplied as such on every
-    # device: no TF32 on GPUs, no passes of bfloat16 on TPUs (policy.use).
+    # Of activations; trained parameters are always float32. float32 is multiplied at full precision
+    # on every device: no TF32 on GPUs, no bfloat16 passes on TPUs (policy.use).
     c.student.dtype = "bfloat16"
-    # Of what is frozen of it: LoRA's base, or the copy that a loss with a reference compares with.
-    # bfloat16, float32, or 8 bits as for the teacher.
+    # Of frozen weights: LoRA's base, or the reference of a loss that has one. bfloat16, float32, or
+    # 8 bits as for the teacher.
     c.student.param_dtype = "bfloat16"
     c.student.remat = True  # recompute each layer in the backward pass: less memory, 4/3 the time
-    # Decay of a moving average of the trained parameters (LoRA: of its factors) after each update,
-    # which all stages share: a teacher's path, and `export --average`. 0: none is kept.
+    # Decay of a moving average of the trained parameters (with LoRA, its factors) after each
+    # update, over all stages; used by a teacher's path and `export --average`. 0: none is kept.
     c.student.ema_decay = 0.0
-    c.student.router_aux_loss_coef = (
-        0.0  # weight of the load-balancing loss of experts; 0.001 is usual
-    )
-    # The update sends each token to the experts that the sampler sent it to (R3, arXiv 2510.11370):
-    # rounding then flips no choice between the two. 2·A bytes a token and layer on the host.
-    c.student.replay_routing = False
-    c.student.lora = ConfigDict()  # or path names a PEFT adapter of these: it is trained on
-    c.student.lora.rank = 0  # 0: all parameters are trained; else a low-rank term beside the base
-    c.student.lora.alpha = 32.0  # the term counts alpha / rank
-    c.student.lora.rslora = False  # it counts alpha / sqrt(rank)
-    c.student.lora.targets = (  # projections; the last three mean those of experts too
+    c.student.lora = ConfigDict()  # path may name a PEFT adapter of this shape to go on from
+    c.student.lora.rank = 0  # 0: train all parameters; else low-rank terms beside the frozen base
+    c.student.lora.alpha = 32.0  # the terms are scaled by alpha / rank
+    c.student.lora.rslora = False  # scale by alpha / sqrt(rank)
+    # Projections; the last three include those of experts.
+    c.student.lora.targets = (
         *("q_proj", "k_proj", "v_proj", "o_proj"),
         *("gate_proj", "up_proj", "down_proj"),
     )
-    c.teacher = make_teacher()  # needed where a stage has one
+
+    # Models with experts only:
+    c.student.router_aux_loss_coef = 0.0  # weight of the load-balancing loss; 0.001 is usual
+    # The update sends each token to the experts that the sampler chose (R3, arXiv 2510.11370), so
+    # that rounding flips no choice between the two. 2·A bytes a token and layer on the host.
+    c.student.replay_routing = False
+
+    c.teacher = make_teacher()  # for stages that have one
 
     c.mesh = make_mesh()
-    # Teachers and references on devices of their own, the last so many of each process, split by
-    # axes of their own: neither then takes room beside the other. Hidden states travel, and each
-    # output head once. 0: the same devices.
+    # Teachers and references on devices of their own, the last ones of each process, with their own
+    # axes, so that neither takes the other's memory. Hidden states travel between the meshes, and
+    # each output head once. 0: the same devices.
     c.teacher_mesh = make_mesh()
     c.teacher_mesh.devices = 0
 
     c.attention = "auto"  # splash on TPU, cudnn on GPU, else xla; all compute the same
-    # On a GPU: a run that is killed and resumed, or run again, has the same bits, as on a CPU or a
-    # TPU without it. Slower there: no atomic additions, no autotuned kernels.
+    # On GPUs: a run that is killed and resumed, or repeated, has the same bits, as on CPUs and TPUs
+    # without it. Slower there: no atomic additions, no autotuned kernels.
     c.deterministic = False
-    # MiB of float32 logits that one chunk of the loss holds on a device; several times as much is
-    # then in memory. 0: 128, on GPUs 1024. Each chunk reads the heads, and adds to a gradient as
-    # large as one: smaller chunks wait for memory.
+    # MiB of float32 logits of one chunk of the loss on a device; several times that is in memory.
+    # 0: 128, on GPUs 1024. Each chunk reads the heads and adds to a gradient of their size, so
+    # smaller chunks wait for memory.
     c.loss_chunk_mib = 0.0
 
-    # A directory that keeps compiled programs, so that a run starts faster the next time; gs://… of
-    # a pod's hosts. It holds code: share it with nobody. "": JAX_COMPILATION_CACHE_DIR, or none.
+    # A directory of compiled programs, for faster starts; gs://… for the hosts of a pod. It holds
+    # code: share it with nobody. "": JAX_COMPILATION_CACHE_DIR, or none.
     c.compilation_cache = ""
 
     # Files of the run.
@@ -298,7 +300,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.log = ConfigDict()
     c.log.transcripts_every = 50  # steps between files of sampled transcripts
     c.log.transcripts = 8  # rows in each
-    c.log.overlap_top_k = 0  # tokens of the teacher's top that the student's is compared with; slow
+    c.log.overlap_top_k = 0  # compare so many likeliest tokens of teacher and student; 0: off; slow
 
     c.eval = make_evaluation()
     c.sft = make_stage("sft")

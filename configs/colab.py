@@ -1,14 +1,14 @@
-"""On-policy distillation on the one TPU chip that Colab lends: 0.6B from 1.7B in 8 bits.
+"""On-policy distillation on the one TPU chip that Colab offers: 0.6B from 1.7B in 8 bits.
 
     python -m distill.train --config=configs/colab.py --workdir=runs/colab
 
 The student trains a LoRA on GSM8K's questions, in /no_think mode: its answers are a few hundred
-tokens, where thoughts would be cut at what a chip has time for. It is tried on 200 problems of the
-test set every 50 steps. Stopped by Colab, the same command goes on from the newest checkpoint;
-notebooks/colab_tpu.ipynb is the whole path. Argument: tiny.
+tokens long, while thoughts would be cut at what one chip has time for. Every 50 steps it is tested
+on 200 problems of the test set. When Colab stops the run, the same command resumes it from the
+newest checkpoint; notebooks/colab_tpu.ipynb has all steps. Argument: tiny.
 
-Hardware: v5e-1 (one chip, 16 GB). `plan`, compiled and not run: 6.47 of 15.75 GiB.
-Time and cost: not yet measured; by `plan` at least 8.2 s a step of answers as long as allowed.
+Hardware: v5e-1 (one chip, 16 GB). By `plan`, compiled and not run: 6.47 of 15.75 GiB.
+Time and cost: not yet measured; by `plan` at least 8.2 s a step if all answers have full length.
 Expected accuracy: not yet measured.
 """
 
@@ -18,7 +18,7 @@ from configs import arguments, base, tiny
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """What differs from base."""
+    """Returns the recipe as a config."""
     a = arguments.parse_argument("colab", arg)
     c = base.get_config()
     c.student.path = "Qwen/Qwen3-0.6B"

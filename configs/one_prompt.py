@@ -1,18 +1,19 @@
-"""How far one prompt goes: 256 answers to it a step, for 20 steps.
+"""On-policy distillation on a single prompt: 256 answers to it a step, for 20 steps.
 
     python -m distill.train --config=configs/one_prompt.py --workdir=runs/one_prompt
     python -m distill.evaluate --model=runs/one_prompt --benchmark=aime24 --data=hf: \
         --protocol=qwen3-thinking --out=runs/one_prompt/eval_aime24
 
-Reinforcement learning on one prompt soon learns its answer by heart; a teacher's distribution
-over 5,120 answers to it is not exhausted by that. Another prompt: --config.opd.data.source=FILE.
-The student should be one that knows the form: the run of opd_math.py after its first stage,
-exported, is what --config.student.path takes. Argument: tiny.
+Reinforcement learning on one prompt soon memorises its answer; the teacher's distributions along
+5,120 answers hold more than that. For another prompt: --config.opd.data.source=FILE. The student
+should know the format already: train opd_math.py, export its first stage and pass that as
+--config.student.path. Argument: tiny.
 
 Hardware: v5p-16 (8 chips). Time and cost: not yet measured.
-Expected ("On-Policy Distillation", Thinking Machines Lab, October 2025, as other texts quote it;
-we have not its page): nearly the teacher's accuracy on AIME'24. Its teacher was a model that its
-authors had trained by reinforcement; Qwen3-8B here is not, and this is not yet measured.
+Expected ("On-Policy Distillation", Thinking Machines Lab, October 2025, as quoted by other texts;
+we have not seen the page): nearly the teacher's accuracy on AIME'24. Its teacher was a model that
+its authors had trained by reinforcement learning; with Qwen3-8B as the teacher, as here, the
+result is not yet measured.
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +22,7 @@ from configs import arguments, base, tiny
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """What differs from base."""
+    """Returns the recipe as a config."""
     a = arguments.parse_argument("one_prompt", arg)
     c = base.get_config()
     c.student.path = "Qwen/Qwen3-8B-Base"

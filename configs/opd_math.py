@@ -5,20 +5,20 @@
     python -m distill.evaluate --model=runs/opd_math --benchmark=aime24 --data=hf: \
         --protocol=qwen3-thinking --out=runs/opd_math/eval_aime24
 
-Qwen3-8B-Base learns 400,000 traces of OpenThoughts3, and then for 150 steps from Qwen3-32B on its
-own answers to DeepMath's problems, 512 a step, 4 of each. `opd` takes the exact KL; the post's own
-estimate of it, by the sampled token, is --config.opd.objective=opd_sampled.
+Qwen3-8B-Base learns 400,000 traces of OpenThoughts3, then for 150 steps from Qwen3-32B on its own
+answers to DeepMath's problems: 512 problems a step, 4 answers to each. `opd` takes the exact KL;
+for the post's own estimate, by the sampled token, pass --config.opd.objective=opd_sampled.
 Arguments: lora=full, 32 or 128 (rank); tiny.
 
-Hardware: v5p-64 (32 chips; compiled: 78.8 of 95.7 GiB a chip, most of it the cache; by the roofline
-127 s a step of `opd` at responses of 2,000 tokens in the mean, 206 s at 4,000).
+Hardware: v5p-64 (32 chips). Compiled: 78.8 of 95.7 GiB a chip, most of it the cache. By the
+roofline, a step of `opd` takes 127 s at responses of 2,000 tokens in the mean, 206 s at 4,000.
 Time and cost: not yet measured. The post counts 3.8e20 FLOPs for SFT-400K, and for the 150 steps
-8.4e19 of the teacher and 8.2e19 of the student: at 40% of a v5p's 459 TFLOP/s that would be 575
-and 251 chip-hours, sampling not counted.
-Expected, AIME'24 (the post, as other texts quote it; we have not its page): 60 after SFT, 70 after
-OPD. With LoRA of rank 32, 13 points below full training after SFT, and 6 after OPD. The cookbook of
-the same authors (tinker-cookbook, README) has about 55 and 65 with rank 128 and Qwen3-8B as the
-teacher, after 100 steps. Here: not yet measured.
+8.4e19 of the teacher and 8.2e19 of the student: at 40% of a v5p's 459 TFLOP/s, 575 and 251
+chip-hours, without sampling.
+Expected, AIME'24 (the post, as quoted by other texts; we have not seen the page): 60 after SFT, 70
+after OPD. With LoRA of rank 32: 13 points below full training after SFT, 6 below after OPD. The
+cookbook of the same authors (tinker-cookbook, README) has about 55 and 65 with rank 128 and
+Qwen3-8B as the teacher, after 100 steps. Here: not yet measured.
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +27,7 @@ from configs import arguments, base, tiny
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """What differs from base."""
+    """Returns the recipe as a config."""
     a = arguments.parse_argument("opd_math", arg, lora=("full", "32", "128"))
     lora = a.lora != "full"
     c = base.get_config()

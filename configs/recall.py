@@ -1,4 +1,4 @@
-"""An assistant of your own: new knowledge, and then the behaviour that learning it cost.
+"""A personal assistant: learn new documents, then recover the behaviour that this cost.
 
     python -m distill.generate --model=Qwen/Qwen3-8B --prompts=hf:allenai/tulu-3-sft-mixture \
         --thinking=off --out=chats.jsonl
@@ -6,15 +6,15 @@
     python -m distill.evaluate --model=runs/recall --benchmark=ifeval --data=hf: \
         --protocol=qwen3-nonthinking --out=runs/recall/ifeval
 
-`knowledge`: mid-training on your documents.jsonl, a `text` in each row, seven parts in ten, beside
-the model's own answers to chat prompts. `recall`: the student answers chat prompts, and the model
-that it was before is its teacher. The two may be repeated for further documents. Argument: tiny.
+`knowledge` is mid-training: 70% your documents.jsonl, with a `text` in each row, and 30% the
+model's own answers to chat prompts. In `recall` the student answers chat prompts, and its teacher
+is the model that it was before. Both stages can be repeated for further documents. Argument: tiny.
 
 Hardware: v6e-16 (16 chips). Time and cost: not yet measured.
 Expected, questions on the documents / IFEval ("On-Policy Distillation", Thinking Machines Lab,
-October 2025, with the documents of a company, as other texts quote it; we have not its page):
+October 2025, with the documents of a company, as quoted by other texts; we have not seen the page):
 18 / 85 before, 36 / 79 after mid-training (43 / 45 on documents alone), 41 / 83 after recall. The
-rates, steps and sizes here are ours, and not yet measured.
+rates, steps and sizes here are ours; their results are not yet measured.
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +23,7 @@ from configs import arguments, base, tiny
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """What differs from base."""
+    """Returns the recipe as a config."""
     a = arguments.parse_argument("recall", arg)
     c = base.get_config()
     c.stages = ("knowledge", "recall")

@@ -9,14 +9,14 @@
     python -m distill.train --config=configs/strong_to_weak.py:student=8b,teacher=32b \
         --workdir=runs/strong_to_weak
 
-($BOXED is base.BOXED.) First `sft` on traces of both modes, then `opd`: the student writes, in
-either mode, and learns the teacher's distribution at every token, by the exact reverse KL.
-Arguments: student=8b, 0.6b, 1.7b, 4b, 14b or 30b-a3b; teacher=32b or 235b-a22b; tiny.
+($BOXED is base.BOXED_TEMPLATE.) First `sft` on traces of both modes; then `opd`, in which the
+student answers in either mode and learns the teacher's distribution at every token, by the exact
+reverse KL. Arguments: student=8b, 0.6b, 1.7b, 4b, 14b or 30b-a3b; teacher=32b or 235b-a22b; tiny.
 
-Hardware: v5p-64 (32 chips); for 8b from 32b also v5p-32 with --config.mesh.tensor=4 (compiled: 79.7
-of 95.7 GiB a chip, most of it the cache; by the roofline 64 s a step of `opd` at responses of 2,000
-tokens in the mean, 105 s at 4,000), or v6e-64 with --config.mesh.tensor=8 (36 and 50 s);
-with the teacher of 235B parameters v5p-128 (64 chips).
+Hardware: v5p-64 (32 chips). For 8b from 32b also v5p-32 with --config.mesh.tensor=4 (compiled: 79.7
+of 95.7 GiB a chip, most of it the cache; by the roofline a step of `opd` takes 64 s at responses of
+2,000 tokens in the mean, 105 s at 4,000), or v6e-64 with --config.mesh.tensor=8 (36 s and 50 s).
+With the teacher of 235B parameters v5p-128 (64 chips).
 Time and cost: not yet measured. The report has 1,800 GPU hours for the second stage at 8B.
 Expected, at 8B in thinking mode (Qwen3 Technical Report, arXiv 2505.09388, table 21):
 
@@ -24,7 +24,7 @@ Expected, at 8B in thinking mode (Qwen3 Technical Report, arXiv 2505.09388, tabl
     after sft          55.0      42.8      92.4      55.6
     after opd          74.4      65.5      97.0      63.3
 
-The report's prompts are not public; with DeepMath's these figures are not yet measured.
+The report's prompts are not public; with DeepMath's, these figures are not yet measured.
 """
 
 from ml_collections import ConfigDict
@@ -35,7 +35,7 @@ NAMES = {"30b-a3b": "30B-A3B", "235b-a22b": "235B-A22B"}
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """What differs from base."""
+    """Returns the recipe as a config."""
     a = arguments.parse_argument(
         "strong_to_weak",
         arg,

@@ -1,9 +1,9 @@
-"""A recipe in small: the same stages, objectives and kinds of data, two steps of each in seconds on
+"""Shrinks a recipe: the same stages, objectives and kinds of data, two steps of each in seconds on
 a CPU, with the models and rows under assets/ and no network."""
 
 from ml_collections import ConfigDict
 
-# What a recipe reads, and the rows of the same columns that stand for it.
+# Source of a recipe -> rows with the same columns that replace it.
 SAMPLE_ROWS = {
     "hf:open-thoughts/OpenThoughts3-1.2M": "assets/rows/openthoughts3.jsonl",
     "hf:zwhe99/DeepMath-103K": "assets/rows/deepmath.jsonl",
@@ -23,11 +23,11 @@ BATCH, PROMPT, RESPONSE = 8, 48, 16
 
 
 def shrink_config(c: ConfigDict) -> ConfigDict:
-    """`c` made small in place, and returned."""
+    """Shrinks `c` in place and returns it."""
     c.student.path, c.student.tokenizer = "assets/student", ""
     c.student.dtype = c.student.param_dtype = "float32"
     c.student.remat = False
-    c.student.router_aux_loss_coef = 0.0  # there are no experts in it
+    c.student.router_aux_loss_coef = 0.0  # it has no experts
     c.student.lora.rank = min(c.student.lora.rank, 4)  # so that recipes share compiled programs
     c.teacher.dtype = "float32"
     if c.teacher.param_dtype == "bfloat16":
@@ -43,7 +43,7 @@ def shrink_config(c: ConfigDict) -> ConfigDict:
         s.max_prompt_tokens, s.max_response_tokens = PROMPT, RESPONSE
         s.pack_tokens = 2 * (PROMPT + RESPONSE) if s.pack_tokens else 0
         s.rollout.slots = 0
-        s.optim.learning_rate = 1e-3  # one, for the same reason
+        s.optim.learning_rate = 1e-3  # the same rate, for the same reason
         s.data.source = SAMPLE_ROWS.get(s.data.source, s.data.source)
         s.data.mixture = tuple((SAMPLE_ROWS[source], weight) for source, weight in s.data.mixture)
         s.data.max_rows = min(s.data.max_rows, BATCH)

@@ -1,4 +1,4 @@
-"""How assets/student was made: its own random weights, annealed SFT on a small fixed set of traces.
+"""Makes assets/student: SFT from its own random weights on a small fixed set of traces.
 
     python -m distill.train --config=configs/tiny_student.py --workdir=runs/tiny_student
     python -m distill.export --run=runs/tiny_student --out=runs/tiny_student/model
@@ -13,7 +13,7 @@ from configs import tiny_teacher
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """What differs from the teacher: the size, another seed, few traces in many epochs."""
+    """Returns tiny_teacher with another size and seed, and few traces in many epochs."""
     c = tiny_teacher.get_config(arg)
     c.seed = 11
     c.student.path = "assets/student"

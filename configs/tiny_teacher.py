@@ -1,4 +1,4 @@
-"""How assets/teacher was made: SFT from random weights on fresh problems, never seen twice.
+"""Makes assets/teacher: SFT from random weights on fresh problems, none seen twice.
 
     python -m distill.train --config=configs/tiny_teacher.py --workdir=runs/tiny_teacher
     python -m distill.export --run=runs/tiny_teacher --out=runs/tiny_teacher/model
@@ -13,7 +13,7 @@ from configs import arguments, base
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """What differs from base: one sft stage on the generated task, random initial weights."""
+    """Returns the recipe: one sft stage on the generated task, random initial weights."""
     a = arguments.parse_argument("tiny_teacher", arg)
     c = base.get_config()
     c.stages = ("sft",)

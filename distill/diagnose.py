@@ -53,11 +53,9 @@ def sample_responses(
         cache_tokens=0,
     )
     done = rollout.sample(
-        subject.model,
-        subject.params,
+        rollout.SamplingModel(subject.model, subject.params, subject.stop_ids),
         rows,
         sampling=stages.make_sampling(stage.c),
-        stop_ids=subject.stop_ids,
         options=options,
     )
     return list(done)

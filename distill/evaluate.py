@@ -11,13 +11,13 @@ import math
 from absl import flags
 from etils import epath
 
-from distill.evaluation import evaluator, records, responses, statistics, tasks
+from distill.evaluation import evaluator, protocols, records, responses, statistics, tasks
 from distill.policy import policy
 from distill.rewards import graders, ifeval
 from distill.runtime import cli, distributed, run_files
 from distill.runtime import mesh as mesh_lib
+from models import families
 from models.errors import UserError
-from models.qwen3.config import Config
 
 OPTIONS = flags.FlagValues()
 MODEL = flags.DEFINE_string(
@@ -43,7 +43,7 @@ OUT = flags.DEFINE_string(
 PROTOCOL = flags.DEFINE_string(
     "protocol",
     "greedy",
-    f"How to sample: {', '.join(tasks.PROTOCOLS)}. Each flag below changes its own part.",
+    f"How to sample: {', '.join(protocols.PROTOCOLS)}. Each flag below changes its own part.",
     flag_values=OPTIONS,
 )
 SAMPLES = flags.DEFINE_integer(
@@ -118,7 +118,7 @@ def _read_settings(ks: list[int]) -> evaluator.Record:
     for name in ("temperature", "top_p", "min_p", "presence_penalty"):  # nan passes a flag's bounds
         if changes[name] is not None and not math.isfinite(changes[name]):
             raise UserError(f"--{name}={changes[name]}: not a finite number")
-    settings = tasks.resolve_settings(PROTOCOL.value, BENCHMARK.value, changes)
+    settings = protocols.resolve_settings(PROTOCOL.value, BENCHMARK.value, changes)
     if max(ks, default=0) > settings["samples"]:
         raise UserError(
             f"--k={','.join(KS.value)}: each must be 1 to --samples={settings['samples']}"
@@ -158,41 +158,27 @@ def run_evaluation() -> None:
     if RESPONSES.value:
         return _grade_stored_responses(out, ks)
     settings = _read_settings(ks)
-    sampling = tasks.make_sampling(settings)
+    settings |= {"seed": SEED.value, "batch_size": BATCH_SIZE.value}
+    spec = protocols.make_eval_spec(
+        PROTOCOL.value, BENCHMARK.value, settings, template=TEMPLATE.value, ks=tuple(ks)
+    )
     rows = tasks.load_problems(BENCHMARK.value, DATA.value, LIMIT.value)
     tasks.check_gradable(BENCHMARK.value, rows)
     if not MODEL.value:
         raise UserError("--model: name a model directory, or give --responses")
     paths = [path for path in (MODEL.value, TEACHER.value) if path]
     mesh = mesh_lib.make_reader_mesh(
-        *(Config.from_directory(policy.resolve_model_dir(path)) for path in paths)
+        *(families.read_config(policy.resolve_model_dir(path)) for path in paths)
     )
     abstract_policies = [
         policy.make_abstract_for_inference(path, DTYPE.value or "", mesh) for path in paths
     ]
     policy.require_same_vocabulary(abstract_policies[0], abstract_policies[-1])
     cli.check_output(f"{OUT.value}/summary.json")
-    template = TEMPLATE.value or tasks.BENCHMARKS[BENCHMARK.value]["prompt"]
-    thinking, limit = settings["thinking"], settings["max_new_tokens"]
-    evaluator.encode_prompts(abstract_policies[0], BENCHMARK.value, rows, template, thinking, limit)
+    evaluator.encode_prompts(abstract_policies[0], rows, spec)
     with policy.use(abstract_policies[0]):
         subject, *teachers = [policy.load(p, p.model.dtype.name) for p in abstract_policies]
-        evaluator.evaluate_benchmark(
-            subject,
-            BENCHMARK.value,
-            rows,
-            out,
-            samples=settings["samples"],
-            ks=ks,
-            thinking=thinking,
-            max_new_tokens=limit,
-            sampling=sampling,
-            seed=SEED.value,
-            batch_size=BATCH_SIZE.value,
-            protocol_name=PROTOCOL.value,
-            template=template,
-            teacher=teachers[0] if teachers else None,
-        )
+        evaluator.evaluate_benchmark(subject, rows, spec, out, teachers[0] if teachers else None)
     if LIMIT.value and run_files.is_primary():
         print(records.render_transcripts(rows, out / records.EXAMPLES_FILE))
 

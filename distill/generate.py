@@ -114,7 +114,8 @@ def main() -> None:
 def run_generation() -> None:
     prompt_rows = dataset.open_canonical_rows(PROMPTS.value)
     rows = dataclasses.replace(
-        prompt_rows, row=lambda i: columns.apply_template(prompt_rows.read_row(i), TEMPLATE.value)
+        prompt_rows,
+        read_row=lambda i: columns.apply_template(prompt_rows.read_row(i), TEMPLATE.value),
     )
     subject = policy.make_abstract_for_inference(MODEL.value, DTYPE.value or "")
     out = cli.check_output(OUT.value)
@@ -152,13 +153,16 @@ def run_generation() -> None:
             subject,
             rows,
             ids,
-            samples=SAMPLES.value,
-            seed=SEED.value,
+            completions.SampleSpec(
+                SAMPLES.value,
+                MAX_NEW_TOKENS.value,
+                sampling,
+                SEED.value,
+                BATCH_SIZE.value,
+                tuple(STOP.value),
+                TOP_LOGPROBS.value,
+            ),
             limits=limits,
-            sampling=sampling,
-            batch_size=BATCH_SIZE.value,
-            stop_strings=STOP.value,
-            top_logprobs=TOP_LOGPROBS.value,
             errors=errors,
             first=first_row,
         )

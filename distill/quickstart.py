@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from distill import rollout
-from distill.evaluation import evaluator, tasks
+from distill.evaluation import evaluator, protocols, tasks
 from distill.policy import exporting, policy
 from distill.policy.policy import Policy
 from distill.runtime import cli, run_files
@@ -41,18 +41,16 @@ def evaluate_policy(
     summaries = {}
     for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         run_files.log_line(f"{name}: {len(rows)} held-out problems, {mode}")
-        summaries[mode] = evaluator.evaluate_benchmark(
-            subject,
-            "arithmetic",
-            rows,
-            out_dir / "eval" / name / mode,
-            samples=1,
-            ks=[1],
-            thinking=True,
+        spec = rollout.SampleSpec(
             max_new_tokens=max_new_tokens,
             sampling=rollout.Sampling(temperature),
-            seed=0,
             batch_size=min(250, len(rows)),
+        )
+        summaries[mode] = evaluator.evaluate_benchmark(
+            subject,
+            rows,
+            protocols.EvalSpec("arithmetic", spec),
+            out_dir / "eval" / name / mode,
             teacher=teacher if temperature else None,
         )
     greedy, sampled = summaries["greedy"], summaries["sampled"]
@@ -85,7 +83,8 @@ def render_table(summary: dict[str, Evaluation]) -> str:
             return f"{100 * row['accuracy' + suffix]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"  # type: ignore[operator]
 
         lines.append(
-            f"{name:15} {row['parameters']:>10,}  {format_accuracy(''):>22}  {format_accuracy('_sampled'):>22}  "
+            f"{name:15} {row['parameters']:>10,}  {format_accuracy(''):>22}  "
+            f"{format_accuracy('_sampled'):>22}  "
             f"{row['reverse_kl']:>10.4f}  {row['mean_length']:>6.1f}  {row['seconds']:>7.1f}"
         )
     return "\n".join(lines)

@@ -21,13 +21,14 @@ FOLDERS = {
     "planning": "fit forecast programs roofline aot hlo diagnosis",
     "training": "loop preflight eval_hook collect trainer memory sampling_programs calls "
     "microbatches prompts setup update optim stages",
-    "evaluation": "evaluator responses records divergence lm_eval_model scoring tasks statistics",
+    "evaluation": "evaluator responses records divergence lm_eval_model scoring protocols tasks "
+    "statistics",
     "teachers": "local",
     "rollout": "completions sampler simulate engine buffer options scheduler decode sequence "
     "sampling",
     "policy": "exporting forward policy hub",
-    "data": "collate packing dataset teacher_context dedup curriculum examples sources columns "
-    "arithmetic chat",
+    "data": "collate packing dataset teacher_context cleaning dedup curriculum examples sources "
+    "columns arithmetic chat",
     "objectives": "losses fused_head chunks divergences advantages",
     "rewards": "terms graders ifeval",
     "runtime": "checkpoint cli distributed xla run_files gpu mesh",
@@ -150,6 +151,20 @@ def test_tests_lie_as_the_source_does():
     assert len(names) == len(set(names)), "two test files of one name"
 
 
+def test_models_know_families_by_their_table_only():
+    """What no family owns imports none, but for the table; distill/ imports none at all."""
+    family_packages = {
+        "models." + path.name
+        for path in (ROOT / "models").iterdir()
+        if path.is_dir() and path.name not in ("layers", "__pycache__")
+    }
+    assert family_packages
+    for module in (*of("distill"), *of("models")):
+        if module != "models.families" and not under(module, *family_packages):
+            for name in imports(module):
+                assert not under(name, *family_packages), f"{module} imports {name}"
+
+
 def test_no_circles():
     for module in sources():
         assert module not in reached(module), f"{module} imports itself, by way of others"
@@ -181,7 +196,7 @@ def test_light_modules_do_without_jax():
 def test_flax_in_two_places_only():
     for module in sources():
         if any(under(name, "flax") for name in imports(module)):
-            assert under(module, "models.qwen3", "distill.runtime.mesh", "tests"), module
+            assert under(module, "models", "distill.runtime.mesh", "tests"), module
 
 
 def test_sizes():

@@ -1,10 +1,10 @@
-"""A generated task: word problems that keep one running integer between 1 and 99.
+"""Generates word problems that keep one running integer between 1 and 99.
 
 Ann has 67 coins, loses 3, keeps one of 4 equal piles, gets 5 times as many. How many coins?
 
 <think>          The answer follows the working. A problem is a pure function of
-67-3=64          (seed, index, split), so a resumed run sees what it would have seen,
-64/4=16          and nothing needs to be stored.
+67-3=64          (seed, index, split), so a resumed run reads the same problems,
+64/4=16          and none need to be stored.
 16*5=80
 </think>
 
@@ -34,7 +34,7 @@ PHRASES = {
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: `skeleton` is its arithmetic alone, without names, objects and wording."""
+    """A problem; `skeleton` is its arithmetic alone, without names, objects and wording."""
 
     question: str
     solution: str
@@ -44,13 +44,13 @@ class Problem:
 
 
 def make_problem(seed: int, index: int, split: str, operations: tuple[int, int]) -> Problem:
-    """The problem number `index` of a split: the same arguments always give the same problem.
+    """Makes problem number `index` of a split; the same arguments always give the same problem.
 
     The number of operations is uniform in the inclusive range `operations`. Raises UserError for
     a split other than "train" or "test", a range that is not 1 <= low <= high, or a negative seed.
     """
     if split not in SPLITS:
-        raise UserError(f"split: {split!r} is neither of {', '.join(SPLITS)}")
+        raise UserError(f"split: {split!r} is neither {' nor '.join(SPLITS)}")
     low, high = operations
     if not 1 <= low <= high:
         raise UserError(f"operations: ({low}, {high}) is not a range 1 <= low <= high")
@@ -75,29 +75,24 @@ def make_problem(seed: int, index: int, split: str, operations: tuple[int, int])
 
 
 def assign_split(skeleton: Skeleton) -> str:
-    """The split a skeleton belongs to, whatever the seed: one in ten is "test"."""
+    """Returns the split of a skeleton, whatever the seed: one in ten is "test"."""
     start, steps = skeleton
     text = " ".join([str(start), *(f"{operator}{operand}" for operator, operand in steps)])
     return "test" if zlib.crc32(text.encode()) % 10 == 0 else "train"
 
 
 def to_messages(problem: Problem) -> list[dict[str, str]]:
-    """The conversation that poses the problem: one user turn."""
+    """Returns the conversation that poses the problem: one user turn."""
     return [{"role": "user", "content": problem.question}]
 
 
 def to_response(problem: Problem) -> str:
-    """The assistant's reference turn: the working in a think block, then the answer."""
+    """Returns the assistant's reference turn: the working in a think block, then the answer."""
     return f"<think>\n{problem.solution}\n</think>\n\n{problem.answer}"
 
 
-def to_direct_response(problem: Problem) -> str:
-    """The assistant's reference turn without thinking."""
-    return problem.answer
-
-
 def _draw_skeleton(rng: np.random.Generator, count: int) -> Skeleton:
-    """A start in 2..99 and `count` operations: the kind is drawn first, then its operand."""
+    """Draws a start in 2..99 and `count` operations: first each one's kind, then its operand."""
     start = value = int(rng.integers(2, 100))
     steps = []
     for _ in range(count):
@@ -110,7 +105,7 @@ def _draw_skeleton(rng: np.random.Generator, count: int) -> Skeleton:
 
 
 def _find_valid_operands(value: int) -> dict[str, list[int]]:
-    """For each operator that keeps the value in 1..99, the operands that do so."""
+    """Returns, for each operator that can keep the value in 1..99, the operands that do."""
     operands = {
         "+": list(range(2, min(20, 99 - value) + 1)),
         "-": list(range(2, min(20, value - 1) + 1)),

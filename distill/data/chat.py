@@ -1,8 +1,8 @@
-"""Text to token ids and back to turns: the tokenizer of a model directory and its chat template.
+"""Conversations to token ids and back, with a model directory's tokenizer and chat template.
 
-A prompt is what the chat template renders, the think switch included; a response is what the
-model itself would sample after it: its text and one stop token. So a trace that is trained on and
-a rollout that is scored have the same form, and the mask is 1 exactly on what the model writes.
+A prompt is what the chat template renders, the think switch included. A response is what the model
+itself would sample after it: its text and one stop token. So a trace that is trained on and a
+rollout that is scored have the same form, and the mask is 1 exactly on what the model writes.
 """
 
 import json
@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from models.errors import UserError
 
-EMPTY_THINK = "<think>\n\n</think>\n\n"  # what the template ends a prompt without thinking with
+EMPTY_THINK = "<think>\n\n</think>\n\n"  # ends the prompt where the model is not to think
 ROLES = ("system", "user", "assistant", "tool")
 
 _TOKENIZER_FILES = (
@@ -31,9 +31,9 @@ _TOKENIZER_FILES = (
 
 
 def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a local directory (without the network) or of a hub id.
+    """Loads the tokenizer of a local directory (without the network) or of a hub id.
 
-    None where a local directory has no tokenizer. Raises UserError where it cannot be read.
+    Returns None if a local directory has no tokenizer. Raises UserError if it cannot be read.
     """
     local = Path(model_dir).is_dir()
     files = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
@@ -47,39 +47,35 @@ def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase | None:
 
 
 def parse_messages(row: dict, where: str = "row", *, prompt: bool | None = True) -> list[dict]:
-    """The conversation in `row["messages"]`, checked; other keys of a message are kept, and a
-    content in parts becomes one text.
+    """Checks and returns `row["messages"]`. Keeps other keys of a message; joins content in parts.
 
-    A prompt's last turn is not the assistant's; a conversation to train on (prompt=False) ends
-    with it; None takes either. Raises UserError that begins with `where` (file:line) and names the
-    message at fault.
+    prompt=True requires that the last turn is not the assistant's, prompt=False that it is; None
+    takes either. Raises UserError that begins with `where` (file:line) and names the message.
     """
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}: messages is not a list of at least one message")
+    checked = []
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             raise UserError(f"{where}: messages[{i}] is not an object with role and content")
         role = message.get("role")
         if role not in ROLES:
             raise UserError(f"{where}: messages[{i}].role {role!r} is none of {', '.join(ROLES)}")
-        calls = role == "assistant" and message.get("tool_calls")
         if isinstance(message.get("content"), list):
-            message = {
-                **message,
-                "content": _join_text_parts(message["content"], f"{where}: messages[{i}]"),
-            }
-            messages = [*messages[:i], message, *messages[i + 1 :]]
-        if not isinstance(message.get("content"), str) and not calls:
+            text = _join_text_parts(message["content"], f"{where}: messages[{i}]")
+            message = {**message, "content": text}
+        calls_tool = role == "assistant" and message.get("tool_calls")
+        if not isinstance(message.get("content"), str) and not calls_tool:
             raise UserError(f"{where}: messages[{i}].content is not a text")
-    if prompt is not None and prompt == (messages[-1]["role"] == "assistant"):
+        checked.append(message)
+    if prompt is not None and prompt == (checked[-1]["role"] == "assistant"):
         must = "must not" if prompt else "must"
         raise UserError(f"{where}: messages: the last role {must} be assistant")
-    return messages
+    return checked
 
 
 def _join_text_parts(parts: list, where: str) -> str:
-    """The text of a content that is a list of parts. Raises UserError where one is no text."""
     for part in parts:
         part_type = part.get("type") if isinstance(part, dict) else None
         if part_type != "text" or not isinstance(part.get("text"), str):
@@ -88,15 +84,14 @@ def _join_text_parts(parts: list, where: str) -> str:
 
 
 def has_empty_think(tokenizer: PreTrainedTokenizerBase | None, prompt: list[int]) -> bool:
-    """Whether a prompt ends with an empty think block, after which nothing is thought."""
+    """Returns True if a prompt ends with an empty think block, so that the model does not think."""
     if tokenizer is None:
         return False
-    end = tokenizer.decode(prompt[-4 * len(EMPTY_THINK) :])
-    return cast(str, end).endswith(EMPTY_THINK)
+    return cast(str, tokenizer.decode(prompt[-4 * len(EMPTY_THINK) :])).endswith(EMPTY_THINK)
 
 
 def has_thinking_switch(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template renders the two modes apart; true where there is none to say."""
+    """Returns True if the chat template renders the two modes differently, or there is none."""
     if tokenizer.chat_template is None:
         return True
     turn = [{"role": "user", "content": "Hello"}]
@@ -104,13 +99,16 @@ def has_thinking_switch(tokenizer: PreTrainedTokenizerBase) -> bool:
     return on != off
 
 
+def wrap_thinking(reasoning: str, final: str) -> str:
+    """Returns a response in the form that Qwen3 writes: a think block, then the final text."""
+    return f"<think>\n{reasoning.strip()}\n</think>\n\n{final.lstrip()}"
+
+
 def to_assistant_text(message: dict) -> str:
-    """An assistant's turn as the model writes it: the reasoning, where the message keeps it in a
-    field of its own, as a think block before the content."""
+    """Renders an assistant's turn as the model writes it: `reasoning_content`, if the message has
+    any, becomes a think block before the content."""
     content, reasoning = message.get("content") or "", message.get("reasoning_content")
-    if not reasoning:
-        return content
-    return f"<think>\n{reasoning.strip()}\n</think>\n\n{content.lstrip()}"
+    return wrap_thinking(reasoning, content) if reasoning else content
 
 
 def render_messages(
@@ -121,10 +119,10 @@ def render_messages(
     add_generation_prompt: bool = True,
     tools: list[dict] | None = None,
 ) -> list[int]:
-    """The token ids of a conversation through the chat template.
+    """Returns the token ids of a conversation, rendered by the chat template.
 
     thinking=False ends the generation prompt with an empty think block; None leaves the switch
-    to the template. Raises UserError where the tokenizer has no chat template.
+    to the template. Raises UserError if the tokenizer has no chat template.
     """
     if tokenizer.chat_template is None:
         raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no chat template")
@@ -141,29 +139,16 @@ def render_messages(
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids of a text, with nothing added; special tokens written in it become their ids."""
+    """Returns the ids of a text and nothing else; special tokens written in it become their ids."""
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def encode_prompt_response(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict],
-    response: str,
-    *,
-    thinking: bool | None,
-) -> tuple[list[int], list[int]]:
-    """(ids, mask) of a prompt and one response to it, ended by the tokenizer's stop token.
-
-    The mask is 1 on the response and its stop token, and 0 on the prompt, so on the empty think
-    block of thinking=False too. With thinking on, the response brings its own think block.
-    """
-    prompt = render_messages(tokenizer, messages, thinking=thinking)
-    response_ids = encode_response(tokenizer, response)
-    return prompt + response_ids, [0] * len(prompt) + [1] * len(response_ids)
-
-
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
-    """The ids of a response as a model writes it: its text and the tokenizer's stop token."""
+    """Returns the ids of a response as a model writes it: its text and the stop token.
+
+    With thinking on, `response` brings its own think block. Raises UserError if the tokenizer has
+    no stop token.
+    """
     if tokenizer.eos_token_id is None:
         raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no eos_token to end a turn")
     return [*encode(tokenizer, response), cast(int, tokenizer.eos_token_id)]
@@ -172,11 +157,11 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> list[i
 def encode_conversation(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: list[dict] | None = None
 ) -> tuple[list[int], list[int]]:
-    """(ids, mask) of a whole conversation, the mask 1 on every assistant turn.
+    """Returns (ids, mask) of a whole conversation; the mask is 1 on every assistant turn.
 
-    A turn reaches from behind its header to its end-of-turn token, that included; the newline
-    after it and the empty think block that the template inserts are not the model's words. Raises
-    UserError where a message spells out an assistant turn's header, which would be trained on.
+    A turn reaches from the end of its header to its end-of-turn token, inclusive: the model writes
+    neither the newline after it nor the empty think block that the template inserts. Raises
+    UserError if a message spells out an assistant turn's header, which would be trained on.
     """
     ids = render_messages(tokenizer, messages, add_generation_prompt=False, tools=tools)
     header = render_messages(tokenizer, messages, tools=tools)[len(ids) :]
@@ -198,10 +183,10 @@ def encode_conversation(
 def load_stop_ids(
     model_dir: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> tuple[int, ...]:
-    """All ids that end a response, sorted: those that any of the model's files or tokenizer names.
+    """Returns all ids that end a response, sorted: those of the model's files and its tokenizer.
 
-    None at all for a bare model, whose responses then end by their length. Raises UserError where
-    a file's eos_token_id is not an id or ids.
+    Empty for a bare model, whose responses then end by their length. Raises UserError if a file's
+    eos_token_id is neither an id nor a list of ids.
     """
     stops: set[int] = set()
     for name in ("generation_config.json", "config.json"):
@@ -224,8 +209,8 @@ def load_stop_ids(
 class StopStringMatcher:
     """Looks for stop strings in a response while it is being written.
 
-    The text that counts is what `decode` shows: without special tokens; a character whose bytes
-    are spread over tokens is there with the last of them.
+    The text searched is that of `decode`, without special tokens; a character whose bytes span
+    several tokens appears with the last of them.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> None:
@@ -235,7 +220,8 @@ class StopStringMatcher:
         self._pending: list[int] = []  # tokens after it, which end within a character
 
     def feed(self, ids: Iterable[int]) -> int | None:
-        """Reads on; the number of tokens up to and with the first that completes a stop string."""
+        """Reads further tokens. Returns how many were read up to and including the one that
+        completes a stop string; None if none does."""
         for token in ids:
             self._count += 1
             self._pending.append(token)
@@ -248,21 +234,21 @@ class StopStringMatcher:
         return None
 
     def cut_text(self, text: str) -> str:
-        """What of a text stands before the first stop string in it (OpenAI's rule)."""
-        return text[: min((at for s in self._stops if (at := text.find(s)) >= 0), default=None)]
+        """Returns the text before the first stop string in it (OpenAI's rule)."""
+        return text[: min((i for s in self._stops if (i := text.find(s)) >= 0), default=None)]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text of a response, without its special tokens."""
+    """Returns the text of a response, without its special tokens."""
     return cast(str, tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def copy_tokenizer(
     model_dir: Path, tokenizer_dir: Path, stops: tuple[int, ...], directory: Path
 ) -> None:
-    """Puts the tokenizer of `tokenizer_dir` into `directory`, and all the model's stop ids.
+    """Copies the tokenizer of `tokenizer_dir` into `directory`, and writes the model's stop ids.
 
-    The files are copied as they are: written anew by transformers 5, they would name classes that
+    The files are copied byte by byte: if transformers 5 wrote them, they would name classes that
     other readers do not know. generation_config.json keeps its other fields.
     """
     for name in _TOKENIZER_FILES:
@@ -279,15 +265,15 @@ def require_same_tokenizer(
     b: PreTrainedTokenizerBase | None,
     names: tuple[str, str],
 ) -> None:
-    """Raises UserError with the first difference between two models' tokens; None matches all."""
+    """Raises UserError naming the first difference between two models' tokens; None matches all."""
     if a is None or b is None:
         return
     _require_same_ids(a, b, names)
     who = f"the tokenizers of {names[0]} and {names[1]} differ"
     vocab_a, vocab_b = a.get_vocab(), b.get_vocab()
-    only = vocab_a.keys() ^ vocab_b.keys()
-    if only:
-        token = min(only)
+    unshared = vocab_a.keys() ^ vocab_b.keys()
+    if unshared:
+        token = min(unshared)
         owner = names[0] if token in vocab_a else names[1]
         sizes = f"{len(vocab_a)} and {len(vocab_b)} tokens"
         raise UserError(f"{who}: {sizes}; only {owner} has {token!r}")
@@ -301,21 +287,21 @@ def require_vocab_subset(
     superset: PreTrainedTokenizerBase | None,
     names: tuple[str, str],
 ) -> None:
-    """Raises UserError unless each token of `own` is in `taken`, with the same id."""
+    """Raises UserError unless `superset` has each token of `own`, with the same id."""
     if superset is None:
         raise UserError(f"{names[1]}: no tokenizer for {names[0]} to take")
     if own is None:
         return
     _require_same_ids(own, superset, names)
-    lost = own.get_vocab().keys() - superset.get_vocab().keys()
-    if lost:
-        raise UserError(f"the tokenizer of {names[1]} lacks {min(lost)!r} of {names[0]}")
+    missing = own.get_vocab().keys() - superset.get_vocab().keys()
+    if missing:
+        raise UserError(f"the tokenizer of {names[1]} lacks {min(missing)!r} of {names[0]}")
 
 
 def _require_same_ids(
     a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase, names: tuple[str, str]
 ) -> None:
-    """Raises UserError with the first token that both have, under two ids."""
+    """Raises UserError naming the first shared token whose two ids differ."""
     who = f"the tokenizers of {names[0]} and {names[1]} differ"
     vocab_a, vocab_b = a.get_vocab(), b.get_vocab()
     for token in sorted(vocab_a.keys() & vocab_b.keys(), key=vocab_a.__getitem__):

@@ -1,8 +1,8 @@
-"""Examples as the arrays of a batch: one behind the other in rows, as segments 1, 2, ..."""
+"""Lays examples out as a Batch: one after the other in rows, as segments 1, 2, ..."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,76 +12,58 @@ from distill.data.examples import Example, require_top
 
 @dataclasses.dataclass(frozen=True)
 class SampledExample(Example):
-    """An example whose response the student wrote, with what is known of that."""
+    """An example whose response the student wrote."""
 
-    logprobs: Sequence[float] = ()  # of the response, in the distribution drawn from
+    logprobs: Sequence[float] = ()  # of the response's tokens, in the distribution drawn from
     finished: bool = False  # by a stop token
     experts: Sequence[np.ndarray] = ()  # int16 [tokens, L, A], pieces of prompt and response
     advantage: float | None = None  # of its reward
 
 
-def collate_padded(examples: list[Example], max_prompt: int, max_response: int) -> Batch:
-    """Prompts and responses as one right-padded Batch of T = max_prompt + max_response.
+@dataclasses.dataclass(frozen=True, eq=False)
+class BatchLayout:
+    """Shapes and fields of a stage's batches: the same whatever examples they hold, so that one
+    compiled program reads them all."""
+
+    row_tokens: int
+    max_response: int  # longer responses are cut
+    top_k: int = 0  # of the teacher's stored likeliest tokens
+    context_tokens: int = 0  # above 0: teachers read rows of row_tokens + context_tokens
+    has_sampler_logprobs: bool = False  # all examples are SampledExamples
+    has_advantages: bool = False  # those have advantages
+    routing: tuple[int, int] | None = None  # (L, A), to hold the sampler's experts
+    teacher_weights: np.ndarray | None = None  # [sources, N]: each of N teachers' weight
+
+
+def collate_padded(examples: Sequence[Example], max_prompt: int, max_response: int) -> Batch:
+    """Lays examples out in a row each, T = max_prompt + max_response.
 
     A response longer than max_response is cut, and then has no stop token to learn.
     """
-    return make_batch([[example] for example in examples], max_prompt + max_response, max_response)
+    layout = BatchLayout(max_prompt + max_response, max_response)
+    return collate_rows([[example] for example in examples], layout)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class BatchLayout:
-    """What batches hold. All of a stage have one form, whatever examples are in them, so that one
-    program reads them all.
+def collate_rows(rows: Sequence[Sequence[Example]], layout: BatchLayout) -> Batch:
+    """Lays out rows, each with its examples one after the other; returns arrays on the host.
 
-    tokens: of a row. max_response: where responses are cut. top_k: of the teacher's stored top.
-    room: the most tokens of a context; above 0, there are rows of tokens + room that teachers read.
-    written: all examples are `Written`, and the sampler's log-probabilities are known. rewarded:
-    these have advantages. routing: layers and experts a token (Config.routing) of what the sampler
-    chose, -1 where it is not known. shares: [kinds, N], what each of N teachers counts for the
-    examples of a kind.
-    """
-
-    row_tokens: int
-    max_response: int
-    top_k: int = 0
-    context_tokens: int = 0
-    has_sampler_logprobs: bool = False
-    has_advantages: bool = False
-    routing: tuple[int, int] | None = None
-    teacher_weights: np.ndarray | None = None
-
-
-def make_batch(
-    examples: Sequence[Sequence[Example]],
-    T: int,
-    max_response: int,
-    top_k: int = 0,
-    context_tokens: int = 0,
-) -> Batch:
-    """`lay` of read examples."""
-    return collate_rows(examples, BatchLayout(T, max_response, top_k, context_tokens))
-
-
-def collate_rows(examples: Sequence[Sequence[Example]], layout: BatchLayout) -> Batch:
-    """Rows, each with its examples one behind the other; arrays on the host.
-
-    Positions begin at 0 in each segment, and attention does not leave one (models.qwen3.model), so
-    examples are trained as if each had a row of its own. UserError names an example that lacks the
-    teacher's stored top.
+    Positions begin at 0 in each segment, and attention stays within it (models.transformer), so
+    examples are trained as if each had a row of its own. Raises UserError naming an example that
+    lacks the teacher's stored likeliest tokens.
     """
     T, max_response = layout.row_tokens, layout.max_response
-    tokens = np.zeros((len(examples), T), np.int32)
+    tokens = np.zeros((len(rows), T), np.int32)
     segments, mask = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
     thinking = np.zeros(tokens.shape, bool)
-    segment_starts = np.zeros_like(
-        tokens
-    )  # of each token's segment; padding goes on with the last one's
-    for row, number, example, at, start, end in _iterate_spans(examples, max_response):
+    segment_starts = np.zeros_like(tokens)  # of each token's segment; padding continues the last
+    for row, segment, example, start, response_start, end in _iterate_spans(rows, max_response):
         response = example.response[:max_response]
-        tokens[row, at:start], tokens[row, start:end] = example.prompt, response
-        segments[row, at:end] = number
-        mask[row, start:end] = (example.trained_mask or [True] * len(response))[: len(response)]
-        segment_starts[row, at:], thinking[row, at:] = at, example.thinking
+        tokens[row, start:response_start] = example.prompt
+        tokens[row, response_start:end] = response
+        segments[row, start:end] = segment
+        trained_mask = example.trained_mask or [True] * len(response)
+        mask[row, response_start:end] = trained_mask[: len(response)]
+        segment_starts[row, start:], thinking[row, start:] = start, example.thinking
     fields: dict[str, Any] = {
         "tokens_BT": tokens,
         "positions_BT": np.arange(T, dtype=np.int32)[None] - segment_starts,
@@ -90,31 +72,41 @@ def collate_rows(examples: Sequence[Sequence[Example]], layout: BatchLayout) -> 
         "thinking_BT": thinking,
     }
     if layout.top_k:
-        fields["teacher_top_BTK"] = _collate_teacher_top(examples, layout)
+        fields["teacher_top_BTK"] = _collate_teacher_top(rows, layout)
     if layout.teacher_weights is not None:
-        fields["teacher_weight_BTN"] = np.zeros(
-            (*tokens.shape, layout.teacher_weights.shape[1]), np.float32
-        )
-        for row, _, example, at, _, end in _iterate_spans(examples, max_response):
-            fields["teacher_weight_BTN"][row, at:end] = layout.teacher_weights[example.source_id]
+        N = layout.teacher_weights.shape[1]
+        fields["teacher_weight_BTN"] = weights = np.zeros((*tokens.shape, N), np.float32)
+        for span in _iterate_spans(rows, max_response):
+            source_weights = layout.teacher_weights[span.example.source_id]
+            weights[span.row, span.start : span.end] = source_weights
     if layout.context_tokens:
-        fields |= _collate_teacher_inputs(examples, layout)
-    return Batch(**fields, **_collate_sampled(examples, layout))
+        fields |= _collate_teacher_inputs(rows, layout)
+    return Batch(**fields, **_collate_sampled(rows, layout))
 
 
-def _iterate_spans(rows: Sequence[Sequence[Example]], max_response: int):
-    """(row, segment, example, where it, its response, and what follows it begin) of each."""
+class _Span(NamedTuple):
+    """The tokens start:end of an example in a row; the response begins at response_start."""
+
+    row: int
+    segment: int
+    example: Example
+    start: int
+    response_start: int
+    end: int
+
+
+def _iterate_spans(rows: Sequence[Sequence[Example]], max_response: int) -> Iterator[_Span]:
     for row, examples in enumerate(rows):
-        at = 0
-        for number, example in enumerate(examples, start=1):
-            start = at + len(example.prompt)
-            end = start + min(len(example.response), max_response)
-            yield row, number, example, at, start, end
-            at = end
+        start = 0
+        for segment, example in enumerate(examples, start=1):
+            response_start = start + len(example.prompt)
+            end = response_start + min(len(example.response), max_response)
+            yield _Span(row, segment, example, start, response_start, end)
+            start = end
 
 
 def _collate_sampled(rows: Sequence[Sequence[Example]], layout: BatchLayout) -> dict[str, Any]:
-    """What is known of responses that the student wrote."""
+    """Lays out the sampler's fields; those of examples that it did not write stay empty."""
     shape, fields = (len(rows), layout.row_tokens), {}
     if layout.has_sampler_logprobs:
         fields["sampler_logp_BT"] = np.zeros(shape, np.float32)
@@ -123,25 +115,25 @@ def _collate_sampled(rows: Sequence[Sequence[Example]], layout: BatchLayout) -> 
         fields["advantages_BT"] = np.zeros(shape, np.float32)
     if layout.routing:
         fields["experts_BTLA"] = np.full((*shape, *layout.routing), -1, np.int16)
-    for row, _, example, at, start, end in _iterate_spans(rows, layout.max_response):
+    for row, _, example, start, response_start, end in _iterate_spans(rows, layout.max_response):
         if not isinstance(example, SampledExample):
-            continue  # whose tokens choose their experts for themselves
+            continue
         if layout.has_sampler_logprobs:
-            fields["sampler_logp_BT"][row, start:end] = example.logprobs
-            fields["finished_BT"][row, at:end] = example.finished
+            fields["sampler_logp_BT"][row, response_start:end] = example.logprobs
+            fields["finished_BT"][row, start:end] = example.finished
         if layout.has_advantages:
-            fields["advantages_BT"][row, start:end] = example.advantage
+            fields["advantages_BT"][row, response_start:end] = example.advantage
         for piece in example.experts if layout.routing else ():
-            fields["experts_BTLA"][row, at : at + len(piece)] = piece
-            at += len(piece)
+            fields["experts_BTLA"][row, start : start + len(piece)] = piece
+            start += len(piece)
     return fields
 
 
 def _collate_teacher_inputs(
     rows: Sequence[Sequence[Example]], layout: BatchLayout
 ) -> dict[str, Any]:
-    """The rows that teachers read, which have the same examples behind other prompts, and where in
-    them the tokens of ours lie."""
+    """Lays out the rows that teachers read, the same examples after their teacher_prompts, and the
+    index in them of each token of the student's rows."""
     teacher_rows = [
         [
             dataclasses.replace(e, prompt=e.teacher_prompt or e.prompt, teacher_prompt=None)
@@ -149,39 +141,36 @@ def _collate_teacher_inputs(
         ]
         for row in rows
     ]
-    teacher_batch = make_batch(
-        teacher_rows, layout.row_tokens + layout.context_tokens, layout.max_response
+    batch = collate_rows(
+        teacher_rows, BatchLayout(layout.row_tokens + layout.context_tokens, layout.max_response)
     )
-    teacher_index = np.zeros((len(rows), layout.row_tokens), np.int32)
-    pairs = zip(
+    index = np.zeros((len(rows), layout.row_tokens), np.int32)
+    for span, teacher_span in zip(
         _iterate_spans(rows, layout.max_response),
         _iterate_spans(teacher_rows, layout.max_response),
         strict=True,
-    )
-    for (row, _, _, at, start, end), (*_, begin, response, _) in pairs:
-        # Of a prompt's tokens only the last is of use, which predicts the response's first.
-        teacher_index[row, at:end] = np.maximum(np.arange(at, end) + response - start, begin)
-    teacher_inputs = Batch(
-        teacher_batch.tokens_BT,
-        teacher_batch.positions_BT,
-        teacher_batch.segments_BT,
-        teacher_batch.mask_BT,
-    )
-    return {"teacher_inputs": teacher_inputs, "teacher_index_BT": teacher_index}
+    ):
+        # Of a prompt's tokens only the last matters, which predicts the response's first.
+        shift = teacher_span.response_start - span.response_start
+        index[span.row, span.start : span.end] = np.maximum(
+            np.arange(span.start, span.end) + shift, teacher_span.start
+        )
+    teacher_inputs = Batch(batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.mask_BT)
+    return {"teacher_inputs": teacher_inputs, "teacher_index_BT": index}
 
 
 def _collate_teacher_top(
     rows: Sequence[Sequence[Example]], layout: BatchLayout
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and log-probabilities [B, T, K] of the likeliest in the place of each response token."""
+    """Returns ids and log-probabilities [B, T, K] of the teacher's likeliest tokens in the place of
+    each response token."""
     ids = np.zeros((len(rows), layout.row_tokens, layout.top_k), np.int32)
     logp = np.zeros(ids.shape, np.float32)
     for row, _, example, _, start, end in _iterate_spans(rows, layout.max_response):
         require_top(example, layout.top_k)
         if start < end:
-            top = np.array(
-                [place[: layout.top_k] for place in (example.teacher_top or [])[: end - start]]
-            )
+            stored = (example.teacher_top or [])[: end - start]
+            top = np.array([candidates[: layout.top_k] for candidates in stored])
             ids[row, start:end], logp[row, start:end] = top[..., 0], top[..., 1]
     return ids, logp
 
@@ -189,9 +178,8 @@ def _collate_teacher_top(
 def measure_examples(
     examples: Sequence[Example], capacity: int, max_response: int
 ) -> dict[str, tuple[float, float]]:
-    """Metrics of examples that were read, as sums and counts: the share of the `places` of their
-    rows that tokens fill, that of responses that were cut, the mean difficulty where it is known.
-    """
+    """Returns metrics as (sum, count): the share of `capacity` token positions that are filled, the
+    share of responses that were cut, and the mean difficulty where it is known."""
     filled = sum(len(x.prompt) + min(len(x.response), max_response) for x in examples)
     known = [x.difficulty for x in examples if x.difficulty is not None]
     return {

@@ -1,13 +1,17 @@
-"""What the columns of well-known sets mean: a row of theirs as a row of ours.
+"""Adapts rows of well-known sets to the columns that this project reads.
 
-A row of ours has a prompt: `messages`, `question`, `prompt` (plain text) or `tokens`; perhaps what
-is learned after it: `response`, `solution` or `response_tokens`, and `direct` in its place where
-the mode is not to think; perhaps its own mode, `thinking` (true or false); and perhaps an `answer`,
-which graders compare with. An adapter adds these to a row and leaves the rest as it is.
+A canonical row has a prompt: `messages`, `question`, `prompt` (plain text) or `tokens`. A trace has
+the response to learn too: `response`, `solution` or `response_tokens`, and perhaps `direct`, used
+instead where the model is not to think. It may have its own mode, `thinking` (true or false), and
+an `answer`, which graders compare with.
+
+To add a set, write an adapter (row, with_responses) -> the columns to add, and its line in
+ADAPTERS with the columns by which the set is recognised. Other columns stay as they are.
 """
 
 from collections.abc import Callable
 
+from distill.data import chat
 from distill.rewards import graders
 from models.errors import UserError
 
@@ -22,20 +26,15 @@ SPEAKER_ROLES = {
 }
 
 
-def wrap_thinking(reasoning: str, final: str) -> str:
-    """A response in the form that Qwen3 writes: a think block, then the final text."""
-    return f"<think>\n{reasoning.strip()}\n</think>\n\n{final.strip()}"
-
-
 def _restore_think_tag(text: str) -> str:
-    """DeepSeek-R1's own form, with the tag that its template has already written put back."""
+    """Puts back the opening tag, which DeepSeek-R1's template writes and its responses lack."""
     opens = text.lstrip().startswith("<think>")
     return text if opens or "</think>" not in text else f"<think>\n{text.lstrip()}"
 
 
 def _adapt_gsm8k(row: dict, with_responses: bool) -> dict:
     if not isinstance(row["answer"], str) or "####" not in row["answer"]:
-        # A worked solution that does not end as GSM8K's do is no answer to compare with.
+        # A worked solution without GSM8K's ending is no answer to compare with.
         worked = isinstance(row["answer"], str) and ("\n" in row["answer"] or "<<" in row["answer"])
         return {"answer": ""} if worked else {}
     solution, answer = row["answer"], row["answer"].rpartition("####")[2]
@@ -55,16 +54,16 @@ def _adapt_deepmath(row: dict, with_responses: bool) -> dict:
 
 
 def _adapt_s1k(row: dict, with_responses: bool) -> dict:
-    """s1K has a list of Gemini's thoughts, s1K-1.1 those of DeepSeek-R1 in columns of their own."""
+    """s1K has a list of Gemini's thoughts, s1K-1.1 columns with those of DeepSeek-R1."""
     if "deepseek_attempt" in row:
         reasoning, final = row["deepseek_thinking_trajectory"], row["deepseek_attempt"]
     else:
         reasoning, final = "\n".join(row["thinking_trajectories"]), row["attempt"]
-    return {"response": wrap_thinking(reasoning, final)}
+    return {"response": chat.wrap_thinking(reasoning, final.strip())}
 
 
 def _adapt_openr1(row: dict, with_responses: bool) -> dict:
-    """The first generation that is whole and that math-verify found correct."""
+    """Takes the first generation that is complete and that math-verify found correct."""
     if not with_responses:
         return {"question": row["problem"]}
     verified = zip(
@@ -81,7 +80,7 @@ def _adapt_openr1(row: dict, with_responses: bool) -> dict:
 
 def _adapt_conversations(row: dict, with_responses: bool) -> dict:
     turns = row["conversations"]
-    if isinstance(turns, dict):  # TFDS and old `datasets` turn a list of objects inside out
+    if isinstance(turns, dict):  # TFDS and old `datasets` make a list of objects an object of lists
         pairs = zip(turns["from"], turns["value"], strict=True)
         turns = [{"from": speaker, "value": value} for speaker, value in pairs]
     messages = []
@@ -97,7 +96,7 @@ def _adapt_conversations(row: dict, with_responses: bool) -> dict:
 
 
 def _adapt_thinking(row: dict, with_responses: bool) -> dict:
-    return {"response": wrap_thinking(row["thinking"], row["content"])}
+    return {"response": chat.wrap_thinking(row["thinking"], row["content"].strip())}
 
 
 def _adapt_verl(row: dict, with_responses: bool) -> dict:
@@ -106,7 +105,7 @@ def _adapt_verl(row: dict, with_responses: bool) -> dict:
 
 
 def _adapt_tulu(row: dict, with_responses: bool) -> dict:
-    """Tulu 3: a chat that ends with an answer. To be asked is what stands before it."""
+    """Tulu 3: a chat that ends with an answer. The prompt is the chat before it."""
     last = row["messages"][-1]
     drops_last = not with_responses and isinstance(last, dict) and last.get("role") == "assistant"
     return {"messages": row["messages"][:-1]} if drops_last else {}
@@ -118,9 +117,9 @@ def _adapt_completion(row: dict, with_responses: bool) -> dict:
     return {"messages": row["prompt"] + row["completion"]}
 
 
-# name -> (columns it needs, what it adds to a row that is a trace to learn, or else a prompt). The
-# first whose columns are there is taken; orca_math has the columns of any set of questions and
-# answers, and is taken by its name alone.
+# name -> (the columns that it needs, the adapter). A row is adapted by the first whose columns it
+# has; orca_math's are those of any set of questions and answers, so it applies by name only.
+# with_responses: the row is a trace to learn from; else only its prompt and answer matter.
 ADAPTERS: dict[str, tuple[tuple[str, ...], Callable[[dict, bool], dict]]] = {
     "s1k-1.1": (("question", "deepseek_thinking_trajectory", "deepseek_attempt"), _adapt_s1k),
     "s1k": (("question", "thinking_trajectories", "attempt"), _adapt_s1k),
@@ -138,12 +137,16 @@ ADAPTERS: dict[str, tuple[tuple[str, ...], Callable[[dict, bool], dict]]] = {
 
 
 def canonicalize_row(row: dict, columns: str, where: str, with_responses: bool) -> dict:
-    """`row` with our columns, as `columns` says: the name of an adapter, or pairs such as
-    "question=problem,response=output" (ours=theirs), or "" to go by the columns found. With
-    `traces` the row is to be learned from; without, only its prompt and answer matter.
+    """Returns `row` with the canonical columns added.
+
+    Args:
+      columns: the name of an adapter; or pairs ours=theirs, "question=problem,response=output"; or
+        "" to recognise the set by its columns.
+      where: names the row in an error.
+      with_responses: the row is a trace to learn from; else only its prompt and answer matter.
 
     Raises:
-      UserError: naming the row, the column that is missing, and those that there are.
+      UserError: naming the row, the column that is missing, and those that it has.
     """
     if "=" in columns:
         pairs = [pair.partition("=") for pair in columns.split(",")]
@@ -157,8 +160,9 @@ def canonicalize_row(row: dict, columns: str, where: str, with_responses: bool) 
         raise UserError(
             f"config.data.columns: {columns!r} is none of {', '.join(ADAPTERS)}, nor ours=theirs"
         )
-    for needs, adapt in [ADAPTERS[columns]] if columns else ADAPTERS.values():
-        missing = [name for name in needs if name not in row]
+    for name in [columns] if columns else ADAPTERS:
+        needs, adapt = ADAPTERS[name]
+        missing = [column for column in needs if column not in row]
         if columns and missing:
             raise UserError(f"{where}: no {missing[0]} among its columns {sorted(row)}")
         if missing:
@@ -169,13 +173,14 @@ def canonicalize_row(row: dict, columns: str, where: str, with_responses: bool) 
             raise UserError(f"{where}: {error}") from None
         except (TypeError, KeyError, AttributeError, ValueError, IndexError) as error:
             raise UserError(
-                f"{where}: {', '.join(needs)} are not as in the sets known by them: {error!r}"
+                f"{where}: {', '.join(needs)} are not as in the set {name}: {error!r}"
             ) from None
     return row
 
 
 def apply_template(row: dict, template: str) -> dict:
-    """`row` with its question, where it has one, put as `template` says, and no answer of null."""
+    """Returns `row` with its question, if it has one, put into `template`; an answer of null
+    becomes empty."""
     if row.get("answer", "") is None:
         row = {**row, "answer": ""}
     if not isinstance(row.get("question"), str):

@@ -1,8 +1,8 @@
-"""Which prompts a step reads by their difficulty, and in which mode: functions of (seed, step).
+"""Orders a stage's prompts by difficulty and draws their modes, as functions of (seed, step).
 
-Difficulty is a column of the rows, or what the student was measured at: 1 - its pass rate, from a
-file of graded samples. It depends on nothing that a run does, so a resumed run reads the same, and
-so do any number of processes.
+Difficulty is a column of the rows, or 1 - the student's measured pass rate, from a file of graded
+samples. It depends on nothing that a run does, so a resumed run reads the same prompts, and so do
+any number of processes.
 """
 
 import functools
@@ -22,18 +22,18 @@ from models.errors import UserError
 
 CURRICULA = ("", "ordered", "widening", "weighted")
 
-MODE_BLOCK = 32  # in so many rows that are read the modes have their shares
+MODE_BLOCK = 32  # in each run of so many examples the modes have their shares
 
-# (number of the draw, the step whose place in the stage counts, rows) -> numbers of examples
+# (number of the draw, step of the stage that sets the difficulty, count) -> indices of examples
 Order = Callable[[int, int, int], list[int]]
 
 
 def is_thinking(share: float, ordinal: int, seed: int) -> bool:
-    """Whether what is read as number `ordinal` is in thinking mode: in every MODE_BLOCK of them as
-    many as `share` says, in an order drawn for that block."""
+    """Returns True if the example read as number `ordinal` is in thinking mode: of each MODE_BLOCK
+    as many as `share` says, in an order drawn for that block."""
     block, place = divmod(ordinal, MODE_BLOCK)
-    due = [math.floor(share * MODE_BLOCK * edge + 1e-6) for edge in (block, block + 1)]
-    return bool(_shuffle_block(seed, block)[place] < due[1] - due[0])
+    before, after = (math.floor(share * MODE_BLOCK * b + 1e-6) for b in (block, block + 1))
+    return bool(_shuffle_block(seed, block)[place] < after - before)
 
 
 @functools.lru_cache(maxsize=16)
@@ -44,62 +44,61 @@ def _shuffle_block(seed: int, block: int) -> np.ndarray:
 def make_stage_order(
     c: ConfigDict, size: int, read_example: Callable[[int], Example], steps: int, seed: int
 ) -> Order | None:
-    """The order that a stage's `data.curriculum` asks for over its `steps`; None: no other.
+    """Makes the order that a stage's `data.curriculum` asks for over its `steps`; None if it asks
+    for none.
 
     Args:
-      c: the stage's `data`.
-      size: how many examples there are; 0: without end.
-      example: an example by its number; all are read.
+      c: the stage's `data` config.
+      size: number of examples; 0: without end.
+      read_example: reads an example by its number; called for all of them.
 
     Raises:
-      UserError: if what is read has no end, no one order, or no use for this one.
+      UserError: if the source is endless, streamed or a mixture, or its difficulties do not suit.
     """
     if not c.curriculum:
         return None
-    why = {
-        "config.data.difficulty says what is easy": not c.difficulty,
-        "is of one source, not of a mixture": bool(c.mixture),
+    refusals = {
+        "needs config.data.difficulty, which says what is easy": not c.difficulty,
+        "orders one source, not a mixture": bool(c.mixture),
         "reads all rows before the first step, so none are streamed": c.streaming,
         "takes a source with an end (config.data.max_rows)": not size,
     }
-    for reason, refused in why.items():
-        if refused:
+    for reason, is_refused in refusals.items():
+        if is_refused:
             raise UserError(f"config.data.curriculum={c.curriculum}: {reason}")
     difficulty_N = _check_difficulties(c.curriculum, [read_example(index) for index in range(size)])
     return make_order(c.curriculum, difficulty_N, steps, seed)
 
 
 def mean_difficulty(difficulties: Sequence[float | None]) -> dict[str, float]:
-    """The metric of what a step reads, where it is known."""
+    """Returns the metric of a step's examples; none if no difficulty is known."""
     known = [x for x in difficulties if x is not None]
     return {"data/difficulty": sum(known) / len(known)} if known else {}
 
 
 def make_order(curriculum: str, difficulty_N: np.ndarray, steps: int, seed: int) -> Order:
-    """The examples of each step of a stage of `steps`, each at most once a step where there are
-    enough of them.
+    """Makes the order of a stage of `steps`; no example comes twice in a step if there are enough.
 
     ordered: a window that moves from the easiest to the hardest, evenly over the stage.
     widening: any of the easiest c·N, c = √((step + 1) / steps) (competence: arXiv 1903.09848,
-      eq. 7, from nothing).
-    weighted: drawn by weights p(1 - p) (arXiv 2603.11178); what is always or never right has none.
+      eq. 7, starting at 0).
+    weighted: drawn with weights p(1 - p) (arXiv 2603.11178), which are 0 for examples that are
+      always or never right.
     """
     sorted_N = np.argsort(difficulty_N, kind="stable")
     N = len(sorted_N)
-    with np.errstate(divide="ignore"):
-        logits_N = (
-            np.log(difficulty_N * (1 - difficulty_N)) if curriculum == "weighted" else sorted_N
-        )
 
     def draw_examples(number: int, step: int, count: int) -> list[int]:
         rng = np.random.default_rng((seed, number, 2))
         if curriculum == "weighted":
-            # Gumbel noise: the largest are a draw without replacement.
+            with np.errstate(divide="ignore"):
+                logits_N = np.log(difficulty_N * (1 - difficulty_N))
+            # The largest after adding Gumbel noise are a draw without replacement.
             drawn_N = np.argsort(-(logits_N + rng.gumbel(size=N)), kind="stable")
             drawn = drawn_N[: np.count_nonzero(np.isfinite(logits_N))]
         elif curriculum == "ordered":
-            begin = round(min(1.0, step / max(1, steps - 1)) * max(0, N - count))
-            drawn = rng.permutation(sorted_N[begin : begin + count])
+            start = round(min(1.0, step / max(1, steps - 1)) * max(0, N - count))
+            drawn = rng.permutation(sorted_N[start : start + count])
         else:
             width = math.ceil(N * math.sqrt(min(1.0, (step + 1) / steps)))
             drawn = rng.permutation(sorted_N[: max(width, count)])
@@ -109,7 +108,7 @@ def make_order(curriculum: str, difficulty_N: np.ndarray, steps: int, seed: int)
 
 
 def _check_difficulties(curriculum: str, examples: list[Example]) -> np.ndarray:
-    """The difficulty of each example; raises UserError naming one that `kind` has no use for."""
+    """Returns each example's difficulty. Raises UserError naming one that does not suit."""
     difficulty_N = np.array([example.difficulty for example in examples], float)
     if curriculum == "weighted":
         for example, difficulty in zip(examples, difficulty_N, strict=True):
@@ -126,9 +125,9 @@ def _check_difficulties(curriculum: str, examples: list[Example]) -> np.ndarray:
 
 
 def make_difficulty_fn(difficulty: str) -> Callable[[dict, Example], float | None]:
-    """The function that gives an example its difficulty, as config.data.difficulty says.
+    """Makes the function that gives a row's example its difficulty, as config.data.difficulty says.
 
-    Raises UserError for a file that holds no pass rates; the function does so for a row without.
+    Raises UserError if a file holds no pass rates; the function does if the row has no difficulty.
     """
     if not difficulty:
         return lambda row, example: None
@@ -136,20 +135,20 @@ def make_difficulty_fn(difficulty: str) -> Callable[[dict, Example], float | Non
         return lambda row, example: _parse_difficulty(row, difficulty, example.where)
     rates = load_pass_rates(difficulty)
 
-    def lookup_difficulty(row: dict, example: Example) -> float:
-        tokens = [e.prompt for e in (example, example.non_thinking_example) if e]
-        for key in (*_list_prompt_keys(row), *(("prompt_tokens", tuple(ids)) for ids in tokens)):
+    def find_difficulty(row: dict, example: Example) -> float:
+        modes = [e for e in (example, example.non_thinking_example) if e]
+        for key in (*_list_prompt_keys(row), *(("prompt_tokens", tuple(e.prompt)) for e in modes)):
             if key in rates:
                 return 1 - rates[key]
         raise UserError(
             f"{example.where}: no pass rate of this prompt in config.data.difficulty={difficulty}"
         )
 
-    return lookup_difficulty
+    return find_difficulty
 
 
 def _parse_difficulty(row: dict, name: str, where: str) -> float:
-    """A number, or a text with one in it: "Level 5"."""
+    """Parses a number, or a text with one number in it: "Level 5"."""
     if name not in row:
         raise UserError(f"{where}: config.data.difficulty={name}: its columns are {sorted(row)}")
     value = row[name]
@@ -162,7 +161,7 @@ def _parse_difficulty(row: dict, name: str, where: str) -> float:
 
 
 def _list_prompt_keys(row: dict) -> list[tuple[str, Any]]:
-    """By what a row's prompt is known."""
+    """Lists the (column, value) pairs that identify a row's prompt."""
     keys: list[tuple[str, Any]] = []
     if isinstance(row.get("prompt_tokens"), list):
         keys.append(("prompt_tokens", tuple(row["prompt_tokens"])))
@@ -173,15 +172,14 @@ def _list_prompt_keys(row: dict) -> list[tuple[str, Any]]:
 
 
 def load_pass_rates(path: str) -> dict[tuple[str, Any], float]:
-    """The share of correct samples of each prompt, by each of its keys: of a file that `verify`
-    wrote (a row a prompt) or `evaluate` did (a row a sample).
+    """Reads each prompt's share of correct samples, by each of its keys, from a file of `verify`
+    (a row a prompt) or `evaluate` (a row a sample).
 
     Raises:
-      UserError: naming a row without grades, or if the failures were left out.
+      UserError: naming a row without grades, or if the file leaves out the failures.
     """
-    rows, outcomes = sources.open_rows(path), defaultdict(list)
-    for index in range(rows.size):
-        row, where = rows.read_row(index), rows.locate_row(index)
+    outcomes = defaultdict(list)
+    for where, row in sources.open_rows(path):
         samples = row["samples"] if isinstance(row.get("samples"), list) else [row]
         right = [s.get("correct") if isinstance(s, dict) else None for s in samples]
         if any(not isinstance(x, bool) for x in right):

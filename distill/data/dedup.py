@@ -1,7 +1,7 @@
-"""What a training set should not hold: evaluation problems, duplicates, other scripts.
+"""Finds evaluation problems and near duplicates in texts, and measures the scripts they are in.
 
-Texts are compared by their tokens, which here are lower-case words, numbers and single symbols: of
-LaTeX much is symbols, and n-grams of words alone would pass over formulas.
+Texts are compared by tokens, which here are lower-case words, numbers and single symbols: LaTeX is
+largely symbols, and n-grams of words alone would miss formulas.
 """
 
 import re
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 
 _TOKEN = re.compile(r"[^\W_]+|[^\w\s]|_")
-# What LaTeX can leave out, or write in two ways, without a change of what it shows.
+# Parts of LaTeX that can be left out, or written in two ways, and render the same.
 _LAYOUT = re.compile(r"\\(?:left|right|displaystyle|q?quad)(?![a-z])|\\[,;!:()\[\]]|[${}]")
 _FRACTION = re.compile(r"\\[dt]frac")
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it loses nothing
@@ -22,12 +22,12 @@ _BANDS, _ROWS = 16, 4  # of MinHash: at Jaccard 0.8 a pair is missed once in 4,0
 
 
 def split_tokens(text: str) -> list[str]:
-    """The tokens that texts are compared by."""
+    """Splits a text into the tokens that it is compared by."""
     return _TOKEN.findall(text.casefold())
 
 
 def split_plain_tokens(text: str) -> list[str]:
-    """`tokens` without what is only layout in LaTeX: $, braces, \\left, \\dfrac for \\frac."""
+    """As `split_tokens`, without layout of LaTeX: $, braces, \\left, \\dfrac for \\frac."""
     return split_tokens(_LAYOUT.sub(" ", _FRACTION.sub(r"\\frac", text.casefold())))
 
 
@@ -35,7 +35,7 @@ TOKENIZERS = (split_tokens, split_plain_tokens)
 
 
 def hash_ngrams(words: list[str], n: int) -> np.ndarray:
-    """A 64-bit hash of each run of n tokens, in order, uint64; of the whole where it is shorter."""
+    """Returns a hash of each run of n tokens, uint64, in order; one of all if they are fewer."""
     codes = np.array([zlib.crc32(word.encode()) for word in words], np.uint64)
     n = min(n, len(codes))
     if not n:
@@ -48,59 +48,55 @@ def hash_ngrams(words: list[str], n: int) -> np.ndarray:
 
 
 def _mix_bits(x: np.ndarray) -> np.ndarray:
-    """A bijection of 64-bit integers that mixes their bits (two rounds of splitmix64's kind)."""
+    """Mixes the bits of 64-bit integers by a bijection (two rounds in the manner of splitmix64)."""
     for shift in (31, 29):
         x = (x ^ (x >> np.uint64(shift))) * _MIX
     return x ^ (x >> np.uint64(32))
 
 
 class NgramIndex:
-    """The n-grams of evaluation problems, to be looked for in training rows."""
+    """The n-grams of evaluation problems, to look for in training rows."""
 
     def __init__(self, texts: Iterable[str], n: int) -> None:
         self._n = n
         self._owners: tuple[dict[int, list[int]], ...] = tuple({} for _ in TOKENIZERS)
-        self.ngram_counts: list[
-            int
-        ] = []  # of each problem, its different n-grams: a short one has few
+        self.ngram_counts: list[int] = []  # different n-grams of each problem: a short one has few
         for number, text in enumerate(texts):
-            for form, owners in zip(TOKENIZERS, self._owners, strict=True):
-                grams = set(hash_ngrams(form(text), n).tolist())
+            for split, owners in zip(TOKENIZERS, self._owners, strict=True):
+                grams = set(hash_ngrams(split(text), n).tolist())
                 for gram in grams:
                     owners.setdefault(gram, []).append(number)
             self.ngram_counts.append(max(1, len(grams)))
 
     def find_matches(self, text: str) -> dict[int, tuple[int, str]]:
-        """Problem → (how many different n-grams it shares with `text`, the first one of them), in
-        whichever of the FORMS it shares more."""
+        """Returns, by the number of the problem, how many different n-grams it shares with `text`
+        and the first of them, by whichever of TOKENIZERS shares more."""
         best: dict[int, tuple[int, str]] = {}
-        for form, owners in zip(TOKENIZERS, self._owners, strict=True):
-            words = form(text)
-            found: dict[int, tuple[int, str]] = {}
-            seen: set[int] = set()
+        for split, owners in zip(TOKENIZERS, self._owners, strict=True):
+            words = split(text)
+            matches: dict[int, tuple[int, str]] = {}
+            first_starts: dict[int, int] = {}
             for start, gram in enumerate(hash_ngrams(words, self._n).tolist()):
-                if gram in seen:
-                    continue
-                seen.add(gram)
+                first_starts.setdefault(gram, start)
+            for gram, start in first_starts.items():
                 for owner in owners.get(gram, ()):
-                    count, first = found.get(owner, (0, " ".join(words[start : start + self._n])))
-                    found[owner] = (count + 1, first)
-            for owner, (count, first) in found.items():
+                    first_gram = " ".join(words[start : start + self._n])
+                    count, first = matches.get(owner, (0, first_gram))
+                    matches[owner] = (count + 1, first)
+            for owner, (count, first) in matches.items():
                 if count > best.get(owner, (0, ""))[0]:
                     best[owner] = (count, first)
         return best
 
 
 def compute_signature(text: str) -> np.ndarray:
-    """uint64 [16]: texts are candidates for near duplicates where one of these is equal.
-
-    MinHash of the text's 5-grams (Broder 1997) in bands of four.
-    """
+    """Returns a signature, uint64 [16]; texts are candidates for near duplicates if they agree in
+    any of its values. It is MinHash of the text's 5-grams (Broder 1997) in bands of four."""
     grams = np.unique(hash_ngrams(split_tokens(text), SHINGLE))
     if not len(grams):
         return np.zeros(_BANDS, np.uint64)
     keys = _mix_bits(np.arange(1, _BANDS * _ROWS + 1, dtype=np.uint64) * _MIX)
-    least = np.array([_mix_bits(grams ^ key).min() for key in keys]).reshape(_BANDS, _ROWS)
+    least = _mix_bits(grams ^ keys[:, None]).min(axis=1).reshape(_BANDS, _ROWS)
     bands = np.zeros(_BANDS, np.uint64)
     for column in least.T:
         bands = _mix_bits(bands + column)
@@ -108,15 +104,15 @@ def compute_signature(text: str) -> np.ndarray:
 
 
 def compute_jaccard(a: str, b: str) -> float:
-    """Shared over all 5-grams of two texts; 1 of two without any."""
+    """Returns the Jaccard similarity of two texts' 5-grams; 1 if neither has any."""
     x, y = (np.unique(hash_ngrams(split_tokens(text), SHINGLE)) for text in (a, b))
     both = len(np.intersect1d(x, y, assume_unique=True))
     return both / max(1, len(x) + len(y) - both) if len(x) or len(y) else 1.0
 
 
 def find_candidates(signatures: np.ndarray) -> list[tuple[int, int]]:
-    """Pairs (earlier, later) of rows of signatures [N, 16] that agree somewhere: each later row
-    with the first that has its value, band by band."""
+    """Returns pairs (earlier, later) of rows of signatures [N, 16] that agree in some value: band
+    by band, each row with the first that has its value. So pairs are at most 16 N."""
     pairs: set[tuple[int, int]] = set()
     for band in signatures.T:
         order = np.argsort(band, kind="stable")
@@ -127,10 +123,9 @@ def find_candidates(signatures: np.ndarray) -> list[tuple[int, int]]:
 
 
 def compute_script_share(text: str, scripts: tuple[str, ...]) -> float:
-    """The share of a text's letters that are of these scripts (latin, cyrillic, cjk, ... as Unicode
-    names its characters); 1 for a text without letters. Scripts, not languages: French passes for
-    English here."""
+    """Returns the share of a text's letters that are of these scripts (latin, cyrillic, cjk, ... as
+    Unicode names characters); 1 without letters. French passes for English: both are latin."""
     letters = [c for c in text if c.isalpha()]
     names = tuple(script.strip().upper() for script in scripts)
-    known = {c: unicodedata.name(c, "").startswith(names) for c in set(letters)}
-    return sum(known[c] for c in letters) / len(letters) if letters else 1.0
+    is_known = {c: unicodedata.name(c, "").startswith(names) for c in set(letters)}
+    return sum(is_known[c] for c in letters) / len(letters) if letters else 1.0

@@ -1,13 +1,14 @@
-"""Rows in: what `data.source` names, as rows by number.
+"""Opens a dataset as rows by number.
 
     PATH.jsonl, PATH.json, PATH.parquet      local files
     hf:NAME[:CONFIG][:SPLIT]                 a hub id or a local folder, through `datasets`
     tfds:NAME[:CONFIG][:SPLIT]               a TFDS name or a prepared folder; no TensorFlow
     arithmetic                               the generated task, without end
 
-CONFIG may be left empty (`hf:NAME::train[:100]`); SPLIT is train where it is not given. Nothing is
-held in memory but the place of each row: rows are read when they are asked for. What a row's
-columns mean is for `columns` to say.
+CONFIG may be empty (`hf:NAME::train[:100]`); SPLIT is train by default. Memory holds the place of
+each row only: rows are read on demand. `columns` interprets their columns.
+
+To add a source, write a function that returns its `Rows` and call it in `open_rows`.
 """
 
 import contextlib
@@ -27,8 +28,8 @@ from models.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Rows by number. `size` 0: without end. `window` > 0: a stream, read forward, of which so many
-    rows are at hand; an order that leaves its windows one after another costs nothing extra."""
+    """Rows by number; `size` 0: without end. window > 0: a stream, which is read forward and holds
+    so many rows; reading window after window costs nothing extra."""
 
     name: str
     size: int
@@ -40,15 +41,15 @@ class Rows:
         return self.size
 
     def __iter__(self) -> Iterator[tuple[str, dict]]:
-        """Each with its name, read as it is asked for."""
+        """Yields (name, row), each read on demand."""
         return ((self.locate_row(i), self.read_row(i)) for i in range(self.size))
 
 
 def open_rows(source: str, *, size: int = 0, window: int = 0) -> Rows:
-    """The rows of a file or a set; the first `size` of them, if it is not 0.
+    """Opens the rows of a file or a set; only the first `size` of them unless it is 0.
 
-    window > 0 streams (hf: only): rows are fetched as they are needed, `window` at a time. The
-    number of rows must then be known, from `size` or from the hub.
+    window > 0 streams (hf: only): rows are fetched on demand, `window` at a time. Their number
+    must then be known, from `size` or from the hub.
 
     Raises:
       UserError: if there is no such source, or it has no rows.
@@ -61,8 +62,7 @@ def open_rows(source: str, *, size: int = 0, window: int = 0) -> Rows:
     elif scheme == "tfds":
         rows = _open_tfds(name)
     elif source.endswith(".parquet"):
-        _require_file(source)
-        rows = _open_table("parquet", None, "train", f"{source}: row ", data_files=str(source))
+        rows = _open_parquet(source)
     elif source.endswith(".json") and _is_json_list(source):
         rows = _open_json(source)
     else:
@@ -73,7 +73,8 @@ def open_rows(source: str, *, size: int = 0, window: int = 0) -> Rows:
 
 
 def make_arithmetic_rows(c: Any, seed: int) -> Rows:
-    """The generated task as rows of messages, response and answer; `c` is a stage's `data`.
+    """Generates the arithmetic task as rows with messages, response and answer, as the config of a
+    stage's `data` says.
 
     Raises UserError for a split or range of operations that there is not.
     """
@@ -83,17 +84,17 @@ def make_arithmetic_rows(c: Any, seed: int) -> Rows:
         return {
             "messages": arithmetic.to_messages(problem),
             "response": arithmetic.to_response(problem),
-            "direct": arithmetic.to_direct_response(problem),
+            "direct": problem.answer,
             "answer": problem.answer,
             "operations": problem.operations,
         }
 
-    read_row(0)  # a bad split or range is an error now
+    read_row(0)  # raises now if the split or the range is bad
     return Rows("arithmetic", c.max_rows, read_row, lambda index: f"arithmetic problem {index}")
 
 
 def parse_json_line(line: bytes, where: str) -> dict:
-    """The JSON object of a line. Raises UserError that begins with `where` if it is none."""
+    """Parses a line as a JSON object. Raises UserError that begins with `where` if it is none."""
     try:
         row = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
@@ -109,21 +110,21 @@ def _require_file(path: str) -> None:
 
 
 def _open_jsonl(path: str) -> Rows:
-    """One object a line; blank lines are skipped. One pass finds where the lines begin."""
+    """Opens a file of one object a line, without blank lines. One pass finds the lines' starts."""
     _require_file(path)
-    starts, numbers, at = array("q"), array("q"), 0
+    starts, numbers, offset = array("q"), array("q"), 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                starts.append(at)
+                starts.append(offset)
                 numbers.append(number)
-            at += len(line)
+            offset += len(line)
 
     def locate_row(index: int) -> str:
         return f"{path}:{numbers[index]}"
 
     def read_row(index: int) -> dict:
-        with open(path, "rb") as file:  # anew each time: the reader may be in another thread
+        with open(path, "rb") as file:  # its own handle: the caller may be another thread
             file.seek(starts[index])
             return parse_json_line(file.readline(), locate_row(index))
 
@@ -131,7 +132,7 @@ def _open_jsonl(path: str) -> Rows:
 
 
 def _is_json_list(path: str) -> bool:
-    """Whether a .json file is one list; many are a row a line."""
+    """Returns True if a .json file is one list; many are a row a line."""
     _require_file(path)
     with open(path, "rb") as file:
         for line in file:
@@ -141,7 +142,7 @@ def _is_json_list(path: str) -> bool:
 
 
 def _open_json(path: str) -> Rows:
-    """One list of objects, read whole."""
+    """Opens a file of one list of objects, read whole."""
     try:
         objects = json.loads(Path(path).read_bytes().decode())
     except (ValueError, RecursionError) as error:
@@ -155,33 +156,49 @@ def _open_json(path: str) -> Rows:
     return Rows(path, len(objects), read_row, lambda index: f"{path}[{index}]")
 
 
-def _parse_name(name: str) -> tuple[str, str | None, str]:
-    """(name, config, split) of what follows `hf:` or `tfds:`. A split may hold colons itself."""
-    parts = name.split(":", 2)
-    config = parts[1] if len(parts) > 1 else ""
-    return parts[0], config or None, parts[2] if len(parts) > 2 else "train"
-
-
-def _call_library(source: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """What `call` gives; whatever it raises, in one line. The libraries raise of every kind."""
-    try:
-        return call(*arguments, **options)
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{source}: cannot be read: {reason}") from error
+def _open_parquet(path: str) -> Rows:
+    _require_file(path)
+    return _open_dataset(path, f"{path}: row ", "parquet", None, "train", data_files=str(path))
 
 
 def _open_hub(name: str) -> Rows:
-    path, config, split = _parse_name(name)
-    return _open_table(path, config, split, f"hf:{name} row ")
+    return _open_dataset(f"hf:{name}", f"hf:{name} row ", *_parse_name(name))
 
 
-def _open_table(path: str, config: str | None, split: str, prefix: str, **options: Any) -> Rows:
-    """A set that `datasets` keeps on disk as Arrow files, mapped into memory."""
-    import datasets  # seconds to import, and only here needed
+def _open_dataset(
+    source: str, prefix: str, path: str, config: str | None, split: str, **options: Any
+) -> Rows:
+    """Opens a set that `datasets` keeps on disk as Arrow files, mapped into memory."""
+    import datasets  # takes seconds to import
 
-    source = prefix.removesuffix(" row ").removesuffix(":")
     table = _call_library(source, datasets.load_dataset, path, config, split=split, **options)
+    return _make_table_rows(source, table, prefix)
+
+
+def _open_tfds(name: str) -> Rows:
+    """Opens a TFDS set in array_record files, which need no TensorFlow."""
+    import tensorflow_datasets as tfds
+
+    path, config, split = _parse_name(name)
+    source = f"tfds:{name}"
+    if (Path(path) / "dataset_info.json").is_file():
+        builder = _call_library(source, tfds.builder_from_directory, path)
+        table = _call_library(source, builder.as_data_source, split=split)
+    else:
+        full_name = f"{path}/{config}" if config else path
+        table = _call_library(source, tfds.data_source, full_name, split=split)
+    rows = _make_table_rows(source, table, f"{source} row ")
+
+    def read_row(index: int) -> dict:
+        where = rows.locate_row(index)
+        fields = rows.read_row(index)
+        return {field: _to_json_value(x, f"{where}: {field}") for field, x in fields.items()}
+
+    return dataclasses.replace(rows, read_row=read_row)
+
+
+def _make_table_rows(source: str, table: Any, prefix: str) -> Rows:
+    """Makes rows of a sequence of mappings, named by `prefix` and their numbers."""
 
     def locate_row(index: int) -> str:
         return f"{prefix}{index}"
@@ -192,9 +209,23 @@ def _open_table(path: str, config: str | None, split: str, prefix: str, **option
     return Rows(source, len(table), read_row, locate_row)
 
 
+def _to_json_value(value: Any, where: str) -> Any:
+    """Converts a TFDS value to one of JSON: bytes to UTF-8 text, arrays to lists."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not UTF-8 ({error})") from None
+    if isinstance(value, np.ndarray | np.generic):
+        return _to_json_value(value.tolist(), where)
+    if isinstance(value, dict):
+        return {key: _to_json_value(inner, where) for key, inner in value.items()}
+    return [_to_json_value(inner, where) for inner in value] if isinstance(value, list) else value
+
+
 def _open_stream(name: str, size: int, window: int) -> Rows:
-    """A set that is fetched as it is read. A window of rows is kept; a row before it begins the
-    stream anew, one beyond it skips ahead."""
+    """Opens a set that is fetched while it is read. Holds one window of rows: one before it starts
+    the stream again, one after the next window skips ahead."""
     import datasets
 
     path, config, split = _parse_name(name)
@@ -204,73 +235,48 @@ def _open_stream(name: str, size: int, window: int) -> Rows:
     total = known.num_examples if known else 0
     if not total and not size:
         raise UserError(f"{source}: of unknown length: streaming it needs config.data.max_rows")
-    kept: list[dict] = []
-    begin, rest = -1, iter(())
+    held: list[dict] = []
+    number, remaining = -1, iter(())  # of the window, and the rows after it
 
-    def fetch_window(number: int) -> None:
-        nonlocal kept, begin, rest
-        if number != begin + 1 or begin < 0:
-            rest = iter(stream.skip(number * window))
-        kept, begin = [], number
+    def fetch_window(wanted: int) -> None:
+        nonlocal held, number, remaining
+        if wanted != number + 1 or number < 0:
+            remaining = iter(stream.skip(wanted * window))
+        held, number = [], wanted
         for _ in range(window):
-            row = _call_library(source, next, rest, None)
+            row = _call_library(source, next, remaining, None)
             if row is None:
                 break
-            kept.append(row)
+            held.append(row)
 
     def read_row(index: int) -> dict:
-        if index // window != begin:
+        if index // window != number:
             fetch_window(index // window)
-        if index % window >= len(kept):
-            have = begin * window + len(kept)
-            raise UserError(f"{source}: has only {have} rows, config.data.max_rows says {size}")
-        return kept[index % window]
+        if index % window >= len(held):
+            count = number * window + len(held)
+            raise UserError(f"{source}: has only {count} rows, config.data.max_rows says {size}")
+        return held[index % window]
 
     return Rows(source, total or size, read_row, lambda index: f"{source} row {index}", window)
 
 
-def _open_tfds(name: str) -> Rows:
-    """A TFDS set in array_record files, which need no TensorFlow."""
-    import tensorflow_datasets as tfds
-
-    path, config, split = _parse_name(name)
-    source = f"tfds:{name}"
-    if (Path(path) / "dataset_info.json").is_file():
-        builder = _call_library(source, tfds.builder_from_directory, path)
-        table = _call_library(source, builder.as_data_source, split=split)
-    else:
-        full = f"{path}/{config}" if config else path
-        table = _call_library(source, tfds.data_source, full, split=split)
-
-    def locate_row(index: int) -> str:
-        return f"{source} row {index}"
-
-    def read_row(index: int) -> dict:
-        fields = _call_library(locate_row(index), table.__getitem__, index)
-        return {
-            field: _to_json_value(value, f"{locate_row(index)}: {field}")
-            for field, value in fields.items()
-        }
-
-    return Rows(source, len(table), read_row, locate_row)
+def _parse_name(name: str) -> tuple[str, str | None, str]:
+    """Splits NAME[:CONFIG][:SPLIT]. A split may hold colons itself."""
+    path, config, split = [*name.split(":", 2), "", ""][:3]
+    return path, config or None, split if name.count(":") > 1 else "train"
 
 
-def _to_json_value(value: Any, what: str) -> Any:
-    """A TFDS value as JSON would have it: bytes are UTF-8 text, arrays are lists."""
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{what}: not UTF-8 ({error})") from None
-    if isinstance(value, np.ndarray | np.generic):
-        return _to_json_value(value.tolist(), what)
-    if isinstance(value, dict):
-        return {key: _to_json_value(inner, what) for key, inner in value.items()}
-    return [_to_json_value(inner, what) for inner in value] if isinstance(value, list) else value
+def _call_library(source: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Calls a library; turns whatever it raises into a UserError of one line."""
+    try:
+        return call(*arguments, **options)
+    except Exception as error:  # the libraries raise every kind
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{source}: cannot be read: {reason}") from error
 
 
 def has_samples(rows: Rows) -> bool:
-    """Whether the first row that can be read is one that `generate` wrote."""
+    """Returns True if the first row that can be read is one that `generate` wrote."""
     for index in range(min(10, rows.size)):
         with contextlib.suppress(UserError):
             return "samples" in rows.read_row(index)
@@ -278,61 +284,62 @@ def has_samples(rows: Rows) -> bool:
 
 
 def expand_samples(rows: Rows, keep: str, skip_reasons: dict[str, str] | None) -> Rows:
-    """The samples that `generate` wrote beside each prompt, as rows of their own, by their tokens.
+    """Makes a row of each kept sample that `generate` wrote beside a prompt, by its tokens.
 
-    keep: all, finished (ended by a stop token), or correct (finished, and graded correct). The file
-    is read once, to find them; `skipped` takes the bad rows and why, None makes them errors.
+    The whole row that it is from is its `source_row`. Reads the file once, to find the samples.
+
+    Args:
+      keep: all, finished (ended by a stop token), or correct (finished, and graded correct).
+      skip_reasons: receives why each bad row was skipped, by the row's name; None: raise instead.
 
     Raises:
-      UserError: if a row has no samples, a sample lacks what `keep` asks for, or none is left.
+      UserError: if a row has no samples, a sample lacks what `keep` needs, or none is left.
     """
-
-    def find_kept_samples(index: int) -> list[int]:
-        row = rows.read_row(index)
-        if not isinstance(row.get("samples"), list) or "prompt_tokens" not in row:
-            raise UserError(
-                f"{rows.locate_row(index)}: no prompt_tokens and samples: {sorted(row)}"
-            )
-        if keep == "correct" and any("correct" not in sample for sample in row["samples"]):
-            raise UserError(
-                f"{rows.locate_row(index)}: config.data.keep_samples=correct, but its samples were not graded "
-                "(python -m distill.verify)"
-            )
-        finished = [sample.get("finish_reason") == "stop" for sample in row["samples"]]
-        right = [keep != "correct" or sample["correct"] for sample in row["samples"]]
-        return [
-            number
-            for number in range(len(finished))
-            if keep == "all" or (finished[number] and right[number])
-        ]
-
-    kept, numbers = array("q"), array("q")  # of its row, and in it
+    row_indices, sample_indices = array("q"), array("q")
     for index in range(rows.size):
+        where = rows.locate_row(index)
         try:
-            numbers.extend(good := find_kept_samples(index))
-            kept.extend([index] * len(good))
+            kept = _find_kept_samples(rows.read_row(index), where, keep)
         except UserError as error:
             if skip_reasons is None:
                 raise
-            skip_reasons[rows.locate_row(index)] = str(error)
+            skip_reasons[where] = str(error)
             run_files.log_line(f"skipped: {error}")
-    if not kept:
+            continue
+        row_indices.extend([index] * len(kept))
+        sample_indices.extend(kept)
+    if not row_indices:
         raise UserError(f"{rows.name}: config.data.keep_samples={keep} leaves none of its samples")
 
-    def read_row(position: int) -> dict:
-        index, number = kept[position], numbers[position]
-        whole = rows.read_row(index)
-        sample = whole["samples"][number]
+    def read_row(index: int) -> dict:
+        row = rows.read_row(row_indices[index])
+        sample = row["samples"][sample_indices[index]]
         return {
-            "tokens": whole["prompt_tokens"],
+            "tokens": row["prompt_tokens"],
             "response_tokens": sample["tokens"],
-            "asked": whole,
-            **{name: whole[name] for name in ("answer",) if name in whole},
+            "source_row": row,
+            **{name: row[name] for name in ("answer",) if name in row},
             **{name: sample[name] for name in ("top_logprobs",) if name in sample},
         }
 
-    def locate_row(position: int) -> str:
-        index, number = kept[position], numbers[position]
-        return f"{rows.locate_row(index)} sample {number}"
+    def locate_row(index: int) -> str:
+        return f"{rows.locate_row(row_indices[index])} sample {sample_indices[index]}"
 
-    return Rows(rows.name, len(kept), read_row, locate_row)
+    return Rows(rows.name, len(row_indices), read_row, locate_row)
+
+
+def _find_kept_samples(row: dict, where: str, keep: str) -> list[int]:
+    samples = row.get("samples")
+    if not isinstance(samples, list) or "prompt_tokens" not in row:
+        raise UserError(f"{where}: no prompt_tokens and samples: {sorted(row)}")
+    if keep == "correct" and any("correct" not in sample for sample in samples):
+        raise UserError(
+            f"{where}: config.data.keep_samples=correct, but its samples were not graded "
+            "(python -m distill.verify)"
+        )
+    return [
+        number
+        for number, sample in enumerate(samples)
+        if keep == "all"
+        or (sample.get("finish_reason") == "stop" and (keep != "correct" or sample["correct"]))
+    ]

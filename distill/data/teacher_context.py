@@ -1,27 +1,27 @@
-"""What a teacher reads and the student does not: a text in front of the same response.
+"""Text that a teacher reads in its prompt and the student does not (config `context`).
 
-The prompt that the teacher reads is made by the code that makes the student's, of the same row with
-the context among its messages. So the two differ by the context alone, and the response is theirs
+The teacher's prompt is encoded from the same row by the same code as the student's, with the
+context inserted into its messages. So the two differ by the context alone, and share the response
 token by token.
 """
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from distill.data import chat, columns
-from distill.data.examples import Example, encode_prompt
+from distill.data.examples import Encoding, Example, encode_prompt, is_id_list, make_example
+from models import checks
 from models.errors import UserError
 
-PLACEMENTS = ("system", "question")
+PLACEMENTS = ("system", "question")  # in the system's turn, or before the last user's words
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherContext:
-    """A text of every row, a column of the rows, or one before the other."""
+    """A text for all rows, then that of a column of each row; either may be empty."""
 
     text: str
     column: str
@@ -29,17 +29,16 @@ class TeacherContext:
 
 
 def load_context(c: ConfigDict, config_path: str) -> TeacherContext | None:
-    """The context that `c`, the sub-config named `at`, asks for, its file read; None: none.
+    """Reads the context that the config `c` at `config_path` asks for; None if it asks for none.
 
     Raises:
       UserError: naming the key or the file at fault.
     """
     if not c.text and not c.column:
         return None
-    if c.place not in PLACEMENTS:
-        raise UserError(f"{config_path}.place: {c.place!r} is none of {', '.join(PLACEMENTS)}")
-    if c.max_tokens < 1:
-        raise UserError(f"{config_path}.max_tokens={c.max_tokens}: must be at least 1")
+    checks.check_fields(
+        c, {"place": PLACEMENTS, "max_tokens": checks.Range(1)}, prefix=f"{config_path}."
+    )
     text = ""
     if c.text:
         try:
@@ -52,81 +51,73 @@ def load_context(c: ConfigDict, config_path: str) -> TeacherContext | None:
 
 
 def add_context(
-    context: TeacherContext,
-    row: dict,
-    example: Example,
-    make_example: Callable[[dict], Example],
-    tokenizer: PreTrainedTokenizerBase | None,
+    context: TeacherContext, row: dict, example: Example, encoding: Encoding
 ) -> Example:
-    """`made`, which `make` made of `row`, with the prompt that the teacher reads. An empty column
-    is no context.
+    """Returns `example`, which was encoded from `row`, with the prompt that the teacher reads.
+
+    A row whose context is empty keeps its prompt.
 
     Raises:
-      UserError: naming the row, if it lacks the column, or the context finds no place in it.
+      UserError: naming the row, if it lacks the column or a place for the context.
     """
     where = example.where
-    known = {**row.get("asked", {}), **row}
-    if context.column and context.column not in known:
-        raise UserError(f"{where}: no {context.column} among its columns {sorted(known)}")
-    words = known.get(context.column, "")
-    if "tokens" in row and "asked" not in row:
-        if context.text or not _is_id_list(words):
+    source_row = row.get("source_row")  # of a sample: sources.expand_samples
+    fields = {**(source_row or {}), **row}
+    if context.column and context.column not in fields:
+        raise UserError(f"{where}: no {context.column} among its columns {sorted(fields)}")
+    value = fields.get(context.column, "")
+    if "tokens" in row and source_row is None:
+        if context.text or not is_id_list(value):
             raise UserError(
                 f"{where}: a prompt of tokens takes its context as token ids, in a column"
             )
-        return dataclasses.replace(example, teacher_prompt=[*words, *example.prompt])
-    if not isinstance(words, str):
+        return dataclasses.replace(example, teacher_prompt=[*value, *example.prompt])
+    if not isinstance(value, str):
         raise UserError(f"{where}: {context.column} is not a text")
-    text = "\n\n".join(part for part in (context.text, words.strip()) if part)
+    text = "\n\n".join(part for part in (context.text, value.strip()) if part)
     if not text:
         return example
-    if "asked" in row:
-        return dataclasses.replace(
-            example, teacher_prompt=_encode_sample_prompt(row, example, text, context, tokenizer)
+    if source_row is not None:
+        prompt = _encode_sample_prompt(
+            source_row, example, text, context.placement, encoding.tokenizer
         )
-    other = make_example(_insert_context(row, text, context.placement, where))
-    if other.response != example.response:
-        raise UserError(f"{where}: the response is another behind the context")
-    if (other.thinking, other.non_thinking_example is None) != (
+        return dataclasses.replace(example, teacher_prompt=prompt)
+    teacher_row = _insert_context(row, text, context.placement, where)
+    teacher_example = make_example(teacher_row, where, encoding)
+    if teacher_example.response != example.response:
+        raise UserError(f"{where}: the context changes the response")
+    has_both = example.non_thinking_example is not None
+    if (teacher_example.thinking, teacher_example.non_thinking_example is not None) != (
         example.thinking,
-        example.non_thinking_example is None,
+        has_both,
     ):
         raise UserError(f"{where}: the context says /think or /no_think, and so changes the mode")
-    return _set_teacher_prompt(example, other)
+    return _set_teacher_prompt(example, teacher_example)
 
 
 def _set_teacher_prompt(example: Example, teacher_example: Example) -> Example:
-    """`made`, in each of its modes, with the prompt of `behind` for the teacher."""
-    other = (
-        example.non_thinking_example
-        and teacher_example.non_thinking_example
-        and _set_teacher_prompt(example.non_thinking_example, teacher_example.non_thinking_example)
-    )
+    """Returns `example` with the prompt of `teacher_example` for the teacher, in both modes."""
+    other, teacher_other = example.non_thinking_example, teacher_example.non_thinking_example
+    if other and teacher_other:
+        other = _set_teacher_prompt(other, teacher_other)
     return dataclasses.replace(
         example, teacher_prompt=teacher_example.prompt, non_thinking_example=other
     )
 
 
-def _is_id_list(words: object) -> bool:
-    return isinstance(words, list) and all(type(i) is int and i >= 0 for i in words)
-
-
 def _encode_sample_prompt(
-    row: dict,
+    source_row: dict,
     example: Example,
     text: str,
-    context: TeacherContext,
+    placement: str,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> list[int]:
-    """Of a written sample, whose prompt is known by its tokens: in the mode that gives them."""
+    """Encodes the prompt of a written sample with the context, in the mode of its prompt_tokens."""
     where = example.where
-    prompt_row = columns.canonicalize_row(row["asked"], "", where, False)
-    for thinking in (True, False, None):
-        if (
-            "tokens" not in prompt_row
-            and encode_prompt(prompt_row, where, tokenizer, thinking) == example.prompt
-        ):
-            teacher_row = _insert_context(prompt_row, text, context.placement, where)
+    prompt_row = columns.canonicalize_row(source_row, "", where, False)
+    for thinking in (True, False, None) if "tokens" not in prompt_row else ():
+        if encode_prompt(prompt_row, where, tokenizer, thinking) == example.prompt:
+            teacher_row = _insert_context(prompt_row, text, placement, where)
             return encode_prompt(teacher_row, where, tokenizer, thinking)
     raise UserError(
         f"{where}: its prompt_tokens are not what the chat template renders, so a context finds no "
@@ -135,37 +126,33 @@ def _encode_sample_prompt(
 
 
 def _insert_context(row: dict, text: str, placement: str, where: str) -> dict:
-    """The row with the text in its prompt."""
+    """Returns the row with the text in its prompt."""
     if isinstance(row.get("prompt"), str):
         row = {**row, "prompt": f"{text}\n\n{row['prompt']}"}
     if "messages" in row:
         messages = chat.parse_messages(row, where, prompt=None)
-        return {**row, "messages": _insert_into_messages(messages, text, placement, where)}
-    if "question" in row and "prompt" not in row:
-        question_messages = [{"role": "user", "content": row["question"]}]
-        # A row of messages is learned from its last, unless it has a response.
-        learned = {"response": row["solution"]} if "solution" in row else {}
-        return {
-            **learned,
-            **row,
-            "messages": _insert_into_messages(question_messages, text, placement, where),
-        }
-    if "prompt" not in row:
+    elif "question" in row and "prompt" not in row:
+        messages = [{"role": "user", "content": row["question"]}]
+        if "solution" in row:  # a trace of messages is learned from its last, without a response
+            row = {"response": row["solution"], **row}
+    elif "prompt" in row:
+        return row
+    else:
         raise UserError(f"{where}: no prompt to put a context into among {sorted(row)}")
-    return row
+    return {**row, "messages": _insert_into_messages(messages, text, placement, where)}
 
 
 def _insert_into_messages(
     messages: list[dict], text: str, placement: str, where: str
 ) -> list[dict]:
-    first = messages[0]
-    if placement == "question":
+    if placement == "system":
+        if messages[0]["role"] != "system":
+            return [{"role": "system", "content": text}, *messages]
+        index = 0
+    else:
         users = [i for i, message in enumerate(messages) if message["role"] == "user"]
         if not users:
             raise UserError(f"{where}: messages: no user's turn to put a context before")
-        at = users[-1]
-        said = {**messages[at], "content": f"{text}\n\n{messages[at]['content']}"}
-        return [*messages[:at], said, *messages[at + 1 :]]
-    if first["role"] == "system":
-        return [{**first, "content": f"{text}\n\n{first['content']}"}, *messages[1:]]
-    return [{"role": "system", "content": text}, *messages]
+        index = users[-1]
+    content = f"{text}\n\n{messages[index]['content']}"
+    return [*messages[:index], {**messages[index], "content": content}, *messages[index + 1 :]]

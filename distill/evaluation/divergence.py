@@ -13,7 +13,7 @@ from distill.objectives import fused_head, losses
 from distill.policy import forward, policy
 from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
-from models.qwen3 import model
+from models import transformer
 
 Record = dict[str, object]
 
@@ -39,11 +39,11 @@ def compute_reverse_kl(
     def compute_kl_sum(params, teacher_params, batch):
         inputs = fused_head.HeadInputs(
             forward.compute_hidden(subject.model, params, batch),
-            model.get_output_head(params),
+            transformer.get_output_head(params),
             losses.shift(batch.tokens_BT),
             teacher=TeacherOutput(
                 hidden_BTE=(forward.compute_hidden(teacher.model, teacher_params, batch),),
-                heads_VE=(model.get_output_head(teacher_params),),
+                heads_VE=(transformer.get_output_head(teacher_params),),
             ),
         )
         options = fused_head.StatsOptions(128.0 * mesh.size, split=mesh_lib.split_vocabulary)

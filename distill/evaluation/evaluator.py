@@ -7,9 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 from etils import epath
 
-from distill import rollout
 from distill.data import dataset
 from distill.evaluation import divergence, records, responses, tasks
+from distill.evaluation.protocols import EvalSpec
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.rewards import graders
@@ -21,64 +21,62 @@ Record = dict[str, Any]
 
 
 def encode_prompts(
-    subject: Policy,
-    benchmark: str,
-    rows: list[tuple[str, Record]],
-    template: str,
-    thinking: bool,
-    max_new_tokens: int,
+    subject: Policy, rows: list[tuple[str, Record]], spec: EvalSpec
 ) -> dataset.TokenLists:
-    """What the model is asked; reads no parameters. Raises UserError for what it cannot be."""
+    """Encodes the problems' prompts; reads no parameters.
+
+    Raises UserError naming the problem that cannot be encoded or is too long.
+    """
     if subject.tokenizer is None:
         raise UserError(f"{subject.path}: no tokenizer, so responses cannot be read")
     rendered_rows = (
-        (where, tasks.render_question(benchmark, row, template)) for where, row in rows
+        (where, tasks.render_question(spec.benchmark, row, spec.template)) for where, row in rows
     )
-    return completions.encode_row_prompts(subject, rendered_rows, thinking, max_new_tokens)
+    return completions.encode_row_prompts(
+        subject, rendered_rows, spec.thinking, spec.sample.max_new_tokens
+    )
+
+
+def _describe_protocol(
+    subject: Policy, rows: list[tuple[str, Record]], spec: EvalSpec
+) -> dict[str, Any]:
+    """Returns everything that the responses depend on, as protocol.json records it."""
+    return {
+        "model": subject.path,
+        "step": policy.find_newest_step(subject.path) if spec.step is None else spec.step,
+        "weights": records.fingerprint_params(subject.params),
+        "benchmark": spec.benchmark,
+        "problems": len(rows),
+        "problems_sha256": records.hash_content([row for _, row in rows]),
+        "protocol": spec.protocol,
+        "template": spec.template or tasks.BENCHMARKS[spec.benchmark]["prompt"],
+        "samples": spec.sample.samples,
+        "thinking": spec.thinking,
+        "max_new_tokens": spec.sample.max_new_tokens,
+        **dataclasses.asdict(spec.sample.sampling),
+        "seed": spec.sample.seed,
+        "dtype": jnp.dtype(subject.model.dtype).name,
+    }
 
 
 def evaluate_benchmark(
     subject: Policy,
-    benchmark: str,
     rows: list[tuple[str, Record]],
+    spec: EvalSpec,
     out_dir: epath.Path,
-    *,
-    samples: int,
-    ks: list[int],
-    thinking: bool,
-    max_new_tokens: int,
-    sampling: rollout.Sampling,
-    seed: int,
-    batch_size: int,
-    protocol_name: str = "",
-    template: str = "",
-    step: int | None = None,
     teacher: Policy | None = None,
 ) -> Record:
-    """Samples, grades and sums up; writes examples.jsonl and summary.json, returns the summary.
+    """Samples responses to the problems `rows`, grades them and sums up.
 
-    `name` is that of the protocol, for the record; `template` how a question is put ("": the
-    benchmark's own way); `step` that of the parameters where `subject` is no directory.
+    Call it within `policy.use(subject)`. Writes examples.jsonl as responses come, resuming where an
+    earlier call was stopped, and summary.json, which is also returned. With a teacher the summary
+    has the reverse KL to it.
+
+    Raises UserError if `out_dir` holds another evaluation.
     """
-    template = template or tasks.BENCHMARKS[benchmark]["prompt"]
-    prompts = encode_prompts(subject, benchmark, rows, template, thinking, max_new_tokens)
-    protocol: Record = {
-        "model": subject.path,
-        "step": policy.find_newest_step(subject.path) if step is None else step,
-        "weights": records.fingerprint_params(subject.params),
-        "benchmark": benchmark,
-        "problems": len(rows),
-        "problems_sha256": records.hash_content([row for _, row in rows]),
-        "protocol": protocol_name,
-        "template": template,
-        "samples": samples,
-        "thinking": thinking,
-        "max_new_tokens": max_new_tokens,
-        **dataclasses.asdict(sampling),
-        "seed": seed,
-        "dtype": jnp.dtype(subject.model.dtype).name,
-    }
-    keys = records.make_row_keys(protocol, rows, samples)
+    prompts = encode_prompts(subject, rows, spec)
+    protocol = _describe_protocol(subject, rows, spec)
+    keys = records.make_row_keys(protocol, rows, spec.sample.samples)
     first_problem = distributed.broadcast_from_primary(
         lambda: records.resume_evaluation(out_dir, protocol, rows, keys)
     )
@@ -86,32 +84,23 @@ def evaluate_benchmark(
     with (
         graders.Grader() as grader,
         run_files.JsonlAppender(out_dir / records.EXAMPLES_FILE) as lines,
-        run_files.show_progress(len(rows), first_problem, benchmark) as bar,
+        run_files.show_progress(len(rows), first_problem, spec.benchmark) as bar,
     ):
-        sampled = responses.sample(
-            subject,
-            rows,
-            prompts,
-            first_problem=first_problem,
-            samples=samples,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=seed,
-            batch_size=batch_size,
-        )
-        remaining = (
-            sampled if first_problem < len(rows) else iter(()),
-            rows[first_problem:],
-            keys[first_problem:],
-        )
-        row_groups = remaining[0]
-        if run_files.is_primary():  # the others only sample
+        row_groups = iter(())
+        if first_problem < len(rows):
+            row_groups = responses.sample(subject, rows, prompts, spec.sample, first_problem)
+        if run_files.is_primary():  # the other processes only sample
             row_groups = responses.grade_while_sampling(
-                row_groups, grader, benchmark, *remaining[1:], thinking
+                row_groups,
+                grader,
+                spec.benchmark,
+                rows[first_problem:],
+                keys[first_problem:],
+                spec.thinking,
             )
         for number, group in enumerate(row_groups, start=first_problem + 1):
             lines.append_rows(group)
-            tokens += sum(int(row["length"]) for row in group)  # type: ignore[call-overload]
+            tokens += sum(int(row["length"]) for row in group)
             bar.update(number, {})
     cost = records.measure_cost(
         subject, time.perf_counter() - start, len(rows) - first_problem, tokens
@@ -119,9 +108,11 @@ def evaluate_benchmark(
     cost |= {"protocol": protocol, "versions": run_files.describe_environment()["packages"]}
     if teacher:
         stored = records.StoredRows(out_dir)
-        cost["reverse_kl"] = divergence.compute_reverse_kl(subject, teacher, stored, batch_size)
+        cost["reverse_kl"] = divergence.compute_reverse_kl(
+            subject, teacher, stored, spec.sample.batch_size
+        )
     summary = distributed.broadcast_from_primary(
-        lambda: {**records.summarise_evaluation(out_dir, ks), **cost}
+        lambda: {**records.summarise_evaluation(out_dir, spec.ks), **cost}
     )
     if run_files.is_primary():
         run_files.write_json(out_dir / "summary.json", summary)

@@ -1,8 +1,8 @@
 """A policy as lm-eval wants a model. Needs lm-eval: `pip install -r requirements-eval.txt`."""
 
+import dataclasses
 from typing import Any
 
-import jax
 from lm_eval import utils  # pyright: ignore[reportMissingImports]
 from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
 from lm_eval.models.utils import normalize_gen_kwargs  # pyright: ignore[reportMissingImports]
@@ -30,9 +30,8 @@ class PolicyLM(TemplateLM):
         if subject.tokenizer is None or subject.tokenizer.eos_token_id is None:
             raise UserError(f"{subject.path}: no tokenizer with an eos_token")
         self._subject = subject
-        self._batch_size = batch_size
         self._thinking = thinking
-        self._key = jax.random.key(seed)
+        self._spec = rollout.SampleSpec(seed=seed, batch_size=batch_size)
         self.tokenizer: Any = subject.tokenizer
         self.max_length = subject.config.context_length
 
@@ -82,7 +81,7 @@ class PolicyLM(TemplateLM):
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
         results: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
         scored = scoring.score_sequences(
-            self._subject, [rows[i][0] for i in order], batch_size=self._batch_size, top_k=1
+            self._subject, [rows[i][0] for i in order], batch_size=self._spec.batch_size, top_k=1
         )
         with run_files.show_progress(len(rows), 0, "loglikelihood") as bar:
             for number, (i, (logprobs, top)) in enumerate(zip(order, scored, strict=True)):
@@ -135,18 +134,18 @@ class PolicyLM(TemplateLM):
                     f"generation_kwargs: max_gen_toks={max_new_tokens}, but the model has "
                     f"{self.max_length} positions"
                 )
-            sampling = rollout.Sampling(
-                **{k: options[k] for k in _SAMPLING_OPTIONS & options.keys()}
+            spec = dataclasses.replace(
+                self._spec,
+                max_new_tokens=max_new_tokens,
+                sampling=rollout.Sampling(
+                    **{k: options[k] for k in _SAMPLING_OPTIONS & options.keys()}
+                ),
             )
             contexts = [self.tok_encode(requests[i].args[0])[-max_prompt_tokens:] for i in members]
             completions = rollout.complete(
                 self._subject,
                 [ids or [self.prefix_token_id] for ids in contexts],
-                samples=1,
-                key=self._key,
-                limits=[max_new_tokens] * len(members),
-                sampling=sampling,
-                batch_size=self._batch_size,
+                spec,
             )
             with run_files.show_progress(len(members), 0, "generate_until") as bar:
                 for number, (i, (completion,)) in enumerate(zip(members, completions, strict=True)):

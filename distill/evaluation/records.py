@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -137,7 +137,7 @@ def drop_bulky_fields(row: Record) -> Record:
     return {name: x for name, x in row.items() if name not in _BULKY_FIELDS}
 
 
-def summarise_evaluation(out_dir: epath.Path, ks: list[int]) -> Record:
+def summarise_evaluation(out_dir: epath.Path, ks: Sequence[int]) -> Record:
     """What the rows of an evaluation amount to."""
     return statistics.summarise_rows(
         [drop_bulky_fields(row) for row in _iter_rows(out_dir / EXAMPLES_FILE)], ks

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
-import jax
-
 from distill import rollout
 from distill.data import dataset
 from distill.evaluation import statistics
@@ -50,25 +48,13 @@ def sample(
     subject: Policy,
     rows: list[tuple[str, Record]],
     prompts: dataset.TokenLists,
-    *,
+    spec: rollout.SampleSpec,
     first_problem: int,
-    samples: int,
-    max_new_tokens: int,
-    sampling: rollout.Sampling,
-    seed: int,
-    batch_size: int,
 ) -> Iterator[list[Record]]:
-    """The sampled responses of each problem from number `first` on, `samples` rows a problem."""
+    """Yields the sampled responses of each problem from number `first_problem` on."""
     assert subject.tokenizer is not None
     completion_groups = rollout.complete(
-        subject,
-        prompts[first_problem:],
-        samples=samples,
-        key=jax.random.key(seed),
-        limits=[max_new_tokens] * (len(prompts) - first_problem),
-        sampling=sampling,
-        batch_size=batch_size,
-        first=first_problem,
+        subject, prompts[first_problem:], spec, first=first_problem
     )
     for number, completions in enumerate(completion_groups, start=first_problem):
         where, row = rows[number]

@@ -8,26 +8,27 @@ import jax
 from distill import rollout
 from distill.batch import Batch
 from distill.data import collate, dataset
+from distill.data.examples import encode_prompt
 from distill.objectives import fused_head, losses
 from distill.policy import forward, policy
 from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
+from models import transformer
 from models.errors import UserError
-from models.qwen3 import model
-from models.qwen3.model import Params, Qwen3
+from models.transformer import Params, Transformer
 
 LOGITS_MIB = 128.0  # float32 logits of one chunk on a device
 Logprobs = list[float | None]
 TopLogprobs = list[list[list[float]] | None]  # [id, logprob] pairs of each token
 
 
-@functools.partial(jax.jit, static_argnames=("qwen3", "top_k", "loss_chunk_mib"))
+@functools.partial(jax.jit, static_argnames=("model", "top_k", "loss_chunk_mib"))
 def _compute_token_stats(
-    qwen3: Qwen3, params: Params, batch: Batch, top_k: int, loss_chunk_mib: float
+    model: Transformer, params: Params, batch: Batch, top_k: int, loss_chunk_mib: float
 ) -> losses.Stats:
     inputs = fused_head.HeadInputs(
-        forward.compute_hidden(qwen3, params, batch),
-        model.get_output_head(params),
+        forward.compute_hidden(model, params, batch),
+        transformer.get_output_head(params),
         losses.shift(batch.tokens_BT),
     )
     options = fused_head.StatsOptions(loss_chunk_mib, split=mesh_lib.split_vocabulary, top_k=top_k)
@@ -45,7 +46,7 @@ def read_token_ids(subject: Policy, rows: Iterable[tuple[str, dict]]) -> dataset
     for where, row in rows:
         if "tokens" not in row:
             raise UserError(f"{where}: no tokens among its fields {sorted(row)}")
-        ids = dataset.encode_prompt(row, where, None, None)
+        ids = encode_prompt(row, where, None, None)
         dataset.require_ids(ids, subject.config.vocab_size, where)
         if len(ids) > limit:
             raise UserError(f"{where}: {len(ids)} tokens exceed the model's {limit} positions")

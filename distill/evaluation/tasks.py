@@ -1,11 +1,9 @@
 """The problems that a model is judged by, the protocols by which, and responses somebody stored."""
 
-import dataclasses
 from typing import Any
 
 from distill.data import arithmetic, sources
 from distill.rewards import graders, ifeval
-from distill.rollout.sampling import Sampling
 from models.errors import UserError
 
 PROBLEM_SEED = 20_000  # of the generated test problems: the same ones in every evaluation
@@ -43,37 +41,6 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
     "ifeval": {"prompt": "{question}", "hf": "hf:google/IFEval"},
 }
 
-# The Qwen3 report (arXiv 2505.09388), section 4.6. Greedy is not of it: for quick looks.
-PROTOCOLS: dict[str, dict[str, Any]] = {
-    "greedy": {
-        "thinking": True,
-        "temperature": 0.0,
-        "top_k": 0,
-        "top_p": 1.0,
-        "presence_penalty": 0.0,
-        "max_new_tokens": 1024,
-        "samples": 1,
-    },
-    "qwen3-thinking": {
-        "thinking": True,
-        "temperature": 0.6,
-        "top_k": 20,
-        "top_p": 0.95,
-        "presence_penalty": 0.0,
-        "max_new_tokens": 32_768,
-        "samples": 1,
-    },
-    "qwen3-nonthinking": {
-        "thinking": False,
-        "temperature": 0.7,
-        "top_k": 20,
-        "top_p": 0.8,
-        "presence_penalty": 1.5,
-        "max_new_tokens": 32_768,
-        "samples": 1,
-    },
-}
-
 _ID_FIELDS = ("id", "unique_id", "key")
 _QUESTION_FIELDS = ("question", "problem")
 
@@ -84,25 +51,6 @@ def require_benchmark(benchmark: str) -> None:
         raise UserError(f"--benchmark={benchmark}: known are {', '.join(BENCHMARKS)}")
     if graders.GRADERS[benchmark] is ifeval.grade_instructions:
         ifeval.require_checkers()
-
-
-def resolve_settings(protocol: str, benchmark: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a protocol on a benchmark, with those of `changes` that are not None.
-
-    Raises UserError for an unknown protocol.
-    """
-    if protocol not in PROTOCOLS:
-        raise UserError(f"--protocol={protocol}: known are {', '.join(PROTOCOLS)}")
-    resolved = dict(PROTOCOLS[protocol])
-    if protocol.startswith("qwen3"):
-        resolved |= BENCHMARKS[benchmark].get("qwen3", {})
-    return resolved | {name: value for name, value in changes.items() if value is not None}
-
-
-def make_sampling(settings: dict[str, Any]) -> Sampling:
-    """The distribution of a protocol's settings. Raises UserError for one that cannot be."""
-    fields = {field.name for field in dataclasses.fields(Sampling)}
-    return Sampling(**{name: value for name, value in settings.items() if name in fields})
 
 
 def load_problems(benchmark: str, source: str, limit: int) -> list[tuple[str, Record]]:

@@ -19,7 +19,7 @@ from distill.runtime import mesh as mesh_lib
 from distill.teachers import local as teacher_lib
 from distill.training import microbatches, update
 from distill.training.setup import StageSetup
-from models.qwen3 import model
+from models import transformer
 
 TOP_K = 16  # tokens of the teacher's top that the student's is compared with
 # Bounds of judgement, not of theory: with more of the student's mass outside the teacher's top (in
@@ -44,7 +44,7 @@ def compare_distributions(
     def sum_statistics(params: Any, batch: Batch):
         inputs = fused_head.HeadInputs(
             forward.compute_hidden(student.model, params, batch),
-            model.get_output_head(params),
+            transformer.get_output_head(params),
             losses.shift(batch.tokens_BT),
             teacher=batch.teacher,
         )
@@ -182,7 +182,10 @@ def make_findings(statistics: Statistics) -> list[Finding]:
 def _assess_formats(statistics: Statistics) -> list[Finding]:
     missing_stop_ids = statistics["further_stop_ids"]
     if missing_stop_ids:
-        stops = f"the teacher ends where the student writes on: at {missing_stop_ids}; give it these stop ids"
+        stops = (
+            f"the teacher ends where the student writes on: at {missing_stop_ids}; "
+            "give it these stop ids"
+        )
     else:
         stops = f"stop ids agree: {statistics['student_stop_ids']}"
     findings: list[Finding] = [
@@ -206,7 +209,8 @@ def _assess_distributions(statistics: Statistics) -> list[Finding]:
     same = kl < SAME_KL
     nothing = f"the teacher is the student: {evidence}; nothing is to be learned from it"
     top = (
-        f"{100 * statistics['top_overlap']:.0f}% of the teacher's top {TOP_K} are in the student's, "
+        f"{100 * statistics['top_overlap']:.0f}% of the teacher's top {TOP_K} are in the "
+        "student's, "
         f"{100 * outside:.1f}% of the student's mass is outside"
     )
     far = outside > MAX_OUTSIDE_TOP
@@ -217,7 +221,8 @@ def _assess_distributions(statistics: Statistics) -> list[Finding]:
         (far, f"{other}: {top}; {advice}" if far else f"it thinks in the teacher's way: {top}"),
         (
             None,
-            f"entropy: {statistics['entropy']:.3f} of the student, {statistics['teacher_entropy']:.3f} of the "
+            f"entropy: {statistics['entropy']:.3f} of the student, "
+            f"{statistics['teacher_entropy']:.3f} of the "
             "teacher, nats a token",
         ),
     ]
@@ -242,7 +247,8 @@ def _assess_pass_rates(statistics: Statistics) -> list[Finding]:
         return [(True, "nothing is right: no response of either; is reward.grader theirs?")]
     mean, low, high = statistics["gain"]
     evidence = (
-        f"pass rate {100 * ours:.1f}%, the teacher's {100 * statistics['teacher']['pass_rate']:.1f}%: "
+        f"pass rate {100 * ours:.1f}%, the teacher's "
+        f"{100 * statistics['teacher']['pass_rate']:.1f}%: "
         f"{100 * mean:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
     )
     if low > 0:

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from distill.runtime import mesh as mesh_lib
 from distill.teachers import local
 from distill.training import memory, sampling_programs, stages
 from distill.training.calls import StageModels
+from models import families
 from models.errors import UserError
-from models.qwen3.config import SIZES
 
 SLICES = {  # whole slices of a generation, smallest first
     "v4": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
@@ -50,10 +49,8 @@ def describe_policy(
     """
     if not path:
         raise UserError(f"config.{flag}.path: name a model directory")
-    released = re.fullmatch(r"Qwen/Qwen3-([\w.-]+?)(-Base)?", path)
-    name = released.group(1).lower() if released else ""
-    if name in SIZES and not Path(path).exists():
-        config = SIZES[name]
+    config = None if Path(path).exists() else families.find_released(path)
+    if config is not None:
         mesh_lib.check_divisible(config, mesh, path)
         return policy.make_abstract_from_config(path, config, dtype, remat, mesh, **options)
     described = policy.make_abstract(path, dtype, remat, mesh, **options)

@@ -17,11 +17,12 @@ from distill.data.collate import BatchLayout, SampledExample
 from distill.planning import aot, roofline
 from distill.planning.roofline import GIB, ProgramCost
 from distill.policy import policy
-from distill.training import calls, memory, microbatches, sampling_programs, stages
+from distill.training import memory, microbatches, sampling_programs, stages
 from distill.training.calls import StageModels
+from models import families
+from models.config import Config
 from models.errors import UserError
-from models.qwen3 import attention
-from models.qwen3.config import Config
+from models.layers import attention
 
 PROMPT_TOKENS = 300  # tokens of a prompt, if the stage allows so many
 
@@ -170,9 +171,9 @@ def simulate_packing(
     blocks = sum(_count_blocks([lengths[i] for i in row], T, block) for row in packed_rows)
     context = blocks * block**2 / (len(packed_rows) * T)
     needed = sum(
-        calls.count_forward_flops(config, n, (n + 1) / 2, with_head=False) for n in lengths
+        families.count_forward_flops(config, n, (n + 1) / 2, with_head=False) for n in lengths
     )
-    computed = calls.count_forward_flops(config, len(packed_rows) * T, context, with_head=False)
+    computed = families.count_forward_flops(config, len(packed_rows) * T, context, with_head=False)
     return Packing(
         rows, count, T, sum(lengths), sum(response_lengths), blocks / whole, computed / needed
     )

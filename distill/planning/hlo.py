@@ -14,7 +14,7 @@ class Costs:
     attention: of these, in kernels for attention over whole rows.
     traffic: bytes that instructions read from HBM and write to it: operands and results, of slices
     and scatters only what is cut out or put in; of kernels for attention over pages without the
-    pages, of which they read what the rows' lengths make them (models.qwen3.pages.read_bytes).
+    pages, of which they read what the rows' lengths make them (models.layers.pages.read_bytes).
     once: of these bytes, those outside of loops of unknown length.
     collectives: kind -> (how many, bytes received). open_loops: loops of unknown length, of which
     one turn counts.

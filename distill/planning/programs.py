@@ -23,9 +23,9 @@ from distill.runtime import mesh as mesh_lib
 from distill.teachers import local
 from distill.training import memory, optim, sampling_programs, setup, stages
 from distill.training import update as update_lib
-from distill.training.calls import ProgramCall, StageModels, count_device_bytes, count_forward_flops
+from distill.training.calls import ProgramCall, StageModels, count_device_bytes
 from distill.training.memory import get_resident_name, has_single_microbatch, make_head_shape
-from models.qwen3 import model
+from models import families, transformer
 
 
 def list_stage_calls(
@@ -87,7 +87,7 @@ def _list_update_calls(
     base = ("base",) if frozen is not None else ()
     micro, shared = _make_microbatch(c, s, loss, sampled, models, mesh, rows)
     tokens, mean = rows * stages.get_row_tokens(s), (stages.get_row_tokens(s) + 1) / 2
-    forward = count_forward_flops(student.config, tokens, mean, with_head=True)
+    forward = families.count_forward_flops(student.config, tokens, mean, with_head=True)
     head = 2.0 * tokens * student.config.hidden_size * student.config.vocab_size
     if s.epochs * s.minibatches > 1:
         logp_batch = dataclasses.replace(micro, teacher=None, old_logp_BT=None)
@@ -163,11 +163,12 @@ def _list_init_calls(
         teacher_mesh = policy.get_mesh(teacher)
         if teacher_mesh != mesh:  # between processes it travels whole
             whole = functools.partial(
-                jax.jit(mesh_lib.replicate_array).lower, model.get_output_head(teacher.params)
+                jax.jit(mesh_lib.replicate_array).lower, transformer.get_output_head(teacher.params)
             )
             calls.append(ProgramCall(f"head of {name}", whole, 0, 0.0, (), 0, teacher_mesh))
             calls[-1] = dataclasses.replace(
-                calls[-1], other_bytes=-count_device_bytes(model.get_output_head(teacher.params))
+                calls[-1],
+                other_bytes=-count_device_bytes(transformer.get_output_head(teacher.params)),
             )
     return calls
 
@@ -297,7 +298,7 @@ def _list_reader_calls(
             *logps_args,
             _make_token_batch(policy.get_mesh(reader), rows, T),
         )
-        useful = count_forward_flops(reader.config, rows * T, (T + 1) / 2, with_head=True)
+        useful = families.count_forward_flops(reader.config, rows * T, (T + 1) / 2, with_head=True)
         head = 2.0 * rows * T * reader.config.hidden_size * reader.config.vocab_size
         return make_call(name, reader, lower, turns, useful, holds, resident_bytes, head)
 
@@ -320,7 +321,7 @@ def _list_reader_calls(
                 at_BT,
             )
             lower = functools.partial(local.compute_hidden.lower, *given)
-            useful = count_forward_flops(
+            useful = families.count_forward_flops(
                 of.config,
                 rows * (T + context_tokens),
                 (T + context_tokens + 1) / 2,

@@ -10,10 +10,10 @@ from distill.data import chat
 from distill.policy import hub, policy
 from distill.policy.policy import Policy
 from distill.runtime import run_files
+from models import adapter, weights
 from models.errors import UserError
-from models.qwen3 import adapter, weights
-from models.qwen3.lora import MLP_TARGETS
-from models.qwen3.model import Params
+from models.layers.lora import MLP_TARGETS
+from models.transformer import Params
 
 EXPORT_FILE = "export.json"  # what an export can be known by, and replaced
 

@@ -7,9 +7,10 @@ import jax
 from distill.batch import Batch
 from distill.objectives import fused_head, losses
 from distill.runtime import mesh as mesh_lib
-from models.qwen3 import model, moe
-from models.qwen3.lora import LORA
-from models.qwen3.model import Params, Qwen3
+from models import transformer
+from models.layers import moe
+from models.layers.lora import LORA
+from models.transformer import Params, Transformer
 
 
 def _join_lora(params: Params, lora_params: Params | None) -> Any:
@@ -17,25 +18,25 @@ def _join_lora(params: Params, lora_params: Params | None) -> Any:
 
 
 def compute_hidden(
-    qwen3: Qwen3, params: Params, batch: Batch, lora_params: Params | None = None
+    model: Transformer, params: Params, batch: Batch, lora_params: Params | None = None
 ) -> jax.Array:
     """Final hidden states [B, T, D] of a batch, in the model's dtype.
 
     lora_params: a LoRA that is applied beside the parameters.
     """
     variables = _join_lora(params, lora_params)
-    out_BTD, _ = qwen3.apply(variables, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
+    out_BTD, _ = model.apply(variables, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
     return out_BTD
 
 
 def compute_hidden_and_router_stats(
-    qwen3: Qwen3, params: Params, batch: Batch, lora_params: Params | None = None
+    model: Transformer, params: Params, batch: Batch, lora_params: Params | None = None
 ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
-    """As `compute_hidden`, with (sum, count) pairs of the routers (models.qwen3.moe).
+    """As `compute_hidden`, with (sum, count) pairs of the routers (models.layers.moe).
 
     Experts that the batch records (experts_BTLA) are chosen again.
     """
-    applied: Any = qwen3.apply(
+    applied: Any = model.apply(
         _join_lora(params, lora_params),
         batch.tokens_BT,
         batch.positions_BT,
@@ -47,9 +48,9 @@ def compute_hidden_and_router_stats(
     return out_BTD, moe.sum_router_stats(collections.get(moe.ROUTER, {}))
 
 
-def compute_chosen_experts(qwen3: Qwen3, params: Params, batch: Batch) -> jax.Array:
+def compute_chosen_experts(model: Transformer, params: Params, batch: Batch) -> jax.Array:
     """The experts that a forward pass chooses, [B, T, L, A] int16: as Batch.experts_BTLA."""
-    applied: Any = qwen3.apply(
+    applied: Any = model.apply(
         {"params": params},
         batch.tokens_BT,
         batch.positions_BT,
@@ -68,7 +69,7 @@ def compute_logp(
     """
     inputs = fused_head.HeadInputs(
         hidden_BTD,
-        model.get_output_head(params),
+        transformer.get_output_head(params),
         losses.shift(batch.tokens_BT),
         losses.shift(batch.mask_BT),
     )

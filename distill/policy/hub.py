@@ -9,9 +9,9 @@ from typing import Any
 import huggingface_hub
 from etils import epath
 
+from models import adapter
 from models.errors import UserError
-from models.qwen3 import adapter
-from models.qwen3.lora import LoRA
+from models.layers.lora import LoRA
 
 
 def is_run(path: str | Path) -> bool:

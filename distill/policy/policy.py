@@ -31,11 +31,13 @@ from distill.policy.hub import (
 from distill.runtime import mesh as mesh_lib
 from distill.runtime import run_files
 from distill.runtime.checkpoint import Checkpoints
+from models import adapter, families, weights
+from models.config import Config
 from models.errors import UserError
-from models.qwen3 import adapter, attention, lora, model, quantised, weights
-from models.qwen3.config import Config
-from models.qwen3.lora import LoRA
-from models.qwen3.model import Params, Qwen3
+from models.families import make_model
+from models.layers import attention, lora, quantised
+from models.layers.lora import LoRA
+from models.transformer import Params, Transformer
 
 DTYPES = ("float32", "bfloat16")  # of activations, and of parameters
 PARAM_DTYPES = (*DTYPES, *quantised.MAX_VALUES)  # of the parameters of a model that is only read
@@ -45,14 +47,14 @@ Convert = Callable[[tuple, jax.Array], Any]  # (path, parameter) -> what stands 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A loaded model. `params` is the nested dict that models.qwen3.model describes.
+    """A loaded model. `params` is the nested dict that models.transformer describes.
 
     Where `model.lora` is set, they are the frozen base of what is trained beside them.
     """
 
     path: str
     config: Config
-    model: Qwen3
+    model: Transformer
     params: Params
     tokenizer: PreTrainedTokenizerBase | None
     stop_ids: tuple[int, ...]
@@ -73,7 +75,7 @@ def make_abstract(
     """Everything about the model but its parameters, which are shapes with shardings.
 
     With `trained` it is the frozen base of a LoRA to train, which goes on from the adapter that
-    `path` may name. `kernel` and `packed` are what models.qwen3.attention.choose takes.
+    `path` may name. `kernel` and `packed` are what models.layers.attention.choose takes.
 
     `tokenizer_of` names the model whose tokenizer and chat template it takes in place of its own:
     a Base student those of its teacher, which have `<think>` and end turns by another token. The
@@ -87,7 +89,7 @@ def make_abstract(
         resolve_model_dir(path),
         resolve_tokenizer_dir(tokenizer_path or path),
     )
-    config = Config.from_directory(directory)
+    config = families.read_config(directory)
     mesh_lib.check_divisible(config, mesh, f"{path}/config.json")
     tokenizer = chat.load_tokenizer(tokenizer_dir)
     stops = set(chat.load_stop_ids(directory, tokenizer))
@@ -121,8 +123,8 @@ def make_abstract_from_config(
     """`describe` for a model of which only the config is at hand: no tokenizer, no stop ids."""
     platform = mesh.devices.flat[0].platform
     kernel = attention.choose_kernel(kernel, platform, config.head_dim, jnp.dtype(dtype), packed)
-    qwen3 = Qwen3(config, dtype=jnp.dtype(dtype), remat=remat, kernel=kernel, lora=lora_config)
-    return Policy(path, config, qwen3, mesh_lib.make_abstract_params(config, mesh), None, ())
+    model = make_model(config, dtype=jnp.dtype(dtype), remat=remat, kernel=kernel, lora=lora_config)
+    return Policy(path, config, model, mesh_lib.make_abstract_params(config, mesh), None, ())
 
 
 def make_abstract_for_inference(path: str, dtype: str, mesh: Mesh | None = None) -> Policy:
@@ -130,7 +132,7 @@ def make_abstract_for_inference(path: str, dtype: str, mesh: Mesh | None = None)
 
     dtype "" is bfloat16, but float32 on CPU, which computes it faster.
     """
-    mesh = mesh or mesh_lib.make_reader_mesh(Config.from_directory(resolve_model_dir(path)))
+    mesh = mesh or mesh_lib.make_reader_mesh(families.read_config(resolve_model_dir(path)))
     abstract_policy = make_abstract(path, dtype or get_default_dtype(), False, mesh, packed=False)
     check_files(abstract_policy)
     return abstract_policy
@@ -161,7 +163,7 @@ def load(policy: Policy, param_dtype: str) -> Policy:
     """Reads the parameters of a described policy, cast to `param_dtype`.
 
     They are what its path stands for; of a policy that trains a LoRA, the frozen base. Where
-    `param_dtype` is a type of 8 bits (models.qwen3.quantised), the layers' kernels are quantised,
+    `param_dtype` is a type of 8 bits (models.layers.quantised), the layers' kernels are quantised,
     and the other parameters have the dtype that the model computes in.
 
     Raises:
@@ -194,7 +196,7 @@ def _load_base_params(policy: Policy, param_dtype: str, convert: Convert | None 
     shapes = quantised.quantise_shapes(policy.params, quant_type) if quant_type else policy.params
     shardings = _get_shardings(shapes)
     with run_files.show_progress(
-        weights.count_reads(shapes, shardings), 0, f"load {policy.path}"
+        weights.count_reads(policy.config, shapes, shardings), 0, f"load {policy.path}"
     ) as bar:
         report_progress = lambda done: bar.update(done, {})  # noqa: E731
         return weights.load(
@@ -435,5 +437,5 @@ def _init_params(policy: Policy, key: jax.Array, lora_config: LoRA | None) -> Pa
 def make_init_fn(policy: Policy, lora_config: LoRA | None) -> Any:
     """The jitted function of a key that draws parameters, or a LoRA, where they will live."""
     shapes = mesh_lib.make_abstract_params(policy.config, get_mesh(policy), lora_config)
-    init = functools.partial(model.init_params, policy.config, lora=lora_config)
+    init = functools.partial(families.init_params, policy.config, lora=lora_config)
     return jax.jit(init, out_shardings=_get_shardings(shapes))

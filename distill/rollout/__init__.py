@@ -1,6 +1,7 @@
-"""From prompts to sequences: what is sampled, by which programs, in which order."""
+"""From prompts to sequences: what to draw, the device programs, and the host's scheduling."""
 
 from distill.rollout.buffer import AsyncRollouts, PartialRollouts
+from distill.rollout.completions import SampleSpec, complete, make_sample_spec
 from distill.rollout.engine import SEEN_TOKENS_PER_CALL
 from distill.rollout.options import (
     RolloutOptions,
@@ -10,8 +11,8 @@ from distill.rollout.options import (
     make_cache_shape,
 )
 from distill.rollout.sampler import (
+    SamplingModel,
     bucket_length,
-    complete,
     expand_prompts,
     make_row_keys,
     sample,
@@ -25,7 +26,9 @@ __all__ = [
     "AsyncRollouts",
     "PartialRollouts",
     "RolloutOptions",
+    "SampleSpec",
     "Sampling",
+    "SamplingModel",
     "Sequence",
     "Simulation",
     "bucket_length",
@@ -37,6 +40,7 @@ __all__ = [
     "get_shrunk_rows",
     "make_cache_shape",
     "make_row_keys",
+    "make_sample_spec",
     "sample",
     "simulate",
 ]

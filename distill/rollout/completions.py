@@ -1,14 +1,19 @@
-"""Sampled completions of rows, as rows."""
+"""Completions of prompts, and of rows that hold prompts."""
 
-from collections import abc
-from collections.abc import Callable, Iterable, Iterator
+import dataclasses
+from collections import Counter, abc
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from distill.data import chat, dataset, sources
+from distill.data.examples import encode_prompt
 from distill.policy.policy import Policy
 from distill.rollout import sampler
+from distill.rollout.options import RolloutOptions
 from distill.rollout.sampling import Sampling
 from distill.rollout.sequence import Sequence
 from distill.runtime import run_files
@@ -17,11 +22,83 @@ from models.errors import RowError, UserError
 LocatedRows = Iterable[tuple[str, dict]]  # (where the row stands, its fields)
 
 
-def get_max_new_tokens(row: dict, where: str, default: int) -> int:
-    """How many new tokens a row may have: its own `max_new_tokens`, or the default.
+@dataclasses.dataclass(frozen=True)
+class SampleSpec:
+    """How prompts are completed. batch_size changes no completion, only how many decode at once."""
+
+    samples: int = 1  # completions of each prompt
+    max_new_tokens: int = 1024  # of each completion
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    seed: int = 0
+    batch_size: int = 32  # completions that decode together
+    stop_strings: tuple[str, ...] = ()  # texts that end a completion
+    top_logprobs: int = 0  # most likely tokens to record at each position
+
+
+def make_sample_spec(settings: Mapping[str, Any]) -> SampleSpec:
+    """Builds a spec from the settings that name its fields or those of Sampling; ignores others.
 
     Raises:
-      UserError: naming the row if its own is none.
+      UserError: naming the field of Sampling that is out of range.
+    """
+
+    def pick(cls: type) -> dict[str, Any]:
+        return {f.name: settings[f.name] for f in dataclasses.fields(cls) if f.name in settings}
+
+    return SampleSpec(**pick(SampleSpec), sampling=Sampling(**pick(Sampling)))
+
+
+def complete(
+    policy: Policy,
+    prompts: abc.Sequence[list[int]],
+    spec: SampleSpec,
+    *,
+    first: int = 0,
+    limits: abc.Sequence[int] | None = None,
+    counts: Counter[str] | None = None,
+    warm_up: bool = False,
+) -> Iterator[list[Sequence]]:
+    """Yields the completions of each prompt, `spec.samples` of them, in order.
+
+    Args:
+      first: the number of the first prompt. A call that resumes at prompt `first` draws what the
+        call over all prompts would have drawn.
+      limits: each prompt's own limit of new tokens; None: `spec.max_new_tokens` for all.
+      counts: see `sampler.sample`.
+      warm_up: compiles every program before this returns.
+
+    An empty prompt has no completions.
+    """
+    if limits is None:
+        limits = [spec.max_new_tokens] * len(prompts)
+    numbers_B, samples_B = np.divmod(np.arange(len(prompts) * spec.samples), spec.samples)
+    keys = sampler.make_row_keys(jax.random.key(spec.seed), numbers_B + first, samples_B)
+    max_length = max((len(p) + n for p, n in zip(prompts, limits, strict=True) if p), default=1)
+    completed = sampler.sample(
+        sampler.SamplingModel(policy.model, policy.params, policy.stop_ids),
+        (
+            Sequence(prompts[p], key, limits[p])
+            for p, key in zip(numbers_B, keys, strict=True)
+            if prompts[p]
+        ),
+        sampling=spec.sampling,
+        options=RolloutOptions(
+            spec.batch_size,
+            max_length=sampler.bucket_length(max_length),
+            top_logprobs=spec.top_logprobs,
+            warm_up=warm_up,
+        ),
+        counts=counts,
+        ended=_make_stop_check(policy.tokenizer, spec),
+    )
+    return ([next(completed) for _ in range(spec.samples if prompt else 0)] for prompt in prompts)
+
+
+def get_max_new_tokens(row: dict, where: str, default: int) -> int:
+    """Returns the row's own `max_new_tokens`, or the default.
+
+    Raises:
+      UserError: naming the row if its own is not a positive whole number.
     """
     limit = row.get("max_new_tokens", default)
     if type(limit) is not int or limit < 1:
@@ -32,13 +109,13 @@ def get_max_new_tokens(row: dict, where: str, default: int) -> int:
 def encode_row_prompt(
     subject: Policy, row: dict, where: str, thinking: bool, limit: int
 ) -> list[int]:
-    """The prompt of a row as token ids. Reads no parameters of `subject`.
+    """Encodes the prompt of a row as token ids. Reads no parameters of `subject`.
 
     Raises:
       RowError: if it is empty, or with `limit` new tokens exceeds the model's positions.
-      UserError: if the row has none that can be read. Both begin with `where`.
+      UserError: if the row has no readable prompt. Both messages begin with `where`.
     """
-    ids = dataset.encode_prompt(row, where, subject.tokenizer, thinking)
+    ids = encode_prompt(row, where, subject.tokenizer, thinking)
     dataset.require_ids(ids, subject.config.vocab_size, where)
     positions = subject.config.context_length
     if len(ids) + limit > positions:
@@ -52,23 +129,25 @@ def encode_row_prompt(
 def encode_row_prompts(
     subject: Policy, rows: LocatedRows, thinking: bool, max_new_tokens: int
 ) -> dataset.TokenLists:
-    """The prompt of each row; raises UserError naming the first that cannot be gone on from."""
+    """Encodes the prompt of each row. Raises UserError naming the first that does not encode."""
     return dataset.TokenLists(
         encode_row_prompt(subject, row, where, thinking, max_new_tokens) for where, row in rows
     )
 
 
 def format_completion(
-    tokenizer: PreTrainedTokenizerBase | None, sequence: Sequence, stop_strings: abc.Sequence[str]
+    tokenizer: PreTrainedTokenizerBase | None,
+    sequence: Sequence,
+    stop_strings: abc.Sequence[str],
 ) -> dict:
-    """A completion as it is written: cut after the first stop string."""
+    """Returns a completion as it is written, cut after its first stop string."""
     count, reason, text = len(sequence.tokens), sequence.finish_reason, None
     if tokenizer is not None:
-        finder = chat.StopStringMatcher(tokenizer, stop_strings)
-        stop_index = finder.feed(sequence.tokens[:count]) if stop_strings else None
+        matcher = chat.StopStringMatcher(tokenizer, stop_strings)
+        stop_index = matcher.feed(sequence.tokens[:count]) if stop_strings else None
         if stop_index is not None:
             count, reason = stop_index, "stop"
-        text = finder.cut_text(chat.decode(tokenizer, sequence.tokens[:count]))
+        text = matcher.cut_text(chat.decode(tokenizer, sequence.tokens[:count]))
     row = {"tokens": sequence.tokens[:count], "text": text, "logprobs": sequence.logprobs[:count]}
     if sequence.model_logprobs is not None and sequence.top_logprobs is not None:
         row["model_logprobs"] = sequence.model_logprobs[:count]
@@ -80,46 +159,33 @@ def generate_rows(
     subject: Policy,
     rows: sources.Rows,
     prompts: dataset.TokenLists,
+    spec: SampleSpec,
     *,
-    samples: int,
-    seed: int,
     limits: abc.Sequence[int],
-    sampling: Sampling,
-    batch_size: int,
-    stop_strings: abc.Sequence[str],
-    top_logprobs: int,
     errors: dict[int, str],
     first: int = 0,
 ) -> Iterator[dict]:
-    """Yields each row from number `first` on with its `prompt_tokens` and `samples`; within
-    `policy.use(subject)`. What a row draws does not depend on where one begins. Rows are read again
-    as they are written, and none is held for longer.
+    """Yields each row from number `first` on with its `prompt_tokens` and `samples`.
 
-    `errors` are those of rows, by number, and come to hold those that are found here: such a row
-    has an `error` and no samples.
+    Call it within `policy.use(subject)`. A row's samples do not depend on `first`. Rows are read
+    again as they are written, and none is kept in memory for longer.
+
+    Args:
+      limits: each row's limit of new tokens.
+      errors: row number → error; rows that fail here are added. Such a row has an `error` and no
+        samples.
     """
     if first == len(rows):
         return
-    completions = sampler.complete(
-        subject,
-        prompts[first:],
-        samples=samples,
-        key=jax.random.key(seed),
-        limits=limits[first:],
-        sampling=sampling,
-        batch_size=batch_size,
-        top_logprobs=top_logprobs,
-        ended=_make_stop_check(subject.tokenizer, stop_strings, batch_size),
-        first=first,
-    )
+    completions = complete(subject, prompts[first:], spec, first=first, limits=limits[first:])
     with run_files.show_progress(len(rows), first, "generate") as bar:
         for number, group in enumerate(completions, start=first):
             where, row = rows.locate_row(number), rows.read_row(number)
-            written = [format_completion(subject.tokenizer, c, stop_strings) for c in group]
-            bad = [len(s["tokens"]) for s in written if s["finish_reason"] == "error"]
-            if bad and number not in errors:
-                errors[number] = f"{where}: the logits are nan after {bad[0]} sampled tokens"
-            result = {"samples": written}
+            samples = [format_completion(subject.tokenizer, c, spec.stop_strings) for c in group]
+            failed = [len(s["tokens"]) for s in samples if s["finish_reason"] == "error"]
+            if failed and number not in errors:
+                errors[number] = f"{where}: the logits are nan after {failed[0]} sampled tokens"
+            result = {"samples": samples}
             if number in errors:
                 result = {"samples": [], "error": errors[number]}
             yield {**row, "prompt_tokens": prompts[number], **result}
@@ -127,26 +193,26 @@ def generate_rows(
 
 
 def _make_stop_check(
-    tokenizer: PreTrainedTokenizerBase | None, stop_strings: abc.Sequence[str], batch_size: int
+    tokenizer: PreTrainedTokenizerBase | None, spec: SampleSpec
 ) -> Callable[[Sequence], bool] | None:
-    """Whether a response that goes on has a stop string by now.
+    """Returns a check for a stop string in an unfinished sequence; None without stop strings.
 
-    Of the responses that were asked about last, twice as many as decode together, it knows how far
-    they were read. The others have ended; one that was parked for long is read from its start.
+    It remembers how far it read the most recently checked sequences, twice as many as decode
+    together. Older ones have usually ended; one that was parked for long is read from its start.
     """
-    if tokenizer is None or not stop_strings:
+    if tokenizer is None or not spec.stop_strings:
         return None
-    finders: dict[tuple[int, int], tuple[chat.StopStringMatcher, int]] = {}  # by the row's key
+    matchers: dict[tuple[int, int], tuple[chat.StopStringMatcher, int]] = {}  # by sequence key
 
-    def has_stop_string(row: Sequence) -> bool:
-        finder, num_read = finders.pop(row.key, None) or (
-            chat.StopStringMatcher(tokenizer, stop_strings),
+    def has_stop_string(sequence: Sequence) -> bool:
+        matcher, num_read = matchers.pop(sequence.key, None) or (
+            chat.StopStringMatcher(tokenizer, spec.stop_strings),
             0,
         )
-        found = finder.feed(row.tokens[num_read:]) is not None
-        finders[row.key] = finder, len(row.tokens)
-        if len(finders) > 2 * batch_size:
-            del finders[next(iter(finders))]
-        return found
+        is_matched = matcher.feed(sequence.tokens[num_read:]) is not None
+        matchers[sequence.key] = matcher, len(sequence.tokens)
+        if len(matchers) > 2 * spec.batch_size:
+            del matchers[next(iter(matchers))]
+        return is_matched
 
     return has_stop_string

@@ -1,10 +1,9 @@
 """The programs that sampling runs on the device: weights, an empty state, prompts, a segment.
 
-A fixed number of rows decodes together. Which sequence a row is, and where its tokens lie in the
-cache, is the host's affair (distill/rollout/scheduler.py): it comes as numbers with each call. On
-the device are the cache and the newest token of each row, which the next step begins with. The
-token at response position i of a row is drawn with fold_in(row key, i), so that a row's draws
-depend on nothing beside it.
+A fixed number of rows decodes together. The host decides which sequence each row decodes and in
+which pages its tokens lie (distill/rollout/scheduler.py), and passes that in with each call. The
+device keeps the cache and the newest token of each row, which the next step starts from. The token
+at response position i is drawn with fold_in(row key, i), so a row's draws depend on no other row.
 """
 
 import dataclasses
@@ -17,82 +16,82 @@ from jax.sharding import Mesh
 
 from distill.rollout.sampling import Sampling, compute_model_logp, draw_tokens, find_model_top
 from distill.runtime import mesh as mesh_lib
-from models.qwen3 import lora, model, moe, quantised
-from models.qwen3.model import Params, Qwen3
-from models.qwen3.pages import Pages, init_pages
-from models.qwen3.slabs import Slabs, init_slabs
+from models import transformer
+from models.layers import lora, moe, quantised
+from models.layers.pages import Pages, init_pages
+from models.layers.slabs import Slabs, init_slabs
+from models.transformer import Params, Transformer
 
-UNFINISHED, STOP, LENGTH, ERROR = range(
-    4
-)  # why a row ended: a stop token, its limit, logits of NaN
+# Why a row ended: a stop token, its limit, or NaN logits.
+UNFINISHED, STOP, LENGTH, ERROR = range(4)
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheShape:
-    """kind: slabs, or a kind of models.qwen3.pages. pages: of each row shard; of slabs its rows."""
+    """Size and kind of the key-value cache."""
 
-    backend: str
+    backend: str  # slabs, or a backend of models.layers.pages
     dtype: str
     rows: int  # that decode together
-    shards: int
-    pages: int
+    shards: int  # that the mesh splits the rows into
+    pages: int  # of each shard; for slabs its rows
     page_size: int  # tokens
-    max_pages_per_row: int  # pages that a row may have
+    max_pages_per_row: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """What the programs are compiled for."""
+    """Everything that the programs are compiled for."""
 
-    qwen3: Qwen3  # as `weights` returns it
+    model: Transformer  # from `prepare_weights`
     sampling: Sampling
     stop_ids: tuple[int, ...]
     cache: CacheShape
     segment: int  # decoding steps at most in one call of `decode`
-    top_logprobs: int = 0  # report so many of the likeliest tokens at each step
-    routing: bool = False  # report the experts that each token went to
+    top_logprobs: int = 0  # likeliest tokens to record at each step
+    routing: bool = False  # record the experts of each token
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """What stays on the device from one call to the next."""
+    """State that stays on the device between calls."""
 
     cache: Pages | Slabs
-    token_B: jax.Array  # int32: the newest of each row, not in the cache yet
+    token_B: jax.Array  # int32: the newest token of each row, not in the cache yet
     seen_BV: jax.Array | None  # bool: tokens of the response so far, for a presence penalty
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeOutput:
-    """What a call of `decode` drew: row b's tokens are tokens_WB[:count_B[b], b]."""
+    """Draws of one call of `decode`: row b's tokens are tokens_WB[:count_B[b], b]."""
 
     tokens_WB: jax.Array  # int32
-    logp_WB: jax.Array  # float32, of the distribution drawn from
-    count_reason_2B: jax.Array  # int32: how many tokens, and GOING, STOP, LENGTH or BAD
-    # On demand, of the model's own distribution:
-    model_logp_WB: jax.Array | None  # float32, of the tokens
-    top_ids_WBk: jax.Array | None  # int32, the likeliest tokens
-    top_logp_WBk: jax.Array | None  # float32
-    experts_WBLA: jax.Array | None = None  # int16, of a mixture: of the token that each step read
+    logp_WB: jax.Array  # float32, under the distribution drawn from
+    count_reason_2B: jax.Array  # int32: token counts, and UNFINISHED, STOP, LENGTH or ERROR
+    # Under the model's own distribution, with Decoder.top_logprobs:
+    model_logp_WB: jax.Array | None = None  # float32, of the tokens drawn
+    top_ids_WBk: jax.Array | None = None  # int32, the likeliest tokens
+    top_logp_WBk: jax.Array | None = None  # float32
+    # With Decoder.routing, int16: of the token that each step read.
+    experts_WBLA: jax.Array | None = None
 
 
 def prefers_stacked(mesh: Mesh) -> bool:
-    """Whether its platform decodes faster from weights that are stacked over layers. TPUs do; on
-    GPUs XLA cuts each layer out of them into memory before it reads it, at every step."""
+    """Returns true where decoding is faster from weights stacked over layers: on TPUs. On GPUs XLA
+    copies each layer out of the stack before it reads it, at every step."""
     return mesh.devices.flat[0].platform == "tpu"
 
 
 def get_min_rows(mesh: Mesh) -> int:
-    """The fewest rows that decode together: one in each part that the mesh splits rows in, on GPUs
-    two. Of a product with a single row XLA makes a multiplication and a sum there, with all that is
-    multiplied written to memory in between: 1.4 times the bytes of two rows."""
+    """Returns the fewest rows that decode together: one in each row shard; on GPUs two, because XLA
+    writes all terms of a single row's products to memory: 1.4 times the bytes of two rows."""
     return mesh_lib.count_row_shards(mesh) * (2 if mesh_lib.is_on_gpu(mesh) else 1)
 
 
 def prepare_weights(
-    qwen3: Qwen3,
+    model: Transformer,
     params: Params,
     mesh: Mesh,
     *,
@@ -100,24 +99,26 @@ def prepare_weights(
     gather_weights: bool,
     param_dtype: str,
     lora_params: Params | None = None,
-) -> tuple[Qwen3, Params]:
-    """The model as it decodes, and its variables: parameters in param_dtype ("": its own), which
-    may be one of 8 bits (models.qwen3.quantised), stacked over layers or not; and, `trained` beside
-    them, the factors of a LoRA.
+) -> tuple[Transformer, Params]:
+    """Returns the model as it decodes, and its variables: the parameters, and the factors of a LoRA
+    where lora_params are given.
 
-    gather_weights: no longer split over the mesh axes that also split the rows (experts still are), so
-    that no step has to fetch them; this takes the memory of all weights / tensor on each device.
+    Args:
+      stacked: parameters of all layers in one array, else one for each layer.
+      gather_weights: do not split the weights over the mesh axes that split rows (experts still
+        are), so that no step fetches them; takes the memory of all weights / tensor on each device.
+      param_dtype: "": the model's; may be one of 8 bits (models.layers.quantised).
     """
     rules = mesh_lib.GATHERED_RULES if gather_weights else mesh_lib.SHARDING_RULES
-    kind = None if lora_params is None or qwen3.lora is None else lora.with_unit_scale(qwen3.lora)
-    return qwen3.clone(scan=stacked, remat=False, lora=kind), convert_weights(
-        qwen3, params, lora_params, mesh=mesh, rules=rules, stacked=stacked, param_dtype=param_dtype
+    kind = None if lora_params is None or model.lora is None else lora.with_unit_scale(model.lora)
+    return model.clone(scan=stacked, remat=False, lora=kind), convert_weights(
+        model, params, lora_params, mesh=mesh, rules=rules, stacked=stacked, param_dtype=param_dtype
     )
 
 
-@functools.partial(jax.jit, static_argnames=("qwen3", "mesh", "rules", "stacked", "param_dtype"))
+@functools.partial(jax.jit, static_argnames=("model", "mesh", "rules", "stacked", "param_dtype"))
 def convert_weights(
-    qwen3: Qwen3,
+    model: Transformer,
     params: Params,
     lora_params: Params | None,
     mesh: Mesh,
@@ -125,33 +126,33 @@ def convert_weights(
     stacked: bool,
     param_dtype: str,
 ) -> Params:
-    """See `weights`. Cast once: every step reads all of them, else in float32."""
-    kind, dtype = quantised.split_dtypes(param_dtype or qwen3.dtype, qwen3.dtype)
+    """Converts weights for `prepare_weights`, once: every step reads all of them."""
+    kind, dtype = quantised.split_dtypes(param_dtype or model.dtype, model.dtype)
 
     def constrain_params(tree: Params, shapes: Params) -> Params:
         tree = jax.tree.map(
             lambda p, like: jax.lax.with_sharding_constraint(p, like.sharding), tree, shapes
         )
-        return tree if stacked else model.unstack_layers(tree, qwen3.config.num_hidden_layers)
+        return tree if stacked else transformer.unstack_layers(tree, model.config.num_hidden_layers)
 
     converted = quantised.quantise_params(params, kind, dtype)
     leaves = jax.tree.leaves(converted, is_leaf=quantised.is_quantised)
     dtypes = {x.values.dtype.name for x in leaves if quantised.is_quantised(x)}
-    shapes = mesh_lib.make_abstract_params(qwen3.config, mesh, rules=rules)
+    shapes = mesh_lib.make_abstract_params(model.config, mesh, rules=rules)
     shapes = quantised.quantise_shapes(shapes, dtypes.pop()) if dtypes else shapes
     variables = {"params": constrain_params(converted, shapes)}
     if lora_params is not None:
-        assert qwen3.lora is not None
-        factors, _ = lora.fold_scale(lora_params, qwen3.lora, qwen3.dtype)
-        shapes = mesh_lib.make_abstract_params(qwen3.config, mesh, qwen3.lora, rules)
+        assert model.lora is not None
+        factors, _ = lora.fold_scale(lora_params, model.lora, model.dtype)
+        shapes = mesh_lib.make_abstract_params(model.config, mesh, model.lora, rules)
         variables[lora.LORA] = constrain_params(factors, shapes)
     return variables
 
 
 @functools.partial(jax.jit, static_argnames="decoder")
 def init_state(decoder: Decoder) -> DecodeState:
-    """No row yet."""
-    config, c, seen_BV = decoder.qwen3.config, decoder.cache, None
+    """Returns an empty cache."""
+    config, c, seen_BV = decoder.model.config, decoder.cache, None
     if c.backend == "slabs":
         cache = init_slabs(config, c.rows, c.page_size, jnp.dtype(c.dtype))
     else:
@@ -161,8 +162,6 @@ def init_state(decoder: Decoder) -> DecodeState:
     return DecodeState(cache, mesh_lib.split_rows(jnp.zeros(c.rows, jnp.int32)), seen_BV)
 
 
-# The rows of `line_3XT`: tokens, their positions, and whose they are: a row of the part's table,
-# -1: padding.
 @functools.partial(jax.jit, static_argnames="decoder", donate_argnames="state")
 def prefill(
     decoder: Decoder,
@@ -173,18 +172,23 @@ def prefill(
     length_R: jax.Array,
     starts_XR: jax.Array,
 ) -> tuple[DecodeState, jax.Array | None]:
-    """Reads a line of T tokens for each shard into the cache, pieces of prompts one behind the
-    other. With their experts [X, T, L, A], where these are asked for.
+    """Reads a line of T tokens for each shard into the cache: pieces of prompts, one after another.
 
-    table_RN: the pages of R prompts; length_R: their tokens in the cache, once these are;
-    starts_XR: [X, R / X + 1], where their pieces begin in the line.
+    Args:
+      line_3XT: int32: tokens, positions, and rows of their shard's table (-1: padding).
+      table_RN: int32, pages of R prompts.
+      length_R: int32, tokens of each in the cache afterwards.
+      starts_XR: int32 [X, R / X + 1], where the pieces begin in the line.
+
+    Returns:
+      The state, and the experts [X, T, L, A] with Decoder.routing.
     """
     tokens_XT, position_XT, row_XT = map(mesh_lib.split_rows, line_3XT)
     table_RN, length_R, starts_XR = map(mesh_lib.split_rows, (table_RN, length_R, starts_XR))
     cache = state.cache.bind_tokens(table_RN, length_R, starts_XR, row_XT, position_XT)
     own_XT = (row_XT >= 0).astype(jnp.int32)
     _, cache, experts = _run_model(decoder, params, tokens_XT, position_XT, own_XT, cache)
-    return dataclasses.replace(state, cache=cache.bare()), experts
+    return dataclasses.replace(state, cache=cache.unbind_tokens()), experts
 
 
 def _run_model(
@@ -195,30 +199,22 @@ def _run_model(
     segments_BT: jax.Array,
     cache: Any,
 ) -> tuple[jax.Array, Any, jax.Array | None]:
-    applied: Any = decoder.qwen3.apply(
-        params,
-        tokens_BT,
-        positions_BT,
-        segments_BT,
-        cache,
-        mutable=[moe.CHOSEN] if decoder.routing else False,
+    mutable = [moe.CHOSEN] if decoder.routing else False
+    applied: Any = decoder.model.apply(
+        params, tokens_BT, positions_BT, segments_BT, cache, mutable=mutable
     )
     if not decoder.routing:
         return *applied, None
     (hidden_BTD, cache), variables = applied
-    return (
-        hidden_BTD,
-        cache,
-        mesh_lib.replicate_array(moe.get_chosen_experts(variables[moe.CHOSEN])),
-    )
+    experts = mesh_lib.replicate_array(moe.get_chosen_experts(variables[moe.CHOSEN]))
+    return hidden_BTD, cache, experts
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def mark_seen_tokens(
     state: DecodeState, fresh_B: jax.Array, row_token_2T: jax.Array
 ) -> DecodeState:
-    """Notes tokens that rows had before they came; row -1 is none. Those of rows that are fresh are
-    forgotten first."""
+    """Clears the rows in fresh_B, then marks (row, token) pairs as seen; row -1: none."""
     assert state.seen_BV is not None
     row_T, token_T = row_token_2T
     into_T = jnp.where(row_T < 0, state.seen_BV.shape[0], row_T)
@@ -229,7 +225,7 @@ def mark_seen_tokens(
 
 @jax.jit
 def resize(state: DecodeState, rows_XR: jax.Array) -> DecodeState:
-    """Of slabs, with fewer rows: entry i of a shard is its row rows_XR[x, i]; -1: none."""
+    """Returns slabs of fewer rows: row i of shard x is its old row rows_XR[x, i]; -1: none."""
     assert isinstance(state.cache, Slabs)
     rows_XR = mesh_lib.split_rows(rows_XR)
     X = rows_XR.shape[0]
@@ -243,9 +239,8 @@ def resize(state: DecodeState, rows_XR: jax.Array) -> DecodeState:
     return DecodeState(state.cache.gather_rows(rows_XR), take_rows(state.token_B), seen_BV)
 
 
-# What the host says of each row, as int32: its newest token, or -1: the one that the device has;
-# how many tokens the cache holds of it; how many were drawn for it, and may be at most; its key;
-# and whether it lives.
+# The host's int32 fields for each row: its newest token (-1: the device has it), its tokens in the
+# cache, the tokens drawn so far and at most, its key, and 1 where it decodes a sequence.
 ROW_FIELDS = ("token", "length", "drawn", "limit", "key0", "key1", "live")
 
 
@@ -259,31 +254,27 @@ def decode(
     table_BN: jax.Array,
     copies_2XC: jax.Array,
 ) -> tuple[DecodeState, DecodeOutput]:
-    """Draws `steps` tokens for each live row, or fewer: until it ends, or `bound` rows have.
+    """Draws up to `steps` tokens for each live row, until it or `bound` rows have ended.
 
-    about_7B: see ABOUT. copies_2XC: pages of each shard that are copied before (source, target).
+    Args:
+      steps_bound_2: int32.
+      row_fields_7B: int32, see ROW_FIELDS.
+      table_BN: int32, pages of each row.
+      copies_2XC: int32, pages of each shard to copy first (source, target); -1: none.
     """
-    head_VD = model.get_output_head(params["params"])
+    head_VD = transformer.get_output_head(params["params"])
     steps, bound = steps_bound_2
     order_XR = _order_live_first(row_fields_7B[-1], decoder.cache)
     rows = (row_fields_7B.T, table_BN, state.token_B, state.seen_BV)
     row_fields_B7, table_BN, newest_B, seen_BV = _reorder_rows(rows, order_XR)
     token_B, length_B, drawn_B, limit_B, *_, live_B = row_fields_B7.T
-    keys_B = jax.random.wrap_key_data(
-        jax.lax.bitcast_convert_type(row_fields_B7[:, 4:6], jnp.uint32)
-    )
+    key_data_B2 = jax.lax.bitcast_convert_type(row_fields_B7[:, 4:6], jnp.uint32)
+    keys_B = jax.random.wrap_key_data(key_data_B2)
     token_B = jnp.where(token_B < 0, newest_B, token_B)
-    source_XC, target_XC = map(mesh_lib.split_rows, copies_2XC)
-    cache = state.cache.copy_pages(source_XC, target_XC)
+    cache = state.cache.copy_pages(*map(mesh_lib.split_rows, copies_2XC))
     cache = cache.begin_segment(length_B, decoder.segment)
     start = _LoopState(
-        jnp.int32(0),
-        cache,
-        token_B,
-        length_B,
-        drawn_B,
-        live_B == 0,
-        seen_BV,
+        *(jnp.int32(0), cache, token_B, length_B, drawn_B, live_B == 0, seen_BV),
         _init_output(decoder, token_B.shape[0]),
     )
 
@@ -291,7 +282,7 @@ def decode(
         return (loop.step < steps) & (jnp.sum(loop.done_B) < bound)
 
     def body(loop: _LoopState) -> _LoopState:
-        view = loop.cache.step(table_BN, jnp.where(loop.done_B, 0, loop.length_B + 1))
+        view = loop.cache.bind_next_tokens(table_BN, jnp.where(loop.done_B, 0, loop.length_B + 1))
         hidden_B1D, view, experts_B1LA = _run_model(
             decoder,
             params,
@@ -301,11 +292,11 @@ def decode(
             view,
         )
         length_B = loop.length_B + ~loop.done_B
-        loop = dataclasses.replace(loop, cache=view.bare(), length_B=length_B)
+        loop = dataclasses.replace(loop, cache=view.unbind_tokens(), length_B=length_B)
         return _draw_step(decoder, head_VD, keys_B, limit_B, hidden_B1D[:, 0], experts_B1LA, loop)
 
     end = jax.lax.while_loop(is_running, body, start)
-    cache = end.cache.end(end.length_B - length_B)
+    cache = end.cache.end_segment(end.length_B - length_B)
     back_XR = None if order_XR is None else jnp.argsort(order_XR, axis=1)
     drawn = jax.tree.map(lambda x: x.swapaxes(0, 1), end.output)
     token_B, seen_BV, drawn = _reorder_rows((end.token_B, end.seen_BV, drawn), back_XR)
@@ -314,15 +305,15 @@ def decode(
 
 
 def _order_live_first(live_B: jax.Array, shape: CacheShape) -> jax.Array | None:
-    """[X, R]: the rows of each shard, those that decode before the others, of whose pages a kernel
-    then reads nothing. None of slabs, where rows lie as they do in the cache."""
+    """Returns the rows of each shard [X, R], live ones first: kernels then read no pages of the
+    others. None for slabs, whose rows lie as in the cache."""
     if shape.backend == "slabs":
         return None
     return jnp.argsort(live_B.reshape(shape.shards, -1) == 0, axis=1, stable=True)
 
 
 def _reorder_rows(tree: Any, order_XR: jax.Array | None) -> Any:
-    """Arrays [B, ...] whose rows are split, with those of each shard in this order."""
+    """Reorders the rows of each shard in arrays [B, ...] that are split by rows."""
     if order_XR is None:
         return jax.tree.map(mesh_lib.split_rows, tree)
 
@@ -337,7 +328,7 @@ def _reorder_rows(tree: Any, order_XR: jax.Array | None) -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _LoopState:
-    """What a segment's steps hand on."""
+    """State that one decoding step passes to the next."""
 
     step: jax.Array
     cache: Any
@@ -352,16 +343,16 @@ class _LoopState:
 def _init_output(decoder: Decoder, B: int) -> DecodeOutput:
     W, k = decoder.segment, decoder.top_logprobs
     tokens_WB, logp_WB = jnp.zeros((W, B), jnp.int32), jnp.zeros((W, B), jnp.float32)
-    count_reason_2B = jnp.zeros((2, B), jnp.int32)
-    experts_WBLA = None
+    output = DecodeOutput(tokens_WB, logp_WB, jnp.zeros((2, B), jnp.int32))
     if decoder.routing:
-        experts_WBLA = jnp.zeros((W, B, *decoder.qwen3.config.routing_shape), jnp.int16)
-    if not k:
-        return DecodeOutput(tokens_WB, logp_WB, count_reason_2B, None, None, None, experts_WBLA)
-    top_ids_WBk, top_logp_WBk = jnp.zeros((W, B, k), jnp.int32), jnp.zeros((W, B, k), jnp.float32)
-    return DecodeOutput(
-        tokens_WB, logp_WB, count_reason_2B, logp_WB, top_ids_WBk, top_logp_WBk, experts_WBLA
-    )
+        experts_WBLA = jnp.zeros((W, B, *decoder.model.config.routing_shape), jnp.int16)
+        output = dataclasses.replace(output, experts_WBLA=experts_WBLA)
+    if k:
+        ids_WBk, logp_WBk = jnp.zeros((W, B, k), jnp.int32), jnp.zeros((W, B, k), jnp.float32)
+        output = dataclasses.replace(
+            output, model_logp_WB=logp_WB, top_ids_WBk=ids_WBk, top_logp_WBk=logp_WBk
+        )
+    return output
 
 
 def _draw_step(
@@ -373,7 +364,7 @@ def _draw_step(
     experts_B1LA: jax.Array | None,
     loop: _LoopState,
 ) -> _LoopState:
-    """One token for each live row, from the hidden states of its newest."""
+    """Draws one token for each live row, from the hidden state of its newest token."""
     logits_BV = jnp.einsum("BD,VD->BV", hidden_BD, head_VD, preferred_element_type=jnp.float32)
     keys_B = jax.vmap(jax.random.fold_in)(keys_B, loop.drawn_B)
     tokens_B, logp_B = draw_tokens(logits_BV, keys_B, decoder.sampling, loop.seen_BV)

@@ -1,5 +1,5 @@
-"""What runs between two looks of the host: pages are handed out, prompts are read, a segment is
-decoded, and its tokens go to their sequences. The programs are those of distill/rollout/decode.py.
+"""Decodes sequences segment by segment: between two segments the host hands out pages, prompts are
+read, and tokens go to their sequences. The device programs are in distill/rollout/decode.py.
 """
 
 from collections import Counter, abc, deque
@@ -7,20 +7,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from distill.rollout import decode
 from distill.rollout.options import RolloutOptions, get_line_sizes, get_shrunk_rows
 from distill.rollout.scheduler import Scheduler, Slot
 from distill.rollout.sequence import Sequence
 from distill.runtime import mesh as mesh_lib
-from models.qwen3.model import Params
+from models.transformer import Params
 
-REFILL_DIVISOR = (
-    16  # part of the rows that must be free before a segment ends for the sequences waiting
-)
-
-SEEN_TOKENS_PER_CALL = 1024  # tokens told at once of sequences that go on under a presence penalty
+# While sequences wait, a segment ends once this part of the rows is free.
+REFILL_DIVISOR = 16
+SEEN_TOKENS_PER_CALL = 1024  # (row, token) pairs that mark_seen_tokens takes at once
 
 FINISH_REASONS = {
     decode.UNFINISHED: "",
@@ -29,26 +26,30 @@ FINISH_REASONS = {
     decode.ERROR: "error",
 }
 
-# Experts of a prompt: of each piece that was read, the line's, the shard, and its place in it.
+# Experts of a prompt, by pieces as they were read: (experts of the line, shard, start, count).
 ExpertPieces = list[tuple[Any, int, int, int]]
 
 
 class Engine:
-    """Decodes sequences; `advance` until there is nothing left to do."""
+    """Decodes sequences: call `advance` until it returns False.
+
+    All methods run within mesh_lib.use_mesh of the mesh that decodes.
+    """
 
     def __init__(
         self,
         decoder: decode.Decoder,
         params: Params,
-        mesh: Mesh,
         sequences: abc.Iterable[Sequence],
         options: RolloutOptions,
         version: int,
         counts: Counter[str],
         ended: abc.Callable[[Sequence], bool] | None,
     ) -> None:
-        self.decoder, self.params, self.mesh, self.options = decoder, params, mesh, options
+        self.decoder, self.params = decoder, params
         self.version, self.counts, self.ended = version, counts, ended
+        self.line_sizes = get_line_sizes(options, decoder.cache)
+        self.replicated = mesh_lib.make_replicated_sharding(jax.sharding.get_mesh())
         shape = decoder.cache
         self.shards = shape.shards
         self.rows = shape.rows // shape.shards  # of each shard
@@ -62,63 +63,48 @@ class Engine:
             pinned=shape.backend == "slabs",
         )
         self.state: decode.DecodeState | None = None
-        self.new_slots: list[Slot] = []  # seated, and not decoded yet
-        self.slot_pieces: dict[
-            int, ExpertPieces
-        ] = {}  # by the id of a seat that has just been read
-        self.prompt_pieces: dict[
-            int, ExpertPieces
-        ] = {}  # by shard, of the prompt that it read last
-        self.pending_experts: list[
-            tuple[Sequence, ExpertPieces]
-        ] = []  # began: prompts' experts are to be filed
+        self.new_slots: list[Slot] = []  # inserted, and not decoded yet
+        self.slot_pieces: dict[int, ExpertPieces] = {}  # by id of a slot that was just read
+        self.prompt_pieces: dict[int, ExpertPieces] = {}  # by shard, of the last prompt it read
+        self.pending_experts: list[tuple[Sequence, ExpertPieces]] = []  # of prompts, to harvest
+        # A segment to harvest: its output, the slots and their rows, and counts and reasons.
         self.pending_output: (
             tuple[decode.DecodeOutput, list[tuple[Slot, int]], np.ndarray] | None
         ) = None
 
     def advance(self, token_budget: int | None) -> bool:
-        """Seats sequences and starts a segment; files what the last one drew, while this one
-        runs; then waits to hear which it ended. False when there is nothing left to do."""
+        """Inserts sequences, starts a segment, harvests the tokens of the previous one while it
+        runs, then waits for it to end. Returns False when nothing is left to do."""
         scheduler, output = self.scheduler, None
-        if (scheduler.queue or any(scheduler.iter_slots())) and (
-            token_budget is None or token_budget > 0
-        ):
+        if not scheduler.is_done and (token_budget is None or token_budget > 0):
             self.insert_sequences()
             output = self.start_segment(token_budget) if any(scheduler.iter_slots()) else None
         self.harvest_tokens()
         if output is None:
             return False
-        # Of all that is read from the device, only this is waited for before it works again.
+        # The device idles for this transfer only; that of the tokens runs beside the next segment.
         count, reason = count_reason = np.asarray(jax.device_get(output.count_reason_2B))
-        slots = list(scheduler.iter_slots())
-        self.pending_output = (
-            output,
-            [(seat, self.get_row_index(seat)) for seat in slots],
-            count_reason,
-        )
+        slots = [(slot, self.get_row_index(slot)) for slot in scheduler.iter_slots()]
+        self.pending_output = output, slots, count_reason
         done = Counter(steps=int(count.max()), tokens=int(count.sum()))
         done["slot_steps"] = done["steps"] * len(count)
         if scheduler.queue:
             done["queued_tokens"], done["queued_slot_steps"] = done["tokens"], done["slot_steps"]
         self.counts.update(done, segments=1)
-        for slot in slots:
-            at = self.get_row_index(slot)
-            slot.length += int(count[at])
-            if reason[at] != decode.UNFINISHED:
+        for slot, row in slots:
+            slot.length += int(count[row])
+            if reason[row] != decode.UNFINISHED:
                 scheduler.release_slot(slot)
         return True
 
     def warm_up(self) -> None:
         """Calls every program with nothing to do, so that none is compiled later."""
-        decoder, size, before = self.decoder, self.shards * self.rows, self.counts.copy()
-        self.state = decode.init_state(decoder)
-        for T in get_line_sizes(self.options, decoder.cache):
+        counts_before = self.counts.copy()
+        self.state = decode.init_state(self.decoder)
+        for T in self.line_sizes:
             self.prefill_line([deque() for _ in range(self.shards)], T)
-        if decoder.sampling.presence_penalty:
-            nothing = np.full((SEEN_TOKENS_PER_CALL, 2), (-1, 0)).T
-            self.state = decode.mark_seen_tokens(
-                self.state, self.to_device(np.zeros(size)), self.to_device(nothing)
-            )
+        if self.decoder.sampling.presence_penalty:
+            self.mark_seen_tokens()
         self.start_segment(None)
         if few := self.get_shrunk_shard_rows():
             self.state = decode.resize(self.state, self.to_device(np.full((self.shards, few), -1)))
@@ -127,26 +113,24 @@ class Engine:
             self.rows = rows
         self.state = None
         self.counts.clear()
-        self.counts.update(before)
+        self.counts.update(counts_before)
 
     def get_row_index(self, slot: Slot) -> int:
-        """The row of the batch that a seat is."""
+        """Returns the slot's row among those of all shards."""
         return slot.shard * self.rows + slot.row
 
     def to_device(self, x: Any) -> jax.Array:
-        return mesh_lib.to_global_array(
-            np.asarray(x, np.int32), mesh_lib.make_replicated_sharding(self.mesh)
-        )
+        return mesh_lib.to_global_array(np.asarray(x, np.int32), self.replicated)
 
     def insert_sequences(self) -> None:
-        """Hands out pages and rows, and reads the prompts of those that come."""
+        """Hands out pages and rows, and reads the prompts of new slots."""
         if self.state is None:
             self.state = decode.init_state(self.decoder)
         if parked := self.scheduler.grow_slots():
             self.counts["parked"] += len(parked)
-            self.harvest_tokens()  # they go on from all their tokens
+            self.harvest_tokens()  # parked sequences need all their tokens to go on
         self.new_slots = self.scheduler.insert_waiting()
-        self.prefill_prompts([seat for seat in self.new_slots if seat.needs_prefill])
+        self.prefill_prompts([slot for slot in self.new_slots if slot.needs_prefill])
         if self.decoder.routing:
             for slot in self.new_slots:
                 if slot.length:
@@ -161,11 +145,12 @@ class Engine:
         return self.prompt_pieces[slot.shard]
 
     def resize_batch(self) -> None:
-        """Of slabs: goes on with fewer rows, once so few are left that these hold them."""
+        """Goes on with fewer rows of slabs, once they hold all that still decode."""
         few = self.get_shrunk_shard_rows()
-        most = max(len(list(self.scheduler.iter_slots(shard))) for shard in range(self.shards))
-        # Not at once: what has just come may be about to copy another row.
-        if not few or self.scheduler.queue or self.new_slots or most > few:
+        # Not beside new slots: these may have a row to copy.
+        if not few or self.scheduler.queue or self.new_slots:
+            return
+        if self.scheduler.count_fullest() > few:
             return
         assert self.state is not None
         rows_XR = self.scheduler.compact_rows(few)
@@ -174,44 +159,39 @@ class Engine:
         self.counts["resizes"] += 1
 
     def get_shrunk_shard_rows(self) -> int:
-        """The rows of a shard that the last sequences decode on with; 0: no fewer than now."""
+        """Returns the rows of a shard after `resize_batch`; 0: it cannot shrink any more."""
         few = get_shrunk_rows(self.decoder.cache) // self.shards
         return few if few < self.rows else 0
 
     def start_segment(self, token_budget: int | None) -> decode.DecodeOutput:
-        """Starts a segment; it ends early when there is something that the host could do."""
+        """Starts a segment, which ends early when the host has something to do."""
         assert self.state is not None
         slots, size = list(self.scheduler.iter_slots()), self.shards * self.rows
-        free, bound = size - len(slots), size
-        if self.scheduler.queue:
-            bound = free + max(1, size // REFILL_DIVISOR)
-        elif few := self.get_shrunk_shard_rows():
-            bound = max(size - self.shards * few, free + 1)
+        shrunk, is_waiting = self.shards * self.get_shrunk_shard_rows(), bool(self.scheduler.queue)
+        bound = size - len(slots) + count_ending_rows(size, len(slots), shrunk, is_waiting)
         steps = self.decoder.segment
         if token_budget is not None:
             steps = min(steps, -(-token_budget // len(slots)))
-        columns = self.decoder.cache.max_pages_per_row
         row_fields_7B = np.zeros((len(decode.ROW_FIELDS), size), np.int64)
-        table_BN = np.zeros((size, columns), np.int32)
+        table_BN = np.zeros((size, self.decoder.cache.max_pages_per_row), np.int32)
         copies_2XC = np.full((2, self.shards, self.rows), -1, np.int32)
-        copied = [0] * self.shards
-        fresh = {id(seat) for seat in self.new_slots}
+        num_copies = [0] * self.shards
+        new = {id(slot) for slot in self.new_slots}
         for slot in slots:
-            row, at = slot.sequence, self.get_row_index(slot)
-            token = row.tokens[-1] if row.tokens else row.prompt[-1]
-            drawn = slot.length + 1 - len(row.prompt)  # as far as is known here
-            row_fields_7B[:, at] = (
-                token if id(slot) in fresh else -1,
+            sequence, row = slot.sequence, self.get_row_index(slot)
+            token = sequence.tokens[-1] if sequence.tokens else sequence.prompt[-1]
+            row_fields_7B[:, row] = (
+                token if id(slot) in new else -1,
                 slot.length,
-                drawn,
-                row.limit,
-                *row.key,
+                slot.length + 1 - len(sequence.prompt),
+                sequence.limit,
+                *sequence.key,
                 1,
             )
-            table_BN[at, : len(slot.pages)] = slot.pages
-            if id(slot) in fresh and slot.page_copy:
-                copies_2XC[:, slot.shard, copied[slot.shard]] = slot.page_copy
-                copied[slot.shard] += 1
+            table_BN[row, : len(slot.pages)] = slot.pages
+            if id(slot) in new and slot.page_copy:
+                copies_2XC[:, slot.shard, num_copies[slot.shard]] = slot.page_copy
+                num_copies[slot.shard] += 1
         self.new_slots = []
         self.state, output = decode.decode(
             self.decoder,
@@ -225,67 +205,67 @@ class Engine:
         return output
 
     def harvest_tokens(self) -> None:
-        """Gives the tokens of the last segment to their sequences."""
-        for row, pieces in self.pending_experts:
-            experts = np.concatenate([np.asarray(x)[s, a : a + n] for x, s, a, n in pieces])
-            row.experts.append(experts[sum(map(len, row.experts)) :])
+        """Appends the draws of the last segment to their sequences."""
+        for sequence, pieces in self.pending_experts:
+            experts = np.concatenate(
+                [np.asarray(x)[shard, start : start + n] for x, shard, start, n in pieces]
+            )
+            sequence.experts.append(experts[sum(map(len, sequence.experts)) :])
         self.pending_experts = []
         if self.pending_output is None:
             return
         output, slots, (count, reason) = self.pending_output
         self.pending_output, output = None, jax.device_get(output)
-        for slot, at in slots:
-            row, n = slot.sequence, int(count[at])
-            row.tokens += output.tokens_WB[:n, at].tolist()
-            row.logprobs += output.logp_WB[:n, at].tolist()
-            row.versions += [self.version] * n
-            row.finish_reason = FINISH_REASONS[int(reason[at])]
+        for slot, row in slots:
+            sequence, n = slot.sequence, int(count[row])
+            sequence.tokens += output.tokens_WB[:n, row].tolist()
+            sequence.logprobs += output.logp_WB[:n, row].tolist()
+            sequence.versions += [self.version] * n
+            sequence.finish_reason = FINISH_REASONS[int(reason[row])]
             if output.experts_WBLA is not None:
-                row.experts.append(output.experts_WBLA[:n, at].copy())
+                sequence.experts.append(output.experts_WBLA[:n, row].copy())
             if self.decoder.top_logprobs:
-                ids, logp = output.top_ids_WBk[:n, at], output.top_logp_WBk[:n, at]
+                ids, logp = output.top_ids_WBk[:n, row], output.top_logp_WBk[:n, row]
                 pairs = zip(ids.tolist(), logp.tolist(), strict=True)
-                tops = [list(zip(*pair, strict=True)) for pair in pairs]
-                row.top_logprobs = (row.top_logprobs or []) + tops
-                own = output.model_logp_WB[:n, at].tolist()
-                row.model_logprobs = (row.model_logprobs or []) + own
-            if not row.finish_reason and self.ended and self.ended(row):
-                row.finish_reason = "stop"
+                top = [list(zip(*pair, strict=True)) for pair in pairs]
+                sequence.top_logprobs = (sequence.top_logprobs or []) + top
+                model_logp = output.model_logp_WB[:n, row].tolist()
+                sequence.model_logprobs = (sequence.model_logprobs or []) + model_logp
+            if not sequence.finish_reason and self.ended and self.ended(sequence):
+                sequence.finish_reason = "stop"
                 if slot.pages:
                     self.scheduler.release_slot(slot)
 
     def mark_seen_tokens(self) -> None:
-        """Tells the device which tokens the sequences that come have drawn already."""
+        """Tells the device which tokens the sequences of new slots have already drawn."""
         assert self.state is not None
-        fresh = np.zeros(self.shards * self.rows, np.int32)
+        fresh_B = np.zeros(self.shards * self.rows, np.int32)
+        fresh_B[[self.get_row_index(slot) for slot in self.new_slots]] = 1
         pairs = [
-            (self.get_row_index(seat), token)
-            for seat in self.new_slots
-            for token in {*seat.sequence.tokens}
+            (self.get_row_index(slot), token)
+            for slot in self.new_slots
+            for token in {*slot.sequence.tokens}
         ]
-        for slot in self.new_slots:
-            fresh[self.get_row_index(slot)] = 1
         for start in range(0, max(1, len(pairs)), SEEN_TOKENS_PER_CALL):
-            piece = pairs[start : start + SEEN_TOKENS_PER_CALL]
-            piece += [(-1, 0)] * (SEEN_TOKENS_PER_CALL - len(piece))
-            cleared = self.to_device(fresh if start == 0 else np.zeros_like(fresh))
+            chunk = pairs[start : start + SEEN_TOKENS_PER_CALL]
+            chunk += [(-1, 0)] * (SEEN_TOKENS_PER_CALL - len(chunk))
+            cleared = self.to_device(fresh_B if start == 0 else np.zeros_like(fresh_B))
             self.state = decode.mark_seen_tokens(
-                self.state, cleared, self.to_device(np.array(piece).T)
+                self.state, cleared, self.to_device(np.array(chunk).T)
             )
 
     def prefill_prompts(self, slots: list[Slot]) -> None:
-        """Reads what each has, but for its last token, into the cache: line after line."""
-        self.slot_pieces = {id(seat): [] for seat in slots}
+        """Reads all tokens of the slots but the last into the cache, line by line."""
+        self.slot_pieces = {id(slot): [] for slot in slots}
         waiting: list[deque[tuple[Slot, int]]] = [deque() for _ in range(self.shards)]
         for slot in slots:
             waiting[slot.shard].append((slot, 0))
-        sizes = get_line_sizes(self.options, self.decoder.cache)
         while any(waiting):
-            left = max(sum(seat.length - at for seat, at in shard) for shard in waiting)
-            self.prefill_line(waiting, next((size for size in sizes if size >= left), sizes[-1]))
+            left = max(sum(slot.length - start for slot, start in shard) for shard in waiting)
+            self.prefill_line(waiting, choose_line_size(self.line_sizes, left))
 
     def prefill_line(self, waiting: list[deque[tuple[Slot, int]]], T: int) -> None:
-        """Reads what comes next in each shard, T tokens at most."""
+        """Reads the next T tokens at most of each shard, from (slot, first token to read)."""
         assert self.state is not None
         X, R, N = self.shards, self.rows, self.decoder.cache.max_pages_per_row
         line_3XT = np.zeros((3, X, T), np.int32)
@@ -323,3 +303,16 @@ class Engine:
             self.counts["prompt_tokens"] += count
         self.counts["read_tokens"] += X * T
         mesh_lib.wait_on_cpu(self.state)
+
+
+def choose_line_size(sizes: abc.Sequence[int], tokens: int) -> int:
+    """Returns the smallest size that takes so many tokens, else the largest."""
+    return next((size for size in sizes if size >= tokens), sizes[-1])
+
+
+def count_ending_rows(size: int, active: int, shrunk: int, is_waiting: bool) -> int:
+    """Returns how many of the `active` rows, of `size`, must end before the segment does: part of
+    the rows while sequences wait, else so many that `shrunk` rows (0: off) hold the others."""
+    if is_waiting:
+        return max(1, size // REFILL_DIVISOR)
+    return max(1, active - shrunk) if shrunk else active

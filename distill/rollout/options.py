@@ -9,62 +9,61 @@ from jax.sharding import Mesh
 from distill.policy.policy import DTYPES, PARAM_DTYPES
 from distill.rollout.decode import CacheShape, get_min_rows
 from distill.runtime import mesh as mesh_lib
+from models.checks import Range, check_fields
+from models.config import Config
 from models.errors import UserError
-from models.qwen3 import pages
-from models.qwen3.config import Config
+from models.layers import pages
 
 CACHE_DTYPES = (*DTYPES, "int8", "float8_e4m3fn")
 DEFAULT_PAGE_SIZE = 128  # tokens
-SHRINK_DIVISOR = 4  # of slabs: the part of the rows that the last sequences decode on with
-OVERSUBSCRIPTION = (
-    3  # times the longest sequences that a pool holds: how many sequences decode from it
-)
+SHRINK_DIVISOR = 4  # slabs: the last sequences decode on with this part of the rows
+# A pool of pages serves this many times the sequences that it could hold at full length.
+OVERSUBSCRIPTION = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutOptions:
-    """Nothing here changes what is drawn."""
+    """How to sample, and what to record. Nothing here changes what is drawn."""
 
-    slots: int = 0  # rows that decode together, rounded up to what the mesh divides; 0: see CROWD
-    max_length: int = 0  # tokens of prompt and response that a sequence may have; 0: as at hand
-    segment: int = 64  # steps at most between two looks of the host
-    prefill_chunk: int = 512  # tokens of prompts that each part of the rows reads in one call
-    cache_tokens: int = 0  # that the cache holds in all; 0: as many as `slots` sequences may have
-    page_size: int = 0  # tokens of a page; 0: PAGE
-    cache_dtype: str = ""  # of CACHE_DTYPES; "": that of the model
-    param_dtype: str = ""  # of the weights, see decode.weights
-    gather_weights: bool = True
-    cache_backend: str = ""  # of CacheShape.kind; "": what the platform prefers
+    slots: int = 0  # rows that decode together, rounded up to what the mesh divides; 0: as fit
+    max_length: int = 0  # tokens of prompt and response; 0: those of the longest sequence
+    segment: int = 64  # decoding steps at most between two turns of the host
+    prefill_chunk: int = 512  # prompt tokens that each row shard reads in one call
+    cache_tokens: int = 0  # that the cache holds in all; 0: enough for `slots` full sequences
+    page_size: int = 0  # tokens of a page; 0: DEFAULT_PAGE_SIZE
+    cache_dtype: str = ""  # one of CACHE_DTYPES; "": that of the model
+    param_dtype: str = ""  # of the weights that decode, see decode.prepare_weights
+    gather_weights: bool = True  # each row shard holds all weights
+    cache_backend: str = ""  # see CacheShape.backend; "": the platform's
     stacked: bool | None = None  # weights, over layers; None: what the platform prefers
+    top_logprobs: int = 0  # record the model's own log-probabilities: this many of the likeliest
+    routing: bool = False  # record the experts of all tokens but the last, which is never read
+    warm_up: bool = False  # compile all programs first, also those that these sequences do not need
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("slots", 0),
-            ("segment", 1),
-            ("prefill_chunk", 1),
-            ("cache_tokens", 0),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)}: must be {least} or more")
-        if self.page_size < 0:
-            raise UserError(f"page_size={self.page_size}: must be 0 (the default) or more")
-        for name, known in (("cache_dtype", CACHE_DTYPES), ("param_dtype", PARAM_DTYPES)):
-            if (value := getattr(self, name)) not in ("", *known):
-                raise UserError(f"{name}={value!r}: must be {', '.join(known)} or empty")
+        check_fields(
+            self,
+            {
+                "slots": Range(),
+                "segment": Range(1),
+                "prefill_chunk": Range(1),
+                "cache_tokens": Range(),
+                "page_size": Range(off="the default"),
+                "cache_dtype": ("", *CACHE_DTYPES),
+                "param_dtype": ("", *PARAM_DTYPES),
+            },
+        )
 
     def get_max_sequence_tokens(self, mesh: Mesh) -> int:
-        """The tokens that a sequence may have: each part of the rows must hold at least one."""
-        return (
-            self.cache_tokens // mesh_lib.count_row_shards(mesh)
-            if self.cache_tokens
-            else sys.maxsize
-        )
+        """Returns the tokens that a sequence may have: each row shard must hold at least one."""
+        if not self.cache_tokens:
+            return sys.maxsize
+        return self.cache_tokens // mesh_lib.count_row_shards(mesh)
 
 
 def choose_cache_backend(mesh: Mesh, config: Config) -> str:
-    """The kind of cache for a platform: pages, read by its kernel; on CPUs slabs."""
-    platform = mesh.devices.flat[0].platform
-    if platform == "tpu":
+    """Returns the platform's cache: pages and the kernel that reads them, or slabs on CPUs."""
+    if mesh.devices.flat[0].platform == "tpu":
         return "ragged" if config.head_dim % 128 == 0 else "plain"
     return "gpu" if mesh_lib.is_on_gpu(mesh) else "slabs"
 
@@ -72,36 +71,32 @@ def choose_cache_backend(mesh: Mesh, config: Config) -> str:
 def make_cache_shape(
     options: RolloutOptions, config: Config, mesh: Mesh, dtype: str, count: int, max_length: int
 ) -> CacheShape:
-    """The cache for `count` sequences of at most `longest` tokens, on the mesh that decodes.
+    """Returns the cache for `count` sequences of at most `max_length` tokens on a decoding mesh.
 
     Raises:
-      UserError: if it cannot hold one, or the kernel does not take such pages.
+      UserError: if it cannot hold one sequence, or the kernel does not take such pages.
     """
     shards, least = mesh_lib.count_row_shards(mesh), get_min_rows(mesh)
-    backend, dtype = (
-        options.cache_backend or choose_cache_backend(mesh, config),
-        options.cache_dtype or dtype,
-    )
+    backend = options.cache_backend or choose_cache_backend(mesh, config)
+    dtype = options.cache_dtype or dtype
     max_length = options.max_length or max_length
-    if options.get_max_sequence_tokens(mesh) < max_length:
+    if (capacity := options.get_max_sequence_tokens(mesh)) < max_length:
         raise UserError(
-            f"cache_tokens={options.cache_tokens}: leaves {options.get_max_sequence_tokens(mesh)} tokens for a "
-            f"sequence, which may have {max_length}"
+            f"cache_tokens={options.cache_tokens}: leaves {capacity} tokens for a sequence, which "
+            f"may have {max_length}"
         )
     tokens = options.cache_tokens or (options.slots or count) * max_length
     rows = min(options.slots or OVERSUBSCRIPTION * tokens // max_length, count)
     if backend == "slabs":
         if jnp.dtype(dtype).itemsize == 1 and dtype != "int8":
-            raise UserError(f"cache_dtype={dtype}: is of pages; slabs, on CPUs, take int8")
+            raise UserError(f"cache_dtype={dtype}: needs a paged cache; on CPUs take int8")
         rows = max(least, min(-(-rows // least) * least, tokens // max_length // least * least))
         return CacheShape(backend, dtype, rows, shards, rows // shards, max_length, 1)
     page = options.page_size or DEFAULT_PAGE_SIZE
     rows = max(1, -(-rows // least)) * least
     columns = -(-max_length // page)
     num_pages = max(columns, min(tokens // (shards * page), rows // shards * columns))
-    field = (
-        f"page_size={page}" if not options.cache_dtype else f"page_size={page}, cache_dtype={dtype}"
-    )
+    field = f"page_size={page}" + (f", cache_dtype={dtype}" if options.cache_dtype else "")
     if backend != "plain":
         pages.check_page_size(page, config, mesh.shape["tensor"], jnp.dtype(dtype), backend, field)
         pages.check_table_size(rows // shards, columns, backend, field)
@@ -109,19 +104,20 @@ def make_cache_shape(
 
 
 def get_shrunk_rows(shape: CacheShape) -> int:
-    """Of slabs: the rows that the last sequences decode on with, once they are enough; 0: all."""
+    """Returns the rows that the last sequences decode on with (slabs only); 0: all rows."""
     shrunk = -(-(shape.rows // shape.shards) // SHRINK_DIVISOR) * shape.shards
     return shrunk if shape.backend == "slabs" and shrunk < shape.rows else 0
 
 
 def get_segment_steps(options: RolloutOptions, shape: CacheShape) -> int:
-    """Decoding steps at most in one segment. Of slabs fewer: each step reads the whole buffer of
-    what the segment has added."""
+    """Returns the decoding steps at most in one segment. Slabs take fewer: each step reads the
+    whole buffer of what the segment has added."""
     return min(options.segment, 32) if shape.backend == "slabs" else options.segment
 
 
 def get_line_sizes(options: RolloutOptions, shape: CacheShape) -> tuple[int, ...]:
-    """Tokens of a line of prompts: many at once, or few where few are waiting."""
+    """Returns the token counts that a line of prompts may have: a large one and, for few tokens, a
+    small one."""
     # A CPU takes 128 tokens in about the time of 64 in two lines: it reads the weights once.
     most = min(options.prefill_chunk, 128) if shape.backend == "slabs" else options.prefill_chunk
     return tuple(sorted({max(min(most, 32), most // 8), most}))

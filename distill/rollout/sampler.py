@@ -1,10 +1,11 @@
-"""Sampling: sequences in, each once and in order, with what was drawn for it.
+"""Samples sequences: each comes back once, in order, with what was drawn for it.
 
-Randomness belongs to a sequence: `row_keys` folds (prompt, sample) into the key of the step, and
-each token's position into that. So its draws are the same alone, in any batch, in any order, on any
-mesh, and where it was parked and went on later.
+Randomness belongs to the sequence: `make_row_keys` folds (prompt, sample) into the key of a step,
+and each token's position is folded into that. So a sequence's draws are the same alone, in any
+batch, in any order, on any mesh, and after it was parked.
 """
 
+import dataclasses
 from collections import Counter, abc, deque
 
 import jax
@@ -13,7 +14,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distill.data import dataset
-from distill.policy.policy import Policy
 from distill.rollout import decode
 from distill.rollout.engine import Engine
 from distill.rollout.options import RolloutOptions, get_segment_steps, make_cache_shape
@@ -21,7 +21,22 @@ from distill.rollout.sampling import Sampling
 from distill.rollout.sequence import Sequence
 from distill.runtime import mesh as mesh_lib
 from models.errors import UserError
-from models.qwen3.model import Params, Qwen3
+from models.transformer import Params, Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingModel:
+    """A model to sample from."""
+
+    transformer: Transformer
+    params: Params  # on the mesh whose devices sample
+    stop_ids: tuple[int, ...]  # tokens that end a response
+    lora_params: Params | None = None  # the factors of a LoRA, if transformer has one
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh that decodes, of the devices that hold the parameters."""
+        return mesh_lib.to_decode_mesh(jax.tree.leaves(self.params)[0].sharding.mesh)
 
 
 def make_row_keys(
@@ -29,8 +44,8 @@ def make_row_keys(
     prompts_B: abc.Sequence[int] | np.ndarray,
     samples_B: abc.Sequence[int] | np.ndarray,
 ) -> list[tuple[int, int]]:
-    """Each sequence's key (its data), from the key of a step and the numbers of prompt and
-    sample."""
+    """Returns each sequence's key data, from the key of a step and the numbers of its prompt and
+    its sample."""
     keys_B2 = _fold_row_keys(key, np.asarray(prompts_B, np.int32), np.asarray(samples_B, np.int32))
     return [(int(a), int(b)) for a, b in np.asarray(jax.device_get(keys_B2))]
 
@@ -45,7 +60,8 @@ def _fold_row_keys(key: jax.Array, prompts_B: jax.Array, samples_B: jax.Array) -
 def expand_prompts(
     examples: abc.Sequence[dataset.Example], samples: int, key: jax.Array, limit: int
 ) -> list[Sequence]:
-    """`samples` sequences for each example, of at most `limit` tokens, under the key of a step."""
+    """Returns `samples` sequences for each example, of at most `limit` response tokens, under the
+    key of a step."""
     numbers_B, samples_B = np.divmod(np.arange(len(examples) * samples), samples)
     keys = make_row_keys(key, numbers_B, samples_B)
     return [
@@ -64,82 +80,81 @@ def expand_prompts(
 
 
 def sample(
-    qwen3: Qwen3,
-    params: Params,
+    model: SamplingModel,
     sequences: abc.Iterable[Sequence],
     *,
     sampling: Sampling,
-    stop_ids: tuple[int, ...],
     options: RolloutOptions,
     version: int = 0,
     token_budget: int | None = None,
     counts: Counter[str] | None = None,
-    top_logprobs: int = 0,
-    routing: bool = False,
     ended: abc.Callable[[Sequence], bool] | None = None,
-    warm_up: bool = False,
-    lora_params: Params | None = None,
 ) -> abc.Iterator[Sequence]:
-    """Continues sequences, and yields each once, in order, as soon as it and those before end; it
-    is not held any longer then.
+    """Continues sequences; yields each once, in order, as soon as it and all before it have ended,
+    and then drops it. The weights are copied before this returns: the model's may then be donated.
 
-    One that has tokens already goes on from them. With a `budget`, sampling stops when so many
-    tokens were drawn in all (or up to one a row more), and sequences that have not ended come
-    without a reason: parked, to go on later. `version` is noted with each token. With
-    `top_logprobs`, they have the model's own log-probabilities too, and those of so many tokens;
-    with `routing`, the experts of all tokens but the last, which is never read. `ended` is asked of
-    sequences that go on, now and then, and may end them: stop strings. What was done is added to
-    `counts`: `tokens` drawn, `steps` and `slot_steps` (steps x rows) of decoding, of these
-    `queued_tokens` and `queued_slot_steps` while sequences were waiting, `prompt_tokens` read and
-    `read_tokens` with padding, `segments`, sequences `parked` to make room. `warm_up` compiles all
-    programs first, also those that these sequences do not need. `trained` is the LoRA beside
-    `params`, of a model that has one.
-
-    The weights are taken before it returns, and what they are of may then be donated.
+    Args:
+      sequences: new ones, or ones with tokens, which go on from these.
+      version: of the weights, recorded with each token.
+      token_budget: stop after so many tokens in all (or up to one a row more); unfinished sequences
+        then come without a finish_reason, and another call may go on with them.
+      counts: added to: `tokens` drawn; `steps` of decoding, `slot_steps` (steps x rows), and
+        `queued_tokens`, `queued_slot_steps` of them while sequences waited; `prompt_tokens` read,
+        and `read_tokens` with padding; `segments`; sequences `parked` to make room; `resizes`.
+      ended: asked now and then of unfinished sequences; ends those for which it is true (stop
+        strings).
 
     Raises:
-      UserError: naming the first sequence whose prompt is empty, or which does not fit the cache,
+      UserError: naming the first sequence whose prompt is empty or which does not fit the cache,
         before anything runs.
     """
-    sampling.check_vocab_size(qwen3.config.vocab_size)
-    mesh = mesh_lib.to_decode_mesh(jax.tree.leaves(params)[0].sharding.mesh)
-    waiting = deque(sequences)
-    for number, row in enumerate(waiting):
-        _check_sequence(row, row.where or f"row {number}", options, mesh)
-    stacked = decode.prefers_stacked(mesh) if options.stacked is None else options.stacked
+    transformer, mesh, waiting = model.transformer, model.mesh, deque(sequences)
+    sampling.check_vocab_size(transformer.config.vocab_size)
+    for number, sequence in enumerate(waiting):
+        _check_sequence(sequence, sequence.where or f"row {number}", options, mesh)
+    dtype, max_length = (
+        jnp.dtype(transformer.dtype).name,
+        max((s.max_length for s in waiting), default=1),
+    )
+    num_unfinished = sum(not s.finish_reason for s in waiting)
+    shape = make_cache_shape(
+        options, transformer.config, mesh, dtype, max(1, num_unfinished), max_length
+    )
     with mesh_lib.use_mesh(mesh):
-        qwen3, params = decode.prepare_weights(
-            qwen3,
-            params,
+        transformer, params = decode.prepare_weights(
+            transformer,
+            model.params,
             mesh,
-            stacked=stacked,
+            stacked=decode.prefers_stacked(mesh) if options.stacked is None else options.stacked,
             gather_weights=options.gather_weights,
             param_dtype=options.param_dtype,
-            lora_params=lora_params,
+            lora_params=model.lora_params,
         )
-    dtype, max_length = jnp.dtype(qwen3.dtype).name, max((s.max_length for s in waiting), default=1)
-    num_unfinished = sum(not s.finish_reason for s in waiting)
-    shape = make_cache_shape(options, qwen3.config, mesh, dtype, max(1, num_unfinished), max_length)
-    steps = get_segment_steps(options, shape)
-    decoder = decode.Decoder(qwen3, sampling, stop_ids, shape, steps, top_logprobs, routing)
-    counts = Counter() if counts is None else counts
-    engine = Engine(decoder, params, mesh, waiting, options, version, counts, ended)
-    if warm_up:
-        with mesh_lib.use_mesh(mesh):
+        decoder = decode.Decoder(
+            transformer,
+            sampling,
+            model.stop_ids,
+            shape,
+            get_segment_steps(options, shape),
+            options.top_logprobs,
+            options.routing,
+        )
+        counts = Counter() if counts is None else counts
+        engine = Engine(decoder, params, waiting, options, version, counts, ended)
+        if options.warm_up:
             engine.warm_up()
-    return _yield_finished(engine, waiting, token_budget)
+    return _yield_finished(engine, waiting, token_budget, mesh)
 
 
 def _yield_finished(
-    engine: Engine, waiting: deque[Sequence], token_budget: int | None
+    engine: Engine, waiting: deque[Sequence], token_budget: int | None, mesh: Mesh
 ) -> abc.Iterator[Sequence]:
     counts, before = engine.counts, engine.counts["tokens"]
 
     def advance_engine() -> bool:
-        with mesh_lib.use_mesh(engine.mesh):
-            return engine.advance(
-                None if token_budget is None else token_budget + before - counts["tokens"]
-            )
+        left = None if token_budget is None else token_budget + before - counts["tokens"]
+        with mesh_lib.use_mesh(mesh):
+            return engine.advance(left)
 
     while advance_engine():
         while waiting and waiting[0].finish_reason:
@@ -148,62 +163,19 @@ def _yield_finished(
         yield waiting.popleft()
 
 
-def _check_sequence(row: Sequence, where: str, options: RolloutOptions, mesh: Mesh) -> None:
-    if not row.prompt:
+def _check_sequence(sequence: Sequence, where: str, options: RolloutOptions, mesh: Mesh) -> None:
+    if not sequence.prompt:
         raise UserError(f"{where}: the prompt is empty")
-    max_tokens = min(options.max_length or row.max_length, options.get_max_sequence_tokens(mesh))
-    if row.max_length > max_tokens:
+    length = sequence.max_length
+    max_tokens = min(options.max_length or length, options.get_max_sequence_tokens(mesh))
+    if length > max_tokens:
         raise UserError(
-            f"{where}: a prompt of {len(row.prompt)} tokens and {row.limit} new ones exceed "
-            f"the {max_tokens} tokens that the cache has for a row"
+            f"{where}: a prompt of {len(sequence.prompt)} tokens and {sequence.limit} new ones "
+            f"exceed the {max_tokens} tokens that the cache has for a row"
         )
 
 
-def complete(
-    policy: Policy,
-    prompts: abc.Sequence[list[int]],
-    *,
-    samples: int,
-    key: jax.Array,
-    limits: abc.Sequence[int],
-    sampling: Sampling,
-    batch_size: int,
-    first: int = 0,
-    counts: Counter[str] | None = None,
-    top_logprobs: int = 0,
-    ended: abc.Callable[[Sequence], bool] | None = None,
-    warm_up: bool = False,
-) -> abc.Iterator[list[Sequence]]:
-    """Yields the `samples` completions of each prompt, in order; `batch_size` rows decode at once.
-
-    Those of prompt i have at most limits[i] new tokens. For the rest see `sample`.
-
-    `first` is the number of the first prompt: a call that goes on where another stopped draws what
-    that one would have drawn. An empty prompt has no completions.
-    """
-    numbers_B, samples_B = np.divmod(np.arange(len(prompts) * samples), samples)
-    keys = make_row_keys(key, numbers_B + first, samples_B)
-    max_length = max((len(p) + n for p, n in zip(prompts, limits, strict=True) if p), default=1)
-    done = sample(
-        policy.model,
-        policy.params,
-        (
-            Sequence(prompts[p], k, limits[p])
-            for p, k in zip(numbers_B, keys, strict=True)
-            if prompts[p]
-        ),
-        sampling=sampling,
-        stop_ids=policy.stop_ids,
-        options=RolloutOptions(batch_size, max_length=bucket_length(max_length)),
-        counts=counts,
-        top_logprobs=top_logprobs,
-        ended=ended,
-        warm_up=warm_up,
-    )
-    return ([next(done) for _ in range(samples if prompt else 0)] for prompt in prompts)
-
-
 def bucket_length(length: int) -> int:
-    """A length rounded up, by a quarter or 15 tokens at most, to one of few: each is compiled."""
+    """Rounds a length up, by a quarter or 15 tokens at most, to one of a few that are compiled."""
     step = max(16, 2 ** (length - 1).bit_length() // 8)
     return -(-length // step) * step

@@ -1,11 +1,11 @@
-"""One token from one row of logits: the distribution it is drawn from, and the draw.
+"""Draws one token from each row of logits, from a tempered and truncated distribution.
 
-Each row brings its own key, and nothing that is computed for a row depends on the others: its
-draws are the same alone, in any batch, in any order and on any mesh.
+Each row has its own key, and nothing computed for a row depends on the others: its draws are the
+same alone, in any batch, in any order and on any mesh.
 
-Nothing here sorts a vocabulary. A truncation is a floor: a token is kept if its tempered logit is
-at least that. So a set of kept tokens depends on the logits alone, never on how equal ones happen
-to be ordered: tokens that tie with the last one kept are kept too.
+Nothing here sorts a vocabulary. A truncation is a floor: a token is kept if its tempered logit
+reaches it. So the set of kept tokens depends on the logits alone, not on the order of equal ones:
+tokens that tie with the last one kept are kept too.
 """
 
 import dataclasses
@@ -14,22 +14,23 @@ import math
 import jax
 import jax.numpy as jnp
 
+from models.checks import Range, check_fields
 from models.errors import UserError
 
-NUCLEUS_CANDIDATES = 128  # tokens among which a top_p nucleus is looked for first
-MAX_BLOCKS = 128  # blocks (or tokens of a block) that a vocabulary is cut into, where it divides
+NUCLEUS_CANDIDATES = 128  # likeliest tokens in which a top_p nucleus is searched first
+MAX_BLOCKS = 128  # blocks that a vocabulary is cut into, or tokens of a block; a divisor is taken
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """The distribution that tokens are drawn from: softmax(logits / temperature), truncated.
 
-    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 truncate nothing (what training uses).
-    presence_penalty is subtracted once from the logit of each token that the response has so far,
-    the prompt not counted: OpenAI's and vLLM's meaning.
+    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 truncate nothing, as in training.
+    presence_penalty is subtracted once from the logit of each token that the response (not the
+    prompt) contains, as in OpenAI's API and vLLM.
 
     Raises:
-      UserError: naming the field that cannot be, and its value.
+      UserError: naming the field that is out of bounds, and its value.
     """
 
     temperature: float = 1.0
@@ -39,28 +40,32 @@ class Sampling:
     presence_penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        # Written so that nan fails. Logits over less than 1e-6 could be infinite.
-        if not (self.temperature == 0 or 1e-6 <= self.temperature < float("inf")):
-            raise UserError(f"temperature={self.temperature}: must be 0 (greedy), or 1e-6 or more")
-        if self.top_k < 0:
-            raise UserError(f"top_k={self.top_k}: must be 0 (off) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p}: must be above 0 and at most 1 (off)")
-        if not 0 <= self.min_p <= 1:
-            raise UserError(f"min_p={self.min_p}: must be 0 (off) to 1")
+        # Logits divided by less than 1e-6 could overflow.
+        if self.temperature != 0 and self.temperature not in Range(1e-6):
+            raise UserError(
+                f"temperature={self.temperature}: must be 0 (greedy) or at least 1e-06, and finite"
+            )
+        check_fields(
+            self,
+            {
+                "top_k": Range(off="off"),
+                "top_p": Range(0, 1, above=True),
+                "min_p": Range(0, 1, off="off"),
+            },
+        )
         if not math.isfinite(self.presence_penalty):
             raise UserError(f"presence_penalty={self.presence_penalty}: must be a finite number")
 
     def check_vocab_size(self, vocab_size: int) -> None:
-        """Raises UserError if a vocabulary of this size has no top_k tokens."""
+        """Raises UserError if top_k exceeds the vocabulary."""
         if self.top_k > vocab_size:
             raise UserError(f"top_k={self.top_k}: the vocabulary has {vocab_size} tokens")
 
 
 def find_top_k(x_BV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest values of each row and where they stand, [B, k], the largest first.
+    """Returns the k largest values of each row and their indices, [B, k], the largest first.
 
-    They lie in the k blocks whose largest values are largest: only those are searched.
+    They lie in the k blocks with the largest maxima: only those are searched.
     """
     B, V = x_BV.shape
     width = math.gcd(V, MAX_BLOCKS)
@@ -68,32 +73,30 @@ def find_top_k(x_BV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
         return jax.lax.top_k(x_BV, k)
     blocks = x_BV.reshape(B, V // width, width)
     _, chosen_Bk = jax.lax.top_k(jnp.max(blocks, axis=-1), k)
-    chosen_Bk = jnp.sort(chosen_Bk, axis=-1)  # of equal values the first, as in a plain top_k
+    chosen_Bk = jnp.sort(chosen_Bk, axis=-1)  # ties go to the first index, as in a plain top_k
     candidates = jnp.take_along_axis(blocks, chosen_Bk[:, :, None], axis=1)
-    places = chosen_Bk[:, :, None] * width + jnp.arange(width, dtype=jnp.int32)[None, None]
-    values_Bk, at_Bk = jax.lax.top_k(candidates.reshape(B, -1), k)
-    return values_Bk, jnp.take_along_axis(places.reshape(B, -1), at_Bk, axis=1)
+    indices = chosen_Bk[:, :, None] * width + jnp.arange(width, dtype=jnp.int32)[None, None]
+    values_Bk, best_Bk = jax.lax.top_k(candidates.reshape(B, -1), k)
+    return values_Bk, jnp.take_along_axis(indices.reshape(B, -1), best_Bk, axis=1)
 
 
 def _to_ordered_bits(bits: jax.Array) -> jax.Array:
-    """Bit patterns of float32 → int32 in the order of the floats, and back.
-
-    Those of negative floats run backwards.
-    """
+    """Maps float32 bit patterns to int32 in the order of the floats, and back: those of negative
+    floats run backwards."""
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def _compute_weights(z_BV: jax.Array, floor_B1: jax.Array) -> jax.Array:
-    """Probabilities of the tokens from the floor on, the likeliest one's as unit."""
+    """Returns the probabilities of tokens that reach the floor, relative to the likeliest."""
     highest_B1 = jnp.max(z_BV, axis=-1, keepdims=True)
-    # The choice inside exp: outside, a CPU computes it one token at a time.
+    # `where` inside exp: outside it, a CPU computes one token at a time.
     return jnp.exp(jnp.where(z_BV >= floor_B1, z_BV - highest_B1, -jnp.inf))
 
 
 def _find_nucleus_floor(z_BV: jax.Array, floor_B1: jax.Array, top_p: float) -> jax.Array:
-    """The floor [B, 1] of the nucleus, however large, of the tokens above one: bit by bit.
+    """Returns the floor [B, 1] of the top_p nucleus, of any size, by bisection over its 32 bits.
 
-    32 sums. A sort of 152k takes a CPU ten times as long, and a mesh would have to gather it.
+    A sort of 152k logits takes a CPU ten times as long, and a mesh would have to gather them.
     """
     weights_BV = _compute_weights(z_BV, floor_B1)
     target_B1 = top_p * jnp.sum(weights_BV, axis=-1, keepdims=True)
@@ -111,7 +114,7 @@ def _find_nucleus_floor(z_BV: jax.Array, floor_B1: jax.Array, top_p: float) -> j
 
 
 def _find_floor(z_BV: jax.Array, sampling: Sampling) -> jax.Array:
-    """The least tempered logit that is kept, [B, 1]."""
+    """Returns the least tempered logit that is kept, [B, 1]."""
     V = z_BV.shape[-1]
     highest_B1 = jnp.max(z_BV, axis=-1, keepdims=True)
     floor_B1 = jnp.full_like(highest_B1, -jnp.inf)
@@ -119,13 +122,13 @@ def _find_floor(z_BV: jax.Array, sampling: Sampling) -> jax.Array:
     if k or top_p < 1:
         top_Bk, _ = find_top_k(z_BV, k or min(NUCLEUS_CANDIDATES, V))
         if k:
-            # Not the last column: XLA would make a sort of the vocabulary of such a slice.
+            # Not the last column: XLA turns such a slice into a sort of the vocabulary.
             floor_B1 = jnp.min(top_Bk, axis=-1, keepdims=True)
         if top_p < 1:
             target_B1 = top_p * jnp.sum(_compute_weights(z_BV, floor_B1), axis=-1, keepdims=True)
             reached_Bk = jnp.cumsum(jnp.exp(top_Bk - highest_B1), axis=-1) >= target_B1
             near_B1 = jnp.max(jnp.where(reached_Bk, top_Bk, -jnp.inf), axis=-1, keepdims=True)
-            # A row that fits keeps its own result when others do not; one that is nan has none.
+            # Rows that fit keep their result when others do not; NaN rows have none.
             fits_B1 = reached_Bk[:, -1:] | jnp.isnan(target_B1)
             floor_B1 = jax.lax.cond(
                 jnp.all(fits_B1),
@@ -138,11 +141,11 @@ def _find_floor(z_BV: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def truncate_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
-    """Tempered logits with -inf outside the tokens that are kept, at a temperature above 0.
+    """Returns tempered logits with -inf for the tokens that are not kept; temperature above 0.
 
-    Kept are: the top_k most likely; of these the nucleus (arXiv 1904.09751), the smallest set of
-    most likely tokens whose probability, taken after top_k as Hugging Face does, reaches top_p;
-    and of these the tokens at least min_p times as likely as the likeliest (arXiv 2407.01082).
+    Keeps the top_k likeliest; of these the nucleus (arXiv 1904.09751), the smallest set of the
+    likeliest whose probability, taken after top_k as in Hugging Face, reaches top_p; and of these
+    the tokens at least min_p times as likely as the likeliest (arXiv 2407.01082).
     """
     sampling.check_vocab_size(logits_BV.shape[-1])
     z_BV = logits_BV / sampling.temperature
@@ -152,7 +155,7 @@ def truncate_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def _split_blocks(z_BV: jax.Array) -> jax.Array:
-    """[B, C, W]: blocks of consecutive tokens, as many as a mesh may cut the vocabulary into."""
+    """Returns [B, C, W]: blocks of consecutive tokens, which a mesh may split."""
     B, V = z_BV.shape
     return z_BV.reshape(B, math.gcd(V, MAX_BLOCKS), -1)
 
@@ -160,32 +163,35 @@ def _split_blocks(z_BV: jax.Array) -> jax.Array:
 def _pick_best(
     score_BC: jax.Array, z_BCW: jax.Array, noise_BW: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The token that is best, with noise, in the block of the best score, and its z: [B] each."""
+    """Returns the best token, with noise, of the block with the best score, and its z: [B] each."""
     block_B1 = jnp.argmax(score_BC, axis=-1, keepdims=True)
     z_BW = jnp.take_along_axis(z_BCW, block_B1[:, :, None], axis=1)[:, 0]
-    place_B1 = jnp.argmax(z_BW + noise_BW, axis=-1, keepdims=True)
-    token_B1 = block_B1 * z_BCW.shape[-1] + place_B1
-    return token_B1[:, 0], jnp.take_along_axis(z_BW, place_B1, axis=1)[:, 0]
+    best_B1 = jnp.argmax(z_BW + noise_BW, axis=-1, keepdims=True)
+    token_B1 = block_B1 * z_BCW.shape[-1] + best_B1
+    return token_B1[:, 0], jnp.take_along_axis(z_BW, best_B1, axis=1)[:, 0]
 
 
 def _draw_gumbel(z_BV: jax.Array, keys_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A token of softmax(z) a row by two Gumbel maxima, and its log-probability.
+    """Draws a token of softmax(z) for each row; returns it and its log-probability, [B] each.
 
-    First a block of the vocabulary by its whole mass, then a token of the block: the distribution
-    of one maximum over all tokens, from a hundredth of the random numbers.
+    Takes two Gumbel maxima: a block of the vocabulary by its total probability, then a token of the
+    block. Has the distribution of one maximum over all tokens, from 1% of the random numbers.
     """
     z_BCW = _split_blocks(z_BV)
     C, W = z_BCW.shape[1:]
     highest_B1 = jnp.max(z_BV, axis=-1, keepdims=True)
     mass_BC = jnp.log(jnp.sum(jnp.exp(z_BCW - highest_B1[:, :, None]), axis=-1))
-    # "high": a token of probability 1e-9 is drawn as rarely as that.
+    # "high" precision: a token of probability 1e-9 is drawn that rarely.
     noise_BX = jax.vmap(lambda key: jax.random.gumbel(key, (C + W,), mode="high"))(keys_B)
     tokens_B, z_B = _pick_best(mass_BC + noise_BX[:, :C], z_BCW, noise_BX[:, C:])
     return tokens_B, z_B - highest_B1[:, 0] - jax.nn.logsumexp(mass_BC, axis=-1)
 
 
 def _draw_greedy(z_BV: jax.Array) -> jax.Array:
-    """The first of the likeliest tokens, [B]. (One argmax over 152k costs a CPU 20 times this.)"""
+    """Returns the first of the likeliest tokens, [B].
+
+    Searches by blocks: one argmax over 152k takes a CPU 20 times as long.
+    """
     z_BCW = _split_blocks(z_BV)
     tokens_B, _ = _pick_best(jnp.max(z_BCW, axis=-1), z_BCW, jnp.zeros_like(z_BCW[:, 0]))
     return tokens_B
@@ -197,18 +203,19 @@ def draw_tokens(
     sampling: Sampling,
     seen_BV: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """One token a row, and its log-probability under the distribution it was drawn from, [B].
+    """Draws one token for each row, with its log-probability under the distribution drawn from.
 
-    Greedy is a point mass, whose log-probability would always be 0; there the model's own
-    log-probability (temperature 1, no penalty) is recorded instead.
+    Greedy draws have the model's own log-probability (temperature 1, no penalty) instead: that of a
+    point mass would always be 0.
 
     Args:
       logits_BV: float32.
-      seen_BV: bool, the tokens of each response so far; read for a presence penalty only.
+      keys_B: a random key for each row.
+      seen_BV: bool, the tokens of each response so far; needed for a presence penalty.
 
     Returns:
-      Tokens int32 and log-probabilities float32. A row whose logits are no distribution (a nan
-      among them, or all infinite) gets token -1 and nan; the others go on.
+      Tokens [B] int32 and log-probabilities [B] float32. A row whose logits are no distribution
+      (NaN among them, or an infinite maximum) gets token -1 and NaN; other rows are unaffected.
     """
     z_BV = logits_BV
     if sampling.presence_penalty:
@@ -219,19 +226,19 @@ def draw_tokens(
         logp_B = compute_model_logp(logits_BV, tokens_B)
     else:
         tokens_B, logp_B = _draw_gumbel(truncate_logits(z_BV, sampling), keys_B)
-    # A maximum alone does not tell: XLA's on CPU may pass over a nan.
+    # The maximum alone does not show it: XLA's on CPU may skip a NaN.
     highest_B, any_nan_B = jnp.max(logits_BV, axis=-1), jnp.any(jnp.isnan(logits_BV), axis=-1)
     sound_B = jnp.isfinite(highest_B) & ~any_nan_B
     return jnp.where(sound_B, tokens_B, -1).astype(jnp.int32), jnp.where(sound_B, logp_B, jnp.nan)
 
 
 def compute_model_logp(logits_BV: jax.Array, tokens_B: jax.Array) -> jax.Array:
-    """Log-probabilities [B] under the model's own distribution: temperature 1, all tokens."""
+    """Returns log-probabilities [B] under the model's distribution at temperature 1."""
     chosen_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=1)[:, 0]
     return chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
 
 
 def find_model_top(logits_BV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The model's own k most likely tokens, likeliest first: ids and log-probabilities [B, k]."""
+    """Returns the model's k likeliest tokens, likeliest first: ids and log-probabilities [B, k]."""
     values_Bk, ids_Bk = find_top_k(logits_BV, k)
     return ids_Bk, values_Bk - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)

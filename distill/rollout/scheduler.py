@@ -1,10 +1,10 @@
-"""Which sequences decode, and in which pages of the cache their tokens lie: plain Python.
+"""Decides which sequences decode, and in which pages of the cache their tokens lie: plain Python.
 
-The mesh may split the rows that decode together into shards, each with a pool of pages of its own.
-A sequence takes pages as it grows and gives them back when it ends. Samples of one prompt share the
-pages that the prompt fills; of the last one, which each goes on to write in, they take a copy. When
-a pool is full, the youngest sequences of its shard are parked: they go back to the queue, and later
-read again what they have.
+The mesh may split the rows that decode together into shards, each with its own pool of pages. A
+sequence takes pages as it grows and frees them when it ends. Samples of one prompt share the pages
+that the prompt fills, and each takes a copy of the last one, which it goes on to write in. When a
+pool is full, the youngest sequences of its shard are parked: they return to the queue, and their
+tokens are read again later.
 """
 
 import dataclasses
@@ -16,31 +16,35 @@ from distill.rollout.sequence import Sequence
 
 @dataclasses.dataclass(eq=False)
 class Slot:
-    """A sequence that decodes."""
+    """A row that decodes a sequence."""
 
     sequence: Sequence
-    number: int  # in the order that they were asked for
+    number: int  # of the sequence, in the order of the request
     shard: int
-    row: int  # of its shard
+    row: int  # in its shard
     pages: list[int]  # of its shard's pool, in the order of tokens
-    length: int  # tokens that the cache holds of it before the coming segment
-    max_length: int  # tokens that it may come to hold
-    needs_prefill: bool  # its tokens are to be read first; else they are shared
-    page_copy: tuple[int, int] | None = None  # a page, and the page that becomes a copy of it
+    length: int  # tokens in the cache before the coming segment
+    max_length: int  # tokens that the cache may come to hold
+    needs_prefill: bool  # its tokens must be read first; else they are shared
+    page_copy: tuple[int, int] | None = None  # (page, the page that becomes a copy of it)
 
 
 @dataclasses.dataclass
 class _SharedPrefix:
-    """The last prompt that was read in a shard, kept while samples of it are waiting."""
+    """The last prompt read in a shard, kept while samples of it are waiting."""
 
     prompt: list[int]
     pages: list[int]
 
+    def matches(self, sequence: Sequence) -> bool:
+        return not sequence.tokens and sequence.prompt == self.prompt
+
 
 class Scheduler:
-    """Seats for at most `rows` sequences in each of `shards`, over `pages` pages of `page` tokens.
+    """Assigns sequences to at most `rows` slots in each of `shards`, over `pages` pages of
+    `page_size` tokens each.
 
-    pinned: the page of a sequence, which then has one, is also its row.
+    pinned: each sequence has one page, whose number is also its row (slabs).
     No sequence may need more than `pages` pages.
     """
 
@@ -62,44 +66,51 @@ class Scheduler:
         self.page_refs = [[0] * pages for _ in range(shards)]
         self._prefix: list[_SharedPrefix | None] = [None] * shards
 
+    @property
+    def is_done(self) -> bool:
+        return not self.queue and not any(self.iter_slots())
+
     def iter_slots(self, shard: int | None = None) -> Iterator[Slot]:
-        """The seats of a shard, or of all."""
+        """Yields the slots in use, of one shard or of all."""
         for slots in self.slots if shard is None else [self.slots[shard]]:
-            yield from (seat for seat in slots if seat)
+            yield from (slot for slot in slots if slot)
+
+    def count_fullest(self) -> int:
+        """Returns the slots in use in the fullest shard."""
+        return max(sum(map(bool, slots)) for slots in self.slots)
 
     def release_slot(self, slot: Slot) -> None:
-        """Gives back what a sequence had that has ended, or is parked."""
+        """Frees the row and the pages of a sequence that has ended or is parked."""
         self.slots[slot.shard][slot.row] = None
         self._release_pages(slot.shard, slot.pages)
         slot.pages = []
 
     def grow_slots(self) -> list[Slot]:
-        """Pages for all that decode to go on for a segment; returns those parked for it."""
+        """Takes pages for a further segment of all slots; returns those parked to make room."""
         parked: list[Slot] = []
         for shard, free in enumerate(self.free_pages):
-            for slot in sorted(self.iter_slots(shard), key=lambda seat: seat.number):
+            for slot in sorted(self.iter_slots(shard), key=lambda slot: slot.number):
                 while slot not in parked and self._count_missing_pages(slot) > len(free):
                     if self._prefix[shard]:
                         self._drop_prefix(shard)
                         continue
-                    youngest = max(self.iter_slots(shard), key=lambda seat: seat.number)
+                    youngest = max(self.iter_slots(shard), key=lambda slot: slot.number)
                     parked.append(youngest)
                     self.release_slot(youngest)
                 if slot not in parked:
-                    slot.pages += [
-                        self._take_page(shard) for _ in range(self._count_missing_pages(slot))
-                    ]
-        if parked:  # others, older or younger, may have been parked before
-            back = [(seat.number, seat.sequence) for seat in parked]
-            self.queue = deque(sorted([*back, *self.queue], key=lambda waiting: waiting[0]))
+                    missing = self._count_missing_pages(slot)
+                    slot.pages += [self._take_page(shard) for _ in range(missing)]
+        if parked:  # the queue may hold older and younger ones, parked before
+            returned = [(slot.number, slot.sequence) for slot in parked]
+            self.queue = deque(sorted([*returned, *self.queue], key=lambda entry: entry[0]))
         return parked
 
     def insert_waiting(self) -> list[Slot]:
-        """Seats sequences of the queue, in its order, as long as there is room."""
+        """Gives slots to sequences of the queue, in its order, as long as there is room."""
         inserted: list[Slot] = []
         while self.queue:
             number, sequence = self.queue[0]
-            if sequence.finish_reason:  # its stop string was found when it was parked already
+            if sequence.finish_reason:  # a stop string was found after it was parked
                 self.queue.popleft()
                 continue
             slot = self._insert_sequence(number, sequence)
@@ -108,31 +119,32 @@ class Scheduler:
             self.queue.popleft()
             inserted.append(slot)
         for shard, prefix in enumerate(self._prefix):
-            if prefix and not (self.queue and _shares_prefix(self.queue[0][1], prefix)):
+            if prefix and not (self.queue and prefix.matches(self.queue[0][1])):
                 self._drop_prefix(shard)
         return inserted
 
     def compact_rows(self, rows: int) -> list[list[int]]:
-        """Once the queue is empty, of pinned ones: moves all into the first `rows` rows of each
-        shard. Returns which row each of these was, -1: none."""
+        """Moves all pinned slots into the first `rows` rows of their shards, once the queue is
+        empty. Returns, for each shard, the old row of each new one; -1: none."""
         assert self.pinned and not self.queue
         moved = []
         for shard in range(len(self.slots)):
             slots = list(self.iter_slots(shard))
-            moved.append([seat.row for seat in slots] + [-1] * (rows - len(slots)))
+            empty = rows - len(slots)
+            moved.append([slot.row for slot in slots] + [-1] * empty)
             for row, slot in enumerate(slots):
                 slot.row, slot.pages = row, [row]
-            self.slots[shard] = [*slots, *[None] * (rows - len(slots))]
+            self.slots[shard] = [*slots, *[None] * empty]
             self.free_pages[shard] = list(range(len(slots), rows))[::-1]
-            self.page_refs[shard] = [1] * len(slots) + [0] * (rows - len(slots))
+            self.page_refs[shard] = [1] * len(slots) + [0] * empty
         return moved
 
     def _insert_sequence(self, number: int, sequence: Sequence) -> Slot | None:
-        """The next sequence of the queue, in the shard that suits it best; None: no room."""
+        """Inserts where the prompt was read, else in the emptiest shard; None: no room."""
 
         def rank(shard: int) -> tuple[bool, int]:
             prefix = self._prefix[shard]
-            shared = prefix is not None and _shares_prefix(sequence, prefix)
+            shared = prefix is not None and prefix.matches(sequence)
             return not shared, sum(map(bool, self.slots[shard]))
 
         for shard in sorted(range(len(self.slots)), key=rank):
@@ -143,31 +155,32 @@ class Scheduler:
     def _insert_in_shard(self, shard: int, number: int, sequence: Sequence) -> Slot | None:
         slots, prefix = self.slots[shard], self._prefix[shard]
         length, end = len(sequence.all_tokens) - 1, sequence.max_length - 1
-        row = next((row for row, seat in enumerate(slots) if seat is None), None)
+        row = next((row for row, slot in enumerate(slots) if slot is None), None)
         if row is None:
             return None
+        matches = prefix is not None and prefix.matches(sequence)
         needed = self._count_pages(min(length + self.segment, end))
         shared, copied = [], None
-        if prefix and _shares_prefix(sequence, prefix):
+        if prefix and matches:
             shared = list(prefix.pages)
             if length % self.page_size and self.page_refs[shard][shared[-1]] > 1:
                 copied = shared.pop()
         growing = sum(
-            self._count_pages(s.max_length) > len(s.pages) for s in self.iter_slots(shard)
+            self._count_pages(slot.max_length) > len(slot.pages) for slot in self.iter_slots(shard)
         )
         if needed - len(shared) + growing > len(self.free_pages[shard]):
-            if prefix is None or _shares_prefix(sequence, prefix):
+            if prefix is None or matches:
                 return None
-            self._drop_prefix(shard)  # which nothing in the queue shares, or it would be first
+            self._drop_prefix(shard)  # nothing in the queue shares it, or it would be first
             return self._insert_in_shard(shard, number, sequence)
         for page in shared:
             self.page_refs[shard][page] += 1
         pages = shared + [self._take_page(shard) for _ in range(needed - len(shared))]
-        needs_prefill = length > 0 and not (prefix and _shares_prefix(sequence, prefix))
-        copy = None if copied is None else (copied, pages[len(shared)])
+        needs_prefill = length > 0 and not matches
+        page_copy = None if copied is None else (copied, pages[len(shared)])
         if self.pinned:
             row = pages[0]
-        slot = Slot(sequence, number, shard, row, pages, length, end, needs_prefill, copy)
+        slot = Slot(sequence, number, shard, row, pages, length, end, needs_prefill, page_copy)
         slots[row] = slot
         if needs_prefill and len(self.queue) > 1 and _has_same_prompt(sequence, self.queue[1][1]):
             self._drop_prefix(shard)
@@ -198,11 +211,6 @@ class Scheduler:
         prefix, self._prefix[shard] = self._prefix[shard], None
         if prefix:
             self._release_pages(shard, prefix.pages)
-
-
-def _shares_prefix(sequence: Sequence, prefix: _SharedPrefix) -> bool:
-    """Whether a sequence can begin from a prompt that was read."""
-    return not sequence.tokens and sequence.prompt == prefix.prompt
 
 
 def _has_same_prompt(first: Sequence, second: Sequence) -> bool:

@@ -1,4 +1,4 @@
-"""A response: what is asked for and, as far as it has come, what was sampled."""
+"""One response: what is asked for and, as far as it has come, what was drawn."""
 
 import dataclasses
 
@@ -7,25 +7,28 @@ import numpy as np
 
 @dataclasses.dataclass
 class Sequence:
-    """One response: what is asked for and, as far as it has come, what was drawn."""
+    """A prompt and its response, to which sampling appends.
+
+    The optional records hold the model's own distribution (temperature 1, no truncation), where
+    RolloutOptions.top_logprobs asks for it.
+    """
 
     prompt: list[int]
-    key: tuple[int, int]  # the data of its key
-    limit: int  # tokens at most
-    where: str = ""  # for messages
+    key: tuple[int, int]  # data of the random key that its tokens are drawn with
+    limit: int  # response tokens at most
+    where: str = ""  # file and row, for messages
     teacher_prompt: list[int] | None = None  # the prompt that a teacher reads; None: the same
-    source_id: int = 0  # which source of a mixture it is from
-    thinking: bool = True  # the mode that it is asked in
+    source_id: int = 0  # index of its source in a mixture
+    thinking: bool = True  # the mode of its prompt
     difficulty: float | None = None
     tokens: list[int] = dataclasses.field(default_factory=list)  # the stop token included
     logprobs: list[float] = dataclasses.field(default_factory=list)
-    versions: list[int] = dataclasses.field(default_factory=list)  # of the weights, each token's
-    finish_reason: str = ""  # stop, length or error (logits of NaN); "": not ended, can go on
-    # Where asked for, of the model's own distribution: of each token, and the likeliest (id, logp).
-    model_logprobs: list[float] | None = None
-    top_logprobs: list[list[tuple[int, float]]] | None = None
-    # Where asked for, of a mixture: int16 [tokens, L, A], pieces of prompt and response in order.
-    # Like a log-probability, a token's experts are those that it met when it was drawn.
+    versions: list[int] = dataclasses.field(default_factory=list)  # of the weights, for each token
+    finish_reason: str = ""  # stop, length or error (logits are NaN); "": can go on
+    model_logprobs: list[float] | None = None  # of each token
+    top_logprobs: list[list[tuple[int, float]]] | None = None  # of the likeliest: (id, logp)
+    # int16 [tokens, L, A] pieces of prompt and response, in order, where RolloutOptions.routing
+    # asks for them: the experts that each token was sent to when it was drawn.
     experts: list[np.ndarray] = dataclasses.field(default_factory=list, compare=False)
 
     @property

@@ -1,7 +1,7 @@
-"""What sampling sequences of known lengths takes: the scheduler at work, without a device.
+"""Computes what sampling sequences of known lengths takes: the scheduler alone, without a device.
 
-What `Engine` does between two calls of programs is done here with numbers alone, so that how often
-each is called, how full the rows are and what attention reads of the cache is known beforehand.
+Does in numbers what `Engine` does between device calls, so that the calls of each program, the rows
+in use and the bytes that attention reads are known before a run.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from distill.rollout.decode import CacheShape
-from distill.rollout.engine import REFILL_DIVISOR
+from distill.rollout.engine import choose_line_size, count_ending_rows
 from distill.rollout.options import get_shrunk_rows
 from distill.rollout.scheduler import Scheduler, Slot
 from distill.rollout.sequence import Sequence as Row
@@ -19,27 +19,22 @@ from distill.rollout.sequence import Sequence as Row
 
 @dataclasses.dataclass
 class Simulation:
-    """Sums over all decoding steps, of one device: of the shard that has most to read.
+    """Sums over all decoding steps; bytes and tokens are those of the shard with most to read."""
 
-    steps: of decoding, with all rows. fewer_steps: with fewer, of slabs. live: rows that decoded in
-    them. read: bytes of the cache. filled: tokens in the cache of rows that decode. lines: of
-    prompts, by their tokens. parked: sequences that had to make room.
-    """
-
-    steps: int = 0
-    shrunk_steps: int = 0
-    live_row_steps: int = 0
-    bytes_read: int = 0
-    cached_tokens: int = 0
+    steps: int = 0  # with all rows
+    shrunk_steps: int = 0  # with fewer rows (slabs)
+    live_row_steps: int = 0  # rows that decoded, over all steps
+    bytes_read: int = 0  # of the cache
+    cached_tokens: int = 0  # of rows that decode
     segments: int = 0
-    num_parked: int = 0
-    line_counts: Counter[int] = dataclasses.field(default_factory=Counter)
+    num_parked: int = 0  # sequences parked to make room
+    line_counts: Counter[int] = dataclasses.field(default_factory=Counter)  # by tokens of a line
 
 
 def draw_lengths(
     count: int, mean: float, most: int, sigma: float = 1.0, seed: int = 0
 ) -> list[int]:
-    """Lengths of responses as models write them: log-normal around a mean, cut at `most`."""
+    """Draws response lengths as models write them: log-normal around a mean, cut at `most`."""
     drawn = np.random.default_rng(seed).lognormal(np.log(mean) - sigma**2 / 2, sigma, count)
     return np.clip(drawn, min(16, most), most).astype(int).tolist()
 
@@ -52,10 +47,13 @@ def simulate(
     line_sizes: Sequence[int],
     count_read_bytes: Callable[[list[int]], int],
 ) -> Simulation:
-    """Samples sequences of which the i-th ends after ends[i] tokens, at its limit at the latest.
+    """Samples sequences, of which the i-th ends after response_lengths[i] tokens.
 
-    sizes: tokens that lines of prompts may have. reads: bytes that a decoding step reads of the
-    cache, for rows of a shard that have so many tokens (0: of one that ended in the segment).
+    Args:
+      response_lengths: at most the sequences' limits.
+      line_sizes: token counts that a line of prompts may have, ascending.
+      count_read_bytes: bytes that a decoding step reads of the cache, for rows of a shard that have
+        so many tokens each; 0: a row that ended within the segment.
     """
     rows, totals = shape.rows // shape.shards, Simulation()
     shrunk = get_shrunk_rows(shape) // shape.shards
@@ -68,31 +66,27 @@ def simulate(
         segment=segment,
         pinned=shape.backend == "slabs",
     )
-    remaining = {id(row): end for row, end in zip(sequences, response_lengths, strict=True)}
-    while scheduler.queue or any(scheduler.iter_slots()):
+    remaining = {id(row): n for row, n in zip(sequences, response_lengths, strict=True)}
+    while not scheduler.is_done:
         totals.num_parked += len(scheduler.grow_slots())
-        fresh = scheduler.insert_waiting()
-        _count_lines(
-            [seat for seat in fresh if seat.needs_prefill], shape, line_sizes, totals.line_counts
+        new_slots = scheduler.insert_waiting()
+        totals.line_counts += _count_lines(
+            [slot for slot in new_slots if slot.needs_prefill], shape.shards, line_sizes
         )
-        most = max(len(list(scheduler.iter_slots(shard))) for shard in range(shape.shards))
-        if shrunk and shrunk < rows and not scheduler.queue and not fresh and most <= shrunk:
+        if shrunk and not scheduler.queue and not new_slots and scheduler.count_fullest() <= shrunk:
             scheduler.compact_rows(shrunk)
-            rows = shrunk
-        slots = list(scheduler.iter_slots())
-        size = rows * shape.shards
-        ending = 1  # rows that end the segment
-        if scheduler.queue:
-            ending = max(1, size // REFILL_DIVISOR)
-        elif shrunk and shrunk < rows:
-            ending = max(1, len(slots) - shape.shards * shrunk)
-        after = sorted(remaining[id(seat.sequence)] for seat in slots)
-        if not scheduler.queue and not (shrunk and shrunk < rows):
-            ending = len(slots)
-        steps = min(segment, after[min(ending, len(slots)) - 1])
-        _count_segment(
-            scheduler, remaining, steps, rows < shape.rows // shape.shards, count_read_bytes, totals
+            rows, shrunk = shrunk, 0
+        slots, is_waiting = list(scheduler.iter_slots()), bool(scheduler.queue)
+        ending = count_ending_rows(
+            rows * shape.shards, len(slots), shrunk * shape.shards, is_waiting
         )
+        lengths = sorted(remaining[id(slot.sequence)] for slot in slots)
+        steps = min(segment, lengths[min(ending, len(slots)) - 1])
+        if rows < shape.rows // shape.shards:
+            totals.shrunk_steps += steps
+        else:
+            totals.steps += steps
+        _count_segment(scheduler, remaining, steps, count_read_bytes, totals)
         for slot in slots:
             drawn = min(steps, remaining[id(slot.sequence)])
             slot.length += drawn
@@ -107,42 +101,30 @@ def _count_segment(
     scheduler: Scheduler,
     remaining: dict[int, int],
     steps: int,
-    is_shrunk: bool,
     count_read_bytes: Callable[[list[int]], int],
     totals: Simulation,
 ) -> None:
-    """Adds a segment, of which the step in its middle stands for all."""
+    """Adds a segment of so many steps, as if each read what the middle one reads."""
     totals.segments += 1
-    if is_shrunk:
-        totals.shrunk_steps += steps
-    else:
-        totals.steps += steps
     of_shards = []
     for shard in range(len(scheduler.slots)):
-        lengths = [
-            seat.length + (steps + 1) // 2 if remaining[id(seat.sequence)] > steps // 2 else 0
-            for seat in scheduler.iter_slots(shard)
-        ]
-        read = count_read_bytes(lengths)
-        of_shards.append((read * steps, sum(lengths) * steps))
-        totals.live_row_steps += sum(
-            min(steps, remaining[id(seat.sequence)]) for seat in scheduler.iter_slots(shard)
-        )
-    read, filled = max(of_shards)
-    totals.bytes_read += read
-    totals.cached_tokens += filled
+        slots = [(slot, remaining[id(slot.sequence)]) for slot in scheduler.iter_slots(shard)]
+        lengths = [slot.length + (steps + 1) // 2 if n > steps // 2 else 0 for slot, n in slots]
+        of_shards.append((count_read_bytes(lengths) * steps, sum(lengths) * steps))
+        totals.live_row_steps += sum(min(steps, n) for _, n in slots)
+    bytes_read, cached_tokens = max(of_shards)
+    totals.bytes_read += bytes_read
+    totals.cached_tokens += cached_tokens
 
 
-def _count_lines(
-    slots: list[Slot], shape: CacheShape, line_sizes: Sequence[int], line_counts: Counter[int]
-) -> None:
-    """Counts the lines in which these are read, as `Engine.read` cuts them."""
-    waiting: list[deque[int]] = [deque() for _ in range(shape.shards)]
+def _count_lines(slots: list[Slot], shards: int, line_sizes: Sequence[int]) -> Counter[int]:
+    """Counts the lines in which `Engine.prefill_prompts` reads these slots, by their size."""
+    line_counts = Counter()
+    waiting: list[deque[int]] = [deque() for _ in range(shards)]
     for slot in slots:
         waiting[slot.shard].append(slot.length)
     while any(waiting):
-        left = max(map(sum, waiting))
-        T = next((size for size in line_sizes if size >= left), line_sizes[-1])
+        T = choose_line_size(line_sizes, max(map(sum, waiting)))
         line_counts[T] += 1
         for shard in waiting:
             capacity = T
@@ -152,3 +134,4 @@ def _count_lines(
                 shard[0] -= taken
                 if not shard[0]:
                     shard.popleft()
+    return line_counts

@@ -13,10 +13,11 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from models import families, transformer
+from models.config import Config
 from models.errors import UserError
-from models.qwen3 import model
-from models.qwen3.config import Config
-from models.qwen3.lora import LoRA
+from models.families import get_family
+from models.layers.lora import LoRA
 
 # Context behind fsdp: the two together are one axis where rows are sampled (`decoding`).
 AXES = ("data", "fsdp", "context", "expert", "tensor")
@@ -157,29 +158,19 @@ def make_reader_mesh(*configs: Config) -> Mesh:
     then fsdp, which at least holds every weight once; what divides none shares out the rows.
     """
     left = jax.device_count()
-    vocabulary = math.gcd(*(c.vocab_size for c in configs))
-    tensor = math.gcd(
-        left, vocabulary, *(n for c in configs for n in _list_tensor_sizes(c).values())
-    )
+
+    def list_sizes(*names: str) -> list[int]:
+        """All sizes that these logical axes split, of all models."""
+        tables = [get_family(config).get_sharded_sizes(config) for config in configs]
+        return [size for table in tables for name in names for size in table[name].values()]
+
+    vocabulary = math.gcd(*list_sizes("vocab"))
+    tensor = math.gcd(left, vocabulary, *list_sizes("heads", "mlp"))
     left, vocabulary = left // tensor, vocabulary // tensor
-    experts = [c.num_experts for c in configs if any(c.sparse_layers)]
-    expert = math.gcd(left, vocabulary, *experts) if experts else 1
+    expert = math.gcd(left, vocabulary, *list_sizes("expert")) if list_sizes("expert") else 1
     left, vocabulary = left // expert, vocabulary // expert
-    fsdp = math.gcd(left, vocabulary, *(c.hidden_size for c in configs))
+    fsdp = math.gcd(left, vocabulary, *list_sizes("embed"))
     return make_mesh(left // fsdp, fsdp, tensor, expert)
-
-
-def _list_tensor_sizes(c: Config) -> dict[str, int]:
-    """Fields of the config, and their values, that the mesh axis tensor splits."""
-    sizes = {
-        "num_attention_heads": c.num_attention_heads,
-        "num_key_value_heads": c.num_key_value_heads,
-    }
-    if not all(c.sparse_layers):
-        sizes["intermediate_size"] = c.intermediate_size
-    if any(c.sparse_layers):
-        sizes["moe_intermediate_size"] = c.moe_intermediate_size
-    return sizes
 
 
 def to_decode_mesh(mesh: Mesh) -> Mesh:
@@ -192,32 +183,30 @@ def to_decode_mesh(mesh: Mesh) -> Mesh:
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Within it, logical axis names in models/qwen3 mean axes of `mesh`."""
+    """Within it, logical axis names in models/ mean axes of `mesh`."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(SHARDING_RULES):
         yield
 
 
 def check_divisible(config: Config, mesh: Mesh, source: str) -> None:
     """Raises UserError if the mesh does not divide a dimension of the model that it splits."""
-    fsdp, context, expert, tensor = (mesh.shape[axis] for axis in AXES[1:])
-    splits = [(name, size, "tensor", tensor) for name, size in _list_tensor_sizes(config).items()]
-    splits += [
-        ("num_attention_heads", config.num_attention_heads, "tensor*context", tensor * context),
-        ("hidden_size", config.hidden_size, "fsdp*context", fsdp * context),
-        ("num_experts", config.num_experts if any(config.sparse_layers) else 0, "expert", expert),
-        ("vocab_size", config.vocab_size, "*".join(AXES[1:]), fsdp * context * expert * tensor),
-    ]
-    for name, size, axis, parts in splits:
-        if size % parts:
-            raise UserError(f"{source}: {name}={size} does not divide by mesh axis {axis}={parts}")
+    rules: dict[str, Any] = dict(SHARDING_RULES)
+    for logical, sizes in get_family(config).get_sharded_sizes(config).items():
+        axes = [rules[logical]] if isinstance(rules[logical], str) else rules[logical]
+        parts = _count_axis_shards(mesh, axes)
+        for name, size in sizes.items():
+            if size % parts:
+                raise UserError(
+                    f"{source}: {name}={size} does not divide by mesh axis {'*'.join(axes)}={parts}"
+                )
 
 
 def make_abstract_params(
     config: Config, mesh: Mesh, lora: LoRA | None = None, rules: tuple = SHARDING_RULES
-) -> model.Params:
+) -> transformer.Params:
     """The parameters of a model, or what `lora` adds to them, as ShapeDtypeStructs (float32) with
     their shardings on `mesh`."""
-    shapes, axes = model.get_abstract_params(config, lora)
+    shapes, axes = families.get_abstract_params(config, lora)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,

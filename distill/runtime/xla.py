@@ -68,7 +68,8 @@ class CompileMonitor:
             )[:MAX_NAMED_PROGRAMS]
             named = ", ".join(f"{name} {-s:.1f}" for s, name in long)
             run_files.log_line(
-                f"{when}: compiled {self.num_programs} programs in {total:.1f} s, {self.cache_hits} of them "
+                f"{when}: compiled {self.num_programs} programs in {total:.1f} s, "
+                f"{self.cache_hits} of them "
                 f"from the cache{': ' if named else ''}{named}"
             )
         self.seconds, self.num_programs, self.cache_hits = {}, 0, 0

@@ -20,11 +20,10 @@ from distill.batch import Batch, TeacherOutput
 from distill.policy import forward, policy
 from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
-from models import checks
+from models import checks, transformer
 from models.checks import Range
 from models.errors import UserError
-from models.qwen3 import model
-from models.qwen3.model import Params, Qwen3
+from models.transformer import Params, Transformer
 
 INITIAL, EMA = "initial", "ema"  # paths that mean the student's own past
 
@@ -166,13 +165,13 @@ def place_heads(teachers: Sequence[Teacher]) -> tuple[Teacher, ...]:
 
 
 def _copy_head(reader: Policy) -> jax.Array:
-    head_VE, mesh = model.get_output_head(reader.params), jax.sharding.get_mesh()
+    head_VE, mesh = transformer.get_output_head(reader.params), jax.sharding.get_mesh()
     if mesh.empty or policy.get_mesh(reader) == mesh:
         return head_VE
     if not head_VE.is_fully_addressable:
         with policy.use(reader):
             head_VE = jax.jit(mesh_lib.replicate_array)(head_VE)
-    like: Any = model.get_output_head(mesh_lib.make_abstract_params(reader.config, mesh))
+    like: Any = transformer.get_output_head(mesh_lib.make_abstract_params(reader.config, mesh))
     return mesh_lib.to_global_array(head_VE, like.sharding)
 
 
@@ -218,7 +217,8 @@ def score(teachers: Sequence[Teacher], batch: Batch, average: Params | None = No
         ),
         weight_BTN=batch.teacher_weight_BTN,
         heads_VE=tuple(
-            model.get_output_head(average) if t.is_moving_average else t.head_VE for t in teachers
+            transformer.get_output_head(average) if t.is_moving_average else t.head_VE
+            for t in teachers
         ),
     )
     return dataclasses.replace(
@@ -237,10 +237,14 @@ def _select_model_inputs(batch: Batch) -> Batch:
 
 @functools.partial(jax.jit, static_argnums=0)
 def compute_hidden(
-    qwen3: Qwen3, params: Params, lora: Params | None, inputs: Batch, index_BT: jax.Array | None
+    model: Transformer,
+    params: Params,
+    lora: Params | None,
+    inputs: Batch,
+    index_BT: jax.Array | None,
 ) -> jax.Array:
     """Final hidden states [B, T, D], split by rows and tokens; with an index, at those columns."""
-    hidden_BTD = forward.compute_hidden(qwen3, params, inputs, lora)
+    hidden_BTD = forward.compute_hidden(model, params, inputs, lora)
     if index_BT is not None:
         hidden_BTD = jnp.take_along_axis(hidden_BTD, index_BT[..., None], axis=1)
     return mesh_lib.split_hidden(hidden_BTD)
@@ -270,7 +274,7 @@ def _compute_logp(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def compute_logp_jit(
-    qwen3: Qwen3,
+    model: Transformer,
     loss_chunk_mib: float,
     temperature: float,
     params: Params,
@@ -278,7 +282,7 @@ def compute_logp_jit(
     batch: Batch,
 ) -> jax.Array:
     """Log-probabilities [B, T], float32, of the batch's trained tokens; 0 elsewhere."""
-    hidden_BTD = forward.compute_hidden(qwen3, params, batch, lora)
+    hidden_BTD = forward.compute_hidden(model, params, batch, lora)
     return forward.compute_logp(hidden_BTD, params, batch, loss_chunk_mib, temperature)
 
 

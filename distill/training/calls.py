@@ -10,7 +10,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distill.policy.policy import Policy
-from models.qwen3.config import Config
 
 # Names of jitted functions that a run calls too, and `plan` leaves out: what they read and give is
 # small beside every program that is listed.
@@ -84,23 +83,6 @@ def cast_shapes(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding), tree
     )
-
-
-def count_forward_flops(
-    config: Config, tokens: float, context_length: float, with_head: bool
-) -> float:
-    """Operations of one forward pass over `tokens`, each of which attends to `context` others."""
-    D, H = config.hidden_size, config.head_dim
-    N, K = config.num_attention_heads, config.num_key_value_heads
-    per_layer = 2 * D * H * (2 * N + 2 * K) + 4 * N * H * context_length
-    total = per_layer * config.num_hidden_layers
-    for sparse in config.sparse_layers:
-        width = config.intermediate_size
-        if sparse:
-            width = config.moe_intermediate_size * config.num_experts_per_tok
-            total += 2 * D * config.num_experts
-        total += 6 * D * width
-    return tokens * (total + (2 * D * config.vocab_size if with_head else 0))
 
 
 def infer_output_shapes(function: Any, *args: Any) -> Any:

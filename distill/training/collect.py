@@ -25,7 +25,7 @@ from distill.training.microbatches import Minibatches
 from distill.training.prompts import StagePrompts
 from distill.training.setup import RunSetup, StageSetup
 from distill.training.stages import get_term_weights, make_rollout_options, make_sampling
-from models.qwen3.model import Params
+from models.transformer import Params
 
 Metrics = dict[str, float]
 # (what is trained, step, its moving average) -> (what to train on, what was measured)
@@ -361,11 +361,9 @@ def _make_rollout_starter(
     begun, the parameters may be donated.
     """
     s, student, partial_rollouts = stage.c, run_setup.student, stage.partial_rollouts
-    sampling_settings, options, lora = (
-        make_sampling(s),
-        make_rollout_options(s, cache_capacity),
-        student.model.lora is not None,
-    )
+    sampling_settings, lora = make_sampling(s), student.model.lora is not None
+    options = make_rollout_options(s, cache_capacity)
+    options = dataclasses.replace(options, routing=run_setup.replay_routing)
     warm = False
 
     def start_rollout(params: Params, version: int, step: int, rows: list[rollout.Sequence]):
@@ -373,21 +371,21 @@ def _make_rollout_starter(
         counts: Counter[str] = Counter()
         warm, warm_up = True, not warm
         sequences = rollout.sample(
-            student.model,
-            student.params if lora else params,
+            rollout.SamplingModel(
+                student.model,
+                student.params if lora else params,
+                student.stop_ids,
+                lora_params=params if lora else None,
+            ),
             rows,
             sampling=sampling_settings,
-            stop_ids=student.stop_ids,
-            options=options,
+            options=dataclasses.replace(options, warm_up=warm_up),
             version=version,
             # The last step ends all rows.
             token_budget=s.rollout.token_budget
             if partial_rollouts and step + 1 < stage.end_step
             else None,
             counts=counts,
-            routing=run_setup.replay_routing,
-            warm_up=warm_up,
-            lora_params=params if lora else None,
         )
         return lambda: finish_rollout(sequences, step, len(rows), counts)
 

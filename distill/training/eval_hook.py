@@ -11,16 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 from etils import epath
 from ml_collections import ConfigDict
 
 from distill import rollout
 from distill.data import dataset
-from distill.evaluation import evaluator, tasks
+from distill.evaluation import evaluator, protocols, tasks
 from distill.policy import policy
 from distill.policy.policy import Policy
-from distill.rollout import completions
 from distill.runtime import distributed, run_files
 from distill.runtime.checkpoint import Checkpoints
 from models.errors import UserError
@@ -39,8 +37,8 @@ class ValidationSetup:
     c: ConfigDict
     rows: list[tuple[str, tasks.Record]]
     prompts: dataset.TokenLists  # of the rows
-    settings: dict[str, Any]
-    sampling: rollout.Sampling
+    settings: protocols.Settings
+    spec: protocols.EvalSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +58,7 @@ class ValidationHook:
         return bool(self.every_steps) and (is_last or step % self.every_steps == 0)
 
 
-def setup_validation(c: ConfigDict, student: Policy) -> ValidationSetup | None:
+def setup_validation(c: ConfigDict, student: Policy, seed: int) -> ValidationSetup | None:
     """Checks a config's `eval` before anything is trained; None where there is none.
 
     Raises UserError naming the field at fault.
@@ -75,26 +73,23 @@ def setup_validation(c: ConfigDict, student: Policy) -> ValidationSetup | None:
         raise UserError(
             "config.eval: limit, samples, max_new_tokens, batch_size: a negative number"
         )
-    if student.tokenizer is None:
-        raise UserError(f"config.eval: {student.path}: no tokenizer, so responses cannot be read")
     try:
         changes = {"samples": c.samples or None, "max_new_tokens": c.max_new_tokens or None}
         tasks.require_benchmark(c.benchmark)
-        settings = tasks.resolve_settings(c.protocol, c.benchmark, changes)
+        settings = protocols.resolve_settings(c.protocol, c.benchmark, changes)
         rows = tasks.load_problems(c.benchmark, c.data, c.limit)
         tasks.check_gradable(c.benchmark, rows)
-        questions = [(where, tasks.render_question(c.benchmark, row)) for where, row in rows]
-        prompts = completions.encode_row_prompts(
-            student, questions, settings["thinking"], settings["max_new_tokens"]
-        )
-        return ValidationSetup(c, rows, prompts, settings, tasks.make_sampling(settings))
+        sampled = settings | {"seed": seed, "batch_size": c.batch_size}
+        spec = protocols.make_eval_spec(c.protocol, c.benchmark, sampled)
+        prompts = evaluator.encode_prompts(student, rows, spec)
+        return ValidationSetup(c, rows, prompts, settings, spec)
     except UserError as error:
         raise UserError(f"config.eval: {error}") from None
 
 
 @contextlib.contextmanager
 def open_validation_hook(
-    validation: ValidationSetup | None, student: Policy, workdir: epath.Path, seed: int
+    validation: ValidationSetup | None, student: Policy, workdir: epath.Path
 ) -> Iterator[ValidationHook]:
     """Within it, what is yielded evaluates where the config says so, and keeps the best."""
     if validation is None:
@@ -115,16 +110,7 @@ def open_validation_hook(
             )
 
         def warm_up(params: Any) -> None:
-            rollout.complete(
-                make_subject(params),
-                v.prompts,
-                samples=v.settings["samples"],
-                key=jax.random.key(seed),
-                limits=[v.settings["max_new_tokens"]] * len(v.prompts),
-                sampling=v.sampling,
-                batch_size=v.c.batch_size,
-                warm_up=True,
-            )
+            rollout.complete(make_subject(params), v.prompts, v.spec.sample, warm_up=True)
 
         def run_validation(
             state: Any, meta: Callable[[], dict[str, Any]], step: int
@@ -132,7 +118,7 @@ def open_validation_hook(
             nonlocal best_value
             start_time = time.perf_counter()
             subject = make_subject(state.params)
-            summary: Any = _evaluate_step(v, subject, workdir / "eval" / f"{step:06d}", step, seed)
+            summary: Any = _evaluate_step(v, subject, workdir / "eval" / f"{step:06d}", step)
             value = summary.get(v.c.best.removeprefix("-"))
             if best_checkpoints and value is not None:
                 value = -value if v.c.best.startswith("-") else value
@@ -147,28 +133,14 @@ def open_validation_hook(
         yield ValidationHook(v.c.every, run_validation, warm_up)
 
 
-def _evaluate_step(
-    v: ValidationSetup, subject: Policy, out: epath.Path, step: int, seed: int
-) -> tasks.Record:
+def _evaluate_step(v: ValidationSetup, subject: Policy, out: epath.Path, step: int) -> tasks.Record:
     """One evaluation. A folder of this step is gone on in if it is of the same parameters, as those
     of a resumed run are; one of an earlier config is replaced."""
 
+    spec = dataclasses.replace(v.spec, step=step)
+
     def evaluate_once() -> tasks.Record:
-        return evaluator.evaluate_benchmark(
-            subject,
-            v.c.benchmark,
-            v.rows,
-            out,
-            samples=v.settings["samples"],
-            ks=[1],
-            thinking=v.settings["thinking"],
-            max_new_tokens=v.settings["max_new_tokens"],
-            sampling=v.sampling,
-            seed=seed,
-            batch_size=v.c.batch_size,
-            protocol_name=v.c.protocol,
-            step=step,
-        )
+        return evaluator.evaluate_benchmark(subject, v.rows, spec, out)
 
     try:
         return evaluate_once()

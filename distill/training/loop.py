@@ -190,7 +190,7 @@ def run(c: ConfigDict, workdir: epath.PathLike) -> None:
     xla.init_compilation_cache(c.compilation_cache)
     mesh, teacher_mesh = mesh_lib.make_meshes(c)
     run_setup = setup.setup_run(c, mesh, teacher_mesh)
-    validation = eval_hook.setup_validation(c.eval, run_setup.student)
+    validation = eval_hook.setup_validation(c.eval, run_setup.student, c.seed)
     distributed.broadcast_from_primary(lambda: init_workdir(workdir, c))
     run_files.log_line(f"attention: {run_setup.student.model.kernel}")
     with policy.use(run_setup.student):
@@ -200,7 +200,7 @@ def run(c: ConfigDict, workdir: epath.PathLike) -> None:
                 workdir / "checkpoints", c.checkpoint.every, c.checkpoint.keep
             ) as checkpoints,
             eval_hook.open_validation_hook(
-                validation, run_setup.student, workdir, c.seed
+                validation, run_setup.student, workdir
             ) as validation_hook,
             graders.Grader() as grader,
             cli.catch_stop_signals() as get_stop_signal,

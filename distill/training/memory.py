@@ -13,7 +13,7 @@ from distill.runtime import mesh as mesh_lib
 from distill.teachers import local
 from distill.training import optim, sampling_programs, stages, update
 from distill.training.calls import StageModels, count_device_bytes
-from models.qwen3 import model
+from models import transformer
 
 
 def count_resident_bytes(
@@ -53,8 +53,8 @@ def count_resident_bytes(
 def make_head_shape(reader: Policy, mesh: Mesh) -> Any:
     """The output head of a teacher as the update reads it: on the student's mesh."""
     head_VE, mesh_head = (
-        model.get_output_head(reader.params),
-        model.get_output_head(mesh_lib.make_abstract_params(reader.config, mesh)),
+        transformer.get_output_head(reader.params),
+        transformer.get_output_head(mesh_lib.make_abstract_params(reader.config, mesh)),
     )
     return jax.ShapeDtypeStruct(head_VE.shape, head_VE.dtype, sharding=mesh_head.sharding)
 

@@ -13,18 +13,16 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from distill.data import chat, dataset, examples
-from distill.evaluation import tasks
 from distill.policy import policy
 from distill.policy.policy import Policy
-from distill.rollout import completions
 from distill.runtime import run_files
 from distill.teachers import local as teacher_lib
 from distill.training import calls, sampling_programs
 from distill.training import memory as memory_lib
 from distill.training.eval_hook import ValidationSetup
 from distill.training.setup import RunSetup, StageSetup
-from models.qwen3 import quantised
-from models.qwen3.model import Params
+from models.layers import quantised
+from models.transformer import Params
 
 NUM_ROWS, NUM_END_TOKENS = (
     2,
@@ -53,10 +51,12 @@ def make_summary_lines(
 ) -> Iterator[str]:
     """The lines that `show` says; `trained` is what the student trains, before step 0."""
     student, tokenizer = run_setup.student, run_setup.student.tokenizer
-    yield f"student {_describe_policy(student)}{_describe_training(student)}; {_describe_stops(student)}"
+    about = f"{_describe_policy(student)}{_describe_training(student)}"
+    yield f"student {about}; {_describe_stops(student)}"
     for name, teacher in run_setup.teachers.items():
         teacher_policy = teacher.policy
-        yield f"{name} {_describe_policy(teacher_policy)}, {c[name].param_dtype}; {_describe_stops(teacher_policy)}"
+        about = f"{_describe_policy(teacher_policy)}, {c[name].param_dtype}"
+        yield f"{name} {about}; {_describe_stops(teacher_policy)}"
         if not teacher.is_ema:
             yield from _check_teacher(name, teacher_policy, run_setup, trained)
     if tokenizer is not None and tokenizer.chat_template is not None:
@@ -196,11 +196,8 @@ def _compare_eval_prompts(
 
     A document has no prompt; of rows in both modes it is enough that some are like it.
     """
-    (where, row), settings = validation.rows[0], validation.settings
-    questions = [(where, tasks.render_question(validation.c.benchmark, row))]
-    ids = completions.encode_row_prompts(
-        student, questions, settings["thinking"], settings["max_new_tokens"]
-    )[0]
+    _, row = validation.rows[0]
+    ids = validation.prompts[0]
     assert student.tokenizer is not None
     before, question, after = str(student.tokenizer.decode(ids)).partition(str(row.get("question")))
     rows = dataset.get_step_examples(stage.source, 0, NUM_COMPARED_ROWS, seed)

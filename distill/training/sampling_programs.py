@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from distill import rollout
-from distill.evaluation import tasks
+from distill.evaluation import protocols
 from distill.policy import policy
 from distill.rollout import decode
 from distill.rollout.sampling import Sampling
@@ -22,11 +22,11 @@ from distill.training.calls import (
     StageModels,
     cast_shapes,
     count_device_bytes,
-    count_forward_flops,
     infer_output_shapes,
 )
-from models.qwen3 import lora as lora_lib
-from models.qwen3 import pages, quantised
+from models import families
+from models.layers import lora as lora_lib
+from models.layers import pages, quantised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class SamplingSetup:
     @property
     def variable_shapes(self) -> Any:
         """Shapes of the variables that decode."""
-        if self.decoder.qwen3.scan:
+        if self.decoder.model.scan:
             return self._stacked_shapes
         with mesh_lib.use_mesh(self.mesh):
             return infer_output_shapes(decode.convert_weights, *self.decoding_args)
@@ -76,28 +76,30 @@ class SamplingSetup:
         if student.model.lora:
             params, trained = student.params, params
         rules = mesh_lib.GATHERED_RULES if options.gather_weights else mesh_lib.SHARDING_RULES
-        stacked = self.decoder.qwen3.scan
+        stacked = self.decoder.model.scan
         return student.model, params, trained, self.mesh, rules, stacked, options.param_dtype
 
     @property
     def _stacked_shapes(self) -> Any:
-        qwen3, params, trained, mesh, rules, _, param_dtype = self.decoding_args
+        model, params, trained, mesh, rules, _, param_dtype = self.decoding_args
         leaves = jax.tree.leaves(params, is_leaf=quantised.is_quantised)
         quantised_dtypes = {x.values.dtype.name for x in leaves if quantised.is_quantised(x)}
-        shapes = mesh_lib.make_abstract_params(qwen3.config, mesh, rules=rules)
+        shapes = mesh_lib.make_abstract_params(model.config, mesh, rules=rules)
         shaped = dataclasses.replace(self.models.student, params=shapes)
-        param_dtype = next(iter(quantised_dtypes), param_dtype or jnp.dtype(qwen3.dtype).name)
+        param_dtype = next(iter(quantised_dtypes), param_dtype or jnp.dtype(model.dtype).name)
         variables = {"params": policy.make_abstract_params(shaped, param_dtype)}
         if trained is not None:
-            factors = mesh_lib.make_abstract_params(qwen3.config, mesh, qwen3.lora, rules)
-            variables[lora_lib.LORA] = cast_shapes(factors, qwen3.dtype)
+            factors = mesh_lib.make_abstract_params(model.config, mesh, model.lora, rules)
+            variables[lora_lib.LORA] = cast_shapes(factors, model.dtype)
         return variables
 
     @property
     def token_bytes(self) -> int:
         """Bytes that a token takes in the cache of a device."""
         dtype = jnp.dtype(self.decoder.cache.dtype)
-        return pages.count_token_bytes(self.models.student.config, self.mesh.shape["tensor"], dtype)
+        return families.count_cache_token_bytes(
+            self.models.student.config, self.mesh.shape["tensor"], dtype
+        )
 
     @property
     def cache_bytes(self) -> int:
@@ -125,11 +127,11 @@ def make_eval_sampler(c: ConfigDict, models: StageModels) -> SamplingSetup:
     as long as the stages allow prompts to be, without a limit as one batch. A LoRA is merged."""
     e, models = c.eval, _merge_lora(models)
     changes = {"samples": e.samples or None, "max_new_tokens": e.max_new_tokens or None}
-    settings = tasks.resolve_settings(e.protocol, e.benchmark, changes)
+    settings = protocols.resolve_settings(e.protocol, e.benchmark, changes)
     P, R = max(c[name].max_prompt_tokens for name in c.stages), settings["max_new_tokens"]
     count = (e.limit or e.batch_size) * settings["samples"]
     options = rollout.RolloutOptions(e.batch_size, max_length=rollout.bucket_length(P + R))
-    sampling_settings = tasks.make_sampling(settings)
+    sampling_settings = rollout.make_sample_spec(settings).sampling
     return _make_sampler(
         models, options, sampling_settings, (count, P, R, settings["samples"]), False
     )
@@ -146,14 +148,14 @@ def _make_sampler(
     mesh = mesh_lib.to_decode_mesh(policy.get_mesh(student))
     stacked = decode.prefers_stacked(mesh)
     lora = student.model.lora and lora_lib.with_unit_scale(student.model.lora)
-    qwen3 = student.model.clone(scan=stacked, remat=False, lora=lora)
-    config, dtype, (count, P, R, _) = student.config, jnp.dtype(qwen3.dtype).name, sizes
+    model = student.model.clone(scan=stacked, remat=False, lora=lora)
+    config, dtype, (count, P, R, _) = student.config, jnp.dtype(model.dtype).name, sizes
     shape = rollout.make_cache_shape(
         options, config, mesh, dtype, count, options.max_length or P + R
     )
     steps = rollout.get_segment_steps(options, shape)
     decoder = decode.Decoder(
-        qwen3, sampling_settings, student.stop_ids, shape, steps, routing=routing
+        model, sampling_settings, student.stop_ids, shape, steps, routing=routing
     )
     return SamplingSetup(models, mesh, options, decoder, *sizes)
 
@@ -254,20 +256,20 @@ def list_sampling_calls(
     for T in sizes:
         many = sizes[-1] == T
         read = -(-P * count // samples // (T * X)) if many else 0
-        useful = count_forward_flops(config, X * T, (P + 1) / 2, with_head=False)
+        useful = families.count_forward_flops(config, X * T, (P + 1) / 2, with_head=False)
         calls.append(
             make_call("prompts" if many else "few prompts", lower_prefill(T), read, useful)
         )
-    useful = count_forward_flops(config, shape.rows, P + R / 2, with_head=True)
+    useful = families.count_forward_flops(config, shape.rows, P + R / 2, with_head=True)
     calls.append(
         make_call("decode", lower_segment(shape.rows), turns, useful, kernel_bytes_read=reads)
     )
     fewer_rows = rollout.get_shrunk_rows(shape)
     if fewer_rows:
-        lower_resize = lambda: decode.resize.lower(
+        lower_resize = lambda: decode.resize.lower(  # noqa: E731
             make_state_shape(shape.rows), make_int32_shape(X, fewer_rows // X)
         )
-        useful = count_forward_flops(config, fewer_rows, P + R / 2, with_head=True)
+        useful = families.count_forward_flops(config, fewer_rows, P + R / 2, with_head=True)
         calls.append(make_call("fewer rows", lower_resize, 0, more_bytes=copy))
         calls.append(make_call("decode fewer", lower_segment(fewer_rows), 0, useful))
     if decoder.sampling.presence_penalty:

@@ -232,7 +232,8 @@ def _setup_stage(
         allowed = s.max_prompt_tokens + context_tokens
         if len(example.teacher_prompt or ()) > allowed:
             raise UserError(
-                f"{example.where}: prompt and context of {len(example.teacher_prompt or ())} tokens, config."
+                f"{example.where}: prompt and context of {len(example.teacher_prompt or ())} "
+                "tokens, config."
                 f"{name}.max_prompt_tokens and context.max_tokens allow {allowed} together"
             )
         dataset.require_ids(example.teacher_prompt or [], student.config.vocab_size, example.where)

@@ -13,7 +13,7 @@ from distill.policy.policy import Policy
 from distill.rewards import graders
 from distill.runtime import mesh as mesh_lib
 from models.errors import UserError
-from models.qwen3.lora import LoRA
+from models.layers.lora import LoRA
 
 # Share of rows that the student writes, where an objective does not mean all of them.
 DEFAULT_ON_POLICY = {"sft": 0.0, "distill": 0.0, "gkd": 0.5}
@@ -47,14 +47,16 @@ def resolve_objective(name: str, s: ConfigDict) -> tuple[losses.Loss, int]:
     sampled_rows = round(share * s.batch_size)
     if loss.is_on_policy and sampled_rows < s.batch_size:
         raise UserError(
-            f"config.{name}.on_policy_share={share}: this loss needs the sampler's log-probabilities of "
+            f"config.{name}.on_policy_share={share}: this loss needs the sampler's "
+            "log-probabilities of "
             "every token, and read responses have none"
         )
     if loss.teacher_output == "token":
         raise UserError(f"config.{name}.loss.teacher_output=token: is of a teacher elsewhere")
     if loss.teacher_output == "top" and sampled_rows:
         raise UserError(
-            f"config.{name}.loss.teacher_output=top: stored log-probabilities are of read responses, "
+            f"config.{name}.loss.teacher_output=top: stored log-probabilities are of read "
+            "responses, "
             f"but on_policy_share={share}"
         )
     if loss.reward:
@@ -84,7 +86,8 @@ def _check_reward(name: str, s: ConfigDict, loss: losses.Loss) -> None:
         raise UserError(f"config.{name}.reward: all weights are 0")
     if r.length and not 0 < r.length_margin <= s.max_response_tokens:
         raise UserError(
-            f"config.{name}.reward.length_margin={r.length_margin}: the length penalty falls over so many tokens "
+            f"config.{name}.reward.length_margin={r.length_margin}: the length penalty falls "
+            "over so many tokens "
             f"before the limit, from 1 to max_response_tokens={s.max_response_tokens}"
         )
     if r.max_rounds < 1:
@@ -189,7 +192,8 @@ def check_stage(
     check_token_split(name, s, mesh, teacher_mesh)
     if sampled_rows % s.samples:
         raise UserError(
-            f"config.{name}.batch_size={s.batch_size}: the {sampled_rows} rows that are sampled do not "
+            f"config.{name}.batch_size={s.batch_size}: the {sampled_rows} rows that are "
+            "sampled do not "
             f"divide by samples ({s.samples})"
         )
 

@@ -18,7 +18,7 @@ from distill.teachers.local import Teacher
 from distill.training import setup, stages, update
 from distill.training.microbatches import Microbatch, Minibatches
 from distill.training.setup import RunSetup, StageSetup
-from models.qwen3.model import Params
+from models.transformer import Params
 
 # A micro-batch and its [B, T] stats, for transcripts.
 KeptStats = list[tuple[Microbatch, losses.Stats]]

@@ -19,8 +19,9 @@ from distill.objectives import advantages, fused_head, losses
 from distill.policy import forward
 from distill.runtime import mesh as mesh_lib
 from distill.runtime import run_files, xla
-from models.qwen3 import model, moe
-from models.qwen3.model import Params, Qwen3
+from models import transformer
+from models.layers import moe
+from models.transformer import Params, Transformer
 
 KL_OFFSETS = (0, 16, 64, 256, 1024, 4096, 16384)  # in a response, between which KL is reported
 PARTIAL_METRICS = ("/", "_from_", "stop_")  # in names of metrics that some updates lack tokens for
@@ -93,7 +94,7 @@ class UpdateOptions:
 
     max_response_tokens: int
     loss_chunk_mib: float  # MiB of float32 logits of one model in a chunk
-    # Weight of the routers' load-balancing loss (models.qwen3.moe), which counts as often as a
+    # Weight of the routers' load-balancing loss (models.layers.moe), which counts as often as a
     # token of the loss. A product of two means and not a sum over tokens: with accumulation it is
     # that of each micro-batch, over all devices, not that of the whole batch, whose loads are known
     # only after the last micro-batch (arXiv 2501.11873 on the difference).
@@ -122,7 +123,7 @@ def _shift_known(batch: Batch) -> losses.Stats:
 
 
 def compute_loss_sums(
-    qwen3: Qwen3,
+    model: Transformer,
     loss: losses.Loss,
     options: UpdateOptions,
     params: Params,
@@ -134,7 +135,7 @@ def compute_loss_sums(
     params: trained parameters; with `frozen`, the LoRA beside those.
     """
     params, lora = _split_lora(params, frozen)
-    hidden_BTD, router_sums = forward.compute_hidden_and_router_stats(qwen3, params, batch, lora)
+    hidden_BTD, router_sums = forward.compute_hidden_and_router_stats(model, params, batch, lora)
     known = _shift_known(batch)
     mask_BT = known["mask_BT"]
     weight_BT, count = losses.compute_token_weights(
@@ -149,7 +150,7 @@ def compute_loss_sums(
 
     inputs = fused_head.HeadInputs(
         hidden_BTD,
-        model.get_output_head(params),
+        transformer.get_output_head(params),
         losses.shift(batch.tokens_BT),
         mask_BT,
         batch.teacher,
@@ -264,9 +265,8 @@ class UpdatePrograms:
         """Runs one update: the new state, the metrics, and stats by the micro-batch's number.
 
         Args:
-          prepare_batch: runs on a micro-batch once the one before it is done. What it adds, the
-            teachers' hidden states, so exists for one micro-batch at a time, while the host makes
-            the next.
+          prepare_batch: runs on a micro-batch once the one before it is done, so that the teachers'
+            hidden states exist for one at a time, while the host makes the next.
           keep_stats: numbers of the micro-batches whose stats are returned; None: all.
           single_microbatch: there is one micro-batch, so no zero gradient is allocated.
           steps: by how many the state's step counter rises.
@@ -287,7 +287,7 @@ class UpdatePrograms:
 
 
 def make_update(
-    qwen3: Qwen3,
+    model: Transformer,
     optimizer: optax.GradientTransformation,
     loss: losses.Loss,
     options: UpdateOptions,
@@ -306,7 +306,7 @@ def make_update(
         gradient: Params | None, params: Params, batch: Batch, frozen: Params | None = None
     ):
         value_and_grad = jax.value_and_grad(
-            functools.partial(compute_loss_sums, qwen3, loss, options), has_aux=True
+            functools.partial(compute_loss_sums, model, loss, options), has_aux=True
         )
         (_, (sums, stats)), new_gradient = value_and_grad(params, batch, frozen)
         max_ratio = jnp.max(stats["ratio"]) if "ratio" in stats else None
@@ -321,7 +321,7 @@ def make_update(
     def compute_logp(params: Params, batch: Batch, frozen: Params | None = None):
         params, lora = _split_lora(params, frozen)
         # Through the update's own forward pass, so that recorded experts are chosen again.
-        hidden_BTD, _ = forward.compute_hidden_and_router_stats(qwen3, params, batch, lora)
+        hidden_BTD, _ = forward.compute_hidden_and_router_stats(model, params, batch, lora)
         return forward.compute_logp(
             hidden_BTD, params, batch, options.loss_chunk_mib, options.temperature
         )

@@ -7,14 +7,14 @@ A num_experts_per_tok; F is moe_intermediate_size in an expert.
 """
 
 import dataclasses
-import json
 import typing
-from pathlib import Path
 
+from models.config import RopeScaling, parse_rope_scaling, read_architecture
 from models.errors import UserError
 
 _DENSE_NAMES = ("Qwen3ForCausalLM", "qwen3")
 _SPARSE_NAMES = ("Qwen3MoeForCausalLM", "qwen3_moe")
+ARCHITECTURES = (*_DENSE_NAMES, *_SPARSE_NAMES)
 _FIXED_FIELDS = {  # fields for which no more than one value is computed
     "attention_bias": False,
     "use_sliding_window": False,
@@ -33,24 +33,6 @@ _EXPERT_FIELDS = (  # the fields that a dense model's config.json lacks
     "decoder_sparse_step",
     "mlp_only_layers",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How rotary embeddings reach beyond the positions of pretraining (models.qwen3.rope).
-
-    All but the first two fields are YaRN's; None means that it follows from `factor`.
-    """
-
-    rope_type: str  # "yarn" or "linear"
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True  # the ramp begins and ends at whole dimensions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,15 +63,9 @@ class Config:
         """Reads config.json's fields, in transformers 4 and 5 spellings of the rotary embedding.
 
         Raises:
-          UserError: for another architecture, a missing field, or a variant that this model
+          UserError: for a missing field, or a variant that this model
             does not compute (biases, sliding windows, other rotary embeddings).
         """
-        architecture = fields.get("architectures") or fields.get("model_type", "unknown")
-        architecture = architecture[0] if isinstance(architecture, list) else architecture
-        if architecture not in _DENSE_NAMES + _SPARSE_NAMES:
-            raise UserError(
-                f"{source}: architecture {architecture!r} is neither {_DENSE_NAMES[0]} nor {_SPARSE_NAMES[0]}"
-            )
         # Where both are there, transformers reads the second, which was its only name until 5.
         rope_field = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
         rope = fields.get(rope_field) or {}
@@ -102,7 +78,7 @@ class Config:
         values = {**fields, "rope_theta": rope.get("rope_theta", known)}
         field_types = typing.get_type_hints(cls)
         field_types.pop("rope_scaling")
-        if architecture in _DENSE_NAMES:
+        if read_architecture(fields) in _DENSE_NAMES:
             field_types = {
                 name: kind for name, kind in field_types.items() if name not in _EXPERT_FIELDS
             }
@@ -114,7 +90,7 @@ class Config:
             raise UserError(f"{source}: field {missing[0]!r} is missing")
         try:
             config = cls(**{name: kind(values[name]) for name, kind in field_types.items()})
-            scaling = _parse_rope_scaling(
+            scaling = parse_rope_scaling(
                 rope, f"{source}: {rope_field}", config.max_position_embeddings
             )
         except (TypeError, ValueError) as error:
@@ -122,20 +98,6 @@ class Config:
         config = dataclasses.replace(config, rope_scaling=scaling)
         _check_config(config, source)
         return config
-
-    @classmethod
-    def from_directory(cls, directory: str | Path) -> "Config":
-        """Reads DIRECTORY/config.json; raises UserError when it is missing or malformed."""
-        path = Path(directory) / "config.json"
-        if not path.is_file():
-            raise UserError(f"{directory}: no model directory (it has no config.json)")
-        try:
-            fields = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path}: not JSON ({error})") from None
-        if not isinstance(fields, dict):
-            raise UserError(f"{path}: not a JSON object")
-        return cls.from_hf(fields, str(path))
 
     def to_hf(self) -> dict:
         """The config.json fields that transformers 4 and 5 and vLLM read this architecture from."""
@@ -191,36 +153,6 @@ class Config:
         layers = sum(attention + 2 * d + (sparse if s else dense) for s in self.sparse_layers)
         embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
         return layers + embeddings + d
-
-
-def _parse_rope_scaling(rope: dict, field: str, max_positions: int) -> RopeScaling | None:
-    """Of config.json's object `rope` and max_position_embeddings; `field` names it in messages."""
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type == "default":
-        return None
-    if rope_type not in ("yarn", "linear"):
-        raise UserError(f"{field}: type {rope_type!r} is none of 'default', 'linear', 'yarn'")
-    original = rope.get("original_max_position_embeddings") or max_positions
-    values = {
-        "factor": rope.get("factor") or max_positions / original,
-        "original_max_position_embeddings": original,
-    }
-    if rope_type == "yarn":
-        optional = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
-        values |= {name: rope[name] for name in optional if rope.get(name)}
-        values["truncate"] = rope.get("truncate", True)
-    for name, value in values.items():
-        if isinstance(value, bool) != (name == "truncate") or not isinstance(value, int | float):
-            raise UserError(f"{field}: {name}={value!r} is of the wrong type")
-        if value < 1 and name in ("factor", "original_max_position_embeddings"):
-            raise UserError(f"{field}: {name}={value} is below 1")
-    scaling = RopeScaling(rope_type, **values)
-    if not 0 < scaling.beta_slow < scaling.beta_fast:
-        raise UserError(
-            f"{field}: beta_slow={scaling.beta_slow} is not between 0 and "
-            f"beta_fast={scaling.beta_fast}"
-        )
-    return scaling
 
 
 def _check_config(config: Config, source: str) -> None:

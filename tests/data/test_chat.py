@@ -85,19 +85,19 @@ def test_every_published_loss_mask(qwen3: PreTrainedTokenizerBase) -> None:
 
 
 @needs_qwen3
-def test_qwen3_think_switch(qwen3: PreTrainedTokenizerBase) -> None:
+def test_the_think_switch_of_qwen3_adds_an_empty_block(qwen3: PreTrainedTokenizerBase) -> None:
     on, off = (chat.render_messages(qwen3, HELLO, thinking=thinking) for thinking in (True, False))
     assert off == [*on, 151667, 271, 151668, 271]
     assert chat.render_messages(qwen3, HELLO) == on
 
 
-def test_think_switch(tiny: PreTrainedTokenizerBase) -> None:
+def test_the_think_switch_adds_an_empty_block(tiny: PreTrainedTokenizerBase) -> None:
     on, off = (chat.render_messages(tiny, HELLO, thinking=thinking) for thinking in (True, False))
     assert tiny.decode(on) == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     assert off == on + chat.encode(tiny, "<think>\n\n</think>\n\n")
 
 
-def test_tools_are_rendered(tiny: PreTrainedTokenizerBase) -> None:
+def test_tools_are_rendered_into_the_system_turn(tiny: PreTrainedTokenizerBase) -> None:
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
     text = str(tiny.decode(chat.render_messages(tiny, HELLO, tools=tools)))
     assert text.startswith("<|im_start|>system\n# Tools") and '"name": "add"' in text
@@ -110,11 +110,11 @@ def test_trace_trains_the_response_and_its_stop(
     problem = arithmetic.make_problem(0, 0, "train", (3, 5))
     response = problem.answer if thinking is False else arithmetic.to_response(problem)
     messages = arithmetic.to_messages(problem)
-    ids, mask = chat.encode_prompt_response(tiny, messages, response, thinking=thinking)
+    prompt = chat.render_messages(tiny, messages, thinking=thinking)
+    response_ids = chat.encode_response(tiny, response)
+    ids, mask = prompt + response_ids, [0] * len(prompt) + [1] * len(response_ids)
     assert written(tiny, ids, mask) == response + "<|im_end|>"
-    assert ids[: mask.index(1)] == chat.render_messages(tiny, messages, thinking=thinking)
-    assert mask == sorted(mask)
-    # What the template renders for the finished conversation is the trace, plus a newline.
+    # The template renders the finished conversation as the trace and a newline.
     turns = [*messages, {"role": "assistant", "content": response}]
     whole, whole_mask = chat.encode_conversation(tiny, turns)
     assert whole == ids + chat.encode(tiny, "\n")
@@ -156,11 +156,11 @@ def test_a_broken_tokenizer_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_no_template_and_no_stop_token_are_named() -> None:
+def test_a_missing_template_or_stop_token_is_named() -> None:
     tokenizer = fresh_tiny()
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no eos_token"):
-        chat.encode_prompt_response(tokenizer, HELLO, "x", thinking=None)
+        chat.encode_response(tokenizer, "x")
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         chat.render_messages(tokenizer, HELLO)

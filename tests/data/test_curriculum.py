@@ -53,8 +53,8 @@ def test_the_modes_have_their_shares(share):
 
 @pytest.mark.parametrize("traces", [False, True])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_both_kinds_of_stages_mix_them(tiny, traces, share):
-    source = dataset.load_source(config(thinking=share, size=40), tiny, 0, traces)
+def test_prompts_and_traces_mix_the_modes(tiny, traces, share):
+    source = dataset.load_source(config(thinking=share, max_rows=40), tiny, 0, traces)
     examples = dataset.get_step_examples(source, 0, 32, 0)
     assert sum(e.thinking for e in examples) == 32 * share
     for e in examples:
@@ -169,7 +169,9 @@ def test_a_template_without_modes_has_nothing_to_mix(tiny, tmp_path):
         assert source.read_example(0).thinking == bool(share)
     with pytest.raises(UserError, match=r"config\.data\.thinking=0\.5: the chat template of"):
         dataset.load_source(config(thinking=0.5), plain, 0, False)
-    with pytest.raises(UserError, match=r"config\.data\.thinking=1\.5: is a share"):
+    with pytest.raises(
+        UserError, match=r"config\.data\.thinking=1\.5: must be at least 0 and at m"
+    ):
         dataset.load_source(config(thinking=1.5), tiny, 0, False)
     # Token ids need neither template nor tokenizer, and count as thinking.
     path = write(tmp_path / "rows.jsonl", {"tokens": [5, 6]})
@@ -224,7 +226,7 @@ def test_weights_are_p_times_1_minus_p(tiny, tmp_path):
     assert sorted(order(0, 0, 3)) == [1, 2, 3]
 
 
-def test_the_students_own_pass_rates(tiny, tmp_path):
+def test_pass_rates_of_verify_and_evaluate_become_difficulties(tiny, tmp_path):
     """As `verify --keep=all` writes them, and as `evaluate` does."""
     path = write(tmp_path / "rows.jsonl", *rows_of(3))
     prompts = [
@@ -261,20 +263,24 @@ def test_the_students_own_pass_rates(tiny, tmp_path):
         (rows_of(2), {"difficulty": "hard"}, r"rows.jsonl:1: config.data.difficulty=hard: its col"),
         ([{**ASK, "level": "?"}], {"difficulty": "level"}, "'\\?' is not a number"),
         ([{**ASK, "level": True}], {"difficulty": "level"}, "True is not a number"),
-        (rows_of(2), {"curriculum": "ordered"}, "config.data.difficulty says what is easy"),
-        (rows_of(2), {"curriculum": "random"}, "config.data.curriculum='random': is none of"),
+        (
+            rows_of(2),
+            {"curriculum": "ordered"},
+            "needs config.data.difficulty, which says what is easy",
+        ),
+        (rows_of(2), {"curriculum": "random"}, "config.data.curriculum='random': must be one of"),
         (rows_of(3), {"difficulty": "level", "curriculum": "weighted"}, "3: difficulty 2: .* rate"),
         (rows_of(2), {"difficulty": "level", "curriculum": "weighted"}, "every difficulty is 0 or"),
         (rows_of(2), {"difficulty": "/no/file.jsonl"}, "/no/file.jsonl: no such file"),
     ],
 )
-def test_what_a_curriculum_cannot_use(tiny, tmp_path, rows, changes, words):
+def test_a_bad_curriculum_is_named(tiny, tmp_path, rows, changes, words):
     path = write(tmp_path / "rows.jsonl", *rows)
     with pytest.raises(UserError, match=words):
         source_of(tiny, path, **changes)
 
 
-def test_files_without_failures_or_grades(tmp_path):
+def test_pass_rates_need_failures_and_grades(tmp_path):
     path = write(tmp_path / "rates.jsonl", {**ASK, "samples": [{"correct": True}]})
     with pytest.raises(UserError, match="every sample is correct; verify --keep=all"):
         curriculum.load_pass_rates(str(path))
@@ -283,7 +289,7 @@ def test_files_without_failures_or_grades(tmp_path):
         curriculum.load_pass_rates(str(path))
 
 
-def test_a_level_in_words_and_the_generated_task(tiny, tmp_path):
+def test_difficulty_is_read_from_words_and_of_the_generated_task(tiny, tmp_path):
     path = write(tmp_path / "rows.jsonl", {**ASK, "level": "Level 5"})
     assert (
         dataset.load_source(config(path, difficulty="level"), tiny, 0, False)
@@ -291,10 +297,10 @@ def test_a_level_in_words_and_the_generated_task(tiny, tmp_path):
         .difficulty
         == 5
     )
-    with pytest.raises(UserError, match=r"takes a source with an end \(config\.data\.size\)"):
+    with pytest.raises(UserError, match=r"takes a source with an end \(config\.data\.max_rows\)"):
         source_of(tiny, Path("arithmetic"), difficulty="operations", curriculum="ordered")
     order, source = source_of(
-        tiny, Path("arithmetic"), difficulty="operations", curriculum="ordered", size=20
+        tiny, Path("arithmetic"), difficulty="operations", curriculum="ordered", max_rows=20
     )
     assert order is not None
     assert source.read_example(order(0, 0, 1)[0]).difficulty == 3

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from configs import base
 from distill.data import arithmetic, chat, collate, dataset, sources
 from distill.data.dataset import Example, Source
+from distill.data.examples import encode_prompt
 from models.errors import UserError
 from tests.support.paths import ROOT
 
@@ -100,15 +101,15 @@ def test_the_generated_task_is_endless_or_cut_to_size(tiny: PreTrainedTokenizerB
         assert f"user\n{problem.question}<|im_end|>" in tiny.decode(example.prompt)
         assert tiny.decode(example.response) == f"{arithmetic.to_response(problem)}<|im_end|>"
         assert example.answer == problem.answer
-    cut = dataset.load_source(config("arithmetic", size=4), tiny, 5, with_responses=True)
+    cut = dataset.load_source(config("arithmetic", max_rows=4), tiny, 5, with_responses=True)
     epoch = [e.where for e in dataset.get_step_examples(cut, 9, 4, 5)]
     assert sorted(epoch) == [f"arithmetic problem {i}" for i in range(4)]
 
 
-def test_size_takes_the_first_rows(tmp_path: Path) -> None:
+def test_max_rows_takes_the_first_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", *({"tokens": [i + 1]} for i in range(9)))
     for size, expected in ((0, 9), (4, 4), (50, 9)):
-        source = dataset.load_source(config(path, size=size), None, 0, with_responses=False)
+        source = dataset.load_source(config(path, max_rows=size), None, 0, with_responses=False)
         assert source.size == expected
         read = sorted(e.prompt[0] for e in dataset.get_step_examples(source, 0, expected, 0))
         assert read == list(range(1, expected + 1))
@@ -117,7 +118,7 @@ def test_size_takes_the_first_rows(tmp_path: Path) -> None:
 # Layout
 
 
-def test_trace_batch() -> None:
+def test_responses_are_trained_and_cut_to_length() -> None:
     """Prompts are not trained; responses with their stop token 9 are; nothing after it is there.
     The last response is cut, and so has no stop token."""
     examples = [
@@ -146,9 +147,9 @@ def test_trace_batch() -> None:
 # Rows
 
 
-def test_forms_of_a_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_every_form_of_a_prompt_has_the_same_ids(tokenizer: PreTrainedTokenizerBase) -> None:
     def prompt(row: dict) -> list[int]:
-        return dataset.encode_prompt(row, "row", tokenizer, True)
+        return encode_prompt(row, "row", tokenizer, True)
 
     asked = chat.render_messages(tokenizer, QUESTION, thinking=True)
     text = "<|im_start|>user\nWhat is 3 * 4?<|im_end|>\n<|im_start|>assistant\n"
@@ -158,10 +159,12 @@ def test_forms_of_a_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
     assert prompt({"prompt": text}) == asked
     assert prompt({"tokens": asked}) == asked
     assert prompt({"prompt": "3 * 4 ="}) == tokenizer.encode("3 * 4 =")
-    assert dataset.encode_prompt({"tokens": [4, 2]}, "row", None, True) == [4, 2]
+    assert encode_prompt({"tokens": [4, 2]}, "row", None, True) == [4, 2]
 
 
-def test_forms_of_a_trace(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_every_form_of_a_trace_has_the_same_ids(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     asked = chat.render_messages(tokenizer, QUESTION, thinking=True)
     stop = tokenizer.eos_token_id
     answered = [*tokenizer.encode("It is 12."), stop]
@@ -245,7 +248,7 @@ def check_solutions(path: Path, tokenizer: PreTrainedTokenizerBase, thinking: bo
 @pytest.mark.parametrize(
     ("thinking", "every"), [(True, 1), (False, 10), pytest.param(False, 1, marks=pytest.mark.long)]
 )
-def test_gsm8k_prints_back(
+def test_gsm8k_decodes_to_its_own_text(
     shared_data: Path,
     qwen3: PreTrainedTokenizerBase,
     tmp_path: Path,
@@ -261,7 +264,7 @@ def test_gsm8k_prints_back(
     assert check_solutions(path, qwen3, thinking) == len(lines[::every])
 
 
-def test_solutions_print_back(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_solutions_decode_to_their_own_text(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     rows = [
         {
             "question": "Janet’s 3 ducks\tlay £4?",
@@ -313,7 +316,9 @@ BAD_TRACES = [
 
 
 @pytest.mark.parametrize(("text", "words"), BAD_TRACES)
-def test_bad_traces(tiny: PreTrainedTokenizerBase, tmp_path: Path, text: str, words: str) -> None:
+def test_a_bad_trace_is_named(
+    tiny: PreTrainedTokenizerBase, tmp_path: Path, text: str, words: str
+) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(text)
     with pytest.raises(UserError) as error:
@@ -321,7 +326,7 @@ def test_bad_traces(tiny: PreTrainedTokenizerBase, tmp_path: Path, text: str, wo
     assert words in str(error.value)
 
 
-def test_a_byte_that_is_not_utf8(tmp_path: Path) -> None:
+def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"question": "caf\xc3\xa9"}\n{"question": "caf\xe9"}\n')
     with pytest.raises(UserError, match=r"rows\.jsonl:2: not JSON .*0xe9"):
@@ -335,12 +340,12 @@ def test_blank_lines_are_skipped_and_counted(tmp_path: Path) -> None:
     assert found == [(f"{path}:2", {"a": 1}), (f"{path}:5", {"a": "\u2028"})]
 
 
-def test_what_needs_a_tokenizer(tmp_path: Path) -> None:
+def test_text_needs_a_tokenizer_and_ids_do_not(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", {"tokens": [1], "response_tokens": [2]}, {"prompt": "q"})
     for traces in (False, True):
         with pytest.raises(UserError, match=r"rows\.jsonl:2: the model has no tokenizer"):
             dataset.load_source(config(path), None, 0, traces)
-        source = dataset.load_source(config(path, size=1), None, 0, traces)
+        source = dataset.load_source(config(path, max_rows=1), None, 0, traces)
         assert source.read_example(0).prompt == [1]
         assert source.read_example(0).response == ([2] if traces else [])
     with pytest.raises(UserError, match="arithmetic needs a model with a tokenizer"):
@@ -356,7 +361,7 @@ def test_what_needs_a_tokenizer(tmp_path: Path) -> None:
         ({"operations": (4, 2)}, "(4, 2)"),
     ],
 )
-def test_bad_settings(tiny: PreTrainedTokenizerBase, fields: dict, words: str) -> None:
+def test_a_bad_setting_is_named(tiny: PreTrainedTokenizerBase, fields: dict, words: str) -> None:
     c = config(**{"source": "arithmetic", **fields})
     with pytest.raises(UserError) as error:
         dataset.load_source(c, tiny, 0, with_responses=True)

@@ -1,21 +1,10 @@
-"""Decontamination against published pairs, duplicates, filters, and the verb that does them."""
+"""n-grams of tokens, near duplicates by MinHash, and scripts."""
 
-import json
-import random
-import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pytest
 
-from distill import clean
 from distill.data import dedup, sources
-from tests.support.verbs import call, write
-
-
-def read(path: Path) -> list[dict]:
-    return [row for _, row in sources.open_rows(str(path))]
 
 
 def test_ngrams_are_those_of_the_tokens() -> None:
@@ -35,55 +24,23 @@ def test_ngrams_are_those_of_the_tokens() -> None:
 def test_a_match_names_the_problem_and_the_run() -> None:
     found = dedup.NgramIndex(["one two three four five", "two three", "six"], 3)
     assert found.find_matches("So: two  THREE four five!") == {0: (2, "two three four")}
-    assert found.find_matches("two three") == {
-        1: (1, "two three")
-    }  # a problem shorter than n, whole
+    # A problem shorter than n is found whole.
+    assert found.find_matches("two three") == {1: (1, "two three")}
     assert found.find_matches("") == {}
 
 
-def found_pairs(report: list[dict]) -> set[tuple[int, int]]:
-    return {
-        tuple(int(str(f[k]).rpartition(":")[2]) - 1 for k in ("row", "of"))  # type: ignore[misc]
-        for f in report
-        if f["why"] == "contaminated"
-    }
-
-
-def test_the_published_pairs_are_found(shared_data: Path, tmp_path: Path) -> None:
-    """36 of 36, with the verb's defaults: 8 tokens, 3 shared runs. 13 tokens find fewer of them."""
-    path, report, out = shared_data / "s1k" / "questions.jsonl", tmp_path / "r", tmp_path / "out"
-    flags = [f"--data={path}", f"--against={shared_data / 'math500' / 'test.jsonl'}"]
-    flags += [f"--out={out}", f"--report={report}"]
-    assert call(clean, *flags) == 0
-    ids = {row["id"]: i for i, row in enumerate(read(path))}
-    known = {
-        (ids[row["train_id"]], row["math500_index"])
-        for row in read(shared_data / "s1k" / "math500_overlap.jsonl")
-    }
-    found = found_pairs(read(report))
-    assert len(known) == 36 and known <= found
-    dropped = {row for row, _ in found}
-    assert len(read(out)) == 1000 - len(dropped) == 774
-    # Every finding is what it says: the run stands in both texts.
-    texts = [row["question"] for row in read(path)]
-    problems = [row["question"] for row in read(shared_data / "math500" / "test.jsonl")]
-    for finding in read(report):
-        row, of = (int(finding[k].rpartition(":")[2]) - 1 for k in ("row", "of"))
-        for text in (texts[row], problems[of]):
-            assert any(finding["ngram"] in " ".join(form(text)) for form in dedup.TOKENIZERS)
-    assert call(clean, *flags, "--ngram=13", "--shared=1") == 0
-    assert len(known & found_pairs(read(report))) == 26
-
-
-def test_false_alarms_on_gsm8k(shared_data: Path, tmp_path: Path) -> None:
-    """Train and test share no problem. At the strict default 40 rows of 7,473 are dropped for a
-    form of words; at 13 tokens 5."""
-    train, test = (shared_data / "gsm8k" / f"{split}.jsonl" for split in ("train", "test"))
-    evaluation = {n: dedup.NgramIndex([r["question"] for r in read(test)], n) for n in (8, 13)}
+def test_few_rows_of_gsm8k_are_false_alarms(shared_data: Path) -> None:
+    """Train and test share no problem. The strict default drops 40 rows of 7,473 for their
+    phrasing, 13 tokens 5."""
+    train, test = (
+        [row["question"] for _, row in sources.open_rows(str(shared_data / f"gsm8k/{split}.jsonl"))]
+        for split in ("train", "test")
+    )
+    evaluation = {n: dedup.NgramIndex(test, n) for n in (8, 13)}
     alarms = {8: 0, 13: 0}
-    for row in read(train):
+    for question in train:
         for n, least in ((8, 3), (13, 1)):
-            hits = evaluation[n].find_matches(row["question"]).values()
+            hits = evaluation[n].find_matches(question).values()
             alarms[n] += any(count >= least for count, _ in hits)
     assert alarms == {8: 40, 13: 5}
 
@@ -104,103 +61,11 @@ def test_minhash_finds_what_jaccard_says() -> None:
     assert len(pairs) <= 62
 
 
-def test_scripts() -> None:
+def test_script_shares_count_letters_only() -> None:
     assert dedup.compute_script_share("Find x² + 1 = 2?", ("latin",)) == 1
     assert dedup.compute_script_share("12 + 1", ("latin",)) == 1
     assert dedup.compute_script_share("求 x", ("latin",)) == 0.5
     assert dedup.compute_script_share("求 x", ("latin", "cjk")) == 1
-
-
-PROMPT = (
-    "A farmer has seven red hens and every hen lays two eggs a day, and he sells each dozen of "
-    "them in town for three coins; how many coins does he bring home at the end of four weeks?"
-)
-
-
-def rows() -> list[Any]:
-    return [
-        {"question": PROMPT, "response": "98", "id": 0},
-        {"question": PROMPT.upper(), "response": " 98 ", "id": 1},  # the same
-        {"question": PROMPT.replace("red", "brown"), "response": "98", "id": 2},  # nearly
-        {
-            "question": PROMPT,
-            "response": "Step by step. " + " ".join(f"{i} and" for i in range(60)),
-            "id": 3,
-        },
-        {"messages": [{"role": "user", "content": "Сколько будет два плюс два?"}], "id": 4},
-        {"question": "Short?", "id": 5},
-        {
-            "prompt": "What is the largest of all numbers below one hundred that are primes?",
-            "id": 6,
-        },
-        {"query": "x", "id": 7},
-    ]
-
-
-def test_clean(tmp_path: Path, capsys: Any) -> None:
-    path = write(tmp_path / "rows.jsonl", rows())
-    write(
-        tmp_path / "eval.jsonl",
-        [
-            {
-                "problem": "the largest of all numbers below one hundred that are primes",
-                "answer": "97",
-            }
-        ],
-    )
-    flags = [f"--data={path}", f"--against={tmp_path / 'eval.jsonl'}", "--min_characters=10"]
-    flags += [f"--out={tmp_path / 'out'}", f"--report={tmp_path / 'report'}", "--scripts=latin"]
-    assert call(clean, *flags, "--near=0.6") == 2
-    assert f"{path}:8: no messages, question, prompt or text among" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists() and not (tmp_path / "report").exists()
-    assert call(clean, *flags, "--near=0.6", "--on_bad_row=skip") == 0
-    assert read(tmp_path / "out") == [rows()[0], rows()[3]]
-    why = {f["row"].rpartition(":")[2]: (f["why"], f.get("of")) for f in read(tmp_path / "report")}
-    assert why == {
-        "2": ("duplicate", f"{path}:1"),
-        "3": ("near duplicate", f"{path}:1"),
-        "5": ("script", None),
-        "6": ("length", None),
-        "7": ("contaminated", f"{tmp_path / 'eval.jsonl'}:1"),
-        "8": ("bad row", None),
-    }
-    assert "2 of 8 rows stay; " in capsys.readouterr().err
-    assert call(clean, *flags, "--near=1.1", "--on_bad_row=skip") == 0
-    assert [row["id"] for row in read(tmp_path / "out")] == [0, 2, 3]
-
-
-@pytest.mark.parametrize("flag", ["--data=no.jsonl", "--against=no.jsonl"])
-def test_no_such_set(tmp_path: Path, capsys: Any, flag: str) -> None:
-    path = write(tmp_path / "rows.jsonl", rows()[:1])
-    assert call(clean, f"--data={path}", f"--out={tmp_path / 'out'}", flag) == 2
-    assert "no.jsonl: no such file" in capsys.readouterr().err
-
-
-def rewritten(text: str, draw: random.Random) -> str:
-    """The same problem as another set would have it: spaces, case, LaTeX, a word here and there."""
-    text = text.replace("\\frac", "\\dfrac").replace("\\left", "").replace("\\right", "")
-    text = re.sub(r"\$([^$]+)\$", r"\\(\1\\)", text).replace("^\\circ", "^{\\circ}")
-    text = re.sub(r"\^(\w)", r"^{\1}", text)
-    words = text.upper().split(" ") if draw.random() < 0.5 else text.split(" ")
-    for _ in range(1 + len(words) // 20):
-        words.insert(draw.randrange(len(words)), draw.choice(["given", "now", "some"]))
-    return f"Solve this problem.{draw.choice('  ' + chr(10))}" + "  ".join(words)
-
-
-def test_rewritten_problems_are_found_among_others(shared_data: Path, tmp_path: Path) -> None:
-    """None of these rows took part in the choice of 8 tokens and 3 runs."""
-    draw, problems = random.Random(1), read(shared_data / "math500" / "test.jsonl")[:150]
-    others = read(shared_data / "gsm8k" / "train.jsonl")[:450]
-    rows = [{"question": rewritten(row["question"], draw)} for row in problems]
-    mixed = [{"question": row["question"]} for row in others] + rows
-    path, report = tmp_path / "mixed.jsonl", tmp_path / "report.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in mixed))
-    flags = [f"--data={path}", f"--against={shared_data / 'math500' / 'test.jsonl'}", "--near=2"]
-    assert call(clean, *flags, f"--out={tmp_path / 'out'}", f"--report={report}") == 0
-    found = found_pairs(read(report))
-    hits = {row for row, of in found if row == 450 + of}
-    assert len(hits) >= 0.94 * len(problems)
-    assert len({row for row, _ in found if row < 450}) <= 5
 
 
 def test_a_short_problem_is_found_whole() -> None:

@@ -16,9 +16,10 @@ from distill.data import chat, collate, dataset, packing
 from distill.data.examples import Example
 from distill.objectives import losses
 from distill.training import update
-from models.qwen3 import model
+from models import families
+from models.families import make_model
 from models.qwen3.config import Config
-from models.qwen3.model import Qwen3
+from models.transformer import Transformer
 
 SHAPE = {
     "vocab_size": 61,
@@ -45,7 +46,9 @@ def numbered(size: int, seed: int = 0, longest: int = 20) -> dataset.Source:
     return dataset.Source(size, example)
 
 
-def packer(source: dataset.Source, rows: int = 4, tokens: int = 64, cut: int = 30) -> Any:
+def packer(
+    source: dataset.Source, rows: int = 4, tokens: int = 64, cut: int = 30
+) -> packing.Packer:
     return packing.Packer(source, 3, rows, tokens, cut)
 
 
@@ -68,40 +71,40 @@ def test_each_example_comes_once_and_fits() -> None:
     """What the steps of whole windows held, and what the next has left over, is all there was."""
     feed, seen = packer(numbered(0)), []
     for step in range(30):
-        for row in feed.rows(step):
+        for row in feed.get_step_rows(step):
             assert sum(len(e.prompt) + min(30, len(e.response)) for e in row) <= 64
             seen += [example.prompt[0] for example in row]
-    position = feed.position(30)
+    position = feed.get_state(30)
     assert position["window"] == 10
     assert sorted(seen + position["left"]) == list(range(position["first"]))
 
 
 def test_epochs_have_their_own_orders() -> None:
     feed = packer(numbered(40))
-    seen = [name for step in range(39) for row in names(feed.rows(step)) for name in row]
+    seen = [name for step in range(39) for row in names(feed.get_step_rows(step)) for name in row]
     counts = {name: seen.count(name) for name in seen}
     assert len(counts) == 40 and max(counts.values()) - min(counts.values()) <= 2
-    assert names(feed.rows(0)) != names(feed.rows(6))
+    assert names(feed.get_step_rows(0)) != names(feed.get_step_rows(6))
 
 
-def test_what_a_step_holds_does_not_depend_on_how_it_was_reached() -> None:
+def test_a_step_has_the_same_rows_however_it_is_reached() -> None:
     forward = packer(numbered(50))
-    steps = [names(forward.rows(step)) for step in range(20)]
-    assert names(packer(numbered(50)).rows(17)) == steps[17]
+    steps = [names(forward.get_step_rows(step)) for step in range(20)]
+    assert names(packer(numbered(50)).get_step_rows(17)) == steps[17]
     jumping = packer(numbered(50))
     for step in (9, 2, 19, 0, 8, 9):
-        assert names(jumping.rows(step)) == steps[step]
+        assert names(jumping.get_step_rows(step)) == steps[step]
 
 
 @pytest.mark.parametrize("step", [1, 3, 7, 12])
-def test_a_position_resumes(step: int) -> None:
+def test_a_restored_packer_packs_the_same_rows(step: int) -> None:
     """It goes through JSON, as in a checkpoint; what came before its window is not read again."""
     forward = packer(numbered(50))
     for earlier in range(step):
-        forward.rows(earlier)
-    forward.rows(step)  # as the thread does that works ahead
-    position = json.loads(json.dumps(forward.position(step)))
-    expected = [names(forward.rows(later)) for later in range(step, step + 9)]
+        forward.get_step_rows(earlier)
+    forward.get_step_rows(step)  # as the thread does that works ahead
+    position = json.loads(json.dumps(forward.get_state(step)))
+    expected = [names(forward.get_step_rows(later)) for later in range(step, step + 9)]
 
     read: list[int] = []
     source = numbered(50)
@@ -112,9 +115,9 @@ def test_a_position_resumes(step: int) -> None:
 
     resumed = packer(dataset.Source(50, example))
     resumed.restore(position)
-    assert names(resumed.rows(step)) == expected[0]
+    assert names(resumed.get_step_rows(step)) == expected[0]
     assert len(read) < 60  # of one window, about
-    assert [names(resumed.rows(later)) for later in range(step, step + 9)] == expected
+    assert [names(resumed.get_step_rows(later)) for later in range(step, step + 9)] == expected
 
 
 def test_nothing_waits_longer_than_a_window() -> None:
@@ -122,8 +125,8 @@ def test_nothing_waits_longer_than_a_window() -> None:
     source = dataset.Source(0, lambda i: Example([i] * 30, [i] * (30 if i % 5 else 3), "", str(i)))
     feed, waited = packer(source), 0
     for window in range(8):
-        left = feed.position(3 * window)["left"]
-        rows = [row for step in range(3) for row in feed.rows(3 * window + step)]
+        left = feed.get_state(3 * window)["left"]
+        rows = [row for step in range(3) for row in feed.get_step_rows(3 * window + step)]
         packed = {example.prompt[0] for row in rows for example in row}
         assert set(left) <= packed
         waited += len(left)
@@ -131,7 +134,7 @@ def test_nothing_waits_longer_than_a_window() -> None:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def naive(qwen3: Qwen3, params: Any, batch: Any) -> tuple[Any, Any]:
+def naive(qwen3: Transformer, params: Any, batch: Any) -> tuple[Any, Any]:
     def loss(params: Any) -> Any:
         options = update.UpdateOptions(1, 1.0)
         return update.compute_loss_sums(qwen3, losses.OBJECTIVES["sft"], options, params, batch)[0]
@@ -141,8 +144,8 @@ def naive(qwen3: Qwen3, params: Any, batch: Any) -> tuple[Any, Any]:
 
 def test_packed_rows_train_as_unpacked_ones_do() -> None:
     config = Config.from_hf({"architectures": ["Qwen3ForCausalLM"], **SHAPE}, "test")
-    qwen3 = Qwen3(config, dtype=jnp.dtype("float32"), remat=False)
-    params = model.init_params(config, jax.random.key(0))
+    qwen3 = make_model(config, dtype=jnp.dtype("float32"), remat=False)
+    params = families.init_params(config, jax.random.key(0))
     rng = np.random.default_rng(0)
     source = numbered(0)
 
@@ -153,12 +156,15 @@ def test_packed_rows_train_as_unpacked_ones_do() -> None:
         trained = [bool(j % 3) for j in range(len(shape.response))] if i % 4 == 0 else None
         return Example(draw[:cut], draw[cut:], "", str(i), trained)
 
-    rows = packer(dataset.Source(0, example), cut=12).rows(0)
+    rows = packer(dataset.Source(0, example), cut=12).get_step_rows(0)
     assert sum(map(len, rows)) > 2 * len(rows)
-    packed = collate.make_batch(rows, 64, 12)
+    packed = collate.collate_rows(rows, collate.BatchLayout(64, 12))
     alone = [[example] for row in rows for example in row]
     alone += [[]] * (-len(alone) % len(rows))  # in batches of one shape, which is compiled once
-    batches = [collate.make_batch(alone[i : i + 4], 64, 12) for i in range(0, len(alone), 4)]
+    batches = [
+        collate.collate_rows(alone[i : i + 4], collate.BatchLayout(64, 12))
+        for i in range(0, len(alone), 4)
+    ]
     assert packed.mask_BT.sum() == sum(batch.mask_BT.sum() for batch in batches)
     a, grad_a = naive(qwen3, params, packed)
     b, grad_b = jax.tree.map(lambda *x: sum(x), *(naive(qwen3, params, x) for x in batches))
@@ -171,13 +177,13 @@ def test_packed_rows_train_as_unpacked_ones_do() -> None:
     assert abs(naive(qwen3, params, changed)[0] - b) > 1e-3
 
 
-def test_layout() -> None:
+def test_packed_rows_have_segments_and_positions() -> None:
     rows = [
         [Example([1, 2], [3, 4, 9], "", ""), Example([5], [6, 9], "", "", [False, True])],
         [Example([7], [9], "", "")],
         [],
     ]
-    batch = collate.make_batch(rows, 9, 2)
+    batch = collate.collate_rows(rows, collate.BatchLayout(9, 2))
     tokens, positions, segments, mask = map(
         np.asarray, (batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.mask_BT)
     )

@@ -23,7 +23,7 @@ def groups(count: int) -> list[list[Any]]:
 
 @pytest.mark.parametrize("sizes", MESHES)
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
-def test_own_rows(sizes: tuple[int, int, int], processes: int) -> None:
+def test_processes_own_all_rows_between_them(sizes: tuple[int, int, int], processes: int) -> None:
     mesh = mesh_lib.make_mesh(*sizes)
     shares = [mesh_lib.list_local_rows(mesh, 16, devices) for devices in groups(processes)]
     assert sorted({row for share in shares for row in share}) == list(range(16))
@@ -36,7 +36,7 @@ def test_own_rows(sizes: tuple[int, int, int], processes: int) -> None:
 
 
 @pytest.mark.parametrize("sizes", MESHES)
-def test_an_array_is_made_of_own_rows(sizes: tuple[int, int, int]) -> None:
+def test_an_array_is_assembled_from_local_rows(sizes: tuple[int, int, int]) -> None:
     mesh = mesh_lib.make_mesh(*sizes)
     x_BT = np.arange(48, dtype=np.int32).reshape(16, 3)
     made, none = mesh_lib.from_local_rows((x_BT, None), mesh, 16)
@@ -88,7 +88,7 @@ def test_processes_read_the_batch_in_shares(processes: int, fields: dict) -> Non
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_lay_their_rows_of_what_all_packed(processes: int) -> None:
+def test_each_process_lays_out_its_own_rows_of_one_packing(processes: int) -> None:
     """Each knows where every sequence lies, and makes the arrays of its own rows."""
     mesh, form = mesh_lib.make_mesh(1, 8, 1), collate.BatchLayout(9, 4)
     examples = [dataset.Example([i + 1] * (1 + i % 4), [9], "", "") for i in range(40)]

@@ -99,7 +99,7 @@ def as_hub_parquet(folder: Path) -> str:
 @pytest.mark.parametrize(
     "write", [as_jsonl, as_json_list, as_json_lines, as_parquet, as_hub_folder, as_hub_parquet]
 )
-def test_kinds_of_sources(tmp_path: Path, write: Any) -> None:
+def test_every_kind_of_source_gives_the_same_rows(tmp_path: Path, write: Any) -> None:
     source = write(tmp_path)
     rows = sources.open_rows(source)
     assert rows.size == len(ROWS) and everything(rows) == ROWS
@@ -110,7 +110,7 @@ def test_kinds_of_sources(tmp_path: Path, write: Any) -> None:
     assert [row for _, row in dataset.open_canonical_rows(source, 3)] == ROWS[:3]
 
 
-def test_splits(tmp_path: Path) -> None:
+def test_a_split_can_be_named_and_sliced(tmp_path: Path) -> None:
     source = as_hub_folder(tmp_path)
     assert everything(sources.open_rows(f"{source}::test")) == ROWS[:2]
     assert everything(sources.open_rows(f"{source}:default:train[2:5]")) == ROWS[2:5]
@@ -121,10 +121,10 @@ def test_a_stream_gives_the_same_rows_in_any_order(tmp_path: Path) -> None:
     rows = sources.open_rows(source, size=9, window=4)
     assert rows.window == 4 and everything(rows) == ROWS
     assert [rows.read_row(i) for i in (8, 0, 1, 5)] == [ROWS[8], ROWS[0], ROWS[1], ROWS[5]]
-    with pytest.raises(UserError, match=r"needs config\.data\.size"):
+    with pytest.raises(UserError, match=r"needs config\.data\.max_rows"):
         sources.open_rows(source, window=4)
     short = sources.open_rows(source, size=20, window=4)
-    with pytest.raises(UserError, match=r"has only 9 rows, config\.data\.size says 20"):
+    with pytest.raises(UserError, match=r"has only 9 rows, config\.data\.max_rows says 20"):
         short.read_row(10)
     with pytest.raises(UserError, match="not read through hf:"):
         sources.open_rows(as_jsonl(tmp_path), window=4)
@@ -133,7 +133,7 @@ def test_a_stream_gives_the_same_rows_in_any_order(tmp_path: Path) -> None:
 def test_a_streamed_step_is_a_function_of_the_step(
     tmp_path: Path, tiny: PreTrainedTokenizerBase
 ) -> None:
-    c = config(as_hub_folder(tmp_path), streaming=True, window=4, size=9)
+    c = config(as_hub_folder(tmp_path), streaming=True, shuffle_window=4, max_rows=9)
     source = dataset.load_source(c, tiny, 0, True)
     steps = [[e.where for e in dataset.get_step_examples(source, step, 3, 0)] for step in range(9)]
     for epoch in range(3):
@@ -187,7 +187,7 @@ assert rows.size == 5
 seen = []
 for i in range(5):
     try:
-        row = columns.canonical(rows.row(i), "", rows.where(i), True)
+        row = columns.canonicalize_row(rows.read_row(i), "", rows.locate_row(i), True)
     except Exception as error:
         assert f"tfds:{path} row {i}: conversations: not UTF-8" in str(error), error
         continue
@@ -222,7 +222,7 @@ def test_tfds_without_tensorflow(tmp_path: Path) -> None:
         ("tfds:no_such", "tfds:no_such: cannot be read: "),
     ],
 )
-def test_no_such_source(source: str, words: str) -> None:
+def test_a_missing_source_is_one_line(source: str, words: str) -> None:
     with pytest.raises(UserError) as error:
         sources.open_rows(source)
     assert words in str(error.value) and "\n" not in str(error.value)
@@ -317,7 +317,7 @@ KNOWN = [
 ]
 
 
-def test_a_chat_of_tulu_is_asked_without_its_answer() -> None:
+def test_a_prompt_from_tulu_drops_the_answer() -> None:
     messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
     row = {"id": "x", "source": "s", "messages": messages}
     assert columns.canonicalize_row(row, "", "row", True) == row
@@ -327,11 +327,11 @@ def test_a_chat_of_tulu_is_asked_without_its_answer() -> None:
         columns.canonicalize_row(bad, "", "row", False) == bad
     )  # and is refused where it is rendered
     for empty in ([], None):
-        with pytest.raises(UserError, match="row: id, messages, source are not as in the sets"):
+        with pytest.raises(UserError, match="row: id, messages, source are not as in the set tulu"):
             columns.canonicalize_row({**row, "messages": empty}, "", "row", False)
 
 
-def test_a_question_is_put(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_the_template_wraps_questions_only(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     path = lines(tmp_path / "rows.jsonl", [*ROWS, {"prompt": "p", "answer": None}])
     source = dataset.load_source(config(path, template="Q {question} {x}"), tiny, 0, False)
     texts = [str(tiny.decode(source.read_example(i).prompt)) for i in range(source.size)]
@@ -342,7 +342,7 @@ def test_a_question_is_put(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("row", "added"), KNOWN)
-def test_known_columns(row: dict, added: dict) -> None:
+def test_known_columns_become_canonical(row: dict, added: dict) -> None:
     found = columns.canonicalize_row(row, "", "row", True)
     assert found == {**row, **added}
     assert columns.canonicalize_row(found, "", "row", True) == found
@@ -356,7 +356,9 @@ def test_every_known_set_becomes_an_example(tiny: PreTrainedTokenizerBase, tmp_p
         assert str(tiny.decode(source.read_example(i).response)).endswith("4<|im_end|>"), i
 
 
-def test_columns_by_name(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_columns_are_adapted_by_name_or_by_pairs(
+    tiny: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     orca = lines(tmp_path / "orca.jsonl", [{"question": "2+2?", "answer": "It is 4."}])
     with pytest.raises(UserError, match=r"orca\.jsonl:1: neither response nor solution among"):
         dataset.load_source(config(orca), tiny, 0, True)
@@ -376,7 +378,9 @@ def test_columns_by_name(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> None:
             dataset.load_source(config(other, columns=name), tiny, 0, True)
 
 
-def test_a_document_is_learned_whole(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_a_document_is_trained_from_its_second_token(
+    tiny: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     path = lines(tmp_path / "rows.jsonl", [{"text": "The manual."}])
     example = dataset.load_source(config(path), tiny, 0, True).read_example(0)
     assert tiny.decode(example.prompt + example.response) == "The manual.<|im_end|>"
@@ -386,7 +390,7 @@ def test_a_document_is_learned_whole(tiny: PreTrainedTokenizerBase, tmp_path: Pa
 # Chats
 
 
-def test_which_turns_are_trained(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_the_last_or_all_turns_are_trained(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     def thought(text: str) -> dict:
         return {"role": "assistant", "reasoning_content": "hm", "content": text}
 
@@ -398,7 +402,7 @@ def test_which_turns_are_trained(tiny: PreTrainedTokenizerBase, tmp_path: Path) 
 
     def trained(turns: str) -> tuple[str, str]:
         example = dataset.load_source(config(path, turns=turns), tiny, 0, True).read_example(0)
-        batch = collate.make_batch([[example]], 200, 200)
+        batch = collate.collate_rows([[example]], collate.BatchLayout(200, 200))
         ids, mask = np.asarray(batch.tokens_BT)[0], np.asarray(batch.mask_BT)[0]
         return str(tiny.decode(ids[mask])), str(tiny.decode(example.prompt))
 
@@ -410,7 +414,9 @@ def test_which_turns_are_trained(tiny: PreTrainedTokenizerBase, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["chat/conversations", "traces/deepseek_r1_math"])
-def test_real_rows_print_back(shared_data: Path, qwen3: PreTrainedTokenizerBase, name: str) -> None:
+def test_real_rows_decode_to_their_own_text(
+    shared_data: Path, qwen3: PreTrainedTokenizerBase, name: str
+) -> None:
     path = shared_data / f"{name}.jsonl"
     source = dataset.load_source(config(path), qwen3, 0, True)
     rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
@@ -420,7 +426,7 @@ def test_real_rows_print_back(shared_data: Path, qwen3: PreTrainedTokenizerBase,
             response = row["messages"][-1]["content"]
         else:
             response = f"<think>\n{row['thinking'].strip()}\n</think>\n\n{row['content'].strip()}"
-        batch = collate.make_batch([[source.read_example(i)]], 8000, 7000)
+        batch = collate.collate_rows([[source.read_example(i)]], collate.BatchLayout(8000, 7000))
         ids, mask = np.asarray(batch.tokens_BT)[0], np.asarray(batch.mask_BT)[0]
         assert qwen3.decode(ids[mask]) == response + "<|im_end|>"
 
@@ -428,7 +434,7 @@ def test_real_rows_print_back(shared_data: Path, qwen3: PreTrainedTokenizerBase,
 @pytest.mark.parametrize(
     ("name", "count"), [("math_train/level3to5", 8880), ("deepmath/prompts_sample", 2000)]
 )
-def test_real_prompts(
+def test_real_prompts_are_rendered_with_their_answers(
     shared_data: Path, qwen3: PreTrainedTokenizerBase, name: str, count: int
 ) -> None:
     source = dataset.load_source(
@@ -449,7 +455,7 @@ def numbered(size: int, offset: int = 0) -> dataset.Source:
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_processes_share_out_a_step(processes: int) -> None:
+def test_processes_read_disjoint_shares_of_a_step(processes: int) -> None:
     source, part = numbered(40), 8 // processes
     for step in range(10):
         whole = [e.prompt[0] for e in dataset.get_step_examples(source, step, 8, 5)]
@@ -490,7 +496,9 @@ def test_a_mixture_keeps_its_shares_and_each_set_its_epochs() -> None:
     ]
 
 
-def test_a_mixture_of_the_config(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_a_mixture_from_the_config_has_its_shares(
+    tiny: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     c = config("", mixture=((as_jsonl(tmp_path), 1.0), ("arithmetic", 3.0)))
     source = dataset.load_source(c, tiny, 0, True)
     names = [e.where for step in range(10) for e in dataset.get_step_examples(source, step, 100, 0)]
@@ -501,7 +509,7 @@ def test_a_mixture_of_the_config(tiny: PreTrainedTokenizerBase, tmp_path: Path) 
         assert str(error.value).startswith(f"config.data.mixture: {bad!r} is no pair")
 
 
-def test_ahead_changes_nothing_but_when() -> None:
+def test_prefetching_gives_the_same_results() -> None:
     asked: list[int] = []
 
     def make(step: int) -> int:
@@ -519,7 +527,7 @@ def test_ahead_changes_nothing_but_when() -> None:
     assert 8 not in asked
 
 
-def test_ahead_in_any_order() -> None:
+def test_prefetching_serves_any_order_from_one_thread() -> None:
     """Steps that sample ask for prompts twice, and for further ones that belong to no step."""
     asked: list[int] = []
     threads: set[int] = set()
@@ -543,7 +551,7 @@ def test_ahead_in_any_order() -> None:
     assert len(threads) == 1 and threading.get_ident() not in threads
 
 
-def test_ahead_holds_one_result() -> None:
+def test_prefetching_holds_one_result() -> None:
     class Made: ...
 
     held: weakref.WeakSet[Made] = weakref.WeakSet()
@@ -576,7 +584,7 @@ BAD = {
     "a megabyte": (b'{"question": "' + b"word " * 200_000 + b'", "response": "r"}', "prompt of"),
     "known set, odd value": (
         b'{"question": "q", "final_answer": "4", "r1_solution_1": null}',
-        "question, final_answer, r1_solution_1 are not as in the sets known by them",
+        "question, final_answer, r1_solution_1 are not as in the set deepmath",
     ),
     "speaker": (
         b'{"conversations": [{"from": "bot", "value": "x"}]}',
@@ -617,7 +625,9 @@ def test_a_bad_row_is_fatal_or_skipped(
         return  # tokenised often enough
     # Beyond what is read before step 0 it is met when it is read.
     for policy in ("fail", "skip"):
-        late = dataset.load_source(config(path, on_bad_row=policy, check=3), tiny, 0, True, short)
+        late = dataset.load_source(
+            config(path, on_bad_row=policy, check_rows=3), tiny, 0, True, short
+        )
         assert late.size == 10 and not late.skip_reasons
         if policy == "fail":
             with pytest.raises(UserError, match="5"):
@@ -629,15 +639,21 @@ def test_a_bad_row_is_fatal_or_skipped(
             assert len(late.skip_reasons) == 1
 
 
-def test_no_good_row(tmp_path: Path, tiny: PreTrainedTokenizerBase) -> None:
+def test_a_source_without_a_good_row_is_an_error(
+    tmp_path: Path, tiny: PreTrainedTokenizerBase
+) -> None:
     path = lines(tmp_path / "rows.jsonl", [{"question": "q"}] * 3)
     for check in (0, 2, 3):
         with pytest.raises(UserError, match=r"no good row; .*rows\.jsonl:\d: neither response nor"):
             dataset.get_step_examples(
-                dataset.load_source(config(path, on_bad_row="skip", check=check), tiny, 0, True),
+                dataset.load_source(
+                    config(path, on_bad_row="skip", check_rows=check), tiny, 0, True
+                ),
                 0,
                 2,
                 0,
             )
-    with pytest.raises(UserError, match=r"config\.data\.on_bad_row='warn': is none of fail, skip"):
+    with pytest.raises(
+        UserError, match=r"config\.data\.on_bad_row='warn': must be one of 'fail', 'skip'"
+    ):
         dataset.load_source(config(path, on_bad_row="warn"), tiny, 0, True)

@@ -15,6 +15,7 @@ from distill import quickstart
 from distill.policy import policy
 from distill.runtime import mesh as mesh_lib
 from distill.training import loop
+from models import transformer
 from tests.support.paths import ROOT
 from tests.support.runs import tiny_model
 from tests.support.verbs import call, read
@@ -124,7 +125,7 @@ def test_the_export_is_the_trained_model(done: Path, models) -> None:
             hidden, _ = jax.jit(loaded.model.apply)(
                 {"params": loaded.params}, ids, positions, segments
             )
-            return np.asarray(hidden @ policy.model.get_output_head(loaded.params).T)[0]
+            return np.asarray(hidden @ transformer.get_output_head(loaded.params).T)[0]
 
     for where in (path, str(done)):
         np.testing.assert_allclose(logits(where), theirs, atol=1e-4)

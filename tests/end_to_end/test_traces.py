@@ -13,7 +13,7 @@ from configs import base
 from distill import generate, verify
 from distill.data import arithmetic, chat, collate, dataset, sources
 from distill.rewards import graders
-from distill.rollout import sampler
+from distill.rollout import completions
 from distill.runtime import run_files
 from models.errors import UserError
 from tests.support.paths import ROOT
@@ -64,13 +64,13 @@ def test_a_stopped_generate_goes_on(
     assert call(generate, *shared, *SETTINGS[:-1], "--seed=4") == 2
     assert "out.jsonl.partial is of another work: seed was 3, now 4" in capsys.readouterr().err
     sampled: list[int] = []
-    complete = sampler.complete
+    complete = completions.complete
 
-    def counted(subject: Any, left: list, **options: Any) -> Any:
+    def counted(subject: Any, left: list, spec: completions.SampleSpec, **options: Any) -> Any:
         sampled.append(len(left))
-        return complete(subject, left, **options)
+        return complete(subject, left, spec, **options)
 
-    monkeypatch.setattr(sampler, "complete", counted)
+    monkeypatch.setattr(completions, "complete", counted)
     assert call(generate, *shared, *SETTINGS) == 0
     assert sampled == [8 - done]
     for row, whole in zip(read(out), read(traces), strict=True):
@@ -151,7 +151,9 @@ def test_stored_top_log_probs_come_along(tmp_path: Path) -> None:
     c = base.make_stage("sft").data
     c.source = str(path)
     source = dataset.load_source(c, None, 0, True)
-    batch = collate.make_batch([[source.read_example(0), source.read_example(1)]], 10, 3, top_k=2)
+    batch = collate.collate_rows(
+        [[source.read_example(0), source.read_example(1)]], collate.BatchLayout(10, 3, top_k=2)
+    )
     assert batch.teacher_top_BTK is not None
     ids, logp = map(np.asarray, batch.teacher_top_BTK)
     mask = np.asarray(batch.mask_BT)
@@ -160,12 +162,13 @@ def test_stored_top_log_probs_come_along(tmp_path: Path) -> None:
     np.testing.assert_allclose(logp[mask], [[-0.1, -2.5]] * 5)
     assert not ids[~mask].any() and mask.sum() == 5
     with pytest.raises(UserError, match=r"t\.jsonl:1 sample 0: top_logprobs has 3, not 4"):
-        collate.make_batch([[source.read_example(0)]], 10, 3, top_k=4)
+        collate.collate_rows([[source.read_example(0)]], collate.BatchLayout(10, 3, top_k=4))
     del samples[1]["top_logprobs"]
     write(path, [{"prompt_tokens": [1, 2], "samples": samples}])
     with pytest.raises(UserError, match=r"t\.jsonl:1 sample 1: no top_logprobs"):
-        collate.make_batch(
-            [[dataset.load_source(c, None, 0, True).read_example(1)]], 10, 3, top_k=2
+        collate.collate_rows(
+            [[dataset.load_source(c, None, 0, True).read_example(1)]],
+            collate.BatchLayout(10, 3, top_k=2),
         )
     samples[0]["top_logprobs"].pop()
     write(path, [{"prompt_tokens": [1, 2], "samples": samples}])
@@ -210,7 +213,9 @@ def test_what_was_not_graded_is_not_kept_as_correct(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", [{"prompt_tokens": [1], "samples": [SAMPLE]}])
     c = base.make_stage("sft").data
     c.source, c.keep_samples = str(path), "correct"
-    with pytest.raises(UserError, match=r"t\.jsonl:1: config\.data\.keep=correct, but its samples"):
+    with pytest.raises(
+        UserError, match=r"t\.jsonl:1: config\.data\.keep_samples=correct, but its samples"
+    ):
         dataset.load_source(c, None, 0, True)
     c.on_bad_row = "skip"
     right = {"prompt_tokens": [1], "samples": [{**SAMPLE, "correct": True}]}
@@ -218,6 +223,6 @@ def test_what_was_not_graded_is_not_kept_as_correct(tmp_path: Path) -> None:
     source = dataset.load_source(c, None, 0, True)
     assert source.size == 1 and list(source.skip_reasons) == [f"{path}:1", f"{path}:2"]
     write(path, [{"prompt_tokens": [1], "samples": [{**SAMPLE, "correct": False}]}])
-    with pytest.raises(UserError, match=r"keep=correct leaves none of its samples"):
+    with pytest.raises(UserError, match=r"keep_samples=correct leaves none of its samples"):
         dataset.load_source(c, None, 0, True)
     assert json.loads(path.read_text())["samples"]

@@ -451,7 +451,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 BAD_MODELS = {
     "architecture": (set_field("architectures", ["LlamaForCausalLM"]), "'LlamaForCausalLM' is nei"),
     "missing": (set_tensor(UP, None), f"tensor {UP} is missing"),
-    "extra": (set_tensor("model.extra", (3,)), "tensor model.extra is no part of this Qwen3"),
+    "extra": (set_tensor("model.extra", (3,)), "tensor model.extra is no part of this model"),
     "misshapen": (set_tensor(UP, (48, 31)), f"{UP} has shape [48, 31], config.json says [48, 32]"),
     "contradiction": (set_field("head_dim", 16), "config.json says"),
     "truncated": (cut_weights, "model.safetensors: not a readable safetensors file"),

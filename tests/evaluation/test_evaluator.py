@@ -1,5 +1,6 @@
 """Accuracy and its interval, stored responses, interrupted evaluations, reverse KL, the verb."""
 
+import dataclasses
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import Qwen3ForCausalLM
 from configs import base
 from distill import evaluate, rollout
 from distill.data import chat
-from distill.evaluation import divergence, evaluator, responses, tasks
+from distill.evaluation import divergence, evaluator, protocols, responses, tasks
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.rewards import graders
@@ -29,6 +30,7 @@ from tests.support.tiny_models import tiny_qwen3
 from tests.support.verbs import call, read, write
 
 ROWS = tasks.load_problems("arithmetic", "", 5)
+SAMPLE_FIELDS = {field.name for field in dataclasses.fields(rollout.SampleSpec)}
 
 
 @pytest.fixture(scope="module")
@@ -60,18 +62,15 @@ def loaded(paths) -> tuple[Policy, Policy]:
 
 def run(subject: Policy, out: Path, **changes: Any) -> dict[str, Any]:
     """An evaluation of five generated problems, two samples each."""
-    options = {
-        "samples": 2,
-        "ks": [1, 2],
-        "thinking": True,
-        "max_new_tokens": 12,
-        "sampling": rollout.Sampling(1.0),
-        "seed": 3,
-        "batch_size": 4,
-    }
-    rows = changes.pop("rows", ROWS)
+    rows, teacher = changes.pop("rows", ROWS), changes.pop("teacher", None)
+    sample = rollout.SampleSpec(2, 12, rollout.Sampling(1.0), seed=3, batch_size=4)
+    spec = protocols.EvalSpec("arithmetic", sample, ks=(1, 2))
+    sample_changes = {k: changes.pop(k) for k in SAMPLE_FIELDS & changes.keys()}
+    spec = dataclasses.replace(
+        spec, **changes, sample=dataclasses.replace(sample, **sample_changes)
+    )
     with policy.use(subject):
-        return evaluator.evaluate_benchmark(subject, "arithmetic", rows, out, **options | changes)
+        return evaluator.evaluate_benchmark(subject, rows, spec, out, teacher)
 
 
 @pytest.fixture(scope="module")
@@ -254,14 +253,14 @@ def test_graders_never_stall_sampling() -> None:
 
 CHANGES = {
     "model": lambda teacher: {},
-    "samples": lambda _: {"samples": 1, "ks": [1]},
+    "samples": lambda _: {"samples": 1, "ks": (1,)},
     "thinking": lambda _: {"thinking": False},
     "max_new_tokens": lambda _: {"max_new_tokens": 11},
     "temperature": lambda _: {"sampling": rollout.Sampling(0.5)},
     "top_k": lambda _: {"sampling": rollout.Sampling(1.0, top_k=3)},
     "top_p": lambda _: {"sampling": rollout.Sampling(1.0, top_p=0.9)},
     "template": lambda _: {"template": "{question}?"},
-    "protocol": lambda _: {"name": "qwen3-thinking"},
+    "protocol": lambda _: {"protocol": "qwen3-thinking"},
     "seed": lambda _: {"seed": 4},
     "problems": lambda _: {"rows": ROWS[:4]},
     "problems_sha256": lambda _: {"rows": [(w, r | {"answer": "0"}) for w, r in ROWS]},
@@ -281,7 +280,7 @@ def test_another_protocol_is_refused(whole: Path, loaded, field: str) -> None:
 
 def test_what_does_not_touch_the_responses_may_change(whole: Path, loaded, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    summary = run(loaded[0], tmp_path, ks=[2], batch_size=64)
+    summary = run(loaded[0], tmp_path, ks=(2,), batch_size=64)
     assert "pass@1" not in summary and "reverse_kl" not in summary
     assert (tmp_path / "examples.jsonl").read_bytes() == (whole / "examples.jsonl").read_bytes()
 
@@ -371,12 +370,12 @@ QUESTIONS = ["What is 3 * 4?", "Ann has 5 eggs, buys 2.", "1 + 1?", "How many ar
 def test_gsm8k_of_a_model(paths, loaded, tmp_path: Path) -> None:
     """Each response is graded against its own answer: most answers here are what the model will
     say, the others are not."""
-    options = {"max_new_tokens": 24, "sampling": rollout.Sampling(1.0), "seed": 5, "batch_size": 8}
+    spec = rollout.SampleSpec(2, 24, rollout.Sampling(1.0), seed=5, batch_size=8)
     rows = [{"question": q, "answer": "1", "level": i} for i, q in enumerate(QUESTIONS)]
     asked = tasks.load_problems("gsm8k", str(write(tmp_path / "asked.jsonl", rows)), 0)
     with policy.use(loaded[0]):
         prompts = completions.encode_row_prompts(loaded[0], asked, False, 24)
-        replies = responses.sample(loaded[0], asked, prompts, first_problem=0, samples=2, **options)
+        replies = responses.sample(loaded[0], asked, prompts, spec, 0)
         said = [[str(row["response"]) for row in group] for group in replies]
     numbers = [graders.extract_answer(second) for _, second in said]
     expected = [0 if n is None else int(abs(float(n))) for n in numbers]

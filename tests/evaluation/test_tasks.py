@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from distill import rollout
 from distill.data import sources
-from distill.evaluation import tasks
+from distill.evaluation import protocols, tasks
 from distill.rewards import graders
 from models.errors import UserError
 from tests.support.verbs import write
@@ -16,7 +17,7 @@ def test_every_benchmark_has_a_grader_and_a_prompt() -> None:
     assert tasks.BENCHMARKS.keys() == graders.GRADERS.keys()
     for name, entry in tasks.BENCHMARKS.items():
         assert "{question}" in entry["prompt"], name
-    fields = {frozenset(settings) for settings in tasks.PROTOCOLS.values()}
+    fields = {frozenset(settings) for settings in protocols.PROTOCOLS.values()}
     assert len(fields) == 1  # each says all of it
 
 
@@ -111,7 +112,7 @@ def test_how_a_question_is_put() -> None:
 
 def test_protocols_are_those_of_the_report() -> None:
     """arXiv 2505.09388: sampling, caps, and 64 samples on AIME."""
-    thinking = tasks.resolve_settings("qwen3-thinking", "math500", {})
+    thinking = protocols.resolve_settings("qwen3-thinking", "math500", {})
     assert thinking == {
         "thinking": True,
         "temperature": 0.6,
@@ -121,7 +122,7 @@ def test_protocols_are_those_of_the_report() -> None:
         "max_new_tokens": 32_768,
         "samples": 1,
     }
-    plain = tasks.resolve_settings("qwen3-nonthinking", "aime25", {"samples": 8, "top_k": None})
+    plain = protocols.resolve_settings("qwen3-nonthinking", "aime25", {"samples": 8, "top_k": None})
     assert plain == {
         "thinking": False,
         "temperature": 0.7,
@@ -131,10 +132,10 @@ def test_protocols_are_those_of_the_report() -> None:
         "max_new_tokens": 38_912,
         "samples": 8,
     }
-    assert tasks.resolve_settings("greedy", "aime24", {})["samples"] == 1
+    assert protocols.resolve_settings("greedy", "aime24", {})["samples"] == 1
     with pytest.raises(UserError, match="--protocol=guess: known are greedy, qwen3-thinking"):
-        tasks.resolve_settings("guess", "gsm8k", {})
-    assert tasks.make_sampling(thinking).top_p == 0.95
+        protocols.resolve_settings("guess", "gsm8k", {})
+    assert rollout.make_sample_spec(thinking).sampling.top_p == 0.95
 
 
 def test_answers_that_are_none(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How fast rows become packed batches, against what a tiny model's training step takes in."""
+"""Rows become packed batches much faster than a tiny model trains on them."""
 
 import time
 from pathlib import Path
@@ -17,8 +17,8 @@ from tests.support.paths import ROOT
 
 
 def test_input_is_twenty_times_as_fast_as_a_tiny_step(shared_data: Path) -> None:
-    """In one thread, from the text of GSM8K and of DeepSeek-R1's traces, with the real tokenizer,
-    to packed rows of 4,096; the step is that of configs/tiny_teacher.py on one device."""
+    """One thread turns GSM8K and DeepSeek-R1's traces from text into packed rows of 4,096, with
+    the real tokenizer; the step is that of configs/tiny_teacher.py on one device."""
     tokenizer = chat.load_tokenizer(shared_data / "qwen3_tokenizer")
     gsm8k, traces = shared_data / "gsm8k/train.jsonl", shared_data / "traces/deepseek_r1_math.jsonl"
     figures = {}
@@ -30,15 +30,17 @@ def test_input_is_twenty_times_as_fast_as_a_tiny_step(shared_data: Path) -> None
         c.mixture, c.check_rows = mixture, 100
         source = dataset.load_source(c, tokenizer, 0, True)
         packer = packing.Packer(source, 0, 8, 4096, 3584)
-        begin, tokens = time.perf_counter(), 0
+        start, tokens = time.perf_counter(), 0
         for step in range(32):
-            batch = collate.make_batch(packer.get_step_rows(step), 4096, 3584)
+            batch = collate.collate_rows(
+                packer.get_step_rows(step), collate.BatchLayout(4096, 3584)
+            )
             tokens += int((np.asarray(batch.segments_BT) > 0).sum())
-        figures[name] = tokens / (time.perf_counter() - begin)
+        figures[name] = tokens / (time.perf_counter() - start)
 
     s = tiny_teacher.get_config().sft
-    one = mesh.make_mesh(1, 1, 1)
-    model = policy.make_abstract(str(ROOT / "assets/teacher"), "float32", False, one)
+    device_mesh = mesh.make_mesh(1, 1, 1)
+    model = policy.make_abstract(str(ROOT / "assets/teacher"), "float32", False, device_mesh)
     with policy.use(model):
         model = policy.init_random_policy(model, jax.random.key(0))
         state = update.init_train_state(optim.make_optimizer(s.optim, s.steps), model.params, 0)
@@ -54,10 +56,10 @@ def test_input_is_twenty_times_as_fast_as_a_tiny_step(shared_data: Path) -> None
         for repeat in range(12):
             if repeat == 2:  # compiled, and warm
                 jax.block_until_ready(state)
-                begin = time.perf_counter()
+                start = time.perf_counter()
             state, _, _ = programs.run_update(state, [batch], single_microbatch=True)
         jax.block_until_ready(state)
-        figures["training step"] = 10 * tokens / (time.perf_counter() - begin)
+        figures["training step"] = 10 * tokens / (time.perf_counter() - start)
     print({name: f"{figure:,.0f} tokens/s" for name, figure in figures.items()})
     slowest = min(figures["gsm8k"], figures["gsm8k and traces"])
     if slowest < 20 * figures["training step"]:

@@ -1,4 +1,4 @@
-"""Two real processes read their shares of each step, and the batch is that of one."""
+"""Two real processes read disjoint shares of each step that make the batch of one process."""
 
 import json
 import socket
@@ -27,9 +27,9 @@ c.batch_size, c.max_prompt_tokens, c.max_response_tokens = 4, 48, 16  # 12 rows:
 c.data.source = "assets/rows/gsm8k.jsonl"
 read = []
 source = dataset.load_source(c.data, chat.load_tokenizer("assets/teacher"), 0, True)
-example = source.read_example
-noted = lambda i: (read.append(i), example(i))[1]
-source = dataset.Source(source.size, noted)
+read_example = source.read_example
+record = lambda i: (read.append(i), read_example(i))[1]
+source = dataset.Source(source.size, record)
 stage = setup.StageSetup("sft", c, 0, source, None, losses.OBJECTIVES["sft"], 0)
 mesh = mesh_lib.make_mesh(1, -1, 1)
 who = types.SimpleNamespace(replay_routing=False)
@@ -39,7 +39,7 @@ for step in range(3):
     (((micro,),), _) = draw({}, step)
     whole = multihost_utils.process_allgather(micro.to_device(mesh).tokens_BT, tiled=True)
     steps.append(np.asarray(whole).tolist())
-each = 4 // count  # steps are read in order, the next one ahead
+each = 4 // count  # steps are read in order, the next one prefetched
 print(json.dumps([(read[i * each : (i + 1) * each], step) for i, step in enumerate(steps)]))
 """
 
@@ -53,13 +53,19 @@ def run(count: int) -> list[list]:
         subprocess.Popen([*words, str(i), str(count), str(port)], stdout=-1, text=True, cwd=ROOT)
         for i in range(count)
     ]
-    told = [process.communicate(timeout=300)[0] for process in started]
+    outputs = [process.communicate(timeout=300)[0] for process in started]
     assert all(process.returncode == 0 for process in started)
-    return [json.loads(text.splitlines()[-1]) for text in told]
+    return [json.loads(text.splitlines()[-1]) for text in outputs]
 
 
 def test_two_processes_read_one_batch() -> None:
     (alone,), (first, second) = run(1), run(2)
-    for (one, batch), (mine, whole), (others, same) in zip(alone, first, second, strict=True):
-        assert whole == same == batch
-        assert not set(mine) & set(others) and mine + others == one and len(mine) == 2
+    for step, of_first, of_second in zip(alone, first, second, strict=True):
+        (rows, batch), (first_rows, first_batch), (second_rows, second_batch) = (
+            step,
+            of_first,
+            of_second,
+        )
+        assert first_batch == second_batch == batch
+        assert not set(first_rows) & set(second_rows) and len(first_rows) == 2
+        assert first_rows + second_rows == rows

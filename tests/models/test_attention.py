@@ -12,7 +12,7 @@ from distill.planning import aot
 from distill.runtime import mesh as mesh_lib
 from distill.training import stages
 from models.errors import UserError
-from models.qwen3 import attention, blockwise
+from models.layers import attention, blockwise
 
 
 def inputs(B: int, T: int, N: int, K: int, H: int):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.qwen3 import grouped, grouped_gpu
+from models.layers import grouped, grouped_gpu
 
 # rows, in, out, sizes: groups may be empty, end within a tile of rows, and leave rows over.
 CASES = {

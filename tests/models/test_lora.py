@@ -25,10 +25,11 @@ from distill.objectives import losses
 from distill.policy import exporting, policy
 from distill.runtime import mesh as mesh_lib
 from distill.training import loop, optim, setup, update
+from models import adapter, families, transformer, weights
 from models.errors import UserError
-from models.qwen3 import adapter, model, quantised, weights
+from models.layers import quantised
+from models.layers.lora import TARGETS, LoRA
 from models.qwen3.config import SIZES
-from models.qwen3.lora import TARGETS, LoRA
 from tests.support.loading import counted
 from tests.support.paths import ROOT
 from tests.support.runs import config, numbers, stop_after, tiny_model
@@ -100,7 +101,7 @@ def batch_of(config, seed=0, rows=4) -> Batch:
 def logits(qwen3, variables, tokens):
     positions = jnp.tile(jnp.arange(tokens.shape[1]), (tokens.shape[0], 1))
     hidden, _ = qwen3.apply(variables, tokens, positions, jnp.ones_like(tokens))
-    return jnp.einsum("BTD,VD->BTV", hidden, model.get_output_head(variables["params"]))
+    return jnp.einsum("BTD,VD->BTV", hidden, transformer.get_output_head(variables["params"]))
 
 
 def theirs(network, tokens):
@@ -136,7 +137,7 @@ def test_training_is_that_of_peft(bases, kind, name, tmp_path):
     path, network = bases[name]
     student, trained = begun(path, kind)
     before = jax.tree.map(np.array, student.params)
-    first = dict(weights.iter_tensors(trained, FLOAT))
+    first = dict(weights.iter_tensors(trained, student.config, FLOAT))
     other = written(student, trained, tmp_path, network).float()
     c = base.make_stage("sft")
     c.optim.learning_rate, c.optim.schedule, c.optim.warmup_steps = 1e-2, "constant", 0
@@ -168,7 +169,7 @@ def test_training_is_that_of_peft(bases, kind, name, tmp_path):
             assert float(measured["loss"]) == pytest.approx(loss.item(), abs=1e-4)
     other.save_pretrained(tmp_path / "after")
     expected = load_file(tmp_path / "after" / adapter.TENSORS_FILE)
-    ours = dict(weights.iter_tensors(state.params, FLOAT))
+    ours = dict(weights.iter_tensors(state.params, student.config, FLOAT))
     assert ours.keys() == expected.keys()
     assert len(ours) == 2 * 2 * len(kind.targets)
     for tensor, value in expected.items():
@@ -288,7 +289,7 @@ def test_first_factors(bases):
     student = policy.load(described(bases["untied"][0], PLAIN), "float32")
     drawn = policy.load_or_init_lora(student, jax.random.key(0))
     tokens, alone = tokens_of(student.config), {"params": student.params}
-    expected = logits(model.Qwen3(student.config), alone, tokens)
+    expected = logits(families.make_model(student.config), alone, tokens)
     for variables in (alone, alone | {"lora": drawn}):
         np.testing.assert_array_equal(logits(student.model, variables, tokens), expected)
     for path, x in jax.tree_util.tree_leaves_with_path(drawn):
@@ -311,7 +312,7 @@ def test_every_field_is_alive(bases):
 
     def shapes(kind):
         return [
-            x.shape for x in jax.tree.leaves(model.get_abstract_params(student.config, kind)[0])
+            x.shape for x in jax.tree.leaves(families.get_abstract_params(student.config, kind)[0])
         ]
 
     for change in ({"rank": 4}, *({"targets": tuple({*TARGETS} - {t})} for t in TARGETS)):

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.qwen3 import lora, model, quantised
+from models import families, transformer
+from models.families import make_model
+from models.layers import lora, quantised
+from models.layers.lora import LORA, TARGETS, LoRA
+from models.layers.pages import init_pages
 from models.qwen3.config import SIZES
-from models.qwen3.lora import LORA, TARGETS, LoRA
-from models.qwen3.model import Qwen3
-from models.qwen3.pages import init_pages
+from models.transformer import Transformer
 
 BF16, WIDE = jnp.dtype("bfloat16"), jnp.dtype("float32")
 KIND = LoRA(32, 48.0, rslora=False, targets=TARGETS)
@@ -32,7 +34,7 @@ LARGE = dataclasses.replace(SIZES["0.6b"], vocab_size=1024, num_hidden_layers=4)
 
 def parameters(config) -> tuple[Any, Any]:
     """A random base that is sure of its tokens, and factors as some hundred steps leave them."""
-    base = model.init_params(config, jax.random.key(0))
+    base = families.init_params(config, jax.random.key(0))
     base["final_norm"]["scale"] *= 3
     rng = np.random.default_rng(1)
 
@@ -40,18 +42,18 @@ def parameters(config) -> tuple[Any, Any]:
         drawn = 2e-3 * rng.standard_normal(x.shape, np.float32)
         return x if path[-1].key == "a" else jnp.asarray(drawn)
 
-    factors = model.init_params(config, jax.random.key(1), KIND)
+    factors = families.init_params(config, jax.random.key(1), KIND)
     return base, jax.tree_util.tree_map_with_path(moved, factors)
 
 
 def log_probs(variables: Any, hidden_BTD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    head_VD = model.get_output_head(variables["params"]).astype(BF16)
+    head_VD = transformer.get_output_head(variables["params"]).astype(BF16)
     logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD[:, :-1], head_VD, preferred_element_type=WIDE)
     logp_BTV = jax.nn.log_softmax(logits_BTV)
     return jnp.take_along_axis(logp_BTV, tokens_BT[:, 1:, None], -1)[..., 0]
 
 
-def decoded(qwen3: Qwen3, variables: Any, tokens_BT: jax.Array) -> jax.Array:
+def decoded(qwen3: Transformer, variables: Any, tokens_BT: jax.Array) -> jax.Array:
     """Log-probabilities of the tokens, read one by one through a cache."""
     B, T = tokens_BT.shape
 
@@ -68,7 +70,7 @@ def decoded(qwen3: Qwen3, variables: Any, tokens_BT: jax.Array) -> jax.Array:
     return log_probs(variables, hidden_TBD.swapaxes(0, 1), tokens_BT)
 
 
-def scored(qwen3: Qwen3, variables: Any, tokens_BT: jax.Array) -> jax.Array:
+def scored(qwen3: Transformer, variables: Any, tokens_BT: jax.Array) -> jax.Array:
     positions_BT = jnp.tile(jnp.arange(tokens_BT.shape[1]), (len(tokens_BT), 1))
     hidden_BTD, _ = qwen3.apply(variables, tokens_BT, positions_BT, jnp.ones_like(tokens_BT))
     return log_probs(variables, hidden_BTD, tokens_BT)
@@ -78,13 +80,13 @@ def deltas(config, param_dtype: str, rows: int, length: int) -> dict[str, float]
     """The mean difference between sampler and scorer, by how the model is trained and decodes."""
     base, trained = parameters(config)
     tokens_BT = jax.random.randint(jax.random.key(2), (rows, length), 0, config.vocab_size)
-    adapted = Qwen3(config, dtype=BF16, lora=KIND)
+    adapted = make_model(config, dtype=BF16, lora=KIND)
     plain = adapted.clone(lora=None)
     whole = lora.merge_adapter(base, trained, KIND, WIDE)
     frozen = quantised.quantise_params(base, *quantised.split_dtypes(param_dtype, BF16))
     factors, unscaled = lora.fold_scale(trained, KIND, BF16)
 
-    def delta(qwen3: Qwen3, sampler: Any, scorer: Any, held: Any) -> float:
+    def delta(qwen3: Transformer, sampler: Any, scorer: Any, held: Any) -> float:
         ours = jax.jit(decoded, static_argnums=0)(qwen3, sampler, tokens_BT)
         theirs = jax.jit(scored, static_argnums=0)(scorer, held, tokens_BT)
         return float(jnp.mean(jnp.abs(ours - theirs)))
@@ -120,11 +122,11 @@ def test_factors_are_those_of_the_scorer() -> None:
     base, trained = parameters(SMALL)
     tokens_BT = jax.random.randint(jax.random.key(2), (4, 9), 0, 1024)
     factors, unscaled = lora.fold_scale(trained, KIND, BF16)
-    adapted = Qwen3(SMALL, dtype=BF16, lora=KIND)
+    adapted = make_model(SMALL, dtype=BF16, lora=KIND)
     found = scored(adapted.clone(lora=unscaled), {"params": base, LORA: factors}, tokens_BT)
     expected = scored(adapted, {"params": base, LORA: trained}, tokens_BT)
     np.testing.assert_array_equal(found, expected)
-    layers = model.unstack_layers(base, 2), model.unstack_layers(factors, 2)
+    layers = transformer.unstack_layers(base, 2), transformer.unstack_layers(factors, 2)
     by_layer = adapted.clone(lora=unscaled, scan=False)
     apart = decoded(by_layer, {"params": layers[0], LORA: layers[1]}, tokens_BT)
     np.testing.assert_allclose(apart, expected, atol=0.1)

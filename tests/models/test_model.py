@@ -16,11 +16,13 @@ from transformers import Qwen3ForCausalLM
 from transformers.models.qwen3 import modeling_qwen3 as reference
 
 from distill.runtime import mesh as mesh_lib
+from models import families, transformer, weights
 from models.errors import UserError
-from models.qwen3 import model, rope, weights
+from models.layers import dense, rope
+from models.layers.pages import init_pages
+from models.layers.slabs import init_slabs
+from models.qwen3 import family, model
 from models.qwen3.config import SIZES, Config
-from models.qwen3.pages import init_pages
-from models.qwen3.slabs import init_slabs
 from tests.support.tiny_models import tiny_qwen3
 
 T = 33
@@ -46,7 +48,7 @@ SHAPES = {
 
 
 def load(directory):
-    config = Config.from_directory(directory)
+    config = families.read_config(directory)
     abstract = mesh_lib.make_abstract_params(config, mesh_lib.make_mesh(1, 1, 1))
     shardings = jax.tree.map(lambda p: p.sharding, abstract)
     return config, weights.load(directory, config, abstract, shardings, jnp.dtype("float32"))
@@ -61,7 +63,7 @@ def logits(qwen3, params, tokens, segments=None):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
     segments = jnp.ones_like(tokens) if segments is None else segments
     hidden, _ = qwen3.apply({"params": params}, tokens, positions, segments)
-    return hidden @ model.get_output_head(params).T
+    return hidden @ transformer.get_output_head(params).T
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda name: name.replace(" ", "_"))
@@ -78,7 +80,7 @@ def test_logits(pair):
     with torch.no_grad():
         expected = network(torch.tensor(tokens)).logits.numpy()
     assert np.abs(expected).max() > 1
-    ours = logits(model.Qwen3(config), params, tokens)
+    ours = logits(families.make_model(config), params, tokens)
     np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
 
 
@@ -99,7 +101,7 @@ def test_exported_directory_loads_in_transformers(pair, tmp_path):
     tokens = torch.tensor(tokens_of(config))
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, network(tokens).logits)
-    assert Config.from_directory(tmp_path) == config
+    assert families.read_config(tmp_path) == config
 
 
 def test_sharded_files(pair, tmp_path, monkeypatch):
@@ -132,7 +134,7 @@ def first_layer(params):
 def test_norm(pair):
     network, config, params = pair
     x, _, _ = layer_inputs(config)
-    norm = model.RMSNorm(config.rms_norm_eps)
+    norm = dense.RMSNorm(config.rms_norm_eps)
     ours: Any = norm.apply({"params": first_layer(params)["attention_norm"]}, x)
     with torch.no_grad():
         expected = network.model.layers[0].input_layernorm(torch.tensor(x)).numpy()
@@ -160,7 +162,7 @@ def test_attention_mlp_and_block(pair):
     x, positions, segments = layer_inputs(config)
     layer, theirs = first_layer(params), network.model.layers[0]
     turns = rope.compute_rotary(jnp.asarray(positions), config)
-    attention, mlp, block = model.Attention(config), model.MLP(config), model.Block(config)
+    attention, mlp, block = model.Attention(config), dense.MLP(config), model.Block(config)
     ours: Any = (
         attention.apply({"params": layer["attention"]}, x, turns, segments, None, 0)[0],
         mlp.apply({"params": layer["mlp"]}, x),
@@ -192,10 +194,10 @@ def small(tmp_path_factory):
 def test_scan_equals_loop(small):
     config, params = small
     tokens = tokens_of(config)
-    unstacked = model.unstack_layers(params, config.num_hidden_layers)
+    unstacked = transformer.unstack_layers(params, config.num_hidden_layers)
     np.testing.assert_allclose(
-        logits(model.Qwen3(config), params, tokens),
-        logits(model.Qwen3(config, scan=False), unstacked, tokens),
+        logits(families.make_model(config), params, tokens),
+        logits(families.make_model(config, scan=False), unstacked, tokens),
         atol=1e-4,
     )
 
@@ -206,9 +208,11 @@ def test_cache_equals_forward(small, kind, stacked):
     hidden states of one forward."""
     config, params = small
     tokens = tokens_of(config, length=12)
-    qwen3 = model.Qwen3(config, scan=stacked)
+    qwen3 = families.make_model(config, scan=stacked)
     variables = {
-        "params": params if stacked else model.unstack_layers(params, config.num_hidden_layers)
+        "params": params
+        if stacked
+        else transformer.unstack_layers(params, config.num_hidden_layers)
     }
     forward = jax.jit(qwen3.apply)
     positions = np.tile(np.arange(12, dtype=np.int32), (2, 1))
@@ -261,7 +265,7 @@ def test_causality(small):
     tokens = tokens_of(config)
     changed = tokens.copy()
     changed[:, 20] = (changed[:, 20] + 1) % config.vocab_size
-    a, b = (np.asarray(logits(model.Qwen3(config), params, t)) for t in (tokens, changed))
+    a, b = (np.asarray(logits(families.make_model(config), params, t)) for t in (tokens, changed))
     np.testing.assert_array_equal(a[:, :20], b[:, :20])
     assert (np.abs(a[:, 20:] - b[:, 20:]).max(-1) > 1e-3).all()
 
@@ -272,7 +276,7 @@ def test_segments_do_not_see_each_other(small):
     tokens = tokens_of(config, rows=1, length=20)
     segments = np.array([[1] * 9 + [2] * 8 + [0] * 3])
     positions = np.array([[*range(9), *range(8), 0, 0, 0]])
-    apply = jax.jit(model.Qwen3(config).apply)
+    apply = jax.jit(families.make_model(config).apply)
     packed, _ = apply({"params": params}, tokens, positions, segments)
     for a, b in ((0, 9), (9, 17)):
         alone, _ = apply(
@@ -302,11 +306,11 @@ def test_every_field_is_alive(small, field):
     config, params = small
     other = dataclasses.replace(config, **{field: ALIVE[field]})
     shapes = [
-        jax.tree.map(lambda x: x.shape, model.get_abstract_params(c)[0]) for c in (config, other)
+        jax.tree.map(lambda x: x.shape, families.get_abstract_params(c)[0]) for c in (config, other)
     ]
     if shapes[0] == shapes[1]:
         tokens = tokens_of(config)
-        a, b = (np.asarray(logits(model.Qwen3(c), params, tokens)) for c in (config, other))
+        a, b = (np.asarray(logits(families.make_model(c), params, tokens)) for c in (config, other))
         assert np.abs(a - b).max() > 1e-2
 
 
@@ -322,7 +326,7 @@ def test_all_published_models(shared_data):
     assert len(entries) > 15 and any("235B" in name for name in entries)
     for name, entry in entries.items():
         config = Config.from_hf(entry["config"])
-        count = sum(x.size for x in jax.tree.leaves(model.get_abstract_params(config)[0]))
+        count = sum(x.size for x in jax.tree.leaves(families.get_abstract_params(config)[0]))
         assert count == config.num_parameters == entry["derived"]["parameters"], name
         for sizes in ((1, 8, 1, 1), (1, 2, 4, 1), (1, 1, 2, 4), (2, 1, 1, 4), (1, 1, 1, 8)):
             mesh = mesh_lib.make_mesh(*sizes)
@@ -342,8 +346,8 @@ def test_names_of_the_4b(shared_data):
     published = published.get("tensors", published)
     config = SIZES["4b"]
     ours = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(model.get_abstract_params(config)[0]):
-        name, transposed = weights.TENSOR_NAMES[tuple(key.key for key in path)]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(families.get_abstract_params(config)[0]):
+        name, transposed = family.TENSOR_NAMES[tuple(key.key for key in path)]
         stacked = "{}" in name
         shape = leaf.shape[1:] if stacked else leaf.shape
         for layer in range(config.num_hidden_layers if stacked else 1):

@@ -21,9 +21,11 @@ from distill.policy import forward
 from distill.runtime import mesh as mesh_lib
 from distill.runtime import run_files
 from distill.training import microbatches, update
+from models import families, transformer, weights
+from models.config import RopeScaling
 from models.errors import UserError
-from models.qwen3 import model, moe, weights
-from models.qwen3.config import Config, RopeScaling
+from models.layers import moe
+from models.qwen3.config import Config
 from tests.support.experts import (
     EVEN,
     EXPERTS,
@@ -46,7 +48,7 @@ MESHES = [(1, 1, 1, 8), (1, 2, 1, 4), (1, 2, 2, 2), (2, 1, 1, 4), (2, 2, 2, 1)]
 def logits(qwen3, params, tokens):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
     hidden, _ = qwen3.apply({"params": params}, tokens, positions, jnp.ones_like(tokens))
-    return hidden @ model.get_output_head(params).T
+    return hidden @ transformer.get_output_head(params).T
 
 
 routed_of = jax.jit(forward.compute_hidden_and_router_stats, static_argnums=0)
@@ -56,7 +58,7 @@ routed_of = jax.jit(forward.compute_hidden_and_router_stats, static_argnums=0)
 def scored_of(qwen3, params, batch):
     """Log-probabilities of each token of `batch` by one plain forward."""
     hidden, targets = forward.compute_hidden(qwen3, params, batch), losses.shift(batch.tokens_BT)
-    stats = token_stats(hidden, model.get_output_head(params), targets, loss_chunk_mib=1)
+    stats = token_stats(hidden, transformer.get_output_head(params), targets, loss_chunk_mib=1)
     return losses.unshift(stats["logp"])
 
 
@@ -87,7 +89,7 @@ def test_logits(pair):
     with torch.no_grad():
         expected = network(torch.tensor(tokens)).logits.numpy()
     assert np.abs(expected).max() > 1
-    ours = logits(model.Qwen3(config), params, tokens)
+    ours = logits(families.make_model(config), params, tokens)
     np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
 
 
@@ -96,11 +98,11 @@ def test_gradients(pair):
     tokens = tokens_of(config)
 
     def loss(params):
-        logp = jax.nn.log_softmax(logits(model.Qwen3(config), params, tokens)[:, :-1])
+        logp = jax.nn.log_softmax(logits(families.make_model(config), params, tokens)[:, :-1])
         return -jnp.mean(jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1))
 
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
-    ours = dict(weights.iter_tensors(grads, jnp.dtype("float32")))
+    ours = dict(weights.iter_tensors(grads, config, jnp.dtype("float32")))
     network.zero_grad()
     theirs = network(torch.tensor(tokens), labels=torch.tensor(tokens)).loss
     theirs.backward()
@@ -121,11 +123,11 @@ def test_greedy(pair, stacked):
     shardings = jax.tree.map(lambda p: p.sharding, mesh_lib.make_abstract_params(config, mesh))
     with mesh_lib.use_mesh(mesh):
         done = rollout.sample(
-            model.Qwen3(config),
-            jax.device_put(params, shardings),
+            rollout.SamplingModel(
+                families.make_model(config), jax.device_put(params, shardings), (-1,)
+            ),
             [rollout.Sequence(prompt, (0, 0), 8) for prompt in prompts],
             sampling=rollout.Sampling(temperature=0),
-            stop_ids=(-1,),
             options=rollout.RolloutOptions(
                 slots=2, stacked=stacked, cache_backend="plain" if stacked else ""
             ),
@@ -138,7 +140,9 @@ def test_greedy(pair, stacked):
                 out.append(int(network(torch.tensor([out])).logits[0, -1].argmax()))
         assert rows[row].tokens == out[len(prompt) :]
     batch = microbatches.make_unpacked_batch(rows, 2, 17)
-    scored = np.asarray(scored_of(model.Qwen3(config), params, batch))[np.asarray(batch.mask_BT)]
+    scored = np.asarray(scored_of(families.make_model(config), params, batch))[
+        np.asarray(batch.mask_BT)
+    ]
     np.testing.assert_allclose([row.logprobs for row in rows], scored.reshape(2, 8), atol=1e-4)
 
 
@@ -149,7 +153,7 @@ def test_exported_directory_loads_in_transformers(pair, tmp_path):
     tokens = torch.tensor(tokens_of(config))
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, network(tokens).logits)
-    assert Config.from_directory(tmp_path) == config
+    assert families.read_config(tmp_path) == config
 
 
 def test_names_are_the_published_ones(pair, tmp_path):
@@ -245,9 +249,9 @@ def test_a_mesh_equals_one_device(even, sizes):
     assert all(jax.tree.leaves(same))
     for shape in ((8, T), (1, 3)):
         tokens = tokens_of(config, *shape)
-        expected = np.asarray(logits(model.Qwen3(config), params, tokens))
+        expected = np.asarray(logits(families.make_model(config), params, tokens))
         with mesh_lib.use_mesh(mesh_lib.make_mesh(*sizes)):
-            found = logits(model.Qwen3(config), sharded, tokens)
+            found = logits(families.make_model(config), sharded, tokens)
         np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
 
 
@@ -258,7 +262,7 @@ def one_step(directory, sizes, accumulate=1, remat=False):
         config, params = load(directory, sizes)
         optimizer = optax.adam(1e-3, b1=0.0)
         state = update.init_train_state(optimizer, params, 0)
-        qwen3 = model.Qwen3(config, remat=remat)
+        qwen3 = families.make_model(config, remat=remat)
         options = update.UpdateOptions(1, 1.0)
         programs = update.make_update(qwen3, optimizer, losses.OBJECTIVES["sft"], options, state)
         state, measured, _ = one_update(programs, state, batch_of(config), accumulate=accumulate)
@@ -325,7 +329,11 @@ def test_the_exchange_is_the_explicit_one(even):
     """Tokens are gathered and scattered over the experts' axis; their kernels never travel."""
     config, params = load(even, (1, 1, 1, 8))
     with mesh_lib.use_mesh(mesh_lib.make_mesh(1, 1, 1, 8)):
-        text = logits.lower(model.Qwen3(config), params, tokens_of(config, 8)).compile().as_text()
+        text = (
+            logits.lower(families.make_model(config), params, tokens_of(config, 8))
+            .compile()
+            .as_text()
+        )
     assert text is not None
     assert "reduce-scatter" in text and "all-gather" in text
     for E in (8, 7):
@@ -334,7 +342,7 @@ def test_the_exchange_is_the_explicit_one(even):
 
 
 def test_indivisible_experts_are_refused(even):
-    config = dataclasses.replace(Config.from_directory(even), num_experts=6)
+    config = dataclasses.replace(families.read_config(even), num_experts=6)
     with pytest.raises(UserError, match="num_experts=6 does not divide by mesh axis expert=4"):
         mesh_lib.check_divisible(config, mesh_lib.make_mesh(1, 2, 1, 4), "config.json")
     config = dataclasses.replace(config, num_experts=8, moe_intermediate_size=21)
@@ -347,15 +355,15 @@ def test_a_dense_model_on_a_mesh_with_experts(tmp_path):
     tiny_qwen3(tmp_path, **{k: v for k, v in EVEN.items() if k not in EXPERTS})
     config, params = load(tmp_path)
     tokens = tokens_of(config, 8)
-    expected = logits(model.Qwen3(config), params, tokens)
+    expected = logits(families.make_model(config), params, tokens)
     _, sharded = load(tmp_path, (1, 2, 1, 4))
     with mesh_lib.use_mesh(mesh_lib.make_mesh(1, 2, 1, 4)):
-        found = logits(model.Qwen3(config), sharded, tokens)
+        found = logits(families.make_model(config), sharded, tokens)
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_spread_uses_the_experts(even):
-    config = Config.from_directory(even)
+    config = families.read_config(even)
     assert mesh_lib.make_reader_mesh(config) == mesh_lib.make_mesh(1, 1, 4, 2)
     odd = dataclasses.replace(config, num_experts=7, num_key_value_heads=1)
     assert mesh_lib.make_reader_mesh(odd) == mesh_lib.make_mesh(1, 8, 1)
@@ -371,7 +379,7 @@ def test_nothing_is_dropped_when_all_tokens_want_the_same_experts(even, sizes):
     params["layers"]["moe"]["router"] = jnp.zeros_like(params["layers"]["moe"]["router"])
     batch = batch_of(config)
     with mesh_lib.use_mesh(mesh_lib.make_mesh(*sizes)):
-        hidden, sums = routed_of(model.Qwen3(config), params, batch)
+        hidden, sums = routed_of(families.make_model(config), params, batch)
     means = run_files.compute_means(sums)
     assert float(means["expert_dropped"]) == 0
     figures = moe.summarise_load(means["load_LE"], means["p_LE"])
@@ -389,7 +397,7 @@ def test_nothing_is_dropped_when_all_tokens_want_the_same_experts(even, sizes):
     layers = {k: v for k, v in layers.items() if k != "moe"}
     layers["mlp"] = {k: {"kernel": v} for k, v in wide.items()}
     hidden_of = jax.jit(forward.compute_hidden, static_argnums=0)
-    expected = hidden_of(model.Qwen3(dense), whole | {"layers": layers}, batch)
+    expected = hidden_of(families.make_model(dense), whole | {"layers": layers}, batch)
     real = np.asarray(batch.segments_BT) > 0
     np.testing.assert_allclose(
         np.asarray(hidden)[real], np.asarray(expected)[real], atol=1e-4, rtol=1e-4
@@ -400,10 +408,10 @@ def test_what_fills_up_the_devices_is_not_counted(even):
     """57 tokens on eight devices: the routers' figures of one device."""
     config, params = load(even)
     batch = batch_of(config, 3)
-    expected = run_files.compute_means(routed_of(model.Qwen3(config), params, batch)[1])
+    expected = run_files.compute_means(routed_of(families.make_model(config), params, batch)[1])
     _, sharded = load(even, (1, 1, 1, 8))
     with mesh_lib.use_mesh(mesh_lib.make_mesh(1, 1, 1, 8)):
-        means = run_files.compute_means(routed_of(model.Qwen3(config), sharded, batch)[1])
+        means = run_files.compute_means(routed_of(families.make_model(config), sharded, batch)[1])
     assert float(means["expert_dropped"]) == float(expected["expert_dropped"]) == 0
     np.testing.assert_allclose(means["load_LE"], expected["load_LE"], atol=1e-6)
 
@@ -427,9 +435,9 @@ def test_figures_against_transformers(pair):
     network, config, params = pair
     if not any(config.sparse_layers):
         assert (
-            forward.compute_hidden_and_router_stats(model.Qwen3(config), params, batch_of(config))[
-                1
-            ]
+            forward.compute_hidden_and_router_stats(
+                families.make_model(config), params, batch_of(config)
+            )[1]
             == {}
         )
         return
@@ -443,7 +451,7 @@ def test_figures_against_transformers(pair):
         )
     E, A = config.num_experts, config.num_experts_per_tok
     expected: Any = load_balancing_loss_func(out.router_logits, E, A, mask)
-    _, sums = routed_of(model.Qwen3(config), params, batch)
+    _, sums = routed_of(families.make_model(config), params, batch)
     means = run_files.compute_means(sums)
     figures = moe.summarise_load(means["load_LE"], means["p_LE"])
     assert float(figures["load_balancing_loss"]) == pytest.approx(float(expected), rel=1e-4)
@@ -493,11 +501,11 @@ def test_every_field_is_alive(mixed, field):
         return
     other = dataclasses.replace(config, **{field: ALIVE[field]})
     shapes = [
-        jax.tree.map(lambda x: x.shape, model.get_abstract_params(c)[0]) for c in (config, other)
+        jax.tree.map(lambda x: x.shape, families.get_abstract_params(c)[0]) for c in (config, other)
     ]
     if shapes[0] == shapes[1]:
         tokens = tokens_of(config)
-        a, b = (np.asarray(logits(model.Qwen3(c), params, tokens)) for c in (config, other))
+        a, b = (np.asarray(logits(families.make_model(c), params, tokens)) for c in (config, other))
         assert np.abs(a - b).max() > 1e-2
 
 
@@ -535,13 +543,16 @@ def tiny_fields(**fields):
         ({"norm_topk_prob": None}, "field 'norm_topk_prob' is missing"),
         ({"num_experts_per_tok": 8}, "num_experts_per_tok=8 is not between 1 and num_experts=7"),
         ({"decoder_sparse_step": 0}, "decoder_sparse_step=0 is below 1"),
-        ({"architectures": ["Qwen2MoeForCausalLM"]}, "'Qwen2MoeForCausalLM' is neither"),
+        (
+            {"architectures": ["Qwen2MoeForCausalLM"]},
+            "'Qwen2MoeForCausalLM' is none of Qwen3ForCausalLM, ",
+        ),
     ],
     ids=str,
 )
 def test_wrong_config(fields, words):
     with pytest.raises(UserError) as error:
-        Config.from_hf(tiny_fields(**fields))
+        families.parse_config(tiny_fields(**fields), "config.json")
     assert words in str(error.value) and str(error.value).startswith("config.json: ")
 
 
@@ -564,7 +575,7 @@ EXPERT = "model.layers.1.mlp.experts.4.up_proj.weight"
             "model.layers.0.mlp.experts.7.up_proj.weight",
             (20, 40),
             {},
-            "tensor model.layers.0.mlp.experts.7.up_proj.weight is no part of this Qwen3",
+            "tensor model.layers.0.mlp.experts.7.up_proj.weight is no part of this model",
         ),
         (EXPERT, (20, 40), {"mlp_only_layers": [1]}, "model.layers.1.mlp.down_proj.weight is mis"),
         (

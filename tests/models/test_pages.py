@@ -13,9 +13,10 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 from distill.planning import aot, hlo
 from distill.runtime import mesh as mesh_lib
 from distill.training import calls
+from models import families, transformer
 from models.errors import UserError
-from models.qwen3 import model, paged_attention
-from models.qwen3 import pages as pages_lib
+from models.layers import paged_attention
+from models.layers import pages as pages_lib
 from models.qwen3.config import SIZES
 
 L, K, N, H, PAGE = 2, 4, 8, 16, 4
@@ -293,9 +294,9 @@ def test_what_is_not_finite_stays_in_its_row(monkeypatch, kind, bad):
 def test_the_model_takes_them(scan):
     """A prompt in two chunks and a step are the model's own hidden states of the whole text."""
     config = dataclasses.replace(TINY, hidden_size=32, intermediate_size=48, vocab_size=64)
-    params = model.init_params(config, jax.random.key(0))
-    qwen3 = model.Qwen3(config, scan=scan)
-    params = params if scan else model.unstack_layers(params, L)
+    params = families.init_params(config, jax.random.key(0))
+    qwen3 = families.make_model(config, scan=scan)
+    params = params if scan else transformer.unstack_layers(params, L)
     tokens = jax.random.randint(jax.random.key(1), (1, 9), 0, 64)
     positions = jnp.arange(9)[None]
     apply = jax.jit(lambda *of: qwen3.apply({"params": params}, *of))
@@ -369,7 +370,7 @@ def compile_for(topology, data, tensor, T):
     """A decoding loop, or for T > 1 a chunk of T tokens a part: the program, and what pool and
     weights take on a device."""
     config, mesh, held = pool_on(topology, data, tensor, 4)
-    qwen3, R, N = model.Qwen3(config, dtype=jnp.bfloat16), 32 * data, 64
+    qwen3, R, N = families.make_model(config, dtype=jnp.bfloat16), 32 * data, 64
 
     def of(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh_lib.make_row_sharding(mesh))

@@ -18,9 +18,10 @@ from distill.policy import forward, policy
 from distill.rollout import decode
 from distill.runtime import mesh as mesh_lib
 from distill.training import loop, microbatches, setup
+from models import transformer, weights
 from models.errors import UserError
-from models.qwen3 import model, quantised, weights
-from models.qwen3.quantised import Quantised
+from models.layers import quantised
+from models.layers.quantised import Quantised
 from tests.support.paths import ROOT
 from tests.support.tiny_models import tiny_qwen3
 from tests.support.verbs import call, read, write
@@ -67,7 +68,9 @@ def batch_of(vocabulary, rows=8):
 
 @functools.partial(jax.jit, static_argnums=0)
 def log_probs(qwen3, params, batch):
-    logits_BTV = forward.compute_hidden(qwen3, params, batch) @ model.get_output_head(params).T
+    logits_BTV = (
+        forward.compute_hidden(qwen3, params, batch) @ transformer.get_output_head(params).T
+    )
     return jax.nn.log_softmax(logits_BTV)
 
 
@@ -372,11 +375,9 @@ def test_a_sampler_in_8_bits_is_the_model_in_8_bits(directories):
         )
         done = list(
             rollout.sample(
-                spread.model,
-                spread.params,
+                rollout.SamplingModel(spread.model, spread.params, ()),
                 rows,
                 sampling=rollout.Sampling(),
-                stop_ids=(),
                 options=options,
             )
         )
@@ -397,7 +398,9 @@ def test_an_unknown_dtype_is_refused():
     ):
         setup.setup_run(tiny_run("int4"), mesh_lib.make_mesh(1, 1, 1))
     c = tiny_run("int8")
-    with pytest.raises(UserError, match=r"config.opd.rollout.param_dtype='int4': must be float32,"):
+    with pytest.raises(
+        UserError, match=r"config.opd.rollout.param_dtype='int4': must be one of '', 'float32',"
+    ):
         c.opd.rollout.param_dtype = "int4"
         setup.setup_run(c, mesh_lib.make_mesh(1, 1, 1))
     c.teacher.dtype = "int8"

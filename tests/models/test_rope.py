@@ -16,9 +16,11 @@ from distill import rollout
 from distill.evaluation import scoring
 from distill.policy import policy
 from distill.runtime import mesh as mesh_lib
+from models import families, transformer, weights
+from models.config import RopeScaling
 from models.errors import UserError
-from models.qwen3 import model, rope, weights
-from models.qwen3.config import SIZES, Config, RopeScaling
+from models.layers import rope
+from models.qwen3.config import SIZES, Config
 from tests.support.tiny_models import tiny_qwen3
 
 QWEN3 = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
@@ -133,7 +135,7 @@ def stretched(tmp_path_factory):
 def test_logits_and_greedy_beyond_the_original_positions(stretched):
     """64 tokens in one pass, then 40 written after 24, by cache."""
     directory, network = stretched
-    config = Config.from_directory(directory)
+    config = families.read_config(directory)
     mesh = mesh_lib.make_mesh(1, 1, 1)
     abstract = mesh_lib.make_abstract_params(config, mesh)
     shardings = jax.tree.map(lambda p: p.sharding, abstract)
@@ -144,9 +146,9 @@ def test_logits_and_greedy_beyond_the_original_positions(stretched):
         expected = network(torch.tensor(tokens)).logits.numpy()
 
     def logits(config):
-        forward = jax.jit(model.Qwen3(config).apply)
+        forward = jax.jit(families.make_model(config).apply)
         hidden, _ = forward({"params": params}, tokens, positions, np.ones_like(tokens))
-        return np.asarray(hidden @ model.get_output_head(params).T)
+        return np.asarray(hidden @ transformer.get_output_head(params).T)
 
     np.testing.assert_allclose(logits(config), expected, atol=1e-4, rtol=0)
     plain = logits(dataclasses.replace(config, rope_scaling=None))
@@ -155,11 +157,9 @@ def test_logits_and_greedy_beyond_the_original_positions(stretched):
     prompts = tokens[:, :24]
     with mesh_lib.use_mesh(mesh):
         rows = rollout.sample(
-            model.Qwen3(config),
-            params,
+            rollout.SamplingModel(families.make_model(config), params, (-1,)),
             [rollout.Sequence(prompt, (0, 0), 40) for prompt in prompts.tolist()],
             sampling=rollout.Sampling(temperature=0),
-            stop_ids=(-1,),
             options=rollout.RolloutOptions(slots=2),
         )
         written = np.array([row.prompt + row.tokens for row in rows])

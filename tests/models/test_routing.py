@@ -19,8 +19,9 @@ from distill.policy import forward
 from distill.runtime import mesh as mesh_lib
 from distill.runtime import run_files
 from distill.training import loop, microbatches, setup, update
+from models import families, weights
 from models.errors import UserError
-from models.qwen3 import model, moe, weights
+from models.layers import moe
 from tests.support.experts import EVEN, SHAPES, T, batch_of, load, tokens_of, torch_gradients
 from tests.support.runs import config, numbers, tiny_model
 from tests.support.tiny_models import tiny_qwen3
@@ -58,7 +59,7 @@ def test_the_gradient_of_the_balance_is_that_of_transformers(pair):
     )
     options = update.UpdateOptions(1, 1.0, router_aux_loss_coef=0.5)
     sums = functools.partial(
-        update.compute_loss_sums, model.Qwen3(config), losses.OBJECTIVES["sft"], options
+        update.compute_loss_sums, families.make_model(config), losses.OBJECTIVES["sft"], options
     )
     (total, (measured, _)), grads = jax.jit(jax.value_and_grad(sums, has_aux=True))(params, batch)
     count = measured["loss"][1]
@@ -71,7 +72,7 @@ def test_the_gradient_of_the_balance_is_that_of_transformers(pair):
     loss = measured["loss"][0] / count
     assert float(total / count - loss) == pytest.approx(0.5 * theirs.aux_loss.item(), rel=1e-4)
     expected = torch_gradients(network)
-    ours = dict(weights.iter_tensors(grads, jnp.dtype("float32")))
+    ours = dict(weights.iter_tensors(grads, config, jnp.dtype("float32")))
     for name, grad in expected.items():
         scale = np.abs(grad).max()
         found = ours[name] / np.asarray(count)
@@ -87,7 +88,7 @@ def test_balance_evens_the_load(even):
     def balance(router):
         inner = params["layers"] | {"moe": params["layers"]["moe"] | {"router": router}}
         _, sums = forward.compute_hidden_and_router_stats(
-            model.Qwen3(config), params | {"layers": inner}, batch
+            families.make_model(config), params | {"layers": inner}, batch
         )
         means = run_files.compute_means(sums)
         return moe.summarise_load(means["load_LE"], means["p_LE"])["load_balancing_loss"]
@@ -110,7 +111,7 @@ def replayed(qwen3, params, batch, experts):
 def test_replaying_its_own_choice_changes_nothing(pair):
     """Not the states, nor the gradients, which flow into the router as before."""
     _, config, params = pair
-    batch, qwen3 = batch_of(config, 2), model.Qwen3(config)
+    batch, qwen3 = batch_of(config, 2), families.make_model(config)
     experts = jax.jit(forward.compute_chosen_experts, static_argnums=0)(qwen3, params, batch)
     layers = sum(config.sparse_layers)
     assert experts.shape == (2, T, layers, config.num_experts_per_tok)
@@ -160,7 +161,7 @@ def test_replay_undoes_what_noise_does_to_the_choice(even):
     """What another precision does to a sampler's router: the states jump where a choice flips, and
     with the recorded experts they do not. On eight devices as on one."""
     config, params = load(even)
-    batch, qwen3 = batch_of(config), model.Qwen3(config)
+    batch, qwen3 = batch_of(config), families.make_model(config)
     experts = jax.jit(forward.compute_chosen_experts, static_argnums=0)(qwen3, params, batch)
     noise = np.random.default_rng(0).normal(size=params["layers"]["moe"]["router"].shape)
     states = {}
@@ -207,11 +208,11 @@ def asked(config, prompts=5, samples=2):
 def sampled(config, params, rows, mesh, stacked, dtype="float32", **given):
     with mesh_lib.use_mesh(mesh):
         done = rollout.sample(
-            model.Qwen3(config, jnp.dtype(dtype)),
-            params,
+            rollout.SamplingModel(
+                families.make_model(config, dtype=jnp.dtype(dtype)), params, (3, 7, 11)
+            ),
             rows,
             sampling=rollout.Sampling(),
-            stop_ids=(3, 7, 11),
             options=rollout.RolloutOptions(
                 8,
                 P + R,
@@ -221,8 +222,8 @@ def sampled(config, params, rows, mesh, stacked, dtype="float32", **given):
                 page_size=4,
                 cache_backend="plain" if stacked else "",
                 stacked=stacked,
+                routing=True,
             ),
-            routing=True,
             **given,
         )
         return list(done)
@@ -251,7 +252,9 @@ def test_recorded_experts_are_those_of_a_forward(even, tmp_path, layers, sizes, 
     batch = microbatches.make_unpacked_batch(rows, len(rows), P + R, routing=config.routing_shape)
     _, alone = load(directory)
     expected = np.asarray(
-        jax.jit(forward.compute_chosen_experts, static_argnums=0)(model.Qwen3(config), alone, batch)
+        jax.jit(forward.compute_chosen_experts, static_argnums=0)(
+            families.make_model(config), alone, batch
+        )
     )
     found, segments = np.asarray(batch.experts_BTLA), np.asarray(batch.segments_BT)
     assert found.dtype == np.int16 and found.shape == expected.shape
@@ -300,7 +303,7 @@ def test_replay_brings_sampler_and_trainer_together(even):
     batch = microbatches.make_unpacked_batch(rows, len(rows), P + R, routing=config.routing_shape)
     loss = functools.partial(
         update.compute_loss_sums,
-        model.Qwen3(config, jnp.bfloat16),
+        families.make_model(config, dtype=jnp.bfloat16),
         losses.OBJECTIVES["sft"],
         update.UpdateOptions(R, 1.0),
     )

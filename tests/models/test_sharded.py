@@ -9,7 +9,8 @@ import pytest
 
 from distill.planning import hlo
 from distill.runtime import mesh as mesh_lib
-from models.qwen3 import attention, model, sharded
+from models import families
+from models.layers import attention, sharded
 from models.qwen3.config import Config
 
 B, T, V, D = 8, 16, 64, 32
@@ -78,11 +79,11 @@ def test_a_rows_tokens_are_split_over_context(
         np.tile(np.arange(length), (rows, 1)),
         np.repeat([[1, 2], [1, 0]], [length - 5, 5], axis=1),
     )
-    params = model.init_params(config, jax.random.key(0))
+    params = families.init_params(config, jax.random.key(0))
     weight = rng.normal(size=(rows, length, D)).astype(np.float32) * (segments > 0)[..., None]
 
     def total(params, weight_BTD):
-        x, _ = model.Qwen3(config, kernel=kernel).apply(
+        x, _ = families.make_model(config, kernel=kernel).apply(
             {"params": params}, tokens, positions, segments
         )
         return jnp.sum(x * weight_BTD), jnp.where(segments[..., None] > 0, x, 0)

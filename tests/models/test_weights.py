@@ -17,9 +17,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from distill.policy import policy
+from models import families, weights
 from models.errors import UserError
-from models.qwen3 import model, weights
-from models.qwen3.config import SIZES, Config
+from models.qwen3.config import SIZES
 from tests.support.loading import counted, load
 from tests.support.paths import ROOT
 from tests.support.tiny_models import tiny_qwen3
@@ -72,10 +72,12 @@ def test_every_tensor_is_read_once(kind, sizes, piece, monkeypatch, request):
     tensors = stored(directory)
     monkeypatch.setattr(weights, "safe_open", counted(read))
     monkeypatch.setattr(weights, "PIECE_BYTES", piece)
-    loaded, reads = load(directory, sizes, note=said.append)
+    loaded, reads = load(directory, sizes, on_progress=said.append)
     assert sorted(read) == sorted(tensor.nbytes for tensor in tensors.values())
     assert said == list(range(1, reads + 1)) == list(range(1, len(tensors) + 1))
-    found = dict(weights.iter_tensors(loaded, jnp.dtype("float32")))
+    found = dict(
+        weights.iter_tensors(loaded, families.read_config(directory), jnp.dtype("float32"))
+    )
     assert found.keys() == tensors.keys()
     assert all(np.array_equal(found[name], tensor) for name, tensor in tensors.items())
 
@@ -185,7 +187,7 @@ def test_host_memory(tmp_path, monkeypatch):
         bits = rng.integers(0, 2**14, leaf.shape, np.uint16)
         return bits.view(ml_dtypes.bfloat16)
 
-    params = jax.tree.map(random, model.get_abstract_params(config)[0])
+    params = jax.tree.map(random, families.get_abstract_params(config)[0])
     monkeypatch.setattr(weights, "SHARD_BYTES", 8 * 2**20)
     weights.save(params, config, tmp_path, jnp.dtype("bfloat16"))
     shards = [file.stat().st_size for file in tmp_path.glob("*.safetensors")]
@@ -214,7 +216,9 @@ def test_progress_off_a_terminal(sharded, capsys):
     with policy.use(subject):
         policy.load(subject, "float32")
     lines = capsys.readouterr().err.splitlines()
-    reads = weights.count_reads(subject.params, jax.tree.map(lambda p: p.sharding, subject.params))
+    reads = weights.count_reads(
+        subject.config, subject.params, jax.tree.map(lambda p: p.sharding, subject.params)
+    )
     assert lines[-1].startswith(f"load {sharded} {reads}/{reads} (")
     assert len(lines) == 2
 
@@ -274,9 +278,9 @@ def test_damaged_shards(sharded, tmp_path, change):
     for file in sharded.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     said = damaged(tmp_path, change)
-    config = Config.from_directory(tmp_path)
+    config = families.read_config(tmp_path)
     with pytest.raises(UserError) as error:  # found by `check`, before anything is read
-        weights.check_weights(tmp_path, config, model.get_abstract_params(config)[0])
+        weights.check_weights(tmp_path, config, families.get_abstract_params(config)[0])
     assert said in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(UserError) as again:
         load(tmp_path, (1, 1, 1))

@@ -12,8 +12,7 @@ from distill.data import chat, dataset, sources
 from distill.evaluation import responses
 from distill.policy.policy import Policy
 from distill.rewards import graders
-from distill.rollout import completions, sampler
-from distill.rollout.sampling import Sampling
+from distill.rollout import completions
 from tests.support.paths import ROOT
 
 COUNT = 600
@@ -34,10 +33,10 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref]:
     """References to all responses that a sampler in place of the real one has made."""
     made: list[weakref.ref] = []
 
-    def complete(_: Policy, prompts: Any, *, samples: int, limits: Any, **__: Any) -> Iterator:
-        assert len(prompts) == len(limits) == COUNT
-        for prompt, limit in zip(prompts, limits, strict=True):
-            group = [rollout.Sequence(prompt, (0, i), limit) for i in range(samples)]
+    def complete(_: Policy, prompts: Any, spec: rollout.SampleSpec, **__: Any) -> Iterator:
+        assert len(prompts) == COUNT
+        for prompt in prompts:
+            group = [rollout.Sequence(prompt, (0, i), 3) for i in range(spec.samples)]
             for row in group:
                 row.tokens, row.logprobs, row.finish_reason = [1, 2, 3], [-1.0] * 3, "length"
                 made.append(weakref.ref(row))
@@ -46,7 +45,7 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref]:
             del group
 
     monkeypatch.setattr(rollout, "complete", complete)  # as evaluations call it
-    monkeypatch.setattr(sampler, "complete", complete)  # as generate does
+    monkeypatch.setattr(completions, "complete", complete)  # as generate does
     return made
 
 
@@ -69,13 +68,8 @@ def test_generate(alive: list[weakref.ref]) -> None:
         SUBJECT,
         rows,
         dataset.TokenLists([7, i] for i in range(COUNT)),
-        samples=2,
-        seed=0,
+        rollout.SampleSpec(2, 3, batch_size=4, stop_strings=("x",)),
         limits=[3] * COUNT,
-        sampling=Sampling(),
-        batch_size=4,
-        stop_strings=["x"],
-        top_logprobs=0,
         errors={},
     )
     assert most_alive(done, alive) <= 4
@@ -104,12 +98,8 @@ def test_evaluate(alive: list[weakref.ref], monkeypatch: pytest.MonkeyPatch) -> 
         SUBJECT,
         problems,
         dataset.TokenLists([7, i] for i in range(COUNT)),
+        rollout.SampleSpec(2, 3, batch_size=4),
         first_problem=0,
-        samples=2,
-        max_new_tokens=3,
-        sampling=Sampling(),
-        seed=0,
-        batch_size=4,
     )
     begun = 0
 
@@ -132,7 +122,9 @@ def test_stop_strings_are_found_with_bounded_memory() -> None:
     """Across the pieces in which rows come, in any order; also where rows are many more than what
     is remembered, and where one has the place in memory that another had."""
     assert SUBJECT.tokenizer is not None
-    ended = completions._make_stop_check(SUBJECT.tokenizer, ["12"], 2)
+    ended = completions._make_stop_check(
+        SUBJECT.tokenizer, rollout.SampleSpec(batch_size=2, stop_strings=("12",))
+    )
     assert ended is not None
     ids = {c: SUBJECT.tokenizer.encode(c, add_special_tokens=False) for c in "123"}
     rows = [rollout.Sequence([1], (0, i), 9) for i in range(20)]

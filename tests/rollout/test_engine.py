@@ -16,13 +16,14 @@ from jax._src import monitoring
 from distill import rollout
 from distill.objectives import losses
 from distill.policy import forward
-from distill.rollout import RolloutOptions, Sequence, decode
+from distill.rollout import RolloutOptions, SamplingModel, Sequence, decode
 from distill.rollout import options as options_lib
 from distill.rollout.sampling import Sampling
 from distill.runtime import mesh as mesh_lib
 from distill.training import microbatches
+from models import families, transformer
 from models.errors import UserError
-from models.qwen3 import model, slabs
+from models.layers import slabs
 from models.qwen3.config import Config
 from tests.support.heads import token_stats
 
@@ -39,7 +40,7 @@ CONFIG = Config(
     tie_word_embeddings=True,
     max_position_embeddings=2048,
 )
-QWEN3 = model.Qwen3(CONFIG)
+QWEN3 = families.make_model(CONFIG)
 STOPS = (3, 7)
 P, R = 24, 40
 SMALL = RolloutOptions(slots=8, max_length=P + R, segment=8, prefill_chunk=32)
@@ -55,8 +56,8 @@ def narrow():
 
 
 @jax.jit
-def _weights(key: jax.Array) -> model.Params:
-    return model.init_params(CONFIG, key)
+def _weights(key: jax.Array) -> transformer.Params:
+    return families.init_params(CONFIG, key)
 
 
 @functools.cache
@@ -84,11 +85,9 @@ def run(
     with mesh_lib.use_mesh(mesh):
         return list(
             rollout.sample(
-                QWEN3,
-                params,
+                SamplingModel(QWEN3, params, STOPS),
                 rows,
                 sampling=Sampling(),
-                stop_ids=STOPS,
                 options=options,
                 **kwargs,
             )
@@ -100,10 +99,10 @@ def drawn(rows: list[Sequence]):
 
 
 @jax.jit
-def _scores(params: model.Params, batch: Any):
+def _scores(params: transformer.Params, batch: Any):
     stats = token_stats(
         forward.compute_hidden(QWEN3, params, batch),
-        model.get_output_head(params),
+        transformer.get_output_head(params),
         losses.shift(batch.tokens_BT),
         loss_chunk_mib=1,
     )
@@ -234,11 +233,9 @@ def test_rows_come_as_soon_as_they_and_those_before_have_ended() -> None:
     rows = ask(24)
     with mesh_lib.use_mesh(mesh):
         coming = rollout.sample(
-            QWEN3,
-            params,
+            SamplingModel(QWEN3, params, STOPS),
             rows,
             sampling=Sampling(),
-            stop_ids=STOPS,
             options=RolloutOptions(slots=4),
         )
         assert next(coming) is rows[0]
@@ -399,15 +396,14 @@ def test_a_row_of_nan_ends_alone() -> None:
     poisoned = {**params, "embed": params["embed"].at[9].set(jnp.nan)}
     # The head is tied, so that token 9 would poison every row: here it is a matrix of its own.
     poisoned["head"] = params["embed"]
+    untied = dataclasses.replace(CONFIG, tie_word_embeddings=False)
     good, bad = Sequence([10, 11], (0, 1), 6), Sequence([10, 9, 11], (0, 2), 6)
     with mesh_lib.use_mesh(mesh):
         rows = list(
             rollout.sample(
-                model.Qwen3(CONFIG.__class__(**{**CONFIG.__dict__, "tie_word_embeddings": False})),
-                poisoned,
+                SamplingModel(families.make_model(untied), poisoned, ()),
                 [good, bad],
                 sampling=Sampling(),
-                stop_ids=(),
                 options=RolloutOptions(slots=2),
             )
         )
@@ -436,9 +432,8 @@ def test_a_simulation_does_what_the_engine_does(kind: str) -> None:
     told = [dataclasses.replace(row, tokens=[]) for row in rows]
     mesh, params = weights(0, ONE)
     with mesh_lib.use_mesh(mesh):
-        given = (QWEN3, params, rows)
-        of = {"sampling": Sampling(), "stop_ids": (), "options": options, "counts": counts}
-        list(rollout.sample(*given, **of))
+        subject = SamplingModel(QWEN3, params, ())
+        list(rollout.sample(subject, rows, sampling=Sampling(), options=options, counts=counts))
     longest = max(row.max_length for row in rows)
     shape = rollout.make_cache_shape(options, CONFIG, mesh, "float32", len(rows), longest)
     sizes = rollout.get_line_sizes(options, shape)

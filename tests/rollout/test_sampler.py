@@ -13,7 +13,7 @@ from distill.rollout import RolloutOptions, Sequence
 from distill.rollout.sampling import Sampling
 from distill.runtime import mesh as mesh_lib
 from distill.training import microbatches
-from models.qwen3 import model
+from models import families, transformer
 from models.qwen3.config import Config
 from tests.support.heads import token_stats
 
@@ -30,14 +30,14 @@ CONFIG = Config(
     tie_word_embeddings=True,
     max_position_embeddings=256,
 )
-QWEN3 = model.Qwen3(CONFIG)
+QWEN3 = families.make_model(CONFIG)
 STOPS = (3, 7, 11, 13)
 P, R = 12, 24
 
 
 @pytest.fixture(scope="module")
 def loose():
-    return jax.jit(lambda key: model.init_params(CONFIG, key))(jax.random.key(0))
+    return jax.jit(lambda key: families.init_params(CONFIG, key))(jax.random.key(0))
 
 
 def placed(params, mesh):
@@ -61,11 +61,9 @@ def prompts(count, seed=0):
 def sample(params, rows, numbers, samples=None, sampling=None, **options):
     keys = rollout.make_row_keys(jax.random.key(3), list(numbers), samples or [0] * len(rows))
     done = rollout.sample(
-        QWEN3,
-        params,
+        rollout.SamplingModel(QWEN3, params, STOPS),
         [Sequence(prompt, key, R) for prompt, key in zip(rows, keys, strict=True)],
         sampling=sampling or Sampling(),
-        stop_ids=STOPS,
         options=RolloutOptions(**{"slots": 8, **options}),
     )
     return microbatches.make_unpacked_batch(list(done), len(rows), P + R)
@@ -88,7 +86,7 @@ def test_sampler_equals_scorer(params, kind):
     stats = jax.jit(
         lambda b: token_stats(
             forward.compute_hidden(QWEN3, params, b),
-            model.get_output_head(params),
+            transformer.get_output_head(params),
             losses.shift(b.tokens_BT),
             loss_chunk_mib=1,
         )
@@ -171,11 +169,7 @@ def test_complete_is_independent_of_batches_and_of_where_it_starts(params):
             rollout.complete(
                 subject,
                 prompts,
-                samples=3,
-                key=jax.random.key(1),
-                limits=[8] * len(prompts),
-                sampling=Sampling(),
-                batch_size=batch_size,
+                rollout.SampleSpec(3, 8, seed=1, batch_size=batch_size),
                 first=first,
             )
         )

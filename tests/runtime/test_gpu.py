@@ -24,7 +24,7 @@ from distill.planning import fit, hlo, programs
 from distill.runtime import gpu
 from distill.runtime import mesh as mesh_lib
 from distill.training import stages
-from models.qwen3 import grouped
+from models.layers import grouped
 from tests.support.paths import ROOT
 
 # An H100 as XLA is told of it, by openxla/xla, xla/backends/gpu/target_config/specs/h100_sxm.txtpb.

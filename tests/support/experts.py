@@ -8,8 +8,7 @@ import numpy as np
 
 from distill.batch import Batch
 from distill.runtime import mesh as mesh_lib
-from models.qwen3 import weights
-from models.qwen3.config import Config
+from models import families, weights
 
 T = 19
 
@@ -48,7 +47,7 @@ EVEN: dict[str, Any] = EXPERTS | {
 
 
 def load(directory, sizes=(1, 1, 1)):
-    config = Config.from_directory(directory)
+    config = families.read_config(directory)
     abstract = mesh_lib.make_abstract_params(config, mesh_lib.make_mesh(*sizes))
     shardings = jax.tree.map(lambda p: p.sharding, abstract)
     return config, weights.load(directory, config, abstract, shardings, jnp.dtype("float32"))

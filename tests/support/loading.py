@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from distill.runtime import mesh as mesh_lib
-from models.qwen3 import weights
-from models.qwen3.config import Config
+from models import families, weights
 
 
 def counted(read: list[int]):
@@ -42,9 +41,9 @@ def counted(read: list[int]):
 
 
 def load(directory, sizes, **options):
-    config = Config.from_directory(directory)
+    config = families.read_config(directory)
     abstract = mesh_lib.make_abstract_params(config, mesh_lib.make_mesh(*sizes))
     shardings = jax.tree.map(lambda p: p.sharding, abstract)
     dtype = jnp.dtype("float32")
     loaded = weights.load(directory, config, abstract, shardings, dtype, **options)
-    return loaded, weights.count_reads(abstract, shardings)
+    return loaded, weights.count_reads(config, abstract, shardings)

@@ -90,4 +90,4 @@ def sound(recipe: str, chips: str, shared_data: Path, monkeypatch: pytest.Monkey
     assert mesh.size == len(aot.get_devices(chips))
     if c.eval.every:
         c.eval.data = str(shared_data / f"{c.eval.benchmark}/test.jsonl")
-    eval_hook.setup_validation(c.eval, plan.student)
+    eval_hook.setup_validation(c.eval, plan.student, c.seed)

@@ -12,7 +12,7 @@ from configs import base
 from distill.policy import policy
 from distill.runtime import mesh as mesh_lib
 from distill.training import trainer
-from models.qwen3 import weights
+from models import weights
 from tests.support.paths import ROOT
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from distill.batch import TeacherOutput
 from distill.runtime import mesh as mesh_lib
-from models.qwen3 import model
+from models import families
 from models.qwen3.config import Config
 
 CONFIG = Config(
@@ -32,7 +32,7 @@ TEACHER = dataclasses.replace(CONFIG, hidden_size=64, tie_word_embeddings=False)
 
 @functools.cache
 def initial(config, seed):
-    init = jax.jit(model.init_params, static_argnums=0)
+    init = jax.jit(families.init_params, static_argnums=0)
     return jax.tree.map(np.asarray, init(config, jax.random.key(seed)))
 
 

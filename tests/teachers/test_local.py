@@ -136,13 +136,10 @@ def test_every_form_of_a_row_takes_a_context(row, place):
     tokenizer = chat.load_tokenizer(TEACHER)
     assert tokenizer
 
-    def make(row: dict) -> examples.Example:
-        return examples.make_trace_example(row, "here", tokenizer, True, "last")
-
-    made = make(row)
-    told = teacher_context.add_context(
-        teacher_context.TeacherContext(HINT, "", place), row, made, make, tokenizer
-    )
+    encoding = examples.Encoding(tokenizer)
+    made = examples.make_example(row, "here", encoding)
+    context = teacher_context.TeacherContext(HINT, "", place)
+    told = teacher_context.add_context(context, row, made, encoding)
     assert made.teacher_prompt is None and told.response == made.response and told.teacher_prompt
     text = str(tokenizer.decode(told.teacher_prompt))
     assert text.count(HINT) == 1
@@ -152,21 +149,17 @@ def test_every_form_of_a_row_takes_a_context(row, place):
     # A written sample knows its prompt by tokens, and the row that it answers.
     if "response" not in row and "messages" in row:
         row = {"messages": row["messages"][:-1]}
-    sample = {"tokens": made.prompt, "response_tokens": made.response, "asked": row}
-    again = teacher_context.add_context(
-        teacher_context.TeacherContext(HINT, "", place), sample, made, make, tokenizer
-    )
+    sample = {"tokens": made.prompt, "response_tokens": made.response, "source_row": row}
+    again = teacher_context.add_context(context, sample, made, encoding)
     assert again.teacher_prompt == told.teacher_prompt
     # Tokens alone take tokens.
     bare = {"tokens": made.prompt, "response_tokens": made.response, "more": [7, 8]}
     alone = teacher_context.add_context(
-        teacher_context.TeacherContext("", "more", place), bare, made, make, None
+        teacher_context.TeacherContext("", "more", place), bare, made, examples.Encoding(None)
     )
     assert alone.teacher_prompt == [7, 8, *made.prompt]
     with pytest.raises(UserError, match="takes its context as token ids"):
-        teacher_context.add_context(
-            teacher_context.TeacherContext(HINT, "", place), bare, made, make, tokenizer
-        )
+        teacher_context.add_context(context, bare, made, encoding)
 
 
 def own_rows(rows):

@@ -72,11 +72,9 @@ def by_hand(c) -> tuple[list[list[rollout.Sequence]], Any]:
             rows = rollout.expand_prompts(examples, 2, key, s.max_response_tokens)
             rows = list(
                 rollout.sample(
-                    plan.student.model,
-                    older,
+                    rollout.SamplingModel(plan.student.model, older, plan.student.stop_ids),
                     rows,
                     sampling=stages.make_sampling(s),
-                    stop_ids=plan.student.stop_ids,
                     options=stages.make_rollout_options(s),
                 )
             )

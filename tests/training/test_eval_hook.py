@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from distill.evaluation import evaluator, records, responses, tasks
+from distill import rollout
+from distill.evaluation import evaluator, protocols, records, responses, tasks
 from distill.policy import exporting, policy
 from distill.runtime.checkpoint import Checkpoints
 from distill.training import eval_hook, loop
@@ -84,24 +85,11 @@ def test_an_evaluation_is_that_of_the_verb(whole) -> None:
     with policy.use(subject):
         subject = policy.load(subject, "float32")
         out = whole.parent / "again"
-        evaluator.evaluate_benchmark(
-            subject,
-            "arithmetic",
-            rows,
-            out,
-            samples=1,
-            ks=[1],
-            thinking=True,
-            max_new_tokens=8,
-            sampling=evaluator.rollout.Sampling(0.0),
-            seed=0,
-            batch_size=4,
-            protocol_name="greedy",
-        )
-    protocols = [
-        json.loads((p / "protocol.json").read_text()) for p in (out, whole / "eval/000005")
-    ]
-    assert protocols[0]["weights"] == protocols[1]["weights"]
+        sample = rollout.SampleSpec(1, 8, rollout.Sampling(0.0), batch_size=4)
+        spec = protocols.EvalSpec("arithmetic", sample, protocol="greedy")
+        evaluator.evaluate_benchmark(subject, rows, spec, out)
+    stored = [json.loads((p / "protocol.json").read_text()) for p in (out, whole / "eval/000005")]
+    assert stored[0]["weights"] == stored[1]["weights"]
     said = [[json.loads(r)["tokens"] for r in e.splitlines()] for e in evals(whole).values()]
     again = [json.loads(r)["tokens"] for r in (out / "examples.jsonl").read_text().splitlines()]
     assert said[-1] == again
@@ -183,7 +171,7 @@ def test_another_eval_may_follow(whole, models, tmp_path, capsys) -> None:
 )
 def test_bad_evals_are_refused(student, models, changes, words) -> None:
     with pytest.raises(UserError) as error:
-        eval_hook.setup_validation(settings(models, **changes).eval, student)
+        eval_hook.setup_validation(settings(models, **changes).eval, student, 0)
     assert words in str(error.value)
 
 
@@ -195,6 +183,6 @@ def test_they_are_refused_before_training(models, tmp_path) -> None:
 
 def test_none_is_the_default(student, models) -> None:
     c = config(models)
-    assert eval_hook.setup_validation(c.eval, student) is None
-    with eval_hook.open_validation_hook(None, student, Path("nowhere"), 0) as judge:
+    assert eval_hook.setup_validation(c.eval, student, 0) is None
+    with eval_hook.open_validation_hook(None, student, Path("nowhere")) as judge:
         assert not judge.is_due(1, True) and not judge.is_due(4, False)

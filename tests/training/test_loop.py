@@ -231,7 +231,10 @@ BAD = {
     "short rows of samples": (change("opd.pack_tokens", 75), "config.opd.pack_tokens=75: a row"),
     "short rows": (change("sft.pack_tokens", 75), "a row must hold max_prompt_tokens + max_resp"),
     "cache": (change("opd.rollout.cache_tokens", 50), "config.opd.rollout.cache_tokens=50: leaves"),
-    "segment": (change("opd.rollout.segment", 0), "config.opd.rollout.segment=0: must be 1"),
+    "segment": (
+        change("opd.rollout.segment", 0),
+        "config.opd.rollout.segment=0: must be at least 1",
+    ),
     "cache dtype": (change("opd.rollout.cache_dtype", "int4"), "config.opd.rollout.cache_dtype"),
     "budget": (change("opd.rollout.token_budget", -1), "config.opd.rollout.token_budget=-1"),
     "schedule": (change("opd.optim.schedule", "cosin"), "cosin"),

@@ -22,7 +22,7 @@ from distill.runtime import mesh as mesh_lib
 from distill.teachers import local
 from distill.training import collect, loop, microbatches, stages, trainer
 from distill.training import update as update_lib
-from models.qwen3.model import Qwen3
+from models.families import make_model
 from tests.support.updates import CONFIG, TEACHER, placed
 
 P, R, ROOM, COUNT = 6, 12, 5, 16
@@ -79,7 +79,7 @@ def alone(rows: int, minibatches: int) -> list[list[microbatches.PackedRows]]:
 
 
 def read(config: Any, seed: int, mesh: Any) -> Policy:
-    return Policy("", config, Qwen3(config), placed(config, seed, mesh), None, ())
+    return Policy("", config, make_model(config), placed(config, seed, mesh), None, ())
 
 
 def trained(case: dict, packed: bool, sizes: tuple[int, ...] = (1, 1, 1)):
@@ -121,7 +121,7 @@ def trained(case: dict, packed: bool, sizes: tuple[int, ...] = (1, 1, 1)):
         options = update_lib.UpdateOptions(
             R, mib, overlap_k=2 if loss.teacher else 0, temperature=given["temperature"]
         )
-        programs = update_lib.make_update(Qwen3(config), optimizer, loss, options, state)
+        programs = update_lib.make_update(make_model(config), optimizer, loss, options, state)
         stage: Any = types.SimpleNamespace(
             sampled_rows=written,
             updates_per_step=given["epochs"] * minibatches,

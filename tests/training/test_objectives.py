@@ -224,7 +224,11 @@ def test_stored_tops_need_no_teacher(tmp_path):
             {"loss__estimator": "topk", "loss__k": 513},
             "config.opd.loss.k=513: the vocabulary has 512 tokens",
         ),
-        ("opd", {"data__thinking": 1.5}, "config.opd.data.thinking=1.5: is a share"),
+        (
+            "opd",
+            {"data__thinking": 1.5},
+            "config.opd.data.thinking=1.5: must be at least 0 and at most 1",
+        ),
         ("grpo", {"reward__length": 1.0, "reward__margin": 999}, "from 1 to max_response_tokens="),
         ("wish", {}, "config.opd.objective: 'wish' is none of sft, distill"),
         ("opd", {"epochs": 0}, "config.opd.epochs=0"),

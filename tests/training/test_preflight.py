@@ -15,7 +15,7 @@ from distill.data.examples import Example
 from distill.policy import policy
 from distill.runtime import mesh as mesh_lib
 from distill.training import calls, eval_hook, preflight, setup, update
-from models.qwen3.model import Params
+from models.transformer import Params
 from tests.support.paths import ROOT
 
 
@@ -39,7 +39,7 @@ def told(c: ConfigDict, alter: Any = lambda params: params) -> list[str]:
         plan = setup.load_lora_base(c, plan)
         plan = setup.load_stage_models(c, plan, plan.stages[0])
         trained = first(c, plan)
-        validation = eval_hook.setup_validation(c.eval, plan.student)
+        validation = eval_hook.setup_validation(c.eval, plan.student, c.seed)
         return list(preflight.make_summary_lines(c, plan, validation, alter(trained), False))
 
 

@@ -15,8 +15,8 @@ from distill.objectives import losses
 from distill.policy import forward
 from distill.runtime import mesh as mesh_lib
 from distill.training import update
+from models import families, transformer
 from models.errors import UserError
-from models.qwen3 import model
 from tests.support.updates import CONFIG, TEACHER, one_update, placed, scored_by
 
 B, T = 8, 24
@@ -52,15 +52,15 @@ def curve(objective="opd", sizes=(1, 1, 1), accumulate=1, remat=False, scan=True
         student = placed(CONFIG, 0, mesh)
         teacher = placed(TEACHER, 1, mesh)
         state = update.init_train_state(optimizer(), student, 0)
-        qwen3 = model.Qwen3(CONFIG, remat=remat, scan=scan)
+        qwen3 = families.make_model(CONFIG, remat=remat, scan=scan)
         loss, mib = losses.OBJECTIVES[objective], 4e-3 * mesh.size
         programs = make_programs(qwen3, loss, state, mib)
         lowered, numbers = None, []
         for i in range(steps):
             data = jax.device_put(batch(i), mesh_lib.make_row_sharding(mesh))
             if objective == "opd":
-                hidden = hidden_of(model.Qwen3(TEACHER), teacher, data)
-                data = scored_by(data, hidden, model.get_output_head(teacher))
+                hidden = hidden_of(families.make_model(TEACHER), teacher, data)
+                data = scored_by(data, hidden, transformer.get_output_head(teacher))
             if i == 0:
                 sums = jax.eval_shape(programs.accumulate, None, state.params, data)[1]
                 lowered = (
@@ -105,7 +105,7 @@ def test_the_divisor_is_the_global_count(golden):
     numbers, _, _, _ = curve("sft", steps=1)
     data = batch(0)
     params = placed(CONFIG, 0, mesh_lib.make_mesh(1, 1, 1))
-    logits = hidden_of(model.Qwen3(CONFIG), params, data) @ params["embed"].T
+    logits = hidden_of(families.make_model(CONFIG), params, data) @ params["embed"].T
     logp = np.asarray(jax.nn.log_softmax(logits))[:, :-1]
     rows, columns = np.nonzero(data.mask_BT[:, 1:])
     targets = data.tokens_BT[:, 1:][rows, columns]
@@ -118,10 +118,10 @@ def test_teacher_is_student():
     with mesh_lib.use_mesh(mesh):
         params = placed(CONFIG, 0, mesh)
         data = batch()
-        hidden = hidden_of(model.Qwen3(CONFIG), params, data)
-        data = scored_by(data, hidden, jnp.array(model.get_output_head(params)))
+        hidden = hidden_of(families.make_model(CONFIG), params, data)
+        data = scored_by(data, hidden, jnp.array(transformer.get_output_head(params)))
         state = update.init_train_state(optimizer(), params, 0)
-        programs = make_programs(model.Qwen3(CONFIG), losses.OBJECTIVES["opd"], state, 4e-3)
+        programs = make_programs(families.make_model(CONFIG), losses.OBJECTIVES["opd"], state, 4e-3)
         _, measured, _ = one_update(programs, state, data)
     assert abs(float(measured["loss"])) < 1e-6
     assert float(measured["grad_norm"]) < 1e-5
@@ -134,7 +134,7 @@ def test_a_padded_batch_has_the_loss_of_the_real_rows():
     def loss(data):
         options = update.UpdateOptions(T, 1.0)
         total, (sums, _) = update.compute_loss_sums(
-            model.Qwen3(CONFIG), losses.OBJECTIVES["sft"], options, params, data
+            families.make_model(CONFIG), losses.OBJECTIVES["sft"], options, params, data
         )
         return float(total), float(sums["loss"][1])
 
@@ -199,7 +199,7 @@ def test_shardings_of_activations():
     with mesh_lib.use_mesh(mesh):
         params = placed(CONFIG, 0, mesh)
         data = jax.device_put(batch(), mesh_lib.make_row_sharding(mesh))
-        hidden = jax.jit(functools.partial(forward.compute_hidden, model.Qwen3(CONFIG)))(
+        hidden = jax.jit(functools.partial(forward.compute_hidden, families.make_model(CONFIG)))(
             params, data
         )
         assert padded(tuple(hidden.sharding.spec), 3) in (
@@ -207,11 +207,11 @@ def test_shardings_of_activations():
             ("fsdp", "tensor", None),
         )
         logits = jax.jit(lambda h, w: mesh_lib.split_vocabulary(jnp.einsum("BTD,VD->BTV", h, w)))(
-            hidden, model.get_output_head(params)
+            hidden, transformer.get_output_head(params)
         )
         assert tuple(logits.sharding.spec)[2] == ("fsdp", "tensor")  # expert is 1
         text = (
-            jax.jit(functools.partial(forward.compute_hidden, model.Qwen3(CONFIG)))
+            jax.jit(functools.partial(forward.compute_hidden, families.make_model(CONFIG)))
             .lower(params, data)
             .compile()
             .as_text()
@@ -228,7 +228,7 @@ def test_a_batch_without_a_token_to_train_on_moves_nothing(minibatches):
     mesh = mesh_lib.make_mesh(1, 1, 1)
     with mesh_lib.use_mesh(mesh):
         state = update.init_train_state(optimizer(), placed(CONFIG, 0, mesh), 0)
-        programs = make_programs(model.Qwen3(CONFIG), losses.OBJECTIVES["sft"], state, 1.0)
+        programs = make_programs(families.make_model(CONFIG), losses.OBJECTIVES["sft"], state, 1.0)
 
         def step(state, batch):
             """Rows interleave between the minibatches."""

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from models import families, weights
+from models.config import Config
 from models.errors import UserError
-from models.qwen3 import model, weights
-from models.qwen3.config import Config
-from models.qwen3.lora import MLP_TARGETS, TARGETS, LoRA
+from models.layers.lora import MLP_TARGETS, TARGETS, LoRA
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -213,13 +213,15 @@ def save(
         alpha = lora.scale * lora.rank
         targets = tuple(t for t in TARGETS if t in lora.targets + MLP_TARGETS)
         lora = LoRA(lora.rank, alpha, rslora=False, targets=targets)
-        shapes, _ = model.get_abstract_params(config, lora)
+        shapes, _ = families.get_abstract_params(config, lora)
         values_by_path = dict(jax.tree_util.tree_leaves_with_path(adapter))
         adapter = jax.tree_util.tree_map_with_path(
             lambda path, x: values_by_path.get(path, np.zeros(x.shape, x.dtype)), shapes
         )
     save_file(
-        dict(weights.iter_tensors(adapter, dtype)), directory / TENSORS_FILE, {"format": "pt"}
+        dict(weights.iter_tensors(adapter, config, dtype)),
+        directory / TENSORS_FILE,
+        {"format": "pt"},
     )
     (directory / TENSORS_FILE).chmod(0o644)  # safetensors leaves it to its owner alone
     fields = {

@@ -1,4 +1,4 @@
-"""How a Qwen3 is stored: one table of Hugging Face names drives both load and save.
+"""Loads and saves weights: the family's table of Hugging Face names drives both.
 
 Loading reads of every tensor the part that this process's devices hold between them, once, and
 deals it out to them: a file keeps rows together, so that one device's columns cost as much to read
@@ -24,33 +24,12 @@ from jax.tree_util import DictKey
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from models.config import Config
 from models.errors import UserError
-from models.qwen3 import quantised
-from models.qwen3.config import Config
-from models.qwen3.quantised import is_quantised
-
-# path in the parameters -> (name in the checkpoint, stored transposed: torch keeps [out, in]).
-# Each {} of a name is a leading axis of the stacked parameter: the layer, then the expert.
-TENSOR_NAMES: dict[tuple[str, ...], tuple[str, bool]] = {
-    ("embed",): ("model.embed_tokens.weight", False),
-    ("head",): ("lm_head.weight", False),
-    ("final_norm", "scale"): ("model.norm.weight", False),
-    ("layers", "attention_norm", "scale"): ("model.layers.{}.input_layernorm.weight", False),
-    ("layers", "attention", "q", "kernel"): ("model.layers.{}.self_attn.q_proj.weight", True),
-    ("layers", "attention", "k", "kernel"): ("model.layers.{}.self_attn.k_proj.weight", True),
-    ("layers", "attention", "v", "kernel"): ("model.layers.{}.self_attn.v_proj.weight", True),
-    ("layers", "attention", "o", "kernel"): ("model.layers.{}.self_attn.o_proj.weight", True),
-    ("layers", "attention", "q_norm", "scale"): ("model.layers.{}.self_attn.q_norm.weight", False),
-    ("layers", "attention", "k_norm", "scale"): ("model.layers.{}.self_attn.k_norm.weight", False),
-    ("layers", "mlp_norm", "scale"): ("model.layers.{}.post_attention_layernorm.weight", False),
-    ("layers", "mlp", "gate", "kernel"): ("model.layers.{}.mlp.gate_proj.weight", True),
-    ("layers", "mlp", "up", "kernel"): ("model.layers.{}.mlp.up_proj.weight", True),
-    ("layers", "mlp", "down", "kernel"): ("model.layers.{}.mlp.down_proj.weight", True),
-    ("layers", "moe", "router"): ("model.layers.{}.mlp.gate.weight", True),
-    ("layers", "moe", "gate"): ("model.layers.{}.mlp.experts.{}.gate_proj.weight", True),
-    ("layers", "moe", "up"): ("model.layers.{}.mlp.experts.{}.up_proj.weight", True),
-    ("layers", "moe", "down"): ("model.layers.{}.mlp.experts.{}.down_proj.weight", True),
-}
+from models.families import get_family
+from models.family import TensorNames
+from models.layers import quantised
+from models.layers.quantised import is_quantised
 
 _FLOATS = ("F64", "F32", "F16", "BF16")  # what weights may be stored in
 
@@ -101,9 +80,9 @@ def open_tensors(files: dict[Path, list[str]]) -> Iterator[dict[str, Any]]:
 
 def check_tensors(directory: Path, slices: dict[str, Any], config: Config, shapes: Any) -> None:
     """Refuses tensors that are missing, extra, misshapen or no floats, before any is read."""
-    expected = {}
+    expected, names = {}, get_family(config).tensor_names
     for path, leaf in _list_leaves(shapes):
-        name, transposed = lookup_tensor(path)
+        name, transposed = lookup_tensor(path, names)
         stacked = name.count("{}")
         shape = leaf.shape[stacked:]
         for place in np.ndindex(leaf.shape[:stacked]):
@@ -120,7 +99,7 @@ def check_tensors(directory: Path, slices: dict[str, Any], config: Config, shape
             raise UserError(f"{directory}: {name} is of {kind}, none of {', '.join(_FLOATS)}")
     extra = sorted(set(slices) - set(expected))
     if extra:
-        raise UserError(f"{directory}: tensor {extra[0]} is no part of this Qwen3")
+        raise UserError(f"{directory}: tensor {extra[0]} is no part of this model")
 
 
 def check_weights(directory: str | Path, config: Config, shapes: Any) -> None:
@@ -129,19 +108,19 @@ def check_weights(directory: str | Path, config: Config, shapes: Any) -> None:
         check_tensors(Path(directory), slices, config, shapes)
 
 
-def lookup_tensor(path: tuple) -> tuple[str, bool]:
-    """The row of TABLE for a path in the parameters, as jax.tree_util gives it.
+def lookup_tensor(path: tuple, names: TensorNames) -> tuple[str, bool]:
+    """Returns the row of `names` for a path in the parameters, as jax.tree_util gives it.
 
     In a subtree of one layer, "layers_3", the layer's number stands in the name already. LoRA's
     factors a and b of a kernel have PEFT's names, and are stored transposed.
     """
     first, *rest = (key.key for key in path)
     if rest and rest[-1] in FACTOR_NAMES:
-        stem = lookup_tensor(path[:-1])[0].removesuffix("weight")
+        stem = lookup_tensor(path[:-1], names)[0].removesuffix("weight")
         return f"base_model.model.{stem}{FACTOR_NAMES[rest[-1]]}", True
     if not first.startswith("layers_"):
-        return TENSOR_NAMES[first, *rest]
-    name, transposed = TENSOR_NAMES["layers", *rest]
+        return names[first, *rest]
+    name, transposed = names["layers", *rest]
     return name.replace("{}", first.removeprefix("layers_"), 1), transposed
 
 
@@ -201,11 +180,11 @@ def _make_piece_writer(sharding: Any) -> Callable[..., jax.Array]:
     return jax.jit(write_piece, donate_argnums=0, out_shardings=sharding)
 
 
-def count_reads(shapes: Any, shardings: Any) -> int:
+def count_reads(config: Config, shapes: Any, shardings: Any) -> int:
     """How many slices of tensors `load` reads in this process."""
-    count = 0
+    count, names = 0, get_family(config).tensor_names
     for (path, leaf), sharding in zip(_list_leaves(shapes), _list_leaves(shardings), strict=True):
-        stacked = lookup_tensor(path)[0].count("{}")
+        stacked = lookup_tensor(path, names)[0].count("{}")
         sharding = sharding[1].values if is_quantised(leaf) else sharding[1]
         count += sum(
             _count_elements(box[:stacked])
@@ -222,6 +201,7 @@ def _list_leaves(tree: Any) -> list[tuple[tuple, Any]]:
 def _read_box(
     directory: Path,
     slices: dict[str, Any],
+    names: TensorNames,
     path: tuple,
     box: Box,
     dtype: jnp.dtype,
@@ -229,7 +209,7 @@ def _read_box(
 ) -> np.ndarray:
     """A box of a parameter: of each tensor that it is made of one slice, all of them in `dtype`; a
     single one as it is stored. Raises UserError naming the tensor that cannot be read."""
-    name, transposed = lookup_tensor(path)
+    name, transposed = lookup_tensor(path, names)
     stacked = name.count("{}")
     index = tuple(slice(*span) for span in box[stacked:])
     index = index[::-1] if transposed else index
@@ -276,7 +256,7 @@ def load(
     Raises:
       UserError: naming the file or tensor that is missing, extra, misshapen or unreadable.
     """
-    directory = Path(directory)
+    directory, names = Path(directory), get_family(config).tensor_names
     done = itertools.count(1)
     count = lambda: on_progress(next(done))  # noqa: E731
     with source or open_tensors(_list_files(directory)) as slices:
@@ -290,7 +270,7 @@ def load(
             for box in _merge_boxes(parts):
                 begin, end = box[0]
                 box_there = ((first + begin, first + end), *box[1:])
-                host_box = _read_box(directory, slices, path, box_there, dtype, count)
+                host_box = _read_box(directory, slices, names, path, box_there, dtype, count)
                 for part in (part for part in parts if _is_within(part, box)):
                     at = (slice(p - b, q - b) for (p, q), (b, _) in zip(part, box, strict=True))
                     host = np.ascontiguousarray(host_box[tuple(at)], dtype)
@@ -323,10 +303,11 @@ def load(
         return jax.tree_util.tree_map_with_path(load_leaf, shapes, shardings, is_leaf=is_quantised)
 
 
-def iter_tensors(params: Any, dtype: jnp.dtype) -> Iterator[tuple[str, np.ndarray]]:
+def iter_tensors(params: Any, config: Config, dtype: jnp.dtype) -> Iterator[tuple[str, np.ndarray]]:
     """(name, tensor) of all that is stored of `params`, on the host, layer by layer."""
+    names = get_family(config).tensor_names
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name, transposed = lookup_tensor(path)
+        name, transposed = lookup_tensor(path, names)
         stacked = name.count("{}")
         for first in np.ndindex(leaf.shape[: min(stacked, 1)]):  # one layer at a time on the host
             host = np.asarray(leaf[first]).astype(dtype)
@@ -354,7 +335,7 @@ def save(params: Any, config: Config, directory: Path, dtype: jnp.dtype) -> None
         file.chmod(0o644)  # safetensors leaves it to its owner alone
         batch.clear()
 
-    for name, tensor in iter_tensors(params, dtype):
+    for name, tensor in iter_tensors(params, config, dtype):
         if batch and sum(t.nbytes for t in batch.values()) + tensor.nbytes > SHARD_BYTES:
             flush_shard()
         batch[name] = tensor

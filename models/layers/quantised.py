@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from models.qwen3 import grouped
+from models.layers import grouped
 
 MAX_VALUES = {"int8": 127.0, "float8_e4m3fn": 448.0}  # of the types that there are
 

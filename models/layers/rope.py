@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.qwen3 import sharded
-from models.qwen3.config import Config, RopeScaling
+from models.config import Config, RopeScaling
+from models.layers import sharded
 
 
 def compute_frequencies(c: Config) -> tuple[np.ndarray, float]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
 
 from models.errors import UserError
-from models.qwen3 import blockwise
+from models.layers import blockwise
 
 # (q [B, T, N, H], k and v [B, T, K, H], segments [B, T]) -> [B, T, N, H]
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]

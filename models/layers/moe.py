@@ -1,7 +1,7 @@
 """The sparse feed-forward of Qwen3-MoE: a router and its experts (arXiv 2505.09388, section 2).
 
 Dropless: the tokens are sorted by expert and multiplied in groups as large as they come
-(models.qwen3.grouped), so there is no capacity that a load could exceed.
+(models.layers.grouped), so there is no capacity that a load could exceed.
 
 Letters beside those of model.py: M tokens of all rows (B·T), E experts, A experts of each token.
 """
@@ -15,10 +15,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models.qwen3 import grouped, quantised, sharded
-from models.qwen3.config import Config
-from models.qwen3.lora import Factors, LoRA, make_factors
-from models.qwen3.quantised import Kernel, ragged_dot
+from models.config import Config
+from models.layers import grouped, quantised, sharded
+from models.layers.lora import Factors, LoRA, make_factors
+from models.layers.quantised import Kernel, ragged_dot
 
 Kernels = tuple[Kernel, Kernel, Kernel]  # gate and up [E, D, F], down [E, F, D]
 ExpertFactors = tuple[

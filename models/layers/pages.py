@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from models.config import Config
 from models.errors import UserError
-from models.qwen3 import paged_attention, sharded
-from models.qwen3.config import Config
+from models.layers import paged_attention, sharded
 
 _VMEM_BYTES = 2**25  # bytes of a TPU's fast memory for two pages
 _SMEM_BYTES = 2**20 - 2**15
@@ -312,7 +312,7 @@ def check_page_size(
         }
     elif backend == "gpu":
         obstacles |= {
-            f"the kernel for GPU takes pages of 16, 32, 64 or 128 tokens, not {page_size}": page_size
+            f"the GPU kernel takes pages of 16, 32, 64 or 128 tokens, not {page_size}": page_size
             not in (16, 32, 64, 128),
             f"the kernel for GPU takes no head_dim={H}": H < 16 or H & (H - 1) > 0,
             f"pages for GPU are not of {dtype.name}; int8 has 8 bits, too": dtype.itemsize == 1

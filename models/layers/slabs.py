@@ -22,10 +22,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models.qwen3 import sharded
-from models.qwen3.attention import masked_softmax
-from models.qwen3.config import Config
-from models.qwen3.paged_attention import quantise_int8
+from models.config import Config
+from models.layers import sharded
+from models.layers.attention import masked_softmax
+from models.layers.paged_attention import quantise_int8
 
 MIN_BLOCK_TOKENS = 128  # tokens of a block that is not worth making smaller
 MAX_BLOCKS = 4  # at most

@@ -4,7 +4,7 @@ jax.lax.ragged_dot is a grouped kernel on TPU, as fast as the numbers of its ope
 allow, and so is its gradient by the rows. The gradient by the matrices is compiled densely there,
 every expert over the rows of all: E times the work. A Pallas kernel takes its place. On GPUs all
 three are compiled densely, and rows spread out over E times the memory besides: there each has a
-kernel of its own (models.qwen3.grouped_gpu). On CPUs all are jax.lax.ragged_dot's.
+kernel of its own (models.layers.grouped_gpu). On CPUs all are jax.lax.ragged_dot's.
 """
 
 import functools
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-from models.qwen3 import grouped_gpu
+from models.layers import grouped_gpu
 
 # One step of the kernel holds so many rows, in and bytes of out, and the float32 sums of these, in
 # 16 MiB of VMEM. Fewer rows waste less where groups end within a tile.

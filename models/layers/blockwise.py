@@ -19,7 +19,7 @@ _BLOCK = 64  # queries: more compute more for nothing, fewer make products too s
 def attend(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array
 ) -> jax.Array:
-    """models.qwen3.attention.Attend."""
+    """models.layers.attention.Attend."""
     T = q_BTNH.shape[1]
     block = min(T, _BLOCK)
     q_BTNH, k_BTKH, v_BTKH = (

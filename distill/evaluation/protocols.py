@@ -1,0 +1,76 @@
+"""Protocols: how responses are sampled in an evaluation, by name."""
+
+import dataclasses
+from typing import Any
+
+from distill import rollout
+from distill.evaluation import tasks
+from models.errors import UserError
+
+Settings = dict[str, Any]  # of a protocol: `thinking`, and fields of SampleSpec and Sampling
+
+# The Qwen3 report (arXiv 2505.09388), section 4.6. "greedy" is not in it: it is for quick looks.
+PROTOCOLS: dict[str, Settings] = {
+    "greedy": {
+        "thinking": True,
+        "temperature": 0.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "presence_penalty": 0.0,
+        "max_new_tokens": 1024,
+        "samples": 1,
+    },
+    "qwen3-thinking": {
+        "thinking": True,
+        "temperature": 0.6,
+        "top_k": 20,
+        "top_p": 0.95,
+        "presence_penalty": 0.0,
+        "max_new_tokens": 32_768,
+        "samples": 1,
+    },
+    "qwen3-nonthinking": {
+        "thinking": False,
+        "temperature": 0.7,
+        "top_k": 20,
+        "top_p": 0.8,
+        "presence_penalty": 1.5,
+        "max_new_tokens": 32_768,
+        "samples": 1,
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSpec:
+    """How a model is evaluated on a benchmark."""
+
+    benchmark: str
+    sample: rollout.SampleSpec
+    thinking: bool = True
+    protocol: str = ""  # its name, for the record
+    template: str = ""  # how a question is put; "": the benchmark's own template
+    ks: tuple[int, ...] = (1,)  # of pass@k and maj@k
+    step: int | None = None  # of the parameters; None: the newest step of the model's directory
+
+
+def resolve_settings(protocol: str, benchmark: str, changes: Settings) -> Settings:
+    """Returns the settings of a protocol on a benchmark, with those of `changes` that are not None.
+
+    Raises UserError for an unknown protocol.
+    """
+    if protocol not in PROTOCOLS:
+        raise UserError(f"--protocol={protocol}: known are {', '.join(PROTOCOLS)}")
+    resolved = dict(PROTOCOLS[protocol])
+    if protocol.startswith("qwen3"):
+        resolved |= tasks.BENCHMARKS[benchmark].get("qwen3", {})
+    return resolved | {name: value for name, value in changes.items() if value is not None}
+
+
+def make_eval_spec(protocol: str, benchmark: str, settings: Settings, **fields: Any) -> EvalSpec:
+    """Builds a spec from resolved settings; `fields` are further fields of EvalSpec.
+
+    Raises UserError naming the field of Sampling that is out of range.
+    """
+    sample = rollout.make_sample_spec(settings)
+    return EvalSpec(benchmark, sample, settings["thinking"], protocol, **fields)

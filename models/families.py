@@ -1,0 +1,111 @@
+"""The table of model families, and what is made of a config by way of its family."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from models.config import Config, read_architecture
+from models.errors import UserError
+from models.family import Family
+from models.layers.lora import LORA, LoRA
+from models.qwen3 import family as qwen3
+from models.transformer import Params, Transformer
+
+FAMILIES: dict[str, Family] = {"qwen3": qwen3.FAMILY}
+
+
+def get_family(config: Config) -> Family:
+    """Returns the family whose config this is."""
+    return next(f for f in FAMILIES.values() if f.config_type is type(config))
+
+
+def parse_config(fields: dict[str, Any], source: str) -> Config:
+    """Makes a config from config.json's fields.
+
+    Args:
+      source: where they were read, for messages.
+
+    Raises:
+      UserError: for an architecture of no family, a missing field, or a variant that the model
+        does not compute.
+    """
+    architecture = read_architecture(fields)
+    for family in FAMILIES.values():
+        if architecture in family.architectures:
+            return family.config_type.from_hf(fields, source)
+    known = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
+    raise UserError(f"{source}: architecture {architecture!r} is none of {known}")
+
+
+def read_config(directory: str | Path) -> Config:
+    """Reads DIRECTORY/config.json; raises UserError if it is missing, malformed or as above."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{directory}: no model directory (it has no config.json)")
+    try:
+        fields = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return parse_config(fields, str(path))
+
+
+def find_released(name: str) -> Config | None:
+    """Returns the config of a repository on the hub, if a family lists it; of a Base model its
+    post-trained sibling's."""
+    released = {k.lower(): c for family in FAMILIES.values() for k, c in family.released.items()}
+    return released.get(name.removesuffix("-Base").lower())
+
+
+def make_model(config: Config, **options: Any) -> Transformer:
+    """Makes the model of `config`; options are the other fields of Transformer."""
+    return Transformer(config, get_family(config).block, **options)
+
+
+def count_forward_flops(
+    config: Config, tokens: float, context_length: float, with_head: bool
+) -> float:
+    """Operations of one forward pass over `tokens`, each of which attends to `context_length`
+    others."""
+    return get_family(config).count_forward_flops(config, tokens, context_length, with_head)
+
+
+def count_cache_token_bytes(config: Config, tensor: int, dtype: jnp.dtype) -> int:
+    """Bytes of one token's keys and values on each of `tensor` devices that share the heads."""
+    return get_family(config).count_cache_token_bytes(config, tensor, dtype)
+
+
+def get_abstract_params(config: Config, lora: LoRA | None = None) -> tuple[Params, Params]:
+    """(shapes, axes) of all parameters, or of what `lora` adds to them; allocates nothing.
+
+    Shapes are ShapeDtypeStructs; axes are PartitionSpecs of logical axis names.
+    """
+    boxed = _eval_abstract_params(config, lora)
+    is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+    shapes = jax.tree.map(lambda box: box.value, boxed, is_leaf=is_box)
+    return shapes, nn.get_partition_spec(boxed)
+
+
+@functools.cache  # a start asks for the same model several times, on one mesh and another
+def _eval_abstract_params(config: Config, lora: LoRA | None) -> Params:
+    return jax.eval_shape(lambda: _init_boxed_params(config, lora, jax.random.key(0)))
+
+
+def init_params(config: Config, key: jax.Array, lora: LoRA | None = None) -> Params:
+    """Random float32 parameters: kernels N(0, 1/fan_in), embeddings N(0, 1/D), norms one.
+
+    With `lora` only what it adds to them (models.layers.lora.make_factors).
+    """
+    return nn.unbox(_init_boxed_params(config, lora, key))
+
+
+def _init_boxed_params(config: Config, lora: LoRA | None, key: jax.Array) -> Params:
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    variables = make_model(config, lora=lora).init(key, tokens, tokens, tokens)
+    return variables["params" if lora is None else LORA]
