@@ -1,10 +1,10 @@
-"""Makes what the tiny teacher and student have apart from weights: tokenizer and configs.
+"""Makes the tokenizer and configs of the tiny teacher and student: all of them but the weights.
 
     python assets/make_tokenizer.py --template_from=DIR      (a directory with a Qwen3 tokenizer)
 
-The tokenizer is Qwen3's in small: the same normaliser, split pattern, chat template and added
-tokens in the same order, over a byte-level vocabulary whose merges are the words of the generated
-arithmetic. As in Qwen3, the embedding has more rows than the tokenizer has tokens.
+The tokenizer is a small version of Qwen3's: the same normaliser, split pattern, chat template and
+added tokens in the same order, over a byte-level vocabulary whose merges are the words of the
+generated arithmetic. As in Qwen3, the embedding has more rows than the tokenizer has tokens.
 """
 
 import argparse
@@ -49,7 +49,7 @@ SIZES = {
         "intermediate_size": 144,
     },
 }
-# Qwen2's pattern: digits stand alone, a word takes the one space before it.
+# Qwen2's pattern: each digit is split off, a word takes the one space before it.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -57,7 +57,7 @@ SPLIT = (
 
 
 def make_tokenizer(added: list[AddedToken]) -> Tokenizer:
-    """A byte-level BPE tokenizer trained on the arithmetic, with `added` after its vocabulary."""
+    """Trains a byte-level BPE tokenizer on the arithmetic, with `added` after its vocabulary."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -75,18 +75,18 @@ def make_tokenizer(added: list[AddedToken]) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.train_from_iterator(make_corpus(), trainer)
     tokenizer.add_tokens(added)
     return tokenizer
 
 
-def corpus() -> list[str]:
-    """Text in which every word of the task is frequent: its questions, and the chat template's."""
+def make_corpus() -> list[str]:
+    """Makes text in which all words of the task and of the chat template are frequent."""
     questions = [arithmetic.make_problem(0, i, "train", (3, 5)).question for i in range(2000)]
     return questions + ["user", "assistant", "system", "\n\n"] * 1000
 
 
-def write(
+def write_model_files(
     directory: Path, size: dict[str, int], tokenizer: Tokenizer, tokenizer_config: dict
 ) -> None:
     """Writes tokenizer.json, tokenizer_config.json, config.json and generation_config.json."""
@@ -126,7 +126,7 @@ def write(
 
 
 def main() -> None:
-    """Reads the added tokens and the template of a Qwen3 tokenizer; writes both directories."""
+    """Writes both directories, with the added tokens and the template of a Qwen3 tokenizer."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--template_from", type=Path, required=True)
     source = parser.parse_args().template_from
@@ -140,7 +140,7 @@ def main() -> None:
     ]
     tokenizer = make_tokenizer(added)
     for name, size in SIZES.items():
-        write(ASSETS / name, size, tokenizer, published | {"model_max_length": CONTEXT})
+        write_model_files(ASSETS / name, size, tokenizer, published | {"model_max_length": CONTEXT})
     print(f"{tokenizer.get_vocab_size()} tokens, of which {len(added)} added")
 
 

@@ -11,7 +11,9 @@ Ann has 67 coins, loses 3, keeps one of 4 equal piles, gets 5 times as many. How
 80
 """
 
+import operator
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +31,12 @@ PHRASES = {
     "-": ("loses {}", "gives away {}"),
     "*": ("gets {} times as many", "multiplies them by {}"),
     "/": ("keeps one of {} equal piles", "divides them by {}"),
+}
+OPERATORS: dict[str, Callable[[int, int], int]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.floordiv,
 }
 
 
@@ -65,10 +73,10 @@ def make_problem(seed: int, index: int, split: str, operations: tuple[int, int])
     value, steps = skeleton
     name, things = _draw_choice(rng, NAMES), _draw_choice(rng, OBJECTS)
     clauses, lines = [f"{name} has {value} {things}"], []
-    for operator, operand in steps:
-        clauses.append(_draw_choice(rng, PHRASES[operator]).format(operand))
-        result = _apply_operator(value, operator, operand)
-        lines.append(f"{value}{operator}{operand}={result}")
+    for symbol, operand in steps:
+        clauses.append(_draw_choice(rng, PHRASES[symbol]).format(operand))
+        result = OPERATORS[symbol](value, operand)
+        lines.append(f"{value}{symbol}{operand}={result}")
         value = result
     question = f"{', '.join(clauses)}. How many {things}?"
     return Problem(question, "\n".join(lines), str(value), count, skeleton)
@@ -77,7 +85,7 @@ def make_problem(seed: int, index: int, split: str, operations: tuple[int, int])
 def assign_split(skeleton: Skeleton) -> str:
     """Returns the split of a skeleton, whatever the seed: one in ten is "test"."""
     start, steps = skeleton
-    text = " ".join([str(start), *(f"{operator}{operand}" for operator, operand in steps)])
+    text = " ".join([str(start), *(f"{symbol}{operand}" for symbol, operand in steps)])
     return "test" if zlib.crc32(text.encode()) % 10 == 0 else "train"
 
 
@@ -97,10 +105,10 @@ def _draw_skeleton(rng: np.random.Generator, count: int) -> Skeleton:
     steps = []
     for _ in range(count):
         operands = _find_valid_operands(value)
-        operator = _draw_choice(rng, tuple(operands))
-        operand = operands[operator][int(rng.integers(len(operands[operator])))]
-        steps.append((operator, operand))
-        value = _apply_operator(value, operator, operand)
+        symbol = _draw_choice(rng, tuple(operands))
+        operand = operands[symbol][int(rng.integers(len(operands[symbol])))]
+        steps.append((symbol, operand))
+        value = OPERATORS[symbol](value, operand)
     return start, tuple(steps)
 
 
@@ -112,20 +120,7 @@ def _find_valid_operands(value: int) -> dict[str, list[int]]:
         "*": list(range(2, min(9, 99 // value) + 1)),
         "/": [k for k in range(2, 10) if value % k == 0 and value // k >= 2],
     }
-    return {operator: valid for operator, valid in operands.items() if valid}
-
-
-def _apply_operator(value: int, operator: str, operand: int) -> int:
-    match operator:
-        case "+":
-            return value + operand
-        case "-":
-            return value - operand
-        case "*":
-            return value * operand
-        case "/":
-            return value // operand
-    raise ValueError(operator)
+    return {symbol: valid for symbol, valid in operands.items() if valid}
 
 
 def _draw_choice(rng: np.random.Generator, choices: tuple[str, ...]) -> str:

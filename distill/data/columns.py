@@ -100,8 +100,8 @@ def _adapt_thinking(row: dict, with_responses: bool) -> dict:
 
 
 def _adapt_verl(row: dict, with_responses: bool) -> dict:
-    adapted = {"messages": row["prompt"], "answer": row["reward_model"]["ground_truth"]}
-    return adapted if isinstance(row["prompt"], list) else {"answer": adapted["answer"]}
+    messages = {"messages": row["prompt"]} if isinstance(row["prompt"], list) else {}
+    return messages | {"answer": row["reward_model"]["ground_truth"]}
 
 
 def _adapt_tulu(row: dict, with_responses: bool) -> dict:

@@ -27,7 +27,7 @@ def split_tokens(text: str) -> list[str]:
 
 
 def split_plain_tokens(text: str) -> list[str]:
-    """As `split_tokens`, without layout of LaTeX: $, braces, \\left, \\dfrac for \\frac."""
+    """Splits as `split_tokens`, without layout of LaTeX: $, braces, \\left, \\dfrac for \\frac."""
     return split_tokens(_LAYOUT.sub(" ", _FRACTION.sub(r"\\frac", text.casefold())))
 
 

@@ -22,7 +22,7 @@ class Example:
     teacher_top: list | None = None
     teacher_prompt: list[int] | None = None  # the prompt that a teacher reads; None: the same
     source_id: int = 0  # of a mixture's sources
-    thinking: bool = True  # the mode in which the prompt is asked
+    thinking: bool = True  # the mode of the prompt
     # the same row without thinking, if both modes suit it
     non_thinking_example: "Example | None" = None
     difficulty: float | None = None  # more is harder
@@ -35,7 +35,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """How the rows of a stage become examples."""
+    """Settings by which the rows of a stage become examples."""
 
     tokenizer: PreTrainedTokenizerBase | None  # None: rows hold token ids
     with_responses: bool = True  # rows are traces to learn from; False: prompts only

@@ -52,7 +52,7 @@ def open_rows(source: str, *, size: int = 0, window: int = 0) -> Rows:
     must then be known, from `size` or from the hub.
 
     Raises:
-      UserError: if there is no such source, or it has no rows.
+      UserError: if the source does not exist, or has no rows.
     """
     scheme, _, name = source.partition(":")
     if window and scheme != "hf":
@@ -76,7 +76,7 @@ def make_arithmetic_rows(c: Any, seed: int) -> Rows:
     """Generates the arithmetic task as rows with messages, response and answer, as the config of a
     stage's `data` says.
 
-    Raises UserError for a split or range of operations that there is not.
+    Raises UserError for an unknown split or a bad range of operations.
     """
 
     def read_row(index: int) -> dict:

@@ -133,7 +133,7 @@ def _insert_context(row: dict, text: str, placement: str, where: str) -> dict:
         messages = chat.parse_messages(row, where, prompt=None)
     elif "question" in row and "prompt" not in row:
         messages = [{"role": "user", "content": row["question"]}]
-        if "solution" in row:  # a trace of messages is learned from its last, without a response
+        if "solution" in row:  # messages without a response would train their last turn
             row = {"response": row["solution"], **row}
     elif "prompt" in row:
         return row

@@ -1,19 +1,21 @@
 """How far a student is from its teacher, on responses that were written before."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from distill import rollout
-from distill.batch import TeacherOutput
+from distill.batch import Batch, TeacherOutput
 from distill.data import collate, dataset
 from distill.objectives import fused_head, losses
 from distill.policy import forward, policy
 from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
 from models import transformer
+from models.transformer import Params
 
 Record = dict[str, object]
 
@@ -32,35 +34,74 @@ def compute_reverse_kl(
             yield dataset.Example(row["prompt_tokens"], row["tokens"], "", str(row["id"]))  # type: ignore[arg-type]
 
     width = rollout.bucket_length(max(len(e.prompt) + len(e.response) for e in iter_examples()))
-    mesh = policy.get_mesh(subject)
-    batch_size = -(-batch_size // mesh.size) * mesh.size
 
     @jax.jit
     def compute_kl_sum(params, teacher_params, batch):
-        inputs = fused_head.HeadInputs(
-            forward.compute_hidden(subject.model, params, batch),
-            transformer.get_output_head(params),
-            losses.shift(batch.tokens_BT),
-            teacher=TeacherOutput(
-                hidden_BTE=(forward.compute_hidden(teacher.model, teacher_params, batch),),
-                heads_VE=(transformer.get_output_head(teacher_params),),
-            ),
-        )
-        options = fused_head.StatsOptions(128.0 * mesh.size, split=mesh_lib.split_vocabulary)
-        stats = fused_head.compute_token_stats(inputs, options)
-        mask_BT = losses.shift(batch.mask_BT).astype(jnp.float32)
-        return jnp.sum(stats["reverse_kl"] * mask_BT), jnp.sum(mask_BT)
+        kl_BT, mask_BT = _compute_kl(subject, teacher, params, teacher_params, batch)
+        return jnp.sum(kl_BT * mask_BT), jnp.sum(mask_BT)
 
     total = count = 0.0
-    remaining = iter_examples()
-    while chunk := list(itertools.islice(remaining, batch_size)):
-        padding_example = dataset.Example([], [], "", "padding")
-        batch = collate.collate_padded(
-            chunk + [padding_example] * (batch_size - len(chunk)), 0, width
-        )
-        batch = jax.tree.map(
-            lambda x: mesh_lib.to_global_array(x, mesh_lib.make_row_sharding(mesh)), batch
-        )
+    for _, batch in _iter_batches(subject, iter_examples(), width, batch_size):
         kl, tokens = compute_kl_sum(subject.params, teacher.params, batch)
         total, count = total + float(kl), count + float(tokens)
     return total / count
+
+
+def compute_token_reverse_kl(
+    subject: Policy, teacher: Policy, pairs: Sequence[tuple[list[int], list[int]]], batch_size: int
+) -> list[np.ndarray]:
+    """Exact KL(subject‖teacher) in nats at each token of responses, a float32 [tokens] for each.
+
+    Args:
+      pairs: the token ids of prompt and response. The prompt is not empty.
+    """
+    if not pairs:
+        return []
+    examples = [dataset.Example(prompt, response, "", "") for prompt, response in pairs]
+    width = rollout.bucket_length(max(len(p) + len(r) for p, r in pairs))
+
+    @jax.jit
+    def compute_kl(params, teacher_params, batch):
+        kl_BT, _ = _compute_kl(subject, teacher, params, teacher_params, batch)
+        return mesh_lib.replicate_array(losses.unshift(kl_BT))
+
+    found: list[np.ndarray] = []
+    for chunk, batch in _iter_batches(subject, iter(examples), width, batch_size):
+        kl_BT = np.asarray(compute_kl(subject.params, teacher.params, batch))
+        for row, example in enumerate(chunk):
+            start = len(example.prompt)
+            found.append(kl_BT[row, start : start + len(example.response)])
+    return found
+
+
+def _compute_kl(
+    subject: Policy, teacher: Policy, params: Params, teacher_params: Params, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """(reverse KL, mask), float32 [B, T], aligned by losses.shift. To be called within jit."""
+    inputs = fused_head.HeadInputs(
+        forward.compute_hidden(subject.model, params, batch),
+        transformer.get_output_head(params),
+        losses.shift(batch.tokens_BT),
+        teacher=TeacherOutput(
+            hidden_BTE=(forward.compute_hidden(teacher.model, teacher_params, batch),),
+            heads_VE=(transformer.get_output_head(teacher_params),),
+        ),
+    )
+    options = fused_head.StatsOptions(
+        128.0 * policy.get_mesh(subject).size, split=mesh_lib.split_vocabulary
+    )
+    stats = fused_head.compute_token_stats(inputs, options)
+    return stats["reverse_kl"], losses.shift(batch.mask_BT).astype(jnp.float32)
+
+
+def _iter_batches(
+    subject: Policy, examples: Iterator[dataset.Example], width: int, batch_size: int
+) -> Iterator[tuple[list[dataset.Example], Batch]]:
+    """Batches of examples, filled up with empty rows, split by rows over the subject's mesh."""
+    mesh = policy.get_mesh(subject)
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    padding = dataset.Example([], [], "", "padding")
+    while chunk := list(itertools.islice(examples, batch_size)):
+        batch = collate.collate_padded(chunk + [padding] * (batch_size - len(chunk)), 0, width)
+        rows = mesh_lib.make_row_sharding(mesh)
+        yield chunk, jax.tree.map(lambda x, rows=rows: mesh_lib.to_global_array(x, rows), batch)

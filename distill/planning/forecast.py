@@ -1,59 +1,79 @@
-"""How often a step calls its programs, and how long that takes, where responses have lengths that
-occur and not all the longest.
+"""Forecasts how long a step takes if responses have lengths as they occur, not all the longest.
 
-Lengths are drawn (rollout.lengths), the rows are scheduled and packed by the code that a run does
-it with, and each call counts with its roofline: decoding by the pages that it then reads, attention
-by the sequences that are in a row, the heads by the tokens that are trained.
+Lengths are drawn (rollout.draw_lengths), and the code that a run uses schedules and packs the rows.
+Each call costs its roofline: decoding by the pages that it then reads, attention by the sequences
+that share a row, output heads by the tokens that are trained.
 """
 
 import dataclasses
 from typing import Any
 
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
-
 from distill import rollout
-from distill.data.collate import BatchLayout, SampledExample
+from distill.data.collate import SampledExample
 from distill.planning import aot, roofline
 from distill.planning.roofline import GIB, ProgramCost
-from distill.policy import policy
 from distill.training import memory, microbatches, sampling_programs, stages
-from distill.training.calls import StageModels
+from distill.training.calls import AbstractStage
 from models import families
-from models.config import Config
 from models.errors import UserError
 from models.layers import attention
 
-PROMPT_TOKENS = 300  # tokens of a prompt, if the stage allows so many
+PROMPT_TOKENS = 300  # of each prompt, if the stage allows so many
 
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """rows: of a micro-batch. count: of micro-batches a step. tokens: of a row. real: tokens of all
-    sequences, and `trained` of them. attention: the share that attention computes of what it would
-    of rows of one sequence. computed: operations of the student's layers for the step over those
-    that the sequences alone would take."""
+    """A step's sequences, packed into micro-batches."""
 
     microbatch_rows: int
     num_microbatches: int
     row_tokens: int
-    real_tokens: int
+    real_tokens: int  # of all sequences
     trained_tokens: int
-    attention_share: float
-    computed_over_real: float
+    attention_share: float  # of what attention computes in rows of one sequence each
+    computed_over_real: float  # FLOPs of the layers over those that the sequences alone would take
+
+    @property
+    def num_places(self) -> int:
+        """Tokens of all rows, padding too."""
+        return self.num_microbatches * self.microbatch_rows * self.row_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """The decoding of a step's sequences."""
+
+    simulation: rollout.Simulation
+    rows: int  # that decode together
+    cache_read_bytes: float  # of a decoding step
+    needed_bytes: float  # of a decoding step: weights and filled tokens
+    line_counts: tuple[int, int]  # calls of "few prompts" and "prompts"
+
+    @property
+    def steps(self) -> int:
+        return self.simulation.steps + self.simulation.shrunk_steps
+
+    @property
+    def program_calls(self) -> dict[str, int]:
+        """Calls of each sampling program that depend on lengths."""
+        few, many = self.line_counts
+        return {
+            "prompts": many,
+            "few prompts": few,
+            "decode": self.simulation.steps,
+            "decode fewer": self.simulation.shrunk_steps,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """A stage's step, at responses of a mean length."""
+    """A stage's step at responses of a mean length."""
 
-    mean_tokens: float  # of what was drawn, which limits cut
-    decoding: rollout.Simulation | None
-    decode_rows: int  # that decode together
-    decode_read_bytes: float  # bytes that a decoding step reads, cache and weights
-    decode_needed_bytes: float  # bytes of weights and of filled tokens, a decoding step
+    mean_tokens: float  # of the lengths that were drawn, which the limit cuts
+    decoding: Decoding | None  # of a stage that samples
+    read_bytes: float  # of a decoding step: weights and cache
     packing: Packing
-    program_seconds: dict[str, float]  # a step, of each program
+    program_seconds: dict[str, float]  # program -> seconds a step
 
     @property
     def total_seconds(self) -> float:
@@ -61,111 +81,79 @@ class Forecast:
 
 
 def forecast_stage(
-    c: ConfigDict,
-    s: ConfigDict,
-    sampled: int,
-    models: StageModels,
-    mesh: Mesh,
-    chip: aot.Chip,
-    costs: list[ProgramCost],
-    mean_tokens: int,
+    stage: AbstractStage, chip: aot.Chip, costs: list[ProgramCost], mean_tokens: int
 ) -> Forecast:
-    """The forecast of a stage whose programs are compiled, on the student's `mesh`.
+    """Forecasts a stage whose programs are compiled.
 
     Raises:
       UserError: if no response may be as long as the mean.
     """
-    limit = s.max_response_tokens
+    limit = stage.s.max_response_tokens
     if not 0 < mean_tokens <= limit:
         raise UserError(
             f"--mean_response_tokens={mean_tokens}: from 1 to max_response_tokens={limit}"
         )
-    readers = [*models.teachers.values(), *([models.reference] if models.reference else [])]
-    rows = stages.compute_microbatch_rows(s, sampled, mesh, *map(policy.get_mesh, readers))
-    lengths = rollout.draw_lengths(s.batch_size, mean_tokens, limit)
-    device_kind = mesh.devices.flat[0].device_kind
-    packing = simulate_packing(s, sampled, rows, lengths, models.student.config, device_kind)
-    sampler_calls: dict[str, float] = {}
-    decoding, size, reads, needed = None, 0, 0.0, 0.0
-    if sampled:
-        cache_capacity = memory.compute_cache_capacity(
-            c, s, sampled, models, rows, chip.hbm_gib * GIB
-        )
-        sampler = sampling_programs.make_stage_sampler(c, s, sampled, models, cache_capacity)
-        decoding, size = (
-            simulate_decoding(s, sampler, lengths[:sampled]),
-            sampler.decoder.cache.rows,
-        )
-        steps = decoding.steps + decoding.shrunk_steps
-        small_prefill, *large_prefill = rollout.get_line_sizes(
-            sampler.options, sampler.decoder.cache
-        )
-        sampler_calls = {
-            "prompts": decoding.line_counts[large_prefill[0] if large_prefill else small_prefill],
-            "few prompts": decoding.line_counts[small_prefill] if large_prefill else 0,
-            "decode": decoding.steps,
-            "decode fewer": decoding.shrunk_steps,
-        }
-        reads = decoding.bytes_read / steps
-        needed = sampler.weight_bytes + decoding.cached_tokens * sampler.token_bytes / steps
-    seconds, decode_reads = {}, 0.0
-    for row in costs:
-        count, traffic = sampler_calls.get(row.kind, row.calls), row.traffic
-        flops = max(row.compiled or 0.0, row.useful)
-        if row.kind == "decode" and traffic is not None:
-            traffic = decode_reads = traffic - row.reads + reads
-        if row.kind in ("read", "train"):
-            count = row.calls / (s.minibatches * -(-s.batch_size // (s.minibatches * rows)))
-            count *= packing.num_microbatches
-            places = packing.num_microbatches * packing.microbatch_rows * packing.row_tokens
-            flops -= (row.attention or 0.0) * (1 - packing.attention_share)
-            flops -= row.head * (1 - packing.trained_tokens / places)
-        times = roofline.estimate_seconds(chip, flops, traffic, row.collectives)
-        seconds[row.name] = count * max(times.values())
-    mean_drawn = sum(lengths) / len(lengths)
-    return Forecast(mean_drawn, decoding, size, decode_reads, needed, packing, seconds)
+    lengths = rollout.draw_lengths(stage.s.batch_size, mean_tokens, limit)
+    packing, decoding = simulate_packing(stage, lengths), None
+    if stage.sampled_rows:
+        cache_capacity = memory.compute_cache_capacity(stage, chip.hbm_gib * GIB)
+        sampler = sampling_programs.make_stage_sampler(stage, cache_capacity)
+        decoding = simulate_decoding(sampler, lengths[: stage.sampled_rows])
+    program_calls = decoding.program_calls if decoding else {}
+    seconds, read_bytes = {}, 0.0
+    for cost in costs:
+        count, traffic = program_calls.get(cost.kind, cost.calls), cost.traffic
+        flops = max(cost.compiled or 0.0, cost.useful)
+        if decoding and cost.kind == "decode" and traffic is not None:
+            traffic = read_bytes = traffic - cost.reads + decoding.cache_read_bytes
+        if cost.kind in ("read", "train"):
+            count = cost.calls / stage.max_microbatches * packing.num_microbatches
+            flops -= (cost.attention or 0.0) * (1 - packing.attention_share)
+            flops -= cost.head * (1 - packing.trained_tokens / packing.num_places)
+        times = roofline.estimate_seconds(chip, flops, traffic, cost.collectives)
+        seconds[cost.name] = count * max(times.values())
+    return Forecast(sum(lengths) / len(lengths), decoding, read_bytes, packing, seconds)
 
 
-def simulate_decoding(
-    s: ConfigDict, sampler: sampling_programs.SamplingSetup, lengths: list[int]
-) -> rollout.Simulation:
-    """What sampling responses of these lengths takes."""
+def simulate_decoding(sampler: sampling_programs.AbstractSampler, lengths: list[int]) -> Decoding:
+    """Schedules responses of these lengths as a run does."""
+    s, shape = sampler.stage.s, sampler.decoder.cache
     P = min(PROMPT_TOKENS, s.max_prompt_tokens)
-    groups = [[number // s.samples] * P for number in range(len(lengths))]
-    rows = [rollout.Sequence(p, (0, i), s.max_response_tokens) for i, p in enumerate(groups)]
-    shape = sampler.decoder.cache
+    prompts = [[number // s.samples] * P for number in range(len(lengths))]
+    rows = [rollout.Sequence(p, (0, i), s.max_response_tokens) for i, p in enumerate(prompts)]
     sizes = rollout.get_line_sizes(sampler.options, shape)
-    return rollout.simulate(
+    simulation = rollout.simulate(
         rows, lengths, shape, sampler.decoder.segment, sizes, sampler.count_cache_reads
+    )
+    steps = simulation.steps + simulation.shrunk_steps
+    *few, many = (simulation.line_counts[size] for size in sizes)
+    return Decoding(
+        simulation,
+        shape.rows,
+        simulation.bytes_read / steps,
+        sampler.weight_bytes + simulation.cached_tokens * sampler.token_bytes / steps,
+        (sum(few), many),
     )
 
 
-def simulate_packing(
-    s: ConfigDict,
-    sampled: int,
-    rows: int,
-    response_lengths: list[int],
-    config: Config,
-    device_kind: str,
-) -> Packing:
-    """How responses of these lengths are packed, behind prompts as they are assumed."""
+def simulate_packing(stage: AbstractStage, response_lengths: list[int]) -> Packing:
+    """Packs responses of these lengths behind prompts of PROMPT_TOKENS as a run does."""
+    s, rows = stage.s, stage.microbatch_rows
     T, P = stages.get_row_tokens(s), min(PROMPT_TOKENS, s.max_prompt_tokens)
-    if sampled:
+    if stage.sampled_rows:
         examples = [SampledExample([0] * P, [0] * n, "", "") for n in response_lengths]
-        parts = microbatches.pack_examples(
-            examples, rows, s.minibatches, BatchLayout(T, s.max_response_tokens)
-        )
-    else:  # rows of one, or of as many as `pack_tokens` hold, about
-        repeated_lengths = [
-            n for n in response_lengths for _ in range(T // (P + n) if s.pack_tokens else 1)
-        ]
+        layout = dataclasses.replace(stage.layout, context_tokens=0)
+        parts = microbatches.pack_examples(examples, rows, s.minibatches, layout)
+    else:  # rows of one sequence, or of about as many as `pack_tokens` holds
         row_counts = [T // (P + n) if s.pack_tokens else 1 for n in response_lengths]
         ends = [sum(row_counts[: i + 1]) for i in range(len(row_counts))]
-        listed = [tuple(range(end - n, end)) for end, n in zip(ends, row_counts, strict=True)]
-        parts = [[tuple(listed[at : at + rows]) for at in range(0, len(listed), rows)]]
-        response_lengths = repeated_lengths
+        packed = [tuple(range(end - n, end)) for end, n in zip(ends, row_counts, strict=True)]
+        parts = [[tuple(packed[at : at + rows]) for at in range(0, len(packed), rows)]]
+        pairs = zip(response_lengths, row_counts, strict=True)
+        response_lengths = [n for n, count in pairs for _ in range(count)]
     packed_rows = [row for part in parts for micro in part for row in micro]
-    count, lengths = sum(map(len, parts)), [P + n for n in response_lengths]
+    lengths = [P + n for n in response_lengths]
+    device_kind, config = stage.mesh.devices.flat[0].device_kind, stage.student.config
     block = attention.choose_block_size(-(-T // 128) * 128, device_kind)
     whole = _count_blocks([T], T, block) * len(packed_rows)
     blocks = sum(_count_blocks([lengths[i] for i in row], T, block) for row in packed_rows)
@@ -175,23 +163,29 @@ def simulate_packing(
     )
     computed = families.count_forward_flops(config, len(packed_rows) * T, context, with_head=False)
     return Packing(
-        rows, count, T, sum(lengths), sum(response_lengths), blocks / whole, computed / needed
+        rows,
+        sum(map(len, parts)),
+        T,
+        sum(lengths),
+        sum(response_lengths),
+        blocks / whole,
+        computed / needed,
     )
 
 
 def _count_blocks(lengths: list[int], T: int, block: int) -> int:
-    """Blocks that attention computes in a row of these sequences: of queries each with those of
-    keys from where the first of its sequences begins on."""
+    """Counts the blocks that attention computes in a row of these sequences: each block of queries
+    meets the blocks of keys from where the first of its sequences begins."""
     begins, at = [], 0
     for n in lengths:
         begins += [at // block] * n
         at += n
-    begins += [at // block] * (T - at)  # padding, which sees itself
+    begins += [at // block] * (T - at)  # padding, which attends to itself
     return sum(i // block + 1 - begins[i] for i in range(0, T, block))
 
 
 def add_to_summary(stage: dict[str, Any], forecast: Forecast) -> None:
-    """Adds it to what `roofline.summary` tells of a stage."""
+    """Adds a forecast to a stage of `roofline.summarise_run`."""
     for program in stage["programs"]:
         program["seconds_at_mean"] = forecast.program_seconds[program["name"]]
     stage["seconds_per_step_at_mean"] = forecast.total_seconds
@@ -200,19 +194,18 @@ def add_to_summary(stage: dict[str, Any], forecast: Forecast) -> None:
         "micro_batches": forecast.packing.num_microbatches,
         "computed_over_real": forecast.packing.computed_over_real,
     }
-    if forecast.decoding:
+    if decoding := forecast.decoding:
         stage["at_mean"] |= {
-            "rows": forecast.decode_rows,
-            "live_rows": forecast.decoding.live_row_steps
-            / (forecast.decoding.steps + forecast.decoding.shrunk_steps),
-            "decoding_steps": forecast.decoding.steps + forecast.decoding.shrunk_steps,
-            "parked": forecast.decoding.num_parked,
-            "read_over_needed": forecast.decode_read_bytes / forecast.decode_needed_bytes,
+            "rows": decoding.rows,
+            "live_rows": decoding.simulation.live_row_steps / decoding.steps,
+            "decoding_steps": decoding.steps,
+            "parked": decoding.simulation.num_parked,
+            "read_over_needed": forecast.read_bytes / decoding.needed_bytes,
         }
 
 
 def render_forecast(name: str, forecast: Forecast) -> str:
-    """The table of it."""
+    """Renders a forecast as a table."""
     summary: dict[str, Any] = {
         "programs": [{"name": program} for program in forecast.program_seconds]
     }

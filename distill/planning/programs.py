@@ -1,342 +1,300 @@
 """The programs of a stage as `train` calls them, lowered from shapes alone.
 
-Nothing is read or allocated, and the devices of the mesh need not exist: what a slice will have to
-run can be compiled on a laptop. Each program knows what lies in memory beside it while it runs.
-What is left out is in calls.SMALL.
+Nothing is read or allocated, and the devices of the mesh need not exist: a laptop can compile what
+a slice will run. Each program knows what lies in memory beside it. The programs left out are those
+of calls.UNPLANNED_PROGRAMS.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, NamedSharding
-from ml_collections import ConfigDict
 
 from distill.batch import Batch, TeacherOutput
-from distill.objectives import losses
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
 from distill.teachers import local
 from distill.training import memory, optim, sampling_programs, setup, stages
 from distill.training import update as update_lib
-from distill.training.calls import ProgramCall, StageModels, count_device_bytes
-from distill.training.memory import get_resident_name, has_single_microbatch, make_head_shape
+from distill.training.calls import (
+    AbstractStage,
+    ProgramCall,
+    count_device_bytes,
+    count_head_flops,
+)
 from models import families, transformer
 
 
-def list_stage_calls(
-    c: ConfigDict,
-    s: ConfigDict,
-    loss: losses.Loss,
-    sampled: int,
-    models: StageModels,
-    mesh: Mesh,
-    memory_limit: float | None = None,
-) -> list[ProgramCall]:
-    """The programs of one step of a stage, in their order; how often they are called if no response
-    is shorter than it may be.
+@dataclasses.dataclass(frozen=True)
+class AsyncBytes:
+    """Bytes on each device that asynchronous rollouts of the next step take."""
 
-    To be called, and its results lowered, within `mesh_lib.use(mesh)`, or of the call's own mesh.
-    limit: bytes of memory that a device has, where that is known.
+    before_update: int = 0  # the weights that decode
+    during_update: int = 0  # the cache too
+
+
+def list_stage_calls(stage: AbstractStage, memory_limit: float | None = None) -> list[ProgramCall]:
+    """Lists the programs of one step of a stage in their order, and how often each is called if
+    every response is as long as it may be.
+
+    To be called within the use of the student's mesh; each call is to be lowered within the use of
+    its own. memory_limit: bytes of a device, if known.
     """
-    readers = [*models.teachers.values(), *([models.reference] if models.reference else [])]
-    rows = stages.compute_microbatch_rows(s, sampled, mesh, *map(policy.get_mesh, readers))
-    turns = s.minibatches * -(-s.batch_size // (s.minibatches * rows))
-    calls, async_bytes = [], (0, 0)
-    if sampled:
-        cache_capacity = (
-            memory.compute_cache_capacity(c, s, sampled, models, rows, memory_limit)
-            if memory_limit
-            else None
-        )
-        sampler = sampling_programs.make_stage_sampler(c, s, sampled, models, cache_capacity)
+    calls, async_bytes = [], AsyncBytes()
+    if stage.sampled_rows:
+        cache_capacity = memory.compute_cache_capacity(stage, memory_limit)
+        sampler = sampling_programs.make_stage_sampler(stage, cache_capacity)
         calls += sampling_programs.list_sampling_calls(sampler)
-        if s.rollout.asynchronous:  # the next step's weights lie there, and soon its cache
-            async_bytes = (sampler.weight_bytes, sampler.weight_bytes + sampler.cache_bytes)
-    calls += _list_reader_calls(c, s, loss, models, mesh, rows, turns, async_bytes)
-    calls += _list_update_calls(c, s, loss, sampled, models, mesh, rows, turns, async_bytes)
-    if c.eval.every:
-        calls += sampling_programs.list_eval_calls(c, s, models)
+        if stage.s.rollout.asynchronous:
+            weights = sampler.weight_bytes
+            async_bytes = AsyncBytes(weights, weights + sampler.cache_bytes)
+    optimizer = optim.make_optimizer(
+        stage.s.optim, stage.s.steps * stage.s.epochs * stage.s.minibatches
+    )
+    calls += _list_reader_calls(stage, async_bytes)
+    calls += _list_init_calls(stage, optimizer)
+    calls += _list_update_calls(stage, optimizer, async_bytes)
+    if stage.c.eval.every:
+        calls += sampling_programs.list_eval_calls(stage)
+    return calls
+
+
+def _list_reader_calls(stage: AbstractStage, async_bytes: AsyncBytes) -> list[ProgramCall]:
+    """Lists what judges, teachers and a reference compute of the micro-batches.
+
+    Teachers and the reference run beside the sum of gradients or before the first update; each of
+    several teachers runs beside the hidden states of those before it.
+    """
+    s, loss, calls, hidden_bytes = stage.s, stage.loss, [], 0
+    gradient_bytes = 0 if stage.has_single_microbatch else count_device_bytes(stage.trained_params)
+    other_bytes = gradient_bytes + async_bytes.during_update
+    for name, teacher in stage.teachers.items():
+        reader, suffix = _make_teacher_reader(stage, name), "" if name == "teacher" else f" {name}"
+        batch = stage.make_microbatch(reader.mesh)
+        inputs = batch.teacher_inputs or batch
+        if loss.reward and s.reward.teacher_logprob:
+            judge = _make_logp_call(stage, f"judge{suffix}", reader, inputs, 1.0)
+            calls.append(_place_beside(stage, judge, async_bytes.before_update))
+        if loss.teacher:
+            score = _make_score_call(stage, f"score{suffix}", reader, inputs, batch)
+            calls.append(_place_beside(stage, score, other_bytes + hidden_bytes))
+            hidden_bytes += count_device_bytes(_make_hidden_shape(stage, teacher))
+    if loss.reference:
+        reader = Reader(stage.student, ("base",))
+        if stage.reference:
+            reader = Reader(stage.reference, ("reference",))
+        inputs = stage.make_microbatch(reader.mesh)
+        temperature = stages.get_temperature(s, loss)
+        reference = _make_logp_call(stage, "reference", reader, inputs, temperature)
+        calls.append(_place_beside(stage, reference, other_bytes))
+    return calls
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """A model that is only read, and the names of its weights among the resident bytes."""
+
+    policy: Policy
+    resident_arguments: tuple[str, ...]
+    lora: Any = None  # the moving average of a LoRA, beside its base
+
+    @property
+    def mesh(self) -> Mesh:
+        return policy.get_mesh(self.policy)
+
+
+def _make_teacher_reader(stage: AbstractStage, name: str) -> Reader:
+    teacher, alias = stage.teachers[name], memory.get_alias(stage, name)
+    if alias != "average":
+        return Reader(teacher, (alias or name,))
+    lora = stage.trained_params if stage.student.model.lora else None
+    return Reader(teacher, ("average", "base"), lora)
+
+
+def _make_logp_call(
+    stage: AbstractStage, name: str, reader: Reader, inputs: Batch, temperature: float
+) -> ProgramCall:
+    """The log-probabilities that a judge or a reference gives the tokens of a micro-batch."""
+    rows, T = inputs.tokens_BT.shape
+    config, mib = reader.policy.config, stages.compute_logits_mib(stage.c, stage.mesh)
+    options = reader.policy.model, mib, temperature
+    args = reader.policy.params, reader.lora, local.to_model_inputs(inputs)
+    return ProgramCall(
+        name,
+        functools.partial(local.compute_logp_jit.lower, *options, *args),
+        stage.max_microbatches,
+        families.count_forward_flops(config, rows * T, (T + 1) / 2, with_head=True),
+        reader.resident_arguments,
+        mesh=reader.mesh,
+        call_scaling="read",
+        head_flops=count_head_flops(config, rows * T),
+    )
+
+
+def _make_score_call(
+    stage: AbstractStage, name: str, reader: Reader, inputs: Batch, batch: Batch
+) -> ProgramCall:
+    """The hidden states of a teacher that reads `inputs` for a micro-batch."""
+    rows, T = inputs.tokens_BT.shape
+    args = reader.policy.params, reader.lora, local.to_model_inputs(inputs), batch.teacher_index_BT
+    return ProgramCall(
+        name,
+        functools.partial(local.compute_hidden.lower, reader.policy.model, *args),
+        stage.max_microbatches * stage.s.epochs,
+        families.count_forward_flops(reader.policy.config, rows * T, (T + 1) / 2, with_head=False),
+        reader.resident_arguments,
+        mesh=reader.mesh,
+        call_scaling="read",
+    )
+
+
+def _place_beside(stage: AbstractStage, call: ProgramCall, other_bytes: int) -> ProgramCall:
+    """Adds bytes that lie on the student's devices, if the call runs there."""
+    return dataclasses.replace(call, other_bytes=other_bytes if call.mesh == stage.mesh else 0)
+
+
+def _make_hidden_shape(stage: AbstractStage, teacher: Policy) -> Any:
+    """The shape of a teacher's hidden states as the update reads them."""
+    T, D = stages.get_row_tokens(stage.s), teacher.config.hidden_size
+    sharding = NamedSharding(stage.mesh, mesh_lib.make_hidden_spec(stage.mesh, T))
+    dtype = jnp.dtype(teacher.model.dtype)
+    return jax.ShapeDtypeStruct((stage.microbatch_rows, T, D), dtype, sharding=sharding)
+
+
+def _list_init_calls(
+    stage: AbstractStage, optimizer: optax.GradientTransformation
+) -> list[ProgramCall]:
+    """Lists what runs once, before a stage's first step."""
+    c, student = stage.c, stage.student
+    is_first, calls = stage.name == c.stages[0], []
+    resident_bytes = memory.count_resident_bytes(stage)
+    # Before the first stage no teacher is loaded; before a later one the last optimiser's state
+    # still exists.
+    loaded_bytes = sum(resident_bytes.get(name, 0) for name in (*stage.teachers, "reference"))
+    other_bytes = -loaded_bytes if is_first else resident_bytes["optimiser"]
+    if is_first and (c.student.random_init or student.model.lora):
+        init = policy.make_init_fn(student, student.model.lora)
+        lower = functools.partial(init.lower, jax.eval_shape(jax.random.key, 0))
+        resident = ("parameters", "optimiser", "average")
+        calls.append(ProgramCall("first parameters", lower, 0, 0.0, resident, other_bytes))
+    init = update_lib.make_optimizer_init(optimizer, stage.trained_params)
+    lower = functools.partial(init.lower, stage.trained_params)
+    resident = ("parameters", "optimiser")
+    calls.append(ProgramCall("optimiser", lower, 0, 0.0, resident, other_bytes))
+    for name, teacher in stage.teachers.items():
+        teacher_mesh = policy.get_mesh(teacher)
+        if teacher_mesh != stage.mesh:  # between processes it travels whole
+            head_VE = transformer.get_output_head(teacher.params)
+            lower = functools.partial(jax.jit(mesh_lib.replicate_array).lower, head_VE)
+            other_bytes = -count_device_bytes(head_VE)  # an argument
+            calls.append(
+                ProgramCall(f"head of {name}", lower, 0, 0.0, (), other_bytes, teacher_mesh)
+            )
     return calls
 
 
 def _list_update_calls(
-    c: ConfigDict,
-    s: ConfigDict,
-    loss: losses.Loss,
-    sampled: int,
-    models: StageModels,
-    mesh: Mesh,
-    rows: int,
-    turns: int,
-    async_bytes: tuple[int, int],
+    stage: AbstractStage, optimizer: optax.GradientTransformation, async_bytes: AsyncBytes
 ) -> list[ProgramCall]:
-    """What trains, and what begins the state that is trained."""
-    optimizer = optim.make_optimizer(s.optim, s.steps * s.epochs * s.minibatches)
-    state = update_lib.make_abstract_state(
-        optimizer, models.trained_params, c.student.ema_decay > 0
-    )
-    programs = setup.make_stage_update(c, s, loss, optimizer, models.student, mesh, state)
-    student, frozen, calls = models.student, None, _list_init_calls(c, s, models, optimizer, mesh)
-    if student.model.lora:
-        frozen = student.params
-    base = ("base",) if frozen is not None else ()
-    micro, shared = _make_microbatch(c, s, loss, sampled, models, mesh, rows)
-    tokens, mean = rows * stages.get_row_tokens(s), (stages.get_row_tokens(s) + 1) / 2
-    forward = families.count_forward_flops(student.config, tokens, mean, with_head=True)
-    head = 2.0 * tokens * student.config.hidden_size * student.config.vocab_size
-    if s.epochs * s.minibatches > 1:
-        logp_batch = dataclasses.replace(micro, teacher=None, old_logp_BT=None)
-        logp_batch = dataclasses.replace(logp_batch, reference_logp_BT=None)
-        before = functools.partial(programs.compute_logp.lower, state.params, logp_batch, frozen)
-        holds = ("parameters", *base)
-        read = ProgramCall(
-            "old log-probs", before, turns, forward, holds, async_bytes[0], call_scaling="read"
-        )
-        calls.append(dataclasses.replace(read, head_flops=head))
-    # With a LoRA, the gradient of the base's own products is that of their inputs alone.
-    passes = 2 if student.model.lora else 3
-    heads = micro.teacher.heads_VE if micro.teacher else ()
-    of_heads = sum(2.0 * tokens * x.shape[0] * x.shape[1] for x in heads)
-    useful, head = passes * forward + of_heads, passes * head + of_heads
-    gradient = None if has_single_microbatch(s, sampled) else state.params
-    updates = s.epochs * s.minibatches
-    if gradient is not None:
-        zeros = functools.partial(programs.init_gradient.lower, state.params)
-        calls.append(ProgramCall("zeros", zeros, updates, 0.0, (), async_bytes[1]))
-    accumulate_args = (gradient, state.params, micro, frozen)
-    train = functools.partial(programs.accumulate.lower, *accumulate_args)
-    holds = ("parameters", *base, *(f"head of {name}" for name in models.teachers))
-    resident_bytes = async_bytes[1] - shared
-    read = ProgramCall(
-        "accumulate", train, turns * s.epochs, useful, holds, resident_bytes, call_scaling="train"
-    )
-    calls.append(dataclasses.replace(read, head_flops=head))
-    _, figures, stats = jax.eval_shape(programs.accumulate, *accumulate_args)
-    end = functools.partial(programs.apply.lower, state, state.params, figures, 1)
-    holds = ("parameters", "optimiser", "average")
-    calls.append(ProgramCall("apply", end, updates, 0.0, holds, async_bytes[1]))
-    if c.log.transcripts:
-        split = jax.tree.map(lambda x: _make_array_factory(mesh, *x.shape)(x.dtype), stats)
-        transcript_arrays = (
-            micro.tokens_BT,
-            micro.mask_BT,
-            micro.segments_BT,
-            micro.finished_BT,
-            split,
-        )
-        taken = functools.partial(mesh_lib.gather_first_rows.lower, transcript_arrays, rows)
-        calls.append(
-            ProgramCall("transcripts", taken, 1 / c.log.transcripts_every, 0.0, (), async_bytes[1])
-        )
-    return calls
-
-
-def _list_init_calls(
-    c: ConfigDict, s: ConfigDict, models: StageModels, optimizer: Any, mesh: Mesh
-) -> list[ProgramCall]:
-    """What runs once, before a stage's first step."""
-    model_bytes, student, calls = memory.count_resident_bytes(c, models, s), models.student, []
-    first = s is c[c.stages[0]]
-    # Of the first stage no teacher is there yet; of a later one the last one's optimiser still is.
-    read = sum(model_bytes.get(name, 0) for name in (*models.teachers, "reference"))
-    resident_bytes = -read if first else model_bytes["optimiser"]
-    if first and (c.student.random_init or student.model.lora):
-        drawn = policy.make_init_fn(student, student.model.lora)
-        init_params = functools.partial(drawn.lower, jax.eval_shape(jax.random.key, 0))
-        holds = ("parameters", "optimiser", "average")
-        calls.append(ProgramCall("first parameters", init_params, 0, 0.0, holds, resident_bytes))
-    init_optimiser = functools.partial(
-        update_lib.make_optimizer_init(optimizer, models.trained_params).lower,
-        models.trained_params,
-    )
-    calls.append(
-        ProgramCall(
-            "optimiser", init_optimiser, 0, 0.0, ("parameters", "optimiser"), resident_bytes
-        )
-    )
-    for name, teacher in models.teachers.items():
-        teacher_mesh = policy.get_mesh(teacher)
-        if teacher_mesh != mesh:  # between processes it travels whole
-            whole = functools.partial(
-                jax.jit(mesh_lib.replicate_array).lower, transformer.get_output_head(teacher.params)
-            )
-            calls.append(ProgramCall(f"head of {name}", whole, 0, 0.0, (), 0, teacher_mesh))
-            calls[-1] = dataclasses.replace(
-                calls[-1],
-                other_bytes=-count_device_bytes(transformer.get_output_head(teacher.params)),
-            )
-    return calls
-
-
-def _make_array_factory(mesh: Mesh, rows: int, *shape: int) -> Callable[..., Any]:
-    """What makes shapes of arrays [rows, *shape, ...], split by rows."""
-
-    def make_array(dtype: Any, *trailing: int, sharding: Any = None) -> Any:
-        sharding = sharding or mesh_lib.make_row_sharding(mesh)
-        return jax.ShapeDtypeStruct((rows, *shape, *trailing), jnp.dtype(dtype), sharding=sharding)
-
-    return make_array
-
-
-def _make_token_batch(mesh: Mesh, rows: int, T: int) -> Batch:
-    """Shapes of what models read."""
-    array = _make_array_factory(mesh, rows, T)
-    return Batch(array("int32"), array("int32"), array("int32"), array("bool"))
-
-
-def _make_microbatch(
-    c: ConfigDict,
-    s: ConfigDict,
-    loss: losses.Loss,
-    sampled: int,
-    models: StageModels,
-    mesh: Mesh,
-    rows: int,
-) -> tuple[Batch, int]:
-    """Shapes of a micro-batch as the update reads it, and how many of its bytes on a device are
-    heads of teachers that the run keeps there anyway."""
-    T, fields, shared = stages.get_row_tokens(s), {}, 0
-    array = _make_array_factory(mesh, rows, T)
-    if sampled == s.batch_size:
-        fields |= {"sampler_logp_BT": array("float32"), "finished_BT": array("bool")}
-    if loss.reward:
-        fields["advantages_BT"] = array("float32")
-    if loss.reference:
-        fields["reference_logp_BT"] = array("float32")
-    if s.epochs * s.minibatches > 1:
-        fields["old_logp_BT"] = array("float32")
-    if loss.teacher_output == "top":
-        topk_arrays = array("int32", loss.teacher_topk), array("float32", loss.teacher_topk)
-        fields["teacher_top_BTK"] = topk_arrays
-    if loss.teacher and models.teachers:
-        stream = NamedSharding(mesh, mesh_lib.make_hidden_spec(mesh, T))
-        teachers, N = models.teachers.values(), len(models.teachers)
-        heads = tuple(make_head_shape(x, mesh) for x in teachers)
-        fields["teacher"] = TeacherOutput(
-            hidden_BTE=tuple(
-                array(x.model.dtype, x.config.hidden_size, sharding=stream) for x in teachers
-            ),
-            weight_BTN=array("float32", N) if N > 1 else None,
-            heads_VE=heads,
-        )
-        shared = sum(
-            count_device_bytes(head)
-            for head, x in zip(heads, teachers, strict=True)
-            if policy.get_mesh(x) == mesh
-        )
-    if sampled and c.student.replay_routing:
-        fields["experts_BTLA"] = array("int16", *models.student.config.routing_shape)
-    read = _make_token_batch(mesh, rows, T)
-    return dataclasses.replace(read, thinking_BT=array("bool"), **fields), shared
-
-
-def _list_reader_calls(
-    c: ConfigDict,
-    s: ConfigDict,
-    loss: losses.Loss,
-    models: StageModels,
-    mesh: Mesh,
-    rows: int,
-    turns: int,
-    async_bytes: tuple[int, int],
-) -> list[ProgramCall]:
-    """What models that are only read make of the micro-batches: judges, teachers, a reference.
-
-    The latter two do so beside the gradient so far, or before the first update; several teachers
-    beside what those before them found."""
-    T, mib, calls = stages.get_row_tokens(s), stages.compute_logits_mib(c, mesh), []
-    context_tokens = s.context.max_tokens if s.context.text or s.context.column else 0
-    sampled = stages.resolve_objective("", s)[1]
-    gradient = 0 if has_single_microbatch(s, sampled) else count_device_bytes(models.trained_params)
-    hidden_bytes, average = 0, models.trained_params if models.student.model.lora else None
-
-    def name_call(what: str, name: str) -> str:
-        return what if name == "teacher" else f"{what} {name}"
-
-    def make_call(
-        name: str,
-        reader: Policy,
-        lower: Any,
-        turns: int,
-        useful: float,
-        holds: str,
-        resident_bytes: int,
-        head: float = 0.0,
-    ) -> ProgramCall:
-        reader_mesh = policy.get_mesh(reader)
-        resident_bytes = resident_bytes if reader_mesh == mesh else 0
-        names = ("average", "base") if holds == "average" else (holds,)  # of a LoRA, its base too
-        return ProgramCall(
-            name,
-            lower,
-            turns,
-            useful,
-            names,
-            resident_bytes,
-            reader_mesh,
+    """Lists the programs of the updates of a step."""
+    c, s, student, calls = stage.c, stage.s, stage.student, []
+    state = update_lib.make_abstract_state(optimizer, stage.trained_params, c.student.ema_decay > 0)
+    programs = setup.make_stage_update(c, s, stage.loss, optimizer, student, stage.mesh, state)
+    frozen, base = (student.params, ("base",)) if student.model.lora else (None, ())
+    batch, updates = stage.make_microbatch(stage.mesh), s.epochs * s.minibatches
+    rows, T = batch.tokens_BT.shape
+    config, tokens = student.config, rows * T
+    forward_flops = families.count_forward_flops(config, tokens, (T + 1) / 2, with_head=True)
+    head_flops = count_head_flops(config, tokens)
+    if updates > 1:
+        old_logp = ProgramCall(
+            "old log-probs",
+            functools.partial(programs.compute_logp.lower, state.params, batch, frozen),
+            stage.max_microbatches,
+            forward_flops,
+            ("parameters", *base),
+            async_bytes.before_update,
             call_scaling="read",
-            head_flops=head,
+            head_flops=head_flops,
         )
-
-    def make_logps_call(
-        name: str, reader: Policy, T: int, temperature: float, holds: str, resident_bytes: int
-    ) -> ProgramCall:
-        logps_args = (
-            reader.model,
-            mib,
-            temperature,
-            reader.params,
-            average if holds == "average" else None,
+        calls.append(old_logp)
+    gradient, other_bytes = None, async_bytes.during_update
+    if not stage.has_single_microbatch:
+        gradient = state.params
+        zeros = functools.partial(programs.init_gradient.lower, state.params)
+        calls.append(ProgramCall("zeros", zeros, updates, other_bytes=other_bytes))
+    scored = _add_scores(stage, batch)
+    heads = scored.teacher.heads_VE if scored.teacher else ()
+    args = (gradient, state.params, scored, frozen)
+    teacher_flops = sum(2.0 * tokens * V * E for V, E in (head.shape for head in heads))
+    # Of a LoRA's base the gradient of each product is that of its input alone.
+    passes = 2 if student.model.lora else 3
+    accumulate = ProgramCall(
+        "accumulate",
+        functools.partial(programs.accumulate.lower, *args),
+        stage.max_microbatches * s.epochs,
+        passes * forward_flops + teacher_flops,
+        ("parameters", *base, *(f"head of {name}" for name in stage.teachers)),
+        other_bytes - _count_shared_head_bytes(stage),
+        call_scaling="train",
+        head_flops=passes * head_flops + teacher_flops,
+    )
+    calls.append(accumulate)
+    _, figures, stats = jax.eval_shape(programs.accumulate, *args)
+    apply = functools.partial(programs.apply.lower, state, state.params, figures, 1)
+    resident = ("parameters", "optimiser", "average")
+    calls.append(ProgramCall("apply", apply, updates, 0.0, resident, other_bytes))
+    if c.log.transcripts:
+        arrays = (
+            batch.tokens_BT,
+            batch.mask_BT,
+            batch.segments_BT,
+            batch.finished_BT,
+            _split_by_rows(stats, stage.mesh),
         )
-        lower = functools.partial(
-            local.compute_logp_jit.lower,
-            *logps_args,
-            _make_token_batch(policy.get_mesh(reader), rows, T),
-        )
-        useful = families.count_forward_flops(reader.config, rows * T, (T + 1) / 2, with_head=True)
-        head = 2.0 * rows * T * reader.config.hidden_size * reader.config.vocab_size
-        return make_call(name, reader, lower, turns, useful, holds, resident_bytes, head)
-
-    for name, of in models.teachers.items():
-        there, holds = policy.get_mesh(of), get_resident_name(c, name, models) or name
-        if loss.reward and s.reward.teacher_logprob:
-            calls.append(
-                make_logps_call(
-                    name_call("judge", name), of, T + context_tokens, 1.0, holds, async_bytes[0]
-                )
-            )
-        if loss.teacher:
-            at_BT = _make_array_factory(there, rows, T)("int32") if context_tokens else None
-            lora = average if holds == "average" else None
-            given = (
-                of.model,
-                of.params,
-                lora,
-                _make_token_batch(there, rows, T + context_tokens),
-                at_BT,
-            )
-            lower = functools.partial(local.compute_hidden.lower, *given)
-            useful = families.count_forward_flops(
-                of.config,
-                rows * (T + context_tokens),
-                (T + context_tokens + 1) / 2,
-                with_head=False,
-            )
-            beside = gradient + async_bytes[1] + hidden_bytes
-            named = name_call("score", name)
-            calls.append(make_call(named, of, lower, turns * s.epochs, useful, holds, beside))
-            stream = NamedSharding(mesh, mesh_lib.make_hidden_spec(mesh, T))
-            array = _make_array_factory(mesh, rows, T)
-            hidden_bytes += count_device_bytes(
-                array(of.model.dtype, of.config.hidden_size, sharding=stream)
-            )
-    if loss.reference:
-        of, holds = models.reference or models.student, "reference" if models.reference else "base"
-        at = stages.get_temperature(s, loss)
-        calls.append(make_logps_call("reference", of, T, at, holds, gradient + async_bytes[1]))
+        gather = functools.partial(mesh_lib.gather_first_rows.lower, arrays, rows)
+        every = c.log.transcripts_every
+        calls.append(ProgramCall("transcripts", gather, 1 / every, other_bytes=other_bytes))
     return calls
+
+
+def _list_scoring_teachers(stage: AbstractStage) -> list[Policy]:
+    """The teachers that the loss compares with."""
+    return list(stage.teachers.values()) if stage.loss.teacher else []
+
+
+def _add_scores(stage: AbstractStage, batch: Batch) -> Batch:
+    """The micro-batch as the update reads it: with what the other models made of it."""
+    logp_BT = jax.ShapeDtypeStruct(
+        batch.tokens_BT.shape, jnp.float32, sharding=mesh_lib.make_row_sharding(stage.mesh)
+    )
+    scores: dict[str, Any] = dict.fromkeys(
+        ("teacher_inputs", "teacher_index_BT", "teacher_weight_BTN")
+    )
+    if stage.loss.reference:
+        scores["reference_logp_BT"] = logp_BT
+    if stage.s.epochs * stage.s.minibatches > 1:
+        scores["old_logp_BT"] = logp_BT
+    if teachers := _list_scoring_teachers(stage):
+        scores["teacher"] = TeacherOutput(
+            hidden_BTE=tuple(_make_hidden_shape(stage, t) for t in teachers),
+            weight_BTN=batch.teacher_weight_BTN,
+            heads_VE=tuple(memory.make_abstract_head(t, stage.mesh) for t in teachers),
+        )
+    return dataclasses.replace(batch, **scores)
+
+
+def _count_shared_head_bytes(stage: AbstractStage) -> int:
+    """Bytes of the heads among the update's arguments that the run keeps as teachers' weights."""
+    teachers = [t for t in _list_scoring_teachers(stage) if policy.get_mesh(t) == stage.mesh]
+    return sum(count_device_bytes(memory.make_abstract_head(t, stage.mesh)) for t in teachers)
+
+
+def _split_by_rows(tree: Any, mesh: Mesh) -> Any:
+    sharding = mesh_lib.make_row_sharding(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

@@ -74,8 +74,7 @@ class DecodeOutput:
     model_logp_WB: jax.Array | None = None  # float32, of the tokens drawn
     top_ids_WBk: jax.Array | None = None  # int32, the likeliest tokens
     top_logp_WBk: jax.Array | None = None  # float32
-    # With Decoder.routing, int16: of the token that each step read.
-    experts_WBLA: jax.Array | None = None
+    experts_WBLA: jax.Array | None = None  # int16, of the token that each step read
 
 
 def prefers_stacked(mesh: Mesh) -> bool:

@@ -204,7 +204,7 @@ def score(teachers: Sequence[Teacher], batch: Batch, average: Params | None = No
       teachers: as `place_heads` returns them.
       average: moving average of the trained parameters, for teachers that are it.
     """
-    inputs, index_BT = _select_model_inputs(batch.teacher_inputs or batch), batch.teacher_index_BT
+    inputs, index_BT = to_model_inputs(batch.teacher_inputs or batch), batch.teacher_index_BT
     output = TeacherOutput(
         hidden_BTE=tuple(
             _run_on_reader_mesh(
@@ -230,7 +230,7 @@ def score(teachers: Sequence[Teacher], batch: Batch, average: Params | None = No
     )
 
 
-def _select_model_inputs(batch: Batch) -> Batch:
+def to_model_inputs(batch: Batch) -> Batch:
     """The fields of a batch that a model reads."""
     return Batch(batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.mask_BT)
 
@@ -255,7 +255,7 @@ def compute_logp(
 ) -> jax.Array:
     """Log-probabilities [B, T], float32, of the batch's trained tokens; 0 elsewhere."""
     return _compute_logp(
-        reader, (reader.params, None), _select_model_inputs(batch), loss_chunk_mib, temperature
+        reader, (reader.params, None), to_model_inputs(batch), loss_chunk_mib, temperature
     )
 
 
@@ -291,7 +291,7 @@ def judge_responses(
 ) -> np.ndarray:
     """Log-probabilities [B, T], float32, that the teachers' mixture gives each token of each
     response; the same whole array in every process."""
-    inputs = _select_model_inputs(batch.teacher_inputs or batch)
+    inputs = to_model_inputs(batch.teacher_inputs or batch)
     teacher_logps = [
         _compute_logp(t.policy, _get_params(t, average), inputs, loss_chunk_mib, 1.0)
         for t in teachers

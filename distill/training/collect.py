@@ -20,7 +20,7 @@ from distill.rewards import graders, terms
 from distill.runtime import distributed
 from distill.runtime import mesh as mesh_lib
 from distill.teachers import local
-from distill.training import microbatches, stages
+from distill.training import microbatches
 from distill.training.microbatches import Minibatches
 from distill.training.prompts import StagePrompts
 from distill.training.setup import RunSetup, StageSetup
@@ -46,7 +46,8 @@ def make_collect(
 ) -> CollectFn:
     """The micro-batches of each step of a stage, on the host: all that its loss reads but for what
     other models make of them. room: tokens that the sampler's cache could hold, where known."""
-    layout = _make_layout(run_setup, stage)
+    routing = run_setup.student.config.routing_shape if run_setup.replay_routing else None
+    layout = microbatches.make_stage_layout(stage.c, stage.loss, stage.sampled_rows, routing)
     if not stage.sampled_rows:
         return _make_dataset_collect(
             stage, seed, mesh_lib.list_local_rows(mesh, stage.c.batch_size), layout
@@ -89,26 +90,6 @@ def make_collect(
         return minibatches, measured
 
     return collect
-
-
-def _make_layout(run_setup: RunSetup, stage: StageSetup) -> BatchLayout:
-    """What a stage's batches hold."""
-    s, N = stage.c, len(stage.c.teachers)
-    teacher_weights = np.array([stage.teacher_weights]) if stage.teacher_weights else np.eye(N)
-    if stage.teacher_weights and s.data.mixture:  # whatever their source
-        teacher_weights = np.tile(teacher_weights, (len(s.data.mixture), 1))
-    return BatchLayout(
-        stages.get_row_tokens(s),
-        s.max_response_tokens,
-        top_k=stage.loss.teacher_topk if stage.loss.teacher_output == "top" else 0,
-        context_tokens=stage.context_tokens,
-        has_sampler_logprobs=stage.sampled_rows == s.batch_size,
-        has_advantages=stage.loss.reward > 0,
-        routing=run_setup.student.config.routing_shape
-        if stage.sampled_rows and run_setup.replay_routing
-        else None,
-        teacher_weights=teacher_weights if stage.needs_teacher and N > 1 else None,
-    )
 
 
 def _make_dataset_collect(

@@ -20,7 +20,17 @@ from distill.rewards import graders
 from distill.runtime import cli, distributed, run_files, xla
 from distill.runtime import mesh as mesh_lib
 from distill.runtime.checkpoint import Checkpoints
-from distill.training import collect, eval_hook, optim, preflight, setup, stages, trainer, update
+from distill.training import (
+    collect,
+    eval_hook,
+    memory,
+    optim,
+    preflight,
+    setup,
+    stages,
+    trainer,
+    update,
+)
 from distill.training.setup import RunSetup, StageSetup
 from models.errors import UserError
 
@@ -249,7 +259,9 @@ def run_stage(
     holds all that came of steps 0 to i, and the rows of metrics.jsonl for them are written."""
     stage, s = run_setup.stages[index], run_setup.stages[index].c
     loss_chunk_mib = stages.compute_logits_mib(c, run_context.mesh)
-    cache_capacity = preflight.compute_cache_capacity(c, run_setup, stage, state.params)
+    cache_capacity = memory.compute_cache_capacity(
+        memory.describe_stage(c, run_setup, stage, state.params), memory.get_memory_limit()
+    )
     collect_step = collect.make_collect(
         run_setup,
         stage,

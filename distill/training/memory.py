@@ -1,5 +1,7 @@
-"""What lies on each device while a stage runs, counted by shapes."""
+"""Bytes on each device while a stage runs, counted from shapes: for `plan`, for the summary before
+step 0, and for the size of the sampler's cache."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,100 +14,147 @@ from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
 from distill.teachers import local
 from distill.training import optim, sampling_programs, stages, update
-from distill.training.calls import StageModels, count_device_bytes
+from distill.training.calls import AbstractStage, count_device_bytes
+from distill.training.setup import RunSetup, StageSetup
 from models import transformer
 
 
-def count_resident_bytes(
-    c: ConfigDict, models: StageModels, stage: ConfigDict, mesh: Mesh | None = None
-) -> dict[str, int]:
-    """What a run keeps on each device of a mesh, the student's by default, through all programs of
-    a stage: name -> bytes."""
-    student_mesh = policy.get_mesh(models.student)
-    mesh, resident_bytes = mesh or student_mesh, {}
-    if mesh == student_mesh:
-        state = update.make_abstract_state(
-            optim.make_optimizer(stage.optim, 1), models.trained_params
-        )
+def describe_stage(
+    c: ConfigDict, run_setup: RunSetup, stage: StageSetup, trained_params: Any
+) -> AbstractStage:
+    """Describes a stage of a run, whether its models are loaded or not."""
+    names = stage.c.teachers if stage.needs_teacher else ()
+    teachers = {name: run_setup.teachers[name] for name in names}
+    reference = run_setup.reference if stage.loss.reference else None
+    if reference and not local.is_base(run_setup.student):
+        reference = _to_loaded_shapes(reference, c.student.param_dtype)
+    else:
+        reference = None
+    return AbstractStage(
+        c,
+        stage.name,
+        stage.loss,
+        stage.sampled_rows,
+        stage.microbatch_rows,
+        run_setup.student,
+        trained_params,
+        {name: _to_loaded_shapes(t.policy, t.c.param_dtype) for name, t in teachers.items()},
+        reference,
+    )
+
+
+def _to_loaded_shapes(reader: Policy, param_dtype: str) -> Policy:
+    """Returns a policy that is loaded as it is, any other with the shapes that loading gives it."""
+    if policy.is_loaded(reader):
+        return reader
+    return dataclasses.replace(reader, params=policy.make_abstract_params(reader, param_dtype))
+
+
+def get_memory_limit() -> int | None:
+    """Bytes of this process's first device; None where it does not say (a CPU)."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats.get("bytes_limit") if stats else None
+
+
+def count_resident_bytes(stage: AbstractStage, mesh: Mesh | None = None) -> dict[str, int]:
+    """Name -> bytes on each device of a mesh, the student's by default, of all that a run keeps
+    there through every program of a stage."""
+    mesh, resident_bytes = mesh or stage.mesh, {}
+    if mesh == stage.mesh:
+        optimizer = optim.make_optimizer(stage.s.optim, 1)
+        state = update.make_abstract_state(optimizer, stage.trained_params)
         resident_bytes |= {
             "parameters": count_device_bytes(state.params),
             "optimiser": count_device_bytes(state.opt_state),
         }
-        if c.student.ema_decay:
+        if stage.c.student.ema_decay:
             resident_bytes["average"] = resident_bytes["parameters"]
-        if models.student.model.lora:
-            resident_bytes["base"] = count_device_bytes(models.student.params)
-    read_models = {
-        name: x for name, x in models.teachers.items() if not get_resident_name(c, name, models)
+        if stage.student.model.lora:
+            resident_bytes["base"] = count_device_bytes(stage.student.params)
+    readers = {
+        name: teacher for name, teacher in stage.teachers.items() if not get_alias(stage, name)
     }
-    if models.reference:
-        read_models["reference"] = models.reference
-    for name, reader in read_models.items():
+    if stage.reference:
+        readers["reference"] = stage.reference
+    for name, reader in readers.items():
         if policy.get_mesh(reader) == mesh:
             resident_bytes[name] = count_device_bytes(reader.params)
-        elif mesh == student_mesh and name in models.teachers:
-            resident_bytes[f"head of {name}"] = count_device_bytes(
-                make_head_shape(reader, student_mesh)
-            )
+        elif mesh == stage.mesh and name in stage.teachers:
+            head_VE = make_abstract_head(reader, mesh)
+            resident_bytes[f"head of {name}"] = count_device_bytes(head_VE)
     return resident_bytes
 
 
-def make_head_shape(reader: Policy, mesh: Mesh) -> Any:
-    """The output head of a teacher as the update reads it: on the student's mesh."""
-    head_VE, mesh_head = (
-        transformer.get_output_head(reader.params),
-        transformer.get_output_head(mesh_lib.make_abstract_params(reader.config, mesh)),
-    )
-    return jax.ShapeDtypeStruct(head_VE.shape, head_VE.dtype, sharding=mesh_head.sharding)
+def count_teacher_mesh_bytes(stage: AbstractStage) -> int:
+    """Bytes on each device of the teachers' mesh that a run keeps; 0 if teachers have no mesh of
+    their own."""
+    meshes = (policy.get_mesh(reader) for reader in stage.readers)
+    teacher_mesh = next((mesh for mesh in meshes if mesh != stage.mesh), None)
+    return sum(count_resident_bytes(stage, teacher_mesh).values()) if teacher_mesh else 0
 
 
-def get_resident_name(c: ConfigDict, name: str, models: StageModels) -> str:
-    """Where a teacher is what the run keeps anyway: what that is called."""
-    path = c[name].path
+def make_abstract_head(teacher: Policy, mesh: Mesh) -> Any:
+    """The shape [V, E] of a teacher's output head as the update reads it on the student's mesh."""
+    head_VE = transformer.get_output_head(teacher.params)
+    on_mesh = transformer.get_output_head(mesh_lib.make_abstract_params(teacher.config, mesh))
+    return jax.ShapeDtypeStruct(head_VE.shape, head_VE.dtype, sharding=on_mesh.sharding)
+
+
+def get_alias(stage: AbstractStage, teacher: str) -> str:
+    """The name among the resident bytes of a teacher that the run keeps anyway; "" of any other."""
+    path = stage.c[teacher].path
     if path == local.EMA:
         return "average"
-    return "base" if path == local.INITIAL and local.is_base(models.student) else ""
+    return "base" if path == local.INITIAL and local.is_base(stage.student) else ""
 
 
-def has_single_microbatch(s: ConfigDict, sampled_rows: int) -> bool:
-    """Whether an update has one micro-batch, always, and no gradient lies beside its own."""
-    return not sampled_rows and s.accumulate == 1
+def estimate_update_bytes(stage: AbstractStage) -> dict[str, float]:
+    """Name -> bytes on each device, roughly, that an update takes beside what the run keeps.
 
-
-def estimate_update_bytes(
-    c: ConfigDict, s: ConfigDict, sampled_rows: int, models: StageModels, rows: int
-) -> dict[str, float]:
-    """About what an update of micro-batches of so many rows takes beside what the run keeps: of
-    activations what rematerialisation keeps, and the teachers' hidden states."""
-    student, T = models.student, stages.get_row_tokens(s)
-    mesh = policy.get_mesh(student)
+    Activations are those that rematerialisation keeps, and the teachers' hidden states.
+    """
+    student, mesh, T = stage.student, stage.mesh, stages.get_row_tokens(stage.s)
     shards = mesh_lib.count_row_shards(mesh) * mesh_lib.count_token_shards(mesh, T)
-    item, config = jnp.dtype(student.model.dtype).itemsize, student.config
-    width = config.hidden_size * (1 if student.model.remat else 12)
-    activation_bytes = T * item * width * (config.num_hidden_layers + 2)
-    for teacher in models.teachers.values():
-        activation_bytes += T * teacher.config.hidden_size * jnp.dtype(teacher.model.dtype).itemsize
+    width = student.config.hidden_size * (1 if student.model.remat else 12)
+    itemsize = jnp.dtype(student.model.dtype).itemsize
+    row_bytes = T * itemsize * width * (student.config.num_hidden_layers + 2)
+    for teacher in stage.teachers.values():
+        row_bytes += T * teacher.config.hidden_size * jnp.dtype(teacher.model.dtype).itemsize
+    num_gradients = 1 if stage.has_single_microbatch else 2  # a micro-batch's, and the sum
     return {
-        "gradient": count_device_bytes(models.trained_params)
-        * (1 if has_single_microbatch(s, sampled_rows) else 2),  # and the sum
-        "activations": rows / shards * activation_bytes,
-        "logits": stages.compute_logits_mib(c, mesh) / mesh.size * 2**20,
+        "gradient": num_gradients * count_device_bytes(stage.trained_params),
+        "activations": stage.microbatch_rows / shards * row_bytes,
+        "logits": stages.compute_logits_mib(stage.c, mesh) / mesh.size * 2**20,
     }
 
 
-def compute_cache_capacity(
-    c: ConfigDict,
-    s: ConfigDict,
-    sampled_rows: int,
-    models: StageModels,
-    rows: int,
-    memory_limit: float,
-) -> int | None:
-    """Tokens that the sampler's cache could hold on all devices, of which each has so many bytes;
-    None of a stage that samples nothing. Rows that are sampled ahead leave room for an update."""
-    if not sampled_rows:
+def estimate_stage_bytes(stage: AbstractStage, memory_limit: float | None) -> dict[str, float]:
+    """Name -> bytes on each device of the student, roughly, when a stage needs most."""
+    stage_bytes: dict[str, float] = {**count_resident_bytes(stage)}
+    update_bytes = estimate_update_bytes(stage)
+    if not stage.sampled_rows:
+        return stage_bytes | update_bytes
+    cache_capacity = compute_cache_capacity(stage, memory_limit)
+    sampler = sampling_programs.make_stage_sampler(stage, cache_capacity)
+    sampling_bytes = sampler.weight_bytes + sampler.cache_bytes
+    if stage.s.rollout.asynchronous:
+        return stage_bytes | {"sampling": sampling_bytes} | update_bytes
+    larger = max(sampling_bytes, sum(update_bytes.values()))  # one after the other
+    return stage_bytes | {"sampling or updates": larger}
+
+
+def compute_cache_capacity(stage: AbstractStage, memory_limit: float | None) -> int | None:
+    """Tokens that the sampler's cache could hold on all devices of the student's mesh.
+
+    It gets what the run and the copy of the weights that decodes leave of `memory_limit` bytes a
+    device; asynchronous rollouts leave room for an update too. None if the limit is not known or
+    the stage samples nothing.
+    """
+    if memory_limit is None or not stage.sampled_rows:
         return None
-    free_bytes = memory_limit - sum(count_resident_bytes(c, models, s).values())
-    if s.rollout.asynchronous:
-        free_bytes -= sum(estimate_update_bytes(c, s, sampled_rows, models, rows).values())
-    return sampling_programs.compute_cache_capacity(c, s, models, free_bytes)
+    free_bytes = memory_limit - sum(count_resident_bytes(stage).values())
+    if stage.s.rollout.asynchronous:
+        free_bytes -= sum(estimate_update_bytes(stage).values())
+    sampler = sampling_programs.make_stage_sampler(dataclasses.replace(stage, sampled_rows=1))
+    tokens = max(0, int(free_bytes) - sampler.weight_bytes) // sampler.token_bytes
+    return tokens * mesh_lib.count_row_shards(sampler.mesh)

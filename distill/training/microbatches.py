@@ -10,14 +10,19 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
+import jax
+import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from distill import rollout
 from distill.batch import Batch
 from distill.data import collate, packing
 from distill.data.collate import BatchLayout, SampledExample
 from distill.data.examples import Example
+from distill.objectives import losses
 from distill.runtime import mesh as mesh_lib
+from distill.training import stages
 from models.errors import UserError
 
 PackedRows = tuple[tuple[int, ...], ...]  # of each row the numbers of its sequences
@@ -37,6 +42,39 @@ class Microbatch:
 
 # What a step trains on: of each of its minibatches the micro-batches.
 Minibatches = list[list[Microbatch]]
+
+
+def make_stage_layout(
+    s: ConfigDict, loss: losses.Loss, sampled_rows: int, routing: tuple[int, int] | None
+) -> BatchLayout:
+    """The layout of a stage's batches, of which the student writes `sampled_rows` rows.
+
+    routing: layers and experts a token, where the update replays the sampler's; else None.
+    """
+    N = len(s.teachers)
+    weights_SN = np.eye(N)  # each teacher counts for the rows of its own source
+    if s.teacher_weights:  # for all sources alike
+        weights = np.array([float(weight) for weight in s.teacher_weights])
+        weights_SN = np.tile(weights / sum(weights), (max(1, len(s.data.mixture)), 1))
+    return BatchLayout(
+        stages.get_row_tokens(s),
+        s.max_response_tokens,
+        top_k=loss.teacher_topk if loss.teacher_output == "top" else 0,
+        context_tokens=s.context.max_tokens if s.context.text or s.context.column else 0,
+        has_sampler_logprobs=sampled_rows == s.batch_size,
+        has_advantages=loss.reward > 0,
+        routing=routing if sampled_rows else None,
+        teacher_weights=weights_SN if stages.needs_teacher(s, loss) and N > 1 else None,
+    )
+
+
+def make_abstract_microbatch(layout: BatchLayout, rows: int, mesh: Mesh) -> Batch:
+    """Shapes, dtypes and shardings of a micro-batch of `rows` rows on a mesh."""
+    sharding = mesh_lib.make_row_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding),
+        collate.collate_rows([[]], layout),
+    )
 
 
 def to_examples(sequences: Sequence[rollout.Sequence]) -> list[SampledExample]:

@@ -1,8 +1,8 @@
-"""What a run is about to do, told once before step 0: models, stop tokens, prompts, what is trained
-of two rows, memory. What would go wrong in silence is a line that begins with "warning:".
+"""The summary before step 0: models, stop tokens, rows with what is trained of them, memory.
+
+A line that begins with "warning:" names what would go wrong without an error.
 """
 
-import dataclasses
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -16,27 +16,23 @@ from distill.data import chat, dataset, examples
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.runtime import run_files
-from distill.teachers import local as teacher_lib
-from distill.training import calls, sampling_programs
-from distill.training import memory as memory_lib
+from distill.training import memory
 from distill.training.eval_hook import ValidationSetup
 from distill.training.setup import RunSetup, StageSetup
 from models.layers import quantised
 from models.transformer import Params
 
-NUM_ROWS, NUM_END_TOKENS = (
-    2,
-    60,
-)  # rows of a stage that are shown; tokens at each end of a longer part
-NUM_COMPARED_ROWS = 8  # rows that an evaluation's prompt is compared with
-GREEN, FAINT, RESET_COLOUR = "\033[32m", "\033[2m", "\033[0m"  # green, faint
+NUM_ROWS = 2  # of each stage, shown
+NUM_END_TOKENS = 60  # shown at each end of a longer part
+NUM_COMPARED_ROWS = 8  # with which an evaluation's prompt is compared
+GREEN, FAINT, RESET_COLOUR = "\033[32m", "\033[2m", "\033[0m"
 GIB = 2**30
 
 
 def print_summary(
     c: ConfigDict, run_setup: RunSetup, validation: ValidationSetup | None, trained: Params
 ) -> None:
-    """Says all of it on stderr; in colours on a terminal."""
+    """Prints the summary to stderr, in colours on a terminal."""
     colours = sys.stderr.isatty()
     for line in make_summary_lines(c, run_setup, validation, trained, colours):
         run_files.log_line(line)
@@ -49,16 +45,15 @@ def make_summary_lines(
     trained: Params,
     colours: bool,
 ) -> Iterator[str]:
-    """The lines that `show` says; `trained` is what the student trains, before step 0."""
+    """Yields the lines of the summary; `trained` is what the student trains, before step 0."""
     student, tokenizer = run_setup.student, run_setup.student.tokenizer
-    about = f"{_describe_policy(student)}{_describe_training(student)}"
-    yield f"student {about}; {_describe_stops(student)}"
+    training = f"LoRA of rank {student.model.lora.rank}" if student.model.lora else "all trained"
+    yield f"student {_describe_policy(student)}, {training}; {_describe_stops(student)}"
     for name, teacher in run_setup.teachers.items():
-        teacher_policy = teacher.policy
-        about = f"{_describe_policy(teacher_policy)}, {c[name].param_dtype}"
-        yield f"{name} {about}; {_describe_stops(teacher_policy)}"
+        described, dtype = _describe_policy(teacher.policy), c[name].param_dtype
+        yield f"{name} {described}, {dtype}; {_describe_stops(teacher.policy)}"
         if not teacher.is_ema:
-            yield from _check_teacher(name, teacher_policy, run_setup, trained)
+            yield from _check_teacher(name, teacher.policy, run_setup, trained)
     if tokenizer is not None and tokenizer.chat_template is not None:
         yield from _check_template(student)
     for stage in run_setup.stages:
@@ -72,12 +67,8 @@ def _describe_policy(model: Policy) -> str:
     return f"{model.path}: {model.config.num_parameters / 1e6:,.1f} M parameters"
 
 
-def _describe_training(student: Policy) -> str:
-    return f", LoRA of rank {student.model.lora.rank}" if student.model.lora else ", all trained"
-
-
 def _describe_stops(model: Policy) -> str:
-    """The stop ids, as the tokens that they are."""
+    """Returns the stop ids with the tokens that they stand for."""
     names = [
         f"{i} {model.tokenizer.decode([i])}" if model.tokenizer else str(i) for i in model.stop_ids
     ]
@@ -87,28 +78,28 @@ def _describe_stops(model: Policy) -> str:
 def _check_teacher(
     name: str, teacher: Policy, run_setup: RunSetup, trained: Params
 ) -> Iterator[str]:
-    """Whether the teacher can teach: ends its turns as the student does, and is another model."""
+    """Warns if a teacher ends its turns elsewhere than the student does or has its weights."""
     if further_stops := policy.find_extra_stop_ids(run_setup.student, teacher):
         yield f"warning: {name} stops at {further_stops} too, where the student would go on"
     first = next(
         stage for stage in run_setup.stages if stage.needs_teacher and name in stage.c.teachers
     )
     if first.c.context.text or first.c.context.column:
-        return  # which the student does not read: its own weights may teach it
-    if not policy.is_loaded(teacher):  # a later stage reads it, and finds another student
+        return  # the student does not read the context: its own weights may teach it
+    if not policy.is_loaded(teacher):  # a later stage loads it, and the student has changed by then
         return
     if run_setup.student.config == teacher.config and has_same_weights(
         run_setup.student, trained, teacher
     ):
         yield (
-            f"warning: {name} ({teacher.path}) has the student's own weights: nothing is to be "
-            f"learned from it in {first.name}"
+            f"warning: {name} ({teacher.path}) has the student's own weights: the student can "
+            f"learn nothing from it in {first.name}"
         )
 
 
 def has_same_weights(student: Policy, trained: Params, teacher: Policy) -> bool:
-    """Whether a student and a teacher of one architecture have equal weights, in the teacher's
-    dtype."""
+    """Returns true if a student and a teacher of one architecture have equal weights in the
+    teacher's dtype."""
 
     @jax.jit
     def is_equal(theirs: Any, ours: jax.Array) -> jax.Array:
@@ -124,7 +115,8 @@ def has_same_weights(student: Policy, trained: Params, teacher: Policy) -> bool:
 
 
 def _check_template(student: Policy) -> Iterator[str]:
-    """How the template ends a turn, and whether that is what stops and is learned."""
+    """Yields the token with which the template ends a turn; warns if the student does not stop at
+    it or learns another."""
     tokenizer = student.tokenizer
     assert tokenizer is not None
     turn = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
@@ -144,10 +136,10 @@ def _check_template(student: Policy) -> Iterator[str]:
 def _describe_rows(
     stage: StageSetup, seed: int, tokenizer: PreTrainedTokenizerBase | None, colours: bool
 ) -> Iterator[str]:
-    """The first rows of a stage, with what is trained of them."""
+    """Yields the first rows of a stage, the trained part marked."""
     s = stage.c
-    sign = "" if colours else ", between ⟦ and ⟧ what is trained"
-    yield f"{stage.name}: {s.objective}, {s.steps} steps of {s.batch_size} rows{sign}"
+    legend = "" if colours else ", between ⟦ and ⟧ what is trained"
+    yield f"{stage.name}: {s.objective}, {s.steps} steps of {s.batch_size} rows{legend}"
     for example in dataset.get_step_examples(stage.source, 0, NUM_ROWS, seed):
         text = format_example(example, tokenizer, s.max_response_tokens, colours)
         yield f"  {example.where}: {text}"
@@ -159,8 +151,8 @@ def format_example(
     max_response: int,
     colours: bool,
 ) -> str:
-    """A row in one line of text, cut in the middle: what is trained green, or between ⟦ and ⟧."""
-
+    """Returns a row as one line, long parts cut in the middle; what is trained is green or between
+    ⟦ and ⟧."""
     decode = tokenizer.decode if tokenizer else lambda part: " ".join(map(str, part))
 
     def format_tokens(ids: list[int], trained: bool) -> str:
@@ -172,7 +164,7 @@ def format_example(
 
     def mark_text(text: str, trained: bool) -> str:
         text = text.encode(errors="replace").decode().replace("\n", "⏎")
-        text = "".join(c if c.isprintable() else "·" for c in text)  # no control codes of a row
+        text = "".join(c if c.isprintable() else "·" for c in text)  # no control codes
         if colours:
             return f"{GREEN if trained else FAINT}{text}{RESET_COLOUR}"
         return f"⟦{text}⟧" if trained else text
@@ -192,9 +184,10 @@ def format_example(
 def _compare_eval_prompts(
     stage: StageSetup, seed: int, validation: ValidationSetup, student: Policy
 ) -> Iterator[str]:
-    """Whether an evaluation puts its questions as the stage's rows do: the same before and after.
+    """Warns if an evaluation asks in another form than the stage's rows: other text before or after
+    the question.
 
-    A document has no prompt; of rows in both modes it is enough that some are like it.
+    Rows without a prompt do not count; where rows are in both thinking modes, some must match.
     """
     _, row = validation.rows[0]
     ids = validation.prompts[0]
@@ -221,103 +214,19 @@ def _compare_eval_prompts(
 
 
 def estimate_memory(run_setup: RunSetup, c: ConfigDict, trained: Params) -> Iterator[str]:
-    """About how much a device will hold in the stage that needs most, counted by shapes and not
-    measured; a warning if it has less. What the run keeps is exact, activations are those that
-    rematerialisation keeps.
-    """
-    bytes_by_part = max(
-        (_estimate_stage_bytes(stage, run_setup, c, trained) for stage in run_setup.stages),
-        key=_sum_bytes,
+    """Yields the GiB on a device in the stage that needs most, counted from shapes, and a warning
+    if the device has less."""
+    limit = memory.get_memory_limit()
+    stages = [memory.describe_stage(c, run_setup, stage, trained) for stage in run_setup.stages]
+    sizes = max(
+        (memory.estimate_stage_bytes(stage, limit) for stage in stages),
+        key=lambda sizes: sum(sizes.values()),
     )
-    parts_text = ", ".join(f"{name} {n / GIB:.2f}" for name, n in bytes_by_part.items() if n)
-    total, limit = _sum_bytes(bytes_by_part), _get_memory_limit()
-    has = f"; it has {limit / GIB:.1f}" if limit else ""
-    yield f"memory: about {total / GIB:.2f} GiB a device ({parts_text}){has}"
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in sizes.items() if size)
+    total, has = sum(sizes.values()), f"; it has {limit / GIB:.1f}" if limit else ""
+    yield f"memory: about {total / GIB:.2f} GiB a device ({parts}){has}"
     if limit and total > limit:
         yield "warning: that is more than a device has; more devices, accumulate, or fewer slots"
     if c.teacher_mesh.devices:
-        size = max(
-            sum(_count_teacher_mesh_bytes(stage, run_setup, c, trained).values())
-            for stage in run_setup.stages
-        )
+        size = max(memory.count_teacher_mesh_bytes(stage) for stage in stages)
         yield f"memory of those of config.teacher_mesh: {size / GIB:.2f} GiB and activations"
-
-
-def _sum_bytes(parts: dict[str, float]) -> float:
-    return sum(parts.values())
-
-
-def _describe_models(
-    stage: StageSetup, run_setup: RunSetup, c: ConfigDict, trained: Params
-) -> calls.StageModels:
-    """What a stage keeps, in the dtypes that it reads them in."""
-    teachers = {name: run_setup.teachers[name] for name in stage.c.teachers if stage.needs_teacher}
-    teacher_policies = {
-        name: _with_param_shapes(of.policy, of.c.param_dtype) for name, of in teachers.items()
-    }
-    reference = run_setup.reference if stage.loss.reference else None
-    if reference:
-        is_base = teacher_lib.is_base(run_setup.student)
-        reference = None if is_base else _with_param_shapes(reference, c.student.param_dtype)
-    return calls.StageModels(run_setup.student, trained, teacher_policies, reference)
-
-
-def _count_teacher_mesh_bytes(
-    stage: StageSetup, run_setup: RunSetup, c: ConfigDict, trained: Params
-) -> dict[str, int]:
-    """Bytes that a stage keeps on each device that is not the student's, by what they are of."""
-    student_mesh, models = (
-        policy.get_mesh(run_setup.student),
-        _describe_models(stage, run_setup, c, trained),
-    )
-    read_models = (*models.teachers.values(), *((models.reference,) if models.reference else ()))
-    teacher_mesh = next(
-        (mesh for x in read_models if (mesh := policy.get_mesh(x)) != student_mesh), None
-    )
-    return memory_lib.count_resident_bytes(c, models, stage.c, teacher_mesh) if teacher_mesh else {}
-
-
-def _estimate_stage_bytes(
-    stage: StageSetup, run_setup: RunSetup, c: ConfigDict, trained: Params
-) -> dict[str, float]:
-    """Bytes that a device of the student's holds in a stage, by what they are of."""
-    models = _describe_models(stage, run_setup, c, trained)
-    stage_bytes: dict[str, float] = {**memory_lib.count_resident_bytes(c, models, stage.c)}
-    if stage.sampled_rows:
-        cache_capacity = compute_cache_capacity(c, run_setup, stage, trained)
-        sampler = sampling_programs.make_stage_sampler(
-            c, stage.c, stage.sampled_rows, models, cache_capacity
-        )
-        stage_bytes["sampling"] = sampler.weight_bytes + sampler.cache_bytes
-    update_bytes = memory_lib.estimate_update_bytes(
-        c, stage.c, stage.sampled_rows, models, stage.microbatch_rows
-    )
-    if "sampling" in stage_bytes and not stage.c.rollout.asynchronous:  # the one after the other
-        fuller = max(stage_bytes.pop("sampling"), sum(update_bytes.values()))
-        return {**stage_bytes, "sampling or updates": fuller}
-    return {**stage_bytes, **update_bytes}
-
-
-def compute_cache_capacity(
-    c: ConfigDict, run_setup: RunSetup, stage: StageSetup, trained: Params
-) -> int | None:
-    """Tokens that the sampler's cache could hold; None where a device does not say what it has."""
-    limit = _get_memory_limit()
-    if limit is None:
-        return None
-    models = _describe_models(stage, run_setup, c, trained)
-    return memory_lib.compute_cache_capacity(
-        c, stage.c, stage.sampled_rows, models, stage.microbatch_rows, limit
-    )
-
-
-def _with_param_shapes(model: Policy, param_dtype: str) -> Policy:
-    """A policy as it is when its stage has read it: shapes will do."""
-    if policy.is_loaded(model):
-        return model
-    return dataclasses.replace(model, params=policy.make_abstract_params(model, param_dtype))
-
-
-def _get_memory_limit() -> int | None:
-    stats = jax.local_devices()[0].memory_stats()
-    return stats.get("bytes_limit") if stats else None

@@ -60,12 +60,6 @@ class StageSetup:
         """Whether a teacher's model is needed."""
         return stages.needs_teacher(self.c, self.loss)
 
-    @property
-    def teacher_weights(self) -> tuple[float, ...]:
-        """Of several teachers what each says counts; () where rows are theirs by source."""
-        weights = [float(weight) for weight in self.c.teacher_weights]
-        return tuple(weight / sum(weights) for weight in weights)
-
 
 @dataclasses.dataclass(frozen=True)
 class RunSetup:

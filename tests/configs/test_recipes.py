@@ -1,4 +1,4 @@
-"""Every recipe: its tiny variant trains, its full size passes every check that needs no weights."""
+"""Each recipe's tiny variant trains, and its full size passes every check that needs no weights."""
 
 import functools
 import importlib
@@ -16,9 +16,9 @@ from distill.evaluation import tasks
 from distill.runtime import mesh as mesh_lib
 from distill.training import loop, setup
 from tests.support.paths import ROOT
-from tests.support.recipes import at_home, offline, parsed, published, sound  # noqa: F401  (fixtures)
+from tests.support.recipes import at_home, check_recipe, offline, parse_config, published  # noqa: F401  (fixtures)
 
-# Recipe and argument -> its stages, and the slice that its docstring names, as a topology.
+# Recipe and argument -> its stages, and the slice of its docstring, as a topology.
 RECIPES = {
     "strong_to_weak:student=8b,teacher=32b": (("sft", "opd"), "v5p:4x4x2"),
     "opd_math": (("sft", "opd"), "v5p:4x4x2"),
@@ -31,19 +31,19 @@ RECIPES = {
     "one_prompt": (("opd",), "v5p:2x2x2"),
     "colab": (("opd",), "v5e:1x1"),
 }
-# A further size, with experts; tests/long has them all.
+# One more size, with experts; tests/long has all.
 SIZES = {"strong_to_weak:student=30b-a3b,teacher=235b-a22b": "v5p:4x4x4"}
 NAMES = {"v5p:4x4x2": "v5p-64", "v5p:4x4x4": "v5p-128", "v6e:2x4": "v6e-8", "v6e:4x4": "v6e-16"}
 NAMES |= {"v5e:2x2": "v5e-4", "v5p:2x2x2": "v5p-16", "v5e:1x1": "v5e-1"}
 
 
-def small(recipe: str) -> str:
-    """The flag of its tiny variant."""
+def make_tiny_flag(recipe: str) -> str:
+    """Returns the flag of the recipe's tiny variant."""
     file, _, argument = recipe.partition(":")
     return f"--config=configs/{file}.py:{','.join(w for w in (argument, 'tiny') if w)}"
 
 
-# A rank alone makes another recipe of the first; end_to_end/test_notebook.py trains the second.
+# The first differs in its rank only; end_to_end/test_notebook.py trains the second.
 ALIKE = ("opd_math:lora=128", "colab")
 
 
@@ -51,18 +51,18 @@ ALIKE = ("opd_math:lora=128", "colab")
     "recipe",
     [pytest.param(r, marks=pytest.mark.long) if r in ALIKE else r for r in RECIPES],
 )
-def test_two_steps_of_every_stage(recipe: str, tmp_path: Path) -> None:
-    loop.run(parsed(small(recipe), "--config.log.transcripts=1"), tmp_path / "run")
+def test_tiny_variant_trains_every_stage(recipe: str, tmp_path: Path) -> None:
+    loop.run(parse_config(make_tiny_flag(recipe), "--config.log.transcripts=1"), tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     stages = RECIPES[recipe][0]
     assert [row["stage"] for row in rows] == [name for name in stages for _ in range(2)]
     for row in rows:
         assert row["train/loss"] is not None and row["data/skipped"] == 0
-        # A group whose answers all earn the same has no gradient, and the student knows no boxes.
+        # Groups of equal rewards have no gradient, and the student knows no boxed answers.
         assert row["train/grad_norm"] > 0 or "reward/mean" in row
 
 
-def test_docstrings() -> None:
+def test_docstrings_name_command_hardware_cost_and_result() -> None:
     for recipe, (_, topology) in RECIPES.items():
         doc = importlib.import_module(f"configs.{recipe.partition(':')[0]}").__doc__
         assert doc is not None and NAMES[topology] in doc
@@ -76,10 +76,10 @@ def test_docstrings() -> None:
 
 @pytest.mark.parametrize("recipe", [*RECIPES, *SIZES])
 @pytest.mark.usefixtures("offline")
-def test_full_size_is_sound(
+def test_full_size_passes_all_checks(
     recipe: str, shared_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sound(recipe, SIZES.get(recipe) or RECIPES[recipe][1], shared_data, monkeypatch)
+    check_recipe(recipe, SIZES.get(recipe) or RECIPES[recipe][1], shared_data, monkeypatch)
 
 
 # Arguments
@@ -96,14 +96,14 @@ def test_full_size_is_sound(
         ("quickstart.py:big", "configs/quickstart.py takes tiny, not 'big'"),
     ],
 )
-def test_a_wrong_argument_is_one_line(flag: str, words: str) -> None:
+def test_wrong_argument_is_refused_with_the_known_ones(flag: str, words: str) -> None:
     file, _, argument = flag.partition(".py:")
     with pytest.raises(ValueError, match=rf"^configs/{file}\.py takes ") as error:
         importlib.import_module(f"configs.{file}").get_config(argument)
     assert words in str(error.value)
 
 
-def test_a_wrong_argument_ends_in_exit_2() -> None:
+def test_wrong_argument_exits_with_code_2() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "distill.train", "--config=configs/recall.py:big", "--workdir=x"],
         capture_output=True,
@@ -115,17 +115,17 @@ def test_a_wrong_argument_ends_in_exit_2() -> None:
     assert done.stderr.endswith("configs/recall.py takes tiny, not 'big'\n")
 
 
-def test_arguments() -> None:
-    read = functools.partial(arguments.parse_argument, "x", size=("a", "b"), other=("b", "c"))
-    assert vars(read("")) == {"size": "a", "other": "b", "tiny": False}
-    assert vars(read("c,tiny")) == {"size": "a", "other": "c", "tiny": True}
-    assert vars(read("other=b,size=b")) == {"size": "b", "other": "b", "tiny": False}
+def test_arguments_take_defaults_names_and_any_order() -> None:
+    parse = functools.partial(arguments.parse_argument, "x", size=("a", "b"), other=("b", "c"))
+    assert vars(parse("")) == {"size": "a", "other": "b", "tiny": False}
+    assert vars(parse("c,tiny")) == {"size": "a", "other": "c", "tiny": True}
+    assert vars(parse("other=b,size=b")) == {"size": "b", "other": "b", "tiny": False}
     for bad in ("b", "size=c", "d", "tiny,tiny", "size", "=a", ",", "size=", "tiny=1"):
         with pytest.raises(ValueError, match=r"configs/x\.py takes size=a\|b, other=b\|c, tiny"):
-            read(bad)
+            parse(bad)
 
 
-def test_questions_are_put_as_the_benchmarks_do() -> None:
+def test_recipes_put_questions_as_the_benchmarks_do() -> None:
     assert tasks.BENCHMARKS["gsm8k"]["prompt"] == base.BOXED_TEMPLATE
 
 
@@ -133,22 +133,22 @@ def test_questions_are_put_as_the_benchmarks_do() -> None:
 
 
 @pytest.mark.parametrize("study", ablations.STUDIES)
-def test_studies(study: str) -> None:
-    found = [shlex.split(line) for line in ablations.list_commands(study, tiny=True)]
-    workdirs = [words[4] for words in found]
-    assert len(set(workdirs)) == len(found) > 1
-    told = set()
-    for words, full in zip(found, ablations.list_commands(study, tiny=False), strict=True):
+def test_runs_of_a_study_differ_and_pass_setup(study: str) -> None:
+    commands = [shlex.split(line) for line in ablations.list_commands(study, tiny=True)]
+    workdirs = [words[4] for words in commands]
+    assert len(set(workdirs)) == len(commands) > 1
+    configs = set()
+    for words, full in zip(commands, ablations.list_commands(study, tiny=False), strict=True):
         assert words[:3] == ["python", "-m", "distill.train"]
         assert words.pop(4).startswith(f"--workdir=runs/{study}/")
         long = shlex.split(full)[3:]
-        c = parsed(*words[3:])
-        told |= {c.to_json_best_effort(), parsed(long[0], *long[2:]).to_json_best_effort()}
+        c = parse_config(*words[3:])
+        configs |= {c.to_json_best_effort(), parse_config(long[0], *long[2:]).to_json_best_effort()}
         setup.setup_run(c, mesh_lib.make_mesh(1, 1, 1))
-    assert len(told) >= len(found) + 1  # each run is another
+    assert len(configs) >= len(commands) + 1  # each run differs
 
 
-def test_the_command_of_studies(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_line_of_ablations(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for words, code, out in (
         ([], 0, "divergence"),
         (["rank"], 0, "opd_math.py:lora=32 --workdir=runs/rank/lora_32\n"),
@@ -160,7 +160,7 @@ def test_the_command_of_studies(capsys: Any, monkeypatch: pytest.MonkeyPatch) ->
         try:
             ablations.main()
             assert code == 0
-        except SystemExit as ended:
-            assert ended.code == code
-        told = capsys.readouterr()
-        assert out in (told.err if code else told.out)
+        except SystemExit as stop:
+            assert stop.code == code
+        output = capsys.readouterr()
+        assert out in (output.err if code else output.out)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from distill.data import arithmetic, chat
 from models.errors import UserError
 from tests.support.paths import DATA, ROOT
-from tests.support.tokenizers import without
+from tests.support.tokenizers import copy_tokenizer_without
 
 TINY = ROOT / "assets" / "teacher"
 VECTORS = DATA / "qwen3_tokenizer_vectors.json"
@@ -251,7 +251,7 @@ def test_a_base_tokenizer_is_extended_by_that_of_its_post_trained_model(
     qwen3: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     added = ("<tool_response>", "</tool_response>", "<think>", "</think>")
-    base = load(without(DATA / "qwen3_tokenizer", added, tmp_path / "base"))
+    base = load(copy_tokenizer_without(DATA / "qwen3_tokenizer", added, tmp_path / "base"))
     assert chat.encode(base, "<think>") == [13708, 766, 29]  # as published of the Base models
     assert base.eos_token_id == 151643
     names = ("base", "teacher")
@@ -266,7 +266,7 @@ def test_a_base_tokenizer_is_extended_by_that_of_its_post_trained_model(
 
 
 def first_with(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[str]) -> int | None:
-    """By definition: the least number of tokens whose text has a stop string in it."""
+    """Finds the least number of tokens whose text has a stop string, by trying each."""
     texts = [chat.decode(tokenizer, ids[: n + 1]) for n in range(len(ids))]
     return next((n + 1 for n, text in enumerate(texts) if any(s in text for s in stops)), None)
 
@@ -279,7 +279,7 @@ def fed(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[str], si
 
 @pytest.mark.parametrize("name", ["tiny", pytest.param("qwen3", marks=needs_qwen3)])
 def test_stop_strings_are_found_with_the_token_that_completes_them(name: str, request) -> None:
-    """Across tokens, within them, within characters, among special tokens and broken bytes."""
+    """Stop strings span tokens, tokens span characters, among special tokens and broken bytes."""
     tokenizer = request.getfixturevalue(name)
     text = "Straße 中文字 🙂🙃 x\n\nObservation: 中文 done</think> end"
     special = tokenizer.convert_tokens_to_ids("<|im_end|>")

@@ -1,4 +1,4 @@
-"""The verb that cleans a set: decontamination against published pairs, duplicates, filters."""
+"""Cleaning a set: decontamination against published pairs, duplicates, filters."""
 
 import json
 import random
@@ -26,7 +26,7 @@ def found_pairs(report: list[dict]) -> set[tuple[int, int]]:
 
 
 def test_the_published_pairs_are_found(shared_data: Path, tmp_path: Path) -> None:
-    """36 of 36, with the verb's defaults: 8 tokens, 3 shared runs. 13 tokens find fewer of them."""
+    """The defaults (8 tokens, 3 shared runs) find 36 of 36; 13 tokens find fewer."""
     path, report, out = shared_data / "s1k" / "questions.jsonl", tmp_path / "r", tmp_path / "out"
     flags = [f"--data={path}", f"--against={shared_data / 'math500' / 'test.jsonl'}"]
     flags += [f"--out={out}", f"--report={report}"]
@@ -40,7 +40,7 @@ def test_the_published_pairs_are_found(shared_data: Path, tmp_path: Path) -> Non
     assert len(known) == 36 and known <= found
     dropped = {row for row, _ in found}
     assert len(read(out)) == 1000 - len(dropped) == 774
-    # Every finding is what it says: the run stands in both texts.
+    # The n-gram of each finding is in both texts.
     texts = [row["question"] for row in read(path)]
     problems = [row["question"] for row in read(shared_data / "math500" / "test.jsonl")]
     for finding in read(report):
@@ -116,8 +116,8 @@ def test_a_missing_set_is_named(tmp_path: Path, capsys: Any, flag: str) -> None:
     assert "no.jsonl: no such file" in capsys.readouterr().err
 
 
-def rewritten(text: str, draw: random.Random) -> str:
-    """The same problem as another set would have it: spaces, case, LaTeX, a word here and there."""
+def rewrite(text: str, draw: random.Random) -> str:
+    """Rewrites a problem as another set might: spaces, case, LaTeX, a word here and there."""
     text = text.replace("\\frac", "\\dfrac").replace("\\left", "").replace("\\right", "")
     text = re.sub(r"\$([^$]+)\$", r"\\(\1\\)", text).replace("^\\circ", "^{\\circ}")
     text = re.sub(r"\^(\w)", r"^{\1}", text)
@@ -128,10 +128,10 @@ def rewritten(text: str, draw: random.Random) -> str:
 
 
 def test_rewritten_problems_are_found_among_others(shared_data: Path, tmp_path: Path) -> None:
-    """None of these rows took part in the choice of 8 tokens and 3 runs."""
+    """None of these rows were used to choose 8 tokens and 3 runs."""
     draw, problems = random.Random(1), read(shared_data / "math500" / "test.jsonl")[:150]
     others = read(shared_data / "gsm8k" / "train.jsonl")[:450]
-    rows = [{"question": rewritten(row["question"], draw)} for row in problems]
+    rows = [{"question": rewrite(row["question"], draw)} for row in problems]
     mixed = [{"question": row["question"]} for row in others] + rows
     path, report = tmp_path / "mixed.jsonl", tmp_path / "report.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in mixed))

@@ -1,4 +1,4 @@
-"""Modes by a ratio, and prompts by their difficulty: functions of (seed, step)."""
+"""Modes are drawn by a share and prompts by difficulty, as functions of (seed, step)."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_prompts_and_traces_mix_the_modes(tiny, traces, share):
     for e in examples:
         assert str(tiny.decode(e.prompt)).endswith(EMPTY) != e.thinking
         assert ("<think>" in str(tiny.decode(e.response))) == (traces and e.thinking)
-    # Who reads which places does not matter, nor does where one begins.
+    # Two processes that read half of the places each read the same examples.
     halves = [
         dataset.get_step_examples(source, 0, 32, 0, range(16 * p, 16 * p + 16)) for p in (0, 1)
     ]
@@ -227,7 +227,7 @@ def test_weights_are_p_times_1_minus_p(tiny, tmp_path):
 
 
 def test_pass_rates_of_verify_and_evaluate_become_difficulties(tiny, tmp_path):
-    """As `verify --keep=all` writes them, and as `evaluate` does."""
+    """`verify --keep=all` and `evaluate` write them in different rows."""
     path = write(tmp_path / "rows.jsonl", *rows_of(3))
     prompts = [
         dataset.load_source(config(path), tiny, 0, False).read_example(i).prompt for i in range(3)

@@ -1,4 +1,4 @@
-"""What a step reads, how rows become tokens, and which rows are refused."""
+"""A step reads the right rows, which become the right tokens; bad rows are refused."""
 
 import functools
 import json
@@ -63,7 +63,7 @@ def numbers(source: Source, step: int, count: int, seed: int = 0) -> list[int]:
     return [example.prompt[0] for example in dataset.get_step_examples(source, step, count, seed)]
 
 
-# What a step reads
+# Order
 
 
 @pytest.mark.parametrize(("size", "count"), [(7, 3), (7, 7), (6, 4), (3, 8), (1, 2)])
@@ -119,8 +119,8 @@ def test_max_rows_takes_the_first_rows(tmp_path: Path) -> None:
 
 
 def test_responses_are_trained_and_cut_to_length() -> None:
-    """Prompts are not trained; responses with their stop token 9 are; nothing after it is there.
-    The last response is cut, and so has no stop token."""
+    """Trains responses with their stop token 9, not prompts; nothing follows the stop token. The
+    last response is cut, and so has none."""
     examples = [
         Example([1, 2], [3, 9], "", ""),
         Example([1], [9], "", ""),
@@ -227,7 +227,7 @@ def test_the_empty_think_block_is_prompt_and_not_trained(
 
 
 def check_solutions(path: Path, tokenizer: PreTrainedTokenizerBase, thinking: bool) -> int:
-    """Asserts what is prompt and what is trained in a file of question and solution."""
+    """Asserts that a file's questions are the prompts and its solutions what is trained."""
     source = dataset.load_source(config(path, thinking=thinking), tokenizer, 0, with_responses=True)
     rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
     assert source.size == len(rows)
@@ -255,7 +255,7 @@ def test_gsm8k_decodes_to_its_own_text(
     thinking: bool,
     every: int,
 ) -> None:
-    """All rows, and some of them once more with the empty think block."""
+    """Reads all rows, and some of them again with the empty think block."""
     lines = (shared_data / "gsm8k" / "train.jsonl").read_text("utf-8").split("\n")
     lines = [line for line in lines if line]
     assert len(lines) == 7473
@@ -280,7 +280,7 @@ def test_solutions_decode_to_their_own_text(tiny: PreTrainedTokenizerBase, tmp_p
         assert check_solutions(path, tiny, thinking) == 3
 
 
-# What is refused
+# Refusals
 
 GOOD = '{"question": "q", "response": "r"}\n'
 USER, ASSISTANT = '{"role": "user", "content": "q"}', '{"role": "assistant", "content": "r"}'

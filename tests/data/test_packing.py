@@ -1,4 +1,4 @@
-"""Packed rows: what is in them, that they are full, and that they train as unpacked ones do."""
+"""Packed rows are full, hold each example once an epoch, and train as unpacked ones do."""
 
 import functools
 import json
@@ -68,15 +68,15 @@ def test_first_fit_takes_the_first_row_with_room() -> None:
 
 
 def test_each_example_comes_once_and_fits() -> None:
-    """What the steps of whole windows held, and what the next has left over, is all there was."""
+    """The steps of whole windows and the leftovers of the last hold all examples read."""
     feed, seen = packer(numbered(0)), []
     for step in range(30):
         for row in feed.get_step_rows(step):
             assert sum(len(e.prompt) + min(30, len(e.response)) for e in row) <= 64
             seen += [example.prompt[0] for example in row]
-    position = feed.get_state(30)
-    assert position["window"] == 10
-    assert sorted(seen + position["left"]) == list(range(position["first"]))
+    state = feed.get_state(30)
+    assert state["window"] == 10
+    assert sorted(seen + state["left"]) == list(range(state["first"]))
 
 
 def test_epochs_have_their_own_orders() -> None:
@@ -98,12 +98,12 @@ def test_a_step_has_the_same_rows_however_it_is_reached() -> None:
 
 @pytest.mark.parametrize("step", [1, 3, 7, 12])
 def test_a_restored_packer_packs_the_same_rows(step: int) -> None:
-    """It goes through JSON, as in a checkpoint; what came before its window is not read again."""
+    """The state goes through JSON, as in a checkpoint; earlier windows are not read again."""
     forward = packer(numbered(50))
     for earlier in range(step):
         forward.get_step_rows(earlier)
-    forward.get_step_rows(step)  # as the thread does that works ahead
-    position = json.loads(json.dumps(forward.get_state(step)))
+    forward.get_step_rows(step)  # as the prefetching thread does
+    state = json.loads(json.dumps(forward.get_state(step)))
     expected = [names(forward.get_step_rows(later)) for later in range(step, step + 9)]
 
     read: list[int] = []
@@ -114,14 +114,14 @@ def test_a_restored_packer_packs_the_same_rows(step: int) -> None:
         return source.read_example(i)
 
     resumed = packer(dataset.Source(50, example))
-    resumed.restore(position)
+    resumed.restore(state)
     assert names(resumed.get_step_rows(step)) == expected[0]
     assert len(read) < 60  # of one window, about
     assert [names(resumed.get_step_rows(later)) for later in range(step, step + 9)] == expected
 
 
 def test_nothing_waits_longer_than_a_window() -> None:
-    """Even where most examples are too long to share a row."""
+    """Most examples here are too long to share a row."""
     source = dataset.Source(0, lambda i: Example([i] * 30, [i] * (30 if i % 5 else 3), "", str(i)))
     feed, waited = packer(source), 0
     for window in range(8):
@@ -171,7 +171,7 @@ def test_packed_rows_train_as_unpacked_ones_do() -> None:
     np.testing.assert_allclose(a, b, rtol=1e-5)
     for x, y in zip(jax.tree.leaves(grad_a), jax.tree.leaves(grad_b), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
-    # And the test can fail: positions that do not restart, or segments that are one, are noticed.
+    # The test can fail: it notices rows whose segments are one.
     ones = np.asarray(packed.segments_BT > 0).astype(np.int32)
     changed = Batch(packed.tokens_BT, packed.positions_BT, ones, packed.mask_BT)  # type: ignore
     assert abs(naive(qwen3, params, changed)[0] - b) > 1e-3
@@ -201,7 +201,7 @@ def test_packed_rows_have_segments_and_positions() -> None:
 
 
 def test_rows_of_real_data_are_full(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """GSM8K and ten long traces at 4,096 tokens: 95% at least in every step, 98% in all."""
+    """With GSM8K and ten long traces at 4,096 tokens: 95% in every step, 98% on average."""
     monkeypatch.setattr(packing, "WINDOW_ROWS", 64)
     tokenizer = chat.load_tokenizer(shared_data / "qwen3_tokenizer")
     c = base.make_stage("sft").data

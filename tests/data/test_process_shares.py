@@ -1,5 +1,4 @@
-"""Every process reads its share: disjoint, together all of it, in an order that no number of
-processes changes."""
+"""Processes read disjoint shares of each step that make up all of it, whatever their number."""
 
 from typing import Any
 
@@ -16,7 +15,7 @@ MESHES = [(1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 2, 4)]  # data, fsdp, tensor
 
 
 def groups(count: int) -> list[list[Any]]:
-    """The devices of each of so many processes, as they would number theirs."""
+    """Splits the devices among so many processes, in order."""
     each = len(jax.devices()) // count
     return [jax.devices()[i : i + each] for i in range(0, len(jax.devices()), each)]
 
@@ -45,7 +44,7 @@ def test_an_array_is_assembled_from_local_rows(sizes: tuple[int, int, int]) -> N
 
 
 def stage(objective: str, **fields: Any) -> setup.StageSetup:
-    """A stage of 24 rows by number, the loss and optimiser left out."""
+    """Makes a stage of 24 numbered rows, without loss and optimiser."""
     c = base.make_stage(objective)
     c.batch_size, c.max_prompt_tokens, c.max_response_tokens = 8, 3, 4
     sampled = fields.pop("sampled", 0)
@@ -63,11 +62,11 @@ def stage(objective: str, **fields: Any) -> setup.StageSetup:
 @pytest.mark.parametrize("fields", [{}, {"pack_tokens": 16}, {"minibatches": 2, "accumulate": 2}])
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_read_the_batch_in_shares(processes: int, fields: dict) -> None:
-    """What processes read of a step, put together, is the batch that one process reads."""
+    """The shares of all processes, put together, are the batch that one process reads."""
     mesh = mesh_lib.make_mesh(1, 8, 1)
 
     def read(own: list[int], step: int) -> list[list[int]]:
-        """The rows of all micro-batches, in the order of the batch."""
+        """Reads the rows of all micro-batches, in the order of the batch."""
         form = collate.BatchLayout(fields.get("pack_tokens", 7), 4)
         work, _ = collect._make_dataset_collect(stage("sft", **fields), 7, own, form)({}, step)
         found = {}
@@ -89,7 +88,7 @@ def test_processes_read_the_batch_in_shares(processes: int, fields: dict) -> Non
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_each_process_lays_out_its_own_rows_of_one_packing(processes: int) -> None:
-    """Each knows where every sequence lies, and makes the arrays of its own rows."""
+    """Each process knows where every sequence lies, and makes the arrays of its own rows."""
     mesh, form = mesh_lib.make_mesh(1, 8, 1), collate.BatchLayout(9, 4)
     examples = [dataset.Example([i + 1] * (1 + i % 4), [9], "", "") for i in range(40)]
     packed = microbatches.pack_examples(examples, 8, 2, form)

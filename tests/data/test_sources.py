@@ -1,4 +1,4 @@
-"""Rows of files, hub sets and TFDS; what known columns mean; mixtures; shares; bad rows."""
+"""Rows of files, hub sets and TFDS; known columns; mixtures; shares; prefetching; bad rows."""
 
 import functools
 import json
@@ -147,7 +147,7 @@ def test_a_streamed_step_is_a_function_of_the_step(
 TFDS = """
 import importlib.util, sys
 
-class Without:  # importing it fails, and it is not to be found either
+class Without:  # hides TensorFlow from import and find_spec
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "tensorflow":
             raise ModuleNotFoundError(name)
@@ -203,7 +203,7 @@ print("read")
 
 
 def test_tfds_without_tensorflow(tmp_path: Path) -> None:
-    """array_record files, written and read in a process in which TensorFlow cannot be imported."""
+    """Writes and reads array_record files in a process that cannot import TensorFlow."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", TFDS, str(tmp_path)],
         capture_output=True,
@@ -528,7 +528,7 @@ def test_prefetching_gives_the_same_results() -> None:
 
 
 def test_prefetching_serves_any_order_from_one_thread() -> None:
-    """Steps that sample ask for prompts twice, and for further ones that belong to no step."""
+    """Sampling steps read prompts twice, and further ones that belong to no step."""
     asked: list[int] = []
     threads: set[int] = set()
     made = [threading.Event() for _ in range(20)]
@@ -623,7 +623,7 @@ def test_a_bad_row_is_fatal_or_skipped(
     assert f"{path}:5" in said and f"{path}: 1 of the first 10 rows are skipped" in said
     if name == "a megabyte":
         return  # tokenised often enough
-    # Beyond what is read before step 0 it is met when it is read.
+    # Past the rows that are checked before step 0, it shows when it is read.
     for policy in ("fail", "skip"):
         late = dataset.load_source(
             config(path, on_bad_row=policy, check_rows=3), tiny, 0, True, short

@@ -17,7 +17,7 @@ from absl.flags import FlagValues
 
 from configs import ablations
 from tests.support.paths import ROOT
-from tests.support.recipes import at_home, parsed  # noqa: F401  (at_home is a fixture)
+from tests.support.recipes import at_home, parse_config  # noqa: F401  (at_home is a fixture)
 
 PYTHONS = ("python", "python3", ".venv/bin/python")
 OURS = (*PYTHONS, "make", "./launch_tpu.sh", "srun")  # programs whose arguments are checked
@@ -178,7 +178,7 @@ def check_config(words: list[str]) -> None:
     for file in re.findall(r"--config=([^:]*)", " ".join(words)):
         check_file(file.split()[0])
     try:
-        parsed(*words)
+        parse_config(*words)
     except Exception as error:  # the kinds that ml_collections, absl and recipes raise are many
         raise WrongCommand(f"{' '.join(words)}: {error}") from None
 
@@ -271,7 +271,7 @@ def test_config_keys_in_prose_exist() -> None:
     assert len(keys) > 20
     for where, key in keys:
         recipe = where if where.startswith("configs/") and "tiny" not in where else ""
-        config = parsed(f"--config={recipe or 'configs/base.py'}")
+        config = parse_config(f"--config={recipe or 'configs/base.py'}")
         for part in key.split("."):
             assert part in config, f"{where}: --config.{key}"
             config = config[part]

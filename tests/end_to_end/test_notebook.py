@@ -1,4 +1,5 @@
-"""The notebook: every cell runs, tiny and on a CPU; its form; that "Run all" repeats nothing."""
+"""Runs every cell of the notebook, tiny and on a CPU; checks its form and that a second "Run all"
+repeats nothing."""
 
 import ast
 import json
@@ -14,14 +15,18 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from configs import colab
-from distill import compare, evaluate, export, train
+from distill import compare, export
 from distill.evaluation import tasks
 from tests.support.paths import ROOT
+from tests.support.verbs import verb_module
+
+evaluate = verb_module("evaluate")
+train = verb_module("train")
 
 FILE = ROOT / "notebooks" / "colab_tpu.ipynb"
 VERBS = {"evaluate": evaluate, "train": train, "compare": compare, "export": export}
-# What cells say when all are done: whose Python it was, what it imported, that a program's failure
-# is the cell's.
+# A last cell: prints which Python ran it and what that imported, and shows that a program's failure
+# fails the cell.
 PROBE = """
 print(sys.executable, sorted({"jax", "numpy", "distill"} & set(sys.modules)))
 try:
@@ -39,37 +44,39 @@ def code(nb: Any) -> list[Any]:
     return [cell for cell in nb.cells if cell.cell_type == "code"]
 
 
-def execute(folder: Path, at_home: Path = FILE.parent, **parameters: object) -> Any:
-    """The notebook with its outputs, run in `at_home` with these in place of its parameters; the
-    kernel is that of this Python. Raises CellExecutionError at the first cell that fails."""
+def execute(folder: Path, directory: Path = FILE.parent, **parameters: object) -> Any:
+    """Runs the notebook in `directory` with these parameters, in a kernel of this Python; returns
+    it with its outputs. Raises CellExecutionError at the first cell that fails."""
     nb = notebook()
-    at = next(i for i, cell in enumerate(nb.cells) if "parameters" in cell.metadata.get("tags", ()))
+    index = next(
+        i for i, cell in enumerate(nb.cells) if "parameters" in cell.metadata.get("tags", ())
+    )
     lines = "".join(f"{name} = {value!r}\n" for name, value in parameters.items())
-    nb.cells.insert(at + 1, nbformat.v4.new_code_cell(lines))
+    nb.cells.insert(index + 1, nbformat.v4.new_code_cell(lines))
     nb.cells.append(nbformat.v4.new_code_cell(PROBE, id="probe"))
     with pytest.MonkeyPatch.context() as patch:
         for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
-            patch.setenv(name, str(folder / "jupyter"))  # nothing of the user's, nothing left there
-        where = {"metadata": {"path": str(at_home)}}
+            patch.setenv(name, str(folder / "jupyter"))  # neither read nor write the user's
+        where = {"metadata": {"path": str(directory)}}
         NotebookClient(nb, timeout=600, kernel_name="python3", resources=where).execute()
     return nb
 
 
-def said(nb: Any, name: str) -> str:
-    """What the cell of this id printed."""
+def printed(nb: Any, name: str) -> str:
+    """Returns what the cell of this id printed."""
     cell = next(cell for cell in nb.cells if cell.get("id") == name)
     return "".join(output.get("text", "") for output in cell.outputs)
 
 
 def shown(nb: Any, kind: str) -> list[str]:
-    """What cells displayed as this MIME type."""
+    """Returns what cells displayed as this MIME type."""
     outputs = [output for cell in code(nb) for output in cell.outputs]
     return [output.data[kind] for output in outputs if kind in output.get("data", {})]
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """The executed notebook, and the folder of its run."""
+    """Returns the executed notebook and the folder of its run."""
     folder = tmp_path_factory.mktemp("notebook")
     return execute(folder, TINY=True, KEEP="local", RUN=str(folder / "run")), folder / "run_tiny"
 
@@ -85,14 +92,14 @@ def problems(limit: int) -> list[tuple[str, dict[str, Any]]]:
 def test_every_cell_runs(done: tuple[Any, Path]) -> None:
     nb, out = done
     assert all(cell.execution_count for cell in code(nb))
-    assert str(out) in said(nb, "place")
-    assert "assets/rows/gsm8k.jsonl: 12 prompts" in said(nb, "chip")
+    assert str(out) in printed(nb, "place")
+    assert "assets/rows/gsm8k.jsonl: 12 prompts" in printed(nb, "chip")
     steps = rows(out / "metrics.jsonl")
     assert [row["step"] for row in steps] == [0, 1]
     (table,), (picture,) = shown(nb, "text/markdown"), shown(nb, "image/png")
     for row in steps:
-        told = f"| {row['step'] + 1} | {row['train/reverse_kl']:.4f} | {row['eval/accuracy']:.1%} |"
-        assert told in table
+        text = f"| {row['step'] + 1} | {row['train/reverse_kl']:.4f} | {row['eval/accuracy']:.1%} |"
+        assert text in table
     assert len(picture) > 10_000 and (out / "curves.png").is_file()
     before, after = (
         json.loads((out / f"{when}/summary.json").read_text()) for when in ("before", "after")
@@ -100,54 +107,54 @@ def test_every_cell_runs(done: tuple[Any, Path]) -> None:
     assert before["problems"] == after["problems"] == 16 and before["accuracy"] > 0
     assert after["accuracy"] == steps[-1]["eval/accuracy"]  # the same problems
     for one in (before, after):
-        assert f"{100 * one['accuracy']:.1f} [" in said(nb, "after")
-    assert {"adapter", "model.safetensors", "tokenizer.json"} <= set(said(nb, "export").split())
-    told = said(nb, "transcript")
+        assert f"{100 * one['accuracy']:.1f} [" in printed(nb, "after")
+    assert {"adapter", "model.safetensors", "tokenizer.json"} <= set(printed(nb, "export").split())
+    text = printed(nb, "transcript")
     pairs = zip(*(rows(out / when / "examples.jsonl") for when in ("before", "after")), strict=True)
     asked = [f"<|im_start|>user\n{row['question']}<|im_end|>" for _, row in problems(16)]
     assert any(  # a question with its two answers
-        question in told and all(row["response"] in told for row in pair)
+        question in text and all(row["response"] in text for row in pair)
         for question, pair in zip(asked, pairs, strict=True)
     )
 
 
-def test_the_kernel_is_ours_and_light(done: tuple[Any, Path]) -> None:
-    """It imports nothing that the installation replaces, and leaves the chip to the programs."""
-    told = said(done[0], "probe").splitlines()
-    assert told[0] == f"{sys.executable} []"
-    assert told[1] == "gone wrong" and told[2].startswith("exit code 3, see above: ")
+def test_kernel_imports_no_jax_and_shows_failures(done: tuple[Any, Path]) -> None:
+    """It imports nothing that the installation replaces, and leaves the chip to programs."""
+    text = printed(done[0], "probe").splitlines()
+    assert text[0] == f"{sys.executable} []"
+    assert text[1] == "gone wrong" and text[2].startswith("exit code 3, see above: ")
 
 
 @pytest.mark.long
-def test_run_all_again_repeats_nothing(done: tuple[Any, Path]) -> None:
+def test_second_run_all_repeats_nothing(done: tuple[Any, Path]) -> None:
     nb, out = done
 
-    def held() -> dict[str, tuple[bytes, int]]:
+    def read_files() -> dict[str, tuple[bytes, int]]:
         kept = [out / "metrics.jsonl", *out.glob("*/examples.jsonl"), *out.glob("eval/*/*.jsonl")]
         kept += [*out.glob("checkpoints/*/commit_success.txt"), *out.glob("student/*.json")]
         return {str(file): (file.read_bytes(), file.stat().st_mtime_ns) for file in kept}
 
-    before = held()
+    before = read_files()
     assert len(before) > 8
     again = execute(out.parent, TINY=True, KEEP="local", RUN=str(out).removesuffix("_tiny"))
-    assert {name: content for name, (content, _) in held().items()} == {
+    assert {name: content for name, (content, _) in read_files().items()} == {
         name: content for name, (content, _) in before.items()
     }
     for name in before:
         if "checkpoints" in name or "student" in name:
-            assert held()[name] == before[name], name
-    assert "step 0: compiled" in said(nb, "train") and "step" not in said(again, "train")
+            assert read_files()[name] == before[name], name
+    assert "step 0: compiled" in printed(nb, "train") and "step" not in printed(again, "train")
     for name in ("curves", "transcript"):
-        assert said(again, name) == said(nb, name)
+        assert printed(again, name) == printed(nb, name)
 
 
-def test_a_cell_that_fails_fails_it(tmp_path: Path) -> None:
-    """Opened outside a checkout, and not told where one is."""
+def test_failing_cell_fails_the_notebook(tmp_path: Path) -> None:
+    """Outside a checkout, without REPOSITORY."""
     with pytest.raises(CellExecutionError, match="set REPOSITORY to this project's address"):
-        execute(tmp_path, at_home=tmp_path, TINY=True)
+        execute(tmp_path, directory=tmp_path, TINY=True)
 
 
-def test_its_form() -> None:
+def test_form_of_the_committed_notebook() -> None:
     nb = notebook()
     nbformat.validate(nb)
     assert nb.metadata.accelerator == "TPU" and nb.metadata.colab.gpuType == "V5E1"
@@ -161,11 +168,11 @@ def test_its_form() -> None:
         paths = re.findall(r"""["'](/\w[^"']*)""", cell.source)
         assert all(path.startswith("/content/drive") for path in paths), paths
     assert "colab.research.google.com" in nb.cells[0].source
-    assert not re.findall(r"github\.com/(?!OWNER/NAME)\w", FILE.read_text())  # nobody's repository
+    assert not re.findall(r"github\.com/(?!OWNER/NAME)\w", FILE.read_text())  # no one's repository
 
 
 def flags(nb: Any) -> Iterator[tuple[str, str]]:
-    """(verb, flag) of every command in the cells; what a name stands for stands in its place."""
+    """Yields (verb, flag) of every command in the cells, names replaced by their values."""
     nodes = [node for cell in code(nb) for node in ast.walk(ast.parse(cell.source))]
     named = {ast.unparse(n.targets[0]): n.value for n in nodes if isinstance(n, ast.Assign)}
     for node in nodes:
@@ -180,7 +187,7 @@ def flags(nb: Any) -> Iterator[tuple[str, str]]:
             yield from ((verb, text) for text in texts if text.startswith("--"))
 
 
-def test_its_flags_exist() -> None:
+def test_flags_of_commands_exist() -> None:
     found = list(flags(notebook()))
     assert {verb for verb, _ in found} == set(VERBS) and len(found) > 15
     for verb, text in found:
@@ -188,7 +195,7 @@ def test_its_flags_exist() -> None:
         assert name in VERBS[verb].OPTIONS, (verb, text)
 
 
-def test_what_it_says_of_the_flags_of_train() -> None:
+def test_config_keys_in_prose_exist_for_train() -> None:
     named = re.findall(r"--config\.([\w.]+)=", FILE.read_text())
     assert named
     for path in named:
@@ -198,8 +205,8 @@ def test_what_it_says_of_the_flags_of_train() -> None:
             found = found[key]
 
 
-def test_the_full_size_differs_in_flags_only() -> None:
-    """TINY chooses words; no cell is another one for it."""
+def test_full_size_runs_the_same_cells() -> None:
+    """TINY chooses values; no cell branches on it."""
     for cell in code(notebook()):
         for node in ast.walk(ast.parse(cell.source)):
             if isinstance(node, ast.If):

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from configs import base
-from distill import evaluate, export, generate, score
+from distill import export, generate, score
 from distill.policy import policy
 from distill.runtime import mesh as mesh_lib
 from distill.runtime import run_files
@@ -26,7 +26,9 @@ from distill.training import loop, optim, update
 from models.errors import UserError
 from tests.support.paths import ROOT, TOKENIZER
 from tests.support.tiny_models import greedy, logprobs, tiny_qwen3
-from tests.support.verbs import call, read, write
+from tests.support.verbs import call, read, verb_module, write
+
+evaluate = verb_module("evaluate")
 
 PROMPTS = [[5], [7, 3, 90], list(range(40, 59)), [11, 12, 13, 14, 130, 0, 1]]
 STEPS = (3, 7)

@@ -13,7 +13,7 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from configs import base
-from distill import evaluate, rollout
+from distill import rollout
 from distill.data import chat
 from distill.evaluation import divergence, evaluator, protocols, responses, tasks
 from distill.policy import policy
@@ -27,7 +27,9 @@ from models.errors import UserError
 from tests.support.evaluations import STOPS, killed, strict, summary_of, untimed
 from tests.support.paths import TOKENIZER
 from tests.support.tiny_models import tiny_qwen3
-from tests.support.verbs import call, read, write
+from tests.support.verbs import call, read, verb_module, write
+
+evaluate = verb_module("evaluate")
 
 ROWS = tasks.load_problems("arithmetic", "", 5)
 SAMPLE_FIELDS = {field.name for field in dataclasses.fields(rollout.SampleSpec)}

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
 from configs import base
-from distill import evaluate, export, generate, score
+from distill import export, generate, score
 from distill.batch import Batch
 from distill.objectives import losses
 from distill.policy import exporting, policy
@@ -35,7 +35,9 @@ from tests.support.paths import ROOT
 from tests.support.runs import config, numbers, stop_after, tiny_model
 from tests.support.tiny_models import greedy, logprobs, tiny_qwen3
 from tests.support.updates import one_update
-from tests.support.verbs import call, read, write
+from tests.support.verbs import call, read, verb_module, write
+
+evaluate = verb_module("evaluate")
 
 pytestmark = [
     # peft asks transformers in a way that transformers is about to drop.

@@ -1,4 +1,4 @@
-"""What a slice will have to run, compiled for one that is not there; checked by hand arithmetic."""
+"""Plans of a tiny model, compiled for slices that need not exist, against arithmetic by hand."""
 
 import json
 
@@ -11,7 +11,7 @@ from configs import base
 from distill import plan, rollout
 from distill.planning import aot, fit, forecast, hlo, programs, roofline
 from distill.runtime import mesh as mesh_lib
-from distill.training import memory, stages
+from distill.training import memory
 from models.errors import UserError
 from models.qwen3.config import SIZES
 
@@ -58,43 +58,43 @@ PARAMETERS = V * D + D + L * (D * H * (2 * N + 2 * K) + 2 * H + 3 * D * F + 2 * 
 
 @pytest.fixture(scope="module")
 def rows(shape, compiled_anew):
-    found = fit.compile_run(config(shape), "v5e:2x2")["opd"]
-    return {row.name: row for row in found}
+    """The programs of on-policy distillation by their names."""
+    return {row.name: row for row in fit.compile_run(config(shape), "v5e:2x2")["opd"]}
 
 
-def test_every_program_of_a_step_is_there(rows):
+def test_every_program_of_a_step_is_listed_in_order(rows):
     sampling = ["weights", "cache", "few prompts", "prompts", "decode"]
     once = ["optimiser", "zeros"]
     assert list(rows) == [*sampling, "score", *once, "accumulate", "apply", "transcripts"]
     assert rows["decode"].calls == R and rows["accumulate"].calls == 1
 
 
-def test_what_lies_beside_a_program(rows, shape):
+def test_memory_beside_each_program(rows, shape):
     mesh = mesh_lib.make_mesh(1, 4, 1, devices=aot.get_devices("v5e:2x2"))
-    models = fit.describe_models(config(shape), mesh, mesh, ("teacher",), False)
-    kept = memory.count_resident_bytes(config(shape), models, config(shape).opd)
+    resident = memory.count_resident_bytes(fit.describe_stage(config(shape), "opd", mesh, mesh))
     norms = D + L * (2 * H + 2 * D)  # of which the heads' are not split
-    assert kept["parameters"] == pytest.approx(4 * PARAMETERS / 4, abs=4 * norms)
-    assert kept["optimiser"] == pytest.approx(2 * kept["parameters"], abs=64)
-    assert kept["teacher"] == kept["parameters"] // 2  # bfloat16
-    gradient, head = kept["parameters"], 2 * V * D / 4
-    assert rows["score"].beside == kept["parameters"] + kept["optimiser"] + gradient
-    assert rows["accumulate"].beside == kept["optimiser"] + kept["teacher"] - head  # its argument
-    assert rows["apply"].beside == kept["teacher"]
-    assert rows["decode"].beside == rows["prompts"].beside == sum(kept.values())
+    assert resident["parameters"] == pytest.approx(4 * PARAMETERS / 4, abs=4 * norms)
+    assert resident["optimiser"] == pytest.approx(2 * resident["parameters"], abs=64)
+    assert resident["teacher"] == resident["parameters"] // 2  # bfloat16
+    gradient, head = resident["parameters"], 2 * V * D / 4
+    assert rows["score"].beside == resident["parameters"] + resident["optimiser"] + gradient
+    # Its argument is the teacher's head.
+    assert rows["accumulate"].beside == resident["optimiser"] + resident["teacher"] - head
+    assert rows["apply"].beside == resident["teacher"]
+    assert rows["decode"].beside == rows["prompts"].beside == sum(resident.values())
     copy = 2 * PARAMETERS
-    assert rows["cache"].beside == pytest.approx(sum(kept.values()) + copy, abs=4 * norms)
-    assert rows["weights"].beside == kept["optimiser"] + kept["teacher"]
+    expected = sum(resident.values()) + copy
+    assert rows["cache"].beside == pytest.approx(expected, abs=4 * norms)
+    assert rows["weights"].beside == resident["optimiser"] + resident["teacher"]
 
 
-def test_what_is_sampled_ahead_lies_beside_the_update(rows, shape):
+def test_asynchronous_rollouts_lie_beside_the_update(rows, shape):
     mesh = mesh_lib.make_mesh(1, 4, 1, devices=aot.get_devices("v5e:2x2"))
     c = config(shape, **{"opd.rollout.asynchronous": True})
-    models = fit.describe_models(c, mesh, mesh, ("teacher",), False)
     with mesh_lib.use_mesh(mesh):
-        loss, sampled = stages.resolve_objective("opd", c.opd)
-        found = programs.list_stage_calls(c, c.opd, loss, sampled, models, mesh, 15.75 * fit.GIB)
-    beside = {call.name: call.other_bytes for call in found}
+        stage = fit.describe_stage(c, "opd", mesh, mesh)
+        calls = programs.list_stage_calls(stage, 15.75 * fit.GIB)
+    beside = {call.name: call.other_bytes for call in calls}
     cache = 2 * 2 * L * K * H * B * (P + R) / 4  # of which each device has a quarter of the rows
     copy = rows["cache"].beside - rows["decode"].beside
     for name in ("zeros", "apply"):
@@ -102,8 +102,8 @@ def test_what_is_sampled_ahead_lies_beside_the_update(rows, shape):
     assert beside["decode"] == 0 and beside["score"] > copy + cache
 
 
-def test_operations(rows):
-    """The compiler's text against the formula: the products of all layers, attention apart."""
+def test_flops_of_the_compiled_text_are_those_of_the_formula(rows):
+    """The products of all layers, attention apart."""
     useful = B * (P + R) * 2 * (PARAMETERS - V * D - D - L * (2 * H + 2 * D)) / 4
     assert rows["score"].useful == pytest.approx(
         useful + 4 * N * H * (P + R + 1) / 2 * B * (P + R) * L / 4
@@ -123,55 +123,56 @@ def test_decoding_reads_the_weights_and_the_cache(rows):
     assert weights + cache <= rows["decode"].traffic <= 6 * (weights + cache)
 
 
-def test_the_smallest_slice(shape):
+def test_auto_finds_the_smallest_slice(shape):
     lengths = {"sft.max_prompt_tokens": P, "sft.max_response_tokens": R}
     c = config(shape, **{"stages": ("sft",), "sft.batch_size": 2, **lengths})
-    topology, found = plan.find_smallest(c, "v5e")
+    topology, stage_costs = plan.find_smallest(c, "v5e")
     assert topology == "v5e:1x1"
     names = ["optimiser", "accumulate", "apply", "transcripts"]  # no gradient beside the only one
-    assert [(row.name, row.collectives) for row in found["sft"]] == [(n, {}) for n in names]
+    assert [(row.name, row.collectives) for row in stage_costs["sft"]] == [(n, {}) for n in names]
 
 
-def test_at_the_longest_responses_a_forecast_says_what_the_plan_does(rows, shape, monkeypatch):
+def test_forecast_of_the_longest_responses_agrees_with_the_plan(rows, shape, monkeypatch):
     monkeypatch.setattr(rollout, "draw_lengths", lambda count, mean, most: [most] * count)
     monkeypatch.setattr(forecast, "PROMPT_TOKENS", P)
-    c, found = config(shape), {"opd": list(rows.values())}
-    of = fit.forecast_stages(c, "v5e:2x2", found, R)["opd"]
-    assert of.decoding and of.decoding.steps == R and of.decoding.num_parked == 0
-    assert of.packing.num_microbatches == 1 and of.packing.attention_share == 1
+    c, costs = config(shape), {"opd": list(rows.values())}
+    longest = fit.forecast_stages(c, "v5e:2x2", costs, R)["opd"]
+    assert longest.decoding and longest.decoding.steps == R
+    assert longest.decoding.simulation.num_parked == 0
+    assert longest.packing.num_microbatches == 1 and longest.packing.attention_share == 1
+    seconds = longest.program_seconds
     for name in ("score", "apply", "weights", "prompts"):
-        assert of.program_seconds[name] == pytest.approx(rows[name].seconds)
-    assert of.program_seconds["accumulate"] <= rows["accumulate"].seconds
-    told = roofline.summarise_run(c, "v5e:2x2", found)
-    forecast.add_to_summary(told["stages"]["opd"], of)
-    stage = told["stages"]["opd"]
-    assert stage["seconds_per_step_at_mean"] == pytest.approx(sum(of.program_seconds.values()))
+        assert seconds[name] == pytest.approx(rows[name].seconds)
+    assert seconds["accumulate"] <= rows["accumulate"].seconds
+    stage = roofline.summarise_run(c, "v5e:2x2", costs)["stages"]["opd"]
+    forecast.add_to_summary(stage, longest)
+    assert stage["seconds_per_step_at_mean"] == pytest.approx(sum(seconds.values()))
     assert stage["at_mean"]["decoding_steps"] == R and stage["at_mean"]["micro_batches"] == 1
-    assert "128 tokens in the mean" in forecast.render_forecast("opd", of)
+    assert "128 tokens in the mean" in forecast.render_forecast("opd", longest)
 
 
 def test_shorter_responses_take_less_time(rows, shape):
-    found = {"opd": list(rows.values())}
-    of = fit.forecast_stages(config(shape), "v5e:2x2", found, 16)["opd"]
-    assert of.decoding and of.decoding.steps < R
-    assert of.program_seconds["decode"] <= 1.001 * rows["decode"].seconds * of.decoding.steps / R
-    assert of.total_seconds < sum(row.seconds for row in rows.values())
+    costs = {"opd": list(rows.values())}
+    shorter = fit.forecast_stages(config(shape), "v5e:2x2", costs, 16)["opd"]
+    assert shorter.decoding and shorter.decoding.steps < R
+    most = 1.001 * rows["decode"].seconds * shorter.decoding.steps / R
+    assert shorter.program_seconds["decode"] <= most
+    assert shorter.total_seconds < sum(row.seconds for row in rows.values())
     with pytest.raises(UserError, match=f"--mean_response_tokens={R + 1}: from 1 to "):
-        fit.forecast_stages(config(shape), "v5e:2x2", found, R + 1)
+        fit.forecast_stages(config(shape), "v5e:2x2", costs, R + 1)
 
 
 @pytest.mark.parametrize("lengths", [[40], [3, 5, 7, 2], [8, 8, 8], [17, 1, 20], []])
-def test_blocks_of_attention(lengths):
-    """Those in which a query sees a key, where a row's padding is a sequence, too; and all before
-    the diagonal between them."""
+def test_blocks_of_attention_that_hold_a_visible_key_are_counted(lengths):
+    """A row's padding is a sequence too."""
     T, block = 40, 8
-    of = np.repeat(np.arange(len(lengths) + 1), [*lengths, T - sum(lengths)])
-    sees = (of[:, None] == of[None]) & np.tri(T, dtype=bool)
+    segments = np.repeat(np.arange(len(lengths) + 1), [*lengths, T - sum(lengths)])
+    sees = (segments[:, None] == segments[None]) & np.tri(T, dtype=bool)
     expected = sees.reshape(T // block, block, T // block, block).any((1, 3))
     assert forecast._count_blocks(lengths, T, block) == expected.sum()
 
 
-def test_too_large_is_found_before_compiling_and_something_helps(shape, monkeypatch):
+def test_resident_arrays_that_do_not_fit_are_refused_before_compiling(shape, monkeypatch):
     chip = aot.Chip(**{**vars(aot.CHIPS["v5e"]), "hbm_gib": 9 * PARAMETERS / 4 / fit.GIB})
     monkeypatch.setitem(aot.CHIPS, "v5e", chip)
     with pytest.raises(fit.TooLarge) as error:
@@ -181,9 +182,9 @@ def test_too_large_is_found_before_compiling_and_something_helps(shape, monkeypa
     assert "optimiser" in error.value.largest[0]
 
 
-def test_without_room_for_a_row_nothing_is_compiled(shape, monkeypatch):
-    """Beside what the run keeps, 14 bytes a parameter on four devices, there is the whole copy of
-    the weights and a fifth of what one of the longest rows takes."""
+def test_no_room_for_a_row_is_refused_before_compiling_and_remedies_are_listed(shape, monkeypatch):
+    """The device holds the resident arrays (14 bytes a parameter on four devices), the whole copy
+    of the weights and a fifth of what one of the longest rows takes."""
     row = (P + R) * 2 * 2 * L * K * H
     hbm = (14 / 4 + 2) * PARAMETERS + row / 5
     chip = aot.Chip(**{**vars(aot.CHIPS["v5e"]), "hbm_gib": hbm / fit.GIB})
@@ -199,8 +200,8 @@ def test_without_room_for_a_row_nothing_is_compiled(shape, monkeypatch):
 def test_released_sizes_need_no_directory():
     mesh = mesh_lib.make_mesh(1, 4, 1, devices=aot.get_devices("v5e:2x2"))
     for path, size in (("Qwen/Qwen3-0.6B", "0.6b"), ("Qwen/Qwen3-30B-A3B-Base", "30b-a3b")):
-        found = fit.describe_policy(path, "bfloat16", True, mesh, "student")
-        assert found.config == SIZES[size]
+        described = fit.describe_policy(path, "bfloat16", True, mesh, "student")
+        assert described.config == SIZES[size]
 
 
 @pytest.mark.parametrize(
@@ -217,7 +218,7 @@ def test_released_sizes_need_no_directory():
         ({"student.path": "nowhere"}, "nowhere: no model directory"),
     ],
 )
-def test_mistakes_are_named(shape, changes, words):
+def test_mistakes_in_a_config_are_named(shape, changes, words):
     with pytest.raises(UserError, match=words):
         fit.compile_run(config(shape, **changes), "v5e:2x2")
 
@@ -239,28 +240,28 @@ def test_mistakes_are_named(shape, changes, words):
         ),
     ],
 )
-def test_both_ways_in_which_the_compiler_runs_out_of_memory(message, needs, largest):
+def test_both_out_of_memory_messages_are_parsed(message, needs, largest):
     error = aot.OutOfMemory("update", message, 15.75)
     assert error.needs_gib == needs and error.largest == largest
 
 
-def test_several_slices_split_rows_alone():
+def test_several_slices_split_only_rows():
     devices = topologies.get_topology_desc(
         platform="tpu", topology_name="v5e:2x2", num_slices=2
     ).devices
     mesh = mesh_lib.make_mesh(2, -1, 2, devices=list(devices))
-    of = [{device.slice_index for device in part.flat} for part in mesh.devices]
-    assert of == [{0}, {1}] and mesh.shape["fsdp"] == 2
+    slices = [{device.slice_index for device in part.flat} for part in mesh.devices]
+    assert slices == [{0}, {1}] and mesh.shape["fsdp"] == 2
     with pytest.raises(UserError, match="data=1: must be a multiple of the 2 slices"):
         mesh_lib.make_mesh(1, -1, 2, devices=list(devices))
 
 
-def test_every_generation_has_a_mesh():
+def test_a_mesh_spans_a_slice_of_every_generation():
     for topology, size in (("v4:2x2x1", 8), ("v5e:2x2", 4), ("v5p:2x2x1", 4), ("v6e:2x2", 4)):
         assert mesh_lib.make_mesh(1, -1, 1, devices=aot.get_devices(topology)).size == size
 
 
-def test_an_axis_is_one_dimension_of_the_torus():
+def test_a_mesh_axis_lies_along_one_dimension_of_the_torus():
     mesh = mesh_lib.make_mesh(1, 8, 8, devices=aot.get_devices("v5e:8x8"))
     for axis in ("fsdp", "tensor"):
         for line in np.moveaxis(mesh.devices, mesh_lib.AXES.index(axis), -1).reshape(-1, 8):
@@ -268,26 +269,26 @@ def test_an_axis_is_one_dimension_of_the_torus():
 
 
 @pytest.mark.parametrize(
-    "said", ["JAX TPU support not installed; cannot generate TPU topology.", "No module named x"]
+    "message", ["JAX TPU support not installed; cannot generate TPU topology.", "No module named x"]
 )
-def test_without_libtpu_it_is_said_how_to_get_it(said, monkeypatch):
+def test_without_libtpu_the_error_names_the_package(message, monkeypatch):
     def missing(**_):
-        raise RuntimeError(f"{said}\nmore of it")
+        raise RuntimeError(f"{message}\nmore of it")
 
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
-    with pytest.raises(UserError, match=f"pip install libtpu .{said[:20]}"):
+    with pytest.raises(UserError, match=f"pip install libtpu .{message[:20]}"):
         aot.get_devices("v5e:2x2")
 
 
-def test_no_such_slice():
+def test_slices_that_do_not_exist_are_refused():
     with pytest.raises(UserError, match="v5e:3x3: no such slice"):
         aot.get_devices("v5e:3x3")
     with pytest.raises(UserError, match="name one of v4, v5e, v5p, v6e"):
         plan.find_smallest(base.get_config(), "v9")
 
 
-def test_traffic():
-    """Operands and results; of slices what is cut or put; nothing of what lies in fast memory."""
+def test_traffic_counts_operands_and_results_in_hbm():
+    """Of a slice only what is cut out or put in counts; fast memory does not count."""
     text = """\
 %cut (p0: f32[10,256], p1: s32[]) -> f32[256] {
   %p0 = f32[10,256]{1,0} parameter(0)
@@ -317,8 +318,7 @@ ENTRY %main (x: f32[10,256], i: s32[]) -> f32[10,256] {
     assert hlo.parse_costs(text).hbm_bytes == expected
 
 
-def test_traffic_of_a_real_program():
-    """A matrix that a loop reads in slices is read once, whatever the number of slices."""
+def test_a_matrix_that_a_loop_reads_in_slices_counts_once():
     w, x = (jax.ShapeDtypeStruct(s, np.float32) for s in ((16, 512, 512), (512, 512)))
 
     def layers(w_LDD, x_DD):

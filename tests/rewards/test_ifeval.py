@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from distill import evaluate
 from distill.evaluation import tasks
 from distill.rewards import graders, ifeval
 from models.errors import UserError
-from tests.support.verbs import call, read, write
+from tests.support.verbs import call, read, verb_module, write
+
+evaluate = verb_module("evaluate")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of lm-eval and what it imports
 

@@ -1,4 +1,4 @@
-"""Decoding: sequences come and go, are parked and go on, each drawn as if it were alone."""
+"""Decoding: sequences are inserted, parked and resumed, and each is drawn as if it were alone."""
 
 import copy
 import dataclasses
@@ -48,8 +48,8 @@ PAGES = dataclasses.replace(SMALL, cache_backend="plain", page_size=8)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def narrow():
-    """So that short rows, too, lie in several blocks of a slab."""
+def small_blocks():
+    """Short rows, too, then lie in several blocks of a slab."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slabs, "MIN_BLOCK_TOKENS", 16)
         yield
@@ -67,15 +67,15 @@ def weights(seed: int, shape: tuple[int, ...]):
     return mesh, jax.device_put(_weights(jax.random.key(seed)), shardings)
 
 
-def ask(prompts: int, samples: int = 1, seed: int = 0, longest: int = R, first: int = 0):
-    """Rows of random prompts and limits; those of row i are always the same."""
-    found = []
+def make_rows(prompts: int, samples: int = 1, seed: int = 0, longest: int = R, first: int = 0):
+    """Returns rows of random prompts and limits, which depend on the number of the prompt alone."""
+    rows = []
     for p in range(first, first + prompts):
         rng = np.random.default_rng((seed, p))
         prompt = rng.integers(8, 64, rng.integers(1, P + 1)).tolist()
         keys = rollout.make_row_keys(jax.random.key(5), [p] * samples, range(samples))
-        found += [Sequence(prompt, key, int(rng.integers(1, longest + 1))) for key in keys]
-    return found
+        rows += [Sequence(prompt, key, int(rng.integers(1, longest + 1))) for key in keys]
+    return rows
 
 
 def run(
@@ -94,7 +94,7 @@ def run(
         )
 
 
-def drawn(rows: list[Sequence]):
+def get_draws(rows: list[Sequence]):
     return [(row.tokens, row.finish_reason) for row in rows]
 
 
@@ -109,8 +109,8 @@ def _scores(params: transformer.Params, batch: Any):
     return losses.unshift(stats["logp"])
 
 
-def scored(rows: list[Sequence], seed: int = 0) -> list[list[float]]:
-    """Log-probabilities of all tokens of each row by one plain forward on one device."""
+def score(rows: list[Sequence], seed: int = 0) -> list[list[float]]:
+    """Returns log-probabilities of each row's tokens by one plain forward on one device."""
     mesh, params = weights(seed, (1, 1, 1))
     with mesh_lib.use_mesh(mesh):
         batch = microbatches.make_unpacked_batch(rows, len(rows), P + R)
@@ -118,15 +118,17 @@ def scored(rows: list[Sequence], seed: int = 0) -> list[list[float]]:
     return [x[m].tolist() for x, m in zip(logp, np.asarray(batch.mask_BT), strict=True)]
 
 
-def close(found: list[list[float]], expected: list[list[float]], tolerance: float = 1e-4) -> None:
-    for a, b in zip(found, expected, strict=True):
+def assert_close(
+    actual: list[list[float]], expected: list[list[float]], tolerance: float = 1e-4
+) -> None:
+    for a, b in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=tolerance)
 
 
 @pytest.fixture(scope="module")
 def plain() -> list[Sequence]:
-    """What 32 rows of 8 prompts draw, all at once."""
-    return run(ask(8, 4), RolloutOptions(slots=32))
+    """32 rows of 8 prompts, drawn all at once."""
+    return run(make_rows(8, 4), RolloutOptions(slots=32))
 
 
 ONE, EIGHT, CONTEXT = (1, 1, 1), (1, 2, 4), (1, 1, 2, 1, 2)
@@ -142,48 +144,48 @@ ONE, EIGHT, CONTEXT = (1, 1, 1), (1, 2, 4), (1, 1, 2, 1, 2)
         ("plain", CONTEXT, False),
     ],
 )
-def test_sampler_equals_scorer(plain, kind, shape, stacked) -> None:
-    """Under refills, shared prompts, a prompt in pieces, sequences parked for want of room, and
-    some that a budget stopped and that went on."""
+def test_rows_draw_the_same_and_match_a_forward(plain, kind, shape, stacked) -> None:
+    """With refills, shared prompts, prompts in pieces, sequences parked for lack of room, and
+    sequences that a budget stopped and a second call continued."""
     page = 4 if kind == "plain" else 0
     tight = 200 if kind == "plain" else 0
     options = RolloutOptions(
         8, P + R, 8, 16, cache_tokens=tight, page_size=page, cache_backend=kind, stacked=stacked
     )
     counts: Counter[str] = Counter()
-    rows = run(ask(8, 4), options, shape, token_budget=200, counts=counts)
+    rows = run(make_rows(8, 4), options, shape, token_budget=200, counts=counts)
     unfinished = [row for row in rows if not row.finish_reason]
     assert any(row.tokens for row in unfinished) and any(row.finish_reason for row in rows)
     rows = run(rows, options, shape, counts=counts)
     assert counts["parked" if kind == "plain" else "resizes"]
     assert all(row.finish_reason for row in rows)
-    assert drawn(rows) == drawn(plain)
+    assert get_draws(rows) == get_draws(plain)
     assert counts["tokens"] == sum(len(row.tokens) for row in rows)
-    close([row.logprobs for row in rows], scored(rows))
+    assert_close([row.logprobs for row in rows], score(rows))
 
 
 @pytest.fixture(scope="module")
 def thousand() -> tuple[list[Sequence], list[Sequence], Counter[str]]:
-    """1,000 rows of mixed lengths and limits, as asked for and as they came, and what was done."""
-    rows, counts = ask(1000), Counter[str]()
+    """1,000 rows of mixed lengths and limits as requested, as yielded, and the counts."""
+    rows, counts = make_rows(1000), Counter[str]()
     return rows, run(rows, counts=counts), counts
 
 
 def test_every_row_comes_once_and_in_order(thousand) -> None:
-    rows, found, counts = thousand
-    assert [id(row) for row in found] == [id(row) for row in rows]
-    for row in found:
+    rows, done, counts = thousand
+    assert [id(row) for row in done] == [id(row) for row in rows]
+    for row in done:
         assert row.finish_reason == ("stop" if row.tokens[-1] in STOPS else "length")
         assert not set(row.tokens[:-1]) & set(STOPS)
         assert len(row.tokens) <= row.limit
         assert row.finish_reason == "stop" or len(row.tokens) == row.limit
         assert len(row.tokens) == len(row.logprobs) == len(row.versions)
-    assert counts["tokens"] == sum(len(row.tokens) for row in found)
+    assert counts["tokens"] == sum(len(row.tokens) for row in done)
     assert counts["queued_tokens"] >= 0.9 * counts["queued_slot_steps"]
 
 
-def test_least_rows(plain, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A single row has an empty one beside it where no fewer than two decode, as on GPUs."""
+def test_at_least_two_rows_decode_on_gpus(plain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single sequence decodes beside an empty row."""
     mesh, _ = weights(0, (1, 2, 4))
     gpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]), shape=mesh.shape)
     assert (decode.get_min_rows(mesh), decode.get_min_rows(gpu)) == (2, 4)  # pyright: ignore
@@ -195,12 +197,12 @@ def test_least_rows(plain, monkeypatch: pytest.MonkeyPatch) -> None:
     options = RolloutOptions(
         slots=1, max_length=P + R, segment=16, prefill_chunk=32, cache_backend="plain", page_size=8
     )
-    rows = run(ask(8, 4)[:3], options, counts=counts)
-    assert drawn(rows) == drawn(plain)[:3]
+    rows = run(make_rows(8, 4)[:3], options, counts=counts)
+    assert get_draws(rows) == get_draws(plain)[:3]
     assert counts["slot_steps"] == 2 * counts["steps"]
 
 
-COMPANIES = {
+BATCHES = {
     "alone": (60, RolloutOptions(slots=1, max_length=P + R, segment=16, prefill_chunk=32)),
     "two rows, short segments": (
         200,
@@ -212,51 +214,46 @@ COMPANIES = {
 }
 
 
-def test_ten_thousand_tokens_do_not_depend_on_company(thousand) -> None:
-    """Alone, in any batch and order, parked and not: no row differs, not by a near tie either."""
+def test_ten_thousand_tokens_are_the_same_in_any_batch(thousand) -> None:
+    """Alone, in any batch and order, parked or not: no row differs, not even by a near tie."""
     _, expected, _ = thousand
     assert sum(len(row.tokens) for row in expected) > 10_000
-    for name, (count, options) in COMPANIES.items():
-        rows = ask(count)
+    for name, (count, options) in BATCHES.items():
+        rows = make_rows(count)
         order = np.random.default_rng(0).permutation(count)
-        found = run([rows[i] for i in order], options)
-        differing = sum(
-            (found[at].tokens, found[at].finish_reason)
-            != (expected[i].tokens, expected[i].finish_reason)
-            for at, i in enumerate(order)
-        )
-        assert differing == 0, name
+        done = run([rows[i] for i in order], options)
+        assert get_draws(done) == get_draws([expected[i] for i in order]), name
 
 
-def test_rows_come_as_soon_as_they_and_those_before_have_ended() -> None:
+def test_row_is_yielded_once_it_and_all_before_have_ended() -> None:
     mesh, params = weights(0, (1, 1, 1))
-    rows = ask(24)
+    rows = make_rows(24)
     with mesh_lib.use_mesh(mesh):
-        coming = rollout.sample(
+        stream = rollout.sample(
             SamplingModel(QWEN3, params, STOPS),
             rows,
             sampling=Sampling(),
             options=RolloutOptions(slots=4),
         )
-        assert next(coming) is rows[0]
+        assert next(stream) is rows[0]
         assert not rows[-1].tokens
-        assert [id(row) for row in coming] == [id(row) for row in rows[1:]]
+        assert [id(row) for row in stream] == [id(row) for row in rows[1:]]
 
 
-def test_the_last_samples_of_a_prompt_come_when_few_rows_are_left(plain) -> None:
-    """Eight sequences end at once, and two samples of one prompt take their rows, of which fewer
-    then go on."""
-    rows = ask(8, 4)[:2]
+def test_batch_shrinks_after_the_last_samples_of_a_prompt(plain) -> None:
+    """Eight sequences end at once, two samples of one prompt take their rows, and the batch then
+    shrinks to fewer."""
+    rows = make_rows(8, 4)[:2]
     short = [Sequence([9 + i], (1, i), 1) for i in range(8)]
     counts: Counter[str] = Counter()
-    found = run([*short, *rows], counts=counts)
-    assert counts["resizes"] == 1 and drawn(found[8:]) == drawn(plain)[:2]
-    close([row.logprobs for row in found[8:]], scored(rows))
+    done = run([*short, *rows], counts=counts)
+    assert counts["resizes"] == 1 and get_draws(done[8:]) == get_draws(plain)[:2]
+    assert_close([row.logprobs for row in done[8:]], score(rows))
 
 
-def test_a_budget_parks_rows_that_go_on_under_newer_weights() -> None:
-    """Nothing is lost or drawn twice; each token keeps its log-probability and its version."""
-    rows, before = ask(6, 4), 0
+def test_rows_stopped_by_a_budget_go_on_under_newer_weights() -> None:
+    """No token is lost or drawn twice; each keeps its log-probability and its version."""
+    rows, before = make_rows(6, 4), 0
     for version in range(20):
         kept = [copy.deepcopy(row) for row in rows]
         rows = run(rows, seed=version % 2, version=version, token_budget=60)
@@ -271,17 +268,17 @@ def test_a_budget_parks_rows_that_go_on_under_newer_weights() -> None:
         if ended:
             break
     assert all(row.finish_reason for row in rows) and version > 2
-    under = [scored(rows, seed) for seed in (0, 1)]
+    scores = [score(rows, seed) for seed in (0, 1)]
     for i, row in enumerate(rows):
-        expected = [under[v % 2][i][at] for at, v in enumerate(row.versions)]
+        expected = [scores[v % 2][i][t] for t, v in enumerate(row.versions)]
         np.testing.assert_allclose(row.logprobs, expected, atol=1e-4)
     again = [copy.deepcopy(row) for row in rows]
     assert run(again) == rows  # ended rows are returned as they are
 
 
-def test_a_cache_of_few_tokens_holds_fewer_sequences() -> None:
-    """Slabs: as many as fit, each as long as it may be. Pages: more than these, for few become as
-    long; and when the pool is full, the youngest are parked, and lose nothing."""
+def test_small_cache_holds_fewer_sequences() -> None:
+    """Slabs hold as many as fit at full length. Pages hold more, because few become that long; when
+    the pool is full, the youngest are parked and lose nothing."""
     mesh, _ = weights(0, ONE)
     tight = dataclasses.replace(SMALL, cache_tokens=160)
     shape = rollout.make_cache_shape(tight, CONFIG, mesh, "float32", 30, P + R)
@@ -289,23 +286,23 @@ def test_a_cache_of_few_tokens_holds_fewer_sequences() -> None:
     pages = dataclasses.replace(PAGES, cache_tokens=160, slots=0)
     shape = rollout.make_cache_shape(pages, CONFIG, mesh, "float32", 30, P + R)
     assert (shape.rows, shape.pages, shape.max_pages_per_row) == (7, 20, 8)
-    expected = drawn(run(ask(30)))
+    expected = get_draws(run(make_rows(30)))
     for options in (tight, pages):
         counts: Counter[str] = Counter()
-        assert drawn(run(ask(30), options, counts=counts)) == expected
+        assert get_draws(run(make_rows(30), options, counts=counts)) == expected
         assert bool(counts["parked"]) == (options.cache_backend == "plain")
 
 
 @pytest.mark.parametrize(
     "options",
-    [  # segments of a length that no other test has: nothing is compiled already
+    [  # a segment length that no other test uses, so that nothing is compiled yet
         dataclasses.replace(SMALL, segment=7),
         dataclasses.replace(PAGES, segment=7, cache_tokens=120),
     ],
 )
 def test_nothing_is_compiled_after_the_first_step(options) -> None:
-    """Eight programs at most, whatever prompts and lengths come later; a second step may meet the
-    second of two sizes that the first did not need."""
+    """At most eight programs, whatever prompts and lengths follow; the second step may need the
+    other of two sizes."""
     compiled: list[str] = []
 
     def note(event: str, duration_secs: float, **about: Any) -> None:
@@ -314,7 +311,7 @@ def test_nothing_is_compiled_after_the_first_step(options) -> None:
 
     def steps(first: int, count: int) -> None:
         for step in range(first, first + count):
-            run(ask(12, 2, seed=7, first=100 * step), options)
+            run(make_rows(12, 2, seed=7, first=100 * step), options)
 
     monitoring.register_event_duration_secs_listener(note)
     try:
@@ -324,13 +321,14 @@ def test_nothing_is_compiled_after_the_first_step(options) -> None:
     finally:
         monitoring.unregister_event_duration_listener(note)
     assert compiled[before:] == []
-    named = {"for_decoding", "init_state", "prefill", "decode", "resize"}
-    assert 3 <= sum(name.removeprefix("jit(").removesuffix(")") in named for name in compiled) <= 8
+    programs = {"convert_weights", "init_state", "prefill", "decode", "resize"}
+    names = [name.removeprefix("jit(").removesuffix(")") for name in compiled]
+    assert 3 <= sum(name in programs for name in names) <= 8
 
 
-def test_a_segment_moves_nothing_between_host_and_device() -> None:
-    """Nor does anything else, but where the host says so: its tokens and its decisions."""
-    rows = ask(12, 2)
+def test_sampling_makes_no_implicit_transfers() -> None:
+    """All transfers are explicit: the tokens and the host's decisions."""
+    rows = make_rows(12, 2)
     with jax.transfer_guard("disallow"):
         with pytest.raises(Exception, match=r"[Dd]isallowed"):
             jax.jit(lambda x: x + 1)(np.ones(3))  # the guard guards
@@ -342,8 +340,8 @@ def test_a_segment_moves_nothing_between_host_and_device() -> None:
     "options",
     [RolloutOptions(slots=16), RolloutOptions(slots=16, cache_backend="plain", page_size=32)],
 )
-def test_a_group_reads_its_prompt_once(options) -> None:
-    """8 prompts of 512 tokens for 8 samples each, and 64 prompts."""
+def test_samples_of_a_prompt_read_it_once(options) -> None:
+    """64 prompts of 512 tokens, then 8 of them with 8 samples each."""
     rng = np.random.default_rng(0)
     different = [Sequence(rng.integers(8, 64, 512).tolist(), (0, i), 2) for i in range(64)]
     shared = [Sequence(different[i // 8].prompt, (0, i), 2) for i in range(64)]
@@ -356,7 +354,7 @@ def test_a_group_reads_its_prompt_once(options) -> None:
 
 
 @pytest.mark.parametrize("kind", ["slabs", "plain"])
-def test_the_state_is_updated_in_place(kind) -> None:
+def test_state_is_updated_in_place(kind) -> None:
     mesh, params = weights(0, EIGHT)
     with mesh_lib.use_mesh(mesh):
         qwen3, params = decode.prepare_weights(
@@ -382,19 +380,21 @@ def test_the_state_is_updated_in_place(kind) -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.02), ("int8", 0.05)])
 @pytest.mark.parametrize("kind", ["slabs", "plain"])
-def test_a_smaller_cache_moves_log_probabilities_a_little(dtype, tolerance, kind) -> None:
+def test_cache_of_lower_precision_changes_log_probabilities_slightly(
+    dtype, tolerance, kind
+) -> None:
     options = RolloutOptions(
         8, segment=8, cache_dtype=dtype, cache_backend=kind, page_size=8, prefill_chunk=16
     )
-    rows = run(ask(16, 2), options)
-    error = np.abs(np.concatenate([row.logprobs for row in rows]) - np.concatenate(scored(rows)))
+    rows = run(make_rows(16, 2), options)
+    error = np.abs(np.concatenate([row.logprobs for row in rows]) - np.concatenate(score(rows)))
     assert 0 < error.mean() < tolerance / 4 and error.max() < tolerance
 
 
-def test_a_row_of_nan_ends_alone() -> None:
+def test_row_with_nan_logits_ends_alone() -> None:
     mesh, params = weights(0, (1, 1, 1))
     poisoned = {**params, "embed": params["embed"].at[9].set(jnp.nan)}
-    # The head is tied, so that token 9 would poison every row: here it is a matrix of its own.
+    # A tied head would poison every row through token 9: here the head is a separate matrix.
     poisoned["head"] = params["embed"]
     untied = dataclasses.replace(CONFIG, tie_word_embeddings=False)
     good, bad = Sequence([10, 11], (0, 1), 6), Sequence([10, 9, 11], (0, 2), 6)
@@ -411,7 +411,7 @@ def test_a_row_of_nan_ends_alone() -> None:
     assert rows[0].finish_reason == "length" and np.isfinite(rows[0].logprobs).all()
 
 
-def test_what_cannot_be_sampled_is_named_before_anything_runs() -> None:
+def test_row_that_cannot_be_sampled_is_refused_before_anything_runs() -> None:
     key, ok = (0, 0), Sequence([9], (0, 0), 4)
     with pytest.raises(UserError, match=r"^in.jsonl:3: the prompt is empty$"):
         run([ok, Sequence([], key, 4, where="in.jsonl:3")])
@@ -423,13 +423,13 @@ def test_what_cannot_be_sampled_is_named_before_anything_runs() -> None:
 
 
 @pytest.mark.parametrize("kind", ["slabs", "plain"])
-def test_a_simulation_does_what_the_engine_does(kind: str) -> None:
-    """Segment by segment, with groups, lines of prompts, and a pool that is too small."""
+def test_simulation_counts_what_the_engine_does(kind: str) -> None:
+    """With groups, lines of prompts, and a pool that is too small."""
     options = dataclasses.replace(SMALL, cache_backend=kind)
     if kind == "plain":
         options = dataclasses.replace(options, cache_tokens=160, page_size=8)
-    rows, counts = ask(12, 2, seed=3), Counter()
-    told = [dataclasses.replace(row, tokens=[]) for row in rows]
+    rows, counts = make_rows(12, 2, seed=3), Counter()
+    simulated = [dataclasses.replace(row, tokens=[]) for row in rows]
     mesh, params = weights(0, ONE)
     with mesh_lib.use_mesh(mesh):
         subject = SamplingModel(QWEN3, params, ())
@@ -437,8 +437,8 @@ def test_a_simulation_does_what_the_engine_does(kind: str) -> None:
     longest = max(row.max_length for row in rows)
     shape = rollout.make_cache_shape(options, CONFIG, mesh, "float32", len(rows), longest)
     sizes = rollout.get_line_sizes(options, shape)
-    ends = [row.limit for row in told]
-    found = rollout.simulate(told, ends, shape, options.segment, sizes, sum)
+    ends = [row.limit for row in simulated]
+    found = rollout.simulate(simulated, ends, shape, options.segment, sizes, sum)
     assert found.steps + found.shrunk_steps == counts["steps"]
     assert (
         found.steps * shape.rows + found.shrunk_steps * rollout.get_shrunk_rows(shape)
@@ -450,12 +450,9 @@ def test_a_simulation_does_what_the_engine_does(kind: str) -> None:
     assert sum(T * n for T, n in found.line_counts.items()) == counts["read_tokens"]
 
 
-def test_lengths_have_their_mean() -> None:
-    drawn = rollout.draw_lengths(20_000, 500, 16_000)
-    assert np.mean(drawn) == pytest.approx(500, rel=0.03)
+def test_drawn_lengths_have_the_mean() -> None:
+    lengths = rollout.draw_lengths(20_000, 500, 16_000)
+    assert np.mean(lengths) == pytest.approx(500, rel=0.03)
     assert max(rollout.draw_lengths(1000, 500, 700)) == 700
-    assert (
-        drawn
-        == rollout.draw_lengths(20_000, 500, 16_000)
-        != rollout.draw_lengths(20_000, 500, 16_000, seed=1)
-    )
+    assert lengths == rollout.draw_lengths(20_000, 500, 16_000)
+    assert lengths != rollout.draw_lengths(20_000, 500, 16_000, seed=1)

@@ -1,4 +1,4 @@
-"""The sampler: it draws from what it says, and a row's tokens are its own."""
+"""The sampler draws from the distribution it records, and each row independently of the others."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ P, R = 12, 24
 
 
 @pytest.fixture(scope="module")
-def loose():
+def unplaced():
     return jax.jit(lambda key: families.init_params(CONFIG, key))(jax.random.key(0))
 
 
@@ -46,11 +46,11 @@ def placed(params, mesh):
 
 
 @pytest.fixture(scope="module")
-def params(loose):
-    """On one device, which all of a module's tests then compute on."""
+def params(unplaced):
+    """On one device, on which all tests of this module compute."""
     mesh = mesh_lib.make_mesh(1, 1, 1)
     with mesh_lib.use_mesh(mesh):
-        yield placed(loose, mesh)
+        yield placed(unplaced, mesh)
 
 
 def prompts(count, seed=0):
@@ -80,8 +80,8 @@ def eight(params):
 
 
 @pytest.mark.parametrize("kind", ["slabs", "plain"])
-def test_sampler_equals_scorer(params, kind):
-    """Recorded log-probs are those of one plain forward, under random prompt lengths."""
+def test_recorded_log_probabilities_match_a_forward(params, kind):
+    """Recorded log-probabilities are those of one plain forward, for random prompt lengths."""
     batch = sample(params, prompts(8), range(8), cache_backend=kind, page_size=8)
     stats = jax.jit(
         lambda b: token_stats(
@@ -97,17 +97,17 @@ def test_sampler_equals_scorer(params, kind):
     np.testing.assert_allclose(np.asarray(batch.sampler_logp_BT)[mask], scored[mask], atol=1e-4)
 
 
-def test_layouts_draw_the_same_tokens(params, eight):
+def test_pages_and_slabs_draw_the_same_tokens(params, eight):
     pages = sample(params, prompts(8), range(8), cache_backend="plain", page_size=8, stacked=True)
     assert responses(pages) == responses(eight)
 
 
-def test_a_row_is_independent_of_its_company(params, eight):
-    rows, all_of_them = prompts(8), responses(eight)
+def test_draws_of_a_row_are_the_same_in_any_batch(params, eight):
+    rows, expected = prompts(8), responses(eight)
     order = [5, 2, 7, 0, 1, 6, 3, 4]
     shuffled = responses(sample(params, [rows[i] for i in order], order))
-    assert shuffled == [all_of_them[i] for i in order]
-    assert responses(sample(params, [rows[5]] * 8, [5] * 8))[3] == all_of_them[5]
+    assert shuffled == [expected[i] for i in order]
+    assert responses(sample(params, [rows[5]] * 8, [5] * 8))[3] == expected[5]
 
 
 def test_samples_of_a_prompt_differ(params):
@@ -115,8 +115,7 @@ def test_samples_of_a_prompt_differ(params):
     assert len({tuple(r) for r in rows}) == 8
 
 
-def test_stops(eight):
-    """A row ends with its first stop token, or at the limit and then without one."""
+def test_row_ends_with_a_stop_token_or_at_the_limit(eight):
     finished = np.any(np.asarray(eight.finished_BT), axis=1).tolist()
     assert 0 < sum(finished) < 8
     for row, done in zip(responses(eight), finished, strict=True):
@@ -125,10 +124,10 @@ def test_stops(eight):
         assert not set(row[:-1]) & set(STOPS)
 
 
-def test_nothing_after_the_stop(eight):
+def test_mask_covers_the_response_to_its_stop_token(eight):
     mask, segments = np.asarray(eight.mask_BT), np.asarray(eight.segments_BT)
-    for row, of, prompt in zip(mask, segments, prompts(8), strict=True):
-        np.testing.assert_array_equal(row[len(prompt) :], of[len(prompt) :] > 0)
+    for row, segment, prompt in zip(mask, segments, prompts(8), strict=True):
+        np.testing.assert_array_equal(row[len(prompt) :], segment[len(prompt) :] > 0)
         assert not row[: len(prompt)].any()
     assert not np.asarray(eight.sampler_logp_BT)[~mask].any()
 
@@ -142,17 +141,19 @@ def test_positions_count_real_tokens(eight):
 
 
 @pytest.mark.parametrize("kind", ["slabs", "plain"])
-def test_meshes_draw_the_same_tokens(loose, eight, kind):
+def test_meshes_draw_the_same_tokens(unplaced, eight, kind):
     mesh = mesh_lib.make_mesh(1, 2, 4)
     with mesh_lib.use_mesh(mesh):
-        batch = sample(placed(loose, mesh), prompts(8), range(8), cache_backend=kind, page_size=8)
+        batch = sample(
+            placed(unplaced, mesh), prompts(8), range(8), cache_backend=kind, page_size=8
+        )
     assert responses(batch) == responses(eight)
     np.testing.assert_allclose(
         np.asarray(batch.sampler_logp_BT), np.asarray(eight.sampler_logp_BT), atol=1e-4
     )
 
 
-def test_greedy_records_the_models_own_probability(params):
+def test_greedy_records_the_model_log_probability(params):
     batch = sample(params, prompts(4), range(4), sampling=Sampling(temperature=0))
     again = sample(params, prompts(4), range(10, 14), sampling=Sampling(temperature=0))
     assert responses(batch) == responses(again)
@@ -160,7 +161,7 @@ def test_greedy_records_the_models_own_probability(params):
     assert (np.asarray(batch.sampler_logp_BT)[mask] < 0).all()
 
 
-def test_complete_is_independent_of_batches_and_of_where_it_starts(params):
+def test_complete_draws_the_same_in_any_batch_and_from_any_start(params):
     subject = policy.Policy("tiny", CONFIG, QWEN3, params, None, STOPS)
     rows = prompts(7)
 
@@ -181,7 +182,7 @@ def test_complete_is_independent_of_batches_and_of_where_it_starts(params):
     assert [[c.tokens for c in g] for g in complete(rows[4:], 4, first=4)] == tokens[4:]
 
 
-def test_buckets_are_few_and_near():
+def test_length_buckets_are_few_and_close():
     sizes = {rollout.bucket_length(n) for n in range(1, 4097)}
     assert len(sizes) < 40
     assert all(n <= rollout.bucket_length(n) <= max(n + 15, 1.25 * n) for n in range(1, 4097))

@@ -1,4 +1,4 @@
-"""The draw of one token: kept sets against brute force, frequencies against probabilities."""
+"""Draws of one token: kept sets against brute force, frequencies against probabilities."""
 
 import math
 from dataclasses import replace
@@ -30,13 +30,13 @@ CASES = [
     Sampling(0.7, top_k=300, top_p=0.8, min_p=0.001),
 ]
 
-FEW = [CASES[0], CASES[3], CASES[5], CASES[-1]]  # of these, more is compiled
+FEW = [CASES[0], CASES[3], CASES[5], CASES[-1]]  # for tests that compile more
 draw = jax.jit(sampling_lib.draw_tokens, static_argnums=2)
 truncate = jax.jit(sampling_lib.truncate_logits, static_argnums=1)
 
 
-def kept(logits: np.ndarray, s: Sampling) -> np.ndarray:
-    """By definition, in float64: [V] bool. A token that ties with a kept one is kept."""
+def find_kept(logits: np.ndarray, s: Sampling) -> np.ndarray:
+    """Returns the kept tokens [V] by definition, in float64; ties with a kept token are kept."""
     z = logits.astype(np.float32) / np.float32(s.temperature)
     keep = np.ones(len(z), bool)
     if s.top_k:
@@ -53,25 +53,25 @@ def kept(logits: np.ndarray, s: Sampling) -> np.ndarray:
 
 def probabilities(logits: np.ndarray, s: Sampling) -> np.ndarray:
     z = logits.astype(np.float64) / s.temperature
-    p = np.exp(z - z.max()) * kept(logits, s)
+    p = np.exp(z - z.max()) * find_kept(logits, s)
     return p / p.sum()
 
 
 def rows(vocabulary: int, ties: bool) -> np.ndarray:
-    """Logits from almost flat to almost a point, so that some nuclei are small and some large."""
+    """Returns logits from nearly flat to nearly a point, so that nuclei are small and large."""
     rng = np.random.default_rng(vocabulary)
     logits = rng.normal(size=(12, vocabulary)) * np.geomspace(0.05, 8, 12)[:, None]
     return (np.round(logits * 2) / 2 if ties else logits).astype(np.float32)
 
 
 @pytest.mark.parametrize("sampling", CASES, ids=str)
-def test_kept_sets_are_those_of_the_definition(sampling: Sampling) -> None:
-    for vocabulary in (512, 6000):  # of the second, 20 lie in a part of the blocks of 16
+def test_kept_tokens_match_the_definition(sampling: Sampling) -> None:
+    for vocabulary in (512, 6000):  # the second is searched by blocks of 16
         for ties in (False, True):
             logits = rows(vocabulary, ties)
             ours = np.asarray(truncate(logits, sampling)) > -np.inf
             for row, mask in zip(logits, ours, strict=True):
-                np.testing.assert_array_equal(mask, kept(row, sampling))
+                np.testing.assert_array_equal(mask, find_kept(row, sampling))
 
 
 def test_truncation_matches_transformers() -> None:
@@ -91,7 +91,7 @@ def test_truncation_matches_transformers() -> None:
         np.testing.assert_allclose(ours, reference.numpy(), rtol=1e-6)
 
 
-def test_top_of_a_real_vocabulary() -> None:
+def test_top_k_of_a_real_vocabulary_matches_a_sort() -> None:
     x = np.random.default_rng(0).normal(size=(3, 151_936)).astype(np.float32)
     x[1] = np.round(x[1])  # thousands of ties for the first place
     for k in (1, 20, 128, 600):
@@ -103,7 +103,7 @@ def test_top_of_a_real_vocabulary() -> None:
 
 @pytest.mark.parametrize("sampling", FEW, ids=str)
 def test_draws_follow_the_distribution(sampling: Sampling) -> None:
-    """Chi-square of 20,000 draws (fixed keys), and the recorded log-probabilities."""
+    """Chi-square test of 20,000 draws (fixed keys), and their recorded log-probabilities."""
     count, logits = 20_000, rows(384, ties=False)[6]
     keys = jax.random.split(jax.random.key(7), count)
     same = jnp.broadcast_to(logits[None], (count, 384))
@@ -113,25 +113,25 @@ def test_draws_follow_the_distribution(sampling: Sampling) -> None:
     assert not seen[expected == 0].any()
     np.testing.assert_allclose(np.exp(np.asarray(logp)), expected[np.asarray(tokens)], rtol=2e-5)
     often = expected * count >= 10
-    found, wanted = seen[often].tolist(), (expected[often] * count).tolist()
-    if not often.all():  # the rare ones as one
-        found, wanted = [*found, seen[~often].sum()], [*wanted, expected[~often].sum() * count]
+    counts, wanted = seen[often].tolist(), (expected[often] * count).tolist()
+    if not often.all():  # rare tokens as one bin
+        counts, wanted = [*counts, seen[~often].sum()], [*wanted, expected[~often].sum() * count]
     if wanted[-1] == 0:
-        found, wanted = found[:-1], wanted[:-1]
-    if len(found) > 1:
-        assert stats.chisquare(found, wanted).pvalue > 1e-3
+        counts, wanted = counts[:-1], wanted[:-1]
+    if len(counts) > 1:
+        assert stats.chisquare(counts, wanted).pvalue > 1e-3
 
 
-def test_a_draw_is_independent_of_company_and_mesh() -> None:
-    """Alone, among rows whose nucleus takes the longer way, and split over eight devices."""
+def test_draws_are_the_same_in_any_batch_and_on_any_mesh() -> None:
+    """Alone, beside rows with large nuclei, and split over eight devices."""
     logits = rows(384, ties=False)
     keys = jax.random.split(jax.random.key(1), len(logits))
     mesh = mesh_lib.make_mesh(1, 2, 4)
     for sampling in FEW:
         tokens, logp = draw(logits, keys, sampling)
-        turned, turned_logp = draw(logits[::-1], keys[::-1], sampling)
-        np.testing.assert_array_equal(turned[::-1], tokens)
-        np.testing.assert_array_equal(turned_logp[::-1], logp)
+        reverse, reverse_logp = draw(logits[::-1], keys[::-1], sampling)
+        np.testing.assert_array_equal(reverse[::-1], tokens)
+        np.testing.assert_array_equal(reverse_logp[::-1], logp)
         for i in (0, 6, 11):
             alone, alone_logp = draw(logits[i : i + 1], keys[i : i + 1], sampling)
             assert alone[0] == tokens[i]
@@ -157,7 +157,7 @@ def test_presence_penalty_counts_each_token_once() -> None:
     assert logp[0] == pytest.approx(float(jax.nn.log_softmax(logits[0])[token[0]]), abs=1e-6)
 
 
-def test_greedy_takes_the_first_of_the_likeliest() -> None:
+def test_greedy_takes_the_first_of_tied_tokens() -> None:
     logits = rows(384, ties=True)
     keys = jax.random.split(jax.random.key(0), len(logits))
     tokens, logp = draw(jnp.asarray(logits), keys, Sampling(0))
@@ -166,7 +166,7 @@ def test_greedy_takes_the_first_of_the_likeliest() -> None:
 
 
 @pytest.mark.parametrize("sampling", [Sampling(0), *FEW], ids=str)
-def test_a_row_of_nan_is_told_and_alone(sampling: Sampling) -> None:
+def test_nan_row_is_marked_and_changes_no_other(sampling: Sampling) -> None:
     logits = rows(384, ties=False)
     keys = jax.random.split(jax.random.key(0), len(logits))
     tokens, logp = draw(jnp.asarray(logits), keys, sampling)
@@ -177,7 +177,7 @@ def test_a_row_of_nan_is_told_and_alone(sampling: Sampling) -> None:
     np.testing.assert_array_equal(broken_logp, np.where(bad, np.nan, logp))
 
 
-def test_the_models_own_log_probabilities() -> None:
+def test_model_log_probabilities_match_log_softmax() -> None:
     logits = jnp.asarray(rows(384, ties=False))
     expected = np.asarray(jax.nn.log_softmax(logits))
     ids, logp = sampling_lib.find_model_top(logits, 5)
@@ -189,7 +189,7 @@ def test_the_models_own_log_probabilities() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"temperature": -0.5}, "temperature=-0.5: must be 0"),
         ({"temperature": math.nan}, "temperature=nan"),
@@ -204,12 +204,12 @@ def test_the_models_own_log_probabilities() -> None:
         ({"presence_penalty": math.inf}, "presence_penalty=inf"),
     ],
 )
-def test_no_distribution_is_refused_by_name(fields: dict[str, float], said: str) -> None:
-    with pytest.raises(UserError, match=f"^{said}"):
+def test_out_of_bounds_field_is_refused_by_name(fields: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}"):
         Sampling(**fields)  # pyright: ignore[reportArgumentType]
 
 
-def test_more_tokens_than_there_are() -> None:
+def test_top_k_above_the_vocabulary_is_refused() -> None:
     Sampling(top_k=384).check_vocab_size(384)
     with pytest.raises(UserError, match=r"^top_k=385: the vocabulary has 384 tokens$"):
         sampling_lib.truncate_logits(jnp.zeros((1, 384)), Sampling(top_k=385))

@@ -23,7 +23,6 @@ from configs import base
 from distill.planning import fit, hlo, programs
 from distill.runtime import gpu
 from distill.runtime import mesh as mesh_lib
-from distill.training import stages
 from models.layers import grouped
 from tests.support.paths import ROOT
 
@@ -91,7 +90,8 @@ def test_xla_knows_them_and_reads_them_in_time() -> None:
     """Set after `train` is imported, before it looks for devices: XLA, which ends a process whose
     flags it does not know, takes these and refuses another."""
     code = (
-        "import os, sys; from distill import train; from distill.runtime import gpu;"
+        "import os, sys, importlib; train = importlib.import_module('distill.train');"
+        "from distill.runtime import gpu;"
         "gpu.expected = lambda: True;"
         "gpu.ALWAYS |= dict(a.split('=') for a in sys.argv[1:]); gpu.set_flags(True);"
         "import jax; jax.devices(); print('deterministic' in os.environ['XLA_FLAGS'])"
@@ -129,12 +129,11 @@ def compiled(devices: list[Any]) -> dict[str, tuple[Any, hlo.Costs, str]]:
     c = base.get_config()
     c.student.path, c.teacher.path = "Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B"
     c.opd.batch_size, c.opd.max_prompt_tokens, c.opd.max_response_tokens = 8, 256, 768
-    mesh, apart = mesh_lib.make_meshes(c, devices)
-    loss, sampled = stages.resolve_objective("opd", c.opd)
-    models = fit.describe_models(c, mesh, apart, c.opd.teachers, False)
+    mesh, teacher_mesh = mesh_lib.make_meshes(c, devices)
+    stage = fit.describe_stage(c, "opd", mesh, teacher_mesh)
     found = {}
     with mesh_lib.use_mesh(mesh), jax.default_matmul_precision(None):
-        for call in programs.list_stage_calls(c, c.opd, loss, sampled, models, mesh):
+        for call in programs.list_stage_calls(stage):
             if call.name in ("decode", "score", "accumulate"):
                 of = call.lower().compile()
                 found[call.name] = of, hlo.parse_costs(of.as_text()), of.as_text()

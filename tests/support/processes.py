@@ -10,7 +10,8 @@ from pathlib import Path
 
 from tests.support.paths import ROOT
 
-VERB = "from distill import {verb} as v; from distill.runtime import cli, distributed; "
+VERB = "import importlib; v = importlib.import_module('distill.{verb}'); "
+VERB += "from distill.runtime import cli, distributed; "
 VERB += "distributed.HEARTBEAT_SECONDS = {beat}; "
 VERB += "cli.run(v.main, v.OPTIONS)"
 

@@ -26,9 +26,9 @@ def at_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def parsed(*flags: str) -> ConfigDict:
-    """The config that train's flags make."""
-    options = FlagValues()  # anew: a set of flags remembers the overrides that it was given
+def parse_config(*flags: str) -> ConfigDict:
+    """Returns the config that train makes of these flags."""
+    options = FlagValues()  # new: FlagValues remember earlier overrides
     config = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train", *flags])  # where ml_collections looks for overrides
@@ -38,35 +38,34 @@ def parsed(*flags: str) -> ConfigDict:
 
 @pytest.fixture(scope="module")
 def published(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Every published model as a directory of config.json and tokenizer, without weights."""
+    """Returns directories of all published models: config.json and tokenizer, no weights."""
     root, tokenizer = tmp_path_factory.mktemp("hub"), shared_data / "qwen3_tokenizer"
     known = json.loads((shared_data / "qwen3_configs.json").read_text())["models"]
-    found = {}
-    for name, entry in known.items():
-        found[name] = root / name
-        found[name].mkdir(parents=True)
-        (found[name] / "config.json").write_text(json.dumps(entry["config"]))
+    directories = {name: root / name for name in known}
+    for name, directory in directories.items():
+        directory.mkdir(parents=True)
+        (directory / "config.json").write_text(json.dumps(known[name]["config"]))
         for file in tokenizer.iterdir():
-            (found[name] / file.name).symlink_to(file)
-    return found
+            (directory / file.name).symlink_to(file)
+    return directories
 
 
 @pytest.fixture
 def offline(published: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Model ids stand for those directories, sets for the rows of the same columns."""
+    """Replaces model ids by these directories, and data sets by rows with the same columns."""
     monkeypatch.setattr(hub, "_download_repository", published.__getitem__)
-    monkeypatch.setattr(policy, "check_files", lambda *_: None)  # there are no weights to find
+    monkeypatch.setattr(policy, "check_files", lambda *_: None)  # there are no weights
     monkeypatch.setattr(chat, "load_tokenizer", functools.cache(chat.load_tokenizer))
-    opened = sources.open_rows
+    open_rows = sources.open_rows
 
     def rows(source: str, **options: Any) -> sources.Rows:
-        return opened(tiny.SAMPLE_ROWS.get(source.removesuffix(":test"), source), **options)
+        return open_rows(tiny.SAMPLE_ROWS.get(source.removesuffix(":test"), source), **options)
 
     monkeypatch.setattr(sources, "open_rows", rows)
 
 
-def slice_of(topology: str, c: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The mesh that `c` makes of a slice."""
+def make_slice_mesh(topology: str, c: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Returns the mesh that `c` makes of a slice."""
     try:
         devices = aot.get_devices(topology)
     except UserError as error:
@@ -77,17 +76,19 @@ def slice_of(topology: str, c: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> A
         return mesh_lib.make_mesh(**c.mesh)
 
 
-def sound(recipe: str, chips: str, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All checks before weights are read, on the mesh of a slice."""
+def check_recipe(
+    recipe: str, chips: str, shared_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs all checks that come before weights are read, on the mesh of a slice."""
     file, _, argument = recipe.partition(":")
-    c = parsed(f"--config=configs/{file}.py{':' if argument else ''}{argument}")
+    c = parse_config(f"--config=configs/{file}.py{':' if argument else ''}{argument}")
     if recipe == "manual:opd":  # the export of its first stage
         c.student.path = "Qwen/Qwen3-0.6B"
     c.opd.context.text = tiny.SAMPLE_ROWS.get(c.opd.context.text, "")
-    mesh = slice_of(chips, c, monkeypatch)
-    plan = setup.setup_run(c, mesh)
-    assert tuple(stage.name for stage in plan.stages) == tuple(c.stages)
+    mesh = make_slice_mesh(chips, c, monkeypatch)
+    run_setup = setup.setup_run(c, mesh)
+    assert tuple(stage.name for stage in run_setup.stages) == tuple(c.stages)
     assert mesh.size == len(aot.get_devices(chips))
     if c.eval.every:
         c.eval.data = str(shared_data / f"{c.eval.benchmark}/test.jsonl")
-    eval_hook.setup_validation(c.eval, plan.student, c.seed)
+    eval_hook.setup_validation(c.eval, run_setup.student, c.seed)

@@ -1,11 +1,11 @@
-"""Tokenizers that lack something."""
+"""Copies of tokenizers that lack some tokens."""
 
 import json
 from pathlib import Path
 
 
-def without(directory: Path, tokens: tuple[str, ...], target: Path) -> Path:
-    """A copy of a tokenizer that lacks some of its added tokens, as those of Base models do."""
+def copy_tokenizer_without(directory: Path, tokens: tuple[str, ...], target: Path) -> Path:
+    """Writes a copy of a tokenizer without some of its added tokens, as Base models have it."""
     target.mkdir()
     content = json.loads((directory / "tokenizer.json").read_text())
     content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] not in tokens]
@@ -13,8 +13,8 @@ def without(directory: Path, tokens: tuple[str, ...], target: Path) -> Path:
         content["model"]["vocab"].pop(token, None)
     (target / "tokenizer.json").write_text(json.dumps(content))
     fields = json.loads((directory / "tokenizer_config.json").read_text())
-    if named := fields.get("added_tokens_decoder"):
-        kept = {i: t for i, t in named.items() if t["content"] not in tokens}
+    if added := fields.get("added_tokens_decoder"):
+        kept = {i: t for i, t in added.items() if t["content"] not in tokens}
         fields["added_tokens_decoder"] = kept
     fields["eos_token"] = "<|endoftext|>"
     (target / "tokenizer_config.json").write_text(json.dumps(fields))

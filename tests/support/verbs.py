@@ -1,11 +1,17 @@
 """Verbs as they are called, in this process, and the rows that they read and write."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
 from types import ModuleType
 
 from distill.runtime import cli
+
+
+def verb_module(name: str) -> ModuleType:
+    """The module of `python -m distill.NAME`; `distill.train` itself may be a function."""
+    return importlib.import_module(f"distill.{name}")
 
 
 def call(verb: ModuleType, *arguments: str) -> int:

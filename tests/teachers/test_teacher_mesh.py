@@ -122,13 +122,13 @@ def test_memory_is_counted_where_it_lies():
     c = config(2, fsdp=2)
     c.mesh.fsdp, c.opd.teachers, c.opd.teacher_weights = 2, ("teacher",), ()
     mesh, apart = mesh_lib.make_meshes(c, aot.get_devices("v5e:2x2"))
-    models = fit.describe_models(c, mesh, apart, ("teacher",), True)
-    there = memory.count_resident_bytes(c, models, c.opd, apart)
+    stage = fit.describe_stage(c, "opd", mesh, apart)
+    there = memory.count_resident_bytes(stage, apart)
     assert there.keys() == {"teacher", "reference"}
-    here = memory.count_resident_bytes(c, models, c.opd)
+    here = memory.count_resident_bytes(stage)
     assert here.keys() == {"parameters", "optimiser", "head of teacher"}
-    size = np.prod((models.teachers["teacher"].config.vocab_size, 1))
-    assert here["head of teacher"] == size * models.teachers["teacher"].config.hidden_size * 4 / 2
+    teacher = stage.teachers["teacher"].config
+    assert here["head of teacher"] == teacher.vocab_size * teacher.hidden_size * 4 / 2
 
 
 @pytest.mark.long
@@ -136,11 +136,9 @@ def test_it_is_planned_where_it_runs():
     c = config(2, fsdp=2)
     c.mesh.fsdp, c.opd.teachers, c.opd.teacher_weights = 2, ("teacher",), ()
     found = {row.name: row for row in fit.compile_run(c, "v5e:2x2")["opd"]}
-    of = fit.describe_models(
-        c, *mesh_lib.make_meshes(c, aot.get_devices("v5e:2x2")), ("teacher",), True
-    )
-    kept = memory.count_resident_bytes(c, of, c.opd, policy.get_mesh(of.teachers["teacher"]))
+    stage = fit.describe_stage(c, "opd", *mesh_lib.make_meshes(c, aot.get_devices("v5e:2x2")))
+    kept = memory.count_resident_bytes(stage, policy.get_mesh(stage.teachers["teacher"]))
     assert found["score"].beside == kept["reference"]
     assert found["reference"].beside == kept["teacher"]
-    here = memory.count_resident_bytes(c, of, c.opd)
+    here = memory.count_resident_bytes(stage)
     assert found["accumulate"].beside == here["optimiser"]

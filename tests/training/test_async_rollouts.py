@@ -14,7 +14,7 @@ from distill.data import dataset
 from distill.objectives import losses
 from distill.policy import policy
 from distill.runtime import mesh as mesh_lib
-from distill.training import collect, loop, microbatches, setup, stages, trainer, update
+from distill.training import loop, microbatches, setup, stages, trainer, update
 from models.errors import UserError
 from tests.support.runs import config, final, numbers, stop_after, transcripts
 
@@ -64,7 +64,8 @@ def by_hand(c) -> tuple[list[list[rollout.Sequence]], Any]:
         params = policy.load(plan.student, "float32").params
         older = jax.tree.map(lambda x: x.copy(), params)
         state = update.init_train_state(stage.optimizer, params, 0)
-        mesh, form = policy.get_mesh(plan.student), collect._make_layout(plan, stage)
+        mesh = policy.get_mesh(plan.student)
+        form = microbatches.make_stage_layout(s, stage.loss, stage.sampled_rows, None)
         train = trainer.make_trainer(c, plan, stage, mesh, state)
         for step in range(STEPS):
             examples = dataset.get_step_examples(stage.source, step, 2, c.seed)

@@ -18,7 +18,7 @@ from distill.runtime import run_files
 from distill.training import loop, microbatches, setup, trainer
 from models.errors import UserError
 from tests.support.runs import config, final, numbers, stop_after, tiny_model, transcripts
-from tests.support.tokenizers import without
+from tests.support.tokenizers import copy_tokenizer_without
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -295,7 +295,7 @@ def test_other_tokenizer(models, tmp_path):
 
 def test_a_base_student_takes_the_tokenizer_of_its_teacher(models, tmp_path):
     """Its own lacks the think tokens. What is trained, sampled and exported then has them."""
-    student = without(Path(models[0]), ("<think>", "</think>"), tmp_path / "base")
+    student = copy_tokenizer_without(Path(models[0]), ("<think>", "</think>"), tmp_path / "base")
     for name in ("config.json", "model.safetensors"):
         shutil.copy(Path(models[0]) / name, student)
     (student / "generation_config.json").write_text('{"eos_token_id": 0, "top_k": 20}')

@@ -14,7 +14,7 @@ from distill.data import chat
 from distill.data.examples import Example
 from distill.policy import policy
 from distill.runtime import mesh as mesh_lib
-from distill.training import calls, eval_hook, preflight, setup, update
+from distill.training import calls, eval_hook, memory, preflight, setup, update
 from models.transformer import Params
 from tests.support.paths import ROOT
 
@@ -176,6 +176,6 @@ def test_memory_counts_what_is_there() -> None:
 
 
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "_get_memory_limit", lambda: 2**20)
+    monkeypatch.setattr(memory, "get_memory_limit", lambda: 2**20)
     (line,) = warnings(told(config()))
     assert "more than a device has" in line
