@@ -1,4 +1,4 @@
-# Every target does its own set-up; python3 (3.11 or newer) and make are all a machine needs.
+# Each target sets itself up; a machine needs only python3 (3.11 or newer) and make.
 PYTHON  ?= python3
 WORKDIR ?= runs/quickstart
 
@@ -13,7 +13,7 @@ help:
 	@echo "make quickstart   distil the tiny teacher into the tiny student (WORKDIR=$(WORKDIR))"
 	@echo "make test         lint, types and tests"
 	@echo "make test-long    the tests that take minutes"
-	@echo "make lint         lint and types alone"
+	@echo "make lint         lint and types only"
 	@echo "PYTHON=python3.12 chooses the interpreter that makes $(VENV)"
 
 quickstart: $(VENV)/.run
@@ -31,7 +31,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# The stamps: a virtual environment is made once, and installs run again when their list changed.
+# Stamp files: the virtual environment is made once, and installs rerun when their list changes.
 $(VENV)/.made:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null || { \
 	  echo "error: '$(PYTHON)' is not Python 3.11 or newer: make PYTHON=/path/to/python3.12" >&2; \

@@ -33,7 +33,7 @@ from distill.rewards import graders
 from distill.runtime import cli, run_files
 from distill.runtime import mesh as mesh_lib
 from distill.teachers import local
-from distill.training import collect, loop, setup, stages
+from distill.training import collect, loop, setup
 from distill.training.microbatches import Minibatches
 from models import transformer
 from models.errors import UserError
@@ -203,12 +203,10 @@ def train_bad_loss(name: str, out: Path, mesh: Mesh) -> Policy:
 
     rows = []
     with graders.Grader() as grader:
-        draw = collect.make_collect(
-            run_setup, stage, c.seed, mesh, stages.compute_logits_mib(c, mesh), grader
-        )
+        collector = collect.make_collector(c, run_setup, stage, mesh, grader)
         for number in range(stage.end_step):
             start = time.perf_counter()
-            work, measured = draw(params, number)
+            work, measured = loop.collect_step(collector, params, number)
             batch = local.score(teachers, _merge_work(work, mesh))
             params, state, value, mass = step(params, state, batch)
             metrics = {"train/loss": float(value), "train/outside_top": float(mass)}

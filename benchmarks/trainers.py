@@ -123,7 +123,7 @@ def run_our_score(job: Job) -> Answer:
     read, batch = _make_network(job, "student", mesh), _make_batch(job, mesh)
     score: Any = {
         "hidden": lambda: local.compute_hidden(read.model, read.params, None, batch, None),
-        "logp": lambda: local.compute_logp(read, batch, stages.compute_logits_mib(c, mesh)),
+        "logp": lambda: local.compute_logp(read, batch, stages.get_loss_chunk_mib(c, mesh)),
     }[job["what"]]
     with policy.use(read):
         return time_calls(lambda: jax.block_until_ready(score()), job, get_jax_peak)
@@ -165,7 +165,7 @@ def run_our_loss(job: Job) -> Answer:
             weight_BT=mask_BT / jnp.sum(mask_BT),
         )
         options = fused_head.StatsOptions(
-            stages.compute_logits_mib(c, mesh),
+            stages.get_loss_chunk_mib(c, mesh),
             split=mesh_lib.split_vocabulary,
             divergence=losses.OBJECTIVES["opd"].teacher_divergence,
         )

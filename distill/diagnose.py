@@ -91,7 +91,7 @@ def diagnose_stage(
     teacher = dataclasses.replace(teacher, policy=loaded_teacher)
     statistics["agreement"] = diagnosis.compare_formats(student, loaded_teacher)
     statistics["distances"] = diagnosis.compare_distributions(
-        student, teacher, rows, stage, stages.compute_logits_mib(c, mesh)
+        student, teacher, rows, stage, stages.get_loss_chunk_mib(c, mesh)
     )
     with policy.use(loaded_teacher):
         answers = sample_responses(loaded_teacher, stage, c.seed, as_teacher=True)

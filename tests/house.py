@@ -19,7 +19,7 @@ FOLDERS = {
     "": "quickstart harness diagnose plan train evaluate generate score compare verify clean "
     "export",
     "planning": "fit forecast programs roofline aot hlo diagnosis",
-    "training": "loop preflight eval_hook collect trainer memory sampling_programs calls "
+    "training": "loop preflight eval_hook collect grading trainer memory sampling_programs calls "
     "microbatches prompts setup update optim stages",
     "evaluation": "evaluator responses records divergence lm_eval_model scoring protocols tasks "
     "statistics",

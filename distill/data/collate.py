@@ -17,7 +17,8 @@ class SampledExample(Example):
     logprobs: Sequence[float] = ()  # of the response's tokens, in the distribution drawn from
     finished: bool = False  # by a stop token
     experts: Sequence[np.ndarray] = ()  # int16 [tokens, L, A], pieces of prompt and response
-    advantage: float | None = None  # of its reward
+    reward: float | None = None  # of the response
+    advantage: float | None = None  # of the reward, within the prompt's group
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

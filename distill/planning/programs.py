@@ -121,7 +121,7 @@ def _make_logp_call(
 ) -> ProgramCall:
     """The log-probabilities that a judge or a reference gives the tokens of a micro-batch."""
     rows, T = inputs.tokens_BT.shape
-    config, mib = reader.policy.config, stages.compute_logits_mib(stage.c, stage.mesh)
+    config, mib = reader.policy.config, stages.get_loss_chunk_mib(stage.c, stage.mesh)
     options = reader.policy.model, mib, temperature
     args = reader.policy.params, reader.lora, local.to_model_inputs(inputs)
     return ProgramCall(

@@ -1,6 +1,6 @@
 """From prompts to sequences: what to draw, the device programs, and the host's scheduling."""
 
-from distill.rollout.buffer import AsyncRollouts, PartialRollouts
+from distill.rollout.buffer import RolloutBuffer
 from distill.rollout.completions import SampleSpec, complete, make_sample_spec
 from distill.rollout.engine import SEEN_TOKENS_PER_CALL
 from distill.rollout.options import (
@@ -23,8 +23,7 @@ from distill.rollout.simulate import Simulation, draw_lengths, simulate
 
 __all__ = [
     "SEEN_TOKENS_PER_CALL",
-    "AsyncRollouts",
-    "PartialRollouts",
+    "RolloutBuffer",
     "RolloutOptions",
     "SampleSpec",
     "Sampling",

@@ -1,4 +1,4 @@
-"""Sequences that outlive the step that asked for them: parked ones, and those sampled ahead."""
+"""Sequences that outlive the step that requested them."""
 
 import base64
 import dataclasses
@@ -8,65 +8,54 @@ from typing import Any
 import numpy as np
 
 from distill.rollout.sequence import Sequence
-from distill.runtime import mesh as mesh_lib
 
 
 @dataclasses.dataclass
-class PartialRollouts:
-    """Rows that a step's budget of tokens left unfinished: they go on in the next step."""
+class RolloutBuffer:
+    """Sequences carried from one step to the next. Checkpoints hold them, so that a resumed run
+    continues with the same ones.
 
-    sequences: list[Sequence] = dataclasses.field(default_factory=list)
-    num_started: int = 0  # rows that were begun, over all steps
+    `partial` are those that a step's token budget left unfinished; the next step continues them.
+    `ready` are the finished sequences of step `ready_step`, sampled while the step before it
+    trained, and `ready_metrics` what was measured meanwhile.
+    """
 
-    def get_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it: JSON."""
-        rows = [dataclasses.asdict(row) for row in self.sequences]
-        for row in rows:
-            row["experts"] = [
-                [x.shape, base64.b64encode(x.tobytes()).decode()] for x in row["experts"]
-            ]
-        return {"rows": rows, "begun": self.num_started}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.num_started, self.sequences = state["begun"], []
-        for row in state["rows"]:
-            experts = [
-                np.frombuffer(base64.b64decode(x), np.int16).reshape(shape)
-                for shape, x in row["experts"]
-            ]
-            self.sequences.append(Sequence(**{**row, "key": tuple(row["key"]), "experts": experts}))
-
-
-@dataclasses.dataclass
-class AsyncRollouts:
-    """The rows of the coming step, sampled while the one before it is trained."""
-
-    step: int = -1  # whose rows they are; -1: none
-    sequences: list[Sequence] = dataclasses.field(default_factory=list)
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-    # Samples them: the weights are taken already.
-    pending: abc.Callable[[], tuple[list[Sequence], dict[str, float]]] | None = None
-
-    def sample(self, wait_for: Any) -> None:
-        """Samples what was begun, while the device computes `trained`."""
-        pending, self.pending = self.pending, None
-        if pending is None:
-            self.step, self.sequences, self.metrics = -1, [], {}
-            return
-        mesh_lib.wait_on_cpu(wait_for)
-        self.step += 1
-        self.sequences, self.metrics = pending()
+    partial: list[Sequence] = dataclasses.field(default_factory=list)
+    num_started: int = 0  # sequences started over all steps, where a budget may leave some partial
+    ready_step: int = -1  # -1: none are ready
+    ready: list[Sequence] = dataclasses.field(default_factory=list)
+    ready_metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def get_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it: JSON."""
-        rows = PartialRollouts(self.sequences).get_state()
-        return {"step": self.step, "measured": self.metrics, "sampled": rows}
+        """Returns the contents as JSON."""
+        return {
+            "partial": [_sequence_to_json(x) for x in self.partial],
+            "num_started": self.num_started,
+            "ready_step": self.ready_step,
+            "ready": [_sequence_to_json(x) for x in self.ready],
+            "ready_metrics": self.ready_metrics,
+        }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        partial = PartialRollouts()
-        partial.restore(state["sampled"])
-        self.step, self.sequences, self.metrics = (
-            state["step"],
-            partial.sequences,
-            state["measured"],
-        )
+    def restore(self, state: abc.Mapping[str, Any]) -> None:
+        """Takes over what `get_state` returned."""
+        self.partial = [_sequence_from_json(x) for x in state["partial"]]
+        self.num_started = state["num_started"]
+        self.ready_step = state["ready_step"]
+        self.ready = [_sequence_from_json(x) for x in state["ready"]]
+        self.ready_metrics = dict(state["ready_metrics"])
+
+
+def _sequence_to_json(sequence: Sequence) -> dict[str, Any]:
+    fields = dataclasses.asdict(sequence)
+    fields["experts"] = [
+        [x.shape, base64.b64encode(x.tobytes()).decode()] for x in sequence.experts
+    ]
+    return fields
+
+
+def _sequence_from_json(fields: abc.Mapping[str, Any]) -> Sequence:
+    experts = [
+        np.frombuffer(base64.b64decode(data), np.int16).reshape(shape)
+        for shape, data in fields["experts"]
+    ]
+    return Sequence(**{**fields, "key": tuple(fields["key"]), "experts": experts})

@@ -1,417 +1,351 @@
-"""Where a step's sequences come from: written responses, or the student's own with what a grader
-and a judge make of them."""
+"""The data of a step: read from traces, or sampled from the student and graded.
+
+`loop.collect_step` calls these functions one after another. With `rollout.asynchronous`, sampling
+for step i + 1 takes its weights before update i (`start_rollout`) and runs while the device
+computes that update (`sample_ahead`).
+"""
 
 import dataclasses
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from distill import rollout
-from distill.data import collate, curriculum, dataset
+from distill.data import collate, curriculum, dataset, packing
 from distill.data.collate import BatchLayout
 from distill.data.examples import Example
-from distill.objectives import advantages
 from distill.rewards import graders, terms
 from distill.runtime import distributed
 from distill.runtime import mesh as mesh_lib
-from distill.teachers import local
-from distill.training import microbatches
-from distill.training.microbatches import Minibatches
+from distill.teachers.local import Teacher
+from distill.training import grading, microbatches, stages
+from distill.training.grading import THINKING_MODES, GradedGroups, Metrics
+from distill.training.microbatches import Minibatches, PackedRows
 from distill.training.prompts import StagePrompts
 from distill.training.setup import RunSetup, StageSetup
-from distill.training.stages import get_term_weights, make_rollout_options, make_sampling
 from models.transformer import Params
 
-Metrics = dict[str, float]
-# (what is trained, step, its moving average) -> (what to train on, what was measured)
-CollectFn = Callable[..., tuple[Minibatches, Metrics]]
+Sums = dict[str, tuple[float, float]]  # metrics as (sum, count), to be added over processes
 
 
-THINKING_MODES = {"think": True, "no_think": False}  # whether a row is asked to think
+@dataclasses.dataclass
+class StageProgress:
+    """What a stage carries from step to step beside the train state. Checkpoints hold it."""
+
+    packer: packing.Packer | None  # where traces are packed
+    buffer: rollout.RolloutBuffer
+
+    def get_state(self, step: int) -> dict[str, Any]:
+        """Returns as JSON what `restore` needs to continue at `step`, counted from the stage's
+        first."""
+        packer_state = self.packer.get_state(step) if self.packer else None
+        return {"packer": packer_state, "buffer": self.buffer.get_state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        if self.packer:
+            self.packer.restore(state["packer"])
+        self.buffer.restore(state["buffer"])
 
 
-def make_collect(
+@dataclasses.dataclass
+class StartedRollout:
+    """Sampling that holds its own copy of the weights. Tokens are drawn as `sequences` is read."""
+
+    step: int  # whose sequences they are
+    num_requested: int
+    sequences: Iterator[rollout.Sequence]
+    counts: Counter[str]  # filled while sampling
+
+
+@dataclasses.dataclass(eq=False)
+class Collector:
+    """What collecting the steps of one stage needs, and where it stands."""
+
+    run_setup: RunSetup
+    stage: StageSetup
+    mesh: Mesh
+    grader: graders.Grader
+    layout: BatchLayout
+    rollout_options: rollout.RolloutOptions
+    loss_chunk_mib: float
+    progress: StageProgress
+    prompts: StagePrompts
+    # By step, the next one prefetched: minibatches of traces, and traces read beside samples.
+    load_minibatches: Callable[[int], tuple[Minibatches, Sums]]
+    load_traces: Callable[[int], list[Example]]
+    started: StartedRollout | None = None  # the next step's
+    is_warm: bool = False  # the sampler's programs are compiled
+
+    @property
+    def teachers(self) -> list[Teacher]:
+        return [self.run_setup.teachers[name] for name in self.stage.c.teachers]
+
+
+def make_collector(
+    c: ConfigDict,
     run_setup: RunSetup,
     stage: StageSetup,
-    seed: int,
     mesh: Mesh,
-    loss_chunk_mib: float,
     grader: graders.Grader,
     cache_capacity: int | None = None,
-) -> CollectFn:
-    """The micro-batches of each step of a stage, on the host: all that its loss reads but for what
-    other models make of them. room: tokens that the sampler's cache could hold, where known."""
-    routing = run_setup.student.config.routing_shape if run_setup.replay_routing else None
-    layout = microbatches.make_stage_layout(stage.c, stage.loss, stage.sampled_rows, routing)
-    if not stage.sampled_rows:
-        return _make_dataset_collect(
-            stage, seed, mesh_lib.list_local_rows(mesh, stage.c.batch_size), layout
-        )
-    sample = _make_rollout_collect(run_setup, stage, seed, grader, cache_capacity)
-    read_examples = (
-        _make_example_reader(stage, seed) if stage.sampled_rows < stage.c.batch_size else None
-    )
-    teachers = (
-        [run_setup.teachers[name] for name in stage.c.teachers] if stage.needs_teacher else []
-    )
+) -> Collector:
+    """Makes the collector of a stage at its start.
 
-    def collect(params: Params, step: int, average: Params | None = None):
-        sequences, totals, measured = sample(params, step)
-        examples: list[Example] = [*microbatches.to_examples(sequences)]
-        if read_examples:
-            read_batch, read_metrics = read_examples(step)
-            examples, measured = examples + read_batch, measured | read_metrics
-        packed = microbatches.pack_examples(
-            examples, stage.microbatch_rows, stage.c.minibatches, layout
-        )
-        start_time = time.perf_counter()
-        if stage.loss.reward and stage.c.reward.teacher_logprob:
-            judge_layout = dataclasses.replace(layout, has_advantages=False)
-            minibatches = microbatches.make_microbatches(packed, examples, judge_layout, mesh)
-            judge_scores = _score_with_judge(
-                teachers, stage, minibatches, examples, mesh, loss_chunk_mib, average
-            )
-            totals = totals + stage.c.reward.teacher_logprob * judge_scores
-            measured |= _measure_judge(stage, judge_scores, totals)
-        if stage.loss.reward:
-            with_advantages = zip(
-                examples, _compute_advantages(stage, totals).tolist(), strict=True
-            )
-            examples = [dataclasses.replace(x, advantage=a) for x, a in with_advantages]
-        minibatches = microbatches.make_microbatches(packed, examples, layout, mesh)
-        if read_examples:
-            measured |= _measure_read_examples(minibatches, examples, len(sequences), layout)
-        measured["time/score"] = time.perf_counter() - start_time
-        return minibatches, measured
-
-    return collect
-
-
-def _make_dataset_collect(
-    stage: StageSetup, seed: int, own_rows: list[int], layout: BatchLayout
-) -> CollectFn:
-    """Written responses from the stage's data, of which this process reads the rows `own`; where
-    rows are packed all are read, since what is in one follows from the lengths of the others."""
+    Args:
+      cache_capacity: tokens that the sampler's cache could hold, where known.
+    """
     s = stage.c
-
-    def load_minibatches(step: int) -> tuple[Minibatches, dict[str, tuple[float, float]]]:
-        if stage.packer:
-            packed = stage.packer.get_step_rows(step - stage.first_step)
-            rows = [packed[row] for row in own_rows]
-        else:
-            examples = dataset.get_step_examples(
-                stage.source, step - stage.first_step, s.batch_size, seed, own_rows
-            )
-            rows = [[example] for example in examples]
-        minibatches = microbatches.split_rows(
-            rows, own_rows, (s.batch_size, s.minibatches, s.accumulate), layout
+    packer = None
+    if s.pack_tokens and not stage.sampled_rows:
+        packer = packing.Packer(
+            stage.source, c.seed, s.batch_size, s.pack_tokens, s.max_response_tokens
         )
-        examples = [example for row in rows for example in row]
-        return minibatches, collate.measure_examples(
-            examples, len(rows) * layout.row_tokens, layout.max_response
+    routing = run_setup.student.config.routing_shape if run_setup.replay_routing else None
+    layout = microbatches.make_stage_layout(s, stage.loss, stage.sampled_rows, routing)
+    own_rows = mesh_lib.list_local_rows(mesh, s.batch_size)
+    load_minibatches = functools.partial(
+        load_trace_minibatches, stage, packer, c.seed, own_rows, layout
+    )
+    load_traces = functools.partial(_load_traces, stage, c.seed)
+    options = stages.make_rollout_options(s, cache_capacity)
+    return Collector(
+        run_setup=run_setup,
+        stage=stage,
+        mesh=mesh,
+        grader=grader,
+        layout=layout,
+        rollout_options=dataclasses.replace(options, routing=run_setup.replay_routing),
+        loss_chunk_mib=stages.get_loss_chunk_mib(c, mesh),
+        progress=StageProgress(packer, rollout.RolloutBuffer()),
+        prompts=StagePrompts(stage, c.seed),
+        load_minibatches=dataset.prefetch_next(load_minibatches, stage.end_step),
+        load_traces=dataset.prefetch_next(load_traces, stage.end_step),
+    )
+
+
+def load_trace_minibatches(
+    stage: StageSetup,
+    packer: packing.Packer | None,
+    seed: int,
+    own_rows: list[int],
+    layout: BatchLayout,
+    step: int,
+) -> tuple[Minibatches, Sums]:
+    """Reads a step of traces: the rows `own_rows` of this process. With a packer every process
+    reads all rows, since what one row holds follows from the lengths of the others."""
+    s = stage.c
+    if packer:
+        packed = packer.get_step_rows(step - stage.first_step)
+        rows = [packed[row] for row in own_rows]
+    else:
+        examples = dataset.get_step_examples(
+            stage.source, step - stage.first_step, s.batch_size, seed, own_rows
         )
-
-    load_prefetched = dataset.prefetch_next(load_minibatches, stage.end_step)
-
-    def collect(params: Params, step: int, average: Params | None = None):
-        minibatches, sums = load_prefetched(step)
-        return minibatches, {
-            **distributed.reduce_means(sums),
-            **_count_skipped(stage),
-            "time/score": 0.0,
-        }
-
-    return collect
+        rows = [[example] for example in examples]
+    sizes = (s.batch_size, s.minibatches, s.accumulate)
+    minibatches = microbatches.split_rows(rows, own_rows, sizes, layout)
+    examples = [example for row in rows for example in row]
+    capacity = len(rows) * layout.row_tokens
+    return minibatches, collate.measure_examples(examples, capacity, layout.max_response)
 
 
-def _measure_read_examples(
-    minibatches: Minibatches, examples: list[Example], num_sampled: int, layout: BatchLayout
+def read_minibatches(collector: Collector, step: int) -> tuple[Minibatches, Metrics]:
+    """Returns the minibatches of a step of traces."""
+    minibatches, sums = collector.load_minibatches(step)
+    metrics = distributed.reduce_means(sums) | count_skipped(collector.stage)
+    return minibatches, {**metrics, "time/score": 0.0}
+
+
+def _load_traces(stage: StageSetup, seed: int, step: int) -> list[Example]:
+    s = stage.c
+    rows = range(stage.sampled_rows, s.batch_size)
+    return dataset.get_step_examples(
+        stage.source, step - stage.first_step, s.batch_size, seed, rows
+    )
+
+
+def read_traces(collector: Collector, step: int) -> list[Example]:
+    """Returns the traces of a step of which the student samples the other rows. Every process reads
+    all of them, to know how they are packed."""
+    stage = collector.stage
+    return collector.load_traces(step) if stage.sampled_rows < stage.c.batch_size else []
+
+
+def measure_traces(
+    stage: StageSetup,
+    packed: list[list[PackedRows]],
+    samples: Sequence[Example],
+    traces: Sequence[Example],
+    layout: BatchLayout,
 ) -> Metrics:
-    """Metrics of the examples that were read, which are packed with what was sampled."""
-    num_places = layout.row_tokens * sum(len(micro.rows) for part in minibatches for micro in part)
-    all_metrics, read_metrics = (
-        collate.measure_examples(of, num_places, layout.max_response)
-        for of in (examples, examples[num_sampled:])
+    """Measures traces that are packed together with samples."""
+    num_rows = sum(len(rows) for minibatch in packed for rows in minibatch)
+    all_sums, sums = (
+        collate.measure_examples(examples, layout.row_tokens * num_rows, layout.max_response)
+        for examples in ([*samples, *traces], traces)
     )
-    return distributed.reduce_means(
-        {**read_metrics, "data/efficiency": all_metrics["data/efficiency"]}
-    )
+    sums["data/efficiency"] = all_sums["data/efficiency"]
+    return {**count_skipped(stage), **distributed.reduce_means(sums)}
 
 
-def _count_skipped(stage: StageSetup) -> Metrics:
+def count_skipped(stage: StageSetup) -> Metrics:
     return {"data/skipped": len(stage.source.skip_reasons)}
 
 
-def _make_example_reader(
-    stage: StageSetup, seed: int
-) -> Callable[[int], tuple[list[Example], Metrics]]:
-    """The written responses in a step of which the student writes the others; every process reads
-    all of them, to know how they are packed."""
-    s = stage.c
-    read_rows = range(stage.sampled_rows, s.batch_size)
-
-    def load_examples(step: int) -> list[Example]:
-        return dataset.get_step_examples(
-            stage.source, step - stage.first_step, s.batch_size, seed, read_rows
+def sample_sequences(
+    collector: Collector, params: Params, step: int
+) -> tuple[list[rollout.Sequence], Metrics]:
+    """Returns the finished sequences of a step, in order. Where sampling is asynchronous, they may
+    be ready already, and the next step's sampling takes `params` before they are updated."""
+    stage, prompts = collector.stage, collector.prompts
+    buffer = collector.progress.buffer
+    if buffer.ready_step == step:
+        sequences, metrics = buffer.ready, dict(buffer.ready_metrics)
+    else:
+        requests = prompts.get_requests(step, buffer)
+        sequences, metrics = finish_rollout(
+            collector, start_rollout(collector, params, step, step, requests)
         )
+    if stage.asynchronous and step + 1 < stage.end_step:
+        requests = prompts.get_requests(step + 1, buffer)
+        collector.started = start_rollout(collector, params, step, step + 1, requests)
+    return sequences, metrics
 
-    load_prefetched = dataset.prefetch_next(load_examples, stage.end_step)
-    return lambda step: (load_prefetched(step), _count_skipped(stage))
+
+def sample_ahead(collector: Collector, wait_for: Any) -> None:
+    """Samples what `sample_sequences` started for the next step. On CPUs it first waits for the
+    arrays `wait_for` of the update; elsewhere the device computes that meanwhile."""
+    started, collector.started = collector.started, None
+    buffer = collector.progress.buffer
+    if started is None:
+        buffer.ready_step, buffer.ready, buffer.ready_metrics = -1, [], {}
+        return
+    mesh_lib.wait_on_cpu(wait_for)
+    buffer.ready_step = started.step
+    buffer.ready, buffer.ready_metrics = finish_rollout(collector, started)
 
 
-def _make_rollout_collect(
-    run_setup: RunSetup,
-    stage: StageSetup,
-    seed: int,
-    grader: graders.Grader,
-    cache_capacity: int | None,
-) -> Callable[[Params, int], tuple[list[rollout.Sequence], Any, Metrics]]:
-    """The student's own responses, and where they are rewarded their rewards [B], but for what a
-    judge adds."""
-    s, async_rollouts, start_rollout = (
-        stage.c,
-        stage.async_rollouts,
-        _make_rollout_starter(run_setup, stage, cache_capacity),
+def start_rollout(
+    collector: Collector,
+    params: Params,
+    version: int,
+    step: int,
+    requests: list[rollout.Sequence],
+) -> StartedRollout:
+    """Starts sampling the sequences `requests` of `step` from `params`, the weights after `version`
+    steps. Once it returns, `params` may be donated."""
+    stage, student = collector.stage, collector.run_setup.student
+    has_lora = student.model.lora is not None
+    is_last = step + 1 == stage.end_step  # whose sequences all end
+    counts: Counter[str] = Counter()
+    warm_up, collector.is_warm = not collector.is_warm, True
+    model = rollout.SamplingModel(
+        student.model,
+        student.params if has_lora else params,
+        student.stop_ids,
+        lora_params=params if has_lora else None,
     )
-    prompts = StagePrompts(stage, seed)
-
-    def collect_rollouts(params: Params, step: int) -> tuple[list[rollout.Sequence], Metrics]:
-        """The step's rows; and begins those of the next, where that is done ahead."""
-        if async_rollouts and async_rollouts.step == step:
-            rollouts = async_rollouts.sequences, async_rollouts.metrics
-        else:
-            rollouts = start_rollout(params, step, step, prompts.get_sequences(step))()
-        if async_rollouts and step + 1 < stage.end_step:
-            async_rollouts.step = step
-            async_rollouts.pending = start_rollout(
-                params, step, step + 1, prompts.get_sequences(step + 1)
-            )
-        return rollouts
-
-    def collect_with_rewards(
-        params: Params, step: int
-    ) -> tuple[list[rollout.Sequence], Any, Metrics]:
-        start_time = time.perf_counter()
-        kept: list[rollout.Sequence] = []
-        values: list[float] = []
-        dropped_rewards: list[float] = []  # rewards of rows in groups that teach nothing
-        group_counts: Counter[str] = Counter()
-        term_values: dict[str, list[float]] = {}
-        thinking_flags: list[bool] = []
-        measured: Metrics = {}
-        rounds = s.reward.max_rounds if s.reward.zero_variance_groups == "replace" else 1
-        for turn in range(rounds):
-            # Further rounds ask prompts that no step of the stage does.
-            index = step if turn == 0 else stage.end_step + step * rounds + turn
-            examples = prompts.get_examples(index)
-            if turn == 0:
-                rows, measured = collect_rollouts(params, step)
-            else:
-                rows, measured = start_rollout(params, step, step, prompts.expand_prompts(index))()
-            totals, new_term_values = _grade_rollouts(run_setup, stage, grader, rows, examples)
-            thinking_flags += [row.thinking for row in rows]
-            for name, column in new_term_values.items():
-                term_values.setdefault(name, []).extend(column)
-            for at in range(0, len(rows), s.samples):
-                group, of = rows[at : at + s.samples], totals[at : at + s.samples]
-                flat = len(set(of)) == 1 and not s.reward.teacher_logprob
-                group_counts["groups"] += 1
-                group_counts["constant"] += flat
-                if flat and s.reward.zero_variance_groups != "keep":
-                    dropped_rewards += of
-                else:
-                    kept, values = kept + group, values + of
-            if len(kept) >= stage.sampled_rows:
-                break
-        kept = kept[: stage.sampled_rows]
-        measured |= {
-            "reward/mean": float(np.mean((values + dropped_rewards)[: stage.sampled_rows])),
-            "reward/zero_variance_groups": group_counts["constant"] / group_counts["groups"],
-            "reward/dropped_rows": stage.sampled_rows - len(kept),
-            "time/rollout_and_grading": time.perf_counter() - start_time,
-        }
-        for name, column in term_values.items():
-            measured |= {f"reward/{name}": float(np.mean(column))}
-            measured |= {f"reward/{name}_std": float(np.std(column))}
-            for mode, thinking in THINKING_MODES.items():
-                of = [
-                    x
-                    for x, thought in zip(column, thinking_flags, strict=True)
-                    if thought == thinking
-                ]
-                measured |= {f"reward/{name}/{mode}": float(np.mean(of))} if of else {}
-        return kept, np.array(values[: stage.sampled_rows], np.float32), measured
-
-    if stage.loss.reward:
-        return collect_with_rewards
-
-    def collect_without_rewards(
-        params: Params, step: int
-    ) -> tuple[list[rollout.Sequence], Any, Metrics]:
-        rows, measured = collect_rollouts(params, step)
-        return rows, None, measured
-
-    return collect_without_rewards
+    sequences = rollout.sample(
+        model,
+        requests,
+        sampling=stages.make_sampling(stage.c),
+        options=dataclasses.replace(collector.rollout_options, warm_up=warm_up),
+        version=version,
+        token_budget=stage.token_budget if stage.token_budget and not is_last else None,
+        counts=counts,
+    )
+    return StartedRollout(step, len(requests), sequences, counts)
 
 
-def _compute_advantages(stage: StageSetup, totals_B: np.ndarray) -> np.ndarray:
-    """[B] from rewards in groups."""
-    totals_PG = jnp.asarray(totals_B, jnp.float32).reshape(-1, stage.c.samples)
-    return np.asarray(
-        advantages.compute_group_advantages(totals_PG, stage.loss.advantage_norm)[0]
-    ).reshape(-1)
-
-
-def _score_with_judge(
-    teachers: Sequence[local.Teacher],
-    stage: StageSetup,
-    minibatches: Minibatches,
-    examples: Sequence[Example],
-    mesh: Mesh,
-    loss_chunk_mib: float,
-    average: Params | None,
-) -> np.ndarray:
-    """[B] float32: the mean log-probability that the teachers give the tokens of each response."""
-    scores_B = np.zeros(len(examples), np.float32)
-    for micro in (micro for part in minibatches for micro in part):
-        logp_BT = local.judge_responses(teachers, micro.to_device(mesh), loss_chunk_mib, average)
-        spans = microbatches.find_response_spans(micro.rows, examples, stage.c.max_response_tokens)
-        for number, row, start, end in spans:
-            scores_B[number] = logp_BT[row, start:end].mean()
-    return scores_B
-
-
-def _measure_judge(stage: StageSetup, scores_B: np.ndarray, totals_B: np.ndarray) -> Metrics:
-    totals_PG = totals_B.reshape(-1, stage.c.samples)
-    return {
-        "reward/teacher_logprob": float(scores_B.mean()),
-        "reward/teacher_logprob_std": float(scores_B.std()),
-        "reward/zero_variance_groups": float(np.mean(np.ptp(totals_PG, axis=1) == 0)),
-        "reward/mean": float(totals_B.mean()),
+def finish_rollout(
+    collector: Collector, started: StartedRollout
+) -> tuple[list[rollout.Sequence], Metrics]:
+    """Samples; returns the sequences that ended and keeps the others for the next step."""
+    stage, counts, buffer = collector.stage, started.counts, collector.progress.buffer
+    start_time = time.perf_counter()
+    sampled = list(started.sequences)
+    seconds = time.perf_counter() - start_time
+    ended = [x for x in sampled if x.finish_reason]
+    num_tokens = sum(len(x.tokens) for x in ended)
+    num_truncated = sum(x.finish_reason == "length" for x in ended)
+    repetition = [terms.compute_repetition(x.tokens) for x in ended]
+    metrics = {
+        "rollout/tokens_per_second": counts["tokens"] / seconds,
+        "rollout/mean_length": num_tokens / max(1, len(ended)),
+        "rollout/truncated": num_truncated / max(1, len(ended)),
+        "rollout/repetition": -float(np.mean(repetition or [0])),
+        "rollout/utilisation": counts["tokens"] / counts["slot_steps"],
+        "time/rollout": seconds,
+        **count_skipped(stage),
+        **curriculum.mean_difficulty([x.difficulty for x in ended]),
+        **_measure_by_mode(ended),
     }
+    if stage.token_budget:
+        buffer.num_started += started.num_requested - len(buffer.partial)
+        buffer.partial = [x for x in sampled if not x.finish_reason]
+        metrics["rollout/ended"] = len(ended)
+    if stage.token_budget or stage.asynchronous:
+        num_stale = sum(version < started.step for x in ended for version in x.versions)
+        metrics["rollout/stale"] = num_stale / max(1, num_tokens)
+    return ended, metrics
 
 
-def _grade_rollouts(
-    run_setup: RunSetup,
-    stage: StageSetup,
-    grader: graders.Grader,
-    rows: Sequence[rollout.Sequence],
-    examples: Sequence[dataset.Example],
-) -> tuple[list[float], dict[str, list[float]]]:
-    """The reward of each row without a judge's part, and of each term its values."""
-    s, tokenizer = stage.c, run_setup.student.tokenizer
-    assert tokenizer is not None
-    texts = [str(tokenizer.decode(row.tokens, skip_special_tokens=True)) for row in rows]
-    row_examples = [examples[number // s.samples] for number in range(len(rows))]
-    outcomes = ["no_answer"] * len(rows)
-    if s.reward.correct or s.reward.format:
-        answers = [example.answer for example in row_examples]
-        # By one process for all: where a grader gives up depends on how busy its host is.
-        outcomes = distributed.broadcast_from_primary(
-            lambda: grader.grade(s.reward.grader, texts, answers)
-        )
-    responses = [
-        terms.Response(
-            text=text,
-            tokens=row.tokens,
-            finished=row.finish_reason == "stop",
-            outcome=outcome,
-            thinking=row.thinking,
-            limit=s.max_response_tokens,
-            margin=s.reward.length_margin,
-        )
-        for text, row, outcome in zip(texts, rows, outcomes, strict=True)
-    ]
-    return terms.compute_rewards(responses, get_term_weights(s))
-
-
-def _make_rollout_starter(
-    run_setup: RunSetup, stage: StageSetup, cache_capacity: int | None
-) -> Callable[
-    [Params, int, int, list[rollout.Sequence]],
-    Callable[[], tuple[list[rollout.Sequence], Metrics]],
-]:
-    """The function that begins sampling, and returns what samples and returns the rows that ended.
-
-    It takes the parameters, their version, the step whose rows they are, and these. Once it has
-    begun, the parameters may be donated.
-    """
-    s, student, partial_rollouts = stage.c, run_setup.student, stage.partial_rollouts
-    sampling_settings, lora = make_sampling(s), student.model.lora is not None
-    options = make_rollout_options(s, cache_capacity)
-    options = dataclasses.replace(options, routing=run_setup.replay_routing)
-    warm = False
-
-    def start_rollout(params: Params, version: int, step: int, rows: list[rollout.Sequence]):
-        nonlocal warm
-        counts: Counter[str] = Counter()
-        warm, warm_up = True, not warm
-        sequences = rollout.sample(
-            rollout.SamplingModel(
-                student.model,
-                student.params if lora else params,
-                student.stop_ids,
-                lora_params=params if lora else None,
-            ),
-            rows,
-            sampling=sampling_settings,
-            options=dataclasses.replace(options, warm_up=warm_up),
-            version=version,
-            # The last step ends all rows.
-            token_budget=s.rollout.token_budget
-            if partial_rollouts and step + 1 < stage.end_step
-            else None,
-            counts=counts,
-        )
-        return lambda: finish_rollout(sequences, step, len(rows), counts)
-
-    def finish_rollout(
-        sequences: Iterator[rollout.Sequence], step: int, num_requested: int, counts: Counter[str]
-    ):
-        started = time.perf_counter()
-        done = list(sequences)
-        took = time.perf_counter() - started
-        ended = [row for row in done if row.finish_reason]
-        written = sum(len(row.tokens) for row in ended)
-        measured = {
-            "rollout/tokens_per_second": counts["tokens"] / took,
-            "rollout/mean_length": written / max(1, len(ended)),
-            "rollout/truncated": sum(r.finish_reason == "length" for r in ended)
-            / max(1, len(ended)),
-            "rollout/repetition": -float(
-                np.mean([terms.compute_repetition(r.tokens) for r in ended] or [0])
-            ),
-            "rollout/utilisation": counts["tokens"] / counts["slot_steps"],
-            "time/rollout": took,
-            **_count_skipped(stage),
-            **curriculum.mean_difficulty([row.difficulty for row in ended]),
-            **_measure_by_mode(ended),
-        }
-        if partial_rollouts:
-            partial_rollouts.num_started += num_requested - len(partial_rollouts.sequences)
-            partial_rollouts.sequences = [row for row in done if not row.finish_reason]
-            measured["rollout/ended"] = len(ended)
-        if partial_rollouts or stage.async_rollouts:
-            stale = sum(version < step for row in ended for version in row.versions)
-            measured["rollout/stale"] = stale / max(1, written)
-        return ended, measured
-
-    return start_rollout
-
-
-def _measure_by_mode(rows: Sequence[rollout.Sequence]) -> Metrics:
-    """Lengths and truncation of the modes apart; each that there is."""
+def _measure_by_mode(sequences: Sequence[rollout.Sequence]) -> Metrics:
+    """Measures lengths and truncation separately in each thinking mode that occurs."""
     metrics: Metrics = {}
     for mode, thinking in THINKING_MODES.items():
-        of = [row for row in rows if row.thinking == thinking]
-        if of:
-            cut = sum(row.finish_reason == "length" for row in of)
-            metrics[f"rollout/rows/{mode}"] = len(of)
-            metrics[f"rollout/mean_length/{mode}"] = sum(len(row.tokens) for row in of) / len(of)
-            metrics[f"rollout/truncated/{mode}"] = cut / len(of)
+        part = [x for x in sequences if x.thinking == thinking]
+        if part:
+            num_truncated = sum(x.finish_reason == "length" for x in part)
+            metrics[f"rollout/rows/{mode}"] = len(part)
+            metrics[f"rollout/mean_length/{mode}"] = sum(len(x.tokens) for x in part) / len(part)
+            metrics[f"rollout/truncated/{mode}"] = num_truncated / len(part)
     return metrics
+
+
+def sample_graded_sequences(
+    collector: Collector, params: Params, step: int
+) -> tuple[list[rollout.Sequence], list[float], Metrics]:
+    """Samples and grades the groups of a step. With `zero_variance_groups` set to "replace",
+    samples further prompts for groups without variance, over at most `max_rounds` rounds.
+
+    Returns:
+      The sequences of the groups that are trained on, in order, and their rewards by rules.
+    """
+    stage, s, prompts = collector.stage, collector.stage.c, collector.prompts
+    tokenizer = collector.run_setup.student.tokenizer
+    assert tokenizer is not None
+    start_time = time.perf_counter()
+    groups, metrics = GradedGroups(), {}
+    rounds = s.reward.max_rounds if s.reward.zero_variance_groups == "replace" else 1
+    for turn in range(rounds):
+        if turn == 0:
+            examples = prompts.get_examples(step)
+            sequences, metrics = sample_sequences(collector, params, step)
+        else:
+            number = stage.end_step + step * rounds + turn  # prompts of no step
+            examples = prompts.get_examples(number)
+            requests = prompts.expand_prompts(number)
+            sequences, metrics = finish_rollout(
+                collector, start_rollout(collector, params, step, step, requests)
+            )
+        rewards, term_values = grading.grade_sequences(
+            s, tokenizer, collector.grader, sequences, examples
+        )
+        groups.add_round(s, sequences, rewards, term_values)
+        if len(groups.sequences) >= stage.sampled_rows:
+            break
+    metrics = {
+        **metrics,
+        **groups.measure_groups(stage.sampled_rows),
+        "time/rollout_and_grading": time.perf_counter() - start_time,
+        **groups.measure_terms(),
+    }
+    kept = slice(stage.sampled_rows)
+    return groups.sequences[kept], groups.rewards[kept], metrics

@@ -1,5 +1,6 @@
-"""The loop of a run: from a config to checkpoints, metrics and transcripts."""
+"""The training loop: from a config to checkpoints, metrics and transcripts."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -20,21 +21,26 @@ from distill.rewards import graders
 from distill.runtime import cli, distributed, run_files, xla
 from distill.runtime import mesh as mesh_lib
 from distill.runtime.checkpoint import Checkpoints
+from distill.teachers.local import Teacher
 from distill.training import (
     collect,
     eval_hook,
+    grading,
     memory,
+    microbatches,
     optim,
     preflight,
     setup,
-    stages,
     trainer,
     update,
 )
+from distill.training.collect import Collector
+from distill.training.microbatches import Minibatches
 from distill.training.setup import RunSetup, StageSetup
 from models.errors import UserError
+from models.transformer import Params
 
-# May change on resume: they do not touch the trajectory.
+# May change on resume, since they do not affect what is trained.
 RESUME_MUTABLE_KEYS = ("checkpoint", "log", "eval", "compilation_cache")
 
 
@@ -48,17 +54,17 @@ class RunContext:
     validation_hook: eval_hook.ValidationHook
     grader: graders.Grader
     get_stop_signal: Callable[[], int]  # the signal that asked this process to stop, or 0
-    compiled_programs: xla.CompileMonitor
+    compile_monitor: xla.CompileMonitor
 
     def check_stop_signal(self) -> int:
-        """The signal that came to any process: all stop after the same step."""
+        """Returns the signal that any process received, or 0; all stop after the same step."""
         return distributed.max_over_processes(self.get_stop_signal())
 
 
 @dataclasses.dataclass
 class MetricsLogger:
-    """Writes the metrics of each step once the next one is under way, so that the device is not
-    waited for; and shows them."""
+    """Writes and shows the metrics of each step once the next one has started, so that the host
+    does not wait for the device."""
 
     stage: StageSetup
     writer: run_files.Writer
@@ -68,13 +74,13 @@ class MetricsLogger:
     def add_step(
         self, step: int, start_time: float, host_metrics: dict, device_metrics: dict[str, jax.Array]
     ) -> None:
-        """Takes a step that began at `begun`, what was measured, and what the device will have."""
+        """Writes the pending row, if any, and makes the step's row the pending one."""
         self.write(start_time)
         self.pending = (step, start_time, host_metrics, device_metrics)
 
     def fetch_pending(self, end_time: float | None = None) -> None:
-        """Fetches what the device has of the step that waits, which `ended` when the next began, or
-        now, once the device is done."""
+        """Completes the pending row with its device metrics. The step ended at `end_time`, when the
+        next one started; by default now, once the device is done."""
         if self.pending and "time/step" not in self.pending[2]:
             _, start_time, host_metrics, device_metrics = self.pending
             fetched = jax.device_get(device_metrics)
@@ -84,7 +90,7 @@ class MetricsLogger:
             host_metrics |= compiling
 
     def write(self, end_time: float | None = None) -> None:
-        """Writes the row that waits; of `ended` see `settle`."""
+        """Writes the pending row, if any; for `end_time` see `fetch_pending`."""
         if self.pending is None:
             return
         self.fetch_pending(end_time)
@@ -92,7 +98,7 @@ class MetricsLogger:
         self.writer.write(step, self.stage.name, row)
         bar_names = ("train/loss", "train/grad_norm", "rollout/mean_length", "time/step")
         bar_metrics = {k: row[k] for k in bar_names if k in row}
-        if not row["train/trained_tokens"]:  # there is no loss to tell
+        if not row["train/trained_tokens"]:  # nor a loss
             del bar_metrics["train/loss"]
         self.progress_bar.update(step + 1 - self.stage.first_step, bar_metrics)
 
@@ -100,7 +106,8 @@ class MetricsLogger:
 def make_transcripts(
     kept_stats: trainer.KeptStats, mesh: Mesh, student: Policy, count: int
 ) -> list[dict[str, object]]:
-    """The first sequences of a step as text with per-token numbers, for rollouts/*.jsonl."""
+    """Makes the rows of rollouts/*.jsonl: the first `count` sequences of a step as text and tokens,
+    with a list for each statistic, one number per response token."""
     rows: dict[int, dict[str, object]] = {}
     decode = student.tokenizer.decode if student.tokenizer else lambda ids: None
     for micro, stats in kept_stats:
@@ -112,26 +119,27 @@ def make_transcripts(
             for segment, number in enumerate(numbers, start=1):
                 if number >= count:
                     continue
-                is_own = segments[i] == segment
-                prompt = tokens[i][is_own & ~mask[i]].tolist()
-                response = tokens[i][is_own & mask[i]].tolist()
+                in_segment = segments[i] == segment
+                in_response = in_segment & mask[i]
+                prompt, response = tokens[i][in_segment & ~mask[i]], tokens[i][in_response]
                 row = rows[number] = {
-                    "prompt": decode(prompt),
-                    "response": decode(response),
-                    "prompt_tokens": prompt,
-                    "tokens": response,
-                    **{name: x[i][is_own & mask[i]].tolist() for name, x in stats_arrays.items()},
+                    "prompt": decode(prompt.tolist()),
+                    "response": decode(response.tolist()),
+                    "prompt_tokens": prompt.tolist(),
+                    "tokens": response.tolist(),
+                    **{name: x[i][in_response].tolist() for name, x in stats_arrays.items()},
                 }
                 if finished is not None:
-                    row["finish_reason"] = "stop" if finished[i][is_own].any() else "length"
+                    row["finish_reason"] = "stop" if finished[i][in_segment].any() else "length"
     return [rows[number] for number in sorted(rows)]
 
 
 def init_workdir(workdir: epath.Path, c: ConfigDict) -> None:
-    """Makes `workdir` this run's directory, or makes sure that it already is.
+    """Writes the config and the environment to `workdir`.
 
     Raises:
-      UserError: naming the first key that differs from the run that the directory holds.
+      UserError: if the directory holds a run of another config, naming the first key that differs,
+        or cannot be written.
     """
     path = workdir / "config.json"
     current = json.loads(c.to_json_best_effort())
@@ -161,11 +169,16 @@ def _find_differences(before: object, now: object, key_path: str) -> Iterator[st
 
 def restore_or_init(
     c: ConfigDict, run_setup: RunSetup, checkpoints: Checkpoints
-) -> tuple[update.TrainState, int]:
-    """The state to go on from and the number of its stage: the newest checkpoint, or the start."""
-    latest = checkpoints.read_latest()
+) -> tuple[update.TrainState, int, dict[str, Any] | None]:
+    """Restores the newest checkpoint, or initialises the state.
+
+    Returns:
+      The state, the number of its stage, and the stage's progress (collect.StageProgress), which
+      is None at the start of a run.
+    """
+    student, latest = run_setup.student, checkpoints.read_latest()
     if latest:
-        optimizer, student = run_setup.stages[latest[1]["index"]].optimizer, run_setup.student
+        optimizer = run_setup.stages[latest[1]["index"]].optimizer
         trained = mesh_lib.make_abstract_params(
             student.config, policy.get_mesh(student), student.model.lora
         )
@@ -173,28 +186,28 @@ def restore_or_init(
             update.make_abstract_state(optimizer, trained, bool(c.student.ema_decay))
         )
         if restored:
-            stage = run_setup.stages[restored[1]["index"]]
-            if stage.packer:
-                stage.packer.restore(restored[1]["packing"])
-            if stage.partial_rollouts:
-                stage.partial_rollouts.restore(restored[1]["parked"])
-            if stage.async_rollouts:
-                stage.async_rollouts.restore(restored[1]["ahead"])
-            return restored[0], restored[1]["index"]
+            state, meta = restored
+            return state, meta["index"], meta["progress"]
     key = jax.random.key(c.seed)
-    if run_setup.student.model.lora:
-        params = policy.load_or_init_lora(run_setup.student, key)
+    if student.model.lora:
+        params = policy.load_or_init_lora(student, key)
     elif c.student.random_init:
-        params = policy.init_random_policy(run_setup.student, key).params
+        params = policy.init_random_policy(student, key).params
     else:
-        params = policy.load(run_setup.student, "float32").params
-    # A copy: the state is donated, and no buffer of it may be there twice.
-    average = jax.tree.map(jnp.copy, params) if c.student.ema_decay else None
-    return update.init_train_state(run_setup.stages[0].optimizer, params, 0, average), 0
+        params = policy.load(student, "float32").params
+    # A copy: the state is donated, so nothing in it may alias.
+    ema_params = jax.tree.map(jnp.copy, params) if c.student.ema_decay else None
+    optimizer = run_setup.stages[0].optimizer
+    return update.init_train_state(optimizer, params, 0, ema_params), 0, None
 
 
 def run(c: ConfigDict, workdir: epath.PathLike) -> None:
-    """Runs the stages of a config, from the newest checkpoint in `workdir` on if there is one."""
+    """Runs the stages of a config, continuing from the newest checkpoint in `workdir` if any.
+
+    Raises:
+      UserError: naming what is wrong in the config, its files or `workdir`.
+      SystemExit: with code 128 + signal, after a checkpoint, if a signal asked the run to stop.
+    """
     run_files.require_reachable(str(workdir), "--workdir")
     workdir = epath.Path(workdir)
     xla.init_compilation_cache(c.compilation_cache)
@@ -204,43 +217,38 @@ def run(c: ConfigDict, workdir: epath.PathLike) -> None:
     distributed.broadcast_from_primary(lambda: init_workdir(workdir, c))
     run_files.log_line(f"attention: {run_setup.student.model.kernel}")
     with policy.use(run_setup.student):
-        run_setup, loaded_models = setup.load_lora_base(c, run_setup), {}
-        with (
-            Checkpoints(
-                workdir / "checkpoints", c.checkpoint.every, c.checkpoint.keep
-            ) as checkpoints,
-            eval_hook.open_validation_hook(
-                validation, run_setup.student, workdir
-            ) as validation_hook,
-            graders.Grader() as grader,
-            cli.catch_stop_signals() as get_stop_signal,
-            xla.CompileMonitor() as compiled_programs,
-        ):
-            state, first_stage = restore_or_init(c, run_setup, checkpoints)
-            with run_files.Writer(workdir, int(state.step)) as writer:
-                run_context = RunContext(
-                    mesh,
-                    checkpoints,
-                    writer,
-                    validation_hook,
-                    grader,
-                    get_stop_signal,
-                    compiled_programs,
-                )
-                for index, stage in enumerate(run_setup.stages[first_stage:], start=first_stage):
-                    loaded_setup = run_setup  # or it would hold on to what the last stage read
-                    loaded_setup = setup.load_stage_models(c, loaded_setup, stage, loaded_models)
-                    if int(state.step) == 0:
-                        preflight.print_summary(c, loaded_setup, validation, state.params)
-                    if index == first_stage and int(state.step) < stage.end_step:
-                        validation_hook.warm_up(state.params)
-                    if index > first_stage:
-                        state = update.init_train_state(
-                            stage.optimizer, state.params, int(state.step), state.ema_params
-                        )
-                    state = run_stage(c, loaded_setup, index, state, run_context)
-                    if run_context.check_stop_signal():
-                        break
+        run_setup = setup.load_lora_base(c, run_setup)
+        with contextlib.ExitStack() as stack:
+            checkpoints = stack.enter_context(
+                Checkpoints(workdir / "checkpoints", c.checkpoint.every, c.checkpoint.keep)
+            )
+            validation_hook = stack.enter_context(
+                eval_hook.open_validation_hook(validation, run_setup.student, workdir)
+            )
+            grader = stack.enter_context(graders.Grader())
+            get_stop_signal = stack.enter_context(cli.catch_stop_signals())
+            compile_monitor = stack.enter_context(xla.CompileMonitor())
+            state, first_stage, progress = restore_or_init(c, run_setup, checkpoints)
+            writer = stack.enter_context(run_files.Writer(workdir, int(state.step)))
+            run_context = RunContext(
+                mesh, checkpoints, writer, validation_hook, grader, get_stop_signal, compile_monitor
+            )
+            loaded_models: dict[str, Policy | Teacher] = {}
+            for index, stage in enumerate(run_setup.stages[first_stage:], start=first_stage):
+                loaded_setup = run_setup  # lets go of the last stage's models before loading
+                loaded_setup = setup.load_stage_models(c, loaded_setup, stage, loaded_models)
+                if int(state.step) == 0:
+                    preflight.print_summary(c, loaded_setup, validation, state.params)
+                if index == first_stage and int(state.step) < stage.end_step:
+                    validation_hook.warm_up(state.params)
+                if index > first_stage:
+                    progress = None
+                    state = update.init_train_state(
+                        stage.optimizer, state.params, int(state.step), state.ema_params
+                    )
+                state = run_stage(c, loaded_setup, index, state, progress, run_context)
+                if run_context.check_stop_signal():
+                    break
         if code := run_context.check_stop_signal():
             run_files.log_line(
                 f"stopped after step {int(state.step)}; the same command goes on from there"
@@ -253,80 +261,111 @@ def run_stage(
     run_setup: RunSetup,
     index: int,
     state: update.TrainState,
+    progress: dict[str, Any] | None,
     run_context: RunContext,
 ) -> update.TrainState:
-    """The loop. Its order is fixed: draw, update, evaluate, log, save. A checkpoint after step i
-    holds all that came of steps 0 to i, and the rows of metrics.jsonl for them are written."""
-    stage, s = run_setup.stages[index], run_setup.stages[index].c
-    loss_chunk_mib = stages.compute_logits_mib(c, run_context.mesh)
-    cache_capacity = memory.compute_cache_capacity(
-        memory.describe_stage(c, run_setup, stage, state.params), memory.get_memory_limit()
+    """Runs the remaining steps of stage `index`, and returns the state after them.
+
+    The order within a step is fixed: collect, train, evaluate, log, save. A checkpoint after step i
+    holds all that follows from steps 0 to i, and the rows of metrics.jsonl for them are written.
+    """
+    stage, mesh, checkpoints = run_setup.stages[index], run_context.mesh, run_context.checkpoints
+    s, validation_hook = stage.c, run_context.validation_hook
+    abstract_stage = memory.describe_stage(c, run_setup, stage, state.params)
+    cache_capacity = memory.compute_cache_capacity(abstract_stage, memory.get_memory_limit())
+    collector = collect.make_collector(
+        c, run_setup, stage, mesh, run_context.grader, cache_capacity
     )
-    collect_step = collect.make_collect(
-        run_setup,
-        stage,
-        c.seed,
-        run_context.mesh,
-        loss_chunk_mib,
-        run_context.grader,
-        cache_capacity,
-    )
-    stage_trainer = trainer.make_trainer(c, run_setup, stage, run_context.mesh, state)
+    if progress:
+        collector.progress.restore(progress)
+    stage_trainer = trainer.make_trainer(c, run_setup, stage, mesh, state)
     schedule = optim.make_schedule(s.optim, s.steps * stage.updates_per_step)
     first_step = int(state.step)
-    with run_files.show_progress(
-        s.steps, first_step - stage.first_step, stage.name
-    ) as progress_bar:
+    num_done = first_step - stage.first_step
+    with run_files.show_progress(s.steps, num_done, stage.name) as progress_bar:
         metrics_logger = MetricsLogger(stage, run_context.writer, progress_bar)
         for step in range(first_step, stage.end_step):
-            start = time.perf_counter()
-            minibatches, host_metrics = collect_step(state.params, step, state.ema_params)
+            start_time, is_last = time.perf_counter(), step + 1 == stage.end_step
             transcript_count = c.log.transcripts if step % c.log.transcripts_every == 0 else 0
-            state, device_metrics, kept_stats, seconds = stage_trainer.step(
+
+            minibatches, host_metrics = collect_step(
+                collector, state.params, step, state.ema_params
+            )
+            state, device_metrics, kept_stats, score_seconds = stage_trainer.step(
                 state, minibatches, transcript_count
             )
-            host_metrics["time/score"] += seconds
-            if stage.async_rollouts:
-                stage.async_rollouts.sample(
-                    device_metrics
-                )  # the next step's rows, while the device trains
-            device_metrics["learning_rate"] = schedule(
-                (step - stage.first_step) * stage.updates_per_step
-            )
-            metrics_logger.add_step(step, start, host_metrics, device_metrics)
-            make_meta = functools.partial(_make_checkpoint_meta, stage, index, step)
-            is_last = step + 1 == stage.end_step
-            if run_context.validation_hook.is_due(step + 1, is_last):
+            if stage.asynchronous:
+                collect.sample_ahead(collector, device_metrics)
+
+            host_metrics["time/score"] += score_seconds
+            num_updates = (step - stage.first_step) * stage.updates_per_step
+            device_metrics["learning_rate"] = schedule(num_updates)
+            metrics_logger.add_step(step, start_time, host_metrics, device_metrics)
+            make_meta = functools.partial(make_checkpoint_meta, collector, index, step + 1)
+            if validation_hook.is_due(step + 1, is_last):
                 metrics_logger.fetch_pending()
-                host_metrics |= run_context.validation_hook.run(state, make_meta, step + 1)
-            host_metrics["time/compile"] = run_context.compiled_programs.report_compiles(
+                host_metrics |= validation_hook.run(state, make_meta, step + 1)
+            host_metrics["time/compile"] = run_context.compile_monitor.report_compiles(
                 f"step {step}", 0.0 if step == first_step else 1.0
             )
             if transcript_count:
-                lines = make_transcripts(
-                    kept_stats, run_context.mesh, run_setup.student, transcript_count
-                )
-                run_context.writer.write_rollouts(step, lines)
-            # Asked once: a signal may come while the state is being saved.
+                rows = make_transcripts(kept_stats, mesh, run_setup.student, transcript_count)
+                run_context.writer.write_rollouts(step, rows)
+            # Checked once: a signal may come while the state is being saved.
             stopping = bool(run_context.check_stop_signal())
-            if run_context.checkpoints.should_save(step + 1, stopping or is_last):
+            if checkpoints.should_save(step + 1, stopping or is_last):
                 metrics_logger.write()
-                run_context.writer.flush()  # what a checkpoint holds is in the files
-                run_context.checkpoints.save(
-                    step + 1, state, make_meta(), force=stopping or is_last
-                )
+                run_context.writer.flush()  # the files hold what the checkpoint does
+                checkpoints.save(step + 1, state, make_meta(), force=stopping or is_last)
             if stopping:
                 break
     return state
 
 
-def _make_checkpoint_meta(stage: StageSetup, index: int, step: int) -> dict[str, Any]:
-    """What a checkpoint after a step holds beside the state."""
-    meta: dict[str, Any] = {"stage": stage.name, "index": index}
-    if stage.packer:
-        meta["packing"] = stage.packer.get_state(step + 1 - stage.first_step)
-    if stage.partial_rollouts:
-        meta["parked"] = stage.partial_rollouts.get_state()
-    if stage.async_rollouts:
-        meta["ahead"] = stage.async_rollouts.get_state()
-    return meta
+def collect_step(
+    collector: Collector, params: Params, step: int, ema_params: Params | None = None
+) -> tuple[Minibatches, grading.Metrics]:
+    """Collects what a step trains on: reads traces, or samples sequences and grades them; then
+    packs them into micro-batches. `trainer.Trainer.step` scores and trains these.
+
+    Args:
+      params: the trained parameters before the step.
+      ema_params: their moving average, where one is kept.
+
+    Returns:
+      The micro-batches of each minibatch, on the host, and the step's metrics so far.
+    """
+    stage, s, layout, mesh = collector.stage, collector.stage.c, collector.layout, collector.mesh
+    if not stage.sampled_rows:
+        return collect.read_minibatches(collector, step)
+    if stage.loss.reward:
+        sequences, rewards, metrics = collect.sample_graded_sequences(collector, params, step)
+    else:
+        sequences, metrics = collect.sample_sequences(collector, params, step)
+        rewards = None
+    samples = microbatches.to_examples(sequences, rewards)
+    traces = collect.read_traces(collector, step)
+    packed = microbatches.pack_examples(
+        [*samples, *traces], stage.microbatch_rows, s.minibatches, layout
+    )
+    start_time = time.perf_counter()
+    if stage.loss.reward and s.reward.teacher_logprob:
+        scores_B = grading.score_with_teachers(
+            collector.teachers, packed, samples, layout, mesh, collector.loss_chunk_mib, ema_params
+        )
+        samples, teacher_metrics = grading.add_teacher_rewards(s, samples, scores_B)
+        metrics |= teacher_metrics
+    if stage.loss.reward:
+        samples = grading.add_advantages(samples, s.samples, stage.loss.advantage_norm)
+    if traces:
+        metrics |= collect.measure_traces(stage, packed, samples, traces, layout)
+    minibatches = microbatches.make_microbatches(packed, [*samples, *traces], layout, mesh)
+    metrics["time/score"] = time.perf_counter() - start_time
+    return minibatches, metrics
+
+
+def make_checkpoint_meta(collector: Collector, index: int, step: int) -> dict[str, Any]:
+    """Makes what a checkpoint after `step` steps holds beside the state, as JSON."""
+    stage = collector.stage
+    progress = collector.progress.get_state(step - stage.first_step)
+    return {"stage": stage.name, "index": index, "progress": progress}

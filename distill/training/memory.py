@@ -124,7 +124,7 @@ def estimate_update_bytes(stage: AbstractStage) -> dict[str, float]:
     return {
         "gradient": num_gradients * count_device_bytes(stage.trained_params),
         "activations": stage.microbatch_rows / shards * row_bytes,
-        "logits": stages.compute_logits_mib(stage.c, mesh) / mesh.size * 2**20,
+        "logits": stages.get_loss_chunk_mib(stage.c, mesh) / mesh.size * 2**20,
     }
 
 

@@ -1,14 +1,14 @@
-"""A step's sequences as micro-batches of one shape, any number of them: one program trains all.
+"""A step's sequences as micro-batches of one shape, so that one program trains any number of them.
 
-Sequences that the student wrote, and read ones beside them, are packed: whole sequences one behind
-the other in rows of a set length, first-fit decreasing, so that a step costs what its tokens cost.
-The last micro-batch is filled up with empty rows. Which sequence lies where follows from lengths
-alone, and is the same in every process.
+Sampled sequences, and traces read beside them, are packed: whole sequences one after another in
+rows of a fixed length, first-fit decreasing, so that a step costs what its tokens cost. The last
+micro-batch is filled up with empty rows. The place of each sequence follows from lengths alone and
+is the same in every process.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ from distill.runtime import mesh as mesh_lib
 from distill.training import stages
 from models.errors import UserError
 
-PackedRows = tuple[tuple[int, ...], ...]  # of each row the numbers of its sequences
+PackedRows = tuple[tuple[int, ...], ...]  # for each row the numbers of its sequences
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,20 +36,21 @@ class Microbatch:
     make_batch: Callable[[], Batch]  # this process's rows, on the host
 
     def to_device(self, mesh: Mesh) -> Batch:
-        """Lays them out, split by rows over a mesh."""
+        """Collates the rows and splits them over a mesh."""
         return mesh_lib.from_local_rows(self.make_batch(), mesh, len(self.rows))
 
 
-# What a step trains on: of each of its minibatches the micro-batches.
+# What a step trains on: the micro-batches of each of its minibatches.
 Minibatches = list[list[Microbatch]]
 
 
 def make_stage_layout(
     s: ConfigDict, loss: losses.Loss, sampled_rows: int, routing: tuple[int, int] | None
 ) -> BatchLayout:
-    """The layout of a stage's batches, of which the student writes `sampled_rows` rows.
+    """Makes the layout of a stage's batches, of which the student samples `sampled_rows` rows.
 
-    routing: layers and experts a token, where the update replays the sampler's; else None.
+    Args:
+      routing: layers and experts per token, where the update replays the sampler's; else None.
     """
     N = len(s.teachers)
     weights_SN = np.eye(N)  # each teacher counts for the rows of its own source
@@ -69,7 +70,7 @@ def make_stage_layout(
 
 
 def make_abstract_microbatch(layout: BatchLayout, rows: int, mesh: Mesh) -> Batch:
-    """Shapes, dtypes and shardings of a micro-batch of `rows` rows on a mesh."""
+    """Makes shapes, dtypes and shardings of a micro-batch of `rows` rows on a mesh."""
     sharding = mesh_lib.make_row_sharding(mesh)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding),
@@ -77,16 +78,18 @@ def make_abstract_microbatch(layout: BatchLayout, rows: int, mesh: Mesh) -> Batc
     )
 
 
-def to_examples(sequences: Sequence[rollout.Sequence]) -> list[SampledExample]:
-    """What the student wrote, as examples.
+def to_examples(
+    sequences: Sequence[rollout.Sequence], rewards: Sequence[float] | None = None
+) -> list[SampledExample]:
+    """Converts sampled sequences, and their rewards where they have some, to examples.
 
     Raises:
       UserError: naming a sequence that ended in NaN.
     """
     for number, x in enumerate(sequences):
         if x.finish_reason == "error":
-            at = f"after {len(x.tokens)} sampled tokens"
-            raise UserError(f"{x.where or f'row {number}'}: NaN logits {at}")
+            position = f"after {len(x.tokens)} sampled tokens"
+            raise UserError(f"{x.where or f'row {number}'}: NaN logits {position}")
     return [
         SampledExample(
             x.prompt,
@@ -100,8 +103,9 @@ def to_examples(sequences: Sequence[rollout.Sequence]) -> list[SampledExample]:
             logprobs=x.logprobs,
             finished=x.finish_reason == "stop",
             experts=x.experts,
+            reward=None if rewards is None else rewards[number],
         )
-        for x in sequences
+        for number, x in enumerate(sequences)
     ]
 
 
@@ -112,14 +116,12 @@ def make_unpacked_batch(
     context_tokens: int = 0,
     routing: tuple[int, int] | None = None,
 ) -> Batch:
-    """What the student wrote in a row each, on the host; empty rows last."""
+    """Collates sampled sequences on the host, one in each row of `tokens`; empty rows come last."""
     layout = BatchLayout(
         tokens, tokens, context_tokens=context_tokens, has_sampler_logprobs=True, routing=routing
     )
     example_rows = [[example] for example in to_examples(sequences)]
-    return collate.collate_rows(
-        example_rows + [[] for _ in range(rows - len(example_rows))], layout
-    )
+    return collate.collate_rows(example_rows + [[]] * (rows - len(example_rows)), layout)
 
 
 def split_rows(
@@ -128,80 +130,82 @@ def split_rows(
     sizes: tuple[int, int, int],
     layout: BatchLayout,
 ) -> Minibatches:
-    """Micro-batches of the rows of a batch, of which this process has those numbered `own`.
+    """Splits a batch into micro-batches. Rows interleave, so that each spans all devices.
 
-    sizes: rows of the batch, its minibatches, and the micro-batches of each. Rows interleave, so
-    that each part spans all devices.
+    Args:
+      rows: the examples of those rows of the batch that this process has, numbered `own_rows`.
+      sizes: rows of the batch, its minibatches, and the micro-batches of each minibatch.
     """
-    count, minibatches, accumulate = sizes
-    own_index = {row: place for place, row in enumerate(own_rows)}
+    count, num_minibatches, accumulate = sizes
+    examples_by_row = dict(zip(own_rows, rows, strict=True))
 
     def make_microbatch(first: int) -> Microbatch:
-        numbers = range(first, count, minibatches * accumulate)
+        numbers = range(first, count, num_minibatches * accumulate)
         batch = collate.collate_rows(
-            [rows[own_index[row]] for row in numbers if row in own_index], layout
+            [examples_by_row[row] for row in numbers if row in examples_by_row], layout
         )
         return Microbatch(tuple((row,) for row in numbers), lambda: batch)
 
     return [
-        [make_microbatch(j + k * minibatches) for k in range(accumulate)]
-        for j in range(minibatches)
+        [make_microbatch(j + k * num_minibatches) for k in range(accumulate)]
+        for j in range(num_minibatches)
     ]
 
 
 def pack_examples(
     examples: Sequence[Example], rows: int, num_minibatches: int, layout: BatchLayout
 ) -> list[list[PackedRows]]:
-    """Packs the examples of each minibatch (i belongs to minibatch i % minibatches) into
-    micro-batches of `rows` rows: of each the numbers of the examples."""
-    capacity = (
-        (layout.row_tokens, layout.row_tokens + layout.context_tokens)
-        if layout.context_tokens
-        else (layout.row_tokens,)
-    )
+    """Packs examples into micro-batches of `rows` rows; example i belongs to minibatch
+    i % num_minibatches. Returns the micro-batches of each minibatch, by numbers of examples.
 
-    def count_row_tokens(example: Example) -> tuple[int, ...]:
+    With a context, a row must hold its examples for the student and for the teachers.
+    """
+    has_context = layout.context_tokens > 0
+    capacity = (layout.row_tokens,)
+    if has_context:
+        capacity += (layout.row_tokens + layout.context_tokens,)
+
+    def count_tokens(example: Example) -> tuple[int, ...]:
         response = min(len(example.response), layout.max_response)
-        own = len(example.prompt) + response
-        return (
-            (own, len(example.teacher_prompt or example.prompt) + response)
-            if layout.context_tokens
-            else (own,)
-        )
+        tokens = (len(example.prompt) + response,)
+        if has_context:
+            tokens += (len(example.teacher_prompt or example.prompt) + response,)
+        return tokens
 
-    packed_minibatches = []
+    minibatches = []
     for j in range(num_minibatches):
-        sizes = {i: count_row_tokens(examples[i]) for i in range(j, len(examples), num_minibatches)}
-        packed = [tuple(row) for row in packing.pack_first_fit_decreasing(sizes, capacity)]
-        count = max(1, -(-len(packed) // rows))  # without a sequence, too, a step has its figures
+        lengths = {i: count_tokens(examples[i]) for i in range(j, len(examples), num_minibatches)}
+        packed = [tuple(row) for row in packing.pack_first_fit_decreasing(lengths, capacity)]
+        count = max(1, -(-len(packed) // rows))  # a step without sequences has metrics too
         packed += [()] * (count * rows - len(packed))
-        packed_minibatches.append(
-            [tuple(packed[at : at + rows]) for at in range(0, len(packed), rows)]
+        minibatches.append(
+            [tuple(packed[start : start + rows]) for start in range(0, len(packed), rows)]
         )
-    return packed_minibatches
+    return minibatches
 
 
 def make_microbatches(
     packed: list[list[PackedRows]], examples: Sequence[Example], layout: BatchLayout, mesh: Mesh
 ) -> Minibatches:
-    """Micro-batches of examples that were packed, each laid out when it is put on the mesh."""
+    """Makes micro-batches of packed examples. Each is collated when it is put on the mesh."""
 
     def collate_microbatch(rows: PackedRows) -> Batch:
         own_rows = mesh_lib.list_local_rows(mesh, len(rows))
         return collate.collate_rows([[examples[i] for i in rows[row]] for row in own_rows], layout)
 
     return [
-        [Microbatch(rows, functools.partial(collate_microbatch, rows)) for rows in part]
-        for part in packed
+        [Microbatch(rows, functools.partial(collate_microbatch, rows)) for rows in minibatch]
+        for minibatch in packed
     ]
 
 
-def find_response_spans(rows: PackedRows, examples: Sequence[Example], max_response: int):
-    """(number, row, where the response begins, where it ends) of each sequence of a micro-batch."""
+def find_response_spans(
+    rows: PackedRows, examples: Sequence[Example], max_response: int
+) -> Iterator[tuple[int, int, int, int]]:
+    """Yields (number, row, start, end of the response) of each sequence of a micro-batch."""
     for row, numbers in enumerate(rows):
-        at = 0
+        end = 0
         for number in numbers:
-            example = examples[number]
-            start = at + len(example.prompt)
-            at = start + min(len(example.response), max_response)
-            yield number, row, start, at
+            start = end + len(examples[number].prompt)
+            end = start + min(len(examples[number].response), max_response)
+            yield number, row, start, end

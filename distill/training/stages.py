@@ -1,4 +1,4 @@
-"""What the config of one stage means, and what it may not say."""
+"""The config of one stage: its settings resolved, and checked."""
 
 import dataclasses
 import math
@@ -12,73 +12,66 @@ from distill.objectives import losses
 from distill.policy.policy import Policy
 from distill.rewards import graders
 from distill.runtime import mesh as mesh_lib
+from models import checks
+from models.checks import Range
 from models.errors import UserError
 from models.layers.lora import LoRA
 
-# Share of rows that the student writes, where an objective does not mean all of them.
+# Share of a step's rows that the student samples, where an objective does not mean all of them.
 DEFAULT_ON_POLICY = {"sft": 0.0, "distill": 0.0, "gkd": 0.5}
-MIN_TOKENS_PER_SHARD, MIN_TOKENS_PER_SHARD_CPU = (
-    4096,
-    1024,
-)  # tokens of a row shard with which a device has enough to do
-CACHE_MEMORY_FRACTION = 0.8  # of the memory that is left, for the cache
-ZERO_VARIANCE_MODES = (
-    "keep",
-    "drop",
-    "replace",
-)  # what becomes of groups whose rewards are all equal
+# Tokens that keep a device busy, in its part of the rows of a micro-batch.
+MIN_TOKENS_PER_SHARD, MIN_TOKENS_PER_SHARD_CPU = 4096, 1024
+CACHE_MEMORY_FRACTION = 0.8  # of the free memory, for the sampler's cache
+# What to do with groups whose rewards are all equal.
+ZERO_VARIANCE_MODES = ("keep", "drop", "replace")
 
 
 def resolve_objective(name: str, s: ConfigDict) -> tuple[losses.Loss, int]:
-    """What a stage minimises, and how many rows of its batch the student writes."""
-    if s.objective not in losses.OBJECTIVES:
-        known = ", ".join(losses.OBJECTIVES)
-        raise UserError(f"config.{name}.objective: {s.objective!r} is none of {known}")
+    """Returns the loss of a stage, and how many rows of its batch the student samples.
+
+    Raises:
+      UserError: naming the field at fault.
+    """
+    checks.check_fields(s, {"objective": (*losses.OBJECTIVES,)}, f"config.{name}.")
     changes = {field: value for field, value in s.loss.items() if value is not None}
     try:
         loss = dataclasses.replace(losses.OBJECTIVES[s.objective], **changes)
     except UserError as error:
         raise UserError(f"config.{name}.loss.{error}") from None
-    share = (
-        DEFAULT_ON_POLICY.get(s.objective, 1.0) if s.on_policy_share is None else s.on_policy_share
-    )
-    if not 0 <= share <= 1:
-        raise UserError(f"config.{name}.on_policy_share={share}: must be from 0 to 1")
+    share = s.on_policy_share
+    if share is None:
+        share = DEFAULT_ON_POLICY.get(s.objective, 1.0)
+    shares = {"on_policy_share": share}
+    checks.check_fields(shares, {"on_policy_share": Range(0, 1)}, f"config.{name}.")
     sampled_rows = round(share * s.batch_size)
     if loss.is_on_policy and sampled_rows < s.batch_size:
         raise UserError(
             f"config.{name}.on_policy_share={share}: this loss needs the sampler's "
-            "log-probabilities of "
-            "every token, and read responses have none"
+            "log-probabilities of every token, which traces do not have; set 1"
         )
     if loss.teacher_output == "token":
-        raise UserError(f"config.{name}.loss.teacher_output=token: is of a teacher elsewhere")
+        raise UserError(
+            f"config.{name}.loss.teacher_output=token: is for remote teachers; use hidden or top"
+        )
     if loss.teacher_output == "top" and sampled_rows:
         raise UserError(
-            f"config.{name}.loss.teacher_output=top: stored log-probabilities are of read "
-            "responses, "
-            f"but on_policy_share={share}"
+            f"config.{name}.loss.teacher_output=top: only traces have stored log-probabilities, "
+            f"but on_policy_share={share}; set 0"
         )
     if loss.reward:
-        _check_reward(name, s, loss)
+        _check_reward(name, s)
     return loss, sampled_rows
 
 
-def _check_reward(name: str, s: ConfigDict, loss: losses.Loss) -> None:
-    r = s.reward
+def _check_reward(name: str, s: ConfigDict) -> None:
+    r, prefix = s.reward, f"config.{name}.reward."
     if s.samples < 2:
         raise UserError(
-            f"config.{name}.samples={s.samples}: an advantage compares responses to one prompt, so "
-            "it takes at least 2"
+            f"config.{name}.samples={s.samples}: an advantage compares responses to one prompt; "
+            "set at least 2"
         )
-    if r.grader not in graders.GRADERS:
-        known = ", ".join(graders.GRADERS)
-        raise UserError(f"config.{name}.reward.grader: {r.grader!r} is none of {known}")
-    if r.zero_variance_groups not in ZERO_VARIANCE_MODES:
-        raise UserError(
-            f"config.{name}.reward.zero_variance_groups: {r.zero_variance_groups!r} is none of "
-            f"{', '.join(ZERO_VARIANCE_MODES)}"
-        )
+    choices = {"grader": (*graders.GRADERS,), "zero_variance_groups": ZERO_VARIANCE_MODES}
+    checks.check_fields(r, choices, prefix)
     weights = (*get_term_weights(s).values(), r.teacher_logprob)
     if not all(map(math.isfinite, weights)):
         raise UserError(f"config.{name}.reward: weights {weights} are not all finite")
@@ -86,20 +79,19 @@ def _check_reward(name: str, s: ConfigDict, loss: losses.Loss) -> None:
         raise UserError(f"config.{name}.reward: all weights are 0")
     if r.length and not 0 < r.length_margin <= s.max_response_tokens:
         raise UserError(
-            f"config.{name}.reward.length_margin={r.length_margin}: the length penalty falls "
-            "over so many tokens "
+            f"{prefix}length_margin={r.length_margin}: the length penalty covers this many tokens "
             f"before the limit, from 1 to max_response_tokens={s.max_response_tokens}"
         )
-    if r.max_rounds < 1:
-        raise UserError(f"config.{name}.reward.max_rounds={r.max_rounds}: must be at least 1")
+    checks.check_fields(r, {"max_rounds": Range(1)}, prefix)
     if s.rollout.token_budget:
         raise UserError(
-            f"config.{name}.rollout.token_budget: the responses to one prompt must end together"
+            f"config.{name}.rollout.token_budget: the responses to one prompt must end together; "
+            "set 0"
         )
 
 
 def get_term_weights(s: ConfigDict) -> dict[str, float]:
-    """The weights of the reward's terms."""
+    """Returns the weight of each rule-based term of the reward."""
     r = s.reward
     return {
         "correct": r.correct,
@@ -110,13 +102,17 @@ def get_term_weights(s: ConfigDict) -> dict[str, float]:
 
 
 def needs_teacher(s: ConfigDict, loss: losses.Loss) -> bool:
-    """Whether a stage needs the teacher's model."""
+    """Returns whether a stage runs a teacher's model."""
     needs_hidden = loss.teacher > 0 and loss.teacher_output != "top"
     return bool(needs_hidden or (loss.reward and s.reward.teacher_logprob))
 
 
 def check_async_rollouts(name: str, s: ConfigDict, loss: losses.Loss, sampled_rows: int) -> None:
-    """Rows sampled ahead come from weights one update old: the loss must know what to do then."""
+    """Checks that a loss can train on samples of weights that are one update old.
+
+    Raises:
+      UserError: if it cannot.
+    """
     flag = f"config.{name}.rollout.asynchronous"
     if not sampled_rows:
         raise UserError(f"{flag}: {s.objective} samples nothing")
@@ -131,60 +127,72 @@ def check_async_rollouts(name: str, s: ConfigDict, loss: losses.Loss, sampled_ro
         )
 
 
-def check_stage(
-    name: str,
-    s: ConfigDict,
-    loss: losses.Loss,
-    sampled_rows: int,
-    student: Policy,
-    teachers: list[Policy],
-    context_tokens: int,
-    mesh: Mesh,
-    teacher_mesh: Mesh,
-) -> None:
+def check_counts(name: str, s: ConfigDict) -> None:
+    """Checks the numbers of a stage that stand for themselves."""
     counts = ("steps", "batch_size", "samples", "accumulate", "minibatches", "epochs")
-    for field in (*counts, "max_prompt_tokens", "max_response_tokens"):
-        if s[field] < 1:
-            raise UserError(f"config.{name}.{field}={s[field]}: must be at least 1")
-    if s.rollout.token_budget < 0:
-        raise UserError(
-            f"config.{name}.rollout.token_budget={s.rollout.token_budget}: must be 0 (off) or more"
-        )
+    limits = ("max_prompt_tokens", "max_response_tokens")
+    checks.check_fields(s, dict.fromkeys((*counts, *limits), Range(1)), f"config.{name}.")
+    rules = {"token_budget": Range(off="off")}
+    checks.check_fields(s.rollout, rules, f"config.{name}.rollout.")
+
+
+def check_sampling(
+    name: str, s: ConfigDict, loss: losses.Loss, sampled_rows: int, student: Policy, mesh: Mesh
+) -> None:
+    """Checks that the student can be sampled as a stage says."""
     total = s.max_prompt_tokens + s.max_response_tokens
     try:
         options = make_rollout_options(s)
-        decoding, dtype = mesh_lib.to_decode_mesh(mesh), jnp.dtype(student.model.dtype).name
+        decode_mesh, dtype = mesh_lib.to_decode_mesh(mesh), jnp.dtype(student.model.dtype).name
         rollout.make_cache_shape(
-            options, student.config, decoding, dtype, max(1, sampled_rows), total
+            options, student.config, decode_mesh, dtype, max(1, sampled_rows), total
         )
     except UserError as error:
         raise UserError(f"config.{name}.rollout.{error}") from None
-    make_sampling(s).check_vocab_size(
-        student.config.vocab_size
-    )  # the former refuses what is no distribution
+    make_sampling(s).check_vocab_size(student.config.vocab_size)
     if loss.is_on_policy and not s.sampling.temperature:
         raise UserError(
             f"config.{name}.sampling.temperature=0: {s.objective} needs tokens that were drawn"
         )
-    for reader, more in [(student, 0), *((reader, context_tokens) for reader in teachers)]:
-        limit, what = reader.config.context_length, " + context.max_tokens" if more else ""
-        if total + more > limit:
+
+
+def check_positions(
+    name: str, s: ConfigDict, student: Policy, teachers: list[Policy], context_tokens: int
+) -> None:
+    """Checks that rows fit the positions of the models that read them."""
+    total = s.max_prompt_tokens + s.max_response_tokens
+    for model, extra in [(student, 0), *((teacher, context_tokens) for teacher in teachers)]:
+        limit, extra_name = model.config.context_length, " + context.max_tokens" if extra else ""
+        if total + extra > limit:
             raise UserError(
-                f"config.{name}: max_prompt_tokens + max_response_tokens{what} = {total + more} "
-                f"exceeds the model's {limit} positions ({reader.path})"
+                f"config.{name}: max_prompt_tokens + max_response_tokens{extra_name} = "
+                f"{total + extra} exceeds the model's {limit} positions ({model.path})"
             )
+
+
+def check_packing(name: str, s: ConfigDict, sampled_rows: int, context_tokens: int) -> None:
+    """Checks that rows of `pack_tokens` can be packed."""
+    total = s.max_prompt_tokens + s.max_response_tokens
     if s.pack_tokens and not sampled_rows and context_tokens:
         raise UserError(
             f"config.{name}.pack_tokens: a context makes the teachers' rows longer, so they are "
             "not packed; set 0"
         )
     if s.pack_tokens and not sampled_rows and s.data.curriculum:
-        raise UserError(f"config.{name}.data.curriculum: packed rows are of no one step")
+        raise UserError(
+            f"config.{name}.data.curriculum: packed rows belong to no step; set pack_tokens=0"
+        )
     if s.pack_tokens < 0 or 0 < s.pack_tokens < total:
         raise UserError(
             f"config.{name}.pack_tokens={s.pack_tokens}: a row must hold max_prompt_tokens + "
             f"max_response_tokens = {total}"
         )
+
+
+def check_splits(
+    name: str, s: ConfigDict, sampled_rows: int, mesh: Mesh, teacher_mesh: Mesh
+) -> None:
+    """Checks that a batch divides into micro-batches, over devices and into groups."""
     check_row_split(name, s, mesh, teacher_mesh)
     mesh_lib.check_colocated(
         mesh, teacher_mesh, compute_microbatch_rows(s, sampled_rows, mesh, teacher_mesh)
@@ -192,61 +200,58 @@ def check_stage(
     check_token_split(name, s, mesh, teacher_mesh)
     if sampled_rows % s.samples:
         raise UserError(
-            f"config.{name}.batch_size={s.batch_size}: the {sampled_rows} rows that are "
-            "sampled do not "
+            f"config.{name}.batch_size={s.batch_size}: its {sampled_rows} sampled rows do not "
             f"divide by samples ({s.samples})"
         )
 
 
 def check_row_split(name: str, s: ConfigDict, mesh: Mesh, teacher_mesh: Mesh) -> None:
     """Raises UserError if a batch does not divide into micro-batches, and these over devices."""
-    for at, whose in (
+    for split_mesh, devices in (
         (mesh, "devices"),
         (teacher_mesh, "devices of config.teacher_mesh that split rows"),
     ):
-        rows = s.accumulate * s.minibatches * mesh_lib.count_row_shards(at)
+        rows = s.accumulate * s.minibatches * mesh_lib.count_row_shards(split_mesh)
         if s.batch_size % rows:
             raise UserError(
                 f"config.{name}.batch_size={s.batch_size} does not divide by accumulate times "
-                f"minibatches times the {whose} ({rows})"
+                f"minibatches times the {devices} ({rows})"
             )
 
 
 def get_row_tokens(s: ConfigDict) -> int:
-    """Tokens of a row of a stage's batches."""
+    """Returns the tokens of a row of a stage's batches."""
     return s.pack_tokens or s.max_prompt_tokens + s.max_response_tokens
 
 
 def compute_microbatch_rows(s: ConfigDict, sampled_rows: int, *meshes: Mesh) -> int:
-    """Rows of a micro-batch, on meshes that each split them.
+    """Computes the rows of a micro-batch, on meshes that each split them.
 
     Sampled rows are packed into as few as keep the devices busy, so that little of the last
-    micro-batch is empty; never into more than `accumulate` leaves, which memory is planned by.
+    micro-batch is empty; never into more than `accumulate` leaves, which memory is planned for.
     """
     max_rows = s.batch_size // (s.accumulate * s.minibatches)
     if not sampled_rows:
         return max_rows
     on_cpu = meshes[0].devices.flat[0].platform == "cpu"
     shards = math.lcm(*map(mesh_lib.count_row_shards, meshes))
-    min_rows = (
-        max(1, (MIN_TOKENS_PER_SHARD_CPU if on_cpu else MIN_TOKENS_PER_SHARD) // get_row_tokens(s))
-        * shards
-    )
-    count = -(-max_rows // min_rows)  # of rows that no two sequences share; equally many in each
+    min_tokens = MIN_TOKENS_PER_SHARD_CPU if on_cpu else MIN_TOKENS_PER_SHARD
+    min_rows = max(1, min_tokens // get_row_tokens(s)) * shards
+    count = -(-max_rows // min_rows)  # micro-batches if no two sequences share a row
     return -(-max_rows // (count * shards)) * shards
 
 
 def get_temperature(s: ConfigDict, loss: losses.Loss) -> float:
-    """The temperature that models are read at: a loss of drawn tokens compares distributions as
-    they were drawn from (as TRL and verl do)."""
+    """Returns the temperature of the distributions that a loss compares: that of the draw, where it
+    is of drawn tokens (as in TRL and verl), else 1."""
     return s.sampling.temperature if loss.is_on_policy else 1.0
 
 
 def check_token_split(name: str, s: ConfigDict, mesh: Mesh, teacher_mesh: Mesh) -> None:
-    """Raises UserError if context splits tokens, and a row has a number that does not divide."""
+    """Raises UserError if the context axis splits tokens and those of a row do not divide."""
     T = get_row_tokens(s)
-    for at, flag in ((mesh, "mesh"), (teacher_mesh, "teacher_mesh")):
-        context, tensor = at.shape["context"], at.shape["tensor"]
+    for split_mesh, flag in ((mesh, "mesh"), (teacher_mesh, "teacher_mesh")):
+        context, tensor = split_mesh.shape["context"], split_mesh.shape["tensor"]
         if context > 1 and T % (context * tensor):
             raise UserError(
                 f"config.{name}: rows of {T} tokens do not divide by context times tensor of "
@@ -255,32 +260,34 @@ def check_token_split(name: str, s: ConfigDict, mesh: Mesh, teacher_mesh: Mesh) 
 
 
 def make_sampling(s: ConfigDict) -> rollout.Sampling:
-    """What a stage draws its tokens from."""
+    """Makes the sampling distribution of a stage."""
     return rollout.Sampling(**s.sampling)
 
 
-def compute_logits_mib(c: ConfigDict, mesh: Mesh) -> float:
-    """MiB of float32 logits that a chunk of the loss holds on all devices of a mesh together."""
+def get_loss_chunk_mib(c: ConfigDict, mesh: Mesh) -> float:
+    """Returns the MiB of float32 logits that a chunk of the loss holds on all devices of a mesh
+    together."""
     return (c.loss_chunk_mib or (1024.0 if mesh_lib.is_on_gpu(mesh) else 128.0)) * mesh.size
 
 
 def make_rollout_options(
     s: ConfigDict, cache_capacity: int | None = None
 ) -> rollout.RolloutOptions:
-    """How the device samples a stage's rows.
+    """Makes the options by which a stage's rows are sampled.
 
-    room: tokens that the cache could hold beside all else, where that is known.
+    Args:
+      cache_capacity: tokens that the cache could hold beside all else, where known.
     """
     r = s.rollout
-    tokens = int(r.cache_tokens)
+    cache_tokens = int(r.cache_tokens)
     if r.cache_tokens < 1 and cache_capacity is not None:  # a share of it
-        tokens = int((r.cache_tokens or CACHE_MEMORY_FRACTION) * cache_capacity)
+        cache_tokens = int((r.cache_tokens or CACHE_MEMORY_FRACTION) * cache_capacity)
     return rollout.RolloutOptions(
         slots=r.slots,
         max_length=s.max_prompt_tokens + s.max_response_tokens,
         segment=r.segment,
         prefill_chunk=r.prefill_chunk,
-        cache_tokens=tokens,
+        cache_tokens=cache_tokens,
         page_size=r.page_size,
         cache_dtype=r.cache_dtype,
         param_dtype=r.param_dtype,
@@ -289,15 +296,17 @@ def make_rollout_options(
 
 
 def has_packed_rows(c: ConfigDict) -> bool:
-    """Whether any stage has rows of several examples: packed traces, or samples."""
+    """Returns whether any stage packs several examples into a row: traces with `pack_tokens`, or
+    samples."""
     return any(c[name].pack_tokens or resolve_objective(name, c[name])[1] for name in c.stages)
 
 
 def make_lora(s: ConfigDict) -> LoRA | None:
+    """Makes the LoRA that `config.student` asks for; None where all parameters are trained."""
     if not s.lora.rank:
         return None
     if s.random_init:
-        raise UserError("config.student.lora.rank: nothing keeps a random base; train all of it")
+        raise UserError("config.student.lora.rank: nothing keeps a random base; set 0")
     try:
         return LoRA(s.lora.rank, s.lora.alpha, s.lora.rslora, tuple(s.lora.targets))
     except UserError as error:

@@ -136,6 +136,6 @@ def make_trainer(
         local.place_heads(teachers),
         run_setup.reference if loss.reference else None,
         student.params if student.model.lora else None,
-        stages.compute_logits_mib(c, mesh),
+        stages.get_loss_chunk_mib(c, mesh),
         stages.get_temperature(stage.c, loss),
     )

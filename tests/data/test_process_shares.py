@@ -43,7 +43,7 @@ def test_an_array_is_assembled_from_local_rows(sizes: tuple[int, int, int]) -> N
     np.testing.assert_array_equal(made, x_BT)
 
 
-def stage(objective: str, **fields: Any) -> setup.StageSetup:
+def stage(objective: str, **fields: Any) -> tuple[setup.StageSetup, packing.Packer | None]:
     """Makes a stage of 24 numbered rows, without loss and optimiser."""
     c = base.make_stage(objective)
     c.batch_size, c.max_prompt_tokens, c.max_response_tokens = 8, 3, 4
@@ -54,9 +54,8 @@ def stage(objective: str, **fields: Any) -> setup.StageSetup:
     )
     packer = packing.Packer(source, 0, 8, c.pack_tokens, 4) if c.pack_tokens else None
     nothing: Any = None
-    return setup.StageSetup(
-        "sft", c, 2, source, nothing, setup.losses.OBJECTIVES[objective], sampled, packer
-    )
+    loss = setup.losses.OBJECTIVES[objective]
+    return setup.StageSetup("sft", c, 2, source, nothing, loss, sampled), packer
 
 
 @pytest.mark.parametrize("fields", [{}, {"pack_tokens": 16}, {"minibatches": 2, "accumulate": 2}])
@@ -68,7 +67,8 @@ def test_processes_read_the_batch_in_shares(processes: int, fields: dict) -> Non
     def read(own: list[int], step: int) -> list[list[int]]:
         """Reads the rows of all micro-batches, in the order of the batch."""
         form = collate.BatchLayout(fields.get("pack_tokens", 7), 4)
-        work, _ = collect._make_dataset_collect(stage("sft", **fields), 7, own, form)({}, step)
+        traces = stage("sft", **fields)
+        work, _ = collect.load_trace_minibatches(*traces, 7, own, form, step)
         found = {}
         for micro in (micro for part in work for micro in part):
             held = [row for (row,) in micro.rows if row in own]

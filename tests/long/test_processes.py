@@ -19,24 +19,25 @@ from configs import base
 from distill.data import chat, dataset
 from distill.objectives import losses
 from distill.runtime import mesh as mesh_lib
-from distill.training import collect, setup
+from distill.training import collect, loop, setup
 from jax.experimental import multihost_utils
 
-c = base.make_stage("sft")
-c.batch_size, c.max_prompt_tokens, c.max_response_tokens = 4, 48, 16  # 12 rows: one epoch
-c.data.source = "assets/rows/gsm8k.jsonl"
+c = base.get_config()
+s = base.make_stage("sft")
+s.batch_size, s.max_prompt_tokens, s.max_response_tokens = 4, 48, 16  # 12 rows: one epoch
+s.data.source = "assets/rows/gsm8k.jsonl"
 read = []
-source = dataset.load_source(c.data, chat.load_tokenizer("assets/teacher"), 0, True)
+source = dataset.load_source(s.data, chat.load_tokenizer("assets/teacher"), 0, True)
 read_example = source.read_example
 record = lambda i: (read.append(i), read_example(i))[1]
 source = dataset.Source(source.size, record)
-stage = setup.StageSetup("sft", c, 0, source, None, losses.OBJECTIVES["sft"], 0)
+stage = setup.StageSetup("sft", s, 0, source, None, losses.OBJECTIVES["sft"], 0)
 mesh = mesh_lib.make_mesh(1, -1, 1)
 who = types.SimpleNamespace(replay_routing=False)
-draw = collect.make_collect(who, stage, 0, mesh, 1.0, None)
+collector = collect.make_collector(c, who, stage, mesh, None)
 steps = []
 for step in range(3):
-    (((micro,),), _) = draw({}, step)
+    (((micro,),), _) = loop.collect_step(collector, {}, step)
     whole = multihost_utils.process_allgather(micro.to_device(mesh).tokens_BT, tiled=True)
     steps.append(np.asarray(whole).tolist())
 each = 4 // count  # steps are read in order, the next one prefetched

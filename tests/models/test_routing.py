@@ -333,11 +333,11 @@ def test_parked_experts_come_back_from_a_checkpoint():
     rng = np.random.default_rng(0)
     pieces = [rng.integers(-1, 8, (n, 2, 3)).astype(np.int16) for n in (5, 2)]
     row = rollout.Sequence([1] * 5, (1, 2), 4, tokens=[3, 4], logprobs=[-1.0, -2.0], experts=pieces)
-    position = json.loads(json.dumps(rollout.PartialRollouts([row], 7).get_state()))
-    again = rollout.PartialRollouts()
+    position = json.loads(json.dumps(rollout.RolloutBuffer([row], 7).get_state()))
+    again = rollout.RolloutBuffer()
     again.restore(position)
-    assert again.num_started == 7 and again.sequences == [row]
-    for found, expected in zip(again.sequences[0].experts, pieces, strict=True):
+    assert again.num_started == 7 and again.partial == [row]
+    for found, expected in zip(again.partial[0].experts, pieces, strict=True):
         assert found.dtype == np.int16
         np.testing.assert_array_equal(found, expected)
 

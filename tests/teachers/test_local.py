@@ -77,8 +77,8 @@ def collected(c: ConfigDict, mesh=None):
         plan = setup.load_lora_base(c, plan)
         plan = setup.load_stage_models(c, plan, plan.stages[0])
         params = policy.load(plan.student, "float32").params
-        draw = collect.make_collect(plan, plan.stages[0], c.seed, mesh, 8.0, grader)
-        work, measured = draw(params, 0, params)
+        collector = collect.make_collector(c, plan, plan.stages[0], mesh, grader)
+        work, measured = loop.collect_step(collector, params, 0, params)
         teachers = local.place_heads([plan.teachers[name] for name in c.opd.teachers])
         score = lambda micro: local.score(teachers, micro.to_device(mesh), params)  # noqa: E731
         return sequences_of(work, score), measured
@@ -205,8 +205,10 @@ def test_an_empty_context_changes_nothing(files):
     assert same == 4  # of the eight rows two have no solution
 
 
-def test_a_judge_reads_the_context(files):
-    c = config(files, "grpo", reward__judge=1.0, reward__correct=0.0, context__column="solution")
+def test_the_teacher_logprob_reward_reads_the_context(files):
+    c = config(
+        files, "grpo", reward__teacher_logprob=1.0, reward__correct=0.0, context__column="solution"
+    )
     c.opd.context.place = "question"
     rows, measured = collected(c)
     network = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)

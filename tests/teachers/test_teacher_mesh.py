@@ -74,8 +74,8 @@ def test_what_they_write_comes_back():
             plan = setup.load_stage_models(c, plan, plan.stages[0])
             teachers = tuple(plan.teachers.values())
             assert policy.get_mesh(teachers[0].policy) == apart
-            draw = collect.make_collect(plan, plan.stages[0], 0, mesh, 8.0, grader)
-            ((micro, *_), *_), _ = draw({}, 0)
+            collector = collect.make_collector(c, plan, plan.stages[0], mesh, grader)
+            ((micro, *_), *_), _ = loop.collect_step(collector, {}, 0)
             scored = local.score(local.place_heads(teachers), micro.to_device(mesh))
             arrays = jax.tree.leaves(scored.teacher)
         assert all(x.sharding.device_set == set(mesh.devices.flat) for x in arrays)

@@ -14,7 +14,7 @@ from distill.data import dataset
 from distill.objectives import losses
 from distill.policy import policy
 from distill.runtime import mesh as mesh_lib
-from distill.training import loop, microbatches, setup, stages, trainer, update
+from distill.training import collect, loop, microbatches, setup, stages, trainer, update
 from models.errors import UserError
 from tests.support.runs import config, final, numbers, stop_after, transcripts
 
@@ -36,9 +36,9 @@ def noted(patch: pytest.MonkeyPatch) -> list[list[rollout.Sequence]]:
     found: list[list[rollout.Sequence]] = []
     written = microbatches.to_examples
 
-    def note(rows):
+    def note(rows, rewards=None):
         found.append(list(rows))
-        return written(rows)
+        return written(rows, rewards)
 
     patch.setattr(microbatches, "to_examples", note)
     return found
@@ -134,13 +134,13 @@ def test_stopped_and_resumed_is_bitwise_the_same(whole, models, tmp_path, budget
 def test_rows_are_sampled_while_the_update_runs(models, tmp_path, monkeypatch) -> None:
     """The update is not over when sampling begins. (A fast one may be, now and then.)"""
     running: list[bool] = []
-    sample = rollout.AsyncRollouts.sample
+    sample_ahead = collect.sample_ahead
 
-    def watched(self, trained):
-        running.append(self.pending is not None and not trained["loss"].is_ready())
-        sample(self, trained)
+    def watch(collector, wait_for):
+        running.append(collector.started is not None and not wait_for["loss"].is_ready())
+        sample_ahead(collector, wait_for)
 
-    monkeypatch.setattr(rollout.AsyncRollouts, "sample", watched)
+    monkeypatch.setattr(collect, "sample_ahead", watch)
     loop.run(ahead(models), tmp_path)
     assert len(running) == STEPS and any(running) and not running[-1]
 
@@ -166,5 +166,5 @@ def test_objectives_that_correct_for_it_are_let_through(models) -> None:
     for name in ("opd", "opd_sampled", "cispo", "hybrid"):
         c = ahead(models, objective=name)
         plan = setup.setup_run(c, mesh_lib.make_mesh(1, 1, 1))
-        assert plan.stages[0].async_rollouts is not None
+        assert plan.stages[0].asynchronous
         assert plan.stages[0].loss == dataclasses.replace(losses.OBJECTIVES[name])

@@ -164,9 +164,9 @@ def test_another_eval_may_follow(whole, models, tmp_path, capsys) -> None:
         ({"benchmark": "trivia"}, "config.eval: --benchmark=trivia: known are"),
         ({"benchmark": "gsm8k"}, "config.eval: --data: gsm8k needs"),
         ({"protocol": "guess"}, "config.eval: --protocol=guess: known are greedy"),
-        ({"best": "luck"}, "config.eval.best='luck': none of accuracy"),
+        ({"best": "luck"}, "config.eval.best='luck': must be one of accuracy"),
         ({"max_new_tokens": 10_000}, "exceed"),
-        ({"limit": -1}, "config.eval: limit"),
+        ({"limit": -1}, "config.eval.limit=-1: must be at least 0"),
     ],
 )
 def test_bad_evals_are_refused(student, models, changes, words) -> None:

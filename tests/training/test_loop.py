@@ -61,9 +61,9 @@ def test_a_budget_parks_rows_and_loses_none(models, tmp_path, monkeypatch):
     trained = []
     written = microbatches.to_examples
 
-    def noted(rows):
+    def noted(rows, rewards=None):
         trained.append([(row.prompt, row.key, row.tokens, row.versions) for row in rows])
-        return written(rows)
+        return written(rows, rewards)
 
     monkeypatch.setattr(microbatches, "to_examples", noted)
     loop.run(c, tmp_path / "whole")

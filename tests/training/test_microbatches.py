@@ -20,7 +20,7 @@ from distill.objectives import losses
 from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
 from distill.teachers import local
-from distill.training import collect, loop, microbatches, stages, trainer
+from distill.training import grading, loop, microbatches, stages, trainer
 from distill.training import update as update_lib
 from models.families import make_model
 from tests.support.updates import CONFIG, TEACHER, placed
@@ -96,7 +96,7 @@ def trained(case: dict, packed: bool, sizes: tuple[int, ...] = (1, 1, 1)):
         T,
         R,
         top_k=3 if stored else 0,
-        context_tokens=ROOM if given.get("told") else 0,
+        context_tokens=ROOM if given.get("context") else 0,
         has_sampler_logprobs=written == COUNT,
         has_advantages=loss.reward > 0,
         routing=config.routing_shape if given.get("sparse") else None,
@@ -157,11 +157,11 @@ CASES: dict[str, dict[str, Any]] = {
     "reference": {"objective": "hybrid", "loss": {"reference": 0.1, "tis_clip": 2.0}},
     "by source": {**EXACT, "teachers": 2, "share": "source"},
     "by weights": {**EXACT, "teachers": 2, "share": "weights"},
-    "context": {**EXACT, "teacher_prompt": True, "teachers": 2, "share": "source"},
-    "mixed": {"objective": "gkd", "written": 8, "teacher_prompt": True},
+    "context": {**EXACT, "context": True, "teachers": 2, "share": "source"},
+    "mixed": {"objective": "gkd", "written": 8, "context": True},
     "experts": {"objective": "hybrid", "sparse": True},
     "updates": {"objective": "gspo", "minibatches": 2, "epochs": 2, "loss": {"reference": 0.1}},
-    "taught updates": {**SAMPLED, "minibatches": 2, "epochs": 2, "teacher_prompt": True},
+    "taught updates": {**SAMPLED, "minibatches": 2, "epochs": 2, "context": True},
     "hot": {**SAMPLED, "temperature": 0.7},
 }
 
@@ -197,17 +197,14 @@ def test_a_judge_reads_packed_rows() -> None:
             T, R, context_tokens=ROOM, has_sampler_logprobs=True, teacher_weights=np.eye(2)
         ),
     )
-    examples, stage = examples_of(form), types.SimpleNamespace()
-    stage.c = types.SimpleNamespace(max_response_tokens=R)
-    found = []
+    examples, found = examples_of(form), []
     with mesh_lib.use_mesh(mesh):
         who = [
             local.Teacher(ConfigDict({"path": "x"}), read(c, 5, mesh)) for c in (TEACHER, FURTHER)
         ]
         for taken in (microbatches.pack_examples(examples, 2, 2, form), alone(2, 2)):
-            work = microbatches.make_microbatches(taken, examples, form, mesh)
-            given: Any = (who, stage, work, examples, mesh, 1.0, None)
-            found.append(collect._score_with_judge(*given))
+            scores = grading.score_with_teachers(who, taken, examples, form, mesh, 1.0, None)
+            found.append(scores)
     np.testing.assert_allclose(*found, rtol=1e-5)
     assert len(np.unique(found[0])) == COUNT
 

@@ -41,8 +41,12 @@ def rows_of(workdir: Path) -> list[dict]:
 
 
 RUNS = {
-    "grpo": {"reward__format": 0.5, "reward__constant_groups": "replace"},
-    "hybrid": {"loss__reference": 0.1, "reward__judge": 0.1, "loss__aggregation": "constant"},
+    "grpo": {"reward__format": 0.5, "reward__zero_variance_groups": "replace"},
+    "hybrid": {
+        "loss__reference": 0.1,
+        "reward__teacher_logprob": 0.1,
+        "loss__aggregation": "constant",
+    },
     "gkd": {"loss__beta": 0.3, "samples": 2},
     "distill": {"loss__estimator": "topk", "loss__k": 8},
     "opd_sampled": {"loss__baseline": True, "loss__clip": "ppo", "epochs": 2, "minibatches": 2},
@@ -105,8 +109,8 @@ def collected(c: ConfigDict, step: int = 0):
         params = policy.load(plan.student, "float32").params
         plan = setup.load_lora_base(c, plan)
         plan = setup.load_stage_models(c, plan, plan.stages[0])
-        draw = collect.make_collect(plan, plan.stages[0], c.seed, mesh, 8.0, grader)
-        work, measured = draw(params, step)
+        collector = collect.make_collector(c, plan, plan.stages[0], mesh, grader)
+        work, measured = loop.collect_step(collector, params, step)
     return sequences_of(work), measured
 
 
@@ -129,7 +133,7 @@ def test_advantages_are_those_of_the_groups_rewards():
 
 def test_dropped_groups_are_not_trained():
     kept, _ = collected(config("grpo", batch_size=16))
-    rows, measured = collected(config("grpo", batch_size=16, reward__constant_groups="drop"))
+    rows, measured = collected(config("grpo", batch_size=16, reward__zero_variance_groups="drop"))
     differ = [row for row in kept if row.advantages_BT.any()]
     assert 0 < len(differ) < len(kept) == 16
     for row, same in zip(rows, differ, strict=True):
@@ -147,7 +151,8 @@ def test_updates_are_counted_apart_from_steps():
         with policy.use(plan.student), graders.Grader() as grader:
             plan = setup.load_stage_models(c, plan, plan.stages[0])
             params, stage = policy.load(plan.student, "float32").params, plan.stages[0]
-            work, _ = collect.make_collect(plan, stage, c.seed, mesh, 8.0, grader)(params, 0)
+            collector = collect.make_collector(c, plan, stage, mesh, grader)
+            work, _ = loop.collect_step(collector, params, 0)
             state = update.init_train_state(stage.optimizer, params, 5)
             train = trainer.make_trainer(c, plan, stage, mesh, state)
             state, measured, shown, _ = train.step(state, work, 8)
@@ -186,8 +191,8 @@ def test_stored_tops_need_no_teacher(tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     c = config(
         "distill",
-        loss__served="top",
-        loss__served_k=4,
+        loss__teacher_output="top",
+        loss__teacher_topk=4,
         loss__estimator="topk",
         loss__k=4,
         data__source=str(file),
@@ -201,21 +206,25 @@ def test_stored_tops_need_no_teacher(tmp_path):
     ("objective", "changes", "words"),
     [
         ("grpo", {"samples": 1}, "config.opd.samples=1: an advantage compares"),
-        ("grpo", {"reward__grader": "chess"}, "config.opd.reward.grader: 'chess' is none of"),
+        ("grpo", {"reward__grader": "chess"}, "config.opd.reward.grader='chess': must be one of"),
         ("grpo", {"reward__correct": 0.0}, "config.opd.reward: all weights are 0"),
         ("grpo", {"reward__format": float("nan")}, "are not all finite"),
         ("grpo", {"optim__b1": 1.0}, "config.opd.optim.b1=1.0: must be at least 0 and below 1"),
         ("grpo", {"reward__length": 1.0}, "config.opd.reward.length_margin=0"),
-        ("grpo", {"rollout__budget": 100}, "must end together"),
+        ("grpo", {"rollout__token_budget": 100}, "must end together"),
         (
             "grpo",
             {"on_policy_share": 0.5},
             "config.opd.on_policy_share=0.5: this loss needs the sampler's",
         ),
-        ("opd", {"on_policy_share": 1.5}, "config.opd.on_policy_share=1.5: must be from 0 to 1"),
         (
             "opd",
-            {"loss__served": "top", "loss__served_k": 4},
+            {"on_policy_share": 1.5},
+            "config.opd.on_policy_share=1.5: must be at least 0 and at most 1",
+        ),
+        (
+            "opd",
+            {"loss__teacher_output": "top", "loss__teacher_topk": 4},
             "estimator=exact with teacher_output=top",
         ),
         ("distill", {"loss__estimator": "topk"}, "config.opd.loss.estimator=topk: k says how many"),
@@ -229,8 +238,12 @@ def test_stored_tops_need_no_teacher(tmp_path):
             {"data__thinking": 1.5},
             "config.opd.data.thinking=1.5: must be at least 0 and at most 1",
         ),
-        ("grpo", {"reward__length": 1.0, "reward__margin": 999}, "from 1 to max_response_tokens="),
-        ("wish", {}, "config.opd.objective: 'wish' is none of sft, distill"),
+        (
+            "grpo",
+            {"reward__length": 1.0, "reward__length_margin": 999},
+            "from 1 to max_response_tokens=",
+        ),
+        ("wish", {}, "config.opd.objective='wish': must be one of 'sft', 'distill'"),
         ("opd", {"epochs": 0}, "config.opd.epochs=0"),
         (
             "grpo",
@@ -248,7 +261,7 @@ def test_what_cannot_mean_anything_is_refused(objective, changes, words, monkeyp
 
 
 def test_a_judge_needs_a_teacher():
-    c = config("grpo", reward__judge=1.0)
+    c = config("grpo", reward__teacher_logprob=1.0)
     c.teacher.path = ""
     with pytest.raises(UserError, match=r"config\.teacher\.path: name a model directory"):
         setup.setup_run(c, mesh_lib.make_mesh(1, 1, 1))
@@ -257,7 +270,7 @@ def test_a_judge_needs_a_teacher():
 @pytest.mark.parametrize("objective", ["hybrid", "distill"])
 def test_figures_of_the_modes_apart(objective, tmp_path):
     """Whole figures are the means of the modes', weighed by their rows or tokens."""
-    c = config(objective, samples=2, data__thinking=0.5, data__size=16, accumulate=2)
+    c = config(objective, samples=2, data__thinking=0.5, data__max_rows=16, accumulate=2)
     c.opd.data.difficulty, c.opd.data.curriculum = "operations", "ordered"
     c.opd.reward.format = 0.5
     loop.run(c, tmp_path / "run")
