@@ -143,9 +143,9 @@ def reverse_kl(
       UserError: if the models do not share a vocabulary.
     """
     from distill.evaluation import divergence
-    from distill.policy import policy
+    from distill.policy import compatibility, policy
 
-    policy.require_same_vocabulary(student, teacher)
+    compatibility.require_same_vocabulary(student, teacher)
     pairs = [(x.prompt_tokens, x.tokens) for x in completions]
     with policy.use(student):
         return divergence.compute_token_reverse_kl(student, teacher, pairs, batch_size=32)

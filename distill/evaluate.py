@@ -12,7 +12,7 @@ from absl import flags
 from etils import epath
 
 from distill.evaluation import evaluator, protocols, records, responses, statistics, tasks
-from distill.policy import policy
+from distill.policy import compatibility, policy
 from distill.rewards import graders, ifeval
 from distill.runtime import cli, distributed, run_files
 from distill.runtime import mesh as mesh_lib
@@ -173,7 +173,7 @@ def run_evaluation() -> None:
     abstract_policies = [
         policy.make_abstract_for_inference(path, DTYPE.value or "", mesh) for path in paths
     ]
-    policy.require_same_vocabulary(abstract_policies[0], abstract_policies[-1])
+    compatibility.require_same_vocabulary(abstract_policies[0], abstract_policies[-1])
     cli.check_output(f"{OUT.value}/summary.json")
     evaluator.encode_prompts(abstract_policies[0], rows, spec)
     with policy.use(abstract_policies[0]):

@@ -1,7 +1,7 @@
-"""The one loop: python -m distill.train --config=configs/X.py --workdir=runs/x.
+"""Trains a student: python -m distill.train --config=configs/X.py --workdir=runs/x.
 
-Every objective is a `collect`, which makes a Batch, and a row of losses.TABLE. What a step reads
-and draws is a function of (seed, step), so a run that was stopped goes on as if it had not been.
+One loop serves all objectives, the rows of losses.OBJECTIVES. What a step reads and draws is a
+function of (seed, step), so a resumed run has the same bits as one that was never stopped.
 """
 
 from absl import flags

@@ -26,12 +26,12 @@ FOLDERS = {
     "teachers": "local",
     "rollout": "completions sampler simulate engine buffer options scheduler decode sequence "
     "sampling",
-    "policy": "exporting forward policy hub",
+    "policy": "exporting forward compatibility policy hub",
     "data": "collate packing dataset teacher_context cleaning dedup curriculum examples sources "
     "columns arithmetic chat",
     "objectives": "losses fused_head chunks divergences advantages",
     "rewards": "terms graders ifeval",
-    "runtime": "checkpoint cli distributed xla run_files gpu mesh",
+    "runtime": "checkpoint cli distributed xla run_files environment gpu mesh",
 }
 FLOOR = {
     ".".join(filter(None, ("distill", folder, file))): place

@@ -14,7 +14,7 @@ from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.rewards import graders
 from distill.rollout import completions
-from distill.runtime import distributed, run_files
+from distill.runtime import distributed, environment, run_files
 from models.errors import UserError
 
 Record = dict[str, Any]
@@ -105,7 +105,7 @@ def evaluate_benchmark(
     cost = records.measure_cost(
         subject, time.perf_counter() - start, len(rows) - first_problem, tokens
     )
-    cost |= {"protocol": protocol, "versions": run_files.describe_environment()["packages"]}
+    cost |= {"protocol": protocol, "versions": environment.describe_environment()["packages"]}
     if teacher:
         stored = records.StoredRows(out_dir)
         cost["reverse_kl"] = divergence.compute_reverse_kl(

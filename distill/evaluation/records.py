@@ -16,7 +16,7 @@ from etils import epath
 
 from distill.evaluation import statistics
 from distill.policy.policy import Policy
-from distill.runtime import distributed, run_files
+from distill.runtime import distributed, environment, run_files
 from distill.runtime.checkpoint import compute_checksum
 from models.errors import UserError
 
@@ -162,7 +162,7 @@ def measure_cost(subject: Policy, seconds: float, problems: int, tokens: int) ->
         "seconds": seconds,
         "seconds_per_problem": seconds / problems if problems else None,
         "tokens_per_second": tokens / seconds if tokens else None,
-        "memory": run_files.measure_memory(),
+        "memory": environment.measure_memory(),
         "parameters": subject.config.num_parameters,
         "parameter_bytes": sum(x.nbytes for x in jax.tree.leaves(subject.params)),
     }

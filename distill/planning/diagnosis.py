@@ -12,7 +12,7 @@ from distill import rollout
 from distill.batch import Batch
 from distill.data import chat, dataset
 from distill.objectives import divergences, fused_head, losses
-from distill.policy import forward, policy
+from distill.policy import compatibility, forward, policy
 from distill.policy.policy import Policy
 from distill.rewards import graders
 from distill.runtime import mesh as mesh_lib
@@ -130,7 +130,7 @@ def compare_formats(student: Policy, teacher: Policy) -> Statistics:
     statistics: Statistics = {
         "student_stop_ids": list(student.stop_ids),
         "teacher_stop_ids": list(teacher.stop_ids),
-        "further_stop_ids": policy.find_extra_stop_ids(student, teacher),
+        "further_stop_ids": compatibility.find_extra_stop_ids(student, teacher),
         "templates_agree": None,
     }
     ours, theirs = student.tokenizer, teacher.tokenizer

@@ -1,1 +1,1 @@
-"""A model on a mesh."""
+"""Models on a mesh: found, described, loaded, applied, exported."""

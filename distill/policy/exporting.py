@@ -1,4 +1,4 @@
-"""A run's model as a directory in Hugging Face format."""
+"""Exports a run's model as a directory in Hugging Face format."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from models.errors import UserError
 from models.layers.lora import MLP_TARGETS
 from models.transformer import Params
 
-EXPORT_FILE = "export.json"  # what an export can be known by, and replaced
+EXPORT_FILE = "export.json"  # marks an export, which a later one may replace
 
 
 def save_model(model: Policy, directory: Path, dtype: str) -> None:
@@ -27,7 +27,7 @@ def save_model(model: Policy, directory: Path, dtype: str) -> None:
 
 
 def save_adapter(run: Policy, lora_params: Params, directory: Path, dtype: str) -> None:
-    """Writes what a LoRA run has trained as a PEFT adapter to the run's base, and its tokenizer."""
+    """Writes a run's LoRA as a PEFT adapter to the run's base, and the tokenizer."""
     lora_config, base = hub.read_run_lora(run.path), hub.find_base_model(run.path)
     assert lora_config is not None
     if len(set(run.config.sparse_layers)) == 2 and not set(MLP_TARGETS).isdisjoint(
@@ -49,13 +49,15 @@ def export_run(
     merge_lora: bool = False,
     average: bool = False,
 ) -> None:
-    """Writes the parameters after `step` (None: of the newest whole checkpoint), or their moving
-    `average`, to directory `out`.
+    """Writes a run's parameters, or their moving average, to `out_dir`.
 
-    Of a LoRA run, `merge_lora` chooses between the merged model and the adapter alone.
+    Args:
+      step: None for the newest checkpoint that verifies.
+      merge_lora: write the merged model of a LoRA run too, not only the adapter.
+      average: write the moving average.
 
     Raises:
-      UserError: if `run` is no run or has no such checkpoint, or `out` holds something else.
+      UserError: if `run_dir` is no run or has no such checkpoint, or `out_dir` holds other files.
     """
     if not policy.is_run(run_dir):
         raise UserError(f"--run={run_dir}: no run directory (it has no config.json of a run)")
@@ -64,10 +66,8 @@ def export_run(
         raise UserError(f"--out={out_dir}: is there and not a directory")
     if target.exists() and any(target.iterdir()) and not (target / EXPORT_FILE).is_file():
         raise UserError(f"--out={out_dir}: holds files that are no earlier export")
-    model, has_lora = (
-        policy.make_abstract_for_inference(str(run_dir), "float32"),
-        policy.read_run_lora(run_dir) is not None,
-    )
+    model = policy.make_abstract_for_inference(str(run_dir), "float32")
+    has_lora = policy.read_run_lora(run_dir) is not None
     trained_params, step = policy.restore_trained_params(model, step, average)
     full_policy = None
     if merge_lora or not has_lora:

@@ -1,4 +1,4 @@
-"""The directory behind a name: of a model, a hub id, a run, or a PEFT adapter."""
+"""Finds the directory behind a name: a model, a hub id, a run, or a PEFT adapter."""
 
 import functools
 import json
@@ -15,12 +15,12 @@ from models.layers.lora import LoRA
 
 
 def is_run(path: str | Path) -> bool:
-    """Whether `path` is the directory of a training run."""
+    """True if `path` is the directory of a training run."""
     return _read_student_config(path) is not None
 
 
 def read_run_lora(path: str | Path) -> LoRA | None:
-    """The LoRA that the run directory `path` trains; None of a run that trains all parameters."""
+    """Returns the LoRA that the run directory `path` trains; None if it trains all parameters."""
     fields: dict[str, Any] = (_read_student_config(path) or {}).get("lora") or {}
     if not fields.get("rank"):
         return None
@@ -28,35 +28,35 @@ def read_run_lora(path: str | Path) -> LoRA | None:
 
 
 def has_moving_average(path: str | Path) -> bool:
-    """Whether the run directory `path` keeps a moving average of what it trains."""
+    """True if the run directory `path` keeps a moving average of its parameters."""
     return bool((_read_student_config(path) or {}).get("ema_decay"))
 
 
 def _read_student_config(path: str | Path) -> dict[str, Any] | None:
-    """The config of the run directory `path` about its student; None if it is no run directory."""
+    """Reads the student's config of the run directory `path`; None if it is no run directory."""
     try:
         fields = json.loads((epath.Path(path) / "config.json").read_text())
         return fields["student"] if "stages" in fields and "path" in fields["student"] else None
     except (OSError, ValueError, LookupError, TypeError):
-        return None  # whoever reads it as a model directory says what is wrong with it
+        return None  # reading it as a model directory will say what is wrong
 
 
 def resolve_model_dir(path: str | Path) -> Path:
-    """The local directory in Hugging Face format behind a name; a hub id is fetched.
+    """Returns the local directory in Hugging Face format behind a name; downloads a hub id.
 
-    Of a run it is its student's, of an adapter its base's: architecture and tokenizer, but not the
-    trained parameters.
+    For a run it is its student's, for an adapter its base's: architecture and tokenizer, but not
+    the trained parameters.
 
     Raises:
-      UserError: if there is nothing of this name, here or on the hub.
+      UserError: if the name exists neither here nor on the hub.
     """
     return to_local_dir(find_base_model(path))
 
 
 def find_base_model(path: str | Path) -> str:
-    """The model, a path or a hub id, that a run or an adapter began with; of a model its own name.
+    """Returns the model, a path or hub id, that a run or an adapter began with; a model's own name.
 
-    A base is looked for as peft does, from the working directory, and then from the adapter's.
+    A base is looked up from the working directory, as peft does, and then from the adapter's.
     """
     student = _read_student_config(path)
     if student is not None:
@@ -80,14 +80,14 @@ def find_base_model(path: str | Path) -> str:
 
 
 def resolve_tokenizer_dir(path: str | Path) -> Path:
-    """Where the tokenizer of a model, or of a run's student, is."""
+    """Returns the directory of the tokenizer of a model, or of a run's student."""
     tokenizer_path = (_read_student_config(path) or {}).get("tokenizer")
     return resolve_tokenizer_dir(tokenizer_path) if tokenizer_path else resolve_model_dir(path)
 
 
 def to_local_dir(path: str | Path) -> Path:
-    """The directory of this name, or that of a hub id, which is fetched."""
-    # What lies in a folder that is there is meant as a path, though it may look like a hub id.
+    """Returns the directory of this name, or the download of a hub id."""
+    # A name within an existing folder is a path, though it may look like a hub id.
     if Path(path).exists() or Path(path).parent.is_dir():
         if not Path(path).is_dir():
             raise UserError(f"{path}: no model directory")

@@ -1,9 +1,8 @@
-"""A policy is parameters on a mesh and the pure function that reads them.
+"""A policy: parameters on a mesh, and the pure function that reads them.
 
-Student and teacher (and, where a loss wants one, a reference) are values of this one class. It is
-named by a directory in Hugging Face format, by a hub id, by a run directory, which stands for the
-parameters of its newest checkpoint in the architecture of its student, or by the directory of a
-PEFT adapter. An adapter, be it a directory's or a LoRA run's, stands for its base with it merged.
+Student, teacher and reference are values of this one class. A policy is named by a directory in
+Hugging Face format, a hub id, a run directory (the parameters of its newest checkpoint) or the
+directory of a PEFT adapter. An adapter, a LoRA run's too, means its base with it merged.
 """
 
 import contextlib
@@ -49,7 +48,7 @@ Convert = Callable[[tuple, jax.Array], Any]  # (path, parameter) -> what stands 
 class Policy:
     """A loaded model. `params` is the nested dict that models.transformer describes.
 
-    Where `model.lora` is set, they are the frozen base of what is trained beside them.
+    Where `model.lora` is set, they are the frozen base of the LoRA that is trained.
     """
 
     path: str
@@ -62,47 +61,33 @@ class Policy:
 
 
 def make_abstract(
-    path: str,
-    dtype: str,
-    remat: bool,
-    mesh: Mesh,
-    *,
-    lora_config: LoRA | None = None,
-    kernel: str = "auto",
-    packed: bool = True,
-    tokenizer_path: str = "",
+    path: str, dtype: str, remat: bool, mesh: Mesh, *, tokenizer_path: str = "", **options: Any
 ) -> Policy:
-    """Everything about the model but its parameters, which are shapes with shardings.
+    """Describes the model that `path` names: all but its parameters, which are shapes.
 
-    With `trained` it is the frozen base of a LoRA to train, which goes on from the adapter that
-    `path` may name. `kernel` and `packed` are what models.layers.attention.choose takes.
-
-    `tokenizer_of` names the model whose tokenizer and chat template it takes in place of its own:
-    a Base student those of its teacher, which have `<think>` and end turns by another token. The
-    model then stops at the stop ids of both.
+    Args:
+      tokenizer_path: a model whose tokenizer and chat template to use instead of its own. A Base
+        student takes those of its teacher, which have `<think>` and end turns by another token;
+        the model then stops at the stop ids of both.
+      options: lora_config, kernel and packed of `make_abstract_from_config`. With a LoRA the model
+        is its frozen base; it goes on from the adapter that `path` may name.
 
     Raises:
-      UserError: if the directory is no Qwen3, the mesh does not divide it, or the tokenizer has
-        other ids for the tokens of the model's own.
+      UserError: if the directory holds no model of a known family, the mesh does not divide it, or
+        the tokenizer has other ids for the tokens of the model's own.
     """
-    directory, tokenizer_dir = (
-        resolve_model_dir(path),
-        resolve_tokenizer_dir(tokenizer_path or path),
-    )
+    directory = resolve_model_dir(path)
+    tokenizer_dir = resolve_tokenizer_dir(tokenizer_path or path)
     config = families.read_config(directory)
     mesh_lib.check_divisible(config, mesh, f"{path}/config.json")
     tokenizer = chat.load_tokenizer(tokenizer_dir)
     stops = set(chat.load_stop_ids(directory, tokenizer))
     if tokenizer_dir != directory:
-        chat.require_vocab_subset(
-            chat.load_tokenizer(directory), tokenizer, (path, str(tokenizer_dir))
-        )
+        names = (path, str(tokenizer_dir))
+        chat.require_vocab_subset(chat.load_tokenizer(directory), tokenizer, names)
         stops |= {i for i in chat.load_stop_ids(tokenizer_dir) if i < config.vocab_size}
-    abstract_policy = make_abstract_from_config(
-        path, config, dtype, remat, mesh, lora_config=lora_config, kernel=kernel, packed=packed
-    )
     return dataclasses.replace(
-        abstract_policy,
+        make_abstract_from_config(path, config, dtype, remat, mesh, **options),
         tokenizer=tokenizer,
         stop_ids=tuple(sorted(stops)),
         tokenizer_dir=tokenizer_dir,
@@ -120,7 +105,10 @@ def make_abstract_from_config(
     kernel: str = "auto",
     packed: bool = True,
 ) -> Policy:
-    """`describe` for a model of which only the config is at hand: no tokenizer, no stop ids."""
+    """Describes a model of which only the config is known: no tokenizer, no stop ids.
+
+    kernel, packed: see models.layers.attention.choose_kernel.
+    """
     platform = mesh.devices.flat[0].platform
     kernel = attention.choose_kernel(kernel, platform, config.head_dim, jnp.dtype(dtype), packed)
     model = make_model(config, dtype=jnp.dtype(dtype), remat=remat, kernel=kernel, lora=lora_config)
@@ -128,9 +116,9 @@ def make_abstract_from_config(
 
 
 def make_abstract_for_inference(path: str, dtype: str, mesh: Mesh | None = None) -> Policy:
-    """`describe` and `check` for the verbs that only read a model: spread over all devices.
+    """Describes a model to be read only, and checks its files; by default over all devices.
 
-    dtype "" is bfloat16, but float32 on CPU, which computes it faster.
+    dtype "" is bfloat16, but float32 on CPUs, which compute it faster.
     """
     mesh = mesh or mesh_lib.make_reader_mesh(families.read_config(resolve_model_dir(path)))
     abstract_policy = make_abstract(path, dtype or get_default_dtype(), False, mesh, packed=False)
@@ -139,20 +127,20 @@ def make_abstract_for_inference(path: str, dtype: str, mesh: Mesh | None = None)
 
 
 def get_default_dtype() -> str:
-    """The faster dtype of activations on this platform."""
+    """Returns the faster dtype of activations on this platform."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def get_mesh(policy: Policy) -> Mesh:
-    """The mesh that the parameters, or their shapes, lie on."""
+    """Returns the mesh that the parameters, or their shapes, lie on."""
     return jax.tree.leaves(policy.params)[0].sharding.mesh
 
 
 @contextlib.contextmanager
 def use(policy: Policy) -> Iterator[None]:
-    """Within it, the policy computes on its mesh, and in float32 where that is its dtype.
+    """Context in which the policy computes on its mesh.
 
-    TPUs and GPUs else multiply float32 in fewer bits.
+    A float32 policy multiplies in float32 there; TPUs and GPUs would otherwise use fewer bits.
     """
     precision = "highest" if policy.model.dtype == jnp.float32 else None
     with mesh_lib.use_mesh(get_mesh(policy)), jax.default_matmul_precision(precision):
@@ -160,11 +148,11 @@ def use(policy: Policy) -> Iterator[None]:
 
 
 def load(policy: Policy, param_dtype: str) -> Policy:
-    """Reads the parameters of a described policy, cast to `param_dtype`.
+    """Loads the parameters of a described policy, cast to `param_dtype`.
 
-    They are what its path stands for; of a policy that trains a LoRA, the frozen base. Where
-    `param_dtype` is a type of 8 bits (models.layers.quantised), the layers' kernels are quantised,
-    and the other parameters have the dtype that the model computes in.
+    A policy that trains a LoRA gets its frozen base; another adapter is merged into its base. With
+    an 8-bit `param_dtype` (models.layers.quantised) the layers' kernels are quantised, and the
+    other parameters have the dtype that the model computes in.
 
     Raises:
       UserError: naming the file or tensor that is missing or wrong; for a run without checkpoint.
@@ -178,35 +166,28 @@ def load(policy: Policy, param_dtype: str) -> Policy:
 
 
 def make_abstract_params(policy: Policy, param_dtype: str) -> Params:
-    """Shapes of what `load` would read, with dtypes and shardings."""
+    """Returns the shapes, dtypes and shardings of the parameters that `load` would read."""
     quant_type, dtype = quantised.split_dtypes(param_dtype, policy.model.dtype)
-    shapes = quantised.quantise_shapes(policy.params, quant_type) if quant_type else policy.params
 
     def cast_shape(x: Any) -> Any:
         if quantised.is_quantised(x):
             return x
         return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
 
+    shapes = quantised.quantise_shapes(policy.params, quant_type)
     return jax.tree.map(cast_shape, shapes, is_leaf=quantised.is_quantised)
 
 
 def _load_base_params(policy: Policy, param_dtype: str, convert: Convert | None = None) -> Params:
-    """The parameters of the model directory that a described policy comes from."""
+    """Loads the parameters of the model directory that a described policy comes from."""
     quant_type, dtype = quantised.split_dtypes(param_dtype, policy.model.dtype)
-    shapes = quantised.quantise_shapes(policy.params, quant_type) if quant_type else policy.params
-    shardings = _get_shardings(shapes)
-    with run_files.show_progress(
-        weights.count_reads(policy.config, shapes, shardings), 0, f"load {policy.path}"
-    ) as bar:
-        report_progress = lambda done: bar.update(done, {})  # noqa: E731
+    shapes = quantised.quantise_shapes(policy.params, quant_type)
+    shardings, directory = _get_shardings(shapes), resolve_model_dir(policy.path)
+    num_reads = weights.count_reads(policy.config, shapes, shardings)
+    with run_files.show_progress(num_reads, 0, f"load {policy.path}") as bar:
+        report = lambda done: bar.update(done, {})  # noqa: E731
         return weights.load(
-            resolve_model_dir(policy.path),
-            policy.config,
-            shapes,
-            shardings,
-            dtype,
-            report_progress,
-            convert=convert,
+            directory, policy.config, shapes, shardings, dtype, report, convert=convert
         )
 
 
@@ -216,29 +197,23 @@ def _make_converter(
     lora_params: Params | None = None,
     lora_config: LoRA | None = None,
 ) -> Convert:
-    """What becomes of each float32 parameter of a described policy as it is read: its LoRA merged,
-    if there is one, and all of it in `param_dtype`. So the model is never whole in float32."""
+    """Returns the function that merges the LoRA, if there is one, into a float32 parameter and
+    casts it to `param_dtype`. Called on each as it is read, the model is never whole in float32."""
     quant_type, dtype = quantised.split_dtypes(param_dtype, policy.model.dtype)
+    shapes = quantised.quantise_shapes(policy.params, quant_type)
+
+    def merge_and_quantise(x: jax.Array, factors: Params, should_quantise: bool) -> Any:
+        if factors and lora_config is not None:
+            x = lora.merge_adapter(x, factors, lora_config, jnp.dtype("float32"))
+        if quant_type and should_quantise:
+            return quantised.quantise_kernel(x, quant_type)
+        return x.astype(dtype)
 
     def convert_param(path: tuple, x: jax.Array) -> Any:
-        def nest_leaf(leaf: Any) -> Params:
-            return functools.reduce(lambda tree, key: {key.key: tree}, reversed(path), leaf)
-
-        def merge_and_quantise(tree: Params, lora_params: Params | None) -> Params:
-            if lora_params is not None and lora_config is not None:
-                tree = lora.merge_adapter(tree, lora_params, lora_config, jnp.dtype("float32"))
-            return quantised.quantise_params(tree, quant_type, dtype)
-
-        shape = functools.reduce(lambda tree, key: tree[key.key], path, policy.params)
-        shapes = (
-            quantised.quantise_shapes(nest_leaf(shape), quant_type)
-            if quant_type
-            else nest_leaf(shape)
-        )
-        converted = jax.jit(merge_and_quantise, out_shardings=_get_shardings(shapes))(
-            nest_leaf(x), lora_params
-        )
-        return functools.reduce(lambda tree, key: tree[key.key], path, converted)
+        shape = functools.reduce(lambda tree, key: tree[key.key], path, shapes)
+        factors = functools.reduce(lambda tree, key: tree.get(key.key, {}), path, lora_params or {})
+        convert = jax.jit(merge_and_quantise, static_argnums=2, out_shardings=_get_shardings(shape))
+        return convert(x, factors, quantised.is_quantised(shape))
 
     return convert_param
 
@@ -251,24 +226,22 @@ def _load_merged(
 
 
 def make_sampler_params_fn(policy: Policy) -> Callable[[Params], Params]:
-    """The function from what is trained to what a sampler reads, which knows nothing of LoRA.
+    """Returns the function from trained parameters to those that a sampler reads.
 
-    `policy` is loaded where it trains a LoRA: its frozen parameters are merged with it in float32,
-    and then cast to the dtype that the model computes in.
+    A loaded policy that trains a LoRA merges it into its frozen parameters in float32, and casts
+    the sum to the dtype that the model computes in. Others return their argument.
     """
     if policy.model.lora is None:
         return lambda trained: trained
-    # The base may be in 8 bits, what is merged is not.
+    # The base may be in 8 bits, the merged parameters are not.
     return functools.partial(make_lora_merge_fn(policy), policy.params)
 
 
 def make_lora_merge_fn(policy: Policy) -> Any:
-    """The jitted function of a frozen base and a LoRA that `sampled` merges by; of a policy that
-    may be described alone."""
-    merged_shapes, lora_config = (
-        mesh_lib.make_abstract_params(policy.config, get_mesh(policy)),
-        policy.model.lora,
-    )
+    """Returns the jitted function that merges a LoRA into a frozen base; `policy` may be described
+    only."""
+    merged_shapes = mesh_lib.make_abstract_params(policy.config, get_mesh(policy))
+    lora_config = policy.model.lora
     assert lora_config is not None
 
     def merge_lora(base: Params, lora_params: Params) -> Params:
@@ -282,30 +255,30 @@ def _get_shardings(params: Params) -> Any:
 
 
 def is_adapter(path: str) -> bool:
-    """Whether `path` names a PEFT adapter."""
+    """True if `path` names a PEFT adapter."""
     return not is_run(path) and adapter.is_adapter(to_local_dir(path))
 
 
 def _read_adapter_lora(policy: Policy) -> LoRA | None:
-    """The LoRA of the adapter directory that the policy's path names; None of another path."""
+    """Reads the LoRA of the adapter directory that the policy's path names; None if it is none."""
     directory = to_local_dir(policy.path)
-    return (
-        adapter.read_lora_config(directory, policy.config)
-        if adapter.is_adapter(directory)
-        else None
-    )
+    if not adapter.is_adapter(directory):
+        return None
+    return adapter.read_lora_config(directory, policy.config)
 
 
 def _load_adapter_params(policy: Policy, lora_config: LoRA) -> Params:
-    """The LoRA of an adapter directory, float32."""
+    """Loads the LoRA of an adapter directory, float32."""
     shapes = mesh_lib.make_abstract_params(policy.config, get_mesh(policy), lora_config)
     return adapter.load(to_local_dir(policy.path), policy.config, shapes, _get_shardings(shapes))
 
 
 def check_files(policy: Policy, step: int | None = None) -> None:
-    """Raises UserError if `load` (or `restore` of a step) would find files missing or wrong,
-    without reading a weight; for a policy that trains a LoRA also if its path cannot be the base,
-    or holds another LoRA."""
+    """Raises UserError if `load` (or `restore` of a step) would find files missing or wrong.
+
+    Reads no weight. For a policy that trains a LoRA, also raises if its path cannot be the base or
+    holds another LoRA.
+    """
     path, expected_lora = policy.path, policy.model.lora
     if is_run(path):
         if expected_lora is not None:
@@ -339,9 +312,10 @@ def _require_same_lora(path: str, actual: LoRA, expected: LoRA) -> None:
 def restore(
     policy: Policy, step: int | None, param_dtype: str, average: bool = False
 ) -> tuple[Policy, int]:
-    """The parameters of a described run after `step` (None: the newest whole checkpoint), or their
-    moving average, cast to `param_dtype`, and that step; a LoRA is merged. Raises UserError as
-    `restore_trained` does."""
+    """Restores a described run's parameters, or their moving average, cast to `param_dtype`.
+
+    A LoRA is merged. Returns the policy and the step, see `restore_trained_params`.
+    """
     lora_config = read_run_lora(policy.path)
     if lora_config is not None:
         lora_params, step = restore_trained_params(policy, step, average)
@@ -354,9 +328,17 @@ def restore(
 def restore_trained_params(
     policy: Policy, step: int | None, average: bool = False, convert: Convert | None = None
 ) -> tuple[Params, int]:
-    """What a described run has trained after `step` (None: the newest whole checkpoint), float32
-    unless each parameter is converted, and that step; or its moving average. Raises UserError if
-    there is no such checkpoint, saying which there are, or if the run kept no average."""
+    """Restores what a described run has trained, or its moving average, float32 unless converted.
+
+    Args:
+      step: None for the newest checkpoint that verifies.
+
+    Returns:
+      The parameters and their step.
+
+    Raises:
+      UserError: if there is no such checkpoint, naming those there are, or the run kept no average.
+    """
     entry = "average" if average else "params"
     if average and not has_moving_average(policy.path):
         raise UserError(
@@ -379,7 +361,7 @@ def restore_trained_params(
 
 
 def find_newest_step(path: str | Path) -> int | None:
-    """The step that the run directory `path` now stands for; None of a model directory."""
+    """Returns the newest step of the run directory `path`; None for a model directory."""
     if not is_run(path):
         return None
     with Checkpoints(epath.Path(path) / "checkpoints") as checkpoints:
@@ -387,55 +369,27 @@ def find_newest_step(path: str | Path) -> int | None:
     return latest[0] if latest else None
 
 
-def require_same_vocabulary(student: Policy, teacher: Policy) -> None:
-    """Raises UserError if a token id of one is not that token of the other."""
-    names = (student.path, teacher.path)
-    try:
-        chat.require_same_tokenizer(student.tokenizer, teacher.tokenizer, names)
-    except UserError as error:
-        try:
-            chat.require_vocab_subset(student.tokenizer, teacher.tokenizer, names)
-        except UserError:
-            raise error from None
-        remedy = f"--config.student.tokenizer={teacher.path} gives it the teacher's"
-        raise UserError(f"{error}; {remedy}") from None
-    if student.config.vocab_size != teacher.config.vocab_size:
-        raise UserError(
-            f"{teacher.path}: vocab_size={teacher.config.vocab_size}, "
-            f"but {student.path} has {student.config.vocab_size}"
-        )
-
-
 def is_loaded(policy: Policy) -> bool:
-    """Whether its parameters are arrays, not shapes alone."""
+    """True if its parameters are arrays, not only shapes."""
     return isinstance(jax.tree.leaves(policy.params)[0], jax.Array)
 
 
-def find_extra_stop_ids(student: Policy, teacher: Policy) -> list[int]:
-    """Stop ids of a teacher where the student would write on."""
-    return sorted(set(teacher.stop_ids) - set(student.stop_ids))
-
-
 def init_random_policy(policy: Policy, key: jax.Array) -> Policy:
-    """A described policy with random float32 parameters, drawn where they will live."""
-    return dataclasses.replace(policy, params=_init_params(policy, key, None))
+    """Fills a described policy with random float32 parameters, drawn on its mesh."""
+    return dataclasses.replace(policy, params=make_init_fn(policy, None)(key))
 
 
 def load_or_init_lora(policy: Policy, key: jax.Array) -> Params:
-    """The LoRA that a policy which trains one begins with: its adapter's, or a new one."""
+    """Returns the LoRA that a policy begins to train: its adapter's, or a new one."""
     lora_config = policy.model.lora
     assert lora_config is not None
     if adapter.is_adapter(to_local_dir(policy.path)):
         return _load_adapter_params(policy, lora_config)
-    return _init_params(policy, key, lora_config)
-
-
-def _init_params(policy: Policy, key: jax.Array, lora_config: LoRA | None) -> Params:
     return make_init_fn(policy, lora_config)(key)
 
 
 def make_init_fn(policy: Policy, lora_config: LoRA | None) -> Any:
-    """The jitted function of a key that draws parameters, or a LoRA, where they will live."""
+    """Returns the jitted function of a key that draws parameters, or a LoRA, on its mesh."""
     shapes = mesh_lib.make_abstract_params(policy.config, get_mesh(policy), lora_config)
     init = functools.partial(families.init_params, policy.config, lora=lora_config)
     return jax.jit(init, out_shardings=_get_shardings(shapes))

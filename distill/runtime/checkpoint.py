@@ -1,9 +1,9 @@
-"""Checkpoints: Orbax, with what it leaves to its user.
+"""Checkpoints: Orbax, with checksums.
 
-Orbax names the newest step even if its files are cut short, and reads flipped bits without a word.
-So each checkpoint carries a checksum of every leaf, and `restore` walks down from the newest step
-to the newest whole one, telling what it passes over. Nothing is removed for being damaged until
-a later save takes its place.
+Orbax reports the newest step even if its files are truncated, and reads flipped bits silently. So
+each checkpoint carries a checksum of every leaf, and `restore` goes back from the newest step to
+the newest that verifies, logging those it skips. A damaged checkpoint is removed only when a later
+save replaces it.
 
 A step's directory holds one Orbax item for each top-level entry of the state, so that a reader may
 ask for some of them only (the parameters, say, and not the optimiser), and the item `about`: JSON
@@ -31,15 +31,15 @@ Meta = dict[str, Any]
 
 
 class _Damaged(Exception):
-    """A checkpoint that cannot be read, or not as it was written; one line says why."""
+    """A checkpoint that cannot be read, or differs from what was written; one line says why."""
 
 
 class Checkpoints:
     """The checkpoints under `directory`. Use as a context: leaving it waits for the last save.
 
-    With `every` it may be written: `save` keeps each step that `every` divides, the newest `keep`
-    of them, and what an earlier process left half-written is cleared on opening. Without, it is
-    only read, which is safe beside a running writer. All processes must make the same calls.
+    With `save_interval_steps` it is writable: `save` keeps the newest `max_to_keep` steps that the
+    interval divides, and opening clears what an earlier process left half-written. Without, it is
+    read-only, which is safe beside a running writer. All processes must make the same calls.
     """
 
     def __init__(
@@ -49,14 +49,14 @@ class Checkpoints:
         max_to_keep: int | None = None,
     ) -> None:
         self._directory = epath.Path(directory)
-        if not run_files.is_remote(directory):  # which absolute() would take for a relative one
+        if not run_files.is_remote(directory):  # absolute() would take it for a relative path
             self._directory = self._directory.absolute()
         self._every = save_interval_steps
         self._damaged: set[int] = set()
         self._manager: ocp.CheckpointManager | None = None
         if save_interval_steps is not None:
             self._directory.mkdir(parents=True, exist_ok=True)
-            # Of its own name, or processes that save a step in two places mix up their barriers.
+            # A prefix for each directory: saves of one step to two would share their barriers.
             name = f"{zlib.crc32(str(self._directory).encode()):08x}"
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=max_to_keep,
@@ -69,15 +69,15 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def should_save(self, step: int, force: bool = False) -> bool:
-        """Whether `save` would."""
+        """True if `save` would save this step."""
         return force or (self._every is not None and step % self._every == 0)
 
     def save(self, step: int, state: Any, meta: Meta, force: bool = False) -> bool:
-        """Starts saving, if `every` divides `step` or `force`; returns whether it did.
+        """Starts saving if the interval divides `step`, or with `force`; returns True if it did.
 
         `state` (a pytree of arrays) has been copied when this returns, so it may be donated; the
-        writing goes on behind. A step that is already saved is left as it is. Raises ValueError
-        if a newer whole checkpoint exists, and whatever went wrong in the previous save.
+        writing goes on in the background. A step that is already saved is left alone. Raises
+        ValueError if a newer checkpoint exists that verifies, and any error of the previous save.
         """
         assert self._manager is not None and self._every is not None, "opened to be read"
         if not self.should_save(step, force):
@@ -95,8 +95,8 @@ class Checkpoints:
             self._manager.delete(damaged)
             self._damaged.discard(damaged)
         leaves = _flatten_tree(state)
-        # One after another: XLA on several CPU devices deadlocks, and then aborts, where programs
-        # with collectives queue up behind each other on few cores.
+        # One by one: on several CPU devices XLA deadlocks, and then aborts, when programs with
+        # collectives queue up on few cores.
         checks = {path: int(jax.device_get(compute_checksum(x))) for path, x in leaves.items()}
         about = {
             "meta": meta,
@@ -106,12 +106,12 @@ class Checkpoints:
         }
         items = {name: ocp.args.StandardSave(item) for name, item in _split_items(leaves).items()}
         items["about"] = ocp.args.JsonSave({**about, "crc32": _compute_crc32(about)})
-        # The manager's own rules of when to save are not in use: it would refuse in silence.
+        # force: by its own rules the manager would skip steps silently.
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         return True
 
     def read_latest(self) -> tuple[int, Meta] | None:
-        """The newest step whose `about` is whole, and its meta; reads no array."""
+        """Returns the newest step whose `about` verifies, and its meta; reads no array."""
         for step in self._list_steps():
             try:
                 return step, self._read_about(step)["meta"]
@@ -125,15 +125,20 @@ class Checkpoints:
         step: int | None = None,
         convert: Callable[[tuple, jax.Array], Any] | None = None,
     ) -> tuple[Any, Meta] | None:
-        """The newest whole checkpoint (or `step`) as (state, meta); None if there is none at all.
+        """Restores the newest checkpoint that verifies, or `step`, as (state, meta).
 
-        With `convert`, (path, array) -> what stands in its place, arrays are read one by one, and
-        no more than one of them is there as it was saved.
+        Args:
+          abstract_state: pytree of ShapeDtypeStructs with shardings: the whole state, or a dict of
+            some of its top-level entries. The arrays that come back may be donated.
+          convert: (path, array) -> its replacement. Arrays are then read one by one, so that only
+            one at a time exists as it was saved.
 
-        `abstract_state` is a pytree of ShapeDtypeStructs with shardings: the whole state, or a
-        dict of some of its top-level entries. The arrays that come back may be donated.
-        Raises UserError if there are checkpoints but none can be read, if `step` is not there,
-        or if the state is of another shape or dtype than what was saved.
+        Returns:
+          None if there is no checkpoint at all.
+
+        Raises:
+          UserError: if there are checkpoints but none can be read, if `step` does not exist, or if
+            the state has another shape or dtype than what was saved.
         """
         self.check_step(step)
         steps, reasons = self._list_steps(), []
@@ -147,7 +152,7 @@ class Checkpoints:
         return None
 
     def check_step(self, step: int | None) -> None:
-        """Raises UserError if `step` is not there; None asks for none."""
+        """Raises UserError if there is no checkpoint of `step`; None passes."""
         steps = self._list_steps()
         if step is not None and step not in steps:
             raise UserError(f"{self._directory}: no checkpoint of step {step}, only of {steps}")
@@ -192,15 +197,14 @@ class Checkpoints:
                     items[name] = _read_item(where / name, _make_restore_args(item))
             except _Damaged as problem:
                 error = problem
-            if not _is_ok_everywhere(
-                error is None
-            ):  # before the checksums, which all compute together
+            # Before the checksums, which all processes compute together.
+            if not _is_ok_everywhere(error is None):
                 raise error or _Damaged("another process could not read its part")
             for path in part:
                 name, _, rest = path.partition("/")
-                x = items[name].pop(rest or name)  # so that only one leaf is there twice
-                # A copy: restored arrays may stand on host memory of the reader's, which cannot be
-                # donated, and the first step after would need room for a second state.
+                x = items[name].pop(rest or name)  # only one leaf exists twice
+                # A copy: restored arrays may use the reader's memory, which cannot be donated,
+                # and the next step would need room for a second state.
                 copy = jax.jit(_copy_with_checksum, out_shardings=(x.sharding, None))
                 x, check = copy(x)
                 if int(jax.device_get(check)) != about["leaves"][path][2]:  # waits, as in `save`
@@ -220,9 +224,11 @@ class Checkpoints:
 
 
 def _read_item(item: epath.Path, args: ocp.args.CheckpointArgs) -> Any:
-    """Reads one item without Orbax's barriers between processes: one whose part is damaged fails
-    alone, and `_everywhere` tells the others; within a barrier they would hang, or crash.
-    Raises _Damaged."""
+    """Reads one item without Orbax's barriers between processes; raises _Damaged.
+
+    A process whose part is damaged fails alone, and `_is_ok_everywhere` tells the others; within a
+    barrier they would hang or crash.
+    """
     here = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
     handler = (
@@ -235,7 +241,7 @@ def _read_item(item: epath.Path, args: ocp.args.CheckpointArgs) -> Any:
             return reader.restore(item, args=args)
     except Exception as error:  # Orbax, tensorstore and json raise many kinds, some over pages
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-    # The failed read left its siblings hanging, and each would complain at length when collected.
+    # The failed read leaves sibling tasks pending, each of which would log when collected.
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     gc.collect()
     sys.unraisablehook = hook
@@ -243,19 +249,19 @@ def _read_item(item: epath.Path, args: ocp.args.CheckpointArgs) -> Any:
 
 
 def _make_restore_args(leaves: dict[str, Any]) -> ocp.args.PyTreeRestore:
-    """The arguments that read these arrays of an item into their shardings, and no others."""
+    """Returns arguments that read only these arrays of an item, into their shardings."""
     restore_args = ocp.checkpoint_utils.construct_restore_args(leaves)
     return ocp.args.PyTreeRestore(leaves, restore_args, partial_restore=True)
 
 
 def _flatten_tree(tree: Any) -> dict[str, Any]:
-    """Leaves by path, such as params/layers/q/kernel, in the order of the tree."""
+    """Returns leaves by path, such as params/layers/q/kernel, in the order of the tree."""
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in paths}
 
 
 def _split_items(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """`_flat` leaves by the first part of their path, then by the rest of it."""
+    """Groups leaves by the first part of their path; within, by the rest of it."""
     items: dict[str, dict[str, Any]] = {}
     for path, x in leaves.items():
         name, _, rest = path.partition("/")
@@ -264,7 +270,8 @@ def _split_items(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _check_leaves(saved: Mapping[str, Any], expected: Mapping[str, Any], where: epath.Path) -> None:
-    """Orbax would cast another dtype without a word, and its message for a shape names no leaf."""
+    """Raises UserError for a leaf of another shape or dtype: Orbax would cast silently, and its
+    message for a shape names no leaf."""
     entries = _split_items(expected)
     wanted = {path: [list(x.shape), x.dtype.name] for path, x in expected.items()}
     present = {path: x[:2] for path, x in saved.items() if path.partition("/")[0] in entries}
@@ -285,7 +292,7 @@ def _compute_crc32(about: Meta) -> int:
 
 
 def _is_ok_everywhere(ok: bool) -> bool:
-    """Whether `ok` in all processes: each reads only its own shards."""
+    """True if `ok` in all processes, each of which reads only its own shards."""
     if jax.process_count() == 1:
         return ok
     return bool(multihost_utils.process_allgather(np.asarray(ok)).all())

@@ -23,14 +23,14 @@ GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # of requirements-gpu.
 
 
 def is_gpu_expected() -> bool:
-    """Whether JAX will look for a GPU: it has a plugin, and JAX_PLATFORMS allows it."""
+    """True if JAX will look for a GPU: a plugin is installed, and JAX_PLATFORMS allows it."""
     platforms = os.environ.get("JAX_PLATFORMS", "").split(",")
     wanted = platforms == [""] or {"cuda", "gpu"} & set(platforms)
     return bool(wanted) and any(importlib.util.find_spec(name) for name in GPU_PLUGINS)
 
 
 def set_xla_flags(deterministic: bool = False) -> None:
-    """Adds to XLA_FLAGS where a GPU is expected; void once a device has been used."""
+    """Adds to XLA_FLAGS where a GPU is expected; has no effect once a device has been used."""
     if not is_gpu_expected():
         return
     xla_flags = os.environ.get("XLA_FLAGS", "").split()

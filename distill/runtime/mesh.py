@@ -1,4 +1,4 @@
-"""The device mesh, and the one table that says which axis of it splits which axis of an array."""
+"""The device mesh, and the table of which mesh axis splits which array axis."""
 
 import contextlib
 import functools
@@ -21,9 +21,9 @@ from models.layers.lora import LoRA
 
 # Context behind fsdp: the two together are one axis where rows are sampled (`decoding`).
 AXES = ("data", "fsdp", "context", "expert", "tensor")
-ROW_AXES = ("data", "fsdp", "expert")  # what the batch is split by
+ROW_AXES = ("data", "fsdp", "expert")  # split the batch
 VOCABULARY_AXES = ("fsdp", "expert", "context", "tensor")
-TOKEN_AXES = ("context", "tensor")  # what hidden states are split by along a row
+TOKEN_AXES = ("context", "tensor")  # split the tokens of hidden states
 
 # Logical axis -> mesh axes. Weights are split twice, by fsdp along the model dimension and by
 # tensor along heads or feed-forward; experts by expert, too, an axis which for all other weights is
@@ -63,12 +63,12 @@ def make_mesh(
     *,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """A mesh of the first devices, as many as the product; one size may be -1: all that are left.
+    """Makes a mesh of the first devices, as many as the product; one size may be -1: the rest.
 
-    devices: in place of those that there are.
+    devices: instead of jax.devices().
 
     Raises:
-      UserError: if there are too few devices, or they cannot be divided so.
+      UserError: if there are too few devices, or they do not divide.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, context, expert, tensor]
@@ -89,13 +89,13 @@ def make_mesh(
 
 
 def make_meshes(c: ConfigDict, devices: Sequence[Any] | None = None) -> tuple[Mesh, Mesh]:
-    """The student's mesh and that of the models which are only read: the same one, or of devices
-    apart, the last `config.teacher_mesh.devices` of each process.
+    """Makes the student's mesh and the teachers' mesh; they may be the same.
 
-    Of each process, so that what one writes and the other reads travels within a host.
+    With `config.teacher_mesh.devices` the teachers get the last so many devices of each process:
+    of each, so that batches and scores travel within a host.
 
     Raises:
-      UserError: as `make`, or if a process has no device left for one of the two.
+      UserError: as `make_mesh`, or if a process has no device left for one of the two.
     """
     sizes = c.teacher_mesh.to_dict()
     count = sizes.pop("devices")
@@ -122,8 +122,8 @@ def make_meshes(c: ConfigDict, devices: Sequence[Any] | None = None) -> tuple[Me
 
 
 def _is_box(devices: Sequence[Any]) -> bool:
-    """Whether TPU devices are all those between two corners of their torus, one at each place of
-    a slice; of v4 the compiler gives both cores of a chip."""
+    """True if TPU devices fill a box of their torus, one at each place of a slice; the compiler
+    lists both cores of a v4 chip."""
     at = np.array([device.coords for device in devices])
     spans = int(np.prod(at.max(axis=0) - at.min(axis=0) + 1))
     places = {(getattr(device, "slice_index", 0), *device.coords) for device in devices}
@@ -131,9 +131,11 @@ def _is_box(devices: Sequence[Any]) -> bool:
 
 
 def _order_by_torus(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
-    """TPU devices so that each axis of the mesh is one of the torus, as far as that goes: its ring
-    then adds up gradients into shards, where an axis over two dimensions makes XLA add them up
-    whole on every device. Between slices, whose network is slow, only rows are split."""
+    """Orders TPU devices so that each mesh axis is an axis of the torus, as far as possible.
+
+    Its ring then sums gradients into shards; over an axis of two torus dimensions XLA sums them
+    whole on every device. Between slices, whose network is slow, only rows are split.
+    """
     slices = len({getattr(device, "slice_index", 0) for device in devices})  # jax sets it of many
     if slices == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
@@ -152,10 +154,10 @@ def _order_by_torus(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
 
 
 def make_reader_mesh(*configs: Config) -> Mesh:
-    """All devices, for verbs that only read these models: whatever their shapes, it divides them.
+    """Makes a mesh of all devices that divides these models, for verbs that only read them.
 
     Tensor first and then expert, which move activations and not weights at each decoding step;
-    then fsdp, which at least holds every weight once; what divides none shares out the rows.
+    then fsdp, which at least holds every weight once; the remaining devices split the rows.
     """
     left = jax.device_count()
 
@@ -174,8 +176,8 @@ def make_reader_mesh(*configs: Config) -> Mesh:
 
 
 def to_decode_mesh(mesh: Mesh) -> Mesh:
-    """The mesh for rows of one token at a time: the same devices, those along context sharing out
-    rows, since there are no tokens to split."""
+    """Returns the mesh for decoding: the same devices, with rows split along context too, since
+    there are no tokens to split."""
     data, fsdp, context, *others = mesh.devices.shape
     shaped = mesh.devices.reshape(data, fsdp * context, 1, *others)
     return mesh if context == 1 else Mesh(shaped, AXES, axis_types=mesh.axis_types)
@@ -183,7 +185,7 @@ def to_decode_mesh(mesh: Mesh) -> Mesh:
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Within it, logical axis names in models/ mean axes of `mesh`."""
+    """Context in which logical axis names in models/ mean axes of `mesh`."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(SHARDING_RULES):
         yield
 
@@ -204,8 +206,8 @@ def check_divisible(config: Config, mesh: Mesh, source: str) -> None:
 def make_abstract_params(
     config: Config, mesh: Mesh, lora: LoRA | None = None, rules: tuple = SHARDING_RULES
 ) -> transformer.Params:
-    """The parameters of a model, or what `lora` adds to them, as ShapeDtypeStructs (float32) with
-    their shardings on `mesh`."""
+    """Returns a model's parameters, or those of `lora`, as float32 ShapeDtypeStructs with their
+    shardings on `mesh`."""
     shapes, axes = families.get_abstract_params(config, lora)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -215,13 +217,13 @@ def make_abstract_params(
 
 
 def make_row_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of arrays whose first axis is the batch."""
+    """Returns the sharding of arrays whose first axis is the batch."""
     return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
 def list_local_rows(mesh: Mesh, count: int, devices: Iterable[Any] | None = None) -> list[int]:
-    """Which rows of a batch of `count` lie on these devices, in order; on those of this process by
-    default. All of them in a run of one process."""
+    """Returns the rows of a batch of `count` that lie on these devices, by default those of this
+    process, in order."""
     index_of_device = make_row_sharding(mesh).devices_indices_map((count,))
     own = set(jax.local_devices() if devices is None else devices)
     parts = [part for device, (part,) in index_of_device.items() if device in own]
@@ -229,8 +231,8 @@ def list_local_rows(mesh: Mesh, count: int, devices: Iterable[Any] | None = None
 
 
 def from_local_rows(tree: Any, mesh: Mesh, count: int, spec: PartitionSpec | None = None) -> Any:
-    """Arrays of `count` rows, split by rows over `mesh`, or as `spec` says, of host arrays that
-    hold `own_rows`."""
+    """Makes arrays of `count` rows from host arrays of this process's rows (`list_local_rows`),
+    split by rows over `mesh`, or by `spec`."""
     mine = {row: at for at, row in enumerate(list_local_rows(mesh, count))}
     sharding = NamedSharding(mesh, spec) if spec else make_row_sharding(mesh)
 
@@ -245,9 +247,12 @@ def from_local_rows(tree: Any, mesh: Mesh, count: int, spec: PartitionSpec | Non
 
 
 def move_rows(tree: Any, mesh: Mesh) -> Any:
-    """Arrays whose first axis is the batch, on another mesh: split by rows, and hidden states
-    [B, T, D] as `stream` says. Of several processes each hands over its own rows (`require_near`)
-    through its host's memory."""
+    """Moves arrays whose first axis is the batch to another mesh: split by rows, and hidden states
+    [B, T, D] as `make_hidden_spec` says.
+
+    With several processes, each moves its own rows through its host's memory; see
+    `check_colocated`.
+    """
 
     def move_array(x: jax.Array) -> jax.Array:
         spec = make_hidden_spec(mesh, x.shape[1]) if x.ndim == 3 else PartitionSpec(ROW_AXES)
@@ -267,9 +272,10 @@ def move_rows(tree: Any, mesh: Mesh) -> Any:
 
 
 def check_colocated(first: Mesh, second: Mesh, count: int) -> None:
-    """Raises UserError if of a batch of `count` rows a process has others on one mesh than on the
-    other, or of a row not all tokens: `moved` could not hand them over. Where the two are one mesh
-    nothing is handed over, and any will do."""
+    """Raises UserError if `move_rows` could not move a batch of `count` rows between two meshes.
+
+    Each process must hold the same rows on both, with all their tokens. One mesh always passes.
+    """
     if first == second:
         return
     devices_by_process: dict[int, list[Any]] = {}
@@ -294,8 +300,8 @@ def check_colocated(first: Mesh, second: Mesh, count: int) -> None:
 
 
 def wait_on_cpu(tree: Any) -> Any:
-    """`tree`, waited for on several CPU devices: XLA deadlocks there, and then aborts, where
-    programs with collectives queue up behind each other on few cores."""
+    """Returns `tree`, on several CPU devices once it is ready: XLA deadlocks there, and then
+    aborts, when programs with collectives queue up on few cores."""
     leaf = next((x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)), None)
     if leaf is not None and len(leaf.sharding.device_set) > 1 and jax.default_backend() == "cpu":
         jax.block_until_ready(tree)
@@ -303,9 +309,9 @@ def wait_on_cpu(tree: Any) -> Any:
 
 
 def to_global_array(x: Any, sharding: NamedSharding) -> jax.Array:
-    """A host array, the same in every process, on the devices of all of them.
+    """Puts a host array, the same in every process, on the devices of all processes.
 
-    Between processes jax.device_put would compare it first, each time."""
+    jax.device_put would compare it between processes each time."""
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
     host_array = np.asarray(x)
@@ -314,29 +320,29 @@ def to_global_array(x: Any, sharding: NamedSharding) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=1)
 def gather_first_rows(tree: Any, count: int) -> Any:
-    """Within `use`: the first rows of arrays that are split by rows, whole in every process."""
+    """Within `use_mesh`: returns the first rows of arrays split by rows, whole in every process."""
     return jax.tree.map(lambda x: replicate_array(x[:count]), tree)
 
 
 def is_on_gpu(mesh: Mesh) -> bool:
-    """Whether its devices are GPUs; they need not exist."""
+    """True if its devices are GPUs; they need not exist."""
     return mesh.devices.flat[0].platform in ("gpu", "cuda")
 
 
 def count_row_shards(mesh: Mesh) -> int:
-    """Into how many parts the batch is split."""
+    """Returns the number of parts that the batch is split into."""
     return _count_axis_shards(mesh, ROW_AXES)
 
 
 def count_token_shards(mesh: Mesh | AbstractMesh, T: int) -> int:
-    """Into how many parts hidden states of T tokens are split along a row."""
+    """Returns the number of parts that hidden states of T tokens are split into along a row."""
     parts = _count_axis_shards(mesh, TOKEN_AXES)
     return 1 if T % parts else parts
 
 
 def count_shards(B: int, T: int) -> tuple[int, int]:
-    """Within `use`: into how many parts hidden states [B, T, D] are split by rows, and by tokens;
-    rows that do not divide by it count as parts of their own."""
+    """Within `use_mesh`: returns how many parts hidden states [B, T, D] are split into by rows, and
+    by tokens; rows that do not divide count as a part each."""
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.axis_names:
         return 1, 1
@@ -349,27 +355,27 @@ def _count_axis_shards(mesh: Mesh | AbstractMesh, axes: Iterable[str]) -> int:
 
 
 def make_replicated_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
+    """Returns the sharding of arrays that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split_rows(x: jax.Array) -> jax.Array:
-    """Within `use`: an array whose first axis is the batch, split as the batch is."""
+    """Within `use_mesh`: splits an array whose first axis is the batch as the batch is split."""
     return _constrain_sharding(x, PartitionSpec(ROW_AXES))
 
 
 def replicate_array(x: jax.Array) -> jax.Array:
-    """Within `use`: an array that every device holds whole, so that every process can read it."""
+    """Within `use_mesh`: replicates an array, so that every process can read it."""
     return _constrain_sharding(x, PartitionSpec())
 
 
 def make_hidden_spec(mesh: Mesh | AbstractMesh, T: int) -> PartitionSpec:
-    """How hidden states [B, T, D] lie: by rows, and by tokens over TOKENS, if they divide them."""
+    """Returns the spec of hidden states [B, T, D]: by rows, and by tokens if these divide T."""
     return PartitionSpec(ROW_AXES, TOKEN_AXES if count_token_shards(mesh, T) > 1 else None)
 
 
 def split_hidden(x_BTD: jax.Array) -> jax.Array:
-    """Within `use`: hidden states, split as `stream` says."""
+    """Within `use_mesh`: splits hidden states as `make_hidden_spec` says."""
     mesh = jax.sharding.get_abstract_mesh()
     return (
         _constrain_sharding(x_BTD, make_hidden_spec(mesh, x_BTD.shape[1]))
@@ -379,7 +385,7 @@ def split_hidden(x_BTD: jax.Array) -> jax.Array:
 
 
 def split_vocabulary(logits_BCV: jax.Array) -> jax.Array:
-    """Within `use`: logits split over the vocabulary, as the head is; rows only over data."""
+    """Within `use_mesh`: splits logits over the vocabulary, as the head is; rows only over data."""
     return _constrain_sharding(logits_BCV, PartitionSpec("data", None, VOCABULARY_AXES))
 
 

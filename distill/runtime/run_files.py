@@ -1,7 +1,7 @@
-"""Numbers of a run: summed on the device, written to files, shown while they come.
+"""The files of a run: metrics, JSON, transcripts; and progress on the terminal.
 
-A measurement travels as (sum, count) and is divided once, at the end; so micro-batches, shards and
-processes of unequal size weigh what they should. Only process 0 writes or speaks. Paths go through
+A metric travels as (sum, count) and is divided once, at the end, so that micro-batches, shards and
+processes of unequal size are weighted correctly. Only process 0 writes or logs. Paths go through
 etils.epath: a run directory may be local or, where gcsfs is installed, gs://…
 """
 
@@ -12,17 +12,10 @@ import io
 import json
 import math
 import os
-import platform
 import re
-import resource
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import UTC, datetime
-from importlib import metadata
-from pathlib import Path
 from typing import IO, Any
 
 import jax
@@ -38,15 +31,10 @@ MetricSums = dict[str, tuple[jax.Array, jax.Array]]
 
 _PROGRESS_SECONDS = 10.0
 BUCKET_FLUSH_SECONDS = 30.0  # between two writings of a bucket's jsonl file
-_PACKAGES = (
-    *("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "flax", "optax", "orbax-checkpoint", "numpy"),
-    *("transformers", "tokenizers", "safetensors", "datasets", "tensorflow-datasets"),
-    *("ml-collections", "math-verify"),
-)
 
 
 def compute_means(sums: MetricSums) -> dict[str, jax.Array]:
-    """Means. A count of 0 gives nan, which files show as null: not measured is not zero."""
+    """Divides sums by counts. A count of 0 gives NaN, null in files: not measured is not zero."""
     return {
         name: jnp.where(count == 0, jnp.nan, total / jnp.where(count == 0, 1, count))
         for name, (total, count) in sums.items()
@@ -54,7 +42,7 @@ def compute_means(sums: MetricSums) -> dict[str, jax.Array]:
 
 
 def wilson_interval(successes: float, n: float) -> tuple[float, float]:
-    """The 95% interval (Wilson's score) of a rate of `successes` in `n`; (0, 1) for n = 0."""
+    """Returns the 95% Wilson score interval of a rate of `successes` in `n`; (0, 1) for n = 0."""
     if n == 0:
         return 0.0, 1.0
     z = 1.959964
@@ -62,23 +50,23 @@ def wilson_interval(successes: float, n: float) -> tuple[float, float]:
     scale = 1 + z * z / n
     middle = (rate + z * z / (2 * n)) / scale
     half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / scale
-    # The rate lies between them, which rounding may deny at 0 and at 1.
+    # The rate lies within, but rounding may leave it outside at 0 and at 1.
     return max(0.0, min(rate, middle - half)), min(1.0, max(rate, middle + half))
 
 
 def is_primary() -> bool:
-    """Whether this is process 0. Starts no backend in a run of one process."""
+    """True in process 0. Starts no backend in a run of one process."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def log_line(message: str) -> None:
-    """One line on stderr from process 0, above a progress bar if there is one."""
+    """Writes one line to stderr from process 0, above a progress bar if there is one."""
     if is_primary():
         tqdm.write(message, file=sys.stderr)
 
 
 def _to_finite(x: Any) -> Any:
-    """`x` as JSON can hold it: arrays as lists, numbers finite or None."""
+    """Converts `x` to what JSON can hold: arrays to lists, numbers that are not finite to None."""
     if isinstance(x, jax.Array | np.ndarray | np.generic):
         x = np.asarray(x).tolist()
     if isinstance(x, float):
@@ -91,7 +79,7 @@ def _to_finite(x: Any) -> Any:
 
 
 def to_json(row: Any, indent: int | None = None) -> str:
-    """`row` as JSON; numbers that are not finite become null, arrays become lists."""
+    """Returns `row` as JSON; numbers that are not finite become null, arrays become lists."""
     return json.dumps(_to_finite(row), allow_nan=False, indent=indent)
 
 
@@ -115,9 +103,9 @@ def write_jsonl(path: epath.PathLike, rows: Iterable[Any]) -> None:
 
 @contextlib.contextmanager
 def _open_atomic(path: epath.PathLike) -> Iterator[IO[str]]:
-    """A file to write that takes the place of `path` once it is whole."""
+    """Yields a file that replaces `path` once it is whole."""
     path = epath.Path(path)
-    if is_remote(path):  # an object is there once all of it is
+    if is_remote(path):  # an object appears only once it is whole
         text = io.StringIO()
         yield text
         path.write_text(text.getvalue())
@@ -133,12 +121,15 @@ def _open_atomic(path: epath.PathLike) -> Iterator[IO[str]]:
 
 
 class JsonlAppender:
-    """A jsonl file that grows, row by row; process 0 writes it. A bucket's objects cannot be
-    appended to: there it is written anew, whole, after LINES_SECONDS, by `flush` and at the end."""
+    """A jsonl file that grows row by row; process 0 writes it.
+
+    Objects in a bucket cannot be appended to: there the whole file is written again every
+    BUCKET_FLUSH_SECONDS, by `flush` and at the end.
+    """
 
     def __init__(self, path: epath.PathLike) -> None:
         self._path = epath.Path(path)
-        self._whole = None  # on a bucket: all that the file holds or will
+        self._whole = None  # on a bucket: the whole text of the file
         if is_remote(path):
             self._whole = [self._path.read_text() if self._path.exists() else ""]
         self._written = time.monotonic()
@@ -158,7 +149,7 @@ class JsonlAppender:
             self.flush()
 
     def flush(self) -> None:
-        """All rows are in the file when this returns."""
+        """Writes all rows before it returns."""
         if self._whole is not None and self._changed:
             self._path.write_text("".join(self._whole))
             self._written, self._changed = time.monotonic(), False
@@ -171,12 +162,12 @@ class JsonlAppender:
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether a path is that of a bucket: gs://…"""
+    """True for a path in a bucket: gs://…"""
     return "://" in str(path)
 
 
 def require_reachable(path: str, flag: str) -> None:
-    """Raises UserError if `path` is a bucket's and cannot be reached from here."""
+    """Raises UserError if `path` is in a bucket that this installation cannot read."""
     scheme = re.match(r"(\w+):/", path)
     if scheme is None:
         return
@@ -187,11 +178,12 @@ def require_reachable(path: str, flag: str) -> None:
 
 
 def resume_jsonl(path: epath.PathLike, about: Mapping[str, Any]) -> int:
-    """How many rows an earlier call of `extend_jsonl` for `path` wrote before it was stopped: the
-    work that `about` describes goes on from there. A half-written last row is cut off.
+    """Returns the number of rows that a stopped `extend_jsonl` for `path` has written.
+
+    The job that `about` describes goes on from there. A half-written last row is cut off.
 
     Raises:
-      UserError: if what was begun is another work, naming what differs.
+      UserError: if the rows are of another job, naming the setting that differs.
     """
     partial, about_path = _get_partial_paths(path)
     now = json.loads(to_json(about))
@@ -225,8 +217,7 @@ def _truncate_file(path: epath.Path, size: int) -> None:
 
 
 def extend_jsonl(path: epath.PathLike, rows: Iterable[Any]) -> None:
-    """Writes `rows` behind those that `begun_jsonl` counted, one by one as they come; when all are
-    there `path` is, and not before."""
+    """Appends `rows` to those that `resume_jsonl` counted; `path` exists once all are written."""
     partial, about_path = _get_partial_paths(path)
     with JsonlAppender(partial) as lines:
         for row in rows:
@@ -242,11 +233,11 @@ def _get_partial_paths(path: epath.PathLike) -> tuple[epath.Path, epath.Path]:
 
 
 class Writer:
-    """The files of a run: metrics.jsonl, rollouts/, tensorboard/. All methods are for any process.
+    """Writes metrics.jsonl, rollouts/ and tensorboard/. Any process may call all methods.
 
-    `resume_step` is the first step this process will write. What an earlier process wrote from
-    there on belongs to a future that did not happen: those rows, a half-written last line and
-    those rollouts go away. Steps count through all stages of a run.
+    `resume_step` is the first step that this process writes. Rows and rollouts that an earlier
+    process wrote from there on are deleted, and so is a half-written last line. Steps count
+    through all stages of a run.
     """
 
     def __init__(self, workdir: epath.PathLike, resume_step: int) -> None:
@@ -264,7 +255,7 @@ class Writer:
                 old.unlink()
         self._lines = JsonlAppender(path)
         if not is_remote(workdir):  # tensorboardX wants Google's own client for buckets
-            from tensorboardX import SummaryWriter  # not above: it loads torch where there is one
+            from tensorboardX import SummaryWriter  # here: it imports torch if installed
 
             folder = self._workdir / "tensorboard"
             self._board = SummaryWriter(str(folder), purge_step=resume_step, flush_secs=10)
@@ -286,7 +277,7 @@ class Writer:
             write_jsonl(self._workdir / "rollouts" / f"{step:06d}.jsonl", rows)
 
     def flush(self) -> None:
-        """All rows are in metrics.jsonl when this returns."""
+        """Writes all rows to metrics.jsonl before it returns."""
         if is_primary():
             self._lines.flush()
 
@@ -303,7 +294,7 @@ class Writer:
 
 
 def _is_before(row: str, step: int) -> bool:
-    """Whether `row` is a whole row of metrics.jsonl of a step before `step`."""
+    """True for a whole row of metrics.jsonl of a step before `step`."""
     try:
         return json.loads(row)["step"] < step
     except (ValueError, KeyError, TypeError):
@@ -312,7 +303,7 @@ def _is_before(row: str, step: int) -> bool:
 
 @dataclasses.dataclass
 class Progress:
-    """What `progress` yields. `bar` is None off a terminal."""
+    """Progress of long work; `bar` is None off a terminal."""
 
     total: int
     initial: int
@@ -322,7 +313,7 @@ class Progress:
     last_printed: float = -math.inf
 
     def update(self, done: int, numbers: Mapping[str, Any]) -> None:
-        """Says that `done` of `total` are done, with a few numbers to show beside it."""
+        """Shows that `done` of `total` are done, with a few numbers."""
         numbers_text = " ".join(f"{name} {float(value):.4g}" for name, value in numbers.items())
         if self.bar is not None:
             self.bar.set_postfix_str(numbers_text, refresh=False)
@@ -339,7 +330,7 @@ class Progress:
 
 @contextlib.contextmanager
 def show_progress(total: int, initial: int, label: str) -> Iterator[Progress]:
-    """Makes long work visible: a bar on a terminal, elsewhere a line every 10 s, first and last."""
+    """Shows progress: a bar on a terminal, elsewhere a line every 10 s and at the end."""
     bar = None
     if is_primary() and sys.stderr.isatty():
         bar = tqdm(total=total, initial=initial, desc=label, dynamic_ncols=True)
@@ -348,54 +339,3 @@ def show_progress(total: int, initial: int, label: str) -> Iterator[Progress]:
     finally:
         if bar is not None:
             bar.close()
-
-
-def measure_memory() -> dict[str, float]:
-    """Peak memory in GiB: of this process, and of the first device where that is known."""
-    scale = 1 if sys.platform == "darwin" else 1024
-    peak = {"host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30}
-    stats = jax.local_devices()[0].memory_stats()
-    if stats:
-        peak["device_gib"] = stats["peak_bytes_in_use"] / 2**30
-    return peak
-
-
-def describe_environment() -> dict[str, Any]:
-    """What a run ran on, for environment.json: versions, devices, git revision, command, time.
-
-    `git` is null outside a git checkout, or where there is no git.
-    """
-    versions = {}
-    for package in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    devices = jax.devices()
-    return {
-        "command": shlex.join(sys.orig_argv),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": versions,
-        "devices": {
-            "backend": jax.default_backend(),
-            "kind": devices[0].device_kind,
-            "count": len(devices),
-            "processes": jax.process_count(),
-        },
-        "git": _describe_git(),
-    }
-
-
-def _describe_git() -> dict[str, Any] | None:
-    def run_git(*arguments: str) -> str:
-        root = Path(__file__).parent.parent
-        call = ("git", "-C", str(root), *arguments)
-        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return {
-            "revision": run_git("rev-parse", "HEAD"),
-            "dirty": bool(run_git("status", "--porcelain")),
-        }
-    except (OSError, subprocess.CalledProcessError):
-        return None

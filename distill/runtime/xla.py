@@ -1,4 +1,4 @@
-"""What XLA compiles while a run goes on, how long that takes, and where it is kept."""
+"""XLA: compiler options, the compilation cache, and a monitor of what is compiled."""
 
 import dataclasses
 
@@ -10,17 +10,17 @@ from jax.sharding import Mesh
 from distill.runtime import run_files
 from models.errors import UserError
 
-MIN_COMPILE_SECONDS = 0.1  # seconds: programs that compile faster are not kept, nor named
-MAX_NAMED_PROGRAMS = 8  # programs at most that are named in one line
+MIN_COMPILE_SECONDS = 0.1  # programs that compile faster are neither cached nor named
+MAX_NAMED_PROGRAMS = 8  # in one line
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 
 
 def get_compiler_options(mesh: Mesh) -> dict[str, str]:
-    """XLA's options of a program on `mesh` that goes through the vocabulary.
+    """Returns XLA's options for a program on `mesh` that loops over the vocabulary.
 
-    On CPUs, sums of what is computed on the way to them are given to a library that takes ten times
-    as long, with jaxlib 0.10.2; 0.12 does not. It may keep the products.
+    On CPUs, jaxlib 0.10.2 hands fused sums to a library that takes ten times as long; 0.12 does
+    not. The library may keep matrix products.
     """
     if mesh.devices.flat[0].platform != "cpu" or jax.__version_info__ >= (0, 11):
         return {}
@@ -28,8 +28,10 @@ def get_compiler_options(mesh: Mesh) -> dict[str, str]:
 
 
 def init_compilation_cache(directory: str) -> None:
-    """Has compiled programs kept in `directory`, local or gs://, and read from there; "": as jax
-    does by itself. Raises UserError if it cannot be."""
+    """Caches compiled programs in `directory`, local or gs://; "" leaves JAX's default.
+
+    Raises UserError if the directory cannot be reached or made.
+    """
     if not directory:
         return
     run_files.require_reachable(directory, "--config.compilation_cache")
@@ -39,12 +41,12 @@ def init_compilation_cache(directory: str) -> None:
         raise UserError(f"--config.compilation_cache={directory}: {error.strerror}") from error
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
-    compilation_cache.reset_cache()  # or one that is open already would stay
+    compilation_cache.reset_cache()  # an open cache would stay in use
 
 
 @dataclasses.dataclass
 class CompileMonitor:
-    """Programs compiled since the last look. Use as a context."""
+    """Records the programs compiled since the last report. Use as a context."""
 
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # by name
     num_programs: int = 0
@@ -60,7 +62,7 @@ class CompileMonitor:
         self.cache_hits += event == _CACHE_HIT_EVENT
 
     def report_compiles(self, when: str, min_seconds: float) -> float:
-        """Seconds that compiling took since the last look; told, if `least` or more."""
+        """Returns seconds of compiling since the last report; logs them from `min_seconds` on."""
         total = sum(self.seconds.values())
         if total >= min_seconds:
             long = sorted(

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from distill.batch import Batch, TeacherOutput
-from distill.policy import forward, policy
+from distill.policy import compatibility, forward, policy
 from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
 from models import checks, transformer
@@ -119,7 +119,7 @@ def describe_teacher(
     described = policy.make_abstract(
         t.path, t.dtype, False, mesh, kernel=c.attention, packed=packed
     )
-    policy.require_same_vocabulary(student, described)
+    compatibility.require_same_vocabulary(student, described)
     policy.check_files(described, t.step or None)
     return Teacher(t, described)
 

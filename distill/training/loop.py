@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.rewards import graders
-from distill.runtime import cli, distributed, run_files, xla
+from distill.runtime import cli, distributed, environment, run_files, xla
 from distill.runtime import mesh as mesh_lib
 from distill.runtime.checkpoint import Checkpoints
 from distill.teachers.local import Teacher
@@ -153,7 +153,7 @@ def init_workdir(workdir: epath.Path, c: ConfigDict) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         run_files.write_json(path, current)
-        run_files.write_json(workdir / "environment.json", run_files.describe_environment())
+        run_files.write_json(workdir / "environment.json", environment.describe_environment())
     except OSError as error:
         raise UserError(f"--workdir={workdir}: {error}") from error
 

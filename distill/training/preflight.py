@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from distill.data import chat, dataset, examples
-from distill.policy import policy
+from distill.policy import compatibility, policy
 from distill.policy.policy import Policy
 from distill.runtime import run_files
 from distill.training import memory
@@ -79,7 +79,7 @@ def _check_teacher(
     name: str, teacher: Policy, run_setup: RunSetup, trained: Params
 ) -> Iterator[str]:
     """Warns if a teacher ends its turns elsewhere than the student does or has its weights."""
-    if further_stops := policy.find_extra_stop_ids(run_setup.student, teacher):
+    if further_stops := compatibility.find_extra_stop_ids(run_setup.student, teacher):
         yield f"warning: {name} stops at {further_stops} too, where the student would go on"
     first = next(
         stage for stage in run_setup.stages if stage.needs_teacher and name in stage.c.teachers

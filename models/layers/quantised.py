@@ -93,12 +93,16 @@ def get_kernel_axes(kernel: Kernel, names: tuple[str | None, ...]) -> Any:
 
 
 def _is_kernel(path: tuple) -> bool:
+    """True for the path of a parameter that 8-bit models quantise."""
     names = [key.key for key in path]
     return names[-1] == "kernel" or (names[-2:-1] == ["moe"] and names[-1] != "router")
 
 
-def quantise_shapes(params: Any, dtype_name: str) -> Any:
-    """Of parameters' ShapeDtypeStructs, with NamedShardings: those of the quantised model."""
+def quantise_shapes(params: Any, dtype_name: str | None) -> Any:
+    """Returns ShapeDtypeStructs, with NamedShardings, of the quantised model; `params` are those
+    of the plain one, and are returned as they are where `dtype_name` is None."""
+    if dtype_name is None:
+        return params
 
     def quantise_leaf(path: tuple, leaf: Any) -> Any:
         if not _is_kernel(path):

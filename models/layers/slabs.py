@@ -24,8 +24,8 @@ import jax.numpy as jnp
 
 from models.config import Config
 from models.layers import sharded
-from models.layers.attention import masked_softmax
 from models.layers.paged_attention import quantise_int8
+from models.layers.slab_attention import attend_blocks
 
 MIN_BLOCK_TOKENS = 128  # tokens of a block that is not worth making smaller
 MAX_BLOCKS = 4  # at most
@@ -193,7 +193,7 @@ class Slabs:
                 first += size
             now_W = jnp.arange(steps) <= recent.step
             masks.append(jnp.broadcast_to(now_W[None], (B, steps)))
-            return _attend_blocks(
+            return attend_blocks(
                 q_BKMH, [*parts, new], jnp.concatenate(masks, axis=1)[:, None, None]
             )
 
@@ -338,35 +338,6 @@ def _write_tokens(
     return tuple(written)
 
 
-def _attend_blocks(q_BKMH: jax.Array, parts: list[dict], mask: jax.Array) -> jax.Array:
-    """Queries over the tokens of all parts: [B, K, M, H]. The mask is as wide as all of them."""
-    dtype, scores, H = q_BKMH.dtype, [], q_BKMH.shape[-1]
-    for part in parts:
-        part_scores = jnp.einsum(
-            "BKMH,BKHS->BKMS",
-            q_BKMH,
-            part["keys"].astype(dtype),
-            preferred_element_type=jnp.float32,
-        )
-        part_scores = part_scores * H**-0.5
-        scores.append(
-            part_scores * part["key_scales"][:, :, None] if "key_scales" in part else part_scores
-        )
-    weights = masked_softmax(jnp.concatenate(scores, axis=-1), mask)
-    out, first = jnp.float32(0), 0
-    for part in parts:
-        size = part["keys"].shape[3]
-        part_scores = weights[..., first : first + size]
-        if "value_scales" in part:
-            part_scores = part_scores * part["value_scales"][:, :, None]
-        values = part["values"].astype(dtype)
-        added = jnp.einsum(
-            "BKMS,BKSH->BKMH", part_scores.astype(dtype), values, preferred_element_type=jnp.float32
-        )
-        out, first = out + added, first + size
-    return out.astype(dtype)
-
-
 def _attend_prompts(q_TNH: jax.Array, new: dict, slabs: dict, packed: PackedPrompts) -> jax.Array:
     """Tokens of a line over earlier ones of their own prompt: of the line, and, where its first
     prompt was begun before, of that one's slab."""
@@ -381,7 +352,7 @@ def _attend_prompts(q_TNH: jax.Array, new: dict, slabs: dict, packed: PackedProm
         return jnp.tile(mask_TS, (N // K, 1))[None, None]
 
     def attend_new_only() -> jax.Array:
-        return _attend_blocks(q_1KMH, [new], repeat_mask(own_TT))
+        return attend_blocks(q_1KMH, [new], repeat_mask(own_TT))
 
     def attend_with_prefix() -> jax.Array:
         parts, masks, first = [], [], 0
@@ -395,7 +366,7 @@ def _attend_prompts(q_TNH: jax.Array, new: dict, slabs: dict, packed: PackedProm
             masks.append((row_T == 0)[:, None] & ((first + jnp.arange(size)) < before)[None])
             first += size
         mask = jnp.concatenate([*masks, own_TT], axis=1)
-        return _attend_blocks(q_1KMH, [*parts, new], repeat_mask(mask))
+        return attend_blocks(q_1KMH, [*parts, new], repeat_mask(mask))
 
     out_1KMH = jax.lax.cond(before > 0, attend_with_prefix, attend_new_only)
     return out_1KMH.reshape(K, N // K, T, H).transpose(2, 0, 1, 3).reshape(T, N, H)

@@ -310,14 +310,14 @@ def test_a_run_with_an_int8_teacher(tmp_path, monkeypatch):
 def watch_floats(monkeypatch):
     """The function that says how many float32 numbers of kernels were there at once, at most, at
     any time that one of them was being converted."""
-    before, largest, convert = {id(x) for x in jax.live_arrays()}, [0], quantised.quantise_params
+    before, largest, convert = {id(x) for x in jax.live_arrays()}, [0], quantised.quantise_kernel
 
     def watched(*args):
         fresh = [x for x in jax.live_arrays() if id(x) not in before and x.dtype == jnp.float32]
         largest[0] = max(largest[0], sum(x.size for x in fresh if x.ndim > 2 and x.shape[-2] > 1))
         return convert(*args)
 
-    monkeypatch.setattr(quantised, "quantise_params", watched)
+    monkeypatch.setattr(quantised, "quantise_kernel", watched)
     return lambda: largest[0]
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill.runtime import run_files
+from distill.runtime import environment, run_files
 
 
 def rows(path):
@@ -109,9 +109,9 @@ def test_plain_progress(capsys, monkeypatch):
 def test_progress_bar_on_a_terminal():
     code = (
         "from distill.runtime import run_files\n"
-        "with run_files.progress(4, 1, 'sft') as bar:\n"
+        "with run_files.show_progress(4, 1, 'sft') as bar:\n"
         "    bar.update(3, {'loss': 0.25})\n"
-        "    run_files.say('hello')\n"
+        "    run_files.log_line('hello')\n"
         "    bar.update(4, {'loss': 0.125})\n"
     )
     master, slave = pty.openpty()
@@ -139,7 +139,7 @@ def test_progress_bar_on_a_terminal():
 
 
 def test_environment():
-    e = json.loads(run_files.to_json(run_files.describe_environment()))
+    e = json.loads(run_files.to_json(environment.describe_environment()))
     assert e["packages"]["jax"] == jax.__version__
     assert e["devices"] == {"backend": "cpu", "kind": "cpu", "count": 8, "processes": 1}
     assert e["git"] is None or len(e["git"]["revision"]) == 40

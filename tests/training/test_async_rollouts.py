@@ -1,5 +1,5 @@
-"""Sampling one step ahead of the update: what is trained, what a resumed run finds, what is
-refused, and that the two really go on at once."""
+"""Sampling one step ahead of the update: batches, resumed runs, refused losses, and that sampling
+and the update overlap."""
 
 import dataclasses
 import signal
@@ -46,7 +46,7 @@ def noted(patch: pytest.MonkeyPatch) -> list[list[rollout.Sequence]]:
 
 @pytest.fixture(scope="module")
 def whole(models, tmp_path_factory):
-    """A run that nobody stopped, and the rows of its batches."""
+    """An uninterrupted run, and the rows of its batches."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
         rows = noted(patch)
@@ -102,7 +102,7 @@ def test_batches_are_those_of_weights_one_update_old(whole, models) -> None:
 
 
 @pytest.mark.parametrize("budget", [0, 30])
-def test_stopped_and_resumed_is_bitwise_the_same(whole, models, tmp_path, budget) -> None:
+def test_resumed_run_has_the_same_bits(whole, models, tmp_path, budget) -> None:
     """With parked rows too. Nothing is sampled again, lost or trained twice."""
     c = ahead(models, rollout={**ahead(models).opd.rollout, "token_budget": budget})
     unbroken, rows = whole
@@ -162,7 +162,7 @@ def test_a_loss_that_does_not_correct_for_it_is_refused(models, tmp_path, change
     assert not (tmp_path / "run").exists()
 
 
-def test_objectives_that_correct_for_it_are_let_through(models) -> None:
+def test_objectives_that_correct_for_it_are_accepted(models) -> None:
     for name in ("opd", "opd_sampled", "cispo", "hybrid"):
         c = ahead(models, objective=name)
         plan = setup.setup_run(c, mesh_lib.make_mesh(1, 1, 1))

@@ -1,4 +1,4 @@
-"""The loop, whole: stages, resume, what a run leaves behind, and what it refuses."""
+"""Whole runs: stages, resuming, the files of a run, and refused configs."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ import pytest
 from configs import quickstart
 from distill import rollout
 from distill.data import dataset, packing
-from distill.policy import exporting, policy
+from distill.policy import compatibility, exporting, policy
 from distill.runtime import mesh as mesh_lib
 from distill.runtime import run_files
 from distill.training import loop, microbatches, setup, trainer
@@ -30,7 +30,7 @@ def windows_of_one_step():
 
 @pytest.fixture(scope="module")
 def whole(models, tmp_path_factory):
-    """A run that nobody stopped."""
+    """An uninterrupted run."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     loop.run(config(models), workdir)
     return workdir
@@ -39,7 +39,7 @@ def whole(models, tmp_path_factory):
 @pytest.mark.parametrize(
     "step", [0, 2, 4, *(pytest.param(step, marks=pytest.mark.long) for step in (1, 3))]
 )
-def test_stopped_and_resumed_is_bitwise_the_same(whole, models, tmp_path, monkeypatch, step):
+def test_resumed_run_has_the_same_bits(whole, models, tmp_path, monkeypatch, step):
     with monkeypatch.context() as patch:
         stop_after(patch, step)
         with pytest.raises(SystemExit) as stopped:
@@ -99,7 +99,7 @@ def test_a_budget_that_ends_no_row_trains_nothing(models, tmp_path, capsys):
     assert "nan" not in capsys.readouterr().err
 
 
-def test_killed_without_a_word(whole, models, tmp_path, monkeypatch):
+def test_killed_run_resumes_with_the_same_bits(whole, models, tmp_path, monkeypatch):
     """Without a last checkpoint the run goes on from an earlier one and ends the same."""
 
     class Killed(BaseException):
@@ -122,7 +122,7 @@ def test_killed_without_a_word(whole, models, tmp_path, monkeypatch):
     assert all(jax.tree.leaves(same))
 
 
-def test_metrics_come_a_step_late(models, tmp_path, monkeypatch):
+def test_metrics_are_written_one_step_late(models, tmp_path, monkeypatch):
     """The row of a step is written when the next is under way, as numbers of the host; before a
     checkpoint all are."""
     c, seen = config(models), []
@@ -156,7 +156,7 @@ def test_a_finished_run_has_nothing_to_do(whole, models):
     assert numbers(whole) == before
 
 
-def test_what_a_run_holds(whole):
+def test_run_directory_has_its_files(whole):
     """The contract of a run directory."""
     assert json.loads((whole / "config.json").read_text())["opd"]["steps"] == 3
     environment = json.loads((whole / "environment.json").read_text())
@@ -313,7 +313,7 @@ def test_a_base_student_takes_the_tokenizer_of_its_teacher(models, tmp_path):
     teacher = policy.make_abstract(models[1], "float32", False, mesh_lib.make_mesh(1, 1, 1))
     for path in (tmp_path / "run", tmp_path / "out"):
         found = policy.make_abstract(str(path), "float32", False, mesh_lib.make_mesh(1, 1, 1))
-        policy.require_same_vocabulary(found, teacher)
+        compatibility.require_same_vocabulary(found, teacher)
         assert found.stop_ids == tuple(sorted({0, *teacher.stop_ids}))
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["top_k"] == 20
 

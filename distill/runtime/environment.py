@@ -1,0 +1,71 @@
+"""Describes what a run runs on, for environment.json and the costs of an evaluation."""
+
+import contextlib
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+_PACKAGES = (
+    *("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "flax", "optax", "orbax-checkpoint", "numpy"),
+    *("transformers", "tokenizers", "safetensors", "datasets", "tensorflow-datasets"),
+    *("ml-collections", "math-verify"),
+)
+
+
+def measure_memory() -> dict[str, float]:
+    """Returns peak memory in GiB of this process and, where known, of the first device."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    peak = {"host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30}
+    stats = jax.local_devices()[0].memory_stats()
+    if stats:
+        peak["device_gib"] = stats["peak_bytes_in_use"] / 2**30
+    return peak
+
+
+def describe_environment() -> dict[str, Any]:
+    """Describes the versions, devices, git revision, command and time of a run.
+
+    `git` is None outside a git checkout, or without git.
+    """
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    devices = jax.devices()
+    return {
+        "command": shlex.join(sys.orig_argv),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "devices": {
+            "backend": jax.default_backend(),
+            "kind": devices[0].device_kind,
+            "count": len(devices),
+            "processes": jax.process_count(),
+        },
+        "git": _describe_git(),
+    }
+
+
+def _describe_git() -> dict[str, Any] | None:
+    def run_git(*arguments: str) -> str:
+        root = Path(__file__).parents[2]
+        call = ("git", "-C", str(root), *arguments)
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {
+            "revision": run_git("rev-parse", "HEAD"),
+            "dirty": bool(run_git("status", "--porcelain")),
+        }
+    except (OSError, subprocess.CalledProcessError):
+        return None
