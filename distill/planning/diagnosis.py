@@ -141,18 +141,20 @@ def compare_distributions(
     overlap of the likeliest tokens, and the teacher's log-probability of the stop tokens."""
 
     @jax.jit
-    def sum_statistics(params: Any, heads: Any, batch: Batch):
-        stats = fused_head.compute_token_stats(
+    def sum_statistics(params: Any, batch: Batch):
+        inputs = fused_head.HeadInputs(
             forward.compute_hidden(student.model, params, batch),
             transformer.get_output_head(params),
             losses.shift(batch.tokens_BT),
-            batch.teacher_hidden_BTD,
-            heads,
-            loss_chunk_mib=loss_chunk_mib,
+            teacher=batch.teacher,
+        )
+        options = fused_head.StatsOptions(
+            loss_chunk_mib,
             split=mesh_lib.split_vocabulary,
             divergence=divergences.Divergence("forward"),
-            overlap=min(TOP_K, student.config.vocab_size),
+            overlap_k=min(TOP_K, student.config.vocab_size),
         )
+        stats = fused_head.compute_token_stats(inputs, options)
         mask_BT = losses.shift(batch.mask_BT).astype(jnp.float32)
         sums = {name: (jnp.sum(x * mask_BT), jnp.sum(mask_BT)) for name, x in stats.items()}
         assert batch.finished_BT is not None
@@ -162,7 +164,7 @@ def compare_distributions(
     shards = math.lcm(
         *(mesh_lib.count_row_shards(policy.get_mesh(x)) for x in (student, teacher.policy))
     )
-    heads = teacher_lib.get_teacher_heads([teacher])
+    teachers = teacher_lib.place_heads([teacher])
     count = -(-min(BATCH_ROWS, len(rows)) // shards) * shards
     sums: dict[str, np.ndarray] = {}
     for at in range(0, len(rows), count):
@@ -170,10 +172,8 @@ def compare_distributions(
         batch = microbatches.make_unpacked_batch(
             rows[at : at + count], count, tokens, stage.context_tokens
         )
-        batch = teacher_lib.score(
-            [teacher], jax.device_put(batch, mesh_lib.make_row_sharding(mesh))
-        )
-        for name, pair in sum_statistics(student.params, heads, batch).items():
+        batch = teacher_lib.score(teachers, jax.device_put(batch, mesh_lib.make_row_sharding(mesh)))
+        for name, pair in sum_statistics(student.params, batch).items():
             sums[name] = sums.get(name, np.zeros(2)) + np.array(jax.device_get(pair))
     means = {name: float(x) / float(n) if n else None for name, (x, n) in sums.items()}
     means["forward_kl"] = means.pop("divergence")
