@@ -1,8 +1,8 @@
-"""python -m benchmarks.eight_bits: what scores and what decodes, by the dtype of its weights.
+"""python -m benchmarks.eight_bits: speed of scoring and decoding by the dtype of the weights.
 
 A random model of Qwen3-0.6B widths and few layers reads rows (as a teacher does) and decodes
-them (as a sampler does), with its kernels in float32, bfloat16, int8 and fp8, which take turns: A B
-C D A B C D. Prints medians, and their ratios to the first of the same dtype of activations.
+them (as a sampler does) with kernels in float32, bfloat16, int8 and fp8, which take turns: A B C D
+A B C D. Prints medians, and their ratios to the first dtype for the same dtype of activations.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ PARAM_DTYPES = {
 
 
 def make_cases(dtype: str) -> dict[tuple[str, str], Callable[[], int]]:
-    """(what, dtype of parameters) -> what computes it and returns the number of tokens."""
+    """Returns (task, dtype of parameters) -> a function that runs it and returns its tokens."""
     config = dataclasses.replace(SIZES["0.6b"], num_hidden_layers=LAYERS.value, vocab_size=4096)
     shapes = mesh_lib.make_abstract_params(config, mesh_lib.make_mesh(1, 1, 1))
     network = families.make_model(config, dtype=jnp.dtype(dtype))
@@ -60,7 +60,7 @@ def make_cases(dtype: str) -> dict[tuple[str, str], Callable[[], int]]:
         subject = dataclasses.replace(plain, params=params)
 
         def score(subject: policy.Policy = subject) -> int:
-            read = local.compute_hidden(subject.model, 1, subject.params, None, batch, None)
+            read = local.compute_hidden(subject.model, subject.params, None, batch, None)
             jax.block_until_ready(read)
             return tokens_BT.size
 

@@ -1,10 +1,10 @@
-"""python -m benchmarks.fingerprints --out=FILE.json [--devices=8] [--only=NAME,...]: sums of runs.
+"""python -m benchmarks.fingerprints --out=FILE.json [--devices=8] [--only=NAME,...]: run checksums.
 
-Trains the tiny variant of every recipe, and the tiny quick start with every objective and with what
-changes the path through a step: a LoRA, experts, two teachers, a context, partial and asynchronous
-rollouts. Writes SHA-256 sums, for each run, of its exported weights, of its metrics but for times,
-and of the tokens in its transcripts. Two revisions that compute the same have the same sums on the
-same machine with the same packages: a change that only moves code must not move a sum.
+Trains the tiny variant of every recipe, and the tiny quick start with every objective and every
+option that changes the path through a step: a LoRA, experts, two teachers, a context, partial and
+asynchronous rollouts. Writes SHA-256 sums of each run's exported weights, of its metrics without
+times, and of the tokens in its transcripts. Two revisions that compute the same have the same sums
+on the same machine with the same packages: a change that only moves code must not change one.
 """
 
 import hashlib
@@ -22,9 +22,9 @@ from absl import flags
 from distill.runtime import cli
 
 OPTIONS = flags.FlagValues()
-OUT = flags.DEFINE_string("out", None, "File of the sums.", OPTIONS, required=True)
+OUT = flags.DEFINE_string("out", None, "JSON file of the sums.", OPTIONS, required=True)
 DEVICES = flags.DEFINE_integer(
-    "devices", 1, "Of the CPU; of eight, four share the rows and two each layer.", 1, 8, OPTIONS
+    "devices", 1, "CPU devices; of 8, four split rows and two split layers.", 1, 8, OPTIONS
 )
 ONLY = flags.DEFINE_list("only", [], "Names of runs; default: all.", OPTIONS)
 
@@ -37,8 +37,8 @@ RECIPES = (
 STORED = {"data.source": "assets/rows/traces_no_think.jsonl", "max_prompt_tokens": 128}
 REWARD = {"samples": 4, "reward.correct": 0.0, "reward.format": 1.0, "reward.length": 1.0}
 REWARD |= {"reward.length_margin": 8, "max_response_tokens": 16}
-# Name -> what differs from the tiny quick start: of its stage `opd`, or where a key begins with a
-# dot of the config.
+# Name -> changes to the tiny quick start: keys of its stage `opd`, or of the config where they
+# begin with a dot.
 VARIANTS: dict[str, dict[str, Any]] = {
     **{kind: {"objective": kind} for kind in ("opd", "opd_sampled")},
     **{kind: {"objective": kind, **STORED} for kind in ("sft", "distill", "gkd")},
@@ -74,8 +74,8 @@ MESH = {1: {}, 8: {"fsdp": 4, "tensor": 2}}
 
 
 def make_config(name: str, experts: Path) -> Any:
-    """The config of a run, on the mesh of so many devices."""
-    from configs import base, conditions  # after jax knows its devices
+    """Returns the config of a run on the mesh of --devices."""
+    from configs import base, conditions  # after the number of devices is set
 
     if name.startswith("conditions:"):
         assert name.removeprefix("conditions:").partition(",")[0] in conditions.CONDITIONS
@@ -90,6 +90,8 @@ def make_config(name: str, experts: Path) -> Any:
     c.update_from_flattened_dict(
         {key: str(experts) if x == "EXPERTS" else x for key, x in overrides.items()}
     )
+    if name == "accumulation" and DEVICES.value == 8:  # each micro-batch splits over four shards
+        c.opd.batch_size = 32
     for axis in ("data", "fsdp", "tensor", "context", "expert"):
         c.mesh[axis] = MESH[DEVICES.value].get(axis, 1)
     c.log.transcripts, c.log.transcripts_every = 8, 1
@@ -103,7 +105,7 @@ def list_runs() -> list[str]:
 
 
 def write_expert_model(folder: Path) -> Path:
-    """The student's directory with a config of experts, without weights."""
+    """Writes the student's directory with a config of experts and without weights."""
     target = folder / "experts"
     shutil.copytree("assets/student", target, ignore=shutil.ignore_patterns("*.safetensors"))
     fields = json.loads((target / "config.json").read_text())
@@ -115,7 +117,7 @@ def write_expert_model(folder: Path) -> Path:
 
 
 def digest_run(run: Path, exported: Path) -> dict[str, str]:
-    """The three sums of a run."""
+    """Returns the three sums of a run."""
     weights = hashlib.sha256()
     for file in sorted(exported.rglob("*.safetensors")):
         weights.update(file.read_bytes())
@@ -136,14 +138,14 @@ def digest_run(run: Path, exported: Path) -> dict[str, str]:
 
 
 def is_timing(name: str) -> bool:
-    """Whether a metric is of the clock or of the machine."""
+    """Returns true for metrics that depend on the clock or the machine."""
     return name.startswith(("time", "memory", "device")) or "per_second" in name or "mfu" in name
 
 
 def main() -> None:
     os.environ["JAX_NUM_CPU_DEVICES"] = str(DEVICES.value)
     os.environ["NPROC"] = "32"
-    # Most of the time goes into compiling programs that run a few times.
+    # Most of the time is compilation: the programs run a few times.
     os.environ.setdefault(
         "XLA_FLAGS",
         "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
@@ -154,8 +156,8 @@ def main() -> None:
     from distill.training import loop
 
     known = list_runs()
-    if lost := set(ONLY.value) - set(known):
-        sys.exit(f"--only={lost}: of {', '.join(known)}")
+    if unknown := set(ONLY.value) - set(known):
+        sys.exit(f"--only: {sorted(unknown)} are none of {', '.join(known)}")
     out, digests = Path(OUT.value).resolve(), {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -149,18 +149,16 @@ def make_config(family: str, changes: dict[str, Any]) -> ConfigDict:
     return c
 
 
-def compute_bad_loss(
-    token_loss: Any, run_setup: setup.RunSetup, params: Params, batch: Batch, head_VE: jax.Array
-):
+def compute_bad_loss(token_loss: Any, run_setup: setup.RunSetup, params: Params, batch: Batch):
     """A loss of BAD over a batch, a mean over trained tokens; and the student's mass outside the
     teacher's top K. All logits at once: the vocabulary is small."""
     hidden_BTD = forward.compute_hidden(run_setup.student.model, params, batch)
-    assert batch.teacher_hidden_BTD is not None
+    assert batch.teacher is not None
     logp_BTV, logq_BTV = (
         jax.nn.log_softmax(hidden_BTX @ head_VX.T, axis=-1)
         for hidden_BTX, head_VX in (
             (hidden_BTD, transformer.get_output_head(params)),
-            (batch.teacher_hidden_BTD[0], head_VE),
+            (batch.teacher.hidden_BTE[0], batch.teacher.heads_VE[0]),
         )
     )
     mask_BT = losses.shift(batch.mask_BT).astype(jnp.float32)
@@ -191,16 +189,13 @@ def train_bad_loss(name: str, out: Path, mesh: Mesh) -> Policy:
         setup.load_stage_models(c, run_setup, stage),
         policy.load(run_setup.student, "float32"),
     )
-    head_VE, params = (
-        transformer.get_output_head(run_setup.teachers["teacher"].policy.params),
-        student.params,
-    )
+    teachers, params = local.place_heads([run_setup.teachers["teacher"]]), student.params
     state = stage.optimizer.init(params)
 
     @jax.jit
     def step(params: Params, state: optax.OptState, batch: Batch):
         def compute_loss(params: Params):
-            return compute_bad_loss(loss, run_setup, params, batch, head_VE)
+            return compute_bad_loss(loss, run_setup, params, batch)
 
         (value, mass), grads = jax.value_and_grad(compute_loss, has_aux=True)(params)
         updates, state = stage.optimizer.update(grads, state, params)
@@ -212,8 +207,7 @@ def train_bad_loss(name: str, out: Path, mesh: Mesh) -> Policy:
         for number in range(stage.end_step):
             start = time.perf_counter()
             work, measured = loop.collect_step(collector, params, number)
-            batch = _merge_work(work, mesh)
-            batch = local.score([run_setup.teachers["teacher"]], batch)
+            batch = local.score(teachers, _merge_work(work, mesh))
             params, state, value, mass = step(params, state, batch)
             metrics = {"train/loss": float(value), "train/outside_top": float(mass)}
             metrics["time/step"] = time.perf_counter() - start

@@ -74,6 +74,7 @@ def run_our_step(job: Job) -> Answer:
     import jax
 
     from configs import base
+    from distill.batch import TeacherOutput
     from distill.policy import policy
     from distill.runtime import mesh as mesh_lib
     from distill.teachers import local
@@ -96,14 +97,13 @@ def run_our_step(job: Job) -> Answer:
 
         def step() -> None:
             nonlocal state
-            teacher_batch, heads = batch, ()
+            scored = batch
             if teacher is not None:
-                hidden_BTD = local.compute_hidden(teacher.model, teacher.params, None, batch, None)
-                teacher_batch = dataclasses.replace(batch, teacher_hidden_BTD=(hidden_BTD,))
-                heads = (transformer.get_output_head(teacher.params),)
-            state, measured, _ = programs.run_update(
-                state, [teacher_batch], heads, single_microbatch=True
-            )
+                hidden_BTE = local.compute_hidden(teacher.model, teacher.params, None, batch, None)
+                head_VE = transformer.get_output_head(teacher.params)
+                output = TeacherOutput(hidden_BTE=(hidden_BTE,), heads_VE=(head_VE,))
+                scored = dataclasses.replace(batch, teacher=output)
+            state, measured, _ = programs.run_update(state, [scored], single_microbatch=True)
             jax.block_until_ready((state, measured))
 
         return time_calls(step, job, get_jax_peak)
@@ -134,6 +134,7 @@ def run_our_loss(job: Job) -> Answer:
     import jax.numpy as jnp
 
     from configs import base
+    from distill.batch import TeacherOutput
     from distill.objectives import fused_head, losses
     from distill.runtime import mesh as mesh_lib
     from distill.runtime import xla
@@ -152,17 +153,26 @@ def run_our_loss(job: Job) -> Answer:
     head_VE = jax.random.normal(keys[3], (V, E), dtype) * E**-0.5
 
     # The teacher's are arguments too: closed over, they would be constants of the program.
-    def compute_loss(hidden_BTD: jax.Array, head_VD: jax.Array, *teacher: jax.Array) -> jax.Array:
+    def compute_loss(
+        hidden_BTD: jax.Array, head_VD: jax.Array, hidden_BTE: jax.Array, head_VE: jax.Array
+    ) -> jax.Array:
         mask_BT = losses.shift(batch.mask_BT)
-        stats = fused_head.compute_token_stats(
-            *(hidden_BTD, head_VD, losses.shift(batch.tokens_BT), *teacher),
-            loss_chunk_mib=stages.get_loss_chunk_mib(c, mesh),
-            split=mesh_lib.split_vocabulary,
-            divergence=losses.OBJECTIVES["opd"].teacher_divergence,
-            loss=lambda stats, _: {"loss": stats["divergence"]},
+        inputs = fused_head.HeadInputs(
+            hidden_BTD,
+            head_VD,
+            losses.shift(batch.tokens_BT),
+            teacher=TeacherOutput(hidden_BTE=(hidden_BTE,), heads_VE=(head_VE,)),
             weight_BT=mask_BT / jnp.sum(mask_BT),
         )
-        return stats["total"]
+        options = fused_head.StatsOptions(
+            stages.get_loss_chunk_mib(c, mesh),
+            split=mesh_lib.split_vocabulary,
+            divergence=losses.OBJECTIVES["opd"].teacher_divergence,
+        )
+        loss = fused_head.compute_token_stats(
+            inputs, options, lambda stats, _: {"loss": stats["divergence"]}
+        )
+        return loss["total"]
 
     precision = "highest" if dtype == jnp.float32 else None
     with mesh_lib.use_mesh(mesh), jax.default_matmul_precision(precision):

@@ -1,18 +1,18 @@
-"""Whether a run fits a TPU slice, and how fast it can be: compiled here, without one.
+"""Compiles a run for a TPU slice, without one: does it fit, and how fast can it be?
 
     python -m distill.plan --config=configs/X.py --topology=v5e:8x8 [--config.a.b=v ...]
 
-All programs that `train` may run (sampling, the teacher's scoring, updates, evaluation) are
-compiled for the slice by libtpu's own compiler, each with what lies in memory beside it; nothing is
-read, allocated or executed, and no accelerator is needed. Models are directories, of which only
-config.json is read, or the hub's names of the released sizes, of which nothing is.
+libtpu's own compiler compiles every program that `train` may run (sampling, the teacher's scoring,
+updates, evaluation), each with what lies in memory beside it. Nothing is read, allocated or
+executed, and no accelerator is needed. A model is a directory, of which only config.json is read,
+or a released size by its name on the hub, of which nothing is read.
 
-Seconds are those of responses that are all as long as they may be. --mean_response_tokens=N adds
-those of lengths that occur: log-normal (sigma 1) with mean N, cut at the limit, behind prompts of
-300 tokens, scheduled and packed by the code that a run does it with.
+Seconds assume that every response is as long as it may be. --mean_response_tokens=N adds those of
+typical lengths: log-normal (sigma 1) with mean N, cut at the limit, after prompts of 300 tokens,
+scheduled and packed by the code that a run uses.
 
 --topology=v5e:auto finds the smallest slice of a generation that fits. Exit code 0: it fits; 1: it
-does not, and what would help is said.
+does not, and the output names a change that would help.
 """
 
 import sys
@@ -37,19 +37,21 @@ JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables
 MEAN_RESPONSE_TOKENS = flags.DEFINE_integer(
     "mean_response_tokens",
     0,
-    "Tell also how long a step takes if responses have so many tokens in the mean: log-normal, "
-    "sigma 1, cut at the limit, behind prompts of 300 tokens. 0: not.",
+    "Also forecast a step whose responses have this mean length in tokens: log-normal, sigma 1, "
+    "cut at the limit, after prompts of 300 tokens. 0: no forecast.",
     lower_bound=0,
     flag_values=OPTIONS,
 )
-EXPLAIN = flags.DEFINE_bool("explain", True, "Look for what helps where it does not fit.", OPTIONS)
+EXPLAIN = flags.DEFINE_bool(
+    "explain", True, "If it does not fit, look for a change that helps.", OPTIONS
+)
 
 
 def find_smallest(c: ConfigDict, generation: str) -> tuple[str, dict[str, list[ProgramCost]]]:
-    """The smallest slice of a generation that fits, and its programs.
+    """Finds the smallest slice of a generation that fits; returns its name and its programs.
 
     Raises:
-      UserError: if none does, with the last reason.
+      UserError: if none fits, with the reason of the largest.
     """
     if generation not in fit.SLICES:
         raise UserError(f"--topology={generation}:auto: name one of {', '.join(fit.SLICES)}")
@@ -69,7 +71,7 @@ def find_smallest(c: ConfigDict, generation: str) -> tuple[str, dict[str, list[P
 
 def main() -> None:
     c, topology = CONFIG.value, TOPOLOGY.value
-    jax.config.update("jax_enable_compilation_cache", False)  # of programs for devices elsewhere
+    jax.config.update("jax_enable_compilation_cache", False)  # for devices that are not here
     start = time.perf_counter()
     try:
         if topology.endswith(":auto"):
@@ -77,44 +79,47 @@ def main() -> None:
         else:
             aot.get_chip(topology)
             stage_costs = fit.compile_run(c, topology)
-        forecasts = (
-            fit.forecast_stages(c, topology, stage_costs, MEAN_RESPONSE_TOKENS.value)
-            if MEAN_RESPONSE_TOKENS.value
-            else {}
-        )
+        forecasts = {}
+        if MEAN_RESPONSE_TOKENS.value:
+            forecasts = fit.forecast_stages(c, topology, stage_costs, MEAN_RESPONSE_TOKENS.value)
     except fit.TooLarge as error:
-        hbm = aot.get_chip(topology).hbm_gib
-        over = error.needs_gib - hbm
-        failed = {
+        print_failure(c, topology, error)
+        sys.exit(1)
+    if JSON.value:
+        summary = roofline.summarise_run(c, topology, stage_costs)
+        for name, stage_forecast in forecasts.items():
+            forecast.add_to_summary(summary["stages"][name], stage_forecast)
+        print(run_files.to_json(summary, 2))
+    else:
+        print(roofline.render_tables(c, topology, stage_costs))
+        for name, stage_forecast in forecasts.items():
+            print(forecast.render_forecast(name, stage_forecast))
+        print(f"compiled in {time.perf_counter() - start:.0f} s")
+
+
+def print_failure(c: ConfigDict, topology: str, error: fit.TooLarge) -> None:
+    """Prints which program does not fit, what takes most memory, and a change that would help."""
+    hbm_gib = aot.get_chip(topology).hbm_gib
+    helps = fit.find_remedy(c, topology, error.program) if EXPLAIN.value else None
+    if JSON.value:
+        summary = {
             "topology": topology,
             "fits": False,
             "program": error.program,
             "needs_gib": error.needs_gib,
-            "hbm_gib": hbm,
+            "hbm_gib": hbm_gib,
             "largest": error.largest,
-            "helps": fit.find_remedy(c, topology, error.program) if EXPLAIN.value else None,
+            "helps": helps,
         }
-        if JSON.value:
-            print(run_files.to_json(failed, 2))
-        else:
-            print(
-                f"does not fit {topology}: {error.program} needs {error.needs_gib:.2f} GiB a "
-                f"device, {over:.2f} more than the {hbm} there are"
-            )
-            print("largest:", "; ".join(f"{size} {what}" for size, what in error.largest))
-            if failed["helps"]:
-                print("what would help: {change} ({peak_gib:.2f} GiB)".format(**failed["helps"]))
-        sys.exit(1)
-    if JSON.value:
-        summary = roofline.summarise_run(c, topology, stage_costs)
-        for name, of in forecasts.items():
-            forecast.add_to_summary(summary["stages"][name], of)
         print(run_files.to_json(summary, 2))
-    else:
-        print(roofline.render_tables(c, topology, stage_costs))
-        for name, of in forecasts.items():
-            print(forecast.render_forecast(name, of))
-        print(f"compiled in {time.perf_counter() - start:.0f} s")
+        return
+    print(
+        f"does not fit {topology}: {error.program} needs {error.needs_gib:.2f} GiB a "
+        f"device, {error.needs_gib - hbm_gib:.2f} more than the {hbm_gib} there are"
+    )
+    print("largest:", "; ".join(f"{size} {name}" for size, name in error.largest))
+    if helps:
+        print("what would help: {change} ({peak_gib:.2f} GiB)".format(**helps))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill import rollout
-from distill.batch import Batch
+from distill.batch import Batch, TeacherOutput
 from distill.data import collate, dataset
 from distill.objectives import fused_head, losses
 from distill.policy import forward, policy
@@ -78,15 +78,19 @@ def _compute_kl(
     subject: Policy, teacher: Policy, params: Params, teacher_params: Params, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
     """(reverse KL, mask), float32 [B, T], aligned by losses.shift. To be called within jit."""
-    stats = fused_head.compute_token_stats(
+    inputs = fused_head.HeadInputs(
         forward.compute_hidden(subject.model, params, batch),
         transformer.get_output_head(params),
         losses.shift(batch.tokens_BT),
-        forward.compute_hidden(teacher.model, teacher_params, batch),
-        transformer.get_output_head(teacher_params),
-        loss_chunk_mib=128.0 * policy.get_mesh(subject).size,
-        split=mesh_lib.split_vocabulary,
+        teacher=TeacherOutput(
+            hidden_BTE=(forward.compute_hidden(teacher.model, teacher_params, batch),),
+            heads_VE=(transformer.get_output_head(teacher_params),),
+        ),
     )
+    options = fused_head.StatsOptions(
+        128.0 * policy.get_mesh(subject).size, split=mesh_lib.split_vocabulary
+    )
+    stats = fused_head.compute_token_stats(inputs, options)
     return stats["reverse_kl"], losses.shift(batch.mask_BT).astype(jnp.float32)
 
 

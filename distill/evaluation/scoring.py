@@ -27,14 +27,13 @@ TopLogprobs = list[list[list[float]] | None]  # [id, logprob] pairs of each toke
 def _compute_token_stats(
     model: Transformer, params: Params, batch: Batch, top_k: int, loss_chunk_mib: float
 ) -> losses.Stats:
-    return fused_head.compute_token_stats(
+    inputs = fused_head.HeadInputs(
         forward.compute_hidden(model, params, batch),
         transformer.get_output_head(params),
         losses.shift(batch.tokens_BT),
-        loss_chunk_mib=loss_chunk_mib,
-        split=mesh_lib.split_vocabulary,
-        top_k=top_k,
     )
+    options = fused_head.StatsOptions(loss_chunk_mib, split=mesh_lib.split_vocabulary, top_k=top_k)
+    return fused_head.compute_token_stats(inputs, options)
 
 
 def read_token_ids(subject: Policy, rows: Iterable[tuple[str, dict]]) -> dataset.TokenLists:

@@ -1,7 +1,7 @@
-"""Advantages: from rewards of whole responses, and from later tokens, to numbers a token.
+"""Advantages of tokens, from rewards of whole responses and from later tokens.
 
-Arrays only. A sequence is what one number of `segments_BT` marks in one row, so that rows may hold
-several (packing); segment 0 is padding. Nothing here is differentiated.
+Arrays only. A row may hold several sequences (packing): `segments_BT` numbers them in each row from
+1, and 0 is padding. Nothing here is differentiated.
 """
 
 import jax
@@ -15,30 +15,28 @@ def _sum_by_segment(x_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
 
 
 def sum_over_sequence(x_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-    """[B, T]: at each token the sum of x over its sequence."""
+    """Returns [B, T]: at each token the sum of x over its sequence."""
     return jnp.take_along_axis(_sum_by_segment(x_BT, segments_BT), segments_BT, axis=1)
 
 
 def mean_over_sequence(x_BT: jax.Array, mask_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-    """[B, T]: at each token the mean of x over the trained tokens of its sequence, 0 without any.
-
-    Of the teacher's log-probabilities that is a reward: the teacher as a judge of a candidate.
-    """
+    """Returns [B, T]: at each token the mean of x over the trained tokens of its sequence, 0
+    without any."""
     mask_BT = mask_BT.astype(x_BT.dtype)
     length_BT = jnp.maximum(sum_over_sequence(mask_BT, segments_BT), 1)
     return sum_over_sequence(jnp.where(mask_BT > 0, x_BT, 0), segments_BT) / length_BT
 
 
 def count_sequences(mask_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-    """How many sequences have a trained token: a float32 scalar, exact."""
+    """Counts the sequences that have a trained token: a float32 scalar, exact."""
     lengths_BS = _sum_by_segment(mask_BT.astype(jnp.float32), segments_BT)
     return jnp.sum(lengths_BS[:, 1:] > 0, dtype=jnp.float32)
 
 
 def sum_discounted_future(x_BT: jax.Array, segments_BT: jax.Array, discount: float) -> jax.Array:
-    """Σ_{i>0} discount^i x_{t+i} within the sequence: what follows a token, itself left out.
+    """Returns [B, T]: Σ_{i>0} discount^i x_{t+i} within the sequence, the token itself left out.
 
-    x is 0 where nothing counts. In log T parallel steps.
+    x must be 0 where nothing counts. Takes log T parallel steps.
     """
 
     def combine_suffixes(right, left):  # the scan runs from the last token to the first
@@ -54,27 +52,27 @@ def sum_discounted_future(x_BT: jax.Array, segments_BT: jax.Array, discount: flo
 
 
 def compute_response_positions(mask_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-    """int32 [B, T]: how many trained tokens of the sequence come before; of use where trained."""
+    """Counts the trained tokens of the sequence before each: int32 [B, T], of use where trained."""
     trained_BT = mask_BT.astype(jnp.int32)
     before_BT = jnp.cumsum(trained_BT, axis=1) - trained_BT
     start_BT = jnp.concatenate(
         [jnp.ones_like(segments_BT[:, :1], bool), segments_BT[:, 1:] != segments_BT[:, :-1]], axis=1
     )
-    # Counts never fall along a row, so the largest count at a start so far is the last start's.
+    # Counts never fall along a row, so the running maximum is the count at the last start.
     return before_BT - jax.lax.cummax(jnp.where(start_BT, before_BT, 0), axis=1)
 
 
 def sum_by_position(
     x_BT: jax.Array, mask_BT: jax.Array, segments_BT: jax.Array, edges: tuple[int, ...]
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """(sum, count) of x over the trained tokens from each edge up to the next, by name of the edge:
-    a figure by position in the response."""
-    at_BT = compute_response_positions(mask_BT, segments_BT)
+    """Returns (sum, count) of x over the trained tokens whose position in the response is from one
+    edge up to the next, by that edge."""
+    position_BT = compute_response_positions(mask_BT, segments_BT)
     sums = {}
     for low, high in zip(edges, (*edges[1:], 2**31 - 1), strict=True):
-        here_BT = (mask_BT > 0) & (at_BT >= low) & (at_BT < high)
-        total = jnp.sum(jnp.where(here_BT, x_BT, 0))
-        sums[f"{low}"] = (total, jnp.sum(here_BT, dtype=jnp.float32))
+        inside_BT = (mask_BT > 0) & (position_BT >= low) & (position_BT < high)
+        total = jnp.sum(jnp.where(inside_BT, x_BT, 0))
+        sums[f"{low}"] = (total, jnp.sum(inside_BT, dtype=jnp.float32))
     return sums
 
 
@@ -84,13 +82,18 @@ ADVANTAGE_NORMS = ("std", "mean", "leave_one_out")
 def compute_group_advantages(
     rewards_PG: jax.Array, advantage_norm: str
 ) -> tuple[jax.Array, jax.Array]:
-    """Advantages [P, G] of G responses to each prompt, and bool [P]: whether a group is constant.
+    """Returns advantages [P, G] of G >= 2 responses to each prompt, and bool [P]: zero variance.
 
-    "std": (r - mean) / (std + 1e-4), GRPO (arXiv 2402.03300, section 4.1.2), with the sample
-    deviation (divisor G - 1) and the constant of TRL. "mean": r - mean, Dr. GRPO (arXiv
-    2503.20783): a division by std would weigh a prompt up for being almost always or almost never
-    solved. "leave_one_out": r minus the mean of the others, RLOO (arXiv 2402.14740), which is
-    G / (G - 1) times "mean". A constant group has advantage exactly 0: it teaches nothing. G >= 2.
+    Args:
+      advantage_norm:
+        "std": (r - mean) / (std + 1e-4), GRPO (arXiv 2402.03300, section 4.1.2), with the sample
+          deviation (divisor G - 1) and the constant of TRL.
+        "mean": r - mean, Dr. GRPO (arXiv 2503.20783). Dividing by std would give more weight to
+          prompts that are almost always or almost never solved.
+        "leave_one_out": r minus the mean of the others, RLOO (arXiv 2402.14740), which is
+          G / (G - 1) times "mean".
+
+    A group of zero variance has advantage exactly 0: it teaches nothing.
     """
     assert advantage_norm in ADVANTAGE_NORMS and rewards_PG.shape[1] > 1
     rewards_PG = rewards_PG.astype(jnp.float32)
@@ -103,12 +106,3 @@ def compute_group_advantages(
     elif advantage_norm == "leave_one_out":
         centred_PG *= G / (G - 1)
     return centred_PG, zero_variance_P
-
-
-def compute_overlong_penalty(lengths_B: jax.Array, limit: int, buffer_tokens: int) -> jax.Array:
-    """DAPO's soft punishment (arXiv 2503.14476, eq. 13), float32 in [-1, 0], by length in tokens.
-
-    0 up to limit - cache tokens, then falling in a line to -1 at `limit` and beyond. 0 < cache.
-    """
-    over_B = lengths_B.astype(jnp.float32) - (limit - buffer_tokens)
-    return -jnp.clip(over_B / buffer_tokens, 0, 1)

@@ -1,6 +1,6 @@
-"""Tokens in chunks: those that are needed come first, and chunks without any are left out.
+"""Cuts tokens into chunks: needed tokens come first, and chunks without any do not run.
 
-An array [B, T, ...] is cut into [A, R, C, ...]: A chunks, of C tokens of each of R groups of rows.
+An array [B, T, ...] becomes [A, R, C, ...]: A chunks, of C tokens from each of R groups of rows.
 """
 
 from collections.abc import Callable
@@ -12,28 +12,24 @@ import jax.numpy as jnp
 Stats = dict[str, jax.Array]
 JoinFn = Callable[[Stats], Stats]
 
-_TARGET_CHUNKS = (
-    8  # chunks, so that about an eighth of them is the most that is computed for nothing
-)
-_MIN_CHUNK_TOKENS = (
-    256  # tokens of a chunk: with fewer, reading the head takes longer than the products
-)
+_TARGET_CHUNKS = 8  # so at most about an eighth of the tokens is computed for nothing
+_MIN_CHUNK_TOKENS = 256  # with fewer, reading the head takes longer than the products
 
 
 def split_into_chunks(
     xs: Any, max_tokens: int, mask_BT: jax.Array | None, shards: tuple[int, int]
 ) -> tuple[Any, jax.Array | None, JoinFn]:
-    """Chunks of at most `size` tokens, if not of one token a row.
+    """Splits arrays into chunks of at most `max_tokens` tokens, but of at least one a row.
 
     Args:
       xs: arrays [B, T, ...], through which gradients flow back without a scatter.
-      mask_BT: which tokens are needed; None: all.
-      shards: into how many parts rows, and the tokens of a row, are split over devices. A mask
-        moves tokens within such a part alone, so that none leaves its device.
+      mask_BT: the tokens that are needed; None: all.
+      shards: parts that rows, and the tokens of a row, are split into over devices. A mask moves
+        tokens within a part only, so that none leaves its device.
 
     Returns:
-      The chunks; which of them hold tokens that are needed, [A], or None if all do; and what joins
-      arrays of chunks to [B, T, ...] again, with 0 where a token is not needed.
+      The chunks; bool [A], true for those with a needed token, or None if all run; and the function
+      that joins arrays of chunks to [B, T, ...] again, with 0 where a token is not needed.
     """
     B, T = jax.tree.leaves(xs)[0].shape[:2]
     if mask_BT is None:
@@ -45,7 +41,7 @@ def split_into_chunks(
     chunk_tokens = -(-L // num_chunks)  # tokens of a part in a chunk
 
     def group_by_device(x_BT: jax.Array) -> jax.Array:
-        """[B, T, ...] as [R, S, L, ...]: the tokens that one device holds side by side."""
+        """[B, T, ...] as [R, S, L, ...], with the tokens of one device side by side."""
         parts = x_BT.reshape(R, B // R, S, T // S, *x_BT.shape[2:])
         return parts.swapaxes(1, 2).reshape(R, S, L, *x_BT.shape[2:])
 
@@ -78,8 +74,8 @@ def _split_strided(xs: Any, B: int, T: int, num_chunks: int) -> tuple[Any, None,
 
     def to_chunks(x_BT: jax.Array) -> jax.Array:
         padding = [(0, 0), (0, num_chunks * chunk_tokens - T)] + [(0, 0)] * (x_BT.ndim - 2)
-        # A chunk takes every so manieth token: where tokens are split over devices, all have their
-        # part of each chunk, and none has to fetch the others' hidden states.
+        # A chunk takes every num_chunks-th token: where tokens are split over devices, each device
+        # has a part of each chunk, and none has to fetch the others' hidden states.
         padded = jnp.pad(x_BT, padding).reshape(B, chunk_tokens, num_chunks, *x_BT.shape[2:])
         return jnp.moveaxis(padded, 2, 0)
 
@@ -92,8 +88,8 @@ def _split_strided(xs: Any, B: int, T: int, num_chunks: int) -> tuple[Any, None,
 
 
 def _choose_num_chunks(num_tokens: int, min_chunks: int) -> int:
-    """Of chunks, at least `fewest`: what divides the tokens needs no padding, which moves them
-    between the devices that split them."""
+    """Returns the number of chunks, at least `min_chunks`. Prefers one that divides the tokens:
+    padding would move them between the devices that they are split over."""
     min_chunks = max(1, min(num_tokens, min_chunks))
     return next((n for n in range(min_chunks, 2 * min_chunks) if num_tokens % n == 0), min_chunks)
 
@@ -105,8 +101,8 @@ def _gather_tokens(x_RSL: jax.Array, from_RSL: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _permute_tokens(x_RSL: jax.Array, from_RSL: jax.Array, to_RSL: jax.Array) -> jax.Array:
-    """The tokens `from`, zeros where that is behind the last; `to` takes them back. The gradient is
-    what takes back: what jax makes of that of a gather is a scatter, which is slow."""
+    """Gathers the tokens `from_RSL`, zeros beyond the last. `to_RSL` is the inverse, by which the
+    gradient gathers too: JAX's own rule is a scatter, which is slow."""
     return _gather_tokens(x_RSL, from_RSL)
 
 
@@ -117,8 +113,8 @@ _permute_tokens.defvjp(
 
 
 def scan_chunks(step: Callable, carry: Any, xs: Any, runs_A: jax.Array | None) -> tuple[Any, Stats]:
-    """jax.lax.scan of `step` over chunks, but for those that need not run: what they give is zeros,
-    and the carry stays as it is."""
+    """jax.lax.scan of `step` over chunks. Those that need not run return zeros and leave the carry
+    as it is."""
     if jax.tree.leaves(xs)[0].shape[0] == 1:
         carry, stats = step(carry, jax.tree.map(lambda x: x[0], xs))
         return carry, jax.tree.map(lambda x: x[None], stats)
@@ -130,5 +126,5 @@ def scan_chunks(step: Callable, carry: Any, xs: Any, runs_A: jax.Array | None) -
         return carry, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), stats)
 
     return jax.lax.scan(
-        lambda carry, of: jax.lax.cond(of[0], step, skip_chunk, carry, of[1]), carry, (runs_A, xs)
+        lambda carry, x: jax.lax.cond(x[0], step, skip_chunk, carry, x[1]), carry, (runs_A, xs)
     )

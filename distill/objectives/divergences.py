@@ -1,5 +1,5 @@
-"""What is to be known of a chunk of next-token distributions: how far they are from the teacher's,
-and figures that foresee collapse. Each [B, C, V] array here is a chunk of the streamed head's.
+"""Statistics of a chunk of next-token distributions: how far they are from the teacher's, and what
+foresees collapse. A [B, C, V] array is a chunk of the streamed head.
 
 Letters of this file: p is the student's distribution of the next token, q the teacher's.
 """
@@ -10,27 +10,27 @@ import functools
 import jax
 import jax.numpy as jnp
 
-_TINY = 1e-30  # stands for the logarithm's zero: mass of an empty tail
-_RESOLUTION = 1e-7  # float32 near 1: less than this is not left of 1 - Σ of stored probabilities
+_TINY = 1e-30  # the mass of an empty tail, which has a logarithm
+_RESOLUTION = 1e-7  # of float32 near 1: the least that 1 - Σ of stored probabilities can be
 
 
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-    """How far p is from q, at one token. Hashable, so static under jit; fields are checked by
-    distill.objectives.losses.Loss.
+    """A divergence of p from q, at one token. Hashable, so static under jit; losses.Loss checks the
+    fields.
 
-    kind: "reverse" KL(p‖q); "forward" KL(q‖p); "jsd" β KL(q‖m) + (1-β) KL(p‖m) with
+    divergence_type: "reverse" KL(p‖q); "forward" KL(q‖p); "jsd" β KL(q‖m) + (1-β) KL(p‖m) with
       m = βq + (1-β)p (arXiv 2306.13649, eq. 1). At β = 0 and 1 the jsd itself is zero everywhere;
-      there it stands for what jsd/β and jsd/(1-β) tend to, forward and reverse KL, as in TRL. So
+      there it stands for the limits of jsd/β and jsd/(1-β), forward and reverse KL, as in TRL. So
       the scale of the gradient jumps at both ends.
     skew: α of DistiLLM (arXiv 2402.03898, section 3.1): forward is KL(q‖αq + (1-α)p), reverse is
       KL(p‖αp + (1-α)q). 0 is none.
     temperature: τ. Both distributions are softmax(logits / τ), and the value is multiplied by τ²,
       which keeps the size of the gradient about the same (arXiv 1503.02531, section 2).
-    k: 0 compares the whole vocabulary. Else the k likeliest tokens by `topk_from` (teacher,
-      student, or the union of both), each on its own, and all others as one more outcome, the tail.
-      That is a divergence of coarser distributions: never negative, never above the exact one,
-      and mass that leaves the k is seen.
+    k: 0 compares the whole vocabulary. Otherwise the k most likely tokens of `topk_from` (teacher,
+      student, or the union of both) are compared one by one, and all others as one more outcome,
+      the tail. That is a divergence of coarser distributions: never negative, never above the exact
+      one, and it sees mass that leaves the k.
     """
 
     divergence_type: str = "reverse"
@@ -54,11 +54,11 @@ def _compute_mixture_ratios(
 def _compute_terms(
     logp: jax.Array, logq: jax.Array, d: Divergence
 ) -> tuple[jax.Array, jax.Array | float, jax.Array]:
-    """Of each outcome: f, which sums to the divergence, and two factors of p ∂f/∂p.
+    """Returns, for each outcome, f, which sums to the divergence, and two factors of p ∂f/∂p.
 
-    The product leaves out a multiple of p, whose gradient the softmax cancels; computed, it would
-    leave rounding noise, which Adam blows up where p is nearly q. It is exactly 0 where p = q, and
-    so is f. (Apart, the factors let XLA do with two chunks of logits less.)
+    Their product leaves out a multiple of p, whose gradient the softmax cancels: computed, it would
+    leave rounding noise, which Adam scales up where p is nearly q. Where p = q, product and f are
+    exactly 0. (Two factors instead of their product save XLA two chunks of logits.)
     """
     p, q = jnp.exp(logp), jnp.exp(logq)
     ends = {0.0: "forward", 1.0: "reverse"} if d.divergence_type == "jsd" else {}
@@ -79,7 +79,7 @@ def _compute_terms(
 
 
 def _ids_to_mask(ids_BCK: jax.Array, logp_BCV: jax.Array) -> jax.Array:
-    """[B, C, V] bool: whether a token is among the ids."""
+    """Returns bool [B, C, V]: the token is among the ids."""
     none = jnp.zeros(logp_BCV.shape, bool)
     return jnp.put_along_axis(none, ids_BCK, True, axis=-1, inplace=False)
 
@@ -91,7 +91,7 @@ def _compute_with_factors(
     inside_BCV: jax.Array | None,
     tail_q_BC: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array | float, jax.Array]:
-    """The divergence [B, C] before τ², and two factors of its derivative in log p (see _terms)."""
+    """The divergence [B, C] before τ², and the two factors of its derivative in log p."""
     f_BCV, slope_BCV, mass_BCV = _compute_terms(logp_BCV, logq_BCV, d)
     if inside_BCV is None:
         return jnp.sum(f_BCV, axis=-1), slope_BCV, mass_BCV
@@ -119,10 +119,10 @@ def _compute_divergence(
     inside_BCV: jax.Array | None = None,
     tail_q_BC: jax.Array | None = None,
 ) -> jax.Array:
-    """The divergence [B, C], differentiable in log p by the formula written by hand.
+    """The divergence [B, C], with its derivative in log p written by hand.
 
-    Where `inside` is given, outcomes are its tokens and the tail; tail_q is q's mass of the tail,
-    where that is not q's mass outside.
+    inside_BCV: tokens that are outcomes of their own, the others being the tail; None: all.
+    tail_q_BC: q's mass of the tail, if it is not that of logq_BCV.
     """
     value_BC, _, _ = _compute_with_factors(logp_BCV, logq_BCV, d, inside_BCV, tail_q_BC)
     return d.temperature**2 * value_BC
@@ -130,9 +130,8 @@ def _compute_divergence(
 
 def _compute_divergence_fwd(logp_BCV, logq_BCV, d, inside_BCV, tail_q_BC):
     inputs = logp_BCV, logq_BCV, inside_BCV, tail_q_BC
-    return d.temperature**2 * _compute_with_factors(logp_BCV, logq_BCV, d, inside_BCV, tail_q_BC)[
-        0
-    ], inputs
+    value_BC, _, _ = _compute_with_factors(logp_BCV, logq_BCV, d, inside_BCV, tail_q_BC)
+    return d.temperature**2 * value_BC, inputs
 
 
 def _compute_divergence_bwd(d, inputs, grad_value_BC):
@@ -145,32 +144,25 @@ def _compute_divergence_bwd(d, inputs, grad_value_BC):
 _compute_divergence.defvjp(_compute_divergence_fwd, _compute_divergence_bwd)
 
 
-def compare_distributions(
-    logp_BCV: jax.Array, logq_BCV: jax.Array, d: Divergence, exact: bool
-) -> dict[str, jax.Array]:
-    """ "divergence" of two chunks; with `exact` also that of the whole vocabulary."""
+def compare_distributions(logp_BCV: jax.Array, logq_BCV: jax.Array, d: Divergence) -> jax.Array:
+    """The divergence [B, C] of two chunks of distributions, differentiable in log p."""
     if d.temperature != 1:
         logp_BCV = jax.nn.log_softmax(logp_BCV / d.temperature, axis=-1)
         logq_BCV = jax.nn.log_softmax(logq_BCV / d.temperature, axis=-1)
-    stats = {}
-    if exact:
-        detached_BCV = jax.lax.stop_gradient(logp_BCV)
-        whole = dataclasses.replace(d, k=0)
-        stats["exact_divergence"] = _compute_divergence(detached_BCV, logq_BCV, whole)
     if not d.k:
-        return {"divergence": _compute_divergence(logp_BCV, logq_BCV, d), **stats}
+        return _compute_divergence(logp_BCV, logq_BCV, d)
     sides = {"teacher": [logq_BCV], "student": [logp_BCV], "union": [logq_BCV, logp_BCV]}
     ids = [jax.lax.top_k(jax.lax.stop_gradient(x), d.k)[1] for x in sides[d.topk_from]]
     inside_BCV = _ids_to_mask(jnp.concatenate(ids, axis=-1), logp_BCV)
-    return {"divergence": _compute_divergence(logp_BCV, logq_BCV, d, inside_BCV), **stats}
+    return _compute_divergence(logp_BCV, logq_BCV, d, inside_BCV)
 
 
 def compare_stored_top(
     logp_BCV: jax.Array, ids_BCK: jax.Array, logq_BCK: jax.Array, d: Divergence
 ) -> jax.Array:
-    """The divergence from a teacher of whom only the top of the distribution is known."""
+    """The divergence [B, C] from a teacher of which only the most likely tokens are stored."""
     ids_BCK, logq_BCK = ids_BCK[..., : d.k], logq_BCK[..., : d.k]
-    # What is not stored is set equal to the student's, so that it adds nothing but its tail.
+    # Tokens that are not stored get the student's probability, so they add nothing but the tail.
     detached_BCV = jax.lax.stop_gradient(logp_BCV)
     logq_BCV = jnp.put_along_axis(
         detached_BCV, ids_BCK, logq_BCK.astype(logp_BCV.dtype), axis=-1, inplace=False
@@ -183,50 +175,52 @@ def compare_stored_top(
 
 
 def compute_overlap_stats(logp_BCV: jax.Array, teacher_ids_BCK: jax.Array) -> dict[str, jax.Array]:
-    """Do student and teacher think alike? Detached."""
+    """Compares the most likely tokens of student and teacher. Detached."""
     logp_BCV = jax.lax.stop_gradient(logp_BCV)
-    ours_BCV = _ids_to_mask(jax.lax.top_k(logp_BCV, teacher_ids_BCK.shape[-1])[1], logp_BCV)
-    theirs_BCV = _ids_to_mask(teacher_ids_BCK, logp_BCV)
+    student_top_BCV = _ids_to_mask(jax.lax.top_k(logp_BCV, teacher_ids_BCK.shape[-1])[1], logp_BCV)
+    teacher_top_BCV = _ids_to_mask(teacher_ids_BCK, logp_BCV)
     return {
         "top_overlap": jnp.mean(
-            jnp.take_along_axis(ours_BCV, teacher_ids_BCK, axis=-1), axis=-1, dtype=logp_BCV.dtype
+            jnp.take_along_axis(student_top_BCV, teacher_ids_BCK, axis=-1),
+            axis=-1,
+            dtype=logp_BCV.dtype,
         ),
-        "outside_top": jnp.sum(jnp.where(theirs_BCV, 0, jnp.exp(logp_BCV)), axis=-1),
+        "outside_top": jnp.sum(jnp.where(teacher_top_BCV, 0, jnp.exp(logp_BCV)), axis=-1),
     }
 
 
 def _compute_baseline(logp_BCV: jax.Array, logq_BCV: jax.Array) -> jax.Array:
-    """The baseline of log p - log q of a drawn token that leaves its policy gradient, with respect
-    to the logits, the least variance: its mean, each token weighed by ‖∇ log p‖² (arXiv 1301.2315,
+    """Baseline of log p - log q of a drawn token that gives its policy gradient, with respect to
+    the logits, the least variance: the mean, each token weighted by ‖∇ log p‖² (arXiv 1301.2315,
     the optimal constant baseline, here of one state). The plain mean, the KL, may add variance.
     """
     logp_BCV = jax.lax.stop_gradient(logp_BCV)
     p_BCV = jnp.exp(logp_BCV)
     square_BC = jnp.sum(p_BCV**2, axis=-1, keepdims=True)
-    # A weight of rounding noise must not be negative: then the mean stays between its numbers.
+    # Rounding must not make a weight negative: the mean stays within the range of its terms.
     weight_BCV = p_BCV * jnp.maximum((1 - p_BCV) ** 2 + square_BC - p_BCV**2, 0)
     total_BC = jnp.maximum(jnp.sum(weight_BCV, axis=-1), _TINY)
     return jnp.sum(weight_BCV * (logp_BCV - logq_BCV), axis=-1) / total_BC
 
 
-def mix_teachers(logits_BCV: list[jax.Array], share_BCN: jax.Array | None) -> jax.Array:
-    """log q of q = Σ share·q_n. A share of 0 adds nothing, and one of 1 leaves q_n bit by bit.
+def mix_teachers(logits_BCV: list[jax.Array], weight_BCN: jax.Array | None) -> jax.Array:
+    """log q of q = Σ weight·q_n. A weight of 0 adds nothing, and one of 1 leaves q_n bit by bit.
 
-    A token in which no teacher has a share, padding, gets finite numbers that mean nothing."""
+    Padding, where all weights are 0, gets finite numbers without a meaning."""
     logq_BCV = [jax.nn.log_softmax(x, axis=-1) for x in logits_BCV]
-    if share_BCN is None:
+    if weight_BCN is None:
         assert len(logq_BCV) == 1
         return logq_BCV[0]
-    share_BCN = jnp.where(jnp.any(share_BCN > 0, axis=-1, keepdims=True), share_BCN, 1)
-    share_BCN = jnp.log(jax.lax.stop_gradient(share_BCN)).astype(logq_BCV[0].dtype)
-    parts = [x + share_BCN[..., n, None] for n, x in enumerate(logq_BCV)]
+    weight_BCN = jnp.where(jnp.any(weight_BCN > 0, axis=-1, keepdims=True), weight_BCN, 1)
+    weight_BCN = jnp.log(jax.lax.stop_gradient(weight_BCN)).astype(logq_BCV[0].dtype)
+    parts = [x + weight_BCN[..., n, None] for n, x in enumerate(logq_BCV)]
     return functools.reduce(jnp.logaddexp, parts)
 
 
 def compute_teacher_stats(
     logp_BCV: jax.Array, logq_BCV: jax.Array, targets_BC: jax.Array, overlap_k: int, baseline: bool
 ) -> dict[str, jax.Array]:
-    """What is worth knowing of any teacher; see token_stats. Detached."""
+    """Stats of any teacher; see fused_head.compute_token_stats. Detached."""
     logp_BCV = jax.lax.stop_gradient(logp_BCV)
     stats = {
         "teacher_logp": gather_targets(logq_BCV, targets_BC),

@@ -1,8 +1,8 @@
-"""Programs compiled ahead of time, for devices that may not be there, and what they will cost.
+"""Compiles programs ahead of time for devices that need not exist, and reads what they cost.
 
 libtpu's compiler runs on a machine without a TPU, so memory, matrix products and collectives of a
-program are known before a slice is rented. Where a number is not to be had from this compiler, it
-is None, never a guess.
+program are known before a slice is rented. A number that this compiler does not give is None, never
+a guess.
 """
 
 import dataclasses
@@ -26,15 +26,14 @@ from models.errors import UserError
 class Chip:
     """One JAX device of a TPU generation (cloud.google.com/tpu/docs/system-architecture-tpu-vm).
 
-    hbm_gib is what libtpu's own compiler lets a program have. ici_gbs is what a device can receive
-    from all its neighbours together, in 10^9 bytes a second.
+    GB are 10^9 bytes, GiB 2^30.
     """
 
-    hbm_gib: float
+    hbm_gib: float  # that libtpu's compiler lets a program have
     bf16_tflops: float
-    hbm_gbs: float
-    ici_gbs: float
-    accelerator_type: str  # how libtpu names a machine of this generation
+    hbm_gbs: float  # GB/s
+    ici_gbs: float  # GB/s that a device can receive from all its neighbours together
+    accelerator_type: str  # libtpu's name of a machine of this generation
 
 
 CHIPS = {
@@ -46,10 +45,10 @@ CHIPS = {
 
 
 def get_chip(topology: str) -> Chip:
-    """The row of CHIPS for a name such as v5e:8x8.
+    """Returns the chip of a slice such as v5e:8x8.
 
     Raises:
-      UserError: for another generation.
+      UserError: for another generation, or a name without a shape.
     """
     generation = topology.partition(":")[0]
     if generation in ("v7x", "tpu7x"):
@@ -62,12 +61,12 @@ def get_chip(topology: str) -> Chip:
 
 
 def get_devices(topology: str) -> list[Any]:
-    """The devices of a TPU slice that need not exist, in the order of their coordinates.
+    """Returns the devices of a TPU slice, which need not exist, in the order of their coordinates.
 
     Raises:
-      UserError: if there is no such slice, or no libtpu to ask.
+      UserError: if there is no such slice, or libtpu is not installed.
     """
-    os.environ |= {  # libtpu asks the machine who it is, and logs that it does not know
+    os.environ |= {  # keep libtpu from asking this machine what it is, and from logging
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": get_chip(topology).accelerator_type,
@@ -89,33 +88,33 @@ def get_devices(topology: str) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What one compiled program costs one device; bytes and operations are of one call.
+    """The cost of one call of a compiled program on one device.
 
-    Of loops whose length is known only when they run, one turn is counted, and `open_loops` says
-    how many there are.
+    A loop whose length is known only at run time counts as one turn; `open_loops` is their number.
+    What is read from the compiled text is None if there is none.
     """
 
     name: str
-    compile_seconds: float  # of compilation
+    compile_seconds: float
     argument_bytes: int
     output_bytes: int
-    aliased_bytes: int  # bytes of the outputs that reuse arguments
+    aliased_bytes: int  # of outputs that reuse arguments
     temporary_bytes: int
     code_bytes: int
     peak_bytes: int
-    flops: float | None  # of matrix products; None where the compiler gives no text
+    flops: float | None  # of matrix products
     attention_flops: float | None  # of these, in kernels for attention over whole rows
-    hbm_bytes: int | None  # bytes to and from HBM
+    hbm_bytes: int | None  # to and from HBM
     hbm_bytes_outside_loops: int | None  # of these, outside of open loops
-    collectives: dict[str, tuple[int, int]] | None  # kind -> (how many, bytes received)
+    collectives: dict[str, tuple[int, int]] | None  # kind -> (number, bytes received)
     open_loops: int
 
 
 def compile_program(name: str, lower: Callable[[], Any], hbm_gib: float) -> Program:
-    """Compiles what `lower()` lowers.
+    """Compiles the program that `lower()` lowers for devices of `hbm_gib` GiB.
 
     Raises:
-      OutOfMemory: if the program does not fit the device.
+      OutOfMemory: if it does not fit.
     """
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as dump:
@@ -148,8 +147,11 @@ def compile_program(name: str, lower: Callable[[], Any], hbm_gib: float) -> Prog
 
 
 def _read_hlo_text(compiled: Any, dump: Path) -> str | None:
-    """The text of a program: what libtpu wrote into `dump`, for jaxlib 0.10 cannot print programs
-    for v5p and v6e, where an async-update has operands that it does not know."""
+    """Returns the text of a program, None if it cannot be read.
+
+    libtpu writes it into `dump`; jaxlib 0.10 cannot print programs for v5p and v6e, where an
+    async-update has operands that it does not know.
+    """
     written = list(dump.glob("*.after_codegen.txt"))
     if len(written) == 1:
         return written[0].read_text()
@@ -160,7 +162,7 @@ def _read_hlo_text(compiled: Any, dump: Path) -> str | None:
 
 
 class OutOfMemory(Exception):
-    """A program is larger than the device; `needs` is the compiler's own sentence."""
+    """A program that is larger than the device; `message` is the compiler's."""
 
     def __init__(self, name: str, message: str, hbm_gib: float) -> None:
         match = re.search(
@@ -169,6 +171,6 @@ class OutOfMemory(Exception):
         self.program = name
         self.needs_gib = float(next(g for g in match.groups() if g)) if match else math.nan
         self.largest = re.findall(r"Size: ([0-9.]+[KMG])\n.*?Shape: (\S+)", message, re.DOTALL)[:5]
-        if match and match.group(2):  # a sum is all that the compiler then tells
+        if match and match.group(2):  # this message gives only a sum
             self.largest = [(f"{self.needs_gib:.2f}G", "temporaries and results of the program")]
         super().__init__(f"{name} needs {self.needs_gib:.2f} GiB of {hbm_gib:.2f}")

@@ -1,5 +1,6 @@
-"""Whether a teacher can teach a student: what is measured, and what follows from it."""
+"""Can a teacher teach a student? Measures both on a run's own prompts, and says what follows."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from distill import rollout
 from distill.batch import Batch
@@ -18,17 +21,114 @@ from distill.policy.policy import Policy
 from distill.rewards import graders
 from distill.runtime import mesh as mesh_lib
 from distill.teachers import local as teacher_lib
-from distill.training import microbatches, update
-from distill.training.setup import StageSetup
+from distill.training import microbatches, setup, stages, update
+from distill.training.setup import RunSetup, StageSetup
 from models import transformer
+from models.errors import UserError
 
-TOP_K = 16  # tokens of the teacher's top that the student's is compared with
-# Bounds of judgement, not of theory: with more of the student's mass outside the teacher's top (in
-# runs that work 1 to 3% are, arXiv 2604.13016), more responses cut or more groups constant, or less
-# of the teacher's probability on the student's stop tokens, a run is doubtful.
-MAX_OUTSIDE_TOP, MAX_TRUNCATED, MAX_ZERO_VARIANCE, MIN_STOP_PROBABILITY = 0.1, 0.2, 0.8, 0.1
-SAME_KL = 1e-4  # nats a token, below which two models are one
+TOP_K = 16  # of the teacher's likeliest tokens, compared with the student's
+BATCH_ROWS = 32  # scored at once
+MAX_SLOTS = 64  # sequences that decode together
+# Bounds of judgement, not of theory, beyond which a run is doubtful.
+MAX_OUTSIDE_TOP = 0.1  # the student's mass outside the teacher's top; 1 to 3% in runs that work
+# (arXiv 2604.13016)
+MAX_TRUNCATED = 0.2  # responses that are cut
+MAX_ZERO_VARIANCE = 0.8  # groups whose rewards are all equal
+MIN_STOP_PROBABILITY = 0.1  # that the teacher gives the student's stop tokens
+SAME_KL = 1e-4  # nats a token, below which two models are the same
 Statistics = dict[str, Any]
+
+
+def diagnose_run(c: ConfigDict, stage_name: str, num_prompts: int, num_samples: int) -> Statistics:
+    """Measures a stage of a run, the last one if `stage_name` is empty, on its first prompts.
+
+    Raises:
+      UserError: if the config is at fault, the student has random weights, or the teacher is a
+        moving average.
+    """
+    mesh, teacher_mesh = mesh_lib.make_meshes(c)
+    run_setup = setup.setup_run(c, mesh, teacher_mesh)
+    if c.student.random_init:
+        raise UserError("config.student.random_init: there is nothing to judge in random weights")
+    known = {stage.name: stage for stage in run_setup.stages}
+    if (stage_name or run_setup.stages[-1].name) not in known:
+        raise UserError(f"--stage={stage_name}: config.stages has {', '.join(known)}")
+    stage = known[stage_name or run_setup.stages[-1].name]
+    for name in stage.c.teachers[:1] if stage.needs_teacher else ():
+        if run_setup.teachers[name].is_ema:
+            raise UserError(f"config.{name}.path=ema: before step 0 it is the student itself")
+    with policy.use(run_setup.student):
+        return _diagnose_stage(c, run_setup, stage, mesh, num_prompts, num_samples)
+
+
+def _diagnose_stage(
+    c: ConfigDict,
+    run_setup: RunSetup,
+    stage: StageSetup,
+    mesh: Mesh,
+    num_prompts: int,
+    num_samples: int,
+) -> Statistics:
+    m = c.student
+    student = policy.load(
+        policy.make_abstract(
+            m.path, m.dtype, False, mesh, kernel=c.attention, tokenizer_path=m.tokenizer
+        ),
+        m.dtype,
+    )
+    grader = stage.c.reward.grader
+    examples = dataset.get_step_examples(stage.source, 0, num_prompts, c.seed)
+    rows = sample_responses(student, stage, examples, num_samples, c.seed)
+    statistics: Statistics = {
+        "prompts": len(examples),
+        "samples": num_samples,
+        "stage": stage.name,
+        "rewarded": stage.loss.reward > 0,
+        "student": summarise_responses(rows, examples, student, grader),
+    }
+    if not stage.needs_teacher:
+        return statistics
+    teacher = run_setup.teachers[stage.c.teachers[0]]  # each of several is worth its own diagnosis
+    loaded = policy.load(teacher.policy, teacher.c.param_dtype)
+    teacher = dataclasses.replace(teacher, policy=loaded)
+    statistics["agreement"] = compare_formats(student, loaded)
+    mib = stages.get_loss_chunk_mib(c, mesh)
+    statistics["distances"] = compare_distributions(student, teacher, rows, stage, mib)
+    as_teacher = [dataclasses.replace(e, prompt=e.teacher_prompt or e.prompt) for e in examples]
+    with policy.use(loaded):
+        answers = sample_responses(loaded, stage, as_teacher, num_samples, c.seed)
+    statistics["teacher"] = summarise_responses(answers, examples, loaded, grader)
+    if "pass_rate" in statistics["teacher"]:
+        statistics["gain"] = compare_pass_rates(
+            statistics["teacher"]["pass_rates"], statistics["student"]["pass_rates"]
+        )
+    return statistics
+
+
+def sample_responses(
+    subject: Policy,
+    stage: StageSetup,
+    examples: Sequence[dataset.Example],
+    num_samples: int,
+    seed: int,
+) -> list[rollout.Sequence]:
+    """Samples responses to the prompts of some examples as the stage samples."""
+    limit = stage.c.max_response_tokens
+    rows = rollout.expand_prompts(examples, num_samples, jax.random.key(seed), limit)
+    options = dataclasses.replace(
+        stages.make_rollout_options(stage.c),
+        slots=min(MAX_SLOTS, len(rows)),
+        max_length=max(row.max_length for row in rows),
+        cache_tokens=0,
+    )
+    return list(
+        rollout.sample(
+            rollout.SamplingModel(subject.model, subject.params, subject.stop_ids),
+            rows,
+            sampling=stages.make_sampling(stage.c),
+            options=options,
+        )
+    )
 
 
 def compare_distributions(
@@ -38,22 +138,24 @@ def compare_distributions(
     stage: StageSetup,
     loss_chunk_mib: float,
 ) -> Statistics:
-    """Means over the tokens of the student's responses: both KL, both entropies, overlap of the
-    tops; and of its stop tokens what the teacher makes of them."""
+    """Returns means over the tokens of the student's responses: both KLs and entropies (nats), the
+    overlap of the likeliest tokens, and the teacher's log-probability of the stop tokens."""
 
     @jax.jit
-    def sum_statistics(params: Any, heads: Any, batch: Batch):
-        stats = fused_head.compute_token_stats(
+    def sum_statistics(params: Any, batch: Batch):
+        inputs = fused_head.HeadInputs(
             forward.compute_hidden(student.model, params, batch),
             transformer.get_output_head(params),
             losses.shift(batch.tokens_BT),
-            batch.teacher_hidden_BTD,
-            heads,
-            loss_chunk_mib=loss_chunk_mib,
+            teacher=batch.teacher,
+        )
+        options = fused_head.StatsOptions(
+            loss_chunk_mib,
             split=mesh_lib.split_vocabulary,
             divergence=divergences.Divergence("forward"),
-            overlap=min(TOP_K, student.config.vocab_size),
+            overlap_k=min(TOP_K, student.config.vocab_size),
         )
+        stats = fused_head.compute_token_stats(inputs, options)
         mask_BT = losses.shift(batch.mask_BT).astype(jnp.float32)
         sums = {name: (jnp.sum(x * mask_BT), jnp.sum(mask_BT)) for name, x in stats.items()}
         assert batch.finished_BT is not None
@@ -63,18 +165,16 @@ def compare_distributions(
     shards = math.lcm(
         *(mesh_lib.count_row_shards(policy.get_mesh(x)) for x in (student, teacher.policy))
     )
-    heads = teacher_lib.get_teacher_heads([teacher])
-    count = -(-min(32, len(rows)) // shards) * shards
+    teachers = teacher_lib.place_heads([teacher])
+    count = -(-min(BATCH_ROWS, len(rows)) // shards) * shards
     sums: dict[str, np.ndarray] = {}
     for at in range(0, len(rows), count):
         tokens = s.max_prompt_tokens + s.max_response_tokens
         batch = microbatches.make_unpacked_batch(
             rows[at : at + count], count, tokens, stage.context_tokens
         )
-        batch = teacher_lib.score(
-            [teacher], jax.device_put(batch, mesh_lib.make_row_sharding(mesh))
-        )
-        for name, pair in sum_statistics(student.params, heads, batch).items():
+        batch = teacher_lib.score(teachers, jax.device_put(batch, mesh_lib.make_row_sharding(mesh)))
+        for name, pair in sum_statistics(student.params, batch).items():
             sums[name] = sums.get(name, np.zeros(2)) + np.array(jax.device_get(pair))
     means = {name: float(x) / float(n) if n else None for name, (x, n) in sums.items()}
     means["forward_kl"] = means.pop("divergence")
@@ -87,7 +187,7 @@ def summarise_responses(
     subject: Policy,
     grader: str,
 ) -> Statistics:
-    """Lengths, truncation and, where all rows have an answer, right ones of each prompt."""
+    """Returns mean length, truncation and, if every row has an answer, the pass rate by prompt."""
     G = len(rows) // len(examples)
     statistics: Statistics = {
         "mean_length": float(np.mean([len(row.tokens) for row in rows])),
@@ -116,18 +216,17 @@ def summarise_responses(
 def compare_pass_rates(
     better: Sequence[float], worse: Sequence[float]
 ) -> tuple[float, float, float]:
-    """Mean difference of two pass rates, prompt by prompt, and its 95% interval."""
+    """Returns the mean difference of two pass rates by prompt, and its 95% interval."""
     gaps = np.array(better) - np.array(worse)
     half = 1.96 * gaps.std(ddof=1) / math.sqrt(len(gaps))
-    # With no spread at all the interval is what so few prompts allow: the rule of three.
+    # Without any spread, the interval that so few prompts allow: the rule of three.
     half = max(half, 3 / len(gaps)) if not gaps.std() else half
     mean = float(gaps.mean())
     return mean, max(-1.0, mean - half), min(1.0, mean + half)
 
 
 def compare_formats(student: Policy, teacher: Policy) -> Statistics:
-    """Whether the two end and lay out a text alike. That ids mean the same tokens, the config's
-    checks have made sure of."""
+    """Compares stop ids and chat templates. That ids mean the same tokens, setup has checked."""
     statistics: Statistics = {
         "student_stop_ids": list(student.stop_ids),
         "teacher_stop_ids": list(teacher.stop_ids),
@@ -145,13 +244,13 @@ def compare_formats(student: Policy, teacher: Policy) -> Statistics:
     return statistics
 
 
-# A finding: whether it speaks against the run (None: neither way), and the line, which says what is
-# found, a colon, the figures, and what follows from them.
+# (True if it speaks against the run, None if neither way; a line: the finding, a colon, its figures
+# and what follows from them)
 Finding = tuple[bool | None, str]
 
 
 def make_findings(statistics: Statistics) -> list[Finding]:
-    """What the figures say, each in a line with what follows from it."""
+    """Draws the findings from the figures of `diagnose_run`."""
     findings: list[Finding] = []
     if statistics.get("agreement"):
         findings += _assess_formats(statistics["agreement"])
@@ -163,7 +262,7 @@ def make_findings(statistics: Statistics) -> list[Finding]:
             cut, length = statistics[name]["truncated"], statistics[name]["mean_length"]
             evidence = f"{length:.0f} tokens a response, {100 * cut:.0f}% cut at the limit"
             if cut > MAX_TRUNCATED:
-                advice = "raise max_response_tokens, what is cut is never rewarded and has no end"
+                advice = "raise max_response_tokens: a cut response earns nothing and has no end"
                 findings.append((True, f"the {name} has no room: {evidence}; {advice}"))
             else:
                 findings.append((None, f"the {name} has room: {evidence}"))
@@ -261,7 +360,7 @@ def _assess_pass_rates(statistics: Statistics) -> list[Finding]:
 
 
 def render_verdict(findings: Sequence[Finding]) -> str:
-    """The last line."""
+    """Returns the last line: go, or the findings against the run."""
     against = [line.partition(":")[0] for bad, line in findings if bad]
     if not against:
         return "verdict: go; nothing here speaks against the run"

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from distill.batch import Batch
+from distill.batch import Batch, TeacherOutput
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
@@ -228,8 +228,9 @@ def _list_update_calls(
         gradient = state.params
         zeros = functools.partial(programs.init_gradient.lower, state.params)
         calls.append(ProgramCall("zeros", zeros, updates, other_bytes=other_bytes))
-    heads = tuple(memory.make_abstract_head(t, stage.mesh) for t in _list_scoring_teachers(stage))
-    args = (gradient, state.params, _add_scores(stage, batch), heads, frozen)
+    scored = _add_scores(stage, batch)
+    heads = scored.teacher.heads_VE if scored.teacher else ()
+    args = (gradient, state.params, scored, frozen)
     teacher_flops = sum(2.0 * tokens * V * E for V, E in (head.shape for head in heads))
     # Of a LoRA's base the gradient of each product is that of its input alone.
     passes = 2 if student.model.lora else 3
@@ -272,13 +273,19 @@ def _add_scores(stage: AbstractStage, batch: Batch) -> Batch:
     logp_BT = jax.ShapeDtypeStruct(
         batch.tokens_BT.shape, jnp.float32, sharding=mesh_lib.make_row_sharding(stage.mesh)
     )
-    scores: dict[str, Any] = {"teacher_inputs": None, "teacher_index_BT": None}
+    scores: dict[str, Any] = dict.fromkeys(
+        ("teacher_inputs", "teacher_index_BT", "teacher_weight_BTN")
+    )
     if stage.loss.reference:
         scores["reference_logp_BT"] = logp_BT
     if stage.s.epochs * stage.s.minibatches > 1:
         scores["old_logp_BT"] = logp_BT
     if teachers := _list_scoring_teachers(stage):
-        scores["teacher_hidden_BTD"] = tuple(_make_hidden_shape(stage, t) for t in teachers)
+        scores["teacher"] = TeacherOutput(
+            hidden_BTE=tuple(_make_hidden_shape(stage, t) for t in teachers),
+            weight_BTN=batch.teacher_weight_BTN,
+            heads_VE=tuple(memory.make_abstract_head(t, stage.mesh) for t in teachers),
+        )
     return dataclasses.replace(batch, **scores)
 
 

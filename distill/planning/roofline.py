@@ -1,4 +1,4 @@
-"""What compiled programs of a step cost and how fast they can be at best, as rows and as tables."""
+"""What the compiled programs of a step cost, and the least time they can take: rows and tables."""
 
 import dataclasses
 from typing import Any
@@ -13,25 +13,25 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class ProgramCost:
-    """A program on one device. bytes, operations and seconds; None: not to be had."""
+    """A program on one device. The fields are the keys of `plan --json`; None: unknown."""
 
     name: str
-    calls: float  # in a step
-    peak: int  # of the program alone
-    beside: int  # what lies in memory beside it
-    temporaries: int
-    useful: float  # operations of the formula, a call
-    compiled: float | None  # operations of the program, a call
-    attention: float | None  # of these, in attention over whole rows
-    traffic: int | None  # HBM bytes, a call
-    collectives: dict[str, tuple[int, int]] | None
-    seconds: float  # a step: the roofline's
-    bound: str
-    mfu: float | None  # useful operations over what the device could do in these seconds, at most
-    compilation: float
-    kind: str  # of calls.Call
-    head: float  # of the useful operations, by output heads
-    reads: int  # of the traffic, what attention reads of the sampler's cache
+    calls: float  # a step
+    peak: int  # bytes of the program alone
+    beside: int  # bytes of what lies in memory beside it
+    temporaries: int  # bytes
+    useful: float  # FLOPs of the formula, a call
+    compiled: float | None  # FLOPs of the compiled program, a call
+    attention: float | None  # of `compiled`, in attention over whole rows
+    traffic: int | None  # bytes to and from HBM, a call
+    collectives: dict[str, tuple[int, int]] | None  # kind -> (number, bytes received), a call
+    seconds: float  # a step, at least: the roofline's
+    bound: str  # "compute", "HBM" or "interconnect"
+    mfu: float | None  # at most: `useful` over the FLOPs that the chip could do in that time
+    compilation: float  # seconds
+    kind: str  # ProgramCall.call_scaling
+    head: float  # of `useful`, of output heads
+    reads: int  # of `traffic`, what a kernel reads of the sampler's cache
 
     @property
     def total_bytes(self) -> int:
@@ -44,7 +44,7 @@ def estimate_seconds(
     traffic: float | None,
     collectives: dict[str, tuple[int, int]] | None,
 ) -> dict[str, float]:
-    """Seconds that each of what a call uses needs at best."""
+    """Returns the least seconds of a call that each resource allows: compute, HBM, interconnect."""
     times = {"compute": flops / (chip.bf16_tflops * 1e12)}
     if traffic is not None:
         times["HBM"] = traffic / (chip.hbm_gbs * 1e9)
@@ -61,11 +61,15 @@ def estimate_cost(
     chip: aot.Chip,
     num_devices: int,
 ) -> ProgramCost:
-    """A program's row, on one of `count` devices."""
+    """Estimates what a compiled program costs on one of `num_devices` devices.
+
+    resident_bytes: bytes beside it on the device.
+    """
     useful = call.flops / num_devices
     flops = max(program.flops or 0, useful)
     traffic = None
     if program.hbm_bytes is not None:
+        # The turns of one call share what lies outside of their loop.
         shared = (program.hbm_bytes_outside_loops or 0) * (1 - 1 / call.turns_per_call)
         traffic = program.hbm_bytes + call.kernel_bytes_read - int(shared)
     times = estimate_seconds(chip, flops, traffic, program.collectives)
@@ -95,23 +99,23 @@ def estimate_cost(
 
 
 def find_peak_gib(stage_costs: dict[str, list[ProgramCost]]) -> float:
-    """GiB of the largest of all programs, with what lies beside it."""
-    return max(row.total_bytes for rows in stage_costs.values() for row in rows) / GIB
+    """Returns the GiB of the largest program with what lies beside it."""
+    return max(cost.total_bytes for costs in stage_costs.values() for cost in costs) / GIB
 
 
 def summarise_run(
     c: ConfigDict, topology: str, stage_costs: dict[str, list[ProgramCost]]
 ) -> dict[str, Any]:
-    """What --json prints of a run that fits."""
+    """Returns what `plan --json` prints of a run that fits."""
     chip, count = aot.get_chip(topology), len(aot.get_devices(topology))
     chips = count // 2 if topology.startswith("v4") else count
     stages, hours = {}, 0.0
-    for name, rows in stage_costs.items():
-        seconds = sum(row.seconds for row in rows)
+    for name, costs in stage_costs.items():
+        seconds = sum(cost.seconds for cost in costs)
         hours += seconds * c[name].steps * chips / 3600
         stages[name] = {
             "programs": [
-                {**dataclasses.asdict(row), "peak_with_all": row.total_bytes} for row in rows
+                {**dataclasses.asdict(cost), "peak_with_all": cost.total_bytes} for cost in costs
             ],
             "seconds_per_step_at_least": seconds,
             "steps_per_hour_at_most": 3600 / seconds,
@@ -128,7 +132,7 @@ def summarise_run(
 
 
 def render_tables(c: ConfigDict, topology: str, stage_costs: dict[str, list[ProgramCost]]) -> str:
-    """The tables."""
+    """Renders a table of each stage's programs."""
     chip, summary = aot.get_chip(topology), summarise_run(c, topology, stage_costs)
     out = [
         f"{topology}: {summary['devices']} devices of {chip.hbm_gib} GiB, "
@@ -136,35 +140,16 @@ def render_tables(c: ConfigDict, topology: str, stage_costs: dict[str, list[Prog
     ]
     head = ("", "peak GiB", "alone", "of it temp.", "TFLOP", "useful", "GB HBM", "GB links")
     line = "{:<16}{:>9}{:>9}{:>12}{:>9}{:>8}{:>9}{:>9}{:>9}{:>10}{:>8}  {}"
-    for name, rows in stage_costs.items():
+    for name, costs in stage_costs.items():
         out += [f"stage {name}", line.format(*head, "calls", "s a step", "MFU <=", "bound by")]
-        for row in rows:
-            links = None
-            if row.collectives is not None:
-                links = sum(size for _, size in row.collectives.values()) / 1e9
-            whole, share = row.compiled, None
-            if whole:
-                share = f"{100 * row.useful / whole:.0f}%"
-            out.append(
-                line.format(
-                    row.name,
-                    f"{row.total_bytes / GIB:.2f}",
-                    f"{row.peak / GIB:.2f}",
-                    f"{row.temporaries / GIB:.2f}",
-                    f"{(whole if whole is not None else row.useful) / 1e12:.3g}",
-                    share or "-",
-                    "-" if row.traffic is None else f"{row.traffic / 1e9:.3g}",
-                    "-" if links is None else f"{links:.3g}",
-                    f"{row.calls:g}",
-                    f"{row.seconds:.3g}",
-                    "-" if row.mfu is None else f"{100 * row.mfu:.0f}%",
-                    row.bound,
+        for cost in costs:
+            out.append(line.format(*_render_cells(cost)))
+            if cost.collectives:
+                kinds = (
+                    f"{kind} {n} x, {size / 1e9:.3g} GB"
+                    for kind, (n, size) in cost.collectives.items()
                 )
-            )
-            if row.collectives:
-                kinds = row.collectives.items()
-                said = (f"{kind} {n} x, {size / 1e9:.3g} GB" for kind, (n, size) in kinds)
-                out.append("           " + "; ".join(said))
+                out.append("           " + "; ".join(kinds))
         step = summary["stages"][name]
         out.append(
             f"  at least {step['seconds_per_step_at_least']:.3g} s a step, at most "
@@ -173,3 +158,25 @@ def render_tables(c: ConfigDict, topology: str, stage_costs: dict[str, list[Prog
     out.append(f"fits: {summary['peak_gib']:.2f} of {chip.hbm_gib} GiB a device at the fullest")
     out.append(f"{summary['chip_hours_at_least']:.3g} chip-hours at least for all steps")
     return "\n".join(out)
+
+
+def _render_cells(cost: ProgramCost) -> tuple[str, ...]:
+    """The cells of a program in the table."""
+    links = None
+    if cost.collectives is not None:
+        links = sum(size for _, size in cost.collectives.values()) / 1e9
+    flops = cost.useful if cost.compiled is None else cost.compiled
+    return (
+        cost.name,
+        f"{cost.total_bytes / GIB:.2f}",
+        f"{cost.peak / GIB:.2f}",
+        f"{cost.temporaries / GIB:.2f}",
+        f"{flops / 1e12:.3g}",
+        f"{100 * cost.useful / cost.compiled:.0f}%" if cost.compiled else "-",
+        "-" if cost.traffic is None else f"{cost.traffic / 1e9:.3g}",
+        "-" if links is None else f"{links:.3g}",
+        f"{cost.calls:g}",
+        f"{cost.seconds:.3g}",
+        "-" if cost.mfu is None else f"{100 * cost.mfu:.0f}%",
+        cost.bound,
+    )

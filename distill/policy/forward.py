@@ -1,49 +1,55 @@
-"""A forward pass over a batch: hidden states, router statistics, chosen experts."""
+"""A forward pass over a batch: hidden states, what the routers did, and log-probabilities."""
 
 from typing import Any
 
 import jax
 
 from distill.batch import Batch
+from distill.objectives import fused_head, losses
+from distill.runtime import mesh as mesh_lib
+from models import transformer
 from models.layers import moe
 from models.layers.lora import LORA
 from models.transformer import Params, Transformer
 
 
+def _join_lora(params: Params, lora_params: Params | None) -> Any:
+    return {"params": params} if lora_params is None else {"params": params, LORA: lora_params}
+
+
 def compute_hidden(
     model: Transformer, params: Params, batch: Batch, lora_params: Params | None = None
 ) -> jax.Array:
-    """Returns final hidden states [B, T, D] in the model's dtype; lora_params: a LoRA's."""
-    out_BTD, _ = model.apply(
-        {"params": params} if lora_params is None else {"params": params, LORA: lora_params},
-        batch.tokens_BT,
-        batch.positions_BT,
-        batch.segments_BT,
-    )
+    """Final hidden states [B, T, D] of a batch, in the model's dtype.
+
+    lora_params: a LoRA that is applied beside the parameters.
+    """
+    variables = _join_lora(params, lora_params)
+    out_BTD, _ = model.apply(variables, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
     return out_BTD
 
 
 def compute_hidden_and_router_stats(
     model: Transformer, params: Params, batch: Batch, lora_params: Params | None = None
 ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
-    """Returns the hidden states, and (sum, count) pairs of models.layers.moe.sum_router_stats.
+    """As `compute_hidden`, with (sum, count) pairs of the routers (models.layers.moe).
 
-    Where the batch holds the experts that its sampler chose, they are replayed.
+    Experts that the batch records (experts_BTLA) are chosen again.
     """
     applied: Any = model.apply(
-        {"params": params} if lora_params is None else {"params": params, LORA: lora_params},
+        _join_lora(params, lora_params),
         batch.tokens_BT,
         batch.positions_BT,
         batch.segments_BT,
         replay_BTLA=batch.experts_BTLA,
         mutable=[moe.ROUTER],
     )
-    (out_BTD, _), noted = applied
-    return out_BTD, moe.sum_router_stats(noted.get(moe.ROUTER, {}))
+    (out_BTD, _), collections = applied
+    return out_BTD, moe.sum_router_stats(collections.get(moe.ROUTER, {}))
 
 
 def compute_chosen_experts(model: Transformer, params: Params, batch: Batch) -> jax.Array:
-    """Returns the experts that a forward pass chooses, int16 as Batch.experts_BTLA."""
+    """The experts that a forward pass chooses, [B, T, L, A] int16: as Batch.experts_BTLA."""
     applied: Any = model.apply(
         {"params": params},
         batch.tokens_BT,
@@ -52,3 +58,25 @@ def compute_chosen_experts(model: Transformer, params: Params, batch: Batch) -> 
         mutable=[moe.CHOSEN],
     )
     return moe.get_chosen_experts(applied[1][moe.CHOSEN])
+
+
+def compute_logp(
+    hidden_BTD: jax.Array, params: Params, batch: Batch, loss_chunk_mib: float, temperature: float
+) -> jax.Array:
+    """Log-probabilities [B, T], float32, of the batch's trained tokens; 0 elsewhere.
+
+    hidden_BTD: final hidden states of the batch, by the model that `params` are of.
+    """
+    inputs = fused_head.HeadInputs(
+        hidden_BTD,
+        transformer.get_output_head(params),
+        losses.shift(batch.tokens_BT),
+        losses.shift(batch.mask_BT),
+    )
+    options = fused_head.StatsOptions(
+        loss_chunk_mib,
+        split=mesh_lib.split_vocabulary,
+        temperature=temperature,
+        shards=mesh_lib.count_shards(*batch.tokens_BT.shape),
+    )
+    return losses.unshift(fused_head.compute_token_stats(inputs, options)["logp"])

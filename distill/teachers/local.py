@@ -1,12 +1,12 @@
-"""Frozen models read what was written: teachers and judges, one or several, and a reference.
+"""Frozen models that read responses: teachers and judges, one or several, and a reference.
 
 A teacher may read more than the student does: the same response behind another prompt
-(Batch.told). What it makes of a token is then laid where the token lies in the student's row.
+(Batch.teacher_inputs). Its output for a token is then moved to the token's column in the student's
+row.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,12 +16,12 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from distill.batch import Batch
-from distill.objectives import fused_head, losses
+from distill.batch import Batch, TeacherOutput
 from distill.policy import compatibility, forward, policy
 from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
-from models import transformer
+from models import checks, transformer
+from models.checks import Range
 from models.errors import UserError
 from models.transformer import Params, Transformer
 
@@ -30,90 +30,92 @@ INITIAL, EMA = "initial", "ema"  # paths that mean the student's own past
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """One sub-config `base.teacher()`. The parameters of a moving average are in the train state;
-    `policy` then has at most the frozen base of a LoRA."""
+    """A teacher, of the sub-config that `configs.base.make_teacher` returns."""
 
     c: ConfigDict
+    # without parameters, where those are the train state's moving average; with a LoRA, that is the
+    # LoRA's, and these are of the frozen base
     policy: Policy
+    head_VE: Any = None  # output head on the student's mesh: see place_heads
 
     @property
     def is_ema(self) -> bool:
         return self.c.path == EMA
 
+    @property
+    def is_moving_average(self) -> bool:
+        """All parameters, the head too, are in the train state's moving average."""
+        return self.is_ema and self.policy.model.lora is None
+
 
 def check_teachers(c: ConfigDict, name: str, s: ConfigDict, needs_teacher: bool) -> None:
-    """Raises UserError if stage `name`, which asks a teacher or does not, names those that it
-    cannot have."""
-    at, weights = f"config.{name}.teachers", tuple(s.teacher_weights)
+    """Raises UserError if the teachers that stage `name` names do not fit its objective."""
+    key, weights = f"config.{name}.teachers", tuple(s.teacher_weights)
     if not needs_teacher:
         if weights:
-            raise UserError(f"config.{name}.teacher_weights: {s.objective} asks no teacher")
+            raise UserError(f"config.{name}.teacher_weights: {s.objective} has no teacher")
         if s.context.text or s.context.column:
-            raise UserError(f"config.{name}.context: {s.objective} asks no teacher to read it")
+            raise UserError(f"config.{name}.context: {s.objective} has no teacher to read it")
         return
     if not s.teachers:
-        raise UserError(f"{at}: {s.objective} needs a teacher")
+        raise UserError(f"{key}: {s.objective} needs a teacher")
     for teacher_name in s.teachers:
-        teacher_config: Any = (
-            c[teacher_name] if isinstance(teacher_name, str) and teacher_name in c else None
-        )
-        if not isinstance(teacher_config, ConfigDict) or not {"path", "step"} <= set(
-            teacher_config
-        ):
-            raise UserError(f"{at}: {teacher_name!r} is no teacher of this config")
+        section: Any = c.get(teacher_name) if isinstance(teacher_name, str) else None
+        if not isinstance(section, ConfigDict) or not {"path", "step"} <= set(section):
+            raise UserError(f"{key}: {teacher_name!r} is not a teacher of this config")
         if tuple(s.teachers).count(teacher_name) > 1:
-            raise UserError(f"{at}: {teacher_name!r} is named twice")
-    if not s.teachers[1:] and not weights:
-        return
+            raise UserError(f"{key}: {teacher_name!r} is named twice")
     if weights:
         if len(weights) != len(s.teachers):
             raise UserError(
                 f"config.{name}.teacher_weights={weights}: {len(weights)} for the "
                 f"{len(s.teachers)} of teachers={tuple(s.teachers)}"
             )
-        if not all(type(w) in (int, float) and 0 < w < math.inf for w in weights):
+        if not all(weight in Range(above=True) for weight in weights):
             raise UserError(f"config.{name}.teacher_weights={weights}: must be above 0 and finite")
-    elif len(s.data.mixture) != len(s.teachers):
+    elif len(s.teachers) > 1 and len(s.data.mixture) != len(s.teachers):
         raise UserError(
-            f"{at}={tuple(s.teachers)}: without teacher_weights each teaches the rows of one source"
-            f" of config.{name}.data.mixture, which names {len(s.data.mixture)}"
+            f"{key}={tuple(s.teachers)}: without teacher_weights each teaches the rows of one "
+            f"source of config.{name}.data.mixture, which names {len(s.data.mixture)}"
         )
 
 
 def describe_teacher(
     c: ConfigDict, name: str, student: Policy, mesh: Mesh, packed: bool
 ) -> Teacher:
-    """The teacher `config.NAME` without its parameters, on `mesh`; a moving average lies where the
-    student does. packed: whether a row it reads may hold several sequences.
+    """Returns the teacher `config.NAME` without its parameters.
+
+    Args:
+      mesh: the teacher's; a moving average is on the student's.
+      packed: a row that it reads may hold several sequences.
 
     Raises:
-      UserError: naming the key at fault, or a file that `load` would not find.
+      UserError: naming the key at fault, or a file that `load_teacher` would not find.
     """
-    t, m, at = c[name], c.student, f"config.{name}"
-    for field, allowed in (("dtype", policy.DTYPES), ("param_dtype", policy.PARAM_DTYPES)):
-        if t[field] not in allowed:
-            raise UserError(f"{at}.{field}: {t[field]!r} is none of {', '.join(allowed)}")
+    t, m, key = c[name], c.student, f"config.{name}"
+    checks.check_fields(
+        t, {"dtype": policy.DTYPES, "param_dtype": policy.PARAM_DTYPES}, prefix=f"{key}."
+    )
     if not t.path:
-        raise UserError(f"{at}.path: name a model directory")
+        raise UserError(f"{key}.path: name a model directory")
     if t.path == EMA and not m.ema_decay:
-        raise UserError(f"{at}.path=ema: no moving average is kept, config.student.ema_decay is 0")
+        raise UserError(f"{key}.path=ema: no moving average is kept, config.student.ema_decay is 0")
     if t.path == INITIAL and m.random_init:
-        raise UserError(f"{at}.path=initial: nothing keeps random weights (student.random_init)")
+        raise UserError(f"{key}.path=initial: random weights are not kept (student.random_init)")
     if t.step and not policy.is_run(t.path):
-        raise UserError(f"{at}.step={t.step}: {t.path} is no run, and has no checkpoints")
+        raise UserError(f"{key}.step={t.step}: {t.path} is no run, so it has no checkpoints")
     if t.path in (INITIAL, EMA):
-        trained = student.model.lora if t.path == EMA else None
-        own = policy.make_abstract(
+        described = policy.make_abstract(
             m.path,
             t.dtype,
             False,
             policy.get_mesh(student) if t.path == EMA else mesh,
-            lora_config=trained,
+            lora_config=student.model.lora if t.path == EMA else None,
             kernel=c.attention,
             packed=packed,
             tokenizer_path=m.tokenizer,
         )
-        return Teacher(t, own)
+        return Teacher(t, described)
     described = policy.make_abstract(
         t.path, t.dtype, False, mesh, kernel=c.attention, packed=packed
     )
@@ -123,24 +125,24 @@ def describe_teacher(
 
 
 def load_teacher(teacher: Teacher, student: Policy) -> Teacher:
-    """Reads a described teacher's parameters. `student` is loaded where it trains a LoRA."""
+    """Reads a described teacher's parameters. A student that trains a LoRA must be loaded."""
     t, described = teacher.c, teacher.policy
     if t.path == EMA:
-        lora = student.model.lora is not None
-        loaded = dataclasses.replace(described, params=student.params) if lora else described
+        has_lora = student.model.lora is not None
+        loaded = dataclasses.replace(described, params=student.params) if has_lora else described
     elif t.path == INITIAL:
         loaded = load_initial_student(described, student, t.param_dtype)
-    elif t.step:
-        with policy.use(described):
-            loaded, _ = policy.restore(described, t.step, t.param_dtype)
     else:
         with policy.use(described):
-            loaded = policy.load(described, t.param_dtype)
+            if t.step:
+                loaded, _ = policy.restore(described, t.step, t.param_dtype)
+            else:
+                loaded = policy.load(described, t.param_dtype)
     return Teacher(t, loaded)
 
 
 def load_initial_student(described: Policy, student: Policy, param_dtype: str) -> Policy:
-    """The student as it was before step 0. `described` is its path without a LoRA to train."""
+    """Returns the student as it was before step 0. `described`: its path, without a LoRA."""
     if is_base(student):
         return student
     with policy.use(described):
@@ -148,20 +150,21 @@ def load_initial_student(described: Policy, student: Policy, param_dtype: str) -
 
 
 def is_base(student: Policy) -> bool:
-    """Whether what a LoRA is trained beside is the student before step 0, at no further memory: it
-    is, unless the LoRA began with an adapter."""
+    """Returns True if the student's frozen base is the student before step 0, which then takes no
+    memory of its own: with a LoRA, unless that began with an adapter."""
     return student.model.lora is not None and not policy.is_adapter(student.path)
 
 
-def get_teacher_heads(teachers: Sequence[Teacher]) -> tuple[jax.Array | None, ...]:
-    """The output head [V, E] of each, a copy where a teacher has devices of its own; None of a
-    moving average that has a head of its own."""
+def place_heads(teachers: Sequence[Teacher]) -> tuple[Teacher, ...]:
+    """Returns the teachers with their output heads on the current mesh, as `score` needs them: a
+    copy, where a teacher has devices of its own."""
     return tuple(
-        None if t.is_ema and t.policy.model.lora is None else _get_head(t.policy) for t in teachers
+        t if t.is_moving_average else dataclasses.replace(t, head_VE=_copy_head(t.policy))
+        for t in teachers
     )
 
 
-def _get_head(reader: Policy) -> jax.Array:
+def _copy_head(reader: Policy) -> jax.Array:
     head_VE, mesh = transformer.get_output_head(reader.params), jax.sharding.get_mesh()
     if mesh.empty or policy.get_mesh(reader) == mesh:
         return head_VE
@@ -175,8 +178,7 @@ def _get_head(reader: Policy) -> jax.Array:
 def _run_on_reader_mesh(
     reader: Policy, function: Callable[..., jax.Array], *args: Any
 ) -> jax.Array:
-    """What a function of arrays that are split by rows finds, with the reader's parameters, where
-    those lie, brought to where we are."""
+    """Runs `function`, of arrays split by rows, on the reader's mesh, and moves the result back."""
     current_mesh = jax.sharding.get_mesh()
     if current_mesh.empty or current_mesh == (reader_mesh := policy.get_mesh(reader)):
         return mesh_lib.wait_on_cpu(function(*args))
@@ -185,40 +187,51 @@ def _run_on_reader_mesh(
     return mesh_lib.move_rows(result, current_mesh)
 
 
-def _get_parameters(teacher: Teacher, average: Params | None) -> tuple[Params, Params | None]:
+def _get_params(teacher: Teacher, average: Params | None) -> tuple[Params, Params | None]:
     """(parameters, LoRA beside them)"""
     if not teacher.is_ema:
         return teacher.policy.params, None
     assert average is not None
-    own, lora = teacher.policy, teacher.policy.model.lora is not None
-    return (own.params, average) if lora else (average, None)
+    return (average, None) if teacher.is_moving_average else (teacher.policy.params, average)
 
 
 def score(teachers: Sequence[Teacher], batch: Batch, average: Params | None = None) -> Batch:
-    """Fills teacher_hidden_BTD: of each teacher [B, T, its D] in its dtype; what they read that the
-    student does not is left out of what comes back.
+    """Returns the batch with `teacher` set, and without what only teachers read.
 
-    Not logits: the loss streams the teachers' heads over these, so the exact distribution over the
-    whole vocabulary is at hand at the price of D numbers a token. No gradient. `average`: the
-    moving average of what the student trains, for teachers that are it.
+    Without teachers, `teacher` stays None.
+
+    Args:
+      teachers: as `place_heads` returns them.
+      average: moving average of the trained parameters, for teachers that are it.
     """
     inputs, index_BT = to_model_inputs(batch.teacher_inputs or batch), batch.teacher_index_BT
-    teacher_hidden = tuple(
-        _run_on_reader_mesh(
-            t.policy,
-            functools.partial(compute_hidden, t.policy.model, *_get_parameters(t, average)),
-            inputs,
-            index_BT,
-        )
-        for t in teachers
+    output = TeacherOutput(
+        hidden_BTE=tuple(
+            _run_on_reader_mesh(
+                t.policy,
+                functools.partial(compute_hidden, t.policy.model, *_get_params(t, average)),
+                inputs,
+                index_BT,
+            )
+            for t in teachers
+        ),
+        weight_BTN=batch.teacher_weight_BTN,
+        heads_VE=tuple(
+            transformer.get_output_head(average) if t.is_moving_average else t.head_VE
+            for t in teachers
+        ),
     )
     return dataclasses.replace(
-        batch, teacher_hidden_BTD=teacher_hidden, teacher_inputs=None, teacher_index_BT=None
+        batch,
+        teacher=output if teachers else None,
+        teacher_weight_BTN=None,
+        teacher_inputs=None,
+        teacher_index_BT=None,
     )
 
 
 def to_model_inputs(batch: Batch) -> Batch:
-    """What a model reads of a batch."""
+    """The fields of a batch that a model reads."""
     return Batch(batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.mask_BT)
 
 
@@ -230,8 +243,7 @@ def compute_hidden(
     inputs: Batch,
     index_BT: jax.Array | None,
 ) -> jax.Array:
-    """Final hidden states [B, T, D] of what is read, or of the places `at_BT` in it, which lie
-    split by rows and tokens."""
+    """Final hidden states [B, T, D], split by rows and tokens; with an index, at those columns."""
     hidden_BTD = forward.compute_hidden(model, params, inputs, lora)
     if index_BT is not None:
         hidden_BTD = jnp.take_along_axis(hidden_BTD, index_BT[..., None], axis=1)
@@ -241,11 +253,23 @@ def compute_hidden(
 def compute_logp(
     reader: Policy, batch: Batch, loss_chunk_mib: float, temperature: float = 1.0
 ) -> jax.Array:
-    """[B, T] float32: the log-probability that a model gives each token of the mask; else 0."""
-    read = functools.partial(
-        compute_logp_jit, reader.model, loss_chunk_mib, temperature, reader.params, None
+    """Log-probabilities [B, T], float32, of the batch's trained tokens; 0 elsewhere."""
+    return _compute_logp(
+        reader, (reader.params, None), to_model_inputs(batch), loss_chunk_mib, temperature
     )
-    return _run_on_reader_mesh(reader, read, to_model_inputs(batch))
+
+
+def _compute_logp(
+    reader: Policy,
+    params: tuple[Params, Params | None],
+    inputs: Batch,
+    loss_chunk_mib: float,
+    temperature: float,
+) -> jax.Array:
+    function = functools.partial(
+        compute_logp_jit, reader.model, loss_chunk_mib, temperature, *params
+    )
+    return _run_on_reader_mesh(reader, function, inputs)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -257,45 +281,32 @@ def compute_logp_jit(
     lora: Params | None,
     batch: Batch,
 ) -> jax.Array:
-    """See `logp`."""
-    stats = fused_head.compute_token_stats(
-        forward.compute_hidden(model, params, batch, lora),
-        transformer.get_output_head(params),
-        losses.shift(batch.tokens_BT),
-        loss_chunk_mib=loss_chunk_mib,
-        temperature=temperature,
-        split=mesh_lib.split_vocabulary,
-        mask_BT=losses.shift(batch.mask_BT),
-        shards=mesh_lib.count_shards(*batch.tokens_BT.shape),
-    )
-    return losses.unshift(stats["logp"])
+    """Log-probabilities [B, T], float32, of the batch's trained tokens; 0 elsewhere."""
+    hidden_BTD = forward.compute_hidden(model, params, batch, lora)
+    return forward.compute_logp(hidden_BTD, params, batch, loss_chunk_mib, temperature)
 
 
 def judge_responses(
     teachers: Sequence[Teacher], batch: Batch, loss_chunk_mib: float, average: Params | None = None
 ) -> np.ndarray:
-    """[B, T] float32: the log-probability that the teachers give each token of each response; the
-    same whole array in every process."""
+    """Log-probabilities [B, T], float32, that the teachers' mixture gives each token of each
+    response; the same whole array in every process."""
     inputs = to_model_inputs(batch.teacher_inputs or batch)
     teacher_logps = [
-        _run_on_reader_mesh(
-            t.policy,
-            functools.partial(
-                compute_logp_jit, t.policy.model, loss_chunk_mib, 1.0, *_get_parameters(t, average)
-            ),
-            inputs,
-        )
+        _compute_logp(t.policy, _get_params(t, average), inputs, loss_chunk_mib, 1.0)
         for t in teachers
     ]
     return np.asarray(_mix_logps(teacher_logps, batch))
 
 
 @jax.jit
-def _mix_logps(logp_BT: list[jax.Array], batch: Batch) -> jax.Array:
+def _mix_logps(teacher_logps_BT: list[jax.Array], batch: Batch) -> jax.Array:
     if batch.teacher_index_BT is not None:
-        logp_BT = [jnp.take_along_axis(x, batch.teacher_index_BT, axis=1) for x in logp_BT]
-    mixed_BT = logp_BT[0]
+        teacher_logps_BT = [
+            jnp.take_along_axis(x, batch.teacher_index_BT, axis=1) for x in teacher_logps_BT
+        ]
+    mixed_BT = teacher_logps_BT[0]
     if batch.teacher_weight_BTN is not None:
         log_weight_NBT = jnp.moveaxis(jnp.log(batch.teacher_weight_BTN), 2, 0)
-        mixed_BT = jax.nn.logsumexp(jnp.stack(logp_BT) + log_weight_NBT, axis=0)
+        mixed_BT = jax.nn.logsumexp(jnp.stack(teacher_logps_BT) + log_weight_NBT, axis=0)
     return mesh_lib.replicate_array(mixed_BT)

@@ -24,7 +24,7 @@ UNPLANNED_PROGRAMS = {
     # figures of a step
     "_fold_row_keys": "two numbers a sequence",
     "_mix_logps": "a number a token from each of several judges",
-    "merge_figures": "sums of two micro-batches",
+    "merge_metrics": "sums of two micro-batches",
     "average_metrics": "metrics of several updates",
     # one array at a time, while weights are read, copied or compared
     "merge_and_quantise": "a parameter, merged and cast as it is read",

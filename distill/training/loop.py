@@ -279,7 +279,7 @@ def run_stage(
     if progress:
         collector.progress.restore(progress)
     stage_trainer = trainer.make_trainer(c, run_setup, stage, mesh, state)
-    schedule = optim.schedule(s.optim, s.steps * stage.updates_per_step)
+    schedule = optim.make_schedule(s.optim, s.steps * stage.updates_per_step)
     first_step = int(state.step)
     num_done = first_step - stage.first_step
     with run_files.show_progress(s.steps, num_done, stage.name) as progress_bar:

@@ -1,48 +1,37 @@
-"""The optimiser: a schedule, a clip, and one of optax's."""
-
-import math
+"""The optimiser: a learning-rate schedule, a clip, and one of optax's."""
 
 import jax
 import optax
 import optax.contrib
 from ml_collections import ConfigDict
 
+from models import checks
+from models.checks import Range
 from models.errors import UserError
 
 
-def schedule(c: ConfigDict, steps: int) -> optax.Schedule:
-    """Update count (from 0) → learning rate, by `c`'s fields.
+def make_schedule(c: ConfigDict, steps: int) -> optax.Schedule:
+    """Returns update count (from 0) -> learning rate.
 
-    Linear warm-up over `warmup_steps`, in which the first update already moves (the rate is
-    learning_rate · (count + 1) / warmup_steps), then `schedule` (cosine | linear | constant) down
-    to learning_rate · `final_fraction` at count `steps`, and level from there on.
-    Raises UserError for an unknown schedule.
+    Rises linearly over `warmup_steps`, in which the first update already moves (the rate is
+    learning_rate · (count + 1) / warmup_steps), then follows `schedule` down to
+    learning_rate · `final_fraction` at count `steps`, and stays there.
     """
     peak, warmup = c.learning_rate, c.warmup_steps
     length = max(1, steps - warmup)
-    if c.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, length, alpha=c.final_fraction)
-    elif c.schedule == "linear":
-        after = optax.linear_schedule(peak, peak * c.final_fraction, length)
-    elif c.schedule == "constant":
-        after = optax.constant_schedule(peak)
-    else:
-        raise UserError(f"schedule={c.schedule!r}: known are cosine, linear and constant")
+    decay = {
+        "cosine": lambda: optax.cosine_decay_schedule(peak, length, alpha=c.final_fraction),
+        "linear": lambda: optax.linear_schedule(peak, peak * c.final_fraction, length),
+        "constant": lambda: optax.constant_schedule(peak),
+    }[c.schedule]()
     if warmup == 0:
-        return after
-    before = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
-    return optax.join_schedules([before, after], [warmup])
-
-
-# Fields that are 0 or more, and what each stays below.
-UPPER_BOUNDS = {"b1": 1, "b2": 1} | dict.fromkeys(
-    ("learning_rate", "warmup_steps", "final_fraction", "eps", "weight_decay", "clip_norm"),
-    math.inf,
-)
+        return decay
+    rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
+    return optax.join_schedules([rise, decay], [warmup])
 
 
 def make_optimizer(c: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """Clip by the global norm `clip_norm` (0: never), then the optimiser `name`.
+    """Clips by the global norm `clip_norm` (0: never), then runs the optimiser `name`.
 
     The clip sees the raw gradient, so a spike cannot enter the moments.
       adamw: `b1 b2 eps weight_decay`; the first moment is kept in `momentum_dtype`.
@@ -51,21 +40,17 @@ def make_optimizer(c: ConfigDict, steps: int) -> optax.GradientTransformation:
         embeddings, head, norms and routers Nesterov's AdamW, without decay.
       adafactor: second moments as rows and columns (arXiv 1804.04235), no first moment, the
         learning rate absolute.
-      sgd: momentum `b1`, which 0 leaves out.
+      sgd: momentum `b1`; 0 is none.
 
     Raises:
       UserError: for an unknown name, schedule or dtype, or a number out of its bounds.
     """
-    for field, below in UPPER_BOUNDS.items():
-        if not 0 <= c[field] < below:
-            raise UserError(f"{field}={c[field]}: must be at least 0 and below {below}")
-    if c.momentum_dtype not in ("float32", "bfloat16"):
-        raise UserError(f"momentum_dtype={c.momentum_dtype!r}: known are float32 and bfloat16")
+    checks.check_fields(c, RULES)
     if c.name == "adafactor" and c.momentum_dtype != "float32":
-        raise UserError(f"momentum_dtype={c.momentum_dtype}: adafactor keeps no first moment")
-    if c.name not in OPTIMIZERS:
-        raise UserError(f"name={c.name!r}: known are {', '.join(OPTIMIZERS)}")
-    optimizer = OPTIMIZERS[c.name](c, schedule(c, steps))
+        raise UserError(
+            f"momentum_dtype={c.momentum_dtype}: adafactor keeps no first moment; leave float32"
+        )
+    optimizer = OPTIMIZERS[c.name](c, make_schedule(c, steps))
     return (
         optax.chain(optax.clip_by_global_norm(c.clip_norm), optimizer) if c.clip_norm else optimizer
     )
@@ -118,6 +103,19 @@ OPTIMIZERS = {
     "adafactor": _make_adafactor,
     "sgd": _make_sgd,
 }
+RULES = {
+    "name": tuple(OPTIMIZERS),
+    "schedule": ("cosine", "linear", "constant"),
+    "momentum_dtype": ("float32", "bfloat16"),
+    "learning_rate": Range(),
+    "warmup_steps": Range(),
+    "final_fraction": Range(),
+    "b1": Range(high=1, below=True),
+    "b2": Range(high=1, below=True),
+    "eps": Range(),
+    "weight_decay": Range(),
+    "clip_norm": Range(off="never"),
+}
 
 
 def _get_leaf_name(path: tuple) -> str:
@@ -125,12 +123,13 @@ def _get_leaf_name(path: tuple) -> str:
 
 
 def _mask_decayed(params: optax.Params) -> optax.Params:
-    """Which leaves decay: all but the norms' scales, by name: stacked, they have two axes."""
+    """Marks the leaves that decay: all but the norms' scales. By name, since stacked scales have
+    two axes."""
     return jax.tree_util.tree_map_with_path(lambda path, _: _get_leaf_name(path) != "scale", params)
 
 
 def _mark_matrices(params: optax.Params) -> optax.Params:
-    """Which leaves are matrices to Muon, [..., in, out]; None of the others."""
+    """Marks the leaves that Muon takes as matrices [..., in, out]; the others are None."""
     matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     others = ("embed", "head", "scale", "router")
     return jax.tree_util.tree_map_with_path(

@@ -276,15 +276,12 @@ def make_stage_update(
     state: update.TrainState,
 ) -> update.UpdatePrograms:
     """The update of a stage, for a state like this one, which may be shapes alone."""
-    return update.make_update(
-        student.model,
-        optimizer,
-        loss,
+    options = update.UpdateOptions(
         s.max_response_tokens,
         stages.get_loss_chunk_mib(c, mesh),
-        state,
-        balance=c.student.router_aux_loss_coef,
-        overlap=c.log.overlap_top_k if loss.teacher else 0,
-        ema=c.student.ema_decay,
+        router_aux_loss_coef=c.student.router_aux_loss_coef,
+        overlap_k=c.log.overlap_top_k if loss.teacher else 0,
+        ema_decay=c.student.ema_decay,
         temperature=stages.get_temperature(s, loss),
     )
+    return update.make_update(student.model, optimizer, loss, options, state)

@@ -1,4 +1,4 @@
-"""What the side-by-side benchmarks share: processes that answer, medians, tables."""
+"""The shared parts of the side-by-side benchmarks: processes that answer, medians, tables."""
 
 import dataclasses
 import os
@@ -31,7 +31,7 @@ def answer(job):
         log.write("x")
     return {"seconds": [1.0 + turn, 2.0 + turn], "first_call_seconds": turn, "peak_bytes": turn}
 
-workers.serve(begin)
+workers.serve_jobs(begin)
 """
 
 
@@ -42,7 +42,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_turns(fake: Path) -> None:
+def test_each_turn_is_a_process_and_medians_are_taken(fake: Path) -> None:
     def begin(python: str, name: str):
         return lambda: contest.Worker(python, "fake_worker", name)
 
@@ -62,7 +62,7 @@ def test_turns(fake: Path) -> None:
     assert found["a"] == {"absent": "MemoryError: no room"}
 
 
-def test_table() -> None:
+def test_table_shows_rates_and_shares_of_the_limits() -> None:
     limits = {"float32": 1e12, "copy": 1e10}
     row = {"case": "c", "tokens": 100, "flop": 5e11, "bytes": 5e9, "first_call_seconds": 3.0}
     rows = [
@@ -76,7 +76,7 @@ def test_table() -> None:
     assert lines[2].startswith("| c | gone | ended (-9) |")
 
 
-def test_what_a_call_cannot_do_without() -> None:
+def test_counted_costs_agree_with_formulas() -> None:
     """Against formulas by hand: 6 operations a weight and token of the student, 2 of the teacher,
     attention beside them."""
     for of in (train_step, score, loss):
@@ -102,7 +102,7 @@ def test_what_a_call_cannot_do_without() -> None:
     )
 
 
-def test_contenders() -> None:
+def test_contenders_follow_the_dtype() -> None:
     train_step.OPTIONS.mark_as_parsed()
     assert list(contest.list_contenders(train_step.OPTIONS, "reverse_kl")) == [
         "ours",
@@ -115,7 +115,7 @@ def test_contenders() -> None:
 
 
 @pytest.mark.parametrize("what", [pytest.param("loss", marks=pytest.mark.long), "logp"])
-def test_contenders_answer(what: str) -> None:
+def test_ours_and_torch_answer_jobs(what: str) -> None:
     """This project's and torch's, at tiny shapes, in this process."""
     size = dataclasses.replace(
         SIZES["0.6b"],

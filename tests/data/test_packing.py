@@ -136,9 +136,8 @@ def test_nothing_waits_longer_than_a_window() -> None:
 @functools.partial(jax.jit, static_argnums=0)
 def naive(qwen3: Transformer, params: Any, batch: Any) -> tuple[Any, Any]:
     def loss(params: Any) -> Any:
-        return update.compute_loss_sums(
-            qwen3, losses.OBJECTIVES["sft"], 1, 1.0, params, batch, None
-        )[0]
+        options = update.UpdateOptions(1, 1.0)
+        return update.compute_loss_sums(qwen3, losses.OBJECTIVES["sft"], options, params, batch)[0]
 
     return jax.value_and_grad(loss)(params)
 

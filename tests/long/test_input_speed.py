@@ -47,7 +47,7 @@ def test_input_is_twenty_times_as_fast_as_a_tiny_step(shared_data: Path) -> None
         source = dataset.load_source(s.data, model.tokenizer, 0, True)
         optimizer = optim.make_optimizer(s.optim, s.steps)
         programs = update.make_update(
-            model.model, optimizer, losses.OBJECTIVES["sft"], 1, 128.0, state
+            model.model, optimizer, losses.OBJECTIVES["sft"], update.UpdateOptions(1, 128.0), state
         )
         batch = collate.collate_padded(
             dataset.get_step_examples(source, 0, s.batch_size, 0), 60, 52

@@ -150,12 +150,13 @@ def test_training_is_that_of_peft(bases, kind, name, tmp_path):
     their_optimizer = torch.optim.AdamW(learned, **decay)
     with policy.use(student):
         state = update.init_train_state(optimizer, trained, 0)
+        options = update.UpdateOptions(1, 1.0)
         programs = update.make_update(
-            student.model, optimizer, losses.OBJECTIVES["sft"], 1, 1.0, state
+            student.model, optimizer, losses.OBJECTIVES["sft"], options, state
         )
         for i in range(3):
             batch = batch_of(student.config, i)
-            state, measured, _ = one_update(programs, state, batch, None, student.params, 2)
+            state, measured, _ = one_update(programs, state, batch, student.params, 2)
             # Cross-entropy of the tokens that are trained on; padding is masked.
             out = other(
                 torch.tensor(batch.tokens_BT), attention_mask=torch.tensor(batch.segments_BT)
@@ -344,10 +345,11 @@ def test_meshes(fields, tmp_path):
             state = update.init_train_state(optimizer, trained, 0)
             mesh = policy.get_mesh(student)
             loss = losses.OBJECTIVES["sft"]
-            programs = update.make_update(student.model, optimizer, loss, 1, 1.0 * mesh.size, state)
+            options = update.UpdateOptions(1, 1.0 * mesh.size)
+            programs = update.make_update(student.model, optimizer, loss, options, state)
             for i in range(2):
                 batch = batch_of(student.config, i, 8)
-                state, measured, _ = one_update(programs, state, batch, None, student.params)
+                state, measured, _ = one_update(programs, state, batch, student.params)
                 jax.block_until_ready(state)  # XLA may deadlock where such programs queue up
         return state, {k: np.asarray(v) for k, v in measured.items()}
 

@@ -16,7 +16,7 @@ from transformers import Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from distill import rollout
-from distill.objectives import fused_head, losses
+from distill.objectives import losses
 from distill.policy import forward
 from distill.runtime import mesh as mesh_lib
 from distill.runtime import run_files
@@ -36,6 +36,7 @@ from tests.support.experts import (
     tokens_of,
     torch_gradients,
 )
+from tests.support.heads import token_stats
 from tests.support.tiny_models import tiny_qwen3
 from tests.support.updates import one_update
 
@@ -57,9 +58,7 @@ routed_of = jax.jit(forward.compute_hidden_and_router_stats, static_argnums=0)
 def scored_of(qwen3, params, batch):
     """Log-probabilities of each token of `batch` by one plain forward."""
     hidden, targets = forward.compute_hidden(qwen3, params, batch), losses.shift(batch.tokens_BT)
-    stats = fused_head.compute_token_stats(
-        hidden, transformer.get_output_head(params), targets, loss_chunk_mib=1
-    )
+    stats = token_stats(hidden, transformer.get_output_head(params), targets, loss_chunk_mib=1)
     return losses.unshift(stats["logp"])
 
 
@@ -264,7 +263,8 @@ def one_step(directory, sizes, accumulate=1, remat=False):
         optimizer = optax.adam(1e-3, b1=0.0)
         state = update.init_train_state(optimizer, params, 0)
         qwen3 = families.make_model(config, remat=remat)
-        programs = update.make_update(qwen3, optimizer, losses.OBJECTIVES["sft"], 1, 1.0, state)
+        options = update.UpdateOptions(1, 1.0)
+        programs = update.make_update(qwen3, optimizer, losses.OBJECTIVES["sft"], options, state)
         state, measured, _ = one_update(programs, state, batch_of(config), accumulate=accumulate)
     return {k: float(v) for k, v in measured.items()}, state
 

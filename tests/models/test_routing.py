@@ -57,17 +57,11 @@ def test_the_gradient_of_the_balance_is_that_of_transformers(pair):
     batch = dataclasses.replace(
         batch, tokens_BT=jnp.asarray(tokens, jnp.int32), segments_BT=ones, mask_BT=ones > 0
     )
+    options = update.UpdateOptions(1, 1.0, router_aux_loss_coef=0.5)
     sums = functools.partial(
-        update.compute_loss_sums,
-        families.make_model(config),
-        losses.OBJECTIVES["sft"],
-        1,
-        1.0,
-        balance=0.5,
+        update.compute_loss_sums, families.make_model(config), losses.OBJECTIVES["sft"], options
     )
-    (total, (measured, _)), grads = jax.jit(jax.value_and_grad(sums, has_aux=True))(
-        params, batch, None
-    )
+    (total, (measured, _)), grads = jax.jit(jax.value_and_grad(sums, has_aux=True))(params, batch)
     count = measured["loss"][1]
     network.zero_grad()
     network.router_aux_loss_coef = 0.5
@@ -311,10 +305,9 @@ def test_replay_brings_sampler_and_trainer_together(even):
         update.compute_loss_sums,
         families.make_model(config, dtype=jnp.bfloat16),
         losses.OBJECTIVES["sft"],
-        R,
-        1.0,
+        update.UpdateOptions(R, 1.0),
     )
-    stats = jax.jit(lambda batch: loss(params, batch, None)[1][0]["sampler_delta"])
+    stats = jax.jit(lambda batch: loss(params, batch)[1][0]["sampler_delta"])
     deltas = {}
     for name, experts in (("free", None), ("replayed", batch.experts_BTLA)):
         total, count = stats(dataclasses.replace(batch, experts_BTLA=experts))

@@ -17,8 +17,8 @@ import pytest
 
 from benchmarks import objectives
 from distill.objectives import losses
-from distill.objectives.fused_head import compute_token_stats
 from distill.objectives.losses import Loss
+from tests.support.heads import token_stats
 
 V, LENGTH, D = 4, 3, 5
 
@@ -83,7 +83,7 @@ def row_losses(loss, student, sampler=None, teacher=TEACHER, **known):
     """The loss of every response [40], Σ over its tokens, through the real head and losses."""
     tokens, places, mask, _ = responses()
     teacher = draw(teacher)
-    stats = compute_token_stats(
+    stats = token_stats(
         *(student["hidden"][places], student["head"], jnp.asarray(tokens)),
         *(teacher["hidden"][places], teacher["head"]),
         loss_chunk_mib=1,
@@ -370,7 +370,7 @@ def test_baseline_is_the_best_at_every_state():
     """With respect to the logits no other constant does better: its neighbours do worse."""
     tokens, places, _, _ = responses()
     student, teacher = draw(STUDENT), draw(TEACHER)
-    stats = compute_token_stats(
+    stats = token_stats(
         *(student["hidden"][places], student["head"], jnp.asarray(tokens)),
         *(teacher["hidden"][places], teacher["head"]),
         **{"loss_chunk_mib": 1, "baseline": True},

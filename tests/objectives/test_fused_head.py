@@ -12,8 +12,8 @@ from jax.scipy.special import xlogy
 
 from distill.objectives import chunks
 from distill.objectives.divergences import Divergence
-from distill.objectives.fused_head import compute_token_stats
 from distill.runtime import mesh as mesh_lib
+from tests.support.heads import token_stats
 
 B, T, D, E, V = 3, 10, 16, 24, 57
 
@@ -60,7 +60,7 @@ def test_streamed_equals_naive(arrays, chunk):
 
     def streamed(hidden, head):
         teacher = a["teacher_hidden"], a["teacher_head"]
-        return compute_token_stats(
+        return token_stats(
             hidden, head, a["targets"], *teacher, loss_chunk_mib=mib, divergence=Divergence()
         )
 
@@ -88,7 +88,7 @@ def masked(a, mask, summed, hidden=None, **options):
         if summed:
             loss = {"loss": lambda stats, known: {"loss": stats["divergence"] * known["by"]}}
             given |= {**loss, "known": {"by": a["weights"][1]}, "weight_BT": weight}
-        stats = compute_token_stats(*student, *teacher, mask_BT=mask, **given)
+        stats = token_stats(*student, *teacher, mask_BT=mask, **given)
         each = stats["divergence"] * a["weights"][1]
         return stats.pop("total") if summed else jnp.sum(each * weight), stats
 
@@ -146,7 +146,7 @@ def test_needed_tokens_on_a_mesh(arrays):
 
     def run(**options):
         def total(hidden, head):
-            stats = compute_token_stats(
+            stats = token_stats(
                 hidden, head, targets, loss_chunk_mib=8 * 4 * 64 / 2**20, mask_BT=mask,
                 loss=lambda stats, _: {"loss": stats["logp"]}, known={},
                 weight_BT=mask.astype(jnp.float32), **options,
@@ -168,7 +168,7 @@ def test_needed_tokens_on_a_mesh(arrays):
 
 def test_without_teacher(arrays):
     a = arrays
-    stats = compute_token_stats(a["hidden"], a["head"], a["targets"], loss_chunk_mib=1)
+    stats = token_stats(a["hidden"], a["head"], a["targets"], loss_chunk_mib=1)
     assert set(stats) == {"logp", "entropy"}
 
 
@@ -206,7 +206,7 @@ def compare(d, logits, teacher_logits, **options):
     eye = jnp.eye(logits.shape[-1], dtype=logits.dtype)
     targets = jnp.zeros(logits.shape[:2], jnp.int32)
     student, teacher = (logits, eye, targets), (teacher_logits, eye)
-    return compute_token_stats(*student, *teacher, loss_chunk_mib=1, divergence=d, **options)
+    return token_stats(*student, *teacher, loss_chunk_mib=1, divergence=d, **options)
 
 
 @functools.cache
@@ -339,8 +339,8 @@ def test_stored_top_is_the_teachers_top(kind, k):
     def stored(x, keep):
         targets = jnp.zeros(x.shape[:2], jnp.int32)
         top = ids[..., :keep], logq[..., :keep]
-        options: Any = {"divergence": d, "teacher_top_BTK": top, "overlap": keep}
-        return compute_token_stats(x, eye, targets, loss_chunk_mib=1, **options)
+        options: Any = {"divergence": d, "teacher_top_BTK": top, "overlap_k": keep}
+        return token_stats(x, eye, targets, loss_chunk_mib=1, **options)
 
     results = [
         jax.value_and_grad(lambda x, f=f: f(x)["divergence"].sum())(logits)
@@ -394,9 +394,7 @@ def test_teacher_is_student(arrays, d):
 
     def loss(hidden, head):
         student = jax.lax.stop_gradient((hidden, head))
-        stats = compute_token_stats(
-            hidden, head, a["targets"], *student, loss_chunk_mib=1, divergence=d
-        )
+        stats = token_stats(hidden, head, a["targets"], *student, loss_chunk_mib=1, divergence=d)
         return stats["divergence"].sum()
 
     value, grads = jax.value_and_grad(loss, (0, 1))(a["hidden"], a["head"])
@@ -413,7 +411,7 @@ def test_teacher_is_student_stored(arrays, kind):
 
     def loss(x):
         options: Any = {"divergence": Divergence(kind, k=5), "teacher_top_BTK": (ids, logq)}
-        return compute_token_stats(x, jnp.eye(V), a["targets"], loss_chunk_mib=1, **options)[
+        return token_stats(x, jnp.eye(V), a["targets"], loss_chunk_mib=1, **options)[
             "divergence"
         ].sum()
 
@@ -429,7 +427,7 @@ def test_padded_ids_of_the_vocabulary_count_in_both_softmaxes():
     teacher = jnp.array([[[2.0, 1.0, -9.0, -9.0]]])
 
     def loss(own):
-        stats = compute_token_stats(
+        stats = token_stats(
             own, jnp.eye(4), targets, teacher, jnp.eye(4), loss_chunk_mib=1, divergence=Divergence()
         )
         return stats["divergence"].sum()
@@ -445,14 +443,14 @@ def test_teacher_gets_no_gradient(arrays):
 
     def loss(teacher_hidden, teacher_head, logq):
         total = 0.0
-        for d in (Divergence(), Divergence("jsd", k=4, topk_from="union")):
-            options: Any = {"loss_chunk_mib": 1, "divergence": d, "overlap": 3, "exact": True}
+        for d in (Divergence(), Divergence("jsd"), Divergence("jsd", k=4, topk_from="union")):
+            options: Any = {"loss_chunk_mib": 1, "divergence": d, "overlap_k": 3}
             head = a["hidden"], a["head"], a["targets"]
-            stats = compute_token_stats(*head, teacher_hidden, teacher_head, **options)
+            stats = token_stats(*head, teacher_hidden, teacher_head, **options)
             total += sum(x.sum() for x in stats.values())
         ids = jnp.broadcast_to(jnp.arange(4), logq.shape)
         options = {"divergence": Divergence(k=4), "teacher_top_BTK": (ids, logq)}
-        stats = compute_token_stats(*head, loss_chunk_mib=1, **options)
+        stats = token_stats(*head, loss_chunk_mib=1, **options)
         return total + stats["divergence"].sum()
 
     logq = jnp.full((B, T, 4), -2.0)
@@ -467,8 +465,10 @@ def test_diagnostics(arrays):
     student = a["hidden"], a["head"], a["targets"]
     teacher = a["teacher_hidden"], a["teacher_head"]
     d = Divergence("forward", k=k)
-    options: Any = {"divergence": d, "exact": True, "overlap": k, "top_k": k}
-    stats = compute_token_stats(*student, *teacher, loss_chunk_mib=1e-3, **options)
+    options: Any = {"divergence": d, "overlap_k": k, "top_k": k}
+    stats = token_stats(*student, *teacher, loss_chunk_mib=1e-3, **options)
+    exactly: Any = {"divergence": dataclasses.replace(d, k=0)}
+    exact_stats = token_stats(*student, *teacher, loss_chunk_mib=1e-3, **exactly)
     p, q = (np.asarray(jax.nn.softmax(x @ w.T)) for x, w in (student[:2], teacher))
     ours, theirs = (np.argsort(-x, -1)[..., :k] for x in (p, q))
     np.testing.assert_array_equal(stats["top_ids"], ours)
@@ -478,12 +478,12 @@ def test_diagnostics(arrays):
         outside = 1 - p[place][theirs[place]].sum()
         np.testing.assert_allclose(stats["outside_top"][place], outside, atol=1e-6)
     exact = (q * np.log(q / p)).sum(-1)
-    np.testing.assert_allclose(stats["exact_divergence"], exact, rtol=1e-4)
+    np.testing.assert_allclose(exact_stats["divergence"], exact, rtol=1e-4)
     np.testing.assert_allclose(stats["reverse_kl"], (p * np.log(p / q)).sum(-1), rtol=1e-4)
-    assert (stats["divergence"] < stats["exact_divergence"]).all()
+    assert (stats["divergence"] < exact_stats["divergence"]).all()
 
     def diagnostics(hidden):
-        stats = compute_token_stats(hidden, *student[1:], *teacher, loss_chunk_mib=1e-3, **options)
+        stats = token_stats(hidden, *student[1:], *teacher, loss_chunk_mib=1e-3, **options)
         return sum(stats[n].sum() for n in stats.keys() - {"logp", "entropy", "divergence"} - TOP)
 
     assert not jax.grad(diagnostics)(a["hidden"]).any()
@@ -507,12 +507,14 @@ def test_vocabulary_split_over_devices(d):
     stored = dataclasses.replace(d, k=5, topk_from="teacher", temperature=1.0)
 
     def loss(hidden, head, split):
-        options: Any = {"loss_chunk_mib": 2 * 3 * 64 * 4 / 2**20, "split": split, "overlap": 4}
-        exact: Any = {"divergence": d, "exact": True, "baseline": True}
-        stats = compute_token_stats(hidden, head, targets, *teacher, **options, **exact)
+        options: Any = {"loss_chunk_mib": 2 * 3 * 64 * 4 / 2**20, "split": split, "overlap_k": 4}
+        compared: Any = {"divergence": d, "baseline": True}
+        stats = token_stats(hidden, head, targets, *teacher, **options, **compared)
+        exact: Any = {"divergence": dataclasses.replace(d, k=0)}
+        exactly = token_stats(hidden, head, targets, *teacher, **options, **exact)
         known: Any = {"divergence": stored, "teacher_top_BTK": (ids, logq)}
-        top = compute_token_stats(hidden, head, targets, **options, **known)
-        return stats["divergence"].sum() + top["divergence"].sum(), (stats, top)
+        top = token_stats(hidden, head, targets, **options, **known)
+        return stats["divergence"].sum() + top["divergence"].sum(), (stats, exactly, top)
 
     def run(split):
         graded = jax.value_and_grad(lambda h, w: loss(h, w, split), (0, 1), has_aux=True)
@@ -532,12 +534,12 @@ def test_bfloat16_is_summed_in_float32(arrays):
     hidden, teacher = (a[name].astype(jnp.bfloat16) for name in ("hidden", "teacher_hidden"))
 
     def loss(head):
-        options: Any = {"divergence": Divergence("jsd", k=3), "overlap": 3, "exact": True}
+        options: Any = {"divergence": Divergence("jsd", k=3), "overlap_k": 3}
         student = hidden, head, a["targets"]
-        stats = compute_token_stats(
-            *student, teacher, a["teacher_head"], loss_chunk_mib=1, **options
-        )
-        assert all(x.dtype == jnp.float32 for x in stats.values())
+        stats = token_stats(*student, teacher, a["teacher_head"], loss_chunk_mib=1, **options)
+        options["divergence"] = Divergence("jsd")
+        exactly = token_stats(*student, teacher, a["teacher_head"], loss_chunk_mib=1, **options)
+        assert all(x.dtype == jnp.float32 for x in (*stats.values(), exactly["divergence"]))
         return stats["logp"].sum() + stats["divergence"].sum()
 
     assert jax.grad(loss)(a["head"]).dtype == jnp.float32
@@ -554,9 +556,7 @@ def test_gradients_in_bfloat16_are_those_of_the_rounded_numbers(arrays):
         return jax.jit(jax.grad(lambda h, w: f(h, w)["divergence"].sum(), (0, 1)))(hidden, head)
 
     def streamed(hidden, head, teacher=(low["teacher_hidden"], a["teacher_head"])):
-        return compute_token_stats(
-            hidden, head, a["targets"], *teacher, loss_chunk_mib=mib, divergence=d
-        )
+        return token_stats(hidden, head, a["targets"], *teacher, loss_chunk_mib=mib, divergence=d)
 
     def plain(hidden, head):
         heads = (x.astype(jnp.bfloat16).astype(jnp.float32) for x in (head, a["teacher_head"]))
@@ -588,7 +588,7 @@ def test_memory_of_the_streamed_loss(d):
     )
 
     def streamed(*args):
-        return compute_token_stats(*args, loss_chunk_mib=128, divergence=d)["divergence"].sum()
+        return token_stats(*args, loss_chunk_mib=128, divergence=d)["divergence"].sum()
 
     def plain(*args):
         return naive(*args)["divergence"].sum()

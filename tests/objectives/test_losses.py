@@ -11,9 +11,9 @@ import pytest
 
 from distill.objectives import advantages, losses
 from distill.objectives.divergences import Divergence
-from distill.objectives.fused_head import compute_token_stats
 from distill.objectives.losses import OBJECTIVES, Loss
 from models.errors import UserError
+from tests.support.heads import token_stats
 
 V, D, E, LIMIT = 9, 6, 5, 12
 EOS = 0  # and it pads, as Qwen3's own does
@@ -55,7 +55,7 @@ def sequences():
     }
     teacher = rng.normal(size=(N, LONGEST, E)).astype(f32), rng.normal(size=(V, E)).astype(f32)
     hidden, head = map(jnp.asarray, parameters.values())
-    stats = compute_token_stats(hidden, head, losses.shift(jnp.asarray(tokens)), loss_chunk_mib=1)
+    stats = token_stats(hidden, head, losses.shift(jnp.asarray(tokens)), loss_chunk_mib=1)
     fresh = np.array(losses.unshift(stats["logp"]))
     return parameters, {
         "tokens": tokens,
@@ -138,10 +138,8 @@ def sums(loss, parameters, layout, fresh=False, chunk=0):
             "loss_chunk_mib": chunk * 4 * N * V / 2**20,
         }
         options["loss"] = lambda stats, known: losses.compute_token_losses(loss, stats, **known)
-        return compute_token_stats(*student, **options)["total"], count
-    per_token = losses.compute_token_losses(
-        loss, compute_token_stats(*student, **options), **known_BT
-    )
+        return token_stats(*student, **options)["total"], count
+    per_token = losses.compute_token_losses(loss, token_stats(*student, **options), **known_BT)
     return (weight * per_token["loss"]).sum(), count
 
 
@@ -227,7 +225,7 @@ def test_a_truncated_response_has_no_eos_to_train():
     head = jnp.asarray(sequences()[0]["head"])
 
     def total(hidden):
-        stats = compute_token_stats(hidden, head, losses.shift(tokens), loss_chunk_mib=1)
+        stats = token_stats(hidden, head, losses.shift(tokens), loss_chunk_mib=1)
         shifted = losses.shift(mask)
         per_token = losses.compute_token_losses(
             OBJECTIVES["sft"], stats, shifted, shifted.astype(jnp.int32)
@@ -358,36 +356,43 @@ TOP = {"teacher": 1, "estimator": "topk", "k": 4, "teacher_output": "top", "teac
 REFUSED = {
     "nothing is learned": {},
     "one of": {"teacher": 1, "divergence": "kl"},
-    "finite, 0 or more": {"sft": -1},
+    "sft=-1: must be at least 0": {"sft": -1},
     "beta=1.5": {"teacher": 1, "beta": 1.5},
     "read by divergence=jsd only": {"teacher": 1, "beta": 0.3},
     "read by teacher_output=top only": {"teacher": 1, "teacher_topk": 8},
-    "below 1": {"teacher": 1, "skew": 1.0},
+    "skew=1.0: must be at least 0 (off) and below 1": {"teacher": 1, "skew": 1.0},
     "has no skew": {"teacher": 1, "skew": 0.1, "divergence": "jsd"},
     "temperature=0.0": {"teacher": 1, "temperature": 0.0},
-    "at least 1": {"teacher": 1, "estimator": "topk"},
+    "set k to at least 1": {"teacher": 1, "estimator": "topk"},
     "read by estimator=topk only": {"teacher": 1, "k": 5},
     "gradient of the plain reverse KL": {"teacher": 1, "estimator": "k2", "divergence": "jsd"},
     "gradient of the plain forward KL": {"teacher": 1, "estimator": "k3"},
     "at temperature 1": {"teacher": 1, "estimator": "sampled", "temperature": 2.0},
-    "use topk": {"teacher": 1, "teacher_output": "top", "teacher_topk": 8},
-    "more than the 8 tokens": {**TOP, "k": 9},
-    "probability is not known": {**TOP, "topk_from": "union"},
-    "needs the whole distribution": {**TOP, "temperature": 2.0},
+    "teacher_output=top needs topk": {"teacher": 1, "teacher_output": "top", "teacher_topk": 8},
+    "above teacher_topk=8": {**TOP, "k": 9},
+    "teacher_output=top needs teacher": {**TOP, "topk_from": "union"},
+    "teacher_output=top needs 1": {**TOP, "temperature": 2.0},
     "one number a token": {"teacher": 1, "teacher_output": "token"},
     "baseline: read by": {"teacher": 1, "baseline": True},
     "needs a teacher's hidden states": {
         **{"teacher": 1, "estimator": "sampled", "baseline": True, "teacher_output": "token"}
     },
     "baseline: is a mean": {"reward": 1, "estimator": "sampled", "baseline": True},
-    "from 0 to 1": {"teacher": 1, "discount": 1.5},
+    "discount=1.5: must be at least 0 (off) and at most 1": {"teacher": 1, "discount": 1.5},
     "but teacher=0": {"reward": 1, "discount": 0.5},
-    "it has no advantage; use sampled": {"teacher": 1, "estimator": "k2", "discount": 0.5},
-    "0 <= clip_low <= 1": {"reward": 1, "clip": "ppo", "clip_low": 1.5},
-    "it is always 1": {"reward": 1, "clip": "ppo", "ratio": "none"},
-    "use sampled, or cispo": {"teacher": 1, "estimator": "k2", "clip": "ppo"},
-    "must be 0 (off) or more": {"reward": 1, "tis_clip": -1.0},
-    "no policy gradient to weigh": {"teacher": 1, "tis_clip": 2.0},
+    "discount: estimator=k2 has no advantage to add to": {
+        "teacher": 1,
+        "estimator": "k2",
+        "discount": 0.5,
+    },
+    "clip_low=1.5: must be at least 0 and at most 1": {
+        **{"reward": 1, "clip": "ppo", "clip_low": 1.5}
+    },
+    "clip_high=-0.1: must be at least 0": {"reward": 1, "clip": "ppo", "clip_high": -0.1},
+    "ratio=none is always 1": {"reward": 1, "clip": "ppo", "ratio": "none"},
+    "use sampled, or clip=cispo": {"teacher": 1, "estimator": "k2", "clip": "ppo"},
+    "tis_clip=-1.0: must be at least 0 (off)": {"reward": 1, "tis_clip": -1.0},
+    "needs a policy gradient": {"teacher": 1, "tis_clip": 2.0},
 }
 
 

@@ -17,10 +17,11 @@ import pytest
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # it warns that what we compare with may change
 
-from distill.objectives import advantages, losses
+from distill.objectives import losses
 from distill.objectives.divergences import Divergence
-from distill.objectives.fused_head import compute_token_stats
 from distill.objectives.losses import OBJECTIVES, Loss
+from distill.rewards import terms
+from tests.support.heads import token_stats
 
 torch: Any = pytest.importorskip("torch")
 pytest.importorskip("trl")
@@ -226,7 +227,7 @@ def check_divergence(d, function, scale=1.0, **options):
     eye, targets = jnp.eye(V), jnp.zeros((2, 5), jnp.int32)
 
     def total(y):
-        stats = compute_token_stats(
+        stats = token_stats(
             y, eye, targets, jnp.asarray(teacher), eye, loss_chunk_mib=1, divergence=d
         )
         return stats["divergence"].sum(), stats["divergence"]
@@ -251,11 +252,16 @@ def test_topk_with_tail_is_trls(iw_opd, beta, of):
     check_divergence(d, iw_opd.generalized_jsd_loss, beta=beta, top_k=3, add_tail=True)
 
 
-def test_overlong_penalty_is_trls():
+def test_overlong_reward_is_trls():
     """By the number of tokens, not of characters."""
     from trl.rewards import get_soft_overlong_punishment
 
     lengths = [1, 79, 80, 81, 90, 99, 100, 101, 500]
     reference = get_soft_overlong_punishment(max_completion_len=100, soft_punish_cache=20)
-    mine = advantages.compute_overlong_penalty(jnp.asarray(lengths), 100, 20)
+    mine = [
+        terms.overlong_reward(
+            terms.Response("", [0] * n, n <= 100, "correct", False, limit=100, margin=20)
+        )
+        for n in lengths
+    ]
     np.testing.assert_allclose(mine, reference([[0] * n for n in lengths]), atol=1e-6)

@@ -14,7 +14,7 @@ import pytest
 from jax._src import monitoring
 
 from distill import rollout
-from distill.objectives import fused_head, losses
+from distill.objectives import losses
 from distill.policy import forward
 from distill.rollout import RolloutOptions, SamplingModel, Sequence, decode
 from distill.rollout import options as options_lib
@@ -25,6 +25,7 @@ from models import families, transformer
 from models.errors import UserError
 from models.layers import slabs
 from models.qwen3.config import Config
+from tests.support.heads import token_stats
 
 CONFIG = Config(
     vocab_size=64,
@@ -99,7 +100,7 @@ def get_draws(rows: list[Sequence]):
 
 @jax.jit
 def _scores(params: transformer.Params, batch: Any):
-    stats = fused_head.compute_token_stats(
+    stats = token_stats(
         forward.compute_hidden(QWEN3, params, batch),
         transformer.get_output_head(params),
         losses.shift(batch.tokens_BT),

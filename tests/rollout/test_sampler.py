@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from distill import rollout
-from distill.objectives import fused_head, losses
+from distill.objectives import losses
 from distill.policy import forward, policy
 from distill.rollout import RolloutOptions, Sequence
 from distill.rollout.sampling import Sampling
@@ -15,6 +15,7 @@ from distill.runtime import mesh as mesh_lib
 from distill.training import microbatches
 from models import families, transformer
 from models.qwen3.config import Config
+from tests.support.heads import token_stats
 
 CONFIG = Config(
     vocab_size=96,
@@ -83,7 +84,7 @@ def test_recorded_log_probabilities_match_a_forward(params, kind):
     """Recorded log-probabilities are those of one plain forward, for random prompt lengths."""
     batch = sample(params, prompts(8), range(8), cache_backend=kind, page_size=8)
     stats = jax.jit(
-        lambda b: fused_head.compute_token_stats(
+        lambda b: token_stats(
             forward.compute_hidden(QWEN3, params, b),
             transformer.get_output_head(params),
             losses.shift(b.tokens_BT),

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from distill.batch import TeacherOutput
 from distill.runtime import mesh as mesh_lib
 from models import families
 from models.qwen3.config import Config
@@ -40,36 +41,55 @@ def placed(config, seed, mesh):
     return jax.device_put(initial(config, seed), shardings)
 
 
+def scored_by(batch: Any, hidden_BTE: Any, head_VE: Any) -> Any:
+    """The batch with the output of one teacher."""
+    output = TeacherOutput(hidden_BTE=(hidden_BTE,), heads_VE=(head_VE,))
+    return dataclasses.replace(batch, teacher=output)
+
+
 def one_update(
-    programs: Any,
-    state: Any,
-    batch: Any,
-    heads: Any = None,
-    frozen: Any = None,
-    accumulate: int = 1,
-):
+    programs: Any, state: Any, batch: Any, frozen: Any = None, accumulate: int = 1
+) -> tuple[Any, Any, Any]:
     """An update by a whole batch in micro-batches, whose rows interleave: the state, the metrics,
     and the stats of the whole batch."""
     mesh = jax.tree.leaves(state.params)[0].sharding.mesh
-    hosted = jax.tree.map(np.asarray, batch)
+    heads = batch.teacher and batch.teacher.heads_VE
+
+    def without_heads(batch: Any, heads_VE: Any = ()) -> Any:
+        """Heads are not split by rows."""
+        if not batch.teacher:
+            return batch
+        teacher = dataclasses.replace(batch.teacher, heads_VE=heads_VE)
+        return dataclasses.replace(batch, teacher=teacher)
+
+    hosted = jax.tree.map(np.asarray, without_heads(batch))
     parts = [jax.tree.map(lambda x, k=k: x[k::accumulate], hosted) for k in range(accumulate)]
-    micros = (jax.device_put(part, mesh_lib.make_row_sharding(mesh)) for part in parts)
-    single = accumulate == 1
-    state, measured, found = programs.once(state, micros, heads, frozen, single=single)
-    each = [found[k] for k in range(accumulate)]
-    stats = jax.tree.map(lambda *x: np.stack(x, 1).reshape(-1, *x[0].shape[1:]), *each)
-    return state, measured, stats
+    micros = (
+        without_heads(jax.device_put(part, mesh_lib.make_row_sharding(mesh)), heads)
+        for part in parts
+    )
+    state, metrics, kept_stats = programs.run_update(
+        state, micros, frozen, single_microbatch=accumulate == 1
+    )
+    stats = jax.tree.map(
+        lambda *x: np.stack(x, 1).reshape(-1, *x[0].shape[1:]),
+        *(kept_stats[k] for k in range(accumulate)),
+    )
+    return state, metrics, stats
 
 
-def sequences_of(work: Any, made: Any = lambda micro: micro.make_batch()) -> list[Any]:
-    """What a step trains on, sequence by sequence in the order that they are numbered: batches of
-    arrays [tokens, ...]. `made` gives a micro-batch's arrays."""
-    found = {}
-    for micro in (micro for part in work for micro in part):
-        batch = dataclasses.replace(made(micro), teacher_inputs=None)
+def sequences_of(minibatches: Any, load: Any = lambda micro: micro.make_batch()) -> list[Any]:
+    """The sequences that a step trains on, in the order of their numbers: batches of arrays
+    [tokens, ...]. `load` gives a micro-batch's arrays."""
+    sequences = {}
+    for micro in (micro for part in minibatches for micro in part):
+        batch = dataclasses.replace(load(micro), teacher_inputs=None)
+        if batch.teacher:
+            teacher = dataclasses.replace(batch.teacher, heads_VE=())
+            batch = dataclasses.replace(batch, teacher=teacher)
         batch = jax.tree.map(np.asarray, batch)
         for row, numbers in enumerate(micro.rows):
             for segment, number in enumerate(numbers, start=1):
                 own = batch.segments_BT[row] == segment
-                found[number] = jax.tree.map(lambda x, row=row, own=own: x[row][own], batch)
-    return [found[number] for number in sorted(found)]
+                sequences[number] = jax.tree.map(lambda x, row=row, own=own: x[row][own], batch)
+    return [sequences[number] for number in sorted(sequences)]

@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs import base, quickstart
 from distill.data import chat, examples, teacher_context
-from distill.objectives import divergences, fused_head
+from distill.objectives import divergences
 from distill.policy import exporting, policy
 from distill.rewards import graders
 from distill.runtime import mesh as mesh_lib
 from distill.teachers import local
 from distill.training import collect, loop, setup
 from models.errors import UserError
+from tests.support.heads import token_stats
 from tests.support.paths import ROOT
 from tests.support.updates import sequences_of
 
@@ -78,7 +79,7 @@ def collected(c: ConfigDict, mesh=None):
         params = policy.load(plan.student, "float32").params
         collector = collect.make_collector(c, plan, plan.stages[0], mesh, grader)
         work, measured = loop.collect_step(collector, params, 0, params)
-        teachers = [plan.teachers[name] for name in c.opd.teachers]
+        teachers = local.place_heads([plan.teachers[name] for name in c.opd.teachers])
         score = lambda micro: local.score(teachers, micro.to_device(mesh), params)  # noqa: E731
         return sequences_of(work, score), measured
 
@@ -178,7 +179,7 @@ def test_a_context_moves_the_response_behind_another_prompt(files):
     assert any(row.segments_BT[0] > 1 for row in rows)
     seen = 0
     for row, (prompt, response, at) in zip(rows, own_rows(rows), strict=True):
-        (hidden,) = row.teacher_hidden_BTD
+        (hidden,) = row.teacher.hidden_BTE
         whole = prompts[prompt] + response
         with torch.no_grad():
             out = network(torch.tensor([whole]), output_hidden_states=True).hidden_states[-1][0]
@@ -197,7 +198,7 @@ def test_an_empty_context_changes_nothing(files):
     plain, _ = collected(config(files, batch_size=16))
     prompts, same = behind(files, before_question), 0
     for one, other, (prompt, _, at) in zip(told, plain, own_rows(plain), strict=True):
-        (ours,), (theirs,) = one.teacher_hidden_BTD, other.teacher_hidden_BTD
+        (ours,), (theirs,) = one.teacher.hidden_BTE, other.teacher.hidden_BTE
         equal = np.allclose(ours[at - 1], theirs[at - 1], atol=1e-5)
         assert equal == (prompts[prompt] == list(prompt))
         same += equal
@@ -230,7 +231,7 @@ def test_rows_are_routed_by_their_source(files):
     by_source, seen = behind(files, in_system), set()
     for row, (prompt, _, _) in zip(rows, own_rows(rows), strict=True):
         first = prompt in by_source
-        assert (row.teacher_weight_BTN == [first, not first]).all()
+        assert (row.teacher.weight_BTN == [first, not first]).all()
         seen.add(first)
     assert seen == {True, False}
 
@@ -252,7 +253,7 @@ def test_a_mixture_is_of_probabilities(estimator):
     form = divergences.Divergence(k=3 if estimator == "topk" else 0)
 
     def total(own, hidden_BTE, heads_VE, share):
-        stats = fused_head.compute_token_stats(
+        stats = token_stats(
             hidden, own, targets, hidden_BTE, heads_VE, loss_chunk_mib=1e-3, divergence=form,
             teacher_weight_BTN=share,
         )  # fmt: skip
@@ -333,15 +334,15 @@ def test_a_moving_average_is_kept_resumed_and_teaches(rank, sizes, files, tmp_pa
     ("objective", "changes", "words"),
     [
         ("opd", {"teachers": ()}, "teachers: opd needs a teacher"),
-        ("opd", {"teachers": ("judge",)}, "config.opd.teachers: 'judge' is no teacher"),
-        ("opd", {"teachers": ("student",)}, "'student' is no teacher"),
+        ("opd", {"teachers": ("judge",)}, "config.opd.teachers: 'judge' is not a teacher"),
+        ("opd", {"teachers": ("student",)}, "'student' is not a teacher"),
         ("opd", {"teachers": ("teacher", "teacher")}, "'teacher' is named twice"),
         ("opd", {"teachers": ("teacher", "origin")}, "which names 0"),
         ("opd", {"teacher_weights": (1.0, 2.0)}, r"2 for the 1 of teachers=\('teacher',\)"),
         ("opd", {"teacher_weights": (-1.0,)}, "must be above 0 and finite"),
         ("opd", {"teachers": ("past",)}, "config.past.path=ema: no moving average is kept"),
-        ("sft", {"teacher_weights": (1.0,)}, "teacher_weights: sft asks no teacher"),
-        ("grpo", {"context__column": "solution"}, "context: grpo asks no teacher to read it"),
+        ("sft", {"teacher_weights": (1.0,)}, "teacher_weights: sft has no teacher"),
+        ("grpo", {"context__column": "solution"}, "context: grpo has no teacher to read it"),
         (
             "distill",
             {"loss__served": "top", "loss__served_k": 4, "loss__estimator": "topk", "loss__k": 4},
@@ -374,9 +375,9 @@ def test_what_cannot_teach_is_refused(objective, changes, words, files, monkeypa
     [
         ({"student.ema_decay": 1.0}, "config.student.ema_decay=1.0: must be at least 0"),
         ({"student.ema_decay": -0.1}, "config.student.ema_decay=-0.1"),
-        ({"student.random_init": True}, "config.origin.path=initial: nothing keeps random"),
+        ({"student.random_init": True}, "config.origin.path=initial: random weights are not"),
         ({"origin.path": TEACHER, "origin.step": 3}, "config.origin.step=3: .* is no run"),
-        ({"origin.dtype": "int8"}, "config.origin.dtype: 'int8'"),
+        ({"origin.dtype": "int8"}, "config.origin.dtype='int8'"),
     ],
 )
 def test_what_has_no_past_is_refused(changes, words, files):

@@ -38,18 +38,18 @@ def config(devices: int, **sizes: int) -> ConfigDict:
 
 @pytest.mark.long
 def test_a_run_with_teachers_apart_is_the_same_run(tmp_path, monkeypatch):
-    seen, heads = [], local.get_teacher_heads
+    seen, place_heads = [], local.place_heads
 
     def noted(teachers):
         here = set(jax.sharding.get_mesh().devices.flat)
         for of in teachers:
             lie = {d for x in jax.tree.leaves(of.policy.params) for d in x.sharding.device_set}
             seen.append(lie.isdisjoint(here))
-        found = heads(teachers)
-        assert all(x.sharding.device_set == here for x in jax.tree.leaves(found))
-        return found
+        placed = place_heads(teachers)
+        assert all(x.head_VE.sharding.device_set == here for x in placed)
+        return placed
 
-    monkeypatch.setattr(local, "get_teacher_heads", noted)
+    monkeypatch.setattr(local, "place_heads", noted)
     told = []
     for name, c in (("together", config(0)), ("apart", config(4, fsdp=2, tensor=2))):
         loop.run(c, tmp_path / name)
@@ -76,8 +76,8 @@ def test_what_they_write_comes_back():
             assert policy.get_mesh(teachers[0].policy) == apart
             collector = collect.make_collector(c, plan, plan.stages[0], mesh, grader)
             ((micro, *_), *_), _ = loop.collect_step(collector, {}, 0)
-            scored = local.score(teachers, micro.to_device(mesh))
-            arrays = jax.tree.leaves((scored.teacher_hidden_BTD, local.get_teacher_heads(teachers)))
+            scored = local.score(local.place_heads(teachers), micro.to_device(mesh))
+            arrays = jax.tree.leaves(scored.teacher)
         assert all(x.sharding.device_set == set(mesh.devices.flat) for x in arrays)
         found.append([np.asarray(x) for x in arrays])
     for one, other in zip(*found, strict=True):

@@ -118,18 +118,17 @@ def trained(case: dict, packed: bool, sizes: tuple[int, ...] = (1, 1, 1)):
         before = jax.tree.map(np.array, params)
         state = update_lib.init_train_state(optimizer, params, 0)
         mib = 4e-3 * mesh.size
-        programs = update_lib.make_update(
-            *(make_model(config), optimizer, loss, R, mib, state),
-            overlap=2 if loss.teacher else 0,
-            temperature=given["temperature"],
+        options = update_lib.UpdateOptions(
+            R, mib, overlap_k=2 if loss.teacher else 0, temperature=given["temperature"]
         )
+        programs = update_lib.make_update(make_model(config), optimizer, loss, options, state)
         stage: Any = types.SimpleNamespace(
             sampled_rows=written,
             updates_per_step=given["epochs"] * minibatches,
             c=types.SimpleNamespace(epochs=given["epochs"], accumulate=1),
         )
         train = trainer.Trainer(
-            *(stage, mesh, programs, who, local.get_teacher_heads(who)),
+            *(stage, mesh, programs, local.place_heads(who)),
             read(config, 9, mesh) if loss.reference else None,
             *(None, mib, given["temperature"]),
         )

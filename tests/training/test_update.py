@@ -17,7 +17,7 @@ from distill.runtime import mesh as mesh_lib
 from distill.training import update
 from models import families, transformer
 from models.errors import UserError
-from tests.support.updates import CONFIG, TEACHER, one_update, placed
+from tests.support.updates import CONFIG, TEACHER, one_update, placed, scored_by
 
 B, T = 8, 24
 
@@ -27,6 +27,10 @@ hidden_of = jax.jit(forward.compute_hidden, static_argnums=0)
 
 def optimizer():
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, b2=0.95))
+
+
+def make_programs(qwen3, loss, state, mib):
+    return update.make_update(qwen3, optimizer(), loss, update.UpdateOptions(T, mib), state)
 
 
 def batch(seed=0):
@@ -50,22 +54,20 @@ def curve(objective="opd", sizes=(1, 1, 1), accumulate=1, remat=False, scan=True
         state = update.init_train_state(optimizer(), student, 0)
         qwen3 = families.make_model(CONFIG, remat=remat, scan=scan)
         loss, mib = losses.OBJECTIVES[objective], 4e-3 * mesh.size
-        programs = update.make_update(qwen3, optimizer(), loss, T, mib, state)
-        head, lowered, numbers = None, None, []
+        programs = make_programs(qwen3, loss, state, mib)
+        lowered, numbers = None, []
         for i in range(steps):
             data = jax.device_put(batch(i), mesh_lib.make_row_sharding(mesh))
             if objective == "opd":
                 hidden = hidden_of(families.make_model(TEACHER), teacher, data)
-                data = dataclasses.replace(data, teacher_hidden_BTD=hidden)
-                head = transformer.get_output_head(teacher)
+                data = scored_by(data, hidden, transformer.get_output_head(teacher))
             if i == 0:
-                given = (None, state.params, data, head)
-                figures = jax.eval_shape(programs.accumulate, *given)[1]
+                sums = jax.eval_shape(programs.accumulate, None, state.params, data)[1]
                 lowered = (
-                    programs.accumulate.lower(state.params, *given[1:]),
-                    programs.apply.lower(state, state.params, figures, 1),
+                    programs.accumulate.lower(state.params, state.params, data),
+                    programs.apply.lower(state, state.params, sums, 1),
                 )
-            state, measured, stats = one_update(programs, state, data, head, accumulate=accumulate)
+            state, measured, stats = one_update(programs, state, data, accumulate=accumulate)
             numbers.append([float(measured["loss"]), float(measured["grad_norm"])])
     return np.array(numbers), state, lowered, stats
 
@@ -117,14 +119,10 @@ def test_teacher_is_student():
         params = placed(CONFIG, 0, mesh)
         data = batch()
         hidden = hidden_of(families.make_model(CONFIG), params, data)
-        data = dataclasses.replace(data, teacher_hidden_BTD=hidden)
+        data = scored_by(data, hidden, jnp.array(transformer.get_output_head(params)))
         state = update.init_train_state(optimizer(), params, 0)
-        step = update.make_update(
-            families.make_model(CONFIG), optimizer(), losses.OBJECTIVES["opd"], T, 4e-3, state
-        )
-        _, measured, _ = one_update(
-            step, state, data, jnp.array(transformer.get_output_head(params))
-        )
+        programs = make_programs(families.make_model(CONFIG), losses.OBJECTIVES["opd"], state, 4e-3)
+        _, measured, _ = one_update(programs, state, data)
     assert abs(float(measured["loss"])) < 1e-6
     assert float(measured["grad_norm"]) < 1e-5
 
@@ -134,8 +132,9 @@ def test_a_padded_batch_has_the_loss_of_the_real_rows():
     params = placed(CONFIG, 0, mesh)
 
     def loss(data):
+        options = update.UpdateOptions(T, 1.0)
         total, (sums, _) = update.compute_loss_sums(
-            families.make_model(CONFIG), losses.OBJECTIVES["sft"], T, 1.0, params, data, None
+            families.make_model(CONFIG), losses.OBJECTIVES["sft"], options, params, data
         )
         return float(total), float(sums["loss"][1])
 
@@ -229,8 +228,7 @@ def test_a_batch_without_a_token_to_train_on_moves_nothing(minibatches):
     mesh = mesh_lib.make_mesh(1, 1, 1)
     with mesh_lib.use_mesh(mesh):
         state = update.init_train_state(optimizer(), placed(CONFIG, 0, mesh), 0)
-        loss = losses.OBJECTIVES["sft"]
-        programs = update.make_update(families.make_model(CONFIG), optimizer(), loss, T, 1.0, state)
+        programs = make_programs(families.make_model(CONFIG), losses.OBJECTIVES["sft"], state, 1.0)
 
         def step(state, batch):
             """Rows interleave between the minibatches."""
