@@ -170,7 +170,7 @@ def test_interrupted_it_goes_on(
     def no_step(*_: Any) -> None:
         raise AssertionError("a step was trained again")
 
-    monkeypatch.setattr(loop.update, "make", lambda *_, **__: no_step)
+    monkeypatch.setattr(loop.update, "make_update", lambda *_, **__: no_step)
     assert start(models, tmp_path) == 0
     assert contents(tmp_path / "checkpoints") == trained
     found, expected = untimed(summary_of(tmp_path)), untimed(summary_of(done))
