@@ -70,6 +70,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         ".student.replay_routing": True,
     },
 }
+# Metrics that had other names when the sums in benchmarks/results/ were made: today's -> then's.
+FORMER_NAMES = {
+    "reward/zero_variance_groups": "reward/constant_groups",
+    "reward/teacher_logprob": "reward/judge",
+    "reward/teacher_logprob_std": "reward/judge_std",
+}
 MESH = {1: {}, 8: {"fsdp": 4, "tensor": 2}}
 
 
@@ -123,7 +129,8 @@ def digest_run(run: Path, exported: Path) -> dict[str, str]:
         weights.update(file.read_bytes())
     metrics = hashlib.sha256()
     for line in (run / "metrics.jsonl").read_text().splitlines():
-        row = {k: x for k, x in json.loads(line).items() if not is_timing(k)}
+        row = json.loads(line).items()
+        row = {FORMER_NAMES.get(k, k): x for k, x in row if not is_timing(k)}
         metrics.update(json.dumps(row, sort_keys=True).encode())
     tokens = hashlib.sha256()
     for file in sorted((run / "rollouts").glob("*.jsonl")):
