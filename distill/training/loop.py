@@ -244,7 +244,7 @@ def run(c: ConfigDict, workdir: epath.PathLike) -> None:
                 if index > first_stage:
                     progress = None
                     state = update.init_train_state(
-                        stage.optimizer, state.params, int(state.step), state.ema_params
+                        stage.optimizer, state.params, int(state.step), state.average
                     )
                 state = run_stage(c, loaded_setup, index, state, progress, run_context)
                 if run_context.check_stop_signal():
@@ -288,9 +288,7 @@ def run_stage(
             start_time, is_last = time.perf_counter(), step + 1 == stage.end_step
             transcript_count = c.log.transcripts if step % c.log.transcripts_every == 0 else 0
 
-            minibatches, host_metrics = collect_step(
-                collector, state.params, step, state.ema_params
-            )
+            minibatches, host_metrics = collect_step(collector, state.params, step, state.average)
             state, device_metrics, kept_stats, score_seconds = stage_trainer.step(
                 state, minibatches, transcript_count
             )

@@ -75,7 +75,7 @@ class Trainer:
                     for k, x in enumerate(microbatches)
                 ),
                 self.frozen_params,
-                prepare_batch=functools.partial(run_timed, self._score, state.ema_params),
+                prepare_batch=functools.partial(run_timed, self._score, state.average),
                 keep_stats={
                     k
                     for k, x in enumerate(microbatches)

@@ -30,12 +30,12 @@ PARTIAL_METRICS = ("/", "_from_", "stop_")  # in names of metrics that some upda
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What training changes, and a checkpoint stores: no teacher, no frozen base."""
+    """The state that training changes. The fields are the entries of a checkpoint, by name."""
 
     params: Params  # trained parameters: all, or the collection LORA alone
     opt_state: optax.OptState
     step: jax.Array  # int32 scalar: steps done, over all stages
-    ema_params: Params | None = None  # moving average of `params`, if one is kept
+    average: Params | None = None  # moving average of `params`, if one is kept
 
 
 def init_train_state(
@@ -378,7 +378,7 @@ def _apply_update(
     metrics["trained_tokens"] = trained_tokens
     if max_ratio is not None:
         metrics["ratio_max"] = max_ratio
-    average = state.ema_params
+    average = state.average
     if average is not None:
         rate = jnp.where(has_tokens, 1 - ema_decay, 0)
         average = jax.tree.map(lambda a, p: a + rate * (p - a), average, params)

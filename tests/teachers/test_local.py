@@ -345,12 +345,21 @@ def test_a_moving_average_is_kept_resumed_and_teaches(rank, sizes, files, tmp_pa
         ("grpo", {"context__column": "solution"}, "context: grpo has no teacher to read it"),
         (
             "distill",
-            {"loss__served": "top", "loss__served_k": 4, "loss__estimator": "topk", "loss__k": 4},
+            {
+                "loss__teacher_output": "top",
+                "loss__teacher_topk": 4,
+                "loss__estimator": "topk",
+                "loss__k": 4,
+            },
             "a.jsonl:1: no top_logprobs beside its tokens",
         ),
         ("opd", {"context__text": "nowhere.md"}, "config.opd.context.text=nowhere.md: cannot be"),
         ("opd", {"context__column": "proof"}, "a.jsonl:1: no proof among its columns"),
-        ("opd", {"context__column": "solution", "context__place": "end"}, "context.place: 'end'"),
+        (
+            "opd",
+            {"context__column": "solution", "context__place": "end"},
+            "context.place=.end.: must be one of",
+        ),
         ("opd", {"context__column": "manual", "context__max_tokens": 1}, "allow 61 together"),
         (
             "opd",
