@@ -100,8 +100,8 @@ def sums(loss, parameters, layout, fresh=False, chunk=0):
 
     def place(x, garbage):
         shape = (*real.shape, *x.shape[2:])
-        real = real.reshape(*real.shape, *[1] * (x.ndim - 2))
-        return jnp.where(real, x[at[0], at[1]], jnp.broadcast_to(garbage, shape).astype(x.dtype))
+        filled = real.reshape(*real.shape, *[1] * (x.ndim - 2))
+        return jnp.where(filled, x[at[0], at[1]], jnp.broadcast_to(garbage, shape).astype(x.dtype))
 
     noise = 3 * rng.normal(size=(*real.shape, D))
     hidden = place(parameters["hidden"], noise)

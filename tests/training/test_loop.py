@@ -312,9 +312,9 @@ def test_a_base_student_takes_the_tokenizer_of_its_teacher(models, tmp_path):
     exporting.export_run(tmp_path / "run", tmp_path / "out")
     teacher = policy.make_abstract(models[1], "float32", False, mesh_lib.make_mesh(1, 1, 1))
     for path in (tmp_path / "run", tmp_path / "out"):
-        student = policy.make_abstract(str(path), "float32", False, mesh_lib.make_mesh(1, 1, 1))
-        compatibility.require_same_vocabulary(student, teacher)
-        assert student.stop_ids == tuple(sorted({0, *teacher.stop_ids}))
+        saved = policy.make_abstract(str(path), "float32", False, mesh_lib.make_mesh(1, 1, 1))
+        compatibility.require_same_vocabulary(saved, teacher)
+        assert saved.stop_ids == tuple(sorted({0, *teacher.stop_ids}))
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["top_k"] == 20
 
 
