@@ -106,8 +106,8 @@ def test_every_cell_runs(done: tuple[Any, Path]) -> None:
     )
     assert before["problems"] == after["problems"] == 16 and before["accuracy"] > 0
     assert after["accuracy"] == steps[-1]["eval/accuracy"]  # the same problems
-    for one in (before, after):
-        assert f"{100 * one['accuracy']:.1f} [" in printed(nb, "after")
+    for evaluation in (before, after):
+        assert f"{100 * evaluation['accuracy']:.1f} [" in printed(nb, "after")
     assert {"adapter", "model.safetensors", "tokenizer.json"} <= set(printed(nb, "export").split())
     text = printed(nb, "transcript")
     pairs = zip(*(rows(out / when / "examples.jsonl") for when in ("before", "after")), strict=True)

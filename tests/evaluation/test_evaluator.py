@@ -384,8 +384,8 @@ def test_gsm8k_responses_are_graded_by_their_own_answers(paths, loaded, tmp_path
     with policy.use(loaded[0]):
         prompts = completions.encode_row_prompts(loaded[0], problem_rows, False, 24)
         replies = responses.sample(loaded[0], problem_rows, prompts, spec, 0)
-        said = [[str(row["response"]) for row in group] for group in replies]
-    numbers = [graders.extract_answer(second) for _, second in said]
+        generated = [[str(row["response"]) for row in group] for group in replies]
+    numbers = [graders.extract_answer(second) for _, second in generated]
     expected = [0 if n is None else int(abs(float(n))) for n in numbers]
     for row, number in zip(rows, expected, strict=True):
         row["answer"] = number
@@ -403,7 +403,7 @@ def test_gsm8k_responses_are_graded_by_their_own_answers(paths, loaded, tmp_path
     limits = ("--max_new_tokens=24", "--batch_size=8")
     assert call(evaluate, *flags, *sampling, *limits, f"--out={out}") == 0
     graded = read(out / "examples.jsonl")
-    assert [[r["response"] for r in graded[i : i + 2]] for i in range(0, 8, 2)] == said
+    assert [[r["response"] for r in graded[i : i + 2]] for i in range(0, 8, 2)] == generated
     check_summary(out, graded, samples=2)
     tokenizer = chat.load_tokenizer(paths[0])
     assert tokenizer is not None

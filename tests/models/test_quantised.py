@@ -148,7 +148,7 @@ def taught():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_quantisation_costs_little_divergence_and_halves_memory(taught, kind):
+def test_quantisation_costs_little_divergence_and_saves_memory(taught, kind):
     teacher, batch, where, reference = taught
     small = loaded(ROOT / "assets" / "teacher", kind)
     divergence = kl(reference, log_probs(small.model, small.params, batch))[where]

@@ -280,7 +280,7 @@ def test_damaged_shards_are_refused(sharded, tmp_path, change):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     said = damaged(tmp_path, change)
     config = families.read_config(tmp_path)
-    with pytest.raises(UserError) as error:  # found by `check_files`, before anything is read
+    with pytest.raises(UserError) as error:  # before anything is read
         weights.check_weights(tmp_path, config, families.get_abstract_params(config)[0])
     assert said in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(UserError) as again:

@@ -582,7 +582,7 @@ def test_bfloat16_gradients_have_one_rounding_error(arrays):
 @pytest.mark.parametrize(
     "d", [Divergence(), Divergence("jsd", temperature=2.0, k=16, topk_from="union")], ids=str
 )
-def test_streamed_loss_needs_a_tenth_of_the_memory(d):
+def test_streamed_loss_needs_under_a_tenth_of_the_memory(d):
     """Uses 8,192 tokens and the real vocabulary, against the naive loss."""
     tokens, vocabulary, width, teacher_width = 8192, 151_936, 256, 320
     f32 = jnp.float32

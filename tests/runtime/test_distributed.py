@@ -109,26 +109,26 @@ def test_run_files_are_written_to_a_bucket(
     memory: MemoryFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    at, c = "gs://bucket/run", quickstart.get_config("tiny")
-    loop.init_workdir(run_files.epath.Path(at), c)
-    with run_files.Writer(at, 0) as writer:
+    workdir, c = "gs://bucket/run", quickstart.get_config("tiny")
+    loop.init_workdir(run_files.epath.Path(workdir), c)
+    with run_files.Writer(workdir, 0) as writer:
         for step in range(3):
             writer.write(step, "opd", {"x": step / 3})
         assert not memory.exists("gs://bucket/run/metrics.jsonl")  # not yet
         writer.flush()
         assert memory.cat("gs://bucket/run/metrics.jsonl").count(b"\n") == 3
         writer.write_rollouts(1, [{"text": "a"}])
-    with run_files.Writer(at, 2) as writer:  # step 2 is repeated
+    with run_files.Writer(workdir, 2) as writer:  # step 2 is repeated
         writer.write(2, "opd", {"x": None})
     lines = memory.cat("gs://bucket/run/metrics.jsonl").decode().splitlines()
     assert [json.loads(line)["x"] for line in lines] == [0, 1 / 3, None]
     assert memory.cat("gs://bucket/run/rollouts/000001.jsonl") == b'{"text": "a"}\n'
-    assert hub.is_run(at)
-    with Checkpoints(f"{at}/checkpoints") as saved:
-        assert str(saved._directory) == f"{at}/checkpoints" and saved.read_latest() is None
+    assert hub.is_run(workdir)
+    with Checkpoints(f"{workdir}/checkpoints") as saved:
+        assert str(saved._directory) == f"{workdir}/checkpoints" and saved.read_latest() is None
     with pytest.raises(UserError, match="another config"):
         c.seed = 5
-        loop.init_workdir(run_files.epath.Path(at), c)
+        loop.init_workdir(run_files.epath.Path(workdir), c)
     assert not list(tmp_path.iterdir())  # no folder named gs:
 
 

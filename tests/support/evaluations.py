@@ -40,8 +40,8 @@ def killed(model: str, folder: Path, kills: int, problems: int, seed: int) -> No
     files of an undisturbed run. Arithmetic problems are graded as mathematics, so that graders are
     at work."""
     rows = load_problems("arithmetic", "", problems)
-    asked = write(folder / "asked.jsonl", [row for _, row in rows])
-    flags = ("--benchmark=math", f"--data={asked}", "--samples=2", "--temperature=1", "--k=1,2")
+    questions = write(folder / "questions.jsonl", [row for _, row in rows])
+    flags = ("--benchmark=math", f"--data={questions}", "--samples=2", "--temperature=1", "--k=1,2")
     limits = ("--max_new_tokens=12", "--batch_size=4", "--template={question}", f"--model={model}")
 
     def start(out: str) -> subprocess.Popen:
