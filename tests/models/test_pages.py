@@ -387,7 +387,7 @@ def compile_for(topology, data, tensor, T):
         real_BT = (held.row_BT >= 0).astype(jnp.int32)
         given = tokens_BT, held.position_BT, real_BT, held
         applied: Any = qwen3.apply({"params": params}, *given)
-        return applied[1].bare(), applied[0][:, -1, 0]
+        return applied[1].unbind_tokens(), applied[0][:, -1, 0]
 
     def decode(held, params, table, length):
         def step(carry):
