@@ -103,7 +103,7 @@ def sample(
     from distill.rollout import completions
 
     known = {
-        f.name for kind in (rollout.SampleSpec, rollout.Sampling) for f in dataclasses.fields(kind)
+        f.name for cls in (rollout.SampleSpec, rollout.Sampling) for f in dataclasses.fields(cls)
     }
     _check_names(options, known - {"sampling", "top_logprobs"})
     spec = rollout.make_sample_spec(options)
@@ -112,13 +112,13 @@ def sample(
     ids = completions.encode_row_prompts(model, rows, thinking, spec.max_new_tokens)
     with policy.use(model):
         groups = list(completions.complete(model, ids, spec))
-    found = []
+    results = []
     for prompt_ids, group in zip(ids, groups, strict=True):
         for sequence in group:
             fields = completions.format_completion(model.tokenizer, sequence, spec.stop_strings)
             names = ("tokens", "logprobs", "text", "finish_reason")
-            found.append(Completion(prompt_ids, **{name: fields[name] for name in names}))
-    return found
+            results.append(Completion(prompt_ids, **{name: fields[name] for name in names}))
+    return results
 
 
 def logprobs(model: "Policy", completions: Sequence[Completion]) -> "list[np.ndarray]":
@@ -214,11 +214,11 @@ def train(config: "ConfigDict", workdir: str) -> Run:
     return Run(epath.Path(workdir))
 
 
-def _check_names(given: dict[str, Any], known: set[str]) -> None:
+def _check_names(arguments: dict[str, Any], known: set[str]) -> None:
     """Raises UserError for an unknown argument."""
     from models.errors import UserError
 
-    if unknown := sorted(given.keys() - known):
+    if unknown := sorted(arguments.keys() - known):
         raise UserError(f"{unknown[0]}: no such option; known are {', '.join(sorted(known))}")
 
 

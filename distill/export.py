@@ -1,4 +1,4 @@
-"""python -m distill.export --run=runs/x --out=DIR: exports to a Hugging Face directory.
+"""python -m distill.export --run=runs/x --out=DIR: exports a run to a Hugging Face directory.
 
 Writes the student's config.json, safetensors, tokenizer and generation_config.json, which
 transformers and vLLM load, and export.json, which records the source. DIR appears only when it is

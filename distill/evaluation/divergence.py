@@ -65,13 +65,13 @@ def compute_token_reverse_kl(
         kl_BT, _ = _compute_kl(subject, teacher, params, teacher_params, batch)
         return mesh_lib.replicate_array(losses.unshift(kl_BT))
 
-    found: list[np.ndarray] = []
+    response_kls: list[np.ndarray] = []
     for chunk, batch in _iter_batches(subject, iter(examples), width, batch_size):
         kl_BT = np.asarray(compute_kl(subject.params, teacher.params, batch))
         for row, example in enumerate(chunk):
             start = len(example.prompt)
-            found.append(kl_BT[row, start : start + len(example.response)])
-    return found
+            response_kls.append(kl_BT[row, start : start + len(example.response)])
+    return response_kls
 
 
 def _compute_kl(

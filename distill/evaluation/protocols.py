@@ -43,7 +43,7 @@ PROTOCOLS: dict[str, Settings] = {
 
 @dataclasses.dataclass(frozen=True)
 class EvalSpec:
-    """How a model is evaluated on a benchmark."""
+    """Settings for evaluating a model on a benchmark."""
 
     benchmark: str
     sample: rollout.SampleSpec

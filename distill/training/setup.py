@@ -185,7 +185,7 @@ def _setup_stage(
     mesh: Mesh,
     teacher_mesh: Mesh,
 ) -> StageSetup:
-    """Checks a stage, and its data as far as `data.check_rows`."""
+    """Checks a stage, and the first `data.check_rows` rows of its data."""
     s = c[name]
     loss, sampled_rows = stages.resolve_objective(name, s)
     context = teacher_context.load_context(s.context, f"config.{name}.context")
