@@ -1,1 +1,1 @@
-"""Measurements of speed, each a script; their results, with the machine named, in results/."""
+"""Scripts that measure speed; results/ holds their results, each with the machine named."""

@@ -1,8 +1,7 @@
-"""What the side-by-side benchmarks share: contenders in processes of their own, what the machine
-can do at most, and how results are written.
+"""Shared parts of the side-by-side benchmarks: worker processes, hardware limits and reports.
 
-A contender answers jobs, one JSON object a line (`benchmarks.workers.serve`). Those of a benchmark
-take turns, A B C A B C, so that a machine that slows down slows all of them.
+A contender answers jobs, one JSON object a line (`benchmarks.workers.serve_jobs`). Contenders take
+turns, A B C A B C, so that a slowdown of the machine affects all of them.
 """
 
 import contextlib
@@ -29,50 +28,54 @@ ROOT = Path(__file__).parent.parent
 
 JsonDict = dict[str, Any]
 
-flags.disclaim_key_flags()  # --help of a benchmark then lists these flags among its own
+flags.disclaim_key_flags()  # so that --help of a benchmark lists these flags as its own
 
 
 def define_flags(rounds: int) -> flags.FlagValues:
-    """The flags that every benchmark has; `rounds` is a default."""
+    """Defines the flags of every side-by-side benchmark; `rounds` is a default."""
     options = flags.FlagValues()
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "To compute in.", options)
-    flags.DEFINE_integer("rounds", rounds, "Turns of each.", lower_bound=1, flag_values=options)
-    flags.DEFINE_string("hf_python", sys.executable, "Interpreter with torch and its kin.", options)
+    flags.DEFINE_enum(
+        "dtype", "float32", ["float32", "bfloat16"], "Dtype of the computation.", options
+    )
+    flags.DEFINE_integer(
+        "rounds", rounds, "Turns of each contender.", lower_bound=1, flag_values=options
+    )
+    flags.DEFINE_string("hf_python", sys.executable, "Interpreter with torch and TRL.", options)
     flags.DEFINE_string("tunix_python", sys.executable, "Interpreter with google-tunix.", options)
-    flags.DEFINE_string("out", "benchmarks/results", "Directory of the results.", options)
+    flags.DEFINE_string("out", "benchmarks/results", "Directory for the results.", options)
     return options
 
 
 def define_model_flags(options: flags.FlagValues, rows: int, tokens: int) -> None:
-    """Adds the flags of benchmarks that compute with random models, as benchmarks/trainers.py."""
-    flags.DEFINE_enum("student", "0.6b", list(SIZES), "Whose widths it has.", flag_values=options)
-    flags.DEFINE_enum("teacher", "1.7b", list(SIZES), "Whose widths it has.", flag_values=options)
+    """Adds the flags of benchmarks of random models, whose workers are in benchmarks.trainers."""
+    flags.DEFINE_enum("student", "0.6b", list(SIZES), "Its released size.", flag_values=options)
+    flags.DEFINE_enum("teacher", "1.7b", list(SIZES), "Its released size.", flag_values=options)
     flags.DEFINE_integer("layers", 0, "Of both; 0: as released.", flag_values=options)
     flags.DEFINE_integer("vocabulary", 0, "Of both; 0: as released.", flag_values=options)
-    flags.DEFINE_integer("rows", rows, "Of a call.", lower_bound=1, flag_values=options)
-    flags.DEFINE_integer("tokens", tokens, "Of each row.", lower_bound=2, flag_values=options)
-    flags.DEFINE_integer("steps", 2, "Calls in a turn, after the first.", 1, flag_values=options)
+    flags.DEFINE_integer("rows", rows, "Rows per call.", lower_bound=1, flag_values=options)
+    flags.DEFINE_integer("tokens", tokens, "Tokens per row.", lower_bound=2, flag_values=options)
+    flags.DEFINE_integer("steps", 2, "Calls per turn after the first.", 1, flag_values=options)
 
 
 def make_config(options: Any, name: str) -> Config:
-    """The config of "student" or "teacher", by the flags of `models`."""
+    """Returns the config of "student" or "teacher" by the flags of `define_model_flags`."""
     cut = {"num_hidden_layers": options.layers, "vocab_size": options.vocabulary}
     return dataclasses.replace(SIZES[options[name].value], **{k: n for k, n in cut.items() if n})
 
 
 def get_interpreters(options: Any) -> dict[str, str]:
-    """The interpreters by the flags of `options`; what is not named here runs in this one."""
+    """Returns each contender's interpreter by the flags; this project runs in the current one."""
     torch: dict[str, str] = dict.fromkeys(("transformers", "trl"), options.hf_python)
     return {"ours": sys.executable, "tunix": options.tunix_python, **torch}
 
 
 class Worker:
-    """One contender in its process: `python -m MODULE ARGS`; `absent` says why there is none."""
+    """One contender in a process `python -m MODULE ARGS`; `absent` says why it cannot run."""
 
     def __init__(self, python: str, module: str, *args: str) -> None:
         self.absent = ""
         self.versions: dict[str, str] = {}
-        # On a GPU, jax would else take three quarters of its memory whether it needs them or not.
+        # By default, jax preallocates three quarters of a GPU's memory.
         environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         try:
             self._process = subprocess.Popen(
@@ -99,7 +102,7 @@ class Worker:
         return answer
 
     def send_job(self, **job: Any) -> JsonDict | None:
-        """Its answer; None if it has none, as where memory ran out."""
+        """Returns the answer to a job; None if there is none, for example if memory ran out."""
         if self.absent:
             return None
         assert self._process.stdin is not None
@@ -118,20 +121,24 @@ class Worker:
 
 
 def list_contenders(options: Any, case: str) -> dict[str, Callable[[], Worker]]:
-    """Who of benchmarks/trainers.py can do `what` in the dtype of the flags: name → a process."""
+    """Lists the workers of benchmarks/trainers.py that can do `case` in the flags' dtype.
+
+    Returns name → a function that starts the worker's process.
+    """
     interpreters = get_interpreters(options)
     return {
         name: functools.partial(
             Worker, interpreters[name.split(",")[0]], "benchmarks.trainers", name
         )
-        for name, can in trainers.WORKERS.items()
-        if case in can and ("autocast" not in name or options.dtype == "bfloat16")
+        for name, tasks in trainers.WORKERS.items()
+        if case in tasks and ("autocast" not in name or options.dtype == "bfloat16")
     }
 
 
 def measure_limits() -> JsonDict:
-    """What this project's devices can do: bytes a second that are read, and copied in place (read +
-    written); operations a second of a matrix product in each dtype; which devices they are."""
+    """Measures the limits of this project's devices in a process of its own: bytes/s read, bytes/s
+    copied in place (read + written), and FLOP/s of a matrix product by dtype.
+    """
     worker = Worker(sys.executable, "benchmarks.limits")
     answer = worker.send_job()
     worker.close()
@@ -142,11 +149,11 @@ def measure_limits() -> JsonDict:
 def run_turns(
     contenders: Mapping[str, Callable[[], Worker]], rounds: int, job: JsonDict
 ) -> tuple[dict[str, JsonDict], dict[str, dict[str, str]]]:
-    """What each makes of the job, and their versions. Each turn is a process of its own, so that no
-    contender's memory is in another's way, and its peak is that of the job.
+    """Runs a job on every contender, in turns; returns their results and package versions by name.
 
-    Of "seconds", a list, the median over all turns; of other figures the median, of peaks the
-    largest.
+    Each turn is a process of its own, so that contenders do not share memory and the peak is the
+    job's. Results are medians over all turns: "seconds" over the calls of all turns, while figures
+    that begin with "peak" are maxima.
     """
     answers: dict[str, list[JsonDict]] = {name: [] for name in contenders}
     results: dict[str, JsonDict] = {}
@@ -176,7 +183,7 @@ def run_turns(
 
 
 def describe_machine(versions: dict[str, dict[str, str]]) -> JsonDict:
-    """What the numbers belong to: processor, memory, versions."""
+    """Describes the machine of the results: processor, memory, load, versions and time."""
     name, memory = platform.processor() or platform.machine(), None
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -194,10 +201,10 @@ def describe_machine(versions: dict[str, dict[str, str]]) -> JsonDict:
 
 
 def render_heading(title: str, host: JsonDict, limits: JsonDict) -> list[str]:
-    """The lines above a table: where, when, with what, and what the machine gives at most."""
+    """Renders the lines above a table: the machine, the time, the limits and the versions."""
     used = (
-        f"{name}: " + ", ".join(f"{k} {v}" for k, v in of.items())
-        for name, of in host["versions"].items()
+        f"{name}: " + ", ".join(f"{k} {v}" for k, v in packages.items())
+        for name, packages in host["versions"].items()
     )
     return [
         f"# {title}",
@@ -212,8 +219,11 @@ def render_heading(title: str, host: JsonDict, limits: JsonDict) -> list[str]:
 
 
 def render_table(rows: list[JsonDict], limits: JsonDict, dtype: str) -> list[str]:
-    """Rows of {"case", "name", "tokens", "flop", "bytes", ...} beside this project's of the case,
-    and beside what the machine gives: `flop` and `bytes` are what the job cannot do without."""
+    """Renders rows of {"case", "name", "tokens", "flop", "bytes", ...} as a table.
+
+    Rates are shown relative to this project's and to the machine's limits; `flop` and `bytes` are
+    the least that the job needs.
+    """
     ours = {r["case"]: r.get("seconds") for r in rows if r["name"] == "ours"}
     lines = [
         "| case | by | tokens/s | ours over it | s | TFLOP/s | of matmul peak | GB/s |"
@@ -225,44 +235,45 @@ def render_table(rows: list[JsonDict], limits: JsonDict, dtype: str) -> list[str
         if "absent" in row:
             lines.append(start + row["absent"].replace("|", "/") + " | | | | | | | | |")
             continue
-        seconds, mine = row["seconds"], ours.get(row["case"])
-        rate, width = row["flop"] / seconds, row["bytes"] / seconds
+        seconds, our_seconds = row["seconds"], ours.get(row["case"])
+        flop_rate, byte_rate = row["flop"] / seconds, row["bytes"] / seconds
         lines.append(
-            f"{start}{row['tokens'] / seconds:.4g} | {f'{seconds / mine:.2f}' if mine else ''}"
-            f" | {seconds:.4g} | {rate / 1e12:.3g} | {rate / limits[dtype]:.0%}"
-            f" | {width / 1e9:.3g} | {width / limits['copy']:.0%}"
+            f"{start}{row['tokens'] / seconds:.4g}"
+            f" | {f'{seconds / our_seconds:.2f}' if our_seconds else ''}"
+            f" | {seconds:.4g} | {flop_rate / 1e12:.3g} | {flop_rate / limits[dtype]:.0%}"
+            f" | {byte_rate / 1e9:.3g} | {byte_rate / limits['copy']:.0%}"
             f" | {row['peak_bytes'] / 2**30:.2f} | {row['first_call_seconds']:.1f} |"
         )
     return lines
 
 
 def name_results(benchmark: str, known: list[str], cases: Mapping[str, JsonDict]) -> str:
-    """What its files are called: a part of the cases does not take the place of all of them."""
+    """Names a benchmark's result files; a run of some cases does not overwrite a run of all."""
     return benchmark if len(cases) == len(known) else "-".join([benchmark, *cases])
 
 
 def run_benchmark(
     name: str, title: str, options: Any, cases: dict[str, JsonDict], remarks: list[str]
 ) -> None:
-    """A whole benchmark by the flags of `models`.
+    """Runs a whole benchmark with the flags of `define_model_flags`, and writes its results.
 
-    cases: what → {"tokens", "flop", "bytes"} of a call, and what else its job says.
+    cases: case → {"tokens", "flop", "bytes"} of a call, and further fields of its job.
     """
     out = cli.check_output(f"{options.out}/{name}-{options.dtype}.json")
-    measured, load = measure_limits(), os.getloadavg()[0]
+    limits, load = measure_limits(), os.getloadavg()[0]
     names = ("student", "teacher", "layers", "vocabulary", "rows", "tokens", "steps", "dtype")
     shape = {flag: options[flag].value for flag in names} | {"rounds": options.rounds}
     rows: list[JsonDict] = []
     used: dict[str, dict[str, str]] = {}
-    for what, counts in cases.items():
-        job = {**shape, **counts, "what": what}
+    for case, costs in cases.items():
+        job = {**shape, **costs, "what": case}
         job |= {name: make_config(options, name).to_hf() for name in ("student", "teacher")}
-        who = list_contenders(options, what)
-        results_by_name, versions = run_turns(who, options.rounds, job)
+        contenders = list_contenders(options, case)
+        results_by_name, versions = run_turns(contenders, options.rounds, job)
         used |= versions
-        rows += [{"case": what, "name": one, **counts, **results_by_name[one]} for one in who]
+        rows += [{"case": case, "name": who, **costs, **results_by_name[who]} for who in contenders]
     host = {**describe_machine(used), "load_before": load}
-    lines = render_heading(f"{title}, {options.dtype}", host, measured)
+    lines = render_heading(f"{title}, {options.dtype}", host, limits)
     depth = f"{options.layers} layers" if options.layers else "all layers"
     lines += [
         f"Widths of {options.student} (teacher: {options.teacher}), {depth}, random weights;"
@@ -270,20 +281,20 @@ def run_benchmark(
         f" {options.steps} calls.",
         *remarks,
         "",
-        *render_table(rows, measured, options.dtype),
+        *render_table(rows, limits, options.dtype),
     ]
-    rates: dict[str, dict[str, float]] = {what: {} for what in cases}
+    rates: dict[str, dict[str, float]] = {case: {} for case in cases}
     for row in rows:
         rates[row["case"]][row["name"]] = row["tokens"] / row.get("seconds", float("inf"))
-    results = {"machine": host, "shape": shape, "limits": measured, "rows": rows}
+    results = {"machine": host, "shape": shape, "limits": limits, "rows": rows}
     write_results(out, results, lines, "tokens/s", rates)
 
 
 def write_results(
     out: Path, results: JsonDict, lines: list[str], unit: str, rates: dict[str, dict[str, float]]
 ) -> None:
-    """All numbers as OUT (.json), the table beside it (.md) and on stdout, and `rates` as bars
-    (.svg): group → name → height, where there are any."""
+    """Writes all numbers to `out` (.json), and beside it the table (.md) and a bar chart of `rates`
+    (.svg), group → name → height, if there are any. Prints the table too."""
     out.write_text(json.dumps(results, indent=2) + "\n")
     text = "\n".join(lines) + "\n"
     out.with_suffix(".md").write_text(text)
@@ -303,12 +314,12 @@ def _plot_bars(
     from matplotlib import pyplot
 
     names = list(dict.fromkeys(name for group in rates.values() for name in group))
-    wide = 0.8 / len(names)
+    bar_width = 0.8 / len(names)
     figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
     for i, name in enumerate(names):
-        places = [at + wide * (i + 0.5) - 0.4 for at in range(len(rates))]
+        places = [group + bar_width * (i + 0.5) - 0.4 for group in range(len(rates))]
         heights = [group.get(name, 0.0) for group in rates.values()]
-        bars = axes.bar(places, heights, wide, label=name)
+        bars = axes.bar(places, heights, bar_width, label=name)
         axes.bar_label(bars, fmt="%.3g", fontsize=7)
     axes.set_xticks(range(len(rates)), list(rates))
     axes.set_ylabel(unit)

@@ -1,8 +1,8 @@
 """python -m benchmarks.eight_bits: speed of scoring and decoding by the dtype of the weights.
 
-A random model of Qwen3-0.6B widths and few layers reads rows (as a teacher does) and decodes
-them (as a sampler does) with kernels in float32, bfloat16, int8 and fp8, which take turns: A B C D
-A B C D. Prints medians, and their ratios to the first dtype for the same dtype of activations.
+A random model of Qwen3-0.6B widths and few layers scores rows (like a teacher) and decodes rows
+(like a sampler) with weights in float32, bfloat16, int8 and fp8, which take turns: A B C D A B C D.
+Prints medians, and their ratios to the first dtype for the same dtype of activations.
 """
 
 import dataclasses
@@ -27,10 +27,14 @@ from models.layers import quantised
 from models.qwen3.config import SIZES
 
 OPTIONS = flags.FlagValues()
-LAYERS = flags.DEFINE_integer("layers", 4, "Of the model.", flag_values=OPTIONS)
-ROUNDS = flags.DEFINE_integer("rounds", 7, "Measured, after one to warm up.", flag_values=OPTIONS)
-SCORED = flags.DEFINE_list("scored", ["8", "64"], "Rows, and tokens in each.", flag_values=OPTIONS)
-DECODED = flags.DEFINE_list("decoded", ["4", "32"], "Rows, and new tokens.", flag_values=OPTIONS)
+LAYERS = flags.DEFINE_integer("layers", 4, "Layers of the model.", flag_values=OPTIONS)
+ROUNDS = flags.DEFINE_integer(
+    "rounds", 7, "Measured rounds, after one to warm up.", flag_values=OPTIONS
+)
+SCORED = flags.DEFINE_list("scored", ["8", "64"], "Rows, and tokens per row.", flag_values=OPTIONS)
+DECODED = flags.DEFINE_list(
+    "decoded", ["4", "32"], "Rows, and new tokens per row.", flag_values=OPTIONS
+)
 
 PARAM_DTYPES = {
     "float32": ("float32", "bfloat16", "int8", "float8_e4m3fn"),
@@ -39,7 +43,7 @@ PARAM_DTYPES = {
 
 
 def make_cases(dtype: str) -> dict[tuple[str, str], Callable[[], int]]:
-    """Returns (task, dtype of parameters) -> a function that runs it and returns its tokens."""
+    """Returns (task, dtype of parameters) -> a function that runs it and counts its tokens."""
     config = dataclasses.replace(SIZES["0.6b"], num_hidden_layers=LAYERS.value, vocab_size=4096)
     shapes = mesh_lib.make_abstract_params(config, mesh_lib.make_mesh(1, 1, 1))
     network = families.make_model(config, dtype=jnp.dtype(dtype))
@@ -54,17 +58,18 @@ def make_cases(dtype: str) -> dict[tuple[str, str], Callable[[], int]]:
     arrays: Any = map(jnp.asarray, (tokens_BT, positions_BT, ones_BT, ones_BT > 0))
     batch = Batch(*arrays)
     cases = {}
-    for kind in PARAM_DTYPES[dtype]:
-        to, held = quantised.split_dtypes(kind, jnp.dtype(dtype))
-        params = jax.jit(quantised.quantise_params, static_argnums=(1, 2))(plain.params, to, held)
+    for param_dtype in PARAM_DTYPES[dtype]:
+        kernel_dtype, other_dtype = quantised.split_dtypes(param_dtype, jnp.dtype(dtype))
+        quantise = jax.jit(quantised.quantise_params, static_argnums=(1, 2))
+        params = quantise(plain.params, kernel_dtype, other_dtype)
         subject = dataclasses.replace(plain, params=params)
 
         def score(subject: policy.Policy = subject) -> int:
-            read = local.compute_hidden(subject.model, subject.params, None, batch, None)
-            jax.block_until_ready(read)
+            hidden_BTD = local.compute_hidden(subject.model, subject.params, None, batch, None)
+            jax.block_until_ready(hidden_BTD)
             return tokens_BT.size
 
-        def decode(param_dtype: str = kind) -> int:
+        def decode(param_dtype: str = param_dtype) -> int:
             rows, new = map(int, DECODED.value)
             sequences = [rollout.Sequence([1, 2, 3 + i], (0, i), new) for i in range(rows)]
             options = rollout.RolloutOptions(rows, param_dtype=param_dtype)
@@ -78,7 +83,7 @@ def make_cases(dtype: str) -> dict[tuple[str, str], Callable[[], int]]:
                 )
                 return sum(len(row.tokens) for row in done)
 
-        cases |= {("score", kind): score, ("decode", kind): decode}
+        cases |= {("score", param_dtype): score, ("decode", param_dtype): decode}
     return cases
 
 
@@ -86,24 +91,25 @@ def main() -> None:
     print(
         "| activations | what | weights | tokens/s | quartiles | ratio |\n|---|---|---|---|---|---|"
     )
-    for dtype, kinds in PARAM_DTYPES.items():
-        measured = make_cases(dtype)
-        seconds: dict[tuple[str, str], list[float]] = {name: [] for name in measured}
-        tokens = {name: measured[name]() for name in measured}
+    for dtype, param_dtypes in PARAM_DTYPES.items():
+        cases = make_cases(dtype)
+        seconds: dict[tuple[str, str], list[float]] = {name: [] for name in cases}
+        tokens = {name: cases[name]() for name in cases}
         for _ in range(ROUNDS.value):
-            for name, one in measured.items():
-                begin = time.perf_counter()
-                one()
-                seconds[name].append(time.perf_counter() - begin)
-        for what in ("score", "decode"):
-            first = tokens[what, kinds[0]] / statistics.median(seconds[what, kinds[0]])
-            for kind in kinds:
-                rates = sorted(tokens[what, kind] / x for x in seconds[what, kind])
+            for name, run_case in cases.items():
+                start = time.perf_counter()
+                run_case()
+                seconds[name].append(time.perf_counter() - start)
+        for task in ("score", "decode"):
+            first = param_dtypes[0]
+            first_rate = tokens[task, first] / statistics.median(seconds[task, first])
+            for name in param_dtypes:
+                rates = sorted(tokens[task, name] / x for x in seconds[task, name])
                 low, middle, high = statistics.quantiles(rates, n=4)
                 spread = f"{low:.0f} to {high:.0f}"
-                ratio = f"{middle / first:.2f}"
+                ratio = f"{middle / first_rate:.2f}"
                 print(
-                    f"| {dtype} | {what} | {kind} | {middle:.0f} | {spread} | {ratio} |", flush=True
+                    f"| {dtype} | {task} | {name} | {middle:.0f} | {spread} | {ratio} |", flush=True
                 )
 
 

@@ -2,9 +2,9 @@
 
 Trains the tiny variant of every recipe, and the tiny quick start with every objective and every
 option that changes the path through a step: a LoRA, experts, two teachers, a context, partial and
-asynchronous rollouts. Writes SHA-256 sums of each run's exported weights, of its metrics without
-times, and of the tokens in its transcripts. Two revisions that compute the same have the same sums
-on the same machine with the same packages: a change that only moves code must not change one.
+asynchronous rollouts. Writes SHA-256 checksums of each run's exported weights, of its metrics
+without times, and of the tokens in its transcripts. On one machine with the same packages, two
+revisions that compute the same have the same checksums: a refactoring must not change any.
 """
 
 import hashlib
@@ -22,9 +22,9 @@ from absl import flags
 from distill.runtime import cli
 
 OPTIONS = flags.FlagValues()
-OUT = flags.DEFINE_string("out", None, "JSON file of the sums.", OPTIONS, required=True)
+OUT = flags.DEFINE_string("out", None, "JSON file for the checksums.", OPTIONS, required=True)
 DEVICES = flags.DEFINE_integer(
-    "devices", 1, "CPU devices; of 8, four split rows and two split layers.", 1, 8, OPTIONS
+    "devices", 1, "CPU devices; 8 form a mesh of fsdp=4, tensor=2.", 1, 8, OPTIONS
 )
 ONLY = flags.DEFINE_list("only", [], "Names of runs; default: all.", OPTIONS)
 
@@ -37,7 +37,7 @@ RECIPES = (
 STORED = {"data.source": "assets/rows/traces_no_think.jsonl", "max_prompt_tokens": 128}
 REWARD = {"samples": 4, "reward.correct": 0.0, "reward.format": 1.0, "reward.length": 1.0}
 REWARD |= {"reward.length_margin": 8, "max_response_tokens": 16}
-# Name -> changes to the tiny quick start: keys of its stage `opd`, or of the config where they
+# Name -> changes to the tiny quick start: keys of its stage `opd`, or of the whole config if they
 # begin with a dot.
 VARIANTS: dict[str, dict[str, Any]] = {
     **{kind: {"objective": kind} for kind in ("opd", "opd_sampled")},
@@ -70,7 +70,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         ".student.replay_routing": True,
     },
 }
-# Metrics that had other names when the sums in benchmarks/results/ were made: today's -> then's.
+# Metrics renamed since the checksums in benchmarks/results/ were made: current -> former name.
 FORMER_NAMES = {
     "reward/zero_variance_groups": "reward/constant_groups",
     "reward/teacher_logprob": "reward/judge",
@@ -80,8 +80,8 @@ MESH = {1: {}, 8: {"fsdp": 4, "tensor": 2}}
 
 
 def make_config(name: str, experts: Path) -> Any:
-    """Returns the config of a run on the mesh of --devices."""
-    from configs import base, conditions  # after the number of devices is set
+    """Returns the config of a run, on the mesh for --devices."""
+    from configs import base, conditions  # only after JAX_NUM_CPU_DEVICES is set
 
     if name.startswith("conditions:"):
         assert name.removeprefix("conditions:").partition(",")[0] in conditions.CONDITIONS
@@ -111,7 +111,7 @@ def list_runs() -> list[str]:
 
 
 def write_expert_model(folder: Path) -> Path:
-    """Writes the student's directory with a config of experts and without weights."""
+    """Copies the student's directory with a mixture-of-experts config and without weights."""
     target = folder / "experts"
     shutil.copytree("assets/student", target, ignore=shutil.ignore_patterns("*.safetensors"))
     fields = json.loads((target / "config.json").read_text())
@@ -123,7 +123,7 @@ def write_expert_model(folder: Path) -> Path:
 
 
 def digest_run(run: Path, exported: Path) -> dict[str, str]:
-    """Returns the three sums of a run."""
+    """Returns the checksums of a run's weights, metrics and tokens."""
     weights = hashlib.sha256()
     for file in sorted(exported.rglob("*.safetensors")):
         weights.update(file.read_bytes())
@@ -152,7 +152,7 @@ def is_timing(name: str) -> bool:
 def main() -> None:
     os.environ["JAX_NUM_CPU_DEVICES"] = str(DEVICES.value)
     os.environ["NPROC"] = "32"
-    # Most of the time is compilation: the programs run a few times.
+    # Compilation takes most of the time, as each program runs only a few times.
     os.environ.setdefault(
         "XLA_FLAGS",
         "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",

@@ -1,6 +1,6 @@
-"""python -m benchmarks.limits: what this project's devices can do at most, for roofline columns.
+"""python -m benchmarks.limits: measures bandwidth and FLOP/s of this project's devices.
 
-Answers as a contender does (benchmarks/contest.py).
+Answers a job like a contender (benchmarks/contest.py); tables show rates relative to these limits.
 """
 
 import functools
@@ -16,10 +16,9 @@ GIB = 2**30
 
 
 def measure_limits(job: workers.Job) -> workers.Answer:
-    """Bytes a second that the memory of all devices together gives to a read, and to a copy in
-    place (read + written); operations a second of a large matrix product on each device at once;
-    and which devices they are."""
-    del job  # there is but one
+    """Measures all devices together: bytes/s of a memory read and of a copy in place (read +
+    written), and FLOP/s of a large matrix product by dtype. Names the devices too."""
+    del job  # there is only one
     devices = jax.devices()
     mesh = jax.make_mesh((len(devices),), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
@@ -47,7 +46,7 @@ def measure_limits(job: workers.Job) -> workers.Answer:
 
 
 def _measure_best(compute: Any, *args: jax.Array) -> float:
-    """The least of some seconds: what the machine can do. The first of them is compiled."""
+    """Returns the least seconds of several calls, not counting the first, which compiles."""
     times = []
     for _ in range(6):
         start = time.perf_counter()

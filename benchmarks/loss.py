@@ -1,13 +1,14 @@
-"""python -m benchmarks.loss [--dtype=bfloat16]: the exact reverse KL of given hidden states alone.
+"""python -m benchmarks.loss [--dtype=bfloat16]: the exact reverse KL, without the models.
 
-Hidden states of student and teacher and their output heads, random, to the mean divergence and its
-gradients in the student's two: this project's streamed head, which holds a chunk of logits, against
-TRL's `generalized_jsd_loss` on all of them. Each turn of each is a process of its own. Writes a
-table (.md), all numbers (.json) and a plot (.svg) to --out.
+From random hidden states and output heads of student and teacher, computes the mean divergence and
+its gradients by the student's hidden states and head: with this project's streamed head, which
+holds a chunk of the logits, and with TRL's `generalized_jsd_loss`, which holds all of them. Each
+turn of a contender is a process of its own. Writes a table (.md), all numbers (.json) and a plot
+(.svg) to --out.
 
-Operations are those of the formula: three products with the student's head, one with the teacher's.
-Bytes are what it cannot do without: heads and hidden states read, the student's twice, and its
-gradients written.
+FLOPs are those of the formula: three products with the student's head, one with the teacher's.
+Bytes are a lower bound: heads and hidden states are read, the student's twice, and the student's
+gradients are written.
 """
 
 from benchmarks import contest
@@ -18,12 +19,14 @@ contest.define_model_flags(OPTIONS, rows=1, tokens=1024)
 
 
 def count_costs() -> contest.JsonDict:
-    """What a call cannot do without."""
+    """Returns the tokens of a call and the FLOPs and bytes that it needs at least."""
     student, teacher = (contest.make_config(OPTIONS, name) for name in ("student", "teacher"))
     M, V = OPTIONS.rows * OPTIONS.tokens, student.vocab_size
     D, E = student.hidden_size, teacher.hidden_size
-    wide = 4 if OPTIONS.dtype == "float32" else 2
-    moved = D * (V * 12 + M * 3 * wide) + E * (V + M) * wide  # the student's head is float32
+    itemsize = 4 if OPTIONS.dtype == "float32" else 2
+    moved = (
+        D * (V * 12 + M * 3 * itemsize) + E * (V + M) * itemsize
+    )  # the student's head is float32
     return {"tokens": M, "flop": 2 * M * V * (3 * D + E), "bytes": moved}
 
 

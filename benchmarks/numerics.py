@@ -1,9 +1,9 @@
-"""python -m benchmarks.numerics [--model=DIR]: what rounding does on this machine's device.
+"""python -m benchmarks.numerics [--model=DIR]: rounding errors on this machine's device.
 
-Of 16 sampled responses, against the same log-probabilities in float32 on a CPU: in float32 as the
-project computes it (no TF32), in float32 as the device does by default (TF32, on a GPU), and in
-bfloat16. Then how far the sampler's own log-probabilities are from the scorer's, in both dtypes.
-Then whether two runs of the tiny quick start are the same bits, with --config.deterministic.
+Compares log-probabilities of 16 sampled responses with those in float32 on a CPU: in float32 with
+the project's precision (no TF32), in float32 with the device's default (TF32 on a GPU), and in
+bfloat16. Then compares the sampler's log-probabilities with the scorer's in both dtypes. Last,
+compares two runs of the tiny quick start with --config.deterministic, which should be identical.
 
 On a GPU the CPU must be visible too: JAX_PLATFORMS unset, or cuda,cpu.
 """
@@ -43,7 +43,7 @@ def load_policy(dtype: str, device: Any) -> policy.Policy:
 
 
 def sample_responses(subject: policy.Policy) -> list[Sequence]:
-    """Random prompts and what the model says to them, the same ones for the same numbers."""
+    """Samples responses to random prompts; the seeds are fixed."""
     rng, rows = np.random.default_rng(0), []
     keys = rollout.make_row_keys(jax.random.key(0), list(range(ROWS)), [0] * ROWS)
     for key in keys:
@@ -58,7 +58,7 @@ def sample_responses(subject: policy.Policy) -> list[Sequence]:
 def compute_logprobs(
     subject: policy.Policy, rows: list[Sequence], precision: str | None = None
 ) -> np.ndarray:
-    """[tokens] log-probabilities of the responses; `precision` in place of the project's."""
+    """Returns log-probabilities [tokens] of the responses; `precision` overrides the project's."""
     with policy.use(subject), jax.default_matmul_precision(precision or "highest"):
         batch = microbatches.make_unpacked_batch(rows, ROWS, PROMPT + RESPONSE)
         device_batch = jax.device_put(batch, mesh_lib.make_row_sharding(policy.get_mesh(subject)))
@@ -73,14 +73,14 @@ def describe_distance(values: np.ndarray, expected: np.ndarray) -> str:
 
 
 def compare_repeats() -> str:
-    """Two runs of two steps, in processes of their own: which of their figures differ."""
+    """Runs two steps twice, each time in a new process, and says which metrics differ."""
     figures = []
     for _ in range(2):
         with tempfile.TemporaryDirectory() as run:
             command = [sys.executable, "-m", "distill.train", "--config=configs/quickstart.py:tiny"]
-            flags_ = [f"--workdir={run}", "--config.deterministic=true"]
+            arguments = [f"--workdir={run}", "--config.deterministic=true"]
             done = subprocess.run(
-                [*command, *flags_], cwd=ROOT, capture_output=True, text=True, env=os.environ
+                [*command, *arguments], cwd=ROOT, capture_output=True, text=True, env=os.environ
             )
             if done.returncode:
                 return f"the run failed: {(done.stderr or done.stdout).splitlines()[-1]}"
@@ -95,26 +95,29 @@ def compare_repeats() -> str:
 
 def main() -> None:
     device = jax.devices()[0]
-    wide = load_policy("float32", device)
-    rows = sample_responses(wide)
+    float32 = load_policy("float32", device)
+    rows = sample_responses(float32)
     exact = compute_logprobs(load_policy("float32", jax.devices("cpu")[0]), rows)
     print(f"{device.device_kind}, {MODEL.value}: {len(exact)} sampled tokens")
-    print("float32 from float32 on a CPU:", describe_distance(compute_logprobs(wide, rows), exact))
+    print(
+        "float32 from float32 on a CPU:", describe_distance(compute_logprobs(float32, rows), exact)
+    )
     print(
         "float32, the device's default:",
-        describe_distance(compute_logprobs(wide, rows, "default"), exact),
+        describe_distance(compute_logprobs(float32, rows, "default"), exact),
     )
-    narrow = load_policy("bfloat16", device)
+    bfloat16 = load_policy("bfloat16", device)
     print(
         "bfloat16 from float32 on a CPU:",
-        describe_distance(compute_logprobs(narrow, rows, "default"), exact),
+        describe_distance(compute_logprobs(bfloat16, rows, "default"), exact),
     )
-    for subject in (wide, narrow):
+    for subject in (float32, bfloat16):
         own = sample_responses(subject)
-        by = compute_logprobs(subject, own, "highest" if subject is wide else "default")
+        scored = compute_logprobs(subject, own, "highest" if subject is float32 else "default")
         drawn = np.concatenate([row.logprobs for row in own])
         print(
-            f"sampler from scorer, {np.dtype(subject.model.dtype)}:", describe_distance(drawn, by)
+            f"sampler from scorer, {np.dtype(subject.model.dtype)}:",
+            describe_distance(drawn, scored),
         )
     print("two runs, --config.deterministic:", compare_repeats())
 

@@ -1,10 +1,10 @@
 """python -m benchmarks.objectives --out=runs/objectives: every objective, 50 steps from one start.
 
 The embedded student learns from the embedded teacher, from the rewards of a grader, or from both,
-by each row of `ROWS`: the table of losses, its estimators and some hybrids. Each is a run of
-`train` from the same weights on as many rows a step; what came of it is judged on held-out
-problems. The two last rows are known not to work, and are no option of the library: their losses
-stand here. OUT/NAME holds a run, OUT/table.md the table; stopped, the command goes on.
+in each of EXPERIMENTS: every objective, its estimators and some hybrids. Each is a run of `train`
+from the same weights with the same number of rows per step, evaluated on held-out problems. The
+losses of BAD_LOSSES are known not to work and are not in the library, so they are defined here.
+OUT/NAME holds a run, OUT/table.md the table. A stopped command resumes where it stopped.
 """
 
 import dataclasses
@@ -41,24 +41,24 @@ from models.transformer import Params
 
 OPTIONS = flags.FlagValues()
 OUT = flags.DEFINE_string("out", "runs/objectives", "Directory of the runs.", flag_values=OPTIONS)
-ONLY = flags.DEFINE_list("only", [], "Names of rows; none: all.", flag_values=OPTIONS)
-STEPS = flags.DEFINE_integer("steps", 50, "Of each run.", lower_bound=1, flag_values=OPTIONS)
-BATCH = flags.DEFINE_integer("batch", 64, "Rows a step.", lower_bound=1, flag_values=OPTIONS)
+ONLY = flags.DEFINE_list("only", [], "Names of experiments; default: all.", flag_values=OPTIONS)
+STEPS = flags.DEFINE_integer("steps", 50, "Steps of each run.", lower_bound=1, flag_values=OPTIONS)
+BATCH = flags.DEFINE_integer("batch", 64, "Rows per step.", lower_bound=1, flag_values=OPTIONS)
 PROBLEMS = flags.DEFINE_integer(
     "problems",
     500,
-    "Held-out problems to judge by; 0: none, for the seconds alone.",
+    "Held-out problems of the evaluation; 0: only time the steps.",
     lower_bound=0,
     flag_values=OPTIONS,
 )
 
-# Of each family its own learning rate: a policy gradient is much noisier than a distribution, and
-# Adam's steps are as large for noise.
+# Learning rates by family: policy gradients are much noisier than distributions, and Adam's steps
+# are as large for noise.
 RATES = {"traces": 3e-4, "distribution": 3e-4, "sampled": 1e-4, "hybrid": 1e-4, "reward": 2e-5}
-SAMPLES = 8  # responses to a prompt, where they are compared
-TOP_K = 4  # tokens of `topk`
+SAMPLES = 8  # responses per prompt, for objectives that compare them
+TOP_K = 4  # tokens of the `topk` estimator
 
-# name -> (family, what differs from on-policy distillation: a dotted key of the stage each)
+# name -> (family, changes to on-policy distillation by dotted key of the stage)
 EXPERIMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("traces", {"objective": "sft"}),
     "distill": ("traces", {"objective": "distill"}),
@@ -113,14 +113,19 @@ EXPERIMENTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def compute_k1_loss(logp_BTV: jax.Array, logq_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """log p - log q of the drawn token, differentiated as it is: the expected gradient is that of
-    log p alone, E[∇ log p] = 0, so nothing is learned."""
+    """Returns log p - log q of the drawn token, to be differentiated directly.
+
+    Its expected gradient is E[∇ log p] = 0, so nothing is learned.
+    """
     return _gather_tokens(logp_BTV, tokens_BT) - _gather_tokens(logq_BTV, tokens_BT)
 
 
 def compute_top_loss(logp_BTV: jax.Array, logq_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """Σ p (log p - log q) over the teacher's top K only. It is least where p = q / e within them:
-    below zero, and with all other mass, 1 - 1/e or 63%, outside."""
+    """Returns Σ p (log p - log q) over the teacher's top K only.
+
+    Its minimum lies at p = q / e within them: below zero, with the other 1 - 1/e = 63% of the mass
+    outside.
+    """
     logq_BTK, ids_BTK = jax.lax.top_k(logq_BTV, TOP_K)
     logp_BTK = jnp.take_along_axis(logp_BTV, ids_BTK, axis=-1)
     return jnp.sum(jnp.exp(logp_BTK) * (logp_BTK - logq_BTK), axis=-1)
@@ -137,10 +142,12 @@ BAD_LOSSES = {
 
 
 def make_config(family: str, changes: dict[str, Any]) -> ConfigDict:
-    """The run of a row."""
+    """Returns the config of an experiment."""
     c = quickstart.get_config()
     c.checkpoint.every, c.log.transcripts, c.student.remat = STEPS.value, 0, False
-    c.log.overlap_top_k = TOP_K if family == "distribution" else 0  # a quarter of a step's seconds
+    c.log.overlap_top_k = (
+        TOP_K if family == "distribution" else 0
+    )  # it takes a quarter of a step's time
     s = c.opd
     s.steps, s.batch_size = STEPS.value, BATCH.value
     s.optim.learning_rate, s.optim.warmup_steps = RATES[family], max(1, STEPS.value // 10)
@@ -150,8 +157,8 @@ def make_config(family: str, changes: dict[str, Any]) -> ConfigDict:
 
 
 def compute_bad_loss(token_loss: Any, run_setup: setup.RunSetup, params: Params, batch: Batch):
-    """A loss of BAD over a batch, a mean over trained tokens; and the student's mass outside the
-    teacher's top K. All logits at once: the vocabulary is small."""
+    """Returns one of BAD_LOSSES, averaged over trained tokens, and the student's mass outside the
+    teacher's top K. Computes all logits at once, as the vocabulary is small."""
     hidden_BTD = forward.compute_hidden(run_setup.student.model, params, batch)
     assert batch.teacher is not None
     logp_BTV, logq_BTV = (
@@ -173,14 +180,14 @@ def compute_bad_loss(token_loss: Any, run_setup: setup.RunSetup, params: Params,
 
 
 def _merge_work(work: Minibatches, mesh: Mesh) -> Batch:
-    """All that a step trains on as one batch."""
+    """Concatenates the micro-batches of a step to one batch."""
     micro_batches = [micro.make_batch() for part in work for micro in part]
     whole = jax.tree.map(lambda *x: np.concatenate(x), *micro_batches)
     return jax.device_put(whole, mesh_lib.make_row_sharding(mesh))
 
 
 def train_bad_loss(name: str, out: Path, mesh: Mesh) -> Policy:
-    """The student after a run of a loss of BAD, on the same rows that the other runs have."""
+    """Trains with one of BAD_LOSSES on the rows of the other experiments; returns the student."""
     family, loss = BAD_LOSSES[name]
     c = make_config(family, {})
     run_setup = setup.setup_run(c, mesh)
@@ -206,18 +213,19 @@ def train_bad_loss(name: str, out: Path, mesh: Mesh) -> Policy:
         collector = collect.make_collector(c, run_setup, stage, mesh, grader)
         for number in range(stage.end_step):
             start = time.perf_counter()
-            work, measured = loop.collect_step(collector, params, number)
+            work, rollout_metrics = loop.collect_step(collector, params, number)
             batch = local.score(teachers, _merge_work(work, mesh))
             params, state, value, mass = step(params, state, batch)
             metrics = {"train/loss": float(value), "train/outside_top": float(mass)}
             metrics["time/step"] = time.perf_counter() - start
-            rows.append({"step": number, **measured, **metrics})
+            rows.append({"step": number, **rollout_metrics, **metrics})
     run_files.write_jsonl(out / "metrics.jsonl", rows)
     return dataclasses.replace(student, path=name, params=params)
 
 
 def evaluate_policy(subject: Policy, teacher: Policy, out: Path) -> dict[str, Any]:
-    """Held-out accuracy, greedy and at temperature 1; reverse KL and length of the latter."""
+    """Returns held-out accuracy, greedy and sampled at temperature 1, and the samples' reverse KL,
+    mean length and share cut."""
     rows = problems.load_problems("arithmetic", "", PROBLEMS.value)
     greedy, sampled = evaluator.evaluate_greedy_and_sampled(
         subject,
@@ -231,7 +239,7 @@ def evaluate_policy(subject: Policy, teacher: Policy, out: Path) -> dict[str, An
 
 
 def run_experiment(name: str, out: Path, mesh: Mesh, teacher: Policy) -> dict[str, Any]:
-    """Trains and judges a row, or reads what came of it before."""
+    """Trains and evaluates an experiment, or reads its earlier result."""
     if (out / "result.json").is_file():
         return json.loads((out / "result.json").read_text())
     run_files.log_line(name)
@@ -249,15 +257,15 @@ def run_experiment(name: str, out: Path, mesh: Mesh, teacher: Policy) -> dict[st
         rows = [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
         tail = rows[-5:]
         for figure in ("train/outside_top", "train/loss"):
-            of = [row[figure] for row in tail if row.get(figure) is not None]
-            result[figure.removeprefix("train/")] = statistics.mean(of) if of else None
+            values = [row[figure] for row in tail if row.get(figure) is not None]
+            result[figure.removeprefix("train/")] = statistics.mean(values) if values else None
         result["seconds"] = statistics.median(row["time/step"] for row in rows)
     run_files.write_json(out / "result.json", result)
     return result
 
 
 def render_table(results: dict[str, dict[str, Any]]) -> str:
-    """The results as Markdown; the seconds are the median step's."""
+    """Renders the results as Markdown; seconds are medians over steps."""
     lines = [
         "| objective | rate | greedy | sampled, T = 1 | reverse KL | length | cut | outside "
         f"top {TOP_K} | s a step |",

@@ -1,14 +1,14 @@
 """python -m benchmarks.rollout [--dtype=bfloat16] [--tunix_python=PATH]: samplers side by side.
 
-This project's sampler, Hugging Face's `generate` (growing and static cache) and google-tunix's, on
-the same random Qwen3-0.6B, prompts, lengths and dtype, all greedy, each in a process of its own,
-taking turns: A B C A B C. Medians of the rounds after a warm-up. Prompts alone are timed too (one
-new token), so that prefill and decoding are told apart; this project's holds what a call begins
-with, a copy of the weights as decoding wants them, which of few rows is most of it. Writes a table
-(.md), all numbers (.json) and a plot (.svg) to --out, with the machine named.
+Compares this project's sampler, Hugging Face's `generate` (growing and static cache) and
+google-tunix's, on the same random Qwen3-0.6B, prompts, lengths and dtype. All are greedy, each in a
+process of its own, and they take turns: A B C A B C. Reports medians of the rounds after a warm-up.
+Calls with one new token are timed as well, to separate prefill from decoding. This project's
+prefill includes the conversion of the weights for decoding, which dominates for few rows. Writes a
+table (.md), all numbers (.json) and a plot (.svg) to --out, with the machine named.
 
-tunix wants a venv of its own: python3.11 -m venv T && T/bin/pip install google-tunix, and then
---tunix_python=T/bin/python. A sampler that is not installed is said to be absent.
+tunix needs a venv of its own: python3.11 -m venv T && T/bin/pip install google-tunix, then
+--tunix_python=T/bin/python. A sampler that is not installed is reported as absent.
 """
 
 import json
@@ -26,22 +26,24 @@ from benchmarks.contest import ROOT, JsonDict, Worker
 from distill.runtime import cli
 from models.errors import UserError
 
-OPTIONS = contest.define_flags(rounds=3)  # measured, after one to warm up
+OPTIONS = contest.define_flags(rounds=3)  # measured, after one warm-up round
 MODEL = flags.DEFINE_string(
-    "model", "", "Model directory; default: a random Qwen3-0.6B, made in runs/.", OPTIONS
+    "model", "", "Model directory; default: a random Qwen3-0.6B in runs/.", OPTIONS
 )
 BATCHES = flags.DEFINE_list("batches", ["1", "8", "32"], "Rows decoded together.", OPTIONS)
 PROMPT_TOKENS = flags.DEFINE_integer(
-    "prompt_tokens", 16, "In every prompt.", lower_bound=1, flag_values=OPTIONS
+    "prompt_tokens", 16, "Tokens in every prompt.", lower_bound=1, flag_values=OPTIONS
 )
 NEW_TOKENS = flags.DEFINE_integer(
-    "new_tokens", 64, "In every response.", lower_bound=2, flag_values=OPTIONS
+    "new_tokens", 64, "New tokens in every response.", lower_bound=2, flag_values=OPTIONS
 )
-CACHE = flags.DEFINE_integer(
-    "cache", 512, "Slots of those caches that have a fixed size.", flag_values=OPTIONS
-)
+CACHE = flags.DEFINE_integer("cache", 512, "Length of caches of fixed size.", flag_values=OPTIONS)
 CASES = flags.DEFINE_multi_enum(
-    "case", ["decode", "tail", "group"], ["decode", "tail", "group"], "Which.", flag_values=OPTIONS
+    "case",
+    ["decode", "tail", "group"],
+    ["decode", "tail", "group"],
+    "Cases to run.",
+    flag_values=OPTIONS,
 )
 CAP = flags.DEFINE_integer("cap", 128, "tail: the longest response.", flag_values=OPTIONS)
 SLOTS = flags.DEFINE_integer("slots", 8, "tail: rows decoded together.", flag_values=OPTIONS)
@@ -55,10 +57,10 @@ SAMPLERS = {
 
 
 def make_random_model() -> Path:
-    """A Qwen3-0.6B with random weights in Hugging Face format, written once for each dtype."""
+    """Writes a Qwen3-0.6B with random weights in Hugging Face format, once per dtype."""
     path = ROOT / "runs" / f"random-qwen3-0.6b-{OPTIONS.dtype}"
     if not (path / "config.json").exists():
-        # In a process that ends, with its memory.
+        # In a process of its own, so that its memory is freed.
         code = (
             "import jax, pathlib, sys; from models import families, weights;"
             "c = families.find_released('Qwen/Qwen3-0.6B');"
@@ -79,7 +81,7 @@ def make_prompts(count: int, vocabulary: int, length: int) -> list[list[int]]:
 def measure_decode(
     workers: dict[str, Worker], fields: JsonDict, bandwidth: JsonDict
 ) -> list[JsonDict]:
-    """Every sampler at every batch: prefill seconds, decoded tokens and bytes a second."""
+    """Measures every sampler at every batch: prefill seconds, decoded tokens/s and bytes/s."""
     rows = []
     for batch in map(int, BATCHES.value):
         prompts = make_prompts(batch, fields["vocab_size"], PROMPT_TOKENS.value)
@@ -102,23 +104,23 @@ def measure_decode(
                 continue
             assert all(len(tokens) == NEW_TOKENS.value for tokens in written[name]), name
             prefill = statistics.median(seconds[name, 1][1:])
-            whole = statistics.median(times[1:])
-            if whole <= prefill:
+            total = statistics.median(times[1:])
+            if total <= prefill:
                 rows.append(
                     {**row, "absent": "not measured: too few new tokens, or others at work"}
                 )
                 continue
             steps = NEW_TOKENS.value - 1
-            rate = steps / (whole - prefill)
-            read = rate * count_step_bytes(fields, batch, PROMPT_TOKENS.value + steps / 2)
+            rate = steps / (total - prefill)
+            byte_rate = rate * count_step_bytes(fields, batch, PROMPT_TOKENS.value + steps / 2)
             row |= {
                 "prefill_seconds": prefill,
-                "seconds": whole,
+                "seconds": total,
                 "all_seconds": times[1:],
-                "tokens_per_second": batch * NEW_TOKENS.value / whole,
+                "tokens_per_second": batch * NEW_TOKENS.value / total,
                 "decode_tokens_per_second": batch * rate,
-                "bytes_per_second": read,
-                "of_read_bandwidth": read / bandwidth["read"],
+                "bytes_per_second": byte_rate,
+                "of_read_bandwidth": byte_rate / bandwidth["read"],
                 "first_call_seconds": sum(seconds[name, new][0] for new in (1, NEW_TOKENS.value)),
                 "agrees_with_ours": measure_agreement(written["ours"], written[name]),
             }
@@ -128,7 +130,7 @@ def measure_decode(
 
 
 def measure_agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:
-    """The share of greedy tokens that are the same, up to the first of a row that is not."""
+    """Returns the share of greedy tokens that agree, up to the first difference in each row."""
     same = sum(
         next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(x))
         for x, y in zip(ours, theirs, strict=True)
@@ -137,7 +139,7 @@ def measure_agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:
 
 
 def count_step_bytes(fields: JsonDict, batch: int, filled: float) -> float:
-    """Bytes that one decoding step cannot but read: all weights, and the filled cache once."""
+    """Counts the least bytes that a decoding step reads: all weights and the filled cache, once."""
     layers, D, F = (fields[k] for k in ("num_hidden_layers", "hidden_size", "intermediate_size"))
     N, K, H = (fields[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     weights = layers * (2 * D * N * H + 2 * D * K * H + 3 * D * F) + fields["vocab_size"] * D
@@ -146,14 +148,14 @@ def count_step_bytes(fields: JsonDict, batch: int, filled: float) -> float:
 
 
 def measure_tail(worker: Worker, fields: JsonDict) -> JsonDict:
-    """Log-normal lengths with a mean of an eighth of the cap: useful tokens a second."""
+    """Measures useful tokens/s for log-normal lengths with a mean of an eighth of the cap."""
     slots, rng = SLOTS.value, random.Random(0)
     count = 16 * slots
-    # Of a log-normal variable, mean = exp(mu + sigma²/2).
+    # The mean of a log-normal variable is exp(mu + sigma²/2).
     mu = math.log(CAP.value / 8) - 0.5
     lengths = [min(CAP.value, max(1, round(rng.lognormvariate(mu, 1)))) for _ in range(count)]
     prompts = make_prompts(count, fields["vocab_size"], PROMPT_TOKENS.value)
-    longest = [max(lengths[at : at + slots]) for at in range(0, count, slots)]
+    longest = [max(lengths[start : start + slots]) for start in range(0, count, slots)]
     result: JsonDict = {
         "rows": count,
         "slots": slots,
@@ -170,16 +172,16 @@ def measure_tail(worker: Worker, fields: JsonDict) -> JsonDict:
             counts = answer["counts"]
             result[f"{mode}_tokens_per_second"] = sum(lengths) / answer["seconds"]
             if mode == "continuous":
-                waiting = counts["queued_tokens"] / max(1, counts.get("queued_slot_steps", 0))
+                queued = counts["queued_tokens"] / max(1, counts.get("queued_slot_steps", 0))
                 result |= {
                     "utilisation": counts["tokens"] / counts["slot_steps"],
-                    "utilisation_while_rows_wait": waiting,
+                    "utilisation_while_rows_wait": queued,
                 }
     return result
 
 
 def measure_group(worker: Worker, fields: JsonDict) -> JsonDict:
-    """Prefill of eight samples of one prompt of 512 tokens against that of one sample."""
+    """Measures the prefill of one and of eight samples of one prompt of 512 tokens."""
     prompts = make_prompts(1, fields["vocab_size"], 512)
     result: JsonDict = {"prompt_tokens": 512}
     for samples in (1, 8):
@@ -190,7 +192,7 @@ def measure_group(worker: Worker, fields: JsonDict) -> JsonDict:
 
 
 def render_table(results: JsonDict) -> list[str]:
-    """The results as lines of markdown."""
+    """Renders the results as lines of Markdown."""
     shape = results["shape"]
     lines = [
         *contest.render_heading(

@@ -1,14 +1,13 @@
-"""python -m benchmarks.score [--dtype=bfloat16] [--tunix_python=PATH]: scoring what was written.
+"""python -m benchmarks.score [--dtype=bfloat16] [--tunix_python=PATH]: speed of scoring rows.
 
-One random Qwen3 (--student) reads full rows:
+A random Qwen3 (--student) reads full rows and computes
 
-hidden   to final hidden states, which is what a teacher hands over, against transformers' model
-         without its head
-logp     to the log-probability of each token, streamed over the vocabulary, against transformers
-         and google-tunix, who hold all logits
+hidden   final hidden states, as a teacher does, against transformers' model without its head
+logp     the log-probability of each token, streamed over the vocabulary, against transformers and
+         google-tunix, which hold all logits
 
-Each turn of each is a process of its own. Writes a table (.md), all numbers (.json) and a plot
-(.svg) to --out. Operations are those of the formula; bytes are the weights, read once.
+Each turn of a contender is a process of its own. Writes a table (.md), all numbers (.json) and a
+plot (.svg) to --out. FLOPs are those of the formula; bytes are the weights, read once.
 """
 
 from absl import flags
@@ -20,15 +19,15 @@ from models import families
 OPTIONS = contest.define_flags(rounds=2)
 contest.define_model_flags(OPTIONS, rows=1, tokens=4096)
 KNOWN = ["hidden", "logp"]
-CASES = flags.DEFINE_multi_enum("case", KNOWN, KNOWN, "Which.", flag_values=OPTIONS)
+CASES = flags.DEFINE_multi_enum("case", KNOWN, KNOWN, "Cases to run.", flag_values=OPTIONS)
 
 
 def count_costs(case: str) -> contest.JsonDict:
-    """What a call cannot do without."""
+    """Returns the tokens of a call and the FLOPs and bytes that it needs at least."""
     config, head = contest.make_config(OPTIONS, "student"), case == "logp"
     M, mean = OPTIONS.rows * OPTIONS.tokens, (OPTIONS.tokens + 1) / 2
-    wide = 4 if OPTIONS.dtype == "float32" else 2
-    moved = families.count_forward_flops(config, 1, 0, head) / 2 * wide
+    itemsize = 4 if OPTIONS.dtype == "float32" else 2
+    moved = families.count_forward_flops(config, 1, 0, head) / 2 * itemsize
     flop = families.count_forward_flops(config, M, mean, head)
     return {"tokens": M, "flop": flop, "bytes": moved}
 

@@ -1,15 +1,15 @@
-"""The contenders of train_step, score and loss: `python -m benchmarks.trainers NAME`.
+"""Contenders of train_step, score and loss: `python -m benchmarks.trainers NAME`.
 
-Answers jobs as benchmarks/workers.py does. A job says {"what", "student", "teacher", "rows",
-"tokens", "dtype", "steps", "remat"?}, the models as fields of config.json, whose weights are
-random; an answer {"seconds" of each of `steps` calls, "first_call_seconds", "peak_bytes"}, and of
-"loss" the value and the norms of its gradients: of random numbers of the same scale they are about
-the same, whoever computes them. Imports nothing of the project at the top: another venv runs this
-file too.
+Answers jobs as benchmarks/workers.py does. A job is {"what", "student", "teacher", "rows",
+"tokens", "dtype", "steps", "remat"?}, with the models as fields of config.json; their weights are
+random. An answer is {"seconds" of each of `steps` calls, "first_call_seconds", "peak_bytes"}. For
+"loss" it also has the value and the norms of its gradients, which should roughly agree between
+contenders, as their random inputs have the same scale. The top of this file imports nothing from
+distill or models, because other venvs run it too.
 
-what   "reverse_kl" and "sft": a training step, AdamW and a clipped gradient included;
-       "hidden" and "logp": a forward pass, to final hidden states or to log-probabilities;
-       "loss": the divergence of given hidden states alone, and its gradients.
+what   "reverse_kl" and "sft": a training step with AdamW and gradient clipping;
+       "hidden" and "logp": a forward pass to final hidden states or to log-probabilities;
+       "loss": the divergence from given hidden states, and its gradients.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ NORMS = ("norm_by_hidden", "norm_by_head")
 
 
 def _make_network(job: Job, name: str, mesh: Any, trained: bool = False) -> Any:
-    """A random Policy: what is trained in float32, what is read in the dtype asked."""
+    """Makes a random Policy: in float32 if trained, else in the job's dtype."""
     import jax
 
     from distill.policy import policy
@@ -48,8 +48,8 @@ def _make_network(job: Job, name: str, mesh: Any, trained: bool = False) -> Any:
     network = policy.make_abstract_from_config(name, config, job["dtype"], remat, mesh)
 
     def init_params(key: jax.Array) -> transformer.Params:
-        to = "float32" if trained else job["dtype"]
-        return jax.tree.map(lambda x: x.astype(to), families.init_params(config, key))
+        dtype = "float32" if trained else job["dtype"]
+        return jax.tree.map(lambda x: x.astype(dtype), families.init_params(config, key))
 
     shardings = jax.tree.map(lambda x: x.sharding, network.params)
     params = jax.jit(init_params, out_shardings=shardings)(jax.random.key(0))
@@ -103,8 +103,8 @@ def run_our_step(job: Job) -> Answer:
                 head_VE = transformer.get_output_head(teacher.params)
                 output = TeacherOutput(hidden_BTE=(hidden_BTE,), heads_VE=(head_VE,))
                 scored = dataclasses.replace(batch, teacher=output)
-            state, measured, _ = programs.run_update(state, [scored], single_microbatch=True)
-            jax.block_until_ready((state, measured))
+            state, metrics, _ = programs.run_update(state, [scored], single_microbatch=True)
+            jax.block_until_ready((state, metrics))
 
         return time_calls(step, job, get_jax_peak)
 
@@ -120,12 +120,12 @@ def run_our_score(job: Job) -> Answer:
 
     c = base.get_config()
     mesh = mesh_lib.make_mesh(**c.mesh)
-    read, batch = _make_network(job, "student", mesh), _make_batch(job, mesh)
+    subject, batch = _make_network(job, "student", mesh), _make_batch(job, mesh)
     score: Any = {
-        "hidden": lambda: local.compute_hidden(read.model, read.params, None, batch, None),
-        "logp": lambda: local.compute_logp(read, batch, stages.get_loss_chunk_mib(c, mesh)),
+        "hidden": lambda: local.compute_hidden(subject.model, subject.params, None, batch, None),
+        "logp": lambda: local.compute_logp(subject, batch, stages.get_loss_chunk_mib(c, mesh)),
     }[job["what"]]
-    with policy.use(read):
+    with policy.use(subject):
         return time_calls(lambda: jax.block_until_ready(score()), job, get_jax_peak)
 
 
@@ -152,7 +152,7 @@ def run_our_loss(job: Job) -> Answer:
     head_VD = jax.random.normal(keys[2], (V, D)) * D**-0.5  # trained, so float32
     head_VE = jax.random.normal(keys[3], (V, E), dtype) * E**-0.5
 
-    # The teacher's are arguments too: closed over, they would be constants of the program.
+    # The teacher's arrays are arguments too, since a closure would make them program constants.
     def compute_loss(
         hidden_BTD: jax.Array, head_VD: jax.Array, hidden_BTE: jax.Array, head_VE: jax.Array
     ) -> jax.Array:
@@ -176,11 +176,11 @@ def run_our_loss(job: Job) -> Answer:
 
     precision = "highest" if dtype == jnp.float32 else None
     with mesh_lib.use_mesh(mesh), jax.default_matmul_precision(precision):
-        graded = jax.value_and_grad(compute_loss, (0, 1))
-        graded = jax.jit(graded, compiler_options=xla.get_compiler_options(mesh))
+        loss_and_grads = jax.value_and_grad(compute_loss, (0, 1))
+        loss_and_grads = jax.jit(loss_and_grads, compiler_options=xla.get_compiler_options(mesh))
         args = (hidden_BTD, head_VD, hidden_BTE, head_VE)
-        answer = time_calls(lambda: jax.block_until_ready(graded(*args)), job, get_jax_peak)
-        value, grads = graded(*args)
+        answer = time_calls(lambda: jax.block_until_ready(loss_and_grads(*args)), job, get_jax_peak)
+        value, grads = loss_and_grads(*args)
         norms = [float(jnp.linalg.norm(x.astype(jnp.float32).ravel())) for x in grads]
         return {**answer, "value": float(value), **dict(zip(NORMS, norms, strict=True))}
 
@@ -189,7 +189,7 @@ def run_our_loss(job: Job) -> Answer:
 
 
 def _get_torch_device() -> tuple[str, Callable[[], int]]:
-    """Its name, and what tells the peak of its memory."""
+    """Returns the device's name and a function that returns its peak memory in bytes."""
     import torch
 
     if torch.cuda.is_available():
@@ -214,7 +214,7 @@ def _make_ids(job: Job, device: str) -> Any:
 
 
 def _compute_jsd(student_logits: Any, teacher_logits: Any, ids: Any) -> Any:
-    """TRL's divergence of all logits; at beta 1 it is the reverse KL."""
+    """Computes TRL's divergence of all logits; at beta 1 it is the reverse KL."""
     from trl.experimental.gkd import GKDTrainer
 
     return GKDTrainer.generalized_jsd_loss(
@@ -223,8 +223,11 @@ def _compute_jsd(student_logits: Any, teacher_logits: Any, ids: Any) -> Any:
 
 
 def run_torch_step(job: Job, mixed: bool = False) -> Answer:
-    """As TRL's GKDTrainer computes its loss, without its loop. In bfloat16 the weights and moments
-    are so too, with no float32 copy; `mixed` (autocast) they are float32, as in this project."""
+    """Times training steps with the loss of TRL's GKDTrainer, without its loop.
+
+    In bfloat16, weights and moments are in bfloat16 too, with no float32 copy; with `mixed`
+    (autocast) they are in float32, as in this project.
+    """
     import torch
 
     device, peak = _get_torch_device()
@@ -247,8 +250,8 @@ def run_torch_step(job: Job, mixed: bool = False) -> Answer:
                 loss = student(ids, labels=ids, use_cache=False).loss
             else:
                 with torch.no_grad():
-                    by = teacher(ids, use_cache=False).logits
-                loss = _compute_jsd(student(ids, use_cache=False).logits, by, ids)
+                    teacher_logits = teacher(ids, use_cache=False).logits
+                loss = _compute_jsd(student(ids, use_cache=False).logits, teacher_logits, ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
         optimizer.step()
@@ -263,20 +266,20 @@ def run_torch_score(job: Job) -> Answer:
     from torch.nn import functional
 
     device, peak = _get_torch_device()
-    ids, read = (
+    ids, network = (
         _make_ids(job, device),
         _make_torch_model(job["student"], getattr(torch, job["dtype"]), device),
     )
-    read.eval()
+    network.eval()
 
     @torch.inference_mode()
     def score() -> None:
         if job["what"] == "hidden":
-            found = read.model(ids, use_cache=False).last_hidden_state
+            scores = network.model(ids, use_cache=False).last_hidden_state
         else:
-            logits = read(ids, use_cache=False).logits[:, :-1].float().flatten(0, 1)
-            found = functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
-        found.flatten()[-1].item()
+            logits = network(ids, use_cache=False).logits[:, :-1].float().flatten(0, 1)
+            scores = functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
+        scores.flatten()[-1].item()  # waits for the device
 
     return time_calls(score, job, peak)
 
@@ -299,23 +302,23 @@ def run_torch_loss(job: Job) -> Answer:
     trained = [hidden_BTD.requires_grad_(), head_VD.requires_grad_()]
 
     def compute_loss() -> tuple[Any, Any]:
-        of = hidden_BTD @ head_VD.to(dtype).T
+        student_logits = hidden_BTD @ head_VD.to(dtype).T
         with torch.no_grad():
-            by = hidden_BTE @ head_VE.T
-        value = _compute_jsd(of, by, ids)
+            teacher_logits = hidden_BTE @ head_VE.T
+        value = _compute_jsd(student_logits, teacher_logits, ids)
         grads = torch.autograd.grad(value, trained)
         grads[0].flatten()[-1].item()
         return value, grads
 
     answer = time_calls(compute_loss, job, peak)
-    value, found = compute_loss()
-    norms = [x.float().norm().item() for x in found]
+    value, grads = compute_loss()
+    norms = [x.float().norm().item() for x in grads]
     return {**answer, "value": value.item(), **dict(zip(NORMS, norms, strict=True))}
 
 
 _mixed_step = functools.partial(run_torch_step, mixed=True)
 
-# contender → what it can do
+# contender → case → the function that runs it
 WORKERS: dict[str, dict[str, Callable[[Job], Answer]]] = {
     "ours": dict.fromkeys(("reverse_kl", "sft"), run_our_step)
     | dict.fromkeys(("hidden", "logp"), run_our_score)
@@ -330,8 +333,8 @@ WORKERS: dict[str, dict[str, Callable[[Job], Answer]]] = {
 
 
 def main() -> None:
-    of = WORKERS[sys.argv[1]]
-    workers.serve_jobs(lambda: lambda job: of[job["what"]](job))
+    run_case = WORKERS[sys.argv[1]]
+    workers.serve_jobs(lambda: lambda job: run_case[job["what"]](job))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""google-tunix as a contender of benchmarks/trainers.py, in a venv of its own."""
+"""google-tunix as a contender of benchmarks/trainers.py; it runs in a venv of its own."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from benchmarks.workers import B1, B2, CLIP, LEARNING_RATE, Answer, Job, get_jax
 
 
 def _make_network(job: Job, name: str, trained: bool = False) -> Any:
-    """Its Qwen3, random: what is trained in float32, what is read in the dtype it computes in."""
+    """Makes its Qwen3 with random weights: in float32 if trained, else in the compute dtype."""
     import jax.numpy as jnp
     from tunix.models.qwen3 import model as tunix_model  # pyright: ignore[reportMissingImports]
 
@@ -38,8 +38,10 @@ def _make_mesh() -> Any:
 
 
 def run_step(job: Job) -> Answer:
-    """Its DistillationTrainer with the strategy LogitStrategy, which has the forward KL alone (at
-    alpha 1 and temperature 1), or its PeftTrainer. Weights and moments are float32."""
+    """Times steps of its DistillationTrainer or PeftTrainer, with weights and moments in float32.
+
+    LogitStrategy at alpha 1 and temperature 1 is the forward KL; it has no reverse KL.
+    """
     import jax
     import numpy as np
     import optax
@@ -83,15 +85,15 @@ def run_step(job: Job) -> Answer:
 
             trainer = trainer.with_gen_model_input_fn(make_model_inputs)
             batch = peft_trainer.TrainingInput(**fields)
-        trainer.is_managed_externally = True  # or it would skip as many batches as it has had
+        trainer.is_managed_externally = (
+            True  # otherwise it skips as many batches as it has trained on
+        )
 
         def train_once() -> None:
             trainer.train([batch])
             jax.block_until_ready(peft_trainer.nnx.state(trainer.model))
 
-        return time_calls(
-            train_once, job, get_jax_peak, warm=2
-        )  # it compiles in its second step once more
+        return time_calls(train_once, job, get_jax_peak, warm=2)  # its second step compiles again
 
 
 def run_score(job: Job) -> Answer:
@@ -103,7 +105,7 @@ def run_score(job: Job) -> Answer:
         jax.random.key(1), (job["rows"], job["tokens"]), 0, job["student"]["vocab_size"]
     )
     with _make_mesh():
-        read = _make_network(job, "student")
+        network = _make_network(job, "student")
 
         @tunix_model.nnx.jit
         def compute_logp(network: Any, tokens_BT: jax.Array) -> jax.Array:
@@ -112,5 +114,5 @@ def run_score(job: Job) -> Answer:
             return jnp.take_along_axis(logp_BTV, tokens_BT[:, 1:, None], axis=-1)
 
         return time_calls(
-            lambda: jax.block_until_ready(compute_logp(read, tokens_BT)), job, get_jax_peak
+            lambda: jax.block_until_ready(compute_logp(network, tokens_BT)), job, get_jax_peak
         )

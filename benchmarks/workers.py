@@ -1,12 +1,12 @@
-"""The samplers that benchmarks/rollout.py compares, each in a process, perhaps a venv, of its own;
-and how every contender answers (`serve`) and measures (`timed`).
+"""Samplers compared by benchmarks/rollout.py, and the shared code of all contenders: answering jobs
+(`serve_jobs`) and timing (`time_calls`).
 
     python -m benchmarks.workers NAME MODEL DTYPE CACHE
 
 loads a model and then answers jobs, one JSON object a line: {"prompts", "new", "mode"?, ...} gives
-{"seconds", "tokens"}, the tokens of every response. All jobs are greedy and none stops early, so
-that every sampler does the same work. Imports nothing of the project at the top: another venv runs
-this file too. What a library prints goes to stderr.
+{"seconds", "tokens"}, with the tokens of every response. All jobs are greedy and none stops early,
+so that every sampler does the same work. The top of this file imports nothing from the project,
+because other venvs run it too. Anything that a library prints goes to stderr.
 """
 
 import json
@@ -21,11 +21,11 @@ from typing import Any
 Job = dict[str, Any]
 Answer = dict[str, Any]
 
-LEARNING_RATE, B1, B2, CLIP = 1e-5, 0.9, 0.95, 1.0  # of everybody's AdamW
+LEARNING_RATE, B1, B2, CLIP = 1e-5, 0.9, 0.95, 1.0  # of every contender's AdamW
 
 
 def load_ours(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
-    """distill.rollout, and what else is asked of this project itself."""
+    """Loads this project's sampler, which also answers the jobs that only this project gets."""
     from collections import Counter
 
     from distill import rollout
@@ -51,13 +51,13 @@ def load_ours(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
             return [c.tokens for group in groups for c in group]
 
     def run_static(job: Job) -> list[list[int]]:
-        """Rows with lengths of their own in batches, each of which lasts as long as its longest."""
+        """Decodes rows of different lengths in fixed batches, each until its longest row ends."""
         done, rows = [], job["rows"]
-        for at in range(0, len(job["prompts"]), rows):
-            lengths = job["lengths"][at : at + rows]
-            # Few lengths, of which each is compiled.
+        for start in range(0, len(job["prompts"]), rows):
+            lengths = job["lengths"][start : start + rows]
+            # Bucketed, as each length is compiled.
             longest = rollout.bucket_length(max(lengths))
-            prompts = job["prompts"][at : at + rows]
+            prompts = job["prompts"][start : start + rows]
             responses = complete_prompts(prompts, [longest] * len(lengths), 1, len(lengths))
             done += [tokens[:n] for tokens, n in zip(responses, lengths, strict=True)]
         return done
@@ -81,7 +81,7 @@ def load_ours(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
 
 
 def load_transformers(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
-    """Hugging Face generate; mode "static" has a cache of fixed size, else it grows."""
+    """Loads Hugging Face's `generate`; its cache grows, except in mode "static"."""
     import torch
     from transformers import AutoModelForCausalLM, StaticCache
 
@@ -94,7 +94,7 @@ def load_transformers(model: str, dtype: str, cache: int) -> Callable[[Job], Ans
         start = time.perf_counter()
         if job["mode"] == "static":
             options["past_key_values"] = StaticCache(config=network.config, max_cache_len=cache)
-            options["disable_compile"] = network.device.type == "cpu"  # there it is slower
+            options["disable_compile"] = network.device.type == "cpu"  # compiling is slower there
         with torch.inference_mode():
             out = network.generate(
                 ids,
@@ -112,7 +112,7 @@ def load_transformers(model: str, dtype: str, cache: int) -> Callable[[Job], Ans
 
 
 class _IdTokenizer:
-    """The tokenizer that tunix asks for: texts are ids already; padding and end are never met."""
+    """The tokenizer that tunix needs: texts are ids; padding and end tokens do not occur."""
 
     def __init__(self, last: int) -> None:
         self._last = last
@@ -124,7 +124,7 @@ class _IdTokenizer:
         return ""
 
     def bos_id(self) -> int:
-        return 0  # none: any other would be put before every prompt
+        return 0  # stands for none; any other id is prepended to every prompt
 
     def eos_id(self) -> int:
         return self._last
@@ -134,10 +134,10 @@ class _IdTokenizer:
 
 
 def make_tunix_config(fields: dict, dtype: Any, **changes: Any) -> Any:
-    """google-tunix's config of the Qwen3 whose config.json this is."""
+    """Makes google-tunix's config of a Qwen3 from the fields of its config.json."""
     from tunix.models.qwen3 import model as model_lib  # pyright: ignore[reportMissingImports]
 
-    rope = fields.get("rope_parameters") or fields  # transformers 5 and 4
+    rope = fields.get("rope_parameters") or fields  # transformers 5, else 4
     options = {
         "num_layers": fields["num_hidden_layers"],
         "vocab_size": fields["vocab_size"],
@@ -156,7 +156,7 @@ def make_tunix_config(fields: dict, dtype: Any, **changes: Any) -> Any:
 
 
 def load_tunix(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
-    """google-tunix's own sampler: one jitted loop over a cache of fixed size."""
+    """Loads google-tunix's sampler: one jitted loop over a cache of fixed size."""
     import jax
     import jax.numpy as jnp
     from tunix.generate import sampler as sampler_lib  # pyright: ignore[reportMissingImports]
@@ -191,12 +191,12 @@ WORKERS = {"ours": load_ours, "transformers": load_transformers, "tunix": load_t
 
 
 def time_calls(call: Callable[[], Any], job: Job, peak: Callable[[], int], warm: int = 1) -> Answer:
-    """Calls `call`, which waits for the device: `warm` times to compile, then to measure."""
+    """Times `call`, which must wait for the device: `warm` calls to compile, then job["steps"]."""
     start = time.perf_counter()
     for _ in range(warm):
         call()
     first, seconds = time.perf_counter() - start, []
-    # From here on the peak of Linux is that of the calls, not of what made the weights.
+    # Reset Linux's peak, so that it does not include the initialisation of the weights.
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")
@@ -208,11 +208,11 @@ def time_calls(call: Callable[[], Any], job: Job, peak: Callable[[], int], warm:
 
 
 def get_resident_peak() -> int:
-    """The most bytes of RAM that this process had since `timed` began to measure."""
+    """Returns this process's peak RAM in bytes since `time_calls` began to measure."""
     import resource
 
     status = Path("/proc/self/status")
-    if not status.exists():  # macOS, which counts in bytes
+    if not status.exists():  # macOS, where ru_maxrss is in bytes
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     line = next(s for s in status.read_text().splitlines() if s.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
@@ -226,9 +226,9 @@ def get_jax_peak() -> int:
 
 
 def serve_jobs(load_worker: Callable[[], Callable[[Job], Answer]]) -> None:
-    """Says on stdout that `begin()` has been, and then what its result makes of each job on stdin.
+    """Calls `load_worker`, says so on stdout, then answers each job on stdin with its result.
 
-    What is not installed, and what a job fails with, is told as {"absent": why}.
+    If a package is missing or a job fails, the answer is {"absent": why}.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -242,7 +242,7 @@ def serve_jobs(load_worker: Callable[[], Callable[[Job], Answer]]) -> None:
     for line in sys.stdin:
         try:
             answer = work(json.loads(line))
-        except Exception as error:  # of whatever library, in its process; out of memory, above all
+        except Exception as error:  # any error of any library, most often out of memory
             traceback.print_exc()
             reason = next(iter(str(error).splitlines()), "")
             answer = {"absent": f"{type(error).__name__}: {reason}"[:200]}

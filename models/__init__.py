@@ -1,6 +1,6 @@
-"""Model families: `models.get_family(config)` hands out a `Family`, the spec of one.
+"""Model families: `models.get_family(config)` returns a `Family`, the spec of one.
 
-Names are looked up when they are first used: whoever wants models.errors alone starts without JAX.
+Names are resolved on first use, so that importing models.errors alone does not import JAX.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
-"""A LoRA as PEFT stores it: a directory of adapter_config.json and adapter_model.safetensors.
+"""Reads and writes LoRA adapters in PEFT's format: adapter_config.json, adapter_model.safetensors.
 
-What is written here has tensors of its own for every projection, an expert's too, by the names of
-transformers 4; peft converts them as it loads them into transformers 5. What is read are these,
-and all experts of a layer in one tensor, as peft itself saves them from transformers 5.
+Written adapters have separate tensors for every projection, also for those of each expert, named as
+in transformers 4; peft converts them when it loads them into transformers 5. Both this layout and
+the one that peft saves from transformers 5, with all experts of a layer in one tensor, can be read.
 """
 
 import contextlib
@@ -25,22 +25,20 @@ from models.layers.lora import MLP_TARGETS, TARGETS, LoRA
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
-# Fields of PEFT's LoraConfig that do not change what a trained adapter computes, or are read here.
+# Fields of PEFT's LoraConfig that do not affect what a trained adapter computes, or are read below.
 _IGNORED_FIELDS = (
     *("auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules"),
     *("inference_mode", "layers_pattern", "lora_alpha", "lora_dropout", "megatron_core"),
     *("peft_version", "qalora_group_size", "r", "runtime_config", "target_modules"),
     *("target_parameters", "task_type", "use_rslora"),
 )
-_SUPPORTED_INITS = (True, False, "gaussian", "eva", "orthogonal")  # others change the base too
-_FUSED_PROJECTIONS = (
-    "gate_up_proj",
-    "down_proj",
-)  # all experts' projections as transformers 5 names them
+_SUPPORTED_INITS = (True, False, "gaussian", "eva", "orthogonal")  # others also change the base
+# The projections of all experts, as transformers 5 names them.
+_FUSED_PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
 def is_adapter(directory: str | Path) -> bool:
-    """Whether DIRECTORY is an adapter's."""
+    """Returns True if `directory` contains an adapter."""
     return (Path(directory) / CONFIG_FILE).is_file()
 
 
@@ -56,7 +54,7 @@ def _read_config_fields(directory: str | Path) -> dict[str, Any]:
 
 
 def read_base_name(directory: str | Path) -> str:
-    """The name of the model that the adapter in DIRECTORY was made for, as its config has it."""
+    """Returns the name of the base model, as recorded in the adapter's config."""
     name = _read_config_fields(directory).get("base_model_name_or_path")
     if not name or not isinstance(name, str):
         raise UserError(f"{Path(directory) / CONFIG_FILE}: base_model_name_or_path names no model")
@@ -64,16 +62,16 @@ def read_base_name(directory: str | Path) -> str:
 
 
 def read_lora_config(directory: str | Path, config: Config) -> LoRA:
-    """Which LoRA the adapter in DIRECTORY is, to a base of `config`; reads no tensor.
+    """Returns the LoRA that the adapter describes, for a base of `config`; reads no tensors.
 
     Raises:
-      UserError: naming the field or tensor that contradicts another, or that is not supported.
+      UserError: names the field or tensor that contradicts another or is not supported.
     """
     path, fields = Path(directory) / CONFIG_FILE, _read_config_fields(directory)
     plain = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": _SUPPORTED_INITS}
     for name, value in ({"peft_type": None} | fields).items():
-        known = value in plain[name] if name in plain else not value or name in _IGNORED_FIELDS
-        if not known:
+        supported = value in plain[name] if name in plain else not value or name in _IGNORED_FIELDS
+        if not supported:
             raise UserError(f"{path}: {name}={value!r} is not supported")
     rank, alpha = fields.get("r"), fields.get("lora_alpha")
     if type(rank) is not int or not isinstance(alpha, int | float):
@@ -83,10 +81,10 @@ def read_lora_config(directory: str | Path, config: Config) -> LoRA:
     for name, shape in shapes.items():
         if not name.endswith((".lora_A.weight", ".lora_B.weight")):
             raise UserError(f"{directory}: tensor {name} is no factor of a LoRA")
-        found = shape[:1] if ".lora_A." in name else shape[1:]
-        if found != [rank]:
+        stored_rank = shape[:1] if ".lora_A." in name else shape[1:]
+        if stored_rank != [rank]:
             raise UserError(f"{directory}: {name} has shape {shape}, {CONFIG_FILE} says r={rank}")
-    # The tensors say what is adapted: the config may do so by a pattern.
+    # The tensors determine the targets, because the config may give them as a pattern.
     adapted = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in shapes}
     listed = fields.get("target_modules") or []
     named = set() if isinstance(listed, str) else {str(name).rpartition(".")[2] for name in listed}
@@ -108,9 +106,9 @@ def read_lora_config(directory: str | Path, config: Config) -> LoRA:
 
 @contextlib.contextmanager
 def open_tensors(directory: Path, config: Config) -> Iterator[dict[str, Any]]:
-    """Tensor name -> handle as weights.opened gives it, every projection by itself."""
+    """Yields tensor name -> handle, as weights.open_tensors does, with experts separated."""
     with weights.open_tensors({directory / TENSORS_FILE: []}) as slices:
-        # Once for all experts whose columns lie side by side in these rows.
+        # Cached: the columns of all experts lie side by side in the same rows.
         rows = functools.lru_cache(maxsize=1)(lambda name, begin, end: slices[name][begin:end])
         handles: dict[str, Any] = {}
         for name in slices:
@@ -138,12 +136,12 @@ def open_tensors(directory: Path, config: Config) -> Iterator[dict[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class _TensorPart:
-    """Some rows and columns of a stored matrix, in the form of safetensors' handles."""
+    """Some rows and columns of a stored matrix, with the interface of safetensors' handles."""
 
     shape: list[int]
     rows: slice
     columns: slice
-    read: Callable[[int, int], np.ndarray]  # of all columns, rows [begin, end)
+    read: Callable[[int, int], np.ndarray]  # reads rows [begin, end), all columns
     dtype: str
 
     def get_shape(self) -> list[int]:
@@ -163,11 +161,11 @@ def _split_experts(
     make_part: Callable[..., _TensorPart],
     config: Config,
 ) -> dict[str, _TensorPart]:
-    """What a factor of all experts holds of each, made by part_of(shape, rows, columns).
+    """Splits a factor of all experts into parts, each made by make_part(shape, rows, columns).
 
-    peft has lora_A as [E·R, in], the expert slowest, and lora_B as [out, R·E], the expert fastest.
-    Of gate and up, which it adapts as one, each has all of a and its own half of b's rows. Raises
-    ValueError for shapes that are neither theirs nor those of the down projection.
+    peft stores lora_A as [E·R, in], with the expert slowest, and lora_B as [out, R·E], with the
+    expert fastest. It adapts gate and up as one: each uses all of a and its own half of b's rows.
+    Raises ValueError unless the shapes are those of gate and up, or of the down projection.
     """
     (stacked, fan_in), (fan_out, columns) = shapes
     D, F, E = config.hidden_size, config.moe_intermediate_size, config.num_experts
@@ -188,13 +186,13 @@ def _split_experts(
 
 
 def check_adapter(directory: str | Path, config: Config, shapes: Any) -> None:
-    """Raises UserError as `load` would, from the files' headers alone; reads no tensor."""
+    """Raises UserError as `load` would, from the files' headers alone; reads no tensors."""
     with open_tensors(Path(directory), config) as slices:
         weights.check_tensors(Path(directory), slices, config, shapes)
 
 
 def load(directory: str | Path, config: Config, shapes: Any, shardings: Any) -> Any:
-    """Reads the adapter in DIRECTORY, float32, straight into `shardings`; as weights.load does."""
+    """Reads the adapter in `directory` in float32 into `shardings`, as weights.load does."""
     source = open_tensors(Path(directory), config)
     return weights.load(directory, config, shapes, shardings, jnp.dtype("float32"), source=source)
 
@@ -202,11 +200,11 @@ def load(directory: str | Path, config: Config, shapes: Any, shardings: Any) -> 
 def save(
     adapter: Any, lora: LoRA, config: Config, base_name: str, directory: Path, dtype: jnp.dtype
 ) -> None:
-    """Writes `adapter`, cast to `dtype`, as PEFT's adapter to the model that `base` names.
+    """Writes `adapter`, cast to `dtype`, as a PEFT adapter of the model `base_name`.
 
-    peft and vLLM take the experts' gate and up projections for one of twice the rank and alpha,
-    whose scale rsLoRA would get wrong: with experts the config has the same scale without it. And
-    as peft adapts all projections of the experts or none, missing ones are there with zeros.
+    peft and vLLM treat the experts' gate and up projections as one of twice the rank and alpha,
+    which changes rsLoRA's scale: with experts, the config expresses the same scale without rsLoRA.
+    As peft adapts all projections of the experts or none, missing ones are written as zeros.
     """
     directory.mkdir(parents=True, exist_ok=True)
     if any(config.sparse_layers) and not set(MLP_TARGETS).isdisjoint(lora.targets):
@@ -223,7 +221,7 @@ def save(
         directory / TENSORS_FILE,
         {"format": "pt"},
     )
-    (directory / TENSORS_FILE).chmod(0o644)  # safetensors leaves it to its owner alone
+    (directory / TENSORS_FILE).chmod(0o644)  # safetensors makes it readable by its owner only
     fields = {
         "base_model_name_or_path": base_name,
         "bias": "none",

@@ -1,4 +1,4 @@
-"""One way to say that a setting is out of bounds: a table of rules and a checker."""
+"""Checks settings against a table of rules, with one wording for all messages."""
 
 import dataclasses
 import math
@@ -10,8 +10,10 @@ from models.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`; finite ones, where `high` is infinite. below: without `high`.
-    above: without `low`. off: what `low` itself means, for the message."""
+    """Finite numbers from `low` to `high`.
+
+    below: exclude `high`. above: exclude `low`. off: the meaning of `low` itself, for messages.
+    """
 
     low: float = 0
     high: float = math.inf
@@ -41,10 +43,10 @@ Rule = Range | tuple[Any, ...]  # numbers, or choices
 
 
 def check_fields(values: Any, rules: Mapping[str, Rule], prefix: str = "") -> None:
-    """Checks the fields that `rules` names, of a config, a mapping or a dataclass.
+    """Checks the fields of a config, a mapping or a dataclass that are named in `rules`.
 
     Raises:
-      UserError: naming the first field that breaks its rule, `prefix` before its name.
+      UserError: names the first field that breaks its rule, preceded by `prefix`.
     """
     for field, rule in rules.items():
         value = values[field] if isinstance(values, Mapping) else getattr(values, field)

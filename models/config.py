@@ -1,4 +1,4 @@
-"""What layers and trainers read of a model's config, whatever its family."""
+"""The config interface that layers and trainers use, whatever the model's family."""
 
 import dataclasses
 from typing import Any, ClassVar, Protocol
@@ -8,7 +8,7 @@ from models.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary embeddings reach beyond the positions of pretraining (models.layers.rope).
+    """Extends rotary embeddings beyond the positions of pretraining (models.layers.rope).
 
     All but the first three fields are YaRN's; None means that the value follows from `factor`.
     """
@@ -21,16 +21,16 @@ class RopeScaling:
     attention_factor: float | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
-    truncate: bool = True  # the ramp begins and ends at whole dimensions
+    truncate: bool = True  # round the ends of the ramp to whole dimensions
 
 
 class Config(Protocol):
-    """The architecture of a decoder-only transformer: hashable, compared by value.
+    """The architecture of a decoder-only transformer; hashable, compared by value.
 
-    Names are those of Hugging Face's config.json. A dense model has num_experts = 0.
+    Fields are named as in Hugging Face's config.json. A dense model has num_experts = 0.
     """
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]  # it is a frozen dataclass
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # implementations are frozen dataclasses
 
     @property
     def vocab_size(self) -> int: ...
@@ -74,7 +74,7 @@ class Config(Protocol):
 
     @property
     def routing_shape(self) -> tuple[int, int]:
-        """The number of sparse layers, and of the experts that each sends a token to."""
+        """The number of sparse layers, and of the experts per token in each."""
         ...
 
     @property
@@ -94,14 +94,15 @@ def read_architecture(fields: dict[str, Any]) -> str:
 
 
 def parse_rope_scaling(rope: dict[str, Any], field: str, max_positions: int) -> RopeScaling | None:
-    """Reads config.json's rotary object; None if it does not scale.
+    """Parses config.json's rotary object; returns None if it does not scale.
 
     Args:
-      field: the name of the object in messages.
+      rope: the object.
+      field: the object's name in messages.
       max_positions: config.json's max_position_embeddings.
 
     Raises:
-      UserError: for another type of scaling, or a value out of its range.
+      UserError: for an unsupported type of scaling, or an invalid value.
     """
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type == "default":

@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend; every verb turns it into one line and exit code 2."""
+"""Exceptions for mistakes that a user can fix; verbs print them in one line and exit with 2."""
 
 
 class UserError(Exception):
@@ -6,4 +6,4 @@ class UserError(Exception):
 
 
 class RowError(UserError):
-    """One row among others that cannot be worked on; the others can."""
+    """A single row that cannot be processed; the other rows can."""

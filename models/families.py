@@ -1,4 +1,4 @@
-"""The table of model families, and what is made of a config by way of its family."""
+"""The table of model families, and functions that dispatch on a config's family."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ FAMILIES: dict[str, Family] = {"qwen3": qwen3.FAMILY}
 
 
 def get_family(config: Config) -> Family:
-    """Returns the family whose config this is."""
+    """Returns the family that `config` belongs to."""
     return next(f for f in FAMILIES.values() if f.config_type is type(config))
 
 
@@ -28,11 +28,12 @@ def parse_config(fields: dict[str, Any], source: str) -> Config:
     """Makes a config from config.json's fields.
 
     Args:
-      source: where they were read, for messages.
+      fields: the parsed JSON object.
+      source: the file they come from, for messages.
 
     Raises:
-      UserError: for an architecture of no family, a missing field, or a variant that the model
-        does not compute.
+      UserError: for an architecture of no known family, a missing field, or a variant that the
+        model does not implement.
     """
     architecture = read_architecture(fields)
     for family in FAMILIES.values():
@@ -43,7 +44,7 @@ def parse_config(fields: dict[str, Any], source: str) -> Config:
 
 
 def read_config(directory: str | Path) -> Config:
-    """Reads DIRECTORY/config.json; raises UserError if it is missing, malformed or as above."""
+    """Reads DIRECTORY/config.json. Raises UserError if missing, malformed, or as `parse_config`."""
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise UserError(f"{directory}: no model directory (it has no config.json)")
@@ -57,32 +58,34 @@ def read_config(directory: str | Path) -> Config:
 
 
 def find_released(name: str) -> Config | None:
-    """Returns the config of a repository on the hub, if a family lists it; of a Base model its
-    post-trained sibling's."""
+    """Returns the config of a hub repository that a family lists, else None.
+
+    A Base model gets the config of its post-trained sibling.
+    """
     released = {k.lower(): c for family in FAMILIES.values() for k, c in family.released.items()}
     return released.get(name.removesuffix("-Base").lower())
 
 
 def make_model(config: Config, **options: Any) -> Transformer:
-    """Makes the model of `config`; options are the other fields of Transformer."""
+    """Makes the model of `config`; `options` are Transformer's other fields."""
     return Transformer(config, get_family(config).block, **options)
 
 
 def count_forward_flops(
     config: Config, tokens: float, context_length: float, with_head: bool
 ) -> float:
-    """Operations of one forward pass over `tokens`, each of which attends to `context_length`
+    """Counts the operations of a forward pass over `tokens`, each attending to `context_length`
     others."""
     return get_family(config).count_forward_flops(config, tokens, context_length, with_head)
 
 
 def count_cache_token_bytes(config: Config, tensor: int, dtype: jnp.dtype) -> int:
-    """Bytes of one token's keys and values on each of `tensor` devices that share the heads."""
+    """Counts the bytes of a token's keys and values on each of `tensor` devices sharing heads."""
     return get_family(config).count_cache_token_bytes(config, tensor, dtype)
 
 
 def get_abstract_params(config: Config, lora: LoRA | None = None) -> tuple[Params, Params]:
-    """(shapes, axes) of all parameters, or of what `lora` adds to them; allocates nothing.
+    """Returns (shapes, axes) of all parameters, or of `lora`'s factors; allocates nothing.
 
     Shapes are ShapeDtypeStructs; axes are PartitionSpecs of logical axis names.
     """
@@ -92,15 +95,15 @@ def get_abstract_params(config: Config, lora: LoRA | None = None) -> tuple[Param
     return shapes, nn.get_partition_spec(boxed)
 
 
-@functools.cache  # a start asks for the same model several times, on one mesh and another
+@functools.cache  # called several times per start for the same model, on different meshes
 def _eval_abstract_params(config: Config, lora: LoRA | None) -> Params:
     return jax.eval_shape(lambda: _init_boxed_params(config, lora, jax.random.key(0)))
 
 
 def init_params(config: Config, key: jax.Array, lora: LoRA | None = None) -> Params:
-    """Random float32 parameters: kernels N(0, 1/fan_in), embeddings N(0, 1/D), norms one.
+    """Initialises float32 parameters: kernels N(0, 1/fan_in), embeddings N(0, 1/D), norms one.
 
-    With `lora` only what it adds to them (models.layers.lora.make_factors).
+    With `lora`, only its factors (models.layers.lora.make_factors).
     """
     return nn.unbox(_init_boxed_params(config, lora, key))
 

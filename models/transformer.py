@@ -3,15 +3,15 @@
     hidden_BTD, cache = make_model(config).apply(
         {"params": p}, tokens_BT, positions_BT, segments_BT)
 
-The model returns final hidden states, never logits: whoever needs logits streams the output head
-over them (distill/objectives/fused_head.py), so that [B, T, V] need not exist. Positions, segments
-and the cache are arguments; nothing is inferred from padding ids.
+The model returns final hidden states, never logits: callers that need logits stream the output head
+over them (distill/objectives/fused_head.py), so that [B, T, V] is never materialised. Positions,
+segments and the cache are arguments; nothing is inferred from padding ids.
 
 Letters in names: B sequences, T tokens, S cache slots, N query heads, K key/value heads, Q = N/K,
 H head dim, D model, F feed-forward, V vocabulary, L layers.
 
-Segments: tokens attend to earlier tokens of their own segment. Segment 0 is padding; what padding
-computes is never read.
+Segments: tokens attend to themselves and to earlier tokens of their own segment. Segment 0 is
+padding, whose outputs are never read.
 """
 
 from typing import Any
@@ -36,13 +36,15 @@ Params = Any  # nested dict of arrays, one entry per module below
 class Transformer(nn.Module):
     """The whole model up to the final norm.
 
-    scan: parameters of all layers stacked [L, ...] under "layers" and run by one scan (compact
-      programs; what is trained, stored and sharded); otherwise one subtree per layer, "layers_0"
-      on, as `unstack` makes it (what the CPU sampler reads). A model in which some layers are
-      sparse and some dense (no released one is) always has this form.
+    scan: parameters of all layers are stacked [L, ...] under "layers" and run by one scan (compact
+      programs; this form is trained, stored and sharded). Otherwise there is one subtree per layer,
+      "layers_0" and so on, as made by `unstack_layers` (for the CPU sampler). A model that mixes
+      sparse and dense layers (no released one does) always has the latter form.
     remat: recompute each block in the backward pass instead of storing its activations.
-    kernel: how attention over many queries is computed, a row of models.layers.attention.TABLE.
-    lora: what the collection LORA means, where it is given; without it the model is its base.
+    kernel: the implementation of attention over many queries, a key of
+      models.layers.attention.TABLE.
+    lora: describes the factors in the collection LORA; without that collection the model is its
+      base.
     """
 
     config: Config
@@ -62,11 +64,11 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         replay_BTLA: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        """Final hidden states [B, T, D] in `dtype`, and the cache with these tokens written.
+        """Returns final hidden states [B, T, D] in `dtype`, and the cache with these tokens added.
 
-        A cache says whose tokens these are and which they attend to (its `at` and `step`): the
-        next one of each row, or pieces of prompts, one behind the other. With
-        replay_BTLA (moe.chosen) the sparse layers compute with those experts.
+        A cache says which rows the tokens belong to and what they attend to (see its `bind_tokens`
+        and `bind_next_tokens`): the next token of each row, or concatenated pieces of prompts.
+        With replay_BTLA (moe.get_chosen_experts) the sparse layers use those experts.
         """
         c = self.config
         D, L = c.hidden_size, c.num_hidden_layers
@@ -108,12 +110,12 @@ class Transformer(nn.Module):
 
 
 def get_output_head(params: Params) -> jax.Array:
-    """The output head [V, D]: its own matrix, or the embedding where the two are tied."""
+    """Returns the output head [V, D]: its own matrix, or the embedding if the two are tied."""
     return params["head"] if "head" in params else params["embed"]
 
 
 def unstack_layers(params: Params, num_layers: int) -> Params:
-    """Parameters as one subtree per layer, the form that Transformer(scan=False) reads."""
+    """Returns parameters with one subtree per layer, the form used by Transformer(scan=False)."""
     if "layers" not in params:
         return params
     layers = {

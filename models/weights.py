@@ -1,9 +1,9 @@
-"""Loads and saves weights: the family's table of Hugging Face names drives both.
+"""Loads and saves weights, driven by the family's table of Hugging Face names.
 
-Loading reads of every tensor the part that this process's devices hold between them, once, and
-deals it out to them: a file keeps rows together, so that one device's columns cost as much to read
-as all of them. On the host lies one layer's tensor at a time (of small ones, several layers'), and
-there is never a second copy of the model.
+Of every tensor, loading reads the part held by this process's devices, once, and distributes it to
+them: files are row-major, so reading one device's columns costs as much as reading all of them. The
+host holds one layer's tensor at a time (several layers' if they are small), and there is never a
+second copy of the model.
 """
 
 import contextlib
@@ -31,18 +31,18 @@ from models.family import TensorNames
 from models.layers import quantised
 from models.layers.quantised import is_quantised
 
-_FLOATS = ("F64", "F32", "F16", "BF16")  # what weights may be stored in
+_FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes that weights may be stored in
 
 FACTOR_NAMES = {"a": "lora_A.weight", "b": "lora_B.weight"}
 
-Box = tuple[tuple[int, int], ...]  # of an array: [begin, end) on each axis
+Box = tuple[tuple[int, int], ...]  # part of an array: [begin, end) on each axis
 
-SHARD_BYTES = 5 * 10**9  # Hugging Face's customary size of one file
-PIECE_BYTES = 2**22  # of layers that are small, so many go to the devices together
+SHARD_BYTES = 5 * 10**9  # Hugging Face's usual size of a file
+PIECE_BYTES = 2**22  # small layers are moved to the devices in pieces of this size
 
 
 def _list_files(directory: Path) -> dict[Path, list[str]]:
-    """The files of a model, and the tensors that an index, if there is one, places in each."""
+    """Returns a model's files and, if there is an index, the tensors that it places in each."""
     index = directory / "model.safetensors.index.json"
     if not index.is_file():
         return {directory / "model.safetensors": []}
@@ -57,8 +57,11 @@ def _list_files(directory: Path) -> dict[Path, list[str]]:
 
 @contextlib.contextmanager
 def open_tensors(files: dict[Path, list[str]]) -> Iterator[dict[str, Any]]:
-    """Tensor name -> handle with .get_shape(), .get_dtype() and slicing, over all of `files`; what
-    each must hold stands beside it."""
+    """Yields tensor name -> handle with .get_shape(), .get_dtype() and slicing.
+
+    `files` maps each file to the tensors that it must contain; others in it are included. Raises
+    UserError for a missing or unreadable file or tensor.
+    """
     with contextlib.ExitStack() as stack:
         slices = {}
         for file, placed in files.items():
@@ -79,7 +82,7 @@ def open_tensors(files: dict[Path, list[str]]) -> Iterator[dict[str, Any]]:
 
 
 def check_tensors(directory: Path, slices: dict[str, Any], config: Config, shapes: Any) -> None:
-    """Refuses tensors that are missing, extra, misshapen or no floats, before any is read."""
+    """Raises UserError for tensors that are missing, extra, misshapen or not floats; reads none."""
     expected, names = {}, get_family(config).tensor_names
     for path, leaf in _list_leaves(shapes):
         name, transposed = lookup_tensor(path, names)
@@ -87,16 +90,20 @@ def check_tensors(directory: Path, slices: dict[str, Any], config: Config, shape
         shape = leaf.shape[stacked:]
         for place in np.ndindex(leaf.shape[:stacked]):
             expected[name.format(*place)] = list(shape[::-1] if transposed else shape)
-    if config.tie_word_embeddings:  # some tied checkpoints store the head all the same
+    if config.tie_word_embeddings:  # some tied checkpoints store the head anyway
         slices.pop("lm_head.weight", None)
     for name, shape in expected.items():
         if name not in slices:
             raise UserError(f"{directory}: tensor {name} is missing")
-        found = list(slices[name].get_shape())
-        if found != shape:
-            raise UserError(f"{directory}: {name} has shape {found}, config.json says {shape}")
-        if (kind := slices[name].get_dtype()) not in _FLOATS:
-            raise UserError(f"{directory}: {name} is of {kind}, none of {', '.join(_FLOATS)}")
+        stored_shape = list(slices[name].get_shape())
+        if stored_shape != shape:
+            raise UserError(
+                f"{directory}: {name} has shape {stored_shape}, config.json says {shape}"
+            )
+        if (stored_dtype := slices[name].get_dtype()) not in _FLOATS:
+            raise UserError(
+                f"{directory}: {name} is of {stored_dtype}, none of {', '.join(_FLOATS)}"
+            )
     extra = sorted(set(slices) - set(expected))
     if extra:
         raise UserError(f"{directory}: tensor {extra[0]} is no part of this model")
@@ -111,8 +118,8 @@ def check_weights(directory: str | Path, config: Config, shapes: Any) -> None:
 def lookup_tensor(path: tuple, names: TensorNames) -> tuple[str, bool]:
     """Returns the row of `names` for a path in the parameters, as jax.tree_util gives it.
 
-    In a subtree of one layer, "layers_3", the layer's number stands in the name already. LoRA's
-    factors a and b of a kernel have PEFT's names, and are stored transposed.
+    For a path in a single layer's subtree, "layers_3", the returned name includes the layer's
+    number. LoRA's factors a and b of a kernel have PEFT's names and are stored transposed.
     """
     first, *rest = (key.key for key in path)
     if rest and rest[-1] in FACTOR_NAMES:
@@ -125,7 +132,7 @@ def lookup_tensor(path: tuple, names: TensorNames) -> tuple[str, bool]:
 
 
 def _group_devices_by_box(sharding: Any, shape: tuple[int, ...]) -> dict[Box, list[Any]]:
-    """What this process's devices hold of an array: each part once, with all that hold it."""
+    """Maps each part of an array that this process holds to the devices that hold it."""
     parts: dict[Box, list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         spans = (part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
@@ -134,7 +141,7 @@ def _group_devices_by_box(sharding: Any, shape: tuple[int, ...]) -> dict[Box, li
 
 
 def _merge_boxes(boxes: Iterable[Box]) -> list[Box]:
-    """The boxes, which do not overlap, with those that are neighbours joined."""
+    """Joins adjacent boxes; they must not overlap."""
     joined = list(boxes)
     for axis in reversed(range(len(joined[0]) if joined else 0)):
         lines: dict[Box, list[tuple[int, int]]] = {}
@@ -159,17 +166,17 @@ def _count_elements(box: Box) -> int:
 def _choose_layers_per_piece(
     path: tuple, shape: tuple[int, ...], sharding: Any, dtype: jnp.dtype
 ) -> int:
-    """How long a parameter's first axis is on the host: whole, but of stacked layers as many as fit
-    in PIECE_BYTES."""
+    """Returns how much of a parameter's first axis to read at a time: all of it, or of stacked
+    layers as many as fit in PIECE_BYTES."""
     if path[0].key != "layers":
         return shape[0]
-    of_layer = (
+    bytes_per_layer = (
         sum(map(_count_elements, _group_devices_by_box(sharding, shape)))
         // shape[0]
         * dtype.itemsize
     )
     counts = (n for n in range(shape[0], 1, -1) if shape[0] % n == 0)
-    return next((n for n in counts if n * of_layer <= PIECE_BYTES), 1)
+    return next((n for n in counts if n * bytes_per_layer <= PIECE_BYTES), 1)
 
 
 @functools.cache  # so that parameters of one shape share a compilation
@@ -181,7 +188,7 @@ def _make_piece_writer(sharding: Any) -> Callable[..., jax.Array]:
 
 
 def count_reads(config: Config, shapes: Any, shardings: Any) -> int:
-    """How many slices of tensors `load` reads in this process."""
+    """Returns the number of tensor slices that `load` reads in this process."""
     count, names = 0, get_family(config).tensor_names
     for (path, leaf), sharding in zip(_list_leaves(shapes), _list_leaves(shardings), strict=True):
         stacked = lookup_tensor(path, names)[0].count("{}")
@@ -194,7 +201,7 @@ def count_reads(config: Config, shapes: Any, shardings: Any) -> int:
 
 
 def _list_leaves(tree: Any) -> list[tuple[tuple, Any]]:
-    """(path, leaf) pairs; a quantised kernel is one leaf."""
+    """Returns (path, leaf) pairs; a quantised kernel is one leaf."""
     return jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantised)
 
 
@@ -207,8 +214,11 @@ def _read_box(
     dtype: jnp.dtype,
     on_read: Callable[[], None],
 ) -> np.ndarray:
-    """A box of a parameter: of each tensor that it is made of one slice, all of them in `dtype`; a
-    single one as it is stored. Raises UserError naming the tensor that cannot be read."""
+    """Reads a box of a parameter, with one slice of each tensor in it.
+
+    Several tensors are stacked in `dtype`; a single one keeps its stored dtype. Raises UserError
+    naming a tensor that cannot be read.
+    """
     name, transposed = lookup_tensor(path, names)
     stacked = name.count("{}")
     index = tuple(slice(*span) for span in box[stacked:])
@@ -242,19 +252,22 @@ def load(
     source: contextlib.AbstractContextManager[dict[str, Any]] | None = None,
     convert: Callable[[tuple, jax.Array], Any] | None = None,
 ) -> Any:
-    """Reads the parameters of DIRECTORY straight into `shardings`, cast to `dtype`.
+    """Reads the parameters in `directory` directly into `shardings`, cast to `dtype`.
 
     Args:
-      shapes: tree of ShapeDtypeStructs (model.abstract, unboxed). Where it has a Quantised
-        (quantised.abstract), the kernel is quantised on the devices, layer by layer, while it
-        comes: no more of it than one layer is ever there in `dtype`.
+      directory: a model directory.
+      config: the model's config.
+      shapes: tree of ShapeDtypeStructs (families.get_abstract_params). A kernel for which it has a
+        Quantised (quantised.quantise_shapes) is quantised on the devices as it is read, layer by
+        layer: at most one layer of it exists in `dtype`.
       shardings: tree of jax shardings of the same structure.
-      note: called after each read with how many of `reads` are done.
-      source: what `opened` gives, where it is not that of the model in DIRECTORY.
-      convert: (path, parameter) -> what stands in its place, made before the next one is read.
+      dtype: of the parameters that are not quantised.
+      on_progress: called after each read with the number of reads so far, out of `count_reads`.
+      source: result of `open_tensors` to read from instead of the files in `directory`.
+      convert: (path, parameter) -> its replacement, made before the next parameter is read.
 
     Raises:
-      UserError: naming the file or tensor that is missing, extra, misshapen or unreadable.
+      UserError: names the file or tensor that is missing, extra, misshapen or unreadable.
     """
     directory, names = Path(directory), get_family(config).tensor_names
     done = itertools.count(1)
@@ -265,16 +278,16 @@ def load(
         def read_array(
             path: tuple, shape: tuple[int, ...], sharding: Any, first: int = 0
         ) -> jax.Array:
-            """Of a stacked parameter, as many layers as `shape` says, from number `first` on."""
+            """Reads shape[0] layers of a stacked parameter, starting with layer `first`."""
             parts, arrays = _group_devices_by_box(sharding, shape), []
             for box in _merge_boxes(parts):
                 begin, end = box[0]
-                box_there = ((first + begin, first + end), *box[1:])
-                host_box = _read_box(directory, slices, names, path, box_there, dtype, count)
+                stored_box = ((first + begin, first + end), *box[1:])
+                host_box = _read_box(directory, slices, names, path, stored_box, dtype, count)
                 for part in (part for part in parts if _is_within(part, box)):
                     at = (slice(p - b, q - b) for (p, q), (b, _) in zip(part, box, strict=True))
                     host = np.ascontiguousarray(host_box[tuple(at)], dtype)
-                    # Waited for: what the devices have is no longer on the host.
+                    # Wait, so that the host's copy can be freed.
                     arrays += jax.block_until_ready([jax.device_put(host, d) for d in parts[part]])
             return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
@@ -294,17 +307,17 @@ def load(
                 return convert(path, param) if convert else param
             if path[0].key != "layers":
                 return quantised.quantise_onto(read_param(path, leaf.shape, sharding.values), leaf)
-            of_layer = NamedSharding(sharding.values.mesh, P(*sharding.values.spec[1:]))
+            layer_sharding = NamedSharding(sharding.values.mesh, P(*sharding.values.spec[1:]))
             layers = ((DictKey(f"layers_{i}"), *path[1:]) for i in range(leaf.shape[0]))
             return quantised.quantise_stack(
-                (read_array(at, leaf.shape[1:], of_layer) for at in layers), leaf
+                (read_array(at, leaf.shape[1:], layer_sharding) for at in layers), leaf
             )
 
         return jax.tree_util.tree_map_with_path(load_leaf, shapes, shardings, is_leaf=is_quantised)
 
 
 def iter_tensors(params: Any, config: Config, dtype: jnp.dtype) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, tensor) of all that is stored of `params`, on the host, layer by layer."""
+    """Yields (name, tensor) of all stored tensors of `params`, on the host, layer by layer."""
     names = get_family(config).tensor_names
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name, transposed = lookup_tensor(path, names)
@@ -317,9 +330,9 @@ def iter_tensors(params: Any, config: Config, dtype: jnp.dtype) -> Iterator[tupl
 
 
 def save(params: Any, config: Config, directory: Path, dtype: jnp.dtype) -> None:
-    """Writes config.json and (sharded) safetensors of `params` cast to `dtype` into DIRECTORY.
+    """Writes config.json and (sharded) safetensors of `params`, cast to `dtype`, to `directory`.
 
-    transformers and vLLM load the result once a tokenizer lies beside it.
+    transformers and vLLM can load the result once a tokenizer is added.
     """
     directory.mkdir(parents=True, exist_ok=True)
     fields = config.to_hf() | {"dtype": jnp.dtype(dtype).name, "torch_dtype": jnp.dtype(dtype).name}
@@ -332,7 +345,7 @@ def save(params: Any, config: Config, directory: Path, dtype: jnp.dtype) -> None
         shards.append(list(batch))
         file = directory / f"shard-{len(shards)}.tmp"
         save_file(batch, file, metadata={"format": "pt"})
-        file.chmod(0o644)  # safetensors leaves it to its owner alone
+        file.chmod(0o644)  # safetensors makes it readable by its owner only
         batch.clear()
 
     for name, tensor in iter_tensors(params, config, dtype):

@@ -1,4 +1,5 @@
-"""The structure, read from the source: floors, circles, sizes, and that what is named exists."""
+"""Checks the structure of the source: layers, import cycles, sizes, and that documented names
+exist."""
 
 import ast
 import functools
@@ -47,7 +48,7 @@ FLOOR = {
 
 @functools.cache
 def sources() -> dict[str, ast.Module]:
-    """Module name → its syntax tree, of every Python file of the project."""
+    """Maps the module name of every Python file in the project to its syntax tree."""
     files = [f for package in PACKAGES for f in sorted((ROOT / package).rglob("*.py"))]
     return {
         ".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): ast.parse(
@@ -64,21 +65,21 @@ def file_of(module: str) -> Path:
 
 @functools.cache
 def imports(module: str) -> frozenset[str]:
-    """Dotted names that `module` imports, anywhere in it: modules, as deep as they exist here."""
-    found = set()
+    """Returns dotted names that `module` imports anywhere: modules, as deep as they exist here."""
+    names = set()
     for node in ast.walk(sources()[module]):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{module}:{node.lineno}: relative import"
             for alias in node.names:
                 deeper = f"{node.module}.{alias.name}"
-                found.add(deeper if deeper in sources() else str(node.module))
-    return frozenset(found)
+                names.add(deeper if deeper in sources() else str(node.module))
+    return frozenset(names)
 
 
 def reached(module: str) -> set[str]:
-    """Everything that importing `module` imports, through the project's own modules."""
+    """Returns everything that importing `module` imports, through the project's own modules."""
     seen: set[str] = set()
     stack = [module]
     while stack:
@@ -93,21 +94,21 @@ def under(module: str, *packages: str) -> bool:
     return any(module == p or module.startswith(p + ".") for p in packages)
 
 
-def of(package: str) -> list[str]:
+def modules_of(package: str) -> list[str]:
     return [m for m in sources() if under(m, package) and m != package]
 
 
 def folders() -> set[str]:
-    """Packages of distill/, whose __init__ holds a docstring and, of rollout, its face."""
+    """Returns packages of distill/, whose __init__ has only a docstring or re-exports."""
     return {f"distill.{name}" for name in FOLDERS if name}
 
 
-def test_every_file_has_a_floor():
-    assert set(of("distill")) - folders() == FLOOR.keys()
+def test_every_file_is_listed_in_a_layer():
+    assert set(modules_of("distill")) - folders() == FLOOR.keys()
 
 
-def test_imports_point_down():
-    for module in of("distill"):
+def test_imports_only_point_to_lower_layers():
+    for module in modules_of("distill"):
         for name in imports(module):
             above = under(name, "tests", "assets", "benchmarks", "configs")
             assert not above, f"{module} imports {name}"
@@ -116,25 +117,26 @@ def test_imports_point_down():
             if name in folders():  # a face stands where its topmost file does
                 top = min(FLOOR[m] for m in FLOOR if under(m, name))
                 assert FLOOR[module] < top, f"{module} imports {name}, which stands above"
-    for module in of("models"):
+    for module in modules_of("models"):
         for name in imports(module):
             assert not under(name, "distill", "configs", "tests", "assets", "benchmarks"), (
                 module,
                 name,
             )
-    for module in of("configs"):
+    for module in modules_of("configs"):
         for name in imports(module):
             assert not under(name, "distill", "models", "tests", "assets"), (module, name)
 
 
 def files_of_tests() -> list[str]:
-    return [m for m in of("tests") if file_of(m).match("test_*.py") or m == "tests.house"]
+    return [m for m in modules_of("tests") if file_of(m).match("test_*.py") or m == "tests.house"]
 
 
 def test_no_test_imports_from_another():
-    """What several need stands in tests/support; nor do processes that tests start."""
+    """Shared helpers belong in tests/support/; processes that tests start may not import tests
+    either."""
     alone = {name.rpartition(".")[2] for name in files_of_tests()}
-    for module in of("tests"):
+    for module in modules_of("tests"):
         for name in imports(module):
             assert name.rpartition(".")[2] not in alone, f"{module} imports {name}"
         text = file_of(module).read_text()
@@ -142,7 +144,7 @@ def test_no_test_imports_from_another():
         assert not found, f"{module}: {found and found[0].strip()}"
 
 
-def test_tests_lie_as_the_source_does():
+def test_test_folders_mirror_the_source():
     here = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()} - {"__pycache__"}
     own = {"support", "long", "configs", "benchmarks", "end_to_end"}
     assert here <= {*FOLDERS, "models", *own}, here
@@ -152,34 +154,34 @@ def test_tests_lie_as_the_source_does():
     assert len(names) == len(set(names)), "two test files of one name"
 
 
-def test_models_know_families_by_their_table_only():
-    """What no family owns imports none, but for the table; distill/ imports none at all."""
+def test_families_are_imported_only_by_their_table():
+    """Shared model code imports no family, except in the table; distill/ imports none at all."""
     family_packages = {
         "models." + path.name
         for path in (ROOT / "models").iterdir()
         if path.is_dir() and path.name not in ("layers", "__pycache__")
     }
     assert family_packages
-    for module in (*of("distill"), *of("models")):
+    for module in (*modules_of("distill"), *modules_of("models")):
         if module != "models.families" and not under(module, *family_packages):
             for name in imports(module):
                 assert not under(name, *family_packages), f"{module} imports {name}"
 
 
-def test_no_circles():
+def test_there_are_no_import_cycles():
     for module in sources():
         assert module not in reached(module), f"{module} imports itself, by way of others"
 
 
-def test_losses_know_arrays_only():
+def test_objectives_depend_on_arrays_only():
     plain = {"jax", "numpy", *sys.stdlib_module_names}
     known = ("models.errors", "models.checks", "distill.objectives", "distill.batch")
-    for module in of("distill.objectives"):
+    for module in modules_of("distill.objectives"):
         for name in imports(module):
             assert name.partition(".")[0] in plain or under(name, *known), name
 
 
-# What runs in the graders' processes, or only reads files, starts without jax.
+# Modules that run in grader processes, or only read files, start without jax.
 LIGHT = (
     "distill.rewards.graders",
     "distill.rewards.terms",
@@ -190,18 +192,18 @@ LIGHT = (
 )
 
 
-def test_light_modules_do_without_jax():
+def test_light_modules_do_not_import_jax():
     for module in LIGHT:
         assert not [n for n in reached(module) if under(n, "jax", "flax", "optax")], module
 
 
-def test_flax_in_two_places_only():
+def test_flax_is_imported_in_two_places_only():
     for module in sources():
         if any(under(name, "flax") for name in imports(module)):
             assert under(module, "models", "distill.runtime.mesh", "tests"), module
 
 
-def test_sizes():
+def test_files_and_functions_stay_short():
     for module, tree in sources().items():
         lines = len(file_of(module).read_text().splitlines())
         assert lines <= (700 if under(module, "tests") else 400), f"{module}: {lines} lines"
@@ -213,19 +215,19 @@ def test_sizes():
 
 
 def keys(c: ConfigDict) -> set[str]:
-    """The names of all leaves."""
-    found: set[str] = set()
+    """Returns the names of all leaves."""
+    names: set[str] = set()
     for name in c:
-        found |= keys(c[name]) if isinstance(c[name], ConfigDict) else {name}
-    return found
+        names |= keys(c[name]) if isinstance(c[name], ConfigDict) else {name}
+    return names
 
 
 def test_every_config_key_is_read():
-    """As an attribute, somewhere in distill/; or a group as a whole, by ** (its names are then
-    keyword arguments, and Python itself refuses an unread one)."""
+    """A key is read as an attribute somewhere in distill/, or as part of a group passed by ** (its
+    names are then keyword arguments, and Python itself refuses an unknown one)."""
     attributes: set[str] = set()
     spread: set[str] = set()
-    for module in of("distill"):
+    for module in modules_of("distill"):
         for node in ast.walk(sources()[module]):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 attributes.add(node.attr)
@@ -238,9 +240,9 @@ def test_every_config_key_is_read():
     assert not unread, f"keys that nothing reads: {unread}"
 
 
-def test_no_default_in_two_places():
-    """A config is read as c.x: its defaults stand in configs/base.py."""
-    for module in of("distill") + of("configs"):
+def test_defaults_stand_only_in_the_base_config():
+    """Code reads c.x without a default: defaults are in configs/base.py."""
+    for module in modules_of("distill") + modules_of("configs"):
         for node in ast.walk(sources()[module]):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
                 continue
@@ -254,7 +256,7 @@ def test_no_default_in_two_places():
 
 
 def commands() -> list[str]:
-    """Lines of README's fenced bash blocks, continuations joined."""
+    """Returns the lines of README's fenced bash blocks, with continuations joined."""
     readme = ROOT / "README.md"
     text = readme.read_text() if readme.exists() else ""
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
@@ -275,7 +277,7 @@ def test_readme_commands_exist():
 
 
 def test_readme_keys_exist():
-    """Every --config.KEY that README names, in commands or between, is one of base.py."""
+    """Every --config.KEY in README, in commands or prose, exists in base.py."""
     named = set(re.findall(r"--config\.([a-z][\w.]*)=", (ROOT / "README.md").read_text()))
     assert len(named) > 10
     for path in named:
@@ -285,8 +287,8 @@ def test_readme_keys_exist():
             found = found[key]
 
 
-def test_the_reading_page_is_short():
-    """The files that CONTRIBUTING lists to be read in order."""
+def test_the_reading_list_of_contributing_is_short():
+    """Counts the files that CONTRIBUTING lists for reading in order."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     page = text.partition("## Read these in order")[2].partition("\n## ")[0]
     files = [ROOT / name for name in re.findall(r"^\d+\. `([\w/.]+)`", page, re.MULTILINE)]

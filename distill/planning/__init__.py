@@ -1,1 +1,1 @@
-"""Will it fit, how fast can it be, and is it worth running."""
+"""Plans a run: its memory, a bound on its speed, and the evidence for starting it."""

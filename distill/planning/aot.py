@@ -1,8 +1,8 @@
-"""Compiles programs ahead of time for devices that need not exist, and reads what they cost.
+"""Compiles programs ahead of time for devices that need not exist, and reads their costs.
 
-libtpu's compiler runs on a machine without a TPU, so memory, matrix products and collectives of a
-program are known before a slice is rented. A number that this compiler does not give is None, never
-a guess.
+libtpu's compiler runs on machines without a TPU, so a program's memory, matrix products and
+collectives are known before a slice is rented. A number that the compiler does not give is None,
+never a guess.
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ class Chip:
     GB are 10^9 bytes, GiB 2^30.
     """
 
-    hbm_gib: float  # that libtpu's compiler lets a program have
+    hbm_gib: float  # available to a program, according to libtpu's compiler
     bf16_tflops: float
     hbm_gbs: float  # GB/s
     ici_gbs: float  # GB/s that a device can receive from all its neighbours together
-    accelerator_type: str  # libtpu's name of a machine of this generation
+    accelerator_type: str  # libtpu's name for a host of this generation
 
 
 CHIPS = {
@@ -48,7 +48,7 @@ def get_chip(topology: str) -> Chip:
     """Returns the chip of a slice such as v5e:8x8.
 
     Raises:
-      UserError: for another generation, or a name without a shape.
+      UserError: if the generation is not in CHIPS, or the name has no shape.
     """
     generation = topology.partition(":")[0]
     if generation in ("v7x", "tpu7x"):
@@ -66,7 +66,7 @@ def get_devices(topology: str) -> list[Any]:
     Raises:
       UserError: if there is no such slice, or libtpu is not installed.
     """
-    os.environ |= {  # keep libtpu from asking this machine what it is, and from logging
+    os.environ |= {  # keep libtpu from querying the metadata server, and from logging
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": get_chip(topology).accelerator_type,
@@ -76,7 +76,7 @@ def get_devices(topology: str) -> list[Any]:
     }
     try:
         description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    except Exception as error:  # the plugin raises many kinds, over several lines
+    except Exception as error:  # the plugin raises many types, with messages of several lines
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if any(words in reason for words in ("libtpu", "No module", "not installed")):
             raise UserError(
@@ -90,8 +90,8 @@ def get_devices(topology: str) -> list[Any]:
 class Program:
     """The cost of one call of a compiled program on one device.
 
-    A loop whose length is known only at run time counts as one turn; `open_loops` is their number.
-    What is read from the compiled text is None if there is none.
+    A loop whose length is known only at run time counts as one iteration; `open_loops` is the
+    number of such loops. Costs that are parsed from the compiled text are None if there is no text.
     """
 
     name: str
@@ -103,9 +103,9 @@ class Program:
     code_bytes: int
     peak_bytes: int
     flops: float | None  # of matrix products
-    attention_flops: float | None  # of these, in kernels for attention over whole rows
-    hbm_bytes: int | None  # to and from HBM
-    hbm_bytes_outside_loops: int | None  # of these, outside of open loops
+    attention_flops: float | None  # the part of `flops` in kernels for attention over whole rows
+    hbm_bytes: int | None  # moved to and from HBM
+    hbm_bytes_outside_loops: int | None  # the part of `hbm_bytes` outside open loops
     collectives: dict[str, tuple[int, int]] | None  # kind -> (number, bytes received)
     open_loops: int
 
@@ -114,7 +114,7 @@ def compile_program(name: str, lower: Callable[[], Any], hbm_gib: float) -> Prog
     """Compiles the program that `lower()` lowers for devices of `hbm_gib` GiB.
 
     Raises:
-      OutOfMemory: if it does not fit.
+      OutOfMemory: if the program does not fit.
     """
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as dump:
@@ -147,10 +147,10 @@ def compile_program(name: str, lower: Callable[[], Any], hbm_gib: float) -> Prog
 
 
 def _read_hlo_text(compiled: Any, dump: Path) -> str | None:
-    """Returns the text of a program, None if it cannot be read.
+    """Returns the text of a program, or None if it cannot be read.
 
-    libtpu writes it into `dump`; jaxlib 0.10 cannot print programs for v5p and v6e, where an
-    async-update has operands that it does not know.
+    libtpu writes the text into `dump`. jaxlib 0.10 cannot print programs for v5p and v6e: it does
+    not know the operands of their async-update.
     """
     written = list(dump.glob("*.after_codegen.txt"))
     if len(written) == 1:
@@ -162,7 +162,7 @@ def _read_hlo_text(compiled: Any, dump: Path) -> str | None:
 
 
 class OutOfMemory(Exception):
-    """A program that is larger than the device; `message` is the compiler's."""
+    """Raised if a program is larger than the device's memory; `message` is the compiler's."""
 
     def __init__(self, name: str, message: str, hbm_gib: float) -> None:
         match = re.search(
@@ -171,6 +171,6 @@ class OutOfMemory(Exception):
         self.program = name
         self.needs_gib = float(next(g for g in match.groups() if g)) if match else math.nan
         self.largest = re.findall(r"Size: ([0-9.]+[KMG])\n.*?Shape: (\S+)", message, re.DOTALL)[:5]
-        if match and match.group(2):  # this message gives only a sum
+        if match and match.group(2):  # this message gives only the total
             self.largest = [(f"{self.needs_gib:.2f}G", "temporaries and results of the program")]
         super().__init__(f"{name} needs {self.needs_gib:.2f} GiB of {hbm_gib:.2f}")

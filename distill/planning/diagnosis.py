@@ -1,4 +1,4 @@
-"""Can a teacher teach a student? Measures both on a run's own prompts, and says what follows."""
+"""Measures a student and a teacher on a run's own prompts, and judges whether to start the run."""
 
 import dataclasses
 import math
@@ -26,24 +26,24 @@ from distill.training.setup import RunSetup, StageSetup
 from models import transformer
 from models.errors import UserError
 
-TOP_K = 16  # of the teacher's likeliest tokens, compared with the student's
-BATCH_ROWS = 32  # scored at once
-MAX_SLOTS = 64  # sequences that decode together
-# Bounds of judgement, not of theory, beyond which a run is doubtful.
-MAX_OUTSIDE_TOP = 0.1  # the student's mass outside the teacher's top; 1 to 3% in runs that work
-# (arXiv 2604.13016)
-MAX_TRUNCATED = 0.2  # responses that are cut
-MAX_ZERO_VARIANCE = 0.8  # groups whose rewards are all equal
-MIN_STOP_PROBABILITY = 0.1  # that the teacher gives the student's stop tokens
-SAME_KL = 1e-4  # nats a token, below which two models are the same
+TOP_K = 16  # most likely tokens, of which the teacher's are compared with the student's
+BATCH_ROWS = 32  # scored together
+MAX_SLOTS = 64  # sequences decoded together
+# Thresholds beyond which a run is doubtful: rules of thumb, not theory.
+# The student's mass outside the teacher's top K; 1 to 3% in runs that work (arXiv 2604.13016).
+MAX_OUTSIDE_TOP = 0.1
+MAX_TRUNCATED = 0.2  # share of responses cut at the limit
+MAX_ZERO_VARIANCE = 0.8  # share of groups whose rewards are all equal
+MIN_STOP_PROBABILITY = 0.1  # of the student's stop tokens, by the teacher
+SAME_KL = 1e-4  # nats per token; two models with less are taken to be the same
 Statistics = dict[str, Any]
 
 
 def diagnose_run(c: ConfigDict, stage_name: str, num_prompts: int, num_samples: int) -> Statistics:
-    """Measures a stage of a run, the last one if `stage_name` is empty, on its first prompts.
+    """Measures a stage of a run on its first prompts; the last stage if `stage_name` is empty.
 
     Raises:
-      UserError: if the config is at fault, the student has random weights, or the teacher is a
+      UserError: if the config is invalid, the student has random weights, or the teacher is a
         moving average.
     """
     mesh, teacher_mesh = mesh_lib.make_meshes(c)
@@ -88,7 +88,7 @@ def _diagnose_stage(
     }
     if not stage.needs_teacher:
         return statistics
-    teacher = run_setup.teachers[stage.c.teachers[0]]  # each of several is worth its own diagnosis
+    teacher = run_setup.teachers[stage.c.teachers[0]]  # only the first of several is diagnosed
     loaded = policy.load(teacher.policy, teacher.c.param_dtype)
     teacher = dataclasses.replace(teacher, policy=loaded)
     statistics["agreement"] = compare_formats(student, loaded)
@@ -112,7 +112,7 @@ def sample_responses(
     num_samples: int,
     seed: int,
 ) -> list[rollout.Sequence]:
-    """Samples responses to the prompts of some examples as the stage samples."""
+    """Samples responses to the examples' prompts with the stage's sampling options."""
     limit = stage.c.max_response_tokens
     rows = rollout.expand_prompts(examples, num_samples, jax.random.key(seed), limit)
     options = dataclasses.replace(
@@ -138,8 +138,8 @@ def compare_distributions(
     stage: StageSetup,
     loss_chunk_mib: float,
 ) -> Statistics:
-    """Returns means over the tokens of the student's responses: both KLs and entropies (nats), the
-    overlap of the likeliest tokens, and the teacher's log-probability of the stop tokens."""
+    """Returns means over the tokens of the student's responses: both KLs and both entropies (nats),
+    the overlap of the most likely tokens, and the teacher's log-probability of the stop tokens."""
 
     @jax.jit
     def sum_statistics(params: Any, batch: Batch):
@@ -168,10 +168,10 @@ def compare_distributions(
     teachers = teacher_lib.place_heads([teacher])
     count = -(-min(BATCH_ROWS, len(rows)) // shards) * shards
     sums: dict[str, np.ndarray] = {}
-    for at in range(0, len(rows), count):
+    for start in range(0, len(rows), count):
         tokens = s.max_prompt_tokens + s.max_response_tokens
         batch = microbatches.make_unpacked_batch(
-            rows[at : at + count], count, tokens, stage.context_tokens
+            rows[start : start + count], count, tokens, stage.context_tokens
         )
         batch = teacher_lib.score(teachers, jax.device_put(batch, mesh_lib.make_row_sharding(mesh)))
         for name, pair in sum_statistics(student.params, batch).items():
@@ -187,7 +187,7 @@ def summarise_responses(
     subject: Policy,
     grader: str,
 ) -> Statistics:
-    """Returns mean length, truncation and, if every row has an answer, the pass rate by prompt."""
+    """Returns mean length, the share cut and, if all rows have answers, pass rates by prompt."""
     G = len(rows) // len(examples)
     statistics: Statistics = {
         "mean_length": float(np.mean([len(row.tokens) for row in rows])),
@@ -216,17 +216,17 @@ def summarise_responses(
 def compare_pass_rates(
     better: Sequence[float], worse: Sequence[float]
 ) -> tuple[float, float, float]:
-    """Returns the mean difference of two pass rates by prompt, and its 95% interval."""
+    """Returns the mean difference of per-prompt pass rates, and the ends of its 95% interval."""
     gaps = np.array(better) - np.array(worse)
     half = 1.96 * gaps.std(ddof=1) / math.sqrt(len(gaps))
-    # Without any spread, the interval that so few prompts allow: the rule of three.
+    # Without any spread, use the rule of three for this number of prompts.
     half = max(half, 3 / len(gaps)) if not gaps.std() else half
     mean = float(gaps.mean())
     return mean, max(-1.0, mean - half), min(1.0, mean + half)
 
 
 def compare_formats(student: Policy, teacher: Policy) -> Statistics:
-    """Compares stop ids and chat templates. That ids mean the same tokens, setup has checked."""
+    """Compares stop ids and chat templates. Setup has checked that the vocabularies agree."""
     statistics: Statistics = {
         "student_stop_ids": list(student.stop_ids),
         "teacher_stop_ids": list(teacher.stop_ids),
@@ -244,13 +244,13 @@ def compare_formats(student: Policy, teacher: Policy) -> Statistics:
     return statistics
 
 
-# (True if it speaks against the run, None if neither way; a line: the finding, a colon, its figures
-# and what follows from them)
+# (True if it speaks against the run, False if for it, None if neither; the finding, a colon, and
+# the evidence with advice)
 Finding = tuple[bool | None, str]
 
 
 def make_findings(statistics: Statistics) -> list[Finding]:
-    """Draws the findings from the figures of `diagnose_run`."""
+    """Derives findings from the statistics of `diagnose_run`."""
     findings: list[Finding] = []
     if statistics.get("agreement"):
         findings += _assess_formats(statistics["agreement"])
@@ -360,7 +360,7 @@ def _assess_pass_rates(statistics: Statistics) -> list[Finding]:
 
 
 def render_verdict(findings: Sequence[Finding]) -> str:
-    """Returns the last line: go, or the findings against the run."""
+    """Returns the verdict as one line: go, or the findings against the run."""
     against = [line.partition(":")[0] for bad, line in findings if bad]
     if not against:
         return "verdict: go; nothing here speaks against the run"

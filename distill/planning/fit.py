@@ -1,4 +1,4 @@
-"""Compiles what a config runs on a TPU slice: does it fit, and how fast can it be?"""
+"""Compiles a config's programs for a TPU slice, to tell whether it fits and how fast it can be."""
 
 import copy
 import dataclasses
@@ -32,7 +32,7 @@ RELEASED_STOP_IDS = (151645, 151643)  # of the released models: <|im_end|>, <|en
 
 
 class TooLarge(Exception):
-    """A program that does not fit; `largest` lists (size, name) of what takes most."""
+    """Raised if a program does not fit; `largest` lists (size, name) of the largest arrays."""
 
     def __init__(self, name: str, needs_gib: float, largest: list[tuple[str, str]]) -> None:
         self.program, self.needs_gib, self.largest = name, needs_gib, largest
@@ -42,9 +42,9 @@ class TooLarge(Exception):
 def describe_policy(
     path: str, dtype: str, remat: bool, mesh: Mesh, flag: str, **options: Any
 ) -> Policy:
-    """Describes a model from a directory's config.json, or a released size by its name on the hub.
+    """Describes a model by its directory's config.json, or a released model by its name on the hub.
 
-    flag: the sub-config that names it. options: those of policy.make_abstract.
+    flag: the sub-config that names the model. options: passed to policy.make_abstract.
 
     Raises:
       UserError: if `path` is neither, or the mesh does not divide the model.
@@ -59,11 +59,11 @@ def describe_policy(
 
 
 def describe_stage(c: ConfigDict, name: str, mesh: Mesh, teacher_mesh: Mesh) -> AbstractStage:
-    """Describes a stage with its models in the dtypes that `train` loads them in; those that are
+    """Describes a stage and its models in the dtypes in which `train` loads them. Models that are
     only read lie on `teacher_mesh`.
 
     Raises:
-      UserError: naming the key at fault.
+      UserError: naming the invalid key.
     """
     s = c[name]
     loss, sampled_rows = stages.resolve_objective(name, s)
@@ -126,11 +126,11 @@ def compile_stage(stage: AbstractStage, topology: str, teacher_mesh: Mesh) -> li
     """Compiles the programs of a stage.
 
     Raises:
-      TooLarge: at the first that does not fit beside what else is in memory.
+      TooLarge: at the first program that does not fit beside everything else in memory.
     """
     chip, mesh = aot.get_chip(topology), stage.mesh
     memory_limit = chip.hbm_gib * GIB
-    resident = {at: memory.count_resident_bytes(stage, at) for at in {mesh, teacher_mesh}}
+    resident = {m: memory.count_resident_bytes(stage, m) for m in {mesh, teacher_mesh}}
     for sizes in resident.values():
         if sum(sizes.values()) > memory_limit:
             needs_gib = sum(sizes.values()) / GIB
@@ -143,18 +143,20 @@ def compile_stage(stage: AbstractStage, topology: str, teacher_mesh: Mesh) -> li
         calls = programs.list_stage_calls(stage, memory_limit)
     costs = []
     for call in calls:
-        at = call.mesh or mesh
-        largest = _list_largest(resident[at])
+        call_mesh = call.mesh or mesh
+        largest = _list_largest(resident[call_mesh])
         beside = call.other_bytes + sum(
-            size for name, size in resident[at].items() if name not in call.resident_arguments
+            size
+            for name, size in resident[call_mesh].items()
+            if name not in call.resident_arguments
         )
-        with mesh_lib.use_mesh(at), jax.default_matmul_precision(None):
+        with mesh_lib.use_mesh(call_mesh), jax.default_matmul_precision(None):
             try:
                 program = aot.compile_program(call.name, call.lower, chip.hbm_gib)
             except aot.OutOfMemory as error:
                 needs_gib = error.needs_gib + beside / GIB
                 raise TooLarge(call.name, needs_gib, [*error.largest, *largest][:6]) from None
-        cost = roofline.estimate_cost(call, program, beside, chip, at.size)
+        cost = roofline.estimate_cost(call, program, beside, chip, call_mesh.size)
         if cost.total_bytes > memory_limit:
             raise TooLarge(call.name, cost.total_bytes / GIB, largest)
         costs.append(cost)
@@ -162,14 +164,14 @@ def compile_stage(stage: AbstractStage, topology: str, teacher_mesh: Mesh) -> li
 
 
 def _list_largest(sizes: dict[str, int]) -> list[tuple[str, str]]:
-    """(size as text, name), the largest first."""
+    """Returns (size as text, name) pairs, the largest first."""
     ordered = sorted(sizes.items(), key=lambda item: -item[1])
     return [(f"{size / GIB:.2f}G", name) for name, size in ordered]
 
 
 def _count_min_sampling_bytes(stage: AbstractStage) -> float:
-    """Bytes on each device without which nothing is sampled: the weights that decode and memory of
-    which the cache's share holds one of the longest rows."""
+    """Counts the least bytes on each device with which sampling works: the decoding weights, and
+    enough memory for the cache's share of it to hold one row of the maximum length."""
     s = stage.s
     sampler = sampling_programs.make_stage_sampler(dataclasses.replace(stage, sampled_rows=1))
     share = s.rollout.cache_tokens or stages.CACHE_MEMORY_FRACTION
@@ -178,11 +180,11 @@ def _count_min_sampling_bytes(stage: AbstractStage) -> float:
 
 
 def compile_run(c: ConfigDict, topology: str) -> dict[str, list[ProgramCost]]:
-    """Compiles the programs of every stage for a slice: stage -> its programs.
+    """Compiles the programs of every stage for a slice; returns stage -> the costs of its programs.
 
     Raises:
       TooLarge: if a program does not fit.
-      UserError: if the config does not use every device, or is at fault otherwise.
+      UserError: if the config does not use every device, or is otherwise invalid.
     """
     devices = aot.get_devices(topology)
     mesh, teacher_mesh = mesh_lib.make_meshes(c, devices)
@@ -198,7 +200,7 @@ def compile_run(c: ConfigDict, topology: str) -> dict[str, list[ProgramCost]]:
 def forecast_stages(
     c: ConfigDict, topology: str, stage_costs: dict[str, list[ProgramCost]], mean_tokens: int
 ) -> dict[str, forecast.Forecast]:
-    """Forecasts the step of each compiled stage for responses of a mean length."""
+    """Forecasts a step of each compiled stage at a mean response length."""
     mesh, teacher_mesh = mesh_lib.make_meshes(c, aot.get_devices(topology))
     return {
         name: forecast.forecast_stage(
@@ -209,7 +211,7 @@ def forecast_stages(
 
 
 def list_remedies(c: ConfigDict, program: str) -> list[tuple[str, ConfigDict]]:
-    """Lists changes that make a program smaller, the cheapest first: (flag, changed config)."""
+    """Lists changes that make a program smaller, the cheapest first, as (flag, changed config)."""
     remedies: list[tuple[str, ConfigDict]] = []
 
     def add_remedy(key: str, value: Any) -> None:
@@ -250,9 +252,9 @@ def list_remedies(c: ConfigDict, program: str) -> list[tuple[str, ConfigDict]]:
 
 
 def find_remedy(c: ConfigDict, topology: str, program: str) -> dict[str, Any] | None:
-    """Finds the first change, of the config or to a larger slice, with which the run fits.
+    """Finds the first change with which the run fits: to the config, or else to a larger slice.
 
-    Returns {"change": a flag, "peak_gib": of the largest program then}, or None.
+    Returns {"change": a flag, "peak_gib": of the largest program with that change}, or None.
     """
     generation, _, shape = topology.partition(":")
     size = math.prod(map(int, shape.split("x")))

@@ -1,8 +1,8 @@
-"""Forecasts how long a step takes if responses have lengths as they occur, not all the longest.
+"""Forecasts the time of a step for realistic response lengths, rather than the maximum for all.
 
-Lengths are drawn (rollout.draw_lengths), and the code that a run uses schedules and packs the rows.
-Each call costs its roofline: decoding by the pages that it then reads, attention by the sequences
-that share a row, output heads by the tokens that are trained.
+Lengths are drawn by rollout.draw_lengths; rows are scheduled and packed by the code that a run
+uses. Each call takes its roofline time. Decoding is charged for the pages it reads at these
+lengths, attention for the sequences that share a row, and output heads for trained tokens.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from models import families
 from models.errors import UserError
 from models.layers import attention
 
-PROMPT_TOKENS = 300  # of each prompt, if the stage allows so many
+PROMPT_TOKENS = 300  # assumed length of each prompt, unless the stage allows less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Packing:
     row_tokens: int
     real_tokens: int  # of all sequences
     trained_tokens: int
-    attention_share: float  # of what attention computes in rows of one sequence each
-    computed_over_real: float  # FLOPs of the layers over those that the sequences alone would take
+    attention_share: float  # of the blocks that attention computes if each row is one sequence
+    computed_over_real: float  # FLOPs of the layers over those of the sequences without padding
 
     @property
     def num_places(self) -> int:
-        """Tokens of all rows, padding too."""
+        """Token positions of all rows, padding included."""
         return self.num_microbatches * self.microbatch_rows * self.row_tokens
 
 
@@ -44,9 +44,9 @@ class Decoding:
     """The decoding of a step's sequences."""
 
     simulation: rollout.Simulation
-    rows: int  # that decode together
-    cache_read_bytes: float  # of a decoding step
-    needed_bytes: float  # of a decoding step: weights and filled tokens
+    rows: int  # decoded together
+    cache_read_bytes: float  # per decoding step
+    needed_bytes: float  # per decoding step: weights and filled cache tokens
     line_counts: tuple[int, int]  # calls of "few prompts" and "prompts"
 
     @property
@@ -55,7 +55,7 @@ class Decoding:
 
     @property
     def program_calls(self) -> dict[str, int]:
-        """Calls of each sampling program that depend on lengths."""
+        """Number of calls of each sampling program whose calls depend on lengths."""
         few, many = self.line_counts
         return {
             "prompts": many,
@@ -67,13 +67,13 @@ class Decoding:
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """A stage's step at responses of a mean length."""
+    """The forecast of one step of a stage at a mean response length."""
 
-    mean_tokens: float  # of the lengths that were drawn, which the limit cuts
-    decoding: Decoding | None  # of a stage that samples
-    read_bytes: float  # of a decoding step: weights and cache
+    mean_tokens: float  # of the drawn lengths, which are cut at the limit
+    decoding: Decoding | None  # None if the stage does not sample
+    read_bytes: float  # per decoding step: weights and cache
     packing: Packing
-    program_seconds: dict[str, float]  # program -> seconds a step
+    program_seconds: dict[str, float]  # program -> seconds per step
 
     @property
     def total_seconds(self) -> float:
@@ -83,10 +83,10 @@ class Forecast:
 def forecast_stage(
     stage: AbstractStage, chip: aot.Chip, costs: list[ProgramCost], mean_tokens: int
 ) -> Forecast:
-    """Forecasts a stage whose programs are compiled.
+    """Forecasts a step of a stage from the costs of its compiled programs.
 
     Raises:
-      UserError: if no response may be as long as the mean.
+      UserError: if the mean is not between 1 and the stage's max_response_tokens.
     """
     limit = stage.s.max_response_tokens
     if not 0 < mean_tokens <= limit:
@@ -116,7 +116,7 @@ def forecast_stage(
 
 
 def simulate_decoding(sampler: sampling_programs.AbstractSampler, lengths: list[int]) -> Decoding:
-    """Schedules responses of these lengths as a run does."""
+    """Simulates the decoding of responses of these lengths with a run's scheduler."""
     s, shape = sampler.stage.s, sampler.decoder.cache
     P = min(PROMPT_TOKENS, s.max_prompt_tokens)
     prompts = [[number // s.samples] * P for number in range(len(lengths))]
@@ -137,18 +137,18 @@ def simulate_decoding(sampler: sampling_programs.AbstractSampler, lengths: list[
 
 
 def simulate_packing(stage: AbstractStage, response_lengths: list[int]) -> Packing:
-    """Packs responses of these lengths behind prompts of PROMPT_TOKENS as a run does."""
+    """Packs responses of these lengths, each after a prompt of PROMPT_TOKENS, as a run does."""
     s, rows = stage.s, stage.microbatch_rows
     T, P = stages.get_row_tokens(s), min(PROMPT_TOKENS, s.max_prompt_tokens)
     if stage.sampled_rows:
         examples = [SampledExample([0] * P, [0] * n, "", "") for n in response_lengths]
         layout = dataclasses.replace(stage.layout, context_tokens=0)
         parts = microbatches.pack_examples(examples, rows, s.minibatches, layout)
-    else:  # rows of one sequence, or of about as many as `pack_tokens` holds
+    else:  # one sequence per row, or about as many as `pack_tokens` holds
         row_counts = [T // (P + n) if s.pack_tokens else 1 for n in response_lengths]
         ends = [sum(row_counts[: i + 1]) for i in range(len(row_counts))]
         packed = [tuple(range(end - n, end)) for end, n in zip(ends, row_counts, strict=True)]
-        parts = [[tuple(packed[at : at + rows]) for at in range(0, len(packed), rows)]]
+        parts = [[tuple(packed[i : i + rows]) for i in range(0, len(packed), rows)]]
         pairs = zip(response_lengths, row_counts, strict=True)
         response_lengths = [n for n, count in pairs for _ in range(count)]
     packed_rows = [row for part in parts for micro in part for row in micro]
@@ -174,18 +174,20 @@ def simulate_packing(stage: AbstractStage, response_lengths: list[int]) -> Packi
 
 
 def _count_blocks(lengths: list[int], T: int, block: int) -> int:
-    """Counts the blocks that attention computes in a row of these sequences: each block of queries
-    meets the blocks of keys from where the first of its sequences begins."""
-    begins, at = [], 0
+    """Counts the blocks that attention computes in a row of these sequences.
+
+    Each block of queries meets the key blocks from the start of its first sequence to the diagonal.
+    """
+    first_blocks, end = [], 0
     for n in lengths:
-        begins += [at // block] * n
-        at += n
-    begins += [at // block] * (T - at)  # padding, which attends to itself
-    return sum(i // block + 1 - begins[i] for i in range(0, T, block))
+        first_blocks += [end // block] * n
+        end += n
+    first_blocks += [end // block] * (T - end)  # padding attends to itself
+    return sum(i // block + 1 - first_blocks[i] for i in range(0, T, block))
 
 
 def add_to_summary(stage: dict[str, Any], forecast: Forecast) -> None:
-    """Adds a forecast to a stage of `roofline.summarise_run`."""
+    """Adds a forecast to a stage in the summary of `roofline.summarise_run`."""
     for program in stage["programs"]:
         program["seconds_at_mean"] = forecast.program_seconds[program["name"]]
     stage["seconds_per_step_at_mean"] = forecast.total_seconds
@@ -210,19 +212,19 @@ def render_forecast(name: str, forecast: Forecast) -> str:
         "programs": [{"name": program} for program in forecast.program_seconds]
     }
     add_to_summary(summary, forecast)
-    at = summary["at_mean"]
+    mean = summary["at_mean"]
     out = [f"stage {name}, responses of {forecast.mean_tokens:.0f} tokens in the mean"]
     out += [
         f"{program:<16}{s:>9.3g} s a step" for program, s in forecast.program_seconds.items() if s
     ]
     if forecast.decoding:
         out.append(
-            f"  {at['rows']} rows decode together, {at['live_rows']:.0f} of them in the mean, for "
-            f"{at['decoding_steps']} steps; {at['parked']} parked; a step reads "
-            f"{at['read_over_needed']:.2f} times weights and filled tokens"
+            f"  {mean['rows']} rows decode together, {mean['live_rows']:.0f} live on average, "
+            f"for {mean['decoding_steps']} steps; {mean['parked']} parked; a step reads "
+            f"{mean['read_over_needed']:.2f} times weights and filled tokens"
         )
     out.append(
-        f"  {at['micro_batches']} micro-batches, {at['computed_over_real']:.2f} times the "
-        f"operations of their tokens; {forecast.total_seconds:.3g} s a step"
+        f"  {mean['micro_batches']} micro-batches, {mean['computed_over_real']:.2f} times "
+        f"the FLOPs of their tokens; {forecast.total_seconds:.3g} s a step"
     )
     return "\n".join(out)

@@ -1,4 +1,4 @@
-"""What a compiled program does, by its text: matrix products, memory traffic, collectives."""
+"""Counts matrix products, memory traffic and collectives in the text of a compiled program."""
 
 import dataclasses
 import math
@@ -8,16 +8,17 @@ from collections.abc import Callable, Iterator
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Sums over a program's text, of one device.
+    """Costs of a program on one device, summed over its text.
 
-    flops: operations of matrix products, those in kernels for attention and experts among them.
-    attention: of these, in kernels for attention over whole rows.
-    traffic: bytes that instructions read from HBM and write to it: operands and results, of slices
-    and scatters only what is cut out or put in; of kernels for attention over pages without the
-    pages, of which they read what the rows' lengths make them (models.layers.pages.read_bytes).
-    once: of these bytes, those outside of loops of unknown length.
-    collectives: kind -> (how many, bytes received). open_loops: loops of unknown length, of which
-    one turn counts.
+    flops: FLOPs of matrix products, including kernels for attention and experts.
+    attention_flops: the part of `flops` in kernels for attention over whole rows.
+    hbm_bytes: bytes read from and written to HBM: operands and results of each instruction. Slices
+    and scatters count only the elements they read or write. Paged attention kernels count without
+    the pages: how many they read depends on the rows' lengths (models.layers.pages.count_read_bytes
+    counts them).
+    hbm_bytes_outside_loops: the part of `hbm_bytes` outside loops of unknown length.
+    collectives: kind -> (number of calls, bytes received).
+    open_loops: number of loops of unknown length; one iteration of each is counted.
     """
 
     flops: float
@@ -37,30 +38,31 @@ _BRANCHES = re.compile(
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([0-9,]*)\]")
 _DTYPE_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f64": 8, "c64": 8, "s4": 0.5, "u4": 0.5}
 _SHAPE_WITH_LAYOUT = re.compile(r"\b([a-z]\w*)\[([0-9,]*)\](\{[^}]*\})?")
-# What moves nothing: names for what is there, and the ends of what was counted when it began.
+# Instructions without traffic: aliases of existing buffers, and the `-done` half of asynchronous
+# instructions, which are counted at their start.
 _WITHOUT_TRAFFIC = re.compile(
     r" (?:parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call|after-all|"
     r"partition-id|replica-id|iota|opt-barrier|[\w\-]+-done|async-\w+)\("
 )
-# What gives a value in another form: inside a fusion it costs nothing.
+# Instructions that only change the form of a value: free inside a fusion.
 _SAME_VALUES = re.compile(r" (?:parameter|bitcast|convert|copy|reshape|transpose)\(")
-# What changes its first operand where it lies, and which operand it puts in.
+# Instructions that update their first operand in place, and the index of the update operand.
 _IN_PLACE = re.compile(r" (dynamic-update-slice|scatter)\(")
 _UPDATE_OPERAND = {"dynamic-update-slice": 1, "scatter": 2}
-# Jax's kernels for attention over pages, for TPU and GPU, and which operands are the pool.
+# JAX's paged attention kernels for TPU and GPU, and which of their operands are the page pool.
 _PAGED_KERNEL = re.compile(r"/jit\(((?:ragged_)?paged_attention)\)/")
 _POOL_OPERANDS = {"ragged_paged_attention": slice(-1, None), "paged_attention": slice(1, -2)}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 def parse_costs(text: str) -> Costs:
-    """Adds up the text of a compiled program.
+    """Sums the costs of a compiled program from its text.
 
-    A body of a loop counts as often as the loop turns; of branches the one with most operations
-    counts; a collective that is split into a start and a done counts once.
+    A loop body counts once per iteration. Of several branches, only the one with the most FLOPs
+    counts. A collective that is split into a start and a done instruction counts once.
     """
     computations, entry = _parse_computations(text)
-    flops, attention, open_loops, depth = 0.0, 0.0, 0, 0
+    flops, attention_flops, open_loops, depth = 0.0, 0.0, 0, 0
     collectives: dict[str, tuple[int, int]] = {}
     seen: set[str] = set()
 
@@ -78,7 +80,7 @@ def parse_costs(text: str) -> Costs:
                 open_loops += unknown
                 inner = times * (trips or 1)
             if " reduce(" in rest or " all-reduce(" in rest or " reduce-scatter(" in rest:
-                continue  # what they apply is an addition of scalars
+                continue  # the computation they apply adds scalars
             depth += unknown
             for called in _CALLED.findall(rest):
                 yield from walk(called, inner, fused or " fusion(" in rest)
@@ -88,48 +90,48 @@ def parse_costs(text: str) -> Costs:
                 yield from walk(max(names, key=measure_branch), inner, fused)
 
     def measure_branch(branch: str) -> tuple[float, int]:
-        """Operations of a branch and, of two with as many, its length."""
+        """Returns the sort key of a branch: its FLOPs, with its length as the tie-break."""
         nonlocal open_loops
-        before, every = open_loops, list(walk(branch, 1.0))
+        before, instructions = open_loops, list(walk(branch, 1.0))
         open_loops = before
         products = (
             times * _count_matmul_flops(rest, lines)
-            for times, _, _, _, rest, lines in every
+            for times, _, _, _, rest, lines in instructions
             if " convolution(" in rest or " dot(" in rest
         )
-        return sum(products), len(every)
+        return sum(products), len(instructions)
 
-    traffic = once = 0.0
+    hbm_bytes = outside = 0.0
     for times, fused, inside, instruction, rest, lines in walk(entry, 1.0):
         if not fused:
             moved = times * _count_hbm_bytes(rest, lines, computations)
-            traffic, once = traffic + moved, once + (0 if depth else moved)
+            hbm_bytes, outside = hbm_bytes + moved, outside + (0 if depth else moved)
         kind = next((k for k in COLLECTIVES if re.search(rf" {k}(-start)?\(", rest)), None)
         if kind:
-            # An exchange beside computation is named in every fusion that does a piece of it.
-            same = re.findall(r'channel_id=\d+|chain_id="\d+"', rest) if fused else None
-            key = f"{kind} {same}" if same else instruction
+            # A collective overlapped with computation appears in every fusion that does part of it.
+            channels = re.findall(r'channel_id=\d+|chain_id="\d+"', rest) if fused else None
+            key = f"{kind} {channels}" if channels else instruction
             if key in seen:
                 continue
             seen.add(key)
             received = _count_received_bytes(kind, rest)
             if kind == "all-reduce" and inside.startswith("all-reduce-scatter"):
-                kind, received = "reduce-scatter", received / 2  # a fusion that keeps its own part
+                kind, received = "reduce-scatter", received / 2  # each device keeps only its shard
             count, size = collectives.get(kind, (0, 0))
             collectives[kind] = (count + int(times), size + int(times * received))
         elif " convolution(" in rest or " dot(" in rest:
             flops += times * _count_matmul_flops(rest, lines)
         elif 'custom_call_target="tpu_custom_call"' in rest:
-            spent = times * _count_kernel_flops(instruction, rest)
-            flops += spent
-            attention += spent if instruction.startswith("splash") else 0.0
-    return Costs(flops, attention, int(traffic), int(once), collectives, open_loops)
+            kernel_flops = times * _count_kernel_flops(instruction, rest)
+            flops += kernel_flops
+            attention_flops += kernel_flops if instruction.startswith("splash") else 0.0
+    return Costs(flops, attention_flops, int(hbm_bytes), int(outside), collectives, open_loops)
 
 
 def _count_hbm_bytes(
     rest: str, lines: dict[str, str], computations: dict[str, dict[str, str]]
 ) -> float:
-    """Bytes that one instruction of a program, no part of a fusion, moves from and to HBM."""
+    """Counts the bytes that one instruction outside of fusions moves to and from HBM."""
     if _WITHOUT_TRAFFIC.search(rest):
         return 0
     results, operands = _count_hbm_result_bytes(rest), _parse_operands(rest)
@@ -139,7 +141,7 @@ def _count_hbm_bytes(
         return 2 * results
     if re.search(r" slice(?:-start)?\(", rest):
         return _count_slice_bytes(rest)
-    if "-start(" in rest:  # among its results are its operands again
+    if "-start(" in rest:  # its results include its operands
         return results
     if put := _IN_PLACE.search(rest):
         return 2 * _count_hbm_result_bytes(lines.get(operands[_UPDATE_OPERAND[put.group(1)]], ""))
@@ -147,19 +149,21 @@ def _count_hbm_bytes(
     body = computations.get(inner.group(1), {}) if inner else {}
     total, rewritten = 0.0, 0.0
     for i, name in enumerate(operands):
-        cut, put = _trace_slices(_find_parameter(body, i), body, computations)
-        whole = _count_hbm_result_bytes(lines.get(name, ""))
-        if put is not None and whole:
-            rewritten += min(whole, results)
-            total += 2 * put
+        read_bytes, written_bytes = _trace_slices(_find_parameter(body, i), body, computations)
+        operand_bytes = _count_hbm_result_bytes(lines.get(name, ""))
+        if written_bytes is not None and operand_bytes:
+            rewritten += min(operand_bytes, results)
+            total += 2 * written_bytes
         else:
-            total += whole if cut is None else min(cut, whole)
+            total += operand_bytes if read_bytes is None else min(read_bytes, operand_bytes)
     return total + results - rewritten
 
 
 def _count_slice_bytes(rest: str) -> float:
-    """Bytes that a slice reads, and those that it writes to HBM; of a start the second result is
-    the slice, the first its operand again."""
+    """Counts the bytes that a slice reads and, if its result lies in HBM, writes.
+
+    A slice-start returns its operand first and the slice second.
+    """
     shapes = _SHAPE_WITH_LAYOUT.findall(re.split(r" slice(?:-start)?\(", rest, maxsplit=1)[0])
     dtype, dims, layout = shapes[1 if " slice-start(" in rest else 0]
     return _count_shape_bytes(dtype, dims) * (1 if "S(" in layout else 2)
@@ -168,8 +172,11 @@ def _count_slice_bytes(rest: str) -> float:
 def _trace_slices(
     name: str | None, body: dict[str, str], computations: dict[str, dict[str, str]]
 ) -> tuple[float | None, float | None]:
-    """Of a value inside a fusion: bytes that are cut out of it, if it is only cut; bytes that are
-    put into it in place, if that is what becomes of it."""
+    """Follows a value through a fusion: (bytes read from it in slices, bytes written into it).
+
+    The first is None unless the value is only sliced, the second None unless it is only updated in
+    place.
+    """
     cuts, puts = [], []
     for user, rest in body.items():
         operands = _parse_operands(rest)
@@ -204,12 +211,12 @@ def _find_parameter(body: dict[str, str], i: int) -> str | None:
 
 
 def _parse_operands(rest: str) -> list[str]:
-    found = re.search(r" [a-z][\w\-]*\((.*)$", rest)
-    return re.findall(r"%([\w.\-]+)", found.group(1).split("), ")[0]) if found else []
+    call = re.search(r" [a-z][\w\-]*\((.*)$", rest)
+    return re.findall(r"%([\w.\-]+)", call.group(1).split("), ")[0]) if call else []
 
 
 def _count_hbm_result_bytes(rest: str) -> float:
-    """Bytes of what an instruction gives that lie in HBM, not in faster memory."""
+    """Counts the bytes of an instruction's results that lie in HBM, not in faster memory."""
     return _sum_result_bytes(rest, lambda layout: "S(" not in layout)
 
 
@@ -219,14 +226,14 @@ def _count_result_bytes(rest: str) -> float:
 
 def _sum_result_bytes(rest: str, predicate: Callable[[str], bool]) -> float:
     shapes = re.split(r" [a-z][\w\-]*\(", rest, maxsplit=1)[0]
-    found = _SHAPE_WITH_LAYOUT.findall(shapes)
+    results = _SHAPE_WITH_LAYOUT.findall(shapes)
     return sum(
-        _count_shape_bytes(dtype, dims) for dtype, dims, layout in found if predicate(layout)
+        _count_shape_bytes(dtype, dims) for dtype, dims, layout in results if predicate(layout)
     )
 
 
 def _parse_computations(text: str) -> tuple[dict[str, dict[str, str]], str]:
-    """Computation -> its instructions, by name what follows the equals sign; and the entry."""
+    """Returns {computation: {instruction: text after its equals sign}} and the entry's name."""
     computations: dict[str, dict[str, str]] = {}
     entry = ""
     current: dict[str, str] = {}
@@ -240,7 +247,10 @@ def _parse_computations(text: str) -> tuple[dict[str, dict[str, str]], str]:
 
 
 def _count_trips(rest: str, computations: dict[str, dict[str, str]]) -> int | None:
-    """How often a loop turns: XLA's note, or what its condition compares its counter with."""
+    """Counts a loop's iterations, from XLA's annotation or from the limit in its condition.
+
+    Returns None if the number is not known at compile time.
+    """
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', rest):
         return int(known.group(1))
     condition, body = (
@@ -257,18 +267,18 @@ def _count_trips(rest: str, computations: dict[str, dict[str, str]]) -> int | No
 
 
 def _parse_constant(line: str) -> int | None:
-    found = re.match(r"[su]32\[\]\S* constant\((\d+)\)", line)
-    return int(found.group(1)) if found else None
+    constant = re.match(r"[su]32\[\]\S* constant\((\d+)\)", line)
+    return int(constant.group(1)) if constant else None
 
 
 def _find_increment(body: dict[str, str], counter: int) -> int:
-    """By how much a loop's counter grows in a turn: loops unrolled by the compiler take strides."""
+    """Returns the increment of a loop's counter, above 1 where the compiler unrolled the loop."""
     result = re.search(r" tuple\((.*?)\)", list(body.values())[-1])
     operands = re.findall(r"%([\w.\-]+)", result.group(1)) if result else []
     line = body.get(operands[counter], "") if len(operands) > counter else ""
     added = re.search(r" add\(%([\w.\-]+), %([\w.\-]+)\)", line)
-    found = [_parse_constant(body.get(name, "")) for name in (added.groups() if added else ())]
-    return next((n for n in found if n), 1)
+    constants = [_parse_constant(body.get(name, "")) for name in (added.groups() if added else ())]
+    return next((n for n in constants if n), 1)
 
 
 def _parse_dims(shape: str) -> list[int]:
@@ -283,12 +293,12 @@ def _count_shape_bytes(dtype: str, dims: str) -> float:
 
 
 def _count_received_bytes(kind: str, rest: str) -> float:
-    """Bytes that a device gets from others in one exchange, by its usual algorithm on a ring."""
+    """Counts the bytes that a device receives in one collective, assuming the ring algorithm."""
     shapes = [_count_shape_bytes(*s) for s in _SHAPE.findall(rest.split(f" {kind}")[0])]
     group = _count_participants(rest)
     share = (group - 1) / group
     if kind == "all-gather":
-        return max(shapes) * share  # a start's shape holds the operand beside the result
+        return max(shapes) * share  # a start's result holds the operand too
     if kind == "all-reduce":
         return 2 * sum(shapes) * share
     if kind == "reduce-scatter":
@@ -297,7 +307,7 @@ def _count_received_bytes(kind: str, rest: str) -> float:
 
 
 def _count_participants(rest: str) -> int:
-    """How many devices exchange."""
+    """Counts the devices in each group of a collective."""
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
         return int(iota.group(2))
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
@@ -309,7 +319,7 @@ def _count_participants(rest: str) -> int:
 
 
 def _count_matmul_flops(rest: str, lines: dict[str, str]) -> float:
-    """Operations of one dot or convolution: 2 · elements of the result · length of the sums."""
+    """Counts the FLOPs of a dot or convolution: 2 · result elements · contracted length."""
     shape = _SHAPE.search(rest)
     assert shape
     operands = re.search(r"(?:convolution|dot)\(([^)]*)\)", rest)
@@ -320,8 +330,8 @@ def _count_matmul_flops(rest: str, lines: dict[str, str]) -> float:
     def get_dims(i: int) -> list[int]:
         if len(inline) > i:
             return inline[i]
-        found = _SHAPE.search(lines[names[i]])
-        return _parse_dims(found.group(2)) if found else []
+        operand_shape = _SHAPE.search(lines[names[i]])
+        return _parse_dims(operand_shape.group(2)) if operand_shape else []
 
     if contracted := re.search(r"lhs_contracting_dims=\{([\d,]*)\}", rest):
         length = math.prod(get_dims(0)[i] for i in _parse_dims(contracted.group(1)))
@@ -342,15 +352,16 @@ def _count_matmul_flops(rest: str, lines: dict[str, str]) -> float:
     return 2.0 * math.prod(_parse_dims(shape.group(2))) * length
 
 
-# Products of a block of queries with one of keys, in each kernel of splash attention.
+# Matrix products for each pair of a query and a key block, by kernel of splash attention.
 _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
 def _count_kernel_flops(instruction: str, rest: str) -> float:
-    """Operations of a Pallas kernel that this project calls; of others 0.
+    """Counts the FLOPs of a Pallas kernel that this project calls; 0 for any other kernel.
 
-    Splash attention computes the blocks at and below the diagonal; how many there are, its table of
-    them says. tgmm multiplies each row of x with the same of dy once, whatever the groups.
+    Splash attention computes the blocks on and below the diagonal; the shape of its block table
+    says how many there are. tgmm multiplies each row of x by the same row of dy once, whatever the
+    groups.
     """
     operand_layouts = rest.partition("operand_layout_constraints={")[2].partition(
         "frontend_attributes"
@@ -358,7 +369,7 @@ def _count_kernel_flops(instruction: str, rest: str) -> float:
     floats = [_parse_dims(dims) for dtype, dims in _SHAPE.findall(operand_layouts) if "f" in dtype]
     if splash := re.match(r"splash_mha_(fwd|dq|dkv)", instruction):
         blocks = _parse_dims(_SHAPE.findall(operand_layouts)[0][1])[-1]
-        *rows_and_heads, T, H = floats[0]  # the queries; one row alone has no axis of its own
+        *rows_and_heads, T, H = floats[0]  # the queries; a single row has no batch axis
         scores = (T / blocks) ** 2 * blocks * (blocks + 1) / 2
         return _SPLASH_PRODUCTS[splash.group(1)] * 2.0 * math.prod(rows_and_heads) * H * scores
     if instruction.startswith("tgmm"):
@@ -368,9 +379,10 @@ def _count_kernel_flops(instruction: str, rest: str) -> float:
 
 
 def _count_taps(rest: str, axis: int, image: int, kernel: int, out: int) -> float:
-    """How many places of a window fall on the image, in the mean over the results.
+    """Counts the window positions that fall on the image, averaged over the results.
 
-    TPUs write batches and transpositions of matrices as windows that mostly fall beside it.
+    libtpu expresses batched and transposed matrix products as convolutions whose windows lie mostly
+    outside the image.
     """
     window = re.search(r" window=\{([^}]*)\}", rest)
     fields = dict(f.split("=") for f in window.group(1).split()) if window else {}
@@ -380,9 +392,9 @@ def _count_taps(rest: str, axis: int, image: int, kernel: int, out: int) -> floa
 
     low = int(fields["pad"].split("x")[axis].split("_")[0]) if "pad" in fields else 0
     stride, spread = parse_field("stride", 1), parse_field("lhs_dilate", 1)
-    at = (
+    positions = (
         o * stride - low + k * parse_field("rhs_dilate", 1)
         for o in range(out)
         for k in range(kernel)
     )
-    return sum(0 <= x <= (image - 1) * spread and x % spread == 0 for x in at) / out
+    return sum(0 <= x <= (image - 1) * spread and x % spread == 0 for x in positions) / out

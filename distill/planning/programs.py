@@ -1,8 +1,8 @@
-"""The programs of a stage as `train` calls them, lowered from shapes alone.
+"""Lists the programs of a stage as `train` calls them, lowered from shapes alone.
 
-Nothing is read or allocated, and the devices of the mesh need not exist: a laptop can compile what
-a slice will run. Each program knows what lies in memory beside it. The programs left out are those
-of calls.UNPLANNED_PROGRAMS.
+Nothing is read or allocated, and the mesh's devices need not exist: a laptop can compile the
+programs of a slice. Each program records the bytes in memory beside it. The list omits
+calls.UNPLANNED_PROGRAMS.
 """
 
 import dataclasses
@@ -32,18 +32,18 @@ from models import families, transformer
 
 @dataclasses.dataclass(frozen=True)
 class AsyncBytes:
-    """Bytes on each device that asynchronous rollouts of the next step take."""
+    """Bytes on each device of the next step's asynchronous rollouts."""
 
-    before_update: int = 0  # the weights that decode
-    during_update: int = 0  # the cache too
+    before_update: int = 0  # the decoding weights
+    during_update: int = 0  # and the cache
 
 
 def list_stage_calls(stage: AbstractStage, memory_limit: float | None = None) -> list[ProgramCall]:
-    """Lists the programs of one step of a stage in their order, and how often each is called if
-    every response is as long as it may be.
+    """Lists the programs of one step of a stage in order, with the number of calls of each if every
+    response has the maximum length.
 
-    To be called within the use of the student's mesh; each call is to be lowered within the use of
-    its own. memory_limit: bytes of a device, if known.
+    Call this with the student's mesh in use, and lower each call with its own mesh in use.
+    memory_limit: bytes of a device, if known.
     """
     calls, async_bytes = [], AsyncBytes()
     if stage.sampled_rows:
@@ -65,10 +65,10 @@ def list_stage_calls(stage: AbstractStage, memory_limit: float | None = None) ->
 
 
 def _list_reader_calls(stage: AbstractStage, async_bytes: AsyncBytes) -> list[ProgramCall]:
-    """Lists what judges, teachers and a reference compute of the micro-batches.
+    """Lists the programs with which judges, teachers and a reference read micro-batches.
 
-    Teachers and the reference run beside the sum of gradients or before the first update; each of
-    several teachers runs beside the hidden states of those before it.
+    Teachers and the reference count with the accumulated gradient in memory, and each of several
+    teachers with the hidden states of those before it.
     """
     s, loss, calls, hidden_bytes = stage.s, stage.loss, [], 0
     gradient_bytes = 0 if stage.has_single_microbatch else count_device_bytes(stage.trained_params)
@@ -97,11 +97,11 @@ def _list_reader_calls(stage: AbstractStage, async_bytes: AsyncBytes) -> list[Pr
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """A model that is only read, and the names of its weights among the resident bytes."""
+    """A model that is only read, and the keys of its weights in `memory.count_resident_bytes`."""
 
     policy: Policy
     resident_arguments: tuple[str, ...]
-    lora: Any = None  # the moving average of a LoRA, beside its base
+    lora: Any = None  # the moving average of a LoRA, applied to its base
 
     @property
     def mesh(self) -> Mesh:
@@ -119,7 +119,7 @@ def _make_teacher_reader(stage: AbstractStage, name: str) -> Reader:
 def _make_logp_call(
     stage: AbstractStage, name: str, reader: Reader, inputs: Batch, temperature: float
 ) -> ProgramCall:
-    """The log-probabilities that a judge or a reference gives the tokens of a micro-batch."""
+    """Makes the call in which a judge or a reference scores a micro-batch's tokens."""
     rows, T = inputs.tokens_BT.shape
     config, mib = reader.policy.config, stages.get_loss_chunk_mib(stage.c, stage.mesh)
     options = reader.policy.model, mib, temperature
@@ -139,7 +139,7 @@ def _make_logp_call(
 def _make_score_call(
     stage: AbstractStage, name: str, reader: Reader, inputs: Batch, batch: Batch
 ) -> ProgramCall:
-    """The hidden states of a teacher that reads `inputs` for a micro-batch."""
+    """Makes the call that computes a teacher's hidden states for a micro-batch from `inputs`."""
     rows, T = inputs.tokens_BT.shape
     args = reader.policy.params, reader.lora, local.to_model_inputs(inputs), batch.teacher_index_BT
     return ProgramCall(
@@ -154,12 +154,12 @@ def _make_score_call(
 
 
 def _place_beside(stage: AbstractStage, call: ProgramCall, other_bytes: int) -> ProgramCall:
-    """Adds bytes that lie on the student's devices, if the call runs there."""
+    """Sets the call's other bytes, which lie on the student's devices; 0 if it runs elsewhere."""
     return dataclasses.replace(call, other_bytes=other_bytes if call.mesh == stage.mesh else 0)
 
 
 def _make_hidden_shape(stage: AbstractStage, teacher: Policy) -> Any:
-    """The shape of a teacher's hidden states as the update reads them."""
+    """Returns the shape [B, T, E] of a teacher's hidden states as the update reads them."""
     T, D = stages.get_row_tokens(stage.s), teacher.config.hidden_size
     sharding = NamedSharding(stage.mesh, mesh_lib.make_hidden_spec(stage.mesh, T))
     dtype = jnp.dtype(teacher.model.dtype)
@@ -169,11 +169,11 @@ def _make_hidden_shape(stage: AbstractStage, teacher: Policy) -> Any:
 def _list_init_calls(
     stage: AbstractStage, optimizer: optax.GradientTransformation
 ) -> list[ProgramCall]:
-    """Lists what runs once, before a stage's first step."""
+    """Lists the programs that run once, before a stage's first step."""
     c, student = stage.c, stage.student
     is_first, calls = stage.name == c.stages[0], []
     resident_bytes = memory.count_resident_bytes(stage)
-    # Before the first stage no teacher is loaded; before a later one the last optimiser's state
+    # Before the first stage no teacher is loaded; before a later one the previous optimiser's state
     # still exists.
     loaded_bytes = sum(resident_bytes.get(name, 0) for name in (*stage.teachers, "reference"))
     other_bytes = -loaded_bytes if is_first else resident_bytes["optimiser"]
@@ -188,7 +188,7 @@ def _list_init_calls(
     calls.append(ProgramCall("optimiser", lower, 0, 0.0, resident, other_bytes))
     for name, teacher in stage.teachers.items():
         teacher_mesh = policy.get_mesh(teacher)
-        if teacher_mesh != stage.mesh:  # between processes it travels whole
+        if teacher_mesh != stage.mesh:  # replicated, so that every process has all of it
             head_VE = transformer.get_output_head(teacher.params)
             lower = functools.partial(jax.jit(mesh_lib.replicate_array).lower, head_VE)
             other_bytes = -count_device_bytes(head_VE)  # an argument
@@ -201,7 +201,7 @@ def _list_init_calls(
 def _list_update_calls(
     stage: AbstractStage, optimizer: optax.GradientTransformation, async_bytes: AsyncBytes
 ) -> list[ProgramCall]:
-    """Lists the programs of the updates of a step."""
+    """Lists the programs of a step's updates."""
     c, s, student, calls = stage.c, stage.s, stage.student, []
     state = update_lib.make_abstract_state(optimizer, stage.trained_params, c.student.ema_decay > 0)
     programs = setup.make_stage_update(c, s, stage.loss, optimizer, student, stage.mesh, state)
@@ -232,7 +232,7 @@ def _list_update_calls(
     heads = scored.teacher.heads_VE if scored.teacher else ()
     args = (gradient, state.params, scored, frozen)
     teacher_flops = sum(2.0 * tokens * V * E for V, E in (head.shape for head in heads))
-    # Of a LoRA's base the gradient of each product is that of its input alone.
+    # A LoRA's base has no weight gradients: each product is differentiated by its input alone.
     passes = 2 if student.model.lora else 3
     accumulate = ProgramCall(
         "accumulate",
@@ -264,12 +264,12 @@ def _list_update_calls(
 
 
 def _list_scoring_teachers(stage: AbstractStage) -> list[Policy]:
-    """The teachers that the loss compares with."""
+    """Returns the teachers whose distributions the loss uses."""
     return list(stage.teachers.values()) if stage.loss.teacher else []
 
 
 def _add_scores(stage: AbstractStage, batch: Batch) -> Batch:
-    """The micro-batch as the update reads it: with what the other models made of it."""
+    """Returns the micro-batch as the update reads it, with the other models' scores."""
     logp_BT = jax.ShapeDtypeStruct(
         batch.tokens_BT.shape, jnp.float32, sharding=mesh_lib.make_row_sharding(stage.mesh)
     )
@@ -290,7 +290,7 @@ def _add_scores(stage: AbstractStage, batch: Batch) -> Batch:
 
 
 def _count_shared_head_bytes(stage: AbstractStage) -> int:
-    """Bytes of the heads among the update's arguments that the run keeps as teachers' weights."""
+    """Counts the bytes of head arguments of the update that are also teachers' resident weights."""
     teachers = [t for t in _list_scoring_teachers(stage) if policy.get_mesh(t) == stage.mesh]
     return sum(count_device_bytes(memory.make_abstract_head(t, stage.mesh)) for t in teachers)
 

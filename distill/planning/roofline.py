@@ -1,4 +1,4 @@
-"""What the compiled programs of a step cost, and the least time they can take: rows and tables."""
+"""Costs of a step's compiled programs, their roofline times, and the tables that show both."""
 
 import dataclasses
 from typing import Any
@@ -13,25 +13,25 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class ProgramCost:
-    """A program on one device. The fields are the keys of `plan --json`; None: unknown."""
+    """The costs of a program on one device; None if unknown. Fields are keys of `plan --json`."""
 
     name: str
-    calls: float  # a step
+    calls: float  # per step
     peak: int  # bytes of the program alone
-    beside: int  # bytes of what lies in memory beside it
+    beside: int  # bytes of everything else that is in memory then
     temporaries: int  # bytes
-    useful: float  # FLOPs of the formula, a call
-    compiled: float | None  # FLOPs of the compiled program, a call
-    attention: float | None  # of `compiled`, in attention over whole rows
-    traffic: int | None  # bytes to and from HBM, a call
-    collectives: dict[str, tuple[int, int]] | None  # kind -> (number, bytes received), a call
-    seconds: float  # a step, at least: the roofline's
+    useful: float  # FLOPs per call, by the formula
+    compiled: float | None  # FLOPs per call of the compiled program
+    attention: float | None  # the part of `compiled` in attention over whole rows
+    traffic: int | None  # bytes moved to and from HBM, per call
+    collectives: dict[str, tuple[int, int]] | None  # kind -> (number, bytes received), per call
+    seconds: float  # per step: the lower bound of the roofline
     bound: str  # "compute", "HBM" or "interconnect"
-    mfu: float | None  # at most: `useful` over the FLOPs that the chip could do in that time
+    mfu: float | None  # upper bound: `useful` over the FLOPs the chip could do in that time
     compilation: float  # seconds
     kind: str  # ProgramCall.call_scaling
-    head: float  # of `useful`, of output heads
-    reads: int  # of `traffic`, what a kernel reads of the sampler's cache
+    head: float  # the part of `useful` in output heads
+    reads: int  # the part of `traffic` that a kernel reads from the sampler's cache
 
     @property
     def total_bytes(self) -> int:
@@ -44,7 +44,7 @@ def estimate_seconds(
     traffic: float | None,
     collectives: dict[str, tuple[int, int]] | None,
 ) -> dict[str, float]:
-    """Returns the least seconds of a call that each resource allows: compute, HBM, interconnect."""
+    """Returns the lower bound on a call's seconds by resource: compute, HBM, interconnect."""
     times = {"compute": flops / (chip.bf16_tflops * 1e12)}
     if traffic is not None:
         times["HBM"] = traffic / (chip.hbm_gbs * 1e9)
@@ -61,15 +61,15 @@ def estimate_cost(
     chip: aot.Chip,
     num_devices: int,
 ) -> ProgramCost:
-    """Estimates what a compiled program costs on one of `num_devices` devices.
+    """Estimates the costs of a compiled program on one of `num_devices` devices.
 
-    resident_bytes: bytes beside it on the device.
+    resident_bytes: bytes of everything else on the device.
     """
     useful = call.flops / num_devices
     flops = max(program.flops or 0, useful)
     traffic = None
     if program.hbm_bytes is not None:
-        # The turns of one call share what lies outside of their loop.
+        # A call's iterations share the traffic outside of their loop.
         shared = (program.hbm_bytes_outside_loops or 0) * (1 - 1 / call.turns_per_call)
         traffic = program.hbm_bytes + call.kernel_bytes_read - int(shared)
     times = estimate_seconds(chip, flops, traffic, program.collectives)
@@ -99,14 +99,14 @@ def estimate_cost(
 
 
 def find_peak_gib(stage_costs: dict[str, list[ProgramCost]]) -> float:
-    """Returns the GiB of the largest program with what lies beside it."""
+    """Returns the largest GiB of any program, with everything else in memory then."""
     return max(cost.total_bytes for costs in stage_costs.values() for cost in costs) / GIB
 
 
 def summarise_run(
     c: ConfigDict, topology: str, stage_costs: dict[str, list[ProgramCost]]
 ) -> dict[str, Any]:
-    """Returns what `plan --json` prints of a run that fits."""
+    """Returns the object that `plan --json` prints for a run that fits."""
     chip, count = aot.get_chip(topology), len(aot.get_devices(topology))
     chips = count // 2 if topology.startswith("v4") else count
     stages, hours = {}, 0.0
@@ -132,7 +132,7 @@ def summarise_run(
 
 
 def render_tables(c: ConfigDict, topology: str, stage_costs: dict[str, list[ProgramCost]]) -> str:
-    """Renders a table of each stage's programs."""
+    """Renders a table of programs for each stage."""
     chip, summary = aot.get_chip(topology), summarise_run(c, topology, stage_costs)
     out = [
         f"{topology}: {summary['devices']} devices of {chip.hbm_gib} GiB, "
@@ -161,7 +161,7 @@ def render_tables(c: ConfigDict, topology: str, stage_costs: dict[str, list[Prog
 
 
 def _render_cells(cost: ProgramCost) -> tuple[str, ...]:
-    """The cells of a program in the table."""
+    """Returns a program's cells in the table."""
     links = None
     if cost.collectives is not None:
         links = sum(size for _, size in cost.collectives.values()) / 1e9

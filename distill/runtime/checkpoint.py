@@ -5,9 +5,9 @@ each checkpoint carries a checksum of every leaf, and `restore` goes back from t
 the newest that verifies, logging those it skips. A damaged checkpoint is removed only when a later
 save replaces it.
 
-A step's directory holds one Orbax item for each top-level entry of the state, so that a reader may
-ask for some of them only (the parameters, say, and not the optimiser), and the item `about`: JSON
-of the caller's `meta` and of each leaf's shape, dtype and checksum.
+A step's directory holds one Orbax item for each top-level entry of the state, so that a reader can
+load some of them alone (the parameters without the optimiser, say), and an item `about`: JSON with
+the caller's `meta` and each leaf's shape, dtype and checksum.
 """
 
 import gc
@@ -31,15 +31,16 @@ Meta = dict[str, Any]
 
 
 class _Damaged(Exception):
-    """A checkpoint that cannot be read, or differs from what was written; one line says why."""
+    """A checkpoint that cannot be read or does not match its checksums; the message is one line."""
 
 
 class Checkpoints:
-    """The checkpoints under `directory`. Use as a context: leaving it waits for the last save.
+    """The checkpoints under `directory`. A context manager: leaving it waits for the last save.
 
-    With `save_interval_steps` it is writable: `save` keeps the newest `max_to_keep` steps that the
-    interval divides, and opening clears what an earlier process left half-written. Without, it is
-    read-only, which is safe beside a running writer. All processes must make the same calls.
+    With `save_interval_steps` it is writable: `save` saves at multiples of the interval and keeps
+    the newest `max_to_keep` of them, and opening removes what an earlier process left half-written.
+    Without, it is read-only, which is safe while another process writes. All processes must make
+    the same calls.
     """
 
     def __init__(
@@ -49,14 +50,14 @@ class Checkpoints:
         max_to_keep: int | None = None,
     ) -> None:
         self._directory = epath.Path(directory)
-        if not run_files.is_remote(directory):  # absolute() would take it for a relative path
+        if not run_files.is_remote(directory):  # absolute() would treat it as relative
             self._directory = self._directory.absolute()
         self._every = save_interval_steps
         self._damaged: set[int] = set()
         self._manager: ocp.CheckpointManager | None = None
         if save_interval_steps is not None:
             self._directory.mkdir(parents=True, exist_ok=True)
-            # A prefix for each directory: saves of one step to two would share their barriers.
+            # One prefix per directory, or saves of the same step to two directories share barriers.
             name = f"{zlib.crc32(str(self._directory).encode()):08x}"
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=max_to_keep,
@@ -69,17 +70,17 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def should_save(self, step: int, force: bool = False) -> bool:
-        """True if `save` would save this step."""
+        """Returns True if `save` would save this step."""
         return force or (self._every is not None and step % self._every == 0)
 
     def save(self, step: int, state: Any, meta: Meta, force: bool = False) -> bool:
         """Starts saving if the interval divides `step`, or with `force`; returns True if it did.
 
-        `state` (a pytree of arrays) has been copied when this returns, so it may be donated; the
-        writing goes on in the background. A step that is already saved is left alone. Raises
-        ValueError if a newer checkpoint exists that verifies, and any error of the previous save.
+        `state` (a pytree of arrays) has been copied when this returns, so it may be donated;
+        writing continues in the background. A step that is already saved is left alone. Raises
+        ValueError if an undamaged newer checkpoint exists, and any error of the previous save.
         """
-        assert self._manager is not None and self._every is not None, "opened to be read"
+        assert self._manager is not None and self._every is not None, "opened read-only"
         if not self.should_save(step, force):
             return False
         later_steps = {s for s in self._manager.all_steps() if s >= step}
@@ -106,12 +107,12 @@ class Checkpoints:
         }
         items = {name: ocp.args.StandardSave(item) for name, item in _split_items(leaves).items()}
         items["about"] = ocp.args.JsonSave({**about, "crc32": _compute_crc32(about)})
-        # force: by its own rules the manager would skip steps silently.
+        # force: the manager's own rules would skip steps silently.
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         return True
 
     def read_latest(self) -> tuple[int, Meta] | None:
-        """Returns the newest step whose `about` verifies, and its meta; reads no array."""
+        """Returns the newest step whose `about` verifies, and its meta; reads no arrays."""
         for step in self._list_steps():
             try:
                 return step, self._read_about(step)["meta"]
@@ -129,9 +130,9 @@ class Checkpoints:
 
         Args:
           abstract_state: pytree of ShapeDtypeStructs with shardings: the whole state, or a dict of
-            some of its top-level entries. The arrays that come back may be donated.
+            some of its top-level entries. The returned arrays may be donated.
           convert: (path, array) -> its replacement. Arrays are then read one by one, so that only
-            one at a time exists as it was saved.
+            one at a time exists in its saved form.
 
         Returns:
           None if there is no checkpoint at all.
@@ -202,7 +203,7 @@ class Checkpoints:
                 raise error or _Damaged("another process could not read its part")
             for path in part:
                 name, _, rest = path.partition("/")
-                x = items[name].pop(rest or name)  # only one leaf exists twice
+                x = items[name].pop(rest or name)  # at most one leaf exists twice
                 # A copy: restored arrays may use the reader's memory, which cannot be donated,
                 # and the next step would need room for a second state.
                 copy = jax.jit(_copy_with_checksum, out_shardings=(x.sharding, None))
@@ -218,7 +219,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # A failed last save is raised here, and only here.
+        # The only place where a failure of the last save is raised.
         if self._manager is not None:
             self._manager.close()
 
@@ -226,8 +227,8 @@ class Checkpoints:
 def _read_item(item: epath.Path, args: ocp.args.CheckpointArgs) -> Any:
     """Reads one item without Orbax's barriers between processes; raises _Damaged.
 
-    A process whose part is damaged fails alone, and `_is_ok_everywhere` tells the others; within a
-    barrier they would hang or crash.
+    If one process's part is damaged, that process alone fails, and `_is_ok_everywhere` informs the
+    others; in a barrier they would hang or crash.
     """
     here = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
@@ -239,7 +240,7 @@ def _read_item(item: epath.Path, args: ocp.args.CheckpointArgs) -> Any:
     try:
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
             return reader.restore(item, args=args)
-    except Exception as error:  # Orbax, tensorstore and json raise many kinds, some over pages
+    except Exception as error:  # Orbax, tensorstore and json raise many types, some pages long
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
     # The failed read leaves sibling tasks pending, each of which would log when collected.
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
@@ -249,19 +250,19 @@ def _read_item(item: epath.Path, args: ocp.args.CheckpointArgs) -> Any:
 
 
 def _make_restore_args(leaves: dict[str, Any]) -> ocp.args.PyTreeRestore:
-    """Returns arguments that read only these arrays of an item, into their shardings."""
+    """Returns arguments that read only these arrays of an item, with their shardings."""
     restore_args = ocp.checkpoint_utils.construct_restore_args(leaves)
     return ocp.args.PyTreeRestore(leaves, restore_args, partial_restore=True)
 
 
 def _flatten_tree(tree: Any) -> dict[str, Any]:
-    """Returns leaves by path, such as params/layers/q/kernel, in the order of the tree."""
+    """Maps paths, such as params/layers/q/kernel, to leaves, in the order of the tree."""
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in paths}
 
 
 def _split_items(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Groups leaves by the first part of their path; within, by the rest of it."""
+    """Groups leaves by the first component of their path, keyed by the rest of it."""
     items: dict[str, dict[str, Any]] = {}
     for path, x in leaves.items():
         name, _, rest = path.partition("/")
@@ -270,8 +271,8 @@ def _split_items(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _check_leaves(saved: Mapping[str, Any], expected: Mapping[str, Any], where: epath.Path) -> None:
-    """Raises UserError for a leaf of another shape or dtype: Orbax would cast silently, and its
-    message for a shape names no leaf."""
+    """Raises UserError if a leaf's shape or dtype differs: Orbax would cast silently, and its
+    message about a shape names no leaf."""
     entries = _split_items(expected)
     wanted = {path: [list(x.shape), x.dtype.name] for path, x in expected.items()}
     present = {path: x[:2] for path, x in saved.items() if path.partition("/")[0] in entries}
@@ -292,7 +293,7 @@ def _compute_crc32(about: Meta) -> int:
 
 
 def _is_ok_everywhere(ok: bool) -> bool:
-    """True if `ok` in all processes, each of which reads only its own shards."""
+    """Returns True if `ok` in every process; each reads only its own shards."""
     if jax.process_count() == 1:
         return ok
     return bool(multihost_utils.process_allgather(np.asarray(ok)).all())
@@ -300,9 +301,10 @@ def _is_ok_everywhere(ok: bool) -> bool:
 
 @jax.jit
 def compute_checksum(x: jax.Array) -> jax.Array:
-    """uint32: Σ bits(x_i) · (2i + 1) mod 2³², the same however x is sharded.
+    """Returns uint32 Σ bits(x_i) · (2i + 1) mod 2³², which does not depend on x's sharding.
 
-    The weights are odd, so any change of one element shows; they differ, so most swaps do too.
+    The weights are odd, so a change of any one element is detected; they differ, so most swaps are
+    too.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
     index = jnp.zeros(x.shape, jnp.uint32)

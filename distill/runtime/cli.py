@@ -1,11 +1,11 @@
-"""The frame of every verb: flags in, exit code out.
+"""The entry point shared by all verbs: flags in, exit code out.
 
 A verb defines absl flags at module level and ends in `if __name__ == "__main__": cli.run(main)`.
-Verbs whose flags share names with those of others define them on FlagValues of their own, so that
-all can be imported side by side, and end in `cli.run(main, OPTIONS)`.
-Exit codes: 0 success; 1 an unexpected exception (its traceback is kept) or what the verb itself
-says by `sys.exit`; 2 a user's mistake, told in one line on stderr; 130 interrupted.
-No jax here, so that a verb which only reads files stays light.
+Verbs whose flag names clash with those of others define them on their own FlagValues, so that all
+can be imported together, and end in `cli.run(main, OPTIONS)`.
+Exit codes: 0 success; 1 an unexpected exception (with its traceback), unless the verb calls
+`sys.exit` with another code; 2 a user's mistake, reported in one line on stderr; 130 interrupted.
+JAX is not imported here, so that verbs that only read files start quickly.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _HELP = ("-h", "-help", "--h", "--help")
 
 
 def run(main: Callable[[], None], options: flags.FlagValues = flags.FLAGS) -> None:
-    """Parses sys.argv by `options`, calls `main`, and turns mistakes into exits."""
+    """Parses sys.argv into `options`, calls `main` and turns a user's mistakes into exit codes."""
     try:
         if any(arg in _HELP for arg in sys.argv[1:]):
             _print_help(options)
@@ -45,14 +45,14 @@ def run(main: Callable[[], None], options: flags.FlagValues = flags.FLAGS) -> No
 
 
 def _set_threads() -> None:
-    """Gives XLA more threads than the CPU has cores, where the CPU stands for several devices.
+    """Gives XLA more threads than the CPU has cores if the CPU simulates several devices.
 
-    A device that waits for the others in a collective holds a thread. With fewer threads than
-    devices, those that all wait for cannot run, and after 40 s XLA ends the process.
+    A device that waits in a collective occupies a thread. With fewer threads than devices, those
+    that the others wait for cannot run, and XLA aborts the process after 40 s.
     """
     devices = os.environ.get("JAX_NUM_CPU_DEVICES", "")
     if devices.isdigit() and int(devices) > 1:
-        os.environ.setdefault("NPROC", str(4 * int(devices)))  # what XLA reads
+        os.environ.setdefault("NPROC", str(4 * int(devices)))  # read by XLA
 
 
 def _exit_with_error(message: str) -> NoReturn:
@@ -61,21 +61,21 @@ def _exit_with_error(message: str) -> NoReturn:
 
 
 def check_output(path: str) -> epath.Path:
-    """The file that --out names, whose folder there is when this returns; on a bucket as it is.
+    """Returns the path given by --out and creates its folder; bucket paths are returned unchanged.
 
-    Raises UserError if it cannot be written, so that this is known before the work and not after.
+    Raises UserError if the file cannot be written, before the work starts rather than after it.
     """
     if path.startswith("gs://"):
         return epath.Path(path)
     if Path(path).exists() and not Path(path).is_file():
-        raise UserError(f"--out={path}: is there and not a regular file")
-    file = Path(path).resolve()  # what is renamed to this must not replace a link, /dev/stdout say
+        raise UserError(f"--out={path}: exists and is not a regular file")
+    file = Path(path).resolve()  # a rename must not replace a symbolic link such as /dev/stdout
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out={path}: {error.strerror}: {error.filename}") from error
     if not os.access(file.parent, os.W_OK):
-        raise UserError(f"--out={path}: {file.parent} cannot be written to")
+        raise UserError(f"--out={path}: {file.parent} is not writable")
     return epath.Path(file)
 
 
@@ -84,30 +84,36 @@ def define_model_flags(
     required: bool = True,
     dtypes: Sequence[str] = ("float32", "bfloat16"),
 ) -> tuple[flags.FlagHolder[str], flags.FlagHolder[str]]:
-    """Defines --model and --dtype, and returns them."""
+    """Defines --model and --dtype and returns them."""
     about = "Model directory, hub id or run directory."
     default = None if required else ""
     model = flags.DEFINE_string("model", default, about, options, required=required)
-    about = "Of parameters and computation. Default: bfloat16; on a CPU float32, faster there."
+    about = "Dtype of weights and computation. Default: bfloat16; on CPUs float32, faster there."
     return model, flags.DEFINE_enum("dtype", "", ["", *dtypes], about, flag_values=options)  # pyright: ignore[reportReturnType]
 
 
 def define_sampling_flags(options: flags.FlagValues, **defaults: Any) -> None:
-    """Defines the flags of every verb that samples; `defaults` are None where not given."""
+    """Defines the flags shared by verbs that sample; those not in `defaults` default to None."""
     integers = {
-        "samples": (1, "Responses to each prompt."),
-        "max_new_tokens": (1, "Longest response, in tokens."),
-        "top_k": (0, "Draws from the K most likely tokens; 0: off."),
-        "seed": (0, "Of the random draws."),
-        "batch_size": (1, "Responses sampled together."),
+        "samples": (1, "Responses per prompt."),
+        "max_new_tokens": (1, "Maximum length of a response, in tokens."),
+        "top_k": (0, "Samples from the K most likely tokens; 0: off."),
+        "seed": (0, "Random seed for sampling."),
+        "batch_size": (1, "Responses sampled at a time."),
     }
     for name, (least, about) in integers.items():
         flags.DEFINE_integer(name, defaults.get(name), about, least, flag_values=options)
     floats = {
         "temperature": (0.0, "Divides the logits; 0: greedy."),
-        "top_p": (None, "Draws from the most likely tokens that hold this probability; 1: off."),
-        "min_p": (None, "Least share of the most likely token's probability; 0: off."),
-        "presence_penalty": (None, "Subtracted from the logits of tokens in the response; 0: off."),
+        "top_p": (
+            None,
+            "Samples from the most likely tokens with this total probability; 1: off.",
+        ),
+        "min_p": (None, "Minimum probability relative to the most likely token's; 0: off."),
+        "presence_penalty": (
+            None,
+            "Subtracted from the logits of tokens in the response; 0: off.",
+        ),
     }
     for name, (least, about) in floats.items():
         flags.DEFINE_float(name, defaults.get(name), about, least, flag_values=options)
@@ -116,7 +122,7 @@ def define_sampling_flags(options: flags.FlagValues, **defaults: Any) -> None:
 
 
 def read_sampling_flags(options: flags.FlagValues) -> dict[str, Any]:
-    """Returns the values of the flags of `define_sampling_flags`; `thinking` as True or False."""
+    """Returns the values of `define_sampling_flags`' flags; `thinking` as True, False or None."""
     names = ("samples", "max_new_tokens", "temperature", "top_k", "top_p", "min_p")
     names += ("presence_penalty", "seed", "batch_size", "thinking")
     values = {name: options[name].value for name in names}
@@ -125,7 +131,10 @@ def read_sampling_flags(options: flags.FlagValues) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def catch_stop_signals() -> Iterator[Callable[[], int]]:
-    """Within it, SIGTERM and SIGINT only set what the yielded function returns (0: none came)."""
+    """Context in which SIGTERM and SIGINT are only recorded.
+
+    Yields a function that returns the number of the last signal received, or 0.
+    """
     received = 0
 
     def record_signal(number: int, _: object) -> None:
@@ -141,14 +150,14 @@ def catch_stop_signals() -> Iterator[Callable[[], int]]:
 
 
 def _print_help(options: flags.FlagValues) -> NoReturn:
-    """What the verb says of itself, and its flags."""
+    """Prints the verb's module docstring and its flags."""
     print((sys.modules["__main__"].__doc__ or "").strip(), end="\n\n")
     print(options.main_module_help())
     sys.exit(0)
 
 
 def _parse_flags(argv: list[str], options: flags.FlagValues) -> None:
-    """Parses the flags. Whatever goes wrong here is the user's to mend: raises UserError only."""
+    """Parses the flags. Every failure here is a user's mistake, so it raises UserError only."""
     try:
         rest = options(argv)
     except UserError:
@@ -163,7 +172,8 @@ def _parse_flags(argv: list[str], options: flags.FlagValues) -> None:
 
 
 def _check_config(name: str, flag: flags.Flag) -> None:
-    """ml_collections keeps the error of an unreadable config file until the config is read."""
+    """Raises UserError if the config file is unreadable: ml_collections defers that error until the
+    config is accessed."""
     config: Any = flag.value
     try:
         _ = config and config.is_locked
@@ -174,7 +184,7 @@ def _check_config(name: str, flag: flags.Flag) -> None:
 
 
 def _explain_parse_error(error: Exception, argv: list[str]) -> str:
-    """One line for an error raised while parsing `argv`."""
+    """Returns a one-line message for an error raised while parsing `argv`."""
     message = str(error).strip()
     if isinstance(error, flags.UnrecognizedFlagError):
         name = error.flagname.partition(".")[0]
@@ -186,7 +196,7 @@ def _explain_parse_error(error: Exception, argv: list[str]) -> str:
     if isinstance(error, config_flags.UnsupportedOperationError):
         return message.partition(". ")[0]
     if isinstance(error, flags.Error):
-        # A ValueError or TypeError of the config file itself arrives wrapped round its traceback.
+        # A ValueError or TypeError raised by the config file arrives with its traceback inside.
         head, wrapped, trace = message.partition("Error whilst parsing config file:")
         if wrapped:
             last = trace.strip().splitlines()[-1].removeprefix("ValueError: ")
@@ -195,13 +205,13 @@ def _explain_parse_error(error: Exception, argv: list[str]) -> str:
     libraries = ("absl", "ml_collections", "importlib", os.path.basename(__file__))
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if not any(name in f.filename for name in libraries)]
-    if ours:  # raised by the config file, or by what it imports
+    if ours:  # raised by the config file or one of its imports
         return f"{ours[-1].filename}:{ours[-1].lineno}: {type(error).__name__}: {message}"
     return _explain_unknown_key(message, argv) or f"{type(error).__name__}: {message}"
 
 
 def _explain_unknown_key(message: str, argv: list[str]) -> str | None:
-    """One line if `message` names the key of an override in `argv` which the config lacks."""
+    """Returns a one-line message if `message` is about an override in `argv` of an unknown key."""
     words = message.replace("\\'", "'").strip("\"'")
     key = re.match(r"\w+", words)
     hint = re.search(r'Did you mean \\?"(\w+)', words)

@@ -1,9 +1,9 @@
-"""Several processes, one run: who they are, what they agree on, how they end.
+"""Runs of several processes: joining, agreeing on values, and exiting.
 
-Each process of a run drives its own host's devices, and all make the same calls in the same order.
-What a disk, a clock or a signal says may differ between hosts, so process 0 reads it, and tells the
-others. A process that is lost ends the others, for none can go on without it: they say so in one
-line, and their exit code LOST tells a launcher that the cause is in another log.
+Each process of a run drives the devices of its own host, and all make the same calls in the same
+order. Disks, clocks and signals may differ between hosts, so process 0 reads them and broadcasts
+the result. If a process is lost, the others exit, since none can continue without it: they say so
+in one line, and the exit code LOST_EXIT_CODE tells a launcher that the cause is in another log.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from jax.experimental import multihost_utils
 from distill.runtime.run_files import is_primary
 from models.errors import UserError
 
-HEARTBEAT_SECONDS = 60  # seconds of silence after which a process counts as lost
-START_TIMEOUT_SECONDS = 300  # seconds that the processes may start apart
-LOST_EXIT_CODE = 75  # exit code; above those of a cause: 1 and 2
-# What errors say that come of a lost peer: of CPUs, of GPUs, of the coordination service.
+HEARTBEAT_SECONDS = 60  # seconds without a heartbeat after which a process counts as lost
+START_TIMEOUT_SECONDS = 300  # seconds to wait for all processes to start
+LOST_EXIT_CODE = 75  # greater than the exit codes of a cause, 1 and 2
+# Substrings of errors caused by a lost peer: on CPUs, on GPUs, from the coordination service.
 _LOST_PEER_SIGNS = (
     "Gloo",
     "NCCL",
@@ -33,22 +33,22 @@ _LOST_PEER_SIGNS = (
     "CoordinationService",
     "Connection closed by",
 )
-_ADVICE = "its own log says why; started again on every host, the run goes on from its checkpoint"
+_ADVICE = "its own log says why; restart every process to resume the run from its checkpoint"
 
 
 def define_flags(options: flags.FlagValues) -> None:
-    """The flags of a verb that several processes may run together."""
+    """Defines the flags of a verb that several processes can run together."""
     flags.DEFINE_string(
         "coordinator_address",
         os.environ.get("JAX_COORDINATOR_ADDRESS", ""),
-        "Of one run by several processes: HOST:PORT of process 0, the same for all, with "
-        "--num_processes and --process_id; or auto: a TPU slice, Slurm or MPI says all three. "
+        "For runs of several processes: HOST:PORT of process 0, the same for all, with "
+        "--num_processes and --process_id; or auto: a TPU slice, Slurm or MPI provides all three. "
         "Default: JAX_COORDINATOR_ADDRESS, or one process.",
         flag_values=options,
     )
     for name, meaning in (
-        ("num_processes", "How many processes there are"),
-        ("process_id", "The number of this one, from 0"),
+        ("num_processes", "Number of processes"),
+        ("process_id", "Index of this process, from 0"),
     ):
         default = os.environ.get(f"JAX_{name.upper()}")
         description = f"{meaning}. Default: JAX_{name.upper()}."
@@ -57,18 +57,18 @@ def define_flags(options: flags.FlagValues) -> None:
 
 @contextlib.contextmanager
 def join_processes(options: flags.FlagValues) -> Iterator[None]:
-    """Within it this process is one of those that its flags name; without any, the only one.
+    """Context in which this process is part of the run that its flags describe.
 
-    Before jax is used in any other way. Raises UserError for flags that name no run, or name
-    another than there is, and where the others did not come.
+    Enter it before any other use of JAX. Without flags the process runs alone. Raises UserError if
+    the flags are inconsistent, do not match the run, or the other processes do not connect in time.
     """
     address, count, number = (
         options[name].value for name in ("coordinator_address", "num_processes", "process_id")
     )
     if not address:
         if (count or 1) > 1 or number:
-            raise UserError("--coordinator_address: is needed with --num_processes, --process_id")
-        if jax.process_count() > 1:  # of a TPU slice, whose hosts know of each other anyhow
+            raise UserError("--coordinator_address: is needed with --num_processes or --process_id")
+        if jax.process_count() > 1:  # on a TPU slice, whose hosts know each other
             raise UserError(
                 f"these are devices of {jax.process_count()} hosts: start this on each of them "
                 "with --coordinator_address=auto"
@@ -78,7 +78,7 @@ def join_processes(options: flags.FlagValues) -> Iterator[None]:
     exit_code = _init_distributed(address, count, number)
     try:
         yield
-        multihost_utils.sync_global_devices("end")  # none leaves while others still work
+        multihost_utils.sync_global_devices("end")  # no process leaves while others still work
     except BaseException as error:
         exit_code[0] = {UserError: 2, SystemExit: getattr(error, "code", 1)}.get(type(error), 1)
         if not isinstance(error, UserError | SystemExit) and any(
@@ -89,13 +89,13 @@ def join_processes(options: flags.FlagValues) -> Iterator[None]:
 
 
 def _init_distributed(address: str, count: int | None, number: int | None) -> list[int]:
-    """Connects to the others. Returns where to put the exit code of a process that is ending."""
+    """Connects to the other processes. Returns the one-element list of `_install_abort_handler`."""
     init_args = {"coordinator_address": address, "num_processes": count, "process_id": number}
     if address == "auto":
         init_args = {}
-        os.environ.pop("JAX_COORDINATOR_ADDRESS", None)  # jax would take it for an address
+        os.environ.pop("JAX_COORDINATOR_ADDRESS", None)  # JAX would use it as the address
     elif not address.rpartition(":")[2].isdecimal() or ":" not in address:
-        raise UserError(f"--coordinator_address={address}: is none; HOST:PORT, or auto")
+        raise UserError(f"--coordinator_address={address}: must be HOST:PORT, or auto")
     elif count is None or number is None or not 0 <= number < count:
         raise UserError(
             f"--process_id={number}: must be below --num_processes={count}, and both be given"
@@ -110,40 +110,45 @@ def _init_distributed(address: str, count: int | None, number: int | None) -> li
     except (ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"--coordinator_address={address}: {reason}") from error
-    # jax takes SIGTERM for itself, for a service that is not in use here: see `anyone`.
+    # JAX handles SIGTERM for a service that is not used here: see `max_over_processes`.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return _install_abort_handler()
 
 
-_c_callbacks: list[Any] = []  # what C calls must not be collected
+_c_callbacks: list[Any] = []  # callbacks that C code holds must not be garbage-collected
 
 
 def _install_abort_handler() -> list[int]:
-    """Where a thread of jax's finds that a peer is silent, or the connection to process 0 closed,
-    it aborts, over pages of its own: the last line is then ours. Returns what `_join` does."""
+    """Makes the last line of output a short one when JAX aborts because a peer is lost.
+
+    A thread of JAX aborts the process, printing pages, if a peer is silent or the connection to
+    process 0 is closed. Returns a one-element list: set it to the exit code if it is this process
+    that is exiting.
+    """
     exit_code = [0]
 
     def handle_abort(_: int) -> None:
-        if exit_code[0]:  # it was this process that left the others
+        if exit_code[0]:  # this process left first
             os._exit(exit_code[0])
-        _exit_lost(
-            f"no sign of it for {HEARTBEAT_SECONDS} s, or its connection is closed, see above"
-        )
+        _exit_lost(f"no heartbeat for {HEARTBEAT_SECONDS} s, or connection closed, see above")
 
-    # Python's own signal handlers would run after an abort, which is never.
+    # Python's own signal handlers run too late: the abort never returns.
     _c_callbacks.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(handle_abort))
     ctypes.CDLL(None).signal(signal.SIGABRT, _c_callbacks[-1])
     return exit_code
 
 
 def _exit_lost(reason: str) -> None:
-    """Ends this process at once: the usual way out would wait for the one that is lost."""
+    """Exits at once: a normal exit would wait for the lost process."""
     os.write(2, f"error: another process of this run is lost ({reason}): {_ADVICE}\n".encode())
     os._exit(LOST_EXIT_CODE)
 
 
 def broadcast_from_primary(compute: Callable[[], Any]) -> Any:
-    """What `make` returns (JSON) or raises (UserError) in process 0, in every process."""
+    """Runs `compute` in process 0 and returns its result (JSON) in every process.
+
+    A UserError that it raises there is raised in every process.
+    """
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return compute()
     outcome: list[Any] = [None, ""]
@@ -154,7 +159,7 @@ def broadcast_from_primary(compute: Callable[[], Any]) -> Any:
             outcome[1] = str(error)
     text = np.frombuffer(json.dumps(outcome).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    padded_size = 1 << size.bit_length()  # few sizes: each is compiled
+    padded_size = 1 << size.bit_length()  # few distinct sizes, since each is compiled
     padded = np.pad(text if is_primary() else text[:0], (0, padded_size))[:padded_size]
     received = np.asarray(multihost_utils.broadcast_one_to_all(padded))[:size]
     value, reason = json.loads(received.tobytes())
@@ -164,15 +169,17 @@ def broadcast_from_primary(compute: Callable[[], Any]) -> Any:
 
 
 def max_over_processes(number: int) -> int:
-    """The greatest of the processes' numbers: a signal that came to one of them, say."""
+    """Returns the maximum of `number` over processes: the signal received by one of them, say."""
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return number
     return int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
 def reduce_means(sums: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """The means that all processes' sums and counts come to; of what none counted there is none.
-    All name the same."""
+    """Returns means of (sum, count) pairs over all processes, which must pass the same names.
+
+    Names whose total count is 0 are left out.
+    """
     if jax.distributed.is_initialized():
         own = np.array(list(sums.values()), np.float32)
         every = np.reshape(multihost_utils.process_allgather(own), (-1, *own.shape))

@@ -1,4 +1,4 @@
-"""The device mesh, and the table of which mesh axis splits which array axis."""
+"""The device mesh, and the table of mesh axes that split each logical array axis."""
 
 import contextlib
 import functools
@@ -19,18 +19,18 @@ from models.errors import UserError
 from models.families import get_family
 from models.layers.lora import LoRA
 
-# Context behind fsdp: the two together are one axis where rows are sampled (`decoding`).
+# Context follows fsdp: decoding merges the two into one axis (`to_decode_mesh`).
 AXES = ("data", "fsdp", "context", "expert", "tensor")
 ROW_AXES = ("data", "fsdp", "expert")  # split the batch
 VOCABULARY_AXES = ("fsdp", "expert", "context", "tensor")
 TOKEN_AXES = ("context", "tensor")  # split the tokens of hidden states
 
-# Logical axis -> mesh axes. Weights are split twice, by fsdp along the model dimension and by
-# tensor along heads or feed-forward; experts by expert, too, an axis which for all other weights is
-# like data; the embedding and the head along the vocabulary by all but data, so that the streamed
-# loss holds 1/(fsdp·expert·context·tensor) of each chunk's logits on a device. Context, which is
-# like fsdp for weights, splits a row's tokens everywhere but in attention, where it splits the
-# heads of all tokens (arXiv 2309.14509).
+# Logical axis -> mesh axes. Weights are split twice: by fsdp along the model dimension and by
+# tensor along heads or feed-forward. Experts are also split by expert, an axis that acts like data
+# for all other weights. The embedding and the head are split along the vocabulary by all axes but
+# data, so that the streamed loss holds 1/(fsdp·expert·context·tensor) of each chunk's logits on a
+# device. Context acts like fsdp for weights; it splits a row's tokens everywhere except in
+# attention, where it splits heads and every device has all tokens (arXiv 2309.14509).
 SHARDING_RULES = (
     ("batch", ROW_AXES),
     ("embed", ("fsdp", "context")),
@@ -45,8 +45,8 @@ SHARDING_RULES = (
 )
 
 _GATHERED_AXES = ("embed", "vocab")
-# The same for weights that every row shard holds whole, but for experts: for decoding, which reads
-# all of them for each token and would have to fetch them each time.
+# The same for decoding, where every row shard holds all weights except experts: decoding reads all
+# weights for each token and would otherwise fetch them each time.
 GATHERED_RULES = (
     ("embed", None),
     ("vocab", "tensor"),
@@ -63,18 +63,18 @@ def make_mesh(
     *,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """Makes a mesh of the first devices, as many as the product; one size may be -1: the rest.
+    """Makes a mesh of as many of the first devices as the product of the sizes.
 
-    devices: instead of jax.devices().
+    One size may be -1: the remaining devices. `devices` replaces jax.devices().
 
     Raises:
-      UserError: if there are too few devices, or they do not divide.
+      UserError: if there are too few devices, or the sizes do not divide their number.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, context, expert, tensor]
     known = int(np.prod([s for s in sizes if s != -1]))
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-        raise UserError(f"config.mesh: sizes {dict(zip(AXES, sizes, strict=True))} are no mesh")
+        raise UserError(f"config.mesh: sizes {dict(zip(AXES, sizes, strict=True))} are invalid")
     if -1 in sizes:
         if len(devices) % known:
             raise UserError(f"config.mesh: {len(devices)} devices do not divide by {known}")
@@ -91,8 +91,8 @@ def make_mesh(
 def make_meshes(c: ConfigDict, devices: Sequence[Any] | None = None) -> tuple[Mesh, Mesh]:
     """Makes the student's mesh and the teachers' mesh; they may be the same.
 
-    With `config.teacher_mesh.devices` the teachers get the last so many devices of each process:
-    of each, so that batches and scores travel within a host.
+    With `config.teacher_mesh.devices` the teachers get that many of the last devices of every
+    process, so that batches and scores are moved within a host.
 
     Raises:
       UserError: as `make_mesh`, or if a process has no device left for one of the two.
@@ -122,8 +122,8 @@ def make_meshes(c: ConfigDict, devices: Sequence[Any] | None = None) -> tuple[Me
 
 
 def _is_box(devices: Sequence[Any]) -> bool:
-    """True if TPU devices fill a box of their torus, one at each place of a slice; the compiler
-    lists both cores of a v4 chip."""
+    """Returns True if TPU devices fill a box of their torus, one per coordinate of a slice; for v4
+    the compiler lists both cores of a chip."""
     at = np.array([device.coords for device in devices])
     spans = int(np.prod(at.max(axis=0) - at.min(axis=0) + 1))
     places = {(getattr(device, "slice_index", 0), *device.coords) for device in devices}
@@ -131,12 +131,12 @@ def _is_box(devices: Sequence[Any]) -> bool:
 
 
 def _order_by_torus(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
-    """Orders TPU devices so that each mesh axis is an axis of the torus, as far as possible.
+    """Orders TPU devices so that, where possible, each mesh axis is an axis of the torus.
 
-    Its ring then sums gradients into shards; over an axis of two torus dimensions XLA sums them
-    whole on every device. Between slices, whose network is slow, only rows are split.
+    Gradients are then reduce-scattered along its ring; over a mesh axis of two torus dimensions XLA
+    all-reduces them on every device. Only rows are split between slices, whose network is slow.
     """
-    slices = len({getattr(device, "slice_index", 0) for device in devices})  # jax sets it of many
+    slices = len({getattr(device, "slice_index", 0) for device in devices})  # set if several
     if slices == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     data, *others = sizes
@@ -156,13 +156,13 @@ def _order_by_torus(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
 def make_reader_mesh(*configs: Config) -> Mesh:
     """Makes a mesh of all devices that divides these models, for verbs that only read them.
 
-    Tensor first and then expert, which move activations and not weights at each decoding step;
-    then fsdp, which at least holds every weight once; the remaining devices split the rows.
+    Tensor and then expert come first, since they move activations rather than weights at each
+    decoding step; then fsdp, which stores every weight only once; the remaining devices split rows.
     """
     left = jax.device_count()
 
     def list_sizes(*names: str) -> list[int]:
-        """All sizes that these logical axes split, of all models."""
+        """Returns the sizes, in all models, of the dimensions that these logical axes split."""
         tables = [get_family(config).get_sharded_sizes(config) for config in configs]
         return [size for table in tables for name in names for size in table[name].values()]
 
@@ -185,13 +185,13 @@ def to_decode_mesh(mesh: Mesh) -> Mesh:
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Context in which logical axis names in models/ mean axes of `mesh`."""
+    """Context in which the logical axis names of models/ map to axes of `mesh`."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(SHARDING_RULES):
         yield
 
 
 def check_divisible(config: Config, mesh: Mesh, source: str) -> None:
-    """Raises UserError if the mesh does not divide a dimension of the model that it splits."""
+    """Raises UserError if the model has a dimension that the mesh splits but does not divide."""
     rules: dict[str, Any] = dict(SHARDING_RULES)
     for logical, sizes in get_family(config).get_sharded_sizes(config).items():
         axes = [rules[logical]] if isinstance(rules[logical], str) else rules[logical]
@@ -222,8 +222,8 @@ def make_row_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def list_local_rows(mesh: Mesh, count: int, devices: Iterable[Any] | None = None) -> list[int]:
-    """Returns the rows of a batch of `count` that lie on these devices, by default those of this
-    process, in order."""
+    """Returns, in order, the rows of a batch of `count` on these devices; by default on those of
+    this process."""
     index_of_device = make_row_sharding(mesh).devices_indices_map((count,))
     own = set(jax.local_devices() if devices is None else devices)
     parts = [part for device, (part,) in index_of_device.items() if device in own]
@@ -231,8 +231,8 @@ def list_local_rows(mesh: Mesh, count: int, devices: Iterable[Any] | None = None
 
 
 def from_local_rows(tree: Any, mesh: Mesh, count: int, spec: PartitionSpec | None = None) -> Any:
-    """Makes arrays of `count` rows from host arrays of this process's rows (`list_local_rows`),
-    split by rows over `mesh`, or by `spec`."""
+    """Makes arrays of `count` rows, split by rows over `mesh` or by `spec`, from host arrays of
+    this process's rows (`list_local_rows`)."""
     mine = {row: at for at, row in enumerate(list_local_rows(mesh, count))}
     sharding = NamedSharding(mesh, spec) if spec else make_row_sharding(mesh)
 
@@ -247,11 +247,10 @@ def from_local_rows(tree: Any, mesh: Mesh, count: int, spec: PartitionSpec | Non
 
 
 def move_rows(tree: Any, mesh: Mesh) -> Any:
-    """Moves arrays whose first axis is the batch to another mesh: split by rows, and hidden states
-    [B, T, D] as `make_hidden_spec` says.
+    """Moves arrays whose first axis is the batch to another mesh.
 
-    With several processes, each moves its own rows through its host's memory; see
-    `check_colocated`.
+    They are split by rows there, and hidden states [B, T, D] by `make_hidden_spec`. With several
+    processes, each moves its own rows through its host's memory; see `check_colocated`.
     """
 
     def move_array(x: jax.Array) -> jax.Array:
@@ -272,9 +271,9 @@ def move_rows(tree: Any, mesh: Mesh) -> Any:
 
 
 def check_colocated(first: Mesh, second: Mesh, count: int) -> None:
-    """Raises UserError if `move_rows` could not move a batch of `count` rows between two meshes.
+    """Raises UserError if `move_rows` cannot move a batch of `count` rows between two meshes.
 
-    Each process must hold the same rows on both, with all their tokens. One mesh always passes.
+    Each process must hold the same rows on both, with all their tokens. Equal meshes always pass.
     """
     if first == second:
         return
@@ -300,8 +299,10 @@ def check_colocated(first: Mesh, second: Mesh, count: int) -> None:
 
 
 def wait_on_cpu(tree: Any) -> Any:
-    """Returns `tree`, on several CPU devices once it is ready: XLA deadlocks there, and then
-    aborts, when programs with collectives queue up on few cores."""
+    """Returns `tree`; on several CPU devices, waits until it is ready.
+
+    XLA deadlocks there, and then aborts, if programs with collectives queue up on few cores.
+    """
     leaf = next((x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)), None)
     if leaf is not None and len(leaf.sharding.device_set) > 1 and jax.default_backend() == "cpu":
         jax.block_until_ready(tree)
@@ -311,7 +312,8 @@ def wait_on_cpu(tree: Any) -> Any:
 def to_global_array(x: Any, sharding: NamedSharding) -> jax.Array:
     """Puts a host array, the same in every process, on the devices of all processes.
 
-    jax.device_put would compare it between processes each time."""
+    jax.device_put would compare it between processes each time.
+    """
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
     host_array = np.asarray(x)
@@ -320,12 +322,12 @@ def to_global_array(x: Any, sharding: NamedSharding) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=1)
 def gather_first_rows(tree: Any, count: int) -> Any:
-    """Within `use_mesh`: returns the first rows of arrays split by rows, whole in every process."""
+    """Within `use_mesh`: returns the first rows of arrays split by rows, replicated everywhere."""
     return jax.tree.map(lambda x: replicate_array(x[:count]), tree)
 
 
 def is_on_gpu(mesh: Mesh) -> bool:
-    """True if its devices are GPUs; they need not exist."""
+    """Returns True if its devices are GPUs; they need not exist."""
     return mesh.devices.flat[0].platform in ("gpu", "cuda")
 
 
@@ -341,8 +343,8 @@ def count_token_shards(mesh: Mesh | AbstractMesh, T: int) -> int:
 
 
 def count_shards(B: int, T: int) -> tuple[int, int]:
-    """Within `use_mesh`: returns how many parts hidden states [B, T, D] are split into by rows, and
-    by tokens; rows that do not divide count as a part each."""
+    """Within `use_mesh`: returns how many parts hidden states [B, T, D] are split into, by rows and
+    by tokens; B parts by rows if the row shards do not divide B."""
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.axis_names:
         return 1, 1
@@ -355,12 +357,12 @@ def _count_axis_shards(mesh: Mesh | AbstractMesh, axes: Iterable[str]) -> int:
 
 
 def make_replicated_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of arrays that every device holds whole."""
+    """Returns the sharding of arrays that are replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split_rows(x: jax.Array) -> jax.Array:
-    """Within `use_mesh`: splits an array whose first axis is the batch as the batch is split."""
+    """Within `use_mesh`: splits an array by rows, its first axis."""
     return _constrain_sharding(x, PartitionSpec(ROW_AXES))
 
 
@@ -370,12 +372,12 @@ def replicate_array(x: jax.Array) -> jax.Array:
 
 
 def make_hidden_spec(mesh: Mesh | AbstractMesh, T: int) -> PartitionSpec:
-    """Returns the spec of hidden states [B, T, D]: by rows, and by tokens if these divide T."""
+    """Returns the spec of hidden states [B, T, D]: split by rows, and by tokens if T divides."""
     return PartitionSpec(ROW_AXES, TOKEN_AXES if count_token_shards(mesh, T) > 1 else None)
 
 
 def split_hidden(x_BTD: jax.Array) -> jax.Array:
-    """Within `use_mesh`: splits hidden states as `make_hidden_spec` says."""
+    """Within `use_mesh`: splits hidden states by `make_hidden_spec`."""
     mesh = jax.sharding.get_abstract_mesh()
     return (
         _constrain_sharding(x_BTD, make_hidden_spec(mesh, x_BTD.shape[1]))
@@ -385,7 +387,7 @@ def split_hidden(x_BTD: jax.Array) -> jax.Array:
 
 
 def split_vocabulary(logits_BCV: jax.Array) -> jax.Array:
-    """Within `use_mesh`: splits logits over the vocabulary, as the head is; rows only over data."""
+    """Within `use_mesh`: splits logits over the vocabulary, like the head; rows over data only."""
     return _constrain_sharding(logits_BCV, PartitionSpec("data", None, VOCABULARY_AXES))
 
 

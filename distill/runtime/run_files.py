@@ -1,8 +1,8 @@
-"""The files of a run: metrics, JSON, transcripts; and progress on the terminal.
+"""The files of a run (metrics, JSON, transcripts) and progress on the terminal.
 
-A metric travels as (sum, count) and is divided once, at the end, so that micro-batches, shards and
+A metric is carried as (sum, count) and divided once, at the end, so that micro-batches, shards and
 processes of unequal size are weighted correctly. Only process 0 writes or logs. Paths go through
-etils.epath: a run directory may be local or, where gcsfs is installed, gs://…
+etils.epath: a run directory may be local or, if gcsfs is installed, gs://…
 """
 
 import contextlib
@@ -30,11 +30,11 @@ MetricSums = dict[str, tuple[jax.Array, jax.Array]]
 """Flat metric name → (sum, count), float32 scalars."""
 
 _PROGRESS_SECONDS = 10.0
-BUCKET_FLUSH_SECONDS = 30.0  # between two writings of a bucket's jsonl file
+BUCKET_FLUSH_SECONDS = 30.0  # between two writes of a jsonl file in a bucket
 
 
 def compute_means(sums: MetricSums) -> dict[str, jax.Array]:
-    """Divides sums by counts. A count of 0 gives NaN, null in files: not measured is not zero."""
+    """Divides sums by counts. A count of 0 gives NaN (null in files): not measured is not zero."""
     return {
         name: jnp.where(count == 0, jnp.nan, total / jnp.where(count == 0, 1, count))
         for name, (total, count) in sums.items()
@@ -42,7 +42,7 @@ def compute_means(sums: MetricSums) -> dict[str, jax.Array]:
 
 
 def wilson_interval(successes: float, n: float) -> tuple[float, float]:
-    """Returns the 95% Wilson score interval of a rate of `successes` in `n`; (0, 1) for n = 0."""
+    """Returns the 95% Wilson score interval of the rate successes / n; (0, 1) for n = 0."""
     if n == 0:
         return 0.0, 1.0
     z = 1.959964
@@ -50,12 +50,12 @@ def wilson_interval(successes: float, n: float) -> tuple[float, float]:
     scale = 1 + z * z / n
     middle = (rate + z * z / (2 * n)) / scale
     half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / scale
-    # The rate lies within, but rounding may leave it outside at 0 and at 1.
+    # The interval contains the rate, but rounding may exclude it at 0 and at 1.
     return max(0.0, min(rate, middle - half)), min(1.0, max(rate, middle + half))
 
 
 def is_primary() -> bool:
-    """True in process 0. Starts no backend in a run of one process."""
+    """Returns True in process 0. Does not initialise a backend in a run of one process."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
@@ -66,7 +66,7 @@ def log_line(message: str) -> None:
 
 
 def _to_finite(x: Any) -> Any:
-    """Converts `x` to what JSON can hold: arrays to lists, numbers that are not finite to None."""
+    """Converts `x` for JSON: arrays become lists, and numbers that are not finite None."""
     if isinstance(x, jax.Array | np.ndarray | np.generic):
         x = np.asarray(x).tolist()
     if isinstance(x, float):
@@ -84,18 +84,18 @@ def to_json(row: Any, indent: int | None = None) -> str:
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
-    """Writes `path` whole or not at all: a reader never meets half a file. Makes its folder."""
+    """Writes `path` atomically, so that readers never see half a file. Creates its folder."""
     with _open_atomic(path) as file:
         file.write(text)
 
 
 def write_json(path: epath.PathLike, obj: Any) -> None:
-    """Writes `obj` as indented JSON, atomically; numbers finite or null."""
+    """Writes `obj` as indented JSON, atomically; numbers that are not finite become null."""
     write_text(path, to_json(obj, indent=2) + "\n")
 
 
 def write_jsonl(path: epath.PathLike, rows: Iterable[Any]) -> None:
-    """Writes one JSON object a line, as `rows` yields them, atomically; numbers finite or null."""
+    """Writes `rows` as they come, one JSON object per line; atomic, and null where not finite."""
     with _open_atomic(path) as file:
         for row in rows:
             file.write(to_json(row) + "\n")
@@ -103,9 +103,9 @@ def write_jsonl(path: epath.PathLike, rows: Iterable[Any]) -> None:
 
 @contextlib.contextmanager
 def _open_atomic(path: epath.PathLike) -> Iterator[IO[str]]:
-    """Yields a file that replaces `path` once it is whole."""
+    """Yields a file that replaces `path` once it is completely written."""
     path = epath.Path(path)
-    if is_remote(path):  # an object appears only once it is whole
+    if is_remote(path):  # an object appears only once it is complete
         text = io.StringIO()
         yield text
         path.write_text(text.getvalue())
@@ -121,15 +121,15 @@ def _open_atomic(path: epath.PathLike) -> Iterator[IO[str]]:
 
 
 class JsonlAppender:
-    """A jsonl file that grows row by row; process 0 writes it.
+    """A jsonl file that process 0 appends to row by row.
 
-    Objects in a bucket cannot be appended to: there the whole file is written again every
+    Objects in a bucket cannot be appended to: there the whole file is rewritten every
     BUCKET_FLUSH_SECONDS, by `flush` and at the end.
     """
 
     def __init__(self, path: epath.PathLike) -> None:
         self._path = epath.Path(path)
-        self._whole = None  # on a bucket: the whole text of the file
+        self._whole = None  # in a bucket: the whole text of the file
         if is_remote(path):
             self._whole = [self._path.read_text() if self._path.exists() else ""]
         self._written = time.monotonic()
@@ -140,7 +140,7 @@ class JsonlAppender:
             return
         text = "".join(to_json(row) + "\n" for row in rows)
         if self._whole is None:
-            with self._path.open("a") as file:  # which flushes it
+            with self._path.open("a") as file:  # closing it flushes
                 file.write(text)
             return
         self._whole.append(text)
@@ -162,7 +162,7 @@ class JsonlAppender:
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """True for a path in a bucket: gs://…"""
+    """Returns True for a path in a bucket: gs://…"""
     return "://" in str(path)
 
 
@@ -178,12 +178,12 @@ def require_reachable(path: str, flag: str) -> None:
 
 
 def resume_jsonl(path: epath.PathLike, about: Mapping[str, Any]) -> int:
-    """Returns the number of rows that a stopped `extend_jsonl` for `path` has written.
+    """Returns the number of rows that an interrupted `extend_jsonl` wrote for `path`.
 
-    The job that `about` describes goes on from there. A half-written last row is cut off.
+    The job that `about` describes continues from there. A half-written last row is cut off.
 
     Raises:
-      UserError: if the rows are of another job, naming the setting that differs.
+      UserError: if the rows come from another job; it names the setting that differs.
     """
     partial, about_path = _get_partial_paths(path)
     now = json.loads(to_json(about))
@@ -193,7 +193,7 @@ def resume_jsonl(path: epath.PathLike, about: Mapping[str, Any]) -> int:
             changed = next(k for k in now | before if before.get(k) != now.get(k))
             raise UserError(
                 f"{partial} is of another work: {changed} was {before.get(changed)!r}, now "
-                f"{now.get(changed)!r}; delete it to begin anew"
+                f"{now.get(changed)!r}; delete it to start over"
             )
         count = end = size = 0
         with partial.open("rb") as file:
@@ -217,7 +217,7 @@ def _truncate_file(path: epath.Path, size: int) -> None:
 
 
 def extend_jsonl(path: epath.PathLike, rows: Iterable[Any]) -> None:
-    """Appends `rows` to those that `resume_jsonl` counted; `path` exists once all are written."""
+    """Appends `rows` to those counted by `resume_jsonl`; `path` exists once all are written."""
     partial, about_path = _get_partial_paths(path)
     with JsonlAppender(partial) as lines:
         for row in rows:
@@ -233,11 +233,11 @@ def _get_partial_paths(path: epath.PathLike) -> tuple[epath.Path, epath.Path]:
 
 
 class Writer:
-    """Writes metrics.jsonl, rollouts/ and tensorboard/. Any process may call all methods.
+    """Writes metrics.jsonl, rollouts/ and tensorboard/. Every process may call its methods.
 
     `resume_step` is the first step that this process writes. Rows and rollouts that an earlier
-    process wrote from there on are deleted, and so is a half-written last line. Steps count
-    through all stages of a run.
+    process wrote for that step or later are deleted, and so is a half-written last line. Steps are
+    numbered across all stages of a run.
     """
 
     def __init__(self, workdir: epath.PathLike, resume_step: int) -> None:
@@ -254,14 +254,14 @@ class Writer:
             if old.stem.isdigit() and int(old.stem) >= resume_step:
                 old.unlink()
         self._lines = JsonlAppender(path)
-        if not is_remote(workdir):  # tensorboardX wants Google's own client for buckets
-            from tensorboardX import SummaryWriter  # here: it imports torch if installed
+        if not is_remote(workdir):  # for buckets tensorboardX needs Google's own client
+            from tensorboardX import SummaryWriter  # imports torch if installed
 
             folder = self._workdir / "tensorboard"
             self._board = SummaryWriter(str(folder), purge_step=resume_step, flush_secs=10)
 
     def write(self, step: int, stage: str, numbers: Mapping[str, Any]) -> None:
-        """Appends one row; `numbers` are flat names → scalars (host or device) or None."""
+        """Appends one row; `numbers` maps flat names to scalars (host or device) or None."""
         if not is_primary():
             return
         values = _to_finite(jax.device_get(dict(numbers)))
@@ -272,7 +272,7 @@ class Writer:
                     self._board.add_scalar(name, value, step)
 
     def write_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Writes rollouts/{step}.jsonl, one transcript a row."""
+        """Writes rollouts/{step}.jsonl, one transcript per row."""
         if is_primary():
             write_jsonl(self._workdir / "rollouts" / f"{step:06d}.jsonl", rows)
 
@@ -294,7 +294,7 @@ class Writer:
 
 
 def _is_before(row: str, step: int) -> bool:
-    """True for a whole row of metrics.jsonl of a step before `step`."""
+    """Returns True for a complete row of metrics.jsonl whose step is before `step`."""
     try:
         return json.loads(row)["step"] < step
     except (ValueError, KeyError, TypeError):
@@ -303,7 +303,7 @@ def _is_before(row: str, step: int) -> bool:
 
 @dataclasses.dataclass
 class Progress:
-    """Progress of long work; `bar` is None off a terminal."""
+    """Progress of a long task; `bar` is None if stderr is not a terminal."""
 
     total: int
     initial: int
@@ -313,7 +313,7 @@ class Progress:
     last_printed: float = -math.inf
 
     def update(self, done: int, numbers: Mapping[str, Any]) -> None:
-        """Shows that `done` of `total` are done, with a few numbers."""
+        """Shows that `done` of `total` items are done, with a few numbers."""
         numbers_text = " ".join(f"{name} {float(value):.4g}" for name, value in numbers.items())
         if self.bar is not None:
             self.bar.set_postfix_str(numbers_text, refresh=False)

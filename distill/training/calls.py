@@ -1,4 +1,4 @@
-"""A stage as shapes, and the programs that a run of it calls."""
+"""Describes a stage by shapes, and the calls of its programs."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,16 +18,16 @@ from distill.policy.policy import Policy
 from distill.training import microbatches
 from models.config import Config
 
-# Jitted functions that a run calls too and `plan` leaves out, and what they read and return: small
-# beside every program that is listed.
+# Jitted functions that a run calls and `plan` omits, with the arrays they read or return: small
+# compared with those of every listed program.
 UNPLANNED_PROGRAMS = {
-    # figures of a step
-    "_fold_row_keys": "two numbers a sequence",
-    "_mix_logps": "a number a token from each of several judges",
+    # scalars of a step
+    "_fold_row_keys": "two numbers per sequence",
+    "_mix_logps": "a number per token from each of several judges",
     "merge_metrics": "sums of two micro-batches",
     "average_metrics": "metrics of several updates",
-    # one array at a time, while weights are read, copied or compared
-    "merge_and_quantise": "a parameter, merged and cast as it is read",
+    # one array at a time, while weights are loaded, copied or compared
+    "merge_and_quantise": "a parameter, merged and cast while it is read",
     "quantise_kernel": "a parameter",
     "write_layer": "a parameter",
     "write_piece": "a parameter",
@@ -41,20 +41,20 @@ UNPLANNED_PROGRAMS = {
 
 @dataclasses.dataclass(frozen=True)
 class AbstractStage:
-    """A stage of a config and the shapes of its models: what its programs and its memory depend on.
+    """A stage's config and the shapes of its models, which determine its programs and its memory.
 
-    The policies' `params` may be shapes; they have the dtypes that `train` loads them in.
+    The policies' `params` may be shapes, in the dtypes in which `train` loads them.
     """
 
-    c: ConfigDict  # of the run
-    name: str  # of the stage
+    c: ConfigDict  # the run's
+    name: str  # the stage's
     loss: losses.Loss
-    sampled_rows: int  # rows of a batch that the student writes
+    sampled_rows: int  # rows of a batch that the student samples
     microbatch_rows: int
-    student: Policy  # the frozen base, where a LoRA is trained
+    student: Policy  # the frozen base if a LoRA is trained
     trained_params: Any  # float32
-    teachers: dict[str, Policy]  # by the names of their sub-configs
-    reference: Policy | None  # None also where it is the base of a LoRA
+    teachers: dict[str, Policy]  # keyed by sub-config
+    reference: Policy | None  # None also if it is the base of a LoRA
 
     @property
     def s(self) -> ConfigDict:
@@ -63,7 +63,7 @@ class AbstractStage:
 
     @property
     def mesh(self) -> Mesh:
-        """The student's."""
+        """The student's mesh."""
         return policy.get_mesh(self.student)
 
     @property
@@ -73,50 +73,51 @@ class AbstractStage:
 
     @property
     def max_microbatches(self) -> int:
-        """Micro-batches of a step if every response is as long as it may be."""
+        """Micro-batches of a step if every response has the maximum length."""
         s = self.s
         return s.minibatches * -(-s.batch_size // (s.minibatches * self.microbatch_rows))
 
     @property
     def has_single_microbatch(self) -> bool:
-        """True if every update has one micro-batch: no sum of gradients lies beside its own."""
+        """True if every update has one micro-batch, so that no accumulated gradient is kept."""
         return not self.sampled_rows and self.s.accumulate == 1
 
     @property
     def layout(self) -> collate.BatchLayout:
-        """The layout of its micro-batches."""
+        """The layout of the stage's micro-batches."""
         routing = self.student.config.routing_shape if self.c.student.replay_routing else None
         return microbatches.make_stage_layout(self.s, self.loss, self.sampled_rows, routing)
 
     def make_microbatch(self, mesh: Mesh) -> Batch:
-        """Shapes of a micro-batch as it is laid out on a mesh, before any model has scored it."""
+        """Returns the shapes of a micro-batch on a mesh, before any model has scored it."""
         return microbatches.make_abstract_microbatch(self.layout, self.microbatch_rows, mesh)
 
 
 @dataclasses.dataclass(frozen=True)
 class ProgramCall:
-    """A program, how often a step calls it, and the work that a call does.
+    """A program, the number of its calls per step, and the work of each call.
 
-    FLOPs are those of the formula, over all devices: neither recomputation nor padding counts.
+    FLOPs are those of the formula, over all devices: recomputation and padding do not count.
     """
 
     name: str
-    lower: Callable[[], Any]  # to be called within the use of the mesh that it runs on
-    calls_per_step: float  # or turns of its open loop; 0: once a stage, or only on some steps
-    flops: float = 0.0  # of one call, or of one turn
-    resident_arguments: tuple[str, ...] = ()  # its arguments among `memory.count_resident_bytes`
-    other_bytes: int = 0  # on each device, beside the program and what is resident
-    mesh: Mesh | None = None  # where it runs; None: the student's
-    kernel_bytes_read: int = 0  # by a kernel in one call, which the compiled text does not show
-    # What the number of calls follows if responses are shorter (distill.planning.forecast): "read"
-    # and "train" the micro-batches, the name of a sampling program the decoding, "fixed" nothing.
+    lower: Callable[[], Any]  # to be called with the mesh it runs on in use
+    calls_per_step: float  # or iterations of its open loop; 0: once per stage or on some steps only
+    flops: float = 0.0  # per call or per iteration
+    resident_arguments: tuple[str, ...] = ()  # keys of `memory.count_resident_bytes`
+    other_bytes: int = 0  # on each device, beside the program and the resident arrays
+    mesh: Mesh | None = None  # that it runs on; None: the student's
+    kernel_bytes_read: int = 0  # per call, by kernels whose reads the compiled text does not show
+    # Scaling of `calls_per_step` for shorter responses (distill.planning.forecast): "read" and
+    # "train" follow the micro-batches, the name of a sampling program follows the decoding, and
+    # "fixed" does not change.
     call_scaling: str = "fixed"
-    turns_per_call: int = 1  # turns of its open loop, which share what lies outside of it
-    head_flops: float = 0.0  # of `flops`, those of output heads, which skip untrained tokens
+    turns_per_call: int = 1  # iterations of its open loop, which share the traffic outside of it
+    head_flops: float = 0.0  # the part of `flops` in output heads, which skip untrained tokens
 
 
 def count_device_bytes(tree: Any) -> int:
-    """Bytes on one device of a tree of arrays, or of shapes, with shardings."""
+    """Counts the bytes on one device of a tree of arrays or shapes with shardings."""
     return sum(
         int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
@@ -124,14 +125,14 @@ def count_device_bytes(tree: Any) -> int:
 
 
 def cast_shapes(tree: Any, dtype: Any) -> Any:
-    """Returns the same shapes and shardings with another dtype."""
+    """Returns the same shapes and shardings in another dtype."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding), tree
     )
 
 
 def infer_output_shapes(function: Any, *args: Any) -> Any:
-    """Returns the shapes that a jitted function returns, with the shardings that XLA gives them."""
+    """Returns the shapes of a jitted function's results, with the shardings that XLA chooses."""
     lowered = function.lower(*args)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -141,5 +142,5 @@ def infer_output_shapes(function: Any, *args: Any) -> Any:
 
 
 def count_head_flops(config: Config, tokens: int) -> float:
-    """FLOPs of the output head over `tokens` tokens, forward."""
+    """Counts the FLOPs of the output head's forward pass over `tokens` tokens."""
     return 2.0 * tokens * config.hidden_size * config.vocab_size

@@ -1,5 +1,7 @@
-"""Bytes on each device while a stage runs, counted from shapes: for `plan`, for the summary before
-step 0, and for the size of the sampler's cache."""
+"""Counts the bytes on each device during a stage from shapes.
+
+Used by `plan`, by the summary before step 0, and to size the sampler's cache.
+"""
 
 import dataclasses
 from typing import Any
@@ -22,7 +24,7 @@ from models import transformer
 def describe_stage(
     c: ConfigDict, run_setup: RunSetup, stage: StageSetup, trained_params: Any
 ) -> AbstractStage:
-    """Describes a stage of a run, whether its models are loaded or not."""
+    """Describes a stage of a run; its models may be loaded or not."""
     names = stage.c.teachers if stage.needs_teacher else ()
     teachers = {name: run_setup.teachers[name] for name in names}
     reference = run_setup.reference if stage.loss.reference else None
@@ -44,21 +46,21 @@ def describe_stage(
 
 
 def _to_loaded_shapes(reader: Policy, param_dtype: str) -> Policy:
-    """Returns a policy that is loaded as it is, any other with the shapes that loading gives it."""
+    """Returns a loaded policy unchanged, any other with the shapes that loading would give it."""
     if policy.is_loaded(reader):
         return reader
     return dataclasses.replace(reader, params=policy.make_abstract_params(reader, param_dtype))
 
 
 def get_memory_limit() -> int | None:
-    """Bytes of this process's first device; None where it does not say (a CPU)."""
+    """Returns the memory of this process's first device in bytes; None if not reported (a CPU)."""
     stats = jax.local_devices()[0].memory_stats()
     return stats.get("bytes_limit") if stats else None
 
 
 def count_resident_bytes(stage: AbstractStage, mesh: Mesh | None = None) -> dict[str, int]:
-    """Name -> bytes on each device of a mesh, the student's by default, of all that a run keeps
-    there through every program of a stage."""
+    """Returns name -> bytes on each device of `mesh` (default: the student's) for every array that
+    stays there throughout a stage."""
     mesh, resident_bytes = mesh or stage.mesh, {}
     if mesh == stage.mesh:
         optimizer = optim.make_optimizer(stage.s.optim, 1)
@@ -86,22 +88,22 @@ def count_resident_bytes(stage: AbstractStage, mesh: Mesh | None = None) -> dict
 
 
 def count_teacher_mesh_bytes(stage: AbstractStage) -> int:
-    """Bytes on each device of the teachers' mesh that a run keeps; 0 if teachers have no mesh of
-    their own."""
+    """Counts the resident bytes on each device of the teachers' mesh; 0 if they have no separate
+    mesh."""
     meshes = (policy.get_mesh(reader) for reader in stage.readers)
     teacher_mesh = next((mesh for mesh in meshes if mesh != stage.mesh), None)
     return sum(count_resident_bytes(stage, teacher_mesh).values()) if teacher_mesh else 0
 
 
 def make_abstract_head(teacher: Policy, mesh: Mesh) -> Any:
-    """The shape [V, E] of a teacher's output head as the update reads it on the student's mesh."""
+    """Returns the shape [V, E] of a teacher's output head on the student's mesh."""
     head_VE = transformer.get_output_head(teacher.params)
     on_mesh = transformer.get_output_head(mesh_lib.make_abstract_params(teacher.config, mesh))
     return jax.ShapeDtypeStruct(head_VE.shape, head_VE.dtype, sharding=on_mesh.sharding)
 
 
 def get_alias(stage: AbstractStage, teacher: str) -> str:
-    """The name among the resident bytes of a teacher that the run keeps anyway; "" of any other."""
+    """Returns the key of resident bytes that a teacher shares; "" if it has weights of its own."""
     path = stage.c[teacher].path
     if path == local.EMA:
         return "average"
@@ -109,7 +111,7 @@ def get_alias(stage: AbstractStage, teacher: str) -> str:
 
 
 def estimate_update_bytes(stage: AbstractStage) -> dict[str, float]:
-    """Name -> bytes on each device, roughly, that an update takes beside what the run keeps.
+    """Estimates name -> bytes on each device that an update takes beside the resident arrays.
 
     Activations are those that rematerialisation keeps, and the teachers' hidden states.
     """
@@ -120,7 +122,7 @@ def estimate_update_bytes(stage: AbstractStage) -> dict[str, float]:
     row_bytes = T * itemsize * width * (student.config.num_hidden_layers + 2)
     for teacher in stage.teachers.values():
         row_bytes += T * teacher.config.hidden_size * jnp.dtype(teacher.model.dtype).itemsize
-    num_gradients = 1 if stage.has_single_microbatch else 2  # a micro-batch's, and the sum
+    num_gradients = 1 if stage.has_single_microbatch else 2  # a micro-batch's and their sum
     return {
         "gradient": num_gradients * count_device_bytes(stage.trained_params),
         "activations": stage.microbatch_rows / shards * row_bytes,
@@ -129,7 +131,7 @@ def estimate_update_bytes(stage: AbstractStage) -> dict[str, float]:
 
 
 def estimate_stage_bytes(stage: AbstractStage, memory_limit: float | None) -> dict[str, float]:
-    """Name -> bytes on each device of the student, roughly, when a stage needs most."""
+    """Estimates name -> bytes on each of the student's devices at the peak of a stage."""
     stage_bytes: dict[str, float] = {**count_resident_bytes(stage)}
     update_bytes = estimate_update_bytes(stage)
     if not stage.sampled_rows:
@@ -144,11 +146,11 @@ def estimate_stage_bytes(stage: AbstractStage, memory_limit: float | None) -> di
 
 
 def compute_cache_capacity(stage: AbstractStage, memory_limit: float | None) -> int | None:
-    """Tokens that the sampler's cache could hold on all devices of the student's mesh.
+    """Computes how many tokens the sampler's cache could hold on all devices of the student's mesh.
 
-    It gets what the run and the copy of the weights that decodes leave of `memory_limit` bytes a
-    device; asynchronous rollouts leave room for an update too. None if the limit is not known or
-    the stage samples nothing.
+    Of `memory_limit` bytes per device, the cache gets those that the resident arrays and the
+    decoding copy of the weights leave; asynchronous rollouts also leave room for an update. None if
+    the limit is unknown or the stage samples nothing.
     """
     if memory_limit is None or not stage.sampled_rows:
         return None

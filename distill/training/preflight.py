@@ -1,6 +1,6 @@
-"""The summary before step 0: models, stop tokens, rows with what is trained of them, memory.
+"""Summary printed before step 0: models, stop tokens, example rows with the trained parts, memory.
 
-A line that begins with "warning:" names what would go wrong without an error.
+A line that begins with "warning:" names a problem that would cause no error.
 """
 
 import sys
@@ -22,9 +22,9 @@ from distill.training.setup import RunSetup, StageSetup
 from models.layers import quantised
 from models.transformer import Params
 
-NUM_ROWS = 2  # of each stage, shown
-NUM_END_TOKENS = 60  # shown at each end of a longer part
-NUM_COMPARED_ROWS = 8  # with which an evaluation's prompt is compared
+NUM_ROWS = 2  # shown of each stage
+NUM_END_TOKENS = 60  # shown at each end of a part that is cut
+NUM_COMPARED_ROWS = 8  # compared with an evaluation's prompt
 GREEN, FAINT, RESET_COLOUR = "\033[32m", "\033[2m", "\033[0m"
 GIB = 2**30
 
@@ -32,7 +32,7 @@ GIB = 2**30
 def print_summary(
     c: ConfigDict, run_setup: RunSetup, validation: ValidationSetup | None, trained: Params
 ) -> None:
-    """Prints the summary to stderr, in colours on a terminal."""
+    """Prints the summary to stderr, in colour on a terminal."""
     colours = sys.stderr.isatty()
     for line in make_summary_lines(c, run_setup, validation, trained, colours):
         run_files.log_line(line)
@@ -45,7 +45,7 @@ def make_summary_lines(
     trained: Params,
     colours: bool,
 ) -> Iterator[str]:
-    """Yields the lines of the summary; `trained` is what the student trains, before step 0."""
+    """Yields the lines of the summary; `trained` are the student's trained parameters at step 0."""
     student, tokenizer = run_setup.student, run_setup.student.tokenizer
     training = f"LoRA of rank {student.model.lora.rank}" if student.model.lora else "all trained"
     yield f"student {_describe_policy(student)}, {training}; {_describe_stops(student)}"
@@ -68,7 +68,7 @@ def _describe_policy(model: Policy) -> str:
 
 
 def _describe_stops(model: Policy) -> str:
-    """Returns the stop ids with the tokens that they stand for."""
+    """Returns the stop ids and their tokens as text."""
     names = [
         f"{i} {model.tokenizer.decode([i])}" if model.tokenizer else str(i) for i in model.stop_ids
     ]
@@ -78,15 +78,15 @@ def _describe_stops(model: Policy) -> str:
 def _check_teacher(
     name: str, teacher: Policy, run_setup: RunSetup, trained: Params
 ) -> Iterator[str]:
-    """Warns if a teacher ends its turns elsewhere than the student does or has its weights."""
+    """Warns if a teacher has stop ids that the student lacks, or the student's own weights."""
     if further_stops := compatibility.find_extra_stop_ids(run_setup.student, teacher):
         yield f"warning: {name} stops at {further_stops} too, where the student would go on"
     first = next(
         stage for stage in run_setup.stages if stage.needs_teacher and name in stage.c.teachers
     )
     if first.c.context.text or first.c.context.column:
-        return  # the student does not read the context: its own weights may teach it
-    if not policy.is_loaded(teacher):  # a later stage loads it, and the student has changed by then
+        return  # the student does not read the context, so its own weights may teach it
+    if not policy.is_loaded(teacher):  # loaded by a later stage, when the student has changed
         return
     if run_setup.student.config == teacher.config and has_same_weights(
         run_setup.student, trained, teacher
@@ -98,7 +98,7 @@ def _check_teacher(
 
 
 def has_same_weights(student: Policy, trained: Params, teacher: Policy) -> bool:
-    """Returns true if a student and a teacher of one architecture have equal weights in the
+    """Returns true if a student and a teacher of the same architecture have equal weights in the
     teacher's dtype."""
 
     @jax.jit
@@ -115,8 +115,8 @@ def has_same_weights(student: Policy, trained: Params, teacher: Policy) -> bool:
 
 
 def _check_template(student: Policy) -> Iterator[str]:
-    """Yields the token with which the template ends a turn; warns if the student does not stop at
-    it or learns another."""
+    """Yields the token that ends a turn in the template; warns if the student does not stop at it
+    or is trained on another."""
     tokenizer = student.tokenizer
     assert tokenizer is not None
     turn = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
@@ -136,9 +136,9 @@ def _check_template(student: Policy) -> Iterator[str]:
 def _describe_rows(
     stage: StageSetup, seed: int, tokenizer: PreTrainedTokenizerBase | None, colours: bool
 ) -> Iterator[str]:
-    """Yields the first rows of a stage, the trained part marked."""
+    """Yields the first rows of a stage, with the trained parts marked."""
     s = stage.c
-    legend = "" if colours else ", between ⟦ and ⟧ what is trained"
+    legend = "" if colours else ", trained parts between ⟦ and ⟧"
     yield f"{stage.name}: {s.objective}, {s.steps} steps of {s.batch_size} rows{legend}"
     for example in dataset.get_step_examples(stage.source, 0, NUM_ROWS, seed):
         text = format_example(example, tokenizer, s.max_response_tokens, colours)
@@ -151,8 +151,8 @@ def format_example(
     max_response: int,
     colours: bool,
 ) -> str:
-    """Returns a row as one line, long parts cut in the middle; what is trained is green or between
-    ⟦ and ⟧."""
+    """Returns a row as one line, with long parts cut in the middle and trained parts in green or
+    between ⟦ and ⟧."""
     decode = tokenizer.decode if tokenizer else lambda part: " ".join(map(str, part))
 
     def format_tokens(ids: list[int], trained: bool) -> str:
@@ -172,10 +172,10 @@ def format_example(
     response = example.response[:max_response]
     parts = [format_tokens(example.prompt, False)]
     trained_flags, start = example.trained_mask or [True] * len(response), 0
-    for at in range(1, len(response) + 1):
-        if at == len(response) or trained_flags[at] != trained_flags[start]:
-            parts.append(format_tokens(response[start:at], trained_flags[start]))
-            start = at
+    for end in range(1, len(response) + 1):
+        if end == len(response) or trained_flags[end] != trained_flags[start]:
+            parts.append(format_tokens(response[start:end], trained_flags[start]))
+            start = end
     if not response:
         parts.append(mark_text("what the student writes", True))
     return "".join(parts)
@@ -184,10 +184,11 @@ def format_example(
 def _compare_eval_prompts(
     stage: StageSetup, seed: int, validation: ValidationSetup, student: Policy
 ) -> Iterator[str]:
-    """Warns if an evaluation asks in another form than the stage's rows: other text before or after
-    the question.
+    """Warns if an evaluation's prompts differ from the stage's in the text before or after the
+    question.
 
-    Rows without a prompt do not count; where rows are in both thinking modes, some must match.
+    Rows without a prompt do not count. If rows are in both thinking modes, it suffices that one
+    matches.
     """
     _, row = validation.rows[0]
     ids = validation.prompts[0]
@@ -204,18 +205,18 @@ def _compare_eval_prompts(
         yield f"evaluation asks as {stage.name} trains"
         return
     begins = before.endswith(lead) and texts[0].startswith(before)
-    at = -len(after) - 20 if begins else 0
-    end = len(before) + 20 if at == 0 else None
+    start = -len(after) - 20 if begins else 0
+    end = len(before) + 20 if start == 0 else None
     yield (
         f"warning: evaluation asks otherwise than {stage.name} trains, with "
-        f"{before if at == 0 else after!r} and not {texts[0][at:end]!r} "
+        f"{before if start == 0 else after!r} and not {texts[0][start:end]!r} "
         f"(config.{stage.name}.data.template, data.thinking)"
     )
 
 
 def estimate_memory(run_setup: RunSetup, c: ConfigDict, trained: Params) -> Iterator[str]:
-    """Yields the GiB on a device in the stage that needs most, counted from shapes, and a warning
-    if the device has less."""
+    """Yields the estimated GiB per device of the stage that needs most, and a warning if the device
+    has less."""
     limit = memory.get_memory_limit()
     stages = [memory.describe_stage(c, run_setup, stage, trained) for stage in run_setup.stages]
     sizes = max(
@@ -226,7 +227,7 @@ def estimate_memory(run_setup: RunSetup, c: ConfigDict, trained: Params) -> Iter
     total, has = sum(sizes.values()), f"; it has {limit / GIB:.1f}" if limit else ""
     yield f"memory: about {total / GIB:.2f} GiB a device ({parts}){has}"
     if limit and total > limit:
-        yield "warning: that is more than a device has; more devices, accumulate, or fewer slots"
+        yield "warning: that is more than a device has; raise accumulate, or use more devices"
     if c.teacher_mesh.devices:
         size = max(memory.count_teacher_mesh_bytes(stage) for stage in stages)
-        yield f"memory of those of config.teacher_mesh: {size / GIB:.2f} GiB and activations"
+        yield f"memory of config.teacher_mesh: {size / GIB:.2f} GiB a device, plus activations"

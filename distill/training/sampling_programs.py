@@ -1,4 +1,4 @@
-"""The programs of sampling as distill/rollout calls them, lowered from shapes alone."""
+"""Lists the programs of sampling as distill/rollout calls them, lowered from shapes alone."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ from models.layers import pages, quantised
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSizes:
-    """The sequences that are sampled, each as long as it may be."""
+    """Number and maximum lengths of the sampled sequences."""
 
     num_sequences: int
     prompt_tokens: int
@@ -40,17 +40,17 @@ class SamplingSizes:
 
 @dataclasses.dataclass(frozen=True)
 class AbstractSampler:
-    """What the programs of sampling follow from, with the student's weights as shapes."""
+    """Everything that determines the programs of sampling, with the student's weights as shapes."""
 
     stage: AbstractStage
-    mesh: Mesh  # that decodes
+    mesh: Mesh  # used for decoding
     options: rollout.RolloutOptions
     decoder: decode.Decoder
     sizes: SamplingSizes
 
     @property
     def conversion_args(self) -> tuple[Any, ...]:
-        """The arguments of decode.convert_weights."""
+        """Arguments of decode.convert_weights."""
         student, options = self.stage.student, self.options
         params, trained = self.stage.trained_params, None
         if student.model.lora:
@@ -61,7 +61,7 @@ class AbstractSampler:
 
     @property
     def variable_shapes(self) -> Any:
-        """Shapes of the variables that decode."""
+        """Shapes of the variables used for decoding."""
         if self.decoder.model.scan:
             return self._stacked_shapes
         with mesh_lib.use_mesh(self.mesh):
@@ -83,12 +83,12 @@ class AbstractSampler:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes on each device of the weights that decode."""
+        """Bytes on each device of the weights used for decoding."""
         return count_device_bytes(self._stacked_shapes)
 
     @property
     def token_bytes(self) -> int:
-        """Bytes on a device of one token in the cache."""
+        """Bytes on each device of one token in the cache."""
         dtype, config = jnp.dtype(self.decoder.cache.dtype), self.stage.student.config
         return families.count_cache_token_bytes(config, self.mesh.shape["tensor"], dtype)
 
@@ -98,8 +98,8 @@ class AbstractSampler:
         return self.decoder.cache.pages * self.decoder.cache.page_size * self.token_bytes
 
     def count_cache_reads(self, lengths: list[int]) -> int:
-        """Bytes of the cache that a decoding step reads on a device for rows of these lengths; 0
-        of slabs, whose reads the compiled text shows."""
+        """Counts the cache bytes that a decoding step reads on a device for rows of these lengths;
+        0 for slabs, whose reads the compiled text shows."""
         shape = self.decoder.cache
         if shape.backend == "slabs":
             return 0
@@ -109,7 +109,7 @@ class AbstractSampler:
 
 
 def make_stage_sampler(stage: AbstractStage, cache_capacity: int | None = None) -> AbstractSampler:
-    """The sampler of a stage's rows. cache_capacity: tokens that the cache could hold, if known."""
+    """Makes the sampler of a stage. cache_capacity: tokens that the cache could hold, if known."""
     s = stage.s
     return _make_sampler(
         stage,
@@ -121,7 +121,7 @@ def make_stage_sampler(stage: AbstractStage, cache_capacity: int | None = None) 
 
 
 def make_eval_sampler(stage: AbstractStage) -> AbstractSampler:
-    """The sampler of `config.eval`, with a LoRA merged.
+    """Makes the sampler of `config.eval`, with any LoRA merged.
 
     The questions are not known: each counts as the longest prompt of any stage, and without a limit
     they count as one batch.
@@ -175,7 +175,7 @@ def _make_sampler(
 
 
 def list_sampling_calls(sampler: AbstractSampler) -> list[ProgramCall]:
-    """The programs that a step's sampling calls, in their order."""
+    """Lists the programs of a step's sampling, in order."""
     decoder, shape, sizes = sampler.decoder, sampler.decoder.cache, sampler.sizes
     P, R, X = sizes.prompt_tokens, sizes.response_tokens, shape.shards
     config, copy = sampler.stage.student.config, sampler.weight_bytes
@@ -250,7 +250,7 @@ def _lower_on_mesh(mesh: Mesh, lower: Callable[[], Any]) -> Any:
 
 
 def _make_state_shapes(decoder: decode.Decoder, rows: int) -> Any:
-    """Shapes of the decoding state of the cache's rows, or of fewer rows of slabs."""
+    """Returns the shapes of the decoding state for all rows of the cache, or fewer if in slabs."""
     shape = decoder.cache
     if rows != shape.rows:
         shape = dataclasses.replace(shape, rows=rows, pages=rows // shape.shards)
@@ -263,12 +263,12 @@ def _make_int_shape(mesh: Mesh, *shape: int) -> Any:
 
 
 def list_eval_calls(stage: AbstractStage) -> list[ProgramCall]:
-    """The programs of an evaluation between steps and after the last one."""
+    """Lists the programs of an evaluation between steps and after the last one."""
     every = min(stage.c.eval.every, stage.s.steps)
     sampler, student = make_eval_sampler(stage), stage.student
     merged_bytes = (
         count_device_bytes(sampler.stage.trained_params) if student.model.lora else 0
-    )  # of a LoRA and its base, beside both
+    )  # the merged copy, beside the LoRA and its base
     calls = [
         dataclasses.replace(
             call,
@@ -284,7 +284,7 @@ def list_eval_calls(stage: AbstractStage) -> list[ProgramCall]:
     merge = functools.partial(
         policy.make_lora_merge_fn(student).lower, student.params, stage.trained_params
     )
-    weights = dataclasses.replace(  # its argument is the merged copy
+    weights = dataclasses.replace(  # reads the merged copy, not the LoRA and its base
         calls[0], other_bytes=calls[0].other_bytes - merged_bytes, resident_arguments=()
     )
     resident = ("parameters", "base")

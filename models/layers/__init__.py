@@ -1,1 +1,1 @@
-"""What models are made of and no family owns: layers, attention, caches, LoRA, 8-bit kernels."""
+"""Building blocks shared by all families: layers, attention, caches, LoRA, 8-bit kernels."""

@@ -1,7 +1,7 @@
-"""Causal grouped-query attention within segments: one meaning, an implementation for each platform.
+"""Causal grouped-query attention within segments, with an implementation for each platform.
 
-A token attends to itself and to the earlier tokens of its own segment, which lie side by side; the
-softmax is taken in float32. Every implementation is tested equal to `plain`.
+A token attends to itself and to earlier tokens of its own segment, which are contiguous; the
+softmax is computed in float32. All implementations are tested to agree with `attend_xla`.
 """
 
 from collections.abc import Callable
@@ -18,31 +18,31 @@ from models.layers import blockwise
 # (q [B, T, N, H], k and v [B, T, K, H], segments [B, T]) -> [B, T, N, H]
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
-_LANES = 128  # the tile of a TPU's vector unit: splash attention wants T and H in multiples
-_BLOCK_SIZES = (1024, 512, 384, 256, 128)  # tokens of a block of splash attention
-# The longest block, by the mesh's kind of device. For each block of queries the kernel reads all
-# keys and values before them, which is as many operations a byte as the block is long; a chip's
-# matrix unit is busy from 240 (v5e), 166 (v5p) and 560 (v6e) on. By arithmetic alone: not timed.
+_LANES = 128  # width of a TPU's vector unit: splash attention needs T and H to be multiples of it
+_BLOCK_SIZES = (1024, 512, 384, 256, 128)  # tokens per block of splash attention
+# The longest block, by device kind. For each block of queries the kernel reads all earlier keys and
+# values, so that it does as many operations per byte as the block is long; a chip's matrix unit
+# is saturated from 240 (v5e), 166 (v5p) or 560 (v6e). By arithmetic alone: not timed.
 _MAX_BLOCK_SIZES = {"TPU v6 lite": 1024}
 
 
-attend_xla = blockwise.attend  # what XLA makes of the formula, on any platform
+attend_xla = blockwise.attend  # compiled by XLA, on any platform
 
 
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
-    """Over the last axis, where the mask is true; uniform where it nowhere is."""
+    """Softmax over the last axis where the mask is true; uniform if it is true nowhere."""
     return jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(scores.dtype).min), axis=-1)
 
 
 def choose_block_size(T: int, device_kind: str) -> int:
-    """The longest block that divides a row of T tokens, of those for a kind of device."""
+    """Returns the longest block for a device kind that divides a row of T tokens."""
     longest = _MAX_BLOCK_SIZES.get(device_kind, 512)
     return next(size for size in _BLOCK_SIZES if size <= longest and T % size == 0)
 
 
 def make_splash_kernel(T: int, N: int, block: int, interpret: bool) -> Any:
-    """JAX's causal kernel for a row, in blocks of so many tokens."""
-    names = (f"block_{x}{of}" for x in ("q", "kv") for of in ("", "_dkv", "_dq"))
+    """Makes JAX's causal kernel for a row of T tokens and N heads, in blocks of `block` tokens."""
+    names = (f"block_{x}{suffix}" for x in ("q", "kv") for suffix in ("", "_dkv", "_dq"))
     sizes: Any = dict.fromkeys(names, block)
     return splash_lib.make_splash_mha_single_device(
         mask=splash_lib.MultiHeadMask([splash_lib.CausalMask((T, T))] * N),
@@ -58,10 +58,10 @@ def attend_splash(
     segments_BT: jax.Array,
     interpret: bool = False,
 ) -> jax.Array:
-    """JAX's Pallas kernel for TPU, forward and backward, on each device's own rows and heads.
+    """Runs JAX's Pallas kernel for TPU, forward and backward, on each device's rows and heads.
 
-    H must be a multiple of 128, as in every released Qwen3. `interpret` runs the kernel anywhere,
-    slowly.
+    H must be a multiple of 128, as in every released Qwen3. `interpret` runs the kernel on any
+    platform, slowly.
     """
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
     pad = -T % _LANES
@@ -75,21 +75,21 @@ def attend_splash(
 
         def attend_row(row):
             q_NTH, k_KTH, v_KTH, segments_T = row
-            own = _restrict_to_segments(kernel, segments_T, block)
-            return own(q_NTH, k_KTH, v_KTH, splash_lib.SegmentIds(segments_T, segments_T))
+            restricted = _restrict_to_segments(kernel, segments_T, block)
+            return restricted(q_NTH, k_KTH, v_KTH, splash_lib.SegmentIds(segments_T, segments_T))
 
         segments_BT = jnp.pad(segments_BT, ((0, 0), (0, pad)))
         heads_first = (
             jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2)
             for x in (q_BTNH * H**-0.5, k_BTKH, v_BTKH)
         )
-        # A kernel's tables are those of one row.
+        # Row by row, because the kernel's tables depend on the row.
         out_BNTH: Any = jax.lax.map(attend_row, (*heads_first, segments_BT))
         return out_BNTH.swapaxes(1, 2)[:, :T]
 
-    # A kernel is opaque to the partitioner, so each device is told what is its own.
+    # A kernel is opaque to the partitioner, hence the explicit shard_map.
     spec = nn.logical_to_mesh_axes(("batch", None, "act_heads", None))
-    if mesh.empty or spec is None or spec[0] is None:  # no mesh, or no rules that give it a meaning
+    if mesh.empty or spec is None or spec[0] is None:  # no mesh, or no rules for logical names
         return attend_local(q_BTNH, k_BTKH, v_BTKH, segments_BT)
     rows = jax.sharding.PartitionSpec(spec[0], None)
     return jax.shard_map(
@@ -98,22 +98,22 @@ def attend_splash(
 
 
 def _restrict_to_segments(kernel: Any, segments_T: jax.Array, block: int) -> Any:
-    """A causal kernel that neither computes nor fetches blocks of tokens that share no segment.
+    """Returns a causal kernel that neither computes nor fetches blocks that share no segment.
 
-    Its tables say of each block of queries (I) and of keys (J) whether it is computed, and which
-    block lies in fast memory then: where nothing is computed, one that lies there before or after.
+    Its tables say, for each block of queries (I) and of keys (J), whether it is computed and which
+    block is in fast memory at that step; where nothing is computed, that is the block of the step
+    before or after.
     """
     blocks = len(segments_T) // block
     starts_T = jnp.diff(segments_T, prepend=segments_T[:1] - 1) != 0
     began_T = jax.lax.cummax(jnp.where(starts_T, jnp.arange(len(segments_T)), 0))
-    first_I1 = began_T[::block, None] // block  # from which of keys a block of queries sees
+    first_I1 = began_T[::block, None] // block  # first block of keys seen by a block of queries
     i_I1, j_1J = jnp.arange(blocks)[:, None], jnp.arange(blocks)[None]
     runs_IJ = (first_I1 <= j_1J) & (j_1J <= i_I1)
     next_I1 = jnp.append(first_I1[1:], first_I1[:1], axis=0)
     keys_IJ = jnp.where(j_1J <= i_I1, jnp.maximum(j_1J, first_I1), next_I1)
-    last_1J = (
-        j_1J + jnp.sum(runs_IJ, axis=0, keepdims=True) - 1
-    )  # to which of queries a block of keys is seen
+    # The last block of queries that sees a block of keys.
+    last_1J = j_1J + jnp.sum(runs_IJ, axis=0, keepdims=True) - 1
     queries_IJ = jnp.minimum(jnp.maximum(i_I1, j_1J), last_1J)
 
     def replace_info(info: Any, data_IJ: jax.Array) -> Any:
@@ -133,9 +133,9 @@ def _restrict_to_segments(kernel: Any, segments_T: jax.Array, block: int) -> Any
 def attend_cudnn(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array
 ) -> jax.Array:
-    """cuDNN's fused attention for NVIDIA GPUs, in bfloat16 or float16 only.
+    """Runs cuDNN's fused attention for NVIDIA GPUs, in bfloat16 or float16 only.
 
-    No scores are kept, but the mask is: [B, T, T] numbers of q's dtype, shared by the heads.
+    It stores no scores, but does store the mask: [B, T, T] in q's dtype, shared by the heads.
     """
     return _attend_masked(q_BTNH, k_BTKH, v_BTKH, segments_BT, "cudnn")
 
@@ -143,8 +143,10 @@ def attend_cudnn(
 def attend_cudnn_by_length(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array
 ) -> jax.Array:
-    """The same without a mask, for rows that hold one segment each, its tokens side by side, with
-    padding on either side: cuDNN is told their lengths, and skips what is behind."""
+    """Like `attend_cudnn` without a mask, for rows with one contiguous segment each.
+
+    Padding may be on either side. cuDNN gets the lengths and skips everything beyond them.
+    """
     return _attend_by_length(q_BTNH, k_BTKH, v_BTKH, segments_BT, "cudnn")
 
 
@@ -164,8 +166,8 @@ def _attend_by_length(
     first_B = jnp.argmax(real_BT, axis=1)
     length_B = jnp.maximum(jnp.sum(real_BT, axis=1, dtype=jnp.int32), 1)  # a row may be all padding
     real_BT11 = real_BT[..., None, None]
-    # What the kernel leaves in places behind the length is not defined, forward and backward: the
-    # two selections keep it out of values and gradients.
+    # The kernel's output beyond the length is undefined, forward and backward: the two selections
+    # keep it out of values and gradients.
     left = (_roll_rows(jnp.where(real_BT11, x, 0), first_B) for x in (q_BTNH, k_BTKH, v_BTKH))
     out_BTNH = jax.nn.dot_product_attention(
         *left,
@@ -179,8 +181,10 @@ def _attend_by_length(
 
 @jax.custom_vjp
 def _roll_rows(x_BTNH: jax.Array, shift_B: jax.Array) -> jax.Array:
-    """Each row to the left by its own number of places, around its ends. The gradient is the roll
-    back: what jax makes of that of a gather is a scatter, which is slow."""
+    """Rolls each row of x to the left by its own shift.
+
+    The gradient rolls back: JAX's gradient of the gather would be a scatter, which is slow.
+    """
     T = x_BTNH.shape[1]
     from_BT = (jnp.arange(T)[None] + shift_B[:, None]) % T
     return jnp.take_along_axis(x_BTNH, from_BT[..., None, None], axis=1)
@@ -203,12 +207,12 @@ TABLE: dict[str, Attend] = {
 def choose_kernel(
     requested: str, platform: str, head_dim: int, dtype: jnp.dtype, packed: bool = True
 ) -> str:
-    """The row of TABLE for `wanted`, which may be "auto": the fastest that this platform has.
+    """Returns the key of TABLE for `requested`; "auto" selects the platform's fastest kernel.
 
-    packed: whether a row may hold more than one segment; cuDNN does better without.
+    packed: rows may hold more than one segment; if not, cuDNN is faster.
 
     Raises:
-      UserError: if what is wanted cannot run there.
+      UserError: if the requested kernel cannot run there.
     """
     obstacles = {
         "xla": "",
@@ -224,7 +228,7 @@ def choose_kernel(
         else "",
     }
     if requested == "auto":
-        requested = next(kind for kind in ("splash", "cudnn", "xla") if not obstacles[kind])
+        requested = next(name for name in ("splash", "cudnn", "xla") if not obstacles[name])
     if requested not in obstacles:
         raise UserError(f"attention={requested!r} is none of auto, {', '.join(obstacles)}")
     if obstacles[requested]:

@@ -1,9 +1,9 @@
-"""Attention as XLA computes it, in blocks of queries: each reads the keys from where the first of
-its segments begins to its own end, and no others.
+"""Attention in blocks of queries, compiled by XLA: each block reads only the keys from the start of
+its first segment to its own end.
 
-How many blocks of keys that is, is known when it runs: of a few widths the least that is enough is
-taken. All rows of a batch take the same, so that nothing here depends on how they lie on devices.
-Scores are kept for one block of queries at a time, forward and backward (as arXiv 2205.14135).
+The number of blocks of keys is known only at run time: the smallest sufficient one of a few widths
+is used. It is the same for all rows of a batch, so that nothing here depends on their sharding.
+Scores exist for one block of queries at a time, forward and backward (as in arXiv 2205.14135).
 """
 
 import functools
@@ -13,13 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_BLOCK = 64  # queries: more compute more for nothing, fewer make products too small
+_BLOCK = 64  # queries: longer blocks waste computation, shorter ones make products too small
 
 
 def attend(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array
 ) -> jax.Array:
-    """models.layers.attention.Attend."""
+    """Computes attention, as specified by models.layers.attention.Attend."""
     T = q_BTNH.shape[1]
     block = min(T, _BLOCK)
     q_BTNH, k_BTKH, v_BTKH = (
@@ -98,7 +98,7 @@ _attend_blocks.defvjp(_forward, _backward)
 
 
 def _split_blocks(x_BTNH: jax.Array, block: int, K: int) -> jax.Array:
-    """[A, B, K, M, H]: A blocks, in each the queries of a head of keys, of M = N/K · block."""
+    """Returns [A, B, K, M, H]: A blocks, each with M = N/K · block queries per key/value head."""
     B, T, N, H = x_BTNH.shape
     x_BACKQH = x_BTNH.reshape(B, T // block, block, K, N // K, H)
     return x_BACKQH.transpose(1, 0, 3, 4, 2, 5).reshape(T // block, B, K, -1, H)
@@ -111,8 +111,10 @@ def _merge_blocks(x_ABKMH: jax.Array, block: int, N: int) -> jax.Array:
 
 
 def _choose_widths(block: int, segments_BT: jax.Array) -> tuple[list[int], jax.Array]:
-    """Numbers of blocks of keys, each a half or a third more than the one before, and which of them
-    each block of queries takes."""
+    """Returns widths, in blocks of keys, and the index of the width used by each block of queries.
+
+    Each width is a half or a third larger than the one before.
+    """
     T = segments_BT.shape[1]
     blocks = T // block
     steps = {w for n in range(blocks.bit_length()) for w in (2**n, 3 * 2**n)}
@@ -133,8 +135,11 @@ def _switch_on_width(
 def _slice_visible_keys(
     width: int, block: int, i: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, segments_BT: Any
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    """The keys and values of the `width` blocks that end with block i, the first of their places,
-    and which of them [B, C, S] each query of block i sees."""
+    """Slices the `width` blocks of keys and values that end with block i.
+
+    Returns their first position, and keys, values and the mask [B, C, S] of those that each query
+    of block i sees.
+    """
     start = jnp.maximum(i + 1 - width, 0) * block
     cut = functools.partial(
         jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=width * block
@@ -156,6 +161,6 @@ def _compute_scores(q_BKMH: jax.Array, k_BKSH: jax.Array, mask_BCS: jax.Array) -
 
 
 def _einsum_wide(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Summed in float32, or float64 if that is the model's."""
+    """Computes an einsum that accumulates in float32, or float64 if the inputs are."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     return jnp.einsum(equation, x, y, preferred_element_type=dtype)

@@ -13,7 +13,7 @@ from models.layers.lora import LoRA, make_factors
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis; the mean square is taken in float32."""
+    """x / rms(x) * scale over the last axis; the mean square is computed in float32."""
 
     epsilon: float
 

@@ -1,10 +1,10 @@
-"""Rows grouped by expert, each group times its own matrix, and the gradient of that.
+"""Products of rows grouped by expert with each expert's matrix, and their gradients.
 
-jax.lax.ragged_dot is a grouped kernel on TPU, as fast as the numbers of its operations and bytes
-allow, and so is its gradient by the rows. The gradient by the matrices is compiled densely there,
-every expert over the rows of all: E times the work. A Pallas kernel takes its place. On GPUs all
-three are compiled densely, and rows spread out over E times the memory besides: there each has a
-kernel of its own (models.layers.grouped_gpu). On CPUs all are jax.lax.ragged_dot's.
+On TPU, jax.lax.ragged_dot is a grouped kernel that runs at the roofline, and so is its gradient
+with respect to the rows. Its gradient with respect to the matrices is compiled densely, every
+expert over all rows: E times the work. A Pallas kernel replaces it. On GPUs all three are compiled
+densely, and rows are expanded to E times the memory as well: there each has its own kernel
+(models.layers.grouped_gpu). On CPUs jax.lax.ragged_dot computes all three.
 """
 
 import functools
@@ -15,16 +15,16 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
 from models.layers import grouped_gpu
 
-# One step of the kernel holds so many rows, in and bytes of out, and the float32 sums of these, in
-# 16 MiB of VMEM. Fewer rows waste less where groups end within a tile.
+# One step of the kernel holds this many rows, inputs and bytes of outputs, and the outputs' float32
+# sums, in 16 MiB of VMEM. Fewer rows waste less where a group ends within a tile.
 _TILE_ROWS, _TILE_INPUTS, _TILE_OUTPUT_BYTES = 256, 1024, 2048
 
 
 @jax.custom_vjp
 def dot(x: jax.Array, kernel: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """Rows [M, in] times [E, in, out]: the first sizes_E[0] rows times kernel[0], and so on.
+    """Multiplies rows [M, in] by kernels [E, in, out]: sizes_E[0] rows by kernel[0], …
 
-    Rows behind the last group may come out as anything.
+    The result for rows after the last group is undefined.
     """
     return multiply_groups(x, kernel, sizes_E)
 
@@ -36,8 +36,10 @@ def multiply_groups(
     transposed: bool = False,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
-    """`dot` without a gradient, in `dtype`; `transposed`, times [E, out, in]. The kernel may be of
-    8 bits: it is converted to x's dtype, on GPUs as it is read."""
+    """`dot` without a gradient, with output in `dtype`; with `transposed` kernel is [E, out, in].
+
+    An 8-bit kernel is converted to x's dtype; on GPUs while it is read.
+    """
 
     def multiply_plain(x: jax.Array, kernel: jax.Array, sizes_E: jax.Array) -> jax.Array:
         kernel = (kernel.swapaxes(1, 2) if transposed else kernel).astype(x.dtype)
@@ -79,9 +81,9 @@ def _compute_kernel_gradient_plain(x: jax.Array, dy: jax.Array, sizes_E: jax.Arr
 def compute_kernel_gradient(
     x: jax.Array, dy: jax.Array, sizes_E: jax.Array, interpret: bool = False
 ) -> jax.Array:
-    """xᵀ dy of each group [E, in, out], in x's dtype, by the kernel for TPU.
+    """Computes xᵀ dy of each group [E, in, out], in x's dtype, with the kernel for TPU.
 
-    `interpret` runs it anywhere, slowly.
+    `interpret` runs it on any platform, slowly.
     """
     (M, D), F = x.shape, dy.shape[1]
     rows = min(_TILE_ROWS, -(-M // 8) * 8)

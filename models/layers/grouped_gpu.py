@@ -1,10 +1,10 @@
-"""Products of rows that are grouped by expert, by Pallas kernels for NVIDIA GPUs (Triton).
+"""Products of rows grouped by expert, as Pallas kernels for NVIDIA GPUs (Triton).
 
-XLA turns jax.lax.ragged_dot into one dense product there, with every row spread out over all
-experts. Here the rows of each expert are cut into tiles, from where its group begins, and a tile
-is multiplied by its expert's matrix alone: no more than a tile of each group is padding.
+There XLA turns jax.lax.ragged_dot into one dense product, with every row expanded over all experts.
+Here the rows of each expert are cut into tiles, starting where its group starts, and a tile is
+multiplied by its own expert's matrix only: less than one tile per group is padding.
 
-Letters: M rows, E experts, K summed over, N columns of what comes out, X tiles of rows.
+Letters: M rows, E experts, K contracted dimension, N output columns, X tiles of rows.
 """
 
 import functools
@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-# A tile of what comes out is at most _WIDE x _WIDE: float32 fills 64 registers of each of 256
-# threads. Of the two factors _STEP bytes a row or column are in flight, three times:
-# 96 KiB of shared memory, which all GPUs since Ampere have (up to 99 KiB on GeForce).
+# An output tile is at most _MAX_TILE x _MAX_TILE: in float32, 64 registers of each of 256 threads.
+# _STEP_BYTES per row or column of each factor are in flight, in _NUM_STAGES stages: 96 KiB of
+# shared memory, which all GPUs since Ampere have (up to 99 KiB on GeForce).
 _MAX_TILE, _MIN_TILE, _STEP_BYTES, _NUM_STAGES = 128, 16, 128, 3
 
 
@@ -31,17 +31,17 @@ def multiply_groups(
     dtype: Any = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """[M, N] in `dtype`: the first sizes_E[0] rows times kernel_EKN[0], and so on; rows behind the
-    last group hold anything. `transposed`, the kernel is [E, N, K].
+    """Returns [M, N] in `dtype`: the first sizes_E[0] rows times kernel_EKN[0], and so on.
 
-    The kernel may be of another dtype, of 8 bits: it is converted to x's as it is read.
-    `interpret` runs it anywhere, slowly.
+    Rows after the last group are undefined. If `transposed`, the kernel is [E, N, K]. A kernel of
+    another dtype (8 bits) is converted to x's while it is read. `interpret` runs on any platform,
+    slowly.
     """
     (M, K), E = x_MK.shape, kernel_EKN.shape[0]
     N = kernel_EKN.shape[1 if transposed else 2]
     rows = _choose_tile(-(-M // E), _MAX_TILE)
     columns, inner = _choose_tile(N, _MAX_TILE), _choose_tile(K, _STEP_BYTES // x_MK.dtype.itemsize)
-    # Σ⌈size/rows⌉, at most: of min(E, M) groups each may have one row in a tile of its own.
+    # The maximum of Σ⌈size/rows⌉: each of min(E, M) groups may end with a single row in a tile.
     tiles = (M + min(E, M) * (rows - 1)) // rows
     tile_info_3X = _assign_tiles(sizes_E, rows, tiles)
 
@@ -78,9 +78,9 @@ def multiply_groups(
 def compute_kernel_gradient(
     x_MK: jax.Array, dy_MN: jax.Array, sizes_E: jax.Array, interpret: bool = False
 ) -> jax.Array:
-    """xᵀ dy of each group [E, K, N], in x's dtype; zeros of a group without rows.
+    """Computes xᵀ dy of each group [E, K, N], in x's dtype; zeros for a group without rows.
 
-    `interpret` runs it anywhere, slowly.
+    `interpret` runs it on any platform, slowly.
     """
     (M, K), N, E = x_MK.shape, dy_MN.shape[1], len(sizes_E)
     inners, columns = _choose_tile(K, _MAX_TILE), _choose_tile(N, _MAX_TILE)
@@ -114,8 +114,10 @@ def compute_kernel_gradient(
 
 
 def _assign_tiles(sizes_E: jax.Array, rows: int, num_tiles: int) -> jax.Array:
-    """int32 [3, X]: where each tile of rows starts, where its group stops, whose group it is. Tiles
-    that are left over start and stop at 0."""
+    """Returns int32 [3, X]: the first row of each tile, the end of its group, and its expert.
+
+    Unused tiles start and stop at 0.
+    """
     ends_E, tile_ends_E = jnp.cumsum(sizes_E), jnp.cumsum(-(-sizes_E // rows))
     tile_X = jnp.arange(num_tiles)
     expert_X = jnp.searchsorted(tile_ends_E, tile_X, side="right", method="compare_all")
@@ -127,16 +129,16 @@ def _assign_tiles(sizes_E: jax.Array, rows: int, num_tiles: int) -> jax.Array:
 
 
 def _choose_tile(length: int, max_tile: int) -> int:
-    """A power of two that covers the length, of 16 (the least that tensor cores take) to `most`."""
+    """Returns the power of two that covers `length`, from 16 (for tensor cores) to `max_tile`."""
     return min(max_tile, max(_MIN_TILE, 2 ** math.ceil(math.log2(length))))
 
 
-# Of an axis: where a tile starts, how long it is, where what belongs to it stops (None: behind it).
+# Of a tile along an axis: its start, its length and the end of valid data (None: all is valid).
 Span = tuple[Any, int, Any]
 
 
 def _make_span(start: Any, length: int, axis_length: int) -> Span:
-    """Of an axis that is cut into tiles from its beginning."""
+    """Returns the span of a tile on an axis that is cut into tiles from its beginning."""
     return start, length, axis_length if axis_length % length else None
 
 
@@ -152,7 +154,7 @@ def _make_mask(first: Span, second: Span) -> jax.Array | None:
 
 
 def _load_tile(ref: Any, first: Span, second: Span, *expert: jax.Array) -> jax.Array:
-    """The tile, and zeros where it goes beyond what belongs to it."""
+    """Loads a tile, with zeros outside its valid data."""
     at, mask = (*expert, pl.ds(*first[:2]), pl.ds(*second[:2])), _make_mask(first, second)
     return triton.load(ref.at[at], mask=mask, other=None if mask is None else 0)
 

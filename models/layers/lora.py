@@ -1,9 +1,9 @@
 """LoRA: a low-rank term beside a frozen kernel, y = x @ kernel + scale · (x @ a) @ b.
 
-arXiv 2106.09685; its rank-stabilised scale (rsLoRA) is that of arXiv 2312.03732. What is trained
-is a Linen collection of its own beside the parameters: at the path of each kernel that it adapts
-it holds `a` [..., in, R] and `b` [..., R, out], float32. Without the collection the model is its
-base, bit by bit: the reference policy.
+arXiv 2106.09685; the rank-stabilised scale (rsLoRA) is that of arXiv 2312.03732. The trained
+factors are a separate Linen collection beside the parameters: at the path of each adapted kernel it
+holds `a` [..., in, R] and `b` [..., R, out] in float32. Without the collection the model is
+bit-identical to its base, which is the reference policy.
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ Factors = tuple[jax.Array, jax.Array]  # a [..., in, R] and scale · b [..., R, 
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """Which kernels have a low-rank term, and how it counts.
+    """The kernels that have a low-rank term, and its scale.
 
-    targets: Hugging Face's names of projections, of all layers; those of MLP are the experts',
-      where a layer has experts.
-    rslora: the term counts alpha / √rank, so that its size does not fall with the rank; otherwise
+    targets: Hugging Face's names of projections, in all layers; in layers with experts, those of
+      the MLP are the experts'.
+    rslora: the scale is alpha / √rank, so that the term does not shrink with the rank; otherwise
       alpha / rank.
     """
 
@@ -50,7 +50,7 @@ class LoRA:
 
     @property
     def scale(self) -> float:
-        """What the term counts for, in the forward pass, merged, exported and imported."""
+        """The factor on the term: in the forward pass, merged, exported and imported."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
@@ -63,10 +63,10 @@ def make_factors(
     axes: tuple[str | None, ...],
     dtype: jnp.dtype,
 ) -> Factors | None:
-    """`module`'s factors for its parameter `kernel`, in `dtype`; None where it has no such term.
+    """Returns `module`'s factors for its parameter `kernel`, in `dtype`; None if it is no target.
 
-    `shape` and `axes` (logical names) are the kernel's: [..., in, out]. At first a is
-    U(-1/√in, 1/√in), as PEFT draws it, and b zero, so that the model is still its base.
+    `shape` and `axes` (logical names) are the kernel's: [..., in, out]. Initially a is
+    U(-1/√in, 1/√in), as in PEFT, and b is zero, so that the model equals its base.
     """
     if lora is None or target not in lora.targets:
         return None
@@ -91,10 +91,10 @@ def make_factors(
 
 
 def fold_scale(adapter: Any, lora: LoRA, dtype: jnp.dtype) -> tuple[Any, LoRA]:
-    """The factors as a forward pass in `dtype` multiplies by them, and the LoRA that they then are.
+    """Returns the factors as a forward pass in `dtype` uses them, and the LoRA they then represent.
 
-    A sampler that keeps them apart from their base is as near to the scorer as one of a model that
-    is trained whole; a merged kernel is rounded where the scorer's base and factors are not.
+    With unmerged factors a sampler agrees with the scorer as closely as in full fine-tuning; a
+    merged kernel is rounded where the scorer's base and factors are not.
     """
 
     def fold_leaf(path: tuple, x: jax.Array) -> jax.Array:
@@ -104,14 +104,14 @@ def fold_scale(adapter: Any, lora: LoRA, dtype: jnp.dtype) -> tuple[Any, LoRA]:
 
 
 def with_unit_scale(lora: LoRA) -> LoRA:
-    """Of the same shape, with a scale of 1."""
+    """Returns a LoRA of the same shape with a scale of 1."""
     return dataclasses.replace(lora, alpha=float(lora.rank), rslora=False)
 
 
 def merge_adapter(params: Any, adapter: Any, lora: LoRA, dtype: jnp.dtype) -> Any:
-    """`params` with scale · a @ b added to each kernel that has factors in `adapter`.
+    """Returns `params` with scale · a @ b added to each kernel that has factors in `adapter`.
 
-    Added in float32, then all cast to `dtype`: what a model without LoRA computes the same from.
+    Computed in float32, then cast to `dtype`. A model without LoRA uses the result directly.
     """
 
     def merge_kernel(kernel: jax.Array, kernel_factors: Mapping[str, jax.Array]) -> jax.Array:

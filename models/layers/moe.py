@@ -1,9 +1,10 @@
 """The sparse feed-forward of Qwen3-MoE: a router and its experts (arXiv 2505.09388, section 2).
 
-Dropless: the tokens are sorted by expert and multiplied in groups as large as they come
-(models.layers.grouped), so there is no capacity that a load could exceed.
+Dropless: tokens are sorted by expert and multiplied in groups of any size (models.layers.grouped),
+so there is no capacity that could be exceeded.
 
-Letters beside those of model.py: M tokens of all rows (B·T), E experts, A experts of each token.
+Letters in addition to those of models/transformer.py: M tokens of all rows (B·T), E experts,
+A experts of each token.
 """
 
 import functools
@@ -21,11 +22,10 @@ from models.layers.lora import Factors, LoRA, make_factors
 from models.layers.quantised import Kernel, ragged_dot
 
 Kernels = tuple[Kernel, Kernel, Kernel]  # gate and up [E, D, F], down [E, F, D]
-ExpertFactors = tuple[
-    Factors | None, Factors | None, Factors | None
-]  # LoRA's a and b of each of these
-ROUTER = "router"  # the Linen collection of what the routers did, in sums
-CHOSEN = "chosen"  # that of which experts they chose
+# LoRA's a and b of each of these.
+ExpertFactors = tuple[Factors | None, Factors | None, Factors | None]
+ROUTER = "router"  # the Linen collection of the routers' statistics, as sums
+CHOSEN = "chosen"  # the Linen collection of the chosen experts
 
 _GATE_UP, _DOWN = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
 _NO_FACTORS: ExpertFactors = (None, None, None)
@@ -37,15 +37,15 @@ def route_tokens(
     renormalise: bool,
     replay_BTA: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Softmax in float32 over all experts, then the most likely ones of each token.
+    """Applies a softmax in float32 over all experts and chooses each token's most likely ones.
 
-    With `replay_BTA` those instead, at this router's probabilities, into which gradients flow: the
-    experts that another forward pass chose (routing replay, arXiv 2510.11370). Of a token whose
-    experts are not known, -1, they are this router's own.
+    `replay_BTA` overrides the choice with the experts of another forward pass (routing replay,
+    arXiv 2510.11370); their weights are still this router's probabilities, so gradients flow. For
+    tokens whose experts are unknown, -1, the router chooses.
 
     Returns:
-      p_BTE, and weights_BTA and chosen_BTA (int32): what each token's experts count for, and which
-      they are. With `renormalise` a token's weights sum to one.
+      p_BTE, weights_BTA and chosen_BTA (int32): all probabilities, and the weights and indices of
+      each token's experts. With `renormalise` a token's weights sum to one.
     """
     p_BTE = jax.nn.softmax(logits_BTE.astype(jnp.float32), axis=-1)
     if replay_BTA is None:
@@ -67,25 +67,25 @@ def compute_local_experts(
     first_expert: jax.typing.ArrayLike = 0,
     lora_factors: ExpertFactors = _NO_FACTORS,
 ) -> tuple[jax.Array, jax.Array]:
-    """Σ of weight · down(silu(gate(x)) · up(x)) over those of a token's experts that are here.
+    """Computes Σ weight · down(silu(gate(x)) · up(x)) over each token's local experts.
 
-    `kernels` and `low` are those of the experts from `first` on. Returns [M, D], and the number of
-    tokens that each of these experts computed [E].
+    The local experts, to which `kernels` and `lora_factors` belong, are numbered from
+    `first_expert`. Returns [M, D], and the number of tokens that each of them computed [E].
     """
     (M, D), A, E = x_MD.shape, chosen_MA.shape[1], kernels[0].shape[0]
     local = chosen_MA.reshape(-1) - first_expert
-    local = jnp.where((local >= 0) & (local < E), local, E)  # others sort behind all groups
+    local = jnp.where((local >= 0) & (local < E), local, E)  # others sort after all groups
     order = jnp.argsort(local)
     sizes_E = jnp.bincount(local, length=E)
-    # Rows behind the last group are computed by no expert and may hold anything: they are masked
-    # on the way in too, for their gradient's sake.
-    here = (local < E)[order][:, None]
-    sorted_x = jnp.where(here, x_MD[order // A], 0)
+    # Rows after the last group are computed by no expert and are undefined. They are masked before
+    # the products as well, for the gradient.
+    is_local = (local < E)[order][:, None]
+    sorted_x = jnp.where(is_local, x_MD[order // A], 0)
     gate, up, down = (
         functools.partial(_apply_grouped_kernel, sizes_E=sizes_E, kernel=kernel, lora_factors=pair)
         for kernel, pair in zip(kernels, lora_factors, strict=True)
     )
-    sorted_y = jnp.where(here, down(nn.silu(gate(sorted_x)) * up(sorted_x)), 0)
+    sorted_y = jnp.where(is_local, down(nn.silu(gate(sorted_x)) * up(sorted_x)), 0)
     y_MAD = sorted_y[jnp.argsort(order)].reshape(M, A, D)
     return jnp.einsum("MAD,MA->MD", y_MAD, weights_MA.astype(x_MD.dtype)), sizes_E
 
@@ -93,7 +93,7 @@ def compute_local_experts(
 def _apply_grouped_kernel(
     x: jax.Array, sizes_E: jax.Array, kernel: Kernel, lora_factors: Factors | None
 ) -> jax.Array:
-    """Rows of x, grouped by expert, times their expert's kernel and its low-rank term."""
+    """Multiplies rows of x, grouped by expert, by their expert's kernel and low-rank term."""
     y = ragged_dot(x, kernel, sizes_E)
     if lora_factors is None:
         return y
@@ -108,24 +108,24 @@ def compute_experts(
     kernels: Kernels,
     lora_factors: ExpertFactors = _NO_FACTORS,
 ) -> tuple[jax.Array, jax.Array]:
-    """`compute` on the mesh in use: each device its own experts, on its neighbours' tokens.
+    """Runs `compute_local_experts` on the current mesh, with all tokens of the expert axis.
 
-    The exchange is explicit. Kernels are gathered along the model dimension, tokens along the axis
-    of the experts; a device computes what its experts (and its slice of their F) add to each of
-    these tokens, and the sums are scattered back to where the tokens came from.
+    Communication is explicit: kernels are gathered along the model dimension and tokens along the
+    expert axis; each device computes the contribution of its own experts (and its slice of their F)
+    to these tokens, and the sums are scattered back to the tokens' devices.
     """
     mesh, (B, T, D) = jax.sharding.get_abstract_mesh(), x_BTD.shape
     flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
     (rows,), (expert, embed, mlp) = _make_partition_spec("batch"), _make_partition_spec(*_GATE_UP)
-    if mesh.empty or rows is None:  # no mesh, or no rules that give its axes a meaning
+    if mesh.empty or rows is None:  # no mesh, or no rules for logical names
         flat_inputs = flat(x_BTD), flat(weights_BTA), flat(chosen_BTA)
         y_MD, sizes_E = compute_local_experts(*flat_inputs, kernels, lora_factors=lora_factors)
         return y_MD.reshape(B, T, D), sizes_E
-    # The logical axes of each array, in the structure of (kernels, low).
+    # The logical axes of each array, in the structure of (kernels, lora_factors).
     axes = (_GATE_UP, _GATE_UP, _DOWN)
     pairs = zip(kernels, axes, strict=True)
     names = (
-        tuple(quantised.get_kernel_axes(kernel, of_kernel) for kernel, of_kernel in pairs),
+        tuple(quantised.get_kernel_axes(kernel, kernel_axes) for kernel, kernel_axes in pairs),
         tuple(
             None if pair is None else ((lead, row, None), (lead, None, column))
             for pair, (lead, row, column) in zip(lora_factors, axes, strict=True)
@@ -162,7 +162,7 @@ def compute_experts(
     tokens = sharded.get_dividing_axis("act_context", T)
     spec = _make_partition_spec("batch", tokens, None)
     split = [*rows, *(sharded.get_mesh_axes(tokens) if tokens else ())]
-    # What does not divide by the devices is filled up with tokens of an expert that is nowhere.
+    # Pad to a multiple of the devices with tokens of an expert that does not exist.
     parts = math.prod(mesh.shape[axis] for axis in rows)
     pad = functools.partial(jnp.pad, pad_width=((0, -B % parts), (0, 0), (0, 0)))
     E = kernels[0].shape[0]
@@ -184,10 +184,11 @@ def _make_partition_spec(*names: str | None) -> jax.sharding.PartitionSpec:
 
 
 class MoE(nn.Module):
-    """The experts that the router picks for each token, weighted by its probabilities.
+    """The experts that the router chooses for each token, weighted by its probabilities.
 
-    Where the collection ROUTER is mutable, the module leaves in it, over the tokens of a segment,
-    what `sums` reads; in CHOSEN the experts of each token [B, T, A].
+    If the collection ROUTER is mutable, the module stores in it the statistics that
+    `sum_router_stats` reads, summed over tokens that are not padding; in CHOSEN, each token's
+    experts [B, T, A].
     """
 
     config: Config
@@ -244,12 +245,12 @@ class MoE(nn.Module):
 
 
 def sum_router_stats(collection: Mapping[str, Any]) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """(sum, count) pairs from the collection ROUTER of one forward pass; none of a dense model.
+    """Returns (sum, count) pairs from one forward pass's collection ROUTER; none if dense.
 
-    Sums over parts of a batch add up. Divided, they are: "router_entropy" of all experts'
+    They may be added over parts of a batch. Divided, they are: "router_entropy", of all experts'
     probabilities (nats; the mean over layers and tokens); "expert_dropped", the share of (token,
-    expert) pairs that no expert computed, 0 by construction; and for `summary` "load_LE", the share
-    of tokens that an expert got, and "p_LE", its mean probability.
+    expert) pairs that no expert computed, 0 by construction; and, for `summarise_load`, "load_LE",
+    the share of tokens sent to an expert, and "p_LE", its mean probability.
     """
     layers = [dict(collection[name]["moe"]) for name in _sort_layer_names(collection)]
     if not layers:
@@ -270,24 +271,24 @@ def sum_router_stats(collection: Mapping[str, Any]) -> dict[str, tuple[jax.Array
 
 
 def _sort_layer_names(collection: Mapping[str, Any]) -> list[str]:
-    """The names of blocks, "layers" or "layers_0" on, in the order of the layers."""
+    """Returns block names, "layers" or "layers_0" and so on, in the order of the layers."""
     return sorted(collection, key=lambda name: int(name.removeprefix("layers").strip("_") or 0))
 
 
 def get_chosen_experts(collection: Mapping[str, Any]) -> jax.Array:
-    """The experts of each token and sparse layer [B, T, L, A], int16, from the collection CHOSEN of
-    one forward pass: what Qwen3 replays."""
+    """Returns the experts of each token and sparse layer, int16 [B, T, L, A], from one forward
+    pass's collection CHOSEN; pass them as replay_BTLA."""
     layers = [collection[name]["moe"]["experts"] for name in _sort_layer_names(collection)]
     parts = [x if x.ndim == 4 else x[None] for x in layers]
     return jnp.concatenate(parts).transpose(1, 2, 0, 3).astype(jnp.int16)
 
 
 def summarise_load(load_LE: jax.Array, p_LE: jax.Array) -> dict[str, jax.Array]:
-    """How even the load is over a whole batch.
+    """Measures how even the load is over a whole batch.
 
-    "expert_load_max" and "expert_load_min" are the loads of the busiest and the idlest expert of
-    any layer, in units of an even load; "load_balancing_loss" is E Σ_e load(e) p(e) over all
-    layers' tokens (arXiv 2101.03961, eq. 4; transformers' load_balancing_loss_func): A when even.
+    "expert_load_max" and "expert_load_min" are the loads of the busiest and the least busy expert
+    of any layer, relative to an even load; "load_balancing_loss" is E Σ_e load(e) p(e) over all
+    layers' tokens (arXiv 2101.03961, eq. 4; transformers' load_balancing_loss_func): A if even.
     """
     E = load_LE.shape[-1]
     even = jnp.sum(load_LE, axis=-1, keepdims=True) / E

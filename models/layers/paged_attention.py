@@ -1,9 +1,9 @@
-"""Attention over pages, on one device's own rows and heads: one meaning, a row of TABLE for each
-platform. Every implementation is tested equal to `plain`.
+"""Attention over pages on one device's own rows and heads; TABLE has an entry for each platform.
 
-A token attends to its row's tokens up to its own. What comes back for padding is undefined.
-Letters as in pages.py; M queries of one key/value head, S tokens of the pages, C those of a line,
-that are looked at together.
+A token attends to its row's tokens up to itself. Results for padding are undefined. All
+implementations are tested to agree with `attend_plain`.
+Letters as in pages.py; M queries of one key/value head, S tokens of pages and C tokens of a line
+that are processed together.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
-_MAX_QUERIES = 512  # tokens of a line that are looked at together where there is no kernel
-_VMEM_LIMIT = 2**26  # bytes of a TPU's fast memory that the kernel may have
+_MAX_QUERIES = 512  # tokens of a line that are processed together where there is no kernel
+_VMEM_LIMIT = 2**26  # bytes of a TPU's fast memory that the kernel may use
 
 # (q [B, T, N, H], the arrays of a pool, table [R, N] with the layer's pages, length [R],
 #  starts [R + 1], row [B, T], position [B, T]) -> [B, T, N, H]
@@ -25,12 +25,14 @@ Attend = Callable[..., jax.Array]
 def to_pool_format(
     k_BTKH: jax.Array, v_BTKH: jax.Array, dtype: jnp.dtype, backend: str
 ) -> tuple[jax.Array, ...]:
-    """Keys and values as a pool of this kind keeps them, [B, T, heads, H]; int8 ones with their
-    scales [B, T, K]: x = int8 · scale, to half a scale."""
+    """Converts keys and values to the layout of a pool of this backend, [B, T, heads, H].
+
+    For int8 the arrays are followed by their scales [B, T, K]; see `quantise_int8`.
+    """
     if dtype == jnp.int8:
         (k_BTKH, k_BTK), (v_BTKH, v_BTK) = quantise_int8(k_BTKH), quantise_int8(v_BTKH)
         return k_BTKH, v_BTKH, k_BTK, v_BTK
-    if dtype == jnp.float8_e4m3fn:  # what is too large for it would be NaN
+    if dtype == jnp.float8_e4m3fn:  # larger values would become NaN
         most = float(jnp.finfo(dtype).max)
         k_BTKH, v_BTKH = (jnp.clip(x, -most, most) for x in (k_BTKH, v_BTKH))
     k_BTKH, v_BTKH = k_BTKH.astype(dtype), v_BTKH.astype(dtype)
@@ -41,7 +43,7 @@ def to_pool_format(
 
 
 def quantise_int8(x_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """int8 [B, T, K, H] and float32 scales [B, T, K]: x = int8 · scale, to half a scale."""
+    """Returns int8 [B, T, K, H] and float32 scales [B, T, K]: x ≈ int8 · scale, to half a scale."""
     wide = x_BTKH.astype(jnp.float32)
     scale_BTK = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1), 1e-12) / 127
     return jnp.round(wide / scale_BTK[..., None]).astype(jnp.int8), scale_BTK
@@ -56,9 +58,11 @@ def attend_plain(
     row_BT: jax.Array,
     position_BT: jax.Array,
 ) -> jax.Array:
-    """What XLA makes of the formula, row by row and page by page, as far as each row goes. Keys are
-    [K, pages, H, page], which CPUs multiply several times faster than the other way round, values
-    [K, pages, page, H]; after them their scales, if they are int8."""
+    """Computes attention without a kernel, row by row and page by page, up to each row's length.
+
+    `pools` are keys [K, pages, H, page], a layout that CPUs multiply several times faster, values
+    [K, pages, page, H] and, if these are int8, their scales.
+    """
     return _attend_by_row(
         q_BTNH, pools, table_RN, starts_R, row_BT, position_BT, 1, keys_transposed=True
     )
@@ -74,7 +78,7 @@ def _attend_by_row(
     pages_per_step: int,
     keys_transposed: bool,
 ) -> jax.Array:
-    """`plain` by `count` pages at a time; `turned`: keys are."""
+    """`attend_plain`, `pages_per_step` pages at a time, with keys in either layout."""
     q_TNH = q_BTNH.reshape(-1, *q_BTNH.shape[2:])
     T, C = len(q_TNH), 1 if q_BTNH.shape[1] == 1 else min(len(q_TNH), _MAX_QUERIES)
     row_T, position_T = row_BT.reshape(-1), position_BT.reshape(-1)
@@ -110,7 +114,7 @@ def _attend_pages(
     pages_per_step: int,
     keys_transposed: bool,
 ) -> jax.Array:
-    """T tokens of one row, the softmax put together from blocks of `count` of its pages."""
+    """Attends T tokens of one row, with an online softmax over blocks of its pages."""
     (T, N, H), K, page = q_TNH.shape, len(pools[1]), pools[1].shape[2]
     S = pages_per_step * page
     table_N = jnp.pad(table_N, (0, -len(table_N) % pages_per_step))
@@ -148,10 +152,10 @@ def _attend_pages(
 
 
 def count_pages_per_fetch(backend: str, page_size: int, columns: int, decoding: bool) -> int:
-    """Pages that are fetched at a time, of rows that may have `columns`.
+    """Returns the number of pages fetched at a time, for rows of up to `columns` pages.
 
-    It is always so many, also at the end of a row: the more, the better a kernel hides how long
-    memory takes to answer; the fewer, the less is fetched in vain. Decoding reads each row once.
+    That many are fetched even at the end of a row: larger numbers hide memory latency better,
+    smaller ones fetch less in vain. Decoding reads each row once.
     """
     if backend == "plain":
         return 1
@@ -168,10 +172,10 @@ def attend_ragged(
     row_BT: jax.Array,
     position_BT: jax.Array,
 ) -> jax.Array:
-    """JAX's Pallas kernel for TPU, over one pool [pages, page, 2K, H].
+    """Runs JAX's Pallas kernel for TPU on one pool [pages, page, 2K, H].
 
-    It begins to fetch the first row before it looks whether there is any, and the next row when it
-    is done with one: each has at least a token, or it would go on without what it fetched.
+    The kernel prefetches the first row before checking that there is one, and each next row when it
+    finishes one, so every row must have at least one token for its prefetch to be used.
     """
     (pool,), N = pools, q_BTNH.shape[2]
     R, columns = table_RN.shape
@@ -191,7 +195,7 @@ def attend_ragged(
         k_scale=scale,
         v_scale=scale,
         num_kv_pages_per_block=count_pages_per_fetch("ragged", pool.shape[1], columns, decoding),
-        # Products of a block of tokens with a row's that only one of them may see: in decoding few.
+        # In decoding a row has one token, so products of longer blocks would be wasted.
         num_queries_per_block=8 if decoding else min(128, max(32, 1024 // N)),
         vmem_limit_bytes=_VMEM_LIMIT,
     )
@@ -208,10 +212,12 @@ def attend_gpu(
     position_BT: jax.Array,
     interpret: bool = False,
 ) -> jax.Array:
-    """JAX's Pallas kernel for GPU where each row has one token, what
-    XLA makes of the formula for chunks. `interpret` runs the kernel anywhere, slowly."""
+    """Runs JAX's Pallas kernel for GPU if each row has one token, and plain XLA for chunks.
+
+    `interpret` runs the kernel on any platform, slowly.
+    """
     keys, values, *scales = pools
-    # Pallas counts bytes to see whether 32 bits are enough for offsets in elements: they are not.
+    # Pallas chooses 32-bit offsets by the size in bytes; with this many elements they overflow.
     too_far = keys.dtype.itemsize == 1 and 2**31 < keys.size <= 2**32
     if q_BTNH.shape[1] > 1 or too_far:
         count = count_pages_per_fetch("gpu", keys.shape[2], table_RN.shape[1], decoding=False)
@@ -221,7 +227,7 @@ def attend_gpu(
     row_B = row_BT[:, 0]
     table_BN = table_RN[jnp.maximum(row_B, 0)]
     count = count_pages_per_fetch("gpu", keys.shape[2], table_BN.shape[1], decoding=True)
-    # Of each split comes a sum, with 16 queries a head: no more splits than keep the device busy.
+    # Each split writes a partial sum of 16 queries a head: use just enough to keep the device busy.
     splits = min(max(1, 2048 // (len(q_BTNH) * len(keys))), 16, -(-table_BN.shape[1] // count))
     table_BN = jnp.pad(table_BN, ((0, 0), (0, -table_BN.shape[1] % (splits * count))))
     out_BNH = paged_attention(

@@ -1,14 +1,13 @@
-"""Keys and values in pages: one pool for all rows and layers, and a table that says whose is what.
+"""Keys and values in pages: one pool for all rows and layers, and a table of each row's pages.
 
-A page holds `page` consecutive tokens of one row in one layer; the pages of a row lie anywhere.
-Page p of a layer is page layer · P + p of the pool, which therefore is one array, written in place.
-The mesh axes that split the rows split the pool as well: each part has P pages a layer of its own,
-and ids in tables are local to it. Who gets which page is the host's affair; here is what a program
-does with the ids.
+A page holds a fixed number of consecutive tokens of one row in one layer; a row's pages may be
+anywhere. Page p of a layer is page layer · P + p of the pool, so the pool is one array, updated in
+place. The mesh axes that split rows also split the pool: each shard has its own P pages per layer,
+and ids in tables are local to it. The host allocates pages; the code here only uses their ids.
 
-Letters in names: X parts that rows are split in, L layers, P pages of a layer in a part, R rows of
-the table, N pages that a row may have (of heads: query heads), B lines of T tokens, K key/value
-heads, H head dim, C pages to copy.
+Letters in names: X shards of rows, L layers, P pages of a layer in a shard, R rows of the table,
+N pages that a row may have (for heads: query heads), B lines of T tokens, K key/value heads, H head
+dim, C pages to copy.
 """
 
 import dataclasses
@@ -25,42 +24,42 @@ from models.layers import paged_attention, sharded
 
 _VMEM_BYTES = 2**25  # bytes of a TPU's fast memory for two pages
 _SMEM_BYTES = 2**20 - 2**15
-BACKENDS = {"tpu": "ragged", "gpu": "gpu", "cuda": "gpu"}  # by platform; of others "plain"
+BACKENDS = {"tpu": "ragged", "gpu": "gpu", "cuda": "gpu"}  # by platform; "plain" on others
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pages:
-    """The pool, and where the tokens of one call of a program are in it.
+    """The pool, and the places of one call's tokens in it.
 
-    Kind "ragged" is what jax's kernel for TPU reads: one array [X, L·P, page, 2K, H], the head of
-    keys before that of values. "gpu" and "plain" have two, [X, K, L·P, page, H], "plain" its keys
-    as [X, K, L·P, H, page]; where these are int8, there is a float32 scale for each token and head,
-    [X, K, L·P, page].
+    Backend "ragged" is for JAX's TPU kernel: one array [X, L·P, page, 2K, H], with each head's keys
+    before its values. "gpu" and "plain" have two, [X, K, L·P, page, H], except that the keys of
+    "plain" are [X, K, L·P, H, page]; if they are int8, there are float32 scales of each token and
+    head, [X, K, L·P, page].
 
-    What comes by `at` is None before. Tokens come in one of two forms: [R, 1], the next of each
-    row, or [X, T], in each part one line of chunks of several rows, one behind the other in the
-    order of the table's rows.
+    Fields set by `bind_tokens` are None before it. Tokens have one of two shapes: [R, 1], the next
+    of each row, or [X, T], one line per shard of concatenated chunks of several rows, in the order
+    of the table's rows.
     """
 
     pools: tuple[jax.Array, ...]
     scales: tuple[jax.Array, ...]
     num_layers: int = dataclasses.field(metadata={"static": True})
     backend: str = dataclasses.field(metadata={"static": True})
-    table_RN: jax.Array | None = None  # int32: ids of a row's pages; below 0: none
-    length_R: jax.Array | None = None  # int32: tokens once this call's are written; 0: no row
-    starts_XR: jax.Array | None = None  # int32 [X, R/X + 1]: where chunks begin in their line
-    row_BT: jax.Array | None = None  # int32: whose token, a row of the part's table; -1: padding
+    table_RN: jax.Array | None = None  # int32: ids of a row's pages; negative: none
+    length_R: jax.Array | None = None  # int32: tokens including this call's; 0: unused row
+    starts_XR: jax.Array | None = None  # int32 [X, R/X + 1]: starts of chunks in their line
+    row_BT: jax.Array | None = None  # int32: the token's row in the shard's table; -1: padding
     position_BT: jax.Array | None = None  # int32
 
     @property
     def page_size(self) -> int:
-        """Tokens of a page."""
+        """Tokens per page."""
         return self.pools[-1].shape[2 if self.backend == "ragged" else 3]
 
     @property
     def num_pages(self) -> int:
-        """P: pages of a layer in a part."""
+        """P: pages of a layer in a shard."""
         return self.pools[0].shape[1 if self.backend == "ragged" else 2] // self.num_layers
 
     def bind_tokens(
@@ -71,9 +70,9 @@ class Pages:
         row_BT: jax.Array,
         position_BT: jax.Array,
     ) -> "Pages":
-        """For one call: which tokens it brings, and where their rows' pages are.
+        """Sets one call's tokens and the pages of their rows; see the fields.
 
-        Rows of a part's table that have tokens in a line come before those that have none.
+        In a shard's table, rows with tokens in the line must come before rows without.
         """
         return dataclasses.replace(
             self,
@@ -85,8 +84,10 @@ class Pages:
         )
 
     def bind_next_tokens(self, table_RN: jax.Array, length_R: jax.Array) -> "Pages":
-        """`at` for the next token of each row, tokens [R, 1]; length 0: none of this row. Of rows
-        behind the last of a part that has one nothing is read."""
+        """Calls `bind_tokens` for the next token of each row, tokens [R, 1]; length 0: none.
+
+        Rows after the last one of a shard that has a token are not read.
+        """
         X, R = self.pools[0].shape[0], len(length_R)
         row_R = jnp.where(length_R > 0, jnp.arange(R, dtype=jnp.int32) % (R // X), -1)
         at_R = jnp.arange(R // X + 1, dtype=jnp.int32)
@@ -97,32 +98,32 @@ class Pages:
         )
 
     def begin_segment(self, length_B: jax.Array, steps: int) -> "Pages":
-        """For a segment of at most `steps` calls of `step`: nothing is to be prepared."""
+        """Begins a segment of at most `steps` decoding steps; pages need no preparation."""
         del length_B, steps
         return self
 
     def end_segment(self, count_B: jax.Array) -> "Pages":
-        """Ends a segment that brought each row so many tokens: they are in place."""
+        """Ends a segment that added count_B tokens to each row; they are already in place."""
         del count_B
         return self
 
     def unbind_tokens(self) -> "Pages":
-        """Without what `at` said."""
+        """Clears the fields set by `bind_tokens`."""
         return Pages(self.pools, self.scales, self.num_layers, self.backend)
 
     def write_and_attend(
         self, layer: Any, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array
     ) -> tuple[jax.Array, "Pages"]:
-        """`write`, and then `attend`: [B, T, N, H], and the pool with the tokens in it."""
+        """Calls `write_tokens`, then `attend`; returns [B, T, N, H] and the updated pool."""
         written = self.write_tokens(layer, k_BTKH, v_BTKH)
         return written.attend(layer, q_BTNH), written
 
     def write_tokens(self, layer: Any, k_BTKH: jax.Array, v_BTKH: jax.Array) -> "Pages":
-        """Stores the tokens' keys and values of one layer, in place where the pool is donated.
+        """Stores the tokens' keys and values of one layer, in place if the pool is donated.
 
-        Pages are used again without being cleared, and a weight of 0 does not silence a NaN: a
-        token whose values are not finite has values of 0 and keys of NaN. Who attends to it still
-        gets NaN; who only has its page does not.
+        Pages are reused without being cleared, and a weight of 0 does not mask a NaN. So a token
+        whose values are not finite is stored with values of 0 and keys of NaN: tokens that attend
+        to it get NaN, and those that merely read its page do not.
         """
         bad_BTK1 = ~jnp.all(jnp.isfinite(v_BTKH), axis=-1, keepdims=True)
         k_BTKH = jnp.where(bad_BTK1, jnp.nan, k_BTKH)
@@ -132,15 +133,15 @@ class Pages:
         def write_local(pools: Any, table_RN: Any, row_BT: Any, position_BT: Any, new: Any) -> Any:
             row_T, position_T = row_BT.reshape(-1), position_BT.reshape(-1)
             page_T = table_RN[jnp.maximum(row_T, 0), jnp.maximum(position_T, 0) // self.page_size]
-            # Past the end: dropped. Each at its own place, for the scatter is told there are no two
-            # of one.
+            # Indices past the end are dropped. They differ, because the scatter is promised unique
+            # indices.
             none_T = self.num_layers * self.num_pages + jnp.arange(len(row_T), dtype=jnp.int32)
             page_T = jnp.where((row_T < 0) | (page_T < 0), none_T, page_T + layer * self.num_pages)
             offset_T = position_T % self.page_size
-            turned = (self.backend == "plain", *(False for _ in new[1:]))
+            transposed = (self.backend == "plain", *(False for _ in new[1:]))
             return tuple(
-                self._scatter_tokens(into, page_T, offset_T, x, keys)
-                for into, x, keys in zip(pools, new, turned, strict=True)
+                self._scatter_tokens(into, page_T, offset_T, x, is_transposed)
+                for into, x, is_transposed in zip(pools, new, transposed, strict=True)
             )
 
         written = self._map_shards(
@@ -159,7 +160,7 @@ class Pages:
     def _scatter_tokens(
         self, array: Any, page_T: Any, offset_T: Any, x: jax.Array, transposed: bool
     ) -> Any:
-        """One array of a part, [1, ...], with tokens [B, T, heads, ...] at their places."""
+        """Writes tokens [B, T, heads, ...] to their places in one array of a shard, [1, ...]."""
         x = x.reshape(-1, *x.shape[2:])
         options: Any = {"mode": "drop", "unique_indices": True}
         if self.backend == "ragged":
@@ -169,7 +170,7 @@ class Pages:
         return array.at[0, :, page_T, offset_T].set(x, **options)
 
     def attend(self, layer: Any, q_BTNH: jax.Array) -> jax.Array:
-        """Each token over its row's up to its own, which are written; padding gets 0."""
+        """Attends each token to its row's tokens up to itself, all written; padding gets 0."""
 
         def attend_local(pools: Any, index: Any, q_BTNH: Any) -> Any:
             table_RN, length_R, starts_XR, row_BT, position_BT = index
@@ -186,10 +187,10 @@ class Pages:
         )(self._get_arrays(), index, q_BTNH)
 
     def copy_pages(self, source_XC: jax.Array, target_XC: jax.Array) -> "Pages":
-        """With page target_XC[x, c] of part x as page source_XC[x, c] is, in every layer, in place;
-        below 0: none. No target is a source, too.
+        """Copies page source_XC[x, c] of shard x to page target_XC[x, c], in every layer, in place.
 
-        One page after the other: of a scatter of whole pages TPU compilers make a copy of the pool.
+        Negative ids are skipped. No page may be both a source and a target. Pages are copied one by
+        one, because TPU compilers copy the whole pool for a scatter of pages.
         """
         axis = 1 if self.backend == "ragged" else 2
 
@@ -208,8 +209,8 @@ class Pages:
                 x.reshape(*x.shape[:axis], self.num_layers, self.num_pages, *x.shape[axis + 1 :])
                 for x in pools
             )
-            behind = jnp.max(jnp.where(none_C, 0, jnp.arange(1, len(source_C) + 1)))
-            split = jax.lax.fori_loop(0, behind, copy_page, split)
+            count = jnp.max(jnp.where(none_C, 0, jnp.arange(1, len(source_C) + 1)))
+            split = jax.lax.fori_loop(0, count, copy_page, split)
             return tuple(x.reshape(old.shape) for x, old in zip(split, pools, strict=True))
 
         copied = self._map_shards(
@@ -230,9 +231,9 @@ class Pages:
     def _map_shards(
         self, local: Callable[..., Any], in_axes: Any, out_axes: Any
     ) -> Callable[..., Any]:
-        """`local` on each device's own rows and heads: a kernel is opaque to the partitioner, and
-        ids are local."""
-        if not sharded.get_mesh_axes("batch"):  # no mesh, or no rules that give it a meaning
+        """Maps `local` over each device's own rows and heads, because kernels are opaque to the
+        partitioner and ids are local."""
+        if not sharded.get_mesh_axes("batch"):  # no mesh, or no rules for logical names
             return local
         return jax.shard_map(
             local,
@@ -247,13 +248,13 @@ _HEAD_AXES = ("batch", None, "act_heads")
 
 
 def _get_pool_axes(backend: str, ndim: int) -> tuple[str | None, ...]:
-    """The logical names of the axes of a pool, or of its scales."""
+    """Returns the logical axis names of a pool or of its scales."""
     named = {0: "batch", 3 if backend == "ragged" else 1: "act_heads"}
     return tuple(named.get(i) for i in range(ndim))
 
 
 def _to_partition_specs(names: Any) -> Any:
-    """Tuples of logical names as PartitionSpecs; of tuples of these, all of them."""
+    """Converts tuples of logical names, which may be nested in tuples, to PartitionSpecs."""
     if all(name is None or isinstance(name, str) for name in names):
         return PartitionSpec(*(name and sharded.get_mesh_axes(name) for name in names))
     return tuple(_to_partition_specs(n) for n in names)
@@ -262,25 +263,25 @@ def _to_partition_specs(names: Any) -> Any:
 def init_pages(
     config: Config, num_shards: int, num_pages: int, page_size: int, dtype: jnp.dtype, backend: str
 ) -> Pages:
-    """An empty pool of `pages` pages a layer in each of `parts` parts, which is how many the mesh
-    splits rows in.
+    """Makes an empty pool of `num_pages` pages per layer in each of `num_shards` shards.
 
-    dtype: of keys and values: one of 8 bits, or floating point.
+    `num_shards` is the number of parts that the mesh splits rows into. `dtype`, of keys and values,
+    is floating point or has 8 bits.
     """
     L, K, H = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
     if backend == "ragged":
         shapes = [((num_shards, L * num_pages, page_size, 2 * K, H), dtype)]
     else:
         last = [(H, page_size) if backend == "plain" else (page_size, H), (page_size, H)]
-        shapes = [((num_shards, K, L * num_pages, *of), dtype) for of in last]
-    scaled = [
+        shapes = [((num_shards, K, L * num_pages, *dims), dtype) for dims in last]
+    scale_shapes = [
         ((num_shards, K, L * num_pages, page_size), jnp.float32)
         for _ in shapes
         if dtype == jnp.int8
     ]
     pools, scales = (
-        tuple(_constrain_sharding(jnp.zeros(*of), backend) for of in some)
-        for some in (shapes, scaled)
+        tuple(_constrain_sharding(jnp.zeros(*shape_dtype), backend) for shape_dtype in group)
+        for group in (shapes, scale_shapes)
     )
     return Pages(pools, scales, L, backend)
 
@@ -294,12 +295,12 @@ def _constrain_sharding(x: jax.Array, backend: str) -> jax.Array:
 def check_page_size(
     page_size: int, config: Config, tensor: int, dtype: jnp.dtype, backend: str, field: str
 ) -> None:
-    """Raises UserError, naming `field`, if such pages cannot be read where `tensor` devices share
-    the heads."""
+    """Raises UserError, naming `field`, if the backend's kernel cannot read such pages where
+    `tensor` devices share the heads."""
     K, H = config.num_key_value_heads // tensor, config.head_dim
     obstacles = {"a page holds at least one token": page_size < 1}
     if backend == "ragged":
-        # Keys and values lie beside each other, in words of 32 bits and these in whole tiles.
+        # Keys and values are interleaved, in 32-bit words that must fill whole tiles.
         words, rest = divmod(2 * K * dtype.itemsize, 4)
         tiled = not rest and (words in (1, 2, 4) or words % 8 == 0)
         obstacles |= {
@@ -318,23 +319,23 @@ def check_page_size(
             f"pages for GPU are not of {dtype.name}; int8 has 8 bits, too": dtype.itemsize == 1
             and dtype != jnp.int8,
         }
-    for reason, true in obstacles.items():
-        if true:
+    for reason, applies in obstacles.items():
+        if applies:
             raise UserError(f"{field}: {reason}")
 
 
 def check_table_size(rows: int, columns: int, backend: str, field: str) -> None:
-    """Raises UserError, naming `field`, if the kernel for TPU has no room for a table of so many
-    rows a part: it holds it in its memory for scalars, 1 MiB, in lines of 128."""
+    """Raises UserError, naming `field`, if a table of `rows` rows per shard is too large for TPU's
+    kernel, which keeps it in scalar memory: 1 MiB, in lines of 128."""
     if backend == "ragged" and 4 * rows * (-(-columns // 128) * 128) > _SMEM_BYTES:
         raise UserError(
             f"{field}: a table of {rows} rows x {columns} pages is too large for the kernel for "
-            "TPU; take longer pages"
+            "TPU; use longer pages"
         )
 
 
 def count_token_bytes(config: Config, tensor: int, dtype: jnp.dtype) -> int:
-    """What the keys and values of one token take on each of the devices that share the heads."""
+    """Counts the bytes of a token's keys and values on each of `tensor` devices sharing heads."""
     scale = 4 if dtype == jnp.int8 else 0
     heads = config.num_hidden_layers * config.num_key_value_heads // tensor
     return 2 * heads * (config.head_dim * dtype.itemsize + scale)
@@ -343,11 +344,17 @@ def count_token_bytes(config: Config, tensor: int, dtype: jnp.dtype) -> int:
 def count_read_bytes(
     lengths: Iterable[int], page_size: int, columns: int, bytes_per_token: int, backend: str
 ) -> int:
-    """What a decoding step reads of a device's pool, for rows of these lengths, their newest token
-    included, under a table of `columns` pages a row; `token`: `token_bytes`.
+    """Counts the bytes that a decoding step reads from a device's pool.
 
-    Kernels fetch several pages together, also where a row ends, and of a row that has ended (0)
-    before one that goes on TPU's reads as much as of one token."""
+    Args:
+      lengths: tokens of each row, including the newest.
+      page_size, columns: tokens per page, and pages per row of the table.
+      bytes_per_token: see `count_token_bytes`.
+      backend: a backend of `Pages`.
+
+    Kernels fetch several pages at a time, even at the end of a row. For a finished row (length 0)
+    before one that continues, TPU's kernel reads as much as for one token.
+    """
     tokens_per_fetch = page_size * paged_attention.count_pages_per_fetch(
         backend, page_size, columns, decoding=True
     )

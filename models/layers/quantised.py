@@ -1,13 +1,12 @@
-"""Frozen models in 8 bits: the layers' kernels as integers or floats of 8 bits, times a scale.
+"""Frozen models in 8 bits: the layers' kernels as 8-bit integers or floats, times a scale.
 
 Weight-only and symmetric: each output channel of a kernel has one scale, its largest magnitude over
 the largest number of the type. Activations keep their dtype. Norms, routers and the embedding (and
-with it the head) stay as they are: the first two are small, and every token's distribution depends
-on the rounding of all rows of the head.
+with it the head) are not quantised: the first two are small, and rounding in any row of the head
+changes every token's distribution.
 
-This is not qwix, whose arrays need flax.nnx at import, whose product of float activations and
-integer weights multiplies the whole kernel by its scale first, and which quantises what is in
-memory already.
+qwix is not used because its arrays import flax.nnx, its product of float activations and integer
+weights first multiplies the whole kernel by its scale, and it quantises only what is in memory.
 """
 
 import dataclasses
@@ -21,13 +20,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from models.layers import grouped
 
-MAX_VALUES = {"int8": 127.0, "float8_e4m3fn": 448.0}  # of the types that there are
+MAX_VALUES = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the largest value of each supported dtype
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantised:
-    """A kernel [..., in, out] that is about values · scale."""
+    """A kernel [..., in, out], approximated by values · scale."""
 
     values: Any  # int8 or float8 [..., in, out]
     scale: Any  # float32 [..., 1, out]
@@ -37,7 +36,7 @@ class Quantised:
         return self.values.shape
 
     def astype(self, dtype: jnp.dtype) -> jax.Array:
-        """The kernel in floats."""
+        """Returns the dequantised kernel in `dtype`."""
         return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
 
 
@@ -49,7 +48,7 @@ def is_quantised(x: Any) -> bool:
 
 
 def quantise_kernel(kernel: jax.Array, dtype_name: str) -> Quantised:
-    """The nearest numbers of dtype `kind` (a key of LARGEST) to kernel / scale."""
+    """Rounds kernel / scale to the nearest values of `dtype_name`, a key of MAX_VALUES."""
     wide = kernel.astype(jnp.float32)
     largest = jnp.max(jnp.abs(wide), axis=-2, keepdims=True)
     scale = jnp.where(largest > 0, largest / MAX_VALUES[dtype_name], 1)
@@ -59,10 +58,10 @@ def quantise_kernel(kernel: jax.Array, dtype_name: str) -> Quantised:
 
 
 def dot(x: jax.Array, kernel: Kernel) -> jax.Array:
-    """x [..., in] @ kernel [in, out], in x's dtype.
+    """Computes x [..., in] @ kernel [in, out], in x's dtype.
 
-    A scale multiplies what comes out, so that the kernel is read as it is stored: numbers of 8 bits
-    are exact in bfloat16, and their conversion is part of reading them.
+    The scale is applied to the output, so that the kernel is read in 8 bits: these values are exact
+    in bfloat16, and their conversion is fused into the read.
     """
     if not isinstance(kernel, Quantised):
         return x @ kernel.astype(x.dtype)
@@ -71,7 +70,7 @@ def dot(x: jax.Array, kernel: Kernel) -> jax.Array:
 
 
 def ragged_dot(x: jax.Array, kernel: Kernel, sizes_E: jax.Array) -> jax.Array:
-    """Rows [M, in], grouped by expert, times their expert's kernel [in, out], in x's dtype."""
+    """Multiplies rows [M, in], grouped by expert, by their kernel of [E, in, out]; in x's dtype."""
     if not isinstance(kernel, Quantised):
         return grouped.dot(x, kernel.astype(x.dtype), sizes_E)
     y = grouped.multiply_groups(x, kernel.values, sizes_E, dtype=jnp.float32)
@@ -81,26 +80,26 @@ def ragged_dot(x: jax.Array, kernel: Kernel, sizes_E: jax.Array) -> jax.Array:
 
 
 def cast_kernel(kernel: Kernel, dtype: jnp.dtype) -> Kernel:
-    """A float kernel in `dtype`; a quantised one as it is."""
+    """Casts a float kernel to `dtype`; returns a quantised one unchanged."""
     return kernel if isinstance(kernel, Quantised) else kernel.astype(dtype)
 
 
 def get_kernel_axes(kernel: Kernel, names: tuple[str | None, ...]) -> Any:
-    """The names of a kernel's axes in the structure of the kernel: a scale has no input axis."""
+    """Returns the kernel's axis names, in its pytree structure: a scale has no input axis."""
     if not isinstance(kernel, Quantised):
         return names
     return Quantised(names, (*names[:-2], None, names[-1]))
 
 
 def _is_kernel(path: tuple) -> bool:
-    """True for the path of a parameter that 8-bit models quantise."""
+    """Returns True for the path of a parameter that 8-bit models quantise."""
     names = [key.key for key in path]
     return names[-1] == "kernel" or (names[-2:-1] == ["moe"] and names[-1] != "router")
 
 
 def quantise_shapes(params: Any, dtype_name: str | None) -> Any:
-    """Returns ShapeDtypeStructs, with NamedShardings, of the quantised model; `params` are those
-    of the plain one, and are returned as they are where `dtype_name` is None."""
+    """Returns ShapeDtypeStructs with NamedShardings of the quantised model, from those of the plain
+    model; returns `params` unchanged if `dtype_name` is None."""
     if dtype_name is None:
         return params
 
@@ -119,16 +118,20 @@ def quantise_shapes(params: Any, dtype_name: str | None) -> Any:
 
 
 def split_dtypes(param_dtype: Any, compute_dtype: jnp.dtype) -> tuple[str | None, jnp.dtype]:
-    """(8-bit type of the kernels, if `param_dtype` is one; dtype of the other parameters, which is
-    then that which the model computes in)."""
+    """Returns (8-bit dtype of the kernels or None, dtype of the other parameters).
+
+    If `param_dtype` has 8 bits, the other parameters get `compute_dtype`.
+    """
     name = jnp.dtype(param_dtype).name
     kernel_dtype = name if name in MAX_VALUES else None
     return kernel_dtype, jnp.dtype(compute_dtype if kernel_dtype else param_dtype)
 
 
 def quantise_params(params: Any, dtype_name: str | None, dtype: jnp.dtype) -> Any:
-    """Parameters in `dtype`, their kernels quantised to `kind` if there is one; those that are
-    already stay as they are."""
+    """Casts parameters to `dtype` and, unless `dtype_name` is None, quantises kernels to it.
+
+    Kernels that are already quantised are unchanged.
+    """
 
     def quantise_leaf(path: tuple, x: Kernel) -> Kernel:
         if isinstance(x, Quantised):
@@ -141,13 +144,13 @@ def quantise_params(params: Any, dtype_name: str | None, dtype: jnp.dtype) -> An
 
 
 def quantise_onto(kernel: jax.Array, like: Quantised) -> Quantised:
-    """Quantises a kernel as `like`, ShapeDtypeStructs that say the dtypes and the shardings."""
+    """Quantises a kernel with the dtypes and shardings of `like`, of ShapeDtypeStructs."""
     convert = jax.jit(quantise_kernel, static_argnums=1, out_shardings=_get_shardings(like))
     return convert(kernel, like.values.dtype.name)
 
 
 def quantise_stack(kernels: Iterable[jax.Array], like: Quantised) -> Quantised:
-    """`put` of kernels [..., in, out] as they come, into one stack of them [L, ..., in, out]."""
+    """Quantises kernels [..., in, out] one by one into a stack [L, ..., in, out]; see above."""
     write_layer = _make_layer_writer(like.values.dtype.name, _get_shardings(like))
     stacked = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), like)
     for layer, kernel in enumerate(kernels):

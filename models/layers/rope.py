@@ -1,4 +1,4 @@
-"""Rotary position embeddings (RoPE, arXiv 2104.09864), and how they reach beyond pretraining."""
+"""Rotary position embeddings (RoPE, arXiv 2104.09864), with linear and YaRN scaling."""
 
 import math
 
@@ -11,12 +11,13 @@ from models.layers import sharded
 
 
 def compute_frequencies(c: Config) -> tuple[np.ndarray, float]:
-    """Radians a position of each pair of dimensions, float64 [H/2], and the factor on cos and sin.
+    """Returns radians per position of each pair of dimensions, float64 [H/2], and the factor on cos
+    and sin.
 
     Linear scaling divides every frequency by the factor (arXiv 2306.15595). YaRN (arXiv 2309.00071,
     sections 3.2 to 3.4) keeps those that turn more than beta_fast times within the positions of
-    pretraining, divides those that turn less than beta_slow times, and ramps between; queries and
-    keys each grow by the attention factor, 0.1 ln(factor) + 1.
+    pretraining, divides those that turn less than beta_slow times, and interpolates between;
+    queries and keys are both scaled by the attention factor, 0.1 ln(factor) + 1.
     """
     pairs = c.head_dim // 2
     plain = c.rope_theta ** (-np.arange(pairs) / pairs)
@@ -51,10 +52,10 @@ def _compute_attention_factor(s: RopeScaling) -> float:
 
 
 def compute_rotary(positions_BT: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [B, T, 1, H/2] in float32.
+    """Returns cosines and sines [B, T, 1, H/2] in float32.
 
-    Angles are products in float32, as everywhere that these models were trained: at position p
-    they are right to p · 2⁻²³ radians, 0.016 at 131,072.
+    Angles are products in float32, as in the code that these models were trained with: at position
+    p they are accurate to p · 2⁻²³ radians, 0.016 at 131,072.
     """
     exact, factor = compute_frequencies(config)
     turns_H = jnp.asarray(exact, jnp.float32)[None, None, None]
@@ -63,11 +64,11 @@ def compute_rotary(positions_BT: jax.Array, config: Config) -> tuple[jax.Array, 
 
 
 def apply_rotary(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates pairs (i, i + H/2), Hugging Face's order of the head's dimensions.
+    """Rotates pairs (i, i + H/2), Hugging Face's order of a head's dimensions.
 
-    The halves are joined along an axis of their own: where they are concatenated, a TPU's compiler
-    ended in a failed check at some numbers of tokens. Not so where heads are split over devices,
-    and there the gradient would fetch more.
+    The halves are stacked along a new axis, because with a concatenation the TPU compiler failed an
+    internal check at some numbers of tokens. If heads are split over devices it does not fail, and
+    stacking would make the gradient fetch more, so there they are concatenated.
     """
     cos, sin = (r.astype(x_BTNH.dtype) for r in rope)
     low, high = jnp.split(x_BTNH, 2, axis=-1)

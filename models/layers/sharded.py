@@ -1,8 +1,8 @@
-"""What the mesh does to activations: the residual stream split over its tokens, and the embedding
-looked up without any device holding all of it.
+"""Sharding of activations: the residual stream split over tokens, and an embedding lookup in which
+no device holds the whole table.
 
-Letters as in model.py. Without a mesh, or without rules that give logical names a meaning, all of
-this is the plain computation.
+Letters as in models/transformer.py. Without a mesh, or without rules for logical names, these
+functions do the plain computation.
 """
 
 import math
@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 
 def get_mesh_axes(name: str) -> tuple[str, ...]:
-    """The mesh axes that a logical name stands for here."""
+    """Returns the mesh axes that a logical name maps to in the current context."""
     spec = nn.logical_to_mesh_axes((name,))
     if jax.sharding.get_abstract_mesh().empty or spec is None or spec[0] is None:
         return ()
@@ -26,36 +26,42 @@ def _count_axis_shards(axes: tuple[str, ...]) -> int:
 
 
 def count_shards(name: str) -> int:
-    """In how many a logical name splits an axis here."""
+    """Returns the number of parts that a logical name splits an axis into."""
     return _count_axis_shards(get_mesh_axes(name))
 
 
 def get_dividing_axis(name: str, T: int) -> str | None:
-    """The logical axis, if what it stands for here divides T tokens."""
+    """Returns the logical axis if its mesh axes divide T tokens, else None."""
     return None if T % count_shards(name) else name
 
 
 def constrain_residual(x_BTD: jax.Array) -> jax.Array:
-    """The residual stream, its tokens split by the axis that splits the heads: what is kept of each
-    layer for the backward pass is then nowhere twice (arXiv 2205.05198, section 4.2.2). Where that
-    does not divide T, as in decoding, it is split by rows alone."""
+    """Splits the residual stream's tokens over the axes that split heads.
+
+    Activations kept for the backward pass are then not replicated (arXiv 2205.05198, section
+    4.2.2). If those axes do not divide T, as in decoding, only rows are split.
+    """
     return nn.with_logical_constraint(
         x_BTD, ("batch", get_dividing_axis("act_tokens", x_BTD.shape[1]), None)
     )
 
 
 def constrain_activations(x: jax.Array, name: str | None) -> jax.Array:
-    """Activations [B, T, heads or features, ...] where weights read or make them, along the third
-    axis by what `name` stands for: a device has a part of the tokens, if context divides them."""
+    """Splits the inputs or outputs of weights, [B, T, heads or features, ...].
+
+    The third axis is split by logical axis `name`, and tokens by context if it divides them.
+    """
     spec = ("batch", get_dividing_axis("act_context", x.shape[1]), name, *[None] * (x.ndim - 3))
     return nn.with_logical_constraint(x, spec)
 
 
 def gather_weights(kernel: jax.Array, names: tuple[str | None, ...], T: int) -> jax.Array:
-    """Weights as T tokens of a row meet them, whole along "embed": fetched at once, their gradient
-    summed into shards. Left to the partitioner they come in pieces, each a product of its own that
-    adds to all outputs, and for a gradient over context all tokens are fetched. One token is less
-    than the weights: there the partitioner may choose."""
+    """Gathers weights along "embed" before they are applied to T tokens of a row.
+
+    They are fetched at once, and their gradient is reduce-scattered. The partitioner would fetch
+    them in pieces, each with a product that adds to all outputs, and would fetch all tokens for a
+    gradient over context. If T is 1, tokens are smaller than weights, and the partitioner decides.
+    """
     if T == 1 or count_shards("embed") == 1:
         return kernel
     kept = tuple(None if name == "embed" else name for name in names)
@@ -63,9 +69,11 @@ def gather_weights(kernel: jax.Array, names: tuple[str | None, ...], T: int) -> 
 
 
 def split_by_heads(*q_k_v: jax.Array) -> tuple[jax.Array, ...]:
-    """Queries [B, T, N, H], keys and values [B, T, K, H] as attention wants them: each device has
-    all tokens, of some heads (arXiv 2309.14509, section 3.1). Keys' heads are repeated where there
-    are too few of them for the axes that divide the queries'."""
+    """Splits queries [B, T, N, H], keys and values [B, T, K, H] by heads, as attention needs them.
+
+    Each device then has all tokens of some heads (arXiv 2309.14509, section 3.1). Key/value heads
+    are repeated if there are too few for the axes that split query heads.
+    """
     count = count_shards("act_heads")
 
     def split_heads(x: jax.Array) -> jax.Array:
@@ -79,12 +87,12 @@ def split_by_heads(*q_k_v: jax.Array) -> tuple[jax.Array, ...]:
 def embed_tokens(
     embed_VD: jax.Array, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
-    """embed_VD[tokens_BT], in `dtype`.
+    """Computes embed_VD[tokens_BT], in `dtype`.
 
-    The table lies split over the vocabulary, as the head wants it. Left to the partitioner, each
-    device fetches all of it; here the devices exchange it so that each holds some columns of all
-    tokens, look these up for each other's rows, and exchange what they found: 1/n of the table and
-    as many activations as a device keeps.
+    The table is split over the vocabulary, as the head needs it, and the partitioner would fetch
+    all of it on each device. Here the devices exchange it so that each holds some columns of all
+    vocabulary entries, look these up for each other's rows, and exchange the results. A device
+    transfers 1/n of the table and as many activations as it keeps.
     """
     rows, vocab, heads = get_mesh_axes("batch"), get_mesh_axes("vocab"), get_mesh_axes("act_tokens")
     others = tuple(axis for axis in vocab if axis not in heads)
@@ -99,7 +107,7 @@ def embed_tokens(
 
     def embed_local(embed_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         tokens_BT = jax.lax.all_gather(tokens_BT, others, tiled=True)
-        for along in (heads, others):  # the last axes of the split first, so that V comes in order
+        for along in (heads, others):  # the split's last axes first, so that V stays in order
             embed_VD = jax.lax.all_to_all(embed_VD, along, split_axis=1, concat_axis=0, tiled=True)
         x_BTD = embed_VD[tokens_BT].astype(dtype)
         x_BTD = jax.lax.all_to_all(x_BTD, others, split_axis=0, concat_axis=2, tiled=True)

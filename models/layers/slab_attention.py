@@ -1,4 +1,4 @@
-"""Attention over blocks of slabs, as models/layers/slabs.py lays them out."""
+"""Attention over blocks of slabs, in the layout of models/layers/slabs.py."""
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,12 @@ def attend_blocks(q_BKMH: jax.Array, parts: list[dict], mask: jax.Array) -> jax.
     """Attends to the tokens of all parts.
 
     Args:
-      parts: each with keys [B, K, H, S] and values [B, K, S, H]; int8 ones also with float32
+      parts: each has keys [B, K, H, S] and values [B, K, S, H]; if they are int8, also float32
         key_scales and value_scales [B, K, S].
       mask: bool, broadcastable to [B, K, M, all tokens of all parts].
 
     Returns:
-      [B, K, M, H] in the queries' dtype; the softmax is taken in float32.
+      [B, K, M, H] in the queries' dtype; the softmax is computed in float32.
     """
     dtype, scores, H = q_BKMH.dtype, [], q_BKMH.shape[-1]
     for part in parts:

@@ -1,16 +1,16 @@
 """Keys and values of decoding rows on a CPU: a slab for each row, read without a gather.
 
-Each row of the batch owns one slab, in which its tokens lie in order from the start. What a segment
-of decoding adds goes to a small buffer in which all rows write at the same place, the segment's
-step, so that a step's write is one slice; at the end of the segment the new tokens move into the
-slabs. Slabs are cut into blocks along their tokens, each an array of its own, so that a step can
-read the first few of them, as many as the longest row needs, without a copy.
+Each row of the batch owns one slab, which stores its tokens in order from the start. Tokens added
+by a segment of decoding go to a small buffer, to which all rows write at the same position, the
+segment's step, so that a step's write is one slice; at the end of the segment the new tokens are
+moved into the slabs. Slabs are cut into blocks along their tokens, each a separate array, so that a
+step can read only the blocks needed by the longest row, without a copy.
 
-Only this file knows how the arrays are laid out.
+Only this file and slab_attention.py depend on the layout of the arrays.
 
-Letters in names: B rows (slabs), X lines of prompts (one for each part that the mesh splits rows
-in), T tokens and R prompts of a line, N query heads, K key/value heads, H head dim, M queries of a
-key/value head, S tokens of a block, W tokens of the buffer.
+Letters in names: B rows (slabs), X lines of prompts (one per shard of rows), T tokens and R prompts
+of a line, N query heads, K key/value heads, H head dim, M queries of a key/value head, S tokens of
+a block, W tokens of the buffer.
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ from models.layers import sharded
 from models.layers.paged_attention import quantise_int8
 from models.layers.slab_attention import attend_blocks
 
-MIN_BLOCK_TOKENS = 128  # tokens of a block that is not worth making smaller
-MAX_BLOCKS = 4  # at most
+MIN_BLOCK_TOKENS = 128  # blocks are not made smaller than this
+MAX_BLOCKS = 4
 
-# Where the axes of [rows, T, K, H] (scales: [rows, T, K]) go.
+# The transposition of [rows, T, K, H] (scales: [rows, T, K]).
 _AXIS_ORDER = {
     "keys": (0, 2, 3, 1),
     "values": (0, 2, 1, 3),
@@ -42,31 +42,31 @@ _AXIS_ORDER = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedPrompts:
-    """Prompts, or pieces of them, one behind the other in a line of T tokens for each shard."""
+    """Prompts, or pieces of them, concatenated in a line of T tokens for each shard."""
 
-    slab_XR: jax.Array  # int32: the slab of each prompt; behind the last one anything
-    start_XR: jax.Array  # int32: where its piece begins in the line
-    count_XR: jax.Array  # int32: tokens of the piece; 0 behind the last prompt
-    position_XR: jax.Array  # int32: the position of its first token; above 0 only of the first
-    row_XT: jax.Array  # int32: which prompt a token is of; -1: padding
+    slab_XR: jax.Array  # int32: the slab of each prompt; undefined after the last
+    start_XR: jax.Array  # int32: the start of its piece in the line
+    count_XR: jax.Array  # int32: tokens of the piece; 0 after the last prompt
+    position_XR: jax.Array  # int32: its first token's position; 0 except for prompt 0
+    row_XT: jax.Array  # int32: the prompt of a token; -1: padding
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SegmentBuffer:
-    """What the current segment has added: layer -> arrays as in a slab of W tokens."""
+    """Tokens added by the current segment: layer -> arrays like those of a slab of W tokens."""
 
     arrays: dict[str, tuple[jax.Array, ...]]
     step: jax.Array  # int32 scalar
-    length_B: jax.Array  # int32: tokens of each row in its slab
-    last_block: jax.Array  # int32 scalar: blocks behind the first that hold any of them
+    length_B: jax.Array  # int32: tokens in each row's slab
+    last_block: jax.Array  # int32 scalar: the last block that holds any of them
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slabs:
-    """arrays: name (see _ORDER) -> layer -> block: keys [B, K, H, S] and values [B, K, S, H]; where
-    they are int8, float32 scales [B, K, S]."""
+    """arrays: name (see _AXIS_ORDER) -> layer -> block: keys [B, K, H, S], values [B, K, S, H]; if
+    they are int8, also float32 scales [B, K, S]."""
 
     arrays: dict[str, tuple[tuple[jax.Array, ...], ...]]
     packed: PackedPrompts | None = None
@@ -85,8 +85,8 @@ class Slabs:
         row_XT: jax.Array,
         position_XT: jax.Array,
     ) -> "Slabs":
-        """For a call of the model that reads lines of prompts; arguments as of Pages.at. A row has
-        one page, its slab; and only the first prompt of a line may have been begun before."""
+        """Prepares a call on lines of prompts; arguments as in Pages.bind_tokens. A row's one page
+        is its slab. Only the first prompt of a line may continue earlier pieces."""
         X = len(starts_XR)
         count_XR = starts_XR[:, 1:] - starts_XR[:, :-1]
         position_XR = length_R.reshape(X, -1) - count_XR
@@ -96,8 +96,7 @@ class Slabs:
         return dataclasses.replace(self, packed=line)
 
     def begin_segment(self, length_B: jax.Array, steps: int) -> "Slabs":
-        """For a segment of at most `steps` calls of the model, each with the next token of every
-        row."""
+        """Begins a segment of at most `steps` decoding steps, each with a token of every row."""
 
         def make_buffer(name: str, block: jax.Array) -> jax.Array:
             shape = list(block.shape)
@@ -115,18 +114,18 @@ class Slabs:
         )
 
     def bind_next_tokens(self, table_RN: jax.Array, length_R: jax.Array) -> "Slabs":
-        """For the next token of each row."""
-        del table_RN, length_R  # all rows write at one place, and end where they began the segment
+        """Prepares a call of the model on the next token of each row."""
+        del table_RN, length_R  # all rows write at one step; slabs change at the end
         assert self.segment_buffer is not None
         recent = dataclasses.replace(self.segment_buffer, step=self.segment_buffer.step + 1)
         return dataclasses.replace(self, segment_buffer=recent)
 
     def unbind_tokens(self) -> "Slabs":
-        """Without what `at` said."""
+        """Clears what `bind_tokens` set."""
         return dataclasses.replace(self, packed=None)
 
     def end_segment(self, count_B: jax.Array) -> "Slabs":
-        """Ends a segment: moves its first count_B tokens into the slabs."""
+        """Ends a segment: moves each row's first count_B tokens of it into the slabs."""
         assert self.segment_buffer is not None
         recent = self.segment_buffer
         sizes = self.block_lengths
@@ -153,10 +152,10 @@ class Slabs:
     def write_and_attend(
         self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array
     ) -> tuple[jax.Array, "Slabs"]:
-        """Stores what a call of the model adds to a layer, keys and values [rows, T, K, H], and
-        attends to it and to all before: (out [rows, T, N, H], with it)."""
+        """Stores a call's keys and values [rows, T, K, H] of one layer, attends to all tokens, and
+        returns the output [rows, T, N, H] and the updated slabs."""
         bad = ~jnp.all(jnp.isfinite(v), axis=-1, keepdims=True)
-        # A slab is used again without being cleared, and a weight of 0 does not silence a NaN.
+        # Slabs are reused without being cleared, and a weight of 0 does not mask a NaN.
         new = {"keys": jnp.where(bad, jnp.nan, k), "values": jnp.where(bad, 0, v)}
         if "key_scales" in self.arrays:
             new["keys"], new["key_scales"] = quantise_int8(k)
@@ -208,7 +207,7 @@ class Slabs:
         def prefill_local(
             slabs: Any, new: Any, packed: PackedPrompts, q_XTNH: jax.Array
         ) -> tuple[jax.Array, Any]:
-            packed = jax.tree.map(lambda x: x[0], packed)  # a shard has one
+            packed = jax.tree.map(lambda x: x[0], packed)  # one line per shard
             out_TNH = _attend_prompts(q_XTNH[0], new, slabs, packed)
 
             def write_prompt(r: jax.Array, slabs: Any) -> Any:
@@ -237,8 +236,7 @@ class Slabs:
         return out, dataclasses.replace(self, arrays=arrays)
 
     def copy_pages(self, source_XC: jax.Array, target_XC: jax.Array) -> "Slabs":
-        """With slab target_XC[x, c] of shard x as its slab source_XC[x, c] was; -1: none, and only
-        at the end."""
+        """Copies slab source_XC[x, c] of shard x to target_XC[x, c]; -1 (none) only at the end."""
 
         def copy_local(slabs: Any, source_XC: jax.Array, target_XC: jax.Array) -> Any:
             source_C, target_C = source_XC[0], target_XC[0]
@@ -256,7 +254,7 @@ class Slabs:
         return dataclasses.replace(self, arrays=copied)
 
     def gather_rows(self, rows_XR: jax.Array) -> "Slabs":
-        """With other rows: entry i of a shard is its slab rows_XR[x, i]; -1: any."""
+        """Selects rows: entry i of shard x is its slab rows_XR[x, i]; for -1 it is undefined."""
 
         def gather_local(slabs: Any, rows_XR: jax.Array) -> Any:
             return jax.tree.map(lambda x: x[jnp.maximum(rows_XR[0], 0)], slabs)
@@ -264,7 +262,7 @@ class Slabs:
         return dataclasses.replace(self, arrays=_map_shards(gather_local, self.arrays, rows_XR))
 
     def constrain_sharding(self) -> "Slabs":
-        """With its rows and heads split over the mesh."""
+        """Splits rows and heads over the mesh."""
 
         def constrain_array(x: jax.Array) -> jax.Array:
             return nn.with_logical_constraint(x, ("batch", "act_heads", *[None] * (x.ndim - 2)))
@@ -273,7 +271,7 @@ class Slabs:
 
 
 def init_slabs(config: Config, rows: int, tokens: int, dtype: jnp.dtype) -> Slabs:
-    """Empty slabs of `tokens` tokens, of keys and values that are floating point or int8."""
+    """Makes empty slabs of `tokens` tokens; `dtype` is floating point or int8."""
     L, K, H = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
     names = [name for name in _AXIS_ORDER if "scales" not in name or dtype == jnp.int8]
 
@@ -290,7 +288,7 @@ def init_slabs(config: Config, rows: int, tokens: int, dtype: jnp.dtype) -> Slab
 
 
 def choose_block_sizes(tokens: int) -> list[int]:
-    """Tokens of each block of a slab: an eighth, an eighth, a quarter and half, about."""
+    """Returns tokens of each block of a slab: about an eighth, an eighth, a quarter and a half."""
     ends = [max(tokens, 1)]
     while ends[0] >= 2 * MIN_BLOCK_TOKENS and len(ends) < MAX_BLOCKS:
         ends.insert(0, -(-ends[0] // 2))
@@ -298,7 +296,7 @@ def choose_block_sizes(tokens: int) -> list[int]:
 
 
 def _get_token_axis(name: str) -> int:
-    """Which axis the tokens of one slab lie along."""
+    """Returns the token axis of a single slab."""
     return _AXIS_ORDER[name].index(1) - 1
 
 
@@ -312,15 +310,15 @@ def _write_tokens(
     count: jax.Array,
     position: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """Tokens [start, start + count) of `source`, which has tokens along `axis`, at `position` of a
-    slab: in a window of each block, around what it holds already."""
+    """Writes tokens [start, start + count) of `source`, along `axis`, to `position` of a slab, in a
+    window of each block that keeps its other tokens."""
     tokens, written, first = source.shape[axis], [], 0
     for block, size in zip(blocks, sizes, strict=True):
         width = min(tokens, size)
         padding = [(0, 0)] * source.ndim
         padding[axis] = (width, width)
-        begin = jnp.clip(position - first, 0, size - width)  # of the window, in the block
-        offset = first + begin - position  # of the window, behind the piece's first token
+        begin = jnp.clip(position - first, 0, size - width)  # the window's start in the block
+        offset = first + begin - position  # the window's start relative to the piece's
         piece = jnp.pad(source, padding)
         shift = jnp.clip(start + offset + width, 0, tokens + width)
         piece = jax.lax.dynamic_slice_in_dim(piece, shift, width, axis)
@@ -339,8 +337,8 @@ def _write_tokens(
 
 
 def _attend_prompts(q_TNH: jax.Array, new: dict, slabs: dict, packed: PackedPrompts) -> jax.Array:
-    """Tokens of a line over earlier ones of their own prompt: of the line, and, where its first
-    prompt was begun before, of that one's slab."""
+    """Attends tokens of a line to earlier ones of their own prompt: in the line and, if the first
+    prompt continues earlier pieces, in its slab."""
     T, N, H = q_TNH.shape
     K = new["keys"].shape[1]
     q_1KMH = q_TNH.reshape(T, K, N // K, H).transpose(1, 2, 0, 3).reshape(1, K, -1, H)
@@ -373,11 +371,14 @@ def _attend_prompts(q_TNH: jax.Array, new: dict, slabs: dict, packed: PackedProm
 
 
 def _map_shards(function: Callable, slabs: Any, *others: Any, leading_output: str = "") -> Any:
-    """`function` of each device's own slabs and of its part of the other arrays, whose first axis
-    is that of rows or lines, and whose second, if there are more than two, that of heads (queries:
-    the third). `first`: what it returns begins with something like queries."""
+    """Maps `function` over each device's own slabs and its part of the other arrays.
+
+    The first axis of those is rows or lines; the second, if there are more than two, is heads. With
+    `leading_output` the last of them is queries, with heads on the third axis, and the function
+    returns first an array of the same layout.
+    """
     rows, heads = sharded.get_mesh_axes("batch"), sharded.get_mesh_axes("act_heads")
-    if not rows:  # no mesh, or no rules that give it a meaning
+    if not rows:  # no mesh, or no rules for logical names
         return function(slabs, *others)
     P = jax.sharding.PartitionSpec
 

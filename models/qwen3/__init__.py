@@ -1,1 +1,1 @@
-"""Qwen3 in Flax: config (what a model is), model (what it computes), weights (how it is stored)."""
+"""Qwen3 in Flax: config (architecture), model (computation), family (spec and weight names)."""

@@ -1,9 +1,9 @@
-"""What a Qwen3 is: the fields of config.json that change the mathematics, and the released sizes.
+"""Qwen3's config: the fields of config.json that change the computation, and the released sizes.
 
-Field names are those of Hugging Face's config.json, so that a reader of either knows both. The
-letters that stand for them in array names: V vocab_size, D hidden_size, F intermediate_size,
-L num_hidden_layers, N num_attention_heads, K num_key_value_heads, H head_dim, E num_experts,
-A num_experts_per_tok; F is moe_intermediate_size in an expert.
+Fields are named as in Hugging Face's config.json. The letters that stand for them in array names
+are V vocab_size, D hidden_size, F intermediate_size, L num_hidden_layers, N num_attention_heads,
+K num_key_value_heads, H head_dim, E num_experts, A num_experts_per_tok; F is moe_intermediate_size
+in an expert.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from models.errors import UserError
 _DENSE_NAMES = ("Qwen3ForCausalLM", "qwen3")
 _SPARSE_NAMES = ("Qwen3MoeForCausalLM", "qwen3_moe")
 ARCHITECTURES = (*_DENSE_NAMES, *_SPARSE_NAMES)
-_FIXED_FIELDS = {  # fields for which no more than one value is computed
+_FIXED_FIELDS = {  # fields of which only one value is implemented
     "attention_bias": False,
     "use_sliding_window": False,
     "hidden_act": "silu",
@@ -25,7 +25,7 @@ _POSITIVE_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "decoder_sparse_step"),
 )
-_EXPERT_FIELDS = (  # the fields that a dense model's config.json lacks
+_EXPERT_FIELDS = (  # fields missing from a dense model's config.json
     "num_experts",
     "num_experts_per_tok",
     "moe_intermediate_size",
@@ -50,46 +50,48 @@ class Config:
     rms_norm_eps: float
     tie_word_embeddings: bool
     max_position_embeddings: int
-    num_experts: int = 0  # 0: a dense model, to which the fields below mean nothing
+    num_experts: int = 0  # 0: dense, and the expert fields below are unused
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
-    norm_topk_prob: bool = False  # an expert's weight is relative to the others chosen
-    decoder_sparse_step: int = 1  # every so many layers one has experts, the first ones do not
-    mlp_only_layers: tuple[int, ...] = ()  # indices of further layers without
+    norm_topk_prob: bool = False  # the weights of a token's experts sum to one
+    decoder_sparse_step: int = 1  # layers n-1, 2n-1, ... have experts
+    mlp_only_layers: tuple[int, ...] = ()  # indices of further layers without experts
     rope_scaling: RopeScaling | None = None
 
     @classmethod
     def from_hf(cls, fields: dict, source: str = "config.json") -> "Config":
-        """Reads config.json's fields, in transformers 4 and 5 spellings of the rotary embedding.
+        """Reads config.json's fields, in transformers 4's or 5's spelling of the rotary embedding.
 
         Raises:
-          UserError: for a missing field, or a variant that this model
-            does not compute (biases, sliding windows, other rotary embeddings).
+          UserError: for a missing field, or a variant that is not implemented (biases, sliding
+            windows, other rotary embeddings).
         """
-        # Where both are there, transformers reads the second, which was its only name until 5.
+        # If both are present, transformers reads rope_scaling, the only name until version 5.
         rope_field = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
         rope = fields.get(rope_field) or {}
         if not isinstance(rope, dict):
             raise UserError(f"{source}: {rope_field} is no object")
-        for name, only in _FIXED_FIELDS.items():
-            if (fields.get(name) or only) != only:
+        for name, supported in _FIXED_FIELDS.items():
+            if (fields.get(name) or supported) != supported:
                 raise UserError(f"{source}: {name}={fields[name]!r} is not supported")
-        known = (fields.get("rope_parameters") or {}).get("rope_theta", fields.get("rope_theta"))
-        values = {**fields, "rope_theta": rope.get("rope_theta", known)}
+        theta = (fields.get("rope_parameters") or {}).get("rope_theta", fields.get("rope_theta"))
+        values = {**fields, "rope_theta": rope.get("rope_theta", theta)}
         field_types = typing.get_type_hints(cls)
         field_types.pop("rope_scaling")
         if read_architecture(fields) in _DENSE_NAMES:
             field_types = {
-                name: kind for name, kind in field_types.items() if name not in _EXPERT_FIELDS
+                name: field_type
+                for name, field_type in field_types.items()
+                if name not in _EXPERT_FIELDS
             }
-        else:  # transformers 5 has another name for the first, and null for an empty list
+        else:  # transformers 5 renamed num_experts, and writes null for an empty list
             values.setdefault("num_experts", fields.get("num_local_experts"))
             values["mlp_only_layers"] = fields.get("mlp_only_layers") or ()
         missing = [name for name in field_types if values.get(name) is None]
         if missing:
             raise UserError(f"{source}: field {missing[0]!r} is missing")
         try:
-            config = cls(**{name: kind(values[name]) for name, kind in field_types.items()})
+            config = cls(**{name: convert(values[name]) for name, convert in field_types.items()})
             scaling = parse_rope_scaling(
                 rope, f"{source}: {rope_field}", config.max_position_embeddings
             )
@@ -100,7 +102,7 @@ class Config:
         return config
 
     def to_hf(self) -> dict:
-        """The config.json fields that transformers 4 and 5 and vLLM read this architecture from."""
+        """Returns config.json fields that transformers 4 and 5 and vLLM can read."""
         names = _SPARSE_NAMES if self.num_experts else _DENSE_NAMES
         fields = dataclasses.asdict(self)
         scaling = {k: v for k, v in (fields["rope_scaling"] or {}).items() if v is not None}
@@ -122,14 +124,14 @@ class Config:
 
     @property
     def context_length(self) -> int:
-        """Positions that the model is for."""
+        """The number of positions that the model supports."""
         s = self.rope_scaling
         reach = int(s.factor * s.original_max_position_embeddings) if s else 0
         return max(self.max_position_embeddings, reach)
 
     @property
     def sparse_layers(self) -> tuple[bool, ...]:
-        """Of each layer, whether its feed-forward is a mixture of experts."""
+        """For each layer, True if its feed-forward is a mixture of experts."""
         return tuple(
             self.num_experts > 0
             and layer not in self.mlp_only_layers
@@ -139,12 +141,12 @@ class Config:
 
     @property
     def routing_shape(self) -> tuple[int, int]:
-        """How many layers have experts, and to how many of each a token goes."""
+        """The number of sparse layers, and of the experts per token in each."""
         return sum(self.sparse_layers), self.num_experts_per_tok
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the model; a tied head counts once."""
+        """The number of parameters; a tied head counts once."""
         d, experts = self.hidden_size, self.num_experts
         heads, kv = self.num_attention_heads, self.num_key_value_heads
         attention = d * self.head_dim * (2 * heads + 2 * kv) + 2 * self.head_dim
@@ -156,7 +158,7 @@ class Config:
 
 
 def _check_config(config: Config, source: str) -> None:
-    """Raises UserError for numbers that are no model."""
+    """Raises UserError if the sizes do not describe a valid model."""
     for name in _POSITIVE_FIELDS:
         if getattr(config, name) < 1:
             raise UserError(f"{source}: {name}={getattr(config, name)} is below 1")
@@ -201,8 +203,8 @@ def _make_sparse(d: int, f: int, layers: int, heads: int, expert_f: int) -> Conf
     )
 
 
-# The models of the Qwen3 report. Base models allow 32,768 positions and the 2507 releases
-# have another rope_theta: a model directory's own config.json is what a run reads.
+# The models of the Qwen3 report. Base models allow 32,768 positions and the 2507 releases have
+# another rope_theta; runs read the config.json of the model directory instead.
 SIZES = {
     "0.6b": _make_dense(1024, 3072, 28, 16, tied=True),
     "1.7b": _make_dense(2048, 6144, 28, 16, tied=True),

@@ -1,4 +1,4 @@
-"""Qwen3 as a Family: its weights' names, operations and the sizes that a mesh must divide."""
+"""Qwen3 as a Family: weight names, operation counts and the sizes that a mesh must divide."""
 
 from models.family import Family, TensorNames
 from models.layers import pages
@@ -30,8 +30,8 @@ TENSOR_NAMES: TensorNames = {
 def count_forward_flops(
     config: Config, tokens: float, context_length: float, with_head: bool
 ) -> float:
-    """Operations of one forward pass over `tokens`, each of which attends to `context_length`
-    others: 2 for each multiplication of a weight, 4·N·H for each pair of tokens and layer."""
+    """Counts the operations of a forward pass over `tokens`, each attending to `context_length`
+    others: 2 per weight and token, and 4·N·H per pair of tokens and layer."""
     D, H = config.hidden_size, config.head_dim
     N, K = config.num_attention_heads, config.num_key_value_heads
     per_layer = 2 * D * H * (2 * N + 2 * K) + 4 * N * H * context_length
@@ -46,7 +46,7 @@ def count_forward_flops(
 
 
 def get_sharded_sizes(config: Config) -> dict[str, dict[str, int]]:
-    """Logical axis -> the config's fields that it splits, with their sizes."""
+    """Returns logical axis -> the config's fields that it splits, with their sizes."""
     sizes = {
         "heads": {
             "num_attention_heads": config.num_attention_heads,

@@ -49,7 +49,7 @@ class Block(nn.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream.
 
     sparse: the feed-forward is a mixture of experts.
-    kernel: the row of models.layers.attention.TABLE that computes attention.
+    kernel: the implementation of attention, a key of models.layers.attention.TABLE.
     """
 
     config: Config

@@ -1,4 +1,4 @@
-"""The shared parts of the side-by-side benchmarks: processes that answer, medians, tables."""
+"""The shared parts of the side-by-side benchmarks: worker processes, medians and tables."""
 
 import dataclasses
 import os
@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # it warns that what we compare with may change
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = (
+    "1"  # silences the warning that experimental APIs may change
+)
 
 from benchmarks import contest, loss, score, train_step, trainers
 from models.qwen3.config import SIZES
@@ -43,23 +45,23 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_each_turn_is_a_process_and_medians_are_taken(fake: Path) -> None:
-    def begin(python: str, name: str):
+    def make_contender(python: str, name: str):
         return lambda: contest.Worker(python, "fake_worker", name)
 
-    who = {
-        "a": begin(sys.executable, str(fake / "a")),
-        "absent": begin(sys.executable, "absent"),
-        "no python": begin("/no/such/python", "a"),
+    contenders = {
+        "a": make_contender(sys.executable, str(fake / "a")),
+        "absent": make_contender(sys.executable, "absent"),
+        "no python": make_contender("/no/such/python", "a"),
     }
-    found, _ = contest.run_turns(who, 3, {"tokens": 5})
-    # Each turn is a new process: 1 2, 2 3, 3 4.
-    assert found["a"]["all_seconds"] == [1, 2, 2, 3, 3, 4]
-    assert found["a"]["seconds"] == 2.5
-    assert found["a"]["first_call_seconds"] == 1 and found["a"]["peak_bytes"] == 2
-    assert "not installed" in found["absent"]["absent"]
-    assert "not installed (/no/such/python" in found["no python"]["absent"]
-    found, _ = contest.run_turns({"a": who["a"]}, 1, {"tokens": 1})
-    assert found["a"] == {"absent": "MemoryError: no room"}
+    results, _ = contest.run_turns(contenders, 3, {"tokens": 5})
+    # Each turn is a new process: seconds 1 2, then 2 3, then 3 4.
+    assert results["a"]["all_seconds"] == [1, 2, 2, 3, 3, 4]
+    assert results["a"]["seconds"] == 2.5
+    assert results["a"]["first_call_seconds"] == 1 and results["a"]["peak_bytes"] == 2
+    assert "not installed" in results["absent"]["absent"]
+    assert "not installed (/no/such/python" in results["no python"]["absent"]
+    results, _ = contest.run_turns({"a": contenders["a"]}, 1, {"tokens": 1})
+    assert results["a"] == {"absent": "MemoryError: no room"}
 
 
 def test_table_shows_rates_and_shares_of_the_limits() -> None:
@@ -77,11 +79,11 @@ def test_table_shows_rates_and_shares_of_the_limits() -> None:
 
 
 def test_counted_costs_agree_with_formulas() -> None:
-    """Against formulas by hand: 6 operations a weight and token of the student, 2 of the teacher,
-    attention beside them."""
-    for of in (train_step, score, loss):
-        of.OPTIONS.mark_as_parsed()
-        of.OPTIONS.rows, of.OPTIONS.tokens = 2, 64
+    """Formulas by hand: per token, 6 FLOPs for each weight of the student and 2 for each of the
+    teacher, plus attention."""
+    for benchmark in (train_step, score, loss):
+        benchmark.OPTIONS.mark_as_parsed()
+        benchmark.OPTIONS.rows, benchmark.OPTIONS.tokens = 2, 64
     M, V, D, E, L = 128, 151_936, 1024, 2048, 28
     student = L * (2 * D * 2048 + 2 * D * 1024 + 3 * D * 3072) + V * D
     attention = 4 * M * L * 2048 * 65 / 2
@@ -116,7 +118,7 @@ def test_contenders_follow_the_dtype() -> None:
 
 @pytest.mark.parametrize("what", [pytest.param("loss", marks=pytest.mark.long), "logp"])
 def test_ours_and_torch_answer_jobs(what: str) -> None:
-    """This project's and torch's, at tiny shapes, in this process."""
+    """This project's and torch's implementations, at tiny shapes, in this process."""
     size = dataclasses.replace(
         SIZES["0.6b"],
         **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 64},

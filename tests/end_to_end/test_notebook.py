@@ -25,7 +25,7 @@ train = verb_module("train")
 
 FILE = ROOT / "notebooks" / "colab_tpu.ipynb"
 VERBS = {"evaluate": evaluate, "train": train, "compare": compare, "export": export}
-# A last cell: prints which Python ran it and what that imported, and shows that a program's failure
+# An extra last cell: prints its Python and what that imported, and shows that a program's failure
 # fails the cell.
 PROBE = """
 print(sys.executable, sorted({"jax", "numpy", "distill"} & set(sys.modules)))
@@ -45,8 +45,8 @@ def code(nb: Any) -> list[Any]:
 
 
 def execute(folder: Path, directory: Path = FILE.parent, **parameters: object) -> Any:
-    """Runs the notebook in `directory` with these parameters, in a kernel of this Python; returns
-    it with its outputs. Raises CellExecutionError at the first cell that fails."""
+    """Runs the notebook in `directory` with these parameters, in a kernel of this Python, and
+    returns it with its outputs. Raises CellExecutionError at the first cell that fails."""
     nb = notebook()
     index = next(
         i for i, cell in enumerate(nb.cells) if "parameters" in cell.metadata.get("tags", ())
@@ -56,20 +56,20 @@ def execute(folder: Path, directory: Path = FILE.parent, **parameters: object) -
     nb.cells.append(nbformat.v4.new_code_cell(PROBE, id="probe"))
     with pytest.MonkeyPatch.context() as patch:
         for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
-            patch.setenv(name, str(folder / "jupyter"))  # neither read nor write the user's
+            patch.setenv(name, str(folder / "jupyter"))  # neither read nor write the user's files
         where = {"metadata": {"path": str(directory)}}
         NotebookClient(nb, timeout=600, kernel_name="python3", resources=where).execute()
     return nb
 
 
 def printed(nb: Any, name: str) -> str:
-    """Returns what the cell of this id printed."""
+    """Returns the printed output of the cell with this id."""
     cell = next(cell for cell in nb.cells if cell.get("id") == name)
     return "".join(output.get("text", "") for output in cell.outputs)
 
 
 def shown(nb: Any, kind: str) -> list[str]:
-    """Returns what cells displayed as this MIME type."""
+    """Returns the outputs that cells displayed with this MIME type."""
     outputs = [output for cell in code(nb) for output in cell.outputs]
     return [output.data[kind] for output in outputs if kind in output.get("data", {})]
 
@@ -106,20 +106,21 @@ def test_every_cell_runs(done: tuple[Any, Path]) -> None:
     )
     assert before["problems"] == after["problems"] == 16 and before["accuracy"] > 0
     assert after["accuracy"] == steps[-1]["eval/accuracy"]  # the same problems
-    for one in (before, after):
-        assert f"{100 * one['accuracy']:.1f} [" in printed(nb, "after")
+    for evaluation in (before, after):
+        assert f"{100 * evaluation['accuracy']:.1f} [" in printed(nb, "after")
     assert {"adapter", "model.safetensors", "tokenizer.json"} <= set(printed(nb, "export").split())
     text = printed(nb, "transcript")
     pairs = zip(*(rows(out / when / "examples.jsonl") for when in ("before", "after")), strict=True)
-    asked = [f"<|im_start|>user\n{row['question']}<|im_end|>" for _, row in problems(16)]
+    prompts = [f"<|im_start|>user\n{row['question']}<|im_end|>" for _, row in problems(16)]
     assert any(  # a question with its two answers
         question in text and all(row["response"] in text for row in pair)
-        for question, pair in zip(asked, pairs, strict=True)
+        for question, pair in zip(prompts, pairs, strict=True)
     )
 
 
 def test_kernel_imports_no_jax_and_shows_failures(done: tuple[Any, Path]) -> None:
-    """It imports nothing that the installation replaces, and leaves the chip to programs."""
+    """The kernel imports nothing that the installation replaces, and leaves the chip to
+    programs."""
     text = printed(done[0], "probe").splitlines()
     assert text[0] == f"{sys.executable} []"
     assert text[1] == "gone wrong" and text[2].startswith("exit code 3, see above: ")
@@ -149,12 +150,12 @@ def test_second_run_all_repeats_nothing(done: tuple[Any, Path]) -> None:
 
 
 def test_failing_cell_fails_the_notebook(tmp_path: Path) -> None:
-    """Outside a checkout, without REPOSITORY."""
+    """Runs outside a checkout, without REPOSITORY."""
     with pytest.raises(CellExecutionError, match="set REPOSITORY to this project's address"):
         execute(tmp_path, directory=tmp_path, TINY=True)
 
 
-def test_form_of_the_committed_notebook() -> None:
+def test_committed_notebook_has_no_outputs_and_its_metadata() -> None:
     nb = notebook()
     nbformat.validate(nb)
     assert nb.metadata.accelerator == "TPU" and nb.metadata.colab.gpuType == "V5E1"
@@ -168,11 +169,11 @@ def test_form_of_the_committed_notebook() -> None:
         paths = re.findall(r"""["'](/\w[^"']*)""", cell.source)
         assert all(path.startswith("/content/drive") for path in paths), paths
     assert "colab.research.google.com" in nb.cells[0].source
-    assert not re.findall(r"github\.com/(?!OWNER/NAME)\w", FILE.read_text())  # no one's repository
+    assert not re.findall(r"github\.com/(?!OWNER/NAME)\w", FILE.read_text())  # no fixed repository
 
 
 def flags(nb: Any) -> Iterator[tuple[str, str]]:
-    """Yields (verb, flag) of every command in the cells, names replaced by their values."""
+    """Yields (verb, flag) of every command in the cells, with names replaced by their values."""
     nodes = [node for cell in code(nb) for node in ast.walk(ast.parse(cell.source))]
     named = {ast.unparse(n.targets[0]): n.value for n in nodes if isinstance(n, ast.Assign)}
     for node in nodes:
@@ -187,10 +188,10 @@ def flags(nb: Any) -> Iterator[tuple[str, str]]:
             yield from ((verb, text) for text in texts if text.startswith("--"))
 
 
-def test_flags_of_commands_exist() -> None:
-    found = list(flags(notebook()))
-    assert {verb for verb, _ in found} == set(VERBS) and len(found) > 15
-    for verb, text in found:
+def test_flags_of_commands_in_cells_exist() -> None:
+    commands = list(flags(notebook()))
+    assert {verb for verb, _ in commands} == set(VERBS) and len(commands) > 15
+    for verb, text in commands:
         name = text.removeprefix("--").partition("=")[0]
         assert name in VERBS[verb].OPTIONS, (verb, text)
 
@@ -206,7 +207,7 @@ def test_config_keys_in_prose_exist_for_train() -> None:
 
 
 def test_full_size_runs_the_same_cells() -> None:
-    """TINY chooses values; no cell branches on it."""
+    """TINY only chooses values; no cell branches on it."""
     for cell in code(notebook()):
         for node in ast.walk(ast.parse(cell.source)):
             if isinstance(node, ast.If):

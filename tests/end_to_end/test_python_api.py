@@ -1,4 +1,4 @@
-"""The Python API: README's lines run, and give what the verbs give."""
+"""Tests the Python API: the lines in README run, and results equal those of the verbs."""
 
 import importlib
 import json
@@ -24,11 +24,11 @@ CHAT = [{"role": "user", "content": "What is 2 + 2?"}]
 
 
 def readme_lines() -> str:
-    """The code block of README's section on Python."""
+    """Returns the code block of README's section on Python."""
     section = (ROOT / "README.md").read_text().partition("\n## From Python\n")[2]
-    found = re.search(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
-    assert found
-    return found.group(1)
+    block = re.search(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    assert block
+    return block.group(1)
 
 
 def tiny_config() -> ConfigDict:
@@ -48,7 +48,7 @@ def completions(models: tuple[Policy, Policy]) -> list[distill.Completion]:
 
 
 def test_readme_lines_run(tmp_path: Path) -> None:
-    """With the tiny models in place of the hub's, and the config that the section begins with."""
+    """Uses tiny models instead of the hub's, and the config with which the section begins."""
     lines = readme_lines()
     for hub_id, path in (("Qwen/Qwen3-0.6B", STUDENT), ("Qwen/Qwen3-8B", TEACHER)):
         assert hub_id in lines
@@ -63,26 +63,27 @@ def test_readme_lines_run(tmp_path: Path) -> None:
     assert list(names["run"].metrics()["step"]) == [0, 1]
 
 
-def test_samples_come_in_order_and_repeat(models, completions) -> None:
+def test_samples_are_ordered_and_reproducible(models, completions) -> None:
     assert len(completions) == 6
     assert completions[0].prompt_tokens == completions[1].prompt_tokens == [17, 10, 17, 28]
     assert completions[4].prompt_tokens == [17, 10]
-    assert len(completions[2].prompt_tokens) > len("What is 2 + 2?")  # the template is around it
+    # The chat template adds tokens.
+    assert len(completions[2].prompt_tokens) > len("What is 2 + 2?")
     for x in completions:
         assert len(x.tokens) == len(x.logprobs) <= 8 and x.finish_reason in ("stop", "length")
     again = distill.sample(models[0], ["2+2=", CHAT, [17, 10]], samples=2, max_new_tokens=8)
     assert [x.tokens for x in again] == [x.tokens for x in completions]
 
 
-def test_scores_of_own_samples_are_those_of_the_sampler(models, completions) -> None:
+def test_logprobs_of_own_samples_equal_the_samplers(models, completions) -> None:
     for x, scores in zip(completions, distill.logprobs(models[0], completions), strict=True):
         np.testing.assert_allclose(scores, x.logprobs, atol=1e-4)
 
 
-def test_reverse_kl_is_that_of_the_full_distributions(models, completions) -> None:
-    """Against a sum over the vocabulary of what `score` gives each model."""
+def test_reverse_kl_equals_the_sum_over_the_vocabulary(models, completions) -> None:
+    """The sum is over the log-probabilities that `score` gives for each model."""
     student, teacher = models
-    found = distill.reverse_kl(student, teacher, completions)
+    actual = distill.reverse_kl(student, teacher, completions)
     x = completions[0]
     ids = x.prompt_tokens + x.tokens
     size = student.config.vocab_size
@@ -91,15 +92,15 @@ def test_reverse_kl_is_that_of_the_full_distributions(models, completions) -> No
     for t in range(len(x.tokens)):
         logp, logq = (row[len(x.prompt_tokens) + t] for row in rows)
         expected[t] = np.sum(np.exp(logp) * (logp - logq))
-    np.testing.assert_allclose(found[0], expected, atol=1e-4)
-    assert all(len(kl) == len(y.tokens) for kl, y in zip(found, completions, strict=True))
-    assert all((kl > -1e-6).all() for kl in found)
+    np.testing.assert_allclose(actual[0], expected, atol=1e-4)
+    assert all(len(kl) == len(y.tokens) for kl, y in zip(actual, completions, strict=True))
+    assert all((kl > -1e-6).all() for kl in actual)
     for kl in distill.reverse_kl(student, student, completions):
         assert not kl.any()
 
 
 def top_of(model: Policy, ids: list[int], size: int) -> list[np.ndarray]:
-    """Log-probabilities of the whole vocabulary at each place, by token id."""
+    """Returns log-probabilities of the whole vocabulary at each position, by token id."""
     from distill.evaluation import scoring
     from distill.policy import policy
 
@@ -114,7 +115,7 @@ def top_of(model: Policy, ids: list[int], size: int) -> list[np.ndarray]:
     return rows
 
 
-def test_evaluate_is_the_verb(models, tmp_path: Path) -> None:
+def test_evaluate_equals_the_verb(models, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     summary = distill.evaluate(models[0], "arithmetic", out=out, limit=4, max_new_tokens=8)
     assert json.loads(json.dumps(summary)) == json.loads(
@@ -142,18 +143,18 @@ def test_a_run_trains_and_loads(tmp_path: Path) -> None:
         (["2"], {"smaples": 3}, "smaples"),
     ],
 )
-def test_a_bad_argument_is_named(models, prompts, options, words) -> None:
+def test_bad_arguments_are_named_in_the_error(models, prompts, options, words) -> None:
     with pytest.raises(UserError, match=re.escape(words)):
         distill.sample(models[0], prompts, **options)
 
 
-def test_a_path_that_is_no_model_is_named(tmp_path: Path) -> None:
+def test_a_path_without_a_model_is_named_in_the_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no/such/place"):
         distill.load("no/such/place")
 
 
 def test_functions_keep_their_names_beside_the_verbs() -> None:
-    """A verb's module and the function of the same name are both there."""
+    """The module of a verb and the function with its name are both importable."""
     for name in ("train", "evaluate"):
         module = importlib.import_module(f"distill.{name}")
         assert isinstance(module, ModuleType) and module.main
@@ -162,6 +163,6 @@ def test_functions_keep_their_names_beside_the_verbs() -> None:
         )
 
 
-def test_importing_it_loads_no_jax() -> None:
+def test_importing_distill_loads_no_jax() -> None:
     code = "import sys, distill; sys.exit('jax' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

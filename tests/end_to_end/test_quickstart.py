@@ -1,4 +1,4 @@
-"""The quick start, tiny: what it leaves, that it goes on where it was, and what it refuses."""
+"""Tests the tiny quick start: its files, resuming and refused arguments."""
 
 import json
 import shutil
@@ -31,9 +31,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def start(models: tuple[str, str], workdir: Path, *flags: str) -> int:
-    """The exit code of the tiny quick start on these models."""
+    """Runs the tiny quick start on these models; returns its exit code."""
     for name in [name for name in quickstart.OPTIONS if name.startswith("config.")]:
-        delattr(quickstart.OPTIONS, name)  # overrides of an earlier call
+        delattr(quickstart.OPTIONS, name)  # overrides from an earlier call
     return call(
         quickstart,
         f"--config={ROOT}/configs/quickstart.py:tiny",
@@ -48,7 +48,7 @@ def start(models: tuple[str, str], workdir: Path, *flags: str) -> int:
 
 @pytest.fixture(scope="module")
 def done(models, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a whole quick start."""
+    """Runs the quick start to the end; returns its directory."""
     workdir = tmp_path_factory.mktemp("runs") / "quickstart"
     assert start(models, workdir) == 0
     return workdir
@@ -65,13 +65,13 @@ def untimed(entry: Any) -> Any:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """What a second invocation must not touch: all but its own time and command."""
+    """Returns the files that a second run must leave alone: all but its own time and command."""
     files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
     return {name: p.read_bytes() for name, p in files.items() if name != "environment.json"}
 
 
-def test_summary(done: Path, models) -> None:
-    """The contract, and that each figure is what the files say."""
+def test_summary_equals_what_the_files_say(done: Path, models) -> None:
+    """Checks the contract of summary.json against the other files."""
     summary = summary_of(done)
     assert summary["seconds"] > summary["distillation_seconds"] > 0
     assert summary["export"] == str(done / "student")
@@ -101,7 +101,7 @@ def test_distillation_lowers_the_divergence(done: Path) -> None:
     assert abs(teacher) < 1e-6
 
 
-def test_the_run_beneath(done: Path) -> None:
+def test_the_quick_start_trains_a_normal_run(done: Path) -> None:
     rows = read(done / "metrics.jsonl")
     assert [(row["step"], row["stage"]) for row in rows] == [(i, "opd") for i in range(3)]
     assert json.loads((done / "config.json").read_text())["opd"]["steps"] == 3
@@ -109,8 +109,8 @@ def test_the_run_beneath(done: Path) -> None:
     assert (done / "environment.json").is_file() and (done / "checkpoints").is_dir()
 
 
-def test_the_export_is_the_trained_model(done: Path, models) -> None:
-    """transformers computes with it what we compute, and not what the student began with."""
+def test_the_export_equals_the_trained_model(done: Path, models) -> None:
+    """In transformers it has the logits of the trained run, not those of the initial student."""
     path = summary_of(done)["export"]
     network = Qwen3ForCausalLM.from_pretrained(path)
     with torch.no_grad():
@@ -139,7 +139,7 @@ def table_lines(out: str) -> dict[str, str]:
     return {line.split()[0]: line for line in out.splitlines() if line.startswith(JUDGED)}
 
 
-def test_again_it_only_shows_what_there_is(
+def test_a_second_run_only_prints_the_results(
     done: Path, models, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before, summary = contents(done), summary_of(done)
@@ -157,11 +157,11 @@ def test_again_it_only_shows_what_there_is(
     assert str(done / "student") in out
 
 
-def test_interrupted_it_goes_on(
+def test_an_interrupted_quick_start_resumes(
     done: Path, models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed while the distilled student was judged: nothing before that is done again, and the
-    end is the same."""
+    """It is killed while the distilled student is evaluated: nothing earlier is repeated, and the
+    results are the same."""
     shutil.copytree(done, tmp_path, dirs_exist_ok=True)
     (tmp_path / "summary.json").unlink()
     shutil.rmtree(tmp_path / "eval" / "student_after")
@@ -173,13 +173,13 @@ def test_interrupted_it_goes_on(
     monkeypatch.setattr(loop.update, "make_update", lambda *_, **__: no_step)
     assert start(models, tmp_path) == 0
     assert contents(tmp_path / "checkpoints") == trained
-    found, expected = untimed(summary_of(tmp_path)), untimed(summary_of(done))
-    assert found["student_after"].pop("model") == str(tmp_path / "student")
+    actual, expected = untimed(summary_of(tmp_path)), untimed(summary_of(done))
+    assert actual["student_after"].pop("model") == str(tmp_path / "student")
     assert expected["student_after"].pop("model") == str(done / "student")
     for name in JUDGED:
-        kl = found[name].pop("reverse_kl")
+        kl = actual[name].pop("reverse_kl")
         assert kl == pytest.approx(expected[name].pop("reverse_kl"), rel=1e-4, abs=1e-6)
-    assert found == expected
+    assert actual == expected
     for manner in ("greedy", "sampled"):
         name = Path("eval") / "student_after" / manner / "examples.jsonl"
         assert (tmp_path / name).read_bytes() == (done / name).read_bytes()
@@ -187,8 +187,8 @@ def test_interrupted_it_goes_on(
     assert (tmp_path / name).read_bytes() == (done / name).read_bytes()
 
 
-def test_the_share_of_the_gap_closed(done: Path, models, tmp_path: Path, capsys) -> None:
-    """What is printed comes from summary.json: with these figures, half and a quarter."""
+def test_the_share_of_the_gap_closed_is_printed(done: Path, models, tmp_path: Path, capsys) -> None:
+    """The output is computed from summary.json: with these numbers, a half and a quarter."""
     shutil.copytree(done, tmp_path, dirs_exist_ok=True)
     summary = summary_of(done)
     for name, greedy, sampled in zip(JUDGED, (0.2, 0.5, 0.8), (0.4, 0.5, 0.8), strict=True):
@@ -215,7 +215,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("flags", "words"), MISTAKES)
-def test_a_users_mistake_is_one_line(
+def test_user_errors_are_one_line(
     done: Path, models, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], words: str
 ) -> None:
     before = contents(done)

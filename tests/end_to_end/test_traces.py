@@ -1,4 +1,4 @@
-"""Traces from prompts to training rows: generate, stopped and gone on with; verify; read back."""
+"""Tests traces from prompts to training rows: generate (stopped and resumed), verify, read back."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def prompts(path: Path, count: int = 8) -> Path:
 
 @pytest.fixture(scope="module")
 def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the embedded student writes about eight problems, twice each."""
+    """Two responses of the embedded student to each of eight problems."""
     folder = tmp_path_factory.mktemp("traces")
     path, out = prompts(folder / "prompts.jsonl"), folder / "out.jsonl"
     assert call(generate, f"--model={STUDENT}", f"--prompts={path}", f"--out={out}", *SETTINGS) == 0
@@ -44,10 +44,10 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("done", [0, 3])
-def test_a_stopped_generate_goes_on(
+def test_a_stopped_generate_resumes(
     traces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, done: int
 ) -> None:
-    """It ends with the same file, and does not sample again what it has."""
+    """The file is the same in the end, and no finished row is sampled again."""
     path, out = shutil.copy(traces.with_name("prompts.jsonl"), tmp_path), tmp_path / "out.jsonl"
     shared = (f"--model={STUDENT}", f"--prompts={path}", f"--out={out}")
     lines = traces.read_text().splitlines(keepends=True)
@@ -82,8 +82,8 @@ def test_a_stopped_generate_goes_on(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "prompts.jsonl"]
 
 
-def test_nothing_left_to_generate(traces: Path, tmp_path: Path) -> None:
-    """Killed between the last row and the end."""
+def test_generate_resumes_with_all_rows_written(traces: Path, tmp_path: Path) -> None:
+    """The case of a kill between the last row and the rename."""
     about = {"a": 1}
     assert run_files.resume_jsonl(tmp_path / "x.jsonl", about) == 0
     (tmp_path / "x.jsonl.partial").write_text("{}\n{}\n")
@@ -93,7 +93,7 @@ def test_nothing_left_to_generate(traces: Path, tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_verified_samples_are_the_correct_ones(traces: Path, tmp_path: Path, capsys: Any) -> None:
+def test_verify_keeps_the_correct_samples(traces: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "verified.jsonl"
     flags = (f"--data={traces}", "--benchmark=arithmetic", f"--out={out}")
     assert call(verify, *flags) == 0
@@ -106,17 +106,18 @@ def test_verified_samples_are_the_correct_ones(traces: Path, tmp_path: Path, cap
             and graders.grade_arithmetic(sample["text"], row["answer"]) == "correct"
         ]
         expected += [good] if good else []
-    found = [[s["tokens"] for s in row["samples"]] for row in read(out)]
-    assert found == expected and 0 < sum(map(len, found)) < 16
-    count = sum(map(len, found))
+    actual = [[s["tokens"] for s in row["samples"]] for row in read(out)]
+    assert actual == expected and 0 < sum(map(len, actual)) < 16
+    count = sum(map(len, actual))
     assert f"{count} of 16 samples correct; {count} kept" in capsys.readouterr().err
     assert call(verify, *flags, "--keep=all", "--samples=1") == 0
     assert [len(row["samples"]) for row in read(out)] == [1] * 8
     assert all({"outcome", "correct"} <= row["samples"][0].keys() for row in read(out))
 
 
-def test_traces_are_learned_by_their_tokens(traces: Path, tmp_path: Path) -> None:
-    """Not by their text: the ids are those that were sampled, one example a sample."""
+def test_traces_train_on_the_sampled_tokens(traces: Path, tmp_path: Path) -> None:
+    """The token ids are the sampled ones, not the text encoded again; each sample is one
+    example."""
     verified = tmp_path / "verified.jsonl"
     flags = ("--benchmark=arithmetic", f"--out={verified}", "--keep=all")
     assert call(verify, f"--data={traces}", *flags) == 0
@@ -140,7 +141,7 @@ def test_traces_are_learned_by_their_tokens(traces: Path, tmp_path: Path) -> Non
     assert " sample " in kept["correct"][0].where
 
 
-def test_stored_top_log_probs_come_along(tmp_path: Path) -> None:
+def test_stored_top_logprobs_reach_the_batch(tmp_path: Path) -> None:
     def top(token: int) -> list[list[float]]:
         return [[token, -0.1], [token + 1, -2.5], [0, -9.0]]
 
@@ -187,7 +188,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_rows_of_verify(tmp_path: Path, capsys: Any, name: str) -> None:
+def test_verify_refuses_or_skips_bad_rows(tmp_path: Path, capsys: Any, name: str) -> None:
     row, words = BAD[name]
     good = {"answer": "12", "samples": [SAMPLE, {**SAMPLE, "text": "It is 13."}]}
     path = write(tmp_path / "rows.jsonl", [good, row])
@@ -197,11 +198,11 @@ def test_bad_rows_of_verify(tmp_path: Path, capsys: Any, name: str) -> None:
         write(path, [good, row])
     flags = (f"--data={path}", f"--benchmark={benchmark}", f"--out={tmp_path / 'out.jsonl'}")
     assert call(verify, *flags) == 2
-    assert f"{path}:2: " in (said := capsys.readouterr().err) and words in said
+    assert f"{path}:2: " in (errors := capsys.readouterr().err) and words in errors
     assert not (tmp_path / "out.jsonl").exists()
     counts: Counter[str] = Counter()
     rows = sources.open_rows(str(path))
-    found = list(
+    verified = list(
         rejection.verify_rows(
             rows,
             tasks.BENCHMARKS[benchmark].grading,
@@ -211,11 +212,11 @@ def test_bad_rows_of_verify(tmp_path: Path, capsys: Any, name: str) -> None:
             counts=counts,
         )
     )
-    assert [len(row["samples"]) for row in found] == [1]
+    assert [len(row["samples"]) for row in verified] == [1]
     assert counts["bad rows"] == 1 and words in capsys.readouterr().err
 
 
-def test_what_was_not_graded_is_not_kept_as_correct(tmp_path: Path) -> None:
+def test_ungraded_samples_are_not_kept_as_correct(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", [{"prompt_tokens": [1], "samples": [SAMPLE]}])
     c = base.make_stage("sft").data
     c.source, c.keep_samples = str(path), "correct"

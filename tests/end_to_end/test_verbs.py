@@ -1,4 +1,5 @@
-"""generate, score and export as they are called: against transformers, each other and bad input."""
+"""Tests generate, score and export as they are called: against transformers, each other and bad
+input."""
 
 import json
 import shutil
@@ -36,14 +37,14 @@ STEPS = (3, 7)
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Qwen3ForCausalLM]:
-    """A model without tokenizer or stop ids, of a shape that no two devices divide."""
+    """A model without tokenizer and stop ids, of a shape that no two devices divide."""
     path = tmp_path_factory.mktemp("models") / "bare"
     return path, tiny_qwen3(path)
 
 
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with a tokenizer, tied, of a shape that eight devices divide."""
+    """A tied model with a tokenizer, of a shape that eight devices divide."""
     path = tmp_path_factory.mktemp("models") / "chatty"
     fields = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
@@ -69,27 +70,27 @@ def run(chatty: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
-def test_greedy_continuations_are_those_of_transformers(bare, tmp_path: Path) -> None:
+def test_greedy_continuations_equal_those_of_transformers(bare, tmp_path: Path) -> None:
     path, network = bare
     rows = write(tmp_path / "in.jsonl", [{"tokens": p, "id": i} for i, p in enumerate(PROMPTS)])
     out = tmp_path / "new" / "out.jsonl"
     flags = ("--temperature=0", "--max_new_tokens=64", "--dtype=float32")
     assert call(generate, f"--model={path}", f"--prompts={rows}", f"--out={out}", *flags) == 0
-    found = read(out)
-    assert [row["id"] for row in found] == list(range(len(PROMPTS)))
-    for row, prompt in zip(found, PROMPTS, strict=True):
+    rows_out = read(out)
+    assert [row["id"] for row in rows_out] == list(range(len(PROMPTS)))
+    for row, prompt in zip(rows_out, PROMPTS, strict=True):
         (sample,) = row["samples"]
         assert row["prompt_tokens"] == prompt
         assert sample["tokens"] == greedy(network, prompt, 64)
         assert (sample["finish_reason"], sample["text"]) == ("length", None)
     # The same with one of these tokens as a stop token.
-    stop = found[0]["samples"][0]["tokens"][20]
+    stop = rows_out[0]["samples"][0]["tokens"][20]
     stopping = tmp_path / "stopping"
     shutil.copytree(path, stopping)
     (stopping / "generation_config.json").write_text(json.dumps({"eos_token_id": [stop]}))
     assert call(generate, f"--model={stopping}", f"--prompts={rows}", f"--out={out}", *flags) == 0
     reasons = set()
-    for row, whole in zip(read(out), found, strict=True):
+    for row, whole in zip(read(out), rows_out, strict=True):
         (sample,), tokens = row["samples"], whole["samples"][0]["tokens"]
         end = tokens.index(stop) + 1 if stop in tokens else len(tokens)
         assert sample["tokens"] == tokens[:end]
@@ -99,7 +100,7 @@ def test_greedy_continuations_are_those_of_transformers(bare, tmp_path: Path) ->
     assert "stop" in reasons
 
 
-def test_samples_are_reproducible_and_scored_alike(bare, tmp_path: Path) -> None:
+def test_samples_are_reproducible_and_score_the_same(bare, tmp_path: Path) -> None:
     path, network = bare
     rows = write(tmp_path / "in.jsonl", [{"tokens": p} for p in PROMPTS])
 
@@ -109,15 +110,15 @@ def test_samples_are_reproducible_and_scored_alike(bare, tmp_path: Path) -> None
         assert call(generate, *shared, "--samples=3", *flags) == 0
         return read(out)
 
-    found = sampled("a.jsonl", "--seed=1")
-    tokens = [[s["tokens"] for s in row["samples"]] for row in found]
+    samples = sampled("a.jsonl", "--seed=1")
+    tokens = [[s["tokens"] for s in row["samples"]] for row in samples]
     assert len({str(t) for group in tokens for t in group}) == 12
     again = sampled("b.jsonl", "--seed=1", "--batch_size=5")
     assert [[s["tokens"] for s in row["samples"]] for row in again] == tokens
     other = sampled("c.jsonl", "--seed=2")
     assert [[s["tokens"] for s in row["samples"]] for row in other] != tokens
 
-    pairs = [(row["prompt_tokens"], s) for row in found for s in row["samples"]]
+    pairs = [(row["prompt_tokens"], s) for row in samples for s in row["samples"]]
     whole = write(tmp_path / "whole.jsonl", [{"tokens": p + s["tokens"], "n": 1} for p, s in pairs])
     out = tmp_path / "scores.jsonl"
     shared = (f"--model={path}", f"--tokens={whole}", f"--out={out}", "--top_k=5")
@@ -136,7 +137,7 @@ def test_samples_are_reproducible_and_scored_alike(bare, tmp_path: Path) -> None
         np.testing.assert_allclose(ours, theirs.values, atol=1e-4)
 
 
-def test_truncated_sampling_stays_in_the_top(bare, tmp_path: Path) -> None:
+def test_top_p_sampling_keeps_only_the_most_likely_token(bare, tmp_path: Path) -> None:
     path, network = bare
     rows = write(tmp_path / "in.jsonl", [{"tokens": p} for p in PROMPTS])
     out = tmp_path / "out.jsonl"
@@ -145,28 +146,28 @@ def test_truncated_sampling_stays_in_the_top(bare, tmp_path: Path) -> None:
     for row, prompt in zip(read(out), PROMPTS, strict=True):
         (sample,) = row["samples"]
         assert sample["tokens"] == greedy(network, prompt, 8)
-        assert max(map(abs, sample["logprobs"])) == 0  # the only choice there was
+        assert max(map(abs, sample["logprobs"])) == 0  # the only token allowed
 
 
-def test_top_logprobs_are_those_of_score(bare, tmp_path: Path) -> None:
-    """At any temperature and truncation they are the model's own."""
+def test_top_logprobs_equal_those_of_score(bare, tmp_path: Path) -> None:
+    """They are the model's own at any temperature and truncation."""
     rows = write(tmp_path / "in.jsonl", [{"tokens": p} for p in PROMPTS])
     out, scores = tmp_path / "out.jsonl", tmp_path / "scores.jsonl"
     flags = ("--max_new_tokens=8", "--temperature=0.7", "--min_p=0.05", "--presence_penalty=1.5")
     shared = (f"--model={bare[0]}", f"--prompts={rows}", f"--out={out}", *flags)
     assert call(generate, *shared, "--top_logprobs=4") == 0
-    found = [(row["prompt_tokens"], row["samples"][0]) for row in read(out)]
-    whole = write(tmp_path / "whole.jsonl", [{"tokens": p + s["tokens"]} for p, s in found])
+    samples = [(row["prompt_tokens"], row["samples"][0]) for row in read(out)]
+    whole = write(tmp_path / "whole.jsonl", [{"tokens": p + s["tokens"]} for p, s in samples])
     shared = (f"--model={bare[0]}", f"--tokens={whole}", f"--out={scores}", "--top_k=4")
     assert call(score, *shared) == 0
-    for (prompt, sample), scored in zip(found, read(scores), strict=True):
+    for (prompt, sample), scored in zip(samples, read(scores), strict=True):
         own, top = scored["logprobs"][len(prompt) :], scored["top"][len(prompt) :]
         np.testing.assert_allclose(sample["model_logprobs"], own, atol=1e-4)
         np.testing.assert_allclose(sample["top_logprobs"], top, atol=1e-4)
         assert not np.allclose(sample["logprobs"], own, atol=1e-2)
 
 
-def test_rows_with_limits_of_their_own(bare, tmp_path: Path) -> None:
+def test_rows_may_set_their_own_token_limits(bare, tmp_path: Path) -> None:
     path, network = bare
     own = [{"tokens": p, "max_new_tokens": n} for p, n in zip(PROMPTS, (3, 9, 1), strict=False)]
     rows = write(tmp_path / "in.jsonl", [*own, {"tokens": PROMPTS[3]}])
@@ -206,10 +207,11 @@ def test_stop_strings_end_a_response(chatty: Path, tmp_path: Path) -> None:
     assert read(out)[0]["samples"][0]["text"] != whole[0]["text"]
 
 
-def test_rows_that_cannot_be_continued_leave_the_others(
+def test_rows_that_fail_do_not_affect_the_others(
     bare, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Empty, too long, or with a token whose embedding is nan: named, and the exit code is 2."""
+    """A row fails if it is empty, too long or has a token with a NaN embedding; the error names it
+    and the exit code is 2."""
     network = Qwen3ForCausalLM.from_pretrained(bare[0])
     with torch.no_grad():
         network.model.embed_tokens.weight[90] = torch.nan
@@ -220,7 +222,7 @@ def test_rows_that_cannot_be_continued_leave_the_others(
     rows = [good[0], bad[0], bad[1], good[1], bad[2], good[2]]
     out = tmp_path / "out.jsonl"
 
-    def found(rows: list, code: int) -> list[dict]:
+    def run_generate(rows: list, code: int) -> list[dict]:
         file = write(tmp_path / "in.jsonl", rows)
         flags = ("--max_new_tokens=6", "--top_k=2", "--seed=3")
         assert (
@@ -228,19 +230,22 @@ def test_rows_that_cannot_be_continued_leave_the_others(
         )
         return read(out)
 
-    written = found(rows, 2)
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("error: ") and "in.jsonl:2: the logits are nan after 0 sampled" in said
-    assert "(and 2 more rows); the other rows are in" in said
+    written = run_generate(rows, 2)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        message.startswith("error: ")
+        and "in.jsonl:2: the logits are nan after 0 sampled" in message
+    )
+    assert "(and 2 more rows); the other rows are in" in message
     errors = [row.get("error", "").partition("jsonl:")[2] for row in written]
     assert [e.partition(" ")[0] for e in errors] == ["", "2:", "3:", "", "5:", ""]
     assert [row["samples"] == [] for row in written] == [bool(e) for e in errors]
     usable = [row if row in good else good[0] for row in rows]
-    for row, alone in zip(written, found(usable, 0), strict=True):
+    for row, alone in zip(written, run_generate(usable, 0), strict=True):
         assert row["samples"] == alone["samples"] or row.get("error")
 
 
-def test_rows_of_text(chatty: Path, tmp_path: Path) -> None:
+def test_chat_and_text_rows_are_rendered(chatty: Path, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "What is 2 + 3?"}]
     rows = write(
         tmp_path / "in.jsonl",
@@ -255,9 +260,9 @@ def test_rows_of_text(chatty: Path, tmp_path: Path) -> None:
         plain, chat, ids = read(out)
         assert plain["answer"] == "5"
         assert tokenizer.decode(plain["prompt_tokens"]) == "2 + 3 ="
-        asked = tokenizer.decode(chat["prompt_tokens"])
-        assert asked.startswith("<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n")
-        assert asked.endswith("</think>\n\n") == (thinking == "off")
+        rendered = tokenizer.decode(chat["prompt_tokens"])
+        assert rendered.startswith("<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n")
+        assert rendered.endswith("</think>\n\n") == (thinking == "off")
         assert ids["prompt_tokens"] == [1, 2]
         for row in (plain, chat, ids):
             for sample in row["samples"]:
@@ -268,7 +273,7 @@ def test_rows_of_text(chatty: Path, tmp_path: Path) -> None:
                 np.testing.assert_allclose(sample["logprobs"], theirs, atol=1e-4)
 
 
-def test_score_has_one_null_for_one_token(bare, tmp_path: Path) -> None:
+def test_score_of_a_single_token_is_one_null(bare, tmp_path: Path) -> None:
     rows = write(tmp_path / "in.jsonl", [{"tokens": [7]}, {"tokens": [7, 8]}])
     out = tmp_path / "out.jsonl"
     shared = (f"--model={bare[0]}", f"--tokens={rows}", f"--out={out}")
@@ -282,7 +287,7 @@ def test_score_has_one_null_for_one_token(bare, tmp_path: Path) -> None:
     assert sum(np.exp(x) for _, x in again["top"][1]) == pytest.approx(1, abs=1e-4)
 
 
-def test_a_run_is_exported_and_is_a_model(run: Path, chatty: Path, tmp_path: Path) -> None:
+def test_a_run_and_its_export_score_alike(run: Path, chatty: Path, tmp_path: Path) -> None:
     ids = list(range(3, 40))
     rows = write(tmp_path / "in.jsonl", [{"tokens": ids}])
 
@@ -314,7 +319,7 @@ def test_a_run_is_exported_and_is_a_model(run: Path, chatty: Path, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_an_export_needs_a_run_and_a_free_place(
+def test_export_needs_a_run_and_an_unused_directory(
     run: Path, chatty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     taken, empty = tmp_path / "taken", tmp_path / "run"
@@ -384,7 +389,7 @@ BAD_TOKENS = [
     ("verb", "rows", "flags", "said"),
     [(generate, *case) for case in BAD_PROMPTS] + [(score, *case) for case in BAD_TOKENS],
 )
-def test_bad_input_is_one_line_and_writes_nothing(
+def test_bad_input_gives_one_line_and_writes_nothing(
     verb: ModuleType,
     rows: list,
     flags: tuple[str, ...],
@@ -406,7 +411,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_bad_output_is_known_before_the_work(
+def test_bad_output_paths_fail_before_any_work(
     bare, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = write(tmp_path / "in.jsonl", [{"tokens": [1]}])
@@ -416,7 +421,7 @@ def test_bad_output_is_known_before_the_work(
         assert line.startswith(f"error: --out={out}: ")
 
 
-def test_output_goes_where_a_link_points(bare, tmp_path: Path) -> None:
+def test_output_follows_a_symbolic_link(bare, tmp_path: Path) -> None:
     rows = write(tmp_path / "in.jsonl", [{"tokens": [1]}])
     link, out = tmp_path / "link.jsonl", tmp_path / "there" / "out.jsonl"
     out.parent.mkdir()
@@ -435,11 +440,11 @@ def set_field(name: str, value: object) -> Callable[[Path], None]:
 
 def set_tensor(name: str, shape: tuple[int, ...] | None) -> Callable[[Path], None]:
     def apply(model: Path) -> None:
-        held = load_file(model / "model.safetensors")
-        held.pop(name, None)
+        tensors = load_file(model / "model.safetensors")
+        tensors.pop(name, None)
         if shape is not None:
-            held[name] = np.zeros(shape, np.float32)
-        save_file(held, model / "model.safetensors")
+            tensors[name] = np.zeros(shape, np.float32)
+        save_file(tensors, model / "model.safetensors")
 
     return apply
 
@@ -462,7 +467,8 @@ BAD_MODELS = {
 
 @pytest.mark.parametrize("name", BAD_MODELS)
 def test_bad_models_are_refused_by_every_verb(name, chatty, run, tmp_path, capsys) -> None:
-    """One line that names the tensor, file or field, exit code 2, and nothing is written."""
+    """The error is one line naming the tensor, file or field, the exit code is 2, and nothing is
+    written."""
     damage, said = BAD_MODELS[name]
     model, begun, out = tmp_path / "model", tmp_path / "run", tmp_path / "out"
     shutil.copytree(chatty, model)
@@ -482,7 +488,7 @@ def test_bad_models_are_refused_by_every_verb(name, chatty, run, tmp_path, capsy
             (f"--model={model}", "--benchmark=gsm8k", f"--data={asked}", f"--out={out}", limit),
         ),
     ]
-    if name == "architecture":  # an export reads no weights of the student's
+    if name == "architecture":  # an export does not read the student's weights
         calls.append((export, (f"--run={begun}", f"--out={out}")))
     before = sorted(p.name for p in tmp_path.rglob("*"))
     for verb, flags in calls:
@@ -503,7 +509,7 @@ def test_bad_models_are_refused_by_every_verb(name, chatty, run, tmp_path, capsy
         assert sorted(p.name for p in tmp_path.rglob("*")) == before, role
 
 
-def test_damaged_weights_are_named(bare, tmp_path: Path, capsys) -> None:
+def test_damaged_weights_are_named_in_the_error(bare, tmp_path: Path, capsys) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(bare[0], broken)
     weights = broken / "model.safetensors"
@@ -516,22 +522,22 @@ def test_damaged_weights_are_named(bare, tmp_path: Path, capsys) -> None:
     assert not out.exists()
 
 
-def test_a_hub_id_is_fetched_without_pickles(chatty: Path, monkeypatch) -> None:
-    asked = []
+def test_hub_downloads_exclude_pickles(chatty: Path, monkeypatch) -> None:
+    requests = []
 
     def fetch(repository: str, allow_patterns: list[str]) -> str:
-        asked.append((repository, allow_patterns))
+        requests.append((repository, allow_patterns))
         return str(chatty)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert policy.resolve_model_dir("some-org/Qwen3-0.1B") == chatty
     assert policy.resolve_model_dir("some-org/Qwen3-0.1B") == chatty
-    ((repository, patterns),) = asked
+    ((repository, patterns),) = requests
     assert repository == "some-org/Qwen3-0.1B"
     assert "*.safetensors" in patterns and not any("bin" in p for p in patterns)
 
 
-def test_a_path_is_no_hub_id(tmp_path: Path, monkeypatch) -> None:
+def test_missing_paths_are_not_taken_for_hub_ids(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "file").write_text("x")
@@ -540,13 +546,13 @@ def test_a_path_is_no_hub_id(tmp_path: Path, monkeypatch) -> None:
             policy.resolve_model_dir(name)
 
 
-def test_a_run_names_its_missing_student(tmp_path: Path) -> None:
+def test_a_run_with_a_missing_student_names_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"stages": ["opd"], "student": {"path": "./gone"}}')
     with pytest.raises(UserError, match=r"config.json: student.path: ./gone: no model directory"):
         policy.resolve_model_dir(tmp_path)
 
 
-def test_a_model_is_spread_over_all_devices(bare, chatty: Path) -> None:
+def test_inference_uses_all_devices(bare, chatty: Path) -> None:
     shapes = [
         dict(policy.get_mesh(policy.make_abstract_for_inference(str(p), "")).shape)
         for p in (bare[0], chatty)
@@ -557,7 +563,7 @@ def test_a_model_is_spread_over_all_devices(bare, chatty: Path) -> None:
     ]
 
 
-def test_from_the_command_line(bare, run: Path, tmp_path: Path) -> None:
+def test_verbs_run_as_commands(bare, run: Path, tmp_path: Path) -> None:
     rows = write(tmp_path / "in.jsonl", [{"tokens": [1, 2]}])
 
     def verb(name: str, *flags: str) -> subprocess.CompletedProcess[str]:

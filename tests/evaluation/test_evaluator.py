@@ -1,4 +1,4 @@
-"""Accuracy and its interval, stored responses, interrupted evaluations, reverse KL, the verb."""
+"""Tests evaluations: grading, stored responses, interruptions, reverse KL and the verb."""
 
 import dataclasses
 import shutil
@@ -37,7 +37,8 @@ SAMPLE_FIELDS = {field.name for field in dataclasses.fields(rollout.SampleSpec)}
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Qwen3ForCausalLM]:
-    """Directory → network of a student and of a wider teacher, whose rows eight devices share."""
+    """Maps directory to network for a student and a wider teacher, whose rows eight devices
+    share."""
     root = tmp_path_factory.mktemp("models")
     shapes = {"student": {"hidden_size": 33}, "teacher": {"hidden_size": 45, "seed": 1}}
     return {
@@ -63,7 +64,7 @@ def loaded(paths) -> tuple[Policy, Policy]:
 
 
 def run(subject: Policy, out: Path, **changes: Any) -> dict[str, Any]:
-    """An evaluation of five generated problems, two samples each."""
+    """Evaluates five generated problems with two samples each."""
     rows, teacher = changes.pop("rows", ROWS), changes.pop("teacher", None)
     sample = rollout.SampleSpec(2, 12, rollout.Sampling(1.0), seed=3, batch_size=4)
     spec = protocols.EvalSpec("arithmetic", sample, ks=(1, 2))
@@ -77,7 +78,7 @@ def run(subject: Policy, out: Path, **changes: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole(loaded, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An evaluation that nobody interrupted."""
+    """An evaluation that was not interrupted."""
     out = tmp_path_factory.mktemp("whole")
     run(loaded[0], out, teacher=loaded[1])
     return out
@@ -87,7 +88,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-# Judging
+# Grading
 
 
 @pytest.mark.parametrize(
@@ -98,24 +99,26 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("twelve", False, False),
         ("so it is 12 and then some " * 12 + "12", False, True),
         (" ".join(map(str, range(200))), False, False),
-        ("again " * 9, False, False),  # too short to call it a loop
+        ("again " * 9, False, False),  # too short to count as a loop
         ("again " * 90, False, True),
     ],
 )
-def test_form_and_loops(response: str, formatted: bool, repeats: bool) -> None:
+def test_format_and_repetition_are_detected(response: str, formatted: bool, repeats: bool) -> None:
     with graders.Grader() as grader:
         row: evaluator.Record = {"response": response, "answer": "12", "id": "a"}
-        (found,) = responses.grade_rows(grader, graders.ARITHMETIC, [row])
-    assert (found["formatted"], found["repeats"]) == (formatted, repeats)
-    assert found["correct"] == (found["outcome"] == "correct") == formatted
-    assert found.items() >= row.items()
+        (graded,) = responses.grade_rows(grader, graders.ARITHMETIC, [row])
+    assert (graded["formatted"], graded["repeats"]) == (formatted, repeats)
+    assert graded["correct"] == (graded["outcome"] == "correct") == formatted
+    assert graded.items() >= row.items()
 
 
 # Stored responses
 
 
-def test_published_labels(shared_data: Path, tmp_path: Path) -> None:
-    """OpenAI's labels of GSM8K completions; half of the rows find their answer in --data."""
+def test_stored_gsm8k_completions_have_their_published_labels(
+    shared_data: Path, tmp_path: Path
+) -> None:
+    """Uses OpenAI's labels of GSM8K completions; half of the rows find their answer in --data."""
     labelled = read(shared_data / "gsm8k" / "graded_completions.jsonl")[::37]
     rows = [{"question": r["question"], "response": r["completion"]} for r in labelled]
     rows[::2] = [
@@ -125,15 +128,15 @@ def test_published_labels(shared_data: Path, tmp_path: Path) -> None:
     test = shared_data / "gsm8k" / "test.jsonl"
     flags = ("--benchmark=gsm8k", f"--responses={stored}", f"--data={test}")
     assert call(evaluate, *flags, f"--out={tmp_path / 'out'}", "--k=1,2") == 0
-    found, labels = read(tmp_path / "out" / "examples.jsonl"), [r["is_correct"] for r in labelled]
-    assert [row["correct"] for row in found] == labels and 0 < sum(labels) < len(labels)
+    graded, labels = read(tmp_path / "out" / "examples.jsonl"), [r["is_correct"] for r in labelled]
+    assert [row["correct"] for row in graded] == labels and 0 < sum(labels) < len(labels)
     summary = summary_of(tmp_path / "out")
     assert summary["responses"] == len(labels) == sum(summary["outcomes"].values())
     problems = {r["question"] for r in labelled}
     assert summary["problems"] == len(problems)
 
 
-def test_stored_responses(tmp_path: Path) -> None:
+def test_stored_responses_are_graded_and_counted_by_problem(tmp_path: Path) -> None:
     stored = write(
         tmp_path / "stored.jsonl",
         [
@@ -159,8 +162,8 @@ def test_stored_responses(tmp_path: Path) -> None:
     summary = summary_of(out)
     assert summary["accuracy"] == pytest.approx((1 + 0.5 + 0) / 3)
     assert (summary["problems"], summary["responses"]) == (3, 5)
-    assert "pass@1" in summary and "pass@2" not in summary  # one problem has one response
-    # The same file is graded again; --limit takes its first rows.
+    assert "pass@1" in summary and "pass@2" not in summary  # one problem has a single response
+    # The same file may be graded again; --limit takes its first rows.
     assert call(evaluate, *flags, f"--data={known}", "--k=1,2", "--limit=4") == 0
     assert summary_of(out)["pass@2"] == 1.0
 
@@ -174,13 +177,13 @@ def test_stored_responses(tmp_path: Path) -> None:
         (lambda text: text[: text.index("\n") // 2], 0),  # in the first line
         (lambda text: "".join(text.splitlines(True)[:3]), 1),  # half of a problem's samples
         (lambda text: "".join(text.splitlines(True)[:8]) + text.splitlines()[8][:-5], 4),
-        (lambda text: text.rstrip("\n"), 5),  # all but the last line's end
+        (lambda text: text.rstrip("\n"), 5),  # all but the newline of the last line
     ],
 )
-def test_an_interrupted_evaluation_goes_on(
+def test_an_interrupted_evaluation_resumes(
     whole: Path, loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep, first: int
 ) -> None:
-    """It samples what is missing, and leaves what an unbroken one leaves."""
+    """It samples what is missing and ends with the files of an uninterrupted one."""
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     (tmp_path / "summary.json").unlink()
     examples = tmp_path / "examples.jsonl"
@@ -196,25 +199,25 @@ def test_an_interrupted_evaluation_goes_on(
     run(loaded[0], tmp_path, teacher=loaded[1])
     assert begun == ([first] if first < len(ROWS) else [])
     assert examples.read_bytes() == (whole / "examples.jsonl").read_bytes()
-    found, expected = (untimed(summary_of(out)) for out in (tmp_path, whole))
-    assert found.pop("reverse_kl") == pytest.approx(expected.pop("reverse_kl"), rel=1e-5)
-    assert found == expected
+    actual, expected = (untimed(summary_of(out)) for out in (tmp_path, whole))
+    assert actual.pop("reverse_kl") == pytest.approx(expected.pop("reverse_kl"), rel=1e-5)
+    assert actual == expected
     assert (summary_of(tmp_path)["tokens_per_second"] is None) == (first == len(ROWS))
 
 
 @pytest.mark.long
-def test_killed_twice(paths, tmp_path: Path) -> None:
+def test_an_evaluation_killed_twice_ends_the_same(paths, tmp_path: Path) -> None:
     killed(paths[0], tmp_path, kills=2, problems=12, seed=0)
 
 
-def test_more_problems_may_follow(loaded, tmp_path: Path) -> None:
-    """A quick look at the first problems is the beginning of the whole."""
+def test_an_evaluation_may_be_extended_by_more_problems(loaded, tmp_path: Path) -> None:
+    """An evaluation of the first problems is the beginning of the whole."""
     run(loaded[0], tmp_path / "out", rows=ROWS[:2])
     run(loaded[0], tmp_path / "out")
     run(loaded[0], tmp_path / "whole")
-    found, expected = (contents(tmp_path / name) for name in ("out", "whole"))
-    assert found["examples.jsonl"] == expected["examples.jsonl"]
-    assert found["protocol.json"] == expected["protocol.json"]
+    actual, expected = (contents(tmp_path / name) for name in ("out", "whole"))
+    assert actual["examples.jsonl"] == expected["examples.jsonl"]
+    assert actual["protocol.json"] == expected["protocol.json"]
 
 
 def test_a_row_of_another_problem_is_refused(whole: Path, loaded, tmp_path: Path) -> None:
@@ -229,7 +232,7 @@ def test_a_row_of_another_problem_is_refused(whole: Path, loaded, tmp_path: Path
 
 
 def test_graders_never_stall_sampling() -> None:
-    """All is sampled while no answer is graded yet; what is written keeps the order."""
+    """All responses are sampled while none is graded yet; the written rows keep their order."""
 
     class Slow(graders.Grader):
         def submit(self, rule: graders.GradingRule, response: str, answer: str) -> Future:
@@ -248,8 +251,8 @@ def test_graders_never_stall_sampling() -> None:
     rows = [("", {"id": i, "question": "1?"}) for i in range(5)]
     keys = [["a", "b"]] * 5
     graded = responses.grade_while_sampling(sampled(), Slow(), graders.MATH, rows, keys, False)
-    found = list(graded)
-    assert [[(r["id"], r["sample"]) for r in group] for group in found] == [
+    groups = list(graded)
+    assert [[(r["id"], r["sample"]) for r in group] for group in groups] == [
         [(i, 0), (i, 1)] for i in range(5)
     ]
 
@@ -271,7 +274,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("field", CHANGES)
-def test_another_protocol_is_refused(whole: Path, loaded, field: str) -> None:
+def test_resuming_with_another_protocol_is_refused(whole: Path, loaded, field: str) -> None:
     before = contents(whole)
     subject = loaded[1] if field == "model" else loaded[0]
     with pytest.raises(UserError) as error:
@@ -281,7 +284,9 @@ def test_another_protocol_is_refused(whole: Path, loaded, field: str) -> None:
     assert contents(whole) == before
 
 
-def test_what_does_not_touch_the_responses_may_change(whole: Path, loaded, tmp_path: Path) -> None:
+def test_settings_that_leave_responses_alone_may_change(
+    whole: Path, loaded, tmp_path: Path
+) -> None:
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     summary = run(loaded[0], tmp_path, ks=(2,), batch_size=64)
     assert "pass@1" not in summary and "reverse_kl" not in summary
@@ -305,18 +310,18 @@ def test_stored_and_sampled_responses_do_not_mix(
     assert contents(out) == before
 
 
-def test_a_run_that_went_on_is_another_model(paths, tmp_path: Path) -> None:
-    """The samples of two checkpoints do not mix in one evaluation."""
+def test_a_later_checkpoint_needs_another_evaluation(paths, tmp_path: Path) -> None:
+    """Samples of two checkpoints are not mixed in one evaluation."""
     workdir, out = tmp_path / "run", tmp_path / "out"
     c = base.get_config()
     c.student.path = paths[0]
     run_files.write_text(workdir / "config.json", c.to_json_best_effort())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(policy, "check_files", lambda _: None)  # there is no checkpoint yet
-        described = policy.make_abstract_for_inference(str(workdir), "float32")
+        abstract = policy.make_abstract_for_inference(str(workdir), "float32")
 
     def train(step: int) -> Policy:
-        random = policy.init_random_policy(described, jax.random.key(step))
+        random = policy.init_random_policy(abstract, jax.random.key(step))
         with Checkpoints(workdir / "checkpoints", save_interval_steps=1, max_to_keep=None) as saved:
             state = update.init_train_state(
                 optim.make_optimizer(c.opd.optim, 10), random.params, step
@@ -336,7 +341,8 @@ def test_a_run_that_went_on_is_another_model(paths, tmp_path: Path) -> None:
 
 
 def dense_kl(student: Qwen3ForCausalLM, teacher: Qwen3ForCausalLM, rows: list[dict]) -> float:
-    """By transformers, in float64 over the whole vocabulary, each row alone."""
+    """Computes the KL with transformers, in float64 over the whole vocabulary, one row at a
+    time."""
     total, count = 0.0, 0
     for row in rows:
         ids = torch.tensor([row["prompt_tokens"] + row["tokens"]])
@@ -348,16 +354,16 @@ def dense_kl(student: Qwen3ForCausalLM, teacher: Qwen3ForCausalLM, rows: list[di
     return total / count
 
 
-def test_reverse_kl(whole: Path, loaded, models) -> None:
-    """Over response tokens only, whatever the batch size and its padding."""
+def test_reverse_kl_equals_a_dense_computation(whole: Path, loaded, models) -> None:
+    """Covers response tokens only, for any batch size and its padding."""
     rows, (student, teacher) = read(whole / "examples.jsonl"), loaded
     assert len({row["length"] for row in rows}) > 1
     expected = dense_kl(models[student.path], models[teacher.path], rows)
     assert expected > 0.1
     with policy.use(student):
         for batch_size in (3, 16):
-            found = divergence.compute_reverse_kl(student, teacher, rows, batch_size)
-            assert found == pytest.approx(expected, rel=1e-4)
+            actual = divergence.compute_reverse_kl(student, teacher, rows, batch_size)
+            assert actual == pytest.approx(expected, rel=1e-4)
         assert abs(divergence.compute_reverse_kl(student, student, rows, 8)) < 1e-6
         assert divergence.compute_reverse_kl(teacher, student, rows, 8) != pytest.approx(
             expected, rel=0.01
@@ -370,17 +376,16 @@ def test_reverse_kl(whole: Path, loaded, models) -> None:
 QUESTIONS = ["What is 3 * 4?", "Ann has 5 eggs, buys 2.", "1 + 1?", "How many are 6 / 2?"]
 
 
-def test_gsm8k_of_a_model(paths, loaded, tmp_path: Path) -> None:
-    """Each response is graded against its own answer: most answers here are what the model will
-    say, the others are not."""
+def test_gsm8k_responses_are_graded_by_their_own_answers(paths, loaded, tmp_path: Path) -> None:
+    """Most reference answers here are those the model will give, the others are not."""
     spec = rollout.SampleSpec(2, 24, rollout.Sampling(1.0), seed=5, batch_size=8)
     rows = [{"question": q, "answer": "1", "level": i} for i, q in enumerate(QUESTIONS)]
-    asked = problems.load_problems("gsm8k", str(write(tmp_path / "asked.jsonl", rows)), 0)
+    problem_rows = problems.load_problems("gsm8k", str(write(tmp_path / "asked.jsonl", rows)), 0)
     with policy.use(loaded[0]):
-        prompts = completions.encode_row_prompts(loaded[0], asked, False, 24)
-        replies = responses.sample(loaded[0], asked, prompts, spec, 0)
-        said = [[str(row["response"]) for row in group] for group in replies]
-    numbers = [graders.extract_answer(second) for _, second in said]
+        prompts = completions.encode_row_prompts(loaded[0], problem_rows, False, 24)
+        replies = responses.sample(loaded[0], problem_rows, prompts, spec, 0)
+        generated = [[str(row["response"]) for row in group] for group in replies]
+    numbers = [graders.extract_answer(second) for _, second in generated]
     expected = [0 if n is None else int(abs(float(n))) for n in numbers]
     for row, number in zip(rows, expected, strict=True):
         row["answer"] = number
@@ -397,12 +402,12 @@ def test_gsm8k_of_a_model(paths, loaded, tmp_path: Path) -> None:
     out = tmp_path / "out"
     limits = ("--max_new_tokens=24", "--batch_size=8")
     assert call(evaluate, *flags, *sampling, *limits, f"--out={out}") == 0
-    found = read(out / "examples.jsonl")
-    assert [[r["response"] for r in found[i : i + 2]] for i in range(0, 8, 2)] == said
-    check_summary(out, found, samples=2)
+    graded = read(out / "examples.jsonl")
+    assert [[r["response"] for r in graded[i : i + 2]] for i in range(0, 8, 2)] == generated
+    check_summary(out, graded, samples=2)
     tokenizer = chat.load_tokenizer(paths[0])
     assert tokenizer is not None
-    for i, row in enumerate(found):
+    for i, row in enumerate(graded):
         assert (row["id"], row["sample"]) == (f"gsm8k-{i // 2}", i % 2)
         assert row["answer"] == str(expected[i // 2])
         assert row["correct"] == (graders.grade_math(row["response"], row["answer"]) == "correct")
@@ -414,7 +419,7 @@ def test_gsm8k_of_a_model(paths, loaded, tmp_path: Path) -> None:
 
 
 def check_summary(out: Path, rows: list[dict], samples: int) -> None:
-    """The contract: what is in summary.json, and that it is what examples.jsonl says."""
+    """Checks the contract of summary.json, and its numbers against examples.jsonl."""
     summary = summary_of(out)
     assert rows == [strict(line) for line in (out / "examples.jsonl").read_text().splitlines()]
     assert summary["responses"] == len(rows) == samples * summary["problems"]
@@ -436,8 +441,8 @@ def check_summary(out: Path, rows: list[dict], samples: int) -> None:
     assert 0.01 < summary["memory"]["host_gib"] < 1000
 
 
-def test_arithmetic_of_a_model(paths, models, tmp_path: Path, capsys) -> None:
-    """Greedy, against the generated problems, with the divergence from a teacher."""
+def test_arithmetic_evaluation_with_a_teacher(paths, models, tmp_path: Path, capsys) -> None:
+    """Greedy decoding of the generated problems, with the divergence from a teacher."""
     out = tmp_path / "out"
     flags = (f"--model={paths[0]}", f"--teacher={paths[1]}", "--benchmark=arithmetic")
     assert call(evaluate, *flags, f"--out={out}", "--limit=3", "--max_new_tokens=12") == 0
@@ -456,7 +461,7 @@ def test_arithmetic_of_a_model(paths, models, tmp_path: Path, capsys) -> None:
     network = models[paths[0]]
     assert summary["parameters"] == sum(p.numel() for p in network.parameters())
     assert summary["parameter_bytes"] == 4 * summary["parameters"]
-    shown = capsys.readouterr().out  # --limit is for a quick look
+    shown = capsys.readouterr().out  # --limit takes the first problems
     for (_, problem), row in zip(ROWS, rows, strict=False):
         assert f"--- {row['id']}, sample 0: {row['outcome']} (wanted {row['answer']}" in shown
         assert str(problem["question"]) in shown and row["response"] in shown
@@ -519,7 +524,7 @@ def bad_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("flags", "words"), BAD)
-def test_a_users_mistake_is_one_line(
+def test_evaluate_reports_user_errors_in_one_line(
     bad_inputs: Path,
     paths,
     tmp_path: Path,
@@ -537,7 +542,7 @@ def test_a_users_mistake_is_one_line(
     assert captured.out == "" and contents(tmp_path) == {} and contents(bad_inputs) == before
 
 
-def test_an_answer_that_is_no_integer_is_an_error_of_the_data(tmp_path: Path) -> None:
+def test_a_reference_answer_that_is_no_integer_is_refused(tmp_path: Path) -> None:
     row = {"id": "a", "answer": "twelve", "response": "12"}
     stored = write(tmp_path / "stored.jsonl", [row])
     flags = ("--benchmark=arithmetic", f"--responses={stored}", f"--out={tmp_path / 'out'}")

@@ -1,4 +1,5 @@
-"""lm-eval's numbers from a policy here and from its Hugging Face backend on the same weights."""
+"""Compares lm-eval's numbers for a policy here and for its Hugging Face backend on the same
+weights."""
 
 import json
 import subprocess
@@ -15,7 +16,7 @@ from tests.support.paths import ROOT, TOKENIZER
 from tests.support.tiny_models import tiny_qwen3
 from tests.support.verbs import call
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's own, and those of what it imports
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of lm-eval and its imports
 
 TASKS = {
     "tiny_choice": {
@@ -43,7 +44,8 @@ TASKS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tasks in yaml (JSON is yaml) over local data; texts longer than the model's 128 positions."""
+    """Tasks in yaml (JSON is yaml) over local data, with texts longer than the model's 128
+    positions."""
     root = tmp_path_factory.mktemp("tasks")
     rows = [
         {
@@ -72,12 +74,12 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def samples(found: dict[str, Any], task: str) -> list[Any]:
-    return [s["resps"] for s in sorted(found["samples"][task], key=lambda s: s["doc_id"])]
+def samples(results: dict[str, Any], task: str) -> list[Any]:
+    return [s["resps"] for s in sorted(results["samples"][task], key=lambda s: s["doc_id"])]
 
 
 @pytest.mark.long
-def test_the_same_numbers_as_by_the_hugging_face_backend(folder: Path, model_dir: Path) -> None:
+def test_lm_eval_numbers_equal_the_hugging_face_backend(folder: Path, model_dir: Path) -> None:
     lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed")
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
@@ -108,43 +110,45 @@ def test_the_same_numbers_as_by_the_hugging_face_backend(folder: Path, model_dir
 
 
 def _numbers(x: Any) -> list[float]:
-    """All numbers (and truth values) in nested lists."""
+    """Yields all numbers (and truth values) in nested lists."""
     if isinstance(x, list | tuple):
         return [n for inner in x for n in _numbers(inner)]
     return [] if isinstance(x, str) else [float(x)]
 
 
 @pytest.mark.long
-def test_the_verb(folder: Path, model_dir: Path, tmp_path: Path, capsys) -> None:
+def test_harness_verb_writes_lm_eval_results(
+    folder: Path, model_dir: Path, tmp_path: Path, capsys
+) -> None:
     pytest.importorskip("lm_eval", reason="lm_eval is not installed")
     flags = (f"--model={model_dir}", f"--include={folder}", f"--out={tmp_path / 'out.json'}")
     assert call(harness, *flags, "--tasks=tiny_choice", "--limit=2", "--num_fewshot=0") == 0
-    found = json.loads((tmp_path / "out.json").read_text())
-    assert found["n-samples"]["tiny_choice"]["effective"] == 2
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert results["n-samples"]["tiny_choice"]["effective"] == 2
     assert "tiny_choice" in capsys.readouterr().out
     assert call(harness, *flags, "--tasks=no_such_task") == 2
     assert "lm-eval knows no 'no_such_task'" in capsys.readouterr().err
 
 
-def test_what_the_sampler_lacks_is_refused(model_dir: Path) -> None:
+def test_unsupported_lm_eval_requests_are_refused(model_dir: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm_eval is not installed")
     from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
 
     from distill.evaluation import lm_eval_model
 
     subject = policy.make_abstract_for_inference(str(model_dir), "float32")
-    asked = lm_eval_model.PolicyLM(subject, 4, False)
+    model = lm_eval_model.PolicyLM(subject, 4, False)
     for manner, words in (
         ({"num_beams": 4}, "no num_beams here"),
         ({"max_gen_toks": 128}, "max_gen_toks=128, but the model has 128"),
     ):
         request = Instance("generate_until", {}, ("a", manner), 0)
         with pytest.raises(UserError, match=words):
-            asked.generate_until([request])
+            model.generate_until([request])
 
 
-def test_without_lm_eval_it_is_one_line(tmp_path: Path) -> None:
-    """In a process in which lm_eval cannot be found."""
+def test_missing_lm_eval_is_one_line(tmp_path: Path) -> None:
+    """Runs in a process that cannot import lm_eval."""
     program = (
         "import sys, importlib.util as u; real = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'lm_eval' else real(name, *a)\n"

@@ -1,4 +1,4 @@
-"""Rates against enumeration, intervals against simulation, and what the text alone shows."""
+"""Tests rates against enumeration, intervals against simulation, and statistics of texts."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ Z = 1.959964
 
 
 def test_pass_at_k_counts_subsets() -> None:
-    """The share of all subsets of k samples that hold a correct one."""
+    """Compares with the share of all subsets of k samples that contain a correct one."""
     for n in range(1, 7):
         for c, k in itertools.product(range(n + 1), range(1, n + 1)):
             subsets = list(itertools.combinations([i < c for i in range(n)], k))
@@ -27,7 +27,7 @@ def test_pass_at_k_counts_subsets() -> None:
 
 
 def vote_of(answers: tuple[int | None, ...]) -> float:
-    """The chance that 0 wins this vote, ties by lot."""
+    """Probability that 0 wins this vote, ties broken at random."""
     votes = Counter(a for a in answers if a is not None)
     most = [a for a, n in votes.items() if n == max(votes.values())]
     return (0 in most) / len(most) if most else 0.0
@@ -46,7 +46,7 @@ def vote_of(answers: tuple[int | None, ...]) -> float:
     ],
 )
 def test_majority_at_k_counts_subsets(counts: list[int], none: int) -> None:
-    """The mean vote of all subsets of k samples."""
+    """Compares with the mean vote over all subsets of k samples."""
     samples = [a for a, count in enumerate(counts) for _ in range(count)] + [None] * none
     for k in range(1, len(samples) + 1):
         expected = np.mean([vote_of(s) for s in itertools.combinations(samples, k)])
@@ -59,8 +59,8 @@ def test_majority_of_many_is_quick_and_exact() -> None:
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 10), (3, 10), (10, 10), (1, 1), (611, 1000)])
-def test_one_sample_a_problem_has_wilsons_interval(right: int, n: int) -> None:
-    """Its ends are the rates p at which right/n is z standard deviations of p away."""
+def test_one_sample_per_problem_gives_wilsons_interval(right: int, n: int) -> None:
+    """At its ends p, right/n is z standard deviations of p away."""
     rate, (low, high) = statistics.compute_accuracy([[i < right] for i in range(n)])
     assert rate == right / n
     assert 0 <= low <= rate <= high <= 1
@@ -70,12 +70,13 @@ def test_one_sample_a_problem_has_wilsons_interval(right: int, n: int) -> None:
     assert (low, high) == pytest.approx(run_files.wilson_interval(right, n))
 
 
-def test_samples_that_agree_are_one_witness() -> None:
-    """However many samples say so, 30 problems are 30 problems; and none is no proof of never."""
+def test_identical_samples_do_not_narrow_the_interval() -> None:
+    """Samples of one problem are correlated: 30 problems count as 30, however many samples agree,
+    and no success does not prove a rate of zero."""
     for share in (0, 1):
         one = statistics.compute_accuracy([[share == 1]] * 30)[1]
         many = statistics.compute_accuracy([[share == 1] * 64] * 30)[1]
-        # The quantile is Student's, of 29 degrees of freedom, so a little wider.
+        # The quantile is Student's with 29 degrees of freedom, so the interval is a little wider.
         assert many[1] - many[0] == pytest.approx(one[1] - one[0], rel=0.1)
         assert many[0] <= one[0] and many[1] >= one[1] and share in many
     same = [[i % 3 == 0] for i in range(90)]
@@ -86,7 +87,7 @@ def test_samples_that_agree_are_one_witness() -> None:
     assert statistics.compute_accuracy([[True, False]]) == (0.5, (0.0, 1.0))
 
 
-def test_more_samples_tell_more_where_problems_are_alike() -> None:
+def test_more_samples_narrow_the_interval_of_similar_problems() -> None:
     widths = []
     for n in (2, 8, 64):
         low, high = statistics.compute_accuracy([[i % 2 == 0 for i in range(n)]] * 100)[1]
@@ -96,22 +97,22 @@ def test_more_samples_tell_more_where_problems_are_alike() -> None:
 
 
 def covered(problems: int, samples: int, mean: float, alike: float) -> float:
-    """How many of 2,000 intervals hold the mean of a population of difficulties, Beta(a, b) with
-    1 / (1 + a + b) = 1 - alike. Its own error is half a point."""
+    """Returns the share of 2,000 intervals that contain the mean of difficulties drawn from Beta(a,
+    b) with 1 / (1 + a + b) = 1 - alike. The standard error of the share is half a point."""
     draw = np.random.default_rng([problems, samples, int(100 * mean), int(100 * alike)])
     rates = np.full((2000, problems), mean)
     if alike < 1:
         scale = alike / (1 - alike)
         rates = draw.beta(mean * scale, (1 - mean) * scale, rates.shape)
-    found = [
+    intervals = [
         statistics.compute_interval(s, samples) for s in draw.binomial(samples, rates) / samples
     ]
-    return float(np.mean([low <= mean <= high for low, high in found]))
+    return float(np.mean([low <= mean <= high for low, high in intervals]))
 
 
 @pytest.mark.parametrize("problems", [60, 100, 500])
-def test_the_interval_of_one_sample_covers(problems: int) -> None:
-    """By the binomial distribution itself, of every number of right answers."""
+def test_interval_of_one_sample_per_problem_has_its_coverage(problems: int) -> None:
+    """Sums the binomial distribution over every number of right answers."""
     right = np.arange(problems + 1)
     ends = np.array(
         [statistics.compute_interval(np.array([k / problems] * problems), 1) for k in right]
@@ -125,21 +126,23 @@ def test_the_interval_of_one_sample_covers(problems: int) -> None:
 @pytest.mark.parametrize("samples", [2, 4, 64])
 @pytest.mark.parametrize("problems", [60, 200])
 @pytest.mark.parametrize("alike", [1.0, 0.9, 0.5, 0.1])
-def test_the_interval_covers_as_it_says(problems: int, samples: int, alike: float) -> None:
-    """Whether problems are all equally hard, or each sure to be solved or not."""
+def test_interval_of_several_samples_has_its_coverage(
+    problems: int, samples: int, alike: float
+) -> None:
+    """Ranges from problems of equal difficulty to problems that are always or never solved."""
     for mean in (0.2, 0.5, 0.7):
         assert 0.93 <= covered(problems, samples, mean, alike) <= 0.97, mean
 
 
 @pytest.mark.parametrize("samples", [4, 64])
-def test_the_interval_of_few_problems_covers(samples: int) -> None:
-    """30 problems, of which one or two in twenty are solved: AIME, for a small model."""
+def test_interval_of_few_problems_has_its_coverage(samples: int) -> None:
+    """30 problems with one or two in twenty solved: AIME with a small model."""
     for mean, alike in itertools.product((0.05, 0.1), (1.0, 0.8, 0.4, 0.1)):
         assert 0.92 <= covered(30, samples, mean, alike) <= 0.985, (mean, alike)
 
 
 @pytest.mark.parametrize(("samples", "gain"), [(1, 0.0), (1, 0.1), (4, 0.05)])
-def test_the_paired_interval_covers_as_it_says(samples: int, gain: float) -> None:
+def test_paired_interval_has_its_coverage(samples: int, gain: float) -> None:
     draw = np.random.default_rng([samples, 7])
     covered = 0
     for _ in range(1500):
@@ -150,7 +153,7 @@ def test_the_paired_interval_covers_as_it_says(samples: int, gain: float) -> Non
     assert 0.93 <= covered / 1500 <= 0.97
 
 
-def test_mcnemar_throws_a_coin_for_each_problem_that_one_alone_solved() -> None:
+def test_p_value_of_single_samples_is_mcnemars_exact_test() -> None:
     a = [1] * 40 + [0] * 9 + [1] * 2 + [0] * 49
     b = [1] * 40 + [1] * 9 + [0] * 2 + [0] * 49
     mean, (low, high) = statistics.compute_difference(a, b)
@@ -167,8 +170,8 @@ def test_mcnemar_throws_a_coin_for_each_problem_that_one_alone_solved() -> None:
     assert mean == 0 and low < 0 < high and statistics.compute_p_value(a, a) == 1
 
 
-def test_sign_flips_of_shares() -> None:
-    """With several samples a problem: against all 2^8 flips."""
+def test_p_value_of_several_samples_is_a_sign_flip_test() -> None:
+    """With several samples per problem, compares with all 2^8 sign flips."""
     a = np.array([0.25, 0.5, 0.5, 0.75, 0.25, 1.0, 0.5, 0.0])
     d = np.array([0.25, 0.25, 0.5, 0.0, 0.5, -0.25, 0.25, 0.25])
     flips = np.array(list(itertools.product((-1, 1), repeat=8)))
@@ -183,7 +186,7 @@ def graded_row(name: str, outcome: str, **fields: Any) -> statistics.Record:
     return {**row, "formatted": outcome != "no_answer", "repeats": False, **fields}
 
 
-def test_summarise() -> None:
+def test_summary_of_graded_rows() -> None:
     rows = [
         graded_row("a", "correct", found="1", length=3, finish_reason="stop"),
         graded_row("a", "wrong", found="2", length=5, finish_reason="stop"),
@@ -192,8 +195,8 @@ def test_summarise() -> None:
         graded_row("c", "wrong", found="7", length=8, finish_reason="stop"),
         graded_row("c", "no_answer", found=None, length=9, finish_reason="length", repeats=True),
     ]
-    found = statistics.summarise_rows(rows, [1, 2, 3])
-    assert found == {
+    summary = statistics.summarise_rows(rows, [1, 2, 3])
+    assert summary == {
         "problems": 3,
         "responses": 6,
         "accuracy": pytest.approx(0.5),
@@ -205,7 +208,7 @@ def test_summarise() -> None:
         "format_rate": pytest.approx(5 / 6),
         "repetition_rate": pytest.approx(1 / 6),
         "pass@1": pytest.approx(0.5),
-        "pass@2": pytest.approx(2 / 3),  # and none of 3, of which there are too few samples
+        "pass@2": pytest.approx(2 / 3),  # and no pass@3, because there are too few samples
         "maj@2": pytest.approx((0.5 + 1 + 0) / 3),
         "mean_length": 5.5,
         "mean_length_finished": 4.8,
@@ -216,7 +219,7 @@ def test_summarise() -> None:
     assert not {"mean_length", "mean_length_finished", "truncation_rate", "maj@2"} & fewer
 
 
-def test_instructions_have_four_accuracies() -> None:
+def test_instruction_summary_has_four_accuracies() -> None:
     rows = [
         graded_row("a", "correct", strict=[True, True], loose=[True, True]),
         graded_row("b", "wrong", strict=[True, False], loose=[True, True]),
@@ -231,7 +234,7 @@ def test_instructions_have_four_accuracies() -> None:
     }
 
 
-def test_votes_are_for_answers_and_not_for_spellings() -> None:
+def test_equal_answers_share_votes_whatever_their_spelling() -> None:
     same = [r"\dfrac{1}{2}", r"\frac{1}{2}", r"\tfrac{1}{2}.", r" \left \frac{1}{2}\right "]
     assert len({statistics.normalise_answer(text) for text in same}) == 1
     assert (
@@ -256,5 +259,5 @@ def test_votes_are_for_answers_and_not_for_spellings() -> None:
         ("La réponse est 5", "How many?", False),
     ],
 )
-def test_mixes_languages(text: str, prompt: str, expected: bool) -> None:
+def test_language_mixing_is_detected(text: str, prompt: str, expected: bool) -> None:
     assert statistics.has_mixed_languages(text, prompt) == expected

@@ -1,4 +1,4 @@
-"""Problems from files, hub sets and TFDS, in their published forms; protocols by name."""
+"""Tests problems from files, hub sets and TFDS in their published formats, and named protocols."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def test_every_benchmark_has_a_grader_and_a_prompt() -> None:
     for name, task in tasks.BENCHMARKS.items():
         assert "{question}" in task.prompt and callable(task.grading.grade), name
     fields = {frozenset(settings) for settings in protocols.PROTOCOLS.values()}
-    assert len(fields) == 1  # each says all of it
+    assert len(fields) == 1  # each sets every field
 
 
 @pytest.mark.parametrize(
@@ -43,14 +43,14 @@ def test_every_benchmark_has_a_grader_and_a_prompt() -> None:
     ],
 )
 def test_published_forms(tmp_path: Path, benchmark: str, row: dict, expected: dict) -> None:
-    ((where, found),) = problems.load_problems(
+    ((where, problem),) = problems.load_problems(
         benchmark, str(write(tmp_path / "x.jsonl", [row])), 0
     )
-    assert found.items() >= expected.items() and where == f"{tmp_path / 'x.jsonl'}:1"
+    assert problem.items() >= expected.items() and where == f"{tmp_path / 'x.jsonl'}:1"
 
 
-def test_real_sets(shared_data: Path) -> None:
-    """The copies at hand; a reference answer is right by its own grader."""
+def test_reference_answers_of_real_sets_are_correct(shared_data: Path) -> None:
+    """Loads the local copies; each reference answer is correct by its own grader."""
     sizes = {"gsm8k": 1319, "math500": 500, "aime24": 30}
     with graders.Grader() as grader:
         for name, size in sizes.items():
@@ -63,14 +63,14 @@ def test_real_sets(shared_data: Path) -> None:
             assert set(outcomes) == {"correct"}, name
 
 
-def test_a_hub_set(tmp_path: Path) -> None:
-    """Read by `datasets`, from a folder in the form that the hub has them in."""
+def test_a_hub_dataset_is_loaded(tmp_path: Path) -> None:
+    """`datasets` reads it from a folder in the hub's layout."""
     folder = tmp_path / "set"
     folder.mkdir()
     rows = [{"question": f"{i}?", "answer": f"is\n#### {i}"} for i in range(3)]
     write(folder / "test.jsonl", rows)
-    found = problems.load_problems("gsm8k", f"hf:{folder}::test", 2)
-    assert [(where, row["answer"]) for where, row in found] == [
+    rows_read = problems.load_problems("gsm8k", f"hf:{folder}::test", 2)
+    assert [(where, row["answer"]) for where, row in rows_read] == [
         (f"hf:{folder}::test row 0", "0"),
         (f"hf:{folder}::test row 1", "1"),
     ]
@@ -78,18 +78,18 @@ def test_a_hub_set(tmp_path: Path) -> None:
         problems.load_problems("gsm8k", f"hf:{folder}::dev", 0)
 
 
-def test_sets_by_their_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+def test_benchmarks_name_their_hub_and_tfds_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    requested = []
 
     def read(source: str) -> sources.Rows:
-        asked.append(source)
+        requested.append(source)
         return sources.Rows(source, 1, lambda i: {"question": "q", "answer": "#### 1"}, str)
 
     monkeypatch.setattr(sources, "open_rows", read)
     problems.load_problems("gsm8k", "hf:", 0)
     problems.load_problems("gsm8k", "tfds:", 0)
     problems.load_problems("math", "tfds:some/set", 0)
-    assert asked == ["hf:openai/gsm8k:main:test", "tfds:gsm8k::test", "tfds:some/set"]
+    assert requested == ["hf:openai/gsm8k:main:test", "tfds:gsm8k::test", "tfds:some/set"]
     with pytest.raises(UserError, match="no set is named for math"):
         problems.load_problems("math", "hf:", 0)
 
@@ -103,7 +103,7 @@ def test_tfds_rows_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (row["question"], row["answer"]) == ("größer?", "7")
 
 
-def test_how_a_question_is_put() -> None:
+def test_questions_are_rendered_by_their_template() -> None:
     row: problems.Record = {"id": 1, "question": "1 {x} + 1?", "answer": "2"}
     assert problems.render_question("arithmetic", row) == row
     boxed = str(problems.render_question("math500", row)["question"])
@@ -112,12 +112,12 @@ def test_how_a_question_is_put() -> None:
         problems.render_question("math500", row, "Q: {question} A:")["question"]
         == "Q: 1 {x} + 1? A:"
     )
-    given: problems.Record = {"id": 1, "messages": [{"role": "user", "content": "1?"}]}
-    assert problems.render_question("math500", given) == given
+    chat_row: problems.Record = {"id": 1, "messages": [{"role": "user", "content": "1?"}]}
+    assert problems.render_question("math500", chat_row) == chat_row
 
 
-def test_protocols_are_those_of_the_report() -> None:
-    """arXiv 2505.09388: sampling, caps, and 64 samples on AIME."""
+def test_protocols_equal_the_technical_report() -> None:
+    """arXiv 2505.09388: sampling, token limits, and 64 samples on AIME."""
     thinking = protocols.resolve_settings("qwen3-thinking", "math500", {})
     assert thinking == {
         "thinking": True,
@@ -144,19 +144,19 @@ def test_protocols_are_those_of_the_report() -> None:
     assert rollout.make_sample_spec(thinking).sampling.top_p == 0.95
 
 
-def test_an_unknown_benchmark_is_the_users_mistake() -> None:
+def test_an_unknown_benchmark_is_refused() -> None:
     with pytest.raises(UserError, match="--benchmark=gsm9k: known are arithmetic, gsm8k"):
         problems.require_task("gsm9k")
 
 
-def test_answers_that_are_none(tmp_path: Path) -> None:
+def test_rows_without_a_usable_answer_are_refused(tmp_path: Path) -> None:
     for answer in (None, True, ["1"]):
         path = write(tmp_path / "x.jsonl", [{"question": "q", "answer": answer}])
         with pytest.raises(UserError, match=r"x.jsonl:1: no answer among its fields"):
             problems.load_problems("math", str(path), 0)
 
 
-def test_stored_responses_find_their_problem(tmp_path: Path) -> None:
+def test_stored_responses_are_matched_to_problems(tmp_path: Path) -> None:
     known = problems.load_problems(
         "math",
         str(write(tmp_path / "k.jsonl", [{"unique_id": "a", "problem": "q", "answer": 3}])),

@@ -1,4 +1,4 @@
-"""Every implementation of attention against the formula, written out token by token."""
+"""Tests every implementation of attention against the formula, computed one token at a time."""
 
 import functools
 
@@ -16,7 +16,8 @@ from models.layers import attention, blockwise
 
 
 def inputs(B: int, T: int, N: int, K: int, H: int):
-    """Random queries, keys and values; rows padded left and right, one packed of three parts."""
+    """Random queries, keys and values; rows padded on the left and right, one packed with three
+    segments."""
     keys = jax.random.split(jax.random.key(T), 3)
     q, k, v = (
         jax.random.normal(key, (B, T, heads, H)) for key, heads in zip(keys, (N, K, K), strict=True)
@@ -29,7 +30,7 @@ def inputs(B: int, T: int, N: int, K: int, H: int):
 
 
 def by_hand(q_BTNH, k_BTKH, v_BTKH, segments_BT):
-    """In float64, one query at a time."""
+    """Computes attention in float64, one query at a time."""
     q, k, v = (np.asarray(x, np.float64) for x in (q_BTNH, k_BTKH, v_BTKH))
     out, (B, T, N, H) = np.zeros(q.shape), q.shape
     for b, t, n in np.ndindex(B, T, N):
@@ -44,10 +45,10 @@ def by_hand(q_BTNH, k_BTKH, v_BTKH, segments_BT):
 @pytest.mark.parametrize(
     ("kind", "block"), [("plain", 64), ("plain", 8), ("plain", 7), ("plain", 2), ("masked", 64)]
 )
-def test_equals_the_formula(kind, block, monkeypatch):
+def test_every_implementation_equals_the_formula(kind, block, monkeypatch):
     monkeypatch.setattr(blockwise, "_BLOCK", block)
     q, k, v, segments = inputs(B=2, T=24, N=6, K=3, H=10)
-    # cuDNN's entry, computed by XLA: the mask that it hands over is what is tested here.
+    # cuDNN's entry point, computed by XLA: this tests the mask that it passes on.
     attend = {
         "plain": attention.attend_xla,
         "masked": functools.partial(attention._attend_masked, implementation="xla"),
@@ -65,8 +66,8 @@ def gradients(attend, q, k, v, segments):
 
 
 @pytest.mark.parametrize("T", [256, 200])
-def test_splash_equals_plain(T):
-    """Values and gradients, with lengths that fill whole tiles and that do not."""
+def test_splash_equals_xla_in_values_and_gradients(T):
+    """Covers lengths that are a multiple of the tile and lengths that are not."""
     q, k, v, segments = inputs(B=2, T=T, N=4, K=2, H=128)
     splash = functools.partial(attention.attend_splash, interpret=True)
     want, got = (
@@ -78,8 +79,8 @@ def test_splash_equals_plain(T):
 
 
 def packed(T: int) -> np.ndarray:
-    """Segments of many lengths, within blocks of 128 and across them, one alone, padding behind,
-    before, and nothing else."""
+    """Packs segments of many lengths, within blocks of 128 and across them, one row being a single
+    segment; padding behind, in front, and a row of padding only."""
     rows = np.zeros((5, T), np.int32)
     rows[0, : T - 50] = np.searchsorted(np.array([40, 128, 300, 301, 420]), np.arange(T - 50)) + 1
     rows[1] = 7
@@ -88,8 +89,8 @@ def packed(T: int) -> np.ndarray:
     return rows
 
 
-def test_splash_skips_blocks_of_other_segments(monkeypatch):
-    """Values and gradients in several blocks a row."""
+def test_splash_with_several_blocks_equals_xla(monkeypatch):
+    """Compares values and gradients when a row has several blocks."""
     monkeypatch.setattr(attention, "_BLOCK_SIZES", (128,))
     q, k, v, _ = inputs(B=5, T=512, N=4, K=2, H=128)
     segments = jnp.asarray(packed(512))
@@ -106,7 +107,7 @@ def test_splash_skips_blocks_of_other_segments(monkeypatch):
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_splash_reads_no_block_of_other_segments(grad, monkeypatch):
-    """What is not a number in one segment does not reach another, not even times nothing."""
+    """A NaN in one segment never reaches another, not even multiplied by zero."""
     monkeypatch.setattr(attention, "_BLOCK_SIZES", (128,))
     q, k, v, _ = inputs(B=1, T=512, N=2, K=1, H=128)
     segments = jnp.asarray(np.repeat([[1, 2, 3]], (128, 256, 128), axis=1))
@@ -115,15 +116,14 @@ def test_splash_reads_no_block_of_other_segments(grad, monkeypatch):
     def splash(q, k, v):
         return attention.attend_splash(q, k, v, segments, interpret=True)
 
-    found = jax.grad(lambda *x: splash(*x).sum(), (0, 1, 2)) if grad else splash
-    given = [jnp.where(bad, jnp.nan, x) for x in (q, k, v)]
-    for x in jax.tree.leaves(found(*given)):
+    function = jax.grad(lambda *x: splash(*x).sum(), (0, 1, 2)) if grad else splash
+    arguments = [jnp.where(bad, jnp.nan, x) for x in (q, k, v)]
+    for x in jax.tree.leaves(function(*arguments)):
         np.testing.assert_array_equal(np.isfinite(x), np.broadcast_to(~bad, x.shape))
 
 
 def test_splash_fetches_only_what_it_computes():
-    """In the order in which blocks are visited, the one in fast memory changes no more often than
-    there are blocks to compute."""
+    """In visiting order, the block in fast memory changes at most once per computed block."""
     kernel = attention.make_splash_kernel(512, 2, 128, interpret=True)
     for segments in packed(512):
         own = attention._restrict_to_segments(kernel, jnp.asarray(segments), 128)
@@ -152,9 +152,9 @@ def test_blocks_follow_the_chip_and_divide_the_row():
 )
 @pytest.mark.parametrize("B", [4, 8])
 def test_mosaic_compiles_each_chips_blocks(topology, block, T, B):
-    """Forward and backward fit the chip's fast memory, in the blocks that are meant for it: the
-    operations of the three kernels are at most those of the blocks at and below the diagonal. With
-    one row a device, and with two."""
+    """Forward and backward fit in the chip's fast memory with the blocks chosen for it, with one
+    and with two rows per device. The three kernels do at most the operations of the blocks on and
+    below the diagonal."""
     N, K, H = 2, 1, 128
     mesh = mesh_lib.make_mesh(1, 4, 1, devices=aot.get_devices(topology))
     with mesh_lib.use_mesh(mesh), jax.default_matmul_precision(None):
@@ -171,8 +171,8 @@ def test_mosaic_compiles_each_chips_blocks(topology, block, T, B):
     assert program.flops == (2 + 3 + 4) * 2 * (B / 4) * N * H * block**2 * triangle
 
 
-def test_splash_on_a_mesh():
-    """Rows over data and fsdp, heads over tensor: each device runs the kernel on its own."""
+def test_splash_runs_on_each_device_of_a_mesh():
+    """Splits rows over data and fsdp and heads over tensor; each device runs its own kernel."""
     q, k, v, segments = inputs(B=4, T=128, N=4, K=2, H=128)
     mesh = mesh_lib.make_mesh(2, 2, 2)
     with mesh_lib.use_mesh(mesh):
@@ -182,9 +182,10 @@ def test_splash_on_a_mesh():
     np.testing.assert_allclose(got, attention.attend_xla(q, k, v, segments), atol=1e-5)
 
 
-def test_lengths_equal_plain():
-    """cuDNN's entry for rows of one segment, computed by XLA: rows padded left, right, on both
-    sides, not at all, and nothing but padding. Padding holds infinities, which must go nowhere."""
+def test_cudnn_by_lengths_equals_xla():
+    """Computes cuDNN's entry point for rows with one segment in XLA: rows padded on the left, on
+    the right, on both sides, not at all, and padding only. Padding holds infinities, which must not
+    spread."""
     q, k, v, _ = inputs(B=5, T=24, N=4, K=2, H=8)
     segments = np.ones((5, 24), np.int32)
     segments[0, :7] = segments[1, 15:] = segments[2, :3] = segments[2, 20:] = segments[4] = 0
@@ -193,7 +194,7 @@ def test_lengths_equal_plain():
     got = gradients(by_length, q, k, v, segments)
     real = segments[..., None, None] > 0
     for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
-        a = np.where(real, a, 0) if a.ndim else a  # plain lets padding attend to itself
+        a = np.where(real, a, 0) if a.ndim else a  # the reference lets padding attend to itself
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)
     q, k, v = (jnp.where(real, x, jnp.inf) for x in (q, k, v))
     spoilt = gradients(by_length, q, k, v, segments)
@@ -201,8 +202,8 @@ def test_lengths_equal_plain():
         np.testing.assert_array_equal(b, a)
 
 
-def test_lengths_make_no_mask():
-    """Nothing of [T, T] reaches cuDNN, which the other entry hands a mask."""
+def test_cudnn_by_lengths_takes_no_mask():
+    """No array of shape [T, T] reaches cuDNN by lengths; the other entry point passes a mask."""
 
     def shapes(attend):
         x = jax.ShapeDtypeStruct((1, 512, 2, 16), jnp.bfloat16)
@@ -225,8 +226,8 @@ def test_lengths_make_no_mask():
     assert masked
 
 
-def test_who_packs():
-    """Rows of several sequences anywhere in a run, as samples are: the mask; else lengths."""
+def test_packed_rows_take_the_mask_and_others_lengths():
+    """A run with packed rows at any stage needs the mask; otherwise lengths are enough."""
     for packed, kind in ((True, "cudnn"), (False, "cudnn_lengths")):
         for wanted in ("auto", "cudnn"):
             assert (
@@ -249,8 +250,8 @@ def test_blocks_of_queries_have_the_same_gradient(monkeypatch):
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)
 
 
-def test_memory_follows_the_block():
-    """Temporaries of forward and backward grow with T, not with T squared."""
+def test_memory_grows_linearly_with_length():
+    """Temporaries of the forward and backward passes grow with T, not with its square."""
 
     def temporaries(T):
         x = jax.ShapeDtypeStruct((1, T, 2, 16), jnp.float32)
@@ -276,7 +277,7 @@ def test_memory_follows_the_block():
         ("xla", "tpu", 128, "bfloat16", "xla"),
     ],
 )
-def test_choice(wanted, platform, H, dtype, kind):
+def test_kernel_follows_platform_and_shape(wanted, platform, H, dtype, kind):
     assert attention.choose_kernel(wanted, platform, H, jnp.dtype(dtype)) == kind
 
 
@@ -289,6 +290,6 @@ def test_choice(wanted, platform, H, dtype, kind):
         ("flash", "gpu", 128, "none of auto, xla, splash, cudnn"),
     ],
 )
-def test_a_choice_that_cannot_run(wanted, platform, H, words):
+def test_a_kernel_that_cannot_run_is_refused(wanted, platform, H, words):
     with pytest.raises(UserError, match=words):
         attention.choose_kernel(wanted, platform, H, jnp.dtype("bfloat16"))

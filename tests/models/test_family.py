@@ -1,4 +1,4 @@
-"""A second model family, Llama, defined here: one Family runs through the whole project."""
+"""Runs a second model family, a Llama defined here, through the whole project."""
 
 import dataclasses
 import json
@@ -45,12 +45,12 @@ FIELDS = {
     "tie_word_embeddings": False,
 }
 
-# A family: a config, an attention, a block, and what follows from Qwen3's by leaving its norms out.
+# The family: Qwen3's config, attention and block without the query and key norms.
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(qwen3_config.Config):
-    """A dense Qwen3 without norms of queries and keys, which is a Llama."""
+    """A dense Qwen3 without query and key norms, which makes it a Llama."""
 
     @classmethod
     def from_hf(cls, fields: dict, source: str = "config.json") -> "Config":
@@ -129,7 +129,7 @@ def known(monkeypatch):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A random Llama that transformers writes, and the network itself."""
+    """Writes a random Llama with transformers; returns its directory and the network."""
     directory = tmp_path_factory.mktemp("llama")
     torch.manual_seed(0)
     network = LlamaForCausalLM(LlamaConfig(**FIELDS, initializer_range=0.2)).float().eval()
@@ -170,7 +170,7 @@ def test_logits_equal_those_of_transformers(written, sizes):
     np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4)
 
 
-def test_saved_weights_are_what_was_loaded(written, tmp_path):
+def test_saved_weights_equal_the_loaded_ones(written, tmp_path):
     directory, network = written
     c, _, params = load(directory, 1, 1, 1)
     weights.save(params, c, tmp_path, jnp.dtype("float32"))
@@ -195,8 +195,8 @@ def test_greedy_sampling_equals_that_of_transformers(written, backend, stacked):
         assert [row.tokens for row in rows] == [greedy(network, prompt, 8) for prompt in prompts]
 
 
-def test_trained_run_is_exported(tmp_path):
-    """Two stages of training, sampled, and what they trained, in transformers."""
+def test_trained_run_exports_to_transformers(tmp_path):
+    """Trains two stages with sampling, exports the run and loads the export in transformers."""
     models = []
     for seed, name in enumerate(("student", "teacher")):
         directory = tmp_path / name
@@ -228,8 +228,9 @@ def test_trained_run_is_exported(tmp_path):
     assert not np.array_equal(before.state_dict()[name].numpy(), ours)
 
 
-def test_planned_from_the_family_alone():
-    """Operations, bytes of the cache, and the refusal of a mesh, of a released size."""
+def test_planning_needs_only_the_family():
+    """Counts operations and cache bytes of a released size, and refuses a mesh that does not divide
+    it."""
     mesh = mesh_lib.make_mesh(1, 1, 1)
     c = fit.describe_policy("meta-llama/Tiny", "float32", False, mesh, "student").config
     assert type(c) is Config

@@ -1,4 +1,5 @@
-"""Products of grouped rows against a loop over the groups, and their gradients by both ways."""
+"""Tests products of grouped rows, and their gradients from every kernel, against a loop over
+groups."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import pytest
 
 from models.layers import grouped, grouped_gpu
 
-# rows, in, out, sizes: groups may be empty, end within a tile of rows, and leave rows over.
+# rows, in, out, sizes: groups may be empty, end inside a tile of rows, and leave rows over.
 CASES = {
     "even": (24, 16, 8, (8, 8, 8)),
     "uneven, rows left over": (37, 12, 20, (5, 0, 17, 1, 3)),
@@ -31,8 +32,8 @@ def groups(sizes):
     return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
-def test_product_and_gradients(case):
-    """What lies behind the groups has no gradient, where it is masked as the experts mask it."""
+def test_product_and_gradients_equal_a_loop_over_groups(case):
+    """Rows beyond the last group have no gradient when masked as the experts mask them."""
     x, dy, kernel, sizes = case
     here = (np.arange(len(x)) < sizes.sum())[:, None]
 
@@ -50,18 +51,18 @@ def test_product_and_gradients(case):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-def test_the_kernel_for_tpu(case):
+def test_tpu_kernel_gradient_equals_a_loop_over_groups(case):
     x, dy, kernel, sizes = case
-    found = grouped.compute_kernel_gradient(
+    gradient = grouped.compute_kernel_gradient(
         jnp.asarray(x), jnp.asarray(dy), jnp.asarray(sizes), interpret=True
     )
-    assert found.shape == kernel.shape
+    assert gradient.shape == kernel.shape
     for e, of_group in enumerate(groups(sizes)):
-        np.testing.assert_allclose(found[e], x[of_group].T @ dy[of_group], atol=1e-4)
+        np.testing.assert_allclose(gradient[e], x[of_group].T @ dy[of_group], atol=1e-4)
 
 
-def test_the_kernels_for_gpu(case):
-    """What a group holds beyond a tile, and what no tile covers, is left out of the sums."""
+def test_gpu_kernels_equal_a_loop_over_groups(case):
+    """Rows of a tile that belong to another group, or to none, do not enter the sums."""
     x, dy, kernel, sizes = (jnp.asarray(a) for a in case)
     y = grouped_gpu.multiply_groups(x, kernel, sizes, interpret=True)
     dx = grouped_gpu.multiply_groups(dy, kernel, sizes, transposed=True, interpret=True)
@@ -74,8 +75,8 @@ def test_the_kernels_for_gpu(case):
 
 
 @pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
-def test_the_kernel_for_gpu_reads_8_bits(kind):
-    """An odd width, so that the last tile of each axis is a part of one."""
+def test_gpu_kernel_reads_8_bit_weights(kind):
+    """Uses an odd width, so that the last tile of each axis is only partly filled."""
     rng, sizes = np.random.default_rng(1), np.array([3, 0, 20, 9], np.int32)
     x = jnp.asarray(rng.normal(size=(32, 144)), jnp.bfloat16)
     kernel = jnp.asarray(rng.integers(-8, 8, size=(4, 144, 130)), kind)

@@ -1,4 +1,4 @@
-"""LoRA and rsLoRA against peft: training, and adapters from here to there and back."""
+"""Tests LoRA and rsLoRA against peft: training, saving and loading adapters in both directions."""
 
 import dataclasses
 import functools
@@ -40,9 +40,9 @@ from tests.support.verbs import call, read, verb_module, write
 evaluate = verb_module("evaluate")
 
 pytestmark = [
-    # peft asks transformers in a way that transformers is about to drop.
+    # peft calls transformers through an interface that is about to be removed.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
-    # It looks for the rank of the experts' gate and up among modules, where they are parameters.
+    # It looks up the rank of the experts' gate and up in modules, but they are parameters.
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),
 ]
 
@@ -54,7 +54,7 @@ EXPERTS: dict[str, Any] = {
     "moe_intermediate_size": 20,
     "norm_topk_prob": True,
 }
-# Shapes that the meshes below divide.
+# Shapes that the meshes below divide evenly.
 EVEN: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 32,
@@ -69,7 +69,7 @@ STABLE = LoRA(5, 3.0, rslora=True, targets=("q_proj", "o_proj", "down_proj"))
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """A directory and the network in it: untied, tied, and of experts."""
+    """Returns a directory and its network for an untied, a tied and a sparse model."""
     root = tmp_path_factory.mktemp("bases")
     kinds: dict[str, dict[str, Any]] = {
         "untied": {"num_hidden_layers": 2},
@@ -79,7 +79,7 @@ def bases(tmp_path_factory):
     return {name: (root / name, tiny_qwen3(root / name, **k)) for name, k in kinds.items()}
 
 
-def described(path, kind=None, sizes=(1, 1, 1)) -> policy.Policy:
+def make_policy(path, kind=None, sizes=(1, 1, 1)) -> policy.Policy:
     return policy.make_abstract(
         str(path), "float32", False, mesh_lib.make_mesh(*sizes), lora_config=kind
     )
@@ -90,7 +90,7 @@ def tokens_of(config, rows=4, seed=0):
 
 
 def batch_of(config, seed=0, rows=4) -> Batch:
-    """Rows of unequal lengths, of which the first three tokens are prompt."""
+    """Makes rows of unequal lengths, the first three tokens of each being the prompt."""
     lengths = np.resize(np.array([T, 9, 12, 6]), rows)[:, None]
     segments = (np.arange(T)[None] < lengths).astype(np.int32)
     positions = np.tile(np.arange(T, dtype=np.int32), (rows, 1))
@@ -106,26 +106,26 @@ def logits(qwen3, variables, tokens):
     return jnp.einsum("BTD,VD->BTV", hidden, transformer.get_output_head(variables["params"]))
 
 
-def theirs(network, tokens):
+def transformers_logits(network, tokens):
     with torch.no_grad():
         return network(torch.tensor(tokens)).logits.numpy()
 
 
-def noisy(tree, seed=1):
-    """The factors with b away from zero, so that all of them have gradients."""
+def add_noise(tree, seed=1):
+    """Adds noise to the factors, so that b is not zero and all of them have gradients."""
     rng = np.random.default_rng(seed)
     draw = lambda x: (x + 0.1 * rng.standard_normal(x.shape)).astype(np.float32)  # noqa: E731
     return jax.tree.map(lambda x: jax.device_put(draw(np.asarray(x)), x.sharding), tree)
 
 
-def begun(path, kind, sizes=(1, 1, 1)) -> tuple[policy.Policy, Any]:
-    """A loaded base, and a LoRA to train beside it."""
-    student = policy.load(described(path, kind, sizes), "float32")
-    return student, noisy(policy.load_or_init_lora(student, jax.random.key(3)))
+def load_with_lora(path, kind, sizes=(1, 1, 1)) -> tuple[policy.Policy, Any]:
+    """Loads a base and initialises a LoRA to train on it."""
+    student = policy.load(make_policy(path, kind, sizes), "float32")
+    return student, add_noise(policy.load_or_init_lora(student, jax.random.key(3)))
 
 
-def written(student, trained, path, network):
-    """The LoRA as an adapter directory, and in peft beside `network`, which stays as it was."""
+def save_and_load_in_peft(student, trained, path, network):
+    """Saves the LoRA as an adapter and loads it into a copy of `network` with peft."""
     assert student.model.lora is not None
     name = str(student.path)
     adapter.save(trained, student.model.lora, student.config, name, path, FLOAT)
@@ -134,13 +134,13 @@ def written(student, trained, path, network):
 
 
 @pytest.mark.parametrize(("kind", "name"), [(PLAIN, "untied"), (STABLE, "tied")])
-def test_training_is_that_of_peft(bases, kind, name, tmp_path):
-    """The same weights, data and three steps of AdamW: the same losses, and the same adapter."""
+def test_training_equals_peft(bases, kind, name, tmp_path):
+    """The same weights, data and three steps of AdamW give the same losses and the same adapter."""
     path, network = bases[name]
-    student, trained = begun(path, kind)
+    student, trained = load_with_lora(path, kind)
     before = jax.tree.map(np.array, student.params)
     first = dict(weights.iter_tensors(trained, student.config, FLOAT))
-    other = written(student, trained, tmp_path, network).float()
+    other = save_and_load_in_peft(student, trained, tmp_path, network).float()
     c = base.make_stage("sft")
     c.optim.learning_rate, c.optim.schedule, c.optim.warmup_steps = 1e-2, "constant", 0
     c.optim.eps, c.optim.weight_decay, c.optim.clip_norm = 1e-5, 0.1, 0.5
@@ -157,7 +157,7 @@ def test_training_is_that_of_peft(bases, kind, name, tmp_path):
         for i in range(3):
             batch = batch_of(student.config, i)
             state, measured, _ = one_update(programs, state, batch, student.params, 2)
-            # Cross-entropy of the tokens that are trained on; padding is masked.
+            # Cross-entropy over trained tokens; padding is masked.
             out = other(
                 torch.tensor(batch.tokens_BT), attention_mask=torch.tensor(batch.segments_BT)
             ).logits.log_softmax(-1)
@@ -179,7 +179,7 @@ def test_training_is_that_of_peft(bases, kind, name, tmp_path):
         assert np.abs(first[tensor] - value).max() > 0.01, "the adapter has not moved"
     same = jax.tree.map(np.array_equal, before, jax.tree.map(np.asarray, student.params))
     assert all(jax.tree.leaves(same)), "the base has moved"
-    # Nothing else has moments.
+    # Only the LoRA has moments.
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
     assert sum(x.size for x in moments) == 2 * sum(x.size for x in jax.tree.leaves(state.params))
 
@@ -188,27 +188,27 @@ CASES = [
     ("untied", PLAIN),
     ("tied", STABLE),
     ("sparse", PLAIN),
-    ("sparse", STABLE),  # of the experts only down, and rsLoRA
+    ("sparse", STABLE),  # adapts only the experts' down projection, with rsLoRA
     ("sparse", LoRA(2, 5.0, rslora=True, targets=("k_proj", "up_proj"))),
     ("sparse", LoRA(2, 5.0, rslora=True, targets=("v_proj",))),
 ]
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES, ids=str)
-def test_there_and_back(bases, name, kind, tmp_path):
-    """Four ways to the same logits: LoRA beside its base, merged, in peft, and read again."""
+def test_adapter_round_trip_keeps_the_logits(bases, name, kind, tmp_path):
+    """Four routes to the same logits: LoRA beside its base, merged, in peft, and loaded again."""
     path, network = bases[name]
-    student, trained = begun(path, kind)
+    student, trained = load_with_lora(path, kind)
     tokens = tokens_of(student.config)
     ours = logits(student.model, {"params": student.params, "lora": trained}, tokens)
     plain = logits(student.model, {"params": student.params}, tokens)
     assert np.abs(ours - plain).max() > 0.1
     merged = policy.make_sampler_params_fn(student)(trained)
-    found = logits(student.model, {"params": merged}, tokens)
-    np.testing.assert_allclose(found, ours, atol=1e-5 * np.abs(ours).max(), rtol=0)
-    other = written(student, trained, tmp_path / "out", network)
-    np.testing.assert_allclose(theirs(other, tokens), ours, atol=1e-4, rtol=0)
-    again = policy.load(described(tmp_path / "out"), "float32")
+    actual = logits(student.model, {"params": merged}, tokens)
+    np.testing.assert_allclose(actual, ours, atol=1e-5 * np.abs(ours).max(), rtol=0)
+    other = save_and_load_in_peft(student, trained, tmp_path / "out", network)
+    np.testing.assert_allclose(transformers_logits(other, tokens), ours, atol=1e-4, rtol=0)
+    again = policy.load(make_policy(tmp_path / "out"), "float32")
     assert again.model.lora is None and ("head" in again.params) == (name != "tied")
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), again.params, merged)
 
@@ -233,7 +233,7 @@ def test_there_and_back(bases, name, kind, tmp_path):
     ],
     ids=str,
 )
-def test_adapters_of_peft(bases, name, fields, tmp_path, monkeypatch):
+def test_adapters_written_by_peft_are_read(bases, name, fields, tmp_path, monkeypatch):
     path, network = bases[name]
     fresh = type(network).from_pretrained(path)
     other = get_peft_model(fresh, LoraConfig(task_type="CAUSAL_LM", **fields))
@@ -243,52 +243,53 @@ def test_adapters_of_peft(bases, name, fields, tmp_path, monkeypatch):
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     other.save_pretrained(tmp_path)
-    loaded = described(tmp_path)
+    loaded = make_policy(tmp_path)
     policy.check_files(loaded)
     read = []
     monkeypatch.setattr(weights, "safe_open", counted(read))
     loaded = policy.load(loaded, "float32")
     files = [*path.glob("*.safetensors"), tmp_path / adapter.TENSORS_FILE]
     whole = sum(x.nbytes for file in files for x in load_file(file).values())
-    # Of the experts' fused gate and up, the factor that they share is read for each of them.
+    # The experts' fused gate and up share a factor, which is read once for each of the two.
     fused = [x for name, x in load_file(files[-1]).items() if "mlp.experts" in name]
     shared = sum(x.nbytes for x in fused if x.shape[1] == loaded.config.hidden_size)
     assert sum(read) == whole + shared
     tokens = tokens_of(loaded.config)
     found = logits(loaded.model, {"params": loaded.params}, tokens)
-    assert np.abs(found - theirs(network, tokens)).max() > 0.1
-    np.testing.assert_allclose(found, theirs(other, tokens), atol=1e-4, rtol=0)
+    assert np.abs(found - transformers_logits(network, tokens)).max() > 0.1
+    np.testing.assert_allclose(found, transformers_logits(other, tokens), atol=1e-4, rtol=0)
 
 
-def test_dense_layers_among_sparse_ones(tmp_path, capsys):
-    """peft cannot load what is adapted there, which the export says; what is read here is whole."""
+def test_adapter_with_mixed_layers_warns_about_peft(tmp_path, capsys):
+    """peft cannot load an adapter of a model with dense and sparse layers, and the export warns
+    about it; loading it here restores everything."""
     layers = {"num_hidden_layers": 2, "mlp_only_layers": [0]}
     tiny_qwen3(tmp_path / "base", **(EXPERTS | layers))
-    student, trained = begun(tmp_path / "base", PLAIN)
+    student, trained = load_with_lora(tmp_path / "base", PLAIN)
     fields = {"path": str(tmp_path / "base"), "lora": dataclasses.asdict(PLAIN)}
     path = write(tmp_path / "config.json", [{"stages": ["sft"], "student": fields}]).parent
-    exporting.save_adapter(described(path), trained, tmp_path / "out", "float32")
+    exporting.save_adapter(make_policy(path), trained, tmp_path / "out", "float32")
     assert "peft" in capsys.readouterr().err
-    again = policy.load(described(tmp_path / "out"), "float32")
+    again = policy.load(make_policy(tmp_path / "out"), "float32")
     merged = policy.make_sampler_params_fn(student)(trained)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), again.params, merged)
 
 
-def test_sizes():
-    """What LoRA adds to the released models; 0.6B at rank 16 is what PEFT users know."""
+def test_lora_sizes_of_released_models():
+    """Counts the parameters that LoRA adds; 10.1M for 0.6B at rank 16 is PEFT's number."""
     mesh = mesh_lib.make_mesh(1, 2, 2, 2)
     kind = LoRA(16, 32.0, rslora=False, targets=TARGETS)
     for name, count in (("0.6b", 10_092_544), ("8b", 43_646_976), ("235b-a22b", 3_303_505_920)):
         abstract = jax.tree.leaves(mesh_lib.make_abstract_params(SIZES[name], mesh, kind))
         assert sum(x.size for x in abstract) == count
         for x in abstract:
-            x.sharding.shard_shape(x.shape)  # raises where a dimension does not divide
+            x.sharding.shard_shape(x.shape)  # raises if a dimension does not divide
 
 
-def test_first_factors(bases):
-    """a is U(-1/√in, 1/√in), of another draw in each layer; b is zero. So the model is its base,
-    which it is also without the collection."""
-    student = policy.load(described(bases["untied"][0], PLAIN), "float32")
+def test_initial_factors_leave_the_base_unchanged(bases):
+    """a is drawn from U(-1/√in, 1/√in) independently in each layer and b is zero, so the model
+    equals its base, as it does without the LoRA collection."""
+    student = policy.load(make_policy(bases["untied"][0], PLAIN), "float32")
     drawn = policy.load_or_init_lora(student, jax.random.key(0))
     tokens, alone = tokens_of(student.config), {"params": student.params}
     expected = logits(families.make_model(student.config), alone, tokens)
@@ -304,10 +305,10 @@ def test_first_factors(bases):
         assert not np.allclose(x[0], x[1])
 
 
-def test_every_field_is_alive(bases):
-    """rank and targets are seen in shapes, alpha and rslora in the logits."""
+def test_every_lora_field_has_an_effect(bases):
+    """rank and targets change the shapes, alpha and rslora the logits."""
     path, _ = bases["untied"]
-    student, trained = begun(path, PLAIN)
+    student, trained = load_with_lora(path, PLAIN)
     variables = {"params": student.params, "lora": trained}
     tokens = tokens_of(student.config)
     ours = logits(student.model, variables, tokens)
@@ -322,8 +323,8 @@ def test_every_field_is_alive(bases):
     for change, factor in (({"alpha": 12.0}, 2), ({"rslora": True}, math.sqrt(3))):
         other = dataclasses.replace(PLAIN, **change)
         assert other.scale == pytest.approx(PLAIN.scale * factor)
-        found = logits(student.model.clone(lora=other), variables, tokens)
-        assert np.abs(found - ours).max() > 0.1
+        changed = logits(student.model.clone(lora=other), variables, tokens)
+        assert np.abs(changed - ours).max() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -333,13 +334,14 @@ def test_every_field_is_alive(bases):
         pytest.param(EXPERTS | {"num_experts": 8}, id="sparse", marks=pytest.mark.long),
     ],
 )
-def test_meshes(fields, tmp_path):
-    """Two steps on eight devices are those on one; each factor and moment lies as stated."""
+def test_training_on_a_mesh_equals_one_device(fields, tmp_path):
+    """Two steps on eight devices equal those on one; factors and moments have the stated
+    shardings."""
     tiny_qwen3(tmp_path, **(EVEN | fields))
     kind = LoRA(3, 6.0, rslora=True, targets=TARGETS)
 
     def trained_on(sizes):
-        student, trained = begun(tmp_path, kind, sizes)
+        student, trained = load_with_lora(tmp_path, kind, sizes)
         optimizer = optim.make_optimizer(base.make_stage("sft").optim, 10)
         with policy.use(student):
             state = update.init_train_state(optimizer, trained, 0)
@@ -350,13 +352,13 @@ def test_meshes(fields, tmp_path):
             for i in range(2):
                 batch = batch_of(student.config, i, 8)
                 state, measured, _ = one_update(programs, state, batch, student.params)
-                jax.block_until_ready(state)  # XLA may deadlock where such programs queue up
+                jax.block_until_ready(state)  # XLA may deadlock when such programs queue up
         return state, {k: np.asarray(v) for k, v in measured.items()}
 
     one, expected = trained_on((1, 1, 1))
-    state, found = trained_on((1, 2, 2, 2) if fields else (1, 2, 4))
+    state, actual = trained_on((1, 2, 2, 2) if fields else (1, 2, 4))
     for name in ("loss", "grad_norm", "entropy"):
-        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
+        np.testing.assert_allclose(actual[name], expected[name], rtol=1e-5)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), state.params, one.params)
     embed = ("fsdp", "context")
     specs = {
@@ -380,16 +382,16 @@ def is_adam(x):
     return hasattr(x, "mu")
 
 
-def test_a_frozen_base_may_be_rounded(bases):
-    """Merged in float32 for the sampler, whatever the base is kept in; then cast."""
-    student, trained = begun(bases["untied"][0], PLAIN)
+def test_a_rounded_base_is_merged_in_float32(bases):
+    """The sampler's weights are merged in float32 whatever the dtype of the base, and then cast."""
+    student, trained = load_with_lora(bases["untied"][0], PLAIN)
     rounded = policy.load(student, "bfloat16")
-    found = policy.make_sampler_params_fn(rounded)(trained)["layers"]["mlp"]["up"]["kernel"]
+    actual = policy.make_sampler_params_fn(rounded)(trained)["layers"]["mlp"]["up"]["kernel"]
     factors = jax.tree.map(np.asarray, trained["layers"]["mlp"]["up"]["kernel"])
     kernel = rounded.params["layers"]["mlp"]["up"]["kernel"]
-    assert kernel.dtype == jnp.bfloat16 and found.dtype == jnp.float32
+    assert kernel.dtype == jnp.bfloat16 and actual.dtype == jnp.float32
     expected = np.asarray(kernel, np.float32) + PLAIN.scale * factors["a"] @ factors["b"]
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -399,7 +401,7 @@ def models(tmp_path_factory):
 
 
 def with_lora(models):
-    """Two stages, which train one adapter."""
+    """Configures two stages that train one adapter."""
     c = config(models)
     c.student.param_dtype = "float32"
     c.sft.steps, c.opd.steps = 1, 2
@@ -417,11 +419,11 @@ def run(models, tmp_path_factory):
 
 
 def final(workdir):
-    return jax.tree.map(np.asarray, policy.restore_trained_params(described(workdir), None)[0])
+    return jax.tree.map(np.asarray, policy.restore_trained_params(make_policy(workdir), None)[0])
 
 
-def test_a_run_saves_its_adapter_alone(run, models):
-    """Parameters, moments and files of a checkpoint: what LoRA adds, and nothing of the base."""
+def test_a_run_saves_only_its_adapter(run, models):
+    """A checkpoint has the parameters, moments and files of the LoRA and nothing of the base."""
     about = next((run / "checkpoints" / "3" / "about").glob("*")).read_text()
     leaves = json.loads(about)["leaves"]
     assert all(path.endswith(("/a", "/b")) for path in leaves if leaves[path][0])
@@ -429,7 +431,7 @@ def test_a_run_saves_its_adapter_alone(run, models):
     adapted = sum(x.size for x in jax.tree.leaves(final(run)))
     assert sum(sizes) == 3 * adapted
     files = [f for f in (run / "checkpoints" / "3").rglob("*") if f.is_file()]
-    whole = described(models[0]).config.num_parameters
+    whole = make_policy(models[0]).config.num_parameters
     assert 3 * adapted < whole / 5 and sum(f.stat().st_size for f in files) < 4 * whole
 
 
@@ -440,7 +442,7 @@ def test_the_sampler_has_the_merged_weights(run):
     assert rows[1]["train/loss"] != rows[2]["train/loss"]
 
 
-def test_stopped_and_resumed_is_bitwise_the_same(run, models, tmp_path, monkeypatch):
+def test_resumed_run_has_the_same_bits(run, models, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
         with pytest.raises(SystemExit):
@@ -453,15 +455,16 @@ def test_stopped_and_resumed_is_bitwise_the_same(run, models, tmp_path, monkeypa
 
 @pytest.fixture(scope="module")
 def exported(run, tmp_path_factory):
-    """The run's adapter directory, and its merged model."""
+    """Returns the run's adapter directory and its merged model."""
     root = tmp_path_factory.mktemp("exports")
     assert call(export, f"--run={run}", f"--out={root / 'adapter'}") == 0
     assert call(export, f"--run={run}", f"--out={root / 'merged'}", "--merge_lora") == 0
     return root / "adapter", root / "merged"
 
 
-def test_a_run_is_exported_and_is_a_model(run, exported, models, tmp_path):
-    """Scored as a run, as its adapter and merged, and by transformers and peft: all the same."""
+def test_a_run_and_its_exports_score_alike(run, exported, models, tmp_path):
+    """The run, its adapter and its merged model have equal scores here, in transformers and in
+    peft."""
     ids = list(range(3, 40))
     rows = write(tmp_path / "in.jsonl", [{"tokens": ids}])
     out = tmp_path / "out.jsonl"
@@ -494,14 +497,14 @@ def test_a_run_is_exported_and_is_a_model(run, exported, models, tmp_path):
 
 
 @pytest.mark.parametrize("which", ["run", "adapter"])
-def test_merged_and_rounded_as_it_is_read(run, exported, which):
-    """A run or an adapter as a teacher in 8 bits: the merged model, quantised."""
+def test_a_run_or_adapter_loads_as_an_8_bit_teacher(run, exported, which):
+    """Equals the merged model, quantised."""
     path = run if which == "run" else exported[0]
-    merged = policy.load(described(exported[1]), "float32").params
+    merged = policy.load(make_policy(exported[1]), "float32").params
     expected = quantised.quantise_params(merged, "int8", FLOAT)
-    found = policy.load(described(path), "int8").params
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for ours, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+    actual = policy.load(make_policy(path), "int8").params
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for ours, theirs in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
         assert ours.dtype == theirs.dtype
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1 if ours.dtype == jnp.int8 else 0)
 
@@ -512,10 +515,10 @@ def test_a_lora_run_is_evaluated(run, tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text())["problems"] == 2
 
 
-def test_an_adapter_is_trained_on(run, exported, models, tmp_path, monkeypatch):
-    """Its factors are where training begins; its base is the frozen one. Moved, it finds a base
-    that it names from where it lies."""
-    monkeypatch.chdir(tmp_path)  # where no base lies beside it, as one may beside this project
+def test_training_continues_from_an_adapter(run, exported, models, tmp_path, monkeypatch):
+    """Training starts at its factors and freezes its base. A moved adapter still finds a base that
+    it names by a path relative to its old place."""
+    monkeypatch.chdir(tmp_path)  # where no base lies beside it, unlike beside this project
     moved = tmp_path / "models" / "adapter"
     shutil.copytree(exported[0], moved)
     shutil.copytree(models[0], tmp_path / "models" / "base")
@@ -527,12 +530,12 @@ def test_an_adapter_is_trained_on(run, exported, models, tmp_path, monkeypatch):
     student = setup.setup_run(c, mesh_lib.make_mesh(1, 1, 1)).student
     first = policy.load_or_init_lora(student, jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, first, final(run))
-    start = policy.load(described(models[0]), "float32").params
+    start = policy.load(make_policy(models[0]), "float32").params
     jax.tree.map(np.testing.assert_array_equal, policy.load(student, "float32").params, start)
 
 
 @pytest.mark.long
-def test_from_the_command_line(tmp_path):
+def test_lora_flags_work_from_the_command_line(tmp_path):
     flags = (f"--workdir={tmp_path / 'run'}", "--config.student.lora.rank=4")
     command = [sys.executable, "-m", "distill.train", "--config=configs/quickstart.py:tiny", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
@@ -593,19 +596,19 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_adapters(exported, tmp_path, name):
-    """One line, before any weight is read."""
+def test_bad_adapters_are_refused(exported, tmp_path, name):
+    """The error is one line and comes before any weight is read."""
     apply, words = BAD[name]
     path = tmp_path / "adapter"
     shutil.copytree(exported[0], path)
     apply(path)
     with pytest.raises(UserError) as error:
-        policy.check_files(described(path))
+        policy.check_files(make_policy(path))
     assert words in str(error.value) and str(path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_an_adapter_of_another_base(exported, models, tmp_path, capsys):
+def test_an_adapter_of_another_base_is_refused(exported, models, tmp_path, capsys):
     path = tmp_path / "adapter"
     shutil.copytree(exported[0], path)
     change(base_model_name_or_path=models[1])(path)
@@ -653,7 +656,7 @@ BAD_CONFIGS = {
 
 
 @pytest.mark.parametrize("name", BAD_CONFIGS)
-def test_bad_configs(exported, run, models, tmp_path, name):
+def test_bad_lora_configs_are_refused(exported, run, models, tmp_path, name):
     c = with_lora(models)
     apply, words = BAD_CONFIGS[name]
     apply(c, exported, run)

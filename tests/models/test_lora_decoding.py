@@ -1,5 +1,5 @@
-"""How near a sampler is to the scorer, in bfloat16: of a model that is trained whole, with a LoRA
-merged, and with a LoRA's factors apart."""
+"""Compares the sampler with the scorer in bfloat16: for a fully trained model, for a merged LoRA,
+and for a LoRA whose factors are kept separate."""
 
 import dataclasses
 from typing import Any
@@ -33,7 +33,7 @@ LARGE = dataclasses.replace(SIZES["0.6b"], vocab_size=1024, num_hidden_layers=4)
 
 
 def parameters(config) -> tuple[Any, Any]:
-    """A random base that is sure of its tokens, and factors as some hundred steps leave them."""
+    """Makes a random base with confident predictions, and factors as after a few hundred steps."""
     base = families.init_params(config, jax.random.key(0))
     base["final_norm"]["scale"] *= 3
     rng = np.random.default_rng(1)
@@ -54,7 +54,7 @@ def log_probs(variables: Any, hidden_BTD: jax.Array, tokens_BT: jax.Array) -> ja
 
 
 def decoded(qwen3: Transformer, variables: Any, tokens_BT: jax.Array) -> jax.Array:
-    """Log-probabilities of the tokens, read one by one through a cache."""
+    """Log-probabilities of the tokens, decoded one by one through a cache."""
     B, T = tokens_BT.shape
 
     def step(cache: Any, t: jax.Array) -> Any:
@@ -77,7 +77,7 @@ def scored(qwen3: Transformer, variables: Any, tokens_BT: jax.Array) -> jax.Arra
 
 
 def deltas(config, param_dtype: str, rows: int, length: int) -> dict[str, float]:
-    """The mean difference between sampler and scorer, by how the model is trained and decodes."""
+    """Mean difference between sampler and scorer, by the way the model is trained and decoded."""
     base, trained = parameters(config)
     tokens_BT = jax.random.randint(jax.random.key(2), (rows, length), 0, config.vocab_size)
     adapted = make_model(config, dtype=BF16, lora=KIND)
@@ -86,9 +86,9 @@ def deltas(config, param_dtype: str, rows: int, length: int) -> dict[str, float]
     frozen = quantised.quantise_params(base, *quantised.split_dtypes(param_dtype, BF16))
     factors, unscaled = lora.fold_scale(trained, KIND, BF16)
 
-    def delta(qwen3: Transformer, sampler: Any, scorer: Any, held: Any) -> float:
+    def delta(qwen3: Transformer, sampler: Any, scorer: Any, scorer_params: Any) -> float:
         ours = jax.jit(decoded, static_argnums=0)(qwen3, sampler, tokens_BT)
-        theirs = jax.jit(scored, static_argnums=0)(scorer, held, tokens_BT)
+        theirs = jax.jit(scored, static_argnums=0)(scorer, scorer_params, tokens_BT)
         return float(jnp.mean(jnp.abs(ours - theirs)))
 
     beside = {"params": frozen, LORA: trained}
@@ -102,35 +102,38 @@ def deltas(config, param_dtype: str, rows: int, length: int) -> dict[str, float]
     }
 
 
-def test_factors_apart_are_nearer_than_merged() -> None:
-    found = deltas(SMALL, "bfloat16", 16, 24)
-    assert 0 < found["apart"] < found["merged"] / 4
+def test_separate_factors_are_closer_than_merged_ones() -> None:
+    difference = deltas(SMALL, "bfloat16", 16, 24)
+    assert 0 < difference["apart"] < difference["merged"] / 4
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("param_dtype", ["bfloat16", "int8", "float8_e4m3fn"])
-def test_factors_apart_are_as_near_as_a_model_trained_whole(param_dtype) -> None:
-    found = deltas(LARGE, param_dtype, 8, 96)
-    print(found)
-    assert found["apart"] < 1.2 * found["whole"] and 1.05 * found["apart"] < found["merged"]
+def test_separate_factors_are_as_close_as_full_training(param_dtype) -> None:
+    difference = deltas(LARGE, param_dtype, 8, 96)
+    print(difference)
+    assert (
+        difference["apart"] < 1.2 * difference["whole"]
+        and 1.05 * difference["apart"] < difference["merged"]
+    )
     if param_dtype == "bfloat16":
-        assert found["apart"] < 1.1 * found["whole"] < found["merged"]
+        assert difference["apart"] < 1.1 * difference["whole"] < difference["merged"]
 
 
-def test_factors_are_those_of_the_scorer() -> None:
-    """Scaled in float32 and rounded once, as `factors` does, whatever the scale."""
+def test_folded_factors_equal_the_scorers() -> None:
+    """They are scaled in float32 and rounded once, as in `fold_scale`, for any scale."""
     base, trained = parameters(SMALL)
     tokens_BT = jax.random.randint(jax.random.key(2), (4, 9), 0, 1024)
     factors, unscaled = lora.fold_scale(trained, KIND, BF16)
     adapted = make_model(SMALL, dtype=BF16, lora=KIND)
-    found = scored(adapted.clone(lora=unscaled), {"params": base, LORA: factors}, tokens_BT)
+    actual = scored(adapted.clone(lora=unscaled), {"params": base, LORA: factors}, tokens_BT)
     expected = scored(adapted, {"params": base, LORA: trained}, tokens_BT)
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(actual, expected)
     layers = transformer.unstack_layers(base, 2), transformer.unstack_layers(factors, 2)
     by_layer = adapted.clone(lora=unscaled, scan=False)
     apart = decoded(by_layer, {"params": layers[0], LORA: layers[1]}, tokens_BT)
     np.testing.assert_allclose(apart, expected, atol=0.1)
-    for kind in (None, "int8"):  # kernels that are rounded already are left alone
-        held = quantised.quantise_params(base, "int8", BF16)
-        again = quantised.quantise_params(held, kind, BF16)
-        assert jax.tree.all(jax.tree.map(np.array_equal, again, held))
+    for kind in (None, "int8"):  # kernels that are already quantised stay as they are
+        rounded = quantised.quantise_params(base, "int8", BF16)
+        again = quantised.quantise_params(rounded, kind, BF16)
+        assert jax.tree.all(jax.tree.map(np.array_equal, again, rounded))

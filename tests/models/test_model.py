@@ -1,4 +1,5 @@
-"""Qwen3 against transformers, module by module and whole; its cache, masks, config and storage."""
+"""Tests Qwen3 against transformers by module and as a whole; its cache, masks, config and
+storage."""
 
 import dataclasses
 import functools
@@ -68,13 +69,13 @@ def logits(qwen3, params, tokens, segments=None):
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda name: name.replace(" ", "_"))
 def pair(request, tmp_path_factory):
-    """(transformers' model, config, our parameters) of one odd shape, through files."""
+    """Returns (transformers' model, config, our parameters) of one odd shape, loaded from files."""
     directory = tmp_path_factory.mktemp("model")
     network = tiny_qwen3(directory, **SHAPES[request.param])
     return network, *load(directory)
 
 
-def test_logits(pair):
+def test_logits_equal_those_of_transformers(pair):
     network, config, params = pair
     tokens = tokens_of(config)
     with torch.no_grad():
@@ -84,8 +85,8 @@ def test_logits(pair):
     np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
 
 
-def test_rope_theta_reaches_the_reference(pair):
-    """The fixture means what it says: transformers too computes with the theta of the shape."""
+def test_transformers_uses_the_rope_theta_of_the_config(pair):
+    """Checks the fixture itself: the reference must compute with the theta of the shape."""
     network, config, _ = pair
     inverse = network.model.rotary_emb.inv_freq.numpy()
     np.testing.assert_allclose(inverse, rope.compute_frequencies(config)[0], rtol=1e-5)
@@ -104,8 +105,8 @@ def test_exported_directory_loads_in_transformers(pair, tmp_path):
     assert families.read_config(tmp_path) == config
 
 
-def test_sharded_files(pair, tmp_path, monkeypatch):
-    """Small files with an index, ours and transformers', load the same."""
+def test_sharded_files_load_as_one_file_does(pair, tmp_path, monkeypatch):
+    """Small files with an index, ours and transformers', load to the same parameters."""
     network, config, params = pair
     monkeypatch.setattr(weights, "SHARD_BYTES", 20_000)
     weights.save(params, config, tmp_path / "ours", jnp.dtype("float32"))
@@ -117,7 +118,7 @@ def test_sharded_files(pair, tmp_path, monkeypatch):
         assert all(jax.tree.leaves(same))
 
 
-# The ladder: each rung against transformers, with the same numbers.
+# Module by module: each against transformers, on the same numbers.
 
 
 def layer_inputs(config, seed=1):
@@ -131,7 +132,7 @@ def first_layer(params):
     return jax.tree.map(lambda p: p[0], params["layers"])
 
 
-def test_norm(pair):
+def test_norm_equals_that_of_transformers(pair):
     network, config, params = pair
     x, _, _ = layer_inputs(config)
     norm = dense.RMSNorm(config.rms_norm_eps)
@@ -141,7 +142,7 @@ def test_norm(pair):
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
-def test_rotary(pair):
+def test_rotary_equals_that_of_transformers(pair):
     network, config, _ = pair
     x, positions, _ = layer_inputs(config)
     H = config.head_dim
@@ -157,7 +158,7 @@ def causal(length):
     return torch.full((length, length), -torch.inf).triu(1)[None, None]
 
 
-def test_attention_mlp_and_block(pair):
+def test_attention_mlp_and_block_equal_those_of_transformers(pair):
     network, config, params = pair
     x, positions, segments = layer_inputs(config)
     layer, theirs = first_layer(params), network.model.layers[0]
@@ -191,7 +192,7 @@ def small(tmp_path_factory):
     return load(directory)
 
 
-def test_scan_equals_loop(small):
+def test_scan_over_layers_equals_a_loop(small):
     config, params = small
     tokens = tokens_of(config)
     unstacked = transformer.unstack_layers(params, config.num_hidden_layers)
@@ -203,9 +204,9 @@ def test_scan_equals_loop(small):
 
 
 @pytest.mark.parametrize(("kind", "stacked"), [("slabs", False), ("plain", False), ("plain", True)])
-def test_cache_equals_forward(small, kind, stacked):
-    """Two prompts in lines, the second begun in one and ended in the next, then token by token: the
-    hidden states of one forward."""
+def test_decoding_with_a_cache_equals_one_forward_pass(small, kind, stacked):
+    """Two prompts are read in lines, the second starting in one line and ending in the next, then
+    tokens follow one by one; the hidden states equal those of one forward pass."""
     config, params = small
     tokens = tokens_of(config, length=12)
     qwen3 = families.make_model(config, scan=stacked)
@@ -222,13 +223,15 @@ def test_cache_equals_forward(small, kind, stacked):
     else:
         cache = init_pages(config, 1, 8, 4, jnp.dtype("float32"), kind)
         table = np.array([[7, 0, 5, 2], [1, 6, 3, 4]])
-    found = np.zeros_like(whole)
-    # Lines of 8 tokens: whose each is, and its position.
+    actual = np.zeros_like(whole)
+    # Lines of 8 tokens: the row of each token, and its position.
     for row, position, order in (
         ([0] * 5 + [1] * 3, [*range(5), *range(3)], [0, 1]),
         ([1] * 4 + [0] * 2 + [-1] * 2, [*range(3, 7), 5, 6, 0, 0], [1, 0]),
     ):
-        if kind == "slabs" and order[0]:  # only the first of a line may have been begun before
+        if (
+            kind == "slabs" and order[0]
+        ):  # only the first row in a line may have started in an earlier one
             row, position = [1] * 4 + [-1] * 4, [*range(3, 7), 0, 0, 0, 0]
         row, position = np.array(row), np.array(position)
         mine = row >= 0
@@ -241,7 +244,7 @@ def test_cache_equals_forward(small, kind, stacked):
         view = cache.bind_tokens(*(jnp.asarray(x, jnp.int32) for x in index))
         hidden, view = forward(variables, line[None], position[None], mine[None] * 1, view)
         cache = view.unbind_tokens()
-        found[row[mine], position[mine]] = np.asarray(hidden)[0][mine]
+        actual[row[mine], position[mine]] = np.asarray(hidden)[0][mine]
     length = np.array([5 if kind == "slabs" else 7, 7])
     if kind == "slabs":
         table, length = table[::-1], length[::-1]  # a slab is a row of the batch
@@ -253,14 +256,14 @@ def test_cache_equals_forward(small, kind, stacked):
             variables, tokens[who, length][:, None], length[:, None], np.ones((2, 1)), view
         )
         cache = view.unbind_tokens()
-        found[who, length] = np.asarray(hidden)[:, 0]
+        actual[who, length] = np.asarray(hidden)[:, 0]
         length = length + 1
     known = 10 if kind == "slabs" else 12
-    np.testing.assert_allclose(found[0, :known], np.asarray(whole)[0, :known], atol=1e-4)
-    np.testing.assert_allclose(found[1], np.asarray(whole)[1], atol=1e-4)
+    np.testing.assert_allclose(actual[0, :known], np.asarray(whole)[0, :known], atol=1e-4)
+    np.testing.assert_allclose(actual[1], np.asarray(whole)[1], atol=1e-4)
 
 
-def test_causality(small):
+def test_later_tokens_do_not_change_earlier_logits(small):
     config, params = small
     tokens = tokens_of(config)
     changed = tokens.copy()
@@ -271,7 +274,7 @@ def test_causality(small):
 
 
 def test_segments_do_not_see_each_other(small):
-    """Two sequences packed in one row give what each gives alone."""
+    """Two sequences packed into one row give what each gives alone."""
     config, params = small
     tokens = tokens_of(config, rows=1, length=20)
     segments = np.array([[1] * 9 + [2] * 8 + [0] * 3])
@@ -300,9 +303,9 @@ ALIVE = {
 
 
 @pytest.mark.parametrize("field", ALIVE)
-def test_every_field_is_alive(small, field):
-    """Another value gives other shapes, or other logits, of a dense model; of all fields see
-    test_moe.py."""
+def test_every_config_field_has_an_effect(small, field):
+    """Another value changes the shapes or the logits of a dense model; test_moe.py covers the
+    fields of sparse ones."""
     config, params = small
     other = dataclasses.replace(config, **{field: ALIVE[field]})
     shapes = [
@@ -315,13 +318,14 @@ def test_every_field_is_alive(small, field):
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_released_sizes(shared_data, name):
+def test_released_sizes_have_their_parameter_counts(shared_data, name):
     entry = json.loads((shared_data / "qwen3_configs.json").read_text())["models"]
     assert Config.from_hf(entry[f"Qwen/Qwen3-{name.upper()}"]["config"]) == SIZES[name]
 
 
-def test_all_published_models(shared_data):
-    """Shapes, counts and shardings of every entry, from its config alone; nothing is allocated."""
+def test_published_models_have_their_shapes_and_shardings(shared_data):
+    """Checks shapes, counts and shardings of every entry from its config alone, allocating
+    nothing."""
     entries = json.loads((shared_data / "qwen3_configs.json").read_text())["models"]
     assert len(entries) > 15 and any("235B" in name for name in entries)
     for name, entry in entries.items():
@@ -332,7 +336,7 @@ def test_all_published_models(shared_data):
             mesh = mesh_lib.make_mesh(*sizes)
             mesh_lib.check_divisible(config, mesh, name)
             for x in jax.tree.leaves(mesh_lib.make_abstract_params(config, mesh)):
-                assert all(x.sharding.shard_shape(x.shape))  # raises if it does not divide
+                assert all(x.sharding.shard_shape(x.shape))  # raises if a dimension does not divide
         mesh, kv = mesh_lib.make_mesh(1, 2, 4), config.num_key_value_heads + 1
         with pytest.raises(UserError, match=f"{name}: num_key_value_heads={kv} does not divide by"):
             mesh_lib.check_divisible(
@@ -340,8 +344,8 @@ def test_all_published_models(shared_data):
             )
 
 
-def test_names_of_the_4b(shared_data):
-    """The table gives every tensor name and shape of the published 4B checkpoint."""
+def test_tensor_names_match_the_published_4b(shared_data):
+    """The weights table gives every tensor name and shape of the published 4B checkpoint."""
     published = json.loads((shared_data / "qwen3_4b_param_shapes.json").read_text())
     published = published.get("tensors", published)
     config = SIZES["4b"]
@@ -356,7 +360,7 @@ def test_names_of_the_4b(shared_data):
     assert ours == published
 
 
-def test_transformers_4_and_5_spellings():
+def test_configs_of_transformers_4_and_5_are_read():
     plain = SIZES["0.6b"].to_hf()
     old = {k: v for k, v in plain.items() if k != "rope_parameters"}
     new = {k: v for k, v in plain.items() if k != "rope_theta"}
@@ -365,7 +369,7 @@ def test_transformers_4_and_5_spellings():
     assert Config.from_hf(new).rope_theta == 5e6
 
 
-# What is refused.
+# Errors.
 
 
 def broken(name):
@@ -393,7 +397,7 @@ def broken(name):
         ("integers", "model.norm.weight is of I32, none of F64, F32, F16, BF16"),
     ],
 )
-def test_wrong_tensors(tmp_path, change, words):
+def test_wrong_tensors_are_refused(tmp_path, change, words):
     tiny_qwen3(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     broken(change)(tensors)
@@ -422,7 +426,7 @@ def test_wrong_tensors(tmp_path, change, words):
         ("num_key_value_heads", 4, "num_attention_heads=6 is no multiple"),
     ],
 )
-def test_wrong_config(tmp_path, field, value, words):
+def test_wrong_configs_are_refused(tmp_path, field, value, words):
     tiny_qwen3(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
@@ -431,7 +435,7 @@ def test_wrong_config(tmp_path, field, value, words):
     assert words in str(error.value) and str(path) in str(error.value)
 
 
-def test_damaged_files(tmp_path):
+def test_damaged_files_are_refused(tmp_path):
     tiny_qwen3(tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])

@@ -1,4 +1,5 @@
-"""Mixtures of experts against transformers, module by module and whole; on meshes; at any load."""
+"""Tests mixtures of experts against transformers by module and as a whole, on meshes and at any
+load."""
 
 import dataclasses
 import functools
@@ -56,7 +57,7 @@ routed_of = jax.jit(forward.compute_hidden_and_router_stats, static_argnums=0)
 
 @functools.partial(jax.jit, static_argnums=0)
 def scored_of(qwen3, params, batch):
-    """Log-probabilities of each token of `batch` by one plain forward."""
+    """Log-probability of each token of `batch` from one plain forward pass."""
     hidden, targets = forward.compute_hidden(qwen3, params, batch), losses.shift(batch.tokens_BT)
     stats = token_stats(hidden, transformer.get_output_head(params), targets, loss_chunk_mib=1)
     return losses.unshift(stats["logp"])
@@ -77,13 +78,13 @@ FURTHER = ("one expert a token", "a dense layer by name", "no sparse layer")
     ],
 )
 def pair(request, tmp_path_factory):
-    """(transformers' model, config, our parameters) of one odd shape, through files."""
+    """Returns (transformers' model, config, our parameters) of one odd shape, loaded from files."""
     directory = tmp_path_factory.mktemp("model")
     network = tiny_qwen3(directory, **SHAPES[request.param])
     return network, *load(directory)
 
 
-def test_logits(pair):
+def test_logits_equal_those_of_transformers(pair):
     network, config, params = pair
     tokens = tokens_of(config)
     with torch.no_grad():
@@ -93,7 +94,7 @@ def test_logits(pair):
     np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
 
 
-def test_gradients(pair):
+def test_gradients_equal_those_of_transformers(pair):
     network, config, params = pair
     tokens = tokens_of(config)
 
@@ -115,8 +116,9 @@ def test_gradients(pair):
 
 
 @pytest.mark.parametrize("stacked", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_greedy(pair, stacked):
-    """Both layouts of the cache continue as transformers does, and record the forward's log-p."""
+def test_greedy_decoding_equals_that_of_transformers(pair, stacked):
+    """Both cache layouts decode as transformers does and record the forward pass's
+    log-probabilities."""
     network, config, params = pair
     prompts = [tokens_of(config, rows=1, length=n, seed=n)[0].tolist() for n in (5, 9)]
     mesh = mesh_lib.make_mesh(1, 1, 1)
@@ -156,8 +158,8 @@ def test_exported_directory_loads_in_transformers(pair, tmp_path):
     assert families.read_config(tmp_path) == config
 
 
-def test_names_are_the_published_ones(pair, tmp_path):
-    """One tensor for each matrix of each expert, as in the checkpoints of the hub."""
+def test_exported_tensor_names_are_the_published_ones(pair, tmp_path):
+    """Each matrix of each expert is its own tensor, as in checkpoints on the hub."""
     _, config, params = pair
     weights.save(params, config, tmp_path, jnp.dtype("float32"))
     names = load_file(tmp_path / "model.safetensors").keys()
@@ -180,7 +182,7 @@ def test_names_are_the_published_ones(pair, tmp_path):
     assert {name for name in names if ".mlp." in name} == expected
 
 
-# The ladder.
+# Module by module.
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["renormalised", "as they are"])
@@ -192,7 +194,7 @@ def rung(request, tmp_path_factory):
     return network.model.layers[0], config, jax.tree.map(lambda p: p[0], params["layers"]), x
 
 
-def test_router(rung):
+def test_router_equals_that_of_transformers(rung):
     theirs, config, layer, x = rung
     flat = x.reshape(-1, config.hidden_size)
     p, kept, chosen = moe.route_tokens(
@@ -207,7 +209,7 @@ def test_router(rung):
     assert np.allclose(total, 1) == config.norm_topk_prob and p.dtype == jnp.float32
 
 
-def test_experts(rung):
+def test_experts_equal_those_of_transformers(rung):
     theirs, config, layer, x = rung
     rng = np.random.default_rng(2)
     flat = x.reshape(-1, config.hidden_size)
@@ -221,7 +223,7 @@ def test_experts(rung):
     np.testing.assert_array_equal(sizes, np.bincount(chosen.ravel(), minlength=7))
 
 
-def test_block(rung):
+def test_block_equals_that_of_transformers(rung):
     theirs, config, layer, x = rung
     ones = np.ones((2, T), np.int32)
     ours: Any = moe.MoE(config).apply({"params": layer["moe"]}, x, ones)
@@ -240,9 +242,9 @@ def even(tmp_path_factory):
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_a_mesh_equals_one_device(even, sizes):
-    """Loaded straight into shards: the parameters of one device, and its logits; also of fewer
-    tokens than there are devices."""
+def test_loading_and_logits_on_a_mesh_equal_one_device(even, sizes):
+    """Loading straight into shards gives the parameters and logits of one device, also with fewer
+    tokens than devices."""
     config, params = load(even)
     _, sharded = load(even, sizes)
     same = jax.tree.map(np.array_equal, sharded, params)
@@ -251,12 +253,12 @@ def test_a_mesh_equals_one_device(even, sizes):
         tokens = tokens_of(config, *shape)
         expected = np.asarray(logits(families.make_model(config), params, tokens))
         with mesh_lib.use_mesh(mesh_lib.make_mesh(*sizes)):
-            found = logits(families.make_model(config), sharded, tokens)
-        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
+            actual = logits(families.make_model(config), sharded, tokens)
+        np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
 
 
 def one_step(directory, sizes, accumulate=1, remat=False):
-    """Metrics and gradients (the first moments of Adam, unclipped) of a step of training."""
+    """Metrics and gradients (Adam's first moments, unclipped) of one training step."""
     mesh = mesh_lib.make_mesh(*sizes)
     with mesh_lib.use_mesh(mesh):
         config, params = load(directory, sizes)
@@ -285,7 +287,7 @@ def alone(even):
     ids=str,
 )
 def test_training_on_a_mesh_equals_one_device(even, alone, sizes, accumulate):
-    """Loss, gradients and the routers' figures, in micro-batches too."""
+    """Compares the loss, the gradients and the router statistics, also with micro-batches."""
     measured, state = one_step(even, sizes, accumulate, remat=accumulate > 1)
     assert measured == pytest.approx(alone[0], rel=1e-5, abs=1e-6)
     for ours, theirs in zip(
@@ -297,8 +299,9 @@ def test_training_on_a_mesh_equals_one_device(even, alone, sizes, accumulate):
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * scale, rtol=0)
 
 
-def test_shardings_of_experts(even):
-    """After a step, experts and both their moments: E over expert, D over fsdp, F over tensor."""
+def test_experts_and_moments_have_their_shardings(even):
+    """After a step, experts and both moments are split: E over expert, D over fsdp, F over
+    tensor."""
     _, state = one_step(even, (1, 2, 2, 2))
     adam = state.opt_state[0]
     for tree in (state.params, adam.mu, adam.nu):
@@ -325,8 +328,8 @@ def test_shardings_of_experts(even):
         )
 
 
-def test_the_exchange_is_the_explicit_one(even):
-    """Tokens are gathered and scattered over the experts' axis; their kernels never travel."""
+def test_tokens_are_exchanged_and_expert_kernels_stay(even):
+    """Tokens are gathered and scattered over the expert axis; kernels are never moved."""
     config, params = load(even, (1, 1, 1, 8))
     with mesh_lib.use_mesh(mesh_lib.make_mesh(1, 1, 1, 8)):
         text = (
@@ -350,19 +353,19 @@ def test_indivisible_experts_are_refused(even):
         mesh_lib.check_divisible(config, mesh_lib.make_mesh(1, 2, 2, 2), "config.json")
 
 
-def test_a_dense_model_on_a_mesh_with_experts(tmp_path):
-    """A dense student beside a sparse teacher: there the axis shares out rows."""
+def test_a_dense_model_splits_rows_over_the_expert_axis(tmp_path):
+    """The case of a dense student beside a sparse teacher."""
     tiny_qwen3(tmp_path, **{k: v for k, v in EVEN.items() if k not in EXPERTS})
     config, params = load(tmp_path)
     tokens = tokens_of(config, 8)
     expected = logits(families.make_model(config), params, tokens)
     _, sharded = load(tmp_path, (1, 2, 1, 4))
     with mesh_lib.use_mesh(mesh_lib.make_mesh(1, 2, 1, 4)):
-        found = logits(families.make_model(config), sharded, tokens)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+        actual = logits(families.make_model(config), sharded, tokens)
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
-def test_spread_uses_the_experts(even):
+def test_spread_mesh_splits_the_experts(even):
     config = families.read_config(even)
     assert mesh_lib.make_reader_mesh(config) == mesh_lib.make_mesh(1, 1, 4, 2)
     odd = dataclasses.replace(config, num_experts=7, num_key_value_heads=1)
@@ -374,7 +377,7 @@ def test_spread_uses_the_experts(even):
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 1, 1, 8), (2, 1, 1, 4)], ids=str)
 def test_nothing_is_dropped_when_all_tokens_want_the_same_experts(even, sizes):
-    """A router of zeros sends every token to experts 0, 1, 2, all with the same weight."""
+    """A zero router sends every token to experts 0, 1 and 2 with equal weights."""
     config, params = load(even, sizes)
     params["layers"]["moe"]["router"] = jnp.zeros_like(params["layers"]["moe"]["router"])
     batch = batch_of(config)
@@ -387,7 +390,7 @@ def test_nothing_is_dropped_when_all_tokens_want_the_same_experts(even, sizes):
     assert float(figures["expert_load_min"]) == 0
     assert float(means["router_entropy"]) == pytest.approx(np.log(8), rel=1e-5)
     assert float(figures["load_balancing_loss"]) == pytest.approx(3, rel=1e-5)
-    # the same by a dense feed-forward, three experts side by side
+    # the same as a dense feed-forward of three experts side by side
     _, whole = load(even)
     layers = whole["layers"]
     first = {k: layers["moe"][k][:, :3] for k in ("gate", "up", "down")}
@@ -404,8 +407,8 @@ def test_nothing_is_dropped_when_all_tokens_want_the_same_experts(even, sizes):
     )
 
 
-def test_what_fills_up_the_devices_is_not_counted(even):
-    """57 tokens on eight devices: the routers' figures of one device."""
+def test_padding_to_the_device_count_is_not_counted(even):
+    """57 tokens on eight devices have the router statistics of one device."""
     config, params = load(even)
     batch = batch_of(config, 3)
     expected = run_files.compute_means(routed_of(families.make_model(config), params, batch)[1])
@@ -417,7 +420,7 @@ def test_what_fills_up_the_devices_is_not_counted(even):
 
 
 def test_dropped_tokens_would_be_counted(even):
-    """The figure is measured, not assumed: an expert that is nowhere computes nothing."""
+    """The number of dropped tokens is measured: with experts missing, it is not zero."""
     _, params = load(even)
     layer = jax.tree.map(lambda p: p[0], params["layers"]["moe"])
     few = {k: v[:5] if k != "router" else v for k, v in layer.items()}
@@ -430,8 +433,9 @@ def test_dropped_tokens_would_be_counted(even):
     assert int(sizes.sum()) == int((np.asarray(chosen) < 5).sum()) < chosen.size
 
 
-def test_figures_against_transformers(pair):
-    """The load-balancing loss over real tokens of all layers, and the entropy by hand."""
+def test_router_statistics_equal_those_of_transformers(pair):
+    """Compares the load-balancing loss over real tokens of all layers with transformers', and the
+    entropy with a direct computation."""
     network, config, params = pair
     if not any(config.sparse_layers):
         assert (
@@ -494,8 +498,8 @@ def mixed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Config)])
-def test_every_field_is_alive(mixed, field):
-    """Another value gives other shapes, or other logits (of the limit see test_rope.py)."""
+def test_every_moe_field_has_an_effect(mixed, field):
+    """Another value changes the shapes or the logits (test_rope.py covers the position limit)."""
     config, params = mixed
     if field == "max_position_embeddings":
         return
@@ -509,7 +513,7 @@ def test_every_field_is_alive(mixed, field):
         assert np.abs(a - b).max() > 1e-2
 
 
-def test_which_layers_are_sparse():
+def test_sparse_layers_follow_the_config():
     c = dataclasses.replace(Config.from_hf(tiny_fields()), num_hidden_layers=6)
     assert c.sparse_layers == (True,) * 6
     stepped = dataclasses.replace(c, decoder_sparse_step=3, mlp_only_layers=(2,))
@@ -550,7 +554,7 @@ def tiny_fields(**fields):
     ],
     ids=str,
 )
-def test_wrong_config(fields, words):
+def test_wrong_moe_configs_are_refused(fields, words):
     with pytest.raises(UserError) as error:
         families.parse_config(tiny_fields(**fields), "config.json")
     assert words in str(error.value) and str(error.value).startswith("config.json: ")
@@ -586,7 +590,7 @@ EXPERT = "model.layers.1.mlp.experts.4.up_proj.weight"
         ),
     ],
 )
-def test_wrong_tensors(tmp_path, name, tensor, fields, words):
+def test_wrong_expert_tensors_are_refused(tmp_path, name, tensor, fields, words):
     tiny_qwen3(tmp_path, **EXPERTS)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors.pop(name, None)

@@ -1,4 +1,5 @@
-"""Pages: attention over them is attention, whoever shares them, and the pool stays in one place."""
+"""Tests paged caches: attention over shared pages equals dense attention, and the pool is updated
+in place."""
 
 import dataclasses
 import functools
@@ -26,7 +27,7 @@ TINY = dataclasses.replace(
 
 
 def texts(lengths, seed=0, heads=(N, K, K), width=H):
-    """Queries, keys and values of L layers, for each row a text of its length."""
+    """Queries, keys and values of L layers for one text of each length."""
     rng = np.random.default_rng(seed)
     return [
         [rng.normal(size=(L, n, count, width)).astype(np.float32) for n in lengths]
@@ -35,7 +36,7 @@ def texts(lengths, seed=0, heads=(N, K, K), width=H):
 
 
 def dense(q: Any, k: Any, v: Any, layer: int):
-    """Causal attention of one row's text, [T, N, H], written out."""
+    """Causal attention over one row's text, [T, N, H], from its definition."""
     q, k, v = q[layer], k[layer], v[layer]
     k, v = (np.repeat(x, q.shape[1] // k.shape[1], axis=1) for x in (k, v))
     scores = np.einsum("tnh,snh->nts", q, k) / np.sqrt(q.shape[-1])
@@ -47,7 +48,7 @@ def dense(q: Any, k: Any, v: Any, layer: int):
 
 @jax.jit
 def run(held, index, q, k, v):
-    """What a program does: each layer writes its tokens, then attends."""
+    """Does what a program does: each layer writes its tokens, then attends."""
     held, out = held.bind_tokens(*index), []
 
     def one(held, layer_qkv):
@@ -60,7 +61,8 @@ def run(held, index, q, k, v):
 
 
 def lines(parts, rows, width, chunks, texts):
-    """`chunks`: for each part, in order, (row, first, end). The call's index and its tokens."""
+    """Builds the index and tokens of a call from `chunks`: for each part, in order, (row, first,
+    end)."""
     starts = np.zeros((parts, rows + 1), np.int32)
     row = np.full((parts, width), -1, np.int32)
     position = np.zeros((parts, width), np.int32)
@@ -88,7 +90,8 @@ def tables(parts, rows, columns, chunks, owned):
 
 
 def check_run(held, mesh_parts, tolerance, qkv=None, lengths=(13, 9, 2, 17, 6, 11)):
-    """Prompts in ragged chunks, then steps of one token, against `dense`; some rows idle."""
+    """Compares prompts in ragged chunks, then steps of one token, with `dense`; some rows are
+    idle."""
     X = mesh_parts
     q, k, v = qkv or texts(lengths)
     lengths = [x.shape[1] for x in q]
@@ -112,7 +115,7 @@ def check_run(held, mesh_parts, tolerance, qkv=None, lengths=(13, 9, 2, 17, 6, 1
                     got[layer][text][first:end] = out[layer, part, at : at + end - first]
                 at += end - first
 
-    # Two ragged calls: of each row about a third, then another.
+    # Two ragged calls: about a third of each row, then another third.
     for share in (3, 2):
         chunks = [[] for _ in range(X)]
         for i, n in enumerate(lengths):
@@ -125,7 +128,7 @@ def check_run(held, mesh_parts, tolerance, qkv=None, lengths=(13, 9, 2, 17, 6, 1
         held, out = run(held, index, *tokens)
         assert np.all(np.isfinite(out)) and not np.any(np.asarray(out)[:, row < 0])
         note(chunks, np.asarray(out))
-    # Then a token of each row a step, a row that has ended being idle.
+    # Then one token per row and step; a row that has ended is idle.
     R = len(lengths) // X
     order = [[i for i in range(len(lengths)) if part_of[i] == x] for x in range(X)]
     flat = [i for some in order for i in some]
@@ -156,13 +159,15 @@ def empty(parts, pages=24, page=PAGE, dtype=jnp.float32, kind="plain", config=TI
     return pages_lib.init_pages(config, parts, pages, page, jnp.dtype(dtype), kind)
 
 
-def test_plain():
+def test_plain_pages_equal_dense_attention():
     check_run(empty(1), 1, 2e-6)
 
 
-def test_a_line_of_several_blocks(monkeypatch):
+def test_lines_of_several_query_blocks_equal_dense_attention(monkeypatch):
     monkeypatch.setattr(paged_attention, "_MAX_QUERIES", 8)
-    check_run(empty(1, pages=300, page=1), 1, 2e-6)  # and a row that has more tokens than a block
+    check_run(
+        empty(1, pages=300, page=1), 1, 2e-6
+    )  # also with a row that has more tokens than a block
     lengths = (40, 600, 33)
     held, qkv = empty(1, pages=200), texts(lengths)
     owned = np.split(np.random.default_rng(2).permutation(200), [20, 180])
@@ -176,7 +181,7 @@ def test_a_line_of_several_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize(("data", "fsdp", "tensor"), [(2, 1, 1), (1, 2, 2), (2, 1, 4), (1, 1, 4)])
-def test_on_a_mesh(data, fsdp, tensor):
+def test_pages_on_a_mesh_equal_dense_attention(data, fsdp, tensor):
     mesh = mesh_lib.make_mesh(data, fsdp, tensor, devices=jax.devices()[: data * fsdp * tensor])
     with mesh_lib.use_mesh(mesh):
         held = jax.jit(lambda: empty(data * fsdp))()
@@ -185,17 +190,17 @@ def test_on_a_mesh(data, fsdp, tensor):
     assert shard == (1, K // tensor, L * 24, H, PAGE)
 
 
-# Of values of which the largest of H is about 2.5: int8 keeps 1 / 254 of it, float8 1 / 16 of each.
-@pytest.mark.parametrize(("dtype", "near"), [("int8", 0.03), ("float8_e4m3fn", 0.15)])
-def test_8_bits(dtype, near):
-    held = check_run(empty(1, dtype=dtype), 1, near)
+# The largest of H values is about 2.5: int8 errs by 1 / 254 of it, float8 by 1 / 16 of each value.
+@pytest.mark.parametrize(("dtype", "tolerance"), [("int8", 0.03), ("float8_e4m3fn", 0.15)])
+def test_8_bit_pages_are_close_to_dense_attention(dtype, tolerance):
+    held = check_run(empty(1, dtype=dtype), 1, tolerance)
     assert held.pools[0].dtype == dtype
     with pytest.raises(AssertionError):
-        check_run(empty(1, dtype=dtype), 1, near / 10)
+        check_run(empty(1, dtype=dtype), 1, tolerance / 10)
 
 
-def test_what_float8_cannot_say():
-    """It has no infinity: what is too large is its largest number, not a NaN."""
+def test_float8_pages_saturate():
+    """float8 has no infinity: values that are too large become its largest number, not NaN."""
     k, v = paged_attention.to_pool_format(
         jnp.full((1, 1, K, H), 1e4), jnp.full((1, 1, K, H), -1e4), jnp.dtype("float8_e4m3fn"), ""
     )
@@ -203,21 +208,22 @@ def test_what_float8_cannot_say():
 
 
 def interpret(monkeypatch):
-    """Runs the kernels here, slowly."""
+    """Runs the kernels in (slow) interpret mode."""
     interpreted = functools.partial(paged_attention.attend_gpu, interpret=True)
     monkeypatch.setitem(paged_attention.TABLE, "gpu", interpreted)
     interpreted = functools.partial(kernel.pl.pallas_call, interpret=True)
     monkeypatch.setattr(kernel.pl, "pallas_call", interpreted)
 
     def store(ref, x, mask):
-        """Pallas's own of part of a block is not interpreted where a head is taken by a number."""
+        """Replaces Pallas's masked store, which cannot be interpreted when a head is picked by
+        number."""
         ref[...] = jnp.where(mask, x, ref[...])
 
     monkeypatch.setattr(kernel.pltpu, "store", store)
 
 
 @pytest.mark.parametrize(("dtype", "near"), [("float32", 2e-6), ("int8", 0.03)])
-def test_gpu_kernel(monkeypatch, dtype, near):
+def test_gpu_kernel_equals_dense_attention(monkeypatch, dtype, near):
     interpret(monkeypatch)
     check_run(empty(1, page=16, kind="gpu", dtype=dtype), 1, near)
 
@@ -226,7 +232,7 @@ WIDE = dataclasses.replace(TINY, head_dim=128)
 
 
 @pytest.mark.parametrize(("parts", "tensor"), [(1, 1), (2, 2)])
-def test_tpu_kernel(monkeypatch, parts, tensor):
+def test_tpu_kernel_equals_dense_attention(monkeypatch, parts, tensor):
     interpret(monkeypatch)
     mesh = mesh_lib.make_mesh(parts, 1, tensor, devices=jax.devices()[: parts * tensor])
     with mesh_lib.use_mesh(mesh):
@@ -236,7 +242,8 @@ def test_tpu_kernel(monkeypatch, parts, tensor):
 
 @pytest.mark.parametrize("kind", ["plain", "gpu", "ragged"])
 def test_a_shared_page_is_copied_when_it_is_written(monkeypatch, kind):
-    """Two rows go on from one prompt: whole pages are both's, of the last each has its own."""
+    """Two rows continue one prompt: they share its full pages, and each has its own copy of the
+    last."""
     interpret(monkeypatch)
     config, width = (WIDE, 128) if kind == "ragged" else (TINY, H)
     qkv = texts((22, 22), width=width)
@@ -271,7 +278,7 @@ def test_a_shared_page_is_copied_when_it_is_written(monkeypatch, kind):
 
 @pytest.mark.parametrize("kind", ["plain", "gpu", "ragged"])
 @pytest.mark.parametrize("bad", [0, 1])
-def test_what_is_not_finite_stays_in_its_row(monkeypatch, kind, bad):
+def test_non_finite_values_stay_in_their_row(monkeypatch, kind, bad):
     """A page that held NaN as a key (0) or a value (1) serves the next row like any other."""
     interpret(monkeypatch)
     config, width = (WIDE, 128) if kind == "ragged" else (TINY, H)
@@ -291,8 +298,8 @@ def test_what_is_not_finite_stays_in_its_row(monkeypatch, kind, bad):
 
 
 @pytest.mark.parametrize("scan", [True, False])
-def test_the_model_takes_them(scan):
-    """A prompt in two chunks and a step are the model's own hidden states of the whole text."""
+def test_the_model_decodes_with_pages(scan):
+    """A prompt in two chunks and a step give the model's hidden states for the whole text."""
     config = dataclasses.replace(TINY, hidden_size=32, intermediate_size=48, vocab_size=64)
     params = families.init_params(config, jax.random.key(0))
     qwen3 = families.make_model(config, scan=scan)
@@ -327,12 +334,12 @@ QWEN = SIZES["8b"]
         ("not of float8", 64, 1, "float8_e4m3fn", "gpu", QWEN),
     ],
 )
-def test_pages_that_nothing_reads(words, page, tensor, dtype, kind, config):
+def test_unreadable_page_sizes_are_refused(words, page, tensor, dtype, kind, config):
     with pytest.raises(UserError, match=words):
         pages_lib.check_page_size(page, config, tensor, jnp.dtype(dtype), kind, "config.page")
 
 
-def test_pages_that_kernels_read():
+def test_readable_page_sizes_are_accepted():
     for page in (8, 16, 64, 128, 256):
         for tensor in (1, 2, 4, 8):
             pages_lib.check_page_size(page, QWEN, tensor, jnp.dtype("bfloat16"), "ragged", "")
@@ -342,7 +349,7 @@ def test_pages_that_kernels_read():
     pages_lib.check_page_size(5, TINY, 1, jnp.dtype("int8"), "plain", "")
 
 
-def test_bytes():
+def test_page_bytes_equal_those_of_the_pool():
     token = pages_lib.count_token_bytes(QWEN, 8, jnp.dtype("bfloat16"))
     assert token == 36 * 2 * 128 * 2
     assert pages_lib.count_token_bytes(QWEN, 8, jnp.dtype("int8")) == 36 * 2 * (128 + 4)
@@ -357,7 +364,8 @@ def test_bytes():
 
 @functools.cache
 def pool_on(topology, data, tensor, layers):
-    """A mesh and a pool on it: 8B's widths, 1,600 pages of 128 tokens a layer and part."""
+    """Returns a mesh and a pool on it: 8B's widths, 1,600 pages of 128 tokens per layer and
+    part."""
     config = dataclasses.replace(QWEN, num_hidden_layers=layers, vocab_size=1024)
     mesh = mesh_lib.make_mesh(data, 1, tensor, devices=aot.get_devices(topology)[: data * tensor])
     kind = pages_lib.BACKENDS["tpu"]
@@ -367,8 +375,8 @@ def pool_on(topology, data, tensor, layers):
 
 
 def compile_for(topology, data, tensor, T):
-    """A decoding loop, or for T > 1 a chunk of T tokens a part: the program, and what pool and
-    weights take on a device."""
+    """Compiles a decoding loop or, for T > 1, a chunk of T tokens per part; returns the program and
+    the bytes of pool and weights on a device."""
     config, mesh, held = pool_on(topology, data, tensor, 4)
     qwen3, R, N = families.make_model(config, dtype=jnp.bfloat16), 32 * data, 64
 
@@ -414,9 +422,9 @@ def compile_for(topology, data, tensor, T):
         pytest.param("v5p:2x2x2", 2, 4, 2048, marks=pytest.mark.long),
     ],
 )
-def test_the_pool_stays_in_one_place(topology, data, tensor, T):
-    """Nothing is made of its size, and nothing moves all of it, once a layer or once in all: what
-    the kernel reads of it apart, a step moves the weights and little more."""
+def test_the_pool_is_updated_in_place(topology, data, tensor, T):
+    """No temporary has its size and nothing moves all of it, in a layer or overall: apart from the
+    kernel's reads, a step moves little more than the weights."""
     program, pool, weights = compile_for(topology, data, tensor, T)
     assert program.aliased_bytes >= pool and program.temporary_bytes < 0.2 * pool
     assert program.hbm_bytes is not None
@@ -434,7 +442,7 @@ def test_a_page_is_copied_in_place():
     assert program.aliased_bytes >= pool and program.temporary_bytes < 0.01 * pool
     assert program.hbm_bytes is not None
     page = 128 * pages_lib.count_token_bytes(config, 2, jnp.dtype("bfloat16"))
-    assert program.open_loops == 1  # as many turns as there are pages to copy: one is counted
+    assert program.open_loops == 1  # as many iterations as pages to copy: one is counted
     assert 2 * page <= program.hbm_bytes < 4.2 * page
 
 
@@ -446,9 +454,9 @@ def test_a_page_is_copied_in_place():
         ("attention", "%x, %f, %f, %i, %i", 2),
     ],
 )
-def test_traffic_of_what_is_put_into_a_pool(name, order, pools):
-    """The text says how large the pool is, not what a kernel reads of it, nor that a scatter only
-    writes what it is given."""
+def test_traffic_of_scatters_into_a_pool(name, order, pools):
+    """The HLO text gives the size of the pool, not how much a kernel reads of it, nor that a
+    scatter only writes its updates."""
     text = f"""
 %put (a: bf16[1000,8], b: s32[4,1], c: bf16[4,8]) -> bf16[1000,8] {{
   %a = bf16[1000,8]{{1,0}} parameter(0)

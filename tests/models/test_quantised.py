@@ -1,4 +1,4 @@
-"""Kernels in 8 bits: their numbers, what they cost, where they lie, a run with such a teacher."""
+"""Tests 8-bit kernels: their numbers, cost and shardings, and a run with a quantised teacher."""
 
 import functools
 import json
@@ -45,7 +45,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
-    """Model name -> directory."""
+    """Maps a model's name to its directory."""
     root = tmp_path_factory.mktemp("models")
     for name, fields in MODELS.items():
         tiny_qwen3(root / name, **fields)
@@ -86,26 +86,26 @@ def leaves(params):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_by_hand(kind):
+def test_quantised_values_and_scales_match_the_definition(kind):
     kernel = np.random.default_rng(0).normal(size=(3, 7, 5)).astype(np.float32)
     kernel[1, :, 2] = 0
     kernel[2, 4, 3] = 1e-30
-    found = quantised.quantise_kernel(jnp.asarray(kernel), kind)
-    assert found.values.dtype == kind and found.scale.dtype == jnp.float32
-    assert found.shape == (3, 7, 5) and found.scale.shape == (3, 1, 5)
+    quantised_kernel = quantised.quantise_kernel(jnp.asarray(kernel), kind)
+    assert quantised_kernel.values.dtype == kind and quantised_kernel.scale.dtype == jnp.float32
+    assert quantised_kernel.shape == (3, 7, 5) and quantised_kernel.scale.shape == (3, 1, 5)
     for place in np.ndindex(3, 5):
         column = kernel[place[0], :, place[1]]
         largest = max(abs(x) for x in column)
         scale = np.float32(largest / quantised.MAX_VALUES[kind]) if largest else np.float32(1)
-        assert found.scale[place[0], 0, place[1]] == pytest.approx(scale, rel=1e-6)
-        exact = column / np.asarray(found.scale)[place[0], 0, place[1]]
+        assert quantised_kernel.scale[place[0], 0, place[1]] == pytest.approx(scale, rel=1e-6)
+        exact = column / np.asarray(quantised_kernel.scale)[place[0], 0, place[1]]
         nearest = np.rint(exact) if kind == "int8" else exact.astype(ml_dtypes.float8_e4m3fn)
-        ours = np.asarray(found.values[place[0], :, place[1]]).astype(np.float32)
+        ours = np.asarray(quantised_kernel.values[place[0], :, place[1]]).astype(np.float32)
         np.testing.assert_array_equal(ours, nearest.astype(np.float32))
         assert np.abs(ours).max() == (quantised.MAX_VALUES[kind] if largest else 0)
 
 
-def test_products_are_those_of_the_kernel_in_floats():
+def test_products_equal_those_of_the_dequantised_kernel():
     rng = np.random.default_rng(1)
     x = rng.normal(size=(2, 6, 16)).astype(np.float32)
     kernel = quantised.quantise_kernel(jnp.asarray(rng.normal(size=(16, 9)), jnp.float32), "int8")
@@ -118,14 +118,14 @@ def test_products_are_those_of_the_kernel_in_floats():
     experts = quantised.quantise_kernel(
         jnp.asarray(rng.normal(size=(4, 16, 9)), jnp.float32), "int8"
     )
-    found = quantised.ragged_dot(jnp.asarray(rows), experts, jnp.asarray(sizes))
+    actual = quantised.ragged_dot(jnp.asarray(rows), experts, jnp.asarray(sizes))
     wide = np.asarray(experts.astype(jnp.float32))
     of_row = np.repeat(np.arange(4), sizes)
     expected = np.stack([row @ wide[e] for row, e in zip(rows[:11], of_row, strict=True)])
-    np.testing.assert_allclose(found[:11], expected, atol=1e-5)
+    np.testing.assert_allclose(actual[:11], expected, atol=1e-5)
 
 
-# What it costs, on the trained teacher and the text of its task.
+# The cost, on the trained teacher and text of its task.
 
 # Rounding to s = max|w|/127 leaves noise of s/√12, about 0.8% of a channel whose largest weight is
 # 3.5 standard deviations; a handful of such layers in series make 2% of the logits, whose spread
@@ -136,7 +136,7 @@ BOUND = {"int8": 8e-4, "float8_e4m3fn": 8e-3}
 
 @pytest.fixture(scope="module")
 def taught():
-    """(teacher, batch of worked problems, where there are tokens, its log-probabilities)."""
+    """Returns (teacher, batch of worked problems, mask of its tokens, its log-probabilities)."""
     teacher = loaded(ROOT / "assets" / "teacher", "float32")
     c = quickstart.get_config().opd.data
     examples = dataset.get_step_examples(
@@ -148,12 +148,12 @@ def taught():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_divergence_and_memory(taught, kind):
+def test_quantisation_costs_little_divergence_and_saves_memory(taught, kind):
     teacher, batch, where, reference = taught
     small = loaded(ROOT / "assets" / "teacher", kind)
-    found = kl(reference, log_probs(small.model, small.params, batch))[where]
-    assert 0 < found.mean() < BOUND[kind]
-    assert found.max() < 100 * BOUND[kind]
+    divergence = kl(reference, log_probs(small.model, small.params, batch))[where]
+    assert 0 < divergence.mean() < BOUND[kind]
+    assert divergence.max() < 100 * BOUND[kind]
 
     def per_tensor(path, x):
         if not quantised._is_kernel(path):
@@ -162,12 +162,12 @@ def test_divergence_and_memory(taught, kind):
         return flat.astype(jnp.float32).reshape(x.shape)
 
     coarse = jax.tree_util.tree_map_with_path(per_tensor, teacher.params)
-    assert found.mean() < kl(reference, log_probs(teacher.model, coarse, batch))[where].mean()
+    assert divergence.mean() < kl(reference, log_probs(teacher.model, coarse, batch))[where].mean()
     for x, fine, flat in zip(*map(leaves, (teacher.params, small.params, coarse)), strict=True):
         if isinstance(fine, Quantised):
             error = [jnp.mean((x - other.astype(jnp.float32)) ** 2) for other in (fine, flat)]
             assert error[0] < error[1]
-            # Bytes on the device: one a number, four a channel.
+            # Bytes on the device: one per number and four per channel.
             assert fine.values.nbytes == x.size and fine.scale.nbytes == 4 * x.size // x.shape[-2]
         else:
             assert np.array_equal(x, fine)
@@ -178,7 +178,7 @@ def test_divergence_and_memory(taught, kind):
 
 
 def test_int8_is_closer_than_fp8(taught):
-    """Of a channel without outliers 255 even steps keep more than three bits of mantissa."""
+    """In a channel without outliers, 255 even steps are finer than three bits of mantissa."""
     teacher, batch, where, reference = taught
     costs = {}
     for kind in KINDS:
@@ -187,15 +187,16 @@ def test_int8_is_closer_than_fp8(taught):
     assert costs["int8"] < costs["float8_e4m3fn"]
 
 
-# Where they lie.
+# Shardings.
 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("dense", "int8"), ("dense", "float8_e4m3fn"), ("sparse", "int8"), ("mixed", "float8_e4m3fn")],
 )
-def test_loading_quantises_and_a_mesh_changes_nothing(directories, name, kind):
-    """Loaded layer by layer: bitwise what the whole float model gives; again, and on a mesh."""
+def test_quantised_loading_is_bitwise_the_same_on_a_mesh(directories, name, kind):
+    """Loading layer by layer gives the bits of quantising the whole float model, also a second time
+    and on a mesh."""
     directory = directories / name
     plain = loaded(directory, "float32")
     alone = loaded(directory, kind)
@@ -211,14 +212,14 @@ def test_loading_quantises_and_a_mesh_changes_nothing(directories, name, kind):
     reference = log_probs(alone.model, alone.params, batch)
     with policy.use(spread):
         shared = jax.device_put(batch, mesh_lib.make_row_sharding(mesh_lib.make_mesh(*sizes)))
-        found = np.asarray(log_probs(spread.model, spread.params, shared))
-    np.testing.assert_allclose(found, reference, atol=1e-5 * np.abs(reference).max(), rtol=0)
-    assert np.abs(found - log_probs(plain.model, plain.params, batch)).max() > 1e-4
+        actual = np.asarray(log_probs(spread.model, spread.params, shared))
+    np.testing.assert_allclose(actual, reference, atol=1e-5 * np.abs(reference).max(), rtol=0)
+    assert np.abs(actual - log_probs(plain.model, plain.params, batch)).max() > 1e-4
 
 
 @pytest.mark.parametrize("name", ["dense", "sparse"])
-def test_dtypes_and_shardings(directories, name):
-    """Values lie as the floats would; a scale as its output channels do."""
+def test_scales_are_sharded_like_output_channels(directories, name):
+    """Values have the sharding of the floats; a scale has that of its output channels."""
     spread, floats = (
         loaded(directories / name, kind, (1, 2, 2, 2)) for kind in ("int8", "float32")
     )
@@ -240,9 +241,9 @@ def test_dtypes_and_shardings(directories, name):
     assert count == 7
 
 
-def test_the_float_model_is_never_there(tmp_path):
-    """While it loads, no more than one layer's kernel and the embedding are floats, and a scoring
-    pass has no copy of a stack of kernels in another dtype."""
+def test_loading_holds_one_layer_in_floats(tmp_path):
+    """While loading, at most one layer's kernel and the embedding are floats, and a scoring pass
+    has no copy of a stack of kernels in another dtype."""
     fields: Any = EVEN | {"hidden_size": 64, "intermediate_size": 96}
     tiny_qwen3(tmp_path, **fields)
     described = policy.make_abstract(str(tmp_path), "float32", False, mesh_lib.make_mesh(1, 1, 1))
@@ -259,13 +260,13 @@ def test_the_float_model_is_never_there(tmp_path):
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
     dtype = jnp.dtype("float32")
     params = weights.load(tmp_path, described.config, shapes, shardings, dtype, note)
-    assert largest == 128 * 64  # the embedding; a layer's largest kernel has 64 * 96
+    assert largest == 128 * 64  # the embedding; the largest kernel of a layer has 64 * 96
     text = log_probs.lower(described.model, params, batch_of(128)).compile().as_text()
     assert text is not None
     assert "s8[4,64,96]" in text and "f32[4,64,96]" not in text and "bf16[4,64,96]" not in text
 
 
-# In use.
+# In runs.
 
 
 def tiny_run(param_dtype):
@@ -280,8 +281,9 @@ def tiny_run(param_dtype):
     return c
 
 
-def test_a_run_with_an_int8_teacher(tmp_path, monkeypatch):
-    """The first step's divergence is the float teacher's, to what the 8 bits cost; it trains."""
+def test_a_run_trains_with_an_int8_teacher(tmp_path, monkeypatch):
+    """The divergence at the first step is within rounding of the float teacher's, and the run
+    trains."""
     rows = {}
     for kind in ("float32", "int8"):
         loop.run(tiny_run(kind), tmp_path / kind)
@@ -290,7 +292,7 @@ def test_a_run_with_an_int8_teacher(tmp_path, monkeypatch):
     first = [rows[kind][0]["train/reverse_kl"] for kind in ("float32", "int8")]
     assert first[0] != first[1] == pytest.approx(first[0], rel=0.02)
     assert all(np.isfinite(row["train/loss"]) for row in rows["int8"])
-    # A run is a teacher too, and its checkpoint is never there in float32 as a whole.
+    # A run is a teacher too, and its checkpoint is never in memory in float32 as a whole.
     whole = loaded(tmp_path / "int8", "float32")
     largest = watch_floats(monkeypatch)
     again = loaded(tmp_path / "int8", "int8")
@@ -308,8 +310,8 @@ def test_a_run_with_an_int8_teacher(tmp_path, monkeypatch):
 
 
 def watch_floats(monkeypatch):
-    """The function that says how many float32 numbers of kernels were there at once, at most, at
-    any time that one of them was being converted."""
+    """Returns a function that gives the largest number of kernel values that were float32 at once,
+    checked whenever a kernel is converted."""
     before, largest, convert = {id(x) for x in jax.live_arrays()}, [0], quantised.quantise_kernel
 
     def watched(*args):
@@ -326,9 +328,9 @@ def rows_of(workdir):
 
 
 @pytest.mark.long
-def test_a_frozen_base_and_a_reference_in_8_bits(tmp_path):
-    """The sampler has the LoRA merged with the base that the update computes with, and without its
-    LoRA that base is the reference; of a student trained whole it is a copy in 8 bits."""
+def test_an_8_bit_base_serves_sampler_and_reference(tmp_path):
+    """The sampler merges the LoRA with the base that the update uses, and the reference is that
+    base without the LoRA; for a fully trained student the reference is an 8-bit copy."""
     rows = {}
     for name, rank, kind in (("lora", 2, "int8"), ("whole", 0, "float8_e4m3fn")):
         c = tiny_run("float32")
@@ -342,8 +344,8 @@ def test_a_frozen_base_and_a_reference_in_8_bits(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["", "bfloat16", "int8"])
-def test_weights_for_sampling(tmp_path, kind):
-    """Another policy than the trainer's, a little, and importance ratios know of it."""
+def test_8_bit_sampling_weights_change_the_importance_ratio(tmp_path, kind):
+    """The sampler's policy differs slightly from the trainer's, and importance ratios show it."""
     c = tiny_run("float32")
     c.opd.objective, c.opd.rollout.param_dtype = "opd_sampled", kind
     loop.run(c, tmp_path)
@@ -355,9 +357,9 @@ def test_weights_for_sampling(tmp_path, kind):
         assert delta < 1e-5 and ratio < 1e-4
 
 
-def test_a_sampler_in_8_bits_is_the_model_in_8_bits(directories):
-    """Made on a mesh out of the floats, as they would be loaded: log-probabilities are those of one
-    forward on one device, and an expert's values lie where the expert does."""
+def test_8_bit_sampler_equals_the_8_bit_model(directories):
+    """Sampling weights quantised on a mesh equal loaded ones: log-probabilities are those of one
+    forward pass on one device, and experts keep their shardings."""
     spread = loaded(directories / "sparse", "float32", (1, 2, 2, 2))
     rng = np.random.default_rng(0)
     rows = [rollout.Sequence(rng.integers(0, 128, n).tolist(), (0, n), 8) for n in (3, 9, 5, 12)]
@@ -386,8 +388,8 @@ def test_a_sampler_in_8_bits_is_the_model_in_8_bits(directories):
     assert tuple(gate.values.sharding.spec) == (None, "expert", None, "tensor")
     alone = loaded(directories / "sparse", "int8")
     batch = microbatches.make_unpacked_batch(done, 4, 20)
-    found = np.asarray(log_probs(alone.model, alone.params, batch))[:, :-1]
-    expected = np.take_along_axis(found, np.asarray(batch.tokens_BT)[:, 1:, None], -1)[..., 0]
+    actual = np.asarray(log_probs(alone.model, alone.params, batch))[:, :-1]
+    expected = np.take_along_axis(actual, np.asarray(batch.tokens_BT)[:, 1:, None], -1)[..., 0]
     for row, logp, mask in zip(done, expected, np.asarray(batch.mask_BT), strict=True):
         np.testing.assert_allclose(row.logprobs, logp[mask[1:]], atol=1e-4)
 
@@ -410,8 +412,9 @@ def test_an_unknown_dtype_is_refused():
         setup.setup_run(c, mesh_lib.make_mesh(1, 1, 1))
 
 
-def test_score_in_8_bits(taught, tmp_path):
-    """From the command line: what the flag says is what is computed."""
+def test_score_verb_computes_in_8_bits(taught, tmp_path):
+    """Runs the verb with the dtype flag and compares its scores with those of the quantised
+    model."""
     _, batch, where, reference = taught
     ids = np.asarray(batch.tokens_BT)[0][where[0]].tolist()
     rows, out = write(tmp_path / "in.jsonl", [{"tokens": ids}]), tmp_path / "out.jsonl"
@@ -424,6 +427,6 @@ def test_score_in_8_bits(taught, tmp_path):
         np.asarray(x)[0, at][np.arange(len(at)), ids[1:]]
         for x in (reference, log_probs(small.model, small.params, batch))
     )
-    found = np.array(read(out)[0]["logprobs"][1:])
-    np.testing.assert_allclose(found, rounded, atol=1e-4)
-    assert 1e-3 < np.abs(found - exact).max() < 0.2
+    actual = np.array(read(out)[0]["logprobs"][1:])
+    np.testing.assert_allclose(actual, rounded, atol=1e-4)
+    assert 1e-3 < np.abs(actual - exact).max() < 0.2

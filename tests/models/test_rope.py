@@ -1,4 +1,5 @@
-"""Rotary embeddings beyond pretraining: YaRN and linear scaling against transformers."""
+"""Tests rotary embeddings beyond the pretraining length: YaRN and linear scaling against
+transformers."""
 
 import dataclasses
 import json
@@ -63,7 +64,7 @@ def test_frequencies_are_those_of_transformers(name):
     ours = rope.compute_frequencies(config)
     np.testing.assert_allclose(ours[0], inverse.double().numpy(), rtol=2e-6)
     assert ours[1] == pytest.approx(factor, rel=1e-12)
-    # Through config.json, in both spellings at once, it stays what it is.
+    # It survives a round trip through config.json in both spellings.
     stored = json.loads(json.dumps(config.to_hf()))
     assert Config.from_hf(stored) == config
     assert Config.from_hf(stored | {"rope_scaling": None}) == config
@@ -88,11 +89,11 @@ OTHER = {
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(RopeScaling)])
-def test_every_field_is_alive(field):
-    """Another value gives other frequencies, or another factor."""
+def test_every_scaling_field_has_an_effect(field):
+    """Another value changes the frequencies or the attention factor."""
     other = {"attention_factor": 1.1, "mscale": 1.1, "mscale_all_dim": 0.9}
     scaling = RopeScaling("yarn", 4.0, 32768)
-    if field.startswith("mscale"):  # they count as a pair
+    if field.startswith("mscale"):  # these two count as a pair
         scaling = dataclasses.replace(scaling, mscale=1.1, mscale_all_dim=0.9)
     elif field in other:
         scaling = dataclasses.replace(scaling, attention_factor=other[field])
@@ -105,8 +106,9 @@ def test_every_field_is_alive(field):
 
 
 @pytest.mark.parametrize("scaling", [None, RopeScaling("yarn", 4.0, 32768)], ids=["plain", "yarn"])
-def test_angles_at_far_positions(scaling):
-    """The bound that `rotary` states: a frequency and its product are each rounded once."""
+def test_angles_at_far_positions_are_accurate(scaling):
+    """Checks the bound that `compute_rotary` states: a frequency and its product are each rounded
+    once."""
     config = dataclasses.replace(SIZES["8b"], rope_scaling=scaling)
     rng = np.random.default_rng(0)
     positions = np.concatenate(
@@ -126,14 +128,14 @@ def test_angles_at_far_positions(scaling):
 
 @pytest.fixture(scope="module")
 def stretched(tmp_path_factory):
-    """(directory, transformers' model): 16 positions of pretraining, stretched to 64."""
+    """Returns (directory, transformers' model) with 16 pretraining positions stretched to 64."""
     directory = tmp_path_factory.mktemp("yarn")
     fields: Any = {"head_dim": 16, "vocab_size": 128, "max_position_embeddings": 20}
     return directory, tiny_qwen3(directory, rope_parameters=dict(TINY), **fields)
 
 
-def test_logits_and_greedy_beyond_the_original_positions(stretched):
-    """64 tokens in one pass, then 40 written after 24, by cache."""
+def test_logits_and_decoding_beyond_the_original_positions(stretched):
+    """64 tokens in one pass, then 40 tokens decoded after 24 with a cache."""
     directory, network = stretched
     config = families.read_config(directory)
     mesh = mesh_lib.make_mesh(1, 1, 1)
@@ -183,8 +185,8 @@ def test_an_export_keeps_the_scaling(stretched, tmp_path):
         assert torch.equal(again(tokens).logits, network(tokens).logits)
 
 
-def test_the_limit_is_what_the_scaling_reaches(stretched):
-    """Not max_position_embeddings, which people leave as it is when they turn YaRN on."""
+def test_the_position_limit_comes_from_the_scaling(stretched):
+    """max_position_embeddings is often left unchanged when YaRN is turned on."""
     subject = policy.make_abstract_for_inference(str(stretched[0]), "float32")
     assert [*scoring.read_token_ids(subject, [("here", {"tokens": [1] * 64})])] == [[1] * 64]
     with pytest.raises(UserError, match="here: 65 tokens exceed the model's 64 positions"):

@@ -1,4 +1,4 @@
-"""The load-balancing loss in training, and replay of the experts that another pass chose."""
+"""Tests the load-balancing loss in training and the replay of recorded experts."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ from tests.support.tiny_models import tiny_qwen3
 
 @pytest.fixture(scope="module", params=["renormalised", "every second layer"])
 def pair(request, tmp_path_factory):
-    """(transformers' model, config, our parameters), through files."""
+    """Returns (transformers' model, config, our parameters), loaded from files."""
     directory = tmp_path_factory.mktemp("model")
     network = tiny_qwen3(directory, **SHAPES[request.param])
     return network, *load(directory)
@@ -48,8 +48,9 @@ def first_experts(params):
     return params["layers_1"]["moe"]
 
 
-def test_the_gradient_of_the_balance_is_that_of_transformers(pair):
-    """Cross-entropy + 0.5 · balance, of all layers' routers, as both libraries add them up."""
+def test_load_balancing_gradient_equals_that_of_transformers(pair):
+    """Cross-entropy + 0.5 · balance over the routers of all layers, as both libraries add them
+    up."""
     network, config, params = pair
     tokens = tokens_of(config)
     batch = batch_of(config, 2)
@@ -75,12 +76,12 @@ def test_the_gradient_of_the_balance_is_that_of_transformers(pair):
     ours = dict(weights.iter_tensors(grads, config, jnp.dtype("float32")))
     for name, grad in expected.items():
         scale = np.abs(grad).max()
-        found = ours[name] / np.asarray(count)
-        np.testing.assert_allclose(found, grad, atol=1e-4 * scale + 1e-9, rtol=0, err_msg=name)
+        actual = ours[name] / np.asarray(count)
+        np.testing.assert_allclose(actual, grad, atol=1e-4 * scale + 1e-9, rtol=0, err_msg=name)
 
 
-def test_balance_evens_the_load(even):
-    """Trained on it alone: no token counts, the loads meet."""
+def test_training_on_the_balance_loss_evens_the_load(even):
+    """The balance loss alone, with no trained token, moves the loads together."""
     config, params = load(even)
     batch = batch_of(config)
     params["layers"]["moe"]["router"] *= 3
@@ -99,7 +100,7 @@ def test_balance_evens_the_load(even):
     for _ in range(20):
         router = descend(router)
     after = float(balance(router))
-    assert after < before - 0.1, (before, after)  # 3, of three experts a token, is even
+    assert after < before - 0.1, (before, after)  # 3, with three experts per token, is even
 
 
 def replayed(qwen3, params, batch, experts):
@@ -108,8 +109,8 @@ def replayed(qwen3, params, batch, experts):
     )
 
 
-def test_replaying_its_own_choice_changes_nothing(pair):
-    """Not the states, nor the gradients, which flow into the router as before."""
+def test_replaying_a_models_own_experts_changes_nothing(pair):
+    """Hidden states and gradients stay the same, and gradients flow into the router as before."""
     _, config, params = pair
     batch, qwen3 = batch_of(config, 2), families.make_model(config)
     experts = jax.jit(forward.compute_chosen_experts, static_argnums=0)(qwen3, params, batch)
@@ -130,16 +131,16 @@ def test_replaying_its_own_choice_changes_nothing(pair):
     jax.tree.map(np.testing.assert_array_equal, sums["load_LE"], sums_again["load_LE"])
 
 
-def test_replay_against_a_loop_over_experts(pair):
-    """One block with experts that its own router would not choose, at that router's weights."""
+def test_replay_equals_a_loop_over_experts(pair):
+    """Runs a block with experts that its router would not choose, at the router's weights."""
     _, config, params = pair
     layer = {"moe": first_experts(params)}
     x = np.random.default_rng(1).normal(size=(2, T, config.hidden_size)).astype(np.float32)
     E, A = config.num_experts, config.num_experts_per_tok
     rng = np.random.default_rng(5)
     experts = np.stack([rng.permutation(E)[:A] for _ in range(2 * T)]).reshape(2, T, A)
-    held = {name: np.asarray(value) for name, value in layer["moe"].items()}
-    logits = x @ held["router"]
+    layer_arrays = {name: np.asarray(value) for name, value in layer["moe"].items()}
+    logits = x @ layer_arrays["router"]
     p = np.exp(logits - logits.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     expected = np.zeros_like(x)
@@ -147,8 +148,8 @@ def test_replay_against_a_loop_over_experts(pair):
         chosen = experts[place]
         kept = p[place][chosen] / (p[place][chosen].sum() if config.norm_topk_prob else 1)
         for weight, e in zip(kept, chosen, strict=True):
-            gate, up = x[place] @ held["gate"][e], x[place] @ held["up"][e]
-            expected[place] += weight * (gate / (1 + np.exp(-gate)) * up) @ held["down"][e]
+            gate, up = x[place] @ layer_arrays["gate"][e], x[place] @ layer_arrays["up"][e]
+            expected[place] += weight * (gate / (1 + np.exp(-gate)) * up) @ layer_arrays["down"][e]
     ones = np.ones((2, T), np.int32)
     block = moe.MoE(config)
     ours: Any = block.apply({"params": layer["moe"]}, x, ones, jnp.asarray(experts, jnp.int16))
@@ -157,9 +158,9 @@ def test_replay_against_a_loop_over_experts(pair):
     assert np.abs(np.asarray(free) - expected).max() > 1e-2
 
 
-def test_replay_undoes_what_noise_does_to_the_choice(even):
-    """What another precision does to a sampler's router: the states jump where a choice flips, and
-    with the recorded experts they do not. On eight devices as on one."""
+def test_replay_undoes_flips_of_the_expert_choice(even):
+    """Noise in the router, like another precision, makes states jump where a choice flips; with
+    recorded experts they do not, on eight devices as on one."""
     config, params = load(even)
     batch, qwen3 = batch_of(config), families.make_model(config)
     experts = jax.jit(forward.compute_chosen_experts, static_argnums=0)(qwen3, params, batch)
@@ -179,8 +180,8 @@ def test_replay_undoes_what_noise_does_to_the_choice(even):
         if recorded is not None:
             recorded = jax.device_put(np.asarray(recorded), mesh_lib.make_row_sharding(mesh))
         with mesh_lib.use_mesh(mesh):
-            found, _ = jax.jit(replayed, static_argnums=0)(qwen3, moved, whole, recorded)
-        states[name] = np.asarray(found)
+            actual, _ = jax.jit(replayed, static_argnums=0)(qwen3, moved, whole, recorded)
+        states[name] = np.asarray(actual)
     first = np.asarray(jax.jit(forward.compute_hidden, static_argnums=0)(qwen3, params, batch))
     real = np.asarray(batch.segments_BT) > 0
     jump, smooth = (np.abs(states[name] - first)[real].max() for name in ("free", "replayed"))
@@ -190,13 +191,13 @@ def test_replay_undoes_what_noise_does_to_the_choice(even):
     )
 
 
-# The sampler's choice, recorded.
+# Recording the sampler's choice.
 
 P, R = 12, 10
 
 
-def asked(config, prompts=5, samples=2):
-    """Rows of few prompts, some longer than a chunk of what is read at once."""
+def make_rows(config, prompts=5, samples=2):
+    """Makes rows of a few prompts, some longer than a prefill chunk."""
     rng, rows = np.random.default_rng(0), []
     for number in range(prompts):
         prompt = rng.integers(0, config.vocab_size, rng.integers(1, P + 1)).tolist()
@@ -205,7 +206,7 @@ def asked(config, prompts=5, samples=2):
     return rows
 
 
-def sampled(config, params, rows, mesh, stacked, dtype="float32", **given):
+def sampled(config, params, rows, mesh, stacked, dtype="float32", **options):
     with mesh_lib.use_mesh(mesh):
         done = rollout.sample(
             rollout.SamplingModel(
@@ -224,7 +225,7 @@ def sampled(config, params, rows, mesh, stacked, dtype="float32", **given):
                 stacked=stacked,
                 routing=True,
             ),
-            **given,
+            **options,
         )
         return list(done)
 
@@ -236,9 +237,9 @@ def sampled(config, params, rows, mesh, stacked, dtype="float32", **given):
         ("all", (1, 2, 2, 2), True),
     ],
 )
-def test_recorded_experts_are_those_of_a_forward(even, tmp_path, layers, sizes, stacked):
-    """Of prompts that samples share and prompts in pieces, of rows that take the slots of others,
-    that are parked, and that go on later."""
+def test_recorded_experts_equal_those_of_a_forward_pass(even, tmp_path, layers, sizes, stacked):
+    """Covers prompts that samples share, prompts read in pieces, and rows that reuse slots, are
+    parked and continue later."""
     directory = even
     if layers != "all":
         directory = tmp_path
@@ -246,7 +247,7 @@ def test_recorded_experts_are_those_of_a_forward(even, tmp_path, layers, sizes, 
         tiny_qwen3(directory, **fields)
     config, params = load(directory, sizes)
     mesh = mesh_lib.make_mesh(*sizes)
-    rows = sampled(config, params, asked(config), mesh, stacked, token_budget=24)
+    rows = sampled(config, params, make_rows(config), mesh, stacked, token_budget=24)
     assert any(row.tokens and not row.finish_reason for row in rows)
     rows = sampled(config, params, rows, mesh, stacked)
     batch = microbatches.make_unpacked_batch(rows, len(rows), P + R, routing=config.routing_shape)
@@ -256,19 +257,20 @@ def test_recorded_experts_are_those_of_a_forward(even, tmp_path, layers, sizes, 
             families.make_model(config), alone, batch
         )
     )
-    found, segments = np.asarray(batch.experts_BTLA), np.asarray(batch.segments_BT)
-    assert found.dtype == np.int16 and found.shape == expected.shape
-    for row, theirs, ours, real in zip(rows, expected, found, segments > 0, strict=True):
-        assert sum(map(len, row.experts)) == len(row.all_tokens) - 1  # the last one is never read
+    actual, segments = np.asarray(batch.experts_BTLA), np.asarray(batch.segments_BT)
+    assert actual.dtype == np.int16 and actual.shape == expected.shape
+    for row, theirs, ours, real in zip(rows, expected, actual, segments > 0, strict=True):
+        assert sum(map(len, row.experts)) == len(row.all_tokens) - 1  # the last token is never read
         np.testing.assert_array_equal(ours[real][:-1], theirs[real][:-1])
         assert (ours[real][-1] == -1).all() and (ours[~real] == -1).all()
 
 
-def test_layers_are_in_order_beyond_the_tenth():
-    """A tree of blocks that went through jit comes back sorted by name."""
+def test_recorded_layers_are_ordered_by_number():
+    """A tree of blocks that went through jit comes back sorted by name, so layer 10 before layer
+    2."""
     noted = {f"layers_{i}": {"moe": {"experts": jnp.full((1, 2, 3), i)}} for i in range(12)}
-    found = moe.get_chosen_experts(jax.tree.map(lambda x: x, noted))
-    np.testing.assert_array_equal(found[0, 0, :, 0], np.arange(12))
+    actual = moe.get_chosen_experts(jax.tree.map(lambda x: x, noted))
+    np.testing.assert_array_equal(actual[0, 0, :, 0], np.arange(12))
 
 
 SPARSE: dict[str, Any] = {
@@ -293,12 +295,12 @@ def config_of(sparse, dtype, replay):
     return c
 
 
-def test_replay_brings_sampler_and_trainer_together(even):
-    """In bfloat16 a router chooses otherwise in the update than it did in the sampler, here and
-    there; with what was recorded it cannot."""
+def test_replay_reduces_the_sampler_trainer_mismatch(even):
+    """In bfloat16 the router sometimes chooses other experts in the update than in the sampler;
+    with recorded experts it cannot."""
     config, params = load(even)
     rows = sampled(
-        config, params, asked(config, 16, 4), mesh_lib.make_mesh(1, 1, 1), False, "bfloat16"
+        config, params, make_rows(config, 16, 4), mesh_lib.make_mesh(1, 1, 1), False, "bfloat16"
     )
     batch = microbatches.make_unpacked_batch(rows, len(rows), P + R, routing=config.routing_shape)
     loss = functools.partial(
@@ -316,8 +318,9 @@ def test_replay_brings_sampler_and_trainer_together(even):
     assert deltas["replayed"] < 0.8 * deltas["free"], deltas
 
 
-def test_recorded_experts_through_the_loop(sparse, tmp_path):
-    """A LoRA on a mesh that splits the experts; rows that a budget parks keep their experts."""
+def test_training_replays_recorded_experts(sparse, tmp_path):
+    """Trains a LoRA on a mesh that splits the experts; rows parked by a token budget keep
+    theirs."""
     c = config_of(sparse, "float32", True)
     c.student.lora.rank = 2
     c.mesh.expert = 2
@@ -329,7 +332,7 @@ def test_recorded_experts_through_the_loop(sparse, tmp_path):
     assert second["train/loss"] > 0
 
 
-def test_parked_experts_come_back_from_a_checkpoint():
+def test_checkpoint_restores_experts_of_parked_rows():
     rng = np.random.default_rng(0)
     pieces = [rng.integers(-1, 8, (n, 2, 3)).astype(np.int16) for n in (5, 2)]
     row = rollout.Sequence([1] * 5, (1, 2), 4, tokens=[3, 4], logprobs=[-1.0, -2.0], experts=pieces)
@@ -337,15 +340,15 @@ def test_parked_experts_come_back_from_a_checkpoint():
     again = rollout.RolloutBuffer()
     again.restore(position)
     assert again.num_started == 7 and again.partial == [row]
-    for found, expected in zip(again.partial[0].experts, pieces, strict=True):
-        assert found.dtype == np.int16
-        np.testing.assert_array_equal(found, expected)
+    for restored, expected in zip(again.partial[0].experts, pieces, strict=True):
+        assert restored.dtype == np.int16
+        np.testing.assert_array_equal(restored, expected)
 
 
-def test_read_rows_route_themselves():
-    """Where half of a batch is the student's own, the other half has no experts recorded."""
-    one = np.ones((3, 2, 4), np.int16)
-    rows = [rollout.Sequence([1, 2], (0, 0), 3, tokens=[5], logprobs=[-1.0], experts=[one])]
+def test_rows_that_were_not_sampled_are_routed_afresh():
+    """If half of a batch is sampled from the student, the other half has no recorded experts."""
+    recorded = np.ones((3, 2, 4), np.int16)
+    rows = [rollout.Sequence([1, 2], (0, 0), 3, tokens=[5], logprobs=[-1.0], experts=[recorded])]
     read = Example([3, 4], [6, 7], "", "")
     form = collate.BatchLayout(7, 3, routing=(2, 4))
     experts = np.asarray(
@@ -355,7 +358,7 @@ def test_read_rows_route_themselves():
     assert experts.shape == (2, 7, 2, 4) and (experts[1] == -1).all()
 
 
-def test_a_dense_student_has_nothing_to_replay(tmp_path):
+def test_replay_with_a_dense_student_is_refused(tmp_path):
     dense = tiny_model(tmp_path / "dense", 0)
     c = config_of((dense, dense), "float32", True)
     with pytest.raises(UserError, match=r"config.student.replay_routing: \S+ has no experts to re"):

@@ -1,4 +1,4 @@
-"""What the mesh does to activations is what one device computes, and no table is fetched whole."""
+"""Tests that sharded activations equal those of one device and that no table is gathered whole."""
 
 import functools
 
@@ -17,7 +17,7 @@ B, T, V, D = 8, 16, 64, 32
 
 
 def looked_up(table_VD: jax.Array, tokens_BT: jax.Array, weight_BTD: jax.Array):
-    """The embedding, and the table's gradient of a sum over it."""
+    """Returns the embedding, and the gradient of the table for a weighted sum over it."""
 
     def total(table_VD):
         x_BTD = sharded.constrain_residual(sharded.embed_tokens(table_VD, tokens_BT, jnp.float32))
@@ -28,7 +28,7 @@ def looked_up(table_VD: jax.Array, tokens_BT: jax.Array, weight_BTD: jax.Array):
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 2, 4), (2, 2, 2), (1, 2, 2, 2), (1, 1, 2, 2, 2)])
-def test_the_embedding_is_exchanged(sizes: tuple[int, ...]) -> None:
+def test_embedding_lookup_gathers_no_table(sizes: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)
     table = rng.normal(size=(V, D)).astype(np.float32)
     tokens = rng.integers(0, V, (B, T)).astype(np.int32)
@@ -37,13 +37,13 @@ def test_the_embedding_is_exchanged(sizes: tuple[int, ...]) -> None:
     np.add.at(expected_grad, tokens, weight)
     mesh = mesh_lib.make_mesh(*sizes)
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh_lib.VOCABULARY_AXES))
-    given = (
+    arguments = (
         jax.device_put(table, split),
         *jax.device_put((tokens, weight), mesh_lib.make_row_sharding(mesh)),
     )
     with mesh_lib.use_mesh(mesh):
-        compiled = jax.jit(looked_up, out_shardings=(None, split)).lower(*given).compile()
-    x, grad = compiled(*given)
+        compiled = jax.jit(looked_up, out_shardings=(None, split)).lower(*arguments).compile()
+    x, grad = compiled(*arguments)
     np.testing.assert_array_equal(x, table[tokens])
     np.testing.assert_allclose(grad, expected_grad, rtol=1e-5, atol=1e-5)
     assert x.sharding.is_equivalent_to(
@@ -51,7 +51,7 @@ def test_the_embedding_is_exchanged(sizes: tuple[int, ...]) -> None:
     )
     collectives = hlo.parse_costs(str(compiled.as_text())).collectives
     fetched = collectives.get("all-gather", (0, 0))[1] + collectives.get("all-reduce", (0, 0))[1]
-    # The tokens, and over data the sum of a shard's gradient; the table has 8,192 bytes.
+    # Tokens are exchanged and a shard's gradient is summed over data; the table has 8,192 bytes.
     assert fetched <= tokens.nbytes + (sizes[0] - 1) * 2 * table.nbytes / 4
     assert collectives["all-to-all"][1] > 0
 
@@ -64,11 +64,11 @@ def test_the_embedding_is_exchanged(sizes: tuple[int, ...]) -> None:
         ("xla", (1, 2, 1, 1, 4), T - 1),
     ],
 )
-def test_a_rows_tokens_are_split_over_context(
+def test_tokens_split_over_context_equal_one_device(
     kernel: str, sizes: tuple[int, ...], length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Hidden states and gradients of one device: eight query heads of two keys', which four or
-    eight devices have to repeat; a length that context does not divide is not split."""
+    """Compares hidden states and gradients for eight query heads and two key heads, which four or
+    eight devices must repeat; a length that context does not divide is not split."""
     interpreted = functools.partial(attention.attend_splash, interpret=True)
     monkeypatch.setitem(attention.TABLE, "splash", interpreted)
     config = Config(V, D, 56, 1, 8, 2, 128, 1e4, 1e-6, True, 64)
@@ -95,7 +95,7 @@ def test_a_rows_tokens_are_split_over_context(
     shardings = jax.tree.map(lambda p: p.sharding, mesh_lib.make_abstract_params(config, mesh))
     with mesh_lib.use_mesh(mesh):
         compiled = jax.jit(step).lower(jax.device_put(params, shardings), weight).compile()
-    text, F = str(compiled.as_text()), 56 // sizes[2]  # rows, tokens and features of a device
+    text, F = str(compiled.as_text()), 56 // sizes[2]  # rows, tokens and features on one device
     some, every = (f"f32[{rows // sizes[1]},{n},{F}]" for n in (length // sizes[4], length))
     assert (some in text, every in text) == ((True, False) if length == T else (False, True))
     ((_, x), found) = compiled(jax.device_put(params, shardings), weight)
@@ -108,7 +108,7 @@ def test_a_rows_tokens_are_split_over_context(
 
 
 @pytest.mark.parametrize("shape", [(8, 15), (3, 16), (1, 1)])
-def test_what_does_not_divide_is_looked_up_plainly(shape: tuple[int, int]) -> None:
+def test_shapes_that_do_not_divide_use_a_plain_lookup(shape: tuple[int, int]) -> None:
     mesh = mesh_lib.make_mesh(1, 2, 4)
     tokens, table = jnp.arange(np.prod(shape)).reshape(shape) % V, np.eye(V, D)
     with mesh_lib.use_mesh(mesh):

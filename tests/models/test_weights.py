@@ -1,4 +1,4 @@
-"""Loading from many shards: what is read, what it costs, what is said, what is refused."""
+"""Tests loading from many shards: reads, memory, progress lines and errors."""
 
 import dataclasses
 import json
@@ -65,24 +65,24 @@ def sparse(tmp_path_factory) -> Path:
     ],
     ids=str,
 )
-def test_every_tensor_is_read_once(kind, sizes, piece, monkeypatch, request):
-    """Whole, by one slice, however devices divide it: a file is not gone through once for each of
-    them. The layers of a parameter go to the devices together or one by one."""
-    directory, read, said = request.getfixturevalue(kind), [], []
+def test_every_tensor_is_read_once_for_all_devices(kind, sizes, piece, monkeypatch, request):
+    """Each tensor is read whole with one slice, however devices divide it, instead of once per
+    device. The layers of a parameter move to the devices together or one by one."""
+    directory, read, progress = request.getfixturevalue(kind), [], []
     tensors = stored(directory)
     monkeypatch.setattr(weights, "safe_open", counted(read))
     monkeypatch.setattr(weights, "PIECE_BYTES", piece)
-    loaded, reads = load(directory, sizes, on_progress=said.append)
+    loaded, reads = load(directory, sizes, on_progress=progress.append)
     assert sorted(read) == sorted(tensor.nbytes for tensor in tensors.values())
-    assert said == list(range(1, reads + 1)) == list(range(1, len(tensors) + 1))
-    found = dict(
+    assert progress == list(range(1, reads + 1)) == list(range(1, len(tensors) + 1))
+    actual = dict(
         weights.iter_tensors(loaded, families.read_config(directory), jnp.dtype("float32"))
     )
-    assert found.keys() == tensors.keys()
-    assert all(np.array_equal(found[name], tensor) for name, tensor in tensors.items())
+    assert actual.keys() == tensors.keys()
+    assert all(np.array_equal(actual[name], tensor) for name, tensor in tensors.items())
 
 
-def test_parts_that_are_neighbours_are_read_together():
+def test_neighbouring_parts_are_read_together():
     def box(rows, columns):
         return (rows, columns)
 
@@ -111,8 +111,9 @@ print(len(read), sum(read))
 """
 
 
-def test_a_process_reads_what_its_devices_hold(sharded):
-    """Two processes of four devices; fsdp lies between them: half of all but the norms."""
+def test_a_process_reads_only_its_devices_parts(sharded):
+    """Two processes of four devices with fsdp between them: each reads half of all but the
+    norms."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -163,13 +164,13 @@ print(len(seen), landed, anonymous - before, file)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_host_memory(tmp_path, monkeypatch):
-    """106 MiB of bfloat16 in 13 shards, to float32: on this backend what lands is host memory too.
-    Beside it there is never more than the largest tensor, the embedding.
+def test_loading_needs_at_most_the_largest_tensor_beside_the_model(tmp_path, monkeypatch):
+    """Loads 106 MiB of bfloat16 in 13 shards to float32. On this backend, device arrays are host
+    memory too; beyond them, memory never exceeds the largest tensor, the embedding.
 
-    Counted is memory of the process's own (RssAnon), of which what is freed goes back at once.
-    Pages of the mapped files come on top, and are the page cache's, which the system takes back
-    when it needs them.
+    Counts anonymous memory of the process (RssAnon), which is returned as soon as it is freed.
+    Pages of mapped files come on top, but belong to the page cache, which the system reclaims as
+    needed.
     """
     config = dataclasses.replace(
         SIZES["0.6b"],
@@ -211,7 +212,7 @@ def test_host_memory(tmp_path, monkeypatch):
     assert landed * 0.9 < anonymous < landed + largest
 
 
-def test_progress_off_a_terminal(sharded, capsys):
+def test_progress_lines_without_a_terminal(sharded, capsys):
     subject = policy.make_abstract_for_inference(str(sharded), "float32")
     with policy.use(subject):
         policy.load(subject, "float32")
@@ -223,13 +224,13 @@ def test_progress_off_a_terminal(sharded, capsys):
     assert len(lines) == 2
 
 
-# What is refused.
+# Errors.
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 
 
 def damaged(directory: Path, change: str) -> str:
-    """Changes a model of many shards; returns what is said of it."""
+    """Changes a model of many shards; returns the expected part of the error message."""
     path = directory / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     file = directory / index["weight_map"][NAME]
@@ -274,12 +275,12 @@ def damaged(directory: Path, change: str) -> str:
         "the index names no files",
     ],
 )
-def test_damaged_shards(sharded, tmp_path, change):
+def test_damaged_shards_are_refused(sharded, tmp_path, change):
     for file in sharded.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     said = damaged(tmp_path, change)
     config = families.read_config(tmp_path)
-    with pytest.raises(UserError) as error:  # found by `check`, before anything is read
+    with pytest.raises(UserError) as error:  # before anything is read
         weights.check_weights(tmp_path, config, families.get_abstract_params(config)[0])
     assert said in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(UserError) as again:

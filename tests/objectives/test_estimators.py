@@ -1,9 +1,9 @@
-"""What the sampled estimators estimate, by enumeration of every response.
+"""Tests the gradients of the sampled estimators by enumerating every response.
 
 A student over 4 tokens, of which token 0 ends a response, writes up to 3 tokens: 40 responses over
 13 states. Its parameters are a table of hidden states and a head, so that no two states have the
-same distribution. The expectation of a gradient is then a sum of 40 terms, in float64, and is held
-against the derivative of the divergence that the docstring of losses.Loss claims.
+same distribution. The expected gradient is a sum of 40 terms, in float64, and is compared with the
+derivative of the divergence that the docstring of losses.Loss claims.
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ V, LENGTH, D = 4, 3, 5
 
 @functools.cache
 def responses():
-    """tokens [40, 3], the state that each is drawn at, and mask: up to and with the token 0."""
+    """Returns tokens [40, 3], the state in which each is drawn, and a mask that includes the token
+    0."""
     states = {(): 0}
     rows = []
 
@@ -52,7 +53,7 @@ def x64():
 
 
 def draw(seed):
-    """A student: a hidden state for each prefix, and a head."""
+    """Draws a student: a hidden state for each prefix, and a head."""
     rng = np.random.default_rng(seed)
     return {
         "hidden": jnp.asarray(rng.normal(size=(responses()[3], D))),
@@ -61,26 +62,27 @@ def draw(seed):
 
 
 def table(model):
-    """log p [state, token]."""
+    """Returns log p [state, token]."""
     return jax.nn.log_softmax(model["hidden"] @ model["head"].T)
 
 
 def token_logp(model):
-    """log p of the tokens of every response [40, 3], 0 after its end."""
+    """Returns log p of the tokens of every response [40, 3], 0 after its end."""
     tokens, places, mask, _ = responses()
     return jnp.where(mask, table(model)[places, tokens], 0)
 
 
 def probability(model):
-    """Of every response [40]: they sum to 1."""
+    """Returns the probability of every response [40]; they sum to 1."""
     return jnp.exp(token_logp(model).sum(1))
 
 
-STUDENT, TEACHER, STALE = 0, 1, 2  # seeds: three unlike distributions
+STUDENT, TEACHER, STALE = 0, 1, 2  # seeds of three different distributions
 
 
 def row_losses(loss, student, sampler=None, teacher=TEACHER, **known):
-    """The loss of every response [40], Σ over its tokens, through the real head and losses."""
+    """Returns the loss of every response [40], summed over its tokens, through the real head and
+    losses."""
     tokens, places, mask, _ = responses()
     teacher = draw(teacher)
     stats = token_stats(
@@ -98,29 +100,31 @@ def row_losses(loss, student, sampler=None, teacher=TEACHER, **known):
 
 
 def expected(loss, sampler=None, **known):
-    """Σ over responses of μ(response) ∇loss(response). sampler None: the student itself."""
+    """Σ over responses of μ(response) ∇loss(response). With sampler None, the student samples."""
     student = draw(STUDENT)
-    drawn_from = jax.lax.stop_gradient(probability(student if sampler is None else sampler))
-    return jax.grad(lambda s: (drawn_from * row_losses(loss, s, sampler, **known)).sum())(student)
+    probabilities = jax.lax.stop_gradient(probability(student if sampler is None else sampler))
+    return jax.grad(lambda s: (probabilities * row_losses(loss, s, sampler, **known)).sum())(
+        student
+    )
 
 
 def visits(sampler):
-    """How often the sampler comes to each state [state], detached."""
+    """Probability that the sampler visits each state [state], detached."""
     _, places, mask, count = responses()
     weight = jax.lax.stop_gradient(probability(sampler))[:, None] * mask
     return jnp.zeros(count).at[places].add(weight)
 
 
 def exact(kind, sampler=None):
-    """The derivative of Σ over states of visits · KL, written out."""
+    """Derivative of Σ over states of visits · KL, from its definition."""
     student = draw(STUDENT)
-    at = visits(student if sampler is None else sampler)
+    state_weights = visits(student if sampler is None else sampler)
     logq = table(draw(TEACHER))
 
     def objective(student):
         logp = table(student)
         kl = {"reverse": jnp.exp(logp) * (logp - logq), "forward": jnp.exp(logq) * (logq - logp)}
-        return (at * kl[kind].sum(1)).sum()
+        return (state_weights * kl[kind].sum(1)).sum()
 
     return jax.grad(objective)(student)
 
@@ -137,11 +141,11 @@ def far(a, b, least=0.01):
     )
 
 
-def test_enumeration_is_whole():
+def test_response_probabilities_sum_to_one():
     for seed in (STUDENT, TEACHER, STALE):
         np.testing.assert_allclose(probability(draw(seed)).sum(), 1, atol=1e-12)
     assert len(responses()[0]) == 40 and responses()[3] == 13
-    assert far(exact("reverse"), exact("forward"))  # the claims below differ
+    assert far(exact("reverse"), exact("forward"))  # the claims below must differ
 
 
 CLAIMS = {
@@ -164,20 +168,20 @@ CLAIMS = {
 
 
 @pytest.mark.parametrize("name", CLAIMS)
-def test_expected_gradient_is_the_one_claimed(name):
+def test_expected_gradient_is_that_of_the_claimed_divergence(name):
     loss, kind = CLAIMS[name]
     same(expected(loss), exact(kind))
     same(expected(loss, sampler=draw(STUDENT)), exact(kind))
 
 
 @pytest.mark.parametrize("name", CLAIMS)
-def test_expected_gradient_under_stale_samples(name):
-    """Drawn from another distribution, the ratio makes it right again: the gradient of
-    the divergence at the states that were visited."""
+def test_ratio_corrects_the_gradient_of_stale_samples(name):
+    """With samples from another distribution, the ratio restores the gradient of the divergence at
+    the visited states."""
     loss, kind = CLAIMS[name]
     stale = draw(STALE)
     same(expected(loss, stale), exact(kind, stale))
-    if loss.estimator not in ("exact", "topk"):  # and without the ratio it is not
+    if loss.estimator not in ("exact", "topk"):  # without the ratio it is another gradient
         if loss.estimator == "sampled":
             loss = dataclasses.replace(loss, ratio="none", clip="none")
         else:
@@ -185,28 +189,28 @@ def test_expected_gradient_under_stale_samples(name):
         assert far(expected(loss, stale), exact(kind, stale))
 
 
-def test_k1_of_the_sampler_lags_behind():
-    """The usual recipe: right on fresh samples, and off on stale ones."""
+def test_k1_from_the_sampler_is_biased_on_stale_samples():
+    """The common recipe is exact on fresh samples and biased on stale ones."""
     loss = Loss(teacher=1, estimator="sampled", k1_from="sampler")
     same(expected(loss, draw(STUDENT)), exact("reverse"))
     assert far(expected(loss, draw(STALE)), exact("reverse", draw(STALE)))
 
 
-def test_clipping_is_a_bias():
-    """No claim is made of clipped ratios: what they cost is the other side of their stability."""
+def test_clipping_biases_the_gradient_of_stale_samples():
+    """Clipped ratios trade bias for stability, so losses.Loss claims no divergence for them."""
     loss = Loss(teacher=1, estimator="sampled", clip="ppo")
     assert far(expected(loss, draw(STALE)), exact("reverse", draw(STALE)))
     same(expected(loss), exact("reverse"))  # fresh ratios are 1
 
 
 def k1_in_the_loss(student):
-    """The known-bad form: log p - log q of the drawn token, differentiated."""
+    """The known-bad form: log p - log q of the sampled token, differentiated."""
     return (token_logp(student) - token_logp(draw(TEACHER))).sum(1)
 
 
-def test_k1_in_the_loss_learns_nothing():
-    """Its expected gradient is 0, whatever the teacher says, though its value is the
-    KL; descent on it changes nothing but by noise. What stands in Loss is not that."""
+def test_differentiating_k1_has_zero_expected_gradient():
+    """Its value is the KL but its expected gradient is 0 whatever the teacher, so descent follows
+    noise. losses.Loss does not use this form."""
     student = draw(STUDENT)
     weight = probability(student)
     value, gradient = jax.value_and_grad(lambda s: (weight * k1_in_the_loss(s)).sum())(student)
@@ -221,8 +225,8 @@ def kl_by_state(student):
     return (jnp.exp(logp) * (logp - logq)).sum(1)
 
 
-def test_k3_in_the_loss_is_forward_kl():
-    """Its value is that of the reverse KL, its gradient is not."""
+def test_differentiating_k3_gives_the_forward_kl_gradient():
+    """Its value is that of the reverse KL, but its gradient is that of the forward KL."""
     student = draw(STUDENT)
     loss = Loss(teacher=1, estimator="k3", divergence="forward")
     value = (probability(student) * row_losses(loss, student)).sum()
@@ -230,8 +234,8 @@ def test_k3_in_the_loss_is_forward_kl():
     assert far(expected(loss), exact("reverse"))
 
 
-def test_clamping_an_estimate_at_zero_is_no_estimate():
-    """Half of the signal is gone. Losses here clamp nothing: k1 takes both signs."""
+def test_clamping_k1_at_zero_biases_the_gradient():
+    """Clamping loses half of the signal; k1 takes both signs, and no loss here clamps it."""
     student, weight = draw(STUDENT), probability(draw(STUDENT))
     k1 = token_logp(student) - token_logp(draw(TEACHER))
     assert (k1 < -0.1).any() and (k1 > 0.1).any()
@@ -244,25 +248,25 @@ def test_clamping_an_estimate_at_zero_is_no_estimate():
 
 @pytest.mark.parametrize("sampler", [None, STALE])
 def test_reference_is_unbiased_in_value_and_gradient(sampler):
-    """For the KL from a reference: (p/μ)·k3, with the ratio differentiated."""
+    """Checks (p/μ)·k3 with a differentiated ratio as the KL from a reference."""
     loss, student = Loss(reference=1), draw(STUDENT)
     stale = None if sampler is None else draw(sampler)
     reference = token_logp(draw(TEACHER))
     same(expected(loss, stale, reference_logp_BT=reference), exact("reverse", stale))
-    drawn_from = probability(stale or student)
+    probabilities = probability(stale or student)
     rows = row_losses(loss, student, stale, reference_logp_BT=reference)
-    at = visits(stale or student)
+    state_weights = visits(stale or student)
     np.testing.assert_allclose(
-        (drawn_from * rows).sum(), (at * kl_by_state(student)).sum(), atol=1e-12
+        (probabilities * rows).sum(), (state_weights * kl_by_state(student)).sum(), atol=1e-12
     )
 
 
-# Credit for what follows
+# Credit for later tokens
 
 
 def discounted(kind, discount):
     """Σ over responses of p · Σ_t (∇ own divergence_t + ∇log p_t Σ_{i>t} discount^(i-t) later_i),
-    with the later terms exact: the definition, token by token."""
+    with exact later terms: the definition, token by token."""
     _, places, mask, _ = responses()
     student, logq = draw(STUDENT), table(draw(TEACHER))
     weight = probability(student)
@@ -290,8 +294,8 @@ DISCOUNTED = {
 
 
 @pytest.mark.parametrize("name", DISCOUNTED)
-def test_discount_credits_what_follows(name):
-    """Of the divergence that the term is of; and γ = 0 drops it."""
+def test_discount_credits_later_tokens(name):
+    """Credits later tokens with the divergence of the term itself; γ = 0 leaves them out."""
     loss = DISCOUNTED[name]
     kind = loss.divergence
     for discount in (0.5, 1.0):
@@ -301,8 +305,8 @@ def test_discount_credits_what_follows(name):
 
 
 @pytest.mark.parametrize("name", ["sampled", "baseline", "exact"])
-def test_discount_of_one_is_the_divergence_of_sequences(name):
-    """∇ KL of the distributions of whole responses, differentiated through everything."""
+def test_discount_of_one_gives_the_sequence_kl_gradient(name):
+    """Compares with ∇ KL of the distributions of whole responses, differentiated in full."""
     teacher = token_logp(draw(TEACHER)).sum(1)
 
     def objective(student):
@@ -313,8 +317,9 @@ def test_discount_of_one_is_the_divergence_of_sequences(name):
     same(expected(dataclasses.replace(DISCOUNTED[name], discount=1.0)), whole)
 
 
-def test_reward_is_the_policy_gradient():
-    """∇ of the expected reward, fresh and (for one token) stale; and a hybrid is the sum."""
+def test_reward_term_has_the_policy_gradient():
+    """Compares with ∇ of the expected reward on fresh and, for one token, stale samples; a hybrid
+    loss gives the sum."""
     rewards = jnp.asarray(np.random.default_rng(5).normal(size=len(responses()[0])))
     advantage = jnp.broadcast_to(rewards[:, None], responses()[0].shape)
     wanted = jax.grad(lambda s: -(probability(s) * rewards).sum())(draw(STUDENT))
@@ -329,15 +334,17 @@ def test_reward_is_the_policy_gradient():
 # Variance
 
 
-def spread(rows, drawn_from):
-    """Σ μ ‖gradient - its mean‖²: the variance of the estimate from one response."""
-    flat = jnp.concatenate([x.reshape(len(drawn_from), -1) for x in jax.tree.leaves(rows)], axis=1)
-    mean = (drawn_from[:, None] * flat).sum(0, keepdims=True)
-    return float((drawn_from * ((flat - mean) ** 2).sum(1)).sum())
+def spread(rows, probabilities):
+    """Σ μ ‖gradient - mean gradient‖²: the variance of the estimate from one response."""
+    flat = jnp.concatenate(
+        [x.reshape(len(probabilities), -1) for x in jax.tree.leaves(rows)], axis=1
+    )
+    mean = (probabilities[:, None] * flat).sum(0, keepdims=True)
+    return float((probabilities * ((flat - mean) ** 2).sum(1)).sum())
 
 
 def plain_mean(student, teacher):
-    """The policy gradient with the KL of each state as its baseline."""
+    """The policy gradient with each state's KL as its baseline."""
     tokens, places, mask, _ = responses()
     gap = table(student) - table(teacher)
     advantage = gap[places, tokens] - (jnp.exp(table(student)) * gap).sum(1)[places]
@@ -345,29 +352,30 @@ def plain_mean(student, teacher):
 
 
 @pytest.mark.parametrize("discount", [0.0, 1.0])
-def test_baseline_lowers_the_variance(discount):
-    """On six pairs. The exact form is lower still: only the noise of the states. The
-    plain mean as a baseline, the KL, is unbiased too, but no remedy at discount 0."""
+def test_baseline_lowers_the_gradient_variance(discount):
+    """Compares six pairs. The exact form, which only has the noise of the states, is lower still.
+    The plain mean (the KL) is an unbiased baseline too, but does not help at discount 0."""
     plain = Loss(teacher=1, estimator="sampled", discount=discount)
     forms = plain, dataclasses.replace(plain, baseline=True), Loss(teacher=1, discount=discount)
     found, worse = [], 0
     for seed in range(0, 12, 2):
-        student, drawn_from = draw(seed), probability(draw(seed))
+        student, probabilities = draw(seed), probability(draw(seed))
         rows: Any = [
             jax.jacrev(lambda s, x=x, t=seed + 1: row_losses(x, s, teacher=t))(student)
             for x in forms
         ]
-        found.append([spread(x, drawn_from) for x in rows])
+        found.append([spread(x, probabilities) for x in rows])
         mean = jax.jacrev(plain_mean(student, draw(seed + 1)))(student)
-        worse += spread(mean, drawn_from) > found[-1][0]
+        worse += spread(mean, probabilities) > found[-1][0]
     print(np.round(found, 2), "the plain mean is worse than none in", worse)
     assert discount or worse > 0
     ours = np.array(found)
     assert (ours[:, 1] < ours[:, 0]).all() and (ours[:, 2] <= 1.01 * ours[:, 1]).all()
 
 
-def test_baseline_is_the_best_at_every_state():
-    """With respect to the logits no other constant does better: its neighbours do worse."""
+def test_baseline_minimises_the_variance_at_every_state():
+    """No other constant has a lower variance with respect to the logits: its neighbours are
+    worse."""
     tokens, places, _, _ = responses()
     student, teacher = draw(STUDENT), draw(TEACHER)
     stats = token_stats(
@@ -376,7 +384,7 @@ def test_baseline_is_the_best_at_every_state():
         **{"loss_chunk_mib": 1, "baseline": True},
     )
     p, gap = jnp.exp(table(student)), table(student) - table(teacher)
-    gradients = jnp.eye(V)[None] - p[:, None]  # ∇ log p of each token, at each state
+    gradients = jnp.eye(V)[None] - p[:, None]  # ∇ log p of each token in each state
 
     def variance(baseline):
         rows = (gap - baseline[:, None])[..., None] * gradients
@@ -384,12 +392,13 @@ def test_baseline_is_the_best_at_every_state():
         return (p * ((rows - mean) ** 2).sum(-1)).sum(1)
 
     best = jnp.zeros(responses()[3]).at[places].set(stats["baseline"])
-    for other in (best + 0.01, best - 0.01, (p * gap).sum(1), jnp.zeros_like(best)):
-        assert (variance(best) < variance(other)).all()
+    for constant in (best + 0.01, best - 0.01, (p * gap).sum(1), jnp.zeros_like(best)):
+        assert (variance(best) < variance(constant)).all()
 
 
-def test_k2_is_the_sampled_form_sample_by_sample():
-    """Not only in expectation: with the ratio detached, the same gradient of every response."""
+def test_k2_has_the_gradient_of_the_sampled_form():
+    """With a detached ratio, the gradient is the same for every response, not only in
+    expectation."""
     student, stale = draw(STUDENT), draw(STALE)
     rows = [
         jax.jacrev(lambda s, x=x: row_losses(Loss(teacher=1, estimator=x), s, stale))(student)
@@ -398,11 +407,11 @@ def test_k2_is_the_sampled_form_sample_by_sample():
     same(*rows)
 
 
-# A form that is known not to work; it is no option, and stands in benchmarks/objectives.py.
+# A form known not to work: it is not an option, but benchmarks/objectives.py has it.
 
 
-def test_a_top_without_its_tail_lets_mass_leak():
-    """Even a student that is its teacher moves, until p = q / e within the top."""
+def test_topk_loss_without_a_tail_loses_mass():
+    """Even a student equal to its teacher moves, until p = q / e within the top-k."""
     logq = jax.nn.log_softmax(jax.random.normal(jax.random.key(2), (1, 1, 8)) * 2)
     inside = jnp.sum(jax.lax.top_k(jnp.exp(logq), objectives.TOP_K)[0])
     ids = jax.lax.top_k(logq, objectives.TOP_K)[1][0, 0]

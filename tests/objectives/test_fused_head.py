@@ -1,4 +1,5 @@
-"""The streamed head against the naive one: values, gradients, memory; and every divergence."""
+"""Tests the streamed head against a naive one: values, gradients and memory, for every
+divergence."""
 
 import dataclasses
 import functools
@@ -32,21 +33,21 @@ def arrays():
 
 
 def naive(hidden, head, targets, teacher_hidden, teacher_head):
-    """The definitions, with all logits at once."""
+    """Computes the definitions with all logits at once."""
     logp = jax.nn.log_softmax(hidden @ head.T)
     logq = jax.nn.log_softmax(teacher_hidden @ teacher_head.T)
     p = jnp.exp(logp)
-    at = targets[..., None]
+    index = targets[..., None]
     return {
-        "logp": jnp.take_along_axis(logp, at, -1)[..., 0],
+        "logp": jnp.take_along_axis(logp, index, -1)[..., 0],
         "entropy": -(p * logp).sum(-1),
         "divergence": (p * (logp - logq)).sum(-1),
-        "teacher_logp": jax.lax.stop_gradient(jnp.take_along_axis(logq, at, -1)[..., 0]),
+        "teacher_logp": jax.lax.stop_gradient(jnp.take_along_axis(logq, index, -1)[..., 0]),
         "teacher_entropy": jax.lax.stop_gradient(-(jnp.exp(logq) * logq).sum(-1)),
     }
 
 
-# MiB of logits that make chunks of 10 (all), 4 (with padding: 3 chunks), and 1 token a row
+# MiB of logits that give chunks of 10 (all), 4 (with padding: 3 chunks), and 1 token per row
 @pytest.mark.parametrize("chunk", [10, 4, 1])
 def test_streamed_equals_naive(arrays, chunk):
     a = arrays
@@ -78,17 +79,21 @@ def test_streamed_equals_naive(arrays, chunk):
 
 
 def masked(a, mask, summed, hidden=None, **options):
-    """(weighted sum, stats) and gradients of the hidden states and the head, in chunks of at most
-    six tokens."""
+    """Returns (weighted sum, stats) and gradients of the hidden states and the head, in chunks of
+    at most six tokens."""
     weight = a["weights"][0] * (1 if mask is None else mask)
 
     def total(hidden, head):
         student, teacher = (hidden, head, a["targets"]), (a["teacher_hidden"], a["teacher_head"])
-        given: Any = {"loss_chunk_mib": 6 * 4 * V / 2**20, "divergence": Divergence(), **options}
+        arguments: Any = {
+            "loss_chunk_mib": 6 * 4 * V / 2**20,
+            "divergence": Divergence(),
+            **options,
+        }
         if summed:
             loss = {"loss": lambda stats, known: {"loss": stats["divergence"] * known["by"]}}
-            given |= {**loss, "known": {"by": a["weights"][1]}, "weight_BT": weight}
-        stats = token_stats(*student, *teacher, mask_BT=mask, **given)
+            arguments |= {**loss, "known": {"by": a["weights"][1]}, "weight_BT": weight}
+        stats = token_stats(*student, *teacher, mask_BT=mask, **arguments)
         each = stats["divergence"] * a["weights"][1]
         return stats.pop("total") if summed else jnp.sum(each * weight), stats
 
@@ -99,9 +104,9 @@ def masked(a, mask, summed, hidden=None, **options):
 @pytest.mark.parametrize("summed", [False, True])
 @pytest.mark.parametrize("shards", [(1, 1), (3, 1), (1, 2), (3, 5)], ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_only_needed_tokens_count(arrays, shards, summed, share):
-    """Values and gradients are those of all tokens, and 0 where none is needed; prompts and
-    responses of several sequences a row."""
+def test_only_needed_tokens_have_values_and_gradients(arrays, shards, summed, share):
+    """Equals a run over all tokens where a token is needed, and is 0 elsewhere; rows hold prompts
+    and responses of several sequences."""
     mask = jnp.asarray(np.random.default_rng(0).random((B, T)) < share)
     (value, stats), grads = masked(arrays, mask, summed, shards=shards)
     whole = {**arrays, "weights": arrays["weights"].at[0].multiply(mask)}
@@ -114,21 +119,21 @@ def test_only_needed_tokens_count(arrays, shards, summed, share):
 
 
 @pytest.mark.parametrize("summed", [False, True])
-def test_tokens_that_are_not_needed_do_not_go_through_the_heads(arrays, summed):
-    """Where what is needed fills whole chunks, nothing else is read: what is not a number there
-    reaches neither values nor the head's gradient, not even times nothing."""
+def test_unneeded_tokens_skip_the_heads(arrays, summed):
+    """When needed tokens fill whole chunks, nothing else is read: a NaN elsewhere reaches neither
+    the values nor the head's gradient, not even multiplied by zero."""
     mask = np.zeros((B, T), bool)
     mask[0, 3:], mask[2, 5:] = True, True  # 12 tokens: two chunks of six
     hidden = jnp.where(mask[..., None], arrays["hidden"], jnp.nan)
     (value, stats), grads = masked(arrays, jnp.asarray(mask), summed, hidden)
     assert np.isfinite(value) and all(np.isfinite(x).all() for x in (*stats.values(), *grads))
-    mask[1, 0] = True  # a third chunk, most of which is not needed
+    mask[1, 0] = True  # a third chunk, mostly of unneeded tokens
     (value, _), _ = masked(arrays, jnp.asarray(mask), summed, hidden)
     assert not np.isfinite(value)
 
 
-def test_chunks_are_many_enough_to_leave_some_out(arrays, monkeypatch):
-    """Where all logits fit at once, too; not where a chunk would be too small to be worth it."""
+def test_chunks_are_small_enough_to_skip_some(arrays, monkeypatch):
+    """Applies even when all logits fit at once, unless chunks would be too small to be worth it."""
     mask = jnp.zeros((B, T), bool).at[:, :1].set(True)
     for least, count in ((3, 10), (30, 1)):
         monkeypatch.setattr(chunks, "_MIN_CHUNK_TOKENS", least)
@@ -137,8 +142,8 @@ def test_chunks_are_many_enough_to_leave_some_out(arrays, monkeypatch):
         assert cut["x"].shape[0] == count
 
 
-def test_needed_tokens_on_a_mesh(arrays):
-    """Rows, tokens and vocabulary over eight devices: the same, each token where it was."""
+def test_needed_tokens_on_a_mesh_equal_one_device(arrays):
+    """Rows, tokens and vocabulary are split over eight devices; each token keeps its place."""
     keys = jax.random.split(jax.random.key(3), 4)
     hidden, head = jax.random.normal(keys[0], (4, 16, D)), jax.random.normal(keys[1], (64, D))
     targets = jax.random.randint(keys[2], (4, 16), 0, 64)
@@ -166,7 +171,7 @@ def test_needed_tokens_on_a_mesh(arrays):
         np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-5)
 
 
-def test_without_teacher(arrays):
+def test_stats_without_a_teacher(arrays):
     a = arrays
     stats = token_stats(a["hidden"], a["head"], a["targets"], loss_chunk_mib=1)
     assert set(stats) == {"logp", "entropy"}
@@ -183,7 +188,7 @@ TAU = [dataclasses.replace(d, temperature=t) for d in FORMS.values() for t in (0
 
 
 def formula(logits, teacher_logits, d):
-    """Each divergence as its paper writes it, summed without any care."""
+    """Computes each divergence as its paper writes it, without numerical care, and sums it."""
     p = jax.nn.softmax(logits / d.temperature)
     q = jax.nn.softmax(teacher_logits / d.temperature)
 
@@ -202,7 +207,7 @@ def formula(logits, teacher_logits, d):
 
 
 def compare(d, logits, teacher_logits, **options):
-    """token_stats of logits themselves: the heads are identities."""
+    """Returns token_stats of given logits: the heads are identities."""
     eye = jnp.eye(logits.shape[-1], dtype=logits.dtype)
     targets = jnp.zeros(logits.shape[:2], jnp.int32)
     student, teacher = (logits, eye, targets), (teacher_logits, eye)
@@ -237,8 +242,9 @@ def test_exact_equals_autodiff_of_the_formula(d, x64):
 
 
 @pytest.mark.parametrize("d", FORMS.values(), ids=str)
-def test_exact_in_float32(d):
-    """1e-6 without float64 as well, and where the distributions hardly overlap still finite."""
+def test_exact_gradients_in_float32_are_accurate_and_finite(d):
+    """The error is 1e-6 without float64, and gradients are finite where the distributions barely
+    overlap."""
     logits, teacher_logits = (jnp.asarray(x, jnp.float32) for x in pair())
     ours = compare(d, logits, teacher_logits)["divergence"]
     np.testing.assert_allclose(ours, formula(logits, teacher_logits, d), atol=2e-6)
@@ -246,14 +252,14 @@ def test_exact_in_float32(d):
     for x, y in ((far, teacher_logits), (teacher_logits, far), (far, -far)):
         value, grad = jax.value_and_grad(lambda x, y=y: compare(d, x, y)["divergence"].sum())(x)
         assert jnp.isfinite(value) and value > 0
-        # A divergence from a mixture has a ceiling: of distributions that share nothing its exact
-        # gradient is below what float32 can tell from zero.
+        # A divergence from a mixture is bounded: for distributions that share nothing, its exact
+        # gradient is too small for float32 to tell from zero.
         mixture = d.skew > 0 or (d.divergence_type == "jsd" and 0 < d.beta < 1)
         assert jnp.isfinite(grad).all() and (grad.any() or mixture)
 
 
-def test_jsd_beta_convention_is_trls(x64):
-    """At β=0 exactly KL(T‖S), at β=1 exactly KL(S‖T); some have the ends swapped."""
+def test_jsd_beta_has_trls_convention(x64):
+    """β=0 is exactly KL(T‖S) and β=1 exactly KL(S‖T); some papers swap the ends."""
     logits, teacher_logits = map(jnp.asarray, pair())
 
     def value(d):
@@ -266,9 +272,9 @@ def test_jsd_beta_convention_is_trls(x64):
     np.testing.assert_allclose(near, value(Divergence("forward")), rtol=1e-3)
 
 
-def test_temperature_keeps_the_size_of_the_gradient(x64):
-    """With the factor τ², the gradient of a high temperature tends to a limit, that of
-    half the squared distance of the centred logits over V, and not to zero."""
+def test_high_temperature_keeps_the_gradient_size(x64):
+    """With the factor τ², the gradient tends to that of half the squared distance of the centred
+    logits over V at high temperature, not to zero."""
     logits, teacher_logits = map(jnp.asarray, pair())
 
     def grad(t):
@@ -288,9 +294,9 @@ TOPS = [
 
 
 def coarse(d, logits, teacher_logits):
-    """The formula on the k tokens and the tail, one position at a time; summed."""
-    at = {"teacher": [teacher_logits], "student": [logits], "union": [teacher_logits, logits]}
-    tops = [np.argsort(-np.asarray(x))[..., : d.k] for x in at[d.topk_from]]
+    """Computes the formula on the k tokens and the tail, one position at a time, and sums it."""
+    choices = {"teacher": [teacher_logits], "student": [logits], "union": [teacher_logits, logits]}
+    tops = [np.argsort(-np.asarray(x))[..., : d.k] for x in choices[d.topk_from]]
 
     def value(x):
         p, q = (jax.nn.softmax(y / d.temperature) for y in (x, teacher_logits))
@@ -316,22 +322,23 @@ def test_topk_equals_autodiff_of_the_coarse_formula(d, x64):
 @pytest.mark.parametrize("kind", ["reverse", "forward", "jsd"])
 @pytest.mark.parametrize("of", ["teacher", "student", "union"])
 def test_topk_with_tail_is_never_negative_and_tends_to_exact(kind, of):
-    """And grows with k, as a finer division of outcomes must; k = V is exact."""
+    """It grows with k, as a finer partition of outcomes must, and is exact for k = V."""
     logits, teacher_logits = (jnp.asarray(x, jnp.float32) for x in pair())
     d = Divergence(kind)
     forms = [dataclasses.replace(d, k=k, topk_from=of) for k in (1, 2, 5, 8)] + [d]
     values = np.stack([compare(x, logits, teacher_logits)["divergence"] for x in forms])
     assert (values >= 0).all()
     assert (values[-1] - values[:-1] >= -1e-6).all()
-    if of != "union":  # the set of k + 1 holds that of k
+    if of != "union":  # the set of k + 1 contains that of k
         assert (np.diff(values, axis=0) >= -1e-6).all()
     np.testing.assert_allclose(values[-2], values[-1], atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["reverse", "forward", "jsd"])
 @pytest.mark.parametrize("k", [1, 3, 8])
-def test_stored_top_is_the_teachers_top(kind, k):
-    """Without the teacher at hand: the same value and gradient, whatever else was stored."""
+def test_stored_topk_equals_the_teachers_topk(kind, k):
+    """Stored log-probabilities give the same value and gradient as the teacher, whatever else is
+    stored."""
     logits, teacher_logits = (jnp.asarray(x, jnp.float32) for x in pair())
     logq, ids = jax.lax.top_k(jax.nn.log_softmax(teacher_logits), 8)
     d, eye = Divergence(kind, k=k), jnp.eye(8)
@@ -357,7 +364,7 @@ def test_stored_top_is_the_teachers_top(kind, k):
 
 
 def without_tail(d, logits, teacher_logits):
-    """The known-bad form: Σ over the teacher's k alone, of probabilities that do not sum to 1."""
+    """The known-bad form: Σ over the teacher's k tokens of probabilities that do not sum to 1."""
     logp, logq = jax.nn.log_softmax(logits), jax.nn.log_softmax(teacher_logits)
     ids = jax.lax.top_k(logq, d.k)[1]
     logp, logq = (jnp.take_along_axis(x, ids, -1) for x in (logp, logq))
@@ -365,8 +372,8 @@ def without_tail(d, logits, teacher_logits):
 
 
 def test_topk_without_tail_leaks_mass():
-    """It is no divergence. It is negative where the student's mass has left the k, so
-    descent on it drives the mass out; with the tail the same descent ends at the teacher."""
+    """It is not a divergence: it is negative once mass has left the k tokens, so descent drives
+    mass out. With the tail, descent ends at the teacher."""
     d = Divergence("reverse", k=2)
     teacher_logits = jnp.asarray([[[3.0, 2.0, 0.0, 0.0, 0.0]]])
     start = jnp.zeros((1, 1, 5))
@@ -381,15 +388,15 @@ def test_topk_without_tail_leaks_mass():
     _, bad, kept = descend(lambda x: without_tail(d, x, teacher_logits))
     x, good, ours = descend(lambda x: compare(d, x, teacher_logits)["divergence"])
     at_teacher = float(jax.nn.softmax(teacher_logits)[..., :2].sum())
-    assert bad < -0.2 and kept < 0.5 < at_teacher  # its minimum has lost half of the mass
+    assert bad < -0.2 and kept < 0.5 < at_teacher  # at its minimum half of the mass is lost
     assert -1e-6 < good < 1e-4 and abs(ours - at_teacher) < 0.01
     two = jax.nn.softmax(x)[0, 0, :2] / ours
     np.testing.assert_allclose(two, jax.nn.softmax(teacher_logits[0, 0, :2]), atol=0.01)
 
 
 @pytest.mark.parametrize("d", [*FORMS.values(), *TOPS], ids=str)
-def test_teacher_is_student(arrays, d):
-    """No loss and no gradient, not even rounding noise, which Adam would scale up."""
+def test_equal_teacher_and_student_have_zero_loss_and_gradient(arrays, d):
+    """There is not even rounding noise, which Adam would scale up."""
     a = arrays
 
     def loss(hidden, head):
@@ -403,8 +410,8 @@ def test_teacher_is_student(arrays, d):
 
 
 @pytest.mark.parametrize("kind", ["reverse", "forward", "jsd"])
-def test_teacher_is_student_stored(arrays, kind):
-    """The mass of a stored tail is 1 - Σ, so the zero is one of rounding."""
+def test_stored_topk_of_the_student_has_zero_loss_up_to_rounding(arrays, kind):
+    """The mass of a stored tail is 1 - Σ, so zero is only reached up to rounding."""
     a = arrays
     logits = a["hidden"] @ a["head"].T
     logq, ids = jax.lax.top_k(jax.nn.log_softmax(logits), 5)
@@ -420,9 +427,9 @@ def test_teacher_is_student_stored(arrays, kind):
     assert jnp.abs(grad).max() < 1e-6
 
 
-def test_padded_ids_of_the_vocabulary_count_in_both_softmaxes():
-    """Ids that no tokenizer has (151,669 and up of 151,936) are outcomes like others: mass that the
-    student puts on them is seen, and pushed back."""
+def test_padded_vocabulary_ids_count_in_both_softmaxes():
+    """Ids that no tokenizer uses (151,669 and up of 151,936) are outcomes like any other: the loss
+    sees mass that the student puts on them and pushes it back."""
     targets = jnp.zeros((1, 1), jnp.int32)
     teacher = jnp.array([[[2.0, 1.0, -9.0, -9.0]]])
 
@@ -432,7 +439,7 @@ def test_padded_ids_of_the_vocabulary_count_in_both_softmaxes():
         )
         return stats["divergence"].sum()
 
-    leaking = teacher.at[..., 2:].add(9.0)  # the same among the real ids
+    leaking = teacher.at[..., 2:].add(9.0)  # the same over the real ids
     value, slope = jax.value_and_grad(loss)(leaking)
     assert value > 1
     assert (slope[0, 0, 2:] > 0).all() and (slope[0, 0, :2] < 0).all()
@@ -458,8 +465,9 @@ def test_teacher_gets_no_gradient(arrays):
     assert all(not g.any() for g in grads)
 
 
-def test_diagnostics(arrays):
-    """Overlap and mass outside, from the definitions; the exact value beside a form of k tokens."""
+def test_diagnostics_match_their_definitions(arrays):
+    """Checks the overlap, the mass outside the top-k, and the exact value reported beside a top-k
+    form."""
     a = arrays
     k = 7
     student = a["hidden"], a["head"], a["targets"]
@@ -497,8 +505,8 @@ TOP = {"top_ids", "top_logp"}
     [Divergence("jsd"), Divergence("reverse", temperature=2.0, k=5, topk_from="union")],
     ids=str,
 )
-def test_vocabulary_split_over_devices(d):
-    """The same with logits split over eight devices, top-k, its mask and stored tops included."""
+def test_vocabulary_split_over_devices_equals_one_device(d):
+    """Splits logits over eight devices, with top-k, its mask and stored top-k included."""
     rng = np.random.default_rng(7)
     shapes = ((2, 6, D), (64, D), (2, 6, E), (64, E))
     hidden, head, *teacher = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
@@ -528,8 +536,7 @@ def test_vocabulary_split_over_devices(d):
 
 
 def test_bfloat16_is_summed_in_float32(arrays):
-    """Hidden states in bfloat16 give float32 stats, and a float32 gradient of a
-    float32 head."""
+    """Hidden states in bfloat16 give float32 stats, and a float32 head has a float32 gradient."""
     a = arrays
     hidden, teacher = (a[name].astype(jnp.bfloat16) for name in ("hidden", "teacher_hidden"))
 
@@ -545,9 +552,9 @@ def test_bfloat16_is_summed_in_float32(arrays):
     assert jax.grad(loss)(a["head"]).dtype == jnp.float32
 
 
-def test_gradients_in_bfloat16_are_those_of_the_rounded_numbers(arrays):
-    """Over several chunks: off by the rounding of one factor, 2^-9, and not by that of a sum; where
-    the teacher is the student they are nothing at all."""
+def test_bfloat16_gradients_have_one_rounding_error(arrays):
+    """Over several chunks the error is that of rounding one factor, 2^-9, not that of a bfloat16
+    sum; it is zero if the teacher is the student."""
     a = arrays
     low = {name: a[name].astype(jnp.bfloat16) for name in ("hidden", "teacher_hidden")}
     d, mib = Divergence(), 4 * 4 * B * V / 2**20
@@ -575,8 +582,8 @@ def test_gradients_in_bfloat16_are_those_of_the_rounded_numbers(arrays):
 @pytest.mark.parametrize(
     "d", [Divergence(), Divergence("jsd", temperature=2.0, k=16, topk_from="union")], ids=str
 )
-def test_memory_of_the_streamed_loss(d):
-    """8,192 tokens and the real vocabulary: under a tenth of what the naive loss needs."""
+def test_streamed_loss_needs_under_a_tenth_of_the_memory(d):
+    """Uses 8,192 tokens and the real vocabulary, against the naive loss."""
     tokens, vocabulary, width, teacher_width = 8192, 151_936, 256, 320
     f32 = jnp.float32
     shapes = (

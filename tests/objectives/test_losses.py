@@ -1,4 +1,4 @@
-"""Losses over arrays: what is trained, how it adds up, and what is refused."""
+"""Tests losses over arrays: which tokens are trained, how sums add up, and refused settings."""
 
 import dataclasses
 import functools
@@ -16,12 +16,12 @@ from models.errors import UserError
 from tests.support.heads import token_stats
 
 V, D, E, LIMIT = 9, 6, 5, 12
-EOS = 0  # and it pads, as Qwen3's own does
-PROMPTS = (3, 1, 4, 2, 2)  # lengths of five sequences: prompt, and response with its EOS
+EOS = 0  # the same token pads, as in Qwen3
+PROMPTS = (3, 1, 4, 2, 2)  # lengths of five sequences: prompt, and response including EOS
 RESPONSES = (5, 7, 1, 2, 4)
 N, LONGEST = len(PROMPTS), 8
 
-# Every objective of the table, and every estimator and aggregation beside it.
+# Every objective of the table, plus every estimator and aggregation.
 FORMS = {
     **OBJECTIVES,
     "topk": Loss(teacher=1, divergence="jsd", estimator="topk", k=3, topk_from="union"),
@@ -42,8 +42,8 @@ FORMS = {
 
 @functools.cache
 def sequences():
-    """What is known of five sequences, [N, LONGEST, ...], and the parameters: their hidden states
-    and a head. EOS ends each response and stands nowhere else."""
+    """Arrays for five sequences, [N, LONGEST, ...], and the parameters: their hidden states and a
+    head. EOS ends each response and appears nowhere else."""
     rng = np.random.default_rng(0)
     f32 = np.float32
     tokens = rng.integers(1, V, (N, LONGEST)).astype(np.int32)
@@ -69,24 +69,24 @@ def sequences():
     }
 
 
-# A layout: for every row, [(sequence, first column)]. All have one shape, to compile once; rows
-# without a sequence are those that fill up the devices.
+# A layout lists, for every row, (sequence, first column). All have one shape, so that they compile
+# once; rows without a sequence fill up the devices.
 Layout = list[list[tuple[int, int]]]
 WIDTH, WIDEST = 14, max(PROMPTS)
 LAYOUTS: dict[str, Layout] = {
     "right padded": [[(i, 0)] for i in range(N)],
-    "left padded": [[(i, WIDEST - PROMPTS[i])] for i in range(N)],  # as prompts to be sampled from
+    "left padded": [[(i, WIDEST - PROMPTS[i])] for i in range(N)],  # like prompts for sampling
     "packed": [[(0, 0), (2, 8)], [], [(3, 0), (1, 4)], [(4, 2)], []],
 }
 
 
 def sums(loss, parameters, layout, fresh=False, chunk=0):
-    """(Σ weight·loss, count) of sequences laid out in rows; what lies on padding is garbage. With a
-    chunk, of so many columns, the head takes the loss's gradient on its way."""
+    """Returns (Σ weight·loss, count) of sequences placed in rows; padding holds garbage. With a
+    chunk of that many columns, the head computes the loss's gradient in the forward pass."""
     rows, width = layout, WIDTH
     _, known = sequences()
     rng = np.random.default_rng(1)
-    at = np.zeros((2, len(rows), width), np.int32)  # sequence and position of each place
+    at = np.zeros((2, len(rows), width), np.int32)  # sequence and position of each column
     segments = np.zeros((len(rows), width), np.int32)
     mask = np.zeros((len(rows), width), bool)
     for r, row in enumerate(rows):
@@ -100,8 +100,8 @@ def sums(loss, parameters, layout, fresh=False, chunk=0):
 
     def place(x, garbage):
         shape = (*real.shape, *x.shape[2:])
-        there = real.reshape(*real.shape, *[1] * (x.ndim - 2))
-        return jnp.where(there, x[at[0], at[1]], jnp.broadcast_to(garbage, shape).astype(x.dtype))
+        filled = real.reshape(*real.shape, *[1] * (x.ndim - 2))
+        return jnp.where(filled, x[at[0], at[1]], jnp.broadcast_to(garbage, shape).astype(x.dtype))
 
     noise = 3 * rng.normal(size=(*real.shape, D))
     hidden = place(parameters["hidden"], noise)
@@ -144,7 +144,7 @@ def sums(loss, parameters, layout, fresh=False, chunk=0):
 
 
 def run(loss, layout, fresh=False, chunk=0):
-    """Loss and gradient, the sum divided once."""
+    """Returns the loss and gradient; the sum is divided once."""
     parameters = jax.tree.map(jnp.asarray, sequences()[0])
     (total, count), grads = jax.value_and_grad(
         lambda p: sums(loss, p, layout, fresh, chunk), has_aux=True
@@ -164,30 +164,30 @@ def same(a, b):
 
 @pytest.mark.parametrize("layout", ["left padded", "packed"])
 @pytest.mark.parametrize("name", FORMS)
-def test_layout_changes_nothing(name, layout):
-    """Packed = padded, on whichever side, whatever lies on the padding; rows
-    that fill up the devices do not count. And nothing but the response is trained in any."""
-    found = run(FORMS[name], LAYOUTS[layout])
-    same(found[:2], reference_run(name)[:2])
-    assert not np.asarray(found[1]["hidden"])[~predicts()].any()
+def test_loss_does_not_depend_on_the_row_layout(name, layout):
+    """Packed and padded rows agree, on either side and whatever the padding holds; rows that fill
+    up the devices do not count. Only response tokens are trained in any layout."""
+    actual = run(FORMS[name], LAYOUTS[layout])
+    same(actual[:2], reference_run(name)[:2])
+    assert not np.asarray(actual[1]["hidden"])[~predicts()].any()
 
 
 @pytest.mark.parametrize("name", [name for name, loss in FORMS.items() if loss.is_per_token])
-def test_the_head_takes_the_gradient_on_its_way(name):
-    """In three chunks of five columns, one of them padding: the same loss and gradient
-    as when the head hands over figures and has its logits again on the way back."""
+def test_forward_pass_gradients_equal_recomputed_ones(name):
+    """With three chunks of five columns, one of them padding, the loss and gradient equal those of
+    a head that recomputes its logits in the backward pass."""
     same(run(FORMS[name], LAYOUTS["packed"], chunk=5)[:2], reference_run(name)[:2])
 
 
-def test_which_losses_look_at_other_tokens():
+def test_losses_that_need_other_tokens_are_marked():
     others = {name for name, loss in FORMS.items() if not loss.is_per_token}
     assert others == {"gspo", "discount", "sampled, all"}
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_micro_batches_of_uneven_counts_add_up(name):
-    """17 trained tokens in parts of 13 and 6: sums travel and are divided once. The
-    mean of means is another number."""
+    """Splits 17 trained tokens into 13 and 6 and divides the sums once; a mean of means would be
+    another number."""
     rows = LAYOUTS["right padded"]
     parts = [run(FORMS[name], part) for part in ([*rows[:3], [], []], [[], [], [], *rows[3:]])]
     count = sum(p[3] for p in parts)
@@ -200,27 +200,29 @@ def test_micro_batches_of_uneven_counts_add_up(name):
 
 @functools.cache
 def predicts():
-    """bool [N, LONGEST]: the positions whose next token is of the response, EOS included."""
+    """bool [N, LONGEST]: positions whose next token is in the response, EOS included."""
     at, prompts = np.arange(LONGEST)[None], np.array(PROMPTS)[:, None]
     return (at >= prompts - 1) & (at < prompts - 1 + np.array(RESPONSES)[:, None])
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_first_response_token_and_eos_are_trained_and_nothing_else(name):
-    """Shift by one; pad = eos; no prompt token, nothing after EOS. A
-    hidden state has a gradient just where it predicts a token of the response. (Of a fresh sample,
-    or a clip might hold some back.)"""
+def test_exactly_response_tokens_and_eos_are_trained(name):
+    """A hidden state has a gradient exactly where the next token is in the response, even with pad
+    = eos; prompt tokens and tokens after EOS have none. Samples are fresh, because a clip could
+    stop some gradients."""
     gradient = run(FORMS[name], LAYOUTS["right padded"], fresh=True)[1]["hidden"]
     size = np.abs(np.asarray(gradient)).max(-1)
     assert (size[predicts()] > 1e-6).all()
     assert not size[~predicts()].any()
 
 
-def test_a_truncated_response_has_no_eos_to_train():
-    """The mask is of lengths, so a response that was cut trains what was written, its
-    last token like any other, and no EOS that nobody wrote."""
+def test_a_truncated_response_trains_no_eos():
+    """The mask follows lengths, so a truncated response trains its tokens, the last one included,
+    but no EOS that was never sampled."""
     tokens = jnp.asarray([[5, 6, 7, 8, EOS, EOS]])
-    mask = jnp.asarray([[False, False, True, True, False, False]])  # cut after 8; padded with EOS
+    mask = jnp.asarray(
+        [[False, False, True, True, False, False]]
+    )  # truncated after 8; padded with EOS
     hidden = jnp.asarray(np.random.default_rng(0).normal(size=(1, 6, D)), jnp.float32)
     head = jnp.asarray(sequences()[0]["head"])
 
@@ -236,14 +238,14 @@ def test_a_truncated_response_has_no_eos_to_train():
     np.testing.assert_array_equal(trained, [False, True, True, False, False, False])
 
 
-def test_shift_aligns_prediction_with_target():
+def test_targets_are_shifted_by_one():
     x = jnp.array([[5, 6, 7]])
     np.testing.assert_array_equal(losses.shift(x), [[6, 7, 0]])
     np.testing.assert_array_equal(losses.unshift(losses.shift(x)), [[0, 6, 7]])
 
 
 def simple(loss, logp, **known):
-    """Σ of the loss over [1, T] tokens of one sequence, and the gradient in log p."""
+    """Returns the summed loss over [1, T] tokens of one sequence, and its gradient in log p."""
     stats = {k: jnp.asarray([v]) for k, v in known.pop("stats", {}).items()}
     known = {k: jnp.asarray([v]) for k, v in known.items()}
     mask = jnp.ones((1, len(logp)), jnp.int32)
@@ -258,9 +260,9 @@ def simple(loss, logp, **known):
 
 
 @pytest.mark.parametrize("discount", [0.0, 0.9])
-def test_the_cookbooks_formula(discount):
-    """tinker-cookbook: advantage -c (log p_sampler - log q), detached, its discounted
-    future sum if there is a discount; loss -Σ exp(log p - log p_sampler)·advantage."""
+def test_sampled_opd_equals_the_tinker_cookbook(discount):
+    """tinker-cookbook: advantage -c (log p_sampler - log q), detached, or its discounted future
+    sum; loss -Σ exp(log p - log p_sampler)·advantage."""
     rng = np.random.default_rng(2)
     logp, sampler, teacher = (-rng.uniform(0.1, 3, 7).astype(np.float32) for _ in range(3))
     advantage = -0.7 * (sampler - teacher).astype(np.float64)
@@ -273,7 +275,7 @@ def test_the_cookbooks_formula(discount):
     np.testing.assert_allclose(grad, -ratio * advantage, rtol=1e-6, atol=1e-6)
 
 
-def test_teacher_and_advantage_are_detached():
+def test_loss_has_no_gradient_in_teacher_and_advantages():
     """The gradient in q, μ, the reference and the advantages is zero."""
     rng = np.random.default_rng(3)
     mask = jnp.ones((2, 4), jnp.int32)
@@ -284,66 +286,70 @@ def test_teacher_and_advantage_are_detached():
 
     def total(x):
         stats = {"logp": logp, **{n: x[n] for n in ("teacher_logp", "baseline", "reverse_kl")}}
-        given: Any = {f"{n}_logp_BT": x[n] for n in ("sampler", "old", "reference")}
-        given["advantages_BT"] = x["advantages"]
-        return losses.compute_token_losses(loss, stats, mask, mask, **given)["loss"].sum()
+        arguments: Any = {f"{n}_logp_BT": x[n] for n in ("sampler", "old", "reference")}
+        arguments["advantages_BT"] = x["advantages"]
+        return losses.compute_token_losses(loss, stats, mask, mask, **arguments)["loss"].sum()
 
     assert all(not g.any() for g in jax.grad(total)(inputs).values())
 
 
-def test_length_bias_of_the_aggregations():
-    """By token a response weighs as long as it is; by sequence each weighs 1,
-    so a token of a long one weighs less; by the constant, a token weighs the same everywhere and
-    the divisor is no function of lengths."""
+def test_aggregations_weigh_lengths_as_documented():
+    """By token, a response weighs as much as it is long; by sequence, each weighs 1, so tokens of
+    long ones weigh less; by constant, a token weighs the same everywhere and the divisor does not
+    depend on lengths."""
     mask = jnp.asarray([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]])
-    found = {
+    weights = {
         a: losses.compute_token_weights(Loss(sft=1, aggregation=a), mask, mask, 8)
         for a in ("token", "sequence", "constant")
     }
-    rows = {a: (np.asarray(w).sum(1) / float(n)).tolist() for a, (w, n) in found.items()}
+    rows = {a: (np.asarray(w).sum(1) / float(n)).tolist() for a, (w, n) in weights.items()}
     assert rows["token"] == pytest.approx([0.8, 0.2, 0])
     assert rows["sequence"] == pytest.approx([0.5, 0.5, 0])
     assert rows["constant"] == pytest.approx([0.25, 0.0625, 0])
-    assert [float(n) for _, n in found.values()] == [5, 2, 2]
+    assert [float(n) for _, n in weights.values()] == [5, 2, 2]
 
 
-def test_figures_that_foresee_collapse():
-    """Ratios and the share of them that the clip holds."""
+def test_ratio_and_clipped_fraction_are_reported():
+    """These statistics warn of a collapse: the ratio, and which tokens the clip stops."""
     logp = np.log([0.5, 0.5, 0.5, 0.5]).astype(np.float32)
     before = np.log([0.25, 0.9, 0.5, 0.1]).astype(np.float32)
     mask = jnp.ones((1, 4), jnp.int32)
 
-    def figures(loss, advantage):
-        given: Any = {
+    def get_statistics(loss, advantage):
+        arguments: Any = {
             "sampler_logp_BT": jnp.asarray([before]),
             "advantages_BT": jnp.full((1, 4), advantage),
         }
-        return losses.compute_token_losses(loss, {"logp": jnp.asarray([logp])}, mask, mask, **given)
+        return losses.compute_token_losses(
+            loss, {"logp": jnp.asarray([logp])}, mask, mask, **arguments
+        )
 
-    up = figures(OBJECTIVES["grpo"], 1.0)
+    up = get_statistics(OBJECTIVES["grpo"], 1.0)
     np.testing.assert_allclose(up["ratio"][0], [2, 0.5 / 0.9, 1, 5], rtol=1e-6)
     np.testing.assert_array_equal(up["clipped"][0], [1, 0, 0, 1])
-    np.testing.assert_array_equal(figures(OBJECTIVES["grpo"], -1.0)["clipped"][0], [0, 1, 0, 0])
+    np.testing.assert_array_equal(
+        get_statistics(OBJECTIVES["grpo"], -1.0)["clipped"][0], [0, 1, 0, 0]
+    )
     tight = dataclasses.replace(OBJECTIVES["cispo"], clip_low=0.2, clip_high=0.2)
-    np.testing.assert_array_equal(figures(tight, 1.0)["clipped"][0], [1, 1, 0, 1])
+    np.testing.assert_array_equal(get_statistics(tight, 1.0)["clipped"][0], [1, 1, 0, 1])
     assert set(up) == {"loss", "advantage", "ratio", "clipped"}
 
 
-def test_sampler_mismatch_is_truncated():
-    """The weight p_old/p_sampler, capped, detached, weighs the policy gradient alone."""
+def test_sampler_mismatch_weight_is_capped():
+    """The weight p_old/p_sampler is capped and detached, and only scales the policy gradient."""
     old, sampler = np.log([[0.5, 0.5], [0.1, 0.4]]).astype(np.float32)
     known = {"old_logp_BT": old, "sampler_logp_BT": sampler}
     advantage = np.ones(2, np.float32)
     loss = Loss(reward=1, tis_clip=2.0)
     value, grad = simple(loss, old, advantages_BT=advantage, **known)
-    np.testing.assert_allclose(grad, [-2, -1.25], rtol=1e-6)  # 5 is cut to 2; 1.25 stays
+    np.testing.assert_allclose(grad, [-2, -1.25], rtol=1e-6)  # 5 is capped at 2; 1.25 stays
     np.testing.assert_allclose(value, -3.25, rtol=1e-6)
     both = simple(dataclasses.replace(loss, sft=1.0), old, advantages_BT=advantage, **known)
     np.testing.assert_allclose(both[1] - grad, [-1, -1], rtol=1e-6)
 
 
-def test_opd_is_the_reverse_kl_of_each_token():
-    """The table's first rows are what they were: -log p, and the head's reverse KL."""
+def test_sft_and_opd_losses_equal_their_definitions():
+    """The table's first rows are -log p and the head's reverse KL."""
     assert OBJECTIVES["sft"].teacher_divergence is None and not OBJECTIVES["sft"].is_on_policy
     assert OBJECTIVES["opd"].teacher_divergence == Divergence("reverse")
     assert not OBJECTIVES["opd"].has_policy_gradient
@@ -397,8 +403,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_what_cannot_mean_anything_is_refused(reason):
-    """With the reason, before any weight is loaded."""
+def test_contradictory_loss_settings_are_refused(reason):
+    """The error gives the reason and comes before any weight is loaded."""
     with pytest.raises(UserError) as error:
         Loss(**{"teacher": 0, **REFUSED[reason]})
     assert reason in str(error.value) and "\n" not in str(error.value)
@@ -408,8 +414,8 @@ def test_what_cannot_mean_anything_is_refused(reason):
 
 
 @pytest.mark.parametrize("discount", [0.0, 0.5, 1.0])
-def test_later_sum(discount):
-    """By hand, with two sequences in a row, and padding."""
+def test_discounted_future_sums_stay_within_sequences(discount):
+    """Compares with sums written out for two sequences in a row and padding."""
     rng = np.random.default_rng(4)
     segments = np.array([[0, 1, 1, 1, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
     x = rng.normal(size=segments.shape).astype(np.float32) * (segments > 0)
@@ -422,15 +428,15 @@ def test_later_sum(discount):
     np.testing.assert_allclose(mine * (segments > 0), wanted, atol=1e-6)
 
 
-def test_group_advantages():
-    """By each paper's formula; a constant group is marked and exactly 0."""
+def test_group_advantages_follow_each_papers_formula():
+    """A group of equal rewards is marked and has exactly 0."""
     rng = np.random.default_rng(5)
     rewards = rng.normal(size=(4, 5)).astype(np.float32)
     rewards[1], rewards[2] = 0.1, [1, 0, 0, 0, 0]
     for group in advantages.ADVANTAGE_NORMS:
-        found, constant = advantages.compute_group_advantages(jnp.asarray(rewards), group)
+        actual, constant = advantages.compute_group_advantages(jnp.asarray(rewards), group)
         np.testing.assert_array_equal(constant, [False, True, False, False])
-        assert not found[1].any()
+        assert not actual[1].any()
         for p, g in np.ndindex(*rewards.shape):
             r, others = rewards[p], np.delete(rewards[p], g)
             wanted = {
@@ -438,25 +444,25 @@ def test_group_advantages():
                 "mean": r[g] - r.mean(),
                 "leave_one_out": r[g] - others.mean(),
             }
-            np.testing.assert_allclose(found[p, g], wanted[group], atol=1e-5)
+            np.testing.assert_allclose(actual[p, g], wanted[group], atol=1e-5)
 
 
-def test_figures_by_position():
-    """Offsets count trained tokens of the sequence, whatever stands before them in the row."""
+def test_position_sums_count_trained_tokens_of_a_sequence():
+    """Offsets count trained tokens within the sequence, whatever precedes it in the row."""
     segments = jnp.asarray([[1, 1, 1, 2, 2, 2, 0], [0, 1, 1, 1, 1, 1, 1]])
     mask = jnp.asarray([[0, 1, 1, 0, 1, 1, 0], [0, 0, 1, 1, 0, 1, 1]], bool)
-    at = np.asarray(advantages.compute_response_positions(mask, segments))
-    assert at[0][np.asarray(mask[0])].tolist() == [0, 1, 0, 1]
-    assert at[1][np.asarray(mask[1])].tolist() == [0, 1, 2, 3]
+    positions = np.asarray(advantages.compute_response_positions(mask, segments))
+    assert positions[0][np.asarray(mask[0])].tolist() == [0, 1, 0, 1]
+    assert positions[1][np.asarray(mask[1])].tolist() == [0, 1, 2, 3]
     x = jnp.asarray([[9, 1, 2, 9, 3, 4, 9], [9, 9, 5, 6, 9, 7, 8]], jnp.float32)
-    found = advantages.sum_by_position(x, mask, segments, (0, 1, 3))
-    assert {k: (float(a), float(n)) for k, (a, n) in found.items()} == {
+    position_sums = advantages.sum_by_position(x, mask, segments, (0, 1, 3))
+    assert {k: (float(a), float(n)) for k, (a, n) in position_sums.items()} == {
         **{"0": (1 + 3 + 5, 3), "1": (2 + 4 + 6 + 7, 4), "3": (8, 1)}
     }
 
 
-def test_the_teacher_as_a_judge():
-    """The mean log-likelihood of a response, at each of its tokens."""
+def test_judge_reward_is_the_mean_log_likelihood():
+    """Each token of a response has the response's mean log-likelihood."""
     logq = jnp.asarray([[-9.0, -1, -3, -2, -4]])
     mask, segments = jnp.asarray([[0, 1, 1, 0, 1]]), jnp.asarray([[1, 1, 1, 2, 2]])
     mean = advantages.mean_over_sequence(logq, mask, segments)

@@ -1,7 +1,7 @@
-"""The same tensors through TRL's own losses: values and gradients.
+"""Compares values and gradients with TRL's own losses on the same tensors.
 
-TRL computes them inside trainers; here its functions run on a bare object that has the fields they
-read. Where TRL differs by choice, the test says which and why.
+TRL computes them inside trainers; here its functions run on a bare object with the fields that they
+read. If we differ from TRL by choice, the test says how and why.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # it warns that what we compare with may change
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # TRL warns that this interface may change
 
 from distill.objectives import losses
 from distill.objectives.divergences import Divergence
@@ -53,7 +53,7 @@ def grpo():
 
 
 def numbers(seed=0):
-    """Log-probabilities after, before and as sampled, of a reference; advantages; a mask."""
+    """Returns log-probabilities (new, old, sampler, reference), advantages and a mask."""
     rng = np.random.default_rng(seed)
     logp = np.log(rng.uniform(0.05, 0.95, (B, T))).astype(np.float32)
     old = np.minimum(logp + 0.4 * rng.normal(size=(B, T)), -0.01).astype(np.float32)
@@ -68,7 +68,7 @@ def numbers(seed=0):
 
 
 def theirs(grpo, x, **fields):
-    """Loss and its gradient in logp, by GRPOTrainer._compute_loss."""
+    """Returns the loss and its gradient in logp from GRPOTrainer._compute_loss."""
     logp = torch.tensor(x["logp"], requires_grad=True)
     trainer = SimpleNamespace(
         **{"aux_loss_enabled": False, "top_entropy_quantile": 1.0, "epsilon_low": 0.2},
@@ -105,7 +105,7 @@ def theirs(grpo, x, **fields):
 
 def ours(loss, x):
     mask, segments = jnp.asarray(x["mask"]), jnp.asarray(x["mask"], jnp.int32)
-    found = {}
+    statistics = {}
 
     def total(logp):
         per_token = losses.compute_token_losses(
@@ -118,12 +118,12 @@ def ours(loss, x):
             reference_logp_BT=jnp.asarray(x["reference"]),
             advantages_BT=jnp.broadcast_to(jnp.asarray(x["advantage"])[:, None], (B, T)),
         )
-        found.update(per_token)
+        statistics.update(per_token)
         weight, count = losses.compute_token_weights(loss, mask, segments, LIMIT)
         return (weight * per_token["loss"]).sum() / count
 
     value, grad = jax.value_and_grad(total)(jnp.asarray(x["logp"]))
-    return float(value), np.asarray(grad), found
+    return float(value), np.asarray(grad), statistics
 
 
 SAME = {
@@ -144,7 +144,7 @@ SAME = {
             **{"epsilon_low": 0.05, "epsilon_high": 0.05},
         },
     ),
-    # TRL's bound is of the ratio itself, and there is none below: 1 - clip_low = 0, 1 + 4 = 5
+    # TRL bounds the ratio itself, and has no lower bound: 1 - clip_low = 0, 1 + 4 = 5
     "cispo": (OBJECTIVES["cispo"], {"loss_type": "cispo", "epsilon_high": 5.0}),
     "cispo tight": (
         Loss(reward=1, clip="cispo", clip_low=1, clip_high=0.1),
@@ -168,14 +168,14 @@ SAME = {
 
 @pytest.mark.parametrize("name", SAME)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_policy_gradients_are_trls(grpo, name, seed):
+def test_policy_gradients_equal_trls(grpo, name, seed):
     loss, fields = SAME[name]
     x = numbers(seed)
     value, grad, metrics = theirs(grpo, x, **fields)
     mine, my_grad, figures = ours(loss, x)
     np.testing.assert_allclose(mine, value, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(my_grad, grad, rtol=1e-5, atol=1e-6)
-    if loss.clip == "ppo":  # the bounds do hold some back
+    if loss.clip == "ppo":  # the bounds do stop some tokens
         share = float(figures["clipped"].sum() / sum(LENGTHS))
         if loss.ratio == "token":
             np.testing.assert_allclose(share, metrics["clip_ratio/region_mean"][0], rtol=1e-5)
@@ -185,10 +185,9 @@ def test_policy_gradients_are_trls(grpo, name, seed):
         np.testing.assert_allclose(mean, metrics["kl"][0], rtol=1e-4)
 
 
-def test_a_sequence_without_a_trained_token_does_not_count(grpo):
-    """Differs by choice: TRL divides by all rows, so a batch with rows that were left out
-    (truncated, or blank ones that fill up devices) has a smaller gradient; here by those that
-    are trained."""
+def test_sequences_without_trained_tokens_do_not_count(grpo):
+    """Differs by choice: TRL divides by all rows, so rows that are masked out (truncated, or blank
+    ones that fill up devices) shrink its gradient; we divide by the number of trained rows."""
     x = numbers()
     x["mask"] = x["mask"] & (np.arange(B) != 2)[:, None]
     for name in ("grpo", "dr_grpo"):
@@ -198,15 +197,15 @@ def test_a_sequence_without_a_trained_token_does_not_count(grpo):
         np.testing.assert_allclose(my_grad, grad * B / (B - 1), rtol=1e-5, atol=1e-7)
 
 
-def test_reference_ratio_is_of_the_token(grpo):
-    """Differs by choice: with a sequence ratio TRL weighs the reference's KL by that too, which
-    its documentation calls biased; here the token's own ratio weighs it, which is not."""
+def test_reference_kl_is_weighted_by_the_token_ratio(grpo):
+    """Differs by choice: with a sequence ratio TRL also weighs the reference's KL by it, which its
+    documentation calls biased; we weigh it by the token's own ratio, which is unbiased."""
     x = numbers()
     fields = {"loss_type": "grpo", "importance_sampling_level": "sequence", "beta": 0.3}
     loss = Loss(reward=1, reference=0.3, ratio="sequence", clip="ppo", aggregation="sequence")
     value, _, _ = theirs(grpo, x, **fields)
     assert abs(ours(loss, x)[0] - value) > 1e-3
-    x["old"] = x["logp"]  # fresh: the same again
+    x["old"] = x["logp"]  # fresh samples: the same
     np.testing.assert_allclose(ours(loss, x)[0], theirs(grpo, x, **fields)[0], rtol=1e-5)
 
 
@@ -239,21 +238,21 @@ def check_divergence(d, function, scale=1.0, **options):
 
 @pytest.mark.parametrize("beta", [0, 0.1, 0.5, 0.9, 1])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_jsd_is_trls(gkd, beta, temperature):
-    """Differs by choice: TRL leaves out the factor τ², so that its gradient fades with τ."""
+def test_jsd_equals_trls(gkd, beta, temperature):
+    """Differs by choice: TRL leaves out the factor τ², so its gradient fades as τ grows."""
     d = Divergence("jsd", beta=float(beta), temperature=temperature)
     check_divergence(d, gkd.generalized_jsd_loss, temperature**2, beta=beta)
 
 
 @pytest.mark.parametrize("beta, of", [(0, "teacher"), (0.5, "union"), (1, "student")])
-def test_topk_with_tail_is_trls(iw_opd, beta, of):
-    """The tokens that TRL picks for each β; here any of the three goes with any divergence."""
+def test_topk_with_tail_equals_trls(iw_opd, beta, of):
+    """TRL ties the choice of tokens to β; here any of the three goes with any divergence."""
     d = Divergence("jsd", beta=float(beta), k=3, topk_from=of)
     check_divergence(d, iw_opd.generalized_jsd_loss, beta=beta, top_k=3, add_tail=True)
 
 
-def test_overlong_reward_is_trls():
-    """By the number of tokens, not of characters."""
+def test_overlong_reward_equals_trls():
+    """Counts tokens, not characters."""
     from trl.rewards import get_soft_overlong_punishment
 
     lengths = [1, 79, 80, 81, 90, 99, 100, 101, 500]

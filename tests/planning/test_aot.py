@@ -1,5 +1,5 @@
 # ruff: noqa: E501
-"""What a program costs, read from compiled text, against arithmetic by hand."""
+"""Costs parsed from compiled programs agree with arithmetic by hand."""
 
 import functools
 
@@ -16,41 +16,42 @@ L, B, D = 12, 64, 256
 
 
 @functools.cache
-def layers() -> aot.Program:
-    """A gradient through L layers whose weights lie split over eight devices."""
+def compile_layers() -> aot.Program:
+    """Compiles a gradient through L layers whose weights are sharded over eight devices."""
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def loss(w_LDD, x_BD):
         y_BD, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x_BD, w_LDD)
         return jnp.sum(y_BD**2)
 
-    def split(shape, *axes):
+    def make_shape(shape, *axes):
         sharding = NamedSharding(mesh, PartitionSpec(*axes))
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
 
-    w, x = split((L, D, D), None, "x"), split((B, D), "x")
+    w, x = make_shape((L, D, D), None, "x"), make_shape((B, D), "x")
     with jax.set_mesh(mesh):
         step = jax.jit(jax.grad(loss), out_shardings=w.sharding)
         return aot.compile_program("layers", lambda: step.lower(w, x), hbm_gib=16)
 
 
-def test_matrix_products_in_loops_count_as_often_as_they_run():
-    assert layers().flops == 3 * L * 2 * (B // 8) * D * D  # forward, and two backward
-    assert layers().open_loops == 0
+def test_matrix_products_in_loops_count_once_per_iteration():
+    program = compile_layers()
+    assert program.flops == 3 * L * 2 * (B // 8) * D * D  # one forward and two backward
+    assert program.open_loops == 0
 
 
-def test_collectives():
-    found = layers().collectives
-    assert found is not None
-    count, size = found["all-gather"]
+def test_collectives_of_sharded_layers_are_counted():
+    collectives = compile_layers().collectives
+    assert collectives is not None
+    count, size = collectives["all-gather"]
     assert (count, size) == (2 * L, 2 * L * D * D * 4 * 7 // 8)  # each weight, in both directions
-    received = sum(size for kind, (_, size) in found.items() if kind != "all-gather")
-    # The gradients: at least what a reduction to shards must receive, at most an all-reduce.
+    received = sum(size for kind, (_, size) in collectives.items() if kind != "all-gather")
+    # The gradients: at least the bytes of a reduce-scatter, at most those of an all-reduce.
     assert L * D * D * 4 * 7 // 8 <= received <= 2 * L * D * D * 4 * 7 // 8 + 1000
 
 
-def test_memory():
-    program = layers()
+def test_argument_and_output_bytes_are_those_of_one_device():
+    program = compile_layers()
     assert program.argument_bytes == (L * D * D + B * D) * 4 / 8
     assert program.output_bytes == L * D * D * 4 / 8
     assert program.peak_bytes >= program.argument_bytes
@@ -102,9 +103,9 @@ ENTRY %main (x: bf16[8,4]) -> bf16[8,4] {
 """
 
 
-def test_the_spelling_of_tpu_programs():
-    """Strides of unrolled loops, windows for matrices, starts and dones, three spellings of
-    groups, loops that may end early."""
+def test_syntax_of_tpu_programs_is_parsed():
+    """Strides of unrolled loops, windows for matrices, start and done pairs, three notations for
+    groups, and loops that may end early."""
     costs = hlo.parse_costs(TPU)
     assert costs.flops == 5 * 2 * 32 * 64 * (4 * 512)
     assert costs.open_loops == 1
@@ -145,9 +146,10 @@ ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {
 """
 
 
-def test_exchanges_inside_fusions_and_kernels():
-    """An exchange in pieces counts once, two with one channel twice, a sum of which each device
-    keeps its part is a reduce-scatter; splash attention computes 36 of its 8 x 8 blocks."""
+def test_collectives_in_fusions_and_flops_of_attention_kernels_are_counted():
+    """A collective in pieces counts once, two chains on one channel count twice, and an all-reduce of
+    which each device keeps its shard is a reduce-scatter. Splash attention computes 36 of 64 blocks.
+    """
     costs = hlo.parse_costs(FUSED)
     assert costs.collectives == {
         "all-gather": (2, 2 * 32 * 8 * 2 * 7 // 8),
@@ -156,16 +158,16 @@ def test_exchanges_inside_fusions_and_kernels():
     assert costs.flops == 4 * 2 * 2 * 4 * 16 * 36 * 8 * 8
 
 
-def test_of_branches_the_longest_counts():
-    """Products as wide as a number that is known when it runs says; counted, the widest."""
+def test_only_the_most_expensive_branch_counts():
+    """The width of the product is known only at run time; the widest counts."""
 
     def product(width, x):
         return x[:, :width] @ x[:width]
 
-    def chosen(i, x):
+    def switch(i, x):
         return jax.lax.switch(i, [functools.partial(product, w) for w in (16, 64, 32)], x)
 
-    program = jax.jit(chosen).lower(jnp.int32(0), jnp.ones((64, 64))).compile()
+    program = jax.jit(switch).lower(jnp.int32(0), jnp.ones((64, 64))).compile()
     text = program.as_text()
     assert text is not None and hlo.parse_costs(text).flops == 2 * 64 * 64 * 64
 
@@ -191,27 +193,27 @@ ENTRY %main (x: f32[8,64]) -> f32[8,64] {
     "start",
     [
         "slice-start(%x), slice={[0:2], [0:64]}",
-        "async-start(%x), calls=%async_computation",  # libtpu's own spelling of the same
+        "async-start(%x), calls=%async_computation",  # libtpu's own notation for the same
     ],
 )
-def test_what_is_fetched_ahead_moves_once(start):
-    """Into fast memory: of a slice what is cut out, of a copy its source; and the result leaves."""
+def test_prefetched_bytes_count_once(start):
+    """The slice and the source of the copy are read into fast memory; only the result is written."""
     assert hlo.parse_costs(PREFETCHED.replace("SLICE", start)).hbm_bytes == (2 + 8 + 8) * 64 * 4
 
 
 @pytest.mark.parametrize(
     ("window", "taps"),
     [
-        ((1, 32, 32, "size=32 pad=31_31"), 1),  # 63 results, but each meets one element
+        ((1, 32, 32, "size=32 pad=31_31"), 1),  # 63 results, each of one element
         ((16, 16, 16, "size=16 stride=15 pad=0_0 lhs_dilate=16"), 1),  # a batch
         ((2, 2, 1, "size=2"), 2),  # a sum over two blocks
     ],
 )
-def test_windows(window, taps):
+def test_taps_of_windows_outside_the_image_do_not_count(window, taps):
     image, kernel, out, text = window
     out = image + 62 - kernel + 1 if "pad=31" in text else out
-    got = hlo._count_taps(f"convolution(), window={{{text}}}, x", 0, image, kernel, out)
-    np.testing.assert_allclose(got, taps)
+    counted = hlo._count_taps(f"convolution(), window={{{text}}}, x", 0, image, kernel, out)
+    np.testing.assert_allclose(counted, taps)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +225,6 @@ def test_windows(window, taps):
         ("v5e:2*4", "its shape"),
     ],
 )
-def test_slices_that_do_not_exist(name, words):
+def test_slices_of_unknown_chips_or_shapes_are_refused(name, words):
     with pytest.raises(UserError, match=words):
         aot.get_chip(name)

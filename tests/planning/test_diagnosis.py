@@ -1,4 +1,4 @@
-"""Is a run worth its price? The figures on models of which the answer is known."""
+"""Diagnoses of models for which the right verdict is known."""
 
 import json
 import re
@@ -18,9 +18,9 @@ from tests.support.verbs import call
 STUDENT, TEACHER = str(ROOT / "assets/student"), str(ROOT / "assets/teacher")
 
 
-def asked(student: str, teacher: str, out: Path, *more: str) -> int:
+def run_diagnose(student: str, teacher: str, out: Path, *more: str) -> int:
     for name in [name for name in diagnose.OPTIONS if name.startswith("config.")]:
-        delattr(diagnose.OPTIONS, name)  # those that --config made of an earlier call
+        delattr(diagnose.OPTIONS, name)  # flags that --config defined in an earlier call
     return call(
         diagnose,
         f"--config={ROOT}/configs/quickstart.py:tiny",
@@ -33,8 +33,8 @@ def asked(student: str, teacher: str, out: Path, *more: str) -> int:
     )
 
 
-def test_a_better_teacher_that_thinks_alike(tmp_path, capsys):
-    assert asked(STUDENT, TEACHER, tmp_path / "out.json", "--samples=2") == 0
+def test_a_better_teacher_close_to_the_student_passes(tmp_path, capsys):
+    assert run_diagnose(STUDENT, TEACHER, tmp_path / "out.json", "--samples=2") == 0
     shown, f = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
     assert f["student"]["pass_rate"] < 0.7 < 0.9 < f["teacher"]["pass_rate"]
     assert f["gain"][1] > 0 and "the teacher is better" in shown
@@ -48,29 +48,29 @@ def test_a_better_teacher_that_thinks_alike(tmp_path, capsys):
     assert f["verdict"] == "verdict: go; nothing here speaks against the run"
 
 
-def copy(of: str, to: Path, file: str = "", **changes) -> str:
-    """A model's directory with other values in one of its JSON files."""
-    shutil.copytree(of, to)
+def copy_model(source: str, to: Path, file: str = "", **changes) -> str:
+    """Copies a model's directory, with changed values in one of its JSON files."""
+    shutil.copytree(source, to)
     if file:
-        read = json.loads((to / file).read_text())
-        (to / file).write_text(json.dumps({**read, **changes}))
+        fields = json.loads((to / file).read_text())
+        (to / file).write_text(json.dumps({**fields, **changes}))
     return str(to)
 
 
-def swapped(to: Path) -> str:
-    """The teacher with two tokens' ids exchanged."""
-    path = copy(TEACHER, to)
-    read = json.loads((to / "tokenizer.json").read_text())
-    known = read["model"]["vocab"]
-    one, other = list(known)[300:302]
-    known[one], known[other] = known[other], known[one]
-    (to / "tokenizer.json").write_text(json.dumps(read))
+def copy_with_swapped_tokens(to: Path) -> str:
+    """Copies the teacher with the ids of two tokens exchanged."""
+    path = copy_model(TEACHER, to)
+    fields = json.loads((to / "tokenizer.json").read_text())
+    vocab = fields["model"]["vocab"]
+    first, second = list(vocab)[300:302]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (to / "tokenizer.json").write_text(json.dumps(fields))
     return path
 
 
-def strayed(to: Path) -> str:
-    """The student with noise on its weights: it writes what no teacher would."""
-    path, rng = copy(STUDENT, to), np.random.default_rng(0)
+def copy_with_noise(to: Path) -> str:
+    """Copies the student with noise on its weights, so that no teacher would write as it does."""
+    path, rng = copy_model(STUDENT, to), np.random.default_rng(0)
     weights = load_file(to / "model.safetensors")
     noisy = {n: x + np.float32(0.05) * rng.normal(size=x.shape) for n, x in weights.items()}
     noisy = {n: x.astype(np.float32) for n, x in noisy.items()}
@@ -87,16 +87,19 @@ CASES = {
     "stops": (
         lambda to: (
             STUDENT,
-            copy(TEACHER, to, "generation_config.json", eos_token_id=[382, 384, 10]),
+            copy_model(TEACHER, to, "generation_config.json", eos_token_id=[382, 384, 10]),
         ),
         ["the teacher ends where the student writes on", "the teacher is worse"],
     ),
     "template": (
-        lambda to: (STUDENT, copy(TEACHER, to, "tokenizer_config.json", chat_template="{{ 1 }}")),
+        lambda to: (
+            STUDENT,
+            copy_model(TEACHER, to, "tokenizer_config.json", chat_template="{{ 1 }}"),
+        ),
         ["chat templates differ"],
     ),
     "strayed": (
-        lambda to: (strayed(to), TEACHER),
+        lambda to: (copy_with_noise(to), TEACHER),
         [
             "the student does not think in the teacher's way",
             "the teacher would write on where the student stops",
@@ -108,34 +111,42 @@ CASES = {
 
 @pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
-def test_a_verdict_in_words(case, tmp_path, capsys):
+def test_unsuitable_models_get_a_verdict_that_names_why(case, tmp_path, capsys):
     models, words = CASES[case]
-    assert asked(*models(tmp_path / "m"), tmp_path / "out.json", "--prompts=24", "--samples=2") == 0
+    flags = "--prompts=24", "--samples=2"
+    assert run_diagnose(*models(tmp_path / "m"), tmp_path / "out.json", *flags) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"verdict: not yet; {len(words)} against it: " + "; ".join(words)
 
 
 def test_models_that_share_no_vocabulary_are_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(policy, "load", None)  # before any weight is read
-    assert asked(STUDENT, swapped(tmp_path / "swapped"), tmp_path / "out.json") == 2
+    assert (
+        run_diagnose(STUDENT, copy_with_swapped_tokens(tmp_path / "swapped"), tmp_path / "out.json")
+        == 2
+    )
     assert re.search(r"tokenizers of .* differ: .* is 300 and 301", capsys.readouterr().err)
-    other = copy(TEACHER, tmp_path / "wide", "config.json", vocab_size=528)
-    assert asked(STUDENT, other, tmp_path / "out.json") == 2
+    other = copy_model(TEACHER, tmp_path / "wide", "config.json", vocab_size=528)
+    assert run_diagnose(STUDENT, other, tmp_path / "out.json") == 2
     assert "vocab_size=528, but" in capsys.readouterr().err
-    assert asked(STUDENT, "ema", tmp_path / "out.json", "--config.student.ema_decay=0.9") == 2
+    assert (
+        run_diagnose(STUDENT, "ema", tmp_path / "out.json", "--config.student.ema_decay=0.9") == 2
+    )
     assert "before step 0 it is the student itself" in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
 
 
-def test_mistakes(tmp_path, capsys):
-    assert asked(STUDENT, TEACHER, tmp_path / "out.json", "--stage=sft") == 2
+def test_unknown_stages_and_unsuitable_paths_are_refused(tmp_path, capsys):
+    assert run_diagnose(STUDENT, TEACHER, tmp_path / "out.json", "--stage=sft") == 2
     assert "--stage=sft: config.stages has opd" in capsys.readouterr().err
-    assert asked(STUDENT, str(tmp_path), tmp_path / "out.json") == 2
-    assert asked(STUDENT, TEACHER, tmp_path / "out.json", "--config.student.random_init") == 2
+    assert run_diagnose(STUDENT, str(tmp_path), tmp_path / "out.json") == 2
+    assert (
+        run_diagnose(STUDENT, TEACHER, tmp_path / "out.json", "--config.student.random_init") == 2
+    )
     assert "random weights" in capsys.readouterr().err
 
 
-WELL = {
+GOOD_DISTANCES = {
     "reverse_kl": 0.3,
     "forward_kl": 0.4,
     "entropy": 0.5,
@@ -144,7 +155,7 @@ WELL = {
     "outside_top": 0.02,
     "teacher_stop_logp": -0.1,
 }
-ALIKE = {
+SAME_FORMATS = {
     "student_stop_ids": [1],
     "teacher_stop_ids": [1],
     "templates_agree": True,
@@ -153,30 +164,31 @@ ALIKE = {
 RATES = {"pass_rate": 0.5, "zero_variance_groups": 0.3, "truncated": 0.0, "mean_length": 40.0}
 
 
-def figures(**changes) -> diagnosis.Statistics:
-    f: diagnosis.Statistics = {
+def make_statistics(**changes) -> diagnosis.Statistics:
+    """Makes the statistics of a run that nothing speaks against, with `changes`."""
+    statistics: diagnosis.Statistics = {
         "rewarded": False,
         "student": RATES,
         "teacher": RATES | {"pass_rate": 0.9},
         "gain": (0.4, 0.2, 0.6),
-        "distances": WELL,
-        "agreement": ALIKE,
+        "distances": GOOD_DISTANCES,
+        "agreement": SAME_FORMATS,
     }
-    return f | changes
+    return statistics | changes
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"distances": WELL | {"outside_top": 0.4}}, "begin with the teacher's traces"),
+        ({"distances": GOOD_DISTANCES | {"outside_top": 0.4}}, "begin with the teacher's traces"),
         (
-            {"agreement": ALIKE | {"further_stop_ids": [2]}},
+            {"agreement": SAME_FORMATS | {"further_stop_ids": [2]}},
             r"where the student writes on: at \[2\]",
         ),
-        ({"agreement": ALIKE | {"templates_agree": False}}, "chat templates differ"),
+        ({"agreement": SAME_FORMATS | {"templates_agree": False}}, "chat templates differ"),
         ({"gain": (0.1, -0.1, 0.3)}, "not surely better: "),
         ({"gain": (-0.4, -0.6, -0.2)}, "the teacher is worse: .*unlearn"),
-        ({"distances": WELL | {"reverse_kl": 1e-9}}, "the teacher is the student: "),
+        ({"distances": GOOD_DISTANCES | {"reverse_kl": 1e-9}}, "the teacher is the student: "),
         (
             {"rewarded": True, "student": RATES | {"zero_variance_groups": 0.9}},
             "most groups teach nothing",
@@ -187,22 +199,22 @@ def figures(**changes) -> diagnosis.Statistics:
         ),
     ],
 )
-def test_what_speaks_against_a_run(changes, words):
-    assert not [line for bad, line in diagnosis.make_findings(figures()) if bad]
-    found = diagnosis.make_findings(figures(**changes))
-    (line,) = [line for bad, line in found if bad]
+def test_each_unfavourable_statistic_is_a_finding(changes, words):
+    assert not [line for bad, line in diagnosis.make_findings(make_statistics()) if bad]
+    findings = diagnosis.make_findings(make_statistics(**changes))
+    (line,) = [line for bad, line in findings if bad]
     assert re.search(words, line)
     assert (
-        diagnosis.render_verdict(found)
+        diagnosis.render_verdict(findings)
         == f"verdict: not yet; 1 against it: {line.partition(':')[0]}"
     )
 
 
-def test_what_is_not_known_speaks_neither_way():
-    silent = {name: x for name, x in RATES.items() if name in ("truncated", "mean_length")}
-    lines = diagnosis.make_findings(figures(student=silent, teacher=silent))
+def test_unknown_pass_rates_speak_neither_way():
+    ungraded = {name: x for name, x in RATES.items() if name in ("truncated", "mean_length")}
+    lines = diagnosis.make_findings(make_statistics(student=ungraded, teacher=ungraded))
     assert any("the data has no answers" in line for bad, line in lines if bad is None)
-    cut = diagnosis.make_findings(figures(student=RATES | {"truncated": 0.5}))
+    cut = diagnosis.make_findings(make_statistics(student=RATES | {"truncated": 0.5}))
     assert any("raise max_response_tokens" in line for _, line in cut)
     alone = diagnosis.make_findings({"rewarded": True, "student": RATES})
     assert any("the student's pass rate is 50.0%" in line for _, line in alone)

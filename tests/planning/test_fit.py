@@ -1,4 +1,4 @@
-"""Plans of a tiny model, compiled for slices that need not exist, against arithmetic by hand."""
+"""Plans of a tiny model, compiled for slices that need not exist, agree with arithmetic by hand."""
 
 import json
 
@@ -23,7 +23,7 @@ B, P, R = 8, 128, 128
 
 @pytest.fixture(scope="module")
 def shape(tmp_path_factory):
-    """A model directory that is a config.json alone."""
+    """Returns a model directory with only a config.json."""
     path = tmp_path_factory.mktemp("shape")
     fields = {
         "architectures": ["Qwen3ForCausalLM"],
@@ -58,7 +58,7 @@ PARAMETERS = V * D + D + L * (D * H * (2 * N + 2 * K) + 2 * H + 3 * D * F + 2 * 
 
 @pytest.fixture(scope="module")
 def rows(shape, compiled_anew):
-    """The programs of on-policy distillation by their names."""
+    """Returns the costs of the programs of on-policy distillation by name."""
     return {row.name: row for row in fit.compile_run(config(shape), "v5e:2x2")["opd"]}
 
 
@@ -72,13 +72,13 @@ def test_every_program_of_a_step_is_listed_in_order(rows):
 def test_memory_beside_each_program(rows, shape):
     mesh = mesh_lib.make_mesh(1, 4, 1, devices=aot.get_devices("v5e:2x2"))
     resident = memory.count_resident_bytes(fit.describe_stage(config(shape), "opd", mesh, mesh))
-    norms = D + L * (2 * H + 2 * D)  # of which the heads' are not split
+    norms = D + L * (2 * H + 2 * D)  # the heads' norms are not sharded
     assert resident["parameters"] == pytest.approx(4 * PARAMETERS / 4, abs=4 * norms)
     assert resident["optimiser"] == pytest.approx(2 * resident["parameters"], abs=64)
     assert resident["teacher"] == resident["parameters"] // 2  # bfloat16
     gradient, head = resident["parameters"], 2 * V * D / 4
     assert rows["score"].beside == resident["parameters"] + resident["optimiser"] + gradient
-    # Its argument is the teacher's head.
+    # The teacher's head is an argument of the program.
     assert rows["accumulate"].beside == resident["optimiser"] + resident["teacher"] - head
     assert rows["apply"].beside == resident["teacher"]
     assert rows["decode"].beside == rows["prompts"].beside == sum(resident.values())
@@ -95,20 +95,20 @@ def test_asynchronous_rollouts_lie_beside_the_update(rows, shape):
         stage = fit.describe_stage(c, "opd", mesh, mesh)
         calls = programs.list_stage_calls(stage, 15.75 * fit.GIB)
     beside = {call.name: call.other_bytes for call in calls}
-    cache = 2 * 2 * L * K * H * B * (P + R) / 4  # of which each device has a quarter of the rows
+    cache = 2 * 2 * L * K * H * B * (P + R) / 4  # each device has a quarter of the rows
     copy = rows["cache"].beside - rows["decode"].beside
     for name in ("zeros", "apply"):
         assert beside[name] == copy + cache
     assert beside["decode"] == 0 and beside["score"] > copy + cache
 
 
-def test_flops_of_the_compiled_text_are_those_of_the_formula(rows):
-    """The products of all layers, attention apart."""
+def test_flops_of_the_compiled_text_agree_with_the_formula(rows):
+    """Matrix products of all layers, and attention."""
     useful = B * (P + R) * 2 * (PARAMETERS - V * D - D - L * (2 * H + 2 * D)) / 4
     assert rows["score"].useful == pytest.approx(
         useful + 4 * N * H * (P + R + 1) / 2 * B * (P + R) * L / 4
     )
-    attention = 4 * B * N * H * (P + R) ** 2 * L / 4  # splash takes them in one block, unmasked
+    attention = 4 * B * N * H * (P + R) ** 2 * L / 4  # splash computes one unmasked block
     assert rows["score"].compiled == pytest.approx(useful + attention, rel=0.01)
     update = rows["accumulate"]
     assert update.mfu <= update.useful / update.compiled < 1
@@ -118,7 +118,7 @@ def test_flops_of_the_compiled_text_are_those_of_the_formula(rows):
 
 
 def test_decoding_reads_the_weights_and_the_cache(rows):
-    weights = 2 * PARAMETERS  # every row shard holds them whole
+    weights = 2 * PARAMETERS  # whole on every device
     cache = 2 * 2 * L * (P + R) * K * H * B / 4
     assert weights + cache <= rows["decode"].traffic <= 6 * (weights + cache)
 
@@ -128,7 +128,7 @@ def test_auto_finds_the_smallest_slice(shape):
     c = config(shape, **{"stages": ("sft",), "sft.batch_size": 2, **lengths})
     topology, stage_costs = plan.find_smallest(c, "v5e")
     assert topology == "v5e:1x1"
-    names = ["optimiser", "accumulate", "apply", "transcripts"]  # no gradient beside the only one
+    names = ["optimiser", "accumulate", "apply", "transcripts"]  # no accumulated gradient
     assert [(row.name, row.collectives) for row in stage_costs["sft"]] == [(n, {}) for n in names]
 
 
@@ -164,7 +164,7 @@ def test_shorter_responses_take_less_time(rows, shape):
 
 @pytest.mark.parametrize("lengths", [[40], [3, 5, 7, 2], [8, 8, 8], [17, 1, 20], []])
 def test_blocks_of_attention_that_hold_a_visible_key_are_counted(lengths):
-    """A row's padding is a sequence too."""
+    """The padding of a row counts as a sequence."""
     T, block = 40, 8
     segments = np.repeat(np.arange(len(lengths) + 1), [*lengths, T - sum(lengths)])
     sees = (segments[:, None] == segments[None]) & np.tri(T, dtype=bool)
@@ -183,8 +183,8 @@ def test_resident_arrays_that_do_not_fit_are_refused_before_compiling(shape, mon
 
 
 def test_no_room_for_a_row_is_refused_before_compiling_and_remedies_are_listed(shape, monkeypatch):
-    """The device holds the resident arrays (14 bytes a parameter on four devices), the whole copy
-    of the weights and a fifth of what one of the longest rows takes."""
+    """Each of four devices has room for its resident arrays (14 bytes a parameter in all), the copy
+    of the weights, which is whole, and a fifth of one row of the maximum length."""
     row = (P + R) * 2 * 2 * L * K * H
     hbm = (14 / 4 + 2) * PARAMETERS + row / 5
     chip = aot.Chip(**{**vars(aot.CHIPS["v5e"]), "hbm_gib": hbm / fit.GIB})
@@ -245,7 +245,7 @@ def test_both_out_of_memory_messages_are_parsed(message, needs, largest):
     assert error.needs_gib == needs and error.largest == largest
 
 
-def test_several_slices_split_only_rows():
+def test_several_slices_split_only_the_rows():
     devices = topologies.get_topology_desc(
         platform="tpu", topology_name="v5e:2x2", num_slices=2
     ).devices
@@ -288,7 +288,7 @@ def test_slices_that_do_not_exist_are_refused():
 
 
 def test_traffic_counts_operands_and_results_in_hbm():
-    """Of a slice only what is cut out or put in counts; fast memory does not count."""
+    """Slices count only the elements read or written; fast memory does not count."""
     text = """\
 %cut (p0: f32[10,256], p1: s32[]) -> f32[256] {
   %p0 = f32[10,256]{1,0} parameter(0)

@@ -1,11 +1,11 @@
-"""Recipes compiled for the slices that they are meant for: they fit, and neither memory nor what
-travels between devices got worse than tests/planning/goldens.json says.
+"""Recipes compiled for their slices fit, and use no more memory and no more communication than
+tests/planning/goldens.json records.
 
     GOLDENS=renew python -m pytest -m "" tests/planning/test_goldens.py [-k NAME]
 
-writes that file anew, for the cases that are run, from what is compiled now; its diff is to be read
-and committed with the change that caused it. The figures depend on the versions of jax and libtpu
-that they were made with, which the file names: with others, the cases are skipped.
+rewrites the selected cases of that file from the current programs. Review its diff, and commit it
+with the change that caused it. The figures depend on the versions of jaxlib and libtpu, which the
+file records: with other versions the cases are skipped.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ FLAGSHIP: dict[str, Any] = {
     "opd.max_prompt_tokens": 1024,
     "opd.max_response_tokens": 3072,
 }
-# Rows as many and as long as decoding holds at once; the update's micro-batches are 64 of them.
+# All rows decode at once; an update's micro-batch is 64 of them.
 LONG: dict[str, Any] = {
     "mesh.tensor": 8,
     "opd.batch_size": 256,
@@ -47,8 +47,8 @@ LONG: dict[str, Any] = {
     "opd.max_response_tokens": 15_360,
 }
 ON_V5P = "8b from 32b, 18k, v5p-32"
-# Name -> recipe, slice, what differs from the recipe; compiled in its `opd` stage, if that does not
-# name others.
+# Name -> recipe, slice, changes to the recipe; compiles the `opd` stage unless the changes name
+# others.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "colab, v5e-1": ("colab", "v5e:1x1", {}),
     "8b from 32b, 64 x 4k, v5e-64": (
@@ -91,7 +91,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 pytestmark = pytest.mark.usefixtures("compiled_anew")
 
 
-def config(recipe: str, changes: dict[str, Any]) -> ConfigDict:
+def make_config(recipe: str, changes: dict[str, Any]) -> ConfigDict:
     file, _, argument = recipe.partition(":")
     c = importlib.import_module(f"configs.{file}").get_config(argument)
     c.update_from_flattened_dict({"stages": ("opd",), **changes})
@@ -99,24 +99,24 @@ def config(recipe: str, changes: dict[str, Any]) -> ConfigDict:
 
 
 @functools.cache
-def compiled(name: str) -> list[ProgramCost]:
+def compile_case(name: str) -> list[ProgramCost]:
     recipe, topology, changes = CASES[name]
     try:
         aot.get_devices(topology)
     except fit.UserError as error:
         pytest.skip(str(error))
-    found = fit.compile_run(config(recipe, changes), topology)
-    several = len(found) > 1
+    stage_costs = fit.compile_run(make_config(recipe, changes), topology)
+    several = len(stage_costs) > 1
     return [
         dataclasses.replace(row, name=f"{stage}: {row.name}") if several else row
-        for stage, rows in found.items()
+        for stage, rows in stage_costs.items()
         for row in rows
     ]
 
 
-def measured(rows: list[ProgramCost]) -> dict[str, Any]:
-    """Program -> peak memory in GiB (with all that lies beside it), and what it receives: kind of
-    collective -> how many and how many MB a call."""
+def summarise_costs(rows: list[ProgramCost]) -> dict[str, Any]:
+    """Returns program -> peak GiB with everything else in memory, and its collectives: kind ->
+    number, and MB received per call."""
     return {
         row.name: {
             "peak_gib": round(row.total_bytes / GIB, 3),
@@ -129,57 +129,62 @@ def measured(rows: list[ProgramCost]) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
+def get_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("jaxlib", "libtpu")}
 
 
-def worse(golden: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What moved up by more than 5%, one sentence each. A MB, and ten collectives, are noise."""
-    found = []
+def list_regressions(golden: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Lists the figures that rose by more than 5%. A MB, and ten collectives, are noise."""
+    regressions = []
     for program, old in golden.items():
         new = now[program]
 
-        def moved(what: str, was: float, now: float, floor: float, program: str = program) -> None:
+        def compare(
+            what: str, was: float, now: float, floor: float, program: str = program
+        ) -> None:
             if now > max(was * WORSE, was + floor):
-                found.append(f"{program}: {what} {was:g} -> {now:g}")
+                regressions.append(f"{program}: {what} {was:g} -> {now:g}")
 
-        moved("peak GiB", old["peak_gib"], new["peak_gib"], 0.01)
+        compare("peak GiB", old["peak_gib"], new["peak_gib"], 0.01)
         for kind, (count, size) in new["collectives"].items():
             was_count, was_size = old["collectives"].get(kind, (0, 0))
-            moved(f"{kind}, how many", was_count, count, 10)
-            moved(f"{kind}, MB", was_size, size, 1)
-    return found
+            compare(f"{kind}, how many", was_count, count, 10)
+            compare(f"{kind}, MB", was_size, size, 1)
+    return regressions
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
-def test_fits_and_is_no_worse(name: str) -> None:
+def test_recipe_fits_and_costs_no_more_than_its_golden(name: str) -> None:
     goldens = json.loads(FILE.read_text())
     if os.environ.get("GOLDENS") == "renew":
-        now = measured(compiled(name))
+        now = summarise_costs(compile_case(name))
         cases = {**json.loads(FILE.read_text())["cases"], name: now}
-        told = {"versions": versions(), "cases": {n: cases[n] for n in CASES if n in cases}}
-        FILE.write_text(json.dumps(told, indent=1) + "\n")
+        cases = {n: cases[n] for n in CASES if n in cases}
+        goldens = {"versions": get_versions(), "cases": cases}
+        FILE.write_text(json.dumps(goldens, indent=1) + "\n")
         return
-    if goldens["versions"] != versions():
+    if goldens["versions"] != get_versions():
         pytest.skip(f"the goldens are of {goldens['versions']}")
-    assert name in goldens["cases"], f"{name}: no golden yet; see above how to write it"
-    found = worse(goldens["cases"][name], measured(compiled(name)))
-    assert not found, "\n".join(found)
+    assert name in goldens["cases"], (
+        f"{name}: no golden yet; the module's docstring says how to write it"
+    )
+    now = summarise_costs(compile_case(name))
+    regressions = list_regressions(goldens["cases"][name], now)
+    assert not regressions, "\n".join(regressions)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("program", "least"), [("accumulate", 0.5), ("score", 0.6)])
-def test_bound_of_utilisation(program: str, least: float) -> None:
-    """Useful operations over what the chip could do in the roofline's time."""
-    row = next(row for row in compiled(ON_V5P) if row.name == program)
+def test_upper_bound_of_utilisation_is_high(program: str, least: float) -> None:
+    """Useful FLOPs over those that the chip could do in the roofline's time."""
+    row = next(row for row in compile_case(ON_V5P) if row.name == program)
     assert row.mfu is not None and row.compiled is not None, "no text to read"
     assert row.mfu >= least and row.useful / row.compiled >= least, f"{row.mfu:.2f} by {row.bound}"
 
 
-def test_a_spoilt_program_is_seen() -> None:
-    """A step of training through layers, compiled as it should be and with the weights whole on
-    every device."""
+def test_replicated_weights_are_a_regression() -> None:
+    """A training step through layers, with sharded weights and with whole ones on every device."""
     mesh = mesh_lib.make_mesh(1, 4, 1, devices=aot.get_devices("v5e:2x2"))
 
     def loss(w_LDD: jax.Array, x_BD: jax.Array) -> jax.Array:
@@ -188,7 +193,7 @@ def test_a_spoilt_program_is_seen() -> None:
     def step(w_LDD: jax.Array, x_BD: jax.Array) -> jax.Array:
         return w_LDD - jax.grad(loss)(w_LDD, x_BD)
 
-    def compile(axis: str | None) -> dict[str, Any]:
+    def compile_step(axis: str | None) -> dict[str, Any]:
         split, rows = (
             NamedSharding(mesh, PartitionSpec(None, axis)),
             mesh_lib.make_row_sharding(mesh),
@@ -198,25 +203,27 @@ def test_a_spoilt_program_is_seen() -> None:
         jitted = jax.jit(step, donate_argnums=0, out_shardings=split)
         call = calls.ProgramCall("update", lambda: jitted.lower(w, x), 1, 0.0, ())
         program = aot.compile_program(call.name, call.lower, 16)
-        return measured([roofline.estimate_cost(call, program, 0, aot.CHIPS["v5e"], 4)])
+        return summarise_costs([roofline.estimate_cost(call, program, 0, aot.CHIPS["v5e"], 4)])
 
-    sound = compile("fsdp")
-    assert worse(sound, sound) == []
-    found = worse(sound, compile(None))
-    assert found[0].startswith("update: peak GiB 0.0")
-    assert any(line.startswith("update: all-reduce, MB") for line in found)
+    sharded = compile_step("fsdp")
+    assert list_regressions(sharded, sharded) == []
+    regressions = list_regressions(sharded, compile_step(None))
+    assert regressions[0].startswith("update: peak GiB 0.0")
+    assert any(line.startswith("update: all-reduce, MB") for line in regressions)
 
 
-def test_what_is_worse_is_seen() -> None:
-    """Each figure alone; what got better, or moved by rounding, is none."""
+def test_regressions_are_listed_by_figure() -> None:
+    """Improvements, and increases of less than 5%, are none."""
     old = {"update": {"peak_gib": 5.0, "collectives": {"all-gather": [100, 1000.0]}}}
     better = {"update": {"peak_gib": 4.0, "collectives": {}}}
-    near = {"update": {"peak_gib": 5.2, "collectives": {"all-gather": [104, 1040.0]}}}
-    assert worse(old, old) == worse(old, better) == worse(old, near) == []
+    similar = {"update": {"peak_gib": 5.2, "collectives": {"all-gather": [104, 1040.0]}}}
+    assert list_regressions(old, old) == list_regressions(old, better) == []
+    assert list_regressions(old, similar) == []
     for peak, collectives, words in (
         (5.3, {}, "update: peak GiB 5 -> 5.3"),
         (5.0, {"all-gather": [120, 1000.0]}, "update: all-gather, how many 100 -> 120"),
         (5.0, {"all-gather": [100, 1100.0]}, "update: all-gather, MB 1000 -> 1100"),
         (5.0, {"all-reduce": [1, 50.0]}, "update: all-reduce, MB 0 -> 50"),
     ):
-        assert worse(old, {"update": {"peak_gib": peak, "collectives": collectives}}) == [words]
+        new = {"update": {"peak_gib": peak, "collectives": collectives}}
+        assert list_regressions(old, new) == [words]

@@ -18,9 +18,9 @@ from distill.training import loop
 from distill.training.calls import UNPLANNED_PROGRAMS, ProgramCall
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
-# Functions of which each shape is a program of its own, listed as one.
+# Functions with a program for each shape; `plan` lists each of these programs.
 SAMPLING = {"convert_weights", "init_state", "prefill", "decode", "resize", "mark_seen_tokens"}
-# Operations outside of programs, which jax compiles one by one: on keys, rates and rewards.
+# Operations on keys, rates and rewards outside of listed programs; jax compiles them one by one.
 SCALARS = {
     *("_threefry_seed", "_threefry_fold_in", "_where", "_power", "true_divide", "add", "subtract"),
     *("clip", "integer_pow", "multiply", "minimum", "cos", "convert_element_type", "stage"),
@@ -29,7 +29,7 @@ SCALARS = {
 
 
 def config(**changes: Any) -> ConfigDict:
-    """One small step of the quick start; `changes` have __ for a dot."""
+    """Makes a config of one small quick-start step; in `changes`, __ stands for a dot."""
     c = quickstart.get_config("tiny")
     c.mesh.fsdp = 1
     c.opd.steps, c.opd.batch_size, c.checkpoint.every = 1, 4, 100
@@ -69,7 +69,7 @@ CONFIGS = {
 
 
 def list_planned(c: ConfigDict) -> list[tuple[str, ProgramCall]]:
-    """The calls of a config's only stage, each with its jitted function's name in XLA."""
+    """Lists the calls of a config's only stage, each after its jitted function's name in XLA."""
     mesh, teacher_mesh = mesh_lib.make_meshes(c)
     (name,) = c.stages
     with mesh_lib.use_mesh(mesh):
@@ -84,18 +84,18 @@ def list_planned(c: ConfigDict) -> list[tuple[str, ProgramCall]]:
 
 @contextlib.contextmanager
 def record_compiles() -> Iterator[list[str]]:
-    """The names of the functions that are compiled within it, in their order."""
+    """Records the names of the functions compiled within the context, in order."""
     names: list[str] = []
 
-    def note(event: str, duration_secs: float, **about: str | int) -> None:
+    def record(event: str, duration_secs: float, **details: str | int) -> None:
         if event == COMPILED:
-            names.append(str(about["fun_name"]).removeprefix("jit(").removesuffix(")"))
+            names.append(str(details["fun_name"]).removeprefix("jit(").removesuffix(")"))
 
-    jax.monitoring.register_event_duration_secs_listener(note)
+    jax.monitoring.register_event_duration_secs_listener(record)
     try:
         yield names
     finally:
-        jax.monitoring.unregister_event_duration_listener(note)
+        jax.monitoring.unregister_event_duration_listener(record)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -122,8 +122,8 @@ def test_a_run_compiles_the_programs_that_plan_lists(
 def test_evaluations_compile_no_sampling_program(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their programs are compiled before step 0. No other test samples as many tokens, so none is
-    cached."""
+    """Their programs are compiled before step 0. No other test samples this number of tokens, so no
+    program is in the cache already."""
     num_compiled: list[int] = []
     evaluate = evaluator.evaluate_benchmark
     with record_compiles() as compiled:

@@ -1,4 +1,4 @@
-"""The graders: agreement with published labels, and answers written to bring them down."""
+"""Tests the graders: agreement with published labels, and hostile answers."""
 
 import itertools
 import json
@@ -38,14 +38,14 @@ def grader() -> Iterator[Grader]:
         ("<think>\n1+1=2\n</think>\n\n2", "2"),
         ("<think>\n</think> 1 <think> 2 </think> 3", "3"),
         ("no thinking: 4\n", "no thinking: 4"),
-        ("1+1=2\n</think>\n\n2", "2"),  # the prompt had opened the block
+        ("1+1=2\n</think>\n\n2", "2"),  # the prompt opened the block
         ("</think></think>", ""),
         ("<think>\n1+1=2\n", None),
         ("<think>a</think> 5 <think> again", None),
         ("", ""),
     ],
 )
-def test_final_text_is_behind_the_thinking(response: str, final: str | None) -> None:
+def test_final_text_follows_the_thinking_block(response: str, final: str | None) -> None:
     assert strip_thinking(response) == final
 
 
@@ -64,7 +64,7 @@ def test_final_text_is_behind_the_thinking(response: str, final: str | None) -> 
         ("7" * 100_000, "no_answer"),
     ],
 )
-def test_arithmetic_is_an_exact_integer(response: str, outcome: str) -> None:
+def test_arithmetic_needs_the_exact_integer(response: str, outcome: str) -> None:
     assert grade_arithmetic(response, "7") == outcome
 
 
@@ -93,11 +93,11 @@ def test_arithmetic_is_an_exact_integer(response: str, outcome: str) -> None:
         (r"\boxed{}", "42", "no_answer"),
     ],
 )
-def test_math_finds_the_answer(response: str, answer: str, outcome: str) -> None:
+def test_math_answers_are_extracted_and_compared(response: str, answer: str, outcome: str) -> None:
     assert grade_math(response, answer) == outcome
 
 
-def test_integers_are_compared_as_algebra_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_integer_comparison_agrees_with_algebra(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = ["0", "-0", "007", "7", "-7", "70", "10", "999999999999999999", "999999999999999998"]
     pairs = list(itertools.product(whole, whole))
     quick = [graders.grade_without_algebra(rf"\boxed{{{a}}}", b) for a, b in pairs]
@@ -107,7 +107,7 @@ def test_integers_are_compared_as_algebra_does(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.skipif(not LABELLED.exists(), reason="no labelled completions beside the project")
-def test_agrees_with_published_labels(grader: Grader) -> None:
+def test_grades_agree_with_published_labels(grader: Grader) -> None:
     with LABELLED.open() as lines:
         rows = [json.loads(line) for line in lines][::4]
     outcomes = grader.grade(
@@ -117,12 +117,12 @@ def test_agrees_with_published_labels(grader: Grader) -> None:
     assert len(rows) >= 600 and sum(agree) >= 0.995 * len(rows)
 
 
-# Qwen's evaluator compared "10000" with the reference 10{,}000 as texts.
+# Qwen's evaluator compared "10000" with the reference 10{,}000 as strings.
 MISLABELLED = ["math-cot100-72"]
 
 
-def test_agrees_with_labels_of_math_completions(grader: Grader, shared_data: Path) -> None:
-    """All 400, but for one whose label is wrong."""
+def test_grades_agree_with_labels_of_math_completions(grader: Grader, shared_data: Path) -> None:
+    """All 400 agree, except one whose label is wrong."""
     lines = (shared_data / "math500" / "graded_completions.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     pairs = [(text, row["answer"]) for row in rows for text in row["completions"]]
@@ -138,11 +138,11 @@ def test_agrees_with_labels_of_math_completions(grader: Grader, shared_data: Pat
     assert "error" not in outcomes and "timeout" not in outcomes
 
 
-def test_hostile_answers_come_back_in_time_and_the_pool_lives_on(grader: Grader) -> None:
+def test_hostile_answers_time_out_and_the_pool_survives(grader: Grader) -> None:
     withstand(grader, HOSTILE, 2.0)
 
 
-def test_nothing_is_executed(grader: Grader, tmp_path: Path) -> None:
+def test_answers_are_never_executed(grader: Grader, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     code = f"__import__('os').system('touch {marker}')"
     forms = [code, rf"\boxed{{{code}}}", rf"\boxed{{\text{{{code}}}}}", f"A: {code}", f"$${code}$$"]
@@ -152,13 +152,13 @@ def test_nothing_is_executed(grader: Grader, tmp_path: Path) -> None:
         f"<think>{code}</think>",
     ]
     outcomes = grader.grade(graders.MATH, forms, ["42"] * len(forms))
-    outcomes += grader.grade(graders.MATH, ["42"] * len(forms), forms)  # nor of a data file
+    outcomes += grader.grade(graders.MATH, ["42"] * len(forms), forms)  # nor those of a data file
     assert "correct" not in outcomes and not marker.exists()
 
 
-def test_parse_failure_wrong_answer_and_timeout_are_three_things(grader: Grader) -> None:
-    said = [r"\boxed{((}", r"\boxed{41}", r"\boxed{9^{9^{9^{9}}}}", "I do not know"]
-    assert grader.grade(graders.MATH, said, ["42"] * 4) == [
+def test_parse_failure_wrong_answer_and_timeout_differ(grader: Grader) -> None:
+    answers = [r"\boxed{((}", r"\boxed{41}", r"\boxed{9^{9^{9^{9}}}}", "I do not know"]
+    assert grader.grade(graders.MATH, answers, ["42"] * 4) == [
         "unparsed",
         "wrong",
         "timeout",
@@ -166,7 +166,7 @@ def test_parse_failure_wrong_answer_and_timeout_are_three_things(grader: Grader)
     ]
 
 
-def test_memory_is_bounded(grader: Grader) -> None:
+def test_grader_memory_is_bounded(grader: Grader) -> None:
     bomb: list = [20 << 30]
     rule = GradingRule(operator.mul)  # pyright: ignore[reportArgumentType]
     assert grader.grade(rule, ["x"], bomb) == ["error"]
@@ -191,7 +191,7 @@ if __name__ == "__main__":
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that nobody has waited for yet does not."""
+    """Returns whether a process runs; a zombie does not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -203,12 +203,12 @@ def alive(pid: int) -> bool:
 def test_a_hanging_worker_does_not_outlive_its_killed_parent(tmp_path: Path) -> None:
     script = tmp_path / "orphan.py"
     script.write_text(ORPHAN)
-    said = tmp_path / "said"
+    pid_file = tmp_path / "said"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with said.open("w") as file:
+    with pid_file.open("w") as file:
         command = [sys.executable, str(script)]
         code = subprocess.call(command, stdout=file, env=environment, cwd=tmp_path)
-    (pid,) = map(int, said.read_text().split())
+    (pid,) = map(int, pid_file.read_text().split())
     assert code == -9 and alive(pid)
     assert (tmp_path / "imported").read_text() == "x"  # workers do without the main module
     deadline = time.monotonic() + 1.0 + graders._GRACE_SECONDS + 10  # the last on a busy machine
@@ -217,7 +217,7 @@ def test_a_hanging_worker_does_not_outlive_its_killed_parent(tmp_path: Path) -> 
     assert not alive(pid)
 
 
-def test_a_hanging_or_dying_worker_is_replaced(grader: Grader) -> None:
+def test_hanging_and_dying_workers_are_replaced(grader: Grader) -> None:
     rule = GradingRule(operator.call)  # pyright: ignore[reportArgumentType]  # f(x) of f, x
     calls, arguments = [time.sleep, os._exit, operator.neg, str], [60, 1, "x", "correct"]
     outcomes = grader.grade(rule, calls, arguments)  # pyright: ignore[reportArgumentType]
@@ -225,7 +225,7 @@ def test_a_hanging_or_dying_worker_is_replaced(grader: Grader) -> None:
     assert grader.grade(graders.MATH, ["#### 42.0"], ["42"]) == ["correct"]
 
 
-def test_integers_start_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_integer_answers_start_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     with Grader() as grader:
         monkeypatch.setattr(grader, "_pool", None)
         assert grader.grade(graders.ARITHMETIC, ["7", "8"], ["7", "7"]) == ["correct", "wrong"]
@@ -246,5 +246,7 @@ def test_integers_start_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         (ifeval.INSTRUCTIONS, "{}", True),
     ],
 )
-def test_answers_that_can_be_compared_with(rule: GradingRule, answer: str, can: bool) -> None:
+def test_reference_answers_are_checked_for_gradability(
+    rule: GradingRule, answer: str, can: bool
+) -> None:
     assert rule.is_gradable(answer) is can

@@ -1,4 +1,4 @@
-"""The official checkers, against labels that were published with their responses."""
+"""Tests the official IFEval checkers against labels published with their responses."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from tests.support.verbs import call, read, verb_module, write
 
 evaluate = verb_module("evaluate")
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # those of lm-eval and what it imports
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of lm-eval and its imports
 
 COMMA = {
     "key": 7,
@@ -23,7 +23,7 @@ COMMA = {
 }
 
 
-# Lower case is checked together with the language, which must be told from something.
+# Lower case is checked together with the language, which needs some text to detect.
 YES = "the answer to your question is yes and this is all there is to say"
 
 
@@ -32,14 +32,17 @@ def installed() -> None:
     pytest.importorskip("lm_eval", reason="lm_eval is not installed")
 
 
-def test_published_labels(installed: None, shared_data: Path, tmp_path: Path) -> None:
-    """Strict and loose, of each instruction; those that need nltk's data where it is there."""
+def test_ifeval_grades_equal_published_labels(
+    installed: None, shared_data: Path, tmp_path: Path
+) -> None:
+    """Strict and loose grades of each instruction; those that need nltk's data only if it is
+    there."""
     published = read(shared_data / "ifeval" / "graded_responses.jsonl")
     out = tmp_path / "out"
     stored = shared_data / "ifeval" / "graded_responses.jsonl"
     assert call(evaluate, "--benchmark=ifeval", f"--responses={stored}", f"--out={out}") == 0
-    found, checked, prompts = read(out / "examples.jsonl"), 0, 0
-    for row, ours in zip(published, found, strict=True):
+    graded, checked, prompts = read(out / "examples.jsonl"), 0, 0
+    for row, ours in zip(published, graded, strict=True):
         assert ours["id"] == str(row["key"])
         for way in ("strict", "loose"):
             for name, label, expected in zip(
@@ -59,7 +62,7 @@ def test_published_labels(installed: None, shared_data: Path, tmp_path: Path) ->
     assert summary["unchecked"] * 2 + checked == 2 * sum(len(row["strict"]) for row in published)
 
 
-def test_published_prompts_are_problems(shared_data: Path, monkeypatch) -> None:
+def test_published_prompts_load_as_problems(shared_data: Path, monkeypatch) -> None:
     task = dataclasses.replace(tasks.BENCHMARKS["ifeval"], require_installed=lambda: None)
     monkeypatch.setitem(tasks.BENCHMARKS, "ifeval", task)
     source = str(shared_data / "ifeval" / "prompts.jsonl")
@@ -84,13 +87,16 @@ def test_published_prompts_are_problems(shared_data: Path, monkeypatch) -> None:
         ("", "wrong", [False, False], [False, False]),
     ],
 )
-def test_grade(installed: None, response: str, outcome: str, strict: list, loose: list) -> None:
-    found = ifeval.grade_instructions(response, ifeval.make_answer(COMMA, "x"))
-    assert found == {"outcome": outcome, "strict": strict, "loose": loose}
+def test_strict_and_loose_grades_of_instructions(
+    installed: None, response: str, outcome: str, strict: list, loose: list
+) -> None:
+    graded = ifeval.grade_instructions(response, ifeval.make_answer(COMMA, "x"))
+    assert graded == {"outcome": outcome, "strict": strict, "loose": loose}
 
 
-def test_without_nltks_data(installed: None, monkeypatch) -> None:
-    """What needs it is not guessed at; an evaluation of a model that needs it is not begun."""
+def test_instructions_that_need_nltk_data_are_not_guessed(installed: None, monkeypatch) -> None:
+    """Without the data they have no grade, and an evaluation that samples from a model is
+    refused."""
     monkeypatch.setattr(ifeval, "_has_punkt", lambda: False)
     row = COMMA | {
         "instruction_id_list": [*COMMA["instruction_id_list"], ifeval.NEED_PUNKT[0]],
@@ -104,7 +110,7 @@ def test_without_nltks_data(installed: None, monkeypatch) -> None:
     }
     assert (
         ifeval.grade_instructions(YES + ", sir", answer)["outcome"] == "wrong"
-    )  # whatever the third would be
+    )  # whatever the third one would be
     problem: problems.Record = {"id": 1, "question": "q", "answer": answer}
     with pytest.raises(UserError, match="1 of the problems are checked with nltk's data"):
         problems.check_gradable("ifeval", [("x", problem)])
@@ -112,7 +118,7 @@ def test_without_nltks_data(installed: None, monkeypatch) -> None:
     problems.check_gradable("ifeval", [("x", easy)])
 
 
-def test_not_installed_is_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_missing_lm_eval_is_reported_in_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(ifeval.importlib.util, "find_spec", lambda name: None)
     stored = write(tmp_path / "stored.jsonl", [COMMA | {"response": "yes"}])
     flags = ("--benchmark=ifeval", f"--responses={stored}", f"--out={tmp_path / 'out'}")
@@ -131,13 +137,13 @@ def test_not_installed_is_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
         ({"kwargs": [{}]}, "kwargs is not a list of one object for each instruction"),
     ],
 )
-def test_rows_of_another_form(changes: dict, words: str) -> None:
+def test_rows_without_instructions_are_refused(changes: dict, words: str) -> None:
     with pytest.raises(UserError) as error:
         ifeval.make_answer(COMMA | changes, "file:3")
     assert str(error.value).startswith("file:3: ") and words in str(error.value)
 
 
-def test_the_grader_takes_it(installed: None) -> None:
+def test_grader_pool_grades_instructions(installed: None) -> None:
     with graders.Grader(workers=1) as grader:
         outcomes = grader.grade(
             ifeval.INSTRUCTIONS, [YES, "No, no"], [ifeval.make_answer(COMMA, "x")] * 2

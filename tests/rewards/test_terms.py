@@ -1,4 +1,4 @@
-"""Reward terms, one by one, and that what is not right earns nothing."""
+"""Tests reward terms one by one, and that wrong answers earn nothing."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def test_a_truncated_response_is_never_rewarded_as_finished():
 
 
 @pytest.mark.parametrize("outcome", ["wrong", "no_answer", "timeout", "error"])
-def test_only_a_right_answer_is_correct(outcome):
+def test_only_correct_answers_are_rewarded(outcome):
     assert terms.accuracy_reward(changed(outcome=outcome)) == 0
 
 
@@ -38,7 +38,7 @@ def test_only_a_right_answer_is_correct(outcome):
     ("text", "thinking", "expected"),
     [
         ("<think>\n1\n</think>\n\n2", True, True),
-        ("1\n</think>\n\n2", True, True),  # the template had opened the block
+        ("1\n</think>\n\n2", True, True),  # the template opened the block
         ("  <think></think>2", True, True),
         ("<think>1", True, False),
         ("2", True, False),
@@ -49,7 +49,9 @@ def test_only_a_right_answer_is_correct(outcome):
         ("<think></think> 2", False, False),
     ],
 )
-def test_well_formed(text: str, thinking: bool, expected: bool) -> None:
+def test_well_formed_responses_close_their_thinking(
+    text: str, thinking: bool, expected: bool
+) -> None:
     assert terms.is_well_formed(text, thinking) == expected
 
 
@@ -57,7 +59,7 @@ def test_well_formed(text: str, thinking: bool, expected: bool) -> None:
     ("thinking", "text", "value"),
     [
         (True, "<think>a</think>b", 1),
-        (True, "a</think>b", 1),  # the template had opened it
+        (True, "a</think>b", 1),  # the template opened it
         (True, "<think>a</think>", 0),
         (True, "<think>a</think> \n", 0),
         (True, "<think>a b", 0),
@@ -70,23 +72,23 @@ def test_well_formed(text: str, thinking: bool, expected: bool) -> None:
         (False, "<think>a</think>b", 0),
     ],
 )
-def test_format(thinking, text, value):
+def test_format_reward(thinking, text, value):
     assert terms.format_reward(changed(thinking=thinking, text=text)) == value
 
 
 @pytest.mark.parametrize(
     ("count", "value"), [(1, 0), (80, 0), (85, -0.25), (90, -0.5), (100, -1), (200, -1)]
 )
-def test_length_counts_tokens_not_characters(count, value):
-    """Pitfall 32: the penalty of DAPO is about tokens."""
+def test_length_penalty_counts_tokens_not_characters(count, value):
+    """DAPO defines the penalty on tokens."""
     assert terms.overlong_reward(changed(tokens=[7] * count, text="x" * 10_000)) == value
 
 
-def test_length_without_a_margin_is_no_penalty():
+def test_length_without_a_margin_has_no_penalty():
     assert terms.overlong_reward(changed(tokens=[1] * 100, margin=0)) == 0
 
 
-def test_repetition():
+def test_repetition_penalty():
     assert terms.repetition_reward(changed(tokens=list(range(500)))) == 0
     assert terms.repetition_reward(changed(tokens=[1, 2, 3])) == 0
     looped = terms.repetition_reward(changed(tokens=[1, 2, 3, 4] * 50))

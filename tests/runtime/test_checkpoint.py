@@ -1,4 +1,4 @@
-"""Checkpoints: round trips, damage, and processes that die."""
+"""Tests checkpoints: round trips, damage, and processes that die."""
 
 import shutil
 import signal
@@ -47,41 +47,41 @@ def test_round_trip_onto_another_sharding(tmp_path):
     other = mesh(2, 4)
     with Checkpoints(tmp_path) as saved:
         assert saved.read_latest() == (3, {"stage": "opd", "number": 3})
-        found = saved.restore(abstract(state(), other))
-    assert found is not None
-    restored, meta = found
+        result = saved.restore(abstract(state(), other))
+    assert result is not None
+    restored, meta = result
     assert meta == {"stage": "opd", "number": 3}
     same(restored, state(3))
     kernel = restored["params"]["layers"]["kernel"]
     assert kernel.sharding.is_equivalent_to(NamedSharding(other, P("b", "a")), 2)
 
 
-def test_bfloat16_and_some_entries_only(tmp_path):
+def test_bfloat16_and_partial_restores(tmp_path):
     tree = {"params": state(1, dtype=jnp.bfloat16)["params"], "step": jnp.int32(1)}
     with Checkpoints(tmp_path, save_interval_steps=1, max_to_keep=2) as saved:
         saved.save(1, tree, {})
     with Checkpoints(tmp_path) as saved:
-        found = saved.restore({"params": abstract(tree["params"])}, step=1)
-    assert found is not None
-    same(found[0], {"params": tree["params"]})
+        result = saved.restore({"params": abstract(tree["params"])}, step=1)
+    assert result is not None
+    same(result[0], {"params": tree["params"]})
 
 
 def test_saved_state_may_be_donated(tmp_path):
-    """Both ways: the state after save returns, and what restore hands back."""
+    """The state may be donated after save returns, and so may a restored one."""
     tree = state(1)
     bump = jax.jit(lambda t: jax.tree.map(lambda x: x + 1, t), donate_argnums=0)
     with Checkpoints(tmp_path, save_interval_steps=1, max_to_keep=2) as saved:
         saved.save(1, tree, {})
         bump(tree)
     with Checkpoints(tmp_path) as saved:
-        found = saved.restore(abstract(state(1)))
-    assert found is not None
-    same(found[0], state(1))
-    bump(found[0])
-    assert all(x.is_deleted() for x in jax.tree.leaves(found[0]))
+        result = saved.restore(abstract(state(1)))
+    assert result is not None
+    same(result[0], state(1))
+    bump(result[0])
+    assert all(x.is_deleted() for x in jax.tree.leaves(result[0]))
 
 
-def test_every_keep_and_force(tmp_path):
+def test_save_interval_max_to_keep_and_forced_saves(tmp_path):
     with Checkpoints(tmp_path, save_interval_steps=2, max_to_keep=2) as saved:
         done = [step for step in range(1, 8) if saved.save(step, state(step), {}, force=step == 7)]
         assert done == [2, 4, 6, 7]
@@ -91,7 +91,7 @@ def test_every_keep_and_force(tmp_path):
     assert {p.name for p in tmp_path.iterdir() if p.name.isdigit()} == {"6", "7"}
 
 
-def test_nothing_there(tmp_path):
+def test_restore_from_an_empty_directory_is_none(tmp_path):
     with Checkpoints(tmp_path / "absent") as saved:
         assert saved.read_latest() is None
         assert saved.restore(abstract(state())) is None
@@ -135,7 +135,7 @@ def lose_item(step):
 
 
 @pytest.mark.parametrize("damage", [cut, lose, flip_data, flip_about, cut_about, lose_item])
-def test_damage_falls_back_and_says_so(tmp_path, capsys, damage):
+def test_damaged_checkpoint_falls_back_to_an_earlier_one(tmp_path, capsys, damage):
     save(tmp_path, 1, 2)
     damage(tmp_path / "2")
     with Checkpoints(tmp_path, save_interval_steps=1, max_to_keep=5) as saved:
@@ -143,19 +143,19 @@ def test_damage_falls_back_and_says_so(tmp_path, capsys, damage):
         assert found is not None
         assert found[1]["number"] == 1
         same(found[0], state(1))
-        said = capsys.readouterr().err
-        assert f"{tmp_path / '2'}: damaged (" in said
-        assert (tmp_path / "2").is_dir()  # evidence, until the run comes by again
+        errors = capsys.readouterr().err
+        assert f"{tmp_path / '2'}: damaged (" in errors
+        assert (tmp_path / "2").is_dir()  # kept as evidence until the run reaches that step again
         assert saved.save(2, state(20), {"number": 20})
     with Checkpoints(tmp_path) as saved:
         found = saved.restore(abstract(state()))
     assert found is not None
     assert found[1]["number"] == 20
     same(found[0], state(20))
-    assert capsys.readouterr().err.count("damaged") == 1  # of the replacement
+    assert capsys.readouterr().err.count("damaged") == 1  # that of the replacement
 
 
-def test_all_damaged_is_no_fresh_start(tmp_path):
+def test_a_run_with_only_damaged_checkpoints_does_not_restart(tmp_path):
     save(tmp_path, 1, 2)
     for step in ("1", "2"):
         cut(tmp_path / step)
@@ -163,8 +163,8 @@ def test_all_damaged_is_no_fresh_start(tmp_path):
         saved.restore(abstract(state()))
 
 
-def test_another_state_is_refused(tmp_path):
-    """A changed config is the user's to mend; it is no damage, and nothing is passed over."""
+def test_restoring_another_state_is_refused(tmp_path):
+    """A changed config is a user error, not damage: no earlier checkpoint is tried."""
     save(tmp_path, 1)
     with Checkpoints(tmp_path) as saved:
         half = jax.tree.map(
@@ -198,21 +198,21 @@ time.sleep(60)
 """
 
 
-def test_killed_while_saving(tmp_path):
+def test_a_kill_while_saving_leaves_a_valid_checkpoint(tmp_path):
     code = KILLED.format(directory=str(tmp_path), delay=0.01)
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -signal.SIGKILL
     with Checkpoints(tmp_path, save_interval_steps=1, max_to_keep=5) as saved:
-        found = saved.restore(abstract(state()))
-        assert found is not None
-        step = int(found[0]["step"])
-        assert step in (1, 2)  # 2 if the save was quicker than the kill
-        same(found[0], state(step))
+        result = saved.restore(abstract(state()))
+        assert result is not None
+        step = int(result[0]["step"])
+        assert step in (1, 2)  # 2 if saving was quicker than the kill
+        same(result[0], state(step))
         assert not list(tmp_path.glob("*tmp*"))
         saved.save(3, state(3), {})
 
 
-def test_a_failed_last_save_is_raised_on_leaving(tmp_path):
-    """A full disk shows only behind `save`, in its thread."""
+def test_a_failed_last_save_is_raised_on_exit(tmp_path):
+    """A full disk is only noticed after `save` returns, in its thread."""
     code = f"""
 import resource, signal, sys
 import jax
@@ -263,7 +263,7 @@ with Checkpoints({directory!r}, every=1, keep=5) as saved:
 """
 
 
-def test_two_processes_agree_on_what_is_damaged(tmp_path):
+def test_two_processes_agree_on_damaged_checkpoints(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -279,4 +279,4 @@ def test_two_processes_agree_on_what_is_damaged(tmp_path):
             process.kill()
     assert [process.returncode for process in both] == [0, 0], "\n".join(said)
     assert "/2: damaged (params: " in said[0]
-    assert "damaged" not in said[1]  # process 0 speaks
+    assert "damaged" not in said[1]  # process 0 reports

@@ -1,4 +1,4 @@
-"""Exit codes and the one line, as a user meets them."""
+"""Tests exit codes and one-line errors as users see them."""
 
 import os
 import signal
@@ -59,7 +59,8 @@ def get_config(arg=""):
 
 @pytest.fixture(scope="module")
 def verb(tmp_path_factory):
-    """Runs the verb in a process of its own; returns (exit code, stdout, stderr)."""
+    """Returns a function that runs the verb in its own process; returns (exit code, stdout,
+    stderr)."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "verb.py").write_text(VERB)
     (folder / "x.py").write_text(CONFIG)
@@ -81,7 +82,7 @@ def verb(tmp_path_factory):
 GOOD = ("--config=x.py", "--workdir=w")
 
 
-def test_success(verb):
+def test_a_verb_prints_its_result_and_exits_with_0(verb):
     code, out, err = verb(*GOOD, "--config.optim.rate=2", "--config.sizes=(3,)", "--side=right")
     assert (code, out, err) == (0, "rate 2.0 sizes (3,) right\n", "")
 
@@ -106,7 +107,7 @@ def test_success(verb):
         ([*GOOD, "--config.optim.rate=13"], "config.optim.rate: 13 is unlucky"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_2(verb, args, line):
+def test_user_errors_are_one_line_and_exit_with_2(verb, args, line):
     code, out, err = verb(*args)
     assert (code, out) == (2, ""), err
     assert err.startswith("error: ") and err.count("\n") == 1
@@ -118,15 +119,15 @@ def test_a_bug_keeps_its_traceback(verb):
     assert code == 1 and "Traceback" in err and "RuntimeError: a bug" in err
 
 
-def test_the_verbs_own_exit_code(verb):
+def test_a_verb_may_return_its_own_exit_code(verb):
     assert verb(*GOOD, "--config.optim.rate=16") == (1, "", "")
 
 
-def test_interrupted(verb):
+def test_an_interrupt_exits_with_130_and_one_line(verb):
     assert verb(*GOOD, "--config.optim.rate=15") == (128 + signal.SIGINT, "", "interrupted\n")
 
 
-def test_help(verb):
+def test_help_lists_the_flags(verb):
     code, out, err = verb("--help")
     assert (code, err) == (0, "")
     assert out.startswith("A verb for the test.")
@@ -134,22 +135,25 @@ def test_help(verb):
         assert flag in out
 
 
-def test_several_cpu_devices_have_threads_enough(monkeypatch):
-    """More than devices, so that collectives cannot wait for each other; the user's number wins."""
+def test_several_cpu_devices_get_enough_threads(monkeypatch):
+    """There are more threads than devices, so that collectives cannot deadlock; a number set by the
+    user wins."""
     monkeypatch.delenv("NPROC")
     monkeypatch.setattr(sys, "argv", ["verb"])
-    for devices, asked, threads in [
+    for devices, requested, threads in [
         ("8", None, "32"),
         ("1", None, None),
         ("", None, None),
         ("8", "5", "5"),
     ]:
         monkeypatch.setenv("JAX_NUM_CPU_DEVICES", devices)
-        monkeypatch.setenv("NPROC", asked) if asked else monkeypatch.delenv("NPROC", raising=False)
+        monkeypatch.setenv("NPROC", requested) if requested else monkeypatch.delenv(
+            "NPROC", raising=False
+        )
         cli.run(lambda: None, FlagValues())
         assert os.environ.get("NPROC") == threads
 
 
-def test_no_jax():
+def test_importing_cli_loads_no_jax():
     code = "import sys; from distill.runtime import cli; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

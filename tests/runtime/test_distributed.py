@@ -1,4 +1,4 @@
-"""What processes agree on and how flags name them; that buckets' paths stay what they are."""
+"""Tests how processes agree and how flags describe them, and paths in buckets."""
 
 import importlib.util
 import json
@@ -22,14 +22,14 @@ from tests.support.processes import run
 
 
 def options(*words: str) -> flags.FlagValues:
-    found = flags.FlagValues()
-    distributed.define_flags(found)
-    found(["verb", *words])
-    return found
+    values = flags.FlagValues()
+    distributed.define_flags(values)
+    values(["verb", *words])
+    return values
 
 
 @pytest.mark.parametrize(
-    "words, told",
+    "words, message",
     [
         (["--num_processes=2", "--process_id=1"], "--coordinator_address: is needed"),
         (["--coordinator_address=here"], "HOST:PORT, or auto"),
@@ -40,12 +40,12 @@ def options(*words: str) -> flags.FlagValues:
         ),
     ],
 )
-def test_flags_that_name_no_run(words: list[str], told: str) -> None:
-    with pytest.raises(UserError, match=told), distributed.join_processes(options(*words)):
+def test_incomplete_process_flags_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message), distributed.join_processes(options(*words)):
         raise AssertionError("joined")
 
 
-def test_alone_nothing_is_asked_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_process_calls_no_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: 1 / 0)
     with distributed.join_processes(options()):
         assert distributed.broadcast_from_primary(lambda: [1.5, None, "x"]) == [1.5, None, "x"]
@@ -53,14 +53,14 @@ def test_alone_nothing_is_asked_of_others(monkeypatch: pytest.MonkeyPatch) -> No
         assert distributed.reduce_means({"a": (3, 2), "b": (0, 0)}) == {"a": 1.5}
 
 
-def test_a_slice_of_several_hosts_is_not_driven_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_on_a_multi_host_slice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(UserError, match=r"4 hosts.*--coordinator_address=auto"):
         distributed.join_processes(options()).__enter__()
 
 
 def test_two_processes_train(tmp_path: Path) -> None:
-    """One step by two processes of a device each; only one writes, and both end well."""
+    """Trains one step with two processes of one device each; only one writes, and both succeed."""
     words = ["--config=configs/conditions.py:opd,tiny", f"--workdir={tmp_path / 'run'}"]
     words += ["--config.mesh.fsdp=-1", "--config.opd.steps=1"]
     run("train", 2, 1, tmp_path / "log", words)
@@ -70,18 +70,18 @@ def test_two_processes_train(tmp_path: Path) -> None:
     assert about["devices"]["processes"] == 2 and about["devices"]["count"] == 2
 
 
-def installed(monkeypatch: pytest.MonkeyPatch, package: str, there: bool) -> None:
+def pretend_installed(monkeypatch: pytest.MonkeyPatch, package: str, present: bool) -> None:
     find = importlib.util.find_spec
 
-    def found(name: str, *more: Any) -> Any:
-        return there or None if name == package else find(name, *more)
+    def find_spec(name: str, *more: Any) -> Any:
+        return present or None if name == package else find(name, *more)
 
-    monkeypatch.setattr(importlib.util, "find_spec", found)
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
 
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> MemoryFileSystem:
-    """gs:// in this process's memory, where as on a bucket nothing can be appended to."""
+    """Keeps gs:// in memory; as in a bucket, files cannot be appended to."""
 
     class Bucket(MemoryFileSystem):
         protocol = ("gs", "gcs")
@@ -92,76 +92,76 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> MemoryFileSystem:
             assert "a" not in mode, f"{path} is appended to"
             return super()._open(path, mode, **named)
 
-    held = Bucket()
+    bucket = Bucket()
     original = fsspec.filesystem
 
     def filesystem(name: str, **named: Any) -> Any:
-        return held if name in ("gs", "gcs") else original(name, **named)
+        return bucket if name in ("gs", "gcs") else original(name, **named)
 
     monkeypatch.setattr(fsspec, "filesystem", filesystem)
-    installed(monkeypatch, "gcsfs", True)
+    pretend_installed(monkeypatch, "gcsfs", True)
     backend._FileSystemSpecBackend._get_filesystem.cache_clear()
-    yield held
+    yield bucket
     backend._FileSystemSpecBackend._get_filesystem.cache_clear()
 
 
-def test_files_of_a_run_on_a_bucket(
+def test_run_files_are_written_to_a_bucket(
     memory: MemoryFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    at, c = "gs://bucket/run", quickstart.get_config("tiny")
-    loop.init_workdir(run_files.epath.Path(at), c)
-    with run_files.Writer(at, 0) as writer:
+    workdir, c = "gs://bucket/run", quickstart.get_config("tiny")
+    loop.init_workdir(run_files.epath.Path(workdir), c)
+    with run_files.Writer(workdir, 0) as writer:
         for step in range(3):
             writer.write(step, "opd", {"x": step / 3})
-        assert not memory.exists("gs://bucket/run/metrics.jsonl")  # yet
+        assert not memory.exists("gs://bucket/run/metrics.jsonl")  # not yet
         writer.flush()
         assert memory.cat("gs://bucket/run/metrics.jsonl").count(b"\n") == 3
         writer.write_rollouts(1, [{"text": "a"}])
-    with run_files.Writer(at, 2) as writer:  # step 2 is done again
+    with run_files.Writer(workdir, 2) as writer:  # step 2 is repeated
         writer.write(2, "opd", {"x": None})
     lines = memory.cat("gs://bucket/run/metrics.jsonl").decode().splitlines()
     assert [json.loads(line)["x"] for line in lines] == [0, 1 / 3, None]
     assert memory.cat("gs://bucket/run/rollouts/000001.jsonl") == b'{"text": "a"}\n'
-    assert hub.is_run(at)
-    with Checkpoints(f"{at}/checkpoints") as saved:
-        assert str(saved._directory) == f"{at}/checkpoints" and saved.read_latest() is None
+    assert hub.is_run(workdir)
+    with Checkpoints(f"{workdir}/checkpoints") as saved:
+        assert str(saved._directory) == f"{workdir}/checkpoints" and saved.read_latest() is None
     with pytest.raises(UserError, match="another config"):
         c.seed = 5
-        loop.init_workdir(run_files.epath.Path(at), c)
-    assert not list(tmp_path.iterdir())  # no folder called gs:
+        loop.init_workdir(run_files.epath.Path(workdir), c)
+    assert not list(tmp_path.iterdir())  # no folder named gs:
 
 
 @pytest.mark.parametrize("path", ["gs:/bucket/run", "s3://bucket/run"])
-def test_what_is_no_bucket(path: str) -> None:
+def test_malformed_bucket_paths_are_refused(path: str) -> None:
     with pytest.raises(UserError, match=r"--workdir=.*neither a local path nor gs://BUCKET/PATH"):
         loop.run(quickstart.get_config("tiny"), path)
 
 
-def test_gcsfs_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed(monkeypatch, "gcsfs", False)
+def test_bucket_paths_need_gcsfs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_installed(monkeypatch, "gcsfs", False)
     with pytest.raises(UserError, match="--workdir=gs://b/x: needs gcsfs"):
         loop.run(quickstart.get_config("tiny"), "gs://b/x")
 
 
-def test_a_second_run_finds_its_programs(
+def test_a_second_run_loads_programs_from_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(xla, "MIN_COMPILE_SECONDS", 0.0)
-    kept = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    cache_dir = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     try:
         xla.init_compilation_cache(str(tmp_path / "cache"))
-        told = []
+        lines = []
         for _ in range(2):
             jax.clear_caches()
             with xla.CompileMonitor() as programs:
                 jax.jit(lambda x: (x @ x.T).sum())(jax.numpy.ones((8, 8))).block_until_ready()
                 assert programs.report_compiles("step 0", 0.0) > 0
                 assert programs.report_compiles("step 1", 0.0) == 0
-            told.append(capsys.readouterr().err.splitlines()[0])
+            lines.append(capsys.readouterr().err.splitlines()[0])
         assert list((tmp_path / "cache").iterdir())
-        assert "0 of them from the cache" in told[0]
-        count = told[1].split("compiled ")[1].split()[0]
-        assert f"{count} programs" in told[1] and f"{count} of them from the cache" in told[1]
+        assert "0 of them from the cache" in lines[0]
+        count = lines[1].split("compiled ")[1].split()[0]
+        assert f"{count} programs" in lines[1] and f"{count} of them from the cache" in lines[1]
     finally:
-        xla.init_compilation_cache(kept or "")
+        xla.init_compilation_cache(cache_dir or "")

@@ -1,7 +1,7 @@
-"""Flags for GPUs: where they are set, what they leave alone, and that XLA knows them in time; and
-what the programs of a step are compiled to, for an H100 that is not there.
+"""Tests XLA's flags for GPUs, that XLA accepts them and reads them in time, and the programs of a
+step compiled for an H100, which need not be present.
 
-The latter wants NVIDIA's compiler, `pip install "jax-cuda12-plugin[with-cuda]"` of jax's version.
+The latter needs NVIDIA's compiler: `pip install "jax-cuda12-plugin[with-cuda]"` of jax's version.
 """
 
 import functools
@@ -26,7 +26,7 @@ from distill.runtime import mesh as mesh_lib
 from models.layers import grouped
 from tests.support.paths import ROOT
 
-# An H100 as XLA is told of it, by openxla/xla, xla/backends/gpu/target_config/specs/h100_sxm.txtpb.
+# An H100 as XLA describes it: openxla/xla, xla/backends/gpu/target_config/specs/h100_sxm.txtpb.
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -45,7 +45,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine on which the CUDA plugin is installed."""
+    """A machine with the CUDA plugin installed."""
     (tmp_path / "jax_cuda13_plugin").mkdir()
     (tmp_path / "jax_cuda13_plugin" / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -53,7 +53,9 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XLA_FLAGS", "")
 
 
-def test_flags(plugin: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_flags_are_added_and_users_flags_kept(
+    plugin: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gpu.set_xla_flags()
     assert os.environ["XLA_FLAGS"] == "--xla_gpu_enable_latency_hiding_scheduler=true"
     gpu.set_xla_flags(deterministic=True)
@@ -67,18 +69,18 @@ def test_flags(plugin: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("platforms", "there"),
+    ("platforms", "expected"),
     [("", True), ("cuda", True), ("cuda,cpu", True), ("cpu", False), ("tpu", False)],
 )
-def test_only_where_a_gpu_is_expected(
-    plugin: None, monkeypatch: pytest.MonkeyPatch, platforms: str, there: bool
+def test_flags_are_set_only_if_a_gpu_is_expected(
+    plugin: None, monkeypatch: pytest.MonkeyPatch, platforms: str, expected: bool
 ) -> None:
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
     gpu.set_xla_flags()
-    assert bool(os.environ["XLA_FLAGS"]) == there
+    assert bool(os.environ["XLA_FLAGS"]) == expected
 
 
-def test_no_plugin_no_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_flags_are_set_without_a_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setattr(gpu, "GPU_PLUGINS", ("no_such_plugin",))
     monkeypatch.setenv("XLA_FLAGS", "")
@@ -86,9 +88,9 @@ def test_no_plugin_no_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["XLA_FLAGS"] == ""
 
 
-def test_xla_knows_them_and_reads_them_in_time() -> None:
-    """Set after `train` is imported, before it looks for devices: XLA, which ends a process whose
-    flags it does not know, takes these and refuses another."""
+def test_xla_accepts_the_flags_set_after_importing_train() -> None:
+    """Flags are set after `train` is imported and before devices are looked up. XLA ends a process
+    with unknown flags: it accepts these and refuses another."""
     code = (
         "import os, sys, importlib; train = importlib.import_module('distill.train');"
         "from distill.runtime import gpu;"
@@ -113,46 +115,53 @@ def test_xla_knows_them_and_reads_them_in_time() -> None:
 
 @pytest.fixture(scope="module")
 def devices() -> list[Any]:
-    """The H100 that is not there."""
+    """Returns the description of an H100."""
     if not any(importlib.util.find_spec(name) for name in gpu.GPU_PLUGINS):
         pytest.skip("no CUDA plugin for JAX")
     try:
-        told = {"target_config": H100, "topology": "1x1x1"}
-        return list(topologies.get_topology_desc("h100", "cuda", **told).devices)
+        options = {"target_config": H100, "topology": "1x1x1"}
+        return list(topologies.get_topology_desc("h100", "cuda", **options).devices)
     except Exception as error:  # the plugin raises many kinds
         pytest.skip(f"the CUDA plugin does not compile without a GPU: {error}")
 
 
 @pytest.fixture(scope="module")
 def compiled(devices: list[Any]) -> dict[str, tuple[Any, hlo.Costs, str]]:
-    """Decoding, scoring and the update of 0.6B from 1.7B on an H100: 8 rows of 1,024 tokens."""
+    """Compiles decoding, scoring and the update of 0.6B from 1.7B for an H100, 8 rows of 1,024
+    tokens."""
     c = base.get_config()
     c.student.path, c.teacher.path = "Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B"
     c.opd.batch_size, c.opd.max_prompt_tokens, c.opd.max_response_tokens = 8, 256, 768
     mesh, teacher_mesh = mesh_lib.make_meshes(c, devices)
     stage = fit.describe_stage(c, "opd", mesh, teacher_mesh)
-    found = {}
+    programs_by_name = {}
     with mesh_lib.use_mesh(mesh), jax.default_matmul_precision(None):
         for call in programs.list_stage_calls(stage):
             if call.name in ("decode", "score", "accumulate"):
-                of = call.lower().compile()
-                found[call.name] = of, hlo.parse_costs(of.as_text()), of.as_text()
-    return found
+                executable = call.lower().compile()
+                programs_by_name[call.name] = (
+                    executable,
+                    hlo.parse_costs(executable.as_text()),
+                    executable.as_text(),
+                )
+    return programs_by_name
 
 
 @pytest.mark.long
 def test_decoding_reads_weights_and_cache_once(compiled) -> None:
-    """And holds neither twice. With weights and cache stacked it was 2.7 to 5.8 times."""
+    """It has no second copy of either. With stacked weights and cache it read 2.7 to 5.8 times as
+    much."""
     program, costs, _ = compiled["decode"]
     memory = program.memory_analysis()
-    assert costs.open_loops == 1  # one step of the loop is counted
+    assert costs.open_loops == 1  # one iteration of the loop is counted
     assert costs.hbm_bytes < 1.15 * memory.argument_size_in_bytes
     assert memory.temp_size_in_bytes < 2**27
 
 
 @pytest.mark.long
-def test_attention_is_cudnns_by_lengths(compiled) -> None:
-    """Each key-value head once, and no mask: the bias would be [8, 1, 1024, 1024]."""
+def test_attention_uses_cudnn_without_a_mask(compiled) -> None:
+    """Key-value heads are not repeated, and there is no mask: the bias would be [8, 1, 1024,
+    1024]."""
     for name in ("score", "accumulate"):
         text = compiled[name][2]
         assert "__cudnn$fmhaSoftmax" in text and "[8,1,1024,1024]" not in text
@@ -161,8 +170,8 @@ def test_attention_is_cudnns_by_lengths(compiled) -> None:
 
 
 @pytest.mark.long
-def test_the_loss_holds_a_chunk_of_logits(compiled) -> None:
-    """Not of all 8,192 tokens; and casts the head once, not for each chunk."""
+def test_the_loss_keeps_one_chunk_of_logits(compiled) -> None:
+    """It never has the logits of all 8,192 tokens, and casts the head once, not in each chunk."""
     _, costs, text = compiled["accumulate"]
     assert "[8,128,151936]" in text or "[1024,151936]" in text
     assert "[8,1024,151936]" not in text and "[8192,151936]" not in text
@@ -171,9 +180,9 @@ def test_the_loss_holds_a_chunk_of_logits(compiled) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_products_of_experts_are_kernels(devices: list[Any], dtype: str) -> None:
-    """Forward and both gradients, of the sizes of 30B-A3B: no row is spread over all experts (XLA's
-    own take 8 GiB here, in bfloat16), and nothing is held beside what comes out."""
+def test_expert_products_compile_to_grouped_kernels(devices: list[Any], dtype: str) -> None:
+    """Forward and both gradients at the sizes of 30B-A3B: rows are not spread over all experts
+    (XLA's own product takes 8 GiB in bfloat16), and there are no temporaries beside the outputs."""
     M, D, F, E = 8192, 2048, 768, 128
     on = SingleDeviceSharding(devices[0])
     x, dy, kernel = (
@@ -193,7 +202,7 @@ def test_products_of_experts_are_kernels(devices: list[Any], dtype: str) -> None
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
-def test_experts_of_8_bits_are_read_as_they_lie(devices: list[Any], kind: str) -> None:
+def test_8_bit_experts_are_read_without_a_copy(devices: list[Any], kind: str) -> None:
     on = SingleDeviceSharding(devices[0])
     x = jax.ShapeDtypeStruct((8192, 2048), "bfloat16", sharding=on)
     kernel = jax.ShapeDtypeStruct((128, 2048, 768), kind, sharding=on)

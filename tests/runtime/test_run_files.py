@@ -1,4 +1,4 @@
-"""Sums, files and lines of a run."""
+"""Tests the metrics, files and progress lines of a run."""
 
 import fcntl
 import json
@@ -24,20 +24,20 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_unequal_micro_batches_weigh_by_count():
+def test_micro_batches_are_averaged_by_count():
     a = {"loss": (jnp.float32(6), jnp.float32(2))}
     b = {"loss": (jnp.float32(1), jnp.float32(8))}
     mean = run_files.compute_means(jax.jit(lambda *sums: jax.tree.map(jnp.add, *sums))(a, b))
     assert float(mean["loss"]) == pytest.approx(0.7)
 
 
-def test_count_zero_is_nan_and_null():
+def test_a_count_of_zero_is_nan_and_null_in_json():
     mean = run_files.compute_means({"x": (jnp.float32(0), jnp.int32(0))})
     assert math.isnan(mean["x"])
     assert run_files.to_json(mean) == '{"x": null}'
 
 
-def test_dumps_is_finite():
+def test_json_has_null_for_non_finite_numbers():
     row = {"a": np.float32(np.inf), "b": [float("nan"), 1], "c": jnp.bfloat16(1.5), "d": (1, None)}
     assert json.loads(run_files.to_json(row)) == {
         "a": None,
@@ -47,7 +47,7 @@ def test_dumps_is_finite():
     }
 
 
-def test_wilson():
+def test_wilson_interval_matches_r():
     assert run_files.wilson_interval(0, 0) == (0.0, 1.0)
     # R: prop.test(8, 10, correct=FALSE)
     np.testing.assert_allclose(run_files.wilson_interval(8, 10), (0.4901625, 0.9433178), atol=1e-6)
@@ -57,10 +57,10 @@ def test_wilson():
     assert low == pytest.approx(0.7224672) and high == pytest.approx(1.0)
 
 
-def test_writer(tmp_path):
+def test_writer_writes_metrics_rollouts_and_tensorboard(tmp_path):
     with run_files.Writer(tmp_path / "run", 0) as writer:
         writer.write(0, "sft", {"train/loss": jnp.float32(1.5), "train/kl": float("nan")})
-        # Flushed: a reader sees the row while the run goes on.
+        # Flushed, so a reader sees the row during the run.
         assert rows(tmp_path / "run" / "metrics.jsonl") == [
             {"step": 0, "stage": "sft", "train/loss": 1.5, "train/kl": None}
         ]
@@ -71,7 +71,7 @@ def test_writer(tmp_path):
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
 
 
-def test_resume_drops_the_future(tmp_path):
+def test_resuming_drops_rows_of_later_steps(tmp_path):
     with run_files.Writer(tmp_path, 0) as writer:
         for step in range(5):
             writer.write(step, "opd", {"x": step})
@@ -95,7 +95,7 @@ def test_write_json_is_whole_or_absent(tmp_path):
     assert json.loads(path.read_text()) == {"a": 1.0}
 
 
-def test_plain_progress(capsys, monkeypatch):
+def test_progress_lines_without_a_terminal_are_rare(capsys, monkeypatch):
     monkeypatch.setattr(run_files, "_PROGRESS_SECONDS", 3600.0)
     with run_files.show_progress(10, 2, "sft") as bar:
         for done in range(3, 11):
@@ -138,7 +138,7 @@ def test_progress_bar_on_a_terminal():
     assert "4/4" in shown and "loss 0.125" in shown and "hello" in shown
 
 
-def test_environment():
+def test_environment_records_packages_devices_and_command():
     e = json.loads(run_files.to_json(environment.describe_environment()))
     assert e["packages"]["jax"] == jax.__version__
     assert e["devices"] == {"backend": "cpu", "kind": "cpu", "count": 8, "processes": 1}

@@ -1,4 +1,4 @@
-"""Answers written to bring the graders down."""
+"""Hostile answers, written to bring graders down."""
 
 import time
 
@@ -24,7 +24,7 @@ HOSTILE = {
 }
 
 
-# Each takes all the time it is given; tests/long has that.
+# Each takes all the time it gets; tests/long uses these.
 MORE_HOSTILE = {
     "deep roots": r"\boxed{" + r"\sqrt{" * 100 + "2" + "}" * 100 + "}",
     "tower": r"\boxed{2^{3^{4^{5^{6}}}}}",
@@ -35,10 +35,11 @@ MORE_HOSTILE = {
 
 
 def withstand(grader: Grader, hostile: dict[str, str], timeout: float) -> None:
-    """Every answer comes back in time, none is right, and the graders grade on."""
+    """Asserts that every answer is graded in time, that none is right, and that the graders still
+    work."""
     started = time.monotonic()
     outcomes = grader.grade(graders.MATH, list(hostile.values()), ["42"] * len(hostile))
-    # Each that is stopped costs its time and the start of a new worker.
+    # Each answer that is stopped costs its time limit and the start of a new worker.
     assert time.monotonic() - started < (timeout + 2) * len(hostile) + 10
     assert "correct" not in outcomes and set(outcomes) <= set(graders.OUTCOMES)
     assert "timeout" in outcomes

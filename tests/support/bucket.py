@@ -1,4 +1,4 @@
-"""A bucket in this process: as much of Google's JSON API as gcsfs and tensorstore ask for."""
+"""A bucket in this process: the part of Google's JSON API that gcsfs and tensorstore use."""
 
 import contextlib
 import http.server
@@ -26,8 +26,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def told(self, of: object) -> None:
-        self.answer(200, json.dumps(of).encode(), Content_Type="application/json")
+    def send_json(self, value: object) -> None:
+        self.answer(200, json.dumps(value).encode(), Content_Type="application/json")
 
     def about(self, name: str) -> dict[str, str]:
         data, generation = self.server.held[name]
@@ -45,7 +45,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def put(self, name: str, data: bytes) -> None:
         self.server.written.append(name)
         self.server.held[name] = (data, len(self.server.written))
-        self.told(self.about(name))
+        self.send_json(self.about(name))
 
     def do_GET(self) -> None:
         path, ask = self.parts()
@@ -53,11 +53,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.list(ask)
         name = self.named(path)
         if name is None:
-            return self.told({"kind": "storage#bucket", "name": "bucket", "location": "HERE"})
+            return self.send_json({"kind": "storage#bucket", "name": "bucket", "location": "HERE"})
         if name not in self.server.held:
             return self.answer(404, b"{}")
         if ask.get("alt") != "media":
-            return self.told(self.about(name))
+            return self.send_json(self.about(name))
         data, generation = self.server.held[name]
         headers = {"x_goog_generation": str(generation)}
         span = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
@@ -84,7 +84,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 folders.add(prefix + rest.split(mark)[0] + mark)
             else:
                 items.append(self.about(name))
-        self.told({"kind": "storage#objects", "items": items, "prefixes": sorted(folders)})
+        self.send_json({"kind": "storage#objects", "items": items, "prefixes": sorted(folders)})
 
     def do_POST(self) -> None:
         path, ask = self.parts()
@@ -102,8 +102,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             come, go = re.split("/rewriteTo/|/copyTo/", path)
             data = self.server.held[self.named(come)][0]
             self.server.held[self.named(go)] = (data, len(self.server.written))
-            return self.told({"done": True, "resource": self.about(self.named(go))})
-        self.told({})
+            return self.send_json({"done": True, "resource": self.about(self.named(go))})
+        self.send_json({})
 
     def do_PUT(self) -> None:
         name = urllib.parse.unquote(self.parts()[0].removeprefix("/session/"))
@@ -144,7 +144,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     @property
     def variables(self) -> dict[str, str]:
-        """What has gcsfs and tensorstore ask here for gs://bucket."""
+        """Returns variables that make gcsfs and tensorstore look for gs://bucket here."""
         address = f"http://localhost:{self.server_address[1]}"
         return {
             "STORAGE_EMULATOR_HOST": address,

@@ -1,4 +1,4 @@
-"""A small state to be saved, for tests and for processes that they start."""
+"""A small state to save, for tests and for processes that they start."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ def mesh(*sizes):
 
 
 def state(seed=0, where=None, dtype=jnp.float32):
-    """Parameters, AdamW's state and a step, on `where` (a mesh), the matrix split over its a."""
+    """Returns parameters, AdamW's state and a step on `where` (a mesh), the matrix split over axis
+    a."""
     key = jax.random.key(seed)
     params = {"layers": {"kernel": jax.random.normal(key, (64, 96), dtype)}, "norm": jnp.ones(7)}
     tree = {"params": params, "opt_state": TX.init(params), "step": jnp.int32(seed)}

@@ -1,4 +1,4 @@
-"""Evaluations that are killed."""
+"""Helpers for evaluations that are killed and resumed."""
 
 import json
 import random
@@ -15,11 +15,11 @@ from tests.support.verbs import write
 TIMES = ("seconds", "seconds_per_problem", "tokens_per_second", "memory")
 
 
-STOPS = [384, *range(0, 380, 19)]  # so many that some responses end before their limit
+STOPS = [384, *range(0, 380, 19)]  # enough that some responses end before their limit
 
 
 def strict(text: str) -> Any:
-    """JSON whose numbers are finite."""
+    """Parses JSON and refuses numbers that are not finite."""
 
     def refuse(constant: str):
         raise AssertionError(constant)
@@ -36,11 +36,12 @@ def untimed(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def killed(model: str, folder: Path, kills: int, problems: int, seed: int) -> None:
-    """The verb, killed without a word at random rows, again and again, ends with the file of one
-    that nobody killed. On arithmetic problems graded as mathematics, so with graders at work."""
+    """Kills the verb without warning at random rows several times; asserts that it ends with the
+    files of an undisturbed run. Arithmetic problems are graded as mathematics, so that graders are
+    at work."""
     rows = load_problems("arithmetic", "", problems)
-    asked = write(folder / "asked.jsonl", [row for _, row in rows])
-    flags = ("--benchmark=math", f"--data={asked}", "--samples=2", "--temperature=1", "--k=1,2")
+    questions = write(folder / "questions.jsonl", [row for _, row in rows])
+    flags = ("--benchmark=math", f"--data={questions}", "--samples=2", "--temperature=1", "--k=1,2")
     limits = ("--max_new_tokens=12", "--batch_size=4", "--template={question}", f"--model={model}")
 
     def start(out: str) -> subprocess.Popen:
@@ -55,22 +56,22 @@ def killed(model: str, folder: Path, kills: int, problems: int, seed: int) -> No
         return errors
 
     finish("whole")
-    draw, examples, died, at = random.Random(seed), folder / "broken" / "examples.jsonl", 0, 0
+    draw, examples, died, kill_at = random.Random(seed), folder / "broken" / "examples.jsonl", 0, 0
     for left in range(kills, 0, -1):
-        at += draw.randint(0, max(0, (2 * problems - at) // (left + 1)))
+        kill_at += draw.randint(0, max(0, (2 * problems - kill_at) // (left + 1)))
         process = start("broken")
         while process.poll() is None:
-            there = examples.read_bytes().count(b"\n") if examples.exists() else -1
-            if there >= at:
+            num_rows = examples.read_bytes().count(b"\n") if examples.exists() else -1
+            if num_rows >= kill_at:
                 time.sleep(draw.random() * 0.05)
                 process.kill()
                 break
             time.sleep(0.002)
         process.communicate()
         died += process.returncode == -9
-        at = max(at, examples.read_bytes().count(b"\n"))
+        kill_at = max(kill_at, examples.read_bytes().count(b"\n"))
     assert died >= min(kills, 2)
     finish("broken")
     assert examples.read_bytes() == (folder / "whole" / "examples.jsonl").read_bytes()
-    found, expected = (untimed(summary_of(folder / name)) for name in ("broken", "whole"))
-    assert found == expected
+    actual, expected = (untimed(summary_of(folder / name)) for name in ("broken", "whole"))
+    assert actual == expected

@@ -1,4 +1,4 @@
-"""Tiny mixtures of experts: their shapes, batches, and transformers' gradients of them."""
+"""Tiny mixtures of experts: shapes, batches, and gradients by transformers."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ EXPERTS: dict[str, Any] = {
 SHAPES = {
     "renormalised": EXPERTS,
     "not renormalised, tied": EXPERTS | {"norm_topk_prob": False, "tie_word_embeddings": True},
-    # Not renormalised: its weight would always be one, and the router's gradient zero.
+    # Not renormalised: its weight would always be one and the router's gradient zero.
     "one expert a token": EXPERTS
     | {"num_experts": 5, "num_experts_per_tok": 1, "norm_topk_prob": False},
     "all experts": EXPERTS | {"num_experts": 4, "num_experts_per_tok": 4, "head_dim": 14},
@@ -34,7 +34,7 @@ SHAPES = {
 }
 
 
-# Shapes that eight devices divide, in several ways.
+# Shapes that eight devices divide in several ways.
 EVEN: dict[str, Any] = EXPERTS | {
     "vocab_size": 128,
     "hidden_size": 32,
@@ -66,18 +66,18 @@ def batch_of(config, rows=8):
 
 
 def torch_gradients(network):
-    """By their names in a checkpoint: transformers 5 computes with fused experts."""
-    found = {}
+    """Returns gradients by checkpoint name; transformers 5 computes with fused experts."""
+    gradients = {}
     for name, parameter in network.named_parameters():
         grad = parameter.grad.numpy()
         if name.endswith("experts.gate_up_proj"):
             for i, both in enumerate(grad):
                 halves = zip(("gate", "up"), np.split(both, 2), strict=True)
                 stem = name.removesuffix("gate_up_proj")
-                found |= {f"{stem}{i}.{half}_proj.weight": part for half, part in halves}
+                gradients |= {f"{stem}{i}.{half}_proj.weight": part for half, part in halves}
         elif name.endswith("experts.down_proj"):
             stem = name.removesuffix("down_proj")
-            found |= {f"{stem}{i}.down_proj.weight": part for i, part in enumerate(grad)}
+            gradients |= {f"{stem}{i}.down_proj.weight": part for i, part in enumerate(grad)}
         else:
-            found[name] = grad
-    return found
+            gradients[name] = grad
+    return gradients

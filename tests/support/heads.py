@@ -1,4 +1,4 @@
-"""The streamed head by keyword arguments."""
+"""The streamed head, called with keyword arguments."""
 
 import dataclasses
 from typing import Any
@@ -22,8 +22,8 @@ def token_stats(
     loss: fused_head.LossFn | None = None,
     **fields: Any,
 ) -> dict[str, jax.Array]:
-    """fused_head.compute_token_stats; the teacher's arrays may be tuples, of several. Other fields
-    are those of HeadInputs and StatsOptions."""
+    """Calls fused_head.compute_token_stats; the teacher's arrays may be tuples, for several
+    teachers. Other fields are those of HeadInputs and StatsOptions."""
     teacher = None
     if teacher_hidden_BTE is not None:
         teacher = TeacherOutput(

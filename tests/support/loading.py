@@ -1,4 +1,5 @@
-"""Loading for tests, and for processes that tests start: without torch, which takes seconds."""
+"""Loading for tests and for processes that they start, without torch, whose import takes
+seconds."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from models import families, weights
 
 
 def counted(read: list[int]):
-    """weights.safe_open, noting the bytes of each slice that is read."""
+    """Wraps weights.safe_open to record the bytes of each slice that is read."""
     original = weights.safe_open
 
     class Slice:

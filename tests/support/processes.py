@@ -1,4 +1,4 @@
-"""Several real processes of one verb on this machine, with gloo between their CPU devices."""
+"""Runs several processes of one verb on one machine, with gloo between their CPU devices."""
 
 import os
 import socket
@@ -25,8 +25,8 @@ def start(
     beat: int = 60,
     slurm: bool = False,
 ) -> list[subprocess.Popen]:
-    """`count` processes of `distill.VERB` with `devices` in each; process i writes LOGS.i. Flags
-    say who they are, or what `srun` sets for the tasks of one node."""
+    """Starts `count` processes of `distill.VERB` with `devices` devices each; process i writes to
+    LOGS.i. Flags identify them, or the variables that `srun` sets for the tasks of one node."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -36,7 +36,7 @@ def start(
     for i in range(count):
         own = [f"--coordinator_address=localhost:{port}"]
         own += [f"--num_processes={count}", f"--process_id={i}"]
-        if slurm:  # jax makes the port from the job's number
+        if slurm:  # jax derives the port from the job id
             own = ["--coordinator_address=auto"]
             environment |= {"SLURM_JOB_ID": f"{os.getpid()}", "SLURM_STEP_NODELIST": "localhost"}
             environment |= {"SLURM_NTASKS": str(count), "SLURM_STEP_NUM_TASKS": str(count)}
@@ -55,7 +55,8 @@ def start(
 
 
 def end(processes: list[subprocess.Popen], logs: Path, seconds: float = 300) -> list[int]:
-    """Their exit codes, once they have ended by themselves; all are killed where one does not."""
+    """Waits for all processes and returns their exit codes; kills all of them if one does not
+    end."""
     try:
         limit = time.monotonic() + seconds
         return [p.wait(timeout=max(1, limit - time.monotonic())) for p in processes]
@@ -70,7 +71,7 @@ def end(processes: list[subprocess.Popen], logs: Path, seconds: float = 300) -> 
 
 
 def run(verb: str, count: int, devices: int, logs: Path, flags: Sequence[str]) -> None:
-    """Runs them, which must all end well."""
+    """Runs the processes and asserts that all succeed."""
     codes = end(start(verb, count, devices, logs, flags), logs)
     assert not any(codes), "\n".join(said(logs, i)[-3000:] for i in range(count))
 
@@ -79,10 +80,12 @@ def said(logs: Path, number: int) -> str:
     return Path(f"{logs}.{number}").read_text()
 
 
-def wait_for(there: Callable[[], bool], processes: list[subprocess.Popen], seconds: float = 300):
-    """Returns once `there`; raises if a process ends before, or it takes too long."""
+def wait_for(
+    condition: Callable[[], bool], processes: list[subprocess.Popen], seconds: float = 300
+):
+    """Returns once `condition()` holds; raises if a process ends before, or it takes too long."""
     limit = time.monotonic() + seconds
-    while not there():
+    while not condition():
         assert all(p.poll() is None for p in processes), "a process has ended"
         assert time.monotonic() < limit, "it takes too long"
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Recipes at their full size, without network and weights."""
+"""Checks recipes at their full size, without network and weights."""
 
 import functools
 import json
@@ -27,18 +27,19 @@ def at_home(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def parse_config(*flags: str) -> ConfigDict:
-    """Returns the config that train makes of these flags."""
-    options = FlagValues()  # new: FlagValues remember earlier overrides
+    """Returns the config that train builds from these flags."""
+    options = FlagValues()  # a new one, because FlagValues remember earlier overrides
     config = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train", *flags])  # where ml_collections looks for overrides
+        patch.setattr(sys, "argv", ["train", *flags])  # ml_collections looks here for overrides
         options(sys.argv)
     return config.value
 
 
 @pytest.fixture(scope="module")
 def published(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Returns directories of all published models: config.json and tokenizer, no weights."""
+    """Returns directories of all published models, with config.json and tokenizer but no
+    weights."""
     root, tokenizer = tmp_path_factory.mktemp("hub"), shared_data / "qwen3_tokenizer"
     known = json.loads((shared_data / "qwen3_configs.json").read_text())["models"]
     directories = {name: root / name for name in known}
@@ -65,7 +66,7 @@ def offline(published: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def make_slice_mesh(topology: str, c: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Returns the mesh that `c` makes of a slice."""
+    """Returns the mesh that `c` describes on a slice."""
     try:
         devices = aot.get_devices(topology)
     except UserError as error:
@@ -79,10 +80,10 @@ def make_slice_mesh(topology: str, c: ConfigDict, monkeypatch: pytest.MonkeyPatc
 def check_recipe(
     recipe: str, chips: str, shared_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Runs all checks that come before weights are read, on the mesh of a slice."""
+    """Runs all checks that precede reading weights, on the mesh of a slice."""
     file, _, argument = recipe.partition(":")
     c = parse_config(f"--config=configs/{file}.py{':' if argument else ''}{argument}")
-    if recipe == "manual:opd":  # the export of its first stage
+    if recipe == "manual:opd":  # the export of the first stage
         c.student.path = "Qwen/Qwen3-0.6B"
     c.opd.context.text = tiny.SAMPLE_ROWS.get(c.opd.context.text, "")
     mesh = make_slice_mesh(chips, c, monkeypatch)

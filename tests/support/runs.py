@@ -1,4 +1,4 @@
-"""A short run of two stages on tiny random models, and what it leaves behind."""
+"""A short run with two stages on tiny random models, and the files it writes."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from tests.support.paths import ROOT
 
 
 def tiny_model(directory, seed, **fields):
-    """A random model of the embedded task: two layers of what `assets` describes."""
+    """Writes a random model for the embedded task: two layers of the shape in `assets`."""
     shutil.copytree(
         ROOT / "assets" / "student", directory, ignore=shutil.ignore_patterns("*.safetensors")
     )
@@ -31,8 +31,8 @@ def tiny_model(directory, seed, **fields):
 
 
 def config(models) -> ConfigDict:
-    """Two stages, 2 + 3 steps; packed rows in the first, two responses to each prompt in the
-    second."""
+    """Configures two stages of 2 + 3 steps: packed rows in the first, two responses per prompt in
+    the second."""
     c = base.get_config()
     c.stages = ("sft", "opd")
     c.student.path, c.teacher.path = models
@@ -53,13 +53,13 @@ def config(models) -> ConfigDict:
 
 
 def final(workdir, models):
-    """The trained parameters, by restoring the run."""
+    """Restores the trained parameters of a run."""
     described = policy.make_abstract(str(workdir), "float32", False, mesh_lib.make_mesh(1, 1, 1))
     return jax.tree.map(np.asarray, policy.load(described, "float32").params)
 
 
 def numbers(workdir):
-    """Rows of metrics.jsonl without what the clock says."""
+    """Returns the rows of metrics.jsonl without timings."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     timed = ("time/", "rollout/tokens_per_second")
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
@@ -70,7 +70,7 @@ def transcripts(workdir):
 
 
 def stop_after(monkeypatch, step):
-    """Sends this process SIGTERM while it is busy with `step`."""
+    """Sends SIGTERM to this process during step `step`."""
     take = trainer.Trainer.step
 
     def interrupted(self, state, *given):

@@ -1,4 +1,4 @@
-"""Tiny models that transformers itself writes, and what it computes with them."""
+"""Tiny models written by transformers, and their outputs in transformers."""
 
 import shutil
 from pathlib import Path
@@ -13,9 +13,9 @@ def tiny_qwen3(
 ) -> Any:
     """Writes a random Qwen3 of odd shape into `directory`, and returns it.
 
-    `fields` are those of config.json; with num_experts it is a mixture of experts. The
-    weights are larger than an initialisation's, so that distributions are far from uniform and a
-    mistake shows; the norms' scales are not all one.
+    `fields` are those of config.json; with num_experts it is a mixture of experts. The weights are
+    larger than at initialisation, so that distributions are far from uniform and mistakes show; the
+    scales of the norms are not all one.
     """
     shape = {
         "vocab_size": 131,
@@ -47,16 +47,16 @@ def tiny_qwen3(
 
 
 def logprobs(network: Qwen3ForCausalLM, ids: list[int]) -> list[float]:
-    """What transformers computes for each token but the first."""
+    """Returns transformers' log-probability of each token but the first."""
     with torch.no_grad():
         logp = network(torch.tensor([ids])).logits[0].log_softmax(-1)[:-1]
     return logp.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
 
 
 def greedy(network: Qwen3ForCausalLM, prompt: list[int], count: int) -> list[int]:
-    """What transformers writes after `prompt`."""
+    """Returns transformers' greedy continuation of `prompt`."""
     ids = torch.tensor([prompt])
-    # Without a mask it takes every 0 in a prompt for padding.
+    # Without a mask, it takes every 0 in a prompt for padding.
     out = network.generate(  # pyright: ignore[reportAttributeAccessIssue]
         ids,
         attention_mask=torch.ones_like(ids),

@@ -1,11 +1,11 @@
-"""Copies of tokenizers that lack some tokens."""
+"""Copies tokenizers without some of their tokens."""
 
 import json
 from pathlib import Path
 
 
 def copy_tokenizer_without(directory: Path, tokens: tuple[str, ...], target: Path) -> Path:
-    """Writes a copy of a tokenizer without some of its added tokens, as Base models have it."""
+    """Writes a copy of a tokenizer without some of its added tokens, like those of Base models."""
     target.mkdir()
     content = json.loads((directory / "tokenizer.json").read_text())
     content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] not in tokens]

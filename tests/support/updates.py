@@ -1,4 +1,4 @@
-"""One update of the optimiser, by hand, and what it trains on."""
+"""One update of the optimiser on given batches, and the sequences of a step."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ def placed(config, seed, mesh):
 
 
 def scored_by(batch: Any, hidden_BTE: Any, head_VE: Any) -> Any:
-    """The batch with the output of one teacher."""
+    """Returns the batch with the output of one teacher."""
     output = TeacherOutput(hidden_BTE=(hidden_BTE,), heads_VE=(head_VE,))
     return dataclasses.replace(batch, teacher=output)
 
@@ -50,13 +50,13 @@ def scored_by(batch: Any, hidden_BTE: Any, head_VE: Any) -> Any:
 def one_update(
     programs: Any, state: Any, batch: Any, frozen: Any = None, accumulate: int = 1
 ) -> tuple[Any, Any, Any]:
-    """An update by a whole batch in micro-batches, whose rows interleave: the state, the metrics,
-    and the stats of the whole batch."""
+    """Runs one update on a batch split into micro-batches of interleaved rows. Returns the state,
+    the metrics, and the stats of the whole batch."""
     mesh = jax.tree.leaves(state.params)[0].sharding.mesh
     heads = batch.teacher and batch.teacher.heads_VE
 
     def without_heads(batch: Any, heads_VE: Any = ()) -> Any:
-        """Heads are not split by rows."""
+        """Removes the heads, which are not split by rows."""
         if not batch.teacher:
             return batch
         teacher = dataclasses.replace(batch.teacher, heads_VE=heads_VE)
@@ -79,8 +79,8 @@ def one_update(
 
 
 def sequences_of(minibatches: Any, load: Any = lambda micro: micro.make_batch()) -> list[Any]:
-    """The sequences that a step trains on, in the order of their numbers: batches of arrays
-    [tokens, ...]. `load` gives a micro-batch's arrays."""
+    """Returns the sequences that a step trains on, in order of their numbers, as batches of arrays
+    [tokens, ...]. `load` returns the arrays of a micro-batch."""
     sequences = {}
     for micro in (micro for part in minibatches for micro in part):
         batch = dataclasses.replace(load(micro), teacher_inputs=None)

@@ -1,4 +1,4 @@
-"""Verbs as they are called, in this process, and the rows that they read and write."""
+"""Calls verbs in this process, and writes and reads their rows."""
 
 import importlib
 import json
@@ -10,12 +10,12 @@ from distill.runtime import cli
 
 
 def verb_module(name: str) -> ModuleType:
-    """The module of `python -m distill.NAME`; `distill.train` itself may be a function."""
+    """Returns the module of `python -m distill.NAME`; `distill.train` may be a function instead."""
     return importlib.import_module(f"distill.{name}")
 
 
 def call(verb: ModuleType, *arguments: str) -> int:
-    """The exit code of a verb in this process."""
+    """Runs a verb in this process and returns its exit code."""
     verb.OPTIONS.unparse_flags()
     before, sys.argv = sys.argv, [verb.__name__, *map(str, arguments)]
     try:

@@ -1,4 +1,4 @@
-"""Teachers: several, the student's own past, and ones that read more than the student does."""
+"""Tests several teachers, teachers from the student's past, and teachers with extra context."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ HINT = "Note: add from left to right."
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """Two sets of questions, with what a teacher may know beside them, and a text for all."""
+    """Writes two question files with extra context for a teacher, and a text for all rows."""
     folder = tmp_path_factory.mktemp("rows")
     for name, start in (("a", 0), ("b", 50)):
         rows = [
@@ -62,15 +62,15 @@ def config(files: Path, objective: str = "opd", **changes) -> ConfigDict:
     s.data.source, s.context.max_tokens = str(files / "a.jsonl"), 40
     for name, value in changes.items():
         *groups, field = name.split("__")
-        at = s
+        group_config = s
         for group in groups:
-            at = at[group]
-        at[field] = value
+            group_config = group_config[group]
+        group_config[field] = value
     return c
 
 
-def collected(c: ConfigDict, mesh=None):
-    """The sequences of the first step, with what teachers make of them, and what was measured."""
+def collect_first_step(c: ConfigDict, mesh=None):
+    """Returns the sequences of the first step, scored by the teachers, and the step's metrics."""
     mesh = mesh or mesh_lib.make_mesh(1, 1, 1)
     plan = setup.setup_run(c, mesh)
     with policy.use(plan.student), graders.Grader() as grader:
@@ -84,12 +84,12 @@ def collected(c: ConfigDict, mesh=None):
         return sequences_of(work, score), measured
 
 
-def behind(files: Path, placed) -> dict[tuple[int, ...], list[int]]:
-    """The prompt that a teacher reads, by the student's, as transformers renders both."""
-    tokenizer, found = AutoTokenizer.from_pretrained(TEACHER), {}
+def map_prompts(files: Path, placed) -> dict[tuple[int, ...], list[int]]:
+    """Maps the student's prompt to the teacher's, both rendered by transformers."""
+    tokenizer, prompts = AutoTokenizer.from_pretrained(TEACHER), {}
     for line in (files / "a.jsonl").read_text().splitlines():
         row = json.loads(line)
-        asked = [{"role": "user", "content": row["question"]}]
+        messages_asked = [{"role": "user", "content": row["question"]}]
         ids = [
             tokenizer.apply_chat_template(
                 messages,
@@ -98,10 +98,10 @@ def behind(files: Path, placed) -> dict[tuple[int, ...], list[int]]:
                 return_dict=False,
                 tokenize=True,
             )
-            for messages in (asked, placed(row, asked))
+            for messages in (messages_asked, placed(row, messages_asked))
         ]
-        found[tuple(ids[0])] = ids[1]
-    return found
+        prompts[tuple(ids[0])] = ids[1]
+    return prompts
 
 
 def in_system(row: dict, asked: list[dict]) -> list[dict]:
@@ -132,50 +132,58 @@ def before_question(row: dict, asked: list[dict]) -> list[dict]:
     ],
 )
 @pytest.mark.parametrize("place", teacher_context.PLACEMENTS)
-def test_every_form_of_a_row_takes_a_context(row, place):
+def test_every_row_format_accepts_a_context(row, place):
     tokenizer = chat.load_tokenizer(TEACHER)
     assert tokenizer
 
     encoding = examples.Encoding(tokenizer)
-    made = examples.make_example(row, "here", encoding)
+    example = examples.make_example(row, "here", encoding)
     context = teacher_context.TeacherContext(HINT, "", place)
-    told = teacher_context.add_context(context, row, made, encoding)
-    assert made.teacher_prompt is None and told.response == made.response and told.teacher_prompt
-    text = str(tokenizer.decode(told.teacher_prompt))
+    with_context = teacher_context.add_context(context, row, example, encoding)
+    assert (
+        example.teacher_prompt is None
+        and with_context.response == example.response
+        and with_context.teacher_prompt
+    )
+    text = str(tokenizer.decode(with_context.teacher_prompt))
     assert text.count(HINT) == 1
     parts = [part for part in ("Be short.", "What is it?") if part in text]
     assert text.index(HINT) < text.index(parts[-1 if place == "question" else 0])
-    assert text.replace(HINT, "").endswith(str(tokenizer.decode(made.prompt))[-30:])
-    # A written sample knows its prompt by tokens, and the row that it answers.
+    assert text.replace(HINT, "").endswith(str(tokenizer.decode(example.prompt))[-30:])
+    # A generated sample has its prompt as tokens, beside the row that it answers.
     if "response" not in row and "messages" in row:
         row = {"messages": row["messages"][:-1]}
-    sample = {"tokens": made.prompt, "response_tokens": made.response, "source_row": row}
-    again = teacher_context.add_context(context, sample, made, encoding)
-    assert again.teacher_prompt == told.teacher_prompt
-    # Tokens alone take tokens.
-    bare = {"tokens": made.prompt, "response_tokens": made.response, "more": [7, 8]}
+    sample = {"tokens": example.prompt, "response_tokens": example.response, "source_row": row}
+    again = teacher_context.add_context(context, sample, example, encoding)
+    assert again.teacher_prompt == with_context.teacher_prompt
+    # Rows with only tokens accept only tokens.
+    bare = {"tokens": example.prompt, "response_tokens": example.response, "more": [7, 8]}
     alone = teacher_context.add_context(
-        teacher_context.TeacherContext("", "more", place), bare, made, examples.Encoding(None)
+        teacher_context.TeacherContext("", "more", place), bare, example, examples.Encoding(None)
     )
-    assert alone.teacher_prompt == [7, 8, *made.prompt]
+    assert alone.teacher_prompt == [7, 8, *example.prompt]
     with pytest.raises(UserError, match="takes its context as token ids"):
-        teacher_context.add_context(context, bare, made, encoding)
+        teacher_context.add_context(context, bare, example, encoding)
 
 
 def own_rows(rows):
-    """(prompt, response, places of the response) of each sequence."""
+    """Returns (prompt, response, positions of the response) of each sequence."""
     for row in rows:
-        at = np.flatnonzero(row.mask_BT)
-        yield tuple(row.tokens_BT[: at[0]].tolist()), row.tokens_BT[at].tolist(), at
+        positions = np.flatnonzero(row.mask_BT)
+        yield (
+            tuple(row.tokens_BT[: positions[0]].tolist()),
+            row.tokens_BT[positions].tolist(),
+            positions,
+        )
 
 
-def test_a_context_moves_the_response_behind_another_prompt(files):
-    """On own samples and on traces, packed together; by transformers."""
+def test_teacher_scores_the_response_after_its_own_prompt(files):
+    """Compares own samples and traces, packed together, with transformers."""
     hint = str(files / "hint.txt")
     c = config(files, "gkd", context__column="solution", context__text=hint, pack_tokens=200)
-    prompts = behind(files, in_system)
+    prompts = map_prompts(files, in_system)
     network = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
-    rows, _ = collected(c)
+    rows, _ = collect_first_step(c)
     assert any(row.segments_BT[0] > 1 for row in rows)
     seen = 0
     for row, (prompt, response, at) in zip(rows, own_rows(rows), strict=True):
@@ -183,26 +191,28 @@ def test_a_context_moves_the_response_behind_another_prompt(files):
         whole = prompts[prompt] + response
         with torch.no_grad():
             out = network(torch.tensor([whole]), output_hidden_states=True).hidden_states[-1][0]
-        # From the last token of the prompt on: that is what predicts the first of the response.
+        # From the last prompt token on, since it predicts the first response token.
         theirs = out[len(prompts[prompt]) - 1 : -1].numpy()
         np.testing.assert_allclose(hidden[at - 1], theirs, atol=1e-4)
         seen += 1
     assert seen == 8
 
 
-def test_an_empty_context_changes_nothing(files):
-    """Of rows whose column is empty the teacher reads what it reads without."""
-    told, _ = collected(
+def test_an_empty_context_leaves_teacher_states_unchanged(files):
+    """For rows with an empty column, the teacher reads what it reads without a context."""
+    with_context, _ = collect_first_step(
         config(files, context__column="solution", context__place="question", batch_size=16)
     )
-    plain, _ = collected(config(files, batch_size=16))
-    prompts, same = behind(files, before_question), 0
-    for one, other, (prompt, _, at) in zip(told, plain, own_rows(plain), strict=True):
-        (ours,), (theirs,) = one.teacher.hidden_BTE, other.teacher.hidden_BTE
-        equal = np.allclose(ours[at - 1], theirs[at - 1], atol=1e-5)
+    plain, _ = collect_first_step(config(files, batch_size=16))
+    prompts, num_equal = map_prompts(files, before_question), 0
+    for contextual, reference, (prompt, _, positions) in zip(
+        with_context, plain, own_rows(plain), strict=True
+    ):
+        (ours,), (theirs,) = contextual.teacher.hidden_BTE, reference.teacher.hidden_BTE
+        equal = np.allclose(ours[positions - 1], theirs[positions - 1], atol=1e-5)
         assert equal == (prompts[prompt] == list(prompt))
-        same += equal
-    assert same == 4  # of the eight rows two have no solution
+        num_equal += equal
+    assert num_equal == 4  # two of the eight rows have no solution
 
 
 def test_the_teacher_logprob_reward_reads_the_context(files):
@@ -210,25 +220,25 @@ def test_the_teacher_logprob_reward_reads_the_context(files):
         files, "grpo", reward__teacher_logprob=1.0, reward__correct=0.0, context__column="solution"
     )
     c.opd.context.place = "question"
-    rows, measured = collected(c)
+    rows, measured = collect_first_step(c)
     network = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
-    prompts, told = behind(files, before_question), []
+    prompts, expected = map_prompts(files, before_question), []
     for prompt, response, _ in own_rows(rows):
         whole = torch.tensor([prompts[prompt] + response])
         with torch.no_grad():
             logp = network(whole).logits[0].log_softmax(-1)[len(prompts[prompt]) - 1 : -1]
-        told.append(float(logp[range(len(response)), response].mean()))
-    assert measured["reward/teacher_logprob"] == pytest.approx(np.mean(told), abs=1e-4)
+        expected.append(float(logp[range(len(response)), response].mean()))
+    assert measured["reward/teacher_logprob"] == pytest.approx(np.mean(expected), abs=1e-4)
     advantages = np.array([row.advantages_BT[-1] for row in rows]).reshape(-1, 2)
-    better = np.diff(told)[::2]
+    better = np.diff(expected)[::2]
     assert (np.sign(np.diff(advantages)[:, 0]) == np.sign(better))[np.abs(better) > 1e-3].all()
 
 
 def test_rows_are_routed_by_their_source(files):
     mixture = ((str(files / "a.jsonl"), 1.0), (str(files / "b.jsonl"), 1.0))
     c = config(files, data__mixture=mixture, teachers=("teacher", "origin"), batch_size=16)
-    rows, _ = collected(c)
-    by_source, seen = behind(files, in_system), set()
+    rows, _ = collect_first_step(c)
+    by_source, seen = map_prompts(files, in_system), set()
     for row, (prompt, _, _) in zip(rows, own_rows(rows), strict=True):
         first = prompt in by_source
         assert (row.teacher.weight_BTN == [first, not first]).all()
@@ -237,9 +247,9 @@ def test_rows_are_routed_by_their_source(files):
 
 
 @pytest.mark.parametrize("estimator", ["exact", "topk"])
-def test_a_mixture_is_of_probabilities(estimator):
-    """Its log-probabilities, divergence and gradient are those of Σ share·q; a share of 1 is that
-    teacher, bit by bit."""
+def test_a_mixture_averages_probabilities(estimator):
+    """Log-probabilities, divergence and gradient are those of Σ share·q; a share of 1 is bitwise
+    that teacher."""
     B, T, V = 2, 5, 11
 
     def by_row(share):
@@ -264,7 +274,7 @@ def test_a_mixture_is_of_probabilities(estimator):
     (value, stats), grad = run(own, teachers, heads, share)
     each = [jax.nn.softmax(x @ w.T) for x, w in zip(teachers, heads, strict=True)]
     mixed = jnp.log(share[..., :1] * each[0] + share[..., 1:] * each[1])
-    # A teacher whose hidden states are the mixture's logits, its head the identity.
+    # A teacher whose hidden states are the mixture's logits and whose head is the identity.
     (expected, theirs), slope = run(own, mixed, jnp.eye(V), None)
     assert value == pytest.approx(float(expected), rel=1e-5)
     np.testing.assert_allclose(grad, slope, atol=1e-5)
@@ -279,7 +289,7 @@ def test_a_mixture_is_of_probabilities(estimator):
 
 
 def past(files: Path, rank: int, context: bool) -> ConfigDict:
-    """The student's beginning and its moving average teach together."""
+    """Configures the student's initial weights and its moving average as joint teachers."""
     c = config(files, teachers=("origin", "past"), teacher_weights=(1, 3), steps=3, accumulate=2)
     c.student.ema_decay, c.student.lora.rank = 0.5, rank
     c.checkpoint.every, c.checkpoint.keep = 1, 3
@@ -296,7 +306,7 @@ def past(files: Path, rank: int, context: bool) -> ConfigDict:
         pytest.param(4, (2, 4), marks=pytest.mark.long),
     ],
 )
-def test_a_moving_average_is_kept_resumed_and_teaches(rank, sizes, files, tmp_path):
+def test_moving_average_teacher_is_updated_and_resumed(rank, sizes, files, tmp_path):
     c = past(files, rank, context=rank > 0)
     c.opd.batch_size, c.opd.accumulate = 16, 1 if rank else 2
     c.mesh.fsdp, c.mesh.tensor = sizes[0], 1
@@ -321,7 +331,7 @@ def test_a_moving_average_is_kept_resumed_and_teaches(rank, sizes, files, tmp_pa
     jax.tree.map(np.testing.assert_array_equal, whole, (at(3, True), at(3, False)))
     rows = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     if not rank:
-        # Before the first update both teachers are the student.
+        # Before the first update, both teachers equal the student.
         assert abs(rows[0]["train/divergence"]) < 1e-5 < rows[2]["train/divergence"]
         exporting.export_run(tmp_path / "run", tmp_path / "out", average=True)
         loaded = policy.load(
@@ -373,7 +383,7 @@ def test_a_moving_average_is_kept_resumed_and_teaches(rank, sizes, files, tmp_pa
         ),
     ],
 )
-def test_what_cannot_teach_is_refused(objective, changes, words, files, monkeypatch):
+def test_impossible_teachers_are_refused(objective, changes, words, files, monkeypatch):
     monkeypatch.setattr(policy, "load", None)  # before any weight is read
     with pytest.raises(UserError, match=words):
         setup.setup_run(config(files, objective, **changes), mesh_lib.make_mesh(1, 1, 1))
@@ -389,7 +399,7 @@ def test_what_cannot_teach_is_refused(objective, changes, words, files, monkeypa
         ({"origin.dtype": "int8"}, "config.origin.dtype='int8'"),
     ],
 )
-def test_what_has_no_past_is_refused(changes, words, files):
+def test_impossible_past_teachers_are_refused(changes, words, files):
     c = config(files, teachers=("origin",))
     c.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=words):

@@ -1,5 +1,5 @@
-"""Sampling one step ahead of the update: batches, resumed runs, refused losses, and that sampling
-and the update overlap."""
+"""Tests sampling one step ahead of the update: batches, resumed runs, refused losses, and that
+sampling overlaps the update."""
 
 import dataclasses
 import signal
@@ -21,8 +21,9 @@ from tests.support.runs import config, final, numbers, stop_after, transcripts
 STEPS = 4
 
 
-def ahead(models, **changes):
-    """On-policy steps of 2 prompts x 2 samples, at a pace at which old weights sample otherwise."""
+def make_async_config(models, **changes):
+    """Configures on-policy steps of 2 prompts x 2 samples with a rate at which stale weights sample
+    differently."""
     c = config(models)
     c.stages, c.opd.steps, c.opd.rollout.asynchronous = ("opd",), STEPS, True
     c.opd.optim.learning_rate, c.opd.optim.warmup_steps = 0.03, 0
@@ -31,33 +32,34 @@ def ahead(models, **changes):
     return c
 
 
-def noted(patch: pytest.MonkeyPatch) -> list[list[rollout.Sequence]]:
-    """The rows of every batch that is made from now on."""
-    found: list[list[rollout.Sequence]] = []
+def record_batches(patch: pytest.MonkeyPatch) -> list[list[rollout.Sequence]]:
+    """Records the rows of every batch from now on."""
+    batches: list[list[rollout.Sequence]] = []
     written = microbatches.to_examples
 
     def note(rows, rewards=None):
-        found.append(list(rows))
+        batches.append(list(rows))
         return written(rows, rewards)
 
     patch.setattr(microbatches, "to_examples", note)
-    return found
+    return batches
 
 
 @pytest.fixture(scope="module")
 def whole(models, tmp_path_factory):
-    """An uninterrupted run, and the rows of its batches."""
+    """Trains without interruption; returns the run directory and the rows of its batches."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        rows = noted(patch)
-        loop.run(ahead(models), workdir)
+        rows = record_batches(patch)
+        loop.run(make_async_config(models), workdir)
     return workdir, rows
 
 
-def by_hand(c) -> tuple[list[list[rollout.Sequence]], Any]:
-    """One thing after another: rows of step i + 1 from a copy of the weights before update i."""
+def train_sequentially(c) -> tuple[list[list[rollout.Sequence]], Any]:
+    """Trains step by step: rows of step i + 1 are sampled with a copy of the weights before update
+    i."""
     plan = setup.setup_run(c, mesh_lib.make_mesh(1, 1, 1))
-    stage, s, found = plan.stages[0], c.opd, []
+    stage, s, batches = plan.stages[0], c.opd, []
     with policy.use(plan.student):
         plan = setup.load_lora_base(c, plan)
         plan = setup.load_stage_models(c, plan, plan.stages[0])
@@ -79,21 +81,21 @@ def by_hand(c) -> tuple[list[list[rollout.Sequence]], Any]:
                     options=stages.make_rollout_options(s),
                 )
             )
-            found.append(rows)
+            batches.append(rows)
             older = jax.tree.map(lambda x: x.copy(), state.params)
             examples = microbatches.to_examples(rows)
             packed = microbatches.pack_examples(examples, stage.microbatch_rows, 1, form)
             state, *_ = train.step(
                 state, microbatches.make_microbatches(packed, examples, form, mesh)
             )
-    return found, jax.tree.map(np.asarray, state.params)
+    return batches, jax.tree.map(np.asarray, state.params)
 
 
-def test_batches_are_those_of_weights_one_update_old(whole, models) -> None:
+def test_batches_are_sampled_with_weights_one_update_old(whole, models) -> None:
     workdir, rows = whole
-    expected, params = by_hand(ahead(models))
-    told = [[(row.prompt, row.tokens, row.logprobs) for row in step] for step in rows]
-    assert told == [[(row.prompt, row.tokens, row.logprobs) for row in step] for step in expected]
+    expected, params = train_sequentially(make_async_config(models))
+    actual = [[(row.prompt, row.tokens, row.logprobs) for row in step] for step in rows]
+    assert actual == [[(row.prompt, row.tokens, row.logprobs) for row in step] for step in expected]
     assert [{*row.versions} for step in rows for row in step] == [{0}] * 8 + [{1}] * 4 + [{2}] * 4
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, final(workdir, models), params)))
     figures = numbers(workdir)
@@ -103,11 +105,13 @@ def test_batches_are_those_of_weights_one_update_old(whole, models) -> None:
 
 @pytest.mark.parametrize("budget", [0, 30])
 def test_resumed_run_has_the_same_bits(whole, models, tmp_path, budget) -> None:
-    """With parked rows too. Nothing is sampled again, lost or trained twice."""
-    c = ahead(models, rollout={**ahead(models).opd.rollout, "token_budget": budget})
+    """No row is sampled again, lost or trained twice, with and without parked rows."""
+    c = make_async_config(
+        models, rollout={**make_async_config(models).opd.rollout, "token_budget": budget}
+    )
     unbroken, rows = whole
     with pytest.MonkeyPatch.context() as patch:
-        trained = noted(patch)
+        trained = record_batches(patch)
         if budget:
             unbroken = tmp_path / "whole"
             loop.run(c, unbroken)
@@ -132,7 +136,8 @@ def test_resumed_run_has_the_same_bits(whole, models, tmp_path, budget) -> None:
 
 
 def test_rows_are_sampled_while_the_update_runs(models, tmp_path, monkeypatch) -> None:
-    """The update is not over when sampling begins. (A fast one may be, now and then.)"""
+    """The update is still running when sampling begins, unless it is very fast, which may
+    happen."""
     running: list[bool] = []
     sample_ahead = collect.sample_ahead
 
@@ -141,7 +146,7 @@ def test_rows_are_sampled_while_the_update_runs(models, tmp_path, monkeypatch) -
         sample_ahead(collector, wait_for)
 
     monkeypatch.setattr(collect, "sample_ahead", watch)
-    loop.run(ahead(models), tmp_path)
+    loop.run(make_async_config(models), tmp_path)
     assert len(running) == STEPS and any(running) and not running[-1]
 
 
@@ -154,17 +159,19 @@ def test_rows_are_sampled_while_the_update_runs(models, tmp_path, monkeypatch) -
         ({"objective": "opd_sampled", "epochs": 2}, "loss.tis_clip weighs what came before"),
     ],
 )
-def test_a_loss_that_does_not_correct_for_it_is_refused(models, tmp_path, changes, words) -> None:
-    c = ahead(models, **changes)
+def test_losses_without_an_off_policy_correction_are_refused(
+    models, tmp_path, changes, words
+) -> None:
+    c = make_async_config(models, **changes)
     with pytest.raises(UserError) as error:
         loop.run(c, tmp_path / "run")
     assert "config.opd.rollout.asynchronous: " in str(error.value) and words in str(error.value)
     assert not (tmp_path / "run").exists()
 
 
-def test_objectives_that_correct_for_it_are_accepted(models) -> None:
+def test_objectives_with_an_off_policy_correction_are_accepted(models) -> None:
     for name in ("opd", "opd_sampled", "cispo", "hybrid"):
-        c = ahead(models, objective=name)
+        c = make_async_config(models, objective=name)
         plan = setup.setup_run(c, mesh_lib.make_mesh(1, 1, 1))
         assert plan.stages[0].asynchronous
         assert plan.stages[0].loss == dataclasses.replace(losses.OBJECTIVES[name])

@@ -1,4 +1,4 @@
-"""Evaluations while a run trains: they change nothing, they resume, and the best is kept."""
+"""Tests evaluations during training: they change nothing, resume, and keep the best checkpoint."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def settings(models, **changes):
     c.eval.limit = 3
     c.eval.max_new_tokens = 8
     c.eval.batch_size = 4
-    c.eval.best = "-mean_length"  # which differs from step to step, as accuracy does not here
+    c.eval.best = "-mean_length"  # mean length differs from step to step; accuracy does not here
     for name, value in changes.items():
         c.eval[name] = value
     return c
@@ -40,8 +40,8 @@ def whole(models, tmp_path_factory) -> Path:
     return workdir
 
 
-def same(a: Path, b: Path, models) -> None:
-    """The trained parameters of two runs are the same bits."""
+def assert_same_params(a: Path, b: Path, models) -> None:
+    """Asserts that two runs have bitwise equal trained parameters."""
     ours, theirs = (jax.tree.leaves(final(workdir, models)) for workdir in (a, b))
     for x, y in zip(ours, theirs, strict=True):
         assert np.array_equal(x, y)
@@ -60,17 +60,17 @@ def lengths(workdir: Path) -> dict[int, float]:
 
 def best_step(workdir: Path) -> int:
     with Checkpoints(workdir / "best" / "checkpoints") as saved:
-        found = saved.read_latest()
-    assert found is not None
-    return found[0]
+        latest = saved.read_latest()
+    assert latest is not None
+    return latest[0]
 
 
-def test_evaluations_change_nothing_that_is_trained(whole, models, tmp_path) -> None:
+def test_evaluations_leave_training_unchanged(whole, models, tmp_path) -> None:
     loop.run(config(models), tmp_path / "run")
-    same(whole, tmp_path / "run", models)
+    assert_same_params(whole, tmp_path / "run", models)
 
 
-def test_at_steps_and_after_each_stage(whole) -> None:
+def test_evaluations_run_at_steps_and_after_each_stage(whole) -> None:
     assert sorted(lengths(whole)) == [2, 4, 5]
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     measured = {row["step"] + 1: row["eval/mean_length"] for row in rows if "time/eval" in row}
@@ -78,8 +78,8 @@ def test_at_steps_and_after_each_stage(whole) -> None:
     assert all(0 <= row["eval/accuracy"] <= 1 for row in rows if "time/eval" in row)
 
 
-def test_an_evaluation_is_that_of_the_verb(whole) -> None:
-    """The last evaluation and that of the finished run's directory give the same responses."""
+def test_an_evaluation_equals_the_evaluate_verb(whole) -> None:
+    """The last evaluation has the same responses as the verb on the finished run."""
     subject = policy.make_abstract_for_inference(str(whole), "float32")
     rows = problems.load_problems("arithmetic", "", 3)
     with policy.use(subject):
@@ -90,16 +90,18 @@ def test_an_evaluation_is_that_of_the_verb(whole) -> None:
         evaluator.evaluate_benchmark(subject, rows, spec, out)
     stored = [json.loads((p / "protocol.json").read_text()) for p in (out, whole / "eval/000005")]
     assert stored[0]["weights"] == stored[1]["weights"]
-    said = [[json.loads(r)["tokens"] for r in e.splitlines()] for e in evals(whole).values()]
+    responses = [[json.loads(r)["tokens"] for r in e.splitlines()] for e in evals(whole).values()]
     again = [json.loads(r)["tokens"] for r in (out / "examples.jsonl").read_text().splitlines()]
-    assert said[-1] == again
+    assert responses[-1] == again
 
 
-def test_the_best_is_a_run_directory(whole, tmp_path) -> None:
-    found = lengths(whole)
+def test_the_best_checkpoint_is_a_run_directory(whole, tmp_path) -> None:
+    mean_lengths = lengths(whole)
     step = best_step(whole)
-    assert found[step] == min(found.values())
-    assert step == min(s for s, length in found.items() if length == found[step])  # ties: the first
+    assert mean_lengths[step] == min(mean_lengths.values())
+    assert step == min(
+        s for s, length in mean_lengths.items() if length == mean_lengths[step]
+    )  # the first of equals
     subject = policy.load(
         policy.make_abstract_for_inference(str(whole / "best"), "float32"), "float32"
     )
@@ -113,8 +115,10 @@ def test_the_best_is_a_run_directory(whole, tmp_path) -> None:
         assert np.array_equal(a, b)
 
 
-def test_stopped_in_an_evaluation(whole, models, tmp_path, monkeypatch) -> None:
-    """Without a word, after a row of the second evaluation: the same run, and the same files."""
+def test_run_killed_during_an_evaluation_resumes_with_the_same_files(
+    whole, models, tmp_path, monkeypatch
+) -> None:
+    """Kills the run after one row of the second evaluation."""
     real, calls, workdir = responses.add_grade, [0], tmp_path / "run"
 
     class Killed(BaseException):
@@ -131,14 +135,14 @@ def test_stopped_in_an_evaluation(whole, models, tmp_path, monkeypatch) -> None:
         loop.run(settings(models), workdir)
     monkeypatch.undo()
     loop.run(settings(models), workdir)
-    same(whole, workdir, models)
+    assert_same_params(whole, workdir, models)
     assert best_step(workdir) == best_step(whole)
     assert evals(workdir) == evals(whole)
     assert numbers(workdir) == numbers(whole)
 
 
-def test_another_eval_may_follow(whole, models, tmp_path, capsys) -> None:
-    """It is no part of the trajectory; the best by another measure is another best."""
+def test_eval_settings_may_change_on_resume(whole, models, tmp_path, capsys) -> None:
+    """Evaluations do not affect training; another measure keeps another best checkpoint."""
     c = settings(models, every=5, limit=2, best="accuracy")
     c.checkpoint.every = 4
     workdir = tmp_path / "run"
@@ -169,19 +173,19 @@ def test_another_eval_may_follow(whole, models, tmp_path, capsys) -> None:
         ({"limit": -1}, "config.eval.limit=-1: must be at least 0"),
     ],
 )
-def test_bad_evals_are_refused(student, models, changes, words) -> None:
+def test_bad_eval_settings_are_refused(student, models, changes, words) -> None:
     with pytest.raises(UserError) as error:
         eval_hook.setup_validation(settings(models, **changes).eval, student, 0)
     assert words in str(error.value)
 
 
-def test_they_are_refused_before_training(models, tmp_path) -> None:
+def test_bad_eval_settings_are_refused_before_training(models, tmp_path) -> None:
     with pytest.raises(UserError, match=r"config\.eval\.every"):
         loop.run(settings(models, every=-1), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_none_is_the_default(student, models) -> None:
+def test_no_evaluation_is_the_default(student, models) -> None:
     c = config(models)
     assert eval_hook.setup_validation(c.eval, student, 0) is None
     with eval_hook.open_validation_hook(None, student, Path("nowhere")) as judge:

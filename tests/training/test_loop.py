@@ -1,4 +1,4 @@
-"""Whole runs: stages, resuming, the files of a run, and refused configs."""
+"""Tests whole runs: stages, resuming, run files and refused configs."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def windows_of_one_step():
 
 @pytest.fixture(scope="module")
 def whole(models, tmp_path_factory):
-    """An uninterrupted run."""
+    """Trains without interruption."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     loop.run(config(models), workdir)
     return workdir
@@ -53,27 +53,27 @@ def test_resumed_run_has_the_same_bits(whole, models, tmp_path, monkeypatch, ste
     assert all(jax.tree.leaves(same))
 
 
-def test_a_budget_parks_rows_and_loses_none(models, tmp_path, monkeypatch):
-    """Each row that was begun is trained once, under the numbers that it would have had; a run
-    stopped while rows are parked goes on with them as if it had not been."""
+def test_a_token_budget_parks_rows_and_loses_none(models, tmp_path, monkeypatch):
+    """Each started row is trained once, with the random key it would have had without a budget; a
+    run stopped while rows are parked resumes as if never stopped."""
     c = config(models)
     c.stages, c.opd.steps, c.opd.rollout.token_budget = ("opd",), 5, 30
     trained = []
     written = microbatches.to_examples
 
-    def noted(rows, rewards=None):
+    def record_rows(rows, rewards=None):
         trained.append([(row.prompt, row.key, row.tokens, row.versions) for row in rows])
         return written(rows, rewards)
 
-    monkeypatch.setattr(microbatches, "to_examples", noted)
+    monkeypatch.setattr(microbatches, "to_examples", record_rows)
     loop.run(c, tmp_path / "whole")
     rows, trained[:] = [row for step in trained for row in step], []
-    source, asked = setup.setup_run(c, mesh_lib.make_mesh(1, 1, 1)).stages[0].source, []
+    source, expected = setup.setup_run(c, mesh_lib.make_mesh(1, 1, 1)).stages[0].source, []
     for step in range(5):
         examples = dataset.get_step_examples(source, step, 2, c.seed)
         key = jax.random.fold_in(jax.random.key(c.seed), step)
-        asked += [(row.prompt, row.key) for row in rollout.expand_prompts(examples, 2, key, 16)]
-    assert sorted(row[:2] for row in rows) == sorted(asked[: len(rows)])
+        expected += [(row.prompt, row.key) for row in rollout.expand_prompts(examples, 2, key, 16)]
+    assert sorted(row[:2] for row in rows) == sorted(expected[: len(rows)])
     assert any(len({*versions}) > 1 for *_, versions in rows)
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
@@ -88,19 +88,19 @@ def test_a_budget_parks_rows_and_loses_none(models, tmp_path, monkeypatch):
     assert all(jax.tree.leaves(same))
 
 
-def test_a_budget_that_ends_no_row_trains_nothing(models, tmp_path, capsys):
+def test_a_step_without_a_finished_row_trains_nothing(models, tmp_path, capsys):
     c = config(models)
     c.stages, c.opd.steps, c.opd.rollout.token_budget, c.opd.rollout.segment = ("opd",), 2, 4, 1
     loop.run(c, tmp_path)
     first, last = numbers(tmp_path)
     assert first["rollout/ended"] == first["train/trained_tokens"] == 0
     assert first["train/loss"] is None and first["train/grad_norm"] == 0
-    assert last["rollout/ended"] == 4 and last["train/loss"] > 0  # the last step ends all rows
+    assert last["rollout/ended"] == 4 and last["train/loss"] > 0  # the last step finishes all rows
     assert "nan" not in capsys.readouterr().err
 
 
 def test_killed_run_resumes_with_the_same_bits(whole, models, tmp_path, monkeypatch):
-    """Without a last checkpoint the run goes on from an earlier one and ends the same."""
+    """Without a final checkpoint, the run resumes from an earlier one and ends the same."""
 
     class Killed(BaseException):
         pass
@@ -123,8 +123,8 @@ def test_killed_run_resumes_with_the_same_bits(whole, models, tmp_path, monkeypa
 
 
 def test_metrics_are_written_one_step_late(models, tmp_path, monkeypatch):
-    """The row of a step is written when the next is under way, as numbers of the host; before a
-    checkpoint all are."""
+    """A step's metrics are written as host numbers while the next step runs; before a checkpoint
+    all of them are written."""
     c, seen = config(models), []
     c.stages, c.opd.steps, c.checkpoint.every = ("opd",), 4, 3
     take, write, save = trainer.Trainer.step, run_files.Writer.write, loop.Checkpoints.save
@@ -156,8 +156,8 @@ def test_a_finished_run_has_nothing_to_do(whole, models):
     assert numbers(whole) == before
 
 
-def test_run_directory_has_its_files(whole):
-    """The contract of a run directory."""
+def test_run_directory_has_its_documented_files(whole):
+    """Checks the contract of a run directory."""
     assert json.loads((whole / "config.json").read_text())["opd"]["steps"] == 3
     environment = json.loads((whole / "environment.json").read_text())
     assert {"packages", "devices", "git", "command"} <= environment.keys()
@@ -172,12 +172,12 @@ def test_run_directory_has_its_files(whole):
     assert any((whole / "checkpoints").iterdir())
 
 
-def test_sampler_and_trainer_agree(whole):
+def test_sampler_and_trainer_logprobs_agree(whole):
     assert all(row["train/sampler_delta"] < 1e-5 for row in numbers(whole)[2:])
 
 
-def test_the_loss_of_a_rollout_is_its_reverse_kl(whole):
-    """Up to the order in which the two are added up: the one by chunks, the other at once."""
+def test_opd_loss_equals_the_reported_reverse_kl(whole):
+    """They differ only in the order of summation: by chunks and all at once."""
     for row in numbers(whole)[2:]:
         assert (
             row["train/loss"] == pytest.approx(row["train/reverse_kl"], rel=5e-7)
@@ -185,8 +185,8 @@ def test_the_loss_of_a_rollout_is_its_reverse_kl(whole):
         )
 
 
-def test_transcripts(whole):
-    """Per-token numbers belong to the response's tokens, one each."""
+def test_transcripts_have_one_number_per_response_token(whole):
+    """Per-token numbers align with the tokens of the response."""
     rows = [json.loads(x) for x in (whole / "rollouts" / "000002.jsonl").read_text().splitlines()]
     assert len(rows) == 3
     for row in rows:
@@ -242,8 +242,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_config(models, tmp_path, name):
-    """One line that names the fault, and no directory made."""
+def test_bad_configs_are_refused(models, tmp_path, name):
+    """The error is one line that names the fault, and no directory is created."""
     c = config(models)
     apply, words = BAD[name]
     apply(c)
@@ -266,7 +266,7 @@ def test_bad_config(models, tmp_path, name):
         ('{"question": "1+1?"}\n{"question": "' + "7" * 80 + '"}\n', "rows.jsonl:2: prompt of"),
     ],
 )
-def test_bad_rows(models, tmp_path, text, words):
+def test_bad_rows_are_refused(models, tmp_path, text, words):
     c = config(models)
     path = tmp_path / "rows.jsonl"
     path.write_text(text)
@@ -277,8 +277,8 @@ def test_bad_rows(models, tmp_path, text, words):
     assert not (tmp_path / "run").exists()
 
 
-def test_other_tokenizer(models, tmp_path):
-    """A teacher with other token ids is refused, by name."""
+def test_a_teacher_with_another_tokenizer_is_refused(models, tmp_path):
+    """The error names the teacher."""
     other = tmp_path / "other"
     shutil.copytree(models[1], other)
     path = other / "tokenizer.json"
@@ -294,7 +294,7 @@ def test_other_tokenizer(models, tmp_path):
 
 
 def test_a_base_student_takes_the_tokenizer_of_its_teacher(models, tmp_path):
-    """Its own lacks the think tokens. What is trained, sampled and exported then has them."""
+    """A Base tokenizer lacks the thinking tokens; trained, sampled and exported text has them."""
     student = copy_tokenizer_without(Path(models[0]), ("<think>", "</think>"), tmp_path / "base")
     for name in ("config.json", "model.safetensors"):
         shutil.copy(Path(models[0]) / name, student)
@@ -303,7 +303,7 @@ def test_a_base_student_takes_the_tokenizer_of_its_teacher(models, tmp_path):
     c.student.path = str(student)
     with pytest.raises(UserError, match=r"only .*; --config\.student\.tokenizer=\S+ gives"):
         loop.run(c, tmp_path / "run")
-    c.student.tokenizer = c.teacher.get_ref("path")  # as a recipe would
+    c.student.tokenizer = c.teacher.get_ref("path")  # as a recipe would set it
     c.stages = ("sft",)
     loop.run(c, tmp_path / "run")
     (first, *_) = transcripts(tmp_path / "run").values()
@@ -312,14 +312,14 @@ def test_a_base_student_takes_the_tokenizer_of_its_teacher(models, tmp_path):
     exporting.export_run(tmp_path / "run", tmp_path / "out")
     teacher = policy.make_abstract(models[1], "float32", False, mesh_lib.make_mesh(1, 1, 1))
     for path in (tmp_path / "run", tmp_path / "out"):
-        found = policy.make_abstract(str(path), "float32", False, mesh_lib.make_mesh(1, 1, 1))
-        compatibility.require_same_vocabulary(found, teacher)
-        assert found.stop_ids == tuple(sorted({0, *teacher.stop_ids}))
+        saved = policy.make_abstract(str(path), "float32", False, mesh_lib.make_mesh(1, 1, 1))
+        compatibility.require_same_vocabulary(saved, teacher)
+        assert saved.stop_ids == tuple(sorted({0, *teacher.stop_ids}))
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["top_k"] == 20
 
 
-def test_changed_config_on_resume(whole, models):
-    """A run goes on only as what it was; files of the run stay as they were."""
+def test_resuming_with_a_changed_config_is_refused(whole, models):
+    """The files of the run stay as they were."""
     c = config(models)
     c.opd.optim.learning_rate = 2e-3
     before = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
@@ -328,7 +328,7 @@ def test_changed_config_on_resume(whole, models):
     assert {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()} == before
 
 
-def test_what_may_change_on_resume(whole, models):
+def test_some_settings_may_change_on_resume(whole, models):
     c = config(models)
     c.checkpoint.every, c.log.transcripts = 1, 0
     loop.run(c, whole)
@@ -344,7 +344,7 @@ def test_tiny_variants_are_tiny(get_config):
 
 @pytest.fixture(scope="module")
 def divisible(tmp_path_factory):
-    """Models whose every head count four devices divide."""
+    """Models whose head counts are all divisible by four devices."""
     root = tmp_path_factory.mktemp("divisible")
     heads = {"num_key_value_heads": 4}
     return tiny_model(root / "student", 0, **heads), tiny_model(root / "teacher", 1, **heads)
@@ -367,7 +367,7 @@ def curve(models, workdir, fsdp, tensor, expert=1, context=1, stages=("sft", "op
 @pytest.mark.long
 @pytest.mark.parametrize("sizes", [(8, 1), (2, 4), (2, 1, 1, 4)], ids=str)
 def test_meshes_give_the_same_run(divisible, one_device, tmp_path, sizes):
-    """Sampling, scoring and updating on eight devices: the loss curve of one, to 1e-4."""
+    """Sampling, scoring and updating on eight devices give the loss curve of one, to 1e-4."""
     rows = curve(divisible, tmp_path, *sizes)
     assert len(rows) == len(one_device) == 5
     for row, expected in zip(rows, one_device, strict=True):
@@ -378,9 +378,9 @@ def test_meshes_give_the_same_run(divisible, one_device, tmp_path, sizes):
 
 
 @pytest.mark.long
-def test_experts_through_the_loop(tmp_path):
-    """A sparse student of a sparse teacher, on a mesh that splits the experts: the run of one
-    device, and what the routers did in the log."""
+def test_a_sparse_run_on_a_mesh_equals_one_device(tmp_path):
+    """Trains a sparse student from a sparse teacher on a mesh that splits the experts, and logs
+    router statistics."""
     experts = {
         "architectures": ["Qwen3MoeForCausalLM"],
         "num_experts": 8,

@@ -1,4 +1,4 @@
-"""Packed rows train as unpacked ones do, whatever is learned from them; and how they are packed."""
+"""Tests that packed rows train as unpacked ones do, for any objective, and how rows are packed."""
 
 import dataclasses
 import types
@@ -34,11 +34,15 @@ FURTHER = dataclasses.replace(TEACHER, hidden_size=48)
 
 
 def examples_of(form: BatchLayout, written: int = COUNT) -> list[Example]:
-    """Sequences of random lengths, of which the student wrote the first."""
-    rng, found = np.random.default_rng(0), []
+    """Makes sequences of random lengths, the first `written` of which are the student's."""
+    rng, examples = np.random.default_rng(0), []
     for i in range(COUNT):
-        n, m, told = rng.integers(1, P + 1), rng.integers(1, R + 1), rng.integers(0, ROOM + 1)
-        prompt, response, more = (rng.integers(0, 96, k).tolist() for k in (n, m, told))
+        n, m, num_context = (
+            rng.integers(1, P + 1),
+            rng.integers(1, R + 1),
+            rng.integers(0, ROOM + 1),
+        )
+        prompt, response, more = (rng.integers(0, 96, k).tolist() for k in (n, m, num_context))
         experts = []
         if form.routing:  # the last token is never read
             layers, chosen = form.routing
@@ -53,9 +57,9 @@ def examples_of(form: BatchLayout, written: int = COUNT) -> list[Example]:
             [[int(v), -1.0 - k] for k, v in enumerate(rng.permutation(96)[:3])] for _ in range(m)
         ]
         if i >= written:
-            found.append(Example(prompt, response, "", f"read {i}", teacher_top=top, **common))
+            examples.append(Example(prompt, response, "", f"read {i}", teacher_top=top, **common))
             continue
-        found.append(
+        examples.append(
             SampledExample(
                 *(prompt, response, "", f"written {i}"),
                 **common,
@@ -66,16 +70,18 @@ def examples_of(form: BatchLayout, written: int = COUNT) -> list[Example]:
                 advantage=float(rng.normal()) if form.has_advantages else None,
             )
         )
-    return found
+    return examples
 
 
 def alone(rows: int, minibatches: int) -> list[list[microbatches.PackedRows]]:
-    """One sequence a row."""
-    found = []
+    """Lays out one sequence per row."""
+    minibatches_of_rows = []
     for j in range(minibatches):
         listed = [(i,) for i in range(j, COUNT, minibatches)]
-        found.append([tuple(listed[k : k + rows]) for k in range(0, len(listed), rows)])
-    return found
+        minibatches_of_rows.append(
+            [tuple(listed[k : k + rows]) for k in range(0, len(listed), rows)]
+        )
+    return minibatches_of_rows
 
 
 def read(config: Any, seed: int, mesh: Any) -> Policy:
@@ -83,54 +89,54 @@ def read(config: Any, seed: int, mesh: Any) -> Policy:
 
 
 def trained(case: dict, packed: bool, sizes: tuple[int, ...] = (1, 1, 1)):
-    """The metrics of a step, and by how much the parameters moved; and the rows that it took."""
+    """Trains one step; returns its metrics, the change of the parameters and the number of rows."""
     mesh = mesh_lib.make_mesh(*sizes)
-    given = {"epochs": 1, "minibatches": 1, "teachers": 1, "temperature": 1.0} | case
-    config = SPARSE if given.get("sparse") else CONFIG
-    loss = dataclasses.replace(losses.OBJECTIVES[given["objective"]], **given.get("loss", {}))
+    settings = {"epochs": 1, "minibatches": 1, "teachers": 1, "temperature": 1.0} | case
+    config = SPARSE if settings.get("sparse") else CONFIG
+    loss = dataclasses.replace(losses.OBJECTIVES[settings["objective"]], **settings.get("loss", {}))
     shares = {"source": np.eye(2), "weights": np.full((2, 2), [0.25, 0.75])}
-    shares = shares.get(given.get("share", ""))
-    written = given.get("written", COUNT)
+    shares = shares.get(settings.get("share", ""))
+    written = settings.get("written", COUNT)
     stored = loss.teacher_output == "top"
     form = BatchLayout(
         T,
         R,
         top_k=3 if stored else 0,
-        context_tokens=ROOM if given.get("context") else 0,
+        context_tokens=ROOM if settings.get("context") else 0,
         has_sampler_logprobs=written == COUNT,
         has_advantages=loss.reward > 0,
-        routing=config.routing_shape if given.get("sparse") else None,
+        routing=config.routing_shape if settings.get("sparse") else None,
         teacher_weights=shares,
     )
     examples = examples_of(form, written)
-    rows, minibatches = mesh.size, given["minibatches"]
+    rows, minibatches = mesh.size, settings["minibatches"]
     taken = microbatches.pack_examples(examples, rows, minibatches, form)
     if not packed:
         taken = alone(rows, minibatches)
     with mesh_lib.use_mesh(mesh):
-        each = [] if stored or not loss.teacher else [TEACHER, FURTHER][: given["teachers"]]
+        each = [] if stored or not loss.teacher else [TEACHER, FURTHER][: settings["teachers"]]
         who = [
             local.Teacher(ConfigDict({"path": "x"}), read(c, 5 + i, mesh))
             for i, c in enumerate(each)
         ]
-        optimizer = optax.sgd(1.0 if given["epochs"] * minibatches == 1 else 0.01)
+        optimizer = optax.sgd(1.0 if settings["epochs"] * minibatches == 1 else 0.01)
         params = placed(config, 0, mesh)
         before = jax.tree.map(np.array, params)
         state = update_lib.init_train_state(optimizer, params, 0)
         mib = 4e-3 * mesh.size
         options = update_lib.UpdateOptions(
-            R, mib, overlap_k=2 if loss.teacher else 0, temperature=given["temperature"]
+            R, mib, overlap_k=2 if loss.teacher else 0, temperature=settings["temperature"]
         )
         programs = update_lib.make_update(make_model(config), optimizer, loss, options, state)
         stage: Any = types.SimpleNamespace(
             sampled_rows=written,
-            updates_per_step=given["epochs"] * minibatches,
-            c=types.SimpleNamespace(epochs=given["epochs"], accumulate=1),
+            updates_per_step=settings["epochs"] * minibatches,
+            c=types.SimpleNamespace(epochs=settings["epochs"], accumulate=1),
         )
         train = trainer.Trainer(
             *(stage, mesh, programs, local.place_heads(who)),
             read(config, 9, mesh) if loss.reference else None,
-            *(None, mib, given["temperature"]),
+            *(None, mib, settings["temperature"]),
         )
         work = microbatches.make_microbatches(taken, examples, form, mesh)
         state, measured, _, _ = train.step(state, work)
@@ -167,11 +173,11 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def same(one, other) -> None:
-    (found, moved, few), (expected, by, many) = one, other
+    (actual, moved, few), (expected, by, many) = one, other
     assert few < 0.8 * many
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name, x in expected.items():
-        np.testing.assert_allclose(found[name], x, rtol=1e-5, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(actual[name], x, rtol=1e-5, atol=1e-5, err_msg=name)
     for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(by), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     assert max(np.abs(x).max() for x in jax.tree.leaves(by)) > 1e-3
@@ -179,57 +185,57 @@ def same(one, other) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_packed_rows_train_as_unpacked_ones_do(name: str) -> None:
-    """The loss, all metrics and the gradient (which is what plain SGD moves by)."""
+    """Compares the loss, all metrics and the gradient, which is the step of plain SGD."""
     same(trained(CASES[name], True), trained(CASES[name], False))
 
 
 @pytest.mark.parametrize("name", ["gspo", "context", "mixed", "experts", "taught updates"])
-def test_and_so_they_do_on_a_mesh_of_eight(name: str) -> None:
+def test_packed_rows_train_as_unpacked_ones_on_a_mesh_of_eight(name: str) -> None:
     eight, one = trained(CASES[name], True, (1, 4, 2)), trained(CASES[name], False)
     same((*eight[:2], 1), one)
 
 
-def test_a_judge_reads_packed_rows() -> None:
-    """Its mean log-probability of each response, in the mixture of two teachers with a context."""
+def test_a_judge_scores_packed_rows_like_unpacked_ones() -> None:
+    """The score is the mean log-probability of each response under a mixture of two teachers with a
+    context."""
     mesh, form = (
         mesh_lib.make_mesh(1, 1, 1),
         BatchLayout(
             T, R, context_tokens=ROOM, has_sampler_logprobs=True, teacher_weights=np.eye(2)
         ),
     )
-    examples, found = examples_of(form), []
+    examples, scores_by_layout = examples_of(form), []
     with mesh_lib.use_mesh(mesh):
         who = [
             local.Teacher(ConfigDict({"path": "x"}), read(c, 5, mesh)) for c in (TEACHER, FURTHER)
         ]
         for taken in (microbatches.pack_examples(examples, 2, 2, form), alone(2, 2)):
             scores = grading.score_with_teachers(who, taken, examples, form, mesh, 1.0, None)
-            found.append(scores)
-    np.testing.assert_allclose(*found, rtol=1e-5)
-    assert len(np.unique(found[0])) == COUNT
+            scores_by_layout.append(scores)
+    np.testing.assert_allclose(*scores_by_layout, rtol=1e-5)
+    assert len(np.unique(scores_by_layout[0])) == COUNT
 
 
-def test_one_micro_batch_of_teacher_states_is_alive(tmp_path, monkeypatch) -> None:
-    """In a run of several micro-batches a step, and of several updates, whatever is looked at: when
-    a teacher is about to read, nothing that one read before is there any more; and after a step
-    nothing is."""
+def test_at_most_one_micro_batch_of_teacher_states_is_alive(tmp_path, monkeypatch) -> None:
+    """In a run with several micro-batches and updates per step, earlier teacher states are freed
+    before a teacher scores the next micro-batch, and none remain after a step."""
     c = quickstart.get_config("tiny")
     c.opd.batch_size, c.opd.samples, c.opd.minibatches, c.opd.accumulate = 16, 2, 2, 4
     c.mesh.fsdp = 1
-    score, seen, T = local.score, [], stages.get_row_tokens(c.opd)
+    score, alive_before_and_after, T = local.score, [], stages.get_row_tokens(c.opd)
 
     def alive() -> int:
         return sum(x.ndim == 3 and x.shape[1] == T for x in jax.live_arrays())
 
-    def noted(*given):
+    def score_and_count(*arguments):
         before = alive()
-        found = score(*given)
-        seen.append((before, alive()))
-        return found
+        scored = score(*arguments)
+        alive_before_and_after.append((before, alive()))
+        return scored
 
-    monkeypatch.setattr(local, "score", noted)
+    monkeypatch.setattr(local, "score", score_and_count)
     loop.run(c, tmp_path)
-    assert len(seen) >= 3 * 2 * 2 and set(seen) == {(0, 1)}
+    assert len(alive_before_and_after) >= 3 * 2 * 2 and set(alive_before_and_after) == {(0, 1)}
     assert not alive()
 
 
@@ -239,10 +245,12 @@ def test_one_micro_batch_of_teacher_states_is_alive(tmp_path, monkeypatch) -> No
     st.integers(1, 4),
 )
 @settings(max_examples=200, deadline=None)
-def test_packing(sizes: list[tuple[int, int]], rows: int, minibatches: int) -> None:
-    """Each sequence once, in the minibatch that is its; no row too long, for the student or for a
-    teacher who is told more; full micro-batches, none of them empty; at most twice the rows that
-    would do, and the same in every process."""
+def test_packing_places_every_example_once_within_bounds(
+    sizes: list[tuple[int, int]], rows: int, minibatches: int
+) -> None:
+    """Every example is in its own minibatch once; no row is too long for the student or for a
+    teacher with a context; micro-batches are full and not empty; the number of rows is at most
+    twice what is needed, and the same in every process."""
     form = BatchLayout(50, 49, context_tokens=20)
     examples = [Example([1], [2] * (n - 1), "", "", teacher_prompt=[1] * (1 + m)) for n, m in sizes]
     packed = microbatches.pack_examples(examples, rows, minibatches, form)
@@ -263,7 +271,7 @@ def test_packing(sizes: list[tuple[int, int]], rows: int, minibatches: int) -> N
 
 
 def test_first_fit_decreasing_packs_well() -> None:
-    """Log-normal lengths, the longest cut at a row: hardly a place is empty."""
+    """With log-normal lengths, the longest truncated at a row, almost no place stays empty."""
     rng = np.random.default_rng(0)
     lengths = np.minimum(rng.lognormal(np.log(2048) - 0.5, 1, 512), 16_384).astype(int) + 150
     packed = packing.pack_first_fit_decreasing(

@@ -1,4 +1,5 @@
-"""Objectives through the whole loop: what a flag changes, and what it may not."""
+"""Tests objectives through the whole training loop, and combinations of settings that are
+refused."""
 
 import dataclasses
 import json
@@ -29,10 +30,10 @@ def config(objective: str, **changes) -> ConfigDict:
     s.objective, s.steps, s.batch_size, s.samples = objective, 2, 8, 4
     for name, value in changes.items():
         *groups, field = name.split("__")
-        at = s
+        group_config = s
         for group in groups:
-            at = at[group]
-        at[field] = value
+            group_config = group_config[group]
+        group_config[field] = value
     return c
 
 
@@ -54,7 +55,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("objective", RUNS)
-def test_an_objective_is_a_flag(objective, tmp_path):
+def test_every_objective_trains_by_its_flag(objective, tmp_path):
     c = config(objective, **RUNS[objective])
     loop.run(c, tmp_path / "run")
     rows = rows_of(tmp_path / "run")
@@ -66,23 +67,27 @@ def test_an_objective_is_a_flag(objective, tmp_path):
         assert 0 <= first["reward/correct"] <= 1
         assert first["reward/correct_std"] >= 0
         assert "train/advantage" in first and "train/ratio" in first
-        assert first["train/ratio"] == pytest.approx(1, abs=1e-4)  # one update: fresh samples
+        assert first["train/ratio"] == pytest.approx(
+            1, abs=1e-4
+        )  # one update per step: fresh samples
     if objective == "grpo":
-        # The weighted sum of what its terms were; replaced groups are in the terms' means too.
+        # The loss is the weighted sum of its terms; the terms' means include replaced groups.
         assert 0 <= first["reward/mean"] <= 1.5
         assert first["reward/dropped_rows"] % 4 == 0
     if objective == "hybrid":
-        assert first["train/reference_kl"] == pytest.approx(0, abs=1e-5)  # it begins as its own
+        assert first["train/reference_kl"] == pytest.approx(
+            0, abs=1e-5
+        )  # the student starts as its own reference
         assert first["reward/teacher_logprob"] < 0
         assert first["train/reverse_kl"] > 0
     if objective == "gkd":
         assert "rollout/mean_length" in first and "data/truncated" in first
     if objective == "opd_sampled":
-        assert first["train/ratio"] != 1  # later updates are on older samples
+        assert first["train/ratio"] != 1  # later updates see older samples
 
 
-def test_a_policy_gradient_is_of_the_temperature_that_drew(tmp_path):
-    """The ratio of fresh samples is 1, and the reference is the student, at that temperature."""
+def test_policy_gradient_uses_the_sampling_temperature(tmp_path):
+    """At that temperature, fresh samples have a ratio of 1 and the reference equals the student."""
     c = config("grpo", sampling__temperature=0.7, loss__reference=0.1)
     loop.run(c, tmp_path / "run")
     first = rows_of(tmp_path / "run")[0]
@@ -101,8 +106,8 @@ def test_every_row_of_the_table_can_be_prepared():
         assert bool(plan.teachers) == bool(stage.loss.teacher)
 
 
-def collected(c: ConfigDict, step: int = 0):
-    """The sequences that a stage's step trains on, and what was measured."""
+def collect_step(c: ConfigDict, step: int = 0):
+    """Returns the sequences that a step of the stage trains on, and its metrics."""
     mesh = mesh_lib.make_mesh(1, 1, 1)
     plan = setup.setup_run(c, mesh)
     with policy.use(plan.student), graders.Grader() as grader:
@@ -114,9 +119,9 @@ def collected(c: ConfigDict, step: int = 0):
     return sequences_of(work), measured
 
 
-def test_advantages_are_those_of_the_groups_rewards():
-    rows, measured = collected(config("grpo", batch_size=16))
-    for row in rows:  # one number a response, and none of the prompt
+def test_advantages_compare_the_rewards_of_a_group():
+    rows, measured = collect_step(config("grpo", batch_size=16))
+    for row in rows:  # one number per response, none on the prompt
         assert len(np.unique(row.advantages_BT[row.mask_BT])) == 1
         assert not row.advantages_BT[~row.mask_BT].any()
     advantages_PG = np.array([row.advantages_BT[-1] for row in rows]).reshape(4, 4)
@@ -124,26 +129,28 @@ def test_advantages_are_those_of_the_groups_rewards():
     mixed = np.abs(advantages_PG).max(axis=1) > 0
     assert mixed.sum() > 0  # the embedded student solves about a third of its problems
     assert measured["reward/zero_variance_groups"] == pytest.approx(1 - mixed.mean())
-    # Rewards are 0 or 1, so the better of a group have one advantage, and the worse another.
+    # Rewards are 0 or 1, so a group has one positive and one negative advantage.
     for group in advantages_PG[mixed]:
         assert len(np.unique(group.round(4))) == 2
         share = (group > 0).mean()
         assert 0 < share < 1
 
 
-def test_dropped_groups_are_not_trained():
-    kept, _ = collected(config("grpo", batch_size=16))
-    rows, measured = collected(config("grpo", batch_size=16, reward__zero_variance_groups="drop"))
+def test_dropped_zero_variance_groups_are_not_trained():
+    kept, _ = collect_step(config("grpo", batch_size=16))
+    rows, measured = collect_step(
+        config("grpo", batch_size=16, reward__zero_variance_groups="drop")
+    )
     differ = [row for row in kept if row.advantages_BT.any()]
     assert 0 < len(differ) < len(kept) == 16
-    for row, same in zip(rows, differ, strict=True):
-        np.testing.assert_array_equal(row.tokens_BT, same.tokens_BT)
-        np.testing.assert_array_equal(row.advantages_BT, same.advantages_BT)
+    for row, expected in zip(rows, differ, strict=True):
+        np.testing.assert_array_equal(row.tokens_BT, expected.tokens_BT)
+        np.testing.assert_array_equal(row.advantages_BT, expected.advantages_BT)
     assert measured["reward/dropped_rows"] == 16 - len(rows)
 
 
-def test_updates_are_counted_apart_from_steps():
-    found = []
+def test_several_updates_per_step_are_counted():
+    results = []
     for several in ({}, {"epochs": 3, "minibatches": 2}):
         c, mesh = config("opd", **several, optim__learning_rate=0.0), mesh_lib.make_mesh(1, 1, 1)
         c.opd.optim.warmup_steps = 0
@@ -158,28 +165,28 @@ def test_updates_are_counted_apart_from_steps():
             state, measured, shown, _ = train.step(state, work, 8)
             stats = [
                 row.positions_BT[row.mask_BT]
-                for micro, of in shown
+                for micro, micro_stats in shown
                 for row in sequences_of(
                     [[micro]],
-                    lambda micro, of=of: dataclasses.replace(
-                        micro.make_batch(), positions_BT=np.asarray(of["logp"])
+                    lambda micro, micro_stats=micro_stats: dataclasses.replace(
+                        micro.make_batch(), positions_BT=np.asarray(micro_stats["logp"])
                     ),
                 )
             ]
-            found.append((state, measured, np.sort(np.concatenate(stats))))
-    (_, one, alone), (state, several, merged) = found
+            results.append((state, measured, np.sort(np.concatenate(stats))))
+    (_, single, alone), (state, several, merged) = results
     assert int(state.step) == 6
     counts = {int(x) for x in jax.tree.leaves(state.opt_state) if x.dtype == np.int32}
     assert counts == {6}
-    # At a rate of 0 nothing moves: all six are the one update, on halves of its rows.
-    assert one.keys() <= several.keys()
+    # At rate 0 nothing moves: all six updates equal the single one, on halves of its rows.
+    assert single.keys() <= several.keys()
     np.testing.assert_allclose(several.get("ratio", 1), 1, atol=1e-6)
     np.testing.assert_allclose(merged, alone, atol=1e-5)
-    assert several["loss"] == pytest.approx(float(one["loss"]), rel=0.2)
+    assert several["loss"] == pytest.approx(float(single["loss"]), rel=0.2)
 
 
-def test_stored_tops_need_no_teacher(tmp_path):
-    """Rows as generate --top_logprobs writes them; no teacher is named."""
+def test_stored_topk_needs_no_teacher(tmp_path):
+    """Trains on rows as generate --top_logprobs writes them, naming no teacher."""
     rng, rows = np.random.default_rng(0), []
     for _ in range(8):
         places = [rng.choice(500, 4, False) for _ in range(5)]
@@ -254,7 +261,7 @@ def test_stored_tops_need_no_teacher(tmp_path):
         ("hybrid", {"loss__clip": "ppo", "loss__ratio": "none"}, "config.opd.loss.clip=ppo"),
     ],
 )
-def test_what_cannot_mean_anything_is_refused(objective, changes, words, monkeypatch):
+def test_contradictory_settings_are_refused(objective, changes, words, monkeypatch):
     monkeypatch.setattr(policy, "load", None)  # before any weight is read
     with pytest.raises(UserError, match=words):
         setup.setup_run(config(objective, **changes), mesh_lib.make_mesh(1, 1, 1))
@@ -268,8 +275,8 @@ def test_a_judge_needs_a_teacher():
 
 
 @pytest.mark.parametrize("objective", ["hybrid", "distill"])
-def test_figures_of_the_modes_apart(objective, tmp_path):
-    """Whole figures are the means of the modes', weighed by their rows or tokens."""
+def test_statistics_by_thinking_mode_average_to_the_whole(objective, tmp_path):
+    """Overall statistics are means over the modes, weighted by rows or tokens."""
     c = config(objective, samples=2, data__thinking=0.5, data__max_rows=16, accumulate=2)
     c.opd.data.difficulty, c.opd.data.curriculum = "operations", "ordered"
     c.opd.reward.format = 0.5
@@ -289,5 +296,5 @@ def test_figures_of_the_modes_apart(objective, tmp_path):
             for name in ("rollout/mean_length", "rollout/truncated", "reward/correct"):
                 parts = [n * row[f"{name}/{m}"] for m, n in sizes.items() if n]
                 assert row[name] == pytest.approx(sum(parts) / 8)
-    # The easiest of the operations' numbers come first.
+    # Problems with the fewest operations come first.
     assert rows[0]["data/difficulty"] < rows[-1]["data/difficulty"]

@@ -1,4 +1,4 @@
-"""The optimiser against optax by hand."""
+"""Tests the optimisers against optax and against direct computations."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def params() -> dict:
     ("name", "middle"),
     [("cosine", 0.1 * (0.1 + 0.9 * 0.5)), ("linear", 0.055), ("constant", 0.1)],
 )
-def test_schedule_values(name, middle):
+def test_schedules_have_their_values(name, middle):
     rate = optim.make_schedule(config(schedule=name), 24)
     np.testing.assert_allclose([rate(i) for i in range(4)], [0.025, 0.05, 0.075, 0.1], rtol=1e-6)
     np.testing.assert_allclose(rate(4), 0.1, rtol=1e-6)
@@ -58,12 +58,12 @@ def test_a_short_warmup_starts_at_the_peak(warmup):
     np.testing.assert_allclose(rate(0), 0.1, rtol=1e-6)
 
 
-def test_warmup_longer_than_the_run():
+def test_warmup_longer_than_the_run_is_refused():
     rate = optim.make_schedule(config(warmup_steps=10), 5)
     np.testing.assert_allclose(rate(4), 0.05, rtol=1e-6)
 
 
-def test_unknown_names():
+def test_unknown_names_are_refused():
     with pytest.raises(UserError, match="'step': must be one of 'cosine', 'linear', 'constant'"):
         optim.make_optimizer(config(schedule="step"), 10)
     with pytest.raises(UserError, match="'lion': must be one of 'adamw', 'muon', 'adafact"):
@@ -78,8 +78,9 @@ def test_unknown_names():
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.0])
-def test_equals_adamw_by_hand(clip):
-    """Clip, moments, bias correction and decoupled decay, in numpy; norms do not decay."""
+def test_adamw_equals_its_definition(clip):
+    """Checks clipping, moments, bias correction and decoupled decay in numpy; norms do not
+    decay."""
     c, p = config(clip_norm=clip, schedule="constant", warmup_steps=0), params()
     tx = optim.make_optimizer(c, 10)
     state = tx.init(p)
@@ -112,7 +113,7 @@ def test_equals_adamw_by_hand(clip):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), p, want)
 
 
-def test_without_gradient_only_weights_shrink():
+def test_zero_gradient_only_decays_weights():
     p = params()
     tx = optim.make_optimizer(config(warmup_steps=0, schedule="constant"), 10)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, p), tx.init(p), p)
@@ -121,8 +122,8 @@ def test_without_gradient_only_weights_shrink():
 
 
 def test_muon_orthogonalises_each_matrix_of_a_stack():
-    """All singular values of an update are nearly one size, and that size gives the RMS of AdamW;
-    a stack of layers is what its layers are alone."""
+    """The singular values of an update are nearly equal, with the RMS of AdamW; a stack of layers
+    is updated like its layers separately."""
     c = config(name="muon", schedule="constant", warmup_steps=0, clip_norm=0.0, weight_decay=0.0)
     tx = optim.make_optimizer(c, 10)
     grad_LDF = jax.random.normal(jax.random.key(1), (3, 16, 24))
@@ -137,11 +138,11 @@ def test_muon_orthogonalises_each_matrix_of_a_stack():
     size = 0.1 * 0.2 * 24**0.5  # rate, RMS, and the norm of an orthogonal row of 24
     singular = jnp.linalg.svd(together["q"]["kernel"], compute_uv=False) / size
     assert float(singular.min()) > 0.65 and float(singular.max()) < 1.35
-    nesterov = 1 + 0.9 * 0.1 / (1 - 0.9**2)  # of AdamW's first step, whose size is the rate
+    nesterov = 1 + 0.9 * 0.1 / (1 - 0.9**2)  # AdamW's first step has the size of the rate
     np.testing.assert_allclose(together["norm"]["scale"], -0.1 * nesterov, rtol=1e-4)
 
 
-def test_sgd_by_hand():
+def test_sgd_equals_its_definition():
     c = config(name="sgd", schedule="constant", warmup_steps=0, clip_norm=0.0)
     p, tx = params(), optim.make_optimizer(c, 10)
     state = tx.init(p)
@@ -156,9 +157,9 @@ def test_sgd_by_hand():
 
 
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
-def test_memory_and_shardings_of_every_optimiser(name):
-    """Moments of a parameter's shape lie as it does; bfloat16 halves the first one, and Adafactor
-    holds rows and columns only."""
+def test_moments_have_the_shardings_and_size_of_the_table(name):
+    """Moments with a parameter's shape have its sharding; bfloat16 halves the first moment, and
+    Adafactor stores only rows and columns."""
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
     kernel = jax.device_put(jnp.ones((2, 128, 256)), split)
@@ -173,7 +174,7 @@ def test_memory_and_shardings_of_every_optimiser(name):
     narrow = wide if name == "adafactor" else moments("bfloat16")
     for x in wide:
         assert x.shape != kernel.shape or x.sharding.is_equivalent_to(split, 3)
-    held = sum(x.nbytes for x in wide) / kernel.nbytes
-    saved = held - sum(x.nbytes for x in narrow) / kernel.nbytes
+    total = sum(x.nbytes for x in wide) / kernel.nbytes
+    saved = total - sum(x.nbytes for x in narrow) / kernel.nbytes
     want = {"adamw": (2, 0.5), "muon": (1, 0.5), "adafactor": (0, 0), "sgd": (1, 0.5)}[name]
-    np.testing.assert_allclose((held, saved), want, atol=0.02)
+    np.testing.assert_allclose((total, saved), want, atol=0.02)

@@ -1,4 +1,4 @@
-"""What a run says before its first step, and what it warns of."""
+"""The summary printed before the first step, and its warnings."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from tests.support.paths import ROOT
 
 
 @pytest.fixture(autouse=True)
-def at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
@@ -32,30 +32,30 @@ def config(**changes: Any) -> ConfigDict:
     return c
 
 
-def told(c: ConfigDict, alter: Any = lambda params: params) -> list[str]:
-    """The lines of a run's preflight; `alter` changes what it is to train before it begins."""
-    plan = setup.setup_run(c, mesh_lib.make_mesh(**c.mesh))
-    with policy.use(plan.student):
-        plan = setup.load_lora_base(c, plan)
-        plan = setup.load_stage_models(c, plan, plan.stages[0])
-        trained = first(c, plan)
-        validation = eval_hook.setup_validation(c.eval, plan.student, c.seed)
-        return list(preflight.make_summary_lines(c, plan, validation, alter(trained), False))
+def summarise(c: ConfigDict, alter: Any = lambda params: params) -> list[str]:
+    """Returns the lines of a run's summary; `alter` changes the initial trained parameters."""
+    run_setup = setup.setup_run(c, mesh_lib.make_mesh(**c.mesh))
+    with policy.use(run_setup.student):
+        run_setup = setup.load_lora_base(c, run_setup)
+        run_setup = setup.load_stage_models(c, run_setup, run_setup.stages[0])
+        trained = init_trained(c, run_setup)
+        validation = eval_hook.setup_validation(c.eval, run_setup.student, c.seed)
+        return list(preflight.make_summary_lines(c, run_setup, validation, alter(trained), False))
 
 
-def first(c: ConfigDict, plan: setup.RunSetup) -> Params:
-    if plan.student.model.lora:
-        return policy.load_or_init_lora(plan.student, jax.random.key(0))
-    return policy.load(plan.student, "float32").params
+def init_trained(c: ConfigDict, run_setup: setup.RunSetup) -> Params:
+    if run_setup.student.model.lora:
+        return policy.load_or_init_lora(run_setup.student, jax.random.key(0))
+    return policy.load(run_setup.student, "float32").params
 
 
-def warnings(lines: list[str]) -> list[str]:
+def get_warnings(lines: list[str]) -> list[str]:
     return [line for line in lines if line.startswith("warning: ")]
 
 
-def test_a_sound_run_is_told_in_a_few_lines() -> None:
-    lines = told(config())
-    assert not warnings(lines) and len(lines) <= 8 and max(map(len, lines)) < 300
+def test_a_sound_run_has_a_short_summary_without_warnings() -> None:
+    lines = summarise(config())
+    assert not get_warnings(lines) and len(lines) <= 8 and max(map(len, lines)) < 300
     assert "stops at 382 <|endoftext|>, 384 <|im_end|>" in lines[0]
     assert lines[1].startswith("teacher assets/teacher: 0.7 M parameters")
     assert "ends a turn with <|im_end|>" in lines[2]
@@ -65,45 +65,45 @@ def test_a_sound_run_is_told_in_a_few_lines() -> None:
 
 @pytest.mark.parametrize("lora", [0, 4])
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_a_teacher_with_the_students_weights(lora: int, dtype: str) -> None:
+def test_a_teacher_with_the_students_weights_is_warned_of(lora: int, dtype: str) -> None:
     c = config(teacher__path="assets/student", student__lora__rank=lora)
     c.teacher.param_dtype = dtype
-    (line,) = warnings(told(c))
+    (line,) = get_warnings(summarise(c))
     assert line.startswith("warning: teacher (assets/student) has the student's own weights")
     assert "in opd" in line
-    changed = lambda params: jax.tree.map(lambda x: x + 0.01, params)  # noqa: E731
-    assert not warnings(told(c, changed))  # though it is of the same architecture
+    add = lambda params: jax.tree.map(lambda x: x + 0.01, params)  # noqa: E731
+    assert not get_warnings(summarise(c, add))  # the architectures are still the same
 
 
-def test_the_student_before_another_stage_may_teach() -> None:
+def test_the_initial_student_may_teach_a_later_stage() -> None:
     c = config(teacher__path="assets/student", stages=("sft", "opd"))
     c.sft.max_prompt_tokens, c.sft.max_response_tokens = 60, 52
-    assert not warnings(told(c))
+    assert not get_warnings(summarise(c))
 
 
 def test_the_student_itself_may_teach_with_a_context() -> None:
     c = config(teacher__path="assets/student")
     c.opd.context.text, c.opd.context.max_tokens = "assets/rows/manual.md", 48
-    assert not warnings(told(c))
+    assert not get_warnings(summarise(c))
 
 
-def model(directory: Path, **tokenizer: Any) -> str:
-    """assets/student with another tokenizer_config.json."""
+def copy_student(directory: Path, **tokenizer: Any) -> str:
+    """Copies assets/student with changes to its tokenizer_config.json."""
     shutil.copytree("assets/student", directory)
     file = directory / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **tokenizer}))
     return str(directory)
 
 
-def test_a_template_that_ends_turns_by_another_token(tmp_path: Path) -> None:
-    """As that of Base models does, whose tokenizers end texts with <|endoftext|>."""
-    path = model(tmp_path / "base", eos_token="<|endoftext|>")
+def test_a_template_that_ends_turns_with_another_token_is_warned_of(tmp_path: Path) -> None:
+    """Templates of Base models do, as their tokenizers end texts with <|endoftext|>."""
+    path = copy_student(tmp_path / "base", eos_token="<|endoftext|>")
     for name in ("config.json", "generation_config.json"):
         file = tmp_path / "base" / name
         file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": 382}))
     c = config(student__path=path, stages=("sft",))
     c.sft.max_prompt_tokens, c.sft.max_response_tokens = 60, 52
-    stop, learned = warnings(told(c))
+    stop, learned = get_warnings(summarise(c))
     assert stop == (
         "warning: <|im_end|> is no stop token of the student, which will write on after it"
     )
@@ -112,70 +112,70 @@ def test_a_template_that_ends_turns_by_another_token(tmp_path: Path) -> None:
     )
 
 
-def test_an_evaluation_that_asks_otherwise() -> None:
+def test_an_evaluation_with_other_prompts_is_warned_of() -> None:
     c = config(eval__every=2, eval__limit=4, eval__max_new_tokens=52)
-    lines = told(c)
-    assert not warnings(lines) and "evaluation asks as opd trains" in lines
+    lines = summarise(c)
+    assert not get_warnings(lines) and "evaluation asks as opd trains" in lines
     c.opd.data.thinking = 0.0
-    (line,) = warnings(told(c))
+    (line,) = get_warnings(summarise(c))
     assert "asks otherwise than opd trains" in line and "<think>\\n\\n</think>" in line
     rows = "assets/rows/gsm8k.jsonl"
     c = config(eval__every=2, eval__limit=4, eval__max_new_tokens=52, opd__data__source=rows)
-    assert not warnings(told(c))
+    assert not get_warnings(summarise(c))
     c.opd.data.template = "Quick! {question}"
-    (line,) = warnings(told(c))
+    (line,) = get_warnings(summarise(c))
     assert "Quick!" in line and "config.opd.data.template" in line
 
 
-def test_the_picture_shows_what_is_trained() -> None:
+def test_trained_parts_of_a_row_are_marked() -> None:
     tokenizer = chat.load_tokenizer("assets/student")
     assert tokenizer is not None
     prompt, response = (chat.encode(tokenizer, text) for text in ("How many?\n", "6 lamps"))
     example = Example(prompt, response, "", "row", [True] * (len(response) - 1) + [False])
-    picture = preflight.format_example(example, tokenizer, 99, False)
-    assert picture.startswith("How many?⏎⟦6") and picture.count("⟦") == 1
+    text_row = preflight.format_example(example, tokenizer, 99, False)
+    assert text_row.startswith("How many?⏎⟦6") and text_row.count("⟦") == 1
     *_, last = response
-    assert picture.endswith(f"⟧{tokenizer.decode([last])}")
+    assert text_row.endswith(f"⟧{tokenizer.decode([last])}")
     coloured = preflight.format_example(example, tokenizer, 99, True)
     assert coloured.startswith("\033[2mHow many?⏎\033[0m\033[32m6") and "⟦" not in coloured
     plain = coloured
     for code in (preflight.GREEN, preflight.FAINT, preflight.RESET_COLOUR):
         plain = plain.replace(code, "")
-    assert plain == picture.replace("⟦", "").replace("⟧", "")
-    # Long rows are cut, control codes of a row are not sent to a terminal, responses end in time.
+    assert plain == text_row.replace("⟦", "").replace("⟧", "")
+    # Long rows are cut, control codes never reach the terminal, and responses end at the limit.
     long = Example(prompt * 100, chat.encode(tokenizer, "a\033[31mb") * 2, "", "row")
     text = preflight.format_example(long, tokenizer, 99, False)
     assert "more … " in text and len(text) < 1200 and "\033" not in text
     assert preflight.format_example(Example([1], [2, 3, 4], "", ""), None, 2, False) == "1⟦2 3⟧"
 
 
-def test_memory_counts_what_is_there() -> None:
-    """Weights and optimiser as the arrays themselves say, on a mesh that splits them."""
+def test_estimated_memory_agrees_with_the_arrays() -> None:
+    """Trained parameters and optimiser state, on a mesh that shards them."""
     c = config()
     c.mesh.fsdp = 4
-    plan = setup.setup_run(c, mesh_lib.make_mesh(**c.mesh))
-    with policy.use(plan.student):
-        plan = setup.load_lora_base(c, plan)
-        plan = setup.load_stage_models(c, plan, plan.stages[0])
-        trained = first(c, plan)
-        state = update.init_train_state(plan.stages[0].optimizer, trained, 0)
+    run_setup = setup.setup_run(c, mesh_lib.make_mesh(**c.mesh))
+    with policy.use(run_setup.student):
+        run_setup = setup.load_lora_base(c, run_setup)
+        run_setup = setup.load_stage_models(c, run_setup, run_setup.stages[0])
+        trained = init_trained(c, run_setup)
+        state = update.init_train_state(run_setup.stages[0].optimizer, trained, 0)
         device = jax.devices()[0]
 
-        def held(tree: Any) -> int:
+        def count_bytes(tree: Any) -> int:
             shards = [s for x in jax.tree.leaves(tree) for s in x.addressable_shards]
             return sum(s.data.nbytes for s in shards if s.device == device)
 
-        assert calls.count_device_bytes(trained) == held(trained)
-        (line,) = preflight.estimate_memory(plan, c, trained)
+        assert calls.count_device_bytes(trained) == count_bytes(trained)
+        (line,) = preflight.estimate_memory(run_setup, c, trained)
         parts = dict(
             part.rsplit(" ", 1) for part in line.partition("(")[2].partition(")")[0].split(", ")
         )
-        assert abs(float(parts["optimiser"]) * 2**30 - held(state.opt_state)) < 2**30 / 100
+        assert abs(float(parts["optimiser"]) * 2**30 - count_bytes(state.opt_state)) < 2**30 / 100
     c.loss_chunk_mib = 2.0**14
-    assert float(next(preflight.estimate_memory(plan, c, trained)).split()[2]) >= 16
+    assert float(next(preflight.estimate_memory(run_setup, c, trained)).split()[2]) >= 16
 
 
-def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "get_memory_limit", lambda: 2**20)
-    (line,) = warnings(told(config()))
+    (line,) = get_warnings(summarise(config()))
     assert "more than a device has" in line

@@ -1,4 +1,5 @@
-"""One step of the optimiser: equivalence classes, shardings, donation, teacher = student."""
+"""Tests one optimiser step: equivalent settings, shardings, donation, and a teacher equal to the
+student."""
 
 import dataclasses
 import functools
@@ -34,7 +35,7 @@ def make_programs(qwen3, loss, state, mib):
 
 
 def batch(seed=0):
-    """Rows of very unequal numbers of trained tokens."""
+    """Makes rows with very unequal numbers of trained tokens."""
     rng = np.random.default_rng(seed)
     lengths = np.array([24, 3, 9, 24, 5, 14, 2, 20])
     segments = (np.arange(T)[None] < lengths[:, None]).astype(np.int32)
@@ -46,7 +47,8 @@ def batch(seed=0):
 
 
 def curve(objective="opd", sizes=(1, 1, 1), accumulate=1, remat=False, scan=True, steps=3):
-    """Losses and gradient norms of a few steps, the final state, and the step's compilation."""
+    """Returns losses and gradient norms of a few steps, the final state, and the step's
+    compilation."""
     mesh = mesh_lib.make_mesh(*sizes)
     with mesh_lib.use_mesh(mesh):
         student = placed(CONFIG, 0, mesh)
@@ -91,7 +93,7 @@ def golden():
     ],
     ids=str,
 )
-def test_equivalent_runs(golden, change):
+def test_equivalent_settings_give_the_same_curve(golden, change):
     numbers, state, _, stats = curve(**change)
     np.testing.assert_allclose(numbers, golden[0], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(numbers[0], golden[0][0], rtol=1e-5, atol=1e-6)
@@ -100,7 +102,7 @@ def test_equivalent_runs(golden, change):
     assert int(state.step) == 3
 
 
-def test_the_divisor_is_the_global_count(golden):
+def test_loss_is_divided_by_the_global_token_count(golden):
     """The loss is Σ over tokens / all tokens, not a mean of means over rows."""
     numbers, _, _, _ = curve("sft", steps=1)
     data = batch(0)
@@ -112,8 +114,8 @@ def test_the_divisor_is_the_global_count(golden):
     np.testing.assert_allclose(numbers[0, 0], -logp[rows, columns, targets].mean(), rtol=1e-5)
 
 
-def test_teacher_is_student():
-    """Distilling a model from itself: no loss, no gradient, no change of direction to learn."""
+def test_distilling_a_model_from_itself_has_zero_gradient():
+    """The loss and the gradient norm are zero up to rounding."""
     mesh = mesh_lib.make_mesh(1, 1, 1)
     with mesh_lib.use_mesh(mesh):
         params = placed(CONFIG, 0, mesh)
@@ -127,7 +129,7 @@ def test_teacher_is_student():
     assert float(measured["grad_norm"]) < 1e-5
 
 
-def test_a_padded_batch_has_the_loss_of_the_real_rows():
+def test_blank_rows_do_not_change_the_loss():
     mesh = mesh_lib.make_mesh(1, 1, 1)
     params = placed(CONFIG, 0, mesh)
 
@@ -177,12 +179,12 @@ def padded(spec, rank):
     return spec + (None,) * (rank - len(spec))
 
 
-def test_shardings_of_parameters_and_moments(sharded):
-    """After a step, each parameter and both its moments lie as the table says."""
+def test_parameters_and_moments_keep_their_shardings(sharded):
+    """After a step, each parameter and both of its moments are sharded as the table says."""
     state = sharded[1]
     ranks = {k: len(v) for k, v in EXPECTED.items()}
-    found = specs(state.params)
-    assert {k: padded(v, ranks[k]) for k, v in found.items()} == EXPECTED
+    actual = specs(state.params)
+    assert {k: padded(v, ranks[k]) for k, v in actual.items()} == EXPECTED
     adam = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=_is_adam) if _is_adam(s))
     for moment in (adam.mu, adam.nu):
         assert {k: padded(v, ranks[k]) for k, v in specs(moment).items()} == EXPECTED
@@ -192,7 +194,7 @@ def _is_adam(x):
     return isinstance(x, optax.ScaleByAdamState)
 
 
-def test_shardings_of_activations():
+def test_activations_have_their_shardings():
     """On 2 x 4: hidden states by rows over fsdp and tokens over tensor, heads over tensor, logits
     over the vocabulary."""
     mesh = mesh_lib.make_mesh(1, 2, 4)
@@ -217,14 +219,15 @@ def test_shardings_of_activations():
             .as_text()
         )
     assert text is not None
-    # one device's queries and MLP activations: B/2 rows, N/4 heads, F/4
+    # queries and MLP activations of one device: B/2 rows, N/4 heads, F/4
     assert f"f32[{B // 2},{T},{48 // 4}]" in text
     assert f"f32[{B // 2},{T},{4 * 16 // 4}]" in text
 
 
 @pytest.mark.parametrize("minibatches", [1, 2])
-def test_a_batch_without_a_token_to_train_on_moves_nothing(minibatches):
-    """Though there is momentum and decay; an update without one leaves the others' figures."""
+def test_a_batch_without_trained_tokens_changes_nothing(minibatches):
+    """This holds despite momentum and decay; an empty update leaves the statistics of the others
+    unchanged."""
     mesh = mesh_lib.make_mesh(1, 1, 1)
     with mesh_lib.use_mesh(mesh):
         state = update.init_train_state(optimizer(), placed(CONFIG, 0, mesh), 0)
@@ -232,7 +235,7 @@ def test_a_batch_without_a_token_to_train_on_moves_nothing(minibatches):
 
         def step(state, batch):
             """Rows interleave between the minibatches."""
-            found = []
+            metrics = []
             for j in range(minibatches):
                 part = jax.tree.map(lambda x, j=j: np.asarray(x)[j::minibatches], batch)
                 last = j + 1 == minibatches
@@ -240,12 +243,12 @@ def test_a_batch_without_a_token_to_train_on_moves_nothing(minibatches):
                 state, measured, _ = programs.run_update(
                     state, put, single_microbatch=True, steps=int(last)
                 )
-                found.append(measured)
-            return state, update.average_metrics(found)
+                metrics.append(measured)
+            return state, update.average_metrics(metrics)
 
         whole = batch()
         state, _ = step(state, whole)
-        before = jax.tree.map(lambda x: np.array(x), state)  # copies: it is donated
+        before = jax.tree.map(lambda x: np.array(x), state)  # copies, because the state is donated
         nothing: Any = np.zeros_like(whole.mask_BT)
         state, measured = step(state, dataclasses.replace(whole, mask_BT=nothing))
         assert int(state.step) == 2 and measured["trained_tokens"] == 0
@@ -256,11 +259,11 @@ def test_a_batch_without_a_token_to_train_on_moves_nothing(minibatches):
         state, measured = step(state, dataclasses.replace(whole, mask_BT=half))
         assert np.isfinite(measured["loss"]) and measured["trained_tokens"] == half[:, 1:].sum()
         counts = {int(x) for x in jax.tree.leaves(state.opt_state) if x.dtype == np.int32}
-        assert counts == {minibatches + 1}  # updates that had something to learn from
+        assert counts == {minibatches + 1}  # updates with trained tokens
 
 
 def test_the_state_is_donated(golden):
-    """Every array of the new state takes the place of an old one, and so does the gradient."""
+    """Every array of the new state reuses the buffer of an old one, and so does the gradient."""
     state, (accumulate, apply) = golden[1], golden[2]
     for lowered, tree in ((accumulate, state.params), (apply, state)):
         size = sum(x.nbytes for x in jax.tree.leaves(tree))
