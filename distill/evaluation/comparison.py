@@ -127,7 +127,7 @@ def compare_runs(runs: list[str]) -> Record:
     }
     first, rows = evaluations[0]
     for name, (summary, others) in list(zip(runs, evaluations, strict=True))[1:]:
-        benchmarks = [s.get("protocol", {}).get("benchmark") for s in (first, summary)]
+        benchmarks = [x.get("protocol", {}).get("benchmark") for x in (first, summary)]
         if benchmarks[0] == benchmarks[1]:
             result["paired"].append(compare_pair((runs[0], name), rows, others))
     return result
