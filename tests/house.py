@@ -31,7 +31,7 @@ FOLDERS = {
     "policy": "exporting forward compatibility policy hub",
     "data": "collate packing dataset teacher_context cleaning dedup curriculum examples sources "
     "columns arithmetic chat",
-    "objectives": "losses fused_head chunks divergences advantages",
+    "objectives": "losses loss fused_head chunks divergences advantages",
     "rewards": "terms ifeval graders",
     "runtime": "checkpoint cli distributed xla run_files environment gpu mesh",
 }
