@@ -21,7 +21,8 @@ from tests.support.recipes import at_home, parse_config  # noqa: F401  (at_home 
 
 PYTHONS = ("python", "python3", ".venv/bin/python")
 OURS = (*PYTHONS, "make", "./launch_tpu.sh", "srun")  # programs whose arguments are checked
-SHELL = ("cp", "done", "export", "for", "gcloud", "grep", "head", "pip", "read", "while", "$run")
+SHELL = ("cp", "done", "export", "for", "gcloud", "grep", "head", "pip", "read", "source", "while")
+SHELL += ("$run",)
 LAUNCHER = (ROOT / "launch_tpu.sh").read_text()
 
 
