@@ -62,7 +62,7 @@ def parse_costs(text: str) -> Costs:
     counts. A collective that is split into a start and a done instruction counts once.
     """
     computations, entry = _parse_computations(text)
-    flops, attention, open_loops, depth = 0.0, 0.0, 0, 0
+    flops, attention_flops, open_loops, depth = 0.0, 0.0, 0, 0
     collectives: dict[str, tuple[int, int]] = {}
     seen: set[str] = set()
 
@@ -92,25 +92,25 @@ def parse_costs(text: str) -> Costs:
     def measure_branch(branch: str) -> tuple[float, int]:
         """Returns the sort key of a branch: its FLOPs, with its length as the tie-break."""
         nonlocal open_loops
-        before, every = open_loops, list(walk(branch, 1.0))
+        before, instructions = open_loops, list(walk(branch, 1.0))
         open_loops = before
         products = (
             times * _count_matmul_flops(rest, lines)
-            for times, _, _, _, rest, lines in every
+            for times, _, _, _, rest, lines in instructions
             if " convolution(" in rest or " dot(" in rest
         )
-        return sum(products), len(every)
+        return sum(products), len(instructions)
 
-    traffic = once = 0.0
+    hbm_bytes = outside = 0.0
     for times, fused, inside, instruction, rest, lines in walk(entry, 1.0):
         if not fused:
             moved = times * _count_hbm_bytes(rest, lines, computations)
-            traffic, once = traffic + moved, once + (0 if depth else moved)
+            hbm_bytes, outside = hbm_bytes + moved, outside + (0 if depth else moved)
         kind = next((k for k in COLLECTIVES if re.search(rf" {k}(-start)?\(", rest)), None)
         if kind:
             # A collective overlapped with computation appears in every fusion that does part of it.
-            same = re.findall(r'channel_id=\d+|chain_id="\d+"', rest) if fused else None
-            key = f"{kind} {same}" if same else instruction
+            channels = re.findall(r'channel_id=\d+|chain_id="\d+"', rest) if fused else None
+            key = f"{kind} {channels}" if channels else instruction
             if key in seen:
                 continue
             seen.add(key)
@@ -122,10 +122,10 @@ def parse_costs(text: str) -> Costs:
         elif " convolution(" in rest or " dot(" in rest:
             flops += times * _count_matmul_flops(rest, lines)
         elif 'custom_call_target="tpu_custom_call"' in rest:
-            spent = times * _count_kernel_flops(instruction, rest)
-            flops += spent
-            attention += spent if instruction.startswith("splash") else 0.0
-    return Costs(flops, attention, int(traffic), int(once), collectives, open_loops)
+            kernel_flops = times * _count_kernel_flops(instruction, rest)
+            flops += kernel_flops
+            attention_flops += kernel_flops if instruction.startswith("splash") else 0.0
+    return Costs(flops, attention_flops, int(hbm_bytes), int(outside), collectives, open_loops)
 
 
 def _count_hbm_bytes(
@@ -149,13 +149,13 @@ def _count_hbm_bytes(
     body = computations.get(inner.group(1), {}) if inner else {}
     total, rewritten = 0.0, 0.0
     for i, name in enumerate(operands):
-        cut, put = _trace_slices(_find_parameter(body, i), body, computations)
-        whole = _count_hbm_result_bytes(lines.get(name, ""))
-        if put is not None and whole:
-            rewritten += min(whole, results)
-            total += 2 * put
+        read_bytes, written_bytes = _trace_slices(_find_parameter(body, i), body, computations)
+        operand_bytes = _count_hbm_result_bytes(lines.get(name, ""))
+        if written_bytes is not None and operand_bytes:
+            rewritten += min(operand_bytes, results)
+            total += 2 * written_bytes
         else:
-            total += whole if cut is None else min(cut, whole)
+            total += operand_bytes if read_bytes is None else min(read_bytes, operand_bytes)
     return total + results - rewritten
 
 
