@@ -131,6 +131,8 @@ def check_python(arguments: list[str]) -> None:
         check_file(arguments[0])
         if arguments[0] == "configs/ablations.py" and arguments[1:]:
             ablations.list_commands(arguments[1], tiny=arguments[2:] == ["tiny"])
+    elif arguments[1] == "venv":
+        require(len(arguments) == 3, f"venv {arguments[2:]}: one folder")
     elif arguments[1] == "pytest":
         for path in (word for word in arguments[2:] if word.startswith("tests")):
             check_file(path)

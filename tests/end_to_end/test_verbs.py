@@ -456,7 +456,10 @@ def cut_weights(model: Path) -> None:
 
 UP = "model.layers.1.mlp.up_proj.weight"
 BAD_MODELS = {
-    "architecture": (set_field("architectures", ["LlamaForCausalLM"]), "'LlamaForCausalLM' is nei"),
+    "architecture": (
+        set_field("architectures", ["LlamaForCausalLM"]),
+        "'LlamaForCausalLM' is none of",
+    ),
     "missing": (set_tensor(UP, None), f"tensor {UP} is missing"),
     "extra": (set_tensor("model.extra", (3,)), "tensor model.extra is no part of this model"),
     "misshapen": (set_tensor(UP, (48, 31)), f"{UP} has shape [48, 31], config.json says [48, 32]"),

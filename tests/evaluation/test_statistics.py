@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from distill.evaluation import statistics
+from distill.evaluation.tasks import ifeval
 from distill.runtime import run_files
 
 Z = 1.959964
@@ -225,7 +226,7 @@ def test_instruction_summary_has_four_accuracies() -> None:
         graded_row("b", "wrong", strict=[True, False], loose=[True, True]),
         graded_row("c", "error", strict=[True, None], loose=[True, None]),
     ]
-    assert statistics.summarise_rows(rows, [])["ifeval"] == {
+    assert ifeval.summarise(rows)["ifeval"] == {
         "prompt_strict": 0.5,
         "instruction_strict": pytest.approx(4 / 5),
         "prompt_loose": 1.0,

@@ -60,10 +60,10 @@ def decoded(qwen3: Transformer, variables: Any, tokens_BT: jax.Array) -> jax.Arr
     def step(cache: Any, t: jax.Array) -> Any:
         ones_B1 = jnp.ones((B, 1), jnp.int32)
         token_B1 = jax.lax.dynamic_slice_in_dim(tokens_BT, t, 1, 1)
-        view = cache.step(jnp.arange(B)[:, None], jnp.full(B, t + 1))
+        view = cache.bind_next_tokens(jnp.arange(B)[:, None], jnp.full(B, t + 1))
         applied: Any = qwen3.apply(variables, token_B1, t * ones_B1, ones_B1, view)
         hidden, view = applied
-        return view.bare(), hidden[:, 0]
+        return view.unbind_tokens(), hidden[:, 0]
 
     cache = init_pages(qwen3.config, 1, B, T, BF16, "plain")
     _, hidden_TBD = jax.lax.scan(step, cache, jnp.arange(T))

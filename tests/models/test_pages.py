@@ -387,7 +387,7 @@ def compile_for(topology, data, tensor, T):
         real_BT = (cache.row_BT >= 0).astype(jnp.int32)
         arguments = tokens_BT, cache.position_BT, real_BT, cache
         applied: Any = qwen3.apply({"params": params}, *arguments)
-        return applied[1].bare(), applied[0][:, -1, 0]
+        return applied[1].unbind_tokens(), applied[0][:, -1, 0]
 
     def decode(cache, params, table, length):
         def step(carry):

@@ -396,7 +396,7 @@ def test_8_bit_sampler_equals_the_8_bit_model(directories):
 
 def test_an_unknown_dtype_is_refused():
     with pytest.raises(
-        UserError, match=r"config.teacher.param_dtype: 'int4' is none of float32, bf"
+        UserError, match=r"config.teacher.param_dtype='int4': must be one of 'float32', 'bf"
     ):
         setup.setup_run(tiny_run("int4"), mesh_lib.make_mesh(1, 1, 1))
     c = tiny_run("int8")
@@ -407,7 +407,7 @@ def test_an_unknown_dtype_is_refused():
         setup.setup_run(c, mesh_lib.make_mesh(1, 1, 1))
     c.teacher.dtype = "int8"
     with pytest.raises(
-        UserError, match=r"config.teacher.dtype: 'int8' is none of float32, bfloat16"
+        UserError, match=r"config.teacher.dtype='int8': must be one of 'float32', 'bfloat16'"
     ):
         setup.setup_run(c, mesh_lib.make_mesh(1, 1, 1))
 

@@ -152,7 +152,7 @@ def test_damaged_checkpoint_falls_back_to_an_earlier_one(tmp_path, capsys, damag
     assert result is not None
     assert result[1]["number"] == 20
     same(result[0], state(20))
-    assert capsys.readouterr().err.count("damaged") == 1  # that of the replacement
+    assert capsys.readouterr().err.count(": damaged") == 1  # that of the replacement
 
 
 def test_a_run_with_only_damaged_checkpoints_does_not_restart(tmp_path):
@@ -189,7 +189,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 from distill.runtime.checkpoint import Checkpoints
 from tests.support.checkpoints import state
-saved = Checkpoints({directory!r}, every=1, keep=5)
+saved = Checkpoints({directory!r}, save_interval_steps=1, max_to_keep=5)
 saved.save(1, state(1), {{}})
 saved._manager.wait_until_finished()
 threading.Timer({delay}, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
@@ -220,7 +220,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 from distill.runtime.checkpoint import Checkpoints
 from tests.support.checkpoints import state
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-with Checkpoints({str(tmp_path)!r}, every=1, keep=5) as saved:
+with Checkpoints({str(tmp_path)!r}, save_interval_steps=1, max_to_keep=5) as saved:
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
     saved.save(1, state(1), {{}})
     print("saved returned")
@@ -246,14 +246,14 @@ def state(n):
     where = NamedSharding(mesh(4, 2), P("a", "b"))
     return {{"params": jax.make_array_from_callback(full.shape, where, lambda at: full[at])}}
 
-with Checkpoints({directory!r}, every=1, keep=5) as saved:
+with Checkpoints({directory!r}, save_interval_steps=1, max_to_keep=5) as saved:
     for n in (1, 2):
         saved.save(n, state(n), {{"n": n}})
 if {process} == 1:  # cut what only the other process will read
     files = glob.glob({directory!r} + "/2/params/ocdbt.process_0/d/*")
     os.truncate(max(files, key=os.path.getsize), 5000)
 multihost_utils.sync_global_devices("cut")
-with Checkpoints({directory!r}, every=1, keep=5) as saved:
+with Checkpoints({directory!r}, save_interval_steps=1, max_to_keep=5) as saved:
     found, meta = saved.restore(abstract(state(0), spec=("a", "b")))
     assert meta == {{"n": 1}}, meta
     want = state(1)["params"].addressable_shards

@@ -232,9 +232,9 @@ def test_stored_topk_needs_no_teacher(tmp_path):
         (
             "opd",
             {"loss__teacher_output": "top", "loss__teacher_topk": 4},
-            "estimator=exact with teacher_output=top",
+            "estimator=exact: teacher_output=top needs topk",
         ),
-        ("distill", {"loss__estimator": "topk"}, "config.opd.loss.estimator=topk: k says how many"),
+        ("distill", {"loss__estimator": "topk"}, "config.opd.loss.k=0 with estimator=topk"),
         (
             "opd",
             {"loss__estimator": "topk", "loss__k": 513},
