@@ -1,4 +1,4 @@
-"""Strong-to-weak distillation of Qwen3 from Python: what the verbs do, as functions.
+"""Strong-to-weak distillation of Qwen3: the Python API, with the functions of the verbs.
 
     import distill
 
@@ -10,9 +10,9 @@
     run = distill.train(config, "runs/x")
     distill.load("runs/x")
 
-A model is a `Policy`: parameters on a mesh of all devices, with the tokenizer and stop tokens that
-belong to them. A function imports what it needs when it is called, so that `import distill`, which
-every verb begins with, takes no time.
+A model is a `Policy`: parameters on a mesh of all devices, with their tokenizer and stop tokens.
+Each function imports its dependencies when it is called, so that `import distill`, which every verb
+runs first, is fast.
 """
 
 import dataclasses
@@ -31,16 +31,19 @@ if TYPE_CHECKING:
 
     from distill.policy.policy import Policy
 
-# transformers otherwise announces at import that torch is absent, which is the normal case here.
+# Otherwise transformers warns at import that torch is missing, which is normal here.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-Prompt = str | list[dict[str, Any]] | list[int]  # text, the messages of a chat, or token ids
+Prompt = str | list[dict[str, Any]] | list[int]  # text, chat messages, or token ids
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """A sampled response. `logprobs` are of its tokens, under the distribution they were drawn
-    from; `finish_reason` is "stop", "length", or "error" where logits were NaN."""
+    """A sampled response.
+
+    `logprobs` are the log-probabilities of its tokens under the distribution they were drawn from.
+    `finish_reason` is "stop", "length", or "error" if the logits were NaN.
+    """
 
     prompt_tokens: list[int]
     tokens: list[int]
@@ -51,12 +54,12 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A training run, by its directory."""
+    """A training run, identified by its directory."""
 
     workdir: "epath.Path"
 
     def metrics(self) -> "pd.DataFrame":
-        """Reads metrics.jsonl: a row a step, a column a metric."""
+        """Reads metrics.jsonl as a table with one row per step and one column per metric."""
         import pandas as pd
 
         with (self.workdir / "metrics.jsonl").open() as file:
@@ -68,7 +71,7 @@ def load(path: str, dtype: str = "") -> "Policy":
     or a run (its newest checkpoint).
 
     Args:
-      dtype: float32 or bfloat16, of parameters and computation; "": bfloat16, on a CPU float32.
+      dtype: of parameters and computation, float32 or bfloat16; "": bfloat16, on a CPU float32.
 
     Raises:
       UserError: naming the file or field that is missing or wrong.
@@ -85,22 +88,22 @@ def load(path: str, dtype: str = "") -> "Policy":
 def sample(
     model: "Policy", prompts: Sequence[Prompt], *, thinking: bool = True, **options: Any
 ) -> list[Completion]:
-    """Samples completions of each prompt; those of one prompt are neighbours.
+    """Samples completions of each prompt; completions of the same prompt are adjacent.
 
     Args:
-      thinking: the chat template's switch, for prompts that are messages.
+      thinking: the chat template's thinking switch; affects only prompts that are messages.
       options: fields of `SampleSpec` (samples, max_new_tokens, seed, batch_size, stop_strings) and
         of `Sampling` (temperature, top_k, top_p, min_p, presence_penalty).
 
     Raises:
-      UserError: naming the prompt or option at fault.
+      UserError: naming the invalid prompt or option.
     """
     from distill import rollout
     from distill.policy import policy
     from distill.rollout import completions
 
     known = {
-        f.name for kind in (rollout.SampleSpec, rollout.Sampling) for f in dataclasses.fields(kind)
+        f.name for cls in (rollout.SampleSpec, rollout.Sampling) for f in dataclasses.fields(cls)
     }
     _check_names(options, known - {"sampling", "top_logprobs"})
     spec = rollout.make_sample_spec(options)
@@ -109,18 +112,20 @@ def sample(
     ids = completions.encode_row_prompts(model, rows, thinking, spec.max_new_tokens)
     with policy.use(model):
         groups = list(completions.complete(model, ids, spec))
-    found = []
+    results = []
     for prompt_ids, group in zip(ids, groups, strict=True):
         for sequence in group:
             fields = completions.format_completion(model.tokenizer, sequence, spec.stop_strings)
             names = ("tokens", "logprobs", "text", "finish_reason")
-            found.append(Completion(prompt_ids, **{name: fields[name] for name in names}))
-    return found
+            results.append(Completion(prompt_ids, **{name: fields[name] for name in names}))
+    return results
 
 
 def logprobs(model: "Policy", completions: Sequence[Completion]) -> "list[np.ndarray]":
-    """Scores completions: of each [tokens] float32, the log-probability of each token of its
-    response under the model's own distribution (temperature 1)."""
+    """Returns the log-probabilities of each completion's response tokens, float32 [tokens].
+
+    They are those of the model's own distribution (temperature 1).
+    """
     import numpy as np
 
     from distill.evaluation import scoring
@@ -136,11 +141,13 @@ def logprobs(model: "Policy", completions: Sequence[Completion]) -> "list[np.nda
 def reverse_kl(
     student: "Policy", teacher: "Policy", completions: Sequence[Completion]
 ) -> "list[np.ndarray]":
-    """Compares two models along completions: of each [tokens] float32, the exact reverse KL in nats
-    between the distributions, over the whole vocabulary, that predict each token of its response.
+    """Returns the reverse KL at each response token of each completion, in nats, float32 [tokens].
+
+    It is KL(student‖teacher) of the distributions that predict the token, exact, over the whole
+    vocabulary.
 
     Raises:
-      UserError: if the models do not share a vocabulary.
+      UserError: if the models have different vocabularies.
     """
     from distill.evaluation import divergence
     from distill.policy import compatibility, policy
@@ -165,13 +172,13 @@ def evaluate(
 
     Args:
       data: PATH.jsonl, hf:NAME:CONFIG:SPLIT or tfds:NAME; "": the benchmark's own.
-      out: directory of examples.jsonl and summary.json, resumed if it holds them; "": none is kept.
-      limit: first problems; 0: all.
+      out: directory for examples.jsonl and summary.json, resumed if it holds them; "" keeps none.
+      limit: evaluate only this many problems, the first ones; 0: all.
       changes: settings that differ from the protocol's: samples, thinking, max_new_tokens,
         temperature, top_k, top_p, min_p, presence_penalty, seed, batch_size.
 
     Raises:
-      UserError: naming the argument or row at fault.
+      UserError: naming the invalid argument or row.
     """
     from etils import epath
 
@@ -194,10 +201,10 @@ def train(config: "ConfigDict", workdir: str) -> Run:
     """Trains as `python -m distill.train` does; resumes if `workdir` holds a run of this config.
 
     Args:
-      config: what `get_config` of a file in configs/ returns, changed as you like.
+      config: the result of `get_config` of a file in configs/, with any changes.
 
     Raises:
-      UserError: naming the key, file or row at fault.
+      UserError: naming the invalid key, file or row.
     """
     from etils import epath
 
@@ -207,24 +214,27 @@ def train(config: "ConfigDict", workdir: str) -> Run:
     return Run(epath.Path(workdir))
 
 
-def _check_names(given: dict[str, Any], known: set[str]) -> None:
-    """Raises UserError for an argument that nothing reads."""
+def _check_names(arguments: dict[str, Any], known: set[str]) -> None:
+    """Raises UserError for an unknown argument."""
     from models.errors import UserError
 
-    if unknown := sorted(given.keys() - known):
+    if unknown := sorted(arguments.keys() - known):
         raise UserError(f"{unknown[0]}: no such option; known are {', '.join(sorted(known))}")
 
 
 def _to_row(prompt: Prompt) -> dict[str, Any]:
-    """A prompt as the row of a file that `generate` would read."""
+    """Converts a prompt to a row of the file format that `generate` reads."""
     if isinstance(prompt, str):
         return {"prompt": prompt}
     return {"messages" if prompt and isinstance(prompt[0], dict) else "tokens": prompt}
 
 
 class _Package(types.ModuleType):
-    """Importing a verb (`distill.train`, `distill.evaluate`) binds its module to the package under
-    the verb's name. Here the functions keep their names."""
+    """A package whose functions are not replaced by submodules of the same name.
+
+    Importing a verb (`distill.train`, `distill.evaluate`) would otherwise set the attribute of that
+    name to the module.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (isinstance(value, types.ModuleType) and name in ("evaluate", "train")):

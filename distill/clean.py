@@ -1,15 +1,15 @@
-"""python -m distill.clean --data=SOURCE --out=FILE.jsonl [--against=EVAL,EVAL]: a cleaner set.
+"""python -m distill.clean --data=SOURCE --out=FILE.jsonl [--against=EVAL,EVAL]: cleans data.
 
 SOURCE is anything that a config's data.source may be: a file, hf:..., tfds:.... OUT receives the
-rows that stay, unchanged. Left out are, in this order: rows that cannot be read, that are too short
-or too long or in other scripts, that share --shared or more n-grams of --ngram tokens with the
-prompt of a row of --against, and that repeat an earlier row (exactly, up to case and spacing, or
-nearly: --near). Decontamination compares prompts, the rest prompt and response together. REPORT
-receives one line for each row or pair found, with what was found.
+remaining rows, unchanged. Rows are removed if they, in this order: cannot be read; are too short,
+too long or in other scripts; share --shared or more n-grams of --ngram tokens with the prompt of a
+row of --against; repeat an earlier row (exactly, up to case and spacing, or nearly: see --near).
+Decontamination compares prompts only; the other filters read prompt and response together. REPORT
+receives one line per removed row or matching pair, with the reason.
 
-n-grams of 8 words and symbols, 3 of them shared, are strict: they find every pair of a published
-audit of s1K against MATH-500, most of which share only their phrasing. 13 finds copies. LOG.md has
-figures.
+The defaults, 3 shared n-grams of 8 words and symbols, are strict: they find every pair of a
+published audit of s1K against MATH-500, most of which share only their phrasing. n-grams of 13 find
+only copies. LOG.md has the numbers.
 """
 
 from absl import flags
@@ -18,32 +18,36 @@ from distill.data import cleaning
 from distill.runtime import cli
 
 OPTIONS = flags.FlagValues()
-DATA = flags.DEFINE_string("data", None, "The set to clean.", OPTIONS, required=True)
+DATA = flags.DEFINE_string("data", None, "Data set to clean.", OPTIONS, required=True)
 OUT = flags.DEFINE_string("out", None, "jsonl to write.", OPTIONS, required=True)
-REPORT = flags.DEFINE_string("report", "", "jsonl of what was left out, and why.", OPTIONS)
-AGAINST = flags.DEFINE_list("against", [], "Evaluation sets, by commas.", flag_values=OPTIONS)
-COLUMNS = flags.DEFINE_string("columns", "", "As config.data.columns, of --data.", OPTIONS)
-NGRAM = flags.DEFINE_integer("ngram", 8, "Tokens in a run.", lower_bound=1, flag_values=OPTIONS)
+REPORT = flags.DEFINE_string("report", "", "jsonl of removed rows and reasons.", OPTIONS)
+AGAINST = flags.DEFINE_list("against", [], "Evaluation sets, comma-separated.", flag_values=OPTIONS)
+COLUMNS = flags.DEFINE_string("columns", "", "Like config.data.columns, for --data.", OPTIONS)
+NGRAM = flags.DEFINE_integer("ngram", 8, "Tokens of an n-gram.", lower_bound=1, flag_values=OPTIONS)
 SHARED = flags.DEFINE_integer(
-    "shared", 3, "Shared runs that make a row contaminated.", lower_bound=1, flag_values=OPTIONS
+    "shared", 3, "Shared n-grams that make a row contaminated.", lower_bound=1, flag_values=OPTIONS
 )
 NEAR = flags.DEFINE_float(
     "near",
     0.8,
-    "Jaccard of 5-grams from which on a row repeats another; above 1: only exact repeats.",
+    "Least Jaccard similarity of 5-grams of near-duplicates; above 1: only exact duplicates.",
     lower_bound=0.0,
     flag_values=OPTIONS,
 )
 SCRIPTS = flags.DEFINE_list(
     "scripts",
     [],
-    "Such as latin: nine tenths of the letters must be of these.",
+    "Scripts, such as latin, that must make up nine tenths of a row's letters.",
     flag_values=OPTIONS,
 )
-MIN_CHARACTERS = flags.DEFINE_integer("min_characters", 1, "Of a row.", flag_values=OPTIONS)
-MAX_CHARACTERS = flags.DEFINE_integer("max_characters", 1_000_000, "Of a row.", flag_values=OPTIONS)
+MIN_CHARACTERS = flags.DEFINE_integer(
+    "min_characters", 1, "Minimum length of a row.", flag_values=OPTIONS
+)
+MAX_CHARACTERS = flags.DEFINE_integer(
+    "max_characters", 1_000_000, "Maximum length of a row.", flag_values=OPTIONS
+)
 ON_BAD_ROW = flags.DEFINE_enum(
-    "on_bad_row", "fail", ["fail", "skip"], "Rows that cannot be read.", flag_values=OPTIONS
+    "on_bad_row", "fail", ["fail", "skip"], "On rows that cannot be read.", flag_values=OPTIONS
 )
 
 

@@ -1,7 +1,8 @@
-"""python -m distill.compare --runs=A,B[,C…]: folders of `evaluate` side by side.
+"""python -m distill.compare --runs=A,B[,C…]: compares evaluations.
 
-One row a folder; then, for each that has the problems of the first one, how much better or worse
-it is, paired by problem: a difference of the same problems is known better than either accuracy.
+Prints a table with one row per folder that `evaluate` wrote. Then, for each folder of the same
+benchmark as the first, prints the difference to the first, paired by problem: on the same problems
+a difference is known more precisely than either accuracy.
 """
 
 from absl import flags
@@ -12,9 +13,13 @@ from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
 RUNS = flags.DEFINE_list(
-    "runs", None, "Folders that evaluate wrote.", flag_values=OPTIONS, required=True
+    "runs",
+    None,
+    "Folders that evaluate wrote, comma-separated.",
+    flag_values=OPTIONS,
+    required=True,
 )
-OUT = flags.DEFINE_string("out", "", "Also write what is compared as JSON.", flag_values=OPTIONS)
+OUT = flags.DEFINE_string("out", "", "JSON file to write the comparison to.", flag_values=OPTIONS)
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
 """python -m distill.diagnose --config=configs/X.py [--prompts=N] [--out=FILE.json]
 
-Judges a run before it is paid for, on N prompts of its own data: are the student's responses likely
-to the teacher, is the teacher better, do both read and end a text alike, do responses fit, do the
-rewards of a group differ. Each finding is a line with its figure and what follows from it; the last
-line is the verdict. Nothing is trained. --out writes all figures as JSON.
+Checks on N prompts of a run's own data, before training, that the run is worthwhile: that the
+student's responses are likely under the teacher, the teacher is better, both encode and end text
+alike, responses fit the length limit, and rewards differ within groups. Prints one line per
+finding, with its numbers and consequence, and then the verdict. Trains nothing. --out writes all
+numbers as JSON.
 """
 
 from pathlib import Path
@@ -23,7 +24,9 @@ PROMPTS = flags.DEFINE_integer(
 SAMPLES = flags.DEFINE_integer(
     "samples", 4, "Responses to each prompt.", lower_bound=2, flag_values=OPTIONS
 )
-STAGE = flags.DEFINE_string("stage", "", "Stage; default: the last.", flag_values=OPTIONS)
+STAGE = flags.DEFINE_string(
+    "stage", "", "Name of the stage; default: the last.", flag_values=OPTIONS
+)
 OUT = flags.DEFINE_string("out", "", "JSON file to write.", flag_values=OPTIONS)
 
 

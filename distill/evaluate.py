@@ -1,9 +1,9 @@
-"""python -m distill.evaluate --model=DIR --benchmark=NAME --out=DIR: accuracy, with its interval.
+"""python -m distill.evaluate --model=DIR --benchmark=NAME --out=DIR: evaluates a model.
 
-OUT gets examples.jsonl, one row a response, written as they come; the same command resumes where
-it was stopped. When all are there, summary.json has the figures and how they came about.
---protocol names a way to sample, and each sampling flag overrides its setting. With --responses the
-responses are read from a file and no model is needed. `compare` puts several OUTs side by side.
+Writes examples.jsonl to OUT, one row per response, as they finish; the same command resumes where
+it stopped. Then writes summary.json, with accuracy, its 95% interval, other statistics and all
+settings. --protocol names a set of sampling settings, which the sampling flags override. With
+--responses, grades responses from a file and needs no model. `compare` compares several OUTs.
 """
 
 from absl import flags
@@ -21,31 +21,31 @@ BENCHMARK = flags.DEFINE_string(
 DATA = flags.DEFINE_string(
     "data",
     "",
-    "jsonl of question and answer, hf:NAME[:CONFIG][:SPLIT] or tfds:NAME[:CONFIG][:SPLIT]; hf: "
-    "alone is the benchmark's own set; arithmetic makes its own.",
+    "jsonl of question and answer, hf:NAME[:CONFIG][:SPLIT] or tfds:NAME[:CONFIG][:SPLIT]; a bare "
+    "hf: stands for the benchmark's own set; arithmetic generates its problems.",
     OPTIONS,
 )
 OUT = flags.DEFINE_string(
-    "out", None, "Directory of examples.jsonl, summary.json.", OPTIONS, required=True
+    "out", None, "Directory for examples.jsonl and summary.json.", OPTIONS, required=True
 )
 PROTOCOL = flags.DEFINE_string(
     "protocol",
     "greedy",
-    f"How to sample: {', '.join(protocols.PROTOCOLS)}. A sampling flag overrides its setting.",
+    f"Sampling settings: {', '.join(protocols.PROTOCOLS)}. Sampling flags override them.",
     OPTIONS,
 )
 cli.define_sampling_flags(OPTIONS, seed=0, batch_size=64)
-KS = flags.DEFINE_list("k", ["1"], "pass@k and maj@k for these, at most --samples.", OPTIONS)
+KS = flags.DEFINE_list("k", ["1"], "k of pass@k and maj@k, at most --samples.", OPTIONS)
 LIMIT = flags.DEFINE_integer(
-    "limit", 0, "Only the first problems, with transcripts printed; 0: all.", 0, flag_values=OPTIONS
+    "limit", 0, "Only this many problems, and print transcripts; 0: all.", 0, flag_values=OPTIONS
 )
 TEMPLATE = flags.DEFINE_string(
-    "template", "", "How a question is put, with {question}; default: the benchmark's way.", OPTIONS
+    "template", "", "Prompt template with {question}; default: the benchmark's own.", OPTIONS
 )
 RESPONSES = flags.DEFINE_string(
-    "responses", "", "jsonl of stored responses to grade, without a model.", OPTIONS
+    "responses", "", "jsonl of stored responses to grade instead of a model's.", OPTIONS
 )
-TEACHER = flags.DEFINE_string("teacher", "", "Also measure the reverse KL to this model.", OPTIONS)
+TEACHER = flags.DEFINE_string("teacher", "", "Model to measure the reverse KL to.", OPTIONS)
 distributed.define_flags(OPTIONS)
 
 
@@ -80,7 +80,7 @@ def _read_ks() -> tuple[int, ...]:
 
 
 def _read_spec(ks: tuple[int, ...]) -> protocols.EvalSpec:
-    """Returns the protocol's settings with the flags that override them, checked."""
+    """Reads the protocol and the flags that override it, and checks them."""
     problems.require_task(BENCHMARK.value)
     settings = protocols.resolve_settings(
         PROTOCOL.value, BENCHMARK.value, cli.read_sampling_flags(OPTIONS)

@@ -1,13 +1,13 @@
-"""python -m distill.export --run=runs/x --out=DIR: a run's model as a Hugging Face directory.
+"""python -m distill.export --run=runs/x --out=DIR: exports a run to a Hugging Face directory.
 
-DIR gets config.json, safetensors, the tokenizer and generation_config.json of the student, which
-transformers and vLLM load, and export.json, which says what it was made from. It is there whole or
-not at all; an earlier export in its place is replaced, anything else is not touched.
+Writes the student's config.json, safetensors, tokenizer and generation_config.json, which
+transformers and vLLM load, and export.json, which records the source. DIR appears only when it is
+complete; it may replace an earlier export, but no other files.
 
-Of a run that trained a LoRA, DIR is a PEFT adapter directory (adapter_config.json,
-adapter_model.safetensors and the tokenizer), which names the base it belongs to. With --merge_lora
-DIR is the whole model as above, the LoRA merged in float32 and then cast, and the adapter
-directory is DIR/adapter.
+For a run that trained a LoRA, DIR is a PEFT adapter directory (adapter_config.json,
+adapter_model.safetensors and the tokenizer) that names its base model. With --merge_lora, DIR is
+the whole model as above, with the LoRA merged in float32 and then cast, and the adapter is in
+DIR/adapter.
 """
 
 from absl import flags
@@ -19,26 +19,26 @@ OPTIONS = flags.FlagValues()
 RUN = flags.DEFINE_string("run", None, "Run directory.", OPTIONS, required=True)
 OUT = flags.DEFINE_string("out", None, "Directory to write.", OPTIONS, required=True)
 STEP = flags.DEFINE_integer(
-    "step", None, "Of the checkpoint; without it the newest.", flag_values=OPTIONS
+    "step", None, "Step of the checkpoint; default: the newest.", flag_values=OPTIONS
 )
 DTYPE = flags.DEFINE_enum(
     "dtype",
     "float32",
     ["float32", "bfloat16"],
-    "Of the weights. float32 is exactly what was trained; bfloat16, rounded, takes half the room.",
+    "Dtype of the weights. float32 is exact; bfloat16 rounds them and takes half the space.",
     flag_values=OPTIONS,
 )
 MERGE_LORA = flags.DEFINE_bool(
     "merge_lora",
     False,
-    "Of a run that trained a LoRA: the whole model with it merged, and the adapter in OUT/adapter; "
-    "without, the adapter alone.",
+    "For a run that trained a LoRA: write the merged model, and the adapter to OUT/adapter; "
+    "without this flag only the adapter.",
     flag_values=OPTIONS,
 )
 AVERAGE = flags.DEFINE_bool(
     "average",
     False,
-    "The moving average of what was trained, of a run that keeps one (config.student.ema_decay).",
+    "Export the moving average of the parameters, if the run keeps one (config.student.ema_decay).",
     flag_values=OPTIONS,
 )
 

@@ -1,19 +1,19 @@
-"""python -m distill.generate --model=DIR --prompts=FILE --out=FILE.jsonl: sampled responses.
+"""python -m distill.generate --model=DIR --prompts=FILE --out=FILE.jsonl: samples responses.
 
-FILE is jsonl, or anything that a config's data.source may be; a row has `prompt` (plain text),
-`messages` (a chat), `question` (a chat of one turn) or `tokens` (ids), and may have a
-`max_new_tokens` of its own. OUT has the same rows in the same order, with two more fields:
-`prompt_tokens`, and `samples`, a list of {tokens, text, logprobs, finish_reason: "stop" |
-"length"}. The tokens of a sample end in its stop token, if it came, or with the token that
-completed a stop string; the text leaves special tokens out, is cut before the stop string, and is
-null for a model without a tokenizer. A log-probability is that of the distribution the token was
-drawn from; of a greedy one (temperature 0), the model's own. With --top_logprobs=K a sample also
-has the model's own (temperature 1, nothing cut or penalised): `model_logprobs` of its tokens, and
-`top_logprobs`, at each place the K likeliest as [id, log-probability].
+FILE is jsonl, or anything that a config's data.source may be. A row has `prompt` (plain text),
+`messages` (a chat), `question` (a chat of one turn) or `tokens` (ids), and may have its own
+`max_new_tokens`. OUT has the same rows in the same order, with two more fields: `prompt_tokens`,
+and `samples`, a list of {tokens, text, logprobs, finish_reason: "stop" | "length"}. The tokens of
+a sample end with its stop token, if it has one, or with the token that completes a stop string.
+The text has no special tokens, is cut before the stop string, and is null for a model without a
+tokenizer. The log-probabilities are those of the distribution that tokens were drawn from; with
+greedy decoding (temperature 0), the model's own. With --top_logprobs=K, a sample also has the
+model's own log-probabilities (temperature 1, without cut-offs and penalties): `model_logprobs` of
+its tokens, and `top_logprobs`, the K most likely tokens at each position as [id, log-probability].
 
-A row that the model cannot go on from (an empty prompt, one too long, logits that are nan) has no
-samples but an `error`; the others are written, and the exit code is 2. Rows are written to
-OUT.partial as they come; stopped, the same command goes on with the next one.
+A row that cannot be completed (empty prompt, prompt too long, NaN logits) has an `error` and no
+samples; the other rows are written, and the exit code is 2. Rows are written to OUT.partial as they
+finish; the same command resumes after the last one.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ PROMPTS = flags.DEFINE_string(
     "prompts", None, "jsonl of prompts, or hf:..., tfds:...", OPTIONS, required=True
 )
 TEMPLATE = flags.DEFINE_string(
-    "template", "{question}", "How a row's question is put, as config.data.template.", OPTIONS
+    "template", "{question}", "Prompt template of a question, like config.data.template.", OPTIONS
 )
 OUT = flags.DEFINE_string("out", None, "jsonl to write.", OPTIONS, required=True)
 cli.define_sampling_flags(
@@ -42,16 +42,16 @@ cli.define_sampling_flags(
     **{"min_p": 0.0, "presence_penalty": 0.0, "seed": 0, "batch_size": 32, "thinking": "on"},
 )
 STOP = flags.DEFINE_multi_string(
-    "stop", [], "Text that ends a response; may be given again.", flag_values=OPTIONS
+    "stop", [], "Text that ends a response; may be repeated.", flag_values=OPTIONS
 )
 TOP_LOGPROBS = flags.DEFINE_integer(
-    "top_logprobs", 0, "Most likely tokens to report at each place.", 0, flag_values=OPTIONS
+    "top_logprobs", 0, "Most likely tokens to report at each position.", 0, flag_values=OPTIONS
 )
 distributed.define_flags(OPTIONS)
 
 
 def _read_spec(subject: Policy) -> completions.SampleSpec:
-    """Returns what the flags say of sampling. Raises UserError naming the flag out of range."""
+    """Reads the sampling flags. Raises UserError naming the flag that is out of range."""
     settings = cli.read_sampling_flags(OPTIONS)
     settings |= {"stop_strings": tuple(STOP.value), "top_logprobs": TOP_LOGPROBS.value}
     try:

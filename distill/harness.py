@@ -1,6 +1,6 @@
-"""python -m distill.harness --model=DIR --tasks=NAME,NAME --out=FILE.json: lm-eval's own tasks.
+"""python -m distill.harness --model=DIR --tasks=NAME,NAME --out=FILE.json: runs lm-eval's tasks.
 
-The model answers in this process, no server between. An optional extra:
+The model runs in this process, without a server. Needs optional packages:
 `pip install -r requirements-eval.txt`.
 """
 
@@ -19,13 +19,13 @@ KEPT = ("results", "groups", "configs", "versions", "n-shot", "n-samples", "high
 OPTIONS = flags.FlagValues()
 MODEL, DTYPE = cli.define_model_flags(OPTIONS)
 TASKS = flags.DEFINE_list("tasks", None, "Names of lm-eval's tasks.", OPTIONS, required=True)
-OUT = flags.DEFINE_string("out", None, "JSON to write.", OPTIONS, required=True)
-INCLUDE = flags.DEFINE_string("include", "", "Folder of more tasks (yaml).", OPTIONS)
+OUT = flags.DEFINE_string("out", None, "JSON file to write.", OPTIONS, required=True)
+INCLUDE = flags.DEFINE_string("include", "", "Folder of further tasks (yaml).", OPTIONS)
 NUM_FEWSHOT = flags.DEFINE_integer(
-    "num_fewshot", None, "Solved examples in the prompt; else the task's.", flag_values=OPTIONS
+    "num_fewshot", None, "Examples in the prompt; default: the task's.", flag_values=OPTIONS
 )
 LIMIT = flags.DEFINE_integer(
-    "limit", 0, "Only the first rows of each task; 0: all.", lower_bound=0, flag_values=OPTIONS
+    "limit", 0, "Only this many rows of each task; 0: all.", lower_bound=0, flag_values=OPTIONS
 )
 CHAT_MODE = flags.DEFINE_enum(
     "chat", "off", ["off", "thinking", "nonthinking"], "Use the chat template.", flag_values=OPTIONS
@@ -43,7 +43,7 @@ def main() -> None:
     out = cli.check_output(OUT.value)
     subject = policy.make_abstract_for_inference(MODEL.value, DTYPE.value)
     if INCLUDE.value and not Path(INCLUDE.value).is_dir():
-        raise UserError(f"--include={INCLUDE.value}: no such folder")
+        raise UserError(f"--include={INCLUDE.value}: not a folder")
     with policy.use(subject):
         subject = policy.load(subject, jnp.dtype(subject.model.dtype).name)
     results = lm_eval_model.run_tasks(

@@ -1,18 +1,18 @@
-"""Compiles a run for a TPU slice, without one: does it fit, and how fast can it be?
+"""Compiles a run for a TPU slice without having one, and reports its memory and speed.
 
     python -m distill.plan --config=configs/X.py --topology=v5e:8x8 [--config.a.b=v ...]
 
-libtpu's own compiler compiles every program that `train` may run (sampling, the teacher's scoring,
-updates, evaluation), each with what lies in memory beside it. Nothing is read, allocated or
-executed, and no accelerator is needed. A model is a directory, of which only config.json is read,
-or a released size by its name on the hub, of which nothing is read.
+Runs libtpu's own compiler on every program that `train` may run (sampling, the teacher's scoring,
+updates, evaluation), and adds the other arrays in memory at that time. Reads no weights, allocates
+and executes nothing, and needs no accelerator. A model is a directory, of which only config.json is
+read, or the hub name of a released size, of which nothing is read.
 
-Seconds assume that every response is as long as it may be. --mean_response_tokens=N adds those of
-typical lengths: log-normal (sigma 1) with mean N, cut at the limit, after prompts of 300 tokens,
-scheduled and packed by the code that a run uses.
+Seconds assume that every response has the maximum length. --mean_response_tokens=N adds a forecast
+for typical lengths: log-normal (sigma 1) with mean N, cut at the limit, after prompts of 300
+tokens, scheduled and packed by the code that a run uses.
 
---topology=v5e:auto finds the smallest slice of a generation that fits. Exit code 0: it fits; 1: it
-does not, and the output names a change that would help.
+--topology=v5e:auto finds the smallest slice of a generation that fits. The exit code is 0 if the
+run fits; otherwise it is 1, and the output names a change that would help.
 """
 
 import sys
@@ -43,15 +43,15 @@ MEAN_RESPONSE_TOKENS = flags.DEFINE_integer(
     flag_values=OPTIONS,
 )
 EXPLAIN = flags.DEFINE_bool(
-    "explain", True, "If it does not fit, look for a change that helps.", OPTIONS
+    "explain", True, "If the run does not fit, search for a change that helps.", OPTIONS
 )
 
 
 def find_smallest(c: ConfigDict, generation: str) -> tuple[str, dict[str, list[ProgramCost]]]:
-    """Finds the smallest slice of a generation that fits; returns its name and its programs.
+    """Finds the smallest slice of a generation that fits; returns its name and program costs.
 
     Raises:
-      UserError: if none fits, with the reason of the largest.
+      UserError: if none fits, with the reason for the largest.
     """
     if generation not in fit.SLICES:
         raise UserError(f"--topology={generation}:auto: name one of {', '.join(fit.SLICES)}")
@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def print_failure(c: ConfigDict, topology: str, error: fit.TooLarge) -> None:
-    """Prints which program does not fit, what takes most memory, and a change that would help."""
+    """Prints the program that does not fit, its largest arrays, and a change that would help."""
     hbm_gib = aot.get_chip(topology).hbm_gib
     helps = fit.find_remedy(c, topology, error.program) if EXPLAIN.value else None
     if JSON.value:
@@ -115,11 +115,11 @@ def print_failure(c: ConfigDict, topology: str, error: fit.TooLarge) -> None:
         return
     print(
         f"does not fit {topology}: {error.program} needs {error.needs_gib:.2f} GiB a "
-        f"device, {error.needs_gib - hbm_gib:.2f} more than the {hbm_gib} there are"
+        f"device, {error.needs_gib - hbm_gib:.2f} more than the {hbm_gib} available"
     )
     print("largest:", "; ".join(f"{size} {name}" for size, name in error.largest))
     if helps:
-        print("what would help: {change} ({peak_gib:.2f} GiB)".format(**helps))
+        print("would help: {change} ({peak_gib:.2f} GiB)".format(**helps))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""python -m distill.quickstart [--workdir=runs/quickstart]: the whole of it, in minutes on a CPU.
+"""python -m distill.quickstart [--workdir=runs/quickstart]: a demonstration in minutes on a CPU.
 
-The embedded student before, on-policy distillation, the student after; exported to a Hugging Face
-directory, with one table at the end. Everything happens through the same functions as in the
-other verbs; stopped and started again, it goes on where it was.
+Evaluates the embedded student, distils it on-policy, evaluates it again, and exports it to a
+Hugging Face directory; prints one table at the end. Uses the same functions as the other verbs. If
+it is interrupted, the same command resumes it.
 """
 
 import json
@@ -27,7 +27,7 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Directory of the run.", OPTIONS)
 PROBLEMS = flags.DEFINE_integer(
-    "problems", 1000, "Held-out problems to judge by.", lower_bound=1, flag_values=OPTIONS
+    "problems", 1000, "Held-out problems of an evaluation.", lower_bound=1, flag_values=OPTIONS
 )
 
 Evaluation = dict[str, object]
@@ -56,7 +56,7 @@ def evaluate_policy(
 
 
 def render_table(summary: dict[str, Evaluation]) -> str:
-    """The three judged models as lines of text."""
+    """Renders the results of the three models."""
     lines = [
         f"{'':15} {'parameters':>10}  {'greedy accuracy':>22}  {'sampled, T = 1':>22}  "
         f"{'reverse KL':>10}  {'length':>6}  {'seconds':>7}",
@@ -79,7 +79,7 @@ def render_table(summary: dict[str, Evaluation]) -> str:
 
 
 def distil_and_evaluate(c: ConfigDict, out_dir: Path) -> dict:
-    """Judges, distils, exports and judges again; writes summary.json and returns it."""
+    """Evaluates, distils, exports and evaluates again; writes summary.json and returns it."""
     start, limit = time.perf_counter(), c.opd.max_response_tokens
     mesh = mesh_lib.make_mesh(**c.mesh)
 
@@ -121,7 +121,7 @@ def main() -> None:
     summary: dict = {}
     if (out / "summary.json").is_file() and (out / "student").is_dir():
         summary = json.loads((out / "summary.json").read_text())
-    if summary.get("problems") != PROBLEMS.value:  # else it is all done, and timed
+    if summary.get("problems") != PROBLEMS.value:  # else all is done, with its times
         summary = distil_and_evaluate(c, out)
     before, after, teacher = (summary[k] for k in ("student_before", "student_after", "teacher"))
     print(f"\n{render_table(summary)}\n")

@@ -1,9 +1,9 @@
-"""python -m distill.score --model=DIR --tokens=FILE.jsonl --out=FILE.jsonl: log-probabilities.
+"""python -m distill.score --model=DIR --tokens=FILE.jsonl --out=FILE.jsonl: scores tokens.
 
 Each row of FILE has `tokens` (ids). OUT has the same rows in the same order, with `logprobs`: the
-log-probability (temperature 1) of each token after those before it; the first is null. With
---top_k=K also `top`: the K most likely tokens at each place, a list of [id, logprob] from the most
-likely down; the first is null.
+log-probability (temperature 1) of each token given the ones before it; the first is null. With
+--top_k=K a row also has `top`: the K most likely tokens at each position, a list of [id, logprob],
+most likely first; the first is null.
 """
 
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ MODEL, DTYPE = cli.define_model_flags(OPTIONS, dtypes=policy.PARAM_DTYPES)
 TOKENS = flags.DEFINE_string("tokens", None, "jsonl of token ids.", OPTIONS, required=True)
 OUT = flags.DEFINE_string("out", None, "jsonl to write.", OPTIONS, required=True)
 TOP_K = flags.DEFINE_integer(
-    "top_k", 0, "Most likely tokens to list at each place.", 0, flag_values=OPTIONS
+    "top_k", 0, "Most likely tokens to list at each position.", 0, flag_values=OPTIONS
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows scored together.", 1, flag_values=OPTIONS)
 

@@ -1,7 +1,7 @@
 """Trains a student: python -m distill.train --config=configs/X.py --workdir=runs/x.
 
-One loop serves all objectives, the rows of losses.OBJECTIVES. What a step reads and draws is a
-function of (seed, step), so a resumed run has the same bits as one that was never stopped.
+One loop trains all objectives (losses.OBJECTIVES). The data and random numbers of a step are
+functions of (seed, step), so a resumed run is bit-identical to one that was never stopped.
 """
 
 from absl import flags
@@ -14,7 +14,7 @@ OPTIONS = flags.FlagValues()
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=OPTIONS)
 flags.mark_flag_as_required("config", OPTIONS)
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory of the run; resumes if it holds one.", OPTIONS, required=True
+    "workdir", None, "Directory of the run, which is resumed if it exists.", OPTIONS, required=True
 )
 distributed.define_flags(OPTIONS)
 

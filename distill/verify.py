@@ -1,9 +1,9 @@
 """python -m distill.verify --data=FILE.jsonl --benchmark=NAME --out=FILE.jsonl: rejection sampling.
 
-FILE is what `generate` wrote over prompts with an `answer`. Every sample is graded by the
-benchmark's grader and gets `outcome` and `correct`; `correct` is true only of a sample that also
-ended by a stop token. OUT has the rows with the samples that --keep asks for, and no row without
-any. A stage that reads OUT as its data trains on the sampled tokens themselves.
+FILE is the output of `generate` for prompts with an `answer`. The benchmark's grader grades every
+sample, which gets `outcome` and `correct`; `correct` is true only if the sample also ended with a
+stop token. OUT has the rows with the samples that --keep selects; rows without any are dropped. A
+stage that reads OUT as its data trains on the sampled tokens themselves.
 """
 
 import collections
@@ -16,24 +16,24 @@ from distill.runtime import cli, run_files
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
-DATA = flags.DEFINE_string("data", None, "A file that generate wrote.", OPTIONS, required=True)
+DATA = flags.DEFINE_string("data", None, "Output of generate.", OPTIONS, required=True)
 BENCHMARK = flags.DEFINE_string(
     "benchmark",
     None,
-    f"The benchmark whose grader judges: {', '.join(tasks.BENCHMARKS)}.",
+    f"Benchmark whose grader to use: {', '.join(tasks.BENCHMARKS)}.",
     OPTIONS,
     required=True,
 )
 OUT = flags.DEFINE_string("out", None, "jsonl to write.", OPTIONS, required=True)
 KEEP = flags.DEFINE_enum("keep", "correct", rejection.KEEP, "Samples to keep.", flag_values=OPTIONS)
 SAMPLES = flags.DEFINE_integer(
-    "samples", 0, "Most samples to keep of each prompt, the first ones; 0: all.", 0, None, OPTIONS
+    "samples", 0, "Keep at most the first N samples of each prompt; 0: all.", 0, None, OPTIONS
 )
 ON_BAD_ROW = flags.DEFINE_enum(
     "on_bad_row",
     "fail",
     ["fail", "skip"],
-    "For rows without samples or answer, or with an answer that the grader cannot read.",
+    "On rows without samples or answer, or with an answer that the grader cannot read.",
     flag_values=OPTIONS,
 )
 

@@ -1,1 +1,1 @@
-"""How good a model is."""
+"""Evaluation: benchmarks, graded responses, and statistics of them."""

@@ -1,4 +1,4 @@
-"""Evaluations side by side: a table, and differences paired by problem."""
+"""Compares evaluations: a table, and differences paired by problem."""
 
 import json
 from typing import Any
@@ -13,7 +13,10 @@ Record = dict[str, Any]
 
 
 def read_evaluation(folder: str) -> tuple[Record, list[Record]]:
-    """(summary, rows) of a finished evaluation, local or gs://. Raises UserError if it is none."""
+    """Reads a finished evaluation, local or gs://, as (summary, rows).
+
+    Raises UserError if `folder` holds none.
+    """
     run_files.require_reachable(folder, "--runs")
     path = epath.Path(folder)
     try:
@@ -29,9 +32,9 @@ def read_evaluation(folder: str) -> tuple[Record, list[Record]]:
 
 
 def compare_pair(names: tuple[str, str], a: list[Record], b: list[Record]) -> Record:
-    """How much better b is than a on the same problems, and the sentence that says so.
+    """Compares evaluation b with a, paired by problem; returns statistics and a sentence.
 
-    Raises UserError if they are not the same problems.
+    Raises UserError if the problems are not the same.
     """
     answers = [{str(row["id"]): row.get("answer") for row in rows} for rows in (a, b)]
     for name in answers[0].keys() | answers[1].keys():
@@ -79,7 +82,7 @@ _COLUMNS = (
 
 
 def render_table(names: list[str], summaries: list[Record]) -> str:
-    """A row a folder: accuracy with its interval, n, pass@k, maj@k, and what the model costs."""
+    """Renders a line per evaluation: accuracy, interval, n, pass@k, maj@k, cost of the model."""
     votes = [k for summary in summaries for k in summary if k.startswith(("pass@", "maj@"))]
     votes = [v for v in dict.fromkeys(votes) if v != "pass@1"]
     head = ["", "benchmark", "protocol", "n", "accuracy % [95%]", *votes]
@@ -109,8 +112,14 @@ def _render_cell(summary: Record, field: str, number_format: str) -> str:
 
 
 def compare_runs(runs: list[str]) -> Record:
-    """The folders' summaries and, with the first one, all that have its problems. Raises as `read`;
-    where no other has, and where the first has no problems of another of its benchmark."""
+    """Returns the summaries of the folders, and paired comparisons with the first one.
+
+    Folders of another benchmark than the first one's are not paired.
+
+    Raises:
+      UserError: if a folder holds no finished evaluation, or one of the same benchmark has other
+        problems than the first.
+    """
     evaluations = [read_evaluation(run) for run in runs]
     result: Record = {
         "runs": dict(zip(runs, [s for s, _ in evaluations], strict=True)),
@@ -118,7 +127,7 @@ def compare_runs(runs: list[str]) -> Record:
     }
     first, rows = evaluations[0]
     for name, (summary, others) in list(zip(runs, evaluations, strict=True))[1:]:
-        benchmarks = [one.get("protocol", {}).get("benchmark") for one in (first, summary)]
+        benchmarks = [x.get("protocol", {}).get("benchmark") for x in (first, summary)]
         if benchmarks[0] == benchmarks[1]:
             result["paired"].append(compare_pair((runs[0], name), rows, others))
     return result

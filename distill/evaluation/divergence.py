@@ -1,4 +1,4 @@
-"""How far a student is from its teacher, on responses that were written before."""
+"""Reverse KL of a student from its teacher, on existing responses."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,10 +23,10 @@ Record = dict[str, object]
 def compute_reverse_kl(
     subject: Policy, teacher: Policy, rows: Iterable[Record], batch_size: int
 ) -> float:
-    """Mean exact KL(subject‖teacher) in nats a token, over the tokens that `rows` hold, which are
-    gone through twice.
+    """Computes the mean exact KL(subject‖teacher) in nats per response token of `rows`.
 
-    On the subject's own samples at temperature 1 this is what on-policy distillation lowers.
+    Iterates over `rows` twice. On the subject's own samples at temperature 1 this is the quantity
+    that on-policy distillation minimises.
     """
 
     def iter_examples() -> Iterator[dataset.Example]:
@@ -50,10 +50,10 @@ def compute_reverse_kl(
 def compute_token_reverse_kl(
     subject: Policy, teacher: Policy, pairs: Sequence[tuple[list[int], list[int]]], batch_size: int
 ) -> list[np.ndarray]:
-    """Exact KL(subject‖teacher) in nats at each token of responses, a float32 [tokens] for each.
+    """Computes the exact KL(subject‖teacher) in nats at each response token, float32 [tokens] each.
 
     Args:
-      pairs: the token ids of prompt and response. The prompt is not empty.
+      pairs: token ids of prompts and responses. No prompt is empty.
     """
     if not pairs:
         return []
@@ -65,19 +65,19 @@ def compute_token_reverse_kl(
         kl_BT, _ = _compute_kl(subject, teacher, params, teacher_params, batch)
         return mesh_lib.replicate_array(losses.unshift(kl_BT))
 
-    found: list[np.ndarray] = []
+    response_kls: list[np.ndarray] = []
     for chunk, batch in _iter_batches(subject, iter(examples), width, batch_size):
         kl_BT = np.asarray(compute_kl(subject.params, teacher.params, batch))
         for row, example in enumerate(chunk):
             start = len(example.prompt)
-            found.append(kl_BT[row, start : start + len(example.response)])
-    return found
+            response_kls.append(kl_BT[row, start : start + len(example.response)])
+    return response_kls
 
 
 def _compute_kl(
     subject: Policy, teacher: Policy, params: Params, teacher_params: Params, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
-    """(reverse KL, mask), float32 [B, T], aligned by losses.shift. To be called within jit."""
+    """Returns (reverse KL, mask), float32 [B, T], aligned by losses.shift. Call within jit."""
     inputs = fused_head.HeadInputs(
         forward.compute_hidden(subject.model, params, batch),
         transformer.get_output_head(params),
@@ -97,7 +97,7 @@ def _compute_kl(
 def _iter_batches(
     subject: Policy, examples: Iterator[dataset.Example], width: int, batch_size: int
 ) -> Iterator[tuple[list[dataset.Example], Batch]]:
-    """Batches of examples, filled up with empty rows, split by rows over the subject's mesh."""
+    """Yields batches padded with empty rows, with rows split over the subject's mesh."""
     mesh = policy.get_mesh(subject)
     batch_size = -(-batch_size // mesh.size) * mesh.size
     padding = dataset.Example([], [], "", "padding")

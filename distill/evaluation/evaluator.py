@@ -1,4 +1,4 @@
-"""Samples answers to a benchmark, grades them and sums up."""
+"""Evaluates a model on a benchmark: samples responses, grades them and summarises."""
 
 import dataclasses
 import time
@@ -27,9 +27,9 @@ Record = dict[str, Any]
 
 
 def encode_prompts(subject: Policy, rows: Problems, spec: EvalSpec) -> dataset.TokenLists:
-    """Encodes the problems' prompts; reads no parameters.
+    """Encodes the problems' prompts. Reads no parameters.
 
-    Raises UserError naming the problem that cannot be encoded or is too long.
+    Raises UserError naming a problem that cannot be encoded or is too long.
     """
     if subject.tokenizer is None:
         raise UserError(f"{subject.path}: no tokenizer, so responses cannot be read")
@@ -68,11 +68,11 @@ def evaluate_benchmark(
     out_dir: epath.Path,
     teacher: Policy | None = None,
 ) -> Record:
-    """Samples responses to the problems `rows`, grades them and sums up.
+    """Samples responses to the problems `rows`, grades them and returns the summary.
 
-    Call it within `policy.use(subject)`. Writes examples.jsonl as responses come, resuming where an
-    earlier call was stopped, and summary.json, which is also returned. With a teacher the summary
-    has the reverse KL to it.
+    Call within `policy.use(subject)`. Writes examples.jsonl as responses finish, resuming where an
+    earlier call stopped, and then summary.json. With a teacher, the summary includes the reverse KL
+    to it.
 
     Raises UserError if `out_dir` holds another evaluation.
     """
@@ -129,9 +129,9 @@ def evaluate_model(
     dtype: str = "",
     teacher: str = "",
 ) -> Record:
-    """Loads a model, and a teacher where one is named, and evaluates it.
+    """Loads a model, and a teacher if one is named, and evaluates the model.
 
-    Raises UserError for a model or prompt that does not work, before any weights are read.
+    Raises UserError for an invalid model or prompt, before any weights are read.
     """
     paths = [path for path in (model, teacher) if path]
     mesh = mesh_lib.make_reader_mesh(
@@ -149,7 +149,7 @@ def evaluate_model(
 def evaluate_stored(
     benchmark: str, rows: list[Record], out_dir: epath.Path, ks: Sequence[int]
 ) -> None:
-    """Grades stored responses (id, answer, response) and sums up; no model is needed.
+    """Grades stored responses (id, answer, response) and writes the summary. Needs no model.
 
     Raises UserError if `out_dir` holds the evaluation of a model.
     """
@@ -168,9 +168,10 @@ def evaluate_stored(
 def evaluate_greedy_and_sampled(
     subject: Policy, teacher: Policy, rows: Problems, out_dir: epath.Path, max_new_tokens: int
 ) -> tuple[Record, Record]:
-    """Returns the summaries of arithmetic problems, greedy and at temperature 1.
+    """Evaluates arithmetic problems greedily and at temperature 1; returns both summaries.
 
-    The second has the reverse KL to the teacher. Both lie in OUT, `greedy` and `sampled`.
+    The second includes the reverse KL to the teacher. They are written to the folders `greedy` and
+    `sampled` of `out_dir`.
     """
     summaries = []
     for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):

@@ -1,4 +1,7 @@
-"""A policy as lm-eval wants a model. Needs lm-eval: `pip install -r requirements-eval.txt`."""
+"""Adapts a policy to lm-eval's model interface.
+
+Needs lm-eval: `pip install -r requirements-eval.txt`.
+"""
 
 import dataclasses
 from typing import Any
@@ -21,10 +24,10 @@ _HANDLED_OPTIONS = {"until", "max_gen_toks", "do_sample"}
 
 
 class PolicyLM(TemplateLM):
-    """A loaded policy as lm-eval wants a model; call its methods within `policy.use(subject)`.
+    """A loaded policy behind lm-eval's model interface. Call methods within `policy.use(subject)`.
 
-    What lm-eval asks in text is answered from tokens: log-likelihoods in nats by `score`,
-    generations by the sampler, cut at the first stop string.
+    Log-likelihoods, in nats, come from `scoring.score_sequences`; generations from the sampler, cut
+    at the first stop string.
     """
 
     def __init__(self, subject: Policy, batch_size: int, thinking: bool, seed: int = 0) -> None:
@@ -43,7 +46,7 @@ class PolicyLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without context follows."""
+        """The token that stands for an empty context."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
@@ -54,7 +57,7 @@ class PolicyLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The prompt as text; with add_generation_prompt False its last turn is left open."""
+        """Renders the prompt as text; add_generation_prompt=False leaves its last turn open."""
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -66,20 +69,20 @@ class PolicyLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Ids of a text, nothing added: Qwen's tokenizers have nothing to add."""
+        """Encodes a text without special tokens: Qwen's tokenizers add none."""
         return chat.encode(self.tokenizer, string)
 
     def _loglikelihood_tokens(
         self, requests: list, disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """(sum of log-probabilities, whether each token is the most likely) of continuations.
+        """Returns (sum of log-probabilities, all tokens are the most likely) of each continuation.
 
-        What exceeds the model's length loses its beginning.
+        Sequences longer than the model's context are cut at their beginning.
         """
         rows = [
             ((before + after)[-(self.max_length + 1) :], after) for _, before, after in requests
         ]
-        # Longest first: rows of a batch are padded to the longest of them.
+        # Longest first, since the rows of a batch are padded to the longest.
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
         results: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
         scored = scoring.score_sequences(
@@ -91,14 +94,14 @@ class PolicyLM(TemplateLM):
                 start = max(1, len(ids) - len(after))
                 positions = range(start, len(ids))
                 results[i] = (
-                    sum(logprobs[at] or 0.0 for at in positions),
-                    all(top[at] is not None and top[at][0][0] == ids[at] for at in positions),  # type: ignore[index]
+                    sum(logprobs[t] or 0.0 for t in positions),
+                    all(top[t] is not None and top[t][0][0] == ids[t] for t in positions),  # type: ignore[index]
                 )
                 bar.update(number + 1, {})
         return results
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows that overlap by as much as fits."""
+        """Computes log-likelihoods of whole texts, in windows that overlap as far as they fit."""
         windows, owner = [], []
         for number, request in enumerate(requests):
             rolling = utils.get_rolling_token_windows(
@@ -116,8 +119,10 @@ class PolicyLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """Continuations, each up to its first stop string. Raises UserError for a way of sampling
-        that the sampler does not have."""
+        """Generates continuations, each up to its first stop string.
+
+        Raises UserError for a sampling option that the sampler does not support.
+        """
         texts = [""] * len(requests)
         for gen_kwargs in {repr(request.args[1]): request.args[1] for request in requests}.values():
             members = [i for i, request in enumerate(requests) if request.args[1] == gen_kwargs]
@@ -170,7 +175,7 @@ def run_tasks(
     num_fewshot: int | None = None,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """Returns lm-eval's results of these tasks, with the samples they come from.
+    """Runs lm-eval's tasks and returns its results, including the samples.
 
     Raises UserError for a task that lm-eval does not know.
     """

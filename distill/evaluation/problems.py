@@ -1,17 +1,17 @@
-"""The problems of a benchmark, and stored responses to them, from files or hub sets."""
+"""Loads a benchmark's problems, and stored responses to them, from files or data sets."""
 
 from distill.data import sources
 from distill.evaluation import tasks
 from distill.evaluation.tasks.task import NAME_FIELDS, Record, Task
 from models.errors import UserError
 
-Problems = list[tuple[str, Record]]  # (where the row stands, its fields)
+Problems = list[tuple[str, Record]]  # (location of the row, its fields)
 
 
 def require_task(benchmark: str) -> Task:
-    """Returns the task of this name.
+    """Returns the task with this name.
 
-    Raises UserError if it is unknown, or if its grader is not installed.
+    Raises UserError if it is unknown or its grader is not installed.
     """
     if benchmark not in tasks.BENCHMARKS:
         raise UserError(f"--benchmark={benchmark}: known are {', '.join(tasks.BENCHMARKS)}")
@@ -23,10 +23,11 @@ def require_task(benchmark: str) -> Task:
 def load_problems(benchmark: str, source: str, limit: int) -> Problems:
     """Loads the first `limit` problems (0: all); each row has id, question or messages, and answer.
 
-    `source` is what `sources.open_rows` reads; hf: or tfds: alone is the benchmark's own set.
+    `source` is anything that `sources.open_rows` reads; a bare hf: or tfds: stands for the
+    benchmark's own set.
 
     Raises:
-      UserError: for an unknown benchmark, no data where it needs some, or a row without an answer.
+      UserError: for an unknown benchmark, missing data, or a row without an answer.
     """
     task = require_task(benchmark)
     if task.make_problem and not source:
@@ -49,23 +50,23 @@ def load_problems(benchmark: str, source: str, limit: int) -> Problems:
         row = task.adapt_row(published_row, where)
         name = str(row.setdefault("id", f"{benchmark}-{number}"))
         if name in names:
-            raise UserError(f"{where}: id {name!r} is that of an earlier row")
+            raise UserError(f"{where}: repeats the id {name!r} of an earlier row")
         names.add(name)
         problems.append((where, row))
     return problems[: limit or None]
 
 
 def check_gradable(benchmark: str, problems: Problems) -> None:
-    """Raises UserError if responses to some of these problems cannot be graded on this machine."""
+    """Raises UserError if responses to some of the problems cannot be graded on this machine."""
     answers = [str(row["answer"]) for _, row in problems]
     if reason := tasks.BENCHMARKS[benchmark].explain_ungradable(answers):
         raise UserError(f"--benchmark={benchmark}: {reason}")
 
 
 def render_question(benchmark: str, row: Record, template: str = "") -> Record:
-    """Returns the row with its question put by `template`, or in the benchmark's own way.
+    """Returns the row with its question rendered by `template`, or by the benchmark's own one.
 
-    Rows of messages, prompts and ids stay as they are.
+    Rows without a question (messages, prompts, token ids) are returned unchanged.
     """
     template = template or tasks.BENCHMARKS[benchmark].prompt
     if "question" not in row:
@@ -74,9 +75,9 @@ def render_question(benchmark: str, row: Record, template: str = "") -> Record:
 
 
 def load_responses(benchmark: str, path: str, problems: Problems) -> list[Record]:
-    """Loads stored responses, each with its own answer or that of the problem it names.
+    """Loads stored responses, each with its own answer or the answer of the problem it names.
 
-    Raises UserError for an unknown benchmark, or a row without response or answer.
+    Raises UserError for an unknown benchmark, or a row without a response or an answer.
     """
     task = require_task(benchmark)
     answers = {
@@ -91,7 +92,7 @@ def load_responses(benchmark: str, path: str, problems: Problems) -> list[Record
         if row.get(task.answer_field) is not None:
             answer = task.adapt_row(row, where)["answer"]
         if answer is None:
-            raise UserError(f"{where}: no answer, and no problem of --data matches it")
+            raise UserError(f"{where}: has no answer, and matches no problem of --data")
         name = names[0] if names else f"row-{number}"
         responses.append({"id": name, "answer": str(answer), "response": row["response"]})
     return responses

@@ -1,4 +1,4 @@
-"""Protocols: how responses are sampled in an evaluation, by name."""
+"""Named protocols: the sampling settings of an evaluation."""
 
 import dataclasses
 from typing import Any
@@ -7,9 +7,9 @@ from distill import rollout
 from distill.evaluation import tasks
 from models.errors import UserError
 
-Settings = dict[str, Any]  # of a protocol: `thinking`, and fields of SampleSpec and Sampling
+Settings = dict[str, Any]  # `thinking`, and fields of SampleSpec and Sampling
 
-# The Qwen3 report (arXiv 2505.09388), section 4.6. "greedy" is not in it: it is for quick looks.
+# The Qwen3 report (arXiv 2505.09388), section 4.6. "greedy" is ours, for quick checks.
 PROTOCOLS: dict[str, Settings] = {
     "greedy": {
         "thinking": True,
@@ -43,19 +43,19 @@ PROTOCOLS: dict[str, Settings] = {
 
 @dataclasses.dataclass(frozen=True)
 class EvalSpec:
-    """How a model is evaluated on a benchmark."""
+    """Settings for evaluating a model on a benchmark."""
 
     benchmark: str
     sample: rollout.SampleSpec
     thinking: bool = True
-    protocol: str = ""  # its name, for the record
-    template: str = ""  # how a question is put; "": the benchmark's own template
-    ks: tuple[int, ...] = (1,)  # of pass@k and maj@k
-    step: int | None = None  # of the parameters; None: the newest step of the model's directory
+    protocol: str = ""  # its name, as recorded
+    template: str = ""  # template of the prompt; "": the benchmark's own
+    ks: tuple[int, ...] = (1,)  # k of pass@k and maj@k
+    step: int | None = None  # checkpoint of the parameters; None: the newest
 
 
 def resolve_settings(protocol: str, benchmark: str, changes: Settings) -> Settings:
-    """Returns the settings of a protocol on a benchmark, with those of `changes` that are not None.
+    """Returns a protocol's settings on a benchmark, overridden by `changes` that are not None.
 
     Raises UserError for an unknown protocol.
     """
@@ -68,9 +68,9 @@ def resolve_settings(protocol: str, benchmark: str, changes: Settings) -> Settin
 
 
 def make_eval_spec(protocol: str, benchmark: str, settings: Settings, **fields: Any) -> EvalSpec:
-    """Builds a spec from resolved settings; `fields` are further fields of EvalSpec.
+    """Builds a spec from resolved settings and further fields of EvalSpec.
 
-    Raises UserError naming the field of Sampling that is out of range.
+    Raises UserError naming a field of Sampling that is out of range.
     """
     sample = rollout.make_sample_spec(settings)
     return EvalSpec(benchmark, sample, settings["thinking"], protocol, **fields)

@@ -1,7 +1,8 @@
-"""The folder of an evaluation: what names its rows, what may go on in it, what is read from it.
+"""The folder of an evaluation: row keys, resumption, and what is read back from it.
 
-examples.jsonl has a row a response, in the order of the problems, and nothing that depends on time
-or on where the work was interrupted; protocol.json says how they came about, and is written first.
+examples.jsonl has one row per response, in the order of the problems, and nothing that depends on
+time or on where the work was interrupted. protocol.json records how the responses were made, and
+is written first.
 """
 
 import contextlib
@@ -26,12 +27,12 @@ Record = dict[str, Any]
 EXAMPLES_FILE = "examples.jsonl"
 PROTOCOL_FILE = "protocol.json"
 
-_MAX_TRANSCRIPTS = 10  # responses in a quick look
-_ROWS_PER_BROADCAST = 64  # rows that one process tells the others at a time
+_MAX_TRANSCRIPTS = 10  # responses that are printed
+_ROWS_PER_BROADCAST = 64  # rows that the first process sends to the others at once
 
 
 def fingerprint_params(params: Any) -> str:
-    """16 hexadecimal digits of all parameters: the same on any mesh, of no other checkpoint."""
+    """Hashes all parameters to 16 hexadecimal digits, which do not depend on the mesh."""
 
     @jax.jit
     def compute_checksums(leaves: list[jax.Array]) -> list[jax.Array]:
@@ -45,15 +46,15 @@ def hash_content(*content: object) -> str:
     return hashlib.sha256(run_files.to_json(content).encode()).hexdigest()
 
 
-# What does not change a response: where the parameters lie, and how many other problems there are.
+# Fields that do not affect a response: the model's location, and how many problems there are.
 _UNHASHED_FIELDS = ("model", "step", "problems", "problems_sha256")
 
 
 def make_row_keys(
     protocol: Record, rows: list[tuple[str, Record]], samples: int
 ) -> list[list[str]]:
-    """What names each sample of each problem: a hash of the problem, the protocol with the weights,
-    and the number."""
+    """Returns the key of each sample of each problem: a hash of the problem, the protocol (with the
+    fingerprint of the weights) and the sample's number."""
     hashed_protocol = {k: v for k, v in protocol.items() if k not in _UNHASHED_FIELDS}
     return [
         [hash_content(hashed_protocol, row, number)[:16] for number in range(samples)]
@@ -64,7 +65,10 @@ def make_row_keys(
 def _require_same_evaluation(
     out_dir: epath.Path, protocol: Record, rows: list[tuple[str, Record]]
 ) -> None:
-    """Raises UserError if OUT holds another evaluation: not this, nor one of its first problems."""
+    """Raises UserError if `out_dir` holds another evaluation.
+
+    One of the first problems of this evaluation may be continued.
+    """
     protocol_path = out_dir / PROTOCOL_FILE
     if not protocol_path.is_file():
         if (out_dir / EXAMPLES_FILE).is_file():
@@ -94,7 +98,7 @@ def _require_same_evaluation(
 def resume_evaluation(
     out_dir: epath.Path, protocol: Record, rows: list[tuple[str, Record]], keys: list[list[str]]
 ) -> int:
-    """How many problems are complete in OUT/examples.jsonl, which keeps the rows of just these."""
+    """Returns how many problems are complete in examples.jsonl, and drops the rows after them."""
     _require_same_evaluation(out_dir, protocol, rows)
     path, samples, count = out_dir / EXAMPLES_FILE, len(keys[0]), 0
     for row, key in zip(_iter_rows(path), itertools.chain(*keys), strict=False):
@@ -108,17 +112,20 @@ def resume_evaluation(
 
 
 def _iter_rows(path: epath.Path) -> Iterator[Record]:
-    """The rows of a jsonl file, read as they are asked for; none where there is no file."""
+    """Yields the rows of a jsonl file lazily; none if there is no file."""
     if path.is_file():
         with path.open() as file:
             for line in file:
-                with contextlib.suppress(ValueError):  # a killed run may leave half a last line
+                with contextlib.suppress(ValueError):  # a killed run may leave a partial last line
                     yield json.loads(line)
 
 
 class StoredRows:
-    """The rows of an evaluation in every process: the first reads them, anew each time that they
-    are gone through, and few are held at a time."""
+    """The rows of an evaluation, iterable in every process.
+
+    Each iteration reads the file again, in the first process, which broadcasts a few rows at a
+    time.
+    """
 
     def __init__(self, out_dir: epath.Path) -> None:
         self._path = out_dir / EXAMPLES_FILE
@@ -135,18 +142,18 @@ _BULKY_FIELDS = ("prompt_tokens", "tokens", "response")
 
 
 def drop_bulky_fields(row: Record) -> Record:
-    """A row without what nothing is counted of, so that all rows of an evaluation can be held."""
+    """Removes the large fields that no statistic reads, so that all rows fit in memory."""
     return {name: x for name, x in row.items() if name not in _BULKY_FIELDS}
 
 
 def summarise_evaluation(out_dir: epath.Path, task: Task, ks: Sequence[int]) -> Record:
-    """Returns the figures of an evaluation's rows."""
+    """Returns the statistics of an evaluation's rows."""
     rows = [drop_bulky_fields(row) for row in _iter_rows(out_dir / EXAMPLES_FILE)]
     return statistics.summarise_rows(rows, ks) | task.summarise(rows)
 
 
 def render_transcripts(rows: list[tuple[str, Record]], examples_path: epath.Path) -> str:
-    """The first responses of an evaluation with their questions, to be read."""
+    """Renders the first responses of an evaluation with their questions, for reading."""
     questions = {str(row["id"]): row.get("question", "") for _, row in rows}
     blocks = []
     for row in itertools.islice(_iter_rows(examples_path), _MAX_TRANSCRIPTS):
@@ -157,8 +164,8 @@ def render_transcripts(rows: list[tuple[str, Record]], examples_path: epath.Path
 
 
 def measure_cost(subject: Policy, seconds: float, problems: int, tokens: int) -> Record:
-    """What it takes to run the model: the pace of what this process did (null where nothing was
-    left to do), memory, and the size of the parameters as they were held."""
+    """Measures the cost of running the model: speed of this process (null if nothing was left to
+    do), memory, and size of the parameters as loaded."""
     return {
         "seconds": seconds,
         "seconds_per_problem": seconds / problems if problems else None,

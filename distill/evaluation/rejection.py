@@ -16,7 +16,7 @@ def grade_samples(row: dict, where: str, rule: GradingRule, grader: graders.Grad
     """Returns the samples of a row, each with `outcome` and `correct`.
 
     Raises:
-      UserError: naming the row, if it lacks something or the grader cannot read its answer.
+      UserError: naming the row if it lacks a field or the grader cannot read its answer.
     """
     if not isinstance(row.get("samples"), list) or not isinstance(
         row.get("answer"), str | int | float
@@ -25,7 +25,7 @@ def grade_samples(row: dict, where: str, rule: GradingRule, grader: graders.Grad
     samples, answer = row["samples"], str(row["answer"])
     if any(not isinstance(sample.get("text"), str) for sample in samples):
         raise UserError(f"{where}: a sample has no text to grade")
-    # The answer must be readable, so a response that gives it must be correct.
+    # To check that the grader can read the answer, it also grades a response that gives the answer.
     texts = [sample["text"] for sample in samples]
     texts.append(rule.right_response.replace("answer", answer))
     *outcomes, own_outcome = grader.grade(rule, texts, [answer] * len(texts))

@@ -1,6 +1,6 @@
-"""A model's responses to problems, and what graders and the text itself say of them, as rows.
+"""Samples responses to problems and grades them, as rows.
 
-A row is one response, as examples.jsonl keeps it; a problem's samples come together, in order.
+A row is one response, as examples.jsonl stores it. The samples of a problem are adjacent, in order.
 """
 
 from collections import deque
@@ -19,20 +19,20 @@ from models.errors import UserError
 
 Record = dict[str, Any]
 
-MAX_WAITING_GROUPS = 256  # problems that graders are behind the sampler, which then waits
+MAX_WAITING_GROUPS = 256  # problems; the sampler waits when graders are this far behind
 
 
 def add_grade(row: Record, rule: GradingRule, grade: graders.Grade) -> Record:
-    """Returns the row with its grade, the answer found in it, and what the text alone shows."""
+    """Returns the row with its grade, its extracted answer, and properties of its text."""
     text, outcome = str(row["response"]), grade["outcome"]
-    found = {}
+    extracted = {}
     if rule.extract:
         answer = None if outcome == "no_answer" else rule.extract(text)
-        found = {"found": answer and answer[: graders.MAX_ANSWER_CHARACTERS]}
+        extracted = {"found": answer and answer[: graders.MAX_ANSWER_CHARACTERS]}
     return {
         **row,
         "correct": outcome == "correct",
-        **found,
+        **extracted,
         **grade,
         "formatted": graders.strip_thinking(text) is not None and outcome != "no_answer",
         "repeats": statistics.is_repetitive(text),
@@ -40,7 +40,7 @@ def add_grade(row: Record, rule: GradingRule, grade: graders.Grade) -> Record:
 
 
 def grade_rows(grader: graders.Grader, rule: GradingRule, rows: list[Record]) -> list[Record]:
-    """Returns rows that have `response` and `answer`, graded."""
+    """Grades rows that have `response` and `answer`."""
     futures = [grader.submit(rule, str(r["response"]), str(r["answer"])) for r in rows]
     return [
         add_grade(row, rule, graders.wait_for_grade(f))
@@ -87,10 +87,11 @@ def grade_while_sampling(
     keys: list[list[str]],
     thinking: bool,
 ) -> Iterator[list[Record]]:
-    """Yields groups of sampled responses, graded, in order; `rows` and `keys` are of the same ones.
+    """Yields groups of sampled responses, graded, in order.
 
-    The next groups are sampled while graders work. A slow one delays only the groups behind it, of
-    which at most MAX_WAITING_GROUPS wait in memory.
+    `rows` and `keys` belong to the same problems as `groups`. The next groups are sampled while
+    graders work. A slow grade delays only the groups behind it, of which at most MAX_WAITING_GROUPS
+    wait in memory.
     """
     waiting: deque[tuple[list[Record], list[Future]]] = deque()
 

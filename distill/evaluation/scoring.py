@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens."""
+"""Scores token sequences: log-probabilities under a model."""
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,10 +37,10 @@ def _compute_token_stats(
 
 
 def read_token_ids(subject: Policy, rows: Iterable[tuple[str, dict]]) -> dataset.TokenLists:
-    """The `tokens` of each row. Reads no parameters of `subject`.
+    """Reads the `tokens` of each row. Reads no parameters of `subject`.
 
     Raises:
-      UserError: naming the first row without tokens that the model can read.
+      UserError: naming the first row without valid tokens.
     """
     limit = subject.config.context_length
     token_lists = dataset.TokenLists()
@@ -58,10 +58,10 @@ def read_token_ids(subject: Policy, rows: Iterable[tuple[str, dict]]) -> dataset
 def score_sequences(
     subject: Policy, sequences: Sequence[list[int]], *, batch_size: int, top_k: int = 0
 ) -> Iterator[tuple[Logprobs, TopLogprobs]]:
-    """Yields (logprobs, top) of each sequence, both as long as it and first null; `top` is empty
-    without top_k. Within `policy.use(subject)`.
+    """Yields (logprobs, top) of each sequence. Call within `policy.use(subject)`.
 
-    A batch is as wide as the bucket of its longest row: one compilation for each width met.
+    Both have one entry per token, and the first is None; without top_k, `top` is empty. A batch is
+    as wide as the bucket of its longest row, so each width that occurs is compiled once.
     """
     mesh = policy.get_mesh(subject)
     shards = mesh_lib.count_row_shards(mesh)
@@ -79,7 +79,7 @@ def score_sequences(
         )
         host_stats = {name: jax.device_get(x) for name, x in stats.items() if name != "entropy"}
         for row, ids in enumerate(chunk):
-            # Column t is about token t + 1.
+            # Column t belongs to token t + 1.
             row_stats = {name: x[row, : len(ids) - 1].tolist() for name, x in host_stats.items()}
             top: TopLogprobs = []
             if top_k:
@@ -96,7 +96,10 @@ def score_rows(
     batch_size: int,
     top_k: int = 0,
 ) -> Iterator[dict]:
-    """Yields each row with its `logprobs` and, with top_k, `top`. Within `policy.use(subject)`."""
+    """Yields each row with `logprobs` and, with top_k, `top`.
+
+    Call within `policy.use(subject)`.
+    """
     scores = score_sequences(subject, sequences, batch_size=batch_size, top_k=top_k)
     with run_files.show_progress(len(rows), 0, "score") as bar:
         for number, ((_, row), (logprobs, top)) in enumerate(zip(rows, scores, strict=True)):

@@ -1,7 +1,7 @@
-"""What graded responses amount to: rates with honest intervals, and how the text was written.
+"""Statistics of graded responses: rates with confidence intervals, and properties of the text.
 
-Numbers in, numbers out: no file, no model. A problem's samples are one witness, not many, so every
-interval is over problems.
+Pure functions of rows: no files, no models. Samples of one problem are correlated, so intervals
+treat problems, not samples, as independent.
 """
 
 import math
@@ -17,9 +17,9 @@ from distill.runtime import run_files
 Record = dict[str, object]
 
 Z_95 = 1.959964  # of a 95% interval
-_NGRAM_WORDS = 8  # words; shorter runs repeat in honest text too
+_NGRAM_WORDS = 8  # words; shorter runs repeat in ordinary text too
 
-# Scripts that an English answer has no use for. Greek is mathematics.
+# Scripts that do not occur in an English answer. Greek does, in mathematics.
 _SCRIPTS = {
     "han": "\u2e80-\u2fdf\u3005-\u3007\u31c0-\u31ef\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff",
     "kana": "\u3041-\u30ff",
@@ -35,28 +35,28 @@ _MIN_FOREIGN_LETTERS = 3  # letters of a foreign script; one or two may be a nam
 
 
 def pass_at_k(correct: int, samples: int, k: int) -> float:
-    """The unbiased estimate 1 - C(n-c, k) / C(n, k) of arXiv 2107.03374, eq. 1."""
+    """Computes the unbiased estimate 1 - C(n-c, k) / C(n, k) of arXiv 2107.03374, eq. 1."""
     return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
 def majority_at_k(counts: Sequence[int], abstentions: int, k: int) -> float:
-    """The chance that the right answer wins the vote of k of a problem's samples, drawn without
-    replacement, where ties are decided by lot (maj@k; self-consistency, arXiv 2203.11171).
+    """Computes maj@k: the probability that the right answer wins a vote of k samples of a problem,
+    drawn without replacement, with ties broken at random (self-consistency, arXiv 2203.11171).
 
     Args:
-      counts: samples that gave each answer, the right one's first (0 where nobody gave it).
-      none: samples without an answer, which do not vote.
+      counts: number of samples with each answer, the right one's first (0 if no sample has it).
+      abstentions: number of samples without an answer, which do not vote.
     """
     total = 0.0
     for votes in range(1, min(counts[0], k) + 1):
-        # ways[t, d]: to draw d votes for others, none with more than `votes`, t with as many
+        # ways[t, d]: ways to draw d votes for other answers, t of which tie and none wins
         ways = {(0, 0): math.comb(counts[0], votes)}
         for count in counts[1:]:
             after: dict[tuple[int, int], int] = {}
             for (ties, drawn), n in ways.items():
                 for more in range(min(count, votes, k - votes - drawn) + 1):
-                    at = (ties + (more == votes), drawn + more)
-                    after[at] = after.get(at, 0) + n * math.comb(count, more)
+                    state = (ties + (more == votes), drawn + more)
+                    after[state] = after.get(state, 0) + n * math.comb(count, more)
             ways = after
         for (ties, drawn), n in ways.items():
             total += n * math.comb(abstentions, k - votes - drawn) / (ties + 1)
@@ -64,30 +64,30 @@ def majority_at_k(counts: Sequence[int], abstentions: int, k: int) -> float:
 
 
 def compute_accuracy(hits: Sequence[Sequence[bool]]) -> tuple[float, tuple[float, float]]:
-    """Mean over problems of the share of correct samples, and its 95% interval (`interval`)."""
+    """Returns the mean over problems of the share of correct samples, and its 95% interval."""
     shares = np.array([np.mean(h) for h in hits])
     return float(np.mean(shares)), compute_interval(shares, max(len(h) for h in hits))
 
 
 def compute_interval(shares_P: np.ndarray, samples: int) -> tuple[float, float]:
-    """The 95% interval of the mean share, over all problems that these are a sample of.
+    """Computes the 95% interval of the mean share over the population that the problems sample.
 
-    Wilson's interval, for one sample a problem. For more, Wilson's for as many independent answers
-    as the samples are worth: P / r, where r = var(shares) / (m (1 - m)) falls from 1, where a
-    problem's samples agree, to 1 / samples, where they are independent. The effective sample size
-    is that of Korn and Graubard 1998, and so is the quantile of Student's t, in so far as the
-    variance is not known from the mean: wholly for many samples, not at all for one.
+    With one sample per problem this is Wilson's interval. With more, it is Wilson's interval for an
+    effective number of independent answers, P / r, where r = var(shares) / (m (1 - m)) falls from
+    1, if the samples of a problem always agree, to 1 / samples, if they are independent. The
+    effective sample size follows Korn and Graubard 1998, and so does the quantile of Student's t,
+    used to the extent that the variance does not follow from the mean: fully for many samples, not
+    at all for one.
 
-    The variance of what is rare is unknown: two hits of 30 problems of 64 samples may come from
-    problems that are all a little possible, or from easy ones that are rare. So one problem all
-    right is added with weight 1 / E², where E = (Σ share)² / Σ share² is the number of problems
-    that the hits come from (Kish's effective number; 1 without a hit), and one all wrong likewise.
-    Both fade where hits and misses are spread over problems.
+    The variance of rare events is poorly estimated: two hits in 30 problems of 64 samples may come
+    from problems that are all slightly solvable, or from a few easy ones. So one fully solved
+    problem is added with weight 1 / E², where E = (Σ share)² / Σ share² is the number of problems
+    that the hits come from (Kish's effective number; 1 without a hit), and likewise one unsolved
+    problem. Both weights vanish as hits and misses spread over problems.
 
-    Covers about 95%: 93 to 97 from 60 problems on, 93 to 98 with 30 (LOG.md). With one sample a
-    problem there are only P + 1 intervals, so the coverage jumps with the true rate whatever they
-    are; and where P times the rate (or one minus it) is below about 3, no interval can tell what
-    the few hits stand for.
+    Coverage is about 95%: 93 to 97 from 60 problems on, 93 to 98 with 30 (LOG.md). With one sample
+    per problem only P + 1 intervals exist, so the coverage of any method jumps with the true rate;
+    and if P times the rate (or one minus it) is below about 3, no interval is reliable.
     """
     problems, mean = len(shares_P), float(np.mean(shares_P))
     if samples == 1:
@@ -106,16 +106,16 @@ def compute_interval(shares_P: np.ndarray, samples: int) -> tuple[float, float]:
 
 
 def _compute_unseen_weight(shares_P: np.ndarray) -> float:
-    """1 / E², the weight of a problem that was not seen and whose share is 1."""
+    """Computes 1 / E², the weight of an unseen problem whose share is 1."""
     return float(np.sum(shares_P**2) ** 2 / shares_P.sum() ** 4) if shares_P.any() else 1.0
 
 
 def compute_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """Mean of b - a over the same problems (shares of correct samples), and its 95% interval.
+    """Returns the mean of b - a over problems (shares of correct samples), and its 95% interval.
 
-    That of Agresti and Min (2005, doi 10.1002/sim.1781): half a problem is added that b alone
-    solves, half that a alone does, and one that says nothing. It has a width even where a and b
-    never differ.
+    Follows Agresti and Min (2005, doi 10.1002/sim.1781), who add half a problem that only b solves,
+    half a problem that only a solves, and one without a difference. So the interval has a width
+    even if a and b never differ.
     """
     d = np.asarray(b, float) - np.asarray(a, float)
     n = len(d) + 2
@@ -125,10 +125,10 @@ def compute_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, t
 
 
 def compute_p_value(a: Sequence[float], b: Sequence[float]) -> float:
-    """The probability of a difference as large as that of b and a if they were equally good.
+    """Computes the two-sided p-value of the difference between a and b, paired by problem.
 
-    McNemar's exact test where there is one sample a problem; else the test that it is a case of:
-    the sign of each problem's difference is thrown anew, 10,000 times.
+    This is McNemar's exact test if there is one sample per problem; otherwise its generalisation, a
+    permutation test that draws the sign of each problem's difference at random, 10,000 times.
     """
     d = np.asarray(b, float) - np.asarray(a, float)
     if set(np.abs(d)) <= {0.0, 1.0}:
@@ -137,7 +137,7 @@ def compute_p_value(a: Sequence[float], b: Sequence[float]) -> float:
             1.0, 2 * sum(math.comb(discordant, i) for i in range(minority + 1)) / 2**discordant
         )
     draws = np.random.default_rng(0)
-    extreme = 1  # what was seen is one of the throws
+    extreme = 1  # the observed signs count as one draw
     for _ in range(100):
         signs = draws.integers(0, 2, (100, len(d))) * 2 - 1
         extreme += int(np.sum(np.abs(signs @ d) >= abs(d.sum()) - 1e-9))
@@ -145,15 +145,18 @@ def compute_p_value(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def is_repetitive(text: str) -> bool:
-    """Whether a text loops: most of its runs of eight words have been said before."""
+    """Returns True if a text loops: most of its runs of eight words occurred before."""
     words = text.split()
     ngrams = [tuple(words[i : i + _NGRAM_WORDS]) for i in range(len(words) - _NGRAM_WORDS + 1)]
     return len(ngrams) >= _NGRAM_WORDS and len(set(ngrams)) < len(ngrams) / 2
 
 
 def has_mixed_languages(text: str, prompt: str) -> bool:
-    """Whether a text has letters of a script that its prompt does not: three at least, so that a
-    name does not count; Latin never counts, in which all notation is written."""
+    """Returns True if a text has letters of a script that its prompt does not use.
+
+    At least three are needed, so that a name does not count. Latin never counts, since notation is
+    written in it.
+    """
     return any(
         len(letters.findall(text)) >= _MIN_FOREIGN_LETTERS and not letters.search(prompt)
         for letters in _SCRIPT_PATTERNS
@@ -161,7 +164,7 @@ def has_mixed_languages(text: str, prompt: str) -> bool:
 
 
 def normalise_answer(answer: object) -> str | None:
-    """An answer as it is counted in a vote: without spaces and other ways of writing the same."""
+    """Normalises an answer for voting: removes spaces and variants of notation; None if empty."""
     if not isinstance(answer, str) or not answer.strip():
         return None
     text = re.sub(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}", r"\1", answer)
@@ -170,10 +173,10 @@ def normalise_answer(answer: object) -> str | None:
 
 
 def _count_votes(rows: Sequence[Record]) -> tuple[list[int], int]:
-    """Votes for each answer to one problem, the right one's first, and samples without a vote.
+    """Counts the votes for each answer to a problem, the right one's first, and the abstentions.
 
-    All that is graded correct is one answer, however it is written; wrong ones are one where
-    `vote` makes the same text of them.
+    All correct answers count as one, however they are written. Wrong answers count as one if
+    `normalise_answer` gives the same text.
     """
     votes = Counter(
         "" if row["correct"] else normalise_answer(row.get("found"))
@@ -185,10 +188,10 @@ def _count_votes(rows: Sequence[Record]) -> tuple[list[int], int]:
 
 
 def summarise_rows(rows: Sequence[Record], ks: Sequence[int]) -> Record:
-    """What graded rows amount to: accuracy, pass@k, maj@k, rates and lengths.
+    """Summarises graded rows: accuracy, pass@k, maj@k, rates and lengths.
 
-    maj@k where the rows say which answer they `found`; the figures of a field that some rows lack
-    are left out.
+    maj@k needs the field `found`, the extracted answer. Statistics of a field that some rows lack
+    are omitted.
     """
     problems: dict[str, list[Record]] = {}
     for row in rows:
@@ -231,14 +234,14 @@ def _summarise_lengths(rows: Sequence[Record]) -> Record:
     cut = np.array([row["finish_reason"] == "length" for row in rows])
     return {
         "mean_length": float(lengths.mean()),
-        # What was cut has no length of its own: the mean with it depends on the cap.
+        # Without truncated responses, whose length depends on the limit.
         "mean_length_finished": float(lengths[~cut].mean()) if not cut.all() else None,
         "truncation_rate": float(cut.mean()),
     }
 
 
 def compute_problem_scores(rows: Sequence[Record]) -> dict[str, float]:
-    """The share of correct samples of each problem, by its id."""
+    """Returns the share of correct samples of each problem, by its id."""
     hits: dict[str, list[bool]] = {}
     for row in rows:
         hits.setdefault(str(row["id"]), []).append(bool(row["correct"]))

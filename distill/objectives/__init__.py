@@ -1,1 +1,1 @@
-"""Losses, over arrays alone."""
+"""Losses and their parts, as functions of arrays."""

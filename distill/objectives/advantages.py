@@ -1,7 +1,7 @@
-"""Advantages of tokens, from rewards of whole responses and from later tokens.
+"""Computes advantages of tokens from rewards of whole responses, and sums over sequences.
 
-Arrays only. A row may hold several sequences (packing): `segments_BT` numbers them in each row from
-1, and 0 is padding. Nothing here is differentiated.
+Functions of arrays only. A row may hold several sequences (packing): `segments_BT` numbers them in
+each row from 1, and 0 is padding. Nothing here is differentiated.
 """
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 def _sum_by_segment(x_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-    """[B, T + 1]: column s is the sum of x over segment s of the row; column 0 is padding's."""
+    """[B, T + 1]: column s is the sum of x over segment s of the row; column 0 is padding."""
     T = x_BT.shape[1]
     return jax.vmap(lambda x, s: jax.ops.segment_sum(x, s, T + 1))(x_BT, segments_BT)
 
@@ -20,8 +20,8 @@ def sum_over_sequence(x_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
 
 
 def mean_over_sequence(x_BT: jax.Array, mask_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-    """Returns [B, T]: at each token the mean of x over the trained tokens of its sequence, 0
-    without any."""
+    """Returns [B, T]: at each token the mean of x over the trained tokens of its sequence, or 0 if
+    it has none."""
     mask_BT = mask_BT.astype(x_BT.dtype)
     length_BT = jnp.maximum(sum_over_sequence(mask_BT, segments_BT), 1)
     return sum_over_sequence(jnp.where(mask_BT > 0, x_BT, 0), segments_BT) / length_BT
@@ -34,9 +34,9 @@ def count_sequences(mask_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
 
 
 def sum_discounted_future(x_BT: jax.Array, segments_BT: jax.Array, discount: float) -> jax.Array:
-    """Returns [B, T]: Σ_{i>0} discount^i x_{t+i} within the sequence, the token itself left out.
+    """Returns [B, T]: Σ_{i>0} discount^i x_{t+i} within the sequence, excluding the token itself.
 
-    x must be 0 where nothing counts. Takes log T parallel steps.
+    x must be 0 at tokens that do not count. Takes log T parallel steps.
     """
 
     def combine_suffixes(right, left):  # the scan runs from the last token to the first
@@ -52,7 +52,10 @@ def sum_discounted_future(x_BT: jax.Array, segments_BT: jax.Array, discount: flo
 
 
 def compute_response_positions(mask_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-    """Counts the trained tokens of the sequence before each: int32 [B, T], of use where trained."""
+    """Counts the trained tokens before each token in its sequence: int32 [B, T].
+
+    Only the counts at trained tokens are meaningful.
+    """
     trained_BT = mask_BT.astype(jnp.int32)
     before_BT = jnp.cumsum(trained_BT, axis=1) - trained_BT
     start_BT = jnp.concatenate(
@@ -65,8 +68,10 @@ def compute_response_positions(mask_BT: jax.Array, segments_BT: jax.Array) -> ja
 def sum_by_position(
     x_BT: jax.Array, mask_BT: jax.Array, segments_BT: jax.Array, edges: tuple[int, ...]
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Returns (sum, count) of x over the trained tokens whose position in the response is from one
-    edge up to the next, by that edge."""
+    """Returns (sum, count) of x over trained tokens in each interval of response positions.
+
+    Keys are the lower edges of the intervals; the last one is unbounded.
+    """
     position_BT = compute_response_positions(mask_BT, segments_BT)
     sums = {}
     for low, high in zip(edges, (*edges[1:], 2**31 - 1), strict=True):
@@ -82,7 +87,7 @@ ADVANTAGE_NORMS = ("std", "mean", "leave_one_out")
 def compute_group_advantages(
     rewards_PG: jax.Array, advantage_norm: str
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns advantages [P, G] of G >= 2 responses to each prompt, and bool [P]: zero variance.
+    """Returns advantages [P, G] of G >= 2 responses per prompt, and zero-variance flags, bool [P].
 
     Args:
       advantage_norm:
@@ -93,13 +98,13 @@ def compute_group_advantages(
         "leave_one_out": r minus the mean of the others, RLOO (arXiv 2402.14740), which is
           G / (G - 1) times "mean".
 
-    A group of zero variance has advantage exactly 0: it teaches nothing.
+    A group of zero variance has advantages of exactly 0.
     """
     assert advantage_norm in ADVANTAGE_NORMS and rewards_PG.shape[1] > 1
     rewards_PG = rewards_PG.astype(jnp.float32)
     zero_variance_P = jnp.all(rewards_PG == rewards_PG[:, :1], axis=1)
     centred_PG = rewards_PG - jnp.mean(rewards_PG, axis=1, keepdims=True)
-    centred_PG = jnp.where(zero_variance_P[:, None], 0, centred_PG)  # a mean of equals may round
+    centred_PG = jnp.where(zero_variance_P[:, None], 0, centred_PG)  # means may round
     G = rewards_PG.shape[1]
     if advantage_norm == "std":
         centred_PG /= jnp.std(rewards_PG, axis=1, ddof=1, keepdims=True) + 1e-4

@@ -1,6 +1,6 @@
-"""Cuts tokens into chunks: needed tokens come first, and chunks without any do not run.
+"""Splits tokens into chunks with the needed tokens first, and skips chunks without any.
 
-An array [B, T, ...] becomes [A, R, C, ...]: A chunks, of C tokens from each of R groups of rows.
+An array [B, T, ...] becomes [A, R, C, ...]: A chunks of C tokens from each of R groups of rows.
 """
 
 from collections.abc import Callable
@@ -12,24 +12,24 @@ import jax.numpy as jnp
 Stats = dict[str, jax.Array]
 JoinFn = Callable[[Stats], Stats]
 
-_TARGET_CHUNKS = 8  # so at most about an eighth of the tokens is computed for nothing
-_MIN_CHUNK_TOKENS = 256  # with fewer, reading the head takes longer than the products
+_TARGET_CHUNKS = 8  # so at most about an eighth of the tokens is computed needlessly
+_MIN_CHUNK_TOKENS = 256  # below this, reading the head takes longer than the products
 
 
 def split_into_chunks(
     xs: Any, max_tokens: int, mask_BT: jax.Array | None, shards: tuple[int, int]
 ) -> tuple[Any, jax.Array | None, JoinFn]:
-    """Splits arrays into chunks of at most `max_tokens` tokens, but of at least one a row.
+    """Splits arrays into chunks of at most `max_tokens` tokens, but at least one per row.
 
     Args:
-      xs: arrays [B, T, ...], through which gradients flow back without a scatter.
-      mask_BT: the tokens that are needed; None: all.
-      shards: parts that rows, and the tokens of a row, are split into over devices. A mask moves
-        tokens within a part only, so that none leaves its device.
+      xs: arrays [B, T, ...]. Their gradients are computed without a scatter.
+      mask_BT: True at the needed tokens; None: all.
+      shards: numbers of parts that rows, and the tokens of a row, are split into over devices.
+        With a mask, tokens move only within a part, so that none leaves its device.
 
     Returns:
-      The chunks; bool [A], true for those with a needed token, or None if all run; and the function
-      that joins arrays of chunks to [B, T, ...] again, with 0 where a token is not needed.
+      The chunks; bool [A], True for those with a needed token, or None if all run; and the function
+      that joins arrays of chunks to [B, T, ...], with 0 at tokens that are not needed.
     """
     B, T = jax.tree.leaves(xs)[0].shape[:2]
     if mask_BT is None:
@@ -38,7 +38,7 @@ def split_into_chunks(
     L = B * T // (R * S)
     fewest = -(-L // max(1, max_tokens // (R * S)))
     num_chunks = _choose_num_chunks(L, max(fewest, min(_TARGET_CHUNKS, B * T // _MIN_CHUNK_TOKENS)))
-    chunk_tokens = -(-L // num_chunks)  # tokens of a part in a chunk
+    chunk_tokens = -(-L // num_chunks)  # of one part
 
     def group_by_device(x_BT: jax.Array) -> jax.Array:
         """[B, T, ...] as [R, S, L, ...], with the tokens of one device side by side."""
@@ -70,12 +70,12 @@ def split_into_chunks(
 
 
 def _split_strided(xs: Any, B: int, T: int, num_chunks: int) -> tuple[Any, None, JoinFn]:
-    chunk_tokens = -(-T // num_chunks)  # equal chunks pad least
+    chunk_tokens = -(-T // num_chunks)  # equal chunks need the least padding
 
     def to_chunks(x_BT: jax.Array) -> jax.Array:
         padding = [(0, 0), (0, num_chunks * chunk_tokens - T)] + [(0, 0)] * (x_BT.ndim - 2)
-        # A chunk takes every num_chunks-th token: where tokens are split over devices, each device
-        # has a part of each chunk, and none has to fetch the others' hidden states.
+        # A chunk takes every num_chunks-th token: if tokens are split over devices, each device
+        # holds a part of each chunk, and none fetches hidden states from the others.
         padded = jnp.pad(x_BT, padding).reshape(B, chunk_tokens, num_chunks, *x_BT.shape[2:])
         return jnp.moveaxis(padded, 2, 0)
 
@@ -88,8 +88,10 @@ def _split_strided(xs: Any, B: int, T: int, num_chunks: int) -> tuple[Any, None,
 
 
 def _choose_num_chunks(num_tokens: int, min_chunks: int) -> int:
-    """Returns the number of chunks, at least `min_chunks`. Prefers one that divides the tokens:
-    padding would move them between the devices that they are split over."""
+    """Returns the number of chunks, at least `min_chunks`.
+
+    Prefers one that divides the tokens, since padding would move them between devices.
+    """
     min_chunks = max(1, min(num_tokens, min_chunks))
     return next((n for n in range(min_chunks, 2 * min_chunks) if num_tokens % n == 0), min_chunks)
 
@@ -101,8 +103,10 @@ def _gather_tokens(x_RSL: jax.Array, from_RSL: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _permute_tokens(x_RSL: jax.Array, from_RSL: jax.Array, to_RSL: jax.Array) -> jax.Array:
-    """Gathers the tokens `from_RSL`, zeros beyond the last. `to_RSL` is the inverse, by which the
-    gradient gathers too: JAX's own rule is a scatter, which is slow."""
+    """Gathers the tokens `from_RSL`, with zeros for indices beyond the last token.
+
+    The gradient gathers too, by the inverse `to_RSL`: JAX's own rule is a scatter, which is slow.
+    """
     return _gather_tokens(x_RSL, from_RSL)
 
 
@@ -113,8 +117,7 @@ _permute_tokens.defvjp(
 
 
 def scan_chunks(step: Callable, carry: Any, xs: Any, runs_A: jax.Array | None) -> tuple[Any, Stats]:
-    """jax.lax.scan of `step` over chunks. Those that need not run return zeros and leave the carry
-    as it is."""
+    """Scans `step` over chunks. Skipped chunks return zeros and leave the carry unchanged."""
     if jax.tree.leaves(xs)[0].shape[0] == 1:
         carry, stats = step(carry, jax.tree.map(lambda x: x[0], xs))
         return carry, jax.tree.map(lambda x: x[None], stats)

@@ -1,7 +1,7 @@
-"""Statistics of a chunk of next-token distributions: how far they are from the teacher's, and what
-foresees collapse. A [B, C, V] array is a chunk of the streamed head.
+"""Divergences of next-token distributions from a teacher's, and statistics that warn of collapse.
 
-Letters of this file: p is the student's distribution of the next token, q the teacher's.
+A [B, C, V] array is a chunk of the streamed head. In this file p is the student's distribution of
+the next token, and q the teacher's.
 """
 
 import dataclasses
@@ -10,27 +10,28 @@ import functools
 import jax
 import jax.numpy as jnp
 
-_TINY = 1e-30  # the mass of an empty tail, which has a logarithm
-_RESOLUTION = 1e-7  # of float32 near 1: the least that 1 - Σ of stored probabilities can be
+_TINY = 1e-30  # mass of an empty tail, to keep its logarithm finite
+_RESOLUTION = 1e-7  # of float32 near 1: the least 1 - Σ of stored probabilities
 
 
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-    """A divergence of p from q, at one token. Hashable, so static under jit; losses.Loss checks the
-    fields.
+    """A divergence of p from q at one token. Hashable, so static under jit.
+
+    losses.Loss checks the fields.
 
     divergence_type: "reverse" KL(p‖q); "forward" KL(q‖p); "jsd" β KL(q‖m) + (1-β) KL(p‖m) with
       m = βq + (1-β)p (arXiv 2306.13649, eq. 1). At β = 0 and 1 the jsd itself is zero everywhere;
-      there it stands for the limits of jsd/β and jsd/(1-β), forward and reverse KL, as in TRL. So
-      the scale of the gradient jumps at both ends.
+      as in TRL, these values stand for the limits of jsd/β and jsd/(1-β), forward and reverse KL.
+      So the scale of the gradient jumps at both ends.
     skew: α of DistiLLM (arXiv 2402.03898, section 3.1): forward is KL(q‖αq + (1-α)p), reverse is
-      KL(p‖αp + (1-α)q). 0 is none.
+      KL(p‖αp + (1-α)q). 0: no skew.
     temperature: τ. Both distributions are softmax(logits / τ), and the value is multiplied by τ²,
       which keeps the size of the gradient about the same (arXiv 1503.02531, section 2).
     k: 0 compares the whole vocabulary. Otherwise the k most likely tokens of `topk_from` (teacher,
-      student, or the union of both) are compared one by one, and all others as one more outcome,
-      the tail. That is a divergence of coarser distributions: never negative, never above the exact
-      one, and it sees mass that leaves the k.
+      student, or the union of both) are compared one by one, and all others together as one more
+      outcome, the tail. This is a divergence of coarser distributions: never negative, never above
+      the exact one, and sensitive to mass outside the k tokens.
     """
 
     divergence_type: str = "reverse"
@@ -44,7 +45,7 @@ class Divergence:
 def _compute_mixture_ratios(
     logp: jax.Array, logq: jax.Array, share: float
 ) -> tuple[jax.Array, jax.Array]:
-    """log(m/p) and log(m/q) of m = share·q + (1-share)·p: no overflow, exactly 0 where p = q."""
+    """Returns log(m/p) and log(m/q) for m = share·q + (1-share)·p, exactly 0 where p = q."""
     gap = logq - logp
     below = jnp.log1p(share * jnp.expm1(jnp.minimum(gap, 0)))  # log(m/p) where q <= p
     above = jnp.log1p((1 - share) * jnp.expm1(-jnp.maximum(gap, 0)))  # log(m/q) where q > p
@@ -54,11 +55,11 @@ def _compute_mixture_ratios(
 def _compute_terms(
     logp: jax.Array, logq: jax.Array, d: Divergence
 ) -> tuple[jax.Array, jax.Array | float, jax.Array]:
-    """Returns, for each outcome, f, which sums to the divergence, and two factors of p ∂f/∂p.
+    """Returns for each outcome its term f of the divergence, and two factors of p ∂f/∂p.
 
-    Their product leaves out a multiple of p, whose gradient the softmax cancels: computed, it would
-    leave rounding noise, which Adam scales up where p is nearly q. Where p = q, product and f are
-    exactly 0. (Two factors instead of their product save XLA two chunks of logits.)
+    The product of the factors omits a multiple of p, whose gradient the softmax cancels: it would
+    leave rounding noise, which Adam amplifies if p is close to q. Where p = q, the product and f
+    are exactly 0. (Two factors instead of their product save XLA two chunks of logits.)
     """
     p, q = jnp.exp(logp), jnp.exp(logq)
     ends = {0.0: "forward", 1.0: "reverse"} if d.divergence_type == "jsd" else {}
@@ -79,7 +80,7 @@ def _compute_terms(
 
 
 def _ids_to_mask(ids_BCK: jax.Array, logp_BCV: jax.Array) -> jax.Array:
-    """Returns bool [B, C, V]: the token is among the ids."""
+    """Returns bool [B, C, V], True for tokens among the ids."""
     none = jnp.zeros(logp_BCV.shape, bool)
     return jnp.put_along_axis(none, ids_BCK, True, axis=-1, inplace=False)
 
@@ -91,7 +92,7 @@ def _compute_with_factors(
     inside_BCV: jax.Array | None,
     tail_q_BC: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array | float, jax.Array]:
-    """The divergence [B, C] before τ², and the two factors of its derivative in log p."""
+    """Returns the divergence [B, C] without τ², and the two factors of its derivative by log p."""
     f_BCV, slope_BCV, mass_BCV = _compute_terms(logp_BCV, logq_BCV, d)
     if inside_BCV is None:
         return jnp.sum(f_BCV, axis=-1), slope_BCV, mass_BCV
@@ -102,7 +103,7 @@ def _compute_with_factors(
     tail_q_BC = jnp.maximum(tail_q_BC, _TINY)
     f_BC, slope_BC, mass_BC = _compute_terms(jnp.log(tail_p_BC), jnp.log(tail_q_BC), d)
     value_BC = jnp.sum(jnp.where(inside_BCV, f_BCV, 0), axis=-1) + f_BC
-    # The tail's derivative is shared by its tokens as they share its mass.
+    # Each token of the tail gets a part of its derivative, in proportion to its mass.
     shared_BC1 = (slope_BC * mass_BC / tail_p_BC)[..., None]
     return (
         value_BC,
@@ -119,10 +120,10 @@ def _compute_divergence(
     inside_BCV: jax.Array | None = None,
     tail_q_BC: jax.Array | None = None,
 ) -> jax.Array:
-    """The divergence [B, C], with its derivative in log p written by hand.
+    """Computes the divergence [B, C], with a hand-written derivative by log p.
 
-    inside_BCV: tokens that are outcomes of their own, the others being the tail; None: all.
-    tail_q_BC: q's mass of the tail, if it is not that of logq_BCV.
+    inside_BCV: True for tokens that are outcomes of their own; the others are the tail. None: all.
+    tail_q_BC: q's mass of the tail; None: the sum over logq_BCV.
     """
     value_BC, _, _ = _compute_with_factors(logp_BCV, logq_BCV, d, inside_BCV, tail_q_BC)
     return d.temperature**2 * value_BC
@@ -145,7 +146,7 @@ _compute_divergence.defvjp(_compute_divergence_fwd, _compute_divergence_bwd)
 
 
 def compare_distributions(logp_BCV: jax.Array, logq_BCV: jax.Array, d: Divergence) -> jax.Array:
-    """The divergence [B, C] of two chunks of distributions, differentiable in log p."""
+    """Computes the divergence [B, C] of two chunks of distributions, differentiable in log p."""
     if d.temperature != 1:
         logp_BCV = jax.nn.log_softmax(logp_BCV / d.temperature, axis=-1)
         logq_BCV = jax.nn.log_softmax(logq_BCV / d.temperature, axis=-1)
@@ -160,9 +161,9 @@ def compare_distributions(logp_BCV: jax.Array, logq_BCV: jax.Array, d: Divergenc
 def compare_stored_top(
     logp_BCV: jax.Array, ids_BCK: jax.Array, logq_BCK: jax.Array, d: Divergence
 ) -> jax.Array:
-    """The divergence [B, C] from a teacher of which only the most likely tokens are stored."""
+    """Computes the divergence [B, C] from a teacher whose most likely tokens alone are stored."""
     ids_BCK, logq_BCK = ids_BCK[..., : d.k], logq_BCK[..., : d.k]
-    # Tokens that are not stored get the student's probability, so they add nothing but the tail.
+    # Tokens that are not stored get the student's probability, so they only add to the tail.
     detached_BCV = jax.lax.stop_gradient(logp_BCV)
     logq_BCV = jnp.put_along_axis(
         detached_BCV, ids_BCK, logq_BCK.astype(logp_BCV.dtype), axis=-1, inplace=False
@@ -175,7 +176,7 @@ def compare_stored_top(
 
 
 def compute_overlap_stats(logp_BCV: jax.Array, teacher_ids_BCK: jax.Array) -> dict[str, jax.Array]:
-    """Compares the most likely tokens of student and teacher. Detached."""
+    """Computes the overlap of the most likely tokens of student and teacher. Detached."""
     logp_BCV = jax.lax.stop_gradient(logp_BCV)
     student_top_BCV = _ids_to_mask(jax.lax.top_k(logp_BCV, teacher_ids_BCK.shape[-1])[1], logp_BCV)
     teacher_top_BCV = _ids_to_mask(teacher_ids_BCK, logp_BCV)
@@ -190,23 +191,27 @@ def compute_overlap_stats(logp_BCV: jax.Array, teacher_ids_BCK: jax.Array) -> di
 
 
 def _compute_baseline(logp_BCV: jax.Array, logq_BCV: jax.Array) -> jax.Array:
-    """Baseline of log p - log q of a drawn token that gives its policy gradient, with respect to
-    the logits, the least variance: the mean, each token weighted by ‖∇ log p‖² (arXiv 1301.2315,
-    the optimal constant baseline, here of one state). The plain mean, the KL, may add variance.
+    """Computes the baseline of log p - log q that minimises the variance of its policy gradient.
+
+    The gradient is taken with respect to the logits. The baseline is the mean over tokens weighted
+    by ‖∇ log p‖² (arXiv 1301.2315, the optimal constant baseline, here for one state). The plain
+    mean, the KL, may add variance.
     """
     logp_BCV = jax.lax.stop_gradient(logp_BCV)
     p_BCV = jnp.exp(logp_BCV)
     square_BC = jnp.sum(p_BCV**2, axis=-1, keepdims=True)
-    # Rounding must not make a weight negative: the mean stays within the range of its terms.
+    # No weight may be negative by rounding, so that the mean stays within the range of its terms.
     weight_BCV = p_BCV * jnp.maximum((1 - p_BCV) ** 2 + square_BC - p_BCV**2, 0)
     total_BC = jnp.maximum(jnp.sum(weight_BCV, axis=-1), _TINY)
     return jnp.sum(weight_BCV * (logp_BCV - logq_BCV), axis=-1) / total_BC
 
 
 def mix_teachers(logits_BCV: list[jax.Array], weight_BCN: jax.Array | None) -> jax.Array:
-    """log q of q = Σ weight·q_n. A weight of 0 adds nothing, and one of 1 leaves q_n bit by bit.
+    """Computes log q for q = Σ weight·q_n.
 
-    Padding, where all weights are 0, gets finite numbers without a meaning."""
+    A weight of 0 adds nothing, and a weight of 1 gives q_n bit by bit. Padding, where all weights
+    are 0, gets finite but meaningless numbers.
+    """
     logq_BCV = [jax.nn.log_softmax(x, axis=-1) for x in logits_BCV]
     if weight_BCN is None:
         assert len(logq_BCV) == 1
@@ -220,7 +225,7 @@ def mix_teachers(logits_BCV: list[jax.Array], weight_BCN: jax.Array | None) -> j
 def compute_teacher_stats(
     logp_BCV: jax.Array, logq_BCV: jax.Array, targets_BC: jax.Array, overlap_k: int, baseline: bool
 ) -> dict[str, jax.Array]:
-    """Stats of any teacher; see fused_head.compute_token_stats. Detached."""
+    """Computes the stats of a teacher that fused_head.compute_token_stats lists. Detached."""
     logp_BCV = jax.lax.stop_gradient(logp_BCV)
     stats = {
         "teacher_logp": gather_targets(logq_BCV, targets_BC),

@@ -1,9 +1,9 @@
-"""The streamed head: the only place that ever sees logits.
+"""The streamed output head: the only code that computes logits for losses.
 
 The logits of B·T tokens over a vocabulary of 151,936 do not fit in memory, so only one chunk of
-them exists at a time: hidden states go through both models' heads chunk by chunk, and a few numbers
-a token come out (distill.objectives.divergences). A loss that depends on nothing else has its
-gradient taken in the same pass.
+them exists at a time: hidden states pass through both models' heads chunk by chunk, and leave a few
+numbers per token (distill.objectives.divergences). If a loss depends on these alone, its gradient
+is computed in the same pass.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from distill.batch import TeacherOutput
 from distill.objectives import chunks, divergences
 
 Stats = dict[str, jax.Array]  # name -> [B, T] float32
-# (stats of tokens, what else is known of them) -> "loss" and other stats
+# (stats of tokens, further data about them) -> "loss" and other stats
 LossFn = Callable[[Stats, Stats], Stats]
 
 _DIFFERENTIABLE = ("logp", "entropy", "divergence")
@@ -28,19 +28,19 @@ _DIFFERENTIABLE = ("logp", "entropy", "divergence")
 class HeadInputs:
     """Arrays that `compute_token_stats` reads; all but the first two are detached.
 
-    Where the teacher's hidden states are not at hand, `teacher_top_BTK` holds int32 ids and
-    log-probabilities of its most likely tokens, the most likely first: finite on padding too, and
-    ids of one trained token distinct. It serves a Divergence of 0 < k <= K, topk_from "teacher" and
-    temperature 1; no other can be computed from it.
+    Without the teacher's hidden states, `teacher_top_BTK` holds int32 ids and log-probabilities of
+    its most likely tokens, most likely first. They must be finite, also on padding, and the ids of
+    a trained token distinct. They suffice only for a Divergence with 0 < k <= K, topk_from
+    "teacher" and temperature 1.
     """
 
     hidden_BTD: jax.Array  # final hidden states that predict the targets
     head_VD: jax.Array  # output head
     targets_BT: jax.Array  # int32: the token that each position predicts
-    mask_BT: jax.Array | None = None  # tokens that are needed; None: all
+    mask_BT: jax.Array | None = None  # True at needed tokens; None: all
     teacher: TeacherOutput | None = None
     teacher_top_BTK: tuple[jax.Array, jax.Array] | None = None
-    known: Stats | None = None  # what a loss reads beside the stats
+    known: Stats | None = None  # further data that a loss reads
     weight_BT: jax.Array | None = None  # float32: weight of each token's loss; 0 outside the mask
 
 
@@ -49,26 +49,24 @@ class StatsOptions:
     """Options of `compute_token_stats`: hashable, so static under jit."""
 
     loss_chunk_mib: float  # MiB of float32 logits of one model in a chunk
-    # puts a sharding on the logits of a chunk [B, C, V]
+    # sets the sharding of a chunk of logits [B, C, V]
     split: Callable[[jax.Array], jax.Array] = lambda logits_BCV: logits_BCV
-    divergence: divergences.Divergence | None = (
-        None  # compares with the teacher; None: no loss does
-    )
-    top_k: int = 0  # returns this many of the student's most likely tokens
-    overlap_k: int = 0  # compares this many of the most likely tokens (of stored ones, at most K)
-    baseline: bool = False  # finds the baseline of a policy gradient with log p - log q
+    divergence: divergences.Divergence | None = None  # from the teacher; None: not computed
+    top_k: int = 0  # most likely tokens of the student to return
+    overlap_k: int = 0  # most likely tokens to compare (at most K if stored)
+    baseline: bool = False  # computes the baseline of a policy gradient with log p - log q
     temperature: float = 1.0  # divides the logits of all models
-    shards: tuple[int, int] = (1, 1)  # parts that rows, and tokens of a row, are split into
+    shards: tuple[int, int] = (1, 1)  # numbers of parts of rows, and of tokens of a row
 
 
 @jax.custom_vjp
 def _compute_logits(
     hidden_BCD: jax.Array, head_VD: jax.Array, cast_head_VD: jax.Array
 ) -> jax.Array:
-    """Logits of a chunk, summed and kept in float32 (or float64, if the model is in that).
+    """Computes the logits of a chunk in float32 (float64 if the model uses it).
 
-    cast_head_VD: the head in the dtype of the hidden states, in which all products are taken, cast
-    once for all chunks. head_VD receives the gradient, summed over chunks in its own dtype.
+    cast_head_VD: the head, cast once for all chunks to the dtype of the hidden states, in which all
+    products are computed. head_VD receives the gradient, summed over chunks in its own dtype.
     """
     return jnp.einsum(
         "BCD,VD->BCV",
@@ -80,8 +78,8 @@ def _compute_logits(
 
 def _compute_logits_bwd(residuals, grad_logits_BCV):
     hidden_BCD, head_VD, cast_head_VD = residuals
-    # Rounded to the model's dtype as the factors of the logits are: JAX's own rule would multiply
-    # in float32 instead, with both factors cast up.
+    # Rounded to the model's dtype, like the factors of the logits. JAX's own rule would cast both
+    # factors to float32 instead.
     grad_BCV = grad_logits_BCV.astype(hidden_BCD.dtype)
     grad_hidden_BCD = jnp.einsum("BCV,VD->BCD", grad_BCV, cast_head_VD)
     grad_head_VD = jnp.einsum(
@@ -101,8 +99,10 @@ def _scale_logits(options: StatsOptions, logits_BCV: jax.Array) -> jax.Array:
 def _compute_chunk_stats(
     options: StatsOptions, head_VD: jax.Array, cast_heads: Any, x: Any
 ) -> Stats:
-    """Stats of a chunk `x`. cast_heads: the student's head and the teachers', in the dtype of their
-    products."""
+    """Computes the stats of a chunk `x`.
+
+    cast_heads: the heads of the student and the teachers, in the dtype of their products.
+    """
     cast_head_VD, teacher_heads = cast_heads
     logits_BCV = _scale_logits(options, _compute_logits(x["hidden"], head_VD, cast_head_VD))
     logp_BCV = jax.nn.log_softmax(logits_BCV, axis=-1)
@@ -145,7 +145,7 @@ def _compute_stats(
     xs: Any,
     runs_A: Any,
 ) -> Stats:
-    """Stats of all chunks. The backward pass computes the logits of a chunk again."""
+    """Computes the stats of all chunks. The backward pass recomputes the logits of each chunk."""
 
     def step(_: None, x: Any) -> tuple[None, Stats]:
         return None, _compute_chunk_stats(options, head_VD, cast_heads, x)
@@ -186,7 +186,7 @@ def _sum_loss(
     xs: Any,
     runs_A: Any,
 ) -> tuple[jax.Array, Stats]:
-    """Σ weight·loss, differentiable in hidden states and head, and the stats of all chunks."""
+    """Returns Σ weight·loss, differentiable in hidden states and head, and the stats."""
 
     def step(_: None, x: Any) -> tuple[None, Stats]:
         stats = _compute_chunk_stats(options, head_VD, cast_heads, x)
@@ -214,7 +214,7 @@ def _sum_loss_fwd(options, loss, hidden_ARCD, head_VD, cast_heads, xs, runs_A):
 
 
 def _sum_loss_bwd(options, loss, residuals, cotangents):
-    # Everything but the total is detached.
+    # Only the total is differentiable.
     return *(cotangents[0].astype(x.dtype) * x for x in residuals), None, None, None
 
 
@@ -224,29 +224,31 @@ _sum_loss.defvjp(_sum_loss_fwd, _sum_loss_bwd)
 def compute_token_stats(
     inputs: HeadInputs, options: StatsOptions, loss: LossFn | None = None
 ) -> Stats:
-    """Per-token statistics of the distributions that predict the targets, vocabulary streamed.
+    """Computes per-token statistics of the distributions that predict the targets.
+
+    Chunks without a token in the mask skip the heads.
 
     Args:
-      loss: also sums a loss, each token's times `inputs.weight_BT`. loss(stats, known) returns
-        "loss" and any other stats of the tokens of a chunk, and may not look from one token to
-        another. Its gradient is taken while the logits of a chunk are there (as arXiv 2410.10989,
-        section 3.2); without a loss, the backward pass computes them again.
+      loss: a loss to sum, weighted by `inputs.weight_BT`. loss(stats, known) returns "loss" and any
+        other stats of the tokens of a chunk; each token's loss may depend on that token only. The
+        gradient is computed while the logits of a chunk exist (as in arXiv 2410.10989, section
+        3.2). Without a loss, the backward pass recomputes the logits.
 
     Returns:
-      Float32 [B, T] arrays, 0 outside the mask, of which chunks without a token skip the heads.
+      Float32 [B, T] arrays, 0 outside the mask.
       Differentiable (once) in the student's hidden states and head:
         "logp": log p(target).
         "entropy": of p, in nats.
         "divergence": options.divergence from the teacher.
-      Detached, with a teacher ("teacher_logp", "teacher_entropy" and "reverse_kl" not from a
-      stored top):
+      Detached, with a teacher (a stored top gives no "teacher_logp", "teacher_entropy" and
+      "reverse_kl"):
         "teacher_logp": log q(target).
         "teacher_entropy": of q, in nats.
         "reverse_kl": KL(p‖q) = Σ_v p(v) (log p(v) - log q(v)) over the whole vocabulary, in nats.
         "baseline": see divergences.compute_teacher_stats.
-        "top_overlap": share of the teacher's top that is in the student's, with overlap_k.
-        "outside_top": the student's mass outside the teacher's top, with overlap_k.
-      With top_k, "top_logp" and int32 "top_ids" [B, T, K], the most likely first.
+        "top_overlap": share of the teacher's top tokens among the student's, with overlap_k.
+        "outside_top": the student's mass outside the teacher's top tokens, with overlap_k.
+      With top_k, "top_logp" and int32 "top_ids" [B, T, K], most likely first.
       With a loss, its stats, and "total", the scalar sum, then the only differentiable one (once).
 
       Where teacher and student are equal, divergence and gradient are exactly 0 (with a stored top,

@@ -1,10 +1,10 @@
-"""Losses over arrays: the options of a loss, and the per-token losses and weights they give.
+"""The options of a loss, and functions that compute per-token losses and weights from arrays.
 
 An objective is a set of values of the options of `Loss`. OBJECTIVES names the usual ones, and
-config.STAGE.loss changes any option of them.
+config.STAGE.loss changes any of their options.
 
-The logits at position t predict token t + 1: `shift` aligns what is known of tokens with the hidden
-states that predict them, once, for every loss.
+The logits at position t predict token t + 1. `shift` aligns data about tokens with the hidden
+states that predict them.
 
 Letters: p is the student's probability of a token, q the teacher's, μ the sampler's; sg detaches.
 """
@@ -24,12 +24,12 @@ from models.errors import UserError
 
 
 def shift(x_BT: jax.Array) -> jax.Array:
-    """Moves columns left: column t is about token t + 1, the last one is zero (no target)."""
+    """Shifts columns left: column t describes token t + 1, and the last is zero (no target)."""
     return jnp.concatenate([x_BT[:, 1:], jnp.zeros_like(x_BT[:, :1])], axis=1)
 
 
 def unshift(x_BT: jax.Array) -> jax.Array:
-    """Undoes `shift`: column t is about token t again, column 0 is zero."""
+    """Undoes `shift`: column t describes token t again, and column 0 is zero."""
     return jnp.concatenate([jnp.zeros_like(x_BT[:, :1]), x_BT[:, :-1]], axis=1)
 
 
@@ -53,19 +53,19 @@ RULES: dict[str, checks.Rule] = {
     "tis_clip": Range(off="off"),
     "aggregation": ("token", "sequence", "constant"),
 }
-_SAMPLED_ESTIMATORS = ("sampled", "k2", "k3")  # read the drawn token alone
+_SAMPLED_ESTIMATORS = ("sampled", "k2", "k3")  # read only the drawn token
 
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
     """The options of a loss, a weighted sum of up to four terms. Hashable, so static under jit.
-    Raises UserError for an option out of its bounds, and for a combination without a meaning.
+    Raises UserError for an option out of its bounds, and for a meaningless combination.
 
-    Weights of the terms; 0 leaves a term out:
-      sft: of -log p(token), maximum likelihood.
-      teacher: of the divergence from the teacher.
-      reward: of the policy gradient of the given advantages.
-      reference: of the reverse KL from a reference, estimated by (p/μ)·k3 and differentiated
+    Weights of the terms; 0 omits a term:
+      sft: -log p(token), maximum likelihood.
+      teacher: the divergence from the teacher.
+      reward: the policy gradient of the given advantages.
+      reference: the reverse KL from a reference, estimated by (p/μ)·k3 and differentiated
         through p/μ as well, which is unbiased in value and gradient (arXiv 2512.02556, sec. 3.1).
 
     The divergence from the teacher (formulas and sources: divergences.Divergence):
@@ -73,39 +73,39 @@ class Loss:
       beta: of jsd, from 0 (forward) to 1 (reverse).
       skew: mixes this share of the other distribution into the second one of the KL.
       temperature: divides the logits of both models.
-      estimator: how a token gives the divergence. The expected gradient is that of
+      estimator: estimates the divergence at a token. Its expected gradient is that of
         "exact": the divergence, over the whole vocabulary.
-        "topk": the coarser divergence of `k` tokens and a tail that holds all others.
+        "topk": the coarser divergence of `k` tokens and a tail of all others.
         "sampled": the reverse KL. A policy gradient with advantage -k1 = -(log p - log q),
           detached. (k1 itself, differentiated, has expected gradient 0.)
         "k2": the reverse KL. The loss is sg(p/μ)·(log p - log q)²/2.
         "k3": the *forward* KL, though its value, sg(p/μ)·(q/p - 1 - log(q/p)), estimates the
           reverse KL; so it needs divergence="forward".
-        All over tokens drawn from μ at states that μ visits, with ratio="token" and no clip, as
-        tests/objectives/test_estimators.py proves by enumeration.
-      k: tokens of estimator="topk".
-      topk_from: "teacher", "student" or "union": whose most likely tokens these are.
+        This holds for tokens drawn from μ at states that μ visits, ratio="token" and no clip;
+        tests/objectives/test_estimators.py proves it by enumeration.
+      k: number of tokens of estimator="topk".
+      topk_from: the model whose most likely tokens these are: "teacher", "student" or "union".
       teacher_output: what the teacher returns: "hidden" states, its "top" tokens with
         log-probabilities, or only the log-probability of the drawn "token".
-      teacher_topk: tokens of teacher_output="top".
-      k1_from: the log p in k1: the "student"'s, also right for stale samples, or the "sampler"'s,
-        the usual recipe: the same on fresh samples, behind on stale ones.
-      baseline: subtracts from k1 its mean, weighted by the size of the gradient: the expected
-        gradient stays, its variance falls. (The plain mean, the KL, often raises it.)
-      discount: γ. Adds to a token's advantage the later divergences, Σ_{i>0} γ^i, detached. 0, the
-        usual choice, ignores that a token changes the states after it; 1 is the gradient of the
-        divergence of whole sequences, on fresh samples (stale ones: at the states of μ).
+      teacher_topk: number of tokens of teacher_output="top".
+      k1_from: source of the log p in k1: the "student", also correct for stale samples, or the
+        "sampler", as usual: the same on fresh samples, but outdated on stale ones.
+      baseline: subtracts from k1 its mean, weighted by the size of the gradient. This reduces the
+        variance and keeps the expectation. (The plain mean, the KL, often raises the variance.)
+      discount: γ. Adds the later divergences to a token's advantage, Σ_{i>0} γ^i, detached. 0, the
+        usual choice, ignores that a token changes later states; 1 is the gradient of the divergence
+        of whole sequences, for fresh samples (for stale ones, at the states of μ).
 
     The policy gradient, of the sum of all advantages A:
       advantage_norm: "std", "mean" or "leave_one_out": see advantages.compute_group_advantages.
-      ratio: p/μ of the "token"; of the "sequence", its geometric mean (GSPO, arXiv 2507.18071, in
+      ratio: p/μ of the "token"; its geometric mean over the "sequence" (GSPO, arXiv 2507.18071, in
         the token form of section 4.3); or "none", as if p = μ.
       clip: "none": -ratio·A. "ppo": -min(ratio·A, clip(ratio)·A). "cispo":
         -sg(clip(ratio))·A·log p (arXiv 2506.13585, section 3.1).
       clip_low, clip_high: bound clip(ratio) to [1 - clip_low, 1 + clip_high].
-      tis_clip: C > 0 weights each token by min(p_old/p_sampler, C), detached, with p_old the
-        trainer's own probability before the update, which is then the μ of the ratio. Corrects what
-        sampler and trainer compute differently.
+      tis_clip: C > 0 weights each token by min(p_old/p_sampler, C), detached, where p_old is
+        the trainer's own probability before the update, which is then the μ of the ratio. Corrects
+        differences between sampler and trainer.
 
     The sum over tokens:
       aggregation: weight of a token's loss. "token": 1, divided by the number of trained tokens;
@@ -172,7 +172,7 @@ class Loss:
 
 
 def _list_combinations(loss: Loss) -> list[tuple[bool, str]]:
-    """(refused, why) of each combination of options that has no meaning."""
+    """Returns (refused, reason) for each meaningless combination of options."""
     estimator = f"estimator={loss.estimator}"
     drawn, top = loss.estimator in _SAMPLED_ESTIMATORS, loss.teacher_output == "top"
     no_advantage = loss.estimator in ("k2", "k3")
@@ -231,20 +231,21 @@ def compute_token_losses(
     reference_logp_BT: jax.Array | None = None,
     advantages_BT: jax.Array | None = None,
 ) -> Stats:
-    """Computes each token's loss and stats that foresee collapse. Arrays [B, T], shifted.
+    """Computes each token's loss, and stats that warn of collapse. Arrays are [B, T], shifted.
 
     Args:
       stats: from fused_head.compute_token_stats with divergence=loss.teacher_divergence and
-        baseline=loss.baseline. With teacher_output="token", "teacher_logp" is put in it.
-      mask_BT: true where a token is trained.
+        baseline=loss.baseline. With teacher_output="token", the caller adds "teacher_logp".
+      mask_BT: True at trained tokens.
       segments_BT: int32, 0 on padding, else the number of the sequence within its row.
       sampler_logp_BT: log μ as the sampler recorded it. None: the sample is fresh, μ = p.
       old_logp_BT: the trainer's own log-probabilities at the time of sampling, which then are μ.
-      reference_logp_BT, advantages_BT: read if loss.reference, if loss.reward; detached.
+      reference_logp_BT: read if loss.reference is not 0; detached. Likewise advantages_BT, for
+        loss.reward.
 
     Returns:
-      [B, T] arrays, 0 where not trained: "loss", differentiable, and detached, as far as the loss
-      has them, "advantage"; "ratio" p/μ; "clipped", 1 where the bound holds the gradient back;
+      [B, T] arrays, 0 at untrained tokens: "loss", differentiable; and, detached and if the loss
+      has them, "advantage"; "ratio" p/μ; "clipped", 1 where the clip limits the gradient;
       "sampler_ratio" p_old/p_sampler; "reference_kl", an unbiased estimate of the KL.
     """
     sg = jax.lax.stop_gradient
@@ -291,7 +292,7 @@ def compute_token_losses(
 
 
 def _compute_k3(gap_BT: jax.Array) -> jax.Array:
-    """q/p - 1 - log(q/p), given log(q/p): never negative."""
+    """Returns q/p - 1 - log(q/p), given log(q/p). Never negative."""
     return jnp.expm1(gap_BT) - gap_BT
 
 
@@ -303,7 +304,7 @@ def _compute_teacher_loss(
     segments_BT: jax.Array,
     sampler_logp_BT: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Per-token loss and advantage of the divergence from the teacher."""
+    """Returns the per-token loss and advantage of the divergence from the teacher."""
     sg = jax.lax.stop_gradient
     zeros_BT = jnp.zeros_like(log_ratio_BT)
     if loss.estimator in ("exact", "topk"):
@@ -326,7 +327,7 @@ def _compute_teacher_loss(
         logp_BT = mask_untrained(sampler_logp_BT)
     k1_BT = later_BT = sg(logp_BT) - logq_BT
     if loss.baseline:
-        # Later tokens are credited with the expectation itself: their k1 without its noise.
+        # Later tokens count with the expectation of their k1, without its noise.
         later_BT = mask_untrained(sg(stats["reverse_kl"]))
         k1_BT = k1_BT - mask_untrained(sg(stats["baseline"]))
     if loss.discount:
@@ -342,7 +343,7 @@ def _compute_policy_gradient(
     trained_BT: jax.Array,
     segments_BT: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Per-token loss of an advantage, and 1 where the clip removed or cut its gradient."""
+    """Returns the per-token loss of an advantage, and 1 where the clip changes its gradient."""
     sg = jax.lax.stop_gradient
     if loss.ratio == "sequence":
         mean_BT = advantages.mean_over_sequence(sg(log_ratio_BT), trained_BT, segments_BT)
@@ -355,7 +356,7 @@ def _compute_policy_gradient(
         outside_BT = (ratio_BT < low) | (ratio_BT > high)
         return -sg(clipped_BT) * advantage_BT * logp_BT, outside_BT.astype(ratio_BT.dtype)
     outside_BT = ((ratio_BT < low) & (advantage_BT < 0)) | ((ratio_BT > high) & (advantage_BT > 0))
-    # The minimum of Loss's docstring, without its ties.
+    # The minimum in Loss's docstring, except at ties.
     bounded_BT = jnp.where(outside_BT, sg(clipped_BT), ratio_BT)
     return -bounded_BT * advantage_BT, outside_BT.astype(ratio_BT.dtype)
 
@@ -365,8 +366,8 @@ def compute_token_weights(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the weight of each token's loss [B, T], and the count (scalar) that divides the sum.
 
-    The loss of a batch is Σ weight·loss / Σ count over all micro-batches and devices, whatever the
-    aggregation. `limit`: the most tokens of a response.
+    The loss of a batch is Σ weight·loss / Σ count over all micro-batches and devices, for every
+    aggregation. `limit`: the maximum number of tokens of a response.
     """
     mask_BT = (mask_BT > 0).astype(jnp.float32)
     if loss.aggregation == "token":
@@ -382,10 +383,10 @@ _GRPO = Loss(reward=1.0, clip="ppo", aggregation="sequence")
 # objective -> its loss
 OBJECTIVES: dict[str, Loss] = {
     "sft": Loss(sft=1.0),
-    # off-policy: the teacher's distribution at every token of written responses
+    # off-policy: the teacher's distribution at every token of given responses
     "distill": Loss(teacher=1.0, divergence="forward"),
     "gkd": Loss(teacher=1.0, divergence="jsd"),
-    # on-policy: the student writes
+    # on-policy: responses of the student
     "opd": Loss(teacher=1.0),
     "opd_sampled": Loss(teacher=1.0, estimator="sampled"),
     "grpo": _GRPO,
@@ -394,7 +395,6 @@ OBJECTIVES: dict[str, Loss] = {
     "gspo": dataclasses.replace(_GRPO, ratio="sequence", clip_low=3e-4, clip_high=4e-4),
     "cispo": Loss(reward=1.0, clip="cispo", clip_low=1.0, clip_high=4.0),
     "rloo": Loss(reward=1.0, advantage_norm="leave_one_out", aggregation="constant"),
-    "hybrid": Loss(
-        reward=1.0, teacher=1.0, clip="ppo"
-    ),  # verified rewards and the whole distribution
+    # verified rewards, and the teacher's distribution
+    "hybrid": Loss(reward=1.0, teacher=1.0, clip="ppo"),
 }

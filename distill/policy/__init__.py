@@ -1,1 +1,1 @@
-"""Models on a mesh: found, described, loaded, applied, exported."""
+"""Models on a mesh: resolving names, loading, applying and exporting."""

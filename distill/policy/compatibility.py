@@ -1,4 +1,4 @@
-"""Checks that a teacher and a student read and end the same tokens."""
+"""Checks that a teacher and a student share a vocabulary and stop tokens."""
 
 from distill.data import chat
 from distill.policy.policy import Policy
@@ -6,7 +6,7 @@ from models.errors import UserError
 
 
 def require_same_vocabulary(student: Policy, teacher: Policy) -> None:
-    """Raises UserError if a token id means another token to one than to the other."""
+    """Raises UserError if a token id stands for different tokens in the two models."""
     names = (student.path, teacher.path)
     try:
         chat.require_same_tokenizer(student.tokenizer, teacher.tokenizer, names)
@@ -25,5 +25,5 @@ def require_same_vocabulary(student: Policy, teacher: Policy) -> None:
 
 
 def find_extra_stop_ids(student: Policy, teacher: Policy) -> list[int]:
-    """Returns the stop ids of a teacher at which the student would go on."""
+    """Returns the stop ids of the teacher that do not stop the student."""
     return sorted(set(teacher.stop_ids) - set(student.stop_ids))

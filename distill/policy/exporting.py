@@ -15,11 +15,11 @@ from models.errors import UserError
 from models.layers.lora import MLP_TARGETS
 from models.transformer import Params
 
-EXPORT_FILE = "export.json"  # marks an export, which a later one may replace
+EXPORT_FILE = "export.json"  # marks an export, which a later export may replace
 
 
 def save_model(model: Policy, directory: Path, dtype: str) -> None:
-    """Writes a Hugging Face directory: weights in `dtype`, config, stop ids, tokenizer."""
+    """Writes a Hugging Face directory: weights in `dtype`, config, stop ids and tokenizer."""
     weights.save(model.params, model.config, directory, jnp.dtype(dtype))
     chat.copy_tokenizer(
         hub.resolve_model_dir(model.path), model.tokenizer_dir, model.stop_ids, directory
@@ -27,16 +27,16 @@ def save_model(model: Policy, directory: Path, dtype: str) -> None:
 
 
 def save_adapter(run: Policy, lora_params: Params, directory: Path, dtype: str) -> None:
-    """Writes a run's LoRA as a PEFT adapter to the run's base, and the tokenizer."""
+    """Writes a run's LoRA as a PEFT adapter of the run's base, and the tokenizer."""
     lora_config, base = hub.read_run_lora(run.path), hub.find_base_model(run.path)
     assert lora_config is not None
     if len(set(run.config.sparse_layers)) == 2 and not set(MLP_TARGETS).isdisjoint(
         lora_config.targets
     ):
         run_files.log_line(
-            "warning: of layers with and without experts peft 0.21 loads only the former's"
+            "warning: with experts in some layers, peft 0.21 loads only the LoRA of those layers"
         )
-    name = str(Path(base).resolve()) if Path(base).is_dir() else base  # else a hub id
+    name = str(Path(base).resolve()) if Path(base).is_dir() else base  # otherwise a hub id
     adapter.save(lora_params, lora_config, run.config, name, directory, jnp.dtype(dtype))
     chat.copy_tokenizer(hub.resolve_model_dir(run.path), run.tokenizer_dir, run.stop_ids, directory)
 
@@ -52,20 +52,20 @@ def export_run(
     """Writes a run's parameters, or their moving average, to `out_dir`.
 
     Args:
-      step: None for the newest checkpoint that verifies.
-      merge_lora: write the merged model of a LoRA run too, not only the adapter.
+      step: step of the checkpoint; None: the newest that verifies.
+      merge_lora: for a run that trains a LoRA, also write the merged model, not only the adapter.
       average: write the moving average.
 
     Raises:
-      UserError: if `run_dir` is no run or has no such checkpoint, or `out_dir` holds other files.
+      UserError: if `run_dir` is not a run or has no such checkpoint, or `out_dir` has other files.
     """
     if not policy.is_run(run_dir):
         raise UserError(f"--run={run_dir}: no run directory (it has no config.json of a run)")
     target = Path(out_dir).resolve()
     if target.exists() and not target.is_dir():
-        raise UserError(f"--out={out_dir}: is there and not a directory")
+        raise UserError(f"--out={out_dir}: exists and is not a directory")
     if target.exists() and any(target.iterdir()) and not (target / EXPORT_FILE).is_file():
-        raise UserError(f"--out={out_dir}: holds files that are no earlier export")
+        raise UserError(f"--out={out_dir}: holds files that are not an earlier export")
     model = policy.make_abstract_for_inference(str(run_dir), "float32")
     has_lora = policy.read_run_lora(run_dir) is not None
     trained_params, step = policy.restore_trained_params(model, step, average)
@@ -73,7 +73,7 @@ def export_run(
     if merge_lora or not has_lora:
         full_policy = policy.restore(model, step, "float32", average)[0]
     fresh, old = (target.with_name(f".{target.name}.{end}") for end in ("new", "old"))
-    for path in (fresh, old):  # left by an export that was killed
+    for path in (fresh, old):  # left by a killed export
         shutil.rmtree(path, ignore_errors=True)
     try:
         if has_lora:

@@ -1,4 +1,4 @@
-"""A forward pass over a batch: hidden states, what the routers did, and log-probabilities."""
+"""Forward passes over a batch: hidden states, router statistics, and log-probabilities."""
 
 from typing import Any
 
@@ -20,9 +20,9 @@ def _join_lora(params: Params, lora_params: Params | None) -> Any:
 def compute_hidden(
     model: Transformer, params: Params, batch: Batch, lora_params: Params | None = None
 ) -> jax.Array:
-    """Final hidden states [B, T, D] of a batch, in the model's dtype.
+    """Computes the final hidden states [B, T, D] of a batch, in the model's dtype.
 
-    lora_params: a LoRA that is applied beside the parameters.
+    lora_params: a LoRA to apply beside the parameters.
     """
     variables = _join_lora(params, lora_params)
     out_BTD, _ = model.apply(variables, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
@@ -32,9 +32,9 @@ def compute_hidden(
 def compute_hidden_and_router_stats(
     model: Transformer, params: Params, batch: Batch, lora_params: Params | None = None
 ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
-    """As `compute_hidden`, with (sum, count) pairs of the routers (models.layers.moe).
+    """Like `compute_hidden`, and returns (sum, count) pairs of the routers (models.layers.moe).
 
-    Experts that the batch records (experts_BTLA) are chosen again.
+    Routes tokens to the experts that the batch records (experts_BTLA), if any.
     """
     applied: Any = model.apply(
         _join_lora(params, lora_params),
@@ -49,7 +49,7 @@ def compute_hidden_and_router_stats(
 
 
 def compute_chosen_experts(model: Transformer, params: Params, batch: Batch) -> jax.Array:
-    """The experts that a forward pass chooses, [B, T, L, A] int16: as Batch.experts_BTLA."""
+    """Returns the experts that a forward pass chooses, int16 [B, T, L, A]: Batch.experts_BTLA."""
     applied: Any = model.apply(
         {"params": params},
         batch.tokens_BT,
@@ -63,9 +63,9 @@ def compute_chosen_experts(model: Transformer, params: Params, batch: Batch) -> 
 def compute_logp(
     hidden_BTD: jax.Array, params: Params, batch: Batch, loss_chunk_mib: float, temperature: float
 ) -> jax.Array:
-    """Log-probabilities [B, T], float32, of the batch's trained tokens; 0 elsewhere.
+    """Computes log-probabilities [B, T], float32, of the batch's trained tokens; 0 elsewhere.
 
-    hidden_BTD: final hidden states of the batch, by the model that `params` are of.
+    hidden_BTD: final hidden states of the batch under `params`.
     """
     inputs = fused_head.HeadInputs(
         hidden_BTD,

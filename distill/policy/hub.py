@@ -1,4 +1,4 @@
-"""Finds the directory behind a name: a model, a hub id, a run, or a PEFT adapter."""
+"""Resolves the name of a model, a hub id, a run or a PEFT adapter to a directory."""
 
 import functools
 import json
@@ -33,30 +33,30 @@ def has_moving_average(path: str | Path) -> bool:
 
 
 def _read_student_config(path: str | Path) -> dict[str, Any] | None:
-    """Reads the student's config of the run directory `path`; None if it is no run directory."""
+    """Reads the student's config of the run directory `path`; None if it is not a run."""
     try:
         fields = json.loads((epath.Path(path) / "config.json").read_text())
         return fields["student"] if "stages" in fields and "path" in fields["student"] else None
     except (OSError, ValueError, LookupError, TypeError):
-        return None  # reading it as a model directory will say what is wrong
+        return None  # reading it as a model directory will raise the error
 
 
 def resolve_model_dir(path: str | Path) -> Path:
-    """Returns the local directory in Hugging Face format behind a name; downloads a hub id.
+    """Returns the local directory in Hugging Face format for a name; downloads a hub id.
 
-    For a run it is its student's, for an adapter its base's: architecture and tokenizer, but not
-    the trained parameters.
+    For a run this is the student's directory, for an adapter its base's: they hold architecture and
+    tokenizer, but not the trained parameters.
 
     Raises:
-      UserError: if the name exists neither here nor on the hub.
+      UserError: if the name exists neither locally nor on the hub.
     """
     return to_local_dir(find_base_model(path))
 
 
 def find_base_model(path: str | Path) -> str:
-    """Returns the model, a path or hub id, that a run or an adapter began with; a model's own name.
+    """Returns the path or hub id of the model that a run or an adapter is based on, else `path`.
 
-    A base is looked up from the working directory, as peft does, and then from the adapter's.
+    The base of an adapter is relative to the working directory, as in peft, or to the adapter's.
     """
     student = _read_student_config(path)
     if student is not None:
@@ -71,7 +71,7 @@ def find_base_model(path: str | Path) -> str:
     base = directory / name if (directory / name).is_dir() and not Path(name).is_dir() else name
     try:
         if adapter.is_adapter(to_local_dir(base)) or is_run(base):
-            raise UserError(f"{base}: no model directory, but an adapter or a run")
+            raise UserError(f"{base}: is an adapter or a run, not a model directory")
     except UserError as error:
         raise UserError(
             f"{directory}/{adapter.CONFIG_FILE}: base_model_name_or_path: {error}"
@@ -80,14 +80,14 @@ def find_base_model(path: str | Path) -> str:
 
 
 def resolve_tokenizer_dir(path: str | Path) -> Path:
-    """Returns the directory of the tokenizer of a model, or of a run's student."""
+    """Returns the directory of the tokenizer of a model or of a run's student."""
     tokenizer_path = (_read_student_config(path) or {}).get("tokenizer")
     return resolve_tokenizer_dir(tokenizer_path) if tokenizer_path else resolve_model_dir(path)
 
 
 def to_local_dir(path: str | Path) -> Path:
-    """Returns the directory of this name, or the download of a hub id."""
-    # A name within an existing folder is a path, though it may look like a hub id.
+    """Returns the directory of this name, or downloads a hub id."""
+    # A name within an existing folder is a path, even if it looks like a hub id.
     if Path(path).exists() or Path(path).parent.is_dir():
         if not Path(path).is_dir():
             raise UserError(f"{path}: no model directory")
@@ -99,11 +99,11 @@ def to_local_dir(path: str | Path) -> Path:
 
 @functools.cache
 def _download_repository(repository: str) -> Path:
-    # Weights in safetensors only: a pickle would be code.
+    # Weights in safetensors only: unpickling can execute code.
     patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
     try:
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
-    except Exception as error:  # the hub's client and those under it raise many kinds
+    except Exception as error:  # the hub's client raises many types of errors
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{repository}: no model directory, and the hub does not give it: {reason}"

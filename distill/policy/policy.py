@@ -1,8 +1,8 @@
-"""A policy: parameters on a mesh, and the pure function that reads them.
+"""A policy: parameters on a mesh, and the model that applies them.
 
-Student, teacher and reference are values of this one class. A policy is named by a directory in
-Hugging Face format, a hub id, a run directory (the parameters of its newest checkpoint) or the
-directory of a PEFT adapter. An adapter, a LoRA run's too, means its base with it merged.
+Student, teacher and reference are all of this class. A policy is named by a directory in Hugging
+Face format, a hub id, a run directory (the parameters of its newest checkpoint) or the directory of
+a PEFT adapter. An adapter, or a run that trains a LoRA, names its base with the LoRA merged.
 """
 
 import contextlib
@@ -39,16 +39,17 @@ from models.layers.lora import LoRA
 from models.transformer import Params, Transformer
 
 DTYPES = ("float32", "bfloat16")  # of activations, and of parameters
-PARAM_DTYPES = (*DTYPES, *quantised.MAX_VALUES)  # of the parameters of a model that is only read
+PARAM_DTYPES = (*DTYPES, *quantised.MAX_VALUES)  # of the parameters of a frozen model
 
-Convert = Callable[[tuple, jax.Array], Any]  # (path, parameter) -> what stands in its place
+Convert = Callable[[tuple, jax.Array], Any]  # (path, parameter) -> its replacement
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A loaded model. `params` is the nested dict that models.transformer describes.
+    """A model with its parameters, the nested dict that models.transformer describes.
 
-    Where `model.lora` is set, they are the frozen base of the LoRA that is trained.
+    If `model.lora` is set, `params` is the frozen base of the trained LoRA. A policy is "described"
+    if `params` holds shapes instead of arrays.
     """
 
     path: str
@@ -57,24 +58,24 @@ class Policy:
     params: Params
     tokenizer: PreTrainedTokenizerBase | None
     stop_ids: tuple[int, ...]
-    tokenizer_dir: Path = Path()  # where `tokenizer` was read
+    tokenizer_dir: Path = Path()  # where `tokenizer` was read from
 
 
 def make_abstract(
     path: str, dtype: str, remat: bool, mesh: Mesh, *, tokenizer_path: str = "", **options: Any
 ) -> Policy:
-    """Describes the model that `path` names: all but its parameters, which are shapes.
+    """Describes the model that `path` names: reads everything but the parameters.
 
     Args:
       tokenizer_path: a model whose tokenizer and chat template to use instead of its own. A Base
-        student takes those of its teacher, which have `<think>` and end turns by another token;
+        student takes those of its teacher, which have `<think>` and end turns with another token;
         the model then stops at the stop ids of both.
       options: lora_config, kernel and packed of `make_abstract_from_config`. With a LoRA the model
-        is its frozen base; it goes on from the adapter that `path` may name.
+        is its frozen base; training continues from the adapter, if `path` names one.
 
     Raises:
       UserError: if the directory holds no model of a known family, the mesh does not divide it, or
-        the tokenizer has other ids for the tokens of the model's own.
+        the tokenizer has other ids than the model's own for the same tokens.
     """
     directory = resolve_model_dir(path)
     tokenizer_dir = resolve_tokenizer_dir(tokenizer_path or path)
@@ -105,7 +106,7 @@ def make_abstract_from_config(
     kernel: str = "auto",
     packed: bool = True,
 ) -> Policy:
-    """Describes a model of which only the config is known: no tokenizer, no stop ids.
+    """Describes a model by its config alone, without tokenizer and stop ids.
 
     kernel, packed: see models.layers.attention.choose_kernel.
     """
@@ -116,9 +117,9 @@ def make_abstract_from_config(
 
 
 def make_abstract_for_inference(path: str, dtype: str, mesh: Mesh | None = None) -> Policy:
-    """Describes a model to be read only, and checks its files; by default over all devices.
+    """Describes a frozen model and checks its files; by default on a mesh of all devices.
 
-    dtype "" is bfloat16, but float32 on CPUs, which compute it faster.
+    dtype "" is bfloat16, or float32 on CPUs, where that is faster.
     """
     mesh = mesh or mesh_lib.make_reader_mesh(families.read_config(resolve_model_dir(path)))
     abstract_policy = make_abstract(path, dtype or get_default_dtype(), False, mesh, packed=False)
@@ -132,7 +133,7 @@ def get_default_dtype() -> str:
 
 
 def get_mesh(policy: Policy) -> Mesh:
-    """Returns the mesh that the parameters, or their shapes, lie on."""
+    """Returns the mesh of the parameters or their shapes."""
     return jax.tree.leaves(policy.params)[0].sharding.mesh
 
 
@@ -140,7 +141,7 @@ def get_mesh(policy: Policy) -> Mesh:
 def use(policy: Policy) -> Iterator[None]:
     """Context in which the policy computes on its mesh.
 
-    A float32 policy multiplies in float32 there; TPUs and GPUs would otherwise use fewer bits.
+    A float32 policy multiplies in full float32 there; TPUs and GPUs would otherwise use fewer bits.
     """
     precision = "highest" if policy.model.dtype == jnp.float32 else None
     with mesh_lib.use_mesh(get_mesh(policy)), jax.default_matmul_precision(precision):
@@ -150,12 +151,12 @@ def use(policy: Policy) -> Iterator[None]:
 def load(policy: Policy, param_dtype: str) -> Policy:
     """Loads the parameters of a described policy, cast to `param_dtype`.
 
-    A policy that trains a LoRA gets its frozen base; another adapter is merged into its base. With
-    an 8-bit `param_dtype` (models.layers.quantised) the layers' kernels are quantised, and the
+    A policy that trains a LoRA gets its frozen base; otherwise an adapter is merged into its base.
+    With an 8-bit `param_dtype` (models.layers.quantised) the layers' kernels are quantised, and the
     other parameters have the dtype that the model computes in.
 
     Raises:
-      UserError: naming the file or tensor that is missing or wrong; for a run without checkpoint.
+      UserError: naming a missing or invalid file or tensor, or a run without a checkpoint.
     """
     if is_run(policy.path):
         return restore(policy, None, param_dtype)[0]
@@ -179,7 +180,7 @@ def make_abstract_params(policy: Policy, param_dtype: str) -> Params:
 
 
 def _load_base_params(policy: Policy, param_dtype: str, convert: Convert | None = None) -> Params:
-    """Loads the parameters of the model directory that a described policy comes from."""
+    """Loads the parameters of the model directory of a described policy."""
     quant_type, dtype = quantised.split_dtypes(param_dtype, policy.model.dtype)
     shapes = quantised.quantise_shapes(policy.params, quant_type)
     shardings, directory = _get_shardings(shapes), resolve_model_dir(policy.path)
@@ -197,8 +198,10 @@ def _make_converter(
     lora_params: Params | None = None,
     lora_config: LoRA | None = None,
 ) -> Convert:
-    """Returns the function that merges the LoRA, if there is one, into a float32 parameter and
-    casts it to `param_dtype`. Called on each as it is read, the model is never whole in float32."""
+    """Returns a function that merges the LoRA, if any, into a float32 parameter and casts it.
+
+    It is called on each parameter as it is read, so that no whole model is held in float32.
+    """
     quant_type, dtype = quantised.split_dtypes(param_dtype, policy.model.dtype)
     shapes = quantised.quantise_shapes(policy.params, quant_type)
 
@@ -228,18 +231,18 @@ def _load_merged(
 def make_sampler_params_fn(policy: Policy) -> Callable[[Params], Params]:
     """Returns the function from trained parameters to those that a sampler reads.
 
-    A loaded policy that trains a LoRA merges it into its frozen parameters in float32, and casts
-    the sum to the dtype that the model computes in. Others return their argument.
+    For a loaded policy that trains a LoRA, it merges the LoRA into the frozen parameters in float32
+    and casts the sum to the dtype that the model computes in. Otherwise it is the identity.
     """
     if policy.model.lora is None:
         return lambda trained: trained
-    # The base may be in 8 bits, the merged parameters are not.
+    # The base may be in 8 bits; the merged parameters are not.
     return functools.partial(make_lora_merge_fn(policy), policy.params)
 
 
 def make_lora_merge_fn(policy: Policy) -> Any:
-    """Returns the jitted function that merges a LoRA into a frozen base; `policy` may be described
-    only."""
+    """Returns the jitted function that merges a LoRA into a frozen base; `policy` need not be
+    loaded."""
     merged_shapes = mesh_lib.make_abstract_params(policy.config, get_mesh(policy))
     lora_config = policy.model.lora
     assert lora_config is not None
@@ -260,7 +263,7 @@ def is_adapter(path: str) -> bool:
 
 
 def _read_adapter_lora(policy: Policy) -> LoRA | None:
-    """Reads the LoRA of the adapter directory that the policy's path names; None if it is none."""
+    """Reads the LoRA of the adapter that the policy's path names; None if it names none."""
     directory = to_local_dir(policy.path)
     if not adapter.is_adapter(directory):
         return None
@@ -268,21 +271,21 @@ def _read_adapter_lora(policy: Policy) -> LoRA | None:
 
 
 def _load_adapter_params(policy: Policy, lora_config: LoRA) -> Params:
-    """Loads the LoRA of an adapter directory, float32."""
+    """Loads the LoRA parameters of an adapter directory, in float32."""
     shapes = mesh_lib.make_abstract_params(policy.config, get_mesh(policy), lora_config)
     return adapter.load(to_local_dir(policy.path), policy.config, shapes, _get_shardings(shapes))
 
 
 def check_files(policy: Policy, step: int | None = None) -> None:
-    """Raises UserError if `load` (or `restore` of a step) would find files missing or wrong.
+    """Raises UserError if files that `load` (or `restore` of a step) needs are missing or invalid.
 
-    Reads no weight. For a policy that trains a LoRA, also raises if its path cannot be the base or
-    holds another LoRA.
+    Reads no weights. For a policy that trains a LoRA, also raises if its path cannot be the base or
+    holds a different LoRA.
     """
     path, expected_lora = policy.path, policy.model.lora
     if is_run(path):
         if expected_lora is not None:
-            raise UserError(f"{path}: a run, whose parameters may change; export it for a base")
+            raise UserError(f"{path}: a run's parameters may change; export it for a base")
         if find_newest_step(path) is None:
             raise UserError(f"{path}: a run without a checkpoint yet")
         with Checkpoints(epath.Path(path) / "checkpoints") as checkpoints:
@@ -314,7 +317,7 @@ def restore(
 ) -> tuple[Policy, int]:
     """Restores a described run's parameters, or their moving average, cast to `param_dtype`.
 
-    A LoRA is merged. Returns the policy and the step, see `restore_trained_params`.
+    Merges a LoRA. Returns the policy and the step; see `restore_trained_params`.
     """
     lora_config = read_run_lora(policy.path)
     if lora_config is not None:
@@ -328,16 +331,17 @@ def restore(
 def restore_trained_params(
     policy: Policy, step: int | None, average: bool = False, convert: Convert | None = None
 ) -> tuple[Params, int]:
-    """Restores what a described run has trained, or its moving average, float32 unless converted.
+    """Restores the trained parameters of a described run, or their moving average, in float32.
 
     Args:
-      step: None for the newest checkpoint that verifies.
+      step: step of the checkpoint; None: the newest that verifies.
+      convert: applied to each parameter.
 
     Returns:
       The parameters and their step.
 
     Raises:
-      UserError: if there is no such checkpoint, naming those there are, or the run kept no average.
+      UserError: if there is no such checkpoint, naming the existing ones, or no moving average.
     """
     entry = "average" if average else "params"
     if average and not has_moving_average(policy.path):
@@ -370,7 +374,7 @@ def find_newest_step(path: str | Path) -> int | None:
 
 
 def is_loaded(policy: Policy) -> bool:
-    """True if its parameters are arrays, not only shapes."""
+    """True if the policy's parameters are arrays, not only shapes."""
     return isinstance(jax.tree.leaves(policy.params)[0], jax.Array)
 
 
@@ -380,7 +384,7 @@ def init_random_policy(policy: Policy, key: jax.Array) -> Policy:
 
 
 def load_or_init_lora(policy: Policy, key: jax.Array) -> Params:
-    """Returns the LoRA that a policy begins to train: its adapter's, or a new one."""
+    """Returns the LoRA parameters that training starts from: those of the adapter, or new ones."""
     lora_config = policy.model.lora
     assert lora_config is not None
     if adapter.is_adapter(to_local_dir(policy.path)):
@@ -389,7 +393,7 @@ def load_or_init_lora(policy: Policy, key: jax.Array) -> Params:
 
 
 def make_init_fn(policy: Policy, lora_config: LoRA | None) -> Any:
-    """Returns the jitted function of a key that draws parameters, or a LoRA, on its mesh."""
+    """Returns a jitted function of a key that draws the parameters, or a LoRA, on the mesh."""
     shapes = mesh_lib.make_abstract_params(policy.config, get_mesh(policy), lora_config)
     init = functools.partial(families.init_params, policy.config, lora=lora_config)
     return jax.jit(init, out_shardings=_get_shardings(shapes))

@@ -1,1 +1,1 @@
-"""What a response is worth, found by rules."""
+"""Rule-based rewards: graders and reward terms."""

@@ -1,12 +1,12 @@
-"""Graders: is a response's final answer right? One outcome, in a word, for each response.
+"""Graders: compare the final answer of a response with the right one, and return an outcome.
 
-"correct" and "wrong" judge an answer; "no_answer" is a response without one (cut short, or in the
-wrong form) and "unparsed" one whose answer cannot be read as mathematics; "timeout" and "error"
-are the grader giving up on it. Only "correct" earns a reward.
+"correct" and "wrong" judge an answer. "no_answer" means that there is none (the response was cut
+short, or has the wrong form), "unparsed" that it cannot be read as mathematics; "timeout" and
+"error" mean that the grader gave up. Only "correct" earns a reward.
 
-What a model writes is hostile input to a computer algebra system (9**9**9 is four tokens), so
-free-form answers are graded in processes that are killed when their time is over, and that end
-themselves if nobody is left to do so. Those processes import this module: it must stay free of jax.
+Model output is hostile input to a computer algebra system (9**9**9 is four tokens), so free-form
+answers are graded in processes that are killed on a timeout, and that end themselves if their
+parent is gone. Those processes import this module, so it must not import jax.
 """
 
 import contextlib
@@ -27,14 +27,12 @@ from pebble import ProcessPool
 OUTCOMES = ("correct", "wrong", "no_answer", "unparsed", "timeout", "error")
 
 Grade = dict[str, object]
-"""`outcome`, one of OUTCOMES, and whatever else a grader found."""
+"""`outcome`, one of OUTCOMES, and any further results of a grader."""
 
-_GRACE_SECONDS = 2.0  # seconds that the pool is given to end a worker whose time is over
-_WORKER_MEMORY_BYTES = (
-    8 * 2**30
-)  # bytes of address space of a worker; importing all that it needs takes 2
+_GRACE_SECONDS = 2.0  # time for the pool to end a worker that timed out
+_WORKER_MEMORY_BYTES = 8 * 2**30  # address space of a worker; its imports take 2 GiB
 
-# An answer is short; a longer one is not worth the algebra.
+# Longer answers are not parsed.
 MAX_ANSWER_CHARACTERS = 1000
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _BOXED = re.compile(r"\\boxed\s*\{")
@@ -47,18 +45,18 @@ _NUMBER = re.compile(
 
 
 def strip_thinking(response: str) -> str | None:
-    """What a response says after thinking: the text behind its last `</think>`.
+    """Returns the text after the last `</think>` of a response.
 
-    The whole text where there is no think block; None where one was opened and never closed.
+    This is the whole text if there is no think block, and None if one is never closed.
     """
     tail = response.rpartition("</think>")[2]
     return None if "<think>" in tail else tail.strip()
 
 
 def grade_arithmetic(response: str, answer: str) -> str:
-    """The final text must be one integer and nothing else, equal to the answer.
+    """Grades a response whose final text must be exactly one integer, equal to the answer.
 
-    "error" where `answer` is no integer.
+    Returns "error" if `answer` is not an integer.
     """
     final = strip_thinking(response)
     if final is None or not _INTEGER.fullmatch(final):
@@ -69,8 +67,10 @@ def grade_arithmetic(response: str, answer: str) -> str:
 
 
 def grade_without_algebra(response: str, answer: str) -> str | None:
-    """What `grade_math` finds where no algebra is needed: no answer, one that is too long to try,
-    or an integer where an integer is wanted. None where it is needed."""
+    """Returns the result of `grade_math` if it takes no algebra, else None.
+
+    It takes none if there is no answer, if it is too long to parse, or if both are integers.
+    """
     extracted = extract_answer(response)
     if not extracted:
         return "no_answer"
@@ -82,17 +82,17 @@ def grade_without_algebra(response: str, answer: str) -> str | None:
 
 
 def grade_math(response: str, answer: str) -> str:
-    """The final text's answer must be mathematically equal to `answer`, as math-verify decides.
+    """Grades a response whose final answer must be equal to `answer` according to math-verify.
 
-    "unparsed" where math-verify makes no expression of it and the texts differ, and where it is too
-    long to try. Unbounded in time and memory: call it through a Grader. "error" where `answer` does
-    not parse.
+    Time and memory are unbounded, so call it through a Grader. Returns "unparsed" if the answer is
+    too long, or if math-verify cannot parse it and the texts differ; "error" if `answer` does not
+    parse.
     """
     if (known := grade_without_algebra(response, answer)) is not None:
         return known
-    from math_verify import parse, verify  # slow to import, and only here needed
+    from math_verify import parse, verify  # slow to import, and needed only here
 
-    # It warns that its own timeouts are off; the pool's is the one that counts.
+    # Silences the warning that its own timeouts are off: the pool has one.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     extracted = extract_answer(response)
     gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=0)
@@ -101,20 +101,20 @@ def grade_math(response: str, answer: str) -> str:
     prediction = parse(f"\\boxed{{{extracted}}}", parsing_timeout=0)
     if verify(gold, prediction, timeout_seconds=0):
         return "correct"
-    # What it cannot read comes back as a text alone.
+    # math-verify returns strings alone for what it cannot parse.
     return "unparsed" if all(isinstance(p, str) for p in prediction) else "wrong"
 
 
 def is_integer(answer: str) -> bool:
-    """Tells whether `grade_arithmetic` can compare with this answer."""
+    """Returns True if `grade_arithmetic` can compare responses with this answer."""
     return bool(_INTEGER.fullmatch(answer))
 
 
 def is_short_expression(answer: str) -> bool:
-    """Tells whether `grade_math` can compare with this answer, judged by its form.
+    """Returns True if `grade_math` can compare responses with this answer, judged by its form.
 
-    It must be short, with paired braces, and more than LaTeX markup. Math-verify itself would take
-    minutes over a large set, and knows no more of these.
+    It must be short, have balanced braces, and hold more than LaTeX markup. Running math-verify
+    instead would take minutes on a large data set and tell no more.
     """
     depth, least = 0, 0
     for c in answer.replace("\\{", "").replace("\\}", ""):
@@ -126,14 +126,15 @@ def is_short_expression(answer: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class GradingRule:
-    """How a response is compared with an answer.
+    """A rule for comparing a response with an answer.
 
-    grade: (response, answer) -> an outcome, or a Grade that says more. A module-level function: it
-      runs in a worker process.
-    precheck: grades at once, in this process, what needs no protection; None where it cannot.
-    is_gradable: tells by its form whether responses can be compared with an answer.
-    extract: finds the answer in a response, for the vote of maj@k; None: there is no one answer.
-    right_response: a response that gives `answer`, in whose place the answer is put.
+    grade: (response, answer) -> an outcome, or a Grade with further results. Runs in a worker
+      process, so it must be a module-level function.
+    precheck: (response, answer) -> the outcome if it takes no risky computation, else None. Runs in
+      this process.
+    is_gradable: returns True if responses can be compared with an answer, judged by its form.
+    extract: extracts the answer of a response, for the vote of maj@k. None if responses have none.
+    right_response: template of a response that gives the answer, in place of the word `answer`.
     """
 
     grade: Callable[[str, str], str | Grade]
@@ -144,8 +145,11 @@ class GradingRule:
 
 
 class _Worker(SpawnProcess):
-    """A new process (a fork of one with jax hangs) that does not import the main module again, as
-    they else do: that is a verb, which imports jax, and takes seconds, also of each replacement."""
+    """A spawned process (a fork of a process with jax hangs) that does not import the main module.
+
+    By default it would: the main module is a verb, which imports jax and so would delay each worker
+    by seconds.
+    """
 
     def start(self) -> None:
         main = sys.modules["__main__"]
@@ -161,11 +165,11 @@ class _Context(SpawnContext):
 
 
 class Grader:
-    """Grades responses; a context manager, because it owns worker processes.
+    """Grades responses in worker processes. A context manager, since it owns them.
 
-    An answer that takes longer than `timeout` seconds is a "timeout", one that brings its worker
-    down is an "error"; the worker is replaced and the others' answers are graded all the same.
-    The workers start with the first answer that needs one.
+    An answer that takes longer than `timeout` seconds is a "timeout", and one that crashes its
+    worker an "error"; the worker is replaced, and other answers are not affected. Workers start
+    with the first answer that needs one.
     """
 
     def __init__(self, timeout: float = 10.0, workers: int = 2) -> None:
@@ -178,7 +182,7 @@ class Grader:
 
     def __exit__(self, error_type: object, *_: object) -> None:
         if self._pool is not None:
-            # Stopped while it replaces a worker, that one would complain at length.
+            # A pool that is stopped while it replaces a worker would print a long traceback.
             self._pool.close() if error_type is None else self._pool.stop()
             self._pool.join()
 
@@ -206,31 +210,33 @@ class Grader:
 
 
 def wait_for_grade(future: "Future[str | Grade]") -> Grade:
-    """Waits for a `Grader.submit`. Raises nothing: what goes wrong is an outcome too."""
+    """Waits for the result of `Grader.submit`. Never raises: a failure is an outcome too."""
     try:
         result = future.result()
     except TimeoutError:
         result = "timeout"
-    except Exception:  # whatever the algebra raised, or how its process ended
+    except Exception:  # raised by the algebra, or its process died
         result = "error"
     return {"outcome": result} if isinstance(result, str) else result
 
 
 def _init_worker(grade: Callable[[str, str], str | Grade]) -> None:
-    """In a new worker: limits what it can take, and imports and compiles what would else count
-    as its first answer's time."""
+    """Initialises a worker: limits its memory, and grades once, so that imports and compilation do
+    not count towards the time of its first answer."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(ValueError, OSError):  # not every system has this limit
         resource.setrlimit(resource.RLIMIT_AS, (_WORKER_MEMORY_BYTES, _WORKER_MEMORY_BYTES))
-    with contextlib.suppress(Exception):  # this may be no answer in the benchmark's form
+    with contextlib.suppress(Exception):  # 0.5 may not be an answer in the benchmark's form
         grade("0.5", "0.5")
 
 
 def _grade_with_deadline(
     grade: Callable[[str, str], str | Grade], response: str, answer: str, seconds: float
 ) -> str | Grade:
-    """In a worker: grades, and is ended by the kernel after `seconds`. The pool comes first, unless
-    its process was killed: nobody else would then end an algebra that does not come back."""
+    """Grades in a worker, which the kernel ends after `seconds`.
+
+    The pool's own timeout is shorter; this one ends workers whose pool was killed.
+    """
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
@@ -240,8 +246,8 @@ def _grade_with_deadline(
 
 
 def extract_answer(response: str) -> str | None:
-    """The final text's answer: its last box; else the number that follows the last marker; else its
-    last number. None where there is none, or where the box or the thinking never ends."""
+    """Extracts the answer of the final text: its last box, else the number after the last marker,
+    else its last number. None if there is none, or if the box or the thinking is not closed."""
     final = strip_thinking(response)
     return None if final is None else _extract_from_text(final)
 
@@ -257,13 +263,13 @@ def _extract_from_text(text: str) -> str | None:
 
 
 def extract_boxed(text: str) -> str | None:
-    """What the last \\boxed{...} of a text holds; None without one, or where it is not closed."""
+    """Returns the content of a text's last \\boxed{...}; None without one, or if not closed."""
     boxes = list(_BOXED.finditer(text))
     return _cut_at_closing_brace(text[boxes[-1].end() :]) if boxes else None
 
 
 def _cut_at_closing_brace(text: str) -> str | None:
-    """The text up to the brace that closes it; None where none does (the response was cut)."""
+    """Returns the text up to the closing brace; None without one (the response was cut)."""
     depth = 1
     for i, character in enumerate(text):
         depth += (character == "{") - (character == "}")

@@ -1,8 +1,8 @@
-"""IFEval (arXiv 2311.07911): does a response follow instructions that a program can check?
+"""IFEval (arXiv 2311.07911): checks that a response follows its instructions.
 
-The checkers are the official ones, as lm_eval keeps them (`pip install -r requirements-eval.txt`;
-the PyPI package named ifeval is something else). They see what a model wrote, so they run where
-the other graders do, in processes that can be killed, and this module does without jax.
+The checkers are the official ones, from lm_eval (`pip install -r requirements-eval.txt`; the PyPI
+package named ifeval is unrelated). They read model output, so they run like the other graders in
+processes that can be killed, and this module must not import jax.
 """
 
 import contextlib
@@ -16,13 +16,13 @@ from collections.abc import Iterator, Sequence
 from distill.rewards.graders import GradingRule
 from models.errors import UserError
 
-# Only these read data that nltk fetches apart from itself.
+# The instructions whose checkers need nltk data, a separate download.
 NEED_PUNKT = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
 PUNKT_COMMAND = "python -m nltk.downloader punkt_tab"
 
 
 def require_checkers() -> None:
-    """Raises UserError if the checkers are not installed; imports none of them."""
+    """Raises UserError if the checkers are not installed. Imports none of them."""
     missing = [n for n in ("lm_eval", "langdetect", "nltk") if not importlib.util.find_spec(n)]
     if missing:
         raise UserError(
@@ -32,31 +32,37 @@ def require_checkers() -> None:
 
 
 def make_answer(row: dict, where: str) -> str:
-    """What `grade` compares with, as JSON, of a row in the published form: prompt,
-    instruction_id_list, kwargs. Raises UserError if the row is of another form."""
+    """Converts a published row (prompt, instruction_id_list, kwargs) to the JSON answer that
+    `grade_instructions` reads.
+
+    Raises UserError if the row has another form.
+    """
     ids, kwargs = row.get("instruction_id_list"), row.get("kwargs")
     if not isinstance(row.get("prompt"), str) or not isinstance(ids, list) or not ids:
         raise UserError(f"{where}: no prompt, instruction_id_list among {sorted(row)}")
     if not isinstance(kwargs, list) or len(kwargs) != len(ids):
         raise UserError(f"{where}: kwargs is not a list of one object for each instruction")
-    # On the hub every row names every argument there is, those of others as null.
-    known_kwargs = [{k: v for k, v in (one or {}).items() if v is not None} for one in kwargs]
+    # On the hub every row has all arguments of all instructions; the unused ones are null.
+    known_kwargs = [{k: v for k, v in (x or {}).items() if v is not None} for x in kwargs]
     return json.dumps({"prompt": row["prompt"], "ids": ids, "kwargs": known_kwargs})
 
 
 def count_unchecked(answers: Sequence[str]) -> int:
-    """How many of these rows have an instruction whose nltk data is not on this machine."""
+    """Counts the answers with an instruction whose nltk data is not installed."""
     rows = sum(any(i in NEED_PUNKT for i in json.loads(a)["ids"]) for a in answers)
     return rows if rows and not _has_punkt() else 0
 
 
 def grade_instructions(response: str, answer: str) -> dict[str, object]:
-    """`outcome`, and for each instruction whether it was followed: `strict`, and `loose` (in any
-    of the eight forms without first line, last line, asterisks); null where nltk's data is absent.
+    """Checks each instruction of `answer`, and returns `outcome` and two lists of verdicts.
 
-    "correct" if all were followed, strictly (prompt-level strict accuracy); "no_answer" for
-    thinking that never ended; "error" where it depends on what could not be checked. Like the other
-    graders it reads what comes after thinking; a response without think tags is read as it is.
+    `strict` checks the response as it is; `loose` passes if any of eight variants does, without
+    first line, last line, asterisks. A verdict is None if nltk's data is missing.
+
+    The outcome is "correct" if all instructions are followed strictly (prompt-level strict
+    accuracy), "no_answer" if thinking never ended, and "error" if it depends on an instruction that
+    could not be checked. Like the other graders, this one reads only the text after thinking; a
+    response without think tags is read whole.
     """
     checkers = _load_checkers()
     instructions = json.loads(answer)
@@ -71,15 +77,15 @@ def grade_instructions(response: str, answer: str) -> dict[str, object]:
             strict.append(None)
             loose.append(None)
             continue
-        # Two published prompts ask for a "letter" that is none ("#", "!"), instead of which the
-        # checkers draw one each time: always the same two.
+        # For two published prompts, whose "letter" is none ("#", "!"), the checkers draw a random
+        # letter. The seed makes it the same each time.
         random.seed(0)
         undrawn = random.getstate()
         example = checkers.InputExample(0, [name], instructions["prompt"], [kwargs])
         followed = checkers.test_instruction_following_strict(example, text)
         strict.append(bool(followed.follow_all_instructions))
         if strict[-1] and random.getstate() == undrawn:
-            loose.append(True)  # the text as it stands is one of the eight forms
+            loose.append(True)  # the unchanged text is one of the eight variants
             continue
         followed = checkers.test_instruction_following_loose(example, text)
         loose.append(bool(followed.follow_all_instructions))
@@ -92,14 +98,14 @@ def _load_checkers():
     with _block_downloads():
         import langdetect  # pyright: ignore[reportMissingImports]
         from lm_eval.tasks.ifeval import utils  # pyright: ignore[reportMissingImports]
-    langdetect.DetectorFactory.seed = 0  # it guesses at random otherwise
-    langdetect.detector_factory.init_factory()  # reads 55 languages: not within an answer's time
+    langdetect.DetectorFactory.seed = 0  # detection is random otherwise
+    langdetect.detector_factory.init_factory()  # slow: reads 55 languages
     return utils
 
 
 @contextlib.contextmanager
 def _block_downloads() -> Iterator[None]:
-    """lm_eval fetches nltk's data when it is imported, but by the first local process only."""
+    """Context in which importing lm_eval does not download nltk's data."""
     before = os.environ.get("LOCAL_RANK")
     os.environ["LOCAL_RANK"] = "1"
     try:

@@ -1,8 +1,8 @@
-"""Terms of a verifiable reward: each one named function of a response, combined by weights.
+"""Terms of a verifiable reward: named functions of a response, summed with weights.
 
     reward = Σ weight · term
 
-A term lies in [0, 1], or in [-1, 0] where it is a penalty. Like the graders, this file does without
+A term lies in [0, 1], or in [-1, 0] if it is a penalty. Like the graders, this file must not import
 jax.
 """
 
@@ -11,17 +11,16 @@ from collections.abc import Mapping, Sequence
 
 from models.errors import UserError
 
-_NGRAM_TOKENS = 8  # tokens: shorter runs repeat in honest text too
+_NGRAM_TOKENS = 8  # tokens; shorter runs repeat in ordinary text too
 
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """What a reward can depend on.
+    """A response with everything that a reward may depend on.
 
-    `text` is what the model wrote, without special tokens; `tokens` its ids, stop token included;
-    `outcome` the grader's word (distill.rewards.graders.OUTCOMES); `thinking` the mode that was
-    asked for; `limit` the most tokens that it could have had and `margin` how many of these are too
-    many.
+    `text` is the response without special tokens; `tokens` its ids, including the stop token;
+    `outcome` the grader's result (distill.rewards.graders.OUTCOMES); `thinking` the requested mode;
+    `limit` the maximum number of tokens, the last `margin` of which are penalised for length.
     """
 
     text: str
@@ -34,14 +33,14 @@ class Response:
 
 
 def accuracy_reward(response: Response) -> float:
-    """1 for a right answer; a response that met the length limit has none, whatever it holds."""
+    """Returns 1 for a right answer, else 0. A response that reached the length limit gets 0."""
     return float(response.finished and response.outcome == "correct")
 
 
 def is_well_formed(text: str, thinking: bool) -> bool:
-    """One closed think block before anything else, in thinking mode; no think tag in the other.
+    """Returns True for one closed think block at the start (thinking mode), or for no think tag.
 
-    The template of some models writes the opening tag, so that the response holds none.
+    The opening tag may be missing, since some chat templates end with it.
     """
     opened, closed = text.count("<think>"), text.count("</think>")
     if not thinking:
@@ -50,7 +49,7 @@ def is_well_formed(text: str, thinking: bool) -> bool:
 
 
 def format_reward(response: Response) -> float:
-    """1 for one closed think block (in thinking mode; none in the other), then an answer."""
+    """Returns 1 for a well-formed response with an answer (see `is_well_formed`), else 0."""
     answered = (
         bool(response.text.rpartition("</think>")[2].strip()) and response.outcome != "no_answer"
     )
@@ -60,9 +59,10 @@ def format_reward(response: Response) -> float:
 
 
 def overlong_reward(response: Response) -> float:
-    """0 up to limit - margin tokens, falling to -1 at the limit; -1 for a response cut there.
+    """Returns 0 up to limit - margin tokens, then falls linearly to -1 at the limit.
 
-    DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), counted in tokens.
+    A response cut at the limit gets -1. This is DAPO's soft overlong punishment (arXiv 2503.14476,
+    eq. 13), in tokens.
     """
     if not response.finished:
         return -1.0
@@ -71,12 +71,12 @@ def overlong_reward(response: Response) -> float:
 
 
 def repetition_reward(response: Response) -> float:
-    """Minus the share of the response's runs of 8 tokens that it has held before."""
+    """Returns minus the share of the response's runs of 8 tokens that occurred before in it."""
     return compute_repetition(response.tokens)
 
 
 def compute_repetition(tokens: Sequence[int]) -> float:
-    """`repetition` of bare tokens."""
+    """Computes `repetition_reward` of token ids."""
     runs = [tuple(tokens[i : i + _NGRAM_TOKENS]) for i in range(len(tokens) - _NGRAM_TOKENS + 1)]
     return -(1 - len(set(runs)) / len(runs)) if runs else 0.0
 
@@ -92,9 +92,9 @@ REWARD_TERMS = {
 def compute_rewards(
     responses: Sequence[Response], weights: Mapping[str, float]
 ) -> tuple[list[float], dict[str, list[float]]]:
-    """The reward of each response, and of each term with a weight its values.
+    """Computes the reward of each response, and the values of each term that has a weight.
 
-    Raises UserError for a weight of a term that is not there.
+    Raises UserError for a weight of an unknown term.
     """
     for name in weights:
         if name not in REWARD_TERMS:

@@ -1,4 +1,4 @@
-"""Completions of prompts, and of rows that hold prompts."""
+"""Samples completions of prompts, and of rows and files of prompts."""
 
 import dataclasses
 import hashlib
@@ -24,27 +24,29 @@ from distill.rollout.sequence import Sequence
 from distill.runtime import distributed, run_files
 from models.errors import RowError, UserError
 
-LocatedRows = Iterable[tuple[str, dict]]  # (where the row stands, its fields)
+LocatedRows = Iterable[tuple[str, dict]]  # (location of the row, its fields)
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleSpec:
-    """How prompts are completed. batch_size changes no completion, only how many decode at once."""
+    """Settings for completing prompts. batch_size does not affect the completions."""
 
     samples: int = 1  # completions of each prompt
-    max_new_tokens: int = 1024  # of each completion
+    max_new_tokens: int = 1024  # of a completion
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     seed: int = 0
     batch_size: int = 32  # completions that decode together
-    stop_strings: tuple[str, ...] = ()  # texts that end a completion
+    stop_strings: tuple[str, ...] = ()  # strings that end a completion
     top_logprobs: int = 0  # most likely tokens to record at each position
 
 
 def make_sample_spec(settings: Mapping[str, Any]) -> SampleSpec:
-    """Builds a spec from the settings that name its fields or those of Sampling; ignores others.
+    """Builds a spec from settings that are named like its fields or those of Sampling.
+
+    Ignores other settings.
 
     Raises:
-      UserError: naming the field of Sampling that is out of range.
+      UserError: naming a field of Sampling that is out of range.
     """
 
     def pick(cls: type) -> dict[str, Any]:
@@ -63,16 +65,16 @@ def complete(
     counts: Counter[str] | None = None,
     warm_up: bool = False,
 ) -> Iterator[list[Sequence]]:
-    """Yields the completions of each prompt, `spec.samples` of them, in order.
+    """Yields a list of `spec.samples` completions for each prompt, in order.
+
+    An empty prompt gets no completions.
 
     Args:
-      first: the number of the first prompt. A call that resumes at prompt `first` draws what the
-        call over all prompts would have drawn.
-      limits: each prompt's own limit of new tokens; None: `spec.max_new_tokens` for all.
+      first: number of the first prompt. A call that resumes at prompt `first` gives the same
+        completions as a call with all prompts.
+      limits: each prompt's limit of new tokens; None: `spec.max_new_tokens` for all.
       counts: see `sampler.sample`.
-      warm_up: compiles every program before this returns.
-
-    An empty prompt has no completions.
+      warm_up: compile every program before returning.
     """
     if limits is None:
         limits = [spec.max_new_tokens] * len(prompts)
@@ -103,7 +105,7 @@ def get_max_new_tokens(row: dict, where: str, default: int) -> int:
     """Returns the row's own `max_new_tokens`, or the default.
 
     Raises:
-      UserError: naming the row if its own is not a positive whole number.
+      UserError: naming the row if its value is not a positive integer.
     """
     limit = row.get("max_new_tokens", default)
     if type(limit) is not int or limit < 1:
@@ -117,8 +119,8 @@ def encode_row_prompt(
     """Encodes the prompt of a row as token ids. Reads no parameters of `subject`.
 
     Raises:
-      RowError: if it is empty, or with `limit` new tokens exceeds the model's positions.
-      UserError: if the row has no readable prompt. Both messages begin with `where`.
+      RowError: if it is empty, or exceeds the model's positions with `limit` new tokens.
+      UserError: if the row has no valid prompt. Both messages begin with `where`.
     """
     ids = encode_prompt(row, where, subject.tokenizer, thinking)
     dataset.require_ids(ids, subject.config.vocab_size, where)
@@ -134,7 +136,7 @@ def encode_row_prompt(
 def encode_row_prompts(
     subject: Policy, rows: LocatedRows, thinking: bool, max_new_tokens: int
 ) -> dataset.TokenLists:
-    """Encodes the prompt of each row. Raises UserError naming the first that does not encode."""
+    """Encodes the prompt of each row. Raises UserError naming the first that cannot be encoded."""
     return dataset.TokenLists(
         encode_row_prompt(subject, row, where, thinking, max_new_tokens) for where, row in rows
     )
@@ -145,7 +147,7 @@ def format_completion(
     sequence: Sequence,
     stop_strings: abc.Sequence[str],
 ) -> dict:
-    """Returns a completion as it is written, cut after its first stop string."""
+    """Converts a completion to its output format, cut after its first stop string."""
     count, reason, text = len(sequence.tokens), sequence.finish_reason, None
     if tokenizer is not None:
         matcher = chat.StopStringMatcher(tokenizer, stop_strings)
@@ -172,12 +174,12 @@ def generate_rows(
 ) -> Iterator[dict]:
     """Yields each row from number `first` on with its `prompt_tokens` and `samples`.
 
-    Call it within `policy.use(subject)`. A row's samples do not depend on `first`. Rows are read
-    again as they are written, and none is kept in memory for longer.
+    Call within `policy.use(subject)`. A row's samples do not depend on `first`. Rows are read again
+    as they are written, so that they are not all held in memory.
 
     Args:
       limits: each row's limit of new tokens.
-      errors: row number → error; rows that fail here are added. Such a row has an `error` and no
+      errors: row number → error. Rows that fail here are added. Such a row gets an `error` and no
         samples.
     """
     if first == len(rows):
@@ -202,10 +204,10 @@ def generate_file(
 ) -> dict[int, str]:
     """Loads the abstract policy `subject`, completes the rows and writes them to `path`.
 
-    Resumes what an earlier call for `path` wrote. Returns the errors of rows by number.
+    Resumes an earlier call for `path`. Returns the errors of rows by number.
 
     Raises:
-      UserError: if an earlier call began other work, or no row can be completed.
+      UserError: if an earlier call had other arguments, or no row can be completed.
     """
     limits, prompts, errors = array("i"), dataset.TokenLists(), {}
     prompts_hash = hashlib.sha256()
@@ -247,10 +249,10 @@ def generate_file(
 def _make_stop_check(
     tokenizer: PreTrainedTokenizerBase | None, spec: SampleSpec
 ) -> Callable[[Sequence], bool] | None:
-    """Returns a check for a stop string in an unfinished sequence; None without stop strings.
+    """Returns a function that finds stop strings in an unfinished sequence; None without any.
 
-    It remembers how far it read the most recently checked sequences, twice as many as decode
-    together. Older ones have usually ended; one that was parked for long is read from its start.
+    It remembers how far it read the sequences that it checked most recently, twice as many as
+    decode together. Older ones have usually ended; one that was not is read again from its start.
     """
     if tokenizer is None or not spec.stop_strings:
         return None

@@ -1,1 +1,1 @@
-"""Frozen models that score what was written."""
+"""Frozen models that score responses."""

@@ -1,6 +1,6 @@
-"""Frozen models that read responses: teachers and judges, one or several, and a reference.
+"""Frozen models that read responses: teachers, judges and the reference.
 
-A teacher may read more than the student does: the same response behind another prompt
+A teacher may read the same response after another prompt than the student's
 (Batch.teacher_inputs). Its output for a token is then moved to the token's column in the student's
 row.
 """
@@ -25,16 +25,16 @@ from models.checks import Range
 from models.errors import UserError
 from models.transformer import Params, Transformer
 
-INITIAL, EMA = "initial", "ema"  # paths that mean the student's own past
+INITIAL, EMA = "initial", "ema"  # paths that stand for the student's own past
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A teacher, of the sub-config that `configs.base.make_teacher` returns."""
+    """A teacher, described by a sub-config from `configs.base.make_teacher`."""
 
     c: ConfigDict
-    # without parameters, where those are the train state's moving average; with a LoRA, that is the
-    # LoRA's, and these are of the frozen base
+    # Without parameters if these are the train state's moving average. With a LoRA, the average is
+    # of the LoRA alone, and these are the frozen base.
     policy: Policy
     head_VE: Any = None  # output head on the student's mesh: see place_heads
 
@@ -44,12 +44,12 @@ class Teacher:
 
     @property
     def is_moving_average(self) -> bool:
-        """All parameters, the head too, are in the train state's moving average."""
+        """True if all parameters, including the head, are in the train state's moving average."""
         return self.is_ema and self.policy.model.lora is None
 
 
 def check_teachers(c: ConfigDict, name: str, s: ConfigDict, needs_teacher: bool) -> None:
-    """Raises UserError if the teachers that stage `name` names do not fit its objective."""
+    """Raises UserError if the teachers of stage `name` do not fit its objective."""
     key, weights = f"config.{name}.teachers", tuple(s.teacher_weights)
     if not needs_teacher:
         if weights:
@@ -86,11 +86,11 @@ def describe_teacher(
     """Returns the teacher `config.NAME` without its parameters.
 
     Args:
-      mesh: the teacher's; a moving average is on the student's.
-      packed: a row that it reads may hold several sequences.
+      mesh: the teacher's mesh; not used for a moving average, which is on the student's.
+      packed: rows may hold several sequences.
 
     Raises:
-      UserError: naming the key at fault, or a file that `load_teacher` would not find.
+      UserError: naming the invalid key, or a file that `load_teacher` would miss.
     """
     t, m, key = c[name], c.student, f"config.{name}"
     checks.check_fields(
@@ -125,7 +125,7 @@ def describe_teacher(
 
 
 def load_teacher(teacher: Teacher, student: Policy) -> Teacher:
-    """Reads a described teacher's parameters. A student that trains a LoRA must be loaded."""
+    """Loads a described teacher's parameters. A student that trains a LoRA must be loaded."""
     t, described = teacher.c, teacher.policy
     if t.path == EMA:
         has_lora = student.model.lora is not None
@@ -142,7 +142,7 @@ def load_teacher(teacher: Teacher, student: Policy) -> Teacher:
 
 
 def load_initial_student(described: Policy, student: Policy, param_dtype: str) -> Policy:
-    """Returns the student as it was before step 0. `described`: its path, without a LoRA."""
+    """Returns the student before step 0. `described`: the model of its path, without a LoRA."""
     if is_base(student):
         return student
     with policy.use(described):
@@ -150,14 +150,18 @@ def load_initial_student(described: Policy, student: Policy, param_dtype: str) -
 
 
 def is_base(student: Policy) -> bool:
-    """Returns True if the student's frozen base is the student before step 0, which then takes no
-    memory of its own: with a LoRA, unless that began with an adapter."""
+    """Returns True if the student's frozen base is also the student before step 0.
+
+    This holds with a LoRA, unless training started from an adapter; no second copy is then needed.
+    """
     return student.model.lora is not None and not policy.is_adapter(student.path)
 
 
 def place_heads(teachers: Sequence[Teacher]) -> tuple[Teacher, ...]:
-    """Returns the teachers with their output heads on the current mesh, as `score` needs them: a
-    copy, where a teacher has devices of its own."""
+    """Returns the teachers with output heads on the current mesh, as `score` needs them.
+
+    If a teacher is on other devices, its head is copied.
+    """
     return tuple(
         t if t.is_moving_average else dataclasses.replace(t, head_VE=_copy_head(t.policy))
         for t in teachers
@@ -178,7 +182,7 @@ def _copy_head(reader: Policy) -> jax.Array:
 def _run_on_reader_mesh(
     reader: Policy, function: Callable[..., jax.Array], *args: Any
 ) -> jax.Array:
-    """Runs `function`, of arrays split by rows, on the reader's mesh, and moves the result back."""
+    """Runs `function` of arrays split by rows on the reader's mesh, and moves the result back."""
     current_mesh = jax.sharding.get_mesh()
     if current_mesh.empty or current_mesh == (reader_mesh := policy.get_mesh(reader)):
         return mesh_lib.wait_on_cpu(function(*args))
@@ -188,7 +192,7 @@ def _run_on_reader_mesh(
 
 
 def _get_params(teacher: Teacher, average: Params | None) -> tuple[Params, Params | None]:
-    """(parameters, LoRA beside them)"""
+    """Returns (parameters, LoRA beside them)."""
     if not teacher.is_ema:
         return teacher.policy.params, None
     assert average is not None
@@ -196,13 +200,13 @@ def _get_params(teacher: Teacher, average: Params | None) -> tuple[Params, Param
 
 
 def score(teachers: Sequence[Teacher], batch: Batch, average: Params | None = None) -> Batch:
-    """Returns the batch with `teacher` set, and without what only teachers read.
+    """Returns the batch with `teacher` set, and without the fields that only teachers read.
 
     Without teachers, `teacher` stays None.
 
     Args:
-      teachers: as `place_heads` returns them.
-      average: moving average of the trained parameters, for teachers that are it.
+      teachers: the result of `place_heads`.
+      average: moving average of the trained parameters, for teachers with `is_ema`.
     """
     inputs, index_BT = to_model_inputs(batch.teacher_inputs or batch), batch.teacher_index_BT
     output = TeacherOutput(
@@ -231,7 +235,7 @@ def score(teachers: Sequence[Teacher], batch: Batch, average: Params | None = No
 
 
 def to_model_inputs(batch: Batch) -> Batch:
-    """The fields of a batch that a model reads."""
+    """Returns a batch of the fields that a model reads."""
     return Batch(batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.mask_BT)
 
 
@@ -243,7 +247,10 @@ def compute_hidden(
     inputs: Batch,
     index_BT: jax.Array | None,
 ) -> jax.Array:
-    """Final hidden states [B, T, D], split by rows and tokens; with an index, at those columns."""
+    """Computes final hidden states [B, T, D], split by rows and tokens.
+
+    With `index_BT`, takes them at those columns.
+    """
     hidden_BTD = forward.compute_hidden(model, params, inputs, lora)
     if index_BT is not None:
         hidden_BTD = jnp.take_along_axis(hidden_BTD, index_BT[..., None], axis=1)
@@ -253,7 +260,7 @@ def compute_hidden(
 def compute_logp(
     reader: Policy, batch: Batch, loss_chunk_mib: float, temperature: float = 1.0
 ) -> jax.Array:
-    """Log-probabilities [B, T], float32, of the batch's trained tokens; 0 elsewhere."""
+    """Computes log-probabilities [B, T], float32, of the batch's trained tokens; 0 elsewhere."""
     return _compute_logp(
         reader, (reader.params, None), to_model_inputs(batch), loss_chunk_mib, temperature
     )
@@ -281,7 +288,7 @@ def compute_logp_jit(
     lora: Params | None,
     batch: Batch,
 ) -> jax.Array:
-    """Log-probabilities [B, T], float32, of the batch's trained tokens; 0 elsewhere."""
+    """Computes log-probabilities [B, T], float32, of the batch's trained tokens; 0 elsewhere."""
     hidden_BTD = forward.compute_hidden(model, params, batch, lora)
     return forward.compute_logp(hidden_BTD, params, batch, loss_chunk_mib, temperature)
 
@@ -289,8 +296,10 @@ def compute_logp_jit(
 def judge_responses(
     teachers: Sequence[Teacher], batch: Batch, loss_chunk_mib: float, average: Params | None = None
 ) -> np.ndarray:
-    """Log-probabilities [B, T], float32, that the teachers' mixture gives each token of each
-    response; the same whole array in every process."""
+    """Computes log-probabilities [B, T], float32, of response tokens under the teachers' mixture.
+
+    Every process gets the whole array.
+    """
     inputs = to_model_inputs(batch.teacher_inputs or batch)
     teacher_logps = [
         _compute_logp(t.policy, _get_params(t, average), inputs, loss_chunk_mib, 1.0)

@@ -1,8 +1,8 @@
-"""The data of a step: read from traces, or sampled from the student and graded.
+"""Collects the data of a step: reads traces, or samples the student and grades the sequences.
 
-`loop.collect_step` calls these functions one after another. With `rollout.asynchronous`, sampling
-for step i + 1 takes its weights before update i (`start_rollout`) and runs while the device
-computes that update (`sample_ahead`).
+`loop.collect_step` calls these functions in turn. With `rollout.asynchronous`, sampling for step
+i + 1 takes the weights from before update i (`start_rollout`), and runs while the device computes
+that update (`sample_ahead`).
 """
 
 import dataclasses
@@ -36,14 +36,14 @@ Sums = dict[str, tuple[float, float]]  # metrics as (sum, count), to be added ov
 
 @dataclasses.dataclass
 class StageProgress:
-    """What a stage carries from step to step beside the train state. Checkpoints hold it."""
+    """The state of a stage beside the train state. Checkpoints hold it."""
 
-    packer: packing.Packer | None  # where traces are packed
+    packer: packing.Packer | None  # if traces are packed
     buffer: rollout.RolloutBuffer
 
     def get_state(self, step: int) -> dict[str, Any]:
-        """Returns as JSON what `restore` needs to continue at `step`, counted from the stage's
-        first."""
+        """Returns the JSON that `restore` needs to continue at `step`, counted from the stage's
+        first step."""
         packer_state = self.packer.get_state(step) if self.packer else None
         return {"packer": packer_state, "buffer": self.buffer.get_state()}
 
@@ -55,9 +55,9 @@ class StageProgress:
 
 @dataclasses.dataclass
 class StartedRollout:
-    """Sampling that holds its own copy of the weights. Tokens are drawn as `sequences` is read."""
+    """Sampling with its own copy of the weights. Tokens are drawn while `sequences` is iterated."""
 
-    step: int  # whose sequences they are
+    step: int  # the step that trains on the sequences
     num_requested: int
     sequences: Iterator[rollout.Sequence]
     counts: Counter[str]  # filled while sampling
@@ -65,7 +65,7 @@ class StartedRollout:
 
 @dataclasses.dataclass(eq=False)
 class Collector:
-    """What collecting the steps of one stage needs, and where it stands."""
+    """The settings, inputs and progress of collecting the data of a stage."""
 
     run_setup: RunSetup
     stage: StageSetup
@@ -76,11 +76,11 @@ class Collector:
     loss_chunk_mib: float
     progress: StageProgress
     prompts: StagePrompts
-    # By step, the next one prefetched: minibatches of traces, and traces read beside samples.
+    # By step, with the next one prefetched: minibatches of traces, and traces beside samples.
     load_minibatches: Callable[[int], tuple[Minibatches, Sums]]
     load_traces: Callable[[int], list[Example]]
-    started: StartedRollout | None = None  # the next step's
-    is_warm: bool = False  # the sampler's programs are compiled
+    started: StartedRollout | None = None  # for the next step
+    is_warm: bool = False  # True once the sampler's programs are compiled
 
     @property
     def teachers(self) -> list[Teacher]:
@@ -98,7 +98,7 @@ def make_collector(
     """Makes the collector of a stage at its start.
 
     Args:
-      cache_capacity: tokens that the sampler's cache could hold, where known.
+      cache_capacity: tokens that the sampler's cache can hold; None: unknown.
     """
     s = stage.c
     packer = None
@@ -137,8 +137,11 @@ def load_trace_minibatches(
     layout: BatchLayout,
     step: int,
 ) -> tuple[Minibatches, Sums]:
-    """Reads a step of traces: the rows `own_rows` of this process. With a packer every process
-    reads all rows, since what one row holds follows from the lengths of the others."""
+    """Reads the rows `own_rows`, those of this process, of a step of traces.
+
+    With a packer every process reads all rows, since the content of one depends on the lengths of
+    the others.
+    """
     s = stage.c
     if packer:
         packed = packer.get_step_rows(step - stage.first_step)
@@ -171,8 +174,8 @@ def _load_traces(stage: StageSetup, seed: int, step: int) -> list[Example]:
 
 
 def read_traces(collector: Collector, step: int) -> list[Example]:
-    """Returns the traces of a step of which the student samples the other rows. Every process reads
-    all of them, to know how they are packed."""
+    """Returns the traces of a step whose other rows are sampled. Every process reads all traces,
+    since packing depends on all lengths."""
     stage = collector.stage
     return collector.load_traces(step) if stage.sampled_rows < stage.c.batch_size else []
 
@@ -201,8 +204,11 @@ def count_skipped(stage: StageSetup) -> Metrics:
 def sample_sequences(
     collector: Collector, params: Params, step: int
 ) -> tuple[list[rollout.Sequence], Metrics]:
-    """Returns the finished sequences of a step, in order. Where sampling is asynchronous, they may
-    be ready already, and the next step's sampling takes `params` before they are updated."""
+    """Returns the finished sequences of a step, in order.
+
+    With asynchronous sampling they may be ready already, and sampling for the next step starts with
+    `params`, before they are updated.
+    """
     stage, prompts = collector.stage, collector.prompts
     buffer = collector.progress.buffer
     if buffer.ready_step == step:
@@ -219,8 +225,11 @@ def sample_sequences(
 
 
 def sample_ahead(collector: Collector, wait_for: Any) -> None:
-    """Samples what `sample_sequences` started for the next step. On CPUs it first waits for the
-    arrays `wait_for` of the update; elsewhere the device computes that meanwhile."""
+    """Runs the sampling that `sample_sequences` started for the next step.
+
+    On CPUs it first waits for `wait_for`, arrays of the update; on other devices the update runs
+    meanwhile.
+    """
     started, collector.started = collector.started, None
     buffer = collector.progress.buffer
     if started is None:
@@ -238,11 +247,13 @@ def start_rollout(
     step: int,
     requests: list[rollout.Sequence],
 ) -> StartedRollout:
-    """Starts sampling the sequences `requests` of `step` from `params`, the weights after `version`
-    steps. Once it returns, `params` may be donated."""
+    """Starts sampling the sequences `requests` for `step`.
+
+    `params` are the weights after `version` steps; they may be donated once this returns.
+    """
     stage, student = collector.stage, collector.run_setup.student
     has_lora = student.model.lora is not None
-    is_last = step + 1 == stage.end_step  # whose sequences all end
+    is_last = step + 1 == stage.end_step  # all its sequences must end
     counts: Counter[str] = Counter()
     warm_up, collector.is_warm = not collector.is_warm, True
     model = rollout.SamplingModel(
@@ -266,7 +277,7 @@ def start_rollout(
 def finish_rollout(
     collector: Collector, started: StartedRollout
 ) -> tuple[list[rollout.Sequence], Metrics]:
-    """Samples; returns the sequences that ended and keeps the others for the next step."""
+    """Samples, returns the sequences that ended, and keeps the others for the next step."""
     stage, counts, buffer = collector.stage, started.counts, collector.progress.buffer
     start_time = time.perf_counter()
     sampled = list(started.sequences)
@@ -297,7 +308,7 @@ def finish_rollout(
 
 
 def _measure_by_mode(sequences: Sequence[rollout.Sequence]) -> Metrics:
-    """Measures lengths and truncation separately in each thinking mode that occurs."""
+    """Measures lengths and truncation in each thinking mode that occurs."""
     metrics: Metrics = {}
     for mode, thinking in THINKING_MODES.items():
         part = [x for x in sequences if x.thinking == thinking]
@@ -313,10 +324,10 @@ def sample_graded_sequences(
     collector: Collector, params: Params, step: int
 ) -> tuple[list[rollout.Sequence], list[float], Metrics]:
     """Samples and grades the groups of a step. With `zero_variance_groups` set to "replace",
-    samples further prompts for groups without variance, over at most `max_rounds` rounds.
+    samples further prompts in place of groups without variance, in at most `max_rounds` rounds.
 
     Returns:
-      The sequences of the groups that are trained on, in order, and their rewards by rules.
+      The sequences of the groups to train on, in order; their rule-based rewards; and metrics.
     """
     stage, s, prompts = collector.stage, collector.stage.c, collector.prompts
     tokenizer = collector.run_setup.student.tokenizer
@@ -329,7 +340,7 @@ def sample_graded_sequences(
             examples = prompts.get_examples(step)
             sequences, metrics = sample_sequences(collector, params, step)
         else:
-            number = stage.end_step + step * rounds + turn  # prompts of no step
+            number = stage.end_step + step * rounds + turn  # of prompts that belong to no step
             examples = prompts.get_examples(number)
             requests = prompts.expand_prompts(number)
             sequences, metrics = finish_rollout(

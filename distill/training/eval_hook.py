@@ -1,8 +1,8 @@
-"""Evaluation during training, on the run's own mesh, and the checkpoint that evaluates best.
+"""Evaluates during training, on the run's own mesh, and keeps the best checkpoint.
 
-WORKDIR/eval/STEP holds what `evaluate` writes; WORKDIR/best is a run directory with one checkpoint,
-so that every verb takes it as a model. Neither changes what is trained. The best value is kept in
-the best checkpoint itself, so a resumed run compares with what WORKDIR/best holds.
+WORKDIR/eval/STEP holds the output of `evaluate`. WORKDIR/best is a run directory with one
+checkpoint, so that every verb accepts it as a model. Neither affects training. The best value is
+stored in the best checkpoint, so a resumed run compares with WORKDIR/best.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from models import checks
 from models.checks import Range
 from models.errors import UserError
 
-# Fields of a summary that become metrics, and by which `eval.best` may choose.
+# Fields of a summary that become metrics, and that `eval.best` may name.
 EVAL_METRICS = (
     *("accuracy", "format_rate", "repetition_rate", "think_rate", "language_mixing_rate"),
     *("mean_length", "mean_length_finished", "truncation_rate"),
@@ -46,10 +46,10 @@ class ValidationSetup:
 
 
 def setup_validation(c: ConfigDict, student: Policy, seed: int) -> ValidationSetup | None:
-    """Checks `config.eval` before training starts. Returns None where evaluation is off.
+    """Checks `config.eval` before training starts. Returns None if evaluation is off.
 
     Raises:
-      UserError: naming the field at fault.
+      UserError: naming the invalid field.
     """
     checks.check_fields(c, {"every": Range(off="never")}, "config.eval.")
     if c.every == 0:
@@ -75,7 +75,7 @@ def setup_validation(c: ConfigDict, student: Policy, seed: int) -> ValidationSet
 @dataclasses.dataclass(eq=False)
 class ValidationHook:
     """Evaluates the run's student every `config.eval.every` steps and after the last step of each
-    stage; never where `validation` is None."""
+    stage; never if `validation` is None."""
 
     validation: ValidationSetup | None
     student: Policy
@@ -98,13 +98,13 @@ class ValidationHook:
         rollout.complete(self._make_subject(params), v.prompts, v.spec.sample, warm_up=True)
 
     def run(self, state: Any, make_meta: Callable[[], dict[str, Any]], step: int) -> dict[str, Any]:
-        """Evaluates a train state after `step` steps and keeps it if it is the best so far.
+        """Evaluates a train state after `step` steps, and saves it if it is the best so far.
 
         Args:
-          make_meta: makes the meta of the state's checkpoint.
+          make_meta: makes the metadata of the state's checkpoint.
 
         Returns:
-          Metrics.
+          The metrics.
         """
         v = self.validation
         assert v is not None
@@ -126,15 +126,18 @@ class ValidationHook:
         )
 
     def _evaluate_step(self, v: ValidationSetup, subject: Policy, step: int) -> evaluator.Record:
-        """Runs one evaluation. A directory of this step is continued if it was written by the same
-        parameters, as those of a resumed run are; one of an earlier config is replaced."""
+        """Runs one evaluation.
+
+        Resumes a directory of this step if the same parameters wrote it, as in a resumed run;
+        replaces one of an earlier config.
+        """
         out = self.workdir / "eval" / f"{step:06d}"
         spec = dataclasses.replace(v.spec, step=step)
         evaluate_once = functools.partial(evaluator.evaluate_benchmark, subject, v.rows, spec, out)
         try:
             return evaluate_once()
         except UserError as error:
-            run_files.log_line(f"{out} is written anew: {error}")
+            run_files.log_line(f"{out} is replaced: {error}")
             if run_files.is_primary():
                 out.rmtree()
             return evaluate_once()
@@ -144,7 +147,7 @@ class ValidationHook:
 def open_validation_hook(
     validation: ValidationSetup | None, student: Policy, workdir: epath.Path
 ) -> Iterator[ValidationHook]:
-    """Yields the hook of a run, with its best checkpoint open where one is kept."""
+    """Yields the hook of a run, with its best checkpoint open if one is kept."""
     hook = ValidationHook(validation, student, workdir)
     if validation is None or not validation.c.best:
         yield hook
@@ -157,17 +160,19 @@ def open_validation_hook(
 
 
 def make_eval_config(v: ValidationSetup) -> dict[str, Any]:
-    """Returns as JSON what evaluations depend on: two with the same can be compared."""
+    """Returns the settings of evaluations as JSON. Values with equal settings are comparable."""
     return {**v.settings, **json.loads(v.c.to_json_best_effort())}
 
 
 def _init_best(directory: epath.Path, eval_config: dict[str, Any]) -> float | None:
-    """Makes `directory` a run directory like its parent and returns the value of its checkpoint, if
-    it has one. Clears it first if that checkpoint was the best by another `config.eval`."""
+    """Makes `directory` a run directory like its parent; returns its checkpoint's value, if any.
+
+    Clears it first if that checkpoint was the best under another `config.eval`.
+    """
     with Checkpoints(directory / "checkpoints") as checkpoints:
         latest = checkpoints.read_latest()
     if latest and latest[1].get("eval") != eval_config:
-        run_files.log_line(f"{directory} was the best of another config.eval: it begins anew")
+        run_files.log_line(f"{directory} was the best of another config.eval: starting again")
         directory.rmtree()
         latest = None
     config = (directory.parent / "config.json").read_text()

@@ -1,7 +1,7 @@
-"""Rewards of sampled sequences: from rules, from the teachers, and compared within groups.
+"""Computes rewards of sampled sequences by rules and by teachers, and their group advantages.
 
 A group is the samples of one prompt. A reward is a number for a whole response; advantages are
-computed from the final rewards, once.
+computed once, from the final rewards.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from models.transformer import Params
 
 Metrics = dict[str, float]
 
-THINKING_MODES = {"think": True, "no_think": False}  # metric suffix: a row's thinking flag
+THINKING_MODES = {"think": True, "no_think": False}  # metric suffix -> thinking flag of a row
 
 
 def grade_sequences(
@@ -46,7 +46,7 @@ def grade_sequences(
     outcomes = ["no_answer"] * len(sequences)
     if s.reward.correct or s.reward.format:
         answers = [examples[i // s.samples].answer for i in range(len(sequences))]
-        # One process grades for all: a grader's time limit depends on how busy its host is.
+        # One process grades for all, since timeouts depend on how busy a host is.
         outcomes = distributed.broadcast_from_primary(
             lambda: grader.grade(tasks.BENCHMARKS[s.reward.grader].grading, texts, answers)
         )
@@ -89,7 +89,9 @@ class GradedGroups:
         term_values: dict[str, list[float]],
     ) -> None:
         """Adds graded sequences, and drops groups without variance unless the config keeps them.
-        Where the teachers add to rewards, no group is without variance yet."""
+
+        If teachers add to the rewards, no group is dropped here.
+        """
         self.thinking_flags += [x.thinking for x in sequences]
         for name, values in term_values.items():
             self.term_values.setdefault(name, []).extend(values)
@@ -105,7 +107,7 @@ class GradedGroups:
                 self.rewards += group_rewards
 
     def measure_groups(self, sampled_rows: int) -> Metrics:
-        """Returns metrics of the first `sampled_rows` sequences, dropped ones last."""
+        """Returns metrics of the first `sampled_rows` sequences, with dropped ones last."""
         return {
             "reward/mean": float(np.mean((self.rewards + self.dropped_rewards)[:sampled_rows])),
             "reward/zero_variance_groups": self.num_zero_variance / self.num_groups,
@@ -113,7 +115,7 @@ class GradedGroups:
         }
 
     def measure_terms(self) -> Metrics:
-        """Returns mean and standard deviation of each term, and its mean in each thinking mode."""
+        """Returns the mean and standard deviation of each term, and its mean by thinking mode."""
         metrics: Metrics = {}
         for name, values in self.term_values.items():
             metrics[f"reward/{name}"] = float(np.mean(values))
@@ -135,8 +137,7 @@ def score_with_teachers(
     loss_chunk_mib: float,
     ema_params: Params | None,
 ) -> np.ndarray:
-    """Returns the mean log-probability that the teachers give the tokens of each response, float32
-    [B]."""
+    """Returns the mean log-probability of each response under the teachers, float32 [B]."""
     layout = dataclasses.replace(layout, has_advantages=False)
     minibatches = microbatches.make_microbatches(packed, examples, layout, mesh)
     scores_B = np.zeros(len(examples), np.float32)
@@ -152,7 +153,7 @@ def score_with_teachers(
 def add_teacher_rewards(
     s: ConfigDict, examples: Sequence[SampledExample], scores_B: np.ndarray
 ) -> tuple[list[SampledExample], Metrics]:
-    """Adds the teachers' scores to the rewards, by the weight `reward.teacher_logprob`."""
+    """Adds the teachers' scores to the rewards, with weight `reward.teacher_logprob`."""
     rewards_B = np.array([x.reward for x in examples], np.float32)
     rewards_B = rewards_B + s.reward.teacher_logprob * scores_B
     rewards_PG = rewards_B.reshape(-1, s.samples)

@@ -46,14 +46,14 @@ RESUME_MUTABLE_KEYS = ("checkpoint", "log", "eval", "compilation_cache")
 
 @dataclasses.dataclass(frozen=True)
 class RunContext:
-    """What a run holds open through its stages."""
+    """Resources that a run keeps open through its stages."""
 
     mesh: Mesh
     checkpoints: Checkpoints
     writer: run_files.Writer
     validation_hook: eval_hook.ValidationHook
     grader: graders.Grader
-    get_stop_signal: Callable[[], int]  # the signal that asked this process to stop, or 0
+    get_stop_signal: Callable[[], int]  # signal that asked us to stop, or 0
     compile_monitor: xla.CompileMonitor
 
     def check_stop_signal(self) -> int:
@@ -63,7 +63,7 @@ class RunContext:
 
 @dataclasses.dataclass
 class MetricsLogger:
-    """Writes and shows the metrics of each step once the next one has started, so that the host
+    """Writes and displays the metrics of each step once the next one has started, so that the host
     does not wait for the device."""
 
     stage: StageSetup
@@ -98,7 +98,7 @@ class MetricsLogger:
         self.writer.write(step, self.stage.name, row)
         bar_names = ("train/loss", "train/grad_norm", "rollout/mean_length", "time/step")
         bar_metrics = {k: row[k] for k in bar_names if k in row}
-        if not row["train/trained_tokens"]:  # nor a loss
+        if not row["train/trained_tokens"]:  # then there is no loss either
             del bar_metrics["train/loss"]
         self.progress_bar.update(step + 1 - self.stage.first_step, bar_metrics)
 
@@ -106,8 +106,11 @@ class MetricsLogger:
 def make_transcripts(
     kept_stats: trainer.KeptStats, mesh: Mesh, student: Policy, count: int
 ) -> list[dict[str, object]]:
-    """Makes the rows of rollouts/*.jsonl: the first `count` sequences of a step as text and tokens,
-    with a list for each statistic, one number per response token."""
+    """Makes the rows of rollouts/*.jsonl for the first `count` sequences of a step.
+
+    A row has the text and tokens of a sequence, and each statistic as a list of one number per
+    response token.
+    """
     rows: dict[int, dict[str, object]] = {}
     decode = student.tokenizer.decode if student.tokenizer else lambda ids: None
     for micro, stats in kept_stats:
@@ -138,8 +141,8 @@ def init_workdir(workdir: epath.Path, c: ConfigDict) -> None:
     """Writes the config and the environment to `workdir`.
 
     Raises:
-      UserError: if the directory holds a run of another config, naming the first key that differs,
-        or cannot be written.
+      UserError: if the directory cannot be written, or holds a run of another config, naming the
+        first key that differs.
     """
     path = workdir / "config.json"
     current = json.loads(c.to_json_best_effort())
@@ -195,7 +198,7 @@ def restore_or_init(
         params = policy.init_random_policy(student, key).params
     else:
         params = policy.load(student, "float32").params
-    # A copy: the state is donated, so nothing in it may alias.
+    # A copy, since the state is donated and nothing in it may alias.
     ema_params = jax.tree.map(jnp.copy, params) if c.student.ema_decay else None
     optimizer = run_setup.stages[0].optimizer
     return update.init_train_state(optimizer, params, 0, ema_params), 0, None
@@ -205,7 +208,7 @@ def run(c: ConfigDict, workdir: epath.PathLike) -> None:
     """Runs the stages of a config, continuing from the newest checkpoint in `workdir` if any.
 
     Raises:
-      UserError: naming what is wrong in the config, its files or `workdir`.
+      UserError: naming the problem in the config, its files or `workdir`.
       SystemExit: with code 128 + signal, after a checkpoint, if a signal asked the run to stop.
     """
     run_files.require_reachable(str(workdir), "--workdir")
@@ -235,7 +238,7 @@ def run(c: ConfigDict, workdir: epath.PathLike) -> None:
             )
             loaded_models: dict[str, Policy | Teacher] = {}
             for index, stage in enumerate(run_setup.stages[first_stage:], start=first_stage):
-                loaded_setup = run_setup  # lets go of the last stage's models before loading
+                loaded_setup = run_setup  # releases the last stage's models before loading
                 loaded_setup = setup.load_stage_models(c, loaded_setup, stage, loaded_models)
                 if int(state.step) == 0:
                     preflight.print_summary(c, loaded_setup, validation, state.params)
@@ -250,9 +253,7 @@ def run(c: ConfigDict, workdir: epath.PathLike) -> None:
                 if run_context.check_stop_signal():
                     break
         if code := run_context.check_stop_signal():
-            run_files.log_line(
-                f"stopped after step {int(state.step)}; the same command goes on from there"
-            )
+            run_files.log_line(f"stopped after step {int(state.step)}; the same command resumes it")
             raise SystemExit(128 + code)
 
 
@@ -267,7 +268,7 @@ def run_stage(
     """Runs the remaining steps of stage `index`, and returns the state after them.
 
     The order within a step is fixed: collect, train, evaluate, log, save. A checkpoint after step i
-    holds all that follows from steps 0 to i, and the rows of metrics.jsonl for them are written.
+    holds the results of steps 0 to i, whose rows of metrics.jsonl are then written.
     """
     stage, mesh, checkpoints = run_setup.stages[index], run_context.mesh, run_context.checkpoints
     s, validation_hook = stage.c, run_context.validation_hook
@@ -309,11 +310,11 @@ def run_stage(
             if transcript_count:
                 rows = make_transcripts(kept_stats, mesh, run_setup.student, transcript_count)
                 run_context.writer.write_rollouts(step, rows)
-            # Checked once: a signal may come while the state is being saved.
+            # Checked once, since a signal may arrive while the state is being saved.
             stopping = bool(run_context.check_stop_signal())
             if checkpoints.should_save(step + 1, stopping or is_last):
                 metrics_logger.write()
-                run_context.writer.flush()  # the files hold what the checkpoint does
+                run_context.writer.flush()  # the files are then as new as the checkpoint
                 checkpoints.save(step + 1, state, make_meta(), force=stopping or is_last)
             if stopping:
                 break
@@ -323,12 +324,12 @@ def run_stage(
 def collect_step(
     collector: Collector, params: Params, step: int, ema_params: Params | None = None
 ) -> tuple[Minibatches, grading.Metrics]:
-    """Collects what a step trains on: reads traces, or samples sequences and grades them; then
-    packs them into micro-batches. `trainer.Trainer.step` scores and trains these.
+    """Collects the data of a step: reads traces, or samples sequences and grades them, and packs
+    them into micro-batches for `trainer.Trainer.step`.
 
     Args:
       params: the trained parameters before the step.
-      ema_params: their moving average, where one is kept.
+      ema_params: their moving average, if one is kept.
 
     Returns:
       The micro-batches of each minibatch, on the host, and the step's metrics so far.
@@ -363,7 +364,7 @@ def collect_step(
 
 
 def make_checkpoint_meta(collector: Collector, index: int, step: int) -> dict[str, Any]:
-    """Makes what a checkpoint after `step` steps holds beside the state, as JSON."""
+    """Makes the JSON that a checkpoint after `step` steps holds beside the state."""
     stage = collector.stage
     progress = collector.progress.get_state(step - stage.first_step)
     return {"stage": stage.name, "index": index, "progress": progress}

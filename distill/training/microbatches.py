@@ -1,8 +1,8 @@
-"""A step's sequences as micro-batches of one shape, so that one program trains any number of them.
+"""Arranges a step's sequences in micro-batches of one shape, so that one program trains them all.
 
-Sampled sequences, and traces read beside them, are packed: whole sequences one after another in
-rows of a fixed length, first-fit decreasing, so that a step costs what its tokens cost. The last
-micro-batch is filled up with empty rows. The place of each sequence follows from lengths alone and
+Sampled sequences, and traces beside them, are packed: whole sequences are put one after another in
+rows of a fixed length, first-fit decreasing, so that the cost of a step depends on its tokens. The
+last micro-batch is padded with empty rows. The place of each sequence depends on lengths alone and
 is the same in every process.
 """
 
@@ -25,7 +25,7 @@ from distill.runtime import mesh as mesh_lib
 from distill.training import stages
 from models.errors import UserError
 
-PackedRows = tuple[tuple[int, ...], ...]  # for each row the numbers of its sequences
+PackedRows = tuple[tuple[int, ...], ...]  # for each row, the numbers of its sequences
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ class Microbatch:
         return mesh_lib.from_local_rows(self.make_batch(), mesh, len(self.rows))
 
 
-# What a step trains on: the micro-batches of each of its minibatches.
+# The data of a step: the micro-batches of each of its minibatches.
 Minibatches = list[list[Microbatch]]
 
 
@@ -50,10 +50,11 @@ def make_stage_layout(
     """Makes the layout of a stage's batches, of which the student samples `sampled_rows` rows.
 
     Args:
-      routing: layers and experts per token, where the update replays the sampler's; else None.
+      routing: numbers of layers and of experts per token, if the update replays the sampler's
+        routing; else None.
     """
     N = len(s.teachers)
-    weights_SN = np.eye(N)  # each teacher counts for the rows of its own source
+    weights_SN = np.eye(N)  # each teacher applies to the rows of its own source
     if s.teacher_weights:  # for all sources alike
         weights = np.array([float(weight) for weight in s.teacher_weights])
         weights_SN = np.tile(weights / sum(weights), (max(1, len(s.data.mixture)), 1))
@@ -70,7 +71,7 @@ def make_stage_layout(
 
 
 def make_abstract_microbatch(layout: BatchLayout, rows: int, mesh: Mesh) -> Batch:
-    """Makes shapes, dtypes and shardings of a micro-batch of `rows` rows on a mesh."""
+    """Makes the shapes, dtypes and shardings of a micro-batch of `rows` rows on a mesh."""
     sharding = mesh_lib.make_row_sharding(mesh)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding),
@@ -81,7 +82,7 @@ def make_abstract_microbatch(layout: BatchLayout, rows: int, mesh: Mesh) -> Batc
 def to_examples(
     sequences: Sequence[rollout.Sequence], rewards: Sequence[float] | None = None
 ) -> list[SampledExample]:
-    """Converts sampled sequences, and their rewards where they have some, to examples.
+    """Converts sampled sequences, with their rewards if any, to examples.
 
     Raises:
       UserError: naming a sequence that ended in NaN.
@@ -133,8 +134,8 @@ def split_rows(
     """Splits a batch into micro-batches. Rows interleave, so that each spans all devices.
 
     Args:
-      rows: the examples of those rows of the batch that this process has, numbered `own_rows`.
-      sizes: rows of the batch, its minibatches, and the micro-batches of each minibatch.
+      rows: the examples of this process's rows of the batch, whose numbers are `own_rows`.
+      sizes: numbers of rows of the batch, of minibatches, and of micro-batches per minibatch.
     """
     count, num_minibatches, accumulate = sizes
     examples_by_row = dict(zip(own_rows, rows, strict=True))
@@ -158,7 +159,7 @@ def pack_examples(
     """Packs examples into micro-batches of `rows` rows; example i belongs to minibatch
     i % num_minibatches. Returns the micro-batches of each minibatch, by numbers of examples.
 
-    With a context, a row must hold its examples for the student and for the teachers.
+    With a context, the examples of a row must fit for the student and for the teachers.
     """
     has_context = layout.context_tokens > 0
     capacity = (layout.row_tokens,)
@@ -187,7 +188,7 @@ def pack_examples(
 def make_microbatches(
     packed: list[list[PackedRows]], examples: Sequence[Example], layout: BatchLayout, mesh: Mesh
 ) -> Minibatches:
-    """Makes micro-batches of packed examples. Each is collated when it is put on the mesh."""
+    """Makes micro-batches of packed examples, each collated when it is moved to the mesh."""
 
     def collate_microbatch(rows: PackedRows) -> Batch:
         own_rows = mesh_lib.list_local_rows(mesh, len(rows))
@@ -202,7 +203,7 @@ def make_microbatches(
 def find_response_spans(
     rows: PackedRows, examples: Sequence[Example], max_response: int
 ) -> Iterator[tuple[int, int, int, int]]:
-    """Yields (number, row, start, end of the response) of each sequence of a micro-batch."""
+    """Yields (number, row, start and end of the response) of each sequence of a micro-batch."""
     for row, numbers in enumerate(rows):
         end = 0
         for number in numbers:

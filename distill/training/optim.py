@@ -1,4 +1,4 @@
-"""The optimiser: a learning-rate schedule, a clip, and one of optax's."""
+"""Makes the optimiser: a learning-rate schedule, gradient clipping, and an optax optimiser."""
 
 import jax
 import optax
@@ -11,10 +11,10 @@ from models.errors import UserError
 
 
 def make_schedule(c: ConfigDict, steps: int) -> optax.Schedule:
-    """Returns update count (from 0) -> learning rate.
+    """Returns a function from the update count (from 0) to the learning rate.
 
-    Rises linearly over `warmup_steps`, in which the first update already moves (the rate is
-    learning_rate · (count + 1) / warmup_steps), then follows `schedule` down to
+    The rate rises linearly over `warmup_steps` as learning_rate · (count + 1) / warmup_steps, so it
+    is not 0 at the first update; then it follows `schedule` down to
     learning_rate · `final_fraction` at count `steps`, and stays there.
     """
     peak, warmup = c.learning_rate, c.warmup_steps
@@ -31,19 +31,19 @@ def make_schedule(c: ConfigDict, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(c: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """Clips by the global norm `clip_norm` (0: never), then runs the optimiser `name`.
+    """Makes an optimiser that clips by the global norm `clip_norm` (0: never), then runs `name`.
 
-    The clip sees the raw gradient, so a spike cannot enter the moments.
+    The raw gradient is clipped, so that a spike cannot enter the moments.
       adamw: `b1 b2 eps weight_decay`; the first moment is kept in `momentum_dtype`.
       muon: orthogonalised momentum `b1` for the matrices of the layers (arXiv 2502.16982: updates
-        have the size of AdamW's, root mean square 0.2, so that learning rates carry over); for
-        embeddings, head, norms and routers Nesterov's AdamW, without decay.
-      adafactor: second moments as rows and columns (arXiv 1804.04235), no first moment, the
-        learning rate absolute.
-      sgd: momentum `b1`; 0 is none.
+        have the size of AdamW's, root mean square 0.2, so that learning rates transfer);
+        Nesterov's AdamW without decay for embeddings, head, norms and routers.
+      adafactor: factored second moments (arXiv 1804.04235), no first moment, absolute learning
+        rate.
+      sgd: momentum `b1`; 0: none.
 
     Raises:
-      UserError: for an unknown name, schedule or dtype, or a number out of its bounds.
+      UserError: for an unknown name, schedule or dtype, or a number out of bounds.
     """
     checks.check_fields(c, RULES)
     if c.name == "adafactor" and c.momentum_dtype != "float32":
@@ -123,13 +123,13 @@ def _get_leaf_name(path: tuple) -> str:
 
 
 def _mask_decayed(params: optax.Params) -> optax.Params:
-    """Marks the leaves that decay: all but the norms' scales. By name, since stacked scales have
-    two axes."""
+    """Marks the leaves that decay: all but the norms' scales, found by name, since stacked scales
+    have two axes."""
     return jax.tree_util.tree_map_with_path(lambda path, _: _get_leaf_name(path) != "scale", params)
 
 
 def _mark_matrices(params: optax.Params) -> optax.Params:
-    """Marks the leaves that Muon takes as matrices [..., in, out]; the others are None."""
+    """Marks the leaves that Muon treats as matrices [..., in, out]; the others are None."""
     matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     others = ("embed", "head", "scale", "router")
     return jax.tree_util.tree_map_with_path(

@@ -1,4 +1,4 @@
-"""The prompts of a stage, step by step, rendered one step ahead in a thread."""
+"""The prompts of a stage by step, rendered one step ahead in a thread."""
 
 import functools
 
@@ -10,19 +10,21 @@ from distill.training.setup import StageSetup
 
 
 class StagePrompts:
-    """Prompts by number. The numbers of the stage's steps give the steps' prompts; numbers from the
-    stage's end on give prompts of no step, for further rounds of a step whose groups had no
-    variance."""
+    """Prompts by number.
+
+    Numbers of the stage's steps give their prompts. Later numbers give prompts that belong to no
+    step, for further rounds of steps with groups without variance.
+    """
 
     def __init__(self, stage: StageSetup, seed: int) -> None:
         self._stage, self._seed = stage, seed
-        # Partial and asynchronous rollouts ask for a number more than once.
+        # Partial and asynchronous rollouts request a number more than once.
         load_cached = functools.lru_cache(maxsize=4)(self._load_examples)
         self.get_examples = dataset.prefetch_next(load_cached, stage.end_step)
 
     def _load_examples(self, number: int) -> list[dataset.Example]:
-        """Returns the sampled part of a step's examples. Examples of further rounds are as
-        difficult as the step's own."""
+        """Returns the sampled part of a step's examples. In further rounds, examples have the same
+        difficulty as those of the step."""
         stage, s, step = self._stage, self._stage.c, number
         if number >= stage.end_step:
             step = (number - stage.end_step) // s.reward.max_rounds
@@ -38,15 +40,15 @@ class StagePrompts:
         return examples[:count]
 
     def expand_prompts(self, number: int) -> list[rollout.Sequence]:
-        """Returns the samples of a number's prompts, not yet started."""
+        """Returns unstarted sequences, the samples of a number's prompts."""
         s, key = self._stage.c, jax.random.fold_in(jax.random.key(self._seed), number)
         return rollout.expand_prompts(
             self.get_examples(number), s.samples, key, s.max_response_tokens
         )
 
     def get_requests(self, step: int, buffer: rollout.RolloutBuffer) -> list[rollout.Sequence]:
-        """Returns what a step samples: with a token budget the partial rollouts first, then as many
-        new sequences as fill the step."""
+        """Returns the sequences that a step samples. With a token budget these are the partial
+        rollouts, followed by new sequences that fill up the step."""
         if not self._stage.token_budget:
             return self.expand_prompts(step)
         size, num_started = self._stage.sampled_rows, buffer.num_started

@@ -1,5 +1,4 @@
-"""A checked run: everything that a user can get wrong is found here, before any weight is read or
-file written."""
+"""Checks a run: finds all mistakes of the user before any weight is read or file written."""
 
 import dataclasses
 import functools
@@ -21,12 +20,12 @@ from models import checks
 from models.checks import Range
 from models.errors import UserError
 
-REFERENCE = "a reference"  # its name among loaded models, which no teacher can have
+REFERENCE = "a reference"  # its name among loaded models; no teacher can have it
 
 
 @dataclasses.dataclass(frozen=True)
 class StageSetup:
-    """One checked stage."""
+    """A checked stage."""
 
     name: str
     c: ConfigDict
@@ -36,9 +35,9 @@ class StageSetup:
     loss: losses.Loss
     sampled_rows: int  # rows of a batch that the student samples; the others are traces
     microbatch_rows: int = 0
-    context_tokens: int = 0  # that a context may add to the teachers' prompts; 0: no context
-    token_budget: int = 0  # tokens sampled a step; 0: all sequences end in their step
-    asynchronous: bool = False  # a step's sequences are sampled during the step before
+    context_tokens: int = 0  # most tokens that a context adds to teachers' prompts; 0: none
+    token_budget: int = 0  # tokens sampled per step; 0: all sequences end in their step
+    asynchronous: bool = False  # a step's sequences are sampled during the previous step
 
     @property
     def end_step(self) -> int:
@@ -46,46 +45,46 @@ class StageSetup:
 
     @property
     def updates_per_step(self) -> int:
-        """Updates of the optimiser in one step."""
+        """The number of optimiser updates in a step."""
         return self.c.epochs * self.c.minibatches
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the stage runs a teacher's model."""
+        """True if the stage runs a teacher's model."""
         return stages.needs_teacher(self.c, self.loss)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunSetup:
-    """A checked run: models described but not loaded, and the stages in order.
+    """A checked run: its models, described but not loaded, and its stages in order.
 
     `load_lora_base` loads the frozen base of a LoRA student, `load_stage_models` the teachers and
     the reference of one stage.
     """
 
     student: Policy
-    teachers: dict[str, Teacher]  # by the names of their sub-configs
+    teachers: dict[str, Teacher]  # by the name of their sub-config
     reference: Policy | None
     stages: tuple[StageSetup, ...]
-    replay_routing: bool = False  # the update sends each token to the experts that the sampler did
+    replay_routing: bool = False  # the update routes tokens to the sampler's experts
 
 
 def setup_run(c: ConfigDict, mesh: Mesh, teacher_mesh: Mesh | None = None) -> RunSetup:
     """Checks a config, before any weight is read or file written.
 
     Args:
-      teacher_mesh: the mesh of models that are only read, where it is not the student's.
+      teacher_mesh: the mesh of frozen models; None: the student's.
 
     Raises:
-      UserError: naming the flag, file or row at fault.
+      UserError: naming the invalid flag, file or row.
     """
     teacher_mesh = teacher_mesh or mesh
     checks.check_fields(c, {"seed": Range()}, "config.")
     if not c.stages:
-        raise UserError("config.stages: names no stage")
+        raise UserError("config.stages: must name at least one stage")
     for name in c.stages:
         if name not in c or not isinstance(c[name], ConfigDict) or "objective" not in c[name]:
-            raise UserError(f"config.stages: {name!r} is no stage of this config")
+            raise UserError(f"config.stages: {name!r} is not a stage of this config")
     objectives = {name: stages.resolve_objective(name, c[name])[0] for name in c.stages}
     m = c.student
     _check_student(m)
@@ -155,9 +154,9 @@ def load_stage_models(
     """Loads the teachers and the reference of a stage.
 
     Args:
-      run_setup: what `load_lora_base` returned.
-      loaded_models: models of earlier stages by name. Those that this stage does not need are
-        removed before any is loaded, and the loaded ones are added.
+      run_setup: the result of `load_lora_base`.
+      loaded_models: models of earlier stages by name. Models that this stage does not need are
+        removed before others are loaded and added.
     """
     loaded_models = {} if loaded_models is None else loaded_models
     names = set(stage.c.teachers) if stage.needs_teacher else set()
@@ -186,7 +185,7 @@ def _setup_stage(
     mesh: Mesh,
     teacher_mesh: Mesh,
 ) -> StageSetup:
-    """Checks a stage, and its data as far as `data.check_rows`."""
+    """Checks a stage, and the first `data.check_rows` rows of its data."""
     s = c[name]
     loss, sampled_rows = stages.resolve_objective(name, s)
     context = teacher_context.load_context(s.context, f"config.{name}.context")
@@ -213,7 +212,7 @@ def _setup_stage(
         order = curriculum.make_stage_order(
             s.data, source.size, source.read_example, s.steps, c.seed
         )
-    except UserError as error:  # which does not know the stage
+    except UserError as error:  # its message does not name the stage
         raise UserError(str(error).replace("config.data.", f"config.{name}.data.")) from None
     if s.rollout.asynchronous:
         stages.check_async_rollouts(name, s, loss, sampled_rows)
@@ -275,7 +274,7 @@ def make_stage_update(
     mesh: Mesh,
     state: update.TrainState,
 ) -> update.UpdatePrograms:
-    """The update of a stage, for a state like this one, which may be shapes alone."""
+    """Makes the update of a stage for states like `state`, which may be shapes alone."""
     options = update.UpdateOptions(
         s.max_response_tokens,
         stages.get_loss_chunk_mib(c, mesh),

@@ -1,4 +1,4 @@
-"""The config of one stage: its settings resolved, and checked."""
+"""Resolves and checks the config of a stage."""
 
 import dataclasses
 import math
@@ -17,20 +17,20 @@ from models.checks import Range
 from models.errors import UserError
 from models.layers.lora import LoRA
 
-# Share of a step's rows that the student samples, where an objective does not mean all of them.
+# Default share of a step's rows that the student samples; for other objectives all of them.
 DEFAULT_ON_POLICY = {"sft": 0.0, "distill": 0.0, "gkd": 0.5}
-# Tokens that keep a device busy, in its part of the rows of a micro-batch.
+# Tokens in a device's part of a micro-batch that keep the device busy.
 MIN_TOKENS_PER_SHARD, MIN_TOKENS_PER_SHARD_CPU = 4096, 1024
 CACHE_MEMORY_FRACTION = 0.8  # of the free memory, for the sampler's cache
-# What to do with groups whose rewards are all equal.
+# Treatments of groups whose rewards are all equal.
 ZERO_VARIANCE_MODES = ("keep", "drop", "replace")
 
 
 def resolve_objective(name: str, s: ConfigDict) -> tuple[losses.Loss, int]:
-    """Returns the loss of a stage, and how many rows of its batch the student samples.
+    """Returns the loss of a stage, and the number of rows of a batch that the student samples.
 
     Raises:
-      UserError: naming the field at fault.
+      UserError: naming the invalid field.
     """
     checks.check_fields(s, {"objective": (*losses.OBJECTIVES,)}, f"config.{name}.")
     changes = {field: value for field, value in s.loss.items() if value is not None}
@@ -102,13 +102,13 @@ def get_term_weights(s: ConfigDict) -> dict[str, float]:
 
 
 def needs_teacher(s: ConfigDict, loss: losses.Loss) -> bool:
-    """Returns whether a stage runs a teacher's model."""
+    """Returns True if a stage runs a teacher's model."""
     needs_hidden = loss.teacher > 0 and loss.teacher_output != "top"
     return bool(needs_hidden or (loss.reward and s.reward.teacher_logprob))
 
 
 def check_async_rollouts(name: str, s: ConfigDict, loss: losses.Loss, sampled_rows: int) -> None:
-    """Checks that a loss can train on samples of weights that are one update old.
+    """Checks that a loss can train on samples from weights that are one update old.
 
     Raises:
       UserError: if it cannot.
@@ -128,7 +128,7 @@ def check_async_rollouts(name: str, s: ConfigDict, loss: losses.Loss, sampled_ro
 
 
 def check_counts(name: str, s: ConfigDict) -> None:
-    """Checks the numbers of a stage that stand for themselves."""
+    """Checks the numbers of a stage that are valid or invalid on their own."""
     counts = ("steps", "batch_size", "samples", "accumulate", "minibatches", "epochs")
     limits = ("max_prompt_tokens", "max_response_tokens")
     checks.check_fields(s, dict.fromkeys((*counts, *limits), Range(1)), f"config.{name}.")
@@ -139,7 +139,7 @@ def check_counts(name: str, s: ConfigDict) -> None:
 def check_sampling(
     name: str, s: ConfigDict, loss: losses.Loss, sampled_rows: int, student: Policy, mesh: Mesh
 ) -> None:
-    """Checks that the student can be sampled as a stage says."""
+    """Checks that the student can be sampled with the settings of a stage."""
     total = s.max_prompt_tokens + s.max_response_tokens
     try:
         options = make_rollout_options(s)
@@ -159,7 +159,7 @@ def check_sampling(
 def check_positions(
     name: str, s: ConfigDict, student: Policy, teachers: list[Policy], context_tokens: int
 ) -> None:
-    """Checks that rows fit the positions of the models that read them."""
+    """Checks that rows do not exceed the positions of the models that read them."""
     total = s.max_prompt_tokens + s.max_response_tokens
     for model, extra in [(student, 0), *((teacher, context_tokens) for teacher in teachers)]:
         limit, extra_name = model.config.context_length, " + context.max_tokens" if extra else ""
@@ -225,10 +225,11 @@ def get_row_tokens(s: ConfigDict) -> int:
 
 
 def compute_microbatch_rows(s: ConfigDict, sampled_rows: int, *meshes: Mesh) -> int:
-    """Computes the rows of a micro-batch, on meshes that each split them.
+    """Computes the rows of a micro-batch, which divide over each of the meshes.
 
-    Sampled rows are packed into as few as keep the devices busy, so that little of the last
-    micro-batch is empty; never into more than `accumulate` leaves, which memory is planned for.
+    Sampled rows are packed, so their micro-batches have only as many rows as keep the devices busy,
+    which leaves little of the last one empty; never more than `accumulate` leaves, for which memory
+    is planned.
     """
     max_rows = s.batch_size // (s.accumulate * s.minibatches)
     if not sampled_rows:
@@ -237,18 +238,18 @@ def compute_microbatch_rows(s: ConfigDict, sampled_rows: int, *meshes: Mesh) -> 
     shards = math.lcm(*map(mesh_lib.count_row_shards, meshes))
     min_tokens = MIN_TOKENS_PER_SHARD_CPU if on_cpu else MIN_TOKENS_PER_SHARD
     min_rows = max(1, min_tokens // get_row_tokens(s)) * shards
-    count = -(-max_rows // min_rows)  # micro-batches if no two sequences share a row
+    count = -(-max_rows // min_rows)  # micro-batches if each sequence has its own row
     return -(-max_rows // (count * shards)) * shards
 
 
 def get_temperature(s: ConfigDict, loss: losses.Loss) -> float:
-    """Returns the temperature of the distributions that a loss compares: that of the draw, where it
-    is of drawn tokens (as in TRL and verl), else 1."""
+    """Returns the temperature of the distributions that a loss compares: the sampling temperature
+    for losses of sampled tokens (as in TRL and verl), else 1."""
     return s.sampling.temperature if loss.is_on_policy else 1.0
 
 
 def check_token_split(name: str, s: ConfigDict, mesh: Mesh, teacher_mesh: Mesh) -> None:
-    """Raises UserError if the context axis splits tokens and those of a row do not divide."""
+    """Raises UserError if the context axis splits tokens, but those of a row do not divide."""
     T = get_row_tokens(s)
     for split_mesh, flag in ((mesh, "mesh"), (teacher_mesh, "teacher_mesh")):
         context, tensor = split_mesh.shape["context"], split_mesh.shape["tensor"]
@@ -265,22 +266,21 @@ def make_sampling(s: ConfigDict) -> rollout.Sampling:
 
 
 def get_loss_chunk_mib(c: ConfigDict, mesh: Mesh) -> float:
-    """Returns the MiB of float32 logits that a chunk of the loss holds on all devices of a mesh
-    together."""
+    """Returns the MiB of float32 logits in a chunk of the loss, over all devices of a mesh."""
     return (c.loss_chunk_mib or (1024.0 if mesh_lib.is_on_gpu(mesh) else 128.0)) * mesh.size
 
 
 def make_rollout_options(
     s: ConfigDict, cache_capacity: int | None = None
 ) -> rollout.RolloutOptions:
-    """Makes the options by which a stage's rows are sampled.
+    """Makes the options for sampling a stage's rows.
 
     Args:
-      cache_capacity: tokens that the cache could hold beside all else, where known.
+      cache_capacity: tokens that the cache can hold in the free memory; None: unknown.
     """
     r = s.rollout
     cache_tokens = int(r.cache_tokens)
-    if r.cache_tokens < 1 and cache_capacity is not None:  # a share of it
+    if r.cache_tokens < 1 and cache_capacity is not None:  # a share of the capacity
         cache_tokens = int((r.cache_tokens or CACHE_MEMORY_FRACTION) * cache_capacity)
     return rollout.RolloutOptions(
         slots=r.slots,
@@ -296,13 +296,13 @@ def make_rollout_options(
 
 
 def has_packed_rows(c: ConfigDict) -> bool:
-    """Returns whether any stage packs several examples into a row: traces with `pack_tokens`, or
+    """Returns True if any stage packs several examples into a row: traces with `pack_tokens`, or
     samples."""
     return any(c[name].pack_tokens or resolve_objective(name, c[name])[1] for name in c.stages)
 
 
 def make_lora(s: ConfigDict) -> LoRA | None:
-    """Makes the LoRA that `config.student` asks for; None where all parameters are trained."""
+    """Makes the LoRA of `config.student`; None if all parameters are trained."""
     if not s.lora.rank:
         return None
     if s.random_init:

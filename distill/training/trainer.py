@@ -1,4 +1,4 @@
-"""One step: its micro-batches are scored and trained one after the other, and then dropped."""
+"""Trains a step: scores and trains its micro-batches one after another, and then drops them."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ class Trainer:
     stage: StageSetup
     mesh: Mesh
     update_programs: update.UpdatePrograms
-    teachers: Sequence[Teacher]  # with heads; none, if the loss does not compare with them
+    teachers: Sequence[Teacher]  # with heads; none if the loss does not use them
     reference: Policy | None
     frozen_params: Params | None
     loss_chunk_mib: float
@@ -40,11 +40,11 @@ class Trainer:
     def step(
         self, state: update.TrainState, minibatches: Minibatches, transcript_count: int = 0
     ) -> tuple[update.TrainState, dict[str, jax.Array], KeptStats, float]:
-        """Trains one step, of one update for each minibatch, `epochs` times over.
+        """Trains one step: one update per minibatch, repeated for `epochs` epochs.
 
         With several updates, each batch gets the student's log-probabilities from before the first
-        as `old_logp_BT`, and the metrics are means over updates. Teachers read a micro-batch each
-        time that it is trained; a moving average is what it is by then.
+        as `old_logp_BT`, and the metrics are means over updates. Teachers score a micro-batch each
+        time that it is trained, a moving average with its current parameters.
 
         Returns:
           The state after the step; its metrics, on the device; the micro-batches of the first
@@ -103,8 +103,10 @@ class Trainer:
     def _compute_known_before(
         self, params: Params, minibatches: Minibatches
     ) -> dict[tuple[int, int], dict[str, jax.Array]]:
-        """Batch fields that hold for all updates of a step, by the numbers of the minibatch and the
-        micro-batch in it."""
+        """Computes batch fields that are the same for all updates of a step.
+
+        Keys are the numbers of the minibatch and of its micro-batch.
+        """
         known_before = {}
         for j, microbatches in enumerate(minibatches):
             for k, micro in enumerate(microbatches):
@@ -118,14 +120,14 @@ class Trainer:
 
 
 def _has_transcript(micro: Microbatch, transcript_count: int) -> bool:
-    """Returns True if one of the first `transcript_count` sequences is in the micro-batch."""
+    """Returns True if the micro-batch has one of the first `transcript_count` sequences."""
     return any(number < transcript_count for row in micro.rows for number in row)
 
 
 def make_trainer(
     c: ConfigDict, run_setup: RunSetup, stage: StageSetup, mesh: Mesh, state: update.TrainState
 ) -> Trainer:
-    """Returns the trainer of a stage whose models are loaded, for states like this one."""
+    """Makes the trainer of a stage whose models are loaded, for states like `state`."""
     student, loss = run_setup.student, stage.loss
     compares = stage.needs_teacher and loss.teacher
     teachers = [run_setup.teachers[name] for name in stage.c.teachers] if compares else []

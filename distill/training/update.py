@@ -1,7 +1,7 @@
-"""One optimiser update from any number of micro-batches.
+"""Runs an optimiser update on any number of micro-batches.
 
-Two programs, each compiled once: `accumulate` adds the gradient of a micro-batch to the sum so far,
-in place; `apply` divides the sum once and moves the parameters, in place of the old state.
+There are two main programs, each compiled once: `accumulate` adds the gradient of a micro-batch to
+the sum in place; `apply` divides the sum once and updates the state in place.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ from models import transformer
 from models.layers import moe
 from models.transformer import Params, Transformer
 
-KL_OFFSETS = (0, 16, 64, 256, 1024, 4096, 16384)  # in a response, between which KL is reported
-PARTIAL_METRICS = ("/", "_from_", "stop_")  # in names of metrics that some updates lack tokens for
+KL_OFFSETS = (0, 16, 64, 256, 1024, 4096, 16384)  # response positions that bound KL intervals
+PARTIAL_METRICS = ("/", "_from_", "stop_")  # in names of metrics that may lack tokens in an update
 
 
 @jax.tree_util.register_dataclass
@@ -32,10 +32,10 @@ PARTIAL_METRICS = ("/", "_from_", "stop_")  # in names of metrics that some upda
 class TrainState:
     """The state that training changes. The fields are the entries of a checkpoint, by name."""
 
-    params: Params  # trained parameters: all, or the collection LORA alone
+    params: Params  # trained parameters: all, or the LoRA alone
     opt_state: optax.OptState
     step: jax.Array  # int32 scalar: steps done, over all stages
-    average: Params | None = None  # moving average of `params`, if one is kept
+    average: Params | None = None  # moving average of `params`, if kept
 
 
 def init_train_state(
@@ -44,7 +44,7 @@ def init_train_state(
     step: int,
     ema_params: Params | None = None,
 ) -> TrainState:
-    """Returns a state with a fresh optimiser, whose moments are sharded as the parameters are."""
+    """Returns a state with a fresh optimiser, whose moments are sharded like the parameters."""
     opt_state = make_optimizer_init(optimizer, params)(params)
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     count = mesh_lib.to_global_array(np.int32(step), mesh_lib.make_replicated_sharding(mesh))
@@ -57,10 +57,10 @@ def make_optimizer_init(optimizer: optax.GradientTransformation, params: Params)
 
 
 def _make_opt_state_shardings(optimizer: optax.GradientTransformation, params: Params):
-    """Shardings of the optimiser's state.
+    """Returns the shardings of the optimiser's state.
 
-    An array that mirrors a parameter (its path ends in the parameter's, its shape is the same) is
-    sharded as the parameter is; others are replicated.
+    An array that mirrors a parameter (its path ends in the parameter's, and its shape is the same)
+    is sharded like the parameter; others are replicated.
     """
     owners = dict(jax.tree_util.tree_leaves_with_path(params))
     replicated = mesh_lib.make_replicated_sharding(jax.tree.leaves(params)[0].sharding.mesh)
@@ -76,7 +76,7 @@ def _make_opt_state_shardings(optimizer: optax.GradientTransformation, params: P
 def make_abstract_state(
     optimizer: optax.GradientTransformation, params: Params, has_ema: bool = False
 ) -> TrainState:
-    """Returns shapes, dtypes and shardings of a TrainState, for restoring one."""
+    """Returns the shapes, dtypes and shardings of a TrainState, for restoring one."""
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     opt_state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -94,23 +94,22 @@ class UpdateOptions:
 
     max_response_tokens: int
     loss_chunk_mib: float  # MiB of float32 logits of one model in a chunk
-    # Weight of the routers' load-balancing loss (models.layers.moe), which counts as often as a
-    # token of the loss. A product of two means and not a sum over tokens: with accumulation it is
-    # that of each micro-batch, over all devices, not that of the whole batch, whose loads are known
-    # only after the last micro-batch (arXiv 2501.11873 on the difference).
+    # Weight of the routers' load-balancing loss (models.layers.moe) per token of the loss. It is a
+    # product of two means, not a sum over tokens, so with accumulation it is that of a micro-batch
+    # over all devices, not of the whole batch (arXiv 2501.11873 discusses the difference).
     router_aux_loss_coef: float = 0.0
-    overlap_k: int = 0  # compares this many of the teacher's most likely tokens with the student's
+    overlap_k: int = 0  # most likely tokens of teacher and student to compare
     ema_decay: float = 0.0  # of the state's moving average
     temperature: float = 1.0  # of all models
 
 
 def _split_lora(params: Params, frozen: Params | None) -> tuple[Params, Params | None]:
-    """(parameters, LoRA beside them) of trained parameters and the base that a LoRA has."""
+    """Returns (parameters, LoRA beside them), given trained parameters and the base of a LoRA."""
     return (params, None) if frozen is None else (frozen, params)
 
 
 def _shift_known(batch: Batch) -> losses.Stats:
-    """Arguments of losses.compute_token_losses that the batch holds, shifted."""
+    """Returns the batch's arguments for losses.compute_token_losses, shifted."""
     known = {
         "mask_BT": batch.mask_BT,
         "segments_BT": batch.segments_BT,
@@ -132,7 +131,7 @@ def compute_loss_sums(
 ) -> tuple[jax.Array, tuple[run_files.MetricSums, losses.Stats]]:
     """Returns the weighted sum of the loss, (sum, count) pairs of metrics, and [B, T] stats.
 
-    params: trained parameters; with `frozen`, the LoRA beside those.
+    params: trained parameters; if `frozen` is given, the LoRA beside it.
     """
     params, lora = _split_lora(params, frozen)
     hidden_BTD, router_sums = forward.compute_hidden_and_router_stats(model, params, batch, lora)
@@ -144,7 +143,7 @@ def compute_loss_sums(
 
     def compute_token_losses(stats: losses.Stats, known: losses.Stats) -> losses.Stats:
         if loss.tis_clip and batch.old_logp_BT is None:
-            # The first update of a step: the student is still what it was before.
+            # In the first update of a step the student is still unchanged.
             known = {**known, "old_logp_BT": jax.lax.stop_gradient(stats["logp"])}
         return losses.compute_token_losses(loss, stats, **known)
 
@@ -195,8 +194,8 @@ def _sum_subsets(
     batch: Batch,
     options: UpdateOptions,
 ) -> run_files.MetricSums:
-    """(sum, count) pairs over some of the trained tokens: by offset in the response, by mode, and
-    of stop tokens. All but the batch is shifted."""
+    """Returns (sum, count) pairs over subsets of the trained tokens: by offset in the response, by
+    thinking mode, and of stop tokens. All arrays but the batch are shifted."""
     sums: run_files.MetricSums = {}
     if "reverse_kl" in stats:
         offsets = tuple(x for x in KL_OFFSETS if x < options.max_response_tokens)
@@ -221,8 +220,10 @@ def _sum_subsets(
 def sum_stop_logps(
     stats: losses.Stats, mask_BT: jax.Array, finished_BT: jax.Array
 ) -> run_files.MetricSums:
-    """(sum, count) of the log-probability of the stop tokens that ended responses, by student and
-    teacher. Where the teacher would write on, responses are about to grow. Shifted arrays."""
+    """Returns (sum, count) of the log-probabilities of stop tokens, under student and teacher.
+
+    If the teacher would continue at these tokens, responses are about to grow. Arrays are shifted.
+    """
     last_BT = mask_BT * (1 - losses.shift(mask_BT)) * finished_BT
     names = {"logp": "stop_logp", "teacher_logp": "teacher_stop_logp"}
     return {
@@ -234,12 +235,12 @@ def sum_stop_logps(
 
 @dataclasses.dataclass(frozen=True)
 class UpdatePrograms:
-    """Jitted programs of an update, made by `make_update`. `frozen`: the base that a LoRA has.
+    """Jitted programs of an update, made by `make_update`. `frozen` is the base of a LoRA.
 
     accumulate: (gradient so far or None, parameters, micro-batch, frozen) -> (gradient, metric
       sums, [B, T] stats). Donates the gradient so far.
-    init_gradient: (parameters) -> zeros, for a first micro-batch that others follow.
-    merge_metrics: (metric sums, metric sums) -> those of both.
+    init_gradient: (parameters) -> zero gradient, for the first of several micro-batches.
+    merge_metrics: (metric sums, metric sums) -> their sum.
     apply: (state, gradient, metric sums, steps that the update ends) -> (state, metrics). Donates
       the state.
     compute_logp: (parameters, micro-batch, frozen) -> [B, T] log-probabilities of trained tokens.
@@ -262,20 +263,20 @@ class UpdatePrograms:
         single_microbatch: bool = False,
         steps: int = 1,
     ) -> tuple[TrainState, dict[str, jax.Array], dict[int, losses.Stats]]:
-        """Runs one update: the new state, the metrics, and stats by the micro-batch's number.
+        """Runs one update; returns the new state, metrics, and stats by the micro-batch's number.
 
         Args:
-          prepare_batch: runs on a micro-batch once the one before it is done, so that the teachers'
-            hidden states exist for one at a time, while the host makes the next.
+          prepare_batch: runs on a micro-batch once the previous one is done, so that the teachers'
+            hidden states exist for one at a time, while the host collates the next.
           keep_stats: numbers of the micro-batches whose stats are returned; None: all.
           single_microbatch: there is one micro-batch, so no zero gradient is allocated.
-          steps: by how many the state's step counter rises.
+          steps: increment of the state's step counter.
         """
         gradient = None if single_microbatch else self.init_gradient(state.params)
         metric_sums, kept_stats = None, {}
         for number, batch in enumerate(microbatches):
             jax.block_until_ready(state.step if metric_sums is None else metric_sums)
-            # The prepared batch has no name here, so that the teachers' states end with the call.
+            # The prepared batch has no name, so that the teachers' states are freed here.
             gradient, new_sums, stats = mesh_lib.wait_on_cpu(
                 self.accumulate(gradient, state.params, prepare_batch(batch), frozen)
             )
@@ -296,10 +297,10 @@ def make_update(
     """Returns the jitted programs of an update.
 
     The gradient is that of Σ weight·loss / Σ count over the whole batch (losses.
-    compute_token_weights), however many micro-batches and devices there are: sums are added up in
+    compute_token_weights) for any number of micro-batches and devices: sums are accumulated in
     float32 and divided once.
 
-    state: gives the shardings, which the new state keeps; it may be of shapes alone.
+    state: gives the shardings, which the new state keeps. It may be of shapes alone.
     """
 
     def accumulate(
@@ -320,7 +321,7 @@ def make_update(
 
     def compute_logp(params: Params, batch: Batch, frozen: Params | None = None):
         params, lora = _split_lora(params, frozen)
-        # Through the update's own forward pass, so that recorded experts are chosen again.
+        # Uses the update's forward pass, which replays recorded experts.
         hidden_BTD, _ = forward.compute_hidden_and_router_stats(model, params, batch, lora)
         return forward.compute_logp(
             hidden_BTD, params, batch, options.loss_chunk_mib, options.temperature
@@ -357,22 +358,22 @@ def _apply_update(
     metric_sums: tuple[run_files.MetricSums, jax.Array | None],
     steps: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Returns the state after an update, and the metrics."""
+    """Applies the summed gradient; returns the new state and the metrics."""
     sums, max_ratio = metric_sums
-    count = jnp.maximum(sums["loss"][1], 1)  # where it is 0, all weights are
+    count = jnp.maximum(sums["loss"][1], 1)  # if it is 0, so are all weights
     gradient = jax.tree.map(lambda g: g / count.astype(g.dtype), gradient)
     trained_tokens = sums["logp"][1]
     has_tokens = trained_tokens > 0
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    # Without a token to train on (no row ended within its budget, all groups were dropped) nothing
-    # moves, not even by momentum.
+    # Without trained tokens (no row ended within its budget, or all groups were dropped) nothing
+    # changes, not even by momentum.
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(has_tokens, new, old),
         (optax.apply_updates(state.params, updates), opt_state),
         (state.params, state.opt_state),
     )
     metrics = run_files.compute_means(sums)
-    if "load_LE" in metrics:  # summed over all micro-batches, so these are of the whole batch
+    if "load_LE" in metrics:  # these sums are over the whole batch
         metrics |= moe.summarise_load(metrics.pop("load_LE"), metrics.pop("p_LE"))
     metrics["grad_norm"] = optax.tree.norm(gradient)
     metrics["trained_tokens"] = trained_tokens
@@ -387,8 +388,7 @@ def _apply_update(
 
 @jax.jit
 def average_metrics(update_metrics: Sequence[dict[str, jax.Array]]) -> dict[str, jax.Array]:
-    """Averages the metrics of several updates. A metric of tokens that an update has none of is
-    averaged over the others."""
+    """Averages the metrics of several updates. Updates without tokens for a metric do not count."""
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *update_metrics)
     has_tokens = stacked["trained_tokens"] > 0
     has_tokens |= ~jnp.any(has_tokens)

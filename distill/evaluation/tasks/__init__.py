@@ -1,4 +1,4 @@
-"""The benchmarks: one file each, one row of the table each."""
+"""The benchmarks. Each has a file in this folder and a row in the table below."""
 
 from distill.evaluation.tasks import (
     aime24,

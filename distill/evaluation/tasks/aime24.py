@@ -1,4 +1,4 @@
-"""AIME 2024: 30 problems with whole answers from 0 to 999."""
+"""AIME 2024: 30 problems with integer answers from 0 to 999."""
 
 from distill.evaluation.tasks.task import BOXED_PROMPT, Task
 from distill.rewards import graders

@@ -1,4 +1,4 @@
-"""Generated arithmetic: the held-out problems, the same ones in every evaluation."""
+"""Generated arithmetic: held-out problems, the same in every evaluation."""
 
 from distill.data import arithmetic
 from distill.evaluation.tasks.task import Record, Task

@@ -7,5 +7,5 @@ TASK = Task(
     graders.MATH,
     BOXED_PROMPT,
     hf="hf:openai/gsm8k:main:test",
-    tfds="tfds:gsm8k::test",  # question and answer, as on the hub
+    tfds="tfds:gsm8k::test",  # has the same fields as on the hub
 )

@@ -1,4 +1,4 @@
-"""IFEval (arXiv 2311.07911): instructions that a program can check."""
+"""IFEval (arXiv 2311.07911): following instructions that a program can check."""
 
 from collections.abc import Sequence
 
@@ -9,29 +9,29 @@ from distill.rewards import ifeval
 
 
 def adapt_row(row: Record, where: str) -> Record:
-    """Returns a published row (prompt, instruction_id_list, kwargs) as question and answer.
+    """Converts a published row (prompt, instruction_id_list, kwargs) to question and answer.
 
-    Raises UserError naming a row of another form.
+    Raises UserError naming the row if it has another form.
     """
     answer = ifeval.make_answer(row, where)
     return {**find_id(row), "question": row.get("prompt"), "answer": answer}
 
 
 def explain_ungradable(answers: Sequence[str]) -> str:
-    """Says how many problems need nltk's data, where that is not on this machine."""
+    """Returns how many problems need missing nltk data, and how to install it; "" if none."""
     count = ifeval.count_unchecked(answers)
     if not count:
         return ""
     return (
-        f"{count} of the problems are checked with nltk's data, which is not here: "
+        f"{count} of the problems are checked with nltk's data, which is not installed: "
         f"{ifeval.PUNKT_COMMAND}"
     )
 
 
 def summarise(rows: Sequence[Record]) -> Record:
-    """Computes IFEval's four accuracies, each over what could be checked.
+    """Computes IFEval's four accuracies, each over the instructions that could be checked.
 
-    Returns {} if some row has no verdict for each instruction, because its grader gave up.
+    Returns {} if a row has no verdicts because its grader gave up.
     """
     if not all("strict" in row for row in rows):
         return {}

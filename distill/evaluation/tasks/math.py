@@ -1,4 +1,4 @@
-"""Mathematics from any rows of question and answer; no set of its own."""
+"""Mathematics problems from any rows of question and answer; has no data set of its own."""
 
 from distill.evaluation.tasks.task import BOXED_PROMPT, Task
 from distill.rewards import graders

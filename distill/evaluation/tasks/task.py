@@ -1,6 +1,6 @@
-"""A benchmark, and what most benchmarks share.
+"""The `Task` class that describes a benchmark, and code that most benchmarks share.
 
-No jax in this folder: graders that a task brings along run in processes that import it.
+This folder must not import jax: worker processes import it to run a task's grader.
 """
 
 import dataclasses
@@ -12,27 +12,28 @@ from models.errors import UserError
 
 Record = dict[str, Any]
 
-# Qwen3's model card asks users to append this to a mathematical problem. configs/base.py has it too
-# (configs/ imports nothing from here); a test compares them.
+# The prompt that Qwen3's model card recommends for mathematics. configs/base.py repeats it, since
+# configs/ imports nothing from here; a test compares the two.
 BOXED_PROMPT = (
     "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 )
 
 _ID_FIELDS = ("id", "unique_id", "key")
 _QUESTION_FIELDS = ("question", "problem")
-NAME_FIELDS = (*_ID_FIELDS, *_QUESTION_FIELDS, "prompt")  # by which a response names its problem
+# Fields by which a response names its problem.
+NAME_FIELDS = (*_ID_FIELDS, *_QUESTION_FIELDS, "prompt")
 
 
 def find_id(row: Record) -> Record:
-    """Returns {"id": …} of a row, from any of the fields that published sets use; {} without."""
+    """Returns {"id": …} from the first id field that the row has; {} if it has none."""
     name = next((row[field] for field in _ID_FIELDS if row.get(field) is not None), None)
     return {} if name is None else {"id": name}
 
 
 def adapt_row(row: Record, where: str) -> Record:
-    """Returns a published row with `question`, `answer` and, where it has one, `id`.
+    """Converts a published row to one with `question`, `answer` and, if it has one, `id`.
 
-    Raises UserError naming a row without an answer.
+    Raises UserError naming the row if it has no answer.
     """
     answer = row.get("answer")
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
@@ -43,7 +44,7 @@ def adapt_row(row: Record, where: str) -> Record:
 
 
 def _extract_final_answer(answer: str | int | float) -> str:
-    """GSM8K is published with the solution before its answer, AMC with answers such as 27.0."""
+    """Strips the solution that GSM8K puts before an answer, and the .0 of AMC's whole answers."""
     if isinstance(answer, float) and answer.is_integer():
         return str(int(answer))
     _, marker, tail = str(answer).rpartition("####")
@@ -52,22 +53,22 @@ def _extract_final_answer(answer: str | int | float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A benchmark. The defaults suit rows of question and answer, graded each on its own."""
+    """A benchmark. The defaults suit rows of question and answer that are graded one by one."""
 
     grading: GradingRule
-    prompt: str = "{question}"  # how a question is put
+    prompt: str = "{question}"  # template of the prompt
     hf: str = ""  # the set that --data=hf: stands for
     tfds: str = ""  # the set that --data=tfds: stands for
-    qwen3: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # its settings in the report
-    # (published row, where it stands) -> row with question (or messages), answer and maybe id
+    qwen3: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # settings of the report
+    # (published row, its location) -> row with question (or messages), answer and maybe id
     adapt_row: Callable[[Record, str], Record] = adapt_row
-    answer_field: str = "answer"  # of a published row: without it a response has no own answer
-    # The problem of each number from 0, of a benchmark that needs no data; how many by default.
+    answer_field: str = "answer"  # of a published row; without it a response has no own answer
+    # For a benchmark without data: generates problem number i, from 0; and the default count.
     make_problem: Callable[[int], Record] | None = None
     num_problems: int = 0
     # Raises UserError if the grader needs a package that is not installed.
     require_installed: Callable[[], None] = lambda: None
-    # Says which of these answers cannot be graded on this machine, and the remedy; "": none.
+    # Explains which of these answers cannot be graded here, and the remedy; "" if all can.
     explain_ungradable: Callable[[Sequence[str]], str] = lambda answers: ""
-    # Further figures of graded rows, for the summary.
+    # Computes further statistics of graded rows for the summary.
     summarise: Callable[[Sequence[Record]], Record] = lambda rows: {}
