@@ -261,7 +261,7 @@ def test_run_outlives_its_connection_and_records_its_exit_code(pod):
 def test_nothing_is_created_after_a_failed_query(pod, verb, error):
     denied = "ERROR: (x) PERMISSION_DENIED: "
     off = "Cloud TPU API has not been used in project 1 before"
-    text, code, told = {
+    text, code, message = {
         "login": (NOT_LOGGED_IN, 2, "error: not logged in; run: gcloud auth login\n"),
         "network": ("ERROR: gcloud crashed (TransportError): timed out", 1, "timed out\n"),
         "off": (denied + off, 2, "is off; run: gcloud services enable tpu.googleapis.com\n"),
@@ -269,7 +269,7 @@ def test_nothing_is_created_after_a_failed_query(pod, verb, error):
     }[error]  # fmt: skip
     pod.play(error=text)
     done = pod(verb, *([] if verb == "create" else ["--", *FLAGS]), code=code)
-    assert told in done.stderr
+    assert message in done.stderr
     assert code == 1 or done.stderr.count("\n") == 1
     assert not pod.calls("create")
     if verb == "babysit" and code == 1:
@@ -408,8 +408,8 @@ def test_babysit_recovers_from_preemption(pod):
     assert all(r["argv"] == ["-u", "-m", "distill.train", *FLAGS, *ODD] for r in pod.runs())
     assert len(pod.runs()) == 3
     assert "the run has ended" in done.stderr
-    told = "opd is still billed; to end: ./launch_tpu.sh delete --name=opd --zone=us-east5-b"
-    assert told in done.stderr
+    message = "opd is still billed; to end: ./launch_tpu.sh delete --name=opd --zone=us-east5-b"
+    assert message in done.stderr
     assert all("--spot" in c for c in pod.calls("create"))
 
 

@@ -131,9 +131,13 @@ def test_second_run_all_repeats_nothing(done: tuple[Any, Path]) -> None:
     nb, out = done
 
     def read_files() -> dict[str, tuple[bytes, int]]:
-        kept = [out / "metrics.jsonl", *out.glob("*/examples.jsonl"), *out.glob("eval/*/*.jsonl")]
-        kept += [*out.glob("checkpoints/*/commit_success.txt"), *out.glob("student/*.json")]
-        return {str(file): (file.read_bytes(), file.stat().st_mtime_ns) for file in kept}
+        files = [
+            out / "metrics.jsonl",
+            *out.glob("*/examples.jsonl"),
+            *out.glob("eval/*/*.jsonl"),
+        ]
+        files += [*out.glob("checkpoints/*/commit_success.txt"), *out.glob("student/*.json")]
+        return {str(file): (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
 
     before = read_files()
     assert len(before) > 8
@@ -200,10 +204,10 @@ def test_config_keys_in_prose_exist_for_train() -> None:
     named = re.findall(r"--config\.([\w.]+)=", FILE.read_text())
     assert named
     for path in named:
-        found = colab.get_config()
+        node = colab.get_config()
         for key in path.split("."):
-            assert key in found, path
-            found = found[key]
+            assert key in node, path
+            node = node[key]
 
 
 def test_full_size_runs_the_same_cells() -> None:

@@ -328,7 +328,7 @@ def test_export_needs_a_run_and_an_unused_directory(
     empty.mkdir()
     shutil.copyfile(run / "config.json", empty / "config.json")
     new = tmp_path / "new"
-    for flags, said in (
+    for flags, message in (
         ((f"--run={run}", f"--out={new}", "--step=5"), "no checkpoint of step 5, only of [7, 3]"),
         ((f"--run={empty}", f"--out={new}"), f"{empty}: a run without a checkpoint"),
         ((f"--run={chatty}", f"--out={new}"), f"--run={chatty}: no run directory"),
@@ -340,7 +340,7 @@ def test_export_needs_a_run_and_an_unused_directory(
         assert call(export, *flags) == 2
         captured = capsys.readouterr()
         (line,) = captured.err.splitlines()
-        assert line.startswith("error: ") and said in line, line
+        assert line.startswith("error: ") and message in line, line
         assert not new.exists()
     assert [path.name for path in taken.iterdir()] == ["thesis.tex"]
 

@@ -96,8 +96,8 @@ def test_lm_eval_numbers_equal_the_hugging_face_backend(folder: Path, model_dir:
     assert theirs is not None
     for task in ("tiny_choice", "tiny_read"):
         flat = [
-            [float(x) for row in samples(found, task) for x in _numbers(row)]
-            for found in (ours, theirs)
+            [float(x) for row in samples(results, task) for x in _numbers(row)]
+            for results in (ours, theirs)
         ]
         assert flat[0] == pytest.approx(flat[1], abs=1e-4, rel=1e-5) and len(flat[0]) >= 7
     written = samples(ours, "tiny_write")

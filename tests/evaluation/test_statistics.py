@@ -75,11 +75,11 @@ def test_identical_samples_do_not_narrow_the_interval() -> None:
     """Samples of one problem are correlated: 30 problems count as 30, however many samples agree,
     and no success does not prove a rate of zero."""
     for share in (0, 1):
-        one = statistics.compute_accuracy([[share == 1]] * 30)[1]
+        single = statistics.compute_accuracy([[share == 1]] * 30)[1]
         many = statistics.compute_accuracy([[share == 1] * 64] * 30)[1]
         # The quantile is Student's with 29 degrees of freedom, so the interval is a little wider.
-        assert many[1] - many[0] == pytest.approx(one[1] - one[0], rel=0.1)
-        assert many[0] <= one[0] and many[1] >= one[1] and share in many
+        assert many[1] - many[0] == pytest.approx(single[1] - single[0], rel=0.1)
+        assert many[0] <= single[0] and many[1] >= single[1] and share in many
     same = [[i % 3 == 0] for i in range(90)]
     (low, high), (wide_low, wide_high) = (
         statistics.compute_accuracy(hits)[1] for hits in (same, [hit * 16 for hit in same])

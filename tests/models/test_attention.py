@@ -34,11 +34,11 @@ def by_hand(q_BTNH, k_BTKH, v_BTKH, segments_BT):
     q, k, v = (np.asarray(x, np.float64) for x in (q_BTNH, k_BTKH, v_BTKH))
     out, (B, T, N, H) = np.zeros(q.shape), q.shape
     for b, t, n in np.ndindex(B, T, N):
-        seen = [s for s in range(t + 1) if segments_BT[b, s] == segments_BT[b, t]]
+        visible = [s for s in range(t + 1) if segments_BT[b, s] == segments_BT[b, t]]
         kv = n // (N // k.shape[2])
-        scores = k[b, seen, kv] @ q[b, t, n] / H**0.5
+        scores = k[b, visible, kv] @ q[b, t, n] / H**0.5
         weights = np.exp(scores - scores.max())
-        out[b, t, n] = weights @ v[b, seen, kv] / weights.sum()
+        out[b, t, n] = weights @ v[b, visible, kv] / weights.sum()
     return out
 
 
@@ -130,8 +130,8 @@ def test_splash_fetches_only_what_it_computes():
         seen = segments.reshape(4, 1, 128, 1) == segments.reshape(1, 4, 1, 128)
         for info, order in ((own.fwd_mask_info, 0), (own.dq_mask_info, 0), (own.dkv_mask_info, 1)):
             runs, data = (np.asarray(x[0], int) for x in (info.block_mask, info.data_next))
-            at = np.indices(runs.shape)[1 - order]
-            assert (data == at)[runs > 0].all()
+            index = np.indices(runs.shape)[1 - order]
+            assert (data == index)[runs > 0].all()
             visited = (data, data.T)[order].ravel()
             assert (np.diff(visited) != 0).sum() < runs.sum()
             assert not (runs > (seen.any((2, 3)) & np.tri(4, dtype=bool))).any()
@@ -210,12 +210,12 @@ def test_cudnn_by_lengths_takes_no_mask():
         s = jax.ShapeDtypeStruct((1, 512), jnp.int32)
         calls = []
 
-        def seen(q, k, v, mask=None, **options):
+        def record_shapes(q, k, v, mask=None, **options):
             calls.append((mask is not None, options))
             return q
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(jax.nn, "dot_product_attention", seen)
+            patch.setattr(jax.nn, "dot_product_attention", record_shapes)
             jax.eval_shape(attend, x, x, x, s)
         return calls
 

@@ -255,9 +255,9 @@ def test_adapters_written_by_peft_are_read(bases, name, fields, tmp_path, monkey
     shared = sum(x.nbytes for x in fused if x.shape[1] == loaded.config.hidden_size)
     assert sum(read) == whole + shared
     tokens = tokens_of(loaded.config)
-    found = logits(loaded.model, {"params": loaded.params}, tokens)
-    assert np.abs(found - transformers_logits(network, tokens)).max() > 0.1
-    np.testing.assert_allclose(found, transformers_logits(other, tokens), atol=1e-4, rtol=0)
+    actual = logits(loaded.model, {"params": loaded.params}, tokens)
+    assert np.abs(actual - transformers_logits(network, tokens)).max() > 0.1
+    np.testing.assert_allclose(actual, transformers_logits(other, tokens), atol=1e-4, rtol=0)
 
 
 def test_adapter_with_mixed_layers_warns_about_peft(tmp_path, capsys):
@@ -355,11 +355,13 @@ def test_training_on_a_mesh_equals_one_device(fields, tmp_path):
                 jax.block_until_ready(state)  # XLA may deadlock when such programs queue up
         return state, {k: np.asarray(v) for k, v in measured.items()}
 
-    one, expected = trained_on((1, 1, 1))
+    single, expected = trained_on((1, 1, 1))
     state, actual = trained_on((1, 2, 2, 2) if fields else (1, 2, 4))
     for name in ("loss", "grad_norm", "entropy"):
         np.testing.assert_allclose(actual[name], expected[name], rtol=1e-5)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), state.params, one.params)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-5), state.params, single.params
+    )
     embed = ("fsdp", "context")
     specs = {
         "q": ((embed, None), (None, "tensor")),
@@ -481,8 +483,8 @@ def test_a_run_and_its_exports_score_alike(run, exported, models, tmp_path):
     assert "lm_head.weight" not in load_file(exported[1] / "model.safetensors")
     expected: Any = logprobs(merged, ids)
     assert np.abs(np.subtract(expected, start)).max() > 0.01
-    for found in (logprobs(beside, ids), *(scores(path) for path in (run, *exported))):  # pyright: ignore
-        np.testing.assert_allclose(found, expected, atol=1e-4)
+    for actual in (logprobs(beside, ids), *(scores(path) for path in (run, *exported))):  # pyright: ignore
+        np.testing.assert_allclose(actual, expected, atol=1e-4)
     fields = json.loads((exported[0] / "adapter_config.json").read_text())
     assert fields["base_model_name_or_path"] == models[0]
     assert (fields["r"], fields["lora_alpha"], fields["use_rslora"]) == (2, 8, False)
@@ -555,9 +557,9 @@ def change(**fields):
 
 def tensors(apply):
     def changed(path):
-        held = load_file(path / adapter.TENSORS_FILE)
-        apply(held)
-        save_file(held, path / adapter.TENSORS_FILE)
+        arrays = load_file(path / adapter.TENSORS_FILE)
+        apply(arrays)
+        save_file(arrays, path / adapter.TENSORS_FILE)
 
     return changed
 

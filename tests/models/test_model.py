@@ -235,12 +235,12 @@ def test_decoding_with_a_cache_equals_one_forward_pass(small, kind, stacked):
             row, position = [1] * 4 + [-1] * 4, [*range(3, 7), 0, 0, 0, 0]
         row, position = np.array(row), np.array(position)
         mine = row >= 0
-        of = np.array([order.index(r) if r >= 0 else -1 for r in row])
-        counts = [(of == i).sum() for i in range(2)]
-        length = [position[of == i].max(initial=-1) + 1 for i in range(2)]
+        token_rows = np.array([order.index(r) if r >= 0 else -1 for r in row])
+        counts = [(token_rows == i).sum() for i in range(2)]
+        length = [position[token_rows == i].max(initial=-1) + 1 for i in range(2)]
         line = np.where(mine, tokens[np.maximum(row, 0), position], 0)
         starts = np.array([[0, counts[0], sum(counts)]])
-        index = (table[order], np.array(length), starts, of[None], position[None])
+        index = (table[order], np.array(length), starts, token_rows[None], position[None])
         view = cache.bind_tokens(*(jnp.asarray(x, jnp.int32) for x in index))
         hidden, view = forward(variables, line[None], position[None], mine[None] * 1, view)
         cache = view.unbind_tokens()

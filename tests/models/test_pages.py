@@ -47,17 +47,17 @@ def dense(q: Any, k: Any, v: Any, layer: int):
 
 
 @jax.jit
-def run(held, index, q, k, v):
+def run(cache, index, q, k, v):
     """Does what a program does: each layer writes its tokens, then attends."""
-    held, out = held.bind_tokens(*index), []
+    cache, out = cache.bind_tokens(*index), []
 
-    def one(held, layer_qkv):
+    def run_layer(cache, layer_qkv):
         layer, q, k, v = layer_qkv
-        held = held.write_tokens(layer, k, v)
-        return held, held.attend(layer, q)
+        cache = cache.write_tokens(layer, k, v)
+        return cache, cache.attend(layer, q)
 
-    held, out = jax.lax.scan(one, held, (jnp.arange(L), q, k, v))
-    return held, out
+    cache, out = jax.lax.scan(run_layer, cache, (jnp.arange(L), q, k, v))
+    return cache, out
 
 
 def lines(parts, rows, width, chunks, texts):
@@ -69,27 +69,27 @@ def lines(parts, rows, width, chunks, texts):
     length = np.zeros((parts, rows), np.int32)
     out = [np.zeros((L, parts, width, *x[0].shape[2:]), np.float32) for x in texts]
     for part, some in enumerate(chunks):
-        at = 0
+        start = 0
         for i, (text, first, end) in enumerate(some):
-            span = slice(at, at + end - first)
+            span = slice(start, start + end - first)
             row[part, span], position[part, span] = i, np.arange(first, end)
             length[part, i] = end
             for into, x in zip(out, texts, strict=True):
                 into[:, part, span] = x[text][:, first:end]
-            at += end - first
-            starts[part, i + 1 :] = at
+            start += end - first
+            starts[part, i + 1 :] = start
     return length.reshape(-1), starts, row, position, out
 
 
 def tables(parts, rows, columns, chunks, owned):
-    found = np.full((parts, rows, columns), -1, np.int32)
+    table = np.full((parts, rows, columns), -1, np.int32)
     for part, some in enumerate(chunks):
         for i, (text, *_) in enumerate(some):
-            found[part, i, : len(owned[text])] = owned[text]
-    return found.reshape(-1, columns)
+            table[part, i, : len(owned[text])] = owned[text]
+    return table.reshape(-1, columns)
 
 
-def check_run(held, mesh_parts, tolerance, qkv=None, lengths=(13, 9, 2, 17, 6, 11)):
+def check_run(cache, mesh_parts, tolerance, qkv=None, lengths=(13, 9, 2, 17, 6, 11)):
     """Compares prompts in ragged chunks, then steps of one token, with `dense`; some rows are
     idle."""
     X = mesh_parts
@@ -97,23 +97,23 @@ def check_run(held, mesh_parts, tolerance, qkv=None, lengths=(13, 9, 2, 17, 6, 1
     lengths = [x.shape[1] for x in q]
     rng = np.random.default_rng(1)
     part_of = [i % X for i in range(len(lengths))]
-    columns = max(-(-n // held.page_size) for n in lengths) + 1
-    free = [list(rng.permutation(held.num_pages)) for _ in range(X)]
+    columns = max(-(-n // cache.page_size) for n in lengths) + 1
+    free = [list(rng.permutation(cache.num_pages)) for _ in range(X)]
     owned = [
-        [free[part_of[i]].pop() for _ in range(-(-n // held.page_size))]
+        [free[part_of[i]].pop() for _ in range(-(-n // cache.page_size))]
         for i, n in enumerate(lengths)
     ]
     want = [[dense(a, b, c, layer) for a, b, c in zip(q, k, v, strict=True)] for layer in range(L)]
     R, done = 3, [0] * len(lengths)
-    got = [[np.full_like(w, np.nan) for w in of] for of in want]
+    got = [[np.full_like(w, np.nan) for w in arrays] for arrays in want]
 
     def note(chunks, out):
         for part, some in enumerate(chunks):
-            at = 0
+            start = 0
             for text, first, end in some:
                 for layer in range(L):
-                    got[layer][text][first:end] = out[layer, part, at : at + end - first]
-                at += end - first
+                    got[layer][text][first:end] = out[layer, part, start : start + end - first]
+                start += end - first
 
     # Two ragged calls: about a third of each row, then another third.
     for share in (3, 2):
@@ -125,7 +125,7 @@ def check_run(held, mesh_parts, tolerance, qkv=None, lengths=(13, 9, 2, 17, 6, 1
                 done[i] = end
         length, starts, row, position, tokens = lines(X, R, 16, chunks, (q, k, v))
         index = (tables(X, R, columns, chunks, owned), length, starts, row, position)
-        held, out = run(held, index, *tokens)
+        cache, out = run(cache, index, *tokens)
         assert np.all(np.isfinite(out)) and not np.any(np.asarray(out)[:, row < 0])
         note(chunks, np.asarray(out))
     # Then one token per row and step; a row that has ended is idle.
@@ -136,13 +136,13 @@ def check_run(held, mesh_parts, tolerance, qkv=None, lengths=(13, 9, 2, 17, 6, 1
         live = np.array([done[i] < lengths[i] for i in flat])
         table = tables(X, R, columns, [[(i, 0, 0) for i in some] for some in order], owned)
         length = np.where(live, [done[i] + 1 for i in flat], 0).astype(np.int32)
-        at = held.bind_next_tokens(jnp.asarray(table), jnp.asarray(length))
-        index = (at.table_RN, at.length_R, at.starts_XR, at.row_BT, at.position_BT)
+        bound = cache.bind_next_tokens(jnp.asarray(table), jnp.asarray(length))
+        index = (bound.table_RN, bound.length_R, bound.starts_XR, bound.row_BT, bound.position_BT)
         tokens = [
             np.stack([x[i][:, min(done[i], lengths[i] - 1)] for i in flat], axis=1)[:, :, None]
             for x in (q, k, v)
         ]
-        held, out = run(held, index, *tokens)
+        cache, out = run(cache, index, *tokens)
         assert np.all(np.isfinite(out)) and not np.any(np.asarray(out)[:, ~live])
         for r, i in enumerate(flat):
             if live[r]:
@@ -152,7 +152,7 @@ def check_run(held, mesh_parts, tolerance, qkv=None, lengths=(13, 9, 2, 17, 6, 1
     for layer in range(L):
         for a, b in zip(got[layer], want[layer], strict=True):
             assert np.max(np.abs(a - b)) <= tolerance
-    return held
+    return cache
 
 
 def empty(parts, pages=24, page=PAGE, dtype=jnp.float32, kind="plain", config=TINY):
@@ -169,12 +169,12 @@ def test_lines_of_several_query_blocks_equal_dense_attention(monkeypatch):
         empty(1, pages=300, page=1), 1, 2e-6
     )  # also with a row that has more tokens than a block
     lengths = (40, 600, 33)
-    held, qkv = empty(1, pages=200), texts(lengths)
+    cache, qkv = empty(1, pages=200), texts(lengths)
     owned = np.split(np.random.default_rng(2).permutation(200), [20, 180])
     chunks = [[(i, 0, n) for i, n in enumerate(lengths)]]
     length, starts, row, position, tokens = lines(1, 3, 680, chunks, qkv)
     table = tables(1, 3, 160, chunks, owned)
-    _, out = run(held, (table, length, starts, row, position), *tokens)
+    _, out = run(cache, (table, length, starts, row, position), *tokens)
     for i, n in enumerate(lengths):
         got = np.asarray(out)[1, 0, starts[0, i] : starts[0, i] + n]
         assert np.max(np.abs(got - dense(*(x[i] for x in qkv), layer=1))) <= 2e-6
@@ -184,17 +184,17 @@ def test_lines_of_several_query_blocks_equal_dense_attention(monkeypatch):
 def test_pages_on_a_mesh_equal_dense_attention(data, fsdp, tensor):
     mesh = mesh_lib.make_mesh(data, fsdp, tensor, devices=jax.devices()[: data * fsdp * tensor])
     with mesh_lib.use_mesh(mesh):
-        held = jax.jit(lambda: empty(data * fsdp))()
-        held = check_run(held, data * fsdp, 2e-6)
-        shard = held.pools[0].addressable_shards[0].data.shape
+        cache = jax.jit(lambda: empty(data * fsdp))()
+        cache = check_run(cache, data * fsdp, 2e-6)
+        shard = cache.pools[0].addressable_shards[0].data.shape
     assert shard == (1, K // tensor, L * 24, H, PAGE)
 
 
 # The largest of H values is about 2.5: int8 errs by 1 / 254 of it, float8 by 1 / 16 of each value.
 @pytest.mark.parametrize(("dtype", "tolerance"), [("int8", 0.03), ("float8_e4m3fn", 0.15)])
 def test_8_bit_pages_are_close_to_dense_attention(dtype, tolerance):
-    held = check_run(empty(1, dtype=dtype), 1, tolerance)
-    assert held.pools[0].dtype == dtype
+    cache = check_run(empty(1, dtype=dtype), 1, tolerance)
+    assert cache.pools[0].dtype == dtype
     with pytest.raises(AssertionError):
         check_run(empty(1, dtype=dtype), 1, tolerance / 10)
 
@@ -236,8 +236,8 @@ def test_tpu_kernel_equals_dense_attention(monkeypatch, parts, tensor):
     interpret(monkeypatch)
     mesh = mesh_lib.make_mesh(parts, 1, tensor, devices=jax.devices()[: parts * tensor])
     with mesh_lib.use_mesh(mesh):
-        held = jax.jit(lambda: empty(parts, kind="ragged", config=WIDE, page=8))()
-        check_run(held, parts, 2e-6, qkv=texts((13, 9, 2, 17, 6, 11), width=128))
+        cache = jax.jit(lambda: empty(parts, kind="ragged", config=WIDE, page=8))()
+        check_run(cache, parts, 2e-6, qkv=texts((13, 9, 2, 17, 6, 11), width=128))
 
 
 @pytest.mark.parametrize("kind", ["plain", "gpu", "ragged"])
@@ -249,27 +249,27 @@ def test_a_shared_page_is_copied_when_it_is_written(monkeypatch, kind):
     qkv = texts((22, 22), width=width)
     for x in qkv:
         x[1][:, :20] = x[0][:, :20]
-    held = empty(1, page=16, kind=kind, config=config)
+    cache = empty(1, page=16, kind=kind, config=config)
     table = np.array([[7, 3, -1], [7, 9, -1]], np.int32)
     length, starts, row, position, tokens = lines(1, 2, 24, [[(0, 0, 20)]], qkv)
-    held, _ = run(held, (table, length, starts, row, position), *tokens)
-    before = [np.asarray(x) for x in held.pools]
+    cache, _ = run(cache, (table, length, starts, row, position), *tokens)
+    before = [np.asarray(x) for x in cache.pools]
     none = jnp.full((1, 1), -1)
     source = jnp.concatenate([none, jnp.full((1, 1), 3), none], axis=1)
-    held = jax.jit(lambda held, a, b: held.copy_pages(a, b))(
-        held, source, jnp.where(source > 0, 9, -1)
+    cache = jax.jit(lambda cache, a, b: cache.copy_pages(a, b))(
+        cache, source, jnp.where(source > 0, 9, -1)
     )
-    for x, old in zip(held.pools, before, strict=True):
+    for x, old in zip(cache.pools, before, strict=True):
         axis = 1 if kind == "ragged" else 2
         old, x = (np.split(np.asarray(of), L * 24, axis) for of in (old, x))
         for page, (a, b) in enumerate(zip(x, old, strict=True)):
             want = old[page - 6] if page % 24 == 9 else b
             np.testing.assert_array_equal(a, want)
     for n in (20, 21):
-        at = held.bind_next_tokens(jnp.asarray(table), jnp.full(2, n + 1, jnp.int32))
-        index = (at.table_RN, at.length_R, at.starts_XR, at.row_BT, at.position_BT)
+        bound = cache.bind_next_tokens(jnp.asarray(table), jnp.full(2, n + 1, jnp.int32))
+        index = (bound.table_RN, bound.length_R, bound.starts_XR, bound.row_BT, bound.position_BT)
         tokens = [np.stack([x[i][:, n] for i in (0, 1)], axis=1)[:, :, None] for x in qkv]
-        held, out = run(held, index, *tokens)
+        cache, out = run(cache, index, *tokens)
         for i in (0, 1):
             for layer in range(L):
                 want = dense(*(x[i] for x in qkv), layer=layer)[n]
@@ -284,15 +284,15 @@ def test_non_finite_values_stay_in_their_row(monkeypatch, kind, bad):
     config, width = (WIDE, 128) if kind == "ragged" else (TINY, H)
     qkv = texts((5, 3), width=width)
     qkv[1 + bad][0][:, 4] = np.nan
-    held = empty(1, page=16, kind=kind, config=config)
+    cache = empty(1, page=16, kind=kind, config=config)
     table = np.array([[2]], np.int32)
     for text, n in ((0, 5), (1, 3)):
         length, starts, row, position, tokens = lines(1, 1, 5, [[(text, 0, n)]], qkv)
-        held, out = run(held, (table, length, starts, row, position), *tokens)
+        cache, out = run(cache, (table, length, starts, row, position), *tokens)
         assert np.all(np.isfinite(np.asarray(out)[:, 0, :n])) == (text == 1)
-    at = held.bind_next_tokens(jnp.asarray(table), jnp.full(1, 3, jnp.int32))
-    index = (at.table_RN, at.length_R, at.starts_XR, at.row_BT, at.position_BT)
-    _, out = run(held, index, *(x[1][:, None, 2:3] for x in qkv))
+    bound = cache.bind_next_tokens(jnp.asarray(table), jnp.full(1, 3, jnp.int32))
+    index = (bound.table_RN, bound.length_R, bound.starts_XR, bound.row_BT, bound.position_BT)
+    _, out = run(cache, index, *(x[1][:, None, 2:3] for x in qkv))
     want = dense(*(x[1] for x in qkv), layer=1)[2]
     assert np.max(np.abs(out[1, 0, 0] - want)) <= 2e-6
 
@@ -308,13 +308,13 @@ def test_the_model_decodes_with_pages(scan):
     positions = jnp.arange(9)[None]
     apply = jax.jit(lambda *of: qwen3.apply({"params": params}, *of))
     want, _ = apply(tokens, positions, jnp.ones_like(tokens))
-    held = empty(1, config=config)
+    cache = empty(1, config=config)
     table, got = jnp.array([[5, 2, 11]], jnp.int32), []
     for first, end in ((0, 5), (5, 8), (8, 9)):
         span, one = slice(first, end), jnp.ones((1, end - first), jnp.int32)
         length, starts = jnp.array([end]), jnp.array([[0, end - first]])
-        held = held.bind_tokens(table, length, starts, 0 * one, positions[:, span])
-        out, held = apply(tokens[:, span], positions[:, span], one, held)
+        cache = cache.bind_tokens(table, length, starts, 0 * one, positions[:, span])
+        out, cache = apply(tokens[:, span], positions[:, span], one, cache)
         got.append(out)
     np.testing.assert_allclose(np.concatenate(got, axis=1), want, rtol=2e-5, atol=2e-5)
 
@@ -353,9 +353,9 @@ def test_page_bytes_equal_those_of_the_pool():
     token = pages_lib.count_token_bytes(QWEN, 8, jnp.dtype("bfloat16"))
     assert token == 36 * 2 * 128 * 2
     assert pages_lib.count_token_bytes(QWEN, 8, jnp.dtype("int8")) == 36 * 2 * (128 + 4)
-    held = jax.eval_shape(lambda: empty(1, 7, 16, "int8", config=QWEN))
-    held = jax.tree.leaves(held)
-    assert sum(x.size * x.dtype.itemsize for x in held) == 7 * 16 * pages_lib.count_token_bytes(
+    arrays = jax.eval_shape(lambda: empty(1, 7, 16, "int8", config=QWEN))
+    arrays = jax.tree.leaves(arrays)
+    assert sum(x.size * x.dtype.itemsize for x in arrays) == 7 * 16 * pages_lib.count_token_bytes(
         QWEN, 1, jnp.dtype("int8")
     )
     for kind, tokens in (("ragged", 512 + 512 + 1024), ("gpu", 512 + 640), ("plain", 512 + 640)):
@@ -377,28 +377,28 @@ def pool_on(topology, data, tensor, layers):
 def compile_for(topology, data, tensor, T):
     """Compiles a decoding loop or, for T > 1, a chunk of T tokens per part; returns the program and
     the bytes of pool and weights on a device."""
-    config, mesh, held = pool_on(topology, data, tensor, 4)
+    config, mesh, cache = pool_on(topology, data, tensor, 4)
     qwen3, R, N = families.make_model(config, dtype=jnp.bfloat16), 32 * data, 64
 
     def of(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh_lib.make_row_sharding(mesh))
 
-    def apply(held, params, tokens_BT):
-        real_BT = (held.row_BT >= 0).astype(jnp.int32)
-        given = tokens_BT, held.position_BT, real_BT, held
-        applied: Any = qwen3.apply({"params": params}, *given)
+    def apply(cache, params, tokens_BT):
+        real_BT = (cache.row_BT >= 0).astype(jnp.int32)
+        arguments = tokens_BT, cache.position_BT, real_BT, cache
+        applied: Any = qwen3.apply({"params": params}, *arguments)
         return applied[1].unbind_tokens(), applied[0][:, -1, 0]
 
-    def decode(held, params, table, length):
+    def decode(cache, params, table, length):
         def step(carry):
-            held, length = carry
-            held, hidden = apply(held.bind_next_tokens(table, length), params, length[:, None])
-            return held, length + (hidden > 0)
+            cache, length = carry
+            cache, hidden = apply(cache.bind_next_tokens(table, length), params, length[:, None])
+            return cache, length + (hidden > 0)
 
-        return jax.lax.while_loop(lambda carry: jnp.any(carry[1] < 99), step, (held, length))
+        return jax.lax.while_loop(lambda carry: jnp.any(carry[1] < 99), step, (cache, length))
 
-    def chunk(held, params, *index):
-        return apply(held.bind_tokens(*index), params, index[-1])
+    def chunk(cache, params, *index):
+        return apply(cache.bind_tokens(*index), params, index[-1])
 
     with mesh_lib.use_mesh(mesh), jax.default_matmul_precision(None):
         params = mesh_lib.make_abstract_params(config, mesh, rules=mesh_lib.GATHERED_RULES)
@@ -406,9 +406,9 @@ def compile_for(topology, data, tensor, T):
         args = (of(R, N), of(R))
         if T > 1:
             args = (*args, of(data, R // data + 1), of(data, T), of(data, T))
-        made = jax.jit(chunk if T > 1 else decode, donate_argnums=0).lower(held, params, *args)
-        program = aot.compile_program("", lambda: made, 16)
-    return program, calls.count_device_bytes(held), calls.count_device_bytes(params)
+        lowered = jax.jit(chunk if T > 1 else decode, donate_argnums=0).lower(cache, params, *args)
+        program = aot.compile_program("", lambda: lowered, 16)
+    return program, calls.count_device_bytes(cache), calls.count_device_bytes(params)
 
 
 @pytest.mark.parametrize(
@@ -433,12 +433,12 @@ def test_the_pool_is_updated_in_place(topology, data, tensor, T):
 
 
 def test_a_page_is_copied_in_place():
-    config, mesh, held = pool_on("v5e:2x2", 2, 2, 36)
+    config, mesh, cache = pool_on("v5e:2x2", 2, 2, 36)
     ids = jax.ShapeDtypeStruct((2, 32), jnp.int32, sharding=mesh_lib.make_row_sharding(mesh))
-    copy = jax.jit(lambda held, a, b: held.copy_pages(a, b), donate_argnums=0)
+    copy = jax.jit(lambda cache, a, b: cache.copy_pages(a, b), donate_argnums=0)
     with mesh_lib.use_mesh(mesh):
-        program = aot.compile_program("", lambda: copy.lower(held, ids, ids), 16)
-    pool = calls.count_device_bytes(held)
+        program = aot.compile_program("", lambda: copy.lower(cache, ids, ids), 16)
+    pool = calls.count_device_bytes(cache)
     assert program.aliased_bytes >= pool and program.temporary_bytes < 0.01 * pool
     assert program.hbm_bytes is not None
     page = 128 * pages_lib.count_token_bytes(config, 2, jnp.dtype("bfloat16"))

@@ -422,9 +422,9 @@ def test_score_verb_computes_in_8_bits(taught, tmp_path):
     flags = (f"--model={path}", f"--tokens={rows}", f"--out={out}", "--dtype=int8")
     assert call(score, *flags) == 0
     small = loaded(path, "int8")
-    at = np.flatnonzero(where[0])[:-1]
+    positions = np.flatnonzero(where[0])[:-1]
     exact, rounded = (
-        np.asarray(x)[0, at][np.arange(len(at)), ids[1:]]
+        np.asarray(x)[0, positions][np.arange(len(positions)), ids[1:]]
         for x in (reference, log_probs(small.model, small.params, batch))
     )
     actual = np.array(read(out)[0]["logprobs"][1:])

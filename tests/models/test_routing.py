@@ -268,8 +268,8 @@ def test_recorded_experts_equal_those_of_a_forward_pass(even, tmp_path, layers, 
 def test_recorded_layers_are_ordered_by_number():
     """A tree of blocks that went through jit comes back sorted by name, so layer 10 before layer
     2."""
-    noted = {f"layers_{i}": {"moe": {"experts": jnp.full((1, 2, 3), i)}} for i in range(12)}
-    actual = moe.get_chosen_experts(jax.tree.map(lambda x: x, noted))
+    recorded = {f"layers_{i}": {"moe": {"experts": jnp.full((1, 2, 3), i)}} for i in range(12)}
+    actual = moe.get_chosen_experts(jax.tree.map(lambda x: x, recorded))
     np.testing.assert_array_equal(actual[0, 0, :, 0], np.arange(12))
 
 

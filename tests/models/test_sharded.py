@@ -98,11 +98,11 @@ def test_tokens_split_over_context_equal_one_device(
     text, F = str(compiled.as_text()), 56 // sizes[2]  # rows, tokens and features on one device
     some, every = (f"f32[{rows // sizes[1]},{n},{F}]" for n in (length // sizes[4], length))
     assert (some in text, every in text) == ((True, False) if length == T else (False, True))
-    ((_, x), found) = compiled(jax.device_put(params, shardings), weight)
+    ((_, x), grads) = compiled(jax.device_put(params, shardings), weight)
     np.testing.assert_allclose(x, expected, atol=2e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max()),
-        found,
+        grads,
         gradient,
     )
 

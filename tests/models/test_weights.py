@@ -124,12 +124,12 @@ def test_a_process_reads_only_its_devices_parts(sharded):
         )
         for i in range(2)
     ]
-    told = [process.communicate(timeout=120)[0].splitlines()[-1] for process in started]
+    outputs = [process.communicate(timeout=120)[0].splitlines()[-1] for process in started]
     tensors = stored(sharded)
     total = sum(tensor.nbytes for tensor in tensors.values())
     norms = sum(tensor.nbytes for name, tensor in tensors.items() if "norm" in name)
     assert 0 < norms < total / 20
-    assert told == [f"{len(tensors)} {(total - norms) // 2 + norms}"] * 2
+    assert outputs == [f"{len(tensors)} {(total - norms) // 2 + norms}"] * 2
 
 
 MEMORY = """
@@ -278,11 +278,11 @@ def damaged(directory: Path, change: str) -> str:
 def test_damaged_shards_are_refused(sharded, tmp_path, change):
     for file in sharded.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    said = damaged(tmp_path, change)
+    message = damaged(tmp_path, change)
     config = families.read_config(tmp_path)
     with pytest.raises(UserError) as error:  # before anything is read
         weights.check_weights(tmp_path, config, families.get_abstract_params(config)[0])
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(UserError) as again:
         load(tmp_path, (1, 1, 1))
     assert str(again.value) == str(error.value)

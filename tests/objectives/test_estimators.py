@@ -357,19 +357,19 @@ def test_baseline_lowers_the_gradient_variance(discount):
     The plain mean (the KL) is an unbiased baseline too, but does not help at discount 0."""
     plain = Loss(teacher=1, estimator="sampled", discount=discount)
     forms = plain, dataclasses.replace(plain, baseline=True), Loss(teacher=1, discount=discount)
-    found, worse = [], 0
+    variances, worse = [], 0
     for seed in range(0, 12, 2):
         student, probabilities = draw(seed), probability(draw(seed))
         rows: Any = [
             jax.jacrev(lambda s, x=x, t=seed + 1: row_losses(x, s, teacher=t))(student)
             for x in forms
         ]
-        found.append([spread(x, probabilities) for x in rows])
+        variances.append([spread(x, probabilities) for x in rows])
         mean = jax.jacrev(plain_mean(student, draw(seed + 1)))(student)
-        worse += spread(mean, probabilities) > found[-1][0]
-    print(np.round(found, 2), "the plain mean is worse than none in", worse)
+        worse += spread(mean, probabilities) > variances[-1][0]
+    print(np.round(variances, 2), "the plain mean is worse than none in", worse)
     assert discount or worse > 0
-    ours = np.array(found)
+    ours = np.array(variances)
     assert (ours[:, 1] < ours[:, 0]).all() and (ours[:, 2] <= 1.01 * ours[:, 1]).all()
 
 

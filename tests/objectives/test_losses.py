@@ -201,8 +201,8 @@ def test_micro_batches_of_uneven_counts_add_up(name):
 @functools.cache
 def predicts():
     """bool [N, LONGEST]: positions whose next token is in the response, EOS included."""
-    at, prompts = np.arange(LONGEST)[None], np.array(PROMPTS)[:, None]
-    return (at >= prompts - 1) & (at < prompts - 1 + np.array(RESPONSES)[:, None])
+    positions, prompts = np.arange(LONGEST)[None], np.array(PROMPTS)[:, None]
+    return (positions >= prompts - 1) & (positions < prompts - 1 + np.array(RESPONSES)[:, None])
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -139,19 +139,19 @@ def test_damaged_checkpoint_falls_back_to_an_earlier_one(tmp_path, capsys, damag
     save(tmp_path, 1, 2)
     damage(tmp_path / "2")
     with Checkpoints(tmp_path, save_interval_steps=1, max_to_keep=5) as saved:
-        found = saved.restore(abstract(state()))
-        assert found is not None
-        assert found[1]["number"] == 1
-        same(found[0], state(1))
+        result = saved.restore(abstract(state()))
+        assert result is not None
+        assert result[1]["number"] == 1
+        same(result[0], state(1))
         errors = capsys.readouterr().err
         assert f"{tmp_path / '2'}: damaged (" in errors
         assert (tmp_path / "2").is_dir()  # kept as evidence until the run reaches that step again
         assert saved.save(2, state(20), {"number": 20})
     with Checkpoints(tmp_path) as saved:
-        found = saved.restore(abstract(state()))
-    assert found is not None
-    assert found[1]["number"] == 20
-    same(found[0], state(20))
+        result = saved.restore(abstract(state()))
+    assert result is not None
+    assert result[1]["number"] == 20
+    same(result[0], state(20))
     assert capsys.readouterr().err.count(": damaged") == 1  # that of the replacement
 
 
@@ -273,10 +273,10 @@ def test_two_processes_agree_on_damaged_checkpoints(tmp_path):
         subprocess.Popen([sys.executable, "-c", c], cwd=ROOT, stderr=pipe, text=True) for c in codes
     ]
     try:
-        said = [process.communicate(timeout=120)[1] for process in both]
+        outputs = [process.communicate(timeout=120)[1] for process in both]
     finally:
         for process in both:
             process.kill()
-    assert [process.returncode for process in both] == [0, 0], "\n".join(said)
-    assert "/2: damaged (params: " in said[0]
-    assert "damaged" not in said[1]  # process 0 reports
+    assert [process.returncode for process in both] == [0, 0], "\n".join(outputs)
+    assert "/2: damaged (params: " in outputs[0]
+    assert "damaged" not in outputs[1]  # process 0 reports

@@ -191,7 +191,7 @@ def test_expert_products_compile_to_grouped_kernels(devices: list[Any], dtype: s
     sizes_E = jax.ShapeDtypeStruct((E,), "int32", sharding=on)
 
     def both(x, kernel, dy, sizes_E):
-        y, transpose = jax.vjp(lambda *of: grouped.dot(*of, sizes_E), x, kernel)
+        y, transpose = jax.vjp(lambda *arrays: grouped.dot(*arrays, sizes_E), x, kernel)
         return y, transpose(dy)
 
     program: Any = jax.jit(both).lower(x, kernel, dy, sizes_E).compile()

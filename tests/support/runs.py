@@ -73,9 +73,9 @@ def stop_after(monkeypatch, step):
     """Sends SIGTERM to this process during step `step`."""
     take = trainer.Trainer.step
 
-    def interrupted(self, state, *given):
+    def interrupted(self, state, *arguments):
         if int(state.step) == step:
             signal.raise_signal(signal.SIGTERM)
-        return take(self, state, *given)
+        return take(self, state, *arguments)
 
     monkeypatch.setattr(trainer.Trainer, "step", interrupted)

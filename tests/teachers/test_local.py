@@ -104,15 +104,15 @@ def map_prompts(files: Path, placed) -> dict[tuple[int, ...], list[int]]:
     return prompts
 
 
-def in_system(row: dict, asked: list[dict]) -> list[dict]:
+def in_system(row: dict, messages: list[dict]) -> list[dict]:
     text = f"{HINT}\n\n{row['solution']}".strip()
-    return [{"role": "system", "content": text}, *asked]
+    return [{"role": "system", "content": text}, *messages]
 
 
-def before_question(row: dict, asked: list[dict]) -> list[dict]:
+def before_question(row: dict, messages: list[dict]) -> list[dict]:
     if not row["solution"]:
-        return asked
-    return [{"role": "user", "content": f"{row['solution']}\n\n{asked[0]['content']}"}]
+        return messages
+    return [{"role": "user", "content": f"{row['solution']}\n\n{messages[0]['content']}"}]
 
 
 @pytest.mark.parametrize(
@@ -186,14 +186,14 @@ def test_teacher_scores_the_response_after_its_own_prompt(files):
     rows, _ = collect_first_step(c)
     assert any(row.segments_BT[0] > 1 for row in rows)
     seen = 0
-    for row, (prompt, response, at) in zip(rows, own_rows(rows), strict=True):
+    for row, (prompt, response, positions) in zip(rows, own_rows(rows), strict=True):
         (hidden,) = row.teacher.hidden_BTE
         whole = prompts[prompt] + response
         with torch.no_grad():
             out = network(torch.tensor([whole]), output_hidden_states=True).hidden_states[-1][0]
         # From the last prompt token on, since it predicts the first response token.
         theirs = out[len(prompts[prompt]) - 1 : -1].numpy()
-        np.testing.assert_allclose(hidden[at - 1], theirs, atol=1e-4)
+        np.testing.assert_allclose(hidden[positions - 1], theirs, atol=1e-4)
         seen += 1
     assert seen == 8
 
@@ -314,21 +314,23 @@ def test_moving_average_teacher_is_updated_and_resumed(rank, sizes, files, tmp_p
     loop.run(c, tmp_path / "run")
     described = policy.make_abstract_for_inference(str(tmp_path / "run"), "float32")
 
-    def at(step: int, average: bool):
-        found, _ = policy.restore_trained_params(described, step, average)
-        return jax.tree.map(np.asarray, found)
+    def restore(step: int, average: bool):
+        actual, _ = policy.restore_trained_params(described, step, average)
+        return jax.tree.map(np.asarray, actual)
 
     for step in (2, 3):
-        expected = jax.tree.map(lambda a, p: a + 0.5 * (p - a), at(step - 1, True), at(step, False))
-        jax.tree.map(
-            lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), at(step, True), expected
+        expected = jax.tree.map(
+            lambda a, p: a + 0.5 * (p - a), restore(step - 1, True), restore(step, False)
         )
-    whole = at(3, True), at(3, False)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), restore(step, True), expected
+        )
+    whole = restore(3, True), restore(3, False)
     shutil.copytree(tmp_path / "run", tmp_path / "again")
     shutil.rmtree(tmp_path / "again/checkpoints/3")
     loop.run(c, tmp_path / "again")
     described = policy.make_abstract_for_inference(str(tmp_path / "again"), "float32")
-    jax.tree.map(np.testing.assert_array_equal, whole, (at(3, True), at(3, False)))
+    jax.tree.map(np.testing.assert_array_equal, whole, (restore(3, True), restore(3, False)))
     rows = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     if not rank:
         # Before the first update, both teachers equal the student.

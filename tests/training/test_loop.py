@@ -129,18 +129,18 @@ def test_metrics_are_written_one_step_late(models, tmp_path, monkeypatch):
     c.stages, c.opd.steps, c.checkpoint.every = ("opd",), 4, 3
     take, write, save = trainer.Trainer.step, run_files.Writer.write, loop.Checkpoints.save
 
-    def step(self, state, *given):
+    def step(self, state, *arguments):
         seen.append(("step", int(state.step)))
-        return take(self, state, *given)
+        return take(self, state, *arguments)
 
     def written(self, at, stage, row):
         assert not any(isinstance(x, jax.Array) for x in row.values())
         seen.append(("row", at))
         write(self, at, stage, row)
 
-    def saved(self, at, *given, **further):
+    def saved(self, at, *arguments, **further):
         seen.append(("saved", at))
-        return save(self, at, *given, **further)
+        return save(self, at, *arguments, **further)
 
     monkeypatch.setattr(trainer.Trainer, "step", step)
     monkeypatch.setattr(run_files.Writer, "write", written)

@@ -172,8 +172,8 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def same(one, other) -> None:
-    (actual, moved, few), (expected, by, many) = one, other
+def same(packed, unpacked) -> None:
+    (actual, moved, few), (expected, by, many) = packed, unpacked
     assert few < 0.8 * many
     assert actual.keys() == expected.keys()
     for name, x in expected.items():
@@ -191,8 +191,8 @@ def test_packed_rows_train_as_unpacked_ones_do(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gspo", "context", "mixed", "experts", "taught updates"])
 def test_packed_rows_train_as_unpacked_ones_on_a_mesh_of_eight(name: str) -> None:
-    eight, one = trained(CASES[name], True, (1, 4, 2)), trained(CASES[name], False)
-    same((*eight[:2], 1), one)
+    eight, packed = trained(CASES[name], True, (1, 4, 2)), trained(CASES[name], False)
+    same((*eight[:2], 1), packed)
 
 
 def test_a_judge_scores_packed_rows_like_unpacked_ones() -> None:
