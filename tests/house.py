@@ -15,7 +15,7 @@ from tests.support.paths import ROOT
 PACKAGES = ("models", "distill", "configs", "assets", "benchmarks", "tests")
 
 # The folders of distill/ from top to bottom, each with its files from top to bottom: a file imports
-# what stands behind it in this list. The files of distill/ itself are the verbs, and batch.
+# only what is listed after it. The files of distill/ itself are the verbs, and batch.
 FOLDERS = {
     "": "quickstart harness diagnose plan train evaluate generate score compare verify clean "
     "export",
