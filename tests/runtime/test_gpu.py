@@ -94,8 +94,8 @@ def test_xla_accepts_the_flags_set_after_importing_train() -> None:
     code = (
         "import os, sys, importlib; train = importlib.import_module('distill.train');"
         "from distill.runtime import gpu;"
-        "gpu.expected = lambda: True;"
-        "gpu.DEFAULT_FLAGS |= dict(a.split('=') for a in sys.argv[1:]); gpu.set_flags(True);"
+        "gpu.is_gpu_expected = lambda: True;"
+        "gpu.DEFAULT_FLAGS |= dict(a.split('=') for a in sys.argv[1:]); gpu.set_xla_flags(True);"
         "import jax; jax.devices(); print('deterministic' in os.environ['XLA_FLAGS'])"
     )
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
