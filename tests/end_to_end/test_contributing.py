@@ -58,8 +58,9 @@ def add_benchmark(copy: Path) -> None:
     """Steps 1 and 2."""
     section = read_section("Add a benchmark")
     (code,) = read_blocks(section, "python")
-    path = re.search(r"`(distill/evaluation/tasks/(\w+)\.py)`, for example", section)
-    row = re.search(r'`("\w+": \w+\.TASK)` to `BENCHMARKS`', section)
+    prose = " ".join(section.split())
+    path = re.search(r"`(distill/evaluation/tasks/(\w+)\.py)`, for example", prose)
+    row = re.search(r'`("\w+": \w+\.TASK)` to `BENCHMARKS`', prose)
     assert path and row
     (copy / path[1]).write_text(code)
     table = copy / "distill/evaluation/tasks/__init__.py"

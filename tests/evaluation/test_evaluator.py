@@ -477,7 +477,10 @@ BAD = [
     (("--benchmark=gsm8k",), "--data: gsm8k needs a jsonl file"),
     (("--benchmark=gsm8k", "--data=none.jsonl"), "none.jsonl: no such file"),
     (("--benchmark=gsm8k", "--data=unanswered.jsonl"), "unanswered.jsonl:2: no answer among"),
-    (("--benchmark=gsm8k", "--data=twice.jsonl"), "twice.jsonl:2: id 'a' is that of an earlier"),
+    (
+        ("--benchmark=gsm8k", "--data=twice.jsonl"),
+        "twice.jsonl:2: repeats the id 'a' of an earlier row",
+    ),
     (("--benchmark=gsm8k", "--data=ids.jsonl"), "ids.jsonl:1: token id 600 is outside"),
     (("--benchmark=gsm8k", "--data=unasked.jsonl"), "unasked.jsonl:1: none of tokens, prompt"),
     (
@@ -500,7 +503,10 @@ BAD = [
     (("--benchmark=arithmetic", "--out=unasked.jsonl"), "--out=unasked.jsonl"),
     (("--benchmark=arithmetic", "--responses=fine.jsonl", "--out=twice.jsonl"), "--out=twice"),
     (("--benchmark=arithmetic", "--responses=unasked.jsonl"), "unasked.jsonl:1: no response among"),
-    (("--benchmark=arithmetic", "--responses=said.jsonl"), "said.jsonl:1: no answer, and no"),
+    (
+        ("--benchmark=arithmetic", "--responses=said.jsonl"),
+        "said.jsonl:1: has no answer, and matches no problem",
+    ),
     ((), "--benchmark is required"),
     (("--benchmark=arithmetic", "--protocol=guess"), "--protocol=guess: known are greedy"),
     (("--benchmark=arithmetic", "--template=hello"), "--template: no {question} in it"),
