@@ -106,7 +106,7 @@ def make_optim() -> ConfigDict:
 
 
 def make_rollout() -> ConfigDict:
-    """How the device samples; does not change what is sampled, but for the dtypes."""
+    """Sets how the device samples. Only the dtypes change what is sampled."""
     c = ConfigDict()
     # Rows that decode together; waiting ones take the place of ended ones. 0: as many as the cache
     # allows, three times the longest rows that it holds, and no more than there are.
@@ -139,7 +139,7 @@ def make_rollout() -> ConfigDict:
 def make_stage(objective: str) -> ConfigDict:
     """A stage of training: an objective, its data, and its own optimiser."""
     c = ConfigDict()
-    # A row of losses.TABLE. On traces: sft (cross-entropy), distill (forward KL from the teacher).
+    # A row of losses.OBJECTIVES. On traces: sft (cross-entropy), distill (KL from the teacher).
     # On a mixture: gkd. On own samples: opd (reverse KL), opd_sampled, grpo, dr_grpo, dapo, gspo,
     # cispo, rloo, hybrid (reward and teacher together).
     c.objective = objective

@@ -1,7 +1,7 @@
 """Packs several examples into the rows of a batch, first-fit decreasing.
 
 Examples come in the order of `dataset.get_example` and are packed a window at a time: as many as
-fill the rows of `window_steps` steps, each into the first row with room for it, the longest first.
+fill the rows of some steps (WINDOW_ROWS), each into the first row with room, the longest first.
 Those that find no room come first in the next window. So rows are full, each example still comes
 once an epoch, and a window follows from the lengths of the examples before its end alone. To begin
 in the middle, a checkpoint carries the state of its window: a number and the few examples left

@@ -48,18 +48,6 @@ def compute_hidden_and_router_stats(
     return out_BTD, moe.sum_router_stats(collections.get(moe.ROUTER, {}))
 
 
-def compute_chosen_experts(model: Transformer, params: Params, batch: Batch) -> jax.Array:
-    """Returns the experts that a forward pass chooses, int16 [B, T, L, A]: Batch.experts_BTLA."""
-    applied: Any = model.apply(
-        {"params": params},
-        batch.tokens_BT,
-        batch.positions_BT,
-        batch.segments_BT,
-        mutable=[moe.CHOSEN],
-    )
-    return moe.get_chosen_experts(applied[1][moe.CHOSEN])
-
-
 def compute_logp(
     hidden_BTD: jax.Array, params: Params, batch: Batch, loss_chunk_mib: float, temperature: float
 ) -> jax.Array:

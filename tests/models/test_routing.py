@@ -22,7 +22,16 @@ from distill.training import loop, microbatches, setup, update
 from models import families, weights
 from models.errors import UserError
 from models.layers import moe
-from tests.support.experts import EVEN, SHAPES, T, batch_of, load, tokens_of, torch_gradients
+from tests.support.experts import (
+    EVEN,
+    SHAPES,
+    T,
+    batch_of,
+    compute_chosen_experts,
+    load,
+    tokens_of,
+    torch_gradients,
+)
 from tests.support.runs import config, numbers, tiny_model
 from tests.support.tiny_models import tiny_qwen3
 
@@ -113,7 +122,7 @@ def test_replaying_a_models_own_experts_changes_nothing(pair):
     """Hidden states and gradients stay the same, and gradients flow into the router as before."""
     _, config, params = pair
     batch, qwen3 = batch_of(config, 2), families.make_model(config)
-    experts = jax.jit(forward.compute_chosen_experts, static_argnums=0)(qwen3, params, batch)
+    experts = jax.jit(compute_chosen_experts, static_argnums=0)(qwen3, params, batch)
     layers = sum(config.sparse_layers)
     assert experts.shape == (2, T, layers, config.num_experts_per_tok)
     assert experts.dtype == jnp.int16
@@ -163,7 +172,7 @@ def test_replay_undoes_flips_of_the_expert_choice(even):
     recorded experts they do not, on eight devices as on one."""
     config, params = load(even)
     batch, qwen3 = batch_of(config), families.make_model(config)
-    experts = jax.jit(forward.compute_chosen_experts, static_argnums=0)(qwen3, params, batch)
+    experts = jax.jit(compute_chosen_experts, static_argnums=0)(qwen3, params, batch)
     noise = np.random.default_rng(0).normal(size=params["layers"]["moe"]["router"].shape)
     states = {}
     for name, sizes, recorded in (
@@ -253,9 +262,7 @@ def test_recorded_experts_equal_those_of_a_forward_pass(even, tmp_path, layers, 
     batch = microbatches.make_unpacked_batch(rows, len(rows), P + R, routing=config.routing_shape)
     _, alone = load(directory)
     expected = np.asarray(
-        jax.jit(forward.compute_chosen_experts, static_argnums=0)(
-            families.make_model(config), alone, batch
-        )
+        jax.jit(compute_chosen_experts, static_argnums=0)(families.make_model(config), alone, batch)
     )
     actual, segments = np.asarray(batch.experts_BTLA), np.asarray(batch.segments_BT)
     assert actual.dtype == np.int16 and actual.shape == expected.shape

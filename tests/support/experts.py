@@ -9,6 +9,8 @@ import numpy as np
 from distill.batch import Batch
 from distill.runtime import mesh as mesh_lib
 from models import families, weights
+from models.layers import moe
+from models.transformer import Params, Transformer
 
 T = 19
 
@@ -81,3 +83,15 @@ def torch_gradients(network):
         else:
             gradients[name] = grad
     return gradients
+
+
+def compute_chosen_experts(model: Transformer, params: Params, batch: Batch) -> jax.Array:
+    """Returns the experts that a forward pass chooses, int16 [B, T, L, A]: Batch.experts_BTLA."""
+    applied: Any = model.apply(
+        {"params": params},
+        batch.tokens_BT,
+        batch.positions_BT,
+        batch.segments_BT,
+        mutable=[moe.CHOSEN],
+    )
+    return moe.get_chosen_experts(applied[1][moe.CHOSEN])
