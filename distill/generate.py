@@ -20,7 +20,7 @@ import dataclasses
 
 from absl import flags
 
-from distill.data import columns, dataset
+from distill.data import canonical, dataset
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.rollout import completions
@@ -78,7 +78,7 @@ def run_generation() -> None:
     prompt_rows = dataset.open_canonical_rows(PROMPTS.value)
     rows = dataclasses.replace(
         prompt_rows,
-        read_row=lambda i: columns.apply_template(prompt_rows.read_row(i), TEMPLATE.value),
+        read_row=lambda i: canonical.apply_template(prompt_rows.read_row(i), TEMPLATE.value),
     )
     subject = policy.make_abstract_for_inference(MODEL.value, DTYPE.value)
     out, spec = cli.check_output(OUT.value), _read_spec(subject)

@@ -11,7 +11,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from distill.data import chat, columns
+from distill.data import canonical, chat
 from distill.data.examples import Encoding, Example, encode_prompt, is_id_list, make_example
 from models import checks
 from models.errors import UserError
@@ -114,7 +114,7 @@ def _encode_sample_prompt(
 ) -> list[int]:
     """Encodes the prompt of a written sample with the context, in the mode of its prompt_tokens."""
     where = example.where
-    prompt_row = columns.canonicalize_row(source_row, "", where, False)
+    prompt_row = canonical.canonicalize_row(source_row, "", where, False)
     for thinking in (True, False, None) if "tokens" not in prompt_row else ():
         if encode_prompt(prompt_row, where, tokenizer, thinking) == example.prompt:
             teacher_row = _insert_context(prompt_row, text, placement, where)
