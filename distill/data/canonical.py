@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from distill.data import answers, chat, columns, turns
+from distill.data import answers, columns, turns
+from distill.data import messages as chats
 from distill.rewards import graders
 from models.errors import UserError
 
@@ -247,9 +248,12 @@ def _read_response(row: dict, prompt: dict, named: set[str]) -> dict:
     if isinstance(value, list | dict):
         messages = _add_turns(prompt, turns.read_turns(value, name), name)
         value = None
-    reasoning = next((row[n] for n in columns.REASONING if _is_reasoning(row.get(n))), "")
+    source, reasoning = next(
+        ((n, row[n]) for n in columns.REASONING if _is_reasoning(row.get(n))), ("", "")
+    )
     if value is None and messages and messages[-1]["role"] == "assistant":
-        if reasoning and not _is_in_block(reasoning, _get_answer_text(messages)):
+        text = _get_answer_text(messages)
+        if reasoning and chats.merge_reasoning(text, reasoning, source) != text:
             messages = [*messages[:-1], {**messages[-1], "reasoning_content": reasoning}]
         return {"messages": messages}
     if value is None and row.get("solution") is None:
@@ -260,8 +264,7 @@ def _read_response(row: dict, prompt: dict, named: set[str]) -> dict:
     value = row["solution"] if value is None else value
     if not isinstance(value, str):
         raise UserError(f"{name} is not a text")
-    if reasoning and not _is_in_block(reasoning, value):
-        value = chat.wrap_thinking(reasoning, value)
+    value = chats.merge_reasoning(value, reasoning, source) if reasoning else value
     if name == "solution" and not messages and not reasoning and "solution" not in named:
         return {}
     return {
@@ -301,7 +304,7 @@ def _find_response(row: dict, messages: list[dict], named: set[str]) -> tuple[st
 
 
 def _get_answer_text(messages: list[dict]) -> str:
-    return chat.to_assistant_text({**messages[-1], "content": turns.get_text(messages[-1])})
+    return chats.to_assistant_text({**messages[-1], "content": turns.get_text(messages[-1])})
 
 
 def _compose_response(row: dict) -> str | None:
@@ -312,11 +315,11 @@ def _compose_response(row: dict) -> str | None:
             reasoning = "\n".join(reasoning) if _is_list_of_texts(reasoning) else reasoning
             if not isinstance(reasoning, str) or not isinstance(row[final], str):
                 raise UserError(f"{thoughts} and {final} are not texts")
-            return chat.wrap_thinking(reasoning, row[final].strip())
+            return chats.wrap_thinking(reasoning, row[final].strip())
     if "r1_solution_1" in row:
         if not isinstance(row["r1_solution_1"], str):
             raise UserError("r1_solution_1 is not a text")
-        return _restore_think_tag(row["r1_solution_1"])
+        return chats.restore_think_tag(row["r1_solution_1"])
     if row.keys() >= columns.VERIFIED:
         return _find_verified_generation(row)
     if isinstance(row.get("content"), str) and any(
@@ -338,14 +341,8 @@ def _find_verified_generation(row: dict) -> str:
         raise UserError("correctness_math_verify has no verdict on each of its generations")
     for text, verdicts in zip(texts, zip(correct, complete, strict=True), strict=True):
         if all(verdicts):
-            return _restore_think_tag(text)
+            return chats.restore_think_tag(text)
     raise UserError("generations: none is complete and verified correct")
-
-
-def _restore_think_tag(text: str) -> str:
-    """Puts back the opening tag, which DeepSeek-R1's template writes and its responses lack."""
-    opens = text.lstrip().startswith("<think>")
-    return text if opens or "</think>" not in text else f"<think>\n{text.lstrip()}"
 
 
 def _is_list_of_texts(value: object) -> bool:
@@ -354,15 +351,6 @@ def _is_list_of_texts(value: object) -> bool:
 
 def _is_reasoning(value: object) -> bool:
     return isinstance(value, str) and value.strip() not in ("", *columns.SWITCHES)
-
-
-def _is_in_block(reasoning: str, text: str) -> bool:
-    """Returns True if a response has a think block. Raises UserError if that has other thoughts."""
-    if "</think>" not in text:
-        return False
-    if not turns.holds(text, reasoning):
-        raise UserError("its reasoning differs from the think block of its response")
-    return True
 
 
 def _add_turns(prompt: dict, added: list[dict], name: str) -> list[dict]:

@@ -3,20 +3,11 @@
 import json
 from typing import Any
 
+from distill.data import messages as chats
 from models.errors import UserError
 
-# ShareGPT's and LLaMA-Factory's speakers, and OpenAI's roles. A function_call is a tool call.
-ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
-}
+# ShareGPT's speakers, and LLaMA-Factory's, whose function_call is a tool call.
+ROLES = chats.ROLES | {"human": "user", "gpt": "assistant", "function_call": "assistant"}
 
 
 def read_turns(value: Any, name: str) -> list:
@@ -48,15 +39,13 @@ def _read_turn(turn: Any, where: str) -> dict:
     speaker = turn.get(field)
     if not isinstance(speaker, str) or speaker not in ROLES:
         raise UserError(f"{where}.{field} {speaker!r} is none of {', '.join(ROLES)}")
-    read = ("role", "from", "value", "function_call")
-    message = {k: v for k, v in turn.items() if k not in read and v is not None}
-    message = {"role": ROLES[speaker], **message}
-    if "content" not in message and "value" in turn:
+    read = ("role", "from", "value")
+    others = {k: v for k, v in turn.items() if k not in read and (v is not None or k == "content")}
+    message = {"role": ROLES[speaker], **others}
+    if turn.get("content") is None and "value" in turn:
         message["content"] = turn["value"]
-    call = message.get("content") if speaker == "function_call" else turn.get("function_call")
-    if call is not None:  # function_call of a message is OpenAI's older form
-        message["content"] = "" if speaker == "function_call" else message.get("content", "")
-        message["tool_calls"] = _read_calls(call, where)
+    if speaker == "function_call":
+        message |= {"tool_calls": _read_calls(message.get("content"), where), "content": ""}
     return message
 
 
@@ -90,19 +79,12 @@ def read_tools(value: Any, name: str) -> list[dict]:
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise UserError(f"{name}[{number}] is no JSON schema of a function with a name")
-    return [_drop_nulls(tool if "function" in tool else _wrap_function(tool)) for tool in tools]
+    return [tool if "function" in tool else _wrap_function(tool) for tool in tools]
 
 
 def _wrap_function(function: dict) -> dict:
     fields = {k: v for k, v in function.items() if (k, v) != ("type", "function")}
     return {"type": "function", "function": fields}
-
-
-def _drop_nulls(value: Any) -> Any:
-    """Returns JSON without fields of null, which parquet gives each schema for those of another."""
-    if isinstance(value, dict):
-        return {k: _drop_nulls(v) for k, v in value.items() if v is not None}
-    return [_drop_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def read_history(value: Any) -> list[dict]:
