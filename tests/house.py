@@ -32,7 +32,7 @@ FOLDERS = {
     "data": "collate packing dataset teacher_context cleaning dedup curriculum examples sources "
     "columns arithmetic chat",
     "objectives": "losses loss fused_head chunks divergences advantages",
-    "rewards": "terms ifeval graders",
+    "rewards": "terms ifeval graders equality answers",
     "runtime": "checkpoint cli distributed xla run_files environment gpu mesh",
 }
 FLOOR = {
