@@ -30,7 +30,7 @@ FOLDERS = {
     "sampling",
     "policy": "exporting forward compatibility policy identity hub",
     "data": "collate packing dataset teacher_context cleaning dedup curriculum examples sources "
-    "columns arithmetic chat",
+    "columns arithmetic chat template messages",
     "objectives": "losses loss fused_head chunks divergences advantages",
     "rewards": "terms ifeval graders",
     "runtime": "checkpoint cli distributed xla run_files environment gpu mesh",

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from distill.data import chat, columns, dedup, sources
+from distill.data import columns, dedup, sources
+from distill.data.messages import parse_messages, to_assistant_text
 from distill.runtime import cli, run_files
 from models.errors import UserError
 
@@ -160,11 +161,10 @@ def extract_texts(row: dict, where: str) -> tuple[str, str]:
       UserError: if it has no prompt in the form of text.
     """
     if "messages" in row:
-        messages = chat.parse_messages(row, where, prompt=None)
+        messages = parse_messages(row, where, prompt=None)
         prompt = "\n".join(m["content"] for m in messages if m["role"] == "user")
         text = "\n".join(
-            chat.to_assistant_text(m) if m["role"] == "assistant" else m["content"]
-            for m in messages
+            to_assistant_text(m) if m["role"] == "assistant" else m["content"] for m in messages
         )
     else:
         field = next((f for f in ("question", "prompt", "text") if f in row), None)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from distill.data import dataset
+from distill.data.template import describe_template
 from distill.evaluation import divergence, problems, records, responses, statistics, tasks
 from distill.evaluation.problems import Problems
 from distill.evaluation.protocols import EvalSpec
@@ -99,7 +100,7 @@ def evaluate_benchmark(
                 task.grading,
                 rows[first_problem:],
                 keys[first_problem:],
-                spec.thinking,
+                describe_template(subject.tokenizer).find_mode(spec.thinking),
             )
         for number, group in enumerate(row_groups, start=first_problem + 1):
             lines.append_rows(group)
