@@ -30,10 +30,10 @@ FOLDERS = {
     "sampling",
     "policy": "exporting forward compatibility policy hub",
     "data": "collate packing dataset teacher_context cleaning dedup curriculum examples sources "
-    "columns arithmetic chat",
+    "columns arithmetic chat files values",
     "objectives": "losses loss fused_head chunks divergences advantages",
     "rewards": "terms ifeval graders",
-    "runtime": "checkpoint cli distributed xla run_files environment gpu mesh",
+    "runtime": "checkpoint cli distributed xla run_files paths environment gpu mesh",
 }
 FLOOR = {
     ".".join(filter(None, ("distill", folder, file))): place

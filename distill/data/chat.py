@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from distill.data import values
 from models.errors import UserError
 
 EMPTY_THINK = "<think>\n\n</think>\n\n"  # ends the prompt where the model is not to think
@@ -68,6 +69,7 @@ def parse_messages(row: dict, where: str = "row", *, prompt: bool | None = True)
         calls_tool = role == "assistant" and message.get("tool_calls")
         if not isinstance(message.get("content"), str) and not calls_tool:
             raise UserError(f"{where}: messages[{i}].content is not a text")
+        values.require_characters(message, f"{where}: messages[{i}]")
         checked.append(message)
     if prompt is not None and prompt == (checked[-1]["role"] == "assistant"):
         must = "must not" if prompt else "must"

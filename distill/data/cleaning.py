@@ -4,9 +4,10 @@ import collections
 import dataclasses
 
 import numpy as np
+from etils import epath
 
-from distill.data import chat, columns, dedup, sources
-from distill.runtime import cli, run_files
+from distill.data import chat, columns, dedup, sources, values
+from distill.runtime import run_files
 from models.errors import UserError
 
 SCRIPT_SHARE = 0.9  # even English texts have formulas with Greek letters
@@ -28,14 +29,19 @@ class Rules:
     skip_bad_rows: bool = False
 
 
-def clean_file(source: str, against: list[str], rules: Rules, out: str, report: str) -> None:
+def clean_file(
+    source: str,
+    against: list[str],
+    rules: Rules,
+    out: epath.PathLike,
+    report: epath.PathLike | None,
+) -> None:
     """Writes the rows of `source` that stay to `out` as jsonl, and the findings to `report`."""
-    out_path = cli.check_output(out)
     rows = sources.open_rows(source)
     kept, findings = find_clean_rows(rows, [sources.open_rows(name) for name in against], rules)
     if report:
         run_files.write_jsonl(report, findings)
-    run_files.write_jsonl(out_path, (rows.read_row(index) for index in kept))
+    run_files.write_jsonl(out, (rows.read_row(index) for index in kept))
     counts = collections.Counter({f["row"]: f["why"] for f in findings}.values())
     reasons = ", ".join(f"{count} {why}" for why, count in counts.most_common()) or "none left out"
     run_files.log_line(f"{rows.name}: {len(kept)} of {rows.size} rows stay; {reasons}")
@@ -149,4 +155,6 @@ def extract_texts(row: dict, where: str) -> tuple[str, str]:
             raise UserError(f"{where}: no messages, question, prompt or text among {sorted(row)}")
         prompt = text = row[field]
     response = row.get("response") or row.get("solution") or ""
-    return prompt, f"{text}\n{response}" if isinstance(response, str) else text
+    text = f"{text}\n{response}" if isinstance(response, str) else text
+    values.require_characters(text, f"{where}: its text")
+    return prompt, text

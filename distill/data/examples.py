@@ -5,7 +5,7 @@ import re
 
 from transformers import PreTrainedTokenizerBase
 
-from distill.data import chat
+from distill.data import chat, values
 from models.errors import RowError, UserError
 
 
@@ -138,8 +138,7 @@ def _get_text(row: dict, field: str, where: str) -> str:
     text = row[field]
     if not isinstance(text, str):
         raise UserError(f"{where}: {field} is not a text")
-    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-        raise UserError(f"{where}: {field} holds half a surrogate pair, which is no character")
+    values.require_characters(text, f"{where}: {field}")
     return text
 
 

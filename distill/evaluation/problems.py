@@ -1,6 +1,6 @@
 """Loads a benchmark's problems, and stored responses to them, from files or data sets."""
 
-from distill.data import sources
+from distill.data import sources, values
 from distill.evaluation import tasks
 from distill.evaluation.tasks.task import NAME_FIELDS, Record, Task
 from models.errors import UserError
@@ -48,6 +48,7 @@ def load_problems(benchmark: str, source: str, limit: int) -> Problems:
     problems, names = [], set()
     for number, (where, published_row) in enumerate(sources.open_rows(source)):
         row = task.adapt_row(published_row, where)
+        values.require_characters(str(row["answer"]), f"{where}: answer")
         name = str(row.setdefault("id", f"{benchmark}-{number}"))
         if name in names:
             raise UserError(f"{where}: repeats the id {name!r} of an earlier row")
@@ -94,5 +95,6 @@ def load_responses(benchmark: str, path: str, problems: Problems) -> list[Record
         if answer is None:
             raise UserError(f"{where}: has no answer, and matches no problem of --data")
         name = names[0] if names else f"row-{number}"
+        values.require_characters([str(answer), row["response"]], f"{where}: its text")
         responses.append({"id": name, "answer": str(answer), "response": row["response"]})
     return responses

@@ -3,7 +3,7 @@
 import collections
 from collections.abc import Iterator
 
-from distill.data import sources
+from distill.data import sources, values
 from distill.rewards import graders
 from distill.rewards.graders import GradingRule
 from distill.runtime import run_files
@@ -25,6 +25,7 @@ def grade_samples(row: dict, where: str, rule: GradingRule, grader: graders.Grad
     samples, answer = row["samples"], str(row["answer"])
     if any(not isinstance(sample.get("text"), str) for sample in samples):
         raise UserError(f"{where}: a sample has no text to grade")
+    values.require_characters([answer, *(s["text"] for s in samples)], f"{where}: its text")
     # To check that the grader can read the answer, it also grades a response that gives the answer.
     texts = [sample["text"] for sample in samples]
     texts.append(rule.right_response.replace("answer", answer))
