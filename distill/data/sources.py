@@ -123,7 +123,7 @@ def _open_parquet(path: str) -> Rows:
 
 
 def _open_hub(name: str) -> Rows:
-    return _open_dataset(f"hf:{name}", f"hf:{name} row ", *_parse_name(name))
+    return _open_dataset(f"hf:{name}", f"hf:{name} row ", *_parse_hub_name(name))
 
 
 def _open_dataset(
@@ -182,7 +182,7 @@ def _open_stream(name: str, size: int, window: int) -> Rows:
     the stream again, one after the next window skips ahead."""
     import datasets
 
-    path, config, split = _parse_name(name)
+    path, config, split = _parse_hub_name(name)
     source = f"hf:{name}"
     stream = _call_library(source, datasets.load_dataset, path, config, split=split, streaming=True)
     _keep_media_encoded(stream.features)
@@ -225,6 +225,17 @@ def _parse_name(name: str) -> tuple[str, str | None, str]:
         return name, None, "train"
     path, config, split = [*name.split(":", 2), "", ""][:3]
     return path, config or None, split if name.count(":") > 1 else "train"
+
+
+def _parse_hub_name(name: str) -> tuple[str, str | None, str]:
+    path, config, split = _parse_name(name)
+    if not path:
+        raise UserError(f"hf:{name}: names no set")
+    if Path(path).is_file():
+        raise UserError(f"hf:{name}: is a file, which is named without hf:")
+    if Path(path).is_dir() and "[" in os.path.realpath(path):
+        raise UserError(f"hf:{name}: `datasets` takes [ for a pattern: rename the folder")
+    return path, config, split
 
 
 def _call_library(source: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
