@@ -154,7 +154,7 @@ def extract_texts(row: dict, where: str) -> tuple[str, str]:
         if field is None or not isinstance(row[field], str):
             raise UserError(f"{where}: no messages, question, prompt or text among {sorted(row)}")
         prompt = text = row[field]
+        values.require_characters(text, f"{where}: {field}")
     response = row.get("response") or row.get("solution") or ""
-    text = f"{text}\n{response}" if isinstance(response, str) else text
-    values.require_characters(text, f"{where}: its text")
-    return prompt, text
+    values.require_characters(response, f"{where}: response")
+    return prompt, f"{text}\n{response}" if isinstance(response, str) else text

@@ -133,7 +133,7 @@ def _open_dataset(
     import datasets  # takes seconds to import
 
     table = _call_library(source, datasets.load_dataset, path, config, split=split, **options)
-    _keep_media_encoded(table.features)
+    _keep_media_encoded(table.info.features)
     return _make_table_rows(source, table, prefix)
 
 
@@ -185,7 +185,7 @@ def _open_stream(name: str, size: int, window: int) -> Rows:
     path, config, split = _parse_hub_name(name)
     source = f"hf:{name}"
     stream = _call_library(source, datasets.load_dataset, path, config, split=split, streaming=True)
-    _keep_media_encoded(stream.features)
+    _keep_media_encoded(stream.info.features)
     known = (stream.info.splits or {}).get(split)
     total = known.num_examples if known else 0
     if not total and not size:

@@ -67,12 +67,12 @@ def check_gradable(benchmark: str, problems: Problems) -> None:
 def render_question(benchmark: str, row: Record, template: str = "") -> Record:
     """Returns the row with its question rendered by `template`, or by the benchmark's own one.
 
-    Rows without a question (messages, prompts, token ids) are returned unchanged.
+    Rows without a question in text (messages, prompts, token ids) are returned unchanged.
     """
     template = template or tasks.BENCHMARKS[benchmark].prompt
-    if "question" not in row:
+    if not isinstance(row.get("question"), str):
         return row
-    return {**row, "question": template.replace("{question}", str(row["question"]))}
+    return {**row, "question": template.replace("{question}", row["question"])}
 
 
 def load_responses(benchmark: str, path: str, problems: Problems) -> list[Record]:
@@ -95,6 +95,7 @@ def load_responses(benchmark: str, path: str, problems: Problems) -> list[Record
         if answer is None:
             raise UserError(f"{where}: has no answer, and matches no problem of --data")
         name = names[0] if names else f"row-{number}"
-        values.require_characters([str(answer), row["response"]], f"{where}: its text")
+        values.require_characters(str(answer), f"{where}: answer")
+        values.require_characters(row["response"], f"{where}: response")
         responses.append({"id": name, "answer": str(answer), "response": row["response"]})
     return responses

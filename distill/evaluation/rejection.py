@@ -25,7 +25,8 @@ def grade_samples(row: dict, where: str, rule: GradingRule, grader: graders.Grad
     samples, answer = row["samples"], str(row["answer"])
     if any(not isinstance(sample.get("text"), str) for sample in samples):
         raise UserError(f"{where}: a sample has no text to grade")
-    values.require_characters([answer, *(s["text"] for s in samples)], f"{where}: its text")
+    values.require_characters(answer, f"{where}: answer")
+    values.require_characters(samples, f"{where}: samples")
     # To check that the grader can read the answer, it also grades a response that gives the answer.
     texts = [sample["text"] for sample in samples]
     texts.append(rule.right_response.replace("answer", answer))
