@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from distill.data import chat, sources, values
+from distill.data import messages, sources, values
 from distill.runtime import run_files
 from models.errors import UserError
 
@@ -112,7 +112,7 @@ def test_what_has_no_form_in_json_is_named() -> None:
 def test_bytes_that_are_no_text_are_no_prompt() -> None:
     row = values.convert_row({"messages": [{"role": "user", "content": PNG}]}, "row 1")
     with pytest.raises(UserError, match=r"^row 1: messages\[0\]\.content is not a text"):
-        chat.parse_messages(row, "row 1")
+        messages.parse_messages(row, "row 1")
 
 
 @pytest.mark.parametrize(
