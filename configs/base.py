@@ -31,7 +31,7 @@ def make_data() -> ConfigDict:
     c.source = "arithmetic"
     c.mixture = ()  # instead of source: pairs of source and weight, (("a.jsonl", 3.0), ...)
     c.template = "{question}"  # prompt of a question; BOXED_TEMPLATE as in the benchmarks
-    c.columns = ""  # "": detected; a name in distill/data/columns.py; or ours=theirs,...
+    c.columns = ""  # "": see distill/data/columns.py; or pairs: question=input,response=output
     c.max_rows = 0  # use only the first rows (problems), in a new order each epoch; 0: all
     c.check_rows = 10_000  # rows of each source read before step 0; later ones when needed
     c.on_bad_row = "fail"  # skip: leave the row out, print it, count it (metric data/skipped)

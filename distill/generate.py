@@ -14,14 +14,15 @@ and `top_logprobs`, the K most likely tokens at each position as [id, log-probab
 
 A row that cannot be completed (empty prompt, prompt too long, NaN logits) has an `error` and no
 samples; the other rows are written, and the exit code is 2. Rows are written to OUT.partial as they
-finish; the same command resumes after the last one.
+finish; the same command resumes after the last one, if rows, settings and the model's files are
+the same.
 """
 
 import dataclasses
 
 from absl import flags
 
-from distill.data import columns, dataset
+from distill.data import canonical, dataset
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.rollout import completions
@@ -79,7 +80,7 @@ def run_generation() -> None:
     prompt_rows = dataset.open_canonical_rows(PROMPTS.value)
     rows = dataclasses.replace(
         prompt_rows,
-        read_row=lambda i: columns.apply_template(prompt_rows.read_row(i), TEMPLATE.value),
+        read_row=lambda i: canonical.apply_template(prompt_rows.read_row(i), TEMPLATE.value),
     )
     subject = policy.make_abstract_for_inference(MODEL.value, DTYPE.value)
     out, spec = cli.check_output(OUT.value), _read_spec(subject)

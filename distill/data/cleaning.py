@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from distill.data import columns, dedup, sources
+from distill.data import canonical, dedup, sources
 from distill.data.messages import parse_messages, to_assistant_text
 from distill.runtime import cli, run_files
 from models.errors import UserError
@@ -150,8 +150,13 @@ def _find_repeats(
 
 def _read_texts(rows: sources.Rows, index: int, column_spec: str) -> tuple[str, str]:
     where = rows.locate_row(index)
-    row = columns.canonicalize_row(rows.read_row(index), column_spec, where, False)
-    return extract_texts(row, where)
+    row = rows.read_row(index)
+    prompt_row = canonical.canonicalize_row(row, column_spec, where, False)
+    try:
+        row = canonical.canonicalize_row(row, column_spec, where, True)
+    except UserError:  # a prompt is enough
+        row = prompt_row
+    return extract_texts(prompt_row, where)[0], extract_texts(row, where)[1]
 
 
 def extract_texts(row: dict, where: str) -> tuple[str, str]:

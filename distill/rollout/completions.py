@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distill.data import chat, dataset, sources
 from distill.data.examples import encode_prompt
-from distill.policy import policy
+from distill.policy import identity, policy
 from distill.policy.policy import Policy
 from distill.rollout import sampler
 from distill.rollout.options import RolloutOptions
@@ -240,7 +240,12 @@ def generate_file(
         "seed": spec.seed,
         "thinking": "on" if thinking else "off",
     }
-    first = distributed.broadcast_from_primary(lambda: run_files.resume_jsonl(path, header))
+
+    def resume() -> int:
+        files = identity.hash_parts(identity.describe_model(subject.path))
+        return run_files.resume_jsonl(path, {**header, "model_files": files})
+
+    first = distributed.broadcast_from_primary(resume)
     with policy.use(subject):
         loaded = policy.load(subject, dtype)
         results = generate_rows(

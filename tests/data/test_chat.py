@@ -228,7 +228,9 @@ def test_tokenizers_must_be_the_same(tiny: PreTrainedTokenizerBase) -> None:
     chat.require_same_tokenizer(None, None, names)
     other = fresh_tiny()
     other.pad_token = "<|im_end|>"
-    with pytest.raises(UserError, match="student and teacher differ: pad_token_id is"):
+    chat.require_same_tokenizer(tiny, other, names)
+    other.eos_token = "<|endoftext|>"
+    with pytest.raises(UserError, match="student and teacher differ: eos_token_id is"):
         chat.require_same_tokenizer(tiny, other, names)
     other.add_tokens(["brand new"])
     with pytest.raises(UserError, match="only teacher has 'brand new'"):
