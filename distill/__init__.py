@@ -42,6 +42,7 @@ class Completion:
     """A sampled response.
 
     `logprobs` are the log-probabilities of its tokens under the distribution they were drawn from.
+    `text` has no special tokens, and begins with the think tag that the prompt opened, if it did.
     `finish_reason` is "stop", "length", or "error" if the logits were NaN.
     """
 
