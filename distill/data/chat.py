@@ -224,7 +224,7 @@ def encode_conversation(
         raise UserError("messages: the chat template drops the thoughts of the last turn")
     if len(starts) != len(flags):
         raise UserError("messages: a content spells out the header of an assistant turn")
-    check_text(text, "its text")
+    values.require_characters(text, "its text")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = cast(list[int], encoded["input_ids"]), encoded["offset_mapping"]
     mask = [0] * len(ids)
