@@ -120,7 +120,7 @@ def _check_config(c: ConfigDict, tokenizer: PreTrainedTokenizerBase | None) -> N
     if tokenizer and 0 < c.thinking < 1 and not template.has_switch:
         raise UserError(
             f"config.data.thinking={c.thinking}: the chat template of {tokenizer.name_or_path} has "
-            "no switch between modes; 1 or 0 leave it as it is"
+            "no switch between modes; 1 leaves it as it is"
         )
     for pair in c.mixture:
         is_pair = isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)
