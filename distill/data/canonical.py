@@ -1,5 +1,6 @@
 """Makes canonical rows of rows in any form that `columns` names: the same in every verb."""
 
+import math
 from typing import Any
 
 from distill.data import answers, columns, turns
@@ -11,7 +12,7 @@ from models.errors import UserError
 def canonicalize_row(row: dict, column_spec: str, where: str, with_responses: bool) -> dict:
     """Returns `row` with the canonical columns, and without prompts that another one stands for.
 
-    A canonical row stays as it is.
+    A canonical row stays as it is. NaN, which pandas writes for a missing value, becomes null.
 
     Args:
       column_spec: config.data.columns, pairs ours=theirs: "question=problem,response=output".
@@ -22,6 +23,7 @@ def canonicalize_row(row: dict, column_spec: str, where: str, with_responses: bo
     Raises:
       UserError: naming the row and a column that is missing, contradicts another or is not read.
     """
+    row = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
     try:
         row, named = _rename_columns(row, column_spec, with_responses)
         return _read_row(row, named, with_responses)
@@ -39,6 +41,14 @@ def apply_template(row: dict, template: str) -> dict:
     if isinstance(messages, list):
         row = {**row, "messages": turns.replace_last_user_text(messages, question, text)}
     return {**row, "question": text}
+
+
+def refuse_weights(row: dict, where: str) -> None:
+    """Raises UserError naming a row to train on that says how much of it is to be learned."""
+    for name, remedy in columns.WEIGHTS.items():
+        value = row.get(name)
+        if isinstance(value, int | float) and value != 1 and not math.isnan(value):
+            raise UserError(f"{where}: {name}={value}: {remedy}")
 
 
 def find_answer(row: dict) -> str:
@@ -113,9 +123,6 @@ def _read_row(row: dict, named: set[str], with_responses: bool) -> dict:
 
 
 def _refuse_columns(row: dict, with_responses: bool) -> None:
-    for name, remedy in columns.WEIGHTS.items():
-        if isinstance(row.get(name), int | float) and row[name] != 1:
-            raise UserError(f"{name}={row[name]}: {remedy}")
     for name in columns.MEDIA:
         if row.get(name):
             raise UserError(f"{name}: only text is read")

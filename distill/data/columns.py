@@ -55,7 +55,7 @@ CANONICAL = (
     *("system", "tools", "thinking", "reasoning_content", "answer"),
 )
 
-# Columns of numbers that say how much of a row is learned. Only 1 is read.
+# Columns of numbers that say how much of a row is learned. Training reads 1 only.
 WEIGHTS = {
     "weight": "rows have no weights; data.mixture weighs sources, messages[i].weight turns",
     "train": "remove the row; messages[i].train leaves out single turns",

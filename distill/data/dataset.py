@@ -84,6 +84,7 @@ def load_source(
     skip_reasons: dict[str, str] = {}
 
     def encode_row(row: dict, where: str) -> Example:
+        canonical.refuse_weights(row, where)
         row = canonical.canonicalize_row(row, c.columns, where, with_responses)
         row = canonical.apply_template(row, c.template)
         row["answer"] = answers.to_text(row.get("answer"))

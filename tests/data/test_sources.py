@@ -515,6 +515,10 @@ BAD = {
         b'{"question": "q", "final_answer": "4", "r1_solution_1": null}',
         "r1_solution_1 is not a text",
     ),
+    "a weight": (
+        b'{"question": "q", "response": "r", "weight": 0}',
+        "weight=0: rows have no weights",
+    ),
     "speaker": (
         b'{"conversations": [{"from": "bot", "value": "x"}]}',
         "conversations[0].from 'bot'",
