@@ -1,0 +1,38 @@
+"""Checks of a stage's rows before training."""
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs import base
+from distill.data import chat, dataset
+from distill.training import setup, stages
+from models.errors import UserError
+from tests.support.paths import ROOT
+
+
+@pytest.mark.parametrize("answer", [math.nan, math.inf, ["4"], {"a": 4}, True, None, "", " "])
+def test_a_grader_refuses_rows_without_an_answer(tmp_path: Path, answer: Any) -> None:
+    s = base.get_config().opd
+    s.objective, s.samples, s.reward.grader = "grpo", 2, "math"
+    s.data.source = str(tmp_path / "rows.jsonl")
+    loss, _ = stages.resolve_objective("opd", s)
+    tokenizer = chat.load_tokenizer(ROOT / "assets" / "student")
+    check_example = functools.partial(setup._check_example, "opd", s, loss, 100, 1000)
+
+    def load(**row: Any) -> dataset.Example:
+        Path(s.data.source).write_text(json.dumps({"question": "2+2?", **row}) + "\n")
+        source = dataset.load_source(s.data, tokenizer, 0, False, check_example)
+        return source.read_example(0)
+
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: no answer to compare a response with"):
+        load(answer=answer)
+    s.data.columns = "answer=final"
+    assert load(answer=answer, final=4.0).answer == "4"
+    s.reward.correct = 0.0  # nothing reads the answer
+    s.data.columns = ""
+    assert load(answer=answer).answer == ""
