@@ -105,7 +105,7 @@ MARKS: tuple[tuple[str, Replacement, str], ...] = (
     (r"(?<![a-zA-Z\\{])pi(?![a-zA-Z}])", r"\\pi ", "pi without LaTeX"),
     (r"^(-?\d+(?:\.\d+)?)[eE]([+-]?\d+)$", r"\1\\times 10^{\2}", "1.5e3"),
     (r"(?<![\d.}])(\d+)\s+(\d+)/(\d+)$", r"\1\\frac{\2}{\3}", "mixed numbers, 3 1/2"),
-    (r"^([^=<>]*[^=<>\sa-zA-Z][^=<>]*)=\s*([a-zA-Z])$", r"\2=\1", "5 = x"),
+    (r"^(?![a-zA-Z]\()([^=<>]*[^=<>\sa-zA-Z][^=<>]*)=\s*([a-zA-Z])$", r"\2=\1", "5 = x"),
     (r"\\text\s*\{\s*(\d{1,2}:\d\d)\s*([^{}]*)\}", r"\1\\text{ \2}", "times of the day"),
     (r"^0(?=\d:\d\d)", "", "zeros before hours"),
     (

@@ -54,6 +54,7 @@ x^2 | x² | x**2 | x^{2} | y=x^2 | x\cdot x
 (1,\infty) | (1, ∞) | \left(1,\infty\right) | x\in(1,\infty)
 1,2 | 2,1 | 1 and 2 | 1\text{ and }2 | x=1 or x=2 | \{1,2\} | 1;2 | 1, 2.
 3,-3 | \pm 3 | ±3 | -3, 3 | x=3, x=-3 | −3,3
+g(x)=x | x | g(x) = x.
 y=2x+1 | 2x+1=y | 2x+1 | y = 1 + 2x | y-2x=1
 x\le 5 | x≤5 | x\leq5 | 5\ge x | 5≥x
 \emptyset | \varnothing | ∅ | \{\} | \{ \}
