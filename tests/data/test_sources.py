@@ -156,7 +156,7 @@ find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "tensorflow" else find(name, *rest)
 sys.meta_path.insert(0, Without())
 import numpy as np, tensorflow_datasets as tfds
-from distill.data import canonical, sources
+from distill.data import canonical, messages, sources
 
 def build(folder):
     text = tfds.features.Text()
@@ -188,8 +188,9 @@ seen = []
 for i in range(5):
     try:
         row = canonical.canonicalize_row(rows.read_row(i), "", rows.locate_row(i), True)
+        messages.parse_messages(row, rows.locate_row(i), prompt=False)
     except Exception as error:
-        assert f"tfds:{path} row {i}: conversations: not UTF-8" in str(error), error
+        assert f"tfds:{path} row {i}: " in str(error) and "not a text" in str(error), error
         continue
     assert row["messages"] == [
         {"role": "user", "content": f"q{row['n']}"},
