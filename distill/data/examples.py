@@ -103,7 +103,7 @@ def _name_row(where: str) -> Iterator[None]:
 def find_thinking_mode(row: dict, has_switch: bool = True) -> bool | None:
     """Returns the mode that a row asks for: its `thinking`, or the last /think or /no_think in its
     system's and user's words, which only models with both modes obey; None if it has neither."""
-    if isinstance(row.get("thinking"), bool):  # a text is the response's thoughts
+    if isinstance(row.get("thinking"), bool):  # a text has become the think block
         return row["thinking"]
     messages = row.get("messages") or [{"role": "user", "content": row.get("question")}]
     texts = [
@@ -201,8 +201,7 @@ def _find_prompt_mode(
 
 
 def _separate_last_turn(row: dict, where: str, encoding: Encoding) -> dict:
-    """Returns a trace with its last turn as `response`, if that is what is trained of it, and with
-    a column of thoughts as the think block of the response."""
+    """Returns a trace with its last turn as `response`, if that is what is trained of it."""
     tokenizer = encoding.tokenizer
     if tokenizer is None or ("tokens" in row and "response_tokens" in row):
         return row
@@ -221,11 +220,6 @@ def _separate_last_turn(row: dict, where: str, encoding: Encoding) -> dict:
             raise UserError(f"{names[-1]} is not to be trained, but config.data.turns=last does")
         text = chat.render_last_turn(tokenizer, messages, chats.parse_tools(row, where))
         row = {**row, "messages": messages[:-1], "response": text}
-    field = next((name for name in ("response", "solution") if name in row), "")
-    thoughts = row.get("thinking")
-    if field and isinstance(thoughts, str) and thoughts.strip():
-        text = _get_text(row, field, where)
-        row = {**row, field: chats.merge_reasoning(text, thoughts, f"{where}: thinking")}
     return row
 
 
