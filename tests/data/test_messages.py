@@ -140,6 +140,13 @@ def test_blocks_are_split_from_answers() -> None:
     assert merge_reasoning("4", " hm ", "f:1: thinking") == THOUGHT
 
 
+def test_a_switch_within_parts_of_content_is_seen(tiny) -> None:
+    parts = [{"type": "text", "text": "2+2?"}, {"type": "text", "text": " /no_think"}]
+    row = {"messages": [{"role": "user", "content": parts}]}
+    example = make_example(row, "f.jsonl:1", Encoding(tiny, with_responses=False))
+    assert not example.thinking and chat.has_empty_think(tiny, example.prompt)
+
+
 # Roles and weights
 
 
