@@ -26,7 +26,7 @@ from distill.data import canonical, dataset
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.rollout import completions
-from distill.runtime import cli, distributed
+from distill.runtime import cli, distributed, paths
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -83,7 +83,7 @@ def run_generation() -> None:
         read_row=lambda i: canonical.apply_template(prompt_rows.read_row(i), TEMPLATE.value),
     )
     subject = policy.make_abstract_for_inference(MODEL.value, DTYPE.value)
-    out, spec = cli.check_output(OUT.value), _read_spec(subject)
+    out, spec = paths.check_output(OUT.value, PROMPTS.value), _read_spec(subject)
     errors = completions.generate_file(subject, rows, spec, OPTIONS["thinking"].value == "on", out)
     if errors:
         more = f" (and {len(errors) - 1} more rows)" if len(errors) > 1 else ""

@@ -2,6 +2,7 @@
 
 from decimal import Decimal
 
+from distill.data import values
 from models.errors import UserError
 
 
@@ -24,6 +25,7 @@ def require_answer(row: dict, where: str) -> str:
     none."""
     value = row.get("answer")
     if text := to_text(value):
+        values.require_characters(text, f"{where}: answer")
         return text
     reason = "" if value is None else f": {str(value)[:60]!r} is no final text or number"
     raise UserError(f"{where}: no answer among its fields {sorted(row)}{reason}")

@@ -17,10 +17,9 @@ from typing import cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from distill.data import template
+from distill.data import template, values
 from distill.data.messages import (
     EMPTY_THINK,
-    check_text,
     is_trained,
     split_thinking,
     to_assistant_text,
@@ -184,7 +183,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
     Raises UserError if the text holds half a surrogate pair.
     """
-    check_text(text, "its text")
+    values.require_characters(text, "its text")
     return tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -225,7 +224,7 @@ def encode_conversation(
         raise UserError("messages: the chat template drops the thoughts of the last turn")
     if len(starts) != len(flags):
         raise UserError("messages: a content spells out the header of an assistant turn")
-    check_text(text, "its text")
+    values.require_characters(text, "its text")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = cast(list[int], encoded["input_ids"]), encoded["offset_mapping"]
     mask = [0] * len(ids)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerBase
 
-from distill.data import chat
+from distill.data import chat, values
 from distill.data import messages as chats
 from distill.data.template import describe_template
 from models.errors import RowError, UserError
@@ -172,7 +172,7 @@ def _get_text(row: dict, field: str, where: str) -> str:
     text = row[field]
     if not isinstance(text, str):
         raise UserError(f"{where}: {field} is not a text")
-    chats.check_text(text, f"{where}: {field}")
+    values.require_characters(text, f"{where}: {field}")
     return text
 
 

@@ -7,6 +7,7 @@ A message then has a `role` of ROLES and `content`, a text. An assistant's may h
 import json
 from typing import Any
 
+from distill.data import values
 from models.errors import UserError
 
 EMPTY_THINK = "<think>\n\n</think>\n\n"  # ends the prompt where a hybrid model is not to think
@@ -104,17 +105,8 @@ def _parse_message(message: Any, name: str) -> dict:
     text, calls = message.get("content"), message.get("tool_calls")
     if not isinstance(text, str) and not (text is None and calls):
         raise UserError(f"{name}.content is not a text")
-    for field in ("content", "reasoning_content"):
-        check_text(message.get(field) or "", f"{name}.{field}")
+    values.require_characters(message, name)
     return message
-
-
-def check_text(text: str, name: str) -> None:
-    """Raises UserError if a text holds half a surrogate pair, which no tokenizer reads."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{name} holds half a surrogate pair, which is no character") from None
 
 
 def _join_parts(parts: list, name: str, is_assistant: bool) -> tuple[str, str]:
@@ -215,6 +207,7 @@ def parse_tools(row: dict, where: str) -> list[dict] | None:
             tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: tools: not JSON ({error})") from None
+    values.require_characters(tools, f"{where}: tools")
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) and tool for tool in tools):

@@ -1,6 +1,6 @@
 """Loads a benchmark's problems, and stored responses to them, from files or data sets."""
 
-from distill.data import answers, canonical, sources
+from distill.data import answers, canonical, sources, values
 from distill.evaluation import tasks
 from distill.evaluation.tasks.task import NAME_FIELDS, Record, Task, find_id
 from models.errors import UserError
@@ -112,5 +112,6 @@ def load_responses(benchmark: str, path: str, problems: Problems) -> list[Record
         if not answer:
             raise UserError(f"{where}: has no answer, and matches no problem of --data")
         name = names[0] if names else f"row-{number}"
+        values.require_characters(row["response"], f"{where}: response")
         responses.append({"id": name, "answer": str(answer), "response": row["response"]})
     return responses

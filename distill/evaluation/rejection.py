@@ -3,7 +3,7 @@
 import collections
 from collections.abc import Iterator
 
-from distill.data import answers, sources
+from distill.data import answers, sources, values
 from distill.rewards import graders
 from distill.rewards.graders import GradingRule
 from distill.runtime import run_files
@@ -25,6 +25,7 @@ def grade_samples(row: dict, where: str, rule: GradingRule, grader: graders.Grad
         raise UserError(f"{where}: a sample has no text to grade")
     # To check that the grader can read the answer, it also grades a response that gives the answer.
     texts = [sample["text"] for sample in samples]
+    values.require_characters(texts, f"{where}: samples")
     texts.append(rule.right_response.replace("answer", answer))
     *outcomes, own_outcome = grader.grade(rule, texts, [answer] * len(texts))
     if own_outcome != "correct":
