@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from distill.runtime import run_files
+from distill.runtime import paths, run_files
 from models.errors import UserError
 
 Meta = dict[str, Any]
@@ -51,7 +51,7 @@ class Checkpoints:
         max_to_keep: int | None = None,
     ) -> None:
         self._directory = epath.Path(directory)
-        if not run_files.is_remote(directory):  # absolute() would treat it as relative
+        if not paths.is_remote(directory):  # absolute() would treat it as relative
             self._directory = self._directory.absolute()
         self._every = save_interval_steps
         self._damaged: set[int] = set()

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.rewards import graders
-from distill.runtime import cli, distributed, run_files, xla
+from distill.runtime import cli, distributed, paths, run_files, xla
 from distill.runtime import mesh as mesh_lib
 from distill.runtime.checkpoint import Checkpoints
 from distill.teachers.local import Teacher
@@ -182,9 +182,8 @@ def prepare_run(
     remaining = [stage for stage in run_setup.stages if stage.end_step > steps_done]
 
     def write_first_files() -> None:
-        resume.init_workdir(workdir, c)
-        found = resume.describe_inputs(c, remaining, eval_rows)
-        resume.check_inputs(workdir, found, steps_done, allow_changed_inputs)
+        inputs = resume.describe_inputs(c, remaining, eval_rows)
+        resume.init_workdir(workdir, c, inputs, steps_done, allow_changed_inputs)
 
     distributed.broadcast_from_primary(write_first_files)
     return run_setup, validation
@@ -194,14 +193,14 @@ def run(c: ConfigDict, workdir: epath.PathLike, allow_changed_inputs: bool = Fal
     """Runs the stages of a config, continuing from the newest checkpoint in `workdir` if any.
 
     Args:
-      allow_changed_inputs: a run that is resumed may go on with other data or models than it began
-        with (`inputs`).
+      allow_changed_inputs: a run that is resumed may go on with other data, models or adapters than
+        it began with.
 
     Raises:
       UserError: naming the problem in the config, its files or `workdir`.
       SystemExit: with code 128 + signal, after a checkpoint, if a signal asked the run to stop.
     """
-    run_files.require_reachable(str(workdir), "--workdir")
+    paths.require_reachable(str(workdir), "--workdir")
     workdir = epath.Path(workdir)
     xla.init_compilation_cache(c.compilation_cache)
     mesh, teacher_mesh = mesh_lib.make_meshes(c)
