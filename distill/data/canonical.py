@@ -62,7 +62,7 @@ def _cut_final_text(answer: str, row: dict) -> str:
     if marker:
         return final.strip().replace(",", "")
     is_worked = "<<" in answer or ("\n" in answer.strip() and "\\begin" not in answer)
-    return "" if is_worked and "question" in row else answer
+    return "" if is_worked and row.keys() & set(columns.QUESTIONS) else answer
 
 
 def _rename_columns(row: dict, column_spec: str, with_responses: bool) -> tuple[dict, set[str]]:
@@ -169,7 +169,7 @@ def _read_prompt(row: dict, named: set[str]) -> dict:
     names = [name for name in columns.PROMPTS if name in named] or columns.PROMPTS
     given = {name: row[name] for name in names if row.get(name) not in (None, [], "")}
     if names is columns.PROMPTS and row.keys() >= columns.VERIFIED:
-        given = {"problem": row["problem"]}  # the messages may hold a wrong generation
+        given.pop("messages", None)  # they may hold a wrong generation
     plain = {"prompt": given.pop("prompt")} if isinstance(given.get("prompt"), str) else {}
     questions = {name: given[name] for name in columns.QUESTIONS if name in given}
     if isinstance(questions.get("instruction"), str):
@@ -333,10 +333,10 @@ def _find_verified_generation(row: dict) -> str:
     """Returns the first generation of OpenR1-Math that is complete and that math-verify found
     correct."""
     texts, correct = row["generations"], row["correctness_math_verify"]
-    complete = row.get("is_reasoning_complete")
-    complete = [True] * len(texts or ()) if complete is None else complete
     if not _is_list_of_texts(texts):
         raise UserError("generations is not a list of texts")
+    complete = row.get("is_reasoning_complete")
+    complete = [True] * len(texts) if complete is None else complete
     if not all(isinstance(x, list) and len(x) == len(texts) for x in (correct, complete)):
         raise UserError("correctness_math_verify has no verdict on each of its generations")
     for text, verdicts in zip(texts, zip(correct, complete, strict=True), strict=True):

@@ -139,7 +139,7 @@ def get_text(message: dict) -> str:
 
 def replace_last_user_text(messages: list[dict], old: str, new: str) -> list[dict]:
     """Returns messages with the text `new` in the last user's turn, if its text was `old`."""
-    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    users = [i for i, m in enumerate(messages) if isinstance(m, dict) and m.get("role") == "user"]
     if not users or get_text(messages[users[-1]]).strip() != old.strip():
         return messages
     return [

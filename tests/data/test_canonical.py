@@ -641,7 +641,9 @@ def test_answers_are_found(row: dict, text: str | None) -> None:
 
 
 def test_a_template_wraps_the_question_wherever_it_is() -> None:
-    for row in (T, {**T, "system": "Be brief."}, {"problem": Q, "messages": [USER, ANSWER]}):
+    rows = [T, {**T, "system": "Be brief."}, {"problem": Q, "messages": [USER, ANSWER]}]
+    rows += [{**T, "history": [["1+1?", "2"]]}, PUBLISHED["OpenR1-Math"][0]]
+    for row in rows:
         found = canonical.canonicalize_row(row, "", "row", False)
         templated = canonical.apply_template(found, "Q {question} {x}")
         assert templated["question"] == "Q 2+2? {x}"

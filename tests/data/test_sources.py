@@ -14,6 +14,7 @@ import pytest
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
+from assets import make_rows
 from configs import base
 from distill.data import chat, collate, dataset, sources
 from distill.data.examples import Example
@@ -255,6 +256,55 @@ def test_columns_are_adapted_by_name_or_by_pairs(
         config(other, columns="question=input, response=output"), tiny, 0, True
     )
     assert tiny.decode(example.read_example(0).response) == "4<|im_end|>"
+
+
+KEPT = sorted(path.stem for path in (ROOT / "assets" / "rows").glob("*.jsonl"))
+
+
+def test_kept_rows_are_what_the_script_makes() -> None:
+    made = make_rows.make_rows()
+    assert sorted(made) == [f"{name}.jsonl" for name in KEPT]
+    for name, rows in made.items():
+        assert everything(sources.open_rows(str(ROOT / "assets" / "rows" / name))) == rows
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_kept_rows_of_each_set_are_traces_and_prompts(
+    tiny: PreTrainedTokenizerBase, name: str
+) -> None:
+    path = ROOT / "assets" / "rows" / f"{name}.jsonl"
+    columns = {"orca_math": "response=answer"}.get(name, "")
+    examples: dict[bool, list[Example]] = {}
+    for with_responses in (True, False):
+        c = config(path, columns=columns)
+        if (name, with_responses) in (("documents", False), ("dapo_math", True)):
+            with pytest.raises(UserError, match=rf"{name}\.jsonl:1: "):
+                dataset.load_source(c, tiny, 0, with_responses)
+            return
+        source = dataset.load_source(c, tiny, 0, with_responses)
+        examples[with_responses] = [source.read_example(i) for i in range(source.size)]
+    for trace, prompt in zip(examples[True], examples[False], strict=True):
+        assert trace.answer == prompt.answer
+        question = str(tiny.decode(prompt.prompt))
+        assert question.startswith("<|im_start|>user\n") and str(tiny.decode(trace.prompt)) in (
+            question,
+            question + chat.EMPTY_THINK,
+        )
+        assert question.endswith("<|im_start|>assistant\n")
+        response = str(tiny.decode(trace.response))
+        assert response.endswith("<|im_end|>") and response.count("<think>") in (0, 1)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "[4]", '{"a": 4}', "true", "null", '" "'])
+def test_what_is_no_answer_is_none(
+    tiny: PreTrainedTokenizerBase, tmp_path: Path, value: str
+) -> None:
+    """Training then refuses the row where a grader reads it, and no other."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"question": "2+2?", "response": "4", "answer": {value}}}\n')
+    for with_responses in (True, False):
+        source = dataset.load_source(config(path), tiny, 0, with_responses)
+        assert source.read_example(0).answer == ""
 
 
 def test_a_document_is_trained_from_its_second_token(
