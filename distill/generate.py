@@ -2,8 +2,9 @@
 
 FILE is jsonl, or anything that a config's data.source may be. A row has `prompt` (plain text),
 `messages` (a chat), `question` (a chat of one turn) or `tokens` (ids), or any form that
-distill/data/columns.py lists, and may have its own `max_new_tokens`. OUT has the same rows in the same order, with two more fields: `prompt_tokens`,
-and `samples`, a list of {tokens, text, logprobs, finish_reason: "stop" | "length"}. The tokens of
+distill/data/columns.py lists, and may have its own `max_new_tokens`. OUT has the same rows in the
+same order, with two more fields: `prompt_tokens`, and `samples`, a list of {tokens, text, logprobs,
+finish_reason: "stop" | "length"}. The tokens of
 a sample end with its stop token, if it has one, or with the token that completes a stop string.
 The text has no special tokens, is cut before the stop string, and is null for a model without a
 tokenizer; if the prompt ends with an opening think tag, it begins with that tag. The
