@@ -93,7 +93,10 @@ def find_faulty_rows(
             digests += dedup.compute_digest(words)
             if rules.min_jaccard <= 1:
                 signatures += dedup.compute_signature(words).tobytes()
-    yield from _find_repeats(rows, rules, np.array(indices), digests, signatures)
+    digests_N = np.frombuffer(digests, np.uint8).reshape(-1, dedup.DIGEST_BYTES)
+    firsts = dedup.find_firsts(digests_N)
+    del digests, digests_N  # a fifth of what is held
+    yield from _find_repeats(rows, rules, np.frombuffer(indices, np.int64), firsts, signatures)
 
 
 def _find_unsuitable(text: str, rules: Rules) -> list[Finding]:
@@ -127,13 +130,12 @@ def _find_repeats(
     rows: sources.Rows,
     rules: Rules,
     indices: np.ndarray,
-    digests: bytearray,
+    firsts: np.ndarray,
     signatures: bytearray,
 ) -> Iterator[tuple[int, Finding]]:
-    """Yields a finding for each row of `indices` that repeats an earlier one, exactly or nearly."""
+    """Yields a finding for each row of `indices` that repeats an earlier one, exactly (then it is
+    not its own in `firsts`) or nearly."""
     numbers = np.arange(len(indices))
-    digests_N = np.frombuffer(digests, np.uint8).reshape(-1, dedup.DIGEST_BYTES)
-    firsts = dedup.find_firsts(digests_N)
     for number in np.nonzero(firsts != numbers)[0]:
         first = rows.locate_row(int(indices[firsts[number]]))
         yield int(indices[number]), {"why": "duplicate", "of": first}

@@ -37,9 +37,8 @@ _ANSWER_MARKER = re.compile(
 )
 _LEAD = re.compile(r"(?:[\s:*_`<>]|\|\s|(?<=\n)(?:#|[-•] ))*+")  # markup before the answer
 _CHOICE = re.compile(
-    r"(?:(?:option|choice)\s+)?\(([A-J])\)(?!\s?[-+*/^=])|([A-J])[).:](?=[\s*]|$)"
-    r"|(?:option|choice)\s+([A-J])\b",
-    re.IGNORECASE,
+    r"(?i:(?:option|choice)\s+)?\(([A-J])\)(?!\s?[-+*/^=])|([A-J])[).:](?=[\s*]|$)"
+    r"|(?i:option|choice)\s+([A-J])\b"
 )
 _SPACE = re.compile(r"[^\S\n]")
 _BOLD = re.compile(r"(?<![\d)])\*\*|\*\*(?![\d(])")  # not the power of 2**3
@@ -195,10 +194,12 @@ def _read_expression(text: str, anywhere: bool) -> str | None:
 def _find_last_expression(text: str) -> str | None:
     """Finds the last expression of a text, that on the right of 6 * 7 = 42, or its only word. None
     if there is none."""
+    end = text.rstrip(" .*\n")
     for closing, opening in (("\\]", "\\["), ("$$", "$$")):
-        head = text.rstrip(" .*\n").removesuffix(closing)
-        if head != text.rstrip(" .*\n") and (parts := head.rpartition(opening))[1]:
-            return parts[2].strip()
+        if end.endswith(closing):
+            _, displayed, formula = end.removesuffix(closing).rpartition(opening)
+            if displayed:
+                return formula.strip()
     for line in reversed(text.splitlines()):
         clean = _REMARK.sub("", _clean_text(line[-_MAX_CHARACTERS:]))
         for match in reversed(list(_EXPRESSION.finditer(clean))):
@@ -223,13 +224,12 @@ def _trim(expression: str, behind: str) -> str:
     if re.match(r"\s*[a-zA-Z]{2}", behind):
         expression = _ARTICLE.sub("", expression)
     expression = _TAIL.sub("", expression)
-    depth, opened = 0, []
+    opened: list[int] = []
     for i, character in enumerate(expression):
         if character in "([":
             opened.append(i)
         elif character in ")]":
-            depth = len(opened)
-            if not depth:
+            if not opened:
                 return _TAIL.sub("", expression[:i])
             opened.pop()
     return _TAIL.sub("", expression[: opened[0]]) if opened else expression

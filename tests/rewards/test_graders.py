@@ -225,6 +225,15 @@ def test_hanging_and_dying_workers_are_replaced(grader: Grader) -> None:
     assert grader.grade(graders.MATH, ["#### 42.0"], ["42"]) == ["correct"]
 
 
+def test_workers_warm_up_on_an_answer_that_takes_algebra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else their first answer would pay for the imports."""
+    monkeypatch.setattr(graders.resource, "setrlimit", lambda *_: None)  # not of this process
+    grades: list[tuple[str, str]] = []
+    graders._init_worker(lambda *pair: grades.append(pair) or "correct")
+    (pair,) = grades
+    assert graders.grade_without_algebra(*pair) is None and grade_math(*pair) == "correct"
+
+
 def test_integer_answers_start_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     with Grader() as grader:
         monkeypatch.setattr(grader, "_pool", None)
