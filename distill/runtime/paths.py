@@ -30,7 +30,7 @@ def expand_home(path: str) -> str:
     scheme = re.match(r"(?:hf|tfds):|", path)[0]  # pyright: ignore[reportOptionalSubscript]
     expanded = os.path.expanduser(path.removeprefix(scheme))
     if expanded.startswith("~"):
-        raise UserError(f"{path}: no user has this home directory (a name with ~ is ./~...)")
+        raise UserError(f"{path}: no user has this home directory; a file of that name is ./~...")
     return scheme + expanded
 
 

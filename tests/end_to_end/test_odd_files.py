@@ -9,6 +9,7 @@ import pytest
 from pyarrow import parquet
 
 from distill import clean, compare, verify
+from distill.policy import hub
 from tests.support.paths import ROOT
 from tests.support.verbs import call, read, verb_module, write
 
@@ -96,3 +97,11 @@ def test_generate_and_evaluate_write_any_row_and_print_any_id(home: Path, capsys
         flags = ("--benchmark=math", f"--data={data}", f"--out={data}.eval", "--limit=1")
         assert call(evaluate, *model, *flags) == 0
         assert "--- " in capsys.readouterr().out
+
+
+def test_the_base_of_an_adapter_may_lie_in_the_home_directory(home: Path) -> None:
+    (home / "model").mkdir()
+    (home / "adapter").mkdir()
+    fields = {"base_model_name_or_path": "~/model", "peft_type": "LORA"}
+    (home / "adapter" / "adapter_config.json").write_text(json.dumps(fields))
+    assert hub.find_base_model(home / "adapter") == str(home / "model")
