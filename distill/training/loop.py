@@ -179,18 +179,25 @@ def restore_or_init(
       The state, the number of its stage, and the stage's progress (collect.StageProgress), which
       is None at the start of a run.
     """
-    student, latest = run_setup.student, checkpoints.read_latest()
-    if latest:
-        optimizer = run_setup.stages[latest[1]["index"]].optimizer
-        trained = mesh_lib.make_abstract_params(
-            student.config, policy.get_mesh(student), student.model.lora
-        )
-        restored = checkpoints.restore(
-            update.make_abstract_state(optimizer, trained, bool(c.student.ema_decay))
-        )
-        if restored:
-            state, meta = restored
-            return state, meta["index"], meta["progress"]
+    student = run_setup.student
+    trained = mesh_lib.make_abstract_params(
+        student.config, policy.get_mesh(student), student.model.lora
+    )
+
+    def make_abstract_state(meta: dict[str, Any]) -> Any:
+        changed = sorted(_find_differences(meta["config"], json.loads(c.to_json_best_effort()), ""))
+        if changed:
+            raise UserError(f"--workdir: its checkpoints are of another config: {changed[0]}")
+        # Of the checkpoint's own stage: an earlier one may have another optimiser.
+        optimizer = run_setup.stages[meta["index"]].optimizer
+        return update.make_abstract_state(optimizer, trained, bool(c.student.ema_decay))
+
+    restored = checkpoints.restore(make_abstract_state)
+    if restored:
+        state, meta = restored
+        if meta["git"] != environment.describe_git():
+            run_files.log_line(f"the checkpoint was written by other code: {meta['git']}")
+        return state, meta["index"], meta["progress"]
     key = jax.random.key(c.seed)
     if student.model.lora:
         params = policy.load_or_init_lora(student, key)
@@ -223,7 +230,13 @@ def run(c: ConfigDict, workdir: epath.PathLike) -> None:
         run_setup = setup.load_lora_base(c, run_setup)
         with contextlib.ExitStack() as stack:
             checkpoints = stack.enter_context(
-                Checkpoints(workdir / "checkpoints", c.checkpoint.every, c.checkpoint.keep)
+                Checkpoints(
+                    workdir / "checkpoints",
+                    c.checkpoint.every,
+                    c.checkpoint.keep,
+                    c.checkpoint.every_minutes,
+                    c.checkpoint.keep_every,
+                )
             )
             validation_hook = stack.enter_context(
                 eval_hook.open_validation_hook(validation, run_setup.student, workdir)
@@ -300,7 +313,7 @@ def run_stage(
             num_updates = (step - stage.first_step) * stage.updates_per_step
             device_metrics["learning_rate"] = schedule(num_updates)
             metrics_logger.add_step(step, start_time, host_metrics, device_metrics)
-            make_meta = functools.partial(make_checkpoint_meta, collector, index, step + 1)
+            make_meta = functools.partial(make_checkpoint_meta, c, collector, index, step + 1)
             if validation_hook.is_due(step + 1, is_last):
                 metrics_logger.fetch_pending()
                 host_metrics |= validation_hook.run(state, make_meta, step + 1)
@@ -312,10 +325,12 @@ def run_stage(
                 run_context.writer.write_rollouts(step, rows)
             # Checked once, since a signal may arrive while the state is being saved.
             stopping = bool(run_context.check_stop_signal())
-            if checkpoints.should_save(step + 1, stopping or is_last):
+            validation_hook.check_last_save()
+            is_due = checkpoints.should_save(step + 1)
+            if is_due or stopping or is_last:
                 metrics_logger.write()
                 run_context.writer.flush()  # the files are then as new as the checkpoint
-                checkpoints.save(step + 1, state, make_meta(), force=stopping or is_last)
+                checkpoints.save(step + 1, state, make_meta())
             if stopping:
                 break
     return state
@@ -363,8 +378,15 @@ def collect_step(
     return minibatches, metrics
 
 
-def make_checkpoint_meta(collector: Collector, index: int, step: int) -> dict[str, Any]:
+def make_checkpoint_meta(
+    c: ConfigDict, collector: Collector, index: int, step: int
+) -> dict[str, Any]:
     """Makes the JSON that a checkpoint after `step` steps holds beside the state."""
     stage = collector.stage
-    progress = collector.progress.get_state(step - stage.first_step)
-    return {"stage": stage.name, "index": index, "progress": progress}
+    return {
+        "stage": stage.name,
+        "index": index,
+        "progress": collector.progress.get_state(step - stage.first_step),
+        "config": json.loads(c.to_json_best_effort()),
+        "git": environment.describe_git(),
+    }

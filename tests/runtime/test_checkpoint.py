@@ -1,10 +1,12 @@
 """Tests checkpoints: round trips, damage, and processes that die."""
 
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from distill.runtime import checkpoint, integrity
 from distill.runtime.checkpoint import Checkpoints
 from models.errors import UserError
 from tests.support.checkpoints import abstract, mesh, state
@@ -81,14 +84,76 @@ def test_saved_state_may_be_donated(tmp_path):
     assert all(x.is_deleted() for x in jax.tree.leaves(result[0]))
 
 
-def test_save_interval_max_to_keep_and_forced_saves(tmp_path):
-    with Checkpoints(tmp_path, save_interval_steps=2, max_to_keep=2) as saved:
-        done = [step for step in range(1, 8) if saved.save(step, state(step), {}, force=step == 7)]
-        assert done == [2, 4, 6, 7]
-        assert not saved.save(7, state(7), {}, force=True)
-        with pytest.raises(ValueError, match="already holds 7"):
+def steps_in(directory):
+    return {int(p.name) for p in directory.iterdir() if p.name.isdigit()}
+
+
+def test_save_interval_and_kept_steps(tmp_path):
+    """The newest two steps and the multiples of three are kept."""
+    with Checkpoints(tmp_path, 2, max_to_keep=2, keep_every_steps=3) as saved:
+        assert [step for step in range(1, 8) if saved.should_save(step)] == [2, 4, 6]
+        for step in (2, 3, 4, 6, 7, 8):
+            assert saved.save(step, state(step), {})
+        assert not saved.save(8, state(8), {})
+        with pytest.raises(ValueError, match="already holds 8"):
             saved.save(6, state(6), {})
-    assert {p.name for p in tmp_path.iterdir() if p.name.isdigit()} == {"6", "7"}
+    assert steps_in(tmp_path) == {3, 6, 7, 8}
+
+
+def test_saves_are_due_by_time(tmp_path, monkeypatch):
+    """A save is due once the next step, as long as the last, would end too late."""
+    now = [0.0]
+    monkeypatch.setattr(checkpoint, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+
+    def list_saved(seconds, steps):
+        now[0], saved_steps, directory = 0.0, [], tmp_path / str(seconds)
+        with Checkpoints(directory, 1000, 2, save_interval_minutes=10) as saved:
+            for step in range(1, steps):
+                now[0] += seconds
+                if saved.should_save(step):
+                    saved_steps.append(step)
+                    saved.save(step, {"step": jnp.int32(step)}, {})
+                    saved._writer.wait_until_finished()
+        return saved_steps
+
+    assert list_saved(240, 8) == [2, 4, 6]  # after 8 minutes: with the next step it would be 12
+    assert list_saved(200, 8) == [3, 6]
+    assert list_saved(700, 4) == [1, 2, 3]
+
+
+def test_no_save_is_due_while_the_last_is_written(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(checkpoint, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(Checkpoints, "_is_complete", lambda *_: now[0] > 2000)
+    with Checkpoints(tmp_path, 1000, 2, save_interval_minutes=10) as saved:
+        saved.save(1, {"step": jnp.int32(1)}, {})
+        due = []
+        for step in range(2, 6):
+            now[0] += 700
+            due.append(saved.should_save(step))
+    assert due == [False, False, True, True]
+
+
+def test_old_steps_are_deleted_once_the_new_one_is_complete(tmp_path):
+    with Checkpoints(tmp_path, 1, max_to_keep=1) as saved:
+        saved.save(1, state(1), {})
+        saved.save(2, state(2), {})
+        while saved._is_writing:
+            saved.check_last_save()
+        saved._deleter.submit(lambda: None).result()
+        assert steps_in(tmp_path) == {2}
+
+
+def test_a_replacing_save_may_be_of_an_earlier_step(tmp_path):
+    """As of a best checkpoint that a resumed run finds before that of the run it continues."""
+    with Checkpoints(tmp_path, 1, max_to_keep=1) as saved:
+        saved.save(60, state(60), {"value": 0.5}, replace=True)
+        assert not saved.save(60, state(60), {"value": 0.5}, replace=True)
+        assert saved.save(50, state(50), {"value": 0.6}, replace=True)
+        saved._finish_save()
+        assert saved.read_latest() == (50, {"value": 0.6})
+        assert saved.save(60, state(60), {"value": 0.7}, replace=True)
+    assert steps_in(tmp_path) == {60}
 
 
 def test_restore_from_an_empty_directory_is_none(tmp_path):
@@ -191,7 +256,7 @@ from distill.runtime.checkpoint import Checkpoints
 from tests.support.checkpoints import state
 saved = Checkpoints({directory!r}, save_interval_steps=1, max_to_keep=5)
 saved.save(1, state(1), {{}})
-saved._manager.wait_until_finished()
+saved._writer.wait_until_finished()
 threading.Timer({delay}, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
 saved.save(2, state(2), {{}})
 time.sleep(60)
@@ -238,6 +303,7 @@ jax.distributed.initialize(f"localhost:{port}", 2, {process}, initialization_tim
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec as P
+from distill.runtime import integrity
 from distill.runtime.checkpoint import Checkpoints
 from tests.support.checkpoints import abstract, mesh
 
@@ -253,6 +319,9 @@ if {process} == 1:  # cut what only the other process will read
     files = glob.glob({directory!r} + "/2/params/ocdbt.process_0/d/*")
     os.truncate(max(files, key=os.path.getsize), 5000)
 multihost_utils.sync_global_devices("cut")
+with Checkpoints({directory!r}) as saved:  # process 0 sees that the file is too short
+    assert saved.restore(abstract(state(0), spec=("a", "b")))[1] == {{"n": 1}}
+integrity.check_files = lambda *_: None
 with Checkpoints({directory!r}, save_interval_steps=1, max_to_keep=5) as saved:
     found, meta = saved.restore(abstract(state(0), spec=("a", "b")))
     assert meta == {{"n": 1}}, meta
@@ -278,5 +347,6 @@ def test_two_processes_agree_on_damaged_checkpoints(tmp_path):
         for process in both:
             process.kill()
     assert [process.returncode for process in both] == [0, 0], "\n".join(outputs)
+    assert re.search(r"/2: damaged \(params/\S+ has 5000 bytes, \d+ were written\)", outputs[0])
     assert "/2: damaged (params: " in outputs[0]
     assert "damaged" not in outputs[1]  # process 0 reports
