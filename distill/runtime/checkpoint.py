@@ -84,6 +84,7 @@ class Checkpoints:
         return steps
 
     def _make_writer(self) -> ocp.AsyncCheckpointer:
+        saved_step.hide_noise()
         # One prefix per directory, or saves of the same step to two directories share barriers.
         prefix = f"{zlib.crc32(str(self._directory).encode()):08x}"
         processes = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=prefix)
@@ -181,20 +182,26 @@ class Checkpoints:
         except (TimeoutError, jax.errors.JaxRuntimeError):  # another process is late, or lost
             raise
         except Exception as error:  # Orbax, tensorstore and the system raise many types
-            step, self._saving = self._saving, None
-            assert step is not None
-            self._steps.discard(step)
-            where, left = self._directory / str(step), max(self._steps - self._damaged, default=0)
-            room = ""
-            if not run_files.is_remote(self._directory):
-                with contextlib.suppress(OSError):
-                    free = shutil.disk_usage(self._directory).free
-                    room = f", {free / 2**30:.3g} GiB free there"
-            size = f"{self._nbytes / 2**30:.3g} GiB of arrays to write{room}"
-            raise UserError(
-                f"{where}: the checkpoint was not saved: {saved_step.shorten(error)}; {size}; "
-                f"the same command goes on from step {left}"
-            ) from error
+            reason = saved_step.shorten(error)
+        else:
+            return
+        step, self._saving = self._saving, None
+        assert step is not None and self._writer is not None
+        with contextlib.suppress(Exception):  # of files that could not be written either
+            self._writer.close()
+        self._writer = None
+        saved_step.collect_quietly()
+        self._steps.discard(step)
+        room = f"{self._nbytes / 2**20:,.1f} MiB of arrays to write"
+        if not run_files.is_remote(self._directory):
+            with contextlib.suppress(OSError):
+                free = shutil.disk_usage(self._directory).free
+                room += f", {free / 2**20:,.1f} MiB free there"
+        where, left = self._directory / str(step), max(self._steps - self._damaged, default=0)
+        raise UserError(
+            f"{where}: the checkpoint could not be written: {reason} ({room}). "
+            f"Once that is solved, the same command goes on from step {left}"
+        )
 
     def _is_complete(self, step: int) -> bool:
         path = self._directory / str(step)
@@ -295,12 +302,12 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._writer is not None:
-            try:
+        try:
+            if self._writer is not None:
                 self._finish_save()
-            finally:
-                self._deleter.shutdown()
                 self._writer.close()
+        finally:
+            self._deleter.shutdown()
 
 
 def _delete_dir(path: epath.Path) -> None:

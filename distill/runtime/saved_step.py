@@ -5,7 +5,11 @@ alone (the parameters without the optimiser, say); an item `about`, which is JSO
 `meta` and each leaf's shape, dtype and checksum; and a list of all these files (integrity.py).
 """
 
+import functools
 import gc
+import logging
+import os
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -121,10 +125,7 @@ def _read_item(item: epath.Path, args: ocp.args.CheckpointArgs) -> Any:
             return reader.restore(item, args=args)
     except Exception as error:  # Orbax, tensorstore and json raise many types, some pages long
         reason = shorten(error)
-    # The failed read leaves sibling tasks pending, each of which would log when collected.
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    gc.collect()
-    sys.unraisablehook = hook
+    collect_quietly()
     raise DamagedError(f"{item.name}: {reason}")
 
 
@@ -172,6 +173,33 @@ def _fetch(scalar: jax.Array) -> int:
     return int(jax.device_get(scalar))
 
 
-def shorten(error: Exception) -> str:
-    """Returns the first line of an error, which may be pages long."""
+def shorten(error: BaseException) -> str:
+    """Returns what the system says of an error, or else its first line: it may be pages long."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's
+    if number := int(code[1]) if code else getattr(error, "errno", None):
+        return os.strerror(number)
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+
+
+def collect_quietly() -> None:
+    """Frees the tasks that a failed read or write leaves pending, each of which would log."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    gc.collect()
+    sys.unraisablehook = hook
+
+
+@functools.cache
+def hide_noise() -> None:
+    """Hides the pages that Orbax prints for each of its threads that fails, from now on.
+
+    The first error is raised too, and reported in one line.
+    """
+    report = sys.unraisablehook
+
+    def report_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    sys.unraisablehook = report_others
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
