@@ -74,7 +74,8 @@ class Checkpoints:
         """Creates the directory, or removes what is half-written in it; returns its steps."""
         self._directory.mkdir(parents=True, exist_ok=True)
         steps = self._list_steps()
-        for path in self._directory.iterdir():
+        # In a bucket an empty folder does not exist.
+        for path in self._directory.iterdir() if self._directory.exists() else ():
             # In a bucket, a step is written in place, and is complete once it has a marker.
             if ocp.utils.TMP_DIR_SUFFIX in path.name or (
                 path.name.isdigit() and int(path.name) not in steps and path.is_dir()
