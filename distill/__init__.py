@@ -197,11 +197,12 @@ def evaluate(
         return evaluator.evaluate_benchmark(model, rows, spec, epath.Path(out or scratch))
 
 
-def train(config: "ConfigDict", workdir: str) -> Run:
+def train(config: "ConfigDict", workdir: str, allow_changed_inputs: bool = False) -> Run:
     """Trains as `python -m distill.train` does; resumes if `workdir` holds a run of this config.
 
     Args:
       config: the result of `get_config` of a file in configs/, with any changes.
+      allow_changed_inputs: resume with other data, models or adapters than the run began with.
 
     Raises:
       UserError: naming the invalid key, file or row.
@@ -210,7 +211,7 @@ def train(config: "ConfigDict", workdir: str) -> Run:
 
     from distill.training import loop
 
-    loop.run(config, workdir)
+    loop.run(config, workdir, allow_changed_inputs)
     return Run(epath.Path(workdir))
 
 

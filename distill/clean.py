@@ -7,9 +7,14 @@ row of --against; repeat an earlier row (exactly, up to case and spacing, or nea
 Decontamination compares prompts only; the other filters read prompt and response together. REPORT
 receives one line per removed row or matching pair, with the reason.
 
-The defaults, 3 shared n-grams of 8 words and symbols, are strict: they find every pair of a
-published audit of s1K against MATH-500, most of which share only their phrasing. n-grams of 13 find
-only copies. LOG.md has the numbers.
+A token is a word, a number or a symbol; in scripts without spaces between words (Chinese, Japanese,
+Thai, Lao, Khmer, ...) it is a character. A problem of m < --ngram tokens must be in the prompt as a
+whole, and the prompt have at most 3^(m - 1) tokens: "2+2?" (4) is found in "What is 2+2?", not
+somewhere in a page. Memory holds about 90 bytes of a row, not its text.
+
+The defaults, 3 shared n-grams of 8 tokens, are strict: they find every pair of a published audit of
+s1K against MATH-500, most of which share only their phrasing. n-grams of 13 find only copies.
+LOG.md has the numbers.
 """
 
 from absl import flags

@@ -1,9 +1,10 @@
 """python -m distill.evaluate --model=DIR --benchmark=NAME --out=DIR: evaluates a model.
 
 Writes examples.jsonl to OUT, one row per response, as they finish; the same command resumes where
-it stopped. Then writes summary.json, with accuracy, its 95% interval, other statistics and all
-settings. --protocol names a set of sampling settings, which the sampling flags override. With
---responses, grades responses from a file and needs no model. `compare` compares several OUTs.
+it stopped, if weights, tokenizer, problems and settings are the same. Then writes summary.json,
+with accuracy, its 95% interval, other statistics and all settings. --protocol names a set of
+sampling settings, which the sampling flags override. With --responses, grades responses from a file
+and needs no model. `compare` compares several OUTs.
 """
 
 from absl import flags

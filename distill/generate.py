@@ -13,7 +13,8 @@ its tokens, and `top_logprobs`, the K most likely tokens at each position as [id
 
 A row that cannot be completed (empty prompt, prompt too long, NaN logits) has an `error` and no
 samples; the other rows are written, and the exit code is 2. Rows are written to OUT.partial as they
-finish; the same command resumes after the last one.
+finish; the same command resumes after the last one, if rows, settings and the model's files are
+the same.
 """
 
 import dataclasses

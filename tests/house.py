@@ -21,16 +21,16 @@ FOLDERS = {
     "export",
     "planning": "fit forecast programs roofline aot hlo diagnosis",
     "training": "loop preflight eval_hook collect grading trainer memory sampling_programs calls "
-    "microbatches prompts setup update optim stages",
+    "microbatches prompts resume setup update optim stages",
     "evaluation": "evaluator comparison rejection responses records divergence lm_eval_model "
     "scoring protocols problems statistics",
     "evaluation.tasks": "arithmetic gsm8k math500 aime24 aime25 amc math ifeval task",
     "teachers": "local",
     "rollout": "completions sampler simulate engine buffer options scheduler decode sequence "
     "sampling",
-    "policy": "exporting forward compatibility policy hub",
+    "policy": "exporting forward compatibility policy identity hub",
     "data": "collate packing dataset teacher_context cleaning dedup curriculum examples sources "
-    "columns arithmetic chat",
+    "columns arithmetic chat template messages",
     "objectives": "losses loss fused_head chunks divergences advantages",
     "rewards": "terms ifeval graders",
     "runtime": "checkpoint saved_step integrity cli distributed xla run_files environment gpu mesh",

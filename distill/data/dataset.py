@@ -16,8 +16,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from distill.data import chat, columns, curriculum, sources, teacher_context
+from distill.data import columns, curriculum, sources, teacher_context
 from distill.data.examples import Encoding, Example, make_example
+from distill.data.template import describe_template
 from distill.runtime import run_files
 from models import checks
 from models.errors import UserError
@@ -109,7 +110,13 @@ def _check_config(c: ConfigDict, tokenizer: PreTrainedTokenizerBase | None) -> N
         raise UserError(f"config.data.template={c.template!r}: has no {{question}}")
     if c.streaming and not c.shuffle_window:
         raise UserError("config.data.shuffle_window=0: a stream is shuffled in windows of rows")
-    if 0 < c.thinking < 1 and tokenizer and not chat.has_thinking_switch(tokenizer):
+    template = describe_template(tokenizer)
+    if tokenizer and c.thinking == 0 and template.always_thinks:
+        raise UserError(
+            f"config.data.thinking=0: the chat template of {tokenizer.name_or_path} opens a think "
+            "block in every prompt"
+        )
+    if tokenizer and 0 < c.thinking < 1 and not template.has_switch:
         raise UserError(
             f"config.data.thinking={c.thinking}: the chat template of {tokenizer.name_or_path} has "
             "no switch between modes; 1 or 0 leave it as it is"

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from etils import epath
 
 from distill.data import dataset
+from distill.data.template import describe_template
 from distill.evaluation import divergence, problems, records, responses, statistics, tasks
 from distill.evaluation.problems import Problems
 from distill.evaluation.protocols import EvalSpec
-from distill.policy import compatibility, policy
+from distill.policy import compatibility, identity, policy
 from distill.policy.policy import Policy
 from distill.rewards import graders
 from distill.rollout import completions
@@ -47,6 +48,7 @@ def _describe_protocol(subject: Policy, rows: Problems, spec: EvalSpec) -> dict[
         "model": subject.path,
         "step": policy.find_newest_step(subject.path) if spec.step is None else spec.step,
         "weights": records.fingerprint_params(subject.params),
+        "tokenizer": identity.hash_parts(identity.describe_tokenizer(subject.tokenizer_dir)),
         "benchmark": spec.benchmark,
         "problems": len(rows),
         "problems_sha256": records.hash_content([row for _, row in rows]),
@@ -98,7 +100,7 @@ def evaluate_benchmark(
                 task.grading,
                 rows[first_problem:],
                 keys[first_problem:],
-                spec.thinking,
+                describe_template(subject.tokenizer).find_mode(spec.thinking),
             )
         for number, group in enumerate(row_groups, start=first_problem + 1):
             lines.append_rows(group)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import special
 
+from distill.data import dedup
 from distill.runtime import run_files
 
 Record = dict[str, object]
@@ -145,8 +146,9 @@ def compute_p_value(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def is_repetitive(text: str) -> bool:
-    """Returns True if a text loops: most of its runs of eight words occurred before."""
-    words = text.split()
+    """Returns True if a text loops: most of its runs of eight words (characters, where a script has
+    no spaces) occurred before."""
+    words = dedup.split_words(text)
     ngrams = [tuple(words[i : i + _NGRAM_WORDS]) for i in range(len(words) - _NGRAM_WORDS + 1)]
     return len(ngrams) >= _NGRAM_WORDS and len(set(ngrams)) < len(ngrams) / 2
 

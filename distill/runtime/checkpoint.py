@@ -11,10 +11,12 @@ damaged steps among the newest.
 
 import concurrent.futures
 import contextlib
+import hashlib
+import json
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -227,15 +229,28 @@ class Checkpoints:
 
     def read_all(self) -> Iterator[tuple[int, Meta]]:
         """Yields (step, meta) from the newest, without damaged ones; reads no arrays."""
-        for step in self._list_steps():
-            try:
-                yield step, saved_step.read_about(self._directory / str(step))["meta"]
-            except DamagedError as error:
-                self._report_damage(step, error)
+        for step, about in self._read_abouts(self._list_steps()):
+            yield step, about["meta"]
 
     def read_latest(self) -> tuple[int, Meta] | None:
         """Returns the first of `read_all`, if any."""
         return next(self.read_all(), None)
+
+    def describe_step(self, step: int | None = None) -> dict[str, Any]:
+        """Returns {step, sha256} of a checkpoint, by default the newest: a hash of its arrays'
+        checksums, none of which is read. {} if there is none that can be read.
+        """
+        for found, about in self._read_abouts([step] if step else self._list_steps()):
+            text = json.dumps(about["leaves"], sort_keys=True).encode()
+            return {"step": found, "sha256": hashlib.sha256(text).hexdigest()}
+        return {}
+
+    def _read_abouts(self, steps: Iterable[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+        for step in steps:
+            try:
+                yield step, saved_step.read_about(self._directory / str(step))
+            except DamagedError as error:
+                self._report_damage(step, error)
 
     def restore(
         self,

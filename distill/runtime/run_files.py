@@ -189,8 +189,9 @@ def resume_jsonl(path: epath.PathLike, about: Mapping[str, Any]) -> int:
     now = json.loads(to_json(about))
     if partial.exists() and about_path.exists():
         before = json.loads(about_path.read_text())
-        if before != now:
-            changed = next(k for k in now | before if before.get(k) != now.get(k))
+        # Settings that an earlier version did not record are passed over.
+        changed = next((k for k in before if before[k] != now.get(k)), None)
+        if changed is not None:
             raise UserError(
                 f"{partial} is of another work: {changed} was {before.get(changed)!r}, now "
                 f"{now.get(changed)!r}; delete it to start over"

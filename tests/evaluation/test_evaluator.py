@@ -284,6 +284,23 @@ def test_resuming_with_another_protocol_is_refused(whole: Path, loaded, field: s
     assert contents(whole) == before
 
 
+def test_resuming_with_another_chat_template_is_refused(
+    whole: Path, loaded, tmp_path: Path
+) -> None:
+    subject = loaded[0]
+    shutil.copytree(subject.tokenizer_dir, tmp_path / "moved")
+    moved = dataclasses.replace(subject, tokenizer_dir=tmp_path / "moved")
+    before = contents(whole)
+    run(moved, whole)
+    path = tmp_path / "moved/tokenizer_config.json"
+    path.write_text(path.read_text() + "\n")
+    after = contents(whole)
+    with pytest.raises(UserError, match="holds another evaluation: tokenizer was"):
+        run(moved, whole)
+    assert contents(whole) == after
+    assert after.keys() == before.keys()
+
+
 def test_settings_that_leave_responses_alone_may_change(
     whole: Path, loaded, tmp_path: Path
 ) -> None:
