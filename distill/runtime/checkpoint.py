@@ -74,16 +74,19 @@ class Checkpoints:
 
     def _init_directory(self) -> list[int]:
         """Creates the directory, or removes what is half-written in it; returns its steps."""
-        self._directory.mkdir(parents=True, exist_ok=True)
-        steps = self._list_steps()
-        # In a bucket an empty folder does not exist.
-        for path in self._directory.iterdir() if self._directory.exists() else ():
-            # In a bucket, a step is written in place, and is complete once it has a marker.
-            if ocp.utils.TMP_DIR_SUFFIX in path.name or (
-                path.name.isdigit() and int(path.name) not in steps and path.is_dir()
-            ):
-                run_files.log_line(f"{path}: an unfinished checkpoint, removed")
-                path.rmtree()
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            steps = self._list_steps()
+            # In a bucket an empty folder does not exist.
+            for path in self._directory.iterdir() if self._directory.exists() else ():
+                # In a bucket, a step is written in place, and is complete once it has a marker.
+                if ocp.utils.TMP_DIR_SUFFIX in path.name or (
+                    path.name.isdigit() and int(path.name) not in steps and path.is_dir()
+                ):
+                    run_files.log_line(f"{path}: an unfinished checkpoint, removed")
+                    path.rmtree()
+        except OSError as error:
+            raise UserError(f"{self._directory}: {error.strerror or error}") from error
         return steps
 
     def _make_writer(self) -> ocp.AsyncCheckpointer:
@@ -182,9 +185,11 @@ class Checkpoints:
         """Turns a failure to write `_saving` into a UserError."""
         try:
             yield
-        except (TimeoutError, jax.errors.JaxRuntimeError):  # another process is late, or lost
+        except jax.errors.JaxRuntimeError:  # another process is lost
             raise
         except Exception as error:  # Orbax, tensorstore and the system raise many types
+            if isinstance(error, TimeoutError) and jax.process_count() > 1:  # or late
+                raise
             reason = saved_step.shorten(error)
         else:
             return
