@@ -20,7 +20,7 @@ LOG.md has the numbers.
 from absl import flags
 
 from distill.data import cleaning
-from distill.runtime import cli
+from distill.runtime import cli, paths
 
 OPTIONS = flags.FlagValues()
 DATA = flags.DEFINE_string("data", None, "Data set to clean.", OPTIONS, required=True)
@@ -67,7 +67,11 @@ def main() -> None:
         max_characters=MAX_CHARACTERS.value,
         skip_bad_rows=ON_BAD_ROW.value == "skip",
     )
-    cleaning.clean_file(DATA.value, AGAINST.value, rules, OUT.value, REPORT.value)
+    inputs = (DATA.value, *AGAINST.value)
+    out, report = paths.check_output(OUT.value, *inputs), None
+    if REPORT.value:
+        report = paths.check_output(REPORT.value, *inputs, OUT.value, flag="--report")
+    cleaning.clean_file(DATA.value, AGAINST.value, rules, out, report)
 
 
 if __name__ == "__main__":

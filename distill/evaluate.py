@@ -11,7 +11,7 @@ from absl import flags
 from etils import epath
 
 from distill.evaluation import evaluator, problems, protocols, records, tasks
-from distill.runtime import cli, distributed, run_files
+from distill.runtime import cli, distributed, paths, run_files
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -57,10 +57,10 @@ def main() -> None:
 
 def run_evaluation() -> None:
     ks, out = _read_ks(), epath.Path(OUT.value)
+    paths.check_output(f"{OUT.value}/{records.EXAMPLES_FILE}", RESPONSES.value, DATA.value)
     if RESPONSES.value:
         known = problems.load_problems(BENCHMARK.value, DATA.value, 0) if DATA.value else []
         rows = problems.load_responses(BENCHMARK.value, RESPONSES.value, known)
-        cli.check_output(f"{OUT.value}/summary.json")
         return evaluator.evaluate_stored(BENCHMARK.value, rows[: LIMIT.value or None], out, ks)
     spec = _read_spec(ks)
     rows = problems.load_problems(BENCHMARK.value, DATA.value, LIMIT.value)

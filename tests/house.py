@@ -30,10 +30,11 @@ FOLDERS = {
     "sampling",
     "policy": "exporting forward compatibility policy identity hub",
     "data": "collate packing dataset teacher_context cleaning dedup curriculum examples sources "
-    "columns arithmetic chat template messages",
+    "canonical columns turns answers arithmetic chat template messages files values",
     "objectives": "losses loss fused_head chunks divergences advantages",
-    "rewards": "terms ifeval graders",
-    "runtime": "checkpoint saved_step integrity cli distributed xla run_files environment gpu mesh",
+    "rewards": "terms ifeval graders equality answers",
+    "runtime": "checkpoint saved_step integrity cli distributed xla run_files paths environment "
+    "gpu mesh",
 }
 FLOOR = {
     ".".join(filter(None, ("distill", folder, file))): place

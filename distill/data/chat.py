@@ -5,8 +5,11 @@ itself would sample after it: its text and one stop token. So a trace that is tr
 rollout that is scored have the same form, and the mask is 1 exactly on what the model writes.
 """
 
+import bisect
 import functools
+import itertools
 import json
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,10 +17,9 @@ from typing import cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from distill.data import template
+from distill.data import template, values
 from distill.data.messages import (
     EMPTY_THINK,
-    check_text,
     is_trained,
     split_thinking,
     to_assistant_text,
@@ -25,6 +27,7 @@ from distill.data.messages import (
 )
 from models.errors import UserError
 
+_EMPTY_BLOCK = re.compile(r"<think>\s*</think>\n*")
 _TAIL_TOKENS = 40  # of a prompt: more than an empty think block has
 
 _TOKENIZER_FILES = (
@@ -180,7 +183,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
     Raises UserError if the text holds half a surrogate pair.
     """
-    check_text(text, "its text")
+    values.require_characters(text, "its text")
     return tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -210,28 +213,33 @@ def encode_conversation(
     """
     about = template.describe_template(tokenizer)
     text = _render_text(tokenizer, messages, add_generation_prompt=False, tools=tools)
-    thoughts, _ = split_thinking(to_assistant_text(messages[-1]))
-    if thoughts and thoughts.strip() not in text:
-        raise UserError("messages: the chat template drops the thoughts of the last turn")
-    ids, header = encode(tokenizer, text), encode(tokenizer, about.header)
-    if not header:
-        raise UserError(f"the chat template of {tokenizer.name_or_path} does not mark turns")
     flags = [is_trained(m, "messages") for m in messages if m["role"] == "assistant"]
-    inserted = [encode(tokenizer, x) for x in (EMPTY_THINK, about.opened) if x]
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ends = set(encode(tokenizer, about.end_token)) or special
-    mask, turns = [0] * len(ids), 0
-    for i in range(len(header), len(ids)):
-        if ids[i - len(header) : i] != header:
-            continue
-        turns += 1
-        skipped = next((x for x in inserted if ids[i : i + len(x)] == x), [])
-        start = i + len(skipped)
-        end = next((j for j in range(start, len(ids)) if ids[j] in ends), len(ids) - 1)
-        if turns <= len(flags) and flags[turns - 1]:
-            mask[start : end + 1] = [1] * (end + 1 - start)
-    if turns != len(flags):
+    starts = [found.end() for found in re.finditer(re.escape(about.header or text), text)]
+    if not about.header or not about.end_token:
+        raise UserError(f"the chat template of {tokenizer.name_or_path} does not mark its turns")
+    if not tokenizer.is_fast:
+        raise UserError(f"{tokenizer.name_or_path}: data.turns=all needs a tokenizer.json")
+    thoughts, _ = split_thinking(to_assistant_text(messages[-1]))
+    if thoughts and thoughts.strip() not in text.rpartition(about.header)[2]:
+        raise UserError("messages: the chat template drops the thoughts of the last turn")
+    if len(starts) != len(flags):
         raise UserError("messages: a content spells out the header of an assistant turn")
+    values.require_characters(text, "its text")
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = cast(list[int], encoded["input_ids"]), encoded["offset_mapping"]
+    mask = [0] * len(ids)
+    for start in itertools.compress(starts, flags):
+        inserted = _EMPTY_BLOCK.match(text, start)
+        if inserted:
+            start = inserted.end()
+        elif about.opened and text.startswith(about.opened, start):
+            start += len(about.opened)
+        found = text.find(about.end_token, start)
+        end = len(text) if found < 0 else found + len(about.end_token)
+        for i in range(bisect.bisect_left(offsets, (start, 0)), len(ids)):
+            if offsets[i][1] > end:
+                break
+            mask[i] = 1
     return ids, mask
 
 

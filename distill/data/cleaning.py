@@ -6,10 +6,11 @@ from array import array
 from collections.abc import Iterator
 
 import numpy as np
+from etils import epath
 
-from distill.data import columns, dedup, sources
+from distill.data import canonical, dedup, sources, values
 from distill.data.messages import parse_messages, to_assistant_text
-from distill.runtime import cli, run_files
+from distill.runtime import run_files
 from models.errors import UserError
 
 SCRIPT_SHARE = 0.9  # even English texts have formulas with Greek letters
@@ -31,9 +32,14 @@ class Rules:
     skip_bad_rows: bool = False
 
 
-def clean_file(source: str, against: list[str], rules: Rules, out: str, report: str) -> None:
+def clean_file(
+    source: str,
+    against: list[str],
+    rules: Rules,
+    out: epath.PathLike,
+    report: epath.PathLike | None,
+) -> None:
     """Writes the rows of `source` that stay to `out` as jsonl, and the findings to `report`."""
-    out_path = cli.check_output(out)
     rows = sources.open_rows(source)
     is_kept, counts = np.ones(rows.size, bool), collections.Counter()
 
@@ -48,7 +54,7 @@ def clean_file(source: str, against: list[str], rules: Rules, out: str, report: 
         run_files.write_jsonl(report, apply_findings())
     else:
         collections.deque(apply_findings(), maxlen=0)
-    run_files.write_jsonl(out_path, (rows.read_row(int(i)) for i in np.nonzero(is_kept)[0]))
+    run_files.write_jsonl(out, (rows.read_row(int(i)) for i in np.nonzero(is_kept)[0]))
     reasons = ", ".join(f"{count} {why}" for why, count in counts.most_common()) or "none left out"
     run_files.log_line(f"{rows.name}: {is_kept.sum()} of {rows.size} rows stay; {reasons}")
 
@@ -150,8 +156,13 @@ def _find_repeats(
 
 def _read_texts(rows: sources.Rows, index: int, column_spec: str) -> tuple[str, str]:
     where = rows.locate_row(index)
-    row = columns.canonicalize_row(rows.read_row(index), column_spec, where, False)
-    return extract_texts(row, where)
+    row = rows.read_row(index)
+    prompt_row = canonical.canonicalize_row(row, column_spec, where, False)
+    try:
+        row = canonical.canonicalize_row(row, column_spec, where, True)
+    except UserError:  # a prompt is enough
+        row = prompt_row
+    return extract_texts(prompt_row, where)[0], extract_texts(row, where)[1]
 
 
 def extract_texts(row: dict, where: str) -> tuple[str, str]:
@@ -171,5 +182,7 @@ def extract_texts(row: dict, where: str) -> tuple[str, str]:
         if field is None or not isinstance(row[field], str):
             raise UserError(f"{where}: no messages, question, prompt or text among {sorted(row)}")
         prompt = text = row[field]
+        values.require_characters(text, f"{where}: {field}")
     response = row.get("response") or row.get("solution") or ""
+    values.require_characters(response, f"{where}: response")
     return prompt, f"{text}\n{response}" if isinstance(response, str) else text

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerBase
 
-from distill.data import chat
+from distill.data import chat, values
 from distill.data import messages as chats
 from distill.data.template import describe_template
 from models.errors import RowError, UserError
@@ -175,7 +175,7 @@ def _get_text(row: dict, field: str, where: str) -> str:
     text = row[field]
     if not isinstance(text, str):
         raise UserError(f"{where}: {field} is not a text")
-    chats.check_text(text, f"{where}: {field}")
+    values.require_characters(text, f"{where}: {field}")
     return text
 
 
@@ -218,7 +218,7 @@ def _separate_last_turn(row: dict, where: str, encoding: Encoding) -> dict:
                 raise UserError(f"{where}: messages: no turn of the assistant is to be trained")
             return {**row, "messages": messages}
         if not trained[-1]:
-            raise UserError(f"{names[-1]}: the last turn is not to be trained (weight of 0)")
+            raise UserError(f"{names[-1]} is not to be trained, but config.data.turns=last does")
         text = chat.render_last_turn(tokenizer, messages, chats.parse_tools(row, where))
         row = {**row, "messages": messages[:-1], "response": text}
     field = next((name for name in ("response", "solution") if name in row), "")
@@ -246,6 +246,7 @@ def _encode_trace(row: dict, where: str, encoding: Encoding, thinking: bool) -> 
         text = chats.to_assistant_text(row["messages"][-1])
         thinking = _check_mode(row, text, thinking, describe_template(tokenizer).has_modes)
         prompt, response, trained_mask = _encode_conversation(row, where, tokenizer)
+        thinking = _find_prompt_mode(tokenizer, prompt, thinking)
     elif "text" in row and not {"prompt", "question", "tokens"} & row.keys():
         prompt, response = [], []
         if _get_text(row, "text", where):  # a document's first token has nothing to follow

@@ -7,6 +7,7 @@ A message then has a `role` of ROLES and `content`, a text. An assistant's may h
 import json
 from typing import Any
 
+from distill.data import values
 from models.errors import UserError
 
 EMPTY_THINK = "<think>\n\n</think>\n\n"  # ends the prompt where a hybrid model is not to think
@@ -79,6 +80,9 @@ def parse_messages(row: dict, where: str = "row", *, prompt: bool | None = True)
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}: messages is not a list of at least one message")
     parsed = [_parse_message(m, f"{where}: messages[{i}]") for i, m in enumerate(messages)]
+    if any(message.get("tool_calls") for message in parsed):
+        tools = parse_tools(row, where)
+        parsed = [_drop_padded_arguments(message, tools or []) for message in parsed]
     if prompt is not None and prompt == (parsed[-1]["role"] == "assistant"):
         must = "must not" if prompt else "must"
         raise UserError(f"{where}: messages: the last role {must} be assistant")
@@ -101,17 +105,8 @@ def _parse_message(message: Any, name: str) -> dict:
     text, calls = message.get("content"), message.get("tool_calls")
     if not isinstance(text, str) and not (text is None and calls):
         raise UserError(f"{name}.content is not a text")
-    for field in ("content", "reasoning_content"):
-        check_text(message.get(field) or "", f"{name}.{field}")
+    values.require_characters(message, name)
     return message
-
-
-def check_text(text: str, name: str) -> None:
-    """Raises UserError if a text holds half a surrogate pair, which no tokenizer reads."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{name} holds half a surrogate pair, which is no character") from None
 
 
 def _join_parts(parts: list, name: str, is_assistant: bool) -> tuple[str, str]:
@@ -212,6 +207,7 @@ def parse_tools(row: dict, where: str) -> list[dict] | None:
             tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: tools: not JSON ({error})") from None
+    values.require_characters(tools, f"{where}: tools")
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) and tool for tool in tools):
@@ -222,6 +218,25 @@ def parse_tools(row: dict, where: str) -> list[dict] | None:
 # Arrow gives all objects of a column the same keys, with null for those that an object lacks. In a
 # schema of JSON only these keys may be null themselves.
 _NULLABLE = ("default", "const", "example", "examples", "enum")
+
+
+def _drop_padded_arguments(message: dict, tools: list[dict]) -> dict:
+    """Leaves out arguments of null that the tool of a call does not have."""
+    if not message.get("tool_calls"):
+        return message
+    schemas = [tool.get("function", tool) for tool in tools]
+    known = {x.get("name"): (x.get("parameters") or {}).get("properties") for x in schemas}
+
+    def drop(call: dict) -> dict:
+        function = call.get("function", call)
+        names, arguments = known.get(function["name"]), function["arguments"]
+        if names is None or not isinstance(arguments, dict):
+            return call
+        kept = {k: v for k, v in arguments.items() if v is not None or k in names}
+        function = {**function, "arguments": kept}
+        return {**call, "function": function} if "function" in call else function
+
+    return {**message, "tool_calls": [drop(call) for call in message["tool_calls"]]}
 
 
 def _has_padding(value: Any) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from distill.data import columns
+from distill.data import canonical
 from distill.data.examples import Encoding, Example, encode_prompt, is_id_list, make_example
 from distill.data.messages import parse_messages
 from distill.data.template import describe_template
@@ -116,7 +116,7 @@ def _encode_sample_prompt(
 ) -> list[int]:
     """Encodes the prompt of a written sample with the context, in the mode of its prompt_tokens."""
     where = example.where
-    prompt_row = columns.canonicalize_row(source_row, "", where, False)
+    prompt_row = canonical.canonicalize_row(source_row, "", where, False)
     modes = (True, False, None) if describe_template(tokenizer).has_switch else (True,)
     for thinking in modes if "tokens" not in prompt_row else ():
         if encode_prompt(prompt_row, where, tokenizer, thinking) == example.prompt:

@@ -19,7 +19,7 @@ from distill.rewards import graders
 from distill.rollout import completions
 from distill.rollout.completions import SampleSpec
 from distill.rollout.sampling import Sampling
-from distill.runtime import cli, distributed, environment, run_files
+from distill.runtime import distributed, environment, run_files
 from distill.runtime import mesh as mesh_lib
 from models import families
 from models.errors import UserError
@@ -141,7 +141,6 @@ def evaluate_model(
     )
     abstract_policies = [policy.make_abstract_for_inference(path, dtype, mesh) for path in paths]
     compatibility.require_same_vocabulary(abstract_policies[0], abstract_policies[-1])
-    cli.check_output(f"{out_dir}/summary.json")
     encode_prompts(abstract_policies[0], rows, spec)
     with policy.use(abstract_policies[0]):
         subject, *teachers = [policy.load(p, p.model.dtype.name) for p in abstract_policies]

@@ -157,7 +157,7 @@ def render_transcripts(rows: list[tuple[str, Record]], examples_path: epath.Path
     for row in itertools.islice(_iter_rows(examples_path), _MAX_TRANSCRIPTS):
         head = f"--- {row['id']}, sample {row['sample']}: {row['outcome']}"
         wanted = f"(wanted {row['answer']}; {row['length']} tokens, {row['finish_reason']})"
-        blocks.append(f"{head} {wanted}\n{questions[row['id']]}\n>>>\n{row['response']}\n")
+        blocks.append(f"{head} {wanted}\n{questions[str(row['id'])]}\n>>>\n{row['response']}\n")
     return "\n".join(blocks)
 
 

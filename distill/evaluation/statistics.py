@@ -13,6 +13,7 @@ import numpy as np
 from scipy import special
 
 from distill.data import dedup
+from distill.rewards import equality
 from distill.runtime import run_files
 
 Record = dict[str, object]
@@ -167,11 +168,11 @@ def has_mixed_languages(text: str, prompt: str) -> bool:
 
 def normalise_answer(answer: object) -> str | None:
     """Normalises an answer for voting: removes spaces and variants of notation; None if empty."""
-    if not isinstance(answer, str) or not answer.strip():
+    if not isinstance(answer, str):
         return None
-    text = re.sub(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}", r"\1", answer)
-    text = re.sub(r"\\(?:left|right|[!,;:])|[\s$]|(?<=\d),(?=\d\d\d)", "", text)
-    return re.sub(r"\\[dt]frac", r"\\frac", text).removesuffix(".") or None
+    text = re.sub(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}", r"\1", equality.normalise(answer))
+    text = re.sub(r"\\(?:left|right|[!,;:])|\s|(?<=\d),(?=\d\d\d)", "", text)
+    return re.sub(r"\\[dt]frac", r"\\frac", text) or None
 
 
 def _count_votes(rows: Sequence[Record]) -> tuple[list[int], int]:

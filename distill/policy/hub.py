@@ -9,6 +9,7 @@ from typing import Any
 import huggingface_hub
 from etils import epath
 
+from distill.runtime import paths
 from models import adapter, tensor_files
 from models.errors import UserError
 from models.layers.lora import LoRA
@@ -87,8 +88,9 @@ def find_base_model(path: str | Path) -> str:
                 "move one of them to a directory of its own"
             )
     name = adapter.read_base_name(directory)
-    base = directory / name if (directory / name).is_dir() and not Path(name).is_dir() else name
     try:
+        name = paths.expand_home(name)
+        base = directory / name if (directory / name).is_dir() and not Path(name).is_dir() else name
         if adapter.is_adapter(to_local_dir(base)) or is_run(base):
             raise UserError(f"{base}: is an adapter or a run, not a model directory")
     except UserError as error:

@@ -24,6 +24,8 @@ from distill.rollout.sequence import Sequence
 from distill.runtime import distributed, run_files
 from models.errors import RowError, UserError
 
+_MAX_LIMIT = 2**31 - 1  # limits are held in 4 bytes each
+
 LocatedRows = Iterable[tuple[str, dict]]  # (location of the row, its fields)
 
 
@@ -108,8 +110,10 @@ def get_max_new_tokens(row: dict, where: str, default: int) -> int:
       UserError: naming the row if its value is not a positive integer.
     """
     limit = row.get("max_new_tokens", default)
-    if type(limit) is not int or limit < 1:
-        raise UserError(f"{where}: max_new_tokens={limit!r}: must be a whole number from 1")
+    if type(limit) is not int or not 1 <= limit <= _MAX_LIMIT:
+        raise UserError(
+            f"{where}: max_new_tokens={limit!r}: must be a whole number from 1 to {_MAX_LIMIT:,}"
+        )
     return limit
 
 

@@ -23,7 +23,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from distill.runtime import distributed, integrity, run_files, saved_step
+from distill.runtime import distributed, integrity, paths, run_files, saved_step
 from distill.runtime.integrity import DamagedError
 from models.errors import UserError
 
@@ -54,7 +54,7 @@ class Checkpoints:
         keep_every_steps: int = 0,
     ) -> None:
         self._directory = epath.Path(directory)
-        if not run_files.is_remote(directory):  # absolute() would treat it as relative
+        if not paths.is_remote(directory):  # absolute() would treat it as relative
             self._directory = self._directory.absolute()
         self._every, self._minutes = save_interval_steps, save_interval_minutes
         self._keep, self._keep_every = max_to_keep, keep_every_steps
@@ -201,7 +201,7 @@ class Checkpoints:
         saved_step.collect_quietly()
         self._steps.discard(step)
         room = f"{self._nbytes / 2**20:,.1f} MiB of arrays to write"
-        if not run_files.is_remote(self._directory):
+        if not paths.is_remote(self._directory):
             with contextlib.suppress(OSError):
                 free = shutil.disk_usage(self._directory).free
                 room += f", {free / 2**20:,.1f} MiB free there"
@@ -213,7 +213,7 @@ class Checkpoints:
 
     def _is_complete(self, step: int) -> bool:
         path = self._directory / str(step)
-        return (path / "commit_success.txt" if run_files.is_remote(path) else path).exists()
+        return (path / "commit_success.txt" if paths.is_remote(path) else path).exists()
 
     def _delete_old(self) -> None:
         """Deletes all but the newest undamaged steps, multiples of `keep_every_steps` and, after a

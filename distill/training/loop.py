@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.rewards import graders
-from distill.runtime import cli, distributed, environment, run_files, xla
+from distill.runtime import cli, distributed, environment, paths, run_files, xla
 from distill.runtime import mesh as mesh_lib
 from distill.runtime.checkpoint import Checkpoints
 from distill.teachers.local import Teacher
@@ -210,7 +210,7 @@ def run(c: ConfigDict, workdir: epath.PathLike, allow_changed_inputs: bool = Fal
       UserError: naming the problem in the config, its files or `workdir`.
       SystemExit: with code 128 + signal, after a checkpoint, if a signal asked the run to stop.
     """
-    run_files.require_reachable(str(workdir), "--workdir")
+    paths.require_reachable(str(workdir), "--workdir")
     workdir = epath.Path(workdir)
     xla.init_compilation_cache(c.compilation_cache)
     mesh, teacher_mesh = mesh_lib.make_meshes(c)

@@ -1,6 +1,5 @@
 """The three kinds of chat template, by who writes the think tags, in one table."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from distill.evaluation import tasks
 from distill.rewards import graders, terms
 from models.errors import UserError
 from tests.support.paths import DATA, ROOT
-from tests.support.templates import INSTRUCT, THINKING_ONLY
+from tests.support.templates import INSTRUCT, OPENING_HYBRID, THINKING_ONLY
 from tests.support.verbs import write
 
 HEADER, EMPTY = "<|im_start|>assistant\n", "<think>\n\n</think>\n\n"
@@ -28,6 +27,7 @@ HYBRIDS = ("hybrid", *PUBLISHED)
 def tokenizers() -> dict[str, PreTrainedTokenizerBase]:
     """The tiny tokenizer with each template; the published ones if they are at hand."""
     templates = {"hybrid": None, "thinking": THINKING_ONLY, "instruct": INSTRUCT}
+    templates |= {"opening": OPENING_HYBRID}
     for name in PUBLISHED:
         path = DATA / "qwen3_chat_templates" / f"{name}.jinja"
         templates |= {name: path.read_text("utf-8")} if path.is_file() else {}
@@ -79,6 +79,11 @@ TABLE = [
     ("thinking", 1, "block", (OPENED, "hm\n</think>\n\n4", True)),
     ("thinking", 1, "empty", (HEADER + EMPTY, "4", False)),
     ("thinking", 1, "no block", "opens a think block, but the response does not close one"),
+    ("opening", 1, "block", (OPENED, "hm\n</think>\n\n4", True)),
+    ("opening", 1, "empty", (HEADER + EMPTY, "4", False)),
+    ("opening", 1, "no block", "opens a think block, but the response does not close one"),
+    ("opening", 0, "block", "but it is not to think"),
+    ("opening", 0.5, "no block", (HEADER + EMPTY, "4", False)),
     ("instruct", 1, "block", (HEADER, THOUGHT, True)),
     ("instruct", 1, "empty", (HEADER, "4", False)),
     ("instruct", 1, "no block", (HEADER, "4", False)),
@@ -117,6 +122,9 @@ PROMPTS = [
     ("thinking", 1, {}, (OPENED, True)),
     ("thinking", 1, {"thinking": False}, "opens a think block in every prompt"),
     ("thinking", 1, {"question": "/no_think"}, (OPENED, True)),  # mere words to this model
+    ("opening", 1, {}, (OPENED, True)),
+    ("opening", 0, {}, (HEADER + EMPTY, False)),
+    ("opening", 1, {"question": "/no_think"}, (HEADER + EMPTY, False)),
     ("instruct", 1, {}, (HEADER, False)),
     ("instruct", 0, {}, (HEADER, False)),
     ("instruct", 1, {"question": "/think"}, (HEADER, False)),
@@ -161,6 +169,8 @@ RESPONSES = [
     ("thinking", True, "hm 4\n</think>\n\n5", "wrong", True),
     ("thinking", True, "so it is 4", "no_answer", False),  # cut within the thoughts
     ("thinking", True, "<think>\nhm\n</think>\n\n4", "correct", False),
+    ("opening", True, "so it is 4", "no_answer", False),
+    ("opening", False, "4", "correct", True),
     ("instruct", True, "4", "correct", True),
     ("instruct", False, "4", "correct", True),
     ("instruct", True, THOUGHT, "correct", False),
@@ -177,7 +187,8 @@ def test_responses_under_each_kind_of_template(
         example = encode(tokenizer, ASK, thinking_share=float(thinking), with_responses=False)
         ids = chat.encode_response(tokenizer, sampled)
         text = chat.decode_response(tokenizer, example.prompt, ids)
-        assert text == ("<think>\n" if kind == "thinking" else "") + sampled
+        opened = kind == "thinking" or (kind == "opening" and thinking)
+        assert text == ("<think>\n" if opened else "") + sampled
         assert rule.grade(text, "4") == outcome, (name, text)
         assert example.thinking == describe_template(tokenizer).find_mode(thinking)
         response = terms.Response(text, ids, True, outcome, example.thinking, 100, 0)
@@ -199,6 +210,7 @@ TURNS = [
     [
         ("hybrid", ["4", "<think>\nhm\n</think>\n\n6"]),
         ("thinking", ["4", "hm\n</think>\n\n6"]),
+        ("opening", ["4", "hm\n</think>\n\n6"]),
         ("instruct", ["4", "<think>\nhm\n</think>\n\n6"]),
     ],
 )
@@ -314,9 +326,8 @@ def test_a_template_is_described_by_what_it_renders(tokenizers: dict) -> None:
     for name, template in about.items():
         assert template.header == HEADER and template.end_token == "<|im_end|>", name
         assert template.renders_tools and template.renders_calls and template.renders_results
-        assert template.opened == ("<think>\n" if name == "thinking" else "")
-        assert template.has_switch == (name in HYBRIDS)
+        assert template.opened == ("<think>\n" if name in ("thinking", "opening") else "")
+        assert template.has_switch == (name in (*HYBRIDS, "opening"))
         assert template.has_modes == (name != "instruct")
     assert describe_template(None).has_switch
-    opening = dataclasses.replace(about["thinking"], has_switch=True)
-    assert not opening.always_thinks and not opening.find_mode(False)
+    assert about["thinking"].always_thinks and not about["opening"].always_thinks

@@ -244,6 +244,10 @@ def test_equal_answers_share_votes_whatever_their_spelling() -> None:
         == "1000"
     )
     assert statistics.normalise_answer(r"\text{ east }") == "east"
+    assert (
+        len({statistics.normalise_answer(text) for text in ("−60°.", r"-60^\circ", "$-60$")}) == 1
+    )
+    assert statistics.normalise_answer("BCA") != statistics.normalise_answer("ABC")
     assert statistics.normalise_answer("(1,2)") != statistics.normalise_answer("(12)")
     assert statistics.normalise_answer(None) is statistics.normalise_answer(" ") is None
 

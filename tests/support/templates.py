@@ -2,7 +2,7 @@
 
 Written after the documented behaviour of the releases: prompts of Qwen3-Thinking-2507 end with the
 opening tag, so that a response has only the closing one; Qwen3-Instruct-2507 knows no thinking, and
-ignores `enable_thinking`.
+ignores `enable_thinking`. Later hybrid models have the switch, and open the block where it is on.
 """
 
 _HEAD = """\
@@ -26,11 +26,14 @@ _THOUGHTS = """
 {{- text }}"""
 _TAIL = """
 {%- for call in m.tool_calls or [] %}{%- set call = call.function or call %}
-{{- '\\n<tool_call>\\n{"name": "' + call.name + '", "arguments": ' }}
+{%- if m.content or not loop.first %}{{- '\\n' }}{%- endif %}
+{{- '<tool_call>\\n{"name": "' + call.name + '", "arguments": ' }}
 {{- call.arguments if call.arguments is string else call.arguments | tojson }}
 {{- '}\\n</tool_call>' }}{%- endfor %}{{- '<|im_end|>\\n' }}
 {%- endif %}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\nOPENED' }}{%- endif %}"""
 
+_SWITCH = "<think>\\n' + ('' if enable_thinking | default(true) else '\\n</think>\\n\\n') + '"
+OPENING_HYBRID = (_HEAD + _THOUGHTS + _TAIL).replace("OPENED", _SWITCH)
 THINKING_ONLY = (_HEAD + _THOUGHTS + _TAIL).replace("OPENED", "<think>\\n")
 INSTRUCT = (_HEAD + "{{- m.content }}" + _TAIL).replace("OPENED", "")
