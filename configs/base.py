@@ -297,7 +297,11 @@ def get_config(arg: str = "") -> ConfigDict:
     # Files of the run.
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 100  # steps
-    c.checkpoint.keep = 2  # newest checkpoints kept
+    # Also as soon as the next step would end later than this after the last save, so that a run
+    # that is killed loses no more (or one step, where that is longer); 0: never.
+    c.checkpoint.every_minutes = 10.0
+    c.checkpoint.keep = 2  # newest checkpoints kept; one more while it is written
+    c.checkpoint.keep_every = 0  # keep its multiples as well; 0: none
     c.log = ConfigDict()
     c.log.transcripts_every = 50  # steps between files of sampled transcripts
     c.log.transcripts = 8  # rows in each

@@ -33,7 +33,8 @@ FOLDERS = {
     "canonical columns turns answers arithmetic chat template messages files values",
     "objectives": "losses loss fused_head chunks divergences advantages",
     "rewards": "terms ifeval graders equality answers",
-    "runtime": "checkpoint cli distributed xla run_files paths environment gpu mesh",
+    "runtime": "checkpoint saved_step integrity cli distributed xla run_files paths environment "
+    "gpu mesh",
 }
 FLOOR = {
     ".".join(filter(None, ("distill", folder, file))): place

@@ -19,7 +19,7 @@ from distill.evaluation import statistics
 from distill.evaluation.tasks.task import Task
 from distill.policy.policy import Policy
 from distill.runtime import distributed, environment, run_files
-from distill.runtime.checkpoint import compute_checksum
+from distill.runtime.integrity import compute_checksum
 from models.errors import UserError
 
 Record = dict[str, Any]

@@ -1,6 +1,7 @@
 """Describes what a run runs on, for environment.json and the costs of an evaluation."""
 
 import contextlib
+import functools
 import platform
 import resource
 import shlex
@@ -52,11 +53,14 @@ def describe_environment() -> dict[str, Any]:
             "count": len(devices),
             "processes": jax.process_count(),
         },
-        "git": _describe_git(),
+        "git": describe_git(),
     }
 
 
-def _describe_git() -> dict[str, Any] | None:
+@functools.cache
+def describe_git() -> dict[str, Any] | None:
+    """Returns the revision of this code and whether files differ from it; None if unknown."""
+
     def run_git(*arguments: str) -> str:
         root = Path(__file__).parents[2]
         call = ("git", "-C", str(root), *arguments)

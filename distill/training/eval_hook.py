@@ -90,6 +90,11 @@ class ValidationHook:
     def is_due(self, step: int, is_last: bool) -> bool:
         return self.validation is not None and (is_last or step % self.validation.c.every == 0)
 
+    def check_last_save(self) -> None:
+        """Raises UserError if the best checkpoint could not be written; see `Checkpoints`."""
+        if self.best_checkpoints:
+            self.best_checkpoints.check_last_save()
+
     def warm_up(self, params: Any) -> None:
         """Compiles the sampler's programs, so that nothing is compiled in the middle of a run."""
         v = self.validation
@@ -115,7 +120,9 @@ class ValidationHook:
             value = -value if v.c.best.startswith("-") else value
             if self.best_value is None or value > self.best_value:
                 meta = {**make_meta(), "eval": make_eval_config(v), "value": value}
-                self.best_checkpoints.save(step, state, meta)
+                # In place of the former best, which a run before the last resume may have found
+                # at a later step.
+                self.best_checkpoints.save(step, state, meta, replace=True)
                 self.best_value = value
         metrics = {f"eval/{name}": summary.get(name) for name in EVAL_METRICS}
         return metrics | {"time/eval": time.perf_counter() - start_time}
@@ -170,11 +177,14 @@ def _init_best(directory: epath.Path, eval_config: dict[str, Any]) -> float | No
     Clears it first if that checkpoint was the best under another `config.eval`.
     """
     with Checkpoints(directory / "checkpoints") as checkpoints:
-        latest = checkpoints.read_latest()
-    if latest and latest[1].get("eval") != eval_config:
+        saved = dict(checkpoints.read_all())
+    if any(meta.get("eval") != eval_config for meta in saved.values()):
         run_files.log_line(f"{directory} was the best of another config.eval: starting again")
         directory.rmtree()
-        latest = None
+        saved = {}
+    best_step = max(saved, key=lambda step: (saved[step]["value"], -step), default=None)
+    for step in saved.keys() - {best_step}:  # left by a run that was stopped while it replaced one
+        (directory / "checkpoints" / str(step)).rmtree()
     config = (directory.parent / "config.json").read_text()
     run_files.write_text(directory / "config.json", config)
-    return latest[1]["value"] if latest else None
+    return None if best_step is None else saved[best_step]["value"]

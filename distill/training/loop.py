@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.rewards import graders
-from distill.runtime import cli, distributed, paths, run_files, xla
+from distill.runtime import cli, distributed, environment, paths, run_files, xla
 from distill.runtime import mesh as mesh_lib
 from distill.runtime.checkpoint import Checkpoints
 from distill.teachers.local import Teacher
@@ -37,6 +38,7 @@ from distill.training import (
 from distill.training.collect import Collector
 from distill.training.microbatches import Minibatches
 from distill.training.setup import RunSetup, StageSetup
+from models.errors import UserError
 from models.transformer import Params
 
 
@@ -134,26 +136,36 @@ def make_transcripts(
 
 
 def restore_or_init(
-    c: ConfigDict, run_setup: RunSetup, checkpoints: Checkpoints
+    c: ConfigDict, run_setup: RunSetup, checkpoints: Checkpoints, input_keys: Sequence[str]
 ) -> tuple[update.TrainState, int, dict[str, Any] | None]:
     """Restores the newest checkpoint, or initialises the state.
+
+    Args:
+      input_keys: config keys of inputs whose content was compared (resume.init_workdir).
 
     Returns:
       The state, the number of its stage, and the stage's progress (collect.StageProgress), which
       is None at the start of a run.
     """
-    student, latest = run_setup.student, checkpoints.read_latest()
-    if latest:
-        optimizer = run_setup.stages[latest[1]["index"]].optimizer
-        trained = mesh_lib.make_abstract_params(
-            student.config, policy.get_mesh(student), student.model.lora
-        )
-        restored = checkpoints.restore(
-            update.make_abstract_state(optimizer, trained, bool(c.student.ema_decay))
-        )
-        if restored:
-            state, meta = restored
-            return state, meta["index"], meta["progress"]
+    student = run_setup.student
+    trained = mesh_lib.make_abstract_params(
+        student.config, policy.get_mesh(student), student.model.lora
+    )
+
+    def make_abstract_state(meta: dict[str, Any]) -> Any:
+        config = json.loads(c.to_json_best_effort())
+        if changed := resume.find_config_changes(meta["config"], config, input_keys):
+            raise UserError(f"--workdir: its checkpoints are of another config: {changed[0]}")
+        # Of the checkpoint's own stage: an earlier one may have another optimiser.
+        optimizer = run_setup.stages[meta["index"]].optimizer
+        return update.make_abstract_state(optimizer, trained, bool(c.student.ema_decay))
+
+    restored = checkpoints.restore(make_abstract_state)
+    if restored:
+        state, meta = restored
+        if meta["git"] != environment.describe_git():
+            run_files.log_line(f"the checkpoint was written by other code: {meta['git']}")
+        return state, meta["index"], meta["progress"]
     key = jax.random.key(c.seed)
     if student.model.lora:
         params = policy.load_or_init_lora(student, key)
@@ -174,19 +186,21 @@ def prepare_run(
     teacher_mesh: Mesh,
     allow_changed_inputs: bool,
     steps_done: int,
-) -> tuple[RunSetup, eval_hook.ValidationSetup | None]:
-    """Checks what is left of a run after `steps_done` steps, and writes its first files."""
+) -> tuple[RunSetup, eval_hook.ValidationSetup | None, list[str]]:
+    """Checks what is left of a run after `steps_done` steps, and writes its first files.
+
+    The last item of the result is that of resume.init_workdir.
+    """
     run_setup = setup.setup_run(c, mesh, teacher_mesh, steps_done)
     validation = eval_hook.setup_validation(c.eval, run_setup.student, c.seed)
     eval_rows = validation.rows if validation else None
     remaining = [stage for stage in run_setup.stages if stage.end_step > steps_done]
 
-    def write_first_files() -> None:
+    def write_first_files() -> list[str]:
         inputs = resume.describe_inputs(c, remaining, eval_rows)
-        resume.init_workdir(workdir, c, inputs, steps_done, allow_changed_inputs)
+        return resume.init_workdir(workdir, c, inputs, steps_done, allow_changed_inputs)
 
-    distributed.broadcast_from_primary(write_first_files)
-    return run_setup, validation
+    return run_setup, validation, distributed.broadcast_from_primary(write_first_files)
 
 
 def run(c: ConfigDict, workdir: epath.PathLike, allow_changed_inputs: bool = False) -> None:
@@ -208,13 +222,19 @@ def run(c: ConfigDict, workdir: epath.PathLike, allow_changed_inputs: bool = Fal
     steps_done = distributed.broadcast_from_primary(
         lambda: policy.find_newest_step(str(workdir)) or 0
     )
-    run_setup, validation = prepare(steps_done)
+    run_setup, validation, input_keys = prepare(steps_done)
     run_files.log_line(f"attention: {run_setup.student.model.kernel}")
     with policy.use(run_setup.student):
         run_setup = setup.load_lora_base(c, run_setup)
         with contextlib.ExitStack() as stack:
             checkpoints = stack.enter_context(
-                Checkpoints(workdir / "checkpoints", c.checkpoint.every, c.checkpoint.keep)
+                Checkpoints(
+                    workdir / "checkpoints",
+                    c.checkpoint.every,
+                    c.checkpoint.keep,
+                    c.checkpoint.every_minutes,
+                    c.checkpoint.keep_every,
+                )
             )
             validation_hook = stack.enter_context(
                 eval_hook.open_validation_hook(validation, run_setup.student, workdir)
@@ -222,9 +242,9 @@ def run(c: ConfigDict, workdir: epath.PathLike, allow_changed_inputs: bool = Fal
             grader = stack.enter_context(graders.Grader())
             get_stop_signal = stack.enter_context(cli.catch_stop_signals())
             compile_monitor = stack.enter_context(xla.CompileMonitor())
-            state, first_stage, progress = restore_or_init(c, run_setup, checkpoints)
+            state, first_stage, progress = restore_or_init(c, run_setup, checkpoints, input_keys)
             if int(state.step) < steps_done:  # the newest checkpoint is damaged
-                earlier, _ = prepare(int(state.step))
+                earlier, *_ = prepare(int(state.step))
                 run_setup = dataclasses.replace(earlier, student=run_setup.student)
             writer = stack.enter_context(run_files.Writer(workdir, int(state.step)))
             run_context = RunContext(
@@ -296,7 +316,7 @@ def run_stage(
             num_updates = (step - stage.first_step) * stage.updates_per_step
             device_metrics["learning_rate"] = schedule(num_updates)
             metrics_logger.add_step(step, start_time, host_metrics, device_metrics)
-            make_meta = functools.partial(make_checkpoint_meta, collector, index, step + 1)
+            make_meta = functools.partial(make_checkpoint_meta, c, collector, index, step + 1)
             if validation_hook.is_due(step + 1, is_last):
                 metrics_logger.fetch_pending()
                 host_metrics |= validation_hook.run(state, make_meta, step + 1)
@@ -308,10 +328,12 @@ def run_stage(
                 run_context.writer.write_rollouts(step, rows)
             # Checked once, since a signal may arrive while the state is being saved.
             stopping = bool(run_context.check_stop_signal())
-            if checkpoints.should_save(step + 1, stopping or is_last):
+            validation_hook.check_last_save()
+            is_due = checkpoints.should_save(step + 1)
+            if is_due or stopping or is_last:
                 metrics_logger.write()
                 run_context.writer.flush()  # the files are then as new as the checkpoint
-                checkpoints.save(step + 1, state, make_meta(), force=stopping or is_last)
+                checkpoints.save(step + 1, state, make_meta())
             if stopping:
                 break
     return state
@@ -359,8 +381,15 @@ def collect_step(
     return minibatches, metrics
 
 
-def make_checkpoint_meta(collector: Collector, index: int, step: int) -> dict[str, Any]:
+def make_checkpoint_meta(
+    c: ConfigDict, collector: Collector, index: int, step: int
+) -> dict[str, Any]:
     """Makes the JSON that a checkpoint after `step` steps holds beside the state."""
     stage = collector.stage
-    progress = collector.progress.get_state(step - stage.first_step)
-    return {"stage": stage.name, "index": index, "progress": progress}
+    return {
+        "stage": stage.name,
+        "index": index,
+        "progress": collector.progress.get_state(step - stage.first_step),
+        "config": json.loads(c.to_json_best_effort()),
+        "git": environment.describe_git(),
+    }

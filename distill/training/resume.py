@@ -13,7 +13,7 @@ stages, which may be gone.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def init_workdir(
     inputs: Inputs | None = None,
     steps_done: int = 0,
     allow_changed_inputs: bool = False,
-) -> None:
+) -> list[str]:
     """Compares a config and its inputs with those of the run in `workdir`, if it holds one, and
     writes them and the environment there.
 
@@ -52,6 +52,9 @@ def init_workdir(
       inputs: of the stages that are not finished; None: not compared.
       steps_done: steps in the newest checkpoint. With 0 nothing of a run is left, so it may start
         again with other inputs.
+
+    Returns:
+      The config keys of the inputs that the run has recorded.
 
     Raises:
       UserError: if the directory cannot be written, or holds a run of another config, naming the
@@ -62,10 +65,7 @@ def init_workdir(
     recorded, inputs = record["inputs"], inputs or {}
     if path.is_file():
         saved = json.loads(path.read_text())
-        # Where content is compared, names do not count. A pair of a mixture begins with its name.
-        compared = {key + end for key in recorded.keys() & inputs.keys() for end in ("", "[0]")}
-        differences = _find_differences(saved, current, "config")
-        changed = sorted(text for key, text in differences if key not in compared)
+        changed = find_config_changes(saved, current, recorded.keys() & inputs.keys())
         if changed:
             raise UserError(f"{workdir} holds a run of another config: {changed[0]}")
     elif (workdir / "checkpoints").exists():
@@ -88,6 +88,18 @@ def init_workdir(
             run_files.write_json(inputs_path, record)
     except OSError as error:
         raise UserError(f"--workdir={workdir}: {error}") from error
+    return sorted(record["inputs"])
+
+
+def find_config_changes(before: Any, now: Any, input_keys: Collection[str]) -> list[str]:
+    """Returns a line for each difference of two configs, as JSON, that is not allowed in a run.
+
+    input_keys: of inputs whose content is compared, so that their names do not count.
+    """
+    # A pair of a mixture begins with its name.
+    named = {key + end for key in input_keys for end in ("", "[0]")}
+    differences = _find_differences(before, now, "config")
+    return sorted(text for key, text in differences if key not in named)
 
 
 def _find_differences(before: Any, now: Any, key: str) -> Iterator[tuple[str, str]]:

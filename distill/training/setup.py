@@ -85,6 +85,9 @@ def setup_run(
     """
     teacher_mesh = teacher_mesh or mesh
     checks.check_fields(c, {"seed": Range()}, "config.")
+    rules = {"every": Range(1), "keep": Range(1)}
+    rules |= {"every_minutes": Range(off="never"), "keep_every": Range(off="none")}
+    checks.check_fields(c.checkpoint, rules, "config.checkpoint.")
     if not c.stages:
         raise UserError("config.stages: must name at least one stage")
     for name in c.stages:

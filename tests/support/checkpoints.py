@@ -10,8 +10,9 @@ from jax.sharding import PartitionSpec as P
 TX = optax.adamw(1e-3)
 
 
-def mesh(*sizes):
-    return Mesh(np.array(jax.devices()).reshape(sizes), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+def mesh(*sizes, devices=8):
+    chosen = np.array(jax.devices()[:devices])
+    return Mesh(chosen.reshape(sizes), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
 
 
 def state(seed=0, where=None, dtype=jnp.float32):

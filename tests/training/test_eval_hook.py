@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from distill import rollout
 from distill.evaluation import evaluator, problems, protocols, records, responses
@@ -115,6 +117,21 @@ def test_the_best_checkpoint_is_a_run_directory(whole, tmp_path) -> None:
         assert np.array_equal(a, b)
 
 
+def test_a_better_checkpoint_of_an_earlier_step_replaces_the_best(tmp_path) -> None:
+    """A resumed run may evaluate steps before the best of the run that it continues."""
+    (tmp_path / "config.json").write_text("{}")
+    best, about = epath.Path(tmp_path) / "best", {"eval": {"limit": 3}}
+    with Checkpoints(best / "checkpoints", save_interval_steps=1) as saved:
+        saved.save(60, {"x": jnp.ones(3)}, {**about, "value": 0.5})
+        # As a run leaves it that is killed before the former best is deleted.
+        saved.save(50, {"x": jnp.ones(3)}, {**about, "value": 0.6}, replace=True)
+        saved._delete_old = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
+    assert eval_hook._init_best(best, about["eval"]) == 0.6
+    assert best_step(tmp_path) == 50
+    assert eval_hook._init_best(best, {"limit": 4}) is None
+    assert not (best / "checkpoints").exists()
+
+
 def test_run_killed_during_an_evaluation_resumes_with_the_same_files(
     whole, models, tmp_path, monkeypatch
 ) -> None:
@@ -151,8 +168,7 @@ def test_eval_settings_may_change_on_resume(whole, models, tmp_path, capsys) -> 
     first.checkpoint.every = 4
     loop.run(first, workdir)
     with Checkpoints(workdir / "checkpoints", save_interval_steps=1) as saved:
-        assert saved._manager is not None
-        saved._manager.delete(5)
+        saved._delete(5)
     loop.run(c, workdir)
     assert "was the best of another config.eval" in capsys.readouterr().err
     assert best_step(workdir) == 5

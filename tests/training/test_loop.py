@@ -238,6 +238,12 @@ BAD = {
     "cache dtype": (change("opd.rollout.cache_dtype", "int4"), "config.opd.rollout.cache_dtype"),
     "budget": (change("opd.rollout.token_budget", -1), "config.opd.rollout.token_budget=-1"),
     "schedule": (change("opd.optim.schedule", "cosin"), "cosin"),
+    "checkpoints": (change("checkpoint.every", 0), "config.checkpoint.every=0: must be at least 1"),
+    "kept": (change("checkpoint.keep", 0), "config.checkpoint.keep=0: must be at least 1"),
+    "minutes": (
+        change("checkpoint.every_minutes", -1.0),
+        "config.checkpoint.every_minutes=-1.0: must be at least 0 (never)",
+    ),
 }
 
 
@@ -326,6 +332,17 @@ def test_resuming_with_a_changed_config_is_refused(whole, models):
     with pytest.raises(UserError, match=r"config\.opd\.optim\.learning_rate was 0.001, now 0.002"):
         loop.run(c, whole)
     assert {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()} == before
+
+
+def test_checkpoints_of_another_run_are_refused(whole, models, tmp_path):
+    """A checkpoint holds the config of its run."""
+    c = config(models)
+    c.opd.optim.learning_rate = 2e-3
+    shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(c.to_json_best_effort())))
+    words = r"its checkpoints are of another config: config\.opd\.optim\.learning_rate was 0\.001"
+    with pytest.raises(UserError, match=words):
+        loop.run(c, tmp_path)
 
 
 def test_some_settings_may_change_on_resume(whole, models):
