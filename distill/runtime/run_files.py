@@ -276,6 +276,13 @@ class Writer:
         if is_primary():
             write_jsonl(self._workdir / "rollouts" / f"{step:06d}.jsonl", rows)
 
+    def write_skipped(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Writes skipped/{step}.jsonl, the sequences of an update that was not finite."""
+        if is_primary():
+            path = self._workdir / "skipped" / f"{step:06d}.jsonl"
+            write_jsonl(path, rows)
+            log_line(f"warning: step {step}: loss or gradient not finite, not trained: see {path}")
+
     def flush(self) -> None:
         """Writes all rows to metrics.jsonl before it returns."""
         if is_primary():

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -23,10 +22,12 @@ from distill.runtime import mesh as mesh_lib
 from distill.runtime.checkpoint import Checkpoints
 from distill.teachers.local import Teacher
 from distill.training import (
+    alerts,
     collect,
     eval_hook,
     grading,
     memory,
+    metrics_log,
     microbatches,
     optim,
     preflight,
@@ -36,12 +37,13 @@ from distill.training import (
 )
 from distill.training.collect import Collector
 from distill.training.microbatches import Minibatches
-from distill.training.setup import RunSetup, StageSetup
+from distill.training.setup import RunSetup
 from models.errors import UserError
 from models.transformer import Params
 
 # May change on resume, since they do not affect what is trained.
-RESUME_MUTABLE_KEYS = ("checkpoint", "log", "eval", "compilation_cache")
+RESUME_MUTABLE_KEYS = ("checkpoint", "log", "eval", "compilation_cache", "alerts")
+ALERT_STOP = 1000  # in place of a signal's number: an alert stops the run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,86 +57,13 @@ class RunContext:
     grader: graders.Grader
     get_stop_signal: Callable[[], int]  # signal that asked us to stop, or 0
     compile_monitor: xla.CompileMonitor
+    alerts: alerts.Alerts  # of process 0
 
     def check_stop_signal(self) -> int:
-        """Returns the signal that any process received, or 0; all stop after the same step."""
-        return distributed.max_over_processes(self.get_stop_signal())
-
-
-@dataclasses.dataclass
-class MetricsLogger:
-    """Writes and displays the metrics of each step once the next one has started, so that the host
-    does not wait for the device."""
-
-    stage: StageSetup
-    writer: run_files.Writer
-    progress_bar: run_files.Progress
-    pending: tuple[int, float, dict, dict] | None = None
-
-    def add_step(
-        self, step: int, start_time: float, host_metrics: dict, device_metrics: dict[str, jax.Array]
-    ) -> None:
-        """Writes the pending row, if any, and makes the step's row the pending one."""
-        self.write(start_time)
-        self.pending = (step, start_time, host_metrics, device_metrics)
-
-    def fetch_pending(self, end_time: float | None = None) -> None:
-        """Completes the pending row with its device metrics. The step ended at `end_time`, when the
-        next one started; by default now, once the device is done."""
-        if self.pending and "time/step" not in self.pending[2]:
-            _, start_time, host_metrics, device_metrics = self.pending
-            fetched = jax.device_get(device_metrics)
-            compiling = {k: host_metrics.pop(k) for k in ("time/compile",) if k in host_metrics}
-            host_metrics |= {f"train/{name}": float(x) for name, x in fetched.items()}
-            host_metrics["time/step"] = (end_time or time.perf_counter()) - start_time
-            host_metrics |= compiling
-
-    def write(self, end_time: float | None = None) -> None:
-        """Writes the pending row, if any; for `end_time` see `fetch_pending`."""
-        if self.pending is None:
-            return
-        self.fetch_pending(end_time)
-        (step, _, row, _), self.pending = self.pending, None
-        self.writer.write(step, self.stage.name, row)
-        bar_names = ("train/loss", "train/grad_norm", "rollout/mean_length", "time/step")
-        bar_metrics = {k: row[k] for k in bar_names if k in row}
-        if not row["train/trained_tokens"]:  # then there is no loss either
-            del bar_metrics["train/loss"]
-        self.progress_bar.update(step + 1 - self.stage.first_step, bar_metrics)
-
-
-def make_transcripts(
-    kept_stats: trainer.KeptStats, mesh: Mesh, student: Policy, count: int
-) -> list[dict[str, object]]:
-    """Makes the rows of rollouts/*.jsonl for the first `count` sequences of a step.
-
-    A row has the text and tokens of a sequence, and each statistic as a list of one number per
-    response token.
-    """
-    rows: dict[int, dict[str, object]] = {}
-    decode = student.tokenizer.decode if student.tokenizer else lambda ids: None
-    for micro, stats in kept_stats:
-        batch = micro.to_device(mesh)
-        arrays = (batch.tokens_BT, batch.mask_BT, batch.segments_BT, batch.finished_BT, stats)
-        arrays = jax.tree.map(np.asarray, mesh_lib.gather_first_rows(arrays, len(micro.rows)))
-        tokens, mask, segments, finished, stats_arrays = arrays
-        for i, numbers in enumerate(micro.rows):
-            for segment, number in enumerate(numbers, start=1):
-                if number >= count:
-                    continue
-                in_segment = segments[i] == segment
-                in_response = in_segment & mask[i]
-                prompt, response = tokens[i][in_segment & ~mask[i]], tokens[i][in_response]
-                row = rows[number] = {
-                    "prompt": decode(prompt.tolist()),
-                    "response": decode(response.tolist()),
-                    "prompt_tokens": prompt.tolist(),
-                    "tokens": response.tolist(),
-                    **{name: x[i][in_response].tolist() for name, x in stats_arrays.items()},
-                }
-                if finished is not None:
-                    row["finish_reason"] = "stop" if finished[i][in_segment].any() else "length"
-    return [rows[number] for number in sorted(rows)]
+        """Returns the signal that any process received, ALERT_STOP for an alert that stops the run,
+        or 0; all stop after the same step."""
+        own = ALERT_STOP if self.alerts.stop else self.get_stop_signal()
+        return distributed.max_over_processes(own)
 
 
 def init_workdir(workdir: epath.Path, c: ConfigDict) -> None:
@@ -208,7 +137,8 @@ def run(c: ConfigDict, workdir: epath.PathLike) -> None:
     """Runs the stages of a config, continuing from the newest checkpoint in `workdir` if any.
 
     Raises:
-      UserError: naming the problem in the config, its files or `workdir`.
+      UserError: naming the problem in the config, its files or `workdir`; or, after a checkpoint,
+        the alert that stopped the run.
       SystemExit: with code 128 + signal, after a checkpoint, if a signal asked the run to stop.
     """
     run_files.require_reachable(str(workdir), "--workdir")
@@ -217,6 +147,7 @@ def run(c: ConfigDict, workdir: epath.PathLike) -> None:
     mesh, teacher_mesh = mesh_lib.make_meshes(c)
     run_setup = setup.setup_run(c, mesh, teacher_mesh)
     validation = eval_hook.setup_validation(c.eval, run_setup.student, c.seed)
+    run_alerts = alerts.Alerts(c.alerts)
     distributed.broadcast_from_primary(lambda: init_workdir(workdir, c))
     run_files.log_line(f"attention: {run_setup.student.model.kernel}")
     with policy.use(run_setup.student):
@@ -233,8 +164,18 @@ def run(c: ConfigDict, workdir: epath.PathLike) -> None:
             compile_monitor = stack.enter_context(xla.CompileMonitor())
             state, first_stage, progress = restore_or_init(c, run_setup, checkpoints)
             writer = stack.enter_context(run_files.Writer(workdir, int(state.step)))
+            if run_files.is_primary() and (workdir / "metrics.jsonl").exists():
+                rows = (workdir / "metrics.jsonl").read_text().splitlines()
+                run_alerts.read_rows(map(json.loads, rows))
             run_context = RunContext(
-                mesh, checkpoints, writer, validation_hook, grader, get_stop_signal, compile_monitor
+                mesh,
+                checkpoints,
+                writer,
+                validation_hook,
+                grader,
+                get_stop_signal,
+                compile_monitor,
+                run_alerts,
             )
             loaded_models: dict[str, Policy | Teacher] = {}
             for index, stage in enumerate(run_setup.stages[first_stage:], start=first_stage):
@@ -252,7 +193,20 @@ def run(c: ConfigDict, workdir: epath.PathLike) -> None:
                 state = run_stage(c, loaded_setup, index, state, progress, run_context)
                 if run_context.check_stop_signal():
                     break
-        if code := run_context.check_stop_signal():
+        code = run_context.check_stop_signal()
+        if code == ALERT_STOP:
+            reason = distributed.broadcast_from_primary(
+                lambda: (
+                    f"step {run_alerts.stop.step}: {run_alerts.stop.message}"
+                    if run_alerts.stop
+                    else ""
+                )
+            )
+            raise UserError(
+                f"{reason}; stopped at the checkpoint of step {int(state.step)}, from which the "
+                "same command goes on"
+            )
+        if code:
             run_files.log_line(f"stopped after step {int(state.step)}; the same command resumes it")
             raise SystemExit(128 + code)
 
@@ -283,15 +237,24 @@ def run_stage(
     schedule = optim.make_schedule(s.optim, s.steps * stage.updates_per_step)
     first_step = int(state.step)
     num_done = first_step - stage.first_step
+
+    def write_skipped(step: int, kept_stats: trainer.KeptStats) -> None:
+        rows = metrics_log.make_transcripts(kept_stats, mesh, run_setup.student, s.batch_size)
+        run_context.writer.write_skipped(step, rows)
+
     with run_files.show_progress(s.steps, num_done, stage.name) as progress_bar:
-        metrics_logger = MetricsLogger(stage, run_context.writer, progress_bar)
+        metrics_logger = metrics_log.MetricsLogger(
+            stage, run_context.writer, progress_bar, run_context.alerts, write_skipped
+        )
         for step in range(first_step, stage.end_step):
             start_time, is_last = time.perf_counter(), step + 1 == stage.end_step
             transcript_count = c.log.transcripts if step % c.log.transcripts_every == 0 else 0
 
             minibatches, host_metrics = collect_step(collector, state.params, step, state.average)
             state, device_metrics, kept_stats, score_seconds = stage_trainer.step(
-                state, minibatches, transcript_count
+                state,
+                minibatches,
+                transcript_count if metrics_logger.has_skipped else s.batch_size,
             )
             if stage.asynchronous:
                 collect.sample_ahead(collector, device_metrics)
@@ -299,7 +262,7 @@ def run_stage(
             host_metrics["time/score"] += score_seconds
             num_updates = (step - stage.first_step) * stage.updates_per_step
             device_metrics["learning_rate"] = schedule(num_updates)
-            metrics_logger.add_step(step, start_time, host_metrics, device_metrics)
+            metrics_logger.add_step(step, start_time, host_metrics, device_metrics, kept_stats)
             make_meta = functools.partial(make_checkpoint_meta, collector, index, step + 1)
             if validation_hook.is_due(step + 1, is_last):
                 metrics_logger.fetch_pending()
@@ -308,13 +271,16 @@ def run_stage(
                 f"step {step}", 0.0 if step == first_step else 1.0
             )
             if transcript_count:
-                rows = make_transcripts(kept_stats, mesh, run_setup.student, transcript_count)
+                rows = metrics_log.make_transcripts(
+                    kept_stats, mesh, run_setup.student, transcript_count
+                )
                 run_context.writer.write_rollouts(step, rows)
             # Checked once, since a signal may arrive while the state is being saved.
             stopping = bool(run_context.check_stop_signal())
             if checkpoints.should_save(step + 1, stopping or is_last):
                 metrics_logger.write()
                 run_context.writer.flush()  # the files are then as new as the checkpoint
+                update.require_finite(state)
                 checkpoints.save(step + 1, state, make_meta(), force=stopping or is_last)
             if stopping:
                 break
@@ -342,13 +308,14 @@ def collect_step(
     else:
         sequences, metrics = collect.sample_sequences(collector, params, step)
         rewards = None
+    sequences, rewards = collect.drop_failed_groups(sequences, rewards, s.samples)
     samples = microbatches.to_examples(sequences, rewards)
     traces = collect.read_traces(collector, step)
     packed = microbatches.pack_examples(
         [*samples, *traces], stage.microbatch_rows, s.minibatches, layout
     )
     start_time = time.perf_counter()
-    if stage.loss.reward and s.reward.teacher_logprob:
+    if stage.loss.reward and s.reward.teacher_logprob and samples:
         scores_B = grading.score_with_teachers(
             collector.teachers, packed, samples, layout, mesh, collector.loss_chunk_mib, ema_params
         )
