@@ -10,7 +10,7 @@ from absl import flags
 from etils import epath
 
 from distill.evaluation import evaluator, problems, protocols, records, tasks
-from distill.runtime import cli, distributed, run_files
+from distill.runtime import cli, distributed, locks, run_files
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -60,16 +60,20 @@ def run_evaluation() -> None:
         known = problems.load_problems(BENCHMARK.value, DATA.value, 0) if DATA.value else []
         rows = problems.load_responses(BENCHMARK.value, RESPONSES.value, known)
         cli.check_output(f"{OUT.value}/summary.json")
-        return evaluator.evaluate_stored(BENCHMARK.value, rows[: LIMIT.value or None], out, ks)
+        with locks.hold_lock(out / "lock", f"--out={OUT.value}"):
+            evaluator.evaluate_stored(BENCHMARK.value, rows[: LIMIT.value or None], out, ks)
+        return
     spec = _read_spec(ks)
     rows = problems.load_problems(BENCHMARK.value, DATA.value, LIMIT.value)
     problems.check_gradable(BENCHMARK.value, rows)
     if not MODEL.value:
         raise UserError("--model: name a model directory, or give --responses")
-    evaluator.evaluate_model(MODEL.value, rows, spec, out, dtype=DTYPE.value, teacher=TEACHER.value)
+    with locks.hold_lock(out / "lock", f"--out={OUT.value}"):
+        evaluator.evaluate_model(
+            MODEL.value, rows, spec, out, dtype=DTYPE.value, teacher=TEACHER.value
+        )
     if LIMIT.value and run_files.is_primary():
         print(records.render_transcripts(rows, out / records.EXAMPLES_FILE))
-    return None
 
 
 def _read_ks() -> tuple[int, ...]:

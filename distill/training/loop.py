@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.rewards import graders
-from distill.runtime import cli, distributed, environment, run_files, xla
+from distill.runtime import cli, distributed, environment, locks, run_files, xla
 from distill.runtime import mesh as mesh_lib
 from distill.runtime.checkpoint import Checkpoints
 from distill.teachers.local import Teacher
@@ -148,9 +148,10 @@ def run(c: ConfigDict, workdir: epath.PathLike) -> None:
     run_setup = setup.setup_run(c, mesh, teacher_mesh)
     validation = eval_hook.setup_validation(c.eval, run_setup.student, c.seed)
     run_alerts = alerts.Alerts(c.alerts)
-    distributed.broadcast_from_primary(lambda: init_workdir(workdir, c))
-    run_files.log_line(f"attention: {run_setup.student.model.kernel}")
-    with policy.use(run_setup.student):
+    lock = locks.hold_lock(workdir / "lock", f"--workdir={workdir}")
+    with lock, policy.use(run_setup.student):
+        distributed.broadcast_from_primary(lambda: init_workdir(workdir, c))
+        run_files.log_line(f"attention: {run_setup.student.model.kernel}")
         run_setup = setup.load_lora_base(c, run_setup)
         with contextlib.ExitStack() as stack:
             checkpoints = stack.enter_context(
