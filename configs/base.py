@@ -218,6 +218,11 @@ def make_alerts() -> ConfigDict:
     # logits left out (with the other samples of its prompt, if there is a reward). After so many
     # steps with either in a row the run stops, at a checkpoint; 0: never.
     c.max_skipped_steps = 3
+    # A step, or an evaluation, that takes longer than this, and than ten times the median of those
+    # before it, hangs: the stacks of all threads are printed, with what it is doing. Compiling does
+    # not count. 0: off.
+    c.hang_seconds = 1800.0
+    c.hang_exits = False  # a hang ends the run with code 1, and a launcher starts it again
     c.stop_on = ()  # rules that stop the run too: loss, length, truncation, entropy, ...
     # Rules, and where they begin. 0: off.
     c.loss_spike = 6.0  # standard deviations of the loss or gradient norm, over 128 steps

@@ -33,7 +33,7 @@ FOLDERS = {
     "columns arithmetic chat",
     "objectives": "losses loss fused_head chunks divergences advantages",
     "rewards": "terms ifeval graders",
-    "runtime": "checkpoint cli locks distributed xla run_files environment gpu mesh",
+    "runtime": "checkpoint cli locks watchdog distributed xla run_files environment gpu mesh",
 }
 FLOOR = {
     ".".join(filter(None, ("distill", folder, file))): place

@@ -35,6 +35,8 @@ RECENT_STEPS = 5  # whose mean is compared
 
 FIELDS = {
     "max_skipped_steps": Range(off="never"),
+    "hang_seconds": Range(off="off"),
+    "hang_exits": (True, False),
     "loss_spike": Range(off="off"),
     "length_drop": Range(0, 1, off="off"),
     "truncation": Range(0, 1, off="off"),

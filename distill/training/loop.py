@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.rewards import graders
-from distill.runtime import cli, distributed, environment, locks, run_files, xla
+from distill.runtime import cli, distributed, environment, locks, run_files, watchdog, xla
 from distill.runtime import mesh as mesh_lib
 from distill.runtime.checkpoint import Checkpoints
 from distill.teachers.local import Teacher
@@ -58,6 +58,7 @@ class RunContext:
     get_stop_signal: Callable[[], int]  # signal that asked us to stop, or 0
     compile_monitor: xla.CompileMonitor
     alerts: alerts.Alerts  # of process 0
+    watchdog: watchdog.Watchdog
 
     def check_stop_signal(self) -> int:
         """Returns the signal that any process received, ALERT_STOP for an alert that stops the run,
@@ -177,6 +178,7 @@ def run(c: ConfigDict, workdir: epath.PathLike) -> None:
                 get_stop_signal,
                 compile_monitor,
                 run_alerts,
+                stack.enter_context(watchdog.Watchdog(c.alerts.hang_seconds, c.alerts.hang_exits)),
             )
             loaded_models: dict[str, Policy | Teacher] = {}
             for index, stage in enumerate(run_setup.stages[first_stage:], start=first_stage):
@@ -248,6 +250,7 @@ def run_stage(
             stage, run_context.writer, progress_bar, run_context.alerts, write_skipped
         )
         for step in range(first_step, stage.end_step):
+            run_context.watchdog.start_step(step)
             start_time, is_last = time.perf_counter(), step + 1 == stage.end_step
             transcript_count = c.log.transcripts if step % c.log.transcripts_every == 0 else 0
 
@@ -267,7 +270,8 @@ def run_stage(
             make_meta = functools.partial(make_checkpoint_meta, collector, index, step + 1)
             if validation_hook.is_due(step + 1, is_last):
                 metrics_logger.fetch_pending()
-                host_metrics |= validation_hook.run(state, make_meta, step + 1)
+                with run_context.watchdog.watch_evaluation(step):
+                    host_metrics |= validation_hook.run(state, make_meta, step + 1)
             host_metrics["time/compile"] = run_context.compile_monitor.report_compiles(
                 f"step {step}", 0.0 if step == first_step else 1.0
             )
@@ -285,6 +289,7 @@ def run_stage(
                 checkpoints.save(step + 1, state, make_meta(), force=stopping or is_last)
             if stopping:
                 break
+    run_context.watchdog.stop_step()
     return state
 
 
