@@ -6,6 +6,9 @@ settings. --protocol names a set of sampling settings, which the sampling flags 
 --responses, grades responses from a file and needs no model. `compare` compares several OUTs.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 from absl import flags
 from etils import epath
 
@@ -60,7 +63,7 @@ def run_evaluation() -> None:
         known = problems.load_problems(BENCHMARK.value, DATA.value, 0) if DATA.value else []
         rows = problems.load_responses(BENCHMARK.value, RESPONSES.value, known)
         cli.check_output(f"{OUT.value}/summary.json")
-        with locks.hold_lock(out / "lock", f"--out={OUT.value}"):
+        with own_output(out):
             evaluator.evaluate_stored(BENCHMARK.value, rows[: LIMIT.value or None], out, ks)
         return
     spec = _read_spec(ks)
@@ -68,12 +71,20 @@ def run_evaluation() -> None:
     problems.check_gradable(BENCHMARK.value, rows)
     if not MODEL.value:
         raise UserError("--model: name a model directory, or give --responses")
-    with locks.hold_lock(out / "lock", f"--out={OUT.value}"):
+    with own_output(out):
         evaluator.evaluate_model(
             MODEL.value, rows, spec, out, dtype=DTYPE.value, teacher=TEACHER.value
         )
     if LIMIT.value and run_files.is_primary():
         print(records.render_transcripts(rows, out / records.EXAMPLES_FILE))
+
+
+@contextlib.contextmanager
+def own_output(out: epath.Path) -> Iterator[None]:
+    """Context in which no other process writes `out`, and a full disk is a UserError."""
+    flag = f"--out={OUT.value}"
+    with run_files.explain_write_errors(out, flag), locks.hold_lock(out / "lock", flag):
+        yield
 
 
 def _read_ks() -> tuple[int, ...]:

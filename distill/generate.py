@@ -24,7 +24,7 @@ from distill.data import columns, dataset
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.rollout import completions
-from distill.runtime import cli, distributed, locks
+from distill.runtime import cli, distributed, locks, run_files
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -83,7 +83,8 @@ def run_generation() -> None:
     subject = policy.make_abstract_for_inference(MODEL.value, DTYPE.value)
     out, spec = cli.check_output(OUT.value), _read_spec(subject)
     thinking = OPTIONS["thinking"].value == "on"
-    with locks.hold_lock(out.with_name(out.name + ".lock"), f"--out={OUT.value}"):
+    flag, lock = f"--out={OUT.value}", out.with_name(out.name + ".lock")
+    with run_files.explain_write_errors(out, flag), locks.hold_lock(lock, flag):
         errors = completions.generate_file(subject, rows, spec, thinking, out)
     if errors:
         more = f" (and {len(errors) - 1} more rows)" if len(errors) > 1 else ""

@@ -30,10 +30,11 @@ FOLDERS = {
     "sampling",
     "policy": "exporting forward compatibility policy hub",
     "data": "collate packing dataset teacher_context cleaning dedup curriculum examples sources "
-    "columns arithmetic chat",
+    "retry columns arithmetic chat",
     "objectives": "losses loss fused_head chunks divergences advantages",
     "rewards": "terms ifeval graders",
-    "runtime": "checkpoint cli locks watchdog distributed xla run_files environment gpu mesh",
+    "runtime": "checkpoint cli locks watchdog distributed xla run_files tensorboard environment "
+    "gpu mesh",
 }
 FLOOR = {
     ".".join(filter(None, ("distill", folder, file))): place

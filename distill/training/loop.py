@@ -6,7 +6,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ from distill.training import (
 from distill.training.collect import Collector
 from distill.training.microbatches import Minibatches
 from distill.training.setup import RunSetup
-from models.errors import UserError
+from models.errors import SourceFailure, UserError
 from models.transformer import Params
 
 # May change on resume, since they do not affect what is trained.
@@ -149,8 +149,12 @@ def run(c: ConfigDict, workdir: epath.PathLike) -> None:
     run_setup = setup.setup_run(c, mesh, teacher_mesh)
     validation = eval_hook.setup_validation(c.eval, run_setup.student, c.seed)
     run_alerts = alerts.Alerts(c.alerts)
-    lock = locks.hold_lock(workdir / "lock", f"--workdir={workdir}")
-    with lock, policy.use(run_setup.student):
+    flag = f"--workdir={workdir}"
+    with (
+        run_files.explain_write_errors(workdir, flag),
+        locks.hold_lock(workdir / "lock", flag),
+        policy.use(run_setup.student),
+    ):
         distributed.broadcast_from_primary(lambda: init_workdir(workdir, c))
         run_files.log_line(f"attention: {run_setup.student.model.kernel}")
         run_setup = setup.load_lora_base(c, run_setup)
@@ -196,22 +200,24 @@ def run(c: ConfigDict, workdir: epath.PathLike) -> None:
                 state = run_stage(c, loaded_setup, index, state, progress, run_context)
                 if run_context.check_stop_signal():
                     break
-        code = run_context.check_stop_signal()
-        if code == ALERT_STOP:
-            reason = distributed.broadcast_from_primary(
-                lambda: (
-                    f"step {run_alerts.stop.step}: {run_alerts.stop.message}"
-                    if run_alerts.stop
-                    else ""
-                )
-            )
-            raise UserError(
-                f"{reason}; stopped at the checkpoint of step {int(state.step)}, from which the "
-                "same command goes on"
-            )
-        if code:
-            run_files.log_line(f"stopped after step {int(state.step)}; the same command resumes it")
-            raise SystemExit(128 + code)
+        if code := run_context.check_stop_signal():
+            stop_run(run_alerts, code, int(state.step))
+
+
+def stop_run(run_alerts: alerts.Alerts, code: int, step: int) -> NoReturn:
+    """Ends a run that an alert or the signal `code` stopped, after the checkpoint of `step`."""
+    if code != ALERT_STOP:
+        run_files.log_line(f"stopped after step {step}; the same command resumes it")
+        raise SystemExit(128 + code)
+
+    def describe_alert() -> str:
+        assert run_alerts.stop
+        return f"step {run_alerts.stop.step}: {run_alerts.stop.message}"
+
+    raise UserError(
+        f"{distributed.broadcast_from_primary(describe_alert)}; stopped at the checkpoint of step "
+        f"{step}, from which the same command goes on"
+    )
 
 
 def run_stage(
@@ -240,21 +246,22 @@ def run_stage(
     schedule = optim.make_schedule(s.optim, s.steps * stage.updates_per_step)
     first_step = int(state.step)
     num_done = first_step - stage.first_step
-
-    def write_skipped(step: int, kept_stats: trainer.KeptStats) -> None:
-        rows = metrics_log.make_transcripts(kept_stats, mesh, run_setup.student, s.batch_size)
-        run_context.writer.write_skipped(step, rows)
-
     with run_files.show_progress(s.steps, num_done, stage.name) as progress_bar:
         metrics_logger = metrics_log.MetricsLogger(
-            stage, run_context.writer, progress_bar, run_context.alerts, write_skipped
+            stage, run_context.writer, progress_bar, run_context.alerts, mesh, run_setup.student
         )
         for step in range(first_step, stage.end_step):
             run_context.watchdog.start_step(step)
             start_time, is_last = time.perf_counter(), step + 1 == stage.end_step
             transcript_count = c.log.transcripts if step % c.log.transcripts_every == 0 else 0
 
-            minibatches, host_metrics = collect_step(collector, state.params, step, state.average)
+            try:
+                collected = collect_step(collector, state.params, step, state.average)
+            except SourceFailure as error:
+                metrics_logger.write()
+                stop_at_failure(run_context, collector, state, index, error)
+                raise
+            minibatches, host_metrics = collected
             state, device_metrics, kept_stats, score_seconds = stage_trainer.step(
                 state,
                 minibatches,
@@ -284,13 +291,45 @@ def run_stage(
             stopping = bool(run_context.check_stop_signal())
             if checkpoints.should_save(step + 1, stopping or is_last):
                 metrics_logger.write()
-                run_context.writer.flush()  # the files are then as new as the checkpoint
-                update.require_finite(state)
-                checkpoints.save(step + 1, state, make_meta(), force=stopping or is_last)
+                save_checkpoint(
+                    run_context, state, step + 1, make_meta(), force=stopping or is_last
+                )
             if stopping:
                 break
     run_context.watchdog.stop_step()
     return state
+
+
+def stop_at_failure(
+    run_context: RunContext,
+    collector: Collector,
+    state: update.TrainState,
+    index: int,
+    error: SourceFailure,
+) -> None:
+    """Saves the state of a run whose step cannot be collected, and raises UserError. Does nothing
+    before the first step, or with several processes, of which the others have not failed."""
+    step = int(state.step)
+    if step == 0 or jax.process_count() > 1:
+        return
+    meta = make_checkpoint_meta(collector, index, step)
+    save_checkpoint(run_context, state, step, meta, force=True)
+    raise UserError(
+        f"{error}; stopped at the checkpoint of step {step}, from which the same command goes on"
+    ) from error
+
+
+def save_checkpoint(
+    run_context: RunContext, state: update.TrainState, step: int, meta: dict[str, Any], force: bool
+) -> None:
+    """Saves the state after `step` steps, whose rows of metrics have been written.
+
+    Raises:
+      UserError: if the state is not finite.
+    """
+    run_context.writer.flush()  # the files are then as new as the checkpoint
+    update.require_finite(state)
+    run_context.checkpoints.save(step, state, meta, force=force)
 
 
 def collect_step(
@@ -309,6 +348,8 @@ def collect_step(
     stage, s, layout, mesh = collector.stage, collector.stage.c, collector.layout, collector.mesh
     if not stage.sampled_rows:
         return collect.read_minibatches(collector, step)
+    # Before sampling, which must not be lost if they cannot be read.
+    traces = collect.read_traces(collector, step)
     if stage.loss.reward:
         sequences, rewards, metrics = collect.sample_graded_sequences(collector, params, step)
     else:
@@ -316,7 +357,6 @@ def collect_step(
         rewards = None
     sequences, rewards = collect.drop_failed_groups(sequences, rewards, s.samples)
     samples = microbatches.to_examples(sequences, rewards)
-    traces = collect.read_traces(collector, step)
     packed = microbatches.pack_examples(
         [*samples, *traces], stage.microbatch_rows, s.minibatches, layout
     )

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -26,10 +25,11 @@ class MetricsLogger:
     writer: run_files.Writer
     progress_bar: run_files.Progress
     alerts: Alerts
-    write_skipped: Callable[[int, trainer.KeptStats], None]  # the batch of a skipped update
+    mesh: Mesh
+    student: Policy
     pending: tuple[int, float, dict, dict] | None = None
     pending_stats: trainer.KeptStats = dataclasses.field(default_factory=list)
-    has_skipped: bool = False  # True once a batch is written; the first one suffices
+    has_skipped: bool = False  # True once the batch of a skipped update is written: one suffices
 
     def add_step(
         self,
@@ -56,7 +56,9 @@ class MetricsLogger:
             host_metrics |= compiling
             if host_metrics["train/skipped_updates"] and not self.has_skipped:
                 self.has_skipped = True
-                self.write_skipped(step, self.pending_stats)
+                count = self.stage.c.batch_size
+                rows = make_transcripts(self.pending_stats, self.mesh, self.student, count)
+                self.writer.write_skipped(step, rows)
             self.pending_stats = []
 
     def write(self, end_time: float | None = None) -> None:

@@ -88,10 +88,10 @@ def bad_steps(monkeypatch):
         is_bad = int(state.step) in steps
 
         def score_badly(self, average, batch):
-            batch: Any = score(self, average, batch)
-            hidden = tuple(jnp.full_like(x, jnp.nan) for x in batch.teacher.hidden_BTE)
-            teacher = dataclasses.replace(batch.teacher, hidden_BTE=hidden)
-            return dataclasses.replace(batch, teacher=teacher)
+            scored: Any = score(self, average, batch)
+            hidden = tuple(jnp.full_like(x, jnp.nan) for x in scored.teacher.hidden_BTE)
+            teacher = dataclasses.replace(scored.teacher, hidden_BTE=hidden)
+            return dataclasses.replace(scored, teacher=teacher)
 
         with pytest.MonkeyPatch.context() as patch:
             if is_bad:
