@@ -174,7 +174,8 @@ def explain_write_errors(path: epath.PathLike, flag: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        is_inside = str(error.filename or "").startswith(str(path))
+        name = os.path.abspath(str(error.filename)) if error.filename else ""
+        is_inside = name.startswith(os.path.abspath(str(path)))
         if not is_inside and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         where = f": {error.filename}" if error.filename else ""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import time
 
 import jax
@@ -73,9 +74,8 @@ class MetricsLogger:
             for alert in self.alerts.add_row({"step": step, "stage": self.stage.name, **file_row}):
                 run_files.log_line(f"warning: step {alert.step}: {alert.message}")
         bar_names = ("train/loss", "train/grad_norm", "rollout/mean_length", "time/step")
-        bar_metrics = {k: row[k] for k in bar_names if k in row}
-        if not row["train/trained_tokens"]:  # then there is no loss either
-            del bar_metrics["train/loss"]
+        # Without trained tokens there is no loss.
+        bar_metrics = {k: row[k] for k in bar_names if k in row and math.isfinite(row[k])}
         self.progress_bar.update(step + 1 - self.stage.first_step, bar_metrics)
 
 

@@ -373,5 +373,5 @@ def require_finite(state: TrainState) -> None:
 
 
 @jax.jit
-def _are_finite(arrays: list[jax.Array]) -> jax.Array:
-    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in arrays])
+def _are_finite(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.all(jnp.isfinite(x)) for x in arrays]
