@@ -1,8 +1,8 @@
-"""Makes assets/rows: a few rows of each kind that the recipes read, for their tiny variants.
+"""Makes assets/rows: a few rows of each set that README names, for tests and the tiny recipes.
 
     python assets/make_rows.py
 
-Each file has the columns of the published set that it stands for, filled with problems of the
+Each file has all columns of the published set that it stands for, filled with problems of the
 generated task, or with our own sentences of few tokens in the embedded tokenizer.
 """
 
@@ -34,6 +34,95 @@ CHATS = {
 }
 
 
+def make_chat(*texts: str) -> list[dict]:
+    """Returns turns of the user and the assistant in turn."""
+    roles = ("user", "assistant") * len(texts)
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+
+
+def make_problem_rows(number: int, problem: arithmetic.Problem) -> dict[str, dict]:
+    """Returns a problem as a row of each set without reasoning, by its file."""
+    question, working, answer = problem.question, problem.solution, problem.answer
+    boxed = f"{working}\nIt is $\\boxed{{{answer}}}$."
+    return {
+        "gsm8k": {"question": question, "answer": f"{working}\n#### {answer}"},
+        "math": {
+            "problem": question,
+            "level": "Level 1",
+            "type": "Arithmetic",
+            "solution": boxed,
+        },
+        "numina_cot": {
+            "source": "tiny",
+            "problem": question,
+            "solution": boxed,
+            "messages": make_chat(question, boxed),
+        },
+        "orca_math": {"question": question, "answer": f"The answer is {answer}."},
+        "dapo_math": {
+            "data_source": "tiny",
+            "prompt": make_chat(question),
+            "ability": "MATH",
+            "reward_model": {"ground_truth": answer, "style": "rule"},
+            "extra_info": {"index": f"tiny-{number}"},
+        },
+        "documents": {"text": f"Note {number}. {question} It is {answer}."},
+    }
+
+
+def make_reasoning_rows(number: int, problem: arithmetic.Problem) -> dict[str, dict]:
+    """Returns a problem as a row of each set of DeepSeek-R1's or QwQ's reasoning, by its file."""
+    question, working, answer = problem.question, problem.solution, problem.answer
+    trace = arithmetic.to_response(problem)
+    unopened = f"{working}\n</think>\n\n{answer}"  # DeepSeek-R1's template opens the block
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": trace}]
+    grades = {f"{model}_grade": "Yes" for model in ("gemini", "deepseek")}
+    return {
+        "openthoughts3": {
+            "difficulty": 1,
+            "source": "tiny",
+            "domain": "math",
+            "conversations": turns,
+        },
+        "deepmath": {
+            "question": question,
+            "final_answer": answer,
+            "difficulty": 1.0,
+            "topic": "Arithmetic",
+            **{f"r1_solution_{i}": unopened for i in (1, 2, 3)},
+        },
+        "s1k": {
+            "solution": answer,
+            "question": question,
+            "cot_type": "math",
+            "source_type": "tiny",
+            "metadata": "{}",
+            "gemini_thinking_trajectory": "It is small.",
+            "gemini_attempt": answer,
+            "deepseek_thinking_trajectory": working,
+            "deepseek_attempt": answer,
+            **grades,
+            **{f"{name}_reason": "It is the same number." for name in grades},
+        },
+        "openr1_math": {
+            "problem": question,
+            "solution": working,
+            "answer": answer,
+            "problem_type": "Arithmetic",
+            "question_type": "math-word-problem",
+            "source": "tiny",
+            "uuid": f"tiny-{number}",
+            "is_reasoning_complete": [True, True],
+            "generations": [unopened, trace],
+            "correctness_math_verify": [False, True],
+            "correctness_llama": None,
+            "finish_reasons": ["stop", "stop"],
+            "correctness_count": 1,
+            "messages": make_chat(question, unopened),
+        },
+    }
+
+
 def make_rows() -> dict[str, list[dict]]:
     """Returns the rows of each file, by its name."""
     problems = [arithmetic.make_problem(SEED, i, "train", (3, 3)) for i in range(COUNT)]
@@ -52,32 +141,24 @@ def make_rows() -> dict[str, list[dict]]:
         return {"messages": messages, **known, "prompt_tokens": prompt, "samples": [sample]}
 
     for number, problem in enumerate(problems):
-        question, working, answer = problem.question, problem.solution, problem.answer
+        sets = make_problem_rows(number, problem) | make_reasoning_rows(number, problem)
+        for name, row in sets.items():
+            add_row(name, row)
         messages, trace = arithmetic.to_messages(problem), arithmetic.to_response(problem)
-        unopened = f"{working}\n</think>\n\n{answer}"  # DeepSeek-R1's template opens the block
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": trace}]
-        add_row("openthoughts3", {"source": "tiny", "domain": "math", "conversations": turns})
-        traces = {f"r1_solution_{i}": unopened for i in (1, 2, 3)}
-        add_row(
-            "deepmath", {"question": question, "final_answer": answer, "difficulty": 1.0, **traces}
-        )
-        add_row("gsm8k", {"question": question, "answer": f"{working}\n#### {answer}"})
-        add_row("orca_math", {"question": question, "answer": f"The answer is {answer}."})
-        attempt = {"deepseek_thinking_trajectory": working, "deepseek_attempt": answer}
-        add_row("s1k", {"question": question, "solution": answer, **attempt})
-        verified = {"generations": [unopened, trace], "correctness_math_verify": [False, True]}
-        add_row(
-            "openr1_math", {"problem": question, "solution": working, "answer": answer, **verified}
-        )
+        answer = problem.answer
         add_row("traces_think", make_sample(messages, trace, True, answer=answer))
         add_row("traces_no_think", make_sample(messages, answer, False, answer=answer))
-        add_row("documents", {"text": f"Note {number}. {question} It is {answer}."})
     for number, (question, reply) in enumerate(CHATS.items()):
-        messages = [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": reply},
-        ]
+        messages = make_chat(question, reply)
         add_row("tulu3", {"id": f"tiny-{number}", "messages": messages, "source": "tiny"})
+        add_row(
+            "ultrachat",
+            {
+                "prompt": question,
+                "prompt_id": f"tiny-{number}",
+                "messages": messages + make_chat("Say yes.", "Yes."),
+            },
+        )
         add_row("chats", make_sample(messages[:1], reply, False))
     for question, reply in QUESTIONS.items():
         trace = f"<think>\n{reply}\n</think>\n\n{reply}"

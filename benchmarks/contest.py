@@ -21,7 +21,7 @@ from typing import Any
 from absl import flags
 
 from benchmarks import trainers
-from distill.runtime import cli
+from distill.runtime import paths
 from models.qwen3.config import SIZES, Config
 
 ROOT = Path(__file__).parent.parent
@@ -259,7 +259,7 @@ def run_benchmark(
 
     cases: case → {"tokens", "flop", "bytes"} of a call, and further fields of its job.
     """
-    out = cli.check_output(f"{options.out}/{name}-{options.dtype}.json")
+    out = paths.check_output(f"{options.out}/{name}-{options.dtype}.json")
     limits, load = measure_limits(), os.getloadavg()[0]
     names = ("student", "teacher", "layers", "vocabulary", "rows", "tokens", "steps", "dtype")
     shape = {flag: options[flag].value for flag in names} | {"rounds": options.rounds}

@@ -23,7 +23,7 @@ from absl import flags
 
 from benchmarks import contest
 from benchmarks.contest import ROOT, JsonDict, Worker
-from distill.runtime import cli
+from distill.runtime import cli, paths
 from models.errors import UserError
 
 OPTIONS = contest.define_flags(rounds=3)  # measured, after one warm-up round
@@ -230,7 +230,7 @@ def main() -> None:
         raise UserError(f"--batches={','.join(BATCHES.value)}: not numbers of rows")
     if PROMPT_TOKENS.value + NEW_TOKENS.value > CACHE.value:
         raise UserError(f"--cache={CACHE.value}: prompt and response have more tokens")
-    out = cli.check_output(f"{OPTIONS.out}/rollout-{OPTIONS.dtype}.json")
+    out = paths.check_output(f"{OPTIONS.out}/rollout-{OPTIONS.dtype}.json")
     model = Path(MODEL.value).absolute() if MODEL.value else make_random_model()
     fields = json.loads((model / "config.json").read_text())
     pythons = contest.get_interpreters(OPTIONS)

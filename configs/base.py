@@ -31,7 +31,7 @@ def make_data() -> ConfigDict:
     c.source = "arithmetic"
     c.mixture = ()  # instead of source: pairs of source and weight, (("a.jsonl", 3.0), ...)
     c.template = "{question}"  # prompt of a question; BOXED_TEMPLATE as in the benchmarks
-    c.columns = ""  # "": detected; a name in distill/data/columns.py; or ours=theirs,...
+    c.columns = ""  # "": see distill/data/columns.py; or pairs: question=input,response=output
     c.max_rows = 0  # use only the first rows (problems), in a new order each epoch; 0: all
     c.check_rows = 10_000  # rows of each source read before step 0; later ones when needed
     c.on_bad_row = "fail"  # skip: leave the row out, print it, count it (metric data/skipped)
@@ -41,7 +41,8 @@ def make_data() -> ConfigDict:
     c.keep_samples = "finished"  # of generated samples: finished (by a stop token), correct or all
     # Share of prompts in the chat template's thinking mode. 1: all; 0: none, and prompts end with
     # an empty think block, which is not trained. Between 0 and 1, traces keep the mode that they
-    # show. A row's own mode (thinking: false, or /no_think) always wins.
+    # show. A row's own mode (thinking: false, or /no_think) always wins. A trace with a think block
+    # in a row that is not to think is refused. A template without the switch has one mode only.
     c.thinking = 1.0
     # A numeric column, more is harder; or PATH.jsonl from verify --keep=all or evaluate: 1 - the
     # share of a prompt's samples that were correct. The metric data/difficulty is its mean.

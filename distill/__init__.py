@@ -42,6 +42,7 @@ class Completion:
     """A sampled response.
 
     `logprobs` are the log-probabilities of its tokens under the distribution they were drawn from.
+    `text` has no special tokens, and begins with the think tag that the prompt opened, if it did.
     `finish_reason` is "stop", "length", or "error" if the logits were NaN.
     """
 
@@ -79,8 +80,9 @@ def load(path: str, dtype: str = "") -> "Policy":
     import jax.numpy as jnp
 
     from distill.policy import policy
+    from distill.runtime import paths
 
-    model = policy.make_abstract_for_inference(path, dtype)
+    model = policy.make_abstract_for_inference(paths.expand_home(path), dtype)
     with policy.use(model):
         return policy.load(model, jnp.dtype(model.model.dtype).name)
 
@@ -184,6 +186,7 @@ def evaluate(
 
     from distill.evaluation import evaluator, problems, protocols
     from distill.policy import policy
+    from distill.runtime import paths
 
     known = {*protocols.PROTOCOLS["greedy"], "min_p", "seed", "batch_size"}
     _check_names(changes, known)
@@ -191,26 +194,31 @@ def evaluate(
     settings = protocols.resolve_settings(protocol, benchmark, changes)
     ks = tuple(sorted({1, settings["samples"]}))
     spec = protocols.make_eval_spec(protocol, benchmark, settings, ks=ks)
-    rows = problems.load_problems(benchmark, data, limit)
+    rows = problems.load_problems(benchmark, paths.expand_home(data), limit)
     problems.check_gradable(benchmark, rows)
+    out = paths.expand_home(out)
     with tempfile.TemporaryDirectory() as scratch, policy.use(model):
         return evaluator.evaluate_benchmark(model, rows, spec, epath.Path(out or scratch))
 
 
-def train(config: "ConfigDict", workdir: str) -> Run:
+def train(config: "ConfigDict", workdir: str, allow_changed_inputs: bool = False) -> Run:
     """Trains as `python -m distill.train` does; resumes if `workdir` holds a run of this config.
 
     Args:
       config: the result of `get_config` of a file in configs/, with any changes.
+      allow_changed_inputs: resume with other data, models or adapters than the run began with.
 
     Raises:
       UserError: naming the invalid key, file or row.
     """
     from etils import epath
 
+    from distill.runtime import paths
     from distill.training import loop
 
-    loop.run(config, workdir)
+    config, workdir = config.copy_and_resolve_references(), paths.expand_home(workdir)
+    paths.expand_config(config)
+    loop.run(config, workdir, allow_changed_inputs)
     return Run(epath.Path(workdir))
 
 

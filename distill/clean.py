@@ -7,15 +7,20 @@ row of --against; repeat an earlier row (exactly, up to case and spacing, or nea
 Decontamination compares prompts only; the other filters read prompt and response together. REPORT
 receives one line per removed row or matching pair, with the reason.
 
-The defaults, 3 shared n-grams of 8 words and symbols, are strict: they find every pair of a
-published audit of s1K against MATH-500, most of which share only their phrasing. n-grams of 13 find
-only copies. LOG.md has the numbers.
+A token is a word, a number or a symbol; in scripts without spaces between words (Chinese, Japanese,
+Thai, Lao, Khmer, ...) it is a character. A problem of m < --ngram tokens must be in the prompt as a
+whole, and the prompt have at most 3^(m - 1) tokens: "2+2?" (4) is found in "What is 2+2?", not
+somewhere in a page. Memory holds about 90 bytes of a row, not its text.
+
+The defaults, 3 shared n-grams of 8 tokens, are strict: they find every pair of a published audit of
+s1K against MATH-500, most of which share only their phrasing. n-grams of 13 find only copies.
+LOG.md has the numbers.
 """
 
 from absl import flags
 
 from distill.data import cleaning
-from distill.runtime import cli
+from distill.runtime import cli, paths
 
 OPTIONS = flags.FlagValues()
 DATA = flags.DEFINE_string("data", None, "Data set to clean.", OPTIONS, required=True)
@@ -62,7 +67,11 @@ def main() -> None:
         max_characters=MAX_CHARACTERS.value,
         skip_bad_rows=ON_BAD_ROW.value == "skip",
     )
-    cleaning.clean_file(DATA.value, AGAINST.value, rules, OUT.value, REPORT.value)
+    inputs = (DATA.value, *AGAINST.value)
+    out, report = paths.check_output(OUT.value, *inputs), None
+    if REPORT.value:
+        report = paths.check_output(REPORT.value, *inputs, OUT.value, flag="--report")
+    cleaning.clean_file(DATA.value, AGAINST.value, rules, out, report)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ a difference is known more precisely than either accuracy.
 from absl import flags
 
 from distill.evaluation import comparison
-from distill.runtime import cli, run_files
+from distill.runtime import cli, paths, run_files
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -25,7 +25,7 @@ OUT = flags.DEFINE_string("out", "", "JSON file to write the comparison to.", fl
 def main() -> None:
     if len(set(RUNS.value)) < max(2, len(RUNS.value)):
         raise UserError("--runs: name two different folders or more")
-    out = cli.check_output(OUT.value) if OUT.value else None
+    out = paths.check_output(OUT.value) if OUT.value else None
     result = comparison.compare_runs(RUNS.value)
     if out:
         run_files.write_json(out, result)

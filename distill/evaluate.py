@@ -1,9 +1,10 @@
 """python -m distill.evaluate --model=DIR --benchmark=NAME --out=DIR: evaluates a model.
 
 Writes examples.jsonl to OUT, one row per response, as they finish; the same command resumes where
-it stopped. Then writes summary.json, with accuracy, its 95% interval, other statistics and all
-settings. --protocol names a set of sampling settings, which the sampling flags override. With
---responses, grades responses from a file and needs no model. `compare` compares several OUTs.
+it stopped, if weights, tokenizer, problems and settings are the same. Then writes summary.json,
+with accuracy, its 95% interval, other statistics and all settings. --protocol names a set of
+sampling settings, which the sampling flags override. With --responses, grades responses from a file
+and needs no model. `compare` compares several OUTs.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ from absl import flags
 from etils import epath
 
 from distill.evaluation import evaluator, problems, protocols, records, tasks
-from distill.runtime import cli, distributed, locks, run_files
+from distill.runtime import cli, distributed, locks, paths, run_files
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -59,10 +60,10 @@ def main() -> None:
 
 def run_evaluation() -> None:
     ks, out = _read_ks(), epath.Path(OUT.value)
+    paths.check_output(f"{OUT.value}/{records.EXAMPLES_FILE}", RESPONSES.value, DATA.value)
     if RESPONSES.value:
         known = problems.load_problems(BENCHMARK.value, DATA.value, 0) if DATA.value else []
         rows = problems.load_responses(BENCHMARK.value, RESPONSES.value, known)
-        cli.check_output(f"{OUT.value}/summary.json")
         with own_output(out):
             evaluator.evaluate_stored(BENCHMARK.value, rows[: LIMIT.value or None], out, ks)
         return

@@ -6,25 +6,27 @@ FILE is jsonl, or anything that a config's data.source may be. A row has `prompt
 and `samples`, a list of {tokens, text, logprobs, finish_reason: "stop" | "length"}. The tokens of
 a sample end with its stop token, if it has one, or with the token that completes a stop string.
 The text has no special tokens, is cut before the stop string, and is null for a model without a
-tokenizer. The log-probabilities are those of the distribution that tokens were drawn from; with
-greedy decoding (temperature 0), the model's own. With --top_logprobs=K, a sample also has the
-model's own log-probabilities (temperature 1, without cut-offs and penalties): `model_logprobs` of
-its tokens, and `top_logprobs`, the K most likely tokens at each position as [id, log-probability].
+tokenizer; if the prompt ends with an opening think tag, it begins with that tag. The
+log-probabilities are those of the distribution that tokens were drawn from; with greedy decoding
+(temperature 0), the model's own. With --top_logprobs=K, a sample also has the model's own
+log-probabilities (temperature 1, without cut-offs and penalties): `model_logprobs` of its tokens,
+and `top_logprobs`, the K most likely tokens at each position as [id, log-probability].
 
 A row that cannot be completed (empty prompt, prompt too long, NaN logits) has an `error` and no
 samples; the other rows are written, and the exit code is 2. Rows are written to OUT.partial as they
-finish; the same command resumes after the last one.
+finish; the same command resumes after the last one, if rows, settings and the model's files are
+the same.
 """
 
 import dataclasses
 
 from absl import flags
 
-from distill.data import columns, dataset
+from distill.data import canonical, dataset
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.rollout import completions
-from distill.runtime import cli, distributed, locks, run_files
+from distill.runtime import cli, distributed, locks, paths, run_files
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -78,10 +80,10 @@ def run_generation() -> None:
     prompt_rows = dataset.open_canonical_rows(PROMPTS.value)
     rows = dataclasses.replace(
         prompt_rows,
-        read_row=lambda i: columns.apply_template(prompt_rows.read_row(i), TEMPLATE.value),
+        read_row=lambda i: canonical.apply_template(prompt_rows.read_row(i), TEMPLATE.value),
     )
     subject = policy.make_abstract_for_inference(MODEL.value, DTYPE.value)
-    out, spec = cli.check_output(OUT.value), _read_spec(subject)
+    out, spec = paths.check_output(OUT.value, PROMPTS.value), _read_spec(subject)
     thinking = OPTIONS["thinking"].value == "on"
     flag, lock = f"--out={OUT.value}", out.with_name(out.name + ".lock")
     with run_files.explain_write_errors(out, flag), locks.hold_lock(lock, flag):

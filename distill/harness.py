@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from distill.policy import policy
-from distill.runtime import cli, run_files
+from distill.runtime import cli, paths, run_files
 from models.errors import UserError
 
 KEPT = ("results", "groups", "configs", "versions", "n-shot", "n-samples", "higher_is_better")
@@ -40,7 +40,7 @@ def main() -> None:
         raise UserError("lm-eval is not installed: pip install -r requirements-eval.txt")
     from distill.evaluation import lm_eval_model
 
-    out = cli.check_output(OUT.value)
+    out = paths.check_output(OUT.value)
     subject = policy.make_abstract_for_inference(MODEL.value, DTYPE.value)
     if INCLUDE.value and not Path(INCLUDE.value).is_dir():
         raise UserError(f"--include={INCLUDE.value}: not a folder")

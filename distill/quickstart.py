@@ -18,7 +18,7 @@ from distill.policy import exporting, policy
 from distill.policy.policy import Policy
 from distill.runtime import cli, run_files
 from distill.runtime import mesh as mesh_lib
-from distill.training import loop, setup
+from distill.training import loop, resume, setup
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -117,7 +117,7 @@ def main() -> None:
     mesh = mesh_lib.make_mesh(**c.mesh)
     with mesh_lib.use_mesh(mesh):
         setup.setup_run(c, mesh)
-    loop.init_workdir(out, c)
+    resume.init_workdir(out, c)
     summary: dict = {}
     if (out / "summary.json").is_file() and (out / "student").is_dir():
         summary = json.loads((out / "summary.json").read_text())

@@ -12,7 +12,7 @@ from absl import flags
 from distill.data import sources
 from distill.evaluation import scoring
 from distill.policy import policy
-from distill.runtime import cli, run_files
+from distill.runtime import cli, paths, run_files
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -30,7 +30,7 @@ def main() -> None:
     subject = policy.make_abstract_for_inference(
         MODEL.value, DTYPE.value if DTYPE.value in policy.DTYPES else ""
     )
-    out = cli.check_output(OUT.value)
+    out = paths.check_output(OUT.value, TOKENS.value)
     if TOP_K.value > subject.config.vocab_size:
         raise UserError(
             f"--top_k={TOP_K.value}: the model's vocabulary has {subject.config.vocab_size} tokens"

@@ -1,7 +1,9 @@
 """Trains a student: python -m distill.train --config=configs/X.py --workdir=runs/x.
 
 One loop trains all objectives (losses.OBJECTIVES). The data and random numbers of a step are
-functions of (seed, step), so a resumed run is bit-identical to one that was never stopped.
+functions of (seed, step), so a resumed run is bit-identical to one that was never stopped. For that
+its data, models and adapters must be those that it began with: WORKDIR/inputs.json has their sizes
+and hashes, and a run whose remaining stages would read others is refused (--allow_changed_inputs).
 """
 
 from absl import flags
@@ -16,13 +18,19 @@ flags.mark_flag_as_required("config", OPTIONS)
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of the run, which is resumed if it exists.", OPTIONS, required=True
 )
+ALLOW_CHANGED_INPUTS = flags.DEFINE_bool(
+    "allow_changed_inputs",
+    False,
+    "Resume with other data, models or adapters than those that the run began with.",
+    flag_values=OPTIONS,
+)
 distributed.define_flags(OPTIONS)
 
 
 def main() -> None:
     gpu.set_xla_flags(CONFIG.value.deterministic)
     with distributed.join_processes(OPTIONS):
-        loop.run(CONFIG.value, WORKDIR.value)
+        loop.run(CONFIG.value, WORKDIR.value, ALLOW_CHANGED_INPUTS.value)
 
 
 if __name__ == "__main__":

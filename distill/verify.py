@@ -12,7 +12,7 @@ from absl import flags
 
 from distill.data import sources
 from distill.evaluation import rejection, tasks
-from distill.runtime import cli, run_files
+from distill.runtime import cli, paths, run_files
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -41,7 +41,7 @@ ON_BAD_ROW = flags.DEFINE_enum(
 def main() -> None:
     if BENCHMARK.value not in tasks.BENCHMARKS:
         raise UserError(f"--benchmark={BENCHMARK.value}: known are {', '.join(tasks.BENCHMARKS)}")
-    out, counts = cli.check_output(OUT.value), collections.Counter()
+    out, counts = paths.check_output(OUT.value, DATA.value), collections.Counter()
     rows = sources.open_rows(DATA.value)
     kept = rejection.verify_rows(
         rows,

@@ -3,12 +3,18 @@
 Written adapters have separate tensors for every projection, also for those of each expert, named as
 in transformers 4; peft converts them when it loads them into transformers 5. Both this layout and
 the one that peft saves from transformers 5, with all experts of a layer in one tensor, can be read.
+
+A PEFT adapter may give modules ranks and scales of their own and leave layers out. Ours has one
+rank and one scale in all layers, so factors are read padded with zeros to the largest rank, b times
+the ratio of the scales, and as zeros in a module that is not adapted. That is the same function,
+and it stays so in training, because these zeros have no gradient.
 """
 
 import contextlib
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,23 +24,18 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from models import families, weights
+from models import families, peft_config, weights
 from models.config import Config
 from models.errors import UserError
 from models.layers.lora import MLP_TARGETS, TARGETS, LoRA
+from models.peft_config import CONFIG_FILE, REMEDY, Size
+from models.tensor_files import open_tensors
 
-CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
+TENSORS_FILE = "adapter_model.safetensors"
 
-# Fields of PEFT's LoraConfig that do not affect what a trained adapter computes, or are read below.
-_IGNORED_FIELDS = (
-    *("auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules"),
-    *("inference_mode", "layers_pattern", "lora_alpha", "lora_dropout", "megatron_core"),
-    *("peft_version", "qalora_group_size", "r", "runtime_config", "target_modules"),
-    *("target_parameters", "task_type", "use_rslora"),
-)
-_SUPPORTED_INITS = (True, False, "gaussian", "eva", "orthogonal")  # others also change the base
-# The projections of all experts, as transformers 5 names them.
-_FUSED_PROJECTIONS = ("gate_up_proj", "down_proj")
+# A state dict that was not saved by peft may lack the prefix, or have the adapter's name.
+_FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_[AB])(?:\.default)?\.weight")
+_EXPERTS = re.compile(r"(.+\.mlp\.experts)(?:\.base_layer)*")
 
 
 def is_adapter(directory: str | Path) -> bool:
@@ -42,107 +43,59 @@ def is_adapter(directory: str | Path) -> bool:
     return (Path(directory) / CONFIG_FILE).is_file()
 
 
-def _read_config_fields(directory: str | Path) -> dict[str, Any]:
-    path = Path(directory) / CONFIG_FILE
-    try:
-        fields = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return fields
-
-
 def read_base_name(directory: str | Path) -> str:
     """Returns the name of the base model, as recorded in the adapter's config."""
-    name = _read_config_fields(directory).get("base_model_name_or_path")
+    name = peft_config.read_fields(directory).get("base_model_name_or_path")
     if not name or not isinstance(name, str):
         raise UserError(f"{Path(directory) / CONFIG_FILE}: base_model_name_or_path names no model")
     return name
 
 
 def read_lora_config(directory: str | Path, config: Config) -> LoRA:
-    """Returns the LoRA that the adapter describes, for a base of `config`; reads no tensors.
+    """Returns the LoRA that holds the adapter, for a base of `config`; reads no tensors.
 
     Raises:
       UserError: names the field or tensor that contradicts another or is not supported.
     """
-    path, fields = Path(directory) / CONFIG_FILE, _read_config_fields(directory)
-    plain = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": _SUPPORTED_INITS}
-    for name, value in ({"peft_type": None} | fields).items():
-        supported = value in plain[name] if name in plain else not value or name in _IGNORED_FIELDS
-        if not supported:
-            raise UserError(f"{path}: {name}={value!r} is not supported")
-    rank, alpha = fields.get("r"), fields.get("lora_alpha")
-    if type(rank) is not int or not isinstance(alpha, int | float):
-        raise UserError(f"{path}: r={rank!r}, lora_alpha={alpha!r}: not an integer and a number")
-    with open_tensors(Path(directory), config) as slices:
-        shapes = {name: list(part.get_shape()) for name, part in slices.items()}
-    for name, shape in shapes.items():
-        if not name.endswith((".lora_A.weight", ".lora_B.weight")):
-            raise UserError(f"{directory}: tensor {name} is no factor of a LoRA")
-        stored_rank = shape[:1] if ".lora_A." in name else shape[1:]
-        if stored_rank != [rank]:
-            raise UserError(f"{directory}: {name} has shape {shape}, {CONFIG_FILE} says r={rank}")
-    # The tensors determine the targets, because the config may give them as a pattern.
-    adapted = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in shapes}
-    listed = fields.get("target_modules") or []
-    named = set() if isinstance(listed, str) else {str(name).rpartition(".")[2] for name in listed}
-    experts = {str(name).rpartition(".")[2] for name in fields.get("target_parameters") or []}
-    for name in sorted((adapted | named) - {*TARGETS} | experts - {*_FUSED_PROJECTIONS}):
-        raise UserError(f"{path}: target {name!r} is not supported, only {', '.join(TARGETS)}")
-    for name in sorted(named - adapted):
-        raise UserError(f"{path}: target_modules has {name!r}, but {TENSORS_FILE} no tensor of it")
-    try:
-        return LoRA(
-            rank,
-            float(alpha),
-            bool(fields.get("use_rslora")),
-            tuple(t for t in TARGETS if t in adapted),
-        )
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    with open_adapter(Path(directory), config) as (lora, _):
+        return lora
 
 
-@contextlib.contextmanager
-def open_tensors(directory: Path, config: Config) -> Iterator[dict[str, Any]]:
-    """Yields tensor name -> handle, as weights.open_tensors does, with experts separated."""
-    with weights.open_tensors({directory / TENSORS_FILE: []}) as slices:
-        # Cached: the columns of all experts lie side by side in the same rows.
-        rows = functools.lru_cache(maxsize=1)(lambda name, begin, end: slices[name][begin:end])
-        handles: dict[str, Any] = {}
-        for name in slices:
-            layer, _, end = name.partition(".mlp.experts.")
-            if end.removeprefix("base_layer.").startswith("lora_"):
-                stem, factor, _ = name.rsplit(".", 2)
-                pair = [f"{stem}.{f}.weight" for f in ("lora_A", "lora_B")]
-                for missing in (n for n in pair if n not in slices):
-                    raise UserError(f"{directory}: tensor {missing} is missing")
-                shapes = [tuple(slices[n].get_shape()) for n in pair]
-                part = functools.partial(
-                    _TensorPart, read=functools.partial(rows, name), dtype=slices[name].get_dtype()
-                )
-                try:
-                    handles |= _split_experts(f"{layer}.mlp.experts", factor, shapes, part, config)
-                except ValueError:
-                    raise UserError(
-                        f"{directory}: {stem} has factors of shapes {shapes}, which fit no "
-                        f"projection of {config.num_experts} experts"
-                    ) from None
-            else:
-                handles[name] = slices[name]
-        yield handles
+def check_adapter(directory: str | Path, config: Config, shapes: Any) -> None:
+    """Raises UserError as `load` would, from the files' headers alone; reads no tensors."""
+    with open_adapter(Path(directory), config) as (_, tensors):
+        weights.check_tensors(Path(directory), tensors, config, shapes)
+
+
+def load(directory: str | Path, config: Config, shapes: Any, shardings: Any) -> Any:
+    """Reads the adapter in `directory` in float32 into `shardings`, as weights.load does."""
+    dtype = jnp.dtype("float32")
+    with open_adapter(Path(directory), config) as (_, tensors):
+        source = contextlib.nullcontext(tensors)
+        return weights.load(directory, config, shapes, shardings, dtype, source=source)
 
 
 @dataclasses.dataclass(frozen=True)
-class _TensorPart:
-    """Some rows and columns of a stored matrix, with the interface of safetensors' handles."""
+class _Part:
+    """A stored tensor, or the rows and columns of it that belong to one projection."""
+
+    tensor: str
+    shape: list[int]
+    rows: slice | None = None
+    columns: slice | None = None
+
+
+_Pair = dict[str, _Part]  # "lora_A" and "lora_B" of a module
+
+
+@dataclasses.dataclass(frozen=True)
+class _Factor:
+    """A factor as the model holds it, with the interface of safetensors' handles."""
 
     shape: list[int]
-    rows: slice
-    columns: slice
-    read: Callable[[int, int], np.ndarray]  # reads rows [begin, end), all columns
     dtype: str
+    scale: float
+    read: Callable[[], np.ndarray]  # what is stored; the rest of `shape` is zero
 
     def get_shape(self) -> list[int]:
         return self.shape
@@ -151,50 +104,151 @@ class _TensorPart:
         return self.dtype
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        return self.read(self.rows.start, self.rows.stop)[:, self.columns][index]
+        stored = self.read().astype(np.float32)
+        whole = np.zeros(self.shape, np.float32)
+        whole[: stored.shape[0], : stored.shape[1]] = stored * self.scale
+        return whole[index]
 
 
-def _split_experts(
-    stem: str,
-    factor: str,
-    shapes: list[tuple[int, ...]],
-    make_part: Callable[..., _TensorPart],
-    config: Config,
-) -> dict[str, _TensorPart]:
-    """Splits a factor of all experts into parts, each made by make_part(shape, rows, columns).
+@contextlib.contextmanager
+def open_adapter(directory: Path, config: Config) -> Iterator[tuple[LoRA, dict[str, Any]]]:
+    """Yields the LoRA that holds an adapter, and tensor name -> handle as open_tensors does.
+
+    Every factor of the LoRA has a handle, under the name that weights.load looks for.
+
+    Raises:
+      UserError: names the field or tensor that contradicts another or is not supported.
+    """
+    path, fields = directory / CONFIG_FILE, peft_config.read_fields(directory)
+    peft_config.check_fields(path, fields)
+    modules = peft_config.list_modules(config)
+    with open_tensors({directory / TENSORS_FILE: []}) as slices:
+        pairs = _find_pairs(directory, slices, config)
+        for module in (m for m in pairs if m not in modules):
+            name = pairs[module]["lora_A"].tensor
+            raise UserError(f"{directory}: tensor {name} is of no projection of the base")
+        peft_config.check_names(path, fields, pairs)
+        sizes = peft_config.find_sizes(path, fields, config)
+        _check_pairs(directory, pairs, sizes)
+        lora, scale = _make_lora(path, fields, sizes)
+        # Cached: the columns of all experts lie side by side in the same rows.
+        rows = functools.lru_cache(maxsize=1)(lambda name, begin, end: slices[name][begin:end])
+
+        def make_factor(module: str, factor: str) -> Any:
+            fan_in, fan_out = modules[module]
+            if module not in pairs:
+                shape = [lora.rank, fan_in] if factor == "lora_A" else [fan_out, lora.rank]
+                return _Factor(shape, "F32", 1.0, lambda: np.zeros((0, 0)))
+            part = pairs[module][factor]
+            handle = slices[part.tensor]
+            fan_out, fan_in = part.shape  # of the tensor, so that a wrong one is reported
+            shape = [lora.rank, fan_in] if factor == "lora_A" else [fan_out, lora.rank]
+            ratio = 1.0 if factor == "lora_A" else sizes[module].scale / scale
+            if shape == list(handle.get_shape()) == part.shape and ratio == 1:
+                return handle
+            begin, end, _ = (part.rows or slice(None)).indices(handle.get_shape()[0])
+            columns = part.columns or slice(None)
+            read = lambda: rows(part.tensor, begin, end)[:, columns]  # noqa: E731
+            return _Factor(shape, handle.get_dtype(), ratio, read)
+
+        adapted = (m for m in modules if m.rpartition(".")[2] in lora.targets)
+        tensors = {
+            f"base_model.model.{module}.{factor}.weight": make_factor(module, factor)
+            for module in adapted
+            for factor in ("lora_A", "lora_B")
+        }
+        yield lora, tensors
+
+
+def _find_pairs(directory: Path, slices: dict[str, Any], config: Config) -> dict[str, _Pair]:
+    """Maps modules to their factors in the file, with experts separated.
+
+    Raises UserError for a tensor that is no factor, and for a factor without its other one.
+    """
+    stored: dict[str, _Pair] = {}
+    for name, handle in slices.items():
+        match, shape = _FACTOR.fullmatch(name), list(handle.get_shape())
+        if match is None or len(shape) != 2:
+            raise UserError(f"{directory}: tensor {name} is no factor of a LoRA; {REMEDY}")
+        if match[2] in stored.setdefault(match[1], {}):
+            raise UserError(f"{directory}: {match[2]} of {match[1]} is there twice")
+        stored[match[1]][match[2]] = _Part(name, shape)
+    pairs: dict[str, _Pair] = {}
+    for module, pair in stored.items():
+        for factor, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
+            if factor not in pair:
+                missing = pair[other].tensor.replace(f".{other}.", f".{factor}.")
+                raise UserError(f"{directory}: tensor {missing} is missing")
+        experts = _EXPERTS.fullmatch(module)
+        split = _split_experts(directory, experts[1], pair, config) if experts else {module: pair}
+        for twice in sorted(split.keys() & pairs.keys()):
+            raise UserError(f"{directory}: the factors of {twice} are there twice")
+        pairs |= split
+    return pairs
+
+
+def _split_experts(directory: Path, experts: str, pair: _Pair, config: Config) -> dict[str, _Pair]:
+    """Splits the factors of all experts of a layer into those of each projection.
 
     peft stores lora_A as [E·R, in], with the expert slowest, and lora_B as [out, R·E], with the
     expert fastest. It adapts gate and up as one: each uses all of a and its own half of b's rows.
-    Raises ValueError unless the shapes are those of gate and up, or of the down projection.
+    Raises UserError unless the shapes are those of gate and up, or of the down projection.
     """
-    (stacked, fan_in), (fan_out, columns) = shapes
+    a, b = pair["lora_A"], pair["lora_B"]
+    (stacked, fan_in), (fan_out, columns) = a.shape, b.shape
     D, F, E = config.hidden_size, config.moe_intermediate_size, config.num_experts
     projections = {(D, 2 * F): ("gate_proj", "up_proj"), (F, D): ("down_proj",)}
     names = projections.get((fan_in, fan_out), ())
     if not names or not E or columns != stacked or stacked % E:
-        raise ValueError(shapes)
+        raise UserError(
+            f"{directory}: {a.tensor} {a.shape} and lora_B {b.shape} fit no projection of {E} "
+            f"experts of sizes {D} and {F}"
+        )
     R, out = stacked // E, fan_out // len(names)
-    parts = {}
-    for e in range(E):
-        for i, name in enumerate(names):
-            if factor == "lora_A":
-                part = make_part([R, fan_in], slice(e * R, (e + 1) * R), slice(None))
-            else:
-                part = make_part([out, R], slice(i * out, (i + 1) * out), slice(e, None, E))
-            parts[f"{stem}.{e}.{name}.{factor}.weight"] = part
-    return parts
+    return {
+        f"{experts}.{e}.{name}": {
+            "lora_A": _Part(a.tensor, [R, fan_in], rows=slice(e * R, (e + 1) * R)),
+            "lora_B": _Part(b.tensor, [out, R], slice(i * out, (i + 1) * out), slice(e, None, E)),
+        }
+        for e in range(E)
+        for i, name in enumerate(names)
+    }
 
 
-def check_adapter(directory: str | Path, config: Config, shapes: Any) -> None:
-    """Raises UserError as `load` would, from the files' headers alone; reads no tensors."""
-    with open_tensors(Path(directory), config) as slices:
-        weights.check_tensors(Path(directory), slices, config, shapes)
+def _check_pairs(directory: Path, pairs: dict[str, _Pair], sizes: dict[str, Size]) -> None:
+    """Raises UserError unless the file has factors of the targeted modules, of their ranks."""
+    for module, pair in pairs.items():
+        a, b = pair["lora_A"], pair["lora_B"]
+        if module not in sizes:
+            raise UserError(
+                f"{directory}: tensor {a.tensor} is of a module that {CONFIG_FILE} does not target"
+            )
+        for part, rank in ((a, a.shape[0]), (b, b.shape[1])):
+            if rank != sizes[module].rank:
+                raise UserError(
+                    f"{directory}: {part.tensor} has shape {part.shape}, {CONFIG_FILE} says "
+                    f"r={sizes[module].rank}"
+                )
+    for module in (m for m in sizes if m not in pairs):
+        raise UserError(f"{directory}: {CONFIG_FILE} targets {module}, {TENSORS_FILE} lacks it")
+    if not pairs:
+        raise UserError(f"{directory}: {TENSORS_FILE} has no tensors")
 
 
-def load(directory: str | Path, config: Config, shapes: Any, shardings: Any) -> Any:
-    """Reads the adapter in `directory` in float32 into `shardings`, as weights.load does."""
-    source = open_tensors(Path(directory), config)
-    return weights.load(directory, config, shapes, shardings, jnp.dtype("float32"), source=source)
+def _make_lora(path: Path, fields: dict[str, Any], sizes: dict[str, Size]) -> tuple[LoRA, float]:
+    """Returns a LoRA that holds factors of all these sizes, and its scale."""
+    adapted = {module.rpartition(".")[2] for module in sizes}
+    targets = tuple(t for t in TARGETS if t in adapted)
+    rank = max(size.rank for size in sizes.values())
+    try:
+        if len({*sizes.values()}) == 1:
+            alpha = float(next(iter(sizes.values())).alpha)
+            lora = LoRA(rank, alpha, bool(fields.get("use_rslora")), targets)
+            return lora, lora.scale
+        scale = peft_config.compute_scale(fields, fields["r"], fields["lora_alpha"])
+        return LoRA(rank, scale * rank, rslora=False, targets=targets), scale
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def save(

@@ -47,7 +47,13 @@ def read_config(directory: str | Path) -> Config:
     """Reads DIRECTORY/config.json. Raises UserError if missing, malformed, or as `parse_config`."""
     path = Path(directory) / "config.json"
     if not path.is_file():
-        raise UserError(f"{directory}: no model directory (it has no config.json)")
+        inside = [
+            *Path(directory).glob("*/config.json"),
+            *Path(directory).glob("*/adapter_config.json"),
+        ]
+        names = ", ".join(sorted({str(file.parent) for file in inside}))
+        hint = f"; name one within: {names}" if names else ""
+        raise UserError(f"{directory}: no model directory (it has no config.json){hint}")
     try:
         fields = json.loads(path.read_text())
     except ValueError as error:

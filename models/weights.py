@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import DictKey
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from models.config import Config
@@ -30,6 +30,7 @@ from models.families import get_family
 from models.family import TensorNames
 from models.layers import quantised
 from models.layers.quantised import is_quantised
+from models.tensor_files import INDEX_FILE, WHOLE_FILE, list_files, open_tensors
 
 _FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes that weights may be stored in
 
@@ -38,63 +39,33 @@ FACTOR_NAMES = {"a": "lora_A.weight", "b": "lora_B.weight"}
 Box = tuple[tuple[int, int], ...]  # part of an array: [begin, end) on each axis
 
 SHARD_BYTES = 5 * 10**9  # Hugging Face's usual size of a file
+COMPARED_ROWS = 8192  # read at a time of two matrices that must be equal
 PIECE_BYTES = 2**22  # small layers are moved to the devices in pieces of this size
-
-
-def _list_files(directory: Path) -> dict[Path, list[str]]:
-    """Returns a model's files and, if there is an index, the tensors that it places in each."""
-    index = directory / "model.safetensors.index.json"
-    if not index.is_file():
-        return {directory / "model.safetensors": []}
-    files: dict[Path, list[str]] = {}
-    try:
-        for name, file in sorted(json.loads(index.read_text())["weight_map"].items()):
-            files.setdefault(directory / file, []).append(name)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{index}: not an index of safetensors files ({error!r})") from None
-    return files
-
-
-@contextlib.contextmanager
-def open_tensors(files: dict[Path, list[str]]) -> Iterator[dict[str, Any]]:
-    """Yields tensor name -> handle with .get_shape(), .get_dtype() and slicing.
-
-    `files` maps each file to the tensors that it must contain; others in it are included. Raises
-    UserError for a missing or unreadable file or tensor.
-    """
-    with contextlib.ExitStack() as stack:
-        slices = {}
-        for file, placed in files.items():
-            if not file.is_file():
-                raise UserError(f"{file}: no such file")
-            try:
-                handle = stack.enter_context(safe_open(file, framework="numpy"))
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file}: not a readable safetensors file ({error})") from None
-            file_slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-            absent = [name for name in placed if name not in file_slices]
-            if absent:
-                raise UserError(
-                    f"{file}: tensor {absent[0]} is missing, which the index says it has"
-                )
-            slices |= file_slices
-        yield slices
 
 
 def check_tensors(directory: Path, slices: dict[str, Any], config: Config, shapes: Any) -> None:
     """Raises UserError for tensors that are missing, extra, misshapen or not floats; reads none."""
     expected, names = {}, get_family(config).tensor_names
+    for name in [n for n in slices if n.endswith("rotary_emb.inv_freq")]:
+        del slices[name]  # old checkpoints have these constants
     for path, leaf in _list_leaves(shapes):
         name, transposed = lookup_tensor(path, names)
         stacked = name.count("{}")
         shape = leaf.shape[stacked:]
         for place in np.ndindex(leaf.shape[:stacked]):
             expected[name.format(*place)] = list(shape[::-1] if transposed else shape)
-    if config.tie_word_embeddings:  # some tied checkpoints store the head anyway
-        slices.pop("lm_head.weight", None)
+    if config.tie_word_embeddings:  # some tied checkpoints store the head as well, or instead
+        embed, head = _name_ends(config)
+        if head in slices:
+            slices[embed] = slices.get(embed) or slices[head]
+            del slices[head]
     for name, shape in expected.items():
         if name not in slices:
-            raise UserError(f"{directory}: tensor {name} is missing")
+            bare = name.removeprefix("model.")
+            remedy = f"; {bare} is there: load it with AutoModelForCausalLM and save_pretrained"
+            raise UserError(
+                f"{directory}: tensor {name} is missing{remedy if bare in slices else ''}"
+            )
         stored_shape = list(slices[name].get_shape())
         if stored_shape != shape:
             raise UserError(
@@ -109,9 +80,34 @@ def check_tensors(directory: Path, slices: dict[str, Any], config: Config, shape
         raise UserError(f"{directory}: tensor {extra[0]} is no part of this model")
 
 
+def _require_tied_head(directory: Path, slices: dict[str, Any], config: Config) -> None:
+    """Raises UserError if a tied model stores a head that is not its embedding.
+
+    transformers 5 would then use both, and other readers the embedding alone.
+    """
+    embed, head = (slices.get(name) for name in _name_ends(config))
+    if not config.tie_word_embeddings or embed is None or head is None:
+        return
+    shape = list(embed.get_shape())
+    starts = range(0, shape[0], COMPARED_ROWS) if list(head.get_shape()) == shape else ()
+    spans = [slice(start, min(start + COMPARED_ROWS, shape[0])) for start in starts]
+    if not spans or not all(np.array_equal(embed[rows], head[rows]) for rows in spans):
+        names = " differs from ".join(_name_ends(config)[::-1])
+        raise UserError(
+            f"{directory}: config.json says tie_word_embeddings, but {names}; set it to false to "
+            "use both, or remove the head"
+        )
+
+
+def _name_ends(config: Config) -> tuple[str, str]:
+    """Returns the names of the embedding and the head."""
+    names = get_family(config).tensor_names
+    return names["embed",][0], names["head",][0]
+
+
 def check_weights(directory: str | Path, config: Config, shapes: Any) -> None:
     """Raises UserError as `load` would, from the files' headers alone; reads no tensor."""
-    with open_tensors(_list_files(Path(directory))) as slices:
+    with open_tensors(list_files(Path(directory))) as slices:
         check_tensors(Path(directory), slices, config, shapes)
 
 
@@ -272,7 +268,8 @@ def load(
     directory, names = Path(directory), get_family(config).tensor_names
     done = itertools.count(1)
     count = lambda: on_progress(next(done))  # noqa: E731
-    with source or open_tensors(_list_files(directory)) as slices:
+    with source or open_tensors(list_files(directory)) as slices:
+        _require_tied_head(directory, slices, config)
         check_tensors(directory, slices, config, shapes)
 
         def read_array(
@@ -355,7 +352,7 @@ def save(params: Any, config: Config, directory: Path, dtype: jnp.dtype) -> None
         total += tensor.nbytes
     flush_shard()
     if len(shards) == 1:
-        (directory / "shard-1.tmp").rename(directory / "model.safetensors")
+        (directory / "shard-1.tmp").rename(directory / WHOLE_FILE)
         return
     weight_map = {}
     for i, names in enumerate(shards, start=1):
@@ -363,4 +360,4 @@ def save(params: Any, config: Config, directory: Path, dtype: jnp.dtype) -> None
         (directory / f"shard-{i}.tmp").rename(directory / file)
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")

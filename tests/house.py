@@ -21,20 +21,20 @@ FOLDERS = {
     "export",
     "planning": "fit forecast programs roofline aot hlo diagnosis",
     "training": "loop metrics_log alerts preflight eval_hook collect grading trainer memory "
-    "sampling_programs calls microbatches prompts setup update update_metrics optim stages",
+    "sampling_programs calls microbatches prompts resume setup update update_metrics optim stages",
     "evaluation": "evaluator comparison rejection responses records divergence lm_eval_model "
     "scoring protocols problems statistics",
     "evaluation.tasks": "arithmetic gsm8k math500 aime24 aime25 amc math ifeval task",
     "teachers": "local",
     "rollout": "completions sampler simulate engine buffer options scheduler decode sequence "
     "sampling",
-    "policy": "exporting forward compatibility policy hub",
+    "policy": "exporting forward compatibility policy identity hub",
     "data": "collate packing dataset teacher_context cleaning dedup curriculum examples sources "
-    "retry columns arithmetic chat",
+    "retry canonical columns turns answers arithmetic chat template messages files values",
     "objectives": "losses loss fused_head chunks divergences advantages",
-    "rewards": "terms ifeval graders",
-    "runtime": "checkpoint cli locks watchdog distributed xla run_files tensorboard environment "
-    "gpu mesh",
+    "rewards": "terms ifeval graders equality answers",
+    "runtime": "checkpoint cli locks watchdog distributed xla run_files tensorboard paths "
+    "environment gpu mesh",
 }
 FLOOR = {
     ".".join(filter(None, ("distill", folder, file))): place

@@ -5,18 +5,30 @@ itself would sample after it: its text and one stop token. So a trace that is tr
 rollout that is scored have the same form, and the mask is 1 exactly on what the model writes.
 """
 
+import bisect
+import functools
+import itertools
 import json
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from distill.data import template, values
+from distill.data.messages import (
+    EMPTY_THINK,
+    is_trained,
+    split_thinking,
+    to_assistant_text,
+    wrap_thinking,
+)
 from models.errors import UserError
 
-EMPTY_THINK = "<think>\n\n</think>\n\n"  # ends the prompt where the model is not to think
-ROLES = ("system", "user", "assistant", "tool")
+_EMPTY_BLOCK = re.compile(r"<think>\s*</think>\n*")
+_TAIL_TOKENS = 40  # of a prompt: more than an empty think block has
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -46,69 +58,70 @@ def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase | None:
         raise UserError(f"{model_dir}: the tokenizer cannot be loaded: {reason}") from error
 
 
-def parse_messages(row: dict, where: str = "row", *, prompt: bool | None = True) -> list[dict]:
-    """Checks and returns `row["messages"]`. Keeps other keys of a message; joins content in parts.
-
-    prompt=True requires that the last turn is not the assistant's, prompt=False that it is; None
-    takes either. Raises UserError that begins with `where` (file:line) and names the message.
-    """
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: messages is not a list of at least one message")
-    checked = []
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise UserError(f"{where}: messages[{i}] is not an object with role and content")
-        role = message.get("role")
-        if role not in ROLES:
-            raise UserError(f"{where}: messages[{i}].role {role!r} is none of {', '.join(ROLES)}")
-        if isinstance(message.get("content"), list):
-            text = _join_text_parts(message["content"], f"{where}: messages[{i}]")
-            message = {**message, "content": text}
-        calls_tool = role == "assistant" and message.get("tool_calls")
-        if not isinstance(message.get("content"), str) and not calls_tool:
-            raise UserError(f"{where}: messages[{i}].content is not a text")
-        checked.append(message)
-    if prompt is not None and prompt == (checked[-1]["role"] == "assistant"):
-        must = "must not" if prompt else "must"
-        raise UserError(f"{where}: messages: the last role {must} be assistant")
-    return checked
-
-
-def _join_text_parts(parts: list, where: str) -> str:
-    for part in parts:
-        part_type = part.get("type") if isinstance(part, dict) else None
-        if part_type != "text" or not isinstance(part.get("text"), str):
-            raise UserError(f"{where}.content has a part of type {part_type!r}; only text is read")
-    return "".join(part["text"] for part in parts)
+def find_opened_block(tokenizer: PreTrainedTokenizerBase | None, prompt: list[int]) -> str:
+    """Returns the opening think tag, and the space after it, with which a prompt ends; or ""."""
+    if tokenizer is None:
+        return ""
+    return template.find_opened_block(cast(str, tokenizer.decode(prompt[-_TAIL_TOKENS:])))
 
 
 def has_empty_think(tokenizer: PreTrainedTokenizerBase | None, prompt: list[int]) -> bool:
     """Returns True if a prompt ends with an empty think block, so that the model does not think."""
     if tokenizer is None:
         return False
-    return cast(str, tokenizer.decode(prompt[-4 * len(EMPTY_THINK) :])).endswith(EMPTY_THINK)
+    return template.ends_with_empty_block(cast(str, tokenizer.decode(prompt[-_TAIL_TOKENS:])))
 
 
-def has_thinking_switch(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Returns True if the chat template renders the two modes differently, or there is none."""
-    if tokenizer.chat_template is None:
-        return True
-    turn = [{"role": "user", "content": "Hello"}]
-    on, off = (render_messages(tokenizer, turn, thinking=thinking) for thinking in (True, False))
-    return on != off
+def add_empty_think(tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> list[int]:
+    """Returns the prompt with an empty think block at its end, which it may have opened itself."""
+    if find_opened_block(tokenizer, prompt):
+        tails = (prompt[-size:] for size in range(1, _TAIL_TOKENS + 1))
+        tag = next(x for x in tails if str(tokenizer.decode(x)).lstrip().startswith("<think>"))
+        prompt = prompt[: -len(tag)]
+    return prompt + encode(tokenizer, EMPTY_THINK)
 
 
-def wrap_thinking(reasoning: str, final: str) -> str:
-    """Returns a response in the form that Qwen3 writes: a think block, then the final text."""
-    return f"<think>\n{reasoning.strip()}\n</think>\n\n{final.lstrip()}"
+def strip_end_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """Removes end tokens from the end of a response's text, and the space after them."""
+    end_token = template.describe_template(tokenizer).end_token
+    own = (str(token) for token in (tokenizer.eos_token, tokenizer.pad_token) if token)
+    ends = tuple(filter(None, (end_token, *own, *_list_stop_tokens(tokenizer))))
+    while ends and (stripped := text.rstrip()).endswith(ends):
+        text = next(stripped.removesuffix(x) for x in ends if stripped.endswith(x))
+    return text
 
 
-def to_assistant_text(message: dict) -> str:
-    """Renders an assistant's turn as the model writes it: `reasoning_content`, if the message has
-    any, becomes a think block before the content."""
-    content, reasoning = message.get("content") or "", message.get("reasoning_content")
-    return wrap_thinking(reasoning, content) if reasoning else content
+@functools.lru_cache(maxsize=16)
+def _list_stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Lists the tokens that end a response by the model's files beside its tokenizer."""
+    directory = Path(tokenizer.name_or_path)
+    ids = load_stop_ids(directory) if directory.is_dir() else ()
+    return [str(tokenizer.convert_ids_to_tokens(i)) for i in ids if i < len(tokenizer)]
+
+
+def _render_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict],
+    *,
+    thinking: bool | None = None,
+    add_generation_prompt: bool = True,
+    tools: list[dict] | None = None,
+) -> str:
+    """Renders a conversation, with one end token after each turn of the assistant."""
+    template.require_tools_rendered(tokenizer, messages, tools)
+    messages = [
+        {**message, "content": strip_end_tokens(tokenizer, message.get("content") or "")}
+        if message["role"] == "assistant"
+        else message
+        for message in messages
+    ]
+    return template.render_text(
+        tokenizer,
+        messages,
+        thinking=thinking,
+        add_generation_prompt=add_generation_prompt,
+        tools=tools,
+    )
 
 
 def render_messages(
@@ -121,62 +134,112 @@ def render_messages(
 ) -> list[int]:
     """Returns the token ids of a conversation, rendered by the chat template.
 
-    thinking=False ends the generation prompt with an empty think block; None leaves the switch
-    to the template. Raises UserError if the tokenizer has no chat template.
+    thinking=False ends the generation prompt of a hybrid template with an empty think block; None
+    leaves the switch to the template. Raises UserError if the tokenizer has no chat template, or if
+    that fails or has no place for tools.
     """
-    if tokenizer.chat_template is None:
-        raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no chat template")
-    switch: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
-    ids = tokenizer.apply_chat_template(
+    text = _render_text(
+        tokenizer,
         messages,
-        tools=tools,  # pyright: ignore[reportArgumentType]  (plain JSON schemas are accepted)
+        thinking=thinking,
         add_generation_prompt=add_generation_prompt,
-        tokenize=True,
-        return_dict=False,  # transformers 5 would give a dict of lists
-        **switch,
+        tools=tools,
     )
-    return cast(list[int], ids)
+    return encode(tokenizer, text)
+
+
+def render_last_turn(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: list[dict] | None = None
+) -> str:
+    """Returns what the model writes as the last turn, an assistant's, without the stop token: its
+    thoughts in a think block, its content, and its tool calls as the template renders them.
+
+    Raises UserError if the template renders the turn in another place or form.
+    """
+    *before, last = messages
+    if not last.get("tool_calls"):
+        return to_assistant_text(last)
+    thoughts, final = split_thinking(to_assistant_text(last))
+    bare = {key: x for key, x in last.items() if key != "reasoning_content"} | {"content": final}
+    texts = [
+        _render_text(tokenizer, turns, add_generation_prompt=False, tools=tools)
+        for turns in (before, [*before, bare])
+    ]
+    about = template.describe_template(tokenizer)
+    start, end = texts[0] + about.header, about.end_token
+    if not texts[1].startswith(start) or not end or end not in texts[1][len(start) :]:
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path} does not render the tool calls of the "
+            "last turn as the end of the conversation"
+        )
+    turn = texts[1][len(start) :].rpartition(end)[0]
+    block, calls = split_thinking(turn)
+    calls = turn if block is None or block.strip() else calls
+    return calls if thoughts is None else wrap_thinking(thoughts, calls)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Returns the ids of a text and nothing else; special tokens written in it become their ids."""
+    """Returns the ids of a text and nothing else; special tokens written in it become their ids.
+
+    Raises UserError if the text holds half a surrogate pair.
+    """
+    values.require_characters(text, "its text")
     return tokenizer.encode(text, add_special_tokens=False)
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
-    """Returns the ids of a response as a model writes it: its text and the stop token.
+    """Returns the ids of a response as a model writes it: its text and one stop token, which the
+    text may bring, as text that was decoded with its special tokens does.
 
     With thinking on, `response` brings its own think block. Raises UserError if the tokenizer has
     no stop token.
     """
     if tokenizer.eos_token_id is None:
         raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no eos_token to end a turn")
-    return [*encode(tokenizer, response), cast(int, tokenizer.eos_token_id)]
+    text = strip_end_tokens(tokenizer, response)
+    return [*encode(tokenizer, text), cast(int, tokenizer.eos_token_id)]
 
 
 def encode_conversation(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: list[dict] | None = None
 ) -> tuple[list[int], list[int]]:
-    """Returns (ids, mask) of a whole conversation; the mask is 1 on every assistant turn.
+    """Returns (ids, mask) of a whole conversation; the mask is 1 on every assistant turn, but for
+    those that are not to be trained (`messages.is_trained`).
 
     A turn reaches from the end of its header to its end-of-turn token, inclusive: the model writes
-    neither the newline after it nor the empty think block that the template inserts. Raises
-    UserError if a message spells out an assistant turn's header, which would be trained on.
+    neither the newline after it, nor the empty think block that the template inserts, nor the think
+    tag that the template's prompts end with. Raises UserError if a message spells out an assistant
+    turn's header, which would be trained on; or if the template drops the last turn's thoughts.
     """
-    ids = render_messages(tokenizer, messages, add_generation_prompt=False, tools=tools)
-    header = render_messages(tokenizer, messages, tools=tools)[len(ids) :]
-    empty = encode(tokenizer, EMPTY_THINK)
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    mask, turns = [0] * len(ids), 0
-    for i in range(len(header), len(ids)):
-        if ids[i - len(header) : i] != header:
-            continue
-        turns += 1
-        start = i + len(empty) if ids[i : i + len(empty)] == empty else i
-        end = next((j for j in range(start, len(ids)) if ids[j] in special), len(ids) - 1)
-        mask[start : end + 1] = [1] * (end + 1 - start)
-    if turns != sum(message["role"] == "assistant" for message in messages):
+    about = template.describe_template(tokenizer)
+    text = _render_text(tokenizer, messages, add_generation_prompt=False, tools=tools)
+    flags = [is_trained(m, "messages") for m in messages if m["role"] == "assistant"]
+    starts = [found.end() for found in re.finditer(re.escape(about.header or text), text)]
+    if not about.header or not about.end_token:
+        raise UserError(f"the chat template of {tokenizer.name_or_path} does not mark its turns")
+    if not tokenizer.is_fast:
+        raise UserError(f"{tokenizer.name_or_path}: data.turns=all needs a tokenizer.json")
+    thoughts, _ = split_thinking(to_assistant_text(messages[-1]))
+    if thoughts and thoughts.strip() not in text.rpartition(about.header)[2]:
+        raise UserError("messages: the chat template drops the thoughts of the last turn")
+    if len(starts) != len(flags):
         raise UserError("messages: a content spells out the header of an assistant turn")
+    values.require_characters(text, "its text")
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = cast(list[int], encoded["input_ids"]), encoded["offset_mapping"]
+    mask = [0] * len(ids)
+    for start in itertools.compress(starts, flags):
+        inserted = _EMPTY_BLOCK.match(text, start)
+        if inserted:
+            start = inserted.end()
+        elif about.opened and text.startswith(about.opened, start):
+            start += len(about.opened)
+        found = text.find(about.end_token, start)
+        end = len(text) if found < 0 else found + len(about.end_token)
+        for i in range(bisect.bisect_left(offsets, (start, 0)), len(ids)):
+            if offsets[i][1] > end:
+                break
+            mask[i] = 1
     return ids, mask
 
 
@@ -243,6 +306,15 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return cast(str, tokenizer.decode(ids, skip_special_tokens=True))
 
 
+def decode_response(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[int], response: list[int]
+) -> str:
+    """Returns the text of a sampled response, without special tokens, that speaks for itself: if
+    its prompt opened a think block, the text begins with the opening tag. So thoughts can be told
+    from the answer also where the response was cut within them."""
+    return find_opened_block(tokenizer, prompt) + decode(tokenizer, response)
+
+
 def copy_tokenizer(
     model_dir: Path, tokenizer_dir: Path, stops: tuple[int, ...], directory: Path
 ) -> None:
@@ -277,7 +349,7 @@ def require_same_tokenizer(
         owner = names[0] if token in vocab_a else names[1]
         sizes = f"{len(vocab_a)} and {len(vocab_b)} tokens"
         raise UserError(f"{who}: {sizes}; only {owner} has {token!r}")
-    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for field in ("bos_token_id", "eos_token_id"):  # a pad token reaches no model
         if getattr(a, field) != getattr(b, field):
             raise UserError(f"{who}: {field} is {getattr(a, field)} and {getattr(b, field)}")
 

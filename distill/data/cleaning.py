@@ -2,11 +2,15 @@
 
 import collections
 import dataclasses
+from array import array
+from collections.abc import Iterator
 
 import numpy as np
+from etils import epath
 
-from distill.data import chat, columns, dedup, sources
-from distill.runtime import cli, run_files
+from distill.data import canonical, dedup, sources, values
+from distill.data.messages import parse_messages, to_assistant_text
+from distill.runtime import run_files
 from models.errors import UserError
 
 SCRIPT_SHARE = 0.9  # even English texts have formulas with Greek letters
@@ -28,62 +32,68 @@ class Rules:
     skip_bad_rows: bool = False
 
 
-def clean_file(source: str, against: list[str], rules: Rules, out: str, report: str) -> None:
+def clean_file(
+    source: str,
+    against: list[str],
+    rules: Rules,
+    out: epath.PathLike,
+    report: epath.PathLike | None,
+) -> None:
     """Writes the rows of `source` that stay to `out` as jsonl, and the findings to `report`."""
-    out_path = cli.check_output(out)
     rows = sources.open_rows(source)
-    kept, findings = find_clean_rows(rows, [sources.open_rows(name) for name in against], rules)
+    is_kept, counts = np.ones(rows.size, bool), collections.Counter()
+
+    def apply_findings() -> Iterator[Finding]:
+        faulty_rows = find_faulty_rows(rows, [sources.open_rows(name) for name in against], rules)
+        for index, finding in faulty_rows:
+            counts[finding["why"]] += is_kept[index]
+            is_kept[index] = False
+            yield {"row": rows.locate_row(index), **finding}
+
     if report:
-        run_files.write_jsonl(report, findings)
-    run_files.write_jsonl(out_path, (rows.read_row(index) for index in kept))
-    counts = collections.Counter({f["row"]: f["why"] for f in findings}.values())
+        run_files.write_jsonl(report, apply_findings())
+    else:
+        collections.deque(apply_findings(), maxlen=0)
+    run_files.write_jsonl(out, (rows.read_row(int(i)) for i in np.nonzero(is_kept)[0]))
     reasons = ", ".join(f"{count} {why}" for why, count in counts.most_common()) or "none left out"
-    run_files.log_line(f"{rows.name}: {len(kept)} of {rows.size} rows stay; {reasons}")
+    run_files.log_line(f"{rows.name}: {is_kept.sum()} of {rows.size} rows stay; {reasons}")
 
 
-def find_clean_rows(
+def find_faulty_rows(
     rows: sources.Rows, against: list[sources.Rows], rules: Rules
-) -> tuple[list[int], list[Finding]]:
-    """Returns the indices of the rows that stay, and a finding for each row or pair that does not.
+) -> Iterator[tuple[int, Finding]]:
+    """Yields (index, finding) for each reason to leave a row out; a row may have several.
+
+    Holds the number, the digest and the signature of a row (88 bytes), but not its text.
 
     Raises:
       UserError: naming a row that cannot be read, unless rules.skip_bad_rows.
     """
-    problem_names, prompts = [], []
-    for problems in against:
-        for index in range(problems.size):
-            problem_names.append(problems.locate_row(index))
-            prompts.append(_read_texts(problems, index, "")[0])
-    eval_index = dedup.NgramIndex(prompts, rules.ngram)
-    kept: list[int] = []
-    findings: list[Finding] = []
-    signatures, first_indices = [], {}
+    ends = np.cumsum([problems.size for problems in against])
+    eval_index = dedup.NgramIndex(_iter_prompts(against), rules.ngram)
+    indices, digests, signatures = array("q"), bytearray(), bytearray()
     with run_files.show_progress(rows.size, 0, "clean") as bar:
         for index in range(rows.size):
-            bar.update(index + 1, {"kept": len(kept)})
+            bar.update(index + 1, {"kept": len(indices)})
             try:
                 prompt, text = _read_texts(rows, index, rules.columns)
             except UserError as error:
                 if not rules.skip_bad_rows:
                     raise
-                faults: list[Finding] = [{"why": "bad row", "error": str(error)}]
-            else:
-                faults = _find_unsuitable(text, rules)
-                faults = faults or _find_contaminated(prompt, problem_names, eval_index, rules)
-                if not faults:
-                    first = first_indices.setdefault(" ".join(dedup.split_tokens(text)), index)
-                    if first != index:
-                        faults = [{"why": "duplicate", "of": rows.locate_row(first)}]
-            findings += [{"row": rows.locate_row(index), **fault} for fault in faults]
-            if not faults:
-                kept.append(index)
-                if rules.min_jaccard <= 1:
-                    signatures.append(dedup.compute_signature(text))
-    if signatures:
-        repeats = _find_near_duplicates(rows, rules, kept, np.array(signatures))
-        findings += repeats.values()
-        kept = [index for index in kept if index not in repeats]
-    return kept, findings
+                yield index, {"why": "bad row", "error": str(error)}
+                continue
+            findings = _find_unsuitable(text, rules) or [
+                *_find_contaminated(prompt, against, ends, eval_index, rules)
+            ]
+            yield from ((index, finding) for finding in findings)
+            if findings:
+                continue
+            words = dedup.split_tokens(text)
+            indices.append(index)
+            digests += dedup.compute_digest(words)
+            if rules.min_jaccard <= 1:
+                signatures += dedup.compute_signature(words).tobytes()
+    yield from _find_repeats(rows, rules, np.array(indices), digests, signatures)
 
 
 def _find_unsuitable(text: str, rules: Rules) -> list[Finding]:
@@ -93,41 +103,66 @@ def _find_unsuitable(text: str, rules: Rules) -> list[Finding]:
     return [{"why": "script", "share": round(share, 3)}] if share < SCRIPT_SHARE else []
 
 
+def _iter_prompts(against: list[sources.Rows]) -> Iterator[str]:
+    for problems in against:
+        for index in range(problems.size):
+            yield _read_texts(problems, index, "")[0]
+
+
 def _find_contaminated(
-    prompt: str, problem_names: list[str], eval_index: dedup.NgramIndex, rules: Rules
-) -> list[Finding]:
-    return [
-        {"why": "contaminated", "of": problem_names[number], "shared": shared, "ngram": ngram}
-        for number, (shared, ngram) in sorted(eval_index.find_matches(prompt).items())
-        if shared >= min(rules.min_shared, eval_index.ngram_counts[number])
-    ]
+    prompt: str,
+    against: list[sources.Rows],
+    ends: np.ndarray,
+    eval_index: dedup.NgramIndex,
+    rules: Rules,
+) -> Iterator[Finding]:
+    for number, (shared, ngram) in sorted(eval_index.find_matches(prompt).items()):
+        if shared >= min(rules.min_shared, eval_index.ngram_counts[number]):
+            file = int(np.searchsorted(ends, number, "right"))
+            name = against[file].locate_row(number - int(ends[file]) + against[file].size)
+            yield {"why": "contaminated", "of": name, "shared": shared, "ngram": ngram}
 
 
-def _find_near_duplicates(
-    rows: sources.Rows, rules: Rules, kept: list[int], signatures: np.ndarray
-) -> dict[int, Finding]:
-    """Returns a finding for the index of each kept row that nearly repeats an earlier one."""
-    repeats: dict[int, Finding] = {}
-    for a, b in dedup.find_candidates(signatures):
-        earlier, later = kept[a], kept[b]
-        if later in repeats or earlier in repeats:
+def _find_repeats(
+    rows: sources.Rows,
+    rules: Rules,
+    indices: np.ndarray,
+    digests: bytearray,
+    signatures: bytearray,
+) -> Iterator[tuple[int, Finding]]:
+    """Yields a finding for each row of `indices` that repeats an earlier one, exactly or nearly."""
+    numbers = np.arange(len(indices))
+    digests_N = np.frombuffer(digests, np.uint8).reshape(-1, dedup.DIGEST_BYTES)
+    firsts = dedup.find_firsts(digests_N)
+    for number in np.nonzero(firsts != numbers)[0]:
+        first = rows.locate_row(int(indices[firsts[number]]))
+        yield int(indices[number]), {"why": "duplicate", "of": first}
+    if not signatures:
+        return
+    numbers = numbers[firsts == numbers]
+    signatures_N = np.frombuffer(signatures, np.uint32).reshape(-1, dedup.BANDS)
+    is_repeat = np.zeros(len(numbers), bool)
+    for a, b in dedup.find_candidates(band[numbers] for band in signatures_N.T):
+        if is_repeat[a] or is_repeat[b]:
             continue
+        earlier, later = (int(indices[numbers[i]]) for i in (a, b))
         texts = [_read_texts(rows, index, rules.columns)[1] for index in (earlier, later)]
         jaccard = dedup.compute_jaccard(*texts)
         if jaccard >= rules.min_jaccard:
-            repeats[later] = {
-                "row": rows.locate_row(later),
-                "why": "near duplicate",
-                "of": rows.locate_row(earlier),
-                "jaccard": round(jaccard, 3),
-            }
-    return repeats
+            is_repeat[b] = True
+            why, of = "near duplicate", rows.locate_row(earlier)
+            yield later, {"why": why, "of": of, "jaccard": round(jaccard, 3)}
 
 
 def _read_texts(rows: sources.Rows, index: int, column_spec: str) -> tuple[str, str]:
     where = rows.locate_row(index)
-    row = columns.canonicalize_row(rows.read_row(index), column_spec, where, False)
-    return extract_texts(row, where)
+    row = rows.read_row(index)
+    prompt_row = canonical.canonicalize_row(row, column_spec, where, False)
+    try:
+        row = canonical.canonicalize_row(row, column_spec, where, True)
+    except UserError:  # a prompt is enough
+        row = prompt_row
+    return extract_texts(prompt_row, where)[0], extract_texts(row, where)[1]
 
 
 def extract_texts(row: dict, where: str) -> tuple[str, str]:
@@ -137,16 +172,17 @@ def extract_texts(row: dict, where: str) -> tuple[str, str]:
       UserError: if it has no prompt in the form of text.
     """
     if "messages" in row:
-        messages = chat.parse_messages(row, where, prompt=None)
+        messages = parse_messages(row, where, prompt=None)
         prompt = "\n".join(m["content"] for m in messages if m["role"] == "user")
         text = "\n".join(
-            chat.to_assistant_text(m) if m["role"] == "assistant" else m["content"]
-            for m in messages
+            to_assistant_text(m) if m["role"] == "assistant" else m["content"] for m in messages
         )
     else:
         field = next((f for f in ("question", "prompt", "text") if f in row), None)
         if field is None or not isinstance(row[field], str):
             raise UserError(f"{where}: no messages, question, prompt or text among {sorted(row)}")
         prompt = text = row[field]
+        values.require_characters(text, f"{where}: {field}")
     response = row.get("response") or row.get("solution") or ""
+    values.require_characters(response, f"{where}: response")
     return prompt, f"{text}\n{response}" if isinstance(response, str) else text

@@ -1,188 +1,75 @@
-"""Adapts rows of well-known sets to the columns that this project reads.
+"""The columns of rows that are read, and the order in which they win.
 
-A canonical row has a prompt: `messages`, `question`, `prompt` (plain text) or `tokens`. A trace has
-the response to learn too: `response`, `solution` or `response_tokens`, and perhaps `direct`, used
-instead where the model is not to think. It may have its own mode, `thinking` (true or false), and
-an `answer`, which graders compare with.
+`canonical.canonicalize_row` makes a canonical row of a row of any form. It has these columns:
 
-To add a set, write an adapter (row, with_responses) -> the columns to add, and its line in
-ADAPTERS with the columns by which the set is recognised. Other columns stay as they are.
+    tokens | prompt | messages | question   the prompt: token ids, plain text, a chat, or the only
+                                            turn of one; a question may stand beside its messages
+    response | solution | response_tokens   what a trace learns; without these, the last turn of
+                                            messages
+    direct                                  the response where the model is not to think
+    tools                                   a list of JSON schemas, for the chat template
+    thinking                                true or false: the row's own mode
+    answer                                  the final answer, for graders
+
+Where two columns differ and neither is the natural one, the row is refused, and
+`config.data.columns` says which is meant: its pairs ours=theirs, with the names above on the left,
+win over all that is recognised. A column that would change what is trained, but is not understood,
+is refused by name. All others stay as they are.
 """
 
-from collections.abc import Callable
+# Prompts: lists of turns win over questions, and these over plain text (`prompt`, if it is a text).
+# `conversations` is ShareGPT's and OpenThoughts', `conversation` LMSYS's and WildChat's, `prompt`
+# TRL's and verl's. `problem` is that of MATH, NuminaMath and OpenR1-Math, `instruction` Alpaca's;
+# its `input`, or Dolly's `context`, follows it on a new line, as LLaMA-Factory has it.
+CHATS = ("messages", "conversations", "conversation", "prompt")
+QUESTIONS = ("question", "problem", "instruction")
+PROMPTS = ("tokens", *CHATS, *QUESTIONS)
+# Parts of a prompt: the first turn (`system_prompt` is OpenOrca's), earlier turns (Alpaca's in
+# LLaMA-Factory), functions that the model may call (`functions` is OpenAI's older name).
+SYSTEMS = ("system", "system_prompt")
+HISTORY = "history"
+TOOLS = ("tools", "functions")
 
-from distill.data import chat
-from distill.rewards import graders
-from models.errors import UserError
+# Responses that win over the last turn of a chat: texts, or turns to add. `completion` is TRL's,
+# `output` Alpaca's, `generated_solution` OpenMathReasoning's. `solution` comes after all.
+RESPONSES = ("response", "completion", "output", "generated_solution")
+# (thoughts, the text after them) of s1K-1.1, s1K and OpenThoughts, which win over `completion`.
+# DeepMath's r1_solution_1 and OpenR1-Math's generations do as well.
+THOUGHTS = (
+    ("deepseek_thinking_trajectory", "deepseek_attempt"),
+    ("thinking_trajectories", "attempt"),
+    ("deepseek_reasoning", "deepseek_solution"),
+)
+# The think block of a response, or of `content`. (`thinking: true` is a mode.)
+REASONING = ("reasoning_content", "reasoning", "thinking")
 
-SPEAKER_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "tool": "tool",
-    "observation": "tool",
+# Answers. verl's is reward_model.ground_truth; the last is the box in MATH's `solution`.
+ANSWERS = ("answer", "final_answer", "expected_answer", "reward_model", "ground_truth")
+
+# Names on the left of config.data.columns; prompts need none of the responses.
+TRACES = ("response", "solution", "response_tokens", "direct")
+SETS = {"orca_math": "response=answer"}  # a name for its pairs
+PROMPT_FORMS = ("tokens", "prompt", "messages", "question")
+CANONICAL = (
+    *(*PROMPT_FORMS, *TRACES),
+    *("system", "tools", "thinking", "reasoning_content", "answer"),
+)
+
+# Columns of numbers that say how much of a row is learned. Only 1 is read.
+WEIGHTS = {
+    "weight": "rows have no weights; data.mixture weighs sources, messages[i].weight turns",
+    "train": "remove the row; messages[i].train leaves out single turns",
 }
-
-
-def _restore_think_tag(text: str) -> str:
-    """Puts back the opening tag, which DeepSeek-R1's template writes and its responses lack."""
-    opens = text.lstrip().startswith("<think>")
-    return text if opens or "</think>" not in text else f"<think>\n{text.lstrip()}"
-
-
-def _adapt_gsm8k(row: dict, with_responses: bool) -> dict:
-    if not isinstance(row["answer"], str) or "####" not in row["answer"]:
-        # A worked solution without GSM8K's ending is no answer to compare with.
-        worked = isinstance(row["answer"], str) and ("\n" in row["answer"] or "<<" in row["answer"])
-        return {"answer": ""} if worked else {}
-    solution, answer = row["answer"], row["answer"].rpartition("####")[2]
-    return {"solution": row.get("solution", solution), "answer": answer.strip().replace(",", "")}
-
-
-def _adapt_math(row: dict, with_responses: bool) -> dict:
-    adapted = {"question": row["problem"]}
-    if "answer" not in row and isinstance(row.get("solution"), str):
-        answer = graders.extract_boxed(row["solution"])
-        adapted |= {} if answer is None else {"answer": answer}
-    return adapted
-
-
-def _adapt_deepmath(row: dict, with_responses: bool) -> dict:
-    return {"answer": row["final_answer"], "response": _restore_think_tag(row["r1_solution_1"])}
-
-
-def _adapt_s1k(row: dict, with_responses: bool) -> dict:
-    """s1K has a list of Gemini's thoughts, s1K-1.1 columns with those of DeepSeek-R1."""
-    if "deepseek_attempt" in row:
-        reasoning, final = row["deepseek_thinking_trajectory"], row["deepseek_attempt"]
-    else:
-        reasoning, final = "\n".join(row["thinking_trajectories"]), row["attempt"]
-    return {"response": chat.wrap_thinking(reasoning, final.strip())}
-
-
-def _adapt_openr1(row: dict, with_responses: bool) -> dict:
-    """Takes the first generation that is complete and that math-verify found correct."""
-    if not with_responses:
-        return {"question": row["problem"]}
-    verified = zip(
-        row["generations"],
-        row["correctness_math_verify"],
-        row.get("is_reasoning_complete") or [True] * len(row["generations"]),
-        strict=True,
-    )
-    for text, correct, complete in verified:
-        if correct and complete:
-            return {"question": row["problem"], "response": _restore_think_tag(text)}
-    raise UserError("generations: none is complete and verified correct")
-
-
-def _adapt_conversations(row: dict, with_responses: bool) -> dict:
-    turns = row["conversations"]
-    if isinstance(turns, dict):  # TFDS and old `datasets` make a list of objects an object of lists
-        pairs = zip(turns["from"], turns["value"], strict=True)
-        turns = [{"from": speaker, "value": value} for speaker, value in pairs]
-    messages = []
-    for number, turn in enumerate(turns):
-        speaker = turn.get("from", turn.get("role")) if isinstance(turn, dict) else turn
-        if speaker not in SPEAKER_ROLES:
-            raise UserError(
-                f"conversations[{number}].from {speaker!r} is none of {', '.join(SPEAKER_ROLES)}"
-            )
-        content = turn.get("value", turn.get("content"))
-        messages.append({"role": SPEAKER_ROLES[speaker], "content": content})
-    return {"messages": messages}
-
-
-def _adapt_thinking(row: dict, with_responses: bool) -> dict:
-    return {"response": chat.wrap_thinking(row["thinking"], row["content"].strip())}
-
-
-def _adapt_verl(row: dict, with_responses: bool) -> dict:
-    messages = {"messages": row["prompt"]} if isinstance(row["prompt"], list) else {}
-    return messages | {"answer": row["reward_model"]["ground_truth"]}
-
-
-def _adapt_tulu(row: dict, with_responses: bool) -> dict:
-    """Tulu 3: a chat that ends with an answer. The prompt is the chat before it."""
-    last = row["messages"][-1]
-    drops_last = not with_responses and isinstance(last, dict) and last.get("role") == "assistant"
-    return {"messages": row["messages"][:-1]} if drops_last else {}
-
-
-def _adapt_completion(row: dict, with_responses: bool) -> dict:
-    if isinstance(row["prompt"], str):
-        return {"response": row["completion"]}
-    return {"messages": row["prompt"] + row["completion"]}
-
-
-# name -> (the columns that it needs, the adapter). A row is adapted by the first whose columns it
-# has; orca_math's are those of any set of questions and answers, so it applies by name only.
-# with_responses: the row is a trace to learn from; else only its prompt and answer matter.
-ADAPTERS: dict[str, tuple[tuple[str, ...], Callable[[dict, bool], dict]]] = {
-    "s1k-1.1": (("question", "deepseek_thinking_trajectory", "deepseek_attempt"), _adapt_s1k),
-    "s1k": (("question", "thinking_trajectories", "attempt"), _adapt_s1k),
-    "deepmath": (("question", "final_answer", "r1_solution_1"), _adapt_deepmath),
-    "openr1_math": (("problem", "generations", "correctness_math_verify"), _adapt_openr1),
-    "thinking": (("question", "thinking", "content"), _adapt_thinking),
-    "conversations": (("conversations",), _adapt_conversations),  # OpenThoughts3, ShareGPT
-    "verl": (("prompt", "reward_model"), _adapt_verl),  # DAPO-Math-17k and others in verl's form
-    "tulu": (("id", "messages", "source"), _adapt_tulu),
-    "completion": (("prompt", "completion"), _adapt_completion),
-    "math": (("problem",), _adapt_math),
-    "gsm8k": (("question", "answer"), _adapt_gsm8k),
-    "orca_math": (("question", "answer"), lambda row, with_responses: {"response": row["answer"]}),
+LABELS = ("label", "kto_tag")  # TRL's and LLaMA-Factory's: false marks an unwanted response
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+OPTIONS = ("choices", "options")
+VERIFIED = {"problem", "generations", "correctness_math_verify"}  # OpenR1-Math
+SWITCHES = {"on": True, "off": False}  # Nemotron's `reasoning`
+# Forms that are not read, by a column of theirs, and what to do.
+UNREAD_FORMS = {
+    "chosen": "a preference: config.data.columns=response=chosen learns a chosen text, "
+    "messages=chosen a chosen chat",
+    "completions": "several completions: write the one to learn as response",
+    "segments": "Axolotl's input_output: write prompt and response",
+    "input_ids": "tokenised: write tokens, the prompt, and response_tokens",
 }
-
-
-def canonicalize_row(row: dict, columns: str, where: str, with_responses: bool) -> dict:
-    """Returns `row` with the canonical columns added.
-
-    Args:
-      columns: the name of an adapter; or pairs ours=theirs, "question=problem,response=output"; or
-        "" to recognise the set by its columns.
-      where: names the row in an error.
-      with_responses: the row is a trace to learn from; else only its prompt and answer matter.
-
-    Raises:
-      UserError: naming the row, the column that is missing, and those that it has.
-    """
-    if "=" in columns:
-        pairs = [pair.partition("=") for pair in columns.split(",")]
-        for ours, _, theirs in pairs:
-            if theirs.strip() not in row:
-                raise UserError(
-                    f"{where}: config.data.columns: {ours}={theirs}: its columns are {sorted(row)}"
-                )
-        return row | {ours.strip(): row[theirs.strip()] for ours, _, theirs in pairs}
-    if columns and columns not in ADAPTERS:
-        raise UserError(
-            f"config.data.columns: {columns!r} is none of {', '.join(ADAPTERS)}, nor ours=theirs"
-        )
-    for name in [columns] if columns else ADAPTERS:
-        needs, adapt = ADAPTERS[name]
-        missing = [column for column in needs if column not in row]
-        if columns and missing:
-            raise UserError(f"{where}: no {missing[0]} among its columns {sorted(row)}")
-        if missing:
-            continue
-        try:
-            return row | adapt(row, with_responses)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        except (TypeError, KeyError, AttributeError, ValueError, IndexError) as error:
-            raise UserError(
-                f"{where}: {', '.join(needs)} are not as in the set {name}: {error!r}"
-            ) from None
-    return row
-
-
-def apply_template(row: dict, template: str) -> dict:
-    """Returns `row` with its question, if it has one, put into `template`; an answer of null
-    becomes empty."""
-    if row.get("answer", "") is None:
-        row = {**row, "answer": ""}
-    if not isinstance(row.get("question"), str):
-        return row
-    return row | {"question": template.replace("{question}", row["question"])}

@@ -167,7 +167,7 @@ def _list_prompt_keys(row: dict) -> list[tuple[str, Any]]:
         keys.append(("prompt_tokens", tuple(row["prompt_tokens"])))
     for name in ("messages", "question", "prompt"):
         if name in row:
-            keys.append((name, json.dumps(row[name], sort_keys=True)))
+            keys.append((name, json.dumps(row[name], sort_keys=True, default=repr)))
     return keys
 
 

@@ -16,8 +16,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from distill.data import chat, columns, curriculum, sources, teacher_context
+from distill.data import answers, canonical, curriculum, sources, teacher_context
 from distill.data.examples import Encoding, Example, make_example
+from distill.data.template import describe_template
 from distill.runtime import run_files
 from models import checks
 from models.errors import SourceFailure, UserError
@@ -83,8 +84,9 @@ def load_source(
     skip_reasons: dict[str, str] = {}
 
     def encode_row(row: dict, where: str) -> Example:
-        row = columns.canonicalize_row(row, c.columns, where, with_responses)
-        row = columns.apply_template(row, c.template)
+        row = canonical.canonicalize_row(row, c.columns, where, with_responses)
+        row = canonical.apply_template(row, c.template)
+        row["answer"] = answers.to_text(row.get("answer"))
         example = make_example(row, where, encoding)
         if context is not None:
             example = teacher_context.add_context(context, row, example, encoding)
@@ -109,10 +111,16 @@ def _check_config(c: ConfigDict, tokenizer: PreTrainedTokenizerBase | None) -> N
         raise UserError(f"config.data.template={c.template!r}: has no {{question}}")
     if c.streaming and not c.shuffle_window:
         raise UserError("config.data.shuffle_window=0: a stream is shuffled in windows of rows")
-    if 0 < c.thinking < 1 and tokenizer and not chat.has_thinking_switch(tokenizer):
+    template = describe_template(tokenizer)
+    if tokenizer and c.thinking == 0 and template.always_thinks:
+        raise UserError(
+            f"config.data.thinking=0: the chat template of {tokenizer.name_or_path} opens a think "
+            "block in every prompt"
+        )
+    if tokenizer and 0 < c.thinking < 1 and not template.has_switch:
         raise UserError(
             f"config.data.thinking={c.thinking}: the chat template of {tokenizer.name_or_path} has "
-            "no switch between modes; 1 or 0 leave it as it is"
+            "no switch between modes; 1 leaves it as it is"
         )
     for pair in c.mixture:
         is_pair = isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)
@@ -222,7 +230,7 @@ def open_canonical_rows(
 
     def read_row(index: int) -> dict:
         where = rows.locate_row(index)
-        return columns.canonicalize_row(rows.read_row(index), "", where, with_responses)
+        return canonical.canonicalize_row(rows.read_row(index), "", where, with_responses)
 
     return dataclasses.replace(rows, read_row=read_row)
 

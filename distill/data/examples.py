@@ -1,11 +1,15 @@
 """Encodes a canonical row (distill/data/columns.py) as token ids: a prompt and its response."""
 
+import contextlib
 import dataclasses
 import re
+from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerBase
 
-from distill.data import chat
+from distill.data import chat, values
+from distill.data import messages as chats
+from distill.data.template import describe_template
 from models.errors import RowError, UserError
 
 
@@ -43,51 +47,69 @@ class Encoding:
     turns: str = "last"  # config.data.turns
 
 
-# The think block at the start of a response: its content, and its end unless it is cut off.
-_BLOCK = re.compile(r"\s*<think>(.*?)(</think>\s*|\Z)", re.DOTALL)
 _FLAG = re.compile(r"(?<!\S)/(no_)?think(?!\S)")  # a user's words that switch Qwen3's mode
 
 
 def make_example(row: dict, where: str, encoding: Encoding) -> Example:
     """Encodes a row in its thinking mode: its own if it has one (find_thinking_mode), else the one
     that a thinking_share of 0 or 1 gives to all rows, else the one that a trace's response shows.
+    The chat template has the last word: one without a think block asks nobody to think, and one
+    that opens it in every prompt always does.
 
     A row that suits both modes, which is a prompt without a mode of its own or a trace with a
     `direct` response too, holds the other one as `non_thinking_example`.
 
     Raises:
       RowError: naming the row, if the prompt is empty.
-      UserError: naming the row, if it lacks a prompt or response, or they cannot be used.
+      UserError: naming the row, if it lacks a prompt or response, they cannot be used, or its
+        response contradicts its mode.
     """
-    share, mode = encoding.thinking_share, find_thinking_mode(row)
-    encode = _encode_trace if encoding.with_responses else _encode_prompt_only
-    non_thinking_row = None
-    if mode is None and encoding.with_responses and isinstance(row.get("direct"), str):
-        non_thinking_row = {**row, "response": row["direct"]}
-    elif mode is None and not encoding.with_responses and not {"tokens", "prompt"} & row.keys():
-        non_thinking_row = row
-    if non_thinking_row is None or share == 1:
-        if mode is None:
-            follows_share = share in (0, 1) or not encoding.with_responses
-            mode = share > 0 if follows_share else _has_think_block(row)
-        return encode(row, where, encoding, mode)
-    non_thinking_example = encode(non_thinking_row, where, encoding, False)
-    if share == 0:
-        return non_thinking_example
-    example = encode(row, where, encoding, True)
-    return dataclasses.replace(example, non_thinking_example=non_thinking_example)
+    with _name_row(where):
+        share, has_switch = (
+            encoding.thinking_share,
+            describe_template(encoding.tokenizer).has_switch,
+        )
+        row = _separate_last_turn(row, where, encoding) if encoding.with_responses else row
+        mode = find_thinking_mode(row, has_switch)
+        encode = _encode_trace if encoding.with_responses else _encode_prompt_only
+        non_thinking_row = None
+        if mode is None and encoding.with_responses and isinstance(row.get("direct"), str):
+            non_thinking_row = {**row, "response": row["direct"]}
+        elif mode is None and not encoding.with_responses and not {"tokens", "prompt"} & row.keys():
+            non_thinking_row = row
+        if non_thinking_row is None or share == 1:
+            if mode is None:
+                follows_share = share in (0, 1) or not encoding.with_responses
+                mode = share > 0 if follows_share else _has_think_block(row)
+            return encode(row, where, encoding, mode)
+        non_thinking_example = encode(non_thinking_row, where, encoding, False)
+        if share == 0:
+            return non_thinking_example
+        example = encode(row, where, encoding, True)
+        return dataclasses.replace(example, non_thinking_example=non_thinking_example)
 
 
-def find_thinking_mode(row: dict) -> bool | None:
+@contextlib.contextmanager
+def _name_row(where: str) -> Iterator[None]:
+    """Makes the message of a user's mistake begin with the name of its row."""
+    try:
+        yield
+    except UserError as error:
+        if str(error).startswith(where):
+            raise
+        raise type(error)(f"{where}: {error}") from error
+
+
+def find_thinking_mode(row: dict, has_switch: bool = True) -> bool | None:
     """Returns the mode that a row asks for: its `thinking`, or the last /think or /no_think in its
-    system's and user's words; None if it has neither."""
-    if isinstance(row.get("thinking"), bool):  # a text is one of a set's own columns
+    system's and user's words, which only models with both modes obey; None if it has neither."""
+    if isinstance(row.get("thinking"), bool):  # a text is the response's thoughts
         return row["thinking"]
     messages = row.get("messages") or [{"role": "user", "content": row.get("question")}]
     texts = [
         message.get("content")
-        for message in (messages if isinstance(messages, list) else [])
-        if isinstance(message, dict) and message.get("role") in ("system", "user")
+        for message in (messages if isinstance(messages, list) and has_switch else [])
+        if isinstance(message, dict) and message.get("role") in ("system", "developer", "user")
     ]
     flags = [flag for text in texts if isinstance(text, str) for flag in _FLAG.findall(text)]
     return not flags[-1] if flags else None
@@ -97,7 +119,7 @@ def encode_prompt(
     row: dict, where: str, tokenizer: PreTrainedTokenizerBase | None, thinking: bool | None
 ) -> list[int]:
     """Returns the prompt's ids: `tokens` as they are, `prompt` as plain text, `messages` or
-    `question` through the chat template.
+    `question` through the chat template, with the row's `tools`.
 
     Raises:
       RowError: naming the row, if the prompt is empty.
@@ -107,21 +129,36 @@ def encode_prompt(
         ids = _get_token_ids(row, "tokens", where)
     elif tokenizer is None:
         raise UserError(f"{where}: the model has no tokenizer, so the row needs tokens")
-    elif "prompt" in row:
-        ids = chat.encode(tokenizer, _get_text(row, "prompt", where))
-    elif "messages" in row:
-        messages = chat.parse_messages(row, where)
-        ids = chat.render_messages(tokenizer, messages, thinking=thinking)
-    elif "question" in row:
-        messages = [{"role": "user", "content": _get_text(row, "question", where)}]
-        ids = chat.render_messages(tokenizer, messages, thinking=thinking)
     else:
-        raise UserError(
-            f"{where}: none of tokens, prompt, messages, question among its fields {sorted(row)}"
-        )
+        with _name_row(where):
+            ids = _encode_text_prompt(row, where, tokenizer, thinking)
     if not ids:
         raise RowError(f"{where}: the prompt is empty")
     return ids
+
+
+def _encode_text_prompt(
+    row: dict, where: str, tokenizer: PreTrainedTokenizerBase, thinking: bool | None
+) -> list[int]:
+    tools = chats.parse_tools(row, where)
+    if "prompt" in row:
+        if tools:
+            raise UserError("tools: a prompt of plain text has no place for them; use messages")
+        return chat.encode(tokenizer, _get_text(row, "prompt", where))
+    if "messages" in row:
+        messages = chats.parse_messages(row, where)
+    elif "question" in row:
+        messages = [{"role": "user", "content": _get_text(row, "question", where)}]
+    else:
+        raise UserError(
+            f"none of tokens, prompt, messages, question among its fields {sorted(row)}"
+        )
+    if thinking is False and describe_template(tokenizer).always_thinks:
+        raise UserError(
+            f"it is not to think, but the chat template of {tokenizer.name_or_path} opens a think "
+            "block in every prompt"
+        )
+    return chat.render_messages(tokenizer, messages, thinking=thinking, tools=tools)
 
 
 def is_id_list(value: object) -> bool:
@@ -138,49 +175,85 @@ def _get_text(row: dict, field: str, where: str) -> str:
     text = row[field]
     if not isinstance(text, str):
         raise UserError(f"{where}: {field} is not a text")
-    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-        raise UserError(f"{where}: {field} holds half a surrogate pair, which is no character")
+    values.require_characters(text, f"{where}: {field}")
     return text
 
 
 def _encode_prompt_only(row: dict, where: str, encoding: Encoding, thinking: bool) -> Example:
-    prompt = encode_prompt(row, where, encoding.tokenizer, thinking)
-    if find_thinking_mode(row) is None and ("tokens" in row or "prompt" in row):
-        thinking = thinking and not chat.has_empty_think(encoding.tokenizer, prompt)
+    tokenizer = encoding.tokenizer
+    prompt = encode_prompt(row, where, tokenizer, thinking)
+    about = describe_template(tokenizer)
+    if find_thinking_mode(row, about.has_switch) is None:
+        is_rendered = not {"tokens", "prompt"} & row.keys()
+        thinking = _find_prompt_mode(
+            tokenizer, prompt, about.find_mode(thinking) if is_rendered else thinking
+        )
     return Example(prompt, [], str(row.get("answer", "")), where, thinking=thinking)
+
+
+def _find_prompt_mode(
+    tokenizer: PreTrainedTokenizerBase | None, prompt: list[int], thinking: bool
+) -> bool:
+    """Returns the mode that the end of a prompt shows, else `thinking`."""
+    if chat.find_opened_block(tokenizer, prompt):
+        return True
+    return thinking and not chat.has_empty_think(tokenizer, prompt)
+
+
+def _separate_last_turn(row: dict, where: str, encoding: Encoding) -> dict:
+    """Returns a trace with its last turn as `response`, if that is what is trained of it, and with
+    a column of thoughts as the think block of the response."""
+    tokenizer = encoding.tokenizer
+    if tokenizer is None or ("tokens" in row and "response_tokens" in row):
+        return row
+    if "messages" in row and "response" not in row:
+        messages = chats.parse_messages(row, where, prompt=False)
+        if len(messages) == 1:
+            raise UserError(f"{where}: messages: nothing before the assistant's turn")
+        names = [f"{where}: messages[{i}]" for i in range(len(messages))]
+        trained = [chats.is_trained(m, name) for m, name in zip(messages, names, strict=True)]
+        if encoding.turns == "all":
+            answers = [m["role"] == "assistant" for m in messages]
+            if not any(x and y for x, y in zip(trained, answers, strict=True)):
+                raise UserError(f"{where}: messages: no turn of the assistant is to be trained")
+            return {**row, "messages": messages}
+        if not trained[-1]:
+            raise UserError(f"{names[-1]} is not to be trained, but config.data.turns=last does")
+        text = chat.render_last_turn(tokenizer, messages, chats.parse_tools(row, where))
+        row = {**row, "messages": messages[:-1], "response": text}
+    field = next((name for name in ("response", "solution") if name in row), "")
+    thoughts = row.get("thinking")
+    if field and isinstance(thoughts, str) and thoughts.strip():
+        text = _get_text(row, field, where)
+        row = {**row, field: chats.merge_reasoning(text, thoughts, f"{where}: thinking")}
+    return row
 
 
 def _encode_trace(row: dict, where: str, encoding: Encoding, thinking: bool) -> Example:
     """Encodes a row with a response to learn: `response_tokens` after `tokens`, or a text:
-    `response`, `solution`, the last message of an assistant, or the whole of a document's `text`.
+    `response`, `solution`, all turns of an assistant, or the whole of a document's `text`.
 
     An empty think block moves from the response to the prompt, and turns `thinking` off.
     """
     tokenizer, trained_mask = encoding.tokenizer, None
-    row, has_empty_block = _strip_empty_think(row, where)
-    thinking = thinking and not has_empty_block
     if "tokens" in row and "response_tokens" in row:
         prompt = _get_token_ids(row, "tokens", where)
         response = _get_token_ids(row, "response_tokens", where)
-        thinking = thinking and not chat.has_empty_think(tokenizer, prompt)
+        thinking = _find_prompt_mode(tokenizer, prompt, thinking)
     elif tokenizer is None:
         raise UserError(f"{where}: the model has no tokenizer: needs tokens, response_tokens")
     elif "messages" in row and "response" not in row:
-        prompt, response, trained_mask = _encode_conversation(row, where, encoding, thinking)
+        text = chats.to_assistant_text(row["messages"][-1])
+        thinking = _check_mode(row, text, thinking, describe_template(tokenizer).has_modes)
+        prompt, response, trained_mask = _encode_conversation(row, where, tokenizer)
+        thinking = _find_prompt_mode(tokenizer, prompt, thinking)
     elif "text" in row and not {"prompt", "question", "tokens"} & row.keys():
         prompt, response = [], []
         if _get_text(row, "text", where):  # a document's first token has nothing to follow
             first, *response = chat.encode_response(tokenizer, row["text"])
             prompt = [first]
     else:
-        field = "response" if "response" in row else "solution"
-        prompt = encode_prompt(row, where, tokenizer, thinking)
-        if field not in row:
-            raise UserError(f"{where}: neither response nor solution among {sorted(row)}")
-        text = _get_text(row, field, where)
-        response = chat.encode_response(tokenizer, text) if text.strip() else []
-    if has_empty_block and tokenizer is not None and not chat.has_empty_think(tokenizer, prompt):
-        prompt = prompt + chat.encode(tokenizer, chat.EMPTY_THINK)
+        prompt, response, thinking = _encode_response(row, where, tokenizer, thinking)
     if not prompt:
         raise UserError(f"{where}: the prompt is empty")
     if not response:
@@ -192,29 +265,78 @@ def _encode_trace(row: dict, where: str, encoding: Encoding, thinking: bool) -> 
     return Example(prompt, response, answer, where, trained_mask, top, thinking=thinking)
 
 
-def _encode_conversation(
-    row: dict, where: str, encoding: Encoding, thinking: bool
-) -> tuple[list[int], list[int], list[bool] | None]:
-    """Returns (prompt, response, trained_mask) of messages that end with an assistant's turn.
+def _encode_response(
+    row: dict, where: str, tokenizer: PreTrainedTokenizerBase, thinking: bool
+) -> tuple[list[int], list[int], bool]:
+    """Returns (prompt, response, thinking) of a row with a response in the form of text.
 
-    turns="last": the last turn, with its reasoning, after a prompt exactly as at inference. "all":
-    every assistant turn, as the template renders it within the whole conversation; the template
-    drops the reasoning of turns before the last user's, which is then not learned.
+    The prompt and the response together have one think block at most, of which the model writes
+    what the prompt has not: nothing of an empty one.
     """
-    tokenizer = encoding.tokenizer
-    assert tokenizer is not None
-    messages = chat.parse_messages(row, where, prompt=False)
-    *before, last = messages
-    if not before:
-        raise UserError(f"{where}: messages: nothing before the assistant's turn")
-    for message in messages:
-        if message.get("content"):
-            _get_text(message, "content", where)
-    if encoding.turns == "last":
-        text = chat.to_assistant_text(last)
-        prompt = chat.render_messages(tokenizer, before, thinking=thinking)
-        return prompt, chat.encode_response(tokenizer, text) if text.strip() else [], None
-    ids, mask = chat.encode_conversation(tokenizer, messages)
+    field = "response" if "response" in row else "solution"
+    text = _get_text(row, field, where) if field in row else ""
+    text = chat.strip_end_tokens(tokenizer, text)
+    about, is_raw = describe_template(tokenizer), bool({"tokens", "prompt"} & row.keys())
+    thoughts, final = chats.split_thinking(text)
+    is_empty = thoughts is not None and not thoughts.strip()
+    prompt = encode_prompt(
+        row, where, tokenizer, about.always_thinks or (thinking and not is_empty)
+    )
+    if field not in row:
+        raise UserError(f"neither response nor solution among {sorted(row)}")
+    if is_raw:  # the prompt itself shows the mode
+        thinking = is_empty or _find_prompt_mode(tokenizer, prompt, thinking)
+    thinking = _check_mode(row, text, thinking, is_raw or about.has_modes)
+    opened = chat.find_opened_block(tokenizer, prompt)
+    if opened and thoughts is None and text.strip():
+        raise UserError("the prompt opens a think block, but the response does not close one")
+    if is_empty:
+        text = final
+        if opened or ((is_raw or about.has_switch) and not chat.has_empty_think(tokenizer, prompt)):
+            prompt = chat.add_empty_think(tokenizer, prompt)
+    elif opened and text.lstrip().startswith("<think>"):
+        space = opened.removeprefix("<think>")
+        text = text.lstrip().removeprefix("<think>").removeprefix(space)
+    elif not opened:
+        text = chats.restore_think_tag(text)
+    response = chat.encode_response(tokenizer, text) if text.strip() else []
+    return prompt, response, thinking
+
+
+def _check_mode(row: dict, text: str, thinking: bool, has_modes: bool) -> bool:
+    """Returns the mode of a trace with the response `text` that was asked for with `thinking`.
+
+    An empty think block turns it off; if the template has no modes, only a block turns it on.
+    Raises UserError if the response contradicts the mode, or its think block is never closed.
+    """
+    thoughts, _ = chats.split_thinking(text)
+    own_mode = row.get("thinking")
+    if thoughts is None:
+        return thinking and (has_modes or own_mode is True)
+    if "</think>" not in text:
+        raise UserError("the think block of the response is never closed")
+    is_empty = not thoughts.strip()
+    if isinstance(own_mode, bool) and own_mode == is_empty:
+        kind = "an empty" if is_empty else "a"
+        raise UserError(f"thinking={own_mode}, but it has {kind} think block")
+    if not thinking and not is_empty:
+        raise UserError(
+            "its response has a think block, but it is not to think (/no_think, an empty block in "
+            "its prompt, or config.data.thinking=0)"
+        )
+    return not is_empty
+
+
+def _encode_conversation(
+    row: dict, where: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int], list[bool]]:
+    """Returns (prompt, response, trained_mask) of messages whose assistant's turns are all learned,
+    as the template renders them within the whole conversation.
+
+    The template drops the thoughts of turns before the last user's, which are then not learned.
+    """
+    tools = chats.parse_tools(row, where)
+    ids, mask = chat.encode_conversation(tokenizer, row["messages"], tools)
     start = mask.index(1) if 1 in mask else len(ids)
     stop = len(mask) - mask[::-1].index(1) if 1 in mask else len(ids)
     return ids[:start], ids[start:stop], [m == 1 for m in mask[start:stop]]
@@ -223,32 +345,8 @@ def _encode_conversation(
 def _has_think_block(row: dict) -> bool:
     text = row.get("response", row.get("solution"))
     if text is None and isinstance(row.get("messages"), list) and row["messages"]:
-        last = row["messages"][-1]
-        text = chat.to_assistant_text(last) if isinstance(last, dict) else ""
-    return "</think>" in str(text) or bool(_BLOCK.match(str(text)))
-
-
-def _strip_empty_think(row: dict, where: str) -> tuple[dict, bool]:
-    """Returns the row without an empty think block at the start of its response, and True if it
-    had one. Raises UserError if the block contradicts the row's own `thinking`."""
-    field = next((name for name in ("response", "solution") if name in row), "")
-    text, messages = row.get(field), row.get("messages")
-    if not field and isinstance(messages, list) and messages and isinstance(messages[-1], dict):
-        text = messages[-1].get("content")
-    block = _BLOCK.match(text) if isinstance(text, str) else None
-    if not block or not isinstance(text, str):
-        return row, False
-    is_empty = bool(block[2] and not block[1].strip())
-    if row.get("thinking") is is_empty:
-        kind = "an empty" if is_empty else "a"
-        raise UserError(f"{where}: thinking={row['thinking']}, but it has {kind} think block")
-    if not is_empty:
-        return row, False
-    rest = text[block.end() :]
-    if field:
-        return {**row, field: rest}, True
-    assert isinstance(messages, list)
-    return {**row, "messages": [*messages[:-1], {**messages[-1], "content": rest}]}, True
+        text = chats.to_assistant_text(row["messages"][-1])
+    return chats.split_thinking(str(text))[0] is not None
 
 
 def require_top(example: Example, K: int) -> None:

@@ -13,15 +13,14 @@ To add a source, write a function that returns its `Rows` and call it in `open_r
 
 import contextlib
 import dataclasses
-import json
+import glob
+import os
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from distill.data import arithmetic, retry
+from distill.data import arithmetic, files, retry, values
 from distill.runtime import run_files
 from models.errors import SourceFailure, UserError
 
@@ -63,12 +62,9 @@ def open_rows(source: str, *, size: int = 0, window: int = 0) -> Rows:
         rows = _open_stream(name, size, window) if window else _open_hub(name)
     elif scheme == "tfds":
         rows = _open_tfds(name)
-    elif source.endswith(".parquet"):
-        rows = _open_parquet(source)
-    elif source.endswith(".json") and _is_json_list(source):
-        rows = _open_json(source)
     else:
-        rows = _open_jsonl(source)
+        openers = {"jsonl": _open_jsonl, "json": _open_json, "parquet": _open_parquet}
+        rows = openers[files.find_format(source)](source)
     if not rows.size:
         raise UserError(f"{source}: no rows")
     read_row = retry.retry_reads(rows.read_row, source)
@@ -96,32 +92,9 @@ def make_arithmetic_rows(c: Any, seed: int) -> Rows:
     return Rows("arithmetic", c.max_rows, read_row, lambda index: f"arithmetic problem {index}")
 
 
-def parse_json_line(line: bytes, where: str) -> dict:
-    """Parses a line as a JSON object. Raises UserError that begins with `where` if it is none."""
-    try:
-        row = json.loads(line.decode())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: not a JSON object")
-    return row
-
-
-def _require_file(path: str) -> None:
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
-
-
 def _open_jsonl(path: str) -> Rows:
-    """Opens a file of one object a line, without blank lines. One pass finds the lines' starts."""
-    _require_file(path)
-    starts, numbers, offset = array("q"), array("q"), 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                starts.append(offset)
-                numbers.append(number)
-            offset += len(line)
+    """Opens a file of one object a line, without its blank lines."""
+    starts, numbers = files.index_lines(path)
 
     def locate_row(index: int) -> str:
         return f"{path}:{numbers[index]}"
@@ -129,43 +102,31 @@ def _open_jsonl(path: str) -> Rows:
     def read_row(index: int) -> dict:
         with open(path, "rb") as file:  # its own handle: the caller may be another thread
             file.seek(starts[index])
-            return parse_json_line(file.readline(), locate_row(index))
+            return files.parse_line(file.readline(), locate_row(index))
 
     return Rows(path, len(starts), read_row, locate_row)
 
 
-def _is_json_list(path: str) -> bool:
-    """Returns True if a .json file is one list; many are a row a line."""
-    _require_file(path)
-    with open(path, "rb") as file:
-        for line in file:
-            if line.strip():
-                return line.lstrip().startswith(b"[")
-    return False
-
-
 def _open_json(path: str) -> Rows:
-    """Opens a file of one list of objects, read whole."""
-    try:
-        objects = json.loads(Path(path).read_bytes().decode())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+    """Opens a file of JSON over any lines, read whole."""
+    objects = files.read_json(path)
+
+    def locate_row(index: int) -> str:
+        return f"{path}[{index}]"
 
     def read_row(index: int) -> dict:
-        if not isinstance(objects[index], dict):
-            raise UserError(f"{path}[{index}]: not a JSON object")
-        return objects[index]
+        return files.require_object(objects[index], locate_row(index))
 
-    return Rows(path, len(objects), read_row, lambda index: f"{path}[{index}]")
+    return Rows(path, len(objects), read_row, locate_row)
 
 
 def _open_parquet(path: str) -> Rows:
-    _require_file(path)
-    return _open_dataset(path, f"{path}: row ", "parquet", None, "train", data_files=str(path))
+    pattern = glob.escape(os.path.abspath(path))  # its brackets are no pattern
+    return _open_dataset(path, f"{path}: row ", "parquet", None, "train", data_files=pattern)
 
 
 def _open_hub(name: str) -> Rows:
-    return _open_dataset(f"hf:{name}", f"hf:{name} row ", *_parse_name(name))
+    return _open_dataset(f"hf:{name}", f"hf:{name} row ", *_parse_hub_name(name))
 
 
 def _open_dataset(
@@ -175,7 +136,20 @@ def _open_dataset(
     import datasets  # takes seconds to import
 
     table = _call_library(source, datasets.load_dataset, path, config, split=split, **options)
+    _keep_media_encoded(table.info.features)
     return _make_table_rows(source, table, prefix)
+
+
+def _keep_media_encoded(feature: Any) -> None:
+    """Leaves images, audio and video of a set's features as they are stored, as bytes and a path.
+    Decoding them needs further packages, and gives what is neither text nor JSON."""
+    if isinstance(feature, dict):
+        for inner in feature.values():
+            _keep_media_encoded(inner)
+    elif hasattr(feature, "feature"):  # of a list
+        _keep_media_encoded(feature.feature)
+    elif hasattr(feature, "decode") and type(feature).__name__ != "Json":
+        feature.decode = False
 
 
 def _open_tfds(name: str) -> Rows:
@@ -190,14 +164,7 @@ def _open_tfds(name: str) -> Rows:
     else:
         full_name = f"{path}/{config}" if config else path
         table = _call_library(source, tfds.data_source, full_name, split=split)
-    rows = _make_table_rows(source, table, f"{source} row ")
-
-    def read_row(index: int) -> dict:
-        where = rows.locate_row(index)
-        fields = rows.read_row(index)
-        return {field: _to_json_value(x, f"{where}: {field}") for field, x in fields.items()}
-
-    return dataclasses.replace(rows, read_row=read_row)
+    return _make_table_rows(source, table, f"{source} row ")
 
 
 def _make_table_rows(source: str, table: Any, prefix: str) -> Rows:
@@ -207,23 +174,10 @@ def _make_table_rows(source: str, table: Any, prefix: str) -> Rows:
         return f"{prefix}{index}"
 
     def read_row(index: int) -> dict:
-        return _call_library(locate_row(index), table.__getitem__, index)
+        row = _call_library(locate_row(index), table.__getitem__, index)
+        return values.convert_row(row, locate_row(index))
 
     return Rows(source, len(table), read_row, locate_row)
-
-
-def _to_json_value(value: Any, where: str) -> Any:
-    """Converts a TFDS value to one of JSON: bytes to UTF-8 text, arrays to lists."""
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 ({error})") from None
-    if isinstance(value, np.ndarray | np.generic):
-        return _to_json_value(value.tolist(), where)
-    if isinstance(value, dict):
-        return {key: _to_json_value(inner, where) for key, inner in value.items()}
-    return [_to_json_value(inner, where) for inner in value] if isinstance(value, list) else value
 
 
 def _open_stream(name: str, size: int, window: int) -> Rows:
@@ -231,9 +185,10 @@ def _open_stream(name: str, size: int, window: int) -> Rows:
     the stream again, one after the next window skips ahead."""
     import datasets
 
-    path, config, split = _parse_name(name)
+    path, config, split = _parse_hub_name(name)
     source = f"hf:{name}"
     stream = _call_library(source, datasets.load_dataset, path, config, split=split, streaming=True)
+    _keep_media_encoded(stream.info.features)
     known = (stream.info.splits or {}).get(split)
     total = known.num_examples if known else 0
     if not total and not size:
@@ -259,15 +214,32 @@ def _open_stream(name: str, size: int, window: int) -> Rows:
         if index % window >= len(held):
             count = number * window + len(held)
             raise UserError(f"{source}: has only {count} rows, config.data.max_rows says {size}")
-        return held[index % window]
+        return values.convert_row(held[index % window], locate_row(index))
 
-    return Rows(source, total or size, read_row, lambda index: f"{source} row {index}", window)
+    def locate_row(index: int) -> str:
+        return f"{source} row {index}"
+
+    return Rows(source, total or size, read_row, locate_row, window)
 
 
 def _parse_name(name: str) -> tuple[str, str | None, str]:
-    """Splits NAME[:CONFIG][:SPLIT]. A split may hold colons itself."""
+    """Splits NAME[:CONFIG][:SPLIT]. A split may hold colons itself, and so may a folder's path that
+    stands alone."""
+    if Path(name).is_dir():
+        return name, None, "train"
     path, config, split = [*name.split(":", 2), "", ""][:3]
     return path, config or None, split if name.count(":") > 1 else "train"
+
+
+def _parse_hub_name(name: str) -> tuple[str, str | None, str]:
+    path, config, split = _parse_name(name)
+    if not path:
+        raise UserError(f"hf:{name}: names no set")
+    if Path(path).is_file():
+        raise UserError(f"hf:{name}: is a file, which is named without hf:")
+    if Path(path).is_dir() and "[" in os.path.realpath(path):
+        raise UserError(f"hf:{name}: `datasets` takes [ for a pattern: rename the folder")
+    return path, config, split
 
 
 def _call_library(source: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -275,7 +247,9 @@ def _call_library(source: str, call: Callable[..., Any], *arguments: Any, **opti
     try:
         return call(*arguments, **options)
     except Exception as error:  # the libraries raise every kind
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        is_vague = type(error).__name__ == "DatasetGenerationError"  # which only says where
+        cause = error.__cause__ if is_vague and error.__cause__ else error
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise UserError(f"{source}: cannot be read: {reason}") from error
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from distill.data import chat, columns
+from distill.data import canonical
 from distill.data.examples import Encoding, Example, encode_prompt, is_id_list, make_example
+from distill.data.messages import parse_messages
+from distill.data.template import describe_template
 from models import checks
 from models.errors import UserError
 
@@ -114,8 +116,9 @@ def _encode_sample_prompt(
 ) -> list[int]:
     """Encodes the prompt of a written sample with the context, in the mode of its prompt_tokens."""
     where = example.where
-    prompt_row = columns.canonicalize_row(source_row, "", where, False)
-    for thinking in (True, False, None) if "tokens" not in prompt_row else ():
+    prompt_row = canonical.canonicalize_row(source_row, "", where, False)
+    modes = (True, False, None) if describe_template(tokenizer).has_switch else (True,)
+    for thinking in modes if "tokens" not in prompt_row else ():
         if encode_prompt(prompt_row, where, tokenizer, thinking) == example.prompt:
             teacher_row = _insert_context(prompt_row, text, placement, where)
             return encode_prompt(teacher_row, where, tokenizer, thinking)
@@ -130,7 +133,7 @@ def _insert_context(row: dict, text: str, placement: str, where: str) -> dict:
     if isinstance(row.get("prompt"), str):
         row = {**row, "prompt": f"{text}\n\n{row['prompt']}"}
     if "messages" in row:
-        messages = chat.parse_messages(row, where, prompt=None)
+        messages = parse_messages(row, where, prompt=None)
     elif "question" in row and "prompt" not in row:
         messages = [{"role": "user", "content": row["question"]}]
         if "solution" in row:  # messages without a response would train their last turn

@@ -6,7 +6,7 @@ from typing import Any
 from etils import epath
 
 from distill.evaluation import records, statistics
-from distill.runtime import run_files
+from distill.runtime import paths
 from models.errors import UserError
 
 Record = dict[str, Any]
@@ -17,7 +17,7 @@ def read_evaluation(folder: str) -> tuple[Record, list[Record]]:
 
     Raises UserError if `folder` holds none.
     """
-    run_files.require_reachable(folder, "--runs")
+    paths.require_reachable(folder, "--runs")
     path = epath.Path(folder)
     try:
         summary = json.loads((path / "summary.json").read_text())

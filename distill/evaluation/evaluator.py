@@ -9,16 +9,17 @@ import jax.numpy as jnp
 from etils import epath
 
 from distill.data import dataset
+from distill.data.template import describe_template
 from distill.evaluation import divergence, problems, records, responses, statistics, tasks
 from distill.evaluation.problems import Problems
 from distill.evaluation.protocols import EvalSpec
-from distill.policy import compatibility, policy
+from distill.policy import compatibility, identity, policy
 from distill.policy.policy import Policy
 from distill.rewards import graders
 from distill.rollout import completions
 from distill.rollout.completions import SampleSpec
 from distill.rollout.sampling import Sampling
-from distill.runtime import cli, distributed, environment, run_files
+from distill.runtime import distributed, environment, run_files
 from distill.runtime import mesh as mesh_lib
 from models import families
 from models.errors import UserError
@@ -47,6 +48,7 @@ def _describe_protocol(subject: Policy, rows: Problems, spec: EvalSpec) -> dict[
         "model": subject.path,
         "step": policy.find_newest_step(subject.path) if spec.step is None else spec.step,
         "weights": records.fingerprint_params(subject.params),
+        "tokenizer": identity.hash_parts(identity.describe_tokenizer(subject.tokenizer_dir)),
         "benchmark": spec.benchmark,
         "problems": len(rows),
         "problems_sha256": records.hash_content([row for _, row in rows]),
@@ -98,7 +100,7 @@ def evaluate_benchmark(
                 task.grading,
                 rows[first_problem:],
                 keys[first_problem:],
-                spec.thinking,
+                describe_template(subject.tokenizer).find_mode(spec.thinking),
             )
         for number, group in enumerate(row_groups, start=first_problem + 1):
             lines.append_rows(group)
@@ -139,7 +141,6 @@ def evaluate_model(
     )
     abstract_policies = [policy.make_abstract_for_inference(path, dtype, mesh) for path in paths]
     compatibility.require_same_vocabulary(abstract_policies[0], abstract_policies[-1])
-    cli.check_output(f"{out_dir}/summary.json")
     encode_prompts(abstract_policies[0], rows, spec)
     with policy.use(abstract_policies[0]):
         subject, *teachers = [policy.load(p, p.model.dtype.name) for p in abstract_policies]

@@ -13,6 +13,7 @@ from lm_eval.models.utils import normalize_gen_kwargs  # pyright: ignore[reportM
 
 from distill import rollout
 from distill.data import chat
+from distill.data.template import describe_template
 from distill.evaluation import scoring
 from distill.policy import policy
 from distill.policy.policy import Policy
@@ -57,7 +58,15 @@ class PolicyLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Renders the prompt as text; add_generation_prompt=False leaves its last turn open."""
+        """Renders the prompt as text; add_generation_prompt=False leaves its last turn open.
+
+        Raises UserError if it is not to think, but the template opens a think block in all prompts.
+        """
+        if not self._thinking and describe_template(self.tokenizer).always_thinks:
+            raise UserError(
+                f"{self._subject.path}: the chat template opens a think block in every prompt, so "
+                "its only mode is thinking"
+            )
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,

@@ -1,8 +1,8 @@
 """Loads a benchmark's problems, and stored responses to them, from files or data sets."""
 
-from distill.data import sources
+from distill.data import answers, canonical, sources, values
 from distill.evaluation import tasks
-from distill.evaluation.tasks.task import NAME_FIELDS, Record, Task
+from distill.evaluation.tasks.task import NAME_FIELDS, Record, Task, find_id
 from models.errors import UserError
 
 Problems = list[tuple[str, Record]]  # (location of the row, its fields)
@@ -47,13 +47,21 @@ def load_problems(benchmark: str, source: str, limit: int) -> Problems:
         source = own_source
     problems, names = [], set()
     for number, (where, published_row) in enumerate(sources.open_rows(source)):
-        row = task.adapt_row(published_row, where)
+        row = _read_problem(task, published_row, where)
         name = str(row.setdefault("id", f"{benchmark}-{number}"))
         if name in names:
             raise UserError(f"{where}: repeats the id {name!r} of an earlier row")
         names.add(name)
         problems.append((where, row))
     return problems[: limit or None]
+
+
+def _read_problem(task: Task, row: Record, where: str) -> Record:
+    """Reads a published row. Raises UserError naming it if it cannot be read, or has no answer."""
+    if task.adapt_row:
+        return task.adapt_row(row, where)
+    row = canonical.canonicalize_row(row, "", where, False)
+    return {**row, **find_id(row), "answer": answers.require_answer(row, where)}
 
 
 def check_gradable(benchmark: str, problems: Problems) -> None:
@@ -66,12 +74,23 @@ def check_gradable(benchmark: str, problems: Problems) -> None:
 def render_question(benchmark: str, row: Record, template: str = "") -> Record:
     """Returns the row with its question rendered by `template`, or by the benchmark's own one.
 
-    Rows without a question (messages, prompts, token ids) are returned unchanged.
+    Rows without a question (messages, prompts, token ids) are returned unchanged; where a question
+    is the last user's turn of messages, too, that is rendered.
     """
-    template = template or tasks.BENCHMARKS[benchmark].prompt
-    if "question" not in row:
-        return row
-    return {**row, "question": template.replace("{question}", str(row["question"]))}
+    return canonical.apply_template(row, template or tasks.BENCHMARKS[benchmark].prompt)
+
+
+def _read_own_answer(task: Task, row: Record, where: str) -> str:
+    """Reads the answer that a stored response brings; "" if it has none.
+
+    Raises UserError naming the row if what it brings is none.
+    """
+    value = row.get(task.answer_field)
+    if value is None or value != value:  # null or NaN
+        return ""
+    if task.adapt_row:
+        return task.adapt_row(row, where)["answer"]
+    return answers.require_answer({**row, "answer": canonical.find_answer(row) or value}, where)
 
 
 def load_responses(benchmark: str, path: str, problems: Problems) -> list[Record]:
@@ -80,7 +99,7 @@ def load_responses(benchmark: str, path: str, problems: Problems) -> list[Record
     Raises UserError for an unknown benchmark, or a row without a response or an answer.
     """
     task = require_task(benchmark)
-    answers = {
+    known_answers = {
         str(row.get(field)): row["answer"] for _, row in problems for field in ("id", "question")
     }
     responses = []
@@ -88,11 +107,11 @@ def load_responses(benchmark: str, path: str, problems: Problems) -> list[Record
         if not isinstance(row.get("response"), str):
             raise UserError(f"{where}: no response among its fields {sorted(row)}")
         names = [str(row[f]) for f in NAME_FIELDS if isinstance(row.get(f), str | int)]
-        answer = next((answers[name] for name in names if name in answers), None)
-        if row.get(task.answer_field) is not None:
-            answer = task.adapt_row(row, where)["answer"]
-        if answer is None:
+        known = next((known_answers[name] for name in names if name in known_answers), "")
+        answer = _read_own_answer(task, row, where) or known or canonical.find_answer(row)
+        if not answer:
             raise UserError(f"{where}: has no answer, and matches no problem of --data")
         name = names[0] if names else f"row-{number}"
+        values.require_characters(row["response"], f"{where}: response")
         responses.append({"id": name, "answer": str(answer), "response": row["response"]})
     return responses

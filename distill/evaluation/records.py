@@ -46,8 +46,9 @@ def hash_content(*content: object) -> str:
     return hashlib.sha256(run_files.to_json(content).encode()).hexdigest()
 
 
-# Fields that do not affect a response: the model's location, and how many problems there are.
-_UNHASHED_FIELDS = ("model", "step", "problems", "problems_sha256")
+# Fields that do not affect a response (the model's location, and how many problems there are) or
+# that only protocol.json needs to tell apart.
+_UNHASHED_FIELDS = ("model", "step", "problems", "problems_sha256", "tokenizer")
 
 
 def make_row_keys(
@@ -83,12 +84,9 @@ def _require_same_evaluation(
             "problems": count,
             "problems_sha256": hash_content([row for _, row in rows[:count]]),
         }
-    if stored_protocol != current_protocol:
-        changed = next(
-            k
-            for k in current_protocol | stored_protocol
-            if stored_protocol.get(k) != current_protocol.get(k)
-        )
+    # Fields that an earlier version did not record are passed over.
+    changed = next((k for k, x in stored_protocol.items() if x != current_protocol.get(k)), None)
+    if changed is not None:
         raise UserError(
             f"{out_dir} holds another evaluation: {changed} was {stored_protocol.get(changed)!r}, "
             f"now {protocol.get(changed)!r}"
@@ -159,7 +157,7 @@ def render_transcripts(rows: list[tuple[str, Record]], examples_path: epath.Path
     for row in itertools.islice(_iter_rows(examples_path), _MAX_TRANSCRIPTS):
         head = f"--- {row['id']}, sample {row['sample']}: {row['outcome']}"
         wanted = f"(wanted {row['answer']}; {row['length']} tokens, {row['finish_reason']})"
-        blocks.append(f"{head} {wanted}\n{questions[row['id']]}\n>>>\n{row['response']}\n")
+        blocks.append(f"{head} {wanted}\n{questions[str(row['id'])]}\n>>>\n{row['response']}\n")
     return "\n".join(blocks)
 
 

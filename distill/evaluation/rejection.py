@@ -3,7 +3,7 @@
 import collections
 from collections.abc import Iterator
 
-from distill.data import sources
+from distill.data import answers, sources, values
 from distill.rewards import graders
 from distill.rewards.graders import GradingRule
 from distill.runtime import run_files
@@ -18,15 +18,14 @@ def grade_samples(row: dict, where: str, rule: GradingRule, grader: graders.Grad
     Raises:
       UserError: naming the row if it lacks a field or the grader cannot read its answer.
     """
-    if not isinstance(row.get("samples"), list) or not isinstance(
-        row.get("answer"), str | int | float
-    ):
+    if not isinstance(row.get("samples"), list) or "answer" not in row:
         raise UserError(f"{where}: needs samples and answer, has {sorted(row)}")
-    samples, answer = row["samples"], str(row["answer"])
+    samples, answer = row["samples"], answers.require_answer(row, where)
     if any(not isinstance(sample.get("text"), str) for sample in samples):
         raise UserError(f"{where}: a sample has no text to grade")
     # To check that the grader can read the answer, it also grades a response that gives the answer.
     texts = [sample["text"] for sample in samples]
+    values.require_characters(texts, f"{where}: samples")
     texts.append(rule.right_response.replace("answer", answer))
     *outcomes, own_outcome = grader.grade(rule, texts, [answer] * len(texts))
     if own_outcome != "correct":

@@ -1,6 +1,8 @@
 """Samples responses to problems and grades them, as rows.
 
 A row is one response, as examples.jsonl stores it. The samples of a problem are adjacent, in order.
+`response` begins with the think tag that the prompt opened, if it did, so that it can be graded
+again without its prompt.
 """
 
 from collections import deque
@@ -9,7 +11,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from distill import rollout
-from distill.data import dataset
+from distill.data import chat, dataset
 from distill.evaluation import statistics
 from distill.policy.policy import Policy
 from distill.rewards import graders, terms
@@ -69,7 +71,7 @@ def sample(
                 "id": row["id"],
                 "sample": sample,
                 "answer": row["answer"],
-                "response": subject.tokenizer.decode(c.tokens, skip_special_tokens=True),
+                "response": chat.decode_response(subject.tokenizer, c.prompt, c.tokens),
                 "length": len(c.tokens),
                 "finish_reason": c.finish_reason,
                 "prompt_tokens": prompts[number],

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import special
 
+from distill.data import dedup
+from distill.rewards import equality
 from distill.runtime import run_files
 
 Record = dict[str, object]
@@ -145,8 +147,9 @@ def compute_p_value(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def is_repetitive(text: str) -> bool:
-    """Returns True if a text loops: most of its runs of eight words occurred before."""
-    words = text.split()
+    """Returns True if a text loops: most of its runs of eight words (characters, where a script has
+    no spaces) occurred before."""
+    words = dedup.split_words(text)
     ngrams = [tuple(words[i : i + _NGRAM_WORDS]) for i in range(len(words) - _NGRAM_WORDS + 1)]
     return len(ngrams) >= _NGRAM_WORDS and len(set(ngrams)) < len(ngrams) / 2
 
@@ -165,11 +168,11 @@ def has_mixed_languages(text: str, prompt: str) -> bool:
 
 def normalise_answer(answer: object) -> str | None:
     """Normalises an answer for voting: removes spaces and variants of notation; None if empty."""
-    if not isinstance(answer, str) or not answer.strip():
+    if not isinstance(answer, str):
         return None
-    text = re.sub(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}", r"\1", answer)
-    text = re.sub(r"\\(?:left|right|[!,;:])|[\s$]|(?<=\d),(?=\d\d\d)", "", text)
-    return re.sub(r"\\[dt]frac", r"\\frac", text).removesuffix(".") or None
+    text = re.sub(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}", r"\1", equality.normalise(answer))
+    text = re.sub(r"\\(?:left|right|[!,;:])|\s|(?<=\d),(?=\d\d\d)", "", text)
+    return re.sub(r"\\[dt]frac", r"\\frac", text) or None
 
 
 def _count_votes(rows: Sequence[Record]) -> tuple[list[int], int]:

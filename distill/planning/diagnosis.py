@@ -196,7 +196,7 @@ def summarise_responses(
     if subject.tokenizer is None or not all(example.answer for example in examples):
         return statistics
     tokenizer = subject.tokenizer
-    texts = [chat.decode(tokenizer, row.tokens) for row in rows]
+    texts = [chat.decode_response(tokenizer, row.prompt, row.tokens) for row in rows]
     answers = [example.answer for example in examples for _ in range(G)]
     with graders.Grader() as pool:
         outcomes = pool.grade(tasks.BENCHMARKS[grader].grading, texts, answers)

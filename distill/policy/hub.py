@@ -9,7 +9,8 @@ from typing import Any
 import huggingface_hub
 from etils import epath
 
-from models import adapter
+from distill.runtime import paths
+from models import adapter, tensor_files
 from models.errors import UserError
 from models.layers.lora import LoRA
 
@@ -25,6 +26,19 @@ def read_run_lora(path: str | Path) -> LoRA | None:
     if not fields.get("rank"):
         return None
     return LoRA(fields["rank"], fields["alpha"], fields["rslora"], tuple(fields["targets"]))
+
+
+def require_same_lora(path: str, actual: LoRA, expected: LoRA) -> None:
+    """Raises UserError unless the adapter `path` has the shape and scale that training expects."""
+    for name, theirs, ours in (
+        ("rank", actual.rank, expected.rank),
+        ("scale", f"{actual.scale:g}", f"{expected.scale:g}"),
+        ("targets", sorted(actual.targets), sorted(set(expected.targets))),
+    ):
+        if theirs != ours:
+            raise UserError(
+                f"{path}: an adapter of {name} {theirs}, config.student.lora's is {ours}"
+            )
 
 
 def has_moving_average(path: str | Path) -> bool:
@@ -67,9 +81,16 @@ def find_base_model(path: str | Path) -> str:
     directory = to_local_dir(path)
     if not adapter.is_adapter(directory):
         return str(path)
+    for file in (tensor_files.WHOLE_FILE, tensor_files.INDEX_FILE):
+        if (directory / file).exists():
+            raise UserError(
+                f"{directory}: holds an adapter ({adapter.CONFIG_FILE}) and a model ({file}); "
+                "move one of them to a directory of its own"
+            )
     name = adapter.read_base_name(directory)
-    base = directory / name if (directory / name).is_dir() and not Path(name).is_dir() else name
     try:
+        name = paths.expand_home(name)
+        base = directory / name if (directory / name).is_dir() and not Path(name).is_dir() else name
         if adapter.is_adapter(to_local_dir(base)) or is_run(base):
             raise UserError(f"{base}: is an adapter or a run, not a model directory")
     except UserError as error:
@@ -80,9 +101,28 @@ def find_base_model(path: str | Path) -> str:
 
 
 def resolve_tokenizer_dir(path: str | Path) -> Path:
-    """Returns the directory of the tokenizer of a model or of a run's student."""
-    tokenizer_path = (_read_student_config(path) or {}).get("tokenizer")
-    return resolve_tokenizer_dir(tokenizer_path) if tokenizer_path else resolve_model_dir(path)
+    """Returns the directory of the tokenizer of a model or of a run's student.
+
+    An adapter's own tokenizer and chat template come before its base's: training used them.
+
+    Raises:
+      UserError: if an adapter has a part of a tokenizer only.
+    """
+    student = _read_student_config(path)
+    if student is not None:
+        return resolve_tokenizer_dir(student.get("tokenizer") or student["path"])
+    directory = to_local_dir(path)
+    if not adapter.is_adapter(directory):
+        return directory
+    if any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        return directory
+    for name in ("tokenizer_config.json", "chat_template.jinja", "chat_template.json"):
+        if (directory / name).is_file():
+            raise UserError(
+                f"{directory}: has {name}, but no tokenizer.json; copy the base's there, or remove "
+                f"{name} to use the base's tokenizer and template"
+            )
+    return resolve_model_dir(path)
 
 
 def to_local_dir(path: str | Path) -> Path:

@@ -20,9 +20,11 @@ from transformers import PreTrainedTokenizerBase
 
 from distill.data import chat
 from distill.policy.hub import (
+    find_base_model,
     has_moving_average,
     is_run,
     read_run_lora,
+    require_same_lora,
     resolve_model_dir,
     resolve_tokenizer_dir,
     to_local_dir,
@@ -30,7 +32,7 @@ from distill.policy.hub import (
 from distill.runtime import mesh as mesh_lib
 from distill.runtime import run_files
 from distill.runtime.checkpoint import Checkpoints
-from models import adapter, families, weights
+from models import adapter, families, tensor_files, weights
 from models.config import Config
 from models.errors import UserError
 from models.families import make_model
@@ -84,8 +86,14 @@ def make_abstract(
     tokenizer = chat.load_tokenizer(tokenizer_dir)
     stops = set(chat.load_stop_ids(directory, tokenizer))
     if tokenizer_dir != directory:
-        names = (path, str(tokenizer_dir))
+        names = (find_base_model(path), str(tokenizer_dir))
         chat.require_vocab_subset(chat.load_tokenizer(directory), tokenizer, names)
+        vocabulary = tokenizer.get_vocab() if tokenizer else {}
+        for token in (t for t, i in vocabulary.items() if i >= config.vocab_size):
+            raise UserError(
+                f"{tokenizer_dir}: its token {token!r} has id {vocabulary[token]}, but {directory} "
+                f"has {config.vocab_size} embeddings"
+            )
         stops |= {i for i in chat.load_stop_ids(tokenizer_dir) if i < config.vocab_size}
     return dataclasses.replace(
         make_abstract_from_config(path, config, dtype, remat, mesh, **options),
@@ -291,25 +299,16 @@ def check_files(policy: Policy, step: int | None = None) -> None:
         with Checkpoints(epath.Path(path) / "checkpoints") as checkpoints:
             checkpoints.check_step(step)
     if not is_run(path) or read_run_lora(path):
-        weights.check_weights(resolve_model_dir(path), policy.config, policy.params)
+        directory = resolve_model_dir(path)
+        weights.check_weights(directory, policy.config, policy.params)
+        if index := tensor_files.find_unread_index(directory):
+            run_files.log_line(f"{index}: not read, because {tensor_files.WHOLE_FILE} is beside it")
     adapter_lora = None if is_run(path) else _read_adapter_lora(policy)
     if adapter_lora is not None:
         shapes = mesh_lib.make_abstract_params(policy.config, get_mesh(policy), adapter_lora)
         adapter.check_adapter(to_local_dir(path), policy.config, shapes)
         if expected_lora is not None:
-            _require_same_lora(path, adapter_lora, expected_lora)
-
-
-def _require_same_lora(path: str, actual: LoRA, expected: LoRA) -> None:
-    for name, theirs, ours in (
-        ("rank", actual.rank, expected.rank),
-        ("scale", f"{actual.scale:g}", f"{expected.scale:g}"),
-        ("targets", sorted(actual.targets), sorted(set(expected.targets))),
-    ):
-        if theirs != ours:
-            raise UserError(
-                f"{path}: an adapter of {name} {theirs}, config.student.lora's is {ours}"
-            )
+            require_same_lora(path, adapter_lora, expected_lora)
 
 
 def restore(

@@ -11,8 +11,6 @@ parent is gone. Those processes import this module, so it must not import jax.
 
 import contextlib
 import dataclasses
-import logging
-import re
 import resource
 import signal
 import sys
@@ -24,6 +22,11 @@ from typing import Self
 
 from pebble import ProcessPool
 
+from distill.rewards import equality
+from distill.rewards.answers import extract_answer, strip_thinking
+from distill.rewards.answers import extract_boxed as extract_boxed
+from distill.rewards.equality import INTEGER, MAX_ANSWER_CHARACTERS
+
 OUTCOMES = ("correct", "wrong", "no_answer", "unparsed", "timeout", "error")
 
 Grade = dict[str, object]
@@ -32,26 +35,6 @@ Grade = dict[str, object]
 _GRACE_SECONDS = 2.0  # time for the pool to end a worker that timed out
 _WORKER_MEMORY_BYTES = 8 * 2**30  # address space of a worker; its imports take 2 GiB
 
-# Longer answers are not parsed.
-MAX_ANSWER_CHARACTERS = 1000
-_INTEGER = re.compile(r"-?[0-9]{1,18}")
-_BOXED = re.compile(r"\\boxed\s*\{")
-_ANSWER_MARKER = re.compile(
-    r"(?:^[ \t]*A:|####|\b[Tt]he (?:final )?answer is:?)[ \t]*(\S.*)$", re.MULTILINE
-)
-_NUMBER = re.compile(
-    r"-?\$?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?"
-)
-
-
-def strip_thinking(response: str) -> str | None:
-    """Returns the text after the last `</think>` of a response.
-
-    This is the whole text if there is no think block, and None if one is never closed.
-    """
-    tail = response.rpartition("</think>")[2]
-    return None if "<think>" in tail else tail.strip()
-
 
 def grade_arithmetic(response: str, answer: str) -> str:
     """Grades a response whose final text must be exactly one integer, equal to the answer.
@@ -59,9 +42,9 @@ def grade_arithmetic(response: str, answer: str) -> str:
     Returns "error" if `answer` is not an integer.
     """
     final = strip_thinking(response)
-    if final is None or not _INTEGER.fullmatch(final):
+    if final is None or not INTEGER.fullmatch(final):
         return "no_answer"
-    if not _INTEGER.fullmatch(answer):
+    if not INTEGER.fullmatch(answer):
         return "error"
     return "correct" if int(final) == int(answer) else "wrong"
 
@@ -69,20 +52,23 @@ def grade_arithmetic(response: str, answer: str) -> str:
 def grade_without_algebra(response: str, answer: str) -> str | None:
     """Returns the result of `grade_math` if it takes no algebra, else None.
 
-    It takes none if there is no answer, if it is too long to parse, or if both are integers.
+    It takes none if there is no answer, if it is too long to parse, or if both answers are
+    integers, words, or the same but for marks.
     """
     extracted = extract_answer(response)
     if not extracted:
         return "no_answer"
     if len(extracted) > MAX_ANSWER_CHARACTERS:
         return "unparsed"
-    if _INTEGER.fullmatch(extracted) and _INTEGER.fullmatch(answer):
-        return "correct" if int(extracted) == int(answer) else "wrong"
-    return None
+    if len(answer) > MAX_ANSWER_CHARACTERS:
+        return "error"
+    right, found = equality.normalise(answer), equality.normalise(extracted)
+    equal = equality.compare_without_algebra(right, found)
+    return None if equal is None else "correct" if equal else "wrong"
 
 
 def grade_math(response: str, answer: str) -> str:
-    """Grades a response whose final answer must be equal to `answer` according to math-verify.
+    """Grades a response whose final answer must be equal to `answer`.
 
     Time and memory are unbounded, so call it through a Grader. Returns "unparsed" if the answer is
     too long, or if math-verify cannot parse it and the texts differ; "error" if `answer` does not
@@ -90,38 +76,20 @@ def grade_math(response: str, answer: str) -> str:
     """
     if (known := grade_without_algebra(response, answer)) is not None:
         return known
-    from math_verify import parse, verify  # slow to import, and needed only here
-
-    # Silences the warning that its own timeouts are off: the pool has one.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
     extracted = extract_answer(response)
-    gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=0)
-    if not gold:
+    assert extracted is not None
+    try:
+        equal = equality.compare_with_algebra(
+            equality.normalise(answer), equality.normalise(extracted)
+        )
+    except equality.NoAnswerError:
         return "error"
-    prediction = parse(f"\\boxed{{{extracted}}}", parsing_timeout=0)
-    if verify(gold, prediction, timeout_seconds=0):
-        return "correct"
-    # math-verify returns strings alone for what it cannot parse.
-    return "unparsed" if all(isinstance(p, str) for p in prediction) else "wrong"
+    return "unparsed" if equal is None else "correct" if equal else "wrong"
 
 
 def is_integer(answer: str) -> bool:
     """Returns True if `grade_arithmetic` can compare responses with this answer."""
-    return bool(_INTEGER.fullmatch(answer))
-
-
-def is_short_expression(answer: str) -> bool:
-    """Returns True if `grade_math` can compare responses with this answer, judged by its form.
-
-    It must be short, have balanced braces, and hold more than LaTeX markup. Running math-verify
-    instead would take minutes on a large data set and tell no more.
-    """
-    depth, least = 0, 0
-    for c in answer.replace("\\{", "").replace("\\}", ""):
-        depth += (c == "{") - (c == "}")
-        least = min(least, depth)
-    paired = depth == 0 and least == 0
-    return paired and len(answer) <= MAX_ANSWER_CHARACTERS and bool(answer.strip(" ${}\\"))
+    return bool(INTEGER.fullmatch(answer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,40 +213,7 @@ def _grade_with_deadline(
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def extract_answer(response: str) -> str | None:
-    """Extracts the answer of the final text: its last box, else the number after the last marker,
-    else its last number. None if there is none, or if the box or the thinking is not closed."""
-    final = strip_thinking(response)
-    return None if final is None else _extract_from_text(final)
-
-
-def _extract_from_text(text: str) -> str | None:
-    if _BOXED.search(text):
-        return extract_boxed(text)
-    marked = _ANSWER_MARKER.findall(text)
-    numbers = _NUMBER.findall(marked[-1] if marked else text)
-    if not numbers:
-        return None
-    return (numbers[0] if marked else numbers[-1]).replace(",", "").replace("$", "")
-
-
-def extract_boxed(text: str) -> str | None:
-    """Returns the content of a text's last \\boxed{...}; None without one, or if not closed."""
-    boxes = list(_BOXED.finditer(text))
-    return _cut_at_closing_brace(text[boxes[-1].end() :]) if boxes else None
-
-
-def _cut_at_closing_brace(text: str) -> str | None:
-    """Returns the text up to the closing brace; None without one (the response was cut)."""
-    depth = 1
-    for i, character in enumerate(text):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return text[:i]
-    return None
-
-
 ARITHMETIC = GradingRule(
     grade_arithmetic, grade_arithmetic, is_integer, extract_answer, right_response="answer"
 )
-MATH = GradingRule(grade_math, grade_without_algebra, is_short_expression, extract_answer)
+MATH = GradingRule(grade_math, grade_without_algebra, equality.is_gradable, extract_answer)

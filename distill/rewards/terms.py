@@ -18,7 +18,8 @@ _NGRAM_TOKENS = 8  # tokens; shorter runs repeat in ordinary text too
 class Response:
     """A response with everything that a reward may depend on.
 
-    `text` is the response without special tokens; `tokens` its ids, including the stop token;
+    `text` is the response without special tokens, and with the think tag that its prompt opened, if
+    it did (`chat.decode_response`); `tokens` its ids, including the stop token;
     `outcome` the grader's result (distill.rewards.graders.OUTCOMES); `thinking` the requested mode;
     `limit` the maximum number of tokens, the last `margin` of which are penalised for length.
     """
@@ -40,12 +41,12 @@ def accuracy_reward(response: Response) -> float:
 def is_well_formed(text: str, thinking: bool) -> bool:
     """Returns True for one closed think block at the start (thinking mode), or for no think tag.
 
-    The opening tag may be missing, since some chat templates end with it.
+    A block that the prompt opened counts, since its tag is put back (`chat.decode_response`).
     """
     opened, closed = text.count("<think>"), text.count("</think>")
     if not thinking:
         return not opened and not closed
-    return closed == 1 and (not opened or (opened == 1 and text.lstrip().startswith("<think>")))
+    return opened == closed == 1 and text.lstrip().startswith("<think>")
 
 
 def format_reward(response: Response) -> float:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distill.data import chat, dataset, sources
 from distill.data.examples import encode_prompt
-from distill.policy import policy
+from distill.policy import identity, policy
 from distill.policy.policy import Policy
 from distill.rollout import sampler
 from distill.rollout.options import RolloutOptions
@@ -23,6 +23,8 @@ from distill.rollout.sampling import Sampling
 from distill.rollout.sequence import Sequence
 from distill.runtime import distributed, run_files
 from models.errors import RowError, UserError
+
+_MAX_LIMIT = 2**31 - 1  # limits are held in 4 bytes each
 
 LocatedRows = Iterable[tuple[str, dict]]  # (location of the row, its fields)
 
@@ -108,8 +110,10 @@ def get_max_new_tokens(row: dict, where: str, default: int) -> int:
       UserError: naming the row if its value is not a positive integer.
     """
     limit = row.get("max_new_tokens", default)
-    if type(limit) is not int or limit < 1:
-        raise UserError(f"{where}: max_new_tokens={limit!r}: must be a whole number from 1")
+    if type(limit) is not int or not 1 <= limit <= _MAX_LIMIT:
+        raise UserError(
+            f"{where}: max_new_tokens={limit!r}: must be a whole number from 1 to {_MAX_LIMIT:,}"
+        )
     return limit
 
 
@@ -147,14 +151,18 @@ def format_completion(
     sequence: Sequence,
     stop_strings: abc.Sequence[str],
 ) -> dict:
-    """Converts a completion to its output format, cut after its first stop string."""
+    """Converts a completion to its output format, cut after its first stop string.
+
+    The text begins with the think tag that the prompt opened, if it did.
+    """
     count, reason, text = len(sequence.tokens), sequence.finish_reason, None
     if tokenizer is not None:
         matcher = chat.StopStringMatcher(tokenizer, stop_strings)
         stop_index = matcher.feed(sequence.tokens[:count]) if stop_strings else None
         if stop_index is not None:
             count, reason = stop_index, "stop"
-        text = matcher.cut_text(chat.decode(tokenizer, sequence.tokens[:count]))
+        opened = chat.find_opened_block(tokenizer, sequence.prompt)
+        text = opened + matcher.cut_text(chat.decode(tokenizer, sequence.tokens[:count]))
     row = {"tokens": sequence.tokens[:count], "text": text, "logprobs": sequence.logprobs[:count]}
     if sequence.model_logprobs is not None and sequence.top_logprobs is not None:
         row["model_logprobs"] = sequence.model_logprobs[:count]
@@ -236,7 +244,12 @@ def generate_file(
         "seed": spec.seed,
         "thinking": "on" if thinking else "off",
     }
-    first = distributed.broadcast_from_primary(lambda: run_files.resume_jsonl(path, header))
+
+    def resume() -> int:
+        files = identity.hash_parts(identity.describe_model(subject.path))
+        return run_files.resume_jsonl(path, {**header, "model_files": files})
+
+    first = distributed.broadcast_from_primary(resume)
     with policy.use(subject):
         loaded = policy.load(subject, dtype)
         results = generate_rows(

@@ -11,6 +11,7 @@ the caller's `meta` and each leaf's shape, dtype and checksum.
 """
 
 import gc
+import hashlib
 import json
 import sys
 import zlib
@@ -24,7 +25,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from distill.runtime import run_files
+from distill.runtime import paths, run_files
 from models.errors import UserError
 
 Meta = dict[str, Any]
@@ -50,7 +51,7 @@ class Checkpoints:
         max_to_keep: int | None = None,
     ) -> None:
         self._directory = epath.Path(directory)
-        if not run_files.is_remote(directory):  # absolute() would treat it as relative
+        if not paths.is_remote(directory):  # absolute() would treat it as relative
             self._directory = self._directory.absolute()
         self._every = save_interval_steps
         self._damaged: set[int] = set()
@@ -119,6 +120,20 @@ class Checkpoints:
             except _Damaged as error:
                 self._skip_damaged(step, error)
         return None
+
+    def describe_step(self, step: int | None = None) -> dict[str, Any]:
+        """Returns {step, sha256} of a checkpoint, by default the newest: a hash of its arrays'
+        checksums, none of which is read. {} if there is none that can be read.
+        """
+        step = step or next(iter(self._list_steps()), None)
+        try:
+            leaves = self._read_about(step)["leaves"] if step else None
+        except _Damaged:
+            leaves = None
+        if leaves is None:
+            return {}
+        text = json.dumps(leaves, sort_keys=True).encode()
+        return {"step": step, "sha256": hashlib.sha256(text).hexdigest()}
 
     def restore(
         self,

@@ -9,27 +9,34 @@ JAX is not imported here, so that verbs that only read files start quickly.
 """
 
 import contextlib
+import errno
 import os
 import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import flags
-from etils import epath
 from ml_collections.config_flags import config_flags
 
-from distill.runtime import gpu
+from distill.runtime import gpu, paths
 from models.errors import UserError
 
 _HELP = ("-h", "-help", "--h", "--help")
 
+# What the machine refuses, however right the program is: a full disk, no permission, a bad name.
+_REFUSALS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ENFILE),
+}
+
 
 def run(main: Callable[[], None], options: flags.FlagValues = flags.FLAGS) -> None:
     """Parses sys.argv into `options`, calls `main` and turns a user's mistakes into exit codes."""
+    with contextlib.suppress(AttributeError):  # of a stand-in for the terminal, in tests
+        sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
         if any(arg in _HELP for arg in sys.argv[1:]):
             _print_help(options)
@@ -39,6 +46,11 @@ def run(main: Callable[[], None], options: flags.FlagValues = flags.FLAGS) -> No
         main()
     except UserError as error:
         _exit_with_error(str(error))
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        name = f"{error.filename}: " if error.filename else ""
+        _exit_with_error(f"{name}{error.strerror}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -58,25 +70,6 @@ def _set_threads() -> None:
 def _exit_with_error(message: str) -> NoReturn:
     print("error:", " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
-
-
-def check_output(path: str) -> epath.Path:
-    """Returns the path given by --out and creates its folder; bucket paths are returned unchanged.
-
-    Raises UserError if the file cannot be written, before the work starts rather than after it.
-    """
-    if path.startswith("gs://"):
-        return epath.Path(path)
-    if Path(path).exists() and not Path(path).is_file():
-        raise UserError(f"--out={path}: exists and is not a regular file")
-    file = Path(path).resolve()  # a rename must not replace a symbolic link such as /dev/stdout
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out={path}: {error.strerror}: {error.filename}") from error
-    if not os.access(file.parent, os.W_OK):
-        raise UserError(f"--out={path}: {file.parent} is not writable")
-    return epath.Path(file)
 
 
 def define_model_flags(
@@ -157,18 +150,28 @@ def _print_help(options: flags.FlagValues) -> NoReturn:
 
 
 def _parse_flags(argv: list[str], options: flags.FlagValues) -> None:
-    """Parses the flags. Every failure here is a user's mistake, so it raises UserError only."""
+    """Parses the flags, with home directories in their paths, and in those of a config, expanded.
+
+    Every failure here is a user's mistake, so it raises UserError only."""
     try:
-        rest = options(argv)
+        rest = options([_expand_config_file(arg) for arg in argv])
     except UserError:
         raise
     except Exception as error:
         raise UserError(_explain_parse_error(error, argv)) from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: options are written --name=value")
+    paths.expand_flags(options)
     for name in options:
         if config_flags.is_config_flag(options[name]):
             _check_config(name, options[name])
+            paths.expand_config(options[name].value, name)
+
+
+def _expand_config_file(arg: str) -> str:
+    """Expands a home directory in --config=~/file.py, which is read while flags are parsed."""
+    name, _, value = arg.partition("=")
+    return f"{name}={paths.expand_home(value)}" if name in ("--config", "-config") else arg
 
 
 def _check_config(name: str, flag: flags.Flag) -> None:

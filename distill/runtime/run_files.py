@@ -5,15 +5,14 @@ processes of unequal size are weighted correctly. Only process 0 writes or logs.
 etils.epath: a run directory may be local or, if gcsfs is installed, gs://…
 """
 
+import base64
 import contextlib
 import dataclasses
 import errno
-import importlib.util
 import io
 import json
 import math
 import os
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,6 +25,7 @@ from etils import epath
 from tqdm import tqdm
 
 from distill.runtime import tensorboard
+from distill.runtime.paths import is_remote
 from models.errors import UserError
 
 MetricSums = dict[str, tuple[jax.Array, jax.Array]]
@@ -68,9 +68,12 @@ def log_line(message: str) -> None:
 
 
 def _to_finite(x: Any) -> Any:
-    """Converts `x` for JSON: arrays become lists, and numbers that are not finite None."""
+    """Converts `x` for JSON: arrays become lists, numbers that are not finite None, and bytes
+    base64."""
     if isinstance(x, jax.Array | np.ndarray | np.generic):
         x = np.asarray(x).tolist()
+    if isinstance(x, bytes):
+        return base64.b64encode(x).decode()
     if isinstance(x, float):
         return x if math.isfinite(x) else None
     if isinstance(x, Mapping):
@@ -81,7 +84,9 @@ def _to_finite(x: Any) -> Any:
 
 
 def to_json(row: Any, indent: int | None = None) -> str:
-    """Returns `row` as JSON; numbers that are not finite become null, arrays become lists."""
+    """Returns `row` as JSON; numbers that are not finite become null, arrays lists, bytes base64.
+
+    All in ASCII: half a surrogate pair in a text that nobody reads is written as it was read."""
     return json.dumps(_to_finite(row), allow_nan=False, indent=indent)
 
 
@@ -185,22 +190,6 @@ def explain_write_errors(path: epath.PathLike, flag: str) -> Iterator[None]:
         ) from error
 
 
-def is_remote(path: epath.PathLike) -> bool:
-    """Returns True for a path in a bucket: gs://…"""
-    return "://" in str(path)
-
-
-def require_reachable(path: str, flag: str) -> None:
-    """Raises UserError if `path` is in a bucket that this installation cannot read."""
-    scheme = re.match(r"(\w+):/", path)
-    if scheme is None:
-        return
-    if scheme[1] != "gs" or not path.startswith("gs://"):
-        raise UserError(f"{flag}={path}: is neither a local path nor gs://BUCKET/PATH")
-    if importlib.util.find_spec("gcsfs") is None:
-        raise UserError(f"{flag}={path}: needs gcsfs: pip install gcsfs")
-
-
 def resume_jsonl(path: epath.PathLike, about: Mapping[str, Any]) -> int:
     """Returns the number of rows that an interrupted `extend_jsonl` wrote for `path`.
 
@@ -213,8 +202,9 @@ def resume_jsonl(path: epath.PathLike, about: Mapping[str, Any]) -> int:
     now = json.loads(to_json(about))
     if partial.exists() and about_path.exists():
         before = json.loads(about_path.read_text())
-        if before != now:
-            changed = next(k for k in now | before if before.get(k) != now.get(k))
+        # Settings that an earlier version did not record are passed over.
+        changed = next((k for k in before if before[k] != now.get(k)), None)
+        if changed is not None:
             raise UserError(
                 f"{partial} is of another work: {changed} was {before.get(changed)!r}, now "
                 f"{now.get(changed)!r}; delete it to start over"

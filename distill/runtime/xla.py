@@ -7,7 +7,7 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from distill.runtime import run_files
+from distill.runtime import paths, run_files
 from models.errors import UserError
 
 MIN_COMPILE_SECONDS = 0.1  # programs that compile faster are neither cached nor named
@@ -34,7 +34,7 @@ def init_compilation_cache(directory: str) -> None:
     """
     if not directory:
         return
-    run_files.require_reachable(directory, "--config.compilation_cache")
+    paths.require_reachable(directory, "--config.compilation_cache")
     try:
         epath.Path(directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from distill import rollout
+from distill.data import chat
 from distill.data.collate import BatchLayout, SampledExample
 from distill.data.examples import Example
 from distill.evaluation import tasks
@@ -42,7 +43,7 @@ def grade_sequences(
     Returns:
       The rewards without the teachers' part, and the values of each term; one per sequence.
     """
-    texts = [str(tokenizer.decode(x.tokens, skip_special_tokens=True)) for x in sequences]
+    texts = [chat.decode_response(tokenizer, x.prompt, x.tokens) for x in sequences]
     outcomes = ["no_answer"] * len(sequences)
     if s.reward.correct or s.reward.format:
         answers = [examples[i // s.samples].answer for i in range(len(sequences))]

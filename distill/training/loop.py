@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.rewards import graders
-from distill.runtime import cli, distributed, environment, locks, run_files, watchdog, xla
+from distill.runtime import cli, distributed, locks, paths, run_files, watchdog, xla
 from distill.runtime import mesh as mesh_lib
 from distill.runtime.checkpoint import Checkpoints
 from distill.teachers.local import Teacher
@@ -31,6 +31,7 @@ from distill.training import (
     microbatches,
     optim,
     preflight,
+    resume,
     setup,
     trainer,
     update,
@@ -41,8 +42,6 @@ from distill.training.setup import RunSetup
 from models.errors import SourceFailure, UserError
 from models.transformer import Params
 
-# May change on resume, since they do not affect what is trained.
-RESUME_MUTABLE_KEYS = ("checkpoint", "log", "eval", "compilation_cache", "alerts")
 ALERT_STOP = 1000  # in place of a signal's number: an alert stops the run
 
 
@@ -65,39 +64,6 @@ class RunContext:
         or 0; all stop after the same step."""
         own = ALERT_STOP if self.alerts.stop else self.get_stop_signal()
         return distributed.max_over_processes(own)
-
-
-def init_workdir(workdir: epath.Path, c: ConfigDict) -> None:
-    """Writes the config and the environment to `workdir`.
-
-    Raises:
-      UserError: if the directory cannot be written, or holds a run of another config, naming the
-        first key that differs.
-    """
-    path = workdir / "config.json"
-    current = json.loads(c.to_json_best_effort())
-    if path.is_file():
-        saved = json.loads(path.read_text())
-        changed = sorted(_find_differences(saved, current, ""))
-        if changed:
-            raise UserError(f"{workdir} holds a run of another config: {changed[0]}")
-    elif (workdir / "checkpoints").exists():
-        raise UserError(f"{workdir} holds checkpoints but no config.json: not a run to resume")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        run_files.write_json(path, current)
-        run_files.write_json(workdir / "environment.json", environment.describe_environment())
-    except OSError as error:
-        raise UserError(f"--workdir={workdir}: {error}") from error
-
-
-def _find_differences(before: object, now: object, key_path: str) -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in before.keys() | now.keys():
-            if key_path or key not in RESUME_MUTABLE_KEYS:
-                yield from _find_differences(before.get(key), now.get(key), f"{key_path}.{key}")
-    elif before != now:
-        yield f"config{key_path} was {before!r}, now {now!r}"
 
 
 def restore_or_init(
@@ -134,29 +100,62 @@ def restore_or_init(
     return update.init_train_state(optimizer, params, 0, ema_params), 0, None
 
 
-def run(c: ConfigDict, workdir: epath.PathLike) -> None:
+def prepare_run(
+    c: ConfigDict,
+    workdir: epath.Path,
+    mesh: Mesh,
+    teacher_mesh: Mesh,
+    allow_changed_inputs: bool,
+    steps_done: int,
+) -> tuple[RunSetup, eval_hook.ValidationSetup | None]:
+    """Checks what is left of a run after `steps_done` steps, and writes its first files."""
+    run_setup = setup.setup_run(c, mesh, teacher_mesh, steps_done)
+    validation = eval_hook.setup_validation(c.eval, run_setup.student, c.seed)
+    eval_rows = validation.rows if validation else None
+    remaining = [stage for stage in run_setup.stages if stage.end_step > steps_done]
+
+    def write_first_files() -> None:
+        resume.init_workdir(workdir, c)
+        found = resume.describe_inputs(c, remaining, eval_rows)
+        resume.check_inputs(workdir, found, steps_done, allow_changed_inputs)
+
+    distributed.broadcast_from_primary(write_first_files)
+    return run_setup, validation
+
+
+def run(c: ConfigDict, workdir: epath.PathLike, allow_changed_inputs: bool = False) -> None:
     """Runs the stages of a config, continuing from the newest checkpoint in `workdir` if any.
+
+    Args:
+      allow_changed_inputs: a run that is resumed may go on with other data or models than it began
+        with (`inputs`).
 
     Raises:
       UserError: naming the problem in the config, its files or `workdir`; or, after a checkpoint,
         the alert that stopped the run.
       SystemExit: with code 128 + signal, after a checkpoint, if a signal asked the run to stop.
     """
-    run_files.require_reachable(str(workdir), "--workdir")
-    workdir = epath.Path(workdir)
+    paths.require_reachable(str(workdir), "--workdir")
+    workdir, flag = epath.Path(workdir), f"--workdir={workdir}"
     xla.init_compilation_cache(c.compilation_cache)
-    mesh, teacher_mesh = mesh_lib.make_meshes(c)
-    run_setup = setup.setup_run(c, mesh, teacher_mesh)
-    validation = eval_hook.setup_validation(c.eval, run_setup.student, c.seed)
-    run_alerts = alerts.Alerts(c.alerts)
-    flag = f"--workdir={workdir}"
     with (
         run_files.explain_write_errors(workdir, flag),
         locks.hold_lock(workdir / "lock", flag),
-        policy.use(run_setup.student),
     ):
-        distributed.broadcast_from_primary(lambda: init_workdir(workdir, c))
-        run_files.log_line(f"attention: {run_setup.student.model.kernel}")
+        run_stages(c, workdir, allow_changed_inputs)
+
+
+def run_stages(c: ConfigDict, workdir: epath.Path, allow_changed_inputs: bool) -> None:
+    """Does what `run` says, in a directory that no other run writes."""
+    mesh, teacher_mesh = mesh_lib.make_meshes(c)
+    run_alerts = alerts.Alerts(c.alerts)
+    prepare = functools.partial(prepare_run, c, workdir, mesh, teacher_mesh, allow_changed_inputs)
+    steps_done = distributed.broadcast_from_primary(
+        lambda: policy.find_newest_step(str(workdir)) or 0
+    )
+    run_setup, validation = prepare(steps_done)
+    run_files.log_line(f"attention: {run_setup.student.model.kernel}")
+    with policy.use(run_setup.student):
         run_setup = setup.load_lora_base(c, run_setup)
         with contextlib.ExitStack() as stack:
             checkpoints = stack.enter_context(
@@ -169,6 +168,9 @@ def run(c: ConfigDict, workdir: epath.PathLike) -> None:
             get_stop_signal = stack.enter_context(cli.catch_stop_signals())
             compile_monitor = stack.enter_context(xla.CompileMonitor())
             state, first_stage, progress = restore_or_init(c, run_setup, checkpoints)
+            if int(state.step) < steps_done:  # the newest checkpoint is damaged
+                earlier, _ = prepare(int(state.step))
+                run_setup = dataclasses.replace(earlier, student=run_setup.student)
             writer = stack.enter_context(run_files.Writer(workdir, int(state.step)))
             if run_files.is_primary() and (workdir / "metrics.jsonl").exists():
                 rows = (workdir / "metrics.jsonl").read_text().splitlines()
@@ -186,11 +188,13 @@ def run(c: ConfigDict, workdir: epath.PathLike) -> None:
             )
             loaded_models: dict[str, Policy | Teacher] = {}
             for index, stage in enumerate(run_setup.stages[first_stage:], start=first_stage):
+                if int(state.step) >= stage.end_step:
+                    continue
                 loaded_setup = run_setup  # releases the last stage's models before loading
                 loaded_setup = setup.load_stage_models(c, loaded_setup, stage, loaded_models)
                 if int(state.step) == 0:
                     preflight.print_summary(c, loaded_setup, validation, state.params)
-                if index == first_stage and int(state.step) < stage.end_step:
+                if index == first_stage:
                     validation_hook.warm_up(state.params)
                 if index > first_stage:
                     progress = None

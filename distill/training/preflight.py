@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from distill.data import chat, dataset, examples
+from distill.data.template import describe_template
 from distill.policy import compatibility, policy
 from distill.policy.policy import Policy
 from distill.runtime import run_files
@@ -58,6 +59,12 @@ def make_summary_lines(
         yield from _check_template(student)
     for stage in run_setup.stages:
         yield from _describe_rows(stage, c.seed, tokenizer, colours)
+        if stage.c.reward.format and not describe_template(tokenizer).has_modes:
+            yield (
+                f"warning: the chat template of {student.tokenizer_dir} knows no think block, so "
+                f"config.{stage.name}.reward.format rewards answers without one (but for rows with "
+                "thinking: true)"
+            )
         if validation and tokenizer is not None:
             yield from _compare_eval_prompts(stage, c.seed, validation, student)
     yield from estimate_memory(run_setup, c, trained)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import optax
@@ -69,11 +70,15 @@ class RunSetup:
     replay_routing: bool = False  # the update routes tokens to the sampler's experts
 
 
-def setup_run(c: ConfigDict, mesh: Mesh, teacher_mesh: Mesh | None = None) -> RunSetup:
+def setup_run(
+    c: ConfigDict, mesh: Mesh, teacher_mesh: Mesh | None = None, steps_done: int = 0
+) -> RunSetup:
     """Checks a config, before any weight is read or file written.
 
     Args:
       teacher_mesh: the mesh of frozen models; None: the student's.
+      steps_done: of a run that is resumed. Data and teachers of stages that ended by then are not
+        opened, since they may be gone; the setup of such a stage has no examples.
 
     Raises:
       UserError: naming the invalid flag, file or row.
@@ -106,13 +111,16 @@ def setup_run(c: ConfigDict, mesh: Mesh, teacher_mesh: Mesh | None = None) -> Ru
             raise UserError(f"config.student.{field}: {m.path} has no experts to {verb}")
     if not m.random_init:
         policy.check_files(student)
+    end_steps = itertools.accumulate(c[name].steps for name in c.stages)
+    remaining = [name for name, end in zip(c.stages, end_steps, strict=True) if end > steps_done]
     reference, teachers = None, {}
-    for name, loss in objectives.items():
+    for name in remaining:
+        loss = objectives[name]
         for teacher in c[name].teachers if stages.needs_teacher(c[name], loss) else ():
             teachers[teacher] = teachers.get(teacher) or local.describe_teacher(
                 c, teacher, student, teacher_mesh, packed
             )
-    if any(loss.reference for loss in objectives.values()):
+    if any(objectives[name].reference for name in remaining):
         if m.random_init:
             raise UserError("config.student.random_init: nothing keeps a random reference")
         reference = policy.make_abstract(
@@ -120,7 +128,9 @@ def setup_run(c: ConfigDict, mesh: Mesh, teacher_mesh: Mesh | None = None) -> Ru
         )
     stage_setups, first_step = [], 0
     for name in c.stages:
-        stage = _setup_stage(c, name, first_step, student, teachers, mesh, teacher_mesh)
+        stage = _setup_stage(
+            c, name, first_step, student, teachers, mesh, teacher_mesh, name not in remaining
+        )
         stage_setups.append(stage)
         first_step = stage.end_step
     return RunSetup(student, teachers, reference, tuple(stage_setups), m.replay_routing)
@@ -184,10 +194,15 @@ def _setup_stage(
     teachers: dict[str, Teacher],
     mesh: Mesh,
     teacher_mesh: Mesh,
+    is_done: bool,
 ) -> StageSetup:
-    """Checks a stage, and the first `data.check_rows` rows of its data."""
+    """Checks a stage, and the first `data.check_rows` rows of its data unless it is done."""
     s = c[name]
     loss, sampled_rows = stages.resolve_objective(name, s)
+    if is_done:
+        optimizer = optim.make_optimizer(s.optim, s.steps * s.epochs * s.minibatches)
+        no_examples = dataset.Source(0, _refuse_to_read)
+        return StageSetup(name, s, first_step, no_examples, optimizer, loss, sampled_rows)
     context = teacher_context.load_context(s.context, f"config.{name}.context")
     context_tokens = s.context.max_tokens if context else 0
     teacher_names = s.teachers if stages.needs_teacher(s, loss) else ()
@@ -233,6 +248,10 @@ def _setup_stage(
         s.rollout.token_budget,
         s.rollout.asynchronous,
     )
+
+
+def _refuse_to_read(index: int) -> dataset.Example:
+    raise AssertionError("a stage that is done reads no examples")
 
 
 def _check_example(

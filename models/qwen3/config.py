@@ -19,7 +19,9 @@ _FIXED_FIELDS = {  # fields of which only one value is implemented
     "attention_bias": False,
     "use_sliding_window": False,
     "hidden_act": "silu",
+    "quantization": None,  # MLX's name
     "quantization_config": None,
+    "transformers_weights": None,  # the name of another file
 }
 _POSITIVE_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
@@ -73,7 +75,10 @@ class Config:
             raise UserError(f"{source}: {rope_field} is no object")
         for name, supported in _FIXED_FIELDS.items():
             if (fields.get(name) or supported) != supported:
-                raise UserError(f"{source}: {name}={fields[name]!r} is not supported")
+                remedy = "; name the model that was quantised" if "quantization" in name else ""
+                raise UserError(f"{source}: {name}={fields[name]!r:.80} is not supported{remedy}")
+        if "sliding_attention" in str(fields.get("layer_types")):
+            raise UserError(f"{source}: layer_types has 'sliding_attention', not supported")
         theta = (fields.get("rope_parameters") or {}).get("rope_theta", fields.get("rope_theta"))
         values = {**fields, "rope_theta": rope.get("rope_theta", theta)}
         field_types = typing.get_type_hints(cls)

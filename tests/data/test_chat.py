@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from distill.data import arithmetic, chat
+from distill.data import arithmetic, chat, messages
 from models.errors import UserError
 from tests.support.paths import DATA, ROOT
 from tests.support.tokenizers import copy_tokenizer_without
@@ -182,17 +182,17 @@ def test_a_missing_template_or_stop_token_is_named() -> None:
 )
 def test_bad_messages_are_named(row: dict, named: str) -> None:
     with pytest.raises(UserError, match=f"^f.jsonl:3: .*{named}"):
-        chat.parse_messages(row, "f.jsonl:3")
+        messages.parse_messages(row, "f.jsonl:3")
 
 
 def test_good_messages_pass() -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {}}]}
     turns = [*HELLO, call, {"role": "tool", "content": "3"}]
-    assert chat.parse_messages({"messages": turns}) == turns
+    assert messages.parse_messages({"messages": turns}) == turns
     finished = [*turns, {"role": "assistant", "content": "3"}]
-    assert chat.parse_messages({"messages": finished}, prompt=False) == finished
+    assert messages.parse_messages({"messages": finished}, prompt=False) == finished
     with pytest.raises(UserError, match="must be assistant"):
-        chat.parse_messages({"messages": turns}, prompt=False)
+        messages.parse_messages({"messages": turns}, prompt=False)
 
 
 def test_stop_ids_are_the_union(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -228,7 +228,9 @@ def test_tokenizers_must_be_the_same(tiny: PreTrainedTokenizerBase) -> None:
     chat.require_same_tokenizer(None, None, names)
     other = fresh_tiny()
     other.pad_token = "<|im_end|>"
-    with pytest.raises(UserError, match="student and teacher differ: pad_token_id is"):
+    chat.require_same_tokenizer(tiny, other, names)
+    other.eos_token = "<|endoftext|>"
+    with pytest.raises(UserError, match="student and teacher differ: eos_token_id is"):
         chat.require_same_tokenizer(tiny, other, names)
     other.add_tokens(["brand new"])
     with pytest.raises(UserError, match="only teacher has 'brand new'"):

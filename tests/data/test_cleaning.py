@@ -3,13 +3,14 @@
 import json
 import random
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from distill import clean
-from distill.data import dedup, sources
+from distill.data import cleaning, dedup, sources
 from tests.support.verbs import call, write
 
 
@@ -107,6 +108,43 @@ def test_each_row_left_out_is_reported_with_its_reason(tmp_path: Path, capsys: A
     assert "2 of 8 rows stay; " in capsys.readouterr().err
     assert call(clean, *flags, "--near=1.1", "--on_bad_row=skip") == 0
     assert [row["id"] for row in read(tmp_path / "out")] == [0, 2, 3]
+
+
+JAPANESE = "太郎君は鉛筆を十二本持っています。妹に四本あげると、太郎君の鉛筆は何本残りますか。"
+THAI = "แม่ค้ามีส้มอยู่สามสิบผลขายไปแล้วสิบสองผลตอนนี้แม่ค้าเหลือส้มกี่ผล"
+CHINESE = "一列火车以每小时八十公里的速度行驶，三个半小时以后，这列火车一共行驶了多少公里？"
+
+
+@pytest.mark.parametrize("problem", [JAPANESE, THAI, CHINESE])
+def test_text_without_spaces(tmp_path: Path, problem: str) -> None:
+    """A problem is found within an instruction, and a row that differs by one character."""
+    other = {JAPANESE: CHINESE, CHINESE: THAI, THAI: JAPANESE}[problem]
+    third = "".join(sorted(problem))
+    rows = [f"1. {problem}", f"{third[:9]}{problem}{third[:5]}", other, other + other[-2], third]
+    path = write(tmp_path / "rows.jsonl", [{"question": x, "response": "8"} for x in rows])
+    write(tmp_path / "eval.jsonl", [{"question": problem, "answer": "8"}])
+    flags = [f"--data={path}", f"--against={tmp_path / 'eval.jsonl'}", f"--out={tmp_path / 'out'}"]
+    assert call(clean, *flags, f"--report={tmp_path / 'report'}") == 0
+    assert [row["question"] for row in read(tmp_path / "out")] == [other, third]
+    why = [(f["row"].rpartition(":")[2], f["why"]) for f in read(tmp_path / "report")]
+    assert why == [("1", "contaminated"), ("2", "contaminated"), ("4", "near duplicate")]
+
+
+def test_texts_are_not_held(tmp_path: Path) -> None:
+    """Memory grows by a small part of the file, of which all rows stay."""
+    rows = [
+        {"question": " ".join(f"{i + j:0>100}" for j in range(30))} for i in range(0, 60000, 60)
+    ]
+    path = write(tmp_path / "rows.jsonl", rows)
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        cleaning.clean_file(str(path), [], cleaning.Rules(), str(tmp_path / "out"), "")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(read(tmp_path / "out")) == len(rows)
+    assert peak - before < path.stat().st_size / 5
 
 
 @pytest.mark.parametrize("flag", ["--data=no.jsonl", "--against=no.jsonl"])

@@ -115,13 +115,15 @@ OWN = [
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_traces_keep_their_own_mode(tiny, tmp_path, share):
-    source = dataset.load_source(
-        config(write(tmp_path / "rows.jsonl", *(row for row, _, _ in OWN)), thinking=share),
-        tiny,
-        0,
-        True,
-    )
-    for i, (row, thinking, learned) in enumerate(OWN):
+    refused = [OWN[i] for i in (0, 8, 10)] if share == 0 else []  # they think, but are not to
+    kept = [case for case in OWN if case not in refused]
+    for row, _, _ in refused:
+        path = write(tmp_path / "rows.jsonl", row)
+        with pytest.raises(UserError, match=r"its response has a think block, but it is not to"):
+            dataset.load_source(config(path, thinking=share), tiny, 0, True)
+    path = write(tmp_path / "rows.jsonl", *(row for row, _, _ in kept))
+    source = dataset.load_source(config(path, thinking=share), tiny, 0, True)
+    for i, (row, thinking, learned) in enumerate(kept):
         example = source.read_example(i)
         assert example.non_thinking_example is None
         asked, told = (str(tiny.decode(x)) for x in (example.prompt, example.response))
@@ -166,7 +168,7 @@ def test_a_template_without_modes_has_nothing_to_mix(tiny, tmp_path):
     plain.chat_template = "{{ messages[-1].content }}:"
     for share in (0.0, 1.0):
         source = dataset.load_source(config(thinking=share), plain, 0, False)
-        assert source.read_example(0).thinking == bool(share)
+        assert not source.read_example(0).thinking  # nothing in its prompts asks for thoughts
     with pytest.raises(UserError, match=r"config\.data\.thinking=0\.5: the chat template of"):
         dataset.load_source(config(thinking=0.5), plain, 0, False)
     with pytest.raises(

@@ -208,22 +208,25 @@ def test_the_empty_think_block_is_prompt_and_not_trained(
     thought = "<think>\n3*4\n</think>\n\n12"
     rows = [
         {"question": QUESTION[0]["content"], "response": "12"},
-        {"messages": QUESTION, "response": thought},
         {"messages": [*QUESTION, {"role": "assistant", "content": "12"}]},
+        {"messages": QUESTION, "response": thought},
     ]
-    path = write(tmp_path / "rows.jsonl", *rows)
     for thinking in (True, False):
+        path = write(tmp_path / "rows.jsonl", *rows[: 3 if thinking else 2])
         source = dataset.load_source(
             config(path, thinking=thinking), tokenizer, 0, with_responses=True
         )
-        examples = [source.read_example(i) for i in range(3)]
+        examples = [source.read_example(i) for i in range(source.size)]
         for example in examples:
             assert example.prompt == examples[0].prompt
             assert str(tokenizer.decode(example.prompt)).endswith(EMPTY_THINK) != thinking
         batch = collate.collate_padded(examples, 64, 64)
-        for i, response in enumerate(("12", thought, "12")):
+        for i, response in enumerate(("12", "12", thought)[: source.size]):
             trained = np.asarray(batch.tokens_BT)[i][np.asarray(batch.mask_BT)[i]]
             assert tokenizer.decode(trained) == response + "<|im_end|>"
+    path = write(tmp_path / "rows.jsonl", rows[2])
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: its response has a think block, but"):
+        dataset.load_source(config(path, thinking=False), tokenizer, 0, with_responses=True)
 
 
 def check_solutions(path: Path, tokenizer: PreTrainedTokenizerBase, thinking: bool) -> int:
@@ -275,9 +278,10 @@ def test_solutions_decode_to_their_own_text(tiny: PreTrainedTokenizerBase, tmp_p
         {"question": "x", "solution": "<think>\ny\n</think>\n\n5", "answer": "5"},
     ]
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
-    for thinking in (True, False):
-        assert check_solutions(path, tiny, thinking) == 3
+    for count, thinking in ((3, True), (2, False)):
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows[:count])
+        path.write_text("".join(lines), "utf-8")
+        assert check_solutions(path, tiny, thinking) == count
 
 
 # Refusals
@@ -310,7 +314,7 @@ BAD_TRACES = [
     (f'{{"messages": [{USER}, 5]}}', "rows.jsonl:1: messages[1] is not an object"),
     (
         f'{{"messages": [{USER}, {{"role": "assistant", "tool_calls": [{{}}]}}]}}',
-        "rows.jsonl:1: the response is empty",
+        "rows.jsonl:1: messages[1].tool_calls[0] has no name of a function",
     ),
 ]
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from distill.data import dedup, sources
 
@@ -56,7 +57,8 @@ def test_minhash_finds_what_jaccard_says() -> None:
     alike = [dedup.compute_jaccard(texts[3 * i], texts[3 * i + 1]) for i in range(60)]
     assert min(alike) > 0.8 and dedup.compute_jaccard(texts[0], texts[2]) < 0.1
     assert dedup.compute_jaccard("", " ") == 1 and dedup.compute_jaccard("a", "") == 0
-    pairs = dedup.find_candidates(np.array([dedup.compute_signature(text) for text in texts]))
+    signatures = [dedup.compute_signature(dedup.split_tokens(text)) for text in texts]
+    pairs = list(dedup.find_candidates(np.array(signatures).T))
     assert {(3 * i, 3 * i + 1) for i in range(60)} <= set(pairs)
     assert len(pairs) <= 62
 
@@ -75,3 +77,72 @@ def test_a_short_problem_is_found_whole() -> None:
     assert (
         evaluation.ngram_counts[1] == 1 and evaluation.find_matches("One two three four")[1][0] == 1
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("他买了3个苹果，", ["他", "买", "了", "3", "个", "苹", "果", ","]),
+        ("リンゴを2個。𠮷野", ["リ", "ン", "ゴ", "を", "2", "個", "。", "𠮷", "野"]),
+        ("データ々〇", ["デ", "ー", "タ", "々", "〇"]),
+        ("ที่นี่ 12", ["ที่", "นี่", "12"]),  # marks stay with their consonant
+        ("ພາສາ", ["ພ", "າ", "ສ", "າ"]),
+        ("ភាសា", ["ភា", "សា"]),
+        ("मैंने हिन्दी सीखी", ["मैंने", "हिन्दी", "सीखी"]),  # spaces: words, marks included
+        ("사과를 샀다", ["사과를", "샀다"]),
+        ("求$x^2$的值", ["求", "$", "x", "^", "2", "$", "的", "值"]),
+        ("👨‍👩‍👧 ❤️", ["👨", "👩", "👧", "❤"]),
+        ("\ud800 half", ["\ud800", "half"]),
+    ],
+)
+def test_characters_are_tokens_where_words_have_no_spaces(text: str, tokens: list[str]) -> None:
+    assert dedup.split_tokens(text) == tokens
+    assert len(dedup.hash_ngrams(tokens, 1)) == len(tokens)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "same"),
+    [
+        ("Ａ１２＋Ｂ（ｘ）？", "a12+b(x)?", True),  # full width
+        ("ﾊﾞﾅﾅ", "バナナ", True),  # half width
+        ("été", "e\u0301te\u0301", True),
+        ("ไทย\u200bแลนด์", "ไทยแลนด์", True),  # a space of no width
+        ("10² + x₁", "102 + x1", False),
+        ("1½ cups", "11/2 cups", False),
+        ("ที่", "ที", False),  # another tone
+    ],
+)
+def test_encodings_of_the_same_text_are_equal(a: str, b: str, same: bool) -> None:
+    tokens = [dedup.split_tokens(text) for text in (a, b)]
+    assert (tokens[0] == tokens[1]) is same
+    assert (dedup.compute_digest(tokens[0]) == dedup.compute_digest(tokens[1])) is same
+
+
+@pytest.mark.parametrize(
+    ("problem", "text", "found"),
+    [
+        ("2+2?", "What is 2+2?", True),
+        ("What is 2+2?", "2+2?", True),  # the larger part of the problem
+        ("2+2?", "What is 2+2? Please reason step by step, and box the answer.", True),
+        ("2+2?", "What is 12+2?", False),
+        ("2+2?", "A page of text. " * 8 + "Is it 2+2?", False),
+        ("Why?", "Tom has 3 apples and Ann has 5. Who has more? Why?", False),
+        ("7", "What is 3 + 7?", False),
+        ("1+1=？", "请问1+1=？", True),
+        ("你是谁？", "请问，你是谁？", True),
+        ("Compute $\\arcsin 1$.", "Compute \\arcsin{1}. Answer in radians.", True),
+        ("", "What is 2+2?", False),
+    ],
+)
+def test_a_problem_shorter_than_the_ngram(problem: str, text: str, found: bool) -> None:
+    others = ["What is the sum of all the primes that are below one hundred?", "3+9?"]
+    matches = dedup.NgramIndex([*others, problem], 8).find_matches(text)
+    assert (2 in matches) is found
+    assert set(matches) <= {2}
+
+
+def test_exact_repeats_name_the_first() -> None:
+    digests = [dedup.compute_digest([word]) for word in ["a", "b", "a", "c", "b", "a", "d"]]
+    rows = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, dedup.DIGEST_BYTES)
+    assert dedup.find_firsts(rows).tolist() == [0, 1, 0, 3, 1, 0, 6]
+    assert dedup.find_firsts(rows[:0]).tolist() == []

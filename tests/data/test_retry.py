@@ -59,7 +59,7 @@ def test_a_stream_starts_again_where_it_broke(monkeypatch):
     failures = [ConnectionError("lost")]
 
     class Stream:
-        info = SimpleNamespace(splits={"train": SimpleNamespace(num_examples=12)})
+        info = SimpleNamespace(splits={"train": SimpleNamespace(num_examples=12)}, features=None)
 
         def __init__(self, first=0):
             self.first = first

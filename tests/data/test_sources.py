@@ -14,8 +14,9 @@ import pytest
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
+from assets import make_rows
 from configs import base
-from distill.data import chat, collate, columns, dataset, sources
+from distill.data import chat, collate, dataset, sources
 from distill.data.examples import Example
 from models.errors import UserError
 from tests.support.paths import ROOT
@@ -156,7 +157,7 @@ find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "tensorflow" else find(name, *rest)
 sys.meta_path.insert(0, Without())
 import numpy as np, tensorflow_datasets as tfds
-from distill.data import columns, sources
+from distill.data import canonical, messages, sources
 
 def build(folder):
     text = tfds.features.Text()
@@ -187,9 +188,10 @@ assert rows.size == 5
 seen = []
 for i in range(5):
     try:
-        row = columns.canonicalize_row(rows.read_row(i), "", rows.locate_row(i), True)
+        row = canonical.canonicalize_row(rows.read_row(i), "", rows.locate_row(i), True)
+        messages.parse_messages(row, rows.locate_row(i), prompt=False)
     except Exception as error:
-        assert f"tfds:{path} row {i}: conversations: not UTF-8" in str(error), error
+        assert f"tfds:{path} row {i}: " in str(error) and "not a text" in str(error), error
         continue
     assert row["messages"] == [
         {"role": "user", "content": f"q{row['n']}"},
@@ -228,107 +230,7 @@ def test_a_missing_source_is_one_line(source: str, words: str) -> None:
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-# Known columns
-
-THOUGHT = "<think>\nhm\n</think>\n\n4"
-KNOWN = [
-    (
-        {"question": "2+2?", "answer": "2+2=<<2+2=4>>4\n#### 1,004"},
-        {"solution": "2+2=<<2+2=4>>4\n#### 1,004", "answer": "1004"},
-    ),
-    (
-        {"problem": "2+2?", "level": "Level 1", "type": "Algebra", "solution": "so \\boxed{4}"},
-        {"question": "2+2?", "answer": "4"},
-    ),
-    ({"problem": "2+2?", "solution": "s", "answer": "4", "unique_id": "x"}, {"question": "2+2?"}),
-    (
-        {
-            "question": "2+2?",
-            "final_answer": "4",
-            "difficulty": 1.0,
-            "topic": "sums",
-            "r1_solution_1": "hm\n</think>\n\n4",
-            "r1_solution_2": "",
-            "r1_solution_3": "",
-        },
-        {"response": THOUGHT, "answer": "4"},
-    ),
-    (
-        {
-            "question": "2+2?",
-            "solution": "4",
-            "cot_type": "math",
-            "gemini_thinking_trajectory": "g",
-            "gemini_attempt": "g",
-            "deepseek_thinking_trajectory": "hm\n",
-            "deepseek_attempt": "4",
-        },
-        {"response": THOUGHT, "solution": "4"},
-    ),
-    (
-        {"question": "2+2?", "solution": "4", "thinking_trajectories": ["hm"], "attempt": "4"},
-        {"response": THOUGHT},
-    ),
-    (
-        {
-            "problem": "2+2?",
-            "solution": "s",
-            "answer": "4",
-            "generations": ["<think>no", "<think>5", THOUGHT],
-            "is_reasoning_complete": [False, True, True],
-            "correctness_math_verify": [True, False, True],
-        },
-        {"question": "2+2?", "response": THOUGHT, "answer": "4"},
-    ),
-    (
-        {
-            "difficulty": 3,
-            "source": "math",
-            "domain": "math",
-            "conversations": [
-                {"from": "human", "value": "2+2?"},
-                {"from": "gpt", "value": THOUGHT},
-            ],
-        },
-        {
-            "messages": [
-                {"role": "user", "content": "2+2?"},
-                {"role": "assistant", "content": THOUGHT},
-            ]
-        },
-    ),
-    ({"question": "2+2?", "answer": "4", "thinking": "hm", "content": "4"}, {"response": THOUGHT}),
-    (
-        {
-            "data_source": "math_dapo",
-            "prompt": [{"role": "user", "content": "2+2?"}],
-            "reward_model": {"ground_truth": "4", "style": "rule"},
-        },
-        {"messages": [{"role": "user", "content": "2+2?"}], "answer": "4"},
-    ),
-    ({"prompt": "2+2=", "completion": "4"}, {"response": "4"}),
-    ({"question": "2+2?", "solution": "4", "answer": "4"}, {}),
-    ({"question": "2+2?", "answer": "4"}, {}),
-    ({"question": "2+2?", "answer": "2+2=<<2+2=4>>4\nFour."}, {"answer": ""}),
-    (
-        {"id": "x", "source": "s", "messages": [{"role": "user", "content": "2+2?"}]},
-        {},
-    ),
-]
-
-
-def test_a_prompt_from_tulu_drops_the_answer() -> None:
-    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
-    row = {"id": "x", "source": "s", "messages": messages}
-    assert columns.canonicalize_row(row, "", "row", True) == row
-    assert columns.canonicalize_row(row, "", "row", False)["messages"] == messages[:1]
-    bad = {**row, "messages": "2+2?"}
-    assert (
-        columns.canonicalize_row(bad, "", "row", False) == bad
-    )  # and is refused where it is rendered
-    for empty in ([], None):
-        with pytest.raises(UserError, match="row: id, messages, source are not as in the set tulu"):
-            columns.canonicalize_row({**row, "messages": empty}, "", "row", False)
+# Columns: test_canonical.py has all forms
 
 
 def test_the_template_wraps_questions_only(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -339,21 +241,6 @@ def test_the_template_wraps_questions_only(tiny: PreTrainedTokenizerBase, tmp_pa
     assert texts[9] == "p" and source.read_example(9).answer == ""
     with pytest.raises(UserError, match=r"config\.data\.template='Q': has no \{question\}"):
         dataset.load_source(config(path, template="Q"), tiny, 0, False)
-
-
-@pytest.mark.parametrize(("row", "added"), KNOWN)
-def test_known_columns_become_canonical(row: dict, added: dict) -> None:
-    found = columns.canonicalize_row(row, "", "row", True)
-    assert found == {**row, **added}
-    assert columns.canonicalize_row(found, "", "row", True) == found
-
-
-def test_every_known_set_becomes_an_example(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    learnable = [row for row, added in KNOWN if added.keys() & {"response", "solution", "messages"}]
-    path = lines(tmp_path / "rows.jsonl", [r for r in learnable if "reward_model" not in r])
-    source = dataset.load_source(config(path), tiny, 0, True)
-    for i in range(source.size):
-        assert str(tiny.decode(source.read_example(i).response)).endswith("4<|im_end|>"), i
 
 
 def test_columns_are_adapted_by_name_or_by_pairs(
@@ -369,13 +256,55 @@ def test_columns_are_adapted_by_name_or_by_pairs(
         config(other, columns="question=input, response=output"), tiny, 0, True
     )
     assert tiny.decode(example.read_example(0).response) == "4<|im_end|>"
-    for name, words in {
-        "question=inputs": r"other\.jsonl:1: .*question=inputs: its columns are \['input'",
-        "deepmath": r"other\.jsonl:1: no question among its columns \['input', 'output'\]",
-        "dapo": r"config\.data\.columns: 'dapo' is none of s1k-1\.1, .*, nor ours=theirs",
-    }.items():
-        with pytest.raises(UserError, match=words):
-            dataset.load_source(config(other, columns=name), tiny, 0, True)
+
+
+KEPT = sorted(path.stem for path in (ROOT / "assets" / "rows").glob("*.jsonl"))
+
+
+def test_kept_rows_are_what_the_script_makes() -> None:
+    made = make_rows.make_rows()
+    assert sorted(made) == [f"{name}.jsonl" for name in KEPT]
+    for name, rows in made.items():
+        assert everything(sources.open_rows(str(ROOT / "assets" / "rows" / name))) == rows
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_kept_rows_of_each_set_are_traces_and_prompts(
+    tiny: PreTrainedTokenizerBase, name: str
+) -> None:
+    path = ROOT / "assets" / "rows" / f"{name}.jsonl"
+    columns = {"orca_math": "response=answer"}.get(name, "")
+    examples: dict[bool, list[Example]] = {}
+    for with_responses in (True, False):
+        c = config(path, columns=columns)
+        if (name, with_responses) in (("documents", False), ("dapo_math", True)):
+            with pytest.raises(UserError, match=rf"{name}\.jsonl:1: "):
+                dataset.load_source(c, tiny, 0, with_responses)
+            return
+        source = dataset.load_source(c, tiny, 0, with_responses)
+        examples[with_responses] = [source.read_example(i) for i in range(source.size)]
+    for trace, prompt in zip(examples[True], examples[False], strict=True):
+        assert trace.answer == prompt.answer
+        question = str(tiny.decode(prompt.prompt))
+        assert question.startswith("<|im_start|>user\n") and str(tiny.decode(trace.prompt)) in (
+            question,
+            question + chat.EMPTY_THINK,
+        )
+        assert question.endswith("<|im_start|>assistant\n")
+        response = str(tiny.decode(trace.response))
+        assert response.endswith("<|im_end|>") and response.count("<think>") in (0, 1)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "[4]", '{"a": 4}', "true", "null", '" "'])
+def test_what_is_no_answer_is_none(
+    tiny: PreTrainedTokenizerBase, tmp_path: Path, value: str
+) -> None:
+    """Training then refuses the row where a grader reads it, and no other."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"question": "2+2?", "response": "4", "answer": {value}}}\n')
+    for with_responses in (True, False):
+        source = dataset.load_source(config(path), tiny, 0, with_responses)
+        assert source.read_example(0).answer == ""
 
 
 def test_a_document_is_trained_from_its_second_token(
@@ -584,7 +513,7 @@ BAD = {
     "a megabyte": (b'{"question": "' + b"word " * 200_000 + b'", "response": "r"}', "prompt of"),
     "known set, odd value": (
         b'{"question": "q", "final_answer": "4", "r1_solution_1": null}',
-        "question, final_answer, r1_solution_1 are not as in the set deepmath",
+        "r1_solution_1 is not a text",
     ),
     "speaker": (
         b'{"conversations": [{"from": "bot", "value": "x"}]}',

@@ -45,11 +45,17 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("done", [0, 3])
 def test_a_stopped_generate_resumes(
-    traces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, done: int
+    traces: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    done: int,
 ) -> None:
     """The file is the same in the end, and no finished row is sampled again."""
     path, out = shutil.copy(traces.with_name("prompts.jsonl"), tmp_path), tmp_path / "out.jsonl"
-    shared = (f"--model={STUDENT}", f"--prompts={path}", f"--out={out}")
+    student = shutil.copytree(STUDENT, tmp_path_factory.mktemp("models") / "student")
+    shared = (f"--model={student}", f"--prompts={path}", f"--out={out}")
     lines = traces.read_text().splitlines(keepends=True)
     with monkeypatch.context() as patch:
 
@@ -64,6 +70,12 @@ def test_a_stopped_generate_resumes(
     assert not out.exists()
     assert call(generate, *shared, *SETTINGS[:-1], "--seed=4") == 2
     assert "out.jsonl.partial is of another work: seed was 3, now 4" in capsys.readouterr().err
+    weights = student / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + b"\7")
+    assert call(generate, *shared, *SETTINGS) == 2
+    assert "out.jsonl.partial is of another work: model_files was " in capsys.readouterr().err
+    weights.write_bytes(content)
     sampled: list[int] = []
     complete = completions.complete
 

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from configs import base
-from distill import export, generate, score
+from distill import export, generate, score, verify
 from distill.policy import policy
 from distill.runtime import mesh as mesh_lib
 from distill.runtime import run_files
@@ -26,6 +26,7 @@ from distill.runtime.checkpoint import Checkpoints
 from distill.training import loop, optim, update
 from models.errors import UserError
 from tests.support.paths import ROOT, TOKENIZER
+from tests.support.templates import THINKING_ONLY
 from tests.support.tiny_models import greedy, logprobs, tiny_qwen3
 from tests.support.verbs import call, read, verb_module, write
 
@@ -271,6 +272,47 @@ def test_chat_and_text_rows_are_rendered(chatty: Path, tmp_path: Path) -> None:
                 whole = row["prompt_tokens"] + sample["tokens"]
                 theirs = logprobs(network, whole)[len(row["prompt_tokens"]) - 1 :]
                 np.testing.assert_allclose(sample["logprobs"], theirs, atol=1e-4)
+
+
+def test_a_template_that_opens_the_block_is_seen_by_every_verb(
+    chatty: Path, tmp_path: Path, capsys
+) -> None:
+    """Texts begin with the tag that the prompt opened, so that what is cut within the thoughts is
+    no answer; tools reach the prompts."""
+    model = shutil.copytree(chatty, tmp_path / "model")
+    fields = json.loads((model / "tokenizer_config.json").read_text())
+    fields["chat_template"] = THINKING_ONLY
+    (model / "tokenizer_config.json").write_text(json.dumps(fields))
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    asked = {"messages": [{"role": "user", "content": "2 + 3?"}], "tools": tools, "answer": "5"}
+    rows, out = write(tmp_path / "in.jsonl", [asked]), tmp_path / "out.jsonl"
+    sampled = (f"--model={model}", "--max_new_tokens=2")
+    assert call(generate, f"--prompts={rows}", f"--out={out}", *sampled) == 0
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    (row,) = read(out)
+    prompt = tokenizer.apply_chat_template(
+        asked["messages"], tools=tools, add_generation_prompt=True, return_dict=False
+    )
+    assert row["prompt_tokens"] == prompt and tokenizer.decode(prompt).endswith("<think>\n")
+    (sample,) = row["samples"]
+    text = tokenizer.decode(sample["tokens"], skip_special_tokens=True)
+    assert sample["text"] == "<think>\n" + text
+    cut = {**row, "samples": [{**sample, "text": "<think>\n5", "finish_reason": "stop"}]}
+    graded = tmp_path / "graded.jsonl"
+    flags = ("--benchmark=arithmetic", "--keep=all", f"--out={graded}")
+    assert call(verify, f"--data={write(out, [cut])}", *flags) == 0
+    assert read(graded)[0]["samples"][0]["outcome"] == "no_answer"
+    flags = ("--benchmark=arithmetic", f"--data={rows}", f"--out={tmp_path / 'eval'}")
+    assert call(evaluate, *flags, *sampled, "--seed=0") == 0
+    (example,) = read(tmp_path / "eval" / "examples.jsonl")
+    assert example["prompt_tokens"] == prompt and example["response"].startswith("<think>\n")
+    assert (example["outcome"], example["well_formed"]) == ("no_answer", False)
+    capsys.readouterr()
+    generation = (f"--prompts={rows}", f"--out={out}2")
+    for verb, arguments in ((generate, generation), (evaluate, flags)):
+        assert call(verb, *arguments, *sampled, "--thinking=off") == 2
+        words = "in.jsonl:1: it is not to think, but the chat template of"
+        assert words in capsys.readouterr().err
 
 
 def test_score_of_a_single_token_is_one_null(bare, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import Qwen3ForCausalLM
 from configs import base
 from distill import rollout
 from distill.data import chat
-from distill.evaluation import divergence, evaluator, problems, protocols, responses
+from distill.evaluation import divergence, evaluator, problems, protocols, responses, statistics
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.rewards import graders
@@ -134,6 +134,30 @@ def test_stored_gsm8k_completions_have_their_published_labels(
     assert summary["responses"] == len(labels) == sum(summary["outcomes"].values())
     problems = {r["question"] for r in labelled}
     assert summary["problems"] == len(problems)
+
+
+def test_answers_are_graded_by_their_value(tmp_path: Path) -> None:
+    """Marks, markers and minuses of stored responses, and a vote that they share."""
+    forms = {
+        "-1000": {"\\boxed{−1\\,000.}": True, "**Answer:** −1,000 (5 times 200)": True},
+        "BCA": {"\\boxed{ABC}": False, "The answer is:\nBCA": True},
+        "\\frac{1}{2004!}": {"\\boxed{\\frac{1}{2006!}}": False},
+        "1,2": {"$\\boxed{1}$ and $\\boxed{2}$": True, "no: \\boxed{2}": False},
+        "60": {"\\boxed{61°}": False, "\\boxed{61}": False, "\\boxed{60^\\circ}": True},
+    }
+    rows = [
+        {"question": f"what is {answer}?", "answer": answer, "response": response}
+        for answer, responses in forms.items()
+        for response in responses
+    ]
+    stored = write(tmp_path / "stored.jsonl", rows)
+    flags = ("--benchmark=math", f"--responses={stored}", f"--out={tmp_path / 'out'}")
+    assert call(evaluate, *flags) == 0
+    graded = read(tmp_path / "out" / "examples.jsonl")
+    expected = [right for responses in forms.values() for right in responses.values()]
+    assert [row["correct"] for row in graded] == expected
+    votes = statistics._count_votes([row for row in graded if row["answer"] == "60"])
+    assert votes == ([1, 2], 0)
 
 
 def test_stored_responses_are_graded_and_counted_by_problem(tmp_path: Path) -> None:
@@ -282,6 +306,23 @@ def test_resuming_with_another_protocol_is_refused(whole: Path, loaded, field: s
     assert f"{whole} holds another evaluation: {field} was " in str(error.value)
     assert len(str(error.value)) < 500
     assert contents(whole) == before
+
+
+def test_resuming_with_another_chat_template_is_refused(
+    whole: Path, loaded, tmp_path: Path
+) -> None:
+    subject = loaded[0]
+    shutil.copytree(subject.tokenizer_dir, tmp_path / "moved")
+    moved = dataclasses.replace(subject, tokenizer_dir=tmp_path / "moved")
+    before = contents(whole)
+    run(moved, whole)
+    path = tmp_path / "moved/tokenizer_config.json"
+    path.write_text(path.read_text() + "\n")
+    after = contents(whole)
+    with pytest.raises(UserError, match="holds another evaluation: tokenizer was"):
+        run(moved, whole)
+    assert contents(whole) == after
+    assert after.keys() == before.keys()
 
 
 def test_settings_that_leave_responses_alone_may_change(

@@ -244,6 +244,10 @@ def test_equal_answers_share_votes_whatever_their_spelling() -> None:
         == "1000"
     )
     assert statistics.normalise_answer(r"\text{ east }") == "east"
+    assert (
+        len({statistics.normalise_answer(text) for text in ("−60°.", r"-60^\circ", "$-60$")}) == 1
+    )
+    assert statistics.normalise_answer("BCA") != statistics.normalise_answer("ABC")
     assert statistics.normalise_answer("(1,2)") != statistics.normalise_answer("(12)")
     assert statistics.normalise_answer(None) is statistics.normalise_answer(" ") is None
 
@@ -262,3 +266,22 @@ def test_equal_answers_share_votes_whatever_their_spelling() -> None:
 )
 def test_language_mixing_is_detected(text: str, prompt: str, expected: bool) -> None:
     assert statistics.has_mixed_languages(text, prompt) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "repeats"),
+    [
+        ("所以答案是八。" * 12, True),
+        ("だから答えは八です" * 12, True),
+        ("ดังนั้นคำตอบคือแปด" * 12, True),
+        ("그래서 답은 팔입니다 " * 12, True),
+        ("哈" * 40, True),
+        ("!" * 400, True),  # no space in a long loop
+        ("一列火车每小时行驶八十公里，三个半小时一共行驶二百八十公里，所以答案是二百八十。", False),
+        ("แม่ค้ามีส้มอยู่สามสิบผลขายไปแล้วสิบสองผลตอนนี้เหลือส้มสิบแปดผล", False),
+        (f"{7**350}", False),
+        ("哈" * 14, False),  # too short to tell
+    ],
+)
+def test_a_loop_is_found_where_words_have_no_spaces(text: str, repeats: bool) -> None:
+    assert statistics.is_repetitive(text) is repeats

@@ -1,6 +1,7 @@
 """Tests problems from files, hub sets and TFDS in their published formats, and named protocols."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -150,10 +151,41 @@ def test_an_unknown_benchmark_is_refused() -> None:
 
 
 def test_rows_without_a_usable_answer_are_refused(tmp_path: Path) -> None:
-    for answer in (None, True, ["1"]):
+    for answer in (None, True, ["1"], {"a": 1}, math.nan, math.inf, "", "So\nfour."):
         path = write(tmp_path / "x.jsonl", [{"question": "q", "answer": answer}])
         with pytest.raises(UserError, match=r"x.jsonl:1: no answer among its fields"):
             problems.load_problems("math", str(path), 0)
+
+
+CHAT = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+BOXED = "2+2?\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+ADD = {"type": "function", "function": {"name": "add", "description": "adds", "parameters": {}}}
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"messages": CHAT, "answer": "4"}, CHAT[:1]),
+        ({"problem": "2+2?", "solution": r"\boxed{4}", "messages": CHAT}, [BOXED]),
+        ({"prompt": CHAT[:1], "reward_model": {"ground_truth": 4, "style": "rule"}}, CHAT[:1]),
+        ({"conversations": [{"from": "human", "value": "2+2?"}], "answer": 4.0}, CHAT[:1]),
+        ({"question": "2+2?", "system": "s", "answer": "4"}, ["s", BOXED]),
+        ({"messages": CHAT[:1], "tools": json.dumps([ADD["function"]]), "answer": "4"}, CHAT[:1]),
+    ],
+)
+def test_rows_are_read_as_in_training(tmp_path: Path, row: dict, messages: list) -> None:
+    path = write(tmp_path / "x.jsonl", [row])
+    ((_, problem),) = problems.load_problems("math", str(path), 0)
+    rendered = problems.render_question("math", problem)
+    texts = [message["content"] for message in rendered["messages"]]
+    assert texts == [m if isinstance(m, str) else m["content"] for m in messages]
+    assert problem["answer"] == "4" and rendered.get("tools") == ([ADD] if "tools" in row else None)
+
+
+def test_a_row_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", [{"question": "3+3?", "messages": CHAT, "answer": "4"}])
+    with pytest.raises(UserError, match=r"x.jsonl:1: messages and question are two prompts"):
+        problems.load_problems("math", str(path), 0)
 
 
 def test_stored_responses_are_matched_to_problems(tmp_path: Path) -> None:
@@ -166,7 +198,14 @@ def test_stored_responses_are_matched_to_problems(tmp_path: Path) -> None:
         {"unique_id": "a", "response": "3"},
         {"problem": "q", "response": "3"},
         {"id": "own", "answer": 4.0, "response": "4"},
+        {"unique_id": "a", "answer": math.nan, "response": "3"},
+        {"id": "b", "reward_model": {"ground_truth": "5"}, "response": "3"},
     ]
     stored = problems.load_responses("math", str(write(tmp_path / "s.jsonl", rows)), known)
-    assert [(r["id"], r["answer"]) for r in stored] == [("a", "3"), ("q", "3"), ("own", "4")]
-    assert json.dumps(stored)
+    assert [(r["id"], r["answer"]) for r in stored] == [
+        *(("a", "3"), ("q", "3"), ("own", "4"), ("a", "3"), ("b", "5")),
+    ]
+    for answer in (["3"], True, math.inf):
+        path = write(tmp_path / "s.jsonl", [{"unique_id": "a", "answer": answer, "response": "3"}])
+        with pytest.raises(UserError, match=r"s.jsonl:1: no answer among its fields"):
+            problems.load_responses("math", str(path), known)

@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from distill.policy import policy
-from models import families, weights
+from models import families, tensor_files, weights
 from models.errors import UserError
 from models.qwen3.config import SIZES
 from tests.support.loading import counted, load
@@ -70,7 +70,7 @@ def test_every_tensor_is_read_once_for_all_devices(kind, sizes, piece, monkeypat
     device. The layers of a parameter move to the devices together or one by one."""
     directory, read, progress = request.getfixturevalue(kind), [], []
     tensors = stored(directory)
-    monkeypatch.setattr(weights, "safe_open", counted(read))
+    monkeypatch.setattr(tensor_files, "safe_open", counted(read))
     monkeypatch.setattr(weights, "PIECE_BYTES", piece)
     loaded, reads = load(directory, sizes, on_progress=progress.append)
     assert sorted(read) == sorted(tensor.nbytes for tensor in tensors.values())
@@ -103,7 +103,7 @@ address, number, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 jax.distributed.initialize(address, 2, number)
 from tests.support import loading
 read = []
-loading.weights.safe_open = loading.counted(read)
+loading.tensor_files.safe_open = loading.counted(read)
 loaded, _ = loading.load(directory, (1, 2, 4))
 whole = jax.tree.leaves(loaded)[0].sharding.device_set
 assert len(whole) == 8 and len(jax.local_devices()) == 4

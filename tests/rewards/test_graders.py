@@ -239,9 +239,18 @@ def test_integer_answers_start_no_processes(monkeypatch: pytest.MonkeyPatch) -> 
     [
         *(
             (graders.MATH, text, True)
-            for text in ("72", "\\frac{1}{2}", "\\{1,2\\}", "(1, 2)", "+")
+            for text in (
+                "72",
+                "\\frac{1}{2}",
+                "\\{1,2\\}",
+                "(1, 2)",
+                "+",
+                "None",
+                "\\left\\{ 5 \\right.",
+            )
         ),
         *((graders.MATH, text, False) for text in ("", "$", "\\frac{1", "}{1", "{}", "1" * 1001)),
+        *((graders.MATH, text, False) for text in ("NaN", "nan", "\\\\{", "€", ".", " ")),
         *((graders.ARITHMETIC, text, text == "-7") for text in ("-7", "seven", "7.5", "")),
         (ifeval.INSTRUCTIONS, "{}", True),
     ],

@@ -38,7 +38,7 @@ def test_only_correct_answers_are_rewarded(outcome):
     ("text", "thinking", "expected"),
     [
         ("<think>\n1\n</think>\n\n2", True, True),
-        ("1\n</think>\n\n2", True, True),  # the template opened the block
+        ("1\n</think>\n\n2", True, False),  # a tag that the prompt opened would be put back
         ("  <think></think>2", True, True),
         ("<think>1", True, False),
         ("2", True, False),
@@ -59,7 +59,7 @@ def test_well_formed_responses_close_their_thinking(
     ("thinking", "text", "value"),
     [
         (True, "<think>a</think>b", 1),
-        (True, "a</think>b", 1),  # the template opened it
+        (True, "a</think>b", 0),  # a tag that the prompt opened would be put back
         (True, "<think>a</think>", 0),
         (True, "<think>a</think> \n", 0),
         (True, "<think>a b", 0),

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -16,8 +17,9 @@ from configs import quickstart
 from distill.policy import hub
 from distill.runtime import distributed, run_files, xla
 from distill.runtime.checkpoint import Checkpoints
-from distill.training import loop
+from distill.training import loop, resume
 from models.errors import UserError
+from tests.support.paths import ROOT
 from tests.support.processes import run
 
 
@@ -110,7 +112,13 @@ def test_run_files_are_written_to_a_bucket(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     workdir, c = "gs://bucket/run", quickstart.get_config("tiny")
-    loop.init_workdir(run_files.epath.Path(workdir), c)
+    resume.init_workdir(run_files.epath.Path(workdir), c)
+    for model in (c.student, c.teacher):
+        model.path = str(ROOT / model.path)
+    for step in range(2):
+        found = resume.describe_inputs(c, [SimpleNamespace(name="opd", c=c.opd, needs_teacher=1)])
+        resume.check_inputs(run_files.epath.Path(workdir), found, step)
+    assert b"config.teacher.path" in memory.cat(f"{workdir}/inputs.json")
     with run_files.Writer(workdir, 0) as writer:
         for step in range(3):
             writer.write(step, "opd", {"x": step / 3})
@@ -128,7 +136,7 @@ def test_run_files_are_written_to_a_bucket(
         assert str(saved._directory) == f"{workdir}/checkpoints" and saved.read_latest() is None
     with pytest.raises(UserError, match="another config"):
         c.seed = 5
-        loop.init_workdir(run_files.epath.Path(workdir), c)
+        resume.init_workdir(run_files.epath.Path(workdir), c)
     assert not list(tmp_path.iterdir())  # no folder named gs:
 
 

@@ -15,7 +15,7 @@ HOSTILE = {
     "LaTeX power": r"\boxed{9^{9^{9}}}",
     "factorial": r"\boxed{((9!)!)!}",
     "never closed": r"\boxed{42",
-    "unicode": "\\boxed{４２} 🦙 \ud800 \x00",
+    "unicode": "\\boxed{４１} 🦙 \ud800 \x00",
     "code": "\\boxed{__import__('os')._exit(0)}",
     "empty": "",
     "empty box": r"\boxed{}",

@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 
 from distill.runtime import mesh as mesh_lib
-from models import families, weights
+from models import families, tensor_files, weights
 
 
 def counted(read: list[int]):
-    """Wraps weights.safe_open to record the bytes of each slice that is read."""
-    original = weights.safe_open
+    """Wraps tensor_files.safe_open to record the bytes of each slice that is read."""
+    original = tensor_files.safe_open
 
     class Slice:
         def __init__(self, handle):

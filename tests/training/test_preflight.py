@@ -17,6 +17,7 @@ from distill.runtime import mesh as mesh_lib
 from distill.training import calls, eval_hook, memory, preflight, setup, update
 from models.transformer import Params
 from tests.support.paths import ROOT
+from tests.support.templates import INSTRUCT
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +111,15 @@ def test_a_template_that_ends_turns_with_another_token_is_warned_of(tmp_path: Pa
     assert (
         "trained to end with <|endoftext|>, but the template ends a turn with <|im_end|>" in learned
     )
+
+
+def test_a_format_reward_without_think_blocks_is_warned_of(tmp_path: Path) -> None:
+    c = config(student__path=copy_student(tmp_path / "plain", chat_template=INSTRUCT))
+    c.opd.reward.format = 0.1
+    (line,) = get_warnings(summarise(c))
+    assert "knows no think block, so config.opd.reward.format rewards answers without one" in line
+    c.opd.reward.format = 0.0
+    assert not get_warnings(summarise(c))
 
 
 def test_an_evaluation_with_other_prompts_is_warned_of() -> None:

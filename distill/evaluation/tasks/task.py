@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from distill.rewards.graders import GradingRule
-from models.errors import UserError
 
 Record = dict[str, Any]
 
@@ -19,36 +18,14 @@ BOXED_PROMPT = (
 )
 
 _ID_FIELDS = ("id", "unique_id", "key")
-_QUESTION_FIELDS = ("question", "problem")
 # Fields by which a response names its problem.
-NAME_FIELDS = (*_ID_FIELDS, *_QUESTION_FIELDS, "prompt")
+NAME_FIELDS = (*_ID_FIELDS, "question", "problem", "prompt")
 
 
 def find_id(row: Record) -> Record:
     """Returns {"id": …} from the first id field that the row has; {} if it has none."""
     name = next((row[field] for field in _ID_FIELDS if row.get(field) is not None), None)
     return {} if name is None else {"id": name}
-
-
-def adapt_row(row: Record, where: str) -> Record:
-    """Converts a published row to one with `question`, `answer` and, if it has one, `id`.
-
-    Raises UserError naming the row if it has no answer.
-    """
-    answer = row.get("answer")
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise UserError(f"{where}: no answer among its fields {sorted(row)}")
-    question = next((row[field] for field in _QUESTION_FIELDS if field in row), None)
-    question_fields = {} if question is None else {"question": question}
-    return {**row, **find_id(row), **question_fields, "answer": _extract_final_answer(answer)}
-
-
-def _extract_final_answer(answer: str | int | float) -> str:
-    """Strips the solution that GSM8K puts before an answer, and the .0 of AMC's whole answers."""
-    if isinstance(answer, float) and answer.is_integer():
-        return str(int(answer))
-    _, marker, tail = str(answer).rpartition("####")
-    return tail.strip().replace(",", "") if marker else str(answer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +37,9 @@ class Task:
     hf: str = ""  # the set that --data=hf: stands for
     tfds: str = ""  # the set that --data=tfds: stands for
     qwen3: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # settings of the report
-    # (published row, its location) -> row with question (or messages), answer and maybe id
-    adapt_row: Callable[[Record, str], Record] = adapt_row
+    # (published row, its location) -> row with question (or messages), answer and maybe id; None:
+    # rows are read like those of training (distill/data/columns.py)
+    adapt_row: Callable[[Record, str], Record] | None = None
     answer_field: str = "answer"  # of a published row; without it a response has no own answer
     # For a benchmark without data: generates problem number i, from 0; and the default count.
     make_problem: Callable[[int], Record] | None = None

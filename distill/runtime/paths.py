@@ -1,0 +1,114 @@
+"""Paths as users give them: home directories, buckets, and files that a verb will write.
+
+JAX is not imported here, so that verbs that only read files start quickly.
+"""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict
+
+from models.errors import UserError
+
+FLAGS = ("model", "teacher", "run", "workdir", "out", "report", "include")
+FLAGS += ("data", "prompts", "tokens", "responses", "against", "runs")
+KEYS = ("path", "tokenizer", "source", "mixture", "text", "difficulty", "data", "compilation_cache")
+
+
+def expand_home(path: str) -> str:
+    """Returns `path` with the home directory in place of a leading ~ or ~USER, also after hf: and
+    tfds:. Shells leave both as they are in --flag=~/file.
+
+    Raises:
+      UserError: if there is no such user.
+    """
+    scheme = re.match(r"(?:hf|tfds):|", path)[0]  # pyright: ignore[reportOptionalSubscript]
+    expanded = os.path.expanduser(path.removeprefix(scheme))
+    if expanded.startswith("~"):
+        raise UserError(f"{path}: no user has this home directory (a name with ~ is ./~...)")
+    return scheme + expanded
+
+
+def expand_flags(options: flags.FlagValues) -> None:
+    """Expands home directories in the flags that hold paths, wherever a verb declares them.
+
+    Raises UserError naming the flag.
+    """
+    for name in FLAGS:
+        if name in options and options[name].value:
+            options[name].value = _expand_value(options[name].value, f"--{name}")
+
+
+def expand_config(config: ConfigDict, where: str = "config") -> None:
+    """Expands home directories in the keys of a config that hold paths, at any depth, in place.
+
+    Raises UserError naming the key.
+    """
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            expand_config(value, f"{where}.{key}")
+        elif key in KEYS:
+            expanded = _expand_value(value, f"{where}.{key}")
+            if expanded != value:
+                config[key] = expanded
+
+
+def _expand_value(value: Any, where: str) -> Any:
+    if isinstance(value, list | tuple):  # of paths, or of pairs of a path and a weight
+        return type(value)(_expand_value(inner, where) for inner in value)
+    if not isinstance(value, str):
+        return value
+    try:
+        return expand_home(value)
+    except UserError as error:
+        raise UserError(f"{where}={error}") from None
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Returns True for a path in a bucket: gs://…"""
+    return "://" in str(path)
+
+
+def require_reachable(path: str, flag: str) -> None:
+    """Raises UserError if `path` is in a bucket that this installation cannot read."""
+    scheme = re.match(r"(\w+):/", path)
+    if scheme is None:
+        return
+    if scheme[1] != "gs" or not path.startswith("gs://"):
+        raise UserError(f"{flag}={path}: is neither a local path nor gs://BUCKET/PATH")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f"{flag}={path}: needs gcsfs: pip install gcsfs")
+
+
+def check_output(path: str, *inputs: str, flag: str = "--out") -> epath.Path:
+    """Returns the path of a file to write, and creates its folder; a bucket's path as it is.
+
+    Args:
+      inputs: what the verb reads and must not replace; these may be no files.
+
+    Raises:
+      UserError: if the file cannot be written, before the work starts rather than after it.
+    """
+    where = f"{flag}={path}"
+    require_reachable(path, flag)
+    if is_remote(path):
+        return epath.Path(path)
+    try:
+        file = Path(path).resolve()  # a rename must not replace a symbolic link like /dev/stdout
+        if path.endswith("/") or (file.exists() and not file.is_file()):
+            raise UserError(f"{where}: is not a regular file")
+        if any(file == Path(name).resolve() for name in inputs):
+            raise UserError(f"{where}: is also read, and would be lost")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # As long a name as the longest that is written beside it, and each process's own.
+        probe = file.with_name(f"{file.name}.probe-{os.getpid():011}")
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise UserError(f"{where}: {getattr(error, 'strerror', error)}") from error
+    return epath.Path(file)

@@ -1,0 +1,237 @@
+"""Checks that a run is resumed with the config and the inputs that it began with.
+
+WORKDIR/inputs.json records the identity of what a run reads when it starts: its data, models and
+adapters. A run that is resumed compares what its remaining stages read, and goes on with other
+inputs only if a flag allows it: the order of an epoch depends on the number of rows, so with one
+more row all later steps would read other examples. Paths do not count, nor do inputs of finished
+stages, which may be gone.
+
+    {"inputs": {"config.sft.data.source": {"name": "rows.jsonl", "parts": {"": {"bytes": ...,
+                "sha256": ..., "rows": ...}}}, ...},
+     "changes": [{"step": 200, "what": ["..."]}]}   inputs that were changed after so many steps
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from distill.data import sources
+from distill.policy import identity
+from distill.policy.identity import Part
+from distill.runtime import environment, run_files
+from distill.teachers import local
+from models.errors import UserError
+
+# Keys of the config that may change, since they do not affect what is trained.
+MUTABLE_KEYS = ("checkpoint", "log", "eval", "compilation_cache", "alerts")
+INPUTS_FILE = "inputs.json"
+_NO_FILES = ("", None, "arithmetic", local.INITIAL, local.EMA)  # in the place of names
+SAMPLED_ROWS = 1000  # hashed of a set that is not files of one's own; more cost time
+_SHOWN_CHANGES = 3  # in a message
+
+Inputs = dict[str, dict[str, Any]]
+"""Config key → {name: as the config says it, parts: {label: Part}}."""
+
+
+def init_workdir(workdir: epath.Path, c: ConfigDict) -> None:
+    """Writes the config and the environment to `workdir`.
+
+    Raises:
+      UserError: if the directory cannot be written, or holds a run of another config, naming the
+        first key that differs.
+    """
+    path = workdir / "config.json"
+    current = json.loads(c.to_json_best_effort())
+    if path.is_file():
+        saved = json.loads(path.read_text())
+        # Where the content of inputs is compared, they may move.
+        hide = _hide_names if (workdir / INPUTS_FILE).is_file() else lambda config: config
+        changed = sorted(_find_differences(hide(saved), hide(current), ""))
+        if changed:
+            raise UserError(f"{workdir} holds a run of another config: {changed[0]}")
+    elif (workdir / "checkpoints").exists():
+        raise UserError(f"{workdir} holds checkpoints but no config.json: not a run to resume")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        run_files.write_json(path, current)
+        run_files.write_json(workdir / "environment.json", environment.describe_environment())
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: {error}") from error
+
+
+def _hide_names(value: Any, key: str = "") -> Any:
+    """Returns a config without the names of the inputs that `describe_inputs` describes."""
+    if isinstance(value, dict):
+        return {k: _hide_names(x, k) for k, x in value.items()}
+    if key == "mixture":
+        return [(_hide_names(name, "source"), weight) for name, weight in value]
+    is_name = key in ("path", "tokenizer", "source", "text") or str(value).endswith(".jsonl")
+    return "..." if is_name and value not in _NO_FILES else value
+
+
+def _find_differences(before: object, now: object, key_path: str) -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before.keys() | now.keys():
+            if key_path or key not in MUTABLE_KEYS:
+                yield from _find_differences(before.get(key), now.get(key), f"{key_path}.{key}")
+    elif before != now:
+        yield f"config{key_path} was {before!r}, now {now!r}"
+
+
+def check_inputs(
+    workdir: epath.Path, inputs: Inputs, steps_done: int, allow_changes: bool = False
+) -> None:
+    """Compares `inputs` with those that the run in `workdir` began with, and records them.
+
+    Args:
+      inputs: of the stages that are not finished.
+      steps_done: steps in the run's newest checkpoint. With 0 nothing of the run is left, so it
+        may start again with other inputs.
+
+    Raises:
+      UserError: naming what changed, unless allow_changes.
+    """
+    path = workdir / INPUTS_FILE
+    record: dict[str, Any] = {"inputs": {}, "changes": []}
+    if path.is_file():
+        try:
+            record |= json.loads(path.read_text())
+            changes = list(find_changes(record["inputs"], inputs))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path}: not a record of a run's inputs ({error!r}); delete it to go on unchecked"
+            ) from None
+    else:
+        changes = []
+        if steps_done:
+            run_files.log_line(
+                f"{path}: no such file, so nothing shows whether data and models are those that "
+                "the run began with; they are recorded from now on"
+            )
+    if changes:
+        more = f"; and {len(changes) - _SHOWN_CHANGES} more" if changes[_SHOWN_CHANGES:] else ""
+        text = "; ".join(changes[:_SHOWN_CHANGES]) + more
+        if not steps_done:
+            run_files.log_line(f"{workdir} starts again, with other inputs: {text}")
+            record["changes"] = []
+        elif not allow_changes:
+            raise UserError(
+                f"{workdir}: inputs have changed since the run began: {text}. Restore them, start "
+                "in another directory, or go on with them (--allow_changed_inputs)"
+            )
+        else:
+            run_files.log_line(f"warning: {workdir} goes on with other inputs: {text}")
+            record["changes"].append({"step": steps_done, "what": changes})
+    if record["inputs"] | inputs != record["inputs"]:
+        record["inputs"] = record["inputs"] | inputs
+        run_files.write_json(path, record)
+
+
+def find_changes(before: Inputs, now: Inputs) -> Iterator[str]:
+    """Yields a line for each part of `now` that differs from the one recorded.
+
+    Keys that were not recorded are passed over.
+    """
+    for key in sorted(before.keys() & now.keys()):
+        then_parts, now_parts = before[key]["parts"], now[key]["parts"]
+        for label in sorted(then_parts.keys() | now_parts.keys()):
+            then, part = then_parts.get(label), now_parts.get(label)
+            # Not every name of a file tells its number of rows.
+            same_content = then and part and then.get("sha256") == part.get("sha256", "")
+            if then != part and not same_content:
+                name = "/".join(filter(None, (now[key]["name"], label)))
+                yield f"{name} ({key}): {_describe_change(then, part)}"
+
+
+def _describe_change(then: Part | None, now: Part | None) -> str:
+    if then is None or now is None:
+        return "is new" if then is None else "is gone"
+    for field, unit in (("rows", "rows"), ("step", "steps"), ("bytes", "bytes")):
+        if field in then and field in now and then[field] != now[field]:
+            return f"{then[field]:,} {unit} then, {now[field]:,} now"
+    return "other content of the same size"
+
+
+def describe_inputs(
+    c: ConfigDict, stages: Sequence[Any], eval_rows: Sequence[Any] | None = None
+) -> Inputs:
+    """Describes all that some stages (setup.StageSetup) of a config read, and the evaluation.
+
+    Args:
+      eval_rows: the problems of config.eval; None: no evaluation.
+
+    Raises:
+      UserError: naming what cannot be read.
+    """
+    if not stages:
+        return {}
+    parts: dict[str, tuple[str, dict[str, Part]]] = {}
+
+    def add(key: str, name: str, described: dict[str, Part]) -> None:
+        if described:
+            parts[key] = name, described
+
+    m = c.student
+    add("config.student.path", m.path, identity.describe_model(m.path, None, not m.random_init))
+    if m.tokenizer:
+        described = identity.describe_model(m.tokenizer, None, weights=False)
+        add("config.student.tokenizer", m.tokenizer, described)
+    for stage in stages:
+        key, s = f"config.{stage.name}", stage.c
+        for i, (name, _) in enumerate(s.data.mixture):
+            add(f"{key}.data.mixture[{i}]", name, describe_data(name, s.data))
+        if not s.data.mixture:
+            add(f"{key}.data.source", s.data.source, describe_data(s.data.source, s.data))
+        if s.data.difficulty.endswith(".jsonl"):
+            described = describe_data(s.data.difficulty, s.data)
+            add(f"{key}.data.difficulty", s.data.difficulty, described)
+        if s.context.text:
+            described = {"": identity.describe_file(s.context.text)}
+            add(f"{key}.context.text", s.context.text, described)
+        for name in s.teachers if stage.needs_teacher else ():
+            t = c[name]
+            if t.path not in (local.INITIAL, local.EMA) and f"config.{name}.path" not in parts:
+                described = identity.describe_model(t.path, t.step or None)
+                add(f"config.{name}.path", t.path, described)
+    if eval_rows is not None:
+        text = run_files.to_json([row for _, row in eval_rows]).encode()
+        part = {"rows": len(eval_rows), "sha256": hashlib.sha256(text).hexdigest()}
+        # The config of evaluations may change, and then other problems are no surprise.
+        key = f"config.eval: {c.eval.benchmark} {c.eval.data} {c.eval.limit}".strip()
+        add(key, c.eval.data or c.eval.benchmark, {"": part})
+    return {key: {"name": name, "parts": described} for key, (name, described) in parts.items()}
+
+
+def describe_data(name: str, c: ConfigDict) -> dict[str, Part]:
+    """Describes a data source: a file, or the files of a folder, by all their bytes; a set from a
+    hub by its number of rows and the content of SAMPLED_ROWS of them; a stream by its length.
+
+    Nothing of a generated source.
+    """
+    scheme, _, rest = name.partition(":")
+    folder = Path(rest.split(":")[0]) if scheme in ("hf", "tfds") else None
+    if name == "arithmetic":
+        return {}
+    if folder is None and Path(name).expanduser().is_file():
+        return {"": identity.describe_file(Path(name).expanduser())}
+    if folder is not None and folder.is_dir():
+        files = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+        return {
+            file.as_posix(): identity.describe_file(folder / file)
+            for file in files
+            if not any(part.startswith(".") for part in file.parts)
+        }
+    rows = sources.open_rows(name, size=c.max_rows, window=c.shuffle_window if c.streaming else 0)
+    if rows.window:
+        return {"": {"rows": rows.size}}
+    digest = hashlib.sha256()
+    for index in np.unique(np.linspace(0, rows.size - 1, SAMPLED_ROWS).astype(int)):
+        row = rows.read_row(int(index))
+        digest.update(json.dumps(row, sort_keys=True, default=lambda x: type(x).__name__).encode())
+    return {"": {"rows": rows.size, "sha256": digest.hexdigest()}}
