@@ -224,8 +224,9 @@ def make_alerts() -> ConfigDict:
     # not count. 0: off.
     c.hang_seconds = 1800.0
     c.hang_exits = False  # a hang ends the run with code 1, and a launcher starts it again
-    c.stop_on = ()  # rules that stop the run too: loss, length, truncation, entropy, ...
-    # Rules, and where they begin. 0: off.
+    # Rules that stop the run, too: loss, length, truncation, entropy, overlap, accuracy.
+    c.stop_on = ()
+    # Where the rules begin. 0: off.
     c.loss_spike = 6.0  # standard deviations of the loss or gradient norm, over 128 steps
     c.length_drop = 0.25  # length: share of the mean length at the start
     c.truncation = 0.5  # share of truncated responses now, if twice that at the start
