@@ -83,6 +83,7 @@ class _Part:
     shape: list[int]
     rows: slice | None = None
     columns: slice | None = None
+    transposed: bool = False  # these rows and columns are those of the transpose of `shape`
 
 
 _Pair = dict[str, _Part]  # "lora_A" and "lora_B" of a module
@@ -123,7 +124,7 @@ def open_adapter(directory: Path, config: Config) -> Iterator[tuple[LoRA, dict[s
     peft_config.check_fields(path, fields)
     modules = peft_config.list_modules(config)
     with open_tensors({directory / TENSORS_FILE: []}) as slices:
-        pairs = _find_pairs(directory, slices, config)
+        pairs = _find_pairs(directory, slices, config, str(fields.get("peft_version")))
         for module in (m for m in pairs if m not in modules):
             name = pairs[module]["lora_A"].tensor
             raise UserError(f"{directory}: tensor {name} is of no projection of the base")
@@ -144,12 +145,16 @@ def open_adapter(directory: Path, config: Config) -> Iterator[tuple[LoRA, dict[s
             fan_out, fan_in = part.shape  # of the tensor, so that a wrong one is reported
             shape = [lora.rank, fan_in] if factor == "lora_A" else [fan_out, lora.rank]
             ratio = 1.0 if factor == "lora_A" else sizes[module].scale / scale
-            if shape == list(handle.get_shape()) == part.shape and ratio == 1:
+            whole = part == _Part(part.tensor, part.shape)
+            if whole and shape == part.shape and ratio == 1:
                 return handle
-            begin, end, _ = (part.rows or slice(None)).indices(handle.get_shape()[0])
-            columns = part.columns or slice(None)
-            read = lambda: rows(part.tensor, begin, end)[:, columns]  # noqa: E731
-            return _Factor(shape, handle.get_dtype(), ratio, read)
+
+            def read_part() -> np.ndarray:
+                begin, end, _ = (part.rows or slice(None)).indices(handle.get_shape()[0])
+                stored = rows(part.tensor, begin, end)[:, part.columns or slice(None)]
+                return stored.T if part.transposed else stored
+
+            return _Factor(shape, handle.get_dtype(), ratio, read_part)
 
         adapted = (m for m in modules if m.rpartition(".")[2] in lora.targets)
         tensors = {
@@ -160,8 +165,10 @@ def open_adapter(directory: Path, config: Config) -> Iterator[tuple[LoRA, dict[s
         yield lora, tensors
 
 
-def _find_pairs(directory: Path, slices: dict[str, Any], config: Config) -> dict[str, _Pair]:
-    """Maps modules to their factors in the file, with experts separated.
+def _find_pairs(
+    directory: Path, slices: dict[str, Any], config: Config, version: str
+) -> dict[str, _Pair]:
+    """Maps modules to their factors in a file of this version of peft, with experts separated.
 
     Raises UserError for a tensor that is no factor, and for a factor without its other one.
     """
@@ -180,24 +187,33 @@ def _find_pairs(directory: Path, slices: dict[str, Any], config: Config) -> dict
                 missing = pair[other].tensor.replace(f".{other}.", f".{factor}.")
                 raise UserError(f"{directory}: tensor {missing} is missing")
         experts = _EXPERTS.fullmatch(module)
-        split = _split_experts(directory, experts[1], pair, config) if experts else {module: pair}
+        split = {module: pair}
+        if experts:
+            split = _split_experts(directory, experts[1], pair, config, version)
         for twice in sorted(split.keys() & pairs.keys()):
             raise UserError(f"{directory}: the factors of {twice} are there twice")
         pairs |= split
     return pairs
 
 
-def _split_experts(directory: Path, experts: str, pair: _Pair, config: Config) -> dict[str, _Pair]:
+def _split_experts(
+    directory: Path, experts: str, pair: _Pair, config: Config, version: str
+) -> dict[str, _Pair]:
     """Splits the factors of all experts of a layer into those of each projection.
 
     peft stores lora_A as [E·R, in], with the expert slowest, and lora_B as [out, R·E], with the
     expert fastest. It adapts gate and up as one: each uses all of a and its own half of b's rows.
+    Before version 0.19 it took in for out: there lora_A's transpose is b, and lora_B's is a.
     Raises UserError unless the shapes are those of gate and up, or of the down projection.
     """
     a, b = pair["lora_A"], pair["lora_B"]
     (stacked, fan_in), (fan_out, columns) = a.shape, b.shape
     D, F, E = config.hidden_size, config.moe_intermediate_size, config.num_experts
     projections = {(D, 2 * F): ("gate_proj", "up_proj"), (F, D): ("down_proj",)}
+    minor = re.match(r"0\.(\d+)\.", version)
+    old = minor is not None and int(minor[1]) < 19
+    if old:
+        fan_in, fan_out = fan_out, fan_in
     names = projections.get((fan_in, fan_out), ())
     if not names or not E or columns != stacked or stacked % E:
         raise UserError(
@@ -205,14 +221,19 @@ def _split_experts(directory: Path, experts: str, pair: _Pair, config: Config) -
             f"experts of sizes {D} and {F}"
         )
     R, out = stacked // E, fan_out // len(names)
-    return {
-        f"{experts}.{e}.{name}": {
-            "lora_A": _Part(a.tensor, [R, fan_in], rows=slice(e * R, (e + 1) * R)),
-            "lora_B": _Part(b.tensor, [out, R], slice(i * out, (i + 1) * out), slice(e, None, E)),
-        }
-        for e in range(E)
-        for i, name in enumerate(names)
-    }
+    pairs = {}
+    for e in range(E):
+        expert, of_expert = slice(e * R, (e + 1) * R), slice(e, None, E)
+        for i, name in enumerate(names):
+            own = slice(i * out, (i + 1) * out)
+            if old:
+                lora_a = _Part(b.tensor, [R, fan_in], None, of_expert, transposed=True)
+                lora_b = _Part(a.tensor, [out, R], expert, own, transposed=True)
+            else:
+                lora_a = _Part(a.tensor, [R, fan_in], expert)
+                lora_b = _Part(b.tensor, [out, R], own, of_expert)
+            pairs[f"{experts}.{e}.{name}"] = {"lora_A": lora_a, "lora_B": lora_b}
+    return pairs
 
 
 def _check_pairs(directory: Path, pairs: dict[str, _Pair], sizes: dict[str, Size]) -> None:

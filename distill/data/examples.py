@@ -65,12 +65,9 @@ def make_example(row: dict, where: str, encoding: Encoding) -> Example:
         response contradicts its mode.
     """
     with _name_row(where):
-        share, has_switch = (
-            encoding.thinking_share,
-            describe_template(encoding.tokenizer).has_switch,
-        )
-        row = _separate_last_turn(row, where, encoding) if encoding.with_responses else row
-        mode = find_thinking_mode(row, has_switch)
+        share = encoding.thinking_share
+        row = _read_chat(row, where, encoding)
+        mode = find_thinking_mode(row, describe_template(encoding.tokenizer).has_switch)
         encode = _encode_trace if encoding.with_responses else _encode_prompt_only
         non_thinking_row = None
         if mode is None and encoding.with_responses and isinstance(row.get("direct"), str):
@@ -103,7 +100,7 @@ def _name_row(where: str) -> Iterator[None]:
 def find_thinking_mode(row: dict, has_switch: bool = True) -> bool | None:
     """Returns the mode that a row asks for: its `thinking`, or the last /think or /no_think in its
     system's and user's words, which only models with both modes obey; None if it has neither."""
-    if isinstance(row.get("thinking"), bool):  # a text is the response's thoughts
+    if isinstance(row.get("thinking"), bool):  # a text has become the think block
         return row["thinking"]
     messages = row.get("messages") or [{"role": "user", "content": row.get("question")}]
     texts = [
@@ -200,33 +197,29 @@ def _find_prompt_mode(
     return thinking and not chat.has_empty_think(tokenizer, prompt)
 
 
-def _separate_last_turn(row: dict, where: str, encoding: Encoding) -> dict:
-    """Returns a trace with its last turn as `response`, if that is what is trained of it, and with
-    a column of thoughts as the think block of the response."""
+def _read_chat(row: dict, where: str, encoding: Encoding) -> dict:
+    """Returns the row with its messages parsed; of a trace whose last turn is trained, the turn is
+    the `response`, and the messages end before it."""
     tokenizer = encoding.tokenizer
-    if tokenizer is None or ("tokens" in row and "response_tokens" in row):
+    if tokenizer is None or "messages" not in row or "tokens" in row:
         return row
-    if "messages" in row and "response" not in row:
-        messages = chats.parse_messages(row, where, prompt=False)
-        if len(messages) == 1:
-            raise UserError(f"{where}: messages: nothing before the assistant's turn")
-        names = [f"{where}: messages[{i}]" for i in range(len(messages))]
-        trained = [chats.is_trained(m, name) for m, name in zip(messages, names, strict=True)]
-        if encoding.turns == "all":
-            answers = [m["role"] == "assistant" for m in messages]
-            if not any(x and y for x, y in zip(trained, answers, strict=True)):
-                raise UserError(f"{where}: messages: no turn of the assistant is to be trained")
-            return {**row, "messages": messages}
-        if not trained[-1]:
-            raise UserError(f"{names[-1]} is not to be trained, but config.data.turns=last does")
-        text = chat.render_last_turn(tokenizer, messages, chats.parse_tools(row, where))
-        row = {**row, "messages": messages[:-1], "response": text}
-    field = next((name for name in ("response", "solution") if name in row), "")
-    thoughts = row.get("thinking")
-    if field and isinstance(thoughts, str) and thoughts.strip():
-        text = _get_text(row, field, where)
-        row = {**row, field: chats.merge_reasoning(text, thoughts, f"{where}: thinking")}
-    return row
+    if not encoding.with_responses or "response" in row:
+        return {**row, "messages": chats.parse_messages(row, where, prompt=None)}
+    messages = chats.parse_messages(row, where, prompt=False)
+    if len(messages) == 1:
+        raise UserError(f"{where}: messages: nothing before the assistant's turn")
+    names = [f"{where}: messages[{i}]" for i in range(len(messages))]
+    trained = [chats.is_trained(m, name) for m, name in zip(messages, names, strict=True)]
+    row = {key: value for key, value in row.items() if key != "prompt"}
+    if encoding.turns == "all":
+        answers = [m["role"] == "assistant" for m in messages]
+        if not any(x and y for x, y in zip(trained, answers, strict=True)):
+            raise UserError(f"{where}: messages: no turn of the assistant is to be trained")
+        return {**row, "messages": messages}
+    if not trained[-1]:
+        raise UserError(f"{names[-1]} is not to be trained, but config.data.turns=last does")
+    text = chat.render_last_turn(tokenizer, messages, chats.parse_tools(row, where))
+    return {**row, "messages": messages[:-1], "response": text}
 
 
 def _encode_trace(row: dict, where: str, encoding: Encoding, thinking: bool) -> Example:

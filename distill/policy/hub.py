@@ -37,7 +37,9 @@ def require_same_lora(path: str, actual: LoRA, expected: LoRA) -> None:
     ):
         if theirs != ours:
             raise UserError(
-                f"{path}: an adapter of {name} {theirs}, config.student.lora's is {ours}"
+                f"{path}: an adapter of {name} {theirs}, config.student.lora's is {ours}; it takes "
+                f"rank={actual.rank}, alpha={actual.alpha:g}, rslora={actual.rslora}, "
+                f"targets={actual.targets}"
             )
 
 
@@ -95,7 +97,8 @@ def find_base_model(path: str | Path) -> str:
             raise UserError(f"{base}: is an adapter or a run, not a model directory")
     except UserError as error:
         raise UserError(
-            f"{directory}/{adapter.CONFIG_FILE}: base_model_name_or_path: {error}"
+            f"{directory}/{adapter.CONFIG_FILE}: base_model_name_or_path: {error}; set it to where "
+            "the base is"
         ) from None
     return str(base)
 

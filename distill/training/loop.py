@@ -115,9 +115,8 @@ def prepare_run(
     remaining = [stage for stage in run_setup.stages if stage.end_step > steps_done]
 
     def write_first_files() -> None:
-        resume.init_workdir(workdir, c)
-        found = resume.describe_inputs(c, remaining, eval_rows)
-        resume.check_inputs(workdir, found, steps_done, allow_changed_inputs)
+        inputs = resume.describe_inputs(c, remaining, eval_rows)
+        resume.init_workdir(workdir, c, inputs, steps_done, allow_changed_inputs)
 
     distributed.broadcast_from_primary(write_first_files)
     return run_setup, validation
@@ -127,8 +126,8 @@ def run(c: ConfigDict, workdir: epath.PathLike, allow_changed_inputs: bool = Fal
     """Runs the stages of a config, continuing from the newest checkpoint in `workdir` if any.
 
     Args:
-      allow_changed_inputs: a run that is resumed may go on with other data or models than it began
-        with (`inputs`).
+      allow_changed_inputs: a run that is resumed may go on with other data, models or adapters than
+        it began with.
 
     Raises:
       UserError: naming the problem in the config, its files or `workdir`; or, after a checkpoint,

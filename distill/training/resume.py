@@ -31,7 +31,6 @@ from models.errors import UserError
 # Keys of the config that may change, since they do not affect what is trained.
 MUTABLE_KEYS = ("checkpoint", "log", "eval", "compilation_cache", "alerts")
 INPUTS_FILE = "inputs.json"
-_NO_FILES = ("", None, "arithmetic", local.INITIAL, local.EMA)  # in the place of names
 SAMPLED_ROWS = 1000  # hashed of a set that is not files of one's own; more cost time
 _SHOWN_CHANGES = 3  # in a message
 
@@ -39,98 +38,100 @@ Inputs = dict[str, dict[str, Any]]
 """Config key → {name: as the config says it, parts: {label: Part}}."""
 
 
-def init_workdir(workdir: epath.Path, c: ConfigDict) -> None:
-    """Writes the config and the environment to `workdir`.
+def init_workdir(
+    workdir: epath.Path,
+    c: ConfigDict,
+    inputs: Inputs | None = None,
+    steps_done: int = 0,
+    allow_changed_inputs: bool = False,
+) -> None:
+    """Compares a config and its inputs with those of the run in `workdir`, if it holds one, and
+    writes them and the environment there.
+
+    Args:
+      inputs: of the stages that are not finished; None: not compared.
+      steps_done: steps in the newest checkpoint. With 0 nothing of a run is left, so it may start
+        again with other inputs.
 
     Raises:
       UserError: if the directory cannot be written, or holds a run of another config, naming the
-        first key that differs.
+        first key that differs, or of other inputs, naming them.
     """
-    path = workdir / "config.json"
-    current = json.loads(c.to_json_best_effort())
+    path, inputs_path = workdir / "config.json", workdir / INPUTS_FILE
+    current, record = json.loads(c.to_json_best_effort()), _read_record(inputs_path)
+    recorded, inputs = record["inputs"], inputs or {}
     if path.is_file():
         saved = json.loads(path.read_text())
-        # Where the content of inputs is compared, they may move.
-        hide = _hide_names if (workdir / INPUTS_FILE).is_file() else lambda config: config
-        changed = sorted(_find_differences(hide(saved), hide(current), ""))
+        # Where content is compared, names do not count. A pair of a mixture begins with its name.
+        compared = {key + end for key in recorded.keys() & inputs.keys() for end in ("", "[0]")}
+        differences = _find_differences(saved, current, "config")
+        changed = sorted(text for key, text in differences if key not in compared)
         if changed:
             raise UserError(f"{workdir} holds a run of another config: {changed[0]}")
     elif (workdir / "checkpoints").exists():
         raise UserError(f"{workdir} holds checkpoints but no config.json: not a run to resume")
+    if changed := list(find_changes(recorded, inputs)):
+        record["changes"] += _allow_changes(workdir, changed, steps_done, allow_changed_inputs)
+    elif steps_done and inputs and not recorded:
+        run_files.log_line(
+            f"{inputs_path}: no such file, so nothing shows whether data and models are those that "
+            "the run began with; they are recorded from now on"
+        )
+    record["inputs"] = recorded | inputs
+    if not steps_done:
+        record["changes"] = []
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         run_files.write_json(path, current)
         run_files.write_json(workdir / "environment.json", environment.describe_environment())
+        if inputs:
+            run_files.write_json(inputs_path, record)
     except OSError as error:
         raise UserError(f"--workdir={workdir}: {error}") from error
 
 
-def _hide_names(value: Any, key: str = "") -> Any:
-    """Returns a config without the names of the inputs that `describe_inputs` describes."""
-    if isinstance(value, dict):
-        return {k: _hide_names(x, k) for k, x in value.items()}
-    if key == "mixture":
-        return [(_hide_names(name, "source"), weight) for name, weight in value]
-    is_name = key in ("path", "tokenizer", "source", "text") or str(value).endswith(".jsonl")
-    return "..." if is_name and value not in _NO_FILES else value
-
-
-def _find_differences(before: object, now: object, key_path: str) -> Iterator[str]:
+def _find_differences(before: Any, now: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Yields (key, what it was and is) of each leaf of a config that differs."""
     if isinstance(before, dict) and isinstance(now, dict):
-        for key in before.keys() | now.keys():
-            if key_path or key not in MUTABLE_KEYS:
-                yield from _find_differences(before.get(key), now.get(key), f"{key_path}.{key}")
+        for name in before.keys() | now.keys():
+            if key != "config" or name not in MUTABLE_KEYS:
+                yield from _find_differences(before.get(name), now.get(name), f"{key}.{name}")
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for i, pair in enumerate(zip(before, now, strict=True)):
+            yield from _find_differences(*pair, f"{key}[{i}]")
     elif before != now:
-        yield f"config{key_path} was {before!r}, now {now!r}"
+        yield key, f"{key} was {before!r}, now {now!r}"
 
 
-def check_inputs(
-    workdir: epath.Path, inputs: Inputs, steps_done: int, allow_changes: bool = False
-) -> None:
-    """Compares `inputs` with those that the run in `workdir` began with, and records them.
+def _read_record(path: epath.Path) -> dict[str, Any]:
+    """Reads inputs.json; an empty record if there is none."""
+    if not path.is_file():
+        return {"inputs": {}, "changes": []}
+    try:
+        record = json.loads(path.read_text())
+        if all(isinstance(x["parts"], dict) for x in record["inputs"].values()):
+            return {"inputs": record["inputs"], "changes": [*record["changes"]]}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{path}: not a record of a run's inputs; delete it to go on unchecked")
 
-    Args:
-      inputs: of the stages that are not finished.
-      steps_done: steps in the run's newest checkpoint. With 0 nothing of the run is left, so it
-        may start again with other inputs.
 
-    Raises:
-      UserError: naming what changed, unless allow_changes.
-    """
-    path = workdir / INPUTS_FILE
-    record: dict[str, Any] = {"inputs": {}, "changes": []}
-    if path.is_file():
-        try:
-            record |= json.loads(path.read_text())
-            changes = list(find_changes(record["inputs"], inputs))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path}: not a record of a run's inputs ({error!r}); delete it to go on unchecked"
-            ) from None
-    else:
-        changes = []
-        if steps_done:
-            run_files.log_line(
-                f"{path}: no such file, so nothing shows whether data and models are those that "
-                "the run began with; they are recorded from now on"
-            )
-    if changes:
-        more = f"; and {len(changes) - _SHOWN_CHANGES} more" if changes[_SHOWN_CHANGES:] else ""
-        text = "; ".join(changes[:_SHOWN_CHANGES]) + more
-        if not steps_done:
-            run_files.log_line(f"{workdir} starts again, with other inputs: {text}")
-            record["changes"] = []
-        elif not allow_changes:
-            raise UserError(
-                f"{workdir}: inputs have changed since the run began: {text}. Restore them, start "
-                "in another directory, or go on with them (--allow_changed_inputs)"
-            )
-        else:
-            run_files.log_line(f"warning: {workdir} goes on with other inputs: {text}")
-            record["changes"].append({"step": steps_done, "what": changes})
-    if record["inputs"] | inputs != record["inputs"]:
-        record["inputs"] = record["inputs"] | inputs
-        run_files.write_json(path, record)
+def _allow_changes(
+    workdir: epath.Path, changed: list[str], steps_done: int, allow: bool
+) -> list[dict[str, Any]]:
+    """Returns the record of changes, or raises UserError if they are not allowed."""
+    more = f"; and {len(changed) - _SHOWN_CHANGES} more" if changed[_SHOWN_CHANGES:] else ""
+    text = "; ".join(changed[:_SHOWN_CHANGES]) + more
+    if not steps_done:
+        run_files.log_line(f"{workdir} starts again, with other inputs: {text}")
+        return []
+    if not allow:
+        raise UserError(
+            f"{workdir}: inputs have changed since the run began: {text}. Restore them, start in "
+            "another directory, or go on with them (--allow_changed_inputs)"
+        )
+    run_files.log_line(f"warning: {workdir} goes on with other inputs: {text}")
+    return [{"step": steps_done, "what": changed}]
 
 
 def find_changes(before: Inputs, now: Inputs) -> Iterator[str]:
@@ -233,5 +234,6 @@ def describe_data(name: str, c: ConfigDict) -> dict[str, Part]:
     digest = hashlib.sha256()
     for index in np.unique(np.linspace(0, rows.size - 1, SAMPLED_ROWS).astype(int)):
         row = rows.read_row(int(index))
-        digest.update(json.dumps(row, sort_keys=True, default=lambda x: type(x).__name__).encode())
+        text = json.dumps(row, sort_keys=True, default=lambda x: type(x).__name__)  # of images
+        digest.update(text.encode())
     return {"": {"rows": rows.size, "sha256": digest.hexdigest()}}

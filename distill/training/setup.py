@@ -112,7 +112,11 @@ def setup_run(
     if not m.random_init:
         policy.check_files(student)
     end_steps = itertools.accumulate(c[name].steps for name in c.stages)
-    remaining = [name for name, end in zip(c.stages, end_steps, strict=True) if end > steps_done]
+    remaining = [
+        name
+        for name, end in zip(c.stages, end_steps, strict=True)
+        if end > steps_done or not steps_done  # then no count of steps has been checked
+    ]
     reference, teachers = None, {}
     for name in remaining:
         loss = objectives[name]

@@ -7,6 +7,7 @@ in an expert.
 """
 
 import dataclasses
+import reprlib
 import typing
 
 from models.config import RopeScaling, parse_rope_scaling, read_architecture
@@ -75,8 +76,11 @@ class Config:
             raise UserError(f"{source}: {rope_field} is no object")
         for name, supported in _FIXED_FIELDS.items():
             if (fields.get(name) or supported) != supported:
-                remedy = "; name the model that was quantised" if "quantization" in name else ""
-                raise UserError(f"{source}: {name}={fields[name]!r:.80} is not supported{remedy}")
+                value, remedy = fields[name], ""
+                if name.startswith("quantization"):
+                    method = value.get("quant_method") if isinstance(value, dict) else value
+                    remedy = f" ({method}); name the original model, also as an adapter's base"
+                raise UserError(f"{source}: {name}={reprlib.repr(value)} is not supported{remedy}")
         if "sliding_attention" in str(fields.get("layer_types")):
             raise UserError(f"{source}: layer_types has 'sliding_attention', not supported")
         theta = (fields.get("rope_parameters") or {}).get("rope_theta", fields.get("rope_theta"))

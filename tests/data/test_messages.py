@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from distill.data import chat
+from distill.data import canonical, chat
 from distill.data.examples import Encoding, Example, encode_prompt, make_example
 from distill.data.messages import merge_reasoning, parse_messages, parse_tools, split_thinking
 from models.errors import UserError
@@ -34,6 +34,7 @@ def assistant(**fields) -> dict:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, row: dict, turns: str = "last") -> Example:
+    row = canonical.canonicalize_row(row, "", "f.jsonl:1", True)
     return make_example(row, "f.jsonl:1", Encoding(tokenizer, turns=turns))
 
 
@@ -124,7 +125,7 @@ def test_a_column_of_thoughts_is_the_block_and_a_flag_is_the_mode(tiny) -> None:
         example = encode(tiny, {**ask, "response": response, "thinking": "hm"})
         assert read_trained(tiny, example) == THOUGHT + "<|im_end|>"
     assert not encode(tiny, {**ask, "response": "4", "thinking": False}).thinking
-    with pytest.raises(UserError, match=r"^f\.jsonl:1: thinking and the think block of the resp"):
+    with pytest.raises(UserError, match=r"^f\.jsonl:1: thinking and the think block"):
         encode(tiny, {**ask, "response": THOUGHT, "thinking": "other"})
     with pytest.raises(UserError, match=r"^f\.jsonl:1: thinking=False, but it has a think block"):
         encode(tiny, {**ask, "response": THOUGHT, "thinking": False})
@@ -137,6 +138,13 @@ def test_blocks_are_split_from_answers() -> None:
     assert split_thinking("a</think>4 <think>") == ("a", "4 <think>")
     assert split_thinking("<think>a") == ("a", "")
     assert merge_reasoning("4", " hm ", "f:1: thinking") == THOUGHT
+
+
+def test_a_switch_within_parts_of_content_is_seen(tiny) -> None:
+    parts = [{"type": "text", "text": "2+2?"}, {"type": "text", "text": " /no_think"}]
+    row = {"messages": [{"role": "user", "content": parts}]}
+    example = make_example(row, "f.jsonl:1", Encoding(tiny, with_responses=False))
+    assert not example.thinking and chat.has_empty_think(tiny, example.prompt)
 
 
 # Roles and weights

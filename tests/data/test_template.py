@@ -6,7 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from configs import base
-from distill.data import chat, dataset
+from distill.data import canonical, chat, dataset
 from distill.data.examples import Encoding, Example, encode_prompt, make_example
 from distill.data.template import describe_template
 from distill.evaluation import tasks
@@ -45,6 +45,8 @@ def list_names(tokenizers: dict, kind: str) -> list[str]:
 
 def encode(tokenizer, row: dict, **settings) -> Example:
     settings = {"thinking_share": 1.0, **settings}
+    with_responses = settings.get("with_responses", True)
+    row = canonical.canonicalize_row(row, "", "f.jsonl:1", with_responses)
     return make_example(row, "f.jsonl:1", Encoding(tokenizer, **settings))
 
 

@@ -13,6 +13,7 @@ from distill import harness
 from distill.policy import policy
 from models.errors import UserError
 from tests.support.paths import ROOT, TOKENIZER
+from tests.support.templates import THINKING_ONLY
 from tests.support.tiny_models import tiny_qwen3
 from tests.support.verbs import call
 
@@ -145,6 +146,20 @@ def test_unsupported_lm_eval_requests_are_refused(model_dir: Path) -> None:
         request = Instance("generate_until", {}, ("a", manner), 0)
         with pytest.raises(UserError, match=words):
             model.generate_until([request])
+
+
+def test_prompts_of_a_thinking_template_are_not_asked_for_without_thoughts(model_dir: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+    from distill.evaluation import lm_eval_model
+
+    subject = policy.make_abstract_for_inference(str(model_dir), "float32")
+    assert subject.tokenizer is not None
+    subject.tokenizer.chat_template = THINKING_ONLY
+    turns = [{"role": "user", "content": "2+2?"}]
+    asked = lm_eval_model.PolicyLM(subject, 4, True).apply_chat_template(turns)
+    assert asked.endswith("<|im_start|>assistant\n<think>\n")
+    with pytest.raises(UserError, match="opens a think block in every prompt"):
+        lm_eval_model.PolicyLM(subject, 4, False).apply_chat_template(turns)
 
 
 def test_missing_lm_eval_is_one_line(tmp_path: Path) -> None:

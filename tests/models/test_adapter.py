@@ -194,6 +194,33 @@ def test_other_names_of_factors_are_read(bases, kind, form, tmp_path):
         np.testing.assert_allclose(updates[module], update, atol=1e-5, err_msg=module)
 
 
+@pytest.mark.parametrize("width", [20, 24])  # at 20, gate and up have as many inputs as outputs
+def test_experts_of_older_pefts_are_read(width, tmp_path):
+    """Before 0.19, peft added einsum("ore,eri->eio") of its factors to parameters [e, o, i]."""
+    D, E, R = 40, 5, 2
+    rng = np.random.default_rng(0)
+    sparse: dict[str, Any] = EXPERTS | {"moe_intermediate_size": width}
+    tiny_qwen3(tmp_path / "base", num_hidden_layers=1, **sparse)
+    stem, tensors, expected = "base_model.model.model.layers.0.mlp.experts", {}, {}
+    for wrapper, rows, columns in ((".base_layer", 2 * width, D), ("", D, width)):
+        a = rng.standard_normal((E * R, rows)).astype(np.float32)
+        b = rng.standard_normal((columns, R * E)).astype(np.float32)
+        tensors |= {f"{stem}{wrapper}.lora_A.weight": a, f"{stem}{wrapper}.lora_B.weight": b}
+        factors = b.reshape(columns, R, E), a.reshape(E, R, rows)
+        expected[wrapper] = 2 * np.einsum("ore,eri->eio", *factors)
+    save_file(tensors, tmp_path / adapter.TENSORS_FILE)
+    fields = {"peft_type": "LORA", "r": R, "lora_alpha": 2 * R, "target_parameters": FUSED}
+    fields |= {"bias": "none", "peft_version": "0.18.1"}
+    (tmp_path / adapter.CONFIG_FILE).write_text(json.dumps(fields))
+    _, updates = read_updates(tmp_path / "base", tmp_path)
+    for e in range(E):
+        gate, up = np.split(expected[".base_layer"][e], 2)
+        parts = {"gate": gate, "up": up, "down": expected[""][e]}
+        for name, part in parts.items():
+            update = updates[f"model.layers.0.mlp.experts.{e}.{name}_proj"]
+            np.testing.assert_allclose(update, part, atol=1e-5)
+
+
 def rename(function):
     def apply(directory):
         tensors = load_file(directory / adapter.TENSORS_FILE)

@@ -576,7 +576,10 @@ BAD = {
         "adapter_config.json: not JSON",
     ),
     "no base": (change(base_model_name_or_path=None), "base_model_name_or_path names no model"),
-    "lost base": (change(base_model_name_or_path="./gone"), "./gone: no model directory"),
+    "lost base": (
+        change(base_model_name_or_path="./gone"),
+        "./gone: no model directory; set it to",
+    ),
     "other kind": (change(peft_type="IA3"), "peft_type='IA3' is not supported"),
     "DoRA": (change(use_dora=True), "use_dora=True is not supported"),
     "biases": (change(bias="all"), "bias='all' is not supported"),
@@ -650,7 +653,10 @@ BAD_CONFIGS = {
         lambda c, exported, run: setattr(c.student, "path", str(run)),
         "export it for a base",
     ),
-    "other rank": (from_adapter(rank=3), "an adapter of rank 2, config.student.lora's is 3"),
+    "other rank": (
+        from_adapter(rank=3),
+        "an adapter of rank 2, config.student.lora's is 3; it takes rank=2, alpha=8, rslora=False",
+    ),
     "other alpha": (from_adapter(alpha=2.0), "an adapter of scale 4, config.student.lora's is 1"),
     "other scale": (
         from_adapter(rslora=True),

@@ -148,8 +148,14 @@ def test_weights_of_automodel_are_named(models, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config={'qu"),
-        ({"quantization": {"group_size": 64, "bits": 4}}, "quantization={'group_size': 64"),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "quantization_config={'bits': 4, 'quant_method': 'gptq'} is not supported (gptq); name",
+        ),
+        (
+            {"quantization": {"group_size": 64, "bits": 4}},
+            "quantization={'bits': 4, 'group_size': 6",
+        ),
         ({"layer_types": ["sliding_attention"]}, "layer_types has 'sliding_attention'"),
         ({"transformers_weights": "other.safetensors"}, "transformers_weights='other.safetensors'"),
         ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, "'Qwen2ForCausalLM' is"),

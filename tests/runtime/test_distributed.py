@@ -112,12 +112,12 @@ def test_run_files_are_written_to_a_bucket(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     workdir, c = "gs://bucket/run", quickstart.get_config("tiny")
-    resume.init_workdir(run_files.epath.Path(workdir), c)
     for model in (c.student, c.teacher):
         model.path = str(ROOT / model.path)
+    resume.init_workdir(run_files.epath.Path(workdir), c)
     for step in range(2):
         found = resume.describe_inputs(c, [SimpleNamespace(name="opd", c=c.opd, needs_teacher=1)])
-        resume.check_inputs(run_files.epath.Path(workdir), found, step)
+        resume.init_workdir(run_files.epath.Path(workdir), c, found, step)
     assert b"config.teacher.path" in memory.cat(f"{workdir}/inputs.json")
     with run_files.Writer(workdir, 0) as writer:
         for step in range(3):

@@ -66,10 +66,9 @@ class Run:
             SimpleNamespace(name=name, c=self.c[name], needs_teacher=name == "opd")
             for name in self.c.stages[first:]
         ]
-        resume.init_workdir(self.workdir, self.c)
         rows = [("", json.loads(x)) for x in Path(self.c.eval.data).read_text().splitlines()]
         found = resume.describe_inputs(self.c, stages, rows)
-        resume.check_inputs(self.workdir, found, steps_done, allow)
+        resume.init_workdir(self.workdir, self.c, found, steps_done, allow)
         return json.loads((self.workdir / resume.INPUTS_FILE).read_text())
 
 
@@ -160,9 +159,12 @@ def test_changed_inputs_are_refused_by_name(run: Run, capsys: Any, name: str) ->
     change, message = CHANGES[name]
     recorded = run.check(0)
     change(run.folder)
+    config = (run.workdir / "config.json").read_text()
+    run.c.log.transcripts += 1  # may change, but is not written either
     with pytest.raises(UserError, match=f"run: inputs have changed .*{message}.*--allow"):
         run.check(2)
     assert json.loads((run.workdir / resume.INPUTS_FILE).read_text()) == recorded
+    assert (run.workdir / "config.json").read_text() == config
     changed = run.check(2, allow=True)
     assert "warning: " in capsys.readouterr().err
     assert changed["inputs"] != recorded["inputs"]
@@ -202,6 +204,9 @@ def test_a_finished_stage_needs_its_data_no_more(run: Run) -> None:
     assert run.check(100, first=1) == recorded
     shutil.rmtree(run.folder / "teacher")
     assert run.check(200, first=2) == recorded
+    run.c.student.path = str(run.folder / "other")  # nothing shows that it is the same
+    with pytest.raises(UserError, match=r"another config: config\.student\.path was"):
+        run.check(200, first=2)
 
 
 def test_an_older_run_goes_on_with_a_line(run: Run, capsys: Any) -> None:
