@@ -13,10 +13,11 @@ import pytest
 
 from distill import rollout
 from distill.batch import Batch
+from distill.data.collate import SampledExample
 from distill.objectives import losses
 from distill.runtime import mesh as mesh_lib
 from distill.runtime.checkpoint import Checkpoints
-from distill.training import collect, loop, trainer, update, update_metrics
+from distill.training import collect, grading, loop, trainer, update, update_metrics
 from models import families
 from models.errors import UserError
 from tests.support.runs import config, final, numbers
@@ -164,6 +165,18 @@ def test_only_groups_with_rewards_are_left_out_whole():
     kept, rewards = collect.drop_failed_groups(sequences, [0.0, 1.0, 2.0, 3.0], 2)
     assert [x.where for x in kept] == ["row 2", "row 3"] and rewards == [2.0, 3.0]
     assert collect.drop_failed_groups(sequences[1:2], [1.0], 1) == ([], [])
+
+
+def test_a_judge_that_is_not_finite_spoils_its_group_alone():
+    """The update of these advantages is then skipped."""
+    c = config(["", ""])
+    c.opd.reward.teacher_logprob = 1.0
+    samples: Any = [SampledExample([1], [2], "", "", reward=0.0, logprobs=[0.0]) for _ in range(4)]
+    scores_B = np.array([-1.0, np.nan, -1.0, -3.0], np.float32)
+    samples, metrics = grading.add_teacher_rewards(c.opd, samples, scores_B)
+    advantages = [x.advantage for x in grading.add_advantages(samples, 2, "mean")]
+    assert np.isnan(advantages[:2]).all() and advantages[2:] == [1.0, -1.0]
+    assert np.isnan(metrics["reward/mean"]) and metrics["reward/zero_variance_groups"] == 0
 
 
 def test_weights_that_are_not_finite_are_never_saved(models, tmp_path):
