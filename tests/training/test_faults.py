@@ -174,7 +174,7 @@ def test_a_judge_that_is_not_finite_spoils_its_group_alone():
     samples: Any = [SampledExample([1], [2], "", "", reward=0.0, logprobs=[0.0]) for _ in range(4)]
     scores_B = np.array([-1.0, np.nan, -1.0, -3.0], np.float32)
     samples, metrics = grading.add_teacher_rewards(c.opd, samples, scores_B)
-    advantages = [x.advantage for x in grading.add_advantages(samples, 2, "mean")]
+    advantages: Any = [x.advantage for x in grading.add_advantages(samples, 2, "mean")]
     assert np.isnan(advantages[:2]).all() and advantages[2:] == [1.0, -1.0]
     assert np.isnan(metrics["reward/mean"]) and metrics["reward/zero_variance_groups"] == 0
 
