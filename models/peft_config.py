@@ -172,9 +172,11 @@ def _find_size(fields: dict[str, Any], name: str) -> Size:
     rank, alpha = find_value("rank_pattern", "r"), find_value("alpha_pattern", "lora_alpha")
     if type(rank) is not int or rank < 1:
         raise ValueError(f"rank {rank!r} of {name}")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha {alpha!r} of {name}")
     return Size(rank, alpha, compute_scale(fields, rank, alpha))
 
 
 def compute_scale(fields: dict[str, Any], rank: int, alpha: float) -> float:
-    """Returns peft's factor on a @ b."""
+    """Returns the scale of factors of this rank and alpha."""
     return alpha / (math.sqrt(rank) if fields.get("use_rslora") else rank)

@@ -106,7 +106,10 @@ def _name_ends(config: Config) -> tuple[str, str]:
 
 
 def check_weights(directory: str | Path, config: Config, shapes: Any) -> None:
-    """Raises UserError as `load` would, from the files' headers alone; reads no tensor."""
+    """Raises UserError as `load` would, from the files' headers alone; reads no tensor.
+
+    Only `load` compares the head of a tied model with its embedding.
+    """
     with open_tensors(list_files(Path(directory))) as slices:
         check_tensors(Path(directory), slices, config, shapes)
 

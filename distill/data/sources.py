@@ -1,6 +1,6 @@
 """Opens a dataset as rows by number.
 
-    PATH.jsonl, PATH.json, PATH.parquet      local files
+    PATH.jsonl, PATH.json, PATH.parquet      local files (`files` says what else they may be)
     hf:NAME[:CONFIG][:SPLIT]                 a hub id or a local folder, through `datasets`
     tfds:NAME[:CONFIG][:SPLIT]               a TFDS name or a prepared folder; no TensorFlow
     arithmetic                               the generated task, without end

@@ -44,7 +44,7 @@ def load_context(c: ConfigDict, config_path: str) -> TeacherContext | None:
     text = ""
     if c.text:
         try:
-            text = Path(c.text).read_text(encoding="utf-8").strip()
+            text = Path(c.text).read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{config_path}.text={c.text}: cannot be read: {error}") from None
         if not text:

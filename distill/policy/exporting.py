@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from distill.data import chat
 from distill.policy import hub, policy
 from distill.policy.policy import Policy
-from distill.runtime import run_files
+from distill.runtime import paths, run_files
 from models import adapter, weights
 from models.errors import UserError
 from models.layers.lora import MLP_TARGETS
@@ -61,11 +61,14 @@ def export_run(
     """
     if not policy.is_run(run_dir):
         raise UserError(f"--run={run_dir}: no run directory (it has no config.json of a run)")
-    target = Path(out_dir).resolve()
+    if paths.is_remote(out_dir):
+        raise UserError(f"--out={out_dir}: an export is written to a local directory")
+    target = Path(os.path.realpath(out_dir))
     if target.exists() and not target.is_dir():
         raise UserError(f"--out={out_dir}: exists and is not a directory")
     if target.exists() and any(target.iterdir()) and not (target / EXPORT_FILE).is_file():
         raise UserError(f"--out={out_dir}: holds files that are not an earlier export")
+    paths.check_output(f"{target}.new")  # its folder can be written
     model = policy.make_abstract_for_inference(str(run_dir), "float32")
     has_lora = policy.read_run_lora(run_dir) is not None
     trained_params, step = policy.restore_trained_params(model, step, average)

@@ -26,40 +26,47 @@ _MAX_JOINT_CHARACTERS = 70
 
 _ANSWER_MARKER = re.compile(
     r"""
-      \banswer\b [\s*_`]{0,4} [:=]                                      # Answer: 18
-    | \banswer\b (?:[ ]\w{1,20}){0,8}? [*_ ]{1,4} (?:is|are|be) \b :?   # the answer to it is 18
+      \banswer\b [\s*_`]{0,4} (?:[:=]|[-–—](?=\s))                     # Answer: 18
+    | \b(?:answer|(?:correct|right)\ (?:option|choice))\b (?:[ ]\w{1,20}){0,8}?
+      [*_ ]{1,4} (?:is|are|be) \b :?                                   # the answer to it is 18
     | ^[ \t\#*_>]*+ (?:the\ |my\ )? (?:final\ )? answer [*_ \t]*+ $     # a heading
     | ^[ \t]*+ (?-i:A:)
-    | \#\#\#\# (?![ ]*\d+\.[ ]+\S)  # not the heading "#### 2. Add"
+    | \#\#\#\# (?![ ]*\d+\.[ ]+\S)  # no heading: #### 2. Add
     """,
     re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
-_LEAD = re.compile(r"(?:[\s:*_`<>|]|(?<=\n)(?:#|[-•] ))*+")  # markup before the answer
-_CHOICE = re.compile(r"\(([A-J])\)(?!\s?[-+*/^=])|([A-J])[).:](?=[\s*]|$)")
+_LEAD = re.compile(r"(?:[\s:*_`<>]|\|\s|(?<=\n)(?:#|[-•] ))*+")  # markup before the answer
+_CHOICE = re.compile(
+    r"(?:(?:option|choice)\s+)?\(([A-J])\)(?!\s?[-+*/^=])|([A-J])[).:](?=[\s*]|$)"
+    r"|(?:option|choice)\s+([A-J])\b",
+    re.IGNORECASE,
+)
 _SPACE = re.compile(r"[^\S\n]")
 _BOLD = re.compile(r"(?<![\d)])\*\*|\*\*(?![\d(])")  # not the power of 2**3
 
 _MATH = r"""
     \$\$ [^$]++ \$\$
-    | \$ (?!\s*[\d.,]*\d(?:\s+[a-zA-Z]{2}|[\s,;.—–]+\$)) [^$\n]++ \$    # not "$5 and $6", money
+    | (?<!\\)\$ (?!\s*[\d.,]*\d(?:\s+[a-zA-Z]{2}|[\s,;.—–]+\$)) [^$\n]++ \$  # not $5 and $6
     | \\\[ (?:[^\\]|\\(?!\]))*+ \\\]
     | \\\( (?:[^\\]|\\(?!\)))*+ \\\)
 """
 # Outside of mathematics an expression ends at a word, at the end of the sentence, and at a bracket
 # behind a number, which explains it: 18 (3 times 6).
 _TOKEN = r"""
-    \\(?:text|mathrm|mathbf|textbf|mbox|operatorname)\s?\{[^{}\n]*+\}
+    \\(?:text|mathrm|mathbf|textbf|mbox|operatorname|begin|end)\s?\{[^{}\n]*+\}
     | \\[a-zA-Z]++ | \\[^a-zA-Z\s]
     | \d | \{,\} | \.(?=\d) | ,(?=\d{3}) | (?<=\d)[a-zA-Z]{1,3}(?![a-zA-Z])
-    | [-+*/^=<>_{}~%!|:'$€£¥₹×÷·⋅√π∞°±≤≥≠≈∪∩²³½⅓⅔¼¾−–﹣－]
+    | [-+*/^=<>_{}~%!|:&'$€£¥₹×÷·⋅√π∞°±≤≥≠≈∪∩²³½⅓⅔¼¾−–﹣－]
     | (?<![\d%}!°]\s)[(\[] | [)\]]
     | [,;]\s?(?=[-+\d\\$(\[{−√π]|[a-zA-Z]\s?=) | [ ](?=\S)
     | (?<=[ ])(?:and|or)(?=\ (?:[-+\d\\$(−√π]|[a-zA-Z]\s?=)) | (?<=[ ])percent\b
-    | (?<![a-zA-Z])(?:sqrt|sin|cos|tan|log|ln|pi)(?![a-zA-Z])
+    | (?<![a-zA-Z])(?:sqrt|sin|cos|tan|log|ln|exp|pi)(?![a-zA-Z])
+    | (?:(?<=[-+*/^=(])|(?<=[-+*/^=(]\s))[b-df-hj-np-tv-z]{2,3}(?![a-zA-Z])
+    | (?<=\d\s)[ap]\.m\.
     | (?<![a-zA-Z])(?:[b-zB-HJ-Z]|[aAI](?!\s+[a-zA-Z0-9]))(?![a-zA-Z'])
 """
-_SIGNS = r"(?:[-+±−–﹣－(\[{$€£¥₹]\s?)*+"
-_NUMBER_LIKE = r"(?:\d|\.\d|\\(?![()\[\]])|[√π∞∅½⅓⅔¼¾]|(?:sqrt|pi)\b)"
+_SIGNS = r"(?:[-+±−–﹣－(\[{|$€£¥₹]\s?)*+"
+_NUMBER_LIKE = r"(?:\d|\.\d|\\(?![()\[\]])|[√π∞∅½⅓⅔¼¾]|(?:sqrt|sin|cos|tan|log|ln|exp|pi)\b)"
 _EXPRESSION = re.compile(
     rf"""(?P<math>{_MATH}) | (?P<plain>
     (?<![\w.])(?:[a-zA-Z](?:\([a-zA-Z]\))?\s?=\s?)?{_SIGNS}(?={_NUMBER_LIKE})(?:{_TOKEN})++)""",
@@ -170,7 +177,7 @@ def _read_expression(text: str, anywhere: bool) -> str | None:
     """Reads the expression at the start of a text; if there is none and `anywhere`, the first one
     of its first line."""
     if choice := _CHOICE.match(text):
-        return choice[1] or choice[2]
+        return choice[1] or choice[2] or choice[3]
     match = _EXPRESSION.match(text)
     if match is None and (lettered := _LETTERED.match(text)):
         return _trim(lettered[0], text[lettered.end() :])
@@ -186,7 +193,8 @@ def _read_expression(text: str, anywhere: bool) -> str | None:
 
 
 def _find_last_expression(text: str) -> str | None:
-    """Finds the last expression of a text, that on the right of 6 * 7 = 42. None if it has none."""
+    """Finds the last expression of a text, that on the right of 6 * 7 = 42, or its only word. None
+    if there is none."""
     for closing, opening in (("\\]", "\\["), ("$$", "$$")):
         head = text.rstrip(" .*\n").removesuffix(closing)
         if head != text.rstrip(" .*\n") and (parts := head.rpartition(opening))[1]:
@@ -196,7 +204,7 @@ def _find_last_expression(text: str) -> str | None:
         for match in reversed(list(_EXPRESSION.finditer(clean))):
             if answer := _clean_expression(match):
                 return _CALCULATION.sub("", answer)
-    return None
+    return text if re.fullmatch(r"\(?\w+\)?\.?", text) else None
 
 
 def _clean_text(text: str) -> str:

@@ -16,31 +16,17 @@ from typing import Any
 MAX_ANSWER_CHARACTERS = 1000
 INTEGER = re.compile(r"-?[0-9]{1,18}")
 
-_SYMBOLS = {
-    **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63", "-"),
-    **dict.fromkeys("\u00a0\u2002\u2003\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u3000", " "),
-    **dict.fromkeys("\u200b\u2060\ufeff", ""),
-    **{chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},  # full-width ASCII
-    **{"。": ".", "’": "'", "…": r"\ldots", "⁄": "/", "∕": "/", "×": r"\times ", "÷": r"\div "},
-    **{
-        "·": r"\cdot ",
-        "⋅": r"\cdot ",
-        "π": r"\pi ",
-        "∞": r"\infty ",
-        "±": r"\pm ",
-        "≈": r"\approx ",
-    },
-    **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in "},
-    **{
-        "≈": r"\approx ",
-        "∅": r"\emptyset ",
-        "→": r"\to ",
-        "°": r"^\circ ",
-        "½": r"\frac{1}{2}",
-    },
-    **{"⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"},
-}
-_CHARACTERS = str.maketrans(_SYMBOLS)
+_CHARACTERS = str.maketrans(
+    dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63", "-")
+    | dict.fromkeys("\u00a0\u2002\u2003\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u3000", " ")
+    | dict.fromkeys("\u200b\u2060\ufeff", "")
+    | {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full-width ASCII
+    | {"。": ".", "’": "'", "…": r"\ldots", "⁄": "/", "∕": "/", "×": r"\times ", "÷": r"\div "}
+    | {"·": r"\cdot ", "⋅": r"\cdot ", "±": r"\pm ", "≈": r"\approx ", "→": r"\to "}
+    | {"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in "}
+    | {"π": r"\pi ", "∞": r"\infty ", "∅": r"\emptyset ", "°": r"^\circ ", "½": r"\frac{1}{2}"}
+    | {"⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"}
+)
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _UNITS = r"(?:[mcdk]?m|k?g|s|h|ft|in|yd|mi|miles?|feet|inch(?:es)?|units?|meters?|hours?)"
 _CURRENCIES = "USD|EUR|GBP|CNY|RMB|INR|JPY"
@@ -93,6 +79,7 @@ MARKS: tuple[tuple[str, Replacement, str], ...] = (
         "spaces between thousands",
     ),
     (r"^(-?\d{1,3})((?:,\d{3})+)(?=(?:\.\d+)?$)", _join_groups, "commas between thousands"),
+    (r"^(-?\d{1,3})((?:\.\d{3}){2,})$", _join_groups, "full stops between thousands"),
     (r"(\d)\.(\d*?)(\d)\3\3+(?:\.\.\.|\\[lcd]?dots)$", r"\1.\2\\overline{\3}", "0.333..."),
     (r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{?(\d+)\}?", _write_as_fraction, "recurring decimals"),
     (r"^(\d+)\.(\d*)\((\d+)\)$", _write_as_fraction, "recurring decimals, 0.1(6)"),
@@ -102,7 +89,7 @@ MARKS: tuple[tuple[str, Replacement, str], ...] = (
         "recurring decimals, first and last digit dotted",
     ),
     (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", "superscripts"),
-    (r"√\s*(\d+(?:\.\d+)?|[a-zA-Z])", r"\\sqrt{\1}", "square roots"),
+    (r"(?:√|(?<![\\a-z])sqrt)\s*(\d+(?:\.\d+)?)|√\s*([a-zA-Z])", r"\\sqrt{\1\2}", "square roots"),
     (r"√", r"\\sqrt", "square roots of groups"),
     (r"\\degree(?![a-z])|\^\s*\{\s*\\circ\s*\}", r"^\\circ", "one way to write degrees"),
     (r"\^\\circ\s*(?:\\?(?:text|mathrm))?\s*\{?\s*[CF]?\s*\}?$", "", "degrees, as a unit"),
@@ -110,21 +97,35 @@ MARKS: tuple[tuple[str, Replacement, str], ...] = (
     (r"(?<!\\)\bsqrt\s*(?=[({])|\\sqrt\s*(?=\()", r"\\sqrt", "square roots without LaTeX"),
     (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", "square roots of brackets"),
     (r"(?<=[\w)}])\s*\*\*\s*(?=[\w({-])", "^", "powers of Python"),
+    (
+        r"(?<![a-zA-Z\\{])(sin|cos|tan|log|ln|exp)(?=\s|\d|\()",
+        r"\\\1",
+        "functions without LaTeX",
+    ),
     (r"(?<![a-zA-Z\\{])pi(?![a-zA-Z}])", r"\\pi ", "pi without LaTeX"),
     (r"^(-?\d+(?:\.\d+)?)[eE]([+-]?\d+)$", r"\1\\times 10^{\2}", "1.5e3"),
     (r"(?<![\d.}])(\d+)\s+(\d+)/(\d+)$", r"\1\\frac{\2}{\3}", "mixed numbers, 3 1/2"),
-    (r"^([^=<>]*[^=<>\sa-zA-Z][^=<>]*)=\s*([a-zA-Z])$", r"\2=\1", "5 = x"),
+    (r"^(?![a-zA-Z]\()([^=<>]*[^=<>\sa-zA-Z][^=<>]*)=\s*([a-zA-Z])$", r"\2=\1", "5 = x"),
     (r"\\text\s*\{\s*(\d{1,2}:\d\d)\s*([^{}]*)\}", r"\1\\text{ \2}", "times of the day"),
     (r"^0(?=\d:\d\d)", "", "zeros before hours"),
     (
-        r"(:\d\d)\s*(?:\\text)?\s*\{?\s*([aApP])\.?\s?[mM]\b\.?\s*\}?$",
+        r"(\d)\s*(?:\\text)?\s*\{?\s*([aApP])\.?\s?[mM]\b\.?\s*\}?$",
         lambda m: rf"{m[1]}\text{{ {m[2].lower()}m}}",
         "a.m. and p.m.",
+    ),
+    (r"\\text\s*\{\s*(-?\d[\d.,]*)\s+([a-zA-Z ]+)\}$", r"\1\\text{ \2}", "units in one text"),
+    # math-verify drops all from the first \text on: 5\text{ or }7\text{ cm} would be 5.
+    (
+        r"(?<=[\d}])(?:(?:\\[,;: ]|\s)*\\(?:text|mbox|mathrm)\s*\{(?!\s?[ap]m\}|\s*per)[^{}]*\}"
+        r"(?:\^(?:\{-?\d\}|\d))?)+$",
+        "",
+        "units in texts",
     ),
     (rf"(?<=[\d}}])\s+{_UNITS}(?:\^\{{?-?\d\}}?)+$", "", "units with a power, 5 cm^2"),
     (rf"(?<=[\d}}])\s*{_UNITS}\s?/\s?{_UNITS}(?:\^\{{?\d\}}?)?$", "", "units of a rate, 5 m/s"),
     (
-        rf"(?<=[\d}}])\s+(?!(?:{_NOT_UNITS})\b)(?=[A-Z]?[a-z]*[aeiou]|[AEIOU][a-z]|{_CURRENCIES})[a-zA-Z]{{3,}}"
+        rf"(?<=[\d}}])\s+(?!(?:{_NOT_UNITS})\b)"
+        rf"(?=[A-Z]?[a-z]*[aeiou]|[AEIOU][a-z]|{_CURRENCIES})[a-zA-Z]{{3,}}"
         rf"(?:\s+(?!(?:{_NOT_UNITS})\b)[a-zA-Z]+)*$",
         "",
         "units and things counted, 18 eggs",
@@ -132,9 +133,7 @@ MARKS: tuple[tuple[str, Replacement, str], ...] = (
 )
 _MARKS = tuple((re.compile(pattern), replacement) for pattern, replacement, _ in MARKS)
 
-_TEXT = re.compile(
-    r"\\(?:text|mathrm|mathbf|mathit|textbf|textit|mbox|operatorname)\s*\{([^{}]*)\}"
-)
+_TEXT = re.compile(r"\\(?:text(?:rm|bf|it)?|math(?:rm|bf|it|sf)|mbox|operatorname)\s*\{([^{}]*)\}")
 _WORDS = re.compile(r"[^\W\d_](?:[^\W\d_]|[\s,;.'])*")
 _SEPARATOR = re.compile(r"\s*(?:[,;]\s*(?:(?:and|or)\s)?|\s(?:and|or)\s)\s*")
 _BASED = re.compile(
@@ -143,11 +142,14 @@ _BASED = re.compile(
 )
 _BASES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7"}
 _BASES |= {"eight": "8", "nine": "9", "ten": "10", "eleven": "11", "twelve": "12", "sixteen": "16"}
+_LETTER = re.compile(r"\(?([A-J])\)?")
+_OPTION = re.compile(r"\(?([A-J])[).:]\s*[^\s(].*")  # a letter with what stands for it: (C) 18
 _DATE = re.compile(r"\d{4}-\d\d?-\d\d?")
 _NAME = re.compile(r"[A-Z]{2,}")
 _CODE = re.compile(r"(?=.*[A-Z].*[A-Z])[A-Z0-9\s]+")
-_HALF_OF_DAY = re.compile(r":\d\d\\text\{ ([ap]m)\}$")
+_HALF_OF_DAY = re.compile(r"\d\\text\{ ([ap]m)\}$")
 _INNER_SPACE = re.compile(r"\s+(?![0-9])|(?<![0-9])\s+")  # not that of 1 2
+_PERCENT = re.compile(r"^([1-9][\d.]*)\\?%$")  # math-verify compares only whole ones
 _LAST_VARIABLES = re.compile(r"(?<=[\d})\s])(?:[thoclsgmd]|ab|bc|st|[a-hqs] [a-z])$")
 _UNIT_LETTERS = frozenset("mshgl")
 
@@ -210,11 +212,20 @@ def compare_without_algebra(gold: str, answer: str) -> bool | None:
             for m, text in zip(based, (gold, answer), strict=True)
         ]
         return True if digits[0] == digits[1] else None
+    choices = [_LETTER.fullmatch(_plain(text)) for text in (gold, answer)]
+    options = [_OPTION.fullmatch(_plain(text)) for text in (gold, answer)]
+    for choice, option in zip(choices, reversed(options), strict=True):
+        if choice and option:
+            return choice[1] == option[1]
     return _compare_words(gold, answer)
 
 
+def _plain(text: str) -> str:
+    return _TEXT.sub(r"\1", text).strip()
+
+
 def _squeeze(text: str) -> str:
-    text = _INNER_SPACE.sub("", _TEXT.sub(r"\1", text))
+    text = _PERCENT.sub(r"\1", _INNER_SPACE.sub("", _plain(text)))
     return text if "\\" in text else text.casefold()  # \Delta is not \delta
 
 
@@ -241,7 +252,7 @@ def _compare_words(gold: str, answer: str) -> bool | None:
 
 
 def _split_words(text: str) -> list[str] | None:
-    text = re.sub(r"^\((\w)\)$", r"\1", _TEXT.sub(r"\1", text).strip().removesuffix("."))
+    text = re.sub(r"^\((\w)\)$", r"\1", _plain(text).removesuffix("."))
     if not _WORDS.fullmatch(text):
         return None
     return [" ".join(item.split()) for item in _SEPARATOR.split(text)]
@@ -273,8 +284,10 @@ def compare_with_algebra(gold: str, answer: str) -> bool | None:
     # Silences the warning that its own timeouts are off: the pool has one.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     gold, answer = _keep_variables(gold, answer)
-    # Without its other extraction, which takes a number out of what is no valid LaTeX.
-    how: Any = {"extraction_config": [LatexExtractionConfig()], "parsing_timeout": 0}
+    # By default it takes a number or a fraction out of a box that is no valid LaTeX.
+    boxes_only = [LatexExtractionConfig(boxed_match_priority=0)]
+    how: Any = {"extraction_config": boxes_only, "extraction_mode": "first_match"}
+    how["parsing_timeout"] = 0
     expected = parse(f"\\boxed{{{gold}}}", **how)
     if not expected:
         raise NoAnswerError(gold)
@@ -291,18 +304,20 @@ def _keep_variables(gold: str, answer: str) -> tuple[str, str]:
     It drops t of 2t, s of 2s, h of \\pi r^2h and a b of 2 a b. 2m remains 2 metres unless the right
     answer has the m.
     """
-    texts = [gold, answer]
-    in_gold = False
-    for i, text in enumerate(texts):
-        match = _LAST_VARIABLES.search(text)
-        if match is None or "\\text" in gold + answer:
-            continue
-        number = re.fullmatch(r"-?[\d.,]+(\s*)", text[: match.start()])
-        may_be_unit = number and match[0] in _UNIT_LETTERS and (number[1] or text is answer)
-        if in_gold or not may_be_unit:
-            texts[i] = f"{text[: match.start()]}{{{match[0]}}}"
-            in_gold = text is gold
-    return texts[0], texts[1]
+    if "\\text" in gold + answer:
+        return gold, answer
+    kept = _LAST_VARIABLES.sub(r"{\g<0>}", gold) if _ends_in_variable(gold, True) else gold
+    if kept != gold or _ends_in_variable(answer, False):
+        answer = _LAST_VARIABLES.sub(r"{\g<0>}", answer)
+    return kept, answer
+
+
+def _ends_in_variable(text: str, is_gold: bool) -> bool:
+    match = _LAST_VARIABLES.search(text)
+    if match is None:
+        return False
+    number = re.fullmatch(r"-?[\d.,]+(\s*)", text[: match.start()])
+    return not (number and match[0] in _UNIT_LETTERS and (number[1] or not is_gold))
 
 
 _ROUNDING = 1e-5  # math-verify rounds decimals to 6 places
@@ -323,7 +338,7 @@ def _differ_by_rounding(gold: Any, answer: Any) -> bool:
     for group in numbers:
         group.sort(key=lambda number: default_sort_key(number.evalf(15)))
     for a, b in zip(*numbers, strict=True):
-        difference = abs((a - b).doit())
+        difference = abs((a - b).doit()) if a != b else 0
         if difference == 0 or not difference.is_comparable or difference.evalf(15) > _ROUNDING:
             continue  # equal, not known to differ, or equal for another reason (50% is 50)
         if not (a.has(Float) or b.has(Float)):

@@ -37,9 +37,11 @@ def expand_home(path: str) -> str:
 def expand_flags(options: flags.FlagValues) -> None:
     """Expands home directories in the flags that hold paths, wherever a verb declares them.
 
-    Raises UserError naming the flag.
+    Raises UserError naming the flag, also if it needs a value and has an empty one.
     """
     for name in FLAGS:
+        if name in options and options[name].value == "" and options[name].default is None:
+            raise UserError(f"--{name}=: is empty")
         if name in options and options[name].value:
             options[name].value = _expand_value(options[name].value, f"--{name}")
 
@@ -89,7 +91,7 @@ def check_output(path: str, *inputs: str, flag: str = "--out") -> epath.Path:
     """Returns the path of a file to write, and creates its folder; a bucket's path as it is.
 
     Args:
-      inputs: what the verb reads and must not replace; these may be no files.
+      inputs: what else the verb reads or writes, which must not be replaced; any source of rows.
 
     Raises:
       UserError: if the file cannot be written, before the work starts rather than after it.
@@ -103,12 +105,13 @@ def check_output(path: str, *inputs: str, flag: str = "--out") -> epath.Path:
         if path.endswith("/") or (file.exists() and not file.is_file()):
             raise UserError(f"{where}: is not a regular file")
         if any(file == Path(name).resolve() for name in inputs):
-            raise UserError(f"{where}: is also read, and would be lost")
+            raise UserError(f"{where}: is also read or written, and would be lost")
         file.parent.mkdir(parents=True, exist_ok=True)
         # As long a name as the longest that is written beside it, and each process's own.
         probe = file.with_name(f"{file.name}.probe-{os.getpid():011}")
         probe.touch()
         probe.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
-        raise UserError(f"{where}: {getattr(error, 'strerror', error)}") from error
+        reason, at = getattr(error, "strerror", error), getattr(error, "filename", path)
+        raise UserError(f"{where}: {reason}{'' if at == path else f': {at}'}") from error
     return epath.Path(file)

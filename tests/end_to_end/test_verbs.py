@@ -378,6 +378,7 @@ def test_export_needs_a_run_and_an_unused_directory(
         ((f"--run={run}", f"--out={taken}"), f"--out={taken}: holds files"),
         ((f"--run={run}", f"--out={taken / 'thesis.tex'}"), "not a directory"),
         ((f"--run={run}",), "--out is required"),
+        ((f"--run={run}", "--out=gs://bucket/x"), "an export is written to a local directory"),
     ):
         assert call(export, *flags) == 2
         captured = capsys.readouterr()
@@ -408,6 +409,7 @@ BAD_PROMPTS = [
     ([{"tokens": [1]}], ("--stop=x", "--stop="), "--stop=: an empty text"),
     ([{"tokens": [1]}], ("--stop=x",), "no tokenizer to find it with"),
     ([{"tokens": [1]}, {"tokens": [1], "max_new_tokens": 0}], (), "in.jsonl:2: max_new_tokens=0"),
+    ([{"tokens": [1], "max_new_tokens": 2**31}], (), "in.jsonl:1: max_new_tokens=2147483648"),
     ([{"tokens": [1], "max_new_tokens": 2.5}], (), "in.jsonl:1: max_new_tokens=2.5"),
     ([{"tokens": [1]}], ("--samples=0",), "samples"),
     ([{"tokens": [1]}], ("--thinking=maybe",), "thinking"),

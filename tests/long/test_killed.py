@@ -29,7 +29,7 @@ def test_graders_keep_up(shared_data: Path, name: str) -> None:
     texts = [(r["completion"], r["answer"]) for r in rows if "completion" in r]
     texts += [(text, r["answer"]) for r in rows for text in r.get("completions", ())]
     with graders.Grader(workers=2) as grader:
-        grader.grade(graders.MATH, ["0.5", "0.5"], ["0.5", "0.5"])
+        grader.grade(graders.MATH, ["1/2", "1/4"], ["0.5", "0.25"])
         start = time.monotonic()
         grader.grade(graders.MATH, *map(list, zip(*texts, strict=True)))
         pace = len(texts) / (time.monotonic() - start)

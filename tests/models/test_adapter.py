@@ -295,6 +295,7 @@ REFUSED = {
         f"{Q1} is of a module that ada",
     ),
     "pattern": ({}, change(target_modules="("), "wrong type or value (missing )"),
+    "alpha": ({}, change(alpha_pattern={"q_proj": float("nan")}), "alpha nan of model.layers.0."),
     "rank of text": ({}, change(rank_pattern={"q_proj": "2"}), "rank '2' of model.layers.0.self_"),
     "other rank": (
         {},

@@ -23,6 +23,7 @@ MARKED = [
     ("<answer>18</answer>", "18"),
     ("ANSWER: 18", "18"),
     ("A: 18", "18"),
+    ("Answer – 18", "18"),
     ("The answer is\n18", "18"),
     ("The answer is:\n\n18", "18"),
     ("The answer is: \n**18 hens**", "18"),
@@ -48,6 +49,10 @@ MARKED = [
     ("The answer is sqrt(3)/2.", "\\frac{\\sqrt3}{2}"),
     ("The answer is 1.5 × 10^3.", "1500"),
     ("The answer is 5 < x < 7.", "5<x<7"),
+    ("Answer: sin(x)", "\\sin x"),
+    ("Answer: x + xy", "x+xy"),
+    ("Answer: |x| < 3", "|x|<3"),
+    ("Answer: \\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
     ("The answer is 50%.", "50\\%"),
     ("The answer is 50 percent.", "50\\%"),
     ("The answer is x = 1 or x = 2.", "1,2"),
@@ -78,6 +83,8 @@ MARKED = [
     ("The answer is C.", "\\text{(C)}"),
     ("The answer is (B) 18", "B"),
     ("The answer is B: 18 hens", "B"),
+    ("Answer: Option C", "C"),
+    ("The correct option is (B).", "B"),
     # a later sentence about the answer
     ("Answer: 18\n\nLet me verify: 3*6=18. So the answer is correct.", "18"),
     ("Answer: 18\n\nI hope this answer is helpful to all 7 of you", "18"),
@@ -94,6 +101,7 @@ UNMARKED = [
     ("It falls to −3", "-3"),
     ("We get 2^{10}.", "1024"),
     ("#### 2. Add\n 5 + 3 = 8", "8"),
+    ("(C)", "\\text{C}"),
 ]
 
 BOXED = [

@@ -25,6 +25,7 @@ DISAGREEMENTS = {
         Pair("AB", "BA", True),
         Pair("ax", "xa", True),
     ],
+    "letters are compared without their case": [Pair(r"\Delta", r"\delta", False)],
     "numbers in words are not multiplied": [Pair("5000000", "5 million", True)],
 }
 
@@ -86,6 +87,7 @@ def test_a_variable_of_the_right_answer_is_not_a_unit(gold: str) -> None:
 def test_no_number_is_taken_out_of_what_does_not_parse() -> None:
     assert not compare("4", r"(\foo \{, 4)")
     assert not compare("3", r"2 @ 3")
+    assert not compare(r"\frac{1}{2}", r"\foo @ \frac{1}{2}")
 
 
 def test_a_right_answer_that_does_not_parse_is_an_error() -> None:

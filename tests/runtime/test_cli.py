@@ -31,6 +31,14 @@ def main():
         raise UserError("config.optim.rate:\\n 13 is unlucky")
     if c.optim.rate == 14:
         raise RuntimeError("a bug")
+    if c.optim.rate == 17:
+        open("w" * 300, "w")
+    if c.optim.rate == 18:
+        open("/dev/full", "wb", buffering=0).write(b"x")
+    if c.optim.rate == 19:
+        open("lost.txt")
+    if c.optim.rate == 20:
+        print("half a pair: \\ud83d")
     if c.optim.rate == 15:
         raise KeyboardInterrupt
     if c.optim.rate == 16:
@@ -117,6 +125,19 @@ def test_user_errors_are_one_line_and_exit_with_2(verb, args, line):
 def test_a_bug_keeps_its_traceback(verb):
     code, _, err = verb(*GOOD, "--config.optim.rate=14")
     assert code == 1 and "Traceback" in err and "RuntimeError: a bug" in err
+
+
+def test_what_the_machine_refuses_is_one_line(verb):
+    code, _, err = verb(*GOOD, "--config.optim.rate=17")
+    assert (code, err) == (2, f"error: {'w' * 300}: File name too long\n")
+    assert verb(*GOOD, "--config.optim.rate=18") == (2, "", "error: No space left on device\n")
+    code, _, err = verb(*GOOD, "--config.optim.rate=19")  # a missing file may be a bug
+    assert code == 1 and "Traceback" in err
+
+
+def test_any_text_can_be_printed(verb):
+    code, out, err = verb(*GOOD, "--config.optim.rate=20")
+    assert (code, err) == (0, "") and out.startswith("half a pair: \\ud83d\n")
 
 
 def test_a_verb_may_return_its_own_exit_code(verb):

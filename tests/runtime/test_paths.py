@@ -75,6 +75,9 @@ def test_every_path_of_flags_is_expanded(home: str) -> None:
     paths.expand_flags(options)
     assert (options.out, options.template, options.report) == (f"{home}/o", "~ {question}", "")
     assert options.against == [f"{home}/a", f"hf:{home}/b", "c"]
+    options(["verb", "--out="])
+    with pytest.raises(UserError, match=r"^--out=: is empty"):
+        paths.expand_flags(options)
     options(["verb", "--out=~no_such_user/o"])
     with pytest.raises(UserError, match=r"^--out=~no_such_user/o: no user"):
         paths.expand_flags(options)
@@ -141,9 +144,9 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         "rows.jsonl/o": "Not a directory|File exists",
         "loop": "links|loop",
         "x" * 250: "File name too long",
-        "rows.jsonl": "is also read, and would be lost",
-        "alias": "is also read, and would be lost",
-        "folder/../rows.jsonl": "is also read, and would be lost",
+        "rows.jsonl": "is also read or written, and would be lost",
+        "alias": "is also read or written, and would be lost",
+        "folder/../rows.jsonl": "is also read or written, and would be lost",
     }.items():
         with pytest.raises(UserError, match=f"(?s)^--out=.*: .*({words})"):
             paths.check_output(f"{tmp_path}/{name}", f"{tmp_path}/rows.jsonl")

@@ -24,6 +24,7 @@ MARKED = r"""
 {}\,\textup{cm} | ${}$ | \({}\) | \text{{}} | \mathbf{{}} | \boldsymbol{{}} | {\bf {}} | \large {}
 {}\quad | **{}** | x={} | x = {}. | {} = x | ={} | {}\, | {} eggs | {} blue eggs | {} USD | {}€
 {}\text{ dollars} | \boxed{{}} | \displaystyle {} | \textcolor{red}{{}} | \left\{ {} \right.
+\text{{} cm} | {}\text{ m}\,\text{s}^{-1} | \text{Area} = {} \text{ cm}^2 | n = {}\text{ eggs}
 """
 CURRENCIES = r"""
 €{} | £{} | \${} | ${} | US\${} | \text{€}{} | USD {} | \text{USD }{} | Rs. {} | {}¢ | \euro {}
@@ -32,7 +33,7 @@ CURRENCIES = r"""
 # The forms of one value a line, the first of which is the right answer.
 VALUES = r"""
 1000000 | 1\,000\,000 | 1 000 000 | 1{,}000{,}000 | 1,000,000 | 1\;000\;000 | 1~000~000 |
-    1,\!000,\!000 | \$1,000,000 | 1\ 000\ 000 | 10^6 | 1e6 | 1\times10^{6}
+    1,\!000,\!000 | 1.000.000 | \$1,000,000 | 1\ 000\ 000 | 10^6 | 1e6 | 1\times10^{6}
 1234567.89 | 1,234,567.89 | 1 234 567.89 | \$1,234,567.89 | １２３４５６７.８９
 -3 | −3 | –3 | ﹣3 | －3 | ‐3 | - 3 | -3. | x=−3 | -3.0 | -\frac{6}{2}
 \frac{1}{3} | 0.\overline{3} | 0.\bar{3} | 0.\bar3 | 0.\dot{3} | 0.\overline{33} | 0.(3) |
@@ -53,6 +54,7 @@ x^2 | x² | x**2 | x^{2} | y=x^2 | x\cdot x
 (1,\infty) | (1, ∞) | \left(1,\infty\right) | x\in(1,\infty)
 1,2 | 2,1 | 1 and 2 | 1\text{ and }2 | x=1 or x=2 | \{1,2\} | 1;2 | 1, 2.
 3,-3 | \pm 3 | ±3 | -3, 3 | x=3, x=-3 | −3,3
+g(x)=x | x | g(x) = x.
 y=2x+1 | 2x+1=y | 2x+1 | y = 1 + 2x | y-2x=1
 x\le 5 | x≤5 | x\leq5 | 5\ge x | 5≥x
 \emptyset | \varnothing | ∅ | \{\} | \{ \}
@@ -66,6 +68,15 @@ True | \text{true} | true | \text{True}
 xy | yx | x y | y x | x\cdot y | \mathit{xy}
 abc | cab | bca | a b c
 B,A | A,B | A, B | B and A | \text{A},\text{B} | \text{A, B} | \{A,B\}
+\text{(B)} | (B) 5 | \textbf{(B)}\ 5 | B. 5 | \text{B) } 5
+5,7 | 5\text{ or }7\text{ cm} | x=5\text{ or }x=7
+12.5 | 12.5\% | 12.5 % | 12.50 | \frac{25}{2}
+1.5\times10^{3} | 1500 | 1.5E3 | 1.5·10³ | 1.5 × 10^3 | 1.5 \cdot 10^{3}\text{ m}
+\sqrt{2} | sqrt2 | √2 | 2^{1/2} | \sqrt[2]{2}
+\sqrt{x+1} | sqrt(x+1) | √(x+1)
+\sin x | sin x | sin(x) | \sin(x)
+[0,\infty) | [0,∞) | \left[0,\infty\right)
+AF_{16} | AF_{16}. | af_{16}
 1011_2 | 1011_{2} | 1011_{\text{two}} | 1011_{\text{base }2} | (1011)_2 | 1011
 152A_{11} | 152a_{11} | 152A_{\text{eleven}}
 3:4 | 3 : 4 | 6:8 | \frac{3}{4}
@@ -89,6 +100,9 @@ Tom | Mot | \text{Tim}
 HTT | TTH | \text{THT}
 left | felt | right
 up | pu | down
+\text{(B)} | (C) 5 | \textbf{(D)}\ 5
+5 | 5\text{ or }7\text{ cm} | (B) 5
+A<B<C | A<C<B
 east, west | seat, west | east
 \text{Ann, Bob} | \text{Bob, Ann}
 1A2B | 2A1B | 1B2A
