@@ -76,6 +76,8 @@ FORMER_NAMES = {
     "reward/teacher_logprob": "reward/judge",
     "reward/teacher_logprob_std": "reward/judge_std",
 }
+# Metrics added since then.
+ADDED_NAMES = ("train/skipped_updates", "rollout/failed")
 MESH = {1: {}, 8: {"fsdp": 4, "tensor": 2}}
 
 
@@ -130,7 +132,9 @@ def digest_run(run: Path, exported: Path) -> dict[str, str]:
     metrics = hashlib.sha256()
     for line in (run / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line).items()
-        row = {FORMER_NAMES.get(k, k): x for k, x in row if not is_timing(k)}
+        row = {
+            FORMER_NAMES.get(k, k): x for k, x in row if not is_timing(k) and k not in ADDED_NAMES
+        }
         metrics.update(json.dumps(row, sort_keys=True).encode())
     tokens = hashlib.sha256()
     for file in sorted((run / "rollouts").glob("*.jsonl")):

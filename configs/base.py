@@ -210,6 +210,32 @@ def make_evaluation() -> ConfigDict:
     return c
 
 
+def make_alerts() -> ConfigDict:
+    """What stops a run by itself, and what it warns of, once in a stage, as it begins
+    (distill/training/alerts.py). "Start" means the first 10 steps of the stage, "now" the last 5.
+    """
+    c = ConfigDict()
+    # An update whose loss or gradient is not finite is skipped, and a sampled response with NaN
+    # logits left out (with the other samples of its prompt, if there is a reward). After so many
+    # steps with either in a row the run stops, at a checkpoint; 0: never.
+    c.max_skipped_steps = 3
+    # A step, or an evaluation, that takes longer than this, and than ten times the median of those
+    # before it, hangs: the stacks of all threads are printed, with what it is doing. Compiling does
+    # not count. 0: off.
+    c.hang_seconds = 1800.0
+    c.hang_exits = False  # a hang ends the run with code 1, and a launcher starts it again
+    # Rules that stop the run, too: loss, length, truncation, entropy, overlap, accuracy.
+    c.stop_on = ()
+    # Where the rules begin. 0: off.
+    c.loss_spike = 6.0  # standard deviations of the loss or gradient norm, over 128 steps
+    c.length_drop = 0.25  # length: share of the mean length at the start
+    c.truncation = 0.5  # share of truncated responses now, if twice that at the start
+    c.entropy_drop = 0.1  # entropy: share of the entropy at the start
+    c.overlap_drop = 0.1  # overlap: fall of train/top_overlap, of 1 (log.overlap_top_k)
+    c.accuracy_drop = 0.1  # accuracy: fall of eval/accuracy below its best, of 1
+    return c
+
+
 def make_mesh() -> ConfigDict:
     """Devices along each axis of the mesh; -1: all that are left.
 
@@ -307,6 +333,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.log.transcripts = 8  # rows in each
     c.log.overlap_top_k = 0  # compare so many likeliest tokens of teacher and student; 0: off; slow
 
+    c.alerts = make_alerts()
     c.eval = make_evaluation()
     c.sft = make_stage("sft")
     c.opd = make_stage("opd")

@@ -7,11 +7,14 @@ sampling settings, which the sampling flags override. With --responses, grades r
 and needs no model. `compare` compares several OUTs.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 from absl import flags
 from etils import epath
 
 from distill.evaluation import evaluator, problems, protocols, records, tasks
-from distill.runtime import cli, distributed, paths, run_files
+from distill.runtime import cli, distributed, locks, paths, run_files
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -61,16 +64,28 @@ def run_evaluation() -> None:
     if RESPONSES.value:
         known = problems.load_problems(BENCHMARK.value, DATA.value, 0) if DATA.value else []
         rows = problems.load_responses(BENCHMARK.value, RESPONSES.value, known)
-        return evaluator.evaluate_stored(BENCHMARK.value, rows[: LIMIT.value or None], out, ks)
+        with own_output(out):
+            evaluator.evaluate_stored(BENCHMARK.value, rows[: LIMIT.value or None], out, ks)
+        return
     spec = _read_spec(ks)
     rows = problems.load_problems(BENCHMARK.value, DATA.value, LIMIT.value)
     problems.check_gradable(BENCHMARK.value, rows)
     if not MODEL.value:
         raise UserError("--model: name a model directory, or give --responses")
-    evaluator.evaluate_model(MODEL.value, rows, spec, out, dtype=DTYPE.value, teacher=TEACHER.value)
+    with own_output(out):
+        evaluator.evaluate_model(
+            MODEL.value, rows, spec, out, dtype=DTYPE.value, teacher=TEACHER.value
+        )
     if LIMIT.value and run_files.is_primary():
         print(records.render_transcripts(rows, out / records.EXAMPLES_FILE))
-    return None
+
+
+@contextlib.contextmanager
+def own_output(out: epath.Path) -> Iterator[None]:
+    """Context in which no other process writes `out`, and a full disk is a UserError."""
+    flag = f"--out={OUT.value}"
+    with run_files.explain_write_errors(out, flag), locks.hold_lock(out / "lock", flag):
+        yield
 
 
 def _read_ks() -> tuple[int, ...]:

@@ -27,7 +27,7 @@ from distill.data import canonical, dataset
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.rollout import completions
-from distill.runtime import cli, distributed, paths
+from distill.runtime import cli, distributed, locks, paths, run_files
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -85,7 +85,10 @@ def run_generation() -> None:
     )
     subject = policy.make_abstract_for_inference(MODEL.value, DTYPE.value)
     out, spec = paths.check_output(OUT.value, PROMPTS.value), _read_spec(subject)
-    errors = completions.generate_file(subject, rows, spec, OPTIONS["thinking"].value == "on", out)
+    thinking = OPTIONS["thinking"].value == "on"
+    flag, lock = f"--out={OUT.value}", out.with_name(out.name + ".lock")
+    with run_files.explain_write_errors(out, flag), locks.hold_lock(lock, flag):
+        errors = completions.generate_file(subject, rows, spec, thinking, out)
     if errors:
         more = f" (and {len(errors) - 1} more rows)" if len(errors) > 1 else ""
         raise UserError(f"{errors[min(errors)]}{more}; the other rows are in {OUT.value}")

@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class RowError(UserError):
     """A single row that cannot be processed; the other rows can."""
+
+
+class SourceFailure(UserError):
+    """A source of rows that cannot be read any more, by no fault of a row: a disk or a network."""

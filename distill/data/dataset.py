@@ -21,7 +21,7 @@ from distill.data.examples import Encoding, Example, make_example
 from distill.data.template import describe_template
 from distill.runtime import run_files
 from models import checks
-from models.errors import UserError
+from models.errors import SourceFailure, UserError
 
 ENDLESS_SAMPLE = 1000  # examples of a source without end that are read before step 0
 MIXTURE_BLOCK = 1000  # in each run of so many examples a mixture's sources have their exact shares
@@ -172,6 +172,8 @@ def _make_source(
             return None
         try:
             return read_example(index)
+        except SourceFailure:  # not the row's fault
+            raise
         except UserError as error:
             skip_reasons[where] = str(error)
             run_files.log_line(f"skipped: {error}")

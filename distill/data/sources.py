@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from distill.data import arithmetic, files, values
+from distill.data import arithmetic, files, retry, values
 from distill.runtime import run_files
-from models.errors import UserError
+from models.errors import SourceFailure, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,8 @@ def open_rows(source: str, *, size: int = 0, window: int = 0) -> Rows:
     window > 0 streams (hf: only): rows are fetched on demand, `window` at a time. Their number
     must then be known, from `size` or from the hub.
 
+    Reading a row is tried again if a network or a disk fails (retry.retry_reads).
+
     Raises:
       UserError: if the source does not exist, or has no rows.
     """
@@ -65,7 +67,8 @@ def open_rows(source: str, *, size: int = 0, window: int = 0) -> Rows:
         rows = openers[files.find_format(source)](source)
     if not rows.size:
         raise UserError(f"{source}: no rows")
-    return dataclasses.replace(rows, size=min(size or rows.size, rows.size))
+    read_row = retry.retry_reads(rows.read_row, source)
+    return dataclasses.replace(rows, size=min(size or rows.size, rows.size), read_row=read_row)
 
 
 def make_arithmetic_rows(c: Any, seed: int) -> Rows:
@@ -197,12 +200,13 @@ def _open_stream(name: str, size: int, window: int) -> Rows:
         nonlocal held, number, remaining
         if wanted != number + 1 or number < 0:
             remaining = iter(stream.skip(wanted * window))
-        held, number = [], wanted
+        held, number = [], -1  # if it fails, the next call starts the stream again
         for _ in range(window):
             row = _call_library(source, next, remaining, None)
             if row is None:
                 break
             held.append(row)
+        number = wanted
 
     def read_row(index: int) -> dict:
         if index // window != number:
@@ -275,7 +279,7 @@ def expand_samples(rows: Rows, keep: str, skip_reasons: dict[str, str] | None) -
         try:
             kept = _find_kept_samples(rows.read_row(index), where, keep)
         except UserError as error:
-            if skip_reasons is None:
+            if skip_reasons is None or isinstance(error, SourceFailure):
                 raise
             skip_reasons[where] = str(error)
             run_files.log_line(f"skipped: {error}")

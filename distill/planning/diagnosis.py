@@ -21,7 +21,7 @@ from distill.policy.policy import Policy
 from distill.rewards import graders
 from distill.runtime import mesh as mesh_lib
 from distill.teachers import local as teacher_lib
-from distill.training import microbatches, setup, stages, update
+from distill.training import microbatches, setup, stages, update_metrics
 from distill.training.setup import RunSetup, StageSetup
 from models import transformer
 from models.errors import UserError
@@ -159,7 +159,7 @@ def compare_distributions(
         mask_BT = losses.shift(batch.mask_BT).astype(jnp.float32)
         sums = {name: (jnp.sum(x * mask_BT), jnp.sum(mask_BT)) for name, x in stats.items()}
         assert batch.finished_BT is not None
-        return sums | update.sum_stop_logps(stats, mask_BT, losses.shift(batch.finished_BT))
+        return sums | update_metrics.sum_stop_logps(stats, mask_BT, losses.shift(batch.finished_BT))
 
     s, mesh = stage.c, policy.get_mesh(student)
     shards = math.lcm(

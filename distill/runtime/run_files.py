@@ -8,6 +8,7 @@ etils.epath: a run directory may be local or, if gcsfs is installed, gs://…
 import base64
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import math
@@ -23,6 +24,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+from distill.runtime import tensorboard
 from distill.runtime.paths import is_remote
 from models.errors import UserError
 
@@ -166,6 +168,28 @@ class JsonlAppender:
         self.flush()
 
 
+@contextlib.contextmanager
+def explain_write_errors(path: epath.PathLike, flag: str) -> Iterator[None]:
+    """Context in which a disk that is full, read-only or gone is a UserError of one line.
+
+    Args:
+      path: the file or directory that is written.
+      flag: what the message names, such as --workdir=runs/x.
+    """
+    try:
+        yield
+    except OSError as error:
+        name = os.path.abspath(str(error.filename)) if error.filename else ""
+        is_inside = name.startswith(os.path.abspath(str(path)))
+        if not is_inside and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        raise UserError(
+            f"{flag}: {error.strerror or error}{where}; what was complete before is intact, and "
+            "the same command goes on once this is mended"
+        ) from error
+
+
 def resume_jsonl(path: epath.PathLike, about: Mapping[str, Any]) -> int:
     """Returns the number of rows that an interrupted `extend_jsonl` wrote for `path`.
 
@@ -232,7 +256,7 @@ class Writer:
 
     def __init__(self, workdir: epath.PathLike, resume_step: int) -> None:
         self._workdir = epath.Path(workdir)
-        self._board: Any = None  # tensorboardX's SummaryWriter
+        self._board: tensorboard.EventWriter | None = None
         if not is_primary():
             return
         self._workdir.mkdir(parents=True, exist_ok=True)
@@ -245,26 +269,40 @@ class Writer:
                 old.unlink()
         self._lines = JsonlAppender(path)
         if not is_remote(workdir):  # for buckets tensorboardX needs Google's own client
-            from tensorboardX import SummaryWriter  # imports torch if installed
-
-            folder = self._workdir / "tensorboard"
-            self._board = SummaryWriter(str(folder), purge_step=resume_step, flush_secs=10)
+            path.touch()
+            self._board = tensorboard.EventWriter(self._workdir / "tensorboard", resume_step)
 
     def write(self, step: int, stage: str, numbers: Mapping[str, Any]) -> None:
         """Appends one row; `numbers` maps flat names to scalars (host or device) or None."""
         if not is_primary():
             return
+        self._require_directory()
         values = _to_finite(jax.device_get(dict(numbers)))
         self._lines.append_rows([{"step": step, "stage": stage, **values}])
         if self._board is not None:
-            for name, value in values.items():
-                if value is not None:
-                    self._board.add_scalar(name, value, step)
+            self._board.add_scalars(
+                {name: value for name, value in values.items() if value is not None}, step
+            )
+
+    def _require_directory(self) -> None:
+        """Raises FileNotFoundError if the directory is gone; nothing may make a new, empty one."""
+        path = self._workdir / "metrics.jsonl"
+        if not is_remote(path) and not path.exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
     def write_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Writes rollouts/{step}.jsonl, one transcript per row."""
         if is_primary():
+            self._require_directory()
             write_jsonl(self._workdir / "rollouts" / f"{step:06d}.jsonl", rows)
+
+    def write_skipped(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Writes skipped/{step}.jsonl, the sequences of an update that was not finite."""
+        if is_primary():
+            self._require_directory()
+            path = self._workdir / "skipped" / f"{step:06d}.jsonl"
+            write_jsonl(path, rows)
+            log_line(f"warning: step {step}: loss or gradient not finite, not trained: see {path}")
 
     def flush(self) -> None:
         """Writes all rows to metrics.jsonl before it returns."""

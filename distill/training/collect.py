@@ -21,7 +21,7 @@ from distill.data import collate, curriculum, dataset, packing
 from distill.data.collate import BatchLayout
 from distill.data.examples import Example
 from distill.rewards import graders, terms
-from distill.runtime import distributed
+from distill.runtime import distributed, run_files
 from distill.runtime import mesh as mesh_lib
 from distill.teachers.local import Teacher
 from distill.training import grading, microbatches, stages
@@ -290,8 +290,9 @@ def finish_rollout(
         "rollout/tokens_per_second": counts["tokens"] / seconds,
         "rollout/mean_length": num_tokens / max(1, len(ended)),
         "rollout/truncated": num_truncated / max(1, len(ended)),
+        "rollout/failed": sum(x.finish_reason == "error" for x in ended),
         "rollout/repetition": -float(np.mean(repetition or [0])),
-        "rollout/utilisation": counts["tokens"] / counts["slot_steps"],
+        "rollout/utilisation": counts["tokens"] / max(1, counts["slot_steps"]),
         "time/rollout": seconds,
         **count_skipped(stage),
         **curriculum.mean_difficulty([x.difficulty for x in ended]),
@@ -305,6 +306,28 @@ def finish_rollout(
         num_stale = sum(version < started.step for x in ended for version in x.versions)
         metrics["rollout/stale"] = num_stale / max(1, num_tokens)
     return ended, metrics
+
+
+def drop_failed_groups(
+    sequences: list[rollout.Sequence], rewards: list[float] | None, samples: int
+) -> tuple[list[rollout.Sequence], list[float] | None]:
+    """Leaves out sequences that ended in NaN logits, and names them on the terminal.
+
+    Of sequences with rewards, in groups of `samples`, it leaves out the whole group, which an
+    advantage compares.
+    """
+    failed = [i for i, x in enumerate(sequences) if x.finish_reason == "error"]
+    if not failed:
+        return sequences, rewards
+    x = sequences[failed[0]]
+    run_files.log_line(
+        f"warning: {len(failed)} of {len(sequences)} responses ended in NaN logits and are left "
+        f"out, the first after {len(x.tokens)} tokens: {x.where or f'row {failed[0]}'}"
+    )
+    size = samples if rewards is not None else 1
+    dropped = {i // size for i in failed}
+    kept = [i for i in range(len(sequences)) if i // size not in dropped]
+    return [sequences[i] for i in kept], rewards and [rewards[i] for i in kept]
 
 
 def _measure_by_mode(sequences: Sequence[rollout.Sequence]) -> Metrics:

@@ -23,6 +23,7 @@ from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.runtime import distributed, run_files
 from distill.runtime.checkpoint import Checkpoints
+from distill.training import update
 from models import checks
 from models.checks import Range
 from models.errors import UserError
@@ -120,6 +121,7 @@ class ValidationHook:
             value = -value if v.c.best.startswith("-") else value
             if self.best_value is None or value > self.best_value:
                 meta = {**make_meta(), "eval": make_eval_config(v), "value": value}
+                update.require_finite(state)
                 # In place of the former best, which a run before the last resume may have found
                 # at a later step.
                 self.best_checkpoints.save(step, state, meta, replace=True)

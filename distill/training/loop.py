@@ -5,12 +5,10 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -18,28 +16,41 @@ from ml_collections import ConfigDict
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.rewards import graders
-from distill.runtime import cli, distributed, environment, paths, run_files, xla
+from distill.runtime import (
+    cli,
+    distributed,
+    locks,
+    paths,
+    run_files,
+    watchdog,
+    xla,
+)
 from distill.runtime import mesh as mesh_lib
 from distill.runtime.checkpoint import Checkpoints
 from distill.teachers.local import Teacher
 from distill.training import (
+    alerts,
     collect,
     eval_hook,
     grading,
     memory,
+    metrics_log,
     microbatches,
     optim,
     preflight,
     resume,
+    saving,
     setup,
     trainer,
     update,
 )
 from distill.training.collect import Collector
 from distill.training.microbatches import Minibatches
-from distill.training.setup import RunSetup, StageSetup
-from models.errors import UserError
+from distill.training.setup import RunSetup
+from models.errors import SourceFailure, UserError
 from models.transformer import Params
+
+ALERT_STOP = 1000  # in place of a signal's number: an alert stops the run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,130 +64,14 @@ class RunContext:
     grader: graders.Grader
     get_stop_signal: Callable[[], int]  # signal that asked us to stop, or 0
     compile_monitor: xla.CompileMonitor
+    alerts: alerts.Alerts  # of process 0
+    watchdog: watchdog.Watchdog
 
     def check_stop_signal(self) -> int:
-        """Returns the signal that any process received, or 0; all stop after the same step."""
-        return distributed.max_over_processes(self.get_stop_signal())
-
-
-@dataclasses.dataclass
-class MetricsLogger:
-    """Writes and displays the metrics of each step once the next one has started, so that the host
-    does not wait for the device."""
-
-    stage: StageSetup
-    writer: run_files.Writer
-    progress_bar: run_files.Progress
-    pending: tuple[int, float, dict, dict] | None = None
-
-    def add_step(
-        self, step: int, start_time: float, host_metrics: dict, device_metrics: dict[str, jax.Array]
-    ) -> None:
-        """Writes the pending row, if any, and makes the step's row the pending one."""
-        self.write(start_time)
-        self.pending = (step, start_time, host_metrics, device_metrics)
-
-    def fetch_pending(self, end_time: float | None = None) -> None:
-        """Completes the pending row with its device metrics. The step ended at `end_time`, when the
-        next one started; by default now, once the device is done."""
-        if self.pending and "time/step" not in self.pending[2]:
-            _, start_time, host_metrics, device_metrics = self.pending
-            fetched = jax.device_get(device_metrics)
-            compiling = {k: host_metrics.pop(k) for k in ("time/compile",) if k in host_metrics}
-            host_metrics |= {f"train/{name}": float(x) for name, x in fetched.items()}
-            host_metrics["time/step"] = (end_time or time.perf_counter()) - start_time
-            host_metrics |= compiling
-
-    def write(self, end_time: float | None = None) -> None:
-        """Writes the pending row, if any; for `end_time` see `fetch_pending`."""
-        if self.pending is None:
-            return
-        self.fetch_pending(end_time)
-        (step, _, row, _), self.pending = self.pending, None
-        self.writer.write(step, self.stage.name, row)
-        bar_names = ("train/loss", "train/grad_norm", "rollout/mean_length", "time/step")
-        bar_metrics = {k: row[k] for k in bar_names if k in row}
-        if not row["train/trained_tokens"]:  # then there is no loss either
-            del bar_metrics["train/loss"]
-        self.progress_bar.update(step + 1 - self.stage.first_step, bar_metrics)
-
-
-def make_transcripts(
-    kept_stats: trainer.KeptStats, mesh: Mesh, student: Policy, count: int
-) -> list[dict[str, object]]:
-    """Makes the rows of rollouts/*.jsonl for the first `count` sequences of a step.
-
-    A row has the text and tokens of a sequence, and each statistic as a list of one number per
-    response token.
-    """
-    rows: dict[int, dict[str, object]] = {}
-    decode = student.tokenizer.decode if student.tokenizer else lambda ids: None
-    for micro, stats in kept_stats:
-        batch = micro.to_device(mesh)
-        arrays = (batch.tokens_BT, batch.mask_BT, batch.segments_BT, batch.finished_BT, stats)
-        arrays = jax.tree.map(np.asarray, mesh_lib.gather_first_rows(arrays, len(micro.rows)))
-        tokens, mask, segments, finished, stats_arrays = arrays
-        for i, numbers in enumerate(micro.rows):
-            for segment, number in enumerate(numbers, start=1):
-                if number >= count:
-                    continue
-                in_segment = segments[i] == segment
-                in_response = in_segment & mask[i]
-                prompt, response = tokens[i][in_segment & ~mask[i]], tokens[i][in_response]
-                row = rows[number] = {
-                    "prompt": decode(prompt.tolist()),
-                    "response": decode(response.tolist()),
-                    "prompt_tokens": prompt.tolist(),
-                    "tokens": response.tolist(),
-                    **{name: x[i][in_response].tolist() for name, x in stats_arrays.items()},
-                }
-                if finished is not None:
-                    row["finish_reason"] = "stop" if finished[i][in_segment].any() else "length"
-    return [rows[number] for number in sorted(rows)]
-
-
-def restore_or_init(
-    c: ConfigDict, run_setup: RunSetup, checkpoints: Checkpoints, input_keys: Sequence[str]
-) -> tuple[update.TrainState, int, dict[str, Any] | None]:
-    """Restores the newest checkpoint, or initialises the state.
-
-    Args:
-      input_keys: config keys of inputs whose content was compared (resume.init_workdir).
-
-    Returns:
-      The state, the number of its stage, and the stage's progress (collect.StageProgress), which
-      is None at the start of a run.
-    """
-    student = run_setup.student
-    trained = mesh_lib.make_abstract_params(
-        student.config, policy.get_mesh(student), student.model.lora
-    )
-
-    def make_abstract_state(meta: dict[str, Any]) -> Any:
-        config = json.loads(c.to_json_best_effort())
-        if changed := resume.find_config_changes(meta["config"], config, input_keys):
-            raise UserError(f"--workdir: its checkpoints are of another config: {changed[0]}")
-        # Of the checkpoint's own stage: an earlier one may have another optimiser.
-        optimizer = run_setup.stages[meta["index"]].optimizer
-        return update.make_abstract_state(optimizer, trained, bool(c.student.ema_decay))
-
-    restored = checkpoints.restore(make_abstract_state)
-    if restored:
-        state, meta = restored
-        if meta["git"] != environment.describe_git():
-            run_files.log_line(f"the checkpoint was written by other code: {meta['git']}")
-        return state, meta["index"], meta["progress"]
-    key = jax.random.key(c.seed)
-    if student.model.lora:
-        params = policy.load_or_init_lora(student, key)
-    elif c.student.random_init:
-        params = policy.init_random_policy(student, key).params
-    else:
-        params = policy.load(student, "float32").params
-    # A copy, since the state is donated and nothing in it may alias.
-    ema_params = jax.tree.map(jnp.copy, params) if c.student.ema_decay else None
-    optimizer = run_setup.stages[0].optimizer
-    return update.init_train_state(optimizer, params, 0, ema_params), 0, None
+        """Returns the signal that any process received, ALERT_STOP for an alert that stops the run,
+        or 0; all stop after the same step."""
+        own = ALERT_STOP if self.alerts.stop else self.get_stop_signal()
+        return distributed.max_over_processes(own)
 
 
 def prepare_run(
@@ -211,13 +106,24 @@ def run(c: ConfigDict, workdir: epath.PathLike, allow_changed_inputs: bool = Fal
         it began with.
 
     Raises:
-      UserError: naming the problem in the config, its files or `workdir`.
+      UserError: naming the problem in the config, its files or `workdir`; or, after a checkpoint,
+        the alert that stopped the run.
       SystemExit: with code 128 + signal, after a checkpoint, if a signal asked the run to stop.
     """
     paths.require_reachable(str(workdir), "--workdir")
-    workdir = epath.Path(workdir)
+    workdir, flag = epath.Path(workdir), f"--workdir={workdir}"
     xla.init_compilation_cache(c.compilation_cache)
+    with (
+        run_files.explain_write_errors(workdir, flag),
+        locks.hold_lock(workdir / "lock", flag),
+    ):
+        run_stages(c, workdir, allow_changed_inputs)
+
+
+def run_stages(c: ConfigDict, workdir: epath.Path, allow_changed_inputs: bool) -> None:
+    """Does what `run` says, in a directory that no other run writes."""
     mesh, teacher_mesh = mesh_lib.make_meshes(c)
+    run_alerts = alerts.Alerts(c.alerts)
     prepare = functools.partial(prepare_run, c, workdir, mesh, teacher_mesh, allow_changed_inputs)
     steps_done = distributed.broadcast_from_primary(
         lambda: policy.find_newest_step(str(workdir)) or 0
@@ -242,13 +148,26 @@ def run(c: ConfigDict, workdir: epath.PathLike, allow_changed_inputs: bool = Fal
             grader = stack.enter_context(graders.Grader())
             get_stop_signal = stack.enter_context(cli.catch_stop_signals())
             compile_monitor = stack.enter_context(xla.CompileMonitor())
-            state, first_stage, progress = restore_or_init(c, run_setup, checkpoints, input_keys)
+            state, first_stage, progress = saving.restore_or_init(
+                c, run_setup, checkpoints, input_keys
+            )
             if int(state.step) < steps_done:  # the newest checkpoint is damaged
                 earlier, *_ = prepare(int(state.step))
                 run_setup = dataclasses.replace(earlier, student=run_setup.student)
             writer = stack.enter_context(run_files.Writer(workdir, int(state.step)))
+            if run_files.is_primary() and (workdir / "metrics.jsonl").exists():
+                rows = (workdir / "metrics.jsonl").read_text().splitlines()
+                run_alerts.read_rows(map(json.loads, rows))
             run_context = RunContext(
-                mesh, checkpoints, writer, validation_hook, grader, get_stop_signal, compile_monitor
+                mesh,
+                checkpoints,
+                writer,
+                validation_hook,
+                grader,
+                get_stop_signal,
+                compile_monitor,
+                run_alerts,
+                stack.enter_context(watchdog.Watchdog(c.alerts.hang_seconds, c.alerts.hang_exits)),
             )
             loaded_models: dict[str, Policy | Teacher] = {}
             for index, stage in enumerate(run_setup.stages[first_stage:], start=first_stage):
@@ -269,8 +188,23 @@ def run(c: ConfigDict, workdir: epath.PathLike, allow_changed_inputs: bool = Fal
                 if run_context.check_stop_signal():
                     break
         if code := run_context.check_stop_signal():
-            run_files.log_line(f"stopped after step {int(state.step)}; the same command resumes it")
-            raise SystemExit(128 + code)
+            stop_run(run_alerts, code, int(state.step))
+
+
+def stop_run(run_alerts: alerts.Alerts, code: int, step: int) -> NoReturn:
+    """Ends a run that an alert or the signal `code` stopped, after the checkpoint of `step`."""
+    if code != ALERT_STOP:
+        run_files.log_line(f"stopped after step {step}; the same command resumes it")
+        raise SystemExit(128 + code)
+
+    def describe_alert() -> str:
+        assert run_alerts.stop
+        return f"step {run_alerts.stop.step}: {run_alerts.stop.message}"
+
+    raise UserError(
+        f"{distributed.broadcast_from_primary(describe_alert)}; stopped at the checkpoint of step "
+        f"{step}, from which the same command goes on"
+    )
 
 
 def run_stage(
@@ -300,14 +234,25 @@ def run_stage(
     first_step = int(state.step)
     num_done = first_step - stage.first_step
     with run_files.show_progress(s.steps, num_done, stage.name) as progress_bar:
-        metrics_logger = MetricsLogger(stage, run_context.writer, progress_bar)
+        metrics_logger = metrics_log.MetricsLogger(
+            stage, run_context.writer, progress_bar, run_context.alerts, mesh, run_setup.student
+        )
         for step in range(first_step, stage.end_step):
+            run_context.watchdog.start_step(step)
             start_time, is_last = time.perf_counter(), step + 1 == stage.end_step
             transcript_count = c.log.transcripts if step % c.log.transcripts_every == 0 else 0
 
-            minibatches, host_metrics = collect_step(collector, state.params, step, state.average)
+            try:
+                collected = collect_step(collector, state.params, step, state.average)
+            except SourceFailure as error:
+                metrics_logger.write()
+                stop_at_failure(c, run_context, collector, state, index, error)
+                raise
+            minibatches, host_metrics = collected
             state, device_metrics, kept_stats, score_seconds = stage_trainer.step(
-                state, minibatches, transcript_count
+                state,
+                minibatches,
+                transcript_count if metrics_logger.has_skipped else s.batch_size,
             )
             if stage.asynchronous:
                 collect.sample_ahead(collector, device_metrics)
@@ -315,16 +260,19 @@ def run_stage(
             host_metrics["time/score"] += score_seconds
             num_updates = (step - stage.first_step) * stage.updates_per_step
             device_metrics["learning_rate"] = schedule(num_updates)
-            metrics_logger.add_step(step, start_time, host_metrics, device_metrics)
-            make_meta = functools.partial(make_checkpoint_meta, c, collector, index, step + 1)
+            metrics_logger.add_step(step, start_time, host_metrics, device_metrics, kept_stats)
+            make_meta = functools.partial(saving.make_meta, c, collector, index, step + 1)
             if validation_hook.is_due(step + 1, is_last):
                 metrics_logger.fetch_pending()
-                host_metrics |= validation_hook.run(state, make_meta, step + 1)
+                with run_context.watchdog.watch_evaluation(step):
+                    host_metrics |= validation_hook.run(state, make_meta, step + 1)
             host_metrics["time/compile"] = run_context.compile_monitor.report_compiles(
                 f"step {step}", 0.0 if step == first_step else 1.0
             )
             if transcript_count:
-                rows = make_transcripts(kept_stats, mesh, run_setup.student, transcript_count)
+                rows = metrics_log.make_transcripts(
+                    kept_stats, mesh, run_setup.student, transcript_count
+                )
                 run_context.writer.write_rollouts(step, rows)
             # Checked once, since a signal may arrive while the state is being saved.
             stopping = bool(run_context.check_stop_signal())
@@ -332,11 +280,31 @@ def run_stage(
             is_due = checkpoints.should_save(step + 1)
             if is_due or stopping or is_last:
                 metrics_logger.write()
-                run_context.writer.flush()  # the files are then as new as the checkpoint
-                checkpoints.save(step + 1, state, make_meta())
+                saving.save(checkpoints, run_context.writer, state, make_meta())
             if stopping:
                 break
+    run_context.watchdog.stop_step()
     return state
+
+
+def stop_at_failure(
+    c: ConfigDict,
+    run_context: RunContext,
+    collector: Collector,
+    state: update.TrainState,
+    index: int,
+    error: SourceFailure,
+) -> None:
+    """Saves the state of a run whose step cannot be collected, and raises UserError. Does nothing
+    before the first step, or with several processes, of which the others have not failed."""
+    step = int(state.step)
+    if step == 0 or jax.process_count() > 1:
+        return
+    meta = saving.make_meta(c, collector, index, step)
+    saving.save(run_context.checkpoints, run_context.writer, state, meta)
+    raise UserError(
+        f"{error}; stopped at the checkpoint of step {step}, from which the same command goes on"
+    ) from error
 
 
 def collect_step(
@@ -355,18 +323,20 @@ def collect_step(
     stage, s, layout, mesh = collector.stage, collector.stage.c, collector.layout, collector.mesh
     if not stage.sampled_rows:
         return collect.read_minibatches(collector, step)
+    # Before sampling, which must not be lost if they cannot be read.
+    traces = collect.read_traces(collector, step)
     if stage.loss.reward:
         sequences, rewards, metrics = collect.sample_graded_sequences(collector, params, step)
     else:
         sequences, metrics = collect.sample_sequences(collector, params, step)
         rewards = None
+    sequences, rewards = collect.drop_failed_groups(sequences, rewards, s.samples)
     samples = microbatches.to_examples(sequences, rewards)
-    traces = collect.read_traces(collector, step)
     packed = microbatches.pack_examples(
         [*samples, *traces], stage.microbatch_rows, s.minibatches, layout
     )
     start_time = time.perf_counter()
-    if stage.loss.reward and s.reward.teacher_logprob:
+    if stage.loss.reward and s.reward.teacher_logprob and samples:
         scores_B = grading.score_with_teachers(
             collector.teachers, packed, samples, layout, mesh, collector.loss_chunk_mib, ema_params
         )
@@ -379,17 +349,3 @@ def collect_step(
     minibatches = microbatches.make_microbatches(packed, [*samples, *traces], layout, mesh)
     metrics["time/score"] = time.perf_counter() - start_time
     return minibatches, metrics
-
-
-def make_checkpoint_meta(
-    c: ConfigDict, collector: Collector, index: int, step: int
-) -> dict[str, Any]:
-    """Makes the JSON that a checkpoint after `step` steps holds beside the state."""
-    stage = collector.stage
-    return {
-        "stage": stage.name,
-        "index": index,
-        "progress": collector.progress.get_state(step - stage.first_step),
-        "config": json.loads(c.to_json_best_effort()),
-        "git": environment.describe_git(),
-    }

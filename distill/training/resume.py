@@ -29,7 +29,7 @@ from distill.teachers import local
 from models.errors import UserError
 
 # Keys of the config that may change, since they do not affect what is trained.
-MUTABLE_KEYS = ("checkpoint", "log", "eval", "compilation_cache")
+MUTABLE_KEYS = ("checkpoint", "log", "eval", "compilation_cache", "alerts")
 INPUTS_FILE = "inputs.json"
 SAMPLED_ROWS = 1000  # hashed of a set that is not files of one's own; more cost time
 _SHOWN_CHANGES = 3  # in a message

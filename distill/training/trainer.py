@@ -15,7 +15,7 @@ from distill.objectives import losses
 from distill.policy.policy import Policy
 from distill.teachers import local
 from distill.teachers.local import Teacher
-from distill.training import setup, stages, update
+from distill.training import setup, stages, update, update_metrics
 from distill.training.microbatches import Microbatch, Minibatches
 from distill.training.setup import RunSetup, StageSetup
 from models.transformer import Params
@@ -79,14 +79,14 @@ class Trainer:
                 keep_stats={
                     k
                     for k, x in enumerate(microbatches)
-                    if is_last_epoch and _has_transcript(x, transcript_count)
+                    if is_last_epoch and has_transcript(x, transcript_count)
                 },
                 single_microbatch=not self.stage.sampled_rows and self.stage.c.accumulate == 1,
                 steps=int(number + 1 == updates),
             )
             measured.append(metrics)
             kept_stats += [(microbatches[k], x) for k, x in stats.items()]
-        metrics = measured[0] if updates == 1 else update.average_metrics(measured)
+        metrics = measured[0] if updates == 1 else update_metrics.average_metrics(measured)
         return state, metrics, kept_stats, seconds
 
     def _score(self, average: Params | None, batch: Batch) -> Batch:
@@ -119,7 +119,7 @@ class Trainer:
         return known_before
 
 
-def _has_transcript(micro: Microbatch, transcript_count: int) -> bool:
+def has_transcript(micro: Microbatch, transcript_count: int) -> bool:
     """Returns True if the micro-batch has one of the first `transcript_count` sequences."""
     return any(number < transcript_count for row in micro.rows for number in row)
 

@@ -6,7 +6,7 @@ the sum in place; `apply` divides the sum once and updates the state in place.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import jax
@@ -15,16 +15,15 @@ import numpy as np
 import optax
 
 from distill.batch import Batch
-from distill.objectives import advantages, fused_head, losses
+from distill.objectives import fused_head, losses
 from distill.policy import forward
 from distill.runtime import mesh as mesh_lib
 from distill.runtime import run_files, xla
+from distill.training import update_metrics
 from models import transformer
+from models.errors import UserError
 from models.layers import moe
 from models.transformer import Params, Transformer
-
-KL_OFFSETS = (0, 16, 64, 256, 1024, 4096, 16384)  # response positions that bound KL intervals
-PARTIAL_METRICS = ("/", "_from_", "stop_")  # in names of metrics that may lack tokens in an update
 
 
 @jax.tree_util.register_dataclass
@@ -179,58 +178,14 @@ def compute_loss_sums(
         stats["sampler_delta"] = jnp.abs(stats["logp"] - known["sampler_logp_BT"])
     sums = {name: (jnp.sum(x * mask_BT), tokens) for name, x in stats.items()}
     sums |= {"loss": (total, count), **router_sums}
-    sums |= _sum_subsets(stats, mask_BT, known["segments_BT"], batch, options)
+    sums |= update_metrics.sum_subsets(
+        stats, mask_BT, known["segments_BT"], batch, options.max_response_tokens
+    )
     if options.router_aux_loss_coef:
         load_LE, p_LE = (x / seen for x, seen in (sums["load_LE"], sums["p_LE"]))
         balance = moe.summarise_load(load_LE, p_LE)["load_balancing_loss"]
         total += options.router_aux_loss_coef * count * balance
     return total, (sums, {name: losses.unshift(x * mask_BT) for name, x in stats.items()})
-
-
-def _sum_subsets(
-    stats: losses.Stats,
-    mask_BT: jax.Array,
-    segments_BT: jax.Array,
-    batch: Batch,
-    options: UpdateOptions,
-) -> run_files.MetricSums:
-    """Returns (sum, count) pairs over subsets of the trained tokens: by offset in the response, by
-    thinking mode, and of stop tokens. All arrays but the batch are shifted."""
-    sums: run_files.MetricSums = {}
-    if "reverse_kl" in stats:
-        offsets = tuple(x for x in KL_OFFSETS if x < options.max_response_tokens)
-        kl_by_offset = advantages.sum_by_position(
-            stats["reverse_kl"], mask_BT, segments_BT, offsets
-        )
-        sums |= {f"reverse_kl_from_{offset}": x for offset, x in kl_by_offset.items()}
-    if batch.thinking_BT is not None:
-        thinking_BT = losses.shift(batch.thinking_BT)
-        modes = {"think": mask_BT * thinking_BT, "no_think": mask_BT * ~thinking_BT}
-        sums |= {
-            f"{name}/{mode}": (jnp.sum(stats[name] * mode_mask_BT), jnp.sum(mode_mask_BT))
-            for name in ("reverse_kl", "entropy", "logp")
-            if name in stats
-            for mode, mode_mask_BT in modes.items()
-        }
-    if batch.finished_BT is not None:
-        sums |= sum_stop_logps(stats, mask_BT, losses.shift(batch.finished_BT))
-    return sums
-
-
-def sum_stop_logps(
-    stats: losses.Stats, mask_BT: jax.Array, finished_BT: jax.Array
-) -> run_files.MetricSums:
-    """Returns (sum, count) of the log-probabilities of stop tokens, under student and teacher.
-
-    If the teacher would continue at these tokens, responses are about to grow. Arrays are shifted.
-    """
-    last_BT = mask_BT * (1 - losses.shift(mask_BT)) * finished_BT
-    names = {"logp": "stop_logp", "teacher_logp": "teacher_stop_logp"}
-    return {
-        metric: (jnp.sum(stats[name] * last_BT), jnp.sum(last_BT))
-        for name, metric in names.items()
-        if name in stats
-    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +197,7 @@ class UpdatePrograms:
     init_gradient: (parameters) -> zero gradient, for the first of several micro-batches.
     merge_metrics: (metric sums, metric sums) -> their sum.
     apply: (state, gradient, metric sums, steps that the update ends) -> (state, metrics). Donates
-      the state.
+      the state, and leaves it as it was if the loss or the gradient is not finite.
     compute_logp: (parameters, micro-batch, frozen) -> [B, T] log-probabilities of trained tokens.
     """
 
@@ -358,43 +313,65 @@ def _apply_update(
     metric_sums: tuple[run_files.MetricSums, jax.Array | None],
     steps: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Applies the summed gradient; returns the new state and the metrics."""
+    """Applies the summed gradient; returns the new state and the metrics.
+
+    The old state stays, but for the step, if there are no trained tokens (no row ended within its
+    budget, or all groups were dropped), or if the loss or the gradient is not finite. So nothing
+    changes, not even by momentum; `skipped_updates` counts the latter. Old or new is chosen for
+    each element, in place. optax.apply_if_finite would not see the loss, and its branch needs
+    memory for a second state.
+    """
     sums, max_ratio = metric_sums
     count = jnp.maximum(sums["loss"][1], 1)  # if it is 0, so are all weights
     gradient = jax.tree.map(lambda g: g / count.astype(g.dtype), gradient)
-    trained_tokens = sums["logp"][1]
-    has_tokens = trained_tokens > 0
+    grad_norm = optax.tree.norm(gradient)
+    has_tokens = sums["logp"][1] > 0
+    is_finite = jnp.isfinite(sums["loss"][0]) & jnp.isfinite(grad_norm)
+    is_applied = has_tokens & is_finite
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    # Without trained tokens (no row ended within its budget, or all groups were dropped) nothing
-    # changes, not even by momentum.
     params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(has_tokens, new, old),
+        lambda new, old: jnp.where(is_applied, new, old),
         (optax.apply_updates(state.params, updates), opt_state),
         (state.params, state.opt_state),
     )
     metrics = run_files.compute_means(sums)
     if "load_LE" in metrics:  # these sums are over the whole batch
         metrics |= moe.summarise_load(metrics.pop("load_LE"), metrics.pop("p_LE"))
-    metrics["grad_norm"] = optax.tree.norm(gradient)
-    metrics["trained_tokens"] = trained_tokens
+    metrics["grad_norm"] = grad_norm
+    metrics["trained_tokens"] = jnp.where(is_applied, sums["logp"][1], 0)
+    metrics["skipped_updates"] = has_tokens & ~is_finite
     if max_ratio is not None:
         metrics["ratio_max"] = max_ratio
     average = state.average
     if average is not None:
-        rate = jnp.where(has_tokens, 1 - ema_decay, 0)
+        rate = jnp.where(is_applied, 1 - ema_decay, 0)
         average = jax.tree.map(lambda a, p: a + rate * (p - a), average, params)
     return TrainState(params, opt_state, state.step + steps, average), metrics
 
 
-@jax.jit
-def average_metrics(update_metrics: Sequence[dict[str, jax.Array]]) -> dict[str, jax.Array]:
-    """Averages the metrics of several updates. Updates without tokens for a metric do not count."""
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *update_metrics)
-    has_tokens = stacked["trained_tokens"] > 0
-    has_tokens |= ~jnp.any(has_tokens)
-    return {
-        name: jnp.nanmean(x)
-        if any(part in name for part in PARTIAL_METRICS)
-        else jnp.mean(x, where=has_tokens)
-        for name, x in stacked.items()
+def require_finite(state: TrainState) -> None:
+    """Checks a state before it is saved. All processes must call this.
+
+    Updates leave a finite state finite, unless a parameter overflows or an optimiser divides by 0.
+
+    Raises:
+      UserError: naming an array of the state that holds a number that is not finite.
+    """
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): x
+        for path, x in jax.tree_util.tree_leaves_with_path(state)
+        if jnp.issubdtype(x.dtype, jnp.floating)
     }
+    flags = jax.device_get(_are_finite(list(leaves.values())))
+    bad = [path for path, is_finite in zip(leaves, flags, strict=True) if not is_finite]
+    if bad:
+        raise UserError(
+            f"the state after step {int(state.step)} is not finite in {len(bad)} of {len(leaves)} "
+            f"arrays ({bad[0]}), and is not saved; earlier checkpoints are as they were: lower "
+            "optim.learning_rate or raise optim.eps"
+        )
+
+
+@jax.jit
+def _are_finite(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.all(jnp.isfinite(x)) for x in arrays]

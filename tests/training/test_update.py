@@ -15,7 +15,7 @@ from distill.batch import Batch
 from distill.objectives import losses
 from distill.policy import forward
 from distill.runtime import mesh as mesh_lib
-from distill.training import update
+from distill.training import update, update_metrics
 from models import families, transformer
 from models.errors import UserError
 from tests.support.updates import CONFIG, TEACHER, one_update, placed, scored_by
@@ -244,7 +244,7 @@ def test_a_batch_without_trained_tokens_changes_nothing(minibatches):
                     state, put, single_microbatch=True, steps=int(last)
                 )
                 metrics.append(measured)
-            return state, update.average_metrics(metrics)
+            return state, update_metrics.average_metrics(metrics)
 
         whole = batch()
         state, _ = step(state, whole)

@@ -1,0 +1,141 @@
+"""A watchdog: says where a step hangs, with the stacks of all threads.
+
+A thread looks at the main thread about once a second, and adds up how long a step takes. Compiling
+does not count, nor does the time in which the process is suspended.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import faulthandler
+import os
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+POLL_SECONDS = 1.0
+FACTOR = 10  # times the median: what is longer hangs
+NUM_REMEMBERED = 32  # durations in a median
+HUNG_EXIT_CODE = 1  # a launcher starts the run again
+
+# Part of a file's path -> what the main thread does in it; the first that is on its stack counts.
+PHASES = {
+    "distill/training/eval_hook": "evaluating",
+    "distill/runtime/checkpoint": "saving a checkpoint",
+    "distill/teachers/": "scoring",
+    "distill/rollout/": "sampling",
+    "distill/rewards/": "grading",
+    "distill/training/update": "updating",
+    "distill/training/metrics_log": "waiting for the update",
+    "distill/data/": "reading data",
+    "distill/runtime/run_files": "writing files",
+}
+_COMPILER = "jax/_src/compiler.py"
+
+
+@dataclasses.dataclass
+class _Task:
+    kind: str
+    name: str
+    seconds: float = 0.0
+    is_reported: bool = False
+
+
+class Watchdog:
+    """Watches the thread that makes it. Use as a context.
+
+    Args:
+      min_seconds: a step or an evaluation may take so long, or FACTOR times the median of those
+        before it if that is longer; 0: nothing is watched.
+      exits: what takes longer ends the process, without a checkpoint; else it is only reported,
+        once.
+    """
+
+    def __init__(self, min_seconds: float, exits: bool) -> None:
+        self._min_seconds, self._exits = min_seconds, exits
+        self._watched_thread = threading.get_ident()
+        self._tasks: list[_Task] = []  # the last one runs, and the time of the others stands still
+        self._durations: dict[str, collections.deque[float]] = {}
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start_step(self, step: int) -> None:
+        """Ends the step before, if any, and starts this one."""
+        self.stop_step()
+        self._tasks = [_Task("step", f"step {step}")]
+
+    def stop_step(self) -> None:
+        for task in self._tasks:
+            self._remember(task)
+        self._tasks = []
+
+    @contextlib.contextmanager
+    def watch_evaluation(self, step: int) -> Iterator[None]:
+        """Context in which an evaluation runs, whose time is not the step's."""
+        task = _Task("evaluation", f"the evaluation after step {step}")
+        self._tasks = [*self._tasks, task]
+        try:
+            yield
+        finally:
+            self._tasks = self._tasks[:-1]
+            self._remember(task)
+
+    def _remember(self, task: _Task) -> None:
+        kept = self._durations.setdefault(task.kind, collections.deque(maxlen=NUM_REMEMBERED))
+        kept.append(task.seconds)
+
+    def _watch(self) -> None:
+        interval = min(POLL_SECONDS, self._min_seconds / 10)
+        before = time.monotonic()
+        while not self._closed.wait(interval):
+            now = time.monotonic()
+            passed, before = min(now - before, 2 * interval), now
+            tasks = self._tasks
+            files = list_files_on_stack(self._watched_thread)
+            if not tasks or any(file.endswith(_COMPILER) for file in files):
+                continue
+            task = tasks[-1]
+            task.seconds += passed
+            usual = statistics.median(self._durations.get(task.kind) or [0.0])
+            if task.seconds > max(self._min_seconds, FACTOR * usual) and not task.is_reported:
+                task.is_reported = True
+                self._report(task, find_phase(files), usual)
+
+    def _report(self, task: _Task, phase: str, usual: float) -> None:
+        usually = f", where {usual:.0f} s are usual" if usual else ""
+        line = f"warning: {task.name} hangs {phase}: it has taken {task.seconds:.0f} s{usually} "
+        # To the descriptor: every process says where it hangs itself, and no lock is waited for.
+        os.write(2, f"{line}(config.alerts.hang_seconds); the stacks of all threads:\n".encode())
+        faulthandler.dump_traceback(file=2)
+        if self._exits:
+            os.write(2, b"error: the step hangs, see above; the same command resumes the run\n")
+            os._exit(HUNG_EXIT_CODE)
+
+    def __enter__(self) -> "Watchdog":
+        if self._min_seconds:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+
+def list_files_on_stack(thread: int) -> list[str]:
+    """Returns the files of the functions that a thread is in, the innermost first."""
+    files, frame = [], sys._current_frames().get(thread)
+    while frame is not None:
+        files.append(frame.f_code.co_filename)
+        frame = frame.f_back
+    return files
+
+
+def find_phase(files: list[str]) -> str:
+    """Returns what a thread with these files on its stack does."""
+    for part, phase in PHASES.items():
+        if any(part in file for file in files):
+            return phase
+    return "outside sampling and updating"

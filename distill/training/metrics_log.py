@@ -1,0 +1,115 @@
+"""The rows of metrics.jsonl, and the transcripts beside them."""
+
+import dataclasses
+import json
+import math
+import time
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from distill.policy.policy import Policy
+from distill.runtime import mesh as mesh_lib
+from distill.runtime import run_files
+from distill.training import trainer
+from distill.training.alerts import Alerts
+from distill.training.setup import StageSetup
+
+
+@dataclasses.dataclass
+class MetricsLogger:
+    """Writes and displays the metrics of each step once the next one has started, so that the host
+    does not wait for the device."""
+
+    stage: StageSetup
+    writer: run_files.Writer
+    progress_bar: run_files.Progress
+    alerts: Alerts
+    mesh: Mesh
+    student: Policy
+    pending: tuple[int, float, dict, dict] | None = None
+    pending_stats: trainer.KeptStats = dataclasses.field(default_factory=list)
+    has_skipped: bool = False  # True once the batch of a skipped update is written: one suffices
+
+    def add_step(
+        self,
+        step: int,
+        start_time: float,
+        host_metrics: dict,
+        device_metrics: dict[str, jax.Array],
+        kept_stats: trainer.KeptStats,
+    ) -> None:
+        """Writes the pending row, if any, and makes the step's row the pending one."""
+        self.write(start_time)
+        self.pending = (step, start_time, host_metrics, device_metrics)
+        self.pending_stats = [] if self.has_skipped else kept_stats
+
+    def fetch_pending(self, end_time: float | None = None) -> None:
+        """Completes the pending row with its device metrics. The step ended at `end_time`, when the
+        next one started; by default now, once the device is done."""
+        if self.pending and "time/step" not in self.pending[2]:
+            step, start_time, host_metrics, device_metrics = self.pending
+            fetched = jax.device_get(device_metrics)
+            compiling = {k: host_metrics.pop(k) for k in ("time/compile",) if k in host_metrics}
+            host_metrics |= {f"train/{name}": float(x) for name, x in fetched.items()}
+            host_metrics["time/step"] = (end_time or time.perf_counter()) - start_time
+            host_metrics |= compiling
+            if host_metrics["train/skipped_updates"] and not self.has_skipped:
+                self.has_skipped = True
+                count = self.stage.c.batch_size
+                rows = make_transcripts(self.pending_stats, self.mesh, self.student, count)
+                self.writer.write_skipped(step, rows)
+            self.pending_stats = []
+
+    def write(self, end_time: float | None = None) -> None:
+        """Writes the pending row, if any; for `end_time` see `fetch_pending`."""
+        if self.pending is None:
+            return
+        self.fetch_pending(end_time)
+        (step, _, row, _), self.pending = self.pending, None
+        self.writer.write(step, self.stage.name, row)
+        if run_files.is_primary():
+            file_row = json.loads(run_files.to_json(row))  # as a resumed run will read it
+            for alert in self.alerts.add_row({"step": step, "stage": self.stage.name, **file_row}):
+                run_files.log_line(f"warning: step {alert.step}: {alert.message}")
+        bar_names = ("train/loss", "train/grad_norm", "rollout/mean_length", "time/step")
+        # Without trained tokens there is no loss.
+        bar_metrics = {k: row[k] for k in bar_names if k in row and math.isfinite(row[k])}
+        self.progress_bar.update(step + 1 - self.stage.first_step, bar_metrics)
+
+
+def make_transcripts(
+    kept_stats: trainer.KeptStats, mesh: Mesh, student: Policy, count: int
+) -> list[dict[str, object]]:
+    """Makes the rows of rollouts/*.jsonl for the first `count` sequences of a step.
+
+    A row has the text and tokens of a sequence, and each statistic as a list of one number per
+    response token.
+    """
+    rows: dict[int, dict[str, object]] = {}
+    decode = student.tokenizer.decode if student.tokenizer else lambda ids: None
+    for micro, stats in kept_stats:
+        if not trainer.has_transcript(micro, count):
+            continue
+        batch = micro.to_device(mesh)
+        arrays = (batch.tokens_BT, batch.mask_BT, batch.segments_BT, batch.finished_BT, stats)
+        arrays = jax.tree.map(np.asarray, mesh_lib.gather_first_rows(arrays, len(micro.rows)))
+        tokens, mask, segments, finished, stats_arrays = arrays
+        for i, numbers in enumerate(micro.rows):
+            for segment, number in enumerate(numbers, start=1):
+                if number >= count:
+                    continue
+                in_segment = segments[i] == segment
+                in_response = in_segment & mask[i]
+                prompt, response = tokens[i][in_segment & ~mask[i]], tokens[i][in_response]
+                row = rows[number] = {
+                    "prompt": decode(prompt.tolist()),
+                    "response": decode(response.tolist()),
+                    "prompt_tokens": prompt.tolist(),
+                    "tokens": response.tolist(),
+                    **{name: x[i][in_response].tolist() for name, x in stats_arrays.items()},
+                }
+                if finished is not None:
+                    row["finish_reason"] = "stop" if finished[i][in_segment].any() else "length"
+    return [rows[number] for number in sorted(rows)]
