@@ -25,7 +25,7 @@ class Range:
         if (
             not isinstance(value, int | float)
             or isinstance(value, bool)
-            or not math.isfinite(value)
+            or not -math.inf < value < math.inf  # math.isfinite fails on huge integers
         ):
             return False
         reaches_low = value > self.low if self.above else value >= self.low

@@ -1,6 +1,7 @@
 """The config interface that layers and trainers use, whatever the model's family."""
 
 import dataclasses
+import math
 from typing import Any, ClassVar, Protocol
 
 from models.errors import UserError
@@ -121,6 +122,8 @@ def parse_rope_scaling(rope: dict[str, Any], field: str, max_positions: int) -> 
     for name, value in values.items():
         if isinstance(value, bool) != (name == "truncate") or not isinstance(value, int | float):
             raise UserError(f"{field}: {name}={value!r} is of the wrong type")
+        if not -math.inf < value < math.inf:
+            raise UserError(f"{field}: {name}={value} is not finite")
         if value < 1 and name in ("factor", "original_max_position_embeddings"):
             raise UserError(f"{field}: {name}={value} is below 1")
     scaling = RopeScaling(rope_type, **values)

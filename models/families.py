@@ -55,8 +55,8 @@ def read_config(directory: str | Path) -> Config:
         hint = f"; name one within: {names}" if names else ""
         raise UserError(f"{directory}: no model directory (it has no config.json){hint}")
     try:
-        fields = json.loads(path.read_text())
-    except ValueError as error:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path}: not a JSON object")

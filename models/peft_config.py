@@ -10,13 +10,13 @@ import dataclasses
 import functools
 import json
 import math
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import regex
 
 from models import families, weights
 from models.config import Config
@@ -46,6 +46,8 @@ _EXPERTS_PARAMETERS = {
     "up_proj": "gate_up_proj",
     "down_proj": "down_proj",
 }
+_WRONG = (TypeError, ValueError, AttributeError, ArithmeticError, LookupError, RecursionError)
+_PATTERN_SECONDS = 1.0  # for one module: patterns that backtrack can take for ever
 _TARGET_NAMES = {*TARGETS, *_EXPERTS_PARAMETERS.values()}
 
 
@@ -63,7 +65,7 @@ def read_fields(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / CONFIG_FILE
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path}: not a JSON object")
@@ -113,7 +115,7 @@ def find_sizes(path: Path, fields: dict[str, Any], config: Config) -> dict[str, 
                 sizes[module] = _find_size(fields, module)
             elif _matches(list(fields.get("target_parameters") or []), parameter):
                 sizes[module] = _find_size(fields, parameter)
-    except (re.error, TypeError, ValueError, AttributeError) as error:
+    except (regex.error, TimeoutError, *_WRONG) as error:
         raise UserError(f"{path}: a field of the wrong type or value ({error})") from None
     return sizes
 
@@ -144,7 +146,7 @@ def _name_parameter(module: str) -> str:
 def _matches(targets: str | list[str], module: str) -> bool:
     """Returns True if a pattern or a list of names or their ends applies to a module."""
     if isinstance(targets, str):
-        return bool(re.fullmatch(targets, module))
+        return bool(regex.fullmatch(targets, module, timeout=_PATTERN_SECONDS))
     return any(module == name or module.endswith(f".{name}") for name in targets)
 
 
@@ -157,7 +159,8 @@ def _is_target(fields: dict[str, Any], module: str) -> bool:
         return targets == "all-linear" or _matches(targets, module)
     patterns = fields.get("layers_pattern") or r"[^.]+"
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if match := re.match(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", module):
+        at = rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\."
+        if match := regex.match(at, module, timeout=_PATTERN_SECONDS):
             chosen = layers if isinstance(layers, list) else [layers]
             return int(match["layer"]) in chosen and _matches(targets, module)
     return False
@@ -166,8 +169,10 @@ def _is_target(fields: dict[str, Any], module: str) -> bool:
 def _find_size(fields: dict[str, Any], name: str) -> Size:
     def find_value(patterns: str, default: str) -> Any:
         values = (fields.get(patterns) or {}).items()
-        found = (value for key, value in values if re.match(rf"(.*\.)?({key})$", name))
-        return next(found, fields[default])
+        for key, value in values:
+            if regex.match(rf"(.*\.)?({key})$", name, timeout=_PATTERN_SECONDS):
+                return value
+        return fields[default]
 
     rank, alpha = find_value("rank_pattern", "r"), find_value("alpha_pattern", "lora_alpha")
     if type(rank) is not int or rank < 1:

@@ -16,16 +16,24 @@ WHOLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 def list_files(directory: Path) -> dict[Path, list[str]]:
     """Returns a model's files, each with the tensors that an index places in it.
 
-    A file of the whole model comes before an index, as in transformers.
+    A file of the whole model comes before an index, as in transformers. Raises UserError if the
+    index is none, or names a file elsewhere than in `directory`.
     """
     whole, index = directory / WHOLE_FILE, directory / INDEX_FILE
     if whole.is_file() or not index.is_file():
         return {whole: []}
     files: dict[Path, list[str]] = {}
     try:
-        for name, file in sorted(json.loads(index.read_text())["weight_map"].items()):
+        for name, file in sorted(json.loads(index.read_text("utf-8"))["weight_map"].items()):
+            if (
+                file in ("", "..")
+                or file != Path(file).name
+                or not file.isprintable()
+                or len(file.encode()) > 255
+            ):
+                raise UserError(f"{index}: {file!r} is no name of a file beside it")
             files.setdefault(directory / file, []).append(name)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{index}: not an index of safetensors files ({error!r})") from None
     return files
 
@@ -66,7 +74,7 @@ def open_tensors(files: dict[Path, list[str]]) -> Iterator[dict[str, Any]]:
                 raise UserError(missing if placed else _explain_missing_file(file))
             try:
                 handle = stack.enter_context(safe_open(file, framework="numpy"))
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, ValueError) as error:
                 raise UserError(f"{file}: not a readable safetensors file ({error})") from None
             file_slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
             absent = [name for name in placed if name not in file_slices]

@@ -30,7 +30,7 @@ FOLDERS = {
     "sampling",
     "policy": "exporting forward compatibility policy identity hub",
     "data": "collate packing dataset teacher_context cleaning dedup curriculum examples sources "
-    "retry canonical columns turns answers arithmetic chat template messages files values",
+    "retry canonical columns turns answers arithmetic chat template sandbox messages files values",
     "objectives": "losses loss fused_head chunks divergences advantages",
     "rewards": "terms ifeval graders equality answers",
     "runtime": "checkpoint saved_step integrity cli locks watchdog distributed xla run_files "
@@ -147,7 +147,7 @@ def test_no_test_imports_from_another():
 
 def test_test_folders_mirror_the_source():
     here = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()} - {"__pycache__"}
-    own = {"support", "long", "configs", "benchmarks", "end_to_end"}
+    own = {"support", "long", "configs", "benchmarks", "end_to_end", "fuzz"}
     assert here <= {*FOLDERS, "models", *own}, here
     flat = {path.name for path in (ROOT / "tests").glob("*.py")}
     assert flat == {"conftest.py", "house.py"}, "a test stands in the folder of what it tests"
@@ -213,6 +213,49 @@ def test_files_and_functions_stay_short():
                 assert node.end_lineno is not None
                 length = node.end_lineno - node.lineno + 1
                 assert length <= 80, f"{module}.{node.name}: {length} lines"
+
+
+# Calls that execute what they read, or hand it to a shell. `.eval` and `.compile` are methods of
+# others, so only bare names count there.
+UNSAFE_IMPORTS = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml")
+UNSAFE_NAMES = ("eval", "exec", "compile", "__import__")
+UNSAFE_METHODS = ("torch.load", "os.system", "os.popen", "yaml.load", "pickle.load", "pickle.loads")
+UNSAFE_OPTIONS = ("allow_pickle", "trust_remote_code", "shell")
+
+
+def find_unsafe_code(tree: ast.AST) -> list[str]:
+    """Returns lines that unpickle, evaluate text, or run a shell or the code of a model."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else names
+            found += [f"{node.lineno}: {n}" for n in names if under(n, *UNSAFE_IMPORTS)]
+        elif isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            options = [
+                k.arg
+                for k in node.keywords
+                if k.arg in UNSAFE_OPTIONS and ast.unparse(k.value) != "False"
+            ]
+            if name in UNSAFE_NAMES + UNSAFE_METHODS or options:
+                found.append(f"{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def test_nothing_executes_what_it_reads():
+    for module in sources():
+        if under(module, "distill", "models", "configs"):
+            assert not find_unsafe_code(sources()[module]), module
+    for line in (
+        "import pickle",
+        "from yaml import load",
+        "eval(x)",
+        "np.load(f, allow_pickle=True)",
+    ):
+        assert find_unsafe_code(ast.parse(line)), line
+    for line in ("subprocess.run(x, shell=True)", "torch.load(f)", "f(trust_remote_code=yes)"):
+        assert find_unsafe_code(ast.parse(line)), line
 
 
 def keys(c: ConfigDict) -> set[str]:

@@ -258,7 +258,7 @@ def load_stop_ids(
             continue
         try:
             value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: not a JSON object: {error}") from error
         values = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(i) is int and i >= 0 for i in values):

@@ -222,7 +222,7 @@ _NULLABLE = ("default", "const", "example", "examples", "enum")
 
 def _drop_padded_arguments(message: dict, tools: list[dict]) -> dict:
     """Leaves out arguments of null that the tool of a call does not have."""
-    if not message.get("tool_calls"):
+    if message["role"] != "assistant" or not message.get("tool_calls"):
         return message
     schemas = [tool.get("function", tool) for tool in tools]
     known = {x.get("name"): (x.get("parameters") or {}).get("properties") for x in schemas}

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from distill.data import sandbox, values
 from models.errors import UserError
 
 _OPENED = re.compile(r"<think>\s*\Z")
@@ -118,25 +119,27 @@ def render_text(
     """Renders a conversation as text.
 
     thinking=None leaves the switch to the template. Raises UserError if the tokenizer has no chat
-    template, or if that fails.
+    template, or if that fails, or exceeds the bounds of `sandbox`.
     """
     if tokenizer.chat_template is None:
         raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no chat template")
     switch: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
     try:
-        text = tokenizer.apply_chat_template(
-            # Some templates fail on a content of None, which a turn of tool calls may have.
-            [{**message, "content": message.get("content") or ""} for message in messages],
-            tools=tools,  # pyright: ignore[reportArgumentType]  (plain JSON schemas are accepted)
-            add_generation_prompt=add_generation_prompt,
-            tokenize=False,
-            **switch,
-        )
+        with sandbox.limit_time():
+            text = tokenizer.apply_chat_template(
+                # Some templates fail on a content of None, which a turn of tool calls may have.
+                [{**message, "content": message.get("content") or ""} for message in messages],
+                tools=tools,  # pyright: ignore[reportArgumentType]  (plain schemas are accepted)
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **switch,
+            )
     except Exception as error:  # a template may raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"the chat template of {tokenizer.name_or_path} cannot render the messages: {reason}"
         ) from error
+    values.require_characters(text, f"what the chat template of {tokenizer.name_or_path} renders")
     return cast(str, text)
 
 

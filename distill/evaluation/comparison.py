@@ -25,8 +25,8 @@ def read_evaluation(folder: str) -> tuple[Record, list[Record]]:
             rows = [records.drop_bulky_fields(json.loads(line)) for line in file]
         for row in rows:
             _ = row["id"], row["correct"]
-        _ = summary["accuracy"], summary["interval"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        render_table([folder], [summary])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"--runs: {folder}: no finished evaluation ({error})") from None
     return summary, rows
 

@@ -18,7 +18,7 @@ from etils import epath
 from distill.evaluation import statistics
 from distill.evaluation.tasks.task import Task
 from distill.policy.policy import Policy
-from distill.runtime import distributed, environment, run_files
+from distill.runtime import distributed, environment, paths, run_files
 from distill.runtime.integrity import compute_checksum
 from models.errors import UserError
 
@@ -26,6 +26,9 @@ Record = dict[str, Any]
 
 EXAMPLES_FILE = "examples.jsonl"
 PROTOCOL_FILE = "protocol.json"
+
+# Of every sampled response.
+_FIELDS = {"id", "sample", "answer", "response", "length", "finish_reason", "outcome", "correct"}
 
 _MAX_TRANSCRIPTS = 10  # responses that are printed
 _ROWS_PER_BROADCAST = 64  # rows that the first process sends to the others at once
@@ -77,7 +80,10 @@ def _require_same_evaluation(
                 f"{out_dir} holds stored responses that were graded, not this evaluation"
             )
         return
-    stored_protocol = json.loads(protocol_path.read_text())
+    try:
+        stored_protocol = dict(json.loads(protocol_path.read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{protocol_path}: no protocol of an evaluation ({error})") from None
     current_protocol, count = dict(protocol), stored_protocol.get("problems")
     if isinstance(count, int) and 0 < count < len(rows):
         current_protocol |= {
@@ -101,7 +107,7 @@ def resume_evaluation(
     path, samples, count = out_dir / EXAMPLES_FILE, len(keys[0]), 0
     for row, key in zip(_iter_rows(path), itertools.chain(*keys), strict=False):
         count += 1
-        if row.get("key") != key:
+        if row.get("key") != key or not row.keys() >= _FIELDS:
             raise UserError(f"{path}:{count}: not a row of this evaluation ({row.get('id')!r})")
     out_dir.mkdir(parents=True, exist_ok=True)
     run_files.write_json(out_dir / PROTOCOL_FILE, protocol)
@@ -112,10 +118,13 @@ def resume_evaluation(
 def _iter_rows(path: epath.Path) -> Iterator[Record]:
     """Yields the rows of a jsonl file lazily; none if there is no file."""
     if path.is_file():
-        with path.open() as file:
+        with path.open("rb") as file:
             for line in file:
-                with contextlib.suppress(ValueError):  # a killed run may leave a partial last line
-                    yield json.loads(line)
+                row = None
+                with contextlib.suppress(ValueError, RecursionError):
+                    row = json.loads(line)
+                if isinstance(row, dict):  # a killed run may leave a partial last line
+                    yield row
 
 
 class StoredRows:
@@ -157,8 +166,9 @@ def render_transcripts(rows: list[tuple[str, Record]], examples_path: epath.Path
     for row in itertools.islice(_iter_rows(examples_path), _MAX_TRANSCRIPTS):
         head = f"--- {row['id']}, sample {row['sample']}: {row['outcome']}"
         wanted = f"(wanted {row['answer']}; {row['length']} tokens, {row['finish_reason']})"
-        blocks.append(f"{head} {wanted}\n{questions[str(row['id'])]}\n>>>\n{row['response']}\n")
-    return "\n".join(blocks)
+        question = questions.get(str(row["id"]), "")
+        blocks.append(f"{head} {wanted}\n{question}\n>>>\n{row['response']}\n")
+    return paths.escape_controls("\n".join(blocks))
 
 
 def measure_cost(subject: Policy, seconds: float, problems: int, tokens: int) -> Record:

@@ -21,7 +21,7 @@ def grade_samples(row: dict, where: str, rule: GradingRule, grader: graders.Grad
     if not isinstance(row.get("samples"), list) or "answer" not in row:
         raise UserError(f"{where}: needs samples and answer, has {sorted(row)}")
     samples, answer = row["samples"], answers.require_answer(row, where)
-    if any(not isinstance(sample.get("text"), str) for sample in samples):
+    if any(not (isinstance(x, dict) and isinstance(x.get("text"), str)) for x in samples):
         raise UserError(f"{where}: a sample has no text to grade")
     # To check that the grader can read the answer, it also grades a response that gives the answer.
     texts = [sample["text"] for sample in samples]
@@ -43,7 +43,7 @@ def grade_samples(row: dict, where: str, rule: GradingRule, grader: graders.Grad
 def _is_kept(sample: dict, keep: str) -> bool:
     if keep == "correct":
         return sample["correct"]
-    return keep == "all" or sample["finish_reason"] == "stop"
+    return keep == "all" or sample.get("finish_reason") == "stop"
 
 
 def verify_rows(

@@ -68,11 +68,11 @@ def _hash_samples(file: BinaryIO) -> str:
     try:
         tensors = json.loads(header)
         spans = sorted(t["data_offsets"] for name, t in tensors.items() if name != "__metadata__")
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return digest.hexdigest()
-    for begin, end in spans:
-        file.seek(8 + size + max(begin, (begin + end - SAMPLE_BYTES) // 2))
-        digest.update(file.read(min(SAMPLE_BYTES, end - begin)))
+        for begin, end in spans:
+            file.seek(8 + size + max(begin, (begin + end - SAMPLE_BYTES) // 2))
+            digest.update(file.read(max(0, min(SAMPLE_BYTES, end - begin))))
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
+        pass
     return digest.hexdigest()
 
 

@@ -40,7 +40,11 @@ def make_answer(row: dict, where: str) -> str:
     ids, kwargs = row.get("instruction_id_list"), row.get("kwargs")
     if not isinstance(row.get("prompt"), str) or not isinstance(ids, list) or not ids:
         raise UserError(f"{where}: no prompt, instruction_id_list among {sorted(row)}")
-    if not isinstance(kwargs, list) or len(kwargs) != len(ids):
+    if (
+        not isinstance(kwargs, list)
+        or len(kwargs) != len(ids)
+        or not all(isinstance(x or {}, dict) for x in kwargs)
+    ):
         raise UserError(f"{where}: kwargs is not a list of one object for each instruction")
     # On the hub every row has all arguments of all instructions; the unused ones are null.
     known_kwargs = [{k: v for k, v in (x or {}).items() if v is not None} for x in kwargs]

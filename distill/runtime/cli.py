@@ -68,7 +68,7 @@ def _set_threads() -> None:
 
 
 def _exit_with_error(message: str) -> NoReturn:
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    print("error:", paths.escape_controls(" ".join(message.split())), file=sys.stderr)
     sys.exit(2)
 
 

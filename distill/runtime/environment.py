@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import os
 import platform
+import re
 import resource
 import shlex
 import subprocess
@@ -19,6 +21,8 @@ _PACKAGES = (
     *("transformers", "tokenizers", "safetensors", "datasets", "tensorflow-datasets"),
     *("ml-collections", "math-verify"),
 )
+_SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD")  # ends of names of variables
+_MIN_SECRET = 8  # characters; shorter values are also words
 
 
 def measure_memory() -> dict[str, float]:
@@ -42,7 +46,7 @@ def describe_environment() -> dict[str, Any]:
             versions[package] = metadata.version(package)
     devices = jax.devices()
     return {
-        "command": shlex.join(sys.orig_argv),
+        "command": hide_secrets(shlex.join(sys.orig_argv)),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -55,6 +59,16 @@ def describe_environment() -> dict[str, Any]:
         },
         "git": describe_git(),
     }
+
+
+def hide_secrets(text: str) -> str:
+    """Returns a text with *** in place of passwords in addresses, of tokens of the hub, and of the
+    values of environment variables whose names say that they are secret."""
+    for name, value in os.environ.items():
+        if len(value) >= _MIN_SECRET and name.endswith(_SECRETS):
+            text = text.replace(value, "***")
+    text = re.sub(r"(://[^/\s@:]*:)[^/\s@]*@", r"\1***@", text)
+    return re.sub(r"\bhf_[A-Za-z0-9]{16,}", "***", text)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ JAX is not imported here, so that verbs that only read files start quickly.
 import importlib.util
 import os
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,23 @@ from models.errors import UserError
 FLAGS = ("model", "teacher", "run", "workdir", "out", "report", "include")
 FLAGS += ("data", "prompts", "tokens", "responses", "against", "runs")
 KEYS = ("path", "tokenizer", "source", "mixture", "text", "difficulty", "data", "compilation_cache")
+
+
+def escape_controls(text: str) -> str:
+    """Returns a text as a terminal may show it: its control and format characters, which can move
+    the cursor, change colours or reverse the direction, are written as Python escapes them. Line
+    ends and tabs stay."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") else ascii(c)[1:-1]
+        for c in text
+    )
+
+
+def refuse_credentials(text: str, where: str) -> None:
+    """Raises UserError if an address has a password: what configs and flags say is written to the
+    files of a run. The message does not show it."""
+    if re.search(r"://[^/\s@]*:[^/\s@]*@", text):
+        raise UserError(f"{where}: has a password in its address, which would be written to files")
 
 
 def expand_home(path: str) -> str:
@@ -65,6 +83,7 @@ def _expand_value(value: Any, where: str) -> Any:
         return type(value)(_expand_value(inner, where) for inner in value)
     if not isinstance(value, str):
         return value
+    refuse_credentials(value, where)
     try:
         return expand_home(value)
     except UserError as error:

@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from distill.runtime import tensorboard
+from distill.runtime import paths, tensorboard
 from distill.runtime.paths import is_remote
 from models.errors import UserError
 
@@ -64,7 +64,7 @@ def is_primary() -> bool:
 def log_line(message: str) -> None:
     """Writes one line to stderr from process 0, above a progress bar if there is one."""
     if is_primary():
-        tqdm.write(message, file=sys.stderr)
+        tqdm.write(paths.escape_controls(message), file=sys.stderr)
 
 
 def _to_finite(x: Any) -> Any:
@@ -201,7 +201,12 @@ def resume_jsonl(path: epath.PathLike, about: Mapping[str, Any]) -> int:
     partial, about_path = _get_partial_paths(path)
     now = json.loads(to_json(about))
     if partial.exists() and about_path.exists():
-        before = json.loads(about_path.read_text())
+        try:
+            before = dict(json.loads(about_path.read_bytes()))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{about_path}: damaged ({error}); delete it and {partial} to start over"
+            ) from None
         # Settings that an earlier version did not record are passed over.
         changed = next((k for k in before if before[k] != now.get(k)), None)
         if changed is not None:
@@ -262,8 +267,9 @@ class Writer:
         self._workdir.mkdir(parents=True, exist_ok=True)
         path = self._workdir / "metrics.jsonl"
         if path.exists():
-            with path.open() as rows, _open_atomic(path) as kept:
-                kept.writelines(row for row in rows if _is_before(row, resume_step))
+            with path.open("rb") as rows, _open_atomic(path) as kept:
+                lines = (row.decode(errors="replace") for row in rows)
+                kept.writelines(row for row in lines if _is_before(row, resume_step))
         for old in (self._workdir / "rollouts").glob("*.jsonl"):
             if old.stem.isdigit() and int(old.stem) >= resume_step:
                 old.unlink()
@@ -325,7 +331,7 @@ def _is_before(row: str, step: int) -> bool:
     """Returns True for a complete row of metrics.jsonl whose step is before `step`."""
     try:
         return json.loads(row)["step"] < step
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return False
 
 

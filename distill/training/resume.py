@@ -64,7 +64,10 @@ def init_workdir(
     current, record = json.loads(c.to_json_best_effort()), _read_record(inputs_path)
     recorded, inputs = record["inputs"], inputs or {}
     if path.is_file():
-        saved = json.loads(path.read_text())
+        try:
+            saved = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not JSON ({error}); the config of the run is lost") from None
         changed = find_config_changes(saved, current, recorded.keys() & inputs.keys())
         if changed:
             raise UserError(f"{workdir} holds a run of another config: {changed[0]}")
@@ -120,10 +123,11 @@ def _read_record(path: epath.Path) -> dict[str, Any]:
     if not path.is_file():
         return {"inputs": {}, "changes": []}
     try:
-        record = json.loads(path.read_text())
-        if all(isinstance(x["parts"], dict) for x in record["inputs"].values()):
+        record = json.loads(path.read_bytes())
+        parts = [part for x in record["inputs"].values() for part in x["parts"].values()]
+        if all(isinstance(part, dict) for part in parts):
             return {"inputs": record["inputs"], "changes": [*record["changes"]]}
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
     raise UserError(f"{path}: not a record of a run's inputs; delete it to go on unchecked")
 

@@ -9,6 +9,7 @@ in an expert.
 import dataclasses
 import reprlib
 import typing
+from typing import Any
 
 from models.config import RopeScaling, parse_rope_scaling, read_architecture
 from models.errors import UserError
@@ -27,7 +28,9 @@ _FIXED_FIELDS = {  # fields of which only one value is implemented
 _POSITIVE_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "decoder_sparse_step"),
+    "max_position_embeddings",
 )
+_MAX_VALUE, _MAX_LAYERS = 2**31 - 1, 10_000  # beyond, no model is described but a damaged file
 _EXPERT_FIELDS = (  # fields missing from a dense model's config.json
     "num_experts",
     "num_experts_per_tok",
@@ -71,9 +74,10 @@ class Config:
         """
         # If both are present, transformers reads rope_scaling, the only name until version 5.
         rope_field = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+        for name in ("rope_scaling", "rope_parameters"):
+            if not isinstance(fields.get(name) or {}, dict):
+                raise UserError(f"{source}: {name} is no object")
         rope = fields.get(rope_field) or {}
-        if not isinstance(rope, dict):
-            raise UserError(f"{source}: {rope_field} is no object")
         for name, supported in _FIXED_FIELDS.items():
             if (fields.get(name) or supported) != supported:
                 value, remedy = fields[name], ""
@@ -100,11 +104,11 @@ class Config:
         if missing:
             raise UserError(f"{source}: field {missing[0]!r} is missing")
         try:
-            config = cls(**{name: convert(values[name]) for name, convert in field_types.items()})
+            config = cls(**{name: _convert(values, name, t) for name, t in field_types.items()})
             scaling = parse_rope_scaling(
                 rope, f"{source}: {rope_field}", config.max_position_embeddings
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{source}: a field of the wrong type ({error})") from None
         config = dataclasses.replace(config, rope_scaling=scaling)
         _check_config(config, source)
@@ -166,11 +170,26 @@ class Config:
         return layers + embeddings + d
 
 
+def _convert(values: dict, name: str, field_type: type) -> Any:
+    """Converts a field to its type. Raises ValueError if that changes it, as 96.5 to 96 does."""
+    value = values[name]
+    converted = field_type(value)
+    if converted != (tuple(value) if isinstance(value, list) else value):
+        raise ValueError(f"{name}={reprlib.repr(value)}")
+    return converted
+
+
 def _check_config(config: Config, source: str) -> None:
     """Raises UserError if the sizes do not describe a valid model."""
     for name in _POSITIVE_FIELDS:
         if getattr(config, name) < 1:
             raise UserError(f"{source}: {name}={getattr(config, name)} is below 1")
+        if getattr(config, name) > _MAX_VALUE:
+            value = reprlib.repr(getattr(config, name))
+            raise UserError(f"{source}: {name}={value} is above {_MAX_VALUE:,}")
+    if config.num_hidden_layers > _MAX_LAYERS:
+        value = f"num_hidden_layers={config.num_hidden_layers}"
+        raise UserError(f"{source}: {value} is above {_MAX_LAYERS:,}")
     if config.num_attention_heads % config.num_key_value_heads:
         raise UserError(
             f"{source}: num_attention_heads={config.num_attention_heads} is no multiple of "

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
 from distill.policy import policy
-from models import families, weights
+from models import families, tensor_files, weights
 from models.errors import UserError
 from models.tensor_files import INDEX_FILE, WHOLE_FILE
 from tests.support.loading import load
@@ -177,3 +177,13 @@ def test_models_within_a_directory_are_named(tmp_path, name):
         families.read_config(tmp_path)
     within = f"{tmp_path / 'checkpoint-500'}, {tmp_path / 'default'}"
     assert str(error.value).endswith(f"it has no config.json); name one within: {within}")
+
+
+@pytest.mark.parametrize(
+    "name", ["../a.safetensors", "/etc/passwd", "x/a", "", ".", "a\0", "a" * 300]
+)
+def test_an_index_cannot_name_files_elsewhere(name: str, tmp_path: Path) -> None:
+    index = tmp_path / tensor_files.INDEX_FILE
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    with pytest.raises(UserError, match="is no name of a file beside it"):
+        tensor_files.list_files(tmp_path)
