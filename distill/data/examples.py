@@ -201,7 +201,8 @@ def _read_chat(row: dict, where: str, encoding: Encoding) -> dict:
     """Returns the row with its messages parsed; of a trace whose last turn is trained, the turn is
     the `response`, and the messages end before it."""
     tokenizer = encoding.tokenizer
-    if tokenizer is None or "messages" not in row or "tokens" in row:
+    has_ids = "tokens" in row and ("response_tokens" in row or not encoding.with_responses)
+    if tokenizer is None or "messages" not in row or has_ids:
         return row
     if not encoding.with_responses or "response" in row:
         return {**row, "messages": chats.parse_messages(row, where, prompt=None)}

@@ -34,12 +34,14 @@ _deadlines = threading.local()
 
 @contextlib.contextmanager
 def limit_time() -> Iterator[None]:
-    """Context in which templates that this thread renders fail once SECONDS are over."""
-    _deadlines.end = time.monotonic() + SECONDS
+    """Context in which templates that this thread renders fail once SECONDS are over, in all. A
+    context within another one ends with it."""
+    before = getattr(_deadlines, "end", math.inf)
+    _deadlines.end = min(before, time.monotonic() + SECONDS)
     try:
         yield
     finally:
-        _deadlines.end = math.inf
+        _deadlines.end = before
 
 
 def _check_time() -> None:

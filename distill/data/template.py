@@ -66,6 +66,11 @@ def describe_template(tokenizer: PreTrainedTokenizerBase | None) -> Template:
 @functools.lru_cache(maxsize=16)
 def _describe(tokenizer: PreTrainedTokenizerBase, template: str) -> Template:
     """Describes `template`, the one of the tokenizer, which is an argument for the cache's sake."""
+    with sandbox.limit_time():
+        return _describe_by_rendering(tokenizer)
+
+
+def _describe_by_rendering(tokenizer: PreTrainedTokenizerBase) -> Template:
     question = [_QUESTION]
     on, off = (_try_render(tokenizer, question, None, thinking=mode) for mode in (True, False))
     asked = _try_render(tokenizer, question, None, thinking=True, add_generation_prompt=False)

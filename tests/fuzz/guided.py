@@ -11,7 +11,7 @@ from pathlib import Path
 import atheris  # pyright: ignore[reportMissingImports]
 from hypothesis import HealthCheck, given, settings
 
-with atheris.instrument_imports(include=["distill", "models"]):
+with atheris.instrument_imports(include=["distill", "models"]):  # pyright: ignore
     from tests.support import parsers
 
 

@@ -4,13 +4,17 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from etils import epath
 from hypothesis import strategies as st
 from safetensors.numpy import save
@@ -105,10 +109,20 @@ anything = rows | fuzzing.values
 
 
 def read_rows(content: bytes, directory: Path, name: str = "rows.jsonl") -> None:
+    datasets.config.HF_DATASETS_CACHE = directory / "cache"  # pyright: ignore[reportPrivateImportUsage]
     opened = sources.open_rows(str(write(directory, name, content)))
     for index in range(opened.size):
         with contextlib.suppress(UserError):
             make_examples(opened.read_row(index), directory)
+
+
+@functools.cache
+def _get_parquet() -> bytes:
+    stream = io.BytesIO()
+    turns_ = [[{"role": "user", "content": "2+2?"}]] * 2
+    table = {"question": ["2+2?", "3?"], "answer": ["4", None], "messages": turns_}
+    pq.write_table(pa.table(table), stream)
+    return stream.getvalue()
 
 
 def make_examples(row: dict, directory: Path) -> None:
@@ -137,7 +151,8 @@ def read_messages(row: dict, directory: Path) -> None:
     found = chats.parse_tools(row, "f:1")
     template.require_tools_rendered(tokenizer, parsed, found)
     chat.render_messages(tokenizer, parsed, tools=found)
-    chat.encode_conversation(tokenizer, parsed, found)
+    if parsed[-1]["role"] == "assistant":
+        chat.encode_conversation(tokenizer, parsed, found)
 
 
 # Templates: pieces of the language, some of which never end.
@@ -592,6 +607,12 @@ PARSERS = {
         as_files(st.lists(anything, max_size=3)),
         functools.partial(read_rows, name="rows.json"),
         10,
+    ),
+    "rows of parquet": Parser(
+        st.deferred(lambda: fuzzing.mutate_bytes(_get_parquet())),
+        functools.partial(read_rows, name="rows.parquet"),
+        100,
+        has_workers=True,  # `datasets` hashes by way of pickle
     ),
     "columns": Parser(rows, make_examples, 10),
     "messages": Parser(
