@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from configs import base
 from distill.policy import policy
 from distill.runtime import mesh as mesh_lib
+from distill.runtime import tensorboard
 from distill.training import trainer
 from models import weights
 from tests.support.paths import ROOT
@@ -67,6 +68,17 @@ def numbers(workdir):
 
 def transcripts(workdir):
     return {p.name: p.read_text() for p in sorted((workdir / "rollouts").glob("*"))}
+
+
+def read_scalars(folder):
+    """Returns (step, name, value) of all scalars in TensorBoard's files, in order of steps."""
+    found = []
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            while event := tensorboard._read_event(file):
+                found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+            assert file.read() == b"", "TensorBoard does not read what follows damage"
+    return sorted(found)
 
 
 def stop_after(monkeypatch, step):
