@@ -133,9 +133,9 @@ def list_files_on_stack(thread: int) -> list[str]:
     return files
 
 
-def find_phase(files: list[str]) -> str:
+def find_phase(files: list[str], default: str = "outside sampling and updating") -> str:
     """Returns what a thread with these files on its stack does."""
     for part, phase in PHASES.items():
         if any(part in file for file in files):
             return phase
-    return "outside sampling and updating"
+    return default
