@@ -69,6 +69,7 @@ def evaluate_benchmark(
     spec: EvalSpec,
     out_dir: epath.Path,
     teacher: Policy | None = None,
+    *,
     check_stop: Callable[[], None] = lambda: None,
 ) -> Record:
     """Samples responses to the problems `rows`, grades them and returns the summary.

@@ -123,9 +123,7 @@ class ValidationHook:
         v = self.validation
         assert v is not None
         start_time = time.perf_counter()
-        summary: Any = self._evaluate_step(
-            v, self._make_subject(state.params), step, check_stop
-        )
+        summary: Any = self._evaluate_step(v, self._make_subject(state.params), step, check_stop)
         value = summary.get(v.c.best.removeprefix("-"))
         if self.best_checkpoints and value is not None:
             value = -value if v.c.best.startswith("-") else value
