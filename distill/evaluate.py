@@ -60,7 +60,8 @@ def main() -> None:
 
 def run_evaluation() -> None:
     ks, out = _read_ks(), epath.Path(OUT.value)
-    paths.check_output(f"{OUT.value}/{records.EXAMPLES_FILE}", RESPONSES.value, DATA.value)
+    examples_path = f"{OUT.value}/{records.EXAMPLES_FILE}"
+    paths.check_output(examples_path, RESPONSES.value, DATA.value, creates_folder=False)
     if RESPONSES.value:
         known = problems.load_problems(BENCHMARK.value, DATA.value, 0) if DATA.value else []
         rows = problems.load_responses(BENCHMARK.value, RESPONSES.value, known)

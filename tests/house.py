@@ -21,8 +21,8 @@ FOLDERS = {
     "export",
     "planning": "fit forecast programs roofline aot hlo diagnosis",
     "training": "loop stopping saving metrics_log alerts preflight eval_hook collect grading "
-    "trainer memory sampling_programs calls microbatches prompts resume setup update "
-    "update_metrics optim stages",
+    "trainer memory sampling_programs calls microbatches prompts resume config_changes setup "
+    "update update_metrics optim stages",
     "evaluation": "evaluator comparison rejection responses records divergence lm_eval_model "
     "scoring protocols problems statistics",
     "evaluation.tasks": "arithmetic gsm8k math500 aime24 aime25 amc math ifeval task",

@@ -18,8 +18,8 @@ from distill.runtime.watchdog import is_compiling
 from models.errors import Interrupted
 
 # Seconds after SIGTERM. Nothing interrupts a compiler, and schedulers and clouds kill a process
-# 30 s after the signal. Most of what a run compiles, it compiles in its first step, when all that it
-# has done is saved. What else takes long, such as an update, is waited for.
+# 30 s after the signal. Most of what a run compiles, it compiles in its first step, when
+# all that it has done is saved. What else takes long, such as an update, is waited for.
 COMPILE_SECONDS = 8.0
 MAX_SECONDS = 240.0
 POLL_SECONDS = 0.5

@@ -12,10 +12,9 @@ from distill.policy import policy
 from distill.runtime import environment, run_files
 from distill.runtime import mesh as mesh_lib
 from distill.runtime.checkpoint import Checkpoints, Meta
-from distill.training import resume, update
+from distill.training import config_changes, resume, update
 from distill.training.collect import Collector
 from distill.training.setup import RunSetup
-from models.errors import UserError
 
 
 def restore_or_init(
@@ -35,9 +34,10 @@ def restore_or_init(
     )
 
     def make_abstract_state(meta: dict[str, Any]) -> Any:
-        config = json.loads(c.to_json_best_effort())
-        if changed := resume.find_config_changes(meta["config"], config, input_keys):
-            raise UserError(f"--workdir: its checkpoints are of another config: {changed[0]}")
+        before = meta["config"]
+        first_step = sum(before[name]["steps"] for name in before["stages"][: meta["index"]])
+        changes = config_changes.compare_configs(before, c, first_step + 1, input_keys)
+        resume.require_allowed("--workdir: its checkpoints are of another config", changes)
         # Of the checkpoint's own stage: an earlier one may have another optimiser.
         optimizer = run_setup.stages[meta["index"]].optimizer
         return update.make_abstract_state(optimizer, trained, bool(c.student.ema_decay))

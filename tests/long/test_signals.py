@@ -20,23 +20,27 @@ from tests.support.paths import ROOT
 from tests.support.runs import numbers, transcripts
 
 NUM_SIGNALS = 20
-NUM_STEPS = 40
+NUM_STEPS = 12
 WORDS = [
     "--config=configs/conditions.py:sft_then_grpo,tiny",
     *("--config.checkpoint.every=1000", "--config.log.transcripts_every=5"),
     *("--config.grpo.rollout.segment=4", f"--config.grpo.steps={NUM_STEPS}"),
-    *("--config.eval.every=6", "--config.eval.benchmark=arithmetic", "--config.eval.data="),
-    *("--config.eval.limit=24", "--config.eval.batch_size=4", "--config.eval.max_new_tokens=24"),
+    *("--config.eval.every=4", "--config.eval.benchmark=arithmetic", "--config.eval.data="),
+    *("--config.eval.limit=12", "--config.eval.batch_size=4", "--config.eval.max_new_tokens=24"),
 ]
 
 
-def start(workdir: Path) -> subprocess.Popen:
-    """Starts the run as a script would in the background: SIGINT is ignored."""
+def start(workdir: Path, cache: str = "") -> subprocess.Popen:
+    """Starts the run as a script would in the background: SIGINT is ignored.
+
+    `cache` is a directory of compiled programs, in place of the tests' own.
+    """
+    cached = {"JAX_COMPILATION_CACHE_DIR": cache} if cache else {}
     train = [sys.executable, "-u", "-W", "ignore", "-m", "distill.train", *WORDS]
     return subprocess.Popen(
         ["sh", "-c", 'trap "" INT; exec "$@"', "", *train, f"--workdir={workdir}"],
         cwd=ROOT,
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"} | cached,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -59,8 +63,9 @@ def test_twenty_signals(tmp_path: Path) -> None:
     assert "error" not in process.communicate(timeout=900)[1] and process.returncode == 0
     seconds = time.monotonic() - begin
     print(f"\nunbroken: {seconds:.0f} s\n after   stopped in  exit  checkpoint  rows  said")
-    for _ in range(NUM_SIGNALS):
-        process = start(broken)
+    for number in range(NUM_SIGNALS):
+        # Each second one compiles.
+        process = start(broken, str(tmp_path / f"cache{number}") if number % 2 else "")
         delay = draw.uniform(0, 0.7 * seconds)
         time.sleep(delay)
         rows_before = len(numbers(broken)) if (broken / "metrics.jsonl").exists() else 0
@@ -71,9 +76,8 @@ def test_twenty_signals(tmp_path: Path) -> None:
         newest = max(list_steps(broken), default=0)
         rows = numbers(broken) if (broken / "metrics.jsonl").exists() else []
         last = said.splitlines()[-1] if said else ""
-        print(
-            f"{delay:5.1f} s  {took:8.1f} s  {process.returncode:4}  {newest:10}  {len(rows):4}  {last}"
-        )
+        figures = f"{process.returncode:4}  {newest:10}  {len(rows):4}"
+        print(f"{delay:5.1f} s  {took:8.1f} s  {figures}  {last}", flush=True)
         assert took < 10
         # Before the program's first line runs, the system ends it.
         assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM, 0), said

@@ -144,7 +144,7 @@ def test_run_files_are_written_to_a_bucket(
         assert str(saved._directory) == f"{workdir}/checkpoints" and saved.read_latest() is None
     with pytest.raises(UserError, match="another config"):
         c.seed = 5
-        resume.init_workdir(run_files.epath.Path(workdir), c)
+        resume.init_workdir(run_files.epath.Path(workdir), c, steps_done=1)
     assert not list(tmp_path.iterdir())  # no folder named gs:
 
 
