@@ -94,7 +94,7 @@ class Watchdog:
             passed, before = min(now - before, 2 * interval), now
             tasks = self._tasks
             files = list_files_on_stack(self._watched_thread)
-            if not tasks or any(file.endswith(_COMPILER) for file in files):
+            if not tasks or is_compiling(self._watched_thread):
                 continue
             task = tasks[-1]
             task.seconds += passed
@@ -131,6 +131,11 @@ def list_files_on_stack(thread: int) -> list[str]:
         files.append(frame.f_code.co_filename)
         frame = frame.f_back
     return files
+
+
+def is_compiling(thread: int) -> bool:
+    """Returns True if a thread waits for XLA's compiler."""
+    return any(file.endswith(_COMPILER) for file in list_files_on_stack(thread))
 
 
 def find_phase(files: list[str]) -> str:

@@ -19,15 +19,14 @@ from distill.training.setup import RunSetup
 
 def restore_or_init(
     c: ConfigDict, run_setup: RunSetup, checkpoints: Checkpoints, input_keys: Sequence[str]
-) -> tuple[update.TrainState, int, dict[str, Any] | None]:
+) -> tuple[update.TrainState, Meta | None]:
     """Restores the newest checkpoint, or initialises the state.
 
     Args:
       input_keys: config keys of inputs whose content was compared (resume.init_workdir).
 
     Returns:
-      The state, the number of its stage, and the stage's progress (collect.StageProgress), which
-      is None at the start of a run.
+      The state, and what `make_meta` made for it; None at the start of a run.
     """
     student = run_setup.student
     trained = mesh_lib.make_abstract_params(
@@ -48,7 +47,7 @@ def restore_or_init(
         state, meta = restored
         if meta["git"] != environment.describe_git():
             run_files.log_line(f"the checkpoint was written by other code: {meta['git']}")
-        return state, meta["index"], meta["progress"]
+        return state, meta
     key = jax.random.key(c.seed)
     if student.model.lora:
         params = policy.load_or_init_lora(student, key)
@@ -59,7 +58,7 @@ def restore_or_init(
     # A copy, since the state is donated and nothing in it may alias.
     ema_params = jax.tree.map(jnp.copy, params) if c.student.ema_decay else None
     optimizer = run_setup.stages[0].optimizer
-    return update.init_train_state(optimizer, params, 0, ema_params), 0, None
+    return update.init_train_state(optimizer, params, 0, ema_params), None
 
 
 def save(
@@ -76,7 +75,11 @@ def save(
 
 
 def make_meta(c: ConfigDict, collector: Collector, index: int, step: int) -> Meta:
-    """Makes the JSON that a checkpoint after `step` steps holds beside the state."""
+    """Makes the JSON that a checkpoint after `step` steps holds beside the state.
+
+    One that is saved in the middle of the evaluation after its step also has that step's `row` of
+    metrics.
+    """
     stage = collector.stage
     return {
         "stage": stage.name,
