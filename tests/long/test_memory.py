@@ -1,6 +1,7 @@
 """Memory of long runs: what was written is not kept, and nothing is left open."""
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -148,7 +149,9 @@ def test_training_does_not_grow(objective: str, tmp_path: Path) -> None:
     held = {int(step): [int(x) for x in rest] for step, *rest in lines}
     assert len(held) == STEPS // 100
     later = [held[step] for step in held if step >= WARM_UP]
-    assert max(x[0] for x in later) < 1.02 * held[WARM_UP][0]
+    # A sample may meet a checkpoint on its way, with its buffers and files.
+    resident, third = [x[0] for x in later], len(later) // 3
+    assert statistics.median(resident[-third:]) < 1.02 * statistics.median(resident[:third])
     for values in zip(*(x[1:] for x in later), strict=True):  # of files, threads, processes
-        half = len(values) // 2  # a checkpoint may be on its way, with its files
+        half = len(values) // 2
         assert max(values[half:]) <= max(values[:half]) + 8, "one of each save would be 15"

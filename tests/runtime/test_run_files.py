@@ -68,6 +68,7 @@ def test_writer_writes_metrics_rollouts_and_tensorboard(tmp_path):
         assert rows(tmp_path / "run" / "metrics.jsonl") == [
             {"step": 0, "stage": "sft", "train/loss": 1.5, "train/kl": None}
         ]
+        assert read_scalars(tmp_path / "run" / "tensorboard") == [(0, "train/loss", 1.5)]
         writer.write_rollouts(0, [{"text": "a\u2028b", "logp": np.array([0.5, -np.inf])}])
     assert rows(tmp_path / "run" / "rollouts" / "000000.jsonl") == [
         {"text": "a\u2028b", "logp": [0.5, None]}
@@ -115,10 +116,10 @@ def test_tensorboard_has_each_step_once(tmp_path):
         (4, "x", 44),
         *((step, "x", 50 + step) for step in (5, 6)),
     ]
-    sizes = [file.stat().st_size for file in folder.iterdir()]
+    sizes = [file.stat().st_size for file in sorted(folder.iterdir())]
     with run_files.Writer(tmp_path, 7):
         pass
-    assert [file.stat().st_size for file in folder.iterdir()] == sizes
+    assert [file.stat().st_size for file in sorted(folder.iterdir())] == sizes
 
 
 def test_an_event_file_has_checksums(tmp_path):

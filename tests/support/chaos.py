@@ -210,7 +210,7 @@ def live(
     begin = time.monotonic()
     while any(p.code is None for p in processes):
         now = time.monotonic()
-        assert now - begin < 300, Path(f"{workdir}.log").read_text()[-3000:]
+        assert now - begin < 1200, Path(f"{workdir}.log").read_text()[-3000:]
         if kill_time and now >= kill_time and victim.code is None:
             os.kill(victim.pid, signal.SIGKILL)
             while victim.code is None:
@@ -296,7 +296,7 @@ def harass(
         codes = [p.code for p in processes]
         assert not any(codes), Path(f"{whole}.log").read_text()[-3000:]
         usual = dict(processes[0].times)
-    print(f"{'':4}{'aimed at':24}{'killed in':44}{'unfinished':>11}{'saved':>6}{'seconds':>9}")
+    print(f"{'':4}{'aimed at':30}{'killed in':44}{'unfinished':>11}{'saved':>6}{'seconds':>9}")
     differences = []
     for number in range(kills):
         step = number * (len(stages) * steps - 2) // kills
@@ -310,7 +310,7 @@ def harass(
         saved = max([int(path.name) for path in folders if path.name.isdigit()], default=0)
         name = f"{aim.phase}, {aim.step}" + f", process {aim.victim}" * (count > 1)
         print(
-            f"{number + 1:<4}{name:24}{hit or f'ended: {codes}':44}{unfinished:11}{saved:6}"
+            f"{number + 1:<4}{name:30}{hit or f'ended: {codes}':44}{unfinished:11}{saved:6}"
             f"{time.monotonic() - begin:9.1f}",
             flush=True,
         )
