@@ -28,15 +28,15 @@ def resident():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(x.split()[1]) for x in lines if x.startswith("RssAnon:"))  # KiB
 
-add, written = run_files.Lines.add, 0
+append, written = run_files.JsonlAppender.append_rows, 0
 def noted(self, rows):
     global written
     rows = list(rows)
-    add(self, rows)
+    append(self, rows)
     written += len(rows)
     if written % 100 == 0:
         print(written, resident(), file=sys.stderr)
-run_files.Lines.add = noted
+run_files.JsonlAppender.append_rows = noted
 cli.run(verb.main, verb.OPTIONS)
 """
 
