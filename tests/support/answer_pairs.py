@@ -21,7 +21,8 @@ class Pair(NamedTuple):
 MARKED = r"""
 {}. | {} . | {}, | {}° | {}^\circ | {}^{\circ} | {}\degree | {} degrees | {}^\circ C
 {}\text{ cm}^2 | {} cm^2 | {}~\mathrm{km} | {}\,\text{m} | {} m/s | {}\ \mathrm{km/h} | {}\,cm
-{}\;cm^2 | {}\,m/s | {}\,\textup{cm} | ${}$ | \({}\) | \text{{}} | \mathbf{{}} | \boldsymbol{{}} | {\bf {}} | \large {}
+{}\;cm^2 | {}\,m/s
+{}\,\textup{cm} | ${}$ | \({}\) | \text{{}} | \mathbf{{}} | \boldsymbol{{}} | {\bf {}} | \large {}
 {}\quad | **{}** | x={} | x = {}. | {} = x | ={} | {}\, | {} eggs | {} blue eggs | {} USD | {}€
 {}\text{ dollars} | \boxed{{}} | \displaystyle {} | \textcolor{red}{{}} | \left\{ {} \right.
 \text{{} cm} | {}\text{ m}\,\text{s}^{-1} | \text{Area} = {} \text{ cm}^2 | n = {}\text{ eggs}
