@@ -43,7 +43,7 @@ _CHOICE = re.compile(
 _SPACE = re.compile(r"[^\S\n]")
 _LAST_CELL = re.compile(r"^\s*\|(?:[^|]*\|)*(?=[^|]*[^|\s][^|]*\|\s*$)")  # | a | 18 |
 _NEGATIVE = re.compile(
-    r"(?:\bnegative|(?:^|(?<=\bis )|(?<=[=:] ))minus)\s(?=[$€£¥\\]{0,2}\d)", re.IGNORECASE
+    r"(?:\bnegative|(?:^|(?<=\bis )|(?<=[=:\d] ))minus)\s(?=[$€£¥\\]{0,2}\d)", re.IGNORECASE
 )
 _BOLD = re.compile(r"(?<![\d)])\*\*|\*\*(?![\d(])")  # not the power of 2**3
 

@@ -269,8 +269,8 @@ def test_an_empty_turn_is_not_trained(tokenizers: dict) -> None:
     ]
     with pytest.raises(UserError, match=r"^f\.jsonl:1: messages\[1\] is empty"):
         encode(tokenizers["instruct"], {"messages": turns}, turns="all")
-    turns[1]["weight"] = 0
-    assert encode(tokenizers["instruct"], {"messages": turns}, turns="all").response
+    skipped = [turns[0], {**turns[1], "weight": 0}, *turns[2:]]
+    assert encode(tokenizers["instruct"], {"messages": skipped}, turns="all").response
 
 
 @pytest.mark.parametrize(
