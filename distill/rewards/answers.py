@@ -41,7 +41,6 @@ _CHOICE = re.compile(
     r"|(?i:option|choice)\s+([A-J])\b"
 )
 _SPACE = re.compile(r"[^\S\n]")
-_LAST_CELL = re.compile(r"^\s*\|(?:[^|]*\|)*(?=[^|]*[^|\s][^|]*\|\s*$)")  # | a | 18 |
 _NEGATIVE = re.compile(
     r"(?:\bnegative|(?:^|(?<=\bis )|(?<=[=:\d] ))minus)\s(?=[$€£¥\\]{0,2}\d)", re.IGNORECASE
 )
@@ -207,13 +206,20 @@ def _find_last_expression(text: str) -> str | None:
     if "=" not in end and _LETTERED.fullmatch(end):  # (x + 1)^2, and nothing else
         return end
     for line in reversed(text.splitlines()):
-        line = _LAST_CELL.sub("", line)
+        line = _get_last_cell(line)
         clean = _REMARK.sub("", _clean_text(line[-_MAX_CHARACTERS:]))
         for match in reversed(list(_EXPRESSION.finditer(clean))):
             if answer := _clean_expression(match):
                 return _CALCULATION.sub("", answer)
     word = text.strip(" *_`")
     return word if re.fullmatch(r"\(?\w+\)?\.?", word) else None
+
+
+def _get_last_cell(line: str) -> str:
+    """Returns the last cell of a table's row, | a | 18 |; any other line as it is."""
+    row = line.strip()
+    cells = row[1:-1].split("|") if row[:1] == row[-1:] == "|" else []
+    return cells[-1] if len(cells) > 1 and cells[-1].strip() else line
 
 
 def _clean_text(text: str) -> str:
