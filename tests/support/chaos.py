@@ -45,18 +45,20 @@ from distill.runtime.checkpoint import Checkpoints
 from distill.training import collect, eval_hook, loop, saving, setup, trainer
 from tests.support.runs import read_run, tiny_model
 
-# What a run does -> the function that does it. "writing" is the save in the background.
+# What a run does -> the function that does it.
 PHASES: dict[str, tuple[Any, str]] = {
     "restore": (saving, "restore_or_init"),
     "load": (setup, "load_stage_models"),
     "rollout": (collect, "sample_sequences"),
     "graded rollout": (collect, "sample_graded_sequences"),
+    "sampling ahead": (collect, "sample_ahead"),
     "step": (trainer.Trainer, "step"),
     "save": (Checkpoints, "save"),
     "evaluation": (eval_hook.ValidationHook, "run"),
     "logs": (run_files.Writer, "write"),
     "open logs": (run_files.Writer, "__init__"),
 }
+WRITING_SECONDS = 0.15
 AIMS = ("start", "restore", "load", "rollout", "step", "save", "writing", "evaluation", "logs")
 
 
@@ -74,7 +76,8 @@ class Process:
     code: int | None = None
 
     def read(self, seconds: float) -> list[str]:
-        """Returns what the process begins within `seconds`; None of it once it has ended."""
+        """Waits up to `seconds` for news, and returns the phases that have begun. Sets `code` once
+        the process has ended."""
         if not select.select([self.pipe], [], [], seconds)[0]:
             return []
         data = os.read(self.pipe, 65536)
@@ -188,7 +191,9 @@ def tell_phases(tell: Callable[[str], object]) -> None:
 
 @dataclass
 class Aim:
-    """When to kill: in `phase` of the first step from `step` on, at `share` of its usual time."""
+    """When to kill: in `phase` of the first step from `step` on, at `share` of its usual time.
+
+    "writing" is the save in the background."""
 
     phase: str
     step: int
@@ -205,7 +210,25 @@ def live(
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     processes = [start(c, workdir, i, count, port) for i in range(count)]
-    kill_time, hit = None, ""
+    try:
+        return processes, watch(processes, workdir, aim, usual)
+    finally:
+        kill(processes)
+
+
+def kill(processes: list[Process]) -> None:
+    """Kills those that have not ended."""
+    for process in processes:
+        if process.code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+
+
+def watch(
+    processes: list[Process], workdir: Path, aim: Aim | None, usual: dict[str, list[float]]
+) -> str:
+    """Waits until all have ended, and kills as `aim` says; returns what the victim was doing."""
+    kill_time, hit, count = None, "", len(processes)
     victim = processes[aim.victim if aim else 0]
     begin = time.monotonic()
     while any(p.code is None for p in processes):
@@ -217,30 +240,32 @@ def live(
                 victim.read(1)
             hit = f"step {victim.step}: {victim.describe()}"
             time.sleep(random.random() * 2 * (count > 1))
-            for other in processes:
-                if other.code is None:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(other.pid, signal.SIGKILL)
+            kill(processes)
         for process in processes:
             if process.code is not None:
                 continue
             entered = process.read(0.002 if count > 1 or kill_time else 0.02)
             if process is not victim or aim is None or kill_time:
                 continue
-            phase = aim.phase
-            if phase == "rollout" and "graded rollout" in entered:
-                entered.append(phase)
-            early = phase in ("start", "restore", "load")
-            if (phase == "start" or ("save" if phase == "writing" else phase) in entered) and (
-                early or victim.step >= aim.step
-            ):
-                times = usual.get("save" if phase == "writing" else phase) or [0.1]
-                expected = sorted(times)[len(times) // 2]
-                if phase == "writing":  # after the state is copied
-                    kill_time = time.monotonic() + expected + aim.share * 0.15
-                else:
-                    kill_time = time.monotonic() + aim.share * expected
-    return processes, hit
+            if (delay := find_delay(aim, victim, entered, usual)) is not None:
+                kill_time = time.monotonic() + delay
+    return hit
+
+
+def find_delay(
+    aim: Aim, victim: Process, entered: list[str], usual: dict[str, list[float]]
+) -> float | None:
+    """Returns the seconds from now until the kill, once the victim has entered what `aim` names."""
+    phase = "save" if aim.phase == "writing" else aim.phase
+    times = sorted(usual.get(phase, [0.1]))
+    middle = times[len(times) // 2]
+    if phase == "start":
+        return aim.share * middle
+    is_there = phase in entered or (phase == "rollout" and "graded rollout" in entered)
+    if not is_there or (victim.step < aim.step and phase not in ("restore", "load")):
+        return None
+    # Written in the background once the state is copied.
+    return middle + aim.share * WRITING_SECONDS if aim.phase == "writing" else aim.share * middle
 
 
 def find_leaks(processes: list[Process]) -> list[str]:
