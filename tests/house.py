@@ -34,8 +34,8 @@ FOLDERS = {
     "retry canonical columns turns answers arithmetic chat template messages files values",
     "objectives": "losses loss fused_head chunks divergences advantages",
     "rewards": "terms ifeval graders equality answers",
-    "runtime": "checkpoint saved_step integrity cli locks stop_signals watchdog distributed xla "
-    "run_files tensorboard paths environment gpu mesh",
+    "runtime": "checkpoint saved_step integrity cli failures host_memory locks stop_signals "
+    "watchdog distributed xla run_files tensorboard paths environment gpu mesh",
 }
 FLOOR = {
     ".".join(filter(None, ("distill", folder, file))): place

@@ -138,9 +138,9 @@ def is_compiling(thread: int) -> bool:
     return any(file.endswith(_COMPILER) for file in list_files_on_stack(thread))
 
 
-def find_phase(files: list[str]) -> str:
+def find_phase(files: list[str], default: str = "outside sampling and updating") -> str:
     """Returns what a thread with these files on its stack does."""
     for part, phase in PHASES.items():
         if any(part in file for file in files):
             return phase
-    return "outside sampling and updating"
+    return default

@@ -110,6 +110,8 @@ def run_stages(c: ConfigDict, workdir: epath.Path, allow_changed_inputs: bool) -
     )
     run_setup, validation, input_keys = prepare(steps_done)
     run_files.log_line(f"attention: {run_setup.student.model.kernel}")
+    for line in preflight.check_memory(c, run_setup, mesh, steps_done):
+        run_files.log_line(line)
     with policy.use(run_setup.student):
         run_setup = setup.load_lora_base(c, run_setup)
         with contextlib.ExitStack() as stack:
