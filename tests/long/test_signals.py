@@ -20,7 +20,8 @@ from tests.support.paths import ROOT
 from tests.support.runs import numbers, transcripts
 
 NUM_SIGNALS = 20
-NUM_STEPS = 12
+NUM_STEPS = 60
+STARTUP_SECONDS = 15.0  # of a run whose programs are compiled, about
 WORDS = [
     "--config=configs/conditions.py:sft_then_grpo,tiny",
     *("--config.checkpoint.every=1000", "--config.log.transcripts_every=5"),
@@ -52,42 +53,53 @@ def read_trained(workdir: Path) -> list[np.ndarray]:
     return [np.asarray(x) for x in jax.tree.leaves(params)]
 
 
+def count_rows(workdir: Path) -> int:
+    path = workdir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
 def list_steps(workdir: Path) -> list[int]:
     return [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
 
 
 def test_twenty_signals(tmp_path: Path) -> None:
+    seconds: list[float] = []
     whole, broken, draw = tmp_path / "whole", tmp_path / "broken", random.Random(0)
     process = start(whole)
-    begin = time.monotonic()
-    assert "error" not in process.communicate(timeout=900)[1] and process.returncode == 0
-    seconds = time.monotonic() - begin
-    print(f"\nunbroken: {seconds:.0f} s\n after   stopped in  exit  checkpoint  rows  said")
+    errors = process.communicate(timeout=1800)[1]
+    assert process.returncode == 0, errors
+    print("\n after   stopped in  exit  checkpoint  rows  said")
     for number in range(NUM_SIGNALS):
         # Each second one compiles.
-        process = start(broken, str(tmp_path / f"cache{number}") if number % 2 else "")
-        delay = draw.uniform(0, 0.7 * seconds)
-        time.sleep(delay)
-        rows_before = len(numbers(broken)) if (broken / "metrics.jsonl").exists() else 0
+        process = start(broken, str(tmp_path / f"cache{number}") if number % 4 == 1 else "")
+        begin = time.monotonic()
+        if number % 2:
+            time.sleep(draw.uniform(0, STARTUP_SECONDS))
+        else:  # in one of its first steps, or in the evaluation, save or stage after it
+            num_rows = count_rows(broken) + draw.randint(1, 3)
+            while count_rows(broken) < num_rows and process.poll() is None:
+                time.sleep(0.02)
+            time.sleep(draw.uniform(0, 0.5))
+        delay, rows_before = time.monotonic() - begin, count_rows(broken)
         process.send_signal(signal.SIGTERM)
         begin = time.monotonic()
         said = process.communicate(timeout=300)[1]
         took = time.monotonic() - begin
         newest = max(list_steps(broken), default=0)
-        rows = numbers(broken) if (broken / "metrics.jsonl").exists() else []
         last = said.splitlines()[-1] if said else ""
-        figures = f"{process.returncode:4}  {newest:10}  {len(rows):4}"
+        figures = f"{process.returncode:4}  {newest:10}  {count_rows(broken):4}"
         print(f"{delay:5.1f} s  {took:8.1f} s  {figures}  {last}", flush=True)
-        assert took < 10
+        seconds.append(took)
         # Before the program's first line runs, the system ends it.
-        assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM, 0), said
+        assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM), said
         assert "Traceback" not in said
         assert newest >= rows_before, "no finished step is lost"
         if stopped := re.search(r"stopped after step (\d+);", said):
             assert newest == int(stopped[1])
         assert not [p for p in (broken / "checkpoints").glob("*") if not p.name.isdigit()]
     process = start(broken)
-    assert process.communicate(timeout=900)[1] is not None and process.returncode == 0
+    errors = process.communicate(timeout=1800)[1]
+    assert process.returncode == 0, errors
     assert numbers(broken) == numbers(whole)
     assert transcripts(broken) == transcripts(whole)
     for a, b in zip(read_trained(broken), read_trained(whole), strict=True):
@@ -97,3 +109,4 @@ def test_twenty_signals(tmp_path: Path) -> None:
         assert [json.loads(x) for x in other.read_text().splitlines()] == [
             json.loads(x) for x in path.read_text().splitlines()
         ]
+    assert max(seconds) < 10, "or the machine is busy with something else"
