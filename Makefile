@@ -7,12 +7,13 @@ BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help quickstart test test-long lint fuzz audit lock
+.PHONY: help quickstart test test-long chaos lint fuzz audit lock
 
 help:
 	@echo "make quickstart   distil the tiny teacher into the tiny student (WORKDIR=$(WORKDIR))"
 	@echo "make test         lint, types and tests"
 	@echo "make test-long    the tests that take minutes"
+	@echo "make chaos        kills a tiny run 50 times, and one of two processes 50 times (15 minutes)"
 	@echo "make lint         lint and types only"
 	@echo "make fuzz         100,000 hostile inputs to every parser together; FUZZ_INPUTS and FUZZ_SEED"
 	@echo "make audit        bandit, and known vulnerabilities of what is installed"
@@ -28,6 +29,10 @@ test: lint
 test-long: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m "" tests/long
 	$(BIN)/python -m pytest -q -m long tests
+
+chaos: $(VENV)/.dev
+	$(BIN)/python -m tests.support.chaos --kills=50
+	$(BIN)/python -m tests.support.chaos --kills=50 --processes=2
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

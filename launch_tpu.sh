@@ -367,6 +367,7 @@ babysit() {
       ended) say "the run has ended" && farewell 0 ;;
       stopped) say "the run was stopped by the user" && farewell 0 ;;
       ABSENT | DELETING) say "error: $NAME was deleted by the user" && exit 1 ;;
+      "exited 130" | "exited 143") ;; # stopped by a signal, as before a preemption
       "exited 2") say "error: wrong flags or data of the run, see above" && farewell 2 ;;
       exited*) [[ $END != "$last" || $at != "$before" ]] || {
         say "error: $END again, without a new checkpoint (newest: $at)" && farewell 1; } ;;

@@ -14,7 +14,7 @@ from absl import flags
 from etils import epath
 
 from distill.evaluation import evaluator, problems, protocols, records, tasks
-from distill.runtime import cli, distributed, locks, paths, run_files
+from distill.runtime import cli, distributed, locks, paths, run_files, stop_signals
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -60,7 +60,8 @@ def main() -> None:
 
 def run_evaluation() -> None:
     ks, out = _read_ks(), epath.Path(OUT.value)
-    paths.check_output(f"{OUT.value}/{records.EXAMPLES_FILE}", RESPONSES.value, DATA.value)
+    examples_path = f"{OUT.value}/{records.EXAMPLES_FILE}"
+    paths.check_output(examples_path, RESPONSES.value, DATA.value, creates_folder=False)
     if RESPONSES.value:
         known = problems.load_problems(BENCHMARK.value, DATA.value, 0) if DATA.value else []
         rows = problems.load_responses(BENCHMARK.value, RESPONSES.value, known)
@@ -84,7 +85,12 @@ def run_evaluation() -> None:
 def own_output(out: epath.Path) -> Iterator[None]:
     """Context in which no other process writes `out`, and a full disk is a UserError."""
     flag = f"--out={OUT.value}"
-    with run_files.explain_write_errors(out, flag), locks.hold_lock(out / "lock", flag):
+    advice = f"the responses that were graded are in {out}, and the same command goes on"
+    with (
+        run_files.explain_write_errors(out, flag),
+        stop_signals.advise_interrupted(advice if MODEL.value else "nothing was written"),
+        locks.hold_lock(out / "lock", flag),
+    ):
         yield
 
 

@@ -27,7 +27,7 @@ from distill.data import canonical, dataset
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.rollout import completions
-from distill.runtime import cli, distributed, locks, paths, run_files
+from distill.runtime import cli, distributed, locks, paths, run_files, stop_signals
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -87,7 +87,13 @@ def run_generation() -> None:
     out, spec = paths.check_output(OUT.value, PROMPTS.value), _read_spec(subject)
     thinking = OPTIONS["thinking"].value == "on"
     flag, lock = f"--out={OUT.value}", out.with_name(out.name + ".lock")
-    with run_files.explain_write_errors(out, flag), locks.hold_lock(lock, flag):
+    with (
+        run_files.explain_write_errors(out, flag),
+        stop_signals.advise_interrupted(
+            f"the rows that were finished are in {out}.partial, and the same command goes on"
+        ),
+        locks.hold_lock(lock, flag),
+    ):
         errors = completions.generate_file(subject, rows, spec, thinking, out)
     if errors:
         more = f" (and {len(errors) - 1} more rows)" if len(errors) > 1 else ""

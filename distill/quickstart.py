@@ -117,10 +117,16 @@ def main() -> None:
     mesh = mesh_lib.make_mesh(**c.mesh)
     with mesh_lib.use_mesh(mesh):
         setup.setup_run(c, mesh)
-    resume.init_workdir(out, c)
     summary: dict = {}
     if (out / "summary.json").is_file() and (out / "student").is_dir():
         summary = json.loads((out / "summary.json").read_text())
+    steps_done, steps = policy.find_newest_step(str(out)) or 0, sum(c[x].steps for x in c.stages)
+    if summary and steps_done < steps:
+        raise UserError(
+            f"--workdir={out}: its {steps_done} steps are evaluated and exported; for {steps} "
+            "start in another directory"
+        )
+    resume.init_workdir(out, c, steps_done=steps_done)
     if summary.get("problems") != PROBLEMS.value:  # else all is done, with its times
         summary = distil_and_evaluate(c, out)
     before, after, teacher = (summary[k] for k in ("student_before", "student_after", "teacher"))

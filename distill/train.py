@@ -4,6 +4,7 @@ One loop trains all objectives (losses.OBJECTIVES). The data and random numbers 
 functions of (seed, step), so a resumed run is bit-identical to one that was never stopped. For that
 its data, models and adapters must be those that it began with: WORKDIR/inputs.json has their sizes
 and hashes, and a run whose remaining stages would read others is refused (--allow_changed_inputs).
+What may change of its config says distill/training/config_changes.py.
 """
 
 from absl import flags

@@ -1,4 +1,4 @@
-"""Exceptions for mistakes that a user can fix; verbs print them in one line and exit with 2."""
+"""Exceptions that end a verb with one line: mistakes that a user can fix, and signals."""
 
 
 class UserError(Exception):
@@ -11,3 +11,11 @@ class RowError(UserError):
 
 class SourceFailure(UserError):
     """A source of rows that cannot be read any more, by no fault of a row: a disk or a network."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The signal `number` asked this process to stop."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number

@@ -1,5 +1,6 @@
 """Reads final answers as texts, and tells values that are none."""
 
+import json
 from decimal import Decimal
 
 from distill.data import values
@@ -14,10 +15,22 @@ def to_text(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         return ""
     if not isinstance(value, float | Decimal):
-        return str(value) if str(value).strip() else ""
+        return _unwrap_list(str(value)) if str(value).strip() else ""
     number = Decimal(repr(value)) if isinstance(value, float) else value
     text = format(number, "f") if number.is_finite() else ""  # never 1e-07
     return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _unwrap_list(text: str) -> str:
+    """Returns the only text of a list in JSON, as Skywork-OR1 and others have it in verl's form:
+    '["34"]' is 34. Returns "" for a list of several, and any other text as it is."""
+    if not (text.startswith('["') and text.endswith('"]')):
+        return text
+    try:
+        items = json.loads(text)
+    except ValueError:
+        return text
+    return str(items[0]).strip() if len(items) == 1 else ""
 
 
 def require_answer(row: dict, where: str) -> str:

@@ -177,6 +177,9 @@ def _read_prompt(row: dict, named: set[str]) -> dict:
     given = {name: row[name] for name in names if row.get(name) not in (None, [], "")}
     if names is columns.PROMPTS and row.keys() >= columns.VERIFIED:
         given.pop("messages", None)  # they may hold a wrong generation
+    for name, value in given.items():
+        if isinstance(value, str) and turns.is_written_chat(value):
+            raise UserError(f"{name} is the text of a chat; write it as a list of messages")
     plain = {"prompt": given.pop("prompt")} if isinstance(given.get("prompt"), str) else {}
     questions = {name: given[name] for name in columns.QUESTIONS if name in given}
     if isinstance(questions.get("instruction"), str):

@@ -209,7 +209,7 @@ def encode_conversation(
     A turn reaches from the end of its header to its end-of-turn token, inclusive: the model writes
     neither the newline after it, nor the empty think block that the template inserts, nor the think
     tag that the template's prompts end with. Raises UserError if a message spells out an assistant
-    turn's header, which would be trained on; or if the template drops the last turn's thoughts.
+    turn's header, which would be trained on; or if the template drops part of the last turn.
     """
     about = template.describe_template(tokenizer)
     text = _render_text(tokenizer, messages, add_generation_prompt=False, tools=tools)
@@ -219,9 +219,12 @@ def encode_conversation(
         raise UserError(f"the chat template of {tokenizer.name_or_path} does not mark its turns")
     if not tokenizer.is_fast:
         raise UserError(f"{tokenizer.name_or_path}: data.turns=all needs a tokenizer.json")
-    thoughts, _ = split_thinking(to_assistant_text(messages[-1]))
-    if thoughts and thoughts.strip() not in text.rpartition(about.header)[2]:
+    thoughts, final = split_thinking(to_assistant_text(messages[-1]))
+    rendered = text.rpartition(about.header)[2]
+    if thoughts and thoughts.strip() not in rendered:
         raise UserError("messages: the chat template drops the thoughts of the last turn")
+    if strip_end_tokens(tokenizer, final).strip() not in rendered:  # before a think block
+        raise UserError("messages: the chat template drops text of the last turn")
     if len(starts) != len(flags):
         raise UserError("messages: a content spells out the header of an assistant turn")
     values.require_characters(text, "its text")

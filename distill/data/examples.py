@@ -213,9 +213,12 @@ def _read_chat(row: dict, where: str, encoding: Encoding) -> dict:
     trained = [chats.is_trained(m, name) for m, name in zip(messages, names, strict=True)]
     row = {key: value for key, value in row.items() if key != "prompt"}
     if encoding.turns == "all":
-        answers = [m["role"] == "assistant" for m in messages]
-        if not any(x and y for x, y in zip(trained, answers, strict=True)):
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and trained[i]]
+        if not turns:
             raise UserError(f"{where}: messages: no turn of the assistant is to be trained")
+        for i in turns:
+            if not (chats.to_assistant_text(messages[i]).strip() or messages[i].get("tool_calls")):
+                raise UserError(f"{names[i]} is empty, so only its end would be trained")
         return {**row, "messages": messages}
     if not trained[-1]:
         raise UserError(f"{names[-1]} is not to be trained, but config.data.turns=last does")

@@ -1,6 +1,7 @@
 """Reads chats and what belongs to them, in the forms that sets store them in."""
 
 import json
+import re
 from typing import Any
 
 from distill.data import messages as chats
@@ -8,6 +9,9 @@ from models.errors import UserError
 
 # ShareGPT's speakers, and LLaMA-Factory's, whose function_call is a tool call.
 ROLES = chats.ROLES | {"human": "user", "gpt": "assistant", "function_call": "assistant"}
+
+
+_WRITTEN_CHAT = re.compile(r"\s*\[\s*\{\s*['\"](?:role|from|content|value)['\"]\s*:\s*['\"]")
 
 
 def read_turns(value: Any, name: str) -> list:
@@ -146,6 +150,11 @@ def replace_last_user_text(messages: list[dict], old: str, new: str) -> list[dic
         {**message, "content": new} if i == users[-1] else message
         for i, message in enumerate(messages)
     ]
+
+
+def is_written_chat(text: str) -> bool:
+    """Returns True for a list of turns that became a text, as JSON or as Python prints it."""
+    return bool(_WRITTEN_CHAT.match(text))
 
 
 def holds(text: str, part: str) -> bool:

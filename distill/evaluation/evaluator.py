@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -69,12 +69,14 @@ def evaluate_benchmark(
     spec: EvalSpec,
     out_dir: epath.Path,
     teacher: Policy | None = None,
+    *,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> Record:
     """Samples responses to the problems `rows`, grades them and returns the summary.
 
     Call within `policy.use(subject)`. Writes examples.jsonl as responses finish, resuming where an
     earlier call stopped, and then summary.json. With a teacher, the summary includes the reverse KL
-    to it.
+    to it. For `check_stop` see `rollout.sample`; what it raises leaves the finished rows.
 
     Raises UserError if `out_dir` holds another evaluation.
     """
@@ -92,7 +94,9 @@ def evaluate_benchmark(
     ):
         row_groups = iter(())
         if first_problem < len(rows):
-            row_groups = responses.sample(subject, rows, prompts, spec.sample, first_problem)
+            row_groups = responses.sample(
+                subject, rows, prompts, spec.sample, first_problem, check_stop
+            )
         if run_files.is_primary():  # the other processes only sample
             row_groups = responses.grade_while_sampling(
                 row_groups,

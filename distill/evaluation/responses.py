@@ -6,7 +6,7 @@ again without its prompt.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -56,11 +56,15 @@ def sample(
     prompts: dataset.TokenLists,
     spec: rollout.SampleSpec,
     first_problem: int,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> Iterator[list[Record]]:
-    """Yields the sampled responses of each problem from number `first_problem` on."""
+    """Yields the sampled responses of each problem from number `first_problem` on.
+
+    For `check_stop` see `rollout.sample`.
+    """
     assert subject.tokenizer is not None
     completion_groups = rollout.complete(
-        subject, prompts[first_problem:], spec, first=first_problem
+        subject, prompts[first_problem:], spec, first=first_problem, check_stop=check_stop
     )
     for number, completions in enumerate(completion_groups, start=first_problem):
         where, row = rows[number]

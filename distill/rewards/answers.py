@@ -41,6 +41,9 @@ _CHOICE = re.compile(
     r"|(?i:option|choice)\s+([A-J])\b"
 )
 _SPACE = re.compile(r"[^\S\n]")
+_NEGATIVE = re.compile(
+    r"(?:\bnegative|(?:^|(?<=\bis )|(?<=[=:\d] ))minus)\s(?=[$€£¥\\]{0,2}\d)", re.IGNORECASE
+)
 _BOLD = re.compile(r"(?<![\d)])\*\*|\*\*(?![\d(])")  # not the power of 2**3
 
 _MATH = r"""
@@ -55,13 +58,13 @@ _TOKEN = r"""
     \\(?:text|mathrm|mathbf|textbf|mbox|operatorname|begin|end)\s?\{[^{}\n]*+\}
     | \\[a-zA-Z]++ | \\[^a-zA-Z\s]
     | \d | \{,\} | \.(?=\d) | ,(?=\d{3}) | (?<=\d)[a-zA-Z]{1,3}(?![a-zA-Z])
-    | [-+*/^=<>_{}~%!|:&'$€£¥₹×÷·⋅√π∞°±≤≥≠≈∪∩²³½⅓⅔¼¾−–﹣－]
+    | [-+*/^=<>_{}~%!|:&'$€£¥₹×÷·⋅√π∞°±≤≥≠≈∪∩½⅓⅔¼¾−–﹣－⁰¹²³⁴⁵⁶⁷⁸⁹⁻]
     | (?<![\d%}!°]\s)[(\[] | [)\]]
-    | [,;]\s?(?=[-+\d\\$(\[{−√π]|[a-zA-Z]\s?=) | [ ](?=\S)
-    | (?<=[ ])(?:and|or)(?=\ (?:[-+\d\\$(−√π]|[a-zA-Z]\s?=)) | (?<=[ ])percent\b
+    | [,;]\s?(?=[-+\d\\$(\[{−√π∞]|[a-zA-Z]\s?=) | [ ](?=\S)
+    | (?<=[ ])(?:and|or)(?=\ (?:[-+\d\\$(−√π∞]|[a-zA-Z]\s?=)) | (?<=[ ])percent\b
     | (?<![a-zA-Z])(?:sqrt|sin|cos|tan|log|ln|exp|pi)(?![a-zA-Z])
     | (?:(?<=[-+*/^=(])|(?<=[-+*/^=(]\s))[b-df-hj-np-tv-z]{2,3}(?![a-zA-Z])
-    | (?<=\d\s)[ap]\.m\.
+    | (?<=\d\s)(?:[ap]\.m\.|(?:am|pm|AM|PM)\b)
     | (?<![a-zA-Z])(?:[b-zB-HJ-Z]|[aAI](?!\s+[a-zA-Z0-9]))(?![a-zA-Z'])
 """
 _SIGNS = r"(?:[-+±−–﹣－(\[{|$€£¥₹]\s?)*+"
@@ -200,16 +203,27 @@ def _find_last_expression(text: str) -> str | None:
             _, displayed, formula = end.removesuffix(closing).rpartition(opening)
             if displayed:
                 return formula.strip()
+    if "=" not in end and _LETTERED.fullmatch(end):  # (x + 1)^2, and nothing else
+        return end
     for line in reversed(text.splitlines()):
+        line = _get_last_cell(line)
         clean = _REMARK.sub("", _clean_text(line[-_MAX_CHARACTERS:]))
         for match in reversed(list(_EXPRESSION.finditer(clean))):
             if answer := _clean_expression(match):
                 return _CALCULATION.sub("", answer)
-    return text if re.fullmatch(r"\(?\w+\)?\.?", text) else None
+    word = text.strip(" *_`")
+    return word if re.fullmatch(r"\(?\w+\)?\.?", word) else None
+
+
+def _get_last_cell(line: str) -> str:
+    """Returns the last cell of a table's row, | a | 18 |; any other line as it is."""
+    row = line.strip()
+    cells = row[1:-1].split("|") if row[:1] == row[-1:] == "|" else []
+    return cells[-1] if len(cells) > 1 and cells[-1].strip() else line
 
 
 def _clean_text(text: str) -> str:
-    return _BOLD.sub("", _SPACE.sub(" ", text))
+    return _NEGATIVE.sub("-", _BOLD.sub("", _SPACE.sub(" ", text)))
 
 
 def _clean_expression(match: re.Match[str]) -> str:
@@ -223,7 +237,10 @@ def _trim(expression: str, behind: str) -> str:
     brackets at the end that lack their other half."""
     if re.match(r"\s*[a-zA-Z]{2}", behind):
         expression = _ARTICLE.sub("", expression)
-    expression = _TAIL.sub("", expression)
+    whole, expression = expression, _TAIL.sub("", expression)
+    if expression.count("|") % 2:  # of a table, or the left one of |-5|
+        closed = whole.startswith(expression + "|") and expression[-1:] != " "
+        expression = expression + "|" if closed else expression.lstrip("| ")
     opened: list[int] = []
     for i, character in enumerate(expression):
         if character in "([":

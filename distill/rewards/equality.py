@@ -121,8 +121,13 @@ MARKS: tuple[tuple[str, Replacement, str], ...] = (
         "",
         "units in texts",
     ),
-    (rf"(?<=[\d}}])\s+{_UNITS}(?:\^\{{?-?\d\}}?)+$", "", "units with a power, 5 cm^2"),
-    (rf"(?<=[\d}}])\s*{_UNITS}\s?/\s?{_UNITS}(?:\^\{{?\d\}}?)?$", "", "units of a rate, 5 m/s"),
+    (rf"(?<=[\d}}])(?:\\[,;: ]\s*)+(?={_UNITS}$)", " ", "thin spaces before units"),
+    (rf"(?<=[\d}}])(?:\\[,;: ]|\s)+{_UNITS}(?:\^\{{?-?\d\}}?)+$", "", "units with a power, 5 cm^2"),
+    (
+        rf"(?<=[\d}}])(?:\\[,;: ]|\s)*{_UNITS}\s?/\s?{_UNITS}(?:\^\{{?\d\}}?)?$",
+        "",
+        "units of a rate, 5 m/s",
+    ),
     (
         rf"(?<=[\d}}])\s+(?!(?:{_NOT_UNITS})\b)"
         rf"(?=[A-Z]?[a-z]*[aeiou]|[AEIOU][a-z]|{_CURRENCIES})[a-zA-Z]{{3,}}"

@@ -20,7 +20,7 @@ from concurrent.futures import Future, TimeoutError
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Self
 
-from pebble import ProcessPool
+from pebble import CONSTS, ProcessPool
 
 from distill.rewards import equality
 from distill.rewards.answers import extract_answer, strip_thinking
@@ -32,6 +32,7 @@ OUTCOMES = ("correct", "wrong", "no_answer", "unparsed", "timeout", "error")
 Grade = dict[str, object]
 """`outcome`, one of OUTCOMES, and any further results of a grader."""
 
+CONSTS.term_timeout = 0.0  # the pool kills a worker at once: see `_init_worker`
 _GRACE_SECONDS = 2.0  # time for the pool to end a worker that timed out
 _WORKER_MEMORY_BYTES = 8 * 2**30  # address space of a worker; its imports take 2 GiB
 
@@ -191,6 +192,9 @@ def wait_for_grade(future: "Future[str | Grade]") -> Grade:
 def _init_worker(grade: Callable[[str, str], str | Grade]) -> None:
     """Initialises a worker: limits its memory, and grades once, so that imports and compilation do
     not count towards the time of its first answer."""
+    # A scheduler sends SIGTERM to all processes of a job, and the answer that a worker grades would
+    # count as an error. The pool kills its workers instead: see CONSTS.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(ValueError, OSError):  # not every system has this limit
         resource.setrlimit(resource.RLIMIT_AS, (_WORKER_MEMORY_BYTES, _WORKER_MEMORY_BYTES))

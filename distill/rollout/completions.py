@@ -66,6 +66,7 @@ def complete(
     limits: abc.Sequence[int] | None = None,
     counts: Counter[str] | None = None,
     warm_up: bool = False,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> Iterator[list[Sequence]]:
     """Yields a list of `spec.samples` completions for each prompt, in order.
 
@@ -77,6 +78,7 @@ def complete(
       limits: each prompt's limit of new tokens; None: `spec.max_new_tokens` for all.
       counts: see `sampler.sample`.
       warm_up: compile every program before returning.
+      check_stop: see `sampler.sample`.
     """
     if limits is None:
         limits = [spec.max_new_tokens] * len(prompts)
@@ -99,6 +101,7 @@ def complete(
         ),
         counts=counts,
         ended=_make_stop_check(subject.tokenizer, spec),
+        check_stop=check_stop,
     )
     return ([next(completed) for _ in range(spec.samples if prompt else 0)] for prompt in prompts)
 

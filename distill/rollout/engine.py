@@ -97,15 +97,18 @@ class Engine:
                 scheduler.release_slot(slot)
         return True
 
-    def warm_up(self) -> None:
-        """Calls every program with nothing to do, so that none is compiled later."""
+    def warm_up(self, check_stop: abc.Callable[[], None]) -> None:
+        """Calls every program with nothing to do, so that none is compiled later, and between them
+        `check_stop`."""
         counts_before = self.counts.copy()
         self.state = decode.init_state(self.decoder)
         for T in self.line_sizes:
             self.prefill_line([deque() for _ in range(self.shards)], T)
+            check_stop()
         if self.decoder.sampling.presence_penalty:
             self.mark_seen_tokens()
         self.start_segment(None)
+        check_stop()
         if few := self.get_shrunk_shard_rows():
             self.state = decode.resize(self.state, self.to_device(np.full((self.shards, few), -1)))
             rows, self.rows = self.rows, few

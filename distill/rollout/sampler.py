@@ -89,6 +89,7 @@ def sample(
     token_budget: int | None = None,
     counts: Counter[str] | None = None,
     ended: abc.Callable[[Sequence], bool] | None = None,
+    check_stop: abc.Callable[[], None] = lambda: None,
 ) -> abc.Iterator[Sequence]:
     """Continues sequences; yields each once, in order, as soon as it and all before it have ended,
     and then drops it. The weights are copied before this returns: the model's may then be donated.
@@ -103,6 +104,8 @@ def sample(
         and `read_tokens` with padding; `segments`; sequences `parked` to make room; `resizes`.
       ended: asked now and then of unfinished sequences; ends those for which it is true (stop
         strings).
+      check_stop: called between segments, and between the programs that are compiled before them;
+        what it raises ends the sampling.
 
     Raises:
       UserError: naming the first sequence whose prompt is empty or which does not fit the cache,
@@ -142,12 +145,16 @@ def sample(
         counts = Counter() if counts is None else counts
         engine = Engine(decoder, params, waiting, options, version, counts, ended)
         if options.warm_up:
-            engine.warm_up()
-    return _yield_finished(engine, waiting, token_budget, mesh)
+            engine.warm_up(check_stop)
+    return _yield_finished(engine, waiting, token_budget, mesh, check_stop)
 
 
 def _yield_finished(
-    engine: Engine, waiting: deque[Sequence], token_budget: int | None, mesh: Mesh
+    engine: Engine,
+    waiting: deque[Sequence],
+    token_budget: int | None,
+    mesh: Mesh,
+    check_stop: abc.Callable[[], None],
 ) -> abc.Iterator[Sequence]:
     counts, before = engine.counts, engine.counts["tokens"]
 
@@ -157,6 +164,7 @@ def _yield_finished(
             return engine.advance(left)
 
     while advance_engine():
+        check_stop()
         while waiting and waiting[0].finish_reason:
             yield waiting.popleft()
     while waiting:

@@ -4,6 +4,8 @@ import dataclasses
 
 import numpy as np
 
+_EXTENDED_FIELDS = ("tokens", "logprobs", "versions", "experts")  # by sampling, in place
+
 
 @dataclasses.dataclass
 class Sequence:
@@ -30,6 +32,11 @@ class Sequence:
     # int16 [tokens, L, A] pieces of prompt and response, in order, where RolloutOptions.routing
     # asks for them: the experts that each token was sent to when it was drawn.
     experts: list[np.ndarray] = dataclasses.field(default_factory=list, compare=False)
+
+    def copy(self) -> "Sequence":
+        """Returns one that sampling goes on with, while this one stays as it is."""
+        lists = {name: [*getattr(self, name)] for name in _EXTENDED_FIELDS}
+        return dataclasses.replace(self, **lists)
 
     @property
     def all_tokens(self) -> tuple[int, ...]:

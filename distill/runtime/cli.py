@@ -4,24 +4,27 @@ A verb defines absl flags at module level and ends in `if __name__ == "__main__"
 Verbs whose flag names clash with those of others define them on their own FlagValues, so that all
 can be imported together, and end in `cli.run(main, OPTIONS)`.
 Exit codes: 0 success; 1 an unexpected exception (with its traceback), unless the verb calls
-`sys.exit` with another code; 2 a user's mistake, reported in one line on stderr; 130 interrupted.
+`sys.exit` with another code; 2 a user's mistake, or what the machine lacks (memory, a device, a
+network, room on a disk), reported in one line on stderr; 128 + N stopped by signal N: 130 by
+Ctrl-C, 143 by SIGTERM.
 JAX is not imported here, so that verbs that only read files start quickly.
 """
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections.config_flags import config_flags
 
-from distill.runtime import gpu, paths
+from distill.runtime import failures, gpu, paths, stop_signals
 from models.errors import UserError
 
 _HELP = ("-h", "-help", "--h", "--help")
@@ -43,17 +46,27 @@ def run(main: Callable[[], None], options: flags.FlagValues = flags.FLAGS) -> No
         _parse_flags(sys.argv, options)
         gpu.set_xla_flags()
         _set_threads()
-        main()
-    except UserError as error:
-        _exit_with_error(str(error))
-    except OSError as error:
-        if error.errno not in _REFUSALS:
+        # Each retry would be said twice; the error after the last one says what is wrong.
+        logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
+        with stop_signals.StopSignals() as signals, signals.interrupt():
+            main()
+    except Exception as error:
+        message = _explain_error(error, options)
+        if message is None:
             raise
-        name = f"{error.filename}: " if error.filename else ""
-        _exit_with_error(f"{name}{error.strerror}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _exit_with_error(message)
+    except KeyboardInterrupt as error:
+        print("; ".join(["interrupted", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        sys.exit(128 + getattr(error, "number", signal.SIGINT))
+
+
+def _explain_error(error: Exception, options: flags.FlagValues) -> str | None:
+    """Returns the line about a mistake of the user, or what the machine lacks; else None."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _REFUSALS:
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+    return failures.explain_failure(error, list(options))
 
 
 def _set_threads() -> None:
@@ -120,26 +133,6 @@ def read_sampling_flags(options: flags.FlagValues) -> dict[str, Any]:
     names += ("presence_penalty", "seed", "batch_size", "thinking")
     values = {name: options[name].value for name in names}
     return values | {"thinking": {None: None, "on": True, "off": False}[values["thinking"]]}
-
-
-@contextlib.contextmanager
-def catch_stop_signals() -> Iterator[Callable[[], int]]:
-    """Context in which SIGTERM and SIGINT are only recorded.
-
-    Yields a function that returns the number of the last signal received, or 0.
-    """
-    received = 0
-
-    def record_signal(number: int, _: object) -> None:
-        nonlocal received
-        received = number
-
-    before = {s: signal.signal(s, record_signal) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _print_help(options: flags.FlagValues) -> NoReturn:

@@ -80,12 +80,19 @@ def join_processes(options: flags.FlagValues) -> Iterator[None]:
         yield
         multihost_utils.sync_global_devices("end")  # no process leaves while others still work
     except BaseException as error:
-        exit_code[0] = {UserError: 2, SystemExit: getattr(error, "code", 1)}.get(type(error), 1)
-        if not isinstance(error, UserError | SystemExit) and any(
+        exit_code[0] = _find_exit_code(error)
+        if not isinstance(error, UserError | SystemExit | KeyboardInterrupt) and any(
             s in str(error) for s in _LOST_PEER_SIGNS
         ):
             _exit_lost(str(error).splitlines()[0])
         raise
+
+
+def _find_exit_code(error: BaseException) -> int:
+    """Returns the code with which `cli.run` exits after `error`."""
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + getattr(error, "number", signal.SIGINT)
+    return {UserError: 2, SystemExit: getattr(error, "code", 1)}.get(type(error), 1)
 
 
 def _init_distributed(address: str, count: int | None, number: int | None) -> list[int]:
@@ -110,8 +117,9 @@ def _init_distributed(address: str, count: int | None, number: int | None) -> li
     except (ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"--coordinator_address={address}: {reason}") from error
-    # JAX handles SIGTERM for a service that is not used here: see `max_over_processes`.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # JAX handles SIGTERM for a service that is not used here (see `max_over_processes`), unknown to
+    # Python, which is given back what it had.
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
     return _install_abort_handler()
 
 

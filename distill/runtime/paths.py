@@ -106,11 +106,15 @@ def require_reachable(path: str, flag: str) -> None:
         raise UserError(f"{flag}={path}: needs gcsfs: pip install gcsfs")
 
 
-def check_output(path: str, *inputs: str, flag: str = "--out") -> epath.Path:
+def check_output(
+    path: str, *inputs: str, flag: str = "--out", creates_folder: bool = True
+) -> epath.Path:
     """Returns the path of a file to write, and creates its folder; a bucket's path as it is.
 
     Args:
       inputs: what else the verb reads or writes, which must not be replaced; any source of rows.
+      creates_folder: False leaves a missing folder to the writer, so that a call that is refused
+        later leaves nothing behind.
 
     Raises:
       UserError: if the file cannot be written, before the work starts rather than after it.
@@ -125,9 +129,11 @@ def check_output(path: str, *inputs: str, flag: str = "--out") -> epath.Path:
             raise UserError(f"{where}: is not a regular file")
         if any(file == Path(name).resolve() for name in inputs):
             raise UserError(f"{where}: is also read or written, and would be lost")
-        file.parent.mkdir(parents=True, exist_ok=True)
+        if creates_folder:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        folder = next(parent for parent in file.parents if parent.exists())
         # As long a name as the longest that is written beside it, and each process's own.
-        probe = file.with_name(f"{file.name}.probe-{os.getpid():011}")
+        probe = folder / f"{file.name}.probe-{os.getpid():011}"
         probe.touch()
         probe.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle

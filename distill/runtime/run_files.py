@@ -13,10 +13,11 @@ import io
 import json
 import math
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ MetricSums = dict[str, tuple[jax.Array, jax.Array]]
 """Flat metric name → (sum, count), float32 scalars."""
 
 _PROGRESS_SECONDS = 10.0
-BUCKET_FLUSH_SECONDS = 30.0  # between two writes of a jsonl file in a bucket
+BUCKET_FLUSH_SECONDS = 30.0  # between two writes of a file in a bucket
 
 
 def compute_means(sums: MetricSums) -> dict[str, jax.Array]:
@@ -127,8 +128,8 @@ def _open_atomic(path: epath.PathLike) -> Iterator[IO[str]]:
         temporary.unlink(missing_ok=True)
 
 
-class JsonlAppender:
-    """A jsonl file that process 0 appends to row by row.
+class Appender:
+    """A file that process 0 appends to.
 
     Objects in a bucket cannot be appended to: there the whole file is rewritten every
     BUCKET_FLUSH_SECONDS, by `flush` and at the end.
@@ -136,36 +137,47 @@ class JsonlAppender:
 
     def __init__(self, path: epath.PathLike) -> None:
         self._path = epath.Path(path)
-        self._whole = None  # in a bucket: the whole text of the file
+        self._whole = None  # in a bucket: the whole file
         if is_remote(path):
-            self._whole = [self._path.read_text() if self._path.exists() else ""]
+            self._whole = [self._path.read_bytes() if self._path.exists() else b""]
         self._written = time.monotonic()
         self._changed = False
 
-    def append_rows(self, rows: Iterable[Any]) -> None:
+    def append(self, data: bytes) -> None:
         if not is_primary():
             return
-        text = "".join(to_json(row) + "\n" for row in rows)
-        if self._whole is None:
-            with self._path.open("a") as file:  # closing it flushes
-                file.write(text)
-            return
-        self._whole.append(text)
         self._changed = True
+        if self._whole is None:
+            with self._path.open("ab") as file:  # closing it hands all to the system
+                file.write(data)
+            return
+        self._whole.append(data)
         if time.monotonic() - self._written >= BUCKET_FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Writes all rows before it returns."""
-        if self._whole is not None and self._changed:
-            self._path.write_text("".join(self._whole))
-            self._written, self._changed = time.monotonic(), False
+        """Writes all that was appended, to the disk itself, before it returns."""
+        if not self._changed:
+            return
+        if self._whole is not None:
+            self._path.write_bytes(b"".join(self._whole))
+        else:
+            with self._path.open("rb") as file:
+                os.fsync(file.fileno())
+        self._written, self._changed = time.monotonic(), False
 
-    def __enter__(self) -> "JsonlAppender":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.flush()
+
+
+class JsonlAppender(Appender):
+    """A jsonl file that process 0 appends to row by row."""
+
+    def append_rows(self, rows: Iterable[Any]) -> None:
+        self.append("".join(to_json(row) + "\n" for row in rows).encode())
 
 
 @contextlib.contextmanager
@@ -254,14 +266,13 @@ def _get_partial_paths(path: epath.PathLike) -> tuple[epath.Path, epath.Path]:
 class Writer:
     """Writes metrics.jsonl, rollouts/ and tensorboard/. Every process may call its methods.
 
-    `resume_step` is the first step that this process writes. Rows and rollouts that an earlier
-    process wrote for that step or later are deleted, and so is a half-written last line. Steps are
-    numbered across all stages of a run.
+    `resume_step` is the first step that this process writes. What an earlier process wrote of that
+    step or later is deleted, and so is what it wrote by half. Steps are numbered across all stages
+    of a run.
     """
 
     def __init__(self, workdir: epath.PathLike, resume_step: int) -> None:
         self._workdir = epath.Path(workdir)
-        self._board: tensorboard.EventWriter | None = None
         if not is_primary():
             return
         self._workdir.mkdir(parents=True, exist_ok=True)
@@ -270,13 +281,14 @@ class Writer:
             with path.open("rb") as rows, _open_atomic(path) as kept:
                 lines = (row.decode(errors="replace") for row in rows)
                 kept.writelines(row for row in lines if _is_before(row, resume_step))
-        for old in (self._workdir / "rollouts").glob("*.jsonl"):
-            if old.stem.isdigit() and int(old.stem) >= resume_step:
-                old.unlink()
+        for folder in ("rollouts", "skipped"):
+            for old in (self._workdir / folder).glob("*.jsonl"):
+                if old.stem.isdigit() and int(old.stem) >= resume_step:
+                    old.unlink()
         self._lines = JsonlAppender(path)
-        if not is_remote(workdir):  # for buckets tensorboardX needs Google's own client
+        if not is_remote(workdir):
             path.touch()
-            self._board = tensorboard.EventWriter(self._workdir / "tensorboard", resume_step)
+        self._board = _open_board(self._workdir / "tensorboard", resume_step)
 
     def write(self, step: int, stage: str, numbers: Mapping[str, Any]) -> None:
         """Appends one row; `numbers` maps flat names to scalars (host or device) or None."""
@@ -285,10 +297,8 @@ class Writer:
         self._require_directory()
         values = _to_finite(jax.device_get(dict(numbers)))
         self._lines.append_rows([{"step": step, "stage": stage, **values}])
-        if self._board is not None:
-            self._board.add_scalars(
-                {name: value for name, value in values.items() if value is not None}, step
-            )
+        scalars = {name: value for name, value in values.items() if value is not None}
+        self._board.append(tensorboard.make_scalars(scalars, step))
 
     def _require_directory(self) -> None:
         """Raises FileNotFoundError if the directory is gone; nothing may make a new, empty one."""
@@ -311,20 +321,34 @@ class Writer:
             log_line(f"warning: step {step}: loss or gradient not finite, not trained: see {path}")
 
     def flush(self) -> None:
-        """Writes all rows to metrics.jsonl before it returns."""
+        """Writes all rows and events before it returns."""
         if is_primary():
             self._lines.flush()
-
-    def close(self) -> None:
-        self.flush()
-        if self._board is not None:
-            self._board.close()
+            self._board.flush()
 
     def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self.flush()
+
+
+def _open_board(folder: epath.Path, resume_step: int) -> Appender:
+    """Opens a new file of events, and cuts off `resume_step` and later from those of earlier
+    processes. Each process has its own file, since TensorBoard reads on from where it was."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("events.*"):
+        with old.open("rb") as file:
+            size, has_scalars = tensorboard.measure_before(file, resume_step)
+        if not has_scalars:
+            old.unlink()
+        elif size < old.stat().length:
+            _truncate_file(old, size)
+    now = time.time_ns()
+    name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}"
+    board = Appender(folder / name)
+    board.append(tensorboard.make_start(resume_step))
+    return board
 
 
 def _is_before(row: str, step: int) -> bool:

@@ -1,50 +1,78 @@
-"""Writes scalars as TensorBoard events.
+"""Makes TensorBoard's events, as bytes to append to a file, and finds those before a step.
 
-tensorboardX's own SummaryWriter writes in a thread: on a full disk that thread ends with a
-traceback, and the run hangs once its queue is full. Here the caller writes, and gets the error.
+tensorboardX's own writers make one event of each scalar, and write in a thread: on a full disk that
+thread ends with a traceback, and the run hangs once its queue is full. Here the caller writes.
 """
 
+import struct
 import time
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from etils import epath
-
-FLUSH_SECONDS = 10.0
+_LENGTH, _CHECKSUM = struct.Struct("<Q"), struct.Struct("<I")
 
 
-class EventWriter:
-    """An event file in `folder`. TensorBoard drops earlier events from `resume_step` on.
+def make_start(resume_step: int) -> bytes:
+    """Makes the first events of a file, at which an open TensorBoard drops what it has read of
+    `resume_step` and later."""
+    session = {"status": 1}  # START
+    return _to_record(file_version="brain.Event:2") + _to_record(
+        session_log=session, step=resume_step
+    )
 
-    Every method raises OSError if the disk is full, or cannot be written for another reason.
+
+def make_scalars(scalars: Mapping[str, float], step: int) -> bytes:
+    """Makes one event with all scalars of a step."""
+    from tensorboardX.summary import scalar  # imports torch if installed
+
+    values = [value for name, x in scalars.items() for value in scalar(name, x).value]
+    return _to_record(summary={"value": values}, step=step)
+
+
+def measure_before(file: IO[bytes], step: int) -> tuple[int, bool]:
+    """Measures the events of a file that come before `step`, and before anything unreadable.
+
+    Returns:
+      Their bytes, which the file begins with, and whether there are scalars among them.
     """
+    size, has_scalars = 0, False
+    while event := _read_event(file):
+        has_summary = event.HasField("summary")
+        if has_summary and event.step >= step:
+            break
+        size, has_scalars = file.tell(), has_scalars or has_summary
+    return size, has_scalars
 
-    def __init__(self, folder: epath.PathLike, resume_step: int) -> None:
-        from tensorboardX import event_file_writer  # imports torch if installed
-        from tensorboardX.proto import event_pb2
 
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self._make_event: Any = event_pb2.Event
-        # Its own names differ by the second, and a file of the same name would be overwritten.
-        self._file = event_file_writer.EventsWriter(f"{folder}/events", f".{time.time_ns()}")
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._write(session_log=start, step=resume_step)
-        self._file.flush()
-        self._flushed = time.monotonic()
+def _read_event(file: IO[bytes]) -> Any:
+    """Reads the next event; None at the end of the file, or where it is half-written."""
+    from google.protobuf.message import DecodeError
+    from tensorboardX.proto import event_pb2
 
-    def add_scalars(self, scalars: Mapping[str, float], step: int) -> None:
-        """Writes the scalars of a step, to the disk every FLUSH_SECONDS."""
-        from tensorboardX.summary import scalar
+    make_event: Any = event_pb2.Event
+    header = file.read(_LENGTH.size)
+    if len(header) < _LENGTH.size or file.read(_CHECKSUM.size) != _sum(header):
+        return None
+    (length,) = _LENGTH.unpack(header)
+    data = file.read(length)
+    if len(data) < length or len(file.read(_CHECKSUM.size)) < _CHECKSUM.size:
+        return None
+    try:
+        return make_event.FromString(data)
+    except DecodeError:
+        return None
 
-        for name, value in scalars.items():
-            self._write(summary=scalar(name, value), step=step)
-        if time.monotonic() - self._flushed >= FLUSH_SECONDS:
-            self._file.flush()
-            self._flushed = time.monotonic()
 
-    def _write(self, **fields: Any) -> None:
-        self._file.write_event(self._make_event(wall_time=time.time(), **fields))
+def _to_record(**fields: Any) -> bytes:
+    from tensorboardX.proto import event_pb2
 
-    def close(self) -> None:
-        self._file.close()
+    make_event: Any = event_pb2.Event
+    data = make_event(wall_time=time.time(), **fields).SerializeToString()
+    header = _LENGTH.pack(len(data))
+    return header + _sum(header) + data + _sum(data)
+
+
+def _sum(data: bytes) -> bytes:
+    from tensorboardX.record_writer import masked_crc32c
+
+    return _CHECKSUM.pack(masked_crc32c(data))

@@ -94,7 +94,7 @@ class Watchdog:
             passed, before = min(now - before, 2 * interval), now
             tasks = self._tasks
             files = list_files_on_stack(self._watched_thread)
-            if not tasks or any(file.endswith(_COMPILER) for file in files):
+            if not tasks or is_compiling(self._watched_thread):
                 continue
             task = tasks[-1]
             task.seconds += passed
@@ -133,9 +133,14 @@ def list_files_on_stack(thread: int) -> list[str]:
     return files
 
 
-def find_phase(files: list[str]) -> str:
+def is_compiling(thread: int) -> bool:
+    """Returns True if a thread waits for XLA's compiler."""
+    return any(file.endswith(_COMPILER) for file in list_files_on_stack(thread))
+
+
+def find_phase(files: list[str], default: str = "outside sampling and updating") -> str:
     """Returns what a thread with these files on its stack does."""
     for part, phase in PHASES.items():
         if any(part in file for file in files):
             return phase
-    return "outside sampling and updating"
+    return default

@@ -79,6 +79,7 @@ class Collector:
     # By step, with the next one prefetched: minibatches of traces, and traces beside samples.
     load_minibatches: Callable[[int], tuple[Minibatches, Sums]]
     load_traces: Callable[[int], list[Example]]
+    check_stop: Callable[[], None]
     started: StartedRollout | None = None  # for the next step
     is_warm: bool = False  # True once the sampler's programs are compiled
 
@@ -94,10 +95,12 @@ def make_collector(
     mesh: Mesh,
     grader: graders.Grader,
     cache_capacity: int | None = None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> Collector:
     """Makes the collector of a stage at its start.
 
     Args:
+      check_stop: called between segments of decoding; what it raises leaves off the step.
       cache_capacity: tokens that the sampler's cache can hold; None: unknown.
     """
     s = stage.c
@@ -126,6 +129,7 @@ def make_collector(
         prompts=StagePrompts(stage, c.seed),
         load_minibatches=dataset.prefetch_next(load_minibatches, stage.end_step),
         load_traces=dataset.prefetch_next(load_traces, stage.end_step),
+        check_stop=check_stop,
     )
 
 
@@ -270,6 +274,8 @@ def start_rollout(
         version=version,
         token_budget=stage.token_budget if stage.token_budget and not is_last else None,
         counts=counts,
+        # What is sampled ahead is not left off: the update takes away the weights it is drawn with.
+        check_stop=collector.check_stop if version == step else lambda: None,
     )
     return StartedRollout(step, len(requests), sequences, counts)
 

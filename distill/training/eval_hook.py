@@ -103,11 +103,19 @@ class ValidationHook:
             return
         rollout.complete(self._make_subject(params), v.prompts, v.spec.sample, warm_up=True)
 
-    def run(self, state: Any, make_meta: Callable[[], dict[str, Any]], step: int) -> dict[str, Any]:
+    def run(
+        self,
+        state: Any,
+        make_meta: Callable[[], dict[str, Any]],
+        step: int,
+        check_stop: Callable[[], None] = lambda: None,
+    ) -> dict[str, Any]:
         """Evaluates a train state after `step` steps, and saves it if it is the best so far.
 
         Args:
           make_meta: makes the metadata of the state's checkpoint.
+          check_stop: called now and then while sampling. After what it raises, another call, of the
+            same command too, goes on with the rows that are left.
 
         Returns:
           The metrics.
@@ -115,7 +123,7 @@ class ValidationHook:
         v = self.validation
         assert v is not None
         start_time = time.perf_counter()
-        summary: Any = self._evaluate_step(v, self._make_subject(state.params), step)
+        summary: Any = self._evaluate_step(v, self._make_subject(state.params), step, check_stop)
         value = summary.get(v.c.best.removeprefix("-"))
         if self.best_checkpoints and value is not None:
             value = -value if v.c.best.startswith("-") else value
@@ -134,7 +142,13 @@ class ValidationHook:
             self.student, path=str(self.workdir), params=self._to_sampling_params(params)
         )
 
-    def _evaluate_step(self, v: ValidationSetup, subject: Policy, step: int) -> evaluator.Record:
+    def _evaluate_step(
+        self,
+        v: ValidationSetup,
+        subject: Policy,
+        step: int,
+        check_stop: Callable[[], None],
+    ) -> evaluator.Record:
         """Runs one evaluation.
 
         Resumes a directory of this step if the same parameters wrote it, as in a resumed run;
@@ -142,7 +156,9 @@ class ValidationHook:
         """
         out = self.workdir / "eval" / f"{step:06d}"
         spec = dataclasses.replace(v.spec, step=step)
-        evaluate_once = functools.partial(evaluator.evaluate_benchmark, subject, v.rows, spec, out)
+        evaluate_once = functools.partial(
+            evaluator.evaluate_benchmark, subject, v.rows, spec, out, check_stop=check_stop
+        )
         try:
             return evaluate_once()
         except UserError as error:

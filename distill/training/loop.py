@@ -5,10 +5,8 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
-import jax
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -17,16 +15,17 @@ from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.rewards import graders
 from distill.runtime import (
-    cli,
     distributed,
     locks,
     paths,
     run_files,
+    stop_signals,
     watchdog,
     xla,
 )
 from distill.runtime import mesh as mesh_lib
 from distill.runtime.checkpoint import Checkpoints
+from distill.runtime.stop_signals import Stopped, StopSignals
 from distill.teachers.local import Teacher
 from distill.training import (
     alerts,
@@ -41,37 +40,16 @@ from distill.training import (
     resume,
     saving,
     setup,
+    stopping,
     trainer,
     update,
 )
 from distill.training.collect import Collector
 from distill.training.microbatches import Minibatches
 from distill.training.setup import RunSetup
-from models.errors import SourceFailure, UserError
+from distill.training.stopping import RunContext
+from models.errors import SourceFailure
 from models.transformer import Params
-
-ALERT_STOP = 1000  # in place of a signal's number: an alert stops the run
-
-
-@dataclasses.dataclass(frozen=True)
-class RunContext:
-    """Resources that a run keeps open through its stages."""
-
-    mesh: Mesh
-    checkpoints: Checkpoints
-    writer: run_files.Writer
-    validation_hook: eval_hook.ValidationHook
-    grader: graders.Grader
-    get_stop_signal: Callable[[], int]  # signal that asked us to stop, or 0
-    compile_monitor: xla.CompileMonitor
-    alerts: alerts.Alerts  # of process 0
-    watchdog: watchdog.Watchdog
-
-    def check_stop_signal(self) -> int:
-        """Returns the signal that any process received, ALERT_STOP for an alert that stops the run,
-        or 0; all stop after the same step."""
-        own = ALERT_STOP if self.alerts.stop else self.get_stop_signal()
-        return distributed.max_over_processes(own)
 
 
 def prepare_run(
@@ -109,12 +87,14 @@ def run(c: ConfigDict, workdir: epath.PathLike, allow_changed_inputs: bool = Fal
       UserError: naming the problem in the config, its files or `workdir`; or, after a checkpoint,
         the alert that stopped the run.
       SystemExit: with code 128 + signal, after a checkpoint, if a signal asked the run to stop.
+      KeyboardInterrupt: if it did where there was nothing to save, as before the first step.
     """
     paths.require_reachable(str(workdir), "--workdir")
     workdir, flag = epath.Path(workdir), f"--workdir={workdir}"
     xla.init_compilation_cache(c.compilation_cache)
     with (
         run_files.explain_write_errors(workdir, flag),
+        stop_signals.advise_interrupted("the same command goes on from the newest checkpoint"),
         locks.hold_lock(workdir / "lock", flag),
     ):
         run_stages(c, workdir, allow_changed_inputs)
@@ -130,9 +110,14 @@ def run_stages(c: ConfigDict, workdir: epath.Path, allow_changed_inputs: bool) -
     )
     run_setup, validation, input_keys = prepare(steps_done)
     run_files.log_line(f"attention: {run_setup.student.model.kernel}")
+    for line in preflight.check_memory(c, run_setup, mesh, steps_done):
+        run_files.log_line(line)
     with policy.use(run_setup.student):
         run_setup = setup.load_lora_base(c, run_setup)
         with contextlib.ExitStack() as stack:
+            signals = stack.enter_context(
+                StopSignals("stopping at the checkpoint of the last finished step")
+            )
             checkpoints = stack.enter_context(
                 Checkpoints(
                     workdir / "checkpoints",
@@ -146,14 +131,12 @@ def run_stages(c: ConfigDict, workdir: epath.Path, allow_changed_inputs: bool) -
                 eval_hook.open_validation_hook(validation, run_setup.student, workdir)
             )
             grader = stack.enter_context(graders.Grader())
-            get_stop_signal = stack.enter_context(cli.catch_stop_signals())
             compile_monitor = stack.enter_context(xla.CompileMonitor())
-            state, first_stage, progress = saving.restore_or_init(
-                c, run_setup, checkpoints, input_keys
-            )
-            if int(state.step) < steps_done:  # the newest checkpoint is damaged
-                earlier, *_ = prepare(int(state.step))
-                run_setup = dataclasses.replace(earlier, student=run_setup.student)
+            with signals.interrupt():
+                state, meta = saving.restore_or_init(c, run_setup, checkpoints, input_keys)
+                if int(state.step) < steps_done:  # the newest checkpoint is damaged
+                    earlier, *_ = prepare(int(state.step))
+                    run_setup = dataclasses.replace(earlier, student=run_setup.student)
             writer = stack.enter_context(run_files.Writer(workdir, int(state.step)))
             if run_files.is_primary() and (workdir / "metrics.jsonl").exists():
                 rows = (workdir / "metrics.jsonl").read_text().splitlines()
@@ -164,47 +147,35 @@ def run_stages(c: ConfigDict, workdir: epath.Path, allow_changed_inputs: bool) -
                 writer,
                 validation_hook,
                 grader,
-                get_stop_signal,
+                signals,
                 compile_monitor,
                 run_alerts,
                 stack.enter_context(watchdog.Watchdog(c.alerts.hang_seconds, c.alerts.hang_exits)),
             )
+            if meta and "row" in meta:
+                stopping.finish_evaluation(run_context, state, meta)
+            first_stage, progress = (meta["index"], meta["progress"]) if meta else (0, None)
             loaded_models: dict[str, Policy | Teacher] = {}
             for index, stage in enumerate(run_setup.stages[first_stage:], start=first_stage):
                 if int(state.step) >= stage.end_step:
                     continue
+                if run_context.check_stop_signal():
+                    break
                 loaded_setup = run_setup  # releases the last stage's models before loading
-                loaded_setup = setup.load_stage_models(c, loaded_setup, stage, loaded_models)
-                if int(state.step) == 0:
-                    preflight.print_summary(c, loaded_setup, validation, state.params)
-                if index == first_stage:
-                    validation_hook.warm_up(state.params)
+                with signals.interrupt():
+                    loaded_setup = setup.load_stage_models(c, loaded_setup, stage, loaded_models)
+                    if int(state.step) == 0:
+                        preflight.print_summary(c, loaded_setup, validation, state.params)
+                    if index == first_stage:
+                        validation_hook.warm_up(state.params)
                 if index > first_stage:
                     progress = None
                     state = update.init_train_state(
                         stage.optimizer, state.params, int(state.step), state.average
                     )
                 state = run_stage(c, loaded_setup, index, state, progress, run_context)
-                if run_context.check_stop_signal():
-                    break
         if code := run_context.check_stop_signal():
-            stop_run(run_alerts, code, int(state.step))
-
-
-def stop_run(run_alerts: alerts.Alerts, code: int, step: int) -> NoReturn:
-    """Ends a run that an alert or the signal `code` stopped, after the checkpoint of `step`."""
-    if code != ALERT_STOP:
-        run_files.log_line(f"stopped after step {step}; the same command resumes it")
-        raise SystemExit(128 + code)
-
-    def describe_alert() -> str:
-        assert run_alerts.stop
-        return f"step {run_alerts.stop.step}: {run_alerts.stop.message}"
-
-    raise UserError(
-        f"{distributed.broadcast_from_primary(describe_alert)}; stopped at the checkpoint of step "
-        f"{step}, from which the same command goes on"
-    )
+            stopping.stop_run(run_alerts, code, int(state.step))
 
 
 def run_stage(
@@ -225,7 +196,7 @@ def run_stage(
     abstract_stage = memory.describe_stage(c, run_setup, stage, state.params)
     cache_capacity = memory.compute_cache_capacity(abstract_stage, memory.get_memory_limit())
     collector = collect.make_collector(
-        c, run_setup, stage, mesh, run_context.grader, cache_capacity
+        c, run_setup, stage, mesh, run_context.grader, cache_capacity, run_context.check_stop
     )
     if progress:
         collector.progress.restore(progress)
@@ -241,13 +212,15 @@ def run_stage(
             run_context.watchdog.start_step(step)
             start_time, is_last = time.perf_counter(), step + 1 == stage.end_step
             transcript_count = c.log.transcripts if step % c.log.transcripts_every == 0 else 0
-
+            buffer = dataclasses.replace(collector.progress.buffer)
             try:
                 collected = collect_step(collector, state.params, step, state.average)
-            except SourceFailure as error:
+                run_context.check_stop()  # the update will take the last step's state
+            except (Stopped, SourceFailure) as error:
                 metrics_logger.write()
-                stop_at_failure(c, run_context, collector, state, index, error)
-                raise
+                collector.progress.buffer = buffer
+                stopping.leave_step(c, run_context, collector, state, index, error)
+                break
             minibatches, host_metrics = collected
             state, device_metrics, kept_stats, score_seconds = stage_trainer.step(
                 state,
@@ -262,49 +235,29 @@ def run_stage(
             device_metrics["learning_rate"] = schedule(num_updates)
             metrics_logger.add_step(step, start_time, host_metrics, device_metrics, kept_stats)
             make_meta = functools.partial(saving.make_meta, c, collector, index, step + 1)
-            if validation_hook.is_due(step + 1, is_last):
-                metrics_logger.fetch_pending()
-                with run_context.watchdog.watch_evaluation(step):
-                    host_metrics |= validation_hook.run(state, make_meta, step + 1)
-            host_metrics["time/compile"] = run_context.compile_monitor.report_compiles(
-                f"step {step}", 0.0 if step == first_step else 1.0
-            )
             if transcript_count:
                 rows = metrics_log.make_transcripts(
                     kept_stats, mesh, run_setup.student, transcript_count
                 )
                 run_context.writer.write_rollouts(step, rows)
+            if validation_hook.is_due(step + 1, is_last):
+                metrics_logger.fetch_pending()
+                if not stopping.evaluate_step(run_context, state, make_meta, host_metrics):
+                    break
+            host_metrics["time/compile"] = run_context.compile_monitor.report_compiles(
+                f"step {step}", 0.0 if step == first_step else 1.0
+            )
             # Checked once, since a signal may arrive while the state is being saved.
-            stopping = bool(run_context.check_stop_signal())
+            is_stopping = bool(run_context.check_stop_signal())
             validation_hook.check_last_save()
             is_due = checkpoints.should_save(step + 1)
-            if is_due or stopping or is_last:
+            if is_due or is_stopping or is_last:
                 metrics_logger.write()
                 saving.save(checkpoints, run_context.writer, state, make_meta())
-            if stopping:
+            if is_stopping:
                 break
     run_context.watchdog.stop_step()
     return state
-
-
-def stop_at_failure(
-    c: ConfigDict,
-    run_context: RunContext,
-    collector: Collector,
-    state: update.TrainState,
-    index: int,
-    error: SourceFailure,
-) -> None:
-    """Saves the state of a run whose step cannot be collected, and raises UserError. Does nothing
-    before the first step, or with several processes, of which the others have not failed."""
-    step = int(state.step)
-    if step == 0 or jax.process_count() > 1:
-        return
-    meta = saving.make_meta(c, collector, index, step)
-    saving.save(run_context.checkpoints, run_context.writer, state, meta)
-    raise UserError(
-        f"{error}; stopped at the checkpoint of step {step}, from which the same command goes on"
-    ) from error
 
 
 def collect_step(

@@ -13,12 +13,18 @@ from ml_collections import ConfigDict
 
 from distill.policy import policy
 from distill.policy.policy import Policy
+from distill.runtime import host_memory
 from distill.runtime import mesh as mesh_lib
 from distill.teachers import local
 from distill.training import optim, sampling_programs, stages, update
 from distill.training.calls import AbstractStage, count_device_bytes
 from distill.training.setup import RunSetup, StageSetup
 from models import transformer
+from models.layers import blockwise
+
+# Arrays [B, N, T, T] in float32 in a compiled update on a CPU: 4.4 to 4.7 by XLA's own count, for
+# T from 250 to 2048.
+CPU_SCORE_COPIES = 4
 
 
 def describe_stage(
@@ -27,6 +33,9 @@ def describe_stage(
     """Describes a stage of a run; its models may be loaded or not."""
     names = stage.c.teachers if stage.needs_teacher else ()
     teachers = {name: run_setup.teachers[name] for name in names}
+    student = run_setup.student
+    if student.model.lora:  # its frozen base
+        student = _to_loaded_shapes(student, c.student.param_dtype)
     reference = run_setup.reference if stage.loss.reference else None
     if reference and not local.is_base(run_setup.student):
         reference = _to_loaded_shapes(reference, c.student.param_dtype)
@@ -38,7 +47,7 @@ def describe_stage(
         stage.loss,
         stage.sampled_rows,
         stage.microbatch_rows,
-        run_setup.student,
+        student,
         trained_params,
         {name: _to_loaded_shapes(t.policy, t.c.param_dtype) for name, t in teachers.items()},
         reference,
@@ -56,6 +65,16 @@ def get_memory_limit() -> int | None:
     """Returns the memory of this process's first device in bytes; None if not reported (a CPU)."""
     stats = jax.local_devices()[0].memory_stats()
     return stats.get("bytes_limit") if stats else None
+
+
+def get_free_memory(mesh: Mesh) -> int | None:
+    """Returns the bytes that each of this process's devices on `mesh` may take before anything is
+    loaded; CPU devices share what their host has free. None if unknown."""
+    limit = get_memory_limit()
+    if limit is not None or jax.default_backend() != "cpu":
+        return limit
+    free = host_memory.measure_free_bytes()
+    return None if free is None else free // len(mesh.local_devices)
 
 
 def count_resident_bytes(stage: AbstractStage, mesh: Mesh | None = None) -> dict[str, int]:
@@ -113,10 +132,20 @@ def get_alias(stage: AbstractStage, teacher: str) -> str:
 def estimate_update_bytes(stage: AbstractStage) -> dict[str, float]:
     """Estimates name -> bytes on each device that an update takes beside the resident arrays.
 
-    Activations are those that rematerialisation keeps, and the teachers' hidden states.
+    Activations are those that rematerialisation keeps, and the teachers' hidden states; attention
+    scores those of one layer. What XLA fuses and frees in time does not count, so a program takes
+    rather more than less.
     """
     student, mesh, T = stage.student, stage.mesh, stages.get_row_tokens(stage.s)
     shards = mesh_lib.count_row_shards(mesh) * mesh_lib.count_token_shards(mesh, T)
+    scores = 0.0
+    if student.model.kernel == "xla":  # the others hold none in the memory of the device
+        heads = student.config.num_attention_heads // mesh.shape["tensor"]
+        rows = stage.microbatch_rows / mesh_lib.count_row_shards(mesh)
+        row_scores = blockwise.count_score_bytes(heads, T)
+        if mesh.devices.flat[0].platform == "cpu":  # all blocks at once, and this often
+            row_scores = CPU_SCORE_COPIES * 4 * heads * T * T
+        scores = rows * row_scores
     width = student.config.hidden_size * (1 if student.model.remat else 12)
     itemsize = jnp.dtype(student.model.dtype).itemsize
     row_bytes = T * itemsize * width * (student.config.num_hidden_layers + 2)
@@ -126,6 +155,7 @@ def estimate_update_bytes(stage: AbstractStage) -> dict[str, float]:
     return {
         "gradient": num_gradients * count_device_bytes(stage.trained_params),
         "activations": stage.microbatch_rows / shards * row_bytes,
+        "attention scores": scores,
         "logits": stages.get_loss_chunk_mib(stage.c, mesh) / mesh.size * 2**20,
     }
 
@@ -141,8 +171,9 @@ def estimate_stage_bytes(stage: AbstractStage, memory_limit: float | None) -> di
     sampling_bytes = sampler.weight_bytes + sampler.cache_bytes
     if stage.s.rollout.asynchronous:
         return stage_bytes | {"sampling": sampling_bytes} | update_bytes
-    larger = max(sampling_bytes, sum(update_bytes.values()))  # one after the other
-    return stage_bytes | {"sampling or updates": larger}
+    if sampling_bytes > sum(update_bytes.values()):  # one after the other
+        return stage_bytes | {"sampling": sampling_bytes}
+    return stage_bytes | update_bytes
 
 
 def compute_cache_capacity(stage: AbstractStage, memory_limit: float | None) -> int | None:

@@ -68,15 +68,22 @@ class MetricsLogger:
             return
         self.fetch_pending(end_time)
         (step, _, row, _), self.pending = self.pending, None
-        self.writer.write(step, self.stage.name, row)
-        if run_files.is_primary():
-            file_row = json.loads(run_files.to_json(row))  # as a resumed run will read it
-            for alert in self.alerts.add_row({"step": step, "stage": self.stage.name, **file_row}):
-                run_files.log_line(f"warning: step {alert.step}: {alert.message}")
+        write_row(self.writer, self.alerts, step, self.stage.name, row)
         bar_names = ("train/loss", "train/grad_norm", "rollout/mean_length", "time/step")
         # Without trained tokens there is no loss.
         bar_metrics = {k: row[k] for k in bar_names if k in row and math.isfinite(row[k])}
         self.progress_bar.update(step + 1 - self.stage.first_step, bar_metrics)
+
+
+def write_row(
+    writer: run_files.Writer, alerts: Alerts, step: int, stage_name: str, row: dict
+) -> None:
+    """Writes a step's row, and warns of the alerts that fire at it."""
+    writer.write(step, stage_name, row)
+    if run_files.is_primary():
+        file_row = json.loads(run_files.to_json(row))  # as a resumed run will read it
+        for alert in alerts.add_row({"step": step, "stage": stage_name, **file_row}):
+            run_files.log_line(f"warning: step {alert.step}: {alert.message}")
 
 
 def make_transcripts(

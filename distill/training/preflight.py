@@ -1,4 +1,5 @@
-"""Summary printed before step 0: models, stop tokens, example rows with the trained parts, memory.
+"""Memory, compared before weights are read; and the summary printed before step 0: models, stop
+tokens, example rows with the trained parts.
 
 A line that begins with "warning:" names a problem that would cause no error.
 """
@@ -9,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
@@ -16,10 +18,13 @@ from distill.data import chat, dataset, examples
 from distill.data.template import describe_template
 from distill.policy import compatibility, policy
 from distill.policy.policy import Policy
-from distill.runtime import run_files
+from distill.runtime import failures, run_files
+from distill.runtime import mesh as mesh_lib
 from distill.training import memory
+from distill.training.calls import count_device_bytes
 from distill.training.eval_hook import ValidationSetup
 from distill.training.setup import RunSetup, StageSetup
+from models.errors import UserError
 from models.layers import quantised
 from models.transformer import Params
 
@@ -28,6 +33,11 @@ NUM_END_TOKENS = 60  # shown at each end of a part that is cut
 NUM_COMPARED_ROWS = 8  # compared with an evaluation's prompt
 GREEN, FAINT, RESET_COLOUR = "\033[32m", "\033[2m", "\033[0m"
 GIB = 2**30
+# Part of the estimate -> the phase of a step that takes it; all others stay in memory.
+PHASES = {
+    **dict.fromkeys(("gradient", "activations", "attention scores", "logits"), "updating"),
+    "sampling": "sampling",
+}
 
 
 def print_summary(
@@ -67,7 +77,6 @@ def make_summary_lines(
             )
         if validation and tokenizer is not None:
             yield from _compare_eval_prompts(stage, c.seed, validation, student)
-    yield from estimate_memory(run_setup, c, trained)
 
 
 def _describe_policy(model: Policy) -> str:
@@ -221,20 +230,53 @@ def _compare_eval_prompts(
     )
 
 
-def estimate_memory(run_setup: RunSetup, c: ConfigDict, trained: Params) -> Iterator[str]:
-    """Yields the estimated GiB per device of the stage that needs most, and a warning if the device
-    has less."""
-    limit = memory.get_memory_limit()
-    stages = [memory.describe_stage(c, run_setup, stage, trained) for stage in run_setup.stages]
-    sizes = max(
-        (memory.estimate_stage_bytes(stage, limit) for stage in stages),
-        key=lambda sizes: sum(sizes.values()),
+def check_memory(
+    c: ConfigDict, run_setup: RunSetup, mesh: Mesh, steps_done: int = 0
+) -> Iterator[str]:
+    """Yields the estimated GiB per device of the stage that needs most, of those that are left, and
+    a warning if the device may have less. Call it before any weight is loaded.
+
+    Raises:
+      UserError: if a device has less than what is certainly taken, naming the keys that help.
+    """
+    free, student = memory.get_free_memory(mesh), run_setup.student
+    trained = mesh_lib.make_abstract_params(student.config, mesh, student.model.lora)
+    stages = [
+        memory.describe_stage(c, run_setup, stage, trained)
+        for stage in run_setup.stages
+        if stage.end_step > steps_done
+    ]
+    if not stages:
+        return
+    sizes, stage = max(
+        (
+            (memory.estimate_stage_bytes(stage, memory.get_memory_limit()), stage)
+            for stage in stages
+        ),
+        key=lambda pair: sum(pair[0].values()),
     )
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in sizes.items() if size)
-    total, has = sum(sizes.values()), f"; it has {limit / GIB:.1f}" if limit else ""
+    total, has = sum(sizes.values()), f"; it has {free / GIB:.1f}" if free else ""
+    # XLA may add the gradient of a micro-batch to the sum as it arises.
+    certain = total - (0 if stage.has_single_microbatch else count_device_bytes(trained))
+    largest = max(sizes, key=lambda name: sizes[name])
+    knobs = ", ".join(
+        f"config.{key.replace('STAGE', stage.name)}"
+        for key in failures.KNOBS[PHASES.get(largest, "loading weights")]
+    )
+    if free is not None and certain > free:
+        raise UserError(
+            f"config.{stage.name}: needs at least {certain / GIB:.2f} GiB on each device, which "
+            f"has {free / GIB:.2f} free ({parts}); less is needed with other values of {knobs}"
+        )
     yield f"memory: about {total / GIB:.2f} GiB a device ({parts}){has}"
-    if limit and total > limit:
-        yield "warning: that is more than a device has; raise accumulate, or use more devices"
+    if free is not None and total > free:
+        yield f"warning: a device may have less memory than that; what helps: {knobs}"
     if c.teacher_mesh.devices:
         size = max(memory.count_teacher_mesh_bytes(stage) for stage in stages)
+        if free is not None and size > free:
+            raise UserError(
+                f"config.teacher_mesh: the weights take {size / GIB:.2f} GiB on each device, which "
+                f"has {free / GIB:.2f} free; use more devices, or teacher.param_dtype=int8"
+            )
         yield f"memory of config.teacher_mesh: {size / GIB:.2f} GiB a device, plus activations"

@@ -56,4 +56,5 @@ class StagePrompts:
         sequences: list[rollout.Sequence] = []
         for index in range(num_started // size, -(-(num_started + num_new) // size)):
             sequences += self.expand_prompts(self._stage.first_step + index)
-        return buffer.partial + sequences[num_started % size :][:num_new]
+        # Copies, so that the buffer of a step that is left off is that of the step's start.
+        return [x.copy() for x in buffer.partial] + sequences[num_started % size :][:num_new]

@@ -1,5 +1,8 @@
 """Checks that a run is resumed with the config and the inputs that it began with.
 
+What may change of a config says config_changes.py. A run without a step belongs to whoever starts
+it: nothing is compared.
+
 WORKDIR/inputs.json records the identity of what a run reads when it starts: its data, models and
 adapters. A run that is resumed compares what its remaining stages read, and goes on with other
 inputs only if a flag allows it: the order of an epoch depends on the number of rows, so with one
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orbax.checkpoint as ocp
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -26,10 +30,10 @@ from distill.policy import identity
 from distill.policy.identity import Part
 from distill.runtime import environment, run_files
 from distill.teachers import local
+from distill.training import config_changes
+from distill.training.config_changes import SAME_CONTENT, Change
 from models.errors import UserError
 
-# Keys of the config that may change, since they do not affect what is trained.
-MUTABLE_KEYS = ("checkpoint", "log", "eval", "compilation_cache", "alerts")
 INPUTS_FILE = "inputs.json"
 SAMPLED_ROWS = 1000  # hashed of a set that is not files of one's own; more cost time
 _SHOWN_CHANGES = 3  # in a message
@@ -48,44 +52,57 @@ def init_workdir(
     """Compares a config and its inputs with those of the run in `workdir`, if it holds one, and
     writes them and the environment there.
 
+    Says each change of the config that is allowed, in a line.
+
     Args:
       inputs: of the stages that are not finished; None: not compared.
       steps_done: steps in the newest checkpoint. With 0 nothing of a run is left, so it may start
-        again with other inputs.
+        again with another config and other inputs.
 
     Returns:
       The config keys of the inputs that the run has recorded.
 
     Raises:
-      UserError: if the directory cannot be written, or holds a run of another config, naming the
-        first key that differs, or of other inputs, naming them.
+      UserError: if the directory cannot be written, or holds a run of another config or of other
+        inputs, naming all that differs.
     """
     path, inputs_path = workdir / "config.json", workdir / INPUTS_FILE
-    current, record = json.loads(c.to_json_best_effort()), _read_record(inputs_path)
-    recorded, inputs = record["inputs"], inputs or {}
-    if path.is_file():
-        try:
-            saved = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not JSON ({error}); the config of the run is lost") from None
-        changed = find_config_changes(saved, current, recorded.keys() & inputs.keys())
-        if changed:
-            raise UserError(f"{workdir} holds a run of another config: {changed[0]}")
-    elif (workdir / "checkpoints").exists():
+    checkpoints = workdir / "checkpoints"
+    if checkpoints.exists() and not path.is_file():
         raise UserError(f"{workdir} holds checkpoints but no config.json: not a run to resume")
-    if changed := list(find_changes(recorded, inputs)):
+    # Checkpoints that cannot be read are damaged, and no reason to start again.
+    is_new = not steps_done and not (
+        checkpoints.exists() and ocp.utils.checkpoint_steps(checkpoints)
+    )
+    record, inputs = _read_record(inputs_path), inputs or {}
+    recorded = record["inputs"]
+    changes = []
+    if path.is_file():
+        input_keys = recorded.keys() & inputs.keys()
+        changes = compare_config(str(path), path.read_text(), c, max(1, steps_done), input_keys)
+        if not is_new:
+            require_allowed(f"{workdir} holds a run of another config", changes)
+    changed = list(find_changes(recorded, inputs))
+    if is_new:
+        if changes or changed:
+            texts = [x.text for x in changes if x.reason != SAME_CONTENT]
+            texts += [text for _, text in changed]
+            run_files.log_line(f"{workdir} holds no step, so it starts again: {_shorten(texts)}")
+        record, recorded, changes = {"inputs": {}, "changes": []}, {}, []
+    elif changed:
         record["changes"] += _allow_changes(workdir, changed, steps_done, allow_changed_inputs)
-    elif steps_done and inputs and not recorded:
+    elif inputs and not recorded:
         run_files.log_line(
             f"{inputs_path}: no such file, so nothing shows whether data and models are those that "
             "the run began with; they are recorded from now on"
         )
+    for change in changes:
+        if change.input_key not in {key for key, _ in changed}:
+            run_files.log_line(f"{workdir} goes on: {change.text} ({change.reason})")
     record["inputs"] = recorded | inputs
-    if not steps_done:
-        record["changes"] = []
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        run_files.write_json(path, current)
+        run_files.write_json(path, json.loads(c.to_json_best_effort()))
         run_files.write_json(workdir / "environment.json", environment.describe_environment())
         if inputs:
             run_files.write_json(inputs_path, record)
@@ -94,28 +111,29 @@ def init_workdir(
     return sorted(record["inputs"])
 
 
-def find_config_changes(before: Any, now: Any, input_keys: Collection[str]) -> list[str]:
-    """Returns a line for each difference of two configs, as JSON, that is not allowed in a run.
+def compare_config(
+    name: str, text: str, c: ConfigDict, steps_done: int, input_keys: Collection[str]
+) -> list[Change]:
+    """Calls config_changes.compare_configs with a config as text, and `name` for what holds it."""
+    try:
+        return config_changes.compare_configs(json.loads(text), c, steps_done, input_keys)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{name}: not the config of a run ({reason})") from error
 
-    input_keys: of inputs whose content is compared, so that their names do not count.
-    """
-    # A pair of a mixture begins with its name.
-    named = {key + end for key in input_keys for end in ("", "[0]")}
-    differences = _find_differences(before, now, "config")
-    return sorted(text for key, text in differences if key not in named)
+
+def require_allowed(problem: str, changes: Sequence[Change]) -> None:
+    """Raises UserError, which begins with `problem`, for the changes that are not allowed."""
+    if refused := [change.text for change in changes if not change.reason]:
+        raise UserError(
+            f"{problem}: {'; '.join(refused)}. Give the old values again, or start in another "
+            "directory (--workdir)"
+        )
 
 
-def _find_differences(before: Any, now: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Yields (key, what it was and is) of each leaf of a config that differs."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in before.keys() | now.keys():
-            if key != "config" or name not in MUTABLE_KEYS:
-                yield from _find_differences(before.get(name), now.get(name), f"{key}.{name}")
-    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        for i, pair in enumerate(zip(before, now, strict=True)):
-            yield from _find_differences(*pair, f"{key}[{i}]")
-    elif before != now:
-        yield key, f"{key} was {before!r}, now {now!r}"
+def _shorten(texts: Sequence[str]) -> str:
+    more = f"; and {len(texts) - _SHOWN_CHANGES} more" if texts[_SHOWN_CHANGES:] else ""
+    return "; ".join(texts[:_SHOWN_CHANGES]) + more
 
 
 def _read_record(path: epath.Path) -> dict[str, Any]:
@@ -133,25 +151,21 @@ def _read_record(path: epath.Path) -> dict[str, Any]:
 
 
 def _allow_changes(
-    workdir: epath.Path, changed: list[str], steps_done: int, allow: bool
+    workdir: epath.Path, changed: list[tuple[str, str]], steps_done: int, allow: bool
 ) -> list[dict[str, Any]]:
     """Returns the record of changes, or raises UserError if they are not allowed."""
-    more = f"; and {len(changed) - _SHOWN_CHANGES} more" if changed[_SHOWN_CHANGES:] else ""
-    text = "; ".join(changed[:_SHOWN_CHANGES]) + more
-    if not steps_done:
-        run_files.log_line(f"{workdir} starts again, with other inputs: {text}")
-        return []
+    texts = [text for _, text in changed]
     if not allow:
         raise UserError(
-            f"{workdir}: inputs have changed since the run began: {text}. Restore them, start in "
-            "another directory, or go on with them (--allow_changed_inputs)"
+            f"{workdir}: inputs have changed since the run began: {_shorten(texts)}. Restore them, "
+            "start in another directory, or go on with them (--allow_changed_inputs)"
         )
-    run_files.log_line(f"warning: {workdir} goes on with other inputs: {text}")
-    return [{"step": steps_done, "what": changed}]
+    run_files.log_line(f"warning: {workdir} goes on with other inputs: {_shorten(texts)}")
+    return [{"step": steps_done, "what": texts}]
 
 
-def find_changes(before: Inputs, now: Inputs) -> Iterator[str]:
-    """Yields a line for each part of `now` that differs from the one recorded.
+def find_changes(before: Inputs, now: Inputs) -> Iterator[tuple[str, str]]:
+    """Yields (config key, a line) for each part of `now` that differs from the one recorded.
 
     Keys that were not recorded are passed over.
     """
@@ -163,7 +177,7 @@ def find_changes(before: Inputs, now: Inputs) -> Iterator[str]:
             same_content = then and part and then.get("sha256") == part.get("sha256", "")
             if then != part and not same_content:
                 name = "/".join(filter(None, (now[key]["name"], label)))
-                yield f"{name} ({key}): {_describe_change(then, part)}"
+                yield key, f"{name} ({key}): {_describe_change(then, part)}"
 
 
 def _describe_change(then: Part | None, now: Part | None) -> str:

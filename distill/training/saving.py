@@ -12,23 +12,21 @@ from distill.policy import policy
 from distill.runtime import environment, run_files
 from distill.runtime import mesh as mesh_lib
 from distill.runtime.checkpoint import Checkpoints, Meta
-from distill.training import resume, update
+from distill.training import config_changes, resume, update
 from distill.training.collect import Collector
 from distill.training.setup import RunSetup
-from models.errors import UserError
 
 
 def restore_or_init(
     c: ConfigDict, run_setup: RunSetup, checkpoints: Checkpoints, input_keys: Sequence[str]
-) -> tuple[update.TrainState, int, dict[str, Any] | None]:
+) -> tuple[update.TrainState, Meta | None]:
     """Restores the newest checkpoint, or initialises the state.
 
     Args:
       input_keys: config keys of inputs whose content was compared (resume.init_workdir).
 
     Returns:
-      The state, the number of its stage, and the stage's progress (collect.StageProgress), which
-      is None at the start of a run.
+      The state, and what `make_meta` made for it; None at the start of a run.
     """
     student = run_setup.student
     trained = mesh_lib.make_abstract_params(
@@ -36,9 +34,10 @@ def restore_or_init(
     )
 
     def make_abstract_state(meta: dict[str, Any]) -> Any:
-        config = json.loads(c.to_json_best_effort())
-        if changed := resume.find_config_changes(meta["config"], config, input_keys):
-            raise UserError(f"--workdir: its checkpoints are of another config: {changed[0]}")
+        before = meta["config"]
+        first_step = sum(before[name]["steps"] for name in before["stages"][: meta["index"]])
+        changes = config_changes.compare_configs(before, c, first_step + 1, input_keys)
+        resume.require_allowed("--workdir: its checkpoints are of another config", changes)
         # Of the checkpoint's own stage: an earlier one may have another optimiser.
         optimizer = run_setup.stages[meta["index"]].optimizer
         return update.make_abstract_state(optimizer, trained, bool(c.student.ema_decay))
@@ -48,7 +47,7 @@ def restore_or_init(
         state, meta = restored
         if meta["git"] != environment.describe_git():
             run_files.log_line(f"the checkpoint was written by other code: {meta['git']}")
-        return state, meta["index"], meta["progress"]
+        return state, meta
     key = jax.random.key(c.seed)
     if student.model.lora:
         params = policy.load_or_init_lora(student, key)
@@ -59,7 +58,7 @@ def restore_or_init(
     # A copy, since the state is donated and nothing in it may alias.
     ema_params = jax.tree.map(jnp.copy, params) if c.student.ema_decay else None
     optimizer = run_setup.stages[0].optimizer
-    return update.init_train_state(optimizer, params, 0, ema_params), 0, None
+    return update.init_train_state(optimizer, params, 0, ema_params), None
 
 
 def save(
@@ -76,7 +75,11 @@ def save(
 
 
 def make_meta(c: ConfigDict, collector: Collector, index: int, step: int) -> Meta:
-    """Makes the JSON that a checkpoint after `step` steps holds beside the state."""
+    """Makes the JSON that a checkpoint after `step` steps holds beside the state.
+
+    One that is saved in the middle of the evaluation after its step also has that step's `row` of
+    metrics.
+    """
     stage = collector.stage
     return {
         "stage": stage.name,

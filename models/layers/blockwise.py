@@ -30,6 +30,12 @@ def attend(
     return out_BTNH[:, :T]
 
 
+def count_score_bytes(N: int, T: int) -> int:
+    """Counts the bytes of a row's scores of T tokens and N heads while a block is differentiated:
+    float32 of probabilities, their gradient and that of the scores."""
+    return 3 * 4 * N * min(T, _BLOCK) * T
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend_blocks(block: int, q_BTNH, k_BTKH, v_BTKH, segments_BT) -> jax.Array:
     return _forward(block, q_BTNH, k_BTKH, v_BTKH, segments_BT)[0]

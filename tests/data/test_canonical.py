@@ -1,6 +1,7 @@
 """Rows of well-known sets and of other libraries become canonical rows, or are refused by name."""
 
 import copy
+import json
 import math
 from decimal import Decimal
 from typing import Any
@@ -423,6 +424,14 @@ FORMS: dict[str, tuple[dict, str, Any, Any]] = {
         *("prompt", None, "messages: nothing before the assistant's turn"),
     ),
     "messages as text": ({"messages": Q}, "prompt", None, "messages is not a list"),
+    "a chat as JSON": (
+        {"prompt": json.dumps([USER])},
+        *("prompt", None, "prompt is the text of a chat"),
+    ),
+    "a chat as Python's text": (
+        {"messages": str([USER, ANSWER])},
+        *("trace", None, "messages is the text of a chat"),
+    ),
     "a list of objects as lists": (
         {"conversations": {"from": ["human", "gpt"], "value": [Q, A]}},
         *("trace", ASKED, A),
@@ -606,6 +615,7 @@ def test_a_named_response_must_be_one() -> None:
         *((1e22, "1" + "0" * 22), (10**30, "1" + "0" * 30), (Decimal("1.50"), "1.5")),
         *((Decimal("100"), "100"), ("0", "0"), (0, "0"), (r"\frac{1}{2}", r"\frac{1}{2}")),
         *((None, ""), (True, ""), (False, ""), (["4"], ""), ({"a": 4}, ""), ("", ""), (" ", "")),
+        *(('["34"]', "34"), ('["1", "2"]', ""), ("[1, 2]", "[1, 2]"), ('["a', '["a')),
         *((math.nan, ""), (math.inf, ""), (-math.inf, ""), (Decimal("NaN"), "")),
     ],
 )

@@ -251,6 +251,28 @@ def test_dropped_thoughts_of_the_last_turn_are_refused(tokenizers: dict) -> None
     assert encode(tokenizers["instruct"], {"messages": turns}).thinking
 
 
+def test_a_last_turn_with_text_before_its_thoughts_is_refused_where_that_is_dropped(
+    tokenizers: dict,
+) -> None:
+    turns = [USER, {"role": "assistant", "content": "Sure. <think>hm</think> 4"}]
+    with pytest.raises(UserError, match="the chat template drops text of the last turn"):
+        encode(tokenizers["thinking"], {"messages": turns}, turns="all")
+    encode(tokenizers["instruct"], {"messages": turns}, turns="all")
+
+
+def test_an_empty_turn_is_not_trained(tokenizers: dict) -> None:
+    turns = [
+        USER,
+        {"role": "assistant", "content": " "},
+        USER,
+        {"role": "assistant", "content": "4"},
+    ]
+    with pytest.raises(UserError, match=r"^f\.jsonl:1: messages\[1\] is empty"):
+        encode(tokenizers["instruct"], {"messages": turns}, turns="all")
+    skipped = [turns[0], {**turns[1], "weight": 0}, *turns[2:]]
+    assert encode(tokenizers["instruct"], {"messages": skipped}, turns="all").response
+
+
 @pytest.mark.parametrize(
     ("prompt", "response", "expected"),
     [

@@ -432,6 +432,14 @@ def test_babysit_retries_while_checkpoints_advance(pod):
     assert [r["argv"][3:] for r in pod.runs()] == [list(FLAGS)] * 4
 
 
+def test_babysit_goes_on_after_signals(pod):
+    pod.play(runs=["143", "143", "0"])
+    assert (
+        "exited 143, newest checkpoint: none; trying again" in pod("babysit", "--", *FLAGS).stderr
+    )
+    assert len(pod.runs()) == 3
+
+
 def test_babysit_ends_at_a_user_error(pod):
     pod.play(runs=["2"])
     done = pod("babysit", "--", *FLAGS, code=2)

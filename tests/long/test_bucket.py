@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.bucket import bucket
 from tests.support.paths import ROOT
+from tests.support.runs import read_scalars
 
 WORDS = ["--config=configs/conditions.py:sft_then_opd,tiny", "--workdir=gs://bucket/runs/x"]
 WORDS += ["--config.checkpoint.every=1", "--config.compilation_cache=gs://bucket/compiled"]
@@ -42,6 +43,11 @@ def test_a_run_on_a_bucket(tmp_path: Path) -> None:
         assert "0 of them from the cache" not in told and "from the cache" in told
         again = server.held["runs/x/metrics.jsonl"][0]
         assert again.count(b"\n") == 4 and again.splitlines()[:3] == whole.splitlines()[:3]
+        prefix = "runs/x/tensorboard/"
+        for name in [name for name in server.held if name.startswith(prefix)]:
+            (tmp_path / name.removeprefix(prefix)).write_bytes(server.held[name][0])
+        events = [event[:2] for event in read_scalars(tmp_path)]
+        assert len(events) == len(set(events)) and {step for step, _ in events} == set(range(4))
         verb("export", "--run=gs://bucket/runs/x", f"--out={tmp_path / 'out'}")
         assert (tmp_path / "out" / "adapter_config.json").is_file()
         words = ["--benchmark=arithmetic", "--limit=4", "--max_new_tokens=8", "--out=gs://bucket/e"]

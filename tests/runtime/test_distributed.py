@@ -21,6 +21,7 @@ from distill.training import loop, resume
 from models.errors import UserError
 from tests.support.paths import ROOT
 from tests.support.processes import run
+from tests.support.runs import read_scalars
 
 
 def options(*words: str) -> flags.FlagValues:
@@ -94,6 +95,9 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> MemoryFileSystem:
             assert "a" not in mode, f"{path} is appended to"
             return super()._open(path, mode, **named)
 
+        def glob(self, path: str, **named: Any) -> list[str]:  # without a scheme, as gcsfs does it
+            return [found.partition("gs:/")[2] for found in super().glob(path, **named)]
+
     bucket = Bucket()
     original = fsspec.filesystem
 
@@ -125,18 +129,22 @@ def test_run_files_are_written_to_a_bucket(
         assert not memory.exists("gs://bucket/run/metrics.jsonl")  # not yet
         writer.flush()
         assert memory.cat("gs://bucket/run/metrics.jsonl").count(b"\n") == 3
-        writer.write_rollouts(1, [{"text": "a"}])
+        for step in range(1, 3):
+            writer.write_rollouts(step, [{"text": "a"}])
     with run_files.Writer(workdir, 2) as writer:  # step 2 is repeated
         writer.write(2, "opd", {"x": None})
     lines = memory.cat("gs://bucket/run/metrics.jsonl").decode().splitlines()
     assert [json.loads(line)["x"] for line in lines] == [0, 1 / 3, None]
     assert memory.cat("gs://bucket/run/rollouts/000001.jsonl") == b'{"text": "a"}\n'
+    assert not memory.exists("gs://bucket/run/rollouts/000002.jsonl")
+    events = read_scalars(run_files.epath.Path(workdir) / "tensorboard")
+    assert [event[:2] for event in events] == [(0, "x"), (1, "x")]
     assert hub.is_run(workdir)
     with Checkpoints(f"{workdir}/checkpoints") as saved:
         assert str(saved._directory) == f"{workdir}/checkpoints" and saved.read_latest() is None
     with pytest.raises(UserError, match="another config"):
         c.seed = 5
-        resume.init_workdir(run_files.epath.Path(workdir), c)
+        resume.init_workdir(run_files.epath.Path(workdir), c, steps_done=1)
     assert not list(tmp_path.iterdir())  # no folder named gs:
 
 

@@ -16,8 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX import SummaryWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import masked_crc32c
 
 from distill.runtime import environment, run_files
+from tests.support.runs import read_scalars
 
 
 def rows(path):
@@ -64,6 +68,7 @@ def test_writer_writes_metrics_rollouts_and_tensorboard(tmp_path):
         assert rows(tmp_path / "run" / "metrics.jsonl") == [
             {"step": 0, "stage": "sft", "train/loss": 1.5, "train/kl": None}
         ]
+        assert read_scalars(tmp_path / "run" / "tensorboard") == [(0, "train/loss", 1.5)]
         writer.write_rollouts(0, [{"text": "a\u2028b", "logp": np.array([0.5, -np.inf])}])
     assert rows(tmp_path / "run" / "rollouts" / "000000.jsonl") == [
         {"text": "a\u2028b", "logp": [0.5, None]}
@@ -85,6 +90,54 @@ def test_resuming_drops_rows_of_later_steps(tmp_path):
     ]
     assert len(list((tmp_path / "rollouts").iterdir())) == 3
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_tensorboard_has_each_step_once(tmp_path):
+    """After any number of kills, in the middle of an event too, and with files of tensorboardX's
+    own writer, which has an event for each scalar."""
+    folder = tmp_path / "tensorboard"
+    old = SummaryWriter(str(folder))
+    for step in range(3):
+        old.add_scalar("x", step, step)
+        old.add_scalar("y", step, step)
+    old.close()
+    for resume_step, last in ((2, 5), (4, 5), (4, 4), (5, 8)):
+        with run_files.Writer(tmp_path, resume_step) as writer:
+            for step in range(resume_step, last + 1):
+                writer.write(step, "opd", {"x": 10 * resume_step + step, "y": None if step else 1})
+        newest = max(folder.iterdir())
+        with newest.open("ab") as file:
+            file.write(newest.read_bytes()[-30:])
+    with run_files.Writer(tmp_path, 7):
+        pass
+    assert read_scalars(folder) == [
+        *((step, name, step) for step in range(2) for name in "xy"),
+        *((step, "x", 20 + step) for step in (2, 3)),
+        (4, "x", 44),
+        *((step, "x", 50 + step) for step in (5, 6)),
+    ]
+    sizes = [file.stat().st_size for file in sorted(folder.iterdir())]
+    with run_files.Writer(tmp_path, 7):
+        pass
+    assert [file.stat().st_size for file in sorted(folder.iterdir())] == sizes
+
+
+def test_an_event_file_has_checksums(tmp_path):
+    """TensorBoard reads no further than a wrong one."""
+    with run_files.Writer(tmp_path, 3) as writer:
+        writer.write(3, "opd", {"x": 1.0})
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    data, records = path.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        body, data = data[12 : 12 + length], data[:12] + data[12 + length :]
+        assert struct.unpack("<I", data[8:12]) == (masked_crc32c(data[:8]),)
+        assert struct.unpack("<I", data[12:16]) == (masked_crc32c(body),)
+        records.append(event_pb2.Event.FromString(body))
+        data = data[16:]
+    assert records[0].file_version == "brain.Event:2"
+    assert records[1].session_log.status == event_pb2.SessionLog.START and records[1].step == 3
+    assert records[2].summary.value[0].simple_value == 1.0
 
 
 def test_write_json_is_whole_or_absent(tmp_path):

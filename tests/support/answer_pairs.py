@@ -20,7 +20,8 @@ class Pair(NamedTuple):
 # Marks that change nothing, around any number.
 MARKED = r"""
 {}. | {} . | {}, | {}° | {}^\circ | {}^{\circ} | {}\degree | {} degrees | {}^\circ C
-{}\text{ cm}^2 | {} cm^2 | {}~\mathrm{km} | {}\,\text{m} | {} m/s | {}\ \mathrm{km/h}
+{}\text{ cm}^2 | {} cm^2 | {}~\mathrm{km} | {}\,\text{m} | {} m/s | {}\ \mathrm{km/h} | {}\,cm
+{}\;cm^2 | {}\,m/s
 {}\,\textup{cm} | ${}$ | \({}\) | \text{{}} | \mathbf{{}} | \boldsymbol{{}} | {\bf {}} | \large {}
 {}\quad | **{}** | x={} | x = {}. | {} = x | ={} | {}\, | {} eggs | {} blue eggs | {} USD | {}€
 {}\text{ dollars} | \boxed{{}} | \displaystyle {} | \textcolor{red}{{}} | \left\{ {} \right.

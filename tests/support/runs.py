@@ -3,6 +3,8 @@
 import json
 import shutil
 import signal
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,8 +13,11 @@ from ml_collections import ConfigDict
 from configs import base
 from distill.policy import policy
 from distill.runtime import mesh as mesh_lib
+from distill.runtime import tensorboard
+from distill.runtime.checkpoint import Checkpoints
 from distill.training import trainer
 from models import weights
+from tests.support.evaluations import untimed
 from tests.support.paths import ROOT
 
 
@@ -67,6 +72,43 @@ def numbers(workdir):
 
 def transcripts(workdir):
     return {p.name: p.read_text() for p in sorted((workdir / "rollouts").glob("*"))}
+
+
+def read_scalars(folder):
+    """Returns (step, name, value) of all scalars in TensorBoard's files, in order of steps."""
+    found = []
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            while event := tensorboard._read_event(file):
+                found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+            assert file.read() == b"", "TensorBoard does not read what follows damage"
+    return sorted(found)
+
+
+def read_run(workdir: Path) -> dict[str, Any]:
+    """Returns all of a run that is the same however often it was stopped, by name: steps of its
+    checkpoints with the checksum of all arrays, from the newest; rows without times; names and
+    contents of files."""
+    found: dict[str, Any] = {}
+    for name, folder in (("checkpoints", workdir), ("best", workdir / "best")):
+        with Checkpoints(folder / "checkpoints") as checkpoints:
+            steps = [step for step, _ in checkpoints.read_all()]
+            found[name] = [checkpoints.describe_step(step) for step in steps]
+    found["metrics"] = numbers(workdir)
+    found["transcripts"] = transcripts(workdir)
+    timed = ("time/", "rollout/tokens_per_second")
+    events = read_scalars(workdir / "tensorboard")
+    found["TensorBoard"] = [event for event in events if not event[1].startswith(timed)]
+    for path in sorted((workdir / "eval").rglob("*.json*")):
+        text = path.read_text().replace(str(workdir), "RUN")
+        rows = [text] if path.suffix == ".jsonl" else [untimed(json.loads(text))]
+        found[str(path.relative_to(workdir))] = rows
+    found["files"] = sorted(
+        str(path.relative_to(workdir))
+        for path in workdir.rglob("*")
+        if not {"checkpoints", "tensorboard"} & {*path.parts}
+    )
+    return found
 
 
 def stop_after(monkeypatch, step):

@@ -345,10 +345,27 @@ def test_checkpoints_of_another_run_are_refused(whole, models, tmp_path):
         loop.run(c, tmp_path)
 
 
-def test_some_settings_may_change_on_resume(whole, models):
+def test_a_finished_run_goes_on_with_more_steps_or_stages(whole, models, tmp_path, capsys):
+    """A further stage has the bits that it would have had if it had been planned."""
     c = config(models)
-    c.checkpoint.every, c.log.transcripts = 1, 0
-    loop.run(c, whole)
+    c.stages = ("sft",)
+    c.opd.optim.learning_rate = 1.0  # of a stage that is not run yet
+    loop.run(c, tmp_path / "sft")
+    shutil.copytree(tmp_path / "sft", tmp_path / "longer")
+    loop.run(config(models), tmp_path / "sft")
+    assert numbers(tmp_path / "sft") == numbers(whole)
+    same = jax.tree.map(np.array_equal, final(tmp_path / "sft", models), final(whole, models))
+    assert all(jax.tree.leaves(same))
+    c.sft.steps, c.sft.accumulate, c.log.transcripts = 3, 2, 0
+    capsys.readouterr()
+    loop.run(c, tmp_path / "longer")
+    lines = [x for x in capsys.readouterr().err.splitlines() if " goes on: " in x]
+    assert len(lines) == 3 and "from here on learning rate as in a stage of 3 steps" in lines[-1]
+    rows = numbers(tmp_path / "longer")
+    assert rows[:2] == numbers(whole)[:2] and [row["step"] for row in rows] == [0, 1, 2]
+    c.sft.steps = 2
+    with pytest.raises(UserError, match=r"config\.sft\.steps was 3, now 2, but 3 are done\."):
+        loop.run(c, tmp_path / "longer")
 
 
 @pytest.mark.parametrize("get_config", [quickstart.get_config])

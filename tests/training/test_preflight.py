@@ -13,8 +13,10 @@ from configs import quickstart
 from distill.data import chat
 from distill.data.examples import Example
 from distill.policy import policy
+from distill.runtime import host_memory
 from distill.runtime import mesh as mesh_lib
-from distill.training import calls, eval_hook, memory, preflight, setup, update
+from distill.training import calls, eval_hook, loop, memory, preflight, setup, update
+from models.errors import UserError
 from models.transformer import Params
 from tests.support.paths import ROOT
 from tests.support.templates import INSTRUCT
@@ -61,7 +63,6 @@ def test_a_sound_run_has_a_short_summary_without_warnings() -> None:
     assert lines[1].startswith("teacher assets/teacher: 0.7 M parameters")
     assert "ends a turn with <|im_end|>" in lines[2]
     assert sum("⟦what the student writes⟧" in line for line in lines) == 2
-    assert lines[-1].startswith("memory: about ")
 
 
 @pytest.mark.parametrize("lora", [0, 4])
@@ -159,7 +160,7 @@ def test_trained_parts_of_a_row_are_marked() -> None:
     assert preflight.format_example(Example([1], [2, 3, 4], "", ""), None, 2, False) == "1⟦2 3⟧"
 
 
-def test_estimated_memory_agrees_with_the_arrays() -> None:
+def test_estimated_memory_agrees_with_the_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trained parameters and optimiser state, on a mesh that shards them."""
     c = config()
     c.mesh.fsdp = 4
@@ -176,16 +177,75 @@ def test_estimated_memory_agrees_with_the_arrays() -> None:
             return sum(s.data.nbytes for s in shards if s.device == device)
 
         assert calls.count_device_bytes(trained) == count_bytes(trained)
-        (line,) = preflight.estimate_memory(run_setup, c, trained)
+        described = setup.setup_run(c, mesh_lib.make_mesh(**c.mesh))
+        (line,) = preflight.check_memory(c, described, mesh_lib.make_mesh(**c.mesh))
         parts = dict(
             part.rsplit(" ", 1) for part in line.partition("(")[2].partition(")")[0].split(", ")
         )
         assert abs(float(parts["optimiser"]) * 2**30 - count_bytes(state.opt_state)) < 2**30 / 100
     c.loss_chunk_mib = 2.0**14
-    assert float(next(preflight.estimate_memory(run_setup, c, trained)).split()[2]) >= 16
+    monkeypatch.setattr(memory, "get_free_memory", lambda _: None)
+    assert (
+        float(next(preflight.check_memory(c, described, mesh_lib.make_mesh(**c.mesh))).split()[2])
+        >= 16
+    )
 
 
-def test_too_little_memory_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "get_memory_limit", lambda: 2**20)
-    (line,) = get_warnings(summarise(config()))
-    assert "more than a device has" in line
+def list_memory_lines(c: ConfigDict, free: float, steps_done: int = 0) -> list[str]:
+    """Checks the memory of a run on a device with so many GiB free."""
+    mesh = mesh_lib.make_mesh(**c.mesh)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "get_free_memory", lambda _: int(free * 2**30))
+        return list(preflight.check_memory(c, setup.setup_run(c, mesh, None, steps_done), mesh))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "config.opd: needs at least 0.14 GiB on each device, which has 0.12 free"),
+        ({"opd__batch_size": 2**17}, r"sampling \d.*config\.opd\.rollout\.slots"),
+        ({"loss_chunk_mib": 2.0**14}, r"logits 16\.0.*config\.opd\.accumulate.*loss_chunk_mib"),
+        (
+            {"stages": ("sft",), "sft__batch_size": 2**12},
+            r"activations \d.*config\.sft\.accumulate",
+        ),
+        (
+            {"stages": ("sft",), "sft__batch_size": 2**16, "student__remat": True},
+            r"attention scores \d.*config\.sft\.accumulate",
+        ),
+        ({"student__lora__rank": 4}, "config.opd: needs at least 0.1"),
+    ],
+)
+def test_too_little_memory_is_refused_with_what_helps(changes: dict[str, Any], words: str) -> None:
+    c = config(**changes)
+    c.sft.max_prompt_tokens, c.sft.max_response_tokens = 60, 52
+    with pytest.raises(UserError, match=words):
+        list_memory_lines(c, 0.12)
+
+
+def test_memory_that_may_not_suffice_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second copy of the gradient may not be needed."""
+    monkeypatch.setattr(preflight, "count_device_bytes", lambda _: 2**27)
+    lines = list_memory_lines(config(), 0.12)
+    assert lines[0].endswith("; it has 0.1")
+    assert get_warnings(lines)[0].startswith("warning: a device may have less memory than that")
+
+
+def test_memory_of_finished_stages_does_not_count() -> None:
+    c = config(stages=("sft", "opd"), sft__batch_size=2**14, sft__steps=3)
+    c.sft.max_prompt_tokens, c.sft.max_response_tokens = 60, 52
+    with pytest.raises(UserError, match=r"config\.sft: needs"):
+        list_memory_lines(c, 1)
+    assert "memory: about 0.14" in list_memory_lines(c, 1, 3)[0]
+
+
+def test_a_run_that_does_not_fit_reads_no_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse_to_load(*_: Any) -> None:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(host_memory, "measure_free_bytes", lambda: 2**20)
+    monkeypatch.setattr(policy, "load", refuse_to_load)
+    with pytest.raises(UserError, match=r"config\.opd: needs at least .* which has 0\.00 free"):
+        loop.run(config(), tmp_path)

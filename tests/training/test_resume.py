@@ -191,11 +191,64 @@ def test_paths_and_times_do_not_count(run: Run, tmp_path: Path) -> None:
     )
 
 
-def test_the_rest_of_the_config_may_not_change(run: Run) -> None:
+def test_all_that_may_not_change_is_named_with_the_ways_forward(run: Run) -> None:
     run.check(0)
-    run.c.opd.data.source = "arithmetic"
-    with pytest.raises(UserError, match=r"another config: config\.opd\.data\.source was"):
-        run.check(2, allow=True)
+    before = (run.workdir / "config.json").read_text()
+    run.c.opd.data.source, run.c.seed, run.c.opd.accumulate = "arithmetic", 5, 2
+    with pytest.raises(UserError) as error:
+        run.check(102, allow=True)
+    assert str(error.value) == (
+        f"{run.workdir} holds a run of another config: config.opd.data.source was "
+        f"'{run.folder}/last.jsonl', now 'arithmetic'; config.seed was 0, now 5. Give the old "
+        "values again, or start in another directory (--workdir)"
+    )
+    assert (run.workdir / "config.json").read_text() == before
+
+
+def test_what_may_change_is_said(run: Run, capsys: Any) -> None:
+    run.check(0)
+    (run.folder / "last.jsonl").rename(run.folder / "moved.jsonl")
+    run.c.opd.data.source = str(run.folder / "moved.jsonl")
+    run.c.opd.accumulate, run.c.opd.steps = 2, 200
+    run.check(2)
+    lines = [line.partition("config.")[2] for line in capsys.readouterr().err.splitlines()]
+    assert lines == [
+        "opd.accumulate was 1, now 2 (no step that is done used it)",
+        f"opd.data.source was '{run.folder}/last.jsonl', now '{run.folder}/moved.jsonl' (the same "
+        "content)",
+        "opd.steps was 100, now 200 (no step that is done used it)",
+    ]
+    run.check(2)
+    assert not capsys.readouterr().err  # once
+    run.c.opd.steps, run.c.opd.accumulate = 150, 4
+    run.check(120)
+    assert capsys.readouterr().err.splitlines() == [
+        f"{run.workdir} goes on: config.opd.accumulate was 2, now 4 (the same but for rounding)",
+        f"{run.workdir} goes on: config.opd.steps was 200, now 150 (from here on learning rate as "
+        "in a stage of 150 steps)",
+    ]
+
+
+def test_a_run_without_a_step_belongs_to_whoever_starts_it(run: Run, capsys: Any) -> None:
+    run.check(0)
+    run.c.seed, run.c.opd.optim.learning_rate, run.c.stages = 5, 1e-3, ("opd",)
+    record = run.check(0)
+    assert f"{run.workdir} holds no step, so it starts again: config." in capsys.readouterr().err
+    assert json.loads((run.workdir / "config.json").read_text())["seed"] == 5
+    assert not any(key.startswith("config.sft") for key in record["inputs"])
+    # A checkpoint that cannot be read is a damaged run, which may not be lost.
+    (run.workdir / "checkpoints/7").mkdir(parents=True)
+    run.c.seed = 6
+    with pytest.raises(UserError, match=r"another config: config\.seed was 5, now 6\."):
+        run.check(0)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"architectures": ["Qwen3ForCausalLM"]}'])
+def test_a_config_of_something_else_is_refused(run: Run, text: str) -> None:
+    run.workdir.mkdir()
+    (run.workdir / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json: not the config of a run"):
+        run.check(0)
 
 
 def test_a_finished_stage_needs_its_data_no_more(run: Run) -> None:
@@ -223,7 +276,7 @@ def test_without_a_checkpoint_a_run_starts_again(run: Run, capsys: Any) -> None:
     recorded = run.check(0)
     write(run.folder / "rows.jsonl", make_rows(9))
     changed = run.check(0)
-    assert "starts again, with other inputs: " in capsys.readouterr().err
+    assert "holds no step, so it starts again: " in capsys.readouterr().err
     assert changed["inputs"] != recorded["inputs"] and changed["changes"] == []
 
 
