@@ -90,8 +90,8 @@ class Config(Protocol):
 
 def read_architecture(fields: dict[str, Any]) -> str:
     """Returns the first of config.json's `architectures`, or its `model_type`."""
-    architecture = fields.get("architectures") or fields.get("model_type", "unknown")
-    return architecture[0] if isinstance(architecture, list) else architecture
+    architectures = fields.get("architectures") or fields.get("model_type", "unknown")
+    return (*architectures, "")[0] if isinstance(architectures, list) else architectures
 
 
 def parse_rope_scaling(rope: dict[str, Any], field: str, max_positions: int) -> RopeScaling | None:
