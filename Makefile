@@ -44,7 +44,7 @@ fuzz: $(VENV)/.dev
 	FUZZ_INPUTS=$${FUZZ_INPUTS:-11000} $(BIN)/python -m pytest -q tests/fuzz
 	$(BIN)/python -m pip show --quiet atheris 2>/dev/null || $(PIP) 'atheris>=3.0'
 	for parser in rows messages config.json safetensors adapter; do \
-	  JAX_PLATFORMS=cpu $(BIN)/python -m tests.fuzz.guided $$parser -runs=5000 || exit 1; done
+	  JAX_PLATFORMS=cpu $(BIN)/python -m tests.fuzz.guided $$parser -runs=20000 -max_len=8192 -len_control=0 || exit 1; done
 
 audit: $(VENV)/.dev
 	$(PIP) 'bandit>=1.9' 'pip-audit>=2.10'

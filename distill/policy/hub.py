@@ -95,10 +95,11 @@ def find_base_model(path: str | Path) -> str:
         base = directory / name if (directory / name).is_dir() and not Path(name).is_dir() else name
         if adapter.is_adapter(to_local_dir(base)) or is_run(base):
             raise UserError(f"{base}: is an adapter or a run, not a model directory")
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: no name of a file can be so long
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{directory}/{adapter.CONFIG_FILE}: base_model_name_or_path: {error}; set it to where "
-            "the base is"
+            f"{directory}/{adapter.CONFIG_FILE}: base_model_name_or_path: {reason}; set it to "
+            "where the base is"
         ) from None
     return str(base)
 
