@@ -107,12 +107,17 @@ def resume_evaluation(
     path, samples, count = out_dir / EXAMPLES_FILE, len(keys[0]), 0
     for row, key in zip(_iter_rows(path), itertools.chain(*keys), strict=False):
         count += 1
-        if row.get("key") != key or not row.keys() >= _FIELDS:
+        if row.get("key") != key or not _has_fields(row):
             raise UserError(f"{path}:{count}: not a row of this evaluation ({row.get('id')!r})")
     out_dir.mkdir(parents=True, exist_ok=True)
     run_files.write_json(out_dir / PROTOCOL_FILE, protocol)
     run_files.write_jsonl(path, itertools.islice(_iter_rows(path), count // samples * samples))
     return count // samples
+
+
+def _has_fields(row: Record) -> bool:
+    """Returns True if a row has what the summary and the transcripts read."""
+    return row.keys() >= _FIELDS and type(row["length"]) is int and isinstance(row["response"], str)
 
 
 def _iter_rows(path: epath.Path) -> Iterator[Record]:

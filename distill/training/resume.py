@@ -143,7 +143,10 @@ def _read_record(path: epath.Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_bytes())
         parts = [part for x in record["inputs"].values() for part in x["parts"].values()]
-        if all(isinstance(part, dict) for part in parts):
+        counts = [
+            part[name] for part in parts for name in ("rows", "step", "bytes") if name in part
+        ]
+        if all(isinstance(x, dict) for x in parts) and all(type(x) is int for x in counts):
             return {"inputs": record["inputs"], "changes": [*record["changes"]]}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass

@@ -41,8 +41,8 @@ def _audit(event: str, arguments: tuple) -> None:
             return
     elif event in _WRITES:
         path = arguments[0]
-        if isinstance(path, str) and isinstance(arguments[-1], int) and arguments[-1] >= 0:
-            path = f"{os.readlink(f'/proc/self/fd/{arguments[-1]}')}/{path}"
+        if event in ("os.remove", "os.rmdir") and arguments[1] >= 0:  # within an open directory
+            path = f"{os.readlink(f'/proc/self/fd/{arguments[1]}')}/{path}"
     elif event in _REFUSED:
         _seen.append(f"{event}{arguments}")
         return

@@ -109,7 +109,6 @@ anything = rows | fuzzing.values
 
 
 def read_rows(content: bytes, directory: Path, name: str = "rows.jsonl") -> None:
-    datasets.config.HF_DATASETS_CACHE = directory / "cache"  # pyright: ignore[reportPrivateImportUsage]
     opened = sources.open_rows(str(write(directory, name, content)))
     for index in range(opened.size):
         with contextlib.suppress(UserError):
@@ -645,5 +644,6 @@ def read_guarded(name: str, value: Any, directory: Path) -> None:
     """Gives a parser an input in an empty directory. Raises what `fuzzing.guard` does."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
+    datasets.config.HF_DATASETS_CACHE = directory / "cache"
     with fuzzing.guard(directory, PARSERS[name].has_workers):
         PARSERS[name].read(value, directory)
