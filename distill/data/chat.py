@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -30,7 +30,8 @@ from models.errors import UserError
 _EMPTY_BLOCK = re.compile(r"<think>\s*</think>\n*")
 _TAIL_TOKENS = 40  # of a prompt: more than an empty think block has
 
-_TOKENIZER_FILES = (
+# Files of a model directory that make up its tokenizer and chat template.
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
@@ -102,12 +103,13 @@ def _list_stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def _render_text(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict],
-    *,
-    thinking: bool | None = None,
-    add_generation_prompt: bool = True,
-    tools: list[dict] | None = None,
+    tools: list[dict] | None,
+    **options: Any,
 ) -> str:
-    """Renders a conversation, with one end token after each turn of the assistant."""
+    """Renders a conversation, with one end token after each turn of the assistant.
+
+    `options` are those of template.render_text.
+    """
     template.require_tools_rendered(tokenizer, messages, tools)
     messages = [
         {**message, "content": strip_end_tokens(tokenizer, message.get("content") or "")}
@@ -115,13 +117,7 @@ def _render_text(
         else message
         for message in messages
     ]
-    return template.render_text(
-        tokenizer,
-        messages,
-        thinking=thinking,
-        add_generation_prompt=add_generation_prompt,
-        tools=tools,
-    )
+    return template.render_text(tokenizer, messages, tools, **options)
 
 
 def render_messages(
@@ -138,14 +134,8 @@ def render_messages(
     leaves the switch to the template. Raises UserError if the tokenizer has no chat template, or if
     that fails or has no place for tools.
     """
-    text = _render_text(
-        tokenizer,
-        messages,
-        thinking=thinking,
-        add_generation_prompt=add_generation_prompt,
-        tools=tools,
-    )
-    return encode(tokenizer, text)
+    options = {"thinking": thinking, "add_generation_prompt": add_generation_prompt}
+    return encode(tokenizer, _render_text(tokenizer, messages, tools, **options))
 
 
 def render_last_turn(
@@ -162,7 +152,7 @@ def render_last_turn(
     thoughts, final = split_thinking(to_assistant_text(last))
     bare = {key: x for key, x in last.items() if key != "reasoning_content"} | {"content": final}
     texts = [
-        _render_text(tokenizer, turns, add_generation_prompt=False, tools=tools)
+        _render_text(tokenizer, turns, tools, add_generation_prompt=False)
         for turns in (before, [*before, bare])
     ]
     about = template.describe_template(tokenizer)
@@ -212,7 +202,7 @@ def encode_conversation(
     turn's header, which would be trained on; or if the template drops part of the last turn.
     """
     about = template.describe_template(tokenizer)
-    text = _render_text(tokenizer, messages, add_generation_prompt=False, tools=tools)
+    text = _render_text(tokenizer, messages, tools, add_generation_prompt=False)
     flags = [is_trained(m, "messages") for m in messages if m["role"] == "assistant"]
     starts = [found.end() for found in re.finditer(re.escape(about.header or text), text)]
     if not about.header or not about.end_token:
@@ -326,7 +316,7 @@ def copy_tokenizer(
     The files are copied byte by byte: if transformers 5 wrote them, they would name classes that
     other readers do not know. generation_config.json keeps its other fields.
     """
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         if (tokenizer_dir / name).is_file():
             shutil.copyfile(tokenizer_dir / name, directory / name)
     path = model_dir / "generation_config.json"

@@ -17,6 +17,8 @@ win over all that is recognised. A column that would change what is trained, but
 is refused by name. All others stay as they are.
 """
 
+from distill.data import messages
+
 # Prompts: lists of turns win over questions, and these over plain text (`prompt`, if it is a text).
 # `conversations` is ShareGPT's and OpenThoughts', `conversation` LMSYS's and WildChat's, `prompt`
 # TRL's and verl's. `problem` is that of MATH, NuminaMath and OpenR1-Math, `instruction` Alpaca's;
@@ -41,7 +43,7 @@ THOUGHTS = (
     ("deepseek_reasoning", "deepseek_solution"),
 )
 # The think block of a response, or of `content`. (`thinking: true` is a mode.)
-REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING = messages.REASONING_FIELDS
 
 # Answers. verl's is reward_model.ground_truth; the last is the box in MATH's `solution`.
 ANSWERS = ("answer", "final_answer", "expected_answer", "reward_model", "ground_truth")

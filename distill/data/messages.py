@@ -120,7 +120,7 @@ def _join_parts(parts: list, name: str, is_assistant: bool) -> tuple[str, str]:
             value = part.get(part_type, part.get("text"))
             if text or not isinstance(value, str):
                 raise UserError(
-                    f"{name}.content: a part of type {part_type!r} is no text before it"
+                    f"{name}.content: a part of type {part_type!r} must be text before the answer"
                 )
             thoughts.append(value)
         else:

@@ -116,10 +116,10 @@ def _try_render(
 def render_text(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict],
+    tools: list[dict] | None = None,
     *,
     thinking: bool | None = None,
     add_generation_prompt: bool = True,
-    tools: list[dict] | None = None,
 ) -> str:
     """Renders a conversation as text.
 

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from etils import epath
 
+from distill.data import chat
 from distill.policy import hub
 from distill.runtime.checkpoint import Checkpoints
 from models import adapter
@@ -25,11 +26,7 @@ Part = dict[str, Any]  # of a file: bytes, sha256 and, of jsonl, rows; of a chec
 WHOLE_BYTES, SAMPLE_BYTES = 2**28, 2**14
 _BLOCK = 2**20
 
-# Files of a model directory that are read; weights besides.
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
-    *("special_tokens_map.json", "chat_template.jinja", "chat_template.json"),
-)
+# Files of a model directory that are read, beside its weights and chat.TOKENIZER_FILES.
 _CONFIG_FILES = (
     *("config.json", "generation_config.json", "model.safetensors.index.json"),
     adapter.CONFIG_FILE,
@@ -78,7 +75,7 @@ def _hash_samples(file: BinaryIO) -> str:
 
 def describe_tokenizer(directory: str | Path) -> dict[str, Part]:
     """Describes the files of a tokenizer and its chat template, by name."""
-    return dict(_describe_files(Path(directory), _TOKENIZER_FILES))
+    return dict(_describe_files(Path(directory), chat.TOKENIZER_FILES))
 
 
 def describe_model(path: str, step: int | None = None, weights: bool = True) -> dict[str, Part]:
@@ -101,7 +98,7 @@ def describe_model(path: str, step: int | None = None, weights: bool = True) -> 
         directories = {own: "", base: "base/"}
     directories.setdefault(hub.resolve_tokenizer_dir(path), "tokenizer/")
     for directory, prefix in directories.items():
-        names = [*_CONFIG_FILES, *_TOKENIZER_FILES]
+        names = [*_CONFIG_FILES, *chat.TOKENIZER_FILES]
         if weights:
             names += sorted(file.name for file in directory.glob("*.safetensors"))
         parts |= {prefix + name: part for name, part in _describe_files(directory, names)}

@@ -252,8 +252,8 @@ def describe_data(name: str, c: ConfigDict) -> dict[str, Part]:
     folder = Path(rest.split(":")[0]) if scheme in ("hf", "tfds") else None
     if name == "arithmetic":
         return {}
-    if folder is None and Path(name).expanduser().is_file():
-        return {"": identity.describe_file(Path(name).expanduser())}
+    if folder is None and Path(name).is_file():
+        return {"": identity.describe_file(name)}
     if folder is not None and folder.is_dir():
         files = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
         return {

@@ -96,7 +96,7 @@ def test_thoughts_of_earlier_turns_are_read_too(tiny) -> None:
         ({"content": None, "reasoning": "a"}, "content is not a text"),
         (
             {"content": [{"type": "text", "text": "4"}, {"type": "thinking", "thinking": "a"}]},
-            "content: a part of type 'thinking' is no text before it",
+            "content: a part of type 'thinking' must be text before the answer",
         ),
         ({"content": "4", "reasoning": HALF}, "reasoning_content holds half a surrogate pair"),
         ({"content": HALF}, "content holds half a surrogate pair"),
