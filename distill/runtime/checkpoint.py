@@ -168,8 +168,7 @@ class Checkpoints:
         with self._explain_failure():
             self._writer.check_for_errors()
         if run_files.is_primary() and self._is_complete(self._saving):
-            self._is_writing = False
-            self._delete_old()
+            self._end_save(self._saving)
 
     def _finish_save(self) -> None:
         """Waits for the last save, and deletes the steps that are not kept."""
@@ -177,8 +176,17 @@ class Checkpoints:
         if self._saving is not None:
             with self._explain_failure():
                 self._writer.wait_until_finished()
-            self._delete_old()
-            self._saving, self._is_writing = None, False
+            self._end_save(self._saving)
+            self._saving = None
+
+    def _end_save(self, step: int) -> None:
+        """Deletes the steps that are not kept, now that `step` is complete."""
+        if run_files.is_primary() and self._is_writing:
+            # A process that ends before this leaves those files unlisted, and an intact step.
+            with contextlib.suppress(OSError, DamagedError):
+                integrity.add_last_files(self._directory / str(step))
+        self._is_writing = False
+        self._delete_old()
 
     @contextlib.contextmanager
     def _explain_failure(self) -> Iterator[None]:

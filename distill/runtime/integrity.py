@@ -1,8 +1,9 @@
 """Detects damage in a checkpoint: a list of its files, and a checksum of each array.
 
-Storage may truncate, lose or alter files, and Orbax reads altered ones silently. When all files of
-a step are written, `write_file_list` adds one more: the size of each file and the CRC-32 of each
-that is at most DIGEST_BYTES long, so that any altered byte in one of them is found. Longer files
+Storage may truncate, lose or alter files, and Orbax reads altered ones silently. When all arrays of
+a step are written, `write_file_list` adds one more file: the size of each file and the CRC-32 of
+each that is at most DIGEST_BYTES long, so that any altered byte in one of them is found. Once Orbax
+has named the step, which adds files, `add_last_files` lists those too. Longer files
 hold nothing but parts of arrays. To read those back after each save, and twice at each restore,
 would cost minutes with a large model; instead, the devices compute a checksum of every array as it
 is saved and again as it is restored. It finds every altered value, and what it does not find (an
@@ -22,10 +23,15 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from distill.runtime import run_files
+
 DIGEST_BYTES = 4 * 2**20
-_LIST_NAME = "files.json"
+LIST_NAME = "files.json"
 _THREADS = 16  # a request to a bucket takes tens of milliseconds
 _REASON_BYTES = 400
+
+Entries = dict[str, list[int | None]]
+"""Path of a file in a step's directory → [size, CRC-32], or [size, None] for a long one."""
 
 
 class DamagedError(Exception):
@@ -34,7 +40,6 @@ class DamagedError(Exception):
 
 def write_file_list(step_dir: epath.Path) -> None:
     """Writes the list of the files in the items of a step, after all of them."""
-    # Not those beside the items: Orbax writes them after this, and nothing reads them.
     files = [file for item in step_dir.iterdir() if item.is_dir() for file in _list_files(item)]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         described = pool.map(_describe_file, files)
@@ -42,27 +47,48 @@ def write_file_list(step_dir: epath.Path) -> None:
             file.relative_to(step_dir).as_posix(): entry
             for file, entry in zip(files, described, strict=True)
         }
-    text = json.dumps({"files": entries, "crc32": compute_crc32(entries)})
-    (step_dir / _LIST_NAME).write_text(text)
+    (step_dir / LIST_NAME).write_text(_format_list(entries))
+
+
+def add_last_files(step_dir: epath.Path) -> None:
+    """Adds the files beside a complete step's items to its list; raises DamagedError."""
+    entries = _read_list(step_dir)
+    last = [file for file in step_dir.iterdir() if not file.is_dir() and file.name != LIST_NAME]
+    run_files.write_text(
+        step_dir / LIST_NAME, _format_list(entries | {f.name: _describe_file(f) for f in last})
+    )
+
+
+def _format_list(entries: Entries) -> str:
+    return json.dumps({"files": entries, "crc32": compute_crc32(entries)})
+
+
+def _read_list(step_dir: epath.Path) -> Entries:
+    try:
+        listed = json.loads((step_dir / LIST_NAME).read_bytes())
+        entries = listed["files"]
+        intact = listed["crc32"] == compute_crc32(entries)
+    except FileNotFoundError:
+        raise DamagedError(f"{LIST_NAME} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        intact, entries = False, {}
+    if not intact:
+        raise DamagedError(f"{LIST_NAME} was altered")
+    return entries
 
 
 def check_files(step_dir: epath.Path, items: Collection[str] | None = None) -> None:
-    """Compares the files of these items, or of all, with the list.
+    """Compares the files of these items, or of all, with the list, and those beside the items.
 
     Raises:
       DamagedError: naming the first file that is missing, truncated or altered.
     """
-    try:
-        listed = json.loads((step_dir / _LIST_NAME).read_bytes())
-        entries = listed["files"]
-        intact = listed["crc32"] == compute_crc32(entries)
-    except FileNotFoundError:
-        raise DamagedError(f"{_LIST_NAME} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError):
-        intact, entries = False, {}
-    if not intact:
-        raise DamagedError(f"{_LIST_NAME} was altered")
-    names = [n for n in sorted(entries) if items is None or n.partition("/")[0] in items]
+    entries = _read_list(step_dir)
+    names = [
+        name
+        for name in sorted(entries)
+        if items is None or "/" not in name or name.partition("/")[0] in items
+    ]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(lambda name: _find_file(step_dir / name), names)
         for name, actual in zip(names, found, strict=True):

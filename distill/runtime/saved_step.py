@@ -36,6 +36,7 @@ def make_items(state: Any, meta: Meta) -> ocp.args.Composite:
             path: [list(x.shape), x.dtype.name, _fetch(integrity.compute_checksum(x))]
             for path, x in leaves.items()
         },
+        "has_file_list": True,  # checkpoints of earlier versions have none
     }
     items = {name: ocp.args.StandardSave(item) for name, item in _split_items(leaves).items()}
     items["about"] = ocp.args.JsonSave({**about, "crc32": integrity.compute_crc32(about)})
@@ -45,10 +46,14 @@ def make_items(state: Any, meta: Meta) -> ocp.args.Composite:
 def read_about(step_dir: epath.Path, items: Collection[str] | None = None) -> dict[str, Any]:
     """Returns `about`, after a check of the files of these items, or of all; raises
     DamagedError."""
-    integrity.check_files(step_dir, items if items is None else {*items, "about"})
+    has_file_list = (step_dir / integrity.LIST_NAME).exists()
+    if has_file_list:
+        integrity.check_files(step_dir, items if items is None else {*items, "about"})
     about = _read_item(step_dir / "about", ocp.args.JsonRestore())
     if about.pop("crc32", None) != integrity.compute_crc32(about):
         raise DamagedError("the checksum of about does not match")
+    if about.get("has_file_list") and not has_file_list:
+        raise DamagedError(f"{integrity.LIST_NAME} is missing")
     return about
 
 

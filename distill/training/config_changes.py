@@ -215,4 +215,5 @@ def _judge_stage_key(name: str, key: str, before: dict[str, Any], now: dict[str,
 
 def _find_reason(table: dict[str, str], key: str) -> str:
     key = re.sub(r"\[\d+\]", "", key)  # of an item of a list
-    return next((reason for x, reason in table.items() if fnmatch.fnmatchcase(key, x)), "")
+    keys = key, f"{key}."  # the second: a whole sub-config, that an earlier version did not have
+    return next((r for x, r in table.items() for k in keys if fnmatch.fnmatchcase(k, x)), "")

@@ -34,10 +34,10 @@ def restore_or_init(
     )
 
     def make_abstract_state(meta: dict[str, Any]) -> Any:
-        before = meta["config"]
-        first_step = sum(before[name]["steps"] for name in before["stages"][: meta["index"]])
-        changes = config_changes.compare_configs(before, c, first_step + 1, input_keys)
-        resume.require_allowed("--workdir: its checkpoints are of another config", changes)
+        if before := meta.get("config"):  # earlier versions had it in config.json alone
+            first_step = sum(before[name]["steps"] for name in before["stages"][: meta["index"]])
+            changes = config_changes.compare_configs(before, c, first_step + 1, input_keys)
+            resume.require_allowed("--workdir: its checkpoints are of another config", changes)
         # Of the checkpoint's own stage: an earlier one may have another optimiser.
         optimizer = run_setup.stages[meta["index"]].optimizer
         return update.make_abstract_state(optimizer, trained, bool(c.student.ema_decay))
@@ -45,8 +45,9 @@ def restore_or_init(
     restored = checkpoints.restore(make_abstract_state)
     if restored:
         state, meta = restored
-        if meta["git"] != environment.describe_git():
-            run_files.log_line(f"the checkpoint was written by other code: {meta['git']}")
+        git = meta.get("git", "of an earlier version")
+        if git != environment.describe_git():
+            run_files.log_line(f"the checkpoint was written by other code: {git}")
         return state, meta
     key = jax.random.key(c.seed)
     if student.model.lora:

@@ -23,8 +23,17 @@ def step_dir(tmp_path: Path) -> epath.Path:
 
 def test_intact_files_pass(step_dir: epath.Path) -> None:
     integrity.check_files(step_dir)
-    (step_dir / "top").write_text("later")  # Orbax's own files are not listed
+    (step_dir / "top").write_text("later")  # Orbax writes it after the list
     integrity.check_files(step_dir)
+
+
+def test_last_files_are_checked_once_they_are_listed(step_dir: epath.Path) -> None:
+    integrity.add_last_files(step_dir)
+    integrity.check_files(step_dir)
+    (step_dir / "top").write_text("lat_")
+    for items in (None, {"b"}):
+        with pytest.raises(DamagedError, match=r"^top was altered$"):
+            integrity.check_files(step_dir, items)
 
 
 @pytest.mark.parametrize(

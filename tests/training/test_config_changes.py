@@ -148,6 +148,17 @@ def test_a_text_says_what_differs() -> None:
     ]
 
 
+def test_a_run_of_an_earlier_version_has_no_alerts() -> None:
+    c = config()
+    saved = json.loads(c.to_json_best_effort())
+    del saved["alerts"], saved["checkpoint"]["keep_every"]
+    found = config_changes.compare_configs(saved, c, 5)
+    assert {x.key: x.reason for x in found} == {
+        "config.alerts": EXACT,
+        "config.checkpoint.keep_every": EXACT,
+    }
+
+
 def test_every_key_of_the_tables_is_one_of_the_config() -> None:
     c = base.get_config()
     keys = [*config_changes.RUN_KEYS, *(f"opd.{key}" for key in config_changes.STAGE_KEYS)]
