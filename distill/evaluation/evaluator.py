@@ -46,7 +46,7 @@ def _describe_protocol(subject: Policy, rows: Problems, spec: EvalSpec) -> dict[
     """Returns everything that the responses depend on, as protocol.json records it."""
     return {
         "model": subject.path,
-        "step": policy.find_newest_step(subject.path) if spec.step is None else spec.step,
+        "step": subject.step,
         "weights": records.fingerprint_params(subject.params),
         "tokenizer": identity.hash_parts(identity.describe_tokenizer(subject.tokenizer_dir)),
         "benchmark": spec.benchmark,

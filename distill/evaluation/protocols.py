@@ -51,7 +51,6 @@ class EvalSpec:
     protocol: str = ""  # its name, as recorded
     template: str = ""  # template of the prompt; "": the benchmark's own
     ks: tuple[int, ...] = (1,)  # k of pass@k and maj@k
-    step: int | None = None  # checkpoint of the parameters; None: the newest
 
 
 def resolve_settings(protocol: str, benchmark: str, changes: Settings) -> Settings:

@@ -61,6 +61,7 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase | None
     stop_ids: tuple[int, ...]
     tokenizer_dir: Path = Path()  # where `tokenizer` was read from
+    step: int | None = None  # of the run's checkpoint that `params` are
 
 
 def make_abstract(
@@ -321,10 +322,11 @@ def restore(
     lora_config = read_run_lora(policy.path)
     if lora_config is not None:
         lora_params, step = restore_trained_params(policy, step, average)
-        return _load_merged(policy, lora_params, lora_config, param_dtype), step
+        merged = _load_merged(policy, lora_params, lora_config, param_dtype)
+        return dataclasses.replace(merged, step=step), step
     convert = None if param_dtype == "float32" else _make_converter(policy, param_dtype)
     params, step = restore_trained_params(policy, step, average, convert)
-    return dataclasses.replace(policy, params=params), step
+    return dataclasses.replace(policy, params=params, step=step), step
 
 
 def restore_trained_params(

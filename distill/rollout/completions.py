@@ -255,6 +255,11 @@ def generate_file(
     first = distributed.broadcast_from_primary(resume)
     with policy.use(subject):
         loaded = policy.load(subject, dtype)
+        if loaded.step != header["step"]:
+            raise UserError(
+                f"{subject.path}: the arrays of checkpoint {header['step']} are damaged; move it "
+                "away to sample from the one before"
+            )
         results = generate_rows(
             loaded, rows, prompts, spec, limits=limits, errors=errors, first=first
         )

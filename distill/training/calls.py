@@ -33,9 +33,10 @@ UNPLANNED_PROGRAMS = {
     "write_piece": "a parameter",
     "is_equal": "a parameter and a teacher's",
     "copy": "a parameter of the moving average, before step 0",
-    "_copy_with_checksum": "an array of a checkpoint",
+    "copy_with_checksum": "an array of a checkpoint",
     "compute_checksum": "an array of a checkpoint; a number",
     "compute_checksums": "the parameters, before an evaluation; a number each",
+    "_are_finite": "the state, before it is saved; a truth value for each array",
 }
 
 

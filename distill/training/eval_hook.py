@@ -155,9 +155,9 @@ class ValidationHook:
         replaces one of an earlier config.
         """
         out = self.workdir / "eval" / f"{step:06d}"
-        spec = dataclasses.replace(v.spec, step=step)
+        subject = dataclasses.replace(subject, step=step)
         evaluate_once = functools.partial(
-            evaluator.evaluate_benchmark, subject, v.rows, spec, out, check_stop=check_stop
+            evaluator.evaluate_benchmark, subject, v.rows, v.spec, out, check_stop=check_stop
         )
         try:
             return evaluate_once()

@@ -371,7 +371,7 @@ def test_a_later_checkpoint_needs_another_evaluation(paths, tmp_path: Path) -> N
                 optim.make_optimizer(c.opd.optim, 10), random.params, step
             )
             saved.save(step, state, {"stage": "opd"})
-        return random
+        return dataclasses.replace(random, step=step)
 
     assert run(train(3), out)["protocol"]["step"] == 3  # type: ignore[index]
     before = contents(out)
