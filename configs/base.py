@@ -210,6 +210,19 @@ def make_evaluation() -> ConfigDict:
     return c
 
 
+def make_log() -> ConfigDict:
+    """What is logged, and where it goes."""
+    c = ConfigDict()
+    # Where rows, transcripts, evaluations and this config go, besides the files of the run:
+    # tensorboard (WORKDIR/tensorboard), and wandb, trackio and mlflow, whose clients must be
+    # installed, and read their own variables: WANDB_MODE, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID ...
+    c.to = ("tensorboard",)
+    c.transcripts_every = 50  # steps between files of sampled transcripts
+    c.transcripts = 8  # rows in each
+    c.overlap_top_k = 0  # compare so many likeliest tokens of teacher and student; 0: off; slow
+    return c
+
+
 def make_alerts() -> ConfigDict:
     """What stops a run by itself, and what it warns of, once in a stage, as it begins
     (distill/training/alerts.py). "Start" means the first 10 steps of the stage, "now" the last 5.
@@ -328,11 +341,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.checkpoint.every_minutes = 10.0
     c.checkpoint.keep = 2  # newest checkpoints kept; one more while it is written
     c.checkpoint.keep_every = 0  # keep its multiples as well; 0: none
-    c.log = ConfigDict()
-    c.log.transcripts_every = 50  # steps between files of sampled transcripts
-    c.log.transcripts = 8  # rows in each
-    c.log.overlap_top_k = 0  # compare so many likeliest tokens of teacher and student; 0: off; slow
-
+    c.log = make_log()
     c.alerts = make_alerts()
     c.eval = make_evaluation()
     c.sft = make_stage("sft")
