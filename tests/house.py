@@ -300,38 +300,6 @@ def test_defaults_stand_only_in_the_base_config():
             )
 
 
-def commands() -> list[str]:
-    """Returns the lines of README's fenced bash blocks, with continuations joined."""
-    readme = ROOT / "README.md"
-    text = readme.read_text() if readme.exists() else ""
-    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
-
-
-def test_readme_commands_exist():
-    makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
-    for line in commands():
-        for target in re.findall(r"(?:^|&& )make ([\w-]+)", line):
-            assert target in targets, line
-        for module in re.findall(r"python3? -m ((?:distill|benchmarks)\.\w+)", line):
-            assert module in sources(), line
-        for path in re.findall(r"(?:--config=|\bpython3? )((?:configs|assets)/\w+\.py)", line):
-            assert (ROOT / path).is_file(), line
-
-
-def test_readme_keys_exist():
-    """Every --config.KEY in README, in commands or prose, exists in base.py."""
-    named = set(re.findall(r"--config\.([a-z][\w.]*)=", (ROOT / "README.md").read_text()))
-    assert len(named) > 10
-    for path in named:
-        found = base.get_config()
-        for key in path.split("."):
-            assert key in found, f"--config.{path}"
-            found = found[key]
-
-
 def test_the_reading_list_of_contributing_is_short():
     """Counts the files that CONTRIBUTING lists for reading in order."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
