@@ -7,8 +7,7 @@ a difference is known more precisely than either accuracy.
 
 from absl import flags
 
-from distill.evaluation import comparison
-from distill.runtime import cli, paths, run_files
+from distill.runtime import cli, paths
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -23,6 +22,9 @@ OUT = flags.DEFINE_string("out", "", "JSON file to write the comparison to.", fl
 
 
 def main() -> None:
+    from distill.evaluation import comparison
+    from distill.runtime import run_files
+
     if len(set(RUNS.value)) < max(2, len(RUNS.value)):
         raise UserError("--runs: name two different folders or more")
     out = paths.check_output(OUT.value) if OUT.value else None

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from absl import flags
 from etils import epath
 
-from distill.evaluation import evaluator, problems, protocols, records, tasks
-from distill.runtime import cli, distributed, locks, paths, run_files, stop_signals
+from distill.evaluation import protocols, tasks
+from distill.runtime import cli, paths
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -50,15 +50,20 @@ RESPONSES = flags.DEFINE_string(
     "responses", "", "jsonl of stored responses to grade instead of a model's.", OPTIONS
 )
 TEACHER = flags.DEFINE_string("teacher", "", "Model to measure the reverse KL to.", OPTIONS)
-distributed.define_flags(OPTIONS)
+cli.define_process_flags(OPTIONS)
 
 
 def main() -> None:
+    from distill.runtime import distributed
+
     with distributed.join_processes(OPTIONS):
         run_evaluation()
 
 
 def run_evaluation() -> None:
+    from distill.evaluation import evaluator, problems, records
+    from distill.runtime import run_files
+
     ks, out = _read_ks(), epath.Path(OUT.value)
     examples_path = f"{OUT.value}/{records.EXAMPLES_FILE}"
     paths.check_output(examples_path, RESPONSES.value, DATA.value, creates_folder=False)
@@ -84,6 +89,8 @@ def run_evaluation() -> None:
 @contextlib.contextmanager
 def own_output(out: epath.Path) -> Iterator[None]:
     """Context in which no other process writes `out`, and a full disk is a UserError."""
+    from distill.runtime import locks, run_files, stop_signals
+
     flag = f"--out={OUT.value}"
     advice = f"the responses that were graded are in {out}, and the same command goes on"
     with (
@@ -103,6 +110,8 @@ def _read_ks() -> tuple[int, ...]:
 
 def _read_spec(ks: tuple[int, ...]) -> protocols.EvalSpec:
     """Reads the protocol and the flags that override it, and checks them."""
+    from distill.evaluation import problems
+
     problems.require_task(BENCHMARK.value)
     settings = protocols.resolve_settings(
         PROTOCOL.value, BENCHMARK.value, cli.read_sampling_flags(OPTIONS)

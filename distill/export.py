@@ -12,8 +12,7 @@ DIR/adapter.
 
 from absl import flags
 
-from distill.policy import exporting, policy
-from distill.runtime import cli, run_files
+from distill.runtime import cli
 
 OPTIONS = flags.FlagValues()
 RUN = flags.DEFINE_string("run", None, "Run directory.", OPTIONS, required=True)
@@ -44,6 +43,9 @@ AVERAGE = flags.DEFINE_bool(
 
 
 def main() -> None:
+    from distill.policy import exporting, policy
+    from distill.runtime import run_files
+
     exporting.export_run(
         RUN.value, OUT.value, STEP.value, DTYPE.value, MERGE_LORA.value, AVERAGE.value
     )
