@@ -11,8 +11,8 @@ of the test set, with the sampling of Qwen3's report. With the argument `thinkin
 thinking mode, which needs eight times as many tokens; evaluate with --protocol=qwen3-thinking
 --max_new_tokens=8192 then. The other argument: tiny.
 
-Hardware: v5e-8 (8 chips, 16 GB each). By `plan`, compiled and not run: 5.33 of 15.75 GiB a chip, and
-2.7 s a step at responses of 250 tokens in the mean. By the sizes, one GPU of 80 GB will do.
+Hardware: v5e-8 (8 chips, 16 GB each). By `plan`, compiled and not run: 5.33 of 15.75 GiB a chip,
+and 2.7 s a step at responses of 250 tokens in the mean. By the sizes, one GPU of 80 GB will do.
 Time and cost: not yet measured. Expected accuracy: not yet measured.
 """
 
