@@ -107,7 +107,7 @@ FIGURES: dict[str, tuple[str, Callable[[dict[str, Any], Theme], Figure]]] = {
 }
 
 
-def set_style(theme: Theme) -> dict[str, Any]:
+def make_style(theme: Theme) -> Any:
     """Returns matplotlib's settings; texts stay texts, and ids of elements are always the same."""
     ink = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.titlecolor")
     return {
@@ -128,7 +128,7 @@ def set_style(theme: Theme) -> dict[str, Any]:
 
 def draw_figure(name: str, theme: Theme) -> Figure:
     file, draw = FIGURES[name]
-    with matplotlib.rc_context(set_style(theme)):
+    with matplotlib.rc_context(make_style(theme)):
         return draw(read_results(file), theme)
 
 
@@ -137,7 +137,7 @@ def main() -> None:
         for suffix, theme in THEMES.items():
             out = paths.check_output(f"{OUT.value}/{name}{suffix}.svg")
             figure = draw_figure(name, theme)
-            with matplotlib.rc_context(set_style(theme)):
+            with matplotlib.rc_context(make_style(theme)):
                 figure.savefig(str(out), format="svg", metadata={"Date": None})
             pyplot.close(figure)
             print(out)

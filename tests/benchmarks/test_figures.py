@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pytest
 
 from benchmarks import figures
@@ -56,10 +57,10 @@ def test_curves_are_those_of_the_runs() -> None:
     figure = figures.draw_figure("quickstart", figures.THEMES[""])
     left, right = figure.axes
     for run, line in zip(results["runs"], left.lines, strict=False):
-        assert [round(y / 100, 6) for y in line.get_ydata()] == run["accuracy"]["value"]
+        assert (np.asarray(line.get_ydata()) / 100).round(6).tolist() == run["accuracy"]["value"]
     for run, line in zip(results["runs"], right.lines, strict=True):
-        assert list(line.get_xdata()) == run["reverse_kl"]["step"]
-        assert list(line.get_ydata()) == run["reverse_kl"]["value"]
+        assert np.asarray(line.get_xdata()).tolist() == run["reverse_kl"]["step"]
+        assert np.asarray(line.get_ydata()).tolist() == run["reverse_kl"]["value"]
     for run in results["runs"]:
         assert run["accuracy"]["value"][0] == run["models"]["student_before"]["accuracy"]
         assert run["accuracy"]["value"][-1] == run["models"]["student_after"]["accuracy"]
