@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from distill.policy import policy
-from distill.runtime import cli, paths, run_files
+from distill.runtime import cli, console, paths, run_files
 from models.errors import UserError
 
 KEPT = ("results", "groups", "configs", "versions", "n-shot", "n-samples", "higher_is_better")
@@ -60,6 +60,7 @@ def main() -> None:
         for name, value in task_metrics.items():
             if isinstance(value, float):
                 print(f"{task:24} {name:32} {value:.4f}")
+    console.print_end([f"wrote {OUT.value}"])
 
 
 if __name__ == "__main__":

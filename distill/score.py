@@ -12,7 +12,7 @@ from absl import flags
 from distill.data import sources
 from distill.evaluation import scoring
 from distill.policy import policy
-from distill.runtime import cli, paths, run_files
+from distill.runtime import cli, console, paths, run_files
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -42,6 +42,7 @@ def main() -> None:
             subject, rows, ids, batch_size=BATCH_SIZE.value, top_k=TOP_K.value
         )
         run_files.write_jsonl(out, scored_rows)
+    console.print_end([f"wrote {OUT.value}: {len(rows):,} rows with log-probabilities"])
 
 
 if __name__ == "__main__":
