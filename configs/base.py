@@ -1,8 +1,12 @@
 """Every setting, once, with its unit or consequence. Recipes start from here and set what differs.
 
     python -m distill.train --config=configs/base.py --workdir=runs/x \
-        --config.student.path=Qwen3-0.6B --config.teacher.path=Qwen3-1.7B \
-        --config.opd.data.source=gsm8k.jsonl
+        --config.student.path=Qwen/Qwen3-0.6B --config.teacher.path=Qwen/Qwen3-1.7B \
+        --config.opd.data.source=hf:openai/gsm8k:main
+
+Any key is set in this way, also in a recipe: --config.opd.steps=200. A dot enters a part, and `opd`
+is the name of a stage. Models are directories or ids on the Hugging Face hub, and data are files or
+data sets there.
 """
 
 from ml_collections import ConfigDict, config_dict

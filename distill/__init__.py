@@ -82,7 +82,7 @@ def load(path: str, dtype: str = "") -> "Policy":
     from distill.policy import policy
     from distill.runtime import paths
 
-    model = policy.make_abstract_for_inference(paths.expand_home(path), dtype)
+    model = policy.make_abstract_for_inference(paths.expand_input(path), dtype)
     with policy.use(model):
         return policy.load(model, jnp.dtype(model.model.dtype).name)
 
@@ -198,7 +198,7 @@ def evaluate(
     settings = protocols.resolve_settings(protocol, benchmark, changes)
     ks = tuple(sorted({1, settings["samples"]}))
     spec = protocols.make_eval_spec(protocol, benchmark, settings, ks=ks)
-    rows = problems.load_problems(benchmark, paths.expand_home(data), limit)
+    rows = problems.load_problems(benchmark, paths.expand_input(data), limit)
     problems.check_gradable(benchmark, rows)
     if "max_new_tokens" not in changes:
         spec = evaluator.fit_limit(model, rows, spec)

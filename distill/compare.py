@@ -7,8 +7,7 @@ problem: on the same problems a difference is known more precisely than either a
 
 from absl import flags
 
-from distill.evaluation import comparison
-from distill.runtime import cli, console, paths, run_files
+from distill.runtime import cli, console, paths
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -23,6 +22,9 @@ OUT = flags.DEFINE_string("out", "", "JSON file to write the comparison to.", fl
 
 
 def main() -> None:
+    from distill.evaluation import comparison
+    from distill.runtime import run_files
+
     if len(set(RUNS.value)) < len(RUNS.value) or not RUNS.value:
         raise UserError("--runs: name different folders, each once")
     out = paths.check_output(OUT.value) if OUT.value else None

@@ -13,8 +13,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from distill.planning import diagnosis
-from distill.runtime import cli, console, paths, run_files
+from distill.runtime import cli, console, paths
 
 OPTIONS = flags.FlagValues()
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=OPTIONS)
@@ -32,6 +31,9 @@ OUT = flags.DEFINE_string("out", "", "JSON file to write.", flag_values=OPTIONS)
 
 
 def main() -> None:
+    from distill.planning import diagnosis
+    from distill.runtime import run_files
+
     out = paths.check_output(OUT.value) if OUT.value else None
     statistics = diagnosis.diagnose_run(CONFIG.value, STAGE.value, PROMPTS.value, SAMPLES.value)
     findings = diagnosis.make_findings(statistics)

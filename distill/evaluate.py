@@ -9,13 +9,13 @@ grades responses from a file and needs no model. `compare` compares several OUTs
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from absl import flags
 from etils import epath
 
-from distill.evaluation import comparison, evaluator, problems, protocols, records, tasks
-from distill.policy import hub
-from distill.runtime import cli, console, distributed, locks, paths, run_files, stop_signals
+from distill.evaluation import protocols, tasks
+from distill.runtime import cli, console, paths
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -51,15 +51,20 @@ RESPONSES = flags.DEFINE_string(
     "responses", "", "jsonl of stored responses to grade instead of a model's.", OPTIONS
 )
 TEACHER = flags.DEFINE_string("teacher", "", "Model to measure the reverse KL to.", OPTIONS)
-distributed.define_flags(OPTIONS)
+cli.define_process_flags(OPTIONS)
 
 
 def main() -> None:
+    from distill.runtime import distributed
+
     with distributed.join_processes(OPTIONS):
         run_evaluation()
 
 
 def run_evaluation() -> None:
+    from distill.evaluation import evaluator, problems, records
+    from distill.runtime import run_files
+
     ks, out = _read_ks(), epath.Path(OUT.value)
     examples_path = f"{OUT.value}/{records.EXAMPLES_FILE}"
     paths.check_output(examples_path, RESPONSES.value, DATA.value, creates_folder=False)
@@ -92,9 +97,13 @@ def run_evaluation() -> None:
     print_results(summary)
 
 
-def print_results(summary: records.Record) -> None:
+def print_results(summary: dict[str, Any]) -> None:
     """Prints the results, on stdout, and what may follow: to compare with an evaluation that is
     beside this one, or else to evaluate the model that a run began from."""
+    from distill.evaluation import comparison
+    from distill.policy import hub
+    from distill.runtime import run_files
+
     if not run_files.is_primary():
         return
     protocol = summary["protocol"]
@@ -121,6 +130,8 @@ def print_results(summary: records.Record) -> None:
 @contextlib.contextmanager
 def own_output(out: epath.Path) -> Iterator[None]:
     """Context in which no other process writes `out`, and a full disk is a UserError."""
+    from distill.runtime import locks, run_files, stop_signals
+
     flag = f"--out={OUT.value}"
     advice = f"the responses that were graded are in {out}, and the same command goes on"
     with (
@@ -140,6 +151,8 @@ def _read_ks() -> tuple[int, ...]:
 
 def _read_spec(ks: tuple[int, ...]) -> protocols.EvalSpec:
     """Reads the protocol and the flags that override it, and checks them."""
+    from distill.evaluation import problems
+
     problems.require_task(BENCHMARK.value)
     settings = protocols.resolve_settings(
         PROTOCOL.value, BENCHMARK.value, cli.read_sampling_flags(OPTIONS)

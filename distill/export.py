@@ -16,8 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from distill.policy import exporting, policy
-from distill.runtime import cli, console, run_files
+from distill.runtime import cli, console
 
 OPTIONS = flags.FlagValues()
 RUN = flags.DEFINE_string("run", None, "Run directory.", OPTIONS, required=True)
@@ -48,6 +47,9 @@ AVERAGE = flags.DEFINE_bool(
 
 
 def main() -> None:
+    from distill.policy import exporting, policy
+    from distill.runtime import run_files
+
     exporting.export_run(
         RUN.value, OUT.value, STEP.value, DTYPE.value, MERGE_LORA.value, AVERAGE.value
     )

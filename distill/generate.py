@@ -21,15 +21,17 @@ leave after its prompt.
 """
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from absl import flags
 
-from distill.data import canonical, dataset, sources
-from distill.policy import policy
-from distill.policy.policy import Policy
-from distill.rollout import completions
-from distill.runtime import cli, console, distributed, locks, paths, run_files, stop_signals
+from distill.runtime import cli, console, paths
 from models.errors import UserError
+
+if TYPE_CHECKING:
+    from distill.data.sources import Rows
+    from distill.policy.policy import Policy
+    from distill.rollout.completions import SampleSpec
 
 OPTIONS = flags.FlagValues()
 MODEL, DTYPE = cli.define_model_flags(OPTIONS)
@@ -51,11 +53,13 @@ STOP = flags.DEFINE_multi_string(
 TOP_LOGPROBS = flags.DEFINE_integer(
     "top_logprobs", 0, "Most likely tokens to report at each position.", 0, flag_values=OPTIONS
 )
-distributed.define_flags(OPTIONS)
+cli.define_process_flags(OPTIONS)
 
 
-def _read_spec(subject: Policy) -> completions.SampleSpec:
+def _read_spec(subject: "Policy") -> "SampleSpec":
     """Reads the sampling flags. Raises UserError naming the flag that is out of range."""
+    from distill.rollout import completions
+
     settings = {k: x for k, x in cli.read_sampling_flags(OPTIONS).items() if x is not None}
     settings |= {"stop_strings": tuple(STOP.value), "top_logprobs": TOP_LOGPROBS.value}
     try:
@@ -74,11 +78,18 @@ def _read_spec(subject: Policy) -> completions.SampleSpec:
 
 
 def main() -> None:
+    from distill.runtime import distributed
+
     with distributed.join_processes(OPTIONS):
         run_generation()
 
 
 def run_generation() -> None:
+    from distill.data import canonical, dataset
+    from distill.policy import policy
+    from distill.rollout import completions
+    from distill.runtime import locks, run_files, stop_signals
+
     prompt_rows = dataset.open_canonical_rows(PROMPTS.value)
     rows = dataclasses.replace(
         prompt_rows,
@@ -103,9 +114,11 @@ def run_generation() -> None:
     print_made(rows, spec.samples)
 
 
-def print_made(rows: sources.Rows, samples: int) -> None:
+def print_made(rows: "Rows", samples: int) -> None:
     """Says what was written, and what may follow: to keep the correct responses where rows have an
     answer, or else to train on all of them."""
+    from distill.runtime import run_files
+
     if not run_files.is_primary():
         return
     out, stem = OUT.value, OUT.value.removesuffix(".jsonl")

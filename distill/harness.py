@@ -7,11 +7,9 @@ The model runs in this process, without a server. Needs optional packages:
 import importlib.util
 from pathlib import Path
 
-import jax.numpy as jnp
 from absl import flags
 
-from distill.policy import policy
-from distill.runtime import cli, console, paths, run_files
+from distill.runtime import cli, console, paths
 from models.errors import UserError
 
 KEPT = ("results", "groups", "configs", "versions", "n-shot", "n-samples", "higher_is_better")
@@ -38,7 +36,11 @@ BATCH_SIZE = flags.DEFINE_integer(
 def main() -> None:
     if not importlib.util.find_spec("lm_eval"):
         raise UserError("lm-eval is not installed: pip install -r requirements-eval.txt")
+    import jax.numpy as jnp
+
     from distill.evaluation import lm_eval_model
+    from distill.policy import policy
+    from distill.runtime import run_files
 
     out = paths.check_output(OUT.value)
     subject = policy.make_abstract_for_inference(MODEL.value, DTYPE.value)

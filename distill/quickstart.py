@@ -16,14 +16,17 @@ from ml_collections import ConfigDict, config_flags
 from distill.evaluation import evaluator, problems
 from distill.policy import exporting, policy
 from distill.policy.policy import Policy
-from distill.runtime import cli, console, run_files
+from distill.runtime import cli, console, paths, run_files
 from distill.runtime import mesh as mesh_lib
 from distill.training import loop, resume, setup
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
 CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/quickstart.py", lock_config=True, flag_values=OPTIONS
+    "config",
+    paths.find_project_file("configs/quickstart.py"),
+    lock_config=True,
+    flag_values=OPTIONS,
 )
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Directory of the run.", OPTIONS)
 PROBLEMS = flags.DEFINE_integer(

@@ -17,8 +17,8 @@ PACKAGES = ("models", "distill", "configs", "assets", "benchmarks", "tests")
 # The folders of distill/ from top to bottom, each with its files from top to bottom: a file imports
 # only what is listed after it. The files of distill/ itself are the verbs, and batch.
 FOLDERS = {
-    "": "quickstart harness diagnose plan train evaluate generate score compare verify clean "
-    "export",
+    "": "__main__ quickstart harness diagnose plan train evaluate generate score compare verify "
+    "clean export",
     "planning": "fit forecast programs roofline aot hlo diagnosis",
     "training": "loop stopping saving metrics_log run_summary alerts preflight eval_hook collect "
     "grading trainer memory sampling_programs calls microbatches prompts resume config_changes "
@@ -34,7 +34,7 @@ FOLDERS = {
     "retry canonical columns turns answers arithmetic chat template sandbox messages files values",
     "objectives": "losses loss fused_head chunks divergences advantages",
     "rewards": "terms ifeval graders equality answers",
-    "runtime": "checkpoint saved_step integrity cli failures host_memory locks stop_signals "
+    "runtime": "checkpoint saved_step integrity cli usage failures host_memory locks stop_signals "
     "progress watchdog distributed xla console run_files tensorboard paths environment gpu mesh",
 }
 FLOOR = {

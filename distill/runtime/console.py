@@ -3,8 +3,6 @@
 import shlex
 from collections.abc import Sequence
 
-from distill.runtime import run_files
-
 
 def format_duration(seconds: float) -> str:
     """Returns a duration as people say it: 0.42 s, 42 s, 3 min, 2 h 5 min, 14 h, 3.4 days."""
@@ -53,6 +51,8 @@ def print_end(made: Sequence[str], next_commands: Sequence[str] = ()) -> None:
 
     On stderr, like all that is not the result itself, which other programs may read.
     """
+    from distill.runtime import run_files
+
     lines = [*made, *(["next:"] if next_commands else []), *(f"  {x}" for x in next_commands)]
     for line in lines:
         run_files.log_line(line)
