@@ -20,9 +20,9 @@ FOLDERS = {
     "": "__main__ quickstart harness diagnose plan train evaluate generate score compare verify "
     "clean export",
     "planning": "fit forecast programs roofline aot hlo diagnosis",
-    "training": "loop stopping saving metrics_log alerts preflight eval_hook collect grading "
-    "trainer memory sampling_programs calls microbatches prompts resume config_changes setup "
-    "update update_metrics optim stages",
+    "training": "loop stopping saving metrics_log run_summary alerts preflight eval_hook collect "
+    "grading trainer memory sampling_programs calls microbatches prompts resume config_changes "
+    "setup update update_metrics optim stages",
     "evaluation": "evaluator comparison rejection responses records divergence lm_eval_model "
     "scoring protocols problems statistics",
     "evaluation.tasks": "arithmetic gsm8k math500 aime24 aime25 amc math ifeval task",
@@ -35,7 +35,7 @@ FOLDERS = {
     "objectives": "losses loss fused_head chunks divergences advantages",
     "rewards": "terms ifeval graders equality answers",
     "runtime": "checkpoint saved_step integrity cli usage failures host_memory locks stop_signals "
-    "watchdog distributed xla run_files tensorboard paths environment gpu mesh",
+    "progress watchdog distributed xla console run_files tensorboard paths environment gpu mesh",
 }
 FLOOR = {
     ".".join(filter(None, ("distill", folder, file))): place
