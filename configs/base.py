@@ -1,8 +1,12 @@
 """Every setting, once, with its unit or consequence. Recipes start from here and set what differs.
 
     python -m distill.train --config=configs/base.py --workdir=runs/x \
-        --config.student.path=Qwen3-0.6B --config.teacher.path=Qwen3-1.7B \
-        --config.opd.data.source=gsm8k.jsonl
+        --config.student.path=Qwen/Qwen3-0.6B --config.teacher.path=Qwen/Qwen3-1.7B \
+        --config.opd.data.source=hf:openai/gsm8k:main
+
+Any key is set in this way, also in a recipe: --config.opd.steps=200. A dot enters a part, and `opd`
+is the name of a stage. Models are directories or ids on the Hugging Face hub, and data are files or
+data sets there.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -204,7 +208,7 @@ def make_evaluation() -> ConfigDict:
     c.limit = 200  # first problems; 0: all
     c.protocol = "greedy"  # how to sample, see distill/evaluation/tasks.py
     c.samples = 0  # responses to each problem; 0: the protocol's
-    c.max_new_tokens = 0  # longest response; 0: the protocol's
+    c.max_new_tokens = 0  # longest response; 0: the protocol's, less where positions leave less
     c.batch_size = 64  # responses sampled together
     c.best = "accuracy"  # keep the checkpoint with the highest NAME; "-NAME": lowest; "": none
     return c
@@ -219,6 +223,7 @@ def make_log() -> ConfigDict:
     c.to = ("tensorboard",)
     c.transcripts_every = 50  # steps between files of sampled transcripts
     c.transcripts = 8  # rows in each
+    c.print_every = 0  # steps between printed transcripts, of one response each; 0: none
     c.overlap_top_k = 0  # compare so many likeliest tokens of teacher and student; 0: off; slow
     return c
 
