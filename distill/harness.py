@@ -9,7 +9,7 @@ from pathlib import Path
 
 from absl import flags
 
-from distill.runtime import cli, paths
+from distill.runtime import cli, console, paths
 from models.errors import UserError
 
 KEPT = ("results", "groups", "configs", "versions", "n-shot", "n-samples", "higher_is_better")
@@ -62,6 +62,7 @@ def main() -> None:
         for name, value in task_metrics.items():
             if isinstance(value, float):
                 print(f"{task:24} {name:32} {value:.4f}")
+    console.print_end([f"wrote {OUT.value}"])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ most likely first; the first is null.
 
 from absl import flags
 
-from distill.runtime import cli, paths
+from distill.runtime import cli, console, paths
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -46,6 +46,7 @@ def main() -> None:
             subject, rows, ids, batch_size=BATCH_SIZE.value, top_k=TOP_K.value
         )
         run_files.write_jsonl(out, scored_rows)
+    console.print_end([f"wrote {OUT.value}: {len(rows):,} rows with log-probabilities"])
 
 
 if __name__ == "__main__":

@@ -51,6 +51,12 @@ def has_moving_average(path: str | Path) -> bool:
     return bool((_read_student_config(path) or {}).get("ema_decay"))
 
 
+def find_initial_model(path: str | Path) -> str:
+    """Returns the model that the student of the run directory `path` was at first; "" if it is no
+    run."""
+    return (_read_student_config(path) or {}).get("path", "") if path else ""
+
+
 def _read_student_config(path: str | Path) -> dict[str, Any] | None:
     """Reads the student's config of the run directory `path`; None if it is not a run."""
     try:

@@ -125,7 +125,11 @@ def define_sampling_flags(options: flags.FlagValues, **defaults: Any) -> None:
     """Defines the flags shared by verbs that sample; those not in `defaults` default to None."""
     integers = {
         "samples": (1, "Responses per prompt."),
-        "max_new_tokens": (1, "Maximum length of a response, in tokens."),
+        "max_new_tokens": (
+            1,
+            "Maximum length of a response, in tokens. Default: 1024, or the protocol's; less where "
+            "the model's positions leave less.",
+        ),
         "top_k": (0, "Samples from the K most likely tokens; 0: off."),
         "seed": (0, "Random seed for sampling."),
         "batch_size": (1, "Responses sampled at a time."),
