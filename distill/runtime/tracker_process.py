@@ -331,7 +331,7 @@ def fail(reason: str) -> NoReturn:
 
 
 def _end_early(parent: int, leave: threading.Event, is_open: threading.Event) -> None:
-    """Ends this process once it is to leave, or the process of the run is gone, whose successor sends
+    """Ends this process once it is to leave, or the process of the run is gone: the next one sends
     the rest. Not while the tracker is opened: MLflow would leave a database half-made, for good."""
     while os.getppid() == parent and not leave.wait(0.3):
         pass
