@@ -19,7 +19,7 @@ PACKAGES = ("models", "distill", "configs", "assets", "benchmarks", "tests")
 FOLDERS = {
     "": "__main__ quickstart harness diagnose plan train evaluate generate score compare verify "
     "clean export",
-    "planning": "fit forecast programs roofline aot hlo diagnosis",
+    "planning": "checking fit forecast programs roofline aot gpus hlo diagnosis",
     "training": "loop stopping saving metrics_log run_summary alerts preflight eval_hook collect "
     "grading trainer memory sampling_programs calls microbatches prompts resume config_changes "
     "setup update update_metrics optim stages",
@@ -34,8 +34,9 @@ FOLDERS = {
     "retry canonical columns turns answers arithmetic chat template sandbox messages files values",
     "objectives": "losses loss fused_head chunks divergences advantages",
     "rewards": "terms ifeval graders equality answers",
-    "runtime": "checkpoint saved_step integrity cli usage failures host_memory locks stop_signals "
-    "progress watchdog distributed xla console run_files tensorboard paths environment gpu mesh",
+    "runtime": "checkpoint saved_step integrity cli usage failures host_memory locks trackers "
+    "stop_signals progress watchdog distributed xla console run_files tensorboard tracker_process "
+    "paths environment gpu mesh",
 }
 FLOOR = {
     ".".join(filter(None, ("distill", folder, file))): place
@@ -191,6 +192,7 @@ LIGHT = (
     "distill.data.arithmetic",
     "distill.data.chat",
     "distill.runtime.cli",
+    "distill.runtime.tracker_process",
 )
 
 
