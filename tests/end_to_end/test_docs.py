@@ -114,7 +114,7 @@ def list_flags() -> frozenset[str]:
 
 # Names that belong to others, and those that a reader of CONTRIBUTING is to replace or to add.
 FOREIGN = ("sbatch --requeue", "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92", "pypi.org", "-s osv")
-FOREIGN += ("pip install --require-hashes -r requirements-lock.txt",)
+FOREIGN += ("pip install --require-hashes -r requirements-lock.txt", "mlflow.db")
 TEMPLATE = re.compile(r"NAME|FILE|/X/|olympiad|opd_jsd")
 
 
@@ -191,7 +191,8 @@ def test_readme_has_the_table_of_the_results() -> None:
 NOT_RUN = {
     r"Qwen/|hf:|configs/gsm8k\.py": "read models or data of the hub",
     r"=runs/gsm8k|samples\.jsonl|traces\.jsonl": "need what these made",
-    r"^pip |^python3 -m venv|^tensorboard": "install packages, or need them",
+    r"^pip |^python3 -m venv": "install packages",
+    r"log\.to=|^tensorboard|^trackio|^mlflow": "need packages that the project does not install",
     r"launch_tpu\.sh|gcloud|ACCELERATOR=": "need Google Cloud",
     r"import jax": "shows GPUs",
     r"^make quickstart": "takes minutes; test_quickstart.py runs it, tiny",
