@@ -331,7 +331,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.log = ConfigDict()
     c.log.transcripts_every = 50  # steps between files of sampled transcripts
     c.log.transcripts = 8  # rows in each
-    c.log.overlap_top_k = 0  # compare so many likeliest tokens of teacher and student; 0: off; slow
+    # Compare so many likeliest tokens of teacher and student, and list them in transcripts, where
+    # `report` shows them; 0: off; slow.
+    c.log.overlap_top_k = 0
 
     c.alerts = make_alerts()
     c.eval = make_evaluation()

@@ -36,14 +36,21 @@ _REFUSALS = {
 }
 
 
-def run(main: Callable[[], None], options: flags.FlagValues = flags.FLAGS) -> None:
-    """Parses sys.argv into `options`, calls `main` and turns a user's mistakes into exit codes."""
+def run(
+    main: Callable[[], None],
+    options: flags.FlagValues = flags.FLAGS,
+    arguments: list[str] | None = None,
+) -> None:
+    """Parses sys.argv into `options`, calls `main` and turns a user's mistakes into exit codes.
+
+    arguments: receives what is not an option; None: a verb that takes nothing else.
+    """
     with contextlib.suppress(AttributeError):  # of a stand-in for the terminal, in tests
         sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
         if any(arg in _HELP for arg in sys.argv[1:]):
             _print_help(options)
-        _parse_flags(sys.argv, options)
+        _parse_flags(sys.argv, options, arguments)
         gpu.set_xla_flags()
         _set_threads()
         # Each retry would be said twice; the error after the last one says what is wrong.
@@ -142,7 +149,9 @@ def _print_help(options: flags.FlagValues) -> NoReturn:
     sys.exit(0)
 
 
-def _parse_flags(argv: list[str], options: flags.FlagValues) -> None:
+def _parse_flags(
+    argv: list[str], options: flags.FlagValues, arguments: list[str] | None = None
+) -> None:
     """Parses the flags, with home directories in their paths, and in those of a config, expanded.
 
     Every failure here is a user's mistake, so it raises UserError only."""
@@ -152,7 +161,9 @@ def _parse_flags(argv: list[str], options: flags.FlagValues) -> None:
         raise
     except Exception as error:
         raise UserError(_explain_parse_error(error, argv)) from error
-    if len(rest) > 1:
+    if arguments is not None:
+        arguments[:] = rest[1:]
+    elif len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: options are written --name=value")
     paths.expand_flags(options)
     for name in options:

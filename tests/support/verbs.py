@@ -19,7 +19,7 @@ def call(verb: ModuleType, *arguments: str) -> int:
     verb.OPTIONS.unparse_flags()
     before, sys.argv = sys.argv, [verb.__name__, *map(str, arguments)]
     try:
-        cli.run(verb.main, verb.OPTIONS)
+        cli.run(verb.main, verb.OPTIONS, getattr(verb, "ARGUMENTS", None))
     except SystemExit as stop:
         assert isinstance(stop.code, int)
         return stop.code
