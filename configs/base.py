@@ -1,8 +1,12 @@
 """Every setting, once, with its unit or consequence. Recipes start from here and set what differs.
 
     python -m distill.train --config=configs/base.py --workdir=runs/x \
-        --config.student.path=Qwen3-0.6B --config.teacher.path=Qwen3-1.7B \
-        --config.opd.data.source=gsm8k.jsonl
+        --config.student.path=Qwen/Qwen3-0.6B --config.teacher.path=Qwen/Qwen3-1.7B \
+        --config.opd.data.source=hf:openai/gsm8k:main
+
+Any key is set in this way, also in a recipe: --config.opd.steps=200. A dot enters a part, and `opd`
+is the name of a stage. Models are directories or ids on the Hugging Face hub, and data are files or
+data sets there.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -204,9 +208,21 @@ def make_evaluation() -> ConfigDict:
     c.limit = 200  # first problems; 0: all
     c.protocol = "greedy"  # how to sample, see distill/evaluation/tasks.py
     c.samples = 0  # responses to each problem; 0: the protocol's
-    c.max_new_tokens = 0  # longest response; 0: the protocol's
+    c.max_new_tokens = 0  # longest response; 0: the protocol's, less where positions leave less
     c.batch_size = 64  # responses sampled together
     c.best = "accuracy"  # keep the checkpoint with the highest NAME; "-NAME": lowest; "": none
+    return c
+
+
+def make_log() -> ConfigDict:
+    """What is logged, and where it goes."""
+    c = ConfigDict()
+    c.transcripts_every = 50  # steps between files of sampled transcripts
+    c.transcripts = 8  # rows in each
+    c.print_every = 0  # steps between printed transcripts, of one response each; 0: none
+    # Compare so many likeliest tokens of teacher and student, and list them in transcripts, where
+    # `report` shows them; 0: off; slow.
+    c.overlap_top_k = 0
     return c
 
 
@@ -328,13 +344,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.checkpoint.every_minutes = 10.0
     c.checkpoint.keep = 2  # newest checkpoints kept; one more while it is written
     c.checkpoint.keep_every = 0  # keep its multiples as well; 0: none
-    c.log = ConfigDict()
-    c.log.transcripts_every = 50  # steps between files of sampled transcripts
-    c.log.transcripts = 8  # rows in each
-    # Compare so many likeliest tokens of teacher and student, and list them in transcripts, where
-    # `report` shows them; 0: off; slow.
-    c.log.overlap_top_k = 0
-
+    c.log = make_log()
     c.alerts = make_alerts()
     c.eval = make_evaluation()
     c.sft = make_stage("sft")

@@ -82,7 +82,7 @@ def load(path: str, dtype: str = "") -> "Policy":
     from distill.policy import policy
     from distill.runtime import paths
 
-    model = policy.make_abstract_for_inference(paths.expand_home(path), dtype)
+    model = policy.make_abstract_for_inference(paths.expand_input(path), dtype)
     with policy.use(model):
         return policy.load(model, jnp.dtype(model.model.dtype).name)
 
@@ -95,7 +95,8 @@ def sample(
     Args:
       thinking: the chat template's thinking switch; affects only prompts that are messages.
       options: fields of `SampleSpec` (samples, max_new_tokens, seed, batch_size, stop_strings) and
-        of `Sampling` (temperature, top_k, top_p, min_p, presence_penalty).
+        of `Sampling` (temperature, top_k, top_p, min_p, presence_penalty). max_new_tokens is 1024,
+        or what the model's positions leave after a prompt; a larger one is refused.
 
     Raises:
       UserError: naming the invalid prompt or option.
@@ -111,9 +112,12 @@ def sample(
     spec = rollout.make_sample_spec(options)
     spec.sampling.check_vocab_size(model.config.vocab_size)
     rows = [(f"prompts[{i}]", _to_row(prompt)) for i, prompt in enumerate(prompts)]
-    ids = completions.encode_row_prompts(model, rows, thinking, spec.max_new_tokens)
+    limit = spec.max_new_tokens
+    is_default = "max_new_tokens" not in options
+    ids = completions.encode_row_prompts(model, rows, thinking, 1 if is_default else limit)
+    limits = [completions.fit_limit(model, prompt_ids, limit) for prompt_ids in ids]
     with policy.use(model):
-        groups = list(completions.complete(model, ids, spec))
+        groups = list(completions.complete(model, ids, spec, limits=limits))
     results = []
     for prompt_ids, group in zip(ids, groups, strict=True):
         for sequence in group:
@@ -194,8 +198,10 @@ def evaluate(
     settings = protocols.resolve_settings(protocol, benchmark, changes)
     ks = tuple(sorted({1, settings["samples"]}))
     spec = protocols.make_eval_spec(protocol, benchmark, settings, ks=ks)
-    rows = problems.load_problems(benchmark, paths.expand_home(data), limit)
+    rows = problems.load_problems(benchmark, paths.expand_input(data), limit)
     problems.check_gradable(benchmark, rows)
+    if "max_new_tokens" not in changes:
+        spec = evaluator.fit_limit(model, rows, spec)
     out = paths.expand_home(out)
     with tempfile.TemporaryDirectory() as scratch, policy.use(model):
         return evaluator.evaluate_benchmark(model, rows, spec, epath.Path(out or scratch))

@@ -20,7 +20,7 @@ LOG.md has the numbers.
 from absl import flags
 
 from distill.data import cleaning
-from distill.runtime import cli, paths
+from distill.runtime import cli, console, paths
 
 OPTIONS = flags.FlagValues()
 DATA = flags.DEFINE_string("data", None, "Data set to clean.", OPTIONS, required=True)
@@ -72,6 +72,11 @@ def main() -> None:
     if REPORT.value:
         report = paths.check_output(REPORT.value, *inputs, OUT.value, flag="--report")
     cleaning.clean_file(DATA.value, AGAINST.value, rules, out, report)
+    made = [f"wrote {OUT.value}"]
+    made += (
+        [f"wrote {REPORT.value}: a line for each row left out, with the reason"] if report else []
+    )
+    console.print_end(made, [console.format_sft_command(OUT.value)])
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """python -m distill.compare --runs=A,B[,C…]: compares evaluations.
 
-Prints a table with one row per folder that `evaluate` wrote. Then, for each folder of the same
-benchmark as the first, prints the difference to the first, paired by problem: on the same problems
-a difference is known more precisely than either accuracy.
+Prints a table with one row per folder that `evaluate` wrote; one folder is shown alone. Then, for
+each folder of the same benchmark as the first, prints the difference to the first, paired by
+problem: on the same problems a difference is known more precisely than either accuracy.
 """
 
 from absl import flags
 
-from distill.evaluation import comparison
-from distill.runtime import cli, paths, run_files
+from distill.runtime import cli, console, paths
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -23,8 +22,11 @@ OUT = flags.DEFINE_string("out", "", "JSON file to write the comparison to.", fl
 
 
 def main() -> None:
-    if len(set(RUNS.value)) < max(2, len(RUNS.value)):
-        raise UserError("--runs: name two different folders or more")
+    from distill.evaluation import comparison
+    from distill.runtime import run_files
+
+    if len(set(RUNS.value)) < len(RUNS.value) or not RUNS.value:
+        raise UserError("--runs: name different folders, each once")
     out = paths.check_output(OUT.value) if OUT.value else None
     result = comparison.compare_runs(RUNS.value)
     if out:
@@ -32,6 +34,14 @@ def main() -> None:
     print(comparison.render_table(RUNS.value, list(result["runs"].values())))
     for pair in result["paired"]:
         print("\n" + pair["sentence"])
+    for name in result["unpaired"]:
+        print(f"\n{name} is of another benchmark than {RUNS.value[0]}: no difference is computed")
+    console.print_end(
+        [f"wrote {OUT.value}"] if out else [],
+        []
+        if len(RUNS.value) > 1
+        else [console.format_command("compare", runs=f"{RUNS.value[0]},OTHER")],
+    )
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ finding, with its numbers and consequence, and then the verdict. Trains nothing.
 numbers as JSON.
 """
 
+import sys
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
-from distill.planning import diagnosis
-from distill.runtime import cli, paths, run_files
+from distill.runtime import cli, console, paths
 
 OPTIONS = flags.FlagValues()
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=OPTIONS)
@@ -31,6 +31,9 @@ OUT = flags.DEFINE_string("out", "", "JSON file to write.", flag_values=OPTIONS)
 
 
 def main() -> None:
+    from distill.planning import diagnosis
+    from distill.runtime import run_files
+
     out = paths.check_output(OUT.value) if OUT.value else None
     statistics = diagnosis.diagnose_run(CONFIG.value, STAGE.value, PROMPTS.value, SAMPLES.value)
     findings = diagnosis.make_findings(statistics)
@@ -41,6 +44,11 @@ def main() -> None:
     if out:
         lines = [line for _, line in findings]
         run_files.write_json(Path(out), {**statistics, "findings": lines, "verdict": verdict})
+    own_flags = [arg for arg in sys.argv[1:] if arg.lstrip("-").startswith("config")]
+    console.print_end(
+        [f"wrote {OUT.value}: all numbers"] if out else [],
+        [console.format_command("train", *own_flags, workdir="runs/x")],
+    )
 
 
 if __name__ == "__main__":

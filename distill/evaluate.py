@@ -2,19 +2,20 @@
 
 Writes examples.jsonl to OUT, one row per response, as they finish; the same command resumes where
 it stopped, if weights, tokenizer, problems and settings are the same. Then writes summary.json,
-with accuracy, its 95% interval, other statistics and all settings. --protocol names a set of
-sampling settings, which the sampling flags override. With --responses, grades responses from a file
-and needs no model. `compare` compares several OUTs.
+with accuracy, its 95% interval, other statistics and all settings, and prints the main ones.
+--protocol names a set of sampling settings, which the sampling flags override. With --responses,
+grades responses from a file and needs no model. `compare` compares several OUTs.
 """
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from absl import flags
 from etils import epath
 
-from distill.evaluation import evaluator, problems, protocols, records, tasks
-from distill.runtime import cli, distributed, locks, paths, run_files, stop_signals
+from distill.evaluation import protocols, tasks
+from distill.runtime import cli, console, paths
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -50,15 +51,20 @@ RESPONSES = flags.DEFINE_string(
     "responses", "", "jsonl of stored responses to grade instead of a model's.", OPTIONS
 )
 TEACHER = flags.DEFINE_string("teacher", "", "Model to measure the reverse KL to.", OPTIONS)
-distributed.define_flags(OPTIONS)
+cli.define_process_flags(OPTIONS)
 
 
 def main() -> None:
+    from distill.runtime import distributed
+
     with distributed.join_processes(OPTIONS):
         run_evaluation()
 
 
 def run_evaluation() -> None:
+    from distill.evaluation import evaluator, problems, records
+    from distill.runtime import run_files
+
     ks, out = _read_ks(), epath.Path(OUT.value)
     examples_path = f"{OUT.value}/{records.EXAMPLES_FILE}"
     paths.check_output(examples_path, RESPONSES.value, DATA.value, creates_folder=False)
@@ -66,7 +72,10 @@ def run_evaluation() -> None:
         known = problems.load_problems(BENCHMARK.value, DATA.value, 0) if DATA.value else []
         rows = problems.load_responses(BENCHMARK.value, RESPONSES.value, known)
         with own_output(out):
-            evaluator.evaluate_stored(BENCHMARK.value, rows[: LIMIT.value or None], out, ks)
+            summary = evaluator.evaluate_stored(
+                BENCHMARK.value, rows[: LIMIT.value or None], out, ks, len(known)
+            )
+        print_results(summary)
         return
     spec = _read_spec(ks)
     rows = problems.load_problems(BENCHMARK.value, DATA.value, LIMIT.value)
@@ -74,16 +83,55 @@ def run_evaluation() -> None:
     if not MODEL.value:
         raise UserError("--model: name a model directory, or give --responses")
     with own_output(out):
-        evaluator.evaluate_model(
-            MODEL.value, rows, spec, out, dtype=DTYPE.value, teacher=TEACHER.value
+        summary = evaluator.evaluate_model(
+            MODEL.value,
+            rows,
+            spec,
+            out,
+            dtype=DTYPE.value,
+            teacher=TEACHER.value,
+            fits=OPTIONS["max_new_tokens"].value is None,
         )
     if LIMIT.value and run_files.is_primary():
         print(records.render_transcripts(rows, out / records.EXAMPLES_FILE))
+    print_results(summary)
+
+
+def print_results(summary: dict[str, Any]) -> None:
+    """Prints the results, on stdout, and what may follow: to compare with an evaluation that is
+    beside this one, or else to evaluate the model that a run began from."""
+    from distill.evaluation import comparison
+    from distill.policy import hub
+    from distill.runtime import run_files
+
+    if not run_files.is_primary():
+        return
+    protocol = summary["protocol"]
+    print(f"{BENCHMARK.value}, {protocol['protocol']}: {MODEL.value or RESPONSES.value}")
+    print(console.render_table(comparison.list_results(summary)), flush=True)
+    others = comparison.find_others(OUT.value, BENCHMARK.value)
+    if others:
+        command = console.format_command("compare", runs=f"{others[0]},{OUT.value}")
+    elif base := hub.find_initial_model(MODEL.value):
+        out = f"{OUT.value.rstrip('/')}_before"
+        command = console.format_command(
+            "evaluate",
+            model=base,
+            benchmark=BENCHMARK.value,
+            data=DATA.value,
+            limit=LIMIT.value or None,
+            out=out,
+        )
+    else:
+        command = console.format_command("compare", runs=OUT.value)
+    console.print_end([f"wrote {OUT.value}: summary.json, examples.jsonl"], [command])
 
 
 @contextlib.contextmanager
 def own_output(out: epath.Path) -> Iterator[None]:
     """Context in which no other process writes `out`, and a full disk is a UserError."""
+    from distill.runtime import locks, run_files, stop_signals
+
     flag = f"--out={OUT.value}"
     advice = f"the responses that were graded are in {out}, and the same command goes on"
     with (
@@ -103,6 +151,8 @@ def _read_ks() -> tuple[int, ...]:
 
 def _read_spec(ks: tuple[int, ...]) -> protocols.EvalSpec:
     """Reads the protocol and the flags that override it, and checks them."""
+    from distill.evaluation import problems
+
     problems.require_task(BENCHMARK.value)
     settings = protocols.resolve_settings(
         PROTOCOL.value, BENCHMARK.value, cli.read_sampling_flags(OPTIONS)

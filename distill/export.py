@@ -10,10 +10,13 @@ the whole model as above, with the LoRA merged in float32 and then cast, and the
 DIR/adapter.
 """
 
+import json
+import shlex
+from pathlib import Path
+
 from absl import flags
 
-from distill.policy import exporting, policy
-from distill.runtime import cli, run_files
+from distill.runtime import cli, console
 
 OPTIONS = flags.FlagValues()
 RUN = flags.DEFINE_string("run", None, "Run directory.", OPTIONS, required=True)
@@ -44,6 +47,9 @@ AVERAGE = flags.DEFINE_bool(
 
 
 def main() -> None:
+    from distill.policy import exporting, policy
+    from distill.runtime import run_files
+
     exporting.export_run(
         RUN.value, OUT.value, STEP.value, DTYPE.value, MERGE_LORA.value, AVERAGE.value
     )
@@ -51,6 +57,22 @@ def main() -> None:
         run_files.log_line(
             "--merge_lora: all parameters were trained, so there was no LoRA to merge"
         )
+    exported = json.loads((Path(OUT.value) / exporting.EXPORT_FILE).read_text())
+    is_adapter = policy.read_run_lora(RUN.value) is not None and not MERGE_LORA.value
+    kind = "a PEFT adapter" if is_adapter else "a model in Hugging Face format"
+    after = " with its adapter in adapter/" if (Path(OUT.value) / "adapter").is_dir() else ""
+    console.print_end(
+        [f"wrote {OUT.value}: {kind}{after}, {DTYPE.value}, step {exported['step']:,}"],
+        [
+            console.format_command(
+                "generate",
+                model=OUT.value,
+                prompts="PROMPTS.jsonl",
+                out=f"{OUT.value.rstrip('/')}.samples.jsonl",
+            ),
+            *([] if is_adapter else [f"vllm serve {shlex.quote(OUT.value)}"]),
+        ],
+    )
 
 
 if __name__ == "__main__":

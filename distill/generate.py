@@ -16,19 +16,22 @@ and `top_logprobs`, the K most likely tokens at each position as [id, log-probab
 A row that cannot be completed (empty prompt, prompt too long, NaN logits) has an `error` and no
 samples; the other rows are written, and the exit code is 2. Rows are written to OUT.partial as they
 finish; the same command resumes after the last one, if rows, settings and the model's files are
-the same.
+the same. Without --max_new_tokens a response may have 1024 tokens, or what the model's positions
+leave after its prompt.
 """
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from absl import flags
 
-from distill.data import canonical, dataset
-from distill.policy import policy
-from distill.policy.policy import Policy
-from distill.rollout import completions
-from distill.runtime import cli, distributed, locks, paths, run_files, stop_signals
+from distill.runtime import cli, console, paths
 from models.errors import UserError
+
+if TYPE_CHECKING:
+    from distill.data.sources import Rows
+    from distill.policy.policy import Policy
+    from distill.rollout.completions import SampleSpec
 
 OPTIONS = flags.FlagValues()
 MODEL, DTYPE = cli.define_model_flags(OPTIONS)
@@ -41,7 +44,7 @@ TEMPLATE = flags.DEFINE_string(
 OUT = flags.DEFINE_string("out", None, "jsonl to write.", OPTIONS, required=True)
 cli.define_sampling_flags(
     OPTIONS,
-    **{"samples": 1, "max_new_tokens": 1024, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
+    **{"samples": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
     **{"min_p": 0.0, "presence_penalty": 0.0, "seed": 0, "batch_size": 32, "thinking": "on"},
 )
 STOP = flags.DEFINE_multi_string(
@@ -50,12 +53,14 @@ STOP = flags.DEFINE_multi_string(
 TOP_LOGPROBS = flags.DEFINE_integer(
     "top_logprobs", 0, "Most likely tokens to report at each position.", 0, flag_values=OPTIONS
 )
-distributed.define_flags(OPTIONS)
+cli.define_process_flags(OPTIONS)
 
 
-def _read_spec(subject: Policy) -> completions.SampleSpec:
+def _read_spec(subject: "Policy") -> "SampleSpec":
     """Reads the sampling flags. Raises UserError naming the flag that is out of range."""
-    settings = cli.read_sampling_flags(OPTIONS)
+    from distill.rollout import completions
+
+    settings = {k: x for k, x in cli.read_sampling_flags(OPTIONS).items() if x is not None}
     settings |= {"stop_strings": tuple(STOP.value), "top_logprobs": TOP_LOGPROBS.value}
     try:
         spec = completions.make_sample_spec(settings)
@@ -73,11 +78,18 @@ def _read_spec(subject: Policy) -> completions.SampleSpec:
 
 
 def main() -> None:
+    from distill.runtime import distributed
+
     with distributed.join_processes(OPTIONS):
         run_generation()
 
 
 def run_generation() -> None:
+    from distill.data import canonical, dataset
+    from distill.policy import policy
+    from distill.rollout import completions
+    from distill.runtime import locks, run_files, stop_signals
+
     prompt_rows = dataset.open_canonical_rows(PROMPTS.value)
     rows = dataclasses.replace(
         prompt_rows,
@@ -94,10 +106,31 @@ def run_generation() -> None:
         ),
         locks.hold_lock(lock, flag),
     ):
-        errors = completions.generate_file(subject, rows, spec, thinking, out)
+        fits = OPTIONS["max_new_tokens"].value is None
+        errors = completions.generate_file(subject, rows, spec, thinking, out, fits=fits)
     if errors:
         more = f" (and {len(errors) - 1} more rows)" if len(errors) > 1 else ""
         raise UserError(f"{errors[min(errors)]}{more}; the other rows are in {OUT.value}")
+    print_made(rows, spec.samples)
+
+
+def print_made(rows: "Rows", samples: int) -> None:
+    """Says what was written, and what may follow: to keep the correct responses where rows have an
+    answer, or else to train on all of them."""
+    from distill.runtime import run_files
+
+    if not run_files.is_primary():
+        return
+    out, stem = OUT.value, OUT.value.removesuffix(".jsonl")
+    if "answer" in rows.read_row(0):
+        command = console.format_command(
+            "verify", data=out, benchmark="math", out=f"{stem}.correct.jsonl"
+        )
+    else:
+        command = console.format_sft_command(out)
+    console.print_end(
+        [f"wrote {out}: {len(rows):,} rows with {len(rows) * samples:,} responses"], [command]
+    )
 
 
 if __name__ == "__main__":

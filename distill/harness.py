@@ -7,11 +7,9 @@ The model runs in this process, without a server. Needs optional packages:
 import importlib.util
 from pathlib import Path
 
-import jax.numpy as jnp
 from absl import flags
 
-from distill.policy import policy
-from distill.runtime import cli, paths, run_files
+from distill.runtime import cli, console, paths
 from models.errors import UserError
 
 KEPT = ("results", "groups", "configs", "versions", "n-shot", "n-samples", "higher_is_better")
@@ -38,7 +36,11 @@ BATCH_SIZE = flags.DEFINE_integer(
 def main() -> None:
     if not importlib.util.find_spec("lm_eval"):
         raise UserError("lm-eval is not installed: pip install -r requirements-eval.txt")
+    import jax.numpy as jnp
+
     from distill.evaluation import lm_eval_model
+    from distill.policy import policy
+    from distill.runtime import run_files
 
     out = paths.check_output(OUT.value)
     subject = policy.make_abstract_for_inference(MODEL.value, DTYPE.value)
@@ -60,6 +62,7 @@ def main() -> None:
         for name, value in task_metrics.items():
             if isinstance(value, float):
                 print(f"{task:24} {name:32} {value:.4f}")
+    console.print_end([f"wrote {OUT.value}"])
 
 
 if __name__ == "__main__":

@@ -17,15 +17,17 @@ run fits; otherwise it is 1, and the output names a change that would help.
 
 import sys
 import time
+from typing import TYPE_CHECKING
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from distill.planning import aot, fit, forecast, roofline
-from distill.planning.roofline import ProgramCost
-from distill.runtime import cli, run_files
+from distill.runtime import cli
 from models.errors import UserError
+
+if TYPE_CHECKING:
+    from distill.planning.fit import TooLarge
+    from distill.planning.roofline import ProgramCost
 
 OPTIONS = flags.FlagValues()
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=OPTIONS)
@@ -47,12 +49,15 @@ EXPLAIN = flags.DEFINE_bool(
 )
 
 
-def find_smallest(c: ConfigDict, generation: str) -> tuple[str, dict[str, list[ProgramCost]]]:
+def find_smallest(c: ConfigDict, generation: str) -> "tuple[str, dict[str, list[ProgramCost]]]":
     """Finds the smallest slice of a generation that fits; returns its name and program costs.
 
     Raises:
       UserError: if none fits, with the reason for the largest.
     """
+    from distill.planning import fit
+    from distill.runtime import run_files
+
     if generation not in fit.SLICES:
         raise UserError(f"--topology={generation}:auto: name one of {', '.join(fit.SLICES)}")
     reason = ""
@@ -70,6 +75,11 @@ def find_smallest(c: ConfigDict, generation: str) -> tuple[str, dict[str, list[P
 
 
 def main() -> None:
+    import jax
+
+    from distill.planning import aot, fit, forecast, roofline
+    from distill.runtime import run_files
+
     c, topology = CONFIG.value, TOPOLOGY.value
     jax.config.update("jax_enable_compilation_cache", False)  # for devices that are not here
     start = time.perf_counter()
@@ -97,8 +107,11 @@ def main() -> None:
         print(f"compiled in {time.perf_counter() - start:.0f} s")
 
 
-def print_failure(c: ConfigDict, topology: str, error: fit.TooLarge) -> None:
+def print_failure(c: ConfigDict, topology: str, error: "TooLarge") -> None:
     """Prints the program that does not fit, its largest arrays, and a change that would help."""
+    from distill.planning import aot, fit
+    from distill.runtime import run_files
+
     hbm_gib = aot.get_chip(topology).hbm_gib
     helps = fit.find_remedy(c, topology, error.program) if EXPLAIN.value else None
     if JSON.value:

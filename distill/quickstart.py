@@ -16,14 +16,17 @@ from ml_collections import ConfigDict, config_flags
 from distill.evaluation import evaluator, problems
 from distill.policy import exporting, policy
 from distill.policy.policy import Policy
-from distill.runtime import cli, run_files
+from distill.runtime import cli, console, paths, run_files
 from distill.runtime import mesh as mesh_lib
 from distill.training import loop, resume, setup
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
 CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/quickstart.py", lock_config=True, flag_values=OPTIONS
+    "config",
+    paths.find_project_file("configs/quickstart.py"),
+    lock_config=True,
+    flag_values=OPTIONS,
 )
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Directory of the run.", OPTIONS)
 PROBLEMS = flags.DEFINE_integer(
@@ -138,6 +141,15 @@ def main() -> None:
     print(f"{summary['distillation_seconds']:.0f} s to distil, {summary['seconds']:.0f} s in all")
     print(f"model     {summary['export']}  (a Hugging Face directory)")
     print(f"run       {out}: summary.json, metrics.jsonl, rollouts/, eval/, tensorboard/")
+    console.print_end(
+        [],
+        [
+            console.format_command(
+                "compare", runs=f"{out}/eval/student_before/greedy,{out}/eval/student_after/greedy"
+            ),
+            f"tensorboard --logdir={out}/tensorboard",
+        ],
+    )
 
 
 if __name__ == "__main__":

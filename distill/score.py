@@ -6,17 +6,14 @@ log-probability (temperature 1) of each token given the ones before it; the firs
 most likely first; the first is null.
 """
 
-import jax.numpy as jnp
 from absl import flags
 
-from distill.data import sources
-from distill.evaluation import scoring
-from distill.policy import policy
-from distill.runtime import cli, paths, run_files
+from distill.runtime import cli, console, paths
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
-MODEL, DTYPE = cli.define_model_flags(OPTIONS, dtypes=policy.PARAM_DTYPES)
+DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
+MODEL, DTYPE = cli.define_model_flags(OPTIONS, dtypes=DTYPES)
 TOKENS = flags.DEFINE_string("tokens", None, "jsonl of token ids.", OPTIONS, required=True)
 OUT = flags.DEFINE_string("out", None, "jsonl to write.", OPTIONS, required=True)
 TOP_K = flags.DEFINE_integer(
@@ -26,6 +23,13 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows scored together.", 1, f
 
 
 def main() -> None:
+    import jax.numpy as jnp
+
+    from distill.data import sources
+    from distill.evaluation import scoring
+    from distill.policy import policy
+    from distill.runtime import run_files
+
     rows = sources.open_rows(TOKENS.value)
     subject = policy.make_abstract_for_inference(
         MODEL.value, DTYPE.value if DTYPE.value in policy.DTYPES else ""
@@ -42,6 +46,7 @@ def main() -> None:
             subject, rows, ids, batch_size=BATCH_SIZE.value, top_k=TOP_K.value
         )
         run_files.write_jsonl(out, scored_rows)
+    console.print_end([f"wrote {OUT.value}: {len(rows):,} rows with log-probabilities"])
 
 
 if __name__ == "__main__":

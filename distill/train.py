@@ -10,8 +10,7 @@ What may change of its config says distill/training/config_changes.py.
 from absl import flags
 from ml_collections import config_flags
 
-from distill.runtime import cli, distributed, gpu
-from distill.training import loop
+from distill.runtime import cli, gpu
 
 OPTIONS = flags.FlagValues()
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=OPTIONS)
@@ -25,10 +24,13 @@ ALLOW_CHANGED_INPUTS = flags.DEFINE_bool(
     "Resume with other data, models or adapters than those that the run began with.",
     flag_values=OPTIONS,
 )
-distributed.define_flags(OPTIONS)
+cli.define_process_flags(OPTIONS)
 
 
 def main() -> None:
+    from distill.runtime import distributed
+    from distill.training import loop
+
     gpu.set_xla_flags(CONFIG.value.deterministic)
     with distributed.join_processes(OPTIONS):
         loop.run(CONFIG.value, WORKDIR.value, ALLOW_CHANGED_INPUTS.value)

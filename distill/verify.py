@@ -12,7 +12,7 @@ from absl import flags
 
 from distill.data import sources
 from distill.evaluation import rejection, tasks
-from distill.runtime import cli, paths, run_files
+from distill.runtime import cli, console, paths, run_files
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -56,6 +56,10 @@ def main() -> None:
         f"{rows.name}: {counts['correct']} of {counts['samples']} samples correct; "
         f"{counts['kept']} kept, of {counts['rows kept']} of {rows.size} rows "
         f"({counts['bad rows']} bad rows)"
+    )
+    console.print_end(
+        [f"wrote {OUT.value}: {counts['rows kept']:,} rows of {counts['kept']:,} samples"],
+        [console.format_sft_command(OUT.value)] if counts["kept"] else [],
     )
 
 

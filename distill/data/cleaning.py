@@ -11,6 +11,7 @@ from etils import epath
 from distill.data import canonical, dedup, sources, values
 from distill.data.messages import parse_messages, to_assistant_text
 from distill.runtime import run_files
+from distill.runtime.progress import show_progress
 from models.errors import UserError
 
 SCRIPT_SHARE = 0.9  # even English texts have formulas with Greek letters
@@ -72,9 +73,9 @@ def find_faulty_rows(
     ends = np.cumsum([problems.size for problems in against])
     eval_index = dedup.NgramIndex(_iter_prompts(against), rules.ngram)
     indices, digests, signatures = array("q"), bytearray(), bytearray()
-    with run_files.show_progress(rows.size, 0, "clean") as bar:
+    with show_progress(rows.size, 0, "clean") as bar:
         for index in range(rows.size):
-            bar.update(index + 1, {"kept": len(indices)})
+            bar.update(index + 1, f"kept {len(indices):,}")
             try:
                 prompt, text = _read_texts(rows, index, rules.columns)
             except UserError as error:

@@ -1,13 +1,16 @@
 """Compares evaluations: a table, and differences paired by problem."""
 
+import contextlib
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 from etils import epath
 
 from distill.evaluation import statistics
 from distill.evaluation.example_rows import EXAMPLES_FILE, drop_bulky_fields
-from distill.runtime import paths
+from distill.runtime import console, paths
 from models.errors import UserError
 
 Record = dict[str, Any]
@@ -32,15 +35,38 @@ def read_evaluation(folder: str) -> tuple[Record, list[Record]]:
     return summary, rows
 
 
+def find_others(folder: str, benchmark: str) -> list[str]:
+    """Returns finished evaluations of a benchmark in folders beside a local one."""
+    if paths.is_remote(folder):
+        return []
+    found = []
+    for path in sorted(Path(folder).resolve().parent.glob("*/summary.json")):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            protocol = json.loads(path.read_text())["protocol"]
+            if protocol["benchmark"] == benchmark and path.parent != Path(folder).resolve():
+                found.append(os.path.join(os.path.dirname(folder.rstrip("/")), path.parent.name))
+    return found
+
+
 def compare_pair(names: tuple[str, str], a: list[Record], b: list[Record]) -> Record:
     """Compares evaluation b with a, paired by problem; returns statistics and a sentence.
 
     Raises UserError if the problems are not the same.
     """
     answers = [{str(row["id"]): row.get("answer") for row in rows} for rows in (a, b)]
-    for name in answers[0].keys() | answers[1].keys():
-        if answers[0].get(name) != answers[1].get(name):
-            raise UserError(f"{names[0]} and {names[1]}: problem {name!r} is not the same in both")
+    for i, j in ((0, 1), (1, 0)):
+        if absent := [name for name in answers[i] if name not in answers[j]]:
+            raise UserError(
+                f"{names[0]} and {names[1]}: {len(absent):,} of the {len(answers[i]):,} problems "
+                f"of {names[i]}, such as {absent[0]!r}, are absent from {names[j]}, which has "
+                f"{len(answers[j]):,}; evaluate both on the same ones (--data, --limit)"
+            )
+    for name in answers[0]:
+        if answers[0][name] != answers[1][name]:
+            raise UserError(
+                f"{names[0]} and {names[1]}: problem {name!r} has the answer "
+                f"{answers[0][name]!r} in one and {answers[1][name]!r} in the other"
+            )
     ours, theirs = (statistics.compute_problem_scores(rows) for rows in (a, b))
     pairs = list(zip(*[(ours[name], theirs[name]) for name in ours], strict=True))
     gain, (low, high) = statistics.compute_difference(*pairs)
@@ -71,9 +97,43 @@ def _describe_pair(pair: Record) -> str:
     )
 
 
+def list_results(summary: Record) -> list[tuple[str, str]]:
+    """Returns the results of an evaluation as pairs of a name and a text."""
+    low, high = (100 * end for end in summary["interval"])
+    problems = f"{summary['problems']:,}"
+    if summary.get("coverage", 1) < 1:
+        of = summary["problems_in_data"]
+        problems += f" of {of:,} ({summary['coverage']:.1%}): the others have no response"
+    if summary["responses"] != summary["problems"]:
+        problems += f", {summary['responses']:,} responses"
+    results = [
+        ("accuracy", f"{summary['accuracy']:.1%} [{low:.1f}, {high:.1f}] (95% interval)"),
+        ("problems", problems),
+    ]
+    results += [
+        (name, f"{value:.1%}")
+        for name, value in summary.items()
+        if name.startswith(("pass@", "maj@")) and name != "pass@1"
+    ]
+    for name, field, form in (
+        ("format", "format_rate", "{:.1%}"),
+        ("mean length", "mean_length", "{:,.1f} tokens"),
+        ("cut at the limit", "truncation_rate", "{:.1%}"),
+        ("repetitive", "repetition_rate", "{:.1%}"),
+        ("reverse KL", "reverse_kl", "{:.4f} a token"),
+        ("tokens/s", "tokens_per_second", "{:,.0f}"),
+    ):
+        if summary.get(field) is not None:
+            results.append((name, form.format(summary[field])))
+    if summary.get("seconds") is not None:
+        results.append(("time", console.format_duration(summary["seconds"])))
+    return results
+
+
 _COLUMNS = (
     ("parameters", "parameters", "{:,}"),
     ("MiB", "parameter_bytes", "{:.4g}"),
+    ("format %", "format_rate", "{:.1f}"),
     ("tokens", "mean_length", "{:.1f}"),
     ("cut %", "truncation_rate", "{:.1f}"),
     ("tokens/s", "tokens_per_second", "{:.4g}"),
@@ -102,11 +162,7 @@ def make_rows(names: list[str], summaries: list[Record]) -> list[list[str]]:
 
 def render_table(names: list[str], summaries: list[Record]) -> str:
     """Renders the rows of `make_rows` as lines of text."""
-    rows = make_rows(names, summaries)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows
-    )
+    return console.render_table(make_rows(names, summaries))
 
 
 def _render_cell(summary: Record, field: str, number_format: str) -> str:
@@ -115,14 +171,14 @@ def _render_cell(summary: Record, field: str, number_format: str) -> str:
         value = value.get("device_gib", value["host_gib"])
     if value is None:
         return ""
-    scale = {"parameter_bytes": 2**-20, "truncation_rate": 100}.get(field, 1)
+    scale = {"parameter_bytes": 2**-20, "truncation_rate": 100, "format_rate": 100}.get(field, 1)
     return number_format.format(value * scale)
 
 
 def compare_runs(runs: list[str]) -> Record:
     """Returns the summaries of the folders, and paired comparisons with the first one.
 
-    Folders of another benchmark than the first one's are not paired.
+    Folders of another benchmark than the first one's are not paired, but listed in `unpaired`.
 
     Raises:
       UserError: if a folder holds no finished evaluation, or one of the same benchmark has other
@@ -132,10 +188,13 @@ def compare_runs(runs: list[str]) -> Record:
     result: Record = {
         "runs": dict(zip(runs, [s for s, _ in evaluations], strict=True)),
         "paired": [],
+        "unpaired": [],
     }
     first, rows = evaluations[0]
     for name, (summary, others) in list(zip(runs, evaluations, strict=True))[1:]:
         benchmarks = [x.get("protocol", {}).get("benchmark") for x in (first, summary)]
         if benchmarks[0] == benchmarks[1]:
             result["paired"].append(compare_pair((runs[0], name), rows, others))
+        else:
+            result["unpaired"].append(name)
     return result

@@ -21,6 +21,7 @@ from distill.rollout.completions import SampleSpec
 from distill.rollout.sampling import Sampling
 from distill.runtime import distributed, environment, run_files
 from distill.runtime import mesh as mesh_lib
+from distill.runtime.progress import show_progress
 from models import families
 from models.errors import UserError
 
@@ -39,6 +40,32 @@ def encode_prompts(subject: Policy, rows: Problems, spec: EvalSpec) -> dataset.T
     )
     return completions.encode_row_prompts(
         subject, rendered_rows, spec.thinking, spec.sample.max_new_tokens
+    )
+
+
+def fit_limit(subject: Policy, rows: Problems, spec: EvalSpec) -> EvalSpec:
+    """Lowers the limit of new tokens to what the model's positions leave beside the longest prompt,
+    and says so. Call it if nobody has chosen that limit. Reads no parameters.
+
+    The limit is a multiple of an eighth of the positions where it can be, so that a few more
+    problems rarely change it.
+
+    Raises UserError naming a problem that cannot be encoded, or leaves no position.
+    """
+    shortest = dataclasses.replace(spec, sample=dataclasses.replace(spec.sample, max_new_tokens=1))
+    longest = max((len(ids) for ids in encode_prompts(subject, rows, shortest)), default=0)
+    positions, limit = subject.config.context_length, spec.sample.max_new_tokens
+    room = positions - longest
+    if limit <= room:
+        return spec
+    eighth = max(1, positions // 8)
+    fitting = room // eighth * eighth or room
+    run_files.log_line(
+        f"max_new_tokens={fitting} and not {limit:,}: the model has {positions:,} positions, and "
+        f"the longest prompt takes {longest:,}"
+    )
+    return dataclasses.replace(
+        spec, sample=dataclasses.replace(spec.sample, max_new_tokens=fitting)
     )
 
 
@@ -86,11 +113,13 @@ def evaluate_benchmark(
     first_problem = distributed.broadcast_from_primary(
         lambda: records.resume_evaluation(out_dir, protocol, rows, keys)
     )
-    tokens, start = 0, time.perf_counter()
+    tokens, num_correct, start = 0, 0, time.perf_counter()
     with (
         graders.Grader() as grader,
         run_files.JsonlAppender(out_dir / records.EXAMPLES_FILE) as lines,
-        run_files.show_progress(len(rows), first_problem, spec.benchmark) as bar,
+        show_progress(
+            len(rows), first_problem, spec.benchmark, spec.sample.batch_size, is_minor=True
+        ) as bar,
     ):
         row_groups = iter(())
         if first_problem < len(rows):
@@ -109,10 +138,14 @@ def evaluate_benchmark(
         for number, group in enumerate(row_groups, start=first_problem + 1):
             lines.append_rows(group)
             tokens += sum(int(row["length"]) for row in group)
-            bar.update(number, {})
+            num_correct += sum(bool(row.get("correct")) for row in group)
+            num_graded = (number - first_problem) * spec.sample.samples
+            bar.update(number, f"{num_correct / num_graded:.1%} correct so far")
     cost = records.measure_cost(
         subject, time.perf_counter() - start, len(rows) - first_problem, tokens
     )
+    if first_problem == len(rows):  # the cost is that of the call that sampled
+        cost |= distributed.broadcast_from_primary(lambda: records.read_cost(out_dir, cost))
     cost |= {"protocol": protocol, "versions": environment.describe_environment()["packages"]}
     if teacher:
         stored = records.StoredRows(out_dir)
@@ -134,8 +167,10 @@ def evaluate_model(
     out_dir: epath.Path,
     dtype: str = "",
     teacher: str = "",
+    fits: bool = False,
 ) -> Record:
-    """Loads a model, and a teacher if one is named, and evaluates the model.
+    """Loads a model, and a teacher if one is named, and evaluates the model; for `fits` see
+    `fit_limit`.
 
     Raises UserError for an invalid model or prompt, before any weights are read.
     """
@@ -145,6 +180,8 @@ def evaluate_model(
     )
     abstract_policies = [policy.make_abstract_for_inference(path, dtype, mesh) for path in paths]
     compatibility.require_same_vocabulary(abstract_policies[0], abstract_policies[-1])
+    if fits:
+        spec = fit_limit(abstract_policies[0], rows, spec)
     encode_prompts(abstract_policies[0], rows, spec)
     with policy.use(abstract_policies[0]):
         subject, *teachers = [policy.load(p, p.model.dtype.name) for p in abstract_policies]
@@ -152,9 +189,16 @@ def evaluate_model(
 
 
 def evaluate_stored(
-    benchmark: str, rows: list[Record], out_dir: epath.Path, ks: Sequence[int]
-) -> None:
+    benchmark: str,
+    rows: list[Record],
+    out_dir: epath.Path,
+    ks: Sequence[int],
+    num_problems: int = 0,
+) -> Record:
     """Grades stored responses (id, answer, response) and writes the summary. Needs no model.
+
+    Args:
+      num_problems: how many problems the benchmark's data has; 0: unknown.
 
     Raises UserError if `out_dir` holds the evaluation of a model.
     """
@@ -165,9 +209,19 @@ def evaluate_stored(
         graded = responses.grade_rows(grader, task.grading, rows)
     run_files.write_jsonl(out_dir / records.EXAMPLES_FILE, graded)
     summary = statistics.summarise_rows(graded, ks) | task.summarise(graded)
+    summary["protocol"] = {"benchmark": benchmark, "protocol": "stored responses"}
+    if num_problems:
+        answered = int(str(summary["problems"]))
+        summary |= {"problems_in_data": num_problems, "coverage": answered / num_problems}
+        if answered < num_problems:
+            run_files.log_line(
+                f"warning: only {answered:,} of the {num_problems:,} problems of --data have a "
+                f"response ({answered / num_problems:.1%}), and the others count for nothing"
+            )
     run_files.write_json(out_dir / "summary.json", summary)
     if reason := task.explain_ungradable([str(row["answer"]) for row in rows]):
         run_files.log_line(f"warning: {reason}")
+    return summary
 
 
 def evaluate_greedy_and_sampled(

@@ -17,7 +17,7 @@ from distill.data.template import describe_template
 from distill.evaluation import scoring
 from distill.policy import policy
 from distill.policy.policy import Policy
-from distill.runtime import run_files
+from distill.runtime.progress import show_progress
 from models.errors import UserError
 
 _SAMPLING_OPTIONS = {"temperature", "top_k", "top_p"}
@@ -97,7 +97,7 @@ class PolicyLM(TemplateLM):
         scored = scoring.score_sequences(
             self._subject, [rows[i][0] for i in order], batch_size=self._spec.batch_size, top_k=1
         )
-        with run_files.show_progress(len(rows), 0, "loglikelihood") as bar:
+        with show_progress(len(rows), 0, "loglikelihood") as bar:
             for number, (i, (logprobs, top)) in enumerate(zip(order, scored, strict=True)):
                 ids, after = rows[i]
                 start = max(1, len(ids) - len(after))
@@ -106,7 +106,7 @@ class PolicyLM(TemplateLM):
                     sum(logprobs[t] or 0.0 for t in positions),
                     all(top[t] is not None and top[t][0][0] == ids[t] for t in positions),  # type: ignore[index]
                 )
-                bar.update(number + 1, {})
+                bar.update(number + 1)
         return results
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
@@ -163,14 +163,14 @@ class PolicyLM(TemplateLM):
                 [ids or [self.prefix_token_id] for ids in contexts],
                 spec,
             )
-            with run_files.show_progress(len(members), 0, "generate_until") as bar:
+            with show_progress(len(members), 0, "generate_until") as bar:
                 for number, (i, (completion,)) in enumerate(zip(members, completions, strict=True)):
                     text = self.tokenizer.decode(completion.tokens, skip_special_tokens=True)
                     for stop in filter(None, options.get("until") or ()):
                         text = text.split(stop)[0]
                     texts[i] = text
                     self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                    bar.update(number + 1, {})
+                    bar.update(number + 1)
         return texts
 
 

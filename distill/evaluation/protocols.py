@@ -1,11 +1,13 @@
 """Named protocols: the sampling settings of an evaluation."""
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from distill import rollout
 from distill.evaluation import tasks
 from models.errors import UserError
+
+if TYPE_CHECKING:  # it imports jax, and `evaluate --help` does without
+    from distill import rollout
 
 Settings = dict[str, Any]  # `thinking`, and fields of SampleSpec and Sampling
 
@@ -46,7 +48,7 @@ class EvalSpec:
     """Settings for evaluating a model on a benchmark."""
 
     benchmark: str
-    sample: rollout.SampleSpec
+    sample: "rollout.SampleSpec"
     thinking: bool = True
     protocol: str = ""  # its name, as recorded
     template: str = ""  # template of the prompt; "": the benchmark's own
@@ -71,5 +73,7 @@ def make_eval_spec(protocol: str, benchmark: str, settings: Settings, **fields: 
 
     Raises UserError naming a field of Sampling that is out of range.
     """
+    from distill import rollout
+
     sample = rollout.make_sample_spec(settings)
     return EvalSpec(benchmark, sample, settings["thinking"], protocol, **fields)

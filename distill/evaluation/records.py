@@ -168,6 +168,19 @@ def render_transcripts(rows: list[tuple[str, Record]], examples_path: epath.Path
     return paths.escape_controls("\n".join(blocks))
 
 
+COST_FIELDS = ("seconds", "seconds_per_problem", "tokens_per_second", "memory")
+
+
+def read_cost(out_dir: epath.Path, default: Record) -> Record:
+    """Returns the measured cost of an evaluation that is finished, from its summary.json; that of
+    `default` if there is none."""
+    path, summary = out_dir / "summary.json", {}
+    if path.is_file():
+        with contextlib.suppress(ValueError, TypeError):
+            summary = dict(json.loads(path.read_bytes()))
+    return {name: summary.get(name, default[name]) for name in COST_FIELDS}
+
+
 def measure_cost(subject: Policy, seconds: float, problems: int, tokens: int) -> Record:
     """Measures the cost of running the model: speed of this process (null if nothing was left to
     do), memory, and size of the parameters as loaded."""

@@ -7,6 +7,7 @@ from distill.data import answers, sources, values
 from distill.rewards import graders
 from distill.rewards.graders import GradingRule
 from distill.runtime import run_files
+from distill.runtime.progress import show_progress
 from models.errors import UserError
 
 KEEP = ("correct", "finished", "all")
@@ -59,9 +60,9 @@ def verify_rows(
 
     Adds to `counts`: rows, samples, correct, kept, rows kept and bad rows.
     """
-    with graders.Grader() as grader, run_files.show_progress(rows.size, 0, "verify") as bar:
+    with graders.Grader() as grader, show_progress(rows.size, 0, "verify") as bar:
         for index in range(rows.size):
-            bar.update(index + 1, {"kept": counts["kept"]})
+            bar.update(index + 1, f"kept {counts['kept']:,}")
             counts["rows"] += 1
             try:
                 row = rows.read_row(index)

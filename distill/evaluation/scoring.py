@@ -13,7 +13,7 @@ from distill.objectives import fused_head, losses
 from distill.policy import forward, policy
 from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
-from distill.runtime import run_files
+from distill.runtime.progress import show_progress
 from models import transformer
 from models.errors import UserError
 from models.transformer import Params, Transformer
@@ -101,7 +101,7 @@ def score_rows(
     Call within `policy.use(subject)`.
     """
     scores = score_sequences(subject, sequences, batch_size=batch_size, top_k=top_k)
-    with run_files.show_progress(len(rows), 0, "score") as bar:
+    with show_progress(len(rows), 0, "score", batch_size) as bar:
         for number, ((_, row), (logprobs, top)) in enumerate(zip(rows, scores, strict=True)):
             yield {**row, "logprobs": logprobs, **({"top": top} if top_k else {})}
-            bar.update(number + 1, {})
+            bar.update(number + 1)

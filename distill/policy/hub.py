@@ -1,5 +1,6 @@
 """Resolves the name of a model, a hub id, a run or a PEFT adapter to a directory."""
 
+import contextlib
 import functools
 import json
 import re
@@ -48,13 +49,36 @@ def has_moving_average(path: str | Path) -> bool:
     return bool((_read_student_config(path) or {}).get("ema_decay"))
 
 
+def find_initial_model(path: str | Path) -> str:
+    """Returns the model that the student of the run directory `path` was at first; "" if it is no
+    run."""
+    return (_read_student_config(path) or {}).get("path", "") if path else ""
+
+
 def _read_student_config(path: str | Path) -> dict[str, Any] | None:
     """Reads the student's config of the run directory `path`; None if it is not a run."""
     try:
         fields = json.loads((epath.Path(path) / "config.json").read_text())
-        return fields["student"] if "stages" in fields and "path" in fields["student"] else None
+        student = fields["student"] if "stages" in fields else {}
+        if "path" not in student:
+            return None
+        for key in ("path", "tokenizer"):
+            if isinstance(student.get(key), str):
+                student[key] = _find_input(student[key], path)
+        return student
     except (OSError, ValueError, LookupError, TypeError):
         return None  # reading it as a model directory will raise the error
+
+
+def _find_input(name: str, run: str | Path) -> str:
+    """Returns the path of a model that a run's config names: relative to the working directory, to
+    that in which the run was started, or to the project."""
+    if name and not Path(name).exists():
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            environment = json.loads((epath.Path(run) / "environment.json").read_text())
+            if (Path(environment["directory"]) / name).is_dir():
+                return str(Path(environment["directory"]) / name)
+    return paths.find_project_file(name)
 
 
 def resolve_model_dir(path: str | Path) -> Path:

@@ -32,6 +32,7 @@ from distill.policy.hub import (
 from distill.runtime import mesh as mesh_lib
 from distill.runtime import run_files
 from distill.runtime.checkpoint import Checkpoints
+from distill.runtime.progress import show_progress
 from models import adapter, families, tensor_files, weights
 from models.config import Config
 from models.errors import UserError
@@ -194,10 +195,9 @@ def _load_base_params(policy: Policy, param_dtype: str, convert: Convert | None 
     shapes = quantised.quantise_shapes(policy.params, quant_type)
     shardings, directory = _get_shardings(shapes), resolve_model_dir(policy.path)
     num_reads = weights.count_reads(policy.config, shapes, shardings)
-    with run_files.show_progress(num_reads, 0, f"load {policy.path}") as bar:
-        report = lambda done: bar.update(done, {})  # noqa: E731
+    with show_progress(num_reads, 0, f"load {policy.path}", is_minor=True) as bar:
         return weights.load(
-            directory, policy.config, shapes, shardings, dtype, report, convert=convert
+            directory, policy.config, shapes, shardings, dtype, bar.update, convert=convert
         )
 
 

@@ -60,15 +60,23 @@ def tabulate_runs(runs: Sequence[Run]) -> Table:
             [
                 run.name,
                 ", ".join(shown),
-                str(as_record(c.get("student")).get("path", "")),
-                str(as_record(c.get("teacher")).get("path", "")),
-                str(c.get("seed", "")),
+                _find(c, "student", "path"),
+                _find(c, "teacher", "path"),
+                _find(c, "seed"),
                 f"{run.steps} of {planned}" if planned else str(run.steps),
                 f"{devices.get('count', '')} {devices.get('kind', '')}".strip(),
                 str(git.get("revision") or "")[:10] + (" (changed)" if git.get("dirty") else ""),
             ]
         )
     return Table("Runs", header, rows)
+
+
+def _find(record: Record, *keys: str) -> str:
+    """Returns a value below some keys as a text, "" if there is none."""
+    value: Any = record
+    for key in keys:
+        value = as_record(value).get(key)
+    return "" if value is None else str(value)
 
 
 def _describe_stage(name: str, stage: Record) -> str:
@@ -179,9 +187,9 @@ def tabulate_differences(runs: Sequence[Run]) -> Table | None:
         for config in configs
     ]
     rows = [
-        [key, *(_shorten(config.get(key, "(none)")) for config in flat)]
-        for key in sorted({key for config in flat for key in config})
-        if len({config.get(key) for config in flat}) > 1
+        [key, *(_shorten(values.get(key, "(none)")) for values in flat)]
+        for key in sorted({key for values in flat for key in values})
+        if len({values.get(key) for values in flat}) > 1
     ]
     return Table("Differences of configs", ["key", *names], rows) if rows else None
 

@@ -22,6 +22,7 @@ from distill.rollout.options import RolloutOptions
 from distill.rollout.sampling import Sampling
 from distill.rollout.sequence import Sequence
 from distill.runtime import distributed, run_files
+from distill.runtime.progress import show_progress
 from models.errors import RowError, UserError
 
 _MAX_LIMIT = 2**31 - 1  # limits are held in 4 bytes each
@@ -140,6 +141,11 @@ def encode_row_prompt(
     return ids
 
 
+def fit_limit(subject: Policy, prompt: list[int], limit: int) -> int:
+    """Returns the limit of new tokens, or fewer if the model's positions leave fewer."""
+    return min(limit, subject.config.context_length - len(prompt))
+
+
 def encode_row_prompts(
     subject: Policy, rows: LocatedRows, thinking: bool, max_new_tokens: int
 ) -> dataset.TokenLists:
@@ -196,7 +202,7 @@ def generate_rows(
     if first == len(rows):
         return
     completions = complete(subject, prompts[first:], spec, first=first, limits=limits[first:])
-    with run_files.show_progress(len(rows), first, "generate") as bar:
+    with show_progress(len(rows), first, "generate", spec.batch_size) as bar:
         for number, group in enumerate(completions, start=first):
             where, row = rows.locate_row(number), rows.read_row(number)
             samples = [format_completion(subject.tokenizer, c, spec.stop_strings) for c in group]
@@ -207,25 +213,41 @@ def generate_rows(
             if number in errors:
                 result = {"samples": [], "error": errors[number]}
             yield {**row, "prompt_tokens": prompts[number], **result}
-            bar.update(number + 1, {})
+            bar.update(number + 1)
 
 
 def generate_file(
-    subject: Policy, rows: sources.Rows, spec: SampleSpec, thinking: bool, path: epath.Path
+    subject: Policy,
+    rows: sources.Rows,
+    spec: SampleSpec,
+    thinking: bool,
+    path: epath.Path,
+    *,
+    fits: bool = False,
 ) -> dict[int, str]:
     """Loads the abstract policy `subject`, completes the rows and writes them to `path`.
 
     Resumes an earlier call for `path`. Returns the errors of rows by number.
 
+    Args:
+      fits: where `spec.max_new_tokens` are more than the model's positions leave after a prompt,
+        take what they leave, and say so. A row's own limit is no such default.
+
     Raises:
       UserError: if an earlier call had other arguments, or no row can be completed.
     """
     limits, prompts, errors = array("i"), dataset.TokenLists(), {}
+    lowered: list[int] = []  # the limits of rows that have less than the default
     prompts_hash = hashlib.sha256()
     for number, (where, row) in enumerate(rows):
         limits.append(get_max_new_tokens(row, where, spec.max_new_tokens))
+        is_default = fits and "max_new_tokens" not in row
+        least = 1 if is_default else limits[number]
         try:
-            prompts.append(encode_row_prompt(subject, row, where, thinking, limits[number]))
+            prompts.append(encode_row_prompt(subject, row, where, thinking, least))
+            if is_default:
+                limits[number] = fit_limit(subject, prompts[number], limits[number])
+                lowered += [limits[number]] * (limits[number] < spec.max_new_tokens)
         except RowError as error:
             errors[number] = str(error)
             prompts.append([])
@@ -233,6 +255,12 @@ def generate_file(
     prompts_hash.update(b"]")  # of all rows as one JSON list
     if len(errors) == len(rows):
         raise UserError(errors[0])
+    if lowered:
+        run_files.log_line(
+            f"max_new_tokens: {len(lowered):,} of {len(rows):,} rows have less than "
+            f"{spec.max_new_tokens:,} new tokens, the shortest {min(lowered):,}: the model has "
+            f"{subject.config.context_length:,} positions"
+        )
     dtype = jnp.dtype(subject.model.dtype).name
     header = {
         "model": subject.path,
@@ -246,6 +274,8 @@ def generate_file(
         "samples": spec.samples,
         "seed": spec.seed,
         "thinking": "on" if thinking else "off",
+        # Of the rows alone: with the flag, and the same number, others would fail.
+        **({"limits": "fitted"} if fits else {}),
     }
 
     def resume() -> int:

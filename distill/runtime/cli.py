@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections.config_flags import config_flags
 
-from distill.runtime import failures, gpu, paths, stop_signals
+from distill.runtime import failures, gpu, paths, stop_signals, usage
 from models.errors import UserError
 
 _HELP = ("-h", "-help", "--h", "--help")
@@ -49,7 +49,8 @@ def run(
         sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
         if any(arg in _HELP for arg in sys.argv[1:]):
-            _print_help(options)
+            usage.print_usage(options)
+            sys.exit(0)
         _parse_flags(sys.argv, options, arguments)
         gpu.set_xla_flags()
         _set_threads()
@@ -105,11 +106,34 @@ def define_model_flags(
     return model, flags.DEFINE_enum("dtype", "", ["", *dtypes], about, flag_values=options)  # pyright: ignore[reportReturnType]
 
 
+def define_process_flags(options: flags.FlagValues) -> None:
+    """Defines the flags of a verb that several processes can run together."""
+    flags.DEFINE_string(
+        "coordinator_address",
+        os.environ.get("JAX_COORDINATOR_ADDRESS", ""),
+        "For runs of several processes: HOST:PORT of process 0, the same for all, with "
+        "--num_processes and --process_id; or auto: a TPU slice, Slurm or MPI provides all three. "
+        "Default: JAX_COORDINATOR_ADDRESS, or one process.",
+        flag_values=options,
+    )
+    for name, meaning in (
+        ("num_processes", "Number of processes"),
+        ("process_id", "Index of this process, from 0"),
+    ):
+        default = os.environ.get(f"JAX_{name.upper()}")
+        description = f"{meaning}. Default: JAX_{name.upper()}."
+        flags.DEFINE_integer(name, default, description, lower_bound=0, flag_values=options)
+
+
 def define_sampling_flags(options: flags.FlagValues, **defaults: Any) -> None:
     """Defines the flags shared by verbs that sample; those not in `defaults` default to None."""
     integers = {
         "samples": (1, "Responses per prompt."),
-        "max_new_tokens": (1, "Maximum length of a response, in tokens."),
+        "max_new_tokens": (
+            1,
+            "Maximum length of a response, in tokens. Default: 1024, or the protocol's; less where "
+            "the model's positions leave less.",
+        ),
         "top_k": (0, "Samples from the K most likely tokens; 0: off."),
         "seed": (0, "Random seed for sampling."),
         "batch_size": (1, "Responses sampled at a time."),
@@ -142,13 +166,6 @@ def read_sampling_flags(options: flags.FlagValues) -> dict[str, Any]:
     return values | {"thinking": {None: None, "on": True, "off": False}[values["thinking"]]}
 
 
-def _print_help(options: flags.FlagValues) -> NoReturn:
-    """Prints the verb's module docstring and its flags."""
-    print((sys.modules["__main__"].__doc__ or "").strip(), end="\n\n")
-    print(options.main_module_help())
-    sys.exit(0)
-
-
 def _parse_flags(
     argv: list[str], options: flags.FlagValues, arguments: list[str] | None = None
 ) -> None:
@@ -173,9 +190,12 @@ def _parse_flags(
 
 
 def _expand_config_file(arg: str) -> str:
-    """Expands a home directory in --config=~/file.py, which is read while flags are parsed."""
+    """Expands the path in --config=~/file.py:ARGUMENT, which is read while flags are parsed."""
     name, _, value = arg.partition("=")
-    return f"{name}={paths.expand_home(value)}" if name in ("--config", "-config") else arg
+    if name not in ("--config", "-config"):
+        return arg
+    file, colon, argument = value.partition(":")
+    return f"{name}={paths.expand_input(file)}{colon}{argument}"
 
 
 def _check_config(name: str, flag: flags.Flag) -> None:

@@ -36,25 +36,6 @@ _LOST_PEER_SIGNS = (
 _ADVICE = "its own log says why; restart every process to resume the run from its checkpoint"
 
 
-def define_flags(options: flags.FlagValues) -> None:
-    """Defines the flags of a verb that several processes can run together."""
-    flags.DEFINE_string(
-        "coordinator_address",
-        os.environ.get("JAX_COORDINATOR_ADDRESS", ""),
-        "For runs of several processes: HOST:PORT of process 0, the same for all, with "
-        "--num_processes and --process_id; or auto: a TPU slice, Slurm or MPI provides all three. "
-        "Default: JAX_COORDINATOR_ADDRESS, or one process.",
-        flag_values=options,
-    )
-    for name, meaning in (
-        ("num_processes", "Number of processes"),
-        ("process_id", "Index of this process, from 0"),
-    ):
-        default = os.environ.get(f"JAX_{name.upper()}")
-        description = f"{meaning}. Default: JAX_{name.upper()}."
-        flags.DEFINE_integer(name, default, description, lower_bound=0, flag_values=options)
-
-
 @contextlib.contextmanager
 def join_processes(options: flags.FlagValues) -> Iterator[None]:
     """Context in which this process is part of the run that its flags describe.

@@ -47,6 +47,7 @@ def describe_environment() -> dict[str, Any]:
     devices = jax.devices()
     return {
         "command": hide_secrets(shlex.join(sys.orig_argv)),
+        "directory": os.getcwd(),  # to which paths are relative
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -9,7 +9,7 @@ import io
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +21,12 @@ from models.errors import UserError
 
 FLAGS = ("model", "teacher", "run", "workdir", "out", "report", "include")
 FLAGS += ("data", "prompts", "tokens", "responses", "against", "runs")
+OUTPUTS = ("workdir", "out", "report")
 KEYS = ("path", "tokenizer", "source", "mixture", "text", "difficulty", "data", "compilation_cache")
+
+
+PROJECT = Path(__file__).parents[2]  # a checkout, or where the package is installed
+PROJECT_FOLDERS = (("assets",), ("configs",))
 
 
 def escape_controls(text: str) -> str:
@@ -55,8 +60,25 @@ def expand_home(path: str) -> str:
     return scheme + expanded
 
 
+def find_project_file(path: str) -> str:
+    """Returns where the project keeps a file or folder of assets/ or configs/ that the working
+    directory does not have; any other path as it is. So verbs and recipes work in any directory."""
+    is_own = Path(path).parts[:1] in PROJECT_FOLDERS
+    is_missing = is_own and not os.path.exists(path) and (PROJECT / path).exists()
+    return str(PROJECT / path) if is_missing else path
+
+
+def expand_input(path: str) -> str:
+    """Expands the path of something to read: its home directory, and the project's own folders.
+
+    Raises:
+      UserError: if there is no such home directory.
+    """
+    return find_project_file(expand_home(path))
+
+
 def expand_flags(options: flags.FlagValues) -> None:
-    """Expands home directories in the flags that hold paths, wherever a verb declares them.
+    """Expands the paths in flags, wherever a verb declares them.
 
     Raises UserError naming the flag, also if it needs a value and has an empty one.
     """
@@ -64,11 +86,12 @@ def expand_flags(options: flags.FlagValues) -> None:
         if name in options and options[name].value == "" and options[name].default is None:
             raise UserError(f"--{name}=: is empty")
         if name in options and options[name].value:
-            options[name].value = _expand_value(options[name].value, f"--{name}")
+            expand = expand_home if name in OUTPUTS else expand_input
+            options[name].value = _expand_value(options[name].value, f"--{name}", expand)
 
 
 def expand_config(config: ConfigDict, where: str = "config") -> None:
-    """Expands home directories in the keys of a config that hold paths, at any depth, in place.
+    """Expands the paths in a config, at any depth, in place.
 
     Raises UserError naming the key.
     """
@@ -76,19 +99,19 @@ def expand_config(config: ConfigDict, where: str = "config") -> None:
         if isinstance(value, ConfigDict):
             expand_config(value, f"{where}.{key}")
         elif key in KEYS:
-            expanded = _expand_value(value, f"{where}.{key}")
+            expanded = _expand_value(value, f"{where}.{key}", expand_input)
             if expanded != value:
                 config[key] = expanded
 
 
-def _expand_value(value: Any, where: str) -> Any:
+def _expand_value(value: Any, where: str, expand: Callable[[str], str]) -> Any:
     if isinstance(value, list | tuple):  # of paths, or of pairs of a path and a weight
-        return type(value)(_expand_value(inner, where) for inner in value)
+        return type(value)(_expand_value(inner, where, expand) for inner in value)
     if not isinstance(value, str):
         return value
     refuse_credentials(value, where)
     try:
-        return expand_home(value)
+        return expand(value)
     except UserError as error:
         raise UserError(f"{where}={error}") from None
 

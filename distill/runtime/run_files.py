@@ -1,4 +1,4 @@
-"""The files of a run (metrics, JSON, transcripts) and progress on the terminal.
+"""The files of a run: metrics, JSON and transcripts; and lines on the terminal.
 
 A metric is carried as (sum, count) and divided once, at the end, so that micro-batches, shards and
 processes of unequal size are weighted correctly. Only process 0 writes or logs. Paths go through
@@ -7,7 +7,6 @@ etils.epath: a run directory may be local or, if gcsfs is installed, gs://…
 
 import base64
 import contextlib
-import dataclasses
 import errno
 import json
 import math
@@ -31,7 +30,6 @@ from models.errors import UserError
 MetricSums = dict[str, tuple[jax.Array, jax.Array]]
 """Flat metric name → (sum, count), float32 scalars."""
 
-_PROGRESS_SECONDS = 10.0
 BUCKET_FLUSH_SECONDS = 30.0  # between two writes of a file in a bucket
 
 
@@ -318,43 +316,3 @@ def _is_before(row: str, step: int) -> bool:
         return json.loads(row)["step"] < step
     except (ValueError, LookupError, TypeError, RecursionError):
         return False
-
-
-@dataclasses.dataclass
-class Progress:
-    """Progress of a long task; `bar` is None if stderr is not a terminal."""
-
-    total: int
-    initial: int
-    label: str
-    bar: tqdm | None
-    start_time: float
-    last_printed: float = -math.inf
-
-    def update(self, done: int, numbers: Mapping[str, Any]) -> None:
-        """Shows that `done` of `total` items are done, with a few numbers."""
-        numbers_text = " ".join(f"{name} {float(value):.4g}" for name, value in numbers.items())
-        if self.bar is not None:
-            self.bar.set_postfix_str(numbers_text, refresh=False)
-            self.bar.update(done - self.bar.n)
-            return
-        now = time.monotonic()
-        if is_primary() and (done >= self.total or now - self.last_printed >= _PROGRESS_SECONDS):
-            self.last_printed = now
-            pace = (now - self.start_time) / max(1, done - self.initial)
-            rest = f"{pace:.3g} s each, {(self.total - done) * pace:.0f} s left"
-            line = f"{self.label} {done}/{self.total} ({rest}) {numbers_text}"
-            print(line.strip(), file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def show_progress(total: int, initial: int, label: str) -> Iterator[Progress]:
-    """Shows progress: a bar on a terminal, elsewhere a line every 10 s and at the end."""
-    bar = None
-    if is_primary() and sys.stderr.isatty():
-        bar = tqdm(total=total, initial=initial, desc=label, dynamic_ncols=True)
-    try:
-        yield Progress(total, initial, label, bar, time.monotonic())
-    finally:
-        if bar is not None:
-            bar.close()

@@ -67,6 +67,8 @@ def setup_validation(c: ConfigDict, student: Policy, seed: int) -> ValidationSet
         problems.check_gradable(c.benchmark, rows)
         sampled = settings | {"seed": seed, "batch_size": c.batch_size}
         spec = protocols.make_eval_spec(c.protocol, c.benchmark, sampled)
+        if not c.max_new_tokens:
+            spec = evaluator.fit_limit(student, rows, spec)
         prompts = evaluator.encode_prompts(student, rows, spec)
         return ValidationSetup(c, rows, prompts, settings, spec)
     except UserError as error:
@@ -101,6 +103,7 @@ class ValidationHook:
         v = self.validation
         if v is None:
             return
+        run_files.log_line(f"evaluation: compiling for {len(v.rows):,} problems")
         rollout.complete(self._make_subject(params), v.prompts, v.spec.sample, warm_up=True)
 
     def run(

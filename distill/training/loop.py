@@ -25,6 +25,7 @@ from distill.runtime import (
 )
 from distill.runtime import mesh as mesh_lib
 from distill.runtime.checkpoint import Checkpoints
+from distill.runtime.progress import show_progress
 from distill.runtime.stop_signals import Stopped, StopSignals
 from distill.teachers.local import Teacher
 from distill.training import (
@@ -38,6 +39,7 @@ from distill.training import (
     optim,
     preflight,
     resume,
+    run_summary,
     saving,
     setup,
     stopping,
@@ -109,7 +111,7 @@ def run_stages(c: ConfigDict, workdir: epath.Path, allow_changed_inputs: bool) -
         lambda: policy.find_newest_step(str(workdir)) or 0
     )
     run_setup, validation, input_keys = prepare(steps_done)
-    run_files.log_line(f"attention: {run_setup.student.model.kernel}")
+    run_summary.print_start(c, run_setup.stages, workdir, steps_done)
     for line in preflight.check_memory(c, run_setup, mesh, steps_done):
         run_files.log_line(line)
     with policy.use(run_setup.student):
@@ -136,6 +138,7 @@ def run_stages(c: ConfigDict, workdir: epath.Path, allow_changed_inputs: bool) -
                 state, meta = saving.restore_or_init(c, run_setup, checkpoints, input_keys)
                 if int(state.step) < steps_done:  # the newest checkpoint is damaged
                     earlier, *_ = prepare(int(state.step))
+                    run_summary.print_start(c, earlier.stages, workdir, int(state.step))
                     run_setup = dataclasses.replace(earlier, student=run_setup.student)
             writer = stack.enter_context(run_files.Writer(workdir, int(state.step)))
             if run_files.is_primary() and (workdir / "metrics.jsonl").exists():
@@ -176,6 +179,7 @@ def run_stages(c: ConfigDict, workdir: epath.Path, allow_changed_inputs: bool) -
                 state = run_stage(c, loaded_setup, index, state, progress, run_context)
         if code := run_context.check_stop_signal():
             stopping.stop_run(run_alerts, code, int(state.step))
+        run_summary.print_end(c, run_setup.stages, workdir)
 
 
 def run_stage(
@@ -204,14 +208,14 @@ def run_stage(
     schedule = optim.make_schedule(s.optim, s.steps * stage.updates_per_step)
     first_step = int(state.step)
     num_done = first_step - stage.first_step
-    with run_files.show_progress(s.steps, num_done, stage.name) as progress_bar:
+    with show_progress(s.steps, num_done, stage.name) as progress_bar:
         metrics_logger = metrics_log.MetricsLogger(
             stage, run_context.writer, progress_bar, run_context.alerts, mesh, run_setup.student
         )
         for step in range(first_step, stage.end_step):
             run_context.watchdog.start_step(step)
             start_time, is_last = time.perf_counter(), step + 1 == stage.end_step
-            transcript_count = c.log.transcripts if step % c.log.transcripts_every == 0 else 0
+            transcript_count = metrics_log.count_transcripts(c.log, step)
             buffer = dataclasses.replace(collector.progress.buffer)
             try:
                 collected = collect_step(collector, state.params, step, state.average)
@@ -236,10 +240,7 @@ def run_stage(
             metrics_logger.add_step(step, start_time, host_metrics, device_metrics, kept_stats)
             make_meta = functools.partial(saving.make_meta, c, collector, index, step + 1)
             if transcript_count:
-                rows = metrics_log.make_transcripts(
-                    kept_stats, mesh, run_setup.student, transcript_count
-                )
-                run_context.writer.write_rollouts(step, rows)
+                metrics_logger.write_transcripts(step, c.log, kept_stats)
             if validation_hook.is_due(step + 1, is_last):
                 metrics_logger.fetch_pending()
                 if not stopping.evaluate_step(run_context, state, make_meta, host_metrics):

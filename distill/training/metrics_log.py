@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,12 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from distill.objectives.divergences import TOP_STATS
 from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
 from distill.runtime import run_files
-from distill.training import trainer
+from distill.runtime.progress import Progress
+from distill.training import run_summary, trainer
 from distill.training.alerts import Alerts
 from distill.training.setup import StageSetup
 
@@ -29,12 +30,13 @@ class MetricsLogger:
 
     stage: StageSetup
     writer: run_files.Writer
-    progress_bar: run_files.Progress
+    progress_bar: Progress
     alerts: Alerts
     mesh: Mesh
     student: Policy
     pending: tuple[int, float, dict, dict] | None = None
     pending_stats: trainer.KeptStats = dataclasses.field(default_factory=list)
+    accuracy: float | None = None  # of the last evaluation
     has_skipped: bool = False  # True once the batch of a skipped update is written: one suffices
 
     def add_step(
@@ -74,10 +76,30 @@ class MetricsLogger:
         self.fetch_pending(end_time)
         (step, _, row, _), self.pending = self.pending, None
         write_row(self.writer, self.alerts, step, self.stage.name, row)
-        bar_names = ("train/loss", "train/grad_norm", "rollout/mean_length", "time/step")
-        # Without trained tokens there is no loss.
-        bar_metrics = {k: row[k] for k in bar_names if k in row and math.isfinite(row[k])}
-        self.progress_bar.update(step + 1 - self.stage.first_step, bar_metrics)
+        self.accuracy = row.get("eval/accuracy", self.accuracy)
+        figures = run_summary.format_figures(
+            {**row, "eval/accuracy": self.accuracy}, run_summary.find_hidden_figures(self.stage)
+        )
+        self.progress_bar.update(step + 1 - self.stage.first_step, figures)
+
+    def write_transcripts(self, step: int, log: ConfigDict, kept_stats: trainer.KeptStats) -> None:
+        """Writes the transcripts of a step that `log` asks for, and prints the first of them."""
+        count = count_transcripts(log, step)
+        rows = make_transcripts(kept_stats, self.mesh, self.student, count)
+        if log.transcripts and step % log.transcripts_every == 0:
+            self.writer.write_rollouts(step, rows[: log.transcripts])
+        if _is_printed(log, step) and rows:
+            run_files.log_line(run_summary.render_transcript(step, rows[0]))
+
+
+def count_transcripts(log: ConfigDict, step: int) -> int:
+    """Returns how many transcripts of a step are wanted, to write or to print."""
+    written = log.transcripts if step % log.transcripts_every == 0 else 0
+    return max(written, int(_is_printed(log, step)))
+
+
+def _is_printed(log: ConfigDict, step: int) -> bool:
+    return log.print_every > 0 and step % log.print_every == 0
 
 
 def write_row(

@@ -59,6 +59,7 @@ def make_summary_lines(
     """Yields the lines of the summary; `trained` are the student's trained parameters at step 0."""
     student, tokenizer = run_setup.student, run_setup.student.tokenizer
     training = f"LoRA of rank {student.model.lora.rank}" if student.model.lora else "all trained"
+    training += f", attention by {student.model.kernel}"
     yield f"student {_describe_policy(student)}, {training}; {_describe_stops(student)}"
     for name, teacher in run_setup.teachers.items():
         described, dtype = _describe_policy(teacher.policy), c[name].param_dtype

@@ -75,6 +75,17 @@ def test_several_runs_and_benchmarks_share_a_table(tmp_path: Path, monkeypatch, 
     ]
     assert "7.2" in lines[1] and "50.0" in lines[1]
     assert sum("95% interval" in line for line in lines) == 1
+    assert "B is of another benchmark than A: no difference is computed" in lines
+
+
+def test_a_single_run_is_shown_alone(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_evaluation(Path("A"), [[1], [0]])
+    assert run_compare("A") == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[1].split()[:2] == ["A", "gsm8k"]
+    assert len(captured.out.splitlines()) == 2
+    assert captured.err == "next:\n  python -m distill.compare --runs=A,OTHER\n"
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -83,15 +94,14 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, monkeypatch, c
     write_evaluation(Path("B"), [[1], [0], [1]])
     Path("empty").mkdir()
     for runs, words in (
-        (("A", "B"), "A and B: problem 'p2' is not the same in both"),
+        (("A", "B"), "A and B: 1 of the 3 problems of B, such as 'p2', are absent from A, which "),
         (("A", "empty"), "empty: no finished evaluation"),
-        (("A", "A"), "name two different folders"),
-        (("A",), "name two different folders"),
+        (("A", "A"), "name different folders"),
     ):
         assert run_compare(*runs) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert words in line
-    with pytest.raises(UserError, match="is not the same"):
+    with pytest.raises(UserError, match="has the answer '0' in one and 'another' in the other"):
         other = write_evaluation(Path("other"), [[1], [0]])
         rows = [json.loads(r) for r in (Path(other) / "examples.jsonl").read_text().splitlines()]
         rows[0]["answer"] = "another"

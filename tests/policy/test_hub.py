@@ -139,3 +139,21 @@ def test_a_config_beside_an_adapter_is_no_model(tmp_path):
     path = write_adapter(tmp_path / "adapter")
     shutil.copy(BASE / "config.json", path)
     assert hub.resolve_model_dir(path) == BASE and make_policy(path).config.hidden_size > 0
+
+
+def test_the_model_of_a_run_is_found_from_any_directory(tmp_path, monkeypatch):
+    """Its config has the path as it was given: relative to where the run was started."""
+    run, started = tmp_path / "run", tmp_path / "started"
+    shutil.copytree(BASE, started / "models" / "own")
+    run.mkdir()
+    fields = {"stages": ["opd"], "student": {"path": "models/own", "tokenizer": "assets/teacher"}}
+    (run / "config.json").write_text(json.dumps(fields))
+    (run / "environment.json").write_text(json.dumps({"directory": str(started)}))
+    monkeypatch.chdir(tmp_path)
+    assert hub.resolve_model_dir(run) == started / "models" / "own"
+    assert hub.resolve_tokenizer_dir(run) == ROOT / "assets" / "teacher"
+    (run / "environment.json").unlink()
+    with pytest.raises(UserError, match=r"student\\.path: models/own: no model directory"):
+        hub.resolve_model_dir(run)
+    shutil.copytree(BASE, tmp_path / "models" / "own")
+    assert hub.resolve_model_dir(run) == Path("models/own")

@@ -8,14 +8,17 @@ import sys
 import pytest
 from absl.flags import FlagValues
 
+from distill.__main__ import VERBS
 from distill.runtime import cli
 from tests.support.paths import ROOT
+from tests.support.verbs import verb_module
 
 VERB = '''
 """A verb for the test."""
 import sys
 from absl import flags
 from ml_collections.config_flags import config_flags
+from distill.__main__ import VERBS
 from distill.runtime import cli
 from models.errors import UserError
 
@@ -152,7 +155,7 @@ def test_help_lists_the_flags(verb):
     code, out, err = verb("--help")
     assert (code, err) == (0, "")
     assert out.startswith("A verb for the test.")
-    for flag in ("--config", "--workdir", "--side: <left|right>"):
+    for flag in ("--config", "--workdir", "--side=left|right"):
         assert flag in out
 
 
@@ -178,3 +181,55 @@ def test_several_cpu_devices_get_enough_threads(monkeypatch):
 def test_importing_cli_loads_no_jax():
     code = "import sys; from distill.runtime import cli; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def run_module(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_the_package_lists_every_verb():
+    files = (path for path in (ROOT / "distill").glob("*.py") if path.stem != "__main__")
+    verbs = {path.stem for path in files if "cli.run(main" in path.read_text()}
+    assert {*VERBS} == verbs
+    out = run_module("distill").stdout
+    for verb, about in VERBS.items():
+        assert f"  {verb:10}  {about}\n" in out
+
+
+def test_the_package_runs_a_verb():
+    done = run_module("distill", "train", "--config=configs/quickstart.py", "--workdr=x")
+    assert done.returncode == 2 and "'workdr'" in done.stderr and done.stderr.count("\n") == 1
+    done = run_module("distill", "trian")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: trian: no such verb; did you mean 'train'?\n"
+
+
+@pytest.mark.parametrize("name", [*VERBS])
+def test_help_of_a_verb_names_all_its_flags(name, capsys, monkeypatch):
+    verb = verb_module(name)
+    monkeypatch.setitem(sys.modules, "__main__", verb)
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(verb.main, verb.OPTIONS)
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and out.startswith(str(verb.__doc__).strip())
+    for flag in verb.OPTIONS:
+        assert f"\n  --{flag}=" in out or f"\n  --[no]{flag}\n" in out
+    assert ("--config.opd.steps=200" in out) == ("config" in verb.OPTIONS)
+    assert ("--coordinator_address" in out) == (name in ("train", "generate", "evaluate"))
+
+
+def test_help_and_refused_flags_load_no_jax():
+    """They are answered at once: the libraries of a run take seconds to import."""
+    code = (
+        "import importlib, sys; from distill.__main__ import VERBS;"
+        "[importlib.import_module(f'distill.{v}') for v in VERBS if v not in sys.argv];"
+        "assert not {'jax', 'transformers', 'datasets'} & sys.modules.keys(), 'slow'"
+    )
+    slow = ("quickstart", "verify", "clean")
+    done = subprocess.run(
+        [sys.executable, "-c", code, *slow], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from configs import quickstart
 from distill.policy import hub
-from distill.runtime import distributed, run_files, xla
+from distill.runtime import cli, distributed, run_files, xla
 from distill.runtime.checkpoint import Checkpoints
 from distill.training import loop, resume
 from models.errors import UserError
@@ -26,7 +26,7 @@ from tests.support.runs import read_scalars
 
 def options(*words: str) -> flags.FlagValues:
     values = flags.FlagValues()
-    distributed.define_flags(values)
+    cli.define_process_flags(values)
     values(["verb", *words])
     return values
 

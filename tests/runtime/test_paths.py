@@ -153,3 +153,13 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     assert (tmp_path / "rows.jsonl").read_text() == "{}\n"
     with pytest.raises(UserError, match=r"^--report=/proc/o\.jsonl: "):
         paths.check_output("/proc/o.jsonl", flag="--report")
+
+
+def test_the_projects_own_files_are_found_in_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("assets/student", "configs/quickstart.py"):
+        assert paths.expand_input(name) == str(ROOT / name)
+    for name in ("assets/nothing", "distill/train.py", "runs/x", "hf:assets/student", ""):
+        assert paths.expand_input(name) == name
+    (tmp_path / "assets" / "student").mkdir(parents=True)
+    assert paths.expand_input("assets/student") == "assets/student", "one's own comes first"

@@ -1,16 +1,10 @@
-"""Tests the metrics, files and progress lines of a run."""
+"""Tests the metrics and files of a run."""
 
-import fcntl
 import json
 import math
-import os
-import pty
 import shlex
 import struct
-import subprocess
 import sys
-import termios
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -136,49 +130,6 @@ def test_write_json_is_whole_or_absent(tmp_path):
     with pytest.raises(TypeError):
         run_files.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1.0}
-
-
-def test_progress_lines_without_a_terminal_are_rare(capsys, monkeypatch):
-    monkeypatch.setattr(run_files, "_PROGRESS_SECONDS", 3600.0)
-    with run_files.show_progress(10, 2, "sft") as bar:
-        for done in range(3, 11):
-            bar.update(done, {"loss": 1 / done})
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
-    assert lines[0].startswith("sft 3/10 (") and lines[0].endswith("loss 0.3333")
-    assert lines[1].startswith("sft 10/10 (")
-
-
-def test_progress_bar_on_a_terminal():
-    code = (
-        "from distill.runtime import run_files\n"
-        "with run_files.show_progress(4, 1, 'sft') as bar:\n"
-        "    bar.update(3, {'loss': 0.25})\n"
-        "    run_files.log_line('hello')\n"
-        "    bar.update(4, {'loss': 0.125})\n"
-    )
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    chunks: list[bytes] = []
-
-    def read() -> None:
-        while True:
-            try:
-                chunk = os.read(master, 1024)
-            except OSError:  # the other end is closed
-                return
-            if not chunk:
-                return
-            chunks.append(chunk)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    subprocess.run([sys.executable, "-c", code], stderr=slave, check=True)
-    os.close(slave)
-    reader.join(10)
-    os.close(master)
-    shown = b"".join(chunks).decode()
-    assert "4/4" in shown and "loss 0.125" in shown and "hello" in shown
 
 
 def test_environment_records_packages_devices_and_command():

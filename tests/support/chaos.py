@@ -40,7 +40,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs import base
-from distill.runtime import distributed, run_files, watchdog, xla
+from distill.runtime import cli, distributed, run_files, watchdog, xla
 from distill.runtime.checkpoint import Checkpoints
 from distill.training import collect, eval_hook, loop, saving, setup, trainer
 from tests.support.runs import read_run, tiny_model
@@ -145,7 +145,7 @@ def start(c: ConfigDict, workdir: Path, number: int = 0, count: int = 1, port: i
         distributed.HEARTBEAT_SECONDS = 10
         xla.MIN_COMPILE_SECONDS = 0.0  # each life reads all of its programs
         options = flags.FlagValues()
-        distributed.define_flags(options)
+        cli.define_process_flags(options)
         words = [f"--coordinator_address=localhost:{port}", f"--process_id={number}"]
         options(["", *words, f"--num_processes={count}"] if count > 1 else [""])
         with distributed.join_processes(options):
