@@ -8,10 +8,12 @@ import dataclasses
 import io
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from distill.reporting.read import Record, Run
 
@@ -155,7 +157,7 @@ def draw(chart: Chart, groups: Sequence[Group] = ()) -> Figure:
                 band = (curve.steps_N, curve.low_N, curve.high_N)
                 axes.fill_between(*band, color=colour, alpha=0.18, linewidth=0)
         axes.set_xlabel("step")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
         axes.ticklabel_format(axis="y", scilimits=(-3, 4), useMathText=True)
         if groups:
             axes.set_title(chart.title)
@@ -164,7 +166,7 @@ def draw(chart: Chart, groups: Sequence[Group] = ()) -> Figure:
         return figure
 
 
-_STYLE = {
+_STYLE: Any = {
     **{"svg.fonttype": "none", "svg.hashsalt": "distill", "font.family": "sans-serif"},
     **{"font.size": 9, "axes.spines.top": False, "axes.spines.right": False},
     **{"axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK},

@@ -128,8 +128,8 @@ def list_stages(config: Record) -> list[str]:
 
 def count_planned_steps(config: Record) -> int:
     """Returns the steps of all stages of a config; 0 if it does not say."""
-    steps = [as_record(config.get(name)).get("steps") for name in list_stages(config)]
-    return sum(steps) if steps and all(isinstance(x, int) for x in steps) else 0
+    steps: list[Any] = [as_record(config.get(name)).get("steps") for name in list_stages(config)]
+    return sum(steps) if all(isinstance(x, int) for x in steps) else 0
 
 
 def _find_alerts(config: Record, metrics: list[Record]) -> list[str]:

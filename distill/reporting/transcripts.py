@@ -38,7 +38,7 @@ def _pack_row(row: Record) -> Record:
     """Returns what filters read, and `data`: the transcript, compressed."""
     tokens = row.get("tokens") if _is_list_of(row.get("tokens"), int) else []
     assert isinstance(tokens, list)
-    texts = row.get("token_texts")
+    texts: Any = row.get("token_texts")
     content: Record = {"prompt": _find_prompt(row)}
     if _is_list_of(texts, str) and len(texts) == len(tokens):
         content |= {"texts": texts, "tokens": tokens, "stats": _pack_stats(row, len(tokens))}
