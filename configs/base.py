@@ -6,7 +6,7 @@
 
 Any key is set in this way, also in a recipe: --config.opd.steps=200. A dot enters a part, and `opd`
 is the name of a stage. Models are directories or ids on the Hugging Face hub, and data are files or
-data sets there.
+data sets there. With --check nothing is trained: it reads them, and lists all that is wrong.
 """
 
 from ml_collections import ConfigDict, config_dict

@@ -21,7 +21,7 @@ from distill.data.examples import Encoding, Example, make_example
 from distill.data.template import describe_template
 from distill.runtime import run_files
 from models import checks
-from models.errors import SourceFailure, UserError
+from models.errors import PromptTooLong, SourceFailure, UserError
 
 ENDLESS_SAMPLE = 1000  # examples of a source without end that are read before step 0
 MIXTURE_BLOCK = 1000  # in each run of so many examples a mixture's sources have their exact shares
@@ -162,8 +162,7 @@ def _make_source(
     num_checked = min(c.check_rows, rows.size) if rows.size else ENDLESS_SAMPLE
     source = Source(rows.size, read_example, rows.window, skip_reasons, c.thinking)
     if c.on_bad_row == "fail":
-        for index in range(num_checked):
-            read_example(index)
+        _require_good_rows(read_example, num_checked, rows.name)
         return source
 
     def try_example(index: int) -> Example | None:
@@ -198,6 +197,24 @@ def _make_source(
     return dataclasses.replace(
         source, size=len(good), read_example=lambda index: read_example(good[index])
     )
+
+
+def _require_good_rows(read_example: Callable[[int], object], count: int, name: str) -> None:
+    """Reads the first `count` examples. Raises UserError for the first that cannot be used; if its
+    prompt is too long, with the number of those that are, so that one setting mends all."""
+    first, lengths = None, []
+    for index in range(count):
+        try:
+            read_example(index)
+        except PromptTooLong as error:
+            first = first or error
+            lengths.append(error.tokens)
+    if first:
+        raise UserError(
+            f"{first}; of {name}, {len(lengths):,} of {count:,} prompts are longer, the longest "
+            f"{max(lengths):,} tokens: raise the limit, or leave them out with "
+            "config.data.on_bad_row=skip"
+        )
 
 
 def mix_sources(components: list[Source], weights: list[float], seed: int) -> Source:
@@ -237,11 +254,12 @@ def open_canonical_rows(
 
 
 def require_valid_example(example: Example, limit: int, field: str, vocab_size: int) -> None:
-    """Raises UserError if the prompt is longer than `limit` tokens (which `field` sets), or the
-    example has ids outside a vocabulary of `vocab_size`."""
+    """Raises PromptTooLong if the prompt is longer than `limit` tokens (which `field` sets), and
+    UserError if the example has ids outside a vocabulary of `vocab_size`."""
     if len(example.prompt) > limit:
-        raise UserError(
-            f"{example.where}: prompt of {len(example.prompt)} tokens, {field} allows {limit}"
+        raise PromptTooLong(
+            f"{example.where}: prompt of {len(example.prompt)} tokens, {field} allows {limit}",
+            len(example.prompt),
         )
     require_ids(example.prompt + example.response, vocab_size, example.where)
 

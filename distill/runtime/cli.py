@@ -25,7 +25,7 @@ from absl import flags
 from ml_collections.config_flags import config_flags
 
 from distill.runtime import failures, gpu, paths, stop_signals, usage
-from models.errors import UserError
+from models.errors import UserError, UserErrors
 
 _HELP = ("-h", "-help", "--h", "--help")
 
@@ -59,6 +59,8 @@ def run(
         with stop_signals.StopSignals() as signals, signals.interrupt():
             main()
     except Exception as error:
+        if isinstance(error, UserErrors):
+            _exit_with_error(*error.messages)
         message = _explain_error(error, options)
         if message is None:
             raise
@@ -88,8 +90,9 @@ def _set_threads() -> None:
         os.environ.setdefault("NPROC", str(4 * int(devices)))  # read by XLA
 
 
-def _exit_with_error(message: str) -> NoReturn:
-    print("error:", paths.escape_controls(" ".join(message.split())), file=sys.stderr)
+def _exit_with_error(*messages: str) -> NoReturn:
+    for message in messages:
+        print("error:", paths.escape_controls(" ".join(message.split())), file=sys.stderr)
     sys.exit(2)
 
 
@@ -177,7 +180,10 @@ def _parse_flags(
     except UserError:
         raise
     except Exception as error:
-        raise UserError(_explain_parse_error(error, argv)) from error
+        message = _explain_parse_error(error, argv)
+        if "--check" in argv:
+            _list_parse_errors(message, argv, options)
+        raise UserError(message) from error
     if arguments is not None:
         arguments[:] = rest[1:]
     elif len(rest) > 1:
@@ -187,6 +193,26 @@ def _parse_flags(
         if config_flags.is_config_flag(options[name]):
             _check_config(name, options[name])
             paths.expand_config(options[name].value, name)
+
+
+def _list_parse_errors(message: str, argv: list[str], options: flags.FlagValues) -> None:
+    """Raises UserErrors for an error in a flag, and for those in the flags that are not tried after
+    it: each that is refused is left out, and the others are tried again."""
+    messages = [message]
+    while match := re.search(r"(?:--|flag ')([\w.]+)", messages[-1]):
+        rest = [arg for arg in argv if arg.lstrip("-").partition("=")[0] != match[1]]
+        if len(rest) == len(argv) or match[1] == "config":
+            break
+        argv = sys.argv = rest  # where the flag of a config looks for its keys
+        options.unparse_flags()
+        for key in [name for name in options if "." in name]:  # defined by those that were parsed
+            delattr(options, key)
+        try:
+            options([_expand_config_file(arg) for arg in argv])
+            break
+        except Exception as error:
+            messages.append(_explain_parse_error(error, argv))
+    raise UserErrors(messages)
 
 
 def _expand_config_file(arg: str) -> str:
