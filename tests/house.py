@@ -35,8 +35,9 @@ FOLDERS = {
     "retry canonical columns turns answers arithmetic chat template sandbox messages files values",
     "objectives": "losses loss fused_head chunks divergences advantages",
     "rewards": "terms ifeval graders equality answers",
-    "runtime": "checkpoint saved_step integrity cli usage failures host_memory locks stop_signals "
-    "progress watchdog distributed xla console run_files tensorboard paths environment gpu mesh",
+    "runtime": "checkpoint saved_step integrity cli usage failures host_memory locks trackers "
+    "stop_signals progress watchdog distributed xla console run_files tensorboard tracker_process "
+    "paths environment gpu mesh",
 }
 FLOOR = {
     ".".join(filter(None, ("distill", folder, file))): place
@@ -192,6 +193,7 @@ LIGHT = (
     "distill.data.arithmetic",
     "distill.data.chat",
     "distill.runtime.cli",
+    "distill.runtime.tracker_process",
 )
 
 

@@ -121,6 +121,14 @@ def is_remote(path: epath.PathLike) -> bool:
     return "://" in str(path)
 
 
+def truncate_file(path: epath.Path, size: int) -> None:
+    """Keeps the first `size` bytes of a file, also of one in a bucket."""
+    if is_remote(path):
+        path.write_bytes(path.read_bytes()[:size])
+    else:
+        os.truncate(path, size)
+
+
 def require_reachable(path: str, flag: str) -> None:
     """Raises UserError if `path` is in a bucket that this installation cannot read."""
     scheme = re.match(r"(\w+):/", path)
