@@ -90,6 +90,7 @@ def init_workdir(
             texts = [x.text for x in changes if x.reason != SAME_CONTENT]
             texts += [text for _, text in changed]
             run_files.log_line(f"{workdir} holds no step, so it starts again: {_shorten(texts)}")
+            (workdir / run_files.TRACKERS_FILE).unlink(missing_ok=True)  # as another run
         record, recorded, changes = {"inputs": {}, "changes": []}, {}, []
     elif changed:
         record["changes"] += _allow_changes(workdir, changed, steps_done, allow_changed_inputs)
