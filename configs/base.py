@@ -224,7 +224,9 @@ def make_log() -> ConfigDict:
     c.transcripts_every = 50  # steps between files of sampled transcripts
     c.transcripts = 8  # rows in each
     c.print_every = 0  # steps between printed transcripts, of one response each; 0: none
-    c.overlap_top_k = 0  # compare so many likeliest tokens of teacher and student; 0: off; slow
+    # Compare so many likeliest tokens of teacher and student, and list them in transcripts, where
+    # `report` shows them; 0: off; slow.
+    c.overlap_top_k = 0
     return c
 
 
