@@ -224,7 +224,9 @@ def make_log() -> ConfigDict:
     c.transcripts_every = 50  # steps between files of sampled transcripts
     c.transcripts = 8  # rows in each
     c.print_every = 0  # steps between printed transcripts, of one response each; 0: none
-    c.overlap_top_k = 0  # compare so many likeliest tokens of teacher and student; 0: off; slow
+    # Compare so many likeliest tokens of teacher and student, and list them in transcripts, where
+    # `report` shows them; 0: off; slow.
+    c.overlap_top_k = 0
     return c
 
 
@@ -335,8 +337,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.loss_chunk_mib = 0.0
 
     # A directory of compiled programs, for faster starts; gs://… for the hosts of a pod. It holds
-    # code: share it with nobody. "": JAX_COMPILATION_CACHE_DIR, or none.
-    c.compilation_cache = ""
+    # code: share it with nobody. auto: JAX_COMPILATION_CACHE_DIR, or, for a run of one process,
+    # ~/.cache/qwen3-distill/compiled, which keeps at most 4 GiB. "": JAX's, or none.
+    c.compilation_cache = "auto"
 
     # Files of the run.
     c.checkpoint = ConfigDict()

@@ -17,6 +17,7 @@ VERBS = {
     "score": "log-probabilities of given tokens",
     "evaluate": "measures a model on a benchmark",
     "compare": "compares evaluations, paired by problem",
+    "report": "one page of curves, tables and transcripts of runs and evaluations",
     "harness": "runs tasks of lm-eval",
     "verify": "grades samples and keeps the correct ones, for training",
     "clean": "filters and decontaminates data",

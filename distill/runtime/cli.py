@@ -36,15 +36,22 @@ _REFUSALS = {
 }
 
 
-def run(main: Callable[[], None], options: flags.FlagValues = flags.FLAGS) -> None:
-    """Parses sys.argv into `options`, calls `main` and turns a user's mistakes into exit codes."""
+def run(
+    main: Callable[[], None],
+    options: flags.FlagValues = flags.FLAGS,
+    arguments: list[str] | None = None,
+) -> None:
+    """Parses sys.argv into `options`, calls `main` and turns a user's mistakes into exit codes.
+
+    arguments: receives what is not an option; None: a verb that takes nothing else.
+    """
     with contextlib.suppress(AttributeError):  # of a stand-in for the terminal, in tests
         sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
         if any(arg in _HELP for arg in sys.argv[1:]):
             usage.print_usage(options)
             sys.exit(0)
-        _parse_flags(sys.argv, options)
+        _parse_flags(sys.argv, options, arguments)
         gpu.set_xla_flags()
         _set_threads()
         # Each retry would be said twice; the error after the last one says what is wrong.
@@ -162,7 +169,9 @@ def read_sampling_flags(options: flags.FlagValues) -> dict[str, Any]:
     return values | {"thinking": {None: None, "on": True, "off": False}[values["thinking"]]}
 
 
-def _parse_flags(argv: list[str], options: flags.FlagValues) -> None:
+def _parse_flags(
+    argv: list[str], options: flags.FlagValues, arguments: list[str] | None = None
+) -> None:
     """Parses the flags, with home directories in their paths, and in those of a config, expanded.
 
     Every failure here is a user's mistake, so it raises UserError only."""
@@ -175,7 +184,9 @@ def _parse_flags(argv: list[str], options: flags.FlagValues) -> None:
         if "--check" in argv:
             _list_parse_errors(message, argv, options)
         raise UserError(message) from error
-    if len(rest) > 1:
+    if arguments is not None:
+        arguments[:] = rest[1:]
+    elif len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: options are written --name=value")
     paths.expand_flags(options)
     for name in options:

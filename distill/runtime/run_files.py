@@ -8,14 +8,13 @@ etils.epath: a run directory may be local or, if gcsfs is installed, gs://…
 import base64
 import contextlib
 import errno
-import io
 import json
 import math
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from etils import epath
 from tqdm import tqdm
 
 from distill.runtime import paths, tensorboard
-from distill.runtime.paths import is_remote
+from distill.runtime.paths import is_remote, write_text
 from models.errors import UserError
 
 MetricSums = dict[str, tuple[jax.Array, jax.Array]]
@@ -40,19 +39,6 @@ def compute_means(sums: MetricSums) -> dict[str, jax.Array]:
         name: jnp.where(count == 0, jnp.nan, total / jnp.where(count == 0, 1, count))
         for name, (total, count) in sums.items()
     }
-
-
-def wilson_interval(successes: float, n: float) -> tuple[float, float]:
-    """Returns the 95% Wilson score interval of the rate successes / n; (0, 1) for n = 0."""
-    if n == 0:
-        return 0.0, 1.0
-    z = 1.959964
-    rate = successes / n
-    scale = 1 + z * z / n
-    middle = (rate + z * z / (2 * n)) / scale
-    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / scale
-    # The interval contains the rate, but rounding may exclude it at 0 and at 1.
-    return max(0.0, min(rate, middle - half)), min(1.0, max(rate, middle + half))
 
 
 def is_primary() -> bool:
@@ -89,12 +75,6 @@ def to_json(row: Any, indent: int | None = None) -> str:
     return json.dumps(_to_finite(row), allow_nan=False, indent=indent)
 
 
-def write_text(path: epath.PathLike, text: str) -> None:
-    """Writes `path` atomically, so that readers never see half a file. Creates its folder."""
-    with _open_atomic(path) as file:
-        file.write(text)
-
-
 def write_json(path: epath.PathLike, obj: Any) -> None:
     """Writes `obj` as indented JSON, atomically; numbers that are not finite become null."""
     write_text(path, to_json(obj, indent=2) + "\n")
@@ -102,28 +82,9 @@ def write_json(path: epath.PathLike, obj: Any) -> None:
 
 def write_jsonl(path: epath.PathLike, rows: Iterable[Any]) -> None:
     """Writes `rows` as they come, one JSON object per line; atomic, and null where not finite."""
-    with _open_atomic(path) as file:
+    with paths.open_atomic(path) as file:
         for row in rows:
             file.write(to_json(row) + "\n")
-
-
-@contextlib.contextmanager
-def _open_atomic(path: epath.PathLike) -> Iterator[IO[str]]:
-    """Yields a file that replaces `path` once it is completely written."""
-    path = epath.Path(path)
-    if is_remote(path):  # an object appears only once it is complete
-        text = io.StringIO()
-        yield text
-        path.write_text(text.getvalue())
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w") as file:
-            yield file
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class Appender:
@@ -269,7 +230,7 @@ class Writer:
         self._workdir.mkdir(parents=True, exist_ok=True)
         path = self._workdir / "metrics.jsonl"
         if path.exists():
-            with path.open("rb") as rows, _open_atomic(path) as kept:
+            with path.open("rb") as rows, paths.open_atomic(path) as kept:
                 lines = (row.decode(errors="replace") for row in rows)
                 kept.writelines(row for row in lines if _is_before(row, resume_step))
         for folder in ("rollouts", "skipped"):

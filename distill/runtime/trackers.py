@@ -29,6 +29,7 @@ TENSORBOARD = "tensorboard"
 RETRY_SECONDS, MAX_RETRY_SECONDS = 60.0, 900.0  # between two starts of a process that failed
 FINISH_SECONDS = 60.0  # for the last rows, at the end of a run
 STOP_SECONDS = 5.0  # and of one that is stopped: schedulers kill 30 s after SIGTERM
+SILENT_SECONDS = 3.0  # of waiting, before it is said
 
 
 def check_trackers(names: Sequence[str], must_be_installed: bool = True) -> None:
@@ -187,13 +188,13 @@ def _finish(senders: Sequence[Sender], is_stopping: Callable[[], bool]) -> None:
     for sender in senders:
         sender.finish()
     while waiting := [sender for sender in senders if sender.thread.is_alive()]:
-        seconds = time.monotonic() - start
-        if seconds > (STOP_SECONDS if is_stopping() else FINISH_SECONDS):
+        seconds, limit = time.monotonic() - start, STOP_SECONDS if is_stopping() else FINISH_SECONDS
+        if seconds > limit:
             break
-        if seconds > 3 and not has_said:
+        if seconds > SILENT_SECONDS and not has_said:
             has_said = True
             names = ", ".join(sender.name for sender in waiting)
-            run_files.log_line(f"waiting up to {FINISH_SECONDS:.0f} s for {names}")
+            run_files.log_line(f"waiting up to {limit:.0f} s for {names} to take the last rows")
         waiting[0].thread.join(0.1)
     for sender in senders:
         if not sender.is_done:

@@ -45,16 +45,6 @@ def test_json_has_null_for_non_finite_numbers():
     }
 
 
-def test_wilson_interval_matches_r():
-    assert run_files.wilson_interval(0, 0) == (0.0, 1.0)
-    # R: prop.test(8, 10, correct=FALSE)
-    np.testing.assert_allclose(run_files.wilson_interval(8, 10), (0.4901625, 0.9433178), atol=1e-6)
-    low, high = run_files.wilson_interval(0, 10)
-    assert low == 0.0 and high == pytest.approx(0.2775328)
-    low, high = run_files.wilson_interval(10, 10)
-    assert low == pytest.approx(0.7224672) and high == pytest.approx(1.0)
-
-
 def test_writer_writes_metrics_rollouts_and_tensorboard(tmp_path):
     with run_files.Writer(tmp_path / "run", 0) as writer:
         writer.write(0, "sft", {"train/loss": jnp.float32(1.5), "train/kl": float("nan")})

@@ -21,7 +21,7 @@ def call(verb: ModuleType, *arguments: str) -> int:
         delattr(verb.OPTIONS, key)
     before, sys.argv = sys.argv, [verb.__name__, *map(str, arguments)]
     try:
-        cli.run(verb.main, verb.OPTIONS)
+        cli.run(verb.main, verb.OPTIONS, getattr(verb, "ARGUMENTS", None))
     except SystemExit as stop:
         assert isinstance(stop.code, int)
         return stop.code
