@@ -14,8 +14,9 @@ whole, and the prompt have at most 3^(m - 1) tokens: "2+2?" (4) is found in "Wha
 somewhere in a page. Memory holds about 90 bytes of a row, not its text.
 
 A few n-grams in common are often a phrase ("$ , where $ m $ and $ n $ are relatively prime"), so
---min_share asks for a fifth of the problem. --min_share=0 drops rows that share a phrase too: twelve
-times as many of s1K against MATH-500, but no more of 500 rewritten problems. LOG.md has numbers.
+--min_share asks for a fifth of the problem. With --min_share=0 a phrase suffices, which drops
+twelve times as many rows of s1K against MATH-500, and finds no more of 500 rewritten problems
+(LOG.md).
 """
 
 from absl import flags

@@ -1,6 +1,7 @@
 """What a run says of itself on the terminal: where it begins, a step's figures, and its end."""
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -150,7 +151,7 @@ def _list_next_commands(c: ConfigDict, last: StageSetup, workdir: str) -> Iterat
             "generate", model=workdir, prompts=prompts, out=f"{workdir}/samples.jsonl"
         )
     yield console.format_command("export", run=workdir, out=f"{workdir}/export")
-    yield f"tensorboard --logdir={workdir}/tensorboard"
+    yield f"tensorboard --logdir={shlex.quote(f'{workdir}/tensorboard')}"
 
 
 def render_transcript(step: int, row: Row) -> str:

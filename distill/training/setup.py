@@ -19,7 +19,7 @@ from distill.teachers.local import Teacher
 from distill.training import optim, stages, update
 from models import checks
 from models.checks import Range
-from models.errors import UserError
+from models.errors import LongPromptError, UserError
 
 REFERENCE = "a reference"  # its name among loaded models; no teacher can have it
 
@@ -274,10 +274,8 @@ def _check_example(
     dataset.require_valid_example(example, s.max_prompt_tokens, field, vocab_size)
     teacher_prompt = example.teacher_prompt or []
     if len(teacher_prompt) > max_teacher_prompt:
-        raise UserError(
-            f"{example.where}: prompt and context of {len(teacher_prompt)} tokens, {field} and "
-            f"context.max_tokens allow {max_teacher_prompt} together"
-        )
+        fields = f"{field} + context.max_tokens"
+        raise LongPromptError(example.where, len(teacher_prompt), max_teacher_prompt, fields)
     dataset.require_ids(teacher_prompt, vocab_size, example.where)
     if loss.teacher_output == "top":
         examples.require_top(example, loss.teacher_topk)
