@@ -6,7 +6,7 @@
 
 Any key is set in this way, also in a recipe: --config.opd.steps=200. A dot enters a part, and `opd`
 is the name of a stage. Models are directories or ids on the Hugging Face hub, and data are files or
-data sets there.
+data sets there. With --check nothing is trained: it reads them, and lists all that is wrong.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -217,10 +217,16 @@ def make_evaluation() -> ConfigDict:
 def make_log() -> ConfigDict:
     """What is logged, and where it goes."""
     c = ConfigDict()
+    # Where rows, transcripts, evaluations and this config go, besides the files of the run:
+    # tensorboard (WORKDIR/tensorboard), and wandb, trackio and mlflow, whose clients must be
+    # installed, and read their own variables: WANDB_MODE, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID ...
+    c.to = ("tensorboard",)
     c.transcripts_every = 50  # steps between files of sampled transcripts
     c.transcripts = 8  # rows in each
     c.print_every = 0  # steps between printed transcripts, of one response each; 0: none
-    c.overlap_top_k = 0  # compare so many likeliest tokens of teacher and student; 0: off; slow
+    # Compare so many likeliest tokens of teacher and student, and list them in transcripts, where
+    # `report` shows them; 0: off; slow.
+    c.overlap_top_k = 0
     return c
 
 

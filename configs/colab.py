@@ -7,8 +7,8 @@ tokens long, while thoughts would be cut at what one chip has time for. Every 50
 on 200 problems of the test set. When Colab stops the run, the same command resumes it from the
 newest checkpoint; notebooks/colab_tpu.ipynb has all steps. Argument: tiny.
 
-Hardware: v5e-1 (one chip, 16 GB). By `plan`, compiled and not run: 6.47 of 15.75 GiB.
-Time and cost: not yet measured; by `plan` at least 8.2 s a step if all answers have full length.
+Hardware: v5e-1 (one chip, 16 GB). By `plan`, compiled and not run: 9.17 of 15.75 GiB.
+Time and cost: not yet measured; by `plan` at least 7.8 s a step if all answers have full length.
 Expected accuracy: not yet measured.
 """
 

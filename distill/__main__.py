@@ -10,13 +10,14 @@ import sys
 # In the order in which a user meets them.
 VERBS = {
     "quickstart": "distils a tiny teacher into a tiny student, in minutes on a CPU",
-    "plan": "memory and speed of a run on a TPU slice that need not be there",
+    "plan": "memory and speed of a run on TPUs or GPUs that need not be there",
     "diagnose": "whether a run is worth starting, from samples of its own prompts",
-    "train": "trains a student",
+    "train": "trains a student; with --check, only says what is wrong",
     "generate": "samples responses to prompts",
     "score": "log-probabilities of given tokens",
     "evaluate": "measures a model on a benchmark",
     "compare": "compares evaluations, paired by problem",
+    "report": "one page of curves, tables and transcripts of runs and evaluations",
     "harness": "runs tasks of lm-eval",
     "verify": "grades samples and keeps the correct ones, for training",
     "clean": "filters and decontaminates data",

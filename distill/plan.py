@@ -1,18 +1,24 @@
-"""Compiles a run for a TPU slice without having one, and reports its memory and speed.
+"""Compiles a run for TPUs or GPUs without having one, and reports its memory and speed.
 
     python -m distill.plan --config=configs/X.py --topology=v5e:8x8 [--config.a.b=v ...]
+    python -m distill.plan --config=configs/X.py --topology=h100:8
 
-Runs libtpu's own compiler on every program that `train` may run (sampling, the teacher's scoring,
-updates, evaluation), and adds the other arrays in memory at that time. Reads no weights, allocates
-and executes nothing, and needs no accelerator. A model is a directory, of which only config.json is
-read, or the hub name of a released size, of which nothing is read.
+Runs the device's own compiler (libtpu's, or that of JAX's CUDA plugin) on every program that
+`train` may run (sampling, the teacher's scoring, updates, evaluation), and adds the other arrays in
+memory at that time. Reads no weights, allocates and executes nothing, and needs no accelerator. A
+model is a directory, of which only config.json is read, or the hub name of a released size, of
+which nothing is read.
+
+GPUs are h100, h200, a100 (80 GB), l4 and rtx4090, 1 to 8 of them in one host. Their memory is JAX's
+pool: three quarters, or XLA_PYTHON_CLIENT_MEM_FRACTION. XLA tunes kernels by running them, which it
+cannot do here, so traffic and seconds are those of an untuned program; memory is meaningful.
 
 Seconds assume that every response has the maximum length. --mean_response_tokens=N adds a forecast
 for typical lengths: log-normal (sigma 1) with mean N, cut at the limit, after prompts of 300
 tokens, scheduled and packed by the code that a run uses.
 
---topology=v5e:auto finds the smallest slice of a generation that fits. The exit code is 0 if the
-run fits; otherwise it is 1, and the output names a change that would help.
+--topology=v5e:auto (or h100:auto) finds the smallest slice of a generation that fits. The exit code
+is 0 if the run fits; otherwise it is 1, and the output names a change that would help.
 """
 
 import sys
@@ -33,7 +39,11 @@ OPTIONS = flags.FlagValues()
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=OPTIONS)
 flags.mark_flag_as_required("config", OPTIONS)
 TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "Slice, such as v5e:8x8 or v5p:2x2x4, or v5e:auto.", OPTIONS, required=True
+    "topology",
+    None,
+    "Slice, such as v5e:8x8, v5p:2x2x4 or v5e:auto; or GPUs of a host, such as h100:8.",
+    OPTIONS,
+    required=True,
 )
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.", OPTIONS)
 MEAN_RESPONSE_TOKENS = flags.DEFINE_integer(

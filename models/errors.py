@@ -5,16 +5,24 @@ class UserError(Exception):
     """A user's mistake; the message is one line naming the file, row, flag or field at fault."""
 
 
+class UserErrors(UserError):
+    """Several mistakes, of which a verb prints each in a line of its own."""
+
+    def __init__(self, messages: list[str]) -> None:
+        super().__init__("; ".join(messages))
+        self.messages = messages
+
+
 class RowError(UserError):
     """A single row that cannot be processed; the other rows can."""
 
 
-class LongPromptError(UserError):
-    """A prompt of `tokens` tokens, longer than the `limit` that `field` sets."""
+class PromptTooLong(UserError):
+    """A row whose prompt has more than the allowed number of tokens."""
 
-    def __init__(self, where: str, tokens: int, limit: int, field: str) -> None:
-        super().__init__(f"{where}: prompt of {tokens:,} tokens, {field} allows {limit:,}")
-        self.where, self.tokens, self.limit, self.field = where, tokens, limit, field
+    def __init__(self, message: str, tokens: int) -> None:
+        super().__init__(message)
+        self.tokens = tokens
 
 
 class SourceFailure(UserError):

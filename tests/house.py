@@ -17,14 +17,15 @@ PACKAGES = ("models", "distill", "configs", "assets", "benchmarks", "tests")
 # The folders of distill/ from top to bottom, each with its files from top to bottom: a file imports
 # only what is listed after it. The files of distill/ itself are the verbs, and batch.
 FOLDERS = {
-    "": "__main__ quickstart harness diagnose plan train evaluate generate score compare verify "
-    "clean export",
-    "planning": "fit forecast programs roofline aot hlo diagnosis",
+    "": "__main__ quickstart harness report diagnose plan train evaluate generate score compare "
+    "verify clean export",
+    "reporting": "writing page tables figures transcripts read",
+    "planning": "checking fit forecast programs roofline aot gpus hlo diagnosis",
     "training": "loop stopping saving metrics_log run_summary alerts preflight eval_hook collect "
     "grading trainer memory sampling_programs calls microbatches prompts resume config_changes "
     "setup update update_metrics optim stages",
     "evaluation": "evaluator comparison rejection responses records divergence lm_eval_model "
-    "scoring protocols problems statistics",
+    "scoring protocols problems statistics example_rows",
     "evaluation.tasks": "arithmetic gsm8k math500 aime24 aime25 amc math ifeval task",
     "teachers": "local",
     "rollout": "completions sampler simulate engine buffer options scheduler decode sequence "
@@ -34,8 +35,9 @@ FOLDERS = {
     "retry canonical columns turns answers arithmetic chat template sandbox messages files values",
     "objectives": "losses loss fused_head chunks divergences advantages",
     "rewards": "terms ifeval graders equality answers",
-    "runtime": "checkpoint saved_step integrity cli usage failures host_memory locks stop_signals "
-    "progress watchdog distributed xla console run_files tensorboard paths environment gpu mesh",
+    "runtime": "checkpoint saved_step integrity cli usage failures host_memory locks trackers "
+    "stop_signals progress watchdog distributed xla console run_files tensorboard tracker_process "
+    "paths environment gpu mesh",
 }
 FLOOR = {
     ".".join(filter(None, ("distill", folder, file))): place
@@ -191,6 +193,7 @@ LIGHT = (
     "distill.data.arithmetic",
     "distill.data.chat",
     "distill.runtime.cli",
+    "distill.runtime.tracker_process",
 )
 
 
@@ -298,38 +301,6 @@ def test_defaults_stand_only_in_the_base_config():
             assert not (is_config and node.func.attr == "get" and len(node.args) > 1), (
                 f"{module}:{node.lineno}: a default beside configs/base.py"
             )
-
-
-def commands() -> list[str]:
-    """Returns the lines of README's fenced bash blocks, with continuations joined."""
-    readme = ROOT / "README.md"
-    text = readme.read_text() if readme.exists() else ""
-    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
-
-
-def test_readme_commands_exist():
-    makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
-    for line in commands():
-        for target in re.findall(r"(?:^|&& )make ([\w-]+)", line):
-            assert target in targets, line
-        for module in re.findall(r"python3? -m ((?:distill|benchmarks)\.\w+)", line):
-            assert module in sources(), line
-        for path in re.findall(r"(?:--config=|\bpython3? )((?:configs|assets)/\w+\.py)", line):
-            assert (ROOT / path).is_file(), line
-
-
-def test_readme_keys_exist():
-    """Every --config.KEY in README, in commands or prose, exists in base.py."""
-    named = set(re.findall(r"--config\.([a-z][\w.]*)=", (ROOT / "README.md").read_text()))
-    assert len(named) > 10
-    for path in named:
-        found = base.get_config()
-        for key in path.split("."):
-            assert key in found, f"--config.{path}"
-            found = found[key]
 
 
 def test_the_reading_list_of_contributing_is_short():

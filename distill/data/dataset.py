@@ -21,7 +21,7 @@ from distill.data.examples import Encoding, Example, make_example
 from distill.data.template import describe_template
 from distill.runtime import run_files
 from models import checks
-from models.errors import LongPromptError, SourceFailure, UserError
+from models.errors import PromptTooLong, SourceFailure, UserError
 
 ENDLESS_SAMPLE = 1000  # examples of a source without end that are read before step 0
 MIXTURE_BLOCK = 1000  # in each run of so many examples a mixture's sources have their exact shares
@@ -162,7 +162,7 @@ def _make_source(
     num_checked = min(c.check_rows, rows.size) if rows.size else ENDLESS_SAMPLE
     source = Source(rows.size, read_example, rows.window, skip_reasons, c.thinking)
     if c.on_bad_row == "fail":
-        _check_examples(rows.name, read_example, num_checked)
+        _require_good_rows(read_example, num_checked, rows.name)
         return source
 
     def try_example(index: int) -> Example | None:
@@ -199,27 +199,22 @@ def _make_source(
     )
 
 
-def _check_examples(name: str, read_example: Callable[[int], Example], count: int) -> None:
-    """Reads the first `count` examples.
-
-    Raises:
-      UserError: for the first that cannot be used; but if that is only because prompts are too
-        long, for all of these together, as one limit has to hold them.
-    """
-    long_prompts: list[LongPromptError] = []
+def _require_good_rows(read_example: Callable[[int], object], count: int, name: str) -> None:
+    """Reads the first `count` examples. Raises UserError for the first that cannot be used; if its
+    prompt is too long, with the number of those that are, so that one setting mends all."""
+    first, lengths = None, []
     for index in range(count):
         try:
             read_example(index)
-        except LongPromptError as error:
-            long_prompts.append(error)
-    if not long_prompts:
-        return
-    longest = max(long_prompts, key=lambda error: error.tokens)
-    raise UserError(
-        f"{name}: {len(long_prompts):,} of {count:,} prompts are longer than "
-        f"{longest.field}={longest.limit:,}; the longest has {longest.tokens:,} tokens "
-        f"({longest.where}). Raise it, or leave such rows out with config.data.on_bad_row=skip"
-    )
+        except PromptTooLong as error:
+            first = first or error
+            lengths.append(error.tokens)
+    if first:
+        raise UserError(
+            f"{first}; of {name}, {len(lengths):,} of {count:,} prompts are longer, the longest "
+            f"{max(lengths):,} tokens: raise the limit, or leave them out with "
+            "config.data.on_bad_row=skip"
+        )
 
 
 def mix_sources(components: list[Source], weights: list[float], seed: int) -> Source:
@@ -259,10 +254,13 @@ def open_canonical_rows(
 
 
 def require_valid_example(example: Example, limit: int, field: str, vocab_size: int) -> None:
-    """Raises LongPromptError if the prompt is longer than `limit` tokens (which `field` sets), and
+    """Raises PromptTooLong if the prompt is longer than `limit` tokens (which `field` sets), and
     UserError if the example has ids outside a vocabulary of `vocab_size`."""
     if len(example.prompt) > limit:
-        raise LongPromptError(example.where, len(example.prompt), limit, field)
+        raise PromptTooLong(
+            f"{example.where}: prompt of {len(example.prompt)} tokens, {field} allows {limit}",
+            len(example.prompt),
+        )
     require_ids(example.prompt + example.response, vocab_size, example.where)
 
 

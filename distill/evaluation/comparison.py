@@ -8,7 +8,8 @@ from typing import Any
 
 from etils import epath
 
-from distill.evaluation import records, statistics
+from distill.evaluation import statistics
+from distill.evaluation.example_rows import EXAMPLES_FILE, drop_bulky_fields
 from distill.runtime import console, paths
 from models.errors import UserError
 
@@ -24,8 +25,8 @@ def read_evaluation(folder: str) -> tuple[Record, list[Record]]:
     path = epath.Path(folder)
     try:
         summary = json.loads((path / "summary.json").read_text())
-        with (path / records.EXAMPLES_FILE).open() as file:
-            rows = [records.drop_bulky_fields(json.loads(line)) for line in file]
+        with (path / EXAMPLES_FILE).open() as file:
+            rows = [drop_bulky_fields(json.loads(line)) for line in file]
         for row in rows:
             _ = row["id"], row["correct"]
         render_table([folder], [summary])
@@ -144,8 +145,9 @@ _COLUMNS = (
 )
 
 
-def render_table(names: list[str], summaries: list[Record]) -> str:
-    """Renders a line per evaluation: accuracy, interval, n, pass@k, maj@k, cost of the model."""
+def make_rows(names: list[str], summaries: list[Record]) -> list[list[str]]:
+    """Makes the header of a table and a row per evaluation: accuracy, interval, n, pass@k, maj@k,
+    cost of the model."""
     votes = [k for summary in summaries for k in summary if k.startswith(("pass@", "maj@"))]
     votes = [v for v in dict.fromkeys(votes) if v != "pass@1"]
     head = ["", "benchmark", "protocol", "n", "accuracy % [95%]", *votes]
@@ -158,7 +160,12 @@ def render_table(names: list[str], summaries: list[Record]) -> str:
         row += [f"{100 * summary_row['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"]
         row += [f"{100 * summary_row[v]:.1f}" if v in summary_row else "" for v in votes]
         rows.append(row + [_render_cell(summary_row, field, form) for _, field, form in _COLUMNS])
-    return console.render_table(rows)
+    return rows
+
+
+def render_table(names: list[str], summaries: list[Record]) -> str:
+    """Renders the rows of `make_rows` as lines of text."""
+    return console.render_table(make_rows(names, summaries))
 
 
 def _render_cell(summary: Record, field: str, number_format: str) -> str:

@@ -16,6 +16,7 @@ import jax
 from etils import epath
 
 from distill.evaluation import statistics
+from distill.evaluation.example_rows import EXAMPLES_FILE, drop_bulky_fields
 from distill.evaluation.tasks.task import Task
 from distill.policy.policy import Policy
 from distill.runtime import distributed, environment, paths, run_files
@@ -24,7 +25,6 @@ from models.errors import UserError
 
 Record = dict[str, Any]
 
-EXAMPLES_FILE = "examples.jsonl"
 PROTOCOL_FILE = "protocol.json"
 
 # Of every sampled response.
@@ -148,14 +148,6 @@ class StoredRows:
             lambda: list(itertools.islice(rows, _ROWS_PER_BROADCAST))
         ):
             yield from chunk
-
-
-_BULKY_FIELDS = ("prompt_tokens", "tokens", "response")
-
-
-def drop_bulky_fields(row: Record) -> Record:
-    """Removes the large fields that no statistic reads, so that all rows fit in memory."""
-    return {name: x for name, x in row.items() if name not in _BULKY_FIELDS}
 
 
 def summarise_evaluation(out_dir: epath.Path, task: Task, ks: Sequence[int]) -> Record:

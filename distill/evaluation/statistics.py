@@ -14,7 +14,6 @@ from scipy import special
 
 from distill.data import dedup
 from distill.rewards import equality
-from distill.runtime import run_files
 
 Record = dict[str, object]
 
@@ -34,6 +33,19 @@ _SCRIPTS = {
 }
 _SCRIPT_PATTERNS = tuple(re.compile(f"[{letters}]") for letters in _SCRIPTS.values())
 _MIN_FOREIGN_LETTERS = 3  # letters of a foreign script; one or two may be a name or a symbol
+
+
+def wilson_interval(successes: float, n: float) -> tuple[float, float]:
+    """Returns the 95% Wilson score interval of the rate successes / n; (0, 1) for n = 0."""
+    if n == 0:
+        return 0.0, 1.0
+    z = Z_95
+    rate = successes / n
+    scale = 1 + z * z / n
+    middle = (rate + z * z / (2 * n)) / scale
+    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / scale
+    # The interval contains the rate, but rounding may exclude it at 0 and at 1.
+    return max(0.0, min(rate, middle - half)), min(1.0, max(rate, middle + half))
 
 
 def pass_at_k(correct: int, samples: int, k: int) -> float:
@@ -93,7 +105,7 @@ def compute_interval(shares_P: np.ndarray, samples: int) -> tuple[float, float]:
     """
     problems, mean = len(shares_P), float(np.mean(shares_P))
     if samples == 1:
-        return run_files.wilson_interval(float(shares_P.sum()), problems)
+        return wilson_interval(float(shares_P.sum()), problems)
     if problems == 1:
         return 0.0, 1.0
     right, wrong = _compute_unseen_weight(shares_P), _compute_unseen_weight(1 - shares_P)
@@ -104,7 +116,7 @@ def compute_interval(shares_P: np.ndarray, samples: int) -> tuple[float, float]:
     ratio = min(1.0, max(1 / samples, float(ratio)))
     t = Z_95 + (float(special.stdtrit(problems - 1, 0.975)) - Z_95) * (1 - 1 / samples)
     effective_samples = problems / ratio * (Z_95 / t) ** 2
-    return run_files.wilson_interval(mean * effective_samples, effective_samples)
+    return wilson_interval(mean * effective_samples, effective_samples)
 
 
 def _compute_unseen_weight(shares_P: np.ndarray) -> float:

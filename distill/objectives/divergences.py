@@ -10,6 +10,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+# Most likely tokens of both distributions, [B, C, K]: not statistics that can be summed.
+TOP_STATS = ("student_top_ids", "student_top_logp", "teacher_top_ids", "teacher_top_logp")
+
 _TINY = 1e-30  # mass of an empty tail, to keep its logarithm finite
 _RESOLUTION = 1e-7  # of float32 near 1: the least 1 - Σ of stored probabilities
 
@@ -175,10 +178,14 @@ def compare_stored_top(
     return _compute_divergence(logp_BCV, logq_BCV, d, _ids_to_mask(ids_BCK, logp_BCV), rest_BC)
 
 
-def compute_overlap_stats(logp_BCV: jax.Array, teacher_ids_BCK: jax.Array) -> dict[str, jax.Array]:
-    """Computes the overlap of the most likely tokens of student and teacher. Detached."""
+def compute_overlap_stats(
+    logp_BCV: jax.Array, teacher_ids_BCK: jax.Array, teacher_logp_BCK: jax.Array
+) -> dict[str, jax.Array]:
+    """Computes the overlap of the most likely tokens of student and teacher, and returns these
+    tokens with it. Detached."""
     logp_BCV = jax.lax.stop_gradient(logp_BCV)
-    student_top_BCV = _ids_to_mask(jax.lax.top_k(logp_BCV, teacher_ids_BCK.shape[-1])[1], logp_BCV)
+    logp_BCK, ids_BCK = jax.lax.top_k(logp_BCV, teacher_ids_BCK.shape[-1])
+    student_top_BCV = _ids_to_mask(ids_BCK, logp_BCV)
     teacher_top_BCV = _ids_to_mask(teacher_ids_BCK, logp_BCV)
     return {
         "top_overlap": jnp.mean(
@@ -187,6 +194,10 @@ def compute_overlap_stats(logp_BCV: jax.Array, teacher_ids_BCK: jax.Array) -> di
             dtype=logp_BCV.dtype,
         ),
         "outside_top": jnp.sum(jnp.where(teacher_top_BCV, 0, jnp.exp(logp_BCV)), axis=-1),
+        "student_top_ids": ids_BCK,
+        "student_top_logp": logp_BCK,
+        "teacher_top_ids": teacher_ids_BCK,
+        "teacher_top_logp": teacher_logp_BCK.astype(logp_BCV.dtype),
     }
 
 
@@ -235,7 +246,7 @@ def compute_teacher_stats(
     if baseline:
         stats["baseline"] = _compute_baseline(logp_BCV, logq_BCV)
     if overlap_k:
-        stats |= compute_overlap_stats(logp_BCV, jax.lax.top_k(logq_BCV, overlap_k)[1])
+        stats |= compute_overlap_stats(logp_BCV, *reversed(jax.lax.top_k(logq_BCV, overlap_k)))
     return stats
 
 

@@ -130,7 +130,9 @@ def _compute_chunk_stats(
                 logp_BCV, ids_BCK, logq_BCK, options.divergence
             )
         if options.overlap_k:
-            stats |= divergences.compute_overlap_stats(logp_BCV, ids_BCK[..., : options.overlap_k])
+            stats |= divergences.compute_overlap_stats(
+                logp_BCV, *(x[..., : options.overlap_k] for x in (ids_BCK, logq_BCK))
+            )
     if options.top_k:
         stats["top_logp"], stats["top_ids"] = jax.lax.top_k(logp_BCV, options.top_k)
     return stats
@@ -248,6 +250,8 @@ def compute_token_stats(
         "baseline": see divergences.compute_teacher_stats.
         "top_overlap": share of the teacher's top tokens among the student's, with overlap_k.
         "outside_top": the student's mass outside the teacher's top tokens, with overlap_k.
+        "student_top_ids", "student_top_logp", "teacher_top_ids", "teacher_top_logp" [B, T, K]: the
+        overlap_k most likely tokens of each, most likely first.
       With top_k, "top_logp" and int32 "top_ids" [B, T, K], most likely first.
       With a loss, its stats, and "total", the scalar sum, then the only differentiable one (once).
 

@@ -1,11 +1,13 @@
 """Compiles programs ahead of time for devices that need not exist, and reads their costs.
 
-libtpu's compiler runs on machines without a TPU, so a program's memory, matrix products and
-collectives are known before a slice is rented. A number that the compiler does not give is None,
-never a guess.
+The compilers of libtpu and of JAX's CUDA plugin run on machines without a TPU or a GPU, so a
+program's memory, matrix products and collectives are known before a device is rented. A number that
+the compiler does not give is None, never a guess.
 """
 
 import dataclasses
+import importlib.metadata
+import importlib.util
 import math
 import os
 import re
@@ -18,22 +20,24 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from distill.planning import hlo
+from distill.planning import gpus, hlo
+from distill.runtime.gpu import GPU_PLUGINS
 from models.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One JAX device of a TPU generation (cloud.google.com/tpu/docs/system-architecture-tpu-vm).
+    """One JAX device: a TPU generation's (cloud.google.com/tpu/docs/system-architecture-tpu-vm), or
+    a GPU (distill/planning/gpus.py).
 
     GB are 10^9 bytes, GiB 2^30.
     """
 
-    hbm_gib: float  # available to a program, according to libtpu's compiler
+    hbm_gib: float  # available to a program, according to libtpu's compiler, or JAX's pool
     bf16_tflops: float
     hbm_gbs: float  # GB/s
     ici_gbs: float  # GB/s that a device can receive from all its neighbours together
-    accelerator_type: str  # libtpu's name for a host of this generation
+    accelerator_type: str = ""  # libtpu's name for a host of this generation
 
 
 CHIPS = {
@@ -45,31 +49,43 @@ CHIPS = {
 
 
 def get_chip(topology: str) -> Chip:
-    """Returns the chip of a slice such as v5e:8x8.
+    """Returns the chip of a slice such as v5e:8x8, or of a host of GPUs such as h100:8.
 
     Raises:
-      UserError: if the generation is not in CHIPS, or the name has no shape.
+      UserError: if neither CHIPS nor GPUS has it, or the name has no shape.
     """
-    generation = topology.partition(":")[0]
+    generation, _, shape = topology.partition(":")
+    if gpu := gpus.GPUS.get(generation):
+        if not shape.isdecimal() or not 1 <= int(shape) <= gpus.LARGEST_HOST:
+            raise UserError(
+                f"--topology={topology}: name the GPUs of one host, {generation}:1 to "
+                f"{generation}:{gpus.LARGEST_HOST}"
+            )
+        return Chip(gpu.pool_gib, gpu.bf16_tflops, gpu.memory_gbs, gpu.link_gbs)
     if generation in ("v7x", "tpu7x"):
         raise UserError(f"--topology={topology}: TPU7x is not served; take v6e or v5p")
     if generation not in CHIPS or not re.fullmatch(r"\w+:\d+x\d+(x\d+)?", topology):
         raise UserError(
-            f"--topology={topology}: name one of {', '.join(CHIPS)} and its shape, such as v5e:8x8"
+            f"--topology={topology}: name one of {', '.join(CHIPS)} and its shape, such as "
+            f"v5e:8x8, or one of {', '.join(gpus.GPUS)} and a number, such as h100:8"
         )
     return CHIPS[generation]
 
 
 def get_devices(topology: str) -> list[Any]:
-    """Returns the devices of a TPU slice, which need not exist, in the order of their coordinates.
+    """Returns the devices of a slice or of a host of GPUs, which need not exist, in the order of
+    their coordinates.
 
     Raises:
-      UserError: if there is no such slice, or libtpu is not installed.
+      UserError: if there is no such slice, or its compiler is not installed.
     """
+    chip = get_chip(topology)
+    if gpu := gpus.GPUS.get(topology.partition(":")[0]):
+        return _get_gpus(topology, gpu)
     os.environ |= {  # keep libtpu from querying the metadata server, and from logging
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": get_chip(topology).accelerator_type,
+        "TPU_ACCELERATOR_TYPE": chip.accelerator_type,
         "TPU_STDERR_LOG_LEVEL": "3",
         "TPU_MIN_LOG_LEVEL": "3",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -83,6 +99,26 @@ def get_devices(topology: str) -> list[Any]:
                 f"planning for a TPU needs its compiler: pip install libtpu ({reason})"
             ) from None
         raise UserError(f"--topology={topology}: no such slice ({reason})") from None
+    return list(description.devices)
+
+
+def _get_gpus(topology: str, gpu: gpus.Gpu) -> list[Any]:
+    if not any(importlib.util.find_spec(name) for name in GPU_PLUGINS):
+        version = importlib.metadata.version("jax")
+        raise UserError(
+            f"--topology={topology}: planning for a GPU needs NVIDIA's compiler, also without the "
+            f"device: pip install 'jax-cuda12-plugin[with-cuda]=={version}' (3 GB)"
+        )
+    shape = f"1x1x{topology.partition(':')[2]}"  # slices x hosts x GPUs
+    try:
+        description = topologies.get_topology_desc(
+            topology, "cuda", target_config=gpu.describe_target(), topology=shape
+        )
+    except Exception as error:  # the plugin raises many types, with messages of several lines
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"--topology={topology}: the CUDA plugin of JAX cannot compile without a GPU ({reason})"
+        ) from None
     return list(description.devices)
 
 

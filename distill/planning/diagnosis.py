@@ -157,7 +157,11 @@ def compare_distributions(
         )
         stats = fused_head.compute_token_stats(inputs, options)
         mask_BT = losses.shift(batch.mask_BT).astype(jnp.float32)
-        sums = {name: (jnp.sum(x * mask_BT), jnp.sum(mask_BT)) for name, x in stats.items()}
+        sums = {
+            name: (jnp.sum(x * mask_BT), jnp.sum(mask_BT))
+            for name, x in stats.items()
+            if name not in divergences.TOP_STATS
+        }
         assert batch.finished_BT is not None
         return sums | update_metrics.sum_stop_logps(stats, mask_BT, losses.shift(batch.finished_BT))
 

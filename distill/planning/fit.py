@@ -1,4 +1,5 @@
-"""Compiles a config's programs for a TPU slice, to tell whether it fits and how fast it can be."""
+"""Compiles a config's programs for a TPU slice or a host of GPUs, to tell whether it fits and how
+fast it can be."""
 
 import copy
 import dataclasses
@@ -10,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from distill.planning import aot, forecast, programs, roofline
+from distill.planning import aot, forecast, gpus, programs, roofline
 from distill.planning.roofline import GIB, ProgramCost
 from distill.policy import policy
 from distill.policy.policy import Policy
@@ -21,7 +22,8 @@ from distill.training.calls import AbstractStage
 from models import families
 from models.errors import UserError
 
-SLICES = {  # whole slices of a generation, smallest first
+SLICES = {  # whole slices of a generation, and GPUs of a host, smallest first
+    **dict.fromkeys(gpus.GPUS, ("1", "2", "4", "8")),
     "v4": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
     "v5e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
@@ -237,7 +239,8 @@ def list_remedies(c: ConfigDict, program: str) -> list[tuple[str, ConfigDict]]:
                 add_remedy(f"{name}.accumulate", s.accumulate * factor)
         if is_sampling:
             add_remedy(f"{name}.rollout.gather_weights", False)
-            add_remedy(f"{name}.rollout.cache_dtype", "float8_e4m3fn")
+            for dtype in ("float8_e4m3fn", "int8"):  # of TPUs, of GPUs
+                add_remedy(f"{name}.rollout.cache_dtype", dtype)
             if s.rollout.cache_tokens < 1:
                 for share in (0.6, 0.4):
                     add_remedy(f"{name}.rollout.cache_tokens", share)

@@ -255,6 +255,7 @@ def _list_update_calls(
             batch.mask_BT,
             batch.segments_BT,
             batch.finished_BT,
+            batch.thinking_BT,
             _split_by_rows(stats, stage.mesh),
         )
         gather = functools.partial(mesh_lib.gather_first_rows.lower, arrays, rows)

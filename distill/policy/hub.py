@@ -1,9 +1,11 @@
 """Resolves the name of a model, a hub id, a run or a PEFT adapter to a directory."""
 
 import contextlib
+import contextvars
 import functools
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -165,10 +167,32 @@ def to_local_dir(path: str | Path) -> Path:
     return _download_repository(str(path))
 
 
-@functools.cache
+_leaves_weights = contextvars.ContextVar("leaves_weights", default=False)
+
+
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Context in which models of the hub are downloaded without their weights."""
+    token = _leaves_weights.set(True)
+    try:
+        yield
+    finally:
+        _leaves_weights.reset(token)
+
+
+def has_weights(path: str | Path) -> bool:
+    """False for a model of the hub in `without_weights`: its weights are not here, or not all."""
+    return not _leaves_weights.get() or Path(path).exists()
+
+
 def _download_repository(repository: str) -> Path:
+    return _download_files(repository, not _leaves_weights.get())
+
+
+@functools.cache
+def _download_files(repository: str, weights: bool) -> Path:
     # Weights in safetensors only: unpickling can execute code.
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
     try:
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises many types of errors

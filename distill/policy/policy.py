@@ -22,6 +22,7 @@ from distill.data import chat
 from distill.policy.hub import (
     find_base_model,
     has_moving_average,
+    has_weights,
     is_run,
     read_run_lora,
     require_same_lora,
@@ -288,8 +289,7 @@ def _load_adapter_params(policy: Policy, lora_config: LoRA) -> Params:
 def check_files(policy: Policy, step: int | None = None) -> None:
     """Raises UserError if files that `load` (or `restore` of a step) needs are missing or invalid.
 
-    Reads no weights. For a policy that trains a LoRA, also raises if its path cannot be the base or
-    holds a different LoRA.
+    Reads no weights. A LoRA to train must have a base, and the shape of the adapter at its path.
     """
     path, expected_lora = policy.path, policy.model.lora
     if is_run(path):
@@ -299,17 +299,17 @@ def check_files(policy: Policy, step: int | None = None) -> None:
             raise UserError(f"{path}: a run without a checkpoint yet")
         with Checkpoints(epath.Path(path) / "checkpoints") as checkpoints:
             checkpoints.check_step(step)
-    if not is_run(path) or read_run_lora(path):
+    if (not is_run(path) or read_run_lora(path)) and has_weights(find_base_model(path)):
         directory = resolve_model_dir(path)
         weights.check_weights(directory, policy.config, policy.params)
         if index := tensor_files.find_unread_index(directory):
             run_files.log_line(f"{index}: not read, because {tensor_files.WHOLE_FILE} is beside it")
     adapter_lora = None if is_run(path) else _read_adapter_lora(policy)
-    if adapter_lora is not None:
+    if adapter_lora is not None and has_weights(path):
         shapes = mesh_lib.make_abstract_params(policy.config, get_mesh(policy), adapter_lora)
         adapter.check_adapter(to_local_dir(path), policy.config, shapes)
-        if expected_lora is not None:
-            require_same_lora(path, adapter_lora, expected_lora)
+    if adapter_lora is not None and expected_lora is not None:
+        require_same_lora(path, adapter_lora, expected_lora)
 
 
 def restore(

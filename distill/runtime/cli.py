@@ -25,7 +25,7 @@ from absl import flags
 from ml_collections.config_flags import config_flags
 
 from distill.runtime import failures, gpu, paths, stop_signals, usage
-from models.errors import UserError
+from models.errors import UserError, UserErrors
 
 _HELP = ("-h", "-help", "--h", "--help")
 
@@ -36,15 +36,22 @@ _REFUSALS = {
 }
 
 
-def run(main: Callable[[], None], options: flags.FlagValues = flags.FLAGS) -> None:
-    """Parses sys.argv into `options`, calls `main` and turns a user's mistakes into exit codes."""
+def run(
+    main: Callable[[], None],
+    options: flags.FlagValues = flags.FLAGS,
+    arguments: list[str] | None = None,
+) -> None:
+    """Parses sys.argv into `options`, calls `main` and turns a user's mistakes into exit codes.
+
+    arguments: receives what is not an option; None: a verb that takes nothing else.
+    """
     with contextlib.suppress(AttributeError):  # of a stand-in for the terminal, in tests
         sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
         if any(arg in _HELP for arg in sys.argv[1:]):
             usage.print_usage(options)
             sys.exit(0)
-        _parse_flags(sys.argv, options)
+        _parse_flags(sys.argv, options, arguments)
         gpu.set_xla_flags()
         _set_threads()
         # Each retry would be said twice; the error after the last one says what is wrong.
@@ -52,6 +59,8 @@ def run(main: Callable[[], None], options: flags.FlagValues = flags.FLAGS) -> No
         with stop_signals.StopSignals() as signals, signals.interrupt():
             main()
     except Exception as error:
+        if isinstance(error, UserErrors):
+            _exit_with_error(*error.messages)
         message = _explain_error(error, options)
         if message is None:
             raise
@@ -81,8 +90,9 @@ def _set_threads() -> None:
         os.environ.setdefault("NPROC", str(4 * int(devices)))  # read by XLA
 
 
-def _exit_with_error(message: str) -> NoReturn:
-    print("error:", paths.escape_controls(" ".join(message.split())), file=sys.stderr)
+def _exit_with_error(*messages: str) -> NoReturn:
+    for message in messages:
+        print("error:", paths.escape_controls(" ".join(message.split())), file=sys.stderr)
     sys.exit(2)
 
 
@@ -159,7 +169,9 @@ def read_sampling_flags(options: flags.FlagValues) -> dict[str, Any]:
     return values | {"thinking": {None: None, "on": True, "off": False}[values["thinking"]]}
 
 
-def _parse_flags(argv: list[str], options: flags.FlagValues) -> None:
+def _parse_flags(
+    argv: list[str], options: flags.FlagValues, arguments: list[str] | None = None
+) -> None:
     """Parses the flags, with home directories in their paths, and in those of a config, expanded.
 
     Every failure here is a user's mistake, so it raises UserError only."""
@@ -168,14 +180,39 @@ def _parse_flags(argv: list[str], options: flags.FlagValues) -> None:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(_explain_parse_error(error, argv)) from error
-    if len(rest) > 1:
+        message = _explain_parse_error(error, argv)
+        if "--check" in argv:
+            _list_parse_errors(message, argv, options)
+        raise UserError(message) from error
+    if arguments is not None:
+        arguments[:] = rest[1:]
+    elif len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: options are written --name=value")
     paths.expand_flags(options)
     for name in options:
         if config_flags.is_config_flag(options[name]):
             _check_config(name, options[name])
             paths.expand_config(options[name].value, name)
+
+
+def _list_parse_errors(message: str, argv: list[str], options: flags.FlagValues) -> None:
+    """Raises UserErrors for an error in a flag, and for those in the flags that are not tried after
+    it: each that is refused is left out, and the others are tried again."""
+    messages = [message]
+    while match := re.search(r"(?:--|flag ')([\w.]+)", messages[-1]):
+        rest = [arg for arg in argv if arg.lstrip("-").partition("=")[0] != match[1]]
+        if len(rest) == len(argv) or match[1] == "config":
+            break
+        argv = sys.argv = rest  # where the flag of a config looks for its keys
+        options.unparse_flags()
+        for key in [name for name in options if "." in name]:  # defined by those that were parsed
+            delattr(options, key)
+        try:
+            options([_expand_config_file(arg) for arg in argv])
+            break
+        except Exception as error:
+            messages.append(_explain_parse_error(error, argv))
+    raise UserErrors(messages)
 
 
 def _expand_config_file(arg: str) -> str:

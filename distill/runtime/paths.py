@@ -3,13 +3,15 @@
 JAX is not imported here, so that verbs that only read files start quickly.
 """
 
+import contextlib
 import importlib.util
+import io
 import os
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from absl import flags
 from etils import epath
@@ -119,6 +121,14 @@ def is_remote(path: epath.PathLike) -> bool:
     return "://" in str(path)
 
 
+def truncate_file(path: epath.Path, size: int) -> None:
+    """Keeps the first `size` bytes of a file, also of one in a bucket."""
+    if is_remote(path):
+        path.write_bytes(path.read_bytes()[:size])
+    else:
+        os.truncate(path, size)
+
+
 def require_reachable(path: str, flag: str) -> None:
     """Raises UserError if `path` is in a bucket that this installation cannot read."""
     scheme = re.match(r"(\w+):/", path)
@@ -164,3 +174,28 @@ def check_output(
         reason, at = getattr(error, "strerror", error), getattr(error, "filename", path)
         raise UserError(f"{where}: {reason}{'' if at == path else f': {at}'}") from error
     return epath.Path(file)
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+    """Writes `path` atomically, so that readers never see half a file. Creates its folder."""
+    with open_atomic(path) as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def open_atomic(path: epath.PathLike) -> Iterator[IO[str]]:
+    """Yields a file that replaces `path` once it is completely written."""
+    path = epath.Path(path)
+    if is_remote(path):  # an object appears only once it is complete
+        text = io.StringIO()
+        yield text
+        path.write_text(text.getvalue())
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("w") as file:
+            yield file
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

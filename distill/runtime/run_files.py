@@ -8,15 +8,13 @@ etils.epath: a run directory may be local or, if gcsfs is installed, gs://…
 import base64
 import contextlib
 import errno
-import io
 import json
 import math
 import os
-import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +23,13 @@ from etils import epath
 from tqdm import tqdm
 
 from distill.runtime import paths, tensorboard
-from distill.runtime.paths import is_remote
+from distill.runtime.paths import is_remote, write_text
 from models.errors import UserError
 
 MetricSums = dict[str, tuple[jax.Array, jax.Array]]
 """Flat metric name → (sum, count), float32 scalars."""
 
+TRACKERS_FILE = "trackers.json"  # the id of the run in trackers
 BUCKET_FLUSH_SECONDS = 30.0  # between two writes of a file in a bucket
 
 
@@ -40,19 +39,6 @@ def compute_means(sums: MetricSums) -> dict[str, jax.Array]:
         name: jnp.where(count == 0, jnp.nan, total / jnp.where(count == 0, 1, count))
         for name, (total, count) in sums.items()
     }
-
-
-def wilson_interval(successes: float, n: float) -> tuple[float, float]:
-    """Returns the 95% Wilson score interval of the rate successes / n; (0, 1) for n = 0."""
-    if n == 0:
-        return 0.0, 1.0
-    z = 1.959964
-    rate = successes / n
-    scale = 1 + z * z / n
-    middle = (rate + z * z / (2 * n)) / scale
-    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / scale
-    # The interval contains the rate, but rounding may exclude it at 0 and at 1.
-    return max(0.0, min(rate, middle - half)), min(1.0, max(rate, middle + half))
 
 
 def is_primary() -> bool:
@@ -89,12 +75,6 @@ def to_json(row: Any, indent: int | None = None) -> str:
     return json.dumps(_to_finite(row), allow_nan=False, indent=indent)
 
 
-def write_text(path: epath.PathLike, text: str) -> None:
-    """Writes `path` atomically, so that readers never see half a file. Creates its folder."""
-    with _open_atomic(path) as file:
-        file.write(text)
-
-
 def write_json(path: epath.PathLike, obj: Any) -> None:
     """Writes `obj` as indented JSON, atomically; numbers that are not finite become null."""
     write_text(path, to_json(obj, indent=2) + "\n")
@@ -102,28 +82,9 @@ def write_json(path: epath.PathLike, obj: Any) -> None:
 
 def write_jsonl(path: epath.PathLike, rows: Iterable[Any]) -> None:
     """Writes `rows` as they come, one JSON object per line; atomic, and null where not finite."""
-    with _open_atomic(path) as file:
+    with paths.open_atomic(path) as file:
         for row in rows:
             file.write(to_json(row) + "\n")
-
-
-@contextlib.contextmanager
-def _open_atomic(path: epath.PathLike) -> Iterator[IO[str]]:
-    """Yields a file that replaces `path` once it is completely written."""
-    path = epath.Path(path)
-    if is_remote(path):  # an object appears only once it is complete
-        text = io.StringIO()
-        yield text
-        path.write_text(text.getvalue())
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w") as file:
-            yield file
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class Appender:
@@ -231,18 +192,11 @@ def resume_jsonl(path: epath.PathLike, about: Mapping[str, Any]) -> int:
                 if line.endswith(b"\n"):
                     count, end = count + 1, size
         if end < size:
-            _truncate_file(partial, end)
+            paths.truncate_file(partial, end)
         return count
     write_json(about_path, now)
     partial.write_text("")
     return 0
-
-
-def _truncate_file(path: epath.Path, size: int) -> None:
-    if is_remote(path):
-        path.write_bytes(path.read_bytes()[:size])
-    else:
-        os.truncate(path, size)
 
 
 def extend_jsonl(path: epath.PathLike, rows: Iterable[Any]) -> None:
@@ -266,17 +220,17 @@ class Writer:
 
     `resume_step` is the first step that this process writes. What an earlier process wrote of that
     step or later is deleted, and so is what it wrote by half. Steps are numbered across all stages
-    of a run.
+    of a run. Without `has_board` tensorboard/ is left as it is.
     """
 
-    def __init__(self, workdir: epath.PathLike, resume_step: int) -> None:
+    def __init__(self, workdir: epath.PathLike, resume_step: int, has_board: bool = True) -> None:
         self._workdir = epath.Path(workdir)
         if not is_primary():
             return
         self._workdir.mkdir(parents=True, exist_ok=True)
         path = self._workdir / "metrics.jsonl"
         if path.exists():
-            with path.open("rb") as rows, _open_atomic(path) as kept:
+            with path.open("rb") as rows, paths.open_atomic(path) as kept:
                 lines = (row.decode(errors="replace") for row in rows)
                 kept.writelines(row for row in lines if _is_before(row, resume_step))
         for folder in ("rollouts", "skipped"):
@@ -286,7 +240,14 @@ class Writer:
         self._lines = JsonlAppender(path)
         if not is_remote(workdir):
             path.touch()
-        self._board = _open_board(self._workdir / "tensorboard", resume_step)
+        self._board = None
+        if has_board:
+            self._board = Appender(
+                tensorboard.make_file(self._workdir / "tensorboard", resume_step)
+            )
+            config = self._workdir / "config.json"
+            settings = json.loads(config.read_text()) if config.exists() else {}
+            self._board.append(tensorboard.make_start(resume_step, settings))
 
     def write(self, step: int, stage: str, numbers: Mapping[str, Any]) -> None:
         """Appends one row; `numbers` maps flat names to scalars (host or device) or None."""
@@ -295,8 +256,9 @@ class Writer:
         self._require_directory()
         values = _to_finite(jax.device_get(dict(numbers)))
         self._lines.append_rows([{"step": step, "stage": stage, **values}])
-        scalars = {name: value for name, value in values.items() if value is not None}
-        self._board.append(tensorboard.make_scalars(scalars, step))
+        if self._board:
+            scalars = {name: value for name, value in values.items() if value is not None}
+            self._board.append(tensorboard.make_scalars(scalars, step))
 
     def _require_directory(self) -> None:
         """Raises FileNotFoundError if the directory is gone; nothing may make a new, empty one."""
@@ -305,10 +267,13 @@ class Writer:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
     def write_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Writes rollouts/{step}.jsonl, one transcript per row."""
+        """Writes rollouts/{step}.jsonl, one transcript per row, and shows it in tensorboard/."""
         if is_primary():
             self._require_directory()
+            rows = [_to_finite(row) for row in rows]
             write_jsonl(self._workdir / "rollouts" / f"{step:06d}.jsonl", rows)
+            if self._board:
+                self._board.append(tensorboard.make_transcripts(rows, step))
 
     def write_skipped(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Writes skipped/{step}.jsonl, the sequences of an update that was not finite."""
@@ -322,31 +287,14 @@ class Writer:
         """Writes all rows and events before it returns."""
         if is_primary():
             self._lines.flush()
-            self._board.flush()
+            if self._board:
+                self._board.flush()
 
     def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.flush()
-
-
-def _open_board(folder: epath.Path, resume_step: int) -> Appender:
-    """Opens a new file of events, and cuts off `resume_step` and later from those of earlier
-    processes. Each process has its own file, since TensorBoard reads on from where it was."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("events.*"):
-        with old.open("rb") as file:
-            size, has_scalars = tensorboard.measure_before(file, resume_step)
-        if not has_scalars:
-            old.unlink()
-        elif size < old.stat().length:
-            _truncate_file(old, size)
-    now = time.time_ns()
-    name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}"
-    board = Appender(folder / name)
-    board.append(tensorboard.make_start(resume_step))
-    return board
 
 
 def _is_before(row: str, step: int) -> bool:

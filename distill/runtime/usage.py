@@ -20,7 +20,7 @@ def print_usage(options: flags.FlagValues) -> None:
     print((sys.modules["__main__"].__doc__ or "").strip())
     print("\nFlags:")
     for name in options:
-        if not str(options.find_module_defining_flag(name)).startswith("absl."):
+        if "." not in name and not str(options.find_module_defining_flag(name)).startswith("absl."):
             print(_describe_flag(options[name]))
     if any(config_flags.is_config_flag(options[name]) for name in options):
         print(_explain_keys())

@@ -20,6 +20,7 @@ from distill.runtime import (
     paths,
     run_files,
     stop_signals,
+    trackers,
     watchdog,
     xla,
 )
@@ -72,6 +73,7 @@ def prepare_run(
     remaining = [stage for stage in run_setup.stages if stage.end_step > steps_done]
 
     def write_first_files() -> list[str]:
+        trackers.check_trackers(c.log.to)
         inputs = resume.describe_inputs(c, remaining, eval_rows)
         return resume.init_workdir(workdir, c, inputs, steps_done, allow_changed_inputs)
 
@@ -140,7 +142,8 @@ def run_stages(c: ConfigDict, workdir: epath.Path, allow_changed_inputs: bool) -
                     earlier, *_ = prepare(int(state.step))
                     run_summary.print_start(c, earlier.stages, workdir, int(state.step))
                     run_setup = dataclasses.replace(earlier, student=run_setup.student)
-            writer = stack.enter_context(run_files.Writer(workdir, int(state.step)))
+            step = int(state.step)
+            writer = stack.enter_context(trackers.open_writer(c.log.to, workdir, step, signals))
             if run_files.is_primary() and (workdir / "metrics.jsonl").exists():
                 rows = (workdir / "metrics.jsonl").read_text().splitlines()
                 run_alerts.read_rows(map(json.loads, rows))

@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from distill.objectives.divergences import TOP_STATS
 from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
 from distill.runtime import run_files
@@ -16,6 +19,8 @@ from distill.runtime.progress import Progress
 from distill.training import run_summary, trainer
 from distill.training.alerts import Alerts
 from distill.training.setup import StageSetup
+
+REPLACEMENT = "\ufffd"  # what a tokenizer writes for bytes of no whole character
 
 
 @dataclasses.dataclass
@@ -113,8 +118,10 @@ def make_transcripts(
 ) -> list[dict[str, object]]:
     """Makes the rows of rollouts/*.jsonl for the first `count` sequences of a step.
 
-    A row has the text and tokens of a sequence, and each statistic as a list of one number per
-    response token.
+    A row has the text and tokens of a sequence, the part of the text that each response token
+    writes, and each statistic as a list of one number per response token. Where the update compared
+    the likeliest tokens, it has these too, per response token as lists of [id, log-probability],
+    and the texts of their ids.
     """
     rows: dict[int, dict[str, object]] = {}
     decode = student.tokenizer.decode if student.tokenizer else lambda ids: None
@@ -122,9 +129,10 @@ def make_transcripts(
         if not trainer.has_transcript(micro, count):
             continue
         batch = micro.to_device(mesh)
-        arrays = (batch.tokens_BT, batch.mask_BT, batch.segments_BT, batch.finished_BT, stats)
+        arrays = (batch.tokens_BT, batch.mask_BT, batch.segments_BT, batch.finished_BT)
+        arrays = (*arrays, batch.thinking_BT, stats)
         arrays = jax.tree.map(np.asarray, mesh_lib.gather_first_rows(arrays, len(micro.rows)))
-        tokens, mask, segments, finished, stats_arrays = arrays
+        tokens, mask, segments, finished, thinking, stats_arrays = arrays
         for i, numbers in enumerate(micro.rows):
             for segment, number in enumerate(numbers, start=1):
                 if number >= count:
@@ -132,13 +140,59 @@ def make_transcripts(
                 in_segment = segments[i] == segment
                 in_response = in_segment & mask[i]
                 prompt, response = tokens[i][in_segment & ~mask[i]], tokens[i][in_response]
+                numbers_by_name = {name: x[i][in_response] for name, x in stats_arrays.items()}
+                tops = {
+                    name: numbers_by_name.pop(name) for name in set(TOP_STATS) & stats_arrays.keys()
+                }
                 row = rows[number] = {
                     "prompt": decode(prompt.tolist()),
                     "response": decode(response.tolist()),
                     "prompt_tokens": prompt.tolist(),
                     "tokens": response.tolist(),
-                    **{name: x[i][in_response].tolist() for name, x in stats_arrays.items()},
+                    **{name: x.tolist() for name, x in numbers_by_name.items()},
+                    **list_tops(tops, student.tokenizer),
                 }
+                if student.tokenizer:
+                    row["token_texts"] = split_text(student.tokenizer, response.tolist())
                 if finished is not None:
                     row["finish_reason"] = "stop" if finished[i][in_segment].any() else "length"
+                if thinking is not None:
+                    row["thinking"] = bool(thinking[i][in_segment].any())
+                if number in micro.rewards:
+                    row["reward"] = micro.rewards[number]
     return [rows[number] for number in sorted(rows)]
+
+
+def split_text(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Returns the text of each token. Of tokens that share a character, the first has it, and the
+    others have none."""
+    texts: list[str] = []
+    start = 0
+    while start < len(ids):
+        # A character of UTF-8 has at most four bytes, and a token at least one.
+        for end in range(start + 1, min(len(ids), start + 4) + 1):
+            text = tokenizer.decode(ids[start:end])
+            if not text.endswith(REPLACEMENT):
+                break
+        else:  # bytes of no character
+            end, text = start + 1, REPLACEMENT
+        texts += [text, *[""] * (end - start - 1)]
+        start = end
+    return texts
+
+
+def list_tops(tops: Mapping[str, np.ndarray], tokenizer: Any) -> dict[str, Any]:
+    """Returns the likeliest tokens of student and teacher, given the divergences.TOP_STATS of a
+    response [tokens, K], and their texts."""
+    found: dict[str, Any] = {}
+    for side in ("student", "teacher"):
+        if f"{side}_top_ids" in tops:
+            ids, logp = tops[f"{side}_top_ids"].tolist(), tops[f"{side}_top_logp"].tolist()
+            found[f"{side}_top"] = [
+                [[x, round(y, 5)] for x, y in zip(*pair, strict=True)]
+                for pair in zip(ids, logp, strict=True)
+            ]
+    if found and tokenizer:
+        used = sorted({x for name in found for top in found[name] for x, _ in top})
+        found["top_texts"] = {str(x): tokenizer.decode([x]) for x in used}
+    return found

@@ -8,7 +8,7 @@ is the same in every process.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -34,6 +34,7 @@ class Microbatch:
 
     rows: PackedRows
     make_batch: Callable[[], Batch]  # this process's rows, on the host
+    rewards: Mapping[int, float] = dataclasses.field(default_factory=dict)  # of sequences with one
 
     def to_device(self, mesh: Mesh) -> Batch:
         """Collates the rows and splits them over a mesh."""
@@ -194,8 +195,15 @@ def make_microbatches(
         own_rows = mesh_lib.list_local_rows(mesh, len(rows))
         return collate.collate_rows([[examples[i] for i in rows[row]] for row in own_rows], layout)
 
+    def find_rewards(rows: PackedRows) -> dict[int, float]:
+        rewards = {i: getattr(examples[i], "reward", None) for row in rows for i in row}
+        return {i: reward for i, reward in rewards.items() if reward is not None}
+
     return [
-        [Microbatch(rows, functools.partial(collate_microbatch, rows)) for rows in minibatch]
+        [
+            Microbatch(rows, functools.partial(collate_microbatch, rows), find_rewards(rows))
+            for rows in minibatch
+        ]
         for minibatch in packed
     ]
 

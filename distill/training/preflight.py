@@ -256,15 +256,24 @@ def _compare_eval_prompts(
 
 
 def check_memory(
-    c: ConfigDict, run_setup: RunSetup, mesh: Mesh, steps_done: int = 0
+    c: ConfigDict,
+    run_setup: RunSetup,
+    mesh: Mesh,
+    steps_done: int = 0,
+    memory_limit: float | None = None,
 ) -> Iterator[str]:
     """Yields the estimated GiB per device of the stage that needs most, of those that are left, and
     a warning if the device may have less. Call it before any weight is loaded.
 
+    Args:
+      memory_limit: bytes of a device that is not here; None: of this process's devices.
+
     Raises:
       UserError: if a device has less than what is certainly taken, naming the keys that help.
     """
-    free, student = memory.get_free_memory(mesh), run_setup.student
+    student, free = run_setup.student, memory_limit
+    if memory_limit is None:
+        free, memory_limit = memory.get_free_memory(mesh), memory.get_memory_limit()
     trained = mesh_lib.make_abstract_params(student.config, mesh, student.model.lora)
     stages = [
         memory.describe_stage(c, run_setup, stage, trained)
@@ -274,10 +283,7 @@ def check_memory(
     if not stages:
         return
     sizes, stage = max(
-        (
-            (memory.estimate_stage_bytes(stage, memory.get_memory_limit()), stage)
-            for stage in stages
-        ),
+        ((memory.estimate_stage_bytes(stage, memory_limit), stage) for stage in stages),
         key=lambda pair: sum(pair[0].values()),
     )
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in sizes.items() if size)

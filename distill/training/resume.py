@@ -49,6 +49,7 @@ def init_workdir(
     inputs: Inputs | None = None,
     steps_done: int = 0,
     allow_changed_inputs: bool = False,
+    writes: bool = True,
 ) -> list[str]:
     """Compares a config and its inputs with those of the run in `workdir`, if it holds one, and
     writes them and the environment there.
@@ -59,6 +60,7 @@ def init_workdir(
       inputs: of the stages that are not finished; None: not compared.
       steps_done: steps in the newest checkpoint. With 0 nothing of a run is left, so it may start
         again with another config and other inputs.
+      writes: False only compares.
 
     Returns:
       The config keys of the inputs that the run has recorded.
@@ -90,6 +92,7 @@ def init_workdir(
             texts = [x.text for x in changes if x.reason != SAME_CONTENT]
             texts += [text for _, text in changed]
             run_files.log_line(f"{workdir} holds no step, so it starts again: {_shorten(texts)}")
+            (workdir / run_files.TRACKERS_FILE).unlink(missing_ok=True)  # as another run
         record, recorded, changes = {"inputs": {}, "changes": []}, {}, []
     elif changed:
         record["changes"] += _allow_changes(workdir, changed, steps_done, allow_changed_inputs)
@@ -102,6 +105,8 @@ def init_workdir(
         if change.input_key not in {key for key, _ in changed}:
             run_files.log_line(f"{workdir} goes on: {change.text} ({change.reason})")
     record["inputs"] = recorded | inputs
+    if not writes:
+        return sorted(record["inputs"])
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         run_files.write_json(path, json.loads(c.to_json_best_effort()))

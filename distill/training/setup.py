@@ -19,7 +19,7 @@ from distill.teachers.local import Teacher
 from distill.training import optim, stages, update
 from models import checks
 from models.checks import Range
-from models.errors import LongPromptError, UserError
+from models.errors import PromptTooLong, UserError
 
 REFERENCE = "a reference"  # its name among loaded models; no teacher can have it
 
@@ -207,7 +207,7 @@ def _setup_stage(
     s = c[name]
     loss, sampled_rows = stages.resolve_objective(name, s)
     if is_done:
-        optimizer = optim.make_optimizer(s.optim, s.steps * s.epochs * s.minibatches)
+        optimizer = make_stage_optimizer(name, s)
         no_examples = dataset.Source(0, _refuse_to_read)
         return StageSetup(name, s, first_step, no_examples, optimizer, loss, sampled_rows)
     context = teacher_context.load_context(s.context, f"config.{name}.context")
@@ -238,10 +238,7 @@ def _setup_stage(
         raise UserError(str(error).replace("config.data.", f"config.{name}.data.")) from None
     if s.rollout.asynchronous:
         stages.check_async_rollouts(name, s, loss, sampled_rows)
-    try:
-        optimizer = optim.make_optimizer(s.optim, s.steps * s.epochs * s.minibatches)
-    except UserError as error:
-        raise UserError(f"config.{name}.optim.{error}") from None
+    optimizer = make_stage_optimizer(name, s)
     return StageSetup(
         name,
         s,
@@ -255,6 +252,14 @@ def _setup_stage(
         s.rollout.token_budget,
         s.rollout.asynchronous,
     )
+
+
+def make_stage_optimizer(name: str, s: ConfigDict) -> optax.GradientTransformation:
+    """Makes the optimiser of a stage. Raises UserError naming the key that is out of range."""
+    try:
+        return optim.make_optimizer(s.optim, s.steps * s.epochs * s.minibatches)
+    except UserError as error:
+        raise UserError(f"config.{name}.optim.{error}") from None
 
 
 def _refuse_to_read(index: int) -> dataset.Example:
@@ -274,8 +279,11 @@ def _check_example(
     dataset.require_valid_example(example, s.max_prompt_tokens, field, vocab_size)
     teacher_prompt = example.teacher_prompt or []
     if len(teacher_prompt) > max_teacher_prompt:
-        fields = f"{field} + context.max_tokens"
-        raise LongPromptError(example.where, len(teacher_prompt), max_teacher_prompt, fields)
+        raise PromptTooLong(
+            f"{example.where}: prompt and context of {len(teacher_prompt)} tokens, {field} and "
+            f"context.max_tokens allow {max_teacher_prompt} together",
+            len(teacher_prompt),
+        )
     dataset.require_ids(teacher_prompt, vocab_size, example.where)
     if loss.teacher_output == "top":
         examples.require_top(example, loss.teacher_topk)

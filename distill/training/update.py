@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from distill.batch import Batch
-from distill.objectives import fused_head, losses
+from distill.objectives import divergences, fused_head, losses
 from distill.policy import forward
 from distill.runtime import mesh as mesh_lib
 from distill.runtime import run_files, xla
@@ -128,7 +128,8 @@ def compute_loss_sums(
     batch: Batch,
     frozen: Params | None = None,
 ) -> tuple[jax.Array, tuple[run_files.MetricSums, losses.Stats]]:
-    """Returns the weighted sum of the loss, (sum, count) pairs of metrics, and [B, T] stats.
+    """Returns the weighted sum of the loss, (sum, count) pairs of metrics, and [B, T] stats, with
+    `overlap_k` also the most likely tokens of both models [B, T, K] (divergences.TOP_STATS).
 
     params: trained parameters; if `frozen` is given, the LoRA beside it.
     """
@@ -172,6 +173,7 @@ def compute_loss_sums(
         stats = fused_head.compute_token_stats(inputs, stats_options)
         stats |= compute_token_losses(stats, known)
         total = jnp.sum(stats["loss"] * weight_BT)
+    tops = {name: stats.pop(name) for name in divergences.TOP_STATS if name in stats}
     mask_BT = mask_BT.astype(jnp.float32)
     tokens = jnp.sum(mask_BT)
     if batch.sampler_logp_BT is not None:
@@ -185,7 +187,8 @@ def compute_loss_sums(
         load_LE, p_LE = (x / seen for x, seen in (sums["load_LE"], sums["p_LE"]))
         balance = moe.summarise_load(load_LE, p_LE)["load_balancing_loss"]
         total += options.router_aux_loss_coef * count * balance
-    return total, (sums, {name: losses.unshift(x * mask_BT) for name, x in stats.items()})
+    stats = {name: x * mask_BT for name, x in stats.items()} | tops
+    return total, (sums, {name: losses.unshift(x) for name, x in stats.items()})
 
 
 @dataclasses.dataclass(frozen=True)

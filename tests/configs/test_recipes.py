@@ -30,11 +30,12 @@ RECIPES = {
     "manual:opd": (("opd",), "v5e:2x2"),
     "one_prompt": (("opd",), "v5p:2x2x2"),
     "colab": (("opd",), "v5e:1x1"),
+    "gsm8k": (("opd",), "v5e:2x4"),
 }
 # One more size, with experts; tests/long has all.
 SIZES = {"strong_to_weak:student=30b-a3b,teacher=235b-a22b": "v5p:4x4x4"}
 NAMES = {"v5p:4x4x2": "v5p-64", "v5p:4x4x4": "v5p-128", "v6e:2x4": "v6e-8", "v6e:4x4": "v6e-16"}
-NAMES |= {"v5e:2x2": "v5e-4", "v5p:2x2x2": "v5p-16", "v5e:1x1": "v5e-1"}
+NAMES |= {"v5e:2x2": "v5e-4", "v5e:2x4": "v5e-8", "v5p:2x2x2": "v5p-16", "v5e:1x1": "v5e-1"}
 
 
 def make_tiny_flag(recipe: str) -> str:
@@ -43,8 +44,9 @@ def make_tiny_flag(recipe: str) -> str:
     return f"--config=configs/{file}.py:{','.join(w for w in (argument, 'tiny') if w)}"
 
 
-# The first differs in its rank only; end_to_end/test_notebook.py trains the second.
-ALIKE = ("opd_math:lora=128", "colab")
+# The first differs in its rank only; end_to_end/test_notebook.py trains the second, and
+# end_to_end/test_docs.py the third.
+ALIKE = ("opd_math:lora=128", "colab", "gsm8k")
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
 """Checks that every documented command parses: programs, flags, config keys and files exist.
 
-Reads README.md, CONTRIBUTING.md, the docstrings of recipes, verbs and benchmarks, and the usage of
-launch_tpu.sh. Runs none of the commands.
+Reads README.md, CONTRIBUTING.md, docs/*.md, the docstrings of recipes, verbs and benchmarks, and
+the usage of launch_tpu.sh. Runs none of the commands; test_docs.py runs those of README and docs/
+that need neither a network nor an accelerator.
 """
 
 import ast
+import functools
 import importlib
 import importlib.util
+import operator
 import re
 import shlex
 from collections.abc import Iterator
@@ -16,13 +19,21 @@ import pytest
 from absl.flags import FlagValues
 
 from configs import ablations
+from tests.support.pages import PAGES, find_blocks, find_spans, name_page, split_lines
 from tests.support.paths import ROOT
 from tests.support.recipes import at_home, parse_config  # noqa: F401  (at_home is a fixture)
 
 PYTHONS = ("python", "python3", ".venv/bin/python")
 OURS = (*PYTHONS, "make", "./launch_tpu.sh", "srun")  # programs whose arguments are checked
-SHELL = ("cp", "done", "export", "for", "gcloud", "grep", "head", "pip", "read", "source", "while")
-SHELL += ("$run",)
+# Other programs in documented commands, and why their arguments are not checked.
+UNCHECKED = {
+    **dict.fromkeys(("cp", "echo", "grep", "head"), "belongs to every system"),
+    **dict.fromkeys(("done", "export", "for", "read", "source", "while"), "belongs to the shell"),
+    "$run": "is a command that configs/ablations.py printed, and test_recipes.py checks",
+    "gcloud": "needs an account at Google",
+    "pip": "needs a network; the files after -r are checked",
+    **dict.fromkeys(("mlflow", "tensorboard", "trackio"), "comes with a package of that name"),
+}
 LAUNCHER = (ROOT / "launch_tpu.sh").read_text()
 
 
@@ -45,10 +56,9 @@ def is_template(line: str) -> bool:
 
 def find_in_markdown(text: str) -> Iterator[str]:
     """Yields the lines of bash blocks, and code spans that begin with one of our programs."""
-    for block in re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        lines = block.replace("\\\n", " ").splitlines()
-        yield from (line for line in lines if line and not line.startswith("#"))
-    for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text):
+    for block in find_blocks(text, "bash"):
+        yield from split_lines(block)
+    for span in find_spans(text):
         words = [word for word in span.split() if not re.match(r"\w+=", word)]
         if words and words[0] in OURS and len(words) > 1 and not is_template(span):
             yield span
@@ -73,8 +83,8 @@ def get_usage() -> str:
 
 def find_commands() -> Iterator[tuple[str, str]]:
     """Yields (where it is written, command)."""
-    for name in ("README.md", "CONTRIBUTING.md"):
-        yield from ((name, line) for line in find_in_markdown((ROOT / name).read_text()))
+    for page in PAGES:
+        yield from ((name_page(page), line) for line in find_in_markdown(page.read_text()))
     for folder in ("configs", "distill", "benchmarks"):
         for file in sorted((ROOT / folder).glob("*.py")):
             name = f"{folder}/{file.name}"
@@ -116,7 +126,7 @@ def check_command(words: list[str]) -> None:
     elif program == "./launch_tpu.sh":
         check_launcher(arguments)
     else:
-        require(program in SHELL, f"{program}: an unknown program")
+        require(program in UNCHECKED, f"{program}: an unknown program")
         if program == "pip" and "-r" in arguments:
             check_file(arguments[arguments.index("-r") + 1])
 
@@ -137,6 +147,9 @@ def check_python(arguments: list[str]) -> None:
     elif arguments[1] == "pytest":
         for path in (word for word in arguments[2:] if word.startswith("tests")):
             check_file(path)
+    elif arguments[1] == "distill":  # python -m distill [VERB ...]
+        if arguments[2:]:
+            check_python(["-m", f"distill.{arguments[2]}", *arguments[3:]])
     else:
         module = arguments[1]
         folder = module.partition(".")[0]
@@ -172,6 +185,8 @@ def check_flags(options: FlagValues, words: list[str], required: bool = True) ->
         validators = " ".join(v.message for v in options[name].validators)
         missing = "must have a value other than None" in validators and name not in given_flags
         require(not missing, f"--{name}: is required")
+    if required and "check" in options:  # of train, which requires one or the other
+        require(given_flags & {"check", "workdir"}, "--workdir: is required")
     if config_words:
         require("config" in options, "--config: there is no such flag")
         check_config(config_words)
@@ -181,7 +196,9 @@ def check_config(words: list[str]) -> None:
     for file in re.findall(r"--config=([^:]*)", " ".join(words)):
         check_file(file.split()[0])
     try:
-        parse_config(*words)
+        config = parse_config(*(word for word in words if "$" not in word))
+        for key in re.findall(r"--config\.([\w.]+)=\$", " ".join(words)):  # a loop variable
+            functools.reduce(operator.getitem, key.split("."), config)
     except Exception as error:  # ml_collections, absl and recipes raise many kinds
         raise WrongCommand(f"{' '.join(words)}: {error}") from None
 
@@ -214,7 +231,8 @@ def test_documented_command_parses(where: str, line: str) -> None:
 
 def test_every_source_contributes_commands() -> None:
     places = {where for where, _ in COMMANDS}
-    assert {"README.md", "CONTRIBUTING.md", "launch_tpu.sh", "configs/ablations.py"} <= places
+    pages = {name_page(page) for page in PAGES} - {"docs/api.md"}  # Python only
+    assert {*pages, "launch_tpu.sh", "configs/ablations.py"} <= places
     recipes = {file.stem for file in (ROOT / "configs").glob("*.py")}
     without = {"__init__", "arguments", "tiny"}
     assert recipes - without <= {Path(where).stem for where in places if "configs/" in where}
@@ -236,6 +254,7 @@ TRAIN = "python -m distill.train --config=configs/base.py --workdir=runs/x"
         f"{TRAIN} --workdri=runs/x",
         f"{TRAIN} --config.opd.stps=3",
         f"{TRAIN} --config.opd.steps=many",
+        f"{TRAIN} --config.opd.stps=$n",
         f"{TRAIN} positional",
         "python -m distill.evaluate --model=x --out=y --batch_size=0",
         "python -m distill.evaluate --model=x --out=y --thinking=perhaps",
@@ -265,7 +284,7 @@ def test_wrong_commands_are_reported(line: str) -> None:
 
 def find_keys() -> Iterator[tuple[str, str]]:
     """Yields (place, config flag) of all texts, prose included."""
-    texts = {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md")}
+    texts = {name_page(page): page.read_text() for page in PAGES}
     for file in sorted((ROOT / "configs").glob("*.py")):
         texts[f"configs/{file.name}"] = get_docstring(file)
     for where, text in texts.items():

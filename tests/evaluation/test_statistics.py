@@ -11,7 +11,6 @@ from scipy import stats
 
 from distill.evaluation import statistics
 from distill.evaluation.tasks import ifeval
-from distill.runtime import run_files
 
 Z = 1.959964
 
@@ -59,6 +58,16 @@ def test_majority_of_many_is_quick_and_exact() -> None:
     assert statistics.majority_at_k([33, 31], 0, 64) == 1
 
 
+def test_wilson_interval_matches_r() -> None:
+    assert statistics.wilson_interval(0, 0) == (0.0, 1.0)
+    # R: prop.test(8, 10, correct=FALSE)
+    np.testing.assert_allclose(statistics.wilson_interval(8, 10), (0.4901625, 0.9433178), atol=1e-6)
+    low, high = statistics.wilson_interval(0, 10)
+    assert low == 0.0 and high == pytest.approx(0.2775328)
+    low, high = statistics.wilson_interval(10, 10)
+    assert low == pytest.approx(0.7224672) and high == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize(("right", "n"), [(0, 10), (3, 10), (10, 10), (1, 1), (611, 1000)])
 def test_one_sample_per_problem_gives_wilsons_interval(right: int, n: int) -> None:
     """At its ends p, right/n is z standard deviations of p away."""
@@ -68,7 +77,7 @@ def test_one_sample_per_problem_gives_wilsons_interval(right: int, n: int) -> No
     for p in (low, high):
         if p not in (0.0, 1.0):
             assert abs(rate - p) == pytest.approx(Z * math.sqrt(p * (1 - p) / n), abs=1e-9)
-    assert (low, high) == pytest.approx(run_files.wilson_interval(right, n))
+    assert (low, high) == pytest.approx(statistics.wilson_interval(right, n))
 
 
 def test_identical_samples_do_not_narrow_the_interval() -> None:

@@ -12,7 +12,7 @@ import pytest
 from jax.scipy.special import xlogy
 
 from distill.objectives import chunks
-from distill.objectives.divergences import Divergence
+from distill.objectives.divergences import TOP_STATS, Divergence
 from distill.runtime import mesh as mesh_lib
 from tests.support.heads import token_stats
 
@@ -360,7 +360,11 @@ def test_stored_topk_equals_the_teachers_topk(kind, k):
     for ours in results[1:]:
         for a, b in zip(ours, results[0], strict=True):
             np.testing.assert_allclose(a, b, atol=2e-6)
-    assert set(stored(logits, k)) == {"logp", "entropy", "divergence", "top_overlap", "outside_top"}
+    names = {"logp", "entropy", "divergence", "top_overlap", "outside_top", *TOP_STATS}
+    stats = stored(logits, k)
+    assert set(stats) == names
+    np.testing.assert_array_equal(stats["teacher_top_ids"], ids[..., :k])
+    np.testing.assert_array_equal(stats["teacher_top_logp"], logq[..., :k])
 
 
 def without_tail(d, logits, teacher_logits):
@@ -480,6 +484,10 @@ def test_diagnostics_match_their_definitions(arrays):
     p, q = (np.asarray(jax.nn.softmax(x @ w.T)) for x, w in (student[:2], teacher))
     ours, theirs = (np.argsort(-x, -1)[..., :k] for x in (p, q))
     np.testing.assert_array_equal(stats["top_ids"], ours)
+    for name, likeliest, x in (("student", ours, p), ("teacher", theirs, q)):
+        np.testing.assert_array_equal(stats[f"{name}_top_ids"], likeliest)
+        logp = np.log(np.take_along_axis(x, likeliest, -1))
+        np.testing.assert_allclose(stats[f"{name}_top_logp"], logp, rtol=1e-5)
     for place in np.ndindex(B, T):
         shared = set(ours[place]) & set(theirs[place])
         np.testing.assert_allclose(stats["top_overlap"][place], len(shared) / k, rtol=1e-6)
@@ -497,7 +505,7 @@ def test_diagnostics_match_their_definitions(arrays):
     assert not jax.grad(diagnostics)(a["hidden"]).any()
 
 
-TOP = {"top_ids", "top_logp"}
+TOP = {"top_ids", "top_logp", *TOP_STATS}
 
 
 @pytest.mark.parametrize(
@@ -546,7 +554,8 @@ def test_bfloat16_is_summed_in_float32(arrays):
         stats = token_stats(*student, teacher, a["teacher_head"], loss_chunk_mib=1, **options)
         options["divergence"] = Divergence("jsd")
         exactly = token_stats(*student, teacher, a["teacher_head"], loss_chunk_mib=1, **options)
-        assert all(x.dtype == jnp.float32 for x in (*stats.values(), exactly["divergence"]))
+        numbers = [x for name, x in stats.items() if not name.endswith("_ids")]
+        assert all(x.dtype == jnp.float32 for x in (*numbers, exactly["divergence"]))
         return stats["logp"].sum() + stats["divergence"].sum()
 
     assert jax.grad(loss)(a["head"]).dtype == jnp.float32

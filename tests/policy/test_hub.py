@@ -153,7 +153,7 @@ def test_the_model_of_a_run_is_found_from_any_directory(tmp_path, monkeypatch):
     assert hub.resolve_model_dir(run) == started / "models" / "own"
     assert hub.resolve_tokenizer_dir(run) == ROOT / "assets" / "teacher"
     (run / "environment.json").unlink()
-    with pytest.raises(UserError, match=r"student\\.path: models/own: no model directory"):
+    with pytest.raises(UserError, match=r"student\.path: models/own: no model directory"):
         hub.resolve_model_dir(run)
     shutil.copytree(BASE, tmp_path / "models" / "own")
     assert hub.resolve_model_dir(run) == Path("models/own")

@@ -215,7 +215,7 @@ def test_help_of_a_verb_names_all_its_flags(name, capsys, monkeypatch):
         cli.run(verb.main, verb.OPTIONS)
     out = capsys.readouterr().out
     assert stop.value.code == 0 and out.startswith(str(verb.__doc__).strip())
-    for flag in verb.OPTIONS:
+    for flag in (name for name in verb.OPTIONS if "." not in name):  # no key of a config
         assert f"\n  --{flag}=" in out or f"\n  --[no]{flag}\n" in out
     assert ("--config.opd.steps=200" in out) == ("config" in verb.OPTIONS)
     assert ("--coordinator_address" in out) == (name in ("train", "generate", "evaluate"))

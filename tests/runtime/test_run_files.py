@@ -15,7 +15,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 
 from distill.runtime import environment, run_files
-from tests.support.runs import read_scalars
+from tests.support.runs import read_scalars, read_texts
 
 
 def rows(path):
@@ -43,16 +43,6 @@ def test_json_has_null_for_non_finite_numbers():
         "c": 1.5,
         "d": [1, None],
     }
-
-
-def test_wilson_interval_matches_r():
-    assert run_files.wilson_interval(0, 0) == (0.0, 1.0)
-    # R: prop.test(8, 10, correct=FALSE)
-    np.testing.assert_allclose(run_files.wilson_interval(8, 10), (0.4901625, 0.9433178), atol=1e-6)
-    low, high = run_files.wilson_interval(0, 10)
-    assert low == 0.0 and high == pytest.approx(0.2775328)
-    low, high = run_files.wilson_interval(10, 10)
-    assert low == pytest.approx(0.7224672) and high == pytest.approx(1.0)
 
 
 def test_writer_writes_metrics_rollouts_and_tensorboard(tmp_path):
@@ -132,6 +122,34 @@ def test_an_event_file_has_checksums(tmp_path):
     assert records[0].file_version == "brain.Event:2"
     assert records[1].session_log.status == event_pb2.SessionLog.START and records[1].step == 3
     assert records[2].summary.value[0].simple_value == 1.0
+
+
+def test_tensorboard_shows_the_config_and_transcripts(tmp_path):
+    """As text that Markdown leaves as it is; once a step, as the scalars."""
+    stage = {"objective": "opd", "steps": 2}
+    run_files.write_json(tmp_path / "config.json", {"stages": ["opd"], "opd": stage})
+    row = {"prompt": "a\n<b>*", "response": "half\ud800", "tokens": [1, 2], "kl": [0.5, np.nan]}
+    for resume_step in (0, 1):  # killed after step 1, which is repeated
+        with run_files.Writer(tmp_path, resume_step) as writer:
+            for step in range(resume_step, 2):
+                writer.write_rollouts(step, [row])
+                writer.write(step, "opd", {"x": step})
+    texts = read_texts(tmp_path / "tensorboard")
+    config = '    stages = ["opd"]\n    opd.objective = "opd"\n    opd.steps = 2'
+    transcript = "**1.** tokens 2, kl 0.5\n\n    a\n    <b>*\n\n    half?"
+    names = ("config/text_summary", "transcripts/text_summary")
+    assert texts == [
+        *((0, names[0], config), (0, names[1], transcript)),
+        *((1, names[0], config), (1, names[1], transcript)),
+    ]
+    assert read_scalars(tmp_path / "tensorboard") == [(0, "x", 0), (1, "x", 1)]
+
+
+def test_without_a_board_tensorboard_is_left_alone(tmp_path):
+    with run_files.Writer(tmp_path, 0, has_board=False) as writer:
+        writer.write(0, "opd", {"x": 1})
+        writer.write_rollouts(0, [{"text": "a"}])
+    assert not (tmp_path / "tensorboard").exists()
 
 
 def test_write_json_is_whole_or_absent(tmp_path):

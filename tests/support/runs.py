@@ -76,13 +76,25 @@ def transcripts(workdir):
 
 def read_scalars(folder):
     """Returns (step, name, value) of all scalars in TensorBoard's files, in order of steps."""
-    found = []
+    values = _read_values(folder)
+    return sorted((step, v.tag, v.simple_value) for step, v in values if v.HasField("simple_value"))
+
+
+def read_texts(folder):
+    """Returns (step, name, text) of all texts in TensorBoard's files, in order of steps."""
+    values = _read_values(folder)
+    return sorted(
+        (step, v.tag, v.tensor.string_val[0].decode()) for step, v in values if v.HasField("tensor")
+    )
+
+
+def _read_values(folder):
     for path in folder.iterdir():
         with path.open("rb") as file:
             while event := tensorboard._read_event(file):
-                found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+                for value in event.summary.value:
+                    yield event.step, value
             assert file.read() == b"", "TensorBoard does not read what follows damage"
-    return sorted(found)
 
 
 def read_run(workdir: Path) -> dict[str, Any]:

@@ -17,9 +17,11 @@ def verb_module(name: str) -> ModuleType:
 def call(verb: ModuleType, *arguments: str) -> int:
     """Runs a verb in this process and returns its exit code."""
     verb.OPTIONS.unparse_flags()
+    for key in [name for name in verb.OPTIONS if "." in name]:  # keys of an earlier call's config
+        delattr(verb.OPTIONS, key)
     before, sys.argv = sys.argv, [verb.__name__, *map(str, arguments)]
     try:
-        cli.run(verb.main, verb.OPTIONS)
+        cli.run(verb.main, verb.OPTIONS, getattr(verb, "ARGUMENTS", None))
     except SystemExit as stop:
         assert isinstance(stop.code, int)
         return stop.code

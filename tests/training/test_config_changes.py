@@ -37,6 +37,7 @@ def compare(
     ("key", "value", "reason"),
     [
         ("log.transcripts", 3, EXACT),
+        ("log.to", ("tensorboard", "mlflow"), EXACT),
         ("log.overlap_top_k", 5, ROUNDING),
         ("eval.every", 7, EXACT),
         ("alerts.stop_on", ("entropy",), EXACT),

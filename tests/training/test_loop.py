@@ -240,6 +240,7 @@ BAD = {
     "schedule": (change("opd.optim.schedule", "cosin"), "cosin"),
     "checkpoints": (change("checkpoint.every", 0), "config.checkpoint.every=0: must be at least 1"),
     "kept": (change("checkpoint.keep", 0), "config.checkpoint.keep=0: must be at least 1"),
+    "trackers": (change("log.to", ("wandbb",)), "config.log.to: 'wandbb' is none of tensorboard, "),
     "minutes": (
         change("checkpoint.every_minutes", -1.0),
         "config.checkpoint.every_minutes=-1.0: must be at least 0 (never)",

@@ -239,9 +239,14 @@ def test_a_folder_of_models_is_no_workdir(tmp_path: Path, run: Run, name: str) -
 
 
 def test_a_run_without_a_step_belongs_to_whoever_starts_it(run: Run, capsys: Any) -> None:
+    trackers = run.workdir / "trackers.json"
     run.check(0)
+    trackers.write_text("{}")
+    run.check(0)
+    assert trackers.exists()
     run.c.seed, run.c.opd.optim.learning_rate, run.c.stages = 5, 1e-3, ("opd",)
     record = run.check(0)
+    assert not trackers.exists()  # it is another run there, too
     assert f"{run.workdir} holds no step, so it starts again: config." in capsys.readouterr().err
     assert json.loads((run.workdir / "config.json").read_text())["seed"] == 5
     assert not any(key.startswith("config.sft") for key in record["inputs"])

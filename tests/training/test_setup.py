@@ -52,10 +52,8 @@ def test_all_prompts_that_are_too_long_are_counted_at_once(tmp_path: Path) -> No
 
     with pytest.raises(UserError) as error:
         load()
-    assert str(error.value) == (
-        f"{s.data.source}: 2 of 3 prompts are longer than config.opd.max_prompt_tokens=20; the "
-        f"longest has 130 tokens ({s.data.source}:3). Raise it, or leave such rows out with "
-        "config.data.on_bad_row=skip"
+    assert f"of {s.data.source}, 2 of 3 prompts are longer, the longest 130 tokens" in str(
+        error.value
     )
     s.data.on_bad_row = "skip"
     assert load().size == 1

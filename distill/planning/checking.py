@@ -1,0 +1,186 @@
+"""Checks a run without starting it: all that is wrong at once, its memory, and what it compiles.
+
+Reads the configs of the models and every row of the data, but no weights, and writes nothing.
+"""
+
+import collections
+import copy
+import functools
+import importlib.util
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from distill.planning import aot, gpus, programs
+from distill.policy import hub, policy
+from distill.runtime import mesh as mesh_lib
+from distill.runtime import paths, run_files
+from distill.runtime.gpu import GPU_PLUGINS
+from distill.training import eval_hook, memory, preflight, resume, setup
+from distill.training.setup import RunSetup
+from models.errors import UserError, UserErrors
+
+ALL_ROWS = 2**62
+T = TypeVar("T")
+
+
+class Mistakes:
+    """The mistakes found so far, each once."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def collect(self, check: Callable[[], T]) -> T | None:
+        """Returns what a check returns; None if it finds a mistake."""
+        try:
+            return check()
+        except UserError as error:
+            if str(error) not in self.found:
+                self.found.append(str(error))
+            return None
+
+
+def check_run(c: ConfigDict, workdir: str = "", topology: str = "") -> None:
+    """Prints what a run would read, need and compile, and what cannot be checked here.
+
+    Args:
+      workdir: of the run; if it holds one, the config must be one that can go on with it.
+      topology: a slice or GPUs, as in `plan`, which need not be here; "": this machine's devices.
+
+    Raises:
+      UserErrors: with every mistake that was found.
+    """
+    mistakes, devices, memory_limit = Mistakes(), None, None
+    if topology:
+        devices, memory_limit = find_devices(topology), aot.get_chip(topology).hbm_gib * 2**30
+    meshes = mistakes.collect(lambda: mesh_lib.make_meshes(c, devices))
+    # Stand-ins on the CPU have another attention, and so other memory.
+    are_stand_ins = devices is not None and devices[0].platform == "cpu"
+    with hub.without_weights():
+        checked = _set_up(c, devices, meshes, workdir, mistakes)
+        if checked is None:
+            raise UserErrors(mistakes.found)
+        run_setup, steps_done = checked
+        remaining = [stage for stage in run_setup.stages if stage.end_step > steps_done]
+        for stage in remaining:
+            data = stage.c.data
+            names = [name for name, _ in data.mixture] or [data.source]
+            read = f"{stage.source.size:,} rows" if stage.source.size else "rows"
+            run_files.log_line(f"{stage.name} reads {read} of {', '.join(names)}")
+        if meshes and not are_stand_ins:
+            _check_memory(c, run_setup, meshes[0], steps_done, memory_limit, mistakes)
+    if mistakes.found:
+        raise UserErrors(mistakes.found)
+    if are_stand_ins:
+        package = "jax-cuda12-plugin[with-cuda]" if _is_gpu(topology) else "libtpu"
+        run_files.log_line(
+            f"not checked: memory and programs, which for {topology} take its compiler: "
+            f"pip install {package!r}"
+        )
+    run_files.log_line("nothing wrong was found; nothing was written")
+
+
+def _is_gpu(topology: str) -> bool:
+    return topology.partition(":")[0] in gpus.GPUS
+
+
+def find_devices(topology: str) -> list[Any]:
+    """Returns the devices of a slice or of GPUs that need not be here; without their compiler, CPU
+    devices of the same number stand in.
+
+    Call it before JAX is used: it then leaves accelerators of this machine alone.
+
+    Raises:
+      UserError: if there is no such slice.
+    """
+    aot.get_chip(topology)
+    jax.config.update("jax_platforms", "cpu")
+    plugins = GPU_PLUGINS if _is_gpu(topology) else ("libtpu",)
+    if any(importlib.util.find_spec(name) for name in plugins):
+        return aot.get_devices(topology)
+    count = math.prod(int(size) for size in topology.partition(":")[2].split("x"))
+    jax.config.update("jax_num_cpu_devices", count)
+    return jax.devices()
+
+
+def _set_up(
+    c: ConfigDict,
+    devices: list[Any] | None,
+    meshes: tuple[Mesh, Mesh] | None,
+    workdir: str,
+    mistakes: Mistakes,
+) -> tuple[RunSetup, int] | None:
+    """Sets the run up as `train` does, but for the files that it writes, and reads all rows.
+
+    Args:
+      meshes: None if the config's cannot be made.
+
+    Returns the setup, and the steps that the run in `workdir` has done; None if there is none.
+    """
+    whole = copy.deepcopy(c)
+    for name in c.stages:
+        if isinstance(c.get(name), ConfigDict) and "data" in c[name] and not c[name].data.streaming:
+            whole[name].data.check_rows = ALL_ROWS
+    mesh = mesh_lib.make_mesh(1, 1, 1, devices=devices or jax.devices())
+    one_device = mesh, mesh
+    path = epath.Path(workdir) if workdir and not paths.is_remote(workdir) else None
+    steps_done = (path and mistakes.collect(lambda: policy.find_newest_step(str(path)))) or 0
+
+    def set_up(stages: tuple[str, ...], meshes: tuple[Mesh, Mesh], steps_done: int = 0) -> RunSetup:
+        part = copy.deepcopy(whole)
+        part.stages = stages
+        return setup.setup_run(part, *meshes, steps_done)
+
+    run_setup = mistakes.collect(lambda: set_up(c.stages, meshes or one_device, steps_done))
+    if run_setup is None:  # stage by stage, and without the mesh, more may be found
+        for name in c.stages:
+            for choice in (meshes or one_device, one_device):
+                mistakes.collect(functools.partial(set_up, (name,), choice))
+            if name in c:
+                mistakes.collect(functools.partial(setup.make_stage_optimizer, name, c[name]))
+        return None
+    validation = mistakes.collect(
+        lambda: eval_hook.setup_validation(c.eval, run_setup.student, c.seed)
+    )
+    if path and (path / "config.json").exists():
+        remaining = [stage for stage in run_setup.stages if stage.end_step > steps_done]
+
+        def compare() -> None:
+            eval_rows = validation.rows if validation else None
+            inputs = resume.describe_inputs(c, remaining, eval_rows)
+            resume.init_workdir(path, c, inputs, steps_done, writes=False)
+
+        mistakes.collect(compare)
+    return run_setup, steps_done
+
+
+def _check_memory(
+    c: ConfigDict,
+    run_setup: RunSetup,
+    mesh: Mesh,
+    steps_done: int,
+    memory_limit: float | None,
+    mistakes: Mistakes,
+) -> None:
+    """Prints the memory of the largest stage, and the programs of every stage."""
+    checks = preflight.check_memory(c, run_setup, mesh, steps_done, memory_limit)
+    for line in mistakes.collect(lambda: [*checks]) or ():
+        run_files.log_line(line)
+    if memory_limit is None:
+        memory_limit = memory.get_memory_limit()
+    student = run_setup.student
+    trained = mesh_lib.make_abstract_params(student.config, mesh, student.model.lora)
+    for stage in run_setup.stages:
+        if stage.end_step <= steps_done:
+            continue
+        described = memory.describe_stage(c, run_setup, stage, trained)
+        with mesh_lib.use_mesh(mesh), jax.default_matmul_precision(None):
+            calls = programs.list_stage_calls(described, memory_limit)
+        counts = collections.Counter(call.name for call in calls)
+        names = [f"{name} x {n}" if n > 1 else name for name, n in counts.items()]
+        run_files.log_line(f"{stage.name} compiles {len(calls)} programs: {', '.join(names)}")

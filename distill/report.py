@@ -1,0 +1,40 @@
+"""python -m distill.report runs/a runs/b … --out=report.html: one page about runs and evaluations.
+
+Reads directories of runs and of evaluations, and writes a page that needs nothing else: curves with
+bands over seeds, results with intervals and paired differences, cost, differences of configs, and
+transcripts with each token coloured by its reverse KL. What is missing or broken in a directory is
+said beside its name, and all else is shown. With --figures it also writes the main curves as SVG
+and PNG, and the tables as Markdown.
+"""
+
+from absl import flags
+
+from distill.reporting import writing
+from distill.runtime import cli, paths
+from models.errors import UserError
+
+OPTIONS = flags.FlagValues()
+OUT = flags.DEFINE_string("out", "report.html", "HTML file to write.", flag_values=OPTIONS)
+FIGURES = flags.DEFINE_string(
+    "figures", "", "Directory for the main curves (SVG, PNG) and report.md.", flag_values=OPTIONS
+)
+TRANSCRIPTS = flags.DEFINE_integer(
+    "transcripts", 200, "Most transcripts of a run.", lower_bound=0, flag_values=OPTIONS
+)
+ARGUMENTS: list[str] = []  # directories
+
+
+def main() -> None:
+    if not ARGUMENTS:
+        raise UserError("name a run: python -m distill.report runs/a runs/b --out=report.html")
+    names = list(dict.fromkeys(paths.expand_home(name) for name in ARGUMENTS))
+    out = paths.check_output(OUT.value)
+    shown = writing.write_report(names, out, TRANSCRIPTS.value)
+    print(f"report    {OUT.value}")
+    if FIGURES.value:
+        writing.write_figures(shown, FIGURES.value)
+        print(f"figures   {FIGURES.value}: SVG, PNG and report.md")
+
+
+if __name__ == "__main__":
+    cli.run(main, OPTIONS, ARGUMENTS)

@@ -1,0 +1,259 @@
+"""Checks README and docs/*.md: what they name exists, links resolve, and commands run."""
+
+import functools
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import base
+from tests.support.pages import (
+    GUIDES,
+    PAGES,
+    find_blocks,
+    find_spans,
+    make_anchors,
+    name_page,
+    split_lines,
+)
+from tests.support.paths import ROOT
+from tests.support.verbs import call
+
+NAMED_PAGES = [pytest.param(page, id=name_page(page)) for page in PAGES]
+
+# Links
+
+
+@pytest.mark.parametrize("page", NAMED_PAGES)
+def test_links_and_images_resolve(page: Path) -> None:
+    text = page.read_text()
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    targets += re.findall(r"(?:src|srcset|href)=\"([^\"]+)\"", text)
+    for target in targets:
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{name_page(page)}: {target}"
+        assert not anchor or anchor in make_anchors(file.read_text()), target
+
+
+def test_readme_links_to_every_page_and_is_short() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 250
+    for page in PAGES[1:]:
+        assert f"]({name_page(page)})" in text, page
+
+
+def test_readme_lists_the_verbs() -> None:
+    verbs = {
+        file.stem for file in (ROOT / "distill").glob("*.py") if "cli.run(main" in file.read_text()
+    }
+    section = (ROOT / "README.md").read_text().partition("\n## The verbs\n")[2]
+    table = section.partition("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == verbs
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.stem) for page in GUIDES])
+def test_a_page_begins_with_its_use_and_a_command(page: Path) -> None:
+    text = page.read_text()
+    assert re.match(r"# .+\n\nAfter this page you can ", text)
+    assert re.search(r"^```(bash|python)\n", text.partition("\n## ")[0], re.MULTILINE)
+
+
+# Names in the prose
+
+
+@functools.cache
+def read_sources() -> str:
+    """Returns everything that may define a name: code, configs, launcher and notebook; of tests
+    their paths and what they define."""
+    code = ("assets", "benchmarks", "configs", "distill", "models")
+    files = [file for folder in code for file in (ROOT / folder).rglob("*.py")]
+    for pattern in ("*.sh", "Makefile", "requirements*.txt", "notebooks/*.ipynb", "*.toml"):
+        files += ROOT.glob(pattern)
+    texts = [file.read_text() for file in files]
+    for file in (ROOT / "tests").rglob("*.py"):
+        texts.append(str(file.relative_to(ROOT)))
+        texts += re.findall(r"^(?:def |class )?\w+(?=[(:]| =)", file.read_text(), re.MULTILINE)
+    return "\n".join(texts)
+
+
+@functools.cache
+def list_words() -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", read_sources()))
+
+
+def flatten(c: ConfigDict, prefix: str = "") -> Iterator[str]:
+    for name in c:
+        yield f"{prefix}{name}"
+        if isinstance(c[name], ConfigDict):
+            yield from flatten(c[name], f"{prefix}{name}.")
+
+
+@functools.cache
+def list_keys() -> frozenset[str]:
+    """Returns all keys of a config, each with every ending that prose may use for it."""
+    keys = set(flatten(base.get_config()))
+    return frozenset(key.split(".", i)[-1] for key in keys for i in range(key.count(".") + 1))
+
+
+@functools.cache
+def list_flags() -> frozenset[str]:
+    flags = set(re.findall(r"^ +--([\w-]+)=?\*?\) ", (ROOT / "launch_tpu.sh").read_text(), re.M))
+    for file in (ROOT / "distill").glob("*.py"):
+        flags |= set(getattr(importlib.import_module(f"distill.{file.stem}"), "OPTIONS", ()))
+    return frozenset({name for name in flags if not name.startswith("config.")})
+
+
+# Names that belong to others, and those that a reader of CONTRIBUTING is to replace or to add.
+FOREIGN = ("sbatch --requeue", "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92", "pypi.org", "-s osv")
+FOREIGN += ("pip install --require-hashes -r requirements-lock.txt", "mlflow.db")
+TEMPLATE = re.compile(r"NAME|FILE|/X/|olympiad|opd_jsd")
+
+
+def find_fault(span: str) -> str:
+    """Returns what is wrong with a code span; "" if all that it names exists."""
+    if span in FOREIGN or TEMPLATE.search(span):
+        return ""
+    for name in re.findall(r"(?<![\w-])--([\w.-]+)", span):
+        if name.startswith("config."):
+            if name.removeprefix("config.").replace("STAGE", "opd") not in list_keys():
+                return f"--{name}: no such key"
+        elif name != "config" and name not in list_flags():
+            return f"--{name}: no such flag"
+    key = re.fullmatch(r"(?:config\.|c\.)?([a-z]\w*(?:\.[a-z]\w*)*)(?:=.*)?", span)
+    if "." in span.partition("=")[0] and key and not _is_key_or_symbol(key[1]):
+        return f"{key[1]}: neither a key nor a file nor a name in the code"
+    ours = re.match(r"(?:assets|benchmarks|configs|distill|docs|models|tests)/[\w./]+", span)
+    if ours:
+        return "" if (ROOT / ours[0]).exists() else f"{ours[0]}: no such file"
+    for word in re.findall(r"[A-Za-z_]\w{2,}", span):
+        if word not in list_words():
+            return f"{word}: the code does not know it"
+    return ""
+
+
+def _is_key_or_symbol(name: str) -> bool:
+    if name.replace("STAGE.", "") in list_keys():
+        return True
+    last = name.rpartition(".")[2]
+    if last in ("py", "md", "json", "jsonl", "parquet", "safetensors", "txt", "sh"):
+        return name in read_sources() or bool(list(ROOT.glob(f"**/{name}")))
+    return bool(re.search(rf"^\s*(?:def |class )?{last}\b\s*[(:=]", read_sources(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", NAMED_PAGES)
+def test_code_spans_name_what_exists(page: Path) -> None:
+    faults = {span: find_fault(span) for span in find_spans(page.read_text())}
+    assert not {span: fault for span, fault in faults.items() if fault}
+
+
+@pytest.mark.parametrize(
+    "span",
+    [
+        "--workdri",
+        "--config.opd.stesp=4",
+        "python -m distill.trian",
+        "opd.stesp",
+        "data.colums=question=input",
+        "distill/training/looop.py",
+        "metrics.jsonll",
+        "train/reverse_kll",
+        "WANDB_API_KEYS",
+        "qwen3-thinkking",
+    ],
+)
+def test_names_that_do_not_exist_are_found(span: str) -> None:
+    assert find_fault(span)
+
+
+# Figures
+
+
+def test_readme_has_the_table_of_the_results() -> None:
+    readme = (ROOT / "README.md").read_text()
+    results = (ROOT / "benchmarks/results/quickstart.md").read_text()
+    table = results[results.index("| |") :]
+    assert table.count("\n") >= 5 and table in readme
+
+
+# Commands
+
+# Commands of README and docs/ that the tests below do not run: a pattern, and why. The flags, keys
+# and files of all are checked in test_commands.py.
+NOT_RUN = {
+    r"Qwen/|hf:|configs/gsm8k\.py": "read models or data of the hub",
+    r"=runs/gsm8k|samples\.jsonl|traces\.jsonl": "need what these made",
+    r"^pip |^python3 -m venv": "install packages",
+    r"log\.to=|^tensorboard|^trackio|^mlflow": "need packages that the project does not install",
+    r"launch_tpu\.sh|gcloud|ACCELERATOR=": "need Google Cloud",
+    r"import jax": "shows GPUs",
+    r"^make quickstart": "takes minutes; test_quickstart.py runs it, tiny",
+    r"assets/make_tokenizer|tiny_teacher|tiny_student": "made the models that are committed",
+    r"ablations\.py|for rate in": "are studies, whose runs test_recipes.py checks",
+}
+
+
+def find_commands() -> Iterator[tuple[str, str]]:
+    """Yields the lines of the bash blocks of README and docs/."""
+    for page in (PAGES[0], *GUIDES):
+        for block in find_blocks(page.read_text(), "bash"):
+            yield from ((name_page(page), line) for line in split_lines(block))
+
+
+def is_run(line: str) -> bool:
+    return not any(re.search(pattern, line) for pattern in NOT_RUN)
+
+
+def test_each_reason_for_not_running_a_command_is_needed() -> None:
+    lines = [line for _, line in find_commands()]
+    for pattern in NOT_RUN:
+        assert any(re.search(pattern, line) for line in lines), pattern
+    assert sum(map(is_run, lines)) > 10
+
+
+@pytest.mark.long  # starts a process for each command
+@pytest.mark.parametrize("page", sorted({where for where, line in find_commands() if is_run(line)}))
+def test_commands_that_need_nothing_else_run(page: str, tmp_path: Path) -> None:
+    """Runs them in order, in a folder of their own that sees the checkout."""
+    for folder in ("assets", "configs", "distill", "models"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    for line in [line for where, line in find_commands() if where == page and is_run(line)]:
+        command = re.sub(r"^python\b", shlex.quote(sys.executable), line)
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, line + done.stdout[-1000:] + done.stderr[-2000:]
+
+
+@pytest.mark.long
+def test_the_commands_of_your_own_models_run(tmp_path: Path, monkeypatch) -> None:
+    """Trains, evaluates and exports by README's flags, with the recipe's tiny variant, the embedded
+    models and their task in place of GSM8K."""
+    section = (ROOT / "README.md").read_text().partition("\n## Your own models\n")[2]
+    blocks = list(find_blocks(section.partition("\n## ")[0], "bash"))
+    lines = [shlex.split(line) for line in split_lines(blocks[-1])]
+    assert [line[2] for line in lines] == ["distill.train", "distill.evaluate", "distill.export"]
+    monkeypatch.chdir(ROOT)
+    changes = {
+        "--config=configs/gsm8k.py": "--config=configs/gsm8k.py:tiny",
+        "--config.student.path=Qwen/Qwen3-0.6B": "--config.student.path=assets/student",
+        "--config.teacher.path=Qwen/Qwen3-8B": "--config.teacher.path=assets/teacher",
+        "--benchmark=gsm8k": "--benchmark=arithmetic",
+        "--data=hf:": "--limit=2",
+        "--max_new_tokens=1024": "--max_new_tokens=16",
+        "--out=student": f"--out={tmp_path}/student",
+    }
+    used = set()
+    for words in lines:
+        used |= changes.keys() & set(words)
+        flags = [changes.get(w, w).replace("runs/gsm8k", f"{tmp_path}/run") for w in words[3:]]
+        assert call(importlib.import_module(words[2]), *flags) == 0
+    assert used == changes.keys()
+    assert (tmp_path / "run/eval/summary.json").is_file()
+    assert (tmp_path / "student/model.safetensors").is_file()
