@@ -77,16 +77,19 @@ def test_a_finished_run_has_a_table_its_place_and_the_next_commands(
     assert captured.err.splitlines() == [
         "stage  steps  time  reverse KL       length   cut",
         "opd    8      4 s   0.8000 → 0.1000  40 → 40  0% → 0%",
-        f"wrote {run}: metrics.jsonl, rollouts/, checkpoints/, tensorboard/",
+        f"wrote {run}: metrics.jsonl, rollouts/, checkpoints/",
         "next:",
         f"  python -m distill.evaluate '--model={run}' --benchmark=arithmetic "
         f"'--out={run}/evaluation'",
         f"  python -m distill.export '--run={run}' '--out={run}/export'",
+        f"  python -m distill.report '{run}' '--out={run}/report.html'",
         f"  tensorboard --logdir='{run}/tensorboard'",
     ]
+    c.log.to = ()
     c.eval.every, c.eval.benchmark, c.eval.data = 2, "gsm8k", "test.jsonl"
     run_summary.print_end(c, [make_stage("opd")], epath.Path(run))
-    assert " --benchmark=gsm8k --data=test.jsonl " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert " --benchmark=gsm8k --data=test.jsonl " in said and "tensorboard --logdir" not in said
 
 
 @pytest.mark.parametrize(
@@ -106,7 +109,7 @@ def test_a_run_says_from_where_it_goes_on(
     assert lines[0] == line
     assert lines[1:] == (
         [
-            "files: metrics.jsonl and tensorboard/ (each step), rollouts/ (every 2 steps), "
+            "files: metrics.jsonl (each step), rollouts/ (every 2 steps), "
             "checkpoints/ (every 2 steps or 10 min)"
         ]
         if steps_done < 8
