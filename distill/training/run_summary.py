@@ -1,6 +1,7 @@
 """What a run says of itself on the terminal: where it begins, a step's figures, and its end."""
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from distill.runtime import console, run_files, trackers
+from distill.runtime import console, run_files
 from distill.training.setup import StageSetup
 
 # Metric -> its name on the terminal, and how it is written. A stage shows those that it has.
@@ -88,9 +89,8 @@ def _describe_start(
         yield f"run {workdir}: goes on from step {steps_done:,} of {total:,}{place}"
     minutes = c.checkpoint.every_minutes
     also = f" or {minutes:g} min" if minutes else ""
-    board = " and tensorboard/" if trackers.TENSORBOARD in c.log.to else ""
     yield (
-        f"files: metrics.jsonl{board} (each step), rollouts/ (every "
+        f"files: metrics.jsonl (each step), rollouts/ (every "
         f"{c.log.transcripts_every:,} steps), checkpoints/ (every {c.checkpoint.every:,} steps"
         f"{also})" + (f", eval/ (every {c.eval.every:,} steps)" if c.eval.every else "")
     )
@@ -131,7 +131,6 @@ def print_end(c: ConfigDict, stages: Sequence[StageSetup], workdir: epath.Path) 
     made = [
         *render_stages(stages, rows).splitlines(),
         f"wrote {workdir}: metrics.jsonl, rollouts/, checkpoints/"
-        + (", tensorboard/" if trackers.TENSORBOARD in c.log.to else "")
         + (", eval/" if c.eval.every else ""),
     ]
     console.print_end(made, list(_list_next_commands(c, stages[-1], str(workdir))))
@@ -152,8 +151,9 @@ def _list_next_commands(c: ConfigDict, last: StageSetup, workdir: str) -> Iterat
             "generate", model=workdir, prompts=prompts, out=f"{workdir}/samples.jsonl"
         )
     yield console.format_command("export", run=workdir, out=f"{workdir}/export")
-    if trackers.TENSORBOARD in c.log.to:
-        yield f"tensorboard --logdir={workdir}/tensorboard"
+    yield console.format_command("report", workdir, out=f"{workdir}/report.html")
+    if "tensorboard" in c.log.to:
+        yield f"tensorboard --logdir={shlex.quote(f'{workdir}/tensorboard')}"
 
 
 def render_transcript(step: int, row: Row) -> str:
