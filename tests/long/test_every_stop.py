@@ -108,6 +108,8 @@ def compare_rounded(whole, moved):
     for row, other in zip(expected["metrics"], actual["metrics"], strict=True):
         assert row.keys() == other.keys()
         for key, value in row.items():
+            if key == "rollout/utilisation":  # slots are rounded to a multiple of the devices
+                continue
             if isinstance(value, float):
                 np.testing.assert_allclose(other[key], value, rtol=2e-3, atol=1e-5, err_msg=key)
             else:
