@@ -26,12 +26,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from distill.data import sources
-from distill.policy import identity
+from distill.policy import identity, policy
 from distill.policy.identity import Part
 from distill.runtime import environment, run_files
 from distill.teachers import local
 from distill.training import config_changes
 from distill.training.config_changes import SAME_CONTENT, Change
+from models import adapter, tensor_files
 from models.errors import UserError
 
 INPUTS_FILE = "inputs.json"
@@ -70,6 +71,7 @@ def init_workdir(
     """
     path, inputs_path = workdir / "config.json", workdir / INPUTS_FILE
     checkpoints = workdir / "checkpoints"
+    _refuse_models(workdir)
     if checkpoints.exists() and not path.is_file():
         raise UserError(f"{workdir} holds checkpoints but no config.json: not a run to resume")
     # Checkpoints that cannot be read are damaged, and no reason to start again.
@@ -114,6 +116,19 @@ def init_workdir(
     except OSError as error:
         raise UserError(f"--workdir={workdir}: {error}") from error
     return sorted(record["inputs"])
+
+
+def _refuse_models(workdir: epath.Path) -> None:
+    """Raises UserError if a directory holds models, itself or in a folder of it, and no run: its
+    name was meant for something else."""
+    if not workdir.is_dir() or policy.is_run(workdir):
+        return
+    for folder in (workdir, *sorted(path for path in workdir.iterdir() if path.is_dir())):
+        names = (tensor_files.WHOLE_FILE, tensor_files.INDEX_FILE, adapter.TENSORS_FILE)
+        if any((folder / name).exists() for name in names):
+            raise UserError(
+                f"--workdir={workdir}: holds a model ({folder}) and no run; name a new directory"
+            )
 
 
 def compare_config(

@@ -229,6 +229,15 @@ def test_what_may_change_is_said(run: Run, capsys: Any) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["student", "adapter", "."])
+def test_a_folder_of_models_is_no_workdir(tmp_path: Path, run: Run, name: str) -> None:
+    folder = run.folder / name
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(UserError, match=r"--workdir=.*: holds a model \(.*\) and no run"):
+        resume.init_workdir(epath.Path(folder), run.c)
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_a_run_without_a_step_belongs_to_whoever_starts_it(run: Run, capsys: Any) -> None:
     trackers = run.workdir / "trackers.json"
     run.check(0)
