@@ -155,7 +155,10 @@ def check_python(arguments: list[str]) -> None:
         folder = module.partition(".")[0]
         require(folder in ("distill", "benchmarks"), f"{module}: no module of ours")
         require(importlib.util.find_spec(module), f"{module}: there is no such module")
-        check_flags(importlib.import_module(module).OPTIONS, arguments[2:])
+        verb, words = importlib.import_module(module), arguments[2:]
+        if hasattr(verb, "ARGUMENTS"):  # takes more than flags
+            words = [word for word in words if word.startswith("-")]
+        check_flags(verb.OPTIONS, words)
 
 
 def check_flags(options: FlagValues, words: list[str], required: bool = True) -> None:
