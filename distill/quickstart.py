@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, config_flags
 from distill.evaluation import evaluator, problems
 from distill.policy import exporting, policy
 from distill.policy.policy import Policy
+from distill.reporting import writing
 from distill.runtime import cli, console, paths, run_files
 from distill.runtime import mesh as mesh_lib
 from distill.training import loop, resume, setup
@@ -141,6 +142,8 @@ def main() -> None:
     print(f"{summary['distillation_seconds']:.0f} s to distil, {summary['seconds']:.0f} s in all")
     print(f"model     {summary['export']}  (a Hugging Face directory)")
     print(f"run       {out}: summary.json, metrics.jsonl, rollouts/, eval/, tensorboard/")
+    writing.write_report([str(out)], out / "report.html")
+    print(f"report    {out / 'report.html'}  (open it in a browser)")
     console.print_end(
         [],
         [

@@ -38,10 +38,10 @@ def make_transcript(seed: int, length: int, top: int = 0, **fields: Any) -> dict
         for side in ("student", "teacher"):
             row[f"{side}_top"] = [
                 [
-                    [x, round(math.log(0.7 * 0.3**place), 5)]
+                    [x, round(math.log(first * 0.3**place), 5)]
                     for place, x in enumerate(draw.sample(range(len(WORDS)), top))
                 ]
-                for _ in tokens
+                for first in (draw.uniform(0.4, 0.7) for _ in tokens)
             ]
         row["top_texts"] = {str(x): text for x, text in enumerate(WORDS)}
     return row | fields

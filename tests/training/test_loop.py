@@ -192,9 +192,11 @@ def test_transcripts_have_one_number_per_response_token(whole):
     for row in rows:
         assert row["prompt"].startswith("<|im_start|>user\n")
         assert row["finish_reason"] in ("stop", "length")
-        for name in ("logp", "teacher_logp", "reverse_kl", "entropy"):
+        for name in ("logp", "teacher_logp", "reverse_kl", "entropy", "token_texts"):
             assert len(row[name]) == len(row["tokens"])
         assert all(kl >= 0 for kl in row["reverse_kl"])
+        assert "".join(row["token_texts"]) == row["response"] and row["thinking"] is True
+        assert "reward" not in row and "student_top" not in row and "top_texts" not in row
 
 
 def change(path, value):
