@@ -14,7 +14,8 @@ from models.errors import UserError
 
 POLL_SECONDS = 2
 _HOSTS = ("127.0.0.1", "localhost")
-_SHOWN = ("*.json", "*.jsonl", "rollouts/*.jsonl", "eval/*/*.json*", "eval/*/*/*.json*")
+_SHOWN = ("*.json", "*.jsonl", "rollouts/*.jsonl", "eval/*.json*", "eval/*/*.json*")
+_SHOWN += ("eval/*/*/*.json*",)
 
 # Asks for the state of the files, and loads the page again, in its place, when they have changed.
 _SCRIPT = """"use strict";

@@ -84,10 +84,12 @@ def test_tables_have_results_differences_and_cost(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a")
     write_evaluation(run / "eval" / "000002", [False] * 40 + [True] * 10)
     write_evaluation(run / "eval" / "000006", [True] * 40 + [False] * 10)
+    write_evaluation(run / "eval" / "other" / "sampled", [True], benchmark="math500")
     alone = write_evaluation(tmp_path / "e", [False] * 50)
     text = Reader(build(tmp_path, run, alone)).text
     assert "80.0 [67.0, 88.8]" in text
     assert f"{run}/eval/000006 is better than {run}/eval/000002 by 60.0" in text
+    assert f"{run}/eval/other/sampled math500" in " ".join(text.split())
     assert f"{alone} is worse than {run}/eval/000006 by 80.0" in text
     # Six steps of 15 minutes on four devices.
     assert "1.5" in text and "device-hours" in text and " 6 " in text and "4 TPU v5e" in text
