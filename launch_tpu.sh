@@ -21,10 +21,14 @@
 #   --slices=1                     above 1: a multislice job
 #   --runtime=                     the image; default: the accelerator's
 #   --delete-on-exit               babysit: delete the slice when the run has ended
+#   --no-check                     skip the check of the run before a slice is asked for
 #   --dry-run                      print the commands, run nothing
 #
+# `up`, `run` and `babysit`, and their dry runs, first call `python -m distill.train --check` here: a
+# wrong flag, a row that cannot be used, or too little memory is found before anything is billed.
+#
 # Options with values can also be set as environment variables: NAME, ZONE, PROJECT, ACCELERATOR,
-# CAPACITY, SLICES, RUNTIME. Further ones: POLL (seconds between checks, 20), WAIT (seconds at most
+# CAPACITY, SLICES, RUNTIME; --no-check as CHECK=0. Further ones: POLL (seconds between checks, 20), WAIT (seconds at most
 # for a slice, 86400), RETRIES (restarts by babysit without a new checkpoint, 20). HF_TOKEN,
 # WANDB_API_KEY, JAX_COMPILATION_CACHE_DIR and LIBTPU_INIT_ARGS, if set, are passed to the run in a
 # file that only you can read.
@@ -38,6 +42,7 @@
 set -euo pipefail
 
 FORWARD="HF_TOKEN WANDB_API_KEY JAX_COMPILATION_CACHE_DIR LIBTPU_INIT_ARGS"
+IMPORTS='import importlib.util as u; [u.find_spec(x) or exit(1) for x in ("jax", "transformers")]'
 MAX_MB=100 # of the checkout; data belong on gs://
 
 say() { printf '%s\n' "$*" >&2; }
@@ -64,7 +69,7 @@ parse() { # parses the command line into VERB, the options and ARGS
   NAME=${NAME:-} ZONE=${ZONE:-} PROJECT=${PROJECT:-} ACCELERATOR=${ACCELERATOR:-}
   CAPACITY=${CAPACITY:-on-demand} SLICES=${SLICES:-1} RUNTIME=${RUNTIME:-}
   POLL=${POLL:-20} WAIT=${WAIT:-86400} RETRIES=${RETRIES:-20}
-  WORKER=0 DELETE_ON_EXIT=0 DRY=0 ARGS=() VERB=${1:---help}
+  CHECK=${CHECK:-1} TOPOLOGY="" WORKER=0 DELETE_ON_EXIT=0 DRY=0 ARGS=() VERB=${1:---help}
   (($# == 0)) || shift
   while (($#)); do
     case $1 in
@@ -77,6 +82,7 @@ parse() { # parses the command line into VERB, the options and ARGS
       --runtime=*) RUNTIME=${1#*=} ;;
       --worker=*) WORKER=${1#*=} ;;
       --delete-on-exit) DELETE_ON_EXIT=1 ;;
+      --no-check) CHECK=0 ;;
       --dry-run) DRY=1 ;;
       --help) VERB=--help ;;
       --) shift && ARGS=("$@") && break ;;
@@ -107,8 +113,9 @@ check() { # checks the options before anything is billed; sets PLACE, GROUP and 
   flags ${ARGS[@]+"${ARGS[@]}"}
 }
 
-accelerator() { # resolves ACCELERATOR and RUNTIME; sets WORKERS, the hosts of all slices
-  local asked=$ACCELERATOR kind n image sizes
+accelerator() { # resolves ACCELERATOR and RUNTIME; sets WORKERS, the hosts of all slices, and
+  # TOPOLOGY, the shape of one slice with the chips of all
+  local asked=$ACCELERATOR kind n image sizes shape shapes=""
   local flat="1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"
   local cubic="2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16"
   WORKERS=1
@@ -143,6 +150,13 @@ accelerator() { # resolves ACCELERATOR and RUNTIME; sets WORKERS, the hosts of a
     mistake "--accelerator=$asked: unknown; v5e-N and v6e-N have 1, 4, 8, 16, 32, 64, 128 or 256" \
       "chips; v4-N and v5p-N have N cores, a multiple of 8"
   ACCELERATOR=$kind-$n RUNTIME=${RUNTIME:-$image}
+  case $kind in
+    v4 | v5p) shapes=$cubic n=$((n / 2)) ;;
+    *) shapes=$flat ;;
+  esac
+  for shape in $shapes; do
+    ((${shape//x/*} != n * SLICES)) || TOPOLOGY=${kind/litepod/e}:$shape
+  done
 }
 
 flags() { # checks the run's flags before a slice is billed; sets WORKDIR
@@ -157,6 +171,20 @@ flags() { # checks the run's flags before a slice is billed; sets WORKDIR
   [[ -f $HERE/${config%%:*} ]] || mistake "--config=$config: no such file in $HERE"
   [[ $WORKDIR == gs://* ]] || { [[ $VERB != babysit ]] && ((WORKERS == 1)); } ||
     mistake "--workdir=$WORKDIR: a worker's disk is lost with the slice; use gs://…"
+}
+
+inspect() { # checks the run itself, as far as this machine can; ends if anything is wrong
+  local python found=""
+  ((CHECK)) || return 0
+  for python in "$HERE/.venv/bin/python" python3; do
+    [[ -n $found ]] || ! "$python" -c "$IMPORTS" 2>/dev/null || found=$python
+  done
+  [[ -n $found && -n $TOPOLOGY ]] || {
+    say "not checked: the run's flags, models and data: that takes --accelerator, and what" \
+      "\`make quickstart\` installs here"
+    return 0
+  }
+  (cd "$HERE" && "$found" -m distill.train --check "--topology=$TOPOLOGY" "$@") || exit
 }
 
 # --- the slice ------------------------------------------------------------------------------------
@@ -516,11 +544,16 @@ case $VERB in
   doctor | create | sync | setup | run | up | babysit | logs | status | stop | delete) check ;;
   *) mistake "$VERB: no such verb; --help lists them" ;;
 esac
+[[ ! $VERB =~ ^(run|up|babysit)$ ]] || inspect ${ARGS[@]+"${ARGS[@]}"}
 exec 3>&1
 CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/launch_tpu/$NAME ERR=/dev/null
 if ((!DRY)); then
   command -v gcloud >/dev/null ||
     mistake "gcloud is not installed: https://cloud.google.com/sdk/docs/install"
+  if [[ -z $PROJECT && $VERB != doctor ]]; then
+    [[ $(gcloud config get-value project 2>/dev/null) =~ ^[a-z] ]] ||
+      mistake "no project: pass --project=ID, or run: gcloud config set project ID"
+  fi
   ERR=$(mktemp)
   trap 'rm -f "$ERR" "$CACHE/pod.env"' EXIT
 fi

@@ -337,8 +337,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.loss_chunk_mib = 0.0
 
     # A directory of compiled programs, for faster starts; gs://… for the hosts of a pod. It holds
-    # code: share it with nobody. "": JAX_COMPILATION_CACHE_DIR, or none.
-    c.compilation_cache = ""
+    # code: share it with nobody. auto: JAX_COMPILATION_CACHE_DIR, or, for a run of one process,
+    # ~/.cache/qwen3-distill/compiled, which keeps at most 4 GiB. "": JAX's, or none.
+    c.compilation_cache = "auto"
 
     # Files of the run.
     c.checkpoint = ConfigDict()

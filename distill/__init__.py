@@ -55,15 +55,16 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A training run, identified by its directory."""
+    """A training run, identified by its directory, which may be one that `train` left earlier."""
 
-    workdir: "epath.Path"
+    workdir: "epath.PathLike"
 
     def metrics(self) -> "pd.DataFrame":
         """Reads metrics.jsonl as a table with one row per step and one column per metric."""
         import pandas as pd
+        from etils import epath
 
-        with (self.workdir / "metrics.jsonl").open() as file:
+        with (epath.Path(self.workdir) / "metrics.jsonl").open() as file:
             return pd.read_json(file, lines=True)
 
 

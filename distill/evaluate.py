@@ -55,9 +55,10 @@ cli.define_process_flags(OPTIONS)
 
 
 def main() -> None:
-    from distill.runtime import distributed
+    from distill.runtime import distributed, xla
 
     with distributed.join_processes(OPTIONS):
+        xla.init_compilation_cache()
         run_evaluation()
 
 

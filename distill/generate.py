@@ -78,9 +78,10 @@ def _read_spec(subject: "Policy") -> "SampleSpec":
 
 
 def main() -> None:
-    from distill.runtime import distributed
+    from distill.runtime import distributed, xla
 
     with distributed.join_processes(OPTIONS):
+        xla.init_compilation_cache()
         run_generation()
 
 

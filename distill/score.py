@@ -28,7 +28,9 @@ def main() -> None:
     from distill.data import sources
     from distill.evaluation import scoring
     from distill.policy import policy
-    from distill.runtime import run_files
+    from distill.runtime import run_files, xla
+
+    xla.init_compilation_cache()
 
     rows = sources.open_rows(TOKENS.value)
     subject = policy.make_abstract_for_inference(

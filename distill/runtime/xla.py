@@ -1,6 +1,10 @@
 """XLA: compiler options, the compilation cache, and a monitor of what is compiled."""
 
 import dataclasses
+import os
+import platform
+import tempfile
+from pathlib import Path
 
 import jax
 from etils import epath
@@ -10,6 +14,8 @@ from jax.sharding import Mesh
 from distill.runtime import paths, run_files
 from models.errors import UserError
 
+AUTO = "auto"
+MAX_USER_CACHE_BYTES = 4 * 2**30  # the programs that were not used for longest then go
 MIN_COMPILE_SECONDS = 0.1  # programs that compile faster are neither cached nor named
 MAX_NAMED_PROGRAMS = 8  # in one line
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -27,18 +33,40 @@ def get_compiler_options(mesh: Mesh) -> dict[str, str]:
     return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 
-def init_compilation_cache(directory: str) -> None:
-    """Caches compiled programs in `directory`, local or gs://; "" leaves JAX's default.
+def get_user_cache() -> Path:
+    """Returns this user's directory of compiled programs for this host: a home may be shared by
+    hosts with other processors, whose programs would not run here."""
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(caches).expanduser() / "qwen3-distill" / "compiled" / platform.node()
 
-    Raises UserError if the directory cannot be reached or made.
+
+def init_compilation_cache(directory: str = AUTO) -> None:
+    """Caches compiled programs in `directory`, local or gs://.
+
+    "auto" is the user's own, for a run of one process: without one that all hosts see, some would
+    compile what others read. JAX_COMPILATION_CACHE_DIR takes its place, and "" is that or none.
+    A directory that cannot be used is no reason not to run: a line says so.
     """
+    if directory == AUTO:
+        is_set = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+        if is_set or jax.process_count() > 1:
+            return
+        directory = str(get_user_cache())
+        jax.config.update("jax_compilation_cache_max_size", MAX_USER_CACHE_BYTES)
     if not directory:
         return
-    paths.require_reachable(directory, "--config.compilation_cache")
     try:
-        epath.Path(directory).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--config.compilation_cache={directory}: {error.strerror}") from error
+        paths.require_reachable(directory, "config.compilation_cache")
+        path = epath.Path(directory)
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not paths.is_remote(directory):
+            tempfile.TemporaryFile(dir=directory).close()
+    except (OSError, RuntimeError, UserError) as error:  # RuntimeError: no home directory
+        reason = getattr(error, "strerror", None) or str(error)
+        run_files.log_line(
+            f"warning: compiled programs are not kept for the next start: {directory}: {reason}"
+        )
+        return
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
     compilation_cache.reset_cache()  # an open cache would stay in use

@@ -32,7 +32,7 @@ UNCHECKED = {
     "$run": "is a command that configs/ablations.py printed, and test_recipes.py checks",
     "gcloud": "needs an account at Google",
     "pip": "needs a network; the files after -r are checked",
-    "tensorboard": "is a package that the project does not install",
+    **dict.fromkeys(("mlflow", "tensorboard", "trackio"), "comes with a package of that name"),
 }
 LAUNCHER = (ROOT / "launch_tpu.sh").read_text()
 
@@ -147,6 +147,9 @@ def check_python(arguments: list[str]) -> None:
     elif arguments[1] == "pytest":
         for path in (word for word in arguments[2:] if word.startswith("tests")):
             check_file(path)
+    elif arguments[1] == "distill":  # python -m distill [VERB ...]
+        if arguments[2:]:
+            check_python(["-m", f"distill.{arguments[2]}", *arguments[3:]])
     else:
         module = arguments[1]
         folder = module.partition(".")[0]
@@ -182,6 +185,8 @@ def check_flags(options: FlagValues, words: list[str], required: bool = True) ->
         validators = " ".join(v.message for v in options[name].validators)
         missing = "must have a value other than None" in validators and name not in given_flags
         require(not missing, f"--{name}: is required")
+    if required and "check" in options:  # of train, which requires one or the other
+        require(given_flags & {"check", "workdir"}, "--workdir: is required")
     if config_words:
         require("config" in options, "--config: there is no such flag")
         check_config(config_words)

@@ -45,7 +45,7 @@ class Pod:
         self.environment = {
             "PATH": f"{bin}:/usr/bin:/bin", "HOME": str(self.home), "FAKE": str(self.fake),
             "POLL": "0", "RETRIES": "4", "NAME": "opd", "ZONE": "us-east5-b", "PROJECT": "p-1",
-            "ACCELERATOR": "v6e-8", "LC_ALL": "C.UTF-8", "GIT_CONFIG_NOSYSTEM": "1",
+            "ACCELERATOR": "v6e-8", "CHECK": "0", "LC_ALL": "C.UTF-8", "GIT_CONFIG_NOSYSTEM": "1",
         }  # fmt: skip
         self.git("init", "-q")
         self.git("add", "--all")
@@ -169,8 +169,9 @@ def test_dry_run_prints_the_golden_commands(idle, name):
     assert out == (FAKES.parent / "golden" / f"launch_{name}.txt").read_text()
 
 
-def test_commands_of_the_readme_pass_a_dry_run(idle):
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+def test_commands_of_the_documentation_pass_a_dry_run(idle):
+    text = (ROOT / "docs" / "pods.md").read_text().replace("\\\n", " ")
+    (idle.checkout / "configs" / "gsm8k.py").touch()
     lines = [shlex.split(x) for x in text.splitlines() if x.startswith("./launch_tpu.sh ")]
     assert {line[1] for line in lines} == {"doctor", "babysit", "delete"}
     for line in lines:
@@ -637,3 +638,63 @@ def test_accelerator_names_resolve_to_types_and_images(idle):
 def test_help_prints_the_usage(idle):
     for call in ((), ("--help",), ("up", "--help")):
         assert idle(*call).stdout.startswith("Trains on a TPU slice")
+
+
+# --- the check of the run -------------------------------------------------------------------------
+
+CHECKER = """#!/bin/bash
+[[ $1 != -c ]] || exit 0
+printf '%s\\n' "$*" >>"$FAKE/checks"
+[[ $* != *wrong* ]] || { echo "error: --config.wrong: no such key" >&2; exit 2; }
+"""
+
+
+def test_the_run_is_checked_for_its_slice_before_anything_is_asked_for(pod):
+    python, checks = pod.checkout / ".venv" / "bin" / "python", pod.fake / "checks"
+    python.parent.mkdir(parents=True)
+    python.write_text(CHECKER)
+    python.chmod(0o755)
+    for words, slice_name in [
+        ((), "v6e:2x4"),
+        (("--accelerator=v5e-64",), "v5e:8x8"),
+        (("--accelerator=v5p-128",), "v5p:4x4x4"),
+        (("--accelerator=v6e-16", "--slices=2"), "v6e:4x8"),
+    ]:
+        for verb in ("up", "run", "babysit"):
+            pod(verb, "--dry-run", *words, "--", *FLAGS, CHECK="1")
+            line = checks.read_text().splitlines()[-1]
+            assert line == f"-m distill.train --check --topology={slice_name} {' '.join(FLAGS)}"
+    for words in (("up",), ("babysit",), ("up", "--dry-run")):
+        message = pod.refuses(*words, "--", *FLAGS, "--config.wrong=1", CHECK="1")
+        assert message == "error: --config.wrong: no such key\n"
+    assert not pod.calls()
+    count = len(checks.read_text().splitlines())
+    pod("up", "--no-check", "--", *FLAGS, "--config.wrong=1", CHECK="1")
+    assert pod.verbs() == UP and len(checks.read_text().splitlines()) == count
+
+
+def test_what_this_machine_cannot_check_is_said(pod):
+    done = pod("up", "--dry-run", "--", *FLAGS, CHECK="1")
+    assert done.stderr.startswith("not checked: the run's flags") and done.stderr.count("\n") == 1
+    assert done.stdout == pod("up", "--dry-run", "--", *FLAGS).stdout
+
+
+def test_a_wrong_key_is_named_before_a_slice_is_asked_for(idle):
+    """With the project's own check, which needs neither gcloud nor a TPU."""
+    line = ("--config=configs/quickstart.py:tiny", "--workdir=gs://b/x", "--config.opd.stesp=4")
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch_tpu.sh"), "up", "--dry-run", "--", *line],
+        env=idle.environment | {"CHECK": "1", "PATH": f"{sys.exec_prefix}/bin:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: --config.opd.stesp: no such key in the config; did you")
+
+
+def test_a_missing_project_is_named(pod):
+    pod.play(missing=["project"])
+    for verb in ("up", "status", "delete"):
+        words = ("--", *FLAGS) if verb == "up" else ()
+        assert "error: no project: pass --project=ID" in pod.refuses(verb, *words, PROJECT="")
+    assert pod.verbs() == []

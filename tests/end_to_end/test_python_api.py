@@ -129,6 +129,7 @@ def test_a_run_trains_and_loads(tmp_path: Path) -> None:
     table = distill.train(tiny_config(), workdir).metrics()
     assert {"step", "stage", "train/loss", "time/step"} <= set(table.columns)
     assert np.isfinite(table["train/loss"]).all()
+    assert distill.Run(workdir).metrics().equals(table)
     trained = distill.load(workdir)
     assert distill.sample(trained, ["2+2="], max_new_tokens=4, temperature=0.0)[0].tokens
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,9 @@ import pytest
 from absl import flags
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
+from jax.experimental.compilation_cache import compilation_cache
 
-from configs import quickstart
+from configs import base, quickstart
 from distill.policy import hub
 from distill.runtime import cli, distributed, run_files, xla
 from distill.runtime.checkpoint import Checkpoints
@@ -180,4 +182,65 @@ def test_a_second_run_loads_programs_from_the_cache(
         count = lines[1].split("compiled ")[1].split()[0]
         assert f"{count} programs" in lines[1] and f"{count} of them from the cache" in lines[1]
     finally:
-        xla.init_compilation_cache(cache_dir or "")
+        jax.config.update("jax_compilation_cache_dir", cache_dir)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def no_cache() -> Iterator[None]:
+    """A process without JAX_COMPILATION_CACHE_DIR."""
+    names = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()
+
+
+def get_cache() -> str | None:
+    return getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009
+
+
+def test_compiled_programs_are_kept_for_the_user_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_cache: None
+) -> None:
+    assert base.get_config().compilation_cache == xla.AUTO
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(xla, "MIN_COMPILE_SECONDS", 0.0)
+    xla.init_compilation_cache("")
+    assert get_cache() is None
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "process_count", lambda: 2)
+        xla.init_compilation_cache()
+        assert get_cache() is None and not list(tmp_path.iterdir())
+    xla.init_compilation_cache()
+    folder = xla.get_user_cache()
+    assert get_cache() == str(folder) and folder.stat().st_mode & 0o777 == 0o700
+    assert folder.parent == tmp_path / "qwen3-distill" / "compiled"
+    for _ in range(2):
+        jax.clear_caches()
+        with xla.CompileMonitor() as monitor:
+            jax.jit(lambda x: (x @ x.T).sum() - 1)(jax.numpy.ones((8, 8))).block_until_ready()
+    assert monitor.cache_hits and list(folder.iterdir())
+    jax.config.update("jax_compilation_cache_dir", "/mine")  # as JAX_COMPILATION_CACHE_DIR does
+    xla.init_compilation_cache()
+    assert get_cache() == "/mine"
+
+
+@pytest.mark.parametrize("name", ["/proc/no/cache", "s3://bucket/cache", "file/cache"])
+def test_a_cache_that_cannot_be_used_is_done_without(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    no_cache: None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    xla.init_compilation_cache(name)
+    line = capsys.readouterr().err
+    assert line.startswith(f"warning: compiled programs are not kept for the next start: {name}: ")
+    assert line.count("\n") == 1 and get_cache() is None
