@@ -131,8 +131,12 @@ def main() -> None:
             "start in another directory"
         )
     resume.init_workdir(out, c, steps_done=steps_done)
-    if summary.get("problems") != PROBLEMS.value:  # else all is done, with its times
+    report = out / "report.html"
+    is_done = summary.get("problems") == PROBLEMS.value  # with its times
+    if not is_done:
         summary = distil_and_evaluate(c, out)
+    if not is_done or not report.exists():
+        writing.write_report([str(out)], report)
     before, after, teacher = (summary[k] for k in ("student_before", "student_after", "teacher"))
     print(f"\n{render_table(summary)}\n")
     for suffix, words in (("", "greedy"), ("_sampled", "sampled")):
@@ -142,8 +146,7 @@ def main() -> None:
     print(f"{summary['distillation_seconds']:.0f} s to distil, {summary['seconds']:.0f} s in all")
     print(f"model     {summary['export']}  (a Hugging Face directory)")
     print(f"run       {out}: summary.json, metrics.jsonl, rollouts/, eval/, tensorboard/")
-    writing.write_report([str(out)], out / "report.html")
-    print(f"report    {out / 'report.html'}  (open it in a browser)")
+    print(f"report    {report}  (open it in a browser)")
     console.print_end(
         [],
         [

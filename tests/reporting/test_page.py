@@ -91,6 +91,8 @@ def test_tables_have_results_differences_and_cost(tmp_path: Path) -> None:
     assert f"{run}/eval/000006 is better than {run}/eval/000002 by 60.0" in text
     assert f"{run}/eval/other/sampled math500" in " ".join(text.split())
     assert f"{alone} is worse than {run}/eval/000006 by 80.0" in text
+    # 600 tokens trained at three passes and 400 sampled; a teacher reads 400.
+    assert "6.2e+09" in text
     # Six steps of 15 minutes on four devices.
     assert "1.5" in text and "device-hours" in text and " 6 " in text and "4 TPU v5e" in text
 
@@ -212,7 +214,7 @@ def test_figures_and_markdown_are_written(tmp_path: Path, capsys) -> None:
     shown = capsys.readouterr().out
     assert f"{tmp_path}/r.html" in shown and f"{tmp_path}/figures" in shown
     names = sorted(path.name for path in (tmp_path / "figures").iterdir())
-    stems = ("train_loss", "train_reverse_kl")
+    stems = ("train_loss", "train_reverse_kl", "rollout_mean_length")
     assert names == sorted(
         ["report.md", *(f"{x}.{kind}" for x in stems for kind in ("svg", "png"))]
     )

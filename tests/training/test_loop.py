@@ -161,6 +161,8 @@ def test_run_directory_has_its_documented_files(whole):
     assert json.loads((whole / "config.json").read_text())["opd"]["steps"] == 3
     environment = json.loads((whole / "environment.json").read_text())
     assert {"packages", "devices", "git", "command"} <= environment.keys()
+    assert set(environment["models"]) == {"student", "teacher"}
+    assert all(x["flops_per_token"] > x["parameters"] > 0 for x in environment["models"].values())
     rows = numbers(whole)
     assert [row["step"] for row in rows] == list(range(5))
     assert [row["stage"] for row in rows] == ["sft"] * 2 + ["opd"] * 3

@@ -43,6 +43,7 @@ def test_bytes_of_no_character_are_parts_of_their_own(tokenizer) -> None:
     assert parts[-1] == "7" and "".join(parts[:-1]) == mark * 3
 
 
+@pytest.mark.long
 def test_likeliest_tokens_agree_with_the_drawn_ones(tmp_path) -> None:
     """Wherever the drawn token is among the likeliest, its log-probability there is the one that
     the row has for it, under both models: the lists belong to their tokens, not to neighbours."""
