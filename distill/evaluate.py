@@ -74,7 +74,7 @@ def run_evaluation() -> None:
         rows = problems.load_responses(BENCHMARK.value, RESPONSES.value, known)
         with own_output(out):
             summary = evaluator.evaluate_stored(
-                BENCHMARK.value, rows[: LIMIT.value or None], out, ks, len(known)
+                BENCHMARK.value, rows[: LIMIT.value or None], out, ks, known
             )
         print_results(summary)
         return
@@ -110,7 +110,7 @@ def print_results(summary: dict[str, Any]) -> None:
     protocol = summary["protocol"]
     print(f"{BENCHMARK.value}, {protocol['protocol']}: {MODEL.value or RESPONSES.value}")
     print(console.render_table(comparison.list_results(summary)), flush=True)
-    others = comparison.find_others(OUT.value, BENCHMARK.value)
+    others = comparison.find_others(OUT.value, summary)
     if others:
         command = console.format_command("compare", runs=f"{others[0]},{OUT.value}")
     elif base := hub.find_initial_model(MODEL.value):

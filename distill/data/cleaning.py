@@ -14,6 +14,9 @@ from distill.runtime import run_files
 from distill.runtime.progress import show_progress
 from models.errors import UserError
 
+# So many n-grams in common are no phrase, however small their share of the problem, which may have
+# the code of a figure that the row lacks.
+MANY_SHARED = 24
 SCRIPT_SHARE = 0.9  # even English texts have formulas with Greek letters
 
 Finding = dict[str, object]
@@ -26,6 +29,7 @@ class Rules:
     columns: str = ""
     ngram: int = 8
     min_shared: int = 3
+    min_share: float = 0.2
     min_jaccard: float = 0.8  # above 1: exact repeats only
     scripts: tuple[str, ...] = ()
     min_characters: int = 1
@@ -73,7 +77,7 @@ def find_faulty_rows(
     ends = np.cumsum([problems.size for problems in against])
     eval_index = dedup.NgramIndex(_iter_prompts(against), rules.ngram)
     indices, digests, signatures = array("q"), bytearray(), bytearray()
-    with show_progress(rows.size, 0, "clean") as bar:
+    with show_progress(rows.size, 0, "clean", is_minor=True) as bar:
         for index in range(rows.size):
             bar.update(index + 1, f"kept {len(indices):,}")
             try:
@@ -120,11 +124,13 @@ def _find_contaminated(
     eval_index: dedup.NgramIndex,
     rules: Rules,
 ) -> Iterator[Finding]:
-    for number, (shared, ngram) in sorted(eval_index.find_matches(prompt).items()):
-        if shared >= min(rules.min_shared, eval_index.ngram_counts[number]):
+    for number, (shared, ngram, share) in sorted(eval_index.find_matches(prompt).items()):
+        is_phrase = share < rules.min_share and shared < MANY_SHARED
+        if shared >= min(rules.min_shared, eval_index.ngram_counts[number]) and not is_phrase:
             file = int(np.searchsorted(ends, number, "right"))
             name = against[file].locate_row(number - int(ends[file]) + against[file].size)
-            yield {"why": "contaminated", "of": name, "shared": shared, "ngram": ngram}
+            finding = {"why": "contaminated", "of": name, "shared": shared, "ngram": ngram}
+            yield {**finding, "share": round(share, 3)}
 
 
 def _find_repeats(

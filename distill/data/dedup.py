@@ -115,16 +115,18 @@ class NgramIndex:
     def __init__(self, texts: Iterable[str], n: int) -> None:
         self._n = n
         self.ngram_counts = array("l")  # different n-grams of each problem: a short one has few
+        self._counts = tuple(array("l") for _ in TOKENIZERS)  # the same, as each splits a text
         self._short_sizes: tuple[set[int], ...] = tuple(set() for _ in TOKENIZERS)
         grams: list[list[np.ndarray]] = [[] for _ in TOKENIZERS]
         owners: list[list[np.ndarray]] = [[] for _ in TOKENIZERS]
         for number, text in enumerate(texts):
-            for split, sizes, *lists in zip(
-                TOKENIZERS, self._short_sizes, grams, owners, strict=True
+            for split, sizes, counts, *lists in zip(
+                TOKENIZERS, self._short_sizes, self._counts, grams, owners, strict=True
             ):
                 words = split(text)
                 found = np.unique(hash_ngrams(words, n))
                 count = max(1, len(found))
+                counts.append(count)
                 if 0 < len(words) < n:
                     sizes.add(len(words))
                     found = np.concatenate([found, *_hash_parts(words)])
@@ -133,15 +135,20 @@ class NgramIndex:
             self.ngram_counts.append(count)
         self._tables = [_sort_table(*lists) for lists in zip(grams, owners, strict=True)]
 
-    def find_matches(self, text: str) -> dict[int, tuple[int, str]]:
-        """Returns, by the number of the problem, how many different n-grams it shares with `text`
-        and the first of them, by whichever of TOKENIZERS shares more."""
-        best: dict[int, tuple[int, str]] = {}
-        for split, sizes, table in zip(TOKENIZERS, self._short_sizes, self._tables, strict=True):
+    def find_matches(self, text: str) -> dict[int, tuple[int, str, float]]:
+        """Returns, by the number of the problem, how many different n-grams it shares with `text`,
+        the first of them, and the share of all its n-grams that they are; by whichever of
+        TOKENIZERS shares more."""
+        best: dict[int, tuple[int, str, float]] = {}
+        for split, sizes, counts, table in zip(
+            TOKENIZERS, self._short_sizes, self._counts, self._tables, strict=True
+        ):
             words = split(text)
             for owner, (count, start, size) in self._match(words, sizes, table).items():
-                if count > best.get(owner, (0, ""))[0]:
-                    best[owner] = count, " ".join(words[start : start + size])
+                shared, ngram, share = best.get(owner, (0, "", 0.0))
+                if count > shared:
+                    shared, ngram = count, " ".join(words[start : start + size])
+                best[owner] = shared, ngram, max(share, min(1.0, count / counts[owner]))
         return best
 
     def _match(

@@ -35,15 +35,18 @@ def read_evaluation(folder: str) -> tuple[Record, list[Record]]:
     return summary, rows
 
 
-def find_others(folder: str, benchmark: str) -> list[str]:
-    """Returns finished evaluations of a benchmark in folders beside a local one."""
+def find_others(folder: str, summary: Record) -> list[str]:
+    """Returns finished evaluations of as many problems of the same benchmark as `summary`, in
+    folders beside the local one that it is from."""
     if paths.is_remote(folder):
         return []
     found = []
     for path in sorted(Path(folder).resolve().parent.glob("*/summary.json")):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-            protocol = json.loads(path.read_text())["protocol"]
-            if protocol["benchmark"] == benchmark and path.parent != Path(folder).resolve():
+            other = json.loads(path.read_text())
+            is_same = other["protocol"]["benchmark"] == summary["protocol"]["benchmark"]
+            is_same &= other["problems"] == summary["problems"]
+            if is_same and path.parent != Path(folder).resolve():
                 found.append(os.path.join(os.path.dirname(folder.rstrip("/")), path.parent.name))
     return found
 

@@ -193,12 +193,12 @@ def evaluate_stored(
     rows: list[Record],
     out_dir: epath.Path,
     ks: Sequence[int],
-    num_problems: int = 0,
+    known: Sequence[tuple[str, Record]] = (),
 ) -> Record:
     """Grades stored responses (id, answer, response) and writes the summary. Needs no model.
 
     Args:
-      num_problems: how many problems the benchmark's data has; 0: unknown.
+      known: the benchmark's problems, to say how many of them have a response; (): unknown.
 
     Raises UserError if `out_dir` holds the evaluation of a model.
     """
@@ -210,13 +210,15 @@ def evaluate_stored(
     run_files.write_jsonl(out_dir / records.EXAMPLES_FILE, graded)
     summary = statistics.summarise_rows(graded, ks) | task.summarise(graded)
     summary["protocol"] = {"benchmark": benchmark, "protocol": "stored responses"}
-    if num_problems:
-        answered = int(str(summary["problems"]))
-        summary |= {"problems_in_data": num_problems, "coverage": answered / num_problems}
-        if answered < num_problems:
+    if known:
+        names = {row["id"] for row in rows}
+        own_names = ({str(row.get("id")), str(row.get("question"))} for _, row in known)
+        answered = sum(not names.isdisjoint(own) for own in own_names)
+        summary |= {"problems_in_data": len(known), "coverage": answered / len(known)}
+        if answered < len(known):
             run_files.log_line(
-                f"warning: only {answered:,} of the {num_problems:,} problems of --data have a "
-                f"response ({answered / num_problems:.1%}), and the others count for nothing"
+                f"warning: only {answered:,} of the {len(known):,} problems of --data have a "
+                f"response ({answered / len(known):.1%}), and the others count for nothing"
             )
     run_files.write_json(out_dir / "summary.json", summary)
     if reason := task.explain_ungradable([str(row["answer"]) for row in rows]):

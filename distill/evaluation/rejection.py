@@ -60,7 +60,7 @@ def verify_rows(
 
     Adds to `counts`: rows, samples, correct, kept, rows kept and bad rows.
     """
-    with graders.Grader() as grader, show_progress(rows.size, 0, "verify") as bar:
+    with graders.Grader() as grader, show_progress(rows.size, 0, "verify", is_minor=True) as bar:
         for index in range(rows.size):
             bar.update(index + 1, f"kept {counts['kept']:,}")
             counts["rows"] += 1

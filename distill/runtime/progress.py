@@ -86,7 +86,7 @@ class Progress:
     def _print(self, now: float) -> None:
         """Prints a plain line if it is time: at the end too, and as soon as there are figures."""
         is_end = self._done >= self._total and (self._has_printed or not self._is_minor)
-        is_first = bool(self._figures) and not self._has_printed
+        is_first = bool(self._figures) and not (self._has_printed or self._is_minor)
         if is_first or is_end or now - self._print_time >= PRINT_SECONDS:
             self._print_time, self._has_printed = now, True
             text = self._describe(now)

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from distill import rollout
 from distill.data import dataset
-from distill.evaluation import evaluator, problems, protocols
+from distill.evaluation import comparison, evaluator, problems, protocols
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.runtime import distributed, run_files
@@ -127,7 +127,7 @@ class ValidationHook:
         assert v is not None
         start_time = time.perf_counter()
         summary: Any = self._evaluate_step(v, self._make_subject(state.params), step, check_stop)
-        value = summary.get(v.c.best.removeprefix("-"))
+        value, is_best = summary.get(v.c.best.removeprefix("-")), False
         if self.best_checkpoints and value is not None:
             value = -value if v.c.best.startswith("-") else value
             if self.best_value is None or value > self.best_value:
@@ -136,7 +136,10 @@ class ValidationHook:
                 # In place of the former best, which a run before the last resume may have found
                 # at a later step.
                 self.best_checkpoints.save(step, state, meta, replace=True)
-                self.best_value = value
+                self.best_value, is_best = value, True
+        results = ", ".join(f"{name} {text}" for name, text in comparison.list_results(summary))
+        best = f"; the best {v.c.best} so far, kept in {self.workdir / 'best'}" if is_best else ""
+        run_files.log_line(f"evaluation after step {step:,} on {v.c.benchmark}: {results}{best}")
         metrics = {f"eval/{name}": summary.get(name) for name in EVAL_METRICS}
         return metrics | {"time/eval": time.perf_counter() - start_time}
 

@@ -4,6 +4,7 @@ tokens, example rows with the trained parts.
 A line that begins with "warning:" names a problem that would cause no error.
 """
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -70,6 +71,7 @@ def make_summary_lines(
         yield from _check_template(student)
     for stage in run_setup.stages:
         yield from _describe_rows(stage, c.seed, tokenizer, colours)
+        yield from _check_stage(stage)
         if stage.c.reward.format and not describe_template(tokenizer).has_modes:
             yield (
                 f"warning: the chat template of {student.tokenizer_dir} knows no think block, so "
@@ -160,6 +162,28 @@ def _describe_rows(
     for example in dataset.get_step_examples(stage.source, 0, NUM_ROWS, seed):
         text = format_example(example, tokenizer, s.max_response_tokens, colours)
         yield f"  {example.where}: {text}"
+        if example.teacher_prompt is not None:
+            theirs = dataclasses.replace(example, prompt=example.teacher_prompt)
+            text = format_example(theirs, tokenizer, s.max_response_tokens, colours)
+            yield f"    with its context the teacher reads: {text}"
+
+
+def _check_stage(stage: StageSetup) -> Iterator[str]:
+    """Warns of settings that are valid, but with which a stage can hardly learn."""
+    s, prefix = stage.c, f"config.{stage.name}"
+    sources = [name for name, _ in s.data.mixture] or [s.data.source]
+    others = [name for name in sources if name != "arithmetic"]
+    if stage.loss.reward and s.reward.correct and s.reward.grader == "arithmetic" and others:
+        yield (
+            f"warning: {prefix}.reward.grader=arithmetic counts a response as correct only if its "
+            f"final text is one whole number and nothing else, and {others[0]} is no generated "
+            "arithmetic; graders that find the answer in a text are math, gsm8k and others"
+        )
+    if stage.sampled_rows and not s.sampling.temperature:
+        yield (
+            f"warning: {prefix}.sampling.temperature=0 samples the likeliest tokens only, so the "
+            "student is corrected nowhere else; 1 is usual"
+        )
 
 
 def format_example(

@@ -26,12 +26,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from distill.data import sources
-from distill.policy import identity
+from distill.policy import identity, policy
 from distill.policy.identity import Part
 from distill.runtime import environment, run_files
 from distill.teachers import local
 from distill.training import config_changes
-from distill.training.config_changes import SAME_CONTENT, Change
+from distill.training.config_changes import ROUNDING, SAME_CONTENT, Change
+from models import adapter, tensor_files
 from models.errors import UserError
 
 INPUTS_FILE = "inputs.json"
@@ -72,6 +73,7 @@ def init_workdir(
     """
     path, inputs_path = workdir / "config.json", workdir / INPUTS_FILE
     checkpoints = workdir / "checkpoints"
+    _refuse_models(workdir)
     if checkpoints.exists() and not path.is_file():
         raise UserError(f"{workdir} holds checkpoints but no config.json: not a run to resume")
     # Checkpoints that cannot be read are damaged, and no reason to start again.
@@ -107,16 +109,31 @@ def init_workdir(
     record["inputs"] = recorded | inputs
     if not writes:
         return sorted(record["inputs"])
+    about_path, about = workdir / "environment.json", environment.describe_environment()
+    if not is_new and (texts := environment.list_changes(about_path, about)):
+        run_files.log_line(f"{workdir} goes on: {'; '.join(texts)} ({ROUNDING})")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         run_files.write_json(path, json.loads(c.to_json_best_effort()))
-        described = environment.describe_environment() | ({"models": models} if models else {})
-        run_files.write_json(workdir / "environment.json", described)
+        run_files.write_json(about_path, about | ({"models": models} if models else {}))
         if inputs:
             run_files.write_json(inputs_path, record)
     except OSError as error:
         raise UserError(f"--workdir={workdir}: {error}") from error
     return sorted(record["inputs"])
+
+
+def _refuse_models(workdir: epath.Path) -> None:
+    """Raises UserError if a directory holds models, itself or in a folder of it, and no run: its
+    name was meant for something else."""
+    if not workdir.is_dir() or policy.is_run(workdir):
+        return
+    for folder in (workdir, *sorted(path for path in workdir.iterdir() if path.is_dir())):
+        names = (tensor_files.WHOLE_FILE, tensor_files.INDEX_FILE, adapter.TENSORS_FILE)
+        if any((folder / name).exists() for name in names):
+            raise UserError(
+                f"--workdir={workdir}: holds a model ({folder}) and no run; name a new directory"
+            )
 
 
 def compare_config(

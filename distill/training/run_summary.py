@@ -1,6 +1,7 @@
 """What a run says of itself on the terminal: where it begins, a step's figures, and its end."""
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -89,7 +90,7 @@ def _describe_start(
     minutes = c.checkpoint.every_minutes
     also = f" or {minutes:g} min" if minutes else ""
     yield (
-        f"files: metrics.jsonl and tensorboard/ (each step), rollouts/ (every "
+        f"files: metrics.jsonl (each step), rollouts/ (every "
         f"{c.log.transcripts_every:,} steps), checkpoints/ (every {c.checkpoint.every:,} steps"
         f"{also})" + (f", eval/ (every {c.eval.every:,} steps)" if c.eval.every else "")
     )
@@ -129,7 +130,7 @@ def print_end(c: ConfigDict, stages: Sequence[StageSetup], workdir: epath.Path) 
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     made = [
         *render_stages(stages, rows).splitlines(),
-        f"wrote {workdir}: metrics.jsonl, rollouts/, checkpoints/, tensorboard/"
+        f"wrote {workdir}: metrics.jsonl, rollouts/, checkpoints/"
         + (", eval/" if c.eval.every else ""),
     ]
     console.print_end(made, list(_list_next_commands(c, stages[-1], str(workdir))))
@@ -150,7 +151,9 @@ def _list_next_commands(c: ConfigDict, last: StageSetup, workdir: str) -> Iterat
             "generate", model=workdir, prompts=prompts, out=f"{workdir}/samples.jsonl"
         )
     yield console.format_command("export", run=workdir, out=f"{workdir}/export")
-    yield f"tensorboard --logdir={workdir}/tensorboard"
+    yield console.format_command("report", workdir, out=f"{workdir}/report.html")
+    if "tensorboard" in c.log.to:
+        yield f"tensorboard --logdir={shlex.quote(f'{workdir}/tensorboard')}"
 
 
 def render_transcript(step: int, row: Row) -> str:

@@ -154,6 +154,11 @@ def check_sampling(
         raise UserError(
             f"config.{name}.sampling.temperature=0: {s.objective} needs tokens that were drawn"
         )
+    if sampled_rows and s.samples > 1 and not s.sampling.temperature:
+        raise UserError(
+            f"config.{name}.sampling.temperature=0: the {s.samples} samples of a prompt would all "
+            "be the same; set 1, or samples=1"
+        )
 
 
 def check_positions(

@@ -24,9 +24,9 @@ def test_ngrams_are_those_of_the_tokens() -> None:
 
 def test_a_match_names_the_problem_and_the_run() -> None:
     found = dedup.NgramIndex(["one two three four five", "two three", "six"], 3)
-    assert found.find_matches("So: two  THREE four five!") == {0: (2, "two three four")}
+    assert found.find_matches("So: two  THREE four five!") == {0: (2, "two three four", 2 / 3)}
     # A problem shorter than n is found whole.
-    assert found.find_matches("two three") == {1: (1, "two three")}
+    assert found.find_matches("two three") == {1: (1, "two three", 1.0)}
     assert found.find_matches("") == {}
 
 
@@ -42,7 +42,7 @@ def test_few_rows_of_gsm8k_are_false_alarms(shared_data: Path) -> None:
     for question in train:
         for n, least in ((8, 3), (13, 1)):
             hits = evaluation[n].find_matches(question).values()
-            alarms[n] += any(count >= least for count, _ in hits)
+            alarms[n] += any(count >= least for count, *_ in hits)
     assert alarms == {8: 40, 13: 5}
 
 
@@ -72,7 +72,7 @@ def test_script_shares_count_letters_only() -> None:
 
 def test_a_short_problem_is_found_whole() -> None:
     evaluation = dedup.NgramIndex(["What is 5 + 7 now?", "one two three four"], 6)
-    ((owner, (count, _)),) = evaluation.find_matches("what is 5+7 now ?").items()
+    ((owner, (count, *_)),) = evaluation.find_matches("what is 5+7 now ?").items()
     assert owner == 0 and count == evaluation.ngram_counts[0] == 2
     assert (
         evaluation.ngram_counts[1] == 1 and evaluation.find_matches("One two three four")[1][0] == 1

@@ -1,6 +1,8 @@
 """Tests evaluations: grading, stored responses, interruptions, reverse KL and the verb."""
 
 import dataclasses
+import json
+import re
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
@@ -26,7 +28,7 @@ from distill.runtime.paths import escape_controls
 from distill.training import optim, update
 from models.errors import UserError
 from tests.support.evaluations import STOPS, killed, strict, summary_of, untimed
-from tests.support.paths import TOKENIZER
+from tests.support.paths import ROOT, TOKENIZER
 from tests.support.tiny_models import tiny_qwen3
 from tests.support.verbs import call, read, verb_module, write
 
@@ -185,12 +187,68 @@ def test_stored_responses_are_graded_and_counted_by_problem(tmp_path: Path) -> N
         ("row-4", False, "no_answer"),
     ]
     summary = summary_of(out)
+    assert (summary["problems_in_data"], summary["coverage"]) == (1, 1.0)
     assert summary["accuracy"] == pytest.approx((1 + 0.5 + 0) / 3)
     assert (summary["problems"], summary["responses"]) == (3, 5)
     assert "pass@1" in summary and "pass@2" not in summary  # one problem has a single response
     # The same file may be graded again; --limit takes its first rows.
     assert call(evaluate, *flags, f"--data={known}", "--k=1,2", "--limit=4") == 0
     assert summary_of(out)["pass@2"] == 1.0
+
+
+def test_responses_to_a_few_problems_are_no_result_over_all(tmp_path: Path, capsys) -> None:
+    stored = write(tmp_path / "stored.jsonl", [{"id": i, "response": "1"} for i in (3, 5)])
+    problems = [{"id": i, "question": f"{i}?", "answer": "1"} for i in range(40)]
+    known, out = write(tmp_path / "known.jsonl", problems), tmp_path / "out"
+    flags = ("--benchmark=math", f"--responses={stored}", f"--out={out}", f"--data={known}")
+    assert call(evaluate, *flags) == 0
+    shown = capsys.readouterr()
+    assert "warning: only 2 of the 40 problems of --data have a response (5.0%)" in shown.err
+    assert re.search(r"problems +2 of 40 \(5\.0%\): the others have no response", shown.out)
+    assert (summary_of(out)["problems_in_data"], summary_of(out)["coverage"]) == (40, 0.05)
+    # It is compared with evaluations of the same benchmark only, like one of a model.
+    assert summary_of(out)["protocol"]["benchmark"] == "math"
+
+
+def test_the_result_is_printed_with_what_may_follow(tmp_path: Path, capsys) -> None:
+    rows = [{"id": i, "response": "1", "answer": str(1 + i % 2)} for i in range(40)]
+    stored = write(tmp_path / "stored.jsonl", rows)
+    for name in ("first", "second"):
+        flags = ("--benchmark=math", f"--responses={stored}", f"--out={tmp_path / name}")
+        assert call(evaluate, *flags) == 0
+    shown = capsys.readouterr()
+    assert re.search(r"accuracy +50\.0% \[35\.2, 64\.8\] \(95% interval\)", shown.out)
+    assert re.search(r"format +100\.0%", shown.out)
+    assert shown.err.splitlines()[-3:] == [
+        f"wrote {tmp_path}/second: summary.json, examples.jsonl",
+        "next:",
+        f"  python -m distill.compare --runs={tmp_path}/first,{tmp_path}/second",
+    ]
+
+
+def test_a_default_limit_fits_the_positions_and_a_chosen_one_must(capsys) -> None:
+    subject = policy.make_abstract_for_inference(str(ROOT / "assets/student"), "float32")
+    spec = protocols.EvalSpec("arithmetic", rollout.SampleSpec(max_new_tokens=1024))
+    fitted = evaluator.fit_limit(subject, ROWS, spec)
+    assert fitted.sample.max_new_tokens == 448  # 7 eighths of 512 positions
+    said = capsys.readouterr().err
+    assert "max_new_tokens=448 and not 1,024: the model has 512 positions, and the longest" in said
+    assert dataclasses.replace(fitted, sample=spec.sample) == spec
+    assert evaluator.fit_limit(subject, ROWS, fitted) == fitted and not capsys.readouterr().err
+    long_row = [("row", {"question": "1+" * 220 + "1?", "answer": "1"})]
+    assert 0 < evaluator.fit_limit(subject, long_row, spec).sample.max_new_tokens < 64
+    with pytest.raises(UserError, match="exceed the model's 512 positions"):
+        evaluator.encode_prompts(subject, ROWS, spec)
+
+
+def test_a_finished_evaluation_keeps_its_timings(whole: Path, loaded, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    summary = summary_of(out) | {"seconds": 1234.5, "tokens_per_second": 67.5}
+    (out / "summary.json").write_text(json.dumps(summary))
+    again = run(loaded[0], out)
+    assert (again["seconds"], again["tokens_per_second"]) == (1234.5, 67.5)
+    assert again["memory"] == summary["memory"] and again["accuracy"] == summary["accuracy"]
 
 
 # Interruptions

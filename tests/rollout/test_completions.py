@@ -1,18 +1,23 @@
 """What was sampled is let go as it is yielded: whoever asks for responses holds none of them."""
 
 import gc
+import json
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from etils import epath
 
 from distill import rollout
 from distill.data import chat, dataset, sources
 from distill.evaluation import responses
+from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.rewards import graders
 from distill.rollout import completions
+from models.errors import UserError
 from tests.support.paths import ROOT
 
 COUNT = 600
@@ -154,3 +159,29 @@ def test_token_lists() -> None:
     with pytest.raises(IndexError):
         lists[4]
     assert len(dataset.TokenLists()) == 0
+
+
+def test_rows_get_what_the_positions_leave_unless_a_limit_is_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    subject = policy.make_abstract_for_inference(str(ROOT / "assets/student"), "float32")
+    file = tmp_path / "prompts.jsonl"
+    prompts = [{"tokens": [1] * 12}, {"tokens": [1] * 500}, {"tokens": [1], "max_new_tokens": 600}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    rows = dataset.open_canonical_rows(str(file))
+    seen: dict[str, Any] = {}
+
+    def generate_rows(*args: Any, limits: Any, errors: dict, **options: Any) -> Iterator[dict]:
+        seen.update(limits=list(limits), errors=dict(errors))
+        return iter([{}] * len(prompts))
+
+    monkeypatch.setattr(completions, "generate_rows", generate_rows)
+    monkeypatch.setattr(completions.policy, "load", lambda subject, dtype: subject)
+    spec = completions.SampleSpec()
+    generate = completions.generate_file
+    generate(subject, rows, spec, True, epath.Path(tmp_path / "a"), fits=True)
+    assert seen["limits"] == [500, 12, 600]
+    assert list(seen["errors"]) == [2]  # its own limit is not a default
+    assert "2 of 3 rows have less than 1,024 new tokens, the shortest 12" in capsys.readouterr().err
+    with pytest.raises(UserError, match="exceed the model's 512 positions"):
+        generate(subject, rows, spec, True, epath.Path(tmp_path / "b"))

@@ -257,6 +257,11 @@ def test_stored_topk_needs_no_teacher(tmp_path):
             {"sampling__temperature": 0.0},
             "temperature=0: grpo needs tokens",
         ),
+        (
+            "opd",
+            {"sampling__temperature": 0.0, "samples": 4},
+            "temperature=0: the 4 samples of a prompt would all be the same",
+        ),
         ("opd", {"minibatches": 3}, "does not divide by accumulate times minibatches"),
         ("hybrid", {"loss__clip": "ppo", "loss__ratio": "none"}, "config.opd.loss.clip=ppo"),
     ],

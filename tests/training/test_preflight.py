@@ -123,6 +123,32 @@ def test_a_format_reward_without_think_blocks_is_warned_of(tmp_path: Path) -> No
     assert not get_warnings(summarise(c))
 
 
+def test_a_grader_of_bare_numbers_is_warned_of_where_responses_are_texts() -> None:
+    c = config(opd__objective="grpo", opd__samples=4)
+    assert not get_warnings(summarise(c))
+    c.opd.data.source, c.opd.max_prompt_tokens = "assets/rows/gsm8k.jsonl", 400
+    c.opd.max_response_tokens = 60
+    (line,) = get_warnings(summarise(c))
+    assert "config.opd.reward.grader=arithmetic counts a response as correct only if its" in line
+    c.opd.reward.grader = "gsm8k"
+    assert not get_warnings(summarise(c))
+
+
+def test_greedy_samples_are_warned_of() -> None:
+    (line,) = get_warnings(summarise(config(opd__sampling__temperature=0.0)))
+    assert "config.opd.sampling.temperature=0 samples the likeliest tokens only" in line
+
+
+def test_what_the_teacher_reads_is_shown_beside_the_rows() -> None:
+    c = config()
+    c.opd.context.text, c.opd.context.max_tokens = "assets/rows/manual.md", 48
+    lines = summarise(c)
+    manual = Path("assets/rows/manual.md").read_text()[:20]
+    shown = [line for line in lines if line.startswith("    with its context the teacher reads: ")]
+    assert len(shown) == 2 and all(manual in line for line in shown)
+    assert not any(manual in line for line in lines if line not in shown)
+
+
 def test_an_evaluation_with_other_prompts_is_warned_of() -> None:
     c = config(eval__every=2, eval__limit=4, eval__max_new_tokens=52)
     lines = summarise(c)

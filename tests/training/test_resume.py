@@ -229,6 +229,15 @@ def test_what_may_change_is_said(run: Run, capsys: Any) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["student", "adapter", "."])
+def test_a_folder_of_models_is_no_workdir(tmp_path: Path, run: Run, name: str) -> None:
+    folder = run.folder / name
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(UserError, match=r"--workdir=.*: holds a model \(.*\) and no run"):
+        resume.init_workdir(epath.Path(folder), run.c)
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_a_run_without_a_step_belongs_to_whoever_starts_it(run: Run, capsys: Any) -> None:
     trackers = run.workdir / "trackers.json"
     run.check(0)
@@ -377,3 +386,20 @@ def test_a_run_is_refused_until_its_data_are_back(model: str, tmp_path: Path) ->
     loop.run(c, workdir)
     assert numbers(workdir) == whole
     jax.clear_caches()
+
+
+def test_other_devices_and_packages_are_said(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run.check(0)
+    path = run.workdir / "environment.json"
+    about = json.loads(path.read_text())
+    about["devices"]["count"], about["packages"]["jax"] = 16, "0.0.1"
+    path.write_text(json.dumps(about))
+    capsys.readouterr()
+    run.check(3)
+    now = f"devices.count was 16, now {jax.device_count()}; packages.jax was 0.0.1, now"
+    assert f"{run.workdir} goes on: {now}" in capsys.readouterr().err
+    run.check(3)
+    assert "goes on" not in capsys.readouterr().err
+    for text in ("[]", "{", '{"devices": 1, "packages": {}}'):  # of another version, or damaged
+        path.write_text(text)
+        run.check(3)

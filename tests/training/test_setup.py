@@ -36,3 +36,27 @@ def test_a_grader_refuses_rows_without_an_answer(tmp_path: Path, answer: Any) ->
     s.reward.correct = 0.0  # nothing reads the answer
     s.data.columns = ""
     assert load(answer=answer).answer == ""
+
+
+def test_all_prompts_that_are_too_long_are_counted_at_once(tmp_path: Path) -> None:
+    s = base.get_config().opd
+    s.data.source, s.max_prompt_tokens = str(tmp_path / "rows.jsonl"), 20
+    rows = [{"question": "2+2?"}, {"question": "1+" * 40 + "1?"}, {"question": "1+" * 60 + "1?"}]
+    Path(s.data.source).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loss, _ = stages.resolve_objective("opd", s)
+    tokenizer = chat.load_tokenizer(ROOT / "assets" / "student")
+    check = functools.partial(setup._check_example, "opd", s, loss, s.max_prompt_tokens, 1000)
+
+    def load() -> dataset.Source:
+        return dataset.load_source(s.data, tokenizer, 0, False, check)
+
+    with pytest.raises(UserError) as error:
+        load()
+    assert f"of {s.data.source}, 2 of 3 prompts are longer, the longest 130 tokens" in str(
+        error.value
+    )
+    s.data.on_bad_row = "skip"
+    assert load().size == 1
+    s.data.on_bad_row, s.max_prompt_tokens = "fail", 130
+    check = functools.partial(setup._check_example, "opd", s, loss, s.max_prompt_tokens, 1000)
+    assert load().size == 3
