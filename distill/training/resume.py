@@ -89,12 +89,12 @@ def init_workdir(
         if not is_new:
             require_allowed(f"{workdir} holds a run of another config", changes)
     changed = list(find_changes(recorded, inputs))
+    is_another = is_new and bool(changes or changed)
     if is_new:
-        if changes or changed:
+        if is_another:
             texts = [x.text for x in changes if x.reason != SAME_CONTENT]
             texts += [text for _, text in changed]
             run_files.log_line(f"{workdir} holds no step, so it starts again: {_shorten(texts)}")
-            (workdir / run_files.TRACKERS_FILE).unlink(missing_ok=True)  # as another run
         record, recorded, changes = {"inputs": {}, "changes": []}, {}, []
     elif changed:
         record["changes"] += _allow_changes(workdir, changed, steps_done, allow_changed_inputs)
@@ -118,6 +118,8 @@ def init_workdir(
         run_files.write_json(about_path, about | ({"models": models} if models else {}))
         if inputs:
             run_files.write_json(inputs_path, record)
+        if is_another:  # in its trackers, too
+            (workdir / run_files.TRACKERS_FILE).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--workdir={workdir}: {error}") from error
     return sorted(record["inputs"])
