@@ -50,6 +50,7 @@ def init_workdir(
     steps_done: int = 0,
     allow_changed_inputs: bool = False,
     writes: bool = True,
+    models: dict[str, Any] | None = None,
 ) -> list[str]:
     """Compares a config and its inputs with those of the run in `workdir`, if it holds one, and
     writes them and the environment there.
@@ -61,6 +62,7 @@ def init_workdir(
       steps_done: steps in the newest checkpoint. With 0 nothing of a run is left, so it may start
         again with another config and other inputs.
       writes: False only compares.
+      models: what environment.json says of the run's models.
 
     Returns:
       The config keys of the inputs that the run has recorded.
@@ -113,7 +115,7 @@ def init_workdir(
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         run_files.write_json(path, json.loads(c.to_json_best_effort()))
-        run_files.write_json(about_path, about)
+        run_files.write_json(about_path, about | ({"models": models} if models else {}))
         if inputs:
             run_files.write_json(inputs_path, record)
         if is_another:  # in its trackers, too
