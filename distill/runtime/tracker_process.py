@@ -76,7 +76,7 @@ class Wandb:
             self.next_step = 1 + max(map(read_last_step, logs), default=-1)
             say(f"offline; to send the run: wandb sync {here}/offline-run-*-{run_id}")
         else:
-            self.next_step = self._run.step
+            self.next_step = self._run.starting_step
             say(str(self._run.url))
 
     def log(self, row: Row, tables: Tables) -> None:
