@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, config_flags
 from distill.evaluation import evaluator, problems
 from distill.policy import exporting, policy
 from distill.policy.policy import Policy
+from distill.reporting import writing
 from distill.runtime import cli, console, paths, run_files
 from distill.runtime import mesh as mesh_lib
 from distill.training import loop, resume, setup
@@ -28,6 +29,7 @@ CONFIG = config_flags.DEFINE_config_file(
     lock_config=True,
     flag_values=OPTIONS,
 )
+NUM_TRANSCRIPTS = 100  # in the report
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Directory of the run.", OPTIONS)
 PROBLEMS = flags.DEFINE_integer(
     "problems", 1000, "Held-out problems of an evaluation.", lower_bound=1, flag_values=OPTIONS
@@ -141,9 +143,14 @@ def main() -> None:
     print(f"{summary['distillation_seconds']:.0f} s to distil, {summary['seconds']:.0f} s in all")
     print(f"model     {summary['export']}  (a Hugging Face directory)")
     print(f"run       {out}: summary.json, metrics.jsonl, rollouts/, eval/, tensorboard/")
+    writing.write_report([str(out)], out / "report.html", NUM_TRANSCRIPTS)
+    print(f"report    {out / 'report.html'}  (open it in a browser)")
     console.print_end(
         [],
         [
+            console.format_command(
+                "generate", model=out, prompts="PROMPTS.jsonl", out=f"{out}/samples.jsonl"
+            ),
             console.format_command(
                 "compare", runs=f"{out}/eval/student_before/greedy,{out}/eval/student_after/greedy"
             ),

@@ -109,7 +109,8 @@ def render_stages(stages: Sequence[StageSetup], rows: Sequence[Row]) -> str:
         }
         for metric, (name, form) in FIGURES.items():
             values = [row[metric] for row in own if _is_known(row.get(metric))]
-            if values and metric not in hidden:
+            is_zero = metric == "rollout/truncated" and not any(values)
+            if values and metric not in hidden and not is_zero:
                 # A few steps are not averaged: first and last would be of the same ones.
                 count = max(1, min(NUM_AVERAGED, len(values) // 4))
                 if metric.startswith("eval/"):

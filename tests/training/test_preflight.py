@@ -152,7 +152,7 @@ def test_what_the_teacher_reads_is_shown_beside_the_rows() -> None:
 def test_an_evaluation_with_other_prompts_is_warned_of() -> None:
     c = config(eval__every=2, eval__limit=4, eval__max_new_tokens=52)
     lines = summarise(c)
-    assert not get_warnings(lines) and "evaluation asks as opd trains" in lines
+    assert not get_warnings(lines) and "the evaluation's prompts have the form of opd's" in lines
     c.opd.data.thinking = 0.0
     (line,) = get_warnings(summarise(c))
     assert "asks otherwise than opd trains" in line and "<think>\\n\\n</think>" in line
