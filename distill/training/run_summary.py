@@ -109,14 +109,15 @@ def render_stages(stages: Sequence[StageSetup], rows: Sequence[Row]) -> str:
         }
         for metric, (name, form) in FIGURES.items():
             values = [row[metric] for row in own if _is_known(row.get(metric))]
-            is_zero = metric == "rollout/truncated" and not any(values)
-            if values and metric not in hidden and not is_zero:
+            if values and metric not in hidden:
                 # A few steps are not averaged: first and last would be of the same ones.
                 count = max(1, min(NUM_AVERAGED, len(values) // 4))
                 if metric.startswith("eval/"):
                     count = 1
                 ends = float(np.mean(values[:count])), float(np.mean(values[-count:]))
-                cells[name] = " → ".join(form.format(x) for x in ends)
+                texts = [form.format(x) for x in ends]
+                if metric != "rollout/truncated" or texts != ["0%", "0%"]:
+                    cells[name] = " → ".join(texts)
         lines.append(cells)
     titles = ["stage", "steps", "time", *(name for name, _ in FIGURES.values())]
     used = [title for title in titles if any(title in cells for cells in lines)]

@@ -208,7 +208,8 @@ def test_estimated_memory_agrees_with_the_arrays(monkeypatch: pytest.MonkeyPatch
         parts = dict(
             part.rsplit(" ", 1) for part in line.partition("(")[2].partition(")")[0].split(", ")
         )
-        assert abs(float(parts["optimiser"]) * 2**30 - count_bytes(state.opt_state)) < 2**30 / 100
+        optimiser = float(parts.get("optimiser", "0"))  # what is rounded to 0.00 is not listed
+        assert abs(optimiser * 2**30 - count_bytes(state.opt_state)) < 2**30 / 100
     c.loss_chunk_mib = 2.0**14
     monkeypatch.setattr(memory, "get_free_memory", lambda _: None)
     assert (
