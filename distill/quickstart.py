@@ -132,8 +132,12 @@ def main() -> None:
             "start in another directory"
         )
     resume.init_workdir(out, c, steps_done=steps_done)
+    report = out / "report.html"
     if summary.get("problems") != PROBLEMS.value:  # else all is done, with its times
         summary = distil_and_evaluate(c, out)
+        report.unlink(missing_ok=True)
+    if not report.exists():
+        writing.write_report([str(out)], report, NUM_TRANSCRIPTS)
     before, after, teacher = (summary[k] for k in ("student_before", "student_after", "teacher"))
     print(f"\n{render_table(summary)}\n")
     for suffix, words in (("", "greedy"), ("_sampled", "sampled")):
@@ -143,8 +147,7 @@ def main() -> None:
     print(f"{summary['distillation_seconds']:.0f} s to distil, {summary['seconds']:.0f} s in all")
     print(f"model     {summary['export']}  (a Hugging Face directory)")
     print(f"run       {out}: summary.json, metrics.jsonl, rollouts/, eval/, tensorboard/")
-    writing.write_report([str(out)], out / "report.html", NUM_TRANSCRIPTS)
-    print(f"report    {out / 'report.html'}  (open it in a browser)")
+    print(f"report    {report}  (open it in a browser)")
     console.print_end(
         [],
         [

@@ -155,6 +155,7 @@ def test_a_second_run_only_prints_the_results(
         assert f"{entry['reverse_kl']:.4f}" in line and f"{entry['mean_length']:.1f}" in line
     assert f"{summary['distillation_seconds']:.0f} s to distil" in out
     assert str(done / "student") in out
+    assert f"report    {done / 'report.html'}" in out and (done / "report.html").is_file()
 
 
 def test_an_interrupted_quick_start_resumes(
