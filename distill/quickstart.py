@@ -29,7 +29,6 @@ CONFIG = config_flags.DEFINE_config_file(
     lock_config=True,
     flag_values=OPTIONS,
 )
-NUM_TRANSCRIPTS = 100  # in the report
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Directory of the run.", OPTIONS)
 PROBLEMS = flags.DEFINE_integer(
     "problems", 1000, "Held-out problems of an evaluation.", lower_bound=1, flag_values=OPTIONS
@@ -133,11 +132,11 @@ def main() -> None:
         )
     resume.init_workdir(out, c, steps_done=steps_done)
     report = out / "report.html"
-    if summary.get("problems") != PROBLEMS.value:  # else all is done, with its times
+    is_done = summary.get("problems") == PROBLEMS.value  # with its times
+    if not is_done:
         summary = distil_and_evaluate(c, out)
-        report.unlink(missing_ok=True)
-    if not report.exists():
-        writing.write_report([str(out)], report, NUM_TRANSCRIPTS)
+    if not is_done or not report.exists():
+        writing.write_report([str(out)], report)
     before, after, teacher = (summary[k] for k in ("student_before", "student_after", "teacher"))
     print(f"\n{render_table(summary)}\n")
     for suffix, words in (("", "greedy"), ("_sampled", "sampled")):

@@ -99,8 +99,9 @@ def read_directories(
 
 
 def _find_evaluations(folder: epath.Path) -> list[epath.Path]:
-    """Returns the folders of evaluations at most two levels below a run's eval/."""
-    patterns = [f"{at}/{file}" for at in ("*", "*/*") for file in ("summary.json", EXAMPLES_FILE)]
+    """Returns the folders of evaluations: a run's eval/, and those at most two levels below it."""
+    files = ("summary.json", EXAMPLES_FILE)
+    patterns = [f"{above}{file}" for above in ("", "*/", "*/*/") for file in files]
     return sorted({path.parent for pattern in patterns for path in folder.glob(pattern)})
 
 

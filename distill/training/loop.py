@@ -76,7 +76,10 @@ def prepare_run(
     def write_first_files() -> list[str]:
         trackers.check_trackers(c.log.to)
         inputs = resume.describe_inputs(c, remaining, eval_rows)
-        return resume.init_workdir(workdir, c, inputs, steps_done, allow_changed_inputs)
+        models = setup.describe_models(run_setup)
+        return resume.init_workdir(
+            workdir, c, inputs, steps_done, allow_changed_inputs, models=models
+        )
 
     return run_setup, validation, distributed.broadcast_from_primary(write_first_files)
 

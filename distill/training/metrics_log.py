@@ -192,10 +192,10 @@ def split_text(tokenizer: Any, ids: Sequence[int]) -> list[str]:
         # A character of UTF-8 has at most four bytes, and a token at least one.
         for end in range(start + 1, min(len(ids), start + 4) + 1):
             text = tokenizer.decode(ids[start:end])
-            if not text.endswith(REPLACEMENT):
+            if REPLACEMENT not in text:
                 break
-        else:  # bytes of no character
-            end, text = start + 1, REPLACEMENT
+        else:  # bytes of no character, or that character itself
+            end, text = start + 1, tokenizer.decode(ids[start : start + 1])
         texts += [text, *[""] * (end - start - 1)]
         start = end
     return texts

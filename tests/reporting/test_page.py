@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import re
 import zlib
 from html.parser import HTMLParser
@@ -83,11 +84,15 @@ def test_tables_have_results_differences_and_cost(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a")
     write_evaluation(run / "eval" / "000002", [False] * 40 + [True] * 10)
     write_evaluation(run / "eval" / "000006", [True] * 40 + [False] * 10)
+    write_evaluation(run / "eval" / "other" / "sampled", [True], benchmark="math500")
     alone = write_evaluation(tmp_path / "e", [False] * 50)
     text = Reader(build(tmp_path, run, alone)).text
     assert "80.0 [67.0, 88.8]" in text
     assert f"{run}/eval/000006 is better than {run}/eval/000002 by 60.0" in text
+    assert f"{run}/eval/other/sampled math500" in " ".join(text.split())
     assert f"{alone} is worse than {run}/eval/000006 by 80.0" in text
+    # 600 tokens trained at three passes and 400 sampled; a teacher reads 400.
+    assert "6.2e+09" in text
     # Six steps of 15 minutes on four devices.
     assert "1.5" in text and "device-hours" in text and " 6 " in text and "4 TPU v5e" in text
 
@@ -104,8 +109,9 @@ def test_transcripts_keep_their_numbers(tmp_path: Path) -> None:
         assert content["stats"][name] == pytest.approx([1000 * x for x in expected[name]], abs=0.5)
     for name in ("student_top", "teacher_top"):
         ids = [[x for x, _ in top] for top in expected[name]]
-        assert [top[::2] for top in content[name]] == ids
-        assert all(top[1::2] == [7000, 2100, 630] for top in content[name])
+        assert content[name][0] == ids
+        for top, pairs in zip(content[name][1], expected[name], strict=True):
+            assert top == pytest.approx([1e3 * math.exp(x) for _, x in pairs], abs=0.5)
     assert content["top_texts"]["4"] == " 4"
 
 
@@ -197,7 +203,7 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     (source,) = read_transcripts(page)
     full, plain, ids = (x["data"] for x in source["steps"][0]["rows"])
     assert full["texts"] == odd and full["top_texts"] == {"0": HOSTILE}
-    assert full["student_top"][0] == [0, 9048]
+    assert [part[0] for part in full["student_top"]] == [[0], [905]]
     assert plain["texts"] == [HOSTILE] and ids["texts"] == ["\u27e81\u27e9", "\u27e82\u27e9"]
 
 
@@ -208,7 +214,7 @@ def test_figures_and_markdown_are_written(tmp_path: Path, capsys) -> None:
     shown = capsys.readouterr().out
     assert f"{tmp_path}/r.html" in shown and f"{tmp_path}/figures" in shown
     names = sorted(path.name for path in (tmp_path / "figures").iterdir())
-    stems = ("train_loss", "train_reverse_kl")
+    stems = ("train_loss", "train_reverse_kl", "rollout_mean_length")
     assert names == sorted(
         ["report.md", *(f"{x}.{kind}" for x in stems for kind in ("svg", "png"))]
     )

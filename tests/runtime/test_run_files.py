@@ -136,7 +136,7 @@ def test_tensorboard_shows_the_config_and_transcripts(tmp_path):
                 writer.write(step, "opd", {"x": step})
     texts = read_texts(tmp_path / "tensorboard")
     config = '    stages = ["opd"]\n    opd.objective = "opd"\n    opd.steps = 2'
-    transcript = "**1.** tokens 2, kl 0.5\n\n    a\n    <b>*\n\n    half?"
+    transcript = "**1.** tokens 2, kl 0.5\n\n*prompt*\n\n    a\n    <b>*\n\n*response*\n\n    half?"
     names = ("config/text_summary", "transcripts/text_summary")
     assert texts == [
         *((0, names[0], config), (0, names[1], transcript)),
