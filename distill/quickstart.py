@@ -151,6 +151,9 @@ def main() -> None:
         [],
         [
             console.format_command(
+                "generate", model=out, prompts="PROMPTS.jsonl", out=f"{out}/samples.jsonl"
+            ),
+            console.format_command(
                 "compare", runs=f"{out}/eval/student_before/greedy,{out}/eval/student_after/greedy"
             ),
             f"tensorboard --logdir={out}/tensorboard",

@@ -160,6 +160,13 @@ def test_write_json_is_whole_or_absent(tmp_path):
     assert json.loads(path.read_text()) == {"a": 1.0}
 
 
+def test_a_line_moves_no_cursor_but_may_have_its_own_colours(capsys):
+    green, reset = "\033[32m", "\033[0m"
+    run_files.log_line(f"{green}a\033[2Jb{reset}", (green, reset))
+    run_files.log_line(f"{green}a")
+    assert capsys.readouterr().err == f"{green}a\\x1b[2Jb{reset}\n\\x1b[32ma\n"
+
+
 def test_environment_records_packages_devices_and_command():
     e = json.loads(run_files.to_json(environment.describe_environment()))
     assert e["packages"]["jax"] == jax.__version__
