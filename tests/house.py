@@ -37,7 +37,7 @@ FOLDERS = {
     "rewards": "terms ifeval graders equality answers",
     "runtime": "checkpoint saved_step integrity cli usage failures host_memory locks trackers "
     "stop_signals progress watchdog distributed xla console run_files tensorboard tracker_process "
-    "paths environment gpu mesh",
+    "paths environment network gpu mesh",
 }
 FLOOR = {
     ".".join(filter(None, ("distill", folder, file))): place
