@@ -54,7 +54,7 @@ def draw_quickstart(results: dict[str, Any], theme: Theme) -> Figure:
     left.text(1, 0.08, f"student, {size}, {count} ", color=theme["student"], ha="right",
               transform=left.transAxes)  # fmt: skip
     left.set(ylim=(None, 102), ylabel="%", xlabel="step", title="Accuracy on held-out problems")
-    right.set(ylim=(0, None), ylabel="nats a token", xlabel="step", title="Distance to the teacher")
+    right.set(ylim=(0, None), ylabel="nats a token", xlabel="step", title="Reverse KL to teacher")
     return figure
 
 

@@ -341,6 +341,9 @@ class Checkpoints:
 
 def _delete_dir(path: epath.Path) -> None:
     try:
+        if not paths.is_remote(path) and path.exists():
+            # What is left of it, if this process is killed, is not taken for a checkpoint.
+            path = path.rename(path.with_name(f"{path.name}{ocp.utils.TMP_DIR_SUFFIX}-deleted"))
         path.rmtree(missing_ok=True)
     except OSError as error:  # no reason to end a run
         run_files.log_line(f"warning: {path} could not be deleted: {saved_step.shorten(error)}")

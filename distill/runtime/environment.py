@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 import platform
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 _PACKAGES = (
     *("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "flax", "optax", "orbax-checkpoint", "numpy"),
@@ -60,6 +62,21 @@ def describe_environment() -> dict[str, Any]:
         },
         "git": describe_git(),
     }
+
+
+def list_changes(path: epath.Path, now: dict[str, Any]) -> list[str]:
+    """Says which devices and packages differ from those in `path`, an environment.json."""
+    try:
+        before = json.loads(path.read_bytes())
+        pairs = [(part, before[part], now[part]) for part in ("devices", "packages")]
+        return [
+            f"{part}.{name} was {old.get(name)}, now {new.get(name)}"
+            for part, old, new in pairs
+            for name in sorted(old.keys() | new.keys())
+            if old.get(name) != new.get(name)
+        ]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []  # of another version, or damaged: it is written anew
 
 
 def hide_secrets(text: str) -> str:

@@ -20,6 +20,7 @@ EXACT = "nothing that is trained depends on it"
 ROUNDING = "the same but for rounding"
 SAME_CONTENT = "the same content"
 NOT_BEGUN = "no step that is done used it"
+DEVICES = "token budgets and load-balancing losses depend on the devices, so samples may differ"
 
 # What a changed key does to the steps of a run; the first pattern that matches a key counts. All
 # others change what is trained.
@@ -178,7 +179,13 @@ def _judge_change(
         return _judge_stage_key(name, ".".join(rest), before, now), ""
     if _is_teacher(before, name) or _is_teacher(now, name):
         return ("" if name in progress.teachers else NOT_BEGUN), ""
-    return _find_reason(RUN_KEYS, key.removeprefix("config.")), ""
+    reason = _find_reason(RUN_KEYS, key.removeprefix("config."))
+    if name == "mesh" and (
+        before[progress.begun[-1]]["rollout"]["token_budget"]
+        or before["student"]["router_aux_loss_coef"]
+    ):
+        reason = DEVICES
+    return reason, ""
 
 
 def _judge_steps(name: str, progress: _Progress, now: dict[str, Any]) -> tuple[str, str]:

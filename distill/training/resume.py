@@ -31,7 +31,7 @@ from distill.policy.identity import Part
 from distill.runtime import environment, run_files
 from distill.teachers import local
 from distill.training import config_changes
-from distill.training.config_changes import SAME_CONTENT, Change
+from distill.training.config_changes import ROUNDING, SAME_CONTENT, Change
 from models import adapter, tensor_files
 from models.errors import UserError
 
@@ -107,10 +107,13 @@ def init_workdir(
     record["inputs"] = recorded | inputs
     if not writes:
         return sorted(record["inputs"])
+    about_path, about = workdir / "environment.json", environment.describe_environment()
+    if not is_new and (texts := environment.list_changes(about_path, about)):
+        run_files.log_line(f"{workdir} goes on: {'; '.join(texts)} ({ROUNDING})")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         run_files.write_json(path, json.loads(c.to_json_best_effort()))
-        run_files.write_json(workdir / "environment.json", environment.describe_environment())
+        run_files.write_json(about_path, about)
         if inputs:
             run_files.write_json(inputs_path, record)
     except OSError as error:

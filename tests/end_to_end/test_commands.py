@@ -34,6 +34,7 @@ UNCHECKED = {
     "pip": "needs a network; the files after -r are checked",
     **dict.fromkeys(("mlflow", "tensorboard", "trackio"), "comes with a package of that name"),
 }
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
 LAUNCHER = (ROOT / "launch_tpu.sh").read_text()
 
 
@@ -129,6 +130,9 @@ def check_command(words: list[str]) -> None:
         require(program in UNCHECKED, f"{program}: an unknown program")
         if program == "pip" and "-r" in arguments:
             check_file(arguments[arguments.index("-r") + 1])
+        extras = re.findall(r"^\.\[(\w+)\]$", " ".join(arguments[-1:])) if program == "pip" else ()
+        for extra in extras:
+            require(f"\n{extra} = [" in PYPROJECT, f"{extra}: no such extra")
 
 
 def check_file(path: str) -> None:
@@ -155,7 +159,10 @@ def check_python(arguments: list[str]) -> None:
         folder = module.partition(".")[0]
         require(folder in ("distill", "benchmarks"), f"{module}: no module of ours")
         require(importlib.util.find_spec(module), f"{module}: there is no such module")
-        check_flags(importlib.import_module(module).OPTIONS, arguments[2:])
+        verb, words = importlib.import_module(module), arguments[2:]
+        if hasattr(verb, "ARGUMENTS"):  # takes more than flags
+            words = [word for word in words if word.startswith("-")]
+        check_flags(verb.OPTIONS, words)
 
 
 def check_flags(options: FlagValues, words: list[str], required: bool = True) -> None:
@@ -268,6 +275,7 @@ TRAIN = "python -m distill.train --config=configs/base.py --workdir=runs/x"
         "cd x && make quikstart",
         "make quikstart",
         "pip install -r lost.txt",
+        "pip install -e '.[lost]'",
         "srun --nodes=2 .venv/bin/python -m distill.train --config=configs/base.py",
         "./launch_tpu.sh launch",
         "./launch_tpu.sh up --spot -- --config=configs/base.py --workdir=gs://b/x",

@@ -190,7 +190,7 @@ def test_readme_has_the_table_of_the_results() -> None:
 # and files of all are checked in test_commands.py.
 NOT_RUN = {
     r"Qwen/|hf:|configs/gsm8k\.py": "read models or data of the hub",
-    r"=runs/gsm8k|samples\.jsonl|traces\.jsonl": "need what these made",
+    r"runs/gsm8k|samples\.jsonl|traces\.jsonl": "need what these made",
     r"^pip |^python3 -m venv": "install packages",
     r"log\.to=|^tensorboard|^trackio|^mlflow": "need packages that the project does not install",
     r"launch_tpu\.sh|gcloud|ACCELERATOR=": "need Google Cloud",
@@ -238,7 +238,8 @@ def test_the_commands_of_your_own_models_run(tmp_path: Path, monkeypatch) -> Non
     section = (ROOT / "README.md").read_text().partition("\n## Your own models\n")[2]
     blocks = list(find_blocks(section.partition("\n## ")[0], "bash"))
     lines = [shlex.split(line) for line in split_lines(blocks[-1])]
-    assert [line[2] for line in lines] == ["distill.train", "distill.evaluate", "distill.export"]
+    verbs = ["distill.train", "distill.evaluate", "distill.report", "distill.export"]
+    assert [line[2] for line in lines] == verbs
     monkeypatch.chdir(ROOT)
     changes = {
         "--config=configs/gsm8k.py": "--config=configs/gsm8k.py:tiny",
@@ -247,6 +248,7 @@ def test_the_commands_of_your_own_models_run(tmp_path: Path, monkeypatch) -> Non
         "--benchmark=gsm8k": "--benchmark=arithmetic",
         "--data=hf:": "--limit=2",
         "--max_new_tokens=1024": "--max_new_tokens=16",
+        "--out=report.html": f"--out={tmp_path}/report.html",
         "--out=student": f"--out={tmp_path}/student",
     }
     used = set()
@@ -256,4 +258,5 @@ def test_the_commands_of_your_own_models_run(tmp_path: Path, monkeypatch) -> Non
         assert call(importlib.import_module(words[2]), *flags) == 0
     assert used == changes.keys()
     assert (tmp_path / "run/eval/summary.json").is_file()
+    assert "<html" in (tmp_path / "report.html").read_text()
     assert (tmp_path / "student/model.safetensors").is_file()

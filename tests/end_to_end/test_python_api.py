@@ -1,4 +1,4 @@
-"""Tests the Python API: the lines in README run, and results equal those of the verbs."""
+"""Tests the Python API: the lines of docs/api.md run, and results equal those of the verbs."""
 
 import importlib
 import json
@@ -17,18 +17,17 @@ import distill
 from configs import quickstart
 from distill.policy.policy import Policy
 from models.errors import UserError
+from tests.support.pages import find_blocks
 from tests.support.paths import ROOT
 
 STUDENT, TEACHER = str(ROOT / "assets/student"), str(ROOT / "assets/teacher")
 CHAT = [{"role": "user", "content": "What is 2 + 2?"}]
 
 
-def readme_lines() -> str:
-    """Returns the code block of README's section on Python."""
-    section = (ROOT / "README.md").read_text().partition("\n## From Python\n")[2]
-    block = re.search(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
-    assert block
-    return block.group(1)
+def read_documented_lines() -> tuple[str, str]:
+    """Returns the code blocks of docs/api.md: the functions, and the config that they take."""
+    lines, config = find_blocks((ROOT / "docs/api.md").read_text(), "python")
+    return lines, config
 
 
 def tiny_config() -> ConfigDict:
@@ -47,9 +46,9 @@ def completions(models: tuple[Policy, Policy]) -> list[distill.Completion]:
     return distill.sample(models[0], ["2+2=", CHAT, [17, 10]], samples=2, max_new_tokens=8)
 
 
-def test_readme_lines_run(tmp_path: Path) -> None:
-    """Uses tiny models instead of the hub's, and the config with which the section begins."""
-    lines = readme_lines()
+def test_documented_lines_run(tmp_path: Path) -> None:
+    """Uses tiny models instead of the hub's, and the config of the page."""
+    lines, config = read_documented_lines()
     for hub_id, path in (("Qwen/Qwen3-0.6B", STUDENT), ("Qwen/Qwen3-8B", TEACHER)):
         assert hub_id in lines
         lines = lines.replace(hub_id, path)
@@ -57,8 +56,8 @@ def test_readme_lines_run(tmp_path: Path) -> None:
         r'data="[^"]*"', f'data="{ROOT}/assets/rows/gsm8k.jsonl", limit=4, max_new_tokens=8', lines
     )
     lines = lines.replace("runs/x", str(tmp_path / "x"))
-    names: dict[str, Any] = {"config": tiny_config()}
-    exec(compile(lines, "README.md", "exec"), names)
+    names: dict[str, Any] = {}
+    exec(compile(config + lines, "docs/api.md", "exec"), names)
     assert len(names["out"]) == 4
     assert list(names["run"].metrics()["step"]) == [0, 1]
 

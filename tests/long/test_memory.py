@@ -79,7 +79,7 @@ loop.run(c, workdir)
 """
 
 ROWS, LENGTH = 5000, 500
-STEPS, WARM_UP = 2000, 500
+STEPS, WARM_UP = 2000, 1000
 
 
 def watched(verb: str, *flags: str) -> dict[int, int]:
@@ -136,7 +136,7 @@ def test_generate_does_not_grow(model: Path, tmp_path: Path, top_logprobs: int) 
 
 @pytest.mark.parametrize("objective", ["opd", "grpo"])
 def test_training_does_not_grow(objective: str, tmp_path: Path) -> None:
-    """2,000 steps with checkpoints, transcripts, evaluations and graders: after the first 500,
+    """2,000 steps with checkpoints, transcripts, evaluations and graders: after the first 1,000,
     resident memory is flat within 2%, and files, threads and processes are as many as before."""
     models = [tiny_model(tmp_path / name, seed) for seed, name in enumerate(("student", "teacher"))]
     words = [objective, str(STEPS), *models, str(tmp_path / "run")]

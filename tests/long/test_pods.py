@@ -111,7 +111,7 @@ def test_two_processes_are_one(recipe: str, flags: list[str], apart: int, tmp_pa
 
 
 def test_tasks_of_slurm_are_one_run(tmp_path: Path) -> None:
-    """By what `srun` tells each task, as README.md has it for GPUs."""
+    """By what `srun` tells each task, as docs/gpus.md has it for GPUs."""
     words = ["--config=configs/quickstart.py:tiny", "--config.mesh.fsdp=-1"]
     words += [f"--workdir={tmp_path / 'run'}"]
     codes = end(start("train", 2, 2, tmp_path / "log", words, slurm=True), tmp_path / "log")

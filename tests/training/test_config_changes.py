@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 from distill.training import config_changes
-from distill.training.config_changes import EXACT, NOT_BEGUN, ROUNDING, SAME_CONTENT
+from distill.training.config_changes import DEVICES, EXACT, NOT_BEGUN, ROUNDING, SAME_CONTENT
 
 
 def config() -> ConfigDict:
@@ -93,6 +93,13 @@ def test_a_key_that_another_makes_matter_may_not_change(
     before: dict[str, Any], key: str, value: Any
 ) -> None:
     assert compare({key: value}, 12, before) == {key: ""}
+
+
+@pytest.mark.parametrize(
+    "before", [{"opd.rollout.token_budget": 100}, {"student.router_aux_loss_coef": 0.1}]
+)
+def test_another_mesh_that_changes_what_is_trained_is_said(before: dict[str, Any]) -> None:
+    assert compare({"mesh.fsdp": 2}, 12, before) == {"mesh.fsdp": DEVICES}
 
 
 def test_a_stage_that_has_not_begun_may_change() -> None:

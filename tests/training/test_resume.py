@@ -386,3 +386,20 @@ def test_a_run_is_refused_until_its_data_are_back(model: str, tmp_path: Path) ->
     loop.run(c, workdir)
     assert numbers(workdir) == whole
     jax.clear_caches()
+
+
+def test_other_devices_and_packages_are_said(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run.check(0)
+    path = run.workdir / "environment.json"
+    about = json.loads(path.read_text())
+    about["devices"]["count"], about["packages"]["jax"] = 16, "0.0.1"
+    path.write_text(json.dumps(about))
+    capsys.readouterr()
+    run.check(3)
+    now = f"devices.count was 16, now {jax.device_count()}; packages.jax was 0.0.1, now"
+    assert f"{run.workdir} goes on: {now}" in capsys.readouterr().err
+    run.check(3)
+    assert "goes on" not in capsys.readouterr().err
+    for text in ("[]", "{", '{"devices": 1, "packages": {}}'):  # of another version, or damaged
+        path.write_text(text)
+        run.check(3)
