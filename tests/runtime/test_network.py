@@ -2,6 +2,7 @@
 
 import socket
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ from distill.runtime import network
 
 
 @pytest.fixture
-def tried(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def tried(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """The addresses that were tried, on a machine without a network."""
     addresses = []
 
@@ -21,15 +22,9 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setenv("HF_HUB_OFFLINE", "")
-    for name in (
-        "http_proxy",
-        "https_proxy",
-        "all_proxy",
-        "HTTP_PROXY",
-        "HTTPS_PROXY",
-        "ALL_PROXY",
-    ):
-        monkeypatch.delenv(name, raising=False)
+    for scheme in ("http", "https", "all"):
+        monkeypatch.delenv(f"{scheme}_proxy", raising=False)
+        monkeypatch.delenv(f"{scheme}_proxy".upper(), raising=False)
     for name in ("huggingface_hub.constants", "datasets.config"):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(HF_HUB_OFFLINE=False))
     network.find_hub.cache_clear()
