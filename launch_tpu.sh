@@ -30,8 +30,8 @@
 # Options with values can also be set as environment variables: NAME, ZONE, PROJECT, ACCELERATOR,
 # CAPACITY, SLICES, RUNTIME; --no-check as CHECK=0. Further ones: POLL (seconds between checks, 20), WAIT (seconds at most
 # for a slice, 86400), RETRIES (restarts by babysit without a new checkpoint, 20). HF_TOKEN,
-# WANDB_API_KEY, JAX_COMPILATION_CACHE_DIR and LIBTPU_INIT_ARGS, if set, are passed to the run in a
-# file that only you can read.
+# JAX_COMPILATION_CACHE_DIR, LIBTPU_INIT_ARGS and the variables of trackers (FORWARD below), if set,
+# are passed to the run in a file that only you can read.
 #
 #   ./launch_tpu.sh up --name=opd --zone=us-east5-b --accelerator=v6e-16 --capacity=spot -- \
 #       --config=configs/base.py --workdir=gs://bucket/runs/opd --config.opd.steps=500
@@ -41,7 +41,11 @@
 # The local part keeps to bash 3.2, the version of macOS.
 set -euo pipefail
 
-FORWARD="HF_TOKEN WANDB_API_KEY JAX_COMPILATION_CACHE_DIR LIBTPU_INIT_ARGS"
+FORWARD="HF_TOKEN JAX_COMPILATION_CACHE_DIR LIBTPU_INIT_ARGS
+  WANDB_API_KEY WANDB_BASE_URL WANDB_ENTITY WANDB_PROJECT WANDB_NAME WANDB_MODE
+  TRACKIO_PROJECT TRACKIO_SPACE_ID TRACKIO_SERVER_URL TRACKIO_WRITE_TOKEN
+  MLFLOW_TRACKING_URI MLFLOW_TRACKING_USERNAME MLFLOW_TRACKING_PASSWORD MLFLOW_TRACKING_TOKEN
+  MLFLOW_EXPERIMENT_NAME"
 IMPORTS='import importlib.util as u; [u.find_spec(x) or exit(1) for x in ("jax", "transformers")]'
 MAX_MB=100 # of the checkout; data belong on gs://
 

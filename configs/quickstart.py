@@ -23,6 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.teacher.param_dtype = c.teacher.dtype = "float32"
     c.checkpoint.every = 200
     c.log.transcripts_every = 100
+    c.log.overlap_top_k = 5  # cheap with so small a vocabulary
 
     c.opd.steps = 1000
     c.opd.batch_size = 32

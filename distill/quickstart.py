@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, config_flags
 from distill.evaluation import evaluator, problems
 from distill.policy import exporting, policy
 from distill.policy.policy import Policy
+from distill.reporting import writing
 from distill.runtime import cli, console, paths, run_files
 from distill.runtime import mesh as mesh_lib
 from distill.training import loop, resume, setup
@@ -130,8 +131,12 @@ def main() -> None:
             "start in another directory"
         )
     resume.init_workdir(out, c, steps_done=steps_done)
-    if summary.get("problems") != PROBLEMS.value:  # else all is done, with its times
+    report = out / "report.html"
+    is_done = summary.get("problems") == PROBLEMS.value  # with its times
+    if not is_done:
         summary = distil_and_evaluate(c, out)
+    if not is_done or not report.exists():
+        writing.write_report([str(out)], report)
     before, after, teacher = (summary[k] for k in ("student_before", "student_after", "teacher"))
     print(f"\n{render_table(summary)}\n")
     for suffix, words in (("", "greedy"), ("_sampled", "sampled")):
@@ -141,9 +146,13 @@ def main() -> None:
     print(f"{summary['distillation_seconds']:.0f} s to distil, {summary['seconds']:.0f} s in all")
     print(f"model     {summary['export']}  (a Hugging Face directory)")
     print(f"run       {out}: summary.json, metrics.jsonl, rollouts/, eval/, tensorboard/")
+    print(f"report    {report}  (open it in a browser)")
     console.print_end(
         [],
         [
+            console.format_command(
+                "generate", model=out, prompts="PROMPTS.jsonl", out=f"{out}/samples.jsonl"
+            ),
             console.format_command(
                 "compare", runs=f"{out}/eval/student_before/greedy,{out}/eval/student_after/greedy"
             ),

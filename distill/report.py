@@ -4,12 +4,13 @@ Reads directories of runs and of evaluations, and writes a page that needs nothi
 bands over seeds, results with intervals and paired differences, cost, differences of configs, and
 transcripts with each token coloured by its reverse KL. What is missing or broken in a directory is
 said beside its name, and all else is shown. With --figures it also writes the main curves as SVG
-and PNG, and the tables as Markdown.
+and PNG, and the tables as Markdown. With --watch it writes nothing, serves the page on this machine
+and follows the runs until Ctrl-C.
 """
 
 from absl import flags
 
-from distill.reporting import writing
+from distill.reporting import watching, writing
 from distill.runtime import cli, paths
 from models.errors import UserError
 
@@ -21,6 +22,12 @@ FIGURES = flags.DEFINE_string(
 TRANSCRIPTS = flags.DEFINE_integer(
     "transcripts", 200, "Most transcripts of a run.", lower_bound=0, flag_values=OPTIONS
 )
+WATCH = flags.DEFINE_boolean(
+    "watch", False, "Serve the page on this machine and follow the runs.", flag_values=OPTIONS
+)
+PORT = flags.DEFINE_integer(
+    "port", 0, "Of --watch; 0: any free one.", 0, 65535, flag_values=OPTIONS
+)
 ARGUMENTS: list[str] = []  # directories
 
 
@@ -28,7 +35,12 @@ def main() -> None:
     if not ARGUMENTS:
         raise UserError("name a run: python -m distill.report runs/a runs/b --out=report.html")
     names = list(dict.fromkeys(paths.expand_home(name) for name in ARGUMENTS))
-    out = paths.check_output(OUT.value)
+    if WATCH.value:
+        watching.serve(names, PORT.value, TRANSCRIPTS.value)
+    files = ("config.json", "metrics.jsonl", "environment.json", "summary.json", "examples.jsonl")
+    out = paths.check_output(OUT.value, *(f"{name}/{file}" for name in names for file in files))
+    if FIGURES.value:
+        paths.check_output(f"{FIGURES.value}/report.md", flag="--figures", creates_folder=False)
     shown = writing.write_report(names, out, TRANSCRIPTS.value)
     print(f"report    {OUT.value}")
     if FIGURES.value:

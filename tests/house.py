@@ -19,7 +19,7 @@ PACKAGES = ("models", "distill", "configs", "assets", "benchmarks", "tests")
 FOLDERS = {
     "": "__main__ quickstart harness report diagnose plan train chat evaluate generate score "
     "compare verify clean export",
-    "reporting": "writing page tables figures transcripts read",
+    "reporting": "watching writing page tables figures transcripts read",
     "planning": "checking fit forecast programs roofline aot gpus hlo diagnosis",
     "training": "loop stopping saving metrics_log run_summary alerts preflight eval_hook collect "
     "grading trainer memory sampling_programs calls microbatches prompts resume config_changes "

@@ -43,9 +43,11 @@ def encode_prompts(subject: Policy, rows: Problems, spec: EvalSpec) -> dataset.T
     )
 
 
-def fit_limit(subject: Policy, rows: Problems, spec: EvalSpec) -> EvalSpec:
+def fit_limit(
+    subject: Policy, rows: Problems, spec: EvalSpec, name: str = "max_new_tokens"
+) -> EvalSpec:
     """Lowers the limit of new tokens to what the model's positions leave beside the longest prompt,
-    and says so. Call it if nobody has chosen that limit. Reads no parameters.
+    and says so under the limit's `name`. Call it if nobody has chosen one. Reads no parameters.
 
     The limit is a multiple of an eighth of the positions where it can be, so that a few more
     problems rarely change it.
@@ -61,7 +63,7 @@ def fit_limit(subject: Policy, rows: Problems, spec: EvalSpec) -> EvalSpec:
     eighth = max(1, positions // 8)
     fitting = room // eighth * eighth or room
     run_files.log_line(
-        f"max_new_tokens={fitting} and not {limit:,}: the model has {positions:,} positions, and "
+        f"{name}={fitting} and not {limit:,}: the model has {positions:,} positions, and "
         f"the longest prompt takes {longest:,}"
     )
     return dataclasses.replace(

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from distill.planning import aot, gpus, programs
 from distill.policy import hub, policy
 from distill.runtime import mesh as mesh_lib
-from distill.runtime import paths, run_files
+from distill.runtime import paths, run_files, trackers
 from distill.runtime.gpu import GPU_PLUGINS
 from distill.training import eval_hook, memory, preflight, resume, setup
 from distill.training.setup import RunSetup
@@ -56,6 +56,7 @@ def check_run(c: ConfigDict, workdir: str = "", topology: str = "") -> None:
       UserErrors: with every mistake that was found.
     """
     mistakes, devices, memory_limit = Mistakes(), None, None
+    mistakes.collect(lambda: trackers.check_trackers(c.log.to, must_be_installed=not topology))
     if topology:
         devices, memory_limit = find_devices(topology), aot.get_chip(topology).hbm_gib * 2**30
     meshes = mistakes.collect(lambda: mesh_lib.make_meshes(c, devices))

@@ -13,6 +13,7 @@ from distill.reporting.read import (
     Run,
     as_record,
     count_planned_steps,
+    is_number,
     list_stages,
 )
 from models.errors import UserError
@@ -136,24 +137,21 @@ def _compare(a: Evaluation, b: Evaluation) -> str:
 
 def tabulate_cost(runs: Sequence[Run]) -> Table:
     """Sums what each run cost, from its metrics."""
-    header = ["run", "tokens trained", "tokens sampled", "hours", "of them compiling"]
+    header = ["run", "tokens trained", "tokens sampled", "FLOPs", "hours", "of them compiling"]
     header += ["tokens trained/s", "devices", "device-hours"]
     rows = []
     for run in runs:
         sums = {name: _sum(run.metrics, name) for name in _COST_METRICS}
         seconds = sums["time/step"] + sums["time/eval"]
         count = as_record(run.environment.get("devices")).get("count")
-        sampled = sum(
-            row.get("rollout/mean_length", 0)
-            * (row.get("rollout/rows/think", 0) + row.get("rollout/rows/no_think", 0))
-            for row in run.metrics
-        )
+        sampled = sum(map(_count_sampled, run.metrics))
         trained, busy = sums["train/trained_tokens"], sums["time/step"] - sums["time/compile"]
         rows.append(
             [
                 run.name,
                 _format(trained, "{:,.0f}"),
                 _format(sampled, "{:,.0f}"),
+                _format(_count_flops(run), "{:.3g}"),
                 _format(seconds / 3600, "{:.3g}"),
                 _format(sums["time/compile"] / 3600, "{:.3g}"),
                 _format(trained / busy if busy > 0 else 0, "{:.4g}"),
@@ -161,7 +159,36 @@ def tabulate_cost(runs: Sequence[Run]) -> Table:
                 _format(seconds / 3600 * count if type(count) is int else 0, "{:.3g}"),
             ]
         )
-    return Table("Cost", header, rows, ["Hours are those of steps and evaluations."])
+    notes = [
+        "Hours are those of steps and evaluations. FLOPs are those of weights at the tokens of "
+        "responses, without prompts and attention: sampling, a forward pass of each teacher, and "
+        "training, which is three times a forward pass, with a LoRA twice."
+    ]
+    return Table("Cost", header, rows, notes)
+
+
+def _count_sampled(row: Record) -> float:
+    rows = row.get("rollout/rows/think", 0) + row.get("rollout/rows/no_think", 0)
+    return row.get("rollout/mean_length", 0) * rows
+
+
+def _count_flops(run: Run) -> float:
+    """Counts the operations that the note of the table describes; 0 if the files do not tell."""
+    models = as_record(run.environment.get("models"))
+    costs = {name: as_record(x).get("flops_per_token") for name, x in models.items()}
+    student = costs.get("student")
+    if not is_number(student):
+        return 0
+    has_lora = as_record(as_record(run.config.get("student")).get("lora")).get("rank")
+    total = 0.0
+    for row in run.metrics:
+        trained = row.get("train/trained_tokens", 0)
+        total += student * (_count_sampled(row) + (2 if has_lora else 3) * trained)
+        if "train/divergence" in row or "train/reverse_kl" in row:
+            names = as_record(run.config.get(row["stage"])).get("teachers")
+            known: list[Any] = [costs.get(x) for x in names] if isinstance(names, list) else []
+            total += trained * sum(x for x in known if is_number(x))
+    return total
 
 
 _COST_METRICS = ("time/step", "time/eval", "time/compile", "train/trained_tokens")

@@ -1,7 +1,7 @@
 """Packs transcripts for the page: per token its text, a few numbers, and the likeliest tokens.
 
-A page may hold hundreds of long transcripts. So numbers are whole thousandths of a nat and
-probabilities whole ten-thousandths, and each transcript is compressed by itself: the page unpacks
+A page may hold hundreds of long transcripts. So numbers are whole thousandths, of a nat
+or of 1, and each transcript is compressed by itself: the page unpacks
 the one that is looked at.
 """
 
@@ -61,7 +61,7 @@ def _pack_row(row: Record) -> Record:
         "length": len(tokens) or row.get("length"),
         "kl": round(sum(kl) / len(kl), 4) if kl else None,
     }
-    packed = zlib.compress(to_script(content).encode(), 9)
+    packed = zlib.compress(to_script(content).encode(), 6)
     facts = {name: x for name, x in facts.items() if isinstance(x, str | bool) or is_number(x)}
     return {**facts, "data": base64.b64encode(packed).decode()}
 
@@ -91,33 +91,35 @@ def _pack_stats(row: Record, length: int) -> dict[str, list[int | None]]:
 
 
 def _pack_tops(row: Record, length: int) -> Record:
-    """Returns the likeliest tokens of each position as [id, probability in ten-thousandths, ...],
-    those of less than one left out, and the texts of ids."""
-    packed, ids = {}, set()
+    """Returns the likeliest tokens of each position, those of less than a thousandth left out:
+    their ids, their probabilities in thousandths, and the texts of ids."""
+    packed, used = {}, set()
     for name in ("student_top", "teacher_top"):
         tops = row.get(name)
         if not isinstance(tops, list) or len(tops) != length:
             continue
-        packed[name] = [_pack_top(top) for top in tops]
-        ids |= {x for top in packed[name] for x in top[::2]}
+        pairs = [_read_top(top) for top in tops]
+        packed[name] = [
+            [[x for x, _ in top] for top in pairs],
+            [[p for _, p in top] for top in pairs],
+        ]
+        used |= {x for top in pairs for x, _ in top}
     texts = row.get("top_texts")
     if packed and isinstance(texts, dict):
-        known = {str(x): texts.get(str(x)) for x in sorted(ids)}
+        known = {str(x): texts.get(str(x)) for x in sorted(used)}
         packed["top_texts"] = {x: text for x, text in known.items() if isinstance(text, str)}
     return packed
 
 
-def _pack_top(top: Any) -> list[int]:
-    flat: list[int] = []
+def _read_top(top: Any) -> list[tuple[int, int]]:
+    found = []
     for pair in (top if isinstance(top, list) else [])[:MAX_TOP]:
         if not isinstance(pair, list) or len(pair) != 2 or type(pair[0]) is not int:
             continue
-        if not is_number(pair[1]) or pair[1] > 1e-3:
-            continue
-        probability = round(10_000 * math.exp(pair[1]))
-        if probability:
-            flat += [pair[0], probability]
-    return flat
+        if is_number(pair[1]) and -8 < pair[1] < 1e-3:
+            probability = round(1000 * math.exp(pair[1]))
+            found += [(pair[0], probability)] if probability else []
+    return found
 
 
 def to_script(value: Any) -> str:

@@ -24,7 +24,7 @@ _COMPILER_FILES = (
     "jax/_src/interpreters/mlir.py",
     "jax/_src/interpreters/partial_eval.py",
 )
-_BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar:14}|{postfix}"
+_BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar:14}| {unit}"  # unit: what `_describe` says
 
 
 class Progress:
@@ -61,6 +61,7 @@ class Progress:
                 initial=initial,
                 desc=label,
                 bar_format=_BAR_FORMAT,
+                unit="",
                 dynamic_ncols=True,
                 leave=None if not is_minor else False,
                 delay=SHORT_SECONDS if is_minor else 0,
@@ -78,7 +79,7 @@ class Progress:
             self._paced_seconds += interval - compiled
         self._done, self._figures, self._compiling_since = done, figures, None
         if self._bar is not None:
-            self._bar.set_postfix_str(self._describe(now), refresh=False)
+            self._bar.unit = self._describe(now)
             self._bar.update(done - self._bar.n)
         elif run_files.is_primary():
             self._print(now)
@@ -125,7 +126,7 @@ class Progress:
             else:
                 self._compiling_since = None
             if self._bar is not None:
-                self._bar.set_postfix_str(self._describe(now), refresh=False)
+                self._bar.unit = self._describe(now)
                 if not self._is_minor or now - self._start_time > SHORT_SECONDS:
                     self._bar.refresh()
             elif self._describe_compiling(now) and not self._has_said_compiling:
@@ -138,7 +139,7 @@ class Progress:
             self._thread.join()
         if self._bar is not None:
             self._compiling_since = None
-            self._bar.set_postfix_str(self._describe(time.monotonic()), refresh=False)
+            self._bar.unit = self._describe(time.monotonic())
             self._bar.close()
 
 

@@ -11,9 +11,10 @@ import errno
 import json
 import math
 import os
+import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Self
 
 import jax
@@ -46,10 +47,17 @@ def is_primary() -> bool:
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def log_line(message: str) -> None:
-    """Writes one line to stderr from process 0, above a progress bar if there is one."""
+def log_line(message: str, colours: Collection[str] = ()) -> None:
+    """Writes one line to stderr from process 0, above a progress bar if there is one.
+
+    Control characters are escaped, but for the codes `colours`.
+    """
     if is_primary():
-        tqdm.write(paths.escape_controls(message), file=sys.stderr)
+        parts = (
+            re.split(f"({'|'.join(map(re.escape, colours))})", message) if colours else [message]
+        )
+        parts = [part if part in colours else paths.escape_controls(part) for part in parts]
+        tqdm.write("".join(parts), file=sys.stderr)
 
 
 def _to_finite(x: Any) -> Any:

@@ -128,7 +128,9 @@ class StopSignals:
         return "stopping" if self._interrupts else self._answer
 
     def _say(self, line: str) -> None:
-        os.write(2, f"{line}\n".encode())  # to the descriptor: no lock is waited for
+        # To the descriptor: no lock is waited for. A terminal has a live line, and echoes ^C.
+        start = "\n" if os.isatty(2) else ""
+        os.write(2, f"{start}{line}\n".encode())
 
 
 @contextlib.contextmanager

@@ -58,10 +58,11 @@ def make_transcripts(rows: Sequence[Mapping[str, Any]], step: int) -> bytes:
     """Makes one event with the transcripts of a step (rows of rollouts/), as text."""
     parts = []
     for number, row in enumerate(map(tracker_process.shorten_row, rows), start=1):
-        texts = [row.pop(name, None) for name in ("prompt", "response")]
+        texts = {name: row.pop(name, None) for name in ("prompt", "response")}
         facts = ", ".join(f"{name} {_format(value)}" for name, value in row.items())
         parts.append(f"**{number}.** {facts}")
-        parts += [_to_code(text) for text in texts if text]
+        for name, text in texts.items():
+            parts += [f"*{name}*", _to_code(text)] if text else []
     return _make_text("transcripts", "\n\n".join(parts), step)
 
 

@@ -29,6 +29,7 @@ from etils import epath
 
 PROJECT = "distill"  # unless a variable of the tracker names another
 POLL_SECONDS, BUCKET_POLL_SECONDS = 1.0, 30.0
+OPEN_SECONDS = 60.0  # that opening a tracker may take after the end of the run's process
 # Of a table; the files of the run have the rest.
 MAX_ROWS, MAX_CHARACTERS = 1000, 20_000
 
@@ -329,30 +330,45 @@ def fail(reason: str) -> NoReturn:
     os._exit(1)  # without what clients do at exit, which may hang
 
 
-def _watch_parent(parent: int) -> None:
-    """Ends this process when the run's process is gone: another one may send the rest soon."""
-    while os.getppid() == parent:
-        time.sleep(0.3)
+def _end_early(parent: int, leave: threading.Event, is_open: threading.Event) -> None:
+    """Ends this process once it is to leave, or the process of the run is gone: the next one sends
+    the rest. Not while the tracker is opened: MLflow would leave a database half-made, for good."""
+    while os.getppid() == parent and not leave.wait(0.3):
+        pass
+    is_open.wait(OPEN_SECONDS)
     os._exit(1)
 
 
 def main(
     name: str, workdir: str, run_id: str, resume_step: str, parent: str, must_finish: str
 ) -> None:
-    """Sends a run to the tracker `name` until SIGTERM, and then what is left."""
+    """Sends a run to the tracker `name`: until SIGTERM, and then what is left, if no second SIGTERM
+    comes.
+
+    Args:
+      parent: the id of the run's process.
+      must_finish: "True": all is written, as after a SIGTERM.
+    """
     global _messages
-    finish = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: finish.set())
+    finish, leave, is_open = threading.Event(), threading.Event(), threading.Event()
+
+    def heed(*_: object) -> None:
+        (leave if finish.is_set() else finish).set()
+
+    signal.signal(signal.SIGTERM, heed)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if must_finish == "True":
         finish.set()
     _messages = os.fdopen(os.dup(1), "w", errors="backslashreplace")
     os.dup2(2, 1)
-    threading.Thread(target=_watch_parent, args=(int(parent),), daemon=True).start()
+    threading.Thread(target=_end_early, args=(int(parent), leave, is_open), daemon=True).start()
     folder = epath.Path(workdir)
     try:
         config = json.loads((folder / "config.json").read_text())
         tracker = TRACKERS[name](run_id, folder, flatten_config(config))
+        is_open.set()
+        if leave.is_set() or os.getppid() != int(parent):
+            os._exit(1)
         if tracker.next_step > int(resume_step):
             say(f"has the steps before {tracker.next_step} already; those repeated are not sent")
         seconds = BUCKET_POLL_SECONDS if "://" in workdir else POLL_SECONDS

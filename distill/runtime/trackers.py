@@ -29,9 +29,10 @@ TENSORBOARD = "tensorboard"
 RETRY_SECONDS, MAX_RETRY_SECONDS = 60.0, 900.0  # between two starts of a process that failed
 FINISH_SECONDS = 60.0  # for the last rows, at the end of a run
 STOP_SECONDS = 5.0  # and of one that is stopped: schedulers kill 30 s after SIGTERM
+SILENT_SECONDS = 3.0  # of waiting, before it is said
 
 
-def check_trackers(names: Sequence[str]) -> None:
+def check_trackers(names: Sequence[str], must_be_installed: bool = True) -> None:
     """Raises UserError if `config.log.to` names a tracker that is unknown or not installed."""
     for name in names:
         if name == TENSORBOARD:
@@ -42,7 +43,7 @@ def check_trackers(names: Sequence[str]) -> None:
             raise UserError(f"config.log.to: {name!r} is none of {choices}; several: {example}")
         spec = importlib.util.find_spec(name)
         # A folder of this name, such as the one that W&B makes, is found too, but has no origin.
-        if spec is None or spec.origin is None:
+        if must_be_installed and (spec is None or spec.origin is None):
             raise UserError(f"config.log.to: {name} is not installed: pip install {name}")
 
 
@@ -100,7 +101,7 @@ class Sender:
     def __init__(self, name: str, workdir: str, run_id: str, resume_step: int) -> None:
         self.name, self.is_done = name, False
         self._workdir, self._run_id, self._resume_step = workdir, run_id, resume_step
-        self._finishing, self._is_killed = threading.Event(), False
+        self._finishing, self._is_leaving = threading.Event(), False
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()  # of the two above, so that no process misses its end
         self._said: set[str] = set()
@@ -111,7 +112,7 @@ class Sender:
         pause = RETRY_SECONDS
         while True:
             is_last, self.is_done, reason = self._run_once()
-            if self._is_killed or (self._finishing.is_set() and (is_last or self.is_done)):
+            if self._is_leaving or (self._finishing.is_set() and (is_last or self.is_done)):
                 return
             if reason and pause == RETRY_SECONDS:
                 self.say(
@@ -127,7 +128,7 @@ class Sender:
           Whether it was started when all was written, whether all is sent, and why it failed.
         """
         with self._lock:
-            if self._is_killed:
+            if self._is_leaving:
                 return True, False, ""
             is_last = self._finishing.is_set()
             call = [sys.executable, "-m", "distill.runtime.tracker_process", self.name]
@@ -173,11 +174,12 @@ class Sender:
             if self._process:
                 self._process.terminate()
 
-    def kill(self) -> None:
+    def leave(self) -> None:
+        """Asks the process to end as it is; `tracker_process.main` says when it does."""
         with self._lock:
-            self._is_killed = True
+            self._is_leaving = True
             if self._process:
-                self._process.kill()
+                self._process.terminate()
 
 
 def _finish(senders: Sequence[Sender], is_stopping: Callable[[], bool]) -> None:
@@ -186,16 +188,16 @@ def _finish(senders: Sequence[Sender], is_stopping: Callable[[], bool]) -> None:
     for sender in senders:
         sender.finish()
     while waiting := [sender for sender in senders if sender.thread.is_alive()]:
-        seconds = time.monotonic() - start
-        if seconds > (STOP_SECONDS if is_stopping() else FINISH_SECONDS):
+        seconds, limit = time.monotonic() - start, STOP_SECONDS if is_stopping() else FINISH_SECONDS
+        if seconds > limit:
             break
-        if seconds > 3 and not has_said:
+        if seconds > SILENT_SECONDS and not has_said:
             has_said = True
             names = ", ".join(sender.name for sender in waiting)
-            run_files.log_line(f"waiting up to {FINISH_SECONDS:.0f} s for {names}")
+            run_files.log_line(f"waiting up to {limit:.0f} s for {names} to take the last rows")
         waiting[0].thread.join(0.1)
     for sender in senders:
-        sender.kill()
-        sender.thread.join(1)
         if not sender.is_done:
+            sender.leave()
+            sender.thread.join(1)
             sender.say("warning: does not have all rows; the same command sends the rest")

@@ -68,7 +68,7 @@ def setup_validation(c: ConfigDict, student: Policy, seed: int) -> ValidationSet
         sampled = settings | {"seed": seed, "batch_size": c.batch_size}
         spec = protocols.make_eval_spec(c.protocol, c.benchmark, sampled)
         if not c.max_new_tokens:
-            spec = evaluator.fit_limit(student, rows, spec)
+            spec = evaluator.fit_limit(student, rows, spec, "config.eval.max_new_tokens")
         prompts = evaluator.encode_prompts(student, rows, spec)
         return ValidationSetup(c, rows, prompts, settings, spec)
     except UserError as error:

@@ -7,6 +7,7 @@ import json
 import time
 from typing import Any
 
+import jax
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -75,7 +76,10 @@ def prepare_run(
     def write_first_files() -> list[str]:
         trackers.check_trackers(c.log.to)
         inputs = resume.describe_inputs(c, remaining, eval_rows)
-        return resume.init_workdir(workdir, c, inputs, steps_done, allow_changed_inputs)
+        models = setup.describe_models(run_setup)
+        return resume.init_workdir(
+            workdir, c, inputs, steps_done, allow_changed_inputs, models=models
+        )
 
     return run_setup, validation, distributed.broadcast_from_primary(write_first_files)
 
@@ -229,6 +233,7 @@ def run_stage(
                 stopping.leave_step(c, run_context, collector, state, index, error)
                 break
             minibatches, host_metrics = collected
+            train_time = time.perf_counter()
             state, device_metrics, kept_stats, score_seconds = stage_trainer.step(
                 state,
                 minibatches,
@@ -240,6 +245,7 @@ def run_stage(
             host_metrics["time/score"] += score_seconds
             num_updates = (step - stage.first_step) * stage.updates_per_step
             device_metrics["learning_rate"] = schedule(num_updates)
+            metrics_logger.time_update(train_time, device_metrics)
             metrics_logger.add_step(step, start_time, host_metrics, device_metrics, kept_stats)
             make_meta = functools.partial(saving.make_meta, c, collector, index, step + 1)
             if transcript_count:
@@ -282,6 +288,8 @@ def collect_step(
         return collect.read_minibatches(collector, step)
     # Before sampling, which must not be lost if they cannot be read.
     traces = collect.read_traces(collector, step)
+    if not stage.asynchronous:  # the sampler would wait for the last update, as if it took so long
+        jax.block_until_ready(params)
     if stage.loss.reward:
         sequences, rewards, metrics = collect.sample_graded_sequences(collector, params, step)
     else:

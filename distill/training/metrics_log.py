@@ -1,5 +1,6 @@
 """The rows of metrics.jsonl, and the transcripts beside them."""
 
+import concurrent.futures
 import dataclasses
 import json
 import time
@@ -34,10 +35,21 @@ class MetricsLogger:
     alerts: Alerts
     mesh: Mesh
     student: Policy
-    pending: tuple[int, float, dict, dict] | None = None
+    update_seconds: concurrent.futures.Future[float] | None = None  # of the newest step
+    pending: tuple[int, float, dict, dict, concurrent.futures.Future[float] | None] | None = None
     pending_stats: trainer.KeptStats = dataclasses.field(default_factory=list)
     accuracy: float | None = None  # of the last evaluation
     has_skipped: bool = False  # True once the batch of a skipped update is written: one suffices
+
+    def time_update(self, start_time: float, device_metrics: dict[str, jax.Array]) -> None:
+        """Measures the time/update of the step: the seconds from `start_time`, when its scoring
+        began, until the update's results are on the device.
+
+        A thread waits for them, since the host goes on when it has started the update.
+        """
+        waiting = concurrent.futures.ThreadPoolExecutor(1, "update")
+        self.update_seconds = waiting.submit(_wait_for, start_time, dict(device_metrics))
+        waiting.shutdown(wait=False)
 
     def add_step(
         self,
@@ -49,15 +61,17 @@ class MetricsLogger:
     ) -> None:
         """Writes the pending row, if any, and makes the step's row the pending one."""
         self.write(start_time)
-        self.pending = (step, start_time, host_metrics, device_metrics)
+        self.pending = (step, start_time, host_metrics, device_metrics, self.update_seconds)
         self.pending_stats = [] if self.has_skipped else kept_stats
 
     def fetch_pending(self, end_time: float | None = None) -> None:
         """Completes the pending row with its device metrics. The step ended at `end_time`, when the
         next one started; by default now, once the device is done."""
         if self.pending and "time/step" not in self.pending[2]:
-            step, start_time, host_metrics, device_metrics = self.pending
+            step, start_time, host_metrics, device_metrics, update_seconds = self.pending
             fetched = jax.device_get(device_metrics)
+            if update_seconds:
+                host_metrics["time/update"] = update_seconds.result()
             compiling = {k: host_metrics.pop(k) for k in ("time/compile",) if k in host_metrics}
             host_metrics |= {f"train/{name}": float(x) for name, x in fetched.items()}
             host_metrics["time/step"] = (end_time or time.perf_counter()) - start_time
@@ -74,7 +88,7 @@ class MetricsLogger:
         if self.pending is None:
             return
         self.fetch_pending(end_time)
-        (step, _, row, _), self.pending = self.pending, None
+        (step, _, row, *_), self.pending = self.pending, None
         write_row(self.writer, self.alerts, step, self.stage.name, row)
         self.accuracy = row.get("eval/accuracy", self.accuracy)
         figures = run_summary.format_figures(
@@ -90,6 +104,12 @@ class MetricsLogger:
             self.writer.write_rollouts(step, rows[: log.transcripts])
         if _is_printed(log, step) and rows:
             run_files.log_line(run_summary.render_transcript(step, rows[0]))
+
+
+def _wait_for(start_time: float, arrays: dict[str, jax.Array]) -> float:
+    """Returns the seconds from `start_time` until arrays are ready."""
+    jax.block_until_ready(arrays)
+    return time.perf_counter() - start_time
 
 
 def count_transcripts(log: ConfigDict, step: int) -> int:
@@ -172,10 +192,10 @@ def split_text(tokenizer: Any, ids: Sequence[int]) -> list[str]:
         # A character of UTF-8 has at most four bytes, and a token at least one.
         for end in range(start + 1, min(len(ids), start + 4) + 1):
             text = tokenizer.decode(ids[start:end])
-            if not text.endswith(REPLACEMENT):
+            if REPLACEMENT not in text:
                 break
-        else:  # bytes of no character
-            end, text = start + 1, REPLACEMENT
+        else:  # bytes of no character, or that character itself
+            end, text = start + 1, tokenizer.decode(ids[start : start + 1])
         texts += [text, *[""] * (end - start - 1)]
         start = end
     return texts

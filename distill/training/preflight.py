@@ -47,7 +47,7 @@ def print_summary(
     """Prints the summary to stderr, in colour on a terminal."""
     colours = sys.stderr.isatty()
     for line in make_summary_lines(c, run_setup, validation, trained, colours):
-        run_files.log_line(line)
+        run_files.log_line(line, (GREEN, FAINT, RESET_COLOUR))
 
 
 def make_summary_lines(
@@ -158,7 +158,11 @@ def _describe_rows(
     """Yields the first rows of a stage, with the trained parts marked."""
     s = stage.c
     legend = "" if colours else ", trained parts between ⟦ and ⟧"
-    yield f"{stage.name}: {s.objective}, {s.steps} steps of {s.batch_size} rows{legend}"
+    yield (
+        f"{stage.name}: objective {s.objective}, {s.steps:,} steps of {s.batch_size:,} rows, "
+        f"prompts of up to {s.max_prompt_tokens:,} and responses of up to "
+        f"{s.max_response_tokens:,} tokens{legend}"
+    )
     for example in dataset.get_step_examples(stage.source, 0, NUM_ROWS, seed):
         text = format_example(example, tokenizer, s.max_response_tokens, colours)
         yield f"  {example.where}: {text}"
@@ -243,7 +247,7 @@ def _compare_eval_prompts(
     lead, _, tail = stage.c.data.template.partition("{question}")
     matches_template = before.endswith(lead) and after.startswith(tail)
     if matches_template and any(text.startswith(before) and text.endswith(after) for text in texts):
-        yield f"evaluation asks as {stage.name} trains"
+        yield f"the evaluation's prompts have the form of {stage.name}'s"
         return
     begins = before.endswith(lead) and texts[0].startswith(before)
     start = -len(after) - 20 if begins else 0
@@ -286,7 +290,9 @@ def check_memory(
         ((memory.estimate_stage_bytes(stage, memory_limit), stage) for stage in stages),
         key=lambda pair: sum(pair[0].values()),
     )
-    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in sizes.items() if size)
+    parts = ", ".join(
+        f"{name} {size / GIB:.2f}" for name, size in sizes.items() if size / GIB > 0.005
+    )
     total, has = sum(sizes.values()), f"; it has {free / GIB:.1f}" if free else ""
     # XLA may add the gradient of a micro-batch to the sum as it arises.
     certain = total - (0 if stage.has_single_microbatch else count_device_bytes(trained))

@@ -50,6 +50,7 @@ def init_workdir(
     steps_done: int = 0,
     allow_changed_inputs: bool = False,
     writes: bool = True,
+    models: dict[str, Any] | None = None,
 ) -> list[str]:
     """Compares a config and its inputs with those of the run in `workdir`, if it holds one, and
     writes them and the environment there.
@@ -61,6 +62,7 @@ def init_workdir(
       steps_done: steps in the newest checkpoint. With 0 nothing of a run is left, so it may start
         again with another config and other inputs.
       writes: False only compares.
+      models: what environment.json says of the run's models.
 
     Returns:
       The config keys of the inputs that the run has recorded.
@@ -87,12 +89,12 @@ def init_workdir(
         if not is_new:
             require_allowed(f"{workdir} holds a run of another config", changes)
     changed = list(find_changes(recorded, inputs))
+    is_another = is_new and bool(changes or changed)
     if is_new:
-        if changes or changed:
+        if is_another:
             texts = [x.text for x in changes if x.reason != SAME_CONTENT]
             texts += [text for _, text in changed]
             run_files.log_line(f"{workdir} holds no step, so it starts again: {_shorten(texts)}")
-            (workdir / run_files.TRACKERS_FILE).unlink(missing_ok=True)  # as another run
         record, recorded, changes = {"inputs": {}, "changes": []}, {}, []
     elif changed:
         record["changes"] += _allow_changes(workdir, changed, steps_done, allow_changed_inputs)
@@ -113,9 +115,11 @@ def init_workdir(
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         run_files.write_json(path, json.loads(c.to_json_best_effort()))
-        run_files.write_json(about_path, about)
+        run_files.write_json(about_path, about | ({"models": models} if models else {}))
         if inputs:
             run_files.write_json(inputs_path, record)
+        if is_another:  # in its trackers, too
+            (workdir / run_files.TRACKERS_FILE).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--workdir={workdir}: {error}") from error
     return sorted(record["inputs"])

@@ -115,7 +115,9 @@ def render_stages(stages: Sequence[StageSetup], rows: Sequence[Row]) -> str:
                 if metric.startswith("eval/"):
                     count = 1
                 ends = float(np.mean(values[:count])), float(np.mean(values[-count:]))
-                cells[name] = " → ".join(form.format(x) for x in ends)
+                texts = [form.format(x) for x in ends]
+                if metric != "rollout/truncated" or texts != ["0%", "0%"]:
+                    cells[name] = " → ".join(texts)
         lines.append(cells)
     titles = ["stage", "steps", "time", *(name for name, _ in FIGURES.values())]
     used = [title for title in titles if any(title in cells for cells in lines)]

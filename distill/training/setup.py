@@ -17,7 +17,7 @@ from distill.policy.policy import Policy
 from distill.teachers import local
 from distill.teachers.local import Teacher
 from distill.training import optim, stages, update
-from models import checks
+from models import checks, families
 from models.checks import Range
 from models.errors import PromptTooLong, UserError
 
@@ -295,6 +295,20 @@ def _check_example(
                 f"{example.where}: the grader {s.reward.grader} cannot compare with the answer "
                 f"{example.answer[:60]!r}"
             )
+
+
+def describe_models(run_setup: RunSetup) -> dict[str, dict[str, float]]:
+    """Returns the size of the student and of each teacher, and the operations of a forward pass of
+    one token through its weights, by names of sub-configs. From these a report adds up the cost."""
+    policies = {"student": run_setup.student}
+    policies |= {name: teacher.policy for name, teacher in run_setup.teachers.items()}
+    return {
+        name: {
+            "parameters": policy.config.num_parameters,
+            "flops_per_token": families.count_forward_flops(policy.config, 1, 0, with_head=True),
+        }
+        for name, policy in policies.items()
+    }
 
 
 def make_stage_update(

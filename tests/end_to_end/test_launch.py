@@ -374,10 +374,10 @@ def test_run_keeps_the_code_it_started_with(pod):
 
 
 def test_secrets_are_not_shown(pod):
-    done = pod("up", "--", *FLAGS, HF_TOKEN=SECRET, WANDB_API_KEY="")
+    done = pod("up", "--", *FLAGS, HF_TOKEN=SECRET, MLFLOW_TRACKING_TOKEN=SECRET, WANDB_API_KEY="")
     pod.wait(pod.runs)
     run = pod.runs()[0]
-    assert run["HF_TOKEN"] == SECRET and run["WANDB_API_KEY"] is None
+    assert run["HF_TOKEN"] == run["MLFLOW_TRACKING_TOKEN"] == SECRET and not run["WANDB_API_KEY"]
     assert len(run["REVISION"]) == 40
     worker = pod.fake / "workers" / "0"
     assert (worker / "pod.env").stat().st_mode & 0o777 == 0o600

@@ -107,6 +107,8 @@ def test_the_quick_start_trains_a_normal_run(done: Path) -> None:
     assert json.loads((done / "config.json").read_text())["opd"]["steps"] == 3
     assert sorted(p.name for p in (done / "rollouts").iterdir()) == ["000000.jsonl", "000002.jsonl"]
     assert (done / "environment.json").is_file() and (done / "checkpoints").is_dir()
+    page = (done / "report.html").read_text()
+    assert "eval/student_after/greedy" in page and 'id="tokens"' in page
 
 
 def test_the_export_equals_the_trained_model(done: Path, models) -> None:
@@ -154,7 +156,7 @@ def test_a_second_run_only_prints_the_results(
         assert f"{100 * entry['accuracy']:.1f} [{low:.1f}, {high:.1f}]" in line
         assert f"{entry['reverse_kl']:.4f}" in line and f"{entry['mean_length']:.1f}" in line
     assert f"{summary['distillation_seconds']:.0f} s to distil" in out
-    assert str(done / "student") in out
+    assert str(done / "student") in out and str(done / "report.html") in out
 
 
 def test_an_interrupted_quick_start_resumes(

@@ -58,10 +58,12 @@ def test_mistakes_of_all_stages_are_listed(capsys):
         "--config.opd.samples=7",
     )
     changes += ("--config.opd.optim.name=x", "--config.mesh.fsdp=9", "--config.sft.optim.name=y")
+    changes += ("--config.log.to=wandbb",)
     code, _, errors = check(capsys, TINY, *changes)
-    assert code == 2 and len(errors) == len(set(errors)) == 5
+    assert code == 2 and len(errors) == len(set(errors)) == 6
     text = "\n".join(errors)
     for words in (
+        "config.log.to: 'wandbb'",
         "config.mesh: needs 9",
         "sft.batch_size=0",
         "opd",

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import re
 import zlib
 from html.parser import HTMLParser
@@ -83,11 +84,15 @@ def test_tables_have_results_differences_and_cost(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a")
     write_evaluation(run / "eval" / "000002", [False] * 40 + [True] * 10)
     write_evaluation(run / "eval" / "000006", [True] * 40 + [False] * 10)
+    write_evaluation(run / "eval" / "other" / "sampled", [True], benchmark="math500")
     alone = write_evaluation(tmp_path / "e", [False] * 50)
     text = Reader(build(tmp_path, run, alone)).text
     assert "80.0 [67.0, 88.8]" in text
     assert f"{run}/eval/000006 is better than {run}/eval/000002 by 60.0" in text
+    assert f"{run}/eval/other/sampled math500" in " ".join(text.split())
     assert f"{alone} is worse than {run}/eval/000006 by 80.0" in text
+    # 600 tokens trained at three passes and 400 sampled; a teacher reads 400.
+    assert "6.2e+09" in text
     # Six steps of 15 minutes on four devices.
     assert "1.5" in text and "device-hours" in text and " 6 " in text and "4 TPU v5e" in text
 
@@ -104,8 +109,9 @@ def test_transcripts_keep_their_numbers(tmp_path: Path) -> None:
         assert content["stats"][name] == pytest.approx([1000 * x for x in expected[name]], abs=0.5)
     for name in ("student_top", "teacher_top"):
         ids = [[x for x, _ in top] for top in expected[name]]
-        assert [top[::2] for top in content[name]] == ids
-        assert all(top[1::2] == [7000, 2100, 630] for top in content[name])
+        assert content[name][0] == ids
+        for top, pairs in zip(content[name][1], expected[name], strict=True):
+            assert top == pytest.approx([1e3 * math.exp(x) for _, x in pairs], abs=0.5)
     assert content["top_texts"]["4"] == " 4"
 
 
@@ -125,6 +131,11 @@ def break_rows(path: Path) -> None:
         file.write('{"step": 9, "sta\n[]\n{"stage": "opd"}\n')
 
 
+ODD_NUMBERS = [
+    {"step": 10**30, "stage": "opd", "train/loss": 1.0},
+    {"step": 0, "stage": "opd", "train/loss": 10**400, "time/step": "x", "train/entropy": 1e308},
+    {"step": 1, "stage": "opd", "train/loss": [1], "train/reverse_kl": 1e-300},
+]
 BROKEN = [
     ("config.json", lambda p: p.unlink(), "no config.json"),
     ("config.json", lambda p: p.write_text("[1]"), "config.json holds no object"),
@@ -134,6 +145,7 @@ BROKEN = [
     ("metrics.jsonl", lambda p: p.unlink(), "no metrics.jsonl; no step is done yet"),
     ("metrics.jsonl", lambda p: p.write_text(""), "no step is done yet"),
     ("metrics.jsonl", break_rows, "2 broken line(s), left out: 7, 8"),
+    ("metrics.jsonl", lambda p: write(p, ODD_NUMBERS), "Curves"),
     ("metrics.jsonl", break_rows, "1 row(s) without step and stage"),
     ("rollouts/000000.jsonl", break_rows, "rollouts/000000.jsonl:7: no transcript, left out"),
     ("rollouts/000000.jsonl", lambda p: p.write_bytes(b"\xff\x00\n"), "1 broken line(s)"),
@@ -197,25 +209,26 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     (source,) = read_transcripts(page)
     full, plain, ids = (x["data"] for x in source["steps"][0]["rows"])
     assert full["texts"] == odd and full["top_texts"] == {"0": HOSTILE}
-    assert full["student_top"][0] == [0, 9048]
+    assert [part[0] for part in full["student_top"]] == [[0], [905]]
     assert plain["texts"] == [HOSTILE] and ids["texts"] == ["\u27e81\u27e9", "\u27e82\u27e9"]
 
 
 def test_figures_and_markdown_are_written(tmp_path: Path, capsys) -> None:
-    run = write_run(tmp_path / "a|b")
+    run = write_run(tmp_path / "a|b$x$")
+    write_run(tmp_path / "_other", opd__samples=2)
     flags = [f"--out={tmp_path}/r.html", f"--figures={tmp_path}/figures"]
-    assert call(report, str(run), *flags) == 0
+    assert call(report, str(run), str(tmp_path / "_other"), *flags) == 0
     shown = capsys.readouterr().out
     assert f"{tmp_path}/r.html" in shown and f"{tmp_path}/figures" in shown
     names = sorted(path.name for path in (tmp_path / "figures").iterdir())
-    stems = ("train_loss", "train_reverse_kl")
+    stems = ("train_loss", "train_reverse_kl", "rollout_mean_length")
     assert names == sorted(
         ["report.md", *(f"{x}.{kind}" for x in stems for kind in ("svg", "png"))]
     )
     text = (tmp_path / "figures" / "report.md").read_text()
     assert "![Loss](train_loss.svg)" in text and "a\\|b" in text
     before = {path: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
-    assert call(report, str(run), *flags) == 0
+    assert call(report, str(run), str(tmp_path / "_other"), *flags) == 0
     assert {path: path.read_bytes() for path in (tmp_path / "figures").iterdir()} == before
 
 
@@ -227,6 +240,8 @@ def test_figures_and_markdown_are_written(tmp_path: Path, capsys) -> None:
         (["{tmp}"], "no config.json or metrics.jsonl of a run"),
         (["{tmp}/a", "--out={tmp}"], "is not a regular file"),
         (["{tmp}/a", "--out={tmp}/a/config.json/x.html"], "--out="),
+        (["{tmp}/a", "--out={tmp}/a/config.json"], "is also read or written"),
+        (["{tmp}/a", "--figures={tmp}/a/config.json"], "--figures="),
         (["{tmp}/a", "--transcripts=-1"], "--transcripts"),
     ],
 )

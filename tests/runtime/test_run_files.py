@@ -136,7 +136,7 @@ def test_tensorboard_shows_the_config_and_transcripts(tmp_path):
                 writer.write(step, "opd", {"x": step})
     texts = read_texts(tmp_path / "tensorboard")
     config = '    stages = ["opd"]\n    opd.objective = "opd"\n    opd.steps = 2'
-    transcript = "**1.** tokens 2, kl 0.5\n\n    a\n    <b>*\n\n    half?"
+    transcript = "**1.** tokens 2, kl 0.5\n\n*prompt*\n\n    a\n    <b>*\n\n*response*\n\n    half?"
     names = ("config/text_summary", "transcripts/text_summary")
     assert texts == [
         *((0, names[0], config), (0, names[1], transcript)),
@@ -158,6 +158,13 @@ def test_write_json_is_whole_or_absent(tmp_path):
     with pytest.raises(TypeError):
         run_files.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1.0}
+
+
+def test_a_line_moves_no_cursor_but_may_have_its_own_colours(capsys):
+    green, reset = "\033[32m", "\033[0m"
+    run_files.log_line(f"{green}a\033[2Jb{reset}", (green, reset))
+    run_files.log_line(f"{green}a")
+    assert capsys.readouterr().err == f"{green}a\\x1b[2Jb{reset}\n\\x1b[32ma\n"
 
 
 def test_environment_records_packages_devices_and_command():

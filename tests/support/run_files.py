@@ -38,10 +38,10 @@ def make_transcript(seed: int, length: int, top: int = 0, **fields: Any) -> dict
         for side in ("student", "teacher"):
             row[f"{side}_top"] = [
                 [
-                    [x, round(math.log(0.7 * 0.3**place), 5)]
+                    [x, round(math.log(first * 0.3**place), 5)]
                     for place, x in enumerate(draw.sample(range(len(WORDS)), top))
                 ]
-                for _ in tokens
+                for first in (draw.uniform(0.4, 0.7) for _ in tokens)
             ]
         row["top_texts"] = {str(x): text for x, text in enumerate(WORDS)}
     return row | fields
@@ -60,7 +60,11 @@ def write_run(path: Path, seed: int = 0, steps: int = 6, **changes: Any) -> Path
     for key, value in changes.items():
         c.update_from_flattened_dict({key.replace("__", "."): value})
     (path / "config.json").write_text(c.to_json_best_effort())
-    environment = {"devices": {"count": 4, "kind": "TPU v5e"}, "git": {"revision": "abcdef123456"}}
+    environment = {
+        "devices": {"count": 4, "kind": "TPU v5e"},
+        "git": {"revision": "abcdef123456"},
+        "models": {"student": {"flops_per_token": 1e6}, "teacher": {"flops_per_token": 1e7}},
+    }
     (path / "environment.json").write_text(json.dumps(environment))
     rows = [
         {
@@ -69,6 +73,8 @@ def write_run(path: Path, seed: int = 0, steps: int = 6, **changes: Any) -> Path
             "train/loss": 1 / (1 + step) + seed / 10,
             "train/reverse_kl": None if step < 2 else 0.5 / step,
             "train/trained_tokens": 100.0,
+            "rollout/mean_length": 0.0 if step < 2 else 25.0,
+            "rollout/rows/think": 4,
             "time/step": 900.0,
             "time/compile": 0.0,
         }

@@ -161,6 +161,8 @@ def test_run_directory_has_its_documented_files(whole):
     assert json.loads((whole / "config.json").read_text())["opd"]["steps"] == 3
     environment = json.loads((whole / "environment.json").read_text())
     assert {"packages", "devices", "git", "command"} <= environment.keys()
+    assert set(environment["models"]) == {"student", "teacher"}
+    assert all(x["flops_per_token"] > x["parameters"] > 0 for x in environment["models"].values())
     rows = numbers(whole)
     assert [row["step"] for row in rows] == list(range(5))
     assert [row["stage"] for row in rows] == ["sft"] * 2 + ["opd"] * 3
@@ -192,9 +194,11 @@ def test_transcripts_have_one_number_per_response_token(whole):
     for row in rows:
         assert row["prompt"].startswith("<|im_start|>user\n")
         assert row["finish_reason"] in ("stop", "length")
-        for name in ("logp", "teacher_logp", "reverse_kl", "entropy"):
+        for name in ("logp", "teacher_logp", "reverse_kl", "entropy", "token_texts"):
             assert len(row[name]) == len(row["tokens"])
         assert all(kl >= 0 for kl in row["reverse_kl"])
+        assert "".join(row["token_texts"]) == row["response"] and row["thinking"] is True
+        assert "reward" not in row and "student_top" not in row and "top_texts" not in row
 
 
 def change(path, value):

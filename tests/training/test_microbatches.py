@@ -125,7 +125,7 @@ def trained(case: dict, packed: bool, sizes: tuple[int, ...] = (1, 1, 1)):
         state = update_lib.init_train_state(optimizer, params, 0)
         mib = 4e-3 * mesh.size
         options = update_lib.UpdateOptions(
-            R, mib, overlap_k=2 if loss.teacher else 0, temperature=settings["temperature"]
+            R, mib, overlap_k=20 if loss.teacher else 0, temperature=settings["temperature"]
         )
         programs = update_lib.make_update(make_model(config), optimizer, loss, options, state)
         stage: Any = types.SimpleNamespace(
@@ -139,10 +139,28 @@ def trained(case: dict, packed: bool, sizes: tuple[int, ...] = (1, 1, 1)):
             *(None, mib, settings["temperature"]),
         )
         work = microbatches.make_microbatches(taken, examples, form, mesh)
-        state, measured, _, _ = train.step(state, work)
+        state, measured, kept_stats, _ = train.step(state, work, COUNT)
+        require_aligned_tops(kept_stats)
         assert int(state.step) == 1
         moved = jax.tree.map(lambda a, b: np.asarray(a) - b, state.params, before)
     return {k: float(x) for k, x in measured.items()}, moved, sum(map(len, taken[0]))
+
+
+def require_aligned_tops(kept_stats: trainer.KeptStats) -> None:
+    """Wherever a token is among the likeliest, its log-probability there is its own: the lists
+    belong to their tokens, not to the neighbours."""
+    found = []
+    for micro, stats in kept_stats:
+        batch = micro.make_batch()
+        for side, name in (("student", "logp"), ("teacher", "teacher_logp")):
+            if f"{side}_top_ids" not in stats or name not in stats:
+                continue
+            ids, logp = (np.asarray(stats[f"{side}_top_{x}"]) for x in ("ids", "logp"))
+            is_drawn = (ids == np.asarray(batch.tokens_BT)[..., None]) & batch.mask_BT[..., None]
+            expected = np.broadcast_to(np.asarray(stats[name])[..., None], logp.shape)
+            np.testing.assert_allclose(logp[is_drawn], expected[is_drawn], rtol=1e-5, atol=1e-5)
+            found.append(is_drawn.sum())
+    assert not found or sum(found) > 0
 
 
 EXACT: dict[str, Any] = {"objective": "opd"}

@@ -152,7 +152,7 @@ def test_what_the_teacher_reads_is_shown_beside_the_rows() -> None:
 def test_an_evaluation_with_other_prompts_is_warned_of() -> None:
     c = config(eval__every=2, eval__limit=4, eval__max_new_tokens=52)
     lines = summarise(c)
-    assert not get_warnings(lines) and "evaluation asks as opd trains" in lines
+    assert not get_warnings(lines) and "the evaluation's prompts have the form of opd's" in lines
     c.opd.data.thinking = 0.0
     (line,) = get_warnings(summarise(c))
     assert "asks otherwise than opd trains" in line and "<think>\\n\\n</think>" in line
@@ -208,7 +208,8 @@ def test_estimated_memory_agrees_with_the_arrays(monkeypatch: pytest.MonkeyPatch
         parts = dict(
             part.rsplit(" ", 1) for part in line.partition("(")[2].partition(")")[0].split(", ")
         )
-        assert abs(float(parts["optimiser"]) * 2**30 - count_bytes(state.opt_state)) < 2**30 / 100
+        optimiser = float(parts.get("optimiser", "0"))  # what is rounded to 0.00 is not listed
+        assert abs(optimiser * 2**30 - count_bytes(state.opt_state)) < 2**30 / 100
     c.loss_chunk_mib = 2.0**14
     monkeypatch.setattr(memory, "get_free_memory", lambda _: None)
     assert (

@@ -75,8 +75,8 @@ def test_a_finished_run_has_a_table_its_place_and_the_next_commands(
     captured = capsys.readouterr()
     assert not captured.out
     assert captured.err.splitlines() == [
-        "stage  steps  time  reverse KL       length   cut",
-        "opd    8      4 s   0.8000 → 0.1000  40 → 40  0% → 0%",
+        "stage  steps  time  reverse KL       length",
+        "opd    8      4 s   0.8000 → 0.1000  40 → 40",
         f"wrote {run}: metrics.jsonl, rollouts/, checkpoints/",
         "next:",
         f"  python -m distill.evaluate '--model={run}' --benchmark=arithmetic "

@@ -187,22 +187,22 @@ const choose = (index, reveal) => {
   }
   const tops = make("div", "", "tops");
   for (const side of ["student", "teacher"]) {
-    const top = view.content[`${side}_top`]?.[index];
-    if (top) tops.append(makeTop(side, top, tokens[index]));
+    const top = view.content[`${side}_top`];
+    if (top) tops.append(makeTop(side, top[0][index], top[1][index], tokens[index]));
   }
   byId("detail").replaceChildren(head, table, tops);
 };
 
-const makeTop = (side, top, drawn) => {
+const makeTop = (side, ids, thousandths, drawn) => {
   const table = make("table");
   table.append(make("caption", `likeliest, ${side}`));
-  for (let i = 0; i < top.length; i += 2) {
-    const text = view.content.top_texts?.[top[i]];
-    const line = make("tr", "", top[i] === drawn ? "drawn" : "");
-    line.append(make("td", text === undefined ? `\u27e8${top[i]}\u27e9` : JSON.stringify(text.slice(0, 40))));
-    line.append(make("td", toPercent(top[i + 1] / 10000)));
+  ids.forEach((id, i) => {
+    const text = view.content.top_texts?.[id];
+    const line = make("tr", "", id === drawn ? "drawn" : "");
+    line.append(make("td", text === undefined ? `\u27e8${id}\u27e9` : JSON.stringify(text.slice(0, 40))));
+    line.append(make("td", `${thousandths[i] / 10}%`));
     table.append(line);
-  }
+  });
   return table;
 };
 
@@ -213,6 +213,36 @@ const findFork = (step) => {
     if (findLevel(name, values[i]) >= FORK) return i;
   }
   return -1;
+};
+
+// Where the reader is, for a page that is loaded again.
+const CONTROLS = ["source", "step", "right", "finish", "mode", "stat"];
+
+const readPlace = () => ({
+  scroll: scrollY,
+  open: [...document.querySelectorAll("details")].map((node) => node.open),
+  controls: Object.fromEntries(CONTROLS.map((id) => [id, byId(id)?.value])),
+  isLast: byId("step")?.value === byId("step")?.max,
+  index: view.index,
+  token: view.token,
+});
+
+const restorePlace = async (place) => {
+  if (place.scroll === undefined) return;
+  document.querySelectorAll("details").forEach((node, i) => { node.open = Boolean(place.open[i]); });
+  if (byId("viewer") && sources[place.controls.source]) {
+    for (const id of ["source", "right", "finish", "mode"]) byId(id).value = place.controls[id];
+    chooseSource();
+    if (!place.isLast) byId("step").value = place.controls.step;
+    chooseStep();
+    await show(place.index);
+    if ([...byId("stat").options].some((x) => x.value === place.controls.stat)) {
+      byId("stat").value = place.controls.stat;
+    }
+    choose(place.token, false);
+    colour();
+  }
+  scrollTo(0, place.scroll);
 };
 
 if (byId("viewer")) {
