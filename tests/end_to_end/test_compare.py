@@ -82,9 +82,12 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, monkeypatch, c
     write_evaluation(Path("A"), [[1], [0]])
     write_evaluation(Path("B"), [[1], [0], [1]])
     Path("empty").mkdir()
+    write_evaluation(Path("cut"), [[1]])
+    (Path("cut") / "examples.jsonl").write_text("")
     for runs, words in (
         (("A", "B"), "A and B: problem 'p2' is not the same in both"),
         (("A", "empty"), "empty: no finished evaluation"),
+        (("A", "cut"), "cut: examples.jsonl holds no response"),
         (("A", "A"), "name two different folders"),
         (("A",), "name two different folders"),
     ):
