@@ -37,7 +37,10 @@ def main() -> None:
     names = list(dict.fromkeys(paths.expand_home(name) for name in ARGUMENTS))
     if WATCH.value:
         watching.serve(names, PORT.value, TRANSCRIPTS.value)
-    out = paths.check_output(OUT.value)
+    files = ("config.json", "metrics.jsonl", "environment.json", "summary.json", "examples.jsonl")
+    out = paths.check_output(OUT.value, *(f"{name}/{file}" for name in names for file in files))
+    if FIGURES.value:
+        paths.check_output(f"{FIGURES.value}/report.md", flag="--figures", creates_folder=False)
     shown = writing.write_report(names, out, TRANSCRIPTS.value)
     print(f"report    {OUT.value}")
     if FIGURES.value:

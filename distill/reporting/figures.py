@@ -141,7 +141,8 @@ def draw(chart: Chart, groups: Sequence[Group] = ()) -> Figure:
         for curve in chart.curves:
             colour = COLOURS[curve.group % len(COLOURS)]
             dash = _DASHES[curve.group % len(_DASHES)]
-            label = groups[curve.group].name if groups else ""
+            # Not to be read as a formula, nor left out for a leading underscore.
+            label = f" {groups[curve.group].name}".replace("$", r"\$") if groups else ""
             is_short = len(curve.steps_N) < 15
             axes.plot(
                 curve.steps_N,

@@ -6,7 +6,6 @@ that was killed, still goes on, or comes from another version shows all that is 
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -64,7 +63,8 @@ def as_record(value: Any) -> Record:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Returns True for a finite number that may be squared or summed with others."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e150
 
 
 def read_directories(
@@ -138,7 +138,7 @@ def _find_alerts(config: Record, metrics: list[Record]) -> list[str]:
     try:
         rules = alerts.Alerts(ConfigDict(config["alerts"]))
         return [f"step {a.step}: {a.message}" for row in metrics for a in rules.add_row(row)]
-    except (UserError, LookupError, AttributeError, TypeError, ValueError):
+    except (UserError, LookupError, AttributeError, TypeError, ValueError, ArithmeticError):
         return []  # a config of another version
 
 
@@ -185,7 +185,7 @@ def _read_metrics(path: epath.Path, notes: list[str]) -> list[Record]:
     odd = 0
     for _, row in _read_rows(path, notes, path.name):
         step = row.get("step")
-        if type(step) is not int or step < 0 or not isinstance(row.get("stage"), str):
+        if type(step) is not int or not 0 <= step < 2**53 or not isinstance(row.get("stage"), str):
             odd += 1
             continue
         numbers = {name: x for name, x in row.items() if is_number(x)}

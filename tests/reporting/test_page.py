@@ -131,6 +131,11 @@ def break_rows(path: Path) -> None:
         file.write('{"step": 9, "sta\n[]\n{"stage": "opd"}\n')
 
 
+ODD_NUMBERS = [
+    {"step": 10**30, "stage": "opd", "train/loss": 1.0},
+    {"step": 0, "stage": "opd", "train/loss": 10**400, "time/step": "x", "train/entropy": 1e308},
+    {"step": 1, "stage": "opd", "train/loss": [1], "train/reverse_kl": 1e-300},
+]
 BROKEN = [
     ("config.json", lambda p: p.unlink(), "no config.json"),
     ("config.json", lambda p: p.write_text("[1]"), "config.json holds no object"),
@@ -140,6 +145,7 @@ BROKEN = [
     ("metrics.jsonl", lambda p: p.unlink(), "no metrics.jsonl; no step is done yet"),
     ("metrics.jsonl", lambda p: p.write_text(""), "no step is done yet"),
     ("metrics.jsonl", break_rows, "2 broken line(s), left out: 7, 8"),
+    ("metrics.jsonl", lambda p: write(p, ODD_NUMBERS), "Curves"),
     ("metrics.jsonl", break_rows, "1 row(s) without step and stage"),
     ("rollouts/000000.jsonl", break_rows, "rollouts/000000.jsonl:7: no transcript, left out"),
     ("rollouts/000000.jsonl", lambda p: p.write_bytes(b"\xff\x00\n"), "1 broken line(s)"),
@@ -208,9 +214,10 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
 
 
 def test_figures_and_markdown_are_written(tmp_path: Path, capsys) -> None:
-    run = write_run(tmp_path / "a|b")
+    run = write_run(tmp_path / "a|b$x$")
+    write_run(tmp_path / "_other", opd__samples=2)
     flags = [f"--out={tmp_path}/r.html", f"--figures={tmp_path}/figures"]
-    assert call(report, str(run), *flags) == 0
+    assert call(report, str(run), str(tmp_path / "_other"), *flags) == 0
     shown = capsys.readouterr().out
     assert f"{tmp_path}/r.html" in shown and f"{tmp_path}/figures" in shown
     names = sorted(path.name for path in (tmp_path / "figures").iterdir())
@@ -221,7 +228,7 @@ def test_figures_and_markdown_are_written(tmp_path: Path, capsys) -> None:
     text = (tmp_path / "figures" / "report.md").read_text()
     assert "![Loss](train_loss.svg)" in text and "a\\|b" in text
     before = {path: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
-    assert call(report, str(run), *flags) == 0
+    assert call(report, str(run), str(tmp_path / "_other"), *flags) == 0
     assert {path: path.read_bytes() for path in (tmp_path / "figures").iterdir()} == before
 
 
@@ -233,6 +240,8 @@ def test_figures_and_markdown_are_written(tmp_path: Path, capsys) -> None:
         (["{tmp}"], "no config.json or metrics.jsonl of a run"),
         (["{tmp}/a", "--out={tmp}"], "is not a regular file"),
         (["{tmp}/a", "--out={tmp}/a/config.json/x.html"], "--out="),
+        (["{tmp}/a", "--out={tmp}/a/config.json"], "is also read or written"),
+        (["{tmp}/a", "--figures={tmp}/a/config.json"], "--figures="),
         (["{tmp}/a", "--transcripts=-1"], "--transcripts"),
     ],
 )
