@@ -13,6 +13,7 @@ VERBS = {
     "plan": "memory and speed of a run on TPUs or GPUs that need not be there",
     "diagnose": "whether a run is worth starting, from samples of its own prompts",
     "train": "trains a student; with --check, only says what is wrong",
+    "chat": "talks with a model or a run",
     "generate": "samples responses to prompts",
     "score": "log-probabilities of given tokens",
     "evaluate": "measures a model on a benchmark",

@@ -130,7 +130,7 @@ def print_made(rows: "Rows", samples: int) -> None:
     else:
         command = console.format_sft_command(out)
     console.print_end(
-        [f"wrote {out}: {len(rows):,} rows with {len(rows) * samples:,} responses"], [command]
+        [f"wrote {out}: rows {len(rows):,}, responses {len(rows) * samples:,}"], [command]
     )
 
 

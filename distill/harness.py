@@ -9,7 +9,7 @@ from pathlib import Path
 
 from absl import flags
 
-from distill.runtime import cli, console, paths
+from distill.runtime import cli, console, network, paths
 from models.errors import UserError
 
 KEPT = ("results", "groups", "configs", "versions", "n-shot", "n-samples", "higher_is_better")
@@ -36,6 +36,7 @@ BATCH_SIZE = flags.DEFINE_integer(
 def main() -> None:
     if not importlib.util.find_spec("lm_eval"):
         raise UserError("lm-eval is not installed: pip install -r requirements-eval.txt")
+    network.find_hub()
     import jax.numpy as jnp
 
     from distill.evaluation import lm_eval_model

@@ -58,7 +58,7 @@ def main() -> None:
         f"({counts['bad rows']} bad rows)"
     )
     console.print_end(
-        [f"wrote {OUT.value}: {counts['rows kept']:,} rows of {counts['kept']:,} samples"],
+        [f"wrote {OUT.value}: rows {counts['rows kept']:,}, samples {counts['kept']:,}"],
         [console.format_sft_command(OUT.value)] if counts["kept"] else [],
     )
 

@@ -17,8 +17,8 @@ PACKAGES = ("models", "distill", "configs", "assets", "benchmarks", "tests")
 # The folders of distill/ from top to bottom, each with its files from top to bottom: a file imports
 # only what is listed after it. The files of distill/ itself are the verbs, and batch.
 FOLDERS = {
-    "": "__main__ quickstart harness report diagnose plan train evaluate generate score compare "
-    "verify clean export",
+    "": "__main__ quickstart harness report diagnose plan train chat evaluate generate score "
+    "compare verify clean export",
     "reporting": "watching writing page tables figures transcripts read",
     "planning": "checking fit forecast programs roofline aot gpus hlo diagnosis",
     "training": "loop stopping saving metrics_log run_summary alerts preflight eval_hook collect "
@@ -37,7 +37,7 @@ FOLDERS = {
     "rewards": "terms ifeval graders equality answers",
     "runtime": "checkpoint saved_step integrity cli usage failures host_memory locks trackers "
     "stop_signals progress watchdog distributed xla console run_files tensorboard tracker_process "
-    "paths environment gpu mesh",
+    "paths environment network gpu mesh",
 }
 FLOOR = {
     ".".join(filter(None, ("distill", folder, file))): place

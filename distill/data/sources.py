@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.data import arithmetic, files, retry, values
-from distill.runtime import run_files
+from distill.runtime import network, run_files
 from models.errors import SourceFailure, UserError
 
 
@@ -133,6 +133,8 @@ def _open_dataset(
     source: str, prefix: str, path: str, config: str | None, split: str, **options: Any
 ) -> Rows:
     """Opens a set that `datasets` keeps on disk as Arrow files, mapped into memory."""
+    if not Path(path).exists():
+        network.find_hub()
     import datasets  # takes seconds to import
 
     table = _call_library(source, datasets.load_dataset, path, config, split=split, **options)
@@ -183,9 +185,11 @@ def _make_table_rows(source: str, table: Any, prefix: str) -> Rows:
 def _open_stream(name: str, size: int, window: int) -> Rows:
     """Opens a set that is fetched while it is read. Holds one window of rows: one before it starts
     the stream again, one after the next window skips ahead."""
+    path, config, split = _parse_hub_name(name)
+    if not Path(path).exists():
+        network.find_hub()
     import datasets
 
-    path, config, split = _parse_hub_name(name)
     source = f"hf:{name}"
     stream = _call_library(source, datasets.load_dataset, path, config, split=split, streaming=True)
     _keep_media_encoded(stream.info.features)

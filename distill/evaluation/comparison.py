@@ -32,6 +32,8 @@ def read_evaluation(folder: str) -> tuple[Record, list[Record]]:
         render_table([folder], [summary])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"--runs: {folder}: no finished evaluation ({error})") from None
+    if not rows:
+        raise UserError(f"--runs: {folder}: {EXAMPLES_FILE} holds no response")
     return summary, rows
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import huggingface_hub
 from etils import epath
 
-from distill.runtime import paths
+from distill.runtime import network, paths
 from models import adapter, tensor_files
 from models.errors import UserError
 from models.layers.lora import LoRA
@@ -193,6 +193,7 @@ def _download_repository(repository: str) -> Path:
 def _download_files(repository: str, weights: bool) -> Path:
     # Weights in safetensors only: unpickling can execute code.
     patterns = ["*.json", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
+    network.find_hub()
     try:
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises many types of errors

@@ -54,6 +54,10 @@ def run(
         _parse_flags(sys.argv, options, arguments)
         gpu.set_xla_flags()
         _set_threads()
+        # A traceback of many lines, also where no GPU is wanted; failures.py says it in one.
+        logging.getLogger("jax._src.xla_bridge").addFilter(
+            lambda record: not str(record.msg).startswith("Jax plugin configuration error")
+        )
         # Each retry would be said twice; the error after the last one says what is wrong.
         logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
         with stop_signals.StopSignals() as signals, signals.interrupt():

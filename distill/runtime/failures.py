@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Collection
 
-from distill.runtime import host_memory, watchdog
+from distill.runtime import gpu, host_memory, watchdog
 
 GIB = 2**30
 _MAX_TEXT = 300  # of an error of a library
@@ -145,6 +145,8 @@ def _explain_device(error: BaseException, text: str) -> str | None:
         reason = unable[2]
     elif isinstance(error, AssertionError):
         reason = "no plugin of JAX for it is installed (requirements-gpu.txt, requirements-tpu.txt)"
+        if gpu.is_gpu_expected():
+            reason = "JAX's plugin finds no GPU, or no driver (`nvidia-smi` shows both)"
     elif isinstance(error, RuntimeError):
         reason = text
     else:

@@ -51,6 +51,13 @@ def test_every_mark_occurs_in_the_pairs() -> None:
     assert [equality.MARKS[number] for number in unused] == []
 
 
+def test_an_answer_too_long_to_compare_stays_as_it_is() -> None:
+    """Half a million characters would take the patterns minutes."""
+    text = "1" + " 111" * 125_000
+    assert equality.normalise(f" {text}\n") == text
+    assert equality.normalise(text[:9]) == "1111111"
+
+
 def test_normalised_answers_stay_as_they_are() -> None:
     """Voting and grading normalise answers that may be normalised already."""
     for pair in list_pairs():
