@@ -22,7 +22,7 @@ OUT = flags.DEFINE_string("out", "", "JSON file to write the comparison to.", fl
 
 
 def main() -> None:
-    from distill.evaluation import comparison
+    from distill.evaluation import comparison, protocols
     from distill.runtime import run_files
 
     if len(set(RUNS.value)) < len(RUNS.value) or not RUNS.value:
@@ -31,6 +31,12 @@ def main() -> None:
     result = comparison.compare_runs(RUNS.value)
     if out:
         run_files.write_json(out, result)
+    first, *others = result["runs"].values()
+    for name, summary in zip(RUNS.value[1:], others, strict=True):
+        if texts := protocols.list_differences(first, summary):
+            run_files.log_line(
+                f"warning: {RUNS.value[0]} and {name} were not sampled alike: {'; '.join(texts)}"
+            )
     print(comparison.render_table(RUNS.value, list(result["runs"].values())))
     for pair in result["paired"]:
         print("\n" + pair["sentence"])
