@@ -114,7 +114,7 @@ def _describe_pair(pair: Record) -> str:
         return f"{verdict} ({interval}{counts})"
     points = f"{gain:+.1f} points" if abs(gain) >= 0.05 else "0.0 points"
     verdict = f"the data show no difference between {a} and {b}"
-    return f"{verdict} ({b} minus {a}: {points}, {interval}{b} is {counts})"
+    return f"{verdict} (the latter: {points}, {interval}{counts})"
 
 
 def list_results(summary: Record) -> list[tuple[str, str]]:

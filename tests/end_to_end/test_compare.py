@@ -59,8 +59,8 @@ def test_two_runs_are_compared_in_a_sentence(tmp_path: Path, monkeypatch, capsys
     assert run_compare("A", "C") == 0  # the same accuracy, on other problems
     sentence = capsys.readouterr().out.splitlines()[-1]
     assert re.fullmatch(
-        r"the data show no difference between A and C \(C minus A: 0\.0 points, 95% interval "
-        r"-\S+ to \+\S+, 100 problems: C is better on 50, worse on 50; p = 1\)",
+        r"the data show no difference between A and C \(the latter: 0\.0 points, 95% interval "
+        r"-\S+ to \+\S+, 100 problems: better on 50, worse on 50; p = 1\)",
         sentence,
     ), sentence
 
