@@ -40,8 +40,10 @@ def main() -> None:
     print(comparison.render_table(RUNS.value, list(result["runs"].values())))
     for pair in result["paired"]:
         print("\n" + pair["sentence"])
+    short = comparison.shorten_names(RUNS.value)
     for name in result["unpaired"]:
-        print(f"\n{name} is of another benchmark than {RUNS.value[0]}: no difference is computed")
+        names = f"{short[name]} is of another benchmark than {short[RUNS.value[0]]}"
+        print(f"\n{names}: no difference is computed")
     console.print_end(
         [f"wrote {OUT.value}"] if out else [],
         []

@@ -84,7 +84,7 @@ def setup_run(
       UserError: naming the invalid flag, file or row.
     """
     teacher_mesh = teacher_mesh or mesh
-    checks.check_fields(c, {"seed": Range()}, "config.")
+    checks.check_fields(c, {"seed": checks.SEEDS}, "config.")
     rules = {"every": Range(1), "keep": Range(1)}
     rules |= {"every_minutes": Range(off="never"), "keep_every": Range(off="none")}
     checks.check_fields(c.checkpoint, rules, "config.checkpoint.")
