@@ -37,7 +37,7 @@ def _describe_flag(flag: flags.Flag) -> str:
     if any("must have a value other than None" in x.message for x in flag.validators):
         about += " Required."
     elif isinstance(flag.default, ConfigDict):
-        about += f" Default: {getattr(flag, "config_filename", "")}."
+        about += f" Default: {getattr(flag, 'config_filename', '')}."
     elif flag.default not in (None, "", [], False) and "default" not in about.lower():
         shown = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
         about += f" Default: {shown}."
