@@ -14,35 +14,34 @@ OPTIONS = flags.FlagValues()
 RUNS = flags.DEFINE_list(
     "runs",
     None,
-    "Folders that evaluate wrote, comma-separated.",
+    "Folders that evaluate wrote, comma-separated; or name them without a flag.",
     flag_values=OPTIONS,
-    required=True,
 )
 OUT = flags.DEFINE_string("out", "", "JSON file to write the comparison to.", flag_values=OPTIONS)
+ARGUMENTS: list[str] = []  # further folders
 
 
 def main() -> None:
     from distill.evaluation import comparison
     from distill.runtime import run_files
 
-    if len(set(RUNS.value)) < len(RUNS.value) or not RUNS.value:
+    names = [*(RUNS.value or ()), *(paths.expand_home(name) for name in ARGUMENTS)]
+    if len(set(names)) < len(names) or not names:
         raise UserError("--runs: name different folders, each once")
     out = paths.check_output(OUT.value) if OUT.value else None
-    result = comparison.compare_runs(RUNS.value)
+    result = comparison.compare_runs(names)
     if out:
         run_files.write_json(out, result)
-    print(comparison.render_table(RUNS.value, list(result["runs"].values())))
+    print(comparison.render_table(names, list(result["runs"].values())))
     for pair in result["paired"]:
         print("\n" + pair["sentence"])
     for name in result["unpaired"]:
-        print(f"\n{name} is of another benchmark than {RUNS.value[0]}: no difference is computed")
+        print(f"\n{name} is of another benchmark than {names[0]}: no difference is computed")
     console.print_end(
         [f"wrote {OUT.value}"] if out else [],
-        []
-        if len(RUNS.value) > 1
-        else [console.format_command("compare", runs=f"{RUNS.value[0]},OTHER")],
+        [] if len(names) > 1 else [console.format_command("compare", runs=f"{names[0]},OTHER")],
     )
 
 
 if __name__ == "__main__":
-    cli.run(main, OPTIONS)
+    cli.run(main, OPTIONS, ARGUMENTS)

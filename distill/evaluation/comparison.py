@@ -31,7 +31,14 @@ def read_evaluation(folder: str) -> tuple[Record, list[Record]]:
             _ = row["id"], row["correct"]
         render_table([folder], [summary])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"--runs: {folder}: no finished evaluation ({error})") from None
+        if (path / "metrics.jsonl").exists():
+            why = "is a run; evaluate it first (python -m distill.evaluate)"
+        elif isinstance(error, FileNotFoundError):
+            missing = "it has no summary.json" if path.is_dir() else "no such folder"
+            why = f"no finished evaluation: {missing}"
+        else:
+            why = f"no finished evaluation ({error})"
+        raise UserError(f"--runs: {folder}: {why}") from None
     if not rows:
         raise UserError(f"--runs: {folder}: {EXAMPLES_FILE} holds no response")
     return summary, rows
@@ -95,7 +102,7 @@ def _describe_pair(pair: Record) -> str:
         verdict = f"{b} is {'better' if low > 0 else 'worse'} than {a} by {size}"
     else:
         direction = "above" if pair["difference"] >= 0 else "below"
-        verdict = f"no difference between {b} and {a} is shown: {b} is {size} {direction}"
+        verdict = f"the data show no difference between {b} and {a}: {b} is {size} {direction}"
     return (
         f"{verdict} (95% interval {low:+.1f} to {high:+.1f}, {pair['problems']} problems: "
         f"better on {pair['better_on']}, worse on {pair['worse_on']}; p = {pair['p']:.2g})"
@@ -148,11 +155,11 @@ _COLUMNS = (
 
 
 def make_rows(names: list[str], summaries: list[Record]) -> list[list[str]]:
-    """Makes the header of a table and a row per evaluation: accuracy, interval, n, pass@k, maj@k,
-    cost of the model."""
+    """Makes the header of a table and a row per evaluation: accuracy, interval, samples of
+    each problem, pass@k, maj@k, cost of the model."""
     votes = [k for summary in summaries for k in summary if k.startswith(("pass@", "maj@"))]
     votes = [v for v in dict.fromkeys(votes) if v != "pass@1"]
-    head = ["", "benchmark", "protocol", "n", "accuracy % [95%]", *votes]
+    head = ["", "benchmark", "protocol", "samples", "accuracy % [95%]", *votes]
     rows = [head + [title for title, _, _ in _COLUMNS]]
     for name, summary_row in zip(names, summaries, strict=True):
         protocol = summary_row.get("protocol", {})
