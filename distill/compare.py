@@ -35,8 +35,10 @@ def main() -> None:
     print(comparison.render_table(names, list(result["runs"].values())))
     for pair in result["paired"]:
         print("\n" + pair["sentence"])
+    short = comparison.shorten_names(names)
     for name in result["unpaired"]:
-        print(f"\n{name} is of another benchmark than {names[0]}: no difference is computed")
+        pair = f"{short[name]} is of another benchmark than {short[names[0]]}"
+        print(f"\n{pair}: no difference is computed")
     console.print_end(
         [f"wrote {OUT.value}"] if out else [],
         [] if len(names) > 1 else [console.format_command("compare", runs=f"{names[0]},OTHER")],

@@ -61,6 +61,8 @@ def _read_spec(subject: "Policy") -> "SampleSpec":
     from distill.rollout import completions
 
     settings = {k: x for k, x in cli.read_sampling_flags(OPTIONS).items() if x is not None}
+    if "" in STOP.value:
+        raise UserError("--stop=: an empty text is in every response")
     settings |= {"stop_strings": tuple(STOP.value), "top_logprobs": TOP_LOGPROBS.value}
     try:
         spec = completions.make_sample_spec(settings)
@@ -70,8 +72,6 @@ def _read_spec(subject: "Policy") -> "SampleSpec":
     if TOP_LOGPROBS.value > subject.config.vocab_size:
         size = subject.config.vocab_size
         raise UserError(f"--top_logprobs={TOP_LOGPROBS.value}: the vocabulary has {size} tokens")
-    if "" in STOP.value:
-        raise UserError("--stop=: an empty text is in every response")
     if STOP.value and subject.tokenizer is None:
         raise UserError(f"--stop={STOP.value[0]}: {subject.path} has no tokenizer to find it with")
     return spec

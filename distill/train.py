@@ -19,7 +19,7 @@ CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, flag_values
 flags.mark_flag_as_required("config", OPTIONS)
 WORKDIR = flags.DEFINE_string(
     "workdir",
-    "",
+    None,
     "Directory of the run, which is resumed if it exists. Required, but with --check.",
     OPTIONS,
 )
@@ -54,7 +54,7 @@ def main() -> None:
     if CHECK.value:
         from distill.planning import checking
 
-        checking.check_run(CONFIG.value, WORKDIR.value, TOPOLOGY.value)
+        checking.check_run(CONFIG.value, WORKDIR.value or "", TOPOLOGY.value)
         return
     from distill.runtime import distributed
     from distill.training import loop

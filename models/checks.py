@@ -13,6 +13,7 @@ class Range:
     """Finite numbers from `low` to `high`.
 
     below: exclude `high`. above: exclude `low`. off: the meaning of `low` itself, for messages.
+    whole: exclude fractions.
     """
 
     low: float = 0
@@ -20,10 +21,11 @@ class Range:
     below: bool = False
     above: bool = False
     off: str = ""
+    whole: bool = False
 
     def __contains__(self, value: Any) -> bool:
         if (
-            not isinstance(value, int | float)
+            not isinstance(value, int if self.whole else int | float)
             or isinstance(value, bool)
             or not -math.inf < value < math.inf  # math.isfinite fails on huge integers
         ):
@@ -34,9 +36,15 @@ class Range:
     def __str__(self) -> str:
         low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
         low += f" ({self.off})" if self.off else ""
+        if self.whole:
+            low = f"a whole number, {low}"
         if self.high == math.inf:
             return low
-        return f"{low} and {'below' if self.below else 'at most'} {self.high:g}"
+        high = f"{self.high:,}" if isinstance(self.high, int) else f"{self.high:g}"
+        return f"{low} and {'below' if self.below else 'at most'} {high}"
+
+
+SEEDS = Range(0, 2**32 - 1, whole=True)  # jax.random.key ignores the higher bits
 
 
 Rule = Range | tuple[Any, ...]  # numbers, or choices

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,20 @@ def find_others(folder: str, summary: Record) -> list[str]:
     return found
 
 
+def shorten_names(names: Sequence[str]) -> dict[str, str]:
+    """Returns for each path its last parts, as few as tell it from the others."""
+    parts = {name: name.rstrip("/").split("/") for name in names}
+
+    def shorten(name: str) -> str:
+        for count in range(1, len(parts[name]) + 1):
+            end = parts[name][-count:]
+            if sum(x[-count:] == end for x in parts.values()) == 1:
+                return "/".join(end)
+        return name
+
+    return {name: shorten(name) for name in names}
+
+
 def compare_pair(names: tuple[str, str], a: list[Record], b: list[Record]) -> Record:
     """Compares evaluation b with a, paired by problem; returns statistics and a sentence.
 
@@ -97,16 +112,16 @@ def compare_pair(names: tuple[str, str], a: list[Record], b: list[Record]) -> Re
 def _describe_pair(pair: Record) -> str:
     a, b = pair["runs"]
     low, high = (100 * end for end in pair["interval"])
-    size = f"{abs(100 * pair['difference']):.1f} ± {(high - low) / 2:.1f} points"
+    gain = 100 * pair["difference"]
+    interval = f"95% interval {low:+.1f} to {high:+.1f}, {pair['problems']} problems: "
+    counts = f"better on {pair['better_on']}, worse on {pair['worse_on']}; p = {pair['p']:.2g}"
     if low > 0 or high < 0:
+        size = f"{abs(gain):.1f} ± {(high - low) / 2:.1f} points"
         verdict = f"{b} is {'better' if low > 0 else 'worse'} than {a} by {size}"
-    else:
-        direction = "above" if pair["difference"] >= 0 else "below"
-        verdict = f"the data show no difference between {b} and {a}: {b} is {size} {direction}"
-    return (
-        f"{verdict} (95% interval {low:+.1f} to {high:+.1f}, {pair['problems']} problems: "
-        f"better on {pair['better_on']}, worse on {pair['worse_on']}; p = {pair['p']:.2g})"
-    )
+        return f"{verdict} ({interval}{counts})"
+    points = f"{gain:+.1f} points" if abs(gain) >= 0.05 else "0.0 points"
+    verdict = f"the data show no difference between {a} and {b}"
+    return f"{verdict} (the latter: {points}, {interval}{counts})"
 
 
 def list_results(summary: Record) -> list[tuple[str, str]]:
@@ -155,16 +170,18 @@ _COLUMNS = (
 
 
 def make_rows(names: list[str], summaries: list[Record]) -> list[list[str]]:
-    """Makes the header of a table and a row per evaluation: accuracy, interval, samples of
-    each problem, pass@k, maj@k, cost of the model."""
+    """Makes the header of a table and a row per evaluation: problems, samples, accuracy, interval,
+    pass@k, maj@k, cost of the model."""
     votes = [k for summary in summaries for k in summary if k.startswith(("pass@", "maj@"))]
     votes = [v for v in dict.fromkeys(votes) if v != "pass@1"]
-    head = ["", "benchmark", "protocol", "samples", "accuracy % [95%]", *votes]
+    head = ["", "benchmark", "protocol", "problems", "samples a problem"]
+    head += ["accuracy % [95%]", *votes]
     rows = [head + [title for title, _, _ in _COLUMNS]]
     for name, summary_row in zip(names, summaries, strict=True):
         protocol = summary_row.get("protocol", {})
         low, high = summary_row["interval"]
         row = [name, protocol.get("benchmark", ""), protocol.get("protocol", "")]
+        row += [f"{summary_row['problems']:,}"]
         row += [str(round(summary_row["responses"] / summary_row["problems"]))]
         row += [f"{100 * summary_row['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"]
         row += [f"{100 * summary_row[v]:.1f}" if v in summary_row else "" for v in votes]
@@ -203,10 +220,12 @@ def compare_runs(runs: list[str]) -> Record:
         "unpaired": [],
     }
     first, rows = evaluations[0]
+    short = shorten_names(runs)
     for name, (summary, others) in list(zip(runs, evaluations, strict=True))[1:]:
         benchmarks = [x.get("protocol", {}).get("benchmark") for x in (first, summary)]
         if benchmarks[0] == benchmarks[1]:
-            result["paired"].append(compare_pair((runs[0], name), rows, others))
+            pair = compare_pair((short[runs[0]], short[name]), rows, others)
+            result["paired"].append({**pair, "runs": [runs[0], name]})
         else:
             result["unpaired"].append(name)
     return result

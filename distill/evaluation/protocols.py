@@ -71,7 +71,7 @@ def resolve_settings(protocol: str, benchmark: str, changes: Settings) -> Settin
 def make_eval_spec(protocol: str, benchmark: str, settings: Settings, **fields: Any) -> EvalSpec:
     """Builds a spec from resolved settings and further fields of EvalSpec.
 
-    Raises UserError naming a field of Sampling that is out of range.
+    Raises UserError naming a setting that is out of range.
     """
     from distill import rollout
 

@@ -23,6 +23,11 @@ def is_run(path: str | Path) -> bool:
     return _read_student_config(path) is not None
 
 
+def is_adapter(path: str | Path) -> bool:
+    """True if `path` names a PEFT adapter."""
+    return not is_run(path) and adapter.is_adapter(to_local_dir(path))
+
+
 def read_run_lora(path: str | Path) -> LoRA | None:
     """Returns the LoRA that the run directory `path` trains; None if it trains all parameters."""
     fields: dict[str, Any] = (_read_student_config(path) or {}).get("lora") or {}

@@ -65,6 +65,12 @@ class Policy:
     tokenizer_dir: Path = Path()  # where `tokenizer` was read from
     step: int | None = None  # of the run's checkpoint that `params` are
 
+    def __repr__(self) -> str:
+        devices = get_mesh(self).devices
+        where = f"{devices.size} × {devices.flat[0].device_kind}"
+        size = f"{self.config.num_parameters:,} parameters in {jnp.dtype(self.model.dtype).name}"
+        return f"Policy({self.path!r}: {size} on {where})"  # not the arrays, which fill a notebook
+
 
 def make_abstract(
     path: str, dtype: str, remat: bool, mesh: Mesh, *, tokenizer_path: str = "", **options: Any
@@ -267,17 +273,11 @@ def _get_shardings(params: Params) -> Any:
     return jax.tree.map(lambda p: p.sharding, params)
 
 
-def is_adapter(path: str) -> bool:
-    """True if `path` names a PEFT adapter."""
-    return not is_run(path) and adapter.is_adapter(to_local_dir(path))
-
-
 def _read_adapter_lora(policy: Policy) -> LoRA | None:
     """Reads the LoRA of the adapter that the policy's path names; None if it names none."""
     directory = to_local_dir(policy.path)
-    if not adapter.is_adapter(directory):
-        return None
-    return adapter.read_lora_config(directory, policy.config)
+    found = adapter.is_adapter(directory)
+    return adapter.read_lora_config(directory, policy.config) if found else None
 
 
 def _load_adapter_params(policy: Policy, lora_config: LoRA) -> Params:

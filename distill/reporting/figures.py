@@ -4,8 +4,10 @@ Runs whose configs differ in the seed alone are one group: a line at the mean of
 band from the lowest to the highest of them.
 """
 
+import bisect
 import dataclasses
 import io
+import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -58,6 +60,13 @@ class Curve:
     low_N: np.ndarray
     high_N: np.ndarray
     runs: int  # that have the metric
+    breaks: Sequence[int] = ()  # indices at which another stage begins, and the line is broken
+
+    @property
+    def parts(self) -> list[slice]:
+        """The points of each stage."""
+        ends = [0, *self.breaks, len(self.steps_N)]
+        return [slice(*pair) for pair in itertools.pairwise(ends)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +95,15 @@ def make_chart(groups: Sequence[Group], metric: str) -> Chart | None:
     width = 1 if has_gaps else max(1, -(-last // MAX_POINTS))
     curves = []
     for number, group in enumerate(groups):
+        starts = _find_boundaries(group.runs)
         values: list[dict[int, float]] = [
-            _average_steps(r.metrics, metric, width) for r in group.runs
+            _average_steps(r.metrics, metric, width, starts) for r in group.runs
         ]
         values = [x for x in values if x]
         steps = sorted({step for x in values for step in x})
         if not steps:
             continue
+        places = {bisect.bisect_left(steps, start) for start in starts}
         known = [[x[step] for x in values if step in x] for step in steps]
         curves.append(
             Curve(
@@ -102,6 +113,7 @@ def make_chart(groups: Sequence[Group], metric: str) -> Chart | None:
                 np.array([min(x) for x in known]),
                 np.array([max(x) for x in known]),
                 len(values),
+                sorted(places - {0, len(steps)}),
             )
         )
     if not curves:
@@ -111,12 +123,17 @@ def make_chart(groups: Sequence[Group], metric: str) -> Chart | None:
     return Chart(metric, MAIN_METRICS.get(metric, metric), curves, boundaries, width)
 
 
-def _average_steps(rows: Sequence[Record], metric: str, width: int) -> dict[int, float]:
-    """Returns the means of a metric over intervals of `width` steps, by their first steps."""
+def _average_steps(
+    rows: Sequence[Record], metric: str, width: int, starts: Sequence[int]
+) -> dict[int, float]:
+    """Returns the means of a metric over intervals of `width` steps, by their first steps. No
+    interval holds steps of two stages, the later of which begin at `starts`."""
     found: dict[int, list[float]] = {}
     for row in rows:
         if metric in row:
-            found.setdefault(row["step"] // width * width, []).append(row[metric])
+            start = max((x for x in starts if x <= row["step"]), default=0)
+            first = start + (row["step"] - start) // width * width
+            found.setdefault(first, []).append(row[metric])
     return {step: sum(x) / len(x) for step, x in found.items()}
 
 
@@ -143,20 +160,24 @@ def draw(chart: Chart, groups: Sequence[Group] = ()) -> Figure:
             dash = _DASHES[curve.group % len(_DASHES)]
             # Not to be read as a formula, nor left out for a leading underscore.
             label = f" {groups[curve.group].name}".replace("$", r"\$") if groups else ""
-            is_short = len(curve.steps_N) < 15
-            axes.plot(
-                curve.steps_N,
-                curve.mean_N,
-                color=colour,
-                linestyle=dash,
-                linewidth=1.4,
-                marker="o" if is_short else "",
-                markersize=3,
-                label=label,
-            )
-            if curve.runs > 1:
-                band = (curve.steps_N, curve.low_N, curve.high_N)
-                axes.fill_between(*band, color=colour, alpha=0.18, linewidth=0)
+            # What a stage measures, such as its loss, is not what the one before measured: a line
+            # from one to the other would look like learning.
+            for part in curve.parts:
+                steps_N = curve.steps_N[part]
+                is_short = len(curve.steps_N) < 15 or len(steps_N) == 1
+                axes.plot(
+                    steps_N,
+                    curve.mean_N[part],
+                    color=colour,
+                    linestyle=dash,
+                    linewidth=1.4,
+                    marker="o" if is_short else "",
+                    markersize=3,
+                    label=label if part.start == 0 else "",
+                )
+                if curve.runs > 1:
+                    band = (steps_N, curve.low_N[part], curve.high_N[part])
+                    axes.fill_between(*band, color=colour, alpha=0.18, linewidth=0)
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
         axes.ticklabel_format(axis="y", scilimits=(-3, 4), useMathText=True)

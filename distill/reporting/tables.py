@@ -16,6 +16,7 @@ from distill.reporting.read import (
     is_number,
     list_stages,
 )
+from distill.runtime import console
 from models.errors import UserError
 
 _MAX_CELL = 120  # characters of a config's value
@@ -62,7 +63,7 @@ def tabulate_runs(runs: Sequence[Run]) -> Table:
                 run.name,
                 ", ".join(shown),
                 _find(c, "student", "path"),
-                _find(c, "teacher", "path"),
+                _list_teachers(run),
                 _find(c, "seed"),
                 f"{run.steps} of {planned}" if planned else str(run.steps),
                 f"{devices.get('count', '')} {devices.get('kind', '')}".strip(),
@@ -78,6 +79,21 @@ def _find(record: Record, *keys: str) -> str:
     for key in keys:
         value = as_record(value).get(key)
     return "" if value is None else str(value)
+
+
+def _list_teachers(run: Run) -> str:
+    """Returns the paths of the teachers that a run has loaded: every config names one, also where
+    no stage has a use for it."""
+    models = run.environment.get("models")
+    if not isinstance(models, dict):  # no record, so what the config names
+        return _find(run.config, "teacher", "path")
+    names = [name for name in models if name != "student"]
+    # A run that was resumed records the teachers of its later stages alone.
+    for stage in {row["stage"]: 0 for row in run.metrics if "train/reverse_kl" in row}:
+        teachers = as_record(run.config.get(stage)).get("teachers")
+        names += teachers if isinstance(teachers, list) else []
+    paths = [_find(run.config, name, "path") for name in names if isinstance(name, str)]
+    return ", ".join(dict.fromkeys(filter(None, paths)))
 
 
 def _describe_stage(name: str, stage: Record) -> str:
@@ -101,8 +117,9 @@ def tabulate_results(evaluations: Sequence[Evaluation]) -> Table:
 
 
 def compare_evaluations(evaluations: Sequence[Evaluation]) -> list[str]:
-    """Returns sentences about differences that are paired by problem: between the first and the
-    last evaluation of each run, and between the last ones of runs and evaluations by themselves."""
+    """Returns sentences about differences, paired by problem, to the first evaluation of a kind. Of
+    those at a run's steps only the last counts: the run's curve shows how one model changes."""
+    short = comparison.shorten_names(list(dict.fromkeys(x.run or x.name for x in evaluations)))
     kinds: dict[str, list[Evaluation]] = {}
     for evaluation in evaluations:
         if evaluation.summary and evaluation.rows:
@@ -115,10 +132,8 @@ def compare_evaluations(evaluations: Sequence[Evaluation]) -> list[str]:
                 (x for x in members if (x.run or x.name) == run), key=lambda x: x.step or 0
             )
             steps = [x for x in own if x.step is not None]
-            if len(steps) > 1:
-                sentences.append(_compare(steps[0], steps[-1]))
             last += steps[-1:] + [x for x in own if x.step is None]
-        sentences += [_compare(last[0], other) for other in last[1:]]
+        sentences += [_compare(last[0], other, short) for other in last[1:]]
     return sentences
 
 
@@ -128,17 +143,23 @@ def _get_kind(evaluation: Evaluation) -> list[Any]:
     return [p.get("benchmark"), p.get("protocol")]
 
 
-def _compare(a: Evaluation, b: Evaluation) -> str:
+def _compare(a: Evaluation, b: Evaluation, short: dict[str, str]) -> str:
+    """Compares two evaluations.
+
+    Args:
+      short: short names of runs and of evaluations that belong to none.
+    """
+    names = [short[x.run or x.name] + (x.name[len(x.run) :] if x.run else "") for x in (a, b)]
     try:
-        return comparison.compare_pair((a.name, b.name), a.rows, b.rows)["sentence"]
+        return comparison.compare_pair((names[0], names[1]), a.rows, b.rows)["sentence"]
     except UserError as error:
         return f"not compared: {error}"
 
 
 def tabulate_cost(runs: Sequence[Run]) -> Table:
     """Sums what each run cost, from its metrics."""
-    header = ["run", "tokens trained", "tokens sampled", "FLOPs", "hours", "of them compiling"]
-    header += ["tokens trained/s", "devices", "device-hours"]
+    header = ["run", "tokens trained", "tokens sampled", "FLOPs", "time", "of it compiling"]
+    header += ["tokens trained/s", "devices", "time × devices"]
     rows = []
     for run in runs:
         sums = {name: _sum(run.metrics, name) for name in _COST_METRICS}
@@ -152,15 +173,15 @@ def tabulate_cost(runs: Sequence[Run]) -> Table:
                 _format(trained, "{:,.0f}"),
                 _format(sampled, "{:,.0f}"),
                 _format(_count_flops(run), "{:.3g}"),
-                _format(seconds / 3600, "{:.3g}"),
-                _format(sums["time/compile"] / 3600, "{:.3g}"),
+                _format_time(seconds),
+                _format_time(sums["time/compile"]),
                 _format(trained / busy if busy > 0 else 0, "{:.4g}"),
                 str(count or ""),
-                _format(seconds / 3600 * count if type(count) is int else 0, "{:.3g}"),
+                _format_time(seconds * count if type(count) is int else 0),
             ]
         )
     notes = [
-        "Hours are those of steps and evaluations. FLOPs are those of weights at the tokens of "
+        "The time is that of steps and evaluations. FLOPs are those of weights at the tokens of "
         "responses, without prompts and attention: sampling, a forward pass of each teacher, and "
         "training, which is three times a forward pass, with a LoRA twice."
     ]
@@ -200,6 +221,13 @@ def _sum(rows: Sequence[Record], name: str) -> float:
 
 def _format(x: float, how: str) -> str:
     return how.format(x) if x else ""
+
+
+def _format_time(seconds: float) -> str:
+    """Returns a duration as people say it, in hours where there are many: devices are paid so."""
+    if seconds >= 36_000:
+        return f"{seconds / 3600:,.0f} h"
+    return console.format_duration(seconds) if seconds else ""
 
 
 def tabulate_differences(runs: Sequence[Run]) -> Table | None:

@@ -23,6 +23,7 @@ from distill.rollout.sampling import Sampling
 from distill.rollout.sequence import Sequence
 from distill.runtime import distributed, run_files
 from distill.runtime.progress import show_progress
+from models.checks import SEEDS, Range, check_fields
 from models.errors import RowError, UserError
 
 _MAX_LIMIT = 2**31 - 1  # limits are held in 4 bytes each
@@ -32,7 +33,11 @@ LocatedRows = Iterable[tuple[str, dict]]  # (location of the row, its fields)
 
 @dataclasses.dataclass(frozen=True)
 class SampleSpec:
-    """Settings for completing prompts. batch_size does not affect the completions."""
+    """Settings for completing prompts. batch_size does not affect the completions.
+
+    Raises:
+      UserError: naming the field that is out of bounds, and its value.
+    """
 
     samples: int = 1  # completions of each prompt
     max_new_tokens: int = 1024  # of a completion
@@ -42,6 +47,15 @@ class SampleSpec:
     stop_strings: tuple[str, ...] = ()  # strings that end a completion
     top_logprobs: int = 0  # most likely tokens to record at each position
 
+    def __post_init__(self) -> None:
+        count = Range(1, whole=True)
+        limit = Range(1, _MAX_LIMIT, whole=True)
+        check_fields(self, {"samples": count, "max_new_tokens": limit, "batch_size": count})
+        check_fields(self, {"seed": SEEDS, "top_logprobs": Range(whole=True)})
+        texts = self.stop_strings
+        if not isinstance(texts, list | tuple) or not all(x and isinstance(x, str) for x in texts):
+            raise UserError(f"stop_strings={texts!r}: must be a list of texts that are not empty")
+
 
 def make_sample_spec(settings: Mapping[str, Any]) -> SampleSpec:
     """Builds a spec from settings that are named like its fields or those of Sampling.
@@ -49,7 +63,7 @@ def make_sample_spec(settings: Mapping[str, Any]) -> SampleSpec:
     Ignores other settings.
 
     Raises:
-      UserError: naming a field of Sampling that is out of range.
+      UserError: naming a field that is out of range.
     """
 
     def pick(cls: type) -> dict[str, Any]:

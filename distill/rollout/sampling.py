@@ -48,12 +48,12 @@ class Sampling:
         check_fields(
             self,
             {
-                "top_k": Range(off="off"),
+                "top_k": Range(off="off", whole=True),
                 "top_p": Range(0, 1, above=True),
                 "min_p": Range(0, 1, off="off"),
             },
         )
-        if not math.isfinite(self.presence_penalty):
+        if self.presence_penalty not in Range(-math.inf):
             raise UserError(f"presence_penalty={self.presence_penalty}: must be a finite number")
 
     def check_vocab_size(self, vocab_size: int) -> None:

@@ -83,7 +83,7 @@ def expand_flags(options: flags.FlagValues) -> None:
     Raises UserError naming the flag, also if it needs a value and has an empty one.
     """
     for name in FLAGS:
-        if name in options and options[name].value == "" and options[name].default is None:
+        if name in options and options[name].value == "" and options[name].default != "":
             raise UserError(f"--{name}=: is empty")
         if name in options and options[name].value:
             expand = expand_home if name in OUTPUTS else expand_input

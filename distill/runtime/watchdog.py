@@ -9,11 +9,13 @@ import contextlib
 import dataclasses
 import faulthandler
 import os
+import re
 import statistics
-import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from typing import IO
 
 POLL_SECONDS = 1.0
 FACTOR = 10  # times the median: what is longer hangs
@@ -125,12 +127,26 @@ class Watchdog:
 
 
 def list_files_on_stack(thread: int) -> list[str]:
-    """Returns the files of the functions that a thread is in, the innermost first."""
-    files, frame = [], sys._current_frames().get(thread)
-    while frame is not None:
-        files.append(frame.f_code.co_filename)
-        frame = frame.f_back
-    return files
+    """Returns the files of the functions that a thread is in, the innermost first.
+
+    faulthandler writes them before any other thread goes on. Frames that are walked by Python may
+    be gone by then: the thread that they belong to runs in between.
+    """
+    with _open_scratch() as file:
+        faulthandler.dump_traceback(file)
+        file.seek(0)
+        text = file.read().decode(errors="replace")
+    for stack in re.split(r"^(?:Current t|T)hread 0x", text, flags=re.MULTILINE)[1:]:
+        if int(stack.split()[0], 16) == thread:
+            return re.findall(r'^  File "(.*)", line ', stack, re.MULTILINE)
+    return []
+
+
+def _open_scratch() -> IO[bytes]:
+    """Opens a file without a name, in memory where the system can. A pipe could fill up."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("stacks"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 def is_compiling(thread: int) -> bool:

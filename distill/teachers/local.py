@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from distill.batch import Batch, TeacherOutput
-from distill.policy import compatibility, forward, policy
+from distill.policy import compatibility, forward, hub, policy
 from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
 from models import checks, transformer
@@ -154,7 +154,7 @@ def is_base(student: Policy) -> bool:
 
     This holds with a LoRA, unless training started from an adapter; no second copy is then needed.
     """
-    return student.model.lora is not None and not policy.is_adapter(student.path)
+    return student.model.lora is not None and not hub.is_adapter(student.path)
 
 
 def place_heads(teachers: Sequence[Teacher]) -> tuple[Teacher, ...]:

@@ -91,7 +91,7 @@ def setup_run(
     teacher_mesh = teacher_mesh or mesh
     for message in explain_unknown_entries(c).values():
         raise UserError(message)
-    checks.check_fields(c, {"seed": Range()}, "config.")
+    checks.check_fields(c, {"seed": checks.SEEDS}, "config.")
     rules = {"every": Range(1), "keep": Range(1)}
     rules |= {"every_minutes": Range(off="never"), "keep_every": Range(off="none")}
     checks.check_fields(c.checkpoint, rules, "config.checkpoint.")

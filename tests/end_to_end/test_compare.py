@@ -57,7 +57,34 @@ def test_two_runs_are_compared_in_a_sentence(tmp_path: Path, monkeypatch, capsys
     assert run_compare("B", "A") == 0
     assert "A is worse than B by 18.0 ± " in capsys.readouterr().out
     assert run_compare("A", "C") == 0  # the same accuracy, on other problems
-    assert "the data show no difference between C and A: C is 0.0 ± " in capsys.readouterr().out
+    sentence = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(
+        r"the data show no difference between A and C \(the latter: 0\.0 points, 95% interval "
+        r"-\S+ to \+\S+, 100 problems: better on 50, worse on 50; p = 1\)",
+        sentence,
+    ), sentence
+
+
+def test_sentences_have_short_names_and_the_table_full_ones(tmp_path: Path, capsys) -> None:
+    runs = [tmp_path / name for name in ("x", "y")]
+    for run in runs:
+        (run / "eval").mkdir(parents=True)
+    folders = [write_evaluation(run / "eval" / "000100", [[1], [0]]) for run in runs]
+    assert run_compare(*folders, out=tmp_path / "out.json") == 0
+    shown = capsys.readouterr().out
+    assert "no difference between x/eval/000100 and y/eval/000100 (" in shown
+    assert all(shown.count(folder) == 1 for folder in folders)
+    assert json.loads((tmp_path / "out.json").read_text())["paired"][0]["runs"] == folders
+    short = comparison.shorten_names(["a/b", "a/c/", "gs://x/b", "b", "y/c/"])
+    assert list(short.values()) == ["a/b", "a/c", "x/b", "b", "y/c"]
+
+
+def test_the_table_says_how_many_samples_a_problem_has(tmp_path: Path, capsys) -> None:
+    folder = write_evaluation(tmp_path / "A", [[1, 0], [1, 1], [0, 0]])
+    assert run_compare(folder) == 0
+    head, row = (re.split(r"\s{2,}", x) for x in capsys.readouterr().out.splitlines())
+    cells = dict(zip(head[1:], row[1:], strict=False))
+    assert (cells["problems"], cells["samples a problem"]) == ("3", "2")
 
 
 def test_several_runs_and_benchmarks_share_a_table(tmp_path: Path, monkeypatch, capsys) -> None:

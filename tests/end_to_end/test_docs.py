@@ -17,6 +17,7 @@ from tests.support.pages import (
     GUIDES,
     PAGES,
     find_blocks,
+    find_files,
     find_spans,
     make_anchors,
     name_page,
@@ -79,6 +80,7 @@ def read_sources() -> str:
     for pattern in ("*.sh", "Makefile", "requirements*.txt", "notebooks/*.ipynb", "*.toml"):
         files += ROOT.glob(pattern)
     texts = [file.read_text() for file in files]
+    texts += [name for page in PAGES for name, _ in find_files(page.read_text())]
     for file in (ROOT / "tests").rglob("*.py"):
         texts.append(str(file.relative_to(ROOT)))
         texts += re.findall(r"^(?:def |class )?\w+(?=[(:]| =)", file.read_text(), re.MULTILINE)
@@ -225,6 +227,8 @@ def test_commands_that_need_nothing_else_run(page: str, tmp_path: Path) -> None:
     """Runs them in order, in a folder of their own that sees the checkout."""
     for folder in ("assets", "configs", "distill", "models"):
         (tmp_path / folder).symlink_to(ROOT / folder)
+    for name, code in find_files((ROOT / page).read_text()):
+        (tmp_path / name).write_text(code)
     for line in [line for where, line in find_commands() if where == page and is_run(line)]:
         command = re.sub(r"^python\b", shlex.quote(sys.executable), line)
         done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)

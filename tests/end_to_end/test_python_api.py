@@ -124,7 +124,7 @@ def test_evaluate_equals_the_verb(models, tmp_path: Path) -> None:
 
 
 def test_a_run_trains_and_loads(tmp_path: Path) -> None:
-    workdir = str(tmp_path / "x")
+    workdir = tmp_path / "x"
     table = distill.train(tiny_config(), workdir).metrics()
     assert {"step", "stage", "train/loss", "time/step"} <= set(table.columns)
     assert np.isfinite(table["train/loss"]).all()
@@ -146,6 +146,92 @@ def test_a_run_trains_and_loads(tmp_path: Path) -> None:
 def test_bad_arguments_are_named_in_the_error(models, prompts, options, words) -> None:
     with pytest.raises(UserError, match=re.escape(words)):
         distill.sample(models[0], prompts, **options)
+
+
+def test_samples_of_something_else_than_prompts_are_refused(models) -> None:
+    """A text is a list of characters to Python, and a chat one of messages."""
+    for prompts, words in (
+        ("2+2=", "prompts='2+2=': must be a list of texts"),
+        (CHAT, "prompts[0]={"),
+        ([17, 10], "prompts[0]=17: is no text"),
+        (None, "prompts=None: must be a list"),
+    ):
+        with pytest.raises(UserError, match=re.escape(words)):
+            distill.sample(models[0], prompts)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0: must be a whole number, at least 1"),
+        ({"max_new_tokens": 4.5}, "max_new_tokens=4.5: must be a whole number"),
+        ({"max_new_tokens": "4"}, "max_new_tokens='4': must be"),
+        ({"samples": 0}, "samples=0: must be"),
+        ({"samples": True}, "samples=True: must be"),
+        ({"seed": "x"}, "seed='x': must be"),
+        ({"seed": 2**32}, "seed=4294967296: must be a whole number, at least 0 and at most 4,294,"),
+        ({"batch_size": -1}, "batch_size=-1: must be"),
+        ({"top_k": 2.5}, "top_k=2.5: must be a whole number"),
+        ({"presence_penalty": "x"}, "presence_penalty=x: must be a finite number"),
+        ({"thinking": "off"}, "thinking='off': must be True or False"),
+    ],
+)
+def test_options_are_checked_alike_by_sample_and_evaluate(models, options, words) -> None:
+    for call in (
+        lambda: distill.sample(models[0], ["2+2="], **options),
+        lambda: distill.evaluate(models[0], "arithmetic", limit=1, **options),
+    ):
+        with pytest.raises(UserError, match=re.escape(words)):
+            call()
+    with pytest.raises(UserError, match="stop_strings='ab': must be a list of texts"):
+        distill.sample(models[0], ["2+2="], stop_strings="ab")
+
+
+def test_numbers_of_numpy_are_numbers(models) -> None:
+    (x,) = distill.sample(models[0], ["2+2="], max_new_tokens=np.int64(3), temperature=np.float32())
+    assert 1 <= len(x.tokens) <= 3
+
+
+def test_arguments_of_another_kind_are_named_without_flags(models, tmp_path: Path) -> None:
+    student, data = models[0], tmp_path / "none.jsonl"
+    wrong: Any = None
+    for call, words in (
+        (lambda: distill.load(wrong), "path=None: must be a path"),
+        (lambda: distill.load(""), "path: is empty"),
+        (lambda: distill.load(STUDENT, "int8"), "dtype='int8': must be one of"),
+        (lambda: distill.sample(STUDENT, ["2"]), f"model='{STUDENT[:5]}"),  # pyright: ignore
+        (lambda: distill.logprobs(student, ["x"]), "completions[0]='x': must be a Compl"),  # pyright: ignore
+        (lambda: distill.evaluate(student, "arithmetic", limit=-1), "limit=-1: must be"),
+        (lambda: distill.evaluate(student, "trivia"), "benchmark='trivia': must be one of"),
+        (lambda: distill.evaluate(student, "gsm8k"), "data: gsm8k needs a jsonl file"),
+        (lambda: distill.evaluate(student, "gsm8k", data), f"{data}: no such file"),
+        (lambda: distill.train({}, tmp_path), "config={}: must be the ConfigDict"),  # pyright: ignore
+        (lambda: distill.train(tiny_config(), ""), "workdir: is empty"),
+        (lambda: distill.train(tiny_config(), "s3://x/y"), "workdir=s3://x/y: is neither"),
+        (lambda: distill.Run(tmp_path).metrics(), "metrics.jsonl: no such file"),
+    ):
+        with pytest.raises(distill.UserError, match="^(?!--).*" + re.escape(words)):
+            call()
+
+
+def test_a_completion_that_another_model_cannot_read_is_refused(models) -> None:
+    size = models[0].config.vocab_size
+    unknown = distill.Completion([size], [5], [0.0], "", "stop")
+    with pytest.raises(UserError, match=rf"completions\[0\]: token id {size} is outside"):
+        distill.logprobs(models[0], [unknown])
+    long = distill.Completion([5] * 600, [5], [0.0], "", "stop")
+    with pytest.raises(UserError, match=r"completions\[0\]: 601 tokens exceed"):
+        distill.reverse_kl(models[0], models[1], [long])
+
+
+def test_models_and_completions_are_shown_in_a_line(models, completions) -> None:
+    student = models[0]
+    assert isinstance(student, distill.Policy)
+    size = f"{student.config.num_parameters:,} parameters in float32"
+    assert re.fullmatch(rf"Policy\('{STUDENT}': {size} on \d+ × cpu\)", repr(student))
+    assert repr(completions[0]).startswith("Completion('")
+    long = distill.Completion([1], [2], [0.0], "a\n" * 500, "stop")
+    assert "\n" not in repr(long) and len(repr(long)) < 130
 
 
 def test_a_path_without_a_model_is_named_in_the_error(tmp_path: Path) -> None:

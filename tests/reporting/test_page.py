@@ -9,10 +9,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from distill import report
-from distill.reporting import writing
+from distill.reporting import figures, read, tables, writing
 from tests.support.run_files import make_transcript, write_evaluation, write_run
 from tests.support.verbs import call, write
 
@@ -88,13 +89,74 @@ def test_tables_have_results_differences_and_cost(tmp_path: Path) -> None:
     alone = write_evaluation(tmp_path / "e", [False] * 50)
     text = Reader(build(tmp_path, run, alone)).text
     assert "80.0 [67.0, 88.8]" in text
-    assert f"{run}/eval/000006 is better than {run}/eval/000002 by 60.0" in text
+    assert "a/eval/000002" not in text.replace(f"{run}/eval/000002", "")  # one model's training
     assert f"{run}/eval/other/sampled math500" in " ".join(text.split())
-    assert f"{alone} is worse than {run}/eval/000006 by 80.0" in text
+    assert "e is worse than a/eval/000006 by 80.0" in text and text.count("95% interval") == 1
     # 600 tokens trained at three passes and 400 sampled; a teacher reads 400.
     assert "6.2e+09" in text
     # Six steps of 15 minutes on four devices.
-    assert "1.5" in text and "device-hours" in text and " 6 " in text and "4 TPU v5e" in text
+    assert " 1 h 30 min " in text and " 6 h 0 min " in text and "4 TPU v5e" in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0, ""), (1.29, "1.3 s"), (24, "24 s"), (400_000, "111 h")]
+)
+def test_durations_are_written_as_people_say_them(seconds: float, words: str) -> None:
+    rows = [{"step": 0, "stage": "opd", "time/step": seconds, "time/compile": seconds / 2}]
+    (row,) = tables.tabulate_cost([read.Run("a", {}, {}, rows, {}, 0, [])]).rows
+    assert row[4] == words
+
+
+def test_evaluations_that_the_user_names_are_paired(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a")
+    for step in (2, 4, 6):
+        write_evaluation(run / "eval" / f"{step:06d}", [step == 6] * 50)
+    folders = [run / "eval" / name for name in ("000002", "000006")]
+    text = Reader(build(tmp_path, *folders)).text
+    assert "000006 is better than 000002 by 100.0" in text
+    assert "95% interval" not in Reader(build(tmp_path, run)).text
+    for name in ("before", "after"):  # other models, such as those of the quick start
+        write_evaluation(run / "eval" / name, [name == "after"] * 50, benchmark="math500")
+    assert "a/eval/before is worse than a/eval/after by 100.0" in Reader(build(tmp_path, run)).text
+
+
+def test_the_teachers_listed_are_those_that_were_loaded(tmp_path: Path) -> None:
+    config = {"teacher": {"path": "T"}, "grpo": {"teachers": ["teacher"]}, "stages": ["grpo"]}
+    student, teacher = {"student": {}}, {"student": {}, "teacher": {}}
+    plain = [{"step": 0, "stage": "grpo"}]
+    scored = [{"step": 0, "stage": "grpo", "train/reverse_kl": 0.1}]
+    for models, rows, listed in (
+        (student, plain, ""),
+        (teacher, plain, "T"),
+        (student, scored, "T"),  # resumed in a stage without a teacher
+        (None, plain, "T"),
+    ):
+        run = read.Run("a", config, {"models": models}, rows, {}, 0, [])
+        assert tables.tabulate_runs([run]).rows[0][3] == listed
+
+
+def test_curves_are_broken_where_another_stage_begins(tmp_path: Path) -> None:
+    """No line, and no mean, joins what two stages measured."""
+    stages, starts = ["sft"] * 601 + ["opd"] * 602 + ["grpo"], [601, 1203]
+    losses = [{"sft": 11.0, "opd": 0.5, "grpo": 3.0}[stage] for stage in stages]
+    for stride in (1, 100):
+        rows = [
+            {"step": i, "stage": stages[i]}
+            | ({"train/loss": losses[i]} if i % stride == 0 or i == 1203 else {})
+            for i in range(len(stages))
+        ]
+        groups = [figures.Group("a", [read.Run("a", {}, {}, rows, {}, 0, [])])]
+        chart = figures.make_chart(groups, "train/loss")
+        assert chart and chart.mean_of > 1 and chart.boundaries == starts
+        (curve,) = chart.curves
+        assert [set(curve.mean_N[part].tolist()) for part in curve.parts] == [{11.0}, {0.5}, {3.0}]
+        lines = figures.draw(chart, groups).axes[0].get_lines()[len(starts) :]
+        assert [set(np.asarray(line.get_ydata()).tolist()) for line in lines] == [
+            {11.0},
+            {0.5},
+            {3.0},
+        ]
+        assert lines[-1].get_marker() == "o"  # a single point is seen
 
 
 def test_transcripts_keep_their_numbers(tmp_path: Path) -> None:

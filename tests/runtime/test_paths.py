@@ -78,7 +78,12 @@ def test_every_path_of_flags_is_expanded(home: str) -> None:
     options(["verb", "--out="])
     with pytest.raises(UserError, match=r"^--out=: is empty"):
         paths.expand_flags(options)
-    options(["verb", "--out=~no_such_user/o"])
+    options.unparse_flags()
+    flags.DEFINE_string("workdir", "runs/x", "", options)
+    options(["verb", "--out=o", "--workdir="])
+    with pytest.raises(UserError, match=r"^--workdir=: is empty"):
+        paths.expand_flags(options)
+    options(["verb", "--workdir=w", "--out=~no_such_user/o"])
     with pytest.raises(UserError, match=r"^--out=~no_such_user/o: no user"):
         paths.expand_flags(options)
 

@@ -103,3 +103,28 @@ def test_a_run_may_end_itself_and_zero_is_off(capfd, monkeypatch):
 )
 def test_phases_are_found_on_the_stack(files, phase):
     assert watchdog.find_phase(files) == phase
+
+
+def test_the_stack_of_a_busy_thread_can_be_read() -> None:
+    """Its frames come and go while they are listed."""
+    ends = threading.Event()
+
+    def recurse(depth: int) -> None:
+        if depth and not ends.is_set():
+            recurse(depth - 1)
+
+    def work() -> None:
+        while not ends.is_set():
+            recurse(50)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        assert thread.ident
+        for _ in range(3000):
+            assert __file__ in watchdog.list_files_on_stack(thread.ident)
+            assert __file__ in watchdog.list_files_on_stack(threading.get_ident())
+    finally:
+        ends.set()
+        thread.join()
+    assert watchdog.list_files_on_stack(thread.ident) == []

@@ -20,6 +20,13 @@ def find_blocks(text: str, language: str) -> Iterator[str]:
     yield from (code for kind, code in FENCED.findall(text) if kind == language)
 
 
+def find_files(text: str) -> Iterator[tuple[str, str]]:
+    """Yields (name, code) of the Python blocks that begin with `# NAME.py`, the file to save."""
+    for code in find_blocks(text, "python"):
+        if name := re.match(r"# (\w+\.py)\n", code):
+            yield name[1], code
+
+
 def split_lines(block: str) -> list[str]:
     """Returns the commands of a bash block, with continuations joined and without comments."""
     lines = re.sub(r"\\\n *", "", block).splitlines()
