@@ -22,7 +22,7 @@ ARGUMENTS: list[str] = []  # further folders
 
 
 def main() -> None:
-    from distill.evaluation import comparison
+    from distill.evaluation import comparison, protocols
     from distill.runtime import run_files
 
     names = [*(RUNS.value or ()), *(paths.expand_home(name) for name in ARGUMENTS)]
@@ -32,6 +32,12 @@ def main() -> None:
     result = comparison.compare_runs(names)
     if out:
         run_files.write_json(out, result)
+    first, *others = result["runs"].values()
+    for name, summary in zip(names[1:], others, strict=True):
+        if texts := protocols.list_differences(first, summary):
+            run_files.log_line(
+                f"warning: {names[0]} and {name} were not sampled alike: {'; '.join(texts)}"
+            )
     print(comparison.render_table(names, list(result["runs"].values())))
     for pair in result["paired"]:
         print("\n" + pair["sentence"])

@@ -114,15 +114,10 @@ def print_results(summary: dict[str, Any]) -> None:
     if others:
         command = console.format_command("compare", runs=f"{others[0]},{OUT.value}")
     elif base := hub.find_initial_model(MODEL.value):
-        out = f"{OUT.value.rstrip('/')}_before"
-        command = console.format_command(
-            "evaluate",
-            model=base,
-            benchmark=BENCHMARK.value,
-            data=DATA.value,
-            limit=LIMIT.value or None,
-            out=out,
-        )
+        given = {name: OPTIONS[name].value for name in OPTIONS if OPTIONS[name].present}
+        given = {name: ",".join(x) if isinstance(x, list) else x for name, x in given.items()}
+        changed = {"model": base, "out": f"{OUT.value.rstrip('/')}_before"}
+        command = console.format_command("evaluate", **given | changed)
     else:
         command = console.format_command("compare", runs=OUT.value)
     console.print_end([f"wrote {OUT.value}: summary.json, examples.jsonl"], [command])

@@ -17,7 +17,7 @@ from distill.evaluation import evaluator, problems
 from distill.policy import exporting, policy
 from distill.policy.policy import Policy
 from distill.reporting import writing
-from distill.runtime import cli, console, paths, run_files
+from distill.runtime import cli, console, paths, run_files, stop_signals
 from distill.runtime import mesh as mesh_lib
 from distill.training import loop, resume, setup
 from models.errors import UserError
@@ -134,7 +134,8 @@ def main() -> None:
     report = out / "report.html"
     is_done = summary.get("problems") == PROBLEMS.value  # with its times
     if not is_done:
-        summary = distil_and_evaluate(c, out)
+        with stop_signals.advise_interrupted("the same command goes on"):
+            summary = distil_and_evaluate(c, out)
     if not is_done or not report.exists():
         writing.write_report([str(out)], report)
     before, after, teacher = (summary[k] for k in ("student_before", "student_after", "teacher"))

@@ -1,5 +1,8 @@
 """Exceptions that end a verb with one line: mistakes that a user can fix, and signals."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class UserError(Exception):
     """A user's mistake; the message is one line naming the file, row, flag or field at fault."""
@@ -11,6 +14,18 @@ class UserErrors(UserError):
     def __init__(self, messages: list[str]) -> None:
         super().__init__("; ".join(messages))
         self.messages = messages
+
+
+@contextlib.contextmanager
+def name_key(key: str, value: str) -> Iterator[None]:
+    """Context in which an error about the file or directory `value` also names the config key that
+    it is from."""
+    try:
+        yield
+    except UserError as error:
+        if not value or not str(error).startswith(value):
+            raise
+        raise UserError(f"{key}={error}") from error
 
 
 class RowError(UserError):

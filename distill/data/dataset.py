@@ -21,7 +21,7 @@ from distill.data.examples import Encoding, Example, make_example
 from distill.data.template import describe_template
 from distill.runtime import run_files
 from models import checks
-from models.errors import PromptTooLong, SourceFailure, UserError
+from models.errors import PromptTooLong, SourceFailure, UserError, name_key
 
 ENDLESS_SAMPLE = 1000  # examples of a source without end that are read before step 0
 MIXTURE_BLOCK = 1000  # in each run of so many examples a mixture's sources have their exact shares
@@ -98,8 +98,10 @@ def load_source(
         return example
 
     components = []
+    key = "config.data.mixture" if c.mixture else "config.data.source"
     for name in [name for name, _ in c.mixture] or [c.source]:
-        rows = _open_rows(c, name, encoding, seed, skip_reasons)
+        with name_key(key, name):
+            rows = _open_rows(c, name, encoding, seed, skip_reasons)
         components.append(_make_source(c, rows, encode_row, skip_reasons))
     if not c.mixture:
         return components[0]

@@ -1,6 +1,7 @@
 """Named protocols: the sampling settings of an evaluation."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from distill.evaluation import tasks
@@ -77,3 +78,13 @@ def make_eval_spec(protocol: str, benchmark: str, settings: Settings, **fields: 
 
     sample = rollout.make_sample_spec(settings)
     return EvalSpec(benchmark, sample, settings["thinking"], protocol, **fields)
+
+
+def list_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Says which settings of sampling differ between the summaries of two evaluations."""
+    ours, theirs = (dict(summary.get("protocol") or {}) for summary in (a, b))
+    return [
+        f"{name} {ours[name]} and {theirs[name]}"
+        for name in ("template", *PROTOCOLS["greedy"])
+        if name in ours and name in theirs and ours[name] != theirs[name]
+    ]

@@ -66,13 +66,15 @@ def check_run(c: ConfigDict, workdir: str = "", topology: str = "") -> None:
         checked = _set_up(c, devices, meshes, workdir, mistakes)
         if checked is None:
             raise UserErrors(mistakes.found)
-        run_setup, steps_done = checked
+        run_setup, steps_done, validation = checked
         remaining = [stage for stage in run_setup.stages if stage.end_step > steps_done]
         for stage in remaining:
             data = stage.c.data
             names = [name for name, _ in data.mixture] or [data.source]
             read = f"{stage.source.size:,} rows" if stage.source.size else "rows"
             run_files.log_line(f"{stage.name} reads {read} of {', '.join(names)}")
+            for line in preflight.list_stage_warnings(c, run_setup, stage, validation):
+                run_files.log_line(line)
         if meshes and not are_stand_ins:
             _check_memory(c, run_setup, meshes[0], steps_done, memory_limit, mistakes)
     if mistakes.found:
@@ -115,13 +117,14 @@ def _set_up(
     meshes: tuple[Mesh, Mesh] | None,
     workdir: str,
     mistakes: Mistakes,
-) -> tuple[RunSetup, int] | None:
+) -> tuple[RunSetup, int, eval_hook.ValidationSetup | None] | None:
     """Sets the run up as `train` does, but for the files that it writes, and reads all rows.
 
     Args:
       meshes: None if the config's cannot be made.
 
-    Returns the setup, and the steps that the run in `workdir` has done; None if there is none.
+    Returns the setup, the steps that the run in `workdir` has done, and the evaluation's setup if
+    there is one; None if the run cannot be set up.
     """
     whole = copy.deepcopy(c)
     for name, message in setup.explain_unknown_entries(c).items():
@@ -163,7 +166,7 @@ def _set_up(
             resume.init_workdir(path, c, inputs, steps_done, writes=False)
 
         mistakes.collect(compare)
-    return run_setup, steps_done
+    return run_setup, steps_done, validation
 
 
 def _check_memory(

@@ -135,9 +135,11 @@ class StopSignals:
 
 @contextlib.contextmanager
 def advise_interrupted(advice: str) -> Iterator[None]:
-    """Context that adds to an interruption how to go on, which `cli.run` prints."""
+    """Context that adds to an interruption how to go on, which `cli.run` prints; the innermost
+    context knows best."""
     try:
         yield
     except KeyboardInterrupt as error:
-        error.add_note(advice)
+        if not getattr(error, "__notes__", None):
+            error.add_note(advice)
         raise

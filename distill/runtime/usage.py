@@ -7,6 +7,7 @@ import sys
 import textwrap
 
 from absl import flags
+from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from distill.runtime import paths
@@ -35,6 +36,8 @@ def _describe_flag(flag: flags.Flag) -> str:
     usage = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}={value}"
     if any("must have a value other than None" in x.message for x in flag.validators):
         about += " Required."
+    elif isinstance(flag.default, ConfigDict):
+        about += f" Default: {getattr(flag, 'config_filename', '')}."
     elif flag.default not in (None, "", [], False) and "default" not in about.lower():
         shown = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
         about += f" Default: {shown}."

@@ -22,7 +22,7 @@ from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
 from models import checks, transformer
 from models.checks import Range
-from models.errors import UserError
+from models.errors import UserError, name_key
 from models.transformer import Params, Transformer
 
 INITIAL, EMA = "initial", "ema"  # paths that stand for the student's own past
@@ -116,11 +116,12 @@ def describe_teacher(
             tokenizer_path=m.tokenizer,
         )
         return Teacher(t, described)
-    described = policy.make_abstract(
-        t.path, t.dtype, False, mesh, kernel=c.attention, packed=packed
-    )
-    compatibility.require_same_vocabulary(student, described)
-    policy.check_files(described, t.step or None)
+    with name_key(f"{key}.path", t.path):
+        described = policy.make_abstract(
+            t.path, t.dtype, False, mesh, kernel=c.attention, packed=packed
+        )
+        compatibility.require_same_vocabulary(student, described)
+        policy.check_files(described, t.step or None)
     return Teacher(t, described)
 
 

@@ -71,15 +71,30 @@ def make_summary_lines(
         yield from _check_template(student)
     for stage in run_setup.stages:
         yield from _describe_rows(stage, c.seed, tokenizer, colours)
-        yield from _check_stage(stage)
-        if stage.c.reward.format and not describe_template(tokenizer).has_modes:
-            yield (
-                f"warning: the chat template of {student.tokenizer_dir} knows no think block, so "
-                f"config.{stage.name}.reward.format rewards answers without one (but for rows with "
-                "thinking: true)"
-            )
-        if validation and tokenizer is not None:
-            yield from _compare_eval_prompts(stage, c.seed, validation, student)
+        yield from list_stage_warnings(c, run_setup, stage, validation)
+
+
+def list_stage_warnings(
+    c: ConfigDict, run_setup: RunSetup, stage: StageSetup, validation: ValidationSetup | None
+) -> Iterator[str]:
+    """Warns of settings that are valid, but hardly meant."""
+    student, tokenizer = run_setup.student, run_setup.student.tokenizer
+    yield from _check_stage(stage)
+    others = [other.c.data.source for other in run_setup.stages if other is not stage]
+    others = [name for name in others if name != "arithmetic"]
+    if stage.c.data.source == "arithmetic" and not stage.c.data.mixture and others:
+        yield (
+            f"warning: {stage.name} trains on generated arithmetic, and not on {others[0]}: each "
+            f"stage has data of its own (config.{stage.name}.data.source)"
+        )
+    if stage.c.reward.format and not describe_template(tokenizer).has_modes:
+        yield (
+            f"warning: the chat template of {student.tokenizer_dir} knows no think block, so "
+            f"config.{stage.name}.reward.format rewards answers without one (but for rows with "
+            "thinking: true)"
+        )
+    if validation and tokenizer is not None:
+        yield from _compare_eval_prompts(stage, c.seed, validation, student)
 
 
 def _describe_policy(model: Policy) -> str:

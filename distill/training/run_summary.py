@@ -143,7 +143,14 @@ def _list_next_commands(c: ConfigDict, last: StageSetup, workdir: str) -> Iterat
     out = f"{workdir}/evaluation"
     if c.eval.every:
         yield console.format_command(
-            "evaluate", model=workdir, benchmark=c.eval.benchmark, data=c.eval.data, out=out
+            "evaluate",
+            model=workdir,
+            benchmark=c.eval.benchmark,
+            data=c.eval.data,
+            protocol=c.eval.protocol,
+            samples=c.eval.samples or None,
+            max_new_tokens=c.eval.max_new_tokens or None,
+            out=out,
         )
     elif source == "arithmetic" and not last.c.data.mixture:
         yield console.format_command("evaluate", model=workdir, benchmark=source, out=out)

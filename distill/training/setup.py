@@ -20,7 +20,7 @@ from distill.teachers.local import Teacher
 from distill.training import optim, stages, update
 from models import checks, families
 from models.checks import Range
-from models.errors import PromptTooLong, UserError
+from models.errors import PromptTooLong, UserError, name_key
 
 # What a config has besides stages and teachers, which are named freely. configs/base.py has their
 # keys; a test compares the two.
@@ -106,21 +106,23 @@ def setup_run(
     for name, loss in objectives.items():
         local.check_teachers(c, name, c[name], stages.needs_teacher(c[name], loss))
     packed = stages.has_packed_rows(c)
-    student = policy.make_abstract(
-        m.path,
-        m.dtype,
-        m.remat,
-        mesh,
-        lora_config=stages.make_lora(m),
-        kernel=c.attention,
-        packed=packed,
-        tokenizer_path=m.tokenizer,
-    )
+    with name_key("config.student.path", m.path):
+        student = policy.make_abstract(
+            m.path,
+            m.dtype,
+            m.remat,
+            mesh,
+            lora_config=stages.make_lora(m),
+            kernel=c.attention,
+            packed=packed,
+            tokenizer_path=m.tokenizer,
+        )
     for field, verb in (("router_aux_loss_coef", "balance"), ("replay_routing", "replay")):
         if m[field] and not any(student.config.sparse_layers):
             raise UserError(f"config.student.{field}: {m.path} has no experts to {verb}")
     if not m.random_init:
-        policy.check_files(student)
+        with name_key("config.student.path", m.path):
+            policy.check_files(student)
     end_steps = itertools.accumulate(c[name].steps for name in c.stages)
     remaining = [
         name

@@ -115,6 +115,24 @@ def test_a_single_run_is_shown_alone(tmp_path: Path, monkeypatch, capsys) -> Non
     assert captured.err == "next:\n  python -m distill.compare --runs=A,OTHER\n"
 
 
+def test_evaluations_that_were_sampled_otherwise_are_warned_of(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, tokens in (("A", 16), ("B", 1024), ("C", 16)):
+        write_evaluation(Path(name), [[1], [0]])
+        path = Path(name) / "summary.json"
+        summary = json.loads(path.read_text())
+        summary["protocol"] |= {"max_new_tokens": tokens, "thinking": tokens > 16, "seed": tokens}
+        path.write_text(json.dumps(summary))
+    assert run_compare("A", "B", "C") == 0
+    (line,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("warning"))
+    assert line == (
+        "warning: A and B were not sampled alike: thinking False and True; "
+        "max_new_tokens 16 and 1024"
+    )
+
+
 def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     write_evaluation(Path("A"), [[1], [0]])

@@ -134,6 +134,19 @@ def test_a_grader_of_bare_numbers_is_warned_of_where_responses_are_texts() -> No
     assert not get_warnings(summarise(c))
 
 
+def test_a_stage_left_on_generated_arithmetic_is_warned_of() -> None:
+    c = config(stages=("sft", "opd"), opd__data__source="assets/rows/gsm8k.jsonl")
+    for stage in (c.sft, c.opd):
+        stage.max_prompt_tokens, stage.max_response_tokens = 400, 60
+    lines = [x for x in get_warnings(summarise(c)) if "generated arithmetic" in x]
+    assert lines == [
+        "warning: sft trains on generated arithmetic, and not on assets/rows/gsm8k.jsonl: each "
+        "stage has data of its own (config.sft.data.source)"
+    ]
+    c.sft.data.source = c.opd.data.source
+    assert not [x for x in get_warnings(summarise(c)) if "generated arithmetic" in x]
+
+
 def test_greedy_samples_are_warned_of() -> None:
     (line,) = get_warnings(summarise(config(opd__sampling__temperature=0.0)))
     assert "config.opd.sampling.temperature=0 samples the likeliest tokens only" in line
