@@ -7,6 +7,7 @@
 Any key is set in this way, also in a recipe: --config.opd.steps=200. A dot enters a part, and `opd`
 is the name of a stage. Models are directories or ids on the Hugging Face hub, and data are files or
 data sets there. With --check nothing is trained: it reads them, and lists all that is wrong.
+A part refuses keys that are not listed here; a recipe may add stages and teachers of its own.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -57,7 +58,7 @@ def make_data() -> ConfigDict:
     c.curriculum = ""
     c.operations = (3, 5)  # arithmetic: fewest and most operations in a problem
     c.split = "train"  # arithmetic: train or test; they share no problem
-    return c
+    return c.lock()
 
 
 def make_teacher() -> ConfigDict:
@@ -73,7 +74,7 @@ def make_teacher() -> ConfigDict:
     # half the memory of bfloat16. LOG.md has the cost in KL.
     c.param_dtype = "bfloat16"
     c.dtype = "bfloat16"  # of activations
-    return c
+    return c.lock()
 
 
 def make_reward() -> ConfigDict:
@@ -90,7 +91,7 @@ def make_reward() -> ConfigDict:
     # replace: sample other prompts, up to `max_rounds` times, then drop the rest.
     c.zero_variance_groups = "keep"
     c.max_rounds = 3
-    return c
+    return c.lock()
 
 
 def make_optim() -> ConfigDict:
@@ -107,7 +108,7 @@ def make_optim() -> ConfigDict:
     c.momentum_dtype = "float32"  # bfloat16: half of the first moment's memory
     c.weight_decay = 0.0  # does not apply to norms
     c.clip_norm = 1.0  # of the whole gradient; 0: off
-    return c
+    return c.lock()
 
 
 def make_rollout() -> ConfigDict:
@@ -138,7 +139,7 @@ def make_rollout() -> ConfigDict:
     # through the update.
     c.asynchronous = False
     c.gather_weights = True  # each row shard holds all weights; False: fetches them for each token
-    return c
+    return c.lock()
 
 
 def make_stage(objective: str) -> ConfigDict:
@@ -196,7 +197,7 @@ def make_stage(objective: str) -> ConfigDict:
 
     c.rollout = make_rollout()
     c.optim = make_optim()
-    return c
+    return c.lock()
 
 
 def make_evaluation() -> ConfigDict:
@@ -211,7 +212,7 @@ def make_evaluation() -> ConfigDict:
     c.max_new_tokens = 0  # longest response; 0: the protocol's, less where positions leave less
     c.batch_size = 64  # responses sampled together
     c.best = "accuracy"  # keep the checkpoint with the highest NAME; "-NAME": lowest; "": none
-    return c
+    return c.lock()
 
 
 def make_log() -> ConfigDict:
@@ -227,7 +228,7 @@ def make_log() -> ConfigDict:
     # Compare so many likeliest tokens of teacher and student, and list them in transcripts, where
     # `report` shows them; 0: off; slow.
     c.overlap_top_k = 0
-    return c
+    return c.lock()
 
 
 def make_alerts() -> ConfigDict:
@@ -253,7 +254,7 @@ def make_alerts() -> ConfigDict:
     c.entropy_drop = 0.1  # entropy: share of the entropy at the start
     c.overlap_drop = 0.1  # overlap: fall of train/top_overlap, of 1 (log.overlap_top_k)
     c.accuracy_drop = 0.1  # accuracy: fall of eval/accuracy below its best, of 1
-    return c
+    return c.lock()
 
 
 def make_mesh() -> ConfigDict:
@@ -275,7 +276,7 @@ def make_mesh() -> ConfigDict:
 
     # Models with experts only:
     c.expert = 1  # splits experts, whose number it divides; like data for all other weights
-    return c
+    return c.lock()
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -324,7 +325,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # Teachers and references on devices of their own, the last ones of each process, with their own
     # axes, so that neither takes the other's memory. Hidden states travel between the meshes, and
     # each output head once. 0: the same devices.
-    c.teacher_mesh = make_mesh()
+    c.teacher_mesh = make_mesh().unlock()
     c.teacher_mesh.devices = 0
 
     c.attention = "auto"  # splash on TPU, cudnn on GPU, else xla; all compute the same
@@ -354,4 +355,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.eval = make_evaluation()
     c.sft = make_stage("sft")
     c.opd = make_stage("opd")
+    for part in c.values():
+        if isinstance(part, ConfigDict):
+            part.lock()  # refuses keys that it does not have; c itself may get stages and teachers
     return c

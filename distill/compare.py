@@ -14,43 +14,42 @@ OPTIONS = flags.FlagValues()
 RUNS = flags.DEFINE_list(
     "runs",
     None,
-    "Folders that evaluate wrote, comma-separated.",
+    "Folders that evaluate wrote, comma-separated; or name them without a flag.",
     flag_values=OPTIONS,
-    required=True,
 )
 OUT = flags.DEFINE_string("out", "", "JSON file to write the comparison to.", flag_values=OPTIONS)
+ARGUMENTS: list[str] = []  # further folders
 
 
 def main() -> None:
     from distill.evaluation import comparison, protocols
     from distill.runtime import run_files
 
-    if len(set(RUNS.value)) < len(RUNS.value) or not RUNS.value:
+    names = [*(RUNS.value or ()), *(paths.expand_home(name) for name in ARGUMENTS)]
+    if len(set(names)) < len(names) or not names:
         raise UserError("--runs: name different folders, each once")
     out = paths.check_output(OUT.value) if OUT.value else None
-    result = comparison.compare_runs(RUNS.value)
+    result = comparison.compare_runs(names)
     if out:
         run_files.write_json(out, result)
     first, *others = result["runs"].values()
-    for name, summary in zip(RUNS.value[1:], others, strict=True):
+    for name, summary in zip(names[1:], others, strict=True):
         if texts := protocols.list_differences(first, summary):
             run_files.log_line(
-                f"warning: {RUNS.value[0]} and {name} were not sampled alike: {'; '.join(texts)}"
+                f"warning: {names[0]} and {name} were not sampled alike: {'; '.join(texts)}"
             )
-    print(comparison.render_table(RUNS.value, list(result["runs"].values())))
+    print(comparison.render_table(names, list(result["runs"].values())))
     for pair in result["paired"]:
         print("\n" + pair["sentence"])
-    short = comparison.shorten_names(RUNS.value)
+    short = comparison.shorten_names(names)
     for name in result["unpaired"]:
-        names = f"{short[name]} is of another benchmark than {short[RUNS.value[0]]}"
-        print(f"\n{names}: no difference is computed")
+        pair = f"{short[name]} is of another benchmark than {short[names[0]]}"
+        print(f"\n{pair}: no difference is computed")
     console.print_end(
         [f"wrote {OUT.value}"] if out else [],
-        []
-        if len(RUNS.value) > 1
-        else [console.format_command("compare", runs=f"{RUNS.value[0]},OTHER")],
+        [] if len(names) > 1 else [console.format_command("compare", runs=f"{names[0]},OTHER")],
     )
 
 
 if __name__ == "__main__":
-    cli.run(main, OPTIONS)
+    cli.run(main, OPTIONS, ARGUMENTS)

@@ -47,7 +47,9 @@ def main() -> None:
     own_flags = [arg for arg in sys.argv[1:] if arg.lstrip("-").startswith("config")]
     console.print_end(
         [f"wrote {OUT.value}: all numbers"] if out else [],
-        [console.format_command("train", *own_flags, workdir="runs/x")],
+        []
+        if any(is_against for is_against, _ in findings)
+        else [console.format_command("train", *own_flags, workdir="runs/x")],
     )
 
 

@@ -10,7 +10,7 @@ and follows the runs until Ctrl-C.
 
 from absl import flags
 
-from distill.reporting import watching, writing
+from distill.reporting import page, watching, writing
 from distill.runtime import cli, paths
 from models.errors import UserError
 
@@ -39,6 +39,11 @@ def main() -> None:
         watching.serve(names, PORT.value, TRANSCRIPTS.value)
     files = ("config.json", "metrics.jsonl", "environment.json", "summary.json", "examples.jsonl")
     out = paths.check_output(OUT.value, *(f"{name}/{file}" for name in names for file in files))
+    if not paths.is_remote(out) and out.exists():
+        with out.open("rb") as file:
+            head = file.read(1000)
+        if head and not page.is_page(head):
+            raise UserError(f"--out={OUT.value}: exists and is not a report; name another file")
     if FIGURES.value:
         paths.check_output(f"{FIGURES.value}/report.md", flag="--figures", creates_folder=False)
     shown = writing.write_report(names, out, TRANSCRIPTS.value)

@@ -59,6 +59,8 @@ def make_problem(seed: int, index: int, split: str, operations: tuple[int, int])
     """
     if split not in SPLITS:
         raise UserError(f"split: {split!r} is neither {' nor '.join(SPLITS)}")
+    if len(operations) != 2 or not all(isinstance(count, int) for count in operations):
+        raise UserError(f"operations: {operations} is not two whole numbers, the fewest and most")
     low, high = operations
     if not 1 <= low <= high:
         raise UserError(f"operations: ({low}, {high}) is not a range 1 <= low <= high")

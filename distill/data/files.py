@@ -67,6 +67,8 @@ def _require_file(path: str) -> None:
     if not path:
         raise UserError("no source of rows: name a file, hf:NAME or tfds:NAME")
     if Path(path).is_dir():
+        if (Path(path) / "metrics.jsonl").exists():
+            raise UserError(f"{path}: is a run, not rows; its samples are in {path}/transcripts")
         raise UserError(f"{path}: is a folder; hf:{path} reads the files of one")
     if not Path(path).exists():
         if "://" in path:
@@ -105,9 +107,16 @@ def parse_line(line: bytes, where: str) -> dict:
     try:
         row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_make_object)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})") from None
+        raise UserError(f"{where}: {_explain_json_error(error)}") from None
     # Few brackets cannot be nested deeply.
     return require_object(row, where, line.count(b"[") + line.count(b"{") > values.MAX_DEPTH)
+
+
+def _explain_json_error(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        byte = f"byte 0x{error.object[error.start]:02x}"
+        return f"not UTF-8 ({byte} at position {error.start}); save the file as UTF-8"
+    return f"not JSON ({error})"
 
 
 def require_object(row: Any, where: str, may_be_deep: bool = True) -> dict:
@@ -145,5 +154,5 @@ def read_json(path: str) -> list:
             found.append(value)
             end = _SPACE.match(text, end).end()  # pyright: ignore[reportOptionalMemberAccess]
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+        raise UserError(f"{path}: {_explain_json_error(error)}") from None
     return found[0] if len(found) == 1 and isinstance(found[0], list) else found

@@ -32,7 +32,14 @@ def read_evaluation(folder: str) -> tuple[Record, list[Record]]:
             _ = row["id"], row["correct"]
         render_table([folder], [summary])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"--runs: {folder}: no finished evaluation ({error})") from None
+        if (path / "metrics.jsonl").exists():
+            why = "is a run; evaluate it first (python -m distill.evaluate)"
+        elif isinstance(error, FileNotFoundError):
+            missing = "it has no summary.json" if path.is_dir() else "no such folder"
+            why = f"no finished evaluation: {missing}"
+        else:
+            why = f"no finished evaluation ({error})"
+        raise UserError(f"--runs: {folder}: {why}") from None
     if not rows:
         raise UserError(f"--runs: {folder}: {EXAMPLES_FILE} holds no response")
     return summary, rows

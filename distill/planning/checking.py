@@ -127,12 +127,18 @@ def _set_up(
     there is one; None if the run cannot be set up.
     """
     whole = copy.deepcopy(c)
+    for name, message in setup.explain_unknown_entries(c).items():
+        mistakes.found.append(message)
+        with whole.unlocked():
+            del whole[name]
     for name in c.stages:
         if isinstance(c.get(name), ConfigDict) and "data" in c[name] and not c[name].data.streaming:
             whole[name].data.check_rows = ALL_ROWS
     mesh = mesh_lib.make_mesh(1, 1, 1, devices=devices or jax.devices())
     one_device = mesh, mesh
     path = epath.Path(workdir) if workdir and not paths.is_remote(workdir) else None
+    if path and path.exists() and not path.is_dir():
+        mistakes.found.append(f"--workdir={workdir}: is a file, not a folder")
     steps_done = (path and mistakes.collect(lambda: policy.find_newest_step(str(path)))) or 0
 
     def set_up(stages: tuple[str, ...], meshes: tuple[Mesh, Mesh], steps_done: int = 0) -> RunSetup:

@@ -92,6 +92,11 @@ def render_page(report: Report, script: str = "", policy: str = "") -> str:
     return page.encode("ascii", "xmlcharrefreplace").decode()
 
 
+def is_page(head: bytes) -> bool:
+    """Returns True if a file that begins with these bytes (the first 1,000) is such a page."""
+    return head.startswith(b"<!DOCTYPE html>") and b"default-src 'none'; script-src" in head
+
+
 def _make_policy(scripts: Sequence[str]) -> str:
     hashes = [base64.b64encode(hashlib.sha256(x.encode()).digest()).decode() for x in scripts]
     allowed = " ".join(f"'sha256-{x}'" for x in hashes)

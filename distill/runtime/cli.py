@@ -11,6 +11,7 @@ JAX is not imported here, so that verbs that only read files start quickly.
 """
 
 import contextlib
+import difflib
 import errno
 import logging
 import os
@@ -22,6 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from absl import flags
+from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from distill.runtime import failures, gpu, paths, stop_signals, usage
@@ -258,13 +260,41 @@ def _explain_parse_error(error: Exception, argv: list[str]) -> str:
         if wrapped:
             last = trace.strip().splitlines()[-1].removeprefix("ValueError: ")
             return f"{head.removeprefix('flag ')}{last}"
-        return message
+        return _explain_wrong_type(message.removeprefix("flag "))
     libraries = ("absl", "ml_collections", "importlib", os.path.basename(__file__))
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if not any(name in f.filename for name in libraries)]
     if ours:  # raised by the config file or one of its imports
-        return f"{ours[-1].filename}:{ours[-1].lineno}: {type(error).__name__}: {message}"
+        reason = _explain_missing_key(error) or f"{type(error).__name__}: {message}"
+        return f"{ours[-1].filename}:{ours[-1].lineno}: {reason}"
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}: SyntaxError: {error.msg}"
+    if message.endswith("has no attribute 'get_config'"):
+        file = next((arg for arg in argv if arg.lstrip("-").startswith("config")), "--config")
+        return f"{file}: has no function get_config, which returns the config"
     return _explain_unknown_key(message, argv) or f"{type(error).__name__}: {message}"
+
+
+def _explain_wrong_type(message: str) -> str:
+    """Returns a message about a flag's value, with what is wanted in place of Python's words."""
+    message = re.sub(r"invalid literal for int\(\) with base 10: .*", "is not an integer", message)
+    return re.sub(
+        r"\('Non-boolean argument to boolean flag', .*", "is neither true nor false", message
+    )
+
+
+def _explain_missing_key(error: Exception) -> str | None:
+    """Returns what is wrong if a config file reads or sets a key that its config does not have."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    values = frame.f_locals
+    config: Any = values.get("self")
+    key = values.get("key", values.get("attribute"))
+    if not (type(config) is ConfigDict and isinstance(key, str)) or key in config:
+        return None
+    nearest = difflib.get_close_matches(key, [str(known) for known in config], 1)
+    return f"{key!r}: no such key in the config" + (
+        f"; did you mean {nearest[0]!r}?" if nearest else f"; here are {', '.join(config)}"
+    )
 
 
 def _explain_unknown_key(message: str, argv: list[str]) -> str | None:

@@ -98,6 +98,9 @@ class Lock:
                     self._refuse(owner)
         except OSError as error:
             self._close()
+            folder = self._path.parent
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"{self._flag}: is a file, not a folder") from error
             raise UserError(f"{self._flag}: {error.strerror or error}: {self._path}") from error
         except UserError:
             self._close()

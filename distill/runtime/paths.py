@@ -163,15 +163,19 @@ def check_output(
             raise UserError(f"{where}: is not a regular file")
         if any(file == Path(name).resolve() for name in inputs):
             raise UserError(f"{where}: is also read or written, and would be lost")
+        folder = next(parent for parent in file.parents if parent.exists())
+        if not folder.is_dir():
+            raise UserError(f"{where}: {folder} is a file, not a folder")
         if creates_folder:
             file.parent.mkdir(parents=True, exist_ok=True)
-        folder = next(parent for parent in file.parents if parent.exists())
+            folder = file.parent
         # As long a name as the longest that is written beside it, and each process's own.
         probe = folder / f"{file.name}.probe-{os.getpid():011}"
         probe.touch()
         probe.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
-        reason, at = getattr(error, "strerror", error), getattr(error, "filename", path)
+        reason, at = getattr(error, "strerror", error), str(getattr(error, "filename", path))
+        at = re.sub(r"\.probe-\d+$", "", at)
         raise UserError(f"{where}: {reason}{'' if at == path else f': {at}'}") from error
     return epath.Path(file)
 

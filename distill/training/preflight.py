@@ -120,6 +120,8 @@ def _check_teacher(
     )
     if first.c.context.text or first.c.context.column:
         return  # the student does not read the context, so its own weights may teach it
+    if len(first.c.teachers) > 1:
+        return  # beside others, it holds the student to what it was
     if not policy.is_loaded(teacher):  # loaded by a later stage, when the student has changed
         return
     if run_setup.student.config == teacher.config and has_same_weights(

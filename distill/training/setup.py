@@ -1,6 +1,7 @@
 """Checks a run: finds all mistakes of the user before any weight is read or file written."""
 
 import dataclasses
+import difflib
 import functools
 import itertools
 from typing import Any
@@ -21,6 +22,10 @@ from models import checks, families
 from models.checks import Range
 from models.errors import PromptTooLong, UserError, name_key
 
+# What a config has besides stages and teachers, which are named freely. configs/base.py has their
+# keys; a test compares the two.
+SETTINGS = ("seed", "stages", "attention", "deterministic", "loss_chunk_mib", "compilation_cache")
+PARTS = ("student", "mesh", "teacher_mesh", "checkpoint", "log", "alerts", "eval")
 REFERENCE = "a reference"  # its name among loaded models; no teacher can have it
 
 
@@ -84,6 +89,8 @@ def setup_run(
       UserError: naming the invalid flag, file or row.
     """
     teacher_mesh = teacher_mesh or mesh
+    for message in explain_unknown_entries(c).values():
+        raise UserError(message)
     checks.check_fields(c, {"seed": checks.SEEDS}, "config.")
     rules = {"every": Range(1), "keep": Range(1)}
     rules |= {"every_minutes": Range(off="never"), "keep_every": Range(off="none")}
@@ -143,6 +150,21 @@ def setup_run(
         stage_setups.append(stage)
         first_step = stage.end_step
     return RunSetup(student, teachers, reference, tuple(stage_setups), m.replay_routing)
+
+
+def explain_unknown_entries(c: ConfigDict) -> dict[str, str]:
+    """Returns a message for each entry of a config that nothing reads, by its name. Entries can be
+    added, unlike the keys of a part, so that recipes can have further stages and teachers."""
+    messages = {}
+    for name, entry in c.items():
+        keys = set(entry) if isinstance(entry, ConfigDict) else set()
+        if name in (*SETTINGS, *PARTS) or "objective" in keys or {"path", "step"} <= keys:
+            continue
+        known = [key for key in c if key in (*SETTINGS, *PARTS) or isinstance(c[key], ConfigDict)]
+        nearest = difflib.get_close_matches(name, [key for key in known if key != name], 1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        messages[name] = f"config.{name}: is neither a setting nor a stage or a teacher{hint}"
+    return messages
 
 
 def _check_student(m: ConfigDict) -> None:
@@ -283,7 +305,7 @@ def _check_example(
     if len(teacher_prompt) > max_teacher_prompt:
         raise PromptTooLong(
             f"{example.where}: prompt and context of {len(teacher_prompt)} tokens, {field} and "
-            f"context.max_tokens allow {max_teacher_prompt} together",
+            f"config.{name}.context.max_tokens allow {max_teacher_prompt} together",
             len(teacher_prompt),
         )
     dataset.require_ids(teacher_prompt, vocab_size, example.where)

@@ -38,6 +38,8 @@ def resolve_objective(name: str, s: ConfigDict) -> tuple[losses.Loss, int]:
         loss = dataclasses.replace(losses.OBJECTIVES[s.objective], **changes)
     except UserError as error:
         raise UserError(f"config.{name}.loss.{error}") from None
+    if s.loss.beta is not None and loss.divergence != "jsd":  # also where it is the default
+        raise UserError(f"config.{name}.loss.beta: read by divergence=jsd only")
     share = s.on_policy_share
     if share is None:
         share = DEFAULT_ON_POLICY.get(s.objective, 1.0)
@@ -172,6 +174,7 @@ def check_positions(
             raise UserError(
                 f"config.{name}: max_prompt_tokens + max_response_tokens{extra_name} = "
                 f"{total + extra} exceeds the model's {limit} positions ({model.path})"
+                + (f"; lower config.{name}.context.max_tokens={extra}" if extra else "")
             )
 
 

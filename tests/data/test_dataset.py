@@ -333,7 +333,7 @@ def test_a_bad_trace_is_named(
 def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"question": "caf\xc3\xa9"}\n{"question": "caf\xe9"}\n')
-    with pytest.raises(UserError, match=r"rows\.jsonl:2: not JSON .*0xe9"):
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: not UTF-8 .*0xe9"):
         list(sources.open_rows(str(path)))
 
 

@@ -121,7 +121,10 @@ def nested(depth: int) -> bytes:
         (nested(600), "nested more than 100 deep"),
         (nested(100_000), "not JSON (maximum recursion depth exceeded"),
         (b"\0\0\0\0", "not JSON ("),
-        (b'{"question": "caf\xe9"}', "not JSON ('utf-8' codec can't decode"),
+        (
+            b'{"question": "caf\xe9"}',
+            "not UTF-8 (byte 0xe9 at position 17); save the file as UTF-8",
+        ),
         (b"[1]", "not a JSON object"),
     ],
 )

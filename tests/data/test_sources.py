@@ -507,7 +507,7 @@ BAD = {
         "must be assistant",
     ),
     "an image": (json.dumps({"messages": [IMAGE, ASSISTANT]}).encode(), "part of type 'image_url'"),
-    "a byte": (b'{"question": "caf\xe9", "response": "r"}', "not JSON ("),
+    "a byte": (b'{"question": "caf\xe9", "response": "r"}', "not UTF-8 ("),
     "half a pair": (b'{"question": "\\ud83d", "response": "r"}', "half a surrogate pair"),
     "an empty response": (b'{"question": "q", "response": " \\n"}', "the response is empty"),
     "a megabyte": (b'{"question": "' + b"word " * 200_000 + b'", "response": "r"}', "prompt of"),

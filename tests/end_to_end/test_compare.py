@@ -138,11 +138,15 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, monkeypatch, c
     write_evaluation(Path("A"), [[1], [0]])
     write_evaluation(Path("B"), [[1], [0], [1]])
     Path("empty").mkdir()
+    Path("run").mkdir()
+    (Path("run") / "metrics.jsonl").write_text("")
     write_evaluation(Path("cut"), [[1]])
     (Path("cut") / "examples.jsonl").write_text("")
     for runs, words in (
         (("A", "B"), "A and B: 1 of the 3 problems of B, such as 'p2', are absent from A, which "),
         (("A", "empty"), "empty: no finished evaluation"),
+        (("A", "nowhere"), "nowhere: no finished evaluation: no such folder"),
+        (("A", "run"), "run: is a run; evaluate it first"),
         (("A", "cut"), "cut: examples.jsonl holds no response"),
         (("A", "A"), "name different folders"),
     ):

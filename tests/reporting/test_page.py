@@ -303,12 +303,14 @@ def test_figures_and_markdown_are_written(tmp_path: Path, capsys) -> None:
         (["{tmp}/a", "--out={tmp}"], "is not a regular file"),
         (["{tmp}/a", "--out={tmp}/a/config.json/x.html"], "--out="),
         (["{tmp}/a", "--out={tmp}/a/config.json"], "is also read or written"),
+        (["{tmp}/a", "--out={tmp}/rows.jsonl"], "rows.jsonl: exists and is not a report"),
         (["{tmp}/a", "--figures={tmp}/a/config.json"], "--figures="),
         (["{tmp}/a", "--transcripts=-1"], "--transcripts"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, capsys, arguments: list[str], words: str) -> None:
     write_run(tmp_path / "a")
+    (tmp_path / "rows.jsonl").write_text("{}\n")
     before = sorted(tmp_path.rglob("*"))
     assert call(report, *(x.format(tmp=tmp_path) for x in arguments)) == 2
     captured = capsys.readouterr()

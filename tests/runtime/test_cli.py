@@ -57,9 +57,11 @@ CONFIG = """
 from ml_collections import ConfigDict
 
 def get_config(arg=""):
-    c = ConfigDict({"optim": {"rate": 1.0}, "sizes": (1, 2)})
+    c = ConfigDict({"optim": {"rate": 1.0}, "sizes": (1, 2), "steps": 1, "fast": False}).lock()
     if arg == "key":
         c.lost
+    elif arg == "set":
+        c.optim.rat = 2.0
     elif arg == "file":
         open("lost.txt")
     elif arg:
@@ -75,6 +77,7 @@ def verb(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     (folder / "verb.py").write_text(VERB)
     (folder / "x.py").write_text(CONFIG)
+    (folder / "empty.py").write_text("")
     (folder / "broken.py").write_text("def get_config(:\n")
 
     def run(*args: str) -> tuple[int, str, str]:
@@ -113,8 +116,15 @@ def test_a_verb_prints_its_result_and_exits_with_0(verb):
         (["--workdir=w", "--config=lost.py"], "--config=lost.py: [Errno 2] No such file"),
         (["--workdir=w", "--config=x.py:file"], "No such file or directory: 'lost.txt'"),
         (["--workdir=w", "--config=x.py:big"], "x.py:big: configs/x.py takes no argument 'big'"),
-        (["--workdir=w", "--config=x.py:key"], "x.py:7: AttributeError: 'lost'"),
-        (["--workdir=w", "--config=broken.py"], "SyntaxError: invalid syntax (broken.py, line 1)"),
+        (["--workdir=w", "--config=x.py:key"], "x.py:7: 'lost': no such key in the config"),
+        (
+            ["--workdir=w", "--config=x.py:set"],
+            "x.py:9: 'rat': no such key in the config; did you mean 'r",
+        ),
+        (["--workdir=w", "--config=empty.py"], "--config=empty.py: has no function get_config"),
+        ([*GOOD, "--config.steps=many"], "--config.steps=many: is not an integer"),
+        ([*GOOD, "--config.fast=maybe"], "--config.fast=maybe: is neither true nor false"),
+        (["--workdir=w", "--config=broken.py"], "broken.py:1: SyntaxError: invalid syntax"),
         ([*GOOD, "--config.optim.rate=13"], "config.optim.rate: 13 is unlucky"),
     ],
 )

@@ -168,5 +168,5 @@ def test_two_runs_in_one_directory_are_refused(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"^--workdir=w: (Not a directory|File exists)"):
+    with pytest.raises(UserError, match=r"^--workdir=w: is a file, not a folder"):
         take_and_release(tmp_path / "file" / "lock")

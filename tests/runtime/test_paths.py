@@ -146,7 +146,7 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         "folder": "is not a regular file",
         "new/": "is not a regular file",
         "pipe": "is not a regular file",
-        "rows.jsonl/o": "Not a directory|File exists",
+        "rows.jsonl/o": "rows.jsonl is a file, not a folder",
         "loop": "links|loop",
         "x" * 250: "File name too long",
         "rows.jsonl": "is also read or written, and would be lost",
