@@ -23,11 +23,11 @@ from models import families
 from models.errors import UserError
 
 SLICES = {  # whole slices of a generation, and GPUs of a host, smallest first
-    **dict.fromkeys(gpus.GPUS, ("1", "2", "4", "8")),
     "v4": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
     "v5e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
     "v6e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    **dict.fromkeys(gpus.GPUS, ("1", "2", "4", "8")),
 }
 SAMPLING_PROGRAMS = ("merge", "weights", "cache", "prompts", "few prompts", "decode", "remember")
 RELEASED_STOP_IDS = (151645, 151643)  # of the released models: <|im_end|>, <|endoftext|>
