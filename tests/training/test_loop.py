@@ -197,7 +197,10 @@ def test_transcripts_have_one_number_per_response_token(whole):
         for name in ("logp", "teacher_logp", "reverse_kl", "entropy", "token_texts"):
             assert len(row[name]) == len(row["tokens"])
         assert all(kl >= 0 for kl in row["reverse_kl"])
-        assert "".join(row["token_texts"]) == row["response"] and row["thinking"] is True
+        # How many marks stand for bytes of no character depends on where they are cut.
+        texts = "".join(row["token_texts"]), row["response"]
+        assert len({text.replace("\ufffd", "") for text in texts}) == 1 and texts[0]
+        assert row["thinking"] is True
         assert "reward" not in row and "student_top" not in row and "top_texts" not in row
 
 
