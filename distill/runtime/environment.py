@@ -64,19 +64,25 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def list_changes(path: epath.Path, now: dict[str, Any]) -> list[str]:
-    """Says which devices and packages differ from those in `path`, an environment.json."""
+def read_environment(path: epath.Path) -> dict[str, Any]:
+    """Reads an environment.json: its devices, packages and models, each a dict; {} for one that is
+    missing, damaged or of another version."""
     try:
-        before = json.loads(path.read_bytes())
-        pairs = [(part, before[part], now[part]) for part in ("devices", "packages")]
-        return [
-            f"{part}.{name} was {old.get(name)}, now {new.get(name)}"
-            for part, old, new in pairs
-            for name in sorted(old.keys() | new.keys())
-            if old.get(name) != new.get(name)
-        ]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return []  # of another version, or damaged: it is written anew
+        about = dict(json.loads(path.read_bytes()))
+        return {name: dict(about.get(name, {})) for name in ("devices", "packages", "models")}
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
+
+
+def list_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Says which devices and packages differ between what `read_environment` found and now."""
+    return [
+        f"{part}.{name} was {before[part].get(name)}, now {now[part].get(name)}"
+        for part in ("devices", "packages")
+        if before.get(part)
+        for name in sorted(before[part].keys() | now[part].keys())
+        if before[part].get(name) != now[part].get(name)
+    ]
 
 
 def hide_secrets(text: str) -> str:

@@ -110,12 +110,15 @@ def init_workdir(
     if not writes:
         return sorted(record["inputs"])
     about_path, about = workdir / "environment.json", environment.describe_environment()
-    if not is_new and (texts := environment.list_changes(about_path, about)):
+    before = {} if is_new else environment.read_environment(about_path)
+    if known := before.get("models", {}) | (models or {}):  # those of finished stages, too
+        about["models"] = known
+    if texts := environment.list_changes(before, about):
         run_files.log_line(f"{workdir} goes on: {'; '.join(texts)} ({ROUNDING})")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         run_files.write_json(path, json.loads(c.to_json_best_effort()))
-        run_files.write_json(about_path, about | ({"models": models} if models else {}))
+        run_files.write_json(about_path, about)
         if inputs:
             run_files.write_json(inputs_path, record)
         if is_another:  # in its trackers, too

@@ -403,3 +403,19 @@ def test_other_devices_and_packages_are_said(run: Run, capsys: pytest.CaptureFix
     for text in ("[]", "{", '{"devices": 1, "packages": {}}'):  # of another version, or damaged
         path.write_text(text)
         run.check(3)
+
+
+def test_models_of_finished_stages_stay_in_the_record(run: Run) -> None:
+    def describe(**models: dict[str, int]) -> dict:
+        resume.init_workdir(run.workdir, run.c, {}, 3, models=models)
+        return json.loads((run.workdir / "environment.json").read_text())["models"]
+
+    run.check(0)
+    assert describe(student={"parameters": 1}, teacher={"parameters": 2}).keys() == {
+        "student",
+        "teacher",
+    }
+    assert describe(student={"parameters": 3}) == {
+        "student": {"parameters": 3},
+        "teacher": {"parameters": 2},
+    }
