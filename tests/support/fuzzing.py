@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from models.errors import UserError
 
-SECONDS = 5.0  # a parser that takes longer hangs
+SECONDS = 5.0  # of CPU time; a parser that takes longer hangs
+MAX_SECONDS = 60.0  # in all: other work may share the cores
 Strategy = st.SearchStrategy
 
 
@@ -56,27 +57,32 @@ def _audit(event: str, arguments: tuple) -> None:
 sys.addaudithook(_audit)  # it cannot be removed
 
 
-def _stop(*_: object) -> None:
-    raise Violation(f"still running after {SECONDS:g} s")
+def _stop(number: int, _: object) -> None:
+    kind, seconds = ("", MAX_SECONDS) if number == signal.SIGALRM else (" of CPU time", SECONDS)
+    raise Violation(f"still running after {seconds:g} s{kind}")
 
 
 @contextlib.contextmanager
 def guard(root: Path, has_workers: bool = False) -> Iterator[None]:
-    """Context in which a parser may fail with UserError only, within SECONDS, and may write only
-    below `root`. Raises Violation, or the exception that it failed with."""
+    """Context in which a parser may fail with UserError only, within SECONDS of CPU time and
+    MAX_SECONDS in all, and may write only below `root`. Raises Violation, or the exception that it
+    failed with."""
     global _root
     sys.dont_write_bytecode = True  # modules are imported on first use
-    before = signal.signal(signal.SIGALRM, _stop)
+    before = {n: signal.signal(n, _stop) for n in (signal.SIGPROF, signal.SIGALRM)}
     _root = os.path.abspath(root)
     _seen.clear()
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
     try:
         with contextlib.suppress(UserError):
             yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
+            signal.setitimer(timer, 0)
         _root = None
-        signal.signal(signal.SIGALRM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     seen = [event for event in _seen if not (has_workers and event.startswith(_WORKERS))]
     if seen:
         raise Violation("; ".join(seen))
