@@ -109,12 +109,8 @@ def init_workdir(
     record["inputs"] = recorded | inputs
     if not writes:
         return sorted(record["inputs"])
-    about_path, about = workdir / "environment.json", environment.describe_environment()
-    before = {} if is_new else environment.read_environment(about_path)
-    if known := before.get("models", {}) | (models or {}):  # those of finished stages, too
-        about["models"] = known
-    if texts := environment.list_changes(before, about):
-        run_files.log_line(f"{workdir} goes on: {'; '.join(texts)} ({ROUNDING})")
+    about_path = workdir / "environment.json"
+    about = _describe_environment(about_path, is_new, models or {})
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         run_files.write_json(path, json.loads(c.to_json_best_effort()))
@@ -126,6 +122,17 @@ def init_workdir(
     except OSError as error:
         raise UserError(f"--workdir={workdir}: {error}") from error
     return sorted(record["inputs"])
+
+
+def _describe_environment(path: epath.Path, is_new: bool, models: dict[str, Any]) -> dict[str, Any]:
+    """Returns what environment.json is to hold, and says what has changed since it was written."""
+    before = {} if is_new else environment.read_environment(path)
+    about = environment.describe_environment()
+    if known := before.get("models", {}) | models:  # those of finished stages, too
+        about["models"] = known
+    if texts := environment.list_changes(before, about):
+        run_files.log_line(f"{path.parent} goes on: {'; '.join(texts)} ({ROUNDING})")
+    return about
 
 
 def _refuse_models(workdir: epath.Path) -> None:
