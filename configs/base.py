@@ -216,7 +216,7 @@ def make_evaluation() -> ConfigDict:
 
 
 def make_log() -> ConfigDict:
-    """What is logged, and where it goes."""
+    """Settings of what is logged, and where it goes."""
     c = ConfigDict()
     # Where rows, transcripts, evaluations and this config go, besides the files of the run:
     # tensorboard (WORKDIR/tensorboard), and wandb, trackio and mlflow, whose clients must be
@@ -232,7 +232,7 @@ def make_log() -> ConfigDict:
 
 
 def make_alerts() -> ConfigDict:
-    """What stops a run by itself, and what it warns of, once in a stage, as it begins
+    """Settings of what stops a run by itself, and what it warns of, once in a stage, as it begins
     (distill/training/alerts.py). "Start" means the first 10 steps of the stage, "now" the last 5.
     """
     c = ConfigDict()

@@ -173,4 +173,5 @@ def test_every_key_of_the_tables_is_one_of_the_config() -> None:
     for key in keys:
         part = c
         for name in key.removesuffix(".*").split("."):
+            assert name in part, key
             part = part[name]

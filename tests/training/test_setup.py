@@ -60,3 +60,18 @@ def test_all_prompts_that_are_too_long_are_counted_at_once(tmp_path: Path) -> No
     s.data.on_bad_row, s.max_prompt_tokens = "fail", 130
     check = functools.partial(setup._check_example, "opd", s, loss, s.max_prompt_tokens, 1000)
     assert load().size == 3
+
+
+def test_the_settings_are_those_of_the_base_config() -> None:
+    c = base.get_config()
+    stages_and_teachers = {"sft", "opd", "teacher"}
+    assert set(c) - stages_and_teachers == {*setup.SETTINGS, *setup.PARTS}
+    assert setup.explain_unknown_entries(c) == {}
+
+
+def test_an_entry_that_nothing_reads_is_named_with_the_nearest_key() -> None:
+    c = base.get_config()
+    c.lgo, c.grpo, c.original = 3, base.make_stage("grpo"), base.make_teacher()
+    assert setup.explain_unknown_entries(c) == {
+        "lgo": "config.lgo: is neither a setting nor a stage or a teacher; did you mean 'log'?"
+    }
