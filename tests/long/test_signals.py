@@ -73,8 +73,10 @@ def test_twenty_signals(tmp_path: Path) -> None:
         # Each second one compiles.
         process = start(broken, str(tmp_path / f"cache{number}") if number % 4 == 1 else "")
         begin = time.monotonic()
-        if number % 2:
-            time.sleep(draw.uniform(0, STARTUP_SECONDS))
+        if number % 2:  # on a fast machine, before it can end
+            delay, num_rows = draw.uniform(0, STARTUP_SECONDS), count_rows(broken) + 3
+            while time.monotonic() - begin < delay and count_rows(broken) < num_rows:
+                time.sleep(0.02)
         else:  # in one of its first steps, or in the evaluation, save or stage after it
             num_rows = count_rows(broken) + draw.randint(1, 3)
             while count_rows(broken) < num_rows and process.poll() is None:
