@@ -5,6 +5,7 @@ import gc
 import os
 import shutil
 import tempfile
+from collections.abc import Generator
 from pathlib import Path
 
 # Before jax or a Hugging Face library is imported; child processes inherit them.
@@ -60,6 +61,23 @@ pytest.register_assert_rewrite(*(f"tests.support.{name}" for name in ASSERTING))
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # by now the tests' modules have imported everything
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Half a surrogate pair in a report, from hostile input, would end the whole run: UTF-8, in
+    which workers report, has none."""
+    report = yield
+    report.sections = [(title, _escape(text)) for title, text in report.sections]
+    if report.longrepr is not None and (text := str(report.longrepr)) != _escape(text):
+        report.longrepr = _escape(text)
+    return report
+
+
+def _escape(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,11 +31,12 @@ _REFUSED += ("socket.connect", "socket.getaddrinfo", "ctypes.dlopen")
 _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _WORKERS = ("pickle.find_class",)  # what a pool of processes needs, too
 _root: str | None = None  # the only directory that may be written; None: nothing is watched
+_others: set[int] = set()  # threads of earlier tests: what they do is not the parser's
 _seen: list[str] = []
 
 
 def _audit(event: str, arguments: tuple) -> None:
-    if _root is None:
+    if _root is None or threading.get_ident() in _others:
         return
     if event == "open":
         path, mode, flags = arguments
@@ -67,20 +69,24 @@ def guard(root: Path, has_workers: bool = False) -> Iterator[None]:
     """Context in which a parser may fail with UserError only, within SECONDS of CPU time and
     MAX_SECONDS in all, and may write only below `root`. Raises Violation, or the exception that it
     failed with."""
-    global _root
+    global _root, _others
     sys.dont_write_bytecode = True  # modules are imported on first use
     before = {n: signal.signal(n, _stop) for n in (signal.SIGPROF, signal.SIGALRM)}
-    _root = os.path.abspath(root)
+    _others = {thread.ident for thread in threading.enumerate() if thread.ident}
+    _others.discard(threading.get_ident())
     _seen.clear()
+    _root = os.path.abspath(root)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
     try:
         with contextlib.suppress(UserError):
             yield
     finally:
+        for number in before:  # at once: an alarm within these lines would undo the rest of them
+            signal.signal(number, signal.SIG_IGN)
+        _root = None
         for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
             signal.setitimer(timer, 0)
-        _root = None
         for number, handler in before.items():
             signal.signal(number, handler)
     seen = [event for event in _seen if not (has_workers and event.startswith(_WORKERS))]
