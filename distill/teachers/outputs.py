@@ -88,6 +88,7 @@ class ScorerInfo:
     outputs: tuple[str, ...]  # keys of OUTPUT_FIELDS that it gives
     vocab_size: int
     top_k: int = 0  # most tokens of "top" at each position; 0: as many as are asked for
+    context_length: int = 0  # most tokens of a prompt and its response; 0: not known
     hidden_size: int = 0  # of "hidden"
     hidden_dtype: str = "bfloat16"  # of "hidden"
     model_hash: str = ""  # of its files (policy.identity); "": not known
