@@ -245,13 +245,10 @@ def test_what_is_no_address(text: str) -> None:
 
 
 def test_options_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    for options in (
-        {"timeout_seconds": 0},
-        {"max_in_flight": 0},
-        {"timeout_seconds": float("nan")},
-    ):
-        with pytest.raises(UserError, match=next(iter(options))):
-            ClientOptions(("http://a",), **options)
+    with pytest.raises(UserError, match="timeout_seconds"):
+        ClientOptions(("http://a",), timeout_seconds=0)
+    with pytest.raises(UserError, match="max_in_flight"):
+        ClientOptions(("http://a",), max_in_flight=0)
     with pytest.raises(UserError, match="twice"):
         ClientOptions(("http://a", "http://a/v1"))
     monkeypatch.setenv("MY_KEY", "one\ntwo")
