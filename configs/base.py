@@ -68,8 +68,8 @@ def make_teacher() -> ConfigDict:
     # A model directory, a hub id, an adapter or a run. Or a past student: initial, its weights
     # before step 0 (with LoRA the frozen base, in its dtypes, at no memory), or ema, the moving
     # average of its weights (student.ema_decay).
-    # Or one that is not run here: http(s)://HOST:PORT of a server, or of several with the same model,
-    # by commas; or a directory that `score` wrote.
+    # Or one that is not run here: http(s)://HOST:PORT of a server, or of several of the same model,
+    # separated by commas; or a directory that `score` wrote.
     c.path = ""
     c.step = 0  # of a run: the checkpoint after this many steps; 0: the newest
     # Of a model that is run here:

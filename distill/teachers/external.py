@@ -1,8 +1,8 @@
 """Teachers whose models are not run here: on a server, or done in advance and stored.
 
 Each gives one of three outputs for a response (Loss.teacher_output): final hidden states, which the
-loss streams through the teacher's head as it does those of a local teacher, its likeliest tokens, or
-the log-probability of each token. `data.collate` puts them at the student's columns.
+loss streams through the teacher's head like those of a local teacher; its likeliest tokens; or the
+log-probability of each token. `data.collate` puts them at the student's columns.
 """
 
 import concurrent.futures
@@ -19,11 +19,11 @@ from ml_collections import ConfigDict
 
 from distill.objectives.loss import Loss
 from distill.policy.policy import Policy
+from distill.runtime import addresses
 from distill.runtime import mesh as mesh_lib
 from distill.teachers.outputs import ResponseOutput, Scorer, ScorerInfo
 from models.errors import UserError
 
-URL_SCHEMES = ("http://", "https://")
 STORED_FILE = "scores.json"  # in a directory of stored scores
 # Keys of a teacher's sub-config that only servers need, with the values that ask for nothing.
 SERVER_KEYS = {"kind": "ours", "model": "", "api_key_env": "", "timeout_seconds": 0}
@@ -61,16 +61,11 @@ class ExternalTeacher:
         return self.scorer.submit(prompt, response, where)
 
 
-def is_url(path: str) -> bool:
-    """Returns True if a teacher's path names servers."""
-    return path.startswith(URL_SCHEMES)
-
-
 def is_external(t: Any) -> bool:
     """Returns True if a teacher's sub-config names servers or stored scores."""
     if not isinstance(t, ConfigDict) or not isinstance(t.get("path"), str) or not t.path:
         return False
-    return is_url(t.path) or (epath.Path(t.path) / STORED_FILE).is_file()
+    return addresses.is_url(t.path) or (epath.Path(t.path) / STORED_FILE).is_file()
 
 
 def list_external(c: ConfigDict, names: Sequence[Any]) -> list[str]:

@@ -22,7 +22,7 @@ from distill.data import collate, curriculum, dataset, packing
 from distill.data.collate import BatchLayout
 from distill.data.examples import Example
 from distill.rewards import graders, terms
-from distill.runtime import distributed, run_files
+from distill.runtime import distributed
 from distill.runtime import mesh as mesh_lib
 from distill.teachers.local import Teacher
 from distill.training import grading, microbatches, stages, teacher_outputs

@@ -123,6 +123,7 @@ def run_stages(c: ConfigDict, workdir: epath.Path, allow_changed_inputs: bool) -
     with policy.use(run_setup.student):
         run_setup = setup.load_lora_base(c, run_setup)
         with contextlib.ExitStack() as stack:
+            stack.callback(lambda: run_setup.close())
             signals = stack.enter_context(
                 StopSignals("stopping at the checkpoint of the last finished step")
             )

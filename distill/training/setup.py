@@ -276,9 +276,9 @@ def _setup_stage(
         name,
         s,
         loss,
-        loss.teacher_output == "top" and not outside,
         s.max_prompt_tokens + context_tokens,
         vocab_size,
+        has_stored_top=loss.teacher_output == "top" and not outside,
     )
     try:
         source = dataset.load_source(
@@ -325,14 +325,15 @@ def _check_example(
     name: str,
     s: ConfigDict,
     loss: losses.Loss,
-    in_rows: bool,
     max_teacher_prompt: int,
     vocab_size: int,
     example: dataset.Example,
+    *,
+    has_stored_top: bool = False,
 ) -> None:
     """Raises UserError naming an example that stage `name` cannot use.
 
-    in_rows: rows hold the teacher's likeliest tokens.
+    has_stored_top: rows hold the teacher's likeliest tokens.
     """
     field = f"config.{name}.max_prompt_tokens"
     dataset.require_valid_example(example, s.max_prompt_tokens, field, vocab_size)
@@ -344,7 +345,7 @@ def _check_example(
             len(teacher_prompt),
         )
     dataset.require_ids(teacher_prompt, vocab_size, example.where)
-    if in_rows:
+    if has_stored_top:
         examples.require_top(example, loss.teacher_topk)
     if loss.reward and s.reward.correct:
         if not example.answer:
