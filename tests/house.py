@@ -27,7 +27,7 @@ FOLDERS = {
     "evaluation": "evaluator comparison rejection responses records divergence lm_eval_model "
     "scoring protocols problems statistics example_rows",
     "evaluation.tasks": "arithmetic gsm8k math500 aime24 aime25 amc math ifeval task",
-    "teachers": "local external wire outputs",
+    "teachers": "local external remote endpoints wire outputs",
     "rollout": "completions sampler simulate engine buffer options scheduler decode sequence "
     "sampling",
     "policy": "exporting forward compatibility policy identity hub",

@@ -178,10 +178,10 @@ def _collate_teacher_top(
     ids = np.zeros((len(rows), layout.row_tokens, layout.top_k), np.int32)
     logp = np.zeros(ids.shape, np.float32)
     for row, _, example, _, start, end in _iterate_spans(rows, layout.max_response):
-        if outputs := _list_outputs(example):  # of the one teacher of its source
-            (output,) = outputs
+        for output in _list_outputs(example):  # of the one teacher of its source
             ids[row, start:end] = output.top_ids[:, : layout.top_k]
             logp[row, start:end] = output.top_logp[:, : layout.top_k]
+        if example.teacher_outputs:
             continue
         require_top(example, layout.top_k)
         if start < end:

@@ -117,7 +117,7 @@ def describe_stage(c: ConfigDict, name: str, mesh: Mesh, teacher_mesh: Mesh) -> 
         trained,
         teachers,
         reference,
-        external.open_teachers(c, s, loss, teacher_names, student),
+        external.open_teachers(c, s, loss, teacher_names, student, asks_probe=False),
     )
 
 

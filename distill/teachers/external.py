@@ -21,6 +21,7 @@ from distill.objectives.loss import Loss
 from distill.policy.policy import Policy
 from distill.runtime import addresses
 from distill.runtime import mesh as mesh_lib
+from distill.teachers import remote
 from distill.teachers.outputs import ResponseOutput, Scorer, ScorerInfo
 from models.errors import UserError
 
@@ -74,9 +75,15 @@ def list_external(c: ConfigDict, names: Sequence[Any]) -> list[str]:
 
 
 def open_teachers(
-    c: ConfigDict, s: ConfigDict, loss: Loss, names: Sequence[str], student: Policy
+    c: ConfigDict,
+    s: ConfigDict,
+    loss: Loss,
+    names: Sequence[str],
+    student: Policy,
+    asks_probe: bool = True,
 ) -> tuple[ExternalTeacher, ...]:
-    """Opens those of a stage's teachers that are not run here, in order, and checks them.
+    """Opens those of a stage's teachers that are not run here, in order, and checks them; for
+    `asks_probe` see open_scorer.
 
     Raises:
       UserError: naming the key at fault, if one cannot be reached, is not the one it should be, or
@@ -86,7 +93,7 @@ def open_teachers(
     for source_id, name in enumerate(names):
         if name in outside:
             t, key = c[name], f"config.{name}"
-            scorer = open_scorer(t, key, loss, student)
+            scorer = open_scorer(t, key, loss, student, asks_probe)
             check_scorer(scorer.info, t, key, loss.teacher_output, student)
             by_source = len(names) > 1 and not s.teacher_weights
             own_source = source_id if by_source else None
@@ -94,9 +101,18 @@ def open_teachers(
     return tuple(opened)
 
 
-def open_scorer(t: ConfigDict, key: str, loss: Loss, student: Policy) -> Scorer:
-    """Opens what a teacher's sub-config `key` names."""
-    raise UserError(f"{key}.path={t.path}: cannot be opened")
+def open_scorer(t: ConfigDict, key: str, loss: Loss, student: Policy, asks_probe: bool) -> Scorer:
+    """Opens what a teacher's sub-config `key` names.
+
+    asks_probe: asks servers for a probe, which takes time.
+    """
+    if not addresses.is_url(t.path):
+        raise UserError(f"{key}.path={t.path}: stored scores cannot be read yet")
+    top_k = loss.teacher_topk if loss.teacher_output == "top" else 0
+    scorer = remote.RemoteScorer(t, key, loss.teacher_output, top_k, student.config.vocab_size)
+    if asks_probe:
+        scorer.check(student.tokenizer)
+    return scorer
 
 
 def check_scorer(info: ScorerInfo, t: ConfigDict, key: str, output: str, student: Policy) -> None:

@@ -102,6 +102,8 @@ class OutputRequests:
         self, prompt: Sequence[int], response: Sequence[int], source_id: int, where: str
     ) -> Outputs:
         response = response[: self.max_response]
+        if not response:  # a document of one token
+            return (None,) * len(self.teachers)
         return tuple(t.submit(prompt, response, source_id, where) for t in self.teachers)
 
 

@@ -52,9 +52,9 @@ def require_equal(one, other, atol=1e-5):
 def test_a_run_equals_that_with_the_teacher_here(output, models, scorer, tmp_path):
     objective = "opd_sampled" if output == "token" else "opd"
     loss = TOP if output == "top" else {}
-    here, rows_here = train(make_config(models, objective, **loss), tmp_path / "here")
+    here, _ = train(make_config(models, objective, **loss), tmp_path / "here")
     loss |= {"teacher_topk": 8} if output == "top" else {}
     c = make_config(models, objective, **loss, teacher_output=output)
-    there, rows_there = train(c, tmp_path / "there", URL)
+    there, _ = train(c, tmp_path / "there", URL)
     require_equal(here, there)
     assert len(scorer.asked) == 2 * 4 and scorer.closed
