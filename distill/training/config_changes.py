@@ -135,7 +135,7 @@ def _find_progress(before: dict[str, Any], c: ConfigDict, steps_done: int) -> _P
         first_step += before[name]["steps"]
         if name in c.stages:
             loss, _ = stages.resolve_objective(name, c[name])
-            if stages.list_teachers(c, c[name], loss):
+            if stages.reads_teachers(c, c[name], loss):
                 teachers |= set(before[name]["teachers"])
     return _Progress(begun, stage_steps, teachers)
 

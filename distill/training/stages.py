@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -98,15 +97,12 @@ def get_term_weights(s: ConfigDict) -> dict[str, float]:
     }
 
 
-def list_teachers(c: ConfigDict, s: ConfigDict, loss: losses.Loss) -> tuple[Any, ...]:
-    """Returns the names of the teachers that a stage reads, run here or not.
-
-    There are none for a loss without a teacher, and for one of likeliest tokens that are stored in
-    the rows: where `teachers` names none outside.
-    """
+def reads_teachers(c: ConfigDict, s: ConfigDict, loss: losses.Loss) -> bool:
+    """Returns True if a stage reads teachers, run here or not. With teacher_output=top and none
+    outside, the likeliest tokens are stored in the rows."""
     in_rows = loss.teacher_output == "top" and not external.list_external(c, s.teachers)
-    is_read = (loss.teacher > 0 and not in_rows) or (loss.reward and s.reward.teacher_logprob)
-    return tuple(s.teachers) if is_read else ()
+    judges = loss.reward > 0 and s.reward.teacher_logprob != 0
+    return (loss.teacher > 0 and not in_rows) or judges
 
 
 def check_teachers(
@@ -117,8 +113,9 @@ def check_teachers(
     Raises:
       UserError: naming the invalid key.
     """
-    s, names = c[name], list_teachers(c, c[name], loss)
-    local.check_teachers(c, name, s, bool(names))
+    s, reads = c[name], reads_teachers(c, c[name], loss)
+    local.check_teachers(c, name, s, reads)
+    names = tuple(s.teachers) if reads else ()
     flag, output = f"config.{name}.loss.teacher_output={loss.teacher_output}", loss.teacher_output
     outside = external.list_external(c, names)
     if output == "top" and not outside and sampled_rows:
