@@ -36,8 +36,8 @@ FOLDERS = {
     "objectives": "losses loss fused_head chunks divergences advantages",
     "rewards": "terms ifeval graders equality answers",
     "runtime": "arguments checkpoint saved_step integrity cli usage failures host_memory locks "
-    "trackers stop_signals progress watchdog distributed xla console run_files tensorboard "
-    "tracker_process paths environment network gpu mesh",
+    "trackers stop_signals progress watchdog distributed xla console http_client run_files "
+    "tensorboard tracker_process addresses paths environment network gpu mesh",
 }
 FLOOR = {
     ".".join(filter(None, ("distill", folder, file))): place
