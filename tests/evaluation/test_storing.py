@@ -107,11 +107,11 @@ def test_stored_probabilities_are_those_of_transformers(model, rows, hidden, out
         expected = find_logp(network, prompt, response)
         if output == "top":
             theirs = expected.topk(5)
-            assert x.top_ids.tolist() == theirs.indices.tolist()
-            np.testing.assert_allclose(x.top_logp, theirs.values, atol=1e-4)
+            assert x.get_fields()["top_ids"].tolist() == theirs.indices.tolist()
+            np.testing.assert_allclose(x.get_fields()["top_logp"], theirs.values, atol=1e-4)
         own = expected.gather(1, torch.tensor(response)[:, None])[:, 0]
         for token_scorer in token_scorers:
-            logp = token_scorer.submit(prompt, response).result().logp
+            logp = token_scorer.submit(prompt, response).result().get_fields()["logp"]
             np.testing.assert_allclose(logp, own, atol=1e-4)
     limited = scorer.submit(*PAIRS[0], limit=2).result()
     assert limited.num_tokens == 2
@@ -195,12 +195,12 @@ def test_another_work_is_refused_by_name(model, rows, hidden, tmp_path, capsys):
     out = tmp_path / "scores"
     shutil.copytree(hidden, out)
     other = write(tmp_path / "other.jsonl", read(rows)[:2])
-    for arguments, message in (
-        ((model, other, out, "--output=hidden"), "the responses was"),
-        ((model, rows, out, "--output=token"), "output was 'hidden', now 'token'"),
-        ((model, rows, out, "--output=hidden", "--dtype=bfloat16"), "dtype was 'float32'"),
+    for source, flags, message in (
+        (other, ("--output=hidden",), "the responses was"),
+        (rows, ("--output=token",), "output was 'hidden', now 'token'"),
+        (rows, ("--output=hidden", "--dtype=bfloat16"), "dtype was 'float32'"),
     ):
-        assert store(*arguments) == 2
+        assert store(model, source, out, *flags) == 2
         assert message in capsys.readouterr().err
     changed = tmp_path / "model"
     shutil.copytree(model[0], changed)

@@ -26,7 +26,7 @@ HEAD_VE = np.random.default_rng(1).normal(size=(V, E)).astype(ml_dtypes.bfloat16
 def make_output(response: list[int], output: str) -> ResponseOutput:
     rng = np.random.default_rng(response)
     n = len(response)
-    fields = {"logp": -rng.random(n).astype(np.float32)}
+    fields: dict[str, np.ndarray] = {"logp": -rng.random(n).astype(np.float32)}
     if output == "hidden":
         fields["hidden"] = rng.normal(size=(n, E)).astype(ml_dtypes.bfloat16)
     if output == "top":
@@ -107,7 +107,8 @@ def test_a_response_that_is_not_stored_is_named(hidden):
 def test_no_flipped_bit_goes_unnoticed(hidden, tmp_path):
     """A bit of any byte of any file; the texts of scores.json that are read by people alone, and
     log-probabilities, which are not read here, do not count."""
-    expected = [make_output(response, "hidden").hidden.tobytes() for _, response in PAIRS]
+    outputs = [make_output(response, "hidden") for _, response in PAIRS]
+    expected = [x.get_fields()["hidden"].tobytes() for x in outputs]
     folder = tmp_path / "scores"
     shutil.copytree(hidden, folder)
 
@@ -116,7 +117,7 @@ def test_no_flipped_bit_goes_unnoticed(hidden, tmp_path):
         outputs = [scorer.submit(*pair, "here").result() for pair in PAIRS]
         scorer.close()
         assert scorer.head_VE is not None and scorer.head_VE.tobytes() == HEAD_VE.tobytes()
-        return [x.hidden.tobytes() for x in outputs]
+        return [x.get_fields()["hidden"].tobytes() for x in outputs]
 
     assert read_all() == expected
     unnoticed = []
@@ -163,7 +164,7 @@ def swap_shards(folder: Path) -> None:
 
 
 def write_other_head(folder: Path) -> None:
-    stored_files.write_head(epath.Path(folder), HEAD_VE + 1)
+    stored_files.write_head(epath.Path(folder), -HEAD_VE)
 
 
 @pytest.mark.parametrize(
@@ -197,13 +198,13 @@ def test_damage_is_found_when_scores_are_opened(
 
 def test_scores_of_another_form_are_refused(hidden, tmp_path):
     top = str(write_scores(tmp_path / "top", "top"))
-    for arguments, message in (
-        ((str(hidden), "top", K), "holds hidden and token, but top is asked for"),
-        ((top, "hidden"), "holds top and token, but hidden is asked for"),
-        ((top, "top", K + 1), "holds the 3 likeliest tokens, but 4 are asked for"),
+    for folder, output, k, message in (
+        (str(hidden), "top", K, "holds hidden and token, but top is asked for"),
+        (top, "hidden", 0, "holds top and token, but hidden is asked for"),
+        (top, "top", K + 1, "holds the 3 likeliest tokens, but 4 are asked for"),
     ):
         with pytest.raises(UserError, match=message):
-            StoredScorer(*arguments)
+            StoredScorer(folder, output, k)
 
 
 def test_a_file_that_is_lost_while_it_is_read_stops_the_run(hidden, tmp_path, monkeypatch):
