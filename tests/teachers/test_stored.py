@@ -164,7 +164,7 @@ def swap_shards(folder: Path) -> None:
 
 
 def write_other_head(folder: Path) -> None:
-    stored_files.write_head(epath.Path(folder), -HEAD_VE)
+    stored_files.write_head(epath.Path(folder), np.negative(HEAD_VE))
 
 
 @pytest.mark.parametrize(
