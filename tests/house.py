@@ -23,11 +23,11 @@ FOLDERS = {
     "planning": "checking fit forecast programs roofline aot gpus hlo diagnosis",
     "training": "loop stopping saving metrics_log run_summary alerts preflight eval_hook collect "
     "teacher_outputs grading trainer memory sampling_programs calls microbatches prompts "
-    "resume config_changes setup update update_metrics optim stages",
+    "resume config_changes setup update update_metrics optim stage_responses stages",
     "evaluation": "evaluator comparison rejection responses records divergence lm_eval_model "
-    "scoring protocols problems statistics example_rows",
+    "storing scoring protocols problems statistics example_rows",
     "evaluation.tasks": "arithmetic gsm8k math500 aime24 aime25 amc math ifeval task",
-    "teachers": "local external remote endpoints wire outputs",
+    "teachers": "local external remote endpoints stored stored_files wire outputs",
     "rollout": "completions sampler simulate engine buffer options scheduler decode sequence "
     "sampling",
     "policy": "exporting forward compatibility policy identity hub",

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -21,11 +20,10 @@ from distill.objectives.loss import Loss
 from distill.policy.policy import Policy
 from distill.runtime import addresses
 from distill.runtime import mesh as mesh_lib
-from distill.teachers import remote
+from distill.teachers import remote, stored, stored_files
 from distill.teachers.outputs import ResponseOutput, Scorer, ScorerInfo
-from models.errors import UserError
+from models.errors import UserError, name_key
 
-STORED_FILE = "scores.json"  # in a directory of stored scores
 # Keys of a teacher's sub-config that only servers need, with the values that ask for nothing.
 SERVER_KEYS = {"kind": "ours", "model": "", "api_key_env": "", "timeout_seconds": 0}
 SERVER_KEYS |= {"max_in_flight": 0}
@@ -54,19 +52,25 @@ class ExternalTeacher:
         return self.info.hidden_size, jnp.dtype(self.info.hidden_dtype)
 
     def submit(
-        self, prompt: Sequence[int], response: Sequence[int], source_id: int, where: str
+        self,
+        prompt: Sequence[int],
+        response: Sequence[int],
+        source_id: int,
+        where: str,
+        limit: int,
     ) -> concurrent.futures.Future[ResponseOutput] | None:
-        """Asks for the output of a response; None if it does not teach the rows of its source."""
+        """Asks for the output of the first `limit` tokens of a response; None if the teacher does
+        not teach the rows of its source."""
         if self.source_id not in (None, source_id):
             return None
-        return self.scorer.submit(prompt, response, where)
+        return self.scorer.submit(prompt, response, where, limit)
 
 
 def is_external(t: Any) -> bool:
     """Returns True if a teacher's sub-config names servers or stored scores."""
     if not isinstance(t, ConfigDict) or not isinstance(t.get("path"), str) or not t.path:
         return False
-    return addresses.is_url(t.path) or (epath.Path(t.path) / STORED_FILE).is_file()
+    return addresses.is_url(t.path) or stored_files.is_stored(t.path)
 
 
 def list_external(c: ConfigDict, names: Sequence[Any]) -> list[str]:
@@ -106,9 +110,12 @@ def open_scorer(t: ConfigDict, key: str, loss: Loss, student: Policy, asks_probe
 
     asks_probe: asks servers for a probe, which takes time.
     """
-    if not addresses.is_url(t.path):
-        raise UserError(f"{key}.path={t.path}: stored scores cannot be read yet")
     top_k = loss.teacher_topk if loss.teacher_output == "top" else 0
+    if not addresses.is_url(t.path):
+        refuse_server_keys(t, key)
+        with name_key(f"{key}.path", t.path):
+            stored.check_tokenizer(t.path, student)
+            return stored.StoredScorer(t.path, loss.teacher_output, top_k)
     scorer = remote.RemoteScorer(t, key, loss.teacher_output, top_k, student.config.vocab_size)
     if asks_probe:
         scorer.check(student.tokenizer)

@@ -108,12 +108,16 @@ class Scorer(Protocol):
         ...
 
     def submit(
-        self, prompt: Sequence[int], response: Sequence[int], where: str = ""
+        self,
+        prompt: Sequence[int],
+        response: Sequence[int],
+        where: str = "",
+        limit: int | None = None,
     ) -> concurrent.futures.Future[ResponseOutput]:
         """Asks for the output of a response after the teacher's prompt.
 
-        `where` names the row in errors. The future raises UserError where the response cannot be
-        scored, and SourceFailure where nothing answers any more.
+        `where` names the row in errors, and `limit` cuts the response. The future raises UserError
+        where the response cannot be scored, and SourceFailure where nothing answers any more.
         """
         ...
 

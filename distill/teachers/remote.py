@@ -4,11 +4,10 @@ Responses are sent as they come. While more wait than can be in flight, several 
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
-import hashlib
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -20,7 +19,7 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from distill.policy import identity
-from distill.runtime import addresses, run_files
+from distill.runtime import addresses, paths, run_files
 from distill.runtime.http_client import BadReply, Client, ClientOptions, Reply
 from distill.teachers import endpoints, wire
 from distill.teachers.endpoints import KINDS, Item, Question
@@ -179,44 +178,39 @@ class RemoteScorer:
     @property
     def head_VE(self) -> np.ndarray | None:
         """The output head, from a server or from this user's cache of heads by their hash."""
-        if self._question.output != "hidden":
-            return None
-        if self._head_VE is None:
+        if self._question.output == "hidden" and self._head_VE is None:
             path = _get_head_cache() / f"{self._info.head_hash}.safetensors"
-            self._head_VE = self._read_head(path.read_bytes()) if path.is_file() else None
+            with contextlib.suppress(OSError, InvalidOutput):
+                self._head_VE = self._decode_head(path.read_bytes())
             if self._head_VE is None:
-                self._head_VE = self._name_key(
-                    lambda: self._client.get("/v1/head", self._fetch_head)
-                )
+                fetch = functools.partial(self._fetch_head, path)
+                self._head_VE = self._name_key(lambda: self._client.get("/v1/head", fetch))
         return self._head_VE
 
-    def _fetch_head(self, reply: Reply) -> np.ndarray:
-        head_VE = self._read_head(reply.body)
-        if head_VE is None:
-            raise BadReply(f"the head is not the one of hash {self._info.head_hash}")
+    def _decode_head(self, data: bytes) -> np.ndarray:
+        info = self._info
+        return wire.decode_head(data, info.vocab_size, info.hidden_size, info.head_hash)
+
+    def _fetch_head(self, path: Path, reply: Reply) -> np.ndarray:
         try:
-            _write_head(_get_head_cache() / f"{self._info.head_hash}.safetensors", reply.body)
+            head_VE = self._decode_head(reply.body)
+        except InvalidOutput as error:
+            raise BadReply(f"the reply {error}") from None
+        try:
+            paths.write_bytes(path, reply.body)
         except OSError as error:
             run_files.log_line(f"{self._key}: the head is not cached: {error}")
         return head_VE
 
-    def _read_head(self, data: bytes) -> np.ndarray | None:
-        """Returns the head in a file's bytes; None unless it has the hash of the server's."""
-        try:
-            head_VE = wire.decode_tensors(data)[0].get("head_VE")
-        except InvalidOutput:
-            return None
-        shape = (self._info.vocab_size, self._info.hidden_size)
-        if head_VE is None or head_VE.shape != shape:
-            return None
-        digest = hashlib.sha256(head_VE.tobytes()).hexdigest()
-        return head_VE if digest.startswith(self._info.head_hash) else None
-
     def submit(
-        self, prompt: Sequence[int], response: Sequence[int], where: str = ""
+        self,
+        prompt: Sequence[int],
+        response: Sequence[int],
+        where: str = "",
+        limit: int | None = None,
     ) -> Future[ResponseOutput]:
         """Asks for the output of a response; never waits. See outputs.Scorer."""
-        waiting = _Waiting(([*prompt], [*response]), Future())
+        waiting = _Waiting(([*prompt], [*response[:limit]]), Future())
         with self._changed:
             assert not self._is_closed
             self._waiting.append(waiting)
@@ -303,11 +297,3 @@ def make_probe(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> It
 def _get_head_cache() -> Path:
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(caches).expanduser() / "qwen3-distill" / "heads"
-
-
-def _write_head(path: Path, data: bytes) -> None:
-    """Writes a file whole, beside what other processes may write at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(data)
-    os.replace(file.name, path)

@@ -101,10 +101,10 @@ class OutputRequests:
     def _submit(
         self, prompt: Sequence[int], response: Sequence[int], source_id: int, where: str
     ) -> Outputs:
-        response = response[: self.max_response]
         if not response:  # a document of one token
             return (None,) * len(self.teachers)
-        return tuple(t.submit(prompt, response, source_id, where) for t in self.teachers)
+        limit = self.max_response
+        return tuple(t.submit(prompt, response, source_id, where, limit) for t in self.teachers)
 
 
 def wait_for_outputs(examples: Iterable[Example], check_stop: Callable[[], Any]) -> None:

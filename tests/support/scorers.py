@@ -55,9 +55,14 @@ class LocalScorer:
         return np.asarray(transformer.get_output_head(self.policy.params))
 
     def submit(
-        self, prompt: Sequence[int], response: Sequence[int], where: str = ""
+        self,
+        prompt: Sequence[int],
+        response: Sequence[int],
+        where: str = "",
+        limit: int | None = None,
     ) -> concurrent.futures.Future[ResponseOutput]:
         with self._lock:
+            response = response[:limit]
             self.asked.append(([*prompt], [*response]))
             if len(self.asked) > self.fails_at:
                 future: concurrent.futures.Future = concurrent.futures.Future()
