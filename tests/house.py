@@ -24,12 +24,12 @@ FOLDERS = {
     "training": "loop stopping saving metrics_log run_summary alerts preflight eval_hook collect "
     "grading trainer memory sampling_programs calls microbatches prompts resume config_changes "
     "setup update update_metrics optim stages",
-    "evaluation": "evaluator comparison rejection responses records divergence lm_eval_model "
-    "scoring protocols problems statistics example_rows",
+    "evaluation": "served_evaluation evaluator comparison rejection responses records divergence "
+    "lm_eval_model scoring protocols problems statistics example_rows",
     "evaluation.tasks": "arithmetic gsm8k math500 aime24 aime25 amc math ifeval task",
     "teachers": "local wire outputs",
-    "rollout": "completions sampler simulate engine buffer options scheduler decode sequence "
-    "sampling",
+    "rollout": "served_completions served_model completions sampler simulate engine buffer options "
+    "scheduler decode sequence sampling",
     "policy": "exporting forward compatibility policy identity hub",
     "data": "collate packing dataset teacher_context cleaning dedup curriculum examples sources "
     "retry canonical columns turns answers arithmetic chat template sandbox messages files values",
