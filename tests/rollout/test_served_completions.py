@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from configs import base
 from distill import generate
-from distill.data import chat
+from distill.data import chat, dataset
 from distill.data.examples import encode_prompt
 from distill.runtime import http_client
 from tests.support.http_servers import Answer, Asked, FakeServer, serve
@@ -382,3 +383,27 @@ def test_a_killed_process_is_resumed(job: Job, server: FakeServer) -> None:
     server.answer = model
     assert job(server, MANY, out="killed") == 0
     assert job.path("killed").read_bytes() == job.path().read_bytes()
+
+
+@pytest.mark.parametrize("thinking", ["on", "off"])
+def test_samples_without_ids_are_trained_by_their_text(thinking: str, job: Job) -> None:
+    """Their tokens are those that the model wrote, since text and tokenizer are the same."""
+    tokenizer = chat.load_tokenizer(TOKENIZER)
+    examples = {}
+    for kind in ("sglang", "vllm"):
+        with serve(FakeModel(kind)) as server:
+            rows = [
+                *MANY[:3],
+                {"prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"},
+            ]
+            flags = ("--samples=2", f"--thinking={thinking}", "--max_new_tokens=80")
+            assert job(server, rows, *flags, out=kind) == 0
+        c = base.make_stage("sft").data
+        c.source = str(job.path(kind))
+        source = dataset.load_source(c, tokenizer, 0, True)
+        assert source.size == 8
+        examples[kind] = [
+            (e.prompt, e.response, e.thinking) for e in map(source.read_example, range(8))
+        ]
+    assert examples["sglang"] == examples["vllm"]
+    assert [thinks for *_, thinks in examples["vllm"]] == [thinking == "on"] * 6 + [True] * 2
