@@ -2,6 +2,7 @@
 read, and tokens go to their sequences. The device programs are in distill/rollout/decode.py.
 """
 
+import dataclasses
 from collections import Counter, abc, deque
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from distill.rollout import decode
 from distill.rollout.options import RolloutOptions, get_line_sizes, get_shrunk_rows
+from distill.rollout.sampling import Sampling, pack_samplings
 from distill.rollout.scheduler import Scheduler, Slot
 from distill.rollout.sequence import Sequence
 from distill.runtime import mesh as mesh_lib
@@ -33,6 +35,10 @@ ExpertPieces = list[tuple[Any, int, int, int]]
 class Engine:
     """Decodes sequences: call `advance` until it returns False.
 
+    With `harvested`, sequences may join while it runs (`scheduler.add_sequence`): rows then never
+    become fewer, and what only some sequences ask for is computed only while one of them decodes.
+    `advance` may be called again after it returned False.
+
     All methods run within mesh_lib.use_mesh of the mesh that decodes.
     """
 
@@ -45,9 +51,11 @@ class Engine:
         version: int,
         counts: Counter[str],
         ended: abc.Callable[[Sequence], bool] | None,
+        harvested: abc.Callable[[list[Sequence]], None] | None = None,
     ) -> None:
         self.decoder, self.params = decoder, params
         self.version, self.counts, self.ended = version, counts, ended
+        self.harvested = harvested  # called with the sequences whose tokens have come
         self.line_sizes = get_line_sizes(options, decoder.cache)
         self.replicated = mesh_lib.make_replicated_sharding(jax.sharding.get_mesh())
         shape = decoder.cache
@@ -78,7 +86,9 @@ class Engine:
         scheduler, output = self.scheduler, None
         if not scheduler.is_done and (token_budget is None or token_budget > 0):
             self.insert_sequences()
-            output = self.start_segment(token_budget) if any(scheduler.iter_slots()) else None
+            if slots := list(scheduler.iter_slots()):
+                wanted = any(slot.sequence.wants_logprobs for slot in slots)
+                output = self.start_segment(token_budget, self.list_decoders()[0 if wanted else -1])
         self.harvest_tokens()
         if output is None:
             return False
@@ -105,18 +115,30 @@ class Engine:
         for T in self.line_sizes:
             self.prefill_line([deque() for _ in range(self.shards)], T)
             check_stop()
-        if self.decoder.sampling.presence_penalty:
+        if self.tracks_seen:
             self.mark_seen_tokens()
-        self.start_segment(None)
-        check_stop()
+        for decoder in self.list_decoders():
+            self.start_segment(None, decoder)
+            check_stop()
         if few := self.get_shrunk_shard_rows():
             self.state = decode.resize(self.state, self.to_device(np.full((self.shards, few), -1)))
             rows, self.rows = self.rows, few
-            self.start_segment(None)
+            self.start_segment(None, self.decoder)
             self.rows = rows
         self.state = None
         self.counts.clear()
         self.counts.update(counts_before)
+
+    @property
+    def tracks_seen(self) -> bool:
+        """True if the device needs to know which tokens the responses contain."""
+        return self.decoder.by_row or bool(self.decoder.sampling.presence_penalty)
+
+    def list_decoders(self) -> list[decode.Decoder]:
+        """Returns the decoder and, where sequences join, the one that leaves out the records that
+        not all of them want."""
+        few = dataclasses.replace(self.decoder, top_logprobs=0)
+        return [self.decoder, few] if self.harvested and few != self.decoder else [self.decoder]
 
     def get_row_index(self, slot: Slot) -> int:
         """Returns the slot's row among those of all shards."""
@@ -138,7 +160,7 @@ class Engine:
             for slot in self.new_slots:
                 if slot.length:
                     self.pending_experts.append((slot.sequence, self.get_prompt_pieces(slot)))
-        if self.decoder.sampling.presence_penalty and self.new_slots:
+        if self.tracks_seen and self.new_slots:
             self.mark_seen_tokens()
         self.resize_batch()
 
@@ -163,20 +185,25 @@ class Engine:
 
     def get_shrunk_shard_rows(self) -> int:
         """Returns the rows of a shard after `resize_batch`; 0: it cannot shrink any more."""
+        if self.harvested:
+            return 0
         few = get_shrunk_rows(self.decoder.cache) // self.shards
         return few if few < self.rows else 0
 
-    def start_segment(self, token_budget: int | None) -> decode.DecodeOutput:
+    def start_segment(
+        self, token_budget: int | None, decoder: decode.Decoder
+    ) -> decode.DecodeOutput:
         """Starts a segment, which ends early when the host has something to do."""
         assert self.state is not None
         slots, size = list(self.scheduler.iter_slots()), self.shards * self.rows
         shrunk, is_waiting = self.shards * self.get_shrunk_shard_rows(), bool(self.scheduler.queue)
         bound = size - len(slots) + count_ending_rows(size, len(slots), shrunk, is_waiting)
-        steps = self.decoder.segment
+        steps = decoder.segment
         if token_budget is not None:
             steps = min(steps, -(-token_budget // len(slots)))
         row_fields_7B = np.zeros((len(decode.ROW_FIELDS), size), np.int64)
-        table_BN = np.zeros((size, self.decoder.cache.max_pages_per_row), np.int32)
+        table_BN = np.zeros((size, decoder.cache.max_pages_per_row), np.int32)
+        samplings = [Sampling()] * size
         copies_2XC = np.full((2, self.shards, self.rows), -1, np.int32)
         num_copies = [0] * self.shards
         new = {id(slot) for slot in self.new_slots}
@@ -192,18 +219,23 @@ class Engine:
                 1,
             )
             table_BN[row, : len(slot.pages)] = slot.pages
+            samplings[row] = sequence.sampling or samplings[row]
             if id(slot) in new and slot.page_copy:
                 copies_2XC[:, slot.shard, num_copies[slot.shard]] = slot.page_copy
                 num_copies[slot.shard] += 1
         self.new_slots = []
+        sampling_B5 = None
+        if decoder.by_row:
+            sampling_B5 = mesh_lib.to_global_array(pack_samplings(samplings), self.replicated)
         self.state, output = decode.decode(
-            self.decoder,
+            decoder,
             self.params,
             self.state,
             self.to_device([steps, min(bound, size)]),
             self.to_device(row_fields_7B.astype(np.uint32).view(np.int32)),
             self.to_device(table_BN),
             self.to_device(copies_2XC),
+            sampling_B5,
         )
         return output
 
@@ -227,7 +259,7 @@ class Engine:
             sequence.finish_reason = FINISH_REASONS[int(reason[row])]
             if output.experts_WBLA is not None:
                 sequence.experts.append(output.experts_WBLA[:n, row].copy())
-            if self.decoder.top_logprobs:
+            if output.top_ids_WBk is not None and sequence.wants_logprobs:
                 ids, logp = output.top_ids_WBk[:n, row], output.top_logp_WBk[:n, row]
                 pairs = zip(ids.tolist(), logp.tolist(), strict=True)
                 top = [list(zip(*pair, strict=True)) for pair in pairs]
@@ -238,6 +270,8 @@ class Engine:
                 sequence.finish_reason = "stop"
                 if slot.pages:
                     self.scheduler.release_slot(slot)
+        if self.harvested:
+            self.harvested([slot.sequence for slot, _ in slots])
 
     def mark_seen_tokens(self) -> None:
         """Tells the device which tokens the sequences of new slots have already drawn."""
