@@ -111,7 +111,7 @@ class Engine:
         """Calls every program with nothing to do, so that none is compiled later, and between them
         `check_stop`."""
         counts_before = self.counts.copy()
-        self.state = decode.init_state(self.decoder)
+        self.state = self.pin_seen_tokens(decode.init_state(self.decoder))
         for T in self.line_sizes:
             self.prefill_line([deque() for _ in range(self.shards)], T)
             check_stop()
@@ -150,7 +150,7 @@ class Engine:
     def insert_sequences(self) -> None:
         """Hands out pages and rows, and reads the prompts of new slots."""
         if self.state is None:
-            self.state = decode.init_state(self.decoder)
+            self.state = self.pin_seen_tokens(decode.init_state(self.decoder))
         if parked := self.scheduler.grow_slots():
             self.counts["parked"] += len(parked)
             self.harvest_tokens()  # parked sequences need all their tokens to go on
@@ -227,7 +227,7 @@ class Engine:
         sampling_B5 = None
         if decoder.by_row:
             sampling_B5 = mesh_lib.to_global_array(pack_samplings(samplings), self.replicated)
-        self.state, output = decode.decode(
+        state, output = decode.decode(
             decoder,
             self.params,
             self.state,
@@ -237,6 +237,7 @@ class Engine:
             self.to_device(copies_2XC),
             sampling_B5,
         )
+        self.state = self.pin_seen_tokens(state)
         return output
 
     def harvest_tokens(self) -> None:
@@ -287,9 +288,17 @@ class Engine:
             chunk = pairs[start : start + SEEN_TOKENS_PER_CALL]
             chunk += [(-1, 0)] * (SEEN_TOKENS_PER_CALL - len(chunk))
             cleared = self.to_device(fresh_B if start == 0 else np.zeros_like(fresh_B))
-            self.state = decode.mark_seen_tokens(
-                self.state, cleared, self.to_device(np.array(chunk).T)
-            )
+            pairs_2T = self.to_device(np.array(chunk).T)
+            state = decode.mark_seen_tokens(self.state, cleared, pairs_2T)
+            self.state = self.pin_seen_tokens(state)
+
+    def pin_seen_tokens(self, state: decode.DecodeState) -> decode.DecodeState:
+        """Returns the state with one sharding of `seen_BV`: on a single device XLA gives the same
+        one several names, and for each a program would be compiled anew."""
+        if state.seen_BV is None:
+            return state
+        rows = mesh_lib.make_row_sharding(jax.sharding.get_mesh())
+        return dataclasses.replace(state, seen_BV=jax.device_put(state.seen_BV, rows))
 
     def prefill_prompts(self, slots: list[Slot]) -> None:
         """Reads all tokens of the slots but the last into the cache, line by line."""
@@ -326,7 +335,7 @@ class Engine:
                 starts_XR[shard, prompt:] = used
                 if end < slot.length:
                     slots.appendleft((slot, end))
-        self.state, experts = decode.prefill(
+        state, experts = decode.prefill(
             self.decoder,
             self.params,
             self.state,
@@ -335,6 +344,7 @@ class Engine:
             self.to_device(length_XR.reshape(-1)),
             self.to_device(starts_XR),
         )
+        self.state = self.pin_seen_tokens(state)
         for slot, start, count in parts:
             self.slot_pieces[id(slot)].append((experts, slot.shard, start, count))
             self.counts["prompt_tokens"] += count
