@@ -23,13 +23,13 @@ FOLDERS = {
     "planning": "checking fit forecast programs roofline aot gpus hlo diagnosis",
     "training": "loop stopping saving metrics_log run_summary alerts preflight eval_hook collect "
     "grading trainer memory sampling_programs calls microbatches prompts resume config_changes "
-    "setup update update_metrics optim stages",
+    "setup update update_metrics optim stage_responses stages",
     "evaluation": "evaluator comparison rejection responses records divergence lm_eval_model "
-    "scoring protocols problems statistics example_rows",
+    "storing scoring protocols problems statistics example_rows",
     "evaluation.tasks": "arithmetic gsm8k math500 aime24 aime25 amc math ifeval task",
     "serving": "server app calls guard formats requests worker score_queue jobs text schemas "
     "errors",
-    "teachers": "local wire outputs",
+    "teachers": "local stored stored_files wire outputs",
     "rollout": "completions sampler simulate engine buffer options scheduler decode sequence "
     "sampling",
     "policy": "exporting forward compatibility policy identity hub",
@@ -38,8 +38,8 @@ FOLDERS = {
     "objectives": "losses loss fused_head chunks divergences advantages",
     "rewards": "terms ifeval graders equality answers",
     "runtime": "arguments checkpoint saved_step integrity cli usage failures host_memory locks "
-    "trackers stop_signals progress watchdog distributed xla console run_files tensorboard "
-    "tracker_process paths environment network gpu mesh",
+    "trackers stop_signals progress watchdog distributed xla console http_client run_files "
+    "tensorboard tracker_process addresses paths environment network gpu mesh",
 }
 FLOOR = {
     ".".join(filter(None, ("distill", folder, file))): place
