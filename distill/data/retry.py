@@ -6,6 +6,7 @@ give up on, and for files.
 
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 from distill.runtime import run_files
 from models.errors import SourceFailure
@@ -15,8 +16,10 @@ WAIT_SECONDS = (1.0, 5.0, 25.0)  # before each further try
 # Packages whose errors are those of a connection, if they are not OSError anyway.
 _NETWORK_PACKAGES = ("aiohttp", "fsspec", "gcsfs", "httpcore", "httpx", "requests", "urllib3")
 
+Row = TypeVar("Row")
 
-def retry_reads(read_row: Callable[[int], dict], name: str) -> Callable[[int], dict]:
+
+def retry_reads(read_row: Callable[[int], Row], name: str) -> Callable[[int], Row]:
     """Returns `read_row`, which reads the rows of source `name`, with retries.
 
     It then raises:
@@ -24,7 +27,7 @@ def retry_reads(read_row: Callable[[int], dict], name: str) -> Callable[[int], d
       UserError: at once, for a fault of the row itself.
     """
 
-    def read_with_retries(index: int) -> dict:
+    def read_with_retries(index: int) -> Row:
         waits = iter(WAIT_SECONDS)
         while True:
             try:

@@ -1,9 +1,10 @@
-"""Scores token sequences: log-probabilities under a model."""
+"""Scores token sequences: log-probabilities under a model, or what a loss reads of a teacher."""
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
+import numpy as np
 
 from distill import rollout
 from distill.batch import Batch
@@ -14,6 +15,7 @@ from distill.policy import forward, policy
 from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
 from distill.runtime.progress import show_progress
+from distill.teachers.outputs import ResponseOutput
 from models import transformer
 from models.errors import UserError
 from models.transformer import Params, Transformer
@@ -23,9 +25,14 @@ Logprobs = list[float | None]
 TopLogprobs = list[list[list[float]] | None]  # [id, logprob] pairs of each token
 
 
-@functools.partial(jax.jit, static_argnames=("model", "top_k", "loss_chunk_mib"))
+@functools.partial(jax.jit, static_argnames=("model", "top_k", "loss_chunk_mib", "with_hidden"))
 def _compute_token_stats(
-    model: Transformer, params: Params, batch: Batch, top_k: int, loss_chunk_mib: float
+    model: Transformer,
+    params: Params,
+    batch: Batch,
+    top_k: int,
+    loss_chunk_mib: float,
+    with_hidden: bool,
 ) -> losses.Stats:
     inputs = fused_head.HeadInputs(
         forward.compute_hidden(model, params, batch),
@@ -33,7 +40,8 @@ def _compute_token_stats(
         losses.shift(batch.tokens_BT),
     )
     options = fused_head.StatsOptions(loss_chunk_mib, split=mesh_lib.split_vocabulary, top_k=top_k)
-    return fused_head.compute_token_stats(inputs, options)
+    stats = fused_head.compute_token_stats(inputs, options)
+    return {**stats, "hidden": inputs.hidden_BTD} if with_hidden else stats
 
 
 def read_token_ids(subject: Policy, rows: Iterable[tuple[str, dict]]) -> dataset.TokenLists:
@@ -60,8 +68,48 @@ def score_sequences(
 ) -> Iterator[tuple[Logprobs, TopLogprobs]]:
     """Yields (logprobs, top) of each sequence. Call within `policy.use(subject)`.
 
-    Both have one entry per token, and the first is None; without top_k, `top` is empty. A batch is
-    as wide as the bucket of its longest row, so each width that occurs is compiled once.
+    Both have one entry per token, and the first is None; without top_k, `top` is empty.
+    """
+    for stats in _compute_sequence_stats(subject, sequences, batch_size, top_k):
+        top: TopLogprobs = []
+        if top_k:
+            places = zip(stats["top_ids"].tolist(), stats["top_logp"].tolist(), strict=True)
+            top = [None, *([[i, x] for i, x in zip(*k, strict=True)] for k in places)]
+        yield [None, *stats["logp"].tolist()], top
+
+
+def score_responses(
+    subject: Policy,
+    responses: Sequence[tuple[list[int], list[int]]],
+    *,
+    batch_size: int,
+    top_k: int = 0,
+    with_hidden: bool = False,
+) -> Iterator[ResponseOutput]:
+    """Yields what `subject` says of each response, of pairs of a prompt and a response.
+
+    Log-probabilities always, the K likeliest tokens with top_k, and the hidden states, in the
+    model's dtype. Call within `policy.use(subject)`.
+    """
+    sequences = [prompt + response for prompt, response in responses]
+    scored = _compute_sequence_stats(subject, sequences, batch_size, top_k, with_hidden)
+    for (prompt, _), stats in zip(responses, scored, strict=True):
+        fields = ["logp", *(["top_ids", "top_logp"] if top_k else [])]
+        fields += ["hidden"] if with_hidden else []
+        # Copies, since the stats are views of a whole batch.
+        yield ResponseOutput(**{name: stats[name][len(prompt) - 1 :].copy() for name in fields})
+
+
+def _compute_sequence_stats(
+    subject: Policy,
+    sequences: Sequence[list[int]],
+    batch_size: int,
+    top_k: int,
+    with_hidden: bool = False,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the stats of all tokens of each sequence but its first, which nothing predicts.
+
+    A batch is as wide as the bucket of its longest row, so each width that occurs is compiled once.
     """
     mesh = policy.get_mesh(subject)
     shards = mesh_lib.count_row_shards(mesh)
@@ -75,17 +123,12 @@ def score_sequences(
             collate.collate_padded(examples, width, 0), mesh_lib.make_row_sharding(mesh)
         )
         stats = _compute_token_stats(
-            subject.model, subject.params, batch, top_k, LOGITS_MIB * mesh.size
+            subject.model, subject.params, batch, top_k, LOGITS_MIB * mesh.size, with_hidden
         )
         host_stats = {name: jax.device_get(x) for name, x in stats.items() if name != "entropy"}
         for row, ids in enumerate(chunk):
             # Column t belongs to token t + 1.
-            row_stats = {name: x[row, : len(ids) - 1].tolist() for name, x in host_stats.items()}
-            top: TopLogprobs = []
-            if top_k:
-                places = zip(row_stats["top_ids"], row_stats["top_logp"], strict=True)
-                top = [None, *([[i, x] for i, x in zip(*k, strict=True)] for k in places)]
-            yield [None, *row_stats["logp"]], top
+            yield {name: x[row, : len(ids) - 1] for name, x in host_stats.items()}
 
 
 def score_rows(

@@ -231,7 +231,8 @@ def _parse_flags(
     for name in options:
         if config_flags.is_config_flag(options[name]):
             _check_config(name, options[name])
-            paths.expand_config(options[name].value, name)
+            if options[name].value is not None:  # a verb may do without
+                paths.expand_config(options[name].value, name)
 
 
 def _list_parse_errors(message: str, argv: list[str], options: flags.FlagValues) -> None:

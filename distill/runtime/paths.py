@@ -186,6 +186,24 @@ def write_text(path: epath.PathLike, text: str) -> None:
         file.write(text)
 
 
+def write_bytes(path: epath.PathLike, data: bytes) -> None:
+    """Writes `path` atomically and, on a local disk, to the disk itself. Creates its folder."""
+    path = epath.Path(path)
+    if is_remote(path):
+        path.write_bytes(data)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def open_atomic(path: epath.PathLike) -> Iterator[IO[str]]:
     """Yields a file that replaces `path` once it is completely written."""

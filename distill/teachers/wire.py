@@ -3,8 +3,10 @@
 They are a safetensors file, which needs no code to be run and which other programs can read. Its
 tensors are `lengths`, int32 [R], the number of tokens of each of R responses, and the fields of
 `ResponseOutput`, each with the tokens of all responses one after another. Its metadata are texts.
+An output head is such a file too, with the one tensor `head_VE`.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 
@@ -15,18 +17,25 @@ from safetensors.numpy import save
 
 from distill.teachers.outputs import FIELD_DTYPES, InvalidOutput, ResponseOutput, check_output
 
-LENGTHS = "lengths"
+LENGTHS, HEAD = "lengths", "head_VE"
 DTYPES = {"BF16": ml_dtypes.bfloat16, "F32": np.float32, "I32": np.int32}
 
 
-def encode_outputs(outputs: Sequence[ResponseOutput], metadata: Mapping[str, str]) -> bytes:
-    """Encodes outputs that all have the same fields, dtypes and widths."""
+def encode_outputs(
+    outputs: Sequence[ResponseOutput],
+    metadata: Mapping[str, str],
+    tables: Mapping[str, np.ndarray] | None = None,
+) -> bytes:
+    """Encodes outputs that all have the same fields, dtypes and widths.
+
+    tables: further tensors, for a reader that knows them.
+    """
     names = list(outputs[0].get_fields())
     assert all(list(x.get_fields()) == names for x in outputs)
     tensors = {name: np.concatenate([x.get_fields()[name] for x in outputs]) for name in names}
     assert all(tensors[name].dtype == outputs[0].get_fields()[name].dtype for name in names)
     tensors[LENGTHS] = np.array([x.num_tokens for x in outputs], np.int32)
-    return save(tensors, dict(metadata))
+    return save(tensors | dict(tables or {}), dict(metadata))
 
 
 def decode_outputs(
@@ -90,3 +99,30 @@ def decode_tensors(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         values = np.frombuffer(part["data"], DTYPES[part["dtype"]])
         tensors[name] = values.reshape(part["shape"])
     return tensors, header.get("__metadata__", {})
+
+
+def hash_head(head_VE: np.ndarray) -> str:
+    """Returns the SHA-256 of a head's bytes, 64 hexadecimal digits."""
+    return hashlib.sha256(np.ascontiguousarray(head_VE).reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def encode_head(head_VE: np.ndarray) -> bytes:
+    return save({HEAD: np.ascontiguousarray(head_VE)})
+
+
+def decode_head(data: bytes, vocab_size: int, hidden_size: int, head_hash: str) -> np.ndarray:
+    """Returns the head [V, E] of `encode_head`.
+
+    Raises:
+      InvalidOutput: if the bytes are cut short, or the head has another shape or hash.
+    """
+    tensors, _ = decode_tensors(data)
+    if tensors.keys() != {HEAD}:
+        raise InvalidOutput(f"not a head: its tensors are {sorted(tensors)}")
+    head_VE = tensors[HEAD]
+    if head_VE.shape != (vocab_size, hidden_size):
+        expected = [vocab_size, hidden_size]
+        raise InvalidOutput(f"{HEAD} has the shape {list(head_VE.shape)}, not {expected}")
+    if hash_head(head_VE) != head_hash:
+        raise InvalidOutput(f"{HEAD} is another head, or was altered (its hash differs)")
+    return head_VE
