@@ -17,7 +17,7 @@ PACKAGES = ("models", "distill", "configs", "assets", "benchmarks", "tests")
 # The folders of distill/ from top to bottom, each with its files from top to bottom: a file imports
 # only what is listed after it. The files of distill/ itself are the verbs, and batch.
 FOLDERS = {
-    "": "__main__ quickstart harness report diagnose plan train chat evaluate generate score "
+    "": "__main__ quickstart harness report diagnose plan train chat serve evaluate generate score "
     "compare verify clean export",
     "reporting": "watching writing page tables figures transcripts read",
     "planning": "checking fit forecast programs roofline aot gpus hlo diagnosis",
@@ -27,6 +27,8 @@ FOLDERS = {
     "evaluation": "evaluator comparison rejection responses records divergence lm_eval_model "
     "storing scoring protocols problems statistics example_rows",
     "evaluation.tasks": "arithmetic gsm8k math500 aime24 aime25 amc math ifeval task",
+    "serving": "server app calls guard formats requests worker score_queue jobs text schemas "
+    "errors",
     "teachers": "local stored stored_files wire outputs",
     "rollout": "completions sampler simulate engine buffer options scheduler decode sequence "
     "sampling",
