@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from distill.rollout.sampling import Sampling, compute_model_logp, draw_tokens, find_model_top
+from distill.rollout import sampling as sampling_lib
+from distill.rollout.sampling import RowSampling, Sampling
 from distill.runtime import mesh as mesh_lib
 from models import transformer
 from models.layers import lora, moe, quantised
@@ -50,6 +51,7 @@ class Decoder:
     segment: int  # decoding steps at most in one call of `decode`
     top_logprobs: int = 0  # likeliest tokens to record at each step
     routing: bool = False  # record the experts of each token
+    by_row: bool = False  # each row brings its own sampling, and `sampling` is not read
 
 
 @jax.tree_util.register_dataclass
@@ -70,8 +72,7 @@ class DecodeOutput:
     tokens_WB: jax.Array  # int32
     logp_WB: jax.Array  # float32, under the distribution drawn from
     count_reason_2B: jax.Array  # int32: token counts, and UNFINISHED, STOP, LENGTH or ERROR
-    # Under the model's own distribution, with Decoder.top_logprobs:
-    model_logp_WB: jax.Array | None = None  # float32, of the tokens drawn
+    model_logp_WB: jax.Array | None = None  # float32, at temperature 1; with top_logprobs
     top_ids_WBk: jax.Array | None = None  # int32, the likeliest tokens
     top_logp_WBk: jax.Array | None = None  # float32
     experts_WBLA: jax.Array | None = None  # int16, of the token that each step read
@@ -81,12 +82,6 @@ def prefers_stacked(mesh: Mesh) -> bool:
     """Returns true where decoding is faster from weights stacked over layers: on TPUs. On GPUs XLA
     copies each layer out of the stack before it reads it, at every step."""
     return mesh.devices.flat[0].platform == "tpu"
-
-
-def get_min_rows(mesh: Mesh) -> int:
-    """Returns the fewest rows that decode together: one in each row shard; on GPUs two, because XLA
-    writes all terms of a single row's products to memory: 1.4 times the bytes of two rows."""
-    return mesh_lib.count_row_shards(mesh) * (2 if mesh_lib.is_on_gpu(mesh) else 1)
 
 
 def prepare_weights(
@@ -156,7 +151,7 @@ def init_state(decoder: Decoder) -> DecodeState:
         cache = init_slabs(config, c.rows, c.page_size, jnp.dtype(c.dtype))
     else:
         cache = init_pages(config, c.shards, c.pages, c.page_size, jnp.dtype(c.dtype), c.backend)
-    if decoder.sampling.presence_penalty:
+    if decoder.by_row or decoder.sampling.presence_penalty:
         seen_BV = mesh_lib.split_rows(jnp.zeros((c.rows, config.vocab_size), bool))
     return DecodeState(cache, mesh_lib.split_rows(jnp.zeros(c.rows, jnp.int32)), seen_BV)
 
@@ -217,8 +212,7 @@ def mark_seen_tokens(
     assert state.seen_BV is not None
     row_T, token_T = row_token_2T
     into_T = jnp.where(row_T < 0, state.seen_BV.shape[0], row_T)
-    seen_BV = state.seen_BV & ~fresh_B[:, None]
-    seen_BV = seen_BV.at[into_T, token_T].set(True, mode="drop")
+    seen_BV = (state.seen_BV & ~fresh_B[:, None]).at[into_T, token_T].set(True, mode="drop")
     return dataclasses.replace(state, seen_BV=mesh_lib.split_rows(seen_BV))
 
 
@@ -252,6 +246,7 @@ def decode(
     row_fields_7B: jax.Array,
     table_BN: jax.Array,
     copies_2XC: jax.Array,
+    sampling_B5: jax.Array | None = None,
 ) -> tuple[DecodeState, DecodeOutput]:
     """Draws up to `steps` tokens for each live row, until it or `bound` rows have ended.
 
@@ -260,12 +255,14 @@ def decode(
       row_fields_7B: int32, see ROW_FIELDS.
       table_BN: int32, pages of each row.
       copies_2XC: int32, pages of each shard to copy first (source, target); -1: none.
+      sampling_B5: float32, fields of each row's Sampling; with Decoder.by_row.
     """
     head_VD = transformer.get_output_head(params["params"])
     steps, bound = steps_bound_2
     order_XR = _order_live_first(row_fields_7B[-1], decoder.cache)
-    rows = (row_fields_7B.T, table_BN, state.token_B, state.seen_BV)
-    row_fields_B7, table_BN, newest_B, seen_BV = _reorder_rows(rows, order_XR)
+    rows = (row_fields_7B.T, table_BN, state.token_B, state.seen_BV, sampling_B5)
+    row_fields_B7, table_BN, newest_B, seen_BV, sampling_B5 = _reorder_rows(rows, order_XR)
+    sampling = decoder.sampling if sampling_B5 is None else RowSampling(*sampling_B5.T)
     token_B, length_B, drawn_B, limit_B, *_, live_B = row_fields_B7.T
     key_data_B2 = jax.lax.bitcast_convert_type(row_fields_B7[:, 4:6], jnp.uint32)
     keys_B = jax.random.wrap_key_data(key_data_B2)
@@ -292,7 +289,8 @@ def decode(
         )
         length_B = loop.length_B + ~loop.done_B
         loop = dataclasses.replace(loop, cache=view.unbind_tokens(), length_B=length_B)
-        return _draw_step(decoder, head_VD, keys_B, limit_B, hidden_B1D[:, 0], experts_B1LA, loop)
+        args = (keys_B, sampling, limit_B, hidden_B1D[:, 0], experts_B1LA)
+        return _draw_step(decoder, head_VD, *args, loop)
 
     end = jax.lax.while_loop(is_running, body, start)
     cache = end.cache.end_segment(end.length_B - length_B)
@@ -358,6 +356,7 @@ def _draw_step(
     decoder: Decoder,
     head_VD: jax.Array,
     keys_B: jax.Array,
+    sampling: Sampling | RowSampling,
     limit_B: jax.Array,
     hidden_BD: jax.Array,
     experts_B1LA: jax.Array | None,
@@ -366,7 +365,7 @@ def _draw_step(
     """Draws one token for each live row, from the hidden state of its newest token."""
     logits_BV = jnp.einsum("BD,VD->BV", hidden_BD, head_VD, preferred_element_type=jnp.float32)
     keys_B = jax.vmap(jax.random.fold_in)(keys_B, loop.drawn_B)
-    tokens_B, logp_B = draw_tokens(logits_BV, keys_B, decoder.sampling, loop.seen_BV)
+    tokens_B, logp_B = sampling_lib.draw_tokens(logits_BV, keys_B, sampling, loop.seen_BV)
     bad_B = ~loop.done_B & ~jnp.isfinite(logp_B)
     live_B = ~loop.done_B & ~bad_B
     tokens_B = jnp.where(live_B, tokens_B, 0)
@@ -378,8 +377,9 @@ def _draw_step(
     reason_B = jnp.select([bad_B, stop_B, limit_B], [ERROR, STOP, LENGTH], reason_B)
     new: dict[str, jax.Array] = {"tokens_WB": tokens_B, "logp_WB": jnp.where(live_B, logp_B, 0.0)}
     if decoder.top_logprobs:
-        new["model_logp_WB"] = compute_model_logp(logits_BV, tokens_B)
-        new["top_ids_WBk"], new["top_logp_WBk"] = find_model_top(logits_BV, decoder.top_logprobs)
+        new["model_logp_WB"] = sampling_lib.compute_model_logp(logits_BV, tokens_B)
+        top = sampling_lib.find_model_top(logits_BV, decoder.top_logprobs)
+        new["top_ids_WBk"], new["top_logp_WBk"] = top
     if experts_B1LA is not None:
         new["experts_WBLA"] = experts_B1LA[:, 0]
     written = {name: getattr(loop.output, name).at[loop.step].set(x) for name, x in new.items()}

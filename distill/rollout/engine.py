@@ -2,6 +2,7 @@
 read, and tokens go to their sequences. The device programs are in distill/rollout/decode.py.
 """
 
+import dataclasses
 from collections import Counter, abc, deque
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from distill.rollout import decode
 from distill.rollout.options import RolloutOptions, get_line_sizes, get_shrunk_rows
+from distill.rollout.sampling import Sampling, pack_samplings
 from distill.rollout.scheduler import Scheduler, Slot
 from distill.rollout.sequence import Sequence
 from distill.runtime import mesh as mesh_lib
@@ -33,6 +35,10 @@ ExpertPieces = list[tuple[Any, int, int, int]]
 class Engine:
     """Decodes sequences: call `advance` until it returns False.
 
+    With `harvested`, sequences may join while it runs (`scheduler.add_sequence`): rows then never
+    become fewer, and what only some sequences ask for is computed only while one of them decodes.
+    `advance` may be called again after it returned False.
+
     All methods run within mesh_lib.use_mesh of the mesh that decodes.
     """
 
@@ -45,9 +51,11 @@ class Engine:
         version: int,
         counts: Counter[str],
         ended: abc.Callable[[Sequence], bool] | None,
+        harvested: abc.Callable[[list[Sequence]], None] | None = None,
     ) -> None:
         self.decoder, self.params = decoder, params
         self.version, self.counts, self.ended = version, counts, ended
+        self.harvested = harvested  # called with the sequences whose tokens have come
         self.line_sizes = get_line_sizes(options, decoder.cache)
         self.replicated = mesh_lib.make_replicated_sharding(jax.sharding.get_mesh())
         shape = decoder.cache
@@ -78,7 +86,9 @@ class Engine:
         scheduler, output = self.scheduler, None
         if not scheduler.is_done and (token_budget is None or token_budget > 0):
             self.insert_sequences()
-            output = self.start_segment(token_budget) if any(scheduler.iter_slots()) else None
+            if slots := list(scheduler.iter_slots()):
+                wanted = any(slot.sequence.wants_logprobs for slot in slots)
+                output = self.start_segment(token_budget, self.list_decoders()[0 if wanted else -1])
         self.harvest_tokens()
         if output is None:
             return False
@@ -101,22 +111,34 @@ class Engine:
         """Calls every program with nothing to do, so that none is compiled later, and between them
         `check_stop`."""
         counts_before = self.counts.copy()
-        self.state = decode.init_state(self.decoder)
+        self.state = self.pin_seen_tokens(decode.init_state(self.decoder))
         for T in self.line_sizes:
             self.prefill_line([deque() for _ in range(self.shards)], T)
             check_stop()
-        if self.decoder.sampling.presence_penalty:
+        if self.tracks_seen:
             self.mark_seen_tokens()
-        self.start_segment(None)
-        check_stop()
+        for decoder in self.list_decoders():
+            self.start_segment(None, decoder)
+            check_stop()
         if few := self.get_shrunk_shard_rows():
             self.state = decode.resize(self.state, self.to_device(np.full((self.shards, few), -1)))
             rows, self.rows = self.rows, few
-            self.start_segment(None)
+            self.start_segment(None, self.decoder)
             self.rows = rows
         self.state = None
         self.counts.clear()
         self.counts.update(counts_before)
+
+    @property
+    def tracks_seen(self) -> bool:
+        """True if the device needs to know which tokens the responses contain."""
+        return self.decoder.by_row or bool(self.decoder.sampling.presence_penalty)
+
+    def list_decoders(self) -> list[decode.Decoder]:
+        """Returns the decoder and, where sequences join, the one that leaves out the records that
+        not all of them want."""
+        few = dataclasses.replace(self.decoder, top_logprobs=0)
+        return [self.decoder, few] if self.harvested and few != self.decoder else [self.decoder]
 
     def get_row_index(self, slot: Slot) -> int:
         """Returns the slot's row among those of all shards."""
@@ -128,7 +150,7 @@ class Engine:
     def insert_sequences(self) -> None:
         """Hands out pages and rows, and reads the prompts of new slots."""
         if self.state is None:
-            self.state = decode.init_state(self.decoder)
+            self.state = self.pin_seen_tokens(decode.init_state(self.decoder))
         if parked := self.scheduler.grow_slots():
             self.counts["parked"] += len(parked)
             self.harvest_tokens()  # parked sequences need all their tokens to go on
@@ -138,7 +160,7 @@ class Engine:
             for slot in self.new_slots:
                 if slot.length:
                     self.pending_experts.append((slot.sequence, self.get_prompt_pieces(slot)))
-        if self.decoder.sampling.presence_penalty and self.new_slots:
+        if self.tracks_seen and self.new_slots:
             self.mark_seen_tokens()
         self.resize_batch()
 
@@ -163,20 +185,25 @@ class Engine:
 
     def get_shrunk_shard_rows(self) -> int:
         """Returns the rows of a shard after `resize_batch`; 0: it cannot shrink any more."""
+        if self.harvested:
+            return 0
         few = get_shrunk_rows(self.decoder.cache) // self.shards
         return few if few < self.rows else 0
 
-    def start_segment(self, token_budget: int | None) -> decode.DecodeOutput:
+    def start_segment(
+        self, token_budget: int | None, decoder: decode.Decoder
+    ) -> decode.DecodeOutput:
         """Starts a segment, which ends early when the host has something to do."""
         assert self.state is not None
         slots, size = list(self.scheduler.iter_slots()), self.shards * self.rows
         shrunk, is_waiting = self.shards * self.get_shrunk_shard_rows(), bool(self.scheduler.queue)
         bound = size - len(slots) + count_ending_rows(size, len(slots), shrunk, is_waiting)
-        steps = self.decoder.segment
+        steps = decoder.segment
         if token_budget is not None:
             steps = min(steps, -(-token_budget // len(slots)))
         row_fields_7B = np.zeros((len(decode.ROW_FIELDS), size), np.int64)
-        table_BN = np.zeros((size, self.decoder.cache.max_pages_per_row), np.int32)
+        table_BN = np.zeros((size, decoder.cache.max_pages_per_row), np.int32)
+        samplings = [Sampling()] * size
         copies_2XC = np.full((2, self.shards, self.rows), -1, np.int32)
         num_copies = [0] * self.shards
         new = {id(slot) for slot in self.new_slots}
@@ -192,19 +219,25 @@ class Engine:
                 1,
             )
             table_BN[row, : len(slot.pages)] = slot.pages
+            samplings[row] = sequence.sampling or samplings[row]
             if id(slot) in new and slot.page_copy:
                 copies_2XC[:, slot.shard, num_copies[slot.shard]] = slot.page_copy
                 num_copies[slot.shard] += 1
         self.new_slots = []
-        self.state, output = decode.decode(
-            self.decoder,
+        sampling_B5 = None
+        if decoder.by_row:
+            sampling_B5 = mesh_lib.to_global_array(pack_samplings(samplings), self.replicated)
+        state, output = decode.decode(
+            decoder,
             self.params,
             self.state,
             self.to_device([steps, min(bound, size)]),
             self.to_device(row_fields_7B.astype(np.uint32).view(np.int32)),
             self.to_device(table_BN),
             self.to_device(copies_2XC),
+            sampling_B5,
         )
+        self.state = self.pin_seen_tokens(state)
         return output
 
     def harvest_tokens(self) -> None:
@@ -227,7 +260,7 @@ class Engine:
             sequence.finish_reason = FINISH_REASONS[int(reason[row])]
             if output.experts_WBLA is not None:
                 sequence.experts.append(output.experts_WBLA[:n, row].copy())
-            if self.decoder.top_logprobs:
+            if output.top_ids_WBk is not None and sequence.wants_logprobs:
                 ids, logp = output.top_ids_WBk[:n, row], output.top_logp_WBk[:n, row]
                 pairs = zip(ids.tolist(), logp.tolist(), strict=True)
                 top = [list(zip(*pair, strict=True)) for pair in pairs]
@@ -238,6 +271,8 @@ class Engine:
                 sequence.finish_reason = "stop"
                 if slot.pages:
                     self.scheduler.release_slot(slot)
+        if self.harvested:
+            self.harvested([slot.sequence for slot, _ in slots])
 
     def mark_seen_tokens(self) -> None:
         """Tells the device which tokens the sequences of new slots have already drawn."""
@@ -253,9 +288,17 @@ class Engine:
             chunk = pairs[start : start + SEEN_TOKENS_PER_CALL]
             chunk += [(-1, 0)] * (SEEN_TOKENS_PER_CALL - len(chunk))
             cleared = self.to_device(fresh_B if start == 0 else np.zeros_like(fresh_B))
-            self.state = decode.mark_seen_tokens(
-                self.state, cleared, self.to_device(np.array(chunk).T)
-            )
+            pairs_2T = self.to_device(np.array(chunk).T)
+            state = decode.mark_seen_tokens(self.state, cleared, pairs_2T)
+            self.state = self.pin_seen_tokens(state)
+
+    def pin_seen_tokens(self, state: decode.DecodeState) -> decode.DecodeState:
+        """Returns the state with one sharding of `seen_BV`: on a single device XLA gives the same
+        one several names, and for each a program would be compiled anew."""
+        if state.seen_BV is None:
+            return state
+        rows = mesh_lib.make_row_sharding(jax.sharding.get_mesh())
+        return dataclasses.replace(state, seen_BV=jax.device_put(state.seen_BV, rows))
 
     def prefill_prompts(self, slots: list[Slot]) -> None:
         """Reads all tokens of the slots but the last into the cache, line by line."""
@@ -292,7 +335,7 @@ class Engine:
                 starts_XR[shard, prompt:] = used
                 if end < slot.length:
                     slots.appendleft((slot, end))
-        self.state, experts = decode.prefill(
+        state, experts = decode.prefill(
             self.decoder,
             self.params,
             self.state,
@@ -301,6 +344,7 @@ class Engine:
             self.to_device(length_XR.reshape(-1)),
             self.to_device(starts_XR),
         )
+        self.state = self.pin_seen_tokens(state)
         for slot, start, count in parts:
             self.slot_pieces[id(slot)].append((experts, slot.shard, start, count))
             self.counts["prompt_tokens"] += count

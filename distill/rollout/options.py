@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from distill.policy.policy import DTYPES, PARAM_DTYPES
-from distill.rollout.decode import CacheShape, get_min_rows
+from distill.rollout.decode import CacheShape
 from distill.runtime import mesh as mesh_lib
 from models.checks import Range, check_fields
 from models.config import Config
@@ -59,6 +59,12 @@ class RolloutOptions:
         if not self.cache_tokens:
             return sys.maxsize
         return self.cache_tokens // mesh_lib.count_row_shards(mesh)
+
+
+def get_min_rows(mesh: Mesh) -> int:
+    """Returns the fewest rows that decode together: one in each row shard; on GPUs two, because XLA
+    writes all terms of a single row's products to memory: 1.4 times the bytes of two rows."""
+    return mesh_lib.count_row_shards(mesh) * (2 if mesh_lib.is_on_gpu(mesh) else 1)
 
 
 def choose_cache_backend(mesh: Mesh, config: Config) -> str:

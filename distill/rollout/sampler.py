@@ -124,29 +124,44 @@ def sample(
         options, transformer.config, mesh, dtype, max(1, num_unfinished), max_length
     )
     with mesh_lib.use_mesh(mesh):
-        transformer, params = decode.prepare_weights(
-            transformer,
-            model.params,
-            mesh,
-            stacked=decode.prefers_stacked(mesh) if options.stacked is None else options.stacked,
-            gather_weights=options.gather_weights,
-            param_dtype=options.param_dtype,
-            lora_params=model.lora_params,
-        )
-        decoder = decode.Decoder(
-            transformer,
-            sampling,
-            model.stop_ids,
-            shape,
-            get_segment_steps(options, shape),
-            options.top_logprobs,
-            options.routing,
-        )
+        decoder, params = prepare_decoder(model, sampling, options, shape)
         counts = Counter() if counts is None else counts
         engine = Engine(decoder, params, waiting, options, version, counts, ended)
         if options.warm_up:
             engine.warm_up(check_stop)
     return _yield_finished(engine, waiting, token_budget, mesh, check_stop)
+
+
+def prepare_decoder(
+    model: SamplingModel,
+    sampling: Sampling,
+    options: RolloutOptions,
+    shape: decode.CacheShape,
+    by_row: bool = False,
+) -> tuple[decode.Decoder, Params]:
+    """Returns what an Engine decodes with, and the weights as it reads them. Call within
+    mesh_lib.use_mesh of the mesh that decodes."""
+    mesh = model.mesh
+    transformer, params = decode.prepare_weights(
+        model.transformer,
+        model.params,
+        mesh,
+        stacked=decode.prefers_stacked(mesh) if options.stacked is None else options.stacked,
+        gather_weights=options.gather_weights,
+        param_dtype=options.param_dtype,
+        lora_params=model.lora_params,
+    )
+    decoder = decode.Decoder(
+        transformer,
+        sampling,
+        model.stop_ids,
+        shape,
+        get_segment_steps(options, shape),
+        options.top_logprobs,
+        options.routing,
+        by_row,
+    )
+    return decoder, params
 
 
 def _yield_finished(

@@ -10,9 +10,11 @@ tokens that tie with the last one kept are kept too.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from models.checks import Range, check_fields
 from models.errors import UserError
@@ -62,6 +64,23 @@ class Sampling:
             raise UserError(f"top_k={self.top_k}: the vocabulary has {vocab_size} tokens")
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowSampling:
+    """A Sampling for each row, float32 [B] each, so that no other values need another program."""
+
+    temperature_B: jax.Array
+    top_k_B: jax.Array
+    top_p_B: jax.Array
+    min_p_B: jax.Array
+    presence_penalty_B: jax.Array
+
+
+def pack_samplings(samplings: Sequence[Sampling]) -> np.ndarray:
+    """Returns the fields of RowSampling for these rows, float32 [B, 5]."""
+    return np.array([dataclasses.astuple(sampling) for sampling in samplings], np.float32)
+
+
 def find_top_k(x_BV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """Returns the k largest values of each row and their indices, [B, k], the largest first.
 
@@ -93,13 +112,20 @@ def _compute_weights(z_BV: jax.Array, floor_B1: jax.Array) -> jax.Array:
     return jnp.exp(jnp.where(z_BV >= floor_B1, z_BV - highest_B1, -jnp.inf))
 
 
-def _find_nucleus_floor(z_BV: jax.Array, floor_B1: jax.Array, top_p: float) -> jax.Array:
+def _find_nucleus_floor(
+    z_BV: jax.Array, floor_B1: jax.Array, top_p: float | jax.Array
+) -> jax.Array:
     """Returns the floor [B, 1] of the top_p nucleus, of any size, by bisection over its 32 bits.
 
     A sort of 152k logits takes a CPU ten times as long, and a mesh would have to gather them.
     """
     weights_BV = _compute_weights(z_BV, floor_B1)
     target_B1 = top_p * jnp.sum(weights_BV, axis=-1, keepdims=True)
+    return _bisect_floor(z_BV, weights_BV, target_B1)
+
+
+def _bisect_floor(z_BV: jax.Array, weights_BV: jax.Array, target_B1: jax.Array) -> jax.Array:
+    """Returns the largest z [B, 1] that tokens of this total weight reach."""
     images_BV = _to_ordered_bits(jax.lax.bitcast_convert_type(z_BV, jnp.int32))
 
     def narrow_floor(i, low_B1):
@@ -108,7 +134,7 @@ def _find_nucleus_floor(z_BV: jax.Array, floor_B1: jax.Array, top_p: float) -> j
         enough_B1 = jnp.sum(above_BV, axis=-1, keepdims=True) >= target_B1
         return jnp.where(enough_B1, trial_B1, low_B1)
 
-    low_B1 = jnp.full(floor_B1.shape, jnp.iinfo(jnp.int32).min)
+    low_B1 = jnp.full(target_B1.shape, jnp.iinfo(jnp.int32).min)
     low_B1 = jax.lax.fori_loop(0, 32, narrow_floor, low_B1)
     return jax.lax.bitcast_convert_type(_to_ordered_bits(low_B1), jnp.float32)
 
@@ -138,6 +164,54 @@ def _find_floor(z_BV: jax.Array, sampling: Sampling) -> jax.Array:
     if sampling.min_p > 0:
         floor_B1 = jnp.maximum(floor_B1, highest_B1 + math.log(sampling.min_p))
     return floor_B1
+
+
+def _find_row_floors(z_BV: jax.Array, sampling: RowSampling) -> jax.Array:
+    """Returns the floors [B, 1] that `_find_floor` finds for each row's own sampling."""
+    k_B1, top_p_B1 = sampling.top_k_B[:, None], sampling.top_p_B[:, None]
+    highest_B1 = jnp.max(z_BV, axis=-1, keepdims=True)
+    top_Bk, _ = find_top_k(z_BV, min(NUCLEUS_CANDIDATES, z_BV.shape[-1]))
+    num_found = top_Bk.shape[-1]
+    among_Bk = jnp.arange(num_found)[None] < k_B1
+    near_B1 = jnp.min(jnp.where(among_Bk, top_Bk, jnp.inf), axis=-1, keepdims=True)
+    near_B1 = jnp.where(k_B1 > 0, near_B1, -jnp.inf)
+    is_deep_B1 = k_B1 > num_found
+    floor_B1 = jax.lax.cond(
+        jnp.any(is_deep_B1),
+        lambda: jnp.where(is_deep_B1, _bisect_floor(z_BV, jnp.ones_like(z_BV), k_B1), near_B1),
+        lambda: near_B1,
+    )
+    target_B1 = top_p_B1 * jnp.sum(_compute_weights(z_BV, floor_B1), axis=-1, keepdims=True)
+    # `where` again inside exp. Ties with the last of the top k may lie beyond it, as in the target.
+    weights_Bk = jnp.exp(jnp.where(top_Bk >= floor_B1, top_Bk - highest_B1, -jnp.inf))
+    reached_Bk = jnp.cumsum(weights_Bk, axis=-1) >= target_B1
+    near_B1 = jnp.max(jnp.where(reached_Bk, top_Bk, -jnp.inf), axis=-1, keepdims=True)
+    is_near_B1 = reached_Bk[:, -1:] | jnp.isnan(target_B1) | (top_p_B1 >= 1)
+    nucleus_B1 = jax.lax.cond(
+        jnp.all(is_near_B1),
+        lambda: near_B1,
+        lambda: jnp.where(is_near_B1, near_B1, _find_nucleus_floor(z_BV, floor_B1, top_p_B1)),
+    )
+    floor_B1 = jnp.where(top_p_B1 < 1, jnp.maximum(floor_B1, nucleus_B1), floor_B1)
+    return jnp.maximum(floor_B1, highest_B1 + jnp.log(sampling.min_p_B)[:, None])
+
+
+def _draw_by_row(
+    z_BV: jax.Array, logits_BV: jax.Array, keys_B: jax.Array, sampling: RowSampling
+) -> tuple[jax.Array, jax.Array]:
+    """Draws as `draw_tokens` does with each row's own sampling; z_BV: logits after penalties."""
+    is_greedy_B = sampling.temperature_B == 0
+    z_BV = z_BV / jnp.where(is_greedy_B, 1, sampling.temperature_B)[:, None]
+    is_cut_B = (sampling.top_k_B > 0) | (sampling.top_p_B < 1) | (sampling.min_p_B > 0)
+    floor_B1 = jax.lax.cond(
+        jnp.any(is_cut_B & ~is_greedy_B),
+        lambda: _find_row_floors(z_BV, sampling),
+        lambda: jnp.full_like(z_BV[:, :1], -jnp.inf),
+    )
+    greedy_B = _draw_greedy(z_BV)
+    drawn_B, logp_B = _draw_gumbel(jnp.where(z_BV >= floor_B1, z_BV, -jnp.inf), keys_B)
+    model_logp_B = compute_model_logp(logits_BV, greedy_B)
+    return jnp.where(is_greedy_B, greedy_B, drawn_B), jnp.where(is_greedy_B, model_logp_B, logp_B)
 
 
 def truncate_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
@@ -200,7 +274,7 @@ def _draw_greedy(z_BV: jax.Array) -> jax.Array:
 def draw_tokens(
     logits_BV: jax.Array,
     keys_B: jax.Array,
-    sampling: Sampling,
+    sampling: Sampling | RowSampling,
     seen_BV: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Draws one token for each row, with its log-probability under the distribution drawn from.
@@ -211,6 +285,7 @@ def draw_tokens(
     Args:
       logits_BV: float32.
       keys_B: a random key for each row.
+      sampling: one for all rows, or one for each.
       seen_BV: bool, the tokens of each response so far; needed for a presence penalty.
 
     Returns:
@@ -218,6 +293,11 @@ def draw_tokens(
       (NaN among them, or an infinite maximum) gets token -1 and NaN; other rows are unaffected.
     """
     z_BV = logits_BV
+    if isinstance(sampling, RowSampling):
+        assert seen_BV is not None
+        z_BV = z_BV - sampling.presence_penalty_B[:, None] * seen_BV
+        tokens_B, logp_B = _draw_by_row(z_BV, logits_BV, keys_B, sampling)
+        return _mark_unsound(logits_BV, tokens_B, logp_B)
     if sampling.presence_penalty:
         assert seen_BV is not None
         z_BV = z_BV - sampling.presence_penalty * seen_BV
@@ -226,6 +306,13 @@ def draw_tokens(
         logp_B = compute_model_logp(logits_BV, tokens_B)
     else:
         tokens_B, logp_B = _draw_gumbel(truncate_logits(z_BV, sampling), keys_B)
+    return _mark_unsound(logits_BV, tokens_B, logp_B)
+
+
+def _mark_unsound(
+    logits_BV: jax.Array, tokens_B: jax.Array, logp_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Replaces the draws of rows whose logits are no distribution, as `draw_tokens` says."""
     # The maximum alone does not show it: XLA's on CPU may skip a NaN.
     highest_B, any_nan_B = jnp.max(logits_BV, axis=-1), jnp.any(jnp.isnan(logits_BV), axis=-1)
     sound_B = jnp.isfinite(highest_B) & ~any_nan_B

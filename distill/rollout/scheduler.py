@@ -8,6 +8,7 @@ tokens are read again later.
 """
 
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
 
@@ -59,12 +60,21 @@ class Scheduler:
         segment: int,
         pinned: bool = False,
     ) -> None:
-        self.queue = deque((i, s) for i, s in enumerate(sequences) if not s.finish_reason)
+        self.queue: deque[tuple[int, Sequence]] = deque()
+        self._numbers = itertools.count()
+        for sequence in sequences:
+            self.add_sequence(sequence)
         self.page_size, self.segment, self.pinned = page_size, segment, pinned
         self.slots: list[list[Slot | None]] = [[None] * rows for _ in range(shards)]
         self.free_pages = [list(range(pages))[::-1] for _ in range(shards)]
         self.page_refs = [[0] * pages for _ in range(shards)]
         self._prefix: list[_SharedPrefix | None] = [None] * shards
+
+    def add_sequence(self, sequence: Sequence) -> None:
+        """Puts a sequence at the end of the queue, unless it has ended."""
+        number = next(self._numbers)
+        if not sequence.finish_reason:
+            self.queue.append((number, sequence))
 
     @property
     def is_done(self) -> bool:

@@ -4,6 +4,8 @@ import dataclasses
 
 import numpy as np
 
+from distill.rollout.sampling import Sampling
+
 _EXTENDED_FIELDS = ("tokens", "logprobs", "versions", "experts")  # by sampling, in place
 
 
@@ -23,6 +25,8 @@ class Sequence:
     source_id: int = 0  # index of its source in a mixture
     thinking: bool = True  # the mode of its prompt
     difficulty: float | None = None
+    sampling: Sampling | None = None  # its own, where the decoder samples by row
+    wants_logprobs: bool = True  # the optional records, where the decoder makes them
     tokens: list[int] = dataclasses.field(default_factory=list)  # the stop token included
     logprobs: list[float] = dataclasses.field(default_factory=list)
     versions: list[int] = dataclasses.field(default_factory=list)  # of the weights, for each token

@@ -188,7 +188,7 @@ def test_at_least_two_rows_decode_on_gpus(plain, monkeypatch: pytest.MonkeyPatch
     """A single sequence decodes beside an empty row."""
     mesh, _ = weights(0, (1, 2, 4))
     gpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]), shape=mesh.shape)
-    assert (decode.get_min_rows(mesh), decode.get_min_rows(gpu)) == (2, 4)  # pyright: ignore
+    assert (options_lib.get_min_rows(mesh), options_lib.get_min_rows(gpu)) == (2, 4)  # pyright: ignore
     assert not decode.prefers_stacked(mesh) and not decode.prefers_stacked(gpu)  # pyright: ignore
     monkeypatch.setattr(
         options_lib, "get_min_rows", lambda mesh: 2 * mesh_lib.count_row_shards(mesh)

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server over this project's own model and sampler."""
