@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from etils import epath
-from transformers import PreTrainedTokenizerBase
 
 from distill.data import chat
 from distill.policy import hub
@@ -77,12 +76,6 @@ def _hash_samples(file: BinaryIO) -> str:
 def describe_tokenizer(directory: str | Path) -> dict[str, Part]:
     """Describes the files of a tokenizer and its chat template, by name."""
     return dict(_describe_files(Path(directory), chat.TOKENIZER_FILES))
-
-
-def hash_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns a hash of a tokenizer's tokens with their ids, 16 hexadecimal digits."""
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
 def describe_model(path: str, step: int | None = None, weights: bool = True) -> dict[str, Part]:

@@ -221,11 +221,6 @@ def make_row_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
-def make_head_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of an output head [V, E], which splits the vocabulary."""
-    return NamedSharding(mesh, PartitionSpec(VOCABULARY_AXES, None))
-
-
 def list_local_rows(mesh: Mesh, count: int, devices: Iterable[Any] | None = None) -> list[int]:
     """Returns, in order, the rows of a batch of `count` on these devices; by default on those of
     this process."""

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from distill.objectives.loss import Loss
@@ -118,7 +118,7 @@ def open_scorer(t: ConfigDict, key: str, loss: Loss, student: Policy, asks_probe
             return stored.StoredScorer(t.path, loss.teacher_output, top_k)
     scorer = remote.RemoteScorer(t, key, loss.teacher_output, top_k, student.config.vocab_size)
     if asks_probe:
-        scorer.check(student.tokenizer)
+        scorer.check(student)
     return scorer
 
 
@@ -162,7 +162,9 @@ def make_abstract_head(teacher: ExternalTeacher, mesh: Mesh) -> Any:
     assert teacher.hidden_form
     E, dtype = teacher.hidden_form
     shape = (teacher.info.vocab_size, E)
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh_lib.make_head_sharding(mesh))
+    # As models/transformer.py splits an embedding, by its vocabulary.
+    sharding = NamedSharding(mesh, PartitionSpec(mesh_lib.VOCABULARY_AXES, None))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 def place_head(teacher: ExternalTeacher) -> ExternalTeacher:

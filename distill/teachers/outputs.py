@@ -92,7 +92,7 @@ class ScorerInfo:
     hidden_size: int = 0  # of "hidden"
     hidden_dtype: str = "bfloat16"  # of "hidden"
     model_hash: str = ""  # of its files (policy.identity); "": not known
-    tokenizer_hash: str = ""  # policy.identity.hash_vocabulary of its tokenizer
+    tokenizer_hash: str = ""  # policy.identity.hash_parts of its tokenizer's files
     head_hash: str = ""
 
 

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from distill.policy import identity
+from distill.policy.policy import Policy
 from distill.runtime import addresses, paths, run_files
 from distill.runtime.http_client import BadReply, Client, ClientOptions, Reply
 from distill.teachers import endpoints, wire
@@ -86,6 +87,11 @@ class RemoteScorer:
                     f"{url} {_describe_model(info)}"
                 )
         self._info = infos[0]
+        if self._info.top_k and top_k > self._info.top_k:
+            raise UserError(
+                f"{key}.path: {self._client.urls[0]} gives the {self._info.top_k} likeliest tokens "
+                f"at most, but loss.teacher_topk is {top_k}; lower it, or serve with more"
+            )
         self._question = Question(output, top_k, self._info)
         self._probe: Item = make_probe(None, vocab_size)
         self._probe_output: ResponseOutput | None = None
@@ -125,17 +131,17 @@ class RemoteScorer:
         except UserError as error:
             raise UserError(f"{self._key}.path: {error}") from None
 
-    def check(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def check(self, student: Policy) -> None:
         """Asks each server for a probe, twice, and prints how far apart the answers are.
 
         Raises:
           UserError: if a server does not answer, answers what cannot be right, or reads a text as
-            other tokens than `tokenizer` does.
+            other tokens than the student does.
         """
-        self._probe = make_probe(tokenizer, self._info.vocab_size)
+        self._probe = make_probe(student.tokenizer, self._info.vocab_size)
         outputs = []
         for url in self._client.urls:
-            self._check_tokenizer(url, tokenizer)
+            self._check_tokenizer(url, student)
             for _ in range(2):
                 outputs.append(self._name_key(functools.partial(self._ask_probe, url)))
         self._probe_output = outputs[0]
@@ -158,10 +164,13 @@ class RemoteScorer:
         (output,) = self._client.post(self._endpoint.path, body, read, url=url)
         return output
 
-    def _check_tokenizer(self, url: str, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Compares the hash of the vocabulary or, without one, the tokens of a text."""
-        own_hash = tokenizer and identity.hash_vocabulary(tokenizer)
-        if tokenizer is None or own_hash == self._info.tokenizer_hash:
+    def _check_tokenizer(self, url: str, student: Policy) -> None:
+        """Compares the tokenizers' files by hash or, if these are not the same, a text's tokens."""
+        tokenizer = student.tokenizer
+        if tokenizer is None:
+            return
+        parts = identity.describe_tokenizer(student.tokenizer_dir)
+        if identity.hash_parts(parts) == self._info.tokenizer_hash:
             return
         path, body, read = self._endpoint.make_tokenizing(self._info, PROBE_TEXT)
         ids = self._name_key(lambda: self._client.post(path, body, read, url=url))
