@@ -141,14 +141,14 @@ def setup_run(
         for name, end in zip(c.stages, end_steps, strict=True)
         if end > steps_done or not steps_done  # then no count of steps has been checked
     ]
-    reference, teachers = None, {}
-    for name in remaining:
-        outside = external.list_external(c, teacher_names[name])
-        for teacher in teacher_names[name]:
-            if teacher not in outside and teacher not in teachers:
-                teachers[teacher] = local.describe_teacher(
-                    c, teacher, student, teacher_mesh, packed
-                )
+    names = [teacher for name in remaining for teacher in teacher_names[name]]
+    outside = external.list_external(c, names)
+    teachers = {
+        name: local.describe_teacher(c, name, student, teacher_mesh, packed)
+        for name in dict.fromkeys(names)
+        if name not in outside
+    }
+    reference = None
     if any(objectives[name].reference for name in remaining):
         if m.random_init:
             raise UserError("config.student.random_init: nothing keeps a random reference")
@@ -157,15 +157,9 @@ def setup_run(
         )
     stage_setups, first_step = [], 0
     for name in c.stages:
+        own_teachers = {teacher: teachers.get(teacher) for teacher in teacher_names[name]}
         stage = _setup_stage(
-            c,
-            name,
-            first_step,
-            student,
-            {teacher: teachers.get(teacher) for teacher in teacher_names[name]},
-            mesh,
-            teacher_mesh,
-            name not in remaining,
+            c, name, first_step, student, own_teachers, mesh, teacher_mesh, name not in remaining
         )
         stage_setups.append(stage)
         first_step = stage.end_step
