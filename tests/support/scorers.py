@@ -47,7 +47,7 @@ class LocalScorer:
             context_length=LENGTH,
             hidden_size=config.hidden_size,
             hidden_dtype="float32",
-            model_hash="0123",
+            model_hash=f"hash of {self.policy.path}",
         )
 
     @property
