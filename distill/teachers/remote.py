@@ -169,8 +169,8 @@ class RemoteScorer:
             if not self._question.top_k:
                 raise
             raise UserError(
-                f"{error}; loss.teacher_topk={self._question.top_k} must be no more than the server "
-                "gives (vllm serve --max-logprobs)"
+                f"{error}; loss.teacher_topk={self._question.top_k} must be no more than the "
+                "server gives (vllm serve --max-logprobs)"
             ) from None
         return output
 

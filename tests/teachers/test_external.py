@@ -85,7 +85,7 @@ def test_a_run_equals_that_with_the_teacher_here(output, models, scorer, tmp_pat
 
 TEXT = "Say what you think."
 VARIANTS = {
-    "context": {"opd.context.text": TEXT},
+    "context": {"opd.context.text": TEXT, "opd.context.max_tokens": 40},
     "traces": {"opd.objective": "distill", "opd.samples": 1},
     "packed traces": {"opd.objective": "distill", "opd.samples": 1, "opd.pack_tokens": 100},
     "a mixture": {"opd.objective": "gkd"},
