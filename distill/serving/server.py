@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import dataclasses
-import hashlib
 import ipaddress
 import socket
 import tempfile
@@ -24,6 +23,7 @@ from distill.serving.formats import TokenNames
 from distill.serving.guard import Guard, Metrics
 from distill.serving.requests import ServedModel
 from distill.serving.worker import Worker
+from distill.teachers import wire
 from models.errors import UserError
 
 CLOSE_SECONDS = 5.0  # for replies that are on their way when the server stops
@@ -155,7 +155,7 @@ def open_server(
         served = ServedModel(
             name=options.name or subject.path,
             subject=subject,
-            dtype=param_dtype,
+            param_dtype=param_dtype,
             max_length=max_length,
             max_logprobs=rollout.top_logprobs,
             max_top_k=min(options.max_top_k, vocab_size),
@@ -163,7 +163,7 @@ def open_server(
             tokenizer_hash=identity.hash_parts(identity.describe_tokenizer(subject.tokenizer_dir))
             if subject.tokenizer
             else "",
-            head_hash=hashlib.sha256(worker.head_VE.tobytes()).hexdigest(),
+            head_hash=wire.hash_head(worker.head_VE),
             step=worker.step,
         )
         metrics, names = Metrics(worker), TokenNames(subject.tokenizer)
