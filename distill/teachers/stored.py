@@ -15,7 +15,13 @@ from etils import epath
 from distill.data import chat, retry
 from distill.policy.policy import Policy
 from distill.teachers import stored_files
-from distill.teachers.outputs import OUTPUT_FIELDS, ResponseOutput, ScorerInfo, check_output
+from distill.teachers.outputs import (
+    OUTPUT_FIELDS,
+    InvalidOutput,
+    ResponseOutput,
+    ScorerInfo,
+    check_output,
+)
 from distill.teachers.stored_files import Manifest
 from models.errors import UserError
 
@@ -66,9 +72,14 @@ class StoredScorer:
         self.head_VE: np.ndarray | None = None
         if output == "hidden":
             self.head_VE = stored_files.read_head(self._directory, self._manifest)
-        self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS, "stored")
         read_index = functools.partial(stored_files.read_index, self._directory)
-        self._shards = list(self._pool.map(read_index, self._manifest.shards))
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            self._shards = list(pool.map(read_index, self._manifest.shards))
+        for shard in self._shards:
+            if not set(self._fields) <= shard.fields.keys():
+                path = self._directory / shard.file
+                raise UserError(f"{path}: holds {' '.join(shard.fields)}, not {output}")
+        self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS, "stored")
         # key -> (shard, number of the response in it)
         self._places = {
             key: (number, row)
@@ -111,11 +122,14 @@ class StoredScorer:
         def read(row: int) -> ResponseOutput:
             return shard.read_output(self._directory, row, self._fields)
 
-        output = retry.retry_reads(read, str(self._directory / shard.file))(row)
+        path = self._directory / shard.file
         sizes = {"hidden_size": self.info.hidden_size} if "hidden" in self._fields else {}
-        check_output(
-            output, int(shard.lengths_R[row]), self.info.vocab_size, top_k=self._top_k, **sizes
-        )
+        try:
+            output = retry.retry_reads(read, str(path))(row)
+            count, vocab_size = int(shard.lengths_R[row]), self.info.vocab_size
+            check_output(output, count, vocab_size, top_k=self._top_k, **sizes)
+        except InvalidOutput as error:
+            raise UserError(f"{path}: its response {row} {error}") from None
         if limit is None:
             return output
         fields = output.get_fields().items()

@@ -15,6 +15,7 @@ every byte to be as written without reading a whole shard for one response.
 import dataclasses
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any, BinaryIO, TypeVar
@@ -99,8 +100,9 @@ class ShardIndex:
         with path.open("rb") as file:
             for name in names:
                 place, dtype, width = self.fields[name]
-                data = _read_at(file, place + start * width * dtype.itemsize, n, width, dtype)
-                if zlib.crc32(data) != self.checksums[name][number]:
+                data = _read_at(file, place + start * width * dtype.itemsize, n * width, dtype)
+                is_whole = len(data) == n * width * dtype.itemsize
+                if not is_whole or zlib.crc32(data) != self.checksums[name][number]:
                     raise UserError(
                         f"{path}: {name} of its response {number} was altered since it was "
                         f"written, or cut short; delete it, and {_REMEDY}"
@@ -113,9 +115,9 @@ class ShardIndex:
 _REMEDY = "the same call of score writes it again"
 
 
-def _read_at(file: BinaryIO, place: int, n: int, width: int, dtype: np.dtype) -> bytes:
+def _read_at(file: BinaryIO, place: int, count: int, dtype: np.dtype) -> bytes:
     file.seek(place)
-    return file.read(n * width * dtype.itemsize)
+    return file.read(count * dtype.itemsize)
 
 
 def is_stored(path: str) -> bool:
@@ -189,36 +191,72 @@ def read_index(directory: epath.Path, shard: Shard) -> ShardIndex:
         raise UserError(f"{path}: has {size:,} bytes, {shard.bytes:,} were written; {_REMEDY}")
     try:
         with path.open("rb") as file:
-            start = file.read(8)
-            start += file.read(min(int.from_bytes(start, "little"), _MAX_HEADER))
-            header, begin = _parse_header(start, size)
-            digest, tensors = hashlib.sha256(start), {}
-            for name in _INDEX_TENSORS:
-                first, last = header[name]["data_offsets"]
-                file.seek(begin + first)
-                data = file.read(last - first)
-                digest.update(data)
-                tensors[name] = np.frombuffer(data, np.int32).reshape(header[name]["shape"])
-    except (ValueError, LookupError, TypeError, RecursionError):
-        digest = hashlib.sha256()
-    if digest.hexdigest() != shard.index_sha256:
+            index, digest = parse_index(file, size, shard.file)
+    except InvalidOutput:
+        index, digest = None, ""
+    if index is None or digest != shard.index_sha256 or len(index.keys) != shard.responses:
         raise UserError(f"{path}: its index was altered since it was written; {_REMEDY}")
-    lengths = tensors[wire.LENGTHS]
-    names = header["__metadata__"]["fields"].split()
-    ends = np.cumsum(lengths, dtype=np.int64)
-    fields = {}
-    for name in names:
-        shape = header[name]["shape"]
-        dtype = np.dtype(wire.DTYPES[header[name]["dtype"]])
-        place = begin + header[name]["data_offsets"][0]
-        fields[name] = place, dtype, shape[1] if len(shape) > 1 else 1
-    key_data = tensors[KEYS].tobytes()
+    return index
+
+
+def parse_index(file: BinaryIO, size: int, name: str) -> tuple[ShardIndex, str]:
+    """Returns the index of a shard of `size` bytes, and the index's SHA-256.
+
+    Raises:
+      InvalidOutput: if it is none.
+    """
+    try:
+        start = file.read(8)
+        start += file.read(min(int.from_bytes(start, "little"), _MAX_HEADER))
+        header, begin = _parse_header(start, size)
+        metadata, spans = header.pop("__metadata__"), {}
+        for tensor, about in header.items():
+            dtype, shape = np.dtype(wire.DTYPES[about["dtype"]]), tuple(about["shape"])
+            first, last = about["data_offsets"]
+            if not all(type(x) is int and x >= 0 for x in (first, last, *shape)):
+                raise ValueError(f"{tensor} is at {first}:{last}")
+            if last > size - begin or last - first != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{tensor} is not within the file")
+            spans[tensor] = begin + first, dtype, shape
+        digest, tables = hashlib.sha256(start), {}
+        for tensor in _INDEX_TENSORS:
+            place, dtype, shape = spans[tensor]
+            data = _read_at(file, place, math.prod(shape), dtype)
+            digest.update(data)
+            tables[tensor] = np.frombuffer(data, dtype).reshape(shape)
+        index = _make_index(name, tables, spans, metadata["fields"].split())
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise InvalidOutput(f"no index of a shard ({error!r})") from None
+    return index, digest.hexdigest()
+
+
+def _make_index(
+    file: str, tables: dict[str, np.ndarray], spans: dict[str, tuple], names: list[str]
+) -> ShardIndex:
+    """Makes an index of its tensors, and of (place, dtype, shape) of all. Raises ValueError if they
+    contradict each other."""
+    lengths, checksums = tables[wire.LENGTHS], tables[CHECKSUMS]
+    R, ends = len(lengths), np.cumsum(lengths, dtype=np.int64)
+    is_sound = (
+        set(names) <= FIELD_DTYPES.keys()
+        and all(table.dtype == np.int32 for table in tables.values())
+        and lengths.ndim == 1
+        and bool((lengths >= 0).all())
+        and tables[KEYS].shape == (R, KEY_BYTES // 4)
+        and checksums.shape == (R, len(names))
+        and all(spans[name][2][0] == ends[-1] for name in names)
+        and all(len(spans[name][2]) == (1 if name == "logp" else 2) for name in names)
+    )
+    if not is_sound:
+        raise ValueError("its tensors contradict each other")
+    keys = tables[KEYS].tobytes()
+    fields = {name: (*spans[name][:2], math.prod(spans[name][2][1:])) for name in names}
     return ShardIndex(
-        shard.file,
-        [key_data[i : i + KEY_BYTES] for i in range(0, len(key_data), KEY_BYTES)],
+        file,
+        [keys[i : i + KEY_BYTES] for i in range(0, len(keys), KEY_BYTES)],
         lengths,
         ends - lengths,
-        dict(zip(names, tensors[CHECKSUMS].view(np.uint32).T, strict=True)),
+        dict(zip(names, checksums.view(np.uint32).T, strict=True)),
         fields,
     )
 

@@ -25,6 +25,8 @@ from distill.evaluation import comparison, problems, records, rejection, statist
 from distill.policy import hub, identity
 from distill.rewards import graders
 from distill.runtime import run_files
+from distill.teachers import stored, stored_files, wire
+from distill.teachers.outputs import ResponseOutput
 from models import adapter, families, tensor_files, weights
 from models.errors import UserError
 from tests.support import fuzzing, templates, verbs
@@ -601,6 +603,36 @@ def read_run(contents: tuple[bytes, bytes, bytes], directory: Path) -> None:
     list(resume.find_changes(inputs, _INPUTS["inputs"]))
 
 
+_SETTINGS = {
+    **dict.fromkeys(("model", "model_hash", "rows", "rows_hash", "dtype", "param_dtype"), "x"),
+    **dict.fromkeys(("top_k", "hidden_size", "responses", "tokens"), 2),
+    **{"step": -1, "output": "top", "vocab_size": 9},
+}
+_SHARD = {"file": "shard-00000.safetensors", "bytes": 9, "responses": 2, "tokens": 3}
+_SCORES = {"format": 1, **_SETTINGS, "head_hash": "", "shards": [{**_SHARD, "index_sha256": "x"}]}
+
+
+@functools.cache
+def _get_shard() -> bytes:
+    """Returns a shard of two responses."""
+    tops = [np.arange(2 * n, dtype=np.int32).reshape(n, 2) for n in (1, 2)]
+    scores = [ResponseOutput(top_ids=x, top_logp=-1.0 - x.astype(np.float32)) for x in tops]
+    tables = {name: np.zeros((2, n), np.int32) for name, n in (("keys", 4), ("checksums", 2))}
+    return wire.encode_outputs(scores, {"fields": "top_ids top_logp"}, tables)
+
+
+def read_scores(contents: tuple[bytes, bytes], directory: Path) -> None:
+    data, path = contents[0], write(directory, "scores.json", contents[1])
+    with contextlib.suppress(UserError):
+        wire.decode_outputs(data, 9, top_k=2)
+    with contextlib.suppress(UserError):
+        wire.decode_head(data, 9, 2, "x")
+    with contextlib.suppress(UserError):
+        index, _ = stored_files.parse_index(io.BytesIO(data), len(data), "scores.json")
+        index.read_output(epath.Path(directory), 0, index.fields)
+    stored.StoredScorer(str(path.parent), "top")
+
+
 PARSERS = {
     "rows": Parser(as_lines(anything), read_rows, 10),
     "rows of JSON": Parser(
@@ -637,6 +669,12 @@ PARSERS = {
     "problems": Parser(as_lines(problem_rows | instructions), read_problems),
     "flags": Parser(command_lines, parse_flags, 10),
     "run": Parser(run_contents, read_run),
+    "scores": Parser(
+        st.tuples(
+            st.deferred(lambda: fuzzing.mutate_bytes(_get_shard())), as_files(mutate(_SCORES))
+        ),
+        read_scores,
+    ),
 }
 
 
