@@ -144,7 +144,7 @@ def test_malformed_requests_are_refused(running: RunningServer, count: int) -> N
                 deadline=None,
                 database=None,
                 phases=[Phase.generate],
-                suppress_health_check=list(HealthCheck),
+                suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType]
             )
             @given(case=strategy)
             def send(case: schemathesis.Case, route: str) -> None:
