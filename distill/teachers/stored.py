@@ -7,7 +7,9 @@ in any order, from any file, and several times.
 import concurrent.futures
 import dataclasses
 import functools
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from etils import epath
@@ -153,6 +155,12 @@ def check_tokenizer(directory: str, student: Policy) -> None:
     folder = epath.Path(directory) / stored_files.TOKENIZER_DIR
     if student.tokenizer is None or not folder.is_dir():
         return
-    chat.require_same_tokenizer(
-        student.tokenizer, chat.load_tokenizer(str(folder)), (student.path, str(folder))
-    )
+    with tempfile.TemporaryDirectory() as copy:  # the library reads no buckets
+        for name in chat.TOKENIZER_FILES:
+            if (folder / name).is_file():
+                (Path(copy) / name).write_bytes((folder / name).read_bytes())
+        try:
+            tokenizer = chat.load_tokenizer(copy)
+        except UserError as error:
+            raise UserError(str(error).replace(copy, str(folder))) from None
+    chat.require_same_tokenizer(student.tokenizer, tokenizer, (student.path, str(folder)))
