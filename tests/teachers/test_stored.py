@@ -99,7 +99,7 @@ def test_outputs_are_read_as_they_were_written(output, tmp_path):
 
 def test_documented_sizes():
     """The bytes of a token, and of 100,000 responses of 4,000 tokens, that docs/teachers.md has."""
-    settings = {
+    settings: dict[str, Any] = {
         field.name: "" if field.type is str else 0 for field in dataclasses.fields(Settings)
     }
     for size, hidden_bytes, terabytes, head_gigabytes in (
