@@ -5,11 +5,16 @@ it stopped, if weights, tokenizer, problems and settings are the same. Then writ
 with accuracy, its 95% interval, other statistics and all settings, and prints the main ones.
 --protocol names a set of sampling settings, which the sampling flags override. With --responses,
 grades responses from a file and needs no model. `compare` compares several OUTs.
+
+DIR may also be the address of an OpenAI-compatible server, such as vLLM, SGLang or `python -m
+distill.serve`: http://HOST:PORT, or several of equal servers, separated by commas. It renders the
+chat template itself, unless --tokenizer names the model's tokenizer. --batch_size requests are in
+flight, and summary.json records server and model.
 """
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from etils import epath
@@ -18,8 +23,15 @@ from distill.evaluation import protocols, tasks
 from distill.runtime import cli, console, paths
 from models.errors import UserError
 
+if TYPE_CHECKING:
+    from distill.evaluation.problems import Problems
+
 OPTIONS = flags.FlagValues()
-MODEL, DTYPE = cli.define_model_flags(OPTIONS, required=False)
+MODEL, DTYPE = cli.define_model_flags(
+    OPTIONS,
+    required=False,
+    about="Model directory, hub id, run directory, or http://HOST:PORT of a server.",
+)
 BENCHMARK = flags.DEFINE_string(
     "benchmark", None, f"One of {', '.join(tasks.BENCHMARKS)}.", OPTIONS, required=True
 )
@@ -51,12 +63,18 @@ RESPONSES = flags.DEFINE_string(
     "responses", "", "jsonl of stored responses to grade instead of a model's.", OPTIONS
 )
 TEACHER = flags.DEFINE_string("teacher", "", "Model to measure the reverse KL to.", OPTIONS)
+cli.define_server_flags(OPTIONS)
 cli.define_process_flags(OPTIONS)
 
 
 def main() -> None:
-    from distill.runtime import distributed, xla
+    from distill.runtime import addresses, distributed, xla
 
+    is_server = addresses.is_url(MODEL.value)
+    cli.check_server_flags(OPTIONS, is_server, "dtype", "teacher", "responses")
+    if is_server:
+        run_evaluation()
+        return
     with distributed.join_processes(OPTIONS):
         xla.init_compilation_cache()
         run_evaluation()
@@ -84,18 +102,31 @@ def run_evaluation() -> None:
     if not MODEL.value:
         raise UserError("--model: name a model directory, or give --responses")
     with own_output(out):
-        summary = evaluator.evaluate_model(
-            MODEL.value,
-            rows,
-            spec,
-            out,
-            dtype=DTYPE.value,
-            teacher=TEACHER.value,
-            fits=OPTIONS["max_new_tokens"].value is None,
-        )
+        summary = _evaluate_model(rows, spec, out)
     if LIMIT.value and run_files.is_primary():
         print(records.render_transcripts(rows, out / records.EXAMPLES_FILE))
     print_results(summary)
+
+
+def _evaluate_model(rows: "Problems", spec: protocols.EvalSpec, out: epath.Path) -> dict[str, Any]:
+    from distill.evaluation import evaluator, served_evaluation
+    from distill.rollout import served_model
+    from distill.runtime import addresses
+
+    if addresses.is_url(MODEL.value):
+        with served_model.open_served_model(
+            MODEL.value, spec.sample.batch_size, **cli.read_server_flags(OPTIONS)
+        ) as model:
+            return served_evaluation.evaluate_served(model, rows, spec, out)
+    return evaluator.evaluate_model(
+        MODEL.value,
+        rows,
+        spec,
+        out,
+        dtype=DTYPE.value,
+        teacher=TEACHER.value,
+        fits=OPTIONS["max_new_tokens"].value is None,
+    )
 
 
 def print_results(summary: dict[str, Any]) -> None:
@@ -103,7 +134,7 @@ def print_results(summary: dict[str, Any]) -> None:
     beside this one, or else to evaluate the model that a run began from."""
     from distill.evaluation import comparison
     from distill.policy import hub
-    from distill.runtime import run_files
+    from distill.runtime import addresses, run_files
 
     if not run_files.is_primary():
         return
@@ -113,7 +144,7 @@ def print_results(summary: dict[str, Any]) -> None:
     others = comparison.find_others(OUT.value, summary)
     if others:
         command = console.format_command("compare", runs=f"{others[0]},{OUT.value}")
-    elif base := hub.find_initial_model(MODEL.value):
+    elif base := "" if addresses.is_url(MODEL.value) else hub.find_initial_model(MODEL.value):
         given = {name: OPTIONS[name].value for name in OPTIONS if OPTIONS[name].present}
         given = {name: ",".join(x) if isinstance(x, list) else x for name, x in given.items()}
         changed = {"model": base, "out": f"{OUT.value.rstrip('/')}_before"}

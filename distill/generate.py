@@ -18,12 +18,21 @@ samples; the other rows are written, and the exit code is 2. Rows are written to
 finish; the same command resumes after the last one, if rows, settings and the model's files are
 the same. Without --max_new_tokens a response may have 1024 tokens, or what the model's positions
 leave after its prompt.
+
+MODEL may also be the address of an OpenAI-compatible server, such as vLLM, SGLang or `python -m
+distill.serve`: http://HOST:PORT, or several of equal servers, separated by commas. It renders the
+chat template itself, unless --tokenizer names the model's tokenizer. --batch_size requests are in
+flight. What may pass is tried again: a broken connection, a time-out, status 429 or 5xx. The same
+command resumes if server, model, rows and settings are the same. `tokens` and `prompt_tokens` are
+null where the server gives no ids (vLLM and `serve` do), and `logprobs` unless the temperature is 0
+or 1 and nothing is cut off or penalised: elsewhere servers mean different things by them.
 """
 
 import dataclasses
 from typing import TYPE_CHECKING
 
 from absl import flags
+from etils import epath
 
 from distill.runtime import cli, console, paths
 from models.errors import UserError
@@ -34,7 +43,9 @@ if TYPE_CHECKING:
     from distill.rollout.completions import SampleSpec
 
 OPTIONS = flags.FlagValues()
-MODEL, DTYPE = cli.define_model_flags(OPTIONS)
+MODEL, DTYPE = cli.define_model_flags(
+    OPTIONS, about="Model directory, hub id, run directory, or http://HOST:PORT of a server."
+)
 PROMPTS = flags.DEFINE_string(
     "prompts", None, "jsonl of prompts, or hf:..., tfds:...", OPTIONS, required=True
 )
@@ -53,10 +64,11 @@ STOP = flags.DEFINE_multi_string(
 TOP_LOGPROBS = flags.DEFINE_integer(
     "top_logprobs", 0, "Most likely tokens to report at each position.", 0, flag_values=OPTIONS
 )
+cli.define_server_flags(OPTIONS)
 cli.define_process_flags(OPTIONS)
 
 
-def _read_spec(subject: "Policy") -> "SampleSpec":
+def _read_spec() -> "SampleSpec":
     """Reads the sampling flags. Raises UserError naming the flag that is out of range."""
     from distill.rollout import completions
 
@@ -65,7 +77,14 @@ def _read_spec(subject: "Policy") -> "SampleSpec":
         raise UserError("--stop=: an empty text is in every response")
     settings |= {"stop_strings": tuple(STOP.value), "top_logprobs": TOP_LOGPROBS.value}
     try:
-        spec = completions.make_sample_spec(settings)
+        return completions.make_sample_spec(settings)
+    except UserError as error:
+        raise UserError(f"--{error}") from None
+
+
+def _check_spec(spec: "SampleSpec", subject: "Policy") -> None:
+    """Raises UserError naming a sampling flag that the model cannot serve."""
+    try:
         spec.sampling.check_vocab_size(subject.config.vocab_size)
     except UserError as error:
         raise UserError(f"--{error}") from None
@@ -74,12 +93,16 @@ def _read_spec(subject: "Policy") -> "SampleSpec":
         raise UserError(f"--top_logprobs={TOP_LOGPROBS.value}: the vocabulary has {size} tokens")
     if STOP.value and subject.tokenizer is None:
         raise UserError(f"--stop={STOP.value[0]}: {subject.path} has no tokenizer to find it with")
-    return spec
 
 
 def main() -> None:
-    from distill.runtime import distributed, xla
+    from distill.runtime import addresses, distributed, xla
 
+    is_server = addresses.is_url(MODEL.value)
+    cli.check_server_flags(OPTIONS, is_server, "dtype", "top_logprobs")
+    if is_server:
+        run_generation()
+        return
     with distributed.join_processes(OPTIONS):
         xla.init_compilation_cache()
         run_generation()
@@ -87,18 +110,16 @@ def main() -> None:
 
 def run_generation() -> None:
     from distill.data import canonical, dataset
-    from distill.policy import policy
-    from distill.rollout import completions
-    from distill.runtime import locks, run_files, stop_signals
+    from distill.runtime import addresses, locks, run_files, stop_signals
 
     prompt_rows = dataset.open_canonical_rows(PROMPTS.value)
     rows = dataclasses.replace(
         prompt_rows,
         read_row=lambda i: canonical.apply_template(prompt_rows.read_row(i), TEMPLATE.value),
     )
-    subject = policy.make_abstract_for_inference(MODEL.value, DTYPE.value)
-    out, spec = paths.check_output(OUT.value, PROMPTS.value), _read_spec(subject)
-    thinking = OPTIONS["thinking"].value == "on"
+    is_server = addresses.is_url(MODEL.value)
+    generate = _generate_elsewhere if is_server else _generate_here
+    out, spec = paths.check_output(OUT.value, PROMPTS.value), _read_spec()
     flag, lock = f"--out={OUT.value}", out.with_name(out.name + ".lock")
     with (
         run_files.explain_write_errors(out, flag),
@@ -107,12 +128,36 @@ def run_generation() -> None:
         ),
         locks.hold_lock(lock, flag),
     ):
-        fits = OPTIONS["max_new_tokens"].value is None
-        errors = completions.generate_file(subject, rows, spec, thinking, out, fits=fits)
+        errors = generate(rows, spec, OPTIONS["thinking"].value == "on", out)
     if errors:
         more = f" (and {len(errors) - 1} more rows)" if len(errors) > 1 else ""
         raise UserError(f"{errors[min(errors)]}{more}; the other rows are in {OUT.value}")
     print_made(rows, spec.samples)
+
+
+def _generate_here(
+    rows: "Rows", spec: "SampleSpec", thinking: bool, out: epath.Path
+) -> dict[int, str]:
+    """Samples from a model that is loaded here; returns the errors of rows by number."""
+    from distill.policy import policy
+    from distill.rollout import completions
+
+    subject = policy.make_abstract_for_inference(MODEL.value, DTYPE.value)
+    _check_spec(spec, subject)
+    fits = OPTIONS["max_new_tokens"].value is None
+    return completions.generate_file(subject, rows, spec, thinking, out, fits=fits)
+
+
+def _generate_elsewhere(
+    rows: "Rows", spec: "SampleSpec", thinking: bool, out: epath.Path
+) -> dict[int, str]:
+    """Samples from a model behind a server; returns the errors of rows by number."""
+    from distill.rollout import served_completions, served_model
+
+    with served_model.open_served_model(
+        MODEL.value, spec.batch_size, **cli.read_server_flags(OPTIONS)
+    ) as model:
+        return served_completions.generate_file(model, rows, spec, thinking, out)
 
 
 def print_made(rows: "Rows", samples: int) -> None:

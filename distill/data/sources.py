@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from distill.data import arithmetic, files, retry, values
+from distill.data import arithmetic, columns, files, retry, values
 from distill.runtime import network, run_files
 from models.errors import SourceFailure, UserError
 
@@ -257,6 +257,10 @@ def _call_library(source: str, call: Callable[..., Any], *arguments: Any, **opti
         raise UserError(f"{source}: cannot be read: {reason}") from error
 
 
+# Of a row with samples, what a sample's own text stands in place of.
+_SAMPLE_FIELDS = {"samples", "prompt_tokens", *columns.TRACES, *columns.RESPONSES}
+
+
 def has_samples(rows: Rows) -> bool:
     """Returns True if the first row that can be read is one that `generate` wrote."""
     for index in range(min(10, rows.size)):
@@ -268,7 +272,9 @@ def has_samples(rows: Rows) -> bool:
 def expand_samples(rows: Rows, keep: str, skip_reasons: dict[str, str] | None) -> Rows:
     """Makes a row of each kept sample that `generate` wrote beside a prompt, by its tokens.
 
-    The whole row that it is from is its `source_row`. Reads the file once, to find the samples.
+    The whole row that it is from is its `source_row`. A sample without tokens, from a server that
+    gives none, becomes the row with its text as `response`. Reads the file once, to find the
+    samples.
 
     Args:
       keep: all, finished (ended by a stop token), or correct (finished, and graded correct).
@@ -296,6 +302,9 @@ def expand_samples(rows: Rows, keep: str, skip_reasons: dict[str, str] | None) -
     def read_row(index: int) -> dict:
         row = rows.read_row(row_indices[index])
         sample = row["samples"][sample_indices[index]]
+        if row["prompt_tokens"] is None or sample["tokens"] is None:
+            others = {k: v for k, v in row.items() if k not in _SAMPLE_FIELDS}
+            return {**others, "response": sample["text"]}
         return {
             "tokens": row["prompt_tokens"],
             "response_tokens": sample["tokens"],

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -71,13 +71,9 @@ def fit_limit(
     )
 
 
-def _describe_protocol(subject: Policy, rows: Problems, spec: EvalSpec) -> dict[str, Any]:
-    """Returns everything that the responses depend on, as protocol.json records it."""
+def describe_task(rows: Problems, spec: EvalSpec) -> dict[str, Any]:
+    """Returns what the responses to a benchmark depend on beside the model."""
     return {
-        "model": subject.path,
-        "step": subject.step,
-        "weights": records.fingerprint_params(subject.params),
-        "tokenizer": identity.hash_parts(identity.describe_tokenizer(subject.tokenizer_dir)),
         "benchmark": spec.benchmark,
         "problems": len(rows),
         "problems_sha256": records.hash_content([row for _, row in rows]),
@@ -88,8 +84,61 @@ def _describe_protocol(subject: Policy, rows: Problems, spec: EvalSpec) -> dict[
         "max_new_tokens": spec.sample.max_new_tokens,
         **dataclasses.asdict(spec.sample.sampling),
         "seed": spec.sample.seed,
+    }
+
+
+def _describe_protocol(subject: Policy, rows: Problems, spec: EvalSpec) -> dict[str, Any]:
+    """Returns everything that the responses depend on, as protocol.json records it."""
+    return {
+        "model": subject.path,
+        "step": subject.step,
+        "weights": records.fingerprint_params(subject.params),
+        "tokenizer": identity.hash_parts(identity.describe_tokenizer(subject.tokenizer_dir)),
+        **describe_task(rows, spec),
         "dtype": jnp.dtype(subject.model.dtype).name,
     }
+
+
+def write_examples(
+    row_groups: Iterator[list[Record]],
+    rows: Problems,
+    spec: EvalSpec,
+    out_dir: epath.Path,
+    keys: list[list[str]],
+    first_problem: int,
+    thinking: bool,
+) -> int:
+    """Grades responses as they come, and appends them to examples.jsonl; returns their tokens.
+
+    Args:
+      row_groups: the responses to each problem from number `first_problem` on.
+      keys: of each sample of each of the problems `rows`.
+      thinking: the mode in which well-formed responses are written.
+    """
+    tokens, num_correct, samples = 0, 0, spec.sample.samples
+    with (
+        graders.Grader() as grader,
+        run_files.JsonlAppender(out_dir / records.EXAMPLES_FILE) as lines,
+        show_progress(
+            len(rows), first_problem, spec.benchmark, spec.sample.batch_size, is_minor=True
+        ) as bar,
+    ):
+        if run_files.is_primary():  # the other processes only sample
+            row_groups = responses.grade_while_sampling(
+                row_groups,
+                grader,
+                tasks.BENCHMARKS[spec.benchmark].grading,
+                rows[first_problem:],
+                keys[first_problem:],
+                thinking,
+            )
+        for number, group in enumerate(row_groups, start=first_problem + 1):
+            lines.append_rows(group)
+            tokens += sum(int(row["length"]) for row in group)
+            num_correct += sum(bool(row.get("correct")) for row in group)
+            num_graded = (number - first_problem) * samples
+            bar.update(number, f"{num_correct / num_graded:.1%} correct so far")
+    return tokens
 
 
 def evaluate_benchmark(
@@ -115,34 +164,13 @@ def evaluate_benchmark(
     first_problem = distributed.broadcast_from_primary(
         lambda: records.resume_evaluation(out_dir, protocol, rows, keys)
     )
-    tokens, num_correct, start = 0, 0, time.perf_counter()
-    with (
-        graders.Grader() as grader,
-        run_files.JsonlAppender(out_dir / records.EXAMPLES_FILE) as lines,
-        show_progress(
-            len(rows), first_problem, spec.benchmark, spec.sample.batch_size, is_minor=True
-        ) as bar,
-    ):
-        row_groups = iter(())
-        if first_problem < len(rows):
-            row_groups = responses.sample(
-                subject, rows, prompts, spec.sample, first_problem, check_stop
-            )
-        if run_files.is_primary():  # the other processes only sample
-            row_groups = responses.grade_while_sampling(
-                row_groups,
-                grader,
-                task.grading,
-                rows[first_problem:],
-                keys[first_problem:],
-                describe_template(subject.tokenizer).find_mode(spec.thinking),
-            )
-        for number, group in enumerate(row_groups, start=first_problem + 1):
-            lines.append_rows(group)
-            tokens += sum(int(row["length"]) for row in group)
-            num_correct += sum(bool(row.get("correct")) for row in group)
-            num_graded = (number - first_problem) * spec.sample.samples
-            bar.update(number, f"{num_correct / num_graded:.1%} correct so far")
+    start, row_groups = time.perf_counter(), iter(())
+    if first_problem < len(rows):
+        row_groups = responses.sample(
+            subject, rows, prompts, spec.sample, first_problem, check_stop
+        )
+    mode = describe_template(subject.tokenizer).find_mode(spec.thinking)
+    tokens = write_examples(row_groups, rows, spec, out_dir, keys, first_problem, mode)
     cost = records.measure_cost(
         subject, time.perf_counter() - start, len(rows) - first_problem, tokens
     )

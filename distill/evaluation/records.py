@@ -181,13 +181,20 @@ def read_cost(out_dir: epath.Path, default: Record) -> Record:
     return {name: summary.get(name, default[name]) for name in COST_FIELDS}
 
 
-def measure_cost(subject: Policy, seconds: float, problems: int, tokens: int) -> Record:
-    """Measures the cost of running the model: speed of this process (null if nothing was left to
-    do), memory, and size of the parameters as loaded."""
+def measure_speed(seconds: float, problems: int, tokens: int) -> Record:
+    """Returns the speed of this process; null if nothing was left to do."""
     return {
         "seconds": seconds,
         "seconds_per_problem": seconds / problems if problems else None,
         "tokens_per_second": tokens / seconds if tokens else None,
+    }
+
+
+def measure_cost(subject: Policy, seconds: float, problems: int, tokens: int) -> Record:
+    """Measures the cost of running the model: speed of this process, memory, and size of the
+    parameters as loaded."""
+    return {
+        **measure_speed(seconds, problems, tokens),
         "memory": environment.measure_memory(),
         "parameters": subject.config.num_parameters,
         "parameter_bytes": sum(x.nbytes for x in jax.tree.leaves(subject.params)),

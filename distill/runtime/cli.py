@@ -106,13 +106,46 @@ def define_model_flags(
     options: flags.FlagValues,
     required: bool = True,
     dtypes: Sequence[str] = ("float32", "bfloat16"),
+    about: str = "Model directory, hub id or run directory.",
 ) -> tuple[flags.FlagHolder[str], flags.FlagHolder[str]]:
     """Defines --model and --dtype and returns them."""
-    about = "Model directory, hub id or run directory."
     default = None if required else ""
     model = flags.DEFINE_string("model", default, about, options, required=required)
     about = "Dtype of weights and computation. Default: bfloat16; on CPUs float32, faster there."
     return model, flags.DEFINE_enum("dtype", "", ["", *dtypes], about, flag_values=options)  # pyright: ignore[reportReturnType]
+
+
+def define_server_flags(options: flags.FlagValues) -> None:
+    """Defines the flags of a verb whose --model may be the address of a server."""
+    for name, about in (
+        ("served_model", "Name of the model on the server. Default: the only one that it serves."),
+        ("api_key_env", "Name of the environment variable with the server's bearer token."),
+        (
+            "tokenizer",
+            "Directory or hub id of the served model's tokenizer: prompts are then rendered here "
+            "and sent as token ids. Default: the server renders them.",
+        ),
+    ):
+        about = f"With --model=http://...: {about}"
+        flags.DEFINE_string(name, "", about, flag_values=options)
+
+
+def read_server_flags(options: flags.FlagValues) -> dict[str, Any]:
+    """Returns the values of `define_server_flags`' flags by name."""
+    return {name: options[name].value for name in ("served_model", "api_key_env", "tokenizer")}
+
+
+def check_server_flags(options: flags.FlagValues, is_server: bool, *unread: str) -> None:
+    """Raises UserError for a flag that would not be read: one about a server if the model is none,
+    or one of `unread` and those of several processes if it is."""
+    if not is_server:
+        for name, value in read_server_flags(options).items():
+            if value:
+                raise UserError(f"--{name}: is read with --model=http://... only")
+        return
+    for name in (*unread, "coordinator_address", "num_processes", "process_id"):
+        if options[name].present and options[name].value:
+            raise UserError(f"--{name}: is not read with --model=http://..., which runs elsewhere")
 
 
 def define_process_flags(options: flags.FlagValues) -> None:
@@ -145,7 +178,7 @@ def define_sampling_flags(options: flags.FlagValues, **defaults: Any) -> None:
         ),
         "top_k": (0, "Samples from the K most likely tokens; 0: off."),
         "seed": (0, "Random seed for sampling."),
-        "batch_size": (1, "Responses sampled at a time."),
+        "batch_size": (1, "Responses sampled at a time; of a server, requests in flight."),
     }
     for name, (least, about) in integers.items():
         flags.DEFINE_integer(name, defaults.get(name), about, least, flag_values=options)

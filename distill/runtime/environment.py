@@ -37,15 +37,20 @@ def measure_memory() -> dict[str, float]:
     return peak
 
 
+def describe_packages() -> dict[str, str]:
+    """Returns the versions of the packages that results may depend on. Starts no backend."""
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
 def describe_environment() -> dict[str, Any]:
     """Describes the versions, devices, git revision, command and time of a run.
 
     `git` is None outside a git checkout, or without git.
     """
-    versions = {}
-    for package in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
     devices = jax.devices()
     return {
         "command": hide_secrets(shlex.join(sys.orig_argv)),
@@ -53,7 +58,7 @@ def describe_environment() -> dict[str, Any]:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": versions,
+        "packages": describe_packages(),
         "devices": {
             "backend": jax.default_backend(),
             "kind": devices[0].device_kind,

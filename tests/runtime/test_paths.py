@@ -21,6 +21,7 @@ VERBS = (
 )
 # Flags of text that are no paths.
 TEXTS = {
+    *("served_model", "api_key_env"),
     *("benchmark", "columns", "coordinator_address", "dtype", "k", "keep", "on_bad_row"),
     *("protocol", "scripts", "stage", "stop", "tasks", "template", "thinking", "topology", "chat"),
 }
