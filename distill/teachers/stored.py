@@ -25,7 +25,7 @@ from distill.teachers.outputs import (
     check_output,
 )
 from distill.teachers.stored_files import Manifest
-from models.errors import UserError
+from models.errors import SourceFailure, UserError
 
 _THREADS = 16  # a request to a bucket takes tens of milliseconds
 
@@ -56,7 +56,8 @@ class StoredScorer:
             top_k=settings.top_k,
             hidden_size=settings.hidden_size if settings.output == "hidden" else 0,
             hidden_dtype=settings.dtype,
-            model_hash=settings.model_hash,
+            # With what else decides its outputs.
+            model_hash=f"{settings.model_hash} in {settings.param_dtype}, {settings.dtype}",
             head_hash=self._manifest.head_hash,
         )
         if output not in outputs:
@@ -131,7 +132,7 @@ class StoredScorer:
             count, vocab_size = int(shard.lengths_R[row]), self.info.vocab_size
             check_output(output, count, vocab_size, top_k=self._top_k, **sizes)
         except InvalidOutput as error:
-            raise UserError(f"{path}: its response {row} {error}") from None
+            raise SourceFailure(f"{path}: its response {row} {error}") from None
         if limit is None:
             return output
         fields = output.get_fields().items()
