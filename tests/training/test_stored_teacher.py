@@ -105,6 +105,29 @@ def test_a_run_equals_that_with_the_teacher_here(output, steps, models, rollouts
 
 
 @pytest.mark.long
+def test_traces_of_text_and_the_teachers_context_are_scored_by_the_config(models, tmp_path):
+    rows = [{"question": f"Add {i} to 3.", "response": f"It is {i + 3}."} for i in range(6)]
+    c = make_config(models, write(tmp_path / "rows.jsonl", rows), steps=4)
+    c.sft.data.template = "Solve this: {question}"
+    c.sft.context.text, c.sft.context.max_tokens = str(tmp_path / "hint.txt"), 20
+    (tmp_path / "hint.txt").write_text("Add.")
+    c.sft.pack_tokens = 0
+    loop.run(c, tmp_path / "here")
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        "import json\nfrom configs import base\n\n\ndef get_config():\n"
+        "    c = base.get_config()\n"
+        f"    c.update(json.loads({c.to_json()!r}))\n    return c\n"
+    )
+    flags = (f"--model={models[1]}", f"--config={recipe}", "--stage=sft", "--dtype=float32")
+    assert call(score, *flags, "--output=hidden", f"--out={tmp_path / 'scores'}") == 0
+    c.teacher.path = str(tmp_path / "scores")
+    loop.run(c, tmp_path / "stored")
+    here, stored = (final(tmp_path / name, None) for name in ("here", "stored"))
+    assert find_difference(here, stored) < 1e-5
+
+
+@pytest.mark.long
 def test_a_run_that_is_stopped_goes_on_with_the_same_bits(models, rollouts, scores, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     loop.run(make_config(models, rollouts, scores["hidden"]), whole)
