@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from distill.data.examples import Example
 from distill.objectives.loss import Loss
 from distill.policy.policy import Policy
 from distill.runtime import addresses
@@ -50,6 +51,15 @@ class ExternalTeacher:
         if self.output != "hidden":
             return None
         return self.info.hidden_size, jnp.dtype(self.info.hidden_dtype)
+
+    def require_example(self, example: Example) -> None:
+        """Raises UserError naming an example that the teacher teaches and whose score is not there,
+        if all that it can give is known."""
+        if self.source_id in (None, example.source_id) and isinstance(
+            self.scorer, stored.StoredScorer
+        ):
+            prompt = example.teacher_prompt or example.prompt
+            self.scorer.require_response(prompt, example.response, example.where)
 
     def submit(
         self,

@@ -273,6 +273,7 @@ def _setup_stage(
         s.max_prompt_tokens + context_tokens,
         vocab_size,
         has_stored_top=loss.teacher_output == "top" and not outside,
+        outside=outside,
     )
     try:
         source = dataset.load_source(
@@ -324,10 +325,13 @@ def _check_example(
     example: dataset.Example,
     *,
     has_stored_top: bool = False,
+    outside: tuple[ExternalTeacher, ...] = (),
 ) -> None:
     """Raises UserError naming an example that stage `name` cannot use.
 
-    has_stored_top: rows hold the teacher's likeliest tokens.
+    Args:
+      has_stored_top: rows hold the teacher's likeliest tokens.
+      outside: the teachers that are not run here.
     """
     field = f"config.{name}.max_prompt_tokens"
     dataset.require_valid_example(example, s.max_prompt_tokens, field, vocab_size)
@@ -341,6 +345,9 @@ def _check_example(
     dataset.require_ids(teacher_prompt, vocab_size, example.where)
     if has_stored_top:
         examples.require_top(example, loss.teacher_topk)
+    if example.response:
+        for teacher in outside:
+            teacher.require_example(example)
     if loss.reward and s.reward.correct:
         if not example.answer:
             raise UserError(f"{example.where}: no answer to compare a response with")

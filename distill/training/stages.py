@@ -13,7 +13,7 @@ from distill.evaluation import tasks
 from distill.objectives import losses
 from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
-from distill.teachers import external, local
+from distill.teachers import external, local, stored_files
 from distill.teachers.external import ExternalTeacher
 from models import checks
 from models.checks import Range
@@ -123,6 +123,13 @@ def check_teachers(
             f"{flag}: only traces have stored log-probabilities, but {sampled_rows} of "
             f"{s.batch_size} rows are sampled; set on_policy_share=0, or name a teacher on a server"
         )
+    for teacher in outside:
+        if sampled_rows and stored_files.is_stored(c[teacher].path):
+            raise UserError(
+                f"config.{teacher}.path={c[teacher].path}: holds scores of given responses, but "
+                f"{sampled_rows} of {s.batch_size} rows are sampled; set "
+                f"config.{name}.on_policy_share=0, or name a model or a server"
+            )
     if outside and loss.reward and s.reward.teacher_logprob:
         raise UserError(
             f"config.{name}.reward.teacher_logprob: needs a teacher that is run here, and "
