@@ -52,7 +52,7 @@ def answer_as_vllm(scorer: LocalScorer) -> AnswerFn:
             )
         prompts = body["prompt"]
         if isinstance(prompts, str):
-            prompts = [scorer.policy.tokenizer.encode(prompts, add_special_tokens=False)]
+            prompts = [encode(scorer, prompts)]
         choices = [
             {
                 "index": index,
@@ -80,7 +80,7 @@ def answer_as_sglang(scorer: LocalScorer) -> AnswerFn:
         if asked.path != "/generate" or not body["return_logprob"]:
             return refuse(404, "Not Found")
         if "text" in body:
-            ids = scorer.policy.tokenizer.encode(body["text"], add_special_tokens=False)
+            ids = encode(scorer, body["text"])
             return Answer(score_ids(ids, body["logprob_start_len"], 0))
         pairs = zip(body["input_ids"], body["logprob_start_len"], strict=True)
         return Answer([score_ids(ids, start, body["top_logprobs_num"]) for ids, start in pairs])
@@ -116,7 +116,7 @@ def answer_as_ours(scorer: LocalScorer) -> AnswerFn:
             return Answer(wire.encode_head(scorer.head_VE))
         body = asked.body
         if asked.path == "/v1/completions":
-            ids = scorer.policy.tokenizer.encode(body["prompt"], add_special_tokens=False)
+            ids = encode(scorer, body["prompt"])
             return Answer({"choices": [{"index": 0, "prompt_token_ids": ids}]})
         outputs = []
         for x in body["sequences"]:
@@ -136,6 +136,11 @@ def answer_as_ours(scorer: LocalScorer) -> AnswerFn:
 
 
 ANSWERS = {"vllm": answer_as_vllm, "sglang": answer_as_sglang, "ours": answer_as_ours}
+
+
+def encode(scorer: LocalScorer, text: str) -> list[int]:
+    assert scorer.policy.tokenizer
+    return scorer.policy.tokenizer.encode(text, add_special_tokens=False)
 
 
 def list_model(fields: dict[str, Any]) -> Answer:
