@@ -57,7 +57,8 @@ class Ours:
                 context_length=_get(entry, "max_model_len", int),
                 hidden_size=_get(entry, "hidden_size", int),
                 top_k=_get(entry, "max_top_k", int),
-                hidden_dtype=_get(entry, "hidden_dtype", str),
+                hidden_dtype=_get(entry, "dtype", str),
+                param_dtype=_get(entry, "param_dtype", str),
                 model_hash=_get(entry, "model_hash", str),
                 tokenizer_hash=str(entry.get("tokenizer_hash") or ""),
                 head_hash=_get(entry, "head_hash", str),
@@ -80,9 +81,8 @@ class Ours:
             hidden_size=info.hidden_size if wants == "hidden" else 0,
             top_k=question.top_k if wants == "top" else 0,
         )
-        hashes = {"model_hash": info.model_hash}
-        if wants == "hidden":
-            hashes["head_hash"] = info.head_hash
+        # The head's bytes also differ where the same files were loaded in another dtype.
+        hashes = {"model_hash": info.model_hash, "head_hash": info.head_hash}
         for name, expected in hashes.items():
             if metadata.get(name) != expected:
                 raise BadReply(
