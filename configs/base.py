@@ -68,12 +68,21 @@ def make_teacher() -> ConfigDict:
     # A model directory, a hub id, an adapter or a run. Or a past student: initial, its weights
     # before step 0 (with LoRA the frozen base, in its dtypes, at no memory), or ema, the moving
     # average of its weights (student.ema_decay).
+    # Or one that is not run here: http(s)://HOST:PORT of a server, or of several of the same model,
+    # separated by commas; or a directory that `score` wrote.
     c.path = ""
     c.step = 0  # of a run: the checkpoint after this many steps; 0: the newest
+    # Of a model that is run here:
     # int8 or float8_e4m3fn: kernels of the layers in 8 bits, with a scale for each output channel;
     # half the memory of bfloat16. LOG.md has the cost in KL.
     c.param_dtype = "bfloat16"
     c.dtype = "bfloat16"  # of activations
+    # Of servers:
+    c.kind = "ours"  # python -m distill.serve; or vllm, sglang, which give no hidden states
+    c.model = ""  # the served name; "": the only one that the server lists
+    c.api_key_env = ""  # NAME of the environment variable with a bearer token; "": none is sent
+    c.timeout_seconds = 0.0  # of one request; 0: 300
+    c.max_in_flight = 0  # requests at a time, to each address; 0: 16
     return c.lock()
 
 

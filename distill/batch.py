@@ -50,8 +50,11 @@ class Batch:
     # the same responses after the teachers' own prompts, and each token's column there
     teacher_inputs: "Batch | None" = None
     teacher_index_BT: jax.Array | None = None  # int32
-    # stored with the response: int32 ids and float32 log-probabilities of the teacher's most likely
-    # tokens at each position
+    # from teachers that are not run here: the hidden states of each, until `teacher` has them, ...
+    teacher_hidden_BTE: tuple[jax.Array, ...] | None = None
+    teacher_logp_BT: jax.Array | None = None  # float32: ... the log-probability of each token, ...
+    # ... or, also if stored with the response, int32 ids and float32 log-probabilities of the most
+    # likely tokens at each position
     teacher_top_BTK: tuple[jax.Array, jax.Array] | None = None
     # int16: experts that the sampler chose, replayed by the update; -1 if unknown
     experts_BTLA: jax.Array | None = None

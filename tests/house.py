@@ -22,14 +22,14 @@ FOLDERS = {
     "reporting": "watching writing page tables figures transcripts read",
     "planning": "checking fit forecast programs roofline aot gpus hlo diagnosis",
     "training": "loop stopping saving metrics_log run_summary alerts preflight eval_hook collect "
-    "grading trainer memory sampling_programs calls microbatches prompts resume config_changes "
-    "setup update update_metrics optim stage_responses stages",
+    "teacher_outputs grading trainer memory sampling_programs calls microbatches prompts "
+    "resume config_changes setup update update_metrics optim stage_responses stages",
     "evaluation": "served_evaluation evaluator comparison rejection responses records divergence "
     "lm_eval_model storing scoring protocols problems statistics example_rows",
     "evaluation.tasks": "arithmetic gsm8k math500 aime24 aime25 amc math ifeval task",
     "serving": "server app calls guard formats requests worker score_queue jobs text schemas "
     "errors",
-    "teachers": "local stored stored_files wire outputs",
+    "teachers": "local external remote endpoints stored stored_files wire outputs",
     "rollout": "served_completions served_model completions sampler simulate engine buffer options "
     "scheduler decode sequence sampling",
     "policy": "exporting forward compatibility policy identity hub",

@@ -28,7 +28,10 @@ class BatchLayout:
 
     row_tokens: int
     max_response: int  # longer responses are cut
-    top_k: int = 0  # of the teacher's stored likeliest tokens
+    top_k: int = 0  # of the teacher's likeliest tokens, stored or from elsewhere
+    # (E, dtype) of the hidden states of each teacher that is not run here
+    external_hidden: tuple[tuple[int, Any], ...] = ()
+    has_teacher_logp: bool = False  # from teachers that are not run here
     context_tokens: int = 0  # above 0: teachers read rows of row_tokens + context_tokens
     has_sampler_logprobs: bool = False  # all examples are SampledExamples
     has_advantages: bool = False  # those have advantages
@@ -74,6 +77,13 @@ def collate_rows(rows: Sequence[Sequence[Example]], layout: BatchLayout) -> Batc
     }
     if layout.top_k:
         fields["teacher_top_BTK"] = _collate_teacher_top(rows, layout)
+    if layout.external_hidden:
+        fields["teacher_hidden_BTE"] = _collate_teacher_hidden(rows, layout)
+    if layout.has_teacher_logp:
+        fields["teacher_logp_BT"] = logp = np.zeros(tokens.shape, np.float32)
+        for span in _iterate_spans(rows, max_response):
+            for output in _list_outputs(span.example):
+                logp[span.row, span.response_start : span.end] = output.logp
     if layout.teacher_weights is not None:
         N = layout.teacher_weights.shape[1]
         fields["teacher_weight_BTN"] = weights = np.zeros((*tokens.shape, N), np.float32)
@@ -168,12 +178,36 @@ def _collate_teacher_top(
     ids = np.zeros((len(rows), layout.row_tokens, layout.top_k), np.int32)
     logp = np.zeros(ids.shape, np.float32)
     for row, _, example, _, start, end in _iterate_spans(rows, layout.max_response):
+        for output in _list_outputs(example):  # of the one teacher of its source
+            ids[row, start:end] = output.top_ids[:, : layout.top_k]
+            logp[row, start:end] = output.top_logp[:, : layout.top_k]
+        if example.teacher_outputs:
+            continue
         require_top(example, layout.top_k)
         if start < end:
             stored = (example.teacher_top or [])[: end - start]
             top = np.array([candidates[: layout.top_k] for candidates in stored])
             ids[row, start:end], logp[row, start:end] = top[..., 0], top[..., 1]
     return ids, logp
+
+
+def _list_outputs(example: Example) -> list[Any]:
+    """Returns what the teachers that are not run here said of an example."""
+    return [future.result() for future in example.teacher_outputs if future]
+
+
+def _collate_teacher_hidden(
+    rows: Sequence[Sequence[Example]], layout: BatchLayout
+) -> tuple[np.ndarray, ...]:
+    """Returns the hidden states [B, T, E] of each teacher that is not run here: at a token those
+    that predict the next one, and 0 where none is trained."""
+    shape = (len(rows), layout.row_tokens)
+    hidden = tuple(np.zeros((*shape, E), dtype) for E, dtype in layout.external_hidden)
+    for row, _, example, _, start, end in _iterate_spans(rows, layout.max_response):
+        for array, future in zip(hidden, example.teacher_outputs, strict=True):
+            if future:
+                array[row, start - 1 : end - 1] = future.result().hidden
+    return hidden
 
 
 def measure_examples(

@@ -83,7 +83,7 @@ def load_source(
     find_difficulty = curriculum.make_difficulty_fn(c.difficulty)
     skip_reasons: dict[str, str] = {}
 
-    def encode_row(row: dict, where: str) -> Example:
+    def encode_row(source_id: int, row: dict, where: str) -> Example:
         canonical.refuse_weights(row, where)
         row = canonical.canonicalize_row(row, c.columns, where, with_responses)
         row = canonical.apply_template(row, c.template)
@@ -94,15 +94,16 @@ def load_source(
         example = example.with_difficulty(find_difficulty(row, example))
         for mode in (example, example.non_thinking_example):
             if mode:
-                check_example(mode)
+                check_example(dataclasses.replace(mode, source_id=source_id))
         return example
 
     components = []
     key = "config.data.mixture" if c.mixture else "config.data.source"
-    for name in [name for name, _ in c.mixture] or [c.source]:
+    for source_id, name in enumerate([name for name, _ in c.mixture] or [c.source]):
         with name_key(key, name):
             rows = _open_rows(c, name, encoding, seed, skip_reasons)
-        components.append(_make_source(c, rows, encode_row, skip_reasons))
+        encode = functools.partial(encode_row, source_id)
+        components.append(_make_source(c, rows, encode, skip_reasons))
     if not c.mixture:
         return components[0]
     return mix_sources(components, [float(weight) for _, weight in c.mixture], seed)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -25,6 +26,9 @@ class Example:
     # the teacher's likeliest tokens in place of each response token: [[id, logprob], ...]
     teacher_top: list | None = None
     teacher_prompt: list[int] | None = None  # the prompt that a teacher reads; None: the same
+    # From each teacher of the stage that is not run here, in order, the future of its
+    # teachers.outputs.ResponseOutput; None if it does not teach this row.
+    teacher_outputs: tuple[Any, ...] = ()
     source_id: int = 0  # of a mixture's sources
     thinking: bool = True  # the mode of the prompt
     # the same row without thinking, if both modes suit it

@@ -37,23 +37,27 @@ def compute_token_losses(
     old_logp_BT: jax.Array | None = None,
     reference_logp_BT: jax.Array | None = None,
     advantages_BT: jax.Array | None = None,
+    teacher_logp_BT: jax.Array | None = None,
 ) -> Stats:
     """Computes each token's loss, and stats that warn of collapse. Arrays are [B, T], shifted.
 
     Args:
       stats: from fused_head.compute_token_stats with divergence=loss.teacher_divergence and
-        baseline=loss.baseline. With teacher_output="token", the caller adds "teacher_logp".
+        baseline=loss.baseline.
       mask_BT: True at trained tokens.
       segments_BT: int32, 0 on padding, else the number of the sequence within its row.
       sampler_logp_BT: log μ as the sampler recorded it. None: the sample is fresh, μ = p.
       old_logp_BT: the trainer's own log-probabilities at the time of sampling, which then are μ.
       reference_logp_BT: read if loss.reference is not 0; detached. Likewise advantages_BT, for
         loss.reward.
+      teacher_logp_BT: the teacher's log-probabilities, for teacher_output="token".
 
     Returns:
       [B, T] arrays, 0 at untrained tokens: "loss", differentiable; and, detached and if the loss
       has them, "advantage"; "ratio" p/μ; "clipped", 1 where the clip limits the gradient;
-      "sampler_ratio" p_old/p_sampler; "reference_kl", an unbiased estimate of the KL.
+      "sampler_ratio" p_old/p_sampler; "reference_kl", an unbiased estimate of the KL; with
+      teacher_logp_BT, "teacher_logp", and "sampled_reverse_kl", log p - log q, whose mean over
+      fresh samples is the reverse KL.
     """
     sg = jax.lax.stop_gradient
     trained_BT = mask_BT > 0
@@ -68,6 +72,10 @@ def compute_token_losses(
     total_BT = -loss.sft * logp_BT
     advantage_BT = jnp.zeros_like(logp_BT)
     metrics: Stats = {}
+    if teacher_logp_BT is not None:
+        stats = {**stats, "teacher_logp": teacher_logp_BT}
+        metrics["teacher_logp"] = teacher_logp_BT
+        metrics["sampled_reverse_kl"] = sg(logp_BT) - teacher_logp_BT
     if loss.teacher:
         divergence_BT, credit_BT = _compute_teacher_loss(
             loss, stats, mask_untrained, log_ratio_BT, segments_BT, sampler_logp_BT

@@ -54,7 +54,12 @@ def diagnose_run(c: ConfigDict, stage_name: str, num_prompts: int, num_samples: 
     if (stage_name or run_setup.stages[-1].name) not in known:
         raise UserError(f"--stage={stage_name}: config.stages has {', '.join(known)}")
     stage = known[stage_name or run_setup.stages[-1].name]
-    for name in stage.c.teachers[:1] if stage.needs_teacher else ():
+    for teacher in stage.external[:1]:
+        raise UserError(
+            f"config.{teacher.name}.path={teacher.path}: the teacher's own responses are compared "
+            "too, which needs a model that is run here"
+        )
+    for name in stage.local_teachers[:1]:
         if run_setup.teachers[name].is_ema:
             raise UserError(f"config.{name}.path=ema: before step 0 it is the student itself")
     with policy.use(run_setup.student):
@@ -86,9 +91,9 @@ def _diagnose_stage(
         "rewarded": stage.loss.reward > 0,
         "student": summarise_responses(rows, examples, student, grader),
     }
-    if not stage.needs_teacher:
+    if not stage.local_teachers:
         return statistics
-    teacher = run_setup.teachers[stage.c.teachers[0]]  # only the first of several is diagnosed
+    teacher = run_setup.teachers[stage.local_teachers[0]]  # only the first of several is diagnosed
     loaded = policy.load(teacher.policy, teacher.c.param_dtype)
     teacher = dataclasses.replace(teacher, policy=loaded)
     statistics["agreement"] = compare_formats(student, loaded)

@@ -16,7 +16,7 @@ from distill.planning.roofline import GIB, ProgramCost
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
-from distill.teachers import local
+from distill.teachers import external, local
 from distill.training import memory, sampling_programs, stages
 from distill.training.calls import AbstractStage
 from models import families
@@ -69,8 +69,8 @@ def describe_stage(c: ConfigDict, name: str, mesh: Mesh, teacher_mesh: Mesh) -> 
     """
     s = c[name]
     loss, sampled_rows = stages.resolve_objective(name, s)
-    needs_teacher = stages.needs_teacher(s, loss)
-    local.check_teachers(c, name, s, needs_teacher)
+    teacher_names = stages.check_teachers(c, name, loss, sampled_rows)
+    outside = external.list_external(c, teacher_names)
     m, lora = c.student, stages.make_lora(c.student)
     options: dict[str, Any] = {"kernel": c.attention, "packed": stages.has_packed_rows(c)}
     student = describe_policy(
@@ -87,7 +87,7 @@ def describe_stage(c: ConfigDict, name: str, mesh: Mesh, teacher_mesh: Mesh) -> 
     if lora:
         student = _cast_params(student, m.param_dtype)
     teachers = {}
-    for teacher in s.teachers if needs_teacher else ():
+    for teacher in (name for name in teacher_names if name not in outside):
         t = c[teacher]
         if t.path == local.EMA and lora:
             teachers[teacher] = dataclasses.replace(student, model=student.model.clone(remat=False))
@@ -117,6 +117,7 @@ def describe_stage(c: ConfigDict, name: str, mesh: Mesh, teacher_mesh: Mesh) -> 
         trained,
         teachers,
         reference,
+        external.open_teachers(c, s, loss, teacher_names, student, asks_probe=False),
     )
 
 

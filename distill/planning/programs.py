@@ -18,7 +18,7 @@ from distill.batch import Batch, TeacherOutput
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
-from distill.teachers import local
+from distill.teachers import external, local
 from distill.training import memory, optim, sampling_programs, setup, stages
 from distill.training import update as update_lib
 from distill.training.calls import (
@@ -70,7 +70,9 @@ def _list_reader_calls(stage: AbstractStage, async_bytes: AsyncBytes) -> list[Pr
     Teachers and the reference count with the accumulated gradient in memory, and each of several
     teachers with the hidden states of those before it.
     """
-    s, loss, calls, hidden_bytes = stage.s, stage.loss, [], 0
+    s, loss, calls = stage.s, stage.loss, []
+    batch = stage.make_microbatch(stage.mesh)
+    hidden_bytes = count_device_bytes(batch.teacher_hidden_BTE)  # of teachers that are not run here
     gradient_bytes = 0 if stage.has_single_microbatch else count_device_bytes(stage.trained_params)
     other_bytes = gradient_bytes + async_bytes.during_update
     for name, teacher in stage.teachers.items():
@@ -214,7 +216,12 @@ def _list_update_calls(
     if updates > 1:
         old_logp = ProgramCall(
             "old log-probs",
-            functools.partial(programs.compute_logp.lower, state.params, batch, frozen),
+            functools.partial(
+                programs.compute_logp.lower,
+                state.params,
+                dataclasses.replace(batch, teacher_hidden_BTE=None),
+                frozen,
+            ),
             stage.max_microbatches,
             forward_flops,
             ("parameters", *base),
@@ -239,7 +246,7 @@ def _list_update_calls(
         functools.partial(programs.accumulate.lower, *args),
         stage.max_microbatches * s.epochs,
         passes * forward_flops + teacher_flops,
-        ("parameters", *base, *(f"head of {name}" for name in stage.teachers)),
+        ("parameters", *base, *(f"head of {name}" for name in stage.s.teachers)),
         other_bytes - _count_shared_head_bytes(stage),
         call_scaling="train",
         head_flops=passes * head_flops + teacher_flops,
@@ -264,9 +271,9 @@ def _list_update_calls(
     return calls
 
 
-def _list_scoring_teachers(stage: AbstractStage) -> list[Policy]:
-    """Returns the teachers whose distributions the loss uses."""
-    return list(stage.teachers.values()) if stage.loss.teacher else []
+def _get_scoring_teachers(stage: AbstractStage) -> dict[str, Policy]:
+    """Returns the teachers that are run here and whose distributions the loss uses, by name."""
+    return stage.teachers if stage.loss.teacher else {}
 
 
 def _add_scores(stage: AbstractStage, batch: Batch) -> Batch:
@@ -275,24 +282,34 @@ def _add_scores(stage: AbstractStage, batch: Batch) -> Batch:
         batch.tokens_BT.shape, jnp.float32, sharding=mesh_lib.make_row_sharding(stage.mesh)
     )
     scores: dict[str, Any] = dict.fromkeys(
-        ("teacher_inputs", "teacher_index_BT", "teacher_weight_BTN")
+        ("teacher_inputs", "teacher_index_BT", "teacher_weight_BTN", "teacher_hidden_BTE")
     )
     if stage.loss.reference:
         scores["reference_logp_BT"] = logp_BT
     if stage.s.epochs * stage.s.minibatches > 1:
         scores["old_logp_BT"] = logp_BT
-    if teachers := _list_scoring_teachers(stage):
+    hidden, heads = {}, {}
+    for name, teacher in _get_scoring_teachers(stage).items():
+        hidden[name] = _make_hidden_shape(stage, teacher)
+        heads[name] = memory.make_abstract_head(teacher, stage.mesh)
+    given = [teacher for teacher in stage.external if teacher.hidden_form]
+    for teacher, hidden_BTE in zip(given, batch.teacher_hidden_BTE or (), strict=True):
+        hidden[teacher.name] = hidden_BTE
+        heads[teacher.name] = external.make_abstract_head(teacher, stage.mesh)
+    if hidden:
+        names = [name for name in stage.s.teachers if name in hidden]
         scores["teacher"] = TeacherOutput(
-            hidden_BTE=tuple(_make_hidden_shape(stage, t) for t in teachers),
+            hidden_BTE=tuple(hidden[name] for name in names),
             weight_BTN=batch.teacher_weight_BTN,
-            heads_VE=tuple(memory.make_abstract_head(t, stage.mesh) for t in teachers),
+            heads_VE=tuple(heads[name] for name in names),
         )
     return dataclasses.replace(batch, **scores)
 
 
 def _count_shared_head_bytes(stage: AbstractStage) -> int:
     """Counts the bytes of head arguments of the update that are also teachers' resident weights."""
-    teachers = [t for t in _list_scoring_teachers(stage) if policy.get_mesh(t) == stage.mesh]
+    teachers = _get_scoring_teachers(stage).values()
+    teachers = [t for t in teachers if policy.get_mesh(t) == stage.mesh]
     return sum(count_device_bytes(memory.make_abstract_head(t, stage.mesh)) for t in teachers)
 
 

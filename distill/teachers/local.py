@@ -20,6 +20,8 @@ from distill.batch import Batch, TeacherOutput
 from distill.policy import compatibility, forward, hub, policy
 from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
+from distill.teachers import external
+from distill.teachers.external import ExternalTeacher
 from models import checks, transformer
 from models.checks import Range
 from models.errors import UserError, name_key
@@ -93,6 +95,7 @@ def describe_teacher(
       UserError: naming the invalid key, or a file that `load_teacher` would miss.
     """
     t, m, key = c[name], c.student, f"config.{name}"
+    external.refuse_server_keys(t, key)
     checks.check_fields(
         t, {"dtype": policy.DTYPES, "param_dtype": policy.PARAM_DTYPES}, prefix=f"{key}."
     )
@@ -158,15 +161,22 @@ def is_base(student: Policy) -> bool:
     return student.model.lora is not None and not hub.is_adapter(student.path)
 
 
-def place_heads(teachers: Sequence[Teacher]) -> tuple[Teacher, ...]:
+def place_heads(
+    teachers: Sequence[Teacher | ExternalTeacher],
+) -> tuple[Teacher | ExternalTeacher, ...]:
     """Returns the teachers with output heads on the current mesh, as `score` needs them.
 
-    If a teacher is on other devices, its head is copied.
+    If a teacher is on other devices, or not run here, its head is copied.
     """
-    return tuple(
-        t if t.is_moving_average else dataclasses.replace(t, head_VE=_copy_head(t.policy))
-        for t in teachers
-    )
+
+    def place_head(t: Teacher | ExternalTeacher) -> Teacher | ExternalTeacher:
+        if isinstance(t, ExternalTeacher):
+            return external.place_head(t)
+        if t.is_moving_average:
+            return t
+        return dataclasses.replace(t, head_VE=_copy_head(t.policy))
+
+    return tuple(map(place_head, teachers))
 
 
 def _copy_head(reader: Policy) -> jax.Array:
@@ -200,36 +210,42 @@ def _get_params(teacher: Teacher, average: Params | None) -> tuple[Params, Param
     return (average, None) if teacher.is_moving_average else (teacher.policy.params, average)
 
 
-def score(teachers: Sequence[Teacher], batch: Batch, average: Params | None = None) -> Batch:
+def score(
+    teachers: Sequence[Teacher | ExternalTeacher], batch: Batch, average: Params | None = None
+) -> Batch:
     """Returns the batch with `teacher` set, and without the fields that only teachers read.
 
-    Without teachers, `teacher` stays None.
+    `teacher` stays None without teachers, and with those that give no hidden states.
 
     Args:
       teachers: the result of `place_heads`.
       average: moving average of the trained parameters, for teachers with `is_ema`.
     """
     inputs, index_BT = to_model_inputs(batch.teacher_inputs or batch), batch.teacher_index_BT
+    given_BTE = iter(batch.teacher_hidden_BTE or ())
+    readers = [t for t in teachers if isinstance(t, Teacher) or t.output == "hidden"]
+
+    def compute_teacher_hidden(t: Teacher | ExternalTeacher) -> jax.Array:
+        if isinstance(t, ExternalTeacher):
+            return next(given_BTE)
+        function = functools.partial(compute_hidden, t.policy.model, *_get_params(t, average))
+        return _run_on_reader_mesh(t.policy, function, inputs, index_BT)
+
+    def get_head(t: Teacher | ExternalTeacher) -> jax.Array:
+        if isinstance(t, Teacher) and t.is_moving_average:
+            return transformer.get_output_head(average)  # pyright: ignore[reportArgumentType]
+        return t.head_VE
+
     output = TeacherOutput(
-        hidden_BTE=tuple(
-            _run_on_reader_mesh(
-                t.policy,
-                functools.partial(compute_hidden, t.policy.model, *_get_params(t, average)),
-                inputs,
-                index_BT,
-            )
-            for t in teachers
-        ),
+        hidden_BTE=tuple(map(compute_teacher_hidden, readers)),
         weight_BTN=batch.teacher_weight_BTN,
-        heads_VE=tuple(
-            transformer.get_output_head(average) if t.is_moving_average else t.head_VE
-            for t in teachers
-        ),
+        heads_VE=tuple(map(get_head, readers)),
     )
     return dataclasses.replace(
         batch,
-        teacher=output if teachers else None,
+        teacher=output if readers else None,
         teacher_weight_BTN=None,
+        teacher_hidden_BTE=None,
         teacher_inputs=None,
         teacher_index_BT=None,
     )

@@ -88,10 +88,11 @@ class ScorerInfo:
     outputs: tuple[str, ...]  # keys of OUTPUT_FIELDS that it gives
     vocab_size: int
     top_k: int = 0  # most tokens of "top" at each position; 0: as many as are asked for
+    context_length: int = 0  # most tokens of a prompt and its response; 0: not known
     hidden_size: int = 0  # of "hidden"
     hidden_dtype: str = "bfloat16"  # of "hidden"
     model_hash: str = ""  # of its files (policy.identity); "": not known
-    tokenizer_hash: str = ""
+    tokenizer_hash: str = ""  # policy.identity.hash_parts of its tokenizer's files
     head_hash: str = ""
 
 
@@ -107,12 +108,16 @@ class Scorer(Protocol):
         ...
 
     def submit(
-        self, prompt: Sequence[int], response: Sequence[int], where: str = ""
+        self,
+        prompt: Sequence[int],
+        response: Sequence[int],
+        where: str = "",
+        limit: int | None = None,
     ) -> concurrent.futures.Future[ResponseOutput]:
         """Asks for the output of a response after the teacher's prompt.
 
-        `where` names the row in errors. The future raises UserError where the response cannot be
-        scored, and SourceFailure where nothing answers any more.
+        `where` names the row in errors, and `limit` cuts the response. The future raises UserError
+        where the response cannot be scored, and SourceFailure where nothing answers any more.
         """
         ...
 

@@ -7,7 +7,9 @@ in any order, from any file, and several times.
 import concurrent.futures
 import dataclasses
 import functools
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from etils import epath
@@ -23,7 +25,7 @@ from distill.teachers.outputs import (
     check_output,
 )
 from distill.teachers.stored_files import Manifest
-from models.errors import UserError
+from models.errors import SourceFailure, UserError
 
 _THREADS = 16  # a request to a bucket takes tens of milliseconds
 
@@ -54,7 +56,8 @@ class StoredScorer:
             top_k=settings.top_k,
             hidden_size=settings.hidden_size if settings.output == "hidden" else 0,
             hidden_dtype=settings.dtype,
-            model_hash=settings.model_hash,
+            # With what else decides its outputs.
+            model_hash=f"{settings.model_hash} in {settings.param_dtype}, {settings.dtype}",
             head_hash=self._manifest.head_hash,
         )
         if output not in outputs:
@@ -129,7 +132,7 @@ class StoredScorer:
             count, vocab_size = int(shard.lengths_R[row]), self.info.vocab_size
             check_output(output, count, vocab_size, top_k=self._top_k, **sizes)
         except InvalidOutput as error:
-            raise UserError(f"{path}: its response {row} {error}") from None
+            raise SourceFailure(f"{path}: its response {row} {error}") from None
         if limit is None:
             return output
         fields = output.get_fields().items()
@@ -153,6 +156,12 @@ def check_tokenizer(directory: str, student: Policy) -> None:
     folder = epath.Path(directory) / stored_files.TOKENIZER_DIR
     if student.tokenizer is None or not folder.is_dir():
         return
-    chat.require_same_tokenizer(
-        student.tokenizer, chat.load_tokenizer(str(folder)), (student.path, str(folder))
-    )
+    with tempfile.TemporaryDirectory() as copy:  # the library reads no buckets
+        for name in chat.TOKENIZER_FILES:
+            if (folder / name).is_file():
+                (Path(copy) / name).write_bytes((folder / name).read_bytes())
+        try:
+            tokenizer = chat.load_tokenizer(copy)
+        except UserError as error:
+            raise UserError(str(error).replace(copy, str(folder))) from None
+    chat.require_same_tokenizer(student.tokenizer, tokenizer, (student.path, str(folder)))

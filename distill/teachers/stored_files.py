@@ -26,7 +26,7 @@ from etils import epath
 from distill.runtime import paths, run_files
 from distill.teachers import wire
 from distill.teachers.outputs import FIELD_DTYPES, InvalidOutput, ResponseOutput
-from models.errors import UserError
+from models.errors import SourceFailure, UserError
 
 FORMAT = 1
 MANIFEST, HEAD_FILE, TOKENIZER_DIR = "scores.json", "head.safetensors", "tokenizer"
@@ -93,7 +93,11 @@ class ShardIndex:
     def read_output(
         self, directory: epath.Path, number: int, names: Iterable[str]
     ) -> ResponseOutput:
-        """Reads the fields `names` of a response. Raises UserError if they were altered."""
+        """Reads the fields `names` of a response.
+
+        Raises:
+          SourceFailure: if they were altered, so that a run stops at a checkpoint.
+        """
         path = directory / self.file
         n, start = int(self.lengths_R[number]), int(self.starts_R[number])
         arrays = {}
@@ -103,7 +107,7 @@ class ShardIndex:
                 data = _read_at(file, place + start * width * dtype.itemsize, n * width, dtype)
                 is_whole = len(data) == n * width * dtype.itemsize
                 if not is_whole or zlib.crc32(data) != self.checksums[name][number]:
-                    raise UserError(
+                    raise SourceFailure(
                         f"{path}: {name} of its response {number} was altered since it was "
                         f"written, or cut short; delete it, and {_REMEDY}"
                     )

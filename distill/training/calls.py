@@ -15,6 +15,7 @@ from distill.data import collate
 from distill.objectives import losses
 from distill.policy import policy
 from distill.policy.policy import Policy
+from distill.teachers.external import ExternalTeacher
 from distill.training import microbatches
 from models.config import Config
 
@@ -54,8 +55,9 @@ class AbstractStage:
     microbatch_rows: int
     student: Policy  # the frozen base if a LoRA is trained
     trained_params: Any  # float32
-    teachers: dict[str, Policy]  # keyed by sub-config
+    teachers: dict[str, Policy]  # those that are run here, keyed by sub-config
     reference: Policy | None  # None also if it is the base of a LoRA
+    external: tuple[ExternalTeacher, ...] = ()  # teachers that are not run here
 
     @property
     def s(self) -> ConfigDict:
@@ -87,7 +89,9 @@ class AbstractStage:
     def layout(self) -> collate.BatchLayout:
         """The layout of the stage's micro-batches."""
         routing = self.student.config.routing_shape if self.c.student.replay_routing else None
-        return microbatches.make_stage_layout(self.s, self.loss, self.sampled_rows, routing)
+        return microbatches.make_stage_layout(
+            self.s, self.loss, self.sampled_rows, routing, self.external
+        )
 
     def make_microbatch(self, mesh: Mesh) -> Batch:
         """Returns the shapes of a micro-batch on a mesh, before any model has scored it."""

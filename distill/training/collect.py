@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -21,14 +22,15 @@ from distill.data import collate, curriculum, dataset, packing
 from distill.data.collate import BatchLayout
 from distill.data.examples import Example
 from distill.rewards import graders, terms
-from distill.runtime import distributed, run_files
+from distill.runtime import distributed
 from distill.runtime import mesh as mesh_lib
 from distill.teachers.local import Teacher
-from distill.training import grading, microbatches, stages
+from distill.training import grading, microbatches, stages, teacher_outputs
 from distill.training.grading import THINKING_MODES, GradedGroups, Metrics
 from distill.training.microbatches import Minibatches, PackedRows
 from distill.training.prompts import StagePrompts
 from distill.training.setup import RunSetup, StageSetup
+from distill.training.teacher_outputs import OutputRequests
 from models.transformer import Params
 
 Sums = dict[str, tuple[float, float]]  # metrics as (sum, count), to be added over processes
@@ -77,15 +79,17 @@ class Collector:
     progress: StageProgress
     prompts: StagePrompts
     # By step, with the next one prefetched: minibatches of traces, and traces beside samples.
-    load_minibatches: Callable[[int], tuple[Minibatches, Sums]]
+    load_minibatches: Callable[[int], tuple[Minibatches, Sums, list[Example]]]
     load_traces: Callable[[int], list[Example]]
     check_stop: Callable[[], None]
+    outputs: OutputRequests  # of teachers that are not run here
     started: StartedRollout | None = None  # for the next step
     is_warm: bool = False  # True once the sampler's programs are compiled
 
     @property
     def teachers(self) -> list[Teacher]:
-        return [self.run_setup.teachers[name] for name in self.stage.c.teachers]
+        """The teachers that are run here."""
+        return [self.run_setup.teachers[name] for name in self.stage.local_teachers]
 
 
 def make_collector(
@@ -110,12 +114,15 @@ def make_collector(
             stage.source, c.seed, s.batch_size, s.pack_tokens, s.max_response_tokens
         )
     routing = run_setup.student.config.routing_shape if run_setup.replay_routing else None
-    layout = microbatches.make_stage_layout(s, stage.loss, stage.sampled_rows, routing)
-    own_rows = mesh_lib.list_local_rows(mesh, s.batch_size)
-    load_minibatches = functools.partial(
-        load_trace_minibatches, stage, packer, c.seed, own_rows, layout
+    layout = microbatches.make_stage_layout(
+        s, stage.loss, stage.sampled_rows, routing, stage.external
     )
-    load_traces = functools.partial(_load_traces, stage, c.seed)
+    own_rows = mesh_lib.list_local_rows(mesh, s.batch_size)
+    outputs = OutputRequests(stage.external, s.max_response_tokens, not stage.loss.reward)
+    load_minibatches = functools.partial(
+        load_trace_minibatches, stage, packer, c.seed, own_rows, layout, outputs
+    )
+    load_traces = functools.partial(_load_traces, stage, c.seed, outputs)
     options = stages.make_rollout_options(s, cache_capacity)
     return Collector(
         run_setup=run_setup,
@@ -130,6 +137,7 @@ def make_collector(
         load_minibatches=dataset.prefetch_next(load_minibatches, stage.end_step),
         load_traces=dataset.prefetch_next(load_traces, stage.end_step),
         check_stop=check_stop,
+        outputs=outputs,
     )
 
 
@@ -139,9 +147,11 @@ def load_trace_minibatches(
     seed: int,
     own_rows: list[int],
     layout: BatchLayout,
+    outputs: OutputRequests,
     step: int,
-) -> tuple[Minibatches, Sums]:
-    """Reads the rows `own_rows`, those of this process, of a step of traces.
+) -> tuple[Minibatches, Sums, list[Example]]:
+    """Reads the rows `own_rows`, those of this process, of a step of traces, and asks for their
+    teachers' outputs.
 
     With a packer every process reads all rows, since the content of one depends on the lengths of
     the others.
@@ -155,26 +165,31 @@ def load_trace_minibatches(
             stage.source, step - stage.first_step, s.batch_size, seed, own_rows
         )
         rows = [[example] for example in examples]
+    rows = [outputs.ask(row) for row in rows]
     sizes = (s.batch_size, s.minibatches, s.accumulate)
-    minibatches = microbatches.split_rows(rows, own_rows, sizes, layout)
+    has_outputs = bool(outputs.teachers)
+    minibatches = microbatches.split_rows(rows, own_rows, sizes, layout, has_outputs)
     examples = [example for row in rows for example in row]
-    capacity = len(rows) * layout.row_tokens
-    return minibatches, collate.measure_examples(examples, capacity, layout.max_response)
+    sums = collate.measure_examples(examples, len(rows) * layout.row_tokens, layout.max_response)
+    return minibatches, sums, examples
 
 
 def read_minibatches(collector: Collector, step: int) -> tuple[Minibatches, Metrics]:
     """Returns the minibatches of a step of traces."""
-    minibatches, sums = collector.load_minibatches(step)
+    minibatches, sums, examples = collector.load_minibatches(step)
     metrics = distributed.reduce_means(sums) | count_skipped(collector.stage)
-    return minibatches, {**metrics, "time/score": 0.0}
+    start_time = time.perf_counter()
+    teacher_outputs.wait_for_outputs(examples, collector.check_stop)
+    return minibatches, {**metrics, "time/score": time.perf_counter() - start_time}
 
 
-def _load_traces(stage: StageSetup, seed: int, step: int) -> list[Example]:
+def _load_traces(stage: StageSetup, seed: int, outputs: OutputRequests, step: int) -> list[Example]:
     s = stage.c
     rows = range(stage.sampled_rows, s.batch_size)
-    return dataset.get_step_examples(
+    examples = dataset.get_step_examples(
         stage.source, step - stage.first_step, s.batch_size, seed, rows
     )
+    return outputs.ask(examples) if jax.process_count() == 1 else examples
 
 
 def read_traces(collector: Collector, step: int) -> list[Example]:
@@ -260,6 +275,13 @@ def start_rollout(
     is_last = step + 1 == stage.end_step  # all its sequences must end
     counts: Counter[str] = Counter()
     warm_up, collector.is_warm = not collector.is_warm, True
+
+    def check_segment() -> None:
+        collector.outputs.ask_ended(requests)
+        # What is sampled ahead is not left off: the update takes away the weights it is drawn with.
+        if version == step:
+            collector.check_stop()
+
     model = rollout.SamplingModel(
         student.model,
         student.params if has_lora else params,
@@ -274,8 +296,7 @@ def start_rollout(
         version=version,
         token_budget=stage.token_budget if stage.token_budget and not is_last else None,
         counts=counts,
-        # What is sampled ahead is not left off: the update takes away the weights it is drawn with.
-        check_stop=collector.check_stop if version == step else lambda: None,
+        check_stop=check_segment,
     )
     return StartedRollout(step, len(requests), sequences, counts)
 
@@ -312,28 +333,6 @@ def finish_rollout(
         num_stale = sum(version < started.step for x in ended for version in x.versions)
         metrics["rollout/stale"] = num_stale / max(1, num_tokens)
     return ended, metrics
-
-
-def drop_failed_groups(
-    sequences: list[rollout.Sequence], rewards: list[float] | None, samples: int
-) -> tuple[list[rollout.Sequence], list[float] | None]:
-    """Leaves out sequences that ended in NaN logits, and names them on the terminal.
-
-    Of sequences with rewards, in groups of `samples`, it leaves out the whole group, which an
-    advantage compares.
-    """
-    failed = [i for i, x in enumerate(sequences) if x.finish_reason == "error"]
-    if not failed:
-        return sequences, rewards
-    x = sequences[failed[0]]
-    run_files.log_line(
-        f"warning: {len(failed)} of {len(sequences)} responses ended in NaN logits and are left "
-        f"out, the first after {len(x.tokens)} tokens: {x.where or f'row {failed[0]}'}"
-    )
-    size = samples if rewards is not None else 1
-    dropped = {i // size for i in failed}
-    kept = [i for i in range(len(sequences)) if i // size not in dropped]
-    return [sequences[i] for i in kept], rewards and [rewards[i] for i in kept]
 
 
 def _measure_by_mode(sequences: Sequence[rollout.Sequence]) -> Metrics:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from distill.teachers import external
 from distill.training import stages
 
 EXACT = "nothing that is trained depends on it"
@@ -50,6 +51,8 @@ STAGE_KEYS = {
     "data.on_bad_row": EXACT,  # a run that fails has met no bad row
     "data.check_rows": EXACT,
 }
+# Of a teacher that has begun to teach: settings of requests to servers.
+TEACHER_KEYS = {"timeout_seconds": EXACT, "max_in_flight": EXACT, "api_key_env": EXACT}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +135,7 @@ def _find_progress(before: dict[str, Any], c: ConfigDict, steps_done: int) -> _P
         first_step += before[name]["steps"]
         if name in c.stages:
             loss, _ = stages.resolve_objective(name, c[name])
-            if stages.needs_teacher(c[name], loss):
+            if stages.reads_teachers(c, c[name], loss):
                 teachers |= set(before[name]["teachers"])
     return _Progress(begun, stage_steps, teachers)
 
@@ -178,7 +181,12 @@ def _judge_change(
             return _judge_steps(name, progress, now)
         return _judge_stage_key(name, ".".join(rest), before, now), ""
     if _is_teacher(before, name) or _is_teacher(now, name):
-        return ("" if name in progress.teachers else NOT_BEGUN), ""
+        if name not in progress.teachers:
+            return NOT_BEGUN, ""
+        # An earlier version had no settings of servers, and no teacher there.
+        unset = external.SERVER_KEYS.get(".".join(rest), _MISSING)
+        is_new = rest and rest[0] not in before.get(name, {}) and now[name].get(rest[0]) == unset
+        return EXACT if is_new else TEACHER_KEYS.get(".".join(rest), ""), ""
     reason = _find_reason(RUN_KEYS, key.removeprefix("config."))
     if name == "mesh" and (
         before[progress.begun[-1]]["rollout"]["token_budget"]

@@ -20,7 +20,7 @@ from distill.data.examples import Example
 from distill.evaluation import tasks
 from distill.objectives import advantages
 from distill.rewards import graders, terms
-from distill.runtime import distributed
+from distill.runtime import distributed, run_files
 from distill.teachers import local
 from distill.training import microbatches, stages
 from distill.training.microbatches import PackedRows
@@ -64,6 +64,28 @@ def grade_sequences(
         for text, x, outcome in zip(texts, sequences, outcomes, strict=True)
     ]
     return terms.compute_rewards(responses, stages.get_term_weights(s))
+
+
+def drop_failed_groups(
+    sequences: list[rollout.Sequence], rewards: list[float] | None, samples: int
+) -> tuple[list[rollout.Sequence], list[float] | None]:
+    """Leaves out sequences that ended in NaN logits, and names them on the terminal.
+
+    Of sequences with rewards, in groups of `samples`, it leaves out the whole group, which an
+    advantage compares.
+    """
+    failed = [i for i, x in enumerate(sequences) if x.finish_reason == "error"]
+    if not failed:
+        return sequences, rewards
+    x = sequences[failed[0]]
+    run_files.log_line(
+        f"warning: {len(failed)} of {len(sequences)} responses ended in NaN logits and are left "
+        f"out, the first after {len(x.tokens)} tokens: {x.where or f'row {failed[0]}'}"
+    )
+    size = samples if rewards is not None else 1
+    dropped = {i // size for i in failed}
+    kept = [i for i in range(len(sequences)) if i // size not in dropped]
+    return [sequences[i] for i in kept], rewards and [rewards[i] for i in kept]
 
 
 @dataclasses.dataclass

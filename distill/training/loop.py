@@ -123,6 +123,7 @@ def run_stages(c: ConfigDict, workdir: epath.Path, allow_changed_inputs: bool) -
     with policy.use(run_setup.student):
         run_setup = setup.load_lora_base(c, run_setup)
         with contextlib.ExitStack() as stack:
+            stack.callback(lambda: run_setup.close())
             signals = stack.enter_context(
                 StopSignals("stopping at the checkpoint of the last finished step")
             )
@@ -295,12 +296,14 @@ def collect_step(
     else:
         sequences, metrics = collect.sample_sequences(collector, params, step)
         rewards = None
-    sequences, rewards = collect.drop_failed_groups(sequences, rewards, s.samples)
+    sequences, rewards = grading.drop_failed_groups(sequences, rewards, s.samples)
     samples = microbatches.to_examples(sequences, rewards)
+    samples = collector.outputs.add_early(samples, sequences)
     packed = microbatches.pack_examples(
         [*samples, *traces], stage.microbatch_rows, s.minibatches, layout
     )
     start_time = time.perf_counter()
+    samples, traces = collector.outputs.read(packed, samples, traces, mesh, collector.check_stop)
     if stage.loss.reward and s.reward.teacher_logprob and samples:
         scores_B = grading.score_with_teachers(
             collector.teachers, packed, samples, layout, mesh, collector.loss_chunk_mib, ema_params

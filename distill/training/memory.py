@@ -15,7 +15,7 @@ from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.runtime import host_memory
 from distill.runtime import mesh as mesh_lib
-from distill.teachers import local
+from distill.teachers import external, local
 from distill.training import optim, sampling_programs, stages, update
 from distill.training.calls import AbstractStage, count_device_bytes
 from distill.training.setup import RunSetup, StageSetup
@@ -31,8 +31,7 @@ def describe_stage(
     c: ConfigDict, run_setup: RunSetup, stage: StageSetup, trained_params: Any
 ) -> AbstractStage:
     """Describes a stage of a run; its models may be loaded or not."""
-    names = stage.c.teachers if stage.needs_teacher else ()
-    teachers = {name: run_setup.teachers[name] for name in names}
+    teachers = {name: run_setup.teachers[name] for name in stage.local_teachers}
     student = run_setup.student
     if student.model.lora:  # its frozen base
         student = _to_loaded_shapes(student, c.student.param_dtype)
@@ -51,6 +50,7 @@ def describe_stage(
         trained_params,
         {name: _to_loaded_shapes(t.policy, t.c.param_dtype) for name, t in teachers.items()},
         reference,
+        stage.external,
     )
 
 
@@ -103,6 +103,10 @@ def count_resident_bytes(stage: AbstractStage, mesh: Mesh | None = None) -> dict
         elif mesh == stage.mesh and name in stage.teachers:
             head_VE = make_abstract_head(reader, mesh)
             resident_bytes[f"head of {name}"] = count_device_bytes(head_VE)
+    for teacher in stage.external if mesh == stage.mesh else ():
+        if teacher.hidden_form:
+            head_VE = external.make_abstract_head(teacher, mesh)
+            resident_bytes[f"head of {teacher.name}"] = count_device_bytes(head_VE)
     return resident_bytes
 
 
@@ -151,6 +155,8 @@ def estimate_update_bytes(stage: AbstractStage) -> dict[str, float]:
     row_bytes = T * itemsize * width * (student.config.num_hidden_layers + 2)
     for teacher in stage.teachers.values():
         row_bytes += T * teacher.config.hidden_size * jnp.dtype(teacher.model.dtype).itemsize
+    for E, dtype in stage.layout.external_hidden:
+        row_bytes += T * E * dtype.itemsize
     num_gradients = 1 if stage.has_single_microbatch else 2  # a micro-batch's and their sum
     return {
         "gradient": num_gradients * count_device_bytes(stage.trained_params),

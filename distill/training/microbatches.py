@@ -9,10 +9,11 @@ is the same in every process.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from distill import rollout
@@ -22,6 +23,7 @@ from distill.data.collate import BatchLayout, SampledExample
 from distill.data.examples import Example
 from distill.objectives import losses
 from distill.runtime import mesh as mesh_lib
+from distill.teachers.external import ExternalTeacher
 from distill.training import stages
 from models.errors import UserError
 
@@ -36,9 +38,20 @@ class Microbatch:
     make_batch: Callable[[], Batch]  # this process's rows, on the host
     rewards: Mapping[int, float] = dataclasses.field(default_factory=dict)  # of sequences with one
 
-    def to_device(self, mesh: Mesh) -> Batch:
-        """Collates the rows and splits them over a mesh."""
-        return mesh_lib.from_local_rows(self.make_batch(), mesh, len(self.rows))
+    def to_device(self, mesh: Mesh, with_hidden: bool = True) -> Batch:
+        """Collates the rows and splits them over a mesh.
+
+        with_hidden: False leaves out the hidden states of teachers that are not run here.
+        """
+        batch = self.make_batch()
+        hidden, T = batch.teacher_hidden_BTE, batch.tokens_BT.shape[1]
+        batch = dataclasses.replace(batch, teacher_hidden_BTE=None)
+        batch = mesh_lib.from_local_rows(batch, mesh, len(self.rows))
+        if hidden is None or not with_hidden:
+            return batch
+        spec = mesh_lib.make_hidden_spec(mesh, T)
+        hidden_BTE = mesh_lib.from_local_rows(hidden, mesh, len(self.rows), spec)
+        return dataclasses.replace(batch, teacher_hidden_BTE=hidden_BTE)
 
 
 # The data of a step: the micro-batches of each of its minibatches.
@@ -46,15 +59,22 @@ Minibatches = list[list[Microbatch]]
 
 
 def make_stage_layout(
-    s: ConfigDict, loss: losses.Loss, sampled_rows: int, routing: tuple[int, int] | None
+    s: ConfigDict,
+    loss: losses.Loss,
+    sampled_rows: int,
+    routing: tuple[int, int] | None,
+    external: Sequence[ExternalTeacher] = (),
 ) -> BatchLayout:
     """Makes the layout of a stage's batches, of which the student samples `sampled_rows` rows.
 
     Args:
       routing: numbers of layers and of experts per token, if the update replays the sampler's
         routing; else None.
+      external: the stage's teachers that are not run here.
     """
-    N = len(s.teachers)
+    N, has_context = len(s.teachers), bool(s.context.text or s.context.column)
+    reads_hidden = loss.teacher > 0 and loss.teacher_output == "hidden"
+    judges = loss.reward > 0 and s.reward.teacher_logprob != 0
     weights_SN = np.eye(N)  # each teacher applies to the rows of its own source
     if s.teacher_weights:  # for all sources alike
         weights = np.array([float(weight) for weight in s.teacher_weights])
@@ -63,21 +83,30 @@ def make_stage_layout(
         stages.get_row_tokens(s),
         s.max_response_tokens,
         top_k=loss.teacher_topk if loss.teacher_output == "top" else 0,
-        context_tokens=s.context.max_tokens if s.context.text or s.context.column else 0,
+        external_hidden=tuple(t.hidden_form for t in external if t.hidden_form),
+        has_teacher_logp=any(t.output == "token" for t in external),
+        context_tokens=s.context.max_tokens if has_context and len(external) < N else 0,
         has_sampler_logprobs=sampled_rows == s.batch_size,
         has_advantages=loss.reward > 0,
         routing=routing if sampled_rows else None,
-        teacher_weights=weights_SN if stages.needs_teacher(s, loss) and N > 1 else None,
+        teacher_weights=weights_SN if (reads_hidden or judges) and N > 1 else None,
     )
 
 
 def make_abstract_microbatch(layout: BatchLayout, rows: int, mesh: Mesh) -> Batch:
     """Makes the shapes, dtypes and shardings of a micro-batch of `rows` rows on a mesh."""
-    sharding = mesh_lib.make_row_sharding(mesh)
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding),
-        collate.collate_rows([[]], layout),
-    )
+
+    def make_shapes(tree: Any, sharding: Any) -> Any:
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding), tree
+        )
+
+    batch = collate.collate_rows([[]], layout)
+    spec = mesh_lib.make_hidden_spec(mesh, layout.row_tokens)
+    hidden_BTE = make_shapes(batch.teacher_hidden_BTE, NamedSharding(mesh, spec))
+    batch = dataclasses.replace(batch, teacher_hidden_BTE=None)
+    batch = make_shapes(batch, mesh_lib.make_row_sharding(mesh))
+    return dataclasses.replace(batch, teacher_hidden_BTE=hidden_BTE)
 
 
 def to_examples(
@@ -131,22 +160,27 @@ def split_rows(
     own_rows: Sequence[int],
     sizes: tuple[int, int, int],
     layout: BatchLayout,
+    collates_later: bool = False,
 ) -> Minibatches:
     """Splits a batch into micro-batches. Rows interleave, so that each spans all devices.
 
     Args:
       rows: the examples of this process's rows of the batch, whose numbers are `own_rows`.
       sizes: numbers of rows of the batch, of minibatches, and of micro-batches per minibatch.
+      collates_later: when a micro-batch is moved to the mesh, since its teachers' outputs are not
+        there yet.
     """
     count, num_minibatches, accumulate = sizes
     examples_by_row = dict(zip(own_rows, rows, strict=True))
 
     def make_microbatch(first: int) -> Microbatch:
         numbers = range(first, count, num_minibatches * accumulate)
-        batch = collate.collate_rows(
-            [examples_by_row[row] for row in numbers if row in examples_by_row], layout
-        )
-        return Microbatch(tuple((row,) for row in numbers), lambda: batch)
+        own_examples = [examples_by_row[row] for row in numbers if row in examples_by_row]
+        make_batch = functools.partial(collate.collate_rows, own_examples, layout)
+        if not collates_later:
+            batch = make_batch()
+            make_batch = lambda: batch  # noqa: E731
+        return Microbatch(tuple((row,) for row in numbers), make_batch)
 
     return [
         [make_microbatch(j + k * num_minibatches) for k in range(accumulate)]

@@ -21,6 +21,7 @@ from distill.policy import compatibility, policy
 from distill.policy.policy import Policy
 from distill.runtime import failures, run_files
 from distill.runtime import mesh as mesh_lib
+from distill.teachers import external
 from distill.training import memory
 from distill.training.calls import count_device_bytes
 from distill.training.eval_hook import ValidationSetup
@@ -67,6 +68,9 @@ def make_summary_lines(
         yield f"{name} {described}, {dtype}; {_describe_stops(teacher.policy)}"
         if not teacher.is_ema:
             yield from _check_teacher(name, teacher.policy, run_setup, trained)
+    outside = {t.name: t for stage in run_setup.stages for t in stage.external}
+    for name, teacher in outside.items():
+        yield f"{name} {teacher.path}: {external.describe_info(teacher.info)}"
     if tokenizer is not None and tokenizer.chat_template is not None:
         yield from _check_template(student)
     for stage in run_setup.stages:
@@ -115,9 +119,7 @@ def _check_teacher(
     """Warns if a teacher has stop ids that the student lacks, or the student's own weights."""
     if further_stops := compatibility.find_extra_stop_ids(run_setup.student, teacher):
         yield f"warning: {name} stops at {further_stops} too, where the student would go on"
-    first = next(
-        stage for stage in run_setup.stages if stage.needs_teacher and name in stage.c.teachers
-    )
+    first = next(stage for stage in run_setup.stages if name in stage.local_teachers)
     if first.c.context.text or first.c.context.column:
         return  # the student does not read the context, so its own weights may teach it
     if len(first.c.teachers) > 1:

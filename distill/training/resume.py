@@ -29,7 +29,7 @@ from distill.data import sources
 from distill.policy import identity, policy
 from distill.policy.identity import Part
 from distill.runtime import environment, run_files
-from distill.teachers import local
+from distill.teachers import external, local
 from distill.training import config_changes
 from distill.training.config_changes import ROUNDING, SAME_CONTENT, Change
 from models import adapter, tensor_files
@@ -265,7 +265,10 @@ def describe_inputs(
         if s.context.text:
             described = {"": identity.describe_file(s.context.text)}
             add(f"{key}.context.text", s.context.text, described)
-        for name in s.teachers if stage.needs_teacher else ():
+        for teacher in stage.external:
+            described = {"": external.identify(teacher.info)}
+            add(f"config.{teacher.name}.path", teacher.info.model, described)
+        for name in stage.local_teachers:
             t = c[name]
             if t.path not in (local.INITIAL, local.EMA) and f"config.{name}.path" not in parts:
                 described = identity.describe_model(t.path, t.step or None)

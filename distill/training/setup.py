@@ -15,7 +15,8 @@ from distill.evaluation import tasks
 from distill.objectives import losses
 from distill.policy import policy
 from distill.policy.policy import Policy
-from distill.teachers import local
+from distill.teachers import external, local
+from distill.teachers.external import ExternalTeacher
 from distill.teachers.local import Teacher
 from distill.training import optim, stages, update
 from models import checks, families
@@ -44,6 +45,8 @@ class StageSetup:
     context_tokens: int = 0  # most tokens that a context adds to teachers' prompts; 0: none
     token_budget: int = 0  # tokens sampled per step; 0: all sequences end in their step
     asynchronous: bool = False  # a step's sequences are sampled during the previous step
+    teacher_names: tuple[str, ...] = ()  # of the teachers that it reads, in order
+    external: tuple[ExternalTeacher, ...] = ()  # those of them that are not run here
 
     @property
     def end_step(self) -> int:
@@ -55,9 +58,10 @@ class StageSetup:
         return self.c.epochs * self.c.minibatches
 
     @property
-    def needs_teacher(self) -> bool:
-        """True if the stage runs a teacher's model."""
-        return stages.needs_teacher(self.c, self.loss)
+    def local_teachers(self) -> tuple[str, ...]:
+        """The names of the teachers whose models the stage runs."""
+        outside = {teacher.name for teacher in self.external}
+        return tuple(name for name in self.teacher_names if name not in outside)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +73,16 @@ class RunSetup:
     """
 
     student: Policy
-    teachers: dict[str, Teacher]  # by the name of their sub-config
+    teachers: dict[str, Teacher]  # those that are run here, by the name of their sub-config
     reference: Policy | None
     stages: tuple[StageSetup, ...]
     replay_routing: bool = False  # the update routes tokens to the sampler's experts
+
+    def close(self) -> None:
+        """Closes the connections to teachers that are not run here."""
+        for stage in self.stages:
+            for teacher in stage.external:
+                teacher.scorer.close()
 
 
 def setup_run(
@@ -103,8 +113,10 @@ def setup_run(
     objectives = {name: stages.resolve_objective(name, c[name])[0] for name in c.stages}
     m = c.student
     _check_student(m)
-    for name, loss in objectives.items():
-        local.check_teachers(c, name, c[name], stages.needs_teacher(c[name], loss))
+    teacher_names = {
+        name: stages.check_teachers(c, name, *stages.resolve_objective(name, c[name]))
+        for name in c.stages
+    }
     packed = stages.has_packed_rows(c)
     with name_key("config.student.path", m.path):
         student = policy.make_abstract(
@@ -129,13 +141,14 @@ def setup_run(
         for name, end in zip(c.stages, end_steps, strict=True)
         if end > steps_done or not steps_done  # then no count of steps has been checked
     ]
-    reference, teachers = None, {}
-    for name in remaining:
-        loss = objectives[name]
-        for teacher in c[name].teachers if stages.needs_teacher(c[name], loss) else ():
-            teachers[teacher] = teachers.get(teacher) or local.describe_teacher(
-                c, teacher, student, teacher_mesh, packed
-            )
+    names = [teacher for name in remaining for teacher in teacher_names[name]]
+    outside = external.list_external(c, names)
+    teachers = {
+        name: local.describe_teacher(c, name, student, teacher_mesh, packed)
+        for name in dict.fromkeys(names)
+        if name not in outside
+    }
+    reference = None
     if any(objectives[name].reference for name in remaining):
         if m.random_init:
             raise UserError("config.student.random_init: nothing keeps a random reference")
@@ -144,8 +157,9 @@ def setup_run(
         )
     stage_setups, first_step = [], 0
     for name in c.stages:
+        own_teachers = {teacher: teachers.get(teacher) for teacher in teacher_names[name]}
         stage = _setup_stage(
-            c, name, first_step, student, teachers, mesh, teacher_mesh, name not in remaining
+            c, name, first_step, student, own_teachers, mesh, teacher_mesh, name not in remaining
         )
         stage_setups.append(stage)
         first_step = stage.end_step
@@ -200,7 +214,7 @@ def load_stage_models(
         removed before others are loaded and added.
     """
     loaded_models = {} if loaded_models is None else loaded_models
-    names = set(stage.c.teachers) if stage.needs_teacher else set()
+    names = set(stage.local_teachers)
     needed = names | ({REFERENCE} if stage.loss.reference else set())
     for name in loaded_models.keys() - needed:
         del loaded_models[name]
@@ -222,12 +236,15 @@ def _setup_stage(
     name: str,
     first_step: int,
     student: Policy,
-    teachers: dict[str, Teacher],
+    teachers: dict[str, Teacher | None],
     mesh: Mesh,
     teacher_mesh: Mesh,
     is_done: bool,
 ) -> StageSetup:
-    """Checks a stage, and the first `data.check_rows` rows of its data unless it is done."""
+    """Checks a stage, and the first `data.check_rows` rows of its data unless it is done.
+
+    teachers: by name, in the order in which the stage names them; None: one that is not run here.
+    """
     s = c[name]
     loss, sampled_rows = stages.resolve_objective(name, s)
     if is_done:
@@ -236,12 +253,12 @@ def _setup_stage(
         return StageSetup(name, s, first_step, no_examples, optimizer, loss, sampled_rows)
     context = teacher_context.load_context(s.context, f"config.{name}.context")
     context_tokens = s.context.max_tokens if context else 0
-    teacher_names = s.teachers if stages.needs_teacher(s, loss) else ()
-    teacher_policies = [teachers[teacher].policy for teacher in teacher_names]
     stages.check_counts(name, s)
     stages.check_sampling(name, s, loss, sampled_rows, student, mesh)
-    stages.check_positions(name, s, student, teacher_policies, context_tokens)
-    stages.check_packing(name, s, sampled_rows, context_tokens)
+    outside = external.open_teachers(c, s, loss, tuple(teachers), student)
+    readers = [*(t.policy for t in teachers.values() if t), *outside]
+    stages.check_positions(name, s, student, readers, context_tokens)
+    stages.check_packing(name, s, sampled_rows, context_tokens if any(teachers.values()) else 0)
     stages.check_splits(name, s, sampled_rows, mesh, teacher_mesh)
     vocab_size = student.config.vocab_size
     if loss.reward and student.tokenizer is None:
@@ -249,7 +266,14 @@ def _setup_stage(
     if loss.k > vocab_size:
         raise UserError(f"config.{name}.loss.k={loss.k}: the vocabulary has {vocab_size} tokens")
     check_example = functools.partial(
-        _check_example, name, s, loss, s.max_prompt_tokens + context_tokens, vocab_size
+        _check_example,
+        name,
+        s,
+        loss,
+        s.max_prompt_tokens + context_tokens,
+        vocab_size,
+        has_stored_top=loss.teacher_output == "top" and not outside,
+        outside=outside,
     )
     try:
         source = dataset.load_source(
@@ -275,6 +299,8 @@ def _setup_stage(
         context_tokens,
         s.rollout.token_budget,
         s.rollout.asynchronous,
+        tuple(teachers),
+        outside,
     )
 
 
@@ -297,8 +323,16 @@ def _check_example(
     max_teacher_prompt: int,
     vocab_size: int,
     example: dataset.Example,
+    *,
+    has_stored_top: bool = False,
+    outside: tuple[ExternalTeacher, ...] = (),
 ) -> None:
-    """Raises UserError naming an example that stage `name` cannot use."""
+    """Raises UserError naming an example that stage `name` cannot use.
+
+    Args:
+      has_stored_top: rows hold the teacher's likeliest tokens.
+      outside: the teachers that are not run here.
+    """
     field = f"config.{name}.max_prompt_tokens"
     dataset.require_valid_example(example, s.max_prompt_tokens, field, vocab_size)
     teacher_prompt = example.teacher_prompt or []
@@ -309,8 +343,11 @@ def _check_example(
             len(teacher_prompt),
         )
     dataset.require_ids(teacher_prompt, vocab_size, example.where)
-    if loss.teacher_output == "top":
+    if has_stored_top:
         examples.require_top(example, loss.teacher_topk)
+    if example.response:
+        for teacher in outside:
+            teacher.require_example(example)
     if loss.reward and s.reward.correct:
         if not example.answer:
             raise UserError(f"{example.where}: no answer to compare a response with")

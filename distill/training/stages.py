@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -12,6 +13,8 @@ from distill.evaluation import tasks
 from distill.objectives import losses
 from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
+from distill.teachers import external, local, stored_files
+from distill.teachers.external import ExternalTeacher
 from models import checks
 from models.checks import Range
 from models.errors import UserError
@@ -50,15 +53,6 @@ def resolve_objective(name: str, s: ConfigDict) -> tuple[losses.Loss, int]:
         raise UserError(
             f"config.{name}.on_policy_share={share}: this loss needs the sampler's "
             "log-probabilities of every token, which traces do not have; set 1"
-        )
-    if loss.teacher_output == "token":
-        raise UserError(
-            f"config.{name}.loss.teacher_output=token: is for remote teachers; use hidden or top"
-        )
-    if loss.teacher_output == "top" and sampled_rows:
-        raise UserError(
-            f"config.{name}.loss.teacher_output=top: only traces have stored log-probabilities, "
-            f"but on_policy_share={share}; set 0"
         )
     if loss.reward:
         _check_reward(name, s)
@@ -103,10 +97,62 @@ def get_term_weights(s: ConfigDict) -> dict[str, float]:
     }
 
 
-def needs_teacher(s: ConfigDict, loss: losses.Loss) -> bool:
-    """Returns True if a stage runs a teacher's model."""
-    needs_hidden = loss.teacher > 0 and loss.teacher_output != "top"
-    return bool(needs_hidden or (loss.reward and s.reward.teacher_logprob))
+def reads_teachers(c: ConfigDict, s: ConfigDict, loss: losses.Loss) -> bool:
+    """Returns True if a stage reads teachers, run here or not. With teacher_output=top and none
+    outside, the likeliest tokens are stored in the rows."""
+    in_rows = loss.teacher_output == "top" and not external.list_external(c, s.teachers)
+    judges = loss.reward > 0 and s.reward.teacher_logprob != 0
+    return (loss.teacher > 0 and not in_rows) or judges
+
+
+def check_teachers(
+    c: ConfigDict, name: str, loss: losses.Loss, sampled_rows: int
+) -> tuple[str, ...]:
+    """Checks that the teachers of stage `name` can give what its loss reads; returns their names.
+
+    Raises:
+      UserError: naming the invalid key.
+    """
+    s, reads = c[name], reads_teachers(c, c[name], loss)
+    local.check_teachers(c, name, s, reads)
+    names = tuple(s.teachers) if reads else ()
+    flag, output = f"config.{name}.loss.teacher_output={loss.teacher_output}", loss.teacher_output
+    outside = external.list_external(c, names)
+    if output == "top" and not outside and sampled_rows:
+        raise UserError(
+            f"{flag}: only traces have stored log-probabilities, but {sampled_rows} of "
+            f"{s.batch_size} rows are sampled; set on_policy_share=0, or name a teacher on a server"
+        )
+    for teacher in outside:
+        if sampled_rows and stored_files.is_stored(c[teacher].path):
+            raise UserError(
+                f"config.{teacher}.path={c[teacher].path}: holds scores of given responses, but "
+                f"{sampled_rows} of {s.batch_size} rows are sampled; set "
+                f"config.{name}.on_policy_share=0, or name a model or a server"
+            )
+    if outside and loss.reward and s.reward.teacher_logprob:
+        raise UserError(
+            f"config.{name}.reward.teacher_logprob: needs a teacher that is run here, and "
+            f"config.{outside[0]}.path={c[outside[0]].path} is not"
+        )
+    if output == "hidden" or not (names or output == "token"):
+        return names
+    if local_names := [teacher for teacher in names if teacher not in outside]:
+        raise UserError(
+            f"{flag}: config.{local_names[0]} is run here, and gives hidden states; use hidden, or "
+            "the address of a server as its path"
+        )
+    if s.teacher_weights:
+        raise UserError(
+            f"config.{name}.teacher_weights: mixes whole distributions, which teacher_output="
+            f"{output} does not have; use hidden, or no weights and a teacher for each source"
+        )
+    if get_temperature(s, loss) != 1:
+        raise UserError(
+            f"config.{name}.sampling.temperature={s.sampling.temperature}: with teacher_output="
+            f"{output} the teacher's log-probabilities are those at temperature 1; set 1"
+        )
+    return names
 
 
 def check_async_rollouts(name: str, s: ConfigDict, loss: losses.Loss, sampled_rows: int) -> None:
@@ -164,13 +210,19 @@ def check_sampling(
 
 
 def check_positions(
-    name: str, s: ConfigDict, student: Policy, teachers: list[Policy], context_tokens: int
+    name: str,
+    s: ConfigDict,
+    student: Policy,
+    teachers: Iterable[Policy | ExternalTeacher],
+    context_tokens: int,
 ) -> None:
     """Checks that rows do not exceed the positions of the models that read them."""
     total = s.max_prompt_tokens + s.max_response_tokens
     for model, extra in [(student, 0), *((teacher, context_tokens) for teacher in teachers)]:
-        limit, extra_name = model.config.context_length, " + context.max_tokens" if extra else ""
-        if total + extra > limit:
+        is_outside = isinstance(model, ExternalTeacher)
+        limit = model.info.context_length if is_outside else model.config.context_length
+        extra_name = " + context.max_tokens" if extra else ""
+        if limit and total + extra > limit:
             raise UserError(
                 f"config.{name}: max_prompt_tokens + max_response_tokens{extra_name} = "
                 f"{total + extra} exceeds the model's {limit} positions ({model.path})"

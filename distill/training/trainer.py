@@ -14,6 +14,7 @@ from distill.batch import Batch
 from distill.objectives import losses
 from distill.policy.policy import Policy
 from distill.teachers import local
+from distill.teachers.external import ExternalTeacher
 from distill.teachers.local import Teacher
 from distill.training import setup, stages, update, update_metrics
 from distill.training.microbatches import Microbatch, Minibatches
@@ -31,7 +32,7 @@ class Trainer:
     stage: StageSetup
     mesh: Mesh
     update_programs: update.UpdatePrograms
-    teachers: Sequence[Teacher]  # with heads; none if the loss does not use them
+    teachers: Sequence[Teacher | ExternalTeacher]  # with heads; none if the loss reads none
     reference: Policy | None
     frozen_params: Params | None
     loss_chunk_mib: float
@@ -110,7 +111,7 @@ class Trainer:
         known_before = {}
         for j, microbatches in enumerate(minibatches):
             for k, micro in enumerate(microbatches):
-                batch = micro.to_device(self.mesh)
+                batch = micro.to_device(self.mesh, with_hidden=False)
                 logp_BT = self.update_programs.compute_logp(params, batch, self.frozen_params)
                 known = {"old_logp_BT": logp_BT}
                 if self.reference:
@@ -129,8 +130,9 @@ def make_trainer(
 ) -> Trainer:
     """Makes the trainer of a stage whose models are loaded, for states like `state`."""
     student, loss = run_setup.student, stage.loss
-    compares = stage.needs_teacher and loss.teacher
-    teachers = [run_setup.teachers[name] for name in stage.c.teachers] if compares else []
+    known = {**run_setup.teachers, **{t.name: t for t in stage.external}}
+    names = stage.teacher_names if loss.teacher else ()
+    teachers = [known[name] for name in names]
     return Trainer(
         stage,
         mesh,

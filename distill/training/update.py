@@ -116,6 +116,7 @@ def _shift_known(batch: Batch) -> losses.Stats:
         "old_logp_BT": batch.old_logp_BT,
         "reference_logp_BT": batch.reference_logp_BT,
         "advantages_BT": batch.advantages_BT,
+        "teacher_logp_BT": batch.teacher_logp_BT,
     }
     return {name: losses.shift(x) for name, x in known.items() if x is not None}
 

@@ -34,7 +34,7 @@ def sum_subsets(
         modes = {"think": mask_BT * thinking_BT, "no_think": mask_BT * ~thinking_BT}
         sums |= {
             f"{name}/{mode}": (jnp.sum(stats[name] * mode_mask_BT), jnp.sum(mode_mask_BT))
-            for name in ("reverse_kl", "entropy", "logp")
+            for name in ("reverse_kl", "sampled_reverse_kl", "entropy", "logp")
             if name in stats
             for mode, mode_mask_BT in modes.items()
         }

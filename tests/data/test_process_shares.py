@@ -10,6 +10,7 @@ from configs import base
 from distill.data import collate, dataset, packing
 from distill.runtime import mesh as mesh_lib
 from distill.training import collect, microbatches, setup
+from distill.training.teacher_outputs import OutputRequests
 
 MESHES = [(1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 2, 4)]  # data, fsdp, tensor
 
@@ -68,7 +69,8 @@ def test_processes_read_the_batch_in_shares(processes: int, fields: dict) -> Non
         """Reads the rows of all micro-batches, in the order of the batch."""
         form = collate.BatchLayout(fields.get("pack_tokens", 7), 4)
         traces = stage("sft", **fields)
-        work, _ = collect.load_trace_minibatches(*traces, 7, own, form, step)
+        outputs = OutputRequests((), 4, False)
+        work, *_ = collect.load_trace_minibatches(*traces, 7, own, form, outputs, step)
         found = {}
         for micro in (micro for part in work for micro in part):
             held = [row for (row,) in micro.rows if row in own]

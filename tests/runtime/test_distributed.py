@@ -122,7 +122,8 @@ def test_run_files_are_written_to_a_bucket(
         model.path = str(ROOT / model.path)
     resume.init_workdir(run_files.epath.Path(workdir), c)
     for step in range(2):
-        found = resume.describe_inputs(c, [SimpleNamespace(name="opd", c=c.opd, needs_teacher=1)])
+        stage = SimpleNamespace(name="opd", c=c.opd, local_teachers=("teacher",), external=())
+        found = resume.describe_inputs(c, [stage])
         resume.init_workdir(run_files.epath.Path(workdir), c, found, step)
     assert b"config.teacher.path" in memory.cat(f"{workdir}/inputs.json")
     with run_files.Writer(workdir, 0) as writer:

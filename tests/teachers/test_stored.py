@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +17,7 @@ from distill.teachers import stored_files, wire
 from distill.teachers.outputs import ResponseOutput
 from distill.teachers.stored import StoredScorer
 from distill.teachers.stored_files import Manifest, Settings
+from models import families
 from models.errors import SourceFailure, UserError
 
 V, E, K = 17, 6, 3
@@ -93,6 +95,32 @@ def test_outputs_are_read_as_they_were_written(output, tmp_path):
     whole = make_output(PAIRS[3][1], output).get_fields()
     assert all(x.tobytes() == whole[name][:2].tobytes() for name, x in limited.items())
     scorer.close()
+
+
+def test_documented_sizes():
+    """The bytes of a token, and of 100,000 responses of 4,000 tokens, that docs/teachers.md has."""
+    settings: dict[str, Any] = {
+        field.name: "" if field.type is str else 0 for field in dataclasses.fields(Settings)
+    }
+    for size, hidden_bytes, terabytes, head_gigabytes in (
+        ("8b", 8196, 3.28, 1.24),
+        ("32b", 10244, 4.10, 1.56),
+        ("235b-a22b", 8196, 3.28, 1.24),
+    ):
+        released = families.find_released(f"Qwen/Qwen3-{size}")
+        assert released is not None
+        E = released.hidden_size
+        settings |= {"hidden_size": E, "dtype": "bfloat16"}
+        for output, top_k, nbytes, total in (
+            ("hidden", 0, hidden_bytes, terabytes * 1e12),
+            ("top", 64, 516, 206e9),
+            ("top", 20, 164, 66e9),
+            ("token", 0, 4, 1.6e9),
+        ):
+            job = Settings(**settings | {"output": output, "top_k": top_k})
+            assert stored_files.count_bytes_per_token(job) == nbytes
+            assert 100_000 * 4_000 * nbytes == pytest.approx(total, rel=0.01)
+        assert released.vocab_size * E * 2 == pytest.approx(head_gigabytes * 1e9, rel=0.01)
 
 
 def test_a_response_that_is_not_stored_is_named(hidden):

@@ -17,7 +17,7 @@ from distill.data.collate import SampledExample
 from distill.objectives import losses
 from distill.runtime import mesh as mesh_lib
 from distill.runtime.checkpoint import Checkpoints
-from distill.training import collect, grading, loop, saving, trainer, update, update_metrics
+from distill.training import grading, loop, saving, trainer, update, update_metrics
 from models import families
 from models.errors import UserError
 from tests.support.runs import config, final, numbers
@@ -160,11 +160,11 @@ def test_only_groups_with_rewards_are_left_out_whole():
     sequences: Any = [
         SimpleNamespace(finish_reason=x, tokens=[], where=f"row {i}") for i, x in enumerate(reasons)
     ]
-    kept, rewards = collect.drop_failed_groups(sequences, None, 2)
+    kept, rewards = grading.drop_failed_groups(sequences, None, 2)
     assert [x.where for x in kept] == ["row 0", "row 2", "row 3"] and rewards is None
-    kept, rewards = collect.drop_failed_groups(sequences, [0.0, 1.0, 2.0, 3.0], 2)
+    kept, rewards = grading.drop_failed_groups(sequences, [0.0, 1.0, 2.0, 3.0], 2)
     assert [x.where for x in kept] == ["row 2", "row 3"] and rewards == [2.0, 3.0]
-    assert collect.drop_failed_groups(sequences[1:2], [1.0], 1) == ([], [])
+    assert grading.drop_failed_groups(sequences[1:2], [1.0], 1) == ([], [])
 
 
 def test_a_judge_that_is_not_finite_spoils_its_group_alone():

@@ -63,7 +63,12 @@ class Run:
     def check(self, steps_done: int, allow: bool = False, first: int = 0) -> dict[str, Any]:
         """Starts or resumes the run, of which stages from number `first` on are left."""
         stages = [
-            SimpleNamespace(name=name, c=self.c[name], needs_teacher=name == "opd")
+            SimpleNamespace(
+                name=name,
+                c=self.c[name],
+                local_teachers=("teacher",) if name == "opd" else (),
+                external=(),
+            )
             for name in self.c.stages[first:]
         ]
         rows = [("", json.loads(x)) for x in Path(self.c.eval.data).read_text().splitlines()]
