@@ -27,8 +27,6 @@ from distill.teachers.outputs import (
 from distill.teachers.stored_files import Manifest
 from models.errors import SourceFailure, UserError
 
-_THREADS = 16  # a request to a bucket takes tens of milliseconds
-
 
 class StoredScorer:
     """The scores in a directory. A Scorer (outputs.py), and safe to call from several threads.
@@ -76,13 +74,13 @@ class StoredScorer:
         if output == "hidden":
             self.head_VE = stored_files.read_head(self._directory, self._manifest)
         read_index = functools.partial(stored_files.read_index, self._directory)
-        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        with concurrent.futures.ThreadPoolExecutor(stored_files.THREADS) as pool:
             self._shards = list(pool.map(read_index, self._manifest.shards))
         for shard in self._shards:
             if not set(self._fields) <= shard.fields.keys():
                 path = self._directory / shard.file
                 raise UserError(f"{path}: holds {' '.join(shard.fields)}, not {output}")
-        self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS, "stored")
+        self._pool = concurrent.futures.ThreadPoolExecutor(stored_files.THREADS, "stored")
         # key -> (shard, number of the response in it)
         self._places = {
             key: (number, row)
