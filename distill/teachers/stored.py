@@ -47,15 +47,16 @@ class StoredScorer:
         self._manifest = stored_files.read_manifest(directory)
         settings, self._top_k = self._manifest.settings, top_k
         outputs = tuple(dict.fromkeys((settings.output, "token")))
+        dtypes = dict.fromkeys((settings.param_dtype, settings.dtype))
         self.info = ScorerInfo(
-            model=f"scores of {settings.model} in {directory}",
+            model=f"scores of {settings.model}",
             outputs=outputs,
             vocab_size=settings.vocab_size,
             top_k=settings.top_k,
             hidden_size=settings.hidden_size if settings.output == "hidden" else 0,
             hidden_dtype=settings.dtype,
-            # With what else decides its outputs.
-            model_hash=f"{settings.model_hash} in {settings.param_dtype}, {settings.dtype}",
+            # With what else its outputs depend on.
+            model_hash=f"{settings.model_hash} in {' and '.join(dtypes)}",
             head_hash=self._manifest.head_hash,
         )
         if output not in outputs:
