@@ -2,11 +2,10 @@
 
 import asyncio
 import functools
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import safetensors.numpy
+import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
@@ -18,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from distill.serving import calls, requests
 from distill.serving.calls import Call, Server
 from distill.serving.errors import ApiError
-from distill.serving.guard import CLIENT_GONE, Guard, Metrics, finish, read_body
+from distill.serving.guard import CLIENT_GONE, Metrics, finish, read_body
 from distill.serving.schemas import BODIES, ChatRequest, CompletionRequest, ScoreRequest
 from distill.teachers import wire
 
@@ -101,19 +100,20 @@ async def send_head(server: Server, request: Request, folder: Path) -> Response:
     tags = [part.strip() for part in request.headers.get("if-none-match", "").split(",")]
     if tag in tags or "*" in tags:
         return Response(status_code=304, headers={"ETag": tag})
+    head_VE = server.worker.head_VE
+    assert head_VE is not None
     async with _HEAD_LOCK:
         if not path.exists():
-            await asyncio.to_thread(_write_head, server.worker.head_VE, path)
+            await asyncio.to_thread(_write_head, head_VE, path)
     return FileResponse(path, media_type="application/octet-stream", headers={"ETag": tag})
 
 
 _HEAD_LOCK = asyncio.Lock()
 
 
-def _write_head(head_VE: Any, path: Path) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        partial = Path(file.name)
-    safetensors.numpy.save_file({"head_VE": head_VE}, partial)
+def _write_head(head_VE: np.ndarray, path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(wire.encode_head(head_VE))
     partial.replace(path)
 
 
@@ -157,6 +157,3 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     for kind in (ApiError, HTTPException, RequestValidationError, ClientDisconnect, Exception):
         app.add_exception_handler(kind, answer_error)
-
-
-__all__ = ["Guard", "make_app"]

@@ -27,7 +27,7 @@ class ServedModel:
 
     name: str
     subject: Policy  # described
-    dtype: str  # of the weights
+    param_dtype: str  # of the weights
     max_length: int  # tokens of a prompt and its response
     max_logprobs: int  # likeliest tokens of a generated token
     max_top_k: int  # and of a token that is scored
@@ -47,8 +47,8 @@ class ServedModel:
             "max_model_len": self.max_length,
             "vocab_size": config.vocab_size,
             "hidden_size": config.hidden_size,
-            "hidden_dtype": jnp.dtype(self.subject.model.dtype).name,
-            "dtype": self.dtype,
+            "dtype": jnp.dtype(self.subject.model.dtype).name,
+            "param_dtype": self.param_dtype,
             "max_top_k": self.max_top_k,
             "model_hash": self.model_hash,
             "tokenizer_hash": self.tokenizer_hash,

@@ -81,13 +81,8 @@ class _Generation(_Body):
         None, description='Tokens in `logprobs` are written "token_id:ID", as in vLLM.'
     )
     user: str | None = Field(None, description="Not read.")
-    frequency_penalty: Literal[0] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-
-    @pydantic.field_validator("frequency_penalty", mode="before")
-    @classmethod
-    def _accept_zero(cls, value: Any) -> Any:
-        return 0 if type(value) is float and value == 0 else value
 
 
 class CompletionRequest(_Generation):
@@ -99,7 +94,7 @@ class CompletionRequest(_Generation):
     max_tokens: int | None = Field(None, ge=0, le=_MAX_INT, description="Default 16.")
     logprobs: int | None = Field(None, ge=0, le=_MAX_INT)
     echo: bool | None = None
-    best_of: Literal[1] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
     suffix: Literal[""] | None = None
     add_special_tokens: bool | None = Field(None, description="Not read: none are added.")
 

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import dataclasses
-import hashlib
 import ipaddress
 import socket
 import tempfile
@@ -24,6 +23,7 @@ from distill.serving.formats import TokenNames
 from distill.serving.guard import Guard, Metrics
 from distill.serving.requests import ServedModel
 from distill.serving.worker import Worker
+from distill.teachers import wire
 from models.errors import UserError
 
 CLOSE_SECONDS = 5.0  # for replies that are on their way when the server stops
@@ -68,9 +68,11 @@ def bind_socket(host: str, port: int) -> socket.socket:
     """
     try:
         family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
+        with contextlib.ExitStack() as closing:
+            bound = closing.enter_context(socket.socket(family, kind))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+            closing.pop_all()  # the caller's from here on
     except OSError as error:
         raise UserError(
             f"--host={host} --port={port}: cannot listen there: {error.strerror or error}"
@@ -82,9 +84,9 @@ class RunningServer:
     """A server that answers at `url`, in threads of its own."""
 
     def __init__(
-        self, url: str, worker: Worker, guard: Guard, uvicorn_server: uvicorn.Server
+        self, url: str, server: Server, guard: Guard, uvicorn_server: uvicorn.Server
     ) -> None:
-        self.url, self.worker = url, worker
+        self.url, self.server, self.worker = url, server, server.worker
         self._guard, self._uvicorn = guard, uvicorn_server
         self._thread = threading.Thread(target=self._serve, name="http", daemon=True)
 
@@ -101,8 +103,9 @@ class RunningServer:
 
     def wait(self) -> None:
         """Returns only if the device's thread ends; raises what has ended it."""
+        # Not `join`, which takes a thread for ended where a signal interrupts it (Python 3.11).
         while self.worker.is_alive():
-            self.worker.wait(_POLL_SECONDS)
+            time.sleep(_POLL_SECONDS)
         self.worker.check()
 
     def stop(self, seconds: float) -> int:
@@ -155,7 +158,7 @@ def open_server(
         served = ServedModel(
             name=options.name or subject.path,
             subject=subject,
-            dtype=param_dtype,
+            param_dtype=param_dtype,
             max_length=max_length,
             max_logprobs=rollout.top_logprobs,
             max_top_k=min(options.max_top_k, vocab_size),
@@ -163,7 +166,7 @@ def open_server(
             tokenizer_hash=identity.hash_parts(identity.describe_tokenizer(subject.tokenizer_dir))
             if subject.tokenizer
             else "",
-            head_hash=hashlib.sha256(worker.head_VE.tobytes()).hexdigest(),
+            head_hash=wire.hash_head(worker.head_VE),
             step=worker.step,
         )
         metrics, names = Metrics(worker), TokenNames(subject.tokenizer)
@@ -172,7 +175,7 @@ def open_server(
         app = make_app(server, metrics, Path(folder))
         guard = Guard(app, options.token, metrics, {route.path for route in app.routes})  # pyright: ignore
         running = RunningServer(
-            f"http://{format_address(listening)}", worker, guard, make_uvicorn(guard, loop.append)
+            f"http://{format_address(listening)}", server, guard, make_uvicorn(guard, loop.append)
         )
         running.start(listening)
         try:

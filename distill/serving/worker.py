@@ -25,6 +25,7 @@ from distill.serving.errors import ApiError
 from distill.serving.jobs import Generation, Job, Response, Scoring
 from distill.serving.score_queue import ScoreQueue, find_fault
 from models import transformer
+from models.errors import UserError
 
 STREAM_STEPS = 8  # decoding steps between two pieces of a response that is streamed
 RETRY_SECONDS = 1  # after which a full queue may have room
@@ -79,9 +80,9 @@ class Worker:
         if self.failure is not None:
             raise self.failure
 
-    def wait(self, seconds: float | None = None) -> None:
-        """Waits for the thread to end, at most `seconds`, or as long as the device is busy."""
-        self._thread.join(seconds)
+    def wait(self) -> None:
+        """Waits for the thread to end, as long as the device is busy."""
+        self._thread.join()
 
     def is_alive(self) -> bool:
         return self._thread.is_alive()
@@ -151,18 +152,18 @@ class Worker:
 
     def _prepare(self) -> None:
         """Loads the weights, makes the engine and compiles its programs."""
-        options = self._options
-        subject = policy.load(self._subject, self._param_dtype)
+        options, described = self._options, self._subject
+        self._mesh = mesh_lib.to_decode_mesh(policy.get_mesh(described))
+        dtype = jnp.dtype(described.model.dtype).name
+        try:
+            shape = make_cache_shape(
+                *(options, described.config, self._mesh, dtype), options.slots, options.max_length
+            )
+        except UserError as error:  # names an option, which is a flag of the same name
+            raise UserError(f"--{error}") from None
+        subject = policy.load(described, self._param_dtype)
         model = sampler.SamplingModel(subject.model, subject.params, subject.stop_ids)
-        self._mesh, self.step = model.mesh, subject.step
-        shape = make_cache_shape(
-            options,
-            subject.config,
-            self._mesh,
-            jnp.dtype(subject.model.dtype).name,
-            options.slots,
-            options.max_length,
-        )
+        self.step = subject.step
         with mesh_lib.use_mesh(self._mesh):
             decoder, params = sampler.prepare_decoder(
                 model, Sampling(), options, shape, by_row=True

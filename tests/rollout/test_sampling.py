@@ -213,3 +213,28 @@ def test_top_k_above_the_vocabulary_is_refused() -> None:
     Sampling(top_k=384).check_vocab_size(384)
     with pytest.raises(UserError, match=r"^top_k=385: the vocabulary has 384 tokens$"):
         sampling_lib.truncate_logits(jnp.zeros((1, 384)), Sampling(top_k=385))
+
+
+def test_rows_with_their_own_sampling_draw_as_all_with_one() -> None:
+    """Also where top_k or the nucleus is larger than the tokens that are searched first."""
+    cases = [*FEW, Sampling(top_p=0.99), Sampling(0.0), Sampling(presence_penalty=-1.5)]
+    by_row = jax.jit(
+        lambda logits, keys, rows, seen: sampling_lib.draw_tokens(
+            logits, keys, sampling_lib.RowSampling(*rows.T), seen
+        )
+    )
+    for ties in (False, True):
+        logits_BV = np.repeat(rows(6000, ties), 2, axis=0)
+        logits_BV[7, 5] = np.nan
+        B = len(logits_BV)
+        keys_B = jax.random.split(jax.random.key(1), B)
+        seen_BV = np.random.default_rng(2).random(logits_BV.shape) < 0.3
+        drawn = [draw(logits_BV, keys_B, case, seen_BV) for case in cases]
+        for shift in range(len(cases)):  # each row is drawn with each, beside others
+            numbers = [(row + shift) % len(cases) for row in range(B)]
+            own_B5 = sampling_lib.pack_samplings([cases[number] for number in numbers])
+            tokens_B, logp_B = by_row(logits_BV, keys_B, own_B5, seen_BV)
+            for row, number in enumerate(numbers):
+                token_B, expected_B = drawn[number]
+                assert tokens_B[row] == token_B[row]
+                np.testing.assert_allclose(logp_B[row], expected_B[row], rtol=1e-5, atol=1e-6)
