@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from distill.policy import identity
 from distill.policy.policy import Policy
 from distill.runtime import addresses, paths, run_files
-from distill.runtime.http_client import BadReply, Client, ClientOptions, Reply
+from distill.runtime.http_client import BadReply, Client, ClientOptions, RefusedRequest, Reply
 from distill.teachers import endpoints, wire
 from distill.teachers.endpoints import KINDS, Item, Question
 from distill.teachers.outputs import InvalidOutput, ResponseOutput, ScorerInfo
@@ -72,7 +73,8 @@ class RemoteScorer:
             options = ClientOptions(urls, t.api_key_env, timeout, self._in_flight)
             self._client = Client(options)
         except UserError as error:
-            raise UserError(f"{key}.{str(error).replace('URL:', 'path:', 1)}") from None
+            about_field = re.match(r"(api_key_env|timeout_seconds|max_in_flight)\b", str(error))
+            raise UserError(f"{key}.{'' if about_field else 'path='}{error}") from None
         self._endpoint = KINDS[t.kind]()
         if output not in self._endpoint.outputs:
             raise UserError(
@@ -161,7 +163,15 @@ class RemoteScorer:
         items = [self._probe]
         read = functools.partial(endpoints.read_reply, self._endpoint, self._question, items)
         body = self._endpoint.make_body(self._question, items)
-        (output,) = self._client.post(self._endpoint.path, body, read, url=url)
+        try:
+            (output,) = self._client.post(self._endpoint.path, body, read, url=url)
+        except RefusedRequest as error:
+            if not self._question.top_k:
+                raise
+            raise UserError(
+                f"{error}; loss.teacher_topk={self._question.top_k} must be no more than the "
+                "server gives (vllm serve --max-logprobs)"
+            ) from None
         return output
 
     def _check_tokenizer(self, url: str, student: Policy) -> None:

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 from etils import epath
 
-from distill.runtime import paths, run_files
+from distill.runtime import addresses, paths, run_files
 from distill.teachers import wire
 from distill.teachers.outputs import FIELD_DTYPES, InvalidOutput, ResponseOutput
 from models.errors import SourceFailure, UserError
@@ -126,7 +126,9 @@ def _read_at(file: BinaryIO, place: int, count: int, dtype: np.dtype) -> bytes:
 
 def is_stored(path: str) -> bool:
     """Returns True if `path` names a directory of stored scores."""
-    return bool(path) and (epath.Path(path) / MANIFEST).is_file()
+    if not path or addresses.is_url(path):
+        return False
+    return (epath.Path(path) / MANIFEST).is_file()
 
 
 def hash_response(prompt: Sequence[int], response: Sequence[int]) -> bytes:

@@ -47,7 +47,7 @@ class LocalScorer:
             context_length=LENGTH,
             hidden_size=config.hidden_size,
             hidden_dtype="float32",
-            model_hash="0123",
+            model_hash=f"hash of {self.policy.path}",
         )
 
     @property
@@ -99,5 +99,4 @@ class LocalScorer:
         }
 
     def close(self) -> None:
-        self.closed = True
-        self._pool.shutdown()
+        self.closed = True  # but a test may run another training with it
