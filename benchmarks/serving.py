@@ -172,7 +172,8 @@ def measure(
 
 def main() -> None:
     names = ("model", "requests", "clients", "slots", "max_tokens", "repeats")
-    print(json.dumps(measure(**{name: OPTIONS[name].value for name in names})))
+    settings: dict[str, Any] = {name: OPTIONS[name].value for name in names}
+    print(json.dumps(measure(**settings)))
 
 
 if __name__ == "__main__":
