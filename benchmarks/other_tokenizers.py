@@ -2,9 +2,9 @@
 
 A teacher with another vocabulary gives the log-likelihood of a response's text, log q. Where ends
 of its tokens and of the student's coincide, the text falls into spans, and a span's gap is log p of
-the student's tokens in it minus log q of the teacher's. Here a student over the characters a, b, c and an end writes up to four tokens, and
-every response is enumerated, in float64: the expected gradient of each way to give credit against
-that of the sequence-level reverse KL, E[log p - log q].
+the student's tokens in it minus log q of the teacher's. Here a student over the characters a, b, c
+and an end writes up to four tokens, and every response is enumerated, in float64: the expected
+gradient of each way to give credit against that of the sequence-level reverse KL, E[log p - log q].
 
     span    a token gets the gap of its own span
     later   and those of all spans after it (discount=1)
