@@ -4,12 +4,15 @@ Responses are read twice: first to check them and to count what is to be stored,
 to score them. So memory holds one shard at a time, and a hash and two numbers of each response.
 """
 
+import concurrent.futures
 import dataclasses
+import functools
 import hashlib
+import itertools
 import math
 import shutil
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +25,9 @@ from distill.evaluation import scoring
 from distill.policy import identity, policy
 from distill.policy.policy import Policy
 from distill.runtime import paths, run_files
-from distill.runtime.progress import Progress, show_progress
+from distill.runtime.progress import show_progress
 from distill.teachers import stored_files, wire
-from distill.teachers.outputs import InvalidOutput, check_output
+from distill.teachers.outputs import InvalidOutput, ResponseOutput, check_output
 from distill.teachers.stored_files import Manifest, Settings, Shard
 from models import transformer
 from models.errors import UserError
@@ -171,7 +174,9 @@ def store_scores(
     counts = [shard.responses for shard in shards]
     left = selection.lengths[sum(counts) :]
     counts += plan_shards(left, stored_files.count_bytes_per_token(settings))
-    intact = {number for number, shard in enumerate(shards) if _is_intact(out, shard)}
+    with concurrent.futures.ThreadPoolExecutor(stored_files.THREADS) as pool:
+        found = enumerate(pool.map(functools.partial(_is_intact, out), shards))
+        intact = {number for number, is_intact in found if is_intact}
     if before and len(intact) == len(counts) and stored_files.has_head(out, before):
         return before
     _require_room(out, settings, sum(shards[number].tokens for number in intact))
@@ -184,16 +189,23 @@ def store_scores(
             )
         job = Job(loaded, selection, settings, out, batch_size)
         manifest = _write_first_files(job, before)
-        done, first = sum(counts[number] for number in intact), 0
+        done, first, outputs = sum(counts[number] for number in intact), 0, None
         with show_progress(settings.responses, done, "score", batch_size) as bar:
             for number, count in enumerate(counts):
-                if number not in intact:
-                    shard = _write_shard(job, number, range(first, first + count), bar, done)
-                    shards = (*shards[:number], shard, *shards[number + 1 :])
-                    manifest = dataclasses.replace(manifest, shards=shards)
-                    stored_files.write_manifest(out, manifest)
-                    done += count
-                first += count
+                if number in intact:
+                    first, outputs = first + count, None
+                    continue
+                outputs = outputs or _score_from(job, first)
+                scored = []
+                for output in itertools.islice(outputs, count):
+                    scored.append(output)
+                    bar.update(done + len(scored))
+                keys = selection.keys[first : first + count]
+                shard = stored_files.write_shard(out, number, keys, scored)
+                shards = (*shards[:number], shard, *shards[number + 1 :])
+                manifest = dataclasses.replace(manifest, shards=shards)
+                stored_files.write_manifest(out, manifest)
+                done, first = done + count, first + count
     return manifest
 
 
@@ -276,27 +288,27 @@ def _write_first_files(job: Job, before: Manifest | None) -> Manifest:
     return manifest
 
 
-def _write_shard(job: Job, number: int, span: range, bar: Progress, done: int) -> Shard:
-    """Scores the responses of a shard and writes it; `done` responses were scored before.
+def _score_from(job: Job, first: int) -> Iterator[ResponseOutput]:
+    """Yields what the model says of the responses from number `first` on.
 
-    Its batches hold its own responses only, so that a job that goes on writes the same bits as one
-    that was never stopped.
+    A batch holds the same responses wherever a job begins, so one that goes on writes the same bits
+    as one that was never stopped.
     """
-    settings, outputs = job.settings, []
-    examples = job.selection.read(span.start, span.stop)
-    scored = scoring.score_responses(
-        job.model,
-        [(get_prompt(x), x.response) for x in examples],
-        batch_size=job.batch_size,
-        top_k=settings.top_k,
-        with_hidden=settings.output == "hidden",
-    )
-    for x, output in zip(examples, scored, strict=True):
-        try:
-            check_output(output, len(x.response), settings.vocab_size, top_k=settings.top_k)
-        except InvalidOutput as error:  # NaN logits, for example
-            raise UserError(f"{x.where}: its score {error} ({settings.model})") from None
-        outputs.append(output)
-        bar.update(done + len(outputs))
-    keys = job.selection.keys[span.start : span.stop]
-    return stored_files.write_shard(job.out, number, keys, outputs)
+    settings, size = job.settings, job.batch_size
+    for start in range(first // size * size, settings.responses, size):
+        examples = job.selection.read(start, min(start + size, settings.responses))
+        scored = scoring.score_responses(
+            job.model,
+            [(get_prompt(x), x.response) for x in examples],
+            batch_size=size,
+            top_k=settings.top_k,
+            with_hidden=settings.output == "hidden",
+        )
+        for number, (x, output) in enumerate(zip(examples, scored, strict=True), start=start):
+            if number < first:
+                continue
+            try:
+                check_output(output, len(x.response), settings.vocab_size, top_k=settings.top_k)
+            except InvalidOutput as error:  # NaN logits, for example
+                raise UserError(f"{x.where}: its score {error} ({settings.model})") from None
+            yield output

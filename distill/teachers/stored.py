@@ -27,8 +27,6 @@ from distill.teachers.outputs import (
 from distill.teachers.stored_files import Manifest
 from models.errors import SourceFailure, UserError
 
-_THREADS = 16  # a request to a bucket takes tens of milliseconds
-
 
 class StoredScorer:
     """The scores in a directory. A Scorer (outputs.py), and safe to call from several threads.
@@ -49,15 +47,16 @@ class StoredScorer:
         self._manifest = stored_files.read_manifest(directory)
         settings, self._top_k = self._manifest.settings, top_k
         outputs = tuple(dict.fromkeys((settings.output, "token")))
+        dtypes = dict.fromkeys((settings.param_dtype, settings.dtype))
         self.info = ScorerInfo(
-            model=f"scores of {settings.model} in {directory}",
+            model=f"scores of {settings.model}",
             outputs=outputs,
             vocab_size=settings.vocab_size,
             top_k=settings.top_k,
             hidden_size=settings.hidden_size if settings.output == "hidden" else 0,
             hidden_dtype=settings.dtype,
-            # With what else decides its outputs.
-            model_hash=f"{settings.model_hash} in {settings.param_dtype}, {settings.dtype}",
+            # With what else its outputs depend on.
+            model_hash=f"{settings.model_hash} in {' and '.join(dtypes)}",
             head_hash=self._manifest.head_hash,
         )
         if output not in outputs:
@@ -76,13 +75,13 @@ class StoredScorer:
         if output == "hidden":
             self.head_VE = stored_files.read_head(self._directory, self._manifest)
         read_index = functools.partial(stored_files.read_index, self._directory)
-        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        with concurrent.futures.ThreadPoolExecutor(stored_files.THREADS) as pool:
             self._shards = list(pool.map(read_index, self._manifest.shards))
         for shard in self._shards:
             if not set(self._fields) <= shard.fields.keys():
                 path = self._directory / shard.file
                 raise UserError(f"{path}: holds {' '.join(shard.fields)}, not {output}")
-        self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS, "stored")
+        self._pool = concurrent.futures.ThreadPoolExecutor(stored_files.THREADS, "stored")
         # key -> (shard, number of the response in it)
         self._places = {
             key: (number, row)

@@ -32,6 +32,7 @@ FORMAT = 1
 MANIFEST, HEAD_FILE, TOKENIZER_DIR = "scores.json", "head.safetensors", "tokenizer"
 KEYS, CHECKSUMS = "keys", "checksums"
 KEY_BYTES = 16
+THREADS = 16  # that read files: a request to a bucket takes tens of milliseconds
 _INDEX_TENSORS = (wire.LENGTHS, KEYS, CHECKSUMS)
 _MAX_HEADER = 2**20  # of a shard, whose few tensors need less than a thousand bytes
 

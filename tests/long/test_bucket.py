@@ -10,6 +10,7 @@ import pytest
 from tests.support.bucket import bucket
 from tests.support.paths import ROOT
 from tests.support.runs import read_scalars
+from tests.support.verbs import write
 
 WORDS = ["--config=configs/conditions.py:sft_then_opd,tiny", "--workdir=gs://bucket/runs/x"]
 WORDS += ["--config.checkpoint.every=1", "--config.compilation_cache=gs://bucket/compiled"]
@@ -55,3 +56,35 @@ def test_a_run_on_a_bucket(tmp_path: Path) -> None:
         assert {"e/summary.json", "e/examples.jsonl"} <= server.held.keys()
         verb("compare", "--runs=gs://bucket/runs/x/eval/000002,gs://bucket/e")
     assert not (ROOT / "gs:").exists()
+
+
+def test_stored_scores_in_a_bucket(tmp_path: Path) -> None:
+    pytest.importorskip("gcsfs")
+    rows = [{"tokens": [5, 6, i], "response_tokens": [7, i, 8]} for i in range(8)]
+    traces, scores = write(tmp_path / "traces.jsonl", rows), "gs://bucket/scores"
+    words = ["--model=assets/teacher", f"--tokens={traces}", "--output=hidden", f"--out={scores}"]
+    with bucket() as server:
+
+        def verb(name: str, *words: str) -> str:
+            call = [sys.executable, "-W", "ignore", "-m", f"distill.{name}", *words]
+            environment = os.environ | server.variables
+            done = subprocess.run(call, env=environment, cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-3000:]
+            return done.stderr
+
+        verb("score", *words)
+        before = dict(server.held)
+        names = {name.removeprefix("scores/") for name in before}
+        assert {"scores.json", "head.safetensors", "shard-00000.safetensors"} <= names
+        assert "tokenizer/tokenizer.json" in names and not any("tmp" in name for name in names)
+        del server.held["scores/shard-00000.safetensors"]
+        assert "shard-00000.safetensors: no such file" in verb("score", *words)
+        assert {x: data for x, (data, _) in server.held.items()} == {
+            x: data for x, (data, _) in before.items()
+        }
+        flags = ["--config=configs/quickstart.py:tiny", '--config.stages=("sft",)']
+        flags += ["--config.sft.objective=distill", f"--config.sft.data.source={traces}"]
+        flags += ["--config.sft.batch_size=8", "--config.sft.steps=2", f"--workdir={tmp_path}/run"]
+        flags += ["--config.sft.max_prompt_tokens=8", "--config.sft.max_response_tokens=8"]
+        told = verb("train", *flags, f"--config.teacher.path={scores}")
+        assert "reverse KL" in told
