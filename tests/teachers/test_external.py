@@ -237,7 +237,8 @@ def test_plan_lists_the_same_update_and_no_scoring(models, scorer):
     """The update's program is, letter for letter, the one with the teacher here."""
     mesh, texts, names = mesh_lib.make_mesh(1, 1, 1), [], []
     for url in ("", URL):
-        c = make_config(models, url=url, **{"opd.minibatches": 2})
+        c = make_config(models, url=url)
+        c.opd.minibatches = 2
         stage = fit.describe_stage(c, "opd", mesh, mesh)
         with mesh_lib.use_mesh(mesh):
             calls = {call.name: call for call in programs.list_stage_calls(stage)}
