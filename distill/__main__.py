@@ -16,6 +16,7 @@ VERBS = {
     "chat": "talks with a model or a run",
     "generate": "samples responses to prompts",
     "score": "log-probabilities of given tokens",
+    "serve": "an OpenAI-compatible server, and a teacher for runs elsewhere",
     "evaluate": "measures a model on a benchmark",
     "compare": "compares evaluations, paired by problem",
     "report": "one page of curves, tables and transcripts of runs and evaluations",

@@ -232,11 +232,11 @@ class ServedModel:
         if is_chat:
             body["chat_template_kwargs"] = {"enable_thinking": settings.thinking}
         if self.kind in ("ours", "vllm"):
-            body["return_token_ids"] = True
+            body |= {"return_token_ids": True} | ({"return_prompt_text": True} if is_chat else {})
         if self.kind in ("vllm", "sglang"):
             body["repetition_penalty"] = 1.0
-        if self.kind == "vllm":
-            body |= {"return_prompt_text": True} if is_chat else {"add_special_tokens": False}
+        if self.kind == "vllm" and not is_chat:
+            body["add_special_tokens"] = False
         if self.kind == "sglang" and is_chat:
             body["separate_reasoning"] = False
         return body

@@ -276,6 +276,8 @@ async def chat(server: Server, request: Request, body: ChatRequest) -> Response:
         )
     if body.return_token_ids:
         reply["prompt_token_ids"] = prompt
+    if body.return_prompt_text and (tokenizer := served.subject.tokenizer) is not None:
+        reply["prompt_text"] = tokenizer.decode(prompt)
     return JSONResponse(reply)
 
 

@@ -114,6 +114,9 @@ class ChatRequest(_Generation):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=_MAX_INT)
     chat_template_kwargs: TemplateOptions | None = None
+    return_prompt_text: bool | None = Field(
+        None, description="The reply has what the chat template rendered, as in vLLM."
+    )
 
 
 class ScoredSequence(_Body):

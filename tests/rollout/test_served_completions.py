@@ -128,9 +128,9 @@ def test_with_a_tokenizer_prompts_are_those_of_a_model_that_is_loaded(
     assert {a.path for a in server.asked} == {"/v1/models", "/v1/completions"}
 
 
-@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+@pytest.mark.parametrize("kind", ["ours", "vllm", "sglang"])
 def test_a_block_that_the_prompt_opens_is_part_of_the_text(kind: str, job: Job) -> None:
-    """From vLLM also where the response is cut within it: it says what the prompt is."""
+    """Also where the response is cut within it, if the server says what the prompt is."""
     model = FakeModel(kind)
     model.template = THINKING_ONLY
     rows = [ROWS[0], {**ROWS[0], "max_new_tokens": 2}]
@@ -138,7 +138,7 @@ def test_a_block_that_the_prompt_opens_is_part_of_the_text(kind: str, job: Job) 
         assert job(server, rows) == 0
     texts = [row["samples"][0]["text"] for row in job.rows()]
     assert texts[0].startswith("<think>\né") and texts[0].count("<think>") == 1
-    assert texts[1].startswith("<think>\n") == (kind == "vllm")
+    assert texts[1].startswith("<think>\n") == (kind != "sglang")
 
 
 def test_thoughts_in_a_field_of_their_own_are_put_back(job: Job, server: FakeServer) -> None:

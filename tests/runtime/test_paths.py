@@ -17,11 +17,11 @@ from tests.support.verbs import verb_module
 
 VERBS = (
     *("clean", "compare", "diagnose", "evaluate", "export", "generate", "harness", "plan"),
-    *("quickstart", "score", "train", "verify"),
+    *("quickstart", "score", "serve", "train", "verify"),
 )
 # Flags of text that are no paths.
 TEXTS = {
-    *("served_model", "api_key_env"),
+    *("served_model", "api_key_env", "host", "name", "output"),
     *("benchmark", "columns", "coordinator_address", "dtype", "k", "keep", "on_bad_row"),
     *("protocol", "scripts", "stage", "stop", "tasks", "template", "thinking", "topology", "chat"),
 }

@@ -17,7 +17,7 @@ _OPENAI |= {"presence_penalty"}
 _SHARED = {"top_k", "min_p", "chat_template_kwargs", "logprobs"}
 _FIELDS = {
     "other": _OPENAI,
-    "ours": _OPENAI | _SHARED | {"return_token_ids"},
+    "ours": _OPENAI | _SHARED | {"return_token_ids", "return_prompt_text"},
     "sglang": _OPENAI | _SHARED | {"separate_reasoning", "repetition_penalty"},
     "vllm": _OPENAI
     | _SHARED
