@@ -147,6 +147,27 @@ def test_scores_are_those_of_the_scorer(running: RunningServer, subject: Policy)
                 np.testing.assert_array_equal(ours.top_ids, theirs.top_ids)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("param_dtype", ["float32", "int8"])
+def test_several_devices_answer_as_one(subject: Policy, param_dtype: str) -> None:
+    mesh = mesh_lib.make_reader_mesh(subject.config)
+    assert mesh.size > 1
+    prompt = chat.encode(subject.tokenizer, PROMPT)  # pyright: ignore[reportArgumentType]
+    body = {"prompt": prompt, "max_tokens": 30, "seed": 5, "n": 5, "top_k": 20, "logprobs": 1}
+    pairs = [{"prompt": prompt[:4], "response": prompt[4:]}, {"prompt": [5], "response": [6]}]
+    found = []
+    for own_mesh in (mesh, None):
+        with serve(TEACHER, mesh=own_mesh, param_dtype=param_dtype, slots=8) as running:
+            reply = post(running, COMPLETIONS, return_token_ids=True, **body).json()
+            scores = post(running, SCORE, sequences=pairs, output="hidden")
+            outputs, _ = wire.decode_outputs(scores.content, 512, hidden_size=128)
+            found.append(([choice["token_ids"] for choice in reply["choices"]], outputs))
+            assert get(running, "/v1/models").json()["data"][0]["param_dtype"] == param_dtype
+    assert found[0][0] == found[1][0]
+    for a, b in zip(found[0][1], found[1][1], strict=True):
+        np.testing.assert_allclose(a.hidden, b.hidden, atol=1e-4)
+
+
 def test_the_head_comes_once(running: RunningServer, subject: Policy) -> None:
     model = get(running, "/v1/models/tiny").json()
     assert (model["vocab_size"], model["hidden_size"], model["dtype"]) == (512, 128, "float32")
@@ -323,6 +344,7 @@ def test_nothing_is_done_without_the_token(running: RunningServer) -> None:
 
 def test_a_client_that_leaves_frees_its_slots(running: RunningServer) -> None:
     host, port = running.url.removeprefix("http://").split(":")
+    before = read_metric(running, "distill_generated_tokens_total")
     for stream in (True, False):
         body = {"prompt": [5], "n": 12, "max_tokens": 500, "stream": stream, "temperature": 2.0}
         data = json.dumps(body).encode()
@@ -333,6 +355,8 @@ def test_a_client_that_leaves_frees_its_slots(running: RunningServer) -> None:
             wait_until(lambda: running.worker.num_decoding == 8)
         wait_until(lambda: running.worker.num_pending == 0)
         wait_until(lambda: running.worker.num_decoding == 0)
+    drawn = read_metric(running, "distill_generated_tokens_total") - before
+    assert drawn < 2 * 12 * 500 / 4  # it stopped long before the end
 
 
 def test_a_full_queue_says_when_to_come_again(running: RunningServer) -> None:
