@@ -158,7 +158,8 @@ def make_stage(objective: str) -> ConfigDict:
     # On a mixture: gkd. On own samples: opd (reverse KL), opd_sampled, grpo, dr_grpo, dapo, gspo,
     # cispo, rloo, hybrid (reward and teacher together).
     c.objective = objective
-    # Share of rows that the student samples itself; None: the objective's.
+    # Share of rows that the student samples itself; None: the objective's. 0 with a loss of drawn
+    # tokens (opd_sampled, k2, k3): stored samples, whose rows have logprobs as `generate` writes.
     c.on_policy_share = config_dict.placeholder(float)
     c.loss = ConfigDict()  # fields of losses.Loss; None: the objective's
     for field, kind in LOSS_FIELDS.items():

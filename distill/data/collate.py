@@ -14,8 +14,6 @@ from distill.data.examples import Example, require_top
 class SampledExample(Example):
     """An example whose response the student wrote."""
 
-    logprobs: Sequence[float] = ()  # of the response's tokens, in the distribution drawn from
-    finished: bool = False  # by a stop token
     experts: Sequence[np.ndarray] = ()  # int16 [tokens, L, A], pieces of prompt and response
     reward: float | None = None  # of the response
     advantage: float | None = None  # of the reward, within the prompt's group
@@ -33,7 +31,7 @@ class BatchLayout:
     external_hidden: tuple[tuple[int, Any], ...] = ()
     has_teacher_logp: bool = False  # from teachers that are not run here
     context_tokens: int = 0  # above 0: teachers read rows of row_tokens + context_tokens
-    has_sampler_logprobs: bool = False  # all examples are SampledExamples
+    has_sampler_logprobs: bool = False  # all examples have logprobs
     has_advantages: bool = False  # those have advantages
     routing: tuple[int, int] | None = None  # (L, A), to hold the sampler's experts
     teacher_weights: np.ndarray | None = None  # [sources, N]: each of N teachers' weight
@@ -117,7 +115,7 @@ def _iterate_spans(rows: Sequence[Sequence[Example]], max_response: int) -> Iter
 
 
 def _collate_sampled(rows: Sequence[Sequence[Example]], layout: BatchLayout) -> dict[str, Any]:
-    """Lays out the sampler's fields; those of examples that it did not write stay empty."""
+    """Lays out the sampler's fields; those of traces without log-probabilities stay empty."""
     shape, fields = (len(rows), layout.row_tokens), {}
     if layout.has_sampler_logprobs:
         fields["sampler_logp_BT"] = np.zeros(shape, np.float32)
@@ -127,11 +125,13 @@ def _collate_sampled(rows: Sequence[Sequence[Example]], layout: BatchLayout) -> 
     if layout.routing:
         fields["experts_BTLA"] = np.full((*shape, *layout.routing), -1, np.int16)
     for row, _, example, start, response_start, end in _iterate_spans(rows, layout.max_response):
+        if layout.has_sampler_logprobs:
+            count = end - response_start
+            fields["sampler_logp_BT"][row, response_start:end] = example.logprobs[:count]
+            is_whole = count == len(example.response)
+            fields["finished_BT"][row, start:end] = example.finished and is_whole
         if not isinstance(example, SampledExample):
             continue
-        if layout.has_sampler_logprobs:
-            fields["sampler_logp_BT"][row, response_start:end] = example.logprobs
-            fields["finished_BT"][row, start:end] = example.finished
         if layout.has_advantages:
             fields["advantages_BT"][row, response_start:end] = example.advantage
         for piece in example.experts if layout.routing else ():

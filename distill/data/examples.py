@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -34,6 +35,9 @@ class Example:
     # the same row without thinking, if both modes suit it
     non_thinking_example: "Example | None" = None
     difficulty: float | None = None  # more is harder
+    # of the response's tokens, in the distribution that they were drawn from; (): not known
+    logprobs: Sequence[float] = ()
+    finished: bool = False  # a sampled response ended with a stop token
 
     def with_difficulty(self, difficulty: float | None) -> "Example":
         """Returns the example with its difficulty, in both modes."""
@@ -263,7 +267,11 @@ def _encode_trace(row: dict, where: str, encoding: Encoding, thinking: bool) -> 
     if top is not None and len(top) != len(response):
         raise UserError(f"{where}: top_logprobs of {len(top)} tokens, response of {len(response)}")
     answer = str(row.get("answer", ""))
-    return Example(prompt, response, answer, where, trained_mask, top, thinking=thinking)
+    example = Example(prompt, response, answer, where, trained_mask, top, thinking=thinking)
+    if not isinstance(row.get("logprobs"), list) or "response_tokens" not in row:
+        return example
+    is_finished = row.get("finish_reason") == "stop"
+    return dataclasses.replace(example, logprobs=row["logprobs"], finished=is_finished)
 
 
 def _encode_response(
@@ -357,3 +365,17 @@ def require_top(example: Example, K: int) -> None:
     for candidates in example.teacher_top:
         if len(candidates) < K:
             raise UserError(f"{example.where}: top_logprobs has {len(candidates)}, not {K}")
+
+
+def require_logprobs(example: Example) -> None:
+    """Raises UserError unless the sampler's log-probability of each response token is stored."""
+    count = len(example.logprobs)
+    if count != len(example.response):
+        has = f"logprobs of {count} tokens" if count else "no logprobs"
+        raise UserError(
+            f"{example.where}: {has} beside its {len(example.response)} response_tokens, of which "
+            "this loss reads each one's, as it was sampled (generate writes them)"
+        )
+    for x in example.logprobs:
+        if not isinstance(x, int | float) or not -math.inf < x < 1e-3:
+            raise UserError(f"{example.where}: logprobs has {x!r}, which is none")

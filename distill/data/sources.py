@@ -261,6 +261,9 @@ def _call_library(source: str, call: Callable[..., Any], *arguments: Any, **opti
 _SAMPLE_FIELDS = {"samples", "prompt_tokens", *columns.TRACES, *columns.RESPONSES}
 
 
+_OF_SAMPLES = ("top_logprobs", "logprobs", "finish_reason")  # read beside a sample's tokens
+
+
 def has_samples(rows: Rows) -> bool:
     """Returns True if the first row that can be read is one that `generate` wrote."""
     for index in range(min(10, rows.size)):
@@ -310,7 +313,7 @@ def expand_samples(rows: Rows, keep: str, skip_reasons: dict[str, str] | None) -
             "response_tokens": sample["tokens"],
             "source_row": row,
             **{name: row[name] for name in ("answer",) if name in row},
-            **{name: sample[name] for name in ("top_logprobs",) if name in sample},
+            **{name: sample[name] for name in _OF_SAMPLES if name in sample},
         }
 
     def locate_row(index: int) -> str:

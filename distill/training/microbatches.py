@@ -86,7 +86,7 @@ def make_stage_layout(
         external_hidden=tuple(t.hidden_form for t in external if t.hidden_form),
         has_teacher_logp=any(t.output == "token" for t in external),
         context_tokens=s.context.max_tokens if has_context and len(external) < N else 0,
-        has_sampler_logprobs=sampled_rows == s.batch_size,
+        has_sampler_logprobs=sampled_rows == s.batch_size or loss.is_on_policy,
         has_advantages=loss.reward > 0,
         routing=routing if sampled_rows else None,
         teacher_weights=weights_SN if (reads_hidden or judges) and N > 1 else None,

@@ -346,6 +346,8 @@ def _check_example(
     if has_stored_top:
         examples.require_top(example, loss.teacher_topk)
     if example.response:
+        if loss.is_on_policy:
+            examples.require_logprobs(example)
         for teacher in outside:
             teacher.require_example(example)
     if loss.reward and s.reward.correct:

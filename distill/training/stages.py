@@ -49,10 +49,15 @@ def resolve_objective(name: str, s: ConfigDict) -> tuple[losses.Loss, int]:
     shares = {"on_policy_share": share}
     checks.check_fields(shares, {"on_policy_share": Range(0, 1)}, f"config.{name}.")
     sampled_rows = round(share * s.batch_size)
-    if loss.is_on_policy and sampled_rows < s.batch_size:
+    if loss.reward and sampled_rows < s.batch_size:
+        raise UserError(
+            f"config.{name}.on_policy_share={share}: rewards are of sampled responses; set 1"
+        )
+    if loss.is_on_policy and 0 < sampled_rows < s.batch_size:
         raise UserError(
             f"config.{name}.on_policy_share={share}: this loss needs the sampler's "
-            "log-probabilities of every token, which traces do not have; set 1"
+            "log-probabilities of every token, which traces beside samples do not have; set 1, or "
+            "0 for stored samples"
         )
     if loss.reward:
         _check_reward(name, s)

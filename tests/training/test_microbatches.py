@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from configs import quickstart
-from distill.data import packing
+from distill.data import collate, packing
 from distill.data.collate import BatchLayout, SampledExample
 from distill.data.examples import Example
 from distill.objectives import losses
@@ -296,3 +296,16 @@ def test_first_fit_decreasing_packs_well() -> None:
         {i: (int(n),) for i, n in enumerate(lengths)}, (18_432,)
     )
     assert len(packed) <= np.ceil(lengths.sum() / 18_432) + 1
+
+
+def test_stored_samples_have_the_samplers_log_probabilities_in_their_columns():
+    layout = BatchLayout(8, 3, has_sampler_logprobs=True)
+    rows = [
+        [Example([1, 2], [3, 4], "", "", logprobs=[-0.5, -1.5], finished=True)],
+        [Example([5], [6, 7, 8, 9], "", "", logprobs=[-1.0, -2.0, -3.0, -4.0], finished=True)],
+    ]
+    batch = collate.collate_rows(rows, layout)
+    expected = [[0, 0, -0.5, -1.5, 0, 0, 0, 0], [0, -1, -2, -3, 0, 0, 0, 0]]  # the second is cut
+    np.testing.assert_array_equal(batch.sampler_logp_BT, np.array(expected, np.float32))
+    assert batch.finished_BT is not None
+    assert batch.finished_BT.any(axis=1).tolist() == [True, False]

@@ -222,6 +222,11 @@ def test_stored_topk_needs_no_teacher(tmp_path):
         (
             "grpo",
             {"on_policy_share": 0.5},
+            "config.opd.on_policy_share=0.5: rewards are of sampled responses",
+        ),
+        (
+            "opd_sampled",
+            {"on_policy_share": 0.5},
             "config.opd.on_policy_share=0.5: this loss needs the sampler's",
         ),
         (

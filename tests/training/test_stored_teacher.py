@@ -39,7 +39,14 @@ def rollouts(tmp_path_factory) -> Path:
     for i in range(8):
         prompt = rng.integers(0, 380, 12 + i).tolist()
         responses = [rng.integers(0, 380, 16 - i).tolist() for _ in range(2)]
-        samples = [{"tokens": ids, "finish_reason": "stop"} for ids in responses]
+        samples = [
+            {
+                "tokens": ids,
+                "finish_reason": "stop",
+                "logprobs": (-5 - rng.random(len(ids))).tolist(),
+            }
+            for ids in responses
+        ]
         rows.append({"question": f"Add {i}.", "prompt_tokens": prompt, "samples": samples})
     return write(tmp_path_factory.mktemp("rows") / "rollouts.jsonl", rows)
 
@@ -51,6 +58,7 @@ def scores(models, rollouts, tmp_path_factory) -> dict[str, str]:
     return {
         "hidden": store(models[1], rollouts, root / "hidden", "--output=hidden"),
         "top": store(models[1], rollouts, root / "top", "--output=top", f"--top_k={K}"),
+        "token": store(models[1], rollouts, root / "token", "--output=token"),
     }
 
 
@@ -87,14 +95,17 @@ def read_losses(workdir: Path) -> list[float]:
         ("hidden", 3),
         pytest.param("hidden", 30, marks=pytest.mark.long),
         pytest.param("top", 30, marks=pytest.mark.long),
+        pytest.param("token", 30, marks=pytest.mark.long),
     ],
 )
 def test_a_run_equals_that_with_the_teacher_here(output, steps, models, rollouts, scores, tmp_path):
     """In float32 to the rounding of rows of other widths: the model scores them padded."""
     loss = TOP if output == "top" else {}
-    outside = {"teacher_output": "top", "teacher_topk": K} if output == "top" else {}
+    outside = {"teacher_output": output, **({"teacher_topk": K} if output == "top" else {})}
     for name, teacher, options in (("here", models[1], {}), ("stored", scores[output], outside)):
         c = make_config(models, rollouts, teacher, steps, **loss, **options)
+        if output == "token":
+            c.sft.objective, c.sft.on_policy_share = "opd_sampled", 0.0
         loop.run(c, tmp_path / name)
     here, stored = (final(tmp_path / name, None) for name in ("here", "stored"))
     assert find_difference(here, stored) < 1e-5
@@ -217,6 +228,27 @@ def test_rows_that_were_not_scored_are_named_at_the_start(models, rollouts, scor
     c.sft.context.text = str(write(tmp_path / "hint.txt", ["Add."]))
     with pytest.raises(UserError, match=r"other\.jsonl:1 sample 0: its prompt"):  # the teacher's
         set_up(c)
+
+
+def test_stored_samples_need_their_log_probabilities(models, rollouts, scores, tmp_path):
+    for change, message in (
+        (lambda sample: sample.pop("logprobs"), "no logprobs beside its 16 response_tokens"),
+        (lambda sample: sample["logprobs"].pop(), "logprobs of 15 tokens beside its 16"),
+        (lambda sample: sample["logprobs"].__setitem__(1, None), "logprobs has None"),
+    ):
+        rows = read(rollouts)
+        change(rows[0]["samples"][1])
+        c = make_config(models, write(tmp_path / "other.jsonl", rows), scores["token"])
+        c.sft.objective, c.sft.on_policy_share, c.sft.loss.teacher_output = (
+            "opd_sampled",
+            0,
+            "token",
+        )
+        with pytest.raises(UserError, match=rf"other\.jsonl:1 sample 1: {message}"):
+            set_up(c)
+        c.sft.objective, c.teacher.path = "distill", scores["hidden"]  # does not read them
+        c.sft.loss.teacher_output = "hidden"
+        assert set_up(c).stages[0].source.size == 16
 
 
 def test_another_vocabulary_is_refused(models, rollouts, scores, tmp_path):
