@@ -6,7 +6,7 @@
 
 Any key is set in this way, also in a recipe: --config.opd.steps=200. A dot enters a part, and `opd`
 is the name of a stage. Models are directories or ids on the Hugging Face hub, and data are files or
-data sets there. With --check nothing is trained: it reads them, and lists all that is wrong.
+data sets there. With --check nothing is trained: it reads them, and lists what is wrong.
 A part refuses keys that are not listed here; a recipe may add stages and teachers of its own.
 """
 
@@ -245,7 +245,7 @@ def make_alerts() -> ConfigDict:
     # not count. 0: off.
     c.hang_seconds = 1800.0
     c.hang_exits = False  # a hang ends the run with code 1, and a launcher starts it again
-    # Rules that stop the run, too: loss, length, truncation, entropy, overlap, accuracy.
+    # Rules that stop the run, too: loss, length, truncation, groups, entropy, overlap, accuracy.
     c.stop_on = ()
     # Where the rules begin. 0: off.
     c.loss_spike = 6.0  # standard deviations of the loss or gradient norm, over 128 steps

@@ -69,6 +69,11 @@ def run_evaluation() -> None:
     ks, out = _read_ks(), epath.Path(OUT.value)
     examples_path = f"{OUT.value}/{records.EXAMPLES_FILE}"
     paths.check_output(examples_path, RESPONSES.value, DATA.value, creates_folder=False)
+    ours = (records.PROTOCOL_FILE, records.EXAMPLES_FILE)
+    if (out / "summary.json").exists() and not any((out / name).exists() for name in ours):
+        raise UserError(
+            f"--out={OUT.value}: has a summary.json that no evaluation made; name another folder"
+        )
     if RESPONSES.value:
         known = problems.load_problems(BENCHMARK.value, DATA.value, 0) if DATA.value else []
         rows = problems.load_responses(BENCHMARK.value, RESPONSES.value, known)

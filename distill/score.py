@@ -28,7 +28,7 @@ def main() -> None:
     from distill.data import sources
     from distill.evaluation import scoring
     from distill.policy import policy
-    from distill.runtime import run_files, xla
+    from distill.runtime import outputs, run_files, xla
 
     xla.init_compilation_cache()
 
@@ -42,7 +42,7 @@ def main() -> None:
             f"--top_k={TOP_K.value}: the model's vocabulary has {subject.config.vocab_size} tokens"
         )
     ids = scoring.read_token_ids(subject, rows)
-    with policy.use(subject):
+    with outputs.own_output(out, "score", OPTIONS), policy.use(subject):
         subject = policy.load(subject, DTYPE.value or jnp.dtype(subject.model.dtype).name)
         scored_rows = scoring.score_rows(
             subject, rows, ids, batch_size=BATCH_SIZE.value, top_k=TOP_K.value

@@ -27,7 +27,8 @@ CHECK = flags.DEFINE_bool(
     "check",
     False,
     "Check the run and write nothing: flags, config, models, all rows of the data, memory, and the "
-    "programs that would be compiled. Lists everything that is wrong, a line each.",
+    "programs that would be compiled. Lists what is wrong, as many mistakes as it can reach at "
+    "once, a line each.",
     flag_values=OPTIONS,
 )
 TOPOLOGY = flags.DEFINE_string(

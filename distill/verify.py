@@ -12,7 +12,7 @@ from absl import flags
 
 from distill.data import sources
 from distill.evaluation import rejection, tasks
-from distill.runtime import cli, console, paths, run_files
+from distill.runtime import cli, console, outputs, paths, run_files
 from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
@@ -51,7 +51,8 @@ def main() -> None:
         skip_bad_rows=ON_BAD_ROW.value == "skip",
         counts=counts,
     )
-    run_files.write_jsonl(out, kept)
+    with outputs.own_output(out, "verify", OPTIONS):
+        run_files.write_jsonl(out, kept)
     run_files.log_line(
         f"{rows.name}: {counts['correct']} of {counts['samples']} samples correct; "
         f"{counts['kept']} kept, of {counts['rows kept']} of {rows.size} rows "

@@ -89,6 +89,7 @@ def test_greedy_continuations_equal_those_of_transformers(bare, tmp_path: Path) 
     stopping = tmp_path / "stopping"
     shutil.copytree(path, stopping)
     (stopping / "generation_config.json").write_text(json.dumps({"eos_token_id": [stop]}))
+    out.unlink()
     assert call(generate, f"--model={stopping}", f"--prompts={rows}", f"--out={out}", *flags) == 0
     reasons = set()
     for row, whole in zip(read(out), rows_out, strict=True):
@@ -322,6 +323,7 @@ def test_score_of_a_single_token_is_one_null(bare, tmp_path: Path) -> None:
     assert call(score, *shared) == 0
     one, two = read(out)
     assert one == {"tokens": [7], "logprobs": [None]} and "top" not in two
+    out.unlink()
     assert call(score, *shared, "--top_k=131", "--batch_size=1") == 0
     one, again = read(out)
     assert one["top"] == [None] and len(again["top"][1]) == 131

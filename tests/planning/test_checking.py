@@ -73,6 +73,32 @@ def test_mistakes_of_all_stages_are_listed(capsys):
         assert words in text
 
 
+def test_a_missing_model_does_not_hide_the_other_mistakes(capsys, tmp_path):
+    changes = (
+        "--config.stages=('opd','sft')",
+        "--config.student.path=stud",
+        "--config.teacher.path=teach",
+        f"--config.opd.data.source={tmp_path}/rows.jsonl",
+        "--config.sft.steps=0",
+        "--config.sft.loss.beta=0.5",
+        "--config.alerts.truncation=2.0",
+        "--topology=v9:2x2",
+    )
+    code, _, errors = check(capsys, TINY, *changes)
+    assert code == 2 and len(errors) == len(set(errors)) == 7, errors
+    text = "\n".join(errors)
+    for words in (
+        "config.student.path=stud: no model directory",
+        "config.teacher.path=teach: no model directory",
+        f"config.opd.data.source={tmp_path}/rows.jsonl: no such file",
+        "config.sft.steps=0: must be ",
+        "config.sft.loss.beta: read by divergence=jsd only",
+        "config.alerts.truncation=2.0: must be ",
+        "--topology=v9:2x2: name ",
+    ):
+        assert words in text
+
+
 def test_too_long_prompts_are_counted_over_all_rows(capsys, tmp_path):
     rows = [{"prompt": "1+" * n + "1"} for n in (2, 60, 3, 90, 70)]
     source = write(tmp_path / "rows.jsonl", rows)
