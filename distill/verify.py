@@ -11,9 +11,8 @@ import collections
 from absl import flags
 
 from distill.data import sources
-from distill.evaluation import rejection, tasks
+from distill.evaluation import problems, rejection, tasks
 from distill.runtime import cli, console, outputs, paths, run_files
-from models.errors import UserError
 
 OPTIONS = flags.FlagValues()
 DATA = flags.DEFINE_string("data", None, "Output of generate.", OPTIONS, required=True)
@@ -39,13 +38,12 @@ ON_BAD_ROW = flags.DEFINE_enum(
 
 
 def main() -> None:
-    if BENCHMARK.value not in tasks.BENCHMARKS:
-        raise UserError(f"--benchmark={BENCHMARK.value}: known are {', '.join(tasks.BENCHMARKS)}")
+    task = problems.require_task(BENCHMARK.value)
     out, counts = paths.check_output(OUT.value, DATA.value), collections.Counter()
     rows = sources.open_rows(DATA.value)
     kept = rejection.verify_rows(
         rows,
-        tasks.BENCHMARKS[BENCHMARK.value].grading,
+        task.grading,
         keep=KEEP.value,
         max_samples=SAMPLES.value,
         skip_bad_rows=ON_BAD_ROW.value == "skip",

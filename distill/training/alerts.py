@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from models import checks
 from models.checks import Range
-from models.errors import UserError
+from models.errors import UserError, suggest
 
 SPIKE_WINDOW = 128  # steps
 MIN_SPIKE_STEPS = SPIKE_WINDOW // 2  # of a stage before a spike is one
@@ -82,6 +82,7 @@ class Alerts:
             if name not in self._rules:
                 raise UserError(
                     f"config.alerts.stop_on: {name!r} is none of {', '.join(self._rules)}"
+                    f"{suggest(name, self._rules)}"
                 )
         self.stop: Alert | None = None  # the first alert that stops the run
         self._start_stage("")
