@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 from distill.data import files
 from distill.planning import aot, gpus, programs
 from distill.policy import hub, policy
+from distill.runtime import console, paths, run_files, trackers
 from distill.runtime import mesh as mesh_lib
-from distill.runtime import paths, run_files, trackers
 from distill.runtime.gpu import GPU_PLUGINS
 from distill.teachers import local
 from distill.training import alerts, eval_hook, memory, preflight, resume, setup, stages
@@ -227,5 +227,10 @@ def _check_memory(
         with mesh_lib.use_mesh(mesh), jax.default_matmul_precision(None):
             calls = programs.list_stage_calls(described, memory_limit)
         counts = collections.Counter(call.name for call in calls)
-        names = [f"{name} x {n}" if n > 1 else name for name, n in counts.items()]
-        run_files.log_line(f"{stage.name} compiles {len(calls)} programs: {', '.join(names)}")
+        run_files.log_line(f"{stage.name} compiles {len(calls)} programs:")
+        rows = [
+            (f"  {name} x {n}" if n > 1 else f"  {name}", programs.explain_program(name))
+            for name, n in counts.items()
+        ]
+        for line in console.render_table(rows).splitlines():
+            run_files.log_line(line)

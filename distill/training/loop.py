@@ -219,6 +219,7 @@ def run_stage(
         metrics_logger = metrics_log.MetricsLogger(
             stage, run_context.writer, progress_bar, run_context.alerts, mesh, run_setup.student
         )
+        run_context.compile_monitor.report_compiles(f"before step {first_step}", 1.0)
         for step in range(first_step, stage.end_step):
             run_context.watchdog.start_step(step)
             start_time, is_last = time.perf_counter(), step + 1 == stage.end_step

@@ -291,7 +291,9 @@ def _compare_eval_prompts(
 
 def _count_common(a: str, b: str) -> int:
     """Returns the number of characters with which both texts begin."""
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))  # noqa: B905
+    return sum(
+        1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
+    )
 
 
 def check_memory(

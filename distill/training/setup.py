@@ -102,7 +102,6 @@ def setup_run(
     objectives = {name: stages.resolve_objective(name, c[name])[0] for name in c.stages}
     for name in c.stages:  # before a model is looked for, which may be fetched from the hub
         stages.check_counts(name, c[name])
-        make_stage_optimizer(name, c[name])
     m = c.student
     _check_student(m)
     for name, loss in objectives.items():
