@@ -238,8 +238,9 @@ def _check_config(name: str, flag: flags.Flag) -> None:
     except OSError as error:
         filename = config_flags.get_config_filename(flag)
         reason = str(error.__cause__).strip().splitlines()[-1].strip()
-        if not os.path.exists(filename):  # the config may itself miss a file
-            reason = f"no such file{paths.suggest_path(filename)}"
+        file = filename.partition(":")[0]
+        if not os.path.exists(file):  # the config may itself miss a file
+            reason = f"no such file{paths.suggest_path(file)}"
         raise UserError(f"--{name}={filename}: {reason}") from error
 
 

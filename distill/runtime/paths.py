@@ -72,9 +72,9 @@ def find_project_file(path: str) -> str:
 def suggest_path(path: str | Path) -> str:
     """Returns "; did you mean 'PATH'?" with what exists most like `path`; "" if nothing is near."""
     missing = Path(path)
-    if missing.exists():
-        return ""
     with contextlib.suppress(OSError, ValueError):
+        if missing.exists():
+            return ""
         while not missing.parent.exists():
             missing = missing.parent
         nearest = difflib.get_close_matches(missing.name, os.listdir(missing.parent), 1)

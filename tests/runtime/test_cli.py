@@ -113,7 +113,7 @@ def test_a_verb_prints_its_result_and_exits_with_0(verb):
         ([*GOOD, "--config.optim.rate=fast"], "--config.optim.rate=fast: could not convert"),
         ([*GOOD, "--config.optim.rate.x=1"], "optim.rate.x"),
         (["--workdir=w", "--config.optim.rate=1"], "needs --config=FILE before it"),
-        (["--workdir=w", "--config=lost.py"], "--config=lost.py: [Errno 2] No such file"),
+        (["--workdir=w", "--config=lost.py"], "--config=lost.py: no such file"),
         (["--workdir=w", "--config=x.py:file"], "No such file or directory: 'lost.txt'"),
         (["--workdir=w", "--config=x.py:big"], "x.py:big: configs/x.py takes no argument 'big'"),
         (["--workdir=w", "--config=x.py:key"], "x.py:7: 'lost': no such key in the config"),
