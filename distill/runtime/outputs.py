@@ -6,10 +6,12 @@ Beside OUT stands OUT.about, with the command that made it and a hash of what it
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from absl import flags
 from etils import epath
+from ml_collections.config_flags import config_flags
 
 from distill.runtime import distributed, run_files
 from models.errors import UserError
@@ -21,16 +23,27 @@ _UNRECORDED += ("coordinator_address", "num_processes", "process_id")
 
 @contextlib.contextmanager
 def own_output(
-    path: epath.Path, verb: str, options: flags.FlagValues, flag: str = "--out"
+    path: epath.Path,
+    verb: str,
+    options: flags.FlagValues,
+    flag: str = "--out",
+    arguments: Sequence[str] = (),
 ) -> Iterator[None]:
     """Context in which a verb writes the file `path`, in process 0.
+
+    Args:
+      arguments: of the verb, beside its options.
 
     Raises:
       UserError: in every process, if there is a file already, unless it is empty, or this verb made
         it with the same flags and nobody has changed it since.
     """
-    command = {"verb": verb}
-    command |= {name: options[name].value for name in options if name not in _UNRECORDED}
+    command: dict[str, Any] = {"verb": verb, "arguments": arguments}
+    for name in options:
+        if config_flags.is_config_flag(options[name]):
+            command[name] = config_flags.get_config_filename(options[name])
+        elif name not in _UNRECORDED:
+            command[name] = options[name].value
     command = json.loads(run_files.to_json(command))
     about = path.with_name(path.name + ".about")
     distributed.broadcast_from_primary(lambda: _require_own(path, about, command, flag))
@@ -52,8 +65,9 @@ def _require_own(path: epath.Path, about: epath.Path, command: dict, flag: str) 
         if changed == "verb":
             reason = f"was made by {before['verb']}"
         elif changed:
+            name = changed if changed == "arguments" else f"--{changed}"
             was, now = before[changed], command.get(changed)
-            reason = f"was made by another command: --{changed} was {was!r}, now {now!r}"
+            reason = f"was made by another command: {name} was {was!r}, now {now!r}"
         elif found.get("sha256") == _hash_file(path):
             return
         else:

@@ -8,18 +8,23 @@ from types import ModuleType
 import pytest
 from etils import epath
 
-from distill import clean, generate, score, verify
+from distill import clean, compare, diagnose, generate, score, verify
+from distill.runtime import outputs
+from models.errors import UserError
 from tests.support.paths import ROOT
 from tests.support.verbs import call, verb_module, write
 
 ROW = {"question": "2+2?", "answer": "4", "tokens": [5, 6]}
 ROW |= {"samples": [{"text": "4", "finish_reason": "stop"}]}
 MODEL = f"--model={ROOT}/assets/student"
+CONFIG = f"--config={ROOT}/configs/quickstart.py:tiny"
 VERBS = {
     "clean": (clean, "--data=rows.jsonl"),
     "verify": (verify, "--data=rows.jsonl", "--benchmark=arithmetic"),
     "score": (score, "--tokens=rows.jsonl", MODEL),
     "generate": (generate, "--prompts=rows.jsonl", MODEL, "--max_new_tokens=2"),
+    "diagnose": (diagnose, CONFIG, "--config.opd.steps=4"),
+    "compare": (compare, "a"),
 }
 
 
@@ -74,6 +79,26 @@ def test_the_same_command_may_replace_its_own_file(folder: Path, capsys) -> None
         assert "was not made by this command" in refuse(capsys, verb, *flags)
     out.unlink()
     assert call(verb, *flags) == 0 and out.read_bytes() == made
+
+
+def test_configs_and_arguments_belong_to_the_command(folder: Path) -> None:
+    out = epath.Path(folder / "out.json")
+
+    def make(verb: ModuleType, *words: str, arguments: tuple[str, ...] = ()) -> None:
+        verb.OPTIONS.unparse_flags()
+        verb.OPTIONS(["verb", *words])
+        with outputs.own_output(out, "name", verb.OPTIONS, arguments=arguments):
+            out.write_text("{}")
+
+    for _ in range(2):
+        make(compare, arguments=("a", "b"))
+    with pytest.raises(UserError, match=r"command: arguments was \['a', 'b'\], now \['a'\];"):
+        make(compare, arguments=("a",))
+    out.unlink()
+    make(diagnose, CONFIG, "--config.opd.steps=4")
+    make(diagnose, CONFIG, "--config.opd.steps=4")
+    with pytest.raises(UserError, match=r"command: --config\.opd\.steps was 4, now 5;"):
+        make(diagnose, CONFIG, "--config.opd.steps=5")
 
 
 def test_the_report_of_clean_is_kept_too(folder: Path, capsys) -> None:
