@@ -39,7 +39,7 @@ def make_data() -> ConfigDict:
     c.columns = ""  # "": see distill/data/columns.py; or pairs: question=input,response=output
     c.max_rows = 0  # use only the first rows (problems), in a new order each epoch; 0: all
     c.check_rows = 10_000  # rows of each source read before step 0; later ones when needed
-    c.on_bad_row = "fail"  # skip: leave the row out, print it, count it (metric data/skipped)
+    c.on_bad_row = "fail"  # skip: leave rows out, print the first, count all (data/skipped)
     c.streaming = False  # hf: download while training, instead of before it
     c.shuffle_window = 4096  # rows of a stream held in memory and shuffled together
     c.turns = "last"  # sft on chats: train the last answer; all: each, earlier reasoning dropped

@@ -34,8 +34,8 @@ CHECK = flags.DEFINE_bool(
 TOPOLOGY = flags.DEFINE_string(
     "topology",
     "",
-    "With --check: devices that need not be here, such as v5e:8x8 or h100:8. Default: those that "
-    "are.",
+    "With --check: devices that need not be here, such as v5e:8x8 or h100:8. Their memory is "
+    "checked if their compiler is installed (TPUs: pip install libtpu). Default: those that are.",
     OPTIONS,
 )
 ALLOW_CHANGED_INPUTS = flags.DEFINE_bool(

@@ -286,7 +286,7 @@ def expand_samples(rows: Rows, keep: str, skip_reasons: dict[str, str] | None) -
             if skip_reasons is None or isinstance(error, SourceFailure):
                 raise
             skip_reasons[where] = str(error)
-            run_files.log_line(f"skipped: {error}")
+            run_files.log_skipped(error, len(skip_reasons))
             continue
         row_indices.extend([index] * len(kept))
         sample_indices.extend(kept)
