@@ -69,7 +69,7 @@ def _require_file(path: str) -> None:
         raise UserError("no source of rows: name a file, hf:NAME or tfds:NAME")
     if Path(path).is_dir():
         if (Path(path) / "metrics.jsonl").exists():
-            raise UserError(f"{path}: is a run, not rows; its samples are in {path}/transcripts")
+            raise UserError(f"{path}: is a run, not rows; its samples are in {path}/rollouts")
         raise UserError(f"{path}: is a folder; hf:{path} reads the files of one")
     if not Path(path).exists():
         if "://" in path:
