@@ -189,6 +189,7 @@ def test_stop_strings_end_a_response(chatty: Path, tmp_path: Path) -> None:
     assert call(generate, *shared, "--max_new_tokens=32") == 0
     whole = [row["samples"][0] for row in read(out)]
     stop = whole[0]["text"].strip("\ufffd")[5:8]
+    out.unlink()
     assert call(generate, *shared, "--max_new_tokens=32", "--stop=@@@@", f"--stop={stop}") == 0
     tokenizer = AutoTokenizer.from_pretrained(chatty)
     for row, before in zip(read(out), whole, strict=True):
@@ -255,8 +256,8 @@ def test_chat_and_text_rows_are_rendered(chatty: Path, tmp_path: Path) -> None:
     )
     tokenizer = AutoTokenizer.from_pretrained(chatty)
     network = Qwen3ForCausalLM.from_pretrained(chatty)
-    out = tmp_path / "out.jsonl"
     for thinking in ("on", "off"):
+        out = tmp_path / f"{thinking}.jsonl"
         flags = ("--max_new_tokens=12", f"--thinking={thinking}", "--samples=2")
         assert call(generate, f"--model={chatty}", f"--prompts={rows}", f"--out={out}", *flags) == 0
         plain, chat, ids = read(out)
@@ -336,7 +337,7 @@ def test_a_run_and_its_export_score_alike(run: Path, chatty: Path, tmp_path: Pat
     rows = write(tmp_path / "in.jsonl", [{"tokens": ids}])
 
     def scores(model: Path) -> list[float]:
-        out = tmp_path / "out.jsonl"
+        out = tmp_path / f"{model.name}.jsonl"
         assert call(score, f"--model={model}", f"--tokens={rows}", f"--out={out}") == 0
         return read(out)[0]["logprobs"][1:]
 
