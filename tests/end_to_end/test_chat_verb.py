@@ -6,6 +6,7 @@ import pty
 import select
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -101,12 +102,18 @@ def test_keys_of_a_terminal():
 
     unread = b""
 
-    def read_until(words: bytes) -> bytes:
+    def read_until(words: bytes, key: bytes = b"") -> bytes:
+        """Reads what is shown up to some words. Presses a key, again after each silent second: one
+        that comes right after the prompt may be missed."""
         nonlocal unread
-        while words not in unread:
-            assert select.select([ours], [], [], 60)[0], unread
-            unread += os.read(ours, 1000)
-        text, _, unread = unread.partition(words)
+        for _ in range(60):
+            os.write(ours, key)
+            while words not in unread and select.select([ours], [], [], 1)[0]:
+                unread += os.read(ours, 1000)
+            if words in unread:
+                break
+        text, found, unread = unread.partition(words)
+        assert found, text
         return text
 
     try:
@@ -118,11 +125,13 @@ def test_keys_of_a_terminal():
             os.write(ours, b"\x03")
             assert set(read_until(b"\r\n")) <= {*b".^C"}
         read_until(b"> ")
-        os.write(ours, b"\x03")
-        read_until(b"(Ctrl-D ends)")
-        read_until(b"> ")
-        os.write(ours, b"\x04")
-        assert process.wait(60) == 0
+        read_until(b"(Ctrl-D ends)", key=b"\x03")
+        for _ in range(200):
+            os.write(ours, b"\x04")
+            time.sleep(0.3)
+            if process.poll() is not None:
+                break
+        assert process.returncode == 0
     finally:
         process.kill()
         process.wait()
