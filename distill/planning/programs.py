@@ -50,12 +50,14 @@ MEANINGS = {
     "accumulate": "computes the loss and its gradient, and adds it up",
     "apply": "updates the weights",
     "transcripts": "fetches the numbers of rollouts/",
-    "eval": "samples for the evaluation",
+    "merge": "merges the LoRA into its base",
 }
 
 
 def explain_program(name: str) -> str:
     """Returns in words what the program of this name does."""
+    if name.startswith("eval "):
+        return f"evaluation: {explain_program(name.removeprefix('eval '))}"
     fitting = [words for words in MEANINGS if f"{name} ".startswith(f"{words} ")]
     return MEANINGS[max(fitting, key=len)]
 
