@@ -16,7 +16,7 @@ and `top_logprobs`, the K most likely tokens at each position as [id, log-probab
 A row that cannot be completed (empty prompt, prompt too long, NaN logits) has an `error` and no
 samples; the other rows are written, and the exit code is 2. Rows are written to OUT.partial as they
 finish; the same command resumes after the last one, if rows, settings and the model's files are
-the same. OUT.about says which command made OUT; another does not replace it. Without
+the same. OUT.about says which command made OUT; only `generate` replaces it. Without
 --max_new_tokens a response may have 1024 tokens, or what the model's positions leave after its
 prompt.
 """

@@ -1,4 +1,4 @@
-"""Files that verbs write: none replaces what the same command did not make.
+"""Files that verbs write: none replaces what the same verb did not make.
 
 Beside OUT stands OUT.about, with the command that made it and a hash of what it wrote.
 """
@@ -36,7 +36,7 @@ def own_output(
 
     Raises:
       UserError: in every process, if there is a file already, unless it is empty, or this verb made
-        it with the same flags and nobody has changed it since.
+        it and nobody has changed it since. That it was made with other flags is said.
     """
     command: dict[str, Any] = {"verb": verb, "arguments": arguments}
     for name in options:
@@ -55,24 +55,31 @@ def own_output(
 def _require_own(path: epath.Path, about: epath.Path, command: dict, flag: str) -> None:
     if not path.exists() or not path.stat().length:
         return
-    found, reason = {}, "was not made by this command"
+    found, reason = {}, f"was not made by {command['verb']}"
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         found = dict(json.loads(about.read_bytes()))
     before = found.get("command")
     if isinstance(before, dict) and before:
-        # Flags that an earlier version did not have are passed over.
-        changed = next((name for name in before if before[name] != command.get(name)), None)
-        if changed == "verb":
-            reason = f"was made by {before['verb']}"
-        elif changed:
-            name = changed if changed == "arguments" else f"--{changed}"
-            was, now = before[changed], command.get(changed)
-            reason = f"was made by another command: {name} was {was!r}, now {now!r}"
-        elif found.get("sha256") == _hash_file(path):
-            return
+        if before.get("verb") != command["verb"]:
+            reason = f"was made by {before.get('verb')}"
+        elif found.get("sha256") != _hash_file(path):
+            reason = f"was changed after {command['verb']} had made it"
         else:
-            reason = "was changed after this command had made it"
+            _say_replaced(path, before, command, flag)
+            return
     raise UserError(f"{flag}={path}: {reason}; name another file, or move this one away")
+
+
+def _say_replaced(path: epath.Path, before: dict, command: dict, flag: str) -> None:
+    """Names the first flag that differs, of those that an earlier version had too."""
+    for name in before:
+        if before[name] != command.get(name):
+            shown = name if name == "arguments" else f"--{name}"
+            run_files.log_line(
+                f"{flag}={path}: replaces what was made with {shown}={before[name]!r}, which is "
+                f"{command.get(name)!r} now"
+            )
+            return
 
 
 def _hash_file(path: epath.Path) -> str:
