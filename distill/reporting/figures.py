@@ -31,6 +31,7 @@ _AXES = (0.13, 0.17, 0.85, 0.76)  # left, bottom, width and height: shares of th
 MAIN_METRICS = {
     "train/loss": "Loss",
     "train/reverse_kl": "Reverse KL, nats a token",
+    "train/sampled_reverse_kl": "Reverse KL, estimated from sampled tokens, nats a token",
     "reward/mean": "Mean reward",
     "eval/accuracy": "Accuracy in evaluations",
     "rollout/mean_length": "Mean response, tokens",

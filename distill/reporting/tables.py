@@ -89,7 +89,8 @@ def _list_teachers(run: Run) -> str:
         return _find(run.config, "teacher", "path")
     names = [name for name in models if name != "student"]
     # A run that was resumed records the teachers of its later stages alone.
-    for stage in {row["stage"]: 0 for row in run.metrics if "train/reverse_kl" in row}:
+    measured = {"train/reverse_kl", "train/sampled_reverse_kl"}
+    for stage in {row["stage"]: 0 for row in run.metrics if measured & row.keys()}:
         teachers = as_record(run.config.get(stage)).get("teachers")
         names += teachers if isinstance(teachers, list) else []
     paths = [_find(run.config, name, "path") for name in names if isinstance(name, str)]

@@ -57,7 +57,8 @@ class Ours:
                 context_length=_get(entry, "max_model_len", int),
                 hidden_size=_get(entry, "hidden_size", int),
                 top_k=_get(entry, "max_top_k", int),
-                hidden_dtype=_get(entry, "hidden_dtype", str),
+                hidden_dtype=_get(entry, "dtype", str),
+                param_dtype=_get(entry, "param_dtype", str),
                 model_hash=_get(entry, "model_hash", str),
                 tokenizer_hash=str(entry.get("tokenizer_hash") or ""),
                 head_hash=_get(entry, "head_hash", str),
@@ -74,24 +75,29 @@ class Ours:
 
     def read(self, question: Question, items: Sequence[Item], reply: Reply) -> list[ResponseOutput]:
         info, wants = question.info, question.output
-        outputs, metadata = wire.decode_outputs(
-            reply.body,
-            info.vocab_size,
-            hidden_size=info.hidden_size if wants == "hidden" else 0,
-            top_k=question.top_k if wants == "top" else 0,
-        )
-        hashes = {"model_hash": info.model_hash}
-        if wants == "hidden":
-            hashes["head_hash"] = info.head_hash
-        for name, expected in hashes.items():
+        try:
+            outputs, metadata = wire.decode_outputs(
+                reply.body,
+                info.vocab_size,
+                hidden_size=info.hidden_size if wants == "hidden" else 0,
+                top_k=question.top_k if wants == "top" else 0,
+            )
+        except InvalidOutput:  # as those of another model may be
+            self._require_model(info, wire.decode_tensors(reply.body)[1])
+            raise
+        self._require_model(info, metadata)
+        if len(outputs) != len(items):
+            raise BadReply(f"{len(outputs)} outputs for {len(items)} responses")
+        return outputs
+
+    def _require_model(self, info: ScorerInfo, metadata: dict[str, str]) -> None:
+        # The head's bytes also differ where the same files were loaded in another dtype.
+        for name, expected in (("model_hash", info.model_hash), ("head_hash", info.head_hash)):
             if metadata.get(name) != expected:
                 raise BadReply(
                     f"the server has another model than at the start: {name} "
                     f"{metadata.get(name)!r}, not {expected!r}"
                 )
-        if len(outputs) != len(items):
-            raise BadReply(f"{len(outputs)} outputs for {len(items)} responses")
-        return outputs
 
     def make_tokenizing(self, info: ScorerInfo, text: str) -> Tokenizing:
         return _make_completion_tokenizing(info.model, text)

@@ -157,9 +157,12 @@ def describe_info(info: ScorerInfo) -> str:
 
 
 def identify(info: ScorerInfo) -> dict[str, str]:
-    """Returns what must stay the same for a run to go on with a teacher: the hash of its files, or,
-    of a server that does not tell it, the name of its model."""
-    return {"sha256": info.model_hash} if info.model_hash else {"model": info.model}
+    """Returns what must stay the same for a run to go on with a teacher: the hash of its files and
+    its dtypes or, of a server that does not tell these, the name of its model."""
+    if not info.model_hash:
+        return {"model": info.model}
+    dtypes = " of ".join(filter(None, (info.hidden_dtype, info.param_dtype)))
+    return {"model": f"{info.model_hash} in {dtypes}"}
 
 
 def refuse_server_keys(t: ConfigDict, key: str) -> None:

@@ -91,6 +91,7 @@ class ScorerInfo:
     context_length: int = 0  # most tokens of a prompt and its response; 0: not known
     hidden_size: int = 0  # of "hidden"
     hidden_dtype: str = "bfloat16"  # of "hidden"
+    param_dtype: str = ""  # of the model's weights; "": not known
     model_hash: str = ""  # of its files (policy.identity); "": not known
     tokenizer_hash: str = ""  # policy.identity.hash_parts of its tokenizer's files
     head_hash: str = ""

@@ -226,6 +226,8 @@ def _describe_change(then: Part | None, now: Part | None) -> str:
     for field, unit in (("rows", "rows"), ("step", "steps"), ("bytes", "bytes")):
         if field in then and field in now and then[field] != now[field]:
             return f"{then[field]:,} {unit} then, {now[field]:,} now"
+    if "model" in then and "model" in now:
+        return f"model {then['model']} then, {now['model']} now"
     return "other content of the same size"
 
 

@@ -17,6 +17,7 @@ FIGURES = {
     "reward/mean": ("reward", "{:.3f}"),
     "train/loss": ("loss", "{:.4f}"),
     "train/reverse_kl": ("reverse KL", "{:.4f}"),
+    "train/sampled_reverse_kl": ("sampled reverse KL", "{:.4f}"),
     "rollout/mean_length": ("length", "{:,.0f}"),
     "rollout/truncated": ("cut", "{:.0%}"),
     "eval/accuracy": ("accuracy", "{:.1%}"),

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -24,7 +25,9 @@ from distill.data import messages as chats
 from distill.evaluation import comparison, problems, records, rejection, statistics, tasks
 from distill.policy import hub, identity
 from distill.rewards import graders
-from distill.runtime import run_files
+from distill.rollout import served_model
+from distill.rollout.sampling import Sampling
+from distill.runtime import addresses, http_client, run_files
 from distill.teachers import stored, stored_files, wire
 from distill.teachers.outputs import ResponseOutput
 from models import adapter, families, tensor_files, weights
@@ -450,26 +453,11 @@ def verify(content: bytes, directory: Path) -> None:
             run_files.write_jsonl(directory / "out.jsonl", kept)
 
 
-_SUMMARY = {
-    "problems": 2,
-    "responses": 2,
-    "accuracy": 0.5,
-    "interval": [0.1, 0.9],
-    "pass@2": 0.5,
-    "maj@2": 0.5,
-    "protocol": {"benchmark": "gsm8k", "protocol": "greedy"},
-    "parameters": 5,
-    "memory": {"host_gib": 1.0},
-    "truncation_rate": 0.1,
-}
-_EXAMPLE = {
-    "id": "a",
-    "sample": 0,
-    "correct": True,
-    "answer": "4",
-    "key": "k",
-    "outcome": "correct",
-}
+_SUMMARY = {"problems": 2, "responses": 2, "accuracy": 0.5, "interval": [0.1, 0.9], "pass@2": 0.5}
+_SUMMARY |= {"maj@2": 0.5, "protocol": {"benchmark": "gsm8k", "protocol": "greedy"}}
+_SUMMARY |= {"parameters": 5, "memory": {"host_gib": 1.0}, "truncation_rate": 0.1}
+_EXAMPLE = {"id": "a", "sample": 0, "correct": True, "answer": "4", "key": "k"}
+_EXAMPLE |= {"outcome": "correct"}
 _EXAMPLE |= {"length": 3, "finish_reason": "stop", "response": "4", "found": "4", "strict": [True]}
 evaluations = st.tuples(as_files(mutate(_SUMMARY)), as_lines(mutate(_EXAMPLE)))
 
@@ -531,18 +519,8 @@ _FLAGS = (
     "temperature",
     "runs",
 )
-_FLAGS += (
-    "prompts",
-    "top_p",
-    "thinking",
-    "limit",
-    "keep",
-    "on_bad_row",
-    "seed",
-    "dtype",
-    "help",
-    "v",
-)
+_FLAGS += ("prompts", "top_p", "thinking", "limit", "keep", "on_bad_row", "seed", "dtype", "help")
+_FLAGS += ("v", "served_model", "api_key_env", "tokenizer")
 _FLAGS += ("config.opd.loss.beta", "config.opd.steps", "config.stages", "config.student.path")
 _FLAGS += ("config.opd.data.mixture", "config.opd.teachers", "config.mesh.data", "config.nothing")
 flag_values = st.sampled_from(["configs/quickstart.py:tiny", "configs/base.py", "(1, 2)", "[", "x"])
@@ -634,6 +612,36 @@ def read_scores(contents: tuple[bytes, bytes], directory: Path) -> None:
     stored.StoredScorer(str(path.parent), "top")
 
 
+# What servers of models say.
+
+_TOKEN = {"token": "x", "logprob": -0.5}
+_CHOICE = {"index": 0, "finish_reason": "stop", "token_ids": [1, 2], "text": "a"}
+_CHOICE |= {"message": {"role": "assistant", "content": "a", "reasoning": "b"}}
+_CHOICE |= {"logprobs": {"content": [_TOKEN, _TOKEN], "token_logprobs": [-0.5, -0.5]}}
+_REPLY = {"model": "m", "choices": [_CHOICE], "usage": {"completion_tokens": 2}}
+_REPLY |= {"prompt_text": "<think>", "prompt_token_ids": [1]}
+_MODELS = {"data": [{"id": "m", "owned_by": "vllm", "max_model_len": 9, "model_hash": "h"}]}
+_ADDRESSES = ("http://a:80", "https://b/v1", "http://me:x@a", "http://[::1]", "http://a:b?c#d")
+addresses_of_servers = st.sampled_from(_ADDRESSES).flatmap(
+    lambda x: st.just(x) | texts.map(x.__add__)
+)
+
+
+def read_replies(contents: tuple[bytes, bytes, str], directory: Path) -> None:
+    models, reply = (http_client.Reply("http://a", 200, {}, body) for body in contents[:2])
+    failures = contextlib.suppress(UserError, http_client.BadReply)
+    with failures:
+        addresses.read_url(contents[2])
+    http_client._find_message(reply.body)
+    get = mock.patch.object(http_client.Client, "get", lambda _, path, read, **__: read(models))
+    with get, failures:
+        model = served_model.ServedModel(http_client.ClientOptions(("http://a",)))
+        settings = served_model.RequestSettings(Sampling(), 0, True, logprobs=True)
+        for path in (served_model.CHAT, served_model.TEXT):
+            with failures:
+                model._read(reply, served_model.Prompt(path, {}), settings, 5)
+
+
 PARSERS = {
     "rows": Parser(as_lines(anything), read_rows, 10),
     "rows of JSON": Parser(
@@ -670,6 +678,10 @@ PARSERS = {
     "problems": Parser(as_lines(problem_rows | instructions), read_problems),
     "flags": Parser(command_lines, parse_flags, 10),
     "run": Parser(run_contents, read_run),
+    "replies": Parser(
+        st.tuples(as_files(mutate(_MODELS)), as_files(mutate(_REPLY)), addresses_of_servers),
+        read_replies,
+    ),
     "scores": Parser(
         st.tuples(
             st.deferred(lambda: fuzzing.mutate_bytes(_get_shard())), as_files(mutate(_SCORES))

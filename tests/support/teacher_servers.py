@@ -109,7 +109,12 @@ def answer_as_ours(scorer: LocalScorer) -> AnswerFn:
     def answer(asked: Asked) -> Answer:
         if asked.path == "/v1/models":
             about = {"vocab_size": info.vocab_size, "hidden_size": info.hidden_size}
-            about |= {"hidden_dtype": "float32", "max_top_k": 64, "tokenizer_hash": ""}
+            about |= {
+                "dtype": "float32",
+                "param_dtype": "float32",
+                "max_top_k": 64,
+                "tokenizer_hash": "",
+            }
             hashes = {"model_hash": info.model_hash, "head_hash": head_hash}
             return list_model({"max_model_len": 128, **about, **hashes})
         if asked.path == "/v1/head":

@@ -1,25 +1,25 @@
 """Tests that a run with a teacher outside trains as with the same teacher here."""
 
+import itertools
 import json
+from types import SimpleNamespace
 
-import jax
-import numpy as np
 import pytest
 
 from configs import base
+from distill.planning import fit, programs
+from distill.runtime import http_client
 from distill.runtime import mesh as mesh_lib
 from distill.teachers import external
 from distill.training import loop, memory, setup
 from models.errors import UserError
-from tests.support.runs import config, final, numbers, stop_after, tiny_model
+from tests.support import http_servers
+from tests.support.runs import final, numbers, stop_after, tiny_model
 from tests.support.scorers import LocalScorer
+from tests.support.teacher_runs import make_config, require_equal
+from tests.support.teacher_servers import FAULTS, answer_as_ours
 
 URL = "http://teacher:8000"
-LOSSES = {
-    "hidden": ("opd", {}),
-    "top": ("opd", {"estimator": "topk", "k": 8}),
-    "token": ("opd_sampled", {}),
-}
 
 
 @pytest.fixture(scope="module")
@@ -36,28 +36,10 @@ def scorer(models, monkeypatch):
     return scorer
 
 
-def make_config(models, output="hidden", steps=2, url="", **changes):
-    """Configures on-policy steps with a teacher here, or at `url` with an output."""
-    c = config(models)
-    objective, loss = LOSSES[output]
-    c.stages, c.opd.objective, c.opd.steps = ("opd",), objective, steps
-    c.opd.loss.update(loss)
-    c.teacher.path, c.checkpoint.every = url or models[1], 100
-    if url:
-        c.opd.loss.teacher_output = output
-        c.opd.loss.teacher_topk = 8 if output == "top" else None
-    c.update_from_flattened_dict(changes)
-    return c
-
-
 def train(c, workdir):
     """Returns the parameters after a run and its metrics."""
     loop.run(c, workdir)
     return final(workdir, None), numbers(workdir)
-
-
-def require_equal(one, other, atol=1e-5):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), one, other)
 
 
 @pytest.mark.parametrize("output", ["hidden", "token", pytest.param("top", marks=pytest.mark.long)])
@@ -184,7 +166,7 @@ def test_a_changed_teacher_is_noticed(models, scorer, tmp_path, monkeypatch):
     train(make_config(models, url=URL), tmp_path / "run")
     recorded = json.loads((tmp_path / "run" / "inputs.json").read_text())["inputs"]
     parts = recorded["config.teacher.path"]["parts"]
-    assert parts == {"": {"sha256": scorer.info.model_hash}}
+    assert parts == {"": {"model": f"hash of {models[1]} in float32"}}
     monkeypatch.setattr(external, "open_scorer", lambda *arguments: LocalScorer(models[0]))
     c = make_config(models, steps=3, url=f"{URL}1")
     with pytest.raises(UserError, match=r"inputs have changed .*config\.teacher\.path"):
@@ -249,3 +231,60 @@ def test_memory_counts_the_head_and_hidden_states_but_no_model(models, scorer):
     here, there = sizes
     assert there.pop("head of teacher") == 4 * 512 * 48 < here.pop("teacher")
     assert here == there
+
+
+def test_plan_lists_the_same_update_and_no_scoring(models, scorer):
+    """The update's program is, letter for letter, the one with the teacher here."""
+    mesh, texts, names = mesh_lib.make_mesh(1, 1, 1), [], []
+    for url in ("", URL):
+        c = make_config(models, url=url)
+        c.opd.minibatches = 2
+        stage = fit.describe_stage(c, "opd", mesh, mesh)
+        with mesh_lib.use_mesh(mesh):
+            calls = {call.name: call for call in programs.list_stage_calls(stage)}
+            texts.append(calls["accumulate"].lower().as_text())
+        names.append(list(calls))
+    assert texts[0] == texts[1]
+    names[0].remove("score")
+    assert names[0] == names[1]
+
+
+@pytest.mark.long
+def test_faults_of_a_server_leave_the_parameters_of_the_undisturbed_run(
+    models, tmp_path, monkeypatch
+):
+    """One of three requests fails in one of all ways. A server that returns with another model
+    stops the run at a checkpoint, from which it goes on once the right one is back."""
+    monkeypatch.setattr(http_client, "WAIT_SECONDS", (0.01,) * 6)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    teacher, other = LocalScorer(models[1]), LocalScorer(models[0])
+    answers = {x: answer_as_ours(x) for x in (teacher, other)}
+    state = SimpleNamespace(count=0, faulty=False, changes_at=10**9)
+    faults = itertools.cycle(FAULTS[name] for name in FAULTS if name != "slow")
+
+    def answer(asked):
+        if asked.path != "/v1/score":
+            return answers[teacher](asked)
+        state.count += 1
+        if state.count > state.changes_at:
+            return answers[other](asked)
+        good = answers[teacher](asked)
+        return next(faults)(good) if state.faulty and state.count % 3 == 0 else good
+
+    with http_servers.serve(answer) as server:
+        whole, rows = train(make_config(models, steps=4, url=server.url), tmp_path / "whole")
+        state.faulty = True
+        faulty, faulty_rows = train(make_config(models, steps=4, url=server.url), tmp_path / "run")
+        require_equal(whole, faulty, atol=0)
+        assert faulty_rows == rows
+        state.count, state.faulty, state.changes_at = 0, False, 2 + 9  # after two probes
+        words = (
+            r"another model than at the start.*; stopped at the checkpoint of step 2, from which"
+        )
+        c = make_config(models, steps=4, url=server.url)
+        with pytest.raises(UserError, match=words):
+            loop.run(c, tmp_path / "stopped")
+        state.changes_at = 10**9
+        resumed, resumed_rows = train(c, tmp_path / "stopped")
+        require_equal(whole, resumed, atol=0)
+        assert resumed_rows == rows
