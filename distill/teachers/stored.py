@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 from etils import epath
+from transformers import PreTrainedTokenizerBase
 
 from distill.data import chat, retry
 from distill.policy import identity
