@@ -33,6 +33,7 @@ def make_app(server: Server, metrics: Metrics, folder: Path) -> FastAPI:
     """
     app = FastAPI(title="qwen3-distill", version="1", docs_url=None, redoc_url=None)
     served, read = server.served, functools.partial(_read_body, server)
+    head_lock = asyncio.Lock()
 
     @app.post("/v1/completions", **_describe(CompletionRequest))
     async def create_completion(request: Request) -> Response:
@@ -48,7 +49,8 @@ def make_app(server: Server, metrics: Metrics, folder: Path) -> FastAPI:
 
     @app.get("/v1/head", responses={200: {"content": _BINARY}, **_get_errors()})
     async def get_head(request: Request) -> Response:
-        return await send_head(server, request, folder)
+        async with head_lock:  # one request writes the file, and the others find it
+            return await send_head(server, request, folder)
 
     @app.get("/v1/models", responses={200: {"content": _JSON}, **_get_errors()})
     async def list_models() -> Response:
@@ -102,13 +104,9 @@ async def send_head(server: Server, request: Request, folder: Path) -> Response:
         return Response(status_code=304, headers={"ETag": tag})
     head_VE = server.worker.head_VE
     assert head_VE is not None
-    async with _HEAD_LOCK:
-        if not path.exists():
-            await asyncio.to_thread(_write_head, head_VE, path)
+    if not path.exists():
+        await asyncio.to_thread(_write_head, head_VE, path)
     return FileResponse(path, media_type="application/octet-stream", headers={"ETag": tag})
-
-
-_HEAD_LOCK = asyncio.Lock()
 
 
 def _write_head(head_VE: np.ndarray, path: Path) -> None:

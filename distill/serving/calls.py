@@ -68,8 +68,13 @@ class Call:
         for job in self._jobs:
             self.server.worker.cancel(job)
 
-    async def collect_pieces(self, job: Generation | None) -> list[list[Piece]]:
-        """Returns the pieces of each response, once all are done."""
+    async def collect(
+        self, generation: Generation | None, scoring: Scoring | None
+    ) -> tuple[list[list[Piece]], list[ResponseOutput]]:
+        """Returns the pieces of each response and the outputs, once all are done."""
+        return await self._collect_pieces(generation), await self.collect_outputs(scoring)
+
+    async def _collect_pieces(self, job: Generation | None) -> list[list[Piece]]:
         pieces: list[list[Piece]] = [[] for _ in range(job.num_sequences if job else 0)]
         left = len(pieces)
         while left:
@@ -131,8 +136,7 @@ async def complete(server: Server, request: Request, body: CompletionRequest) ->
     longer = [(ids[:1], ids[1:]) for ids in prompts if len(ids) > 1] if asked else []
     try:
         scoring = call.score(longer, *asked) if asked and longer else None
-        results = asyncio.gather(call.collect_pieces(generation), call.collect_outputs(scoring))
-        pieces, found = await finish(request, results, server.seconds)
+        pieces, found = await finish(request, call.collect(generation, scoring), server.seconds)
     except BaseException:
         call.cancel()
         raise
@@ -258,8 +262,7 @@ async def chat(server: Server, request: Request, body: ChatRequest) -> Response:
     try:
         sequences = [(prompt[:1], prompt[1:])]
         scoring = call.score(sequences, *asked) if asked and len(prompt) > 1 else None
-        results = asyncio.gather(call.collect_pieces(generation), call.collect_outputs(scoring))
-        pieces, scored = await finish(request, results, server.seconds)
+        pieces, scored = await finish(request, call.collect(generation, scoring), server.seconds)
     except BaseException:
         call.cancel()
         raise

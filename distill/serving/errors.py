@@ -18,6 +18,9 @@ TYPES = {
 }
 
 
+MAX_MESSAGE = 500  # characters: a message may quote the request
+
+
 class ApiError(Exception):
     """A request that is refused or has failed.
 
@@ -38,6 +41,7 @@ class ApiError(Exception):
         retry_after: int = 0,
     ) -> None:
         super().__init__(message)
+        message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} ..."
         self.message, self.status, self.param, self.code = message, status, param, code
         self.retry_after = retry_after
 

@@ -54,8 +54,9 @@ class ScoreQueue:
     All methods run within mesh_lib.use_mesh of `mesh`, whose devices hold the parameters.
     """
 
-    def __init__(self, model: Transformer, params: Params, mesh: Mesh) -> None:
+    def __init__(self, model: Transformer, params: Params, mesh: Mesh, max_length: int) -> None:
         self._model, self._params, self._mesh = model, params, mesh
+        self._max_width = -(-max_length // MIN_WIDTH) * MIN_WIDTH
         self._waiting: deque[tuple[Scoring, int]] = deque()  # (request, index of its sequence)
 
     def __len__(self) -> int:
@@ -109,11 +110,11 @@ class ScoreQueue:
         return taken
 
     def _get_kind(self, job: Scoring, index: int) -> tuple[int, str, int]:
-        width = round_width(sum(map(len, job.sequences[index])))
+        width = round_width(sum(map(len, job.sequences[index])), self._max_width)
         return width, job.output, round_top_k(job.top_k, self._vocab_size)
 
     def _score_rows(self, rows: list[list[int]], output: str, top_k: int) -> dict[str, np.ndarray]:
-        width = round_width(max(map(len, rows)))
+        width = round_width(max(map(len, rows)), self._max_width)
         count = count_rows(width, len(rows), mesh_lib.count_row_shards(self._mesh))
         examples = [Example(ids, [], "", "") for ids in rows]
         examples += [Example([], [], "", "")] * (count - len(rows))
@@ -125,9 +126,9 @@ class ScoreQueue:
         return jax.device_get(mesh_lib.wait_on_cpu(fields))
 
 
-def round_width(tokens: int) -> int:
-    """Returns the row width that takes so many tokens: a power of two."""
-    return max(MIN_WIDTH, 1 << (tokens - 1).bit_length())
+def round_width(tokens: int, most: int) -> int:
+    """Returns the row width that takes so many tokens: a power of two, or the most there can be."""
+    return min(most, max(MIN_WIDTH, 1 << (tokens - 1).bit_length()))
 
 
 def round_top_k(top_k: int, vocab_size: int) -> int:

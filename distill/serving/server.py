@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from starlette.routing import Route
 
 from distill.policy import identity
 from distill.policy.policy import Policy
@@ -92,6 +93,7 @@ class RunningServer:
 
     def start(self, listening: socket.socket) -> None:
         self._socket = listening
+        self.worker.start()
         self._thread.start()
         while not self._uvicorn.started:
             if not self._thread.is_alive():
@@ -119,7 +121,8 @@ class RunningServer:
         self.worker.stop()
         self.worker.wait()
         self._uvicorn.should_exit = True
-        self._thread.join(2 * CLOSE_SECONDS)
+        if self._thread.is_alive():
+            self._thread.join(2 * CLOSE_SECONDS)
         return num_cut
 
 
@@ -153,35 +156,45 @@ def open_server(
 
     worker = Worker(subject, param_dtype, rollout, options.max_queue, call_soon)
     with contextlib.closing(listening), tempfile.TemporaryDirectory() as folder:
-        worker.start()
-        assert worker.head_VE is not None
-        served = ServedModel(
-            name=options.name or subject.path,
-            subject=subject,
-            param_dtype=param_dtype,
-            max_length=max_length,
-            max_logprobs=rollout.top_logprobs,
-            max_top_k=min(options.max_top_k, vocab_size),
-            model_hash=identity.hash_parts(identity.describe_model(subject.path, worker.step)),
-            tokenizer_hash=identity.hash_parts(identity.describe_tokenizer(subject.tokenizer_dir))
-            if subject.tokenizer
-            else "",
-            head_hash=wire.hash_head(worker.head_VE),
-            step=worker.step,
-        )
+        worker.load()
+        served = describe_served(worker, subject, param_dtype, rollout, options)
         metrics, names = Metrics(worker), TokenNames(subject.tokenizer)
         max_bytes = int(options.max_body_mib * 2**20)
         server = Server(worker, served, names, options.timeout_seconds, max_bytes)
         app = make_app(server, metrics, Path(folder))
-        guard = Guard(app, options.token, metrics, {route.path for route in app.routes})  # pyright: ignore
-        running = RunningServer(
-            f"http://{format_address(listening)}", server, guard, make_uvicorn(guard, loop.append)
-        )
-        running.start(listening)
+        routes = {route.path for route in app.routes if isinstance(route, Route)}
+        guard = Guard(app, options.token, metrics, routes)
+        http = make_uvicorn(guard, loop.append)
+        running = RunningServer(f"http://{format_address(listening)}", server, guard, http)
         try:
+            running.start(listening)
             yield running
         finally:
             running.stop(0)
+
+
+def describe_served(
+    worker: Worker,
+    subject: Policy,
+    param_dtype: str,
+    rollout: RolloutOptions,
+    options: ServerOptions,
+) -> ServedModel:
+    """Describes the model of a worker that has loaded it."""
+    assert worker.head_VE is not None
+    tokenizer = identity.describe_tokenizer(subject.tokenizer_dir) if subject.tokenizer else {}
+    return ServedModel(
+        name=options.name or subject.path,
+        subject=subject,
+        param_dtype=param_dtype,
+        max_length=rollout.max_length,
+        max_logprobs=rollout.top_logprobs,
+        max_top_k=min(options.max_top_k, subject.config.vocab_size),
+        model_hash=identity.hash_parts(identity.describe_model(subject.path, worker.step)),
+        tokenizer_hash=identity.hash_parts(tokenizer) if tokenizer else "",
+        head_hash=wire.hash_head(worker.head_VE),
+        step=worker.step,
+    )
 
 
 def format_address(listening: socket.socket) -> str:

@@ -32,7 +32,7 @@ RETRY_SECONDS = 1  # after which a full queue may have room
 
 
 class Worker:
-    """Serves jobs on the devices of a policy, from `start` until `stop`.
+    """Serves jobs on the devices of a policy, from `load` and `start` until `stop`.
 
     Args:
       subject: a described policy, whose weights are loaded here.
@@ -66,13 +66,14 @@ class Worker:
         self._outbox: list[tuple[Callable[[Any], Any], Any]] = []
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
 
-    def start(self) -> None:
-        """Loads the weights, compiles the programs of generation, and starts the thread.
-
-        The first two are done in the calling thread, where a signal interrupts them.
-        """
+    def load(self) -> None:
+        """Loads the weights and compiles the programs of generation, in the calling thread: in the
+        main one a signal interrupts it."""
         with policy.use(self._subject):
             self._prepare()
+
+    def start(self) -> None:
+        """Starts the thread, after `load`."""
         self._thread.start()
 
     def check(self) -> None:
@@ -176,7 +177,9 @@ class Worker:
                 harvested=self._read_sequences,
             )
             engine.warm_up(lambda: None)
-            self._scores = ScoreQueue(decoder.model, params["params"], self._mesh)
+            self._scores = ScoreQueue(
+                decoder.model, params["params"], self._mesh, options.max_length
+            )
             self._scores.warm_up()
             self.head_VE = np.asarray(jax.device_get(transformer.get_output_head(params["params"])))
 

@@ -16,8 +16,9 @@ from jax._src import monitoring
 from distill import rollout
 from distill.objectives import losses
 from distill.policy import forward
-from distill.rollout import RolloutOptions, SamplingModel, Sequence, decode
+from distill.rollout import RolloutOptions, SamplingModel, Sequence, decode, sampler
 from distill.rollout import options as options_lib
+from distill.rollout.engine import Engine
 from distill.rollout.sampling import Sampling
 from distill.runtime import mesh as mesh_lib
 from distill.training import microbatches
@@ -456,3 +457,52 @@ def test_drawn_lengths_have_the_mean() -> None:
     assert max(rollout.draw_lengths(1000, 500, 700)) == 700
     assert lengths == rollout.draw_lengths(20_000, 500, 16_000)
     assert lengths != rollout.draw_lengths(20_000, 500, 16_000, seed=1)
+
+
+@pytest.mark.parametrize(
+    "options", [PAGES, pytest.param(SMALL, marks=pytest.mark.long)], ids=["plain", "slabs"]
+)
+def test_sequences_join_a_running_engine_with_their_own_sampling(options: RolloutOptions) -> None:
+    """Each draws as it would alone, records only what it wants, and may be left off at any time."""
+    mesh, params = weights(0, (1, 1, 1))
+    options = dataclasses.replace(options, top_logprobs=2)
+    samplings = [Sampling(0.7, top_k=5), Sampling(presence_penalty=2.0)]
+    asked = make_rows(10, samples=2, longest=20)
+    for number, row in enumerate(asked):
+        row.sampling = samplings[number % len(samplings)]
+        row.wants_logprobs = number % 3 == 0
+    model = SamplingModel(QWEN3, params, STOPS)
+    expected: list[Sequence] = [*asked]
+    for first, sampling in enumerate(samplings):
+        rows = [row.copy() for row in asked[first :: len(samplings)]]
+        drawn = rollout.sample(model, rows, sampling=sampling, options=options)
+        expected[first :: len(samplings)] = list(drawn)
+    unwanted, harvested = asked[5], []
+    with mesh_lib.use_mesh(mesh):
+        shape = options_lib.make_cache_shape(options, CONFIG, mesh, "float32", 8, P + R)
+        decoder, variables = sampler.prepare_decoder(model, Sampling(), options, shape, by_row=True)
+        engine = Engine(
+            *(decoder, variables, [], options, 0, Counter()),
+            ended=lambda row: row is unwanted,
+            harvested=harvested.extend,
+        )
+        assert not engine.advance(None)
+        for row in asked:  # joins while the others decode
+            engine.scheduler.add_sequence(row)
+            engine.advance(None)
+        while engine.advance(None):
+            pass
+        assert not engine.advance(None) and engine.scheduler.is_done
+    for row, alone in zip(asked, expected, strict=True):
+        if row is unwanted:
+            assert row.tokens == alone.tokens[: len(row.tokens)]
+            continue
+        assert (row.tokens, row.finish_reason) == (alone.tokens, alone.finish_reason)
+        if row.wants_logprobs:
+            assert row.top_logprobs is not None and alone.top_logprobs is not None
+            ids = [[i for i, _ in top] for top in row.top_logprobs]
+            assert ids == [[i for i, _ in top] for top in alone.top_logprobs]
+            np.testing.assert_allclose(row.model_logprobs, alone.model_logprobs, atol=1e-4)  # pyright: ignore
+        else:
+            assert row.top_logprobs is None and row.model_logprobs is None
+    assert {id(row) for row in harvested} == {id(row) for row in asked}

@@ -21,27 +21,28 @@ from distill.rollout.sampling import Sampling
 from distill.runtime import mesh as mesh_lib
 from distill.serving.server import RunningServer
 from distill.teachers import wire
-from tests.support.paths import ROOT
+from tests.support.runs import tiny_model
 from tests.support.serving import TOKEN, get, post, read_metric, serve, wait_until
 
-TEACHER = ROOT / "assets" / "teacher"
 COMPLETIONS, CHAT, SCORE = "/v1/completions", "/v1/chat/completions", "/v1/score"
 PROMPT = "<|im_start|>user\nWhat is 12 + 5?<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.fixture(scope="module")
-def running() -> Iterator[RunningServer]:
-    with serve(
-        TEACHER, slots=8, max_queue=16, max_logprobs=5, max_top_k=8, max_body_mib=0.5
-    ) as running:
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny", 1, num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def running(model: str) -> Iterator[RunningServer]:
+    limits = {"max_queue": 16, "max_logprobs": 5, "max_top_k": 8, "max_body_mib": 0.5}
+    with serve(model, slots=8, **limits) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def subject() -> Policy:
-    described = policy.make_abstract_for_inference(
-        str(TEACHER), "float32", mesh_lib.make_mesh(1, 1, 1)
-    )
+def subject(model: str) -> Policy:
+    described = policy.make_abstract_for_inference(model, "float32", mesh_lib.make_mesh(1, 1, 1))
     with policy.use(described):
         return policy.load(described, "float32")
 
@@ -129,7 +130,7 @@ def test_scores_are_those_of_the_scorer(running: RunningServer, subject: Policy)
         expected = list(
             scoring.score_responses(subject, pairs, batch_size=4, top_k=5, with_hidden=True)
         )
-    model = get(running, "/v1/models").json()["data"][0]
+    entry = get(running, "/v1/models").json()["data"][0]
     for output, names in (
         ("token", ["logp"]),
         ("top", ["logp", "top_logp"]),
@@ -138,7 +139,7 @@ def test_scores_are_those_of_the_scorer(running: RunningServer, subject: Policy)
         top_k = 5 if output == "top" else 0
         reply = post(running, SCORE, sequences=sequences, output=output, top_k=top_k)
         found, metadata = wire.decode_outputs(reply.content, 512)
-        assert metadata["model_hash"] == model["model_hash"] and metadata["model"] == "tiny"
+        assert metadata["model_hash"] == entry["model_hash"] and metadata["model"] == "tiny"
         for ours, theirs in zip(found, expected, strict=True):
             for name in names:
                 a, b = getattr(ours, name), getattr(theirs, name)
@@ -147,13 +148,34 @@ def test_scores_are_those_of_the_scorer(running: RunningServer, subject: Policy)
                 np.testing.assert_array_equal(ours.top_ids, theirs.top_ids)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("param_dtype", ["float32", "int8"])
+def test_several_devices_answer_as_one(subject: Policy, model: str, param_dtype: str) -> None:
+    mesh = mesh_lib.make_reader_mesh(subject.config)
+    assert mesh.size > 1
+    prompt = chat.encode(subject.tokenizer, PROMPT)  # pyright: ignore[reportArgumentType]
+    body = {"prompt": prompt, "max_tokens": 30, "seed": 5, "n": 5, "top_k": 20, "logprobs": 1}
+    pairs = [{"prompt": prompt[:4], "response": prompt[4:]}, {"prompt": [5], "response": [6]}]
+    found = []
+    for own_mesh in (mesh, None):
+        with serve(model, mesh=own_mesh, param_dtype=param_dtype, slots=8) as running:
+            reply = post(running, COMPLETIONS, return_token_ids=True, **body).json()
+            scores = post(running, SCORE, sequences=pairs, output="hidden")
+            outputs, _ = wire.decode_outputs(scores.content, 512, hidden_size=32)
+            found.append(([choice["token_ids"] for choice in reply["choices"]], outputs))
+            assert get(running, "/v1/models").json()["data"][0]["param_dtype"] == param_dtype
+    assert found[0][0] == found[1][0]
+    for a, b in zip(found[0][1], found[1][1], strict=True):
+        np.testing.assert_allclose(a.hidden, b.hidden, atol=1e-4)
+
+
 def test_the_head_comes_once(running: RunningServer, subject: Policy) -> None:
-    model = get(running, "/v1/models/tiny").json()
-    assert (model["vocab_size"], model["hidden_size"], model["dtype"]) == (512, 128, "float32")
+    entry = get(running, "/v1/models/tiny").json()
+    assert (entry["vocab_size"], entry["hidden_size"], entry["dtype"]) == (512, 32, "float32")
     reply = get(running, "/v1/head")
-    head_VE = wire.decode_head(reply.content, 512, 128, model["head_hash"])
+    head_VE = wire.decode_head(reply.content, 512, 32, entry["head_hash"])
     np.testing.assert_array_equal(head_VE, subject.params["embed"])
-    assert reply.headers["ETag"] == f'"{model["head_hash"]}"'
+    assert reply.headers["ETag"] == f'"{entry["head_hash"]}"'
     again = get(running, "/v1/head", **{"If-None-Match": reply.headers["ETag"]})
     assert again.status_code == 304 and not again.content
 
@@ -323,6 +345,7 @@ def test_nothing_is_done_without_the_token(running: RunningServer) -> None:
 
 def test_a_client_that_leaves_frees_its_slots(running: RunningServer) -> None:
     host, port = running.url.removeprefix("http://").split(":")
+    before = read_metric(running, "distill_generated_tokens_total")
     for stream in (True, False):
         body = {"prompt": [5], "n": 12, "max_tokens": 500, "stream": stream, "temperature": 2.0}
         data = json.dumps(body).encode()
@@ -333,6 +356,8 @@ def test_a_client_that_leaves_frees_its_slots(running: RunningServer) -> None:
             wait_until(lambda: running.worker.num_decoding == 8)
         wait_until(lambda: running.worker.num_pending == 0)
         wait_until(lambda: running.worker.num_decoding == 0)
+    drawn = read_metric(running, "distill_generated_tokens_total") - before
+    assert drawn < 2 * 12 * 500 / 4  # it stopped long before the end
 
 
 def test_a_full_queue_says_when_to_come_again(running: RunningServer) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
+from jax.sharding import Mesh
 
 from distill.policy import policy
 from distill.runtime import mesh as mesh_lib
@@ -16,12 +17,14 @@ TOKEN = "s3cret"
 
 
 @contextlib.contextmanager
-def serve(model: Path | str, **options: Any) -> Iterator[RunningServer]:
-    """Serves a model in float32 on one device, at a free port."""
-    mesh = mesh_lib.make_mesh(1, 1, 1)
+def serve(
+    model: Path | str, *, mesh: Mesh | None = None, param_dtype: str = "float32", **options: Any
+) -> Iterator[RunningServer]:
+    """Serves a model that computes in float32, by default on one device, at a free port."""
+    mesh = mesh or mesh_lib.make_mesh(1, 1, 1)
     subject = policy.make_abstract_for_inference(str(model), "float32", mesh)
     settings = {"port": 0, "name": "tiny", "token": TOKEN, **options}
-    with open_server(subject, "float32", ServerOptions(**settings)) as running:
+    with open_server(subject, param_dtype, ServerOptions(**settings)) as running:
         yield running
 
 
