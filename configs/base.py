@@ -72,7 +72,7 @@ def make_teacher() -> ConfigDict:
     # separated by commas; or a directory that `score` wrote.
     c.path = ""
     c.step = 0  # of a run: the checkpoint after this many steps; 0: the newest
-    # Of a model that is run here:
+    # Of a model that is run here (a server has dtypes of its own):
     # int8 or float8_e4m3fn: kernels of the layers in 8 bits, with a scale for each output channel;
     # half the memory of bfloat16. LOG.md has the cost in KL.
     c.param_dtype = "bfloat16"

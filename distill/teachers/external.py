@@ -120,6 +120,8 @@ def open_scorer(t: ConfigDict, key: str, loss: Loss, student: Policy, asks_probe
 
     asks_probe: asks servers for a probe, which takes time.
     """
+    if t.step:
+        raise UserError(f"{key}.step={t.step}: is read for a run that is a teacher here only")
     top_k = loss.teacher_topk if loss.teacher_output == "top" else 0
     if not addresses.is_url(t.path):
         refuse_server_keys(t, key)

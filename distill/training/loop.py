@@ -240,6 +240,7 @@ def run_stage(
                 minibatches,
                 transcript_count if metrics_logger.has_skipped else s.batch_size,
             )
+            del collected, minibatches  # the host's memory of the step is free for the next one's
             if stage.asynchronous:
                 collect.sample_ahead(collector, device_metrics)
 

@@ -148,7 +148,7 @@ def make_transcripts(
     for micro, stats in kept_stats:
         if not trainer.has_transcript(micro, count):
             continue
-        batch = micro.to_device(mesh, with_hidden=False)
+        batch = micro.to_device(mesh)
         arrays = (batch.tokens_BT, batch.mask_BT, batch.segments_BT, batch.finished_BT)
         arrays = (*arrays, batch.thinking_BT, stats)
         arrays = jax.tree.map(np.asarray, mesh_lib.gather_first_rows(arrays, len(micro.rows)))

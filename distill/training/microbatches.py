@@ -37,6 +37,15 @@ class Microbatch:
     rows: PackedRows
     make_batch: Callable[[], Batch]  # this process's rows, on the host
     rewards: Mapping[int, float] = dataclasses.field(default_factory=dict)  # of sequences with one
+    # makes it without the outputs of teachers that are not run here; None: it has none
+    make_plain_batch: Callable[[], Batch] | None = None
+
+    def drop_outputs(self) -> "Microbatch":
+        """Returns the micro-batch without the outputs of teachers that are not run here, which take
+        much memory, for what comes after the update."""
+        if self.make_plain_batch is None:
+            return self
+        return Microbatch(self.rows, self.make_plain_batch, self.rewards)
 
     def to_device(self, mesh: Mesh, with_hidden: bool = True) -> Batch:
         """Collates the rows and splits them over a mesh.
@@ -177,10 +186,11 @@ def split_rows(
         numbers = range(first, count, num_minibatches * accumulate)
         own_examples = [examples_by_row[row] for row in numbers if row in examples_by_row]
         make_batch = functools.partial(collate.collate_rows, own_examples, layout)
+        plain = _make_plain_collate(own_examples, layout)
         if not collates_later:
             batch = make_batch()
-            make_batch = lambda: batch  # noqa: E731
-        return Microbatch(tuple((row,) for row in numbers), make_batch)
+            make_batch, plain = lambda: batch, None
+        return Microbatch(tuple((row,) for row in numbers), make_batch, make_plain_batch=plain)
 
     return [
         [make_microbatch(j + k * num_minibatches) for k in range(accumulate)]
@@ -225,21 +235,30 @@ def make_microbatches(
 ) -> Minibatches:
     """Makes micro-batches of packed examples, each collated when it is moved to the mesh."""
 
-    def collate_microbatch(rows: PackedRows) -> Batch:
+    def make_microbatch(rows: PackedRows) -> Microbatch:
         own_rows = mesh_lib.list_local_rows(mesh, len(rows))
-        return collate.collate_rows([[examples[i] for i in rows[row]] for row in own_rows], layout)
+        own_examples = [[examples[i] for i in rows[row]] for row in own_rows]
+        make_batch = functools.partial(collate.collate_rows, own_examples, layout)
+        plain = _make_plain_collate(own_examples, layout)
+        return Microbatch(rows, make_batch, find_rewards(rows), plain)
 
     def find_rewards(rows: PackedRows) -> dict[int, float]:
         rewards = {i: getattr(examples[i], "reward", None) for row in rows for i in row}
         return {i: reward for i, reward in rewards.items() if reward is not None}
 
-    return [
-        [
-            Microbatch(rows, functools.partial(collate_microbatch, rows), find_rewards(rows))
-            for rows in minibatch
-        ]
-        for minibatch in packed
-    ]
+    return [[make_microbatch(rows) for rows in minibatch] for minibatch in packed]
+
+
+def _make_plain_collate(
+    rows: Sequence[Sequence[Example]], layout: BatchLayout
+) -> Callable[[], Batch] | None:
+    """Returns what makes the batch of some rows without the outputs of teachers that are not run
+    here; None if there are none."""
+    if not any(x.teacher_outputs for row in rows for x in row):
+        return None
+    plain_rows = [[dataclasses.replace(x, teacher_outputs=()) for x in row] for row in rows]
+    plain = dataclasses.replace(layout, external_hidden=(), has_teacher_logp=False, top_k=0)
+    return functools.partial(collate.collate_rows, plain_rows, plain)
 
 
 def find_response_spans(

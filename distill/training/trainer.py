@@ -86,7 +86,7 @@ class Trainer:
                 steps=int(number + 1 == updates),
             )
             measured.append(metrics)
-            kept_stats += [(microbatches[k], x) for k, x in stats.items()]
+            kept_stats += [(microbatches[k].drop_outputs(), x) for k, x in stats.items()]
         metrics = measured[0] if updates == 1 else update_metrics.average_metrics(measured)
         return state, metrics, kept_stats, seconds
 
