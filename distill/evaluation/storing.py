@@ -13,6 +13,7 @@ import math
 import shutil
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from distill.policy import identity, policy
 from distill.policy.policy import Policy
 from distill.runtime import paths, run_files
 from distill.runtime.progress import show_progress
-from distill.teachers import stored_files, wire
+from distill.teachers import stored, stored_files, wire
 from distill.teachers.outputs import InvalidOutput, ResponseOutput, check_output
 from distill.teachers.stored_files import Manifest, Settings, Shard
 from models import transformer
@@ -145,6 +146,7 @@ def make_settings(
     return Settings(
         model=subject.path,
         model_hash=identity.hash_parts(identity.describe_model(subject.path)),
+        tokenizer_hash=_hash_tokenizer(subject.tokenizer_dir) if subject.tokenizer else "",
         step=-1 if step is None else step,
         rows=selection.source.name,
         rows_hash=hashlib.sha256(b"".join(selection.keys)).hexdigest()[:16],
@@ -177,7 +179,7 @@ def store_scores(
     with concurrent.futures.ThreadPoolExecutor(stored_files.THREADS) as pool:
         found = enumerate(pool.map(functools.partial(_is_intact, out), shards))
         intact = {number for number, is_intact in found if is_intact}
-    if before and len(intact) == len(counts) and stored_files.has_head(out, before):
+    if before and len(intact) == len(counts) and _has_first_files(out, before):
         return before
     _require_room(out, settings, sum(shards[number].tokens for number in intact))
     with policy.use(subject):
@@ -207,6 +209,22 @@ def store_scores(
                 stored_files.write_manifest(out, manifest)
                 done, first = done + count, first + count
     return manifest
+
+
+def _hash_tokenizer(directory: epath.PathLike) -> str:
+    return identity.hash_parts(identity.describe_tokenizer(Path(directory)))
+
+
+def _has_first_files(out: epath.Path, before: Manifest) -> bool:
+    """Returns False, after saying why, if the head or the tokenizer is to be written again."""
+    try:
+        if before.head_hash:
+            stored_files.read_head(out, before)
+        stored.read_tokenizer(out, before)
+    except UserError as error:
+        run_files.log_line(f"warning: {error}")
+        return False
+    return True
 
 
 def _is_intact(out: epath.Path, shard: Shard) -> bool:

@@ -81,7 +81,8 @@ def _explain_error(error: Exception, options: flags.FlagValues) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.errno in _REFUSALS:
         return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
-    return failures.explain_failure(error, list(options))
+    given = [name for name in options if options[name].value is not None]
+    return failures.explain_failure(error, given)
 
 
 def _set_threads() -> None:

@@ -82,6 +82,7 @@ class ClientOptions:
     api_key_env: str = ""  # name of the environment variable with the bearer token; "": none
     timeout_seconds: float = 600.0  # from a request's start to the end of its reply
     max_in_flight: int = 32  # requests on all servers together
+    max_reply_bytes: int = 0  # 0: MAX_REPLY_BYTES
 
     def __post_init__(self) -> None:
         if not self.urls:
@@ -318,8 +319,8 @@ class Client:
         while block := response.raw.read1(_BLOCK_BYTES, decode_content=False):
             blocks.append(block)
             size += len(block)
-            if size > MAX_REPLY_BYTES:
-                raise _Failed(f"the reply has more than {MAX_REPLY_BYTES:,} bytes")
+            if size > (limit := self._options.max_reply_bytes or MAX_REPLY_BYTES):
+                raise _Failed(f"the reply has more than {limit:,} bytes")
             if time.monotonic() - start > self._options.timeout_seconds:
                 raise _Failed(f"the reply took more than {self._options.timeout_seconds:g} s")
         return b"".join(blocks)

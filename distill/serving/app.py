@@ -63,7 +63,8 @@ def make_app(server: Server, metrics: Metrics, folder: Path) -> FastAPI:
 
     @app.get("/health", responses={200: {"content": _JSON}, **_get_errors()})
     async def get_health() -> Response:
-        server.worker.check()
+        if server.worker.failure is not None:
+            raise ApiError("the device has failed", 500)
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **_get_errors()})

@@ -108,11 +108,10 @@ class Guard:
             self._metrics.seconds.labels(route).observe(time.monotonic() - start)
 
     def _find_refusal(self, scope: Scope) -> ApiError | None:
-        if scope["path"] in OPEN_PATHS:
-            return None
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         expected = b"Bearer " + self._token
-        if self._token and not (len(given) == 1 and hmac.compare_digest(given[0], expected)):
+        is_known = len(given) == 1 and hmac.compare_digest(given[0], expected)
+        if self._token and not is_known and scope["path"] not in OPEN_PATHS:
             return ApiError("no valid bearer token", 401, code="invalid_api_key")
         if self.is_stopping:
             return ApiError("the server is stopping", 503, retry_after=1)

@@ -155,7 +155,8 @@ class VLLM:
         return _make_output(question, logp, tops)
 
     def make_tokenizing(self, info: ScorerInfo, text: str) -> Tokenizing:
-        return _make_completion_tokenizing(info.model.partition(" ")[0], text)
+        path, body, read = _make_completion_tokenizing(info.model.partition(" ")[0], text)
+        return path, {**body, "add_special_tokens": False}, read
 
 
 class SGLang:

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
@@ -32,7 +33,9 @@ from models.errors import SourceFailure, UserError
 
 DEFAULT_TIMEOUT_SECONDS = 300.0  # of one request
 DEFAULT_IN_FLIGHT = 16  # requests at a time, to each address
-MAX_GROUP, MAX_GROUP_TOKENS = 16, 32_768  # responses in one request, and their tokens
+MAX_HEAD_BYTES = 2**34  # a head of 152k tokens and 8k numbers in float32 has 5e9
+# Responses in one request, their tokens, and the bytes of their hidden states
+MAX_GROUP, MAX_GROUP_TOKENS, MAX_GROUP_BYTES = 16, 32_768, 2**28
 PROBE_TEXT = (
     "The quick brown fox jumps over 13 lazy dogs; 2 + 2 = 4.\nÉté, 你好, def f(x): return x"
 )
@@ -70,8 +73,9 @@ class RemoteScorer:
         self._key, self._in_flight = key, (t.max_in_flight or DEFAULT_IN_FLIGHT) * len(urls)
         timeout = t.timeout_seconds or DEFAULT_TIMEOUT_SECONDS
         try:
-            options = ClientOptions(urls, t.api_key_env, timeout, self._in_flight)
-            self._client = Client(options)
+            self._client = Client(
+                ClientOptions(urls, t.api_key_env, timeout, self._in_flight, MAX_HEAD_BYTES)
+            )
         except UserError as error:
             about_field = re.match(r"(api_key_env|timeout_seconds|max_in_flight)\b", str(error))
             raise UserError(f"{key}.{'' if about_field else 'path='}{error}") from None
@@ -95,6 +99,10 @@ class RemoteScorer:
                 f"at most, but loss.teacher_topk is {top_k}; lower it, or serve with more"
             )
         self._question = Question(output, top_k, self._info)
+        self._group_tokens = MAX_GROUP_TOKENS
+        if output == "hidden":
+            token_bytes = self._info.hidden_size * jnp.dtype(self._info.hidden_dtype).itemsize
+            self._group_tokens = min(MAX_GROUP_TOKENS, MAX_GROUP_BYTES // max(1, token_bytes))
         self._probe: Item = make_probe(None, vocab_size)
         self._probe_output: ResponseOutput | None = None
         self._head_VE: np.ndarray | None = None
@@ -264,7 +272,7 @@ class RemoteScorer:
             tokens = group[0].num_tokens
             while self._waiting and len(group) < size:
                 tokens += self._waiting[0].num_tokens
-                if tokens > MAX_GROUP_TOKENS:
+                if tokens > self._group_tokens:
                     break
                 group.append(self._waiting.popleft())
             return group

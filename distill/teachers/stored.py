@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 from etils import epath
+from transformers import PreTrainedTokenizerBase
 
 from distill.data import chat, retry
+from distill.policy import identity
 from distill.policy.policy import Policy
 from distill.teachers import stored_files
 from distill.teachers.outputs import (
@@ -57,6 +59,7 @@ class StoredScorer:
             hidden_dtype=settings.dtype,
             # With what else its outputs depend on.
             model_hash=f"{settings.model_hash} in {' and '.join(dtypes)}",
+            tokenizer_hash=settings.tokenizer_hash,
             head_hash=self._manifest.head_hash,
         )
         if output not in outputs:
@@ -151,16 +154,27 @@ def _require_complete(directory: epath.Path, manifest: Manifest) -> None:
 
 
 def check_tokenizer(directory: str, student: Policy) -> None:
-    """Raises UserError if the tokens that were scored mean others to the student."""
-    folder = epath.Path(directory) / stored_files.TOKENIZER_DIR
-    if student.tokenizer is None or not folder.is_dir():
-        return
+    """Raises UserError if the tokens that were scored mean others to the student, or the tokenizer
+    beside the scores is not the one that was written."""
+    folder = epath.Path(directory)
+    tokenizer = read_tokenizer(folder, stored_files.read_manifest(directory))
+    names = student.path, str(folder / stored_files.TOKENIZER_DIR)
+    chat.require_same_tokenizer(student.tokenizer, tokenizer, names)
+
+
+def read_tokenizer(directory: epath.Path, manifest: Manifest) -> PreTrainedTokenizerBase | None:
+    """Reads the tokenizer that is stored; None if the model had none.
+
+    Raises:
+      UserError: if it is not as it was written.
+    """
+    folder, expected = directory / stored_files.TOKENIZER_DIR, manifest.settings.tokenizer_hash
+    if not expected:
+        return None
     with tempfile.TemporaryDirectory() as copy:  # the library reads no buckets
         for name in chat.TOKENIZER_FILES:
             if (folder / name).is_file():
                 (Path(copy) / name).write_bytes((folder / name).read_bytes())
-        try:
-            tokenizer = chat.load_tokenizer(copy)
-        except UserError as error:
-            raise UserError(str(error).replace(copy, str(folder))) from None
-    chat.require_same_tokenizer(student.tokenizer, tokenizer, (student.path, str(folder)))
+        if identity.hash_parts(identity.describe_tokenizer(copy)) != expected:
+            raise UserError(f"{folder}: was altered since it was written; {stored_files.REMEDY}")
+        return chat.load_tokenizer(copy)

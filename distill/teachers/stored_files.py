@@ -32,6 +32,7 @@ FORMAT = 1
 MANIFEST, HEAD_FILE, TOKENIZER_DIR = "scores.json", "head.safetensors", "tokenizer"
 KEYS, CHECKSUMS = "keys", "checksums"
 KEY_BYTES = 16
+REMEDY = "the same call of score writes it again"
 THREADS = 16  # that read files: a request to a bucket takes tens of milliseconds
 _INDEX_TENSORS = (wire.LENGTHS, KEYS, CHECKSUMS)
 _MAX_HEADER = 2**20  # of a shard, whose few tensors need less than a thousand bytes
@@ -43,6 +44,7 @@ class Settings:
 
     model: str
     model_hash: str  # identity.hash_parts of its files
+    tokenizer_hash: str  # and of its tokenizer's; "": it has none
     step: int  # of a run's checkpoint; -1: no run
     rows: str
     rows_hash: str  # of the keys of all responses, in order
@@ -110,14 +112,11 @@ class ShardIndex:
                 if not is_whole or zlib.crc32(data) != self.checksums[name][number]:
                     raise SourceFailure(
                         f"{path}: {name} of its response {number} was altered since it was "
-                        f"written, or cut short; delete it, and {_REMEDY}"
+                        f"written, or cut short; delete it, and {REMEDY}"
                     )
                 shape = (n,) if name == "logp" else (n, width)
                 arrays[name] = np.frombuffer(data, dtype).reshape(shape)
         return ResponseOutput(**arrays)
-
-
-_REMEDY = "the same call of score writes it again"
 
 
 def _read_at(file: BinaryIO, place: int, count: int, dtype: np.dtype) -> bytes:
@@ -192,17 +191,17 @@ def read_index(directory: epath.Path, shard: Shard) -> ShardIndex:
     """
     path = directory / shard.file
     if not path.is_file():
-        raise UserError(f"{path}: no such file, which {MANIFEST} names; {_REMEDY}")
+        raise UserError(f"{path}: no such file, which {MANIFEST} names; {REMEDY}")
     size = path.stat().length
     if size != shard.bytes:
-        raise UserError(f"{path}: has {size:,} bytes, {shard.bytes:,} were written; {_REMEDY}")
+        raise UserError(f"{path}: has {size:,} bytes, {shard.bytes:,} were written; {REMEDY}")
     try:
         with path.open("rb") as file:
             index, digest = parse_index(file, size, shard.file)
     except InvalidOutput:
         index, digest = None, ""
     if index is None or digest != shard.index_sha256 or len(index.keys) != shard.responses:
-        raise UserError(f"{path}: its index was altered since it was written; {_REMEDY}")
+        raise UserError(f"{path}: its index was altered since it was written; {REMEDY}")
     return index
 
 
@@ -326,11 +325,6 @@ def _check_manifest(manifest: Manifest) -> None:
 
 def write_head(directory: epath.Path, head_VE: np.ndarray) -> None:
     paths.write_bytes(directory / HEAD_FILE, wire.encode_head(head_VE))
-
-
-def has_head(directory: epath.Path, manifest: Manifest) -> bool:
-    """Returns True if the head that a manifest names is there, or it names none."""
-    return not manifest.head_hash or (directory / HEAD_FILE).is_file()
 
 
 def read_head(directory: epath.Path, manifest: Manifest) -> np.ndarray:

@@ -43,7 +43,9 @@ def run(server: FakeServer, questions: Path, name: str, *flags: str) -> int:
     return call(evaluate, f"--model={server.url}", *shared, *sampling, *flags)
 
 
-def test_the_numbers_are_those_of_the_same_texts(questions: Path, server: FakeServer) -> None:
+def test_the_numbers_are_those_of_the_same_texts_and_what_was_asked_is_recorded(
+    questions: Path, server: FakeServer
+) -> None:
     assert run(server, questions, "served") == 0
     rows, summary = read(questions.parent / "served/examples.jsonl"), None
     summary = summary_of(questions.parent / "served")
@@ -57,11 +59,7 @@ def test_the_numbers_are_those_of_the_same_texts(questions: Path, server: FakeSe
         assert summary[name] == again[name], name
     assert summary["mean_length"] == sum(len(r["tokens"]) for r in rows) / 24
     assert all(r["prompt_tokens"] and r["finish_reason"] == "stop" for r in rows)
-
-
-def test_what_was_asked_is_recorded(questions: Path, server: FakeServer) -> None:
-    assert run(server, questions, "out") == 0
-    summary = summary_of(questions.parent / "out")
+    assert summary["tokens_per_second"] > 0 and summary["memory"] is None
     protocol = summary["protocol"]
     assert (
         protocol.items()
@@ -71,8 +69,7 @@ def test_what_was_asked_is_recorded(questions: Path, server: FakeServer) -> None
             **{"temperature": 1.0, "samples": 3, "max_new_tokens": 60, "benchmark": "math"},
         }.items()
     )
-    assert summary["tokens_per_second"] > 0 and summary["memory"] is None
-    assert json.loads((questions.parent / "out/protocol.json").read_text()) == protocol
+    assert json.loads((questions.parent / "served/protocol.json").read_text()) == protocol
 
 
 def test_it_goes_on_where_it_stopped(

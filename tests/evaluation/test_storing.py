@@ -182,10 +182,14 @@ def test_a_shard_that_is_lost_is_written_again(model, rows, tmp_path, monkeypatc
     out = tmp_path / "scores"
     assert store(model, rows, out, "--output=hidden") == 0
     expected = list_bytes(out)
-    for name in ("head.safetensors", "shard-00001.safetensors"):
+    for name, message in (
+        ("head.safetensors", "head.safetensors: cannot be read"),
+        ("shard-00001.safetensors", "shard-00001.safetensors: no such file"),
+        ("tokenizer/tokenizer.json", "tokenizer: was altered since it was written"),
+    ):
         (out / name).unlink()
         assert store(model, rows, out, "--output=hidden") == 0
-    assert "shard-00001.safetensors: no such file" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert list_bytes(out) == expected
     monkeypatch.setattr(scoring, "score_responses", None)  # nothing is left to score
     assert store(model, rows, out, "--output=hidden") == 0

@@ -116,7 +116,7 @@ def test_another_server_takes_over(server: FakeServer) -> None:
 
 
 def test_the_least_busy_server_is_chosen() -> None:
-    slow, fast = (lambda asked, t=t: Answer(asked.body, seconds=t) for t in (0.5, 0.01))
+    slow, fast = (lambda asked, t=t: Answer(asked.body, seconds=t) for t in (0.2, 0.005))
     with serve(slow) as a, serve(fast) as b, make_client(a.url, b.url, max_in_flight=4) as client:
         futures = [client.submit("/x", i, read_json) for i in range(40)]
         assert [future.result() for future in futures] == list(range(40))

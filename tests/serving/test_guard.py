@@ -189,9 +189,29 @@ def test_running_requests_finish_before_it_stops(running: RunningServer, slow: d
     wait_until(lambda: get(running, "/v1/models").status_code == 503)
     refused = post(running, COMPLETIONS, **slow)
     assert refused.status_code == 503 and refused.headers["Retry-After"] == "1"
+    assert get(running, "/health", Authorization="").status_code == 503
     stopping.join()
     asking.join()
     assert replies[0].status_code == 200
     assert replies[0].json()["usage"]["completion_tokens"] == 25 and cut == [0]
     with pytest.raises(requests.ConnectionError):
         get(running, "/health")
+
+
+@pytest.mark.long
+def test_a_device_that_fails_ends_the_server(tmp_path: Path) -> None:
+    """Nobody waits for ever, and the verb says what has happened."""
+    tiny_model(tmp_path / "model", 0, num_hidden_layers=1)
+    with serve(tmp_path / "model", slots=2, max_length=64) as running:
+        assert get(running, "/health").status_code == 200
+
+        def fail(token_budget: int | None) -> bool:
+            raise MemoryError("the device has no room")
+
+        assert running.worker._engine is not None
+        running.worker._engine.advance = fail
+        replies = [post(running, COMPLETIONS, prompt=[4], max_tokens=9) for _ in range(2)]
+        assert [reply.status_code for reply in replies] == [503, 503]
+        assert get(running, "/health").status_code == 500
+        with pytest.raises(MemoryError, match="no room"):
+            running.wait()

@@ -583,6 +583,7 @@ def read_run(contents: tuple[bytes, bytes, bytes], directory: Path) -> None:
 
 _SETTINGS = {
     **dict.fromkeys(("model", "model_hash", "rows", "rows_hash", "dtype", "param_dtype"), "x"),
+    "tokenizer_hash": "",
     **dict.fromkeys(("top_k", "hidden_size", "responses", "tokens"), 2),
     **{"step": -1, "output": "top", "vocab_size": 9},
 }

@@ -42,6 +42,7 @@ def write_scores(folder: Path, output: str, shard_sizes: tuple[int, ...] = (2, 3
     settings = Settings(
         model="teacher",
         model_hash="abc",
+        tokenizer_hash="",
         step=-1,
         rows="rows.jsonl",
         rows_hash="def",

@@ -206,6 +206,7 @@ def test_what_stored_scores_cannot_give_is_refused_at_the_start(models, rollouts
             "holds the 8 likeliest tokens, but 9 are asked for",
         ),
         ({"teacher__kind": "vllm"}, "config.teacher.kind='vllm': is read for"),
+        ({"teacher__step": 3}, "config.teacher.step=3: "),
         ({"teacher__path": str(tmp_path)}, str(tmp_path)),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
@@ -256,6 +257,10 @@ def test_another_vocabulary_is_refused(models, rollouts, scores, tmp_path):
     larger = tiny_model(tmp_path / "larger", 0, vocab_size=size + 8)
     with pytest.raises(UserError, match=f"vocab_size={size}, but {larger} has {size + 8}"):
         set_up(make_config((larger, models[1]), rollouts, scores["hidden"]))
+    bare = shutil.copytree(scores["hidden"], tmp_path / "bare")
+    shutil.rmtree(bare / "tokenizer")
+    with pytest.raises(UserError, match=r"bare/tokenizer: was altered since it was written"):
+        set_up(make_config(models, rollouts, str(bare)))
     renamed = shutil.copytree(models[0], tmp_path / "renamed")
     tokenizer = json.loads((renamed / "tokenizer.json").read_text())
     token = next(t for t, i in tokenizer["model"]["vocab"].items() if i == 300)
