@@ -6,7 +6,7 @@
 
 Any key is set in this way, also in a recipe: --config.opd.steps=200. A dot enters a part, and `opd`
 is the name of a stage. Models are directories or ids on the Hugging Face hub, and data are files or
-data sets there. With --check nothing is trained: it reads them, and lists all that is wrong.
+data sets there. With --check nothing is trained: it reads them, and lists what is wrong.
 A part refuses keys that are not listed here; a recipe may add stages and teachers of its own.
 """
 
@@ -39,7 +39,7 @@ def make_data() -> ConfigDict:
     c.columns = ""  # "": see distill/data/columns.py; or pairs: question=input,response=output
     c.max_rows = 0  # use only the first rows (problems), in a new order each epoch; 0: all
     c.check_rows = 10_000  # rows of each source read before step 0; later ones when needed
-    c.on_bad_row = "fail"  # skip: leave the row out, print it, count it (metric data/skipped)
+    c.on_bad_row = "fail"  # skip: leave rows out, print the first, count all (data/skipped)
     c.streaming = False  # hf: download while training, instead of before it
     c.shuffle_window = 4096  # rows of a stream held in memory and shuffled together
     c.turns = "last"  # sft on chats: train the last answer; all: each, earlier reasoning dropped
@@ -255,7 +255,7 @@ def make_alerts() -> ConfigDict:
     # not count. 0: off.
     c.hang_seconds = 1800.0
     c.hang_exits = False  # a hang ends the run with code 1, and a launcher starts it again
-    # Rules that stop the run, too: loss, length, truncation, entropy, overlap, accuracy.
+    # Rules that stop the run, too: loss, length, truncation, groups, entropy, overlap, accuracy.
     c.stop_on = ()
     # Where the rules begin. 0: off.
     c.loss_spike = 6.0  # standard deviations of the loss or gradient norm, over 128 steps

@@ -3,9 +3,10 @@
 `python -m distill train ...` is `python -m distill.train ...`.
 """
 
-import difflib
 import runpy
 import sys
+
+from models.errors import suggest
 
 # In the order in which a user meets them.
 VERBS = {
@@ -36,9 +37,8 @@ def main(arguments: list[str]) -> int:
         return 0
     verb = arguments[0]
     if verb not in VERBS:
-        close = difflib.get_close_matches(verb, VERBS, 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"verbs are {', '.join(VERBS)}"
-        print(f"error: {verb}: no such verb; {hint}", file=sys.stderr)
+        hint = suggest(verb, VERBS) or f"; verbs are {', '.join(VERBS)}"
+        print(f"error: {verb}: no such verb{hint}", file=sys.stderr)
         return 2
     sys.argv = [f"distill.{verb}", *arguments[1:]]
     runpy.run_module(f"distill.{verb}", run_name="__main__", alter_sys=True)

@@ -6,6 +6,7 @@ on and off; /reset begins anew. Ctrl-C stops an answer, Ctrl-D ends.
 """
 
 import contextlib
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from distill.runtime import cli
-from models.errors import UserError
+from models.errors import UserError, suggest
 
 if TYPE_CHECKING:
     from distill.policy.policy import Policy
@@ -82,6 +83,10 @@ def converse(lines: Iterator[str], answer: Callable[[list[dict], bool, int], str
             thinking = MODES[line]
         elif line == "/reset":
             messages = []
+        elif re.fullmatch(r"/\w+", line):  # not /etc/fstab, nor a question that begins with /think
+            known = (*MODES, "/reset")
+            hint = suggest(line, known) or f"; commands are {', '.join(known)}"
+            print(f"error: {line}: no such command{hint}", file=sys.stderr)
         elif line:
             messages.append({"role": "user", "content": line})
             own_mode = examples.find_thinking_mode({"messages": messages[-1:]})

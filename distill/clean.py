@@ -19,10 +19,12 @@ twelve times as many rows of s1K against MATH-500, and finds no more of 500 rewr
 (LOG.md).
 """
 
+import contextlib
+
 from absl import flags
 
 from distill.data import cleaning
-from distill.runtime import cli, console, paths
+from distill.runtime import cli, console, outputs, paths
 
 OPTIONS = flags.FlagValues()
 DATA = flags.DEFINE_string("data", None, "Data set to clean.", OPTIONS, required=True)
@@ -82,7 +84,11 @@ def main() -> None:
     out, report = paths.check_output(OUT.value, *inputs), None
     if REPORT.value:
         report = paths.check_output(REPORT.value, *inputs, OUT.value, flag="--report")
-    cleaning.clean_file(DATA.value, AGAINST.value, rules, out, report)
+    with contextlib.ExitStack() as owned:
+        owned.enter_context(outputs.own_output(out, "clean", OPTIONS))
+        if report:
+            owned.enter_context(outputs.own_output(report, "clean", OPTIONS, "--report"))
+        cleaning.clean_file(DATA.value, AGAINST.value, rules, out, report)
     made = [f"wrote {OUT.value}"]
     made += (
         [f"wrote {REPORT.value}: a line for each row left out, with the reason"] if report else []

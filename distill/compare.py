@@ -5,6 +5,8 @@ each folder of the same benchmark as the first, prints the difference to the fir
 problem: on the same problems a difference is known more precisely than either accuracy.
 """
 
+import contextlib
+
 from absl import flags
 
 from distill.runtime import cli, console, paths
@@ -23,15 +25,19 @@ ARGUMENTS: list[str] = []  # further folders
 
 def main() -> None:
     from distill.evaluation import comparison, protocols
-    from distill.runtime import run_files
+    from distill.runtime import outputs, run_files
 
     names = [*(RUNS.value or ()), *(paths.expand_home(name) for name in ARGUMENTS)]
     if len(set(names)) < len(names) or not names:
         raise UserError("--runs: name different folders, each once")
     out = paths.check_output(OUT.value) if OUT.value else None
-    result = comparison.compare_runs(names)
+    owned = contextlib.nullcontext()
     if out:
-        run_files.write_json(out, result)
+        owned = outputs.own_output(out, "compare", OPTIONS, arguments=ARGUMENTS)
+    with owned:
+        result = comparison.compare_runs(names)
+        if out:
+            run_files.write_json(out, result)
     first, *others = result["runs"].values()
     for name, summary in zip(names[1:], others, strict=True):
         if texts := protocols.list_differences(first, summary):

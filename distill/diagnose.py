@@ -7,8 +7,8 @@ finding, with its numbers and consequence, and then the verdict. Trains nothing.
 numbers as JSON.
 """
 
+import contextlib
 import sys
-from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
@@ -32,18 +32,19 @@ OUT = flags.DEFINE_string("out", "", "JSON file to write.", flag_values=OPTIONS)
 
 def main() -> None:
     from distill.planning import diagnosis
-    from distill.runtime import run_files
+    from distill.runtime import outputs, run_files
 
     out = paths.check_output(OUT.value) if OUT.value else None
-    statistics = diagnosis.diagnose_run(CONFIG.value, STAGE.value, PROMPTS.value, SAMPLES.value)
-    findings = diagnosis.make_findings(statistics)
-    verdict = diagnosis.render_verdict(findings)
-    for is_against, line in findings:
-        print(f"{'against' if is_against else '-' if is_against is None else 'for':8}{line}")
-    print(verdict)
-    if out:
-        lines = [line for _, line in findings]
-        run_files.write_json(Path(out), {**statistics, "findings": lines, "verdict": verdict})
+    with outputs.own_output(out, "diagnose", OPTIONS) if out else contextlib.nullcontext():
+        statistics = diagnosis.diagnose_run(CONFIG.value, STAGE.value, PROMPTS.value, SAMPLES.value)
+        findings = diagnosis.make_findings(statistics)
+        verdict = diagnosis.render_verdict(findings)
+        for is_against, line in findings:
+            print(f"{'against' if is_against else '-' if is_against is None else 'for':8}{line}")
+        print(verdict)
+        if out:
+            lines = [line for _, line in findings]
+            run_files.write_json(out, {**statistics, "findings": lines, "verdict": verdict})
     own_flags = [arg for arg in sys.argv[1:] if arg.lstrip("-").startswith("config")]
     console.print_end(
         [f"wrote {OUT.value}: all numbers"] if out else [],

@@ -54,7 +54,11 @@ PROTOCOL = flags.DEFINE_string(
 cli.define_sampling_flags(OPTIONS, seed=0, batch_size=64)
 KS = flags.DEFINE_list("k", ["1"], "k of pass@k and maj@k, at most --samples.", OPTIONS)
 LIMIT = flags.DEFINE_integer(
-    "limit", 0, "Only this many problems, and print transcripts; 0: all.", 0, flag_values=OPTIONS
+    "limit",
+    0,
+    "Only this many problems; up to ten are also printed, with the responses. 0: all.",
+    0,
+    flag_values=OPTIONS,
 )
 TEMPLATE = flags.DEFINE_string(
     "template", "", "Prompt template with {question}; default: the benchmark's own.", OPTIONS
@@ -81,13 +85,19 @@ def main() -> None:
 
 
 def run_evaluation() -> None:
+    ks, out = _read_ks(), epath.Path(OUT.value)
+    spec = None if RESPONSES.value else _read_spec(ks)  # first: the next imports take seconds
     from distill.evaluation import evaluator, problems, records
     from distill.runtime import run_files
 
-    ks, out = _read_ks(), epath.Path(OUT.value)
     examples_path = f"{OUT.value}/{records.EXAMPLES_FILE}"
     paths.check_output(examples_path, RESPONSES.value, DATA.value, creates_folder=False)
-    if RESPONSES.value:
+    ours = (records.PROTOCOL_FILE, records.EXAMPLES_FILE)
+    if (out / "summary.json").exists() and not any((out / name).exists() for name in ours):
+        raise UserError(
+            f"--out={OUT.value}: has a summary.json that no evaluation made; name another folder"
+        )
+    if spec is None:
         known = problems.load_problems(BENCHMARK.value, DATA.value, 0) if DATA.value else []
         rows = problems.load_responses(BENCHMARK.value, RESPONSES.value, known)
         with own_output(out):
@@ -96,14 +106,13 @@ def run_evaluation() -> None:
             )
         print_results(summary)
         return
-    spec = _read_spec(ks)
     rows = problems.load_problems(BENCHMARK.value, DATA.value, LIMIT.value)
     problems.check_gradable(BENCHMARK.value, rows)
     if not MODEL.value:
         raise UserError("--model: name a model directory, or give --responses")
     with own_output(out):
         summary = _evaluate_model(rows, spec, out)
-    if LIMIT.value and run_files.is_primary():
+    if 0 < LIMIT.value <= records.MAX_TRANSCRIPTS and run_files.is_primary():
         print(records.render_transcripts(rows, out / records.EXAMPLES_FILE))
     print_results(summary)
 

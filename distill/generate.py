@@ -16,8 +16,9 @@ and `top_logprobs`, the K most likely tokens at each position as [id, log-probab
 A row that cannot be completed (empty prompt, prompt too long, NaN logits) has an `error` and no
 samples; the other rows are written, and the exit code is 2. Rows are written to OUT.partial as they
 finish; the same command resumes after the last one, if rows, settings and the model's files are
-the same. Without --max_new_tokens a response may have 1024 tokens, or what the model's positions
-leave after its prompt.
+the same. OUT.about says which command made OUT; only `generate` replaces it. Without
+--max_new_tokens a response may have 1024 tokens, or what the model's positions leave after its
+prompt.
 
 MODEL may also be the address of an OpenAI-compatible server, such as vLLM, SGLang or `python -m
 distill.serve`: http://HOST:PORT, or several of equal servers, separated by commas. It renders the
@@ -29,6 +30,7 @@ or 1 and nothing is cut off or penalised: elsewhere servers mean different thing
 """
 
 import dataclasses
+import json
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -48,6 +50,9 @@ MODEL, DTYPE = cli.define_model_flags(
 )
 PROMPTS = flags.DEFINE_string(
     "prompts", None, "jsonl of prompts, or hf:..., tfds:...", OPTIONS, required=True
+)
+LIMIT = flags.DEFINE_integer(
+    "limit", 0, "Only the first N rows; 0: all.", lower_bound=0, flag_values=OPTIONS
 )
 TEMPLATE = flags.DEFINE_string(
     "template", "{question}", "Prompt template of a question, like config.data.template.", OPTIONS
@@ -110,9 +115,9 @@ def main() -> None:
 
 def run_generation() -> None:
     from distill.data import canonical, dataset
-    from distill.runtime import addresses, locks, run_files, stop_signals
+    from distill.runtime import addresses, locks, outputs, run_files, stop_signals
 
-    prompt_rows = dataset.open_canonical_rows(PROMPTS.value)
+    prompt_rows = dataset.open_canonical_rows(PROMPTS.value, LIMIT.value)
     rows = dataclasses.replace(
         prompt_rows,
         read_row=lambda i: canonical.apply_template(prompt_rows.read_row(i), TEMPLATE.value),
@@ -127,6 +132,7 @@ def run_generation() -> None:
             f"the rows that were finished are in {out}.partial, and the same command goes on"
         ),
         locks.hold_lock(lock, flag),
+        outputs.own_output(out, "generate", OPTIONS),
     ):
         errors = generate(rows, spec, OPTIONS["thinking"].value == "on", out)
     if errors:
@@ -160,6 +166,23 @@ def _generate_elsewhere(
         return served_completions.generate_file(model, rows, spec, thinking, out)
 
 
+def choose_benchmark(out: epath.Path, answer: object) -> str:
+    """Returns the benchmark that can grade the first row's samples; "" if they have no text.
+
+    arithmetic is stricter: it reads a response that ends in a bare whole number; math reads the
+    last number or formula of any.
+    """
+    from distill.rewards import graders
+
+    with out.open() as file:
+        samples = json.loads(file.readline())["samples"]
+    if any(sample["text"] is None for sample in samples):
+        return ""
+    finished = [sample["text"] for sample in samples if sample["finish_reason"] == "stop"]
+    grades = {graders.grade_arithmetic(text, str(answer)) for text in finished}
+    return "arithmetic" if grades and not grades & {"no_answer", "error"} else "math"
+
+
 def print_made(rows: "Rows", samples: int) -> None:
     """Says what was written, and what may follow: to keep the correct responses where rows have an
     answer, or else to train on all of them."""
@@ -167,10 +190,10 @@ def print_made(rows: "Rows", samples: int) -> None:
 
     if not run_files.is_primary():
         return
-    out, stem = OUT.value, OUT.value.removesuffix(".jsonl")
-    if "answer" in rows.read_row(0):
+    out, stem, row = OUT.value, OUT.value.removesuffix(".jsonl"), rows.read_row(0)
+    if "answer" in row and (benchmark := choose_benchmark(epath.Path(out), row["answer"])):
         command = console.format_command(
-            "verify", data=out, benchmark="math", out=f"{stem}.correct.jsonl"
+            "verify", data=out, benchmark=benchmark, out=f"{stem}.correct.jsonl"
         )
     else:
         command = console.format_sft_command(out)

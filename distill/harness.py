@@ -41,24 +41,25 @@ def main() -> None:
 
     from distill.evaluation import lm_eval_model
     from distill.policy import policy
-    from distill.runtime import run_files
+    from distill.runtime import outputs, run_files
 
     out = paths.check_output(OUT.value)
     subject = policy.make_abstract_for_inference(MODEL.value, DTYPE.value)
     if INCLUDE.value and not Path(INCLUDE.value).is_dir():
         raise UserError(f"--include={INCLUDE.value}: not a folder")
-    with policy.use(subject):
-        subject = policy.load(subject, jnp.dtype(subject.model.dtype).name)
-    results = lm_eval_model.run_tasks(
-        subject,
-        TASKS.value,
-        batch_size=BATCH_SIZE.value,
-        chat_mode=CHAT_MODE.value,
-        include_path=INCLUDE.value or None,
-        num_fewshot=NUM_FEWSHOT.value,
-        limit=LIMIT.value or None,
-    )
-    run_files.write_json(out, {name: results[name] for name in KEPT if name in results})
+    with outputs.own_output(out, "harness", OPTIONS):
+        with policy.use(subject):
+            subject = policy.load(subject, jnp.dtype(subject.model.dtype).name)
+        results = lm_eval_model.run_tasks(
+            subject,
+            TASKS.value,
+            batch_size=BATCH_SIZE.value,
+            chat_mode=CHAT_MODE.value,
+            include_path=INCLUDE.value or None,
+            num_fewshot=NUM_FEWSHOT.value,
+            limit=LIMIT.value or None,
+        )
+        run_files.write_json(out, {name: results[name] for name in KEPT if name in results})
     for task, task_metrics in results["results"].items():
         for name, value in task_metrics.items():
             if isinstance(value, float):

@@ -3,11 +3,11 @@
     python -m distill.plan --config=configs/X.py --topology=v5e:8x8 [--config.a.b=v ...]
     python -m distill.plan --config=configs/X.py --topology=h100:8
 
-Runs the device's own compiler (libtpu's, or that of JAX's CUDA plugin) on every program that
-`train` may run (sampling, the teacher's scoring, updates, evaluation), and adds the other arrays in
-memory at that time. Reads no weights, allocates and executes nothing, and needs no accelerator. A
-model is a directory, of which only config.json is read, or the hub name of a released size, of
-which nothing is read.
+Runs the device's own compiler on every program that `train` may run (sampling, the teacher's
+scoring, updates, evaluation), and adds the other arrays in memory at that time. For TPUs `pip
+install libtpu` brings the compiler; for GPUs the error without it names the package. Reads no
+weights, allocates and executes nothing, and needs no accelerator. A model is a directory, of which
+only config.json is read, or the hub name of a released size, of which nothing is read.
 
 GPUs are h100, h200, a100 (80 GB), l4 and rtx4090, 1 to 8 of them in one host. Their memory is JAX's
 pool: three quarters, or XLA_PYTHON_CLIENT_MEM_FRACTION. XLA tunes kernels by running them, which it

@@ -96,12 +96,12 @@ def write_scores(subject: "Policy") -> None:
     from distill.data import sources
     from distill.evaluation import scoring
     from distill.policy import policy
-    from distill.runtime import run_files
+    from distill.runtime import outputs, run_files
 
     rows = sources.open_rows(TOKENS.value)
     out = paths.check_output(OUT.value, TOKENS.value)
     ids = scoring.read_token_ids(subject, rows)
-    with policy.use(subject):
+    with outputs.own_output(out, "score", OPTIONS), policy.use(subject):
         subject = policy.load(subject, _get_param_dtype(subject))
         scored_rows = scoring.score_rows(
             subject, rows, ids, batch_size=BATCH_SIZE.value, top_k=TOP_K.value

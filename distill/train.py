@@ -27,14 +27,15 @@ CHECK = flags.DEFINE_bool(
     "check",
     False,
     "Check the run and write nothing: flags, config, models, all rows of the data, memory, and the "
-    "programs that would be compiled. Lists everything that is wrong, a line each.",
+    "programs that would be compiled. Lists what is wrong, as many mistakes as it can reach at "
+    "once, a line each.",
     flag_values=OPTIONS,
 )
 TOPOLOGY = flags.DEFINE_string(
     "topology",
     "",
-    "With --check: devices that need not be here, such as v5e:8x8 or h100:8. Default: those that "
-    "are.",
+    "With --check: devices that need not be here, such as v5e:8x8 or h100:8. Their memory is "
+    "checked if their compiler is installed (TPUs: pip install libtpu). Default: those that are.",
     OPTIONS,
 )
 ALLOW_CHANGED_INPUTS = flags.DEFINE_bool(

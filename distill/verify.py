@@ -11,9 +11,8 @@ import collections
 from absl import flags
 
 from distill.data import sources
-from distill.evaluation import rejection, tasks
-from distill.runtime import cli, console, paths, run_files
-from models.errors import UserError
+from distill.evaluation import problems, rejection, tasks
+from distill.runtime import cli, console, outputs, paths, run_files
 
 OPTIONS = flags.FlagValues()
 DATA = flags.DEFINE_string("data", None, "Output of generate.", OPTIONS, required=True)
@@ -39,19 +38,19 @@ ON_BAD_ROW = flags.DEFINE_enum(
 
 
 def main() -> None:
-    if BENCHMARK.value not in tasks.BENCHMARKS:
-        raise UserError(f"--benchmark={BENCHMARK.value}: known are {', '.join(tasks.BENCHMARKS)}")
+    task = problems.require_task(BENCHMARK.value)
     out, counts = paths.check_output(OUT.value, DATA.value), collections.Counter()
     rows = sources.open_rows(DATA.value)
     kept = rejection.verify_rows(
         rows,
-        tasks.BENCHMARKS[BENCHMARK.value].grading,
+        task.grading,
         keep=KEEP.value,
         max_samples=SAMPLES.value,
         skip_bad_rows=ON_BAD_ROW.value == "skip",
         counts=counts,
     )
-    run_files.write_jsonl(out, kept)
+    with outputs.own_output(out, "verify", OPTIONS):
+        run_files.write_jsonl(out, kept)
     run_files.log_line(
         f"{rows.name}: {counts['correct']} of {counts['samples']} samples correct; "
         f"{counts['kept']} kept, of {counts['rows kept']} of {rows.size} rows "

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from models.errors import UserError
+from models.errors import UserError, suggest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,5 +59,7 @@ def check_fields(values: Any, rules: Mapping[str, Rule], prefix: str = "") -> No
     for field, rule in rules.items():
         value = values[field] if isinstance(values, Mapping) else getattr(values, field)
         if value not in rule:
-            known = rule if isinstance(rule, Range) else f"one of {', '.join(map(repr, rule))}"
-            raise UserError(f"{prefix}{field}={value!r}: must be {known}")
+            known, hint = str(rule), ""
+            if not isinstance(rule, Range):
+                known, hint = f"one of {', '.join(map(repr, rule))}", suggest(value, rule)
+            raise UserError(f"{prefix}{field}={value!r}: must be {known}{hint}")

@@ -1,7 +1,8 @@
 """Exceptions that end a verb with one line: mistakes that a user can fix, and signals."""
 
 import contextlib
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
@@ -26,6 +27,12 @@ def name_key(key: str, value: str) -> Iterator[None]:
         if not value or not str(error).startswith(value):
             raise
         raise UserError(f"{key}={error}") from error
+
+
+def suggest(name: object, known: Iterable[object]) -> str:
+    """Returns "; did you mean 'NAME'?" with the nearest of the known names; "" if none is near."""
+    nearest = difflib.get_close_matches(str(name), [str(x) for x in known], 1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
 class RowError(UserError):

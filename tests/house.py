@@ -37,8 +37,8 @@ FOLDERS = {
     "retry canonical columns turns answers arithmetic chat template sandbox messages files values",
     "objectives": "losses loss fused_head chunks divergences advantages",
     "rewards": "terms ifeval graders equality answers",
-    "runtime": "arguments checkpoint saved_step integrity cli usage failures host_memory locks "
-    "trackers stop_signals progress watchdog distributed xla console http_client run_files "
+    "runtime": "arguments checkpoint saved_step integrity cli usage failures host_memory outputs "
+    "locks trackers stop_signals progress watchdog distributed xla console http_client run_files "
     "tensorboard tracker_process addresses paths environment network gpu mesh",
 }
 FLOOR = {

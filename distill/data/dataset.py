@@ -178,7 +178,7 @@ def _make_source(
             raise
         except UserError as error:
             skip_reasons[where] = str(error)
-            run_files.log_line(f"skipped: {error}")
+            run_files.log_skipped(error, len(skip_reasons))
             return None
 
     def read_next_good_example(index: int) -> Example:

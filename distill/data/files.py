@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.data import values
+from distill.runtime.paths import suggest_path
 from models.errors import UserError
 
 _BOM = b"\xef\xbb\xbf"
@@ -68,13 +69,13 @@ def _require_file(path: str) -> None:
         raise UserError("no source of rows: name a file, hf:NAME or tfds:NAME")
     if Path(path).is_dir():
         if (Path(path) / "metrics.jsonl").exists():
-            raise UserError(f"{path}: is a run, not rows; its samples are in {path}/transcripts")
+            raise UserError(f"{path}: is a run, not rows; its samples are in {path}/rollouts")
         raise UserError(f"{path}: is a folder; hf:{path} reads the files of one")
     if not Path(path).exists():
         if "://" in path:
             raise UserError(f"{path}: rows are read from local files, hf:NAME and tfds:NAME")
         target = f": the link's target {os.readlink(path)}" if Path(path).is_symlink() else ""
-        raise UserError(f"{path}: no such file{target}")
+        raise UserError(f"{path}: no such file{target}{suggest_path(path)}")
     if not Path(path).is_file():
         raise UserError(f"{path}: is a pipe or a device; write its rows to a file first")
 

@@ -88,7 +88,10 @@ def make_arithmetic_rows(c: Any, seed: int) -> Rows:
             "operations": problem.operations,
         }
 
-    read_row(0)  # raises now if the split or the range is bad
+    try:
+        read_row(0)
+    except UserError as error:  # of the split, or the range of operations
+        raise UserError(f"config.data.{error}") from None
     return Rows("arithmetic", c.max_rows, read_row, lambda index: f"arithmetic problem {index}")
 
 
@@ -295,7 +298,7 @@ def expand_samples(rows: Rows, keep: str, skip_reasons: dict[str, str] | None) -
             if skip_reasons is None or isinstance(error, SourceFailure):
                 raise
             skip_reasons[where] = str(error)
-            run_files.log_line(f"skipped: {error}")
+            run_files.log_skipped(error, len(skip_reasons))
             continue
         row_indices.extend([index] * len(kept))
         sample_indices.extend(kept)

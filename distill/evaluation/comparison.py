@@ -35,7 +35,9 @@ def read_evaluation(folder: str) -> tuple[Record, list[Record]]:
         if (path / "metrics.jsonl").exists():
             why = "is a run; evaluate it first (python -m distill.evaluate)"
         elif isinstance(error, FileNotFoundError):
-            missing = "it has no summary.json" if path.is_dir() else "no such folder"
+            missing = "it has no summary.json"
+            if not path.is_dir():
+                missing = f"no such folder{paths.suggest_path(folder)}"
             why = f"no finished evaluation: {missing}"
         else:
             why = f"no finished evaluation ({error})"

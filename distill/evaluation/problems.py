@@ -3,7 +3,7 @@
 from distill.data import answers, canonical, sources, values
 from distill.evaluation import tasks
 from distill.evaluation.tasks.task import NAME_FIELDS, Record, Task, find_id
-from models.errors import UserError
+from models.errors import UserError, suggest
 
 Problems = list[tuple[str, Record]]  # (location of the row, its fields)
 
@@ -14,7 +14,8 @@ def require_task(benchmark: str) -> Task:
     Raises UserError if it is unknown or its grader is not installed.
     """
     if benchmark not in tasks.BENCHMARKS:
-        raise UserError(f"--benchmark={benchmark}: known are {', '.join(tasks.BENCHMARKS)}")
+        known, hint = ", ".join(tasks.BENCHMARKS), suggest(benchmark, tasks.BENCHMARKS)
+        raise UserError(f"--benchmark={benchmark}: known are {known}{hint}")
     task = tasks.BENCHMARKS[benchmark]
     task.require_installed()
     return task

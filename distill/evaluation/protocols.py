@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from distill.evaluation import tasks
-from models.errors import UserError
+from models.errors import UserError, suggest
 
 if TYPE_CHECKING:  # it imports jax, and `evaluate --help` does without
     from distill import rollout
@@ -62,7 +62,8 @@ def resolve_settings(protocol: str, benchmark: str, changes: Settings) -> Settin
     Raises UserError for an unknown protocol.
     """
     if protocol not in PROTOCOLS:
-        raise UserError(f"--protocol={protocol}: known are {', '.join(PROTOCOLS)}")
+        known, hint = ", ".join(PROTOCOLS), suggest(protocol, PROTOCOLS)
+        raise UserError(f"--protocol={protocol}: known are {known}{hint}")
     resolved = dict(PROTOCOLS[protocol])
     if protocol.startswith("qwen3"):
         resolved |= tasks.BENCHMARKS[benchmark].qwen3

@@ -30,7 +30,7 @@ PROTOCOL_FILE = "protocol.json"
 # Of every sampled response.
 _FIELDS = {"id", "sample", "answer", "response", "length", "finish_reason", "outcome", "correct"}
 
-_MAX_TRANSCRIPTS = 10  # responses that are printed
+MAX_TRANSCRIPTS = 10  # responses that are printed
 _ROWS_PER_BROADCAST = 64  # rows that the first process sends to the others at once
 
 
@@ -160,12 +160,18 @@ def render_transcripts(rows: list[tuple[str, Record]], examples_path: epath.Path
     """Renders the first responses of an evaluation with their questions, for reading."""
     questions = {str(row["id"]): row.get("question", "") for _, row in rows}
     blocks = []
-    for row in itertools.islice(_iter_rows(examples_path), _MAX_TRANSCRIPTS):
+    for row in itertools.islice(_iter_rows(examples_path), MAX_TRANSCRIPTS):
         head = f"--- {row['id']}, sample {row['sample']}: {row['outcome']}"
         wanted = f"(wanted {row['answer']}; {row['length']} tokens, {row['finish_reason']})"
         question = questions.get(str(row["id"]), "")
-        blocks.append(f"{head} {wanted}\n{question}\n>>>\n{row['response']}\n")
+        texts = [_indent("Q", question), _indent("A", row["response"])]
+        blocks.append("\n".join([f"{head} {wanted}", *texts, ""]))
     return paths.escape_controls("\n".join(blocks))
+
+
+def _indent(letter: str, text: object) -> str:
+    """Returns a text after a letter, all its lines below each other."""
+    return f"{letter}  " + "\n   ".join(str(text).splitlines())
 
 
 COST_FIELDS = ("seconds", "seconds_per_problem", "tokens_per_second", "memory")

@@ -71,7 +71,7 @@ def verify_rows(
                 if not skip_bad_rows:
                     raise
                 counts["bad rows"] += 1
-                run_files.log_line(f"skipped: {error}")
+                run_files.log_skipped(error, counts["bad rows"])
                 continue
             kept = [sample for sample in samples if _is_kept(sample, keep)][: max_samples or None]
             counts["samples"] += len(samples)

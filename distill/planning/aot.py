@@ -96,7 +96,8 @@ def get_devices(topology: str) -> list[Any]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if any(words in reason for words in ("libtpu", "No module", "not installed")):
             raise UserError(
-                f"planning for a TPU needs its compiler: pip install libtpu ({reason})"
+                f"--topology={topology}: planning for a TPU needs its compiler, also without the "
+                f"device: pip install libtpu ({reason})"
             ) from None
         raise UserError(f"--topology={topology}: no such slice ({reason})") from None
     return list(description.devices)

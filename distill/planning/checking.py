@@ -1,4 +1,4 @@
-"""Checks a run without starting it: all that is wrong at once, its memory, and what it compiles.
+"""Checks a run without starting it: what is wrong with it, its memory, and what it compiles.
 
 Reads the configs of the models and every row of the data, but no weights, and writes nothing.
 """
@@ -16,14 +16,16 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from distill.data import files
 from distill.planning import aot, gpus, programs
 from distill.policy import hub, policy
+from distill.runtime import console, paths, run_files, trackers
 from distill.runtime import mesh as mesh_lib
-from distill.runtime import paths, run_files, trackers
 from distill.runtime.gpu import GPU_PLUGINS
-from distill.training import eval_hook, memory, preflight, resume, setup
+from distill.teachers import external, local
+from distill.training import alerts, eval_hook, memory, preflight, resume, setup, stages
 from distill.training.setup import RunSetup
-from models.errors import UserError, UserErrors
+from models.errors import UserError, UserErrors, name_key
 
 ALL_ROWS = 2**62
 T = TypeVar("T")
@@ -53,13 +55,17 @@ def check_run(c: ConfigDict, workdir: str = "", topology: str = "") -> None:
       topology: a slice or GPUs, as in `plan`, which need not be here; "": this machine's devices.
 
     Raises:
-      UserErrors: with every mistake that was found.
+      UserErrors: with the mistakes that were found. One may hide others: of a stage whose data
+        are missing no row is read.
     """
     mistakes, devices, memory_limit = Mistakes(), None, None
     mistakes.collect(lambda: trackers.check_trackers(c.log.to, must_be_installed=not topology))
-    if topology:
-        devices, memory_limit = find_devices(topology), aot.get_chip(topology).hbm_gib * 2**30
-    meshes = mistakes.collect(lambda: mesh_lib.make_meshes(c, devices))
+    mistakes.collect(lambda: alerts.Alerts(c.alerts))
+    if topology and (devices := mistakes.collect(lambda: find_devices(topology))):
+        memory_limit = aot.get_chip(topology).hbm_gib * 2**30
+    meshes = None
+    if devices or not topology:
+        meshes = mistakes.collect(lambda: mesh_lib.make_meshes(c, devices))
     # Stand-ins on the CPU have another attention, and so other memory.
     are_stand_ins = devices is not None and devices[0].platform == "cpu"
     with hub.without_weights():
@@ -151,8 +157,7 @@ def _set_up(
         for name in c.stages:
             for choice in (meshes or one_device, one_device):
                 mistakes.collect(functools.partial(set_up, (name,), choice))
-            if name in c:
-                mistakes.collect(functools.partial(setup.make_stage_optimizer, name, c[name]))
+        _collect_parts(c, mistakes)
         return None
     validation = mistakes.collect(
         lambda: eval_hook.setup_validation(c.eval, run_setup.student, c.seed)
@@ -167,6 +172,37 @@ def _set_up(
 
         mistakes.collect(compare)
     return run_setup, steps_done, validation
+
+
+def _collect_parts(c: ConfigDict, mistakes: Mistakes) -> None:
+    """Collects the mistakes in models, files and numbers that can be read one by one, which a setup
+    that ended at the first of them did not reach."""
+
+    def collect_input(key: str, path: str, find: Callable[[str], object]) -> None:
+        def find_named() -> None:
+            with name_key(key, path):
+                find(path)
+
+        if path not in ("", "arithmetic", local.INITIAL, local.EMA):
+            mistakes.collect(find_named)
+
+    models = {"student"}
+    for name in c.stages:
+        s = c.get(name)
+        if not isinstance(s, ConfigDict) or "objective" not in s:
+            continue
+        resolved = mistakes.collect(functools.partial(stages.resolve_objective, name, s))
+        if resolved and stages.reads_teachers(c, s, resolved[0]):
+            known = [teacher for teacher in s.teachers if teacher in c]
+            models |= {*known} - {*external.list_external(c, known)}
+        for check in (stages.check_counts, setup.make_stage_optimizer):
+            mistakes.collect(functools.partial(check, name, s))
+        key = f"config.{name}.data.{'mixture' if s.data.mixture else 'source'}"
+        for source in [source for source, _ in s.data.mixture] or [s.data.source]:
+            if not source.startswith(("hf:", "tfds:")):
+                collect_input(key, source, files.find_format)
+    for name in sorted(models):
+        collect_input(f"config.{name}.path", c[name].path, policy.resolve_model_dir)
 
 
 def _check_memory(
@@ -192,5 +228,10 @@ def _check_memory(
         with mesh_lib.use_mesh(mesh), jax.default_matmul_precision(None):
             calls = programs.list_stage_calls(described, memory_limit)
         counts = collections.Counter(call.name for call in calls)
-        names = [f"{name} x {n}" if n > 1 else name for name, n in counts.items()]
-        run_files.log_line(f"{stage.name} compiles {len(calls)} programs: {', '.join(names)}")
+        run_files.log_line(f"{stage.name} compiles {len(calls)} programs:")
+        rows = [
+            (f"  {name} x {n}" if n > 1 else f"  {name}", programs.explain_program(name))
+            for name, n in counts.items()
+        ]
+        for line in console.render_table(rows).splitlines():
+            run_files.log_line(line)

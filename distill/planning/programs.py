@@ -29,6 +29,38 @@ from distill.training.calls import (
 )
 from models import families, transformer
 
+# The first words of a program's name -> what it does.
+MEANINGS = {
+    "weights": "copies the student's weights for the sampler",
+    "cache": "makes the sampler's cache of keys and values",
+    "few prompts": "reads prompts, where only some rows begin anew",
+    "prompts": "reads the prompts of all rows",
+    "decode": "samples a token of each row, again and again",
+    "fewer rows": "keeps the rows that go on, once most have ended",
+    "decode fewer": "samples a token of each of those rows",
+    "remember": "counts the tokens that a presence penalty lowers",
+    "judge": "a teacher scores responses for the reward",
+    "score": "a teacher reads what the student is trained on",
+    "reference": "the initial student reads the same",
+    "first parameters": "draws the parameters that no file has",
+    "optimiser": "makes the optimiser's state",
+    "head of": "copies a teacher's output layer to the student's devices",
+    "old log-probs": "the student reads the same before the first of several updates",
+    "zeros": "makes an empty gradient",
+    "accumulate": "computes the loss and its gradient, and adds it up",
+    "apply": "updates the weights",
+    "transcripts": "fetches the numbers of rollouts/",
+    "merge": "merges the LoRA into its base",
+}
+
+
+def explain_program(name: str) -> str:
+    """Returns in words what the program of this name does."""
+    if name.startswith("eval "):
+        return f"evaluation: {explain_program(name.removeprefix('eval '))}"
+    fitting = [words for words in MEANINGS if f"{name} ".startswith(f"{words} ")]
+    return MEANINGS[max(fitting, key=len)]
+
 
 @dataclasses.dataclass(frozen=True)
 class AsyncBytes:

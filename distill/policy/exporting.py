@@ -60,7 +60,8 @@ def export_run(
       UserError: if `run_dir` is not a run or has no such checkpoint, or `out_dir` has other files.
     """
     if not policy.is_run(run_dir):
-        raise UserError(f"--run={run_dir}: no run directory (it has no config.json of a run)")
+        hint = paths.suggest_path(run_dir)
+        raise UserError(f"--run={run_dir}: no run directory (it has no config.json of a run){hint}")
     if paths.is_remote(out_dir):
         raise UserError(f"--out={out_dir}: an export is written to a local directory")
     target = Path(os.path.realpath(out_dir))

@@ -165,10 +165,10 @@ def to_local_dir(path: str | Path) -> Path:
     # A name within an existing folder is a path, even if it looks like a hub id.
     if Path(path).exists() or Path(path).parent.is_dir():
         if not Path(path).is_dir():
-            raise UserError(f"{path}: no model directory")
+            raise UserError(f"{path}: no model directory{paths.suggest_path(path)}")
         return Path(path)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        raise UserError(f"{path}: no model directory")
+        raise UserError(f"{path}: no model directory{paths.suggest_path(path)}")
     return _download_repository(str(path))
 
 
@@ -205,4 +205,5 @@ def _download_files(repository: str, weights: bool) -> Path:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{repository}: no model directory, and the hub does not give it: {reason}"
+            f"{paths.suggest_path(repository)}"
         ) from error

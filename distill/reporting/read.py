@@ -93,8 +93,8 @@ def read_directories(
             evaluations.append(read_evaluation(name, folder))
         else:
             found = "no config.json or metrics.jsonl of a run, no summary.json of an evaluation"
-            problem = found if folder.is_dir() else "no such directory"
-            raise UserError(f"{name}: {problem}")
+            missing = f"no such directory{paths.suggest_path(name)}"
+            raise UserError(f"{name}: {found if folder.is_dir() else missing}")
     return runs, evaluations
 
 

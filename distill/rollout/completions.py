@@ -279,6 +279,7 @@ def generate_file(
     header = {
         "model": subject.path,
         "step": policy.find_newest_step(subject.path),
+        "rows": len(rows),
         "prompts_sha256": prompts_hash.hexdigest(),
         "dtype": dtype,
         "max_new_tokens": spec.max_new_tokens,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from distill.runtime import paths
-from models.errors import UserError
+from models.errors import UserError, suggest
 
 
 @contextlib.contextmanager
@@ -56,5 +56,6 @@ def read_items(values: Any, name: str, what: str) -> list[Any]:
 def read_options(options: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
     """Returns options by name, NumPy's numbers as Python's. Raises UserError for an unknown one."""
     if unknown := sorted(options.keys() - known):
-        raise UserError(f"{unknown[0]}: no such option; known are {', '.join(sorted(known))}")
+        names, hint = ", ".join(sorted(known)), suggest(unknown[0], sorted(known))
+        raise UserError(f"{unknown[0]}: no such option; known are {names}{hint}")
     return {k: x.item() if isinstance(x, np.generic) else x for k, x in options.items()}

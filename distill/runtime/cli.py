@@ -11,7 +11,6 @@ JAX is not imported here, so that verbs that only read files start quickly.
 """
 
 import contextlib
-import difflib
 import errno
 import logging
 import os
@@ -27,7 +26,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from distill.runtime import failures, gpu, paths, stop_signals, usage
-from models.errors import UserError, UserErrors
+from models.errors import UserError, UserErrors, suggest
 
 _HELP = ("-h", "-help", "--h", "--help")
 
@@ -274,6 +273,9 @@ def _check_config(name: str, flag: flags.Flag) -> None:
     except OSError as error:
         filename = config_flags.get_config_filename(flag)
         reason = str(error.__cause__).strip().splitlines()[-1].strip()
+        file = filename.partition(":")[0]
+        if not os.path.exists(file):  # the config may itself miss a file
+            reason = f"no such file{paths.suggest_path(file)}"
         raise UserError(f"--{name}={filename}: {reason}") from error
 
 
@@ -326,10 +328,8 @@ def _explain_missing_key(error: Exception) -> str | None:
     key = values.get("key", values.get("attribute"))
     if not (type(config) is ConfigDict and isinstance(key, str)) or key in config:
         return None
-    nearest = difflib.get_close_matches(key, [str(known) for known in config], 1)
-    return f"{key!r}: no such key in the config" + (
-        f"; did you mean {nearest[0]!r}?" if nearest else f"; here are {', '.join(config)}"
-    )
+    hint = suggest(key, config) or f"; here are {', '.join(config)}"
+    return f"{key!r}: no such key in the config{hint}"
 
 
 def _explain_unknown_key(message: str, argv: list[str]) -> str | None:

@@ -4,6 +4,7 @@ JAX is not imported here, so that verbs that only read files start quickly.
 """
 
 import contextlib
+import difflib
 import importlib.util
 import io
 import os
@@ -66,6 +67,21 @@ def find_project_file(path: str) -> str:
     is_own = Path(path).parts[:1] in PROJECT_FOLDERS
     is_missing = is_own and not os.path.exists(path) and (PROJECT / path).exists()
     return str(PROJECT / path) if is_missing else path
+
+
+def suggest_path(path: str | Path) -> str:
+    """Returns "; did you mean 'PATH'?" with what exists most like `path`; "" if nothing is near."""
+    missing = Path(path)
+    with contextlib.suppress(OSError, ValueError):
+        if missing.exists():
+            return ""
+        while not missing.parent.exists():
+            missing = missing.parent
+        nearest = difflib.get_close_matches(missing.name, os.listdir(missing.parent), 1)
+        for name in nearest:
+            found = missing.with_name(name) / Path(path).relative_to(missing)
+            return f"; did you mean '{found}'?" if found.exists() else ""
+    return ""
 
 
 def expand_input(path: str) -> str:

@@ -31,6 +31,7 @@ MetricSums = dict[str, tuple[jax.Array, jax.Array]]
 """Flat metric name → (sum, count), float32 scalars."""
 
 TRACKERS_FILE = "trackers.json"  # the id of the run in trackers
+MAX_SAID_SKIPS = 5  # rows that are skipped, of which each is named
 BUCKET_FLUSH_SECONDS = 30.0  # between two writes of a file in a bucket
 
 
@@ -58,6 +59,14 @@ def log_line(message: str, colours: Collection[str] = ()) -> None:
         )
         parts = [part if part in colours else paths.escape_controls(part) for part in parts]
         tqdm.write("".join(parts), file=sys.stderr)
+
+
+def log_skipped(reason: object, number: int) -> None:
+    """Says why a row is skipped, the `number`-th so far; after a few, only that more are."""
+    if number <= MAX_SAID_SKIPS:
+        log_line(f"skipped: {reason}")
+    elif number == MAX_SAID_SKIPS + 1:
+        log_line("skipped: more rows, which from here on are only counted")
 
 
 def _to_finite(x: Any) -> Any:

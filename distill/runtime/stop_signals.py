@@ -9,6 +9,7 @@ import contextlib
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +24,10 @@ from models.errors import Interrupted
 COMPILE_SECONDS = 8.0
 MAX_SECONDS = 240.0
 POLL_SECONDS = 0.5
+
+# Written to the pipe, where no signal has this number: Interrupted was raised in vain.
+LOST = 0
+LOST_SECONDS = 0.05  # before it is raised again
 
 
 class Stopped(Exception):
@@ -42,8 +47,9 @@ class StopSignals:
     def __init__(self, answer: str = "stopping") -> None:
         self.received = 0  # number of the last signal, or 0
         self._answer = answer
-        self._interrupts = self._has_raised = self._is_saving = False
+        self._interrupts = self._has_raised = self._is_saving = self._has_ended = False
         self._main_thread = threading.get_ident()
+        self._num_repeated = 0  # signals on their way that the thread sent
         self._handlers: dict[signal.Signals, Any] = {}  # those before
         self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
 
@@ -54,14 +60,17 @@ class StopSignals:
             self._pipe_before = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._handlers[number] = signal.signal(number, self._record)
+            self._hook_before, sys.unraisablehook = sys.unraisablehook, self._catch_lost
             self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         if not self._handlers:
             return
+        self._has_ended = True
         for number, handler in self._handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        sys.unraisablehook = self._hook_before
         signal.set_wakeup_fd(self._pipe_before, warn_on_full_buffer=False)
         os.close(self._pipe)  # ends the thread
         self._thread.join()
@@ -77,6 +86,15 @@ class StopSignals:
         if self.received and not self._has_raised:
             self._has_raised = True
             raise Interrupted(self.received)
+
+    def _catch_lost(self, unraisable: Any) -> None:
+        """Has Interrupted raised again if it was raised in a finalizer or in a callback of the
+        garbage collector, such as JAX has, from which no exception comes out."""
+        if isinstance(unraisable.exc_value, Interrupted):
+            self._has_raised = False
+            os.write(self._pipe, bytes([LOST]))
+        else:
+            self._hook_before(unraisable)
 
     @contextlib.contextmanager
     def interrupt(self) -> Iterator[None]:
@@ -105,6 +123,12 @@ class StopSignals:
                 if not numbers:
                     return
                 for number in numbers:
+                    if number == LOST:
+                        self._repeat_signal()
+                        continue
+                    if self._num_repeated and number == self.received:
+                        self._num_repeated -= 1
+                        continue
                     interrupts += number == signal.SIGINT
                     if number == signal.SIGTERM and not terminated:
                         terminated = time.monotonic()
@@ -123,6 +147,12 @@ class StopSignals:
                         "progress; the same command goes on from what was saved before"
                     )
                     os._exit(128 + signal.SIGTERM)
+
+    def _repeat_signal(self) -> None:
+        time.sleep(LOST_SECONDS)
+        if not self._has_ended:
+            self._num_repeated += 1
+            signal.pthread_kill(self._main_thread, self.received)
 
     def _describe(self) -> str:
         return "stopping" if self._interrupts else self._answer

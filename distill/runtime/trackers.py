@@ -22,7 +22,7 @@ from etils import epath
 
 from distill.runtime import environment, run_files, tracker_process
 from distill.runtime.stop_signals import StopSignals
-from models.errors import UserError
+from models.errors import UserError, suggest
 
 TENSORBOARD = "tensorboard"
 
@@ -38,9 +38,12 @@ def check_trackers(names: Sequence[str], must_be_installed: bool = True) -> None
         if name == TENSORBOARD:
             continue
         if name not in tracker_process.TRACKERS:
-            choices = ", ".join((TENSORBOARD, *tracker_process.TRACKERS))
+            choices = (TENSORBOARD, *tracker_process.TRACKERS)
             example = '--config.log.to=\'("tensorboard", "wandb")\''
-            raise UserError(f"config.log.to: {name!r} is none of {choices}; several: {example}")
+            raise UserError(
+                f"config.log.to: {name!r} is none of {', '.join(choices)}"
+                f"{suggest(name, choices)}; several: {example}"
+            )
         spec = importlib.util.find_spec(name)
         # A folder of this name, such as the one that W&B makes, is found too, but has no origin.
         if must_be_installed and (spec is None or spec.origin is None):

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import platform
 import tempfile
+import time
 from pathlib import Path
 
 import jax
@@ -77,6 +78,8 @@ class CompileMonitor:
     """Records the programs compiled since the last report. Use as a context."""
 
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # by name
+    spans: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # of all programs
+    reported: float = 0.0  # when the last report was
     num_programs: int = 0
     cache_hits: int = 0  # of these, in the cache
 
@@ -85,24 +88,33 @@ class CompileMonitor:
             name = str(about.get("fun_name", "?")).removeprefix("jit(").removesuffix(")")
             self.seconds[name] = self.seconds.get(name, 0.0) + duration_secs
             self.num_programs += 1
+            now = time.perf_counter()
+            self.spans.append((now - duration_secs, now))
 
     def _record_cache_hit(self, event: str, **_: str | int) -> None:
         self.cache_hits += event == _CACHE_HIT_EVENT
 
     def report_compiles(self, when: str, min_seconds: float) -> float:
-        """Returns seconds of compiling since the last report; logs them from `min_seconds` on."""
-        total = sum(self.seconds.values())
+        """Returns the seconds since the last report in which something was compiled; logs them from
+        `min_seconds` on, with those of each program. Several may be compiled at once."""
+        total, end = 0.0, self.reported
+        for start, stop in sorted(self.spans):
+            total += max(0.0, stop - max(start, end))
+            end = max(end, stop)
         if total >= min_seconds:
             long = sorted(
                 (-s, name) for name, s in self.seconds.items() if s >= MIN_COMPILE_SECONDS
             )[:MAX_NAMED_PROGRAMS]
             named = ", ".join(f"{name} {-s:.1f}" for s, name in long)
+            if sum(self.seconds.values()) > total + 1:
+                named += ", some at once"
             run_files.log_line(
                 f"{when}: compiled {self.num_programs} programs in {total:.1f} s, "
                 f"{self.cache_hits} of them "
                 f"from the cache{': ' if named else ''}{named}"
             )
-        self.seconds, self.num_programs, self.cache_hits = {}, 0, 0
+        self.seconds, self.spans, self.num_programs, self.cache_hits = {}, [], 0, 0
+        self.reported = time.perf_counter()
         return total
 
     def __enter__(self) -> "CompileMonitor":

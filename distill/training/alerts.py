@@ -8,7 +8,9 @@ at a checkpoint.
     last 128 steps, as OLMo-core's and levanter's SkipStep judge it.
   length: responses are shorter than `length_drop` of those at the stage's start, as after
     mismatched stop tokens.
-  truncation: truncated responses come to dominate, as in the length inflation of arXiv 2604.08527.
+  truncation: truncated responses come to dominate, as in the length inflation of arXiv 2604.08527;
+    or all are truncated, in five steps in a row, from the start on or later.
+  groups: in five steps in a row each group had equal rewards, so no response had an advantage.
   entropy: it is below `entropy_drop` of that at the start (arXiv 2505.22617): exploration ends.
   overlap: the share of likeliest tokens common to teacher and student fell by `overlap_drop`
     (arXiv 2604.13016); needs log.overlap_top_k.
@@ -26,7 +28,7 @@ from ml_collections import ConfigDict
 
 from models import checks
 from models.checks import Range
-from models.errors import UserError
+from models.errors import UserError, suggest
 
 SPIKE_WINDOW = 128  # steps
 MIN_SPIKE_STEPS = SPIKE_WINDOW // 2  # of a stage before a spike is one
@@ -71,6 +73,7 @@ class Alerts:
             "loss": self._check_loss,
             "length": self._check_length,
             "truncation": self._check_truncation,
+            "groups": self._check_groups,
             "entropy": self._check_entropy,
             "overlap": self._check_overlap,
             "accuracy": self._check_accuracy,
@@ -79,6 +82,7 @@ class Alerts:
             if name not in self._rules:
                 raise UserError(
                     f"config.alerts.stop_on: {name!r} is none of {', '.join(self._rules)}"
+                    f"{suggest(name, self._rules)}"
                 )
         self.stop: Alert | None = None  # the first alert that stops the run
         self._start_stage("")
@@ -87,6 +91,7 @@ class Alerts:
         self._stage, self._fired = name, set[str]()
         self._num_skipped = 0  # steps in a row
         self._recent: dict[str, collections.deque[float]] = {}
+        self._last: dict[str, collections.deque[float]] = {}
         self._start: dict[str, list[float]] = {}
         self._best_accuracy = -math.inf
 
@@ -142,6 +147,14 @@ class Alerts:
             recent.append(x)
         return found
 
+    def _is_always_whole(self, row: Row, name: str) -> bool:
+        """Returns True if a share was 1 in each of the last RECENT_STEPS steps that have it."""
+        if row.get(name) is None or row.get("rollout/ended") == 0:
+            return False
+        recent = self._last.setdefault(name, collections.deque(maxlen=RECENT_STEPS))
+        recent.append(row[name])
+        return len(recent) == RECENT_STEPS and min(recent) == 1
+
     def _compare(self, row: Row, name: str) -> tuple[float, float] | None:
         """Returns a metric's mean at the stage's start and now, once there are enough rows."""
         x = row.get(name)
@@ -167,12 +180,27 @@ class Alerts:
         )
 
     def _check_truncation(self, row: Row) -> str:
+        if self._is_always_whole(row, "rollout/truncated") and self._c.truncation:
+            return (
+                f"every response of {RECENT_STEPS} steps was cut at "
+                f"config.{self._stage}.max_response_tokens: raise it, or see in rollouts/ why none "
+                "ends (a thinking model needs thousands of tokens; one that repeats itself, others)"
+            )
         pair = self._compare(row, "rollout/truncated")
         if not pair or not self._c.truncation or not pair[1] > max(self._c.truncation, 2 * pair[0]):
             return ""
         return (
             f"{pair[1]:.0%} of the responses are truncated, {pair[0]:.0%} at the stage's start: "
             "they grow, or repeat themselves (rollout/repetition)"
+        )
+
+    def _check_groups(self, row: Row) -> str:
+        if not self._is_always_whole(row, "reward/zero_variance_groups"):
+            return ""
+        return (
+            f"in {RECENT_STEPS} steps the responses to each prompt all had the same reward (mean "
+            f"{row.get('reward/mean', math.nan):.3g}), so the rewards teach nothing: use prompts "
+            f"that are solved now and then, more samples, or another config.{self._stage}.reward"
         )
 
     def _check_entropy(self, row: Row) -> str:

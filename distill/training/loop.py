@@ -220,6 +220,7 @@ def run_stage(
         metrics_logger = metrics_log.MetricsLogger(
             stage, run_context.writer, progress_bar, run_context.alerts, mesh, run_setup.student
         )
+        run_context.compile_monitor.report_compiles(f"before step {first_step}", 1.0)
         for step in range(first_step, stage.end_step):
             run_context.watchdog.start_step(step)
             start_time, is_last = time.perf_counter(), step + 1 == stage.end_step
@@ -235,10 +236,9 @@ def run_stage(
                 break
             minibatches, host_metrics = collected
             train_time = time.perf_counter()
+            num_kept = transcript_count if metrics_logger.has_skipped else s.batch_size
             state, device_metrics, kept_stats, score_seconds = stage_trainer.step(
-                state,
-                minibatches,
-                transcript_count if metrics_logger.has_skipped else s.batch_size,
+                state, minibatches, num_kept
             )
             del collected, minibatches  # the host's memory of the step is free for the next one's
             if stage.asynchronous:

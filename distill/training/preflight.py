@@ -5,6 +5,7 @@ A line that begins with "warning:" names a problem that would cause no error.
 """
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -33,6 +34,7 @@ from models.transformer import Params
 NUM_ROWS = 2  # shown of each stage
 NUM_END_TOKENS = 60  # shown at each end of a part that is cut
 NUM_COMPARED_ROWS = 8  # compared with an evaluation's prompt
+NUM_SHOWN_CHARACTERS = 100  # of what differs between them
 GREEN, FAINT, RESET_COLOUR = "\033[32m", "\033[2m", "\033[0m"
 GIB = 2**30
 # Part of the estimate -> the phase of a step that takes it; all others stay in memory.
@@ -209,6 +211,12 @@ def _check_stage(stage: StageSetup) -> Iterator[str]:
         )
 
 
+def escape_line(text: str) -> str:
+    """Returns a text as one line without control codes."""
+    text = text.encode(errors="replace").decode().replace("\n", "⏎")
+    return "".join(c if c.isprintable() else "·" for c in text)
+
+
 def format_example(
     example: examples.Example,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -227,8 +235,7 @@ def format_example(
         )
 
     def mark_text(text: str, trained: bool) -> str:
-        text = text.encode(errors="replace").decode().replace("\n", "⏎")
-        text = "".join(c if c.isprintable() else "·" for c in text)  # no control codes
+        text = escape_line(text)
         if colours:
             return f"{GREEN if trained else FAINT}{text}{RESET_COLOUR}"
         return f"⟦{text}⟧" if trained else text
@@ -268,13 +275,26 @@ def _compare_eval_prompts(
     if matches_template and any(text.startswith(before) and text.endswith(after) for text in texts):
         yield f"the evaluation's prompts have the form of {stage.name}'s"
         return
-    begins = before.endswith(lead) and texts[0].startswith(before)
-    start = -len(after) - 20 if begins else 0
-    end = len(before) + 20 if start == 0 else None
     yield (
-        f"warning: evaluation asks otherwise than {stage.name} trains, with "
-        f"{before if start == 0 else after!r} and not {texts[0][start:end]!r} "
-        f"(config.{stage.name}.data.template, data.thinking)"
+        f"warning: evaluation asks otherwise than {stage.name} trains "
+        f"(config.{stage.name}.data.template, data.thinking); its prompt and {stage.name}'s differ:"
+    )
+    if before.endswith(lead) and texts[0].startswith(before):  # they end differently
+        same = _count_common(after[::-1], texts[0][::-1])
+        parts = [f"{{question}}{after}", texts[0]]
+        parts = [part[: len(part) - same][-NUM_SHOWN_CHARACTERS:] for part in parts]
+    else:
+        same = _count_common(before, texts[0])
+        parts = [f"{before}{{question}}", texts[0]]
+        parts = [part[same:][:NUM_SHOWN_CHARACTERS] for part in parts]
+    for name, part in zip(("evaluation", stage.name), parts, strict=True):
+        yield f"  {name}: {escape_line(part)}"
+
+
+def _count_common(a: str, b: str) -> int:
+    """Returns the number of characters with which both texts begin."""
+    return sum(
+        1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
     )
 
 

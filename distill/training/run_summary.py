@@ -106,7 +106,7 @@ def render_stages(stages: Sequence[StageSetup], rows: Sequence[Row]) -> str:
         cells = {
             "stage": stage.name,
             "steps": f"{len(own):,}",
-            "time": console.format_duration(sum(row.get("time/step") or 0.0 for row in own)),
+            "time": _format_time(own),
         }
         for metric, (name, form) in FIGURES.items():
             values = [row[metric] for row in own if _is_known(row.get(metric))]
@@ -123,6 +123,17 @@ def render_stages(stages: Sequence[StageSetup], rows: Sequence[Row]) -> str:
     titles = ["stage", "steps", "time", *(name for name, _ in FIGURES.values())]
     used = [title for title in titles if any(title in cells for cells in lines)]
     return console.render_table([used, *([cells.get(x, "") for x in used] for cells in lines)])
+
+
+def _format_time(rows: Sequence[Row]) -> str:
+    """Returns the time of steps, and how much of it was compiling where that counts."""
+    seconds, compiling = (
+        sum(row.get(name) or 0.0 for row in rows) for name in ("time/step", "time/compile")
+    )
+    text = console.format_duration(seconds)
+    if compiling > max(1.0, 0.05 * seconds):
+        text += f", {console.format_duration(compiling)} compiling"
+    return text
 
 
 def print_end(c: ConfigDict, stages: Sequence[StageSetup], workdir: epath.Path) -> None:

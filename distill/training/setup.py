@@ -1,7 +1,6 @@
 """Checks a run: finds all mistakes of the user before any weight is read or file written."""
 
 import dataclasses
-import difflib
 import functools
 import itertools
 from typing import Any
@@ -21,7 +20,7 @@ from distill.teachers.local import Teacher
 from distill.training import optim, stages, update
 from models import checks, families
 from models.checks import Range
-from models.errors import PromptTooLong, UserError, name_key
+from models.errors import PromptTooLong, UserError, name_key, suggest
 
 # What a config has besides stages and teachers, which are named freely. configs/base.py has their
 # keys; a test compares the two.
@@ -111,6 +110,8 @@ def setup_run(
         if name not in c or not isinstance(c[name], ConfigDict) or "objective" not in c[name]:
             raise UserError(f"config.stages: {name!r} is not a stage of this config")
     objectives = {name: stages.resolve_objective(name, c[name])[0] for name in c.stages}
+    for name in c.stages:  # before a model is looked for, which may be fetched from the hub
+        stages.check_counts(name, c[name])
     m = c.student
     _check_student(m)
     teacher_names = {
@@ -175,8 +176,7 @@ def explain_unknown_entries(c: ConfigDict) -> dict[str, str]:
         if name in (*SETTINGS, *PARTS) or "objective" in keys or {"path", "step"} <= keys:
             continue
         known = [key for key in c if key in (*SETTINGS, *PARTS) or isinstance(c[key], ConfigDict)]
-        nearest = difflib.get_close_matches(name, [key for key in known if key != name], 1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        hint = suggest(name, [key for key in known if key != name])
         messages[name] = f"config.{name}: is neither a setting nor a stage or a teacher{hint}"
     return messages
 
@@ -253,7 +253,6 @@ def _setup_stage(
         return StageSetup(name, s, first_step, no_examples, optimizer, loss, sampled_rows)
     context = teacher_context.load_context(s.context, f"config.{name}.context")
     context_tokens = s.context.max_tokens if context else 0
-    stages.check_counts(name, s)
     stages.check_sampling(name, s, loss, sampled_rows, student, mesh)
     outside = external.open_teachers(c, s, loss, tuple(teachers), student)
     readers = [*(t.policy for t in teachers.values() if t), *outside]

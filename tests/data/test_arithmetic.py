@@ -91,6 +91,8 @@ def test_difficulty_is_the_number_of_operations(test: list[arithmetic.Problem]) 
         ((0, 0, "dev", (3, 5)), "split"),
         ((0, 0, "train", (0, 5)), "operations"),
         ((0, 0, "train", (5, 3)), "operations"),
+        ((0, 0, "train", (5,)), "operations: .* is not two whole numbers"),
+        ((0, 0, "train", (3, 5.5)), "operations: .* is not two whole numbers"),
         ((-1, 0, "train", (3, 5)), "seed"),
     ],
 )

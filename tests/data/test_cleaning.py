@@ -49,6 +49,8 @@ def test_the_published_pairs_are_found(shared_data: Path, tmp_path: Path) -> Non
         row, of = (int(finding[k].rpartition(":")[2]) - 1 for k in ("row", "of"))
         for text in (texts[row], problems[of]):
             assert any(finding["ngram"] in " ".join(form(text)) for form in dedup.TOKENIZERS)
+    for file in (out, report):
+        file.unlink()
     assert call(clean, *flags) == 0
     leaks = found_pairs(read(report))
     assert len(read(out)) == 982 and len(known & leaks) == 10
@@ -60,6 +62,8 @@ def test_the_published_pairs_are_found(shared_data: Path, tmp_path: Path) -> Non
     for text in same:
         assert any(text in texts[row] and text in problems[of] for row, of in leaks)
     assert not any(finding["ngram"] == "$ , where $ m $ and $" for finding in read(report))
+    for file in (out, report):
+        file.unlink()
     assert call(clean, *flags, "--min_share=0", "--ngram=13", "--shared=1") == 0
     assert len(known & found_pairs(read(report))) == 26
 
@@ -118,6 +122,8 @@ def test_each_row_left_out_is_reported_with_its_reason(tmp_path: Path, capsys: A
         "8": ("bad row", None),
     }
     assert "2 of 8 rows stay; " in capsys.readouterr().err
+    for name in ("out", "report"):
+        (tmp_path / name).unlink()
     assert call(clean, *flags, "--near=1.1", "--on_bad_row=skip") == 0
     assert [row["id"] for row in read(tmp_path / "out")] == [0, 2, 3]
 

@@ -78,6 +78,8 @@ def test_other_files_are_refused_in_one_line(
 
 def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
+    run = tmp_path / "run"
+    write(run / "metrics.jsonl", b"")
     (tmp_path / "dangling.jsonl").symlink_to("gone.jsonl")
     (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
     rows = write(tmp_path / "rows.jsonl", LINE)
@@ -85,6 +87,7 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
     assert read_all(str(tmp_path / "link.jsonl")) == [ROW]
     for source, words in {
         str(tmp_path): "is a folder; hf:",
+        str(run): "run: is a run, not rows; its samples are in .*run/rollouts$",
         str(tmp_path / "pipe.jsonl"): "is a pipe or a device",
         "/dev/null": "is a pipe or a device",
         str(tmp_path / "dangling.jsonl"): "no such file: the link's target gone.jsonl",

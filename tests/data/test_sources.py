@@ -572,6 +572,22 @@ def test_a_bad_row_is_fatal_or_skipped(
             assert len(late.skip_reasons) == 1
 
 
+def test_of_many_bad_rows_the_first_are_named_and_all_are_counted(
+    tmp_path: Path, tiny: PreTrainedTokenizerBase, capsys: Any
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps(ROWS[0]), *["{"] * 30, json.dumps(ROWS[1])]
+    path.write_text("\n".join(lines) + "\n")
+    source = dataset.load_source(config(path, on_bad_row="skip"), tiny, 0, True)
+    assert source.size == 2 and len(source.skip_reasons) == 30
+    *named, more, count = capsys.readouterr().err.splitlines()
+    assert [line.partition(": not")[0] for line in named] == [
+        f"skipped: {path}:{number}" for number in range(2, 7)
+    ]
+    assert more == "skipped: more rows, which from here on are only counted"
+    assert count == f"{path}: 30 of the first 32 rows are skipped"
+
+
 def test_a_source_without_a_good_row_is_an_error(
     tmp_path: Path, tiny: PreTrainedTokenizerBase
 ) -> None:

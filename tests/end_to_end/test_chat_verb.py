@@ -1,6 +1,12 @@
 """Tests `chat`: turns of a conversation, its switches, and answers that are shown as they come."""
 
 import io
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +28,8 @@ def test_turns_and_switches_of_a_conversation(capsys):
             raise UserError("too long")
         return f"answer {number}"
 
-    lines = ["one", "", "/no_think", "two", "long", "three /think", "/reset", "four"]
+    lines = ["one", "", "/no_think", "two", "long", "three /think", "/rest", "/help", "/reset"]
+    lines.append("four")
     chat.converse(iter(f" {line}\n" for line in lines), answer)
     first, second = ["one", "answer 0"], ["two", "answer 1"]
     assert asked == [
@@ -32,7 +39,11 @@ def test_turns_and_switches_of_a_conversation(capsys):
         ([*first, *second, "three /think"], True, 2),
         (["four"], True, 3),
     ]
-    assert capsys.readouterr().err == "error: too long; /reset begins anew\n"
+    assert capsys.readouterr().err.splitlines() == [
+        "error: too long; /reset begins anew",
+        "error: /rest: no such command; did you mean '/reset'?",
+        "error: /help: no such command; commands are /think, /no_think, /reset",
+    ]
 
 
 def test_an_answer_is_shown_in_parts_and_may_be_stopped(capsys, monkeypatch):
@@ -60,6 +71,71 @@ def test_an_answer_is_shown_in_parts_and_may_be_stopped(capsys, monkeypatch):
     chat.OPTIONS(["chat", "--model=x"])
     assert chat.sample_answer(subject, [{"role": "user", "content": "x"}], True, 0) == "aé!"  # pyright: ignore[reportArgumentType]
     assert shown == ["a", "é", "!"] and capsys.readouterr().out == "\n"
+
+
+SLOW_CHAT = """
+import fcntl, importlib, sys, termios, time
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C on this terminal is for this process
+from distill.rollout import sampler
+
+def sample(model, sequences, *, ended, **_):
+    while True:
+        sequences[0].tokens.append(13)  # a full stop
+        ended(sequences[0])
+        time.sleep(0.01)
+
+sampler.sample = sample
+from distill import chat
+from distill.runtime import cli
+cli.run(chat.main, chat.OPTIONS)
+"""
+
+
+def test_keys_of_a_terminal():
+    """Ctrl-C stops an answer, and at the prompt does nothing but say so; Ctrl-D ends."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", SLOW_CHAT, f"--model={ROOT}/assets/student"]
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, start_new_session=True
+    )
+    os.close(theirs)
+
+    unread = b""
+
+    def read_until(words: bytes, key: bytes = b"") -> bytes:
+        """Reads what is shown up to some words. Presses a key, again after each silent second: one
+        that comes right after the prompt may be missed."""
+        nonlocal unread
+        for _ in range(60):
+            os.write(ours, key)
+            while words not in unread and select.select([ours], [], [], 1)[0]:
+                unread += os.read(ours, 1000)
+            if words in unread:
+                break
+        text, found, unread = unread.partition(words)
+        assert found, text
+        return text
+
+    try:
+        for _ in range(2):  # the second turn shows that the first one's end was orderly
+            read_until(b"> ")
+            os.write(ours, b"hello\n")
+            read_until(b"hello\r\n")
+            read_until(b"...")  # of the answer, which has no end
+            os.write(ours, b"\x03")
+            assert set(read_until(b"\r\n")) <= {*b".^C"}
+        read_until(b"> ")
+        read_until(b"(Ctrl-D ends)", key=b"\x03")
+        for _ in range(200):
+            os.write(ours, b"\x04")
+            time.sleep(0.3)
+            if process.poll() is not None:
+                break
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
 
 
 @pytest.mark.long

@@ -54,6 +54,9 @@ def test_two_runs_are_compared_in_a_sentence(tmp_path: Path, monkeypatch, capsys
     output = json.loads(Path("out.json").read_text())
     assert output["paired"][0]["sentence"] == sentence and set(output["runs"]) == {"A", "B"}
     assert "596,049,920" in shown and "50.0 [40.4, 59.6]" in shown
+    for runs in (("A", "B"), ("--runs=A", "B")):  # as one types them
+        assert call(compare, *runs) == 0
+        assert capsys.readouterr().out == shown
     assert run_compare("B", "A") == 0
     assert "A is worse than B by 18.0 ± " in capsys.readouterr().out
     assert run_compare("A", "C") == 0  # the same accuracy, on other problems

@@ -31,7 +31,12 @@ NAMED_PAGES = [pytest.param(page, id=name_page(page)) for page in PAGES]
 # Links
 
 
-@pytest.mark.parametrize("page", NAMED_PAGES)
+RECORDS = [ROOT / "LOG.md", *sorted((ROOT / "benchmarks" / "results").glob("*.md"))]
+
+
+@pytest.mark.parametrize(
+    "page", [*NAMED_PAGES, *(pytest.param(page, id=name_page(page)) for page in RECORDS)]
+)
 def test_links_and_images_resolve(page: Path) -> None:
     text = page.read_text()
     targets = re.findall(r"\]\(([^)\s]+)\)", text)

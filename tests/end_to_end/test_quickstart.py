@@ -193,12 +193,23 @@ def test_the_share_of_the_gap_closed_is_printed(done: Path, models, tmp_path: Pa
     """The output is computed from summary.json: with these numbers, a half and a quarter."""
     shutil.copytree(done, tmp_path, dirs_exist_ok=True)
     summary = summary_of(done)
-    for name, greedy, sampled in zip(JUDGED, (0.2, 0.5, 0.8), (0.4, 0.5, 0.8), strict=True):
-        summary[name] |= {"accuracy": greedy, "accuracy_sampled": sampled}
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
-    assert start(models, tmp_path) == 0
-    out = capsys.readouterr().out
+
+    def set_accuracies(half: float) -> str:
+        """Returns what is printed for intervals of this half width."""
+        for name, greedy, sampled in zip(JUDGED, (0.2, 0.5, 0.8), (0.4, 0.5, 0.8), strict=True):
+            summary[name] |= {"accuracy": greedy, "interval": (greedy - half, greedy + half)}
+            interval = (sampled - half, sampled + half)
+            summary[name] |= {"accuracy_sampled": sampled, "interval_sampled": interval}
+        (tmp_path / "summary.json").write_text(json.dumps(summary))
+        assert start(models, tmp_path) == 0
+        return capsys.readouterr().out
+
+    out = set_accuracies(0.04)
     assert "50% of the greedy gap" in out and "25% of the sampled gap" in out
+    out = set_accuracies(0.1)
+    assert "50% of the greedy gap" in out and "the sampled gap" not in out
+    assert "sampled: 8 problems do not tell the student after from the student before" in out
+    assert "greedy: 8 problems do not tell the teacher from" in set_accuracies(0.4)
 
 
 MISTAKES = [

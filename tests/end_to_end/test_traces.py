@@ -21,14 +21,14 @@ from tests.support.paths import ROOT
 from tests.support.verbs import call, write
 
 STUDENT = ROOT / "assets" / "student"
-SETTINGS = ("--samples=2", "--max_new_tokens=30", "--batch_size=8", "--seed=3")
+SETTINGS = ("--limit=8", "--samples=2", "--max_new_tokens=30", "--batch_size=8", "--seed=3")
 
 
 def read(path: Path) -> list[dict]:
     return [row for _, row in sources.open_rows(str(path))]
 
 
-def prompts(path: Path, count: int = 8) -> Path:
+def prompts(path: Path, count: int = 9) -> Path:
     problems = [arithmetic.make_problem(1, i, "train", (3, 3)) for i in range(count)]
     return write(path, [{"question": p.question, "answer": p.answer} for p in problems])
 
@@ -39,8 +39,18 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("traces")
     path, out = prompts(folder / "prompts.jsonl"), folder / "out.jsonl"
     assert call(generate, f"--model={STUDENT}", f"--prompts={path}", f"--out={out}", *SETTINGS) == 0
-    assert sorted(p.name for p in folder.iterdir()) == ["out.jsonl", "prompts.jsonl"]
+    left = sorted(p.name for p in folder.iterdir())
+    assert left == ["out.jsonl", "out.jsonl.about", "prompts.jsonl"]
     return out
+
+
+def test_generate_reads_the_first_rows_and_refuses_more(traces: Path, capsys: Any) -> None:
+    made = traces.read_bytes()
+    assert made.count(b"\n") == 8
+    flags = (f"--prompts={traces.with_name('prompts.jsonl')}", f"--out={traces}", *SETTINGS)
+    assert call(generate, f"--model={STUDENT}", *flags, "--limit=9") == 2
+    assert "was made by another command: --limit was 8, now 9" in capsys.readouterr().err
+    assert traces.read_bytes() == made
 
 
 @pytest.mark.parametrize("done", [0, 3])
@@ -91,7 +101,8 @@ def test_a_stopped_generate_resumes(
             assert sample["tokens"] == expected["tokens"]
             np.testing.assert_allclose(sample["logprobs"], expected["logprobs"], atol=1e-4)
     assert out.read_text().startswith("".join(lines[:done]))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "prompts.jsonl"]
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == ["out.jsonl", "out.jsonl.about", "prompts.jsonl"]
 
 
 def test_generate_resumes_with_all_rows_written(traces: Path, tmp_path: Path) -> None:
@@ -122,6 +133,7 @@ def test_verify_keeps_the_correct_samples(traces: Path, tmp_path: Path, capsys: 
     assert actual == expected and 0 < sum(map(len, actual)) < 16
     count = sum(map(len, actual))
     assert f"{count} of 16 samples correct; {count} kept" in capsys.readouterr().err
+    out.unlink()
     assert call(verify, *flags, "--keep=all", "--samples=1") == 0
     assert [len(row["samples"]) for row in read(out)] == [1] * 8
     assert all({"outcome", "correct"} <= row["samples"][0].keys() for row in read(out))

@@ -89,6 +89,7 @@ def test_greedy_continuations_equal_those_of_transformers(bare, tmp_path: Path) 
     stopping = tmp_path / "stopping"
     shutil.copytree(path, stopping)
     (stopping / "generation_config.json").write_text(json.dumps({"eos_token_id": [stop]}))
+    out.unlink()
     assert call(generate, f"--model={stopping}", f"--prompts={rows}", f"--out={out}", *flags) == 0
     reasons = set()
     for row, whole in zip(read(out), rows_out, strict=True):
@@ -188,6 +189,7 @@ def test_stop_strings_end_a_response(chatty: Path, tmp_path: Path) -> None:
     assert call(generate, *shared, "--max_new_tokens=32") == 0
     whole = [row["samples"][0] for row in read(out)]
     stop = whole[0]["text"].strip("\ufffd")[5:8]
+    out.unlink()
     assert call(generate, *shared, "--max_new_tokens=32", "--stop=@@@@", f"--stop={stop}") == 0
     tokenizer = AutoTokenizer.from_pretrained(chatty)
     for row, before in zip(read(out), whole, strict=True):
@@ -254,8 +256,8 @@ def test_chat_and_text_rows_are_rendered(chatty: Path, tmp_path: Path) -> None:
     )
     tokenizer = AutoTokenizer.from_pretrained(chatty)
     network = Qwen3ForCausalLM.from_pretrained(chatty)
-    out = tmp_path / "out.jsonl"
     for thinking in ("on", "off"):
+        out = tmp_path / f"{thinking}.jsonl"
         flags = ("--max_new_tokens=12", f"--thinking={thinking}", "--samples=2")
         assert call(generate, f"--model={chatty}", f"--prompts={rows}", f"--out={out}", *flags) == 0
         plain, chat, ids = read(out)
@@ -322,6 +324,7 @@ def test_score_of_a_single_token_is_one_null(bare, tmp_path: Path) -> None:
     assert call(score, *shared) == 0
     one, two = read(out)
     assert one == {"tokens": [7], "logprobs": [None]} and "top" not in two
+    out.unlink()
     assert call(score, *shared, "--top_k=131", "--batch_size=1") == 0
     one, again = read(out)
     assert one["top"] == [None] and len(again["top"][1]) == 131
@@ -334,7 +337,7 @@ def test_a_run_and_its_export_score_alike(run: Path, chatty: Path, tmp_path: Pat
     rows = write(tmp_path / "in.jsonl", [{"tokens": ids}])
 
     def scores(model: Path) -> list[float]:
-        out = tmp_path / "out.jsonl"
+        out = tmp_path / f"{model.name}.jsonl"
         assert call(score, f"--model={model}", f"--tokens={rows}", f"--out={out}") == 0
         return read(out)[0]["logprobs"][1:]
 

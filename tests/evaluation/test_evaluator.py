@@ -17,7 +17,15 @@ from transformers import Qwen3ForCausalLM
 from configs import base
 from distill import rollout
 from distill.data import chat
-from distill.evaluation import divergence, evaluator, problems, protocols, responses, statistics
+from distill.evaluation import (
+    divergence,
+    evaluator,
+    problems,
+    protocols,
+    records,
+    responses,
+    statistics,
+)
 from distill.policy import policy
 from distill.policy.policy import Policy
 from distill.rewards import graders
@@ -137,6 +145,17 @@ def test_stored_gsm8k_completions_have_their_published_labels(
     assert summary["responses"] == len(labels) == sum(summary["outcomes"].values())
     problems = {r["question"] for r in labelled}
     assert summary["problems"] == len(problems)
+
+
+def test_transcripts_keep_their_lines_and_no_control_codes(tmp_path: Path) -> None:
+    row = {"id": 7, "sample": 0, "answer": "4", "length": 5, "finish_reason": "stop"}
+    row |= {"outcome": "correct", "correct": True, "response": "2+2\r\n\n=\x1b[31m4\n"}
+    path = write(tmp_path / "examples.jsonl", [row])
+    text = records.render_transcripts([("f:1", {"id": 7, "question": "What\nis 2+2?"})], path)  # pyright: ignore[reportArgumentType]
+    assert text.splitlines() == [
+        "--- 7, sample 0: correct (wanted 4; 5 tokens, stop)",
+        *("Q  What", "   is 2+2?", "A  2+2", "   ", "   =\\x1b[31m4"),
+    ]
 
 
 def test_answers_are_graded_by_their_value(tmp_path: Path) -> None:
@@ -567,7 +586,7 @@ def test_arithmetic_evaluation_with_a_teacher(paths, models, tmp_path: Path, cap
     for (_, problem), row in zip(ROWS, rows, strict=False):
         assert f"--- {row['id']}, sample 0: {row['outcome']} (wanted {row['answer']}" in shown
         assert str(problem["question"]) in shown
-        assert escape_controls(row["response"]) in shown
+        assert escape_controls("\n   ".join(row["response"].splitlines())) in shown
     with torch.no_grad():
         for row in rows:
             ids = torch.tensor([row["prompt_tokens"] + row["tokens"]])

@@ -472,6 +472,7 @@ def test_a_run_and_its_exports_score_alike(run, exported, models, tmp_path):
     out = tmp_path / "out.jsonl"
 
     def scores(path) -> list[float]:
+        out.unlink(missing_ok=True)
         assert call(score, f"--model={path}", f"--tokens={rows}", f"--out={out}") == 0
         return read(out)[0]["logprobs"][1:]
 
@@ -493,6 +494,7 @@ def test_a_run_and_its_exports_score_alike(run, exported, models, tmp_path):
     inner = exported[1] / "adapter" / "adapter_model.safetensors"
     assert inner.read_bytes() == (exported[0] / "adapter_model.safetensors").read_bytes()
 
+    out.unlink()
     shared = (f"--model={run}", f"--prompts={rows}", f"--out={out}", "--dtype=float32")
     assert call(generate, *shared, "--temperature=0", "--max_new_tokens=5") == 0
     assert read(out)[0]["samples"][0]["tokens"] == greedy(merged, ids, 5)[:5]

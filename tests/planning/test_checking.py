@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 
@@ -31,7 +32,11 @@ def test_a_good_run_shows_its_memory_and_programs_and_writes_nothing(capsys, tmp
     code, text, errors = check(capsys, TINY, f"--workdir={tmp_path}/run")
     assert (code, errors) == (0, []), text
     assert "opd reads rows of arithmetic" in text and "memory: about " in text
-    assert "programs: weights, cache, " in text and " accumulate, apply" in text
+    programs = text.partition("opd compiles ")[2].partition("nothing wrong")[0].splitlines()
+    assert re.fullmatch(r"\d+ programs:", programs[0]) and int(programs[0].split()[0]) >= 9
+    assert re.fullmatch(r"  weights +copies the student's weights for the sampler", programs[1])
+    words = {line.split()[0]: line.split()[1:] for line in programs[1:]}
+    assert words["cache"] and words["accumulate"] and "updates" in words["apply"]
     assert text.endswith("nothing wrong was found; nothing was written\n")
     assert not [*tmp_path.iterdir()]
 
@@ -69,6 +74,32 @@ def test_mistakes_of_all_stages_are_listed(capsys):
         "opd",
         "opd.optim.name='x'",
         "sft.optim.name='y'",
+    ):
+        assert words in text
+
+
+def test_a_missing_model_does_not_hide_the_other_mistakes(capsys, tmp_path):
+    changes = (
+        "--config.stages=('opd','sft')",
+        "--config.student.path=stud",
+        "--config.teacher.path=teach",
+        f"--config.opd.data.source={tmp_path}/rows.jsonl",
+        "--config.sft.steps=0",
+        "--config.sft.loss.beta=0.5",
+        "--config.alerts.truncation=2.0",
+        "--topology=v9:2x2",
+    )
+    code, _, errors = check(capsys, TINY, *changes)
+    assert code == 2 and len(errors) == len(set(errors)) == 7, errors
+    text = "\n".join(errors)
+    for words in (
+        "config.student.path=stud: no model directory",
+        "config.teacher.path=teach: no model directory",
+        f"config.opd.data.source={tmp_path}/rows.jsonl: no such file",
+        "config.sft.steps=0: must be ",
+        "config.sft.loss.beta: read by divergence=jsd only",
+        "config.alerts.truncation=2.0: must be ",
+        "--topology=v9:2x2: name ",
     ):
         assert words in text
 

@@ -35,7 +35,13 @@ def run_diagnose(student: str, teacher: str, out: Path, *more: str) -> int:
 
 def test_a_better_teacher_close_to_the_student_passes(tmp_path, capsys):
     assert run_diagnose(STUDENT, TEACHER, tmp_path / "out.json", "--samples=2") == 0
-    shown, f = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+    shown, said = capsys.readouterr()
+    f = json.loads((tmp_path / "out.json").read_text())
+    *_, made, head, command = said.splitlines()
+    assert (made, head) == (f"wrote {tmp_path / 'out.json'}: all numbers", "next:")
+    train = f"  python -m distill.train --config={ROOT}/configs/quickstart.py:tiny "
+    assert command.startswith(f"{train}--config.student.path={STUDENT} ")
+    assert command.endswith("--config.mesh.fsdp=1 --workdir=runs/x")
     assert f["student"]["pass_rate"] < 0.7 < 0.9 < f["teacher"]["pass_rate"]
     assert f["gain"][1] > 0 and "the teacher is better" in shown
     d = f["distances"]
@@ -115,7 +121,9 @@ def test_unsuitable_models_get_a_verdict_that_names_why(case, tmp_path, capsys):
     models, words = CASES[case]
     flags = "--prompts=24", "--samples=2"
     assert run_diagnose(*models(tmp_path / "m"), tmp_path / "out.json", *flags) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
+    shown, said = capsys.readouterr()
+    last = shown.splitlines()[-1]
+    assert "next:" not in said and "distill.train" not in said
     assert last == f"verdict: not yet; {len(words)} against it: " + "; ".join(words)
 
 

@@ -106,6 +106,7 @@ def test_a_run_compiles_the_programs_that_plan_lists(
     if name.startswith("in pages"):
         monkeypatch.setattr(options, "choose_cache_backend", lambda *_: "plain")
     planned = list_planned(c)
+    assert all(programs.explain_program(call.name) for _, call in planned)
     jax.clear_caches()
     with record_compiles() as names:
         loop.run(c, tmp_path)

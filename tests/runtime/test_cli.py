@@ -11,7 +11,7 @@ from absl.flags import FlagValues
 from distill.__main__ import VERBS
 from distill.runtime import cli
 from tests.support.paths import ROOT
-from tests.support.verbs import verb_module
+from tests.support.verbs import call, verb_module
 
 VERB = '''
 """A verb for the test."""
@@ -113,7 +113,7 @@ def test_a_verb_prints_its_result_and_exits_with_0(verb):
         ([*GOOD, "--config.optim.rate=fast"], "--config.optim.rate=fast: could not convert"),
         ([*GOOD, "--config.optim.rate.x=1"], "optim.rate.x"),
         (["--workdir=w", "--config.optim.rate=1"], "needs --config=FILE before it"),
-        (["--workdir=w", "--config=lost.py"], "--config=lost.py: [Errno 2] No such file"),
+        (["--workdir=w", "--config=lost.py"], "--config=lost.py: no such file"),
         (["--workdir=w", "--config=x.py:file"], "No such file or directory: 'lost.txt'"),
         (["--workdir=w", "--config=x.py:big"], "x.py:big: configs/x.py takes no argument 'big'"),
         (["--workdir=w", "--config=x.py:key"], "x.py:7: 'lost': no such key in the config"),
@@ -214,6 +214,33 @@ def test_the_package_runs_a_verb():
     done = run_module("distill", "trian")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: trian: no such verb; did you mean 'train'?\n"
+
+
+CONFIG_FLAG = "--config=configs/quickstart.py"
+NEAR = {
+    "train --check --config=configs/quikstart.py": "'configs/quickstart.py'",
+    f"train --check {CONFIG_FLAG} --config.log.to=wandbb": "'wandb'",
+    f"train --check {CONFIG_FLAG} --config.opd.objective=odp": "'opd'",
+    f"train --check {CONFIG_FLAG} --config.alerts.stop_on=entrop": "'entropy'",
+    f"train --check {CONFIG_FLAG} --config.opd.data.source=assets/rowz": "'assets/rows'",
+    "evaluate --benchmark=gsm8 --model=x --out=OUT": "'gsm8k'",
+    "evaluate --benchmark=gsm8k --protocol=gredy --model=x --out=OUT": "'greedy'",
+    "verify --benchmark=maths --data=x --out=OUT": "'math'",
+    "chat --model=assets/techer": "'assets/teacher'",
+    "chat --model=asets/teacher": "'assets/teacher'",
+    "export --run=asets/rows --out=OUT": "'assets/rows'",
+    "report asets/rows": "'assets/rows'",
+    "compare asets/rows": "'assets/rows'",
+}
+
+
+@pytest.mark.parametrize("line", NEAR)
+def test_the_nearest_name_is_proposed(line, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    verb, *flags = line.replace("OUT", str(tmp_path / "out")).split()
+    assert call(verb_module(verb), *flags) == 2
+    assert f"; did you mean {NEAR[line]}?" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("name", [*VERBS])

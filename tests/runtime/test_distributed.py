@@ -231,6 +231,23 @@ def test_compiled_programs_are_kept_for_the_user_by_default(
     assert get_cache() == "/mine"
 
 
+def test_programs_that_are_compiled_at_once_take_their_time_once(capsys, monkeypatch) -> None:
+    """Seconds of compiling are never more than those that passed."""
+    clock = [100.0]
+    monkeypatch.setattr(xla.time, "perf_counter", lambda: clock[0])
+    monitor = xla.CompileMonitor()
+    ends = {"decode": (105, 5.0), "prefill": (106, 4.0), "apply": (110, 2.0)}
+    for name, (end, seconds) in ends.items():
+        clock[0] = float(end)
+        monitor._record_compile(xla._COMPILE_EVENT, seconds, fun_name=f"jit({name})")
+    assert monitor.report_compiles("step 0", 0.0) == 8.0
+    said = "step 0: compiled 3 programs in 8.0 s, 0 of them from the cache: "
+    assert capsys.readouterr().err == f"{said}decode 5.0, prefill 4.0, apply 2.0, some at once\n"
+    clock[0] = 112.0  # begun before the last report
+    monitor._record_compile(xla._COMPILE_EVENT, 3.0, fun_name="later")
+    assert monitor.report_compiles("step 1", 0.0) == 2.0
+
+
 @pytest.mark.parametrize("name", ["/proc/no/cache", "s3://bucket/cache", "file/cache"])
 def test_a_cache_that_cannot_be_used_is_done_without(
     name: str,

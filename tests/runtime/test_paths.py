@@ -62,7 +62,8 @@ def test_the_home_of_another_user_is_theirs_or_refused() -> None:
 def test_every_flag_of_a_verb_is_known_as_a_path_or_a_text(verb: str) -> None:
     options = verb_module(verb).OPTIONS
     others = (flags.IntegerParser, flags.FloatParser, flags.BooleanParser)
-    texts = {name for name in options if not isinstance(options[name].parser, others)}
+    names = [name for name in options if "." not in name]  # no keys of an earlier call's config
+    texts = {name for name in names if not isinstance(options[name].parser, others)}
     assert texts - {"config", "config_file"} <= {*paths.FLAGS} | TEXTS
 
 
@@ -123,6 +124,21 @@ def test_the_file_of_a_config_may_lie_in_the_home_directory(home: str) -> None:
         [sys.executable, "-c", verb, "--config=~/x.py:8b"], capture_output=True, text=True, cwd=ROOT
     )
     assert (done.returncode, done.stdout) == (0, f"{home}/model8b\n"), done.stderr
+
+
+def test_a_path_is_proposed_only_if_it_exists(tmp_path: Path) -> None:
+    (tmp_path / "models" / "qwen").mkdir(parents=True)
+    for name, nearest in {
+        "modles/qwen": "models/qwen",
+        "models/qwenn": "models/qwen",
+        "modles/llama": "",
+        "other": "",
+        "models": "",
+        "models/" + "x" * 300: "",
+        "models/a\0b": "",
+    }.items():
+        hint = f"; did you mean '{tmp_path}/{nearest}'?" if nearest else ""
+        assert paths.suggest_path(tmp_path / name) == hint, name
 
 
 # Outputs

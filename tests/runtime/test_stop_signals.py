@@ -43,6 +43,18 @@ def load():
         with signals.interrupt():
             print("not reached", flush=True)
 
+def collect():  # no exception comes out of a callback of the collector; JAX has such a one
+    import gc
+    def wait_forever(phase, _):
+        print("ready", flush=True)
+        while True:
+            time.sleep(0.01)
+    with stop_signals.StopSignals() as signals, signals.interrupt():
+        gc.callbacks.append(wait_forever)
+        gc.collect()
+        gc.callbacks.remove(wait_forever)
+        time.sleep(60)
+
 def main():
     stop_signals.COMPILE_SECONDS = stop_signals.POLL_SECONDS = 0.3
     stop_signals.is_compiling = lambda thread: True
@@ -121,3 +133,10 @@ def test_a_signal_that_came_before_interrupts():
     code, out, err, _ = run_and_signal("load", signal.SIGTERM)
     assert (code, out) == (128 + signal.SIGTERM, "")
     assert "interrupted; go on like this" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_that_the_garbage_collector_swallows_is_raised_again(number):
+    code, _, err, seconds = run_and_signal("collect", number)
+    assert code == 128 + number and seconds < 5
+    assert len(err.splitlines()) == 2 and "interrupted; go on like this" in err

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from models.errors import UserError
 
-SECONDS = 5.0  # of CPU time; a parser that takes longer hangs
+SECONDS = 5.0  # of CPU time, in user mode; a parser that takes longer hangs
 MAX_SECONDS = 60.0  # in all: other work may share the cores
 Strategy = st.SearchStrategy
 
@@ -71,12 +71,13 @@ def guard(root: Path, has_workers: bool = False) -> Iterator[None]:
     failed with."""
     global _root, _others
     sys.dont_write_bytecode = True  # modules are imported on first use
-    before = {n: signal.signal(n, _stop) for n in (signal.SIGPROF, signal.SIGALRM)}
+    # Not SIGPROF, which libtpu sends to the process that loaded it, as its own profiler's.
+    before = {n: signal.signal(n, _stop) for n in (signal.SIGVTALRM, signal.SIGALRM)}
     _others = {thread.ident for thread in threading.enumerate() if thread.ident}
     _others.discard(threading.get_ident())
     _seen.clear()
     _root = os.path.abspath(root)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
     signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
     try:
         with contextlib.suppress(UserError):
@@ -85,7 +86,7 @@ def guard(root: Path, has_workers: bool = False) -> Iterator[None]:
         for number in before:  # at once: an alarm within these lines would undo the rest of them
             signal.signal(number, signal.SIG_IGN)
         _root = None
-        for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
+        for timer in (signal.ITIMER_VIRTUAL, signal.ITIMER_REAL):
             signal.setitimer(timer, 0)
         for number, handler in before.items():
             signal.signal(number, handler)

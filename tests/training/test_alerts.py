@@ -59,6 +59,21 @@ def test_a_fall_is_measured_from_the_start_of_the_stage(rule):
     assert fire(rows_of(**{name: [None] * 30}))[0] == []
 
 
+WHOLE = {
+    "truncation": ("rollout__truncated", "config.opd.max_response_tokens"),
+    "groups": ("reward__zero_variance_groups", "config.opd.reward"),
+}
+
+
+@pytest.mark.parametrize("rule", WHOLE)
+def test_what_teaches_nothing_is_said_once_from_the_start_on(rule):
+    name, words = WHOLE[rule]
+    fired, messages = fire(rows_of(**{name: [1.0] * 30}))
+    assert fired == [(4, rule)] and words in messages[rule]
+    assert fire(rows_of(**{name: [1.0] * 4 + [0.99] + [1.0] * 4}))[0] == []
+    assert fire(rows_of(**{name: [None, *[1.0] * 4, None, 1.0]}))[0] == [(6, rule)]
+
+
 def test_steps_in_which_no_response_ended_do_not_count_as_short():
     lengths, ended = [400.0] * 10 + [0.0, 400.0] * 10, [4] * 10 + [0, 4] * 10
     assert fire(rows_of(rollout__mean_length=lengths, rollout__ended=ended))[0] == []

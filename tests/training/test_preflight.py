@@ -167,14 +167,18 @@ def test_an_evaluation_with_other_prompts_is_warned_of() -> None:
     lines = summarise(c)
     assert not get_warnings(lines) and "the evaluation's prompts have the form of opd's" in lines
     c.opd.data.thinking = 0.0
-    (line,) = get_warnings(summarise(c))
-    assert "asks otherwise than opd trains" in line and "<think>\\n\\n</think>" in line
+    (line,) = get_warnings(lines := summarise(c))
+    assert "asks otherwise than opd trains" in line and "config.opd.data.template" in line
+    theirs, ours = lines[lines.index(line) + 1 :][:2]
+    assert theirs == "  evaluation: {question}<|im_end|>⏎<|im_start|>assistant"
+    assert ours.endswith("?<|im_end|>⏎<|im_start|>assistant⏎<think>⏎⏎</think>⏎"), ours
     rows = "assets/rows/gsm8k.jsonl"
     c = config(eval__every=2, eval__limit=4, eval__max_new_tokens=52, opd__data__source=rows)
     assert not get_warnings(summarise(c))
     c.opd.data.template = "Quick! {question}"
-    (line,) = get_warnings(summarise(c))
-    assert "Quick!" in line and "config.opd.data.template" in line
+    (line,) = get_warnings(lines := summarise(c))
+    theirs, ours = lines[lines.index(line) + 1 :][:2]
+    assert theirs == "  evaluation: {question}" and ours.startswith("  opd: Quick! ")
 
 
 def test_trained_parts_of_a_row_are_marked() -> None:

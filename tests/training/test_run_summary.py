@@ -92,6 +92,13 @@ def test_a_finished_run_has_a_table_its_place_and_the_next_commands(
     assert " --benchmark=gsm8k --data=test.jsonl " in said and "tensorboard --logdir" not in said
 
 
+def test_the_table_says_how_much_of_the_time_was_compiling() -> None:
+    rows = [{**ROW, "time/step": 4.0, "time/compile": compiling} for compiling in (3.0, None, 0.0)]
+    assert "12 s, 3 s compiling" in run_summary.render_stages([make_stage("opd")], rows)
+    rows[0]["time/compile"] = 0.9
+    assert "compiling" not in run_summary.render_stages([make_stage("opd")], rows)
+
+
 @pytest.mark.parametrize(
     ("steps_done", "line"),
     [
