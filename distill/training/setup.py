@@ -109,15 +109,12 @@ def setup_run(
     for name in c.stages:
         if name not in c or not isinstance(c[name], ConfigDict) or "objective" not in c[name]:
             raise UserError(f"config.stages: {name!r} is not a stage of this config")
-    objectives = {name: stages.resolve_objective(name, c[name])[0] for name in c.stages}
+    objectives = {name: stages.resolve_objective(name, c[name]) for name in c.stages}
     for name in c.stages:  # before a model is looked for, which may be fetched from the hub
         stages.check_counts(name, c[name])
     m = c.student
     _check_student(m)
-    teacher_names = {
-        name: stages.check_teachers(c, name, *stages.resolve_objective(name, c[name]))
-        for name in c.stages
-    }
+    teacher_names = {name: stages.check_teachers(c, name, *objectives[name]) for name in c.stages}
     packed = stages.has_packed_rows(c)
     with name_key("config.student.path", m.path):
         student = policy.make_abstract(
@@ -150,7 +147,7 @@ def setup_run(
         if name not in outside
     }
     reference = None
-    if any(objectives[name].reference for name in remaining):
+    if any(objectives[name][0].reference for name in remaining):
         if m.random_init:
             raise UserError("config.student.random_init: nothing keeps a random reference")
         reference = policy.make_abstract(
