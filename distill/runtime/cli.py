@@ -72,7 +72,20 @@ def run(
         _exit_with_error(message)
     except KeyboardInterrupt as error:
         print("; ".join(["interrupted", *getattr(error, "__notes__", [])]), file=sys.stderr)
-        sys.exit(128 + getattr(error, "number", signal.SIGINT))
+        code = 128 + getattr(error, "number", signal.SIGINT)
+        if "coordinator_address" in options and options["coordinator_address"].value:
+            sys.exit(code)  # the other processes are told
+        _end_process(code)
+
+
+def _end_process(code: int) -> NoReturn:
+    """Ends the process as it is. An interruption leaves work undone in XLA's threads, such as the
+    compilation of a program; where Python first takes down what they use, they end in a
+    segmentation fault."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)
 
 
 def _explain_error(error: Exception, options: flags.FlagValues) -> str | None:
