@@ -149,7 +149,7 @@ def sample(
     known = {
         f.name for cls in (rollout.SampleSpec, rollout.Sampling) for f in dataclasses.fields(cls)
     }
-    options = arguments.read_options(options, known - {"sampling", "top_logprobs"})
+    options = arguments.read_options(options, (known | {"thinking"}) - {"sampling", "top_logprobs"})
     spec = rollout.make_sample_spec(options)
     spec.sampling.check_vocab_size(model.config.vocab_size)
     if spec.stop_strings and model.tokenizer is None:

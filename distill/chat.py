@@ -81,8 +81,10 @@ def converse(lines: Iterator[str], answer: Callable[[list[dict], bool, int], str
     for line in map(str.strip, lines):
         if line in MODES:
             thinking = MODES[line]
+            print(f"(thinking is {'on' if thinking else 'off'})", file=sys.stderr)
         elif line == "/reset":
             messages = []
+            print("(a new conversation)", file=sys.stderr)
         elif re.fullmatch(r"/\w+", line):  # not /etc/fstab, nor a question that begins with /think
             known = (*MODES, "/reset")
             hint = suggest(line, known) or f"; commands are {', '.join(known)}"

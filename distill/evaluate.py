@@ -166,13 +166,19 @@ def print_results(summary: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def own_output(out: epath.Path) -> Iterator[None]:
     """Context in which no other process writes `out`, and a full disk is a UserError."""
+    from distill.evaluation.example_rows import describe_graded
     from distill.runtime import locks, run_files, stop_signals
 
     flag = f"--out={OUT.value}"
-    advice = f"the responses that were graded are in {out}, and the same command goes on"
+
+    def advise() -> str:
+        if not MODEL.value:
+            return "nothing was written"
+        return describe_graded(out)
+
     with (
         run_files.explain_write_errors(out, flag),
-        stop_signals.advise_interrupted(advice if MODEL.value else "nothing was written"),
+        stop_signals.advise_interrupted(advise),
         locks.hold_lock(out / "lock", flag),
     ):
         yield

@@ -14,7 +14,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from distill.evaluation import evaluator, problems
+from distill.evaluation import comparison, evaluator, problems
 from distill.policy import exporting, policy
 from distill.policy.policy import Policy
 from distill.reporting import writing
@@ -87,19 +87,31 @@ def render_table(summary: dict[str, Evaluation]) -> str:
     return "\n".join(lines)
 
 
-def describe_gap(summary: dict[str, Any], suffix: str, words: str) -> str:
+def describe_gap(summary: dict[str, Any], out_dir: Path, manner: str) -> str:
     """Says how much of the gap in accuracy between student and teacher was closed, where the
-    problems tell both the teacher and the student after from the student before."""
-    before, after, teacher = (summary[k] for k in ("student_before", "student_after", "teacher"))
-    start, end, best = (row["accuracy" + suffix] for row in (before, after, teacher))
-    for name, row in (("the teacher", teacher), ("the student after", after)):
-        (low, high), (other_low, other_high) = (x["interval" + suffix] for x in (before, row))
-        if low <= other_high and other_low <= high:
+    problems, compared one by one, tell both the teacher and the student after from the student
+    before.
+
+    Args:
+      manner: greedy or sampled.
+    """
+    rows, accuracy = {}, {}
+    for name in ("student_before", "student_after", "teacher"):
+        _, rows[name] = comparison.read_evaluation(f"{out_dir}/eval/{name}/{manner}")
+        accuracy[name] = summary[name]["accuracy" if manner == "greedy" else "accuracy_sampled"]
+    for name, words in (("teacher", "the teacher"), ("student_after", "the student after")):
+        names = ("student_before", name)
+        pair = comparison.compare_pair(names, rows["student_before"], rows[name])
+        low, high = (100 * end for end in pair["interval"])
+        if low <= 0 <= high:
             return (
-                f"{words}: {summary['problems']:,} problems do not tell {name} from the student "
-                "before (their intervals overlap)"
+                f"{manner}: {pair['problems']:,} problems do not tell {words} from the student "
+                f"before (paired difference {100 * pair['difference']:+.1f} points, 95% interval "
+                f"{low:+.1f} to {high:+.1f})"
             )
-    return f"{100 * (end - start) / (best - start):.0f}% of the {words} gap to the teacher closed"
+    gap = accuracy["teacher"] - accuracy["student_before"]
+    closed = (accuracy["student_after"] - accuracy["student_before"]) / gap
+    return f"{100 * closed:.0f}% of the {manner} gap to the teacher closed"
 
 
 def distil_and_evaluate(c: ConfigDict, out_dir: Path) -> dict:
@@ -119,7 +131,7 @@ def distil_and_evaluate(c: ConfigDict, out_dir: Path) -> dict:
             ),
         }
     began = time.perf_counter()
-    loop.run(c, out_dir)
+    loop.run(c, out_dir, is_whole=False)
     summary["distillation_seconds"] = time.perf_counter() - began
     exporting.export_run(
         out_dir, out_dir / "student", None, "float32", merge_lora=True
@@ -159,8 +171,8 @@ def main() -> None:
     if not is_done or not report.exists():
         writing.write_report([str(out)], report)
     print(f"\n{render_table(summary)}\n")
-    for suffix, words in (("", "greedy"), ("_sampled", "sampled")):
-        print(describe_gap(summary, suffix, words))
+    for manner in ("greedy", "sampled"):
+        print(describe_gap(summary, out, manner))
     print(f"{summary['distillation_seconds']:.0f} s to distil, {summary['seconds']:.0f} s in all")
     print(f"model     {summary['export']}  (a Hugging Face directory)")
     print(f"run       {out}: summary.json, metrics.jsonl, rollouts/, eval/, tensorboard/")

@@ -9,6 +9,7 @@ import bisect
 import functools
 import itertools
 import json
+import logging
 import re
 import shutil
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,12 @@ from distill.data.messages import (
     wrap_thinking,
 )
 from models.errors import UserError
+
+# Said where a text is longer than a tokeniser's model_max_length. All who encode here compare with
+# the model's positions themselves, and name the row that is too long.
+logging.getLogger("transformers.tokenization_utils_base").addFilter(
+    lambda record: not str(record.msg).startswith("Token indices sequence length is longer")
+)
 
 _EMPTY_BLOCK = re.compile(r"<think>\s*</think>\n*")
 _TAIL_TOKENS = 40  # of a prompt: more than an empty think block has

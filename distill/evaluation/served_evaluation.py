@@ -8,6 +8,7 @@ from etils import epath
 
 from distill.data.template import describe_template
 from distill.evaluation import evaluator, problems, records, tasks
+from distill.evaluation.example_rows import describe_graded
 from distill.evaluation.problems import Problems
 from distill.evaluation.protocols import EvalSpec
 from distill.rollout import served_completions
@@ -43,10 +44,7 @@ def evaluate_served(
         groups = _sample(model, rows, spec, settings, first_problem)
         tokens = evaluator.write_examples(groups, rows, spec, out_dir, keys, first_problem, mode)
     except SourceFailure as error:
-        raise SourceFailure(
-            f"{error}; the responses that were graded are in {out_dir}, and the same command goes "
-            "on"
-        ) from error
+        raise SourceFailure(f"{error}; {describe_graded(out_dir)}") from error
     seconds = time.perf_counter() - start
     cost = records.measure_speed(seconds, len(rows) - first_problem, tokens) | {"memory": None}
     if first_problem == len(rows):  # the cost is that of the call that sampled

@@ -40,6 +40,8 @@ MAIN_METRICS = {
     "train/grad_norm": "Gradient norm",
 }
 
+SHARES = ("accuracy", "_rate", "/truncated")  # endings of metrics from 0 to 1
+
 logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 
 
@@ -94,6 +96,7 @@ def make_chart(groups: Sequence[Group], metric: str) -> Chart | None:
     last = max((run.steps for group in groups for run in group.runs), default=0)
     has_gaps = metric.startswith("eval/")  # every point counts there
     width = 1 if has_gaps else max(1, -(-last // MAX_POINTS))
+    shift = int(has_gaps)  # an evaluation is named by the steps that were done before it
     curves = []
     for number, group in enumerate(groups):
         starts = _find_boundaries(group.runs)
@@ -109,7 +112,7 @@ def make_chart(groups: Sequence[Group], metric: str) -> Chart | None:
         curves.append(
             Curve(
                 number,
-                np.array(steps) + (width - 1) / 2,
+                np.array(steps) + shift + (width - 1) / 2,
                 np.array([sum(x) / len(x) for x in known]),
                 np.array([min(x) for x in known]),
                 np.array([max(x) for x in known]),
@@ -120,7 +123,7 @@ def make_chart(groups: Sequence[Group], metric: str) -> Chart | None:
     if not curves:
         return None
     shown = [run for group in groups for run in group.runs if any(metric in x for x in run.metrics)]
-    boundaries = _find_boundaries(shown)
+    boundaries = [step + shift for step in _find_boundaries(shown)]
     return Chart(metric, MAIN_METRICS.get(metric, metric), curves, boundaries, width)
 
 
@@ -182,6 +185,12 @@ def draw(chart: Chart, groups: Sequence[Group] = ()) -> Figure:
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
         axes.ticklabel_format(axis="y", scilimits=(-3, 4), useMathText=True)
+        low, high = axes.get_ylim()
+        if chart.metric.endswith(SHARES):  # the limits around a single 0 are no shares
+            axes.set_ylim(*((0, 1) if high - low < 0.15 else (max(-0.02, low), min(1.02, high))))
+        ends = [step for curve in chart.curves for step in curve.steps_N[[0, -1]].tolist()]
+        if min(ends) == max(ends):
+            axes.set_xlim(ends[0] - 1, ends[0] + 1)
         if groups:
             axes.set_title(chart.title)
         if len(groups) > 1:

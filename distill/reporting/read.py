@@ -20,6 +20,7 @@ from models.errors import UserError
 Record = dict[str, Any]
 
 MAX_EXAMPLES = 50  # responses of an evaluation that a page holds, wrong ones first
+_PLACES = {0: "before", 2: "after", 3: "teacher"}  # by the folder of an evaluation; others: 1
 _MAX_NOTES = 8  # about one kind of file
 
 
@@ -99,10 +100,18 @@ def read_directories(
 
 
 def _find_evaluations(folder: epath.Path) -> list[epath.Path]:
-    """Returns the folders of evaluations: a run's eval/, and those at most two levels below it."""
+    """Returns the folders of evaluations: a run's eval/, and those at most two levels below it.
+    What was before the run comes first, and its teacher last."""
     files = ("summary.json", EXAMPLES_FILE)
     patterns = [f"{above}{file}" for above in ("", "*/", "*/*/") for file in files]
-    return sorted({path.parent for pattern in patterns for path in folder.glob(pattern)})
+
+    def get_place(path: epath.Path) -> tuple[int, epath.Path]:
+        name = str(path.relative_to(folder))
+        found = (i for i, word in _PLACES.items() if word in name)
+        return next(found, 1), path
+
+    found = {path.parent for pattern in patterns for path in folder.glob(pattern)}
+    return sorted(found, key=get_place)
 
 
 def _read_run(name: str, folder: epath.Path, max_transcripts: int) -> Run:

@@ -141,7 +141,7 @@ def compare_evaluations(evaluations: Sequence[Evaluation]) -> list[str]:
 def _get_kind(evaluation: Evaluation) -> list[Any]:
     """Returns what two evaluations must share to be compared."""
     p = evaluation.protocol
-    return [p.get("benchmark"), p.get("protocol")]
+    return [p.get("benchmark"), p.get("protocol"), p.get("temperature") == 0]
 
 
 def _compare(a: Evaluation, b: Evaluation, short: dict[str, str]) -> str:

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 from distill.runtime.watchdog import is_compiling
@@ -164,12 +164,12 @@ class StopSignals:
 
 
 @contextlib.contextmanager
-def advise_interrupted(advice: str) -> Iterator[None]:
+def advise_interrupted(advice: str | Callable[[], str]) -> Iterator[None]:
     """Context that adds to an interruption how to go on, which `cli.run` prints; the innermost
-    context knows best."""
+    context knows best. A function is asked when it comes, for what is there by then."""
     try:
         yield
     except KeyboardInterrupt as error:
         if not getattr(error, "__notes__", None):
-            error.add_note(advice)
+            error.add_note(advice if isinstance(advice, str) else advice())
         raise

@@ -72,7 +72,17 @@ def setup_validation(c: ConfigDict, student: Policy, seed: int) -> ValidationSet
         prompts = evaluator.encode_prompts(student, rows, spec)
         return ValidationSetup(c, rows, prompts, settings, spec)
     except UserError as error:
-        raise UserError(f"config.eval: {error}") from None
+        raise UserError(_name_keys(c, str(error))) from None
+
+
+def _name_keys(c: ConfigDict, message: str) -> str:
+    """Returns a message about `config.eval` with the keys that are meant."""
+    message = message.replace("(max_new_tokens)", "(config.eval.max_new_tokens)")
+    if message.startswith("--"):  # as `evaluate` names them
+        return f"config.eval.{message.removeprefix('--')}"
+    if c.data and message.startswith(c.data):
+        return f"config.eval.data={message}"
+    return message if message.startswith("config.eval.") else f"config.eval: {message}"
 
 
 @dataclasses.dataclass(eq=False)

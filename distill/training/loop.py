@@ -84,12 +84,18 @@ def prepare_run(
     return run_setup, validation, distributed.broadcast_from_primary(write_first_files)
 
 
-def run(c: ConfigDict, workdir: epath.PathLike, allow_changed_inputs: bool = False) -> None:
+def run(
+    c: ConfigDict,
+    workdir: epath.PathLike,
+    allow_changed_inputs: bool = False,
+    is_whole: bool = True,
+) -> None:
     """Runs the stages of a config, continuing from the newest checkpoint in `workdir` if any.
 
     Args:
       allow_changed_inputs: a run that is resumed may go on with other data, models or adapters than
         it began with.
+      is_whole: nothing of the caller's follows, so a user is told what may follow.
 
     Raises:
       UserError: naming the problem in the config, its files or `workdir`; or, after a checkpoint,
@@ -105,11 +111,12 @@ def run(c: ConfigDict, workdir: epath.PathLike, allow_changed_inputs: bool = Fal
         stop_signals.advise_interrupted("the same command goes on from the newest checkpoint"),
         locks.hold_lock(workdir / "lock", flag),
     ):
-        run_stages(c, workdir, allow_changed_inputs)
+        run_setup = run_stages(c, workdir, allow_changed_inputs)
+        run_summary.print_end(c, run_setup.stages, workdir, is_whole)
 
 
-def run_stages(c: ConfigDict, workdir: epath.Path, allow_changed_inputs: bool) -> None:
-    """Does what `run` says, in a directory that no other run writes."""
+def run_stages(c: ConfigDict, workdir: epath.Path, allow_changed_inputs: bool) -> RunSetup:
+    """Does what `run` says, in a directory that no other run writes. Returns the run's setup."""
     mesh, teacher_mesh = mesh_lib.make_meshes(c)
     run_alerts = alerts.Alerts(c.alerts)
     prepare = functools.partial(prepare_run, c, workdir, mesh, teacher_mesh, allow_changed_inputs)
@@ -187,7 +194,7 @@ def run_stages(c: ConfigDict, workdir: epath.Path, allow_changed_inputs: bool) -
                 state = run_stage(c, loaded_setup, index, state, progress, run_context)
         if code := run_context.check_stop_signal():
             stopping.stop_run(run_alerts, code, int(state.step))
-        run_summary.print_end(c, run_setup.stages, workdir)
+    return run_setup
 
 
 def run_stage(

@@ -35,6 +35,7 @@ NUM_ROWS = 2  # shown of each stage
 NUM_END_TOKENS = 60  # shown at each end of a part that is cut
 NUM_COMPARED_ROWS = 8  # compared with an evaluation's prompt
 NUM_SHOWN_CHARACTERS = 100  # of what differs between them
+MIN_LORA_RATE = 5e-5  # below it a LoRA hardly learns
 GREEN, FAINT, RESET_COLOUR = "\033[32m", "\033[2m", "\033[0m"
 GIB = 2**30
 # Part of the estimate -> the phase of a step that takes it; all others stay in memory.
@@ -86,6 +87,13 @@ def list_stage_warnings(
     """Warns of settings that are valid, but hardly meant."""
     student, tokenizer = run_setup.student, run_setup.student.tokenizer
     yield from _check_stage(stage)
+    yield from _compare_stages(run_setup, stage)
+    rate = stage.c.optim.learning_rate
+    if student.model.lora and rate < MIN_LORA_RATE and not stage.loss.reward:
+        yield (
+            f"warning: config.{stage.name}.optim.learning_rate={rate:g} is low for a LoRA, which "
+            "needs a higher one than full training: 1e-4 and more are usual"
+        )
     others = [other.c.data.source for other in run_setup.stages if other is not stage]
     others = [name for name in others if name != "arithmetic"]
     if stage.c.data.source == "arithmetic" and not stage.c.data.mixture and others:
@@ -208,6 +216,24 @@ def _check_stage(stage: StageSetup) -> Iterator[str]:
         yield (
             f"warning: {prefix}.sampling.temperature=0 samples the likeliest tokens only, so the "
             "student is corrected nowhere else; 1 is usual"
+        )
+
+
+def _compare_stages(run_setup: RunSetup, stage: StageSetup) -> Iterator[str]:
+    """Warns if a stage asks in another form than the one before it."""
+    number = next(i for i, other in enumerate(run_setup.stages) if other.name == stage.name)
+    if not number:
+        return
+    before = run_setup.stages[number - 1]
+    ours, theirs = stage.c.data, before.c.data
+    # A stage of both modes has what either of them teaches.
+    keys = ["template"] if ours.template != theirs.template else []
+    keys += ["thinking"] if {ours.thinking, theirs.thinking} == {0, 1} else []
+    for key in keys:
+        yield (
+            f"warning: {stage.name} asks otherwise than {before.name}: "
+            f"config.{stage.name}.data.{key}={ours[key]!r}, "
+            f"config.{before.name}.data.{key}={theirs[key]!r}"
         )
 
 

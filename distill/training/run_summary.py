@@ -136,7 +136,9 @@ def _format_time(rows: Sequence[Row]) -> str:
     return text
 
 
-def print_end(c: ConfigDict, stages: Sequence[StageSetup], workdir: epath.Path) -> None:
+def print_end(
+    c: ConfigDict, stages: Sequence[StageSetup], workdir: epath.Path, says_next: bool = True
+) -> None:
     """Prints the table of a finished run, where its files are, and the commands that follow."""
     if not run_files.is_primary():
         return
@@ -147,7 +149,8 @@ def print_end(c: ConfigDict, stages: Sequence[StageSetup], workdir: epath.Path) 
         f"wrote {workdir}: metrics.jsonl, rollouts/, checkpoints/"
         + (", eval/" if c.eval.every else ""),
     ]
-    console.print_end(made, list(_list_next_commands(c, stages[-1], str(workdir))))
+    commands = [*_list_next_commands(c, stages[-1], str(workdir))] if says_next else []
+    console.print_end(made, commands)
 
 
 def _list_next_commands(c: ConfigDict, last: StageSetup, workdir: str) -> Iterator[str]:

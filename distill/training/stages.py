@@ -237,11 +237,13 @@ def check_positions(
         is_outside = isinstance(model, ExternalTeacher)
         limit = model.info.context_length if is_outside else model.config.context_length
         extra_name = " + context.max_tokens" if extra else ""
+        key = max(("max_response_tokens", "max_prompt_tokens"), key=lambda name: s[name])
+        key, value = ("context.max_tokens", extra) if extra else (key, s[key])
         if limit and total + extra > limit:
             raise UserError(
                 f"config.{name}: max_prompt_tokens + max_response_tokens{extra_name} = "
-                f"{total + extra} exceeds the model's {limit} positions ({model.path})"
-                + (f"; lower config.{name}.context.max_tokens={extra}" if extra else "")
+                f"{total + extra} exceeds the model's {limit} positions ({model.path}); "
+                f"lower config.{name}.{key}={value}"
             )
 
 

@@ -309,3 +309,16 @@ def test_text_is_cut_before_the_first_stop_string(tiny: PreTrainedTokenizerBase)
     assert chat.StopStringMatcher(tiny, ["b", "aX"]).cut_text("aaXb") == "a"
     assert chat.StopStringMatcher(tiny, ["c"]).cut_text("aaXb") == "aaXb"
     assert chat.StopStringMatcher(tiny, []).cut_text("aaXb") == "aaXb"
+
+
+def test_a_text_longer_than_the_tokenisers_limit_is_encoded_in_silence(tmp_path, caplog) -> None:
+    """Transformers' warning would stand beside our own line about the row."""
+    tokenizer = load(ROOT / "assets" / "teacher")
+    tokenizer.model_max_length = 4
+    with caplog.at_level("WARNING", "transformers"):
+        logging.getLogger("transformers").addHandler(caplog.handler)
+        try:
+            assert len(tokenizer("1 + 2 + 3 + 4 + 5")["input_ids"]) > 4
+        finally:
+            logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert not caplog.records

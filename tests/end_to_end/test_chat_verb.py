@@ -40,9 +40,11 @@ def test_turns_and_switches_of_a_conversation(capsys):
         (["four"], True, 3),
     ]
     assert capsys.readouterr().err.splitlines() == [
+        "(thinking is off)",
         "error: too long; /reset begins anew",
         "error: /rest: no such command; did you mean '/reset'?",
         "error: /help: no such command; commands are /think, /no_think, /reset",
+        "(a new conversation)",
     ]
 
 

@@ -18,7 +18,7 @@ from distill.training import loop
 from models import transformer
 from tests.support.paths import ROOT
 from tests.support.runs import tiny_model
-from tests.support.verbs import call, read
+from tests.support.verbs import call, read, write
 
 JUDGED = ("student_before", "student_after", "teacher")
 IDS = [382, 17, 3, 250, 384, 511, 0, 42, 99, 5, 5, 301]
@@ -194,22 +194,25 @@ def test_the_share_of_the_gap_closed_is_printed(done: Path, models, tmp_path: Pa
     shutil.copytree(done, tmp_path, dirs_exist_ok=True)
     summary = summary_of(done)
 
-    def set_accuracies(half: float) -> str:
-        """Returns what is printed for intervals of this half width."""
-        for name, greedy, sampled in zip(JUDGED, (0.2, 0.5, 0.8), (0.4, 0.5, 0.8), strict=True):
-            summary[name] |= {"accuracy": greedy, "interval": (greedy - half, greedy + half)}
-            interval = (sampled - half, sampled + half)
-            summary[name] |= {"accuracy_sampled": sampled, "interval_sampled": interval}
+    def set_accuracies(flips: int) -> str:
+        """Returns what is printed where `flips` problems of each model are right in place of
+        others: accuracies stay, and the pairs tell less."""
+        for name, *accuracies in zip(JUDGED, (0.2, 0.5, 0.8), (0.4, 0.5, 0.8), strict=True):
+            summary[name] |= dict(zip(("accuracy", "accuracy_sampled"), accuracies, strict=True))
+            for manner, accuracy in zip(("greedy", "sampled"), accuracies, strict=True):
+                right = {(i + flips * JUDGED.index(name)) % 100 for i in range(int(100 * accuracy))}
+                rows = [{"id": i, "answer": "1", "correct": i in right} for i in range(100)]
+                write(tmp_path / "eval" / name / manner / "examples.jsonl", rows)
         (tmp_path / "summary.json").write_text(json.dumps(summary))
         assert start(models, tmp_path) == 0
         return capsys.readouterr().out
 
-    out = set_accuracies(0.04)
+    out = set_accuracies(0)  # of 100 problems, 10 more: intervals overlap, and the pairs tell
     assert "50% of the greedy gap" in out and "25% of the sampled gap" in out
-    out = set_accuracies(0.1)
+    out = set_accuracies(30)
     assert "50% of the greedy gap" in out and "the sampled gap" not in out
-    assert "sampled: 8 problems do not tell the student after from the student before" in out
-    assert "greedy: 8 problems do not tell the teacher from" in set_accuracies(0.4)
+    assert "sampled: 100 problems do not tell the student after from the student before" in out
+    assert "(paired difference +10.0 points, 95% interval -" in out
 
 
 MISTAKES = [

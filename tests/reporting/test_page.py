@@ -117,7 +117,28 @@ def test_evaluations_that_the_user_names_are_paired(tmp_path: Path) -> None:
     assert "95% interval" not in Reader(build(tmp_path, run)).text
     for name in ("before", "after"):  # other models, such as those of the quick start
         write_evaluation(run / "eval" / name, [name == "after"] * 50, benchmark="math500")
-    assert "a/eval/before is worse than a/eval/after by 100.0" in Reader(build(tmp_path, run)).text
+    text = Reader(build(tmp_path, run)).text
+    assert "a/eval/after is better than a/eval/before by 100.0" in text
+
+
+def test_a_runs_evaluations_are_in_the_order_of_training(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a")
+    names = ("student_before", "000002", "student_after", "teacher")
+    for name in names:
+        write_evaluation(run / "eval" / name / "greedy", [True, False])
+    _, evaluations = read.read_directories([str(run)], 0)
+    assert [Path(x.name).parent.name for x in evaluations] == [*names]
+
+
+def test_a_single_evaluation_has_whole_steps_and_shares() -> None:
+    rows = [{"step": i, "stage": "opd"} for i in range(2)]
+    rows[1] |= {"eval/accuracy": 0.0}
+    groups = [figures.Group("a", [read.Run("a", {}, {}, rows, {}, 0, [])])]
+    chart = figures.make_chart(groups, "eval/accuracy")
+    assert chart and chart.curves[0].steps_N.tolist() == [2]  # after two steps
+    axes = figures.draw(chart, groups).axes[0]
+    assert axes.get_ylim() == (0, 1) and axes.get_xlim() == (1, 3)
+    assert all(tick == round(tick) for tick in axes.get_xticks())
 
 
 def test_the_teachers_listed_are_those_that_were_loaded(tmp_path: Path) -> None:

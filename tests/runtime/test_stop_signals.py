@@ -58,7 +58,7 @@ def collect():  # no exception comes out of a callback of the collector; JAX has
 def main():
     stop_signals.COMPILE_SECONDS = stop_signals.POLL_SECONDS = 0.3
     stop_signals.is_compiling = lambda thread: True
-    with stop_signals.advise_interrupted("go on like this"):
+    with stop_signals.advise_interrupted(lambda: "go on like this"):
         if sys.argv[1] in ("compute", "wait"):
             print("ready", flush=True)
         globals()[sys.argv[1]]()

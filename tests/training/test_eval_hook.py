@@ -181,11 +181,11 @@ def test_eval_settings_may_change_on_resume(whole, models, tmp_path, capsys) -> 
     ("changes", "words"),
     [
         ({"every": -1}, "config.eval.every=-1"),
-        ({"benchmark": "trivia"}, "config.eval: --benchmark=trivia: known are"),
-        ({"benchmark": "gsm8k"}, "config.eval: --data: gsm8k needs"),
-        ({"protocol": "guess"}, "config.eval: --protocol=guess: known are greedy"),
+        ({"benchmark": "trivia"}, "config.eval.benchmark=trivia: known are"),
+        ({"benchmark": "gsm8k"}, "config.eval.data: gsm8k needs"),
+        ({"protocol": "guess"}, "config.eval.protocol=guess: known are greedy"),
         ({"best": "luck"}, "config.eval.best='luck': must be one of accuracy"),
-        ({"max_new_tokens": 10_000}, "exceed"),
+        ({"max_new_tokens": 10_000}, "10000 new ones (config.eval.max_new_tokens) exceed"),
         ({"limit": -1}, "config.eval.limit=-1: must be at least 0"),
     ],
 )

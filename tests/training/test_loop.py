@@ -226,7 +226,10 @@ BAD = {
         "config.sft.data.source=none.jsonl: no",
     ),
     "prompt too long": (change("opd.max_prompt_tokens", 20), "config.opd.max_prompt_tokens"),
-    "beyond positions": (change("opd.max_response_tokens", 5000), "exceeds the model's 512"),
+    "beyond positions": (
+        change("opd.max_response_tokens", 5000),
+        "; lower config.opd.max_response_tokens=5000",
+    ),
     "batch and accumulation": (change("sft.accumulate", 3), "config.sft.batch_size=4"),
     "too many devices": (change("mesh.tensor", 16), "config.mesh"),
     "heads": (change("mesh.tensor", 8), "num_attention_heads=4 does not divide"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,32 @@ def test_a_stage_left_on_generated_arithmetic_is_warned_of() -> None:
 def test_greedy_samples_are_warned_of() -> None:
     (line,) = get_warnings(summarise(config(opd__sampling__temperature=0.0)))
     assert "config.opd.sampling.temperature=0 samples the likeliest tokens only" in line
+
+
+def test_a_lora_with_the_rate_of_full_training_is_warned_of() -> None:
+    c = config(student__lora__rank=4, opd__optim__learning_rate=2e-5)
+    (line,) = get_warnings(summarise(c))
+    assert "config.opd.optim.learning_rate=2e-05 is low for a LoRA" in line
+    c.opd.optim.learning_rate = 5e-5
+    assert not get_warnings(summarise(c))
+
+
+def test_stages_that_ask_in_other_forms_are_warned_of() -> None:
+    c = config(stages=("sft", "opd"))
+    c.opd.data.thinking, c.opd.data.template = 0.0, "Q: {question}"
+    run_setup = types.SimpleNamespace(
+        stages=[types.SimpleNamespace(name=name, c=c[name]) for name in c.stages]
+    )
+    compare: Any = preflight._compare_stages
+    assert not [*compare(run_setup, run_setup.stages[0])]
+    lines = [*compare(run_setup, run_setup.stages[1])]
+    assert [line.partition(": config.")[0] for line in lines] == [
+        "warning: opd asks otherwise than sft"
+    ] * 2
+    assert "config.opd.data.template='Q: {question}', config.sft.data.template=" in lines[0]
+    assert "config.opd.data.thinking=0.0, config.sft.data.thinking=1.0" in lines[1]
+    c.opd.data.update(thinking=0.5, template="{question}")  # both modes
+    assert not [*compare(run_setup, run_setup.stages[1])]
 
 
 def test_what_the_teacher_reads_is_shown_beside_the_rows() -> None:
