@@ -63,9 +63,7 @@ cli.define_sampling_flags(
     **{"samples": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
     **{"min_p": 0.0, "presence_penalty": 0.0, "seed": 0, "batch_size": 32, "thinking": "on"},
 )
-STOP = flags.DEFINE_multi_string(
-    "stop", [], "Text that ends a response; may be repeated.", flag_values=OPTIONS
-)
+STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a response.", flag_values=OPTIONS)
 TOP_LOGPROBS = flags.DEFINE_integer(
     "top_logprobs", 0, "Most likely tokens to report at each position.", 0, flag_values=OPTIONS
 )
@@ -166,8 +164,26 @@ def _generate_elsewhere(
         return served_completions.generate_file(model, rows, spec, thinking, out)
 
 
-def choose_benchmark(out: epath.Path, answer: object) -> str:
-    """Returns the benchmark that can grade the first row's samples; "" if they have no text.
+def find_benchmark(path: str) -> str:
+    """Returns the benchmark by which the run directory `path` was evaluated, or else the grader of
+    its last stage's reward; "" if it has neither, or is no run."""
+    from distill.objectives import losses
+
+    try:
+        c = json.loads((epath.Path(path) / "config.json").read_text())
+        if c["eval"]["every"]:
+            return c["eval"]["benchmark"]
+        last = c[c["stages"][-1]]
+        reward = last["loss"]["reward"]
+        reward = losses.OBJECTIVES[last["objective"]].reward if reward is None else reward
+        return last["reward"]["grader"] if reward else ""
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+
+
+def choose_benchmark(out: epath.Path, answer: object, known: str = "") -> str:
+    """Returns the benchmark that can grade the first row's samples: that of the run which sampled
+    them, if it is `known`; "" if they have no text.
 
     arithmetic is stricter: it reads a response that ends in a bare whole number; math reads the
     last number or formula of any.
@@ -178,6 +194,8 @@ def choose_benchmark(out: epath.Path, answer: object) -> str:
         samples = json.loads(file.readline())["samples"]
     if any(sample["text"] is None for sample in samples):
         return ""
+    if known:
+        return known
     finished = [sample["text"] for sample in samples if sample["finish_reason"] == "stop"]
     grades = {graders.grade_arithmetic(text, str(answer)) for text in finished}
     return "arithmetic" if grades and not grades & {"no_answer", "error"} else "math"
@@ -191,7 +209,8 @@ def print_made(rows: "Rows", samples: int) -> None:
     if not run_files.is_primary():
         return
     out, stem, row = OUT.value, OUT.value.removesuffix(".jsonl"), rows.read_row(0)
-    if "answer" in row and (benchmark := choose_benchmark(epath.Path(out), row["answer"])):
+    known = find_benchmark(MODEL.value)
+    if "answer" in row and (benchmark := choose_benchmark(epath.Path(out), row["answer"], known)):
         command = console.format_command(
             "verify", data=out, benchmark=benchmark, out=f"{stem}.correct.jsonl"
         )

@@ -17,6 +17,8 @@ win over all that is recognised. A column that would change what is trained, but
 is refused by name. All others stay as they are.
 """
 
+import difflib
+
 from distill.data import messages
 
 # Prompts: lists of turns win over questions, and these over plain text (`prompt`, if it is a text).
@@ -75,3 +77,22 @@ UNREAD_FORMS = {
     "segments": "Axolotl's input_output: write prompt and response",
     "input_ids": "tokenised: write tokens, the prompt, and response_tokens",
 }
+
+
+def explain_missing_prompt(row: dict, by_config: bool = False) -> str | None:
+    """Returns what is wrong with a canonical row that has no prompt; None if it has one.
+
+    Args:
+      by_config: names the key of a config that says which column is the prompt.
+    """
+    if any(name in row for name in PROMPT_FORMS):
+        return None
+    fields = sorted(name for name in row if row[name] not in (None, ""))
+    near = {name: difflib.get_close_matches(name, PROMPT_FORMS, 1) for name in fields}
+    found = next(((name, forms[0]) for name, forms in near.items() if forms), None)
+    texts = [name for name in fields if isinstance(row[name], str) and name not in ANSWERS]
+    theirs, ours = found or (texts[0] if texts else "COLUMN", "question")
+    hint = f"; did you mean {ours!r} by {theirs!r}?" if found else ""
+    hint += f" config.data.columns={ours}={theirs} reads it as the {ours}" if by_config else ""
+    hint = hint if found or not by_config else f";{hint}"
+    return f"none of {', '.join(PROMPT_FORMS)} among its fields {fields}{hint}"

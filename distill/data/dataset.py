@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from distill.data import answers, canonical, curriculum, sources, teacher_context
+from distill.data import answers, canonical, columns, curriculum, sources, teacher_context
 from distill.data.examples import Encoding, Example, make_example
 from distill.data.template import describe_template
 from distill.runtime import run_files
@@ -87,6 +87,10 @@ def load_source(
         canonical.refuse_weights(row, where)
         row = canonical.canonicalize_row(row, c.columns, where, with_responses)
         row = canonical.apply_template(row, c.template)
+        is_document = with_responses and "text" in row
+        reason = columns.explain_missing_prompt(row, by_config=True)
+        if reason and not is_document:
+            raise UserError(f"{where}: {reason}")
         row["answer"] = answers.to_text(row.get("answer"))
         example = make_example(row, where, encoding)
         if context is not None:
@@ -99,7 +103,7 @@ def load_source(
 
     components = []
     key = "config.data.mixture" if c.mixture else "config.data.source"
-    for source_id, name in enumerate([name for name, _ in c.mixture] or [c.source]):
+    for source_id, name in enumerate(list_source_names(c)):
         with name_key(key, name):
             rows = _open_rows(c, name, encoding, seed, skip_reasons)
         encode = functools.partial(encode_row, source_id)
@@ -126,10 +130,22 @@ def _check_config(c: ConfigDict, tokenizer: PreTrainedTokenizerBase | None) -> N
             f"config.data.thinking={c.thinking}: the chat template of {tokenizer.name_or_path} has "
             "no switch between modes; 1 leaves it as it is"
         )
+    list_source_names(c)
+
+
+def list_source_names(c: ConfigDict) -> list[str]:
+    """Returns the names of the sources in a stage's `data` config.
+
+    Raises UserError for a mixture that holds anything but pairs of a source and a weight.
+    """
     for pair in c.mixture:
         is_pair = isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)
         if not (is_pair and pair[1] in checks.Range(above=True)):
-            raise UserError(f"config.data.mixture: {pair!r} is no pair of a source and a weight")
+            raise UserError(
+                f"config.data.mixture: {pair!r} is no pair of a source and a weight, as in "
+                "mixture=(('a.jsonl', 1.0), ('b.jsonl', 1.0))"
+            )
+    return [name for name, _ in c.mixture] or [c.source]
 
 
 def _open_rows(

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from distill.data import chat, values
+from distill.data import chat, columns, values
 from distill.data import messages as chats
 from distill.data.template import describe_template
 from models.errors import RowError, UserError
@@ -155,9 +155,7 @@ def _encode_text_prompt(
     elif "question" in row:
         messages = [{"role": "user", "content": _get_text(row, "question", where)}]
     else:
-        raise UserError(
-            f"none of tokens, prompt, messages, question among its fields {sorted(row)}"
-        )
+        raise UserError(columns.explain_missing_prompt(row))
     if thinking is False and describe_template(tokenizer).always_thinks:
         raise UserError(
             f"it is not to think, but the chat template of {tokenizer.name_or_path} opens a think "

@@ -18,6 +18,8 @@ from models.errors import UserError
 
 _BOM = b"\xef\xbb\xbf"
 _FORMATS = "rows are read from .jsonl, .json and .parquet files"
+CSV_SUFFIXES = (".csv", ".tsv")
+CSV_ADVICE = "put it into a folder of its own: hf:FOLDER reads csv and tsv"
 _UTF16 = "is in UTF-16, and rows are read in UTF-8: iconv -f UTF-16 -t UTF-8 converts it"
 _MAGIC = {  # how files begin that no name makes readable
     b"\x1f\x8b": "is compressed: gunzip it",
@@ -60,7 +62,8 @@ def find_format(path: str) -> str:
     if any(_is_object(line) for line in lines):  # the first may be a bad row
         return "jsonl"
     if suffix != ".json" and lines:
-        raise UserError(f"{path}: its first line is no JSON object; {_FORMATS}")
+        way = f"; {CSV_ADVICE}" if suffix in CSV_SUFFIXES else ""
+        raise UserError(f"{path}: its first line is no JSON object; {_FORMATS}{way}")
     return "json"
 
 

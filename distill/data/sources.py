@@ -243,7 +243,9 @@ def _parse_hub_name(name: str) -> tuple[str, str | None, str]:
     if not path:
         raise UserError(f"hf:{name}: names no set")
     if Path(path).is_file():
-        raise UserError(f"hf:{name}: is a file, which is named without hf:")
+        is_csv = Path(path).suffix.lower() in files.CSV_SUFFIXES
+        reason = files.CSV_ADVICE if is_csv else "which is named without hf:"
+        raise UserError(f"hf:{name}: is a file, {reason}")
     if Path(path).is_dir() and "[" in os.path.realpath(path):
         raise UserError(f"hf:{name}: `datasets` takes [ for a pattern: rename the folder")
     return path, config, split

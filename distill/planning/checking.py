@@ -16,7 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from distill.data import files
+from distill.data import dataset, files
 from distill.planning import aot, gpus, programs
 from distill.policy import hub, policy
 from distill.runtime import console, paths, run_files, trackers
@@ -137,8 +137,8 @@ def _set_up(
         mistakes.found.append(message)
         with whole.unlocked():
             del whole[name]
-    for name in c.stages:
-        if isinstance(c.get(name), ConfigDict) and "data" in c[name] and not c[name].data.streaming:
+    for name in _list_sections(c):
+        if "data" in c[name] and not c[name].data.streaming:
             whole[name].data.check_rows = ALL_ROWS
     mesh = mesh_lib.make_mesh(1, 1, 1, devices=devices or jax.devices())
     one_device = mesh, mesh
@@ -187,9 +187,9 @@ def _collect_parts(c: ConfigDict, mistakes: Mistakes) -> None:
             mistakes.collect(find_named)
 
     models = {"student"}
-    for name in c.stages:
-        s = c.get(name)
-        if not isinstance(s, ConfigDict) or "objective" not in s:
+    for name in _list_sections(c):
+        s = c[name]
+        if "objective" not in s:
             continue
         resolved = mistakes.collect(functools.partial(stages.resolve_objective, name, s))
         if resolved and stages.reads_teachers(c, s, resolved[0]):
@@ -198,11 +198,24 @@ def _collect_parts(c: ConfigDict, mistakes: Mistakes) -> None:
         for check in (stages.check_counts, setup.make_stage_optimizer):
             mistakes.collect(functools.partial(check, name, s))
         key = f"config.{name}.data.{'mixture' if s.data.mixture else 'source'}"
-        for source in [source for source, _ in s.data.mixture] or [s.data.source]:
+        for source in mistakes.collect(functools.partial(_list_sources, name, s)) or ():
             if not source.startswith(("hf:", "tfds:")):
                 collect_input(key, source, files.find_format)
     for name in sorted(models):
         collect_input(f"config.{name}.path", c[name].path, policy.resolve_model_dir)
+
+
+def _list_sections(c: ConfigDict) -> list[str]:
+    """Returns the names in `config.stages` that are sections of the config; others are refused
+    elsewhere."""
+    names = [name for name in c.stages if isinstance(name, str)]
+    return [name for name in names if isinstance(c.get(name), ConfigDict)]
+
+
+def _list_sources(name: str, s: ConfigDict) -> list[str]:
+    """Returns the sources of stage `name`. Raises UserError for a malformed mixture."""
+    with stages.name_stage(name):
+        return dataset.list_source_names(s.data)
 
 
 def _check_memory(

@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from distill.data import chat, template
+from distill.data import chat, columns, template
 from distill.data import messages as chats
 from distill.data.examples import encode_prompt
 from distill.policy import hub, identity
@@ -184,9 +184,8 @@ class ServedModel:
                 raise RowError(f"{where}: the prompt is empty")
             return Prompt(TEXT, {"prompt": text})
         if "messages" not in row and not isinstance(row.get("question"), str):
-            raise UserError(
-                f"{where}: none of tokens, prompt, messages, question among {sorted(row)}"
-            )
+            reason = columns.explain_missing_prompt(row) or "question is not a text"
+            raise UserError(f"{where}: {reason}")
         if "messages" not in row:
             row = {**row, "messages": [{"role": "user", "content": row["question"]}]}
         messages = chats.parse_messages(row, where)

@@ -72,7 +72,20 @@ def run(
         _exit_with_error(message)
     except KeyboardInterrupt as error:
         print("; ".join(["interrupted", *getattr(error, "__notes__", [])]), file=sys.stderr)
-        sys.exit(128 + getattr(error, "number", signal.SIGINT))
+        code = 128 + getattr(error, "number", signal.SIGINT)
+        if "coordinator_address" in options and options["coordinator_address"].value:
+            sys.exit(code)  # the other processes are told
+        _end_process(code)
+
+
+def _end_process(code: int) -> NoReturn:
+    """Ends the process as it is. An interruption leaves work undone in XLA's threads, such as the
+    compilation of a program; where Python first takes down what they use, they end in a
+    segmentation fault."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)
 
 
 def _explain_error(error: Exception, options: flags.FlagValues) -> str | None:
@@ -215,7 +228,7 @@ def _parse_flags(
 
     Every failure here is a user's mistake, so it raises UserError only."""
     try:
-        rest = options([_expand_config_file(arg) for arg in argv])
+        rest = options(_expand_config_files(argv))
     except UserError:
         raise
     except Exception as error:
@@ -248,20 +261,28 @@ def _list_parse_errors(message: str, argv: list[str], options: flags.FlagValues)
         for key in [name for name in options if "." in name]:  # defined by those that were parsed
             delattr(options, key)
         try:
-            options([_expand_config_file(arg) for arg in argv])
+            options(_expand_config_files(argv))
             break
         except Exception as error:
             messages.append(_explain_parse_error(error, argv))
     raise UserErrors(messages)
 
 
-def _expand_config_file(arg: str) -> str:
-    """Expands the path in --config=~/file.py:ARGUMENT, which is read while flags are parsed."""
-    name, _, value = arg.partition("=")
-    if name not in ("--config", "-config"):
-        return arg
-    file, colon, argument = value.partition(":")
-    return f"{name}={paths.expand_input(file)}{colon}{argument}"
+def _expand_config_files(argv: list[str]) -> list[str]:
+    """Expands the path in --config=~/file.py:ARGUMENT, which is read while flags are parsed; the
+    file may also be the next argument."""
+    expanded: list[str] = []
+    rest = iter(argv)
+    for arg in rest:
+        name, equals, value = arg.partition("=")
+        if name in ("--config", "-config"):
+            value = value if equals else next(rest, "")
+            if not value or value.startswith("-"):
+                raise UserError("--config: needs a file: options are written --name=value")
+            file, colon, argument = value.partition(":")
+            arg = f"{name}={paths.expand_input(file)}{colon}{argument}"
+        expanded.append(arg)
+    return expanded
 
 
 def _check_config(name: str, flag: flags.Flag) -> None:

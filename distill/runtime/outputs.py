@@ -41,7 +41,8 @@ def own_output(
     command: dict[str, Any] = {"verb": verb, "arguments": arguments}
     for name in options:
         if config_flags.is_config_flag(options[name]):
-            command[name] = config_flags.get_config_filename(options[name])
+            is_given = options[name].value is not None  # a verb may do without
+            command[name] = config_flags.get_config_filename(options[name]) if is_given else None
         elif name not in _UNRECORDED:
             command[name] = options[name].value
     command = json.loads(run_files.to_json(command))

@@ -77,8 +77,12 @@ def suggest_path(path: str | Path) -> str:
             return ""
         while not missing.parent.exists():
             missing = missing.parent
-        nearest = difflib.get_close_matches(missing.name, os.listdir(missing.parent), 1)
+        nearest = difflib.get_close_matches(missing.name, os.listdir(missing.parent), 5)
         for name in nearest:
+            # An ending in common does not make two names alike.
+            stems = (missing.stem.lower(), Path(name).stem.lower())
+            if difflib.SequenceMatcher(None, *stems).ratio() < 0.6:
+                continue
             found = missing.with_name(name) / Path(path).relative_to(missing)
             return f"; did you mean '{found}'?" if found.exists() else ""
     return ""

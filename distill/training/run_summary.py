@@ -151,7 +151,12 @@ def print_end(c: ConfigDict, stages: Sequence[StageSetup], workdir: epath.Path) 
 
 
 def _list_next_commands(c: ConfigDict, last: StageSetup, workdir: str) -> Iterator[str]:
-    source = last.c.data.source
+    data, source = last.c.data, last.c.data.source
+    # As the run was trained: in another form it would be asked what it never learned to answer.
+    form = {
+        "template": data.template if data.template != "{question}" else "",
+        "thinking": "" if data.thinking else "off",
+    }
     out = f"{workdir}/evaluation"
     if c.eval.every:
         yield console.format_command(
@@ -164,12 +169,17 @@ def _list_next_commands(c: ConfigDict, last: StageSetup, workdir: str) -> Iterat
             max_new_tokens=c.eval.max_new_tokens or None,
             out=out,
         )
-    elif source == "arithmetic" and not last.c.data.mixture:
-        yield console.format_command("evaluate", model=workdir, benchmark=source, out=out)
+    elif source == "arithmetic" and not data.mixture:
+        yield console.format_command("evaluate", model=workdir, benchmark=source, **form, out=out)
     else:
-        prompts = last.c.data.mixture[0][0] if last.c.data.mixture else source
+        prompts = data.mixture[0][0] if data.mixture else source
         yield console.format_command(
-            "generate", model=workdir, prompts=prompts, out=f"{workdir}/samples.jsonl"
+            "generate",
+            model=workdir,
+            prompts=prompts,
+            **form,
+            max_new_tokens=last.c.max_response_tokens,
+            out=f"{workdir}/samples.jsonl",
         )
     yield console.format_command("export", run=workdir, out=f"{workdir}/export")
     yield console.format_command("report", workdir, out=f"{workdir}/report.html")

@@ -271,15 +271,13 @@ def _setup_stage(
         has_stored_top=loss.teacher_output == "top" and not outside,
         outside=outside,
     )
-    try:
+    with stages.name_stage(name):
         source = dataset.load_source(
             s.data, student.tokenizer, c.seed, sampled_rows < s.batch_size, check_example, context
         )
         order = curriculum.make_stage_order(
             s.data, source.size, source.read_example, s.steps, c.seed
         )
-    except UserError as error:  # its message does not name the stage
-        raise UserError(str(error).replace("config.data.", f"config.{name}.data.")) from None
     if s.rollout.asynchronous:
         stages.check_async_rollouts(name, s, loss, sampled_rows)
     optimizer = make_stage_optimizer(name, s)

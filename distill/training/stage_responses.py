@@ -37,15 +37,15 @@ def open_stage_responses(c: ConfigDict, name: str) -> Responses:
         tokenizer = chat.load_tokenizer(hub.resolve_tokenizer_dir(m.tokenizer or m.path))
     context = teacher_context.load_context(s.context, f"config.{name}.context")
     sources = []
-    for source_name in [x for x, _ in s.data.mixture] or [s.data.source]:
+    with stages.name_stage(name):
+        source_names = dataset.list_source_names(s.data)
+    for source_name in source_names:
         data = s.data.copy_and_resolve_references().unlock()
         data.source, data.mixture = source_name, ()
         # All rows are read here. Bad ones that are skipped are then no part of the source.
         data.check_rows = 2**62 if data.on_bad_row == "skip" else 0
-        try:
+        with stages.name_stage(name):
             source = dataset.load_source(data, tokenizer, c.seed, True, context=context)
-        except UserError as error:  # its message does not name the stage
-            raise UserError(str(error).replace("config.data.", f"config.{name}.data.")) from None
         if not source.size:
             raise UserError(f"config.{name}.data.max_rows: set it, {source_name} has no end")
         sources.append(source)
@@ -56,5 +56,4 @@ def open_stage_responses(c: ConfigDict, name: str) -> Responses:
         x = sources[number].read_example(row - ends[number] + sources[number].size)
         return [x, *([x.non_thinking_example] if x.non_thinking_example else [])]
 
-    names = ", ".join(x for x, _ in s.data.mixture) or s.data.source
-    return Responses(names, ends[-1], read)
+    return Responses(", ".join(source_names), ends[-1], read)

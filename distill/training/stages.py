@@ -1,8 +1,9 @@
 """Resolves and checks the config of a stage."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -27,6 +28,15 @@ MIN_TOKENS_PER_SHARD, MIN_TOKENS_PER_SHARD_CPU = 4096, 1024
 CACHE_MEMORY_FRACTION = 0.8  # of the free memory, for the sampler's cache
 # Treatments of groups whose rewards are all equal.
 ZERO_VARIANCE_MODES = ("keep", "drop", "replace")
+
+
+@contextlib.contextmanager
+def name_stage(name: str) -> Iterator[None]:
+    """Context in which an error about config.data, which does not know its stage, names it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("config.data.", f"config.{name}.data.")) from None
 
 
 def resolve_objective(name: str, s: ConfigDict) -> tuple[losses.Loss, int]:

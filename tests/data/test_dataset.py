@@ -330,6 +330,23 @@ def test_a_bad_trace_is_named(
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"input": "hi"}, "['input']; config.data.columns=question=input reads it"),
+        ({"questions": "hi"}, "['questions']; did you mean 'question' by 'questions'? config."),
+        ({"id": 3}, "['id']; config.data.columns=question=COLUMN reads it"),
+    ],
+)
+def test_a_row_without_a_prompt_is_told_the_way(
+    tiny: PreTrainedTokenizerBase, tmp_path: Path, row: dict, words: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        source = write(tmp_path / "rows.jsonl", row)
+        dataset.load_source(config(source), tiny, 0, with_responses=False)
+    assert words in str(error.value)
+
+
 def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"question": "caf\xc3\xa9"}\n{"question": "caf\xe9"}\n')

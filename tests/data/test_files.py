@@ -55,7 +55,12 @@ def test_files_are_read(tmp_path: Path, name: str, content: bytes, count: int) -
         ("rows.jsonl", gzip.compress(LINE, mtime=0), "is compressed: gunzip it"),
         ("rows.json", b"\x28\xb5\x2f\xfd...", "is compressed: unzstd it"),
         ("rows.jsonl", LINE.decode().encode("utf-16"), "is in UTF-16"),
-        ("rows.csv", b"question,answer\n2+2?,4\n", "its first line is no JSON object"),
+        (
+            "rows.csv",
+            b"question,answer\n2+2?,4\n",
+            "its first line is no JSON object; rows are read from .jsonl, .json and .parquet "
+            "files; put it into a folder of its own: hf:FOLDER reads csv and tsv",
+        ),
         ("rows.txt", b"2+2?\n", "its first line is no JSON object"),
         ("rows.arrow", b"ARROW1\0\0", "is an Arrow file"),
         ("rows.parquet", LINE, "is no parquet file"),
@@ -100,6 +105,14 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(UserError, match=words):
             sources.open_rows(source)
+
+
+@pytest.mark.parametrize(("name", "gap"), [("rows.csv", b","), ("rows.tsv", b"\t")])
+def test_tables_are_read_from_their_folder(tmp_path: Path, name: str, gap: bytes) -> None:
+    path = write(tmp_path / "set" / name, gap.join([b"question", b"answer\n2+2?", b"4\n"]))
+    with pytest.raises(UserError, match="is a file, put it into a folder of its own: hf:FOLDER"):
+        sources.open_rows(f"hf:{path}")
+    assert read_all(f"hf:{tmp_path}/set") == [{"question": "2+2?", "answer": 4}]
 
 
 def test_a_folder_is_read_through_hf_whatever_its_name(tmp_path: Path) -> None:

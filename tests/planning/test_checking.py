@@ -104,6 +104,24 @@ def test_a_missing_model_does_not_hide_the_other_mistakes(capsys, tmp_path):
         assert words in text
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        '--config.opd.data.mixture=(("rows.jsonl"),)',
+        '--config.opd.data.mixture=("arithmetic",1.0)',
+        "--config.opd.data.mixture=(1,)",
+        "--config.opd.data.mixture=((1,2),)",
+        "--config.opd.data.mixture=(None,)",
+        "--config.stages=(None,)",
+    ],
+)
+def test_malformed_values_are_mistakes_like_others(capsys, change):
+    code, text, errors = check(capsys, TINY, change, "--config.opd.steps=0")
+    assert code == 2 and errors and "Traceback" not in text
+    key = change[2:].partition("=")[0]
+    assert sum(key in line for line in errors) == 1, errors
+
+
 def test_too_long_prompts_are_counted_over_all_rows(capsys, tmp_path):
     rows = [{"prompt": "1+" * n + "1"} for n in (2, 60, 3, 90, 70)]
     source = write(tmp_path / "rows.jsonl", rows)

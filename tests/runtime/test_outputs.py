@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 from etils import epath
 
+from configs import quickstart
 from distill import clean, compare, diagnose, generate, score, verify
 from distill.runtime import outputs
 from tests.support.paths import ROOT
@@ -138,3 +139,21 @@ def test_the_grader_that_generate_proposes_reads_the_responses(texts, benchmark,
     cut = {"text": "<think>\n2", "finish_reason": "length"}
     out = write(folder / "out.jsonl", [{"samples": [*samples, cut]}])
     assert generate.choose_benchmark(epath.Path(out), "4") == benchmark
+    assert generate.choose_benchmark(epath.Path(out), "4", "gsm8k") == (
+        "gsm8k" if benchmark else ""
+    )
+
+
+def test_the_benchmark_is_that_of_the_run(tmp_path: Path) -> None:
+    assert not generate.find_benchmark(str(tmp_path))
+    c = quickstart.get_config("tiny")
+
+    def find() -> str:
+        (tmp_path / "config.json").write_text(c.to_json_best_effort())
+        return generate.find_benchmark(str(tmp_path))
+
+    assert not find()
+    c.opd.objective, c.opd.reward.grader = "grpo", "math"
+    assert find() == "math"
+    c.eval.every, c.eval.benchmark = 2, "gsm8k"
+    assert find() == "gsm8k"

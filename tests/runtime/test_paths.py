@@ -128,11 +128,14 @@ def test_the_file_of_a_config_may_lie_in_the_home_directory(home: str) -> None:
 
 def test_a_path_is_proposed_only_if_it_exists(tmp_path: Path) -> None:
     (tmp_path / "models" / "qwen").mkdir(parents=True)
+    (tmp_path / "theories.jsonl").touch()
     for name, nearest in {
         "modles/qwen": "models/qwen",
         "models/qwenn": "models/qwen",
         "modles/llama": "",
         "other": "",
+        "notrows.jsonl": "",
+        "theory.jsonl": "theories.jsonl",
         "models": "",
         "models/" + "x" * 300: "",
         "models/a\0b": "",

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 from distill.runtime import cli
 
@@ -21,7 +22,8 @@ def call(verb: ModuleType, *arguments: str) -> int:
         delattr(verb.OPTIONS, key)
     before, sys.argv = sys.argv, [verb.__name__, *map(str, arguments)]
     try:
-        cli.run(verb.main, verb.OPTIONS, getattr(verb, "ARGUMENTS", None))
+        with mock.patch.object(cli, "_end_process", sys.exit):
+            cli.run(verb.main, verb.OPTIONS, getattr(verb, "ARGUMENTS", None))
     except SystemExit as stop:
         assert isinstance(stop.code, int)
         return stop.code

@@ -1,5 +1,7 @@
 """Tests a teacher on servers: this project's own, run here, and fakes of vLLM and SGLang."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -7,15 +9,17 @@ from configs import base
 from distill.policy import policy
 from distill.runtime import http_client
 from distill.runtime import mesh as mesh_lib
+from distill.runtime.http_client import BadReply, Reply
 from distill.serving.server import ServerOptions, open_server
-from distill.teachers import remote
+from distill.teachers import endpoints, remote
+from distill.teachers.outputs import ScorerInfo
 from distill.teachers.remote import RemoteScorer
 from models.errors import SourceFailure, UserError
 from tests.support import http_servers
-from tests.support.http_servers import Answer
+from tests.support.http_servers import Answer, Asked
 from tests.support.runs import tiny_model
 from tests.support.scorers import LocalScorer
-from tests.support.teacher_servers import ANSWERS, FAULTS
+from tests.support.teacher_servers import ANSWERS, FAULTS, NAME
 
 RESPONSES = [([5, 6, 7], [8, 9]), ([3], [4, 100, 17, 21]), ([40] * 60, [1])]
 
@@ -245,3 +249,42 @@ def test_unequal_answers_to_equal_requests_are_told(models, reference, capsys):
         distance[0] = 0.5
         with pytest.raises(UserError, match=r"differ by 0\.50 nats on average: no teacher"):
             make_scorer(server.url, "token", kind="vllm").check(describe(models[0]))
+
+
+JUNK = (None, True, -1, 10**30, 1e400, -1e308, float("nan"), "x", "9" * 30, [], {}, [[]])
+
+
+def list_places(value):
+    """Returns (container, key) of everything in a JSON value."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in list(pairs):
+        yield value, key
+        if isinstance(inner, dict | list):
+            yield from list_places(inner)
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_any_other_reply_is_read_or_tried_again(kind, reference):
+    """Each place of a good reply is replaced by what does not belong there, or left out."""
+    endpoint = endpoints.KINDS[kind]()
+    info = ScorerInfo(NAME, ("token", "top"), 512)
+    question, items = endpoints.Question("top", 2, info), RESPONSES[:2]
+    body = endpoint.make_body(question, items)
+    good = ANSWERS[kind](reference)(Asked(endpoint.path, {}, body)).body
+
+    def read(value):
+        reply = Reply("http://teacher", 200, {}, json.dumps(value).encode())
+        return endpoints.read_reply(endpoint, question, items, reply)
+
+    assert len(read(good)) == 2
+    num_refused = 0
+    for number in range(len(list(list_places(good)))):
+        for junk in JUNK:
+            bad = json.loads(json.dumps(good))
+            container, key = list(list_places(bad))[number]
+            container[key] = junk
+            try:
+                assert len(read(bad)) == 2
+            except BadReply:
+                num_refused += 1
+    assert num_refused > 100

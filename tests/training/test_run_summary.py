@@ -92,6 +92,17 @@ def test_a_finished_run_has_a_table_its_place_and_the_next_commands(
     assert " --benchmark=gsm8k --data=test.jsonl " in said and "tensorboard --logdir" not in said
 
 
+def test_the_next_command_asks_as_the_run_was_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    c, stage = quickstart.get_config("tiny"), make_stage("opd")
+    data = stage.c.data
+    data.source, data.template, data.thinking = "rows.jsonl", "Q: {question}", 0.0
+    run_summary.print_end(c, [stage], epath.Path(tmp_path))
+    said = capsys.readouterr().err
+    assert " '--template=Q: {question}' --thinking=off --max_new_tokens=52 " in said
+
+
 def test_the_table_says_how_much_of_the_time_was_compiling() -> None:
     rows = [{**ROW, "time/step": 4.0, "time/compile": compiling} for compiling in (3.0, None, 0.0)]
     assert "12 s, 3 s compiling" in run_summary.render_stages([make_stage("opd")], rows)
