@@ -31,6 +31,7 @@ UNCHECKED = {
     **dict.fromkeys(("done", "export", "for", "read", "source", "while"), "belongs to the shell"),
     "$run": "is a command that configs/ablations.py printed, and test_recipes.py checks",
     "gcloud": "needs an account at Google",
+    **dict.fromkeys(("lm_eval", "vllm"), "comes with a package of that name"),
     "pip": "needs a network; the files after -r are checked",
     **dict.fromkeys(("mlflow", "tensorboard", "trackio"), "comes with a package of that name"),
 }

@@ -13,6 +13,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
+from distill.teachers import remote
+from tests.support import serving
 from tests.support.pages import (
     GUIDES,
     PAGES,
@@ -24,7 +26,8 @@ from tests.support.pages import (
     split_lines,
 )
 from tests.support.paths import ROOT
-from tests.support.verbs import call
+from tests.support.runs import numbers, tiny_model
+from tests.support.verbs import call, verb_module
 
 NAMED_PAGES = [pytest.param(page, id=name_page(page)) for page in PAGES]
 
@@ -121,6 +124,7 @@ def list_flags() -> frozenset[str]:
 
 # Names that belong to others, and those that a reader of CONTRIBUTING is to replace or to add.
 FOREIGN = ("sbatch --requeue", "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92", "pypi.org", "-s osv")
+FOREIGN += ("--max-logprobs", "--max-num-batched-tokens", "OPENAI_API_KEY", "response_format")
 FOREIGN += ("pip install --require-hashes -r requirements-lock.txt", "mlflow.db")
 TEMPLATE = re.compile(r"NAME|FILE|/X/|olympiad|opd_jsd")
 
@@ -202,6 +206,7 @@ NOT_RUN = {
     r"log\.to=|^tensorboard|^trackio|^mlflow": "need packages that the project does not install",
     r"launch_tpu\.sh|gcloud|ACCELERATOR=": "need Google Cloud",
     r"import jax": "shows GPUs",
+    r"distill\.serve|^vllm |http://": "serve until they are stopped, or ask such a server",
     r"^make quickstart": "takes minutes; test_quickstart.py runs it, tiny",
     r"assets/make_tokenizer|tiny_teacher|tiny_student": "made the models that are committed",
     r"ablations\.py|for rate in": "are studies, whose runs test_recipes.py checks",
@@ -269,3 +274,79 @@ def test_the_commands_of_your_own_models_run(tmp_path: Path, monkeypatch) -> Non
     assert (tmp_path / "run/eval/summary.json").is_file()
     assert "<html" in (tmp_path / "report.html").read_text()
     assert (tmp_path / "student/model.safetensors").is_file()
+
+
+# A teacher elsewhere
+
+TOKEN_VARIABLE = "TEACHER_TOKEN"
+
+
+def read_teacher_commands() -> list[list[str]]:
+    """Returns README's three commands: serve, check, train."""
+    section = (ROOT / "README.md").read_text().partition("\n## A teacher elsewhere\n")[2]
+    blocks = find_blocks(section.partition("\n## ")[0], "bash")
+    lines = [shlex.split(line) for block in blocks for line in split_lines(block)]
+    commands = [words for words in lines if words[0] == "python"]
+    assert [words[2] for words in commands] == ["distill.serve", "distill.train", "distill.train"]
+    exported = [words for words in lines if words[0] == "export"]
+    assert exported and all(words[1].startswith(f"{TOKEN_VARIABLE}=") for words in exported)
+    return commands
+
+
+def replace_words(words: list[str], changes: dict[str, str]) -> list[str]:
+    assert changes.keys() <= set(words)
+    return [changes.get(word, word) for word in words[3:]]
+
+
+def check_and_train_elsewhere(url: str, workdir: Path, *flags: str) -> None:
+    """Runs the student's commands by README's flags, tiny, with the teacher at `url`.
+
+    flags: further ones of both commands.
+    """
+    changes = {
+        "--config=configs/gsm8k.py": "--config=configs/gsm8k.py:tiny",
+        "--config.teacher.path=http://teacher:8000": f"--config.teacher.path={url}",
+    }
+    _, check, train = read_teacher_commands()
+    assert "--check" in check
+    assert call(verb_module("train"), *replace_words(check, changes), *flags) == 0
+    assert not workdir.exists()
+    changes["--workdir=runs/gsm8k"] = f"--workdir={workdir}"
+    assert call(verb_module("train"), *replace_words(train, changes), *flags) == 0
+    assert numbers(workdir)[-1]["train/reverse_kl"] > 0
+
+
+def test_a_run_learns_from_a_teacher_elsewhere(tmp_path: Path, monkeypatch) -> None:
+    """One step of one layer, with the server in this process; the test below starts it by README's
+    command."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(remote, "_get_head_cache", lambda: tmp_path / "heads")
+    monkeypatch.setenv(TOKEN_VARIABLE, serving.TOKEN)
+    student = tiny_model(tmp_path / "student", 0, num_hidden_layers=1)
+    teacher = tiny_model(tmp_path / "teacher", 1, num_hidden_layers=1, hidden_size=48)
+    with serving.serve(teacher, slots=1, max_length=128) as running:
+        flags = (f"--config.student.path={student}", "--config.opd.steps=1")
+        check_and_train_elsewhere(running.url, tmp_path / "run", *flags)
+        assert running.server.served.model_hash in (tmp_path / "run/inputs.json").read_text()
+
+
+@pytest.mark.long
+def test_the_commands_of_a_teacher_elsewhere_run(tmp_path: Path, monkeypatch) -> None:
+    """All three, with the embedded models: the server as a process, which SIGTERM ends."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(remote, "_get_head_cache", lambda: tmp_path / "heads")
+    monkeypatch.setenv(TOKEN_VARIABLE, serving.TOKEN)
+    serve, log = read_teacher_commands()[0], tmp_path / "log"
+    flags = replace_words(serve, {"--model=Qwen/Qwen3-8B": "--model=assets/teacher"})
+    words = [sys.executable, *serve[1:3], *flags, "--port=0", "--dtype=float32"]
+    with log.open("w") as file:
+        process = subprocess.Popen(words, stdout=file, stderr=file)
+    try:
+        serving.wait_until(lambda: "serving" in log.read_text() or process.poll() is not None, 300)
+        port = log.read_text().strip().rpartition(":")[2]
+        check_and_train_elsewhere(f"http://127.0.0.1:{port}", tmp_path / "run")
+        process.terminate()
+        assert process.wait(60) == 143, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
