@@ -1,6 +1,7 @@
 """Prompts, traces and masks, against published token ids and with the tiny model's tokenizer."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
