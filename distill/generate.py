@@ -126,9 +126,7 @@ def run_generation() -> None:
     flag, lock = f"--out={OUT.value}", out.with_name(out.name + ".lock")
     with (
         run_files.explain_write_errors(out, flag),
-        stop_signals.advise_interrupted(
-            f"the rows that were finished are in {out}.partial, and the same command goes on"
-        ),
+        stop_signals.advise_interrupted(lambda: run_files.describe_finished(out)),
         locks.hold_lock(lock, flag),
         outputs.own_output(out, "generate", OPTIONS),
     ):

@@ -137,7 +137,11 @@ def store_scores(subject: "Policy") -> None:
     with (
         run_files.explain_write_errors(out, flag),
         stop_signals.advise_interrupted(
-            f"the files that were finished are in {OUT.value}, and the same command goes on"
+            lambda: (
+                f"the files that were finished are in {OUT.value}, and the same command goes on"
+                if any(out.glob("shard-*"))
+                else "no file was finished yet; the same command begins anew"
+            )
         ),
         locks.hold_lock(out / "lock", flag),
     ):

@@ -178,10 +178,7 @@ def generate_file(
         results = generate_rows(model, rows, spec, settings, errors=errors, first=first)
         run_files.extend_jsonl(path, results)
     except SourceFailure as error:
-        raise SourceFailure(
-            f"{error}; the rows that were finished are in {path}.partial, and the same command "
-            "goes on"
-        ) from error
+        raise SourceFailure(f"{error}; {run_files.describe_finished(path)}") from error
     if first:  # an earlier call met errors too
         errors |= _read_errors(path)
     return errors

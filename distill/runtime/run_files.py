@@ -320,3 +320,12 @@ def _is_before(row: str, step: int) -> bool:
         return json.loads(row)["step"] < step
     except (ValueError, LookupError, TypeError, RecursionError):
         return False
+
+
+def describe_finished(out: epath.Path) -> str:
+    """Says where the rows are of a call that ended before it wrote all of `out`, if any was
+    finished, and how to go on."""
+    partial = out.with_name(f"{out.name}.partial")
+    if not partial.exists() or not partial.stat().length:
+        return "no row was finished yet; the same command begins anew"
+    return f"the rows that were finished are in {partial}, and the same command goes on"

@@ -33,6 +33,7 @@ def _describe_flag(flag: flags.Flag) -> str:
         value, about = "FILE.py[:ARGUMENT]", _CONFIG
     elif isinstance(flag, flags.EnumFlag):
         value, about = "|".join(filter(None, flag.parser.enum_values)), about.partition(": ")[2]
+    about = about.replace("; repeat this option to specify a list of values", " May be repeated.")
     usage = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}={value}"
     if any("must have a value other than None" in x.message for x in flag.validators):
         about += " Required."

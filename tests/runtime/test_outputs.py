@@ -10,7 +10,8 @@ from etils import epath
 
 from configs import quickstart
 from distill import clean, compare, diagnose, generate, score, verify
-from distill.runtime import outputs
+from distill.evaluation import example_rows
+from distill.runtime import outputs, run_files
 from tests.support.paths import ROOT
 from tests.support.verbs import call, verb_module, write
 
@@ -157,3 +158,14 @@ def test_the_benchmark_is_that_of_the_run(tmp_path: Path) -> None:
     assert find() == "math"
     c.eval.every, c.eval.benchmark = 2, "gsm8k"
     assert find() == "gsm8k"
+
+
+def test_an_interrupted_verb_says_only_what_is_there(tmp_path: Path) -> None:
+    out = epath.Path(tmp_path) / "out.jsonl"
+    assert run_files.describe_finished(out).startswith("no row was finished")
+    for content, words in (("", "no row was finished"), ("{}\n", "the rows that were")):
+        out.with_name("out.jsonl.partial").write_text(content)
+        assert run_files.describe_finished(out).startswith(words)
+    assert example_rows.describe_graded(out.parent).startswith("no response was graded")
+    (out.parent / "examples.jsonl").write_text("{}\n")
+    assert example_rows.describe_graded(out.parent).startswith("the responses that were graded")
