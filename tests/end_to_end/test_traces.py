@@ -44,13 +44,15 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_generate_reads_the_first_rows_and_refuses_more(traces: Path, capsys: Any) -> None:
-    made = traces.read_bytes()
-    assert made.count(b"\n") == 8
-    flags = (f"--prompts={traces.with_name('prompts.jsonl')}", f"--out={traces}", *SETTINGS)
-    assert call(generate, f"--model={STUDENT}", *flags, "--limit=9") == 2
-    assert "was made by another command: --limit was 8, now 9" in capsys.readouterr().err
-    assert traces.read_bytes() == made
+def test_generate_reads_the_first_rows(traces: Path, tmp_path: Path, capsys: Any) -> None:
+    assert traces.read_bytes().count(b"\n") == 8
+    out = tmp_path / "out.jsonl"
+    for name in (traces.name, f"{traces.name}.about"):
+        (tmp_path / name).write_bytes(traces.with_name(name).read_bytes())
+    flags = (f"--prompts={traces.with_name('prompts.jsonl')}", f"--out={out}", *SETTINGS)
+    assert call(generate, f"--model={STUDENT}", *flags, "--limit=3") == 0
+    assert "replaces what was made with --limit=8, which is 3 now" in capsys.readouterr().err
+    assert out.read_bytes() == b"".join(traces.read_bytes().splitlines(keepends=True)[:3])
 
 
 @pytest.mark.parametrize("done", [0, 3])

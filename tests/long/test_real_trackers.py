@@ -123,7 +123,7 @@ def test_a_stopped_run_is_one_run_with_one_row_a_step(tmp_path: Path, name: str)
     run = start()
     text = run.communicate()[1]
     assert run.returncode == 0, text[-2000:]
-    assert "warning" not in text, text[-2000:]
+    assert f"{name}: warning" not in text, text[-2000:]
     read = [sys.executable, "-W", "ignore", "-c", READ.format(reader=READERS[name]), str(workdir)]
     done = subprocess.run(read, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
