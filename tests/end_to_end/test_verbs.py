@@ -630,4 +630,5 @@ def test_verbs_run_as_commands(bare, run: Path, tmp_path: Path) -> None:
     done = verb("score", *shared, "--top_k=1000")
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1 and "--top_k=1000" in done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["export", "in.jsonl", "samples.jsonl"]
+    made = ["samples.jsonl", "samples.jsonl.about"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["export", "in.jsonl", *made]

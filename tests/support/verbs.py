@@ -7,6 +7,8 @@ from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
+import jax
+
 from distill.runtime import cli
 
 
@@ -21,6 +23,7 @@ def call(verb: ModuleType, *arguments: str) -> int:
     for key in [name for name in verb.OPTIONS if "." in name]:  # keys of an earlier call's config
         delattr(verb.OPTIONS, key)
     before, sys.argv = sys.argv, [verb.__name__, *map(str, arguments)]
+    caches = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
     try:
         with mock.patch.object(cli, "_end_process", sys.exit):
             cli.run(verb.main, verb.OPTIONS, getattr(verb, "ARGUMENTS", None))
@@ -29,6 +32,7 @@ def call(verb: ModuleType, *arguments: str) -> int:
         return stop.code
     finally:
         sys.argv = before
+        jax.config.update("jax_enable_compilation_cache", caches)  # `plan` switches it off
     return 0
 
 
