@@ -1,5 +1,6 @@
 """A run on gs://, by gcsfs and tensorstore themselves, against a bucket that is played here."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.bucket import bucket
+from tests.support.bucket import Server, bucket
 from tests.support.paths import ROOT
 from tests.support.runs import read_scalars
 from tests.support.verbs import write
@@ -18,17 +19,19 @@ WORDS += ["--config.eval.every=2", "--config.eval.benchmark=arithmetic", "--conf
 WORDS += ["--config.eval.limit=4", "--config.eval.max_new_tokens=8"]
 
 
+def run_verb(server: Server, name: str, *words: str) -> str:
+    """Runs a verb that reaches the bucket; returns its stderr."""
+    call = [sys.executable, "-W", "ignore", "-m", f"distill.{name}", *words]
+    environment = os.environ | server.variables
+    done = subprocess.run(call, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
 def test_a_run_on_a_bucket(tmp_path: Path) -> None:
     pytest.importorskip("gcsfs")
     with bucket() as server:
-
-        def verb(name: str, *words: str) -> str:
-            call = [sys.executable, "-W", "ignore", "-m", f"distill.{name}", *words]
-            environment = os.environ | server.variables
-            done = subprocess.run(call, env=environment, cwd=ROOT, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-3000:]
-            return done.stderr
-
+        verb = functools.partial(run_verb, server)
         assert "0 of them from the cache" in verb("train", *WORDS)
         held = {name.removeprefix("runs/x/") for name in server.held if name.startswith("runs/x/")}
         assert {"config.json", "environment.json", "metrics.jsonl"} <= held
@@ -64,14 +67,7 @@ def test_stored_scores_in_a_bucket(tmp_path: Path) -> None:
     traces, scores = write(tmp_path / "traces.jsonl", rows), "gs://bucket/scores"
     words = ["--model=assets/teacher", f"--tokens={traces}", "--output=hidden", f"--out={scores}"]
     with bucket() as server:
-
-        def verb(name: str, *words: str) -> str:
-            call = [sys.executable, "-W", "ignore", "-m", f"distill.{name}", *words]
-            environment = os.environ | server.variables
-            done = subprocess.run(call, env=environment, cwd=ROOT, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-3000:]
-            return done.stderr
-
+        verb = functools.partial(run_verb, server)
         verb("score", *words)
         before = dict(server.held)
         names = {name.removeprefix("scores/") for name in before}
