@@ -31,7 +31,8 @@ FOLDERS = {
     "errors",
     "teachers": "local external remote endpoints stored stored_files wire outputs",
     "rollout": "served_completions served_model completions sampler simulate engine buffer options "
-    "scheduler decode sequence sampling",
+    "scheduler decode decode_steps decode_types drafts draft_lengths decode_weights sequence "
+    "sampling",
     "policy": "exporting forward compatibility policy identity hub",
     "data": "collate packing dataset teacher_context cleaning dedup curriculum examples sources "
     "retry canonical columns turns answers arithmetic chat template sandbox messages files values",
