@@ -108,13 +108,18 @@ def read_report(path: Path, device: str) -> JsonDict:
     if not path.exists():
         return report
     try:
-        report |= json.loads(path.read_text())
-    except (ValueError, TypeError):
-        raise UserError(f"{path}: not a report of benchmarks.gpu; remove it") from None
-    if report["device"] != device:
-        raise UserError(
-            f"{path}: measured on {report['device']}, and this is {device}; name another --out"
+        report = json.loads(path.read_text())
+        entries, other = report["stages"].values(), report["device"]
+        whole = all(
+            {"settings", "revision"} <= {*entry["key"]} and {"result", "failed"} & {*entry}
+            for entry in entries
         )
+    except (ValueError, TypeError, KeyError, AttributeError):
+        whole, other = False, ""
+    if not whole:
+        raise UserError(f"{path}: not a report of benchmarks.gpu; remove it")
+    if other != device:
+        raise UserError(f"{path}: measured on {other}, and this is {device}; name another --out")
     return report
 
 
