@@ -125,7 +125,7 @@ class Slabs:
         """Writes the line that `bind_tokens` prepared, if any, to the slabs.
 
         This comes after the last layer, not in each, so that XLA knows that nothing is read any
-        more: else it copies the slabs of all rows, in each layer, which takes longer than the model.
+        more: else it copies the slabs of all rows in each layer, which takes longer than the model.
         """
         if self.packed is None:
             return self
