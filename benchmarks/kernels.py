@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 from distill.planning import aot, fit, programs
-from distill.runtime import cli, run_files
+from distill.runtime import cli
 from distill.runtime import mesh as mesh_lib
 from models import families
 from models.layers import grouped

@@ -38,14 +38,15 @@ def get_compiler_options(mesh: Mesh) -> dict[str, str]:
 
 
 def log_slow_experts(config: Config, mesh: Mesh) -> None:
-    """Says, once, if a GPU's experts have no kernels of their own: what that costs and what to do."""
+    """Says, once, what experts cost on GPUs that have no kernels for them, and what to do."""
     device = mesh.devices.flat[0]
-    if config.num_experts and device.platform == "gpu":
-        if reason := grouped.explain_missing_gpu_kernels(device):
-            _log_once(
-                f"experts: XLA multiplies each token by all {config.num_experts} of them on this "
-                f"GPU, {config.num_experts} times the operations and memory; {reason}"
-            )
+    if not config.num_experts or device.platform != "gpu":
+        return
+    if reason := grouped.explain_missing_gpu_kernels(device):
+        _log_once(
+            f"experts: each token is multiplied by all {config.num_experts} of them, at "
+            f"{config.num_experts} times the operations and memory: {reason}"
+        )
 
 
 @functools.cache

@@ -108,7 +108,9 @@ def compute_kernel_gradient(
 def explain_missing_gpu_kernels(device: Any) -> str:
     """Returns why tokamax's kernels cannot be used on a GPU, and what to do; "" if they can."""
     if float(device.compute_capability) < _MIN_CAPABILITY:
-        return f"{device.device_kind} is older than tokamax's kernels need (Ampere, such as an A100)"
+        return (
+            f"{device.device_kind} is older than tokamax's kernels need (Ampere, such as an A100)"
+        )
     return _explain_missing_packages()
 
 

@@ -17,9 +17,7 @@ import pytest
 from models.layers import grouped
 from tests.support.paths import ROOT
 
-HOPPER = types.SimpleNamespace(
-    platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0"
-)
+HOPPER = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
 
 # rows, in, out, sizes: groups may be empty, end inside a tile of rows, and leave rows over.
 CASES = {
@@ -53,7 +51,7 @@ def test_product_and_gradients_equal_a_loop_over_groups(case):
     def product(x, kernel):
         return jnp.where(here, grouped.dot(jnp.where(here, x, 0), kernel, sizes), 0)
 
-    y, transpose = jax.vjp(product, x, kernel)
+    y, transpose = jax.vjp(jax.jit(product), x, kernel)
     dx, dkernel = transpose(dy)
     expected = [np.zeros_like(dy), np.zeros_like(x), np.zeros_like(kernel)]
     for e, of_group in enumerate(groups(sizes)):
@@ -108,7 +106,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 def test_products_on_gpus_equal_a_loop_over_groups(gpu, case):
     """Rows after the last group, which tokamax leaves undefined, reach no gradient."""
     test_product_and_gradients_equal_a_loop_over_groups(case)
-    assert [call["implementation"] for call in gpu] == 3 * ["triton"]
+    assert {call["implementation"] for call in gpu} == {"triton"}
 
 
 @pytest.mark.parametrize("capability", ["9.0", "8.0"])
