@@ -21,8 +21,9 @@ BOXED_TEMPLATE = (
 LOSS_FIELDS = {
     **dict.fromkeys(("sft", "teacher", "reward", "reference", "beta", "skew"), float),
     **dict.fromkeys(("temperature", "discount", "clip_low", "clip_high", "tis_clip"), float),
+    **dict.fromkeys(("position_half_life", "entropy_weight"), float),
     **dict.fromkeys(("divergence", "estimator", "topk_from", "teacher_output", "k1_from"), str),
-    **dict.fromkeys(("advantage_norm", "ratio", "clip", "aggregation"), str),
+    **dict.fromkeys(("advantage_norm", "ratio", "clip", "aggregation", "entropy_from"), str),
     **dict.fromkeys(("k", "teacher_topk"), int),
     "baseline": bool,
 }
@@ -183,6 +184,10 @@ def make_stage(objective: str) -> ConfigDict:
     c.epochs = 1  # passes over the rows of a step; above 1 the ratio corrects for it
     c.max_prompt_tokens = 512  # longer prompts are refused
     c.max_response_tokens = 1024  # traces are cut here; sampling stops here
+    # Shorter responses first, which cost less: pairs of a step and of the most tokens of responses
+    # that begin from it on, ((0, 64), (200, 256)), up to max_response_tokens; (): always that.
+    # Cut ones are the metric rollout/cut_by_schedule, and not rollout/truncated.
+    c.response_schedule = ()
     # Tokens of a packed row. Traces: as many examples in each as fit; 0: one each. Samples, always
     # packed: 0: max_prompt_tokens + max_response_tokens.
     c.pack_tokens = 0

@@ -112,7 +112,6 @@ def load(path: StrPath, dtype: str = "") -> "Policy":
     Raises:
       UserError: naming the file or field that is missing or wrong.
     """
-    import jax.numpy as jnp
 
     from distill.policy import policy
     from distill.runtime import arguments, paths
@@ -122,7 +121,7 @@ def load(path: StrPath, dtype: str = "") -> "Policy":
     source = paths.expand_input(arguments.read_path(path, "path"))
     model = policy.make_abstract_for_inference(source, dtype)
     with policy.use(model):
-        return policy.load(model, jnp.dtype(model.model.dtype).name)
+        return policy.load(model)
 
 
 def sample(

@@ -39,8 +39,6 @@ MODES = {"/think": True, "/no_think": False}
 
 
 def main() -> None:
-    import jax.numpy as jnp
-
     from distill.policy import policy
     from distill.runtime import xla
 
@@ -49,7 +47,7 @@ def main() -> None:
     if subject.tokenizer is None or subject.tokenizer.chat_template is None:
         raise UserError(f"--model={MODEL.value}: has no chat template")
     with policy.use(subject):
-        subject = policy.load(subject, jnp.dtype(subject.model.dtype).name)
+        subject = policy.load(subject)
         signal.set_wakeup_fd(-1)  # from here on Ctrl-C is Python's own: it stops an answer
         signal.signal(signal.SIGINT, signal.default_int_handler)
         converse(read_lines(), lambda *turn: sample_answer(subject, *turn))

@@ -37,8 +37,6 @@ def main() -> None:
     if not importlib.util.find_spec("lm_eval"):
         raise UserError("lm-eval is not installed: pip install -r requirements-eval.txt")
     network.find_hub()
-    import jax.numpy as jnp
-
     from distill.evaluation import lm_eval_model
     from distill.policy import policy
     from distill.runtime import outputs, run_files
@@ -49,7 +47,7 @@ def main() -> None:
         raise UserError(f"--include={INCLUDE.value}: not a folder")
     with outputs.own_output(out, "harness", OPTIONS):
         with policy.use(subject):
-            subject = policy.load(subject, jnp.dtype(subject.model.dtype).name)
+            subject = policy.load(subject)
         results = lm_eval_model.run_tasks(
             subject,
             TASKS.value,

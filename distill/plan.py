@@ -13,9 +13,9 @@ GPUs are h100, h200, a100 (80 GB), l4 and rtx4090, 1 to 8 of them in one host. T
 pool: three quarters, or XLA_PYTHON_CLIENT_MEM_FRACTION. XLA tunes kernels by running them, which it
 cannot do here, so traffic and seconds are those of an untuned program; memory is meaningful.
 
-Seconds assume that every response has the maximum length. --mean_response_tokens=N adds a forecast
-for typical lengths: log-normal (sigma 1) with mean N, cut at the limit, after prompts of 300
-tokens, scheduled and packed by the code that a run uses.
+Seconds assume that every response has the maximum length, whatever a response_schedule says.
+--mean_response_tokens=N adds a forecast for typical lengths: log-normal (sigma 1) with mean N, cut
+at the limit, after prompts of 300 tokens, scheduled and packed by the code that a run uses.
 
 --topology=v5e:auto (or h100:auto) finds the smallest slice of a generation that fits. The exit code
 is 0 if the run fits; otherwise it is 1, and the output names a change that would help.

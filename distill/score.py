@@ -57,9 +57,7 @@ def main() -> None:
 
     xla.init_compilation_cache()
     _check_flags()
-    subject = policy.make_abstract_for_inference(
-        MODEL.value, DTYPE.value if DTYPE.value in policy.DTYPES else ""
-    )
+    subject = policy.make_abstract_for_inference(MODEL.value, DTYPE.value)
     if TOP_K.value > subject.config.vocab_size:
         raise UserError(
             f"--top_k={TOP_K.value}: the model's vocabulary has {subject.config.vocab_size} tokens"
@@ -85,12 +83,6 @@ def _check_flags() -> None:
         )
 
 
-def _get_param_dtype(subject: "Policy") -> str:
-    import jax.numpy as jnp
-
-    return DTYPE.value or jnp.dtype(subject.model.dtype).name
-
-
 def write_scores(subject: "Policy") -> None:
     """Writes each row of tokens with its log-probabilities."""
     from distill.data import sources
@@ -102,7 +94,7 @@ def write_scores(subject: "Policy") -> None:
     out = paths.check_output(OUT.value, TOKENS.value)
     ids = scoring.read_token_ids(subject, rows)
     with outputs.own_output(out, "score", OPTIONS), policy.use(subject):
-        subject = policy.load(subject, _get_param_dtype(subject))
+        subject = policy.load(subject, DTYPE.value)
         scored_rows = scoring.score_rows(
             subject, rows, ids, batch_size=BATCH_SIZE.value, top_k=TOP_K.value
         )
@@ -132,7 +124,7 @@ def store_scores(subject: "Policy") -> None:
         _open_responses(), config.vocab_size, config.context_length
     )
     settings = storing.make_settings(
-        subject, selection, OUTPUT.value, TOP_K.value, _get_param_dtype(subject)
+        subject, selection, OUTPUT.value, TOP_K.value, DTYPE.value or subject.dtype
     )
     with (
         run_files.explain_write_errors(out, flag),

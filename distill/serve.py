@@ -99,7 +99,6 @@ def main() -> None:
     if missing:
         raise UserError(f"{missing[0]} is not installed: pip install -r requirements-serve.txt")
     import jax
-    import jax.numpy as jnp
 
     from distill.policy import policy
     from distill.runtime import run_files, xla
@@ -109,10 +108,7 @@ def main() -> None:
     if jax.process_count() > 1:
         raise UserError("serve runs in one process, on the devices that this process has")
     xla.init_compilation_cache()
-    subject = policy.make_abstract_for_inference(
-        MODEL.value, DTYPE.value if DTYPE.value in policy.DTYPES else ""
-    )
-    param_dtype = DTYPE.value or jnp.dtype(subject.model.dtype).name
+    subject = policy.make_abstract_for_inference(MODEL.value, DTYPE.value)
     options = ServerOptions(
         host=HOST.value,
         port=PORT.value,
@@ -128,7 +124,7 @@ def main() -> None:
         timeout_seconds=TIMEOUT_SECONDS.value,
         stop_seconds=STOP_SECONDS.value,
     )
-    with open_server(subject, param_dtype, options) as running:
+    with open_server(subject, DTYPE.value or subject.dtype, options) as running:
         console.print_end([f"serving {MODEL.value} at {running.url}"])
         try:
             running.wait()

@@ -21,9 +21,10 @@ FOLDERS = {
     "compare verify clean export",
     "reporting": "watching writing page tables figures transcripts read",
     "planning": "checking fit forecast programs roofline aot gpus hlo diagnosis",
-    "training": "loop stopping saving metrics_log run_summary alerts preflight eval_hook collect "
-    "teacher_outputs grading trainer memory sampling_programs calls microbatches prompts "
-    "resume config_changes setup update update_metrics optim stage_responses stages",
+    "training": "demonstration loop stopping saving metrics_log run_summary alerts preflight "
+    "eval_hook collect teacher_outputs grading trainer memory sampling_programs calls microbatches "
+    "prompts resume config_changes setup update update_metrics optim stage_responses stages "
+    "response_limits",
     "evaluation": "served_evaluation evaluator comparison rejection responses records divergence "
     "lm_eval_model storing scoring protocols problems statistics example_rows",
     "evaluation.tasks": "arithmetic gsm8k math500 aime24 aime25 amc math ifeval task",
@@ -36,7 +37,7 @@ FOLDERS = {
     "policy": "exporting forward compatibility policy identity hub",
     "data": "collate packing dataset teacher_context cleaning dedup curriculum examples sources "
     "retry canonical columns turns answers arithmetic chat template sandbox messages files values",
-    "objectives": "losses loss fused_head chunks divergences advantages",
+    "objectives": "losses token_weights loss fused_head chunks divergences advantages",
     "rewards": "terms ifeval graders equality answers",
     "runtime": "arguments checkpoint saved_step integrity cli usage failures host_memory outputs "
     "locks trackers stop_signals progress watchdog distributed xla console http_client run_files "

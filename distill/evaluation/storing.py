@@ -152,7 +152,7 @@ def make_settings(
         rows_hash=hashlib.sha256(b"".join(selection.keys)).hexdigest()[:16],
         output=output,
         top_k=top_k,
-        dtype=jnp.dtype(subject.model.dtype).name,
+        dtype=subject.dtype,
         param_dtype=param_dtype,
         vocab_size=subject.config.vocab_size,
         hidden_size=subject.config.hidden_size,

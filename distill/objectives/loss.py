@@ -33,6 +33,9 @@ RULES: dict[str, checks.Rule] = {
     "clip_low": Range(high=1),
     "tis_clip": Range(off="off"),
     "aggregation": ("token", "sequence", "constant"),
+    "position_half_life": Range(off="off"),
+    "entropy_weight": Range(-1, 1),
+    "entropy_from": ("student", "teacher"),
 }
 _SAMPLED_ESTIMATORS = ("sampled", "k2", "k3")  # read only the drawn token
 
@@ -93,6 +96,18 @@ class Loss:
         "sequence": 1/length, divided by the number of sequences; "constant": 1/(most tokens of a
         response), divided by the number of sequences (Dr. GRPO, arXiv 2503.20783). Sequences
         without a trained token do not count.
+
+    Weights of tokens, detached, for aggregation="token": the sum of weight·loss is divided by the
+    sum of the weights, so their mean is 1, and learning rates keep their meaning.
+      position_half_life: h > 0 tokens: 2^(-i/h) for the i-th trained token of a sequence, from 0.
+        Teachers are less reliable after a student's long prefix (arXiv 2606.22600, 2605.27028).
+      entropy_weight: α: exp(α·H), with H the entropy in nats of the distribution that the token is
+        drawn from; so the perplexity to the power of α. 0: off. Above 0, tokens where a response
+        may fork count more (arXiv 2506.01939; 2604.14084 keeps the half with the highest H in OPD);
+        below 0, tokens that are certain. Both papers take a share of the tokens; a weight needs no
+        ranking, so it is the same in any micro-batch.
+      entropy_from: the distribution: the "student"'s, or the "teacher"'s, whose entropy makes the
+        reverse KL an unstable signal (arXiv 2603.07079).
     """
 
     sft: float = 0.0
@@ -118,6 +133,9 @@ class Loss:
     clip_high: float = 0.2
     tis_clip: float = 0.0
     aggregation: str = "token"
+    position_half_life: float = 0.0
+    entropy_weight: float = 0.0
+    entropy_from: str = "student"
 
     def __post_init__(self) -> None:
         checks.check_fields(self, RULES)
@@ -139,6 +157,11 @@ class Loss:
         """True if tokens have advantages."""
         credited = self.estimator == "sampled" or self.discount
         return bool(self.reward or (self.teacher and credited))
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """True if trained tokens have different weights."""
+        return bool(self.position_half_life or self.entropy_weight)
 
     @property
     def is_per_token(self) -> bool:
@@ -198,4 +221,19 @@ def _list_combinations(loss: Loss) -> list[tuple[bool, str]]:
             f"clip=ppo: {estimator} has no advantage to clip; use sampled, or clip=cispo",
         ),
         (loss.tis_clip > 0 and not loss.has_policy_gradient, "tis_clip: needs a policy gradient"),
+        (
+            loss.weighs_tokens and loss.aggregation != "token",
+            f"aggregation={loss.aggregation}: position_half_life and entropy_weight divide by the "
+            "weights of all tokens; use token",
+        ),
+        (
+            loss.entropy_from != "student" and not loss.entropy_weight,
+            f"entropy_from={loss.entropy_from}: read by entropy_weight only",
+        ),
+        (
+            loss.entropy_from == "teacher"
+            and not (loss.teacher and loss.teacher_output == "hidden"),
+            "entropy_from=teacher: the entropy is over the whole vocabulary, which needs a "
+            "teacher's hidden states",
+        ),
     ]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from distill.objectives import advantages
+from distill.objectives import advantages, token_weights
 from distill.objectives.fused_head import Stats
 from distill.objectives.loss import Loss
 
@@ -57,7 +57,7 @@ def compute_token_losses(
       has them, "advantage"; "ratio" p/μ; "clipped", 1 where the clip limits the gradient;
       "sampler_ratio" p_old/p_sampler; "reference_kl", an unbiased estimate of the KL; with
       teacher_logp_BT, "teacher_logp", and "sampled_reverse_kl", log p - log q, whose mean over
-      fresh samples is the reverse KL.
+      fresh samples is the reverse KL; and by entropy a "token_weight", a factor of "loss".
     """
     sg = jax.lax.stop_gradient
     trained_BT = mask_BT > 0
@@ -103,6 +103,9 @@ def compute_token_losses(
         metrics["reference_kl"] = sg(kl_BT)
     if before_BT is not None and loss.is_on_policy:
         metrics["ratio"] = jnp.exp(sg(logp_BT - mask_untrained(before_BT)))
+    if loss.entropy_weight:
+        metrics["token_weight"] = mask_untrained(token_weights.compute_entropy_weights(loss, stats))
+        total_BT = metrics["token_weight"] * total_BT
     return {name: mask_untrained(x) for name, x in {"loss": total_BT, **metrics}.items()}
 
 
@@ -174,23 +177,6 @@ def _compute_policy_gradient(
     # The minimum in Loss's docstring, except at ties.
     bounded_BT = jnp.where(outside_BT, sg(clipped_BT), ratio_BT)
     return -bounded_BT * advantage_BT, outside_BT.astype(ratio_BT.dtype)
-
-
-def compute_token_weights(
-    loss: Loss, mask_BT: jax.Array, segments_BT: jax.Array, limit: int
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the weight of each token's loss [B, T], and the count (scalar) that divides the sum.
-
-    The loss of a batch is Σ weight·loss / Σ count over all micro-batches and devices, for every
-    aggregation. `limit`: the maximum number of tokens of a response.
-    """
-    mask_BT = (mask_BT > 0).astype(jnp.float32)
-    if loss.aggregation == "token":
-        return mask_BT, jnp.sum(mask_BT)
-    count = advantages.count_sequences(mask_BT, segments_BT)
-    if loss.aggregation == "constant":
-        return mask_BT / limit, count
-    return mask_BT / jnp.maximum(advantages.sum_over_sequence(mask_BT, segments_BT), 1), count
 
 
 _GRPO = Loss(reward=1.0, clip="ppo", aggregation="sequence")

@@ -19,19 +19,10 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from distill.data import chat
-from distill.policy.hub import (
-    find_base_model,
-    has_moving_average,
-    has_weights,
-    is_run,
-    read_run_lora,
-    require_same_lora,
-    resolve_model_dir,
-    resolve_tokenizer_dir,
-    to_local_dir,
-)
+from distill.policy import hub
+from distill.policy.hub import is_run, read_run_lora, resolve_model_dir
 from distill.runtime import mesh as mesh_lib
-from distill.runtime import run_files
+from distill.runtime import run_files, xla
 from distill.runtime.checkpoint import Checkpoints
 from distill.runtime.progress import show_progress
 from models import adapter, families, tensor_files, weights
@@ -65,10 +56,15 @@ class Policy:
     tokenizer_dir: Path = Path()  # where `tokenizer` was read from
     step: int | None = None  # of the run's checkpoint that `params` are
 
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype that the model computes in."""
+        return jnp.dtype(self.model.dtype).name
+
     def __repr__(self) -> str:
         devices = get_mesh(self).devices
         where = f"{devices.size} × {devices.flat[0].device_kind}"
-        size = f"{self.config.num_parameters:,} parameters in {jnp.dtype(self.model.dtype).name}"
+        size = f"{self.config.num_parameters:,} parameters in {self.dtype}"
         return f"Policy({self.path!r}: {size} on {where})"  # not the arrays, which fill a notebook
 
 
@@ -89,13 +85,13 @@ def make_abstract(
         the tokenizer has other ids than the model's own for the same tokens.
     """
     directory = resolve_model_dir(path)
-    tokenizer_dir = resolve_tokenizer_dir(tokenizer_path or path)
+    tokenizer_dir = hub.resolve_tokenizer_dir(tokenizer_path or path)
     config = families.read_config(directory)
     mesh_lib.check_divisible(config, mesh, f"{path}/config.json")
     tokenizer = chat.load_tokenizer(tokenizer_dir)
     stops = set(chat.load_stop_ids(directory, tokenizer))
     if tokenizer_dir != directory:
-        names = (find_base_model(path), str(tokenizer_dir))
+        names = (hub.find_base_model(path), str(tokenizer_dir))
         chat.require_vocab_subset(chat.load_tokenizer(directory), tokenizer, names)
         vocabulary = tokenizer.get_vocab() if tokenizer else {}
         for token in (t for t, i in vocabulary.items() if i >= config.vocab_size):
@@ -127,6 +123,7 @@ def make_abstract_from_config(
 
     kernel, packed: see models.layers.attention.choose_kernel.
     """
+    xla.log_slow_experts(config, mesh)
     platform = mesh.devices.flat[0].platform
     kernel = attention.choose_kernel(kernel, platform, config.head_dim, jnp.dtype(dtype), packed)
     model = make_model(config, dtype=jnp.dtype(dtype), remat=remat, kernel=kernel, lora=lora_config)
@@ -136,10 +133,11 @@ def make_abstract_from_config(
 def make_abstract_for_inference(path: str, dtype: str, mesh: Mesh | None = None) -> Policy:
     """Describes a frozen model and checks its files; by default on a mesh of all devices.
 
-    dtype "" is bfloat16, or float32 on CPUs, where that is faster.
+    With dtype "", or one of 8 bits, it computes in bfloat16; on CPUs in float32, which is faster.
     """
     mesh = mesh or mesh_lib.make_reader_mesh(families.read_config(resolve_model_dir(path)))
-    abstract_policy = make_abstract(path, dtype or get_default_dtype(), False, mesh, packed=False)
+    dtype = dtype if dtype in DTYPES else get_default_dtype()
+    abstract_policy = make_abstract(path, dtype, False, mesh, packed=False)
     check_files(abstract_policy)
     return abstract_policy
 
@@ -165,8 +163,8 @@ def use(policy: Policy) -> Iterator[None]:
         yield
 
 
-def load(policy: Policy, param_dtype: str) -> Policy:
-    """Loads the parameters of a described policy, cast to `param_dtype`.
+def load(policy: Policy, param_dtype: str = "") -> Policy:
+    """Loads the parameters of a described policy, cast to `param_dtype` ("": policy.dtype).
 
     A policy that trains a LoRA gets its frozen base; otherwise an adapter is merged into its base.
     With an 8-bit `param_dtype` (models.layers.quantised) the layers' kernels are quantised, and the
@@ -175,6 +173,7 @@ def load(policy: Policy, param_dtype: str) -> Policy:
     Raises:
       UserError: naming a missing or invalid file or tensor, or a run without a checkpoint.
     """
+    param_dtype = param_dtype or policy.dtype
     if is_run(policy.path):
         return restore(policy, None, param_dtype)[0]
     lora_config = _read_adapter_lora(policy)
@@ -275,7 +274,7 @@ def _get_shardings(params: Params) -> Any:
 
 def _read_adapter_lora(policy: Policy) -> LoRA | None:
     """Reads the LoRA of the adapter that the policy's path names; None if it names none."""
-    directory = to_local_dir(policy.path)
+    directory = hub.to_local_dir(policy.path)
     found = adapter.is_adapter(directory)
     return adapter.read_lora_config(directory, policy.config) if found else None
 
@@ -283,7 +282,9 @@ def _read_adapter_lora(policy: Policy) -> LoRA | None:
 def _load_adapter_params(policy: Policy, lora_config: LoRA) -> Params:
     """Loads the LoRA parameters of an adapter directory, in float32."""
     shapes = mesh_lib.make_abstract_params(policy.config, get_mesh(policy), lora_config)
-    return adapter.load(to_local_dir(policy.path), policy.config, shapes, _get_shardings(shapes))
+    return adapter.load(
+        hub.to_local_dir(policy.path), policy.config, shapes, _get_shardings(shapes)
+    )
 
 
 def check_files(policy: Policy, step: int | None = None) -> None:
@@ -299,17 +300,17 @@ def check_files(policy: Policy, step: int | None = None) -> None:
             raise UserError(f"{path}: a run without a checkpoint yet")
         with Checkpoints(epath.Path(path) / "checkpoints") as checkpoints:
             checkpoints.check_step(step)
-    if (not is_run(path) or read_run_lora(path)) and has_weights(find_base_model(path)):
+    if (not is_run(path) or read_run_lora(path)) and hub.has_weights(hub.find_base_model(path)):
         directory = resolve_model_dir(path)
         weights.check_weights(directory, policy.config, policy.params)
         if index := tensor_files.find_unread_index(directory):
             run_files.log_line(f"{index}: not read, because {tensor_files.WHOLE_FILE} is beside it")
     adapter_lora = None if is_run(path) else _read_adapter_lora(policy)
-    if adapter_lora is not None and has_weights(path):
+    if adapter_lora is not None and hub.has_weights(path):
         shapes = mesh_lib.make_abstract_params(policy.config, get_mesh(policy), adapter_lora)
-        adapter.check_adapter(to_local_dir(path), policy.config, shapes)
+        adapter.check_adapter(hub.to_local_dir(path), policy.config, shapes)
     if adapter_lora is not None and expected_lora is not None:
-        require_same_lora(path, adapter_lora, expected_lora)
+        hub.require_same_lora(path, adapter_lora, expected_lora)
 
 
 def restore(
@@ -319,8 +320,7 @@ def restore(
 
     Merges a LoRA. Returns the policy and the step; see `restore_trained_params`.
     """
-    lora_config = read_run_lora(policy.path)
-    if lora_config is not None:
+    if lora_config := read_run_lora(policy.path):
         lora_params, step = restore_trained_params(policy, step, average)
         merged = _load_merged(policy, lora_params, lora_config, param_dtype)
         return dataclasses.replace(merged, step=step), step
@@ -345,7 +345,7 @@ def restore_trained_params(
       UserError: if there is no such checkpoint, naming the existing ones, or no moving average.
     """
     entry = "average" if average else "params"
-    if average and not has_moving_average(policy.path):
+    if average and not hub.has_moving_average(policy.path):
         raise UserError(
             f"{policy.path}: a run that kept no moving average (config.student.ema_decay)"
         )
@@ -388,7 +388,7 @@ def load_or_init_lora(policy: Policy, key: jax.Array) -> Params:
     """Returns the LoRA parameters that training starts from: those of the adapter, or new ones."""
     lora_config = policy.model.lora
     assert lora_config is not None
-    if adapter.is_adapter(to_local_dir(policy.path)):
+    if adapter.is_adapter(hub.to_local_dir(policy.path)):
         return _load_adapter_params(policy, lora_config)
     return make_init_fn(policy, lora_config)(key)
 

@@ -62,6 +62,10 @@ class Engine:
         harvested: abc.Callable[[list[Sequence]], None] | None = None,
     ) -> None:
         self.decoder, self.params = decoder, params
+        # Reading prompts does not depend on how is drawn: one program for all ways to draw.
+        self.reader = dataclasses.replace(
+            decoder, sampling=Sampling(), stop_ids=(), segment=1, top_logprobs=0, by_row=False
+        )
         self.version, self.counts, self.ended = version, counts, ended
         self.harvested = harvested  # called with the sequences whose tokens have come
         self.line_sizes = get_line_sizes(options, decoder.cache)
@@ -367,7 +371,7 @@ class Engine:
                 if end < slot.length:
                     slots.appendleft((slot, end))
         state, experts = decode.prefill(
-            self.decoder,
+            self.reader,
             self.params,
             self.state,
             self.to_device(line_3XT),

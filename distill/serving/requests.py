@@ -47,7 +47,7 @@ class ServedModel:
             "max_model_len": self.max_length,
             "vocab_size": config.vocab_size,
             "hidden_size": config.hidden_size,
-            "dtype": jnp.dtype(self.subject.model.dtype).name,
+            "dtype": self.subject.dtype,
             "param_dtype": self.param_dtype,
             "max_top_k": self.max_top_k,
             "model_hash": self.model_hash,

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from distill.policy import policy
@@ -155,7 +154,7 @@ class Worker:
         """Loads the weights, makes the engine and compiles its programs."""
         options, described = self._options, self._subject
         self._mesh = mesh_lib.to_decode_mesh(policy.get_mesh(described))
-        dtype = jnp.dtype(described.model.dtype).name
+        dtype = described.dtype
         try:
             shape = make_cache_shape(
                 *(options, described.config, self._mesh, dtype), options.slots, options.max_length

@@ -2,7 +2,8 @@
 
 A rule reads the rows of metrics.jsonl, so a resumed run, which reads the old rows first, neither
 repeats a warning nor forgets one. Each warns once in a stage; those in `stop_on` also stop the run
-at a checkpoint.
+at a checkpoint. Where a schedule of response lengths takes its next step, rules compare with what
+follows it.
 
   loss: the loss or the gradient's norm is `loss_spike` standard deviations above its mean over the
     last 128 steps, as OLMo-core's and levanter's SkipStep judge it.
@@ -90,10 +91,15 @@ class Alerts:
     def _start_stage(self, name: str) -> None:
         self._stage, self._fired = name, set[str]()
         self._num_skipped = 0  # steps in a row
+        self._best_accuracy = -math.inf
+        self._start_comparing(None)
+
+    def _start_comparing(self, limit: float | None) -> None:
+        """Forgets the rows so far: `limit`, the most tokens of a response, is now another."""
+        self._limit = limit
         self._recent: dict[str, collections.deque[float]] = {}
         self._last: dict[str, collections.deque[float]] = {}
         self._start: dict[str, list[float]] = {}
-        self._best_accuracy = -math.inf
 
     def read_rows(self, rows: Iterable[Row]) -> None:
         """Reads the rows that an earlier process of this run wrote, which had their alerts."""
@@ -105,6 +111,8 @@ class Alerts:
         """Returns the alerts that fire at the next row of metrics.jsonl."""
         if row["stage"] != self._stage:
             self._start_stage(row["stage"])
+        if row.get("rollout/response_limit") != self._limit:
+            self._start_comparing(row.get("rollout/response_limit"))
         alerts = []
         for name, check in self._rules.items():
             message = check(row)

@@ -25,7 +25,7 @@ from distill.rewards import graders, terms
 from distill.runtime import distributed
 from distill.runtime import mesh as mesh_lib
 from distill.teachers.local import Teacher
-from distill.training import grading, microbatches, stages, teacher_outputs
+from distill.training import grading, microbatches, response_limits, stages, teacher_outputs
 from distill.training.grading import THINKING_MODES, GradedGroups, Metrics
 from distill.training.microbatches import Minibatches, PackedRows
 from distill.training.prompts import StagePrompts
@@ -311,7 +311,7 @@ def finish_rollout(
     seconds = time.perf_counter() - start_time
     ended = [x for x in sampled if x.finish_reason]
     num_tokens = sum(len(x.tokens) for x in ended)
-    num_truncated = sum(x.finish_reason == "length" for x in ended)
+    num_truncated = sum(response_limits.is_truncated(stage.c, x) for x in ended)
     repetition = [terms.compute_repetition(x.tokens) for x in ended]
     metrics = {
         "rollout/tokens_per_second": counts["tokens"] / seconds,
@@ -323,7 +323,8 @@ def finish_rollout(
         "time/rollout": seconds,
         **count_skipped(stage),
         **curriculum.mean_difficulty([x.difficulty for x in ended]),
-        **_measure_by_mode(ended),
+        **_measure_by_mode(stage.c, ended),
+        **response_limits.measure_cuts(stage.c, started.step - stage.first_step, ended),
     }
     if collector.rollout_options.drafts:
         metrics["rollout/tokens_per_step"] = counts["tokens"] / max(1, counts["row_steps"])
@@ -338,13 +339,13 @@ def finish_rollout(
     return ended, metrics
 
 
-def _measure_by_mode(sequences: Sequence[rollout.Sequence]) -> Metrics:
+def _measure_by_mode(s: ConfigDict, sequences: Sequence[rollout.Sequence]) -> Metrics:
     """Measures lengths and truncation in each thinking mode that occurs."""
     metrics: Metrics = {}
     for mode, thinking in THINKING_MODES.items():
         part = [x for x in sequences if x.thinking == thinking]
         if part:
-            num_truncated = sum(x.finish_reason == "length" for x in part)
+            num_truncated = sum(response_limits.is_truncated(s, x) for x in part)
             metrics[f"rollout/rows/{mode}"] = len(part)
             metrics[f"rollout/mean_length/{mode}"] = sum(len(x.tokens) for x in part) / len(part)
             metrics[f"rollout/truncated/{mode}"] = num_truncated / len(part)
@@ -373,7 +374,7 @@ def sample_graded_sequences(
         else:
             number = stage.end_step + step * rounds + turn  # of prompts that belong to no step
             examples = prompts.get_examples(number)
-            requests = prompts.expand_prompts(number)
+            requests = prompts.expand_prompts(number, step)
             sequences, metrics = finish_rollout(
                 collector, start_rollout(collector, params, step, step, requests)
             )

@@ -53,6 +53,11 @@ STAGE_KEYS = {
     "data.on_bad_row": EXACT,  # a run that fails has met no bad row
     "data.check_rows": EXACT,
 }
+# Keys that an earlier version did not have, and their values that change nothing.
+UNSET = {
+    "response_schedule": [],
+    **dict.fromkeys(("loss.position_half_life", "loss.entropy_weight", "loss.entropy_from")),
+}
 # Of a teacher that has begun to teach: settings of requests to servers.
 TEACHER_KEYS = {"timeout_seconds": EXACT, "max_in_flight": EXACT, "api_key_env": EXACT}
 
@@ -214,6 +219,8 @@ def _judge_steps(name: str, progress: _Progress, now: dict[str, Any]) -> tuple[s
 def _judge_stage_key(name: str, key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
     """Returns why a key of a stage that has begun may change; "" if it may not."""
     s, student = now[name], now["student"]  # what matters of them may not have changed
+    if key in UNSET and _get(before[name], key) is _MISSING and _get(s, key) == UNSET[key]:
+        return EXACT
     share = s["on_policy_share"]
     if share is None:
         share = stages.DEFAULT_ON_POLICY.get(s["objective"], 1.0)
@@ -228,6 +235,13 @@ def _judge_stage_key(name: str, key: str, before: dict[str, Any], now: dict[str,
         or (key == "data.check_rows" and modes != {"fail"})
     )
     return "" if changes_training else _find_reason(STAGE_KEYS, key)
+
+
+def _get(part: Any, key: str) -> Any:
+    """Returns the value of a dotted key, or _MISSING."""
+    for name in key.split("."):
+        part = part.get(name, _MISSING) if isinstance(part, dict) else _MISSING
+    return part
 
 
 def _find_reason(table: dict[str, str], key: str) -> str:

@@ -23,7 +23,7 @@ from distill.policy.policy import Policy
 from distill.runtime import failures, run_files
 from distill.runtime import mesh as mesh_lib
 from distill.teachers import external
-from distill.training import memory
+from distill.training import memory, response_limits
 from distill.training.calls import count_device_bytes
 from distill.training.eval_hook import ValidationSetup
 from distill.training.setup import RunSetup, StageSetup
@@ -190,7 +190,7 @@ def _describe_rows(
     yield (
         f"{stage.name}: objective {s.objective}, {s.steps:,} steps of {s.batch_size:,} rows, "
         f"prompts of up to {s.max_prompt_tokens:,} and responses of up to "
-        f"{s.max_response_tokens:,} tokens{legend}"
+        f"{s.max_response_tokens:,} tokens{response_limits.describe_schedule(s)}{legend}"
     )
     for example in dataset.get_step_examples(stage.source, 0, NUM_ROWS, seed):
         text = format_example(example, tokenizer, s.max_response_tokens, colours)

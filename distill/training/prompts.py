@@ -6,6 +6,7 @@ import jax
 
 from distill import rollout
 from distill.data import dataset
+from distill.training import response_limits
 from distill.training.setup import StageSetup
 
 
@@ -39,22 +40,21 @@ class StagePrompts:
         )
         return examples[:count]
 
-    def expand_prompts(self, number: int) -> list[rollout.Sequence]:
-        """Returns unstarted sequences, the samples of a number's prompts."""
+    def expand_prompts(self, number: int, step: int) -> list[rollout.Sequence]:
+        """Returns unstarted sequences, the samples of a number's prompts, to begin in `step`."""
         s, key = self._stage.c, jax.random.fold_in(jax.random.key(self._seed), number)
-        return rollout.expand_prompts(
-            self.get_examples(number), s.samples, key, s.max_response_tokens
-        )
+        limit = response_limits.get_response_limit(s, step - self._stage.first_step)
+        return rollout.expand_prompts(self.get_examples(number), s.samples, key, limit)
 
     def get_requests(self, step: int, buffer: rollout.RolloutBuffer) -> list[rollout.Sequence]:
         """Returns the sequences that a step samples. With a token budget these are the partial
         rollouts, followed by new sequences that fill up the step."""
         if not self._stage.token_budget:
-            return self.expand_prompts(step)
+            return self.expand_prompts(step, step)
         size, num_started = self._stage.sampled_rows, buffer.num_started
         num_new = size - len(buffer.partial)
         sequences: list[rollout.Sequence] = []
         for index in range(num_started // size, -(-(num_started + num_new) // size)):
-            sequences += self.expand_prompts(self._stage.first_step + index)
+            sequences += self.expand_prompts(self._stage.first_step + index, step)
         # Copies, so that the buffer of a step that is left off is that of the step's start.
         return [x.copy() for x in buffer.partial] + sequences[num_started % size :][:num_new]

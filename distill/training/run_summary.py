@@ -36,7 +36,8 @@ def find_hidden_figures(stage: StageSetup) -> set[str]:
     if loss.reward and not (loss.sft or loss.teacher):
         hidden.add("train/loss")
     is_exact = loss.divergence == "reverse" and loss.estimator == "exact"
-    if loss.teacher and is_exact and not (loss.sft or loss.reward or loss.reference):
+    others = loss.sft or loss.reward or loss.reference or loss.weighs_tokens
+    if loss.teacher and is_exact and not others:
         hidden.add("train/loss")
     if not loss.teacher:
         hidden.add("train/reverse_kl")

@@ -16,6 +16,7 @@ from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
 from distill.teachers import external, local, stored_files
 from distill.teachers.external import ExternalTeacher
+from distill.training import response_limits
 from models import checks
 from models.checks import Range
 from models.errors import UserError
@@ -71,6 +72,7 @@ def resolve_objective(name: str, s: ConfigDict) -> tuple[losses.Loss, int]:
         )
     if loss.reward:
         _check_reward(name, s)
+    response_limits.check_schedule(name, s, loss.reward > 0, sampled_rows)
     return loss, sampled_rows
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from distill.batch import Batch
-from distill.objectives import divergences, fused_head, losses
+from distill.objectives import divergences, fused_head, losses, token_weights
 from distill.policy import forward
 from distill.runtime import mesh as mesh_lib
 from distill.runtime import run_files, xla
@@ -138,7 +138,7 @@ def compute_loss_sums(
     hidden_BTD, router_sums = forward.compute_hidden_and_router_stats(model, params, batch, lora)
     known = _shift_known(batch)
     mask_BT = known["mask_BT"]
-    weight_BT, count = losses.compute_token_weights(
+    weight_BT, count = token_weights.compute_token_weights(
         loss, mask_BT, known["segments_BT"], options.max_response_tokens
     )
 
@@ -177,10 +177,14 @@ def compute_loss_sums(
     tops = {name: stats.pop(name) for name in divergences.TOP_STATS if name in stats}
     mask_BT = mask_BT.astype(jnp.float32)
     tokens = jnp.sum(mask_BT)
+    if loss.weighs_tokens:
+        stats["token_weight"], count = token_weights.complete_token_weights(weight_BT, stats)
     if batch.sampler_logp_BT is not None:
         stats["sampler_delta"] = jnp.abs(stats["logp"] - known["sampler_logp_BT"])
     sums = {name: (jnp.sum(x * mask_BT), tokens) for name, x in stats.items()}
     sums |= {"loss": (total, count), **router_sums}
+    if loss.weighs_tokens:
+        sums["token_weight_squared"] = (jnp.sum(stats["token_weight"] ** 2), tokens)
     sums |= update_metrics.sum_subsets(
         stats, mask_BT, known["segments_BT"], batch, options.max_response_tokens
     )
@@ -255,7 +259,7 @@ def make_update(
 ) -> UpdatePrograms:
     """Returns the jitted programs of an update.
 
-    The gradient is that of Σ weight·loss / Σ count over the whole batch (losses.
+    The gradient is that of Σ weight·loss / Σ count over the whole batch (token_weights.
     compute_token_weights) for any number of micro-batches and devices: sums are accumulated in
     float32 and divided once.
 
@@ -326,7 +330,8 @@ def _apply_update(
     memory for a second state.
     """
     sums, max_ratio = metric_sums
-    count = jnp.maximum(sums["loss"][1], 1)  # if it is 0, so are all weights
+    # If it is 0, so are all weights; above 0, it is at least 1 unless tokens have weights.
+    count = jnp.maximum(sums["loss"][1], 1e-30 if "token_weight" in sums else 1)
     gradient = jax.tree.map(lambda g: g / count.astype(g.dtype), gradient)
     grad_norm = optax.tree.norm(gradient)
     has_tokens = sums["logp"][1] > 0
@@ -341,6 +346,9 @@ def _apply_update(
     metrics = run_files.compute_means(sums)
     if "load_LE" in metrics:  # these sums are over the whole batch
         metrics |= moe.summarise_load(metrics.pop("load_LE"), metrics.pop("p_LE"))
+    if "token_weight" in metrics:
+        square = metrics.pop("token_weight_squared")
+        metrics["effective_tokens"] = metrics["token_weight"] ** 2 / square
     metrics["grad_norm"] = grad_norm
     metrics["trained_tokens"] = jnp.where(is_applied, sums["logp"][1], 0)
     metrics["skipped_updates"] = has_tokens & ~is_finite

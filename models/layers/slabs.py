@@ -78,6 +78,7 @@ class Slabs:
 
     arrays: dict[str, tuple[tuple[jax.Array, ...], ...]]
     packed: PackedPrompts | None = None
+    new: tuple[dict[str, jax.Array], ...] = ()  # layer -> arrays of the line, still to be written
     segment_buffer: SegmentBuffer | None = None
 
     @property
@@ -142,10 +143,37 @@ class Slabs:
         )
 
     def unbind_tokens(self) -> "Slabs":
-        """Clears what `bind_tokens` and `bind_drafts` set."""
-        recent = self.segment_buffer
-        recent = recent and dataclasses.replace(recent, place_BT=None)
-        return dataclasses.replace(self, packed=None, segment_buffer=recent)
+        """Writes the line that `bind_tokens` prepared, if any, to the slabs, and clears the rest.
+
+        This comes after the last layer, not in each, so that XLA knows that nothing is read any
+        more: else it copies the slabs of all rows in each layer, which takes longer than the model.
+        """
+        if (recent := self.segment_buffer) is not None:
+            recent = dataclasses.replace(recent, place_BT=None)
+            return dataclasses.replace(self, segment_buffer=recent)
+        if self.packed is None:
+            return self
+
+        def write_local(slabs: Any, new: Any, packed: PackedPrompts) -> Any:
+            packed = jax.tree.map(lambda x: x[0], packed)  # one line per shard
+
+            def write_prompt(r: jax.Array, slabs: Any) -> Any:
+                fields = packed.slab_XR, packed.start_XR, packed.count_XR, packed.position_XR
+                at = [x_R[r] for x_R in fields]
+
+                def write_layer(name: str, blocks: tuple, layer: dict) -> tuple:
+                    axis = _get_token_axis(name)
+                    return write_tokens(blocks, self.block_lengths, axis, layer[name][0], *at)
+
+                return {
+                    name: tuple(map(functools.partial(write_layer, name), layers, new))
+                    for name, layers in slabs.items()
+                }
+
+            return jax.lax.fori_loop(0, jnp.sum(packed.count_XR > 0), write_prompt, slabs)
+
+        arrays = _map_shards(write_local, self.arrays, self.new, self.packed)
+        return dataclasses.replace(self, arrays=arrays, packed=None, new=())
 
     def end_segment(self, count_B: jax.Array) -> "Slabs":
         """Ends a segment: moves each row's first count_B tokens of it into the slabs."""
@@ -237,36 +265,13 @@ class Slabs:
         return out_BTNH, dataclasses.replace(self, segment_buffer=recent)
 
     def _prefill(self, layer: int, q_XTNH: jax.Array, new: dict) -> tuple[jax.Array, "Slabs"]:
-        def prefill_local(
-            slabs: Any, new: Any, packed: PackedPrompts, q_XTNH: jax.Array
-        ) -> tuple[jax.Array, Any]:
+        def prefill_local(slabs: Any, new: Any, packed: PackedPrompts, q_XTNH: Any) -> jax.Array:
             packed = jax.tree.map(lambda x: x[0], packed)  # one line per shard
-            out_TNH = _attend_prompts(q_XTNH[0], new, slabs, packed)
-
-            def write_prompt(r: jax.Array, slabs: Any) -> Any:
-                at = (
-                    packed.slab_XR[r],
-                    packed.start_XR[r],
-                    packed.count_XR[r],
-                    packed.position_XR[r],
-                )
-                return {
-                    name: write_tokens(
-                        blocks, self.block_lengths, _get_token_axis(name), new[name][0], *at
-                    )
-                    for name, blocks in slabs.items()
-                }
-
-            num_prompts = jnp.sum(packed.count_XR > 0)
-            return out_TNH[None], jax.lax.fori_loop(0, num_prompts, write_prompt, slabs)
+            return _attend_prompts(q_XTNH[0], new, slabs, packed)[None]
 
         own = {name: layers[layer] for name, layers in self.arrays.items()}
-        out, own = _map_shards(prefill_local, own, new, self.packed, q_XTNH, leading_output="out")
-        arrays = {
-            name: (*layers[:layer], own[name], *layers[layer + 1 :])
-            for name, layers in self.arrays.items()
-        }
-        return out, dataclasses.replace(self, arrays=arrays)
+        out_XTNH = _map_shards(prefill_local, own, new, self.packed, q_XTNH, queries=True)
+        return out_XTNH, dataclasses.replace(self, new=(*self.new, new))
 
     def copy_pages(self, source_XC: jax.Array, target_XC: jax.Array) -> "Slabs":
         """Copies slab source_XC[x, c] of shard x to target_XC[x, c]; -1 (none) only at the end."""
@@ -367,12 +372,11 @@ def _attend_prompts(q_TNH: jax.Array, new: dict, slabs: dict, packed: PackedProm
     return out_1KMH.reshape(K, N // K, T, H).transpose(2, 0, 1, 3).reshape(T, N, H)
 
 
-def _map_shards(function: Callable, slabs: Any, *others: Any, leading_output: str = "") -> Any:
-    """Maps `function` over each device's own slabs and its part of the other arrays.
+def _map_shards(function: Callable, slabs: Any, *others: Any, queries: bool = False) -> Any:
+    """Maps `function`, which returns slabs, over each device's own and its part of other arrays.
 
     The first axis of those is rows or lines; the second, if there are more than two, is heads. With
-    `leading_output` the last of them is queries, with heads on the third axis, and the function
-    returns first an array of the same layout.
+    `queries` the last is queries, with heads on the third axis, and so is what it returns.
     """
     rows, heads = sharded.get_mesh_axes("batch"), sharded.get_mesh_axes("act_heads")
     if not rows:  # no mesh, or no rules for logical names
@@ -382,11 +386,10 @@ def _map_shards(function: Callable, slabs: Any, *others: Any, leading_output: st
     def make_spec(x: Any) -> P:
         return P(rows, heads) if x.ndim > 2 and x.dtype != jnp.int32 else P(rows)
 
-    queries = P(rows, None, heads)
     specs = [jax.tree.map(make_spec, tree) for tree in (slabs, *others)]
-    if leading_output:
-        specs[-1] = queries
-    out = (queries, specs[0]) if leading_output else specs[0]
+    if queries:
+        specs[-1] = P(rows, None, heads)
+    out = specs[-1] if queries else specs[0]
     return jax.shard_map(function, in_specs=tuple(specs), out_specs=out, check_vma=False)(
         slabs, *others
     )

@@ -5,13 +5,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from distill import harness
 from distill.policy import policy
 from models.errors import UserError
+from tests.support.lm_eval_tasks import TASKS, list_numbers, list_samples, write_tasks
 from tests.support.paths import ROOT, TOKENIZER
 from tests.support.templates import THINKING_ONLY
 from tests.support.tiny_models import tiny_qwen3
@@ -19,53 +19,11 @@ from tests.support.verbs import call
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of lm-eval and its imports
 
-TASKS = {
-    "tiny_choice": {
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}\nAnswer:",
-        "doc_to_target": "{{label}}",
-        "doc_to_choice": "{{choices}}",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-    },
-    "tiny_write": {
-        "output_type": "generate_until",
-        "doc_to_text": "{{question}} ",
-        "doc_to_target": "{{answer}}",
-        "generation_kwargs": {"until": ["\n", "7"], "max_gen_toks": 12, "do_sample": False},
-        "metric_list": [{"metric": "exact_match"}],
-    },
-    "tiny_read": {
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{text}}",
-        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
-    },
-}
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tasks in yaml (JSON is yaml) over local data, with texts longer than the model's 128
-    positions."""
-    root = tmp_path_factory.mktemp("tasks")
-    rows = [
-        {
-            "question": f"Ann has {i} eggs and buys {i * i}. How many has she?",
-            "choices": [f"{i + i * i}", f" {i}{i}", "none at all", f"{i} eggs "],
-            "label": i % 4,
-            "answer": str(i + i * i),
-            "text": " ".join(f"{i} + {j} = {i + j}." for j in range(3 + 9 * i)),
-        }
-        for i in range(7)
-    ]
-    data = root / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, task in TASKS.items():
-        files = {"data_files": {"test": str(data)}}
-        common = {"task": name, "dataset_path": "json", "dataset_kwargs": files}
-        text = json.dumps(common | {"test_split": "test", **task})
-        (root / f"{name}.yaml").write_text(text)
-    return root
+    """Tasks, with texts longer than the model's 128 positions."""
+    return write_tasks(tmp_path_factory.mktemp("tasks"), sums_per_row=9)
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +31,6 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "tiny"
     tiny_qwen3(path, tokenizer=TOKENIZER, vocab_size=512, hidden_size=33, eos_token_id=384)
     return path
-
-
-def samples(results: dict[str, Any], task: str) -> list[Any]:
-    return [s["resps"] for s in sorted(results["samples"][task], key=lambda s: s["doc_id"])]
 
 
 @pytest.mark.long
@@ -96,25 +50,15 @@ def test_lm_eval_numbers_equal_the_hugging_face_backend(folder: Path, model_dir:
     )
     assert theirs is not None
     for task in ("tiny_choice", "tiny_read"):
-        flat = [
-            [float(x) for row in samples(results, task) for x in _numbers(row)]
-            for results in (ours, theirs)
-        ]
+        flat = [list_numbers(list_samples(results, task)) for results in (ours, theirs)]
         assert flat[0] == pytest.approx(flat[1], abs=1e-4, rel=1e-5) and len(flat[0]) >= 7
-    written = samples(ours, "tiny_write")
-    assert written == samples(theirs, "tiny_write")
+    written = list_samples(ours, "tiny_write")
+    assert written == list_samples(theirs, "tiny_write")
     assert len({str(text) for text in written}) > 3  # not all empty
     for task, figures in theirs["results"].items():
         for name, value in figures.items():
             if isinstance(value, float):
                 assert ours["results"][task][name] == pytest.approx(value, rel=1e-4), (task, name)
-
-
-def _numbers(x: Any) -> list[float]:
-    """Yields all numbers (and truth values) in nested lists."""
-    if isinstance(x, list | tuple):
-        return [n for inner in x for n in _numbers(inner)]
-    return [] if isinstance(x, str) else [float(x)]
 
 
 @pytest.mark.long

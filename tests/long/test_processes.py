@@ -1,11 +1,11 @@
 """Two real processes read disjoint shares of each step that make the batch of one process."""
 
 import json
-import socket
 import subprocess
 import sys
 
 from tests.support.paths import ROOT
+from tests.support.processes import find_free_port
 
 PROCESS = """
 import json, sys, types
@@ -46,9 +46,7 @@ print(json.dumps([(read[i * each : (i + 1) * each], step) for i, step in enumera
 
 
 def run(count: int) -> list[list]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = find_free_port()
     words = [sys.executable, "-W", "ignore", "-c", PROCESS]
     started = [
         subprocess.Popen([*words, str(i), str(count), str(port)], stdout=-1, text=True, cwd=ROOT)

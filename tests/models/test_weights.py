@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from models.errors import UserError
 from models.qwen3.config import SIZES
 from tests.support.loading import counted, load
 from tests.support.paths import ROOT
+from tests.support.processes import find_free_port
 from tests.support.tiny_models import tiny_qwen3
 
 EVEN = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
@@ -115,9 +115,7 @@ print(len(read), sum(read))
 def test_a_process_reads_only_its_devices_parts(sharded):
     """Two processes of four devices with fsdp between them: each reads half of all but the
     norms."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = f"localhost:{find_free_port()}"
     command = [sys.executable, "-c", PROCESS, address]
     started = [
         subprocess.Popen(

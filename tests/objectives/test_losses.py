@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill.objectives import advantages, losses
+from distill.objectives import advantages, losses, token_weights
 from distill.objectives.divergences import Divergence
 from distill.objectives.losses import OBJECTIVES, Loss
 from models.errors import UserError
@@ -37,6 +37,10 @@ FORMS = {
         **{"discount": 0.5, "clip": "ppo", "ratio": "sequence", "tis_clip": 1.2},
     ),
     "all terms": Loss(sft=0.1, teacher=0.2, reward=0.3, reference=0.4, clip="cispo"),
+    "weights": Loss(teacher=1, position_half_life=2.0, entropy_weight=0.8),
+    "weights, discount": Loss(
+        **{"teacher": 1, "discount": 0.9, "entropy_weight": -0.5, "entropy_from": "teacher"}
+    ),
 }
 
 
@@ -129,7 +133,7 @@ def sums(loss, parameters, layout, fresh=False, chunk=0):
         **{f"{name}_logp_BT": of_tokens(name) for name in ("sampler", "old", "reference")},
         "advantages_BT": losses.shift(place(jnp.asarray(reward), np.nan)),
     }
-    weight, count = losses.compute_token_weights(loss, mask, segments, LIMIT)
+    weight, count = token_weights.compute_token_weights(loss, mask, segments, LIMIT)
     student = hidden, parameters["head"], losses.shift(tokens)
     if chunk:
         options |= {
@@ -138,9 +142,15 @@ def sums(loss, parameters, layout, fresh=False, chunk=0):
             "loss_chunk_mib": chunk * 4 * N * V / 2**20,
         }
         options["loss"] = lambda stats, known: losses.compute_token_losses(loss, stats, **known)
-        return token_stats(*student, **options)["total"], count
-    per_token = losses.compute_token_losses(loss, token_stats(*student, **options), **known_BT)
-    return (weight * per_token["loss"]).sum(), count
+        per_token = token_stats(*student, **options)
+        total = per_token["total"]
+    else:
+        stats = token_stats(*student, **options)
+        per_token = losses.compute_token_losses(loss, stats, **known_BT)
+        total = (weight * per_token["loss"]).sum()
+    if loss.weighs_tokens:
+        count = token_weights.complete_token_weights(weight, per_token)[1]
+    return total, count
 
 
 def run(loss, layout, fresh=False, chunk=0):
@@ -181,7 +191,7 @@ def test_forward_pass_gradients_equal_recomputed_ones(name):
 
 def test_losses_that_need_other_tokens_are_marked():
     others = {name for name, loss in FORMS.items() if not loss.is_per_token}
-    assert others == {"gspo", "discount", "sampled, all"}
+    assert others == {"gspo", "discount", "sampled, all", "weights, discount"}
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -299,7 +309,7 @@ def test_aggregations_weigh_lengths_as_documented():
     depend on lengths."""
     mask = jnp.asarray([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]])
     weights = {
-        a: losses.compute_token_weights(Loss(sft=1, aggregation=a), mask, mask, 8)
+        a: token_weights.compute_token_weights(Loss(sft=1, aggregation=a), mask, mask, 8)
         for a in ("token", "sequence", "constant")
     }
     rows = {a: (np.asarray(w).sum(1) / float(n)).tolist() for a, (w, n) in weights.items()}
@@ -399,6 +409,19 @@ REFUSED = {
     "use sampled, or clip=cispo": {"teacher": 1, "estimator": "k2", "clip": "ppo"},
     "tis_clip=-1.0: must be at least 0 (off)": {"reward": 1, "tis_clip": -1.0},
     "needs a policy gradient": {"teacher": 1, "tis_clip": 2.0},
+    "position_half_life=-1.0: must be at least 0 (off)": {"sft": 1, "position_half_life": -1.0},
+    "entropy_weight=1.5: must be at least -1 and at most 1": {"sft": 1, "entropy_weight": 1.5},
+    "entropy_from='both': must be one of": {"sft": 1, "entropy_weight": 1, "entropy_from": "both"},
+    "aggregation=sequence: position_half_life and entropy_weight divide by": {
+        **{"sft": 1, "position_half_life": 8.0, "aggregation": "sequence"}
+    },
+    "entropy_from=teacher: read by entropy_weight only": {"teacher": 1, "entropy_from": "teacher"},
+    "entropy_from=teacher: the entropy is over": {
+        **{"sft": 1, "entropy_weight": 0.5, "entropy_from": "teacher"}
+    },
+    "entropy_from=teacher: the entropy is over the whole vocabulary": {
+        **{**TOP, "entropy_weight": 0.5, "entropy_from": "teacher"}
+    },
 }
 
 

@@ -17,7 +17,7 @@ import pytest
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # TRL warns that this interface may change
 
-from distill.objectives import losses
+from distill.objectives import losses, token_weights
 from distill.objectives.divergences import Divergence
 from distill.objectives.losses import OBJECTIVES, Loss
 from distill.rewards import terms
@@ -119,7 +119,7 @@ def ours(loss, x):
             advantages_BT=jnp.broadcast_to(jnp.asarray(x["advantage"])[:, None], (B, T)),
         )
         statistics.update(per_token)
-        weight, count = losses.compute_token_weights(loss, mask, segments, LIMIT)
+        weight, count = token_weights.compute_token_weights(loss, mask, segments, LIMIT)
         return (weight * per_token["loss"]).sum() / count
 
     value, grad = jax.value_and_grad(total)(jnp.asarray(x["logp"]))

@@ -274,7 +274,7 @@ def test_nothing_is_compiled_after_the_first_step(options) -> None:
     assert compiled[before:] == []
     programs = {"convert_weights", "init_state", "prefill", "decode", "resize"}
     names = [name.removeprefix("jit(").removesuffix(")") for name in compiled]
-    assert 3 <= sum(name in programs for name in names) <= 8
+    assert "decode" in names and sum(name in programs for name in names) <= 8
 
 
 def test_sampling_makes_no_implicit_transfers() -> None:

@@ -3,7 +3,6 @@
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import types
@@ -22,6 +21,7 @@ from distill.runtime.checkpoint import Checkpoints
 from models.errors import UserError
 from tests.support.checkpoints import abstract, mesh, state
 from tests.support.paths import ROOT
+from tests.support.processes import find_free_port
 
 
 def same(a, b):
@@ -468,9 +468,7 @@ with Checkpoints({directory!r}, save_interval_steps=1, max_to_keep=5) as saved:
 
 
 def test_two_processes_agree_on_damaged_checkpoints(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = find_free_port()
     codes = [TWO.format(port=port, process=i, directory=str(tmp_path)) for i in range(2)]
     pipe = subprocess.PIPE
     both = [

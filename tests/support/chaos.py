@@ -17,7 +17,6 @@ import random
 import select
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -43,6 +42,7 @@ from configs import base
 from distill.runtime import cli, distributed, run_files, watchdog, xla
 from distill.runtime.checkpoint import Checkpoints
 from distill.training import collect, eval_hook, loop, saving, setup, trainer
+from tests.support.processes import find_free_port
 from tests.support.runs import read_run, tiny_model
 
 # What a run does -> the function that does it.
@@ -206,9 +206,7 @@ def live(
 ) -> tuple[list[Process], str]:
     """Runs until the run ends or is killed as `aim` says; returns its processes, and what the
     killed one was doing ("" if none was killed)."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = find_free_port()
     processes = [start(c, workdir, i, count, port) for i in range(count)]
     try:
         return processes, watch(processes, workdir, aim, usual)

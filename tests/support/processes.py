@@ -16,6 +16,13 @@ VERB += "distributed.HEARTBEAT_SECONDS = {beat}; "
 VERB += "cli.run(v.main, v.OPTIONS)"
 
 
+def find_free_port() -> int:
+    """Returns a port of this host that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 def start(
     verb: str,
     count: int,
@@ -27,9 +34,7 @@ def start(
 ) -> list[subprocess.Popen]:
     """Starts `count` processes of `distill.VERB` with `devices` devices each; process i writes to
     LOGS.i. Flags identify them, or the variables that `srun` sets for the tasks of one node."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = find_free_port()
     words = [sys.executable, "-W", "ignore", "-c", VERB.format(verb=verb, beat=beat), *flags]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
     started = []

@@ -48,7 +48,10 @@ RUNS = {
         "reward__teacher_logprob": 0.1,
         "loss__aggregation": "constant",
     },
-    "gkd": {"loss__beta": 0.3, "samples": 2},
+    "gkd": {
+        **{"loss__beta": 0.3, "samples": 2, "accumulate": 2},
+        **{"loss__position_half_life": 8.0, "loss__entropy_weight": 0.5},
+    },
     "distill": {"loss__estimator": "topk", "loss__k": 8},
     "opd_sampled": {"loss__baseline": True, "loss__clip": "ppo", "epochs": 2, "minibatches": 2},
 }
@@ -82,6 +85,7 @@ def test_every_objective_trains_by_its_flag(objective, tmp_path):
         assert first["train/reverse_kl"] > 0
     if objective == "gkd":
         assert "rollout/mean_length" in first and "data/truncated" in first
+        assert first["train/token_weight"] > 0 and 0 < first["train/effective_tokens"] < 1
     if objective == "opd_sampled":
         assert first["train/ratio"] != 1  # later updates see older samples
 
