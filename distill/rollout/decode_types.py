@@ -20,6 +20,12 @@ DRAFT_FIELDS = ("group", *(f"before{i}" for i in range(MAX_ORDER - 1, 0, -1)))
 
 # Why a row ended: a stop token, its limit, or NaN logits.
 UNFINISHED, STOP, LENGTH, ERROR = range(4)
+FINISH_REASONS = {
+    UNFINISHED: "",
+    STOP: "stop",
+    LENGTH: "length",
+    ERROR: "error",
+}
 
 
 # Of a segment with drafts: its steps, the rows of all of them, the drafts, those that were compared

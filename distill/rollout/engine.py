@@ -13,10 +13,8 @@ from distill.rollout import decode, drafts
 from distill.rollout.decode_types import (
     DRAFT_COUNTS,
     DRAFT_FIELDS,
-    ERROR,
-    LENGTH,
+    FINISH_REASONS,
     ROW_FIELDS,
-    STOP,
     UNFINISHED,
 )
 from distill.rollout.draft_lengths import DraftLengths, estimate_step_cost
@@ -28,13 +26,6 @@ from distill.runtime import mesh as mesh_lib
 from models.transformer import Params
 
 SEEN_TOKENS_PER_CALL = 1024  # (row, token) pairs that mark_seen_tokens takes at once
-
-FINISH_REASONS = {
-    UNFINISHED: "",
-    STOP: "stop",
-    LENGTH: "length",
-    ERROR: "error",
-}
 
 # Experts of a prompt, by pieces as they were read: (experts of the line, shard, start, count).
 ExpertPieces = list[tuple[Any, int, int, int]]
