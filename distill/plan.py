@@ -54,6 +54,14 @@ MEAN_RESPONSE_TOKENS = flags.DEFINE_integer(
     lower_bound=0,
     flag_values=OPTIONS,
 )
+TOKENS_PER_STEP = flags.DEFINE_float(
+    "tokens_per_step",
+    1.0,
+    "Tokens that a decoding step of that forecast draws for a row, where drafts are on: "
+    "a run's metric rollout/tokens_per_step.",
+    lower_bound=1.0,
+    flag_values=OPTIONS,
+)
 EXPLAIN = flags.DEFINE_bool(
     "explain", True, "If the run does not fit, search for a change that helps.", OPTIONS
 )
@@ -101,7 +109,9 @@ def main() -> None:
             stage_costs = fit.compile_run(c, topology)
         forecasts = {}
         if MEAN_RESPONSE_TOKENS.value:
-            forecasts = fit.forecast_stages(c, topology, stage_costs, MEAN_RESPONSE_TOKENS.value)
+            forecasts = fit.forecast_stages(
+                c, topology, stage_costs, MEAN_RESPONSE_TOKENS.value, TOKENS_PER_STEP.value
+            )
     except fit.TooLarge as error:
         print_failure(c, topology, error)
         sys.exit(1)

@@ -201,13 +201,22 @@ def compile_run(c: ConfigDict, topology: str) -> dict[str, list[ProgramCost]]:
 
 
 def forecast_stages(
-    c: ConfigDict, topology: str, stage_costs: dict[str, list[ProgramCost]], mean_tokens: int
+    c: ConfigDict,
+    topology: str,
+    stage_costs: dict[str, list[ProgramCost]],
+    mean_tokens: int,
+    tokens_per_step: float = 1.0,
 ) -> dict[str, forecast.Forecast]:
-    """Forecasts a step of each compiled stage at a mean response length."""
+    """Forecasts a step of each compiled stage at a mean response length, with so many tokens drawn
+    for a row in each decoding step."""
     mesh, teacher_mesh = mesh_lib.make_meshes(c, aot.get_devices(topology))
     return {
         name: forecast.forecast_stage(
-            describe_stage(c, name, mesh, teacher_mesh), aot.get_chip(topology), costs, mean_tokens
+            describe_stage(c, name, mesh, teacher_mesh),
+            aot.get_chip(topology),
+            costs,
+            mean_tokens,
+            tokens_per_step,
         )
         for name, costs in stage_costs.items()
     }
@@ -224,7 +233,7 @@ def list_remedies(c: ConfigDict, program: str) -> list[tuple[str, ConfigDict]]:
         if changed != c:
             remedies.append((f"--config.{key}={value}", changed))
 
-    is_sampling = program in SAMPLING_PROGRAMS
+    is_sampling = program in SAMPLING_PROGRAMS or program.startswith("decode ")
     is_training = program in ("accumulate", "old log-probs", "reference")
     is_training |= program.startswith(("score", "judge"))
     if is_training:

@@ -6,6 +6,7 @@ lengths, attention for the sequences that share a row, and output heads for trai
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 from distill import rollout
@@ -48,21 +49,26 @@ class Decoding:
     cache_read_bytes: float  # per decoding step
     needed_bytes: float  # per decoding step: weights and filled cache tokens
     line_counts: tuple[int, int]  # calls of "few prompts" and "prompts"
+    drafts: int = 0  # that each step drafts for a row
 
     @property
     def steps(self) -> int:
         return self.simulation.steps + self.simulation.shrunk_steps
 
     @property
+    def main_program(self) -> str:
+        """The program that decodes all rows."""
+        return f"decode {self.drafts} drafts" if self.drafts else "decode"
+
+    @property
     def program_calls(self) -> dict[str, int]:
         """Number of calls of each sampling program whose calls depend on lengths."""
         few, many = self.line_counts
-        return {
-            "prompts": many,
-            "few prompts": few,
-            "decode": self.simulation.steps,
-            "decode fewer": self.simulation.shrunk_steps,
-        }
+        steps = {"decode": self.simulation.steps, "decode fewer": self.simulation.shrunk_steps}
+        if self.drafts:
+            steps |= {f"{name} {self.drafts} drafts": n for name, n in steps.items()}
+            steps |= {"decode": 0, "decode fewer": 0}
+        return {"prompts": many, "few prompts": few, **steps}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,30 +87,43 @@ class Forecast:
 
 
 def forecast_stage(
-    stage: AbstractStage, chip: aot.Chip, costs: list[ProgramCost], mean_tokens: int
+    stage: AbstractStage,
+    chip: aot.Chip,
+    costs: list[ProgramCost],
+    mean_tokens: int,
+    tokens_per_step: float = 1.0,
 ) -> Forecast:
     """Forecasts a step of a stage from the costs of its compiled programs.
 
+    tokens_per_step: that a row draws in a decoding step of the longest drafts.
+
     Raises:
-      UserError: if the mean is not between 1 and the stage's max_response_tokens.
+      UserError: if the mean is not between 1 and the stage's max_response_tokens, or if
+        tokens_per_step is more than its drafts can give.
     """
     limit = stage.s.max_response_tokens
     if not 0 < mean_tokens <= limit:
         raise UserError(
             f"--mean_response_tokens={mean_tokens}: from 1 to max_response_tokens={limit}"
         )
+    r = stage.s.rollout
+    most = 1 + r.draft_tokens if r.drafts and stage.sampled_rows else 1
+    if not 1 <= tokens_per_step <= most:
+        reason = f"config.{stage.name}.rollout.drafts" if most == 1 else "draft_tokens + 1"
+        raise UserError(f"--tokens_per_step={tokens_per_step:g}: from 1 to {most} ({reason})")
     lengths = rollout.draw_lengths(stage.s.batch_size, mean_tokens, limit)
     packing, decoding = simulate_packing(stage, lengths), None
     if stage.sampled_rows:
         cache_capacity = memory.compute_cache_capacity(stage, chip.hbm_gib * GIB)
         sampler = sampling_programs.make_stage_sampler(stage, cache_capacity)
-        decoding = simulate_decoding(sampler, lengths[: stage.sampled_rows])
+        rows = lengths[: stage.sampled_rows]
+        decoding = simulate_decoding(sampler, rows, tokens_per_step)
     program_calls = decoding.program_calls if decoding else {}
     seconds, read_bytes = {}, 0.0
     for cost in costs:
         count, traffic = program_calls.get(cost.kind, cost.calls), cost.traffic
         flops = max(cost.compiled or 0.0, cost.useful)
-        if decoding and cost.kind == "decode" and traffic is not None:
+        if decoding and cost.kind == decoding.main_program and traffic is not None:
             traffic = read_bytes = traffic - cost.reads + decoding.cache_read_bytes
         if cost.kind in ("read", "train"):
             count = cost.calls / stage.max_microbatches * packing.num_microbatches
@@ -115,15 +134,20 @@ def forecast_stage(
     return Forecast(sum(lengths) / len(lengths), decoding, read_bytes, packing, seconds)
 
 
-def simulate_decoding(sampler: sampling_programs.AbstractSampler, lengths: list[int]) -> Decoding:
+def simulate_decoding(
+    sampler: sampling_programs.AbstractSampler, lengths: list[int], tokens_per_step: float = 1.0
+) -> Decoding:
     """Simulates the decoding of responses of these lengths with a run's scheduler."""
     s, shape = sampler.stage.s, sampler.decoder.cache
     P = min(PROMPT_TOKENS, s.max_prompt_tokens)
     prompts = [[number // s.samples] * P for number in range(len(lengths))]
     rows = [rollout.Sequence(p, (0, i), s.max_response_tokens) for i, p in enumerate(prompts)]
     sizes = rollout.get_line_sizes(sampler.options, shape)
+    drafts = s.rollout.draft_tokens if tokens_per_step > 1 else 0
+    count_reads = functools.partial(sampler.count_cache_reads, drafts=drafts)
+    segment = sampler.decoder.segment
     simulation = rollout.simulate(
-        rows, lengths, shape, sampler.decoder.segment, sizes, sampler.count_cache_reads
+        rows, lengths, shape, segment, sizes, count_reads, tokens_per_step
     )
     steps = simulation.steps + simulation.shrunk_steps
     *few, many = (simulation.line_counts[size] for size in sizes)
@@ -133,6 +157,7 @@ def simulate_decoding(sampler: sampling_programs.AbstractSampler, lengths: list[
         simulation.bytes_read / steps,
         sampler.weight_bytes + simulation.cached_tokens * sampler.token_bytes / steps,
         (sum(few), many),
+        drafts,
     )
 
 

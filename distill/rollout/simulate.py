@@ -5,6 +5,7 @@ in use and the bytes that attention reads are known before a run.
 """
 
 import dataclasses
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
@@ -45,6 +46,7 @@ def simulate(
     segment: int,
     line_sizes: Sequence[int],
     count_read_bytes: Callable[[list[int]], int],
+    tokens_per_step: float = 1.0,
 ) -> Simulation:
     """Samples sequences, of which the i-th ends after response_lengths[i] tokens.
 
@@ -53,6 +55,7 @@ def simulate(
       line_sizes: token counts that a line of prompts may have, ascending.
       count_read_bytes: bytes that a decoding step reads of the cache, for rows of a shard that have
         so many tokens each; 0: a row that ended within the segment.
+      tokens_per_step: that each row draws; above 1 with drafts.
     """
     rows, totals = shape.rows // shape.shards, Simulation()
     shrunk = get_shrunk_rows(shape) // shape.shards
@@ -80,14 +83,15 @@ def simulate(
             rows * shape.shards, len(slots), shrunk * shape.shards, is_waiting
         )
         lengths = sorted(remaining[id(slot.sequence)] for slot in slots)
-        steps = min(segment, lengths[min(ending, len(slots)) - 1])
+        most = min(segment, lengths[min(ending, len(slots)) - 1])  # tokens of a row
+        steps = math.ceil(most / tokens_per_step)
         if rows < shape.rows // shape.shards:
             totals.shrunk_steps += steps
         else:
             totals.steps += steps
-        _count_segment(scheduler, remaining, steps, count_read_bytes, totals)
+        _count_segment(scheduler, remaining, steps, most, count_read_bytes, totals)
         for slot in slots:
-            drawn = min(steps, remaining[id(slot.sequence)])
+            drawn = min(most, remaining[id(slot.sequence)])
             slot.length += drawn
             slot.sequence.tokens += [0] * drawn
             remaining[id(slot.sequence)] -= drawn
@@ -100,17 +104,19 @@ def _count_segment(
     scheduler: Scheduler,
     remaining: dict[int, int],
     steps: int,
+    most: int,
     count_read_bytes: Callable[[list[int]], int],
     totals: Simulation,
 ) -> None:
-    """Adds a segment of so many steps, as if each read what the middle one reads."""
+    """Adds a segment of so many steps, in which rows draw `most` tokens, as if each step read what
+    the middle one reads."""
     totals.segments += 1
     of_shards = []
     for shard in range(len(scheduler.slots)):
         slots = [(slot, remaining[id(slot.sequence)]) for slot in scheduler.iter_slots(shard)]
-        lengths = [slot.length + (steps + 1) // 2 if n > steps // 2 else 0 for slot, n in slots]
+        lengths = [slot.length + (most + 1) // 2 if n > most // 2 else 0 for slot, n in slots]
         of_shards.append((count_read_bytes(lengths) * steps, sum(lengths) * steps))
-        totals.live_row_steps += sum(min(steps, n) for _, n in slots)
+        totals.live_row_steps += sum(-(-min(most, n) * steps // most) for _, n in slots)
     bytes_read, cached_tokens = max(of_shards)
     totals.bytes_read += bytes_read
     totals.cached_tokens += cached_tokens

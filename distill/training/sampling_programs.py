@@ -13,6 +13,7 @@ from distill import rollout
 from distill.evaluation import protocols
 from distill.policy import policy
 from distill.rollout import decode, decode_weights
+from distill.rollout.decode_types import DRAFT_FIELDS
 from distill.rollout.sampling import Sampling
 from distill.runtime import mesh as mesh_lib
 from distill.training import stages
@@ -97,12 +98,13 @@ class AbstractSampler:
         """Bytes of the cache on each device."""
         return self.decoder.cache.pages * self.decoder.cache.page_size * self.token_bytes
 
-    def count_cache_reads(self, lengths: list[int]) -> int:
+    def count_cache_reads(self, lengths: list[int], drafts: int = 0) -> int:
         """Counts the cache bytes that a decoding step reads on a device for rows of these lengths;
-        0 for slabs, whose reads the compiled text shows."""
+        0 for slabs, whose reads the compiled text shows. On GPUs each draft reads as much."""
         shape = self.decoder.cache
         if shape.backend == "slabs":
             return 0
+        lengths = lengths * (1 + drafts) if shape.backend == "gpu" else lengths
         return pages.count_read_bytes(
             lengths, shape.page_size, shape.max_pages_per_row, self.token_bytes, shape.backend
         )
@@ -171,6 +173,7 @@ def _make_sampler(
     )
     tokens = rollout.get_segment_tokens(options, shape)
     decoder = decode.Decoder(model, sampling, student.stop_ids, shape, tokens, routing=routing)
+    decoder = dataclasses.replace(decoder, draft_tokens=(options.draft_lengths or (None,))[-1])
     return AbstractSampler(stage, mesh, options, decoder, sizes)
 
 
@@ -204,21 +207,33 @@ def list_sampling_calls(sampler: AbstractSampler) -> list[ProgramCall]:
             make_ints(X * rows, shape.max_pages_per_row),
             make_ints(X * rows),
             make_ints(X, rows + 1),
+            *([make_ints(X * rows)] if sampler.options.drafts else []),
         )
         lower = lower_with_state(decode.prefill, shape.rows, *index, before=(decoder, variables))
         flops = families.count_forward_flops(config, X * T, (P + 1) / 2, with_head=False)
         return make_call(name, lower, calls_per_step, flops=flops)
 
-    def make_decode(name: str, rows: int, calls_per_step: float, **costs: Any) -> ProgramCall:
+    def make_decodes(name: str, rows: int, calls_per_step: float) -> list[ProgramCall]:
+        """Makes the program, or that of each length of drafts, of which the first is called."""
+        fields = (*decode.ROW_FIELDS, *(DRAFT_FIELDS if sampler.options.drafts else ()))
         args = (
             make_ints(2),
-            make_ints(len(decode.ROW_FIELDS), rows),
+            make_ints(len(fields), rows),
             make_ints(rows, shape.max_pages_per_row),
             make_ints(2, X, rows // X),
         )
-        lower = lower_with_state(decode.decode, rows, *args, before=(decoder, variables))
-        flops = families.count_forward_flops(config, rows, P + R / 2, with_head=True)
-        return make_call(name, lower, calls_per_step, flops=flops, **costs)
+        calls = []
+        for length in sampler.options.draft_lengths or (None,):
+            drafting = dataclasses.replace(decoder, draft_tokens=length)
+            lower = lower_with_state(decode.decode, rows, *args, before=(drafting, variables))
+            read = rows * (1 + (length or 0))  # tokens of a step
+            flops = families.count_forward_flops(config, read, P + R / 2, with_head=True)
+            lengths = [P + R // 2] * (rows // X)
+            reads = sampler.count_cache_reads(lengths, length or 0) if rows == shape.rows else 0
+            costs = {"flops": flops, "kernel_bytes_read": reads}
+            full_name = f"{name} {length} drafts" if length else name
+            calls.append(make_call(full_name, lower, 0 if length else calls_per_step, **costs))
+        return calls
 
     convert = functools.partial(decode_weights.convert_weights.lower, *sampler.conversion_args)
     init = functools.partial(decode.init_state.lower, decoder)
@@ -230,13 +245,12 @@ def list_sampling_calls(sampler: AbstractSampler) -> list[ProgramCall]:
     prompt_tokens = P * sizes.num_sequences // sizes.samples_per_prompt
     calls += [make_prefill("few prompts", T, 0) for T in few]
     calls.append(make_prefill("prompts", many, -(-prompt_tokens // (many * X))))
-    reads = sampler.count_cache_reads([P + R // 2] * (shape.rows // X))
     turns = R * -(-sizes.num_sequences // shape.rows)
-    calls.append(make_decode("decode", shape.rows, turns, kernel_bytes_read=reads))
+    calls += make_decodes("decode", shape.rows, turns)
     if fewer := rollout.get_shrunk_rows(shape):
         lower = lower_with_state(decode.resize, shape.rows, make_ints(X, fewer // X))
         calls.append(make_call("fewer rows", lower, 0, other_bytes=copy))
-        calls.append(make_decode("decode fewer", fewer, 0))
+        calls += make_decodes("decode fewer", fewer, 0)
     if decoder.sampling.presence_penalty:
         seen = make_ints(shape.rows), make_ints(2, rollout.SEEN_TOKENS_PER_CALL)
         lower = lower_with_state(decode.mark_seen_tokens, shape.rows, *seen)
