@@ -50,6 +50,16 @@ CACHE_TOKENS = flags.DEFINE_integer(
     None,
     OPTIONS,
 )
+DRAFTS = flags.DEFINE_string(
+    "drafts",
+    "",
+    "ngram: each step guesses further tokens and keeps those that it draws itself: the same tokens "
+    "in fewer steps. Default: off.",
+    OPTIONS,
+)
+DRAFT_TOKENS = flags.DEFINE_integer(
+    "draft_tokens", 3, "Tokens that a step guesses at most for a response.", flag_values=OPTIONS
+)
 MAX_QUEUE = flags.DEFINE_integer(
     "max_queue", 256, "Sequences that may wait; requests beyond get 429.", 1, flag_values=OPTIONS
 )
@@ -117,6 +127,8 @@ def main() -> None:
         slots=SLOTS.value,
         max_length=MAX_LENGTH.value,
         cache_tokens=CACHE_TOKENS.value,
+        drafts=DRAFTS.value,
+        draft_tokens=DRAFT_TOKENS.value,
         max_queue=MAX_QUEUE.value,
         max_logprobs=MAX_LOGPROBS.value,
         max_top_k=MAX_TOP_K.value,

@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from distill.policy import identity
 from distill.policy.policy import Policy
-from distill.rollout.options import RolloutOptions
+from distill.rollout.options import DEFAULT_DRAFT_TOKENS, RolloutOptions
 from distill.serving.app import make_app
 from distill.serving.calls import Server
 from distill.serving.formats import TokenNames
@@ -42,6 +42,8 @@ class ServerOptions:
     slots: int = 32  # sequences that decode together
     max_length: int = 0  # tokens of a prompt and its response; 0: DEFAULT_MAX_LENGTH
     cache_tokens: int = 0  # see RolloutOptions
+    drafts: str = ""  # see RolloutOptions
+    draft_tokens: int = DEFAULT_DRAFT_TOKENS
     max_queue: int = 256  # sequences that wait
     max_logprobs: int = 20  # likeliest tokens of generated tokens
     max_top_k: int = 256  # and of scored ones
@@ -141,12 +143,17 @@ def open_server(
         raise UserError(f"--max_length={options.max_length}: the model has {positions} positions")
     max_length = options.max_length or min(positions, DEFAULT_MAX_LENGTH)
     vocab_size = subject.config.vocab_size
-    rollout = RolloutOptions(
-        options.slots,
-        max_length=max_length,
-        cache_tokens=options.cache_tokens,
-        top_logprobs=min(options.max_logprobs, vocab_size),
-    )
+    try:
+        rollout = RolloutOptions(
+            options.slots,
+            max_length=max_length,
+            cache_tokens=options.cache_tokens,
+            top_logprobs=min(options.max_logprobs, vocab_size),
+            drafts=options.drafts,
+            draft_tokens=options.draft_tokens,
+        )
+    except UserError as error:  # names an option, which is a flag of the same name
+        raise UserError(f"--{error}") from None
     listening = bind_socket(options.host, options.port)
     loop: list[asyncio.AbstractEventLoop] = []
 

@@ -51,6 +51,7 @@ class Pages:
     starts_XR: jax.Array | None = None  # int32 [X, R/X + 1]: starts of chunks in their line
     row_BT: jax.Array | None = None  # int32: the token's row in the shard's table; -1: padding
     position_BT: jax.Array | None = None  # int32
+    are_drafts: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def page_size(self) -> int:
@@ -110,7 +111,8 @@ class Pages:
         at_T = jnp.arange(T, dtype=jnp.int32)[None]
         row_RT = jnp.where(at_T >= T - count_R[:, None], bound.row_BT, -1)
         position_RT = length_R[:, None] - T + at_T
-        return self.bind_tokens(table_RN, length_R, bound.starts_XR * T, row_RT, position_RT)
+        index = (table_RN, length_R, bound.starts_XR * T, row_RT, position_RT)
+        return dataclasses.replace(self.bind_tokens(*index), are_drafts=True)
 
     def begin_segment(self, length_B: jax.Array, steps: int) -> "Pages":
         """Begins a segment of at most `steps` decoding steps; pages need no preparation."""
@@ -131,17 +133,23 @@ class Pages:
     ) -> tuple[jax.Array, "Pages"]:
         """Calls `write_tokens`, then `attend`; returns [B, T, N, H] and the updated pool."""
         written = self.write_tokens(layer, k_BTKH, v_BTKH)
-        return written.attend(layer, q_BTNH), written
+        out_BTNH = written.attend(layer, q_BTNH)
+        if self.are_drafts:
+            bad_BT11 = ~jnp.all(jnp.isfinite(v_BTKH), axis=(2, 3), keepdims=True)
+            out_BTNH = jnp.where(bad_BT11, jnp.nan, out_BTNH)
+        return out_BTNH, written
 
     def write_tokens(self, layer: Any, k_BTKH: jax.Array, v_BTKH: jax.Array) -> "Pages":
         """Stores the tokens' keys and values of one layer, in place if the pool is donated.
 
         Pages are reused without being cleared, and a weight of 0 does not mask a NaN. So a token
         whose values are not finite is stored with values of 0 and keys of NaN: tokens that attend
-        to it get NaN, and those that merely read its page do not.
+        to it get NaN, and those that merely read its page do not. Among drafts the kernel for TPU
+        lets a key of NaN reach the tokens before it: theirs are 0, and `write_and_attend` gives the
+        token itself NaN, which ends its row.
         """
         bad_BTK1 = ~jnp.all(jnp.isfinite(v_BTKH), axis=-1, keepdims=True)
-        k_BTKH = jnp.where(bad_BTK1, jnp.nan, k_BTKH)
+        k_BTKH = jnp.where(bad_BTK1, 0 if self.are_drafts else jnp.nan, k_BTKH)
         v_BTKH = jnp.where(bad_BTK1, 0, v_BTKH)
         new = paged_attention.to_pool_format(k_BTKH, v_BTKH, self.pools[0].dtype, self.backend)
 

@@ -297,6 +297,35 @@ def test_non_finite_values_stay_in_their_row(monkeypatch, kind, bad):
     assert np.max(np.abs(out[1, 0, 0] - want)) <= 2e-6
 
 
+@pytest.mark.parametrize("kind", ["plain", "gpu", "ragged"])
+def test_drafts_attend_as_if_read_one_by_one(monkeypatch, kind):
+    """Rows read several tokens in one call, one fewer than the other; a bad one harms none before
+    it."""
+    interpret(monkeypatch)
+    config, width = (WIDE, 128) if kind == "ragged" else (TINY, H)
+    qkv, T = texts((24, 6), width=width), 4
+    first, count = (20, 3), (4, 2)
+    want = [[dense(*(x[i] for x in qkv), layer=layer) for i in (0, 1)] for layer in range(L)]
+    qkv[2][0][:, 23] = np.nan
+    cache = empty(1, page=16, kind=kind, config=config)
+    table = np.array([[7, 3], [9, -1]], np.int32)
+    length, starts, row, position, tokens = lines(1, 2, 24, [[(0, 0, 20), (1, 0, 3)]], qkv)
+    cache, _ = run(cache, (table, length, starts, row, position), *tokens)
+    length_R = jnp.array([n + c for n, c in zip(first, count, strict=True)], jnp.int32)
+    bound = cache.bind_drafts(jnp.asarray(table), length_R, jnp.array(count, jnp.int32), T)
+    drafted = [np.zeros((L, 2, T, *x[0].shape[2:]), np.float32) for x in qkv]
+    for into, x in zip(drafted, qkv, strict=True):
+        for i in (0, 1):
+            into[:, i, T - count[i] :] = x[i][:, first[i] : first[i] + count[i]]
+    for layer in range(L):
+        out, bound = bound.write_and_attend(layer, *(jnp.asarray(x[layer]) for x in drafted))
+        for i in (0, 1):
+            new = np.asarray(out)[i, T - count[i] :]
+            expected = want[layer][i][first[i] : first[i] + count[i]]
+            assert np.max(np.abs(new[:3] - expected[:3])) <= 2e-6
+        assert np.all(np.isnan(np.asarray(out)[0, 3]))
+
+
 @pytest.mark.parametrize("scan", [True, False])
 def test_the_model_decodes_with_pages(scan):
     """A prompt in two chunks and a step give the model's hidden states for the whole text."""
