@@ -16,7 +16,9 @@ from distill import rollout
 from distill.objectives import losses
 from distill.policy import forward
 from distill.rollout import RolloutOptions, SamplingModel, Sequence, decode, decode_weights, sampler
+from distill.rollout import engine as engine_lib
 from distill.rollout import options as options_lib
+from distill.rollout.draft_lengths import StepCost
 from distill.rollout.engine import Engine
 from distill.rollout.sampling import Sampling
 from distill.runtime import mesh as mesh_lib
@@ -412,10 +414,20 @@ def test_drawn_lengths_have_the_mean() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [PAGES, pytest.param(SMALL, marks=pytest.mark.long)], ids=["plain", "slabs"]
+    "options",
+    [
+        PAGES,
+        pytest.param(SMALL, marks=pytest.mark.long),
+        pytest.param(dataclasses.replace(PAGES, drafts="ngram"), marks=pytest.mark.long),
+    ],
+    ids=["plain", "slabs", "drafts"],
 )
-def test_sequences_join_a_running_engine_with_their_own_sampling(options: RolloutOptions) -> None:
+def test_sequences_join_a_running_engine_with_their_own_sampling(
+    options: RolloutOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each draws as it would alone, records only what it wants, and may be left off at any time."""
+    free = StepCost(1e9)  # drafts always pay
+    monkeypatch.setattr(engine_lib, "estimate_step_cost", lambda platform: free)
     mesh, params = weights(0, (1, 1, 1))
     options = dataclasses.replace(options, top_logprobs=2)
     samplings = [Sampling(0.7, top_k=5), Sampling(presence_penalty=2.0)]
@@ -427,7 +439,8 @@ def test_sequences_join_a_running_engine_with_their_own_sampling(options: Rollou
     expected: list[Sequence] = [*asked]
     for first, sampling in enumerate(samplings):
         rows = [row.copy() for row in asked[first :: len(samplings)]]
-        drawn = rollout.sample(model, rows, sampling=sampling, options=options)
+        plain = dataclasses.replace(options, drafts="")
+        drawn = rollout.sample(model, rows, sampling=sampling, options=plain)
         expected[first :: len(samplings)] = list(drawn)
     unwanted, harvested = asked[5], []
     with mesh_lib.use_mesh(mesh):
