@@ -19,6 +19,7 @@ from distill.rollout.decode_steps import (
     count_most_tokens,
     draw_step,
     read_newest,
+    remember_draws,
     run_checked_step,
     run_model,
 )
@@ -175,16 +176,17 @@ def decode(
     )
 
     def is_running(loop: LoopState) -> jax.Array:
-        step = loop.step if decoder.draft_tokens is None else count_most_tokens(loop)
+        step = count_most_tokens(loop) if decoder.draft_tokens else loop.step
         return (step < steps) & (jnp.sum(loop.done_B) < bound)
 
     def body(loop: LoopState) -> LoopState:
-        if decoder.draft_tokens is not None:
-            group_B = row_fields_BF[:, live + 1]
+        group_B = None if drafts is None else row_fields_BF[:, live + 1]
+        if decoder.draft_tokens and group_B is not None:
             rows = SegmentRows(keys_B, sampling, limit_B, table_BN, group_B, steps)
             return run_checked_step(decoder, params, head_VD, rows, loop)
         read = read_newest(decoder, params, table_BN, loop)
-        return draw_step(decoder, head_VD, keys_B, sampling, limit_B, *read)
+        drawn = draw_step(decoder, head_VD, keys_B, sampling, limit_B, *read)
+        return drawn if group_B is None else remember_draws(decoder, group_B, loop, drawn)
 
     end = jax.lax.while_loop(is_running, body, start)
     cache = end.cache.end_segment(end.length_B - length_B)

@@ -140,6 +140,19 @@ def run_checked_step(
     return _draw_checked_step(decoder, head_VD, rows, *read, loop)
 
 
+def remember_draws(
+    decoder: Decoder, group_B: jax.Array, before: LoopState, loop: LoopState
+) -> LoopState:
+    """Remembers what a step without drafts drew, for later ones."""
+    assert before.drafts is not None and before.draft_counts_5 is not None
+    V = decoder.model.config.vocab_size
+    count_B = loop.output.count_reason_2B[0] - before.output.count_reason_2B[0]
+    draws = (before.token_B, loop.token_B[:, None], count_B)
+    table = drafts.add_drawn_tokens(before.drafts, group_B, *draws, V)
+    added = jnp.array([1, 0, 0, 0, 0], jnp.int32).at[1].set(jnp.sum(~before.done_B))
+    return dataclasses.replace(loop, drafts=table, draft_counts_5=before.draft_counts_5 + added)
+
+
 def _read_drafts(
     decoder: Decoder,
     params: Params,
