@@ -160,6 +160,8 @@ def test_shorter_responses_take_less_time(rows, shape):
     assert shorter.total_seconds < sum(row.seconds for row in rows.values())
     with pytest.raises(UserError, match=f"--mean_response_tokens={R + 1}: from 1 to "):
         fit.forecast_stages(config(shape), "v5e:2x2", costs, R + 1)
+    with pytest.raises(UserError, match=r"--tokens_per_step=2: from 1 to 1 \(config.opd.rollout"):
+        fit.forecast_stages(config(shape), "v5e:2x2", costs, 16, 2.0)
 
 
 @pytest.mark.parametrize("lengths", [[40], [3, 5, 7, 2], [8, 8, 8], [17, 1, 20], []])

@@ -63,7 +63,12 @@ CONFIGS = {
         student__ema_decay=0.9,
     ),
     "a LoRA": config(student__lora__rank=2, eval__every=1, eval__limit=2, eval__max_new_tokens=4),
-    "a context": config(opd__context__text="assets/rows/manual.md", opd__context__max_tokens=48),
+    "a context, drafts": config(
+        opd__context__text="assets/rows/manual.md",
+        opd__context__max_tokens=48,
+        opd__rollout__drafts="ngram",
+        opd__rollout__draft_tokens=1,
+    ),
     "two teachers, a penalty": with_two_teachers(config(opd__sampling__presence_penalty=0.5)),
 }
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from distill import rollout
-from distill.rollout import RolloutOptions, draft_lengths, drafts, engine
+from distill.rollout import RolloutOptions, Sequence, draft_lengths, drafts, engine
 from distill.rollout.draft_lengths import DraftLengths, StepCost
 from distill.rollout.sampling import Sampling
 from models.errors import UserError
@@ -95,6 +95,24 @@ def test_lengths_that_cannot_be_are_refused() -> None:
     long = RolloutOptions(drafts="ngram", draft_tokens=17, page_size=16, cache_backend="plain")
     with pytest.raises(UserError, match=r"^draft_tokens=17: at most the 16 tokens of a page"):
         rollout.make_cache_shape(long, CONFIG, mesh, "float32", 8, 64)
+
+
+def test_simulation_takes_fewer_steps_with_drafts() -> None:
+    """Two tokens a step: half of the steps, of which each reads as much as before."""
+    mesh, _ = weights(0, (1, 1, 1))
+    options = RolloutOptions(8, 300, cache_backend="plain", page_size=16, drafts="ngram")
+    shape = rollout.make_cache_shape(options, CONFIG, mesh, "float32", 20, 300)
+    tokens, lengths = rollout.get_segment_tokens(options, shape), rollout.draw_lengths(20, 100, 280)
+    assert tokens == 2 * rollout.get_segment_tokens(RolloutOptions(), shape)
+
+    def simulate(tokens_per_step: float) -> rollout.Simulation:
+        rows = [Sequence([9] * 20, (0, i), 280) for i in range(20)]
+        return rollout.simulate(rows, lengths, shape, tokens, (32,), sum, tokens_per_step)
+
+    plain, fewer = simulate(1.0), simulate(2.0)
+    assert plain.segments == fewer.segments and plain.live_row_steps == sum(lengths)
+    assert 0.5 * plain.steps <= fewer.steps <= 0.5 * plain.steps + plain.segments
+    assert fewer.bytes_read == pytest.approx(plain.bytes_read / 2, rel=0.02)
 
 
 @pytest.fixture
