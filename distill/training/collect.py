@@ -319,13 +319,16 @@ def finish_rollout(
         "rollout/truncated": num_truncated / max(1, len(ended)),
         "rollout/failed": sum(x.finish_reason == "error" for x in ended),
         "rollout/repetition": -float(np.mean(repetition or [0])),
-        "rollout/utilisation": counts["tokens"] / max(1, counts["slot_steps"]),
+        "rollout/utilisation": counts["row_steps"] / max(1, counts["slot_steps"]),
         "time/rollout": seconds,
         **count_skipped(stage),
         **curriculum.mean_difficulty([x.difficulty for x in ended]),
         **_measure_by_mode(stage.c, ended),
         **response_limits.measure_cuts(stage.c, started.step - stage.first_step, ended),
     }
+    if collector.rollout_options.drafts:
+        metrics["rollout/tokens_per_step"] = counts["tokens"] / max(1, counts["row_steps"])
+        metrics["rollout/drafts_accepted"] = counts["accepted"] / max(1, counts["drafted"])
     if stage.token_budget:
         buffer.num_started += started.num_requested - len(buffer.partial)
         buffer.partial = [x for x in sampled if not x.finish_reason]
