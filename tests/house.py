@@ -22,7 +22,7 @@ FOLDERS = {
     "reporting": "watching writing page tables figures transcripts read",
     "planning": "checking fit forecast programs roofline aot gpus hlo diagnosis",
     "training": "loop stopping saving metrics_log run_summary alerts preflight eval_hook collect "
-    "teacher_outputs grading trainer memory sampling_programs calls microbatches prompts "
+    "drift teacher_outputs grading trainer memory sampling_programs calls microbatches prompts "
     "resume config_changes setup update update_metrics optim stage_responses stages "
     "response_limits",
     "evaluation": "served_evaluation evaluator comparison rejection responses records divergence "
