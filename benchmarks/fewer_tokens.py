@@ -56,7 +56,7 @@ def make_arms(steps: int) -> dict[str, dict[str, Any]]:
     return {
         "whole responses": {},
         "16, 32, then 52 tokens": {"response_schedule": rising},
-        "first 16 tokens only": {"response_schedule": ((0, 16),)},
+        "ended above 0.6 nats": {"drift.kl": 0.6, "drift.every": 24},
     }
 
 
