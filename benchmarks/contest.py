@@ -8,11 +8,15 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +29,7 @@ from distill.runtime import paths
 from models.qwen3.config import SIZES, Config
 
 ROOT = Path(__file__).parent.parent
+CLOSE_SECONDS = 60.0  # in which a worker without work must end
 
 JsonDict = dict[str, Any]
 
@@ -70,11 +75,15 @@ def get_interpreters(options: Any) -> dict[str, str]:
 
 
 class Worker:
-    """One contender in a process `python -m MODULE ARGS`; `absent` says why it cannot run."""
+    """One contender in a process `python -m MODULE ARGS`; `absent` says why it cannot run.
 
-    def __init__(self, python: str, module: str, *args: str) -> None:
+    deadline: of time.monotonic(), when it is killed with all processes that it has started.
+    """
+
+    def __init__(self, python: str, module: str, *args: str, deadline: float = math.inf) -> None:
         self.absent = ""
         self.versions: dict[str, str] = {}
+        self._deadline = deadline
         # By default, jax preallocates three quarters of a GPU's memory.
         environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         try:
@@ -85,6 +94,7 @@ class Worker:
                 text=True,
                 cwd=ROOT,
                 env=environment,
+                process_group=0,
             )
         except OSError as error:
             self.absent = f"not installed ({python}: {error.strerror})"
@@ -93,10 +103,23 @@ class Worker:
 
     def _read_answer(self) -> JsonDict:
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        answer: JsonDict = (
-            json.loads(line) if line else {"absent": f"ended ({self._process.wait()})"}
-        )
+        # A positive wait, as 0 would let an answer win that is there by chance.
+        seconds = min(self._deadline - time.monotonic(), threading.TIMEOUT_MAX)
+        is_late = threading.Event()
+        timer = threading.Timer(max(0.001, seconds), lambda: (is_late.set(), self.kill()))
+        timer.daemon = True
+        timer.start()
+        try:
+            line = self._process.stdout.readline()
+        except BaseException:  # an interruption, which a group of its own does not get
+            self.kill()
+            raise
+        finally:
+            timer.cancel()
+        if is_late.is_set():
+            answer: JsonDict = {"absent": "took too long, and was killed"}
+        else:
+            answer = json.loads(line) if line else {"absent": f"ended ({self._process.wait()})"}
         self.absent = answer.get("absent", "")
         self.versions.update(answer.get("versions", {}))
         return answer
@@ -114,10 +137,20 @@ class Worker:
         answer = self._read_answer()
         return None if self.absent else answer
 
+    def kill(self) -> None:
+        """Kills the process, and those that it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
     def close(self) -> None:
+        """Ends the process; kills it if it does not end."""
         if hasattr(self, "_process"):
             with contextlib.suppress(BrokenPipeError):
-                self._process.communicate()
+                try:
+                    self._process.communicate(timeout=CLOSE_SECONDS)
+                except subprocess.TimeoutExpired:
+                    self.kill()
+                    self._process.communicate()
 
 
 def list_contenders(options: Any, case: str) -> dict[str, Callable[[], Worker]]:

@@ -4,6 +4,7 @@ Writes each figure twice, for a light and a dark page (NAME.svg, NAME-dark.svg).
 version of matplotlib, the same results give the same bytes.
 """
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +100,21 @@ def draw_packing(results: dict[str, Any], theme: Theme) -> Figure:
     return figure
 
 
+def draw_step(results: dict[str, Any], theme: Theme) -> Figure:
+    """Draws the seconds of the parts of a step that benchmarks.gpu measured, one after another."""
+    figure, axes = pyplot.subplots(figsize=(8.4, 1.7), layout="constrained")
+    colours = {"sampling": "decode", "scoring": "score", "update": "update", "rest": "other"}
+    total, start = sum(results["parts"].values()), 0.0
+    for part, colour in colours.items():
+        seconds = results["parts"][part]
+        label = f"{part}: {seconds:.3g} s, {seconds / total:.0%}"
+        axes.barh([""], [seconds], left=[start], color=theme[colour], label=label)
+        start += seconds
+    axes.set(xlabel="seconds", xlim=(0, total), title=results["title"])
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.45), ncols=len(colours))
+    return figure
+
+
 # Name of a figure -> its file in results/, and what draws it.
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any], Theme], Figure]]] = {
     "quickstart": ("quickstart.json", draw_quickstart),
@@ -132,14 +148,26 @@ def draw_figure(name: str, theme: Theme) -> Figure:
         return draw(read_results(file), theme)
 
 
+def save_figure(
+    draw: Callable[[dict[str, Any], Theme], Figure],
+    results: dict[str, Any],
+    path: Path,
+    suffix: str = "",
+) -> None:
+    """Draws results in one of THEMES, and writes the figure to `path`, whole or not at all."""
+    theme, file = THEMES[suffix], io.StringIO()
+    with matplotlib.rc_context(make_style(theme)):
+        figure = draw(results, theme)
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+    paths.write_text(path, file.getvalue())
+
+
 def main() -> None:
-    for name in FIGURES:
-        for suffix, theme in THEMES.items():
+    for name, (file, draw) in FIGURES.items():
+        for suffix in THEMES:
             out = paths.check_output(f"{OUT.value}/{name}{suffix}.svg")
-            figure = draw_figure(name, theme)
-            with matplotlib.rc_context(make_style(theme)):
-                figure.savefig(str(out), format="svg", metadata={"Date": None})
-            pyplot.close(figure)
+            save_figure(draw, read_results(file), out, suffix)
             print(out)
 
 

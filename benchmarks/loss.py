@@ -6,12 +6,10 @@ holds a chunk of the logits, and with TRL's `generalized_jsd_loss`, which holds 
 turn of a contender is a process of its own. Writes a table (.md), all numbers (.json) and a plot
 (.svg) to --out.
 
-FLOPs are those of the formula: three products with the student's head, one with the teacher's.
-Bytes are a lower bound: heads and hidden states are read, the student's twice, and the student's
-gradients are written.
+FLOPs and bytes are the least that a call needs (benchmarks/costs.py).
 """
 
-from benchmarks import contest
+from benchmarks import contest, costs
 from distill.runtime import cli
 
 OPTIONS = contest.define_flags(rounds=2)
@@ -21,13 +19,7 @@ contest.define_model_flags(OPTIONS, rows=1, tokens=1024)
 def count_costs() -> contest.JsonDict:
     """Returns the tokens of a call and the FLOPs and bytes that it needs at least."""
     student, teacher = (contest.make_config(OPTIONS, name) for name in ("student", "teacher"))
-    M, V = OPTIONS.rows * OPTIONS.tokens, student.vocab_size
-    D, E = student.hidden_size, teacher.hidden_size
-    itemsize = 4 if OPTIONS.dtype == "float32" else 2
-    moved = (
-        D * (V * 12 + M * 3 * itemsize) + E * (V + M) * itemsize
-    )  # the student's head is float32
-    return {"tokens": M, "flop": 2 * M * V * (3 * D + E), "bytes": moved}
+    return costs.count_loss(student, teacher, OPTIONS.rows, OPTIONS.tokens, OPTIONS.dtype)
 
 
 def main() -> None:

@@ -36,10 +36,10 @@ OPTIONS = flags.FlagValues()
 MODEL = flags.DEFINE_string("model", "assets/student", "Model directory.", flag_values=OPTIONS)
 
 
-def load_policy(dtype: str, device: Any) -> policy.Policy:
+def load_policy(path: str, dtype: str, device: Any) -> policy.Policy:
     mesh = mesh_lib.make_mesh(1, 1, 1, devices=[device])
     with mesh_lib.use_mesh(mesh):
-        return policy.load(policy.make_abstract_for_inference(MODEL.value, dtype, mesh), dtype)
+        return policy.load(policy.make_abstract_for_inference(path, dtype, mesh), dtype)
 
 
 def sample_responses(subject: policy.Policy) -> list[Sequence]:
@@ -93,33 +93,38 @@ def compare_repeats() -> str:
     return f"{count} figures, all the same" if not different else f"differ: {sorted(different)}"
 
 
-def main() -> None:
+def compare_precisions(path: str) -> dict[str, str]:
+    """Returns what was compared -> how far apart it is, in words."""
     device = jax.devices()[0]
-    float32 = load_policy("float32", device)
+    float32 = load_policy(path, "float32", device)
     rows = sample_responses(float32)
-    exact = compute_logprobs(load_policy("float32", jax.devices("cpu")[0]), rows)
-    print(f"{device.device_kind}, {MODEL.value}: {len(exact)} sampled tokens")
-    print(
-        "float32 from float32 on a CPU:", describe_distance(compute_logprobs(float32, rows), exact)
-    )
-    print(
-        "float32, the device's default:",
-        describe_distance(compute_logprobs(float32, rows, "default"), exact),
-    )
-    bfloat16 = load_policy("bfloat16", device)
-    print(
-        "bfloat16 from float32 on a CPU:",
-        describe_distance(compute_logprobs(bfloat16, rows, "default"), exact),
-    )
+    exact = compute_logprobs(load_policy(path, "float32", jax.devices("cpu")[0]), rows)
+    bfloat16 = load_policy(path, "bfloat16", device)
+    cases = {
+        "float32 from float32 on a CPU": (float32, None),
+        "float32, the device's default": (float32, "default"),
+        "bfloat16 from float32 on a CPU": (bfloat16, "default"),
+    }
+    distances = {
+        name: describe_distance(compute_logprobs(subject, rows, precision), exact)
+        for name, (subject, precision) in cases.items()
+    }
     for subject in (float32, bfloat16):
         own = sample_responses(subject)
         scored = compute_logprobs(subject, own, "highest" if subject is float32 else "default")
         drawn = np.concatenate([row.logprobs for row in own])
-        print(
-            f"sampler from scorer, {np.dtype(subject.model.dtype)}:",
-            describe_distance(drawn, scored),
-        )
-    print("two runs, --config.deterministic:", compare_repeats())
+        name = f"sampler from scorer, {np.dtype(subject.model.dtype)}"
+        distances[name] = describe_distance(drawn, scored)
+    return {
+        "on": f"{device.device_kind}, {path}, {len(exact)} sampled tokens",
+        **distances,
+        "two runs, --config.deterministic": compare_repeats(),
+    }
+
+
+def main() -> None:
+    for name, result in compare_precisions(MODEL.value).items():
+        print(f"{name}: {result}")
 
 
 if __name__ == "__main__":

@@ -7,14 +7,13 @@ logp     the log-probability of each token, streamed over the vocabulary, agains
          google-tunix, which hold all logits
 
 Each turn of a contender is a process of its own. Writes a table (.md), all numbers (.json) and a
-plot (.svg) to --out. FLOPs are those of the formula; bytes are the weights, read once.
+plot (.svg) to --out. FLOPs and bytes are the least that a call needs (benchmarks/costs.py).
 """
 
 from absl import flags
 
-from benchmarks import contest
+from benchmarks import contest, costs
 from distill.runtime import cli
-from models import families
 
 OPTIONS = contest.define_flags(rounds=2)
 contest.define_model_flags(OPTIONS, rows=1, tokens=4096)
@@ -24,12 +23,8 @@ CASES = flags.DEFINE_multi_enum("case", KNOWN, KNOWN, "Cases to run.", flag_valu
 
 def count_costs(case: str) -> contest.JsonDict:
     """Returns the tokens of a call and the FLOPs and bytes that it needs at least."""
-    config, head = contest.make_config(OPTIONS, "student"), case == "logp"
-    M, mean = OPTIONS.rows * OPTIONS.tokens, (OPTIONS.tokens + 1) / 2
-    itemsize = 4 if OPTIONS.dtype == "float32" else 2
-    moved = families.count_forward_flops(config, 1, 0, head) / 2 * itemsize
-    flop = families.count_forward_flops(config, M, mean, head)
-    return {"tokens": M, "flop": flop, "bytes": moved}
+    config = contest.make_config(OPTIONS, "student")
+    return costs.count_score(case, config, OPTIONS.rows, OPTIONS.tokens, OPTIONS.dtype)
 
 
 def main() -> None:

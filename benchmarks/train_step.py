@@ -12,17 +12,13 @@ weights and moments in float32; the other torch contenders keep them in bfloat16
 a contender is a process of its own: one step to compile, then --steps measured ones. Writes a table
 (.md), all numbers (.json) and a plot (.svg) to --out.
 
-FLOPs are those of the formula, without recomputation. Bytes are a lower bound: weights are read
-twice, the gradient is written, and AdamW reads four numbers a weight and writes three, all in
-float32; a teacher's weights are read once.
+FLOPs and bytes are the least that a step needs (benchmarks/costs.py).
 """
 
 from absl import flags
 
-from benchmarks import contest
+from benchmarks import contest, costs
 from distill.runtime import cli
-from models import families
-from models.qwen3.config import Config
 
 OPTIONS = contest.define_flags(rounds=2)
 contest.define_model_flags(OPTIONS, rows=2, tokens=256)
@@ -31,22 +27,11 @@ CASES = flags.DEFINE_multi_enum("case", KNOWN, KNOWN, "Cases to run.", flag_valu
 REMAT = flags.DEFINE_bool("remat", False, "Recompute layers in the backward pass.", OPTIONS)
 
 
-def count_weights(config: Config) -> float:
-    """Counts the weights in a token's matrix products (two FLOPs each), including the head."""
-    return families.count_forward_flops(config, 1, 0, with_head=True) / 2
-
-
 def count_costs(case: str) -> contest.JsonDict:
     """Returns the tokens of a step and the FLOPs and bytes that it needs at least."""
     student, teacher = (contest.make_config(OPTIONS, name) for name in ("student", "teacher"))
-    M, mean = OPTIONS.rows * OPTIONS.tokens, (OPTIONS.tokens + 1) / 2
-    itemsize = 4 if OPTIONS.dtype == "float32" else 2
-    flop = 3 * families.count_forward_flops(student, M, mean, with_head=True)
-    moved = count_weights(student) * (2 * itemsize + 8 * 4)
-    if case == "reverse_kl":
-        flop += families.count_forward_flops(teacher, M, mean, with_head=True)
-        moved += count_weights(teacher) * itemsize
-    return {"tokens": M, "flop": flop, "bytes": moved, "remat": REMAT.value}
+    shape = OPTIONS.rows, OPTIONS.tokens, OPTIONS.dtype
+    return costs.count_train(case, student, teacher, *shape) | {"remat": REMAT.value}
 
 
 def main() -> None:

@@ -36,24 +36,34 @@ NORMS = ("norm_by_hidden", "norm_by_head")
 # --- this project: its update, its scorers and its streamed head, as `train` calls them -----------
 
 
-def _make_network(job: Job, name: str, mesh: Any, trained: bool = False) -> Any:
-    """Makes a random Policy: in float32 if trained, else in the job's dtype."""
+def make_network(job: Job, name: str, mesh: Any, trained: bool = False) -> Any:
+    """Makes a random Policy: in float32 if trained, else in the job's dtype.
+
+    Norms' scales are 1, other parameters N(0, 1/D). They are drawn one by one, so that the peak of
+    memory is the job's and not that of drawing.
+    """
     import jax
+    import jax.numpy as jnp
 
     from distill.policy import policy
-    from models import families, transformer
     from models.qwen3.config import Config
 
     config, remat = Config.from_hf(job[name]), trained and job.get("remat", False)
     network = policy.make_abstract_from_config(name, config, job["dtype"], remat, mesh)
+    dtype = "float32" if trained else job["dtype"]
+    leaves, tree = jax.tree_util.tree_flatten_with_path(network.params)
 
-    def init_params(key: jax.Array) -> transformer.Params:
-        dtype = "float32" if trained else job["dtype"]
-        return jax.tree.map(lambda x: x.astype(dtype), families.init_params(config, key))
+    def draw_param(path: Any, shape: Any, key: jax.Array) -> jax.Array:
+        if path[-1].key == "scale":
+            return jnp.ones(shape.shape, dtype)
+        return jax.random.normal(key, shape.shape, dtype) * config.hidden_size**-0.5
 
-    shardings = jax.tree.map(lambda x: x.sharding, network.params)
-    params = jax.jit(init_params, out_shardings=shardings)(jax.random.key(0))
-    return dataclasses.replace(network, params=params)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    params = [
+        jax.jit(functools.partial(draw_param, path, shape), out_shardings=shape.sharding)(key)
+        for (path, shape), key in zip(leaves, keys, strict=True)
+    ]
+    return dataclasses.replace(network, params=jax.tree.unflatten(tree, params))
 
 
 def _make_batch(job: Job, mesh: Any) -> Any:
@@ -83,8 +93,8 @@ def run_our_step(job: Job) -> Answer:
 
     c = base.get_config()
     mesh = mesh_lib.make_mesh(**c.mesh)
-    student, batch = _make_network(job, "student", mesh, trained=True), _make_batch(job, mesh)
-    teacher = _make_network(job, "teacher", mesh) if job["what"] == "reverse_kl" else None
+    student, batch = make_network(job, "student", mesh, trained=True), _make_batch(job, mesh)
+    teacher = make_network(job, "teacher", mesh) if job["what"] == "reverse_kl" else None
     s = c.opd
     s.objective = {"reverse_kl": "opd", "sft": "sft"}[job["what"]]
     s.batch_size, s.max_response_tokens = job["rows"], job["tokens"]
@@ -120,7 +130,7 @@ def run_our_score(job: Job) -> Answer:
 
     c = base.get_config()
     mesh = mesh_lib.make_mesh(**c.mesh)
-    subject, batch = _make_network(job, "student", mesh), _make_batch(job, mesh)
+    subject, batch = make_network(job, "student", mesh), _make_batch(job, mesh)
     score: Any = {
         "hidden": lambda: local.compute_hidden(subject.model, subject.params, None, batch, None),
         "logp": lambda: local.compute_logp(subject, batch, stages.get_loss_chunk_mib(c, mesh)),
@@ -198,11 +208,14 @@ def _get_torch_device() -> tuple[str, Callable[[], int]]:
 
 
 def _make_torch_model(fields: dict, dtype: Any, device: str) -> Any:
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**fields)
-    network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    return network.to(device)
+    with torch.device(device):  # a GPU draws the weights much faster
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").to(
+            device
+        )
 
 
 def _make_ids(job: Job, device: str) -> Any:

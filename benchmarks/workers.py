@@ -187,7 +187,38 @@ def load_tunix(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
     return answer_job
 
 
-WORKERS = {"ours": load_ours, "transformers": load_transformers, "tunix": load_tunix}
+def load_vllm(model: str, dtype: str, cache: int) -> Callable[[Job], Answer]:
+    """Loads vLLM's engine, in half of the GPU's memory. Prompts are read anew in each job."""
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
+
+    engine = LLM(
+        model=model,
+        dtype=dtype,
+        max_model_len=cache,
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        gpu_memory_utilization=0.5,
+    )
+
+    def answer_job(job: Job) -> Answer:
+        prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+        options = SamplingParams(
+            temperature=0.0, max_tokens=job["new"], ignore_eos=True, detokenize=False
+        )
+        start = time.perf_counter()
+        outputs = engine.generate(prompts, options, use_tqdm=False)
+        tokens = [list(row.outputs[0].token_ids) for row in outputs]
+        return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+    return answer_job
+
+
+WORKERS = {
+    "ours": load_ours,
+    "transformers": load_transformers,
+    "tunix": load_tunix,
+    "vllm": load_vllm,
+}
 
 
 def time_calls(call: Callable[[], Any], job: Job, peak: Callable[[], int], warm: int = 1) -> Answer:
@@ -257,6 +288,7 @@ def _send_answer(answer: Answer, reported_packages: set[str], answers: Any) -> N
         "transformers",
         "trl",
         "tunix",
+        "vllm",
     } & sys.modules.keys() - reported_packages:
         versions[package] = getattr(sys.modules[package], "__version__", "")
     reported_packages |= versions.keys()

@@ -149,6 +149,13 @@ def make_rollout() -> ConfigDict:
     # through the update.
     c.asynchronous = False
     c.gather_weights = True  # each row shard holds all weights; False: fetches them for each token
+    # ngram: each step guesses further tokens of a row from what has followed the last ones, in it
+    # and in responses to the same prompt, and keeps those that it draws itself: the same tokens (as
+    # always, up to near ties in rounding) in fewer steps. "": off
+    c.drafts = ""
+    # Tokens that a step guesses at most for a row, up to a page of the cache. As many as have paid
+    # so far are used: these, half of them, or none.
+    c.draft_tokens = 3
     return c.lock()
 
 

@@ -5,6 +5,7 @@ program's memory, matrix products and collectives are known before a device is r
 the compiler does not give is None, never a guess.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -13,14 +14,16 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from distill.planning import gpus, hlo
+from distill.runtime import mesh as mesh_lib
 from distill.runtime.gpu import GPU_PLUGINS
 from models.errors import UserError
 
@@ -121,6 +124,18 @@ def _get_gpus(topology: str, gpu: gpus.Gpu) -> list[Any]:
             f"--topology={topology}: the CUDA plugin of JAX cannot compile without a GPU ({reason})"
         ) from None
     return list(description.devices)
+
+
+@contextlib.contextmanager
+def use_devices(mesh: Mesh) -> Iterator[None]:
+    """Context in which programs are lowered for `mesh`, whose devices need not exist.
+
+    A GPU is JAX's default device there, because kernels are chosen by its compute capability.
+    """
+    device = mesh.devices.flat[0]
+    default = jax.default_device(device if device.platform == "gpu" else None)
+    with mesh_lib.use_mesh(mesh), jax.default_matmul_precision(None), default:
+        yield
 
 
 @dataclasses.dataclass(frozen=True)

@@ -153,7 +153,7 @@ def compile_stage(stage: AbstractStage, topology: str, teacher_mesh: Mesh) -> li
             for name, size in resident[call_mesh].items()
             if name not in call.resident_arguments
         )
-        with mesh_lib.use_mesh(call_mesh), jax.default_matmul_precision(None):
+        with aot.use_devices(call_mesh):
             try:
                 program = aot.compile_program(call.name, call.lower, chip.hbm_gib)
             except aot.OutOfMemory as error:

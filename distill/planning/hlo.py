@@ -52,6 +52,7 @@ _UPDATE_OPERAND = {"dynamic-update-slice": 1, "scatter": 2}
 # JAX's paged attention kernels for TPU and GPU, and which of their operands are the page pool.
 _PAGED_KERNEL = re.compile(r"/jit\(((?:ragged_)?paged_attention)\)/")
 _POOL_OPERANDS = {"ragged_paged_attention": slice(-1, None), "paged_attention": slice(1, -2)}
+_KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|triton_kernel_call_ffi)"')
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -121,7 +122,7 @@ def parse_costs(text: str) -> Costs:
             collectives[kind] = (count + int(times), size + int(times * received))
         elif " convolution(" in rest or " dot(" in rest:
             flops += times * _count_matmul_flops(rest, lines)
-        elif 'custom_call_target="tpu_custom_call"' in rest:
+        elif _KERNEL.search(rest):
             kernel_flops = times * _count_kernel_flops(instruction, rest)
             flops += kernel_flops
             attention_flops += kernel_flops if instruction.startswith("splash") else 0.0
@@ -357,24 +358,23 @@ _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
 def _count_kernel_flops(instruction: str, rest: str) -> float:
-    """Counts the FLOPs of a Pallas kernel that this project calls; 0 for any other kernel.
+    """Counts the FLOPs of a kernel that this project calls; 0 for any other kernel.
 
     Splash attention computes the blocks on and below the diagonal; the shape of its block table
-    says how many there are. tgmm multiplies each row of x by the same row of dy once, whatever the
-    groups.
+    says how many there are. Grouped products multiply each row once, whatever the groups.
     """
-    operand_layouts = rest.partition("operand_layout_constraints={")[2].partition(
-        "frontend_attributes"
-    )[0]
-    floats = [_parse_dims(dims) for dtype, dims in _SHAPE.findall(operand_layouts) if "f" in dtype]
+    operands = _SHAPE.findall(rest.partition("operand_layout_constraints={")[2].partition("}}")[0])
+    floats = [_parse_dims(dims) for dtype, dims in operands if "f" in dtype]
     if splash := re.match(r"splash_mha_(fwd|dq|dkv)", instruction):
-        blocks = _parse_dims(_SHAPE.findall(operand_layouts)[0][1])[-1]
+        blocks = _parse_dims(operands[0][1])[-1]
         *rows_and_heads, T, H = floats[0]  # the queries; a single row has no batch axis
         scores = (T / blocks) ** 2 * blocks * (blocks + 1) / 2
         return _SPLASH_PRODUCTS[splash.group(1)] * 2.0 * math.prod(rows_and_heads) * H * scores
     if instruction.startswith("tgmm"):
         (D, M), (_, F) = floats[-2:]
         return 2.0 * D * M * F
+    if "TritonRaggedDot" in rest:
+        return 2.0 * math.prod(floats[0]) * _parse_dims(operands[1][1])[-1]
     return 0.0
 
 

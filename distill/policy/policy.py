@@ -22,7 +22,7 @@ from distill.data import chat
 from distill.policy import hub
 from distill.policy.hub import is_run, read_run_lora, resolve_model_dir
 from distill.runtime import mesh as mesh_lib
-from distill.runtime import run_files
+from distill.runtime import run_files, xla
 from distill.runtime.checkpoint import Checkpoints
 from distill.runtime.progress import show_progress
 from models import adapter, families, tensor_files, weights
@@ -123,6 +123,7 @@ def make_abstract_from_config(
 
     kernel, packed: see models.layers.attention.choose_kernel.
     """
+    xla.log_slow_experts(config, mesh)
     platform = mesh.devices.flat[0].platform
     kernel = attention.choose_kernel(kernel, platform, config.head_dim, jnp.dtype(dtype), packed)
     model = make_model(config, dtype=jnp.dtype(dtype), remat=remat, kernel=kernel, lora=lora_config)
@@ -319,8 +320,7 @@ def restore(
 
     Merges a LoRA. Returns the policy and the step; see `restore_trained_params`.
     """
-    lora_config = read_run_lora(policy.path)
-    if lora_config is not None:
+    if lora_config := read_run_lora(policy.path):
         lora_params, step = restore_trained_params(policy, step, average)
         merged = _load_merged(policy, lora_params, lora_config, param_dtype)
         return dataclasses.replace(merged, step=step), step

@@ -1,6 +1,7 @@
 """XLA: compiler options, the compilation cache, and a monitor of what is compiled."""
 
 import dataclasses
+import functools
 import os
 import platform
 import tempfile
@@ -13,7 +14,9 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from distill.runtime import paths, run_files
+from models.config import Config
 from models.errors import UserError
+from models.layers import grouped
 
 AUTO = "auto"
 MAX_USER_CACHE_BYTES = 4 * 2**30  # the programs that were not used for longest then go
@@ -32,6 +35,23 @@ def get_compiler_options(mesh: Mesh) -> dict[str, str]:
     if mesh.devices.flat[0].platform != "cpu" or jax.__version_info__ >= (0, 11):
         return {}
     return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+
+
+def log_slow_experts(config: Config, mesh: Mesh) -> None:
+    """Says, once, what experts cost on GPUs that have no kernels for them, and what to do."""
+    device = mesh.devices.flat[0]
+    if not config.num_experts or device.platform != "gpu":
+        return
+    if reason := grouped.explain_missing_gpu_kernels(device):
+        _log_once(
+            f"experts: each token is multiplied by all {config.num_experts} of them, at "
+            f"{config.num_experts} times the operations and memory: {reason}"
+        )
+
+
+@functools.cache
+def _log_once(line: str) -> None:
+    run_files.log_line(line)
 
 
 def get_user_cache() -> Path:

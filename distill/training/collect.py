@@ -13,15 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from distill import rollout
-from distill.data import collate, curriculum, dataset, packing
+from distill.data import collate, dataset, packing
 from distill.data.collate import BatchLayout
 from distill.data.examples import Example
-from distill.rewards import graders, terms
+from distill.rewards import graders
 from distill.runtime import distributed
 from distill.runtime import mesh as mesh_lib
 from distill.teachers.local import Teacher
@@ -29,7 +28,7 @@ from distill.training import (
     drift,
     grading,
     microbatches,
-    response_limits,
+    rollout_metrics,
     stages,
     teacher_outputs,
 )
@@ -326,30 +325,22 @@ def finish_rollout(
     checks = started.checks
     seconds = time.perf_counter() - start_time - (checks.seconds if checks else 0)
     ended = [x for x in sampled if x.finish_reason]
-    num_tokens = sum(len(x.tokens) for x in ended)
-    num_truncated = sum(response_limits.is_truncated(stage.c, x) for x in ended)
-    repetition = [terms.compute_repetition(x.tokens) for x in ended]
-    metrics = {
-        "rollout/tokens_per_second": counts["tokens"] / seconds,
-        "rollout/mean_length": num_tokens / max(1, len(ended)),
-        "rollout/truncated": num_truncated / max(1, len(ended)),
-        "rollout/failed": sum(x.finish_reason == "error" for x in ended),
-        "rollout/repetition": -float(np.mean(repetition or [0])),
-        "rollout/utilisation": counts["tokens"] / max(1, counts["slot_steps"]),
-        "time/rollout": seconds,
-        **count_skipped(stage),
-        **curriculum.mean_difficulty([x.difficulty for x in ended]),
-        **grading.measure_by_mode(stage.c, ended),
-        **response_limits.measure_cuts(stage.c, started.step - stage.first_step, ended),
-        **(checks.get_metrics(ended) if checks else {}),
-    }
+    metrics = rollout_metrics.measure_rollout(
+        stage.c,
+        started.step - stage.first_step,
+        ended,
+        counts,
+        seconds,
+        bool(collector.rollout_options.drafts),
+    )
+    metrics |= count_skipped(stage) | (checks.get_metrics(ended) if checks else {})
     if stage.token_budget:
         buffer.num_started += started.num_requested - len(buffer.partial)
         buffer.partial = [x for x in sampled if not x.finish_reason]
         metrics["rollout/ended"] = len(ended)
     if stage.token_budget or stage.asynchronous:
         num_stale = sum(version < started.step for x in ended for version in x.versions)
-        metrics["rollout/stale"] = num_stale / max(1, num_tokens)
+        metrics["rollout/stale"] = num_stale / max(1, sum(len(x.tokens) for x in ended))
     return ended, metrics
 
 

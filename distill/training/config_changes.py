@@ -48,6 +48,8 @@ STAGE_KEYS = {
     "rollout.cache_tokens": ROUNDING,
     "rollout.page_size": ROUNDING,
     "rollout.gather_weights": ROUNDING,
+    "rollout.drafts": ROUNDING,
+    "rollout.draft_tokens": ROUNDING,
     "data.on_bad_row": EXACT,  # a run that fails has met no bad row
     "data.check_rows": EXACT,
 }

@@ -22,7 +22,7 @@ from distill.objectives import advantages
 from distill.rewards import graders, terms
 from distill.runtime import distributed, run_files
 from distill.teachers import local
-from distill.training import microbatches, response_limits, stages
+from distill.training import microbatches, stages
 from distill.training.microbatches import PackedRows
 from models.transformer import Params
 
@@ -64,19 +64,6 @@ def grade_sequences(
         for text, x, outcome in zip(texts, sequences, outcomes, strict=True)
     ]
     return terms.compute_rewards(responses, stages.get_term_weights(s))
-
-
-def measure_by_mode(s: ConfigDict, sequences: Sequence[rollout.Sequence]) -> Metrics:
-    """Measures lengths and truncation in each thinking mode that occurs."""
-    metrics: Metrics = {}
-    for mode, thinking in THINKING_MODES.items():
-        part = [x for x in sequences if x.thinking == thinking]
-        if part:
-            num_truncated = sum(response_limits.is_truncated(s, x) for x in part)
-            metrics[f"rollout/rows/{mode}"] = len(part)
-            metrics[f"rollout/mean_length/{mode}"] = sum(len(x.tokens) for x in part) / len(part)
-            metrics[f"rollout/truncated/{mode}"] = num_truncated / len(part)
-    return metrics
 
 
 def drop_failed_groups(

@@ -377,6 +377,8 @@ def make_rollout_options(
         cache_dtype=r.cache_dtype,
         param_dtype=r.param_dtype,
         gather_weights=r.gather_weights,
+        drafts=r.drafts,
+        draft_tokens=r.draft_tokens,
     )
 
 

@@ -158,6 +158,25 @@ def test_collectives_in_fusions_and_flops_of_attention_kernels_are_counted():
     assert costs.flops == 4 * 2 * 2 * 4 * 16 * 36 * 8 * 8
 
 
+GROUPED = """\
+ENTRY %main (x: bf16[64,32], w: s8[8,32,16], sizes: s32[9]) -> f32[64,16] {
+  %x = bf16[64,32] parameter(0)
+  %w = s8[8,32,16] parameter(1)
+  %sizes = s32[9] parameter(2)
+  %y = f32[64,16] custom-call(%x, %w, %sizes), custom_call_target="triton_kernel_call_ffi", operand_layout_constraints={bf16[64,32]{1,0}, s8[8,32,16]{2,1,0}, s32[9]{0}}, metadata={metadata_payload="tokamax:{TritonRaggedDot}"}
+  ROOT %dw = f32[8,16,32] custom-call(%y, %x, %sizes), custom_call_target="triton_kernel_call_ffi", operand_layout_constraints={f32[64,16]{1,0}, bf16[64,32]{1,0}, s32[9]{0}}, metadata={metadata_payload="tokamax:{TritonRaggedDot}"}
+}
+"""
+
+
+def test_flops_and_traffic_of_grouped_products_on_gpus_are_counted():
+    """A product, and a gradient with respect to the kernel: each row is multiplied once."""
+    costs = hlo.parse_costs(GROUPED)
+    assert costs.flops == 2 * (2 * 64 * 32 * 16) and costs.attention_flops == 0
+    x, w, y = 64 * 32 * 2, 8 * 32 * 16, 64 * 16 * 4
+    assert costs.hbm_bytes == (x + w + 9 * 4 + y) + (y + x + 9 * 4 + 4 * w)
+
+
 def test_only_the_most_expensive_branch_counts():
     """The width of the product is known only at run time; the widest counts."""
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,8 @@ def compute_whole_kl(student, teacher, sequence: rollout.Sequence) -> np.ndarray
     tokens = [*sequence.prompt, *sequence.tokens]
     row = np.array([[*tokens, *[0] * (112 - len(tokens))]], np.int32)  # one shape compiles once
     segments = (np.arange(112)[None] < len(tokens)).astype(np.int32)
-    batch = Batch(*map(jnp.asarray, (row, np.arange(112)[None], segments, segments > 0)))
+    fields: Any = map(jnp.asarray, (row, np.arange(112)[None], segments, segments > 0))
+    batch = Batch(*fields)
     logp, logq = (np.asarray(compute_logp(x.model, x.params, batch)) for x in (student, teacher))
     kl = np.sum(np.exp(logp) * (logp - logq), axis=-1)
     return kl[len(sequence.prompt) - 1 : len(tokens) - 1]
