@@ -149,6 +149,13 @@ def make_rollout() -> ConfigDict:
     # through the update.
     c.asynchronous = False
     c.gather_weights = True  # each row shard holds all weights; False: fetches them for each token
+    # ngram: each step guesses further tokens of a row from what has followed the last ones, in it
+    # and in responses to the same prompt, and keeps those that it draws itself: the same tokens (as
+    # always, up to near ties in rounding) in fewer steps. "": off
+    c.drafts = ""
+    # Tokens that a step guesses at most for a row, up to a page of the cache. As many as have paid
+    # so far are used: these, half of them, or none.
+    c.draft_tokens = 3
     return c.lock()
 
 
@@ -181,6 +188,13 @@ def make_stage(objective: str) -> ConfigDict:
     # that begin from it on, ((0, 64), (200, 256)), up to max_response_tokens; (): always that.
     # Cut ones are the metric rollout/cut_by_schedule, and not rollout/truncated.
     c.response_schedule = ()
+    # Ends responses that have drifted from the teachers: each `every` tokens, student and teachers
+    # read what is unfinished, and a response ends where the mean reverse KL of these tokens is
+    # above `kl`. Metrics: rollout/drifted, the share that ended so; rollout/checked_kl and
+    # rollout/checked_kl_p90, mean and 90th percentile of what is compared with `kl`. 1e9 ends none.
+    c.drift = ConfigDict()
+    c.drift.kl = 0.0  # nats a token, as train/reverse_kl; 0: no checks
+    c.drift.every = 256  # response tokens
     # Tokens of a packed row. Traces: as many examples in each as fit; 0: one each. Samples, always
     # packed: 0: max_prompt_tokens + max_response_tokens.
     c.pack_tokens = 0

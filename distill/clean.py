@@ -23,8 +23,7 @@ import contextlib
 
 from absl import flags
 
-from distill.data import cleaning
-from distill.runtime import cli, console, outputs, paths
+from distill.runtime import cli, console, paths
 
 OPTIONS = flags.FlagValues()
 DATA = flags.DEFINE_string("data", None, "Data set to clean.", OPTIONS, required=True)
@@ -69,6 +68,9 @@ ON_BAD_ROW = flags.DEFINE_enum(
 
 
 def main() -> None:
+    from distill.data import cleaning
+    from distill.runtime import outputs
+
     rules = cleaning.Rules(
         columns=COLUMNS.value,
         ngram=NGRAM.value,

@@ -10,7 +10,6 @@ and follows the runs until Ctrl-C.
 
 from absl import flags
 
-from distill.reporting import page, watching, writing
 from distill.runtime import cli, paths
 from models.errors import UserError
 
@@ -34,6 +33,8 @@ ARGUMENTS: list[str] = []  # directories
 def main() -> None:
     if not ARGUMENTS:
         raise UserError("name a run: python -m distill.report runs/a runs/b --out=report.html")
+    from distill.reporting import page, watching, writing
+
     names = list(dict.fromkeys(paths.expand_home(name) for name in ARGUMENTS))
     if WATCH.value:
         watching.serve(names, PORT.value, TRANSCRIPTS.value)

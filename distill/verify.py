@@ -10,9 +10,8 @@ import collections
 
 from absl import flags
 
-from distill.data import sources
-from distill.evaluation import problems, rejection, tasks
-from distill.runtime import cli, console, outputs, paths, run_files
+from distill.evaluation import tasks
+from distill.runtime import cli, console, paths
 
 OPTIONS = flags.FlagValues()
 DATA = flags.DEFINE_string("data", None, "Output of generate.", OPTIONS, required=True)
@@ -24,7 +23,9 @@ BENCHMARK = flags.DEFINE_string(
     required=True,
 )
 OUT = flags.DEFINE_string("out", None, "jsonl to write.", OPTIONS, required=True)
-KEEP = flags.DEFINE_enum("keep", "correct", rejection.KEEP, "Samples to keep.", flag_values=OPTIONS)
+KEEP = flags.DEFINE_enum(
+    "keep", "correct", ["correct", "finished", "all"], "Samples to keep.", flag_values=OPTIONS
+)
 SAMPLES = flags.DEFINE_integer(
     "samples", 0, "Keep at most the first N samples of each prompt; 0: all.", 0, None, OPTIONS
 )
@@ -38,6 +39,10 @@ ON_BAD_ROW = flags.DEFINE_enum(
 
 
 def main() -> None:
+    from distill.data import sources
+    from distill.evaluation import problems, rejection
+    from distill.runtime import outputs, run_files
+
     task = problems.require_task(BENCHMARK.value)
     out, counts = paths.check_output(OUT.value, DATA.value), collections.Counter()
     rows = sources.open_rows(DATA.value)

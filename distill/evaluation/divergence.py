@@ -1,7 +1,9 @@
 """Reverse KL of a student from its teacher, on existing responses."""
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from distill.policy import forward, policy
 from distill.policy.policy import Policy
 from distill.runtime import mesh as mesh_lib
 from models import transformer
-from models.transformer import Params
+from models.transformer import Params, Transformer
 
 Record = dict[str, object]
 
@@ -35,14 +37,9 @@ def compute_reverse_kl(
 
     width = rollout.bucket_length(max(len(e.prompt) + len(e.response) for e in iter_examples()))
 
-    @jax.jit
-    def compute_kl_sum(params, teacher_params, batch):
-        kl_BT, mask_BT = _compute_kl(subject, teacher, params, teacher_params, batch)
-        return jnp.sum(kl_BT * mask_BT), jnp.sum(mask_BT)
-
-    total = count = 0.0
+    models, total, count = _Models.of(subject, teacher), 0.0, 0.0
     for _, batch in _iter_batches(subject, iter_examples(), width, batch_size):
-        kl, tokens = compute_kl_sum(subject.params, teacher.params, batch)
+        kl, tokens = _compute_kl_sum(models, subject.params, teacher.params, batch)
         total, count = total + float(kl), count + float(tokens)
     return total / count
 
@@ -60,38 +57,61 @@ def compute_token_reverse_kl(
     examples = [dataset.Example(prompt, response, "", "") for prompt, response in pairs]
     width = rollout.bucket_length(max(len(p) + len(r) for p, r in pairs))
 
-    @jax.jit
-    def compute_kl(params, teacher_params, batch):
-        kl_BT, _ = _compute_kl(subject, teacher, params, teacher_params, batch)
-        return mesh_lib.replicate_array(losses.unshift(kl_BT))
-
-    response_kls: list[np.ndarray] = []
+    models, response_kls = _Models.of(subject, teacher), []
     for chunk, batch in _iter_batches(subject, iter(examples), width, batch_size):
-        kl_BT = np.asarray(compute_kl(subject.params, teacher.params, batch))
+        kl_BT = np.asarray(_compute_token_kl(models, subject.params, teacher.params, batch))
         for row, example in enumerate(chunk):
             start = len(example.prompt)
             response_kls.append(kl_BT[row, start : start + len(example.response)])
     return response_kls
 
 
+class _Models(NamedTuple):
+    """What the programs are compiled for: models of the same shapes share them."""
+
+    student: Transformer
+    teacher: Transformer
+    loss_chunk_mib: float
+
+    @classmethod
+    def of(cls, subject: Policy, teacher: Policy) -> "_Models":
+        return cls(subject.model, teacher.model, 128.0 * policy.get_mesh(subject).size)
+
+
 def _compute_kl(
-    subject: Policy, teacher: Policy, params: Params, teacher_params: Params, batch: Batch
+    models: _Models, params: Params, teacher_params: Params, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (reverse KL, mask), float32 [B, T], aligned by losses.shift. Call within jit."""
+    """Returns (reverse KL, mask), float32 [B, T], aligned by losses.shift."""
     inputs = fused_head.HeadInputs(
-        forward.compute_hidden(subject.model, params, batch),
+        forward.compute_hidden(models.student, params, batch),
         transformer.get_output_head(params),
         losses.shift(batch.tokens_BT),
         teacher=TeacherOutput(
-            hidden_BTE=(forward.compute_hidden(teacher.model, teacher_params, batch),),
+            hidden_BTE=(forward.compute_hidden(models.teacher, teacher_params, batch),),
             heads_VE=(transformer.get_output_head(teacher_params),),
         ),
     )
-    options = fused_head.StatsOptions(
-        128.0 * policy.get_mesh(subject).size, split=mesh_lib.split_vocabulary
-    )
+    options = fused_head.StatsOptions(models.loss_chunk_mib, split=mesh_lib.split_vocabulary)
     stats = fused_head.compute_token_stats(inputs, options)
     return stats["reverse_kl"], losses.shift(batch.mask_BT).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compute_kl_sum(
+    models: _Models, params: Params, teacher_params: Params, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the sum of the reverse KL over the tokens of the mask, and their number."""
+    kl_BT, mask_BT = _compute_kl(models, params, teacher_params, batch)
+    return jnp.sum(kl_BT * mask_BT), jnp.sum(mask_BT)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compute_token_kl(
+    models: _Models, params: Params, teacher_params: Params, batch: Batch
+) -> jax.Array:
+    """Returns the reverse KL at each token, float32 [B, T], in every process."""
+    kl_BT, _ = _compute_kl(models, params, teacher_params, batch)
+    return mesh_lib.replicate_array(losses.unshift(kl_BT))
 
 
 def _iter_batches(

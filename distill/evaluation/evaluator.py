@@ -154,7 +154,8 @@ def evaluate_benchmark(
 
     Call within `policy.use(subject)`. Writes examples.jsonl as responses finish, resuming where an
     earlier call stopped, and then summary.json. With a teacher, the summary includes the reverse KL
-    to it. For `check_stop` see `rollout.sample`; what it raises leaves the finished rows.
+    to it, which is 0 if the subject is the teacher itself. For `check_stop` see `rollout.sample`;
+    what it raises leaves the finished rows.
 
     Raises UserError if `out_dir` holds another evaluation.
     """
@@ -177,7 +178,9 @@ def evaluate_benchmark(
     if first_problem == len(rows):  # the cost is that of the call that sampled
         cost |= distributed.broadcast_from_primary(lambda: records.read_cost(out_dir, cost))
     cost |= {"protocol": protocol, "versions": environment.describe_environment()["packages"]}
-    if teacher:
+    if teacher is subject:
+        cost["reverse_kl"] = 0.0
+    elif teacher:
         stored = records.StoredRows(out_dir)
         cost["reverse_kl"] = divergence.compute_reverse_kl(
             subject, teacher, stored, spec.sample.batch_size

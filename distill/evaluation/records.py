@@ -36,13 +36,13 @@ _ROWS_PER_BROADCAST = 64  # rows that the first process sends to the others at o
 
 def fingerprint_params(params: Any) -> str:
     """Hashes all parameters to 16 hexadecimal digits, which do not depend on the mesh."""
-
-    @jax.jit
-    def compute_checksums(leaves: list[jax.Array]) -> list[jax.Array]:
-        return [compute_checksum(x) for x in leaves]
-
-    sums = compute_checksums(jax.tree.leaves(params))
+    sums = jax.device_get(compute_checksums(jax.tree.leaves(params)))
     return hashlib.sha256(repr([int(s) for s in sums]).encode()).hexdigest()[:16]
+
+
+@jax.jit
+def compute_checksums(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [compute_checksum(x) for x in leaves]
 
 
 def hash_content(*content: object) -> str:

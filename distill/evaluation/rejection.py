@@ -10,8 +10,6 @@ from distill.runtime import run_files
 from distill.runtime.progress import show_progress
 from models.errors import UserError
 
-KEEP = ("correct", "finished", "all")
-
 
 def grade_samples(row: dict, where: str, rule: GradingRule, grader: graders.Grader) -> list[dict]:
     """Returns the samples of a row, each with `outcome` and `correct`.

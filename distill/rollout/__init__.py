@@ -6,7 +6,7 @@ from distill.rollout.engine import SEEN_TOKENS_PER_CALL
 from distill.rollout.options import (
     RolloutOptions,
     get_line_sizes,
-    get_segment_steps,
+    get_segment_tokens,
     get_shrunk_rows,
     make_cache_shape,
 )
@@ -35,7 +35,7 @@ __all__ = [
     "draw_lengths",
     "expand_prompts",
     "get_line_sizes",
-    "get_segment_steps",
+    "get_segment_tokens",
     "get_shrunk_rows",
     "make_cache_shape",
     "make_row_keys",

@@ -9,24 +9,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from distill.rollout import decode
+from distill.rollout import decode, drafts
+from distill.rollout.decode_types import (
+    DRAFT_COUNTS,
+    DRAFT_FIELDS,
+    FINISH_REASONS,
+    ROW_FIELDS,
+    UNFINISHED,
+)
+from distill.rollout.draft_lengths import DraftLengths, estimate_step_cost
 from distill.rollout.options import RolloutOptions, get_line_sizes, get_shrunk_rows
 from distill.rollout.sampling import Sampling, pack_samplings
-from distill.rollout.scheduler import Scheduler, Slot
+from distill.rollout.scheduler import Scheduler, Slot, choose_line_size, count_ending_rows
 from distill.rollout.sequence import Sequence
 from distill.runtime import mesh as mesh_lib
 from models.transformer import Params
 
-# While sequences wait, a segment ends once this part of the rows is free.
-REFILL_DIVISOR = 16
 SEEN_TOKENS_PER_CALL = 1024  # (row, token) pairs that mark_seen_tokens takes at once
-
-FINISH_REASONS = {
-    decode.UNFINISHED: "",
-    decode.STOP: "stop",
-    decode.LENGTH: "length",
-    decode.ERROR: "error",
-}
 
 # Experts of a prompt, by pieces as they were read: (experts of the line, shard, start, count).
 ExpertPieces = list[tuple[Any, int, int, int]]
@@ -54,9 +53,16 @@ class Engine:
         harvested: abc.Callable[[list[Sequence]], None] | None = None,
     ) -> None:
         self.decoder, self.params = decoder, params
+        # Reading prompts does not depend on how is drawn: one program for all ways to draw.
+        self.reader = dataclasses.replace(
+            decoder, sampling=Sampling(), stop_ids=(), segment=1, top_logprobs=0, by_row=False
+        )
         self.version, self.counts, self.ended = version, counts, ended
         self.harvested = harvested  # called with the sequences whose tokens have come
         self.line_sizes = get_line_sizes(options, decoder.cache)
+        self.drafts_on = bool(options.drafts)
+        cost = estimate_step_cost(jax.sharding.get_mesh().devices.flat[0].platform)
+        self.draft_lengths = DraftLengths(options.draft_lengths, cost)
         self.replicated = mesh_lib.make_replicated_sharding(jax.sharding.get_mesh())
         shape = decoder.cache
         self.shards = shape.shards
@@ -88,7 +94,10 @@ class Engine:
             self.insert_sequences()
             if slots := list(scheduler.iter_slots()):
                 wanted = any(slot.sequence.wants_logprobs for slot in slots)
-                output = self.start_segment(token_budget, self.list_decoders()[0 if wanted else -1])
+                length = self.draft_lengths.choose(self.rows)
+                decoder = self.list_decoders()[0 if wanted else -1]
+                decoder = dataclasses.replace(decoder, draft_tokens=length)
+                output = self.start_segment(token_budget, decoder)
         self.harvest_tokens()
         if output is None:
             return False
@@ -97,13 +106,18 @@ class Engine:
         slots = [(slot, self.get_row_index(slot)) for slot in scheduler.iter_slots()]
         self.pending_output = output, slots, count_reason
         done = Counter(steps=int(count.max()), tokens=int(count.sum()))
+        done["row_steps"] = done["tokens"]
+        if output.draft_counts_5 is not None:
+            counts_5 = np.asarray(jax.device_get(output.draft_counts_5)).tolist()
+            done = Counter({**done, **dict(zip(DRAFT_COUNTS, counts_5, strict=True))})
+            self.draft_lengths.add_counts(done["compared"], done["accepted"])
         done["slot_steps"] = done["steps"] * len(count)
         if scheduler.queue:
             done["queued_tokens"], done["queued_slot_steps"] = done["tokens"], done["slot_steps"]
         self.counts.update(done, segments=1)
         for slot, row in slots:
             slot.length += int(count[row])
-            if reason[row] != decode.UNFINISHED:
+            if reason[row] != UNFINISHED:
                 scheduler.release_slot(slot)
         return True
 
@@ -118,12 +132,15 @@ class Engine:
         if self.tracks_seen:
             self.mark_seen_tokens()
         for decoder in self.list_decoders():
-            self.start_segment(None, decoder)
-            check_stop()
+            for with_drafts in self.list_lengths(decoder):
+                self.start_segment(None, with_drafts)
+                check_stop()
         if few := self.get_shrunk_shard_rows():
             self.state = decode.resize(self.state, self.to_device(np.full((self.shards, few), -1)))
             rows, self.rows = self.rows, few
-            self.start_segment(None, self.decoder)
+            for with_drafts in self.list_lengths(self.decoder):
+                self.start_segment(None, with_drafts)
+                check_stop()
             self.rows = rows
         self.state = None
         self.counts.clear()
@@ -139,6 +156,11 @@ class Engine:
         not all of them want."""
         few = dataclasses.replace(self.decoder, top_logprobs=0)
         return [self.decoder, few] if self.harvested and few != self.decoder else [self.decoder]
+
+    def list_lengths(self, decoder: decode.Decoder) -> list[decode.Decoder]:
+        """Returns the decoder with each length of drafts."""
+        lengths = self.draft_lengths.lengths or (None,)
+        return [dataclasses.replace(decoder, draft_tokens=length) for length in lengths]
 
     def get_row_index(self, slot: Slot) -> int:
         """Returns the slot's row among those of all shards."""
@@ -201,7 +223,8 @@ class Engine:
         steps = decoder.segment
         if token_budget is not None:
             steps = min(steps, -(-token_budget // len(slots)))
-        row_fields_7B = np.zeros((len(decode.ROW_FIELDS), size), np.int64)
+        names = ROW_FIELDS + (DRAFT_FIELDS if self.drafts_on else ())
+        row_fields_FB = np.zeros((len(names), size), np.int64)
         table_BN = np.zeros((size, decoder.cache.max_pages_per_row), np.int32)
         samplings = [Sampling()] * size
         copies_2XC = np.full((2, self.shards, self.rows), -1, np.int32)
@@ -210,13 +233,14 @@ class Engine:
         for slot in slots:
             sequence, row = slot.sequence, self.get_row_index(slot)
             token = sequence.tokens[-1] if sequence.tokens else sequence.prompt[-1]
-            row_fields_7B[:, row] = (
+            row_fields_FB[:, row] = (
                 token if id(slot) in new else -1,
                 slot.length,
                 slot.length + 1 - len(sequence.prompt),
                 sequence.limit,
                 *sequence.key,
                 1,
+                *(drafts.list_fields(sequence) if self.drafts_on else ()),
             )
             table_BN[row, : len(slot.pages)] = slot.pages
             samplings[row] = sequence.sampling or samplings[row]
@@ -232,7 +256,7 @@ class Engine:
             self.params,
             self.state,
             self.to_device([steps, min(bound, size)]),
-            self.to_device(row_fields_7B.astype(np.uint32).view(np.int32)),
+            self.to_device(row_fields_FB.astype(np.uint32).view(np.int32)),
             self.to_device(table_BN),
             self.to_device(copies_2XC),
             sampling_B5,
@@ -318,6 +342,7 @@ class Engine:
         line_3XT[2] = -1
         table_XRN, length_XR = np.zeros((X, R, N), np.int32), np.zeros((X, R), np.int32)
         starts_XR = np.zeros((X, R + 1), np.int32)
+        groups_XR = np.zeros((X, R), np.int64)
         parts: list[tuple[Slot, int, int]] = []
         for shard, slots in enumerate(waiting):
             used = prompt = 0
@@ -330,19 +355,21 @@ class Engine:
                 line_3XT[2, shard, place] = prompt
                 table_XRN[shard, prompt, : len(slot.pages)] = slot.pages
                 length_XR[shard, prompt] = end
+                groups_XR[shard, prompt] = drafts.hash_prompt(slot.sequence.prompt)
                 parts.append((slot, used, end - begin))
                 used, prompt = place.stop, prompt + 1
                 starts_XR[shard, prompt:] = used
                 if end < slot.length:
                     slots.appendleft((slot, end))
         state, experts = decode.prefill(
-            self.decoder,
+            self.reader,
             self.params,
             self.state,
             self.to_device(line_3XT),
             self.to_device(table_XRN.reshape(X * R, N)),
             self.to_device(length_XR.reshape(-1)),
             self.to_device(starts_XR),
+            self.to_device(groups_XR.reshape(-1)) if self.drafts_on else None,
         )
         self.state = self.pin_seen_tokens(state)
         for slot, start, count in parts:
@@ -350,16 +377,3 @@ class Engine:
             self.counts["prompt_tokens"] += count
         self.counts["read_tokens"] += X * T
         mesh_lib.wait_on_cpu(self.state)
-
-
-def choose_line_size(sizes: abc.Sequence[int], tokens: int) -> int:
-    """Returns the smallest size that takes so many tokens, else the largest."""
-    return next((size for size in sizes if size >= tokens), sizes[-1])
-
-
-def count_ending_rows(size: int, active: int, shrunk: int, is_waiting: bool) -> int:
-    """Returns how many of the `active` rows, of `size`, must end before the segment does: part of
-    the rows while sequences wait, else so many that `shrunk` rows (0: off) hold the others."""
-    if is_waiting:
-        return max(1, size // REFILL_DIVISOR)
-    return max(1, active - shrunk) if shrunk else active

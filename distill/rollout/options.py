@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from distill.policy.policy import DTYPES, PARAM_DTYPES
+from distill.rollout import draft_lengths
 from distill.rollout.decode import CacheShape
 from distill.runtime import mesh as mesh_lib
 from models.checks import Range, check_fields
@@ -16,6 +17,8 @@ from models.layers import pages
 
 CACHE_DTYPES = (*DTYPES, "int8", "float8_e4m3fn")
 DEFAULT_PAGE_SIZE = 128  # tokens
+DRAFTS = ("", "ngram")
+DEFAULT_DRAFT_TOKENS = 3
 SHRINK_DIVISOR = 4  # slabs: the last sequences decode on with this part of the rows
 # A pool of pages serves this many times the sequences that it could hold at full length.
 OVERSUBSCRIPTION = 3
@@ -32,13 +35,15 @@ class RolloutOptions:
     cache_tokens: int = 0  # that the cache holds in all; 0: enough for `slots` full sequences
     page_size: int = 0  # tokens of a page; 0: DEFAULT_PAGE_SIZE
     cache_dtype: str = ""  # one of CACHE_DTYPES; "": that of the model
-    param_dtype: str = ""  # of the weights that decode, see decode.prepare_weights
+    param_dtype: str = ""  # of the weights that decode, see decode_weights.prepare_weights
     gather_weights: bool = True  # each row shard holds all weights
     cache_backend: str = ""  # see CacheShape.backend; "": the platform's
     stacked: bool | None = None  # weights, over layers; None: what the platform prefers
     top_logprobs: int = 0  # record the model's own log-probabilities: this many of the likeliest
     routing: bool = False  # record the experts of all tokens but the last, which is never read
     warm_up: bool = False  # compile all programs first, also those that these sequences do not need
+    drafts: str = ""  # one of DRAFTS: guesses of the next tokens, checked; "": none
+    draft_tokens: int = DEFAULT_DRAFT_TOKENS  # that a step guesses at most for a row
 
     def __post_init__(self) -> None:
         check_fields(
@@ -51,8 +56,19 @@ class RolloutOptions:
                 "page_size": Range(off="the default"),
                 "cache_dtype": ("", *CACHE_DTYPES),
                 "param_dtype": ("", *PARAM_DTYPES),
+                "drafts": DRAFTS,
             },
         )
+        if self.draft_tokens not in Range(1, whole=True):
+            raise UserError(
+                f"draft_tokens={self.draft_tokens!r}: must be a whole number, at least 1; "
+                "drafts='' turns them off"
+            )
+
+    @property
+    def draft_lengths(self) -> tuple[int, ...]:
+        """Values of Decoder.draft_tokens that sampling may use, ascending; none without drafts."""
+        return draft_lengths.list_lengths(self.draft_tokens) if self.drafts else ()
 
     def get_max_sequence_tokens(self, mesh: Mesh) -> int:
         """Returns the tokens that a sequence may have: each row shard must hold at least one."""
@@ -93,12 +109,16 @@ def make_cache_shape(
         )
     tokens = options.cache_tokens or (options.slots or count) * max_length
     rows = min(options.slots or OVERSUBSCRIPTION * tokens // max_length, count)
+    page = max_length if backend == "slabs" else options.page_size or DEFAULT_PAGE_SIZE
+    if options.drafts and options.draft_tokens > page:
+        raise UserError(
+            f"draft_tokens={options.draft_tokens}: at most the {page} tokens of a page of the cache"
+        )
     if backend == "slabs":
         if jnp.dtype(dtype).itemsize == 1 and dtype != "int8":
             raise UserError(f"cache_dtype={dtype}: needs a paged cache; on CPUs take int8")
         rows = max(least, min(-(-rows // least) * least, tokens // max_length // least * least))
         return CacheShape(backend, dtype, rows, shards, rows // shards, max_length, 1)
-    page = options.page_size or DEFAULT_PAGE_SIZE
     rows = max(1, -(-rows // least)) * least
     columns = -(-max_length // page)
     num_pages = max(columns, min(tokens // (shards * page), rows // shards * columns))
@@ -115,10 +135,11 @@ def get_shrunk_rows(shape: CacheShape) -> int:
     return shrunk if shape.backend == "slabs" and shrunk < shape.rows else 0
 
 
-def get_segment_steps(options: RolloutOptions, shape: CacheShape) -> int:
-    """Returns the decoding steps at most in one segment. Slabs take fewer: each step reads the
-    whole buffer of what the segment has added."""
-    return min(options.segment, 32) if shape.backend == "slabs" else options.segment
+def get_segment_tokens(options: RolloutOptions, shape: CacheShape) -> int:
+    """Returns the tokens that a row may add in one segment: one a step, with drafts more. Slabs
+    take fewer: each step reads the whole buffer of what the segment has added."""
+    tokens = min(options.segment, 32) if shape.backend == "slabs" else options.segment
+    return 2 * tokens if options.drafts else tokens
 
 
 def get_line_sizes(options: RolloutOptions, shape: CacheShape) -> tuple[int, ...]:

@@ -14,9 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distill.data import dataset
-from distill.rollout import decode
+from distill.rollout import decode, decode_weights
 from distill.rollout.engine import Engine
-from distill.rollout.options import RolloutOptions, get_segment_steps, make_cache_shape
+from distill.rollout.options import RolloutOptions, get_segment_tokens, make_cache_shape
 from distill.rollout.sampling import Sampling
 from distill.rollout.sequence import Sequence
 from distill.runtime import mesh as mesh_lib
@@ -87,6 +87,7 @@ def sample(
     options: RolloutOptions,
     version: int = 0,
     token_budget: int | None = None,
+    rows: int = 0,
     counts: Counter[str] | None = None,
     ended: abc.Callable[[Sequence], bool] | None = None,
     check_stop: abc.Callable[[], None] = lambda: None,
@@ -99,9 +100,11 @@ def sample(
       version: of the weights, recorded with each token.
       token_budget: stop after so many tokens in all (or up to one a row more); unfinished sequences
         then come without a finish_reason, and another call may go on with them.
-      counts: added to: `tokens` drawn; `steps` of decoding, `slot_steps` (steps x rows), and
-        `queued_tokens`, `queued_slot_steps` of them while sequences waited; `prompt_tokens` read,
-        and `read_tokens` with padding; `segments`; sequences `parked` to make room; `resizes`.
+      rows: sequences that the cache is for, at least, so that calls for fewer compile nothing.
+      counts: added to: `tokens` drawn; `steps` of decoding, `row_steps` (steps x rows that had
+        not ended), `slot_steps` (steps x rows), and `queued_tokens`, `queued_slot_steps` of them
+        while sequences waited; `prompt_tokens` read, and `read_tokens` with padding; `segments`;
+        sequences `parked` to make room; `resizes`; and with drafts those of DRAFT_COUNTS.
       ended: asked now and then of unfinished sequences; ends those for which it is true (stop
         strings).
       check_stop: called between segments, and between the programs that are compiled before them;
@@ -119,10 +122,8 @@ def sample(
         jnp.dtype(transformer.dtype).name,
         max((s.max_length for s in waiting), default=1),
     )
-    num_unfinished = sum(not s.finish_reason for s in waiting)
-    shape = make_cache_shape(
-        options, transformer.config, mesh, dtype, max(1, num_unfinished), max_length
-    )
+    count = max(1, rows, sum(not s.finish_reason for s in waiting))
+    shape = make_cache_shape(options, transformer.config, mesh, dtype, count, max_length)
     with mesh_lib.use_mesh(mesh):
         decoder, params = prepare_decoder(model, sampling, options, shape)
         counts = Counter() if counts is None else counts
@@ -142,11 +143,13 @@ def prepare_decoder(
     """Returns what an Engine decodes with, and the weights as it reads them. Call within
     mesh_lib.use_mesh of the mesh that decodes."""
     mesh = model.mesh
-    transformer, params = decode.prepare_weights(
+    transformer, params = decode_weights.prepare_weights(
         model.transformer,
         model.params,
         mesh,
-        stacked=decode.prefers_stacked(mesh) if options.stacked is None else options.stacked,
+        stacked=decode_weights.prefers_stacked(mesh)
+        if options.stacked is None
+        else options.stacked,
         gather_weights=options.gather_weights,
         param_dtype=options.param_dtype,
         lora_params=model.lora_params,
@@ -156,10 +159,11 @@ def prepare_decoder(
         sampling,
         model.stop_ids,
         shape,
-        get_segment_steps(options, shape),
+        get_segment_tokens(options, shape),
         options.top_logprobs,
         options.routing,
         by_row,
+        options.draft_tokens if options.drafts else None,
     )
     return decoder, params
 

@@ -9,7 +9,7 @@ tokens are read again later.
 
 import dataclasses
 import itertools
-from collections import deque
+from collections import abc, deque
 from collections.abc import Iterable, Iterator
 
 from distill.rollout.sequence import Sequence
@@ -39,6 +39,10 @@ class _SharedPrefix:
 
     def matches(self, sequence: Sequence) -> bool:
         return not sequence.tokens and sequence.prompt == self.prompt
+
+
+# While sequences wait, a segment ends once this part of the rows is free.
+REFILL_DIVISOR = 16
 
 
 class Scheduler:
@@ -225,3 +229,16 @@ class Scheduler:
 
 def _has_same_prompt(first: Sequence, second: Sequence) -> bool:
     return not first.tokens and not second.tokens and first.prompt == second.prompt
+
+
+def choose_line_size(sizes: abc.Sequence[int], tokens: int) -> int:
+    """Returns the smallest size that takes so many tokens, else the largest."""
+    return next((size for size in sizes if size >= tokens), sizes[-1])
+
+
+def count_ending_rows(size: int, active: int, shrunk: int, is_waiting: bool) -> int:
+    """Returns how many of the `active` rows, of `size`, must end before the segment does: part of
+    the rows while sequences wait, else so many that `shrunk` rows (0: off) hold the others."""
+    if is_waiting:
+        return max(1, size // REFILL_DIVISOR)
+    return max(1, active - shrunk) if shrunk else active

@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from distill.rollout.decode import CacheShape
-from distill.rollout.engine import choose_line_size, count_ending_rows
 from distill.rollout.options import get_shrunk_rows
-from distill.rollout.scheduler import Scheduler, Slot
+from distill.rollout.scheduler import Scheduler, Slot, choose_line_size, count_ending_rows
 from distill.rollout.sequence import Sequence as Row
 
 

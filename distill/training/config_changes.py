@@ -48,12 +48,14 @@ STAGE_KEYS = {
     "rollout.cache_tokens": ROUNDING,
     "rollout.page_size": ROUNDING,
     "rollout.gather_weights": ROUNDING,
+    "rollout.drafts": ROUNDING,
+    "rollout.draft_tokens": ROUNDING,
     "data.on_bad_row": EXACT,  # a run that fails has met no bad row
     "data.check_rows": EXACT,
 }
 # Keys that an earlier version did not have, and their values that change nothing.
 UNSET = {
-    "response_schedule": [],
+    **{"response_schedule": [], "drift": {"kl": 0.0, "every": 256}},
     **dict.fromkeys(("loss.position_half_life", "loss.entropy_weight", "loss.entropy_from")),
 }
 # Of a teacher that has begun to teach: settings of requests to servers.

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from distill import rollout
 from distill.evaluation import protocols
 from distill.policy import policy
-from distill.rollout import decode
+from distill.rollout import decode, decode_weights
 from distill.rollout.sampling import Sampling
 from distill.runtime import mesh as mesh_lib
 from distill.training import stages
@@ -50,7 +50,7 @@ class AbstractSampler:
 
     @property
     def conversion_args(self) -> tuple[Any, ...]:
-        """Arguments of decode.convert_weights."""
+        """Arguments of decode_weights.convert_weights."""
         student, options = self.stage.student, self.options
         params, trained = self.stage.trained_params, None
         if student.model.lora:
@@ -65,7 +65,7 @@ class AbstractSampler:
         if self.decoder.model.scan:
             return self._stacked_shapes
         with mesh_lib.use_mesh(self.mesh):
-            return infer_output_shapes(decode.convert_weights, *self.conversion_args)
+            return infer_output_shapes(decode_weights.convert_weights, *self.conversion_args)
 
     @property
     def _stacked_shapes(self) -> Any:
@@ -160,7 +160,7 @@ def _make_sampler(
 ) -> AbstractSampler:
     student, mesh = stage.student, mesh_lib.to_decode_mesh(stage.mesh)
     lora = student.model.lora and lora_lib.with_unit_scale(student.model.lora)
-    model = student.model.clone(scan=decode.prefers_stacked(mesh), remat=False, lora=lora)
+    model = student.model.clone(scan=decode_weights.prefers_stacked(mesh), remat=False, lora=lora)
     shape = rollout.make_cache_shape(
         options,
         student.config,
@@ -169,8 +169,8 @@ def _make_sampler(
         sizes.num_sequences,
         options.max_length or sizes.prompt_tokens + sizes.response_tokens,
     )
-    steps = rollout.get_segment_steps(options, shape)
-    decoder = decode.Decoder(model, sampling, student.stop_ids, shape, steps, routing=routing)
+    tokens = rollout.get_segment_tokens(options, shape)
+    decoder = decode.Decoder(model, sampling, student.stop_ids, shape, tokens, routing=routing)
     return AbstractSampler(stage, mesh, options, decoder, sizes)
 
 
@@ -220,7 +220,7 @@ def list_sampling_calls(sampler: AbstractSampler) -> list[ProgramCall]:
         flops = families.count_forward_flops(config, rows, P + R / 2, with_head=True)
         return make_call(name, lower, calls_per_step, flops=flops, **costs)
 
-    convert = functools.partial(decode.convert_weights.lower, *sampler.conversion_args)
+    convert = functools.partial(decode_weights.convert_weights.lower, *sampler.conversion_args)
     init = functools.partial(decode.init_state.lower, decoder)
     calls = [
         make_call("weights", convert, 1, resident_arguments=resident),

@@ -80,7 +80,7 @@ def _attend_by_row(
 ) -> jax.Array:
     """`attend_plain`, `pages_per_step` pages at a time, with keys in either layout."""
     q_TNH = q_BTNH.reshape(-1, *q_BTNH.shape[2:])
-    T, C = len(q_TNH), 1 if q_BTNH.shape[1] == 1 else min(len(q_TNH), _MAX_QUERIES)
+    T, C = len(q_TNH), min(q_BTNH.shape[1], _MAX_QUERIES)
     row_T, position_T = row_BT.reshape(-1), position_BT.reshape(-1)
     q_TNH = jnp.pad(q_TNH, ((0, -T % C), (0, 0), (0, 0)))
     row_T, position_T = (jnp.pad(x, (0, -T % C), constant_values=-1) for x in (row_T, position_T))
@@ -179,7 +179,7 @@ def attend_ragged(
     """
     (pool,), N = pools, q_BTNH.shape[2]
     R, columns = table_RN.shape
-    decoding = q_BTNH.shape[1] == 1
+    decoding = q_BTNH.shape[1] == 1 or len(q_BTNH) == R > 1
     one_R = jnp.minimum(jnp.arange(R + 1, dtype=jnp.int32), 1)
     starts_R = jnp.where(starts_R[-1] == 0, one_R, starts_R)
     num_rows = jnp.sum(starts_R[1:] > starts_R[:-1], dtype=jnp.int32)
@@ -195,7 +195,7 @@ def attend_ragged(
         k_scale=scale,
         v_scale=scale,
         num_kv_pages_per_block=count_pages_per_fetch("ragged", pool.shape[1], columns, decoding),
-        # In decoding a row has one token, so products of longer blocks would be wasted.
+        # In decoding a row has one token or a few: products of longer blocks would be wasted.
         num_queries_per_block=8 if decoding else min(128, max(32, 1024 // N)),
         vmem_limit_bytes=_VMEM_LIMIT,
     )
@@ -212,36 +212,42 @@ def attend_gpu(
     position_BT: jax.Array,
     interpret: bool = False,
 ) -> jax.Array:
-    """Runs JAX's Pallas kernel for GPU if each row has one token, and plain XLA for chunks.
+    """Runs JAX's Pallas kernel for GPU on the next tokens of rows, and plain XLA for chunks.
 
+    The kernel takes one query a row: each of several tokens is a row of its own for it.
     `interpret` runs the kernel on any platform, slowly.
     """
     keys, values, *scales = pools
     # Pallas chooses 32-bit offsets by the size in bytes; with this many elements they overflow.
     too_far = keys.dtype.itemsize == 1 and 2**31 < keys.size <= 2**32
-    if q_BTNH.shape[1] > 1 or too_far:
+    are_next = len(q_BTNH) == len(table_RN)  # of each row; a line has a shard for itself
+    if (q_BTNH.shape[1] > 1 and not are_next) or too_far:
         count = count_pages_per_fetch("gpu", keys.shape[2], table_RN.shape[1], decoding=False)
         return _attend_by_row(
             q_BTNH, pools, table_RN, starts_R, row_BT, position_BT, count, keys_transposed=False
         )
-    row_B = row_BT[:, 0]
+    shape = q_BTNH.shape
+    row_B, position_B, q_BNH = row_BT[:, 0], position_BT[:, 0], q_BTNH[:, 0]
+    if shape[1] > 1:
+        row_B, position_B = row_BT.reshape(-1), position_BT.reshape(-1)
+        q_BNH = q_BTNH.reshape(-1, *shape[2:])
     table_BN = table_RN[jnp.maximum(row_B, 0)]
     count = count_pages_per_fetch("gpu", keys.shape[2], table_BN.shape[1], decoding=True)
     # Each split writes a partial sum of 16 queries a head: use just enough to keep the device busy.
-    splits = min(max(1, 2048 // (len(q_BTNH) * len(keys))), 16, -(-table_BN.shape[1] // count))
+    splits = min(max(1, 2048 // (len(q_BNH) * len(keys))), 16, -(-table_BN.shape[1] // count))
     table_BN = jnp.pad(table_BN, ((0, 0), (0, -table_BN.shape[1] % (splits * count))))
     out_BNH = paged_attention(
-        q_BTNH[:, 0] * q_BTNH.shape[3] ** -0.5,
+        q_BNH * shape[3] ** -0.5,
         keys,
         values,
         table_BN,
-        jnp.where(row_B < 0, 0, position_BT[:, 0] + 1),
+        jnp.where(row_B < 0, 0, position_B + 1),
         *scales,
         pages_per_compute_block=count,
         k_splits=splits,
         interpret=interpret,
     )
-    return out_BNH[:, None]
+    return out_BNH[:, None] if shape[1] == 1 else out_BNH.reshape(shape)
 
 
 TABLE: dict[str, Attend] = {"plain": attend_plain, "ragged": attend_ragged, "gpu": attend_gpu}

@@ -37,7 +37,7 @@ class Pages:
     "plain" are [X, K, L·P, H, page]; if they are int8, there are float32 scales of each token and
     head, [X, K, L·P, page].
 
-    Fields set by `bind_tokens` are None before it. Tokens have one of two shapes: [R, 1], the next
+    Fields set by `bind_tokens` are None before it. Tokens have one of two shapes: [R, T], the next
     of each row, or [X, T], one line per shard of concatenated chunks of several rows, in the order
     of the table's rows.
     """
@@ -96,6 +96,21 @@ class Pages:
         return self.bind_tokens(
             table_RN, length_R, starts_XR, row_R[:, None], length_R[:, None] - 1
         )
+
+    def bind_drafts(
+        self, table_RN: jax.Array, length_R: jax.Array, count_R: jax.Array, T: int
+    ) -> "Pages":
+        """Calls `bind_tokens` for the next token of each row and drafts after it, tokens [R, T]:
+        the last count_R of T; the others are padding. length_R counts all of them; 0: none.
+
+        Padding comes first, so that no kernel reads beyond a row's last token.
+        """
+        bound = self.bind_next_tokens(table_RN, length_R)
+        assert bound.row_BT is not None and bound.starts_XR is not None
+        at_T = jnp.arange(T, dtype=jnp.int32)[None]
+        row_RT = jnp.where(at_T >= T - count_R[:, None], bound.row_BT, -1)
+        position_RT = length_R[:, None] - T + at_T
+        return self.bind_tokens(table_RN, length_R, bound.starts_XR * T, row_RT, position_RT)
 
     def begin_segment(self, length_B: jax.Array, steps: int) -> "Pages":
         """Begins a segment of at most `steps` decoding steps; pages need no preparation."""

@@ -2,9 +2,10 @@
 
 Each row of the batch owns one slab, which stores its tokens in order from the start. Tokens added
 by a segment of decoding go to a small buffer, to which all rows write at the same position, the
-segment's step, so that a step's write is one slice; at the end of the segment the new tokens are
-moved into the slabs. Slabs are cut into blocks along their tokens, each a separate array, so that a
-step can read only the blocks needed by the longest row, without a copy.
+segment's step, so that a step's write is one slice (drafts: each row at a position of its own); at
+the end of the segment the new tokens are moved into the slabs. Slabs are cut into blocks along
+their tokens, each a separate array, so that a step can read only the blocks needed by the longest
+row, without a copy.
 
 Only this file and slab_attention.py depend on the layout of the arrays.
 
@@ -25,7 +26,13 @@ import jax.numpy as jnp
 from models.config import Config
 from models.layers import sharded
 from models.layers.paged_attention import quantise_int8
-from models.layers.slab_attention import attend_blocks
+from models.layers.slab_attention import (
+    attend_blocks,
+    group_queries,
+    place_tokens,
+    ungroup_queries,
+    write_tokens,
+)
 
 MIN_BLOCK_TOKENS = 128  # blocks are not made smaller than this
 MAX_BLOCKS = 4
@@ -60,6 +67,7 @@ class SegmentBuffer:
     step: jax.Array  # int32 scalar
     length_B: jax.Array  # int32: tokens in each row's slab
     last_block: jax.Array  # int32 scalar: the last block that holds any of them
+    place_BT: jax.Array | None = None  # int32: of drafts in the buffer; -1: padding
 
 
 @jax.tree_util.register_dataclass
@@ -70,6 +78,7 @@ class Slabs:
 
     arrays: dict[str, tuple[tuple[jax.Array, ...], ...]]
     packed: PackedPrompts | None = None
+    new: tuple[dict[str, jax.Array], ...] = ()  # layer -> arrays of the line, still to be written
     segment_buffer: SegmentBuffer | None = None
 
     @property
@@ -120,9 +129,51 @@ class Slabs:
         recent = dataclasses.replace(self.segment_buffer, step=self.segment_buffer.step + 1)
         return dataclasses.replace(self, segment_buffer=recent)
 
+    def bind_drafts(
+        self, table_RN: jax.Array, length_R: jax.Array, count_R: jax.Array, T: int
+    ) -> "Slabs":
+        """Prepares a call on the next token of each row and drafts after it; see Pages."""
+        del table_RN
+        recent, at_T = self.segment_buffer, jnp.arange(T, dtype=jnp.int32)[None]
+        assert recent is not None
+        place_BT = (length_R - recent.length_B)[:, None] - T + at_T
+        place_BT = jnp.where(at_T >= T - count_R[:, None], place_BT, -1)
+        return dataclasses.replace(
+            self, segment_buffer=dataclasses.replace(recent, place_BT=place_BT)
+        )
+
     def unbind_tokens(self) -> "Slabs":
-        """Clears what `bind_tokens` set."""
-        return dataclasses.replace(self, packed=None)
+        """Writes the line that `bind_tokens` prepared, if any, to the slabs, and clears the rest.
+
+        This comes after the last layer, not in each, so that XLA knows that nothing is read any
+        more: else it copies the slabs of all rows in each layer, which takes longer than the model.
+        """
+        if (recent := self.segment_buffer) is not None:
+            recent = dataclasses.replace(recent, place_BT=None)
+            return dataclasses.replace(self, segment_buffer=recent)
+        if self.packed is None:
+            return self
+
+        def write_local(slabs: Any, new: Any, packed: PackedPrompts) -> Any:
+            packed = jax.tree.map(lambda x: x[0], packed)  # one line per shard
+
+            def write_prompt(r: jax.Array, slabs: Any) -> Any:
+                fields = packed.slab_XR, packed.start_XR, packed.count_XR, packed.position_XR
+                at = [x_R[r] for x_R in fields]
+
+                def write_layer(name: str, blocks: tuple, layer: dict) -> tuple:
+                    axis = _get_token_axis(name)
+                    return write_tokens(blocks, self.block_lengths, axis, layer[name][0], *at)
+
+                return {
+                    name: tuple(map(functools.partial(write_layer, name), layers, new))
+                    for name, layers in slabs.items()
+                }
+
+            return jax.lax.fori_loop(0, jnp.sum(packed.count_XR > 0), write_prompt, slabs)
+
+        arrays = _map_shards(write_local, self.arrays, self.new, self.packed)
+        return dataclasses.replace(self, arrays=arrays, packed=None, new=())
 
     def end_segment(self, count_B: jax.Array) -> "Slabs":
         """Ends a segment: moves each row's first count_B tokens of it into the slabs."""
@@ -135,7 +186,7 @@ class Slabs:
                 def flush_array(name: str, blocks: tuple, layer: jax.Array) -> tuple:
                     source = jax.lax.dynamic_index_in_dim(layer, b, keepdims=False)
                     at = b, jnp.int32(0), count_B[b], length_B[b]
-                    return _write_tokens(blocks, sizes, _get_token_axis(name), source, *at)
+                    return write_tokens(blocks, sizes, _get_token_axis(name), source, *at)
 
                 return {
                     name: tuple(
@@ -170,19 +221,22 @@ class Slabs:
         assert self.packed is not None
         return self._prefill(layer, q, new)
 
-    def _decode(self, layer: int, q_B1NH: jax.Array, new: dict) -> tuple[jax.Array, "Slabs"]:
+    def _decode(self, layer: int, q_BTNH: jax.Array, new: dict) -> tuple[jax.Array, "Slabs"]:
         recent = self.segment_buffer
         assert recent is not None
         arrays = {}
         for name, x in new.items():
             layers, axis = recent.arrays[name], _get_token_axis(name) + 1
-            into = jax.lax.dynamic_update_slice_in_dim(layers[layer], x, recent.step, axis)
+            if recent.place_BT is None:
+                into = jax.lax.dynamic_update_slice_in_dim(layers[layer], x, recent.step, axis)
+            else:
+                into = place_tokens(layers[layer], x, recent.place_BT, axis)
             arrays[name] = (*layers[:layer], into, *layers[layer + 1 :])
         recent = dataclasses.replace(recent, arrays=arrays)
-        B, _, N, H = q_B1NH.shape
+        B, T, N, H = q_BTNH.shape
         new = {name: layers[layer] for name, layers in arrays.items()}
         K, steps = new["keys"].shape[1], new["keys"].shape[3]
-        q_BKMH = q_B1NH.reshape(B, K, N // K, H)
+        q_BKMH = q_BTNH.reshape(B, K, N // K, H) if T == 1 else group_queries(q_BTNH, K)
 
         def attend_first_blocks(count: int) -> jax.Array:
             parts, masks, first = [], [], 0
@@ -190,50 +244,34 @@ class Slabs:
                 parts.append({name: layers[layer][block] for name, layers in self.arrays.items()})
                 masks.append((first + jnp.arange(size))[None] < recent.length_B[:, None])
                 first += size
-            now_W = jnp.arange(steps) <= recent.step
-            masks.append(jnp.broadcast_to(now_W[None], (B, steps)))
-            return attend_blocks(
-                q_BKMH, [*parts, new], jnp.concatenate(masks, axis=1)[:, None, None]
-            )
+            if recent.place_BT is None:
+                now_W = jnp.arange(steps) <= recent.step
+                masks.append(jnp.broadcast_to(now_W[None], (B, steps)))
+                mask = jnp.concatenate(masks, axis=1)[:, None, None]
+                return attend_blocks(q_BKMH, [*parts, new], mask)
+            before_BS = jnp.concatenate(masks, axis=1)
+            now_BTW = jnp.arange(steps)[None, None] <= recent.place_BT[:, :, None]
+            before_BTS = jnp.broadcast_to(before_BS[:, None], (B, T, before_BS.shape[1]))
+            mask = jnp.concatenate([before_BTS, now_BTW], axis=2)
+            mask = jnp.tile(mask, (1, N // K, 1))[:, None]
+            return attend_blocks(q_BKMH, [*parts, new], mask)
 
         choices = [
             functools.partial(attend_first_blocks, count)
             for count in range(1, len(self.block_lengths) + 1)
         ]
         out_BKMH = jax.lax.switch(recent.last_block, choices)
-        return out_BKMH.reshape(B, 1, N, H), dataclasses.replace(self, segment_buffer=recent)
+        out_BTNH = out_BKMH.reshape(B, 1, N, H) if T == 1 else ungroup_queries(out_BKMH, T)
+        return out_BTNH, dataclasses.replace(self, segment_buffer=recent)
 
     def _prefill(self, layer: int, q_XTNH: jax.Array, new: dict) -> tuple[jax.Array, "Slabs"]:
-        def prefill_local(
-            slabs: Any, new: Any, packed: PackedPrompts, q_XTNH: jax.Array
-        ) -> tuple[jax.Array, Any]:
+        def prefill_local(slabs: Any, new: Any, packed: PackedPrompts, q_XTNH: Any) -> jax.Array:
             packed = jax.tree.map(lambda x: x[0], packed)  # one line per shard
-            out_TNH = _attend_prompts(q_XTNH[0], new, slabs, packed)
-
-            def write_prompt(r: jax.Array, slabs: Any) -> Any:
-                at = (
-                    packed.slab_XR[r],
-                    packed.start_XR[r],
-                    packed.count_XR[r],
-                    packed.position_XR[r],
-                )
-                return {
-                    name: _write_tokens(
-                        blocks, self.block_lengths, _get_token_axis(name), new[name][0], *at
-                    )
-                    for name, blocks in slabs.items()
-                }
-
-            num_prompts = jnp.sum(packed.count_XR > 0)
-            return out_TNH[None], jax.lax.fori_loop(0, num_prompts, write_prompt, slabs)
+            return _attend_prompts(q_XTNH[0], new, slabs, packed)[None]
 
         own = {name: layers[layer] for name, layers in self.arrays.items()}
-        out, own = _map_shards(prefill_local, own, new, self.packed, q_XTNH, leading_output="out")
-        arrays = {
-            name: (*layers[:layer], own[name], *layers[layer + 1 :])
-            for name, layers in self.arrays.items()
-        }
-        return out, dataclasses.replace(self, arrays=arrays)
+        out_XTNH = _map_shards(prefill_local, own, new, self.packed, q_XTNH, queries=True)
+        return out_XTNH, dataclasses.replace(self, new=(*self.new, new))
 
     def copy_pages(self, source_XC: jax.Array, target_XC: jax.Array) -> "Slabs":
         """Copies slab source_XC[x, c] of shard x to target_XC[x, c]; -1 (none) only at the end."""
@@ -300,42 +338,6 @@ def _get_token_axis(name: str) -> int:
     return _AXIS_ORDER[name].index(1) - 1
 
 
-def _write_tokens(
-    blocks: tuple[jax.Array, ...],
-    sizes: list[int],
-    axis: int,
-    source: jax.Array,
-    slab: jax.Array,
-    start: jax.Array,
-    count: jax.Array,
-    position: jax.Array,
-) -> tuple[jax.Array, ...]:
-    """Writes tokens [start, start + count) of `source`, along `axis`, to `position` of a slab, in a
-    window of each block that keeps its other tokens."""
-    tokens, written, first = source.shape[axis], [], 0
-    for block, size in zip(blocks, sizes, strict=True):
-        width = min(tokens, size)
-        padding = [(0, 0)] * source.ndim
-        padding[axis] = (width, width)
-        begin = jnp.clip(position - first, 0, size - width)  # the window's start in the block
-        offset = first + begin - position  # the window's start relative to the piece's
-        piece = jnp.pad(source, padding)
-        shift = jnp.clip(start + offset + width, 0, tokens + width)
-        piece = jax.lax.dynamic_slice_in_dim(piece, shift, width, axis)
-        index = offset + jnp.arange(width)
-        in_piece = (index >= 0) & (index < count)
-        in_piece = in_piece.reshape([-1 if i == axis else 1 for i in range(source.ndim)])
-        at = [slab, *[jnp.int32(0)] * source.ndim]
-        at[axis + 1] = begin
-        shape = [1, *source.shape]
-        shape[axis + 1] = width
-        old = jax.lax.dynamic_slice(block, at, shape)
-        new = jnp.where(in_piece[None], piece[None], old)
-        written.append(jax.lax.dynamic_update_slice(block, new, at))
-        first += size
-    return tuple(written)
-
-
 def _attend_prompts(q_TNH: jax.Array, new: dict, slabs: dict, packed: PackedPrompts) -> jax.Array:
     """Attends tokens of a line to earlier ones of their own prompt: in the line and, if the first
     prompt continues earlier pieces, in its slab."""
@@ -370,12 +372,11 @@ def _attend_prompts(q_TNH: jax.Array, new: dict, slabs: dict, packed: PackedProm
     return out_1KMH.reshape(K, N // K, T, H).transpose(2, 0, 1, 3).reshape(T, N, H)
 
 
-def _map_shards(function: Callable, slabs: Any, *others: Any, leading_output: str = "") -> Any:
-    """Maps `function` over each device's own slabs and its part of the other arrays.
+def _map_shards(function: Callable, slabs: Any, *others: Any, queries: bool = False) -> Any:
+    """Maps `function`, which returns slabs, over each device's own and its part of other arrays.
 
     The first axis of those is rows or lines; the second, if there are more than two, is heads. With
-    `leading_output` the last of them is queries, with heads on the third axis, and the function
-    returns first an array of the same layout.
+    `queries` the last is queries, with heads on the third axis, and so is what it returns.
     """
     rows, heads = sharded.get_mesh_axes("batch"), sharded.get_mesh_axes("act_heads")
     if not rows:  # no mesh, or no rules for logical names
@@ -385,11 +386,10 @@ def _map_shards(function: Callable, slabs: Any, *others: Any, leading_output: st
     def make_spec(x: Any) -> P:
         return P(rows, heads) if x.ndim > 2 and x.dtype != jnp.int32 else P(rows)
 
-    queries = P(rows, None, heads)
     specs = [jax.tree.map(make_spec, tree) for tree in (slabs, *others)]
-    if leading_output:
-        specs[-1] = queries
-    out = (queries, specs[0]) if leading_output else specs[0]
+    if queries:
+        specs[-1] = P(rows, None, heads)
+    out = specs[-1] if queries else specs[0]
     return jax.shard_map(function, in_specs=tuple(specs), out_specs=out, check_vma=False)(
         slabs, *others
     )

@@ -15,7 +15,7 @@ from distill import rollout, score
 from distill.batch import Batch
 from distill.data import collate, dataset
 from distill.policy import forward, policy
-from distill.rollout import decode
+from distill.rollout import decode_weights
 from distill.runtime import mesh as mesh_lib
 from distill.training import loop, microbatches, setup
 from models import transformer, weights
@@ -367,7 +367,7 @@ def test_8_bit_sampler_equals_the_8_bit_model(directories):
         4, param_dtype="int8", stacked=True, cache_backend="plain", page_size=4
     )
     with policy.use(spread):
-        qwen3, params = decode.prepare_weights(
+        qwen3, params = decode_weights.prepare_weights(
             spread.model,
             spread.params,
             policy.get_mesh(spread),
