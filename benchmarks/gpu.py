@@ -89,7 +89,7 @@ def find_device(host: Host) -> JsonDict:
     try:
         found = host.ask("benchmarks.gpu_workers", what="device")
     except StageError as error:
-        raise UserError(f"JAX has no device that can be used: {error}") from None
+        raise UserError(str(error)) from None
     if found["platform"] == "cpu" and SIZES.value == "real":
         raise UserError(
             "--sizes=real: JAX finds no GPU here (docs/gpus.md has the installation); "
@@ -135,15 +135,14 @@ def write_report(path: Path, report: JsonDict) -> None:
     paths.write_text(path.with_suffix(".md"), "\n".join(gpu_report.render_report(report)) + "\n")
     if step := report["stages"].get("step", {}).get("result"):
         title = f"A step on {report['device']}"
-        figure = path.with_name(f"{path.stem}-step.svg")
+        figure = path.with_name(gpu_report.get_figure_name(report))
         figures.save_figure(figures.draw_step, {**step, "title": title}, figure)
 
 
 def main() -> None:
     stages = gpu_stages.list_stages(gpu_stages.ALL_SIZES[SIZES.value])
     chosen, end = choose_stages(stages, STAGES.value), time.monotonic() + 60 * MINUTES.value
-    name = "gpu" if SIZES.value == "real" else f"gpu-{SIZES.value}"
-    path = paths.check_output(f"{OUT.value}/{name}.json")
+    path = paths.check_output(f"{OUT.value}/{gpu_report.get_name(SIZES.value)}.json")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one device
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_FRACTION)
     found = find_device(Host("", HF_PYTHON.value, VLLM_PYTHON.value, deadline=end))

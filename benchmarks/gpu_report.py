@@ -27,6 +27,11 @@ rest of scoring and update together. Seconds are medians of calls after one that
 Row = tuple[str, ...]
 
 
+def get_name(sizes: str) -> str:
+    """Returns the name of the report's files, without what they end in."""
+    return "gpu" if sizes == "real" else f"gpu-{sizes}"
+
+
 def find_peak(device: str) -> float | None:
     """Returns the data sheet's FLOP/s in bfloat16 of the device of this name; None if unknown."""
     known = {gpu.name: gpu.bf16_tflops * 1e12 for gpu in gpus.GPUS.values()}
@@ -201,8 +206,15 @@ def render_whole_step(report: JsonDict) -> list[str]:
             f" {result['first_call_seconds']:.1f} s.",
             "",
             *render_cells(("part", "s", "share"), *rows),
+            f"![Where the time goes]({get_figure_name(report)})",
+            "",
         ]
     return lines
+
+
+def get_figure_name(report: JsonDict) -> str:
+    """Returns the name of the figure of the whole step, in the folder of the report."""
+    return f"{get_name(report['sizes'])}-step.svg"
 
 
 def render_numerics(report: JsonDict) -> list[str]:

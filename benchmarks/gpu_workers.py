@@ -11,6 +11,7 @@ what   "device": names the device;
 
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,7 @@ from distill.data.examples import Example
 from distill.policy import policy
 from distill.rewards import graders
 from distill.rollout import decode, options, sampler
+from distill.runtime import failures
 from distill.runtime import mesh as mesh_lib
 from distill.teachers import local
 from distill.training import collect, loop, memory, setup, stages, trainer, update
@@ -44,7 +46,12 @@ def make_device_mesh() -> Any:
 
 def describe_device(job: Job) -> Answer:
     del job  # says no more than what it is for
-    device = jax.devices()[0]
+    # A traceback if a plugin finds no device, which the answer explains in a line.
+    logging.getLogger("jax._src.xla_bridge").disabled = True
+    try:
+        device = jax.devices()[0]
+    except Exception as error:  # JAX raises many types, with tracebacks
+        return {"absent": failures.explain_failure(error, ()) or repr(error)}
     return {
         "device": device.device_kind,
         "platform": device.platform,

@@ -188,6 +188,13 @@ def make_stage(objective: str) -> ConfigDict:
     # that begin from it on, ((0, 64), (200, 256)), up to max_response_tokens; (): always that.
     # Cut ones are the metric rollout/cut_by_schedule, and not rollout/truncated.
     c.response_schedule = ()
+    # Ends responses that have drifted from the teachers: each `every` tokens, student and teachers
+    # read what is unfinished, and a response ends where the mean reverse KL of these tokens is
+    # above `kl`. Metrics: rollout/drifted, the share that ended so; rollout/checked_kl and
+    # rollout/checked_kl_p90, mean and 90th percentile of what is compared with `kl`. 1e9 ends none.
+    c.drift = ConfigDict()
+    c.drift.kl = 0.0  # nats a token, as train/reverse_kl; 0: no checks
+    c.drift.every = 256  # response tokens
     # Tokens of a packed row. Traces: as many examples in each as fit; 0: one each. Samples, always
     # packed: 0: max_prompt_tokens + max_response_tokens.
     c.pack_tokens = 0

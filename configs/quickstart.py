@@ -29,11 +29,13 @@ def get_config(arg: str = "") -> ConfigDict:
     c.opd.batch_size = 32
     c.opd.max_prompt_tokens = 60
     c.opd.max_response_tokens = 52
+    c.opd.pack_tokens = 168  # two responses a row, with their prompts; 112 would hold one
     c.opd.optim.learning_rate = 1e-3
     c.opd.optim.final_fraction = 0.02
     if a.tiny:
         c.opd.steps = 3
         c.opd.batch_size = 8
+        c.opd.pack_tokens = 0
         c.checkpoint.every = 2
         c.log.transcripts_every = 2
     return c

@@ -22,9 +22,9 @@ FOLDERS = {
     "reporting": "watching writing page tables figures transcripts read",
     "planning": "checking fit forecast programs roofline aot gpus hlo diagnosis",
     "training": "demonstration loop stopping saving metrics_log run_summary alerts preflight "
-    "eval_hook collect teacher_outputs grading trainer memory sampling_programs calls microbatches "
-    "prompts resume config_changes setup update update_metrics optim stage_responses stages "
-    "response_limits",
+    "eval_hook collect drift teacher_outputs rollout_metrics grading trainer memory "
+    "sampling_programs calls microbatches prompts resume config_changes setup update "
+    "update_metrics optim stage_responses stages response_limits",
     "evaluation": "served_evaluation evaluator comparison rejection responses records divergence "
     "lm_eval_model storing scoring protocols problems statistics example_rows",
     "evaluation.tasks": "arithmetic gsm8k math500 aime24 aime25 amc math ifeval task",
@@ -32,7 +32,7 @@ FOLDERS = {
     "errors",
     "teachers": "local external remote endpoints stored stored_files wire outputs",
     "rollout": "served_completions served_model completions sampler simulate engine buffer options "
-    "scheduler decode decode_steps decode_types drafts draft_lengths decode_weights sequence "
+    "scheduler decode decode_steps draft_lengths decode_types drafts decode_weights sequence "
     "sampling",
     "policy": "exporting forward compatibility policy identity hub",
     "data": "collate packing dataset teacher_context cleaning dedup curriculum examples sources "

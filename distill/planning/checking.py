@@ -158,6 +158,7 @@ def _set_up(
             for choice in (meshes or one_device, one_device):
                 mistakes.collect(functools.partial(set_up, (name,), choice))
         _collect_parts(c, mistakes)
+        _collect_evaluation(c, mesh, mistakes)
         return None
     validation = mistakes.collect(
         lambda: eval_hook.setup_validation(c.eval, run_setup.student, c.seed)
@@ -203,6 +204,19 @@ def _collect_parts(c: ConfigDict, mistakes: Mistakes) -> None:
                 collect_input(key, source, files.find_format)
     for name in sorted(models):
         collect_input(f"config.{name}.path", c[name].path, policy.resolve_model_dir)
+
+
+def _collect_evaluation(c: ConfigDict, mesh: Mesh, mistakes: Mistakes) -> None:
+    """Collects the mistakes in `config.eval`, which are no stage's, if the student can be read."""
+
+    def check_evaluation() -> None:
+        m = c.student
+        with name_key("config.student.path", m.path):
+            student = policy.make_abstract(m.path, m.dtype, False, mesh, tokenizer_path=m.tokenizer)
+        eval_hook.setup_validation(c.eval, student, c.seed)
+
+    if not any("config.student." in message for message in mistakes.found):
+        mistakes.collect(check_evaluation)
 
 
 def _list_sections(c: ConfigDict) -> list[str]:

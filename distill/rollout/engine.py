@@ -17,7 +17,7 @@ from distill.rollout.decode_types import (
     ROW_FIELDS,
     UNFINISHED,
 )
-from distill.rollout.draft_lengths import DraftLengths, estimate_step_cost
+from distill.rollout.draft_lengths import make_draft_lengths
 from distill.rollout.options import RolloutOptions, get_line_sizes, get_shrunk_rows
 from distill.rollout.sampling import Sampling, pack_samplings
 from distill.rollout.scheduler import Scheduler, Slot, choose_line_size, count_ending_rows
@@ -61,8 +61,7 @@ class Engine:
         self.harvested = harvested  # called with the sequences whose tokens have come
         self.line_sizes = get_line_sizes(options, decoder.cache)
         self.drafts_on = bool(options.drafts)
-        cost = estimate_step_cost(jax.sharding.get_mesh().devices.flat[0].platform)
-        self.draft_lengths = DraftLengths(options.draft_lengths, cost)
+        self.draft_lengths = make_draft_lengths(options.draft_lengths, decoder, params)
         self.replicated = mesh_lib.make_replicated_sharding(jax.sharding.get_mesh())
         shape = decoder.cache
         self.shards = shape.shards
@@ -94,7 +93,7 @@ class Engine:
             self.insert_sequences()
             if slots := list(scheduler.iter_slots()):
                 wanted = any(slot.sequence.wants_logprobs for slot in slots)
-                length = self.draft_lengths.choose(self.rows)
+                length = self.draft_lengths.choose(self.rows, scheduler.count_most_cached())
                 decoder = self.list_decoders()[0 if wanted else -1]
                 decoder = dataclasses.replace(decoder, draft_tokens=length)
                 output = self.start_segment(token_budget, decoder)
@@ -102,14 +101,14 @@ class Engine:
         if output is None:
             return False
         # The device idles for this transfer only; that of the tokens runs beside the next segment.
-        count, reason = count_reason = np.asarray(jax.device_get(output.count_reason_2B))
+        fetched = jax.device_get((output.count_reason_2B, output.draft_counts_5))
+        count, reason = count_reason = np.asarray(fetched[0])
         slots = [(slot, self.get_row_index(slot)) for slot in scheduler.iter_slots()]
         self.pending_output = output, slots, count_reason
         done = Counter(steps=int(count.max()), tokens=int(count.sum()))
         done["row_steps"] = done["tokens"]
-        if output.draft_counts_5 is not None:
-            counts_5 = np.asarray(jax.device_get(output.draft_counts_5)).tolist()
-            done = Counter({**done, **dict(zip(DRAFT_COUNTS, counts_5, strict=True))})
+        if fetched[1] is not None:
+            done = Counter({**done, **dict(zip(DRAFT_COUNTS, fetched[1].tolist(), strict=True))})
             self.draft_lengths.add_counts(done["compared"], done["accepted"])
         done["slot_steps"] = done["steps"] * len(count)
         if scheduler.queue:

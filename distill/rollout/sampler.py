@@ -87,6 +87,7 @@ def sample(
     options: RolloutOptions,
     version: int = 0,
     token_budget: int | None = None,
+    rows: int = 0,
     counts: Counter[str] | None = None,
     ended: abc.Callable[[Sequence], bool] | None = None,
     check_stop: abc.Callable[[], None] = lambda: None,
@@ -99,6 +100,7 @@ def sample(
       version: of the weights, recorded with each token.
       token_budget: stop after so many tokens in all (or up to one a row more); unfinished sequences
         then come without a finish_reason, and another call may go on with them.
+      rows: sequences that the cache is for, at least, so that calls for fewer compile nothing.
       counts: added to: `tokens` drawn; `steps` of decoding, `row_steps` (steps x rows that had
         not ended), `slot_steps` (steps x rows), and `queued_tokens`, `queued_slot_steps` of them
         while sequences waited; `prompt_tokens` read, and `read_tokens` with padding; `segments`;
@@ -120,10 +122,8 @@ def sample(
         jnp.dtype(transformer.dtype).name,
         max((s.max_length for s in waiting), default=1),
     )
-    num_unfinished = sum(not s.finish_reason for s in waiting)
-    shape = make_cache_shape(
-        options, transformer.config, mesh, dtype, max(1, num_unfinished), max_length
-    )
+    count = max(1, rows, sum(not s.finish_reason for s in waiting))
+    shape = make_cache_shape(options, transformer.config, mesh, dtype, count, max_length)
     with mesh_lib.use_mesh(mesh):
         decoder, params = prepare_decoder(model, sampling, options, shape)
         counts = Counter() if counts is None else counts

@@ -93,6 +93,10 @@ class Scheduler:
         """Returns the slots in use in the fullest shard."""
         return max(sum(map(bool, slots)) for slots in self.slots)
 
+    def count_most_cached(self) -> int:
+        """Returns the tokens in the cache of the shard that has most."""
+        return max(sum(s.length for s in self.iter_slots(x)) for x in range(len(self.slots)))
+
     def release_slot(self, slot: Slot) -> None:
         """Frees the row and the pages of a sequence that has ended or is parked."""
         self.slots[slot.shard][slot.row] = None

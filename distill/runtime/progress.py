@@ -17,6 +17,7 @@ from distill.runtime import console, run_files, watchdog
 
 POLL_SECONDS = 0.5
 PRINT_SECONDS = 10.0  # between two plain lines
+COMPILING_SECONDS = 30.0  # between two that say only that it compiles
 SHORT_SECONDS = 2.0  # what takes less is not said: reading a small model, a short compilation
 # Its files are on the stack of a thread that traces, lowers or compiles a program.
 _COMPILER_FILES = (
@@ -46,7 +47,7 @@ class Progress:
         self._paced_items, self._paced_seconds = 0, 0.0  # of the pace
         self._compile_seconds = 0.0  # since the last update
         self._compiling_since: float | None = None
-        self._has_said_compiling = False
+        self._said_compiling: float | None = None  # when last
         self._print_time = self._start_time
         self._has_printed = False
         self._watched_thread = threading.get_ident()
@@ -129,9 +130,15 @@ class Progress:
                 self._bar.unit = self._describe(now)
                 if not self._is_minor or now - self._start_time > SHORT_SECONDS:
                     self._bar.refresh()
-            elif self._describe_compiling(now) and not self._has_said_compiling:
-                self._has_said_compiling = True
-                self._write(": compiling")
+            elif text := self._describe_compiling(now):
+                self._print_compiling(text, now)
+
+    def _print_compiling(self, text: str, now: float) -> None:
+        """Prints a plain line that it compiles, and again now and then, as long as it does."""
+        said = self._said_compiling
+        if said is None or now - said >= COMPILING_SECONDS:
+            self._said_compiling = now
+            self._write(f": {'compiling' if said is None else text}")
 
     def close(self) -> None:
         self._closed.set()

@@ -1,13 +1,16 @@
 """XLA: compiler options, the compilation cache, and a monitor of what is compiled."""
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import os
 import platform
 import tempfile
 import time
 from pathlib import Path
 
+import filelock
 import jax
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
@@ -22,6 +25,8 @@ AUTO = "auto"
 MAX_USER_CACHE_BYTES = 4 * 2**30  # the programs that were not used for longest then go
 MIN_COMPILE_SECONDS = 0.1  # programs that compile faster are neither cached nor named
 MAX_NAMED_PROGRAMS = 8  # in one line
+# Of /proc/cpuinfo, on x86 and on ARM.
+_PROCESSOR_FIELDS = ("model name", "flags", "CPU implementer", "CPU part", "Features")
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 
@@ -55,10 +60,48 @@ def _log_once(line: str) -> None:
 
 
 def get_user_cache() -> Path:
-    """Returns this user's directory of compiled programs for this host: a home may be shared by
-    hosts with other processors, whose programs would not run here."""
+    """Returns this user's directory of compiled programs for this host and its processor: a home
+    may be shared by hosts with others, also of the same name, whose programs would not run here."""
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(caches).expanduser() / "qwen3-distill" / "compiled" / platform.node()
+    processor = hashlib.sha256(describe_processor().encode()).hexdigest()[:8]
+    name = f"{platform.node()}-{processor}"
+    return Path(caches).expanduser() / "qwen3-distill" / "compiled" / name
+
+
+def describe_processor(about: Path = Path("/proc/cpuinfo")) -> str:
+    """Returns the processor's model and the instructions that it knows, which jax's keys of
+    compiled programs leave out."""
+    known = ""
+    with contextlib.suppress(OSError):
+        first, _, _ = about.read_text().partition("\n\n")
+        lines = (line for line in first.splitlines() if line.startswith(_PROCESSOR_FIELDS))
+        known = "\n".join(lines)
+    return known or f"{platform.machine()} {platform.processor()}"
+
+
+def drop_unfinished_programs(directory: Path) -> None:
+    """Removes programs that a process was writing to a cache of limited size when it was killed or
+    the disk was full: jax would not read or replace them, nor add any other.
+
+    An entry is its program and, written after it, the time of its last use.
+    """
+    with (
+        contextlib.suppress(OSError, filelock.Timeout),  # another process holds it: next time
+        filelock.FileLock(directory / ".lockfile", timeout=1),
+    ):
+        ends = ("-cache", "-atime")
+        files = {path.name: path for path in directory.iterdir() if path.name.endswith(ends)}
+        for name, path in files.items():
+            own, other = ends if name.endswith(ends[0]) else ends[::-1]
+            if name.removesuffix(own) + other not in files:
+                path.unlink()
+
+
+def _require_private(directory: Path) -> None:
+    """Raises UserError if others may write to a directory whose programs are run unseen."""
+    about = directory.stat()
+    if about.st_uid != os.getuid() or about.st_mode & 0o022:
+        raise UserError("other users may write there")
 
 
 def init_compilation_cache(directory: str = AUTO) -> None:
@@ -68,20 +111,24 @@ def init_compilation_cache(directory: str = AUTO) -> None:
     compile what others read. JAX_COMPILATION_CACHE_DIR takes its place, and "" is that or none.
     A directory that cannot be used is no reason not to run: a line says so.
     """
-    if directory == AUTO:
+    is_own = directory == AUTO
+    if is_own:
         is_set = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
         if is_set or jax.process_count() > 1:
             return
-        directory = str(get_user_cache())
-        jax.config.update("jax_compilation_cache_max_size", MAX_USER_CACHE_BYTES)
     if not directory:
         return
     try:
+        directory = str(get_user_cache()) if is_own else directory
         paths.require_reachable(directory, "config.compilation_cache")
         path = epath.Path(directory)
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not paths.is_remote(directory):
             tempfile.TemporaryFile(dir=directory).close()
+        if is_own:
+            _require_private(Path(directory))
+            drop_unfinished_programs(Path(directory))
+            jax.config.update("jax_compilation_cache_max_size", MAX_USER_CACHE_BYTES)
     except (OSError, RuntimeError, UserError) as error:  # RuntimeError: no home directory
         reason = getattr(error, "strerror", None) or str(error)
         run_files.log_line(

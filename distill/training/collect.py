@@ -13,20 +13,26 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from distill import rollout
-from distill.data import collate, curriculum, dataset, packing
+from distill.data import collate, dataset, packing
 from distill.data.collate import BatchLayout
 from distill.data.examples import Example
-from distill.rewards import graders, terms
+from distill.rewards import graders
 from distill.runtime import distributed
 from distill.runtime import mesh as mesh_lib
 from distill.teachers.local import Teacher
-from distill.training import grading, microbatches, response_limits, stages, teacher_outputs
-from distill.training.grading import THINKING_MODES, GradedGroups, Metrics
+from distill.training import (
+    drift,
+    grading,
+    microbatches,
+    rollout_metrics,
+    stages,
+    teacher_outputs,
+)
+from distill.training.grading import GradedGroups, Metrics
 from distill.training.microbatches import Minibatches, PackedRows
 from distill.training.prompts import StagePrompts
 from distill.training.setup import RunSetup, StageSetup
@@ -63,6 +69,7 @@ class StartedRollout:
     num_requested: int
     sequences: Iterator[rollout.Sequence]
     counts: Counter[str]  # filled while sampling
+    checks: drift.DriftChecks | None  # of the sequences while they are sampled
 
 
 @dataclasses.dataclass(eq=False)
@@ -221,12 +228,12 @@ def count_skipped(stage: StageSetup) -> Metrics:
 
 
 def sample_sequences(
-    collector: Collector, params: Params, step: int
+    collector: Collector, params: Params, step: int, average: Params | None = None
 ) -> tuple[list[rollout.Sequence], Metrics]:
     """Returns the finished sequences of a step, in order.
 
     With asynchronous sampling they may be ready already, and sampling for the next step starts with
-    `params`, before they are updated.
+    `params`, before they are updated. `average`: their moving average, if one is kept.
     """
     stage, prompts = collector.stage, collector.prompts
     buffer = collector.progress.buffer
@@ -235,7 +242,7 @@ def sample_sequences(
     else:
         requests = prompts.get_requests(step, buffer)
         sequences, metrics = finish_rollout(
-            collector, start_rollout(collector, params, step, step, requests)
+            collector, start_rollout(collector, params, step, step, requests, average)
         )
     if stage.asynchronous and step + 1 < stage.end_step:
         requests = prompts.get_requests(step + 1, buffer)
@@ -265,10 +272,12 @@ def start_rollout(
     version: int,
     step: int,
     requests: list[rollout.Sequence],
+    average: Params | None = None,
 ) -> StartedRollout:
     """Starts sampling the sequences `requests` for `step`.
 
-    `params` are the weights after `version` steps; they may be donated once this returns.
+    `params` are the weights after `version` steps; they may be donated once this returns, unless
+    the stage checks for drift.
     """
     stage, student = collector.stage, collector.run_setup.student
     has_lora = student.model.lora is not None
@@ -288,9 +297,9 @@ def start_rollout(
         student.stop_ids,
         lora_params=params if has_lora else None,
     )
-    sequences = rollout.sample(
+    sample = functools.partial(
+        rollout.sample,
         model,
-        requests,
         sampling=stages.make_sampling(stage.c),
         options=dataclasses.replace(collector.rollout_options, warm_up=warm_up),
         version=version,
@@ -298,7 +307,12 @@ def start_rollout(
         counts=counts,
         check_stop=check_segment,
     )
-    return StartedRollout(step, len(requests), sequences, counts)
+    checks = None
+    if stage.c.drift.kl:
+        reader = collector.run_setup, stage, collector.mesh, collector.layout
+        checks = drift.DriftChecks(*reader, collector.loss_chunk_mib, params, average)
+    sequences = checks.sample(sample, requests) if checks else sample(requests)
+    return StartedRollout(step, len(requests), sequences, counts, checks)
 
 
 def finish_rollout(
@@ -308,48 +322,26 @@ def finish_rollout(
     stage, counts, buffer = collector.stage, started.counts, collector.progress.buffer
     start_time = time.perf_counter()
     sampled = list(started.sequences)
-    seconds = time.perf_counter() - start_time
+    checks = started.checks
+    seconds = time.perf_counter() - start_time - (checks.seconds if checks else 0)
     ended = [x for x in sampled if x.finish_reason]
-    num_tokens = sum(len(x.tokens) for x in ended)
-    num_truncated = sum(response_limits.is_truncated(stage.c, x) for x in ended)
-    repetition = [terms.compute_repetition(x.tokens) for x in ended]
-    metrics = {
-        "rollout/tokens_per_second": counts["tokens"] / seconds,
-        "rollout/mean_length": num_tokens / max(1, len(ended)),
-        "rollout/truncated": num_truncated / max(1, len(ended)),
-        "rollout/failed": sum(x.finish_reason == "error" for x in ended),
-        "rollout/repetition": -float(np.mean(repetition or [0])),
-        "rollout/utilisation": counts["row_steps"] / max(1, counts["slot_steps"]),
-        "time/rollout": seconds,
-        **count_skipped(stage),
-        **curriculum.mean_difficulty([x.difficulty for x in ended]),
-        **_measure_by_mode(stage.c, ended),
-        **response_limits.measure_cuts(stage.c, started.step - stage.first_step, ended),
-    }
-    if collector.rollout_options.drafts:
-        metrics["rollout/tokens_per_step"] = counts["tokens"] / max(1, counts["row_steps"])
-        metrics["rollout/drafts_accepted"] = counts["accepted"] / max(1, counts["drafted"])
+    metrics = rollout_metrics.measure_rollout(
+        stage.c,
+        started.step - stage.first_step,
+        ended,
+        counts,
+        seconds,
+        bool(collector.rollout_options.drafts),
+    )
+    metrics |= count_skipped(stage) | (checks.get_metrics(ended) if checks else {})
     if stage.token_budget:
         buffer.num_started += started.num_requested - len(buffer.partial)
         buffer.partial = [x for x in sampled if not x.finish_reason]
         metrics["rollout/ended"] = len(ended)
     if stage.token_budget or stage.asynchronous:
         num_stale = sum(version < started.step for x in ended for version in x.versions)
-        metrics["rollout/stale"] = num_stale / max(1, num_tokens)
+        metrics["rollout/stale"] = num_stale / max(1, sum(len(x.tokens) for x in ended))
     return ended, metrics
-
-
-def _measure_by_mode(s: ConfigDict, sequences: Sequence[rollout.Sequence]) -> Metrics:
-    """Measures lengths and truncation in each thinking mode that occurs."""
-    metrics: Metrics = {}
-    for mode, thinking in THINKING_MODES.items():
-        part = [x for x in sequences if x.thinking == thinking]
-        if part:
-            num_truncated = sum(response_limits.is_truncated(s, x) for x in part)
-            metrics[f"rollout/rows/{mode}"] = len(part)
-            metrics[f"rollout/mean_length/{mode}"] = sum(len(x.tokens) for x in part) / len(part)
-            metrics[f"rollout/truncated/{mode}"] = num_truncated / len(part)
-    return metrics
 
 
 def sample_graded_sequences(

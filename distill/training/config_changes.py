@@ -55,7 +55,7 @@ STAGE_KEYS = {
 }
 # Keys that an earlier version did not have, and their values that change nothing.
 UNSET = {
-    "response_schedule": [],
+    **{"response_schedule": [], "drift": {"kl": 0.0, "every": 256}},
     **dict.fromkeys(("loss.position_half_life", "loss.entropy_weight", "loss.entropy_from")),
 }
 # Of a teacher that has begun to teach: settings of requests to servers.

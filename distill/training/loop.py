@@ -302,7 +302,7 @@ def collect_step(
     if stage.loss.reward:
         sequences, rewards, metrics = collect.sample_graded_sequences(collector, params, step)
     else:
-        sequences, metrics = collect.sample_sequences(collector, params, step)
+        sequences, metrics = collect.sample_sequences(collector, params, step, ema_params)
         rewards = None
     sequences, rewards = grading.drop_failed_groups(sequences, rewards, s.samples)
     samples = microbatches.to_examples(sequences, rewards)

@@ -1,4 +1,4 @@
-"""The most tokens that a sampled response may have, by the step of its stage.
+"""The most tokens that a sampled response may have, by the step of its stage; checks of options.
 
 With `response_schedule` the first responses of a stage are short. They cost less to sample, to
 score and to train, and on-policy distillation, which needs no answer, learns most from prefixes:
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from distill import rollout
+from distill.objectives.losses import Loss
+from models import checks
 from models.checks import Range
 from models.errors import UserError
 
@@ -78,3 +80,30 @@ def measure_cuts(
         "rollout/response_limit": get_response_limit(s, stage_step),
         "rollout/cut_by_schedule": cut / max(1, len(sequences)),
     }
+
+
+def check_drift(name: str, s: ConfigDict, loss: Loss, sampled_rows: int) -> None:
+    """Raises UserError for a `drift` of stage `name` that is out of range, or does not apply."""
+    key = f"config.{name}.drift"
+    checks.check_fields(s.drift, {"kl": Range(off="no checks")}, f"{key}.")
+    if not s.drift.kl:
+        return
+    checks.check_fields(s.drift, {"every": Range(1, whole=True)}, f"{key}.")
+    if s.drift.every >= s.max_response_tokens:
+        raise UserError(
+            f"{key}.every={s.drift.every}: no response goes on after max_response_tokens="
+            f"{s.max_response_tokens}; set fewer"
+        )
+    for refused, why in (
+        (not sampled_rows, f"{s.objective} samples nothing"),
+        (not loss.teacher, f"{s.objective} has no teacher to drift from"),
+        (loss.reward > 0, "a response that is ended has no answer to reward"),
+        (
+            loss.teacher_output != "hidden",
+            f"needs a teacher's hidden states, not loss.teacher_output={loss.teacher_output}",
+        ),
+        (s.rollout.asynchronous, "rollout.asynchronous samples while the teachers score a step"),
+        (s.rollout.token_budget, "rollout.token_budget keeps responses for which no check is due"),
+    ):
+        if refused:
+            raise UserError(f"{key}.kl={s.drift.kl:g}: {why}; set 0")

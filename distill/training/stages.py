@@ -73,6 +73,7 @@ def resolve_objective(name: str, s: ConfigDict) -> tuple[losses.Loss, int]:
     if loss.reward:
         _check_reward(name, s)
     response_limits.check_schedule(name, s, loss.reward > 0, sampled_rows)
+    response_limits.check_drift(name, s, loss, sampled_rows)
     return loss, sampled_rows
 
 
@@ -151,6 +152,11 @@ def check_teachers(
         raise UserError(
             f"config.{name}.reward.teacher_logprob: needs a teacher that is run here, and "
             f"config.{outside[0]}.path={c[outside[0]].path} is not"
+        )
+    if outside and s.drift.kl:
+        raise UserError(
+            f"config.{name}.drift.kl={s.drift.kl:g}: needs a teacher that is run here, and "
+            f"config.{outside[0]}.path={c[outside[0]].path} is not; set 0"
         )
     if output == "hidden" or not (names or output == "token"):
         return names

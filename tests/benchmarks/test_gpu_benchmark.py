@@ -36,6 +36,7 @@ def answer(job):
 
 workers.serve_jobs(lambda: answer)
 """
+PARTS = {"sampling": 6.0, "scoring": 1.0, "update": 2.5, "rest": 0.5}
 DEVICE = {"device": "fake", "platform": "cpu", "memory_bytes": 2**30, "versions": {"jax": "1"}}
 
 
@@ -194,6 +195,7 @@ def report() -> dict[str, Any]:
         "decode-32x2048": {**call_result, "seconds": [0.256], "rows": 32, "steps": 64},
         "decode-256x8192": {**call_result, "seconds": [2.56], "rows": 128, "steps": 64},
         "generate": {"samplers": [{**ours, "seconds": 2.0}, theirs]},
+        "step": {**call_result, "parts": PARTS, "micro_batches": 32, "trained_tokens": 114_688},
     }
     entries = {
         name: {"key": {"settings": stages[name].job, "revision": "r"}, "result": result}
@@ -235,15 +237,16 @@ def test_tables_show_what_was_measured(report: dict[str, Any]) -> None:
     (decode,) = (line for line in lines if line.startswith("| decode-32x2048: of bandwidth |"))
     assert decode.endswith("| 69.2% | 70% | not reached |")
     assert "| generate-vllm | left out: no vllm |" in lines
+    assert "| sampling | 6 | 60% |" in lines
+    assert "![Where the time goes](gpu-step.svg)" in lines
     only = copy.deepcopy(report)
     only["stages"] = {"generate-vllm": report["stages"]["generate-vllm"]}
     assert "## Targets" not in gpu_report.render_report(only)
 
 
 def test_a_step_is_drawn(tmp_path: Path) -> None:
-    parts = {"sampling": 6.0, "scoring": 1.0, "update": 2.5, "rest": 0.5}
     figure = tmp_path / "step.svg"
-    figures.save_figure(figures.draw_step, {"parts": parts, "title": "A step"}, figure)
+    figures.save_figure(figures.draw_step, {"parts": PARTS, "title": "A step"}, figure)
     text = figure.read_text()
     assert "sampling: 6 s, 60%" in text and "rest: 0.5 s, 5%" in text and "A step" in text
 

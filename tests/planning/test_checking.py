@@ -78,6 +78,13 @@ def test_mistakes_of_all_stages_are_listed(capsys):
         assert words in text
 
 
+def test_a_wrong_stage_does_not_hide_a_wrong_evaluation(capsys):
+    changes = ("--config.opd.batch_size=0", "--config.eval.every=2", "--config.eval.best=accurcy")
+    code, _, errors = check(capsys, TINY, *MODELS, *changes)
+    assert code == 2 and len(errors) == 2
+    assert "opd.batch_size=0" in errors[0] and "config.eval.best='accurcy'" in errors[1]
+
+
 def test_a_missing_model_does_not_hide_the_other_mistakes(capsys, tmp_path):
     changes = (
         "--config.stages=('opd','sft')",

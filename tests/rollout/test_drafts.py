@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from distill import rollout
-from distill.rollout import RolloutOptions, Sequence, draft_lengths, drafts, engine
+from distill.rollout import RolloutOptions, Sequence, draft_lengths, drafts
 from distill.rollout.draft_lengths import DraftLengths, StepCost
 from distill.rollout.sampling import Sampling
 from models.errors import UserError
@@ -84,6 +84,9 @@ def test_length_is_chosen_by_what_was_accepted() -> None:
     assert chosen[0] == [7] * 40
     assert set(chosen[1]) == {0, 3} and chosen[1].count(3) == 2
     assert DraftLengths((0, 3, 7), StepCost(6.0)).choose(256) == 0
+    tpu, gpu = map(draft_lengths.estimate_step_cost, ("tpu", "gpu"))
+    assert tpu.get_ratio(32, 3) == 1 and tpu.get_ratio(160, 3) == 4
+    assert tpu.get_ratio(64, 3, cached=5.0) == 1 and gpu.get_ratio(8, 3, cached=1.0) == 2.5
 
 
 def test_lengths_that_cannot_be_are_refused() -> None:
@@ -118,7 +121,7 @@ def test_simulation_takes_fewer_steps_with_drafts() -> None:
 @pytest.fixture
 def free_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts as long as may be always pay."""
-    monkeypatch.setattr(engine, "estimate_step_cost", lambda platform: StepCost(1e9))
+    monkeypatch.setattr(draft_lengths, "estimate_step_cost", lambda platform: StepCost(1e9))
 
 
 SMALL = RolloutOptions(8, 64, 8, 32, drafts="ngram", draft_tokens=3)

@@ -15,8 +15,15 @@ from jax._src import monitoring
 from distill import rollout
 from distill.objectives import losses
 from distill.policy import forward
-from distill.rollout import RolloutOptions, SamplingModel, Sequence, decode, decode_weights, sampler
-from distill.rollout import engine as engine_lib
+from distill.rollout import (
+    RolloutOptions,
+    SamplingModel,
+    Sequence,
+    decode,
+    decode_weights,
+    draft_lengths,
+    sampler,
+)
 from distill.rollout import options as options_lib
 from distill.rollout.draft_lengths import StepCost
 from distill.rollout.engine import Engine
@@ -427,7 +434,7 @@ def test_sequences_join_a_running_engine_with_their_own_sampling(
 ) -> None:
     """Each draws as it would alone, records only what it wants, and may be left off at any time."""
     free = StepCost(1e9)  # drafts always pay
-    monkeypatch.setattr(engine_lib, "estimate_step_cost", lambda platform: free)
+    monkeypatch.setattr(draft_lengths, "estimate_step_cost", lambda platform: free)
     mesh, params = weights(0, (1, 1, 1))
     options = dataclasses.replace(options, top_logprobs=2)
     samplings = [Sampling(0.7, top_k=5), Sampling(presence_penalty=2.0)]

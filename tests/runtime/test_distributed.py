@@ -231,6 +231,64 @@ def test_compiled_programs_are_kept_for_the_user_by_default(
     assert get_cache() == "/mine"
 
 
+def test_programs_are_kept_apart_by_processor(tmp_path: Path) -> None:
+    """Hosts of one name may have other processors, and jax's keys do not tell these apart."""
+    about = tmp_path / "cpuinfo"
+    described = set()
+    for known in ("avx2 avx512f", "avx2"):
+        core = f"model name\t: A\ncpu MHz\t: {{}}\nflags\t\t: {known}"
+        for clock in (1000, 2000):
+            about.write_text(core.format(clock) + "\n\n" + core.format(3000))
+            described.add(xla.describe_processor(about))
+    assert len(described) == 2
+    assert xla.describe_processor(tmp_path / "none")
+    assert xla.get_user_cache() == xla.get_user_cache()
+
+
+def test_a_cache_that_was_left_half_written_or_damaged_is_used_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_cache: None
+) -> None:
+    """jax alone would fail at each program, for ever, once an entry lacks its time; a damaged
+    program is compiled again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(xla, "MIN_COMPILE_SECONDS", 0.0)
+    folder = xla.get_user_cache()
+
+    def run(number: float) -> float:  # as a new process does
+        jax.clear_caches()
+        jax.config.update("jax_compilation_cache_dir", None)
+        xla.init_compilation_cache()
+        return float(jax.jit(lambda x: (x @ x.T).sum() + number)(jax.numpy.ones((8, 8))))
+
+    assert run(1.5) == 513.5
+    for path in folder.glob("*-atime"):
+        path.unlink()
+    for path in folder.glob("*-cache"):
+        path.write_bytes(path.read_bytes()[:100])
+    (folder / "jit_x-0-atime").write_bytes(b"12345678")
+    assert run(1.5) == 513.5 and run(2.5) == 514.5  # no warning, which would fail the test
+    names = [path.name for path in folder.glob("*-*")]
+    assert len(names) == 2 * len({name.rpartition("-")[0] for name in names}) > 0
+    for path in folder.glob("*-cache"):
+        content = path.read_bytes()
+        path.write_bytes(content[:200] + bytes([content[200] ^ 255]) + content[201:])
+    with pytest.warns(UserWarning, match="Error reading persistent compilation cache"):
+        assert run(2.5) == 514.5
+
+
+def test_a_cache_that_others_may_write_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_cache: None, capsys
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = xla.get_user_cache()
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    xla.init_compilation_cache()
+    assert get_cache() is None
+    captured = capsys.readouterr()
+    assert f"{folder}: other users may write there" in captured.out + captured.err
+
+
 def test_programs_that_are_compiled_at_once_take_their_time_once(capsys, monkeypatch) -> None:
     """Seconds of compiling are never more than those that passed."""
     clock = [100.0]

@@ -70,13 +70,13 @@ def test_a_minor_task_is_silent_unless_it_takes_long(
 def test_time_left_leaves_out_what_was_compiled(
     clock: list[float], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first step compiles for 40 s; the others take 2 s."""
+    """The first step compiles for 50 s; the others take 2 s."""
     monkeypatch.setattr(progress, "POLL_SECONDS", 0.001)
     monkeypatch.setattr(progress, "PRINT_SECONDS", 0.0)
     stack: list[str] = [COMPILER]
     monkeypatch.setattr(watchdog, "list_files_on_stack", lambda thread: stack)
     with progress.show_progress(10, 0, "opd") as bar:
-        for _ in range(4):
+        for _ in range(5):
             clock[0] += 10.0
             wait_until(lambda: bar._poll_time == clock[0])
         stack.clear()
@@ -88,6 +88,7 @@ def test_time_left_leaves_out_what_was_compiled(
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "opd 0/10: compiling",
+        "opd 0/10: compiling for 40 s",  # 30 s after the first
         "opd 1/10",
         "opd 2/10: 16 s left",
         "opd 3/10: 14 s left",

@@ -167,6 +167,28 @@ def test_a_run_of_an_earlier_version_has_no_alerts() -> None:
     }
 
 
+SET_NOW = {
+    **{"drift.kl": 0.5, "response_schedule": ((0, 4),), "loss.entropy_from": "student"},
+    **{"loss.position_half_life": 8.0, "loss.entropy_weight": 0.5},
+}
+
+
+@pytest.mark.parametrize("key", config_changes.UNSET)
+def test_a_stage_of_an_earlier_version_goes_on_without_newer_keys(key: str) -> None:
+    """But not if they are set now."""
+    c = config()
+    saved = json.loads(c.to_json_best_effort())
+    *parts, name = key.split(".")
+    del (saved["opd"][parts[0]] if parts else saved["opd"])[name]
+    found = config_changes.compare_configs(saved, c, 15)
+    assert {x.key: x.reason for x in found} == {f"config.opd.{key}": EXACT}
+    for name, value in SET_NOW.items():
+        if name.startswith(key):
+            c.opd.update_from_flattened_dict({name: value})
+    found = config_changes.compare_configs(saved, c, 15)
+    assert {x.key: x.reason for x in found} == {f"config.opd.{key}": ""}
+
+
 def test_every_key_of_the_tables_is_one_of_the_config() -> None:
     c = base.get_config()
     keys = [*config_changes.RUN_KEYS, *(f"opd.{key}" for key in config_changes.STAGE_KEYS)]

@@ -62,6 +62,8 @@ def sample_steps(c, steps):
     plan = setup.setup_run(c, mesh)
     with policy.use(plan.student), graders.Grader() as grader:
         params = policy.load(plan.student, "float32").params
+        if c.opd.drift.kl:
+            plan = setup.load_stage_models(c, plan, plan.stages[0])
         collector = collect.make_collector(c, plan, plan.stages[0], mesh, grader)
         return [collect.sample_sequences(collector, params, step) for step in steps]
 
