@@ -38,7 +38,7 @@ from models.errors import UserError
 OPTIONS = flags.FlagValues()
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds, one run each.", flag_values=OPTIONS)
 ONLY = flags.DEFINE_list("only", [], "Names of arms; default: all.", flag_values=OPTIONS)
-STEPS = flags.DEFINE_integer("steps", 240, "Steps of a run.", lower_bound=24, flag_values=OPTIONS)
+STEPS = flags.DEFINE_integer("steps", 300, "Steps of a run.", lower_bound=24, flag_values=OPTIONS)
 PROBLEMS = flags.DEFINE_integer(
     "problems", 400, "Held-out problems of an evaluation.", lower_bound=1, flag_values=OPTIONS
 )

@@ -81,7 +81,6 @@ def compile_case(case: str, kernels: str) -> list[aot.Program]:
 
 
 def main() -> None:
-    jax.config.update("jax_enable_compilation_cache", False)
     print(f"jax {jax.__version__}, {TOPOLOGY.value}, {ROWS.value} rows\n")
     print("| | kernels | TFLOP | GB of HBM | temporary GiB | peak GiB | compiled in s |")
     print("|---|---|---|---|---|---|---|")
@@ -98,4 +97,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_enable_compilation_cache", False)  # for devices that are not here
     cli.run(main, OPTIONS)

@@ -202,11 +202,12 @@ def _read_hlo_text(compiled: Any, dump: Path) -> str | None:
     """Returns the text of a program, or None if it cannot be read.
 
     libtpu writes the text into `dump`. jaxlib 0.10 cannot print programs for v5p and v6e: it does
-    not know the operands of their async-update.
+    not know the operands of their async-update. jax 0.12 can, and has libtpu write the elements of
+    tuples as %x#3, of which planning.hlo would take the whole tuple.
     """
     written = list(dump.glob("*.after_codegen.txt"))
-    if len(written) == 1:
-        return written[0].read_text()
+    if len(written) == 1 and not re.search(r"%[\w.\-]+#\d", text := written[0].read_text()):
+        return text
     try:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError:

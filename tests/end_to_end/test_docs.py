@@ -117,8 +117,9 @@ def list_keys() -> frozenset[str]:
 @functools.cache
 def list_flags() -> frozenset[str]:
     flags = set(re.findall(r"^ +--([\w-]+)=?\*?\) ", (ROOT / "launch_tpu.sh").read_text(), re.M))
-    for file in (ROOT / "distill").glob("*.py"):
-        flags |= set(getattr(importlib.import_module(f"distill.{file.stem}"), "OPTIONS", ()))
+    verbs = [f"distill.{file.stem}" for file in (ROOT / "distill").glob("*.py")]
+    for verb in (*verbs, "benchmarks.gpu"):
+        flags |= set(getattr(importlib.import_module(verb), "OPTIONS", ()))
     return frozenset({name for name in flags if not name.startswith("config.")})
 
 
@@ -205,7 +206,7 @@ NOT_RUN = {
     r"^pip |^python3 -m venv": "install packages",
     r"log\.to=|^tensorboard|^trackio|^mlflow": "need packages that the project does not install",
     r"launch_tpu\.sh|gcloud|ACCELERATOR=": "need Google Cloud",
-    r"import jax": "shows GPUs",
+    r"import jax|benchmarks\.gpu": "need a GPU",
     r"distill\.serve|^vllm |http://": "serve until they are stopped, or ask such a server",
     r"^make quickstart": "takes minutes; test_quickstart.py runs it, tiny",
     r"assets/make_tokenizer|tiny_teacher|tiny_student": "made the models that are committed",

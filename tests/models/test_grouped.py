@@ -165,12 +165,14 @@ def test_missing_gpu_kernels_are_explained(monkeypatch, python, versions, reason
     assert grouped.explain_missing_gpu_kernels(turing).startswith("Tesla T4 is older than")
 
 
+@pytest.mark.long
 def test_tokamax_kernels_equal_a_loop_over_groups():
     """Runs them in Triton's interpreter, for all groups above and with rows left over that are not
     a number."""
     if reason := grouped._explain_missing_packages():
         pytest.skip(reason)
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
+    settings = {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **settings}
     script = Path(__file__).parents[1] / "support" / "triton_interpreter.py"
     command = [sys.executable, str(script), json.dumps(list(CASES.values()))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)

@@ -2,6 +2,7 @@
 """Costs parsed from compiled programs agree with arithmetic by hand."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -247,3 +248,13 @@ def test_taps_of_windows_outside_the_image_do_not_count(window, taps):
 def test_slices_of_unknown_chips_or_shapes_are_refused(name, words):
     with pytest.raises(UserError, match=words):
         aot.get_chip(name)
+
+
+@pytest.mark.parametrize(
+    ("dumped", "expected"),
+    [("%y = add(%x, %x)", "%y = add(%x, %x)"), ("%y = add(%x#0, %x#1)", "printed")],
+)
+def test_text_with_elements_of_tuples_in_short_is_not_read(tmp_path, dumped, expected):
+    (tmp_path / "module.after_codegen.txt").write_text(dumped)
+    compiled = types.SimpleNamespace(as_text=lambda: "printed")
+    assert aot._read_hlo_text(compiled, tmp_path) == expected
