@@ -157,6 +157,8 @@ def _make_gpu_product(
         else:
             rhs = rhs.astype(lhs.dtype)
         if dims == _DOT_TRANSPOSED:
+            # tokamax transposes these kernels; left alone, XLA would copy the stack of all layers
+            # into that layout instead of one layer's kernels.
             rhs = with_layout_constraint(rhs, Layout((0, 1, 2)))
         # The default tiles, not those that tokamax has stored for some shapes of some GPUs: they
         # are the fastest for most of them, and a run's bits do not depend on its device's name.
