@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -311,6 +312,23 @@ def test_samples_of_a_prompt_read_it_once(options) -> None:
     counts.clear()
     sample_rows(shared, options, counts=counts)
     assert counts["prompt_tokens"] == 8 * 511
+
+
+def test_prompts_are_read_without_copying_the_slabs() -> None:
+    """A copy of all rows for each line of prompts takes longer than the model."""
+    mesh, params = weights(0, (1, 1, 1))
+    with mesh_lib.use_mesh(mesh):
+        qwen3, params = decode_weights.prepare_weights(
+            QWEN3, params, mesh, stacked=False, gather_weights=True, param_dtype=""
+        )
+        shape = rollout.make_cache_shape(SMALL, CONFIG, mesh, "float32", 8, 64)
+        decoder = decode.Decoder(qwen3, Sampling(), STOPS, shape, 8)
+        state = decode.init_state(decoder)
+        given = (jnp.zeros(n, jnp.int32) for n in ((3, 1, 32), (8, 1), 8, (1, 9)))
+        text = str(decode.prefill.lower(decoder, params, state, *given).compile().as_text())
+    for size in {",".join(map(str, x.shape)) for x in jax.tree.leaves(state.cache)}:
+        assert f"= f32[{size}]" in text
+        assert not re.search(rf"= f32\[{size}\]\S* copy\(", text)
 
 
 @pytest.mark.parametrize("kind", ["slabs", "plain"])
