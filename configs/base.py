@@ -91,6 +91,9 @@ def make_reward() -> ConfigDict:
     c = ConfigDict()
     c.grader = "arithmetic"  # the benchmark whose grader compares answers with the rows'
     c.correct = 1.0
+    # How much of an answer is right, where its grader can tell: the share of tests passed, or of
+    # words. By other graders the same as correct.
+    c.score = 0.0
     c.format = 0.0  # one closed think block, then an answer
     c.length = 0.0  # penalty on the last `length_margin` tokens before max_response_tokens
     c.length_margin = 0  # tokens

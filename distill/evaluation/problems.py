@@ -1,6 +1,6 @@
 """Loads a benchmark's problems, and stored responses to them, from files or data sets."""
 
-from distill.data import answers, canonical, sources, values
+from distill.data import answers, canonical, columns, sources, values
 from distill.evaluation import tasks
 from distill.evaluation.tasks.task import NAME_FIELDS, Record, Task, find_id
 from models.errors import UserError, suggest
@@ -63,6 +63,19 @@ def _read_problem(task: Task, row: Record, where: str) -> Record:
         return task.adapt_row(row, where)
     row = canonical.canonicalize_row(row, "", where, False)
     return {**row, **find_id(row), "answer": answers.require_answer(row, where)}
+
+
+def adapt_prompt_row(benchmark: str, row: Record, where: str) -> Record:
+    """Returns a training row in the benchmark's published form with the question and the answer
+    that its grader compares, beside its other columns; a row in another form as it is.
+
+    Raises UserError naming the row if it cannot be read.
+    """
+    task = tasks.BENCHMARKS[benchmark]
+    if task.adapt_row is None or row.get(task.answer_field) is None:
+        return row
+    stale = {*columns.PROMPTS, *columns.OPTIONS}
+    return {k: v for k, v in row.items() if k not in stale} | task.adapt_row(row, where)
 
 
 def check_gradable(benchmark: str, problems: Problems) -> None:

@@ -106,6 +106,7 @@ def get_term_weights(s: ConfigDict) -> dict[str, float]:
     r = s.reward
     return {
         "correct": r.correct,
+        "score": r.score,
         "format": r.format,
         "length": r.length,
         "repetition": r.repetition,
