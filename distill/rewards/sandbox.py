@@ -11,137 +11,36 @@ Nothing of a run lies on a disk, so that nothing remains. Only Linux has what th
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import os
 import select
-import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
 from distill.rewards import system_calls
+from distill.rewards.isolation import (
+    NO_ISOLATION,
+    Isolation,
+    LimitError,
+    Limits,
+    SandboxError,
+    find_python,
+    list_isolations,
+    make_environment,
+)
 from models.errors import UserError
 
 UNSAFE_VARIABLE = "DISTILL_UNSAFE_CODE"  # environment variable by which a verb tells its workers
 
-_HERE = Path(__file__).parent
 _POLL_SECONDS = 0.05  # between two looks at memory and processes
 _USERS = 1_879_048_192  # the first of the user ids that root gives to programs; nobody has them
 _counter = itertools.count()
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What a program may use. Its folder, and each of its files, has at most `folder_bytes`."""
-
-    seconds: int = 6  # of computing; twice that and 2 s more until the end
-    memory_bytes: int = 4 * 2**30
-    output_bytes: int = 16 * 2**20
-    folder_bytes: int = 64 * 2**20
-    processes: int = 64  # threads count too
-
-    @property
-    def wall_seconds(self) -> float:
-        return 2.0 * self.seconds + 2
-
-
-class LimitError(Exception):
-    """A program reached a limit: time, memory, output or processes."""
-
-
-class SandboxError(Exception):
-    """The sandbox itself failed."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Isolation:
-    """A way to set a process apart.
-
-    make_command: (command in the sandbox, user id or -1, limits, filter's descriptor or -1) ->
-      command that runs it.
-    changes_user: a program gets a user id of its own, which takes root.
-    missing: what it does not limit.
-    """
-
-    name: str
-    make_command: Callable[[list[str], int, Limits, int], list[str]]
-    changes_user: bool = False
-    missing: tuple[str, ...] = ()
-
-
-@functools.cache
-def list_shown_paths() -> tuple[str, ...]:
-    """Lists the files and folders that a program can read: Python and the libraries of the system.
-
-    NumPy is among them, which tests of EvalPlus need.
-    """
-    base, version = Path(sys.base_prefix), f"python{sys.version_info[0]}.{sys.version_info[1]}"
-    paths = [Path(p) for p in ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")]
-    paths += [find_python(), base / "lib" / version, *(base / "lib").glob("libpython*")]
-    if numpy := importlib.util.find_spec("numpy"):
-        folder = Path(str(numpy.origin)).parent
-        paths += [folder, folder.parent / "numpy.libs"]
-    shown: list[Path] = []
-    for path in paths:
-        if path.exists() and not any(path.is_relative_to(other) for other in shown):
-            shown.append(path)
-    return tuple(map(str, shown))
-
-
-def find_python() -> Path:
-    """Returns the interpreter itself, not that of a virtual environment."""
-    name = f"python{sys.version_info[0]}.{sys.version_info[1]}"
-    return Path(os.path.realpath(Path(sys.base_prefix) / "bin" / name))
-
-
-def _wrap_in_bubblewrap(command: list[str], user: int, limits: Limits, filter_fd: int) -> list[str]:
-    wrapped = ["bwrap", "--die-with-parent", "--new-session"]
-    wrapped += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
-    wrapped += ["--hostname", "sandbox", "--cap-drop", "ALL"]
-    if user >= 0:
-        wrapped += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-    else:
-        wrapped += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
-    if filter_fd >= 0:
-        wrapped += ["--seccomp", str(filter_fd)]
-    folders = {"/dev": None}  # else some would be for their owner alone
-    for path in list_shown_paths():
-        folders |= dict.fromkeys(map(str, reversed(Path(path).parents[:-1])))
-    for folder in folders:
-        wrapped += ["--dir", folder]
-    for path in list_shown_paths():
-        wrapped += ["--ro-bind", path, path]
-    for device in ("/dev/null", "/dev/zero", "/dev/urandom"):
-        wrapped += ["--dev-bind", device, device]
-    wrapped += ["--size", str(limits.folder_bytes), "--tmpfs", "/tmp"]
-    return [*wrapped, "--remount-ro", "/", "--chdir", "/tmp", "--", *command]
-
-
-def _wrap_in_namespaces(command: list[str], user: int, limits: Limits, filter_fd: int) -> list[str]:
-    script = str(_HERE / "sandbox_namespaces.py")
-    options = [str(user), str(limits.folder_bytes), str(filter_fd)]
-    python = [str(find_python()), "-I", "-S", "-B"]
-    return [*python, script, *options, *list_shown_paths(), "--", *command]
-
-
-def list_isolations() -> list[Isolation]:
-    """Lists the ways of isolation to try here, the best first."""
-    if sys.platform != "linux":
-        return []
-    missing = () if system_calls.make_filter() else ("system calls",)
-    kinds = [("user namespaces", _wrap_in_namespaces)]
-    if shutil.which("bwrap"):
-        kinds.insert(0, ("bubblewrap", _wrap_in_bubblewrap))
-    # The kernel does not count root's processes, so programs get another user. The root of a
-    # container may have no other user, and is counted.
-    changes = (False,) if os.geteuid() else (True, False)
-    return [Isolation(name, wrap, c, missing) for name, wrap in kinds for c in changes]
 
 
 # Starts few processes, so that it does no harm where they are not limited.
@@ -157,12 +56,6 @@ except BlockingIOError:
     print("limited")
 """
 
-NO_ISOLATION = Isolation(
-    "none",
-    lambda command, user, limits, filter_fd: command,
-    missing=("network", "files", "signals", "the memory of all processes together"),
-)
-
 
 @functools.cache
 def find_isolation() -> Isolation:
@@ -170,6 +63,8 @@ def find_isolation() -> Isolation:
 
     Raises UserError if there is none, and `allow_unsafe_code` was not called.
     """
+    if sys.platform != "linux":
+        raise UserError("programs that a model wrote run only on Linux, which has sandboxes")
     reasons = []
     for isolation in list_isolations():
         try:
@@ -181,17 +76,22 @@ def find_isolation() -> Isolation:
             reasons.append(f"{isolation.name}: {error}")
     if os.environ.get(UNSAFE_VARIABLE) == "1":
         return NO_ISOLATION
-    reason = "; ".join(dict.fromkeys(reasons)) or f"{sys.platform} has no namespaces"
     raise UserError(
-        f"programs that a model wrote run only in a sandbox, and there is none here ({reason}). "
-        "Install bubblewrap on Linux (apt-get install bubblewrap), or let them run with your "
-        "rights: --unsafe_code"
+        "programs that a model wrote run in a sandbox, and there is none here "
+        f"({'; '.join(dict.fromkeys(reasons))}). Install bubblewrap (apt-get install bubblewrap) "
+        "and allow user namespaces, or let programs run with your rights: --unsafe_code, "
+        "config.unsafe_code=True"
     )
 
 
 def allow_unsafe_code() -> None:
     """Lets programs run without isolation, in this process and its workers, where there is none."""
     os.environ[UNSAFE_VARIABLE] = "1"
+
+
+def require_isolation() -> None:
+    """Raises UserError like `find_isolation`."""
+    find_isolation()
 
 
 def describe_isolation() -> str:
@@ -228,7 +128,7 @@ class Run:
         user = _USERS + os.getpid() % 2**20 * 64 + next(_counter) % 64
         user = user if isolation.changes_user else -1
         status_read, status_write = os.pipe()
-        self.status = self._stack.enter_context(open(status_read, "rb", buffering=0))
+        self.status = self._stack.enter_context(os.fdopen(status_read, "rb", buffering=0))
         folder = None if isolation is not NO_ISOLATION else tempfile.TemporaryDirectory()
         folder_path = self._stack.enter_context(folder) if folder else None
         with contextlib.ExitStack() as ours:
@@ -245,7 +145,7 @@ class Run:
                 stdin=stdin,
                 stdout=subprocess.PIPE if captures else subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                env=_make_environment(),
+                env=make_environment(),
                 cwd=folder_path or "/",
                 pass_fds=[fd for fd in (channel, status_write, filter_fd) if fd >= 0],
                 start_new_session=True,
@@ -401,20 +301,16 @@ class Channel:
 def open_program(limits: Limits, calls: int) -> Iterator[Channel]:
     """Context with a program that answers calls (`sandbox_driver.answer_calls`)."""
     ours, theirs = socket.socketpair()
-    with ours, theirs:
-        with Run(
-            "calls",
-            theirs.fileno(),
-            limits,
-            find_isolation(),
-            cpu_seconds=limits.seconds * max(1, calls),
-        ) as run:
-            theirs.close()
-            ready = b"".join(
-                read_lines([run], run.status.fileno(), 100, run.started + limits.wall_seconds)
-            )
-            run.require_started(ready)
-            yield Channel(run, ours)
+    seconds, isolation = limits.seconds * max(1, calls), find_isolation()
+    with (
+        ours,
+        theirs,
+        Run("calls", theirs.fileno(), limits, isolation, cpu_seconds=seconds) as run,
+    ):
+        theirs.close()
+        deadline = run.started + limits.wall_seconds
+        run.require_started(b"".join(read_lines([run], run.status.fileno(), 100, deadline)))
+        yield Channel(run, ours)
 
 
 def run_checks(task: bytes, limits: Limits) -> bytes:
@@ -428,31 +324,31 @@ def run_checks(task: bytes, limits: Limits) -> bytes:
     """
     isolation = find_isolation()
     ends = socket.socketpair()
-    with ends[0], ends[1], _store(task) as given:
-        with (
-            Run("calls", ends[0].fileno(), limits, isolation) as program,
-            Run(
-                "checks", ends[1].fileno(), limits, isolation, stdin=given.fileno()
-            ) as checks,
-        ):
-            for end in ends:
-                end.close()
-            deadline = checks.started + limits.wall_seconds
-            runs, status = [program, checks], checks.status.fileno()
-            written = b"".join(read_lines(runs, status, limits.output_bytes, deadline))
-            first, _, report = written.partition(b"\n")
-            checks.require_started(first + b"\n")
-            program.require_started(program.status.read(100))
-            if not report and checks.wait(deadline) in (-9, 137):  # the kernel's limit of time
-                raise LimitError("time")
-            if not report:
-                raise SandboxError("the tests ended their own process")
-            return report
+    with (
+        ends[0],
+        ends[1],
+        _store(task) as given,
+        Run("calls", ends[0].fileno(), limits, isolation) as program,
+        Run("checks", ends[1].fileno(), limits, isolation, stdin=given.fileno()) as checks,
+    ):
+        for end in ends:
+            end.close()
+        deadline = checks.started + limits.wall_seconds
+        runs, status = [program, checks], checks.status.fileno()
+        written = b"".join(read_lines(runs, status, limits.output_bytes, deadline))
+        first, _, report = written.partition(b"\n")
+        checks.require_started(first + b"\n")
+        program.require_started(program.status.read(100))
+        if not report and checks.wait(deadline) in (-9, 137):  # the kernel's limit of time
+            raise LimitError("time")
+        if not report:
+            raise SandboxError("the tests ended their own process")
+        return report
 
 
 def _store(content: bytes):
     """Returns an open file in memory, at its start."""
-    file = open(os.memfd_create("sandbox"), "w+b")
+    file = open(os.memfd_create("sandbox"), "w+b")  # noqa: SIM115
     file.write(content)
     file.seek(0)
     return file
@@ -460,21 +356,7 @@ def _store(content: bytes):
 
 @functools.cache
 def _read_driver() -> str:
-    return (_HERE / "sandbox_driver.py").read_text()
-
-
-@functools.cache
-def _make_environment() -> dict[str, str]:
-    numpy = importlib.util.find_spec("numpy")
-    return {
-        "PATH": os.environ.get("PATH", os.defpath),
-        "HOME": "/tmp",
-        "LANG": "C.UTF-8",
-        "LD_LIBRARY_PATH": str(Path(sys.base_prefix) / "lib"),
-        "OPENBLAS_NUM_THREADS": "1",
-        "PYTHONHASHSEED": "0",  # the order of a set is the same each time
-        "PYTHONPATH": str(Path(str(numpy.origin)).parents[1]) if numpy else "",
-    }
+    return Path(__file__).with_name("sandbox_driver.py").read_text()
 
 
 def _measure_tree(root: int) -> tuple[int, int]:

@@ -60,9 +60,12 @@ def encode_value(value, keep):
         value = value.item()
     if value is None or value is True or value is False:
         return value
-    for kind, convert in ((str, str.__str__), (int, int.__int__), (float, float.__float__)):
-        if isinstance(value, kind):
-            return convert(value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
 
     def encode_all(items):
         return [encode_value(item, keep) for item in items]
@@ -109,7 +112,7 @@ def decode_value(value, find):
         return {"bytes": bytes, "bytearray": bytearray}[kind].fromhex(content)
     items = decode_value(content, find)
     if kind == "dict":
-        return {key: item for key, item in items}
+        return dict(items)
     if kind == "keys":
         return dict.fromkeys(items).keys()
     if kind in ("complex", "range"):
@@ -170,8 +173,8 @@ def answer_calls(channel):
     import types
 
     sys.set_int_max_str_digits(0)
-    requests = open(channel, "rb", closefd=False)
-    answers = open(channel, "wb", closefd=False)
+    requests = open(channel, "rb", closefd=False)  # noqa: SIM115
+    answers = open(channel, "wb", closefd=False)  # noqa: SIM115
     program, kept = types.ModuleType("program"), []
     sys.modules["program"] = program
 
@@ -220,8 +223,8 @@ def make_asker(channel):
     import builtins
     import json
 
-    requests = open(channel, "wb", closefd=False)
-    answers = open(channel, "rb", closefd=False)
+    requests = open(channel, "wb", closefd=False)  # noqa: SIM115
+    answers = open(channel, "rb", closefd=False)  # noqa: SIM115
 
     def refuse(value):
         if isinstance(value, Handle):

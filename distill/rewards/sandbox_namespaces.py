@@ -1,8 +1,8 @@
 """Runs a command in namespaces of its own, with a file system that holds only what it names.
 
-Started by `sandbox` as a script where bubblewrap is missing: `python sandbox_namespaces.py USER
-FOLDER_BYTES FILTER_FD PATH... -- COMMAND...`. Needs Linux 5.12. The parts are those of user_namespaces(7),
-pid_namespaces(7) and mount_setattr(2). Imports the standard library only.
+Started by `sandbox` as a script where bubblewrap is missing: python sandbox_namespaces.py USER
+FOLDER_BYTES FILTER_FD PATH... -- COMMAND... It needs Linux 5.12. Its parts are those of
+user_namespaces(7), pid_namespaces(7) and mount_setattr(2). Imports the standard library only.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ def bind(source, path, readonly=True):
 
 
 def lay_out_files(paths, folder_bytes):
-    """Replaces the root by an empty one with `paths` read-only and a folder /tmp of limited size."""
+    """Replaces the root by an empty one with `paths`, read-only, and a folder /tmp in memory."""
     sources = [(os.path.realpath(path), path) for path in paths]
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", "/tmp", b"tmpfs", MS_NOSUID | MS_NODEV, b"size=1m,mode=755")

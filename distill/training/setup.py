@@ -13,6 +13,7 @@ from distill.data import curriculum, dataset, examples, teacher_context
 from distill.objectives import losses
 from distill.policy import policy
 from distill.policy.policy import Policy
+from distill.rewards import sandbox
 from distill.teachers import external, local
 from distill.teachers.external import ExternalTeacher
 from distill.teachers.local import Teacher
@@ -97,6 +98,8 @@ def setup_run(
       UserError: naming the invalid flag, file or row.
     """
     teacher_mesh = teacher_mesh or mesh
+    if c.unsafe_code:
+        sandbox.allow_unsafe_code()
     for message in explain_unknown_entries(c).values():
         raise UserError(message)
     checks.check_fields(c, {"seed": checks.SEEDS}, "config.")

@@ -6,9 +6,12 @@ from distill.evaluation.tasks import (
     amc,
     arithmetic,
     gsm8k,
+    humaneval,
     ifeval,
+    livecodebench,
     math,
     math500,
+    mbpp,
 )
 from distill.evaluation.tasks.task import Task
 
@@ -21,4 +24,7 @@ BENCHMARKS: dict[str, Task] = {
     "amc": amc.TASK,
     "math": math.TASK,
     "ifeval": ifeval.TASK,
+    "livecodebench": livecodebench.TASK,
+    "humaneval": humaneval.TASK,
+    "mbpp": mbpp.TASK,
 }
