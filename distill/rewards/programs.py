@@ -49,7 +49,7 @@ def find_blocks(text: str) -> list[str]:
         if lines is None and fence.startswith("```"):
             lines = []
         elif lines is not None and fence == "```":
-            blocks.append(textwrap.dedent("\n".join(lines)))
+            blocks.append("\n".join(lines))
             lines = None
         elif lines is not None:
             lines.append(line)
@@ -65,7 +65,7 @@ def extract_program(response: str, tests: ProgramTests) -> str | None:
     text = response.rpartition("</think>")[2]
     if "<think>" in text:
         return None
-    blocks = [block for block in find_blocks(text) if block.strip()]
+    blocks = [textwrap.dedent(block) for block in find_blocks(text) if block.strip()]
     program = blocks[-1] if blocks else text.lstrip("\n") if "```" not in text else ""
     name = rf"(?:{'|'.join(map(re.escape, tests.names))})\b"
     defines = bool(tests.names) and bool(
@@ -82,7 +82,8 @@ def extract_program(response: str, tests: ProgramTests) -> str | None:
     if not tests.prompt:
         return program
     if not defines:
-        return f"{tests.prompt.rstrip()}\n{program}\n"
+        body = textwrap.indent(program, "    ") if blocks else program
+        return f"{tests.prompt.rstrip()}\n{body}\n"
     return _join(f"{tests.prompt.rstrip()}\n", program)
 
 

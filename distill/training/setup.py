@@ -24,7 +24,8 @@ from models.errors import PromptTooLong, UserError, name_key, suggest
 
 # What a config has besides stages and teachers, which are named freely. configs/base.py has their
 # keys; a test compares the two.
-SETTINGS = ("seed", "stages", "attention", "deterministic", "loss_chunk_mib", "compilation_cache")
+SETTINGS = ("seed", "stages", "unsafe_code", "attention", "deterministic", "loss_chunk_mib")
+SETTINGS += ("compilation_cache",)
 PARTS = ("student", "mesh", "teacher_mesh", "checkpoint", "log", "alerts", "eval")
 REFERENCE = "a reference"  # its name among loaded models; no teacher can have it
 
