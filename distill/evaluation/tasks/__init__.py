@@ -5,10 +5,13 @@ from distill.evaluation.tasks import (
     aime25,
     amc,
     arithmetic,
+    choice,
+    gpqa,
     gsm8k,
     ifeval,
     math,
     math500,
+    mmlu_redux,
 )
 from distill.evaluation.tasks.task import Task
 
@@ -21,4 +24,7 @@ BENCHMARKS: dict[str, Task] = {
     "amc": amc.TASK,
     "math": math.TASK,
     "ifeval": ifeval.TASK,
+    "gpqa": gpqa.TASK,
+    "mmlu_redux": mmlu_redux.TASK,
+    "choice": choice.TASK,
 }
