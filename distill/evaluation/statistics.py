@@ -299,7 +299,7 @@ def summarise_choices(groups: Sequence[Sequence[Record]]) -> Record:
         letters[letter] = own_result
     silent = float(np.mean([row["found"] is None for group in groups for row in group]))
     spread = float(np.std(recalls)) if len(recalls) > 1 else None
-    result = {"choices": {"letters": letters, "no_choice": silent, "recall_std": spread}}
+    result: Record = {"choices": {"letters": letters, "no_choice": silent, "recall_std": spread}}
     rows = [row for group in groups for row in group]
     if all("found_normalised" in row for row in rows):
         hits = [[row["found_normalised"] == row["right"] for row in group] for group in groups]

@@ -6,6 +6,7 @@ The answer is a letter, the number of the option from 0, or an option's text, in
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from distill.evaluation.tasks.task import CHOICE_PROMPT, Record, Task, find_id
 from distill.rewards import choices
@@ -90,7 +91,7 @@ def _read_options(row: Record, where: str) -> tuple[list[str] | None, list[str]]
     columns = [x for x in choices.LETTERS if x in row]
     if value is None and len(columns) > 1:
         value = {x: row[x] for x in columns if row[x] is not None}
-    labels: list[object] = []
+    labels: Any = []
     if isinstance(value, dict):
         # {"text": [...], "label": [...]} is ARC's, {"A": ..., "B": ...} MedQA's.
         is_arc = value.keys() == {"text", "label"}
