@@ -64,6 +64,14 @@ LIMIT = flags.DEFINE_integer(
 TEMPLATE = flags.DEFINE_string(
     "template", "", "Prompt template with {question}; default: the benchmark's own.", OPTIONS
 )
+CHOICE_BY = flags.DEFINE_enum(
+    "choice_by",
+    "response",
+    ["response", "letter", "text"],
+    "How a multiple-choice problem is answered: by the letter that a sampled response gives, or, "
+    "without sampling, by the likeliest letter, or option's text.",
+    flag_values=OPTIONS,
+)
 RESPONSES = flags.DEFINE_string(
     "responses", "", "jsonl of stored responses to grade instead of a model's.", OPTIONS
 )
@@ -88,6 +96,8 @@ def main() -> None:
     from distill.runtime import addresses, distributed, xla
 
     is_server = addresses.is_url(MODEL.value)
+    if is_server and CHOICE_BY.value != "response":
+        raise UserError(f"--choice_by={CHOICE_BY.value}: needs a model that is run here")
     cli.check_server_flags(OPTIONS, is_server, "dtype", "teacher", "responses")
     if is_server:
         run_evaluation()
@@ -213,9 +223,7 @@ def _read_spec(ks: tuple[int, ...]) -> protocols.EvalSpec:
     from distill.evaluation import problems
 
     problems.require_task(BENCHMARK.value)
-    settings = protocols.resolve_settings(
-        PROTOCOL.value, BENCHMARK.value, cli.read_sampling_flags(OPTIONS)
-    )
+    settings = protocols.resolve_settings(PROTOCOL.value, BENCHMARK.value, _read_sampling_flags())
     if max(ks, default=0) > settings["samples"]:
         raise UserError(
             f"--k={','.join(KS.value)}: each must be 1 to --samples={settings['samples']}"
@@ -224,10 +232,32 @@ def _read_spec(ks: tuple[int, ...]) -> protocols.EvalSpec:
         raise UserError("--template: no {question} in it")
     try:
         return protocols.make_eval_spec(
-            PROTOCOL.value, BENCHMARK.value, settings, template=TEMPLATE.value, ks=ks
+            PROTOCOL.value,
+            BENCHMARK.value,
+            settings,
+            template=TEMPLATE.value,
+            ks=ks,
+            choice_by=CHOICE_BY.value,
         )
     except UserError as error:
         raise UserError(f"--{error}") from None
+
+
+def _read_sampling_flags() -> dict[str, Any]:
+    """Reads the flags of sampling; with --choice_by=letter or text, the settings that stand for
+    them, as nothing is sampled.
+
+    Raises UserError for flags that would do nothing.
+    """
+    given = cli.read_sampling_flags(OPTIONS)
+    if CHOICE_BY.value == "response":
+        return given
+    flag = f"--choice_by={CHOICE_BY.value}"
+    unread = [name for name in given if OPTIONS[name].present and name != "batch_size"]
+    unread += [name for name in ("teacher", "responses") if OPTIONS[name].value]
+    if unread:
+        raise UserError(f"{flag}: samples nothing, so --{unread[0]} would do nothing; leave it out")
+    return {**given, "thinking": False, "samples": 1, "max_new_tokens": 1, "temperature": 0.0}
 
 
 if __name__ == "__main__":

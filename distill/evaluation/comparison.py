@@ -144,6 +144,19 @@ def list_results(summary: Record) -> list[tuple[str, str]]:
         for name, value in summary.items()
         if name.startswith(("pass@", "maj@")) and name != "pass@1"
     ]
+    if summary.get("score") is not None:
+        low, high = (100 * end for end in summary["score_interval"])
+        results.append(("score", f"{summary['score']:.1%} [{low:.1f}, {high:.1f}] (95% interval)"))
+    if summary.get("accuracy_normalised") is not None:
+        low, high = (100 * end for end in summary["interval_normalised"])
+        text = f"{summary['accuracy_normalised']:.1%} [{low:.1f}, {high:.1f}] (95% interval)"
+        results.append(("by length", text))
+    letters = summary.get("choices", {}).get("letters", {})
+    if letters:
+        shares = [f"{x} {result['chosen']:.1%}" for x, result in letters.items()]
+        results.append(("chosen", ", ".join(shares)))
+        recalls = [f"{x} {r['accuracy']:.1%}" for x, r in letters.items() if "accuracy" in r]
+        results.append(("right, where it is", ", ".join(recalls)))
     for name, field, form in (
         ("format", "format_rate", "{:.1%}"),
         ("mean length", "mean_length", "{:,.1f} tokens"),

@@ -27,10 +27,9 @@ def grade_samples(row: dict, where: str, rule: GradingRule, grader: graders.Grad
     texts = [sample["text"] for sample in samples]
     values.require_characters(texts, f"{where}: samples")
     # To check that the grader can read the answer, it also grades a response that gives the answer.
-    if right := rule.right_response.replace("answer", answer):
-        texts.append(right)
-    outcomes = grader.grade(rule, texts, [answer] * len(texts)) if rule.is_gradable(answer) else []
-    if not outcomes or (right and outcomes.pop() != "correct"):
+    own_texts = [rule.right_response.replace("answer", answer)] if rule.right_response else []
+    outcomes = grader.grade(rule, texts + own_texts, [answer] * len(texts + own_texts))
+    if not rule.is_gradable(answer) or outcomes[len(texts) :] != ["correct"] * len(own_texts):
         raise UserError(f"{where}: answer {answer[:60]!r} cannot be parsed")
     return [
         {
@@ -38,7 +37,7 @@ def grade_samples(row: dict, where: str, rule: GradingRule, grader: graders.Grad
             "outcome": outcome,
             "correct": outcome == "correct" and sample.get("finish_reason") == "stop",
         }
-        for sample, outcome in zip(samples, outcomes, strict=True)
+        for sample, outcome in zip(samples, outcomes[: len(samples)], strict=True)
     ]
 
 

@@ -103,18 +103,18 @@ class GradingRule:
 
     grade: (response, answer) -> an outcome, or a Grade with further results. Runs in a worker
       process, so it must be a module-level function.
-    precheck: (response, answer) -> the outcome if it takes no risky computation, else None. Runs in
+    precheck: (response, answer) -> the result if it takes no risky computation, else None. Runs in
       this process.
     is_gradable: returns True if responses can be compared with an answer, judged by its form.
     extract: extracts the answer of a response, for the vote of maj@k. None if responses have none.
-    right_response: template of a response that gives the answer, in place of the word `answer`;
-      "" if none can be made from an answer.
+    right_response: template of a response that gives the answer, in place of the word `answer`; ""
+      if an answer's form does not say what is right.
     seconds: the time limit of a grade; 0: the Grader's own.
     shorten: converts an answer to what results say of it; for answers that are too long to repeat.
     """
 
     grade: Callable[[str, str], str | Grade]
-    precheck: Callable[[str, str], str | None] = lambda response, answer: None
+    precheck: Callable[[str, str], "str | Grade | None"] = lambda response, answer: None
     is_gradable: Callable[[str], bool] = lambda answer: True
     extract: Callable[[str], str | None] | None = None
     right_response: str = "\\boxed{answer}"

@@ -141,4 +141,4 @@ def is_gradable(answer: str) -> bool:
     return isinstance(fields, dict) and fields.keys() == {"prompt", "ids", "kwargs"}
 
 
-INSTRUCTIONS = GradingRule(grade_instructions, is_gradable=is_gradable)
+INSTRUCTIONS = GradingRule(grade_instructions, is_gradable=is_gradable, right_response="")

@@ -5,6 +5,8 @@ from distill.evaluation.tasks import (
     aime25,
     amc,
     arithmetic,
+    choice,
+    gpqa,
     gsm8k,
     humaneval,
     ifeval,
@@ -12,6 +14,7 @@ from distill.evaluation.tasks import (
     math,
     math500,
     mbpp,
+    mmlu_redux,
 )
 from distill.evaluation.tasks.task import Task
 
@@ -27,4 +30,7 @@ BENCHMARKS: dict[str, Task] = {
     "livecodebench": livecodebench.TASK,
     "humaneval": humaneval.TASK,
     "mbpp": mbpp.TASK,
+    "gpqa": gpqa.TASK,
+    "mmlu_redux": mmlu_redux.TASK,
+    "choice": choice.TASK,
 }

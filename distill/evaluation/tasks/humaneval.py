@@ -1,7 +1,7 @@
 """HumanEval (arXiv 2107.03374), and HumanEval+ of EvalPlus (arXiv 2305.01210), whose rows have the
 same form: --data=hf:evalplus/humanevalplus::test."""
 
-from distill.evaluation.tasks.task import PROGRAM_PROMPT, Record, Task
+from distill.evaluation.tasks.task import PROGRAM_PROMPT, ROW_NUMBER, Record, Task
 from distill.rewards import programs, sandbox
 from distill.rewards.program_tests import ProgramTests
 from models.errors import UserError
@@ -15,7 +15,9 @@ def adapt_row(row: Record, where: str) -> Record:
     fields = {name: row.get(name) for name in ("prompt", "test", "entry_point")}
     if not all(isinstance(text, str) and text for text in fields.values()):
         missing = ", ".join(name for name, text in fields.items() if not isinstance(text, str))
-        raise UserError(f"{where}: no text in {missing or 'a field'}; it has {sorted(row)}")
+        raise UserError(
+            f"{where}: no text in {missing or 'a field'}; it has {sorted(row.keys() - {ROW_NUMBER})}"
+        )
     prompt, name = str(fields["prompt"]), str(fields["entry_point"])
     if not name.isidentifier():
         raise UserError(f"{where}: entry_point {name[:60]!r} is no name of a function")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from distill.evaluation.tasks.task import Record, Task
+from distill.evaluation.tasks.task import ROW_NUMBER, Record, Task
 from distill.rewards import programs, sandbox
 from distill.rewards.program_tests import BadTestsError, ProgramTests, read_cases
 from models.errors import UserError
@@ -66,7 +66,9 @@ def adapt_row(row: Record, where: str) -> Record:
     names = ("question_content", "public_test_cases", "private_test_cases")
     missing = [name for name in names if not isinstance(row.get(name), str)]
     if missing:
-        raise UserError(f"{where}: no text in {', '.join(missing)}; it has {sorted(row)}")
+        raise UserError(
+            f"{where}: no text in {', '.join(missing)}; it has {sorted(row.keys() - {ROW_NUMBER})}"
+        )
     name = str(row.get("question_id") or where)
     try:
         cases = read_cases(row["public_test_cases"])

@@ -4,7 +4,7 @@ form: --data=hf:evalplus/mbppplus::test."""
 import builtins
 import re
 
-from distill.evaluation.tasks.task import Record, Task
+from distill.evaluation.tasks.task import ROW_NUMBER, Record, Task
 from distill.rewards import programs, sandbox
 from distill.rewards.program_tests import ProgramTests
 from models.errors import UserError
@@ -52,7 +52,9 @@ def adapt_row(row: Record, where: str) -> Record:
     text = row.get("text") or row.get("prompt")
     shown = _read_texts(row, "test_list", where)
     if not isinstance(text, str) or not shown:
-        raise UserError(f"{where}: no text or prompt, and test_list, among {sorted(row)}")
+        raise UserError(
+            f"{where}: no text or prompt, and test_list, among {sorted(row.keys() - {ROW_NUMBER})}"
+        )
     setup = _read_texts(row, "test_imports", where) + _read_texts(row, "test_setup_code", where)
     checks = _read_texts(row, "test", where) or shown
     listed = "\n".join(shown)
