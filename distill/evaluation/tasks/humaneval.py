@@ -13,11 +13,10 @@ def adapt_row(row: Record, where: str) -> Record:
     Raises UserError naming the row if it has another form.
     """
     fields = {name: row.get(name) for name in ("prompt", "test", "entry_point")}
-    if not all(isinstance(text, str) and text for text in fields.values()):
-        missing = ", ".join(name for name, text in fields.items() if not isinstance(text, str))
-        raise UserError(
-            f"{where}: no text in {missing or 'a field'}; it has {sorted(row.keys() - {ROW_NUMBER})}"
-        )
+    missing = [name for name, text in fields.items() if not (isinstance(text, str) and text)]
+    if missing:
+        columns = sorted(row.keys() - {ROW_NUMBER})
+        raise UserError(f"{where}: no text in {', '.join(missing)}; it has {columns}")
     prompt, name = str(fields["prompt"]), str(fields["entry_point"])
     if not name.isidentifier():
         raise UserError(f"{where}: entry_point {name[:60]!r} is no name of a function")
