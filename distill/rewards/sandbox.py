@@ -138,7 +138,7 @@ class Run:
                 filter_fd = ours.enter_context(_store(code)).fileno()
             numbers = [channel, status_write, user, cpu_seconds or limits.seconds]
             numbers += [limits.memory_bytes, limits.folder_bytes, limits.processes]
-            inner = [str(find_python()), "-I", "-S", "-B", "-c", _read_driver(), mode]
+            inner = [str(find_python()), "-S", "-s", "-B", "-c", _read_driver(), mode]
             command = isolation.make_command([*inner, *map(str, numbers)], user, limits, filter_fd)
             self._process = subprocess.Popen(
                 command,

@@ -1,9 +1,13 @@
 """Tests that programs get the verdict of plain execution, and cannot forge one."""
 
 import base64
+import contextlib
+import ctypes
 import json
+import os
 import pickle
 import resource
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -286,11 +290,18 @@ def test_trivial_programs_are_graded_at_20_a_second_on_two_cores() -> None:
     ] * 25
     texts, answers = [text for text, _ in pairs], [row["answer"] for _, row in pairs]
     assert len(texts) == 500
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    # Of a sandbox that is killed the kernel tells the time only to who waits for its processes.
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
     with Grader(workers=2) as grader:
         outcomes = grader.grade(programs.FUNCTIONS, texts, answers)
+    wall = time.monotonic() - started
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    ctypes.CDLL(None).prctl(36, 0, 0, 0, 0)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert set(outcomes) == {"correct"}
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    print(f"{seconds / 500:.4f} s of a processor for each program")
+    print(f"{seconds / 500:.4f} s of a processor for each program; {500 / wall:.1f} a second")
     assert seconds / 500 <= 0.1
