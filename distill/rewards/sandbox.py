@@ -309,7 +309,7 @@ def open_program(limits: Limits, calls: int) -> Iterator[Channel]:
     ):
         theirs.close()
         deadline = run.started + limits.wall_seconds
-        run.require_started(b"".join(read_lines([run], run.status.fileno(), 100, deadline)))
+        run.require_started(next(read_lines([run], run.status.fileno(), 100, deadline), b""))
         yield Channel(run, ours)
 
 

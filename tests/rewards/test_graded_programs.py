@@ -20,7 +20,7 @@ from distill.rewards.graders import Grader
 from distill.rewards.program_tests import BadTestsError, ProgramTests
 from models.errors import UserError
 from tests.support.answers import HOSTILE
-from tests.support.programs import mutate, run_plainly
+from tests.support.programs import find_isolation, mutate, run_plainly
 from tests.support.small_problems import make_rows
 
 
@@ -128,6 +128,18 @@ def test_programs_do_not_see_expected_outputs() -> None:
         assert grade("import os\nos._exit(0)", tests) == ("wrong", 0.0)
     equal = "class Equal:\n    __eq__ = lambda self, other: True\n"
     assert grade(f"{equal}def total(xs, y):\n    return Equal()", TOTAL) == ("wrong", 0.0)
+
+
+@pytest.mark.parametrize("kind", ["bubblewrap", "user namespaces"])
+def test_each_kind_of_isolation_grades_each_kind_of_tests(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    way = find_isolation(kind)
+    monkeypatch.setattr(sandbox, "find_isolation", lambda: way)
+    assert grade("def add(xs):\n    return sum(xs)") == ("correct", 1.0)
+    assert grade("print(sum(map(int, input().split())))", SUM) == ("correct", 1.0)
+    assert grade("def total(xs, y):\n    return sum(xs) + y", TOTAL) == ("correct", 1.0)
+    assert grade("import os\nos._exit(0)", TOTAL) == ("wrong", 0.0)
 
 
 def test_scripts_are_graded_by_what_they_print() -> None:
