@@ -64,8 +64,8 @@ def load_problems(benchmark: str, source: str, limit: int) -> Problems:
         problems.append((where, row))
     if num_left_out:
         run_files.log_line(
-            f"{benchmark}: {num_left_out:,} rows of {source} are left out, as having no single "
-            f"right answer by its annotators; {len(problems):,} problems"
+            f"{benchmark}: {num_left_out:,} rows of {source} are left out, as they have no right "
+            f"answer, or several; {len(problems):,} problems"
         )
     if not problems:
         raise UserError(f"{source}: no problem of {benchmark} among its rows")

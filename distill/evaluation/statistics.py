@@ -240,6 +240,10 @@ def summarise_rows(rows: Sequence[Record], ks: Sequence[int]) -> Record:
         if all(field in row for row in rows):
             summary[name] = float(np.mean([bool(row[field]) for row in rows]))
     summary |= _summarise_scores(rows, groups)
+    for name in ("exact", "contained"):
+        if all(name in row for row in rows):
+            hits = [[bool(row[name]) for row in group] for group in groups]
+            summary[name], summary[f"{name}_interval"] = compute_accuracy(hits)
     if all("right" in row and "found" in row for row in rows):
         summary |= summarise_choices(groups)
     if all("length" in row for row in rows):

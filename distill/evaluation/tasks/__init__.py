@@ -12,6 +12,7 @@ from distill.evaluation.tasks import (
     math,
     math500,
     mmlu_redux,
+    qa,
 )
 from distill.evaluation.tasks.task import Task
 
@@ -27,4 +28,5 @@ BENCHMARKS: dict[str, Task] = {
     "gpqa": gpqa.TASK,
     "mmlu_redux": mmlu_redux.TASK,
     "choice": choice.TASK,
+    "qa": qa.TASK,
 }

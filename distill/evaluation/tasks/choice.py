@@ -64,6 +64,8 @@ def adapt_row(row: Record, where: str) -> Record:
     if len({*letters.values()}) > 1:
         raise UserError(f"{where}: {' and '.join(letters)} are different options")
     letter = str(next(iter(letters.values())))
+    if question is None and "response" in row:  # a stored response, which needs none
+        return {**find_id(row), "question": None, "answer": choices.make_answer(letter, texts)}
     return {**find_id(row), **make_problem(question, texts, letter, where)}
 
 
