@@ -24,8 +24,9 @@ FOLDERS = {
     "training": "loop stopping saving metrics_log run_summary alerts preflight eval_hook collect "
     "teacher_outputs grading trainer memory sampling_programs calls microbatches prompts "
     "resume config_changes setup graded_rows update update_metrics optim stage_responses stages",
-    "evaluation": "served_evaluation evaluator comparison rejection responses records divergence "
-    "likelihood lm_eval_model storing scoring protocols problems statistics example_rows",
+    "evaluation": "judges judging served_evaluation evaluator comparison rejection responses "
+    "records divergence likelihood lm_eval_model storing scoring protocols problems statistics "
+    "example_rows",
     "evaluation.tasks": "arithmetic gsm8k math500 aime24 aime25 amc math ifeval "
     "gpqa mmlu_redux choice qa task",
     "serving": "server app calls guard formats requests worker score_queue jobs text schemas "

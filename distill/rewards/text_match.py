@@ -1,6 +1,6 @@
 """Compares short answers by their words: exact match, containment, and token F1.
 
-Texts are normalised as in SQuAD's evaluation script (arXiv 1606.05250; evaluate-v2.0.py of the set's
+Texts are normalised as in SQuAD's evaluation script (arXiv 1606.05250; evaluate-v2.0.py on its
 page): lower case, no punctuation (string.punctuation), no articles a, an, the, single spaces. Of
 several right answers the one that fits best counts. A response is read whole, without its thoughts.
 """
