@@ -180,8 +180,8 @@ def _make_judge() -> "JudgeSpec | None":
     return judges.make_judge(
         JUDGE.value,
         JUDGE_TEMPLATE.value,
-        served_model=OPTIONS["judge_model"].value,
-        api_key_env=OPTIONS["judge_api_key_env"].value,
+        served_model=OPTIONS["judge_model"].value or "",
+        api_key_env=OPTIONS["judge_api_key_env"].value or "",
     )
 
 
