@@ -299,6 +299,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # of data order, sampling and random initialisation
     c.stages = ("opd",)  # names of the sub-configs below, in the order they run
+    c.unsafe_code = False  # where no sandbox works, run a model's programs with your rights
 
     c.student = ConfigDict()
     c.student.path = ""  # a model directory in Hugging Face format, or a hub id
@@ -355,8 +356,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # ~/.cache/qwen3-distill/compiled, which keeps at most 4 GiB. "": JAX's, or none.
     c.compilation_cache = "auto"
 
-    # Files of the run.
-    c.checkpoint = ConfigDict()
+    c.checkpoint = ConfigDict()  # files of the run
     c.checkpoint.every = 100  # steps
     # Also as soon as the next step would end later than this after the last save, so that a run
     # that is killed loses no more (or one step, where that is longer); 0: never.

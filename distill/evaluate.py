@@ -20,6 +20,7 @@ from absl import flags
 from etils import epath
 
 from distill.evaluation import protocols, tasks
+from distill.rewards import sandbox
 from distill.runtime import cli, console, paths
 from models.errors import UserError
 
@@ -92,6 +93,18 @@ for _name, _about in (
     ("judge_api_key_env", "Name of the environment variable with its bearer token."),
 ):
     flags.DEFINE_string(_name, "", f"With --judge=http://...: {_about}", flag_values=OPTIONS)
+WINDOW = flags.DEFINE_string(
+    "window",
+    "",
+    "FROM:UNTIL: only problems of these months or days, such as 2024-10:2025-02 (livecodebench).",
+    OPTIONS,
+)
+UNSAFE_CODE = flags.DEFINE_boolean(
+    "unsafe_code",
+    False,
+    "Where there is no sandbox, run programs that a model wrote with your rights.",
+    OPTIONS,
+)
 TEACHER = flags.DEFINE_string("teacher", "", "Model to measure the reverse KL to.", OPTIONS)
 cli.define_server_flags(OPTIONS)
 cli.define_process_flags(OPTIONS)
@@ -114,6 +127,8 @@ def main() -> None:
 
 def run_evaluation() -> None:
     ks, out = _read_ks(), epath.Path(OUT.value)
+    if UNSAFE_CODE.value:
+        sandbox.allow_unsafe_code()
     spec = None if RESPONSES.value else _read_spec(ks)  # first: the next imports take seconds
     from distill.evaluation import evaluator, problems, records
     from distill.runtime import run_files
@@ -127,7 +142,9 @@ def run_evaluation() -> None:
         )
     judge = _make_judge()
     if spec is None:
-        known = problems.load_problems(BENCHMARK.value, DATA.value, 0) if DATA.value else []
+        known = []
+        if DATA.value:
+            known = problems.load_problems(BENCHMARK.value, DATA.value, 0, WINDOW.value)
         rows = problems.load_responses(BENCHMARK.value, RESPONSES.value, known)
         with own_output(out):
             summary = evaluator.evaluate_stored(
@@ -136,7 +153,7 @@ def run_evaluation() -> None:
             summary = _add_judge(summary, known, out, judge)
         print_results(summary)
         return
-    rows = problems.load_problems(BENCHMARK.value, DATA.value, LIMIT.value)
+    rows = problems.load_problems(BENCHMARK.value, DATA.value, LIMIT.value, WINDOW.value)
     problems.check_gradable(BENCHMARK.value, rows)
     if not MODEL.value:
         raise UserError("--model: name a model directory, or give --responses")

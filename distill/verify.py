@@ -12,6 +12,7 @@ from absl import flags
 
 from distill.data import sources
 from distill.evaluation import problems, rejection, tasks
+from distill.rewards import sandbox
 from distill.runtime import cli, console, outputs, paths, run_files
 
 OPTIONS = flags.FlagValues()
@@ -35,9 +36,17 @@ ON_BAD_ROW = flags.DEFINE_enum(
     "On rows without samples or answer, or with an answer that the grader cannot read.",
     flag_values=OPTIONS,
 )
+UNSAFE_CODE = flags.DEFINE_boolean(
+    "unsafe_code",
+    False,
+    "Where there is no sandbox, run programs that a model wrote with your rights.",
+    OPTIONS,
+)
 
 
 def main() -> None:
+    if UNSAFE_CODE.value:
+        sandbox.allow_unsafe_code()
     task = problems.require_task(BENCHMARK.value)
     out, counts = paths.check_output(OUT.value, DATA.value), collections.Counter()
     rows = sources.open_rows(DATA.value)

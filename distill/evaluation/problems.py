@@ -1,12 +1,16 @@
 """Loads a benchmark's problems, and stored responses to them, from files or data sets."""
 
+import functools
 import itertools
+import re
 
 from distill.data import answers, canonical, columns, sources, values
 from distill.evaluation import tasks
 from distill.evaluation.tasks.task import NAME_FIELDS, ROW_NUMBER, Record, Task, find_id
 from distill.runtime import run_files
 from models.errors import UserError, suggest
+
+_DATE = re.compile(r"\d{4}-\d{2}(?:-\d{2})?")
 
 Problems = list[tuple[str, Record]]  # (location of the row, its fields)
 
@@ -21,11 +25,20 @@ def require_task(benchmark: str) -> Task:
         raise UserError(f"--benchmark={benchmark}: known are {known}{hint}")
     task = tasks.BENCHMARKS[benchmark]
     task.require_installed()
+    if line := task.describe_grader():
+        _say_once(line)
     return task
 
 
-def load_problems(benchmark: str, source: str, limit: int) -> Problems:
+@functools.cache
+def _say_once(line: str) -> None:
+    run_files.log_line(line)
+
+
+def load_problems(benchmark: str, source: str, limit: int, window: str = "") -> Problems:
     """Loads the first `limit` problems (0: all); each row has id, question or messages, and answer.
+
+    `window` FROM:UNTIL keeps those of these months or days, both included ("2024-10:2025-02").
 
     `source` is anything that `sources.open_rows` reads; a bare hf: or tfds: stands for the
     benchmark's own set.
@@ -35,6 +48,8 @@ def load_problems(benchmark: str, source: str, limit: int) -> Problems:
     """
     task = require_task(benchmark)
     if task.make_problem and not source:
+        if window:
+            raise UserError(f"--window={window}: {benchmark} has no dates")
         rows = map(task.make_problem, range(limit or task.num_problems))
         return [(row["id"], row) for row in rows]
     if not source:
@@ -61,15 +76,29 @@ def load_problems(benchmark: str, source: str, limit: int) -> Problems:
         if name in names:
             raise UserError(f"{where}: repeats the id {name!r} of an earlier row")
         names.add(name)
-        problems.append((where, row))
+        if not window or _is_within(row, window, where):
+            problems.append((where, row))
     if num_left_out:
         run_files.log_line(
             f"{benchmark}: {num_left_out:,} rows of {source} are left out, as they have no right "
             f"answer, or several; {len(problems):,} problems"
         )
     if not problems:
+        if window:
+            raise UserError(f"--window={window}: no problem of {source} is of that time")
         raise UserError(f"{source}: no problem of {benchmark} among its rows")
     return problems[: limit or None]
+
+
+def _is_within(row: Record, window: str, where: str) -> bool:
+    """Returns True if a problem's date lies within a window. Raises UserError without a date."""
+    first, colon, last = window.partition(":")
+    if not colon or not all(_DATE.fullmatch(date) for date in (first, last)):
+        raise UserError(f"--window={window}: is no FROM:UNTIL of months or days, 2024-10:2025-02")
+    date = row.get("date")
+    if not isinstance(date, str) or not _DATE.fullmatch(date):
+        raise UserError(f"--window={window}: {where} has no date")
+    return first <= date and date[: len(last)] <= last
 
 
 def _read_problem(task: Task, row: Record, where: str) -> Record | None:

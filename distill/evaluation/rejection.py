@@ -30,7 +30,7 @@ def grade_samples(row: dict, where: str, rule: GradingRule, grader: graders.Grad
     own_texts = [rule.right_response.replace("answer", answer)] if rule.right_response else []
     outcomes = grader.grade(rule, texts + own_texts, [answer] * len(texts + own_texts))
     if not rule.is_gradable(answer) or outcomes[len(texts) :] != ["correct"] * len(own_texts):
-        raise UserError(f"{where}: answer {answer!r} cannot be parsed")
+        raise UserError(f"{where}: answer {answer[:60]!r} cannot be parsed")
     return [
         {
             **sample,

@@ -109,6 +109,8 @@ class GradingRule:
     extract: extracts the answer of a response, for the vote of maj@k. None if responses have none.
     right_response: template of a response that gives the answer, in place of the word `answer`; ""
       if an answer's form does not say what is right.
+    seconds: the time limit of a grade; 0: the Grader's own.
+    shorten: converts an answer to what results say of it; for answers that are too long to repeat.
     """
 
     grade: Callable[[str, str], str | Grade]
@@ -116,6 +118,8 @@ class GradingRule:
     is_gradable: Callable[[str], bool] = lambda answer: True
     extract: Callable[[str], str | None] | None = None
     right_response: str = "\\boxed{answer}"
+    seconds: float = 0.0
+    shorten: Callable[[str], str] = lambda answer: answer
 
 
 class _Worker(SpawnProcess):
@@ -173,8 +177,9 @@ class Grader:
                 initializer=_init_worker,
                 initargs=(rule.grade,),
             )
-        arguments = (rule.grade, response, answer, self._timeout + _GRACE_SECONDS)
-        return self._pool.schedule(_grade_with_deadline, arguments, timeout=self._timeout)
+        timeout = rule.seconds or self._timeout
+        arguments = (rule.grade, response, answer, timeout + _GRACE_SECONDS)
+        return self._pool.schedule(_grade_with_deadline, arguments, timeout=timeout)
 
     def grade(self, rule: GradingRule, responses: list[str], answers: list[str]) -> list[str]:
         """Returns one of OUTCOMES for each response, in order."""

@@ -20,7 +20,7 @@ def make_row_adapter(name: str, s: ConfigDict) -> Callable[[Row, str], Row]:
     """
     grader = s.reward.grader
     try:
-        tasks.BENCHMARKS[grader].require_installed()
+        problems.require_task(grader)
     except UserError as error:
         reason = str(error).removeprefix(f"--benchmark={grader}: ")
         raise UserError(f"config.{name}.reward.grader={grader}: {reason}") from None

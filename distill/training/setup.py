@@ -13,6 +13,7 @@ from distill.data import curriculum, dataset, examples, teacher_context
 from distill.objectives import losses
 from distill.policy import policy
 from distill.policy.policy import Policy
+from distill.rewards import sandbox
 from distill.teachers import external, local
 from distill.teachers.external import ExternalTeacher
 from distill.teachers.local import Teacher
@@ -23,7 +24,8 @@ from models.errors import PromptTooLong, UserError, name_key, suggest
 
 # What a config has besides stages and teachers, which are named freely. configs/base.py has their
 # keys; a test compares the two.
-SETTINGS = ("seed", "stages", "attention", "deterministic", "loss_chunk_mib", "compilation_cache")
+SETTINGS = ("seed", "stages", "unsafe_code", "attention", "deterministic", "loss_chunk_mib")
+SETTINGS += ("compilation_cache",)
 PARTS = ("student", "mesh", "teacher_mesh", "checkpoint", "log", "alerts", "eval")
 REFERENCE = "a reference"  # its name among loaded models; no teacher can have it
 
@@ -97,6 +99,8 @@ def setup_run(
       UserError: naming the invalid flag, file or row.
     """
     teacher_mesh = teacher_mesh or mesh
+    if c.unsafe_code:
+        sandbox.allow_unsafe_code()
     for message in explain_unknown_entries(c).values():
         raise UserError(message)
     checks.check_fields(c, {"seed": checks.SEEDS}, "config.")

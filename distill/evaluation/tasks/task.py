@@ -17,6 +17,12 @@ BOXED_PROMPT = (
     "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 )
 
+# The prompt of EvalPlus (arXiv 2305.01210), by which the Qwen3 report evaluates programs.
+PROGRAM_PROMPT = (
+    "Please provide a self-contained Python script that solves the following problem in a markdown "
+    "code block:\n{question}\n"
+)
+
 # The sentence that Qwen3's model card recommends for multiple choice.
 CHOICE_PROMPT = (
     "{question}\n\nPlease show your choice in the `answer` field with only the choice letter, "
@@ -27,7 +33,7 @@ CHOICE_PROMPT = (
 ROW_NUMBER = "_row"
 _ID_FIELDS = ("id", "unique_id", "key")
 # Fields by which a response names its problem.
-NAME_FIELDS = (*_ID_FIELDS, "question", "problem", "prompt")
+NAME_FIELDS = (*_ID_FIELDS, "task_id", "question_id", "question", "problem", "prompt")
 
 
 def find_id(row: Record) -> Record:
@@ -56,6 +62,8 @@ class Task:
     num_problems: int = 0
     # Raises UserError if the grader needs a package that is not installed.
     require_installed: Callable[[], None] = lambda: None
+    # Says how the grader works here, in one line that is printed once; "" if it always works so.
+    describe_grader: Callable[[], str] = lambda: ""
     # Explains which of these answers cannot be graded here, and the remedy; "" if all can.
     explain_ungradable: Callable[[Sequence[str]], str] = lambda answers: ""
     # Computes further statistics of graded rows for the summary.
