@@ -120,7 +120,7 @@ def adapt_prompt_row(benchmark: str, row: Record, where: str) -> Record:
     Raises UserError naming the row if it cannot be read.
     """
     task = tasks.BENCHMARKS[benchmark]
-    names = (task.answer_field, *columns.OPTIONS)
+    names = (task.answer_field, "answers", *columns.OPTIONS)
     if task.adapt_row is None or all(row.get(name) is None for name in names):
         return row
     adapted = task.adapt_row(row, where)

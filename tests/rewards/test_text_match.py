@@ -78,8 +78,9 @@ def test_rows_with_answers_are_read(tmp_path: Path, row: dict, answers: list) ->
     ((_, problem),) = problems.load_problems("qa", str(path), 0)
     assert json.loads(problem["answer"])["answers"] == answers and problem["id"] == 3
     assert problem["question"] == ("So.\n\nWhen?" if "context" in row else "When?")
-    adapted = problems.adapt_prompt_row("qa", problem, "f:1")
-    assert adapted["answer"] == problem["answer"]
+    for training_row in (problem, {"question": "When?", **row}):  # read again, or as published
+        adapted = problems.adapt_prompt_row("qa", training_row, "f:1")
+        assert adapted["answer"] == problem["answer"]
 
 
 def test_rows_without_answers_are_left_out_or_named(

@@ -80,9 +80,10 @@ def find_letter(value: object, texts: Sequence[str], labels: Sequence[str]) -> s
     name = value.strip()
     if name in labels:
         return letters[labels.index(name)]
-    if (name.strip("().").upper() or "?") in letters and len(name.strip("().")) == 1:
-        return name.strip("().").upper()
     same = [x for x, text in zip(letters, texts, strict=True) if text.strip() == name]
+    letter = name.strip("().").upper()
+    if len(letter) == 1 and letter in letters:
+        return letter if same in ([], [letter]) else None  # "A" may be the text of option B
     return same[0] if len(same) == 1 else None
 
 
