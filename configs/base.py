@@ -219,6 +219,9 @@ def make_evaluation() -> ConfigDict:
     c.every = 0  # steps between evaluations, and after each stage; 0: never
     c.benchmark = "arithmetic"
     c.data = ""  # PATH.jsonl or hf:NAME:CONFIG:SPLIT; arithmetic makes its own
+    # Further benchmarks, evaluated right after this one: pairs of a name and its data,
+    # (("ifeval", "hf:"), ...). Their figures are eval/NAME/accuracy and so on.
+    c.more = ()
     c.limit = 200  # first problems; 0: all
     c.protocol = "greedy"  # how to sample, see distill/evaluation/tasks.py
     c.samples = 0  # responses to each problem; 0: the protocol's

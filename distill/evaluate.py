@@ -25,6 +25,7 @@ from distill.runtime import cli, console, paths
 from models.errors import UserError
 
 if TYPE_CHECKING:
+    from distill.evaluation.judging import JudgeSpec
     from distill.evaluation.problems import Problems
 
 OPTIONS = flags.FlagValues()
@@ -75,6 +76,23 @@ CHOICE_BY = flags.DEFINE_enum(
 RESPONSES = flags.DEFINE_string(
     "responses", "", "jsonl of stored responses to grade instead of a model's.", OPTIONS
 )
+JUDGE = flags.DEFINE_string(
+    "judge",
+    "",
+    "Model directory or http://HOST:PORT of a server that also says which responses are right.",
+    OPTIONS,
+)
+JUDGE_TEMPLATE = flags.DEFINE_string(
+    "judge_template",
+    "",
+    "What the judge is asked, with {question}, {answer} and {response}; ends with a verdict.",
+    OPTIONS,
+)
+for _name, _about in (
+    ("judge_model", "Name of the judge on its server."),
+    ("judge_api_key_env", "Name of the environment variable with its bearer token."),
+):
+    flags.DEFINE_string(_name, "", f"With --judge=http://...: {_about}", flag_values=OPTIONS)
 WINDOW = flags.DEFINE_string(
     "window",
     "",
@@ -122,6 +140,7 @@ def run_evaluation() -> None:
         raise UserError(
             f"--out={OUT.value}: has a summary.json that no evaluation made; name another folder"
         )
+    judge = _make_judge()
     if spec is None:
         known = []
         if DATA.value:
@@ -131,6 +150,7 @@ def run_evaluation() -> None:
             summary = evaluator.evaluate_stored(
                 BENCHMARK.value, rows[: LIMIT.value or None], out, ks, known
             )
+            summary = _add_judge(summary, known, out, judge)
         print_results(summary)
         return
     rows = problems.load_problems(BENCHMARK.value, DATA.value, LIMIT.value, WINDOW.value)
@@ -138,7 +158,7 @@ def run_evaluation() -> None:
     if not MODEL.value:
         raise UserError("--model: name a model directory, or give --responses")
     with own_output(out):
-        summary = _evaluate_model(rows, spec, out)
+        summary = _add_judge(_evaluate_model(rows, spec, out), rows, out, judge)
     if 0 < LIMIT.value <= records.MAX_TRANSCRIPTS and run_files.is_primary():
         print(records.render_transcripts(rows, out / records.EXAMPLES_FILE))
     print_results(summary)
@@ -163,6 +183,38 @@ def _evaluate_model(rows: "Problems", spec: protocols.EvalSpec, out: epath.Path)
         teacher=TEACHER.value,
         fits=OPTIONS["max_new_tokens"].value is None,
     )
+
+
+def _make_judge() -> "JudgeSpec | None":
+    """Makes the judge, if one is named, before anything is evaluated."""
+    if not JUDGE.value:
+        for name in ("judge_template", "judge_model", "judge_api_key_env"):
+            if OPTIONS[name].value:
+                raise UserError(f"--{name}: is read with --judge only")
+        return None
+    from distill.evaluation import judges
+
+    return judges.make_judge(
+        JUDGE.value,
+        JUDGE_TEMPLATE.value,
+        served_model=OPTIONS["judge_model"].value or "",
+        api_key_env=OPTIONS["judge_api_key_env"].value or "",
+    )
+
+
+def _add_judge(
+    summary: dict[str, Any], rows: "Problems", out: epath.Path, judge: "JudgeSpec | None"
+) -> dict[str, Any]:
+    """Returns the summary with what the judge says, if one is named, and writes it."""
+    if judge is None:
+        return summary
+    from distill.evaluation import judging
+    from distill.runtime import run_files
+
+    summary = {**summary, "judge": judging.judge_evaluation(out, rows, judge)}
+    if run_files.is_primary():
+        run_files.write_json(out / "summary.json", summary)
+    return summary
 
 
 def print_results(summary: dict[str, Any]) -> None:

@@ -80,8 +80,8 @@ def load_problems(benchmark: str, source: str, limit: int, window: str = "") -> 
             problems.append((where, row))
     if num_left_out:
         run_files.log_line(
-            f"{benchmark}: {num_left_out:,} rows of {source} are left out, as having no single "
-            f"right answer by its annotators; {len(problems):,} problems"
+            f"{benchmark}: {num_left_out:,} rows of {source} are left out, as they have no right "
+            f"answer, or several; {len(problems):,} problems"
         )
     if not problems:
         if window:
@@ -120,7 +120,7 @@ def adapt_prompt_row(benchmark: str, row: Record, where: str) -> Record:
     Raises UserError naming the row if it cannot be read.
     """
     task = tasks.BENCHMARKS[benchmark]
-    names = (task.answer_field, *columns.OPTIONS)
+    names = (task.answer_field, "answers", *columns.OPTIONS)
     if task.adapt_row is None or all(row.get(name) is None for name in names):
         return row
     adapted = task.adapt_row(row, where)

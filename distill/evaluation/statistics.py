@@ -223,14 +223,21 @@ def summarise_rows(rows: Sequence[Record], ks: Sequence[int]) -> Record:
     }
     if len(sizes) == 1:
         summary[f"avg@{max(sizes)}"] = mean
+    intervals: dict[str, tuple[float, float]] = {}
     for k in ks:
         if min(sizes) < k:
             continue
         hits = [(sum(bool(row["correct"]) for row in group), len(group)) for group in groups]
-        summary[f"pass@{k}"] = float(np.mean([pass_at_k(c, n, k) for c, n in hits]))
+        shares_P = np.array([pass_at_k(c, n, k) for c, n in hits])
+        summary[f"pass@{k}"] = float(np.mean(shares_P))
+        # A share of 0 or 1 where k is all samples; else Wilson's interval is too wide, not too
+        # narrow.
+        intervals[f"pass@{k}"] = wilson_interval(float(shares_P.sum()), len(shares_P))
         if k > 1 and all("found" in row for row in rows):
             votes = [majority_at_k(*_count_votes(group), k) for group in groups]
             summary[f"maj@{k}"] = float(np.mean(votes))
+    if any(k > 1 for k in ks):
+        summary["k_intervals"] = intervals
     for name, field in (
         ("format_rate", "formatted"),
         ("repetition_rate", "repeats"),
@@ -240,6 +247,10 @@ def summarise_rows(rows: Sequence[Record], ks: Sequence[int]) -> Record:
         if all(field in row for row in rows):
             summary[name] = float(np.mean([bool(row[field]) for row in rows]))
     summary |= _summarise_scores(rows, groups)
+    for name in ("exact", "contained"):
+        if all(name in row for row in rows):
+            hits = [[bool(row[name]) for row in group] for group in groups]
+            summary[name], summary[f"{name}_interval"] = compute_accuracy(hits)
     if all("right" in row and "found" in row for row in rows):
         summary |= summarise_choices(groups)
     if all("length" in row for row in rows):

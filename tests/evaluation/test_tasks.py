@@ -10,7 +10,7 @@ import pytest
 
 from distill import rollout
 from distill.data import canonical, sources
-from distill.evaluation import problems, protocols, tasks
+from distill.evaluation import problems, protocols, rejection, tasks
 from distill.rewards import graders
 from models.errors import UserError
 from tests.support.verbs import write
@@ -251,6 +251,7 @@ def test_options_and_answers_are_read_in_every_form(tmp_path: Path, row: dict, l
         ({"options": ["w", "x"], "answer": 2}, "answer='2' is none of its 2 options"),
         ({"options": ["w", "x"], "answer": True}, "answer='True' is none"),
         ({"options": ["w", "w"], "answer": "w"}, "answer='w' is none"),  # which one?
+        ({"options": ["B", "A"], "answer": "A"}, "answer='A' is none"),  # the letter or the text?
         ({"options": ["w", "x"], "answer": "A", "answer_index": 1}, "are different options"),
         ({"options": ["w", "x"]}, "none of answer, answerKey, answer_index, answer_idx among"),
         ({"answer": "the first"}, "none of options, choices among its fields"),
@@ -280,6 +281,13 @@ def test_gpqa_shuffles_its_options_as_its_authors_do(tmp_path: Path) -> None:
         assert options == [text.strip() for text in texts] and problem["id"] == row["Record ID"]
         assert options["ABCD".index(letter)] == row["Correct Answer"].strip()
     assert len({read_choice(problem)[0] for _, problem in loaded}) == 4
+    stored = write(tmp_path / "s.jsonl", [{**rows[3], "response": "A"}])
+    with pytest.raises(UserError, match=r"s\.jsonl:1: options are shuffled, so a response"):
+        problems.load_responses("gpqa", str(stored), loaded)
+    stored = write(tmp_path / "s.jsonl", [{"id": "rec3", "response": "A"}])
+    assert (
+        problems.load_responses("gpqa", str(stored), loaded)[0]["answer"] == loaded[3][1]["answer"]
+    )
     with pytest.raises(UserError, match=r"x\.jsonl:1: not all of Incorrect Answer 1, "):
         load_one(tmp_path, "gpqa", {**rows[0], "Incorrect Answer 2": None})
 
@@ -329,3 +337,16 @@ def test_training_reads_multiple_choice_as_evaluation_does() -> None:
     assert canonical_row["answer"] == adapted["answer"]
     with pytest.raises(UserError, match="f:1: mmlu_redux leaves this row out"):
         problems.adapt_prompt_row("mmlu_redux", {**row, "error_type": "expert"}, "f:1")
+
+
+def test_samples_of_structured_answers_are_verified() -> None:
+    """`verify` needs no response that gives the answer where its form does not say one."""
+    answer = json.dumps({"letter": "B", "options": ["w", "x"]})
+    samples = [{"text": text, "finish_reason": "stop"} for text in ("B", "The answer is (A).")]
+    row = {"question": "Which?", "answer": answer, "samples": samples}
+    rule = tasks.BENCHMARKS["choice"].grading
+    with graders.Grader() as grader:
+        verified = rejection.grade_samples(row, "f:1", rule, grader)
+        assert [x["correct"] for x in verified] == [True, False]
+        with pytest.raises(UserError, match="f:1: answer 'neither' cannot be parsed"):
+            rejection.grade_samples({**row, "answer": "neither"}, "f:1", rule, grader)

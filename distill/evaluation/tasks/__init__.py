@@ -15,6 +15,7 @@ from distill.evaluation.tasks import (
     math500,
     mbpp,
     mmlu_redux,
+    qa,
 )
 from distill.evaluation.tasks.task import Task
 
@@ -33,4 +34,5 @@ BENCHMARKS: dict[str, Task] = {
     "gpqa": gpqa.TASK,
     "mmlu_redux": mmlu_redux.TASK,
     "choice": choice.TASK,
+    "qa": qa.TASK,
 }

@@ -64,6 +64,8 @@ def adapt_row(row: Record, where: str) -> Record:
     if len({*letters.values()}) > 1:
         raise UserError(f"{where}: {' and '.join(letters)} are different options")
     letter = str(next(iter(letters.values())))
+    if question is None and "response" in row:  # a stored response, which needs none
+        return {**find_id(row), "question": None, "answer": choices.make_answer(letter, texts)}
     return {**find_id(row), **make_problem(question, texts, letter, where)}
 
 
@@ -78,9 +80,10 @@ def find_letter(value: object, texts: Sequence[str], labels: Sequence[str]) -> s
     name = value.strip()
     if name in labels:
         return letters[labels.index(name)]
-    if (name.strip("().").upper() or "?") in letters and len(name.strip("().")) == 1:
-        return name.strip("().").upper()
     same = [x for x, text in zip(letters, texts, strict=True) if text.strip() == name]
+    letter = name.strip("().").upper()
+    if len(letter) == 1 and letter in letters:
+        return letter if same in ([], [letter]) else None  # "A" may be the text of option B
     return same[0] if len(same) == 1 else None
 
 

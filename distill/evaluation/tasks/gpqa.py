@@ -42,6 +42,11 @@ def adapt_row(row: Record, where: str) -> Record:
     """
     if "Correct Answer" not in row:
         return choice.adapt_row(row, where)
+    if "response" in row:
+        raise UserError(
+            f"{where}: options are shuffled, so a response to them belongs to a problem of --data: "
+            "leave out Correct Answer, and give its Record ID as id"
+        )
     texts = [row.get(name) for name in _OPTIONS]
     if not all(isinstance(x, str) and x.strip() for x in texts):
         raise UserError(f"{where}: not all of {', '.join(_OPTIONS)} among its fields {sorted(row)}")
