@@ -139,5 +139,5 @@ def make_environment() -> dict[str, str]:
 NO_ISOLATION = Isolation(
     "none",
     lambda command, user, limits, filter_fd: command,
-    missing=("network", "files", "signals", "the memory of all processes together"),
+    missing=("network", "files", "signals", "what a program leaves running"),
 )

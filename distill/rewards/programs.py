@@ -214,11 +214,13 @@ def _run_checks(program: str, tests: ProgramTests, limits: Limits) -> Verdicts:
     fields = {"program": program, "names": tests.names, "setup": tests.setup}
     task = json.dumps({**fields, "tests": tests.checks}).encode()
     setup, *reports = json.loads(sandbox.run_checks(task, limits))
+    if "unsupported" in setup:
+        raise SandboxError(f"the tests cannot be run here: {setup['unsupported']}")
     if setup:
         reports = [setup] * len(tests.checks)
     for report in reports:
         if "unsupported" in report:
-            raise SandboxError(f"a test passes {report['unsupported']}")
+            raise SandboxError(f"a test cannot be run here: {report['unsupported']}")
         yield str(report.get("raised", ""))
 
 

@@ -132,6 +132,7 @@ class Run:
         folder = None if isolation is not NO_ISOLATION else tempfile.TemporaryDirectory()
         folder_path = self._stack.enter_context(folder) if folder else None
         with contextlib.ExitStack() as ours:
+            ours.push(lambda error, *_: self._stack.close() if error else None)
             ours.callback(os.close, status_write)
             filter_fd = -1
             if folder is None and (code := system_calls.make_filter()):

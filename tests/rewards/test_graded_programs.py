@@ -207,6 +207,14 @@ def test_a_test_that_cannot_be_run_here_is_an_error() -> None:
     ending = ProgramTests("f", checks=["import os\nos._exit(0)"], names=["f"])
     assert grade("def f(x):\n    return 1", ending) == ("error", None)
     assert programs.grade_contest("x", "0.5")["outcome"] == "error"
+    for check in ("import missing_module", "assert f(1) == undefined"):
+        lacking = ProgramTests("f", checks=[check], names=["f"])
+        assert grade("def f(x):\n    return 1", lacking) == ("error", None)
+    lacking = ProgramTests("f", checks=["assert f(1)"], names=["f"], setup="import missing_module")
+    assert grade("def f(x):\n    return 1", lacking) == ("error", None)
+    imports = ProgramTests("f", checks=["assert f(1) == 1"], names=["f"])
+    assert grade("import missing_module\ndef f(x):\n    return 1", imports) == ("wrong", 0.0)
+    assert grade("def f(x):\n    return undefined", imports) == ("wrong", 0.0)
 
 
 def test_a_slow_program_is_wrong_and_further_tests_are_not_run(

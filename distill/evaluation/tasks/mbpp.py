@@ -16,6 +16,7 @@ _PROMPT = (
 )
 
 _DEFINITION = re.compile(r"^(?:def|class)\s+(\w+)", re.MULTILINE)
+_IMPORT = re.compile(r"^(?:import|from)\s[^(\\\n]*$", re.MULTILINE)
 _CALL = re.compile(r"(?<![\w.])([A-Za-z_]\w*)\s*\(")
 
 
@@ -38,7 +39,8 @@ def _find_names(solution: object, checks: list[str]) -> list[str]:
     text = "\n".join(checks)
     if isinstance(solution, str) and (defined := _DEFINITION.findall(solution)):
         words = set(re.findall(r"\w+", text))
-        return [name for name in dict.fromkeys(defined) if name in words]
+        if names := [name for name in dict.fromkeys(defined) if name in words]:
+            return names
     own = {*vars(builtins), *_DEFINITION.findall(text)}
     return [name for name in dict.fromkeys(_CALL.findall(text)) if name not in own]
 
@@ -57,6 +59,8 @@ def adapt_row(row: Record, where: str) -> Record:
         )
     setup = _read_texts(row, "test_imports", where) + _read_texts(row, "test_setup_code", where)
     checks = _read_texts(row, "test", where) or shown
+    # Tests may use a module that only the reference solution imports.
+    setup = _IMPORT.findall(str(row.get("code") or "")) + setup
     listed = "\n".join(shown)
     problem = str(row.get("task_id", row.get("id", where)))
     tests = ProgramTests(
