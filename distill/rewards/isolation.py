@@ -81,7 +81,7 @@ def find_python() -> Path:
 
 
 def _wrap_in_bubblewrap(command: list[str], user: int, limits: Limits, filter_fd: int) -> list[str]:
-    wrapped = ["bwrap", "--die-with-parent", "--new-session"]
+    wrapped = [shutil.which("bwrap") or "bwrap", "--die-with-parent", "--new-session"]
     wrapped += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
     wrapped += ["--hostname", "sandbox", "--cap-drop", "ALL"]
     if user >= 0:
@@ -126,7 +126,7 @@ def list_isolations() -> list[Isolation]:
 def make_environment() -> dict[str, str]:
     numpy = importlib.util.find_spec("numpy")
     return {
-        "PATH": os.environ.get("PATH", os.defpath),
+        "PATH": os.defpath,
         "HOME": "/tmp",
         "LANG": "C.UTF-8",
         "LD_LIBRARY_PATH": str(Path(sys.base_prefix) / "lib"),

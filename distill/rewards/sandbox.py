@@ -138,7 +138,7 @@ class Run:
                 filter_fd = ours.enter_context(_store(code)).fileno()
             numbers = [channel, status_write, user, cpu_seconds or limits.seconds]
             numbers += [limits.memory_bytes, limits.folder_bytes, limits.processes]
-            inner = [str(find_python()), "-I", "-S", "-B", "-c", _read_driver(), mode]
+            inner = [str(find_python()), "-S", "-s", "-B", "-c", _read_driver(), mode]
             command = isolation.make_command([*inner, *map(str, numbers)], user, limits, filter_fd)
             self._process = subprocess.Popen(
                 command,
@@ -309,7 +309,7 @@ def open_program(limits: Limits, calls: int) -> Iterator[Channel]:
     ):
         theirs.close()
         deadline = run.started + limits.wall_seconds
-        run.require_started(b"".join(read_lines([run], run.status.fileno(), 100, deadline)))
+        run.require_started(next(read_lines([run], run.status.fileno(), 100, deadline), b""))
         yield Channel(run, ours)
 
 

@@ -1,9 +1,13 @@
 """Tests that programs get the verdict of plain execution, and cannot forge one."""
 
 import base64
+import contextlib
+import ctypes
 import json
+import os
 import pickle
 import resource
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +20,7 @@ from distill.rewards.graders import Grader
 from distill.rewards.program_tests import BadTestsError, ProgramTests
 from models.errors import UserError
 from tests.support.answers import HOSTILE
-from tests.support.programs import mutate, run_plainly
+from tests.support.programs import find_isolation, mutate, run_plainly
 from tests.support.small_problems import make_rows
 
 
@@ -124,6 +128,18 @@ def test_programs_do_not_see_expected_outputs() -> None:
         assert grade("import os\nos._exit(0)", tests) == ("wrong", 0.0)
     equal = "class Equal:\n    __eq__ = lambda self, other: True\n"
     assert grade(f"{equal}def total(xs, y):\n    return Equal()", TOTAL) == ("wrong", 0.0)
+
+
+@pytest.mark.parametrize("kind", ["bubblewrap", "user namespaces"])
+def test_each_kind_of_isolation_grades_each_kind_of_tests(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    way = find_isolation(kind)
+    monkeypatch.setattr(sandbox, "find_isolation", lambda: way)
+    assert grade("def add(xs):\n    return sum(xs)") == ("correct", 1.0)
+    assert grade("print(sum(map(int, input().split())))", SUM) == ("correct", 1.0)
+    assert grade("def total(xs, y):\n    return sum(xs) + y", TOTAL) == ("correct", 1.0)
+    assert grade("import os\nos._exit(0)", TOTAL) == ("wrong", 0.0)
 
 
 def test_scripts_are_graded_by_what_they_print() -> None:
@@ -286,11 +302,18 @@ def test_trivial_programs_are_graded_at_20_a_second_on_two_cores() -> None:
     ] * 25
     texts, answers = [text for text, _ in pairs], [row["answer"] for _, row in pairs]
     assert len(texts) == 500
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    # Of a sandbox that is killed the kernel tells the time only to who waits for its processes.
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
     with Grader(workers=2) as grader:
         outcomes = grader.grade(programs.FUNCTIONS, texts, answers)
+    wall = time.monotonic() - started
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    ctypes.CDLL(None).prctl(36, 0, 0, 0, 0)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert set(outcomes) == {"correct"}
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    print(f"{seconds / 500:.4f} s of a processor for each program")
+    print(f"{seconds / 500:.4f} s of a processor for each program; {500 / wall:.1f} a second")
     assert seconds / 500 <= 0.1

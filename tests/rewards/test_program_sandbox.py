@@ -18,21 +18,10 @@ import pytest
 from distill.rewards import isolation, programs, sandbox, system_calls
 from distill.rewards.isolation import Isolation, LimitError, Limits
 from models.errors import UserError
-from tests.support.programs import HOSTILE, SLOW
+from tests.support.programs import HOSTILE, SLOW, find_isolation
 
 KINDS = ("bubblewrap", "user namespaces")
 LIMITS = Limits(seconds=1, memory_bytes=2**30)
-
-
-def find(kind: str) -> Isolation:
-    """Returns the isolation of a kind; skips the test if it does not work here."""
-    ways = [way for way in isolation.list_isolations() if way.name == kind]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sandbox, "list_isolations", lambda: ways)
-        try:
-            return sandbox.find_isolation.__wrapped__()
-        except UserError as error:
-            pytest.skip(f"no {kind}: {error}")
 
 
 def list_descendants(root: int) -> set[int]:
@@ -70,7 +59,7 @@ def leaves_nothing(folder: Path) -> Iterator[None]:
 
 
 def run_hostile(kind: str, names: list[str], folder: Path) -> None:
-    way = find(kind)
+    way = find_isolation(kind)
     (folder / "secret").write_text("the secret")
     folder.chmod(0o777)
     with socket.create_server(("127.0.0.1", 0)) as server, leaves_nothing(folder):
@@ -109,7 +98,7 @@ def test_hostile_programs_that_take_their_time_are_held(kind: str, tmp_path: Pat
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_worker_takes_its_program_along(kind: str, tmp_path: Path) -> None:
     """The pool kills a worker at its time limit; a program must not outlive it."""
-    find(kind)
+    find_isolation(kind)
     (tmp_path / "secret").touch()
     code = (
         "import sys; from distill.rewards import isolation, sandbox\n"

@@ -24,7 +24,7 @@ from distill.data import canonical, chat, columns, examples, sources, template, 
 from distill.data import messages as chats
 from distill.evaluation import comparison, problems, records, rejection, statistics, tasks
 from distill.policy import hub, identity
-from distill.rewards import graders
+from distill.rewards import graders, sandbox
 from distill.rollout import served_model
 from distill.rollout.sampling import Sampling
 from distill.runtime import addresses, http_client, run_files
@@ -484,9 +484,15 @@ def resume_evaluation(contents: tuple[bytes, bytes], directory: Path) -> None:
         records.summarise_evaluation(folder, tasks.BENCHMARKS["gsm8k"], (1, 2))
 
 
+READ_TASKS = ("gsm8k", "math500", "arithmetic", "ifeval", "gpqa", "mmlu_redux", "choice")
+with contextlib.suppress(UserError):  # the search for one starts processes
+    sandbox.find_isolation()
+    READ_TASKS += ("livecodebench", "humaneval", "mbpp")
+
+
 def read_problems(content: bytes, directory: Path) -> None:
     path = str(write(directory, "rows.jsonl", content))
-    for name in ("gsm8k", "math500", "arithmetic", "ifeval", "gpqa", "mmlu_redux", "choice"):
+    for name in READ_TASKS:
         known: problems.Problems = []
         with contextlib.suppress(UserError):
             known = problems.load_problems(name, path, 0)

@@ -1,10 +1,16 @@
-"""Programs for the sandbox: hostile ones, and mutated ones."""
+"""Programs for the sandbox: hostile ones, and mutated ones; and the kinds of sandboxes."""
 
 import ast
 import random
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from distill.rewards import isolation, sandbox
+from distill.rewards.isolation import Isolation
+from models.errors import UserError
 
 # What each program tries, and what must come of it: the limit that stops it, or its exit code.
 HOSTILE = {
@@ -71,6 +77,17 @@ HOSTILE = {
 
 SLOW = ("fork bomb", "allocates in many processes", "loops", "ignores signals", "sleeps")
 SLOW += ("hides behind a closed output",)
+
+
+def find_isolation(kind: str) -> Isolation:
+    """Returns the isolation of a kind; skips the test if it does not work here."""
+    ways = [way for way in isolation.list_isolations() if way.name == kind]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sandbox, "list_isolations", lambda: ways)
+        try:
+            return sandbox.find_isolation.__wrapped__()
+        except UserError as error:
+            pytest.skip(f"no {kind}: {error}")
 
 
 class _Mutator(ast.NodeTransformer):

@@ -1,5 +1,9 @@
 """Strategies of rows in the published forms of benchmarks, right and wrong ones."""
 
+import base64
+import pickle
+import zlib
+
 from hypothesis import strategies as st
 
 from tests.support import fuzzing
@@ -21,4 +25,19 @@ choice_rows = st.fixed_dictionaries(
         **dict.fromkeys(("Correct Answer", "Incorrect Answer 1", "Question"), scalars),
     },
 )
-task_rows = problem_rows | instructions | choice_rows
+packed = st.builds(
+    lambda content: base64.b64encode(zlib.compress(pickle.dumps(content))).decode(),
+    texts | fuzzing.values,
+)
+cases = st.sampled_from(('[{"input": "[1]", "output": "1"}]', "[]", '[{"input": 1}]')) | texts
+program_rows = st.fixed_dictionaries(
+    {
+        **dict.fromkeys(("question_content", "prompt", "test"), texts),
+        "public_test_cases": cases,
+        "private_test_cases": cases | packed,
+        "entry_point": texts | st.just("f"),
+        "test_list": st.lists(texts | scalars, max_size=2) | st.just(["assert f(1)"]),
+    },
+    optional={"metadata": texts | st.sampled_from(('{"func_name": "f"}', "[]")), "code": texts},
+)
+task_rows = problem_rows | instructions | choice_rows | program_rows
