@@ -128,18 +128,17 @@ QWEN3_21 = Table(
 
 _POST = (
     '"On-Policy Distillation", Thinking Machines Lab, October 2025, as quoted by other texts; we '
-    "have not seen the page."
+    "have not seen the page, and do not know how it samples: here by Qwen3's protocols."
 )
 POST_MATH = Table(
     "the on-policy-distillation post: mathematics, full training and LoRA",
-    f"{_POST} LoRA's are its 13 and 6 points below full training. Its samples a problem are not "
-    "known; 64 here.",
+    f"{_POST} Of LoRA it says 13 and 6 points below full training.",
     _make_aime("24", with_pass=False),
     {
         f"{stage}_{size}": Row(
             f"{title}, {'full training' if size == 'full' else 'LoRA of rank 32'}",
-            {} if value is None else {"aime24": value},
-            (
+            {"aime24": value},
+            (  # those of on-policy distillation begin with SFT too
                 f"python -m distill.train --config=configs/opd_math.py:lora={size} "
                 f'--workdir={{dir}}/{stage}_{size} --config.stages="{stages}"',
             ),
