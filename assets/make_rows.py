@@ -163,6 +163,14 @@ def make_rows() -> dict[str, list[dict]]:
     for question, reply in QUESTIONS.items():
         trace = f"<think>\n{reply}\n</think>\n\n{reply}"
         add_row("manual_questions", {"question": question, "response": trace})
+        add_row("questions", {"question": question, "answers": [reply, reply.rstrip(".")]})
+        others = [x for x in QUESTIONS.values() if x != reply][:3]
+        options = [*others[:1], reply, *others[1:]]
+        add_row("choice", {"question": question, "options": options, "answer": "B"})
+    for number, prompt in enumerate(("Say yes. No commas.", "Count to 3. No commas.")):
+        ids, kwargs = ["punctuation:no_comma"], [{}]
+        row = {"key": number, "prompt": prompt, "instruction_id_list": ids, "kwargs": kwargs}
+        add_row("ifeval", row)
     return files
 
 

@@ -92,6 +92,9 @@ def make_reward() -> ConfigDict:
     c = ConfigDict()
     c.grader = "arithmetic"  # the benchmark whose grader compares answers with the rows'
     c.correct = 1.0
+    # How much of an answer is right, where its grader can tell: the share of tests passed, or of
+    # words. By other graders the same as correct.
+    c.score = 0.0
     c.format = 0.0  # one closed think block, then an answer
     c.length = 0.0  # penalty on the last `length_margin` tokens before max_response_tokens
     c.length_margin = 0  # tokens
@@ -235,6 +238,9 @@ def make_evaluation() -> ConfigDict:
     c.every = 0  # steps between evaluations, and after each stage; 0: never
     c.benchmark = "arithmetic"
     c.data = ""  # PATH.jsonl or hf:NAME:CONFIG:SPLIT; arithmetic makes its own
+    # Further benchmarks, evaluated right after this one: pairs of a name and its data,
+    # (("ifeval", "hf:"), ...). Their figures are eval/NAME/accuracy and so on.
+    c.more = ()
     c.limit = 200  # first problems; 0: all
     c.protocol = "greedy"  # how to sample, see distill/evaluation/tasks.py
     c.samples = 0  # responses to each problem; 0: the protocol's
@@ -315,6 +321,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # of data order, sampling and random initialisation
     c.stages = ("opd",)  # names of the sub-configs below, in the order they run
+    c.unsafe_code = False  # where no sandbox works, run a model's programs with your rights
 
     c.student = ConfigDict()
     c.student.path = ""  # a model directory in Hugging Face format, or a hub id
@@ -371,8 +378,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # ~/.cache/qwen3-distill/compiled, which keeps at most 4 GiB. "": JAX's, or none.
     c.compilation_cache = "auto"
 
-    # Files of the run.
-    c.checkpoint = ConfigDict()
+    c.checkpoint = ConfigDict()  # files of the run
     c.checkpoint.every = 100  # steps
     # Also as soon as the next step would end later than this after the last save, so that a run
     # that is killed loses no more (or one step, where that is longer); 0: never.

@@ -3,12 +3,15 @@
     python -m distill.generate --model=Qwen/Qwen3-8B --prompts=hf:allenai/tulu-3-sft-mixture \
         --thinking=off --out=chats.jsonl
     python -m distill.train --config=configs/recall.py --workdir=runs/recall
-    python -m distill.evaluate --model=runs/recall --benchmark=ifeval --data=hf: \
-        --protocol=qwen3-nonthinking --out=runs/recall/ifeval
+    python configs/reproduce.py post_recall
 
 `knowledge` is mid-training: 70% your documents.jsonl, with a `text` in each row, and 30% the
 model's own answers to chat prompts. In `recall` the student answers chat prompts, and its teacher
-is the model that it was before. Both stages can be repeated for further documents. Argument: tiny.
+is the model that it was before. Both stages can be repeated for further documents. After each stage
+the run evaluates both: the knowledge on your questions.jsonl (`question` and `answers`), the
+behaviour on IFEval, whose checkers `pip install -r requirements-eval.txt` installs; without these,
+pass --config.eval.every=0. The last line prints commands that compare with less and with more
+documents. Argument: tiny.
 
 Hardware: v6e-16 (16 chips). Time and cost: not yet measured.
 Expected, questions on the documents / IFEval ("On-Policy Distillation", Thinking Machines Lab,
@@ -44,4 +47,10 @@ def get_config(arg: str = "") -> ConfigDict:
     c.recall.data.source = "hf:allenai/tulu-3-sft-mixture"
     c.recall.data.thinking = 0.0
     c.recall.data.on_bad_row = "skip"
+
+    c.eval.every = 10_000  # after each stage, and never within one
+    c.eval.benchmark, c.eval.data = "qa", "questions.jsonl"
+    c.eval.more = (("ifeval", "hf:"),)
+    c.eval.protocol, c.eval.limit, c.eval.max_new_tokens = "qwen3-nonthinking", 0, 2048
+    c.eval.best = ""
     return tiny.shrink_config(c) if a.tiny else c

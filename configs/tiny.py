@@ -16,6 +16,8 @@ SAMPLE_ROWS = {
     "traces_no_think.jsonl": "assets/rows/traces_no_think.jsonl",
     "documents.jsonl": "assets/rows/documents.jsonl",
     "chats.jsonl": "assets/rows/chats.jsonl",
+    "questions.jsonl": "assets/rows/questions.jsonl",
+    "hf:google/IFEval": "assets/rows/ifeval.jsonl",
     "manual.md": "assets/rows/manual.md",
     "manual_questions.jsonl": "assets/rows/manual_questions.jsonl",
 }

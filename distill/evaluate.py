@@ -20,10 +20,12 @@ from absl import flags
 from etils import epath
 
 from distill.evaluation import protocols, tasks
+from distill.rewards import sandbox
 from distill.runtime import cli, console, paths
 from models.errors import UserError
 
 if TYPE_CHECKING:
+    from distill.evaluation.judging import JudgeSpec
     from distill.evaluation.problems import Problems
 
 OPTIONS = flags.FlagValues()
@@ -63,8 +65,45 @@ LIMIT = flags.DEFINE_integer(
 TEMPLATE = flags.DEFINE_string(
     "template", "", "Prompt template with {question}; default: the benchmark's own.", OPTIONS
 )
+CHOICE_BY = flags.DEFINE_enum(
+    "choice_by",
+    "response",
+    ["response", "letter", "text"],
+    "How a multiple-choice problem is answered: by the letter that a sampled response gives, or, "
+    "without sampling, by the likeliest letter, or option's text.",
+    flag_values=OPTIONS,
+)
 RESPONSES = flags.DEFINE_string(
     "responses", "", "jsonl of stored responses to grade instead of a model's.", OPTIONS
+)
+JUDGE = flags.DEFINE_string(
+    "judge",
+    "",
+    "Model directory or http://HOST:PORT of a server that also says which responses are right.",
+    OPTIONS,
+)
+JUDGE_TEMPLATE = flags.DEFINE_string(
+    "judge_template",
+    "",
+    "What the judge is asked, with {question}, {answer} and {response}; ends with a verdict.",
+    OPTIONS,
+)
+for _name, _about in (
+    ("judge_model", "Name of the judge on its server."),
+    ("judge_api_key_env", "Name of the environment variable with its bearer token."),
+):
+    flags.DEFINE_string(_name, "", f"With --judge=http://...: {_about}", flag_values=OPTIONS)
+WINDOW = flags.DEFINE_string(
+    "window",
+    "",
+    "FROM:UNTIL: only problems of these months or days, such as 2024-10:2025-02 (livecodebench).",
+    OPTIONS,
+)
+UNSAFE_CODE = flags.DEFINE_boolean(
+    "unsafe_code",
+    False,
+    "Where there is no sandbox, run programs that a model wrote with your rights.",
+    OPTIONS,
 )
 TEACHER = flags.DEFINE_string("teacher", "", "Model to measure the reverse KL to.", OPTIONS)
 cli.define_server_flags(OPTIONS)
@@ -75,6 +114,8 @@ def main() -> None:
     from distill.runtime import addresses, distributed, xla
 
     is_server = addresses.is_url(MODEL.value)
+    if is_server and CHOICE_BY.value != "response":
+        raise UserError(f"--choice_by={CHOICE_BY.value}: needs a model that is run here")
     cli.check_server_flags(OPTIONS, is_server, "dtype", "teacher", "responses")
     if is_server:
         run_evaluation()
@@ -86,6 +127,8 @@ def main() -> None:
 
 def run_evaluation() -> None:
     ks, out = _read_ks(), epath.Path(OUT.value)
+    if UNSAFE_CODE.value:
+        sandbox.allow_unsafe_code()
     spec = None if RESPONSES.value else _read_spec(ks)  # first: the next imports take seconds
     from distill.evaluation import evaluator, problems, records
     from distill.runtime import run_files
@@ -97,21 +140,25 @@ def run_evaluation() -> None:
         raise UserError(
             f"--out={OUT.value}: has a summary.json that no evaluation made; name another folder"
         )
+    judge = _make_judge()
     if spec is None:
-        known = problems.load_problems(BENCHMARK.value, DATA.value, 0) if DATA.value else []
+        known = []
+        if DATA.value:
+            known = problems.load_problems(BENCHMARK.value, DATA.value, 0, WINDOW.value)
         rows = problems.load_responses(BENCHMARK.value, RESPONSES.value, known)
         with own_output(out):
             summary = evaluator.evaluate_stored(
                 BENCHMARK.value, rows[: LIMIT.value or None], out, ks, known
             )
+            summary = _add_judge(summary, known, out, judge)
         print_results(summary)
         return
-    rows = problems.load_problems(BENCHMARK.value, DATA.value, LIMIT.value)
+    rows = problems.load_problems(BENCHMARK.value, DATA.value, LIMIT.value, WINDOW.value)
     problems.check_gradable(BENCHMARK.value, rows)
     if not MODEL.value:
         raise UserError("--model: name a model directory, or give --responses")
     with own_output(out):
-        summary = _evaluate_model(rows, spec, out)
+        summary = _add_judge(_evaluate_model(rows, spec, out), rows, out, judge)
     if 0 < LIMIT.value <= records.MAX_TRANSCRIPTS and run_files.is_primary():
         print(records.render_transcripts(rows, out / records.EXAMPLES_FILE))
     print_results(summary)
@@ -136,6 +183,38 @@ def _evaluate_model(rows: "Problems", spec: protocols.EvalSpec, out: epath.Path)
         teacher=TEACHER.value,
         fits=OPTIONS["max_new_tokens"].value is None,
     )
+
+
+def _make_judge() -> "JudgeSpec | None":
+    """Makes the judge, if one is named, before anything is evaluated."""
+    if not JUDGE.value:
+        for name in ("judge_template", "judge_model", "judge_api_key_env"):
+            if OPTIONS[name].value:
+                raise UserError(f"--{name}: is read with --judge only")
+        return None
+    from distill.evaluation import judges
+
+    return judges.make_judge(
+        JUDGE.value,
+        JUDGE_TEMPLATE.value,
+        served_model=OPTIONS["judge_model"].value or "",
+        api_key_env=OPTIONS["judge_api_key_env"].value or "",
+    )
+
+
+def _add_judge(
+    summary: dict[str, Any], rows: "Problems", out: epath.Path, judge: "JudgeSpec | None"
+) -> dict[str, Any]:
+    """Returns the summary with what the judge says, if one is named, and writes it."""
+    if judge is None:
+        return summary
+    from distill.evaluation import judging
+    from distill.runtime import run_files
+
+    summary = {**summary, "judge": judging.judge_evaluation(out, rows, judge)}
+    if run_files.is_primary():
+        run_files.write_json(out / "summary.json", summary)
+    return summary
 
 
 def print_results(summary: dict[str, Any]) -> None:
@@ -196,9 +275,7 @@ def _read_spec(ks: tuple[int, ...]) -> protocols.EvalSpec:
     from distill.evaluation import problems
 
     problems.require_task(BENCHMARK.value)
-    settings = protocols.resolve_settings(
-        PROTOCOL.value, BENCHMARK.value, cli.read_sampling_flags(OPTIONS)
-    )
+    settings = protocols.resolve_settings(PROTOCOL.value, BENCHMARK.value, _read_sampling_flags())
     if max(ks, default=0) > settings["samples"]:
         raise UserError(
             f"--k={','.join(KS.value)}: each must be 1 to --samples={settings['samples']}"
@@ -207,10 +284,32 @@ def _read_spec(ks: tuple[int, ...]) -> protocols.EvalSpec:
         raise UserError("--template: no {question} in it")
     try:
         return protocols.make_eval_spec(
-            PROTOCOL.value, BENCHMARK.value, settings, template=TEMPLATE.value, ks=ks
+            PROTOCOL.value,
+            BENCHMARK.value,
+            settings,
+            template=TEMPLATE.value,
+            ks=ks,
+            choice_by=CHOICE_BY.value,
         )
     except UserError as error:
         raise UserError(f"--{error}") from None
+
+
+def _read_sampling_flags() -> dict[str, Any]:
+    """Reads the flags of sampling; with --choice_by=letter or text, the settings that stand for
+    them, as nothing is sampled.
+
+    Raises UserError for flags that would do nothing.
+    """
+    given = cli.read_sampling_flags(OPTIONS)
+    if CHOICE_BY.value == "response":
+        return given
+    flag = f"--choice_by={CHOICE_BY.value}"
+    unread = [name for name in given if OPTIONS[name].present and name != "batch_size"]
+    unread += [name for name in ("teacher", "responses") if OPTIONS[name].value]
+    if unread:
+        raise UserError(f"{flag}: samples nothing, so --{unread[0]} would do nothing; leave it out")
+    return {**given, "thinking": False, "samples": 1, "max_new_tokens": 1, "temperature": 0.0}
 
 
 if __name__ == "__main__":

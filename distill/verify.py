@@ -36,13 +36,22 @@ ON_BAD_ROW = flags.DEFINE_enum(
     "On rows without samples or answer, or with an answer that the grader cannot read.",
     flag_values=OPTIONS,
 )
+UNSAFE_CODE = flags.DEFINE_boolean(
+    "unsafe_code",
+    False,
+    "Where there is no sandbox, run programs that a model wrote with your rights.",
+    OPTIONS,
+)
 
 
 def main() -> None:
     from distill.data import sources
     from distill.evaluation import problems, rejection
+    from distill.rewards import sandbox
     from distill.runtime import outputs, run_files
 
+    if UNSAFE_CODE.value:
+        sandbox.allow_unsafe_code()
     task = problems.require_task(BENCHMARK.value)
     out, counts = paths.check_output(OUT.value, DATA.value), collections.Counter()
     rows = sources.open_rows(DATA.value)

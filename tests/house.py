@@ -23,11 +23,13 @@ FOLDERS = {
     "planning": "checking fit forecast programs roofline aot gpus hlo diagnosis",
     "training": "demonstration loop stopping saving metrics_log run_summary alerts preflight "
     "eval_hook collect drift teacher_outputs rollout_metrics grading trainer memory "
-    "sampling_programs calls microbatches prompts resume config_changes setup update "
+    "sampling_programs calls microbatches prompts resume config_changes setup graded_rows update "
     "update_metrics optim stage_responses stages response_limits",
-    "evaluation": "served_evaluation evaluator comparison rejection responses records divergence "
-    "lm_eval_model storing scoring protocols problems statistics example_rows",
-    "evaluation.tasks": "arithmetic gsm8k math500 aime24 aime25 amc math ifeval task",
+    "evaluation": "judges judging served_evaluation evaluator comparison rejection responses "
+    "records divergence likelihood lm_eval_model storing scoring protocols problems statistics "
+    "example_rows",
+    "evaluation.tasks": "arithmetic gsm8k math500 aime24 aime25 amc math ifeval "
+    "gpqa mmlu_redux choice qa livecodebench humaneval mbpp task",
     "serving": "server app calls guard formats requests worker score_queue jobs text schemas "
     "errors",
     "teachers": "local external remote endpoints stored stored_files wire outputs",
@@ -38,7 +40,8 @@ FOLDERS = {
     "data": "collate packing dataset teacher_context cleaning dedup curriculum examples sources "
     "retry canonical columns turns answers arithmetic chat template sandbox messages files values",
     "objectives": "losses token_weights loss fused_head chunks divergences advantages",
-    "rewards": "terms ifeval graders equality answers",
+    "rewards": "terms ifeval choices text_match programs program_tests graders equality answers "
+    "sandbox isolation sandbox_driver sandbox_namespaces system_calls",
     "runtime": "arguments checkpoint saved_step integrity cli usage failures host_memory outputs "
     "locks trackers stop_signals progress watchdog distributed xla console http_client run_files "
     "tensorboard tracker_process addresses paths environment network gpu mesh",

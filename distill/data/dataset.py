@@ -64,6 +64,7 @@ def load_source(
     with_responses: bool,
     check_example: ExampleCheck = lambda example: None,
     context: teacher_context.TeacherContext | None = None,
+    adapt_row: Callable[[dict, str], dict] = lambda row, where: row,
 ) -> Source:
     """Opens the source or the mixture of sources that a stage's `data` config names.
 
@@ -74,6 +75,7 @@ def load_source(
     Args:
       with_responses: examples carry responses to learn; else prompts only.
       context: adds the prompt that a teacher reads.
+      adapt_row: (row, its location) -> the row with columns that `columns` knows.
 
     Raises:
       UserError: naming the key, file or row at fault.
@@ -85,6 +87,7 @@ def load_source(
 
     def encode_row(source_id: int, row: dict, where: str) -> Example:
         canonical.refuse_weights(row, where)
+        row = adapt_row(row, where)
         row = canonical.canonicalize_row(row, c.columns, where, with_responses)
         row = canonical.apply_template(row, c.template)
         is_document = with_responses and "text" in row

@@ -144,6 +144,30 @@ def list_results(summary: Record) -> list[tuple[str, str]]:
         for name, value in summary.items()
         if name.startswith(("pass@", "maj@")) and name != "pass@1"
     ]
+    for name in ("score", "exact", "contained"):
+        if summary.get(name) is not None:
+            low, high = (100 * end for end in summary[f"{name}_interval"])
+            results.append((name, f"{summary[name]:.1%} [{low:.1f}, {high:.1f}] (95% interval)"))
+    gave_up = {x: n for x, n in summary.get("outcomes", {}).items() if x in ("timeout", "error")}
+    if gave_up:
+        counts = ", ".join(f"{n:,} by {name}" for name, n in gave_up.items())
+        results.append(("not graded", f"{counts}: they count as not correct"))
+    judge = summary.get("judge") or {}
+    if judge.get("accuracy") is not None:
+        low, high = (100 * end for end in judge["interval"])
+        text = f"{judge['accuracy']:.1%} [{low:.1f}, {high:.1f}] (95% interval)"
+        unjudged = judge["verdicts"]["unjudged"]
+        results.append(("judge", text + (f", {unjudged:,} unjudged" if unjudged else "")))
+    if summary.get("accuracy_normalised") is not None:
+        low, high = (100 * end for end in summary["interval_normalised"])
+        text = f"{summary['accuracy_normalised']:.1%} [{low:.1f}, {high:.1f}] (95% interval)"
+        results.append(("by length", text))
+    letters = summary.get("choices", {}).get("letters", {})
+    if letters:
+        shares = [f"{x} {result['chosen']:.1%}" for x, result in letters.items()]
+        results.append(("chosen", ", ".join(shares)))
+        recalls = [f"{x} {r['accuracy']:.1%}" for x, r in letters.items() if "accuracy" in r]
+        results.append(("right, where it is", ", ".join(recalls)))
     for name, field, form in (
         ("format", "format_rate", "{:.1%}"),
         ("mean length", "mean_length", "{:,.1f} tokens"),

@@ -10,7 +10,15 @@ from etils import epath
 
 from distill.data import dataset
 from distill.data.template import describe_template
-from distill.evaluation import divergence, problems, records, responses, statistics, tasks
+from distill.evaluation import (
+    divergence,
+    likelihood,
+    problems,
+    records,
+    responses,
+    statistics,
+    tasks,
+)
 from distill.evaluation.problems import Problems
 from distill.evaluation.protocols import EvalSpec
 from distill.policy import compatibility, identity, policy
@@ -35,9 +43,12 @@ def encode_prompts(subject: Policy, rows: Problems, spec: EvalSpec) -> dataset.T
     """
     if subject.tokenizer is None:
         raise UserError(f"{subject.path}: no tokenizer, so responses cannot be read")
-    rendered_rows = (
-        (where, problems.render_question(spec.benchmark, row, spec.template)) for where, row in rows
-    )
+
+    def render(row: Record, where: str) -> Record:
+        row, own_spec = likelihood.render_row(row, where, spec)
+        return problems.render_question(spec.benchmark, row, own_spec.template)
+
+    rendered_rows = ((where, render(row, where)) for where, row in rows)
     return completions.encode_row_prompts(
         subject, rendered_rows, spec.thinking, spec.sample.max_new_tokens
     )
@@ -84,6 +95,7 @@ def describe_task(rows: Problems, spec: EvalSpec) -> dict[str, Any]:
         "max_new_tokens": spec.sample.max_new_tokens,
         **dataclasses.asdict(spec.sample.sampling),
         "seed": spec.sample.seed,
+        **likelihood.describe_choice(spec),
     }
 
 
@@ -166,7 +178,9 @@ def evaluate_benchmark(
         lambda: records.resume_evaluation(out_dir, protocol, rows, keys)
     )
     start, row_groups = time.perf_counter(), iter(())
-    if first_problem < len(rows):
+    if spec.choice_by != "response":
+        row_groups = likelihood.choose_options(subject, rows, prompts, spec, first_problem)
+    elif first_problem < len(rows):
         row_groups = responses.sample(
             subject, rows, prompts, spec.sample, first_problem, check_stop
         )

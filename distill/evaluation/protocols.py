@@ -54,6 +54,7 @@ class EvalSpec:
     protocol: str = ""  # its name, as recorded
     template: str = ""  # template of the prompt; "": the benchmark's own
     ks: tuple[int, ...] = (1,)  # k of pass@k and maj@k
+    choice_by: str = "response"  # how an option is chosen; others: see likelihood.CHOICE_BY
 
 
 def resolve_settings(protocol: str, benchmark: str, changes: Settings) -> Settings:

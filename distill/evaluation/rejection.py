@@ -22,20 +22,20 @@ def grade_samples(row: dict, where: str, rule: GradingRule, grader: graders.Grad
     samples, answer = row["samples"], answers.require_answer(row, where)
     if any(not (isinstance(x, dict) and isinstance(x.get("text"), str)) for x in samples):
         raise UserError(f"{where}: a sample has no text to grade")
-    # To check that the grader can read the answer, it also grades a response that gives the answer.
     texts = [sample["text"] for sample in samples]
     values.require_characters(texts, f"{where}: samples")
-    texts.append(rule.right_response.replace("answer", answer))
-    *outcomes, own_outcome = grader.grade(rule, texts, [answer] * len(texts))
-    if own_outcome != "correct":
-        raise UserError(f"{where}: answer {answer!r} cannot be parsed")
+    # To check that the grader can read the answer, it also grades a response that gives the answer.
+    own_texts = [rule.right_response.replace("answer", answer)] if rule.right_response else []
+    outcomes = grader.grade(rule, texts + own_texts, [answer] * len(texts + own_texts))
+    if not rule.is_gradable(answer) or outcomes[len(texts) :] != ["correct"] * len(own_texts):
+        raise UserError(f"{where}: answer {answer[:60]!r} cannot be parsed")
     return [
         {
             **sample,
             "outcome": outcome,
             "correct": outcome == "correct" and sample.get("finish_reason") == "stop",
         }
-        for sample, outcome in zip(samples, outcomes, strict=True)
+        for sample, outcome in zip(samples, outcomes[: len(samples)], strict=True)
     ]
 
 

@@ -33,6 +33,7 @@ def add_grade(row: Record, rule: GradingRule, grade: graders.Grade) -> Record:
         extracted = {"found": answer and answer[: graders.MAX_ANSWER_CHARACTERS]}
     return {
         **row,
+        **({"answer": rule.shorten(row["answer"])} if "answer" in row else {}),
         "correct": outcome == "correct",
         **extracted,
         **grade,

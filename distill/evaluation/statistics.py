@@ -223,14 +223,21 @@ def summarise_rows(rows: Sequence[Record], ks: Sequence[int]) -> Record:
     }
     if len(sizes) == 1:
         summary[f"avg@{max(sizes)}"] = mean
+    intervals: dict[str, tuple[float, float]] = {}
     for k in ks:
         if min(sizes) < k:
             continue
         hits = [(sum(bool(row["correct"]) for row in group), len(group)) for group in groups]
-        summary[f"pass@{k}"] = float(np.mean([pass_at_k(c, n, k) for c, n in hits]))
+        shares_P = np.array([pass_at_k(c, n, k) for c, n in hits])
+        summary[f"pass@{k}"] = float(np.mean(shares_P))
+        # A share of 0 or 1 where k is all samples; else Wilson's interval is too wide, not too
+        # narrow.
+        intervals[f"pass@{k}"] = wilson_interval(float(shares_P.sum()), len(shares_P))
         if k > 1 and all("found" in row for row in rows):
             votes = [majority_at_k(*_count_votes(group), k) for group in groups]
             summary[f"maj@{k}"] = float(np.mean(votes))
+    if any(k > 1 for k in ks):
+        summary["k_intervals"] = intervals
     for name, field in (
         ("format_rate", "formatted"),
         ("repetition_rate", "repeats"),
@@ -239,9 +246,77 @@ def summarise_rows(rows: Sequence[Record], ks: Sequence[int]) -> Record:
     ):
         if all(field in row for row in rows):
             summary[name] = float(np.mean([bool(row[field]) for row in rows]))
+    summary |= _summarise_scores(rows, groups)
+    for name in ("exact", "contained"):
+        if all(name in row for row in rows):
+            hits = [[bool(row[name]) for row in group] for group in groups]
+            summary[name], summary[f"{name}_interval"] = compute_accuracy(hits)
+    if all("right" in row and "found" in row for row in rows):
+        summary |= summarise_choices(groups)
     if all("length" in row for row in rows):
         summary |= _summarise_lengths(rows)
     return summary
+
+
+def _summarise_scores(rows: Sequence[Record], groups: Sequence[Sequence[Record]]) -> Record:
+    """Returns the mean of the graders' scores over problems, and its 95% interval (Student's t)."""
+    if not all("score" in row for row in rows):
+        return {}
+    shares_P = np.array([np.mean([_to_float(row["score"]) for row in group]) for group in groups])
+    mean, count = float(shares_P.mean()), len(shares_P)
+    half = 1.0
+    if count > 1:
+        half = special.stdtrit(count - 1, 0.975) * shares_P.std(ddof=1) / math.sqrt(count)
+    return {
+        "score": mean,
+        "score_interval": (max(0.0, float(mean - half)), min(1.0, float(mean + half))),
+    }
+
+
+def _to_float(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def summarise_choices(groups: Sequence[Sequence[Record]]) -> Record:
+    """Measures how much the place of an option decides whether it is chosen.
+
+    Args:
+      groups: rows of each problem, with `right` and `found`, the letters of the right and of the
+        chosen option (None: none).
+
+    Returns:
+      Of each letter the number of problems whose right option it is, the share of these that are
+      answered correctly (`accuracy`, the recall of the letter) and the share of all responses that
+      choose it, with 95% intervals. `recall_std` is the standard deviation of the recalls: of a
+      model without a preference it is 0 but for chance (RStd of arXiv 2309.03882). Of choices by
+      likelihood also the accuracy of those that allow for the options' lengths.
+    """
+    rights = [str(group[0]["right"]) for group in groups]
+    samples = max(len(group) for group in groups)
+    letters, recalls = {}, []
+    for letter in sorted({*rights} | {str(r["found"]) for g in groups for r in g if r["found"]}):
+        own = [g for g, right in zip(groups, rights, strict=True) if right == letter]
+        chosen_P = np.array([np.mean([row["found"] == letter for row in g]) for g in groups])
+        own_result: Record = {
+            "problems": len(own),
+            "chosen": float(chosen_P.mean()),
+            "chosen_interval": compute_interval(chosen_P, samples),
+        }
+        if own:
+            hits = [[bool(row["correct"]) for row in group] for group in own]
+            recall, own_result["interval"] = compute_accuracy(hits)
+            own_result["accuracy"] = recall
+            recalls.append(recall)
+        letters[letter] = own_result
+    silent = float(np.mean([row["found"] is None for group in groups for row in group]))
+    spread = float(np.std(recalls)) if len(recalls) > 1 else None
+    result: Record = {"choices": {"letters": letters, "no_choice": silent, "recall_std": spread}}
+    rows = [row for group in groups for row in group]
+    if all("found_normalised" in row for row in rows):
+        hits = [[row["found_normalised"] == row["right"] for row in group] for group in groups]
+        mean, interval = compute_accuracy(hits)
+        result |= {"accuracy_normalised": mean, "interval_normalised": interval}
+    return result
 
 
 def _summarise_lengths(rows: Sequence[Record]) -> Record:

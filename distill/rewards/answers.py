@@ -110,7 +110,7 @@ def extract_answer(response: str) -> str | None:
     final = strip_thinking(response)
     if final is None:
         return None
-    boxes = _find_boxes(final)
+    boxes = find_boxes(final)
     return _find_outside_boxes(final) if boxes is None else _join_boxes(final, boxes)
 
 
@@ -119,7 +119,7 @@ def extract_boxed(text: str) -> str | None:
 
     Boxes that only a comma, "and" or "or" separates are one answer, "1, 2".
     """
-    boxes = _find_boxes(text)
+    boxes = find_boxes(text)
     return None if boxes is None else _join_boxes(text, boxes)
 
 
@@ -127,7 +127,7 @@ Box = tuple[int, int, str | None]
 """Start and end of a box in the text, and its content (None if it is not closed)."""
 
 
-def _find_boxes(text: str) -> list[Box] | None:
+def find_boxes(text: str) -> list[Box] | None:
     """Finds the boxes of a text in order. None if there is none."""
     boxes: list[Box] = []
     stack: list[tuple[int, int] | None] = []  # number and content's start of each open box

@@ -2,7 +2,8 @@
 
 "correct" and "wrong" judge an answer. "no_answer" means that there is none (the response was cut
 short, or has the wrong form), "unparsed" that it cannot be read as mathematics; "timeout" and
-"error" mean that the grader gave up. Only "correct" earns a reward.
+"error" mean that the grader gave up. Only "correct" earns the reward of a right answer; a grader
+that can tell how much of an answer is right says so too, as a score.
 
 Model output is hostile input to a computer algebra system (9**9**9 is four tokens), so free-form
 answers are graded in processes that are killed on a timeout, and that end themselves if their
@@ -30,7 +31,10 @@ from distill.rewards.equality import INTEGER, MAX_ANSWER_CHARACTERS
 OUTCOMES = ("correct", "wrong", "no_answer", "unparsed", "timeout", "error")
 
 Grade = dict[str, object]
-"""`outcome`, one of OUTCOMES, and any further results of a grader."""
+"""`outcome`, one of OUTCOMES, and any further results of a grader.
+
+`score`, a share from 0 to 1, says how much is right: of tests passed, or of words. A grade without
+it has 1 if it is "correct", else 0; see `get_score`."""
 
 CONSTS.term_timeout = 0.0  # the pool kills a worker at once: see `_init_worker`
 _GRACE_SECONDS = 2.0  # time for the pool to end a worker that timed out
@@ -99,18 +103,23 @@ class GradingRule:
 
     grade: (response, answer) -> an outcome, or a Grade with further results. Runs in a worker
       process, so it must be a module-level function.
-    precheck: (response, answer) -> the outcome if it takes no risky computation, else None. Runs in
+    precheck: (response, answer) -> the result if it takes no risky computation, else None. Runs in
       this process.
     is_gradable: returns True if responses can be compared with an answer, judged by its form.
     extract: extracts the answer of a response, for the vote of maj@k. None if responses have none.
-    right_response: template of a response that gives the answer, in place of the word `answer`.
+    right_response: template of a response that gives the answer, in place of the word `answer`; ""
+      if an answer's form does not say what is right.
+    seconds: the time limit of a grade; 0: the Grader's own.
+    shorten: converts an answer to what results say of it; for answers that are too long to repeat.
     """
 
     grade: Callable[[str, str], str | Grade]
-    precheck: Callable[[str, str], str | None] = lambda response, answer: None
+    precheck: Callable[[str, str], "str | Grade | None"] = lambda response, answer: None
     is_gradable: Callable[[str], bool] = lambda answer: True
     extract: Callable[[str], str | None] | None = None
     right_response: str = "\\boxed{answer}"
+    seconds: float = 0.0
+    shorten: Callable[[str], str] = lambda answer: answer
 
 
 class _Worker(SpawnProcess):
@@ -168,14 +177,21 @@ class Grader:
                 initializer=_init_worker,
                 initargs=(rule.grade,),
             )
-        arguments = (rule.grade, response, answer, self._timeout + _GRACE_SECONDS)
-        return self._pool.schedule(_grade_with_deadline, arguments, timeout=self._timeout)
+        timeout = rule.seconds or self._timeout
+        arguments = (rule.grade, response, answer, timeout + _GRACE_SECONDS)
+        return self._pool.schedule(_grade_with_deadline, arguments, timeout=timeout)
 
     def grade(self, rule: GradingRule, responses: list[str], answers: list[str]) -> list[str]:
         """Returns one of OUTCOMES for each response, in order."""
+        return [str(grade["outcome"]) for grade in self.collect_grades(rule, responses, answers)]
+
+    def collect_grades(
+        self, rule: GradingRule, responses: list[str], answers: list[str]
+    ) -> list[Grade]:
+        """Returns the whole grade of each response, in order."""
         pairs = zip(responses, answers, strict=True)
         futures = [self.submit(rule, *pair) for pair in pairs]
-        return [str(wait_for_grade(future)["outcome"]) for future in futures]
+        return [wait_for_grade(future) for future in futures]
 
 
 def wait_for_grade(future: "Future[str | Grade]") -> Grade:
@@ -187,6 +203,14 @@ def wait_for_grade(future: "Future[str | Grade]") -> Grade:
     except Exception:  # raised by the algebra, or its process died
         result = "error"
     return {"outcome": result} if isinstance(result, str) else result
+
+
+def get_score(grade: Grade) -> float:
+    """Returns how much of a response is right, from 0 to 1: the grader's score, or else 1 for
+    "correct" and 0 for all other outcomes."""
+    score = grade.get("score")
+    right = grade["outcome"] == "correct"
+    return float(score if isinstance(score, int | float) else right)
 
 
 def _init_worker(grade: Callable[[str, str], str | Grade]) -> None:

@@ -132,4 +132,13 @@ def _has_punkt() -> bool:
     return True
 
 
-INSTRUCTIONS = GradingRule(grade_instructions)
+def is_gradable(answer: str) -> bool:
+    """Returns True for an answer that `make_answer` wrote."""
+    try:
+        fields = json.loads(answer)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(fields, dict) and fields.keys() == {"prompt", "ids", "kwargs"}
+
+
+INSTRUCTIONS = GradingRule(grade_instructions, is_gradable=is_gradable, right_response="")

@@ -20,7 +20,8 @@ class Response:
 
     `text` is the response without special tokens, and with the think tag that its prompt opened, if
     it did (`chat.decode_response`); `tokens` its ids, including the stop token;
-    `outcome` the grader's result (distill.rewards.graders.OUTCOMES); `thinking` the requested mode;
+    `outcome` the grader's result (distill.rewards.graders.OUTCOMES), and `score` how much is right,
+    from 0 to 1 (`graders.get_score`); `thinking` the requested mode;
     `limit` the maximum number of tokens, the last `margin` of which are penalised for length.
     """
 
@@ -31,11 +32,18 @@ class Response:
     thinking: bool
     limit: int
     margin: int
+    score: float = 0.0
 
 
 def accuracy_reward(response: Response) -> float:
     """Returns 1 for a right answer, else 0. A response that reached the length limit gets 0."""
     return float(response.finished and response.outcome == "correct")
+
+
+def score_reward(response: Response) -> float:
+    """Returns how much of a response is right, from 0 to 1. A response that reached the length
+    limit gets 0."""
+    return response.score if response.finished else 0.0
 
 
 def is_well_formed(text: str, thinking: bool) -> bool:
@@ -84,6 +92,7 @@ def compute_repetition(tokens: Sequence[int]) -> float:
 
 REWARD_TERMS = {
     "correct": accuracy_reward,
+    "score": score_reward,
     "format": format_reward,
     "length": overlong_reward,
     "repetition": repetition_reward,

@@ -1,6 +1,7 @@
 """Evaluates during training, on the run's own mesh, and keeps the best checkpoint.
 
-WORKDIR/eval/STEP holds the output of `evaluate`. WORKDIR/best is a run directory with one
+WORKDIR/eval/STEP holds the output of `evaluate`, and its folder NAME that of a further benchmark.
+WORKDIR/best is a run directory with one
 checkpoint, so that every verb accepts it as a model. Neither affects training. The best value is
 stored in the best checkpoint, so a resumed run compares with WORKDIR/best.
 """
@@ -44,6 +45,7 @@ class ValidationSetup:
     prompts: dataset.TokenLists  # of the rows
     settings: protocols.Settings
     spec: protocols.EvalSpec
+    more: tuple["ValidationSetup", ...] = ()  # further benchmarks
 
 
 def setup_validation(c: ConfigDict, student: Policy, seed: int) -> ValidationSetup | None:
@@ -57,31 +59,50 @@ def setup_validation(c: ConfigDict, student: Policy, seed: int) -> ValidationSet
         return None
     if c.best.removeprefix("-") not in ("", *EVAL_METRICS):
         raise UserError(f"config.eval.best={c.best!r}: must be one of {', '.join(EVAL_METRICS)}")
+    own = _setup_benchmark(c, c.benchmark, c.data, student, seed)
+    pairs = c.more if isinstance(c.more, tuple | list) else (c.more,)
+    for pair in pairs:
+        if not isinstance(pair, tuple | list) or [type(x) for x in pair] != [str, str]:
+            raise UserError(
+                f"config.eval.more: {pair!r} is no pair of a benchmark and its data, as in "
+                "more=(('ifeval', 'hf:'),)"
+            )
+    names = [c.benchmark, *(name for name, _ in pairs)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"config.eval.more: names {twice} twice, or beside config.eval.benchmark")
+    more = tuple(_setup_benchmark(c, name, data, student, seed) for name, data in pairs)
+    return dataclasses.replace(own, more=more)
+
+
+def _setup_benchmark(
+    c: ConfigDict, benchmark: str, data: str, student: Policy, seed: int
+) -> ValidationSetup:
+    """Checks the evaluation on one benchmark, and reads its problems."""
     counts = dict.fromkeys(("limit", "samples", "max_new_tokens"), Range())
     checks.check_fields(c, {**counts, "batch_size": Range(1)}, "config.eval.")
     try:
         changes = {"samples": c.samples or None, "max_new_tokens": c.max_new_tokens or None}
-        problems.require_task(c.benchmark)
-        settings = protocols.resolve_settings(c.protocol, c.benchmark, changes)
-        rows = problems.load_problems(c.benchmark, c.data, c.limit)
-        problems.check_gradable(c.benchmark, rows)
+        problems.require_task(benchmark)
+        settings = protocols.resolve_settings(c.protocol, benchmark, changes)
+        rows = problems.load_problems(benchmark, data, c.limit)
+        problems.check_gradable(benchmark, rows)
         sampled = settings | {"seed": seed, "batch_size": c.batch_size}
-        spec = protocols.make_eval_spec(c.protocol, c.benchmark, sampled)
+        spec = protocols.make_eval_spec(c.protocol, benchmark, sampled)
         if not c.max_new_tokens:
             spec = evaluator.fit_limit(student, rows, spec, "config.eval.max_new_tokens")
         prompts = evaluator.encode_prompts(student, rows, spec)
         return ValidationSetup(c, rows, prompts, settings, spec)
     except UserError as error:
-        raise UserError(_name_keys(c, str(error))) from None
+        raise UserError(_name_keys(c, str(error), data)) from None
 
 
-def _name_keys(c: ConfigDict, message: str) -> str:
+def _name_keys(c: ConfigDict, message: str, data: str) -> str:
     """Returns a message about `config.eval` with the keys that are meant."""
     message = message.replace("(max_new_tokens)", "(config.eval.max_new_tokens)")
     if message.startswith("--"):  # as `evaluate` names them
         return f"config.eval.{message.removeprefix('--')}"
-    if c.data and message.startswith(c.data):
-        return f"config.eval.data={message}"
+    if data and message.startswith(data):
+        return f"config.eval.{'data' if data == c.data else 'more'}={message}"
     return message if message.startswith("config.eval.") else f"config.eval: {message}"
 
 
@@ -113,8 +134,10 @@ class ValidationHook:
         v = self.validation
         if v is None:
             return
-        run_files.log_line(f"evaluation: compiling for {len(v.rows):,} problems")
-        rollout.complete(self._make_subject(params), v.prompts, v.spec.sample, warm_up=True)
+        for each in (v, *v.more):
+            run_files.log_line(f"evaluation: compiling for {len(each.rows):,} problems")
+            subject = self._make_subject(params)
+            rollout.complete(subject, each.prompts, each.spec.sample, warm_up=True)
 
     def run(
         self,
@@ -136,7 +159,8 @@ class ValidationHook:
         v = self.validation
         assert v is not None
         start_time = time.perf_counter()
-        summary: Any = self._evaluate_step(v, self._make_subject(state.params), step, check_stop)
+        subject, out = self._make_subject(state.params), self.workdir / "eval" / f"{step:06d}"
+        summary: Any = self._evaluate_step(v, subject, step, out, check_stop)
         value, is_best = summary.get(v.c.best.removeprefix("-")), False
         if self.best_checkpoints and value is not None:
             value = -value if v.c.best.startswith("-") else value
@@ -151,6 +175,12 @@ class ValidationHook:
         best = f"; the best {v.c.best} so far, kept in {self.workdir / 'best'}" if is_best else ""
         run_files.log_line(f"evaluation after step {step:,} on {v.c.benchmark}: {results}{best}")
         metrics = {f"eval/{name}": summary.get(name) for name in EVAL_METRICS}
+        for other in v.more:
+            benchmark = other.spec.benchmark
+            summary = self._evaluate_step(other, subject, step, out / benchmark, check_stop)
+            results = ", ".join(f"{name} {text}" for name, text in comparison.list_results(summary))
+            run_files.log_line(f"evaluation after step {step:,} on {benchmark}: {results}")
+            metrics |= {f"eval/{benchmark}/{name}": summary.get(name) for name in EVAL_METRICS}
         return metrics | {"time/eval": time.perf_counter() - start_time}
 
     def _make_subject(self, params: Any) -> Policy:
@@ -163,6 +193,7 @@ class ValidationHook:
         v: ValidationSetup,
         subject: Policy,
         step: int,
+        out: epath.Path,
         check_stop: Callable[[], None],
     ) -> evaluator.Record:
         """Runs one evaluation.
@@ -170,7 +201,6 @@ class ValidationHook:
         Resumes a directory of this step if the same parameters wrote it, as in a resumed run;
         replaces one of an earlier config.
         """
-        out = self.workdir / "eval" / f"{step:06d}"
         subject = dataclasses.replace(subject, step=step)
         evaluate_once = functools.partial(
             evaluator.evaluate_benchmark, subject, v.rows, v.spec, out, check_stop=check_stop
@@ -201,8 +231,10 @@ def open_validation_hook(
 
 
 def make_eval_config(v: ValidationSetup) -> dict[str, Any]:
-    """Returns the settings of evaluations as JSON. Values with equal settings are comparable."""
-    return {**v.settings, **json.loads(v.c.to_json_best_effort())}
+    """Returns the settings of evaluations as JSON. Values with equal settings are comparable, for
+    which further benchmarks do not count."""
+    config = json.loads(v.c.to_json_best_effort())
+    return {**v.settings, **{name: x for name, x in config.items() if name != "more"}}
 
 
 def _init_best(directory: epath.Path, eval_config: dict[str, Any]) -> float | None:

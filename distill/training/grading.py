@@ -28,6 +28,7 @@ from models.transformer import Params
 
 Metrics = dict[str, float]
 
+GAVE_UP = ("timeout", "error")  # outcomes that say nothing about a response
 THINKING_MODES = {"think": True, "no_think": False}  # metric suffix -> thinking flag of a row
 
 
@@ -44,26 +45,42 @@ def grade_sequences(
       The rewards without the teachers' part, and the values of each term; one per sequence.
     """
     texts = [chat.decode_response(tokenizer, x.prompt, x.tokens) for x in sequences]
-    outcomes = ["no_answer"] * len(sequences)
-    if s.reward.correct or s.reward.format:
+    grades: list[graders.Grade] = [{"outcome": "no_answer"}] * len(sequences)
+    if s.reward.correct or s.reward.score or s.reward.format:
         answers = [examples[i // s.samples].answer for i in range(len(sequences))]
         # One process grades for all, since timeouts depend on how busy a host is.
-        outcomes = distributed.broadcast_from_primary(
-            lambda: grader.grade(tasks.BENCHMARKS[s.reward.grader].grading, texts, answers)
+        rule = tasks.BENCHMARKS[s.reward.grader].grading
+        grades = distributed.broadcast_from_primary(
+            lambda: grader.collect_grades(rule, texts, answers)
         )
+        _warn_of_ungraded(grades, sequences)
     responses = [
         terms.Response(
             text=text,
             tokens=x.tokens,
             finished=x.finish_reason == "stop",
-            outcome=outcome,
+            outcome=str(grade["outcome"]),
             thinking=x.thinking,
             limit=s.max_response_tokens,
             margin=s.reward.length_margin,
+            score=graders.get_score(grade),
         )
-        for text, x, outcome in zip(texts, sequences, outcomes, strict=True)
+        for text, x, grade in zip(texts, sequences, grades, strict=True)
     ]
     return terms.compute_rewards(responses, stages.get_term_weights(s))
+
+
+def _warn_of_ungraded(
+    grades: Sequence[graders.Grade], sequences: Sequence[rollout.Sequence]
+) -> None:
+    """Says on the terminal how many responses earn nothing because their grader gave up."""
+    reasons = {i: str(x["outcome"]) for i, x in enumerate(grades) if x["outcome"] in GAVE_UP}
+    if reasons:
+        first = next(iter(reasons))
+        run_files.log_line(
+            f"warning: the grader gave up on {len(reasons)} of {len(grades)} responses, which earn "
+            f"nothing, the first by {reasons[first]}: {sequences[first].where or f'row {first}'}"
+        )
 
 
 def drop_failed_groups(

@@ -10,21 +10,22 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from distill.data import curriculum, dataset, examples, teacher_context
-from distill.evaluation import tasks
 from distill.objectives import losses
 from distill.policy import policy
 from distill.policy.policy import Policy
+from distill.rewards import sandbox
 from distill.teachers import external, local
 from distill.teachers.external import ExternalTeacher
 from distill.teachers.local import Teacher
-from distill.training import optim, stages, update
+from distill.training import graded_rows, optim, stages, update
 from models import checks, families
 from models.checks import Range
 from models.errors import PromptTooLong, UserError, name_key, suggest
 
 # What a config has besides stages and teachers, which are named freely. configs/base.py has their
 # keys; a test compares the two.
-SETTINGS = ("seed", "stages", "attention", "deterministic", "loss_chunk_mib", "compilation_cache")
+SETTINGS = ("seed", "stages", "unsafe_code", "attention", "deterministic", "loss_chunk_mib")
+SETTINGS += ("compilation_cache",)
 PARTS = ("student", "mesh", "teacher_mesh", "checkpoint", "log", "alerts", "eval")
 REFERENCE = "a reference"  # its name among loaded models; no teacher can have it
 
@@ -98,6 +99,8 @@ def setup_run(
       UserError: naming the invalid flag, file or row.
     """
     teacher_mesh = teacher_mesh or mesh
+    if c.unsafe_code:
+        sandbox.allow_unsafe_code()
     for message in explain_unknown_entries(c).values():
         raise UserError(message)
     checks.check_fields(c, {"seed": checks.SEEDS}, "config.")
@@ -259,6 +262,7 @@ def _setup_stage(
     vocab_size = student.config.vocab_size
     if loss.reward and student.tokenizer is None:
         raise UserError(f"{student.path}: no tokenizer, so responses cannot be graded")
+    adapt_row = {"adapt_row": graded_rows.make_row_adapter(name, s)} if loss.reward else {}
     if loss.k > vocab_size:
         raise UserError(f"config.{name}.loss.k={loss.k}: the vocabulary has {vocab_size} tokens")
     check_example = functools.partial(
@@ -273,7 +277,13 @@ def _setup_stage(
     )
     with stages.name_stage(name):
         source = dataset.load_source(
-            s.data, student.tokenizer, c.seed, sampled_rows < s.batch_size, check_example, context
+            s.data,
+            student.tokenizer,
+            c.seed,
+            sampled_rows < s.batch_size,
+            check_example,
+            context,
+            **adapt_row,
         )
         order = curriculum.make_stage_order(
             s.data, source.size, source.read_example, s.steps, c.seed
@@ -344,14 +354,8 @@ def _check_example(
             examples.require_logprobs(example)
         for teacher in outside:
             teacher.require_example(example)
-    if loss.reward and s.reward.correct:
-        if not example.answer:
-            raise UserError(f"{example.where}: no answer to compare a response with")
-        if not tasks.BENCHMARKS[s.reward.grader].grading.is_gradable(example.answer):
-            raise UserError(
-                f"{example.where}: the grader {s.reward.grader} cannot compare with the answer "
-                f"{example.answer[:60]!r}"
-            )
+    if loss.reward:
+        graded_rows.require_gradable(s, example)
 
 
 def describe_models(run_setup: RunSetup) -> dict[str, dict[str, float]]:

@@ -13,6 +13,7 @@ from distill import rollout
 from distill.evaluation import tasks
 from distill.objectives import losses
 from distill.policy.policy import Policy
+from distill.rewards import terms
 from distill.runtime import mesh as mesh_lib
 from distill.teachers import external, local, stored_files
 from distill.teachers.external import ExternalTeacher
@@ -106,13 +107,7 @@ def _check_reward(name: str, s: ConfigDict) -> None:
 
 def get_term_weights(s: ConfigDict) -> dict[str, float]:
     """Returns the weight of each rule-based term of the reward."""
-    r = s.reward
-    return {
-        "correct": r.correct,
-        "format": r.format,
-        "length": r.length,
-        "repetition": r.repetition,
-    }
+    return {name: s.reward[name] for name in terms.REWARD_TERMS}
 
 
 def reads_teachers(c: ConfigDict, s: ConfigDict, loss: losses.Loss) -> bool:

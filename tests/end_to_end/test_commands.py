@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from absl.flags import FlagValues
 
-from configs import ablations
+from configs import ablations, reproduce
 from tests.support.pages import PAGES, find_blocks, find_files, find_spans, name_page, split_lines
 from tests.support.paths import ROOT
 from tests.support.recipes import at_home, parse_config  # noqa: F401  (at_home is a fixture)
@@ -27,7 +27,7 @@ PYTHONS = ("python", "python3", ".venv/bin/python")
 OURS = (*PYTHONS, "make", "./launch_tpu.sh", "srun")  # programs whose arguments are checked
 # Other programs in documented commands, and why their arguments are not checked.
 UNCHECKED = {
-    **dict.fromkeys(("cp", "echo", "grep", "head"), "belongs to every system"),
+    **dict.fromkeys(("bash", "cp", "echo", "grep", "head"), "belongs to every system"),
     **dict.fromkeys(("done", "export", "for", "read", "source", "while"), "belongs to the shell"),
     "$run": "is a command that configs/ablations.py printed, and test_recipes.py checks",
     "gcloud": "needs an account at Google",
@@ -145,6 +145,8 @@ def check_python(arguments: list[str]) -> None:
         compile(arguments[1], "command", "exec")
     elif arguments[0] != "-m":
         check_file(arguments[0])
+        if arguments[0] == "configs/reproduce.py" and arguments[1:]:
+            reproduce.list_commands(arguments[1], tiny="tiny" in arguments)
         if arguments[0] == "configs/ablations.py" and arguments[1:]:
             ablations.list_commands(arguments[1], tiny=arguments[2:] == ["tiny"])
     elif arguments[1] == "venv":
@@ -244,7 +246,7 @@ def test_documented_command_parses(where: str, line: str, tmp_path: Path) -> Non
 def test_every_source_contributes_commands() -> None:
     places = {where for where, _ in COMMANDS}
     pages = {name_page(page) for page in PAGES} - {"docs/api.md"}  # Python only
-    assert {*pages, "launch_tpu.sh", "configs/ablations.py"} <= places
+    assert {*pages, "launch_tpu.sh", "configs/ablations.py", "configs/reproduce.py"} <= places
     recipes = {file.stem for file in (ROOT / "configs").glob("*.py")}
     without = {"__init__", "arguments", "tiny"}
     assert recipes - without <= {Path(where).stem for where in places if "configs/" in where}
@@ -275,6 +277,7 @@ TRAIN = "python -m distill.train --config=configs/base.py --workdir=runs/x"
         "python -m benchmarks.lost",
         "python configs/lost.py",
         "python configs/ablations.py lost",
+        "python configs/reproduce.py lost",
         "python -m pytest tests/lost.py",
         'python -c "import"',
         "cd x && make quikstart",

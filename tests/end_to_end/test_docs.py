@@ -211,6 +211,7 @@ NOT_RUN = {
     r"^make quickstart": "takes minutes; test_quickstart.py runs it, tiny",
     r"assets/make_tokenizer|tiny_teacher|tiny_student": "made the models that are committed",
     r"ablations\.py|for rate in": "are studies, whose runs test_recipes.py checks",
+    r"reproduce\.py": "prints commands, which test_reproduce.py checks, or takes minutes",
 }
 
 

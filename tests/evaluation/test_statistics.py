@@ -220,6 +220,10 @@ def test_summary_of_graded_rows() -> None:
         "pass@1": pytest.approx(0.5),
         "pass@2": pytest.approx(2 / 3),  # and no pass@3, because there are too few samples
         "maj@2": pytest.approx((0.5 + 1 + 0) / 3),
+        "k_intervals": {
+            "pass@1": statistics.wilson_interval(1.5, 3),
+            "pass@2": statistics.wilson_interval(2, 3),
+        },
         "mean_length": 5.5,
         "mean_length_finished": 4.8,
         "truncation_rate": pytest.approx(1 / 6),

@@ -2,13 +2,15 @@
 
 import json
 import math
+import random
+import re
 from pathlib import Path
 
 import pytest
 
 from distill import rollout
-from distill.data import sources
-from distill.evaluation import problems, protocols, tasks
+from distill.data import canonical, sources
+from distill.evaluation import problems, protocols, rejection, tasks
 from distill.rewards import graders
 from models.errors import UserError
 from tests.support.verbs import write
@@ -209,3 +211,142 @@ def test_stored_responses_are_matched_to_problems(tmp_path: Path) -> None:
         path = write(tmp_path / "s.jsonl", [{"unique_id": "a", "answer": answer, "response": "3"}])
         with pytest.raises(UserError, match=r"s.jsonl:1: no answer among its fields"):
             problems.load_responses("math", str(path), known)
+
+
+def load_one(directory: Path, benchmark: str, row: dict) -> problems.Record:
+    ((_, problem),) = problems.load_problems(benchmark, str(write(directory / "x.jsonl", [row])), 0)
+    return problem
+
+
+def read_choice(problem: problems.Record) -> tuple[str, list[str]]:
+    fields = json.loads(problem["answer"])
+    return fields["letter"], fields["options"]
+
+
+@pytest.mark.parametrize(
+    ("row", "letter"),
+    [
+        ({"options": ["w", "x", "y"], "answer": "C"}, "C"),
+        ({"choices": ["w", "x", "y"], "answer": 2}, "C"),
+        ({"choices": ["w", "x", "y"], "answer": "y"}, "C"),
+        ({"options": ["A) w", "B) x", "C) y"], "answer": "(c)"}, "C"),
+        ({"options": {"A": "w", "B": "x", "C": "y"}, "answer": "y", "answer_idx": "C"}, "C"),
+        ({"choices": {"text": ["w", "x", "y"], "label": ["1", "2", "3"]}, "answerKey": "3"}, "C"),
+        ({"options": ["w", "x", "y"], "answer": "C", "answer_index": 2}, "C"),
+        ({"A": "w", "B": "x", "C": "y", "answer": "C"}, "C"),
+    ],
+)
+def test_options_and_answers_are_read_in_every_form(tmp_path: Path, row: dict, letter: str) -> None:
+    problem = load_one(tmp_path, "choice", {"id": "q1", "question": "Which?", **row})
+    assert read_choice(problem) == (letter, ["w", "x", "y"]) and problem["id"] == "q1"
+    assert problem["question"] == "Which?\n\n(A) w\n(B) x\n(C) y"
+    again = load_one(tmp_path, "choice", problem)  # what was read is read as itself
+    assert (again["question"], again["answer"]) == (problem["question"], problem["answer"])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"options": ["w", "x"], "answer": "D"}, "answer='D' is none of its 2 options"),
+        ({"options": ["w", "x"], "answer": 2}, "answer='2' is none of its 2 options"),
+        ({"options": ["w", "x"], "answer": True}, "answer='True' is none"),
+        ({"options": ["w", "w"], "answer": "w"}, "answer='w' is none"),  # which one?
+        ({"options": ["B", "A"], "answer": "A"}, "answer='A' is none"),  # the letter or the text?
+        ({"options": ["w", "x"], "answer": "A", "answer_index": 1}, "are different options"),
+        ({"options": ["w", "x"]}, "none of answer, answerKey, answer_index, answer_idx among"),
+        ({"answer": "the first"}, "none of options, choices among its fields"),
+        ({"options": ["w"], "answer": 0}, "1 options; there must be 2 to 26"),
+        ({"options": "wx", "answer": 0}, "its options are not a list of texts"),
+    ],
+)
+def test_an_answer_that_is_no_option_is_named(tmp_path: Path, row: dict, message: str) -> None:
+    with pytest.raises(UserError, match=r"x\.jsonl:1: .*" + re.escape(message)):
+        load_one(tmp_path, "choice", {"question": "Which?", **row})
+
+
+def test_gpqa_shuffles_its_options_as_its_authors_do(tmp_path: Path) -> None:
+    """The reference is their procedure: one generator, seeded with 0, over the rows in order."""
+    wrong = [f"Incorrect Answer {i}" for i in (1, 2, 3)]
+    rows = [
+        {"Record ID": f"rec{i}", "Question": f"q{i}", "Correct Answer": f"right {i}\n"}
+        | {name: f"wrong {i} {name[-1]}" for name in wrong}
+        for i in range(50)
+    ]
+    loaded = problems.load_problems("gpqa", str(write(tmp_path / "x.jsonl", rows)), 0)
+    generator = random.Random(0)
+    for (_, problem), row in zip(loaded, rows, strict=True):
+        texts = [row[name] for name in (*wrong, "Correct Answer")]
+        generator.shuffle(texts)
+        letter, options = read_choice(problem)
+        assert options == [text.strip() for text in texts] and problem["id"] == row["Record ID"]
+        assert options["ABCD".index(letter)] == row["Correct Answer"].strip()
+    assert len({read_choice(problem)[0] for _, problem in loaded}) == 4
+    stored = write(tmp_path / "s.jsonl", [{**rows[3], "response": "A"}])
+    with pytest.raises(UserError, match=r"s\.jsonl:1: options are shuffled, so a response"):
+        problems.load_responses("gpqa", str(stored), loaded)
+    stored = write(tmp_path / "s.jsonl", [{"id": "rec3", "response": "A"}])
+    assert (
+        problems.load_responses("gpqa", str(stored), loaded)[0]["answer"] == loaded[3][1]["answer"]
+    )
+    with pytest.raises(UserError, match=r"x\.jsonl:1: not all of Incorrect Answer 1, "):
+        load_one(tmp_path, "gpqa", {**rows[0], "Incorrect Answer 2": None})
+
+
+def test_mmlu_redux_keeps_rows_with_one_right_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = {"question": "Which?", "choices": ["w", "x", "y", "z"], "answer": 0}
+    kinds = [("ok", None), ("wrong_groundtruth", "C"), ("wrong_groundtruth", "1")]
+    kinds += [("wrong_groundtruth", "none of them"), ("expert", None), ("no_correct_answer", "v")]
+    kinds += [("multiple_correct_answers", "A and B"), ("bad_question_clarity", None)]
+    rows = [fields | {"error_type": kind, "correct_answer": answer} for kind, answer in kinds]
+    loaded = problems.load_problems("mmlu_redux", str(write(tmp_path / "x.jsonl", rows)), 0)
+    assert [(p["id"], read_choice(p)[0]) for _, p in loaded] == [
+        *(("mmlu_redux-0", "A"), ("mmlu_redux-1", "C"), ("mmlu_redux-2", "B"))
+    ]
+    assert "5 rows of" in " ".join(capsys.readouterr())
+    with pytest.raises(UserError, match=r"x\.jsonl:1: error_type='odd' is none of MMLU-Redux's"):
+        load_one(tmp_path, "mmlu_redux", {**fields, "error_type": "odd"})
+    with pytest.raises(UserError, match="no problem of mmlu_redux among its rows"):
+        load_one(tmp_path, "mmlu_redux", rows[4])
+
+
+def test_a_benchmark_of_many_sets_reads_them_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    requested = []
+
+    def read(source: str) -> sources.Rows:
+        requested.append(source)
+        row = {"question": source, "choices": ["a", "b"], "answer": 1, "error_type": "ok"}
+        return sources.Rows(source, 1, lambda i: row, lambda i: f"{source} row {i}")
+
+    monkeypatch.setattr(sources, "open_rows", read)
+    loaded = problems.load_problems("mmlu_redux", "hf:", 0)
+    assert (
+        len(loaded) == 57
+        and requested[0] == "hf:edinburgh-dawg/mmlu-redux-2.0:abstract_algebra:test"
+    )
+    assert [problem["id"] for _, problem in loaded[:2]] == ["mmlu_redux-0", "mmlu_redux-1"]
+
+
+def test_training_reads_multiple_choice_as_evaluation_does() -> None:
+    row = {"question": "Which?", "choices": ["w", "x"], "answer": 1, "subject": "s"}
+    adapted = problems.adapt_prompt_row("choice", row, "f:1")
+    assert adapted["question"] == "Which?\n\n(A) w\n(B) x" and adapted["subject"] == "s"
+    assert "choices" not in adapted
+    canonical_row = canonical.canonicalize_row(adapted, "", "f:1", False)
+    assert canonical_row["answer"] == adapted["answer"]
+    with pytest.raises(UserError, match="f:1: mmlu_redux leaves this row out"):
+        problems.adapt_prompt_row("mmlu_redux", {**row, "error_type": "expert"}, "f:1")
+
+
+def test_samples_of_structured_answers_are_verified() -> None:
+    """`verify` needs no response that gives the answer where its form does not say one."""
+    answer = json.dumps({"letter": "B", "options": ["w", "x"]})
+    samples = [{"text": text, "finish_reason": "stop"} for text in ("B", "The answer is (A).")]
+    row = {"question": "Which?", "answer": answer, "samples": samples}
+    rule = tasks.BENCHMARKS["choice"].grading
+    with graders.Grader() as grader:
+        verified = rejection.grade_samples(row, "f:1", rule, grader)
+        assert [x["correct"] for x in verified] == [True, False]
+        with pytest.raises(UserError, match="f:1: answer 'neither' cannot be parsed"):
+            rejection.grade_samples({**row, "answer": "neither"}, "f:1", rule, grader)

@@ -261,7 +261,8 @@ def test_integer_answers_start_no_processes(monkeypatch: pytest.MonkeyPatch) -> 
         *((graders.MATH, text, False) for text in ("", "$", "\\frac{1", "}{1", "{}", "1" * 1001)),
         *((graders.MATH, text, False) for text in ("NaN", "nan", "\\\\{", "€", ".", " ")),
         *((graders.ARITHMETIC, text, text == "-7") for text in ("-7", "seven", "7.5", "")),
-        (ifeval.INSTRUCTIONS, "{}", True),
+        (ifeval.INSTRUCTIONS, '{"prompt": "p", "ids": ["x:y"], "kwargs": [{}]}', True),
+        *((ifeval.INSTRUCTIONS, text, False) for text in ("{}", "4", "[")),
     ],
 )
 def test_reference_answers_are_checked_for_gradability(

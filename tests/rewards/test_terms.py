@@ -34,6 +34,13 @@ def test_only_correct_answers_are_rewarded(outcome):
     assert terms.accuracy_reward(changed(outcome=outcome)) == 0
 
 
+def test_a_partly_right_response_earns_its_score_alone():
+    half = changed(outcome="wrong", score=0.5)
+    totals, _ = terms.compute_rewards([half, GOOD], {"score": 2.0, "correct": 1.0})
+    assert totals == [1.0, 1.0]  # GOOD has no score here
+    assert terms.score_reward(changed(outcome="wrong", score=0.5, finished=False)) == 0
+
+
 @pytest.mark.parametrize(
     ("text", "thinking", "expected"),
     [
@@ -101,5 +108,5 @@ def test_rewards_are_a_weighted_sum():
     )
     assert total == [1.25, 0.25]
     assert values == {"correct": [1, 0], "format": [1, 1]}
-    with pytest.raises(UserError, match="'beauty' is none of correct, format"):
+    with pytest.raises(UserError, match="'beauty' is none of correct, score, format"):
         terms.compute_rewards([GOOD], {"beauty": 1.0})

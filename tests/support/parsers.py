@@ -24,7 +24,7 @@ from distill.data import canonical, chat, columns, examples, sources, template, 
 from distill.data import messages as chats
 from distill.evaluation import comparison, problems, records, rejection, statistics, tasks
 from distill.policy import hub, identity
-from distill.rewards import graders
+from distill.rewards import graders, sandbox
 from distill.rollout import served_model
 from distill.rollout.sampling import Sampling
 from distill.runtime import addresses, http_client, run_files
@@ -35,6 +35,7 @@ from models.errors import UserError
 from tests.support import fuzzing, templates, verbs
 from tests.support.fuzzing import Strategy, as_files, as_lines, make_values, mutate, scalars, texts
 from tests.support.paths import ROOT
+from tests.support.task_rows import task_rows
 
 STUDENT = ROOT / "assets" / "student"
 
@@ -483,18 +484,15 @@ def resume_evaluation(contents: tuple[bytes, bytes], directory: Path) -> None:
         records.summarise_evaluation(folder, tasks.BENCHMARKS["gsm8k"], (1, 2))
 
 
-problem_rows = anything | st.fixed_dictionaries(
-    {"question": texts, "answer": scalars}, optional={"id": scalars, "response": texts | scalars}
-)
-instructions = st.fixed_dictionaries(
-    {"prompt": texts, "instruction_id_list": st.lists(texts | scalars, max_size=2)},
-    optional={"kwargs": st.lists(fuzzing.values, max_size=2) | fuzzing.values, "key": scalars},
-)
+READ_TASKS = ("gsm8k", "math500", "arithmetic", "ifeval", "gpqa", "mmlu_redux", "choice")
+with contextlib.suppress(UserError):  # the search for one starts processes
+    sandbox.find_isolation()
+    READ_TASKS += ("livecodebench", "humaneval", "mbpp")
 
 
 def read_problems(content: bytes, directory: Path) -> None:
     path = str(write(directory, "rows.jsonl", content))
-    for name in ("gsm8k", "math500", "arithmetic", "ifeval"):
+    for name in READ_TASKS:
         known: problems.Problems = []
         with contextlib.suppress(UserError):
             known = problems.load_problems(name, path, 0)
@@ -675,7 +673,7 @@ PARSERS = {
         st.tuples(as_files(mutate({"problems": 1, "x": 2})), as_lines(mutate(_EXAMPLE))),
         resume_evaluation,
     ),
-    "problems": Parser(as_lines(problem_rows | instructions), read_problems),
+    "problems": Parser(as_lines(anything | task_rows), read_problems),
     "flags": Parser(command_lines, parse_flags, 10),
     "run": Parser(run_contents, read_run),
     "replies": Parser(

@@ -90,6 +90,6 @@ def check_recipe(
     run_setup = setup.setup_run(c, mesh)
     assert tuple(stage.name for stage in run_setup.stages) == tuple(c.stages)
     assert mesh.size == len(aot.get_devices(chips))
-    if c.eval.every:
+    if c.eval.every and (shared_data / f"{c.eval.benchmark}/test.jsonl").exists():
         c.eval.data = str(shared_data / f"{c.eval.benchmark}/test.jsonl")
     eval_hook.setup_validation(c.eval, run_setup.student, c.seed)

@@ -15,7 +15,10 @@ from distill.policy import exporting, policy
 from distill.runtime.checkpoint import Checkpoints
 from distill.training import eval_hook, loop
 from models.errors import UserError
+from tests.support.paths import ROOT
 from tests.support.runs import config, final, numbers
+
+QUESTIONS = "assets/rows/questions.jsonl"
 
 
 def settings(models, **changes):
@@ -206,3 +209,36 @@ def test_no_evaluation_is_the_default(student, models) -> None:
     assert eval_hook.setup_validation(c.eval, student, 0) is None
     with eval_hook.open_validation_hook(None, student, Path("nowhere")) as judge:
         assert not judge.is_due(1, True) and not judge.is_due(4, False)
+
+
+@pytest.mark.long
+def test_further_benchmarks_are_evaluated_beside_the_first(models, tmp_path) -> None:
+    """Their figures and files are their own; the run is trained as without them."""
+    more = (("choice", str(ROOT / "assets/rows/choice.jsonl")), ("qa", str(ROOT / QUESTIONS)))
+    c = settings(models, more=more, every=1000, best="")
+    loop.run(c, tmp_path / "run")
+    rows = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    measured = [row for row in rows if "time/eval" in row]
+    steps = {int(path.parent.name) for path in (tmp_path / "run").glob("eval/*/summary.json")}
+    assert len(measured) == len(steps) == len(c.stages)  # after each stage
+    for row in measured:
+        folder = tmp_path / "run" / "eval" / f"{row['step'] + 1:06d}"
+        for name in ("choice", "qa"):
+            summary = json.loads((folder / name / "summary.json").read_text())
+            assert summary["protocol"]["benchmark"] == name
+            assert row[f"eval/{name}/mean_length"] == summary["mean_length"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ((("choice",),), r"config\.eval\.more: \('choice',\) is no pair of a benchmark"),
+        (("choice", "x.jsonl"), r"config\.eval\.more: 'choice' is no pair"),
+        ((("arithmetic", ""),), r"config\.eval\.more: names arithmetic twice, or beside"),
+        ((("choices", "x"),), r"config\.eval\.benchmark=choices: known are"),
+        ((("qa", "lost.jsonl"),), r"config\.eval\.more=lost\.jsonl: "),
+    ],
+)
+def test_wrong_further_benchmarks_are_refused(models, student, more, message) -> None:
+    with pytest.raises(UserError, match=message):
+        eval_hook.setup_validation(settings(models, more=more).eval, student, 0)

@@ -42,3 +42,28 @@ def test_rollouts_are_graded_with_the_tag_that_their_prompt_opened(
         rewards, terms = grading.grade_sequences(stage, tokenizer, grader, [sequence], [example])
     assert (terms["correct"], terms["format"]) == ([correct], [format_value])
     assert rewards == [correct + 0.5 * format_value]
+
+
+def test_a_grader_that_gives_up_is_named_and_partial_scores_are_paid(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = chat.load_tokenizer(ROOT / "assets" / "student")
+    assert tokenizer is not None
+    example = make_example(
+        {"question": "2+2?", "answer": "4"}, "f:1", Encoding(tokenizer, with_responses=False)
+    )
+    stage = base.make_stage("grpo")
+    stage.samples, stage.max_response_tokens = 3, 64
+    stage.reward.correct, stage.reward.score = 0.0, 2.0
+    sequences = []
+    for _ in range(3):
+        x = rollout.Sequence(example.prompt, (0, 0), 64, where="f:1")
+        x.tokens, x.finish_reason = chat.encode_response(tokenizer, "4"), "stop"
+        sequences.append(x)
+    grades = [{"outcome": "wrong", "score": 0.25}, {"outcome": "correct"}, {"outcome": "timeout"}]
+    monkeypatch.setattr(graders.Grader, "collect_grades", lambda *_: grades)
+    with graders.Grader() as grader:
+        rewards, terms = grading.grade_sequences(stage, tokenizer, grader, sequences, [example])
+    assert rewards == [0.5, 2.0, 0.0] and terms["score"] == [0.25, 1.0, 0.0]
+    said = " ".join(capsys.readouterr())
+    assert "the grader gave up on 1 of 3 responses" in said and "timeout: f:1" in said

@@ -1,6 +1,7 @@
 """Checks of a stage's rows before training."""
 
 import functools
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from configs import base
 from distill.data import chat, dataset
-from distill.training import setup, stages
+from distill.training import graded_rows, setup, stages
 from models.errors import UserError
 from tests.support.paths import ROOT
 
@@ -75,3 +76,45 @@ def test_an_entry_that_nothing_reads_is_named_with_the_nearest_key() -> None:
     assert setup.explain_unknown_entries(c) == {
         "lgo": "config.lgo: is neither a setting nor a stage or a teacher; did you mean 'log'?"
     }
+
+
+def test_rows_of_ifeval_become_prompts_that_its_grader_can_grade(tmp_path: Path) -> None:
+    """As published, or with the answer already in the grader's form; others are refused."""
+    s = base.get_config().opd
+    s.objective, s.samples, s.reward.grader = "grpo", 2, "ifeval"
+    s.data.source = str(tmp_path / "rows.jsonl")
+    loss, _ = stages.resolve_objective("opd", s)
+    tokenizer = chat.load_tokenizer(ROOT / "assets" / "student")
+    check_example = functools.partial(setup._check_example, "opd", s, loss, 100, 1000)
+    adapt_row = graded_rows.make_row_adapter("opd", s)
+
+    def load(**row: Any) -> dataset.Example:
+        Path(s.data.source).write_text(json.dumps(row) + "\n")
+        source = dataset.load_source(
+            s.data, tokenizer, 0, False, check_example, adapt_row=adapt_row
+        )
+        return source.read_example(0)
+
+    published = {
+        "key": 7,
+        "prompt": "2+2? No commas.",
+        "instruction_id_list": ["punctuation:no_comma"],
+        "kwargs": [{"num_words": None}],
+    }
+    answer = load(**published).answer
+    assert json.loads(answer)["ids"] == ["punctuation:no_comma"]
+    assert load(question="2+2? No commas.", answer=answer).answer == answer
+    with pytest.raises(UserError, match="grader ifeval cannot compare with the answer '4'"):
+        load(question="2+2?", answer="4")
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: kwargs is not a list"):
+        load(**{**published, "kwargs": 3})
+
+
+def test_a_grader_that_is_not_installed_is_refused_before_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    s = base.get_config().opd
+    s.reward.grader = "ifeval"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^config.opd.reward.grader=ifeval: lm_eval is not inst"):
+        graded_rows.make_row_adapter("opd", s)

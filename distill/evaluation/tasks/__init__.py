@@ -5,10 +5,17 @@ from distill.evaluation.tasks import (
     aime25,
     amc,
     arithmetic,
+    choice,
+    gpqa,
     gsm8k,
+    humaneval,
     ifeval,
+    livecodebench,
     math,
     math500,
+    mbpp,
+    mmlu_redux,
+    qa,
 )
 from distill.evaluation.tasks.task import Task
 
@@ -21,4 +28,11 @@ BENCHMARKS: dict[str, Task] = {
     "amc": amc.TASK,
     "math": math.TASK,
     "ifeval": ifeval.TASK,
+    "livecodebench": livecodebench.TASK,
+    "humaneval": humaneval.TASK,
+    "mbpp": mbpp.TASK,
+    "gpqa": gpqa.TASK,
+    "mmlu_redux": mmlu_redux.TASK,
+    "choice": choice.TASK,
+    "qa": qa.TASK,
 }
