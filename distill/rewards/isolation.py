@@ -90,6 +90,8 @@ def _wrap_in_bubblewrap(command: list[str], user: int, limits: Limits, filter_fd
         wrapped += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
     if filter_fd >= 0:
         wrapped += ["--seccomp", str(filter_fd)]
+    # Before the files that are shown: a virtual environment may lie in /tmp.
+    wrapped += ["--size", str(limits.folder_bytes), "--tmpfs", "/tmp"]
     folders = {"/dev": None}  # else some would be for their owner alone
     for path in list_shown_paths():
         folders |= dict.fromkeys(map(str, reversed(Path(path).parents[:-1])))
@@ -99,7 +101,6 @@ def _wrap_in_bubblewrap(command: list[str], user: int, limits: Limits, filter_fd
         wrapped += ["--ro-bind", path, path]
     for device in ("/dev/null", "/dev/zero", "/dev/urandom"):
         wrapped += ["--dev-bind", device, device]
-    wrapped += ["--size", str(limits.folder_bytes), "--tmpfs", "/tmp"]
     return [*wrapped, "--remount-ro", "/", "--chdir", "/tmp", "--", *command]
 
 

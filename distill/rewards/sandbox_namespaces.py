@@ -64,11 +64,11 @@ def lay_out_files(paths, folder_bytes):
     os.chdir("/")
     for path in DEVICES:
         bind(path, path, readonly=False)
-    for source, path in sources:
-        bind(source, path)
-    os.mkdir("/tmp")
+    os.mkdir("/tmp")  # before the files that are shown: a virtual environment may lie there
     options = f"size={folder_bytes},nr_inodes=4096,mode=755".encode()
     mount("tmpfs", "/tmp", b"tmpfs", MS_NOSUID | MS_NODEV, options)
+    for source, path in sources:
+        bind(source, path)
     call("umount2", OLD.encode(), MNT_DETACH)
     os.rmdir(OLD)
     set_readonly("/", 0)

@@ -56,8 +56,7 @@ def run(
         sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
         if any(arg in _HELP for arg in sys.argv[1:]):
-            usage.print_usage(options)
-            sys.exit(0)
+            _print_help(options)
         _parse_flags(sys.argv, options, arguments)
         gpu.set_xla_flags()
         _set_threads()
@@ -82,6 +81,15 @@ def run(
         if "coordinator_address" in options and options["coordinator_address"].value:
             sys.exit(code)  # the other processes are told
         _end_process(code)
+
+
+def _print_help(options: flags.FlagValues) -> NoReturn:
+    try:
+        usage.print_usage(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on, as in `--help | head`
+        _end_process(0)
+    sys.exit(0)
 
 
 def _end_process(code: int) -> NoReturn:

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from models.errors import UserError
 
-FLAGS = ("model", "teacher", "tokenizer", "run", "workdir", "out", "report", "include")
+FLAGS = ("model", "judge", "teacher", "tokenizer", "run", "workdir", "out", "report", "include")
 FLAGS += ("data", "prompts", "tokens", "responses", "against", "runs")
 OUTPUTS = ("workdir", "out", "report")
 KEYS = ("path", "tokenizer", "source", "mixture", "text", "difficulty", "data", "compilation_cache")

@@ -24,14 +24,7 @@ from distill.rewards import graders
 from distill.runtime import distributed
 from distill.runtime import mesh as mesh_lib
 from distill.teachers.local import Teacher
-from distill.training import (
-    drift,
-    grading,
-    microbatches,
-    rollout_metrics,
-    stages,
-    teacher_outputs,
-)
+from distill.training import drift, grading, microbatches, rollout_metrics, stages, teacher_outputs
 from distill.training.grading import GradedGroups, Metrics
 from distill.training.microbatches import Minibatches, PackedRows
 from distill.training.prompts import StagePrompts

@@ -13,7 +13,6 @@ from distill import rollout
 from distill.evaluation import tasks
 from distill.objectives import losses
 from distill.policy.policy import Policy
-from distill.rewards import terms
 from distill.runtime import mesh as mesh_lib
 from distill.teachers import external, local, stored_files
 from distill.teachers.external import ExternalTeacher
@@ -85,8 +84,8 @@ def _check_reward(name: str, s: ConfigDict) -> None:
             f"config.{name}.samples={s.samples}: an advantage compares responses to one prompt; "
             "set at least 2"
         )
-    choices = {"grader": (*tasks.BENCHMARKS,), "zero_variance_groups": ZERO_VARIANCE_MODES}
-    checks.check_fields(r, choices, prefix)
+    rules = {"grader": (*tasks.BENCHMARKS,), "zero_variance_groups": ZERO_VARIANCE_MODES}
+    checks.check_fields(r, rules | {"max_rounds": Range(1)}, prefix)
     weights = (*get_term_weights(s).values(), r.teacher_logprob)
     if not all(map(math.isfinite, weights)):
         raise UserError(f"config.{name}.reward: weights {weights} are not all finite")
@@ -97,7 +96,6 @@ def _check_reward(name: str, s: ConfigDict) -> None:
             f"{prefix}length_margin={r.length_margin}: the length penalty covers this many tokens "
             f"before the limit, from 1 to max_response_tokens={s.max_response_tokens}"
         )
-    checks.check_fields(r, {"max_rounds": Range(1)}, prefix)
     if s.rollout.token_budget:
         raise UserError(
             f"config.{name}.rollout.token_budget: the responses to one prompt must end together; "
@@ -107,7 +105,14 @@ def _check_reward(name: str, s: ConfigDict) -> None:
 
 def get_term_weights(s: ConfigDict) -> dict[str, float]:
     """Returns the weight of each rule-based term of the reward."""
-    return {name: s.reward[name] for name in terms.REWARD_TERMS}
+    r = s.reward
+    return {
+        "correct": r.correct,
+        "score": r.score,
+        "format": r.format,
+        "length": r.length,
+        "repetition": r.repetition,
+    }
 
 
 def reads_teachers(c: ConfigDict, s: ConfigDict, loss: losses.Loss) -> bool:

@@ -261,6 +261,15 @@ def test_help_of_a_verb_names_all_its_flags(name, capsys, monkeypatch):
     assert ("--coordinator_address" in out) == (name in ("train", "generate", "evaluate"))
 
 
+def test_help_that_nobody_reads_to_its_end_is_no_error():
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "distill.generate", "--help"]
+    ended = subprocess.run(command, cwd=ROOT, stdout=write_end, stderr=subprocess.PIPE, text=True)
+    os.close(write_end)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_help_and_refused_flags_load_no_jax():
     """They are answered at once: the libraries of a run take seconds to import."""
     code = (

@@ -21,7 +21,8 @@ VERBS = (
 )
 # Flags of text that are no paths.
 TEXTS = {
-    *("served_model", "api_key_env", "host", "name", "output"),
+    *("served_model", "api_key_env", "host", "name", "output", "drafts", "window", "choice_by"),
+    *("judge_template", "judge_model", "judge_api_key_env"),
     *("benchmark", "columns", "coordinator_address", "dtype", "k", "keep", "on_bad_row"),
     *("protocol", "scripts", "stage", "stop", "tasks", "template", "thinking", "topology", "chat"),
 }
