@@ -74,7 +74,11 @@ def add_benchmark(copy: Path) -> None:
     table.write_text(f"{text[:end]}    {row[1]},\n{text[end:]}")
     house = copy / "tests/house.py"
     house.write_text(
-        re.sub(r'("evaluation\.tasks": "[^"]*?)(\btask")', rf"\1{path[2]} \2", house.read_text())
+        re.sub(
+            r'("evaluation\.tasks": (?:"[^"]*"\s*)*"[^"]*?)(\btask")',
+            rf"\1{path[2]} \2",
+            house.read_text(),
+        )
     )
 
 
