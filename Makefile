@@ -46,8 +46,6 @@ fuzz: $(VENV)/.dev
 	for parser in rows messages config.json safetensors adapter; do \
 	  JAX_PLATFORMS=cpu $(BIN)/python -m tests.fuzz.guided $$parser -runs=20000 -max_len=8192 -len_control=0 || exit 1; done
 
-# Not reported: asserts, words such as "token", libraries and processes that are used with care, the
-# user ids and folders of the sandbox, and random waits and orders, which are no secrets.
 audit: $(VENV)/.dev
 	$(PIP) 'bandit>=1.9' 'pip-audit>=2.10'
 	$(BIN)/bandit -q -r distill models configs --skip B101,B103,B105,B108,B311,B403,B404,B603,B606,B615

@@ -92,8 +92,8 @@ def make_reward() -> ConfigDict:
     c = ConfigDict()
     c.grader = "arithmetic"  # the benchmark whose grader compares answers with the rows'
     c.correct = 1.0
-    # How much of an answer is right, where its grader can tell: the share of tests passed, or of
-    # words. By other graders the same as correct.
+    # How much of an answer is right, where its grader can tell: the share of tests passed, or the
+    # F1 of the words. By other graders the same as correct.
     c.score = 0.0
     c.format = 0.0  # one closed think block, then an answer
     c.length = 0.0  # penalty on the last `length_margin` tokens before max_response_tokens
@@ -152,12 +152,12 @@ def make_rollout() -> ConfigDict:
     # through the update.
     c.asynchronous = False
     c.gather_weights = True  # each row shard holds all weights; False: fetches them for each token
-    # ngram: each step guesses further tokens of a row from what has followed the last ones, in it
-    # and in responses to the same prompt, and keeps those that it draws itself: the same tokens (as
-    # always, up to near ties in rounding) in fewer steps. "": off
+    # ngram: each step guesses a row's next tokens from what followed its last ones before, in it or
+    # in responses to the same prompt, and keeps the guesses that sampling confirms: the same tokens
+    # (as always, up to near ties in rounding) in fewer steps. "": off
     c.drafts = ""
-    # Tokens that a step guesses at most for a row, up to a page of the cache. As many as have paid
-    # so far are used: these, half of them, or none.
+    # The most tokens that a step guesses for a row, up to a page of the cache. It guesses as many,
+    # half as many or none, whichever has paid.
     c.draft_tokens = 3
     return c.lock()
 
@@ -187,9 +187,9 @@ def make_stage(objective: str) -> ConfigDict:
     c.epochs = 1  # passes over the rows of a step; above 1 the ratio corrects for it
     c.max_prompt_tokens = 512  # longer prompts are refused
     c.max_response_tokens = 1024  # traces are cut here; sampling stops here
-    # Shorter responses first, which cost less: pairs of a step and of the most tokens of responses
-    # that begin from it on, ((0, 64), (200, 256)), up to max_response_tokens; (): always that.
-    # Cut ones are the metric rollout/cut_by_schedule, and not rollout/truncated.
+    # Shorter responses first, which cost less: pairs (step of the stage, most tokens of responses
+    # that begin from it on), such as ((0, 64), (200, 256)); (): always max_response_tokens.
+    # rollout/cut_by_schedule counts what it cuts; rollout/truncated does not.
     c.response_schedule = ()
     # Ends responses that have drifted from the teachers: each `every` tokens, student and teachers
     # read what is unfinished, and a response ends where the mean reverse KL of these tokens is
@@ -242,7 +242,7 @@ def make_evaluation() -> ConfigDict:
     # (("ifeval", "hf:"), ...). Their figures are eval/NAME/accuracy and so on.
     c.more = ()
     c.limit = 200  # first problems; 0: all
-    c.protocol = "greedy"  # how to sample, see distill/evaluation/tasks.py
+    c.protocol = "greedy"  # how to sample, see distill/evaluation/protocols.py
     c.samples = 0  # responses to each problem; 0: the protocol's
     c.max_new_tokens = 0  # longest response; 0: the protocol's, less where positions leave less
     c.batch_size = 64  # responses sampled together

@@ -8,10 +8,10 @@
 `knowledge` is mid-training: 70% your documents.jsonl, with a `text` in each row, and 30% the
 model's own answers to chat prompts. In `recall` the student answers chat prompts, and its teacher
 is the model that it was before. Both stages can be repeated for further documents. After each stage
-the run evaluates both: the knowledge on your questions.jsonl (`question` and `answers`), the
-behaviour on IFEval, whose checkers `pip install -r requirements-eval.txt` installs; without these,
-pass --config.eval.every=0. The last line prints commands that compare with less and with more
-documents. Argument: tiny.
+the run evaluates knowledge, on your questions.jsonl (`question` and `answers`), and behaviour, on
+IFEval, whose checkers `pip install -r requirements-eval.txt` installs. Without the questions or the
+checkers, pass --config.eval.every=0. The last line prints commands that train and evaluate this
+run, in runs/post_recall, beside mid-training alone and documents alone. Argument: tiny.
 
 Hardware: v6e-16 (16 chips). Time and cost: not yet measured.
 Expected, questions on the documents / IFEval ("On-Policy Distillation", Thinking Machines Lab,

@@ -11,7 +11,8 @@ with its 95% interval beside the published one, and the difference with its inte
 the chance in ours only. What has no results yet is named in its place, and where an evaluation was
 made in another way than the published one, the last lines say how.
 
-Runs are in runs/TABLE/ROW, and evaluations in runs/TABLE/ROW/eval_BENCHMARK.
+Runs are in runs/TABLE/ROW, and evaluations in runs/TABLE/ROW/eval_BENCHMARK; tiny ones in
+runs/TABLE_tiny.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ def list_commands(name: str, tiny: bool = False, directory: str = "") -> list[st
     """Returns the commands that make a table's results, in order, each a line for a shell."""
     if name not in TABLES:
         raise ValueError(f"configs/reproduce.py takes {'|'.join(TABLES)}, not {name!r}")
-    table, directory = TABLES[name], directory or f"runs/{name}"
+    table, directory = TABLES[name], directory or f"runs/{name}{'_tiny' if tiny else ''}"
     documents = "assets/rows/documents.jsonl" if tiny else "documents.jsonl"
     lines = [] if tiny else [*table.prepare]
     for row_name, row in table.rows.items():

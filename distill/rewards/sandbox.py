@@ -1,11 +1,11 @@
 """Runs programs that a model wrote, each in a fresh process without network, home or project.
 
 Where bubblewrap is installed it sets the process apart, else `sandbox_namespaces` does. A program
-sees Python's own files and an empty folder in memory. The kernel limits its time, memory, files and
-processes; what the kernel counts for each process only (memory, processes) is watched from here for
-all together. When the program ends, or reaches a limit, all its processes are killed.
+sees Python's own files and an empty folder in memory. Its time, memory, output, files and processes
+are limited: by the kernel, and for all its processes together by looking at them from here. When
+the program ends, or reaches a limit, all its processes are killed.
 
-Nothing of a run lies on a disk, so that nothing remains. Only Linux has what this takes.
+Nothing of a sandboxed run lies on a disk, so that nothing remains. Only Linux has what this takes.
 """
 
 import contextlib

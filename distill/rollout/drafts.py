@@ -2,8 +2,8 @@
 
 A table remembers which token last followed the last few, in prompts and in responses. Sequences
 with the same prompt share what they remember, so a response is drafted from its own text and from
-that of its siblings in the same shard of rows. Each of several guesses is looked up after the one
-before it. Since every guess is checked, a stale entry, or one that two contexts fight over, costs
+that of its siblings in the same shard of rows. With several guesses, each lookup includes the guess
+before. Since every guess is checked, a stale entry, or one that two contexts fight over, costs
 time and changes no draw. (Lookup in the text so far: arXiv 2304.04487.)
 
 Letters: X shards, B rows, M tokens of a shard, C tokens that a guess looks back on, k guesses.

@@ -2,9 +2,9 @@
 
 After every `drift.every` tokens sampling stops, and student and teachers read the unfinished
 responses. Those whose mean reverse KL over these tokens, KL(student‖teacher), is above `drift.kl`
-end there; the others go on. What a student writes after it has left the teacher's ways costs much
-and teaches little: Prune-OPD (arXiv 2605.07804), which judges by the overlap of the likeliest
-tokens, trains later tokens less and shortens the responses of later steps.
+end there; the others go on. What a student writes after it has left what the teacher would write
+costs much and teaches little: Prune-OPD (arXiv 2605.07804), which judges by the overlap of the
+likeliest tokens, trains later tokens less and shortens the responses of later steps.
 
 Whether a response goes on depends on the tokens before that point alone, and all tokens that were
 sampled are trained. So a response ends at a stopping time τ, and the loss is Σ_{t<=τ} of what it
