@@ -16,7 +16,7 @@ from tests.support.recipes import at_home, parse_config  # noqa: F401  (at_home 
 
 @pytest.mark.parametrize("name", paper_tables.TABLES)
 def test_published_figures_are_columns_and_protocols_are_those_of_the_tasks(name: str) -> None:
-    table, folder = paper_tables.TABLES[name], f"{name}_tiny" if tiny else name
+    table = paper_tables.TABLES[name]
     names = {figure.name for figure in table.figures}
     assert len(names) == len(table.figures)
     for row in table.rows.values():
@@ -72,7 +72,7 @@ def write_evaluation(folder: Path, figure: paper_tables.Figure, samples: int) ->
 
 @pytest.mark.parametrize("name", paper_tables.TABLES)
 def test_each_table_is_printed_from_results(name: str, tmp_path: Path) -> None:
-    table, folder = paper_tables.TABLES[name], f"{name}_tiny" if tiny else name
+    table = paper_tables.TABLES[name]
     first, *others = table.rows
     for figure in table.figures:
         if figure.benchmark:
