@@ -13,11 +13,12 @@ import pytest
 from configs import base
 from distill.data import chat, dataset
 from distill.evaluation import problems, tasks
-from distill.rewards import programs, sandbox
+from distill.rewards import programs
 from distill.rewards.program_tests import ProgramTests
 from distill.training import graded_rows, setup, stages
 from models.errors import UserError
 from tests.support.paths import ROOT
+from tests.support.programs import skip_without_sandbox
 from tests.support.small_problems import make_rows
 from tests.support.verbs import call, read, verb_module, write
 
@@ -26,10 +27,7 @@ evaluate = verb_module("evaluate")
 
 @pytest.fixture(autouse=True)
 def require_a_sandbox() -> None:
-    try:
-        sandbox.find_isolation()
-    except UserError as error:
-        pytest.skip(str(error))
+    skip_without_sandbox()
 
 
 def pack(cases: list) -> str:

@@ -18,18 +18,14 @@ from distill.evaluation.tasks import humaneval
 from distill.rewards import program_tests, programs, sandbox
 from distill.rewards.graders import Grader
 from distill.rewards.program_tests import BadTestsError, ProgramTests
-from models.errors import UserError
 from tests.support.answers import HOSTILE
-from tests.support.programs import find_isolation, mutate, run_plainly
+from tests.support.programs import find_isolation, mutate, run_plainly, skip_without_sandbox
 from tests.support.small_problems import make_rows
 
 
 @pytest.fixture(autouse=True)
 def require_a_sandbox() -> None:
-    try:
-        sandbox.find_isolation()
-    except UserError as error:
-        pytest.skip(str(error))
+    skip_without_sandbox()
 
 
 def fence(program: str, text: str = "") -> str:

@@ -79,6 +79,14 @@ SLOW = ("fork bomb", "allocates in many processes", "loops", "ignores signals", 
 SLOW += ("hides behind a closed output",)
 
 
+def skip_without_sandbox() -> None:
+    """Skips the test, with the reason, where programs cannot be set apart."""
+    try:
+        sandbox.find_isolation()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
 def find_isolation(kind: str) -> Isolation:
     """Returns the isolation of a kind; skips the test if it does not work here."""
     ways = [way for way in isolation.list_isolations() if way.name == kind]
