@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from configs import base
 from tests.support.paths import ROOT
 
-PACKAGES = ("models", "distill", "configs", "assets", "benchmarks", "tests")
+PACKAGES = ("models", "distill", "configs", "assets", "benchmarks", "studies", "tests")
 
 # The folders of distill/ from top to bottom, each with its files from top to bottom: a file imports
 # only what is listed after it. The files of distill/ itself are the verbs, and batch.
@@ -121,7 +121,7 @@ def test_every_file_is_listed_in_a_layer():
 def test_imports_only_point_to_lower_layers():
     for module in modules_of("distill"):
         for name in imports(module):
-            above = under(name, "tests", "assets", "benchmarks", "configs")
+            above = under(name, "tests", "assets", "benchmarks", "studies", "configs")
             assert not above, f"{module} imports {name}"
             if name in FLOOR and module in FLOOR:
                 assert FLOOR[module] < FLOOR[name], f"{module} imports {name}, which stands above"
@@ -130,13 +130,12 @@ def test_imports_only_point_to_lower_layers():
                 assert FLOOR[module] < top, f"{module} imports {name}, which stands above"
     for module in modules_of("models"):
         for name in imports(module):
-            assert not under(name, "distill", "configs", "tests", "assets", "benchmarks"), (
-                module,
-                name,
-            )
+            above = under(name, "distill", "configs", "tests", "assets", "benchmarks", "studies")
+            assert not above, (module, name)
     for module in modules_of("configs"):
         for name in imports(module):
-            assert not under(name, "distill", "models", "tests", "assets"), (module, name)
+            above = under(name, "distill", "models", "tests", "assets", "studies")
+            assert not above, (module, name)
 
 
 def files_of_tests() -> list[str]:
@@ -157,7 +156,7 @@ def test_no_test_imports_from_another():
 
 def test_test_folders_mirror_the_source():
     here = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()} - {"__pycache__"}
-    own = {"support", "long", "configs", "benchmarks", "end_to_end", "fuzz"}
+    own = {"support", "long", "configs", "benchmarks", "studies", "end_to_end", "fuzz"}
     assert here <= {*FOLDERS, "models", *own}, here
     flat = {path.name for path in (ROOT / "tests").glob("*.py")}
     assert flat == {"conftest.py", "house.py"}, "a test stands in the folder of what it tests"
