@@ -1,21 +1,20 @@
 """Generates reasoning problems over a dependency graph, told as text.
 
-Ann has 4. Ida has Ann times Zoe. Zoe has 3. Leo has Ida plus Ann. Max has 8. How many has Leo?
+Ann has 4          <think>                     Counts are the last digits of results. A quantity
+Max has 8          Ida: Zoe times Ann=3*4=2    is told after those that it depends on, and some
+Zoe has 3          Leo: Ida plus Ann=2+4=6     are not needed. A solution computes each after
+Ida has Ann times Zoe    </think>              those that it depends on.
+Leo has Ida plus Ann
+How many has Leo?  6
 
-<think>
-Ida: Ann times Zoe=4*3=2; Leo: Ida plus Ann=2+4=6;
-</think>
-
-6
-
-Counts are the last digits of results. A solution computes what the question needs, each quantity
-after those that it depends on, in an order drawn from all such orders: a model of these solutions
-is uncertain about what comes next, and right all the same. The statements are shuffled, and some
-are not needed. The design is iGSM's (arXiv 2407.20311), with fewer words. A problem is a pure
-function of (seed, index, split, operations).
+There are many right solutions: their lines have an order of their own, mostly that of the
+statements, and sums and products may be turned round. So a model of solutions is uncertain about
+what comes next, and right all the same. The design is iGSM's (arXiv 2407.20311), with fewer words.
+A problem is a pure function of (seed, index, split, operations).
 """
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,9 @@ NAMES = (
     *("Ian", "Ida", "Jim", "Kim", "Leo", "Max", "Tom", "Zoe"),
 )
 OPERATORS = {"plus": "+", "minus": "-", "times": "*"}
+COMMUTATIVE = ("plus", "times")
 MODULUS = 10
+IN_ORDER = 0.7  # share of a solution's lines that follow the order of the statements
 MAX_OPERATIONS = 10  # as many people as the names allow
 
 
@@ -59,27 +60,21 @@ def make_row(seed: int, index: int, split: str, operations: tuple[int, int]) -> 
     graph = draw_graph(rng, count)
     while assign_split(write_expression(graph, len(graph) - 1)) != split:
         graph = draw_graph(rng, count)
-    needed, asked = find_needed(graph), len(graph) - 1
-    for _ in range(int(rng.integers(0, 3))):  # quantities that the question does not need
-        graph.insert(0, Quantity(int(rng.integers(MODULUS))))
-        graph = [graph[0], *(_shift(quantity) for quantity in graph[1:])]
-        needed, asked = {i + 1 for i in needed}, asked + 1
+    asked, num_needed = len(graph) - 1, len(graph)
+    graph += [Quantity(int(rng.integers(MODULUS))) for _ in range(int(rng.integers(0, 3)))]
     names = [NAMES[i] for i in rng.permutation(len(NAMES))[: len(graph)]]
-    statements = [_tell(graph, i, names) for i in rng.permutation(len(graph))]
-    lines, known = [], {i for i, x in enumerate(graph) if not x.operator}
-    while asked not in known:
-        ready = [
-            i for i in sorted(needed - known) if {graph[i].left, graph[i].right} <= known
-        ]
-        i = ready[int(rng.integers(len(ready)))]
-        lines.append(_solve(graph, i, names))
-        known.add(i)
+    told = draw_order(rng, graph, set(), range(len(graph)), share_in_order=0.0)
+    given = {i for i, quantity in enumerate(graph) if not quantity.operator}
+    computed = [i for i in told if i < num_needed and i not in given]
+    solved = draw_order(rng, graph, given, computed, share_in_order=IN_ORDER)
+    statements = [_tell(graph, i, names) for i in told]
+    lines = [_solve(rng, graph, i, names) for i in solved]
     answer = str(graph[asked].value)
     return {
         "id": f"graphs-{split}-{seed}-{index}",
-        "question": f"{' '.join(statements)} How many has {names[asked]}?",
+        "question": "\n".join([*statements, f"How many has {names[asked]}?"]),
         "answer": answer,
-        "response": f"<think>\n{' '.join(lines)}\n</think>\n\n{answer}",
+        "response": "\n".join(["<think>", *lines, "</think>", "", answer]),
         "level": count,
     }
 
@@ -118,6 +113,30 @@ def find_needed(graph: list[Quantity]) -> set[int]:
     return needed
 
 
+def draw_order(
+    rng: np.random.Generator,
+    graph: list[Quantity],
+    known: set[int],
+    quantities: Sequence[int],
+    share_in_order: float,
+) -> list[int]:
+    """Draws an order of `quantities` in which each follows those that it depends on, as far as
+    these are not `known`.
+
+    The next one is the first that may follow, with probability `share_in_order`, or else any that
+    may.
+    """
+    order, known, waiting = [], set(known), list(quantities)
+    while waiting:
+        ready = [i for i in waiting if {graph[i].left, graph[i].right} <= known | {-1}]
+        is_first = rng.random() < share_in_order
+        chosen = ready[0] if is_first else ready[int(rng.integers(len(ready)))]
+        waiting.remove(chosen)
+        known.add(chosen)
+        order.append(chosen)
+    return order
+
+
 def write_expression(graph: list[Quantity], i: int) -> str:
     """Returns a quantity as an expression of given counts, without names."""
     quantity = graph[i]
@@ -132,24 +151,20 @@ def assign_split(expression: str) -> str:
     return {0: "test", 1: "valid"}.get(zlib.crc32(expression.encode()) % 10, "train")
 
 
-def _shift(quantity: Quantity) -> Quantity:
-    if not quantity.operator:
-        return quantity
-    return Quantity(quantity.value, quantity.operator, quantity.left + 1, quantity.right + 1)
-
-
 def _tell(graph: list[Quantity], i: int, names: list[str]) -> str:
     quantity = graph[i]
     if not quantity.operator:
-        return f"{names[i]} has {quantity.value}."
-    return f"{names[i]} has {names[quantity.left]} {quantity.operator} {names[quantity.right]}."
+        return f"{names[i]} has {quantity.value}"
+    return f"{names[i]} has {names[quantity.left]} {quantity.operator} {names[quantity.right]}"
 
 
-def _solve(graph: list[Quantity], i: int, names: list[str]) -> str:
+def _solve(rng: np.random.Generator, graph: list[Quantity], i: int, names: list[str]) -> str:
+    """Returns a line of the solution; sums and products may have their operands turned round."""
     quantity = graph[i]
     left, right = quantity.left, quantity.right
+    if quantity.operator in COMMUTATIVE and rng.integers(2):
+        left, right = right, left
     operands = f"{graph[left].value}{OPERATORS[quantity.operator]}{graph[right].value}"
     return (
-        f"{names[i]}: {names[left]} {quantity.operator} {names[right]}"
-        f"={operands}={quantity.value};"
+        f"{names[i]}: {names[left]} {quantity.operator} {names[right]}={operands}={quantity.value}"
     )

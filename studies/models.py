@@ -1,4 +1,4 @@
-"""Makes the directories of the studies' models: a tokenizer and the ladder of sizes, no weights.
+"""python -m studies.models --size=small --out=DIR: a model's config and tokenizer, no weights.
 
 The tokenizer is the embedded one's, trained again on text of the studies' tasks.
 """
@@ -7,9 +7,11 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from absl import flags
 from transformers import AutoTokenizer
 
-from models.errors import UserError
+from distill.runtime import cli
+from studies import tasks
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "teacher"
 VOCABULARY = 512
@@ -22,13 +24,8 @@ SIZES = {
 
 
 def write_model_directory(directory: Path, size: str, corpus: Iterable[str]) -> None:
-    """Writes a config and a tokenizer to `directory`, from which a run starts at random weights.
-
-    Raises:
-      UserError: if `size` is unknown.
-    """
-    if size not in SIZES:
-        raise UserError(f"model size {size!r}: known are {', '.join(SIZES)}")
+    """Writes a config of one of SIZES and a tokenizer of the texts of `corpus` to `directory`, from
+    which a run starts at random weights."""
     layers, hidden, head, feed_forward = SIZES[size]
     directory.mkdir(parents=True, exist_ok=True)
     embedded = AutoTokenizer.from_pretrained(ASSETS)
@@ -42,3 +39,16 @@ def write_model_directory(directory: Path, size: str, corpus: Iterable[str]) -> 
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (directory / "generation_config.json").write_bytes((ASSETS / "generation_config.json").read_bytes())
+
+
+OPTIONS = flags.FlagValues()
+SIZE = flags.DEFINE_enum("size", "small", list(SIZES), "Size of the model.", flag_values=OPTIONS)
+OUT = flags.DEFINE_string("out", None, "Directory to write.", OPTIONS, required=True)
+
+
+def main() -> None:
+    write_model_directory(Path(OUT.value), SIZE.value, tasks.make_corpus())
+
+
+if __name__ == "__main__":
+    cli.run(main, OPTIONS)

@@ -1,0 +1,196 @@
+"""Study a: distillation on and off the student's own responses, and reinforcement learning.
+
+Study b measures the same runs, by pass@k.
+"""
+
+import dataclasses
+from typing import Any
+
+from studies.definitions import common
+from studies.definitions.common import make_arm
+from studies.study import Arm, Study
+
+STEPS = {"opd": 150, "grpo": 300}  # of 64 responses
+AMOUNTS = {500: 125, 2000: 250, 8000: 500, 32_000: 1000}  # traces -> steps of 32
+TRIAL_RESPONSES = 6400
+
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+
+
+def make_grpo_trials() -> tuple[dict[str, float], ...]:
+    """Returns six trials: rates, then groups of 16 and a KL to the student before."""
+    rate, samples, reference = ("grpo.optim.learning_rate", "grpo.samples", "grpo.loss.reference")
+    return (
+        {rate: 3e-5},
+        {rate: 1e-4},
+        {rate: 3e-4},
+        {rate: 1e-4, samples: 16},
+        {rate: 1e-4, reference: 0.02},
+        {rate: 3e-4, samples: 16, reference: 0.02},
+    )
+
+
+def make_sft_arm(amount: int, **fields: Any) -> Arm:
+    """Returns SFT on so many responses of the teacher."""
+    return make_arm(
+        f"sft {amount}",
+        f"SFT on {amount:,} responses of the teacher, {AMOUNTS[amount]} steps",
+        "sft",
+        {"steps": AMOUNTS[amount], "data.max_rows": amount},
+        traces=amount,
+        teacher=common.TEACHER,
+        **fields,
+    )
+
+
+TUNED_SFT = make_sft_arm(
+    8000,
+    trials=(
+        *({"sft.optim.learning_rate": rate} for rate in RATES),
+        {"sft.optim.learning_rate": 1e-3, "sft.batch_size": 16, "sft.steps": 2 * AMOUNTS[8000]},
+        {"sft.optim.learning_rate": 1e-3, "sft.batch_size": 64, "sft.steps": AMOUNTS[8000] // 2},
+    ),
+    trial_changes={"sft.steps": TRIAL_RESPONSES // 32},
+)
+OPD = make_arm(
+    "opd",
+    "on-policy distillation: exact reverse KL at every token of the student's responses",
+    "opd",
+    {"steps": STEPS["opd"], "batch_size": 64},
+    trials=(
+        *({"opd.optim.learning_rate": rate} for rate in RATES),
+        {"opd.optim.learning_rate": 1e-3, "opd.samples": 4},
+        {"opd.optim.learning_rate": 3e-4, "opd.samples": 4},
+    ),
+    trial_changes={"opd.steps": TRIAL_RESPONSES // 64},
+)
+GRPO = make_arm(
+    "grpo",
+    "GRPO with a reward for the right answer",
+    "grpo",
+    {"steps": STEPS["grpo"], "batch_size": 64},
+    trials=make_grpo_trials(),
+    trial_changes={"grpo.steps": TRIAL_RESPONSES // 64},
+)
+SFT = tuple(
+    TUNED_SFT if amount == 8000 else make_sft_arm(amount, tuned_as=TUNED_SFT) for amount in AMOUNTS
+)
+LARGEST = f"sft {max(AMOUNTS)}"
+TUNING = (
+    f"six trials of {TRIAL_RESPONSES:,} responses for each method, compared by the accuracy of four "
+    "samples of each problem"
+)
+POST = "On-Policy Distillation, Thinking Machines Lab, October 2025, as quoted by other texts"
+REPORT = "Qwen3 report, arXiv 2505.09388, table 21"
+
+STUDY = Study(
+    name="a",
+    title="SFT on more and more responses of the teacher, GRPO, on-policy distillation: one start",
+    question=(
+        "How many steps, operations and seconds does each method need from the same student to the "
+        "same accuracy? Each method has the same budget to choose its rate and, for GRPO, groups "
+        "and the KL to the student before."
+    ),
+    jobs=common.JOBS,
+    arms=(common.START, *SFT, GRPO, OPD, common.JUDGE),
+    measures=(common.GREEDY, common.SAMPLED, common.LONGER_GREEDY, common.PASS),
+    figures=(*common.ACCURACY, common.LONGER_ACCURACY),
+    curves=common.make_curves("step", "trained_tokens", "flops", "seconds"),
+    judge=common.TEACHER,
+    start="start",
+    tune_by=common.TUNE_BY,
+    tune_measures=(common.TUNE,),
+    tuning=TUNING,
+    claims=(
+        {
+            "name": "steps to equal accuracy",
+            "claimed": "on-policy distillation needs 7 to 10 times fewer steps than RL",
+            "source": POST,
+            "kind": "reach",
+            "figure": "greedy",
+            "axis": "step",
+            "fast": "opd",
+            "slow": "grpo",
+            "claimed_range": [7, 10],
+        },
+        {
+            "name": "cost to equal accuracy, against RL",
+            "claimed": "a tenth of the GPU hours of RL: 1,800 against 17,920",
+            "source": REPORT,
+            "kind": "reach",
+            "figure": "greedy",
+            "axis": "flops",
+            "fast": "opd",
+            "slow": "grpo",
+            "claimed_range": [9, 11],
+        },
+        {
+            "name": "cost to equal accuracy, against SFT",
+            "claimed": "9 to 30 times cheaper than SFT, by the line through its curve",
+            "source": POST,
+            "kind": "slope",
+            "figure": "greedy",
+            "amounts": {f"sft {amount}": amount for amount in AMOUNTS},
+            "reach_of": "opd",
+            "cost": "flops",
+            "claimed_range": [9, 30],
+        },
+        common.make_contrast(
+            "accuracy against RL",
+            "better than RL from the same start: 74.4 against 67.6 on AIME'24",
+            REPORT,
+            {"opd": 1, "grpo": -1},
+        ),
+        common.make_contrast(
+            "accuracy against SFT on the most traces",
+            "better than off-policy distillation: 74.4 against 55.0 on AIME'24",
+            REPORT,
+            {"opd": 1, LARGEST: -1},
+        ),
+    ),
+)
+
+KS = (1, 4, 16, 64)
+
+
+MANY = f"many/pass@{max(KS)}"
+
+STUDY_B = dataclasses.replace(
+    STUDY,
+    name="b",
+    title="pass@k: which method widens what the student can solve",
+    question=(
+        "The runs of study a, by the share of 200 problems of which at least one of k samples at "
+        "temperature 1 is right. A method that only makes right responses likelier raises pass@1 "
+        "and leaves pass@64 where it was."
+    ),
+    arms=(common.START, *SFT, GRPO, OPD, common.JUDGE),
+    figures=tuple(
+        {"key": f"many/pass@{k}", "title": f"pass@{k}", "format": "percent"} for k in KS
+    ),
+    curves=({"x": "k", "y": "many/pass@", "title": "pass@k by k", "log_x": True},),
+    claims=(
+        common.make_contrast(
+            "distillation widens",
+            "pass@64 on AIME'24 rises from 90.0 to 93.3",
+            REPORT,
+            {"opd": 1, "start": -1},
+            figure=MANY,
+        ),
+        common.make_contrast(
+            "RL does not widen",
+            "pass@64 on AIME'24 stays at 90.0",
+            REPORT,
+            {"grpo": 1, "start": -1},
+            expected="none",
+            figure=MANY,
+        ),
+        common.make_contrast(
+            "distillation against RL",
+            "pass@64 on AIME'24 is 93.3 against 90.0",
+            REPORT,
+            {"opd": 1, "grpo": -1},
+            figure=MANY,
+        ),
+    ),
+)

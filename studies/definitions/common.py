@@ -1,0 +1,160 @@
+"""Rows and models that several studies use.
+
+The student knows how to solve the problems of studies/graphs.py, and slips: it was trained on few
+solutions, in many epochs. The teacher was trained on fresh solutions, none seen twice.
+"""
+
+from typing import Any
+
+from studies.jobs import Job
+from studies.study import Arm, Training
+
+ROWS = "rows/graphs"
+TEACHER, STUDENT = "models/teacher", "models/student"
+TRAIN, VALID, TEST, MANY, LONGER = (
+    f"{{{ROWS}}}/{name}.jsonl" for name in ("train", "valid", "test", "many", "longer")
+)
+NUM_PROMPTS = 100_000
+NUM_TRACES = 32_000
+TRACES = "rows/traces"
+TOKENS, LONGER_TOKENS = 60, 90  # of the longest solution of four operations, of six
+
+
+def make_size(size: str) -> Job:
+    """Returns the job of a model's config and tokenizer."""
+    command = ("-m", "studies.models", f"--size={size}", "--out={out}")
+    return Job(f"sizes/{size}", (command,))
+
+
+def make_pretraining(name: str, size: str, seed: int, changes: dict[str, Any]) -> Job:
+    """Returns the job of a model that is trained on solutions from random weights."""
+    flags = {
+        "student.path": f"{{sizes/{size}}}",
+        "student.random_init": "true",
+        "seed": seed,
+        "sft.data.source": TRAIN,
+        "sft.optim.learning_rate": 3e-3,
+        "sft.optim.weight_decay": 0.01,
+        "sft.optim.warmup_steps": 50,
+        **changes,
+    }
+    train = (
+        *("-m", "distill.train", "--config=configs/miniature.py:sft", "--workdir={out}"),
+        *(f"--config.{key}={value}" for key, value in flags.items()),
+    )
+    export = ("-m", "distill.export", "--run={out}", "--out={out}/model")
+    return Job(name, (train, export))
+
+
+def make_rows(name: str, count: int, seed: int, operations: str) -> tuple[str, ...]:
+    """Returns the command that writes a file of problems."""
+    split = {"train": "train", "answers": "train", "valid": "valid"}.get(name, "test")
+    return (
+        *("-m", "studies.tasks", "--task=graphs", f"--split={split}", f"--count={count}"),
+        *(f"--seed={seed}", f"--operations={operations}", f"--out={{out}}/{name}.jsonl"),
+        *(("--answers_only",) if name == "answers" else ()),
+    )
+
+
+JOBS = (
+    Job(
+        ROWS,
+        (
+            make_rows("train", NUM_PROMPTS, 0, "1,4"),
+            make_rows("valid", 300, 0, "2,4"),
+            make_rows("test", 500, 0, "2,4"),
+            make_rows("many", 200, 0, "2,4"),
+            make_rows("longer", 300, 1, "5,6"),
+            make_rows("answers", 2000, 0, "1,4"),
+        ),
+    ),
+    make_size("small"),
+    make_size("medium"),
+    make_pretraining(TEACHER, "medium", 0, {"sft.steps": 3000}),
+    make_pretraining(STUDENT, "small", 1, {"sft.steps": 1200, "sft.data.max_rows": 4000}),
+    Job(
+        TRACES,
+        (
+            (
+                *("-m", "distill.generate", f"--model={{{TEACHER}}}/model", f"--prompts={TRAIN}"),
+                *("--out={out}/traces.jsonl", f"--limit={NUM_TRACES}", "--temperature=1"),
+                *(f"--max_new_tokens={TOKENS}", "--batch_size=256", "--seed=7"),
+            ),
+        ),
+    ),
+)
+
+START = Arm("start", "the student before", model=STUDENT)
+JUDGE = Arm("teacher", "the teacher", model=TEACHER)
+
+
+def make_arm(name: str, about: str, objective: str, changes: dict[str, Any], **fields: Any) -> Arm:
+    """Returns an arm with one training, from the student."""
+    return Arm(name, about, (make_training(objective, changes, STUDENT),), **fields)
+
+
+def make_training(objective: str, changes: dict[str, Any], base: str = "") -> Training:
+    """Returns a training on the problems, with `changes` to the stage by key, and to the config by
+    a key that begins with a dot."""
+    source = f"{{{TRACES}}}/traces.jsonl" if objective == "sft" else TRAIN
+    own: dict[str, Any] = {"data.source": source} | changes
+    keys = {
+        key.removeprefix(".") if key.startswith(".") else f"{objective}.{key}": value
+        for key, value in own.items()
+    }
+    teacher = {"teacher.path": f"{{{TEACHER}}}/model"} if objective == "opd" else {}
+    curve = {"eval.data": TEST, "eval.every": changes["steps"] // 10}
+    return Training(objective, {**teacher, **curve, **keys}, base)
+
+
+GREEDY = f"greedy:arithmetic:{TEST}:0:{TOKENS}"
+SAMPLED = f"sampled:arithmetic:{TEST}:2:{TOKENS}:judged"
+PASS = f"many:arithmetic:{MANY}:64:{TOKENS}"
+LONGER_GREEDY = f"longer:arithmetic:{LONGER}:0:{LONGER_TOKENS}"
+TUNE = f"sampled:arithmetic:{VALID}:4:{TOKENS}"  # 1,200 responses to 300 validation problems
+TUNE_BY = "sampled"
+
+ACCURACY = (
+    {"key": "greedy", "title": "greedy", "format": "percent"},
+    {"key": "sampled", "title": "sampled, T = 1", "format": "percent"},
+    {"key": "sampled/reverse_kl", "title": "reverse KL", "format": "number"},
+)
+LONGER_ACCURACY = {"key": "longer", "title": "five and six operations", "format": "percent"}
+
+
+def make_curves(*axes: str) -> tuple[dict[str, Any], ...]:
+    """Returns curves of greedy accuracy over costs."""
+    titles = {
+        "step": "steps",
+        "trained_tokens": "trained tokens",
+        "sampled_tokens": "sampled tokens",
+        "flops": "operations of student, teacher and sampling",
+        "seconds": "seconds",
+    }
+    return tuple(
+        {"x": x, "y": "greedy", "title": f"Greedy accuracy by {titles[x]}", "log_x": x != "step"}
+        for x in axes
+    )
+
+
+def make_contrast(
+    name: str,
+    claimed: str,
+    source: str,
+    weights: dict[str, float],
+    expected: str = "above",
+    figure: str = "sampled",
+    margin: float = 0.01,
+) -> dict[str, Any]:
+    """Returns a claim about a weighted sum of arms' figures: above or below 0, or "none"."""
+    return {
+        "name": name,
+        "claimed": claimed,
+        "source": source,
+        "kind": "contrast",
+        "figure": figure,
+        "weights": weights,
+        "expected": expected,
+        "margin": margin,
+        "unit": "points",
+    }

@@ -1,0 +1,64 @@
+"""Study e: many samples of one prompt."""
+
+from typing import Any
+
+from studies.definitions import a, common
+from studies.study import Arm, Study
+
+STEPS = 60
+
+
+def make_arm(prompts: int, objective: str = "opd") -> Arm:
+    """Returns an arm that trains on the first `prompts` prompts only."""
+    changes: dict[str, Any] = {"steps": STEPS, "batch_size": 64, "data.max_rows": prompts}
+    tuned = a.OPD if objective == "opd" else a.GRPO
+    about = f"{objective} on {prompts:,} prompt{'s' if prompts > 1 else ''}, {STEPS} steps of 64"
+    return common.make_arm(
+        f"{objective} on {prompts}", about, objective, changes, tuned_as=tuned
+    )
+
+
+PROMPTS = (1, 8, 64, common.NUM_PROMPTS)
+MANY = PROMPTS[-1]
+
+STUDY = Study(
+    name="e",
+    title="One prompt, many samples",
+    question=(
+        "A single prompt, sampled thousands of times, is said to carry nearly the teacher's "
+        "ability in on-policy distillation, while reinforcement learning memorises its answer. How "
+        "far do 1, 8 and 64 prompts carry, at the same number of responses?"
+    ),
+    jobs=common.JOBS,
+    arms=(common.START, *map(make_arm, PROMPTS), make_arm(1, "grpo"), common.JUDGE),
+    measures=(common.GREEDY, common.SAMPLED),
+    figures=common.ACCURACY,
+    curves=common.make_curves("step"),
+    judge=common.TEACHER,
+    start="start",
+    tune_by=common.TUNE_BY,
+    tune_measures=(common.TUNE,),
+    tuning=a.TUNING,
+    claims=(
+        common.make_contrast(
+            "one prompt teaches",
+            "training on one prompt comes near the teacher's accuracy",
+            a.POST,
+            {"opd on 1": 1, "start": -1},
+        ),
+        common.make_contrast(
+            "one prompt is as good as many",
+            "training on one prompt is nearly as good as on all",
+            a.POST,
+            {f"opd on {MANY}": 1, "opd on 1": -1},
+            expected="none",
+            margin=0.03,
+        ),
+        common.make_contrast(
+            "distillation transfers from one prompt where RL does not",
+            "RL on one prompt memorises its answer",
+            a.POST,
+            {"opd on 1": 1, "grpo on 1": -1},
+        ),
+    ),
+)

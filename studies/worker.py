@@ -1,0 +1,128 @@
+"""One run of a study, in one process: trains as `distill.train` does, then measures the model.
+
+    python -m studies.worker --workdir=DIR --config=configs/miniature.py:opd --config.opd.steps=100 \
+        --measure=greedy:arithmetic:test.jsonl:0:60 --measure=sampled:arithmetic:test.jsonl:16:60
+
+Writes WORKDIR/measured.json. Without --config it measures --model. A measurement is
+NAME:BENCHMARK:ROWS:SAMPLES:TOKENS: rows of a jsonl file, so many responses of at most so many
+tokens to each, sampled at temperature 1, or with 0 samples one greedy response. At the end `:judged`
+measures their distance from --teacher, too.
+"""
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+from distill.runtime import cli, run_files
+from models.errors import UserError
+
+OPTIONS = flags.FlagValues()
+CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=OPTIONS)
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory to write.", OPTIONS, required=True)
+MODEL = flags.DEFINE_string("model", "", "Without --config: the model to measure.", OPTIONS)
+TEACHER = flags.DEFINE_string(
+    "teacher", "", "Model whose distance samples are measured to.", OPTIONS
+)
+MEASURE = flags.DEFINE_multi_string("measure", [], "See above; repeatable.", flag_values=OPTIONS)
+SEED = flags.DEFINE_integer("seed", 0, "Of the measurements' samples.", flag_values=OPTIONS)
+
+KS = (1, 2, 4, 8, 16, 32, 64)
+BATCH = 256  # responses sampled together
+_PROMPTS = 500  # whose mean length counts as that of all
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What a --measure says."""
+
+    name: str
+    benchmark: str
+    rows: str
+    samples: int
+    tokens: int
+    is_judged: bool
+
+
+def parse_measurement(text: str) -> Measurement:
+    """Parses a --measure. Raises UserError naming one that has another form."""
+    *parts, last = text.split(":")
+    parts += [] if last == "judged" else [last]
+    if len(parts) != 5 or not all(x.isdecimal() for x in parts[3:]):
+        raise UserError(f"--measure={text}: is no NAME:BENCHMARK:ROWS:SAMPLES:TOKENS[:judged]")
+    name, benchmark, rows, samples, tokens = parts
+    return Measurement(name, benchmark, rows, int(samples), int(tokens), last == "judged")
+
+
+def measure(model: str, teacher: str, out: Path) -> dict[str, float]:
+    """Runs all measurements; returns their figures by name.
+
+    NAME is the accuracy. Sampled measurements add NAME/pass@k, NAME/length, and, with a teacher,
+    NAME/reverse_kl; those of a benchmark with further figures add these.
+    """
+    from distill import rollout
+    from distill.evaluation import evaluator, problems
+    from distill.evaluation.protocols import EvalSpec
+
+    figures: dict[str, float] = {}
+    for text in MEASURE.value:
+        m = parse_measurement(text)
+        name, samples = m.name, m.samples
+        sampling = rollout.Sampling(1.0 if samples else 0.0)
+        sample = rollout.SampleSpec(max(1, samples), m.tokens, sampling, SEED.value, BATCH)
+        ks = tuple(k for k in KS if k <= max(1, samples))
+        spec = EvalSpec(m.benchmark, sample, ks=ks)
+        rows = problems.load_problems(m.benchmark, m.rows, 0)
+        judge = teacher if m.is_judged else ""
+        summary = evaluator.evaluate_model(
+            model, rows, spec, epath.Path(out / name), "float32", judge
+        )
+        figures[name] = summary["accuracy"]
+        for key in ("prompt_accuracy", "f1", "reverse_kl"):
+            if isinstance(summary.get(key), float):
+                figures[f"{name}/{key}"] = summary[key]
+        if samples:
+            figures |= {f"{name}/pass@{k}": summary[f"pass@{k}"] for k in ks}
+            figures[f"{name}/length"] = summary["mean_length"]
+    return figures
+
+
+def measure_prompt(config: Any) -> float:
+    """Returns the mean length of the last stage's prompts, in tokens."""
+    from distill.data import chat, sources
+    from distill.policy import policy
+
+    tokenizer = chat.load_tokenizer(policy.resolve_model_dir(config.student.path))
+    assert tokenizer is not None
+    source, lengths = config[config.stages[-1]].data.source, []
+    for _, (_, row) in zip(range(_PROMPTS), sources.open_rows(source), strict=False):
+        messages = row.get("messages") or [{"role": "user", "content": row["question"]}]
+        lengths.append(len(chat.render_messages(tokenizer, messages, thinking=True)))
+    return statistics.mean(lengths)
+
+
+def main() -> None:
+    for text in MEASURE.value:
+        parse_measurement(text)
+    workdir, config = Path(WORKDIR.value), CONFIG.value
+    if (config is None) == (not MODEL.value):
+        raise UserError("--config or --model: name one of them")
+    measured: dict[str, Any] = {}
+    if config is not None:
+        from distill.training import loop
+
+        loop.run(config, workdir)
+        measured["prompt_tokens"] = measure_prompt(config)
+    out = workdir / "measured"
+    measured["figures"] = measure(MODEL.value or str(workdir), TEACHER.value, out)
+    run_files.write_json(workdir / "measured.json", measured)
+    print(json.dumps(measured["figures"]))
+
+
+if __name__ == "__main__":
+    cli.run(main, OPTIONS)
