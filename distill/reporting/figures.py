@@ -14,6 +14,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -64,6 +65,7 @@ class Curve:
     high_N: np.ndarray
     runs: int  # that have the metric
     breaks: Sequence[int] = ()  # indices at which another stage begins, and the line is broken
+    is_level: bool = False  # one value, wherever on the axis
 
     @property
     def parts(self) -> list[slice]:
@@ -81,6 +83,9 @@ class Chart:
     curves: list[Curve]
     boundaries: list[int]  # steps at which a stage begins
     mean_of: int  # steps that a point is the mean of
+    axis: str = "step"
+    is_log: bool = False  # the axis
+    joins_points: bool = False  # curves have values between their points, too
 
 
 def list_metrics(groups: Sequence[Group]) -> list[str]:
@@ -160,42 +165,58 @@ def draw(chart: Chart, groups: Sequence[Group] = ()) -> Figure:
         for step in chart.boundaries:
             axes.axvline(step - 0.5, color=INK, linewidth=0.7, linestyle=(0, (2, 3)))
         for curve in chart.curves:
-            colour = COLOURS[curve.group % len(COLOURS)]
-            dash = _DASHES[curve.group % len(_DASHES)]
             # Not to be read as a formula, nor left out for a leading underscore.
             label = f" {groups[curve.group].name}".replace("$", r"\$") if groups else ""
-            # What a stage measures, such as its loss, is not what the one before measured: a line
-            # from one to the other would look like learning.
-            for part in curve.parts:
-                steps_N = curve.steps_N[part]
-                is_short = len(curve.steps_N) < 15 or len(steps_N) == 1
-                axes.plot(
-                    steps_N,
-                    curve.mean_N[part],
-                    color=colour,
-                    linestyle=dash,
-                    linewidth=1.4,
-                    marker="o" if is_short else "",
-                    markersize=3,
-                    label=label if part.start == 0 else "",
-                )
-                if curve.runs > 1:
-                    band = (steps_N, curve.low_N[part], curve.high_N[part])
-                    axes.fill_between(*band, color=colour, alpha=0.18, linewidth=0)
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+            _draw_curve(axes, curve, label)
+        axes.set_xlabel(chart.axis)
+        if chart.is_log:
+            axes.set_xscale("log")
+        elif chart.axis == "step":
+            axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+        else:
+            axes.ticklabel_format(axis="x", scilimits=(-3, 4), useMathText=True)
         axes.ticklabel_format(axis="y", scilimits=(-3, 4), useMathText=True)
         low, high = axes.get_ylim()
         if chart.metric.endswith(SHARES):  # the limits around a single 0 are no shares
             axes.set_ylim(*((0, 1) if high - low < 0.15 else (max(-0.02, low), min(1.02, high))))
-        ends = [step for curve in chart.curves for step in curve.steps_N[[0, -1]].tolist()]
+        placed = [curve for curve in chart.curves if not curve.is_level]
+        ends = [step for curve in placed for step in curve.steps_N[[0, -1]].tolist()]
         if min(ends) == max(ends):
-            axes.set_xlim(ends[0] - 1, ends[0] + 1)
+            x = ends[0]
+            axes.set_xlim(*((x / 2, 2 * x) if chart.is_log else (x - 1, x + 1)))
         if groups:
             axes.set_title(chart.title)
         if len(groups) > 1:
             axes.legend(frameon=False, fontsize=8)
         return figure
+
+
+def _draw_curve(axes: Axes, curve: Curve, label: str) -> None:
+    rounds, place = divmod(curve.group, len(COLOURS))
+    style: Any = {
+        "color": COLOURS[place],
+        "linestyle": _DASHES[(place + rounds) % len(_DASHES)],  # another one at the second use
+        "linewidth": 1.4,
+    }
+    if curve.is_level:
+        axes.axhline(float(curve.mean_N[0]), label=label, **style)
+        return
+    # What a stage measures, such as its loss, is not what the one before measured: a line from one
+    # to the other would look like learning.
+    for part in curve.parts:
+        steps_N = curve.steps_N[part]
+        is_short = len(curve.steps_N) < 15 or len(steps_N) == 1
+        axes.plot(
+            steps_N,
+            curve.mean_N[part],
+            marker="o" if is_short else "",
+            markersize=3,
+            label=label if part.start == 0 else "",
+            **style,
+        )
+        if curve.runs > 1:
+            band = (steps_N, curve.low_N[part], curve.high_N[part])
+            axes.fill_between(*band, color=style["color"], alpha=0.18, linewidth=0)
 
 
 _STYLE: Any = {

@@ -9,32 +9,48 @@ const make = (tag, text = "", name = "") => {
   return node;
 };
 
-// Curves: the pointer, or the left and right keys, choose a step.
+// Curves: the pointer, or the left and right keys, choose a step, or a place on another axis.
 for (const chart of document.querySelectorAll(".chart")) {
-  const { box, limits, curves } = JSON.parse(chart.dataset.points);
-  const steps = [...new Set(curves.flatMap((curve) => curve.steps))].sort((a, b) => a - b);
+  const { axis, log, joined, box, limits, curves } = JSON.parse(chart.dataset.points);
+  const placed = curves.filter((curve) => !curve.level).flatMap((curve) => curve.steps);
+  const steps = [...new Set(placed)].sort((a, b) => a - b);
   const [plot, cursor] = [chart.querySelector(".plot"), chart.querySelector(".cursor")];
   const output = chart.querySelector("output");
+  const scale = log ? Math.log10 : (x) => x;
+  const [first, last] = limits.map(scale);
   let chosen = -1;
+  // The value of a curve at a step, between two of its points if they are joined.
+  const readAt = (curve, step, values) => {
+    if (curve.level) return values[0];
+    const at = curve.steps.indexOf(step);
+    if (at >= 0) return values[at];
+    const after = curve.steps.findIndex((x) => x > step);
+    if (!joined || after < 1) return null;
+    const [a, b] = [scale(curve.steps[after - 1]), scale(curve.steps[after])];
+    const share = (scale(step) - a) / (b - a);
+    const between = values[after - 1] + share * (values[after] - values[after - 1]);
+    return Number(between.toPrecision(4));
+  };
   const choose = (index) => {
     chosen = Math.max(0, Math.min(steps.length - 1, index));
     const step = steps[chosen];
-    const share = (step - limits[0]) / (limits[1] - limits[0]);
+    const share = (scale(step) - first) / (last - first);
     cursor.style.left = `${100 * (box[0] + share * (box[1] - box[0]))}%`;
     cursor.hidden = false;
-    output.replaceChildren(make("span", `step ${step}`));
+    output.replaceChildren(make("span", `${axis} ${step}`));
     for (const curve of curves) {
-      const at = curve.steps.indexOf(step);
-      if (at < 0) continue;
-      const band = curve.low ? ` (${curve.low[at]} to ${curve.high[at]})` : "";
-      output.append(make("div", `${curve.name}: ${curve.mean[at]}${band}`, `c${curve.colour}`));
+      const [mean, low, high] = ["mean", "low", "high"].map((key) =>
+        curve[key] ? readAt(curve, step, curve[key]) : null);
+      if (mean === null) continue;
+      const band = low === null ? "" : ` (${low} to ${high})`;
+      output.append(make("div", `${curve.name}: ${mean}${band}`, `c${curve.colour}`));
     }
   };
   plot.addEventListener("pointermove", (event) => {
     const area = plot.getBoundingClientRect();
     const share = ((event.clientX - area.left) / area.width - box[0]) / (box[1] - box[0]);
-    const step = limits[0] + share * (limits[1] - limits[0]);
-    const gaps = steps.map((x) => Math.abs(x - step));
+    const place = first + share * (last - first);
+    const gaps = steps.map((x) => Math.abs(scale(x) - place));
     choose(gaps.indexOf(Math.min(...gaps)));
   });
   chart.addEventListener("keydown", (event) => {
