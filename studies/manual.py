@@ -36,7 +36,7 @@ def make_manual(seed: int) -> dict[str, int]:
     """
     if seed < 0:
         raise UserError(f"seed: {seed} must not be negative")
-    return _draw_manual(np.random.default_rng((seed, 0)))
+    return _draw_manual(np.random.default_rng((seed, 0, len(SPLITS))))  # no row's generator
 
 
 def write_manual(manual: Mapping[str, int]) -> str:

@@ -39,14 +39,14 @@ def check_solution(row: dict, question: str, prices: dict[str, int]) -> None:
 
 
 def test_a_row_shows_a_manual_of_its_own_and_is_answered_by_it() -> None:
-    manuals = set()
+    manuals = {manual.write_manual(manual.make_manual(0))}
     for i in range(2000):
         row = manual.make_row(0, i, "train")
         system, user = row["messages"]
         assert (system["role"], user["role"]) == ("system", "user") and "question" not in row
         check_solution(row, user["content"], read_manual(system["content"]))
         manuals.add(system["content"])
-    assert len(manuals) == 2000
+    assert len(manuals) == 2001  # and none is the fixed one of the same seed
 
 
 @pytest.mark.parametrize("split", manual.SPLITS)
