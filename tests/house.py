@@ -19,8 +19,8 @@ PACKAGES = ("models", "distill", "configs", "assets", "benchmarks", "studies", "
 FOLDERS = {
     "": "__main__ quickstart harness report diagnose plan train chat serve evaluate generate score "
     "compare verify clean export",
-    "reporting": "watching writing study_page study_tables study_curves study_claims study_read study_definition page document "
-    "tables figures transcripts read",
+    "reporting": "watching writing study_page study_tables study_curves study_claims study_read "
+    "study_definition page document tables figures transcripts read",
     "planning": "checking fit forecast programs roofline aot gpus hlo diagnosis",
     "training": "demonstration loop stopping saving metrics_log run_summary alerts preflight "
     "eval_hook collect drift teacher_outputs rollout_metrics grading trainer memory "

@@ -2,6 +2,7 @@
 
 Where the points of seeds are at different places of the axis, as with FLOPs, they are interpolated
 by straight lines at the places of all seeds, within the part of the axis that every seed covers.
+A curve over `k` is of figures of the finished models: with y = "pass@", pass@1, pass@2 and so on.
 """
 
 from collections.abc import Sequence
@@ -11,10 +12,11 @@ import numpy as np
 from distill.reporting.figures import MAX_POINTS, Chart, Curve, Group
 from distill.reporting.read import Record
 from distill.reporting.study_claims import AXES, read_curve
-from distill.reporting.study_read import Study
+from distill.reporting.study_read import Result, Study
 
 NOTE = "Lines are means over seeds, bands go from the lowest to the highest seed, and an arm "
-NOTE += "without training is a level line."
+NOTE += "without training is a level line. The start has no place on a logarithmic axis."
+_COUNT = "k"  # an axis
 
 
 def list_groups(study: Study) -> list[Group]:
@@ -32,10 +34,14 @@ def _make_chart(study: Study, entry: Record) -> Chart | None:
     x: str = entry["x"]
     y: str = entry["y"]
     is_log, figure = entry.get("log_x", False), study.find_figure(y)
+    if x == _COUNT:
+        figure = next((f for f in study.figures if _read_count(f.key, y)), figure)
     scale = 100 if figure.is_share else 1
     curves = []
     for number, arm in enumerate(study.arms):
-        found = [read_curve(result, x, y) for result in study.get_results(arm.name).values()]
+        results = study.get_results(arm.name).values()
+        read = _read_counts if x == _COUNT else read_curve
+        found = [read(result, x, y) for result in results]
         is_level = all(len(points) < 2 for points in found)
         if is_log and not is_level:  # the start has no place on the axis
             found = [[point for point in points if point[0] > 0] for points in found]
@@ -57,6 +63,18 @@ def _make_chart(study: Study, entry: Record) -> Chart | None:
     title = entry.get("title") or f"{figure.title}, by {axis}"
     title += ", %" if figure.is_share else ""
     return Chart(y, title, curves, [], 1, axis=axis, is_log=is_log, joins_points=True)
+
+
+def _read_counts(result: Result, x: str, y: str) -> list[tuple[float, float]]:
+    """Returns the figures of a finished model that are named `y` and a number, by that number."""
+    pairs = [(_read_count(key, y), value) for key, value in result.final.items()]
+    return sorted((float(count), value) for count, value in pairs if count)
+
+
+def _read_count(key: str, y: str) -> int:
+    """Returns the number after `y` in the name of a figure, 0 if there is none."""
+    digits = key.removeprefix(y) if key.startswith(y) else ""
+    return int(digits) if digits.isdecimal() and len(digits) < 10 else 0
 
 
 def interpolate_curves(

@@ -6,6 +6,7 @@ the study's notes: an interrupted study shows all that is there.
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,6 +97,12 @@ class Study:
             return next(iter(found.values()), None)
         return found.get(seed)
 
+    def list_tuned(self) -> list[str]:
+        """Returns the arms that have trials of tuning or are to have them, also of other studies
+        whose choice arms of this one take."""
+        names = [arm.name for arm in self.arms if arm.tuned]
+        return list(dict.fromkeys([*names, *(trial.arm for trial in self.trials)]))
+
     def find_arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
 
@@ -137,7 +144,8 @@ def read_study(name: str) -> Study:
         known.append(result)
     places = {arm.name: place for place, arm in enumerate(study.arms)}
     for found in (study.results, study.trials):
-        found.sort(key=lambda x: (places[x.arm], x.seed, x.trial or 0))
+        last = len(places)  # arms of other studies
+        found.sort(key=lambda x: (places.get(x.arm, last), x.arm, x.seed, x.trial or 0))
     study.notes += _find_gaps(study) + _find_mixtures(study)
     return study
 
@@ -188,9 +196,11 @@ def _make_result(record: Record, file: str, study: Study) -> tuple[Result | None
     """Returns a result, or None and why the file is none of this study's."""
     if record.get("study") != study.name:
         return None, f"is of another study, {show(record.get('study'))}"
-    if record.get("arm") not in [arm.name for arm in study.arms]:
-        return None, f"arm: {show(record.get('arm'))} is not in {STUDY_FILE}"
     phase, seed, trial = (record.get(key) for key in ("phase", "seed", "trial"))
+    is_known = record.get("arm") in [arm.name for arm in study.arms]
+    # An arm of another study may have been tuned for arms of this one.
+    if not is_known and not (phase == "tuning" and isinstance(record.get("arm"), str)):
+        return None, f"arm: {show(record.get('arm'))} is not in {STUDY_FILE}"
     if phase not in ("final", "tuning"):
         return None, f"phase: {show(phase)} is neither final nor tuning"
     if type(seed) is not int or (phase == "tuning" and type(trial) is not int):
@@ -245,16 +255,13 @@ def _find_gaps(study: Study) -> list[str]:
     if not study.tuning:
         return notes
     counts = {}
-    for arm in study.arms:
-        if arm.tuned:
-            trials = [x.trial for x in study.trials if x.arm == arm.name and x.trial is not None]
-            counts[arm.name] = len(trials)
-            if gaps := [
-                str(x) for x in range(min(_MAX_TRIALS, max(trials, default=0))) if x not in trials
-            ]:
-                notes.append(f"{arm.name}: trials of tuning are missing: {', '.join(gaps)}")
-            if not trials:
-                notes.append(f"{arm.name}: no trial of tuning yet")
+    for name in study.list_tuned():
+        trials = [x.trial for x in study.trials if x.arm == name and x.trial is not None]
+        counts[name] = len(trials)
+        if gaps := [x for x in range(min(_MAX_TRIALS, max(trials, default=0))) if x not in trials]:
+            notes.append(f"{name}: trials of tuning are missing: {', '.join(map(str, gaps))}")
+        if not trials:
+            notes.append(f"{name}: no trial of tuning yet")
     if len(set(counts.values())) > 1:
         shown = ", ".join(f"{name} {count}" for name, count in counts.items())
         notes.append(f"the arms were not tuned with equally many trials: {shown}")
@@ -281,9 +288,9 @@ def _find_mixtures(study: Study) -> list[str]:
         results = list(study.get_results(arm.name).values())
         for name in ("changes", "config"):
             flat = [
-                # Paths of what an earlier stage made hold the seed, too.
+                # Names of what an earlier stage made hold the seed, too, and a hash.
                 {
-                    key: x.replace(f"seed{result.seed}", "seed")
+                    key: re.sub(rf"seed{result.seed}(_\d+)?(\.[0-9a-f]+)?", "seed", x)
                     for key, x in _flatten(getattr(result, name)).items()
                 }
                 for result in results

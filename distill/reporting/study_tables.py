@@ -120,9 +120,9 @@ def tabulate_tuning(study: Study) -> Table:
     """Lists the trials of tuning and marks the one whose changes the runs have."""
     key = str(study.tuning.get("figure") or study.figures[0].key)
     figure, rows, notes = study.find_figure(key), [], []
-    for arm in study.arms:
-        trials = [trial for trial in study.trials if trial.arm == arm.name]
-        used = _find_used(study, arm.name, trials)
+    for arm in study.list_tuned():
+        trials = [trial for trial in study.trials if trial.arm == arm]
+        used = _find_used(study, arm, trials)
         known = [trial for trial in trials if key in trial.final]
         best = max(known, key=lambda trial: trial.final[key], default=None)
         for trial in trials:
@@ -130,12 +130,12 @@ def tabulate_tuning(study: Study) -> Table:
             value = trial.final.get(key)
             mark = "used" if trial is used else ""
             shown = _NOTHING if value is None else study_claims.format_number(value, figure)
-            rows.append([arm.name, str(trial.trial), changes or "no changes", shown, mark])
+            rows.append([arm, str(trial.trial), changes or "no changes", shown, mark])
         if used and best and best.final[key] > used.final.get(key, float("-inf")):
-            notes.append(f"{arm.name}: the runs have the changes of trial {used.trial}, though "
-                         f"trial {best.trial} is better.")  # fmt: skip
-        elif trials and study.get_results(arm.name) and not used:
-            notes.append(f"{arm.name}: the runs have the changes of no trial.")
+            words = f"trial {used.trial}, though trial {best.trial} is better"
+            notes.append(f"{arm}: the runs have the changes of {words}.")
+        elif trials and study.get_results(arm) and not used:
+            notes.append(f"{arm}: the runs have the changes of no trial.")
     budget, problems = (study.tuning.get(x) for x in ("budget", "problems"))
     words = [f"Budget: {budget}."] if budget else []
     words += [f"Measured on {problems}, which are not the test's."] if problems else []
@@ -144,13 +144,16 @@ def tabulate_tuning(study: Study) -> Table:
 
 
 def _find_used(study: Study, arm: str, trials: Sequence[Result]) -> Result | None:
-    """Returns the trial whose changes are those of the arm's runs, or a part of them: the one with
-    the most changes if there are several."""
-    results = list(study.get_results(arm).values())
-    if not results:
-        return None
-    changes = results[0].changes
-    fitting = [x for x in trials if all(changes.get(key) == v for key, v in x.changes.items())]
+    """Returns the trial whose changes the arm's runs have, or those of other arms if the study has
+    none of it; of several, the one with the most changes."""
+    own = list(study.get_results(arm).values())[:1]
+    others = [] if any(arm == x.name for x in study.arms) else study.results
+    fitting = [
+        trial
+        for trial in trials
+        for changes in [x.changes for x in own or others]
+        if all(key in changes and changes[key] == x for key, x in trial.changes.items())
+    ]
     return max(fitting, key=lambda trial: len(trial.changes), default=None)
 
 

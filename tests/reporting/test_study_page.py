@@ -184,6 +184,18 @@ def test_tuning_says_when_the_runs_have_not_the_best_trial(tmp_path: Path) -> No
     assert "opd: the runs have the changes of no trial." in text
 
 
+def test_trials_of_an_arm_of_another_study_are_shown(tmp_path: Path) -> None:
+    results = [make_result("sft 100", 0, [0.5], changes={"rate": 0.1})]
+    results += [
+        make_result("sft 8000", 9, [0.5], phase="tuning", trial=i, changes={"rate": i / 10})
+        for i in range(2)
+    ]
+    reader = Reader(build(write_study(tmp_path / "z", None, results)))
+    assert ["sft 8000", "1", "rate=0.1", "50.0", "used"] in reader.rows
+    assert ["sft 8000", "0", "rate=0.0", "50.0", ""] in reader.rows
+    assert "left out" not in reader.text
+
+
 def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     definition = json.loads(json.dumps(make_definition()).replace("grpo", "GRPO"))
     for key in ("title", "question", "command"):
@@ -237,6 +249,23 @@ def test_curves_are_means_with_bands(tmp_path: Path) -> None:
     assert logged["mean"][0] == pytest.approx(np.mean(values), abs=0.01)
     assert logged["low"][0] == pytest.approx(min(values), abs=0.01)
     assert logged["high"][0] == pytest.approx(max(values), abs=0.01)
+
+
+def test_a_curve_over_k_is_of_figures_of_the_finished_models(tmp_path: Path) -> None:
+    entry = {"x": "k", "y": "many/pass@", "title": "pass@k by k", "log_x": True}
+    shown = [{"key": f"many/pass@{k}", "format": "percent"} for k in (1, 4)]
+    definition = make_definition(curves=[entry], figures=shown, claims=[])
+    results = [
+        make_result("opd", seed, [], final={"many/pass@4": 0.5 + seed / 10, "many/pass@1": 0.25})
+        for seed in range(2)
+    ]
+    results.append(make_result("start", 0, [], final={"many/pass@1": 0.1, "many/pass@4": 0.2}))
+    results[0]["final"] |= {"many/pass@": 1.0, "many/pass@x": 1.0, "many": 1.0}
+    (points,) = read_points(build(write_study(tmp_path / "z", definition, results)))
+    start, opd = points["curves"]
+    assert points["axis"] == "k" and points["log"]
+    assert opd["steps"] == [1, 4] and opd["mean"] == [25, 55] and opd["high"] == [25, 60]
+    assert start["mean"] == [10, 20] and not start["level"]
 
 
 def test_interpolation_is_on_what_all_curves_cover() -> None:

@@ -115,7 +115,9 @@ def test_results_that_were_not_made_alike_are_noted(tmp_path: Path) -> None:
     third = next(x for x in results if x["arm"] == "opd" and x["seed"] == 2)
     third["changes"] = {"rate": 0.3}
     for x in results:  # the place of an earlier stage's model is no difference
-        x["config"] = x["config"] | {"student": f"runs/{x['arm']}.seed{x['seed']}_0/model"}
+        x["config"] = x["config"] | {
+            "student": f"runs/{x['arm']}.seed{x['seed']}_0.{x['seed']}ab/model"
+        }
     notes = read_notes(write_study(tmp_path / "z", None, results))
     assert "several revisions: aaaaaaaaaa (14 runs), bbbbbbbbbb (1 runs)" in notes
     assert "changes that no commit holds: grpo.seed1.json" in notes
