@@ -1,11 +1,11 @@
 """Generates reasoning problems over a dependency graph, told as text.
 
-Ann has 4          <think>                     Counts are the last digits of results. A quantity
-Max has 8          Ida: Zoe times Ann=3*4=2    is told after those that it depends on, and some
-Zoe has 3          Leo: Ida plus Ann=2+4=6     are not needed. A solution computes each after
-Ida has Ann times Zoe    </think>              those that it depends on.
+Ann has 4                <think>                     Counts are the last digits of results. A
+Max has 8                Zoe=3 times Ann=4: Ida=2    quantity is told after those that it depends
+Zoe has 3                Ida=2 plus Ann=4: Leo=6     on, and some are not needed. A solution
+Ida has Ann times Zoe    </think>                    computes each after those that it depends on.
 Leo has Ida plus Ann
-How many has Leo?  6
+How many has Leo?        6
 
 There are many right solutions: their lines have an order of their own, mostly that of the
 statements, and sums and products may be turned round. So a model of solutions is uncertain about
@@ -164,7 +164,7 @@ def _solve(rng: np.random.Generator, graph: list[Quantity], i: int, names: list[
     left, right = quantity.left, quantity.right
     if quantity.operator in COMMUTATIVE and rng.integers(2):
         left, right = right, left
-    operands = f"{graph[left].value}{OPERATORS[quantity.operator]}{graph[right].value}"
     return (
-        f"{names[i]}: {names[left]} {quantity.operator} {names[right]}={operands}={quantity.value}"
+        f"{names[left]}={graph[left].value} {quantity.operator} "
+        f"{names[right]}={graph[right].value}: {names[i]}={quantity.value}"
     )

@@ -87,7 +87,9 @@ class Queue:
         def fill(match: re.Match[str]) -> str:
             return str(self.root / (name if match[1] == _OUT else match[1]))
 
-        return [[_PLACE.sub(fill, word) for word in command] for command in self.jobs[name].commands]
+        return [
+            [_PLACE.sub(fill, word) for word in command] for command in self.jobs[name].commands
+        ]
 
     def read_done(self, name: str) -> dict[str, Any] | None:
         """Returns a finished job's record; None if it is not finished.

@@ -29,7 +29,9 @@ def write_model_directory(directory: Path, size: str, corpus: Iterable[str]) -> 
     layers, hidden, head, feed_forward = SIZES[size]
     directory.mkdir(parents=True, exist_ok=True)
     embedded = AutoTokenizer.from_pretrained(ASSETS)
-    embedded.train_new_from_iterator(corpus, VOCABULARY - len(embedded.added_tokens_decoder), show_progress=False).save_pretrained(directory)
+    embedded.train_new_from_iterator(
+        corpus, VOCABULARY - len(embedded.added_tokens_decoder), show_progress=False
+    ).save_pretrained(directory)
     config = json.loads((ASSETS / "config.json").read_text()) | {
         "num_hidden_layers": layers,
         "max_window_layers": layers,
@@ -38,7 +40,9 @@ def write_model_directory(directory: Path, size: str, corpus: Iterable[str]) -> 
         "intermediate_size": feed_forward,
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (directory / "generation_config.json").write_bytes((ASSETS / "generation_config.json").read_bytes())
+    (directory / "generation_config.json").write_bytes(
+        (ASSETS / "generation_config.json").read_bytes()
+    )
 
 
 OPTIONS = flags.FlagValues()

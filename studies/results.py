@@ -97,7 +97,10 @@ def write_run(
         trace_cost = _read_flops_per_token(queue.root / arm.teacher) if arm.traces else 0.0
         record["points"] = list_points(arm, parts, measured["prompt_tokens"], trace_cost)
         if start:
-            first = dict.fromkeys(record["points"][0], 0.0) | {"greedy": start["greedy"], "loss": None}
+            first = dict.fromkeys(record["points"][0], 0.0) | {
+                "greedy": start["greedy"],
+                "loss": None,
+            }
             record["points"].insert(0, first)
     name = "".join(x if x.isalnum() or x in "-." else "_" for x in arm.name)
     suffix = f"seed{about['seed']}" if about["trial"] is None else f"trial{about['trial']}"

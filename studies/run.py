@@ -6,6 +6,7 @@ holds models, rows and checkpoints, which studies share. `python -m studies.run`
 """
 
 import dataclasses
+import itertools
 import os
 import shlex
 import sys
@@ -16,7 +17,7 @@ from absl import flags
 from distill.reporting import writing
 from distill.runtime import cli, run_files
 from models.errors import UserError, suggest
-from studies import definitions, results
+from studies import definitions, jobs, results
 from studies.jobs import Queue
 from studies.study import Study, plan_study
 
@@ -42,7 +43,7 @@ def run_study(subject: Study, queue: Queue, out: Path, cores: int) -> bool:
         results.write_results(subject, queue, plan_study(subject, queue), out / subject.name)
 
     trials = plan_study(subject, queue).trials
-    failed = queue.run([job for jobs in trials.values() for job in jobs], cores, write)
+    failed = queue.run(list(itertools.chain(*trials.values())), cores, write)
     failed += queue.run(list(plan_study(subject, queue).finals.values()), cores, write)
     write()
     return not failed
@@ -58,23 +59,27 @@ def main() -> None:
         if name not in known:
             hint = suggest(name, known)
             raise UserError(f"--study={name}: known are {', '.join(known)}, all{hint}")
+    if Path.cwd() != jobs.CODE:
+        raise UserError(f"the commands of a study are relative to {jobs.CODE}: run it there")
     if not all(seed.isdecimal() for seed in SEEDS.value):
         raise UserError(f"--seeds={','.join(SEEDS.value)}: must be whole numbers")
     out, has_failed = Path(OUT.value), False
     for name in names:
-        subject, queue = known[name], Queue(Path(RUNS.value).absolute())
+        subject, queue = known[name], Queue(Path(RUNS.value))
         if SEEDS.value:
             subject = dataclasses.replace(subject, seeds=tuple(map(int, SEEDS.value)))
         if LIST.value:
             plan = plan_study(subject, queue)
-            for job in [*(x for jobs in plan.trials.values() for x in jobs), *plan.finals.values()]:
+            for job in [*itertools.chain(*plan.trials.values()), *plan.finals.values()]:
                 print("\n".join(shlex.join(["python", *x]) for x in queue.list_commands(job)))
             continue
         is_whole = run_study(subject, queue, out, CORES.value or len(os.sched_getaffinity(0)))
         has_failed |= not is_whole
         page = out / name / "report.html"
         writing.write_report([str(out / name)], page)
-        run_files.log_line(f"{name}: {page}" + ("" if is_whole else "; some runs failed, see above"))
+        run_files.log_line(
+            f"{name}: {page}" + ("" if is_whole else "; some runs failed, see above")
+        )
     if has_failed:
         sys.exit(1)
 

@@ -165,9 +165,7 @@ STUDY_B = dataclasses.replace(
         "and leaves pass@64 where it was."
     ),
     arms=(common.START, *SFT, GRPO, OPD, common.JUDGE),
-    figures=tuple(
-        {"key": f"many/pass@{k}", "title": f"pass@{k}", "format": "percent"} for k in KS
-    ),
+    figures=tuple({"key": f"many/pass@{k}", "title": f"pass@{k}", "format": "percent"} for k in KS),
     curves=({"x": "k", "y": "many/pass@", "title": "pass@k by k", "log_x": True},),
     claims=(
         common.make_contrast(

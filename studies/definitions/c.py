@@ -1,8 +1,8 @@
 """Study c: the seven conditions of configs/conditions.py, in miniature."""
 
 from studies.definitions import a, common
-from studies.definitions.common import make_arm, make_training
-from studies.study import Arm, Training
+from studies.definitions.common import make_training
+from studies.study import Arm, Study, Training
 
 SOURCE = "MaxiRuess/reasoning-distillation-grpo, GSM8K greedy, and configs/conditions.py"
 TRACES, STEPS = 1000, 100
@@ -10,9 +10,7 @@ TRACES, STEPS = 1000, 100
 
 def make_sft(changes: dict) -> Training:
     """Returns SFT on a thousand rows in about three epochs."""
-    return make_training(
-        "sft", {"steps": STEPS, "data.max_rows": TRACES} | changes, common.STUDENT
-    )
+    return make_training("sft", {"steps": STEPS, "data.max_rows": TRACES} | changes, common.STUDENT)
 
 
 def chain(name: str, about: str, first: Training, then: Arm) -> Arm:
@@ -22,8 +20,8 @@ def chain(name: str, about: str, first: Training, then: Arm) -> Arm:
     return Arm(name, about, (first, second), tuned_as=then, traces=TRACES, teacher=common.TEACHER)
 
 
-ANSWERS = f"{{{common.ROWS}}}/answers.jsonl"
-BASELINE = make_sft({"data.source": ANSWERS, "data.thinking": 0.0})
+ANSWERS = {"data.source": common.TRAIN, "data.columns": "question=question,response=answer"}
+BASELINE = make_sft({**ANSWERS, "data.thinking": 0.0})
 ALL = make_sft({"data.keep_samples": "finished"})
 VERIFIED = make_sft({"data.keep_samples": "correct"})
 

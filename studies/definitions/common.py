@@ -33,8 +33,8 @@ def make_pretraining(name: str, size: str, seed: int, changes: dict[str, Any]) -
         "student.random_init": "true",
         "seed": seed,
         "sft.data.source": TRAIN,
-        "sft.optim.learning_rate": 3e-3,
-        "sft.optim.weight_decay": 0.01,
+        "sft.optim.name": "muon",
+        "sft.optim.learning_rate": 1e-2,
         "sft.optim.warmup_steps": 50,
         **changes,
     }
@@ -48,11 +48,10 @@ def make_pretraining(name: str, size: str, seed: int, changes: dict[str, Any]) -
 
 def make_rows(name: str, count: int, seed: int, operations: str) -> tuple[str, ...]:
     """Returns the command that writes a file of problems."""
-    split = {"train": "train", "answers": "train", "valid": "valid"}.get(name, "test")
+    split = name if name in ("train", "valid") else "test"
     return (
         *("-m", "studies.tasks", "--task=graphs", f"--split={split}", f"--count={count}"),
         *(f"--seed={seed}", f"--operations={operations}", f"--out={{out}}/{name}.jsonl"),
-        *(("--answers_only",) if name == "answers" else ()),
     )
 
 
@@ -65,13 +64,12 @@ JOBS = (
             make_rows("test", 500, 0, "2,4"),
             make_rows("many", 200, 0, "2,4"),
             make_rows("longer", 300, 1, "5,6"),
-            make_rows("answers", 2000, 0, "1,4"),
         ),
     ),
     make_size("small"),
     make_size("medium"),
-    make_pretraining(TEACHER, "medium", 0, {"sft.steps": 3000}),
-    make_pretraining(STUDENT, "small", 1, {"sft.steps": 1200, "sft.data.max_rows": 4000}),
+    make_pretraining(TEACHER, "medium", 0, {"sft.steps": 2500}),
+    make_pretraining(STUDENT, "small", 1, {"sft.steps": 1000, "sft.data.max_rows": 4000}),
     Job(
         TRACES,
         (

@@ -13,9 +13,7 @@ def make_arm(prompts: int, objective: str = "opd") -> Arm:
     changes: dict[str, Any] = {"steps": STEPS, "batch_size": 64, "data.max_rows": prompts}
     tuned = a.OPD if objective == "opd" else a.GRPO
     about = f"{objective} on {prompts:,} prompt{'s' if prompts > 1 else ''}, {STEPS} steps of 64"
-    return common.make_arm(
-        f"{objective} on {prompts}", about, objective, changes, tuned_as=tuned
-    )
+    return common.make_arm(f"{objective} on {prompts}", about, objective, changes, tuned_as=tuned)
 
 
 PROMPTS = (1, 8, 64, common.NUM_PROMPTS)

@@ -15,7 +15,10 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
         "reverse KL of the teacher's four likeliest tokens and the rest",
         {"loss.estimator": "topk", "loss.k": TOP_K},
     ),
-    "sampled": ("reverse KL by the sampled token, as a policy gradient", {"objective": "opd_sampled"}),
+    "sampled": (
+        "reverse KL by the sampled token, as a policy gradient",
+        {"objective": "opd_sampled"},
+    ),
     "prefixes": (
         "responses of 15, 30, then 60 tokens",
         {"response_schedule": ((0, 15), (STEPS // 3, 30), (2 * STEPS // 3, 60))},

@@ -1,0 +1,5 @@
+"""The studies, by name."""
+
+from studies.definitions import a, c, d, e, g
+
+STUDIES = {study.name: study for study in (a.STUDY, a.STUDY_B, c.STUDY, d.STUDY, e.STUDY, g.STUDY)}
