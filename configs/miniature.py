@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from configs import arguments, base
 
 OBJECTIVES = ("opd", "sft", "grpo")
-PROMPT, RESPONSE = 72, 72  # tokens of the longest prompt and response of five operations
+PROMPT, RESPONSE = 56, 88  # tokens of the longest prompt and response of five operations
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -32,7 +32,6 @@ def get_config(arg: str = "") -> ConfigDict:
     c[a.objective] = s
     s.batch_size = 32
     s.max_prompt_tokens, s.max_response_tokens = PROMPT, RESPONSE
-    s.pack_tokens = 2 * (PROMPT + RESPONSE)
     s.optim.learning_rate, s.optim.final_fraction = 1e-3, 0.02
     if a.objective == "grpo":
         s.samples = 8

@@ -47,11 +47,14 @@ def write_model_directory(directory: Path, size: str, corpus: Iterable[str]) -> 
 
 OPTIONS = flags.FlagValues()
 SIZE = flags.DEFINE_enum("size", "small", list(SIZES), "Size of the model.", flag_values=OPTIONS)
+TASKS = flags.DEFINE_list(
+    "tasks", ["graphs"], "Tasks whose text the tokenizer is made for.", flag_values=OPTIONS
+)
 OUT = flags.DEFINE_string("out", None, "Directory to write.", OPTIONS, required=True)
 
 
 def main() -> None:
-    write_model_directory(Path(OUT.value), SIZE.value, tasks.make_corpus())
+    write_model_directory(Path(OUT.value), SIZE.value, tasks.make_corpus(TASKS.value))
 
 
 if __name__ == "__main__":
