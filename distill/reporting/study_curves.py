@@ -40,8 +40,7 @@ def _make_chart(study: Study, entry: Record) -> Chart | None:
     curves = []
     for number, arm in enumerate(study.arms):
         results = study.get_results(arm.name).values()
-        read = _read_counts if x == _COUNT else read_curve
-        found = [read(result, x, y) for result in results]
+        found = [_read_points(result, x, y) for result in results]
         is_level = all(len(points) < 2 for points in found)
         if is_log and not is_level:  # the start has no place on the axis
             found = [[point for point in points if point[0] > 0] for points in found]
@@ -65,10 +64,14 @@ def _make_chart(study: Study, entry: Record) -> Chart | None:
     return Chart(y, title, curves, [], 1, axis=axis, is_log=is_log, joins_points=True)
 
 
-def _read_counts(result: Result, x: str, y: str) -> list[tuple[float, float]]:
-    """Returns the figures of a finished model that are named `y` and a number, by that number."""
-    pairs = [(_read_count(key, y), value) for key, value in result.final.items()]
-    return sorted((float(count), value) for count, value in pairs if count)
+def _read_points(result: Result, x: str, y: str) -> list[tuple[float, float]]:
+    """Returns the points of a result in the order of the axis; one point if nothing was trained."""
+    if x == _COUNT:
+        pairs = [(_read_count(key, y), value) for key, value in result.final.items()]
+        return sorted((float(count), value) for count, value in pairs if count)
+    if not result.points and y in result.final:
+        return [(0.0, result.final[y])]
+    return read_curve(result, x, y)
 
 
 def _read_count(key: str, y: str) -> int:

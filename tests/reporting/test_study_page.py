@@ -5,6 +5,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -66,13 +67,14 @@ def build(folder: Path) -> str:
 def strip_drawings(page: str) -> str:
     """Returns a page without what another matplotlib may draw otherwise: paths of curves, and the
     limits of axes. The points of all curves stay, as numbers."""
-    page = re.sub(r"<svg.*?</svg>", "<svg>", page, flags=re.DOTALL)
+    page = re.sub(r"<svg.*?</svg>\s*", "<svg>", page, flags=re.DOTALL)
     return re.sub(r"&quot;(box|limits)&quot;: \[[^]]*\]", "", page)
 
 
 def check_page(folder: Path) -> None:
     """Fails if report.html in a study's directory is not what its files make."""
-    made = study_page.render_page(study_page.make_report(study_read.read_study(str(folder))))
+    with mock.patch.object(figures, "render", return_value=b"<svg></svg>"):
+        made = study_page.render_page(study_page.make_report(study_read.read_study(str(folder))))
     page = (folder / "report.html").read_text("ascii")
     assert made.count("<svg") == page.count("<svg")
     command = f"python -m distill.report {folder} --out={folder}/report.html"
@@ -266,6 +268,13 @@ def test_a_curve_over_k_is_of_figures_of_the_finished_models(tmp_path: Path) -> 
     assert points["axis"] == "k" and points["log"]
     assert opd["steps"] == [1, 4] and opd["mean"] == [25, 55] and opd["high"] == [25, 60]
     assert start["mean"] == [10, 20] and not start["level"]
+
+
+def test_a_model_without_training_is_a_level_line(tmp_path: Path) -> None:
+    results = [x | ({"points": []} if x["arm"] == "start" else {}) for x in make_results()]
+    steps, flops = read_points(build(write_study(tmp_path / "z", None, results)))
+    for chart in (steps, flops):
+        assert chart["curves"][0]["level"] and chart["curves"][0]["mean"] == [25.0]
 
 
 def test_interpolation_is_on_what_all_curves_cover() -> None:
