@@ -76,7 +76,7 @@ def main() -> None:
         is_whole = run_study(subject, queue, out, CORES.value or len(os.sched_getaffinity(0)))
         has_failed |= not is_whole
         page = out / name / "report.html"
-        writing.write_report([str(out / name)], page)
+        writing.write_study(str(out / name), page)
         run_files.log_line(
             f"{name}: {page}" + ("" if is_whole else "; some runs failed, see above")
         )
