@@ -69,7 +69,7 @@ JOBS = (
     make_size("small"),
     make_size("medium"),
     make_pretraining(TEACHER, "medium", 0, {"sft.steps": 1000}),
-    make_pretraining(STUDENT, "small", 1, {"sft.steps": 1000, "sft.data.max_rows": 4000}),
+    make_pretraining(STUDENT, "small", 1, {"sft.steps": 300, "sft.data.max_rows": 1000}),
     Job(
         TRACES,
         (
