@@ -96,7 +96,7 @@ def write_run(
         parts = [queue.root / x for x in _list_earlier(queue, job)] + [directory]
         trace_cost = _read_flops_per_token(queue.root / arm.teacher) if arm.traces else 0.0
         record["points"] = list_points(arm, parts, measured["prompt_tokens"], trace_cost)
-        if start:
+        if start and "curve" in start:
             first = dict.fromkeys(record["points"][0], 0.0) | {
                 "greedy": start["greedy"],
                 "loss": None,
@@ -129,8 +129,10 @@ def list_points(
     teacher costs `trace_cost` for each of its tokens, once.
     """
     total = dict.fromkeys(
-        ("step", "seconds", "sampled_tokens", "trained_tokens")
-        + ("flops_student", "flops_teacher", "flops_sampling"),
+        (
+            *("step", "seconds", "sampled_tokens", "trained_tokens"),
+            *("flops_student", "flops_teacher", "flops_sampling"),
+        ),
         0.0,
     )
     points: list[Record] = []

@@ -39,6 +39,7 @@ class Arm:
       trainings: one after another; none: the model of the job `model` is measured as it is.
       trials: changes to the last training, of which tuning chooses one; (): nothing is tuned.
       trial_changes: further changes in trials alone, such as fewer steps.
+      measures: further ones than the study's.
       tuned_as: the arm whose choice it takes, instead of trials of its own.
       traces: how many traces a teacher sampled for it, each of which counts once for its cost.
       teacher: the job of the model that wrote them.
@@ -48,6 +49,7 @@ class Arm:
     about: str
     trainings: tuple[Training, ...] = ()
     model: str = ""
+    measures: tuple[str, ...] = ()
     trials: tuple[Changes, ...] = ()
     trial_changes: Changes = dataclasses.field(default_factory=dict)
     tuned_as: "Arm | None" = None
@@ -152,44 +154,47 @@ def _plan_run(
     study: Study, queue: Queue, arm: Arm, changes: Changes, seed: int, suffix: str
 ) -> str:
     """Adds the jobs of an arm's trainings; returns the last one's name."""
-    before = ""
+    is_trial, before = suffix.startswith("trial"), ""
     for number, training in enumerate(arm.trainings):
         is_last = number == len(arm.trainings) - 1
-        own = {**training.changes, **(changes if is_last else {})}
-        part = "" if is_last else f"_{number}"
-        flags = [f"--config.{key}={_format_value(value)}" for key, value in own.items()]
-        measures: Sequence[str] = study.measures if is_last else ()
-        if suffix.startswith("trial"):
-            measures = study.tune_measures if is_last else ()
-            flags.append("--config.eval.every=0")
-        base = training.base or before
-        commands = (
-            "-m",
-            "studies.worker",
-            "--workdir={out}",
+        base, own = training.base or before, dict(training.changes)
+        measures: tuple[str, ...] = ()
+        if is_last:
+            own |= changes
+            measures = study.tune_measures if is_trial else (*study.measures, *arm.measures)
+        if is_trial:
+            own["eval.every"] = 0
+        train = (
+            *("-m", "studies.worker", "--workdir={out}"),
             f"--config=configs/miniature.py:{training.objective}",
-            f"--config.student.path={{{base}}}{'' if base.startswith('models/') else '/model'}",
+            f"--config.student.path={{{base}}}/model",
             f"--config.seed={seed}",
-            *flags,
-            *(f"--measure={text}" for text in measures),
-            *((f"--teacher={{{study.judge}}}/model",) if study.judge and measures else ()),
+            *(f"--config.{key}={_format_value(value)}" for key, value in own.items()),
             f"--seed={seed}",
+            *_list_measures(study, measures),
         )
-        steps: tuple[tuple[str, ...], ...] = (commands,)
-        if not is_last:
-            steps += (("-m", "distill.export", "--run={out}", "--out={out}/model"),)
-        before = _add_run(queue, f"{_to_file_name(arm.name)}.{suffix}{part}", steps)
+        export = ("-m", "distill.export", "--run={out}", "--out={out}/model")
+        part = "" if is_last else f"_{number}"
+        before = _add_run(
+            queue,
+            f"{_to_file_name(arm.name)}.{suffix}{part}",
+            (train,) if is_last else (train, export),
+        )
     return before
 
 
 def _plan_measurement(study: Study, queue: Queue, arm: Arm) -> str:
-    judge = (f"--teacher={{{study.judge}}}/model",) if study.judge else ()
     command = (
         *("-m", "studies.worker", "--workdir={out}", f"--model={{{arm.model}}}/model"),
-        *(f"--measure={text}" for text in study.measures),
-        *judge,
+        *_list_measures(study, (*study.measures, *arm.measures)),
     )
     return _add_run(queue, f"{_to_file_name(arm.name)}.as_is", (command,))
+
+
+def _list_measures(study: Study, measures: Sequence[str]) -> list[str]:
+    is_judged = any(text.endswith(":judged") for text in measures)
+    teacher = [f"--teacher={{{study.judge}}}/model"] if is_judged else []
+    return [*(f"--measure={text}" for text in measures), *teacher]
 
 
 def _add_run(queue: Queue, name: str, commands: tuple[tuple[str, ...], ...]) -> str:

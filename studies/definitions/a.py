@@ -10,9 +10,10 @@ from studies.definitions import common
 from studies.definitions.common import make_arm
 from studies.study import Arm, Study
 
-STEPS = {"opd": 150, "grpo": 300}  # of 64 responses
-AMOUNTS = {500: 125, 2000: 250, 8000: 500, 32_000: 1000}  # traces -> steps of 32
-TRIAL_RESPONSES = 6400
+STEPS = {"opd": 150, "grpo": 300}  # of 32 responses
+AMOUNTS = {250: 60, 1000: 100, 4000: 200, 16_000: 500}  # traces -> steps of 32
+TUNED_AMOUNT = 4000
+TRIAL_STEPS = 100
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 
@@ -37,6 +38,7 @@ def make_sft_arm(amount: int, **fields: Any) -> Arm:
         f"SFT on {amount:,} responses of the teacher, {AMOUNTS[amount]} steps",
         "sft",
         {"steps": AMOUNTS[amount], "data.max_rows": amount},
+        measures=(common.PASS,),
         traces=amount,
         teacher=common.TEACHER,
         **fields,
@@ -44,40 +46,39 @@ def make_sft_arm(amount: int, **fields: Any) -> Arm:
 
 
 TUNED_SFT = make_sft_arm(
-    8000,
-    trials=(
-        *({"sft.optim.learning_rate": rate} for rate in RATES),
-        {"sft.optim.learning_rate": 1e-3, "sft.batch_size": 16, "sft.steps": 2 * AMOUNTS[8000]},
-        {"sft.optim.learning_rate": 1e-3, "sft.batch_size": 64, "sft.steps": AMOUNTS[8000] // 2},
-    ),
-    trial_changes={"sft.steps": TRIAL_RESPONSES // 32},
+    TUNED_AMOUNT,
+    trials=tuple({"sft.optim.learning_rate": rate} for rate in (*RATES, 5e-4, 2e-3)),
+    trial_changes={"sft.steps": TRIAL_STEPS},
 )
 OPD = make_arm(
     "opd",
     "on-policy distillation: exact reverse KL at every token of the student's responses",
     "opd",
-    {"steps": STEPS["opd"], "batch_size": 64},
+    {"steps": STEPS["opd"]},
+    measures=(common.PASS,),
     trials=(
         *({"opd.optim.learning_rate": rate} for rate in RATES),
         {"opd.optim.learning_rate": 1e-3, "opd.samples": 4},
         {"opd.optim.learning_rate": 3e-4, "opd.samples": 4},
     ),
-    trial_changes={"opd.steps": TRIAL_RESPONSES // 64},
+    trial_changes={"opd.steps": TRIAL_STEPS},
 )
 GRPO = make_arm(
     "grpo",
     "GRPO with a reward for the right answer",
     "grpo",
-    {"steps": STEPS["grpo"], "batch_size": 64},
+    {"steps": STEPS["grpo"]},
+    measures=(common.PASS,),
     trials=make_grpo_trials(),
-    trial_changes={"grpo.steps": TRIAL_RESPONSES // 64},
+    trial_changes={"grpo.steps": TRIAL_STEPS},
 )
 SFT = tuple(
-    TUNED_SFT if amount == 8000 else make_sft_arm(amount, tuned_as=TUNED_SFT) for amount in AMOUNTS
+    TUNED_SFT if amount == TUNED_AMOUNT else make_sft_arm(amount, tuned_as=TUNED_SFT)
+    for amount in AMOUNTS
 )
 LARGEST = f"sft {max(AMOUNTS)}"
 TUNING = (
-    f"six trials of {TRIAL_RESPONSES:,} responses for each method, compared by the accuracy of four "
+    f"six trials of {TRIAL_STEPS} steps of 32 for each method, compared by the accuracy of four "
     "samples of each problem"
 )
 POST = "On-Policy Distillation, Thinking Machines Lab, October 2025, as quoted by other texts"
@@ -93,7 +94,7 @@ STUDY = Study(
     ),
     jobs=common.JOBS,
     arms=(common.START, *SFT, GRPO, OPD, common.JUDGE),
-    measures=(common.GREEDY, common.SAMPLED, common.LONGER_GREEDY, common.PASS),
+    measures=(common.GREEDY, common.SAMPLED, common.LONGER_GREEDY),
     figures=(*common.ACCURACY, common.LONGER_ACCURACY),
     curves=common.make_curves("step", "trained_tokens", "flops", "seconds"),
     judge=common.TEACHER,
@@ -160,7 +161,7 @@ STUDY_B = dataclasses.replace(
     name="b",
     title="pass@k: which method widens what the student can solve",
     question=(
-        "The runs of study a, by the share of 200 problems of which at least one of k samples at "
+        "The runs of study a, by the share of 120 problems of which at least one of k samples at "
         "temperature 1 is right. A method that only makes right responses likelier raises pass@1 "
         "and leaves pass@64 where it was."
     ),

@@ -11,9 +11,10 @@ from studies.study import Arm, Training
 
 ROWS = "rows/graphs"
 TEACHER, STUDENT = "models/teacher", "models/student"
-TRAIN, VALID, TEST, MANY, LONGER = (
+TRAIN, VALID, TEST, CURVE, LONGER = (  # a curve's problems are the first of the test
     f"{{{ROWS}}}/{name}.jsonl" for name in ("train", "valid", "test", "many", "longer")
 )
+PASS_ROWS = "rows/pass"  # fewer of them, for many samples of each
 NUM_PROMPTS = 100_000
 NUM_TRACES = 32_000
 TRACES = "rows/traces"
@@ -66,6 +67,7 @@ JOBS = (
             make_rows("longer", 300, 1, "6,8"),
         ),
     ),
+    Job(PASS_ROWS, (make_rows("pass", 120, 0, "3,5"),)),
     make_size("small"),
     make_size("medium"),
     make_pretraining(TEACHER, "medium", 0, {"sft.steps": 1000}),
@@ -81,9 +83,6 @@ JOBS = (
         ),
     ),
 )
-
-START = Arm("start", "the student before", model=STUDENT)
-JUDGE = Arm("teacher", "the teacher", model=TEACHER)
 
 
 def make_arm(name: str, about: str, objective: str, changes: dict[str, Any], **fields: Any) -> Arm:
@@ -101,16 +100,20 @@ def make_training(objective: str, changes: dict[str, Any], base: str = "") -> Tr
         for key, value in own.items()
     }
     teacher = {"teacher.path": f"{{{TEACHER}}}/model"} if objective == "opd" else {}
-    curve = {"eval.data": TEST, "eval.every": changes["steps"] // 10}
+    curve = {"eval.data": CURVE, "eval.every": changes["steps"] // 10}
     return Training(objective, {**teacher, **curve, **keys}, base)
 
 
 GREEDY = f"greedy:arithmetic:{TEST}:0:{TOKENS}"
 SAMPLED = f"sampled:arithmetic:{TEST}:2:{TOKENS}:judged"
-PASS = f"many:arithmetic:{MANY}:64:{TOKENS}"
+PASS = f"many:arithmetic:{{{PASS_ROWS}}}/pass.jsonl:64:{TOKENS}"
 LONGER_GREEDY = f"longer:arithmetic:{LONGER}:0:{LONGER_TOKENS}"
+CURVE_GREEDY = f"curve:arithmetic:{CURVE}:0:{TOKENS}"
 TUNE = f"sampled:arithmetic:{VALID}:4:{TOKENS}"  # 1,200 responses to 300 validation problems
 TUNE_BY = "sampled"
+
+START = Arm("start", "the student before", model=STUDENT, measures=(CURVE_GREEDY, PASS))
+JUDGE = Arm("teacher", "the teacher", model=TEACHER, measures=(PASS,))
 
 ACCURACY = (
     {"key": "greedy", "title": "greedy", "format": "percent"},

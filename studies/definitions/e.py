@@ -10,9 +10,9 @@ STEPS = 60
 
 def make_arm(prompts: int, objective: str = "opd") -> Arm:
     """Returns an arm that trains on the first `prompts` prompts only."""
-    changes: dict[str, Any] = {"steps": STEPS, "batch_size": 64, "data.max_rows": prompts}
+    changes: dict[str, Any] = {"steps": STEPS, "data.max_rows": prompts}
     tuned = a.OPD if objective == "opd" else a.GRPO
-    about = f"{objective} on {prompts:,} prompt{'s' if prompts > 1 else ''}, {STEPS} steps of 64"
+    about = f"{objective} on {prompts:,} prompt{'s' if prompts > 1 else ''}, {STEPS} steps of 32"
     return common.make_arm(f"{objective} on {prompts}", about, objective, changes, tuned_as=tuned)
 
 

@@ -46,9 +46,10 @@ def make_arm(name: str) -> Arm:
         name,
         about,
         "opd",
-        {"steps": STEPS, "batch_size": 64} | changes,
+        {"steps": STEPS} | changes,
         trials=tuple({"opd.optim.learning_rate": rate} for rate in a.RATES[1:]),
         trial_changes={"opd.steps": STEPS // 2},
+        measures=(common.PASS,),
     )
 
 
@@ -67,7 +68,7 @@ STUDY = Study(
     ),
     jobs=common.JOBS,
     arms=(common.START, *map(make_arm, FORMS), common.JUDGE),
-    measures=(common.GREEDY, common.SAMPLED, common.PASS),
+    measures=(common.GREEDY, common.SAMPLED),
     figures=(*common.ACCURACY, {"key": "many/pass@64", "title": "pass@64", "format": "percent"}),
     curves=common.make_curves("step", "seconds"),
     judge=common.TEACHER,
