@@ -15,7 +15,7 @@ AMOUNTS = {250: 60, 1000: 100, 4000: 200, 16_000: 500}  # traces -> steps of 32
 TUNED_AMOUNT = 4000
 TRIAL_STEPS = 100
 
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (1e-4, 3e-4, 5e-4, 1e-3, 2e-3, 3e-3)
 
 
 def make_grpo_trials() -> tuple[dict[str, float], ...]:
@@ -47,7 +47,7 @@ def make_sft_arm(amount: int, **fields: Any) -> Arm:
 
 TUNED_SFT = make_sft_arm(
     TUNED_AMOUNT,
-    trials=tuple({"sft.optim.learning_rate": rate} for rate in (*RATES, 5e-4, 2e-3)),
+    trials=tuple({"sft.optim.learning_rate": rate} for rate in RATES),
     trial_changes={"sft.steps": TRIAL_STEPS},
 )
 OPD = make_arm(
@@ -56,11 +56,7 @@ OPD = make_arm(
     "opd",
     {"steps": STEPS["opd"]},
     measures=(common.PASS,),
-    trials=(
-        *({"opd.optim.learning_rate": rate} for rate in RATES),
-        {"opd.optim.learning_rate": 1e-3, "opd.samples": 4},
-        {"opd.optim.learning_rate": 3e-4, "opd.samples": 4},
-    ),
+    trials=tuple({"opd.optim.learning_rate": rate} for rate in RATES),
     trial_changes={"opd.steps": TRIAL_STEPS},
 )
 GRPO = make_arm(

@@ -16,7 +16,7 @@ TRAIN, VALID, TEST, CURVE, LONGER = (  # a curve's problems are the first of the
 )
 PASS_ROWS = "rows/pass"  # fewer of them, for many samples of each
 NUM_PROMPTS = 100_000
-NUM_TRACES = 32_000
+NUM_TRACES = 16_000
 TRACES = "rows/traces"
 TOKENS, LONGER_TOKENS = 88, 132  # of the longest solution of five operations, of eight
 
@@ -56,6 +56,16 @@ def make_rows(name: str, count: int, seed: int, operations: str) -> tuple[str, .
     )
 
 
+def make_samples(name: str, model: str, count: int, file: str) -> Job:
+    """Returns the job of a model's responses to the first `count` prompts, at temperature 1."""
+    command = (
+        *("-m", "distill.generate", f"--model={{{model}}}/model", f"--prompts={TRAIN}"),
+        *(f"--out={{out}}/{file}.jsonl", f"--limit={count}", "--temperature=1"),
+        *(f"--max_new_tokens={TOKENS}", "--batch_size=256", "--seed=7"),
+    )
+    return Job(name, (command,))
+
+
 JOBS = (
     Job(
         ROWS,
@@ -72,16 +82,7 @@ JOBS = (
     make_size("medium"),
     make_pretraining(TEACHER, "medium", 0, {"sft.steps": 1000}),
     make_pretraining(STUDENT, "small", 1, {"sft.steps": 300, "sft.data.max_rows": 1000}),
-    Job(
-        TRACES,
-        (
-            (
-                *("-m", "distill.generate", f"--model={{{TEACHER}}}/model", f"--prompts={TRAIN}"),
-                *("--out={out}/traces.jsonl", f"--limit={NUM_TRACES}", "--temperature=1"),
-                *(f"--max_new_tokens={TOKENS}", "--batch_size=256", "--seed=7"),
-            ),
-        ),
-    ),
+    make_samples(TRACES, TEACHER, NUM_TRACES, "traces"),
 )
 
 

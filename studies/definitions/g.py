@@ -7,6 +7,7 @@ from studies.study import Arm, Study
 
 STEPS = 100
 TOP_K = 4
+RATES = (3e-4, 1e-3, 3e-3)
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "reverse": ("reverse KL, exact", {}),
     "forward": ("forward KL, exact", {"loss.divergence": "forward"}),
@@ -47,7 +48,7 @@ def make_arm(name: str) -> Arm:
         about,
         "opd",
         {"steps": STEPS} | changes,
-        trials=tuple({"opd.optim.learning_rate": rate} for rate in a.RATES[1:]),
+        trials=tuple({"opd.optim.learning_rate": rate} for rate in RATES),
         trial_changes={"opd.steps": STEPS // 2},
         measures=(common.PASS,),
     )

@@ -1,0 +1,106 @@
+"""Study j: what may be added to on-policy distillation, at equal steps."""
+
+from typing import Any
+
+from studies.definitions import a, common
+from studies.jobs import Job
+from studies.study import Arm, Study
+
+STEPS = a.STEPS["opd"]
+SAMPLES, SCORES = "rows/student_samples", "rows/student_scores"
+JOBS = (
+    *common.JOBS,
+    common.make_samples(SAMPLES, common.STUDENT, 32 * STEPS, "samples"),
+    Job(
+        SCORES,
+        (
+            (
+                *("-m", "distill.score", f"--model={{{common.TEACHER}}}/model"),
+                *(f"--tokens={{{SAMPLES}}}/samples.jsonl", "--output=hidden", "--dtype=float32"),
+                "--out={out}/scores",
+            ),
+        ),
+    ),
+)
+
+
+def make_arm(name: str, about: str, changes: dict[str, Any]) -> Arm:
+    """Returns an arm that trains at the rate of on-policy distillation."""
+    return common.make_arm(name, about, "opd", {"steps": STEPS} | changes, tuned_as=a.OPD)
+
+
+ARMS = (
+    make_arm(
+        "ordered",
+        "problems from the easiest to the hardest, by their number of statements",
+        {"data.difficulty": "level", "data.curriculum": "ordered"},
+    ),
+    make_arm(
+        "widening",
+        "problems from the easiest share, which grows to all",
+        {"data.difficulty": "level", "data.curriculum": "widening"},
+    ),
+    make_arm(
+        "half traces",
+        "half of the rows are the teacher's responses",
+        {"data.source": f"{{{common.TRACES}}}/traces.jsonl", "on_policy_share": 0.5},
+    ),
+    make_arm("hybrid", "with a reward for the right answer", {"objective": "hybrid", "samples": 8}),
+    make_arm(
+        "stored",
+        "the student's first responses, scored by the teacher in advance",
+        {
+            "objective": "distill",
+            "loss.divergence": "reverse",
+            "data.source": f"{{{SAMPLES}}}/samples.jsonl",
+            ".teacher.path": f"{{{SCORES}}}/scores",
+        },
+    ),
+)
+SOURCES = {
+    "ordered": "curricula of SFT and RL",
+    "widening": "curricula of SFT and RL",
+    "half traces": "GKD, arXiv 2306.13649: mixtures of both",
+    "hybrid": "a reward may lead past the teacher",
+}
+
+
+def claim_help(name: str) -> dict[str, Any]:
+    """Returns the claim that an arm is better than plain on-policy distillation."""
+    return common.make_contrast(
+        f"{name} helps",
+        "better than plain on-policy distillation",
+        SOURCES[name],
+        {name: 1, "opd": -1},
+    )
+
+
+STUDY = Study(
+    name="j",
+    title="Curricula, mixtures, a reward beside the teacher, and a teacher that is gone",
+    question=(
+        "Does any of these teach more than plain on-policy distillation does in as many steps? "
+        "All run at the rate that was chosen for the plain form."
+    ),
+    jobs=JOBS,
+    arms=(common.START, a.OPD, *ARMS, common.JUDGE),
+    measures=a.STUDY.measures,
+    figures=a.STUDY.figures,
+    curves=common.make_curves("step", "flops", "seconds"),
+    judge=common.TEACHER,
+    start="start",
+    tune_by=common.TUNE_BY,
+    tune_measures=(common.TUNE,),
+    tuning=a.TUNING,
+    claims=(
+        *map(claim_help, SOURCES),
+        common.make_contrast(
+            "a stored teacher is as good",
+            "distillation on responses of the start, scored in advance, reaches the live teacher's "
+            "result at a quarter of its cost",
+            "Lightning OPD, arXiv 2604.13010",
+            {"opd": 1, "stored": -1},
+            expected="none",
+        ),
+    ),
+)
