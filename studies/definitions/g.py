@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from studies.definitions import a, common
+from studies.definitions import common
 from studies.study import Arm, Study
 
 STEPS = 100
