@@ -77,16 +77,22 @@ def make_row(
         total += prices[thing]
     read = ", ".join(f"{thing} {prices[thing]}" for thing in things)
     thoughts = f"{read}: {' '.join(sums)}" if sums else f"{read};"
-    turn = {"role": "user", "content": question}
-    asked: dict[str, Any] = {"question": question}
-    if manual is None:
-        asked = {"messages": [{"role": "system", "content": write_manual(prices)}, turn]}
-    return {
+    row = {
         "id": f"manual-{split}-{seed}-{index}",
-        **asked,
+        "question": question,
         "answer": str(total),
         "response": f"<think>\n{thoughts}\n</think>\n\n{total}",
         "level": count,
+    }
+    return show(row, prices) if manual is None else row
+
+
+def show(row: Mapping[str, Any], manual: Mapping[str, int]) -> dict[str, Any]:
+    """Returns a row of a `question` with `messages` instead, the manual in the system's turn."""
+    turns = (("system", write_manual(manual)), ("user", row["question"]))
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return {"id": row["id"], "messages": messages} | {
+        key: value for key, value in row.items() if key != "question"
     }
 
 

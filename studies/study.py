@@ -174,12 +174,9 @@ def _plan_run(
             *_list_measures(study, measures),
         )
         export = ("-m", "distill.export", "--run={out}", "--out={out}/model")
-        part = "" if is_last else f"_{number}"
-        before = _add_run(
-            queue,
-            f"{_to_file_name(arm.name)}.{suffix}{part}",
-            (train,) if is_last else (train, export),
-        )
+        # Arms, and trials of one, share the trainings before their last.
+        name = f"{_to_file_name(arm.name)}.{suffix}" if is_last else f"then.seed{seed}"
+        before = _add_run(queue, name, (train,) if is_last else (train, export))
     return before
 
 

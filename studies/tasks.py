@@ -7,7 +7,7 @@ documents     text that states the facts of a made-up company; has no splits (st
 facts         questions on those facts
 instructions  requests with constraints in IFEval's form (studies/instructions.py)
 manual        questions on a price list, which stands in the system's turn; with --manual=SEED on
-              the fixed list of that seed, which does not (studies/manual.py)
+              the fixed list of that seed, which does so only with --show_manual (studies/manual.py)
 """
 
 from collections.abc import Iterable
@@ -54,6 +54,9 @@ VERSIONS = flags.DEFINE_integer(
 MANUAL = flags.DEFINE_integer(
     "manual", None, "manual: seed of a fixed price list, not shown in the rows.", 0, None, OPTIONS
 )
+SHOW_MANUAL = flags.DEFINE_bool(
+    "show_manual", False, "manual: show the fixed list, in the system's turn.", OPTIONS
+)
 MANUAL_OUT = flags.DEFINE_string(
     "manual_out", "", "manual: also write the fixed list, for config context.text.", OPTIONS
 )
@@ -67,6 +70,7 @@ class Settings:
     people: int = facts.PEOPLE  # documents, facts
     versions: int = facts.VERSIONS  # documents
     manual: int | None = None  # manual: seed of the fixed list; None: each row has a list
+    is_shown: bool = False  # manual: rows have the fixed list in the system's turn
 
 
 def make_rows(
@@ -89,7 +93,8 @@ def make_rows(
         return [instructions.make_row(seed, i, split) for i in indices]
     if task == "manual":
         fixed = None if s.manual is None else manual.make_manual(s.manual)
-        return [manual.make_row(seed, i, split, fixed) for i in indices]
+        rows = [manual.make_row(seed, i, split, fixed) for i in indices]
+        return [manual.show(row, fixed) for row in rows] if fixed and s.is_shown else rows
     if task != "graphs":
         raise UserError(f"task: {task!r} is none of {', '.join(TASKS)}")
     try:
@@ -116,8 +121,10 @@ def main() -> None:
     fixed = MANUAL.value if TASK.value == "manual" else None
     if MANUAL_OUT.value and fixed is None:
         raise UserError("--manual_out: needs --task=manual and the --manual=SEED that it is of")
+    if SHOW_MANUAL.value and fixed is None:
+        raise UserError("--show_manual: needs --task=manual and the --manual=SEED to show")
     low, high = map(int, OPERATIONS.value)
-    settings = Settings((low, high), PEOPLE.value, VERSIONS.value, fixed)
+    settings = Settings((low, high), PEOPLE.value, VERSIONS.value, fixed, SHOW_MANUAL.value)
     out = paths.check_output(OUT.value)
     rows = make_rows(TASK.value, SPLIT.value, NUM_ROWS.value, SEED.value, settings)
     run_files.write_jsonl(out, rows)

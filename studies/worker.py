@@ -1,12 +1,13 @@
 """One run of a study, in one process: trains as `distill.train` does, then measures the model.
 
-    python -m studies.worker --workdir=DIR --config=configs/miniature.py:opd --config.opd.steps=100 \
-        --measure=greedy:arithmetic:test.jsonl:0:60 --measure=sampled:arithmetic:test.jsonl:16:60
+    python -m studies.worker --workdir=DIR --config=configs/miniature.py:opd \
+        --config.opd.steps=100 --measure=greedy:arithmetic:test.jsonl:0:60 \
+        --measure=sampled:arithmetic:test.jsonl:16:60
 
 Writes WORKDIR/measured.json. Without --config it measures --model. A measurement is
 NAME:BENCHMARK:ROWS:SAMPLES:TOKENS: rows of a jsonl file, so many responses of at most so many
-tokens to each, sampled at temperature 1, or with 0 samples one greedy response. At the end `:judged`
-measures their distance from --teacher, too.
+tokens to each, sampled at temperature 1, or with 0 samples one greedy response. At the end
+`:judged` measures their distance from --teacher, too, and `:no_think` asks for no reasoning.
 """
 
 import dataclasses
@@ -47,22 +48,27 @@ class Measurement:
     samples: int
     tokens: int
     is_judged: bool
+    is_thinking: bool
 
 
 def parse_measurement(text: str) -> Measurement:
     """Parses a --measure. Raises UserError naming one that has another form."""
-    *parts, last = text.split(":")
-    parts += [] if last == "judged" else [last]
-    if len(parts) != 5 or not all(x.isdecimal() for x in parts[3:]):
-        raise UserError(f"--measure={text}: is no NAME:BENCHMARK:ROWS:SAMPLES:TOKENS[:judged]")
+    parts = text.split(":")
+    parts, options = parts[:5], parts[5:]
+    is_form = len(parts) == 5 and all(x.isdecimal() for x in parts[3:])
+    if not is_form or options not in ([], ["judged"], ["no_think"], ["judged", "no_think"]):
+        form = "NAME:BENCHMARK:ROWS:SAMPLES:TOKENS[:judged][:no_think]"
+        raise UserError(f"--measure={text}: is no {form}")
     name, benchmark, rows, samples, tokens = parts
-    return Measurement(name, benchmark, rows, int(samples), int(tokens), last == "judged")
+    is_judged, is_thinking = "judged" in options, "no_think" not in options
+    return Measurement(name, benchmark, rows, int(samples), int(tokens), is_judged, is_thinking)
 
 
 def measure(model: str, teacher: str, out: Path) -> dict[str, float]:
     """Runs all measurements; returns their figures by name.
 
-    NAME is the accuracy. Sampled measurements add NAME/pass@k, NAME/length, and, with a teacher,
+    NAME is the accuracy, NAME/think_rate the share of responses with a think block if asked to
+    think, or else without. Sampled measurements add NAME/pass@k, NAME/length, and, with a teacher,
     NAME/reverse_kl; those of a benchmark with further figures add these.
     """
     from distill import rollout
@@ -76,14 +82,14 @@ def measure(model: str, teacher: str, out: Path) -> dict[str, float]:
         sampling = rollout.Sampling(1.0 if samples else 0.0)
         sample = rollout.SampleSpec(max(1, samples), m.tokens, sampling, SEED.value, BATCH)
         ks = tuple(k for k in KS if k <= max(1, samples))
-        spec = EvalSpec(m.benchmark, sample, ks=ks)
+        spec = EvalSpec(m.benchmark, sample, m.is_thinking, ks=ks)
         rows = problems.load_problems(m.benchmark, m.rows, 0)
         judge = teacher if m.is_judged else ""
         summary = evaluator.evaluate_model(
             model, rows, spec, epath.Path(out / name), "float32", judge
         )
         figures[name] = summary["accuracy"]
-        for key in ("prompt_accuracy", "f1", "reverse_kl"):
+        for key in ("think_rate", "prompt_accuracy", "f1", "reverse_kl"):
             if isinstance(summary.get(key), float):
                 figures[f"{name}/{key}"] = summary[key]
         if samples:
@@ -99,11 +105,19 @@ def measure_prompt(config: Any) -> float:
 
     tokenizer = chat.load_tokenizer(policy.resolve_model_dir(config.student.path))
     assert tokenizer is not None
-    source, lengths = config[config.stages[-1]].data.source, []
-    for _, (_, row) in zip(range(_PROMPTS), sources.open_rows(source), strict=False):
-        messages = row.get("messages") or [{"role": "user", "content": row["question"]}]
-        lengths.append(len(chat.render_messages(tokenizer, messages, thinking=True)))
-    return statistics.mean(lengths)
+    data, means = config[config.stages[-1]].data, []
+    pairs = data.mixture or ((data.source, 1.0),)
+    for source, _ in pairs:
+        lengths = []
+        for _, (_, row) in zip(range(_PROMPTS), sources.open_rows(source), strict=False):
+            if "text" in row:  # a document, of which all but the first token is learned
+                lengths.append(1)
+                continue
+            messages = row.get("messages") or [{"role": "user", "content": row["question"]}]
+            thinking = row.get("thinking", data.thinking > 0)
+            lengths.append(len(chat.render_messages(tokenizer, messages, thinking=thinking)))
+        means.append(statistics.mean(lengths))
+    return statistics.fmean(means, [weight for _, weight in pairs])
 
 
 def main() -> None:

@@ -21,10 +21,10 @@ TRACES = "rows/traces"
 TOKENS, LONGER_TOKENS = 88, 132  # of the longest solution of five operations, of eight
 
 
-def make_size(size: str) -> Job:
-    """Returns the job of a model's config and tokenizer."""
+def make_size(size: str, name: str = "", tasks: str = "") -> Job:
+    """Returns the job of a model's config and tokenizer, by default one for the problems."""
     command = ("-m", "studies.models", f"--size={size}", "--out={out}")
-    return Job(f"sizes/{size}", (command,))
+    return Job(f"sizes/{name or size}", ((*command, f"--tasks={tasks}") if tasks else command,))
 
 
 def make_pretraining(name: str, size: str, seed: int, changes: dict[str, Any]) -> Job:

@@ -108,3 +108,13 @@ def test_bad_arguments_are_named() -> None:
         manual.make_manual(-2)
     with pytest.raises(UserError, match="manual: its things are not bag"):
         manual.make_row(0, 0, "train", {"pen": 4})
+
+
+def test_a_fixed_manual_is_shown_in_the_row_of_the_same_question() -> None:
+    fixed = manual.make_manual(3)
+    row = manual.make_row(0, 4, "test", fixed)
+    shown = manual.show(row, fixed)
+    system, user = shown.pop("messages")
+    assert system == {"role": "system", "content": manual.write_manual(fixed)}
+    assert user == {"role": "user", "content": row.pop("question")}
+    assert shown == row

@@ -1,0 +1,213 @@
+"""Study i: context distillation, a manual that the teacher reads and the student has to know."""
+
+from typing import Any
+
+from studies.definitions import common
+from studies.jobs import Job
+from studies.study import Arm, Study, Training
+
+ROWS, TEACHER, SAMPLES = "rows/manual", "models/manual_teacher", "rows/manual_samples"
+MANUAL = 0  # seed of the manual to learn
+PROMPT, READING, RESPONSE = 24, 96, 40  # tokens of the longest prompt, of one with a manual, ...
+STEPS, BATCH = 150, 32
+LONGER = 4  # times as many steps of SFT, which cost about the same
+NUM_SAMPLES = BATCH * STEPS
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+
+
+def find_rows(name: str) -> str:
+    """Returns the path of a file of rows, as commands name it."""
+    return f"{{{ROWS}}}/{name}.jsonl"
+
+
+TRACES = f"{{{SAMPLES}}}/traces.jsonl"
+
+
+def make_rows(name: str, split: str, count: int, *flags: str) -> tuple[str, ...]:
+    """Returns the command that writes a file of questions."""
+    return (
+        *("-m", "studies.tasks", "--task=manual", f"--split={split}", f"--count={count}"),
+        *("--seed=0", *flags, f"--out={{out}}/{name}.jsonl"),
+    )
+
+
+def make_jobs() -> tuple[Job, ...]:
+    """Returns the rows; the teacher, which reads any manual; and its responses to questions on one,
+    which then stand beside the questions alone."""
+    fixed, shown = f"--manual={MANUAL}", "--show_manual"
+    reading = {
+        "sft.steps": 1000,
+        "sft.data.source": find_rows("train"),
+        "sft.max_prompt_tokens": READING,
+        "sft.max_response_tokens": RESPONSE,
+    }
+    return (
+        Job(
+            ROWS,
+            (
+                make_rows("train", "train", 40_000),
+                make_rows("others", "test", 300),
+                make_rows(
+                    *("questions", "train", NUM_SAMPLES, fixed), "--manual_out={out}/manual.txt"
+                ),
+                make_rows("questions_shown", "train", NUM_SAMPLES, fixed, shown),
+                make_rows("valid", "valid", 300, fixed),
+                make_rows("test", "test", 300, fixed),
+                make_rows("test_shown", "test", 300, fixed, shown),
+            ),
+        ),
+        common.make_size("small", "manual", "manual"),
+        common.make_pretraining(TEACHER, "manual", 0, reading),
+        Job(
+            SAMPLES,
+            (
+                (
+                    *("-m", "distill.generate", f"--model={{{TEACHER}}}/model"),
+                    *(f"--prompts={find_rows('questions_shown')}", "--out={out}/samples.jsonl"),
+                    *("--temperature=1", f"--max_new_tokens={RESPONSE}"),
+                    *("--batch_size=256", "--seed=7"),
+                ),
+                (
+                    *("-m", "studies.traces", "--samples={out}/samples.jsonl"),
+                    *(f"--rows={find_rows('questions')}", "--out={out}/traces.jsonl"),
+                ),
+            ),
+        ),
+    )
+
+
+def make_training(objective: str, steps: int) -> Training:
+    """Returns a training on questions without the manual, from the teacher's own weights."""
+    changes: dict[str, Any] = {
+        "steps": steps,
+        "batch_size": BATCH,
+        "max_prompt_tokens": PROMPT,
+        "max_response_tokens": RESPONSE,
+        "data.source": TRACES if objective == "sft" else find_rows("questions"),
+        ".eval.data": find_rows("test"),
+        ".eval.limit": 0,
+    }
+    if objective == "opd":
+        changes |= {
+            ".teacher.path": f"{{{TEACHER}}}/model",
+            "context.text": f"{{{ROWS}}}/manual.txt",
+            "context.max_tokens": READING,
+        }
+    return common.make_training(objective, changes, TEACHER)
+
+
+def make_measures(rows: str) -> tuple[str, ...]:
+    """Returns the measurements of answers on the manual."""
+    return (
+        f"greedy:arithmetic:{find_rows(rows)}:0:{RESPONSE}",
+        f"sampled:arithmetic:{find_rows(rows)}:2:{RESPONSE}",
+    )
+
+
+WITHOUT_MANUAL = make_measures("test")
+OTHERS = f"others:arithmetic:{find_rows('others')}:0:{RESPONSE}"  # each with one in its prompt
+START_CURVE = f"curve:arithmetic:{find_rows('test')}:0:{RESPONSE}"
+
+
+def make_tuned_arm(objective: str, about: str) -> Arm:
+    """Returns an arm with trials of its rate."""
+    return Arm(
+        objective,
+        about,
+        (make_training(objective, STEPS),),
+        measures=WITHOUT_MANUAL,
+        trials=tuple({f"{objective}.optim.learning_rate": rate} for rate in RATES),
+        trial_changes={f"{objective}.steps": STEPS // 2},
+        traces=NUM_SAMPLES if objective == "sft" else 0,
+        teacher=TEACHER if objective == "sft" else "",
+    )
+
+
+OPD = make_tuned_arm("opd", "on-policy distillation from the teacher that reads the manual")
+SFT = make_tuned_arm("sft", f"SFT on {NUM_SAMPLES:,} responses of the teacher, each once")
+MORE_SFT = Arm(
+    f"sft, {LONGER} epochs",
+    f"SFT on the same responses, {LONGER} times each",
+    (make_training("sft", LONGER * STEPS),),
+    measures=WITHOUT_MANUAL,
+    tuned_as=SFT,
+    traces=NUM_SAMPLES,
+    teacher=TEACHER,
+)
+
+
+OPCD = "On-Policy Context Distillation, arXiv 2602.12275"
+
+STUDY = Study(
+    name="i",
+    title="A manual by heart",
+    question=(
+        "A model can read prices from any list in its prompt. It teaches itself one list: the "
+        "teacher reads it, the student does not. How near does the student come to the answers of "
+        "one that reads, by its own responses and by the teacher's, and can it still read others?"
+    ),
+    jobs=make_jobs(),
+    arms=(
+        Arm(
+            "start",
+            "the student before, without the manual",
+            model=TEACHER,
+            measures=(*WITHOUT_MANUAL, START_CURVE),
+        ),
+        SFT,
+        MORE_SFT,
+        OPD,
+        Arm(
+            "reader",
+            "the same model, with the manual in its prompt",
+            model=TEACHER,
+            measures=make_measures("test_shown"),
+        ),
+    ),
+    measures=(OTHERS,),
+    figures=(
+        {"key": "greedy", "title": "greedy", "format": "percent"},
+        {"key": "sampled", "title": "sampled, T = 1", "format": "percent"},
+        {"key": "others", "title": "reads other manuals", "format": "percent"},
+    ),
+    curves=common.make_curves("step", "seconds"),
+    start="start",
+    tune_by=common.TUNE_BY,
+    tune_measures=(f"sampled:arithmetic:{find_rows('valid')}:4:{RESPONSE}",),
+    tuning=f"four trials of {STEPS // 2} steps for each method, by the accuracy of four samples",
+    claims=(
+        common.make_contrast(
+            "the manual is learned",
+            "the student answers without the manual",
+            OPCD,
+            {"opd": 1, "start": -1},
+        ),
+        common.make_contrast(
+            "as good as reading",
+            "the student answers nearly as well as the teacher that reads the manual",
+            OPCD,
+            {"reader": 1, "opd": -1},
+            "none",
+            margin=0.03,
+        ),
+        common.make_contrast(
+            "distillation against SFT, equal steps",
+            "higher accuracy than off-policy context distillation",
+            OPCD,
+            {"opd": 1, "sft": -1},
+        ),
+        common.make_contrast(
+            "distillation against SFT, more steps",
+            "higher accuracy than off-policy context distillation",
+            OPCD,
+            {"opd": 1, MORE_SFT.name: -1},
+        ),
+        common.make_contrast(
+            "reading is not unlearned",
+            "what the context was not about is preserved better",
+            OPCD,
+            {"opd": 1, "sft": -1},
+            figure="others",
+        ),
+    ),
+)

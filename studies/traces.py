@@ -1,0 +1,57 @@
+"""python -m studies.traces: puts sampled responses under other prompts.
+
+    python -m studies.traces --samples=with_manual.jsonl --rows=questions.jsonl --out=traces.jsonl
+
+Samples are rows as distill.generate writes them; a row with the same id says what their prompt is
+to be. So a student learns, without a manual, what a teacher said that read it. Samples that were
+cut are left out.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from absl import flags
+
+from distill.data import sources
+from distill.runtime import cli, paths, run_files
+from models.errors import UserError
+
+OPTIONS = flags.FlagValues()
+SAMPLES = flags.DEFINE_string("samples", None, "Rows with samples.", OPTIONS, required=True)
+ROWS = flags.DEFINE_string("rows", None, "Rows with the prompts.", OPTIONS, required=True)
+OUT = flags.DEFINE_string("out", None, "File of rows to write.", OPTIONS, required=True)
+
+
+def pair_rows(
+    samples: Iterable[tuple[str, dict]], rows: Iterable[tuple[str, dict]]
+) -> list[dict[str, Any]]:
+    """Returns the rows, each with a `response` of the samples of its id; once for each of them.
+
+    Args:
+      samples, rows: pairs of a row's location and the row.
+
+    Raises:
+      UserError: naming a row with samples whose id no row has.
+    """
+    prompts = {row["id"]: row for _, row in rows}
+    pairs = []
+    for where, sampled in samples:
+        if sampled["id"] not in prompts:
+            raise UserError(f"{where}: id {sampled['id']!r} is that of no row of --rows")
+        pairs += [
+            {**prompts[sampled["id"]], "response": sample["text"]}
+            for sample in sampled["samples"]
+            if sample["finish_reason"] == "stop"
+        ]
+    return pairs
+
+
+def main() -> None:
+    out = paths.check_output(OUT.value, SAMPLES.value)
+    pairs = pair_rows(sources.open_rows(SAMPLES.value), sources.open_rows(ROWS.value))
+    run_files.write_jsonl(out, pairs)
+    print(f"{out}: {len(pairs):,} responses")
+
+
+if __name__ == "__main__":
+    cli.run(main, OPTIONS)

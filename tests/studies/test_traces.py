@@ -1,0 +1,26 @@
+"""Sampled responses under other prompts."""
+
+import pytest
+
+from models.errors import UserError
+from studies import traces
+
+
+def make_sample(name: str, *ended: str) -> tuple[str, dict]:
+    samples = [{"text": f"{name} {x}", "finish_reason": x} for x in ended]
+    return f"s.jsonl:{name}", {"id": name, "messages": [], "prompt_tokens": [1], "samples": samples}
+
+
+def test_finished_samples_become_responses_to_the_rows_of_their_ids() -> None:
+    rows = [(f"r.jsonl:{x}", {"id": x, "question": f"{x}?", "answer": "7"}) for x in "abc"]
+    samples = [make_sample("b", "stop", "length", "stop"), make_sample("a", "stop")]
+    assert traces.pair_rows(samples, rows) == [
+        {"id": "b", "question": "b?", "answer": "7", "response": "b stop"},
+        {"id": "b", "question": "b?", "answer": "7", "response": "b stop"},
+        {"id": "a", "question": "a?", "answer": "7", "response": "a stop"},
+    ]
+
+
+def test_a_sample_of_no_row_is_refused() -> None:
+    with pytest.raises(UserError, match=r"s.jsonl:b: id 'b' is that of no row of --rows"):
+        traces.pair_rows([make_sample("b", "stop")], [("r.jsonl:1", {"id": "a"})])
