@@ -82,6 +82,7 @@ def make_training(
         "max_prompt_tokens": PROMPT,
         "max_response_tokens": RESPONSE,
         "data.source": SAMPLES if is_sft else REQUESTS,
+        ".eval.data": "",
         ".eval.every": 0,
     }
     # Of its own samples all count: without those that are cut, they are another distribution's.

@@ -51,8 +51,6 @@ def test_names_are_unique_and_seeds_enough(subject: Study) -> None:
     for names in ([x.name for x in subject.arms], [x["name"] for x in subject.claims]):
         assert len(names) == len(set(names))
     assert len(set(subject.seeds)) >= 3
-    files = [study._to_file_name(arm.name) for arm in subject.arms]
-    assert len(files) == len(set(files))
 
 
 def test_every_place_in_a_command_is_made_by_a_job(
