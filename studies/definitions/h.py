@@ -81,7 +81,7 @@ ARMS = (
 def keep_form(name: str, figure: str, mode: str) -> dict[str, Any]:
     """Returns the claim that a mode keeps its form beside the other one."""
     claimed = "one model answers in the mode that the prompt asks for"
-    weights = {mode: 1, "both, twice": -1}
+    weights: dict[str, float] = {mode: 1, "both, twice": -1}
     return common.make_contrast(name, claimed, REPORT, weights, "none", figure, 0.01)
 
 
