@@ -1,1 +1,4 @@
-"""The field's claims, tested at small scale: `python -m studies.run --study=a`. See docs/studies.md."""
+"""The field's claims, tested at small scale: `python -m studies.run --study=a`.
+
+See docs/studies.md.
+"""

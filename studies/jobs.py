@@ -114,9 +114,9 @@ class Queue:
     ) -> list[str]:
         """Runs jobs, and those that they need, on `cores` cores; returns the names that failed.
 
-        `on_done` is called after each. They start in the order of `names`, each as soon as what it needs is done. Those that need a
-        failed one are not run and count as failed. On an interrupt, running ones stop at a
-        checkpoint.
+        They start in the order of `names`, each as soon as what it needs is done; `on_done` is
+        called after each that succeeds. Those that need a failed one are not run and count as
+        failed. On an interrupt, running ones stop at a checkpoint.
 
         Raises:
           UserError: see `read_done`.

@@ -91,8 +91,8 @@ STUDY = Study(
         ),
         common.make_contrast(
             "distillation after SFT",
-            "SFT first, then on-policy distillation, as in the Qwen3 report's two phases, is better "
-            "than on-policy distillation alone",
+            "SFT first, then on-policy distillation, as in the Qwen3 report's two phases, beats "
+            "on-policy distillation alone",
             a.REPORT,
             {"sft_then_opd": 1, "opd": -1},
         ),

@@ -81,7 +81,7 @@ STUDY = Study(
         against_reverse(
             "sampled",
             "the sampled token's estimate is noisier than the exact divergence",
-            "arXiv 2306.13649, and this project's earlier comparison (benchmarks/results/objectives.md)",
+            "arXiv 2306.13649; benchmarks/results/objectives.md",
             "below",
         ),
         common.make_contrast(
