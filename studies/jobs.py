@@ -29,8 +29,11 @@ from models.errors import UserError
 
 CODE = Path(__file__).resolve().parents[1]
 # What results depend on; their revision is that of the last commit that changed it.
-_CODE_PATHS = ("models", "distill", "configs/miniature.py", "studies", ":!distill/reporting")
-_CODE_PATHS += (":!studies/definitions",)
+_CODE_PATHS = (
+    *("models", "distill", "configs/miniature.py", "studies/worker.py", "studies/study.py"),
+    *(f"studies/{task}.py" for task in ("tasks", "graphs", "facts", "instructions", "manual")),
+    *("studies/models.py", ":!distill/reporting"),
+)
 _PLACE = re.compile(r"\{([\w/.=-]+)\}")
 _OUT = "out"
 _GRACE_SECONDS = 60.0  # for a run to write its checkpoint

@@ -15,6 +15,8 @@ from studies.study import TUNING_SEED, Arm, Plan, Study, get_changes, list_tuned
 
 Record = dict[str, Any]
 
+PARTS = ("student", "teacher", "sampling")  # of the operations
+
 
 def describe_study(study: Study) -> Record:
     """Returns the content of study.json."""
@@ -128,13 +130,8 @@ def list_points(
     attention: sampling one, each teacher one, and an update three (with a LoRA two). A trace of the
     teacher costs `trace_cost` for each of its tokens, once.
     """
-    total = dict.fromkeys(
-        (
-            *("step", "seconds", "sampled_tokens", "trained_tokens"),
-            *("flops_student", "flops_teacher", "flops_sampling"),
-        ),
-        0.0,
-    )
+    costs = ("seconds", "sampled_tokens", "trained_tokens")
+    total = {key: 0.0 for key in ("step", *costs, *(f"flops_{x}" for x in PARTS))}
     points: list[Record] = []
     for directory in directories:
         models = json.loads((directory / "environment.json").read_text())["models"]
@@ -153,7 +150,7 @@ def list_points(
                 total[key] += value
             total["step"] += 1
             if "eval/accuracy" in row or (is_last and row is rows[-1]):
-                flops = sum(total[f"flops_{x}"] for x in ("student", "teacher", "sampling"))
+                flops = sum(total[f"flops_{x}"] for x in PARTS)
                 figures = {"greedy": row.get("eval/accuracy"), "loss": row.get("train/loss")}
                 points.append({**total, "flops": flops, **figures})
     return points
