@@ -100,7 +100,7 @@ def write_run(
         record["points"] = list_points(arm, parts, measured["prompt_tokens"], trace_cost)
         if start and "curve" in start:
             first = dict.fromkeys(record["points"][0], 0.0) | {
-                "greedy": start["greedy"],
+                "greedy": start["curve"],
                 "loss": None,
             }
             record["points"].insert(0, first)
@@ -126,19 +126,20 @@ def list_points(
     """Returns the points of a run's curve, one at each evaluation and one at the end; costs are
     those from the start on, over all its trainings.
 
-    Operations are those of the weights in forward passes over prompts and responses, without
+    Seconds are those of steps, without compiling and evaluating. Operations are those of the weights in forward passes over prompts and responses, without
     attention: sampling one, each teacher one, and an update three (with a LoRA two). A trace of the
     teacher costs `trace_cost` for each of its tokens, once.
     """
     costs = ("seconds", "sampled_tokens", "trained_tokens")
-    total = {key: 0.0 for key in ("step", *costs, *(f"flops_{x}" for x in PARTS))}
+    total: dict[str, float] = {}
+    total.update(dict.fromkeys(("step", *costs, *(f"flops_{x}" for x in PARTS)), 0.0))
+    num_examples = 0
     points: list[Record] = []
     for directory in directories:
         models = json.loads((directory / "environment.json").read_text())["models"]
         config = json.loads((directory / "config.json").read_text())
         rows = [json.loads(line) for line in (directory / "metrics.jsonl").open()]
         stage, is_last = config[config["stages"][0]], directory == directories[-1]
-        num_examples = 0
         for row in rows:
             added = count_cost(row, stage, config, models, prompt_tokens)
             if num_examples < arm.traces:
@@ -168,8 +169,10 @@ def count_cost(
     passes = 2 if config["student"]["lora"]["rank"] else 3
     names = stage["teachers"] if "train/reverse_kl" in row or "train/divergence" in row else []
     teachers = sum(models[name]["flops_per_token"] for name in names if name in models)
+    if stage["loss"].get("reference"):  # the student before reads the responses, too
+        teachers += student
     return {
-        "seconds": row["time/step"],
+        "seconds": row["time/step"] - row.get("time/compile", 0.0),
         "sampled_tokens": sampled,
         "trained_tokens": trained,
         "flops_student": passes * student * read,
