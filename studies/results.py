@@ -126,9 +126,10 @@ def list_points(
     """Returns the points of a run's curve, one at each evaluation and one at the end; costs are
     those from the start on, over all its trainings.
 
-    Seconds are those of steps, without compiling and evaluating. Operations are those of the weights in forward passes over prompts and responses, without
-    attention: sampling one, each teacher one, and an update three (with a LoRA two). A trace of the
-    teacher costs `trace_cost` for each of its tokens, once.
+    Seconds are those of steps, without compiling and evaluating. Operations are those of the
+    weights in forward passes over prompts and responses, without attention: sampling one, each
+    teacher one, and an update three (with a LoRA two). A trace of the teacher costs `trace_cost`
+    for each of its tokens, once.
     """
     costs = ("seconds", "sampled_tokens", "trained_tokens")
     total: dict[str, float] = {}

@@ -4,6 +4,7 @@ The student knows how to solve the problems of studies/graphs.py, and slips: it 
 solutions, in many epochs. The teacher was trained on fresh solutions, none seen twice.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from studies.jobs import Job
@@ -143,7 +144,7 @@ def make_contrast(
     name: str,
     claimed: str,
     source: str,
-    weights: dict[str, float],
+    weights: Mapping[str, float],
     expected: str = "above",
     figure: str = "sampled",
     margin: float = 0.01,
@@ -155,7 +156,7 @@ def make_contrast(
         "source": source,
         "kind": "contrast",
         "figure": figure,
-        "weights": weights,
+        "weights": dict(weights),
         "expected": expected,
         "margin": margin,
         "unit": "points",
