@@ -124,7 +124,7 @@ class Queue:
         Raises:
           UserError: see `read_done`.
         """
-        waiting = [name for name in self._sort(names) if self.read_done(name) is None]
+        waiting = [name for name in self.sort(names) if self.read_done(name) is None]
         failed: list[str] = []
         self._is_stopping.clear()
         free = iter([*_list_cores(cores)] if cores > 1 else [None])
@@ -153,7 +153,7 @@ class Queue:
                 self._stop()
         return failed
 
-    def _sort(self, names: Sequence[str]) -> list[str]:
+    def sort(self, names: Sequence[str]) -> list[str]:
         """Returns `names` and what they need, each after what it needs."""
         ordered: dict[str, None] = {}
 

@@ -10,6 +10,7 @@ import itertools
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -23,7 +24,9 @@ from studies.study import Study, plan_study
 
 OPTIONS = flags.FlagValues()
 STUDY = flags.DEFINE_list("study", [], "Names of studies; all: all of them.", flag_values=OPTIONS)
-SEEDS = flags.DEFINE_list("seeds", [], "Other seeds than the study's.", flag_values=OPTIONS)
+SEEDS = flags.DEFINE_list(
+    "seeds", [], "Run these only, or further ones; default: the study's.", flag_values=OPTIONS
+)
 CORES = flags.DEFINE_integer(
     "cores", 0, "Processes at a time; 0: one for each core.", lower_bound=0, flag_values=OPTIONS
 )
@@ -32,21 +35,40 @@ OUT = flags.DEFINE_string("out", "results", "Directory of the results.", OPTIONS
 LIST = flags.DEFINE_bool("list", False, "Print the commands, and run nothing.", flag_values=OPTIONS)
 
 
-def run_study(subject: Study, queue: Queue, out: Path, cores: int) -> bool:
-    """Runs what is left of a study and writes its results; returns True if nothing failed.
+def run_study(subject: Study, queue: Queue, out: Path, cores: int, seeds: Sequence[int]) -> bool:
+    """Runs what is left of some seeds of a study, and writes its results and its page, also if it
+    is interrupted; returns True if nothing failed.
 
     Raises:
       UserError: see `Queue.read_done`.
     """
+    folder = out / subject.name
 
     def write() -> None:
-        results.write_results(subject, queue, plan_study(subject, queue), out / subject.name)
+        results.write_results(subject, queue, plan_study(subject, queue), folder)
 
     trials = plan_study(subject, queue).trials
-    failed = queue.run(list(itertools.chain(*trials.values())), cores, write)
-    failed += queue.run(list(plan_study(subject, queue).finals.values()), cores, write)
-    write()
+    try:
+        failed = queue.run(list(itertools.chain(*trials.values())), cores, write)
+        finals = plan_study(subject, queue).finals
+        wanted = [job for (_, seed), job in finals.items() if seed in (*seeds, subject.seeds[0])]
+        failed += queue.run(wanted, cores, write)
+    finally:
+        write()
+        report = writing.write_study(str(folder), folder / "report.html")
+        writing.write_study_figures(report, folder)
     return not failed
+
+
+def list_commands(subject: Study, queue: Queue) -> list[str]:
+    """Returns the commands of all jobs that are known, in an order in which they can run."""
+    plan = plan_study(subject, queue)
+    known = queue.sort([*itertools.chain(*plan.trials.values()), *plan.finals.values()])
+    lines = [shlex.join(["python", *words]) for job in known for words in queue.list_commands(job)]
+    missing = {arm.name for arm in subject.arms} - {arm for arm, _ in plan.finals}
+    if missing:
+        lines.append(f"# when the trials are done: {', '.join(sorted(missing))}, at each seed")
+    return lines
 
 
 def main() -> None:
@@ -59,27 +81,24 @@ def main() -> None:
         if name not in known:
             hint = suggest(name, known)
             raise UserError(f"--study={name}: known are {', '.join(known)}, all{hint}")
-    if Path.cwd() != jobs.CODE:
-        raise UserError(f"the commands of a study are relative to {jobs.CODE}: run it there")
     if not all(seed.isdecimal() for seed in SEEDS.value):
         raise UserError(f"--seeds={','.join(SEEDS.value)}: must be whole numbers")
-    out, has_failed = Path(OUT.value), False
+    if Path.cwd() != jobs.CODE and not LIST.value:
+        raise UserError(f"the commands of a study are relative to {jobs.CODE}: run it there")
+    has_failed = False
     for name in names:
         subject, queue = known[name], Queue(Path(RUNS.value))
-        if SEEDS.value:
-            subject = dataclasses.replace(subject, seeds=tuple(map(int, SEEDS.value)))
+        seeds = tuple(map(int, SEEDS.value)) or subject.seeds
+        all_seeds = tuple(dict.fromkeys((*subject.seeds, *seeds)))
+        subject = dataclasses.replace(subject, seeds=all_seeds)
         if LIST.value:
-            plan = plan_study(subject, queue)
-            for job in [*itertools.chain(*plan.trials.values()), *plan.finals.values()]:
-                print("\n".join(shlex.join(["python", *x]) for x in queue.list_commands(job)))
+            print("\n".join(list_commands(subject, queue)))
             continue
-        is_whole = run_study(subject, queue, out, CORES.value or len(os.sched_getaffinity(0)))
+        cores = CORES.value or len(os.sched_getaffinity(0))
+        is_whole = run_study(subject, queue, Path(OUT.value), cores, seeds)
         has_failed |= not is_whole
-        page = out / name / "report.html"
-        writing.write_study(str(out / name), page)
-        run_files.log_line(
-            f"{name}: {page}" + ("" if is_whole else "; some runs failed, see above")
-        )
+        state = "" if is_whole else "; some runs failed, see above"
+        run_files.log_line(f"{name}: {OUT.value}/{name}/report.html{state}")
     if has_failed:
         sys.exit(1)
 
