@@ -1,18 +1,16 @@
 """README's figures are drawn from the committed results: the same files give the same figures."""
 
-import html
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pytest
 
 from benchmarks import figures
 from benchmarks import quickstart as benchmark
 from tests.support.paths import ROOT
+from tests.support.pictures import read_texts, require_same
 from tests.support.verbs import call
 
 IMAGES = ROOT / "docs/images"
@@ -25,20 +23,11 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def read_texts(file: Path) -> list[str]:
-    """Returns the texts of a figure: titles, ticks, and the numbers beside bars."""
-    return [html.unescape(text) for text in re.findall(r">([^<>]+)</text>", file.read_text())]
-
-
 def test_committed_figures_are_those_of_the_results(drawn: Path) -> None:
-    """Byte by byte, where matplotlib is the version that drew them; else by their texts."""
     names = {f"{name}{suffix}.svg" for name in figures.FIGURES for suffix in figures.THEMES}
     assert {file.name for file in drawn.iterdir()} == names
     for name in names:
-        committed = IMAGES / name
-        assert read_texts(committed) == read_texts(drawn / name), name
-        if f"Matplotlib v{matplotlib.__version__}," in committed.read_text():
-            assert committed.read_bytes() == (drawn / name).read_bytes(), name
+        require_same(IMAGES / name, drawn / name)
 
 
 def test_figures_show_the_numbers_of_the_files(drawn: Path) -> None:

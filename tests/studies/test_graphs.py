@@ -1,4 +1,4 @@
-"""The reasoning problems: solved again from their words, in possible orders, with disjoint splits."""
+"""The reasoning problems: solved again from their words, in possible orders; disjoint splits."""
 
 import collections
 import itertools
