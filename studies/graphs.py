@@ -50,7 +50,8 @@ class Statement:
 
 
 def make_row(seed: int, index: int, split: str, operations: tuple[int, int]) -> dict[str, Any]:
-    """Makes problem number `index` of a split as a training row: question, answer, response, level.
+    """Makes problem number `index` of a split as a training row: question, answer, response,
+    level, and the contents of all boxes in the end.
 
     The number of statements, the level, is uniform in the inclusive range `operations`. The
     expression of the answer decides the split, whatever the seed: one in ten is a test problem's
@@ -77,6 +78,7 @@ def make_row(seed: int, index: int, split: str, operations: tuple[int, int]) -> 
         "answer": answer,
         "response": "\n".join(["<think>", *lines, "</think>", "", answer]),
         "level": count,
+        "contents": lines[-1][-len(BOXES) :],
     }
 
 

@@ -93,7 +93,7 @@ def write_run(
         "points": [],
         "final": measured["figures"],
     }
-    if arm.is_trained:
+    if arm.is_trained and not study.of:
         record["config"] = json.loads((directory / "config.json").read_text())
         parts = [queue.root / x for x in _list_earlier(queue, job)] + [directory]
         trace_cost = _read_flops_per_token(queue.root / arm.teacher) if arm.traces else 0.0

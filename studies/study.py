@@ -68,7 +68,7 @@ class Study:
     Args:
       jobs: rows and models that the arms need, in order.
       measures: NAME:BENCHMARK:ROWS:SAMPLES:TOKENS, see studies/worker.py; of the final models.
-      curve: points of the curve of a run, and the name that its accuracy has; 0: none.
+      of: measures the finished models of another study, and trains none.
       tune_by: the figure by which trials are compared, and their measurements.
     """
 
@@ -76,11 +76,12 @@ class Study:
     title: str
     question: str
     jobs: tuple[Job, ...]
-    arms: tuple[Arm, ...]
+    arms: tuple[Arm, ...]  # with `of`: some of its arms
     measures: tuple[str, ...]
     figures: tuple[Mapping[str, str], ...]
     claims: tuple[Mapping[str, Any], ...]
     curves: tuple[Mapping[str, Any], ...] = ()
+    of: "Study | None" = None
     judge: str = ""  # job of the model to which the distance of samples is measured
     start: str = ""  # arm of the model that all others start from
     tune_by: str = ""
@@ -109,7 +110,30 @@ def plan_study(study: Study, queue: Queue) -> Plan:
     """Adds the jobs of a study to a queue, and returns them. Call it again when trials are done."""
     for job in study.jobs:
         queue.add(job)
-    trials, chosen, finals = {}, {}, {}
+    base = plan_study(study.of, queue) if study.of else None
+    trials, chosen = (base.trials, base.chosen) if base else _plan_trials(study, queue)
+    finals = {}
+    for seed in study.seeds:
+        for arm in study.arms:
+            if not arm.is_trained:
+                if seed == study.seeds[0]:
+                    model = f"{{{arm.model}}}/model"
+                    finals[arm.name, seed] = _plan_measurement(study, queue, arm, model, "as_is")
+            elif base:
+                if run := base.finals.get((arm.name, seed)):
+                    suffix = f"seed{seed}.measured"
+                    finals[arm.name, seed] = _plan_measurement(
+                        study, queue, arm, f"{{{run}}}", suffix
+                    )
+            elif (changes := get_changes(arm, chosen)) is not None:
+                finals[arm.name, seed] = _plan_run(study, queue, arm, changes, seed, f"seed{seed}")
+    return Plan(trials, chosen, finals)
+
+
+def _plan_trials(study: Study, queue: Queue) -> tuple[dict[str, list[str]], dict[str, int]]:
+    """Adds the trials of each tuned arm; returns their jobs, and the numbers of the best ones of
+    arms whose trials are all done."""
+    trials, chosen = {}, {}
     for arm in list_tuned_arms(study):
         trials[arm.name] = [
             _plan_run(
@@ -121,14 +145,7 @@ def plan_study(study: Study, queue: Queue) -> Plan:
         if all(queue.read_done(job) for job in trials[arm.name]):
             found = [read_figures(queue.root / x)[study.tune_by] for x in trials[arm.name]]
             chosen[arm.name] = max(range(len(found)), key=lambda i: found[i])
-    for seed in study.seeds:
-        for arm in study.arms:
-            if not arm.is_trained:
-                if seed == study.seeds[0]:
-                    finals[arm.name, seed] = _plan_measurement(study, queue, arm)
-            elif (changes := get_changes(arm, chosen)) is not None:
-                finals[arm.name, seed] = _plan_run(study, queue, arm, changes, seed, f"seed{seed}")
-    return Plan(trials, chosen, finals)
+    return trials, chosen
 
 
 def list_tuned_arms(study: Study) -> list[Arm]:
@@ -180,12 +197,13 @@ def _plan_run(
     return before
 
 
-def _plan_measurement(study: Study, queue: Queue, arm: Arm) -> str:
+def _plan_measurement(study: Study, queue: Queue, arm: Arm, model: str, suffix: str) -> str:
+    """Adds the job that measures a model, a path with a job's name in it; returns its name."""
     command = (
-        *("-m", "studies.worker", "--workdir={out}", f"--model={{{arm.model}}}/model"),
+        *("-m", "studies.worker", "--workdir={out}", f"--model={model}"),
         *_list_measures(study, (*study.measures, *arm.measures)),
     )
-    return _add_run(queue, f"{_to_file_name(arm.name)}.as_is", (command,))
+    return _add_run(queue, f"{_to_file_name(arm.name)}.{suffix}", (command,))
 
 
 def _list_measures(study: Study, measures: Sequence[str]) -> list[str]:

@@ -105,7 +105,7 @@ def draw_pass(study: Study, theme: Theme) -> Figure:
         results = list(study.get_results(arm).values())
         if not results:
             continue
-        values = [[100 * x.final[f"many/pass@{k}"] for x in results] for k in KS]
+        values = [[100 * x.final[f"many/contents@{k}"] for x in results] for k in KS]
         means = [sum(x) / len(x) for x in values]
         axes.plot(KS, means, color=theme[colour], marker=".", label=label,
                   linestyle="--" if arm == "teacher" else "-")  # fmt: skip

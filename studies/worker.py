@@ -12,6 +12,7 @@ tokens to each, sampled at temperature 1, or with 0 samples one greedy response.
 
 import dataclasses
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ SEED = flags.DEFINE_integer("seed", 0, "Of the measurements' samples.", flag_val
 KS = (1, 2, 4, 8, 16, 32, 64)
 BATCH = 256  # responses sampled together
 _PROMPTS = 500  # whose mean length counts as that of all
+
+
+Figures = dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +68,7 @@ def parse_measurement(text: str) -> Measurement:
     return Measurement(name, benchmark, rows, int(samples), int(tokens), is_judged, is_thinking)
 
 
-def measure(model: str, teacher: str, out: Path) -> dict[str, float]:
+def measure(model: str, teacher: str, out: Path) -> Figures:
     """Runs all measurements; returns their figures by name.
 
     NAME is the accuracy, NAME/think_rate the share of responses with a think block if asked to
@@ -75,7 +79,7 @@ def measure(model: str, teacher: str, out: Path) -> dict[str, float]:
     from distill.evaluation import evaluator, problems
     from distill.evaluation.protocols import EvalSpec
 
-    figures: dict[str, float] = {}
+    figures: Figures = {}
     for text in MEASURE.value:
         m = parse_measurement(text)
         name, samples = m.name, m.samples
@@ -92,10 +96,36 @@ def measure(model: str, teacher: str, out: Path) -> dict[str, float]:
         for key in ("think_rate", "prompt_accuracy", "f1", "reverse_kl"):
             if isinstance(summary.get(key), float):
                 figures[f"{name}/{key}"] = summary[key]
+        contents = {str(row["id"]): row.get("contents", "") for _, row in rows}
+        if any(contents.values()):
+            figures |= measure_contents(out / name, contents, ks)
         if samples:
             figures |= {f"{name}/pass@{k}": summary[f"pass@{k}"] for k in ks}
             figures[f"{name}/length"] = summary["mean_length"]
     return figures
+
+
+def measure_contents(folder: Path, contents: dict[str, str], ks: tuple[int, ...]) -> Figures:
+    """Grades the working of stored responses: the contents of all boxes in its last line.
+
+    Returns NAME/contents@k. One digit in ten is right by chance, so with many samples the answer
+    alone says little.
+    """
+    from distill.evaluation import statistics as shares
+    from distill.evaluation.example_rows import EXAMPLES_FILE
+
+    right: dict[str, list[bool]] = {}
+    for line in (folder / EXAMPLES_FILE).open():
+        row = json.loads(line)
+        found = re.search(r"(\d+)\n</think>", row["response"])
+        is_right = found is not None and found[1] == contents[str(row["id"])]
+        right.setdefault(str(row["id"]), []).append(is_right)
+    return {
+        f"{folder.name}/contents@{k}": statistics.fmean(
+            shares.pass_at_k(sum(group), len(group), k) for group in right.values()
+        )
+        for k in ks
+    }
 
 
 def measure_prompt(config: Any) -> float:

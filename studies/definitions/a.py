@@ -3,7 +3,6 @@
 Study b measures the same runs, by pass@k.
 """
 
-import dataclasses
 from typing import Any
 
 from studies.definitions import common
@@ -38,7 +37,6 @@ def make_sft_arm(amount: int, **fields: Any) -> Arm:
         f"SFT on {amount:,} responses of the teacher, {AMOUNTS[amount]} steps",
         "sft",
         {"steps": AMOUNTS[amount], "data.max_rows": amount},
-        measures=(common.PASS,),
         traces=amount,
         teacher=common.TEACHER,
         **fields,
@@ -55,7 +53,6 @@ OPD = make_arm(
     "on-policy distillation: exact reverse KL at every token of the student's responses",
     "opd",
     {"steps": STEPS["opd"]},
-    measures=(common.PASS,),
     trials=tuple({"opd.optim.learning_rate": rate} for rate in RATES),
     trial_changes={"opd.steps": TRIAL_STEPS},
 )
@@ -64,7 +61,6 @@ GRPO = make_arm(
     "GRPO with a reward for the right answer",
     "grpo",
     {"steps": STEPS["grpo"]},
-    measures=(common.PASS,),
     trials=make_grpo_trials(),
     trial_changes={"grpo.steps": TRIAL_STEPS},
 )
@@ -90,8 +86,8 @@ STUDY = Study(
     ),
     jobs=common.JOBS,
     arms=(common.START, *SFT, GRPO, OPD, common.JUDGE),
-    measures=(common.GREEDY, common.SAMPLED, common.LONGER_GREEDY),
-    figures=(*common.ACCURACY, common.LONGER_ACCURACY),
+    measures=(common.GREEDY, common.SAMPLED),
+    figures=common.ACCURACY,
     curves=common.make_curves("step", "trained_tokens", "flops", "seconds"),
     judge=common.TEACHER,
     start="start",
@@ -148,22 +144,28 @@ STUDY = Study(
 )
 
 KS = (1, 4, 16, 64)
+MANY = f"many/contents@{max(KS)}"
 
-
-MANY = f"many/pass@{max(KS)}"
-
-STUDY_B = dataclasses.replace(
-    STUDY,
+STUDY_B = Study(
     name="b",
     title="pass@k: which method widens what the student can solve",
     question=(
-        "The runs of study a, by the share of 120 problems of which at least one of k samples at "
-        "temperature 1 is right. A method that only makes right responses likelier raises pass@1 "
-        "and leaves pass@64 where it was."
+        "The models of study a, on 120 problems of six statements, one more than any model was "
+        "trained on: the share of which at least one of k samples at temperature 1 is right. A "
+        "method that only makes right responses likelier raises pass@1 and leaves pass@64 where it "
+        "was. A response is right if it ends with the contents of all three boxes, since one digit "
+        "is often right by chance."
     ),
+    jobs=common.JOBS,
+    of=STUDY,
     arms=(common.START, *SFT, GRPO, OPD, common.JUDGE),
-    figures=tuple({"key": f"many/pass@{k}", "title": f"pass@{k}", "format": "percent"} for k in KS),
-    curves=({"x": "k", "y": "many/pass@", "title": "pass@k by k", "log_x": True},),
+    measures=(common.PASS,),
+    figures=tuple(
+        {"key": f"many/contents@{k}", "title": f"pass@{k}", "format": "percent"} for k in KS
+    ),
+    curves=({"x": "k", "y": "many/contents@", "title": "pass@k by k", "log_x": True},),
+    tune_by=common.TUNE_BY,
+    tuning=TUNING,
     claims=(
         common.make_contrast(
             "distillation widens",

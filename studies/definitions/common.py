@@ -15,7 +15,7 @@ TEACHER, STUDENT = "models/teacher", "models/student"
 TRAIN, VALID, TEST, CURVE, LONGER = (  # a curve's problems are the first of the test
     f"{{{ROWS}}}/{name}.jsonl" for name in ("train", "valid", "test", "many", "longer")
 )
-PASS_ROWS = "rows/pass"  # fewer of them, for many samples of each
+PASS_ROWS = "rows/pass"  # problems that the student mostly fails, for many samples of each
 NUM_PROMPTS = 100_000
 NUM_TRACES = 16_000
 TRACES = "rows/traces"
@@ -78,7 +78,7 @@ JOBS = (
             make_rows("longer", 300, 1, "6,8"),
         ),
     ),
-    Job(PASS_ROWS, (make_rows("pass", 120, 0, "3,5"),)),
+    Job(PASS_ROWS, (make_rows("pass", 120, 2, "6,6"),)),
     make_size("small"),
     make_size("medium"),
     make_pretraining(TEACHER, "medium", 0, {"sft.steps": 1000}),
@@ -108,21 +108,19 @@ def make_training(objective: str, changes: dict[str, Any], base: str = "") -> Tr
 
 GREEDY = f"greedy:arithmetic:{TEST}:0:{TOKENS}"
 SAMPLED = f"sampled:arithmetic:{TEST}:2:{TOKENS}:judged"
-PASS = f"many:arithmetic:{{{PASS_ROWS}}}/pass.jsonl:64:{TOKENS}"
-LONGER_GREEDY = f"longer:arithmetic:{LONGER}:0:{LONGER_TOKENS}"
+PASS = f"many:arithmetic:{{{PASS_ROWS}}}/pass.jsonl:64:{LONGER_TOKENS}"
 CURVE_GREEDY = f"curve:arithmetic:{CURVE}:0:{TOKENS}"
 TUNE = f"sampled:arithmetic:{VALID}:4:{TOKENS}"  # 1,200 responses to 300 validation problems
 TUNE_BY = "sampled"
 
-START = Arm("start", "the student before", model=STUDENT, measures=(CURVE_GREEDY, PASS))
-JUDGE = Arm("teacher", "the teacher", model=TEACHER, measures=(PASS,))
+START = Arm("start", "the student before", model=STUDENT, measures=(CURVE_GREEDY,))
+JUDGE = Arm("teacher", "the teacher", model=TEACHER)
 
 ACCURACY = (
     {"key": "greedy", "title": "greedy", "format": "percent"},
     {"key": "sampled", "title": "sampled, T = 1", "format": "percent"},
     {"key": "sampled/reverse_kl", "title": "reverse KL", "format": "number"},
 )
-LONGER_ACCURACY = {"key": "longer", "title": "6 to 8 operations", "format": "percent"}
 
 
 def make_curves(*axes: str) -> tuple[dict[str, Any], ...]:

@@ -50,7 +50,6 @@ def make_arm(name: str) -> Arm:
         {"steps": STEPS} | changes,
         trials=tuple({"opd.optim.learning_rate": rate} for rate in RATES),
         trial_changes={"opd.steps": STEPS // 2},
-        measures=(common.PASS,),
     )
 
 
@@ -69,8 +68,11 @@ STUDY = Study(
     ),
     jobs=common.JOBS,
     arms=(common.START, *map(make_arm, FORMS), common.JUDGE),
-    measures=(common.GREEDY, common.SAMPLED),
-    figures=(*common.ACCURACY, {"key": "many/pass@64", "title": "pass@64", "format": "percent"}),
+    measures=(common.GREEDY, common.SAMPLED, common.PASS),
+    figures=(
+        *common.ACCURACY,
+        {"key": "many/contents@64", "title": "pass@64", "format": "percent"},
+    ),
     curves=common.make_curves("step", "seconds"),
     judge=common.TEACHER,
     start="start",
@@ -89,7 +91,7 @@ STUDY = Study(
             "forward KL keeps more of what the teacher may say: a higher pass@64",
             "MiniLLM, arXiv 2306.08543",
             {"forward": 1, "reverse": -1},
-            figure="many/pass@64",
+            figure="many/contents@64",
         ),
         against_reverse(
             "entropy weights",
