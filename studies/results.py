@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.runtime import run_files
+from studies.definitions.readings import READINGS, Reading
 from studies.jobs import Queue
 from studies.study import TUNING_SEED, Arm, Plan, Study, get_changes, list_tuned_arms, read_figures
 
@@ -44,7 +45,17 @@ def describe_study(study: Study) -> Record:
         }
         if study.tune_by
         else None,
-        "claims": [dict(claim) for claim in study.claims],
+        "claims": [{**claim, **_read_claim(study.name, claim["name"])} for claim in study.claims],
+    }
+
+
+def _read_claim(study: str, claim: str) -> Record:
+    """Returns the fields of study.json that explain a claim's result."""
+    reading = READINGS.get((study, claim), Reading("", "", ""))
+    return {
+        "verdict_explained": reading.verdict,
+        "why": reading.why,
+        "settle": reading.settle,
     }
 
 
