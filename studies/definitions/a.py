@@ -76,7 +76,7 @@ TUNING = (
 POST = "On-Policy Distillation, Thinking Machines Lab, October 2025, as quoted by other texts"
 REPORT = "Qwen3 report, arXiv 2505.09388, table 21"
 
-STUDY = Study(
+STUDY = common.make_study(
     name="a",
     title="SFT on more and more responses of the teacher, GRPO, on-policy distillation: one start",
     question=(
@@ -84,15 +84,8 @@ STUDY = Study(
         "same accuracy? Each method has the same budget to choose its rate and, for GRPO, groups "
         "and the KL to the student before."
     ),
-    jobs=common.JOBS,
     arms=(common.START, *SFT, GRPO, OPD, common.JUDGE),
-    measures=(common.GREEDY, common.SAMPLED),
-    figures=common.ACCURACY,
     curves=common.make_curves("step", "trained_tokens", "flops", "seconds"),
-    judge=common.TEACHER,
-    start="start",
-    tune_by=common.TUNE_BY,
-    tune_measures=(common.TUNE,),
     tuning=TUNING,
     claims=(
         {

@@ -2,7 +2,7 @@
 
 from studies.definitions import a, common
 from studies.definitions.common import make_training
-from studies.study import Arm, Study, Training
+from studies.study import Arm, Training
 
 SOURCE = "MaxiRuess/reasoning-distillation-grpo, GSM8K greedy, and configs/conditions.py"
 TRACES, STEPS = 1000, 100
@@ -51,22 +51,15 @@ ARMS = (
     common.JUDGE,
 )
 
-STUDY = Study(
+STUDY = common.make_study(
     name="c",
     title="Seven ways to teach reasoning, from one start",
     question=(
         "Which of the seven conditions of configs/conditions.py makes the best student? All start "
         "from the same model and are measured on the same problems."
     ),
-    jobs=common.JOBS,
     arms=ARMS,
-    measures=a.STUDY.measures,
-    figures=a.STUDY.figures,
     curves=common.make_curves("step", "flops"),
-    judge=common.TEACHER,
-    start="start",
-    tune_by=common.TUNE_BY,
-    tune_measures=(common.TUNE,),
     tuning=a.TUNING,
     claims=(
         common.make_contrast(

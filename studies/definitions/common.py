@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from studies.jobs import Job
-from studies.study import Arm, Training
+from studies.study import Arm, Study, Training
 
 ROWS = "rows/graphs"
 TEACHER, STUDENT = "models/teacher", "models/student"
@@ -159,3 +159,18 @@ def make_contrast(
         "margin": margin,
         "unit": "points",
     }
+
+
+def make_study(**fields: Any) -> Study:
+    """Returns a study of the student and the teacher on the problems; `fields` are those of Study,
+    of which many have a default here."""
+    defaults: dict[str, Any] = {
+        "jobs": JOBS,
+        "measures": (GREEDY, SAMPLED),
+        "figures": ACCURACY,
+        "judge": TEACHER,
+        "start": "start",
+        "tune_by": TUNE_BY,
+        "tune_measures": (TUNE,),
+    }
+    return Study(**{**defaults, **fields})

@@ -3,7 +3,7 @@
 from typing import Any
 
 from studies.definitions import a, common
-from studies.study import Arm, Study
+from studies.study import Arm
 
 STEPS = 150
 RANKS = (1, 4, 16)
@@ -40,22 +40,15 @@ def make_arms(objective: str) -> tuple[Arm, ...]:
 
 GAP = {"sft full": 1, f"sft rank {RANKS[0]}": -1, "opd full": -1, f"opd rank {RANKS[0]}": 1}
 
-STUDY = Study(
+STUDY = common.make_study(
     name="d",
     title="LoRA: its gap to full training, under SFT and under on-policy distillation",
     question=(
         "A LoRA of low rank falls behind training all weights. Does it fall behind less when it "
         "learns from the teacher's distribution on its own responses?"
     ),
-    jobs=common.JOBS,
     arms=(common.START, *make_arms("sft"), *make_arms("opd"), common.JUDGE),
-    measures=(common.GREEDY, common.SAMPLED),
-    figures=common.ACCURACY,
     curves=common.make_curves("step"),
-    judge=common.TEACHER,
-    start="start",
-    tune_by=common.TUNE_BY,
-    tune_measures=(common.TUNE,),
     tuning=f"three trials of {STEPS // 2} steps for each objective, full and rank {TUNED_RANK}",
     claims=(
         common.make_contrast(

@@ -3,7 +3,7 @@
 from typing import Any
 
 from studies.definitions import a, common
-from studies.study import Arm, Study
+from studies.study import Arm
 
 STEPS = 60
 
@@ -19,7 +19,7 @@ def make_arm(prompts: int, objective: str = "opd") -> Arm:
 PROMPTS = (1, 8, 64, common.NUM_PROMPTS)
 MANY = PROMPTS[-1]
 
-STUDY = Study(
+STUDY = common.make_study(
     name="e",
     title="One prompt, many samples",
     question=(
@@ -27,15 +27,8 @@ STUDY = Study(
         "ability in on-policy distillation, while reinforcement learning memorises its answer. How "
         "far do 1, 8 and 64 prompts carry, at the same number of responses?"
     ),
-    jobs=common.JOBS,
     arms=(common.START, *map(make_arm, PROMPTS), make_arm(1, "grpo"), common.JUDGE),
-    measures=(common.GREEDY, common.SAMPLED),
-    figures=common.ACCURACY,
     curves=common.make_curves("step"),
-    judge=common.TEACHER,
-    start="start",
-    tune_by=common.TUNE_BY,
-    tune_measures=(common.TUNE,),
     tuning=a.TUNING,
     claims=(
         common.make_contrast(

@@ -3,7 +3,7 @@
 from typing import Any
 
 from studies.definitions import common
-from studies.study import Arm, Study
+from studies.study import Arm
 
 STEPS = 100
 TOP_K = 4
@@ -59,14 +59,13 @@ def against_reverse(name: str, claimed: str, source: str, expected: str = "above
     return common.make_contrast(f"{name} against reverse", claimed, source, weights, expected)
 
 
-STUDY = Study(
+STUDY = common.make_study(
     name="g",
     title="Divergence, estimator, and which tokens count",
     question=(
         "Which divergence, and which estimate of it, teaches most at equal steps, and do shorter "
         "responses or weighted tokens teach as much for less?"
     ),
-    jobs=common.JOBS,
     arms=(common.START, *map(make_arm, FORMS), common.JUDGE),
     measures=(common.GREEDY, common.SAMPLED, common.PASS),
     figures=(
@@ -74,10 +73,6 @@ STUDY = Study(
         {"key": "many/contents@64", "title": "pass@64", "format": "percent"},
     ),
     curves=common.make_curves("step", "seconds"),
-    judge=common.TEACHER,
-    start="start",
-    tune_by=common.TUNE_BY,
-    tune_measures=(common.TUNE,),
     tuning=f"three trials of {STEPS // 2} steps for each arm, by the accuracy of four samples",
     claims=(
         against_reverse(

@@ -4,7 +4,7 @@ from typing import Any
 
 from studies.definitions import a, common
 from studies.jobs import Job
-from studies.study import Arm, Study
+from studies.study import Arm
 
 STEPS = a.STEPS["opd"]
 SAMPLES, SCORES = "rows/student_samples", "rows/student_scores"
@@ -75,7 +75,7 @@ def claim_help(name: str) -> dict[str, Any]:
     )
 
 
-STUDY = Study(
+STUDY = common.make_study(
     name="j",
     title="Curricula, mixtures, a reward beside the teacher, and a teacher that is gone",
     question=(
@@ -84,13 +84,7 @@ STUDY = Study(
     ),
     jobs=JOBS,
     arms=(common.START, a.OPD, *ARMS, common.JUDGE),
-    measures=a.STUDY.measures,
-    figures=a.STUDY.figures,
     curves=common.make_curves("step", "flops", "seconds"),
-    judge=common.TEACHER,
-    start="start",
-    tune_by=common.TUNE_BY,
-    tune_measures=(common.TUNE,),
     tuning=a.TUNING,
     claims=(
         *map(claim_help, SOURCES),
