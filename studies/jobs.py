@@ -3,7 +3,8 @@
 A job has a directory, ROOT/NAME, in which its commands write; `{NAME}` in a command stands for the
 directory of another job, which runs before, and `{out}` for the job's own. A finished job leaves
 done.json with what it ran and what it cost. A job's fingerprint covers its commands and those of
-all jobs before it, so a result is never used for a definition that has changed since.
+all jobs before it, so a result is never used for a definition that has changed since. Several
+processes may run jobs of one ROOT: each job is locked by the one that runs it, and by its commands.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from typing import Any
 
 from benchmarks import contest
 from distill.runtime import run_files
+from distill.runtime.locks import Lock, LockedError
 from models.errors import UserError
 
 CODE = Path(__file__).resolve().parents[1]
@@ -37,6 +39,7 @@ _CODE_PATHS = (
 _PLACE = re.compile(r"\{([\w/.=-]+)\}")
 _OUT = "out"
 _GRACE_SECONDS = 60.0  # for a run to write its checkpoint
+_POLL_SECONDS = 1.0  # between looks at a job that another process runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +67,9 @@ class Queue:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.jobs: dict[str, Job] = {}
+        self._failed: set[str] = set()
         self._running: set[subprocess.Popen[bytes]] = set()
+        self._changing = threading.Lock()  # held to add to `_running` or take from it
         self._is_stopping = threading.Event()
 
     def add(self, job: Job) -> str:
@@ -97,15 +102,20 @@ class Queue:
     def read_done(self, name: str) -> dict[str, Any] | None:
         """Returns a finished job's record; None if it is not finished.
 
-        Raises UserError naming its directory if another definition made it, finished or not.
+        Raises UserError naming its directory if another definition made it, finished or not, or
+        naming a record that cannot be read.
         """
         directory = self.root / name
         done, begun = directory / "done.json", directory / "begun.json"
         found = next((path for path in (done, begun) if path.is_file()), None)
         if found is None:
             return None
-        record = json.loads(found.read_text())
-        if record["fingerprint"] != self.compute_fingerprint(name):
+        try:
+            record = json.loads(found.read_text())
+            fingerprint = record["fingerprint"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{found}: is damaged; delete {directory}, to run it again") from error
+        if fingerprint != self.compute_fingerprint(name):
             raise UserError(
                 f"{directory}: was made by another definition of this job, or of one before it; "
                 "delete or move it, or give another --runs"
@@ -119,13 +129,14 @@ class Queue:
 
         They start in the order of `names`, each as soon as what it needs is done; `on_done` is
         called after each that succeeds. Those that need a failed one are not run and count as
-        failed. On an interrupt, running ones stop at a checkpoint.
+        failed, and what has failed is not tried again. A job that another process runs is waited
+        for. On an interrupt, running ones stop at a checkpoint.
 
         Raises:
           UserError: see `read_done`.
         """
-        waiting = [name for name in self.sort(names) if self.read_done(name) is None]
-        failed: list[str] = []
+        names = [name for name in self.sort(names) if self.read_done(name) is None]
+        waiting = [name for name in names if name not in self._failed]
         self._is_stopping.clear()
         free = iter([*_list_cores(cores)] if cores > 1 else [None])
         pin: Callable[[], None] = lambda: _pin_thread(next(free))  # noqa: E731
@@ -135,10 +146,10 @@ class Queue:
                 while waiting or active:
                     for name in list(waiting):
                         needs = set(self.jobs[name].needs)
-                        if needs & set(failed):
+                        if needs & self._failed:
                             run_files.log_line(f"{name}: not run, as a job before it failed")
                             waiting.remove(name)
-                            failed.append(name)
+                            self._failed.add(name)
                         elif len(active) < cores and not needs & {*waiting, *active.values()}:
                             waiting.remove(name)
                             active[pool.submit(self._run_job, name, cores > 1)] = name
@@ -148,10 +159,10 @@ class Queue:
                         if future.result():
                             on_done()
                         else:
-                            failed.append(name)
+                            self._failed.add(name)
             finally:
                 self._stop()
-        return failed
+        return [name for name in names if name in self._failed]
 
     def sort(self, names: Sequence[str]) -> list[str]:
         """Returns `names` and what they need, each after what it needs."""
@@ -168,15 +179,42 @@ class Queue:
         return list(ordered)
 
     def _run_job(self, name: str, is_pinned: bool) -> bool:
-        """Runs a job's commands; returns True if all succeeded."""
-        directory, fingerprint = self.root / name, self.compute_fingerprint(name)
+        """Runs a job, unless another process has; returns True if it succeeded."""
+        if (lock := self._acquire_lock(name)) is None:
+            return False
+        try:
+            if self.read_done(name):
+                return True
+            return self._run_commands(name, lock.descriptors, is_pinned)
+        finally:
+            lock.release()
+
+    def _acquire_lock(self, name: str) -> Lock | None:
+        """Takes a job's lock, and waits for one who has it; returns None if told to stop."""
+        directory, is_waiting = self.root / name, False
         directory.mkdir(parents=True, exist_ok=True)
+        while not self._is_stopping.is_set():
+            lock = Lock(directory / "job.lock", str(directory))
+            try:
+                lock.acquire()
+                return lock
+            except LockedError as error:
+                if not is_waiting:
+                    owner = error.owner or "another process"
+                    run_files.log_line(f"{name}: waits for {owner}, or what that started, to end")
+                is_waiting = True
+            self._is_stopping.wait(_POLL_SECONDS)
+        return None
+
+    def _run_commands(self, name: str, descriptors: tuple[int, ...], is_pinned: bool) -> bool:
+        """Runs a job's commands, with the files of its lock; returns True if all succeeded."""
+        directory, fingerprint = self.root / name, self.compute_fingerprint(name)
         log, commands = directory / "job.log", self.list_commands(name)
         run_files.write_json(directory / "begun.json", {"fingerprint": fingerprint})
         run_files.log_line(f"{name}: started")
         start, cpu_seconds, code = time.time(), 0.0, describe_code()
         for command in commands:
-            status, seconds = self._run_command(command, log, is_pinned)
+            status, seconds = self._run_command(command, log, descriptors, is_pinned)
             cpu_seconds += seconds
             if status:
                 if not self._is_stopping.is_set():
@@ -195,34 +233,47 @@ class Queue:
         run_files.log_line(f"{name}: done in {done['seconds']:.0f} s")
         return True
 
-    def _run_command(self, command: list[str], log: Path, is_pinned: bool) -> tuple[int, float]:
+    def _run_command(
+        self, command: list[str], log: Path, descriptors: tuple[int, ...], is_pinned: bool
+    ) -> tuple[int, float]:
         """Returns the exit code of a command and the CPU seconds that it took."""
-        if self._is_stopping.is_set():
-            return 1, 0.0
         variables = dict(os.environ)
         if is_pinned:  # a thread for each core of the machine would only get in the way of others
             flags = f"{variables.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
             variables["XLA_FLAGS"] = flags.strip()
         with log.open("ab") as file:
-            process = subprocess.Popen(
-                [sys.executable, *command], cwd=CODE, env=variables, stdout=file, stderr=file
-            )
-            self._running.add(process)
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            self._running.discard(process)
+            with self._changing:
+                if self._is_stopping.is_set():
+                    return 1, 0.0
+                process = subprocess.Popen(
+                    [sys.executable, *command],
+                    cwd=CODE,
+                    env=variables,
+                    stdout=file,
+                    stderr=file,
+                    pass_fds=descriptors,
+                )
+                self._running.add(process)
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            with self._changing:  # until here its number is its own, so no other is signalled
+                _, status, usage = os.wait4(process.pid, 0)
+                process.returncode = os.waitstatus_to_exitcode(status)
+                self._running.discard(process)
         return process.returncode, usage.ru_utime + usage.ru_stime
 
     def _stop(self) -> None:
         """Asks what still runs to stop, and kills what does not."""
         self._is_stopping.set()
-        for process in list(self._running):
-            process.send_signal(signal.SIGTERM)
+        self._signal_running(signal.SIGTERM)
         end = time.time() + _GRACE_SECONDS
         while self._running and time.time() < end:
             time.sleep(0.1)
-        for process in list(self._running):
-            process.kill()
+        self._signal_running(signal.SIGKILL)
+
+    def _signal_running(self, number: signal.Signals) -> None:
+        with self._changing:
+            for process in self._running:
+                os.kill(process.pid, number)
 
 
 def describe_code() -> dict[str, Any]:

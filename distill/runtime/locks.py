@@ -64,6 +64,17 @@ def read_birth(pid: int) -> str:
         return ""
 
 
+class LockedError(UserError):
+    """Another process holds a lock: `owner`, if its file names one."""
+
+    def __init__(self, flag: str, owner: Owner | None) -> None:
+        super().__init__(
+            f"{flag}: is in use by {owner or 'another process'}: wait until that ends, or choose "
+            "another"
+        )
+        self.owner = owner
+
+
 class Lock:
     """The lock file `path`. `flag` is what messages name, such as --workdir=runs/x."""
 
@@ -80,8 +91,8 @@ class Lock:
         """Takes the lock, after up to SILENT_SECONDS if it names an owner on another host.
 
         Raises:
-          UserError: if another process holds it, naming its host and number, or if the file cannot
-            be written.
+          LockedError: if another process holds it, naming its host and number.
+          UserError: if the file cannot be written.
         """
         try:
             self._made_folder = not self._path.parent.exists()
@@ -143,10 +154,13 @@ class Lock:
         run_files.log_line(f"{self._flag}: {owner} is gone; its lock is taken over")
 
     def _refuse(self, owner: Owner | None) -> None:
-        raise UserError(
-            f"{self._flag}: is in use by {owner or 'another process'}: wait until that ends, or "
-            "choose another"
-        )
+        raise LockedError(self._flag, owner)
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """Of the file, on a local disk. A child process that inherits them holds the lock too, and
+        goes on to hold it if its parent is killed."""
+        return () if self._file is None else (self._file,)
 
     def read_owner(self) -> Owner | None:
         """Returns the owner that the file names; None if there is none."""
