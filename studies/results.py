@@ -110,11 +110,8 @@ def write_run(
         trace_cost = _read_flops_per_token(queue.root / arm.teacher) if arm.traces else 0.0
         record["points"] = list_points(arm, parts, measured["prompt_tokens"], trace_cost)
         if start and "curve" in start:
-            first = dict.fromkeys(record["points"][0], 0.0) | {
-                "greedy": start["curve"],
-                "loss": None,
-            }
-            record["points"].insert(0, first)
+            first = {"greedy": start["curve"], "loss": None}
+            record["points"].insert(0, dict.fromkeys(record["points"][0], 0.0) | first)
     name = "".join(x if x.isalnum() or x in "-." else "_" for x in arm.name)
     suffix = f"seed{about['seed']}" if about["trial"] is None else f"trial{about['trial']}"
     run_files.write_json(out / "runs" / f"{name}.{suffix}.json", record)
@@ -139,26 +136,27 @@ def list_points(
 
     Seconds are those of steps, without compiling and evaluating. Operations are those of the
     weights in forward passes over prompts and responses, without attention: sampling one, each
-    teacher one, and an update three (with a LoRA two). A trace of the teacher costs `trace_cost`
-    for each of its tokens, once.
+    teacher one, a reference one, and an update three (with a LoRA two). A trace of the teacher, of
+    which the last SFT reads `arm.traces`, costs `trace_cost` for each of its tokens, once.
     """
     costs = ("seconds", "sampled_tokens", "trained_tokens")
     total: dict[str, float] = {}
     total.update(dict.fromkeys(("step", *costs, *(f"flops_{x}" for x in PARTS)), 0.0))
-    num_examples = 0
     points: list[Record] = []
-    for directory in directories:
+    configs = [json.loads((path / "config.json").read_text()) for path in directories]
+    stages = [config[config["stages"][0]] for config in configs]
+    sft = [i for i, stage in enumerate(stages) if stage["objective"] == "sft"]
+    for i, (directory, stage) in enumerate(zip(directories, stages, strict=True)):
         models = json.loads((directory / "environment.json").read_text())["models"]
-        config = json.loads((directory / "config.json").read_text())
-        rows = [json.loads(line) for line in (directory / "metrics.jsonl").open()]
-        stage, is_last = config[config["stages"][0]], directory == directories[-1]
+        rows = [json.loads(x) for x in (directory / "metrics.jsonl").read_text().splitlines()]
+        is_last = directory == directories[-1]
+        num_traces = arm.traces if sft and i == sft[-1] else 0  # that are left to read
         for row in rows:
-            added = count_cost(row, stage, config, models, prompt_tokens)
-            if num_examples < arm.traces:
-                read = min(stage["batch_size"], arm.traces - num_examples)
-                tokens = read * (prompt_tokens + row["train/trained_tokens"] / stage["batch_size"])
-                added["flops_sampling"] += trace_cost * tokens
-            num_examples += stage["batch_size"]
+            added = count_cost(row, stage, configs[i], models, prompt_tokens)
+            read = min(stage["batch_size"], num_traces)
+            tokens = read * (prompt_tokens + row["train/trained_tokens"] / stage["batch_size"])
+            added["flops_sampling"] += trace_cost * tokens
+            num_traces -= read
             for key, value in added.items():
                 total[key] += value
             total["step"] += 1
