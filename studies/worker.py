@@ -21,8 +21,9 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
+from distill.evaluation.tasks import BENCHMARKS
 from distill.runtime import cli, run_files
-from models.errors import UserError
+from models.errors import UserError, suggest
 
 OPTIONS = flags.FlagValues()
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=OPTIONS)
@@ -66,6 +67,25 @@ def parse_measurement(text: str) -> Measurement:
     name, benchmark, rows, samples, tokens = parts
     is_judged, is_thinking = "judged" in options, "no_think" not in options
     return Measurement(name, benchmark, rows, int(samples), int(tokens), is_judged, is_thinking)
+
+
+def check_flags() -> None:
+    """Raises UserError naming a flag that does not fit, before a run that takes minutes."""
+    if (CONFIG.value is None) == (not MODEL.value):
+        raise UserError("--config or --model: name one of them")
+    names: set[str] = set()
+    for text in MEASURE.value:
+        m = parse_measurement(text)
+        if m.benchmark not in BENCHMARKS:
+            hint = suggest(m.benchmark, BENCHMARKS)
+            raise UserError(f"--measure={text}: {m.benchmark}: is no benchmark{hint}")
+        if m.name in names:
+            raise UserError(f"--measure={text}: another measurement is named {m.name}")
+        if not Path(m.rows).is_file():
+            raise UserError(f"--measure={text}: {m.rows}: no such file")
+        if m.is_judged and not TEACHER.value:
+            raise UserError(f"--measure={text}: judged, and no --teacher")
+        names.add(m.name)
 
 
 def measure(model: str, teacher: str, out: Path) -> Figures:
@@ -151,11 +171,8 @@ def measure_prompt(config: Any) -> float:
 
 
 def main() -> None:
-    for text in MEASURE.value:
-        parse_measurement(text)
+    check_flags()
     workdir, config = Path(WORKDIR.value), CONFIG.value
-    if (config is None) == (not MODEL.value):
-        raise UserError("--config or --model: name one of them")
     measured: dict[str, Any] = {}
     if config is not None:
         from distill.training import loop
