@@ -16,7 +16,7 @@ from pathlib import Path
 from absl import flags
 
 from distill.reporting import writing
-from distill.runtime import cli, run_files
+from distill.runtime import cli, run_files, stop_signals
 from models.errors import UserError, suggest
 from studies import definitions, jobs, results
 from studies.jobs import Queue
@@ -51,7 +51,8 @@ def run_study(subject: Study, queue: Queue, out: Path, cores: int, seeds: Sequen
     try:
         failed = queue.run(list(itertools.chain(*trials.values())), cores, write)
         finals = plan_study(subject, queue).finals
-        wanted = [job for (_, seed), job in finals.items() if seed in (*seeds, subject.seeds[0])]
+        as_is = {arm.name for arm in subject.arms if not arm.is_trained}
+        wanted = [job for (arm, seed), job in finals.items() if seed in seeds or arm in as_is]
         failed += queue.run(wanted, cores, write)
     finally:
         write()
@@ -74,7 +75,7 @@ def list_commands(subject: Study, queue: Queue) -> list[str]:
 def main() -> None:
     known = definitions.STUDIES
     if not STUDY.value:
-        print("\n".join(f"{name:4}{subject.title}" for name, subject in known.items()))
+        print("\n".join(f"{name:3} {subject.title}" for name, subject in known.items()))
         return
     names = list(known) if STUDY.value == ["all"] else STUDY.value
     for name in names:
@@ -95,7 +96,8 @@ def main() -> None:
             print("\n".join(list_commands(subject, queue)))
             continue
         cores = CORES.value or len(os.sched_getaffinity(0))
-        is_whole = run_study(subject, queue, Path(OUT.value), cores, seeds)
+        with stop_signals.advise_interrupted("the same command goes on"):
+            is_whole = run_study(subject, queue, Path(OUT.value), cores, seeds)
         has_failed |= not is_whole
         state = "" if is_whole else "; some runs failed, see above"
         run_files.log_line(f"{name}: {OUT.value}/{name}/report.html{state}")
