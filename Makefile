@@ -7,10 +7,11 @@ BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help quickstart test test-long chaos lint fuzz audit lock
+.PHONY: help quickstart study test test-long chaos lint fuzz audit lock
 
 help:
 	@echo "make quickstart   distil the tiny teacher into the tiny student (WORKDIR=$(WORKDIR))"
+	@echo "make study        trains and measures what study NAME compares, and writes results/NAME"
 	@echo "make test         lint, types and tests"
 	@echo "make test-long    the tests that take minutes"
 	@echo "make chaos        kills a tiny run 50 times, and one of two processes 50 times (15 minutes)"
@@ -22,6 +23,13 @@ help:
 
 quickstart: $(VENV)/.run
 	$(BIN)/python -m distill.quickstart --workdir=$(WORKDIR)
+
+study: $(VENV)/.run
+	@test -n "$(NAME)" || { \
+	  echo "error: make study NAME=a: NAME is missing; the studies are" >&2; \
+	  $(BIN)/python -m studies.run >&2; \
+	  exit 2; }
+	$(BIN)/python -m studies.run --study=$(NAME)
 
 test: lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests

@@ -47,6 +47,9 @@ FOLDERS = {
     "locks trackers stop_signals progress watchdog distributed xla console http_client run_files "
     "tensorboard tracker_process addresses paths environment network gpu mesh",
 }
+# The files of studies/, likewise.
+STUDIES = "run summary results definitions study jobs worker models tasks traces"
+STUDIES += " facts graphs instructions manual"
 FLOOR = {
     ".".join(filter(None, ("distill", folder, file))): place
     for place, (folder, file) in enumerate(
@@ -137,6 +140,18 @@ def test_imports_only_point_to_lower_layers():
         for name in imports(module):
             above = under(name, "distill", "models", "tests", "assets", "studies")
             assert not above, (module, name)
+
+
+def test_studies_import_only_what_is_listed_after_them():
+    place = {f"studies.{name}": i for i, name in enumerate(STUDIES.split())}
+    files = {".".join(module.split(".")[:2]) for module in modules_of("studies")}
+    assert files == place.keys()
+    for module in modules_of("studies"):
+        here = ".".join(module.split(".")[:2])
+        for name in imports(module):
+            there = ".".join(name.split(".")[:2])
+            if under(name, "studies") and there != here:
+                assert place[here] < place[there], f"{module} imports {name}, which stands above"
 
 
 def files_of_tests() -> list[str]:
