@@ -13,7 +13,7 @@ from studies.graphs import Statement
 OPERATIONS = (2, 6)
 QUESTION = re.compile(r"Boxes: red (\d), blue (\d), green (\d)\. (.*)\. How many in (\w+)\?")
 LINE = re.compile(r"(\w+ \w+ \w+):(\d)([-+*])(\d)=(\d),(\d)(\d)(\d)")
-BOXES = ("red", "blue", "green")
+BOXES: tuple[str, ...] = ("red", "blue", "green")
 LAST_DIGIT = {
     "gains": lambda a, b: (a + b) % 10,
     "loses": lambda a, b: (a + 10 - b) % 10,

@@ -10,7 +10,8 @@ from pathlib import Path
 
 
 def main() -> None:
-    flags = [word.removeprefix("--").partition("=")[::2] for word in sys.argv[1:]]
+    words = [word.removeprefix("--").partition("=") for word in sys.argv[1:]]
+    flags = [(name, value) for name, _, value in words]
     values = dict(flags)
     workdir = Path(values["workdir"])
     with (workdir.parents[1] / "runs.txt").open("a") as file:
