@@ -135,7 +135,7 @@ def measure_contents(folder: Path, contents: dict[str, str], ks: tuple[int, ...]
     from distill.evaluation.example_rows import EXAMPLES_FILE
 
     right: dict[str, list[bool]] = {}
-    for line in (folder / EXAMPLES_FILE).open():
+    for line in (folder / EXAMPLES_FILE).read_text().splitlines():
         row = json.loads(line)
         found = re.search(r"(\d+)\n</think>", row["response"])
         is_right = found is not None and found[1] == contents[str(row["id"])]
