@@ -6,7 +6,7 @@ import pytest
 
 from configs import miniature
 from studies import study, worker
-from studies.definitions import STUDIES
+from studies.definitions import STUDIES, common
 from studies.jobs import Queue
 from studies.study import Arm, Plan, Study
 
@@ -39,7 +39,10 @@ def list_figures(measures: list[worker.Measurement]) -> set[str]:
     figures = {figure for m in measures for figure in (m.name, f"{m.name}/think_rate")}
     figures |= {f"{m.name}/reverse_kl" for m in measures if m.is_judged}
     figures |= {f"{m.name}/length" for m in measures if m.samples}
-    return figures | {f"{m.name}/pass@{k}" for m in measures for k in worker.KS if k <= m.samples}
+    sampled = [(m, k) for m in measures for k in worker.KS if k <= max(1, m.samples)]
+    figures |= {f"{m.name}/pass@{k}" for m, k in sampled if m.samples}
+    boxes = ("{rows/graphs}", f"{{{common.PASS_ROWS}}}")  # rows that say what the boxes hold
+    return figures | {f"{m.name}/contents@{k}" for m, k in sampled if m.rows.startswith(boxes)}
 
 
 def list_arms_of(claim: dict) -> set[str]:
@@ -94,6 +97,7 @@ def test_all_arms_have_the_figures_of_their_study(subject: Study) -> None:
 
 
 def test_methods_are_tuned_alike_and_not_on_the_test(subject: Study) -> None:
+    subject = subject.of or subject  # whose trials they are
     tuned = study.list_tuned_arms(subject)
     assert len({len(arm.trials) for arm in tuned}) <= 1
     trials = [worker.parse_measurement(x) for x in subject.tune_measures]
