@@ -110,7 +110,7 @@ def test_options_reach_their_tasks(tmp_path: Path) -> None:
 def test_the_corpus_has_the_words_of_all_tasks_and_of_the_template() -> None:
     corpus = tasks.make_corpus(count=50)
     text = "\n".join(corpus)
-    for word in ("How many has", "years old", "Say ", "costs", "<think>", "<<", "assistant"):
+    for word in ("How many in", "years old", "Say ", "costs", "<think>", "<<", "assistant"):
         assert word in text, word
     assert len(tasks.make_corpus(["graphs"], count=50)) == 50 * 6
     assert "costs" not in "".join(tasks.make_corpus(["graphs", "facts"], count=50))
