@@ -28,7 +28,7 @@ CLAIMS = {
     "c": ("verified traces", "distillation after SFT"),
     "d": ("the gap narrows",),
     "e": ("one prompt is as good as many",),
-    "f": ("documents destroy behaviour", "self-distillation restores it"),
+    "f": ("documents cost behaviour", "distillation restores behaviour", "own samples do harm"),
     "g": ("sampled against reverse", "entropy weights against reverse"),
 }
 # Arms of the pictures -> colours of a theme, and names for readers.
