@@ -112,7 +112,7 @@ STUDY = common.make_study(
         },
         {
             "name": "cost to equal accuracy, against SFT",
-            "claimed": "9 to 30 times cheaper than SFT, by the line through its curve",
+            "claimed": "on-policy distillation is 9 to 30 times cheaper than SFT, by the line through its curve",
             "source": POST,
             "kind": "slope",
             "figure": "greedy",
@@ -123,13 +123,13 @@ STUDY = common.make_study(
         },
         common.make_contrast(
             "accuracy against RL",
-            "better than RL from the same start: 74.4 against 67.6 on AIME'24",
+            "on-policy distillation beats RL from the same start: 74.4 against 67.6 on AIME'24",
             REPORT,
             {"opd": 1, "grpo": -1},
         ),
         common.make_contrast(
             "accuracy against SFT on the most traces",
-            "better than off-policy distillation: 74.4 against 55.0 on AIME'24",
+            "on-policy distillation beats its off-policy start: 74.4 against 55.0 on AIME'24",
             REPORT,
             {"opd": 1, LARGEST: -1},
         ),
@@ -162,14 +162,14 @@ STUDY_B = Study(
     claims=(
         common.make_contrast(
             "distillation widens",
-            "pass@64 on AIME'24 rises from 90.0 to 93.3",
+            "on-policy distillation widens: pass@64 on AIME'24 rises from 90.0 to 93.3",
             REPORT,
             {"opd": 1, "start": -1},
             figure=MANY,
         ),
         common.make_contrast(
             "RL does not widen",
-            "pass@64 on AIME'24 stays at 90.0",
+            "RL does not widen: pass@64 on AIME'24 stays at 90.0",
             REPORT,
             {"grpo": 1, "start": -1},
             expected="none",

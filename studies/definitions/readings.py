@@ -56,5 +56,23 @@ READINGS: dict[tuple[str, str], Reading] = {
         "the better greedy model, 98% against 81%, and the less reliable sampler, 70% against 78%.",
         "More traces, as SFT's sampled accuracy still rises with them.",
     ),
+    ("b", "distillation widens"): Reading(
+        "reversed",
+        "Reverse KL seeks the likeliest ways of the teacher: the student's samples become more "
+        "alike (in study a one solves 78% of the problems, and two 82%), and what one sample "
+        "cannot do, more cannot do either.",
+        "Problems of the trained length that the student before hardly ever solves.",
+    ),
+    ("b", "RL does not widen"): Reading(
+        "not reproduced",
+        "The interval holds both 0 and a gain above the margin of one point; this GRPO changed the "
+        "student little.",
+        "More seeds, and an RL run that learns more.",
+    ),
+    ("b", "distillation against RL"): Reading(
+        "reversed",
+        "Distillation narrowed what k samples reach, and RL hardly changed it.",
+        "As for the two claims above.",
+    ),
 }
 """(study, claim) -> reading"""
