@@ -118,7 +118,7 @@ def list_keys() -> frozenset[str]:
 def list_flags() -> frozenset[str]:
     flags = set(re.findall(r"^ +--([\w-]+)=?\*?\) ", (ROOT / "launch_tpu.sh").read_text(), re.M))
     verbs = [f"distill.{file.stem}" for file in (ROOT / "distill").glob("*.py")]
-    for verb in (*verbs, "benchmarks.gpu"):
+    for verb in (*verbs, "benchmarks.gpu", "studies.run", "studies.tasks"):
         flags |= set(getattr(importlib.import_module(verb), "OPTIONS", ()))
     return frozenset({name for name in flags if not name.startswith("config.")})
 
