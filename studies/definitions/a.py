@@ -112,7 +112,8 @@ STUDY = common.make_study(
         },
         {
             "name": "cost to equal accuracy, against SFT",
-            "claimed": "on-policy distillation is 9 to 30 times cheaper than SFT, by the line of its curve",
+            "claimed": "on-policy distillation is 9 to 30 times cheaper than SFT, by the line "
+            "through its curve",
             "source": POST,
             "kind": "slope",
             "figure": "greedy",
