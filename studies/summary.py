@@ -23,7 +23,12 @@ OUT = flags.DEFINE_string("out", "docs/images", "Directory for the pictures.", O
 
 # Claims of README's table, by study; the pages have the others.
 CLAIMS = {
-    "a": ("steps to equal accuracy", "cost to equal accuracy, against SFT", "accuracy against RL"),
+    "a": (
+        "steps to equal accuracy",
+        "cost to equal accuracy, against SFT",
+        "accuracy against SFT on the most traces",
+        "accuracy against RL",
+    ),
     "b": ("distillation widens", "RL does not widen"),
     "c": ("verified traces", "distillation after SFT"),
     "d": ("the gap narrows",),
@@ -91,8 +96,10 @@ def draw_curves(study: Study, theme: Theme) -> Figure:
                     level = 100 * result.final["greedy"]
                     axis.axhline(level, color=theme[colour], linestyle="--",
                                  label=label if key == "step" else None)  # fmt: skip
-    axes[0].set(xlabel="step of 32 responses", ylabel="%", title="Accuracy on held-out problems")
-    axes[1].set(xlabel="operations of student, teacher and sampling", xscale="log")
+    axes[0].set(
+        xlabel="step of 32 responses", ylabel="%", title="Greedy accuracy, held-out problems"
+    )
+    axes[1].set(xlabel="FLOPs of student, teacher and sampling", xscale="log")
     axes[1].set_title("The same by cost")
     figure.legend(loc="outside lower center", ncols=2)
     return figure

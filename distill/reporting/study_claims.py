@@ -257,8 +257,17 @@ def _judge_reach(study: Study, claim: Record) -> Finding:
         return Finding(claim, verdict, None, "", "; ".join(words))
     x = estimate_ratio(shown)
     to = "" if claim.get("at") is None else f" to {claim['at']:g}"
-    found = f"{slow} / {fast}: {_write(x, format_ratio)} times the {AXES.get(axis, axis)}{to}"
+    found = f"{slow} needs {_write(x, format_ratio)} times the {AXES.get(axis, axis)}{to}"
+    found += f", against {fast}{_mention_range(x, claim, verdict)}"
     return Finding(claim, verdict, x, found, _end(x, words, format_ratio))
+
+
+def _mention_range(x: Estimate, claim: Record, verdict: str) -> str:
+    """Returns a warning if a claim is not reproduced, and its range is not excluded either."""
+    low, high = claim.get("claimed_range") or (None, None)
+    if verdict != NOT_REPRODUCED or low is None or x.low is None or x.high is None:
+        return ""
+    return f"; the interval also holds {low:g} to {high:g}" if x.low <= low <= x.high else ""
 
 
 def format_ratio(x: float) -> str:
@@ -339,7 +348,7 @@ def _judge_slope(study: Study, claim: Record) -> Finding:
     words += more
     if needed:
         x = estimate_ratio(needed)
-        text += f"; the line is at {other} with {_write(x, lambda value: f'{value:,.0f}')}"
+        text += f"; the line equals {other} at {_write(x, lambda value: f'{value:,.0f}')}"
         if x.mean > max(amounts.values()):
             words.append(f"beyond the largest amount that was measured, {max(amounts.values()):,g}")
     if not claim.get("cost"):
@@ -348,7 +357,7 @@ def _judge_slope(study: Study, claim: Record) -> Finding:
         return Finding(claim, NOT_SETTLED, None, text, "; ".join(words))
     x = estimate_ratio(ratios)
     axis = AXES.get(claim["cost"], claim["cost"])
-    text += f"; that takes {_write(x, format_ratio)} times the {axis} of {other}"
+    text += f", for {_write(x, format_ratio)} times the {axis} of {other}"
     return Finding(claim, _judge_ratio(x, claim), x, text, _end(x, words, format_ratio))
 
 
@@ -358,21 +367,30 @@ def _compare_costs(
     """Returns the amount at which the line equals the other arm, and the ratio of costs there, at
     the seeds that have them; and words about the others."""
     other, cost, amounts = claim["reach_of"], claim.get("cost"), claim["amounts"]
-    largest = max(amounts, key=lambda arm: amounts[arm])
     needed, ratios, words = [], [], []
     for seed, line in lines.items():
         results = found_at[seed]
         log = line.find_log(results[other].final[claim["figure"]])
-        top = math.log2(amounts[largest])
+        top = math.log2(max(amounts.values()))
         if log is None or abs(log - top) > _MAX_DOUBLINGS:
             words.append(f"at seed {seed} the line never reaches {other}")
             continue
         needed.append(2**log)
         if cost:
-            ends = [max((p[cost] for p in results[arm].points if cost in p), default=0.0)
-                    for arm in (largest, other)]  # fmt: skip
-            if min(ends) <= 0:
-                words.append(f"seed {seed} has no {cost} of {largest} and {other}")
+            costs = {arm: max((p[cost] for p in results[arm].points if cost in p), default=0.0)
+                     for arm in (*amounts, other)}  # fmt: skip
+            if min(costs.values()) <= 0:
+                lacking = " and ".join(arm for arm, value in costs.items() if value <= 0)
+                words.append(f"seed {seed} has no {cost} of {lacking}")
             else:
-                ratios.append(ends[0] * 2 ** (log - top) / ends[1])
+                ratios.append(_find_cost(log, amounts, costs) / costs[other])
     return needed, ratios, words
+
+
+def _find_cost(log: float, amounts: dict[str, float], costs: dict[str, float]) -> float:
+    """Returns the cost of 2**log: between the measured amounts on a line in logarithms, outside
+    them proportional to the amount."""
+    arms = sorted(amounts, key=lambda arm: amounts[arm])
+    places, logs = [math.log2(amounts[x]) for x in arms], [math.log2(costs[x]) for x in arms]
+    inside = min(max(log, places[0]), places[-1])
+    return 2 ** (float(np.interp(inside, places, logs)) + log - inside)

@@ -129,7 +129,7 @@ def make_curves(*axes: str) -> tuple[dict[str, Any], ...]:
         "step": "steps",
         "trained_tokens": "trained tokens",
         "sampled_tokens": "sampled tokens",
-        "flops": "operations of student, teacher and sampling",
+        "flops": "FLOPs of student, teacher and sampling",
         "seconds": "seconds",
     }
     return tuple(

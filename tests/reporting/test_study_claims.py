@@ -158,7 +158,7 @@ SLOW = [[0.2, 0.3]] * 3  # at step 10
 @pytest.mark.parametrize(
     ("fast", "slow", "changes", "verdict", "words"),
     [
-        (FAST, SLOW, {}, "reproduced", "grpo / opd: 8 ["),
+        (FAST, SLOW, {}, "reproduced", "grpo needs 8 ["),
         (FAST, SLOW, {"claimed_range": [50, 60]}, "not reproduced: same direction, smaller", ""),
         (FAST, SLOW, {"claimed_range": None}, "reproduced", ""),
         (SLOW, FAST, {"at": 0.3}, "reversed", "times the steps to 0.3"),
@@ -203,11 +203,23 @@ def make_sft(values: list[tuple[float, float]], opd: float) -> list[dict[str, An
     results = []
     for seed, (low, high) in enumerate(values):
         results += [
-            make_result("sft 100", seed, [0.2, low]),
+            make_result("sft 100", seed, [0.2, low], flops=0.5),
             make_result("sft 400", seed, [0.2, high], flops=2.0),
             make_result("opd", seed, [0.2, opd]),
         ]
     return results
+
+
+def test_costs_between_amounts_are_those_measured_there(tmp_path: Path) -> None:
+    """The larger amount costs twice the smaller one's 10, not four times; the line is at `opd`
+    half-way between them in logarithms, so at the geometric mean of their costs."""
+    results = make_sft([(0.4, 0.6), (0.4, 0.6)], 0.5)
+    for result in results:
+        if result["arm"] == "sft 100":
+            result["points"] = make_result("sft 100", 0, [0.2, 0.4])["points"]
+    finding = judge(tmp_path, SLOPE, results)
+    assert finding.estimate
+    assert finding.estimate.values == pytest.approx([math.sqrt(10 * 20) / 10] * 2)
 
 
 def test_slopes_and_costs_are_those_of_a_library(tmp_path: Path) -> None:
@@ -248,8 +260,8 @@ RISING, NOISE = [(0.4, 0.6), (0.4, 0.61), (0.4, 0.59)], [(0.4, 0.3), (0.4, 0.5),
         (RISING, 0.5, {}, "not reproduced", ""),
         (RISING[:1], 0.9, {}, "not settled: one seed", ""),
         ([(x, y - 0.4) for x, y in RISING], 0.9, {}, "not settled", "the line never reaches opd"),
-        (RISING, 0.9, {"cost": None}, "reproduced", "the line is at opd with"),
-        (RISING, 0.9, {"cost": "joules"}, "not settled", "seed 0 has no joules of sft 400 and opd"),
+        (RISING, 0.9, {"cost": None}, "reproduced", "the line equals opd at"),
+        (RISING, 0.9, {"cost": "joules"}, "not settled", "seed 0 has no joules of sft 100"),
         (RISING, 0.9, {"cost": None, "reach_of": None}, "reproduced", "a doubling"),
         (NOISE, 0.9, {"cost": None, "reach_of": None}, "not reproduced", ""),
         ([(0.5, 0.4), (0.5, 0.41), (0.5, 0.4)], 0.9, {"cost": None}, "reversed", ""),
