@@ -87,7 +87,7 @@ def find_commands() -> Iterator[tuple[str, str]]:
     """Yields (where it is written, command)."""
     for page in PAGES:
         yield from ((name_page(page), line) for line in find_in_markdown(page.read_text()))
-    for folder in ("configs", "distill", "benchmarks"):
+    for folder in ("configs", "distill", "benchmarks", "studies"):
         for file in sorted((ROOT / folder).glob("*.py")):
             name = f"{folder}/{file.name}"
             yield from ((name, line) for line in find_in_text(get_docstring(file)))
@@ -124,7 +124,8 @@ def check_command(words: list[str]) -> None:
         check_python(arguments)
     elif program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        require(set(arguments) <= set(targets), f"make {arguments}: no such target")
+        goals = {word for word in arguments if "=" not in word}  # others set variables
+        require(goals <= set(targets), f"make {arguments}: no such target")
     elif program == "./launch_tpu.sh":
         check_launcher(arguments)
     else:
@@ -160,7 +161,7 @@ def check_python(arguments: list[str]) -> None:
     else:
         module = arguments[1]
         folder = module.partition(".")[0]
-        require(folder in ("distill", "benchmarks"), f"{module}: no module of ours")
+        require(folder in ("distill", "benchmarks", "studies"), f"{module}: no module of ours")
         require(importlib.util.find_spec(module), f"{module}: there is no such module")
         verb, words = importlib.import_module(module), arguments[2:]
         if hasattr(verb, "ARGUMENTS"):  # takes more than flags
