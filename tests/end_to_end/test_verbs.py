@@ -112,10 +112,11 @@ def test_samples_are_reproducible_and_score_the_same(bare, tmp_path: Path) -> No
         assert call(generate, *shared, "--samples=3", *flags) == 0
         return read(out)
 
-    samples = sampled("a.jsonl", "--seed=1")
+    # With seed 1, one token is a tie but for rounding on processors without AVX-512.
+    samples = sampled("a.jsonl", "--seed=3")
     tokens = [[s["tokens"] for s in row["samples"]] for row in samples]
     assert len({str(t) for group in tokens for t in group}) == 12
-    again = sampled("b.jsonl", "--seed=1", "--batch_size=5")
+    again = sampled("b.jsonl", "--seed=3", "--batch_size=5")
     assert [[s["tokens"] for s in row["samples"]] for row in again] == tokens
     other = sampled("c.jsonl", "--seed=2")
     assert [[s["tokens"] for s in row["samples"]] for row in other] != tokens
