@@ -3,8 +3,9 @@
 A job has a directory, ROOT/NAME, in which its commands write; `{NAME}` in a command stands for the
 directory of another job, which runs before, and `{out}` for the job's own. A finished job leaves
 done.json with what it ran and what it cost. A job's fingerprint covers its commands and those of
-all jobs before it, so a result is never used for a definition that has changed since. Several
-processes may run jobs of one ROOT: each job is locked by the one that runs it, and by its commands.
+all jobs before it, so a result is never used for a definition that has changed since; a change of
+the code leaves it as it is, and done.json has the code's revision. Several processes may run jobs
+of one ROOT: each job is locked by the one that runs it, and by its commands.
 """
 
 import dataclasses
@@ -33,7 +34,10 @@ CODE = Path(__file__).resolve().parents[1]
 # What results depend on; their revision is that of the last commit that changed it.
 _CODE_PATHS = (
     *("models", "distill", "configs/miniature.py", "studies/worker.py", "studies/study.py"),
-    *(f"studies/{task}.py" for task in ("tasks", "graphs", "facts", "instructions", "manual")),
+    *(
+        f"studies/{task}.py"
+        for task in ("tasks", "graphs", "facts", "instructions", "manual", "traces")
+    ),
     *("studies/models.py", ":!distill/reporting"),
 )
 _PLACE = re.compile(r"\{([\w/.=-]+)\}")

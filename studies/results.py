@@ -12,7 +12,16 @@ from typing import Any
 from distill.runtime import run_files
 from studies.definitions.readings import READINGS, Reading
 from studies.jobs import Queue
-from studies.study import TUNING_SEED, Arm, Plan, Study, get_changes, list_tuned_arms, read_figures
+from studies.study import (
+    TUNING_SEED,
+    Arm,
+    Plan,
+    Study,
+    get_changes,
+    list_tuned_arms,
+    read_figures,
+    to_file_name,
+)
 
 Record = dict[str, Any]
 
@@ -112,9 +121,8 @@ def write_run(
         if start and "curve" in start:
             first = {"greedy": start["curve"], "loss": None}
             record["points"].insert(0, dict.fromkeys(record["points"][0], 0.0) | first)
-    name = "".join(x if x.isalnum() or x in "-." else "_" for x in arm.name)
     suffix = f"seed{about['seed']}" if about["trial"] is None else f"trial{about['trial']}"
-    run_files.write_json(out / "runs" / f"{name}.{suffix}.json", record)
+    run_files.write_json(out / "runs" / f"{to_file_name(arm.name)}.{suffix}.json", record)
 
 
 def _list_earlier(queue: Queue, job: str) -> list[str]:

@@ -192,7 +192,7 @@ def _plan_run(
         )
         export = ("-m", "distill.export", "--run={out}", "--out={out}/model")
         # Arms, and trials of one, share the trainings before their last.
-        name = f"{_to_file_name(arm.name)}.{suffix}" if is_last else f"then.seed{seed}"
+        name = f"{to_file_name(arm.name)}.{suffix}" if is_last else f"then.seed{seed}"
         before = _add_run(queue, name, (train,) if is_last else (train, export))
     return before
 
@@ -203,7 +203,7 @@ def _plan_measurement(study: Study, queue: Queue, arm: Arm, model: str, suffix: 
         *("-m", "studies.worker", "--workdir={out}", f"--model={model}"),
         *_list_measures(study, (*study.measures, *arm.measures)),
     )
-    return _add_run(queue, f"{_to_file_name(arm.name)}.{suffix}", (command,))
+    return _add_run(queue, f"{to_file_name(arm.name)}.{suffix}", (command,))
 
 
 def _list_measures(study: Study, measures: Sequence[str]) -> list[str]:
@@ -219,7 +219,8 @@ def _add_run(queue: Queue, name: str, commands: tuple[tuple[str, ...], ...]) -> 
     return queue.add(Job(f"runs/{name}.{digest}", commands))
 
 
-def _to_file_name(name: str) -> str:
+def to_file_name(name: str) -> str:
+    """Returns an arm's name with "_" for what file names had better not have."""
     return "".join(x if x.isalnum() or x in "-." else "_" for x in name)
 
 

@@ -314,4 +314,4 @@ def test_the_largest_numbers_overflow_nothing(tmp_path: Path) -> None:
     ]
     claims = [CONTRAST | {"weights": {"opd": 1000, "grpo": -1000}}, REACH, SLOPE]
     for number, claim in enumerate(claims):
-        judge(tmp_path / str(number), claim, results)
+        assert judge(tmp_path / str(number), claim, results).verdict
