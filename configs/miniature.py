@@ -25,8 +25,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.student.remat = False
     c.log.to, c.log.transcripts = (), 0
     c.checkpoint.every, c.checkpoint.every_minutes, c.checkpoint.keep = 10_000, 5.0, 1
-    c.eval.limit, c.eval.best, c.eval.batch_size = 200, "", 100
-    c.eval.max_new_tokens = RESPONSE
+    c.eval.limit, c.eval.best, c.eval.batch_size = 200, "", 200
+    c.eval.protocol, c.eval.samples, c.eval.max_new_tokens = "sampled", 2, RESPONSE
 
     s = c[a.objective] if a.objective in c else base.make_stage(a.objective)
     c[a.objective] = s

@@ -233,7 +233,7 @@ def evaluate(
         problems that arithmetic generates, while other benchmarks need data.
       out: directory for examples.jsonl and summary.json, resumed if it holds them; "" keeps none.
       limit: evaluate only this many problems, the first ones; 0: all.
-      protocol: greedy, qwen3-thinking or qwen3-nonthinking.
+      protocol: greedy, sampled, qwen3-thinking or qwen3-nonthinking.
       changes: settings that differ from the protocol's: samples, thinking, max_new_tokens,
         temperature, top_k, top_p, min_p, presence_penalty, seed, batch_size.
 

@@ -119,7 +119,7 @@ def write_run(
         trace_cost = _read_flops_per_token(queue.root / arm.teacher) if arm.traces else 0.0
         record["points"] = list_points(arm, parts, measured["prompt_tokens"], trace_cost)
         if start and "curve" in start:
-            first = {"greedy": start["curve"], "loss": None}
+            first = {"sampled": start["curve"], "loss": None}
             record["points"].insert(0, dict.fromkeys(record["points"][0], 0.0) | first)
     suffix = f"seed{about['seed']}" if about["trial"] is None else f"trial{about['trial']}"
     run_files.write_json(out / "runs" / f"{to_file_name(arm.name)}.{suffix}.json", record)
@@ -170,7 +170,7 @@ def list_points(
             total["step"] += 1
             if "eval/accuracy" in row or (is_last and row is rows[-1]):
                 flops = sum(total[f"flops_{x}"] for x in PARTS)
-                figures = {"greedy": row.get("eval/accuracy"), "loss": row.get("train/loss")}
+                figures = {"sampled": row.get("eval/accuracy"), "loss": row.get("train/loss")}
                 points.append({**total, "flops": flops, **figures})
     return points
 

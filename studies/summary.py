@@ -80,12 +80,12 @@ def render_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def draw_curves(study: Study, theme: Theme) -> Figure:
-    """Draws greedy accuracy of each seed by steps and by operations."""
+    """Draws the accuracy at temperature 1 of each seed by steps and by operations."""
     figure, axes = pyplot.subplots(1, 2, figsize=(8.4, 3.1), layout="constrained", sharey=True)
     for arm, (colour, label) in ARMS.items():
         for result in study.get_results(arm).values():
-            points = [x for x in result.points if x.get("greedy") is not None]
-            values = [100 * x["greedy"] for x in points]
+            points = [x for x in result.points if x.get("sampled") is not None]
+            values = [100 * x["sampled"] for x in points]
             for axis, key in zip(axes, ("step", "flops"), strict=True):
                 first = result.seed == study.seeds[0]
                 if points:
@@ -93,11 +93,11 @@ def draw_curves(study: Study, theme: Theme) -> Figure:
                     axis.plot(places, values, color=theme[colour], linewidth=1.2, alpha=0.8,
                               label=label if first and key == "step" else None)  # fmt: skip
                 elif arm == "teacher":
-                    level = 100 * result.final["greedy"]
+                    level = 100 * result.final["sampled"]
                     axis.axhline(level, color=theme[colour], linestyle="--",
                                  label=label if key == "step" else None)  # fmt: skip
     axes[0].set(
-        xlabel="step of 32 responses", ylabel="%", title="Greedy accuracy, held-out problems"
+        xlabel="step of 32 responses", ylabel="%", title="Accuracy at T = 1, held-out problems"
     )
     axes[1].set(xlabel="FLOPs of student, teacher and sampling", xscale="log")
     axes[1].set_title("The same by cost")

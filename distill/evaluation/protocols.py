@@ -12,11 +12,21 @@ if TYPE_CHECKING:  # it imports jax, and `evaluate --help` does without
 
 Settings = dict[str, Any]  # `thinking`, and fields of SampleSpec and Sampling
 
-# The Qwen3 report (arXiv 2505.09388), section 4.6. "greedy" is ours, for quick checks.
+# The Qwen3 report (arXiv 2505.09388), section 4.6. Two are ours: "greedy", for quick checks, and
+# "sampled", the model's own distribution, which on-policy training changes.
 PROTOCOLS: dict[str, Settings] = {
     "greedy": {
         "thinking": True,
         "temperature": 0.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "presence_penalty": 0.0,
+        "max_new_tokens": 1024,
+        "samples": 1,
+    },
+    "sampled": {
+        "thinking": True,
+        "temperature": 1.0,
         "top_k": 0,
         "top_p": 1.0,
         "presence_penalty": 0.0,

@@ -109,11 +109,11 @@ def make_training(objective: str, changes: dict[str, Any], base: str = "") -> Tr
 GREEDY = f"greedy:arithmetic:{TEST}:0:{TOKENS}"
 SAMPLED = f"sampled:arithmetic:{TEST}:2:{TOKENS}:judged"
 PASS = f"many:arithmetic:{{{PASS_ROWS}}}/pass.jsonl:64:{LONGER_TOKENS}"
-CURVE_GREEDY = f"curve:arithmetic:{CURVE}:0:{TOKENS}"
+CURVE_POINT = f"curve:arithmetic:{CURVE}:2:{TOKENS}"
 TUNE = f"sampled:arithmetic:{VALID}:4:{TOKENS}"  # 1,200 responses to 300 validation problems
 TUNE_BY = "sampled"
 
-START = Arm("start", "the student before", model=STUDENT, measures=(CURVE_GREEDY,))
+START = Arm("start", "the student before", model=STUDENT, measures=(CURVE_POINT,))
 JUDGE = Arm("teacher", "the teacher", model=TEACHER)
 
 ACCURACY = (
@@ -124,7 +124,7 @@ ACCURACY = (
 
 
 def make_curves(*axes: str) -> tuple[dict[str, Any], ...]:
-    """Returns curves of greedy accuracy over costs."""
+    """Returns curves of accuracy at temperature 1 over costs."""
     titles = {
         "step": "steps",
         "trained_tokens": "trained tokens",
@@ -133,7 +133,12 @@ def make_curves(*axes: str) -> tuple[dict[str, Any], ...]:
         "seconds": "seconds",
     }
     return tuple(
-        {"x": x, "y": "greedy", "title": f"Greedy accuracy by {titles[x]}", "log_x": x != "step"}
+        {
+            "x": x,
+            "y": "sampled",
+            "title": f"Accuracy, T = 1, by {titles[x]}",
+            "log_x": x != "step",
+        }
         for x in axes
     )
 

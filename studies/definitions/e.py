@@ -12,7 +12,10 @@ def make_arm(prompts: int, objective: str = "opd") -> Arm:
     """Returns an arm that trains on the first `prompts` prompts only."""
     changes: dict[str, Any] = {"steps": STEPS, "data.max_rows": prompts}
     tuned = a.OPD if objective == "opd" else a.GRPO
-    about = f"{objective} on {prompts:,} prompt{'s' if prompts > 1 else ''}, {STEPS} steps of 32"
+    responses = tuned.trainings[0].changes.get(f"{objective}.batch_size", 32)
+    changes["batch_size"] = responses  # of each step: that for which the rate was chosen
+    prompt = f"{prompts:,} prompt{'s' if prompts > 1 else ''}"
+    about = f"{objective} on {prompt}, {STEPS} steps of {responses} responses"
     return common.make_arm(f"{objective} on {prompts}", about, objective, changes, tuned_as=tuned)
 
 
@@ -25,7 +28,7 @@ STUDY = common.make_study(
     question=(
         "A single prompt, sampled thousands of times, is said to carry nearly the teacher's "
         "ability in on-policy distillation, while reinforcement learning memorises its answer. How "
-        "far do 1, 8 and 64 prompts carry, at the same number of responses?"
+        "far do 1, 8 and 64 prompts carry, in the same number of steps?"
     ),
     arms=(common.START, *map(make_arm, PROMPTS), make_arm(1, "grpo"), common.JUDGE),
     curves=common.make_curves("step"),

@@ -13,7 +13,7 @@ STEPS = 120  # of 32 responses
 TOKENS = 48  # of the longest solution of two operations
 REPORT = "Qwen3 report, arXiv 2505.09388, sections 4.3 and 4.5"
 
-START_CURVE = f"curve:arithmetic:{TEST}:0:{TOKENS}"
+START_CURVE = f"curve:arithmetic:{TEST}:2:{TOKENS}"
 
 
 def make_rows(name: str, count: int) -> tuple[str, ...]:

@@ -106,7 +106,7 @@ def make_measures(rows: str) -> tuple[str, ...]:
 
 WITHOUT_MANUAL = make_measures("test")
 OTHERS = f"others:arithmetic:{find_rows('others')}:0:{RESPONSE}"  # each with one in its prompt
-START_CURVE = f"curve:arithmetic:{find_rows('test')}:0:{RESPONSE}"
+START_CURVE = f"curve:arithmetic:{find_rows('test')}:2:{RESPONSE}"
 
 
 def make_tuned_arm(objective: str, about: str) -> Arm:

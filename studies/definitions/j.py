@@ -6,7 +6,7 @@ from studies.definitions import a, common
 from studies.jobs import Job
 from studies.study import Arm
 
-STEPS = a.STEPS["opd"]
+STEPS = a.STEPS
 SAMPLES, SCORES = "rows/student_samples", "rows/student_scores"
 JOBS = (
     *common.JOBS,

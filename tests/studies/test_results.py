@@ -70,10 +70,10 @@ def test_each_trace_of_sft_counts_once(tmp_path):
     traces = TRACE * (4 * 15 + 2 * 16)
     check_point(second, step=2, seconds=1.0, trained_tokens=44, sampled_tokens=0)
     check_point(second, flops_student=student, flops_sampling=traces, flops_teacher=0)
-    check_point(second, greedy=0.25, loss=1.5)
+    check_point(second, sampled=0.25, loss=1.5)
     check_point(third, step=3, seconds=1.5, trained_tokens=72, loss=2.0)
     check_point(third, flops_student=student + 3 * STUDENT * 68, flops_sampling=traces)
-    assert third["greedy"] is None, "the last step is a point even if nothing was evaluated"
+    assert third["sampled"] is None, "the last step is a point even if nothing was evaluated"
 
 
 def test_other_rows_than_traces_cost_nothing_to_sample(tmp_path):
@@ -92,7 +92,7 @@ def test_distillation_counts_student_teacher_and_sampling(tmp_path, metric):
     run = write_run(tmp_path / "run", rows, "opd", ("teacher",))
     (point,) = list_points(Arm("opd", ""), [run], PROMPT, 0.0)
     read = 4 * PROMPT + 24  # by the student three times, by the teacher once
-    check_point(point, step=1, sampled_tokens=24, trained_tokens=24, greedy=0.5)
+    check_point(point, step=1, sampled_tokens=24, trained_tokens=24, sampled=0.5)
     check_point(point, flops_student=300 * read, flops_teacher=TEACHER * read)
     check_point(point, flops_sampling=STUDENT * (4 * PROMPT + 24))
 
@@ -117,8 +117,8 @@ def test_costs_go_on_over_trainings_in_a_row(tmp_path):
     points = list_points(arm, [first, second], PROMPT, TRACE)
     sft = TRACE * (4 * 15 + 2 * 16)  # once, though RL reads rows too
     assert [point["step"] for point in points] == [2, 5]
-    check_point(points[0], greedy=0.25, flops_sampling=sft)
-    check_point(points[1], greedy=0.75, seconds=2.5, trained_tokens=72 + 48, sampled_tokens=48)
+    check_point(points[0], sampled=0.25, flops_sampling=sft)
+    check_point(points[1], sampled=0.75, seconds=2.5, trained_tokens=72 + 48, sampled_tokens=48)
     check_point(points[1], flops_student=3 * STUDENT * (60 + 64 + 68 + 64 + 64))
     check_point(points[1], flops_sampling=sft + STUDENT * 2 * (4 * PROMPT + 24))
 
@@ -189,8 +189,8 @@ def test_a_curve_begins_with_the_start_measured_as_the_curve_is(tmp_path):
     start, trained = results["start.seed0.json"], results["on_policy.seed0.json"]
     assert start["points"] == [] and start["config"] == {}
     first, last = trained["points"]
-    assert first["greedy"] == 0.375 and first["loss"] is None
-    assert {first[key] for key in first.keys() - {"greedy", "loss"}} == {0.0}
+    assert first["sampled"] == 0.375 and first["loss"] is None
+    assert {first[key] for key in first.keys() - {"sampled", "loss"}} == {0.0}
     assert first.keys() == last.keys() and last["step"] == 1
     assert trained["changes"] == {"opd.optim.learning_rate": 0.2}, "those of the chosen trial"
     about = {"phase": "final", "seed": 0, "trial": None, "dirty": True, "cpu_seconds": 7.0}

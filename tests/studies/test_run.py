@@ -98,7 +98,7 @@ def test_a_study_tunes_trains_and_writes_each_run_as_it_ends(tmp_path, monkeypat
         assert tuned["changes"] == {RATE: 0.3} and plain["changes"] == {}
         assert tuned["config"]["opd"]["optim"]["learning_rate"] == 0.3
         assert f"--config.{RATE}=0.3 --seed={seed} " in tuned["command"]
-        assert [x["greedy"] for x in tuned["points"]] == pytest.approx([0.25, 0.8 + seed / 100])
+        assert [x["sampled"] for x in tuned["points"]] == pytest.approx([0.25, 0.8 + seed / 100])
         assert tuned["seed"] == seed and tuned["phase"] == "final"
     assert "sampled" not in found["opd.seed0.json"]["final"], "finals are measured on the test"
 
