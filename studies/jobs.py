@@ -245,6 +245,10 @@ class Queue:
         if is_pinned:  # a thread for each core of the machine would only get in the way of others
             flags = f"{variables.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
             variables["XLA_FLAGS"] = flags.strip()
+        # Memory of a step goes back to the system, and comes again page by page: a quarter of an
+        # update's time. A process keeps it.
+        variables |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+        variables["MALLOC_ARENA_MAX"] = "1"  # other arenas have no room for large arrays
         with log.open("ab") as file:
             with self._changing:
                 if self._is_stopping.is_set():
