@@ -7,15 +7,13 @@ does not count, nor does the time in which the process is suspended.
 import collections
 import contextlib
 import dataclasses
-import faulthandler
 import os
-import re
 import statistics
-import tempfile
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
-from typing import IO
 
 POLL_SECONDS = 1.0
 FACTOR = 10  # times the median: what is longer hangs
@@ -110,7 +108,7 @@ class Watchdog:
         line = f"warning: {task.name} hangs {phase}: it has taken {task.seconds:.0f} s{usually} "
         # To the descriptor: every process says where it hangs itself, and no lock is waited for.
         os.write(2, f"{line}(config.alerts.hang_seconds); the stacks of all threads:\n".encode())
-        faulthandler.dump_traceback(file=2)
+        os.write(2, format_stacks().encode(errors="replace"))
         if self._exits:
             os.write(2, b"error: the step hangs, see above; the same command resumes the run\n")
             os._exit(HUNG_EXIT_CODE)
@@ -127,26 +125,25 @@ class Watchdog:
 
 
 def list_files_on_stack(thread: int) -> list[str]:
-    """Returns the files of the functions that a thread is in, the innermost first.
+    """Returns the files of the functions that a thread is in, the innermost first."""
+    frame = sys._current_frames().get(thread)
+    return [each.f_code.co_filename for each, _ in traceback.walk_stack(frame)] if frame else []
 
-    faulthandler writes them before any other thread goes on. Frames that are walked by Python may
-    be gone by then: the thread that they belong to runs in between.
+
+def format_stacks() -> str:
+    """Returns what all threads that run Python are in, the innermost function first.
+
+    faulthandler would read the list of threads without its lock, and end the process when a thread
+    of XLA's or tensorstore's is just being added.
     """
-    with _open_scratch() as file:
-        faulthandler.dump_traceback(file)
-        file.seek(0)
-        text = file.read().decode(errors="replace")
-    for stack in re.split(r"^(?:Current t|T)hread 0x", text, flags=re.MULTILINE)[1:]:
-        if int(stack.split()[0], 16) == thread:
-            return re.findall(r'^  File "(.*)", line ', stack, re.MULTILINE)
-    return []
-
-
-def _open_scratch() -> IO[bytes]:
-    """Opens a file without a name, in memory where the system can. A pipe could fill up."""
-    if hasattr(os, "memfd_create"):
-        return os.fdopen(os.memfd_create("stacks"), "w+b")
-    return tempfile.TemporaryFile()
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    lines = []
+    for ident, frame in sys._current_frames().items():
+        lines.append(f"Thread 0x{ident:016x} [{names.get(ident, '?')}] (most recent call first):")
+        for each, number in traceback.walk_stack(frame):
+            code = each.f_code
+            lines.append(f'  File "{code.co_filename}", line {number} in {code.co_name}')
+    return "\n".join(lines) + "\n"
 
 
 def is_compiling(thread: int) -> bool:

@@ -1,5 +1,6 @@
 """Tests what the watchdog takes for a hang, and what it says."""
 
+import ctypes
 import os
 import threading
 import time
@@ -128,3 +129,31 @@ def test_the_stack_of_a_busy_thread_can_be_read() -> None:
         ends.set()
         thread.join()
     assert watchdog.list_files_on_stack(thread.ident) == []
+
+
+def test_stacks_can_be_read_while_other_threads_are_added() -> None:
+    """Threads that Python has not started, as XLA's, register themselves when they call it."""
+    libc, ends = ctypes.CDLL(None), threading.Event()
+    make_function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+    function = make_function(lambda _: None)
+    libc.pthread_join.argtypes = [ctypes.c_ulong, ctypes.c_void_p]
+
+    def add_threads() -> None:
+        while not ends.is_set():
+            threads = [ctypes.c_ulong() for _ in range(8)]
+            for thread in threads:
+                libc.pthread_create(ctypes.byref(thread), None, function, None)
+            for thread in threads:
+                libc.pthread_join(thread, None)
+
+    adding = [threading.Thread(target=add_threads) for _ in range(2)]
+    for thread in adding:
+        thread.start()
+    try:
+        for _ in range(20_000):
+            assert __file__ in watchdog.list_files_on_stack(threading.get_ident())
+        assert "test_watchdog.py" in watchdog.format_stacks()
+    finally:
+        ends.set()
+        for thread in adding:
+            thread.join()
