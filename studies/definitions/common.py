@@ -166,6 +166,47 @@ def make_contrast(
     }
 
 
+def make_reach(
+    name: str, claimed: str, source: str, fast: str, slow: str, axis: str, factors: tuple[int, int]
+) -> dict[str, Any]:
+    """Returns a claim that an arm reaches another one's best accuracy at temperature 1 in so many
+    times less of an axis: between the two `factors`."""
+    return {
+        "name": name,
+        "claimed": claimed,
+        "source": source,
+        "kind": "reach",
+        "figure": "sampled",
+        "axis": axis,
+        "fast": fast,
+        "slow": slow,
+        "claimed_range": list(factors),
+    }
+
+
+def make_slope(
+    name: str,
+    claimed: str,
+    source: str,
+    amounts: Mapping[str, int],
+    reach_of: str,
+    factors: tuple[int, int],
+) -> dict[str, Any]:
+    """Returns a claim that an arm costs so many times fewer FLOPs than as much data as would give
+    its accuracy, by a line through the accuracies of arms by their `amounts`."""
+    return {
+        "name": name,
+        "claimed": claimed,
+        "source": source,
+        "kind": "slope",
+        "figure": "sampled",
+        "amounts": dict(amounts),
+        "reach_of": reach_of,
+        "cost": "flops",
+        "claimed_range": list(factors),
+    }
+
+
 def make_study(**fields: Any) -> Study:
     """Returns a study of the student and the teacher on the problems; `fields` are those of Study,
     of which many have a default here."""
