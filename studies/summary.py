@@ -25,6 +25,7 @@ OUT = flags.DEFINE_string("out", "docs/images", "Directory for the pictures.", O
 CLAIMS = {
     "a": (
         "steps to equal accuracy",
+        "cost to equal accuracy, against RL",
         "cost to equal accuracy, against SFT",
         "accuracy against SFT on the most traces",
         "accuracy against RL",
@@ -97,7 +98,9 @@ def draw_curves(study: Study, theme: Theme) -> Figure:
                     axis.axhline(level, color=theme[colour], linestyle="--",
                                  label=label if key == "step" else None)  # fmt: skip
     axes[0].set(
-        xlabel="step of 32 responses", ylabel="%", title="Accuracy at T = 1, held-out problems"
+        xlabel="step of 32 responses (GRPO: 128)",
+        ylabel="%",
+        title="Accuracy at T = 1, held-out problems",
     )
     axes[1].set(xlabel="FLOPs of student, teacher and sampling", xscale="log")
     axes[1].set_title("The same by cost")
