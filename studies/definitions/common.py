@@ -108,7 +108,9 @@ def make_training(objective: str, changes: dict[str, Any], base: str = "") -> Tr
 
 GREEDY = f"greedy:arithmetic:{TEST}:0:{TOKENS}"
 SAMPLED = f"sampled:arithmetic:{TEST}:2:{TOKENS}:judged"
-PASS = f"many:arithmetic:{{{PASS_ROWS}}}/pass.jsonl:64:{LONGER_TOKENS}"
+PASS, FEWER_PASS = (
+    f"many:arithmetic:{{{PASS_ROWS}}}/pass.jsonl:{k}:{LONGER_TOKENS}" for k in (64, 16)
+)
 CURVE_POINT = f"curve:arithmetic:{CURVE}:2:{TOKENS}"
 TUNE = f"sampled:arithmetic:{VALID}:4:{TOKENS}"  # 1,200 responses to 300 validation problems
 TUNE_BY = "sampled"

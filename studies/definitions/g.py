@@ -7,6 +7,7 @@ from studies.study import Arm
 
 STEPS = 100
 TOP_K = 4
+MANY = "many/contents@16"
 RATES = (3e-4, 1e-3, 3e-3)
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "reverse": ("reverse KL, exact", {}),
@@ -67,10 +68,10 @@ STUDY = common.make_study(
         "responses or weighted tokens teach as much for less?"
     ),
     arms=(common.START, *map(make_arm, FORMS), common.JUDGE),
-    measures=(common.GREEDY, common.SAMPLED, common.PASS),
+    measures=(common.GREEDY, common.SAMPLED, common.FEWER_PASS),
     figures=(
         *common.ACCURACY,
-        {"key": "many/contents@64", "title": "pass@64", "format": "percent"},
+        {"key": MANY, "title": "pass@16", "format": "percent"},
     ),
     curves=common.make_curves("step", "seconds"),
     tuning=f"three trials of {STEPS // 2} steps for each arm, by the accuracy of four samples",
@@ -83,10 +84,10 @@ STUDY = common.make_study(
         ),
         common.make_contrast(
             "forward covers, reverse seeks",
-            "forward KL keeps more of what the teacher may say: a higher pass@64",
+            "forward KL keeps more of what the teacher may say: a higher pass@k",
             "MiniLLM, arXiv 2306.08543",
             {"forward": 1, "reverse": -1},
-            figure="many/contents@64",
+            figure=MANY,
         ),
         against_reverse(
             "entropy weights",

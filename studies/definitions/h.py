@@ -10,7 +10,7 @@ ROWS, TEACHER = "rows/modes", "models/teacher_modes"
 TRAIN, TEST = (f"{{{ROWS}}}/{name}.jsonl" for name in ("train", "test"))
 OPERATIONS = "1,2"  # few enough to answer some without reasoning
 STEPS = 120  # of 32 responses
-TOKENS = 48  # of the longest solution of two operations
+PROMPT, TOKENS = 40, 48  # of the longest prompt and solution of two operations
 REPORT = "Qwen3 report, arXiv 2505.09388, sections 4.3 and 4.5"
 
 START_CURVE = f"curve:arithmetic:{TEST}:2:{TOKENS}"
@@ -30,6 +30,8 @@ def make_jobs() -> tuple[Job, ...]:
         "student.path": f"{{{common.TEACHER}}}/model",
         "student.random_init": "false",
         "sft.steps": 1000,
+        "sft.max_prompt_tokens": PROMPT,
+        "sft.max_response_tokens": TOKENS,
         "sft.data.source": TRAIN,
         "sft.data.columns": "direct=answer",
         "sft.data.thinking": 0.5,
@@ -47,6 +49,7 @@ def make_training(share: float, steps: int = STEPS, base: str = common.STUDENT) 
     changes: dict[str, Any] = {
         "steps": steps,
         "batch_size": 32,
+        "max_prompt_tokens": PROMPT,
         "max_response_tokens": TOKENS,
         "data.source": TRAIN,
         "data.thinking": share,
