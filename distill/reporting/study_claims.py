@@ -256,9 +256,9 @@ def _judge_reach(study: Study, claim: Record) -> Finding:
         words.append(f"the ratio is at most {format_ratio(max(at_most.values()))}")
         return Finding(claim, verdict, None, "", "; ".join(words))
     x = estimate_ratio(shown)
-    to = "" if claim.get("at") is None else f" to {claim['at']:g}"
-    found = f"{slow} needs {_write(x, format_ratio)} times the {AXES.get(axis, axis)}{to}"
-    found += f", against {fast}{_mention_range(x, claim, verdict)}"
+    to = f"{slow}'s best" if claim.get("at") is None else f"{claim['at']:g}"
+    found = f"{slow} needs {_write(x, format_ratio)} times the {AXES.get(axis, axis)} of {fast}"
+    found += f" to reach {to}{_mention_range(x, claim, verdict)}"
     return Finding(claim, verdict, x, found, _end(x, words, format_ratio))
 
 
@@ -336,7 +336,7 @@ def _judge_slope(study: Study, claim: Record) -> Finding:
     slope = estimate_mean([line.slope for line in lines.values()])
     r2 = fit_line(list(amounts.values()), np.mean([*values.values()], axis=0).tolist()).r2
     unit = " points" if figure.is_share else ""
-    text = f"{format_estimate(slope, figure, '+')}{unit} of {figure.title} a doubling"
+    text = f"each doubling adds {format_estimate(slope, figure, '+')}{unit}, {figure.title}"
     text += f", R² {'undefined' if r2 is None else f'{r2:.2f}'}"
     verdict = REPRODUCED if slope.is_above(0) and (r2 or 0) >= _MIN_R2 else NOT_REPRODUCED
     verdict = REVERSED if slope.is_below(0) else verdict
@@ -348,7 +348,7 @@ def _judge_slope(study: Study, claim: Record) -> Finding:
     words += more
     if needed:
         x = estimate_ratio(needed)
-        text += f"; the line equals {other} at {_write(x, lambda value: f'{value:,.0f}')}"
+        text += f"; the line reaches {other} at {_write(x, lambda value: f'{value:,.0f}')}"
         if x.mean > max(amounts.values()):
             words.append(f"beyond the largest amount that was measured, {max(amounts.values()):,g}")
     if not claim.get("cost"):

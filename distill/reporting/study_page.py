@@ -95,8 +95,10 @@ def render_markdown(report: StudyReport, images: Sequence[tuple[str, str]]) -> s
         study_tables.tabulate_claims(report.findings),
         study_tables.tabulate_results(study),
         study_tables.tabulate_differences(study),
+        study_tables.tabulate_tuning(study),
     ]
-    parts = [tables.render_markdown(table) for table in found if table.rows]
+    parts = [f"# {study.title}", study.question] if study.question else [f"# {study.title}"]
+    parts += [tables.render_markdown(table) for table in found if table.rows]
     parts += [f"![{title}]({name})" for title, name in images]
     notes = [f"- {note}" for note in study.notes]
     return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])]) + "\n"

@@ -2,10 +2,21 @@
 
 from studies.definitions import a, common
 from studies.definitions.common import make_training
+from studies.jobs import Job
 from studies.study import Arm, Training
 
 SOURCE = "MaxiRuess/reasoning-distillation-grpo, GSM8K greedy, and configs/conditions.py"
 TRACES, STEPS = 1000, 100
+VERIFIED_ROWS = "rows/verified"
+VERIFY = Job(
+    VERIFIED_ROWS,
+    (
+        (
+            *("-m", "distill.verify", f"--data={{{common.TRACES}}}/traces.jsonl"),
+            *("--benchmark=arithmetic", "--out={out}/traces.jsonl"),
+        ),
+    ),
+)
 
 
 def make_sft(changes: dict) -> Training:
@@ -23,7 +34,7 @@ def chain(name: str, about: str, first: Training, then: Arm) -> Arm:
 ANSWERS = {"data.source": common.TRAIN, "data.columns": "question=question,response=answer"}
 BASELINE = make_sft({**ANSWERS, "data.thinking": 0.0})
 ALL = make_sft({"data.keep_samples": "finished"})
-VERIFIED = make_sft({"data.keep_samples": "correct"})
+VERIFIED = make_sft({"data.source": f"{{{VERIFIED_ROWS}}}/traces.jsonl"})
 
 ARMS = (
     common.START,
@@ -41,7 +52,7 @@ ARMS = (
         "SFT on 1,000 right responses of the teacher",
         (VERIFIED,),
         tuned_as=a.TUNED_SFT,
-        traces=TRACES,
+        traces=TRACES * 5 // 4,  # of which four in five are right
         teacher=common.TEACHER,
     ),
     a.GRPO,
@@ -58,6 +69,7 @@ STUDY = common.make_study(
         "Which of the seven conditions of configs/conditions.py makes the best student? All start "
         "from the same model and are measured on the same problems."
     ),
+    jobs=(*common.JOBS, VERIFY),
     arms=ARMS,
     curves=common.make_curves("step", "flops"),
     tuning=a.TUNING,

@@ -115,12 +115,13 @@ CURVE_POINT = f"curve:arithmetic:{CURVE}:2:{TOKENS}"
 TUNE = f"sampled:arithmetic:{VALID}:4:{TOKENS}"  # 1,200 responses to 300 validation problems
 TUNE_BY = "sampled"
 
-START = Arm("start", "the student before", model=STUDENT, measures=(CURVE_POINT,))
+START = Arm("start", "the student before training", model=STUDENT, measures=(CURVE_POINT,))
 JUDGE = Arm("teacher", "the teacher", model=TEACHER)
 
 ACCURACY = (
     {"key": "greedy", "title": "greedy", "format": "percent"},
     {"key": "sampled", "title": "sampled, T = 1", "format": "percent"},
+    {"key": "sampled/contents@1", "title": "all three boxes, T = 1", "format": "percent"},
     {"key": "sampled/reverse_kl", "title": "reverse KL", "format": "number"},
 )
 

@@ -24,57 +24,74 @@ class Reading:
 READINGS: dict[tuple[str, str], Reading] = {
     ("a", "steps to equal accuracy"): Reading(
         "not reproduced",
-        "GRPO rises slowly, from 36% to 43% in 150 steps. Distillation first falls a "
-        "little below the start, and passes GRPO's best after 36 to 41 steps. A step of GRPO has "
-        "128 responses here, and one of distillation 32, which the count of steps hides.",
-        "GRPO until it stops rising. The further it gets, the more steps distillation needs to "
-        "equal it, but also the more steps it took itself.",
+        "GRPO rises slowly, from 36% to 43% in 150 steps. Distillation does not rise in the first "
+        "15 steps, and passes GRPO's best after 36 to 41. A step of GRPO has 128 responses here, "
+        "and one of distillation 32, which the count of steps hides.",
+        "A longer schedule of GRPO. A better GRPO is a higher target for distillation, but has "
+        "also taken more steps itself.",
     ),
     ("a", "cost to equal accuracy, against RL"): Reading(
         "reproduced",
         "Distillation needs about 13 times fewer responses. Each costs more, since the teacher "
-        "reads it, too: its scores are two fifths of the FLOPs of distillation.",
-        "Larger teachers: this one has only 2.5 times the student's weights, so to ask it is "
-        "cheaper than in practice.",
+        "reads it, too: its scores are two fifths of the FLOPs of distillation. The teacher has "
+        "only 2.5 times the student's weights, less than in practice, so the ratio is probably "
+        "too high.",
+        "Larger teachers.",
+    ),
+    ("a", "time to equal accuracy, against RL"): Reading(
+        "reproduced",
+        "As for FLOPs. The seconds are those of steps on one of two busy cores.",
+        "The same on an accelerator, where sampling is a larger part of the time.",
     ),
     ("a", "cost to equal accuracy, against SFT"): Reading(
         "not reproduced",
-        "SFT gains 5 points of sampled accuracy with each doubling of its traces, so it would need "
-        "about 36,000 of them, beyond the 16,000 that were tried. But the teacher has only 2.5 "
-        "times the student's weights, so traces are cheap: at 16,000 they are half of SFT's FLOPs.",
+        "The line reaches distillation beyond the 16,000 traces that were tried. It may be too "
+        "steep there, as the last two doublings added 4 points each, so the ratio may be too low. "
+        "Traces are cheap, since the teacher has only 2.5 times the student's weights: at 16,000 "
+        "they are half of SFT's FLOPs. Larger amounts also had more steps, and fewer epochs.",
         "A teacher that costs far more than the student, and SFT on 32,000 and 64,000 traces in "
         "place of the line.",
     ),
     ("a", "accuracy against RL"): Reading(
         "reproduced",
         "Every token of a response has a gradient under the teacher; under the reward a response "
-        "has one number. GRPO rose by 7 points in as many steps, with four times the responses.",
-        "GRPO for many more steps.",
+        "has one number. GRPO rose by 7 points, also in 150 steps, with four times the responses.",
+        "A longer schedule of GRPO.",
     ),
     ("a", "accuracy against SFT on the most traces"): Reading(
         "reproduced",
-        "A student that samples needs to be right in its own states. SFT on 16,000 traces gives "
-        "the better greedy model, 99% against 81%, and the less reliable sampler, 71% against "
-        "78%, although it is nearer to the teacher by the reverse KL.",
-        "More steps of both: distillation still rose at its end, and SFT rises with more traces.",
+        "The samples of distillation are almost as good as its greedy answers, 78% and 81%; those "
+        "of SFT are not, 71% and 99%. SFT is nearer to the teacher, whose own samples are right "
+        "80% of the time. So distillation has probably made the student surer, and at temperature "
+        "1 that counts. Both start from the same student here, unlike the report's.",
+        "More steps of both, and the report's order: off-policy first, which study c tries.",
+    ),
+    ("a", "the same by all three boxes"): Reading(
+        "reproduced",
+        "The answer is one digit, which is right by chance one time in ten. Where the working has "
+        "to end with the right contents of all three boxes, 69% against 67%, distillation leads "
+        "by less: more of its right answers follow from wrong contents of the other boxes.",
+        "As above.",
     ),
     ("b", "distillation widens"): Reading(
         "reversed",
         "The student's samples probably became more alike, as reverse KL favours the teacher's "
-        "likeliest solutions: from 1 to 64 samples the share solved grows 5-fold, and 15-fold "
-        "before training.",
-        "Problems of the trained length that the student before hardly ever solves.",
+        "likeliest solutions: SFT on 4,000 traces solves as much with one sample, 4%, and 43% "
+        "with 64, distillation 20%. The loss is 8 of 120 problems, longer than any in training, "
+        "and the interval leaves out the choice of these problems.",
+        "Problems of the trained length that the student before training hardly ever solves, and "
+        "more of them.",
     ),
     ("b", "RL does not widen"): Reading(
         "not reproduced",
-        "The mean moved by a third of a point, as claimed. But the seeds differ by 6 points on 120 "
-        "problems, so the interval holds gains above the margin of one point, too.",
+        "The mean moved by a third of a point. But the seeds differ by 6 points on 120 problems, "
+        "so the interval holds gains above the margin of one point, too.",
         "More problems and more seeds, and an RL run that learns more.",
     ),
     ("b", "distillation against RL"): Reading(
         "reversed",
-        "Distillation lowered pass@64 by 7 points, and RL left it where it was, in the mean of "
-        "seeds that differ by 6.",
+        "Distillation lowered pass@64 by 7 points. RL did not change it on average, but its seeds "
+        "differ by 6 points.",
         "As for the two claims above.",
     ),
 }
