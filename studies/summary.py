@@ -28,6 +28,7 @@ CLAIMS = {
         "cost to equal accuracy, against RL",
         "cost to equal accuracy, against SFT",
         "accuracy against SFT on the most traces",
+        "the same by all three boxes",
         "accuracy against RL",
     ),
     "b": ("distillation widens", "RL does not widen"),

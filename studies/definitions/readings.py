@@ -94,5 +94,30 @@ READINGS: dict[tuple[str, str], Reading] = {
         "differ by 6 points.",
         "As for the two claims above.",
     ),
+    ("c", "answers alone do harm"): Reading(
+        "reproduced",
+        "The student learns to answer at once, no longer works the problem out, and mostly guesses "
+        "a digit: 12% of its samples are right, where 10 would be by chance.",
+        "Problems that can be answered at once, as many of GSM8K can by a larger model.",
+    ),
+    ("c", "verified traces"): Reading(
+        "reproduced",
+        "One in five of the teacher's samples is wrong. Without them the student learns a sharper "
+        "distribution than the teacher's own.",
+        "The same at equal cost: 1,000 right traces took about 1,250 samples of the teacher.",
+    ),
+    ("c", "RL after SFT"): Reading(
+        "reversed",
+        "SFT raises the student to 49% first, and GRPO gains 10 points from there, 7 from the "
+        "student before training. In the source, SFT on other traces gained only 1.6 points.",
+        "A student to which SFT does harm.",
+    ),
+    ("c", "distillation after SFT"): Reading(
+        "reproduced",
+        "Distillation starts from responses that are right more often, and has 100 steps of SFT "
+        "more. It ends at 85%, above the teacher's own samples, of which 80% are right; by all "
+        "three boxes the two are equal.",
+        "Both at equal cost: distillation alone with as many steps more.",
+    ),
 }
 """(study, claim) -> reading"""
