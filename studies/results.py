@@ -48,7 +48,7 @@ def describe_study(study: Study) -> Record:
         "figures": [dict(figure) for figure in study.figures],
         "curves": [dict(curve) for curve in study.curves],
         "tuning": {
-            "problems": "validation problems, none of them in the test",
+            "problems": "validation problems",
             "figure": study.tune_by,
             "budget": study.tuning,
         }
