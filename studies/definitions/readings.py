@@ -119,5 +119,23 @@ READINGS: dict[tuple[str, str], Reading] = {
         "three boxes the two are equal.",
         "Both at equal cost: distillation alone with as many steps more.",
     ),
+    ("e", "one prompt teaches"): Reading(
+        "reversed",
+        "In 60 steps of 32 responses to one prompt the student forgets the other problems: it "
+        "falls to 11%, which is little more than chance. 8 prompts leave it at 22%, 64 raise it "
+        "to 40%. The rate was chosen with many prompts, and a student of this size may have "
+        "little to share between problems.",
+        "A lower rate and fewer steps, chosen for one prompt, and a pretrained student.",
+    ),
+    ("e", "one prompt is as good as many"): Reading(
+        "reversed",
+        "As above; as many responses to different prompts raise the student to 59%.",
+        "As above.",
+    ),
+    ("e", "distillation transfers from one prompt where RL does not"): Reading(
+        "not settled",
+        "Both fall to near chance on one prompt; RL has one seed.",
+        "The other seeds, and rates chosen for one prompt.",
+    ),
 }
 """(study, claim) -> reading"""
