@@ -142,7 +142,9 @@ def test_protocols_equal_the_technical_report() -> None:
         "samples": 8,
     }
     assert protocols.resolve_settings("greedy", "aime24", {})["samples"] == 1
-    with pytest.raises(UserError, match="--protocol=guess: known are greedy, sampled, qwen3-thinking"):
+    with pytest.raises(
+        UserError, match="--protocol=guess: known are greedy, sampled, qwen3-thinking"
+    ):
         protocols.resolve_settings("guess", "gsm8k", {})
     assert rollout.make_sample_spec(thinking).sampling.top_p == 0.95
 
