@@ -136,10 +136,9 @@ def format_stacks() -> str:
     faulthandler would read the list of threads without its lock, and end the process when a thread
     of XLA's or tensorstore's is just being added.
     """
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
     lines = []
     for ident, frame in sys._current_frames().items():
-        lines.append(f"Thread 0x{ident:016x} [{names.get(ident, '?')}] (most recent call first):")
+        lines.append(f"Thread 0x{ident:016x} (most recent call first):")
         for each, number in traceback.walk_stack(frame):
             code = each.f_code
             lines.append(f'  File "{code.co_filename}", line {number} in {code.co_name}')
