@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.paths import ROOT
 
-FOLDERS = ("distill", "models", "configs", "benchmarks", "assets", "tests")
+FOLDERS = ("distill", "models", "configs", "benchmarks", "assets", "studies", "tests")
 FILES = ("README.md", "CONTRIBUTING.md", "LOG.md", "Makefile", "pyproject.toml", "launch_tpu.sh")
 
 
