@@ -207,7 +207,7 @@ def _plan_measurement(study: Study, queue: Queue, arm: Arm, model: str, suffix: 
 
 
 def _list_measures(study: Study, measures: Sequence[str]) -> list[str]:
-    is_judged = any(text.endswith(":judged") for text in measures)
+    is_judged = any(":judged" in text for text in measures)
     teacher = [f"--teacher={{{study.judge}}}/model"] if is_judged else []
     return [*(f"--measure={text}" for text in measures), *teacher]
 
