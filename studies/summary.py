@@ -37,6 +37,12 @@ CLAIMS = {
     "e": ("one prompt is as good as many",),
     "f": ("documents cost behaviour", "distillation restores behaviour", "own samples do harm"),
     "g": ("sampled against reverse", "entropy weights against reverse"),
+    "h": (
+        "answering at once is learned as well beside thinking",
+        "at once against one after another",
+    ),
+    "i": ("as good as reading", "distillation against SFT, equal steps"),
+    "j": ("half traces helps", "hybrid helps", "a stored teacher is as good"),
 }
 # Arms of the pictures -> colours of a theme, and names for readers.
 ARMS = {

@@ -57,22 +57,31 @@ ARMS = (
         },
     ),
 )
-SOURCES = {
-    "ordered": "curricula of SFT and RL",
-    "widening": "curricula of SFT and RL",
-    "half traces": "GKD, arXiv 2306.13649: mixtures of both",
-    "hybrid": "a reward may lead past the teacher",
+GAINS = {
+    "ordered": (
+        "on-policy distillation learns more from problems in order, the easiest first",
+        "curricula of SFT and RL",
+    ),
+    "widening": (
+        "on-policy distillation learns more from easy problems, to which harder ones are added",
+        "curricula of SFT and RL",
+    ),
+    "half traces": (
+        "a mixture of the teacher's and the student's responses beats the student's alone",
+        "GKD, arXiv 2306.13649",
+    ),
+    "hybrid": (
+        "a reward for the right answer beside the teacher beats the teacher alone",
+        "a reward may lead past the teacher",
+    ),
 }
+"""arm -> (claim, source)"""
 
 
-def claim_help(name: str) -> dict[str, Any]:
+def claim_gain(name: str) -> dict[str, Any]:
     """Returns the claim that an arm is better than plain on-policy distillation."""
-    return common.make_contrast(
-        f"{name} helps",
-        "better than plain on-policy distillation",
-        SOURCES[name],
-        {name: 1, "opd": -1},
-    )
+    claimed, source = GAINS[name]
+    return common.make_contrast(f"{name} helps", claimed, source, {name: 1, "opd": -1})
 
 
 STUDY = common.make_study(
@@ -87,7 +96,7 @@ STUDY = common.make_study(
     curves=common.make_curves("step", "flops", "seconds"),
     tuning=a.TUNING,
     claims=(
-        *map(claim_help, SOURCES),
+        *map(claim_gain, GAINS),
         common.make_contrast(
             "a stored teacher is as good",
             "distillation on responses of the start, scored in advance, reaches the live teacher's "
