@@ -1,5 +1,7 @@
 """The studies as they are defined: all can be planned, and judge what they measure."""
 
+import copy
+import types
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,27 @@ def test_every_place_in_a_command_is_made_by_a_job(
     made = set(study.plan_study(subject, Queue(tmp_path)).finals)
     tuned = {arm.name for arm in subject.arms if (arm.tuned_as or arm).trials}
     assert made == {(arm, seed) for arm, seed in plans.finals if arm not in tuned}
+
+
+def test_workers_take_the_measurements(
+    subject: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flags of each planned command pass the check that a run of minutes begins with."""
+    _, queue = plan(subject, tmp_path, monkeypatch)
+    monkeypatch.setattr(Path, "is_file", lambda path: path.suffix == ".jsonl")
+    checked = 0
+    for name in queue.jobs:
+        for command in queue.list_commands(name):
+            if command[1] == "studies.worker":
+                words = [x for x in command[2:] if not x.startswith("--config")]
+                options = copy.deepcopy(worker.OPTIONS)
+                options(["worker", *words, f"--model={tmp_path}"])
+                for flag in ("CONFIG", "MEASURE", "MODEL", "TEACHER"):
+                    value = types.SimpleNamespace(value=options[flag.lower()].value)
+                    monkeypatch.setattr(worker, flag, value)
+                worker.check_flags()
+                checked += 1
+    assert checked >= len(subject.arms)
 
 
 def test_studies_share_their_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
