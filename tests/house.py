@@ -44,8 +44,8 @@ FOLDERS = {
     "rewards": "terms ifeval choices text_match programs program_tests graders equality answers "
     "sandbox isolation sandbox_driver sandbox_namespaces system_calls",
     "runtime": "arguments checkpoint saved_step integrity cli usage failures host_memory outputs "
-    "locks trackers stop_signals progress watchdog distributed xla console http_client run_files "
-    "tensorboard tracker_process addresses paths environment network gpu mesh",
+    "locks trackers stop_signals progress watchdog distributed xla compiling console http_client "
+    "run_files tensorboard tracker_process addresses paths environment network phases gpu mesh",
 }
 # The files of studies/, likewise.
 STUDIES = "run summary results definitions study jobs worker models tasks traces"

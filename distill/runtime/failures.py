@@ -10,13 +10,13 @@ import sys
 import traceback
 from collections.abc import Collection
 
-from distill.runtime import gpu, host_memory, watchdog
+from distill.runtime import gpu, host_memory, phases
 
 GIB = 2**30
 _MAX_TEXT = 300  # of an error of a library
 _OFFLINE = ("ConnectError", "ConnectTimeout", "gaierror", "LocalEntryNotFoundError")
 
-# Part of "file:function" -> what it does; comes before watchdog.PHASES. The first that is on the
+# Part of "file:function" -> what it does; comes before phases.PHASES. The first that is on the
 # stack counts.
 _PHASES = {
     "saving.py:save": "saving a checkpoint",
@@ -109,7 +109,7 @@ def find_phase(error: BaseException) -> str:
     for part, phase in _PHASES.items():
         if any(part in frame for frame in frames):
             return phase
-    return watchdog.find_phase(frames, "")
+    return phases.find_phase(frames, "")
 
 
 def find_size(text: str) -> str:

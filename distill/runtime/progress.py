@@ -1,8 +1,8 @@
 """Progress of a long task: one live line on a terminal, elsewhere plain lines now and then.
 
 Time left is the pace so far times what is left. Compiling is no part of the pace: a task compiles
-when it begins, and a pace that counts it would foretell hours for a task of seconds. A thread sees
-on the main thread's stack when that compiles, and says so.
+when it begins, and a pace that counts it would foretell hours for a task of seconds. A thread
+watches whether the main thread compiles, and says so.
 """
 
 import contextlib
@@ -11,20 +11,15 @@ import threading
 import time
 from collections.abc import Iterator
 
+import jax
 from tqdm import tqdm
 
-from distill.runtime import console, run_files, watchdog
+from distill.runtime import compiling, console, run_files
 
 POLL_SECONDS = 0.5
 PRINT_SECONDS = 10.0  # between two plain lines
 COMPILING_SECONDS = 30.0  # between two that say only that it compiles
 SHORT_SECONDS = 2.0  # what takes less is not said: reading a small model, a short compilation
-# Its files are on the stack of a thread that traces, lowers or compiles a program.
-_COMPILER_FILES = (
-    "jax/_src/compiler.py",
-    "jax/_src/interpreters/mlir.py",
-    "jax/_src/interpreters/partial_eval.py",
-)
 _BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar:14}| {unit}"  # unit: what `_describe` says
 
 
@@ -51,6 +46,7 @@ class Progress:
         self._print_time = self._start_time
         self._has_printed = False
         self._watched_thread = threading.get_ident()
+        compiling.start_watching(jax.monitoring)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
         self._bar = None
@@ -120,8 +116,7 @@ class Progress:
         while not self._closed.wait(POLL_SECONDS):
             now = time.monotonic()
             passed, self._poll_time = now - self._poll_time, now
-            files = watchdog.list_files_on_stack(self._watched_thread)
-            if any(file.endswith(_COMPILER_FILES) for file in files):
+            if compiling.is_compiling(self._watched_thread):
                 self._compile_seconds += passed
                 self._compiling_since = self._compiling_since or now
             else:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
-from distill.runtime.watchdog import is_compiling
+from distill.runtime.compiling import is_compiling
 from models.errors import Interrupted
 
 # Seconds after SIGTERM. Nothing interrupts a compiler, and schedulers and clouds kill a process

@@ -1,7 +1,7 @@
 """A watchdog: says where a step hangs, with the stacks of all threads.
 
-A thread looks at the main thread about once a second, and adds up how long a step takes. Compiling
-does not count, nor does the time in which the process is suspended.
+A thread adds up about once a second how long a step takes. Compiling does not count, nor does the
+time in which the process is suspended. Stacks are read when a step hangs and not before.
 """
 
 import collections
@@ -15,24 +15,14 @@ import time
 import traceback
 from collections.abc import Iterator
 
+import jax
+
+from distill.runtime import compiling, phases
+
 POLL_SECONDS = 1.0
 FACTOR = 10  # times the median: what is longer hangs
 NUM_REMEMBERED = 32  # durations in a median
 HUNG_EXIT_CODE = 1  # a launcher starts the run again
-
-# Part of a file's path -> what the main thread does in it; the first that is on its stack counts.
-PHASES = {
-    "distill/training/eval_hook": "evaluating",
-    "distill/runtime/checkpoint": "saving a checkpoint",
-    "distill/teachers/": "scoring",
-    "distill/rollout/": "sampling",
-    "distill/rewards/": "grading",
-    "distill/training/update": "updating",
-    "distill/training/metrics_log": "waiting for the update",
-    "distill/data/": "reading data",
-    "distill/runtime/run_files": "writing files",
-}
-_COMPILER = "jax/_src/compiler.py"
 
 
 @dataclasses.dataclass
@@ -56,6 +46,8 @@ class Watchdog:
     def __init__(self, min_seconds: float, exits: bool) -> None:
         self._min_seconds, self._exits = min_seconds, exits
         self._watched_thread = threading.get_ident()
+        if min_seconds:
+            compiling.start_watching(jax.monitoring)
         self._tasks: list[_Task] = []  # the last one runs, and the time of the others stands still
         self._durations: dict[str, collections.deque[float]] = {}
         self._closed = threading.Event()
@@ -93,15 +85,15 @@ class Watchdog:
             now = time.monotonic()
             passed, before = min(now - before, 2 * interval), now
             tasks = self._tasks
-            files = list_files_on_stack(self._watched_thread)
-            if not tasks or is_compiling(self._watched_thread):
+            if not tasks or compiling.is_compiling(self._watched_thread):
                 continue
             task = tasks[-1]
             task.seconds += passed
             usual = statistics.median(self._durations.get(task.kind) or [0.0])
             if task.seconds > max(self._min_seconds, FACTOR * usual) and not task.is_reported:
                 task.is_reported = True
-                self._report(task, find_phase(files), usual)
+                files = list_files_on_stack(self._watched_thread)
+                self._report(task, phases.find_phase(files), usual)
 
     def _report(self, task: _Task, phase: str, usual: float) -> None:
         usually = f", where {usual:.0f} s are usual" if usual else ""
@@ -125,7 +117,8 @@ class Watchdog:
 
 
 def list_files_on_stack(thread: int) -> list[str]:
-    """Returns the files of the functions that a thread is in, the innermost first."""
+    """Returns the files of the functions that a thread is in, the innermost first. It should stand
+    still, as one that hangs does: see compiling.py."""
     frame = sys._current_frames().get(thread)
     return [each.f_code.co_filename for each, _ in traceback.walk_stack(frame)] if frame else []
 
@@ -143,16 +136,3 @@ def format_stacks() -> str:
             code = each.f_code
             lines.append(f'  File "{code.co_filename}", line {number} in {code.co_name}')
     return "\n".join(lines) + "\n"
-
-
-def is_compiling(thread: int) -> bool:
-    """Returns True if a thread waits for XLA's compiler."""
-    return any(file.endswith(_COMPILER) for file in list_files_on_stack(thread))
-
-
-def find_phase(files: list[str], default: str = "outside sampling and updating") -> str:
-    """Returns what a thread with these files on its stack does."""
-    for part, phase in PHASES.items():
-        if any(part in file for file in files):
-            return phase
-    return default

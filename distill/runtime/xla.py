@@ -16,7 +16,7 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from distill.runtime import paths, run_files
+from distill.runtime import compiling, paths, run_files
 from models.config import Config
 from models.errors import UserError
 from models.layers import grouped
@@ -109,8 +109,10 @@ def init_compilation_cache(directory: str = AUTO) -> None:
 
     "auto" is the user's own, for a run of one process: without one that all hosts see, some would
     compile what others read. JAX_COMPILATION_CACHE_DIR takes its place, and "" is that or none.
-    A directory that cannot be used is no reason not to run: a line says so.
+    A directory that cannot be used is no reason not to run: a line says so. From here on it is
+    known which threads compile.
     """
+    compiling.start_watching(jax.monitoring)
     is_own = directory == AUTO
     if is_own:
         is_set = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]

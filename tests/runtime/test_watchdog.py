@@ -8,7 +8,7 @@ import time
 import jax
 import pytest
 
-from distill.runtime import watchdog
+from distill.runtime import progress, watchdog
 from distill.runtime.watchdog import Watchdog
 
 
@@ -57,13 +57,7 @@ def test_an_evaluation_does_not_lengthen_its_step(capfd):
     assert not capfd.readouterr().err
 
 
-def test_compiling_does_not_count(capfd, monkeypatch):
-    seen = []
-    find = watchdog.list_files_on_stack
-    monkeypatch.setattr(
-        watchdog, "list_files_on_stack", lambda thread: seen.append(find(thread)) or seen[-1]
-    )
-
+def test_compiling_does_not_count() -> None:
     def trace_once(x):  # long to compile, short to run
         for i in range(250):
             x = jax.numpy.sin(x @ x + i)
@@ -78,7 +72,22 @@ def test_compiling_does_not_count(capfd, monkeypatch):
         seconds = time.monotonic() - start
         dog.stop_step()
         assert seconds > 0.15 and dog._durations["step"][-1] < seconds / 2
-    assert any(file.endswith(watchdog._COMPILER) for files in seen for file in files)
+
+
+def test_the_stack_of_a_running_thread_is_not_read(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """Python 3.11 does not bear that: see compiling.py."""
+    looks = []
+    monkeypatch.setattr(watchdog, "list_files_on_stack", lambda thread: looks.append(thread) or [])
+    with Watchdog(0.2, exits=False) as dog, progress.show_progress(2, 0, "task") as bar:
+        for step in range(10):
+            dog.start_step(step)
+            wait(0.06)
+            bar.update(1)
+        assert not looks
+        wait(1.2)  # step 9 hangs: it takes more than ten times as long
+    assert looks == [threading.get_ident()] and "step 9 hangs" in capfd.readouterr().err
 
 
 def test_a_run_may_end_itself_and_zero_is_off(capfd, monkeypatch):
@@ -92,43 +101,6 @@ def test_a_run_may_end_itself_and_zero_is_off(capfd, monkeypatch):
         dog.start_step(0)
         wait(0.1)
         assert not dog._thread.is_alive()
-
-
-@pytest.mark.parametrize(
-    ("files", "phase"),
-    [
-        (["jax/x.py", "/a/distill/rollout/engine.py", "/a/distill/training/loop.py"], "sampling"),
-        (["/a/distill/rollout/engine.py", "/a/distill/training/eval_hook.py"], "evaluating"),
-        (["/a/distill/teachers/local.py", "/a/distill/training/update.py"], "scoring"),
-    ],
-)
-def test_phases_are_found_on_the_stack(files, phase):
-    assert watchdog.find_phase(files) == phase
-
-
-def test_the_stack_of_a_busy_thread_can_be_read() -> None:
-    """Its frames come and go while they are listed."""
-    ends = threading.Event()
-
-    def recurse(depth: int) -> None:
-        if depth and not ends.is_set():
-            recurse(depth - 1)
-
-    def work() -> None:
-        while not ends.is_set():
-            recurse(50)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        assert thread.ident
-        for _ in range(3000):
-            assert __file__ in watchdog.list_files_on_stack(thread.ident)
-            assert __file__ in watchdog.list_files_on_stack(threading.get_ident())
-    finally:
-        ends.set()
-        thread.join()
-    assert watchdog.list_files_on_stack(thread.ident) == []
 
 
 def test_stacks_can_be_read_while_other_threads_are_added() -> None:
