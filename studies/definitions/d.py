@@ -7,8 +7,8 @@ from studies.study import Arm
 
 STEPS = 150
 RANKS = (1, 4, 16)
-FULL_RATES = (3e-4, 1e-3, 3e-3)
-LORA_RATES = (1e-3, 3e-3, 1e-2)
+FULL_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+LORA_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 TUNED_RANK = 4
 
 
@@ -49,7 +49,7 @@ STUDY = common.make_study(
     ),
     arms=(common.START, *make_arms("sft"), *make_arms("opd"), common.JUDGE),
     curves=common.make_curves("step"),
-    tuning=f"three trials of {STEPS // 2} steps for each objective, full and rank {TUNED_RANK}",
+    tuning=f"four trials of {STEPS // 2} steps for each objective, full and rank {TUNED_RANK}",
     claims=(
         common.make_contrast(
             "the gap narrows",

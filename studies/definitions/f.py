@@ -12,7 +12,7 @@ OTHER_PEOPLE = 100
 PROMPT, RESPONSE = 48, 40  # tokens of the longest request, and of a response or document
 STEPS, RECALL_STEPS = 400, 150  # of 32
 NUM_CHATS = 32 * STEPS  # so that SFT on them reads each once
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 
 
 def find_rows(name: str) -> str:
@@ -161,7 +161,7 @@ def measure_knowledge(name: str, split: str) -> str:
     return f"{name}:arithmetic:{find_rows(split)}:0:8:no_think"
 
 
-TUNE_BY = "behaviour"
+TUNE_BY = "sampled"
 RECALL_NAME = "documents and chats, recalled"
 
 STUDY = Study(
@@ -197,7 +197,8 @@ STUDY = Study(
     tune_measures=(measure_behaviour(TUNE_BY, "valid", 2),),
     tuning=(
         f"four trials of {RECALL_STEPS // 2} steps for each way to get the behaviour back, by the "
-        "behaviour on validation requests; documents are learned at one rate by all"
+        "behaviour at temperature 1 on validation requests, whose pairs of constraints no training "
+        "has; documents are learned at one rate by all"
     ),
     claims=(
         common.make_contrast(

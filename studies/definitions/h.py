@@ -10,7 +10,7 @@ ROWS, TEACHER = "rows/modes", "models/teacher_modes"
 TRAIN, TEST = (f"{{{ROWS}}}/{name}.jsonl" for name in ("train", "test"))
 OPERATIONS = "1,2"  # few enough to answer some without reasoning
 STEPS = 120  # of 32 responses
-PROMPT, TOKENS = 40, 48  # of the longest prompt and solution of two operations
+PROMPT, TOKENS = 44, 48  # of the longest prompt and solution of two operations
 REPORT = "Qwen3 report, arXiv 2505.09388, sections 4.3 and 4.5"
 
 START_CURVE = f"curve:arithmetic:{TEST}:2:{TOKENS}"
