@@ -5,7 +5,6 @@ looks at them, and Python 3.11 has then taken other objects for frames. JAX is n
 that verbs that only read files start quickly.
 """
 
-import functools
 import threading
 from types import ModuleType
 
@@ -16,16 +15,19 @@ _EVENTS = (
     "/jax/core/compile/backend_compile_duration",
 )
 
+_is_watching = threading.Event()
 _depths: dict[int, int] = {}  # by thread: programs that it compiles, one inside another
 
 
-@functools.cache
 def start_watching(monitoring: ModuleType) -> None:
     """From the first call on `is_compiling` knows.
 
     Args:
       monitoring: `jax.monitoring`.
     """
+    if _is_watching.is_set():
+        return
+    _is_watching.set()
     monitoring.register_scalar_listener(_note_begin)
     monitoring.register_event_duration_secs_listener(_note_end)
 
