@@ -2,12 +2,13 @@
 
 A job has a directory, ROOT/NAME, in which its commands write; `{NAME}` in a command stands for the
 directory of another job, which runs before, and `{out}` for the job's own. A finished job leaves
-done.json with what it ran and what it cost. A job's fingerprint covers its commands and those of
-all jobs before it, so a result is never used for a definition that has changed since; a change of
-the code leaves it as it is, and done.json has the code's revision. Several processes may run jobs
-of one ROOT: each job is locked by the one that runs it, and by its commands.
+done.json with what it ran and what all attempts at it cost. A job's fingerprint covers its commands
+and those of all jobs before it, so a result is never used for a definition that has changed since;
+a change of the code leaves it as it is, and done.json has the code's revision. Several processes
+may run jobs of one ROOT: each job is locked by the one that runs it, and by its commands.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -214,21 +215,27 @@ class Queue:
         """Runs a job's commands, with the files of its lock; returns True if all succeeded."""
         directory, fingerprint = self.root / name, self.compute_fingerprint(name)
         log, commands = directory / "job.log", self.list_commands(name)
-        run_files.write_json(directory / "begun.json", {"fingerprint": fingerprint})
+        begun: dict[str, Any] = {"fingerprint": fingerprint, "seconds": 0.0, "cpu_seconds": 0.0}
+        with contextlib.suppress(FileNotFoundError):  # by an earlier process, which was stopped
+            begun |= json.loads((directory / "begun.json").read_text())
         run_files.log_line(f"{name}: started")
-        start, cpu_seconds, code = time.time(), 0.0, describe_code()
+        code = describe_code()
         for command in commands:
-            status, seconds = self._run_command(command, log, descriptors, is_pinned)
-            cpu_seconds += seconds
+            start = time.time()
+            run_files.write_json(directory / "begun.json", begun)
+            status, cpu_seconds = self._run_command(command, log, descriptors, is_pinned)
+            begun["seconds"] += time.time() - start
+            begun["cpu_seconds"] += cpu_seconds
             if status:
+                run_files.write_json(directory / "begun.json", begun)
                 if not self._is_stopping.is_set():
                     run_files.log_line(f"{name}: ended with exit code {status}, see {log}")
                 return False
         done = {
             "fingerprint": fingerprint,
             "commands": [shlex.join(["python", *command]) for command in commands],
-            "seconds": round(time.time() - start, 1),
-            "cpu_seconds": round(cpu_seconds, 1),
+            "seconds": round(begun["seconds"], 1),
+            "cpu_seconds": round(begun["cpu_seconds"], 1),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             **code,
             "machine": contest.describe_machine({}),

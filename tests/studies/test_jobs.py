@@ -189,6 +189,20 @@ def test_cpu_seconds_are_those_of_the_child(tmp_path, lines):
     assert rested and rested["cpu_seconds"] < 0.5
 
 
+def test_all_attempts_at_a_job_count(tmp_path, lines):
+    code = (
+        "import pathlib, sys, time; mark = pathlib.Path(sys.argv[1]) / 'tried'\n"
+        "end = time.process_time() + 0.6\n"
+        "while time.process_time() < end: pass\n"
+        "sys.exit(0 if mark.exists() else mark.touch() or 1)"
+    )
+    job = Job("a", (("-c", code, "{out}"),))
+    assert make_queue(tmp_path, [job]).run(["a"], 1) == ["a"]
+    assert make_queue(tmp_path, [job]).run(["a"], 1) == []
+    record = make_queue(tmp_path, [job]).read_done("a")
+    assert record and record["seconds"] > 1.1 and 1.2 <= record["cpu_seconds"] < 1.9
+
+
 def test_jobs_that_do_not_fit_are_refused(tmp_path):
     queue = Queue(tmp_path)
     queue.add(make_job("a"))
