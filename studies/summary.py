@@ -38,7 +38,7 @@ CLAIMS = {
     "f": ("documents cost behaviour", "distillation restores behaviour", "own samples do harm"),
     "g": ("sampled against reverse", "entropy weights against reverse"),
     "h": (
-        "answering at once is learned as well beside thinking",
+        "thinking is learned as well beside the other mode",
         "at once against one after another",
     ),
     "i": ("as good as reading", "distillation against SFT, equal steps"),

@@ -8,7 +8,7 @@ from studies.study import Arm, Study, Training
 
 ROWS, TEACHER = "rows/modes", "models/teacher_modes"
 TRAIN, TEST = (f"{{{ROWS}}}/{name}.jsonl" for name in ("train", "test"))
-OPERATIONS = "1,2"  # few enough to answer some without reasoning
+OPERATIONS = "1,2"
 STEPS = 120  # of 32 responses
 PROMPT, TOKENS = 44, 48  # of the longest prompt and solution of two operations
 REPORT = "Qwen3 report, arXiv 2505.09388, sections 4.3 and 4.5"
@@ -93,9 +93,10 @@ STUDY = Study(
     title="Thinking and not thinking, in one model",
     question=(
         "The student reasons before each answer. A teacher with both modes teaches it to answer at "
-        "once as well, if the prompt says so. Does it learn each mode as well beside the other as "
-        "alone, and does the switch still work: a think block where one is asked for, and none "
-        "where none is?"
+        "once as well, if the prompt says so. Does it learn to think as well beside the other mode "
+        "as alone, and does the switch work: a think block where one is asked for, and none where "
+        "none is? How often answers at once are right is not judged, as the teacher is hardly "
+        "better at them than chance."
     ),
     jobs=make_jobs(),
     arms=ARMS,
@@ -122,34 +123,25 @@ STUDY = Study(
     claims=(
         common.make_contrast(
             "thinking is learned as well beside the other mode",
-            "on-policy distillation in both modes at once",
+            "taught in both modes at once, a student thinks as well as one that only thinks",
             REPORT,
             {"think": 1, "both, twice": -1},
             "none",
             "greedy",
             0.03,
         ),
-        common.make_contrast(
-            "answering at once is learned as well beside thinking",
-            "on-policy distillation in both modes at once",
-            REPORT,
-            {"no_think": 1, "both, twice": -1},
-            "none",
-            "direct",
-            0.03,
-        ),
         keep_form("thinking keeps its form", "sampled/think_rate", "think"),
         keep_form("answers keep their form", "direct_sampled/think_rate", "no_think"),
         common.make_contrast(
             "one mode alone costs the other",
-            "the modes are fused in training, which single-mode training undoes",
+            "training in one mode alone undoes the other",
             "this project",
             {"both": 1, "no_think": -1},
             figure="greedy",
         ),
         common.make_contrast(
             "at once against one after another",
-            "the modes are learned at once, not in turn",
+            "taught at once, the modes do not displace each other, as they do one after another",
             REPORT,
             {"both, twice": 1, "think, then no_think": -1},
             figure="greedy",

@@ -137,5 +137,56 @@ READINGS: dict[tuple[str, str], Reading] = {
         "Both fall to near chance on one prompt; RL has one seed.",
         "The other seeds, and rates chosen for one prompt.",
     ),
+    ("f", "documents teach"): Reading(
+        "reproduced",
+        "Training questions on half of the people teach the form of an answer. Of the questions on "
+        "the others, on whom there are only documents, the student answers 31%; before, it guessed "
+        "3%. Questions that it was trained on it answers all.",
+        "More people: the test has 96 questions, on 16 of them.",
+    ),
+    ("f", "documents cost behaviour"): Reading(
+        "reproduced",
+        "No document is a request, so nothing holds the behaviour where it was: it falls from 94% "
+        "to 53% in 400 steps. All arms learn the documents at one rate, which nobody tuned.",
+        "Lower rates, which would cost less behaviour and perhaps teach as much.",
+    ),
+    ("f", "chats keep some behaviour"): Reading(
+        "reproduced",
+        "With 30% of its own responses among the rows the student keeps nearly all, 93% of 94%. "
+        "They are responses to requests of the tested kind.",
+        "Responses to requests of another kind than the test's.",
+    ),
+    ("f", "distillation restores behaviour"): Reading(
+        "not reproduced",
+        "The responses among the documents left hardly anything to restore: 93%, where the start "
+        "has 94%. Without them distillation brings the behaviour from 53% to 93%.",
+        "Fewer responses beside the documents, so that there is something to restore.",
+    ),
+    ("f", "nearly all behaviour comes back"): Reading(
+        "reproduced",
+        "The teacher is the assistant itself, of the same size, and it judges every token of the "
+        "student's responses. So nothing keeps the student from becoming the assistant again.",
+        "Behaviour that the requests of distillation do not show.",
+    ),
+    ("f", "knowledge is kept"): Reading(
+        "not reproduced",
+        "Distillation takes the answered questions from 27% to 24% on average, which is less than "
+        "the margin of 5 points. But the seeds differ, and with 96 questions the interval holds "
+        "larger losses. Nearly all trained questions are kept.",
+        "More questions, and more seeds.",
+    ),
+    ("f", "own samples do harm"): Reading(
+        "not reproduced",
+        "The mean of three seeds is lower, as claimed, but by less than they differ. Each response "
+        "is read once, so none is learned by heart.",
+        "More seeds, and more steps: all three seeds are below the start.",
+    ),
+    ("f", "distillation against SFT on the assistant's responses"): Reading(
+        "reproduced",
+        "Both bring the behaviour back, to 93% and 91%. The difference in knowledge is larger: "
+        "after distillation 25% of the questions are still answered, after SFT on responses 10%, "
+        "and of trained questions 97% against 39%. SFT was best at a higher rate.",
+        "Both at several rates, as curves of behaviour against knowledge.",
+    ),
 }
 """(study, claim) -> reading"""
