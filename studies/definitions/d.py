@@ -58,14 +58,21 @@ STUDY = common.make_study(
             GAP,
         ),
         common.make_contrast(
+            "the gap narrows, greedily",
+            "the gap of rank 32 falls from 13 points under SFT to 6 under on-policy distillation",
+            a.POST,
+            GAP,
+            figure="greedy",
+        ),
+        common.make_contrast(
             "a LoRA falls behind under SFT",
-            "13 points",
+            "a LoRA of rank 32 is 13 points behind full training",
             a.POST,
             {"sft full": 1, f"sft rank {RANKS[0]}": -1},
         ),
         common.make_contrast(
             "a LoRA falls behind under on-policy distillation",
-            "6 points",
+            "a LoRA of rank 32 is 6 points behind full training",
             a.POST,
             {"opd full": 1, f"opd rank {RANKS[0]}": -1},
         ),

@@ -119,6 +119,31 @@ READINGS: dict[tuple[str, str], Reading] = {
         "three boxes the two are equal.",
         "Both at equal cost: distillation alone with as many steps more.",
     ),
+    ("d", "the gap narrows"): Reading(
+        "reversed",
+        "In points it grows, from 57% against 36% under SFT to 78% against 51% under distillation, "
+        "because distillation has more to lose: it gains 42 points with all weights, SFT 21. Of that "
+        "gain rank 1 keeps a third under distillation and nothing under SFT; rank 16 keeps nine "
+        "tenths and four fifths.",
+        "Ranks in proportion to the source's: 32 of thousands of dimensions there, 1 of 64 here.",
+    ),
+    ("d", "the gap narrows, greedily"): Reading(
+        "reproduced",
+        "Greedily SFT is far ahead with all weights, 95% against 81%, and its rank 1 has more to "
+        "lose: 62% against 67%. So the direction of this claim hangs on how answers are sampled.",
+        "As above, and the same by samples at lower temperatures.",
+    ),
+    ("d", "a LoRA falls behind under SFT"): Reading(
+        "reproduced",
+        "Rank 1 learns nothing that shows in samples: 36% before and after. Rank 4 reaches 43%, "
+        "rank 16 53%, all weights 57%. Ranks 1 and 16 take the rate that was best for rank 4.",
+        "A rate for each rank, and more steps.",
+    ),
+    ("d", "a LoRA falls behind under on-policy distillation"): Reading(
+        "reproduced",
+        "Rank 1 reaches 51%, rank 4 66%, rank 16 74%, all weights 78%; before, it was 36%.",
+        "A rate for each rank, and more steps.",
+    ),
     ("e", "one prompt teaches"): Reading(
         "reversed",
         "In 60 steps of 32 responses to one prompt the student forgets the other problems: it "
